@@ -1,0 +1,29 @@
+"""kvexport: trained decoders with fewer KV heads, exported to ONNX, proved against PyTorch.
+
+This front door knows the public names and nothing of how they work; every heavy import waits until a
+name is first used, so that ``import kvexport`` needs numpy alone.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from kvexport.runtime import Generation, Session
+    from kvexport.runtime import open_bundle as open
+
+__all__ = ["Generation", "Session", "__version__", "open"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "open":
+        from kvexport.runtime import open_bundle
+
+        return open_bundle
+    if name in ("Session", "Generation"):
+        import kvexport.runtime
+
+        return getattr(kvexport.runtime, name)
+    raise AttributeError(f"module 'kvexport' has no attribute {name!r}")

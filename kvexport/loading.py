@@ -1,0 +1,293 @@
+"""From a checkpoint to the neutral decoder: a family's description applied to a checkpoint's files.
+
+Knows which tensors a config promises, undoes fused layouts, and fails if a tensor was not consumed;
+must not know what is done with the decoder.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvexport.checkpoint import Checkpoint
+from kvexport.decoder import Attention, Decoder, Embedding, Layer, LazyLayers, Limits, Linear, Mlp, Norm, Rope
+from kvexport.errors import CheckpointError
+from kvexport.families import Family, family_of
+
+if TYPE_CHECKING:
+    import torch
+
+_ACTIVATIONS = {
+    "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh", "relu": "relu",
+}  # fmt: skip
+
+
+def load_decoder(path: Path | str | Checkpoint, dtype: torch.dtype | None = None) -> Decoder:
+    """A checkpoint as a decoder whose layers are read when asked for; leaves are `dtype` (default float32).
+
+    Raises:
+        CheckpointError: unknown family, missing, unexpected or unusable tensors, unsupported settings.
+    """
+    import torch
+
+    checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(Path(path))
+    return _Loader(checkpoint, family_of(checkpoint.config), dtype or torch.float32).decoder()
+
+
+@dataclass(frozen=True)
+class _Sizes:
+    vocab: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    max_positions: int | None
+
+
+class _Loader:
+    def __init__(self, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
+        self._checkpoint, self._family, self._dtype = checkpoint, family, dtype
+        self._config = checkpoint.config
+        settings = family.settings(checkpoint.config)
+        self._sizes = _sizes(settings)
+        self._eps, self._tied = float(settings["norm_eps"]), bool(settings["tied"])
+        self._activation = _ACTIVATIONS.get(settings["activation"])
+        if self._activation is None:
+            raise CheckpointError(
+                "config.json names an activation that is not known", seen=settings["activation"], allowed=", ".join(_ACTIVATIONS)
+            )
+        self._intermediate = self._intermediate_size()
+        self._prefix = self._find_prefix()
+        self._refuse_unconsumed()
+
+    def decoder(self) -> Decoder:
+        sizes, names = self._sizes, self._family
+        with self._checkpoint.reading():
+            embedding = Embedding(
+                self._tensor(names.embedding + ".weight", (sizes.vocab, sizes.hidden)),
+                None if names.embedding_norm is None else self._norm(names.embedding_norm, sizes.hidden),
+            )
+            head = None
+            if not self._tied:
+                head = Linear(
+                    self._checkpoint.tensor(names.head + ".weight", (sizes.vocab, sizes.hidden), self._dtype),
+                )
+            final_norm = self._norm(names.final_norm, sizes.hidden)
+        bos = self._checkpoint.token_ids("bos_token_id")
+        return Decoder(
+            embedding=embedding,
+            layers=LazyLayers(sizes.layers, self._layer),
+            final_norm=final_norm,
+            head=head,
+            rope=rope_of(self._config, sizes.head_dim) if names.position == "rope" else None,
+            limits=Limits(sizes.vocab, sizes.hidden, sizes.max_positions),
+            bos_token_id=bos[0] if bos else None,
+            eos_token_ids=self._checkpoint.token_ids("eos_token_id"),
+        )
+
+    def _layer(self, index: int) -> Layer:
+        sizes = self._sizes
+        name = {key: template.format(i=index) for key, template in self._family.layer.items()}
+        mlp_bias = self._family.has_bias("mlp", self._config)
+        inner, heads_width = self._intermediate, sizes.heads * sizes.head_dim
+        with self._checkpoint.reading():
+            q, k, v = self._qkv(name)
+            has_qk_norm = "q_norm" in name
+            return Layer(
+                attention_norm=self._norm(name["attention_norm"], sizes.hidden),
+                attention=Attention(
+                    q=q,
+                    k=k,
+                    v=v,
+                    o=self._linear(name["o"], sizes.hidden, heads_width, self._family.has_bias("o", self._config)),
+                    num_heads=sizes.heads,
+                    num_kv_heads=sizes.kv_heads,
+                    head_dim=sizes.head_dim,
+                    scale=1 / math.sqrt(sizes.head_dim),
+                    position="rope" if self._family.position == "rope" else "alibi",
+                    q_norm=self._norm(name["q_norm"], sizes.head_dim) if has_qk_norm else None,
+                    k_norm=self._norm(name["k_norm"], sizes.head_dim) if has_qk_norm else None,
+                    alibi_slopes=alibi_slopes(sizes.heads, self._dtype) if self._family.position == "alibi" else None,
+                    window=self._window(index),
+                ),
+                mlp_norm=self._norm(name["mlp_norm"], sizes.hidden),
+                mlp=Mlp(
+                    gate=self._linear(name["gate"], inner, sizes.hidden, mlp_bias) if self._family.gated else None,
+                    up=self._linear(name["up"], inner, sizes.hidden, mlp_bias),
+                    down=self._linear(name["down"], sizes.hidden, inner, mlp_bias),
+                    activation=self._activation,  # type: ignore[arg-type]
+                ),
+            )
+
+    def _qkv(self, name: Mapping[str, str]) -> tuple[Linear, Linear, Linear]:
+        sizes, bias = self._sizes, self._family.has_bias("qkv", self._config)
+        if self._family.layout == "split":
+            rows = {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
+            q, k, v = (self._linear(name[n], rows[n] * sizes.head_dim, sizes.hidden, bias) for n in "qkv")
+            return q, k, v
+        fused = self._linear(name["qkv"], 3 * sizes.heads * sizes.head_dim, sizes.hidden, bias)  # [heads, 3, head_dim]
+        weight = fused.weight.view(sizes.heads, 3, sizes.head_dim, sizes.hidden)
+        vector = None if fused.bias is None else fused.bias.view(sizes.heads, 3, sizes.head_dim)
+
+        def part(which: int) -> Linear:
+            rows = weight[:, which].reshape(-1, sizes.hidden)
+            return Linear(rows, None if vector is None else vector[:, which].reshape(-1))
+
+        return part(0), part(1), part(2)
+
+    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
+        return self._checkpoint.tensor(self._prefix + name, shape, self._dtype)
+
+    def _linear(self, name: str, out: int, into: int, bias: bool) -> Linear:
+        return Linear(self._tensor(name + ".weight", (out, into)), self._tensor(name + ".bias", (out,)) if bias else None)
+
+    def _norm(self, name: str, width: int) -> Norm:
+        is_layer = self._family.norm_kind == "layer"
+        return Norm(
+            "layer" if is_layer else "rms",
+            self._tensor(name + ".weight", (width,)),
+            self._tensor(name + ".bias", (width,)) if is_layer else None,
+            self._eps,
+        )
+
+    def _window(self, index: int) -> int | None:
+        described = self._family.window
+        if described is None:
+            return None
+        kinds = self._config.get("layer_types")
+        if isinstance(kinds, list):
+            return self._config.get(described.size) if kinds[index] == "sliding_attention" else None
+        if not self._config.get(described.enabled, described.enabled_default):
+            return None
+        first = self._config.get(described.first_layer, 0) if described.first_layer else 0
+        return self._config.get(described.size) if index >= first else None
+
+    def _intermediate_size(self) -> int:
+        """Width of the MLP: the config's, or where a family has no key for it, four times the hidden size."""
+        return int(self._config.get("intermediate_size") or 4 * self._sizes.hidden)
+
+    def _find_prefix(self) -> str:
+        for prefix in self._family.prefixes:
+            if f"{prefix}{self._family.embedding}.weight" in self._checkpoint.files:
+                return prefix
+        raise CheckpointError(
+            f"the checkpoint lacks its embedding, tensor {self._family.prefixes[0]}{self._family.embedding}.weight",
+            seen=", ".join(sorted(self._checkpoint.files)[:3]) + ", ...",
+            fix=f"check that config.json's model_type ({self._config.get('model_type')}) is right",
+        )
+
+    def _refuse_unconsumed(self) -> None:
+        expected = set(self._expected())
+        ignored = [self._prefix + pattern for pattern in self._family.ignored]
+        if self._tied:
+            ignored.append(f"{self._family.head}.weight")
+        extra = [
+            name
+            for name in sorted(self._checkpoint.files)
+            if name not in expected and not any(fnmatchcase(name, pattern) for pattern in ignored)
+        ]
+        if extra:
+            raise CheckpointError(
+                f"{len(extra)} tensors of the checkpoint are not known to family '{self._family.name}', so it is not that model",
+                seen=", ".join(extra[:5]) + (", ..." if len(extra) > 5 else ""),
+                fix="describe the family in one new file under graphs/families/",
+            )
+
+    def _expected(self) -> list[str]:
+        """Every tensor that the config promises, so that one that is left over is found before any is read."""
+        family = self._family
+        names: list[str] = [family.embedding + ".weight"]
+        norms = [family.final_norm, *([family.embedding_norm] if family.embedding_norm else [])]
+        for index in range(self._sizes.layers):
+            for key, template in family.layer.items():
+                name = template.format(i=index)
+                if key.endswith("norm"):
+                    norms.append(name)
+                    continue
+                names.append(name + ".weight")
+                group = "o" if key == "o" else "qkv" if key in ("q", "k", "v", "qkv") else "mlp"
+                if family.has_bias(group, self._config):
+                    names.append(name + ".bias")
+        for name in norms:
+            names.append(name + ".weight")
+            if family.norm_kind == "layer":
+                names.append(name + ".bias")
+        head = [] if self._tied else [family.head + ".weight"]
+        return [self._prefix + name for name in names] + head
+
+
+def _sizes(settings: Mapping[str, Any]) -> _Sizes:
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
+        value = settings.get(name, 1)
+        if not isinstance(value, int) or value < 1:
+            raise CheckpointError(f"config.json gives an impossible {name}", seen=repr(value), allowed="a whole number above 0")
+    heads = settings["num_heads"]
+    kv_heads = settings.get("num_kv_heads", heads)
+    head_dim = settings.get("head_dim", settings["hidden_size"] // heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            "num_key_value_heads does not divide num_attention_heads", seen=f"{kv_heads} of {heads}", fix="correct config.json"
+        )
+    if head_dim % 2 and "max_positions" in settings:
+        raise CheckpointError("head_dim must be even to be rotated", seen=head_dim)
+    return _Sizes(
+        settings["vocab_size"], settings["hidden_size"], settings["num_layers"], heads, kv_heads, head_dim,
+        settings.get("max_positions"),
+    )  # fmt: skip
+
+
+def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
+    """Rotary frequencies of a config, in its old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) form.
+
+    Raises:
+        CheckpointError: a scaling other than default, linear or llama3, or a part of head_dim only.
+    """
+    import torch
+
+    said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    theta = float(said.get("rope_theta", config.get("rope_theta") or 10000.0))
+    kind = said.get("rope_type", said.get("type", "default"))
+    if float(said.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)) != 1.0:
+        raise CheckpointError("config.json rotates only a part of each head", allowed="partial_rotary_factor = 1")
+    inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    try:
+        if kind == "linear":
+            inv_freq = inv_freq / float(said["factor"])
+        elif kind == "llama3":
+            inv_freq = _llama3_frequencies(inv_freq, said)
+        elif kind != "default":
+            raise CheckpointError(
+                "config.json asks for a rotary scaling that is not known",
+                seen=f"rope_type = {kind!r}",
+                allowed="default, linear, llama3",
+            )
+    except KeyError as error:
+        raise CheckpointError(f"rope_type {kind!r} needs {error.args[0]}, which config.json lacks") from error
+    return Rope(inv_freq)
+
+
+def _llama3_frequencies(inv_freq: torch.Tensor, said: Mapping[str, Any]) -> torch.Tensor:
+    """Llama 3.1's scaling: slow pairs are slowed by `factor`, fast ones kept, those between interpolated."""
+    import torch
+
+    low, high = float(said["low_freq_factor"]), float(said["high_freq_factor"])
+    turns = float(said["original_max_position_embeddings"]) * inv_freq / (2 * math.pi)  # within the trained context
+    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    slowed = inv_freq / float(said["factor"])
+    return torch.lerp(slowed, inv_freq, smooth)
+
+
+def alibi_slopes(num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """ALiBi's slope of each head (arXiv 2108.12409, section 3): 2^(-8i/n), interleaved where n is no power of two."""
+    import torch
+
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
+    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
+    return torch.tensor(slopes, dtype=dtype)
