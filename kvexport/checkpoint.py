@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -43,29 +43,37 @@ class Checkpoint:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not path.is_dir():
-            raise CheckpointError("the checkpoint is not a directory", seen=path, fix="give the folder that holds config.json")
+            raise CheckpointError(
+                "the checkpoint is not a directory",
+                seen=path,
+                fix="give the folder that holds config.json (hf download NAME --local-dir FOLDER fetches a model)",
+            )
         self.config = _read_json(path / "config.json")
         self.files = self._find_tensors()
         self._readers: dict[Path, Any] = {}
 
     def _find_tensors(self) -> dict[str, Path]:
-        index = self.path / _INDEX
+        single, index = self.path / _SINGLE, self.path / _INDEX
+        if single.exists():  # before the index, as transformers does
+            return dict.fromkeys(_open(single).keys(), single)
         if not index.exists():
-            if not (self.path / _SINGLE).exists():
-                raise self._no_safetensors()
-            with _opened(self.path / _SINGLE) as file:
-                return dict.fromkeys(file.keys(), self.path / _SINGLE)
+            raise self._no_safetensors()
         weight_map = _read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{_INDEX} has no weight_map", fix="download the checkpoint again")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or Path(shard).name != shard:
+                raise CheckpointError(f"{_INDEX} names a shard that is no file name", seen=repr(shard))
         found: dict[str, Path] = {}
         for shard in sorted(set(weight_map.values())):
-            if not isinstance(shard, str) or Path(shard).name != shard or not (self.path / shard).exists():
-                raise CheckpointError(f"shard {shard!r} of {_INDEX} is not in {self.path}", fix="download the shard")
-            with _opened(self.path / shard) as file:
-                found.update(dict.fromkeys(file.keys(), self.path / shard))
-        for name in sorted(weight_map.keys() - found.keys()):
-            raise CheckpointError(f"shard {weight_map[name]} lacks tensor {name}, which {_INDEX} promises")
+            if not (self.path / shard).is_file():
+                raise CheckpointError(f"shard {shard} of {_INDEX} is not in {self.path}", fix="download the shard")
+            held = set(_open(self.path / shard).keys())
+            for name in sorted(name for name, promised in weight_map.items() if promised == shard and name not in held):
+                raise CheckpointError(
+                    f"shard {shard} lacks tensor {name}, which {_INDEX} promises", fix="download the checkpoint again"
+                )
+            found.update({name: self.path / shard for name in held if weight_map.get(name, shard) == shard})
         return found
 
     def _no_safetensors(self) -> CheckpointError:
@@ -116,7 +124,8 @@ class Checkpoint:
         if tuple(view.get_shape()) != shape:
             raise CheckpointError(
                 f"tensor {name} has a shape that config.json contradicts", seen=tuple(view.get_shape()), allowed=shape,
-                fix="correct config.json (num_attention_heads, num_key_value_heads, head_dim, hidden_size)",
+                fix="correct config.json (vocab_size, hidden_size, intermediate_size, num_attention_heads, "
+                "num_key_value_heads, head_dim)",
             )  # fmt: skip
         tensor = self._readers[path].get_tensor(name).to(dtype, copy=True)
         if not bool(tensor.isfinite().all()):
@@ -148,7 +157,10 @@ class Checkpoint:
         said = self.config.get(which) if said is None else said
         if said is None:
             return ()
-        return tuple(said) if isinstance(said, Iterable) else (int(said),)
+        ids = tuple(said) if isinstance(said, list) else (said,)
+        if not all(isinstance(one, int) for one in ids):
+            raise CheckpointError(f"{which} is not a token id or a list of them", seen=repr(said), fix="correct config.json")
+        return ids
 
 
 def sha256_of(path: Path) -> str:
@@ -169,6 +181,8 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         ) from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}", fix="download the file again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object", seen=type(found).__name__)
     return found
@@ -185,8 +199,3 @@ def _open(path: Path) -> Any:
             seen=f"{path.stat().st_size} bytes",
             fix="download the file again; a truncated download is the usual cause",
         ) from error
-
-
-@contextmanager
-def _opened(path: Path) -> Iterator[Any]:
-    yield _open(path)

@@ -25,19 +25,22 @@ _CONFIG_NAMES = {
     "max_positions", "norm_eps", "activation", "tied",
 }  # fmt: skip
 _REQUIRED_CONFIG = {"vocab_size", "hidden_size", "num_layers", "num_heads", "norm_eps", "activation", "tied"}
-_LAYER_TENSORS = {"attention_norm", "mlp_norm", "q", "k", "v", "qkv", "o", "q_norm", "k_norm", "gate", "up", "down"}
-_CHOICES = {"norm.kind": ("rms", "layer"), "attention.position": ("rope", "alibi")}
-_LAYOUTS = ("split", "fused_by_head")
+_CHOICES = {
+    "norm.kind": ("rms", "layer"),
+    "attention.position": ("rope", "alibi"),
+    "attention.layout": ("split", "fused_by_head"),
+}
+_TOML_NAMES = {dict: "table", str: "string", bool: "boolean"}
 
 
 @dataclass(frozen=True)
 class Window:
-    """Sliding-window attention: which config keys give its size and switch it on, and from which layer."""
+    """Sliding-window attention: whose it is, and which config keys give its size, switch it on, and say from which layer."""
 
+    model_types: tuple[str, ...]
     size: str
-    enabled: str
-    enabled_default: bool
-    first_layer: str | None = None
+    enabled: str | None  # None: always on
+    first_layer: str | None  # None: every layer
 
 
 @dataclass(frozen=True)
@@ -98,42 +101,62 @@ def parse_family(text: str, where: str) -> Family:
     except tomllib.TOMLDecodeError as error:
         raise UsageError(f"{where} is not TOML: {error}") from error
     reader = _Reader(raw, where)
-    config = {name: (keys,) if isinstance(keys, str) else tuple(keys) for name, keys in reader.table("config").items()}
+    model_types = reader.strings("model_types")
+    config = {name: reader.strings(f"config.{name}", one=True) for name in reader.table("config")}
     defaults = reader.table("defaults", optional=True)
     reader.only("config", config, _CONFIG_NAMES)
     reader.only("defaults", defaults, _CONFIG_NAMES)
     for name in sorted(_REQUIRED_CONFIG - config.keys() - defaults.keys()):
         raise UsageError(f"{where}: neither [config] nor [defaults] has {name}")
-    layer = reader.table("tensors.layer")
-    reader.only("tensors.layer", layer, _LAYER_TENSORS)
-    layout = reader.choice("attention.layout", _LAYOUTS)
+    layout = reader.choice("attention.layout", _CHOICES["attention.layout"])
+    if layout != "split" and "num_kv_heads" in config:
+        raise UsageError(f"{where}: config.num_kv_heads cannot go with the fused layout, which has as many of each head")
     gated = reader.typed("mlp.gated", bool)
+    layer = {name: reader.typed(f"tensors.layer.{name}", str) for name in reader.table("tensors.layer")}
     wanted = {"attention_norm", "mlp_norm", "o", "up", "down"} | ({"qkv"} if layout != "split" else {"q", "k", "v"})
     wanted |= {"gate"} if gated else set()
+    wanted |= {"q_norm", "k_norm"} if {"q_norm", "k_norm"} & layer.keys() else set()  # both or neither
+    reader.only("tensors.layer", layer, wanted | {"q_norm", "k_norm"})
     for name in sorted(wanted - layer.keys()):
         raise UsageError(f"{where}: [tensors.layer] lacks {name}", allowed=", ".join(sorted(wanted)))
-    window = reader.table("attention.window", optional=True)
+    for name, template in layer.items():
+        if template.replace("{i}", "").count("{") or template.count("{i}") != 1:
+            raise UsageError(f"{where}: tensors.layer.{name} must hold {{i}}, the layer's number, once", seen=template)
+    window = None
+    if reader.table("attention.window", optional=True):
+        reader.only("attention.window", reader.table("attention.window"), {"model_types", "size", "enabled", "first_layer"})
+        window = Window(
+            model_types=reader.strings("attention.window.model_types"),
+            size=reader.typed("attention.window.size", str),
+            enabled=reader.typed("attention.window.enabled", str, optional=True),
+            first_layer=reader.typed("attention.window.first_layer", str, optional=True),
+        )
+        for name in sorted(set(window.model_types) - set(model_types)):
+            raise UsageError(f"{where}: attention.window.model_types has a type that model_types lacks", seen=name)
     bias = reader.table("bias")
     if set(bias) != {"qkv", "o", "mlp"}:
         raise UsageError(f"{where}: [bias] must say qkv, o and mlp", seen=", ".join(bias))
+    for name, said in bias.items():
+        if not isinstance(said, (bool, str)):
+            raise UsageError(f"{where}: bias.{name} must be true, false or a key of config.json", seen=repr(said))
     family = Family(
         name=Path(where).stem,
-        model_types=tuple(reader.typed("model_types", list)),
+        model_types=model_types,
         config=config,
         defaults=defaults,
         require=reader.table("require", optional=True),
         norm_kind=reader.choice("norm.kind", _CHOICES["norm.kind"]),
         position=reader.choice("attention.position", _CHOICES["attention.position"]),
         layout=layout,
-        window=Window(**window) if window else None,
+        window=window,
         gated=gated,
         bias=bias,
-        prefixes=tuple(reader.typed("tensors.prefixes", list)),
+        prefixes=reader.strings("tensors.prefixes"),
         embedding=reader.typed("tensors.embedding", str),
         embedding_norm=reader.typed("tensors.embedding_norm", str, optional=True),
         final_norm=reader.typed("tensors.final_norm", str),
         head=reader.typed("tensors.head", str),
-        ignored=tuple(reader.typed("tensors.ignored", list)),
+        ignored=reader.strings("tensors.ignored"),
         layer=layer,
     )
     reader.all_read()
@@ -158,8 +181,16 @@ class _Reader:
         if found is None and optional:
             return None
         if not isinstance(found, kind):
-            raise UsageError(f"{self._where}: {path} must be a {kind.__name__}", seen=repr(found))
+            raise UsageError(f"{self._where}: {path} must be a {_TOML_NAMES[kind]}", seen=repr(found))
         return found
+
+    def strings(self, path: str, one: bool = False) -> tuple[str, ...]:
+        """An array of strings; with `one`, a single string may stand for an array of one."""
+        found = self._find(path)
+        found = [found] if one and isinstance(found, str) else found
+        if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
+            raise UsageError(f"{self._where}: {path} must be an array of strings", seen=repr(found))
+        return tuple(found)
 
     def table(self, path: str, optional: bool = False) -> dict[str, Any]:
         return self.typed(path, dict, optional) or {}
@@ -190,11 +221,18 @@ class _Reader:
 
 @cache
 def families() -> Mapping[str, Family]:
-    """Every shipped family by the `model_type` that it covers."""
+    """Every shipped family by the `model_type` that it covers.
+
+    Raises:
+        UsageError: a description is wrong, or two cover the same `model_type`.
+    """
     found: dict[str, Family] = {}
     for path in sorted(resource("graphs", "families").glob("*.toml")):
         family = parse_family(path.read_text(encoding="utf-8"), path.name)
-        found.update(dict.fromkeys(family.model_types, family))
+        for model_type in family.model_types:
+            if model_type in found:
+                raise UsageError(f"{path.name} and {found[model_type].name}.toml both cover model_type {model_type}")
+            found[model_type] = family
     return found
 
 

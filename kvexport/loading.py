@@ -14,17 +14,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvexport.checkpoint import Checkpoint
-from kvexport.decoder import Attention, Decoder, Embedding, Layer, LazyLayers, Limits, Linear, Mlp, Norm, Rope
+from kvexport.decoder import Activation, Attention, Decoder, Embedding, Layer, LazyLayers, Limits, Linear, Mlp, Norm, Rope
 from kvexport.errors import CheckpointError
 from kvexport.families import Family, family_of
 
 if TYPE_CHECKING:
     import torch
 
-_ACTIVATIONS = {
+_ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "gelu_tanh": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
+_LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 def load_decoder(path: Path | str | Checkpoint, dtype: torch.dtype | None = None) -> Decoder:
@@ -54,14 +55,13 @@ class _Loader:
     def __init__(self, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
         self._checkpoint, self._family, self._dtype = checkpoint, family, dtype
         self._config = checkpoint.config
-        settings = family.settings(checkpoint.config)
-        self._sizes = _sizes(settings)
-        self._eps, self._tied = float(settings["norm_eps"]), bool(settings["tied"])
-        self._activation = _ACTIVATIONS.get(settings["activation"])
-        if self._activation is None:
-            raise CheckpointError(
-                "config.json names an activation that is not known", seen=settings["activation"], allowed=", ".join(_ACTIVATIONS)
-            )
+        _refuse_quantised(self._config)
+        settings = family.settings(self._config)
+        self._sizes = _sizes(settings, rotated=family.position == "rope")
+        self._rope = rope_of(self._config, self._sizes.head_dim) if family.position == "rope" else None
+        self._windows = [self._window(index) for index in range(self._sizes.layers)]
+        self._eps, self._tied = _number("norm_eps", settings["norm_eps"]), bool(settings["tied"])
+        self._activation = _activation(settings["activation"])
         self._intermediate = self._intermediate_size()
         self._prefix = self._find_prefix()
         self._refuse_unconsumed()
@@ -75,8 +75,11 @@ class _Loader:
             )
             head = None
             if not self._tied:
-                head = Linear(
-                    self._checkpoint.tensor(names.head + ".weight", (sizes.vocab, sizes.hidden), self._dtype),
+                head = self._head()
+            elif f"{names.head}.weight" in self._checkpoint.files and not self._head().weight.equal(embedding.weight):
+                raise CheckpointError(
+                    f"config.json says that the head is the embedding (tied), but {names.head}.weight holds other numbers",
+                    fix="set tie_word_embeddings to false in config.json if the model has its own head, else remove the tensor",
                 )
             final_norm = self._norm(names.final_norm, sizes.hidden)
         bos = self._checkpoint.token_ids("bos_token_id")
@@ -85,7 +88,7 @@ class _Loader:
             layers=LazyLayers(sizes.layers, self._layer),
             final_norm=final_norm,
             head=head,
-            rope=rope_of(self._config, sizes.head_dim) if names.position == "rope" else None,
+            rope=self._rope,
             limits=Limits(sizes.vocab, sizes.hidden, sizes.max_positions),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=self._checkpoint.token_ids("eos_token_id"),
@@ -114,14 +117,14 @@ class _Loader:
                     q_norm=self._norm(name["q_norm"], sizes.head_dim) if has_qk_norm else None,
                     k_norm=self._norm(name["k_norm"], sizes.head_dim) if has_qk_norm else None,
                     alibi_slopes=alibi_slopes(sizes.heads, self._dtype) if self._family.position == "alibi" else None,
-                    window=self._window(index),
+                    window=self._windows[index],
                 ),
                 mlp_norm=self._norm(name["mlp_norm"], sizes.hidden),
                 mlp=Mlp(
                     gate=self._linear(name["gate"], inner, sizes.hidden, mlp_bias) if self._family.gated else None,
                     up=self._linear(name["up"], inner, sizes.hidden, mlp_bias),
                     down=self._linear(name["down"], sizes.hidden, inner, mlp_bias),
-                    activation=self._activation,  # type: ignore[arg-type]
+                    activation=self._activation,
                 ),
             )
 
@@ -141,6 +144,10 @@ class _Loader:
 
         return part(0), part(1), part(2)
 
+    def _head(self) -> Linear:  # never under the prefix
+        name = self._family.head + ".weight"
+        return Linear(self._checkpoint.tensor(name, (self._sizes.vocab, self._sizes.hidden), self._dtype))
+
     def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
         return self._checkpoint.tensor(self._prefix + name, shape, self._dtype)
 
@@ -158,19 +165,39 @@ class _Loader:
 
     def _window(self, index: int) -> int | None:
         described = self._family.window
-        if described is None:
+        if described is None or self._config["model_type"] not in described.model_types:
             return None
-        kinds = self._config.get("layer_types")
-        if isinstance(kinds, list):
-            return self._config.get(described.size) if kinds[index] == "sliding_attention" else None
-        if not self._config.get(described.enabled, described.enabled_default):
+        if described.enabled is not None and not self._config.get(described.enabled):
             return None
-        first = self._config.get(described.first_layer, 0) if described.first_layer else 0
-        return self._config.get(described.size) if index >= first else None
+        size = self._said(described.size)
+        if size is None:
+            return None
+        if described.first_layer is not None:
+            kinds = self._config.get("layer_types")
+            if kinds is None:
+                windowed = index >= _whole(described.first_layer, self._said(described.first_layer), least=0)
+            elif isinstance(kinds, list) and len(kinds) == self._sizes.layers and kinds[index] in _LAYER_KINDS:
+                windowed = kinds[index] == "sliding_attention"
+            else:
+                raise CheckpointError(
+                    "config.json's layer_types is not understood",
+                    seen=repr(kinds),
+                    allowed=f"a list of {self._sizes.layers}, each {' or '.join(_LAYER_KINDS)}",
+                )
+            if not windowed:
+                return None
+        return _whole(described.size, size)
+
+    def _said(self, key: str) -> Any:
+        """A value that must be in config.json, because no guess is safe."""
+        if key not in self._config:
+            raise CheckpointError(f"config.json lacks {key}", fix="restore the model's own config.json")
+        return self._config[key]
 
     def _intermediate_size(self) -> int:
         """Width of the MLP: the config's, or where a family has no key for it, four times the hidden size."""
-        return int(self._config.get("intermediate_size") or 4 * self._sizes.hidden)
+        said = self._config.get("intermediate_size")
+        return 4 * self._sizes.hidden if said is None else _whole("intermediate_size", said)
 
     def _find_prefix(self) -> str:
         for prefix in self._family.prefixes:
@@ -222,11 +249,43 @@ class _Loader:
         return [self._prefix + name for name in names] + head
 
 
-def _sizes(settings: Mapping[str, Any]) -> _Sizes:
-    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim"):
-        value = settings.get(name, 1)
-        if not isinstance(value, int) or value < 1:
-            raise CheckpointError(f"config.json gives an impossible {name}", seen=repr(value), allowed="a whole number above 0")
+def _whole(name: str, value: object, least: int = 1) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise CheckpointError(
+            f"config.json gives an impossible {name}", seen=repr(value), allowed=f"a whole number from {least} up"
+        )
+    return value
+
+
+def _number(name: str, value: object) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise CheckpointError(f"config.json gives an impossible {name}", seen=repr(value), allowed="a number above 0")
+    return float(value)
+
+
+def _activation(said: object) -> Activation:
+    if not isinstance(said, str) or said not in _ACTIVATIONS:
+        raise CheckpointError(
+            "config.json names an activation that is not known", seen=repr(said), allowed=", ".join(_ACTIVATIONS)
+        )
+    return _ACTIVATIONS[said]
+
+
+def _refuse_quantised(config: Mapping[str, Any]) -> None:
+    said = config.get("quantization_config")
+    if said:
+        method = said.get("quant_method") if isinstance(said, dict) else said
+        raise CheckpointError(
+            "the checkpoint is quantised (config.json has quantization_config)",
+            seen=f"quant_method = {method!r}",
+            allowed="weights in float32, float16 or bfloat16",
+            fix="start from the checkpoint that it was quantised from; kvexport compresses first and quantises after",
+        )
+
+
+def _sizes(settings: Mapping[str, Any], rotated: bool) -> _Sizes:
+    for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions"):
+        _whole(name, settings.get(name, 1))
     heads = settings["num_heads"]
     kv_heads = settings.get("num_kv_heads", heads)
     head_dim = settings.get("head_dim", settings["hidden_size"] // heads)
@@ -234,8 +293,10 @@ def _sizes(settings: Mapping[str, Any]) -> _Sizes:
         raise CheckpointError(
             "num_key_value_heads does not divide num_attention_heads", seen=f"{kv_heads} of {heads}", fix="correct config.json"
         )
-    if head_dim % 2 and "max_positions" in settings:
-        raise CheckpointError("head_dim must be even to be rotated", seen=head_dim)
+    if head_dim < 1 or (rotated and head_dim % 2):
+        raise CheckpointError(
+            "config.json gives an impossible head_dim", seen=head_dim, allowed="an even number" if rotated else "1 or more"
+        )
     return _Sizes(
         settings["vocab_size"], settings["hidden_size"], settings["num_layers"], heads, kv_heads, head_dim,
         settings.get("max_positions"),
@@ -246,19 +307,28 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
     """Rotary frequencies of a config, in its old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) form.
 
     Raises:
-        CheckpointError: a scaling other than default, linear or llama3, or a part of head_dim only.
+        CheckpointError: a scaling other than default, linear or llama3, one for each kind of layer, or a
+            part of head_dim only.
     """
     import torch
 
-    said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    theta = float(said.get("rope_theta", config.get("rope_theta") or 10000.0))
+    said = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
+        raise CheckpointError("config.json's rotary settings are not one table for all layers", seen=repr(said))
+    outside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}  # where old configs have them
+    said = {key: value for key, value in {**outside, **said}.items() if value is not None}
+    theta = _number("rope_theta", said.get("rope_theta", 10000.0))
     kind = said.get("rope_type", said.get("type", "default"))
-    if float(said.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)) != 1.0:
-        raise CheckpointError("config.json rotates only a part of each head", allowed="partial_rotary_factor = 1")
+    if _number("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError(
+            "config.json rotates only a part of each head",
+            seen=f"partial_rotary_factor = {said['partial_rotary_factor']}",
+            allowed="partial_rotary_factor = 1",
+        )
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     try:
         if kind == "linear":
-            inv_freq = inv_freq / float(said["factor"])
+            inv_freq = inv_freq / _number("factor", said["factor"])
         elif kind == "llama3":
             inv_freq = _llama3_frequencies(inv_freq, said)
         elif kind != "default":
@@ -273,21 +343,34 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
 
 
 def _llama3_frequencies(inv_freq: torch.Tensor, said: Mapping[str, Any]) -> torch.Tensor:
-    """Llama 3.1's scaling: slow pairs are slowed by `factor`, fast ones kept, those between interpolated."""
+    """Llama 3.1's scaling: slow pairs are slowed by `factor`, fast ones kept, those between interpolated.
+
+    The float32 operations and their order are those of transformers, so that the tables agree to the bit.
+    """
     import torch
 
-    low, high = float(said["low_freq_factor"]), float(said["high_freq_factor"])
-    turns = float(said["original_max_position_embeddings"]) * inv_freq / (2 * math.pi)  # within the trained context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
-    slowed = inv_freq / float(said["factor"])
-    return torch.lerp(slowed, inv_freq, smooth)
+    low, high = _number("low_freq_factor", said["low_freq_factor"]), _number("high_freq_factor", said["high_freq_factor"])
+    factor = _number("factor", said["factor"])
+    context = _whole("original_max_position_embeddings", said["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / inv_freq  # positions per turn
+    is_slow, is_fast = wavelength > context / low, wavelength < context / high
+    slowed = torch.where(is_slow, inv_freq / factor, inv_freq)
+    smooth = (context / wavelength - low) / (high - low)
+    between = (1 - smooth) * slowed / factor + smooth * slowed
+    return torch.where(is_slow | is_fast, slowed, between)
 
 
 def alibi_slopes(num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """ALiBi's slope of each head (arXiv 2108.12409, section 3): 2^(-8i/n), interleaved where n is no power of two."""
+    """ALiBi's slope of each head (arXiv 2108.12409, section 3): 2^(-8i/n), interleaved where n is no power of two.
+
+    Powers of a float32 base, as transformers takes them, so that the slopes agree to the bit.
+    """
     import torch
 
+    def powers(exponent: float, exponents: torch.Tensor) -> torch.Tensor:
+        return torch.pow(torch.tensor(2.0**exponent, dtype=torch.float32), exponents)
+
     power = 2 ** math.floor(math.log2(num_heads))
-    slopes = [2 ** (-8 * (i + 1) / power) for i in range(power)]
-    slopes += [2 ** (-4 * (2 * i + 1) / power) for i in range(num_heads - power)]
-    return torch.tensor(slopes, dtype=dtype)
+    slopes = powers(-8 / power, torch.arange(1, power + 1, dtype=torch.int32))
+    extra = powers(-4 / power, torch.arange(1, 2 * (num_heads - power), 2, dtype=torch.int32))
+    return torch.cat((slopes, extra)).to(dtype)
