@@ -1,0 +1,19 @@
+"""Calibration: which text runs through a layer, and the moments that are kept of it."""
+
+from kvexport.calibrate.moments import Moments, MomentsAccumulator
+from kvexport.calibrate.recipe import Recipe, recipe_for
+from kvexport.calibrate.sampling import steps as sampling_steps
+from kvexport.calibrate.statistics import Statistics, save_header, save_moments
+from kvexport.calibrate.tokens import calibration_windows
+
+__all__ = [
+    "Moments",
+    "MomentsAccumulator",
+    "Recipe",
+    "Statistics",
+    "calibration_windows",
+    "recipe_for",
+    "sampling_steps",
+    "save_header",
+    "save_moments",
+]

@@ -1,0 +1,121 @@
+"""Second moments of one attention layer, accumulated in float64 while text streams through it.
+
+Knows what conversion needs to know about a layer's data: how keys, queries and values vary, how alike heads
+attend, and how strongly each head's output answers to errors in its logits. Must not know what any method
+does with them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.decoder import Attention, Rope
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Means over calibration tokens, float64. h key heads, H query heads, d = head_dim; keys and queries are
+    those that meet in the dot product: normalised and rotated. Rotation turns all heads of a position alike,
+    so the moments between heads of one rotary pair before rotation are contained in these."""
+
+    tokens: Tensor  # [] int64: tokens seen
+    key_mean: Tensor  # [h·d]
+    key_second: Tensor  # [h·d, h·d], E[k kᵀ]
+    query_second: Tensor  # [H, d, d], E[q qᵀ]
+    value_mean: Tensor  # [h·d]
+    value_second: Tensor  # [h·d, h·d], E[v vᵀ]
+    overlap: Tensor  # [H, H], E_m Σ_n a_mn a'_mn: how alike two heads attend
+    key_gain: Tensor  # [H], E_m Σ_n a_mn² |W_O (v_n - o_m)|²: output error per unit of logit error
+    output_power: Tensor  # [], E|attention output|², after W_O, about its mean
+
+    @property
+    def key_covariance(self) -> Tensor:
+        return self.key_second - torch.outer(self.key_mean, self.key_mean)
+
+    @property
+    def value_covariance(self) -> Tensor:
+        return self.value_second - torch.outer(self.value_mean, self.value_mean)
+
+
+class MomentsAccumulator:
+    """Sums over batches; `finish` divides. Memory does not depend on how many batches were added."""
+
+    def __init__(self, attention: Attention) -> None:
+        self._attention = attention
+        keys, values = attention.k.weight.shape[0], attention.v.weight.shape[0]
+        heads, width, hidden = attention.num_heads, attention.head_dim, attention.o.weight.shape[0]
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(shape, dtype=torch.float64)
+
+        self._tokens = 0
+        self._key_mean, self._key_second = zeros(keys), zeros(keys, keys)
+        self._value_mean, self._value_second = zeros(values), zeros(values, values)
+        self._query_second, self._overlap, self._gain = zeros(heads, width, width), zeros(heads, heads), zeros(heads)
+        self._output_mean, self._output_power = zeros(hidden), zeros()
+        # The metric that W_O puts on one head's output, so that |W_O x|² = xᵀ M x: [H, d, d].
+        per_head = attention.o.weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, hidden, d]
+        self._metric = per_head.transpose(1, 2) @ per_head
+
+    def add(self, x: Tensor, rope: Rope | None) -> Tensor:
+        """Take in normed inputs [B, S, hidden] of whole windows; returns the attention output [B, S, hidden]."""
+        attention, (batch, length, _) = self._attention, x.shape
+        positions = torch.arange(length).expand(batch, length)
+        tables = reference.rotary_tables(rope, positions, x.dtype) if rope is not None else None
+        projected = reference.project(attention, x, tables)
+        query, key, value = projected.query_rotated, projected.key_rotated, projected.value
+        bias = reference.visibility(attention, positions, length, x.dtype)
+        probabilities = reference.weights(reference.scores(attention, query, key) + bias)  # [B, H, S, S]
+        output = reference.linear(attention.o, reference.mix(attention, probabilities, value))
+
+        self._tokens += batch * length
+        self._key_mean += _add_second(self._key_second, key)
+        self._value_mean += _add_second(self._value_second, value)
+        rows = query.double().transpose(0, 1).flatten(1, 2)  # [H, B·S, d]
+        self._query_second += rows.transpose(1, 2) @ rows
+        flat = probabilities.transpose(0, 1).flatten(1)  # [H, B·S·S]
+        self._overlap += (flat @ flat.T).double()
+        self._gain += self._logit_gain(probabilities, value)
+        self._output_mean += output.double().sum((0, 1))
+        self._output_power += output.double().square().sum()
+        return output
+
+    def _logit_gain(self, probabilities: Tensor, value: Tensor) -> Tensor:
+        """Σ_m Σ_n a_mn² |W_O (v_n - o_m)|² for each query head, [H] float64."""
+        spread = value.repeat_interleave(self._attention.queries_per_kv_head, dim=1)  # [B, H, S, d]
+        pooled = probabilities @ spread
+        metric = self._metric.to(value.dtype)
+        square_v = (spread @ metric * spread).sum(-1)  # [B, H, S]
+        square_o = (pooled @ metric * pooled).sum(-1)
+        cross = pooled @ metric @ spread.transpose(-1, -2)  # [B, H, S(m), S(n)]
+        distance = square_v[:, :, None, :] + square_o[..., None] - 2 * cross
+        return (probabilities.square() * distance).double().sum((0, 2, 3))
+
+    def finish(self) -> Moments:
+        count = max(self._tokens, 1)
+        mean = self._output_mean / count
+        return Moments(
+            tokens=torch.tensor(self._tokens),
+            key_mean=self._key_mean / count,
+            key_second=self._key_second / count,
+            query_second=self._query_second / count,
+            value_mean=self._value_mean / count,
+            value_second=self._value_second / count,
+            overlap=self._overlap / count,
+            key_gain=(self._gain / count).clamp_min(0),
+            output_power=self._output_power / count - mean.square().sum(),
+        )
+
+
+def _add_second(total: Tensor, x: Tensor) -> Tensor:
+    """Adds Σ x xᵀ of [B, h, S, d] to `total` [h·d, h·d] in place; returns Σ x [h·d]."""
+    rows = x.double().transpose(1, 2).flatten(2).flatten(0, 1)  # [B·S, h·d]
+    total.addmm_(rows.T, rows)
+    return rows.sum(0)
+
+
+MOMENT_NAMES = tuple(field.name for field in fields(Moments))

@@ -1,0 +1,59 @@
+"""Calibration recipes (`calibration/*.toml`): where the token windows come from, how many, how long.
+
+Knows the recipe's vocabulary; makes no tokens.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from kvexport.errors import UsageError
+from kvexport.resources import resource
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+BUILT_IN = ("self", "random")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """`samples` windows of `length` tokens from `source` ('self', 'random' or 'text', with `file`)."""
+
+    source: str
+    samples: int
+    length: int
+    seed: int
+    temperatures: tuple[float, ...] = ()  # 'self' only: the windows are shared out among them evenly
+    file: Path | None = None  # 'text' only
+
+    def to_json(self) -> dict[str, Any]:
+        """The recipe as plain JSON values; the file by its name alone."""
+        found = {key: value for key, value in asdict(self).items() if value not in (None, ())}
+        return found | ({"file": self.file.name} if self.file else {})
+
+
+def recipe_for(calibration: str, samples: int | None = None, length: int | None = None, seed: int | None = None) -> Recipe:
+    """The recipe that `--calibration` names, 'self', 'random' or a text file, with what the options override.
+
+    Raises:
+        UsageError: no such recipe or file, or an option out of range.
+    """
+    file = None if calibration in BUILT_IN else Path(calibration)
+    if file is not None and not file.is_file():
+        raise UsageError(
+            "the calibration text does not exist", seen=calibration, allowed="self, random, or a file of text or JSON lines"
+        )
+    raw = tomllib.loads(resource("calibration", f"{'text' if file else calibration}.toml").read_text(encoding="utf-8"))
+    raw["temperatures"] = tuple(raw.get("temperatures", ()))
+    overrides = {"samples": samples, "length": length, "seed": seed}
+    recipe = Recipe(**{**raw, **{key: value for key, value in overrides.items() if value is not None}}, file=file)
+    for name, value, least in (("samples", recipe.samples, 1), ("length", recipe.length, 2), ("seed", recipe.seed, 0)):
+        if value < least:
+            raise UsageError(f"--{name} is too small", seen=value, allowed=f"{least} or more")
+    return recipe

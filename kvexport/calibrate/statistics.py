@@ -1,0 +1,93 @@
+"""Saved calibration: the token windows and each layer's moments, in a directory that knows its checkpoint.
+
+Knows files and digests; must not know how moments are made or used.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvexport.calibrate.moments import MOMENT_NAMES, Moments
+from kvexport.calibrate.recipe import Recipe
+from kvexport.checkpoint import sha256_of
+from kvexport.errors import UsageError
+
+FORMAT = 1
+_HEADER, _TOKENS = "statistics.json", "tokens.safetensors"
+
+
+def save_header(directory: Path, checkpoint_sha256: str, recipe: Recipe, windows: Tensor) -> None:
+    """Begin a statistics directory with its token windows [N, length]."""
+    from safetensors.torch import save_file
+
+    save_file({"tokens": windows.to(torch.int32).contiguous()}, directory / _TOKENS)
+    header = {
+        "format": FORMAT,
+        "checkpoint": checkpoint_sha256,
+        "recipe": recipe.to_json(),
+        "tokens_sha256": sha256_of(directory / _TOKENS),
+    }
+    (directory / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+
+
+def save_moments(directory: Path, index: int, moments: Moments) -> None:
+    """Add the moments of one layer."""
+    from safetensors.torch import save_file
+
+    save_file({name: getattr(moments, name).contiguous() for name in MOMENT_NAMES}, directory / _layer_file(index))
+
+
+class Statistics:
+    """A statistics directory, for one checkpoint only.
+
+    Attributes:
+        windows: token windows [N, length] int64.
+        header: the parsed statistics.json.
+
+    Raises (on construction):
+        UsageError: not statistics, of another format, damaged, or taken from another checkpoint.
+    """
+
+    def __init__(self, directory: Path, checkpoint_sha256: str) -> None:
+        self._directory = directory
+        remedy = f"make them: kvexport calibrate CHECKPOINT -o {directory}"
+        try:
+            self.header: dict[str, Any] = json.loads((directory / _HEADER).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise UsageError(f"{directory} holds no calibration statistics: {error}", fix=remedy) from error
+        if self.header.get("format") != FORMAT:
+            raise UsageError(
+                "the statistics are of a format that this version does not read", seen=self.header.get("format"), allowed=FORMAT,
+                fix=remedy,
+            )  # fmt: skip
+        if self.header.get("checkpoint") != checkpoint_sha256:
+            raise UsageError(
+                "the statistics belong to another checkpoint", seen=f"sha256 {self.header.get('checkpoint')}",
+                allowed=f"sha256 {checkpoint_sha256}", fix=remedy,
+            )  # fmt: skip
+        self.windows = self._read(_TOKENS)["tokens"].long()
+
+    def moments(self, index: int) -> Moments:
+        """The moments of one layer."""
+        found = self._read(_layer_file(index))
+        if set(found) != set(MOMENT_NAMES):
+            raise UsageError(f"{self._directory / _layer_file(index)} lacks moments", seen=", ".join(sorted(found)))
+        return Moments(**found)
+
+    def _read(self, name: str) -> dict[str, Tensor]:
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self._directory / name)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"the statistics file {self._directory / name} cannot be read: {error}") from error
+
+
+def _layer_file(index: int) -> str:
+    return f"layer-{index:05d}.safetensors"

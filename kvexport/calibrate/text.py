@@ -1,0 +1,80 @@
+"""Text to windows of token ids; knows tokenizers and file formats, nothing of models."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from kvexport.errors import UsageError
+
+_JSON_LINES = (".jsonl", ".ndjson", ".json")
+
+
+def read_text(path: Path) -> str:
+    """A text file, or the `text` fields of a JSON lines file (by its suffix), joined by blank lines.
+
+    Raises:
+        UsageError: unreadable, not UTF-8, or a line without a `text` field.
+    """
+    try:
+        raw = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(
+            f"the text {path} cannot be read: {error}", allowed="UTF-8 text, or JSON lines with a `text` field"
+        ) from error
+    if path.suffix not in _JSON_LINES:
+        return raw
+    texts = []
+    for number, line in enumerate(raw.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            texts.append(str(json.loads(line)["text"]))
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UsageError(
+                f"{path}, line {number}, is no JSON object with a `text` field", seen=line[:80],
+                fix="write one JSON object a line, or rename a plain text to .txt",
+            ) from error  # fmt: skip
+    return "\n\n".join(texts)
+
+
+def tokenize(checkpoint: Path, text: str) -> list[int]:
+    """Token ids of `text` under the checkpoint's tokenizer.json, without special tokens.
+
+    Raises:
+        UsageError: the checkpoint has no tokenizer.json.
+    """
+    from tokenizers import Tokenizer
+
+    path = checkpoint / "tokenizer.json"
+    if not path.exists():
+        raise UsageError(
+            f"{checkpoint} has no tokenizer.json, so a text cannot be turned into its tokens",
+            fix="add the model's tokenizer.json, or use --calibration self or random",
+        )
+    return list(Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids)
+
+
+def all_windows(ids: list[int], length: int, what: str) -> Tensor:
+    """Consecutive windows [N, length] of int64 token ids; the rest that fills none is dropped.
+
+    Raises:
+        UsageError: not even one window; `what` names the text.
+    """
+    count = len(ids) // length
+    if not count:
+        raise UsageError(
+            f"{what} is shorter than one window", seen=f"{len(ids)} tokens", allowed=f"{length} tokens or more",
+            fix="use a longer text, or a smaller --length",
+        )  # fmt: skip
+    return torch.tensor(ids[: count * length]).view(count, length)
+
+
+def spread_windows(ids: list[int], samples: int, length: int, seed: int, what: str) -> Tensor:
+    """At most `samples` of the consecutive windows, drawn evenly at random, in random order: [N, length] int64."""
+    windows = all_windows(ids, length, what)
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
+    return windows[order[:samples]]

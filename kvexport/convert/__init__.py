@@ -1,0 +1,7 @@
+"""Conversion: a trained decoder's layers, with fewer KV heads, and what that is predicted and measured to cost."""
+
+from kvexport.convert.groups import kv_heads_for
+from kvexport.convert.methods import AUTO, METHOD_NAMES
+from kvexport.convert.pipeline import ConvertedLayer, LayerReport, convert, measure
+
+__all__ = ["AUTO", "METHOD_NAMES", "ConvertedLayer", "LayerReport", "convert", "kv_heads_for", "measure"]

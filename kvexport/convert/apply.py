@@ -1,0 +1,74 @@
+"""Codes put into a layer: folded into its weights where that is exact, as maps after rotation where it is not.
+
+Knows the shapes of the neutral attention; must not know how a code was found.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvexport.convert.codes import Code
+from kvexport.convert.groups import Grouping
+from kvexport.decoder import Attention, Linear
+
+
+@dataclass(frozen=True)
+class LayerCode:
+    """The codes of all groups of one layer, and the name of the method that made them."""
+
+    method: str
+    keys: tuple[Code, ...]
+    values: tuple[Code, ...]
+    folds: bool  # the key codes go into W_Q and W_K
+    centred: bool  # the mean value is kept exactly, through the output bias
+
+
+def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> Attention:
+    """The layer with `grouping.kv_heads` cached heads; `value_mean` [h·head_dim] is used where the code is centred."""
+    v, o = _values(attention, grouping, code, value_mean)
+    converted = replace(attention, num_kv_heads=grouping.kv_heads, v=v, o=o)
+    if not code.folds:
+        dtype = attention.k.weight.dtype
+        key_map = torch.stack([each.encode for each in code.keys])  # [G, t·d, r]
+        return replace(converted, key_map=key_map.to(dtype), query_map=_query_decoders(grouping, code).to(dtype))
+    decoders = _query_decoders(grouping, code)  # [H, d, r]
+    q = _encode(attention.q, list(decoders))
+    return replace(converted, q=q, k=_encode(attention.k, [each.encode for each in code.keys]), head_dim=decoders.shape[2])
+
+
+def _query_decoders(grouping: Grouping, code: LayerCode) -> Tensor:
+    """U_h of each query head's own member of its group, [H, head_dim, r]."""
+    return torch.stack(
+        [each.decode[grouping.member(head)] for g, each in enumerate(code.keys) for head in grouping.query_heads(g)]
+    )
+
+
+def _values(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> tuple[Linear, Linear]:
+    """W_V encoded, W_O with the decoders folded in: o = Σ_h W_O^h U_h c, and a bias for what the means lose."""
+    v = _encode(attention.v, [each.encode for each in code.values])
+    width = grouping.head_dim
+    weight = attention.o.weight.double().unflatten(1, (-1, width))  # [hidden, H, d]
+    columns, lost = [], torch.zeros(weight.shape[0], dtype=torch.float64)
+    for g, each in enumerate(code.values):
+        missed = each.residual @ value_mean[grouping.rows(g)]  # [t·d]
+        for head in grouping.query_heads(g):
+            columns.append(weight[:, head] @ each.decode[grouping.member(head)])
+            lost += weight[:, head] @ missed[grouping.member(head)]
+    bias = attention.o.bias
+    if code.centred:
+        bias = (lost if bias is None else bias.double() + lost).to(attention.o.weight.dtype)
+    return v, Linear(torch.cat(columns, dim=1).to(attention.o.weight.dtype), bias)
+
+
+def _encode(linear: Linear, encoders: list[Tensor]) -> Linear:
+    """Eᵀ W and Eᵀ b for consecutive blocks of rows, one encoder [rows, r] each."""
+    weight = linear.weight.double().unflatten(0, (len(encoders), -1))
+    rows = torch.cat([encoder.T @ block for encoder, block in zip(encoders, weight, strict=True)])
+    bias = None
+    if linear.bias is not None:
+        parts = linear.bias.double().unflatten(0, (len(encoders), -1))
+        bias = torch.cat([encoder.T @ part for encoder, part in zip(encoders, parts, strict=True)]).to(linear.bias.dtype)
+    return Linear(rows.to(linear.weight.dtype), bias)

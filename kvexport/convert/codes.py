@@ -1,0 +1,65 @@
+"""Linear codes for a group of heads: the one template that every method fills in.
+
+A code keeps r numbers c = Eᵀ z of a stacked vector z in Rⁿ and returns ẑ = U c. Knows linear algebra in
+float64; nothing of keys, values or layers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+_DAMPING = 1e-6  # of the mean diagonal, added to covariances and sensitivities
+
+
+@dataclass(frozen=True)
+class Code:
+    """Encoder E and decoder U, each [n, r] float64."""
+
+    encode: Tensor
+    decode: Tensor
+
+    @property
+    def residual(self) -> Tensor:
+        """P = I - U Eᵀ [n, n], so that z - ẑ = P z."""
+        return torch.eye(self.encode.shape[0], dtype=torch.float64) - self.decode @ self.encode.T
+
+
+def optimal_code(sensitivity: Tensor, covariance: Tensor, rank: int) -> Code:
+    """The code of rank r that minimises tr(S · Cov(z - ẑ)), in an orthonormal gauge.
+
+    With B = S^½ and the eigenvectors P_r of B C B to its r largest eigenvalues, E = B P_r and U = B⁻¹ P_r
+    (Eckart-Young on B C^½). E and U are unique up to an invertible r x r; E is made orthonormal, so that the
+    cached numbers are scaled alike.
+    """
+    values, vectors = torch.linalg.eigh(damped(sensitivity))
+    root = values.clamp_min(values.max() * 1e-12).sqrt()
+    b, b_inverse = vectors * root @ vectors.T, vectors / root @ vectors.T
+    leading = leading_eigenvectors(b @ damped(covariance) @ b, rank)
+    return orthonormal(Code(b @ leading, b_inverse @ leading))
+
+
+def orthonormal(code: Code) -> Code:
+    """The same ẑ from an encoder with orthonormal columns."""
+    q, r = torch.linalg.qr(code.encode)
+    return Code(q, code.decode @ r.T)
+
+
+def subspace_code(second_moment: Tensor, rank: int) -> Code:
+    """Plain SVD: E = U = the r leading eigenvectors of a second moment (arXiv 2406.07056, eqs. 7-10)."""
+    leading = leading_eigenvectors(second_moment, rank)
+    return Code(leading, leading)
+
+
+def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
+    """Eigenvectors [n, r] of a symmetric or Hermitian matrix to its r largest eigenvalues."""
+    return torch.linalg.eigh(symmetric).eigenvectors[:, -rank:].flip(-1)
+
+
+def damped(matrix: Tensor) -> Tensor:
+    """The matrix with a millionth of its mean diagonal added, so that it has full rank."""
+    size = matrix.shape[0]
+    scale = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
+    return matrix + _DAMPING * scale * torch.eye(size, dtype=matrix.dtype)

@@ -1,0 +1,66 @@
+"""Which KV heads share one after conversion: adjacent ones, in groups of one size.
+
+Knows counts of heads and the slices they mean; nothing of weights.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from kvexport.errors import UsageError
+
+
+@dataclass(frozen=True)
+class Grouping:
+    """`kv_heads` cached heads, each standing for `size` adjacent ones of the trained model.
+
+    Attributes:
+        queries: query heads that share one KV head of the trained model.
+        head_dim: width of a trained KV head, and of the one that replaces a group.
+    """
+
+    kv_heads: int
+    size: int
+    queries: int
+    head_dim: int
+
+    def rows(self, group: int) -> slice:
+        """The group's rows among the trained model's stacked keys or values [h·head_dim]."""
+        width = self.size * self.head_dim
+        return slice(group * width, (group + 1) * width)
+
+    def query_heads(self, group: int) -> range:
+        """The query heads that attend to the group."""
+        count = self.size * self.queries
+        return range(group * count, (group + 1) * count)
+
+    def member(self, query_head: int) -> slice:
+        """The rows of a query head's own KV head within its group's stack [size·head_dim]."""
+        inside = query_head // self.queries % self.size
+        return slice(inside * self.head_dim, (inside + 1) * self.head_dim)
+
+
+def kv_heads_for(trained: int, kv_heads: int | None, kv_ratio: float | None) -> int:
+    """How many KV heads to keep of `trained`, from `--kv-heads` or `--kv-ratio` (neither: half).
+
+    Raises:
+        UsageError: both are given, or the count does not divide the trained one; lists those that do.
+    """
+    if kv_heads is not None and kv_ratio is not None:
+        raise UsageError("--kv-heads and --kv-ratio say the same thing twice", fix="give one of them")
+    possible = [count for count in range(1, trained + 1) if trained % count == 0]
+    if kv_heads is None:
+        wanted = trained * (0.5 if kv_ratio is None else kv_ratio)
+        nearest = min(possible, key=lambda count: abs(count - wanted))
+        kv_heads = nearest if abs(nearest - wanted) < 0.01 * max(wanted, 1e-9) else None
+        if kv_heads is None:
+            raise UsageError(
+                f"no number of KV heads is {kv_ratio or 0.5:g} of the model's {trained}", seen=f"{wanted:g} heads",
+                allowed="--kv-ratio " + ", ".join(f"{count / trained:.4g}" for count in possible), fix="choose a ratio from the list",
+            )  # fmt: skip
+    if kv_heads not in possible:
+        raise UsageError(
+            "--kv-heads must divide the model's KV heads, so that all groups are of one size", seen=f"{kv_heads} of {trained}",
+            allowed=", ".join(map(str, possible)), fix="choose a number from the list",
+        )  # fmt: skip
+    return kv_heads

@@ -1,0 +1,230 @@
+"""The one flow of conversion: layer by layer, measure, code, apply, refit, pass on.
+
+Two residual streams run side by side over the calibration windows: the trained model's, which moments are taken
+from, and the converted model's, which shows each layer what the layers before it have lost. Knows the order of
+things; the mathematics is elsewhere. One layer is in memory at a time, and the two streams.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.calibrate import Moments, MomentsAccumulator
+from kvexport.convert.apply import LayerCode, apply_code
+from kvexport.convert.groups import Grouping
+from kvexport.convert.methods import Method, candidates, folds, least_loss
+from kvexport.convert.predict import predicted_error
+from kvexport.convert.refit import LeastSquares, refit
+from kvexport.decoder import Attention, Decoder, Layer, Rope
+from kvexport.errors import KvexportError
+
+_SCORES = 1 << 22  # numbers of attention scores in one batch
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What became of one layer. Errors are relative root mean squares over held-out calibration tokens."""
+
+    method: str
+    num_attention_heads: int
+    original_num_key_value_heads: int
+    original_head_dim: int
+    num_key_value_heads: int
+    key_head_dim: int
+    value_head_dim: int
+    predicted_error: float  # of the attention output, from moments alone
+    measured_error: float  # the same, measured: trained inputs, before the refit
+    residual_error: float  # of the residual stream after this layer, all layers before it converted too
+    parameters: int
+    original_parameters: int
+
+
+@dataclass(frozen=True)
+class ConvertedLayer:
+    index: int
+    layer: Layer
+    report: LayerReport
+
+
+@torch.no_grad()
+def convert(
+    decoder: Decoder,
+    windows: Tensor,
+    kv_heads: int,
+    method: str,
+    moments_of: Callable[[int], Moments] | None = None,
+    keep_moments: Callable[[int, Moments], None] | None = None,
+) -> Iterator[ConvertedLayer]:
+    """Convert the decoder's layers one after another, each yielded as soon as it is done.
+
+    Args:
+        decoder: the trained model.
+        windows: calibration tokens [N, length] int64; the last eighth is held out from moments and fits.
+        kv_heads: KV heads to keep; must divide the trained number. If it is that number, nothing is converted.
+        method: a name of `METHOD_NAMES`.
+        moments_of: where saved moments come from (else they are measured).
+        keep_moments: called with each layer's moments.
+    """
+    streams = _Streams(decoder, windows)
+    for index, layer in enumerate(decoder.layers):
+        layer_moments = streams.measure(layer, None if moments_of is None else moments_of(index))
+        if keep_moments is not None:
+            keep_moments(index, layer_moments)
+        converted, report = _convert_layer(layer, streams, layer_moments, kv_heads, method)
+        _require_finite(index, converted)
+        residual_error = streams.advance(layer, converted)
+        yield ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
+        del layer, converted
+
+
+@torch.no_grad()
+def measure(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
+    """The moments of each layer of the trained model, without converting any (`kvexport calibrate`)."""
+    streams = _Streams(decoder, windows)
+    for layer in decoder.layers:
+        yield streams.measure(layer, None)
+        streams.advance(layer, layer)
+
+
+def _convert_layer(layer: Layer, streams: _Streams, moments: Moments, kv_heads: int, method: str) -> tuple[Layer, LayerReport]:
+    attention = layer.attention
+    kept = LayerReport(
+        method="none",
+        num_attention_heads=attention.num_heads,
+        original_num_key_value_heads=attention.num_kv_heads,
+        original_head_dim=attention.head_dim,
+        num_key_value_heads=attention.num_kv_heads,
+        key_head_dim=attention.head_dim,
+        value_head_dim=attention.value_dim,
+        predicted_error=0.0,
+        measured_error=0.0,
+        residual_error=0.0,
+        parameters=_parameters(attention),
+        original_parameters=_parameters(attention),
+    )
+    if kv_heads == attention.num_kv_heads:
+        return layer, kept
+    grouping = Grouping(kv_heads, attention.num_kv_heads // kv_heads, attention.queries_per_kv_head, attention.head_dim)
+    coded = [_code(each, moments, attention, grouping) for each in candidates(method, attention)]
+    predictions = [predicted_error(moments, attention, grouping, code) for _, code in coded]
+    best = least_loss(predictions)
+    chosen, code = coded[best]
+    converted = apply_code(attention, grouping, code, moments.value_mean)
+    measured = streams.attention_error(layer, converted)
+    if chosen.refit:
+        converted = streams.refit(layer, converted)
+    return replace(layer, attention=converted), replace(
+        kept,
+        method=chosen.name,
+        num_key_value_heads=converted.num_kv_heads,
+        key_head_dim=converted.key_dim,
+        value_head_dim=converted.value_dim,
+        predicted_error=predictions[best],
+        measured_error=measured,
+        parameters=_parameters(converted),
+    )
+
+
+def _code(method: Method, moments: Moments, attention: Attention, grouping: Grouping) -> tuple[Method, LayerCode]:
+    groups = range(grouping.kv_heads)
+    return method, LayerCode(
+        method.name,
+        keys=tuple(method.key(moments, attention, grouping, group) for group in groups),
+        values=tuple(method.value(moments, attention, grouping, group) for group in groups),
+        folds=folds(method, attention),
+        centred=method.centred,
+    )
+
+
+def _parameters(attention: Attention) -> int:
+    maps = (attention.key_map, attention.query_map, attention.value_map)
+    linears = (attention.q, attention.k, attention.v, attention.o)
+    weights = [each.weight for each in linears] + [each.bias for each in linears if each.bias is not None]
+    return sum(tensor.numel() for tensor in [*weights, *(each for each in maps if each is not None)])
+
+
+def _require_finite(index: int, layer: Layer) -> None:
+    attention = layer.attention
+    if not all(bool(each.weight.isfinite().all()) for each in (attention.q, attention.k, attention.v, attention.o)):
+        raise KvexportError(
+            f"converting layer {index} gave weights that are not finite",
+            fix="calibrate on other text (--calibration FILE), or with more samples; if it persists, report it",
+        )
+
+
+class _Streams:
+    """The trained and the converted residual stream over all windows, [N, S, hidden] each."""
+
+    def __init__(self, decoder: Decoder, windows: Tensor) -> None:
+        self._rope: Rope | None = decoder.rope
+        self._trained = reference.embed(decoder.embedding, windows)
+        self._converted = self._trained.clone()
+        count, length = windows.shape
+        self._fitted = count - max(1, count // 8) if count > 1 else count  # windows before this one make moments and fits
+        self._positions = torch.arange(length)
+        self._attended = torch.empty_like(self._trained)  # the trained attention's output, this layer
+
+    def _batches(self, heads: int, start: int = 0, stop: int | None = None) -> Iterator[slice]:
+        count, length = self._trained.shape[:2]
+        size = max(1, _SCORES // (heads * length * length))
+        stop = count if stop is None else stop
+        return (slice(at, min(at + size, stop)) for at in range(start, stop, size))
+
+    def _held_out(self) -> int:
+        return self._fitted if self._fitted < len(self._trained) else 0
+
+    def measure(self, layer: Layer, saved: Moments | None) -> Moments:
+        """The layer's moments on the trained stream (or those saved), keeping its attention outputs."""
+        accumulator = MomentsAccumulator(layer.attention)
+        heads = layer.attention.num_heads
+        if saved is None:
+            for batch in self._batches(heads, 0, self._fitted):
+                x = reference.norm(layer.attention_norm, self._trained[batch])
+                self._attended[batch] = accumulator.add(x, self._rope)
+        for batch in self._batches(heads, 0 if saved is not None else self._fitted):
+            self._attended[batch] = self._attend(layer, layer.attention, self._trained[batch])
+        return accumulator.finish() if saved is None else saved
+
+    def _heads(self, layer: Layer, attention: Attention, x: Tensor) -> Tensor:
+        positions = self._positions.expand(len(x), -1)
+        return reference.head_outputs(attention, reference.norm(layer.attention_norm, x), positions, self._rope)[0]
+
+    def _attend(self, layer: Layer, attention: Attention, x: Tensor) -> Tensor:
+        return reference.linear(attention.o, self._heads(layer, attention, x))
+
+    def attention_error(self, layer: Layer, converted: Attention) -> float:
+        """Relative error of the converted attention's output on held-out trained inputs, about the mean output."""
+        error = torch.zeros((), dtype=torch.float64)
+        for batch in self._batches(converted.num_heads, self._held_out()):
+            difference = self._attend(layer, converted, self._trained[batch]) - self._attended[batch]
+            error += difference.double().square().sum()
+        wanted = self._attended[self._held_out() :].double()
+        power = (wanted - wanted.mean((0, 1))).square().sum()
+        return float((error / power.clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+    def refit(self, layer: Layer, converted: Attention) -> Attention:
+        """W_O fitted so that the converted stream after attention comes close to the trained one."""
+        into, out = converted.o.weight.shape[1], converted.o.weight.shape[0]
+        seen, held_out = LeastSquares(into, out), LeastSquares(into, out)
+        for sums, start, stop in ((seen, 0, self._fitted), (held_out, self._held_out(), None)):
+            for batch in self._batches(converted.num_heads, start, stop):
+                wanted = self._trained[batch] + self._attended[batch] - self._converted[batch]
+                sums.add(self._heads(layer, converted, self._converted[batch]), wanted)
+        return replace(converted, o=refit(converted.o, seen, held_out))
+
+    def advance(self, layer: Layer, converted: Layer) -> float:
+        """Both streams through the layer; returns the relative error of the converted one on held-out windows."""
+        for batch in self._batches(layer.attention.num_heads):
+            self._trained[batch] += self._attended[batch]
+            self._trained[batch] += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, self._trained[batch]))
+            x = self._converted[batch]
+            x += self._attend(converted, converted.attention, x)
+            x += reference.mlp(converted.mlp, reference.norm(converted.mlp_norm, x))
+        wanted = self._trained[self._held_out() :].double()
+        error = (self._converted[self._held_out() :] - wanted).square().sum()
+        return float((error / wanted.square().sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
