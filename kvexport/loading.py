@@ -372,5 +372,5 @@ def alibi_slopes(num_heads: int, dtype: torch.dtype) -> torch.Tensor:
 
     power = 2 ** math.floor(math.log2(num_heads))
     slopes = powers(-8 / power, torch.arange(1, power + 1, dtype=torch.int32))
-    extra = powers(-4 / power, torch.arange(1, 2 * (num_heads - power), 2, dtype=torch.int32))
+    extra = powers(-4 / power, 1 + 2 * torch.arange(num_heads - power, dtype=torch.int32))
     return torch.cat((slopes, extra)).to(dtype)

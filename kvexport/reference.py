@@ -111,7 +111,8 @@ def visibility(attention: Attention, positions: Tensor, slots: int, dtype: torch
         hidden |= distance >= attention.window
     bias = torch.zeros((), dtype=dtype)
     if attention.alibi_slopes is not None:
-        bias = -attention.alibi_slopes[:, None, None].to(dtype) * distance.to(dtype)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32  # distances are not exact in less
+        bias = (-attention.alibi_slopes[:, None, None].to(wide) * distance).to(dtype)
     return torch.where(hidden, torch.tensor(-torch.inf, dtype=dtype), bias)
 
 

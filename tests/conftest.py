@@ -1,0 +1,100 @@
+"""Shared fixtures: tiny random checkpoints of every family, as transformers itself writes them."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+_SIZES: dict[str, Any] = {
+    "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_BLOOM_SIZES: dict[str, Any] = {
+    "vocab_size": 67, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
+_DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": _SIZES,
+    "mistral": {**_SIZES, "sliding_window": None},
+    "bloom": _BLOOM_SIZES,
+    "qwen2": _SIZES,
+    "qwen3": {**_SIZES, "head_dim": 8},
+}
+
+TinyCheckpoint = Callable[..., Path]
+EditCheckpoint = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+    """`tiny_checkpoint(family, *, dtype="float32", seed=0, max_shard_size="1GB", **config) -> Path`.
+
+    A checkpoint written by transformers' own save_pretrained, every weight random: norm weights about one, biases
+    about zero, nothing at its initial value. Equal arguments give the same folder for the whole session:
+    never write into it (`edit_checkpoint` makes a copy). By default two layers, four heads, two KV heads
+    (BLOOM: four), head_dim 8, 67 tokens.
+    """
+    made: dict[str, Path] = {}
+
+    def make(family: str, *, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB", **config: Any) -> Path:
+        key = json.dumps([family, dtype, seed, max_shard_size, config], sort_keys=True)
+        if key not in made:
+            folder = tmp_path_factory.mktemp(family)
+            _write(folder, family, dtype, seed, max_shard_size, {**_DEFAULTS[family], **config})
+            made[key] = folder
+        return made[key]
+
+    return make
+
+
+def _write(folder: Path, family: str, dtype: str, seed: int, max_shard_size: str, config: Mapping[str, Any]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            noise = torch.randn(parameter.shape, generator=generator)
+            if parameter.dim() == 2:
+                is_embedding = "embed" in name
+                parameter.copy_(noise if is_embedding else noise * 1.5 / parameter.shape[1] ** 0.5)
+            else:
+                parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
+    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+@pytest.fixture
+def edit_checkpoint(tmp_path: Path) -> EditCheckpoint:
+    """`edit_checkpoint(source, config=None, tensors=None, without=()) -> Path`: a changed copy of a checkpoint.
+
+    `config` is merged into config.json, the keys in `without` are removed from it; `tensors` gets the dict
+    of all tensors (of a checkpoint in one file) and changes it in place.
+    """
+    count = 0
+
+    def edit(
+        source: Path,
+        config: Mapping[str, Any] | None = None,
+        tensors: Callable[[dict[str, Any]], object] | None = None,
+        without: tuple[str, ...] = (),
+    ) -> Path:
+        nonlocal count
+        count += 1
+        folder = tmp_path / f"edited-{count}"
+        shutil.copytree(source, folder)
+        merged = {**json.loads((folder / "config.json").read_text()), **(config or {})}
+        (folder / "config.json").write_text(json.dumps({k: v for k, v in merged.items() if k not in without}))
+        if tensors is not None:
+            from safetensors.torch import load_file, save_file
+
+            held = load_file(folder / "model.safetensors")
+            tensors(held)
+            save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+        return folder
+
+    return edit
