@@ -56,7 +56,8 @@ def kv_heads_for(trained: int, kv_heads: int | None, kv_ratio: float | None) -> 
         if kv_heads is None:
             raise UsageError(
                 f"no number of KV heads is {kv_ratio or 0.5:g} of the model's {trained}", seen=f"{wanted:g} heads",
-                allowed="--kv-ratio " + ", ".join(f"{count / trained:.4g}" for count in possible), fix="choose a ratio from the list",
+                allowed="--kv-ratio " + ", ".join(f"{count / trained:.4g}" for count in possible),
+                fix="choose a ratio from the list",
             )  # fmt: skip
     if kv_heads not in possible:
         raise UsageError(

@@ -21,6 +21,7 @@ from kvexport.convert.methods import Method, candidates, folds, least_loss
 from kvexport.convert.predict import predicted_error
 from kvexport.convert.refit import LeastSquares, refit
 from kvexport.decoder import Attention, Decoder, Layer, Rope
+from kvexport.divergence import Divergence, DivergenceMeter
 from kvexport.errors import KvexportError
 
 _SCORES = 1 << 22  # numbers of attention scores in one batch
@@ -51,15 +52,54 @@ class ConvertedLayer:
     report: LayerReport
 
 
-@torch.no_grad()
+class Conversion:
+    """An iterator over converted layers, each made when asked for; afterwards, what all of it cost."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Tensor,
+        kv_heads: int,
+        method: str,
+        moments_of: Callable[[int], Moments] | None = None,
+    ) -> None:
+        self._decoder, self._windows, self._kv_heads, self._method = decoder, windows, kv_heads, method
+        self._moments_of = moments_of
+        self._streams = _Streams(decoder, windows)
+        self._layers = self._run()
+
+    def __iter__(self) -> Iterator[ConvertedLayer]:
+        return self._layers
+
+    def __next__(self) -> ConvertedLayer:
+        return next(self._layers)
+
+    @torch.no_grad()
+    def _run(self) -> Iterator[ConvertedLayer]:
+        for index, layer in enumerate(self._decoder.layers):
+            moments = self._streams.measure(layer, None if self._moments_of is None else self._moments_of(index))
+            converted, report = _convert_layer(layer, self._streams, moments, self._kv_heads, self._method)
+            _require_finite(index, converted)
+            residual_error = self._streams.advance(layer, converted)
+            yield ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
+            del layer, converted
+
+    @torch.no_grad()
+    def divergence(self) -> Divergence:
+        """How far the converted model is from the trained one on the held-out windows; all layers must be done."""
+        meter = DivergenceMeter()
+        for trained, converted, windows in self._streams.held_out_pairs(self._windows):
+            meter.add(reference.logits(self._decoder, trained), reference.logits(self._decoder, converted), windows)
+        return meter.finish()
+
+
 def convert(
     decoder: Decoder,
     windows: Tensor,
     kv_heads: int,
     method: str,
     moments_of: Callable[[int], Moments] | None = None,
-    keep_moments: Callable[[int, Moments], None] | None = None,
-) -> Iterator[ConvertedLayer]:
+) -> Conversion:
     """Convert the decoder's layers one after another, each yielded as soon as it is done.
 
     Args:
@@ -68,18 +108,8 @@ def convert(
         kv_heads: KV heads to keep; must divide the trained number. If it is that number, nothing is converted.
         method: a name of `METHOD_NAMES`.
         moments_of: where saved moments come from (else they are measured).
-        keep_moments: called with each layer's moments.
     """
-    streams = _Streams(decoder, windows)
-    for index, layer in enumerate(decoder.layers):
-        layer_moments = streams.measure(layer, None if moments_of is None else moments_of(index))
-        if keep_moments is not None:
-            keep_moments(index, layer_moments)
-        converted, report = _convert_layer(layer, streams, layer_moments, kv_heads, method)
-        _require_finite(index, converted)
-        residual_error = streams.advance(layer, converted)
-        yield ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
-        del layer, converted
+    return Conversion(decoder, windows, kv_heads, method, moments_of)
 
 
 @torch.no_grad()
@@ -228,3 +258,9 @@ class _Streams:
         wanted = self._trained[self._held_out() :].double()
         error = (self._converted[self._held_out() :] - wanted).square().sum()
         return float((error / wanted.square().sum().clamp_min(torch.finfo(torch.float64).tiny)).sqrt())
+
+    def held_out_pairs(self, windows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Trained stream, converted stream [1, S, hidden] and token ids [1, S], one held-out window after another."""
+        for at in range(self._held_out(), len(windows)):
+            one = slice(at, at + 1)
+            yield self._trained[one], self._converted[one], windows[one]
