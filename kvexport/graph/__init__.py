@@ -1,0 +1,41 @@
+"""The graph station: a neutral decoder becomes one standard ONNX graph (opset 24, default domain only).
+
+The front door: writing (`DecoderWriter`), the contract that a caller needs (`GraphContract`), a textual
+rendering (`render`), and in-memory copies for validation (`tapped`, `as_float32`). Knows no torch and no
+Hugging Face; onnx packages are imported when a name that needs them is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvexport.graph.contract import (
+    DATA_FILE,
+    GRAPH_FILE,
+    GraphContract,
+    TensorSpec,
+    attention_tap,
+    past,
+    present,
+    residual_tap,
+)
+
+if TYPE_CHECKING:
+    from kvexport.graph.tap import GraphCopy, as_float32, tapped
+    from kvexport.graph.text import render
+    from kvexport.graph.writer import DecoderWriter
+
+__all__ = [
+    "DATA_FILE", "GRAPH_FILE", "DecoderWriter", "GraphContract", "GraphCopy", "TensorSpec", "as_float32",
+    "attention_tap", "past", "present", "render", "residual_tap", "tapped",
+]  # fmt: skip
+
+_LAZY = {"DecoderWriter": "writer", "GraphCopy": "tap", "as_float32": "tap", "tapped": "tap", "render": "text"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(f"kvexport.graph.{_LAZY[name]}"), name)
+    raise AttributeError(f"module 'kvexport.graph' has no attribute {name!r}")

@@ -1,0 +1,111 @@
+"""The graph contract as data: which tensors an exported decoder takes and gives, under which names.
+
+Knows names, dtypes and shapes, and needs nothing but the standard library, so that a runtime can read a
+bundle's contract without any graph package; must not know how the graph computes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+VARIANT = "std24"
+OPSET = 24
+GRAPH_FILE = "decoder.onnx"
+DATA_FILE = "decoder.onnx.data"
+
+BATCH, SEQUENCE, LOGITS, CAPACITY = "batch", "sequence", "logits", "capacity"
+
+Shape = tuple[int | str, ...]  # a name stands for a size that the caller chooses
+
+
+def past(layer: int, which: str) -> str:
+    """Name of the input that holds a layer's cache; `which` is "key" or "value"."""
+    return f"past_key_values.{layer}.{which}"
+
+
+def present(layer: int, which: str) -> str:
+    """Name of the output that is the same buffer after this call's tokens were written."""
+    return f"present.{layer}.{which}"
+
+
+def attention_tap(layer: int) -> str:
+    """Name of the value [batch, sequence, hidden] that a layer's attention adds to the residual stream."""
+    return f"layers.{layer}.attention"
+
+
+def residual_tap(layer: int) -> str:
+    """Name of the residual stream [batch, sequence, hidden] after a layer."""
+    return f"layers.{layer}.residual"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """An input or output of the graph; `dtype` is numpy's name for it (or "bfloat16")."""
+
+    name: str
+    dtype: str
+    shape: Shape
+
+
+@dataclass(frozen=True)
+class GraphContract:
+    """What a caller of decoder.onnx must know; `capacity` is the most tokens that a sequence may ever hold."""
+
+    variant: str
+    opset: int
+    dtype: str  # of the weights and the cache
+    capacity: int
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """As what `json.dumps` takes; `from_json` reads it back."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> GraphContract:
+        """The inverse of `to_json`, for a mapping that was checked to be one.
+
+        Raises:
+            KeyError, TypeError: the mapping is not what `to_json` made.
+        """
+
+        def specs(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
+            return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries)
+
+        return cls(**{**raw, "inputs": specs(raw["inputs"]), "outputs": specs(raw["outputs"])})
+
+
+def contract(
+    *, dtype: str, capacity: int, vocab_size: int, hidden_size: int, caches: Sequence[tuple[TensorSpec, TensorSpec]]
+) -> GraphContract:
+    """The contract of a decoder whose layers cache the given keys and values (specs of the past inputs)."""
+    presents = [
+        TensorSpec(present(layer, which), spec.dtype, spec.shape)
+        for layer, pair in enumerate(caches)
+        for which, spec in zip(("key", "value"), pair, strict=True)
+    ]
+    return GraphContract(
+        variant=VARIANT,
+        opset=OPSET,
+        dtype=dtype,
+        capacity=capacity,
+        vocab_size=vocab_size,
+        hidden_size=hidden_size,
+        num_layers=len(caches),
+        inputs=(*TOKEN_INPUTS, *(spec for pair in caches for spec in pair)),
+        outputs=(TensorSpec("logits", "float32", (BATCH, LOGITS, vocab_size)), *presents),
+    )
+
+
+TOKEN_INPUTS = (
+    TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
+    TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),  # the slot that each token is written to
+    TensorSpec("write_indices", "int64", (BATCH,)),  # tokens already in the cache: the first slot written
+    TensorSpec("logits_index", "int64", (BATCH, LOGITS)),  # which of the sequence's tokens get logits
+)

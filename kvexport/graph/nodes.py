@@ -1,0 +1,91 @@
+"""Nodes, weights and constants of one graph, each with the name and shape that its author gave it.
+
+Knows onnx-ir and the default operator domain; must not know what a decoder is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from kvexport.graph.contract import Shape, TensorSpec
+from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
+
+_IR_VERSION = 12  # the first that knows opset 24
+
+
+def ir_dtype(dtype: str) -> ir.DataType:
+    return ir.DataType.from_numpy(NUMPY_DTYPES.get(dtype) or np.dtype(dtype))
+
+
+def sizes(value: ir.Value) -> Shape:
+    """The shape of a value of the graph: sizes, and names of those that the caller chooses."""
+    assert value.shape is not None
+    return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
+
+
+class NodeBuilder:
+    """A graph under construction. A node has the name of its output."""
+
+    def __init__(self, name: str, opset: int, dtype: str, weights: WeightFile) -> None:
+        self.dtype = dtype
+        self._weights = weights
+        self._graph = ir.Graph((), (), nodes=(), name=name, opset_imports={"": opset})
+
+    def input(self, spec: TensorSpec) -> ir.Value:
+        value = _value(spec.name, spec.dtype, spec.shape)
+        self._graph.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value) -> None:
+        self._graph.outputs.append(value)
+
+    def op(
+        self,
+        op_type: str,
+        *inputs: ir.Value,
+        name: str,
+        shape: Shape | None = None,
+        dtype: str | None = None,
+        **attributes: float | str | Sequence[int],
+    ) -> ir.Value:
+        """One node of the default domain; `shape` (its first input's if None) and `dtype` (the graph's) are its output's."""
+        output = _value(name, dtype or self.dtype, sizes(inputs[0]) if shape is None else shape)
+        self._graph.append(ir.node(op_type, inputs, attributes, outputs=[output], name=name))
+        return output
+
+    def cast(self, x: ir.Value, dtype: str, name: str) -> ir.Value:
+        return self.op("Cast", x, name=name, dtype=dtype, to=int(ir_dtype(dtype)))
+
+    def weight(self, name: str, values: NDArray[Any]) -> ir.Value:
+        """An initializer in the graph's dtype, written to the data file at once."""
+        return self._register(name, self._weights.append(name, values), values.shape)
+
+    def constant(self, name: str, values: NDArray[Any]) -> ir.Value:
+        """A small initializer inside the graph; the same name is the same constant."""
+        found = self._graph.initializers.get(name)
+        return found if found is not None else self._register(name, ir.Tensor(values, name=name), values.shape)
+
+    def integer(self, value: int) -> ir.Value:
+        """A constant int64 scalar, called by its value."""
+        return self.constant(f"int64({value})", np.array(value, dtype=np.int64))
+
+    def integers(self, *values: int) -> ir.Value:
+        """A constant int64 vector (a shape, or axes), called by its values."""
+        return self.constant(f"int64[{','.join(map(str, values))}]", np.array(values, dtype=np.int64))
+
+    def model(self, producer: str) -> ir.Model:
+        return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name=producer)
+
+    def _register(self, name: str, tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.Value:
+        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
+        self._graph.register_initializer(value)
+        return value
+
+
+def _value(name: str, dtype: str, shape: Shape) -> ir.Value:
+    return ir.Value(name=name, type=ir.TensorType(ir_dtype(dtype)), shape=ir.Shape(shape))

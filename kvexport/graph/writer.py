@@ -1,0 +1,125 @@
+"""The whole decoder as one graph, layer by layer: `DecoderWriter`.
+
+Knows the order of things, from token ids to logits; must not keep a weight, nor know how attention is made.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from kvexport.decoder import Embedding, Layer, Limits, Linear, Norm, Rope
+from kvexport.errors import UsageError
+from kvexport.graph import contract as terms
+from kvexport.graph.attention import AttentionBuilder, Cache, Tokens, cache_specs
+from kvexport.graph.blocks import linear, mlp, norm
+from kvexport.graph.contract import BATCH, LOGITS, SEQUENCE, GraphContract, TensorSpec, residual_tap
+from kvexport.graph.masks import Masks
+from kvexport.graph.nodes import NodeBuilder
+from kvexport.graph.rotary import Rotary
+from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
+
+
+class DecoderWriter:
+    """Writes decoder.onnx and decoder.onnx.data into a directory that exists.
+
+    Leaves must be float32 CPU tensors. A layer's weights are in the data file when `add_layer` returns, and
+    nothing keeps the layer. The same decoder gives the same bytes.
+    """
+
+    def __init__(
+        self, directory: Path, *, dtype: str, capacity: int, limits: Limits, embedding: Embedding, rope: Rope | None
+    ) -> None:
+        """Start the graph and write the embedding.
+
+        Args:
+            directory: where the two files are written; files of those names are replaced.
+            dtype: of weights, cache and arithmetic: "float32", "float16" or "bfloat16".
+            capacity: the most tokens a sequence may ever hold, the length of the rotary tables.
+            limits, embedding, rope: the decoder's own.
+
+        Raises:
+            UsageError: dtype or capacity is not allowed, or a weight does not fit the dtype.
+        """
+        if dtype not in NUMPY_DTYPES:
+            raise UsageError("a graph cannot have this dtype", seen=dtype, allowed=", ".join(NUMPY_DTYPES))
+        if capacity < 1:
+            raise UsageError("the capacity must hold a token", seen=capacity, allowed="1 or more")
+        self._path = directory / terms.GRAPH_FILE
+        self._capacity, self._limits = capacity, limits
+        self._nodes = nodes = NodeBuilder("decoder", terms.OPSET, dtype, WeightFile(directory / terms.DATA_FILE, dtype))
+        inputs = {spec.name: nodes.input(spec) for spec in terms.TOKEN_INPUTS}
+        self._positions, self._write_indices = inputs["position_ids"], inputs["write_indices"]
+        self._logits_index = inputs["logits_index"]
+        self._rotary = None if rope is None else Rotary(nodes, self._positions, rope, capacity)
+        self._tokens: Tokens | None = None  # made with the first layer: its cache tells the capacity
+        self._caches: list[tuple[TensorSpec, TensorSpec]] = []
+        self._written: list[Cache] = []
+        self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
+        stream = (BATCH, SEQUENCE, limits.hidden_size)
+        self._x = nodes.op("Gather", self._embedding, inputs["input_ids"], name="embedding", shape=stream, axis=0)
+        if embedding.norm is not None:
+            self._x = norm(nodes, embedding.norm, self._x, "embedding_norm")
+
+    def add_layer(self, layer: Layer) -> None:
+        """Append a layer.
+
+        Raises:
+            UsageError: a weight does not fit the dtype.
+        """
+        nodes, index = self._nodes, len(self._caches)
+        specs = cache_specs(layer.attention, index, nodes.dtype)
+        past = Cache(nodes.input(specs[0]), nodes.input(specs[1]))
+        if self._tokens is None:
+            self._tokens = Tokens(self._write_indices, Masks(nodes, self._positions, past.key), self._rotary)
+        name = f"layers.{index}"
+        attention = AttentionBuilder(nodes, index, layer.attention, self._tokens)
+        attended, written = attention.add(norm(nodes, layer.attention_norm, self._x, f"{name}.attention_norm"), past)
+        x = nodes.op("Add", self._x, attended, name=f"{name}.attention_residual")
+        update = mlp(nodes, layer.mlp, norm(nodes, layer.mlp_norm, x, f"{name}.mlp_norm"), f"{name}.mlp")
+        self._x = nodes.op("Add", x, update, name=residual_tap(index))
+        self._caches.append(specs)
+        self._written.append(written)
+
+    def finish(self, final_norm: Norm, head: Linear | None) -> GraphContract:
+        """Append the head (None: the embedding's own weight), write decoder.onnx and say what it takes and gives.
+
+        Raises:
+            UsageError: a weight does not fit the dtype.
+        """
+        from kvexport import __version__
+
+        nodes = self._nodes
+        for value in (self._logits(final_norm, head), *(v for cache in self._written for v in (cache.key, cache.value))):
+            nodes.output(value)
+        ir.save(nodes.model(f"kvexport {__version__}"), self._path)
+        return terms.contract(
+            dtype=nodes.dtype,
+            capacity=self._capacity,
+            vocab_size=self._limits.vocab_size,
+            hidden_size=self._limits.hidden_size,
+            caches=self._caches,
+        )
+
+    def _logits(self, final_norm: Norm, head: Linear | None) -> ir.Value:
+        """The chosen tokens' logits, float32 [batch, logits, vocab]."""
+        nodes, index = self._nodes, self._logits_index
+        shape = (BATCH, LOGITS, 1)
+        index = nodes.op("Unsqueeze", index, nodes.integers(2), name="logits.index", shape=shape, dtype="int64")
+        shape = (BATCH, LOGITS, self._limits.hidden_size)
+        x = nodes.op("GatherND", self._x, index, name="logits.chosen", shape=shape, batch_dims=1)
+        x = norm(nodes, final_norm, x, "final_norm")
+        name = "logits" if nodes.dtype == "float32" else f"logits.{nodes.dtype}"
+        logits = self._tied_head(x, name) if head is None else linear(nodes, head, x, "head", name)
+        return logits if nodes.dtype == "float32" else nodes.cast(logits, "float32", "logits")
+
+    def _tied_head(self, x: ir.Value, name: str) -> ir.Value:
+        """x [batch, logits, hidden] · embeddingᵀ. Only Gemm takes the embedding as it lies, and only rows."""
+        nodes, vocab, hidden = self._nodes, self._limits.vocab_size, self._limits.hidden_size
+        x = nodes.op("Reshape", x, nodes.integers(-1, hidden), name="head.rows", shape=("batch*logits", hidden))
+        x = nodes.op("Gemm", x, self._embedding, name="head.product", shape=("batch*logits", vocab), transB=1)
+        lead = nodes.op("Shape", self._logits_index, name="head.lead", shape=(2,), dtype="int64")
+        to = nodes.op("Concat", lead, nodes.integers(vocab), name="head.shape", shape=(3,), dtype="int64", axis=0)
+        return nodes.op("Reshape", x, to, name=name, shape=(BATCH, LOGITS, vocab))

@@ -1,0 +1,248 @@
+"""Tiny random decoders, and a caller of the graph contract that feeds a graph and the oracle the same tokens."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
+from kvexport.graph import GRAPH_FILE, DecoderWriter, GraphContract, attention_tap, past, present, residual_tap
+from kvexport.loading import alibi_slopes
+
+HIDDEN, VOCAB = 24, 40
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+    """One layer's attention. `group` keys (of head_dim) are mapped to one cached key of `key_dim`."""
+
+    heads: int = 4
+    kv_heads: int = 4
+    head_dim: int = 8
+    group: int = 1
+    key_dim: int | None = None  # None: no key map
+    value_dim: int | None = None
+    value_map: bool = False
+    window: int | None = None
+    qk_norm: bool = False
+    slopes: tuple[float, ...] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Style:
+    """What all layers of a family share."""
+
+    norm: str = "rms"
+    qkv_bias: bool = False
+    other_bias: bool = False
+    gated: bool = True
+    activation: str = "silu"
+    position: str = "rope"
+    tied: bool = False
+    embedding_norm: bool = False
+
+
+LLAMA = Style()
+QWEN2 = Style(qkv_bias=True, tied=True)
+BLOOM = Style("layer", True, True, False, "gelu_tanh", "alibi", True, True)
+
+
+def slopes_of(heads: int) -> tuple[float, ...]:
+    return tuple(alibi_slopes(heads, torch.float32).tolist())
+
+
+def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -> Decoder:
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator) / size[-1] ** 0.5
+
+    def linear(out: int, into: int, bias: bool) -> Linear:
+        return Linear(random(out, into), random(out) if bias else None)
+
+    def norm(width: int, kind: str = style.norm) -> Norm:
+        layer = kind == "layer"
+        return Norm("layer" if layer else "rms", 1 + random(width), random(width) if layer else None, 1e-5)
+
+    def attention(shape: Shape) -> Attention:
+        width = shape.value_dim or shape.head_dim
+        joined = shape.heads * (shape.head_dim if shape.value_map else width)
+        mapped = shape.key_dim is not None
+        return Attention(
+            q=linear(shape.heads * shape.head_dim, HIDDEN, style.qkv_bias),
+            k=linear(shape.kv_heads * shape.group * shape.head_dim, HIDDEN, style.qkv_bias),
+            v=linear(shape.kv_heads * width, HIDDEN, style.qkv_bias),
+            o=linear(HIDDEN, joined, style.other_bias),
+            num_heads=shape.heads,
+            num_kv_heads=shape.kv_heads,
+            head_dim=shape.head_dim,
+            scale=shape.head_dim**-0.5,
+            position="rope" if style.position == "rope" else "alibi",
+            q_norm=norm(shape.head_dim, "rms") if shape.qk_norm else None,
+            k_norm=norm(shape.head_dim, "rms") if shape.qk_norm else None,
+            key_map=random(shape.kv_heads, shape.group * shape.head_dim, shape.key_dim) if mapped else None,
+            query_map=random(shape.heads, shape.head_dim, shape.key_dim) if mapped else None,
+            value_map=random(shape.heads, width, shape.head_dim) if shape.value_map else None,
+            alibi_slopes=None if shape.slopes is None else torch.tensor(shape.slopes),
+            window=shape.window,
+        )
+
+    def layer(shape: Shape) -> Layer:
+        inner = 2 * HIDDEN
+        mlp = Mlp(
+            linear(inner, HIDDEN, style.other_bias) if style.gated else None,
+            linear(inner, HIDDEN, style.other_bias),
+            linear(HIDDEN, inner, style.other_bias),
+            style.activation,  # type: ignore[arg-type]
+        )
+        return Layer(norm(HIDDEN), attention(shape), norm(HIDDEN), mlp)
+
+    half = torch.arange(0, shapes[0].head_dim, 2).float() / shapes[0].head_dim
+    return Decoder(
+        embedding=Embedding(torch.randn(VOCAB, HIDDEN, generator=generator), norm(HIDDEN) if style.embedding_norm else None),
+        layers=[layer(shape) for shape in shapes],
+        final_norm=norm(HIDDEN),
+        head=None if style.tied else linear(VOCAB, HIDDEN, False),
+        rope=Rope(1 / 10000**half) if style.position == "rope" else None,
+        limits=Limits(VOCAB, HIDDEN, 64),
+    )
+
+
+def write(decoder: Decoder, directory: Path, dtype: str = "float32", capacity: int = 64) -> GraphContract:
+    directory.mkdir(exist_ok=True)
+    writer = DecoderWriter(
+        directory, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope
+    )
+    for layer in decoder.layers:
+        writer.add_layer(layer)
+    return writer.finish(decoder.final_norm, decoder.head)
+
+
+def open_session(directory: Path, threads: int = 1) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(directory / GRAPH_FILE, quiet(threads), providers=["CPUExecutionProvider"])
+
+
+def quiet(threads: int = 1) -> onnxruntime.SessionOptions:
+    """Options that say nothing of cache writes that are copied: these tests bind nothing."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    return options
+
+
+def mapped(tree: Any, leaf: Callable[[Tensor], Tensor]) -> Any:
+    """The same tree with `leaf` applied to every tensor."""
+    if isinstance(tree, Tensor):
+        return leaf(tree)
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        changed = {field.name: mapped(getattr(tree, field.name), leaf) for field in dataclasses.fields(tree)}
+        return dataclasses.replace(tree, **changed)
+    return [mapped(item, leaf) for item in tree] if isinstance(tree, list) else tree
+
+
+def rounded(decoder: Decoder, dtype: torch.dtype) -> Decoder:
+    """Weights as a file of `dtype` holds them, in float32; frequencies stay, since tables are made of the exact ones."""
+    return dataclasses.replace(mapped(decoder, lambda leaf: leaf.to(dtype).float()), rope=decoder.rope)
+
+
+class Caller:
+    """Calls a session as a runtime does: caches of `slots` filled with `fill`, chunk after chunk."""
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, contract: GraphContract, batch: int, slots: int, fill: float = 0.0
+    ) -> None:
+        self._session = session
+        self._outputs = [output.name for output in session.get_outputs()]
+        dtypes = {entry.name: np.float16 if entry.type == "tensor(float16)" else np.float32 for entry in session.get_inputs()}
+        sizes = {"batch": batch, "capacity": slots}
+        self.caches = {
+            spec.name: np.full([size if isinstance(size, int) else sizes[size] for size in spec.shape], fill, dtypes[spec.name])
+            for spec in contract.inputs
+            if spec.name.startswith("past_key_values")
+        }
+        self._layers = contract.num_layers
+
+    def __call__(self, ids: Tensor, start: Sequence[int]) -> dict[str, np.ndarray]:
+        """Tokens [B, S], row b at positions start[b]...; logits of all of them."""
+        batch, length = ids.shape
+        first = np.array(start, dtype=np.int64)
+        feeds = {
+            "input_ids": ids.numpy(),
+            "position_ids": first[:, None] + np.arange(length),
+            "write_indices": first,
+            "logits_index": np.tile(np.arange(length), (batch, 1)),
+        }
+        found = dict(zip(self._outputs, self._session.run(None, {**feeds, **self.caches}), strict=True))
+        for layer in range(self._layers):
+            for which in ("key", "value"):
+                self.caches[past(layer, which)] = found[present(layer, which)]
+        return found
+
+
+def distance(found: np.ndarray, wanted: Tensor | np.ndarray) -> float:
+    """Largest difference, relative to the largest number wanted."""
+    wanted = np.asarray(wanted)
+    return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
+
+
+LENGTHS = (9, 5)
+
+
+def disagreement(
+    decoder: Decoder,
+    session: onnxruntime.InferenceSession,
+    contract: GraphContract,
+    *,
+    lengths: Sequence[int] = LENGTHS,
+    chunks: Sequence[int] = (4, 5),
+    steps: int = 4,
+    slots: int = 16,
+    fill: float = 0.0,
+    seed: int = 1,
+) -> float:
+    """Largest relative distance of a graph to the oracle: logits and whatever taps it has in each call, caches at the end.
+
+    Right-padded prompts of `lengths` are read in `chunks`, then each row decodes `steps` tokens at its own depth.
+    """
+    batch = len(lengths)
+    tokens = torch.randint(0, VOCAB, (batch, max(lengths) + steps), generator=torch.Generator().manual_seed(seed))
+    graph = Caller(session, contract, batch, slots, fill)
+    oracle = reference.new_cache(list(decoder.layers), batch, slots, torch.float32)
+    worst = 0.0
+
+    def compare(ids: Tensor, start: Sequence[int]) -> None:
+        nonlocal worst
+        found = graph(ids, start)
+        taps: list[reference.LayerTaps] = []
+        positions = torch.tensor(start)[:, None] + torch.arange(ids.shape[1])
+        logits = reference.forward(decoder, ids, positions, oracle, taps)
+        assert found["logits"].dtype == np.float32
+        worst = max(worst, distance(found["logits"], logits))
+        for index, tap in enumerate(taps):
+            if attention_tap(index) in found:
+                worst = max(worst, distance(found[attention_tap(index)], tap.attention))
+                worst = max(worst, distance(found[residual_tap(index)], tap.residual))
+
+    done = 0
+    for chunk in chunks:
+        compare(tokens[:, done : done + chunk], [done] * batch)
+        done += chunk
+    assert done == max(lengths)
+    for step in range(steps):
+        depths = [length + step for length in lengths]
+        ids = torch.stack([tokens[row, depth] for row, depth in enumerate(depths)])[:, None]
+        compare(ids, depths)
+    for row, length in enumerate(lengths):
+        for index, cache in enumerate(oracle):
+            for which, wanted in (("key", cache.key), ("value", cache.value)):
+                used = slice(0, length + steps)
+                worst = max(worst, distance(graph.caches[past(index, which)][row, :, used], wanted[row, :, used]))
+    return worst
