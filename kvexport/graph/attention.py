@@ -129,7 +129,7 @@ class AttentionBuilder:
         attention, masks = self._attention, self._tokens.masks
         if attention.alibi_slopes is None:
             return masks.visible(attention.window)
-        return masks.bias(attention.window, np.asarray(attention.alibi_slopes).astype(np.float32), f"{self._name}.bias")
+        return masks.bias(attention.window, np.asarray(attention.alibi_slopes).astype(np.float32), f"{self._name}.alibi")
 
     def _join(self, mixed: ir.Value) -> ir.Value:
         """[batch, heads, sequence, width] to [batch, sequence, heads·width]."""

@@ -47,23 +47,23 @@ class Masks:
         key = (window, slopes.tobytes())
         if key in self._biases:
             return self._biases[key]
-        nodes, shape = self._nodes, (BATCH, len(slopes), SEQUENCE, CAPACITY)
+        nodes, shape, visible = self._nodes, (BATCH, len(slopes), SEQUENCE, CAPACITY), self.visible(window)
         slope = nodes.constant(f"{name}.slopes", slopes.reshape(-1, 1, 1))
         lowest = nodes.constant("mask.hidden", np.array(-largest(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype]))
         bias = nodes.op("Mul", self._distance(), slope, name=f"{name}.float32", shape=shape, dtype="float32")
         if nodes.dtype != "float32":
             bias = nodes.cast(bias, nodes.dtype, f"{name}.{nodes.dtype}")
-        self._biases[key] = nodes.op("Where", self.visible(window), bias, lowest, name=name, shape=shape)
+        self._biases[key] = nodes.op("Where", visible, bias, lowest, name=name, shape=shape)
         return self._biases[key]
 
     def _causal(self) -> ir.Value:
         return self._nodes.op("LessOrEqual", self._slots, self._positions, name="mask.causal", shape=_FULL, dtype="bool")
 
     def _windowed(self, window: int) -> ir.Value:
-        nodes, name = self._nodes, f"mask.window_{window}"
+        nodes, name, causal = self._nodes, f"mask.window_{window}", self.visible(None)
         before = nodes.op("Sub", self._positions, nodes.integer(window), name=f"{name}.before", dtype="int64")
         recent = nodes.op("Greater", self._slots, before, name=f"{name}.recent", shape=_FULL, dtype="bool")
-        return nodes.op("And", self.visible(None), recent, name=name, dtype="bool")
+        return nodes.op("And", causal, recent, name=name, dtype="bool")
 
     def _distance(self) -> ir.Value:
         if self._relative is None:

@@ -53,10 +53,10 @@ def tapped(path: Path) -> GraphCopy:
 
 
 def as_float32(path: Path, *, taps: bool = False) -> GraphCopy:
-    """The float16 or bfloat16 graph at `path` in float32 arithmetic on the same rounded weights.
+    """The graph at `path` in float32 arithmetic on the same rounded weights; a float32 graph is as it was.
 
-    For machines whose ONNX Runtime has no kernels of that dtype. Caches and taps become float32, too; the
-    weights take twice their size on disk in memory.
+    For machines whose ONNX Runtime has no kernels of its dtype. Caches and taps become float32, too; narrower
+    weights are read into memory, where they take twice their size on disk.
     """
     model = ir.load(path)
     if taps:

@@ -49,6 +49,13 @@ def test_float32_copy_of_alibi_is_exact_on_the_rounded_weights(tmp_path: Path) -
     assert disagreement(decoder, copy.session(quiet()), contract) > 5e-5  # so the comparison sees the rounding
 
 
+def test_a_float32_graph_is_copied_as_it_is(tmp_path: Path) -> None:
+    contract = write(DECODER, tmp_path)
+    copy = as_float32(tmp_path / GRAPH_FILE, taps=True)
+    assert not copy.weights and copy.model == tapped(tmp_path / GRAPH_FILE).model
+    assert disagreement(DECODER, copy.session(quiet()), contract) < 5e-6
+
+
 def test_a_damaged_data_file_changes_the_float32_copy(tmp_path: Path) -> None:
     contract = write(DECODER, tmp_path, "bfloat16")
     data = bytearray((tmp_path / DATA_FILE).read_bytes())

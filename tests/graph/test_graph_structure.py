@@ -117,7 +117,7 @@ def test_layers_that_see_the_same_share_one_mask(tmp_path: Path) -> None:
     text = render(tmp_path / GRAPH_FILE)
     assert [text.count(f"{op}(") for op in ("Where", "LessOrEqual", "Greater", "Range")] == [3, 1, 1, 1]
     masks = [line.rsplit(", ", 1)[1].split(")")[0] for line in text.splitlines() if "= Attention(" in line]
-    assert masks == [f"layers.{layer}.attention.bias" for layer in (0, 1, 0, 3)]
+    assert masks == [f"layers.{layer}.attention.alibi" for layer in (0, 1, 0, 3)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

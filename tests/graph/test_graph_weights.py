@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import gc
 import tracemalloc
+import weakref
 from pathlib import Path
 
 import ml_dtypes
@@ -15,7 +17,7 @@ from graph_decoders import Shape, make_decoder, write
 
 from kvexport.decoder import Decoder, Linear
 from kvexport.errors import UsageError
-from kvexport.graph import DATA_FILE, GRAPH_FILE
+from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter
 from kvexport.graph import weights as weights_module
 from kvexport.graph.weights import WeightFile
 
@@ -92,6 +94,19 @@ def test_a_weight_that_does_not_fit_is_refused_by_name(value: float, dtype: str,
 @pytest.mark.parametrize(("value", "dtype"), [(65504.0, "float16"), (7e4, "bfloat16"), (3.4e38, "float32")])
 def test_the_largest_weights_that_fit_are_taken(value: float, dtype: str, tmp_path: Path) -> None:
     write(_with_bad_weight(value), tmp_path, dtype)
+
+
+def test_the_writer_keeps_no_layer(tmp_path: Path) -> None:
+    decoder = make_decoder([Shape()])
+    writer = DecoderWriter(
+        tmp_path, dtype="float32", capacity=8, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope
+    )
+    layer = make_decoder([Shape()]).layers[0]
+    leaf = weakref.ref(layer.mlp.down.weight)
+    writer.add_layer(layer)
+    del layer
+    gc.collect()
+    assert leaf() is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
