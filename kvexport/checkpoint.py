@@ -62,7 +62,7 @@ class Checkpoint:
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{_INDEX} has no weight_map", fix="download the checkpoint again")
         for shard in weight_map.values():
-            if not isinstance(shard, str) or Path(shard).name != shard:
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
                 raise CheckpointError(f"{_INDEX} names a shard that is no file name", seen=repr(shard))
         found: dict[str, Path] = {}
         for shard in sorted(set(weight_map.values())):

@@ -64,7 +64,7 @@ class _Loader:
         self._activation = _activation(settings["activation"])
         self._intermediate = self._intermediate_size()
         self._prefix = self._find_prefix()
-        self._refuse_unconsumed()
+        self._refuse_other_tensors()
 
     def decoder(self) -> Decoder:
         sizes, names = self._sizes, self._family
@@ -209,7 +209,8 @@ class _Loader:
             fix=f"check that config.json's model_type ({self._config.get('model_type')}) is right",
         )
 
-    def _refuse_unconsumed(self) -> None:
+    def _refuse_other_tensors(self) -> None:
+        """Unless the checkpoint holds exactly the tensors that its config promises: found out before any is read."""
         expected = set(self._expected())
         ignored = [self._prefix + pattern for pattern in self._family.ignored]
         if self._tied:
@@ -223,11 +224,18 @@ class _Loader:
             raise CheckpointError(
                 f"{len(extra)} tensors of the checkpoint are not known to family '{self._family.name}', so it is not that model",
                 seen=", ".join(extra[:5]) + (", ..." if len(extra) > 5 else ""),
-                fix="describe the family in one new file under graphs/families/",
+                fix="correct config.json, or describe the family in one new file under graphs/families/",
+            )
+        missing = sorted(expected - self._checkpoint.files.keys())
+        if missing:
+            raise CheckpointError(
+                f"the checkpoint lacks {len(missing)} tensors that config.json promises",
+                seen="no " + ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""),
+                fix="download the checkpoint again, or correct config.json",
             )
 
     def _expected(self) -> list[str]:
-        """Every tensor that the config promises, so that one that is left over is found before any is read."""
+        """The name of every tensor that the config promises."""
         family = self._family
         names: list[str] = [family.embedding + ".weight"]
         norms = [family.final_norm, *([family.embedding_norm] if family.embedding_norm else [])]
