@@ -8,7 +8,7 @@ torch (leaves are torch tensors, and only their annotations say so). Conversion 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from typing import TYPE_CHECKING, Literal, overload
 
 if TYPE_CHECKING:
@@ -178,6 +178,8 @@ class Decoder:
         return Linear(self.embedding.weight) if self.head is None else self.head
 
 
-def kv_bytes_per_token(layers: Sequence[Attention], bytes_per_number: int) -> int:
-    """Bytes that one token adds to the KV cache of all `layers`."""
-    return sum(attention.kv_width for attention in layers) * bytes_per_number
+def tensors_of(part: object) -> list[Tensor]:
+    """Every tensor in a tree of these dataclasses."""
+    if is_dataclass(part):
+        return [tensor for field in fields(part) for tensor in tensors_of(getattr(part, field.name))]
+    return [part] if hasattr(part, "numel") else []  # type: ignore[list-item]

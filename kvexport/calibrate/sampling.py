@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.decoder import Decoder, Layer
+from kvexport.decoder import Decoder, Layer, tensors_of
 from kvexport.errors import CannotRunHere
 
 _BATCH = 32  # windows sampled side by side
@@ -78,12 +78,3 @@ def _require_memory(decoder: Decoder, layer: Layer, length: int) -> None:
             allowed=f"{needed / 2**30:.1f} GiB or more",
             fix="use --calibration random (one layer in memory at a time), or --calibration FILE",
         )
-
-
-def tensors_of(part: object) -> list[Tensor]:
-    """Every tensor in a tree of the decoder's dataclasses."""
-    if isinstance(part, Tensor):
-        return [part]
-    if dataclasses.is_dataclass(part):
-        return [tensor for field in dataclasses.fields(part) for tensor in tensors_of(getattr(part, field.name))]
-    return []

@@ -20,7 +20,7 @@ from kvexport.convert.groups import Grouping
 from kvexport.convert.methods import Method, candidates, folds, least_loss
 from kvexport.convert.predict import predicted_error
 from kvexport.convert.refit import LeastSquares, refit
-from kvexport.decoder import Attention, Decoder, Layer, Rope
+from kvexport.decoder import Attention, Decoder, Layer, Rope, tensors_of
 from kvexport.divergence import Divergence, DivergenceMeter
 from kvexport.errors import KvexportError
 
@@ -41,8 +41,17 @@ class LayerReport:
     predicted_error: float  # of the attention output, from moments alone
     measured_error: float  # the same, measured: trained inputs, before the refit
     residual_error: float  # of the residual stream after this layer, all layers before it converted too
-    parameters: int
+    parameters: int  # of the attention
     original_parameters: int
+
+    @property
+    def kv_width(self) -> int:
+        """Cached numbers per token."""
+        return self.num_key_value_heads * (self.key_head_dim + self.value_head_dim)
+
+    @property
+    def original_kv_width(self) -> int:
+        return self.original_num_key_value_heads * 2 * self.original_head_dim
 
 
 @dataclass(frozen=True)
@@ -121,9 +130,16 @@ def measure(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
         streams.advance(layer, layer)
 
 
-def _convert_layer(layer: Layer, streams: _Streams, moments: Moments, kv_heads: int, method: str) -> tuple[Layer, LayerReport]:
-    attention = layer.attention
-    kept = LayerReport(
+def unconverted(decoder: Decoder) -> Iterator[ConvertedLayer]:
+    """The decoder's own layers, for what is exported as it was trained."""
+    for index, layer in enumerate(decoder.layers):
+        yield ConvertedLayer(index, layer, _kept(layer.attention))
+
+
+def _kept(attention: Attention) -> LayerReport:
+    """The report of a layer that is left as it is."""
+    parameters = sum(tensor.numel() for tensor in tensors_of(attention))
+    return LayerReport(
         method="none",
         num_attention_heads=attention.num_heads,
         original_num_key_value_heads=attention.num_kv_heads,
@@ -134,11 +150,15 @@ def _convert_layer(layer: Layer, streams: _Streams, moments: Moments, kv_heads: 
         predicted_error=0.0,
         measured_error=0.0,
         residual_error=0.0,
-        parameters=_parameters(attention),
-        original_parameters=_parameters(attention),
+        parameters=parameters,
+        original_parameters=parameters,
     )
+
+
+def _convert_layer(layer: Layer, streams: _Streams, moments: Moments, kv_heads: int, method: str) -> tuple[Layer, LayerReport]:
+    attention = layer.attention
     if kv_heads == attention.num_kv_heads:
-        return layer, kept
+        return layer, _kept(attention)
     grouping = Grouping(kv_heads, attention.num_kv_heads // kv_heads, attention.queries_per_kv_head, attention.head_dim)
     coded = [_code(each, moments, attention, grouping) for each in candidates(method, attention)]
     predictions = [predicted_error(moments, attention, grouping, code) for _, code in coded]
@@ -149,14 +169,14 @@ def _convert_layer(layer: Layer, streams: _Streams, moments: Moments, kv_heads: 
     if chosen.refit:
         converted = streams.refit(layer, converted)
     return replace(layer, attention=converted), replace(
-        kept,
+        _kept(attention),
         method=chosen.name,
         num_key_value_heads=converted.num_kv_heads,
         key_head_dim=converted.key_dim,
         value_head_dim=converted.value_dim,
         predicted_error=predictions[best],
         measured_error=measured,
-        parameters=_parameters(converted),
+        parameters=sum(tensor.numel() for tensor in tensors_of(converted)),
     )
 
 
@@ -169,13 +189,6 @@ def _code(method: Method, moments: Moments, attention: Attention, grouping: Grou
         folds=folds(method, attention),
         centred=method.centred,
     )
-
-
-def _parameters(attention: Attention) -> int:
-    maps = (attention.key_map, attention.query_map, attention.value_map)
-    linears = (attention.q, attention.k, attention.v, attention.o)
-    weights = [each.weight for each in linears] + [each.bias for each in linears if each.bias is not None]
-    return sum(tensor.numel() for tensor in [*weights, *(each for each in maps if each is not None)])
 
 
 def _require_finite(index: int, layer: Layer) -> None:

@@ -1,0 +1,276 @@
+"""The main job in one go: checkpoint to converted, exported, validated bundle, or to a standard checkpoint.
+
+Knows the order of the stations and what each hands to the next; every station's own knowledge stays there.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from kvexport import __version__
+from kvexport.bundle import REPORT_FILE, BundleWriter
+from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps, save_header, save_moments
+from kvexport.checkpoint import Checkpoint
+from kvexport.convert import Conversion, ConvertedLayer, LayerReport, convert, kv_heads_for, measure, unconverted
+from kvexport.decoder import Layer, tensors_of
+from kvexport.directory import atomic_directory, require_output
+from kvexport.divergence import Divergence
+from kvexport.errors import GateFailed, UsageError
+from kvexport.graph import DecoderWriter
+from kvexport.loading import load_decoder
+from kvexport.progress import Progress
+from kvexport.standard import StandardWriter, require_standard
+from kvexport.validate import TwinRecorder, ValidationReport, validate
+
+if TYPE_CHECKING:
+    from kvexport.graph import GraphContract
+
+DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of one number
+_DEFAULT_CAPACITY = 4096  # where the model's own limit is larger, or it has none
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to make of a checkpoint.
+
+    Attributes:
+        kv_heads, kv_ratio: how many KV heads to keep, as a number or a share; neither: half.
+        method: a name of `METHOD_NAMES`.
+        recipe: where calibration text comes from, unless `statistics` (saved by `calibrate`) are given.
+        dtype: of weights and cache in what is written.
+    """
+
+    recipe: Recipe
+    kv_heads: int | None = None
+    kv_ratio: float | None = None
+    method: str = "auto"
+    statistics: Path | None = None
+    dtype: str = "float32"
+
+
+@dataclass
+class BuildReport:
+    """What was made of a checkpoint and what it cost.
+
+    Attributes:
+        kv_bytes_per_token: bytes that a token adds to the cache; `_original` before conversion, same dtype.
+        parameters: numbers in the weights; `_original` before conversion.
+        divergence: from the trained model, on held-out calibration text; None where nothing was converted.
+        validation: of the exported graph against its PyTorch twin; None for a standard checkpoint.
+        seconds: wall time by stage.
+    """
+
+    source: str
+    layers: list[LayerReport]
+    kv_bytes_per_token: int
+    kv_bytes_per_token_original: int
+    parameters: int
+    parameters_original: int
+    divergence: Divergence | None
+    seconds: dict[str, float]
+    validation: ValidationReport | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as `--json` prints them."""
+        return {
+            **asdict(self),
+            "divergence": None if self.divergence is None else self.divergence.to_json(),
+            "validation": None if self.validation is None else self.validation.to_json(),
+        }
+
+
+def build(
+    checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, capacity: int | None = None, force: bool = False
+) -> BuildReport:
+    """Calibrate, convert, export, prove: the bundle at `output` appears whole, or not at all.
+
+    Raises:
+        UsageError: the checkpoint, the plan or the output cannot be used.
+        GateFailed: the exported graph is not its PyTorch twin; no bundle is left.
+        CannotRunHere: this machine lacks memory, disk or a package.
+    """
+    with BundleWriter(output, force=force) as writer:
+        job = _Job(checkpoint, plan, progress)
+        decoder, limit = job.decoder, _capacity(job.decoder.limits.max_positions, capacity)
+        windows = job.windows()
+        twin = TwinRecorder(decoder, windows, limit)
+        graph = DecoderWriter(
+            writer.directory,
+            dtype=plan.dtype,
+            capacity=limit,
+            limits=decoder.limits,
+            embedding=decoder.embedding,
+            rope=decoder.rope,
+        )
+
+        def take(layer: Layer) -> None:
+            twin.add_layer(layer)
+            graph.add_layer(layer)
+
+        report = job.convert(windows, take)
+        twin.save(writer.directory)
+        contract = graph.finish(decoder.final_norm, decoder.head)
+        job.checkpoint.copy_tokenizer(writer.directory)
+        writer.seal(_manifest(job, limit, contract, report))
+        with job.timed("validate"):
+            report.validation = validate(writer.directory, progress)
+        if report.validation.failures:
+            raise GateFailed("the exported graph is not its PyTorch twin:\n" + "\n".join(report.validation.failures))
+        (writer.directory / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        writer.commit()
+    return report
+
+
+def compress(checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, force: bool = False) -> BuildReport:
+    """Convert, and write a standard Hugging Face checkpoint.
+
+    Raises:
+        UsageError: as `build`, and where the result would not be a standard checkpoint.
+    """
+    require_output(output, marker="config.json", force=force)
+    job = _Job(checkpoint, plan, progress)
+    require_standard(job.decoder, plan.method, job.compresses)
+    with atomic_directory(output, marker="config.json", force=force) as directory:
+        writer = StandardWriter(directory, job.decoder, job.checkpoint.config, getattr(torch, plan.dtype))
+        report = job.convert(job.windows(), writer.add_layer)
+        writer.finish()
+        job.checkpoint.copy_tokenizer(directory)
+    return report
+
+
+def calibrate(checkpoint: Path, output: Path, recipe: Recipe, progress: Progress, *, force: bool = False) -> int:
+    """Write statistics that `build` and `compress` can start from; returns how many tokens were measured."""
+    require_output(output, marker="statistics.json", force=force)
+    job = _Job(checkpoint, Plan(recipe), progress)
+    with atomic_directory(output, marker="statistics.json", force=force) as directory:
+        windows = job.windows()
+        save_header(directory, job.digest, recipe, windows)
+        with progress.stage("Measuring layers", len(job.decoder.layers)):
+            for index, moments in enumerate(measure(job.decoder, windows)):
+                save_moments(directory, index, moments)
+                progress.advance()
+    return windows.numel()
+
+
+class _Job:
+    """One checkpoint on its way through the stations, with the clock of each stage."""
+
+    def __init__(self, path: Path, plan: Plan, progress: Progress) -> None:
+        if plan.dtype not in DTYPES:
+            raise UsageError("--dtype is not one of those that engines take", seen=plan.dtype, allowed=", ".join(DTYPES))
+        self.seconds: dict[str, float] = {}
+        self.plan, self.progress = plan, progress
+        self.checkpoint = Checkpoint(path)
+        with self.timed("read"):
+            self.decoder = load_decoder(self.checkpoint)
+            trained = self.decoder.layers[0].attention.num_kv_heads
+            self.digest = self.checkpoint.digest()
+        self.kv_heads = kv_heads_for(trained, plan.kv_heads, plan.kv_ratio)
+        self.compresses = self.kv_heads != trained
+        self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[stage] = round(time.perf_counter() - start, 3)
+
+    def windows(self) -> Tensor:
+        """Calibration windows [N, length] int64."""
+        if self.statistics is not None:
+            return self.statistics.windows
+        recipe = self.plan.recipe
+        steps = sampling_steps(recipe.samples, recipe.length) if recipe.source == "self" else 0
+        with self.timed("text"), self.progress.stage("Sampling calibration text" if steps else "Reading text", steps):
+            windows = calibration_windows(self.decoder, self.checkpoint.path, recipe, self.progress.advance)
+        if len(windows) < recipe.samples:
+            self.progress.note(f"the calibration text fills {len(windows)} windows of the {recipe.samples} asked for")
+        return windows
+
+    def calibration(self) -> dict[str, Any]:
+        """What the manifest says of calibration."""
+        if self.statistics is not None:
+            return {**self.statistics.header["recipe"], "tokens_sha256": self.statistics.header["tokens_sha256"]}
+        return self.plan.recipe.to_json()
+
+    def convert(self, windows: Tensor, take: Callable[[Layer], None]) -> BuildReport:
+        """Hand every converted layer to `take`, and say what became of all."""
+        method, moments_of = self.plan.method, None if self.statistics is None else self.statistics.moments
+        decoder = self.decoder
+        conversion: Conversion | None = None
+        layers: Iterator[ConvertedLayer] = unconverted(decoder)
+        if self.compresses:
+            layers = conversion = convert(decoder, windows, self.kv_heads, method, moments_of)
+        reports: list[LayerReport] = []
+        parameters = sum(
+            t.numel() for t in tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
+        )
+        with self.timed("convert"), self.progress.stage("Converting layers", len(decoder.layers)):
+            for converted in layers:
+                take(converted.layer)
+                reports.append(converted.report)
+                parameters += sum(tensor.numel() for tensor in tensors_of(converted.layer))
+                self.progress.advance()
+            divergence = None if conversion is None else conversion.divergence()
+        size = DTYPES[self.plan.dtype]
+        return BuildReport(
+            source=self.checkpoint.path.resolve().name,
+            layers=reports,
+            kv_bytes_per_token=size * sum(each.kv_width for each in reports),
+            kv_bytes_per_token_original=size * sum(each.original_kv_width for each in reports),
+            parameters=parameters,
+            parameters_original=parameters - sum(each.parameters - each.original_parameters for each in reports),
+            divergence=divergence,
+            seconds=self.seconds,
+        )
+
+
+def _capacity(max_positions: int | None, wanted: int | None) -> int:
+    """Tokens that a sequence may hold.
+
+    Raises:
+        UsageError: more than the model has positions for, or none.
+    """
+    most = max_positions or wanted or _DEFAULT_CAPACITY
+    if wanted is None:
+        return min(most, _DEFAULT_CAPACITY)
+    if not 1 <= wanted <= most:
+        raise UsageError(
+            "--capacity is out of range", seen=wanted, allowed=f"1 to {most} (the model's max_position_embeddings)",
+            fix="choose a smaller capacity",
+        )  # fmt: skip
+    return wanted
+
+
+def _manifest(job: _Job, capacity: int, contract: GraphContract, report: BuildReport) -> dict[str, Any]:
+    limits = job.decoder.limits
+    return {
+        "kvexport": __version__,
+        "source": {
+            "name": report.source,
+            "model_type": job.checkpoint.config["model_type"],
+            "sha256": job.digest,
+        },
+        "calibration": job.calibration() if job.compresses else None,
+        "model": {
+            "vocab_size": limits.vocab_size,
+            "hidden_size": limits.hidden_size,
+            "num_hidden_layers": len(report.layers),
+            "max_position_embeddings": limits.max_positions,
+            "bos_token_id": job.decoder.bos_token_id,
+            "eos_token_ids": list(job.decoder.eos_token_ids),
+        },
+        "dtype": job.plan.dtype,
+        "capacity": capacity,
+        "layers": [asdict(layer) for layer in report.layers],
+        "graph": contract.to_json(),
+    }
