@@ -1,0 +1,116 @@
+"""Reports as tables for people; knows how figures are shown, and nothing of how they are made."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:
+    from kvexport.build import BuildReport
+    from kvexport.divergence import Divergence
+    from kvexport.validate import ValidationReport
+    from kvexport.validate.cost import Evaluation
+
+_WIDTH = 100  # of tables where there is no terminal to ask
+
+
+def console() -> Console:
+    """Standard output for people."""
+    out = Console(highlight=False)
+    return out if out.is_terminal else Console(highlight=False, width=_WIDTH)
+
+
+def plain_table(*columns: str) -> Table:
+    """A table of right-aligned columns, the first one left-aligned."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for index, column in enumerate(columns):
+        table.add_column(column, justify="left" if index == 0 else "right")
+    return table
+
+
+def size(count: float) -> str:
+    """Bytes for people: 512 B, 1.5 KiB, ..."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool) -> None:
+    """What `build` and `compress` say of what they made."""
+    if as_json:
+        click.echo(json.dumps(report.to_json()))
+        return
+    if quiet:
+        return
+    table = plain_table("layer", "KV heads", "width", "method", "predicted error", "measured error", "residual error")
+    for index, layer in enumerate(report.layers):
+        table.add_row(
+            str(index),
+            f"{layer.original_num_key_value_heads} → {layer.num_key_value_heads}",
+            f"{layer.key_head_dim}",
+            layer.method,
+            f"{layer.predicted_error:.4f}",
+            f"{layer.measured_error:.4f}",
+            f"{layer.residual_error:.4f}",
+        )
+    out = console()
+    out.print(table)
+    summary = plain_table("", "original", output.name)
+    summary.add_row("KV cache per token", size(report.kv_bytes_per_token_original), size(report.kv_bytes_per_token))
+    summary.add_row("parameters", f"{report.parameters_original:,}", f"{report.parameters:,}")
+    if report.divergence is not None:
+        _divergence_rows(summary, report.divergence)
+    out.print()
+    out.print(summary)
+    if report.divergence is not None:
+        out.print(f"(on {report.divergence.tokens} calibration tokens held out from the fit)")
+    if report.validation is not None:
+        out.print(f"\nproved against PyTorch: {_verdict(report.validation)}")
+    seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items())
+    out.print(f"took {sum(report.seconds.values()):.1f} s ({seconds})")
+    out.print(f"wrote {output}")
+
+
+def print_validation(report: ValidationReport) -> None:
+    """The worst layer of each kind of array, and the verdict."""
+    table = plain_table("worst of all layers", "cosine", "norm ratio", "max error / rms", "")
+    for kind in ("key", "value", "attention", "residual", "logits"):
+        worst = report.worst(kind)
+        passed = not any(d.failed for d in report.differences if d.name.split(".")[-1] == kind)
+        table.add_row(
+            worst.name, f"{worst.cosine:.7f}", f"{worst.norm_ratio:.5f}", f"{worst.max_error:.2e}", "ok" if passed else "FAILED"
+        )
+    out = console()
+    out.print(table)
+    out.print(_verdict(report))
+
+
+def print_evaluation(result: Evaluation) -> None:
+    """Original and bundle side by side."""
+    table = plain_table("", "original", "bundle")
+    table.add_row("KV cache per token", size(result.kv_bytes_per_token_original), size(result.kv_bytes_per_token))
+    _divergence_rows(table, result.divergence)
+    out = console()
+    out.print(table)
+    out.print(f"(on {result.divergence.tokens} tokens)")
+
+
+def _divergence_rows(table: Table, divergence: Divergence) -> None:
+    table.add_row("cross-entropy, nats per token", f"{divergence.cross_entropy_original:.4f}", f"{divergence.cross_entropy:.4f}")
+    table.add_row("perplexity", f"{divergence.perplexity_original:.3f}", f"{divergence.perplexity:.3f}")
+    table.add_row("mean KL to the original, nats per token", "", f"{divergence.mean_kl:.5f}")
+    table.add_row("same likeliest next token", "", f"{divergence.top1_agreement:.1%}")
+
+
+def _verdict(report: ValidationReport) -> str:
+    said = f"prefill of {report.prefill} and {report.steps} decode steps, greedy agreement {report.greedy_agreement:.1%}"
+    if report.computed_in != report.dtype:
+        said += f", computed in {report.computed_in} (this machine has no {report.dtype} kernels)"
+    return f"{'FAILED' if report.failures else 'ok'} ({said})"

@@ -1,0 +1,21 @@
+"""Proof: a bundle against its PyTorch twin, and against the model that it was made of."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from kvexport.validate.prove import ValidationReport, judge, validate
+from kvexport.validate.twin import TwinRecorder, read_twin
+
+if TYPE_CHECKING:
+    from kvexport.validate.cost import Evaluation, evaluate
+
+__all__ = ["Evaluation", "TwinRecorder", "ValidationReport", "evaluate", "judge", "read_twin", "validate"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Evaluation", "evaluate"):  # needs torch; proving a bundle does not
+        from importlib import import_module
+
+        return getattr(import_module("kvexport.validate.cost"), name)
+    raise AttributeError(f"module 'kvexport.validate' has no attribute {name!r}")

@@ -1,0 +1,101 @@
+"""What compression cost: a bundle's predictions against the trained model's, on real text.
+
+Knows how to run both over the same windows within the memory of one layer; the original runs in the reference,
+the bundle in its own runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.bundle import Bundle
+from kvexport.calibrate.text import all_windows, read_text, tokenize
+from kvexport.checkpoint import Checkpoint
+from kvexport.decoder import Decoder
+from kvexport.divergence import Divergence, DivergenceMeter
+from kvexport.errors import UsageError
+from kvexport.loading import load_decoder
+from kvexport.progress import Progress
+from kvexport.runtime import Session
+
+_SCORES = 1 << 22  # numbers of attention scores in one batch of the original
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A divergence from the trained model, and the KV bytes that a token takes in both, in the bundle's dtype."""
+
+    divergence: Divergence
+    kv_bytes_per_token: int
+    kv_bytes_per_token_original: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as `--json` prints them."""
+        sizes = {
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_bytes_per_token_original": self.kv_bytes_per_token_original,
+        }
+        return self.divergence.to_json() | sizes
+
+
+def evaluate(
+    bundle: Path, checkpoint: Path, text: Path, progress: Progress, *, length: int = 256, samples: int | None = None
+) -> Evaluation:
+    """Run the trained model and the bundle, teacher-forced, over windows of `length` tokens of a text.
+
+    Args:
+        samples: the most windows to use, spread evenly over the text; None: all.
+
+    Raises:
+        UsageError: the checkpoint and the bundle have different vocabularies, or the text fills no window.
+        BundleError: the bundle cannot be read.
+    """
+    source, opened = Checkpoint(checkpoint), Bundle.open(bundle)
+    decoder = load_decoder(source)
+    if decoder.limits.vocab_size != opened.model.vocab_size:
+        raise UsageError(
+            "the checkpoint is not the one that the bundle was made of: their vocabularies differ",
+            seen=f"{decoder.limits.vocab_size} tokens in {checkpoint}", allowed=f"{opened.model.vocab_size} tokens, as in {bundle}",
+            fix=f"give --against the checkpoint '{opened.source.name}'",
+        )  # fmt: skip
+    if length > opened.capacity:
+        raise UsageError("--length exceeds the bundle's capacity", seen=length, allowed=f"at most {opened.capacity}")
+    windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)
+    stream = original_stream(decoder, windows, progress)
+    meter = DivergenceMeter()
+    session = Session(opened)
+    with progress.stage("Running the bundle", len(windows)), torch.no_grad():
+        for window, x in zip(windows, stream, strict=True):
+            compressed = torch.from_numpy(session.score(window[None].numpy()))
+            meter.add(reference.logits(decoder, x[None]), compressed, window[None])
+            progress.advance()
+    return Evaluation(meter.finish(), opened.kv_bytes_per_token, opened.kv_bytes_per_token_original)
+
+
+def spread(windows: Tensor, samples: int | None) -> Tensor:
+    """At most `samples` of the windows [N, length], evenly spaced."""
+    if samples is None or samples >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, samples).round().long()]
+
+
+@torch.no_grad()
+def original_stream(decoder: Decoder, windows: Tensor, progress: Progress) -> Tensor:
+    """The residual stream [N, length, hidden] after the last layer, one layer in memory at a time."""
+    x = reference.embed(decoder.embedding, windows)
+    length = windows.shape[1]
+    positions = torch.arange(length)
+    with progress.stage("Running the original", len(decoder.layers)):
+        for layer in decoder.layers:
+            size = max(1, _SCORES // (layer.attention.num_heads * length**2))
+            for at in range(0, len(x), size):
+                batch = x[at : at + size]
+                x[at : at + size] = reference.run_layer(layer, batch, positions.expand(len(batch), -1), decoder.rope).residual
+            progress.advance()
+    return x
