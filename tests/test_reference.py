@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from kvexport import reference
-from kvexport.decoder import Attention, Decoder, Layer, LazyLayers, Linear, kv_bytes_per_token
+from kvexport.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
 from kvexport.loading import load_decoder
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
@@ -188,6 +188,8 @@ def test_lazy_layers_read_only_what_is_asked() -> None:
             layers[outside]
 
 
-def test_kv_bytes_per_token(llama: Decoder) -> None:
-    attentions = [layer.attention for layer in llama.layers]
-    assert kv_bytes_per_token(attentions, 2) == 2 * 2 * 4 * 8 * 2  # layers, key and value, heads, head_dim, bytes
+def test_tensors_of_a_layer(llama: Decoder) -> None:
+    layer = llama.layers[0]
+    assert sum(tensor.numel() for tensor in tensors_of(layer)) == 4 * 32 * 32 + 3 * 32 * 48 + 2 * 32
+    with_map = replace(layer.attention, value_map=torch.zeros(4, 8, 8))
+    assert len(tensors_of(with_map)) == len(tensors_of(layer.attention)) + 1 == 5
