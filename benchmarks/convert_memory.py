@@ -25,15 +25,13 @@ RECORD = Path(__file__).parent / "results" / "convert_memory.json"
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="where to work; needs about 10 GB, and is left empty")
-    parser.add_argument("--layers", type=int, default=22)
-    parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--dtype", default="float16", help="of the bundle")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 256 tokens")
     parser.add_argument("--output", type=Path, default=RECORD)
     arguments = parser.parse_args()
 
     checkpoint, bundle = arguments.folder / "random", arguments.folder / "bundle"
-    parameters = write_checkpoint(checkpoint, arguments.layers, arguments.hidden)
+    parameters = write_checkpoint(checkpoint, 22, 2048)
     command = ["build", str(checkpoint), "-o", str(bundle), "--calibration", "random", "--samples", str(arguments.samples)]
     command += ["--kv-ratio", "0.5", "--dtype", arguments.dtype, "--json"]
     start = time.perf_counter()
@@ -63,7 +61,7 @@ def write_checkpoint(path: Path, layers: int, hidden: int) -> int:
     from safetensors.torch import save_file
 
     path.mkdir(parents=True)
-    intermediate, vocab, heads = hidden * 11 // 4, 32000, hidden // 64
+    intermediate, vocab, heads = 4480, 32000, hidden // 64  # with 22 layers of 2048: 1.1e9 parameters
     generator = torch.Generator().manual_seed(0)
     weight_map: dict[str, str] = {}
     count = 0

@@ -113,13 +113,10 @@ def table(record: dict[str, Any]) -> str:
     ]
     for row in record["rows"]:
         paper = next((r for r in record["rows"] if r["ratio"] == row["ratio"] and r["method"] == "svd-a"), None)
-        cells = [
-            f"{row['texts'][name]['mean_kl']:.4f} | {row['texts'][name]['cross_entropy']:.4f} | {row['texts'][name]['top1_agreement']:.3f}"
-            for name in names
-        ]
-        share = (
-            ", ".join(f"{row['texts'][name]['mean_kl'] / paper['texts'][name]['mean_kl']:.2f}" for name in names) if paper else ""
-        )
+        figures = [row["texts"][name] for name in names]
+        cells = [f"{each['mean_kl']:.4f} | {each['cross_entropy']:.4f} | {each['top1_agreement']:.3f}" for each in figures]
+        theirs = [paper["texts"][name]["mean_kl"] for name in names] if paper else []
+        share = ", ".join(f"{each['mean_kl'] / their:.2f}" for each, their in zip(figures, theirs, strict=False))
         lines.append(f"| {row['ratio']:g} | {row['method']} | " + " | ".join(cells) + f" | {share} |")
     original = ", ".join(f"{name} {record['rows'][0]['texts'][name]['cross_entropy_original']:.4f}" for name in names)
     return "\n".join([*lines, "", f"The original's cross-entropy: {original}.", ""])
