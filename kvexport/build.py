@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from kvexport import __version__
-from kvexport.bundle import REPORT_FILE, BundleWriter
+from kvexport.bundle import BYTES, REPORT_FILE, new_bundle
 from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps, save_header, save_moments
 from kvexport.checkpoint import Checkpoint
 from kvexport.convert import Conversion, ConvertedLayer, LayerReport, convert, kv_heads_for, measure, unconverted
@@ -29,12 +29,11 @@ from kvexport.graph import DecoderWriter
 from kvexport.loading import load_decoder
 from kvexport.progress import Progress
 from kvexport.standard import StandardWriter, require_standard
-from kvexport.validate import TwinRecorder, ValidationReport, validate
+from kvexport.validate import TwinRecorder, ValidationReport, prove
 
 if TYPE_CHECKING:
     from kvexport.graph import GraphContract
 
-DTYPES = {"float32": 4, "float16": 2, "bfloat16": 2}  # bytes of one number
 _DEFAULT_CAPACITY = 4096  # where the model's own limit is larger, or it has none
 
 
@@ -98,7 +97,7 @@ def build(
         GateFailed: the exported graph is not its PyTorch twin; no bundle is left.
         CannotRunHere: this machine lacks memory, disk or a package.
     """
-    with BundleWriter(output, force=force) as writer:
+    with new_bundle(output, force=force) as writer:
         job = _Job(checkpoint, plan, progress)
         decoder, limit = job.decoder, _capacity(job.decoder.limits.max_positions, capacity)
         windows = job.windows()
@@ -120,13 +119,12 @@ def build(
         twin.save(writer.directory)
         contract = graph.finish(decoder.final_norm, decoder.head)
         job.checkpoint.copy_tokenizer(writer.directory)
-        writer.seal(_manifest(job, limit, contract, report))
-        with job.timed("validate"):
-            report.validation = validate(writer.directory, progress)
+        with job.timed("prove"):
+            report.validation = prove(writer.directory, contract, progress)
         if report.validation.failures:
             raise GateFailed("the exported graph is not its PyTorch twin:\n" + "\n".join(report.validation.failures))
         (writer.directory / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-        writer.commit()
+        writer.seal(_manifest(job, limit, contract, report))
     return report
 
 
@@ -165,8 +163,8 @@ class _Job:
     """One checkpoint on its way through the stations, with the clock of each stage."""
 
     def __init__(self, path: Path, plan: Plan, progress: Progress) -> None:
-        if plan.dtype not in DTYPES:
-            raise UsageError("--dtype is not one of those that engines take", seen=plan.dtype, allowed=", ".join(DTYPES))
+        if plan.dtype not in BYTES:
+            raise UsageError("--dtype is not one of those that engines take", seen=plan.dtype, allowed=", ".join(BYTES))
         self.seconds: dict[str, float] = {}
         self.plan, self.progress = plan, progress
         self.checkpoint = Checkpoint(path)
@@ -221,7 +219,7 @@ class _Job:
                 parameters += sum(tensor.numel() for tensor in tensors_of(converted.layer))
                 self.progress.advance()
             divergence = None if conversion is None else conversion.divergence()
-        size = DTYPES[self.plan.dtype]
+        size = BYTES[self.plan.dtype]
         return BuildReport(
             source=self.checkpoint.path.resolve().name,
             layers=reports,

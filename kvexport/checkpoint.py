@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvexport.errors import CheckpointError
+from kvexport.hashing import sha256_of
 
 if TYPE_CHECKING:
     import torch
@@ -161,15 +162,6 @@ class Checkpoint:
         if not all(isinstance(one, int) for one in ids):
             raise CheckpointError(f"{which} is not a token id or a list of them", seen=repr(said), fix="correct config.json")
         return ids
-
-
-def sha256_of(path: Path) -> str:
-    """sha256 of a file, read in pieces."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            digest.update(piece)
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> Mapping[str, Any]:

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from kvexport.calibrate.moments import MOMENT_NAMES, Moments
 from kvexport.calibrate.recipe import Recipe
-from kvexport.checkpoint import sha256_of
 from kvexport.errors import UsageError
+from kvexport.hashing import sha256_of
 
 FORMAT = 1
 _HEADER, _TOKENS = "statistics.json", "tokens.safetensors"

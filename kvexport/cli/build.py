@@ -38,9 +38,8 @@ def command(
     """
     if (checkpoint is None) != demo:
         raise UsageError("give a CHECKPOINT, or --demo", seen="both" if demo else "neither")
-    from kvexport.cli.options import progress_bar
-
     from kvexport.build import build
+    from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_build
     from kvexport.resources import resource
 

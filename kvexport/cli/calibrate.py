@@ -25,9 +25,8 @@ def command(
 
     `kvexport build CHECKPOINT --statistics OUTPUT` then gives the same bundle as calibrating anew.
     """
-    from kvexport.cli.options import progress_bar
-
     from kvexport.build import calibrate
+    from kvexport.cli.options import progress_bar
 
     with progress_bar(quiet) as progress:
         tokens = calibrate(checkpoint, output, recipe_from(calibration, samples, length, seed), progress, force=force)

@@ -24,7 +24,6 @@ def command(
 ) -> None:
     """Measure what compression cost: BUNDLE's predictions against the trained model's on a text."""
     from kvexport.cli.options import progress_bar
-
     from kvexport.cli.report import print_evaluation
     from kvexport.validate import evaluate
 

@@ -11,8 +11,12 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from kvexport.build import BuildReport
+    from kvexport.bundle import Bundle
     from kvexport.divergence import Divergence
+    from kvexport.layer_report import LayerReport
     from kvexport.validate import ValidationReport
     from kvexport.validate.cost import Evaluation
 
@@ -42,6 +46,43 @@ def size(count: float) -> str:
     raise AssertionError
 
 
+def layer_table(layers: Iterable[LayerReport]) -> Table:
+    """What became of each layer."""
+    table = plain_table("layer", "KV heads", "width", "method", "predicted error", "measured error", "residual error")
+    for index, layer in enumerate(layers):
+        widths = sorted({layer.key_head_dim, layer.value_head_dim})
+        table.add_row(
+            str(index),
+            f"{layer.original_num_key_value_heads} → {layer.num_key_value_heads}",
+            "/".join(map(str, widths)),
+            layer.method,
+            f"{layer.predicted_error:.4f}",
+            f"{layer.measured_error:.4f}",
+            f"{layer.residual_error:.4f}",
+        )
+    return table
+
+
+def print_bundle(bundle: Bundle, verified: bool) -> None:
+    """What `inspect` says."""
+    out = console()
+    out.print(layer_table(bundle.layers))
+    table = plain_table("", "")
+    source, calibration = bundle.source, bundle.calibration or {}
+    table.add_row("made of", f"{source.name} ({source.model_type}), sha256 {source.sha256[:12]}")
+    if calibration:
+        table.add_row("calibration", ", ".join(f"{key} {value}" for key, value in calibration.items()))
+    table.add_row("made by", f"kvexport {bundle.version}")
+    table.add_row("dtype, capacity", f"{bundle.dtype}, {bundle.capacity} tokens")
+    table.add_row("KV cache per token", size(bundle.kv_bytes_per_token))
+    table.add_row("  original", size(bundle.kv_bytes_per_token_original))
+    table.add_row("KV cache at capacity", size(bundle.kv_bytes_per_token * bundle.capacity))
+    for name, entry in bundle.files.items():
+        table.add_row(name, f"{size(entry.bytes)}, sha256 {entry.sha256[:12]}{' ok' if verified else ''}")
+    out.print()
+    out.print(table)
+
+
 def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool) -> None:
     """What `build` and `compress` say of what they made."""
     if as_json:
@@ -49,19 +90,8 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
         return
     if quiet:
         return
-    table = plain_table("layer", "KV heads", "width", "method", "predicted error", "measured error", "residual error")
-    for index, layer in enumerate(report.layers):
-        table.add_row(
-            str(index),
-            f"{layer.original_num_key_value_heads} → {layer.num_key_value_heads}",
-            f"{layer.key_head_dim}",
-            layer.method,
-            f"{layer.predicted_error:.4f}",
-            f"{layer.measured_error:.4f}",
-            f"{layer.residual_error:.4f}",
-        )
     out = console()
-    out.print(table)
+    out.print(layer_table(report.layers))
     summary = plain_table("", "original", output.name)
     summary.add_row("KV cache per token", size(report.kv_bytes_per_token_original), size(report.kv_bytes_per_token))
     summary.add_row("parameters", f"{report.parameters_original:,}", f"{report.parameters:,}")

@@ -17,7 +17,6 @@ from kvexport.errors import GateFailed
 def command(bundle: Path, as_json: bool, quiet: bool) -> None:
     """Prove BUNDLE against its PyTorch twin: every layer, a prefill and 64 decode steps. Exit code 1 if it is not it."""
     from kvexport.cli.options import progress_bar
-
     from kvexport.cli.report import print_validation
     from kvexport.validate import validate
 

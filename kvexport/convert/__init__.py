@@ -2,7 +2,8 @@
 
 from kvexport.convert.groups import kv_heads_for
 from kvexport.convert.methods import AUTO, METHOD_NAMES
-from kvexport.convert.pipeline import Conversion, ConvertedLayer, LayerReport, convert, measure, unconverted
+from kvexport.convert.pipeline import Conversion, ConvertedLayer, convert, measure, unconverted
+from kvexport.layer_report import LayerReport
 
 __all__ = [
     "AUTO", "METHOD_NAMES", "Conversion", "ConvertedLayer", "LayerReport", "convert", "kv_heads_for", "measure", "unconverted",

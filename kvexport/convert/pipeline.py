@@ -23,35 +23,9 @@ from kvexport.convert.refit import LeastSquares, refit
 from kvexport.decoder import Attention, Decoder, Layer, Rope, tensors_of
 from kvexport.divergence import Divergence, DivergenceMeter
 from kvexport.errors import KvexportError
+from kvexport.layer_report import LayerReport
 
 _SCORES = 1 << 22  # numbers of attention scores in one batch
-
-
-@dataclass(frozen=True)
-class LayerReport:
-    """What became of one layer. Errors are relative root mean squares over held-out calibration tokens."""
-
-    method: str
-    num_attention_heads: int
-    original_num_key_value_heads: int
-    original_head_dim: int
-    num_key_value_heads: int
-    key_head_dim: int
-    value_head_dim: int
-    predicted_error: float  # of the attention output, from moments alone
-    measured_error: float  # the same, measured: trained inputs, before the refit
-    residual_error: float  # of the residual stream after this layer, all layers before it converted too
-    parameters: int  # of the attention
-    original_parameters: int
-
-    @property
-    def kv_width(self) -> int:
-        """Cached numbers per token."""
-        return self.num_key_value_heads * (self.key_head_dim + self.value_head_dim)
-
-    @property
-    def original_kv_width(self) -> int:
-        return self.original_num_key_value_heads * 2 * self.original_head_dim
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,7 @@ def tapped(path: Path) -> GraphCopy:
     """The graph at `path`, with each layer's attention output and residual stream as further outputs, layer by layer."""
     model = ir.load(path)
     _add_taps(model.graph)
-    return GraphCopy(_serialised(model), path.parent)
+    return GraphCopy(serialised(model), path.parent)
 
 
 def as_float32(path: Path, *, taps: bool = False) -> GraphCopy:
@@ -61,8 +61,14 @@ def as_float32(path: Path, *, taps: bool = False) -> GraphCopy:
     model = ir.load(path)
     if taps:
         _add_taps(model.graph)
+    weights = widen(model.graph)
+    return GraphCopy(serialised(model), path.parent, weights)
+
+
+def widen(graph: ir.Graph) -> dict[str, NDArray[np.float32]]:
+    """Make a graph compute in float32, in place; returns the arrays that stand in for its narrower weights."""
     weights: dict[str, NDArray[np.float32]] = {}
-    for name, value in model.graph.initializers.items():
+    for name, value in graph.initializers.items():
         tensor = value.const_value
         if tensor is None or tensor.dtype not in _NARROW:
             continue
@@ -73,14 +79,14 @@ def as_float32(path: Path, *, taps: bool = False) -> GraphCopy:
             value.const_value = _stand_in(tensor)
         else:
             value.const_value = ir.Tensor(wide, name=name)
-    for node in model.graph:
+    for node in graph:
         if node.op_type == "Cast" and node.attributes["to"].as_int() in _NARROW:
             node.attributes["to"] = ir.AttrInt64("to", ir.DataType.FLOAT)
-    values = [*model.graph.inputs, *(output for node in model.graph for output in node.outputs)]
+    values = [*graph.inputs, *(output for node in graph for output in node.outputs)]
     for value in values:
         if value.dtype in _NARROW:
             value.dtype = ir.DataType.FLOAT
-    return GraphCopy(_serialised(model), path.parent, weights)
+    return weights
 
 
 def _add_taps(graph: ir.Graph) -> None:
@@ -96,5 +102,5 @@ def _stand_in(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     return ir.ExternalTensor(tensor.location, 0, 4 * tensor.size, ir.DataType.FLOAT, shape=tensor.shape, name=tensor.name or "")
 
 
-def _serialised(model: ir.Model) -> bytes:
+def serialised(model: ir.Model) -> bytes:
     return ir.to_proto(model).SerializeToString(deterministic=True)

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from kvexport.bundle import Bundle
 from kvexport.progress import Progress
 from kvexport.validate.gates import GATES, Difference, Gate, compare, greedy_agreement
-from kvexport.validate.twin import FILE, KINDS, STEPS, array_name, read_twin
+from kvexport.validate.twin import FILE, STEPS, read_twin
 
 Array = NDArray[np.float32]
 
