@@ -29,7 +29,7 @@ from kvexport.graph import DecoderWriter
 from kvexport.loading import load_decoder
 from kvexport.progress import Progress
 from kvexport.standard import StandardWriter, require_standard
-from kvexport.validate import TwinRecorder, ValidationReport
+from kvexport.validate import TwinRecorder, ValidationReport, prove
 
 if TYPE_CHECKING:
     from kvexport.graph import GraphContract
@@ -120,8 +120,6 @@ def build(
         contract = graph.finish(decoder.final_norm, decoder.head)
         job.checkpoint.copy_tokenizer(writer.directory)
         with job.timed("prove"):
-            from kvexport.validate.layerwise import prove
-
             report.validation = prove(writer.directory, contract, progress)
         if report.validation.failures:
             raise GateFailed("the exported graph is not its PyTorch twin:\n" + "\n".join(report.validation.failures))

@@ -44,7 +44,7 @@ def _embedded(graph: ir.Graph) -> str:
 
 def _part(path: Path, entry: str | None, exits: list[str], in_float32: bool) -> GraphCopy:
     whole = ir.load(path)  # anew for each part: widening changes it
-    inputs = [*whole.graph.inputs, *([] if entry is None else [entry])]
+    inputs: list[ir.Value | str] = [*whole.graph.inputs, *([] if entry is None else [entry])]
     graph = ir.convenience.extract(whole.graph, inputs, exits)
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)

@@ -76,6 +76,7 @@ def widen(graph: ir.Graph) -> dict[str, NDArray[np.float32]]:
         value.dtype = ir.DataType.FLOAT
         if isinstance(tensor, ir.ExternalTensor):
             weights[name] = wide
+            tensor.release()  # unmaps the file
             value.const_value = _stand_in(tensor)
         else:
             value.const_value = ir.Tensor(wide, name=name)

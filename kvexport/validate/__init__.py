@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvexport.validate.prove import ValidationReport, judge, validate
+from kvexport.validate.proof import prove, validate
 from kvexport.validate.twin import TwinRecorder, read_twin
+from kvexport.validate.verdict import ValidationReport, judge
 
 if TYPE_CHECKING:
     from kvexport.validate.cost import Evaluation, evaluate
 
-__all__ = ["Evaluation", "TwinRecorder", "ValidationReport", "evaluate", "judge", "read_twin", "validate"]
+__all__ = ["Evaluation", "TwinRecorder", "ValidationReport", "evaluate", "judge", "prove", "read_twin", "validate"]
 
 
 def __getattr__(name: str) -> Any:

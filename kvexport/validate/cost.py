@@ -61,9 +61,10 @@ def evaluate(
     if decoder.limits.vocab_size != opened.model.vocab_size:
         raise UsageError(
             "the checkpoint is not the one that the bundle was made of: their vocabularies differ",
-            seen=f"{decoder.limits.vocab_size} tokens in {checkpoint}", allowed=f"{opened.model.vocab_size} tokens, as in {bundle}",
+            seen=f"{decoder.limits.vocab_size} tokens in {checkpoint}",
+            allowed=f"{opened.model.vocab_size} tokens, as in {bundle}",
             fix=f"give --against the checkpoint '{opened.source.name}'",
-        )  # fmt: skip
+        )
     if length > opened.capacity:
         raise UsageError("--length exceeds the bundle's capacity", seen=length, allowed=f"at most {opened.capacity}")
     windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)

@@ -5,8 +5,7 @@ Knows arrays and thresholds; nothing of where the arrays come from.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
@@ -42,9 +41,6 @@ class Difference:
     norm_ratio: float  # of the token whose ratio is farthest from 1
     max_error: float
     failed: tuple[str, ...]
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def compare(name: str, measured: Array, reference: Array, gate: Gate) -> Difference:

@@ -73,7 +73,7 @@ def array_name(layer: int, kind: str) -> str:
     return f"layers.{layer}.{kind}"
 
 
-def read_twin(path: Path, num_layers: int) -> Mapping[str, NDArray[np.float32]]:
+def read_twin(path: Path, num_layers: int) -> Mapping[str, NDArray[Any]]:
     """The recorded arrays: `input_ids` [T] int64, `logits` [T, vocab] and four arrays a layer, float32.
 
     Raises:

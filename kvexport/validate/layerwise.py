@@ -1,0 +1,125 @@
+"""The exported graph run in the memory of one layer: all calls through the embedding, then all through layer 0, ...
+
+Teacher-forced, every token is known beforehand, so that the calls (a prefill, then single steps) need not pass
+through the whole graph one after another. Knows how the parts of a graph are run; nothing of the twin that the
+result is compared with.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvexport.graph.contract import BATCH, CAPACITY, GRAPH_FILE, GraphContract, attention_tap, past, residual_tap
+from kvexport.progress import Progress
+from kvexport.validate.twin import array_name
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+Array = NDArray[np.float32]
+Call = dict[str, NDArray[Any]]  # what is known of one call so far: values of the graph by name
+
+COMPUTED_IN = {"float32": "float32", "float16": "float16", "bfloat16": "float32"}  # what ONNX Runtime's CPU has kernels for
+GARBAGE = 100.0  # what slots of the cache hold before they are written
+_SPARE = 16  # slots that no token is written to
+
+
+def run_layerwise(
+    directory: Path, contract: GraphContract, input_ids: NDArray[np.int64], prefill: int, progress: Progress
+) -> dict[str, Array]:
+    """Feed `input_ids` [T] to decoder.onnx in `directory`: `prefill` of them at once, the others one by one.
+
+    The weights of one part are in memory at a time. A bfloat16 graph computes in float32, on the same weights.
+
+    Returns:
+        `logits` [T, vocab] and the four arrays a layer that `kvexport.validate.twin` names, float32.
+    """
+    from kvexport.graph.parts import parts
+
+    tokens = len(input_ids)
+    starts = [0, *range(prefill, tokens)]
+    calls = [_call(input_ids[start:stop], start) for start, stop in zip(starts, [*starts[1:], tokens], strict=True)]
+    dtype = COMPUTED_IN[contract.dtype]
+    caches = _caches(contract, np.dtype(dtype), tokens + _SPARE)
+    with progress.stage("Proving the graph", contract.num_layers + 2):
+        for part in parts(directory / GRAPH_FILE, contract.num_layers, in_float32=dtype != contract.dtype):
+            _run_part(part.session(_options()), calls, caches)
+            del part  # before the next one is made
+            progress.advance()
+    measured = {"logits": _joined(calls, "logits")}
+    for layer in range(contract.num_layers):
+        for which in ("key", "value"):
+            measured[array_name(layer, which)] = heads_side_by_side(caches[past(layer, which)].numpy(), tokens)
+        measured[array_name(layer, "attention")] = _joined(calls, attention_tap(layer))
+        measured[array_name(layer, "residual")] = _joined(calls, residual_tap(layer))
+    return measured
+
+
+def heads_side_by_side(cache: NDArray[Any], tokens: int) -> Array:
+    """The first `tokens` slots of a cache [1, heads, capacity, width] as float32 [tokens, heads·width]."""
+    return cache[0, :, :tokens].swapaxes(0, 1).reshape(tokens, -1).astype(np.float32)
+
+
+def _call(ids: NDArray[np.int64], start: int) -> Call:
+    """The token inputs of a call that reads `ids` [S] from position `start`, and wants the logits of all."""
+    here = np.arange(len(ids))
+    return {
+        "input_ids": ids[None],
+        "position_ids": start + here[None],
+        "write_indices": np.array([start]),
+        "logits_index": here[None],
+    }
+
+
+def _caches(contract: GraphContract, dtype: np.dtype[Any], slots: int) -> dict[str, onnxruntime.OrtValue]:
+    """Buffers by the name of the input, nothing written yet."""
+    from onnxruntime import OrtValue
+
+    sizes = {BATCH: 1, CAPACITY: slots}
+    return {
+        spec.name: OrtValue.ortvalue_from_numpy(
+            np.full([size if isinstance(size, int) else sizes[size] for size in spec.shape], GARBAGE, dtype)
+        )
+        for spec in contract.inputs
+        if CAPACITY in spec.shape
+    }
+
+
+def _run_part(session: onnxruntime.InferenceSession, calls: list[Call], caches: dict[str, onnxruntime.OrtValue]) -> None:
+    """Run every call through one part; what it gives is added to the call, or written to the cache in place."""
+    inputs = [value.name for value in session.get_inputs()]
+    written = {value.name: value.name.replace("present", "past_key_values") for value in session.get_outputs()}
+    given = [name for name, cache in written.items() if cache not in caches]
+    for call in calls:
+        binding = session.io_binding()
+        for name in inputs:
+            if name in caches:
+                binding.bind_ortvalue_input(name, caches[name])
+            else:
+                binding.bind_cpu_input(name, call[name])
+        for name in given:
+            binding.bind_output(name)
+        for name in written.keys() - given:
+            binding.bind_ortvalue_output(name, caches[written[name]])
+        session.run_with_iobinding(binding)
+        call.update(zip(given, (value.numpy() for value in binding.get_outputs()), strict=False))
+
+
+def _joined(calls: list[Call], name: str) -> Array:
+    """A value [1, S, width] of all calls, one after another: float32 [T, width]."""
+    return np.concatenate([call[name][0] for call in calls]).astype(np.float32)
+
+
+def _options() -> onnxruntime.SessionOptions:
+    """Nothing but the weights as they lie on disk: no second, packed copy of them, and no memory kept for later."""
+    from onnxruntime import SessionOptions
+
+    options = SessionOptions()
+    options.enable_cpu_mem_arena = False
+    options.enable_mem_pattern = False
+    options.add_session_config_entry("session.disable_prepacking", "1")
+    return options

@@ -1,0 +1,44 @@
+"""The two ways to prove an exported graph against its PyTorch twin, teacher-forced: a prefill, then single steps.
+
+`prove` needs the memory of one layer and no finished bundle: it is how a build ends. `validate` runs the bundle as
+it is deployed. Both fill the cache with garbage first, so that a graph which looks beyond what was written fails.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kvexport.bundle import Bundle
+from kvexport.graph.contract import GraphContract
+from kvexport.progress import Progress
+from kvexport.validate.deployed import run_deployed
+from kvexport.validate.layerwise import COMPUTED_IN, run_layerwise
+from kvexport.validate.twin import FILE, read_twin
+from kvexport.validate.verdict import ValidationReport, judge, prefill_of
+
+
+def prove(directory: Path, contract: GraphContract, progress: Progress) -> ValidationReport:
+    """Compare the graph in `directory` with the twin recorded beside it, one layer in memory at a time.
+
+    Raises:
+        BundleError: what the twin recorded is unreadable or incomplete.
+    """
+    twin = read_twin(directory / FILE, contract.num_layers)
+    ids = twin["input_ids"]
+    measured = run_layerwise(directory, contract, ids, prefill_of(len(ids)), progress)
+    return judge(contract.dtype, COMPUTED_IN[contract.dtype], measured, twin)
+
+
+def validate(path: Path, progress: Progress) -> ValidationReport:
+    """Compare the bundle in `path`, run as it is deployed, with what its twin computed when it was built.
+
+    Raises:
+        BundleError: the bundle is damaged (every file is hashed first) or incomplete.
+        CannotRunHere: this machine lacks the memory, or a package.
+    """
+    bundle = Bundle.open(path)
+    bundle.verify()
+    twin = read_twin(path / FILE, len(bundle.layers))
+    ids = twin["input_ids"]
+    measured = run_deployed(bundle, ids, prefill_of(len(ids)), progress)
+    return judge(bundle.dtype, COMPUTED_IN[bundle.dtype], measured, twin)
