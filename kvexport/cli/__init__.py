@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import signal
 import sys
 from importlib import import_module
@@ -25,6 +26,10 @@ _VERBS = {
 }
 
 
+class _ReaderGone(Exception):
+    """Standard output was closed at its other end."""
+
+
 class _Verbs(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(_VERBS)
@@ -35,6 +40,12 @@ class _Verbs(click.Group):
         command: click.Command = import_module(f"kvexport.cli.{cmd_name}").command
         command.name = cmd_name
         return command
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as error:  # click would exit with 1, which is a failed gate's code
+            raise _ReaderGone from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Verbs"):
@@ -48,35 +59,42 @@ def verbs() -> None:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 ok, 1 a gate failed, 2 usage, 3 this environment can't, 130 interrupted."""
+    """Run the command line and exit: 0 ok, 1 a gate failed, 2 usage, 3 this environment can't, 130 interrupted.
+
+    141 where the reader of standard output has gone, as for a program that SIGPIPE ends.
+    """
     signal.signal(signal.SIGTERM, _interrupt)  # so that what was begun is cleaned up
     try:
         verbs.main(arguments, prog_name="kvexport", standalone_mode=False)
     except KvexportError as error:
         _fail(str(error), error.exit_code)
-    except click.exceptions.Abort:
-        _fail("interrupted; nothing was left behind", 130)
-    except KeyboardInterrupt:
+    except (click.exceptions.Abort, KeyboardInterrupt):
         _fail("interrupted; nothing was left behind", 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output has gone; there is nobody to tell
-        sys.exit(1)
+    except _ReaderGone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+        sys.exit(141)
     except ModuleNotFoundError as error:
         _fail(_missing(error), 3)
     except MemoryError:
         _fail("out of memory\n  fix:     use fewer --samples, a shorter --length, or a machine with more memory", 3)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM):
-            raise
-        where = error.filename or "while writing the output"
-        _fail(f"{error.strerror}: {where}\n  fix:     free space, or choose another --output", 3)
+        _fail(_refused(error), 3)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> Any:
     raise KeyboardInterrupt
+
+
+def _refused(error: OSError) -> str:
+    """What the operating system refused, and what may help."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        remedy = "free space, or choose another --output"
+        return f"the disk is full ({error.strerror}); nothing was left behind\n  fix:     {remedy}"
+    where = error.filename or error.filename2
+    return f"{error.strerror or error}" + (f": {where}" if where else "")
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -1,6 +1,6 @@
-"""The KV cache: one buffer for each layer's keys and values, bound as the graph's input and output.
+"""The KV cache: one buffer for each layer's keys and one for its values, which grow as sequences do.
 
-Knows buffers and how they grow; must not know what is written to them.
+Knows shapes and bytes; must not know what is written to the buffers, nor what runs on them.
 """
 
 from __future__ import annotations
@@ -8,57 +8,78 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
-import onnxruntime
+from numpy.typing import NDArray
 
-from kvexport.bundle import BYTES, Bundle
-from kvexport.errors import UsageError
+from kvexport.bundle import Bundle
+from kvexport.errors import CannotRunHere, UsageError
+from kvexport.graph.contract import past
 
-STEP = 256  # tokens by which the allocated capacity grows: a decode step pays for all of it, so it follows the depth
-_NUMPY = {"float32": np.float32, "float16": np.float16}
+# Tokens by which the buffers grow. Attention reads all of a buffer, so its capacity follows the sequence closely;
+# the copy at each growth is then 1/STEP of what attention reads between two of them.
+STEP = 256
 
 
 class KvCache:
-    """Buffers [batch, num_key_value_heads, capacity, width], `capacity` a multiple of STEP or the bundle's limit."""
+    """Buffers [batch, num_key_value_heads, capacity, width] by the name of the graph's input; nothing is allocated at first.
 
-    def __init__(self, bundle: Bundle, batch: int, dtype: str, fill: float = 0.0) -> None:
-        self._layers, self._limit, self._dtype = bundle.layers, bundle.capacity, dtype
-        self._fill = fill  # what slots hold before they are written; only validation sets it
+    Attributes:
+        batch: sequences.
+        capacity: tokens that the buffers hold now: 0, a multiple of the growth step, or the bundle's capacity.
+        buffers: key and value of layer 0, of layer 1, ...
+    """
+
+    def __init__(self, bundle: Bundle, batch: int, dtype: str, *, fill: float = 0.0, step: int = STEP) -> None:
+        """Nothing is allocated before `reserve`.
+
+        Args:
+            dtype: of the buffers: the bundle's, unless a copy of its graph computes in another.
+            fill: what slots hold until they are written; no result may depend on it.
+            step: tokens by which the buffers grow.
+        """
+        self._limit, self._dtype, self._fill, self._step = bundle.capacity, np.dtype(dtype), fill, step
+        self._shapes: dict[str, tuple[int, int]] = {}  # heads and width
+        for index, layer in enumerate(bundle.layers):
+            self._shapes[past(index, "key")] = layer.num_key_value_heads, layer.key_head_dim
+            self._shapes[past(index, "value")] = layer.num_key_value_heads, layer.value_head_dim
         self.batch = batch
         self.capacity = 0
-        self.buffers: dict[str, Any] = {}  # name of the input -> OrtValue
-        self.reserve(1)
+        self.buffers: dict[str, NDArray[Any]] = {}
 
-    def reserve(self, tokens: int) -> bool:
-        """Make room for `tokens` tokens; returns whether the buffers are new ones (the old contents are copied).
+    def reserve(self, tokens: int) -> None:
+        """Make room for `tokens` tokens; what was written is copied, one buffer at a time.
 
         Raises:
             UsageError: more than the bundle's capacity.
+            CannotRunHere: not enough memory; what was written is still there.
         """
         if tokens <= self.capacity:
-            return False
+            return
         if tokens > self._limit:
             raise UsageError(
-                "the sequence exceeds the bundle's capacity", seen=f"{tokens} tokens", allowed=f"at most {self._limit}",
-                fix="shorten the prompt, or build the bundle with a larger --capacity",
+                "the bundle's capacity is exhausted", seen=f"{tokens} tokens", allowed=f"at most {self._limit}",
+                fix="shorten the text, or build the bundle again with a larger --capacity",
             )  # fmt: skip
-        self.capacity = min(-(-tokens // STEP) * STEP, self._limit)
-        for index, layer in enumerate(self._layers):
-            for which, width in (("key", layer.key_head_dim), ("value", layer.value_head_dim)):
-                name = f"past_key_values.{index}.{which}"
-                shape = (self.batch, layer.num_key_value_heads, self.capacity, width)
-                fresh = np.full(shape, self._fill, _NUMPY[self._dtype])
-                old = self.buffers.get(name)
-                if old is not None:
-                    filled = old.numpy()
-                    fresh[:, :, : filled.shape[2]] = filled
-                self.buffers[name] = onnxruntime.OrtValue.ortvalue_from_numpy(fresh)
-        return True
+        capacity = min(-(-tokens // self._step) * self._step, self._limit)
+        for name, (heads, width) in self._shapes.items():
+            try:
+                # Never uninitialised: a slot that is masked still meets its value, and 0 times NaN would be NaN.
+                fresh = np.zeros((self.batch, heads, capacity, width), self._dtype)
+            except MemoryError as error:
+                raise CannotRunHere(
+                    "there is not enough memory for the KV cache", seen=f"{self.bytes(capacity)} bytes for {capacity} tokens, "
+                    f"{self.batch} sequences", fix="run fewer or shorter sequences",
+                ) from error  # fmt: skip
+            if self._fill:
+                fresh[...] = self._fill
+            if name in self.buffers:
+                fresh[:, :, : self.capacity] = self.buffers[name][:, :, : self.capacity]
+            self.buffers[name] = fresh
+        self.capacity = capacity
 
-    def layer(self, index: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+    def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
         """A layer's keys and values, whole buffers."""
-        key, value = (self.buffers[f"past_key_values.{index}.{which}"].numpy() for which in ("key", "value"))
-        return key, value
+        return self.buffers[past(index, "key")], self.buffers[past(index, "value")]
 
     def bytes(self, tokens: int) -> int:
-        """Bytes that the cache of this batch takes at a capacity of `tokens`."""
-        return self.batch * tokens * BYTES[self._dtype] * sum(layer.kv_width for layer in self._layers)
+        """Bytes that `tokens` tokens of every sequence take."""
+        return self.batch * tokens * self._dtype.itemsize * sum(heads * width for heads, width in self._shapes.values())

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.errors import UsageError
+from kvexport.errors import BundleError, UsageError
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How tokens are chosen: greedily at temperature 0, else drawn, from the `top_k` likeliest and from the smallest
-    set whose probability reaches `top_p`.
+    """How tokens are chosen: the likeliest at temperature 0, else drawn from the `top_k` likeliest, and of those from
+    the smallest set whose probability reaches `top_p`. Draws are repeatable with a `seed`, fresh each time without.
 
     Raises (on construction):
         UsageError: a value is out of range.
@@ -26,7 +26,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         for name, value, allowed, passed in (
-            ("temperature", self.temperature, "0 or more", self.temperature >= 0),
+            ("temperature", self.temperature, "0 or more", 0 <= self.temperature < np.inf),
             ("top_k", self.top_k, "1 or more", self.top_k is None or self.top_k >= 1),
             ("top_p", self.top_p, "above 0, at most 1", self.top_p is None or 0 < self.top_p <= 1),
             ("seed", self.seed, "0 or more", self.seed is None or self.seed >= 0),
@@ -36,18 +36,40 @@ class Sampling:
 
     def generators(self, rows: int) -> list[np.random.Generator]:
         """One source of randomness a row, so that a row draws the same whatever is beside it."""
-        seed = np.random.SeedSequence(self.seed)
-        return [np.random.default_rng([row, *seed.generate_state(2)]) for row in range(rows)]
+        return [np.random.default_rng(seed) for seed in np.random.SeedSequence(self.seed).spawn(rows)]
 
     def choose(self, logits: NDArray[np.float32], generator: np.random.Generator) -> int:
-        """The next token, given logits [vocab]."""
+        """The next token, given logits [vocab]; of equally likely ones the first.
+
+        Raises:
+            BundleError: a logit is not finite.
+        """
+        likeliest = int(logits.argmax())
+        if not np.isfinite(logits[likeliest]):  # argmax finds a NaN, if there is one
+            raise BundleError(
+                "the model's logits are not finite", seen=logits[likeliest],
+                fix="where the bundle's dtype is float16, build it with --dtype float32: a value of this model overflows",
+            )  # fmt: skip
         if self.temperature == 0:
-            return int(logits.argmax())
-        scaled = logits.astype(np.float64) / self.temperature
-        order = np.argsort(-scaled, kind="stable")[: self.top_k]  # likeliest first
-        weights = np.exp(scaled[order] - scaled[order[0]])
-        probabilities = weights / weights.sum()
-        if self.top_p is not None:
-            kept = int(np.searchsorted(np.cumsum(probabilities), self.top_p)) + 1
-            order, probabilities = order[:kept], probabilities[:kept] / probabilities[:kept].sum()
-        return int(order[generator.choice(len(order), p=probabilities)])
+            return likeliest
+        tokens, weights = self._candidates(logits.astype(np.float64))
+        cumulative = weights.cumsum()
+        drawn = int(cumulative.searchsorted(generator.random() * cumulative[-1], side="right"))
+        return int(tokens[min(drawn, len(tokens) - 1)])
+
+    def _candidates(self, logits: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """The tokens that may be drawn, and their unnormalised probabilities."""
+        tokens = np.arange(len(logits))
+        if self.top_k is not None and self.top_k < len(tokens):
+            least = np.partition(logits, -self.top_k)[-self.top_k]
+            tokens = np.flatnonzero(logits >= least)  # more than top_k where some are equal
+            tokens = tokens[np.argsort(-logits[tokens], kind="stable")[: self.top_k]]
+        weights = np.exp((logits[tokens] - logits.max()) / self.temperature)
+        if self.top_p is None or self.top_p == 1:
+            return tokens, weights
+        total = weights.sum()
+        # Tokens that together cannot make up 1 - top_p are outside the set, and need not be sorted.
+        likely = np.flatnonzero(weights > (1 - self.top_p) * total / len(weights))
+        order = likely[np.argsort(-weights[likely], kind="stable")]
+        kept = order[: int(weights[order].cumsum().searchsorted(self.top_p * total)) + 1]
+        return tokens[kept], weights[kept]

@@ -1,70 +1,84 @@
-"""Token ids to text, as they come; knows tokenizers, nothing of models."""
+"""Text to token ids, and token ids to text as they come; knows tokenizers, nothing of models."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Any
 
-from kvexport.bundle import TOKENIZER_FILE
-from kvexport.errors import UsageError
+from kvexport.bundle import TOKENIZER_FILE, Bundle
+from kvexport.errors import BundleError, UsageError
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a longer character to
+_CONTEXT = 8  # tokens before the new ones that decoding must see to space them right
 
 
-class Text:
-    """The bundle's tokenizer."""
+def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
+    """The bundle's tokenizer, if it has one.
 
-    def __init__(self, bundle: Path) -> None:
-        from tokenizers import Tokenizer
+    Raises:
+        BundleError: tokenizer.json cannot be read.
+    """
+    if TOKENIZER_FILE not in bundle.files:
+        return None
+    import tokenizers
 
-        if not (bundle / TOKENIZER_FILE).exists():
-            raise UsageError(
-                f"the bundle {bundle} has no {TOKENIZER_FILE}, so it takes and gives token ids only",
-                fix="give token ids, or add tokenizer.json to the checkpoint and build again",
-            )
-        self._tokenizer = Tokenizer.from_file(str(bundle / TOKENIZER_FILE))
+    try:
+        backend = tokenizers.Tokenizer.from_file(str(bundle.path / TOKENIZER_FILE))
+    except Exception as error:  # the only class that tokenizers raises
+        raise BundleError(
+            f"{TOKENIZER_FILE} of the bundle {bundle.path} cannot be read: {error}",
+            fix="pip install --upgrade tokenizers, or restore tokenizer.json in the checkpoint and build again",
+        ) from error
+    backend.no_truncation()  # settings of the training run, which some checkpoints carry
+    backend.no_padding()
+    return Tokenizer(backend)
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer`."""
+
+    def __init__(self, backend: Any) -> None:
+        self._backend = backend
 
     def encode(self, text: str) -> list[int]:
-        """Token ids, with the special tokens that the tokenizer puts around a text."""
-        return list(self._tokenizer.encode(text).ids)
+        """Token ids, with the special tokens that the tokenizer puts around a text.
+
+        Raises:
+            UsageError: half a surrogate pair, which is no character.
+        """
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise UsageError("the prompt is not valid text", seen=repr(text[error.start : error.end])) from error
+        return list(self._backend.encode(text).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return str(self._tokenizer.decode(list(ids), skip_special_tokens=True))
-
-    def stream(self, prompt: Sequence[int]) -> TextStream:
-        """A stream of what follows the prompt."""
-        return TextStream(self, prompt)
+        """Text of token ids, special tokens left out."""
+        return str(self._backend.decode(list(ids), skip_special_tokens=True))
 
 
 class TextStream:
     """Text of tokens that come one by one: whole characters only, with the spaces that decoding all at once gives."""
 
-    _CONTEXT = 8  # tokens before the new ones that decoding must see to space them right
-
-    def __init__(self, text: Text, prompt: Sequence[int]) -> None:
-        self._text = text
-        self._ids = list(prompt[-self._CONTEXT :])
-        self._told = len(self._ids)  # ids whose text was given out
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+        """A stream of what follows the prompt."""
+        self._tokenizer = tokenizer
+        self._ids = list(prompt[-_CONTEXT:])
+        self._told = tokenizer.decode(self._ids).rstrip(_INCOMPLETE)  # the text of `_ids` that was given out
 
     def add(self, token: int) -> str:
         """Text that this token completes; empty while a character is incomplete."""
         self._ids.append(token)
-        piece = self._untold()
-        if piece.endswith(_INCOMPLETE):
+        text = self._tokenizer.decode(self._ids)
+        if text.endswith(_INCOMPLETE):
             return ""
-        self._tell()
+        piece = text[len(self._told) :]
+        self._told = text
+        if len(self._ids) > 2 * _CONTEXT:
+            self._ids = self._ids[-_CONTEXT:]
+            self._told = self._tokenizer.decode(self._ids)
         return piece
 
     def end(self) -> str:
         """What is left, an incomplete character included."""
-        piece = self._untold()
-        self._tell()
-        return piece
-
-    def _untold(self) -> str:
-        before = self._text.decode(self._ids[: self._told])
-        return self._text.decode(self._ids)[len(before) :]
-
-    def _tell(self) -> None:
-        self._ids = self._ids[-self._CONTEXT :]
-        self._told = len(self._ids)
+        return self._tokenizer.decode(self._ids)[len(self._told) :]
