@@ -1,7 +1,9 @@
-"""Directories that appear whole or not at all; knows renames, and nothing of what is inside."""
+"""Directories that appear whole or not at all; knows renames and locks, and nothing of what is inside."""
 
 from __future__ import annotations
 
+import fcntl
+import glob
 import os
 import shutil
 from collections.abc import Iterator
@@ -15,23 +17,28 @@ from kvexport.errors import UsageError
 def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
     """A temporary sibling of `path` to write into, renamed to `path` when the block ends without an exception.
 
-    After an exception (an interrupt and a full disk among them) nothing is left. `force` lets an existing
-    directory be replaced, if it holds a file `marker`, by which its kind is known.
+    After an exception (an interrupt and a full disk among them) nothing is left. What a killed process left is
+    removed by the next one that writes to the same path. `force` lets an existing directory be replaced, if it
+    holds a file `marker`, by which its kind is known; it stays until the new one is complete.
 
     Raises:
         UsageError: `path` exists, or its parent does not.
     """
     require_output(path, marker=marker, force=force)
+    path = path.resolve()  # where a link points to
     temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
-    replaced = path.parent / f".{path.name}.{os.getpid()}.replaced"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
+    replaced = path.parent / f".{path.name}.replaced"
+    _remove_abandoned(path)
+    lock = None
     try:
+        temporary.mkdir()
+        lock = _lock(temporary)
         yield temporary
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
         if path.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
         temporary.rename(path)
         _sync(path.parent)
@@ -40,7 +47,10 @@ def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterato
         if replaced.exists() and not path.exists():
             replaced.rename(path)
         raise
-    shutil.rmtree(replaced, ignore_errors=True)
+    finally:
+        shutil.rmtree(replaced, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
 
 
 def require_output(path: Path, *, marker: str, force: bool) -> None:
@@ -59,6 +69,28 @@ def require_output(path: Path, *, marker: str, force: bool) -> None:
         raise UsageError(
             f"the output {path} exists and is not what would replace it (it has no {marker})", fix="choose another --output"
         )
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove what killed processes left beside `path`; a running one holds the lock of what it writes."""
+    for partial in path.parent.glob(glob.escape(f".{path.name}.") + "*.partial"):
+        lock = _lock(partial)
+        if lock is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+            os.close(lock)
+
+
+def _lock(directory: Path) -> int | None:
+    """A descriptor that holds the directory's lock until it is closed or its process ends; None where it cannot be had."""
+    descriptor = None
+    try:
+        descriptor = os.open(directory, os.O_RDONLY)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        if descriptor is not None:
+            os.close(descriptor)
+        return None
+    return descriptor
 
 
 def _sync(path: Path) -> None:
