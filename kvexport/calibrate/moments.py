@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from kvexport import reference
+from kvexport.calibrate import windows
 from kvexport.decoder import Attention, Rope
 
 
@@ -32,13 +33,13 @@ class Moments:
     key_gain: Tensor  # [H], E_m Σ_n a_mn² |W_O (v_n - o_m)|²: output error per unit of logit error
     output_power: Tensor  # [], E|attention output|², after W_O, about its mean
 
-    @property
-    def key_covariance(self) -> Tensor:
-        return self.key_second - torch.outer(self.key_mean, self.key_mean)
+    def key_covariance(self, rows: slice) -> Tensor:
+        """Covariance of the keys in `rows` of the stack, [n, n]."""
+        return self.key_second[rows, rows] - torch.outer(self.key_mean[rows], self.key_mean[rows])
 
-    @property
-    def value_covariance(self) -> Tensor:
-        return self.value_second - torch.outer(self.value_mean, self.value_mean)
+    def value_covariance(self, rows: slice) -> Tensor:
+        """Covariance of the values in `rows` of the stack, [n, n]."""
+        return self.value_second[rows, rows] - torch.outer(self.value_mean[rows], self.value_mean[rows])
 
 
 class MomentsAccumulator:
@@ -63,37 +64,35 @@ class MomentsAccumulator:
 
     def add(self, x: Tensor, rope: Rope | None) -> Tensor:
         """Take in normed inputs [B, S, hidden] of whole windows; returns the attention output [B, S, hidden]."""
-        attention, (batch, length, _) = self._attention, x.shape
-        positions = torch.arange(length).expand(batch, length)
-        tables = reference.rotary_tables(rope, positions, x.dtype) if rope is not None else None
-        projected = reference.project(attention, x, tables)
-        query, key, value = projected.query_rotated, projected.key_rotated, projected.value
-        bias = reference.visibility(attention, positions, length, x.dtype)
-        probabilities = reference.weights(reference.scores(attention, query, key) + bias)  # [B, H, S, S]
-        output = reference.linear(attention.o, reference.mix(attention, probabilities, value))
-
-        self._tokens += batch * length
-        self._key_mean += _add_second(self._key_second, key)
-        self._value_mean += _add_second(self._value_second, value)
-        rows = query.double().transpose(0, 1).flatten(1, 2)  # [H, B·S, d]
-        self._query_second += rows.transpose(1, 2) @ rows
-        flat = probabilities.transpose(0, 1).flatten(1)  # [H, B·S·S]
-        self._overlap += (flat @ flat.T).double()
-        self._gain += self._logit_gain(probabilities, value)
+        projected = windows.project(self._attention, x, rope)
+        self._tokens += x.shape[0] * x.shape[1]
+        self._key_mean += _add_second(self._key_second, projected.key_rotated)
+        self._value_mean += _add_second(self._value_second, projected.value)
+        queries = projected.query_rotated.double().transpose(0, 1).flatten(1, 2)  # [H, B·S, d]
+        self._query_second += queries.transpose(1, 2) @ queries
+        output = reference.linear(self._attention.o, windows.head_outputs(self._attention, projected, self._look))
         self._output_mean += output.double().sum((0, 1))
         self._output_power += output.double().square().sum()
         return output
 
-    def _logit_gain(self, probabilities: Tensor, value: Tensor) -> Tensor:
-        """Σ_m Σ_n a_mn² |W_O (v_n - o_m)|² for each query head, [H] float64."""
-        spread = value.repeat_interleave(self._attention.queries_per_kv_head, dim=1)  # [B, H, S, d]
-        pooled = probabilities @ spread
+    def _look(self, probabilities: Tensor, value: Tensor) -> None:
+        """Add what rows of attention [B, H, M, N] over values [B, h, N, d] say of overlap and logit gain.
+
+        The gain Σ_n a_mn² |W_O (v_n - o_m)|² is expanded so that nothing of the scores' size is made but a²; the
+        values are centred first, which changes no difference and keeps the expansion exact in float32.
+        """
+        flat = probabilities.flatten(2)  # [B, H, M·N]
+        self._overlap += (flat @ flat.transpose(1, 2)).double().sum(0)
+        centred = (value - value.mean(2, keepdim=True)).repeat_interleave(self._attention.queries_per_kv_head, dim=1)
         metric = self._metric.to(value.dtype)
-        square_v = (spread @ metric * spread).sum(-1)  # [B, H, S]
-        square_o = (pooled @ metric * pooled).sum(-1)
-        cross = pooled @ metric @ spread.transpose(-1, -2)  # [B, H, S(m), S(n)]
-        distance = square_v[:, :, None, :] + square_o[..., None] - 2 * cross
-        return (probabilities.square() * distance).double().sum((0, 2, 3))
+        measured = centred @ metric  # [B, H, N, d]
+        powers = (measured * centred).sum(-1, keepdim=True)  # |W_O v_n|², [B, H, N, 1]
+        output = probabilities @ centred  # [B, H, M, d]
+        squares = probabilities.square()
+        output_power = (output @ metric * output).sum(-1)  # [B, H, M]
+        gain = (squares @ powers).squeeze(-1) + output_power * squares.sum(-1)
+        gain -= 2 * (squares @ measured * output).sum(-1)
+        self._gain += gain.clamp_min(0).double().sum((0, 2))
 
     def finish(self) -> Moments:
         count = max(self._tokens, 1)
@@ -106,7 +105,7 @@ class MomentsAccumulator:
             value_mean=self._value_mean / count,
             value_second=self._value_second / count,
             overlap=self._overlap / count,
-            key_gain=(self._gain / count).clamp_min(0),
+            key_gain=self._gain / count,
             output_power=self._output_power / count - mean.square().sum(),
         )
 

@@ -54,6 +54,6 @@ def recipe_for(calibration: str, samples: int | None = None, length: int | None 
     overrides = {"samples": samples, "length": length, "seed": seed}
     recipe = Recipe(**{**raw, **{key: value for key, value in overrides.items() if value is not None}}, file=file)
     for name, value, least in (("samples", recipe.samples, 1), ("length", recipe.length, 2), ("seed", recipe.seed, 0)):
-        if value < least:
-            raise UsageError(f"--{name} is too small", seen=value, allowed=f"{least} or more")
+        if not least <= value < 2**63:
+            raise UsageError(f"--{name} is out of range", seen=value, allowed=f"a whole number from {least} up, below 2**63")
     return recipe

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.decoder import Decoder, Layer, tensors_of
+from kvexport.decoder import Decoder, tensors_of
 from kvexport.errors import CannotRunHere
 
 _BATCH = 32  # windows sampled side by side
@@ -36,8 +36,7 @@ def sample_windows(
     Raises:
         CannotRunHere: the whole model does not fit in this machine's free memory.
     """
-    first = decoder.layers[0]
-    _require_memory(decoder, first, length)
+    _require_memory(decoder, min(samples, _BATCH), length)
     whole = dataclasses.replace(decoder, layers=list(decoder.layers))
     generator = torch.Generator().manual_seed(seed)
     heat = torch.tensor([temperatures[i % len(temperatures)] for i in range(samples)])
@@ -66,9 +65,10 @@ def _sample(decoder: Decoder, heat: Tensor, length: int, generator: torch.Genera
     return tokens
 
 
-def _require_memory(decoder: Decoder, layer: Layer, length: int) -> None:
+def _require_memory(decoder: Decoder, batch: int, length: int) -> None:
+    layer = decoder.layers[0]
     each = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(layer))
-    cache = _BATCH * length * layer.attention.kv_width * layer.mlp.up.weight.element_size()
+    cache = batch * length * layer.attention.kv_width * layer.mlp.up.weight.element_size()
     needed = len(decoder.layers) * (each + cache)
     free = psutil.virtual_memory().available
     if needed > free:

@@ -60,6 +60,8 @@ class Statistics:
             self.header: dict[str, Any] = json.loads((directory / _HEADER).read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise UsageError(f"{directory} holds no calibration statistics: {error}", fix=remedy) from error
+        if not isinstance(self.header, dict):
+            raise UsageError(f"{directory / _HEADER} is no header of calibration statistics", fix=remedy)
         if self.header.get("format") != FORMAT:
             raise UsageError(
                 "the statistics are of a format that this version does not read", seen=self.header.get("format"), allowed=FORMAT,
@@ -70,7 +72,10 @@ class Statistics:
                 "the statistics belong to another checkpoint", seen=f"sha256 {self.header.get('checkpoint')}",
                 allowed=f"sha256 {checkpoint_sha256}", fix=remedy,
             )  # fmt: skip
-        self.windows = self._read(_TOKENS)["tokens"].long()
+        tokens = self._read(_TOKENS)
+        if self.header.get("tokens_sha256") != sha256_of(directory / _TOKENS):
+            raise UsageError(f"{directory / _TOKENS} is not what {_HEADER} describes: damaged or exchanged", fix=remedy)
+        self.windows = tokens["tokens"].long()
 
     def moments(self, index: int) -> Moments:
         """The moments of one layer."""

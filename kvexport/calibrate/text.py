@@ -17,35 +17,38 @@ def read_text(path: Path) -> str:
     """A text file, or the `text` fields of a JSON lines file (by its suffix), joined by blank lines.
 
     Raises:
-        UsageError: unreadable, not UTF-8, or a line without a `text` field.
+        UsageError: unreadable, not UTF-8, or a line without a `text` field that is a string.
     """
     try:
-        raw = path.read_text(encoding="utf-8")
+        raw = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"the text {path} cannot be read: {error}", allowed="UTF-8 text, or JSON lines with a `text` field"
         ) from error
     if path.suffix not in _JSON_LINES:
         return raw
-    texts = []
-    for number, line in enumerate(raw.splitlines(), 1):
-        if not line.strip():
-            continue
-        try:
-            texts.append(str(json.loads(line)["text"]))
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{path}, line {number}, is no JSON object with a `text` field", seen=line[:80],
-                fix="write one JSON object a line, or rename a plain text to .txt",
-            ) from error  # fmt: skip
-    return "\n\n".join(texts)
+    lines = enumerate(raw.split("\n"), 1)  # JSON strings may hold all other line breaks
+    return "\n\n".join(_text_field(path, number, line) for number, line in lines if line.strip())
+
+
+def _text_field(path: Path, number: int, line: str) -> str:
+    try:
+        text = json.loads(line)["text"]
+    except (json.JSONDecodeError, KeyError, TypeError):
+        text = None
+    if not isinstance(text, str):
+        raise UsageError(
+            f"{path}, line {number}, is no JSON object with a `text` field that is a string", seen=line[:80],
+            fix="write one JSON object a line, or rename a plain text to .txt",
+        )  # fmt: skip
+    return text
 
 
 def tokenize(checkpoint: Path, text: str) -> list[int]:
-    """Token ids of `text` under the checkpoint's tokenizer.json, without special tokens.
+    """Token ids of the whole `text` under the checkpoint's tokenizer.json, without special tokens.
 
     Raises:
-        UsageError: the checkpoint has no tokenizer.json.
+        UsageError: the checkpoint has no tokenizer.json, or one that cannot be read.
     """
     from tokenizers import Tokenizer
 
@@ -55,7 +58,13 @@ def tokenize(checkpoint: Path, text: str) -> list[int]:
             f"{checkpoint} has no tokenizer.json, so a text cannot be turned into its tokens",
             fix="add the model's tokenizer.json, or use --calibration self or random",
         )
-    return list(Tokenizer.from_file(str(path)).encode(text, add_special_tokens=False).ids)
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UsageError(f"{path} is no tokenizer: {error}", fix="download the model's tokenizer.json again") from error
+    tokenizer.no_truncation()  # tokenizer.json can ask for both
+    tokenizer.no_padding()
+    return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
 def all_windows(ids: list[int], length: int, what: str) -> Tensor:

@@ -5,6 +5,7 @@ Knows the shapes of the neutral attention; must not know how a code was found.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping
+from kvexport.convert.values import lost_constant
 from kvexport.decoder import Attention, Linear
 
 
@@ -33,17 +35,16 @@ def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_
     if not code.folds:
         dtype = attention.k.weight.dtype
         key_map = torch.stack([each.encode for each in code.keys])  # [G, t·d, r]
-        return replace(converted, key_map=key_map.to(dtype), query_map=_query_decoders(grouping, code).to(dtype))
-    decoders = _query_decoders(grouping, code)  # [H, d, r]
+        return replace(converted, key_map=key_map.to(dtype), query_map=_decoders(grouping, code.keys).to(dtype))
+    decoders = _decoders(grouping, code.keys)  # [H, d, r]
     q = _encode(attention.q, list(decoders))
     return replace(converted, q=q, k=_encode(attention.k, [each.encode for each in code.keys]), head_dim=decoders.shape[2])
 
 
-def _query_decoders(grouping: Grouping, code: LayerCode) -> Tensor:
+def _decoders(grouping: Grouping, codes: Sequence[Code]) -> Tensor:
     """U_h of each query head's own member of its group, [H, head_dim, r]."""
-    return torch.stack(
-        [each.decode[grouping.member(head)] for g, each in enumerate(code.keys) for head in grouping.query_heads(g)]
-    )
+    heads = ((code, head) for group, code in enumerate(codes) for head in grouping.query_heads(group))
+    return torch.stack([code.decode[grouping.member(head)] for code, head in heads])
 
 
 def _values(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> tuple[Linear, Linear]:
@@ -51,14 +52,10 @@ def _values(attention: Attention, grouping: Grouping, code: LayerCode, value_mea
     v = _encode(attention.v, [each.encode for each in code.values])
     width = grouping.head_dim
     weight = attention.o.weight.double().unflatten(1, (-1, width))  # [hidden, H, d]
-    columns, lost = [], torch.zeros(weight.shape[0], dtype=torch.float64)
-    for g, each in enumerate(code.values):
-        missed = each.residual @ value_mean[grouping.rows(g)]  # [t·d]
-        for head in grouping.query_heads(g):
-            columns.append(weight[:, head] @ each.decode[grouping.member(head)])
-            lost += weight[:, head] @ missed[grouping.member(head)]
+    columns = [weight[:, head] @ decoder for head, decoder in enumerate(_decoders(grouping, code.values))]
     bias = attention.o.bias
     if code.centred:
+        lost = lost_constant(attention, grouping, code.values, value_mean)
         bias = (lost if bias is None else bias.double() + lost).to(attention.o.weight.dtype)
     return v, Linear(torch.cat(columns, dim=1).to(attention.o.weight.dtype), bias)
 

@@ -54,12 +54,12 @@ def subspace_code(second_moment: Tensor, rank: int) -> Code:
 
 
 def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """Eigenvectors [n, r] of a symmetric or Hermitian matrix to its r largest eigenvalues."""
-    return torch.linalg.eigh(symmetric).eigenvectors[:, -rank:].flip(-1)
+    """Eigenvectors [..., n, r] of symmetric or Hermitian matrices [..., n, n] to their r largest eigenvalues."""
+    return torch.linalg.eigh(symmetric).eigenvectors[..., -rank:].flip(-1)
 
 
 def damped(matrix: Tensor) -> Tensor:
-    """The matrix with a millionth of its mean diagonal added, so that it has full rank."""
-    size = matrix.shape[0]
-    scale = matrix.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    return matrix + _DAMPING * scale * torch.eye(size, dtype=matrix.dtype)
+    """The matrix with a millionth of its mean diagonal added, so that it has full rank; zero becomes the identity."""
+    scale = float(matrix.diagonal().mean())
+    identity = torch.eye(len(matrix), dtype=matrix.dtype)
+    return matrix + _DAMPING * scale * identity if scale > 0 else identity

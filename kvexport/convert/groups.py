@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from kvexport.errors import UsageError
 
+_ROUNDED = 0.01  # a ratio may be written with few digits, such as 0.33
+
 
 @dataclass(frozen=True)
 class Grouping:
@@ -50,15 +52,15 @@ def kv_heads_for(trained: int, kv_heads: int | None, kv_ratio: float | None) -> 
         raise UsageError("--kv-heads and --kv-ratio say the same thing twice", fix="give one of them")
     possible = [count for count in range(1, trained + 1) if trained % count == 0]
     if kv_heads is None:
-        wanted = trained * (0.5 if kv_ratio is None else kv_ratio)
-        nearest = min(possible, key=lambda count: abs(count - wanted))
-        kv_heads = nearest if abs(nearest - wanted) < 0.01 * max(wanted, 1e-9) else None
-        if kv_heads is None:
+        ratio = 0.5 if kv_ratio is None else kv_ratio
+        nearest = min(possible, key=lambda count: abs(count - ratio * trained))
+        if ratio > 1 or not abs(nearest - ratio * trained) < _ROUNDED * nearest:
             raise UsageError(
-                f"no number of KV heads is {kv_ratio or 0.5:g} of the model's {trained}", seen=f"{wanted:g} heads",
+                f"no number of KV heads is {ratio:g} of the model's {trained}", seen=f"{ratio * trained:g} heads",
                 allowed="--kv-ratio " + ", ".join(f"{count / trained:.4g}" for count in possible),
                 fix="choose a ratio from the list",
             )  # fmt: skip
+        return nearest
     if kv_heads not in possible:
         raise UsageError(
             "--kv-heads must divide the model's KV heads, so that all groups are of one size", seen=f"{kv_heads} of {trained}",

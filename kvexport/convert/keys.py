@@ -36,7 +36,7 @@ def online(moments: Moments, attention: Attention, grouping: Grouping, group: in
     keys shifts all logits of a row alike, which softmax ignores, so the covariance is centred.
     """
     rows = grouping.rows(group)
-    return optimal_code(query_weights(moments, grouping, group), moments.key_covariance[rows, rows], grouping.head_dim)
+    return optimal_code(query_weights(moments, grouping, group), moments.key_covariance(rows), grouping.head_dim)
 
 
 def fold(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
@@ -48,30 +48,26 @@ def fold(moments: Moments, attention: Attention, grouping: Grouping, group: int)
     2x2 rotation-and-scale blocks.
     """
     size, width = grouping.size, grouping.head_dim
-    half, rows = width // 2, grouping.rows(group)
-    blocks = moments.key_covariance[rows, rows].view(size, 2, half, size, 2, half)
-    power = query_weights(moments, grouping, group).diagonal().view(size, 2, half).sum(1)  # [t, d/2]
-    encode = torch.zeros(size, 2, half, 2, half, dtype=torch.float64)
-    decode = torch.zeros_like(encode)
-    for i in range(half):
-        pair = blocks[:, :, i, :, :, i]  # [t, 2, t, 2]
-        hermitian = torch.complex(pair[:, 0, :, 0] + pair[:, 1, :, 1], pair[:, 1, :, 0] - pair[:, 0, :, 1])  # E[z z^H]
-        b = power[:, i].clamp_min(power[:, i].max() * 1e-12 + 1e-300).sqrt().to(torch.complex128)
-        leading = leading_eigenvectors(b[:, None] * hermitian * b, 1)[:, 0]
-        into, out = b * leading, leading / b
-        norm = into.abs().square().sum().sqrt()
-        # c = Σ conj(e_h) z_h and ẑ_h = u_h c.
-        _put(encode, i, into / norm)
-        _put(decode, i, out * norm)
-    return Code(encode.view(-1, width), decode.view(-1, width))
+    half = width // 2
+    covariance = moments.key_covariance(grouping.rows(group)).view(size, 2, half, size, 2, half)
+    pairs = covariance.diagonal(dim1=2, dim2=5).movedim(-1, 0)  # [d/2, t, 2, t, 2], of one frequency each
+    hermitian = torch.complex(
+        pairs[:, :, 0, :, 0] + pairs[:, :, 1, :, 1], pairs[:, :, 1, :, 0] - pairs[:, :, 0, :, 1]
+    )  # E[z zᴴ], [d/2, t, t]
+    power = query_weights(moments, grouping, group).diagonal().view(size, 2, half).sum(1).T  # [d/2, t]
+    share = power / power.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    b = share.clamp_min(1e-12).sqrt()  # a head that nobody asks still has a code
+    leading = leading_eigenvectors(b[:, :, None] * hermitian * b[:, None, :], 1)[:, :, 0]
+    into, out = b * leading, leading / b  # c = Σ conj(e_h) z_h, ẑ_h = u_h c
+    norm = into.abs().square().sum(1, keepdim=True).sqrt()
+    return Code(_real(into / norm), _real(out * norm))
 
 
-def _put(real: Tensor, i: int, mix: Tensor) -> None:
-    """Write complex multiplication by mix_h [t] as 2x2 real blocks at frequency i of [t, 2, d/2, 2, d/2]."""
-    real[:, 0, i, 0, i] = mix.real
-    real[:, 1, i, 1, i] = mix.real
-    real[:, 1, i, 0, i] = mix.imag
-    real[:, 0, i, 1, i] = -mix.imag
+def _real(mix: Tensor) -> Tensor:
+    """Complex multiplication by mix [d/2, t], a 2x2 real block for each frequency and head: [t·d, d]."""
+    real, imaginary = mix.real.T, mix.imag.T
+    blocks = torch.stack((real, -imaginary, imaginary, real), dim=1).unflatten(1, (2, 2))  # [t, 2, 2, d/2]
+    return torch.diag_embed(blocks).transpose(2, 3).flatten(0, 2).flatten(1)  # [t, 2, d/2, 2, d/2] -> [t·d, d]
 
 
 def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:

@@ -61,8 +61,10 @@ def candidates(name: str, attention: Attention) -> list[Method]:
     """The methods that `--method NAME` may take for this layer; 'auto' leaves the choice to predicted error.
 
     Raises:
-        UsageError: 'fold' for keys that are normalised after W_K.
+        UsageError: no such method, or 'fold' for keys that are normalised after W_K.
     """
+    if name not in METHOD_NAMES:
+        raise UsageError("no such conversion method", seen=name, allowed=", ".join(METHOD_NAMES))
     normed = attention.k_norm is not None
     if name == "fold" and normed:
         raise UsageError(

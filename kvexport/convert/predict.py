@@ -14,32 +14,28 @@ import torch
 from kvexport.calibrate import Moments
 from kvexport.convert.apply import LayerCode
 from kvexport.convert.groups import Grouping
-from kvexport.convert.values import member_output, output_weights
+from kvexport.convert.values import lost_constant, output_weights
 from kvexport.decoder import Attention
 
 
 def predicted_error(moments: Moments, attention: Attention, grouping: Grouping, code: LayerCode) -> float:
     """Predicted relative error of the attention output, √(E|Δo|² / E|o - ō|²), before any refit."""
     lost = 0.0
-    shift = torch.zeros(attention.o.weight.shape[0], dtype=torch.float64)
     for group in range(grouping.kv_heads):
         rows = grouping.rows(group)
         lost += _from_logits(moments, attention, grouping, code, group)
         residual = code.values[group].residual
-        covariance = residual @ moments.value_covariance[rows, rows] @ residual.T
+        covariance = residual @ moments.value_covariance(rows) @ residual.T
         lost += float((output_weights(moments, attention, grouping, group) * covariance).sum())
-        if not code.centred:
-            missed = residual @ moments.value_mean[rows]
-            for head in grouping.query_heads(group):
-                shift += member_output(attention, grouping, group, head) @ missed
-    lost += float(shift.square().sum())
+    if not code.centred:
+        lost += float(lost_constant(attention, grouping, code.values, moments.value_mean).square().sum())
     return math.sqrt(max(lost, 0.0) / max(float(moments.output_power), torch.finfo(torch.float64).tiny))
 
 
 def _from_logits(moments: Moments, attention: Attention, grouping: Grouping, code: LayerCode, group: int) -> float:
     rows = grouping.rows(group)
     residual = code.keys[group].residual
-    error = residual @ moments.key_covariance[rows, rows] @ residual.T  # Cov(k - k̂) of the stack
+    error = residual @ moments.key_covariance(rows) @ residual.T  # Cov(k - k̂) of the stack
     total = 0.0
     for head in grouping.query_heads(group):
         block = grouping.member(head)

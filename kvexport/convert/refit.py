@@ -14,7 +14,7 @@ _RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal of G
 
 
 class LeastSquares:
-    """Float64 sums for y ≈ W x + b: E[x xᵀ], E[x yᵀ], E|y|² about the means."""
+    """Float64 sums for y ≈ W x + b: of x xᵀ, x yᵀ, x and y."""
 
     def __init__(self, into: int, out: int) -> None:
         def zeros(*shape: int) -> Tensor:
@@ -38,31 +38,35 @@ class LeastSquares:
         x, y = self._x / count, self._y / count
         return self._xx / count - torch.outer(x, x), self._xy / count - torch.outer(x, y), x, y
 
+    def loss(self, weight: Tensor, bias: Tensor) -> float:
+        """E|y - W x - b|², less Var(y), which no W or b changes."""
+        gram, cross, x, y = self.centred()
+        offset = (y - weight @ x - bias).square().sum()
+        return float(((weight @ gram) * weight).sum() - 2 * (weight.T * cross).sum() + offset)
+
 
 def refit(o: Linear, seen: LeastSquares, held_out: LeastSquares) -> Linear:
     """W_O' = argmin |y - W x - b|² + λ|W - W_O|², with b free and λ the ridge that held-out tokens like best.
 
-    Among the ridges is the infinite one, which keeps W_O and fits b alone, so refitting W_O never costs on the
-    held-out tokens.
+    Among the candidates are the infinite ridge, which keeps W_O and fits b alone, and `o` as it is, so the refit
+    never costs on the held-out tokens.
     """
     gram, cross, x, y = seen.centred()
     prior = o.weight.double()
     residual = cross - gram @ prior.T  # [into, out]
     scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    identity = torch.eye(len(gram), dtype=torch.float64)
-    best, least = prior, _loss(prior, held_out)
-    for ridge in _RIDGES:
-        factor, failed = torch.linalg.cholesky_ex(gram + ridge * scale * identity)
-        if failed:
-            continue
-        candidate = prior + torch.cholesky_solve(residual, factor).T
-        loss = _loss(candidate, held_out)
+    best, least = o, held_out.loss(prior, torch.zeros_like(y) if o.bias is None else o.bias.double())
+    for ridge in (None, *_RIDGES):
+        weight = prior
+        if ridge is not None:
+            ridged = gram.clone()
+            ridged.diagonal().add_(ridge * scale)
+            factor, failed = torch.linalg.cholesky_ex(ridged)
+            if failed:
+                continue
+            weight = prior + torch.cholesky_solve(residual, factor).T
+        bias = y - weight @ x
+        loss = held_out.loss(weight, bias)
         if loss < least:
-            best, least = candidate, loss
-    return Linear(best.to(o.weight.dtype), (y - best @ x).to(o.weight.dtype))
-
-
-def _loss(weight: Tensor, moments: LeastSquares) -> float:
-    """E|y - W x|² about the means, less the constant E|y|²."""
-    gram, cross, _, _ = moments.centred()
-    return float(((weight @ gram) * weight).sum() - 2 * (weight.T * cross).sum())
+            best, least = Linear(weight.to(o.weight.dtype), bias.to(o.weight.dtype)), loss
+    return best

@@ -5,6 +5,8 @@ Knows what a value is for: an average under attention, then W_O. Must not know h
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -15,35 +17,30 @@ from kvexport.convert.keys import mean_code, weight_subspace
 from kvexport.decoder import Attention
 
 
-def member_output(attention: Attention, grouping: Grouping, group: int, head: int) -> Tensor:
-    """W_O of one query head, from the group's stacked values to the output: [hidden, n] float64."""
-    width = grouping.head_dim
-    out = torch.zeros(attention.o.weight.shape[0], grouping.size * width, dtype=torch.float64)
-    out[:, grouping.member(head)] = attention.o.weight[:, head * width : (head + 1) * width].double()
-    return out
+def lost_constant(attention: Attention, grouping: Grouping, codes: Sequence[Code], value_mean: Tensor) -> Tensor:
+    """W_O (v̄ - v̂) at the mean value [h·head_dim]: what the codes of all groups leave of it, [hidden] float64.
+
+    Attention rows sum to one, so this is the same for every token.
+    """
+    missed = torch.cat([code.residual @ value_mean[grouping.rows(group)] for group, code in enumerate(codes)])
+    spread = missed.unflatten(0, (-1, grouping.head_dim)).repeat_interleave(grouping.queries, dim=0)  # [H, d]
+    return attention.o.weight.double() @ spread.flatten()
 
 
 def output_weights(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Tensor:
     """S of a group's stacked values, [n, n]: Σ_qq' ρ_qq' W_Oᵀ W_O', ρ how alike two heads attend."""
-    heads = list(grouping.query_heads(group))
-    width, n = grouping.head_dim, grouping.size * grouping.head_dim
-    outputs = attention.o.weight[:, heads[0] * width : (heads[-1] + 1) * width].double()  # [hidden, heads·d]
-    overlap = moments.overlap[heads][:, heads].repeat_interleave(width, 0).repeat_interleave(width, 1)
-    full = (outputs.T @ outputs) * overlap  # [heads·d, heads·d]
-    weights = torch.zeros(n, n, dtype=torch.float64)
-    for a, head_a in enumerate(heads):
-        for b, head_b in enumerate(heads):
-            block = full[a * width : (a + 1) * width, b * width : (b + 1) * width]
-            weights[grouping.member(head_a), grouping.member(head_b)] += block
-    return weights
+    heads, (size, queries, width) = grouping.query_heads(group), (grouping.size, grouping.queries, grouping.head_dim)
+    span = slice(heads.start, heads.stop)
+    outputs = attention.o.weight[:, heads.start * width : heads.stop * width].double()  # [hidden, t·q·d]
+    full = (outputs.T @ outputs).view(len(heads), width, len(heads), width)
+    full *= moments.overlap[span, span][:, None, :, None]
+    return full.view(size, queries, width, size, queries, width).sum((1, 4)).view(size * width, size * width)
 
 
 def weighted(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
     """Centred code weighted by W_O and by how alike heads attend; attention rows sum to one, so centring is exact."""
     rows = grouping.rows(group)
-    return optimal_code(
-        output_weights(moments, attention, grouping, group), moments.value_covariance[rows, rows], grouping.head_dim
-    )
+    return optimal_code(output_weights(moments, attention, grouping, group), moments.value_covariance(rows), grouping.head_dim)
 
 
 def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:

@@ -1,0 +1,57 @@
+"""Attention over whole windows of text, with the scores that are held at once bounded.
+
+Scores are the largest things that calibration makes: several windows go together while their scores fit, and
+a window too long to fit goes in blocks of query rows. Knows the reference's attention; keeps nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.decoder import Attention, Rope
+from kvexport.reference import Projected
+
+SCORES = 1 << 20  # numbers of attention scores held at once, unless a single row of one window has more
+
+
+def batches(windows: range, length: int, heads: int) -> Iterator[slice]:
+    """Slices of `windows` whose scores fit together, one window at least."""
+    size = max(1, SCORES // (heads * length * length))
+    return (slice(at, min(at + size, windows.stop)) for at in range(windows.start, windows.stop, size))
+
+
+def project(attention: Attention, x: Tensor, rope: Rope | None) -> Projected:
+    """Queries, keys and values of normed inputs [B, S, hidden] at positions 0..S-1."""
+    tables = None if rope is None else reference.rotary_tables(rope, _positions(x), x.dtype)
+    return reference.project(attention, x, tables)
+
+
+def head_outputs(
+    attention: Attention, projected: Projected, look: Callable[[Tensor, Tensor], None] = lambda probabilities, value: None
+) -> Tensor:
+    """Concatenated head outputs before `o`, [B, S, Hq·width], as `reference.head_outputs` computes them.
+
+    `look` is shown each block of rows: probabilities [B, Hq, M, N] over the values [B, Hkv, N, value_dim] of the
+    first N positions, all that these rows see.
+    """
+    query, key = reference.map_queries(attention, projected.query_rotated), reference.map_keys(attention, projected.key_rotated)
+    windows, heads, length = query.shape[:3]
+    positions = _positions(projected.value[:, 0])
+    size = max(1, SCORES // (windows * heads * length))
+    mixed = []
+    for start in range(0, length, size):
+        rows, seen = slice(start, start + size), slice(0, min(start + size, length))
+        bias = reference.visibility(attention, positions[:, rows], seen.stop, query.dtype)
+        probabilities = reference.weights(reference.scores(attention, query[:, :, rows], key[:, :, seen]) + bias)
+        value = projected.value[:, :, seen]
+        look(probabilities, value)
+        mixed.append(reference.mix(attention, probabilities, value))
+    return torch.cat(mixed, dim=1)
+
+
+def _positions(x: Tensor) -> Tensor:  # [B, S, ...] -> [B, S]
+    return torch.arange(x.shape[1]).expand(x.shape[:2])
