@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Any
 
 import click
 
+from kvexport import __version__
 from kvexport.errors import KvexportError
 
 # What `kvexport --help` says of each verb, so that it need not be imported to say it.
@@ -53,7 +55,7 @@ class _Verbs(click.Group):
 
 
 @click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
-@click.version_option(package_name="kvexport", message="kvexport %(version)s")
+@click.version_option(__version__, message="kvexport %(version)s")
 def verbs() -> None:
     """Trained decoders with fewer KV heads, as ONNX that runs on the edge, proved against PyTorch."""
 
@@ -63,13 +65,17 @@ def main(arguments: list[str] | None = None) -> None:
 
     141 where the reader of standard output has gone, as for a program that SIGPIPE ends.
     """
-    signal.signal(signal.SIGTERM, _interrupt)  # so that what was begun is cleaned up
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what was begun is cleaned up, as after SIGINT
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, _interrupt)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets ? for it
     try:
         verbs.main(arguments, prog_name="kvexport", standalone_mode=False)
     except KvexportError as error:
         _fail(str(error), error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail("interrupted; nothing was left behind", 130)
+        _fail("interrupted", 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)

@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bars
 
+from kvexport.cli.report import PlainConsole
 from kvexport.progress import Progress
 
 
 class BarProgress(Progress):
     """Draws a bar for each stage while it lasts; says notes on stderr."""
 
-    def __init__(self, console: Console, quiet: bool) -> None:
+    def __init__(self, console: PlainConsole, quiet: bool) -> None:
         self._console, self._quiet = console, quiet
         columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         self._bars = Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
@@ -23,23 +23,24 @@ class BarProgress(Progress):
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[None]:
-        self._task = self._bars.add_task(name, total=steps or None)
+        outer, self._task = self._task, self._bars.add_task(name, total=steps or None)
         try:
             yield
         finally:
             self._bars.remove_task(self._task)
+            self._task = outer
 
     def advance(self) -> None:
         self._bars.advance(self._task)
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._console.print(f"kvexport: {text}")
+            self._console.say(f"kvexport: {text}")
 
 
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[BarProgress]:
     """Progress of one command."""
-    shown = BarProgress(Console(stderr=True, highlight=False, soft_wrap=True), quiet)
+    shown = BarProgress(PlainConsole(stderr=True), quiet)
     with shown._bars:
         yield shown

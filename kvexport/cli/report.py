@@ -23,17 +23,35 @@ if TYPE_CHECKING:
 _WIDTH = 100  # of tables where there is no terminal to ask
 
 
-def console() -> Console:
-    """Standard output for people."""
-    out = Console(highlight=False)
-    return out if out.is_terminal else Console(highlight=False, width=_WIDTH)
+class PlainConsole(Console):
+    """Shows text as it is: no markup, no emoji names, no colours of its own."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False)
+        if not self.is_terminal:
+            self.width = _WIDTH
+
+    def on_broken_pipe(self) -> None:
+        raise BrokenPipeError  # rich would exit with 1, which is a failed gate's code
+
+    def say(self, text: str) -> None:
+        """A line that only the terminal breaks, so that paths in it stay whole."""
+        self.print(text, soft_wrap=True)
 
 
 def plain_table(*columns: str) -> Table:
-    """A table of right-aligned columns, the first one left-aligned."""
+    """A table of right-aligned columns, the first one left-aligned; a narrow terminal breaks figures, and hides none."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for index, column in enumerate(columns):
-        table.add_column(column, justify="left" if index == 0 else "right")
+        table.add_column(column, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def facts_table() -> Table:
+    """Names and what they are, side by side."""
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True)
+    table.add_column(overflow="fold")
     return table
 
 
@@ -50,11 +68,11 @@ def layer_table(layers: Iterable[LayerReport]) -> Table:
     """What became of each layer."""
     table = plain_table("layer", "KV heads", "width", "method", "predicted error", "measured error", "residual error")
     for index, layer in enumerate(layers):
-        widths = sorted({layer.key_head_dim, layer.value_head_dim})
+        widths = dict.fromkeys((layer.key_head_dim, layer.value_head_dim))  # once, where keys and values have the same
         table.add_row(
             str(index),
             f"{layer.original_num_key_value_heads} → {layer.num_key_value_heads}",
-            "/".join(map(str, widths)),
+            f"{layer.original_head_dim} → {'/'.join(map(str, widths))}",
             layer.method,
             f"{layer.predicted_error:.4f}",
             f"{layer.measured_error:.4f}",
@@ -65,9 +83,9 @@ def layer_table(layers: Iterable[LayerReport]) -> Table:
 
 def print_bundle(bundle: Bundle, verified: bool) -> None:
     """What `inspect` says."""
-    out = console()
+    out = PlainConsole()
     out.print(layer_table(bundle.layers))
-    table = plain_table("", "")
+    table = facts_table()
     source, calibration = bundle.source, bundle.calibration or {}
     table.add_row("made of", f"{source.name} ({source.model_type}), sha256 {source.sha256[:12]}")
     if calibration:
@@ -90,7 +108,7 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
         return
     if quiet:
         return
-    out = console()
+    out = PlainConsole()
     out.print(layer_table(report.layers))
     summary = plain_table("", "original", output.name)
     summary.add_row("KV cache per token", size(report.kv_bytes_per_token_original), size(report.kv_bytes_per_token))
@@ -100,12 +118,12 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     out.print()
     out.print(summary)
     if report.divergence is not None:
-        out.print(f"(on {report.divergence.tokens} calibration tokens held out from the fit)")
+        out.say(f"(on {report.divergence.tokens} calibration tokens held out from the fit)")
     if report.validation is not None:
-        out.print(f"\nproved against PyTorch: {_verdict(report.validation)}")
+        out.say(f"\nproved against PyTorch: {_verdict(report.validation)}")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items())
-    out.print(f"took {sum(report.seconds.values()):.1f} s ({seconds})")
-    out.print(f"wrote {output}")
+    out.say(f"took {sum(report.seconds.values()):.1f} s ({seconds})")
+    out.say(f"wrote {output}")
 
 
 def print_validation(report: ValidationReport) -> None:
@@ -117,9 +135,9 @@ def print_validation(report: ValidationReport) -> None:
         table.add_row(
             worst.name, f"{worst.cosine:.7f}", f"{worst.norm_ratio:.5f}", f"{worst.max_error:.2e}", "ok" if passed else "FAILED"
         )
-    out = console()
+    out = PlainConsole()
     out.print(table)
-    out.print(_verdict(report))
+    out.say(_verdict(report))
 
 
 def print_evaluation(result: Evaluation) -> None:
@@ -127,9 +145,9 @@ def print_evaluation(result: Evaluation) -> None:
     table = plain_table("", "original", "bundle")
     table.add_row("KV cache per token", size(result.kv_bytes_per_token_original), size(result.kv_bytes_per_token))
     _divergence_rows(table, result.divergence)
-    out = console()
+    out = PlainConsole()
     out.print(table)
-    out.print(f"(on {result.divergence.tokens} tokens)")
+    out.say(f"(on {result.divergence.tokens} tokens)")
 
 
 def _divergence_rows(table: Table, divergence: Divergence) -> None:
