@@ -1,0 +1,215 @@
+"""Moments equal plain loops over tokens, however the tokens arrive."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import STYLES, make_attention, random_inputs
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.calibrate import Moments, MomentsAccumulator, windows
+from kvexport.calibrate.moments import MOMENT_NAMES
+from kvexport.decoder import Attention, Linear, Norm, Rope
+
+Array = np.ndarray[Any, np.dtype[Any]]
+
+
+def moments_of(attention: Attention, rope: Rope | None, *batches: Tensor) -> Moments:
+    accumulator = MomentsAccumulator(attention)
+    for x in batches:
+        accumulator.add(x, rope)
+    return accumulator.finish()
+
+
+def _apply(linear: Linear, x: Array) -> Array:
+    y = linear.weight.numpy() @ x
+    return y if linear.bias is None else y + linear.bias.numpy()
+
+
+def _rms(norm: Norm | None, x: Array) -> Array:
+    return x if norm is None else x / np.sqrt((x**2).mean() + norm.eps) * norm.weight.numpy()
+
+
+def _turn(x: Array, position: int, rope: Rope | None) -> Array:
+    """RoPE by complex numbers."""
+    if rope is None:
+        return x
+    half = len(x) // 2
+    angle = position * rope.inv_freq  # tables are float32, as models are trained
+    z = (x[:half] + 1j * x[half:]) * (angle.cos().double().numpy() + 1j * angle.sin().double().numpy())
+    return np.concatenate((z.real, z.imag))
+
+
+def _rows(attention: Attention, rope: Rope | None, window: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
+    """For each token: its rotated queries [H, d], rotated keys [h, d], values [h, d] and attention rows [H, m + 1]."""
+    d, heads, kv_heads = attention.head_dim, attention.num_heads, attention.num_kv_heads
+    keys: list[Array] = []
+    for m, x in enumerate(window):
+        q, k, v = (_apply(each, x) for each in (attention.q, attention.k, attention.v))
+        queries = np.stack([_turn(_rms(attention.q_norm, q[h * d : (h + 1) * d]), m, rope) for h in range(heads)])
+        keys.append(np.stack([_turn(_rms(attention.k_norm, k[h * d : (h + 1) * d]), m, rope) for h in range(kv_heads)]))
+        rows = np.zeros((heads, m + 1))
+        for h in range(heads):
+            logits = np.full(m + 1, -np.inf)
+            for n in range(m + 1):
+                if attention.window is None or m - n < attention.window:
+                    logits[n] = queries[h] @ keys[n][h // (heads // kv_heads)] * attention.scale
+                    if attention.alibi_slopes is not None:
+                        logits[n] -= float(attention.alibi_slopes[h]) * (m - n)
+            rows[h] = np.exp(logits - logits.max())
+            rows[h] /= rows[h].sum()
+        yield queries, keys[-1], v.reshape(kv_heads, d), rows
+
+
+def brute_force(attention: Attention, rope: Rope | None, x: Array) -> dict[str, Array]:
+    d, heads = attention.head_dim, attention.num_heads
+    shared = heads // attention.num_kv_heads
+    w_o = attention.o.weight.numpy()
+    n_keys = attention.num_kv_heads * d
+    total: dict[str, Any] = {
+        "key_mean": np.zeros(n_keys), "key_second": np.zeros((n_keys, n_keys)), "query_second": np.zeros((heads, d, d)),
+        "value_mean": np.zeros(n_keys), "value_second": np.zeros((n_keys, n_keys)),
+        "overlap": np.zeros((heads, heads)), "key_gain": np.zeros(heads),
+    }  # fmt: skip
+    outputs = []
+    for window in x:
+        values: list[Array] = []
+        for queries, key, value, rows in _rows(attention, rope, window):
+            values.append(value)
+            total["key_mean"] += key.ravel()
+            total["key_second"] += np.outer(key, key)
+            total["value_mean"] += value.ravel()
+            total["value_second"] += np.outer(value, value)
+            pooled = []
+            for h in range(heads):
+                total["query_second"][h] += np.outer(queries[h], queries[h])
+                part = w_o[:, h * d : (h + 1) * d]
+                pooled.append(sum(a * v[h // shared] for a, v in zip(rows[h], values, strict=True)))
+                for a, v in zip(rows[h], values, strict=True):
+                    total["key_gain"][h] += a**2 * np.sum((part @ (v[h // shared] - pooled[h])) ** 2)
+                for other in range(heads):
+                    total["overlap"][h, other] += rows[h] @ rows[other]
+            outputs.append(_apply(attention.o, np.concatenate(pooled)))
+    count = x.shape[0] * x.shape[1]
+    found = {name: value / count for name, value in total.items()}
+    return found | {"tokens": np.array(count), "output_power": np.var(np.stack(outputs), axis=0).sum()}
+
+
+CASES = [(style, {}) for style in STYLES] + [
+    ("gqa", {"heads": 6, "kv_heads": 2}),
+    ("bloom", {"heads": 6}),
+    ("llama", {"sharpness": 4.0}),
+]
+
+
+@pytest.mark.parametrize(("style", "sizes"), CASES)
+def test_moments_equal_loops_over_every_token(style: str, sizes: dict[str, Any]) -> None:
+    attention, rope = make_attention(style, **sizes)
+    x = random_inputs(3, 9)
+    found, wanted = moments_of(attention, rope, x), brute_force(attention, rope, x.numpy())
+    assert set(wanted) == set(MOMENT_NAMES)
+    for name, value in wanted.items():
+        np.testing.assert_allclose(getattr(found, name).numpy(), value, rtol=1e-11, atol=1e-13, err_msg=name)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_moments_do_not_depend_on_batches_or_on_blocks_of_rows(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, rope = make_attention(style)
+    x = random_inputs(4, 11)
+    whole = moments_of(attention, rope, x)
+    one_by_one = moments_of(attention, rope, *x.split(1))
+    monkeypatch.setattr(windows, "SCORES", 3 * attention.num_heads * 11)  # three rows of one window
+    in_blocks = moments_of(attention, rope, *x.split(1))
+    for name in MOMENT_NAMES:
+        for other in (one_by_one, in_blocks):
+            torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_add_returns_the_attention_output_of_the_reference(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    attention, rope = make_attention(style)
+    x = random_inputs(2, 12)
+    positions = torch.arange(12).expand(2, 12)
+    wanted = reference.linear(attention.o, reference.head_outputs(attention, x, positions, rope)[0])
+    torch.testing.assert_close(MomentsAccumulator(attention).add(x, rope), wanted, rtol=0, atol=1e-13)
+    monkeypatch.setattr(windows, "SCORES", 1)  # row by row
+    torch.testing.assert_close(MomentsAccumulator(attention).add(x, rope), wanted, rtol=0, atol=1e-13)
+
+
+def test_covariances_are_blocks_of_the_moments() -> None:
+    attention, rope = make_attention("bias")
+    x = random_inputs(3, 10)
+    found, rows = moments_of(attention, rope, x), slice(8, 24)
+    values = (reference.linear(attention.v, x)).flatten(0, 1)[:, rows]
+    torch.testing.assert_close(found.value_covariance(rows), torch.cov(values.T, correction=0), rtol=1e-10, atol=1e-13)
+    stacked = windows.project(attention, x, rope).key_rotated.transpose(1, 2).flatten(2).flatten(0, 1)[:, rows]
+    torch.testing.assert_close(found.key_covariance(rows), torch.cov(stacked.T, correction=0), rtol=1e-10, atol=1e-13)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_gain_of_float32_inputs_stays_true_where_values_hardly_vary(seed: int) -> None:
+    """A mean a thousand times the spread: differences of squares would lose all digits, or go below zero."""
+    attention, rope = make_attention("bias", seed=seed)
+    big = Linear(attention.v.weight * 1e-3, torch.ones(32, dtype=torch.float64))
+    attention = Attention(**{**vars(attention), "v": big})
+    x = random_inputs(2, 16, seed=seed)
+    wanted = moments_of(attention, rope, x).key_gain
+    narrow = Attention(**{name: _to_float32(value) for name, value in vars(attention).items()})
+    found = moments_of(narrow, rope, x.float()).key_gain
+    assert (found >= 0).all()
+    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=0)
+
+
+def _to_float32(value: Any) -> Any:
+    if isinstance(value, Linear):
+        return Linear(value.weight.float(), None if value.bias is None else value.bias.float())
+    return value
+
+
+def test_a_batch_of_constant_values_has_no_gain() -> None:
+    attention, rope = make_attention("bias")
+    constant = Attention(**{**vars(attention), "v": Linear(torch.zeros_like(attention.v.weight), attention.v.bias)})
+    assert float(moments_of(constant, rope, random_inputs(2, 9)).key_gain.max()) < 1e-25
+
+
+def test_memory_does_not_grow_with_batches_nor_with_the_square_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Largest block that `head_outputs` makes, and what the accumulator holds."""
+    attention, rope = make_attention("llama")
+    accumulator = MomentsAccumulator(attention)
+
+    def held() -> int:
+        return sum(value.numel() for value in vars(accumulator).values() if isinstance(value, Tensor))
+
+    before = held()
+    for _ in range(3):
+        accumulator.add(random_inputs(2, 16), rope)
+    assert held() == before
+    largest = 0
+
+    def look(probabilities: Tensor, value: Tensor) -> None:
+        nonlocal largest
+        largest = max(largest, probabilities.numel())
+
+    monkeypatch.setattr(windows, "SCORES", 4096)
+    projected = windows.project(attention, random_inputs(1, 256), rope)
+    windows.head_outputs(attention, projected, look)
+    assert largest <= 4096 < attention.num_heads * 256 * 256
+
+
+def test_nothing_seen_is_not_a_division_by_zero() -> None:
+    attention, _ = make_attention("llama")
+    empty = MomentsAccumulator(attention).finish()
+    assert int(empty.tokens) == 0
+    assert all(bool(getattr(empty, name).isfinite().all()) for name in MOMENT_NAMES)
+
+
+def test_batches_cover_every_window_once() -> None:
+    for count, length, heads in ((96, 256, 32), (5, 16, 4), (1, 4096, 32), (7, 2048, 8)):
+        slices = list(windows.batches(range(2, count + 2), length, heads))
+        assert [i for each in slices for i in range(each.start, each.stop)] == list(range(2, count + 2))
+        assert all((s.stop - s.start) * heads * length**2 <= windows.SCORES or s.stop - s.start == 1 for s in slices)
