@@ -34,8 +34,8 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values; the file by its name alone."""
-        found = {key: value for key, value in asdict(self).items() if value not in (None, ())}
-        return found | ({"file": self.file.name} if self.file else {})
+        found = asdict(self) | {"temperatures": list(self.temperatures), "file": self.file.name if self.file else None}
+        return {key: value for key, value in found.items() if value not in (None, [])}
 
 
 def recipe_for(calibration: str, samples: int | None = None, length: int | None = None, seed: int | None = None) -> Recipe:
