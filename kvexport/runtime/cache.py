@@ -36,7 +36,7 @@ class KvCache:
             fill: what slots hold until they are written; no result may depend on it.
             step: tokens by which the buffers grow.
         """
-        self._limit, self._dtype, self._fill, self._step = bundle.capacity, np.dtype(dtype), fill, step
+        self._bundle, self._dtype, self._fill, self._step = bundle, np.dtype(dtype), fill, step
         self._shapes: dict[str, tuple[int, int]] = {}  # heads and width
         for index, layer in enumerate(bundle.layers):
             self._shapes[past(index, "key")] = layer.num_key_value_heads, layer.key_head_dim
@@ -54,12 +54,8 @@ class KvCache:
         """
         if tokens <= self.capacity:
             return
-        if tokens > self._limit:
-            raise UsageError(
-                "the bundle's capacity is exhausted", seen=f"{tokens} tokens", allowed=f"at most {self._limit}",
-                fix="shorten the text, or build the bundle again with a larger --capacity",
-            )  # fmt: skip
-        capacity = min(-(-tokens // self._step) * self._step, self._limit)
+        require_room(self._bundle, tokens, "the bundle's capacity is exhausted")
+        capacity = min(-(-tokens // self._step) * self._step, self._bundle.capacity)
         for name, (heads, width) in self._shapes.items():
             try:
                 # Never uninitialised: a slot that is masked still meets its value, and 0 times NaN would be NaN.
@@ -83,3 +79,18 @@ class KvCache:
     def bytes(self, tokens: int) -> int:
         """Bytes that `tokens` tokens of every sequence take."""
         return self.batch * tokens * self._dtype.itemsize * sum(heads * width for heads, width in self._shapes.values())
+
+
+def require_room(bundle: Bundle, tokens: int, what: str) -> None:
+    """Refuse a sequence of `tokens` tokens that the bundle has no room for; `what` says so.
+
+    Raises:
+        UsageError: more than the bundle's capacity.
+    """
+    if tokens <= bundle.capacity:
+        return
+    trained = bundle.model.max_position_embeddings
+    remedy = f"shorten the text: the model was trained for {trained} positions"
+    if trained is None or bundle.capacity < trained:
+        remedy = f"shorten the text, or build the bundle again with --capacity {tokens} or more"
+    raise UsageError(what, seen=f"{tokens} tokens", allowed=f"at most {bundle.capacity}", fix=remedy)

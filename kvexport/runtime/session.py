@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvexport.bundle import DATA_FILE, Bundle
 from kvexport.errors import UsageError
-from kvexport.runtime.cache import KvCache
+from kvexport.runtime.cache import KvCache, require_room
 from kvexport.runtime.decoder import Ids, Logits, OrtDecoder
 from kvexport.runtime.generation import Generation, Stream, TokenLoop, generate
 from kvexport.runtime.loading import load_graph
@@ -96,7 +96,7 @@ class Session:
         lengths = np.array([len(row) for row in rows], np.int64)
         if lengths.min() == 0:
             raise UsageError("a prompt is empty", fix="give at least one token")
-        self._require_room("the prompt is longer than the bundle's capacity", int(lengths.max()))
+        require_room(self.bundle, int(lengths.max()), "the prompt is longer than the bundle's capacity")
         self.reset(len(rows))
         padded = np.zeros((len(rows), lengths.max()), np.int64)
         for padding, row in zip(padded, rows, strict=True):
@@ -128,7 +128,7 @@ class Session:
             raise UsageError("step takes one token for each sequence", seen=f"{len(ids)} tokens", allowed=len(self.lengths))
         active = np.ones(len(ids), np.bool_) if active is None else active
         lengths = self.lengths + active
-        self._require_room("the bundle's capacity is exhausted", int(lengths.max()))
+        require_room(self.bundle, int(lengths.max()), "the bundle's capacity is exhausted")
         ids = np.where(active, ids, self._last)
         logits = self._run(np.maximum(lengths - 1, 0), ids[:, None], np.zeros((len(ids), 1), np.int64))
         self.lengths, self._last = lengths, ids
@@ -143,7 +143,7 @@ class Session:
         ids = self._checked_ids(token_ids, dimensions=2)
         if ids.size == 0:
             raise UsageError("there is no token to score", seen=f"shape {ids.shape}")
-        self._require_room("the tokens exceed the bundle's capacity", ids.shape[1])
+        require_room(self.bundle, ids.shape[1], "the tokens exceed the bundle's capacity")
         self.reset(len(ids))
         scored = np.empty((*ids.shape, self.bundle.model.vocab_size), np.float32)
         for start in range(0, ids.shape[1], self._chunk):
@@ -231,20 +231,17 @@ class Session:
         """Tokens [B, S] at the positions from start[b] on."""
         return self._decoder.run(ids, start[:, None] + np.arange(ids.shape[1]), logits_index, shrink=shrink)
 
-    def _require_room(self, what: str, tokens: int) -> None:
-        if tokens > self.bundle.capacity:
-            raise UsageError(
-                what, seen=f"{tokens} tokens", allowed=f"at most {self.bundle.capacity}",
-                fix="shorten the text, or build the bundle again with a larger --capacity",
-            )  # fmt: skip
-
     def _checked_ids(self, token_ids: ArrayLike, dimensions: int = 1) -> Ids:
         """Token ids as an int64 array.
 
         Raises:
             UsageError: not integers, another shape, or outside the vocabulary.
         """
-        ids, vocab = np.asarray(token_ids), self.bundle.model.vocab_size
+        vocab = self.bundle.model.vocab_size
+        try:
+            ids = np.asarray(token_ids)
+        except ValueError as error:  # rows of several lengths
+            raise UsageError(f"token ids are not an array: {error}") from error
         if ids.size == 0:
             ids = ids.astype(np.int64)
         if ids.ndim != dimensions or ids.dtype.kind not in "iu":

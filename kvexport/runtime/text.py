@@ -10,6 +10,7 @@ from kvexport.errors import BundleError, UsageError
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a longer character to
 _CONTEXT = 8  # tokens before the new ones that decoding must see to space them right
+_LONGEST = 4  # tokens of one character, where each holds a byte
 
 
 def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
@@ -63,22 +64,37 @@ class TextStream:
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         """A stream of what follows the prompt."""
         self._tokenizer = tokenizer
-        self._ids = list(prompt[-_CONTEXT:])
-        self._told = tokenizer.decode(self._ids).rstrip(_INCOMPLETE)  # the text of `_ids` that was given out
+        self._ids: list[int] = []  # the last tokens, from a character's first on
+        self._told = ""  # their text, as far as it was given out
+        self._boundary = 0  # how many of them were there when a character last ended
+        for start in range(max(0, len(prompt) - _CONTEXT), max(-1, len(prompt) - _CONTEXT - _LONGEST), -1):
+            self._ids = list(prompt[start:])
+            text = tokenizer.decode(self._ids)
+            self._told = text.rstrip(_INCOMPLETE)
+            if not text.startswith(_INCOMPLETE):
+                break
 
     def add(self, token: int) -> str:
         """Text that this token completes; empty while a character is incomplete."""
         self._ids.append(token)
         text = self._tokenizer.decode(self._ids)
-        if text.endswith(_INCOMPLETE):
+        whole = text.rstrip(_INCOMPLETE)
+        if len(whole) <= len(self._told):
             return ""
-        piece = text[len(self._told) :]
-        self._told = text
-        if len(self._ids) > 2 * _CONTEXT:
-            self._ids = self._ids[-_CONTEXT:]
-            self._told = self._tokenizer.decode(self._ids)
+        piece, self._told = whole[len(self._told) :], whole
+        if whole == text:
+            self._forget()
         return piece
 
     def end(self) -> str:
         """What is left, an incomplete character included."""
         return self._tokenizer.decode(self._ids)[len(self._told) :]
+
+    def _forget(self) -> None:
+        """At a character's end: drop tokens that no later one needs to be decoded with, if there are enough of them."""
+        if len(self._ids) - self._boundary >= _CONTEXT:
+            self._ids = self._ids[self._boundary :]
+            self._told = self._tokenizer.decode(self._ids)
+            self._boundary = len(self._ids)
+        elif not self._boundary:
+            self._boundary = len(self._ids)

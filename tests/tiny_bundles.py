@@ -1,0 +1,165 @@
+"""Tiny random bundles for tests of whatever reads one, and the oracle's word on them."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kvexport import __version__, reference
+from kvexport.bundle import new_bundle
+from kvexport.decoder import Attention, Decoder, Layer
+from kvexport.graph import DecoderWriter, GraphContract
+from kvexport.layer_report import LayerReport
+from kvexport.loading import load_decoder
+
+MERGED = "Once upon a time there was a café; naïve 日本語 and 🙂🙃 smiled. " * 4
+
+
+def write_bundle(
+    path: Path,
+    decoder: Decoder,
+    *,
+    dtype: str = "float32",
+    capacity: int = 64,
+    tokenizer: str | None = None,
+    change: Callable[[dict[str, Any]], None] = lambda manifest: None,
+) -> Path:
+    """A bundle of `decoder` at `path`; `change` may edit its manifest before it is sealed."""
+    with new_bundle(path) as writer:
+        graph = DecoderWriter(
+            writer.directory,
+            dtype=dtype,
+            capacity=capacity,
+            limits=decoder.limits,
+            embedding=decoder.embedding,
+            rope=decoder.rope,
+        )
+        for layer in decoder.layers:
+            graph.add_layer(layer)
+        contract = graph.finish(decoder.final_norm, decoder.head)
+        if tokenizer is not None:
+            (writer.directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        manifest = manifest_of(decoder, contract)
+        change(manifest)
+        writer.seal(manifest)
+    return path
+
+
+def manifest_of(decoder: Decoder, contract: GraphContract) -> dict[str, Any]:
+    return {
+        "kvexport": __version__,
+        "source": {"name": "tiny", "model_type": "llama", "sha256": "0" * 64},
+        "calibration": None,
+        "model": {
+            "vocab_size": decoder.limits.vocab_size,
+            "hidden_size": decoder.limits.hidden_size,
+            "num_hidden_layers": len(decoder.layers),
+            "max_position_embeddings": decoder.limits.max_positions,
+            "bos_token_id": decoder.bos_token_id,
+            "eos_token_ids": list(decoder.eos_token_ids),
+        },
+        "dtype": contract.dtype,
+        "capacity": contract.capacity,
+        "layers": [dataclasses.asdict(_report(layer.attention)) for layer in decoder.layers],
+        "graph": contract.to_json(),
+    }
+
+
+def _report(attention: Attention) -> LayerReport:
+    return LayerReport(
+        method="none" if attention.key_map is None else "online",
+        num_attention_heads=attention.num_heads,
+        original_num_key_value_heads=attention.key_heads,
+        original_head_dim=attention.head_dim,
+        num_key_value_heads=attention.num_kv_heads,
+        key_head_dim=attention.key_dim,
+        value_head_dim=attention.value_dim,
+        predicted_error=0.25,
+        measured_error=0.5,
+        residual_error=0.125,
+        parameters=1000,
+        original_parameters=2000,
+    )
+
+
+def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change the manifest of a bundle as somebody would who also corrects its own digest."""
+    raw = json.loads((bundle / "manifest.json").read_text())
+    change(raw)
+    raw.pop("manifest_sha256", None)
+    text = json.dumps(raw, sort_keys=True, separators=(",", ":"))
+    raw["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(raw))
+
+
+def decoder_with_fewer_heads(checkpoint: Path, seed: int = 0) -> Decoder:
+    """A decoder of four MHA heads whose second layer caches two keys of width 12 and two values of width 16."""
+    decoder = load_decoder(checkpoint)
+    layers = list(decoder.layers)
+    attention = layers[1].attention
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*size: int) -> torch.Tensor:
+        return torch.randn(*size, generator=generator) / size[-2] ** 0.5
+
+    width, hidden = attention.head_dim, decoder.limits.hidden_size
+    online = dataclasses.replace(
+        attention,
+        num_kv_heads=2,
+        key_map=random(2, 2 * width, 12),
+        query_map=random(4, width, 12),
+        v=dataclasses.replace(attention.v, weight=random(32, hidden)),
+        value_map=random(4, 16, width),
+    )
+    layers[1] = dataclasses.replace(layers[1], attention=online)
+    return dataclasses.replace(decoder, layers=layers)
+
+
+def exact_logits(decoder: Decoder, ids: Sequence[int]) -> NDArray[np.float64]:
+    """The oracle's logits [S, vocab] in float64 after each of `ids`, from an empty cache."""
+
+    def wide(tree: Any) -> Any:
+        if isinstance(tree, torch.Tensor):
+            return tree.double()
+        if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+            return dataclasses.replace(tree, **{f.name: wide(getattr(tree, f.name)) for f in dataclasses.fields(tree)})
+        return tree
+
+    layers: list[Layer] = [wide(layer) for layer in decoder.layers]
+    exact = dataclasses.replace(
+        decoder,
+        embedding=wide(decoder.embedding),
+        layers=layers,
+        final_norm=wide(decoder.final_norm),
+        head=wide(decoder.head),
+    )
+    tokens = torch.tensor([ids])
+    cache = reference.new_cache(layers, 1, len(ids), torch.float64)
+    with torch.no_grad():
+        logits: NDArray[np.float64] = reference.forward(exact, tokens, torch.arange(len(ids))[None], cache)[0].numpy()
+    return logits
+
+
+def byte_level_tokenizer(vocab_size: int = 320) -> str:
+    """tokenizer.json of a byte-level BPE whose tokens cut characters apart; 0 is a special token."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=["<|end|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator([MERGED], trainer)
+    return str(tokenizer.to_str())
