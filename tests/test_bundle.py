@@ -1,0 +1,339 @@
+"""A bundle appears whole or not at all, and a reader believes nothing that it was not promised."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, write_bundle
+
+from kvexport.bundle import Bundle, new_bundle
+from kvexport.bundle_manifest import FORMAT
+from kvexport.decoder import Decoder
+from kvexport.errors import BundleError, UsageError
+from kvexport.graph import GraphContract
+
+Raw = dict[str, Any]
+
+
+@pytest.fixture(scope="module")
+def decoder(tiny_checkpoint: Callable[..., Path]) -> Decoder:
+    return decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
+
+
+@pytest.fixture(scope="module")
+def sound(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_bundle(tmp_path_factory.mktemp("bundle") / "sound", decoder, tokenizer=byte_level_tokenizer())
+
+
+@pytest.fixture
+def bundle(sound: Path, tmp_path: Path) -> Path:
+    """A copy to spoil."""
+    return Path(shutil.copytree(sound, tmp_path / "bundle"))
+
+
+def test_reads_what_was_written(sound: Path, decoder: Decoder) -> None:
+    bundle = Bundle.open(str(sound))
+    assert bundle.path == sound and bundle.dtype == "float32" and bundle.capacity == 64 and bundle.calibration is None
+    assert bundle.source.model_type == "llama" and bundle.version == "0.1.0"
+    assert bundle.model.vocab_size == 67 and bundle.model.bos_token_id == 1 and bundle.model.eos_token_ids == (2,)
+    assert [layer.num_key_value_heads for layer in bundle.layers] == [4, 2]
+    assert (bundle.layers[1].key_head_dim, bundle.layers[1].value_head_dim) == (12, 16)
+    assert bundle.layers[1].predicted_error == 0.25
+    assert isinstance(bundle.graph, GraphContract) and bundle.graph.num_layers == 2
+    assert set(bundle.files) == {"decoder.onnx", "decoder.onnx.data", "tokenizer.json"}
+    bundle.verify()
+
+
+def test_kv_bytes_per_token_before_and_after(sound: Path, decoder: Decoder, tmp_path: Path) -> None:
+    before, after = 2 * 4 * 2 * 8, 4 * 2 * 8 + 2 * (12 + 16)
+    for dtype, size in (("float32", 4), ("float16", 2), ("bfloat16", 2)):
+        bundle = Bundle.open(write_bundle(tmp_path / dtype, decoder, dtype=dtype))
+        assert (bundle.kv_bytes_per_token_original, bundle.kv_bytes_per_token) == (size * before, size * after)
+
+
+def test_same_decoder_gives_the_same_bytes(sound: Path, decoder: Decoder, tmp_path: Path) -> None:
+    again = write_bundle(tmp_path / "again", decoder, tokenizer=byte_level_tokenizer())
+    for file in sorted(sound.iterdir()):
+        assert (again / file.name).read_bytes() == file.read_bytes(), file.name
+
+
+# Writing
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit(1), RuntimeError("bug")],
+    ids=repr,
+)
+def test_any_failure_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
+    with pytest.raises(type(failure)), new_bundle(tmp_path / "b") as writer:
+        (writer.directory / "decoder.onnx").write_bytes(b"half")
+        assert list(tmp_path.iterdir()) == [writer.directory]
+        raise failure
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_while_files_are_hashed_or_synced_leaves_nothing(
+    decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*anything: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for where in ("kvexport.bundle.sha256_of", "kvexport.directory.os.fsync"):
+        with monkeypatch.context() as patched:
+            patched.setattr(where, full)
+            with pytest.raises(OSError, match="No space left"):
+                write_bundle(tmp_path / "b", decoder)
+        assert list(tmp_path.iterdir()) == []
+
+
+_LIMITED = """
+import resource, sys
+from pathlib import Path
+from kvexport.bundle import new_bundle
+resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
+with new_bundle(Path(sys.argv[1])) as writer:
+    (writer.directory / "decoder.onnx").write_bytes(bytes(1 << 20))
+"""
+
+
+def test_write_that_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", _LIMITED, str(tmp_path / "b")], capture_output=True, text=True)
+    assert ran.returncode == 1 and "File too large" in ran.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_bundle_that_was_never_sealed_is_not_left(tmp_path: Path) -> None:
+    with pytest.raises(AssertionError), new_bundle(tmp_path / "b"):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_manifest_that_no_reader_would_take_is_not_written(decoder: Decoder, tmp_path: Path) -> None:
+    for change in (
+        lambda raw: raw.pop("dtype"),
+        lambda raw: raw.update(capacity=65),
+        lambda raw: raw["layers"].pop(),
+        lambda raw: raw["layers"][0].update(num_key_value_heads=3),
+    ):
+        with pytest.raises(BundleError, match="manifest"):
+            write_bundle(tmp_path / "b", decoder, change=change)
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_output_that_exists_is_kept_unless_forced(decoder: Decoder, bundle: Path) -> None:
+    before = (bundle / "manifest.json").read_text()
+    with pytest.raises(UsageError, match="--force"), new_bundle(bundle):
+        pass
+    with pytest.raises(KeyboardInterrupt), new_bundle(bundle, force=True):
+        raise KeyboardInterrupt
+    assert (bundle / "manifest.json").read_text() == before and Bundle.open(bundle).verify() is None
+    (bundle / "stray").write_text("of the old one")
+    with new_bundle(bundle, force=True) as writer:
+        for name in ("decoder.onnx", "decoder.onnx.data"):
+            shutil.copyfile(bundle / name, writer.directory / name)
+        raw = json.loads(before)
+        writer.seal({key: raw[key] for key in raw if key not in ("format", "files", "manifest_sha256")})
+    assert sorted(file.name for file in bundle.iterdir()) == ["decoder.onnx", "decoder.onnx.data", "manifest.json"]
+    assert [file.name for file in bundle.parent.iterdir()] == ["bundle"]
+
+
+def test_force_replaces_no_other_directory(tmp_path: Path) -> None:
+    other = tmp_path / "thesis"
+    other.mkdir()
+    (other / "chapter").write_text("one")
+    with pytest.raises(UsageError, match=r"no manifest\.json"), new_bundle(other, force=True):
+        pass
+    assert (other / "chapter").read_text() == "one"
+
+
+# Reading
+
+
+@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "tokenizer.json"])
+def test_verify_names_the_file_with_one_flipped_bit(bundle: Path, name: str) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 4
+    (bundle / name).write_bytes(content)
+    opened = Bundle.open(bundle)  # its size is right
+    with pytest.raises(BundleError, match=f"{name} of the bundle .* not as it was written"):
+        opened.verify()
+    opened.verify(other for other in opened.files if other != name)
+
+
+def test_no_flipped_bit_of_the_manifest_is_believed(bundle: Path) -> None:
+    """Most are broken JSON or of a wrong type; the digest finds those that only change a number or a name."""
+    file = bundle / "manifest.json"
+    whole = file.read_bytes()
+    wanted = Bundle.open(bundle)
+    random = np.random.default_rng(0)
+    found = 0
+    for at in random.choice(len(whole), 400, replace=False):
+        spoiled = bytearray(whole)
+        spoiled[at] ^= 1 << int(random.integers(8))
+        file.write_bytes(spoiled)
+        try:
+            assert Bundle.open(bundle) == wanted  # the case of a digit's exponent at most
+        except BundleError:
+            found += 1
+    assert found >= 399
+
+
+def test_manifest_without_its_digest_is_refused(bundle: Path) -> None:
+    raw = json.loads((bundle / "manifest.json").read_text())
+    del raw["manifest_sha256"]
+    (bundle / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match="its sha256 differs"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("seen", [FORMAT + 1, "2", None, 0])
+def test_other_formats_are_refused_with_the_version_that_wrote_them(bundle: Path, seen: object) -> None:
+    edit_manifest(bundle, lambda raw: raw.update(format=seen, kvexport="7.1.0"))
+    with pytest.raises(BundleError, match=r"format[\s\S]*7\.1\.0[\s\S]*allowed: format 1[\s\S]*update kvexport"):
+        Bundle.open(bundle)
+
+
+def test_newer_format_is_named_even_where_nothing_else_is_understood(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text('{"format": 9, "all": "else"}')
+    with pytest.raises(BundleError, match="format 9"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "tokenizer.json"])
+def test_missing_truncated_and_grown_files(bundle: Path, name: str) -> None:
+    whole = (bundle / name).read_bytes()
+    for content in (whole[:-1], b"", whole + b"x"):
+        (bundle / name).write_bytes(content)
+        with pytest.raises(BundleError, match=f"{name} of the bundle .* another size"):
+            Bundle.open(bundle)
+    (bundle / name).unlink()
+    with pytest.raises(BundleError, match=f"lacks its file {name}"):
+        Bundle.open(bundle)
+    (bundle / name).mkdir()
+    with pytest.raises(BundleError, match=f"lacks its file {name}"):
+        Bundle.open(bundle)
+
+
+def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Every key of the manifest that its reader needs."""
+    if isinstance(raw, dict):
+        optional = {"max_position_embeddings", "bos_token_id", "calibration"}
+        inner = [_paths(value, (*path, key)) for key, value in raw.items() if key not in optional]
+        return [path, *(each for one in inner for each in one)]
+    if isinstance(raw, list) and raw and isinstance(raw[0], dict):
+        return [path, *_paths(raw[0], (*path, 0))]
+    return [path]
+
+
+def test_every_key_is_needed_and_of_its_type(bundle: Path) -> None:
+    whole = (bundle / "manifest.json").read_text()
+    exempt = ("format", "manifest_sha256", 0, "tokenizer.json")  # other tests' matter, or not a key, or may be left out
+    paths = [path for path in _paths(json.loads(whole)) if path and path[-1] not in exempt]
+    assert len(paths) > 40
+    for path in paths:
+        for spoil in (lambda at, key: at.pop(key), lambda at, key: at.update({key: {"nested": []}})):
+
+            def change(raw: Raw, path: tuple[str | int, ...] = path, spoil: Callable[[Any, Any], object] = spoil) -> None:
+                at: Any = raw
+                for key in path[:-1]:
+                    at = at[key]
+                spoil(at, path[-1])
+
+            (bundle / "manifest.json").write_text(whole)
+            edit_manifest(bundle, change)
+            with pytest.raises(BundleError):
+                Bundle.open(bundle)
+                pytest.fail(f"{path} was not needed")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "..", ".", "", "a\\b", "a\nb", "manifest.json", "a\0b"])
+def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
+    (bundle.parent / "secret").write_text("s")
+    entry = {"sha256": "0" * 64, "bytes": 1}
+    edit_manifest(bundle, lambda raw: raw["files"].update({name: entry}))
+    with pytest.raises(BundleError, match="not one of the bundle's"):
+        Bundle.open(bundle)
+
+
+def _set(*path: str | int, to: object) -> Callable[[Raw], None]:
+    def change(raw: Raw) -> None:
+        at: Any = raw
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (_set("dtype", to="int4"), "dtype"),
+        (_set("dtype", to="float16"), r"graph\.dtype"),
+        (_set("capacity", to=65), r"graph\.capacity"),
+        (_set("capacity", to=0), "capacity"),
+        (_set("capacity", to=True), "capacity"),
+        (_set("capacity", to=64.0), "capacity"),
+        (_set("model", "vocab_size", to=68), r"graph\.vocab_size"),
+        (_set("model", "num_hidden_layers", to=3), "number of layers"),
+        (_set("model", "eos_token_ids", to=[2, "x"]), "eos_token_ids"),
+        (_set("layers", 1, "num_key_value_heads", to=4), r"graph\.inputs"),
+        (_set("layers", 1, "key_head_dim", to=-12), "key_head_dim"),
+        (_set("layers", 0, "measured_error", to=float("nan")), "measured_error"),
+        (_set("graph", "inputs", 0, "name", to="tokens"), r"graph\.inputs"),
+        (_set("graph", "outputs", to=[]), r"graph\.outputs"),
+        (_set("graph", "inputs", to=[3]), "graph"),
+        (_set("graph", "more", to=1), "graph"),
+        (_set("graph", "variant", to="ort"), r"graph\.variant"),
+        (_set("source", "name", to="\x1b[31mred"), r"source\.name"),
+        (_set("files", "decoder.onnx", to=None), "decoder.onnx"),
+        (lambda raw: raw["files"].pop("decoder.onnx.data"), r"does not list decoder\.onnx\.data"),
+    ],
+)
+def test_manifests_that_contradict_themselves(bundle: Path, change: Callable[[Raw], None], said: str) -> None:
+    edit_manifest(bundle, change)
+    with pytest.raises(BundleError, match=said):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"{", b"[]", b"7", b"\xff\xfe", b'{"files": {}}', b"[" * 100_000, b'{"format": 1' + b"0" * 5000 + b"}",
+     b" " * (1 << 24) + b"{}"],
+    ids=["empty", "cut off", "list", "number", "not UTF-8", "no format", "deep", "long number", "long"],
+)  # fmt: skip
+def test_manifests_that_are_none(bundle: Path, content: bytes) -> None:
+    (bundle / "manifest.json").write_bytes(content)
+    with pytest.raises(BundleError, match="manifest of"):
+        Bundle.open(bundle)
+
+
+def test_directories_that_are_no_bundle_are_told_what_to_do(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"no manifest\.json[\s\S]*make one"):
+        Bundle.open(tmp_path)
+    checkpoint = tiny_checkpoint("llama")
+    with pytest.raises(BundleError, match=f"it is a checkpoint.*kvexport build {checkpoint}"):
+        Bundle.open(checkpoint)
+
+
+_LEAN = """
+import sys
+from kvexport.bundle import Bundle
+Bundle.open(sys.argv[1]).verify()
+print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "onnx_ir", "onnxruntime", "transformers"}))
+"""
+
+
+def test_reading_needs_no_heavy_package(sound: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", _LEAN, str(sound)], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
