@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; - reads standard input.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option("--temperature", type=float, default=0.0, show_default=True, help="0 takes the likeliest token.")
+@click.option("--temperature", type=float, help="0 takes the likeliest token [default: 0, and 1 with --top-k or --top-p].")
 @click.option("--top-k", type=int, help="Draw from the K likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens that reach this probability.")
 @click.option("--seed", type=int, help="Makes drawing repeatable.")
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 @click.option("--no-verify", is_flag=True, help="Start without hashing the weights.")
 @click.option("--quiet", is_flag=True, help="The text alone.")
 def command(
-    bundle: Path, prompt: str, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float | None,
+    bundle: Path, prompt: str, max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None,
     seed: int | None, threads: int | None, no_verify: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Continue a prompt with BUNDLE; the prompt and what follows it go to standard output."""
@@ -35,9 +36,10 @@ def command(
 
     text = _standard_input() if prompt == "-" else prompt
     session = open_bundle(bundle, threads=threads, verify=not no_verify)
+    if temperature is None:
+        temperature = 0.0 if top_k is None and top_p is None else 1.0
     stream = session.stream(text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
-    click.echo(text, nl=False)
-    for piece in stream:
+    for piece in chain([text + next(stream, "")], stream):  # a prompt that is refused is not printed
         click.echo(piece, nl=False)  # and flush
     click.echo()
     if not quiet:
