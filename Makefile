@@ -1,7 +1,9 @@
 # Two commands from a fresh clone; each sets up what it needs.
 #   make demo    build the demo bundle and let it write a story
 #   make test    style, types and every test
-PYTHON ?= python3
+# The first interpreter that ONNX Runtime has wheels for; PYTHON=... overrides.
+PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
+	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 KVEXPORT := $(VENV)/bin/kvexport
 
@@ -18,7 +20,7 @@ test: $(VENV)/ready
 	$(VENV)/bin/python -m pytest -q
 
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
-	$(PYTHON) -c 'import sys; sys.version_info >= (3, 10) or sys.exit("kvexport needs Python 3.10 or later; set PYTHON=... (this is " + sys.version + ")")'
+	@test -n "$(PYTHON)" || { echo "kvexport needs Python 3.11 or later; name one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	touch $@
