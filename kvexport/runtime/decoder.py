@@ -32,7 +32,7 @@ class OrtDecoder:
     def __init__(self, session: onnxruntime.InferenceSession, cache: KvCache, extra_outputs: Sequence[str] = ()) -> None:
         self._session, self._extra_outputs = session, tuple(extra_outputs)
         self._vocab_size = int(session.get_outputs()[0].shape[-1])
-        self._run_options, self._shrinking = onnxruntime.RunOptions(), onnxruntime.RunOptions()
+        self._shrinking = onnxruntime.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.extra: dict[str, NDArray[Any]] = {}
         self.use(cache)
@@ -68,7 +68,7 @@ class OrtDecoder:
         logits = self._buffer("logits", (*logits_index.shape, self._vocab_size), np.float32)
         for name in self._extra_outputs:  # anew each time: their shape follows the tokens
             self._binding.bind_output(name)
-        self._session.run_with_iobinding(self._binding, self._shrinking if shrink else self._run_options)
+        self._session.run_with_iobinding(self._binding, self._shrinking if shrink else None)
         if self._extra_outputs:
             values = dict(zip(self._output_names(), self._binding.get_outputs(), strict=True))
             self.extra = {name: values[name].numpy() for name in self._extra_outputs}

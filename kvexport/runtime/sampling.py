@@ -9,6 +9,8 @@ from numpy.typing import NDArray
 
 from kvexport.errors import BundleError, UsageError
 
+_FIRST = 1024  # tokens that are looked at first where a probability must be reached
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -59,17 +61,28 @@ class Sampling:
 
     def _candidates(self, logits: NDArray[np.float64]) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
         """The tokens that may be drawn, and their unnormalised probabilities."""
-        tokens = np.arange(len(logits))
-        if self.top_k is not None and self.top_k < len(tokens):
-            least = np.partition(logits, -self.top_k)[-self.top_k]
-            tokens = np.flatnonzero(logits >= least)  # more than top_k where some are equal
-            tokens = tokens[np.argsort(-logits[tokens], kind="stable")[: self.top_k]]
-        weights = np.exp((logits[tokens] - logits.max()) / self.temperature)
-        if self.top_p is None or self.top_p == 1:
-            return tokens, weights
-        total = weights.sum()
-        # Tokens that together cannot make up 1 - top_p are outside the set, and need not be sorted.
-        likely = np.flatnonzero(weights > (1 - self.top_p) * total / len(weights))
-        order = likely[np.argsort(-weights[likely], kind="stable")]
-        kept = order[: int(weights[order].cumsum().searchsorted(self.top_p * total)) + 1]
-        return tokens[kept], weights[kept]
+        weights = np.exp((logits - logits.max()) / self.temperature)
+        tokens = np.arange(len(weights))
+        if self.top_k is not None and self.top_k < len(weights):
+            tokens = _likeliest(weights, self.top_k)
+            weights = weights[tokens]
+        if self.top_p is not None and self.top_p < 1:
+            kept = _nucleus(weights, self.top_p * weights.sum())
+            tokens, weights = tokens[kept], weights[kept]
+        return tokens, weights
+
+
+def _likeliest(weights: NDArray[np.float64], count: int) -> NDArray[np.int64]:
+    """Indices of the `count` largest weights, the largest first; of equal ones the first."""
+    least = np.partition(weights, -count)[-count]
+    found = np.flatnonzero(weights >= least)  # more than `count` where some are equal
+    return found[np.argsort(-weights[found], kind="stable")[:count]]
+
+
+def _nucleus(weights: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
+    """Indices of the fewest largest weights that sum to `mass`, the largest first."""
+    likeliest = _likeliest(weights, min(_FIRST, len(weights)))  # most often enough: a large vocabulary is slow to sort
+    if weights[likeliest].sum() < mass:
+        negligible = (weights.sum() - mass) / len(weights)  # all that weigh no more than this make up less than the rest
+        likeliest = _likeliest(weights, max(1, int((weights > negligible).sum())))
+    return likeliest[: int(weights[likeliest].cumsum().searchsorted(mass)) + 1]

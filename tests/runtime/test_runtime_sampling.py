@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvexport.errors import BundleError
-from kvexport.runtime.sampling import Sampling
+from kvexport.runtime.sampling import Sampling, _nucleus
 
 
 def shares(logits: list[float], draws: int = 4000, **options: float) -> np.ndarray:
@@ -80,3 +80,14 @@ def test_extremes() -> None:
 def test_logits_that_are_not_finite(bad: float, temperature: float) -> None:
     with pytest.raises(BundleError, match="not finite"):
         Sampling(temperature).choose(np.array([0.0, bad, 1.0], np.float32), np.random.default_rng(0))
+
+
+@pytest.mark.parametrize("size", [1, 5, 1024, 1025, 5000])
+@pytest.mark.parametrize("spread", [0.0, 0.1, 1.0, 5.0])
+def test_nucleus_is_what_sorting_everything_gives(size: int, spread: float) -> None:
+    """Vocabularies that are sorted in part only, flat ones and peaked ones."""
+    weights = np.exp(np.random.default_rng(0).standard_normal(size) * spread)
+    order = np.argsort(-weights, kind="stable")
+    for share in (0.01, 0.5, 0.9, 0.999):
+        mass = share * weights.sum()
+        np.testing.assert_array_equal(_nucleus(weights, mass), order[: int(weights[order].cumsum().searchsorted(mass)) + 1])
