@@ -1,0 +1,200 @@
+"""`kvexport build` as a whole, on tiny random checkpoints: what it makes, what it says, and what it leaves behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner, Result
+
+import kvexport
+from kvexport.bundle import Bundle
+from kvexport.cli import verbs
+from kvexport.errors import GateFailed, KvexportError
+from kvexport.progress import Progress
+from kvexport.validate import validate
+
+FAST = ["--calibration", "random", "--samples", "8", "--length", "24"]
+
+
+def cli(*arguments: object) -> Result:
+    return CliRunner().invoke(verbs, [str(each) for each in arguments])
+
+
+def build(checkpoint: Path, output: Path, *options: object) -> dict[str, Any]:
+    result = cli("build", checkpoint, "-o", output, *FAST, "--json", *options)
+    if result.exception is not None:
+        raise result.exception
+    report: dict[str, Any] = json.loads(result.stdout)
+    return report
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "qwen2", "qwen3"])
+def test_a_bundle_of_every_family_and_dtype_is_proved(tiny_checkpoint: Any, tmp_path: Path, family: str, dtype: str) -> None:
+    report = build(tiny_checkpoint(family), tmp_path / "b", "--kv-ratio", "0.5", "--dtype", dtype)
+    assert report["validation"]["failures"] == []
+    assert report["kv_bytes_per_token"] * 2 == report["kv_bytes_per_token_original"]
+    bundle = Bundle.open(tmp_path / "b")
+    bundle.verify()
+    assert bundle.dtype == dtype
+    assert not validate(tmp_path / "b", Progress()).failures
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
+
+
+@pytest.mark.parametrize("method", ["auto", "fold", "online", "svd-a", "svd-w", "mean-pool"])
+def test_every_method_makes_a_bundle_whose_cache_is_that_much_smaller(tiny_checkpoint: Any, tmp_path: Path, method: str) -> None:
+    source = tiny_checkpoint("llama", num_key_value_heads=4)
+    report = build(source, tmp_path / "b", "--kv-heads", "1", "--method", method)
+    assert [(layer["original_num_key_value_heads"], layer["num_key_value_heads"]) for layer in report["layers"]] == [(4, 1)] * 2
+    assert report["layers"][0]["method"] == (method if method != "auto" else "online")
+    session = kvexport.open(tmp_path / "b")
+    session.prefill([1, 2, 3])
+    assert session.memory().bytes_per_token == report["kv_bytes_per_token"] == 2 * 2 * 8 * 4
+
+
+def test_keeping_all_heads_exports_the_model_as_it_was_trained(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    import torch
+
+    from kvexport import reference
+    from kvexport.loading import load_decoder
+
+    source = tiny_checkpoint("llama")
+    report = build(source, tmp_path / "b", "--kv-ratio", "1")
+    assert report["divergence"] is None
+    assert {layer["method"] for layer in report["layers"]} == {"none"}
+    tokens = torch.randint(67, (1, 40), generator=torch.Generator().manual_seed(0))
+    expected = reference.forward(load_decoder(source), tokens).numpy()
+    assert np.allclose(kvexport.open(tmp_path / "b").score(tokens.numpy()), expected, atol=1e-4)
+
+
+def test_saved_statistics_give_the_same_bundle_to_the_byte(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    source = tiny_checkpoint("qwen2")
+    build(source, tmp_path / "direct")
+    assert cli("calibrate", source, "-o", tmp_path / "statistics", *FAST).exit_code == 0
+    result = cli("build", source, "-o", tmp_path / "reused", "--statistics", tmp_path / "statistics", "--quiet")
+    assert result.exit_code == 0
+    for name in ("decoder.onnx", "decoder.onnx.data", "reference.npz"):
+        assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "reused" / name).read_bytes()
+
+
+def test_statistics_of_another_checkpoint_are_refused(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    assert cli("calibrate", tiny_checkpoint("llama"), "-o", tmp_path / "statistics", *FAST).exit_code == 0
+    with pytest.raises(KvexportError, match="belong to another checkpoint"):
+        other = tiny_checkpoint("llama", seed=1)
+        result = cli("build", other, "-o", tmp_path / "b", "--statistics", tmp_path / "statistics")
+        raise result.exception or AssertionError
+    assert not (tmp_path / "b").exists()
+
+
+def test_the_same_seed_gives_the_same_bundle_and_another_does_not(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama")
+    sampled = ["--calibration", "self", "--samples", "6", "--length", "20"]
+    for name, seed in (("a", 0), ("b", 0), ("c", 1)):
+        assert cli("build", source, "-o", tmp_path / name, *sampled, "--seed", seed, "--quiet").exit_code == 0
+    data = {name: (tmp_path / name / "decoder.onnx.data").read_bytes() for name in "abc"}
+    assert data["a"] == data["b"] != data["c"]
+
+
+def test_the_report_is_in_the_bundle_and_says_what_json_said(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    report = build(tiny_checkpoint("llama"), tmp_path / "b")
+    stored = json.loads((tmp_path / "b" / "report.json").read_text())
+    assert stored == report
+    assert {"source", "layers", "parameters", "parameters_original", "divergence", "validation", "seconds"} <= report.keys()
+    assert {"mean_kl", "cross_entropy", "cross_entropy_original", "top1_agreement", "tokens"} <= report["divergence"].keys()
+    assert all({"predicted_error", "measured_error"} <= layer.keys() for layer in report["layers"])
+
+
+def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    quiet = cli("build", tiny_checkpoint("llama"), "-o", tmp_path / "quiet", *FAST, "--quiet")
+    assert (quiet.stdout, quiet.stderr) == ("", "")
+    told = cli("build", tiny_checkpoint("llama"), "-o", tmp_path / "told", *FAST)
+    assert told.stderr == ""
+    for words in ("2 → 1", "KV cache per token", "predicted error", "measured error", "proved against PyTorch: ok"):
+        assert words in told.stdout
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--kv-heads", "3"], "1, 2, 4"),
+        (["--kv-ratio", "0.4"], "0.25, 0.5, 1"),
+        (["--kv-heads", "2", "--kv-ratio", "0.5"], "same thing twice"),
+        (["--capacity", "257"], "1 to 256"),
+        (["--capacity", "0"], "1 to 256"),
+        (["--length", "300"], "at most 256"),
+        (["--samples", "0"], "--samples"),
+        (["--calibration", "nowhere.txt"], "self, random, or a file"),
+    ],
+)
+def test_options_that_cannot_be_met_are_usage_errors_that_say_what_can(
+    tiny_checkpoint: Any, tmp_path: Path, options: list[str], says: str
+) -> None:
+    result = cli("build", tiny_checkpoint("llama", num_key_value_heads=4), "-o", tmp_path / "b", *FAST, *options)
+    assert isinstance(result.exception, KvexportError)
+    assert result.exception.exit_code == 2
+    assert says in str(result.exception)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "says"), [("", "shorter than one window"), ("a few words", "shorter than one window"), (None, "tokenizer.json")]
+)
+def test_calibration_text_that_fills_no_window(tiny_checkpoint: Any, tmp_path: Path, text: str | None, says: str) -> None:
+    source = tiny_checkpoint("llama", vocab_size=320)
+    folder = tmp_path / "work"
+    folder.mkdir()
+    if text is not None:
+        import shutil
+
+        from tiny_bundles import byte_level_tokenizer
+
+        copy = tmp_path / "checkpoint"
+        shutil.copytree(source, copy)
+        (copy / "tokenizer.json").write_text(byte_level_tokenizer())
+        source = copy
+    (tmp_path / "text.txt").write_text(text or "some text")
+    result = cli("build", source, "-o", folder / "b", "--calibration", tmp_path / "text.txt")
+    assert isinstance(result.exception, KvexportError)
+    assert says in str(result.exception)
+    assert list(folder.iterdir()) == []
+
+
+def test_a_graph_that_is_not_its_twin_leaves_no_bundle(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import kvexport.graph.writer as writer
+
+    real = writer.norm
+
+    def wrong(nodes: Any, norm: Any, x: Any, name: str) -> Any:
+        import dataclasses
+
+        broken = dataclasses.replace(norm, eps=1.0) if name.endswith("layers.1.mlp_norm") else norm
+        return real(nodes, broken, x, name)
+
+    monkeypatch.setattr(writer, "norm", wrong)
+    with pytest.raises(GateFailed, match=r"layers\.1\.residual"):
+        build(tiny_checkpoint("llama"), tmp_path / "b")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama")
+    build(source, tmp_path / "b", "--seed", "1")
+    before = (tmp_path / "b" / "manifest.json").read_bytes()
+    with pytest.raises(KvexportError, match="--force"):
+        build(source, tmp_path / "b")
+    assert (tmp_path / "b" / "manifest.json").read_bytes() == before
+    build(source, tmp_path / "b", "--force")
+    assert (tmp_path / "b" / "manifest.json").read_bytes() != before
+
+
+def test_demo_and_checkpoint_are_one_or_the_other(tmp_path: Path) -> None:
+    for arguments in (["build", "-o", tmp_path / "b"], ["build", "somewhere", "--demo", "-o", tmp_path / "b"]):
+        result = cli(*arguments)
+        assert isinstance(result.exception, KvexportError)
+        assert "--demo" in str(result.exception)
