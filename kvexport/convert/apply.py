@@ -19,9 +19,8 @@ from kvexport.decoder import Attention, Linear
 
 @dataclass(frozen=True)
 class LayerCode:
-    """The codes of all groups of one layer, and the name of the method that made them."""
+    """The codes of all groups of one layer, and how they are put in."""
 
-    method: str
     keys: tuple[Code, ...]
     values: tuple[Code, ...]
     folds: bool  # the key codes go into W_Q and W_K

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 from kvexport.calibrate import Moments
 from kvexport.convert import keys, values
+from kvexport.convert.apply import LayerCode
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping
 from kvexport.decoder import Attention
@@ -76,6 +77,17 @@ def candidates(name: str, attention: Attention) -> list[Method]:
     if name == AUTO:
         return [METHODS["online"]] if normed else [METHODS["online"], METHODS["fold"]]
     return [METHODS[name]]
+
+
+def layer_code(method: Method, moments: Moments, attention: Attention, grouping: Grouping) -> LayerCode:
+    """The method's codes for all groups of one layer."""
+    groups = range(grouping.kv_heads)
+    return LayerCode(
+        keys=tuple(method.key(moments, attention, grouping, group) for group in groups),
+        values=tuple(method.value(moments, attention, grouping, group) for group in groups),
+        folds=folds(method, attention),
+        centred=method.centred,
+    )
 
 
 def least_loss(predictions: Sequence[float]) -> int:

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from kvexport import reference
 from kvexport.calibrate import Moments
-from kvexport.convert.apply import LayerCode, apply_code
+from kvexport.convert.apply import apply_code
 from kvexport.convert.groups import Grouping
-from kvexport.convert.methods import Method, candidates, folds, least_loss
+from kvexport.convert.methods import candidates, layer_code, least_loss
 from kvexport.convert.predict import predicted_error
 from kvexport.convert.streams import Streams, TrainedStream
 from kvexport.decoder import Attention, Decoder, Layer, tensors_of
@@ -148,11 +148,12 @@ def _convert_layer(layer: Layer, streams: Streams, moments: Moments, kv_heads: i
     if kv_heads == attention.num_kv_heads:
         return layer, _kept(attention)
     grouping = Grouping(kv_heads, attention.num_kv_heads // kv_heads, attention.queries_per_kv_head, attention.head_dim)
-    coded = [_code(each, moments, attention, grouping) for each in candidates(method, attention)]
-    predictions = [predicted_error(moments, attention, grouping, code) for _, code in coded]
+    methods = candidates(method, attention)
+    codes = [layer_code(each, moments, attention, grouping) for each in methods]
+    predictions = [predicted_error(moments, attention, grouping, code) for code in codes]
     best = least_loss(predictions)
-    chosen, code = coded[best]
-    converted = replace(layer, attention=apply_code(attention, grouping, code, moments.value_mean))
+    chosen = methods[best]
+    converted = replace(layer, attention=apply_code(attention, grouping, codes[best], moments.value_mean))
     measured = streams.attention_error(converted)
     if chosen.refit:
         converted = replace(layer, attention=replace(converted.attention, o=streams.refit(converted)))
@@ -165,17 +166,6 @@ def _convert_layer(layer: Layer, streams: Streams, moments: Moments, kv_heads: i
         predicted_error=predictions[best],
         measured_error=measured,
         parameters=sum(tensor.numel() for tensor in tensors_of(converted.attention)),
-    )
-
-
-def _code(method: Method, moments: Moments, attention: Attention, grouping: Grouping) -> tuple[Method, LayerCode]:
-    groups = range(grouping.kv_heads)
-    return method, LayerCode(
-        method.name,
-        keys=tuple(method.key(moments, attention, grouping, group) for group in groups),
-        values=tuple(method.value(moments, attention, grouping, group) for group in groups),
-        folds=folds(method, attention),
-        centred=method.centred,
     )
 
 

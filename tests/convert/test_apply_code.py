@@ -1,0 +1,248 @@
+"""Codes put into layers: exact where nothing is lost, whatever the kind of attention and the size of groups."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from decoders import make_attention, random_inputs
+from layer_codes import code_of, converted_by, error, grouping_of, identity_code, measure, output
+from torch import Tensor
+
+from kvexport.convert.apply import LayerCode, apply_code
+from kvexport.convert.methods import METHODS, candidates, folds
+from kvexport.decoder import Attention, Linear, Rope, tensors_of
+from kvexport.errors import UsageError
+
+EXACT = 1e-4  # codes damp covariances by a millionth
+
+
+def shared(attention: Attention, kv_heads: int, *, keys: str, seed: int = 0) -> Attention:
+    """The heads of each group made functions of the first: values by matrices, keys equal or by matrices.
+
+    Biases, if there are any, stay as they are: constants of their own for every head.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    d, size = attention.head_dim, attention.num_kv_heads // kv_heads
+    k = attention.k.weight.clone().unflatten(0, (kv_heads, size, d))
+    v = attention.v.weight.clone().unflatten(0, (kv_heads, size, d))
+    for group in range(kv_heads):
+        for member in range(1, size):
+            mix, other = (torch.randn(d, d, generator=generator, dtype=torch.float64) for _ in range(2))
+            v[group, member] = mix @ v[group, 0]
+            k[group, member] = k[group, 0] if keys == "equal" else other @ k[group, 0]
+    return replace(
+        attention, k=Linear(k.flatten(0, 2), attention.k.bias), v=Linear(v.flatten(0, 2), attention.v.bias)
+    )  # fmt: skip
+
+
+def without_key_bias(attention: Attention) -> Attention:
+    return replace(attention, k=Linear(attention.k.weight))
+
+
+SIZES: list[tuple[str, dict[str, Any], int]] = [
+    ("llama", {}, 2),
+    ("llama", {"heads": 6}, 2),
+    ("llama", {"heads": 12, "head_dim": 4}, 4),
+    ("llama", {"heads": 12, "head_dim": 4}, 3),
+    ("llama", {"heads": 5, "head_dim": 4}, 1),
+    ("gqa", {"heads": 8, "kv_heads": 4}, 2),
+    ("gqa", {"heads": 12, "kv_heads": 6, "head_dim": 4}, 2),
+    ("window", {}, 2),
+    ("qwen3", {}, 2),
+    ("qwen3", {"heads": 6, "kv_heads": 3}, 1),
+    ("bloom", {}, 2),
+    ("bloom", {"heads": 6}, 2),
+]
+
+
+@pytest.mark.parametrize(
+    ("style", "sizes", "kv_heads", "method"),
+    [(*sizes, method) for sizes in SIZES for method in ("online", "fold") if (sizes[0], method) != ("qwen3", "fold")],
+)
+def test_heads_of_one_subspace_share_one_head_without_loss(style: str, sizes: dict[str, Any], kv_heads: int, method: str) -> None:
+    attention, rope = make_attention(style, **sizes)
+    attention = shared(attention, kv_heads, keys="mixed" if style == "bloom" else "equal")
+    x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
+    chosen = candidates(method, attention)[0].name
+    assert error(converted_by(chosen, attention, rope, x, kv_heads), attention, rope, fresh) < EXACT
+
+
+@pytest.mark.parametrize("method", ["online", "fold"])
+@pytest.mark.parametrize("style", ["bias", "bloom"])
+def test_constants_of_their_own_cost_value_heads_nothing(style: str, method: str) -> None:
+    """Biases of the values differ between heads of a group: attention rows sum to one, so centring keeps them."""
+    attention, rope = make_attention(style)
+    attention = without_key_bias(shared(attention, 2, keys="mixed" if style == "bloom" else "equal"))
+    x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
+    chosen = candidates(method, attention)[0].name
+    assert error(converted_by(chosen, attention, rope, x, 2), attention, rope, fresh) < EXACT
+
+
+def test_key_biases_cost_alibi_nothing() -> None:
+    """Without rotation a key's constant part shifts all logits of a row alike."""
+    attention, rope = make_attention("bloom")
+    attention = shared(attention, 2, keys="mixed")
+    assert attention.k.bias is not None
+    x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
+    assert error(converted_by("online", attention, rope, x, 2), attention, rope, fresh) < EXACT
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window", "qwen3", "bloom"])
+@pytest.mark.parametrize("method", METHODS)
+def test_nothing_is_shared_where_nothing_alike_exists(style: str, method: str) -> None:
+    """The control of the tests above: unrelated heads do lose."""
+    attention, rope = make_attention(style)
+    if attention.k_norm is not None and method == "fold":
+        return
+    x = random_inputs(4, 24)
+    assert error(converted_by(method, attention, rope, x, attention.num_kv_heads // 2), attention, rope, x) > 1e-2
+
+
+def test_constant_values_lose_nothing_when_centred() -> None:
+    """Values that are a constant for each head, all different; the mean over heads, uncentred, is the control."""
+    attention, rope = make_attention("bias")
+    attention = replace(attention, v=Linear(torch.zeros_like(attention.v.weight), attention.v.bias))
+    x = random_inputs(2, 12)
+    wanted = output(attention, rope, x)
+    for method in ("online", "fold"):
+        torch.testing.assert_close(output(converted_by(method, attention, rope, x, 2), rope, x), wanted, rtol=0, atol=1e-12)
+    assert float((output(converted_by("mean-pool", attention, rope, x, 2), rope, x) - wanted).abs().max()) > 1e-2
+
+
+# What a converted layer is made of
+
+
+@pytest.mark.parametrize(("style", "sizes", "kv_heads"), SIZES)
+@pytest.mark.parametrize("method", METHODS)
+def test_the_cache_shrinks_by_the_group(style: str, sizes: dict[str, Any], kv_heads: int, method: str) -> None:
+    attention, rope = make_attention(style, **sizes)
+    if attention.k_norm is not None and method == "fold":
+        return
+    converted = converted_by(method, attention, rope, random_inputs(2, 12), kv_heads)
+    assert converted.num_kv_heads == kv_heads
+    assert converted.num_heads == attention.num_heads
+    assert converted.kv_width * attention.num_kv_heads == attention.kv_width * kv_heads
+    assert converted.key_dim == converted.value_dim == attention.head_dim
+    assert converted.scale == attention.scale
+    assert converted.window == attention.window
+    mapped = not folds(METHODS[method], attention)
+    assert (converted.key_map is not None) == (converted.query_map is not None) == mapped
+    if mapped:
+        assert converted.k is attention.k
+        assert converted.q is attention.q
+        assert converted.q_norm is attention.q_norm
+    else:
+        assert converted.k.weight.shape[0] == kv_heads * attention.head_dim
+    assert all(each.dtype == torch.float64 for each in tensors_of(converted))
+
+
+@pytest.mark.parametrize("style", ["llama", "bias", "bloom", "qwen3"])
+def test_converted_layers_keep_the_dtype(style: str) -> None:
+    attention, rope = make_attention(style, dtype=torch.float32)
+    converted = converted_by("online", attention, rope, random_inputs(2, 12, dtype=torch.float32), 2)
+    assert all(each.dtype == torch.float32 for each in tensors_of(converted))
+    assert converted.o.bias is not None  # what centring needs
+
+
+def test_alibi_folds_whole_and_slopes_are_untouched() -> None:
+    attention, rope = make_attention("bloom", heads=6)
+    for method in METHODS:
+        converted = converted_by(method, attention, rope, random_inputs(2, 12), 2)
+        assert converted.key_map is None
+        assert converted.query_map is None
+        assert converted.value_map is None
+        assert converted.alibi_slopes is attention.alibi_slopes
+
+
+def test_qk_norm_refuses_fold_and_names_what_works() -> None:
+    attention, _ = make_attention("qwen3")
+    with pytest.raises(UsageError, match="QK-norm") as refusal:
+        candidates("fold", attention)
+    assert "use --method online" in str(refusal.value)
+    assert [each.name for each in candidates("auto", attention)] == ["online"]
+
+
+def test_auto_weighs_online_against_fold_only_where_both_exist() -> None:
+    rotated, alibi = make_attention("llama")[0], make_attention("bloom")[0]
+    assert [each.name for each in candidates("auto", rotated)] == ["online", "fold"]
+    assert [each.name for each in candidates("auto", alibi)] == ["online"]
+    assert [each.name for each in candidates("fold", alibi)] == ["online"]  # there the unrestricted code folds
+    assert [each.name for each in candidates("svd-a", alibi)] == ["svd-a"]
+
+
+def test_an_unknown_method_is_refused() -> None:
+    with pytest.raises(UsageError, match="no such conversion method") as refusal:
+        candidates("svd-b", make_attention("llama")[0])
+    assert "svd-a" in str(refusal.value)
+
+
+# Codes of any width, and the plain mean
+
+
+def _whole(attention: Attention, kv_heads: int, *, folds: bool, centred: bool) -> LayerCode:
+    n = attention.num_kv_heads // kv_heads * attention.head_dim
+    return LayerCode((identity_code(n),) * kv_heads, (identity_code(n),) * kv_heads, folds, centred)
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window", "qwen3", "bloom"])
+@pytest.mark.parametrize("centred", [True, False])
+def test_codes_that_keep_everything_change_nothing(style: str, centred: bool) -> None:
+    """Wide cached heads: t·head_dim numbers for a group of t."""
+    attention, rope = make_attention(style, heads=6, kv_heads=None if style != "gqa" else 3)
+    kv_heads = attention.num_kv_heads // 3
+    x, grouping = random_inputs(2, 14), grouping_of(attention, kv_heads)
+    code = _whole(attention, kv_heads, folds=style == "bloom", centred=centred)
+    converted = apply_code(attention, grouping, code, measure(attention, rope, x).value_mean)
+    assert converted.value_dim == 3 * attention.head_dim
+    torch.testing.assert_close(output(converted, rope, x), output(attention, rope, x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("style", ["llama", "bias", "gqa", "bloom"])
+def test_mean_pool_averages_weights_and_leaves_queries_and_outputs(style: str) -> None:
+    attention, rope = make_attention(style)
+    kv_heads = attention.num_kv_heads // 2
+    converted = converted_by("mean-pool", attention, rope, random_inputs(2, 12), kv_heads)
+
+    def averaged(x: Tensor | None) -> Tensor | None:
+        return None if x is None else x.unflatten(0, (kv_heads, 2, 8)).mean(1).flatten(0, 1)
+
+    for found, trained in ((converted.k, attention.k), (converted.v, attention.v)):
+        torch.testing.assert_close(found.weight, averaged(trained.weight), rtol=0, atol=1e-15)
+        if trained.bias is not None:
+            torch.testing.assert_close(found.bias, averaged(trained.bias), rtol=0, atol=1e-15)
+    for found, trained in ((converted.q, attention.q), (converted.o, attention.o)):
+        torch.testing.assert_close(found.weight, trained.weight, rtol=0, atol=1e-15)
+        assert (found.bias is None) == (trained.bias is None)
+        if trained.bias is not None:
+            torch.testing.assert_close(found.bias, trained.bias, rtol=0, atol=1e-15)
+
+
+@pytest.mark.parametrize("style", ["llama", "bias", "gqa", "bloom", "qwen3"])
+def test_uncentred_svd_a_on_the_caches_is_what_the_layer_computes(style: str) -> None:
+    """The converted layer's outputs equal those of the trained one with its caches replaced by their projections."""
+    attention, rope = make_attention(style)
+    kv_heads = attention.num_kv_heads // 2
+    x = random_inputs(3, 16)
+    _, code = code_of("svd-a", attention, rope, x, kv_heads)
+    converted = converted_by("svd-a", attention, rope, x, kv_heads)
+    torch.testing.assert_close(output(converted, rope, x), _with_projected_caches(attention, rope, x, code), rtol=0, atol=1e-12)
+
+
+def _with_projected_caches(attention: Attention, rope: Rope | None, x: Tensor, code: LayerCode) -> Tensor:
+    from kvexport.calibrate import windows
+    from kvexport.reference import linear
+
+    projected = windows.project(attention, x, rope)
+
+    def through(cached: Tensor, codes: Any) -> Tensor:  # [B, h, S, d]
+        groups = cached.unflatten(1, (len(codes), -1)).transpose(2, 3).flatten(3)  # [B, G, S, t·d]
+        back = torch.stack([groups[:, g] @ each.encode @ each.decode.T for g, each in enumerate(codes)], dim=1)
+        return back.unflatten(3, (-1, attention.head_dim)).transpose(2, 3).flatten(1, 2)
+
+    changed = replace(
+        projected, key_rotated=through(projected.key_rotated, code.keys), value=through(projected.value, code.values)
+    )
+    return linear(attention.o, windows.head_outputs(attention, changed))

@@ -1,0 +1,143 @@
+"""The one template: no linear code of its rank loses less."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_codes import loss
+from torch import Tensor
+
+from kvexport.convert.codes import Code, damped, leading_eigenvectors, optimal_code, orthonormal, subspace_code
+
+sizes = st.tuples(st.integers(2, 12), st.integers(1, 12), st.integers(0, 10**6)).filter(lambda each: each[1] <= each[0])
+
+
+def random_second_moment(n: int, generator: torch.Generator, rank: int | None = None, decay: float = 2.0) -> Tensor:
+    """Positive semidefinite [n, n], its eigenvalues spread over `decay` powers of ten."""
+    rank = n if rank is None else rank
+    factor = torch.randn(n, rank, generator=generator, dtype=torch.float64) * torch.logspace(
+        0, -decay / 2, rank, dtype=torch.float64
+    )
+    return factor @ factor.T
+
+
+def bound(sensitivity: Tensor, covariance: Tensor, rank: int) -> float:
+    """Eckart-Young: the sum of all but the r largest eigenvalues of S^½ C S^½."""
+    values, vectors = torch.linalg.eigh(sensitivity)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    return float(torch.linalg.eigvalsh(root @ covariance @ root).clamp_min(0).flip(0)[rank:].sum())
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes)
+def test_the_optimal_code_attains_the_bound(drawn: tuple[int, int, int]) -> None:
+    n, rank, seed = drawn
+    generator = torch.Generator().manual_seed(seed)
+    sensitivity, covariance = random_second_moment(n, generator), random_second_moment(n, generator)
+    code = optimal_code(sensitivity, covariance, rank)
+    least = bound(sensitivity, covariance, rank)
+    everything = float((sensitivity * covariance).sum())
+    assert least - 1e-12 * everything <= loss(code, sensitivity, covariance) <= least + 1e-6 * everything
+
+
+@settings(max_examples=60, deadline=None)
+@given(sizes)
+def test_no_other_code_loses_less(drawn: tuple[int, int, int]) -> None:
+    n, rank, seed = drawn
+    generator = torch.Generator().manual_seed(seed)
+    sensitivity, covariance = random_second_moment(n, generator), random_second_moment(n, generator)
+    code = optimal_code(sensitivity, covariance, rank)
+    least = loss(code, sensitivity, covariance) - 1e-6 * float((sensitivity * covariance).sum())
+
+    def noise() -> Tensor:
+        return torch.randn(n, rank, generator=generator, dtype=torch.float64)
+
+    encoder = noise()
+    best_decoder = covariance @ encoder @ torch.linalg.pinv(encoder.T @ covariance @ encoder)
+    for other in (
+        Code(encoder, best_decoder),
+        Code(code.encode + 0.1 * noise(), code.decode),
+        Code(code.encode, code.decode + 0.1 * noise()),
+        subspace_code(covariance, rank),
+        subspace_code(sensitivity, rank),
+    ):
+        assert least <= loss(other, sensitivity, covariance)
+
+
+def test_a_plain_svd_is_beaten_clearly_where_sensitivity_matters() -> None:
+    sensitivity = torch.diag(torch.tensor([1e-3, 1.0, 1.0], dtype=torch.float64))
+    covariance = torch.diag(torch.tensor([10.0, 1.0, 0.5], dtype=torch.float64))
+    code = optimal_code(sensitivity, covariance, 1)
+    assert loss(code, sensitivity, covariance) == pytest.approx(0.51, rel=1e-5)
+    assert loss(subspace_code(covariance, 1), sensitivity, covariance) == pytest.approx(1.5)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 12), st.integers(0, 10**6))
+def test_full_rank_loses_nothing(n: int, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    code = optimal_code(random_second_moment(n, generator), random_second_moment(n, generator), n)
+    torch.testing.assert_close(code.residual, torch.zeros(n, n, dtype=torch.float64), rtol=0, atol=1e-9)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes)
+def test_the_gauge_is_orthonormal_and_changes_nothing(drawn: tuple[int, int, int]) -> None:
+    n, rank, seed = drawn
+    generator = torch.Generator().manual_seed(seed)
+    encode, decode = (torch.randn(n, rank, generator=generator, dtype=torch.float64) for _ in range(2))
+    gauged = orthonormal(Code(encode, decode))
+    identity = torch.eye(rank, dtype=torch.float64)
+    torch.testing.assert_close(gauged.encode.T @ gauged.encode, identity, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gauged.decode @ gauged.encode.T, decode @ encode.T, rtol=1e-10, atol=1e-10)
+    code = optimal_code(random_second_moment(n, generator), random_second_moment(n, generator), rank)
+    torch.testing.assert_close(code.encode.T @ code.encode, identity, rtol=0, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes)
+def test_what_varies_in_few_directions_is_kept_whole(drawn: tuple[int, int, int]) -> None:
+    n, rank, seed = drawn
+    generator = torch.Generator().manual_seed(seed)
+    sensitivity, covariance = random_second_moment(n, generator), random_second_moment(n, generator, rank=rank, decay=1.0)
+    code = optimal_code(sensitivity, covariance, rank)
+    assert loss(code, sensitivity, covariance) <= 1e-8 * float((sensitivity * covariance).sum())
+
+
+@pytest.mark.parametrize("sensitivity", ["zero", "rank one", "negative by rounding", "whole"])
+@pytest.mark.parametrize("covariance", ["zero", "rank one", "whole"])
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_degenerate_moments_give_finite_codes_of_ordinary_size(sensitivity: str, covariance: str, scale: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    made = {
+        "zero": torch.zeros(6, 6, dtype=torch.float64),
+        "rank one": random_second_moment(6, generator, rank=1),
+        "whole": random_second_moment(6, generator),
+    }
+    made["negative by rounding"] = made["rank one"] - 1e-5 * torch.eye(6, dtype=torch.float64)
+    code = optimal_code(scale * made[sensitivity], made[covariance] / scale, 2)
+    for part in (code.encode, code.decode):
+        assert bool(part.isfinite().all())
+    assert float(code.encode.abs().max()) <= 1 + 1e-9
+    assert float(code.decode.abs().max()) < 1e4
+    assert loss(code, made["whole"], made[covariance]) < 100
+
+
+def test_damping_gives_full_rank_and_leaves_the_rest() -> None:
+    matrix = torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64))
+    assert torch.linalg.matrix_rank(damped(matrix)) == 2
+    torch.testing.assert_close(damped(matrix), matrix, rtol=0, atol=2e-6)
+    torch.testing.assert_close(damped(torch.zeros(2, 2, dtype=torch.float64)), torch.eye(2, dtype=torch.float64))
+
+
+def test_leading_eigenvectors_of_many_hermitian_matrices() -> None:
+    generator = torch.Generator().manual_seed(0)
+    factor = torch.randn(5, 3, 3, generator=generator, dtype=torch.complex128)
+    matrices = factor @ factor.mH
+    leading = leading_eigenvectors(matrices, 2)
+    assert leading.shape == (5, 3, 2)
+    for matrix, vectors in zip(matrices, leading, strict=True):
+        top = torch.linalg.eigvalsh(matrix).flip(0)[:2]
+        torch.testing.assert_close(matrix @ vectors, vectors * top, rtol=1e-10, atol=1e-10)

@@ -1,0 +1,270 @@
+"""Codes of keys: which of them commute with RoPE, and that each is the best of its kind."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from decoders import make_attention, random_inputs
+from layer_codes import code_of, converted_by, error, grouping_of, loss, measure, output
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.calibrate import Moments, windows
+from kvexport.convert import keys
+from kvexport.convert.apply import LayerCode, apply_code
+from kvexport.convert.codes import Code
+from kvexport.convert.groups import Grouping
+from kvexport.convert.methods import METHODS, layer_code
+from kvexport.convert.predict import predicted_error
+from kvexport.decoder import Attention, Linear, Rope
+
+
+def stacked(x: Tensor, width: int) -> Tensor:
+    """[..., heads·width] -> [1, heads, S, width], as `reference.rotate` wants it."""
+    return x.unflatten(-1, (-1, width)).transpose(0, 1)[None]
+
+
+def rotated(x: Tensor, width: int, positions: Tensor, rope: Rope) -> Tensor:
+    """Every head of x [S, heads·width], row s turned to position s."""
+    tables = reference.rotary_tables(rope, positions[None], torch.float64)
+    return reference.rotate(stacked(x, width), tables)[0].transpose(0, 1).flatten(1)
+
+
+def test_fold_commutes_with_rotation_at_every_position_and_online_does_not() -> None:
+    attention, rope = make_attention("bias")
+    assert rope is not None
+    moments, grouping = measure(attention, rope, random_inputs(4, 32)), grouping_of(attention, 2)
+    positions = torch.cat((torch.arange(100), torch.tensor([1000, 4095, 100_000])))
+    z = torch.randn(len(positions), 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    c = torch.randn(len(positions), 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+    def distance(code: Code) -> tuple[float, float]:
+        encoded = rotated(z, 8, positions, rope) @ code.encode - rotated(z @ code.encode, 8, positions, rope)
+        decoded = rotated(c, 8, positions, rope) @ code.decode.T - rotated(c @ code.decode.T, 8, positions, rope)
+        return float(encoded.abs().max()), float(decoded.abs().max())
+
+    for group in range(2):
+        assert max(distance(keys.fold(moments, attention, grouping, group))) < 1e-12
+        assert max(distance(keys.mean_pool(moments, attention, grouping, group))) < 1e-12
+        assert min(distance(keys.online(moments, attention, grouping, group))) > 1e-2
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window"])
+@pytest.mark.parametrize("method", ["fold", "mean-pool"])
+def test_folded_weights_give_the_logits_of_the_code_applied_after_rotation(style: str, method: str) -> None:
+    attention, rope = make_attention(style)
+    x = random_inputs(2, 24)
+    moments, code = code_of(method, attention, rope, x, attention.num_kv_heads // 2)
+    grouping = grouping_of(attention, attention.num_kv_heads // 2)
+    folded = apply_code(attention, grouping, code, moments.value_mean)
+    mapped = apply_code(attention, grouping, replace(code, folds=False), moments.value_mean)
+    assert folded.key_map is None
+    assert mapped.key_map is not None
+
+    def logits(layer: Attention) -> Tensor:
+        projected = windows.project(layer, x, rope)
+        return reference.scores(
+            layer, reference.map_queries(layer, projected.query_rotated), reference.map_keys(layer, projected.key_rotated)
+        )
+
+    torch.testing.assert_close(logits(folded), logits(mapped), rtol=0, atol=1e-12)
+    torch.testing.assert_close(output(folded, rope, x), output(mapped, rope, x), rtol=0, atol=1e-12)
+
+
+def test_folding_a_code_that_does_not_commute_changes_the_logits() -> None:
+    """The control of the test above: the online code, wrongly folded."""
+    attention, rope = make_attention("llama")
+    x = random_inputs(2, 24)
+    moments, code = code_of("online", attention, rope, x, 2)
+    grouping = grouping_of(attention, 2)
+    mapped = apply_code(attention, grouping, code, moments.value_mean)
+    folded = apply_code(attention, grouping, replace(code, folds=True), moments.value_mean)
+    assert float((output(folded, rope, x) - output(mapped, rope, x)).abs().max()) > 1e-3
+
+
+# How good they are
+
+
+def key_loss(moments: Moments, grouping: Grouping, code: Code, group: int) -> float:
+    rows = grouping.rows(group)
+    return loss(code, keys.query_weights(moments, grouping, group), moments.key_covariance(rows))
+
+
+def phase_averaged_loss(moments: Moments, grouping: Grouping, code: Code, group: int) -> float:
+    """The loss with queries of random phase, which is what fold minimises."""
+    weights = keys.query_weights(moments, grouping, group).diagonal().view(grouping.size, 2, -1).sum(1)  # [t, d/2]
+    rows = grouping.rows(group)
+    return loss(code, torch.diag(weights[:, None].expand(-1, 2, -1).flatten()), moments.key_covariance(rows)) / 2
+
+
+def procrustes(moments: Moments, grouping: Grouping, group: int) -> Code:
+    """Each head turned, pair by pair, towards the first head, then the mean (arXiv 2412.20677)."""
+    half, rows = grouping.head_dim // 2, grouping.rows(group)
+    blocks = moments.key_covariance(rows).view(grouping.size, 2, half, grouping.size, 2, half)
+    code = torch.zeros(grouping.size, 2, half, 2, half, dtype=torch.float64)
+    for i in range(half):
+        for h in range(grouping.size):
+            cross = blocks[h, :, i, 0, :, i]  # E[z_h z_0ᵀ], of one pair
+            turn = torch.complex(cross[0, 0] + cross[1, 1], cross[1, 0] - cross[0, 1])
+            turn = turn / turn.abs()
+            code[h, :, i, :, i] = torch.tensor([[turn.real, -turn.imag], [turn.imag, turn.real]])
+    flat = code.view(-1, grouping.head_dim)
+    return Code(flat / grouping.size, flat)
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bias"])
+@pytest.mark.parametrize("seed", range(4))
+def test_fold_contains_procrustes_alignment_which_beats_the_mean(style: str, seed: int) -> None:
+    attention, rope = make_attention(style, seed=seed)
+    moments = measure(attention, rope, random_inputs(4, 32, seed=seed))
+    grouping = grouping_of(attention, attention.num_kv_heads // 2)
+    total = dict.fromkeys(("fold", "aligned", "mean", "online"), 0.0)
+    for group in range(grouping.kv_heads):
+        codes = {
+            "fold": keys.fold(moments, attention, grouping, group),
+            "aligned": procrustes(moments, grouping, group),
+            "mean": keys.mean_pool(moments, attention, grouping, group),
+        }
+        for name, code in codes.items():
+            total[name] += phase_averaged_loss(moments, grouping, code, group)
+    assert total["fold"] < 0.95 * total["aligned"] < 0.95 * total["mean"]
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa"])
+def test_no_complex_mix_loses_less_than_fold(style: str) -> None:
+    attention, rope = make_attention(style, seed=5)
+    moments = measure(attention, rope, random_inputs(4, 32))
+    grouping, generator = grouping_of(attention, attention.num_kv_heads // 2), torch.Generator().manual_seed(0)
+
+    def complex_mix() -> Tensor:
+        mix = torch.randn(grouping.head_dim // 2, grouping.size, generator=generator, dtype=torch.complex128)
+        return keys._real(mix)
+
+    for group in range(grouping.kv_heads):
+        code = keys.fold(moments, attention, grouping, group)
+        least = phase_averaged_loss(moments, grouping, code, group)
+        for _ in range(20):
+            for other in (
+                Code(code.encode + 0.05 * complex_mix(), code.decode),
+                Code(code.encode, code.decode + 0.05 * complex_mix()),
+                Code(complex_mix(), complex_mix()),
+            ):
+                assert least <= phase_averaged_loss(moments, grouping, other, group) + 1e-12
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window", "bloom", "qwen3"])
+def test_the_unrestricted_code_loses_least_under_its_own_loss(style: str) -> None:
+    attention, rope = make_attention(style)
+    moments = measure(attention, rope, random_inputs(4, 32))
+    grouping = grouping_of(attention, attention.num_kv_heads // 2)
+    for group in range(grouping.kv_heads):
+        losses = {
+            name: key_loss(moments, grouping, method.key(moments, attention, grouping, group), group)
+            for name, method in METHODS.items()
+        }
+        best = losses.pop("online")
+        assert all(best <= each * (1 + 1e-6) for each in losses.values()), losses
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bias"])
+@pytest.mark.parametrize("seed", range(3))
+def test_fold_predicts_less_error_than_the_mean(style: str, seed: int) -> None:
+    attention, rope = make_attention(style, seed=seed)
+    moments = measure(attention, rope, random_inputs(4, 32, seed=seed))
+    grouping = grouping_of(attention, attention.num_kv_heads // 2)
+    predictions = [
+        predicted_error(moments, attention, grouping, layer_code(METHODS[name], moments, attention, grouping))
+        for name in ("online", "fold", "mean-pool")
+    ]
+    assert predictions[0] <= predictions[1] * (1 + 1e-6)
+    assert predictions[1] < 0.9 * predictions[2]
+
+
+def complex_multiples(attention: Attention, seed: int = 0) -> Attention:
+    """Every odd KV head is its neighbour times one complex number a frequency (keys), times a matrix (values)."""
+    generator = torch.Generator().manual_seed(seed)
+    d, hidden = attention.head_dim, attention.k.weight.shape[1]
+    k = attention.k.weight.clone().view(-1, 2, d // 2, hidden)
+    v = attention.v.weight.clone().view(-1, d, hidden)
+    for head in range(1, len(k), 2):
+        mix = torch.randn(d // 2, generator=generator, dtype=torch.complex128)[:, None] + 0.2
+        z = mix * torch.complex(k[head - 1, 0], k[head - 1, 1])
+        k[head, 0], k[head, 1] = z.real, z.imag
+        v[head] = torch.randn(d, d, generator=generator, dtype=torch.float64) @ v[head - 1]
+    return replace(attention, k=Linear(k.reshape(-1, hidden)), v=Linear(v.reshape(-1, hidden)))
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa"])
+def test_fold_is_lossless_for_complex_multiples(style: str) -> None:
+    attention, rope = make_attention(style, kv_heads=4, heads=8 if style == "gqa" else 4)
+    attention = complex_multiples(attention)
+    x, fresh = random_inputs(4, 32), random_inputs(2, 40, seed=11)
+    moments, code = code_of("fold", attention, rope, x, 2)
+    assert predicted_error(moments, attention, grouping_of(attention, 2), code) < 1e-5
+    assert error(converted_by("fold", attention, rope, x, 2), attention, rope, fresh) < 1e-4
+    assert error(converted_by("mean-pool", attention, rope, x, 2), attention, rope, fresh) > 0.1
+
+
+def test_a_head_that_nobody_asks_takes_nothing_from_the_others() -> None:
+    """Query heads of gain zero (a zeroed W_O): the other member of the group is kept whole, and nothing is NaN."""
+    attention, rope = make_attention("llama")
+    weight = attention.o.weight.clone()
+    weight[:, 8:16] = 0
+    attention = replace(attention, o=Linear(weight))
+    x = random_inputs(4, 32)
+    assert float(measure(attention, rope, x).key_gain[1]) == 0.0
+    for method in ("online", "fold"):
+        converted = converted_by(method, attention, rope, x, 2)
+        alone = replace(attention, o=Linear(weight.clone()))
+        alone.o.weight[:, 16:] = 0  # what the first group gives
+        alone_converted = replace(converted, o=Linear(converted.o.weight.clone(), converted.o.bias))
+        alone_converted.o.weight[:, 16:] = 0
+        wanted, found = output(alone, rope, x), output(alone_converted, rope, x)
+        lost = (found - found.mean((0, 1))) - (wanted - wanted.mean((0, 1)))
+        assert float(lost.square().sum() / wanted.square().sum()) < 1e-6
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_group_that_is_dead_as_a_whole_gives_finite_codes(method: str) -> None:
+    attention, rope = make_attention("llama")
+    weight = attention.o.weight.clone()
+    weight[:, :16] = 0
+    attention = replace(attention, o=Linear(weight))
+    _, code = code_of(method, attention, rope, random_inputs(2, 8), 2)
+    for part in (*code.keys, *code.values):
+        assert bool(part.encode.isfinite().all())
+        assert bool(part.decode.isfinite().all())
+        assert float(part.decode.abs().max()) < 1e3
+
+
+def test_svd_a_is_the_svd_of_the_cached_keys_and_values() -> None:
+    """Against a literal SVD of the caches of all tokens, [N, t·d], keys after rotation."""
+    attention, rope = make_attention("bias")
+    x = random_inputs(3, 16)
+    projected = windows.project(attention, x, rope)
+    _, code = code_of("svd-a", attention, rope, x, 2)
+    for group in range(2):
+        for cached, found in ((projected.key_rotated, code.keys[group]), (projected.value, code.values[group])):
+            rows = cached[:, 2 * group : 2 * group + 2].transpose(1, 2).flatten(2).flatten(0, 1)  # [N, t·d]
+            right = torch.linalg.svd(rows).Vh[:8]
+            torch.testing.assert_close(found.decode @ found.encode.T, right.T @ right, rtol=0, atol=1e-9)
+            torch.testing.assert_close(found.encode, found.decode)
+
+
+def test_svd_w_is_the_svd_of_the_weights_and_needs_no_data() -> None:
+    attention, rope = make_attention("llama")
+    _, code = code_of("svd-w", attention, rope, random_inputs(1, 8), 2)
+    for group in range(2):
+        for linear, found in ((attention.k, code.keys[group]), (attention.v, code.values[group])):
+            left = torch.linalg.svd(linear.weight[16 * group : 16 * group + 16]).U[:, :8]
+            torch.testing.assert_close(found.decode @ found.encode.T, left @ left.T, rtol=0, atol=1e-9)
+
+
+def test_codes_of_a_layer_are_one_a_group() -> None:
+    attention, rope = make_attention("llama", heads=6)
+    _, code = code_of("fold", attention, rope, random_inputs(2, 16), 3)
+    assert isinstance(code, LayerCode)
+    assert len(code.keys) == len(code.values) == 3
+    assert all(part.encode.shape == part.decode.shape == (16, 8) for part in (*code.keys, *code.values))
