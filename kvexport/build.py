@@ -187,7 +187,7 @@ class _Job:
         if self.statistics is not None:
             return self.statistics.windows
         recipe = self.plan.recipe
-        steps = sampling_steps(recipe.samples, recipe.length) if recipe.source == "self" else 0
+        steps = sampling_steps(self.decoder, recipe.samples, recipe.length) if recipe.source == "self" else 0
         with self.timed("text"), self.progress.stage("Sampling calibration text" if steps else "Reading text", steps):
             windows = calibration_windows(self.decoder, self.checkpoint.path, recipe, self.progress.advance)
         if len(windows) < recipe.samples:

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.decoder import Decoder, tensors_of
+from kvexport.decoder import Decoder, Layer, tensors_of
 from kvexport.errors import CannotRunHere
 
-_BATCH = 32  # windows sampled side by side
+_CACHE_BYTES = 1 << 32  # of the windows that are sampled side by side
 
 
 def sample_windows(
@@ -36,17 +36,29 @@ def sample_windows(
     Raises:
         CannotRunHere: the whole model does not fit in this machine's free memory.
     """
-    _require_memory(decoder, min(samples, _BATCH), length)
+    first, count = decoder.layers[0], len(decoder.layers)
+    batch = _batch(first, count, samples, length)
+    _require_memory(first, count, batch, length)
     whole = dataclasses.replace(decoder, layers=list(decoder.layers))
     generator = torch.Generator().manual_seed(seed)
     heat = torch.tensor([temperatures[i % len(temperatures)] for i in range(samples)])
-    parts = [_sample(whole, heat[start : start + _BATCH], length, generator, advance) for start in range(0, samples, _BATCH)]
+    parts = [_sample(whole, heat[start : start + batch], length, generator, advance) for start in range(0, samples, batch)]
     return torch.cat(parts)[torch.randperm(samples, generator=generator)]
 
 
-def steps(samples: int, length: int) -> int:
+def steps(decoder: Decoder, samples: int, length: int) -> int:
     """How often `sample_windows` calls `advance`."""
-    return -(-samples // _BATCH) * (length - 1)
+    return -(-samples // _batch(decoder.layers[0], len(decoder.layers), samples, length)) * (length - 1)
+
+
+def _batch(layer: Layer, count: int, samples: int, length: int) -> int:
+    """Windows sampled side by side. It follows from the model alone, and so do the windows of a seed."""
+    return max(1, min(samples, _CACHE_BYTES // _cache_bytes(layer, count, length)))
+
+
+def _cache_bytes(layer: Layer, count: int, length: int) -> int:
+    """Cache of one window in `count` layers."""
+    return count * length * layer.attention.kv_width * layer.mlp.up.weight.element_size()
 
 
 def _sample(decoder: Decoder, heat: Tensor, length: int, generator: torch.Generator, advance: Callable[[], None]) -> Tensor:
@@ -65,11 +77,9 @@ def _sample(decoder: Decoder, heat: Tensor, length: int, generator: torch.Genera
     return tokens
 
 
-def _require_memory(decoder: Decoder, batch: int, length: int) -> None:
-    layer = decoder.layers[0]
+def _require_memory(layer: Layer, count: int, batch: int, length: int) -> None:
     each = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(layer))
-    cache = batch * length * layer.attention.kv_width * layer.mlp.up.weight.element_size()
-    needed = len(decoder.layers) * (each + cache)
+    needed = count * each + batch * _cache_bytes(layer, count, length)
     free = psutil.virtual_memory().available
     if needed > free:
         raise CannotRunHere(

@@ -41,11 +41,13 @@ def test_the_seed_decides_the_windows() -> None:
 
 
 def test_progress_advances_as_often_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "_BATCH", 3)
+    decoder = make_decoder(dtype=torch.float32)
+    one_window = len(decoder.layers) * 5 * decoder.layers[0].attention.kv_width * 4
+    monkeypatch.setattr(sampling, "_CACHE_BYTES", 3 * one_window)
     calls: list[None] = []
-    windows = sample_windows(make_decoder(dtype=torch.float32), 7, 5, (1.0,), 0, lambda: calls.append(None))
+    windows = sample_windows(decoder, 7, 5, (1.0,), 0, lambda: calls.append(None))
     assert windows.shape == (7, 5)
-    assert len(calls) == sampling_steps(7, 5) == 3 * 4
+    assert len(calls) == sampling_steps(decoder, 7, 5) == 3 * 4
 
 
 def _constant_logits(decoder: Decoder, logits: Tensor) -> Decoder:
