@@ -122,7 +122,11 @@ def build(
         with job.timed("prove"):
             report.validation = prove(writer.directory, contract, progress)
         if report.validation.failures:
-            raise GateFailed("the exported graph is not its PyTorch twin:\n" + "\n".join(report.validation.failures))
+            rounding = f"try --dtype float32: if that passes, rounding to {plan.dtype} is more than this model takes"
+            raise GateFailed(
+                "the exported graph is not its PyTorch twin:\n" + "\n".join(report.validation.failures),
+                fix=None if plan.dtype == "float32" else rounding,
+            )
         (writer.directory / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
         writer.seal(_manifest(job, limit, contract, report))
     return report

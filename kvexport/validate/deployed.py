@@ -6,16 +6,22 @@ Knows the runtime, and what a copy of the graph with taps needs; nothing of the 
 from __future__ import annotations
 
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import CannotRunHere
-from kvexport.graph.contract import attention_tap, residual_tap
+from kvexport.graph.contract import DATA_FILE, GRAPH_FILE, attention_tap, residual_tap
 from kvexport.progress import Progress
 from kvexport.validate.layerwise import COMPUTED_IN, GARBAGE, heads_side_by_side
 from kvexport.validate.twin import array_name
+
+if TYPE_CHECKING:
+    import onnxruntime
+
+    from kvexport.graph import GraphCopy
 
 Array = NDArray[np.float32]
 
@@ -49,7 +55,7 @@ def run_deployed(bundle: Bundle, input_ids: NDArray[np.int64], prefill: int, pro
     copy = tapped(graph) if dtype == bundle.dtype else as_float32(graph, taps=True)
     names = {tap(layer): array_name(layer, kind) for layer in layers for kind, tap in _TAPS.items()}
     cache = KvCache(bundle, 1, dtype, fill=GARBAGE, step=_GROWTH)
-    decoder = OrtDecoder(copy.session(session_options(None)), cache, extra_outputs=list(names))
+    decoder = OrtDecoder(_loaded(copy, session_options(None)), cache, extra_outputs=list(names))
     pieces: dict[str, list[Array]] = {name: [] for name in ("logits", *names.values())}
     starts = [*range(0, prefill, _CHUNK), *range(prefill, tokens)]
     with progress.stage("Running the bundle", len(starts)):
@@ -65,6 +71,20 @@ def run_deployed(bundle: Bundle, input_ids: NDArray[np.int64], prefill: int, pro
         for which, buffer in zip(("key", "value"), cache.layer(layer), strict=True):
             measured[array_name(layer, which)] = heads_side_by_side(buffer, tokens)
     return measured
+
+
+def _loaded(copy: GraphCopy, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    import onnxruntime
+
+    try:
+        return copy.session(options)
+    except Exception as error:  # ONNX Runtime's own exceptions have no other base
+        raise CannotRunHere(
+            f"ONNX Runtime {onnxruntime.__version__} cannot load the bundle's graph",
+            seen=str(error).splitlines()[0],
+            allowed="onnxruntime 1.28 or later",
+            fix="pip install --upgrade onnxruntime",
+        ) from error
 
 
 def _require_packages() -> None:

@@ -21,14 +21,20 @@ class Gate:
     norm_ratio: float  # largest |norm / reference norm - 1| of any token's vector
     max_error: float  # largest error of any number, in units of the reference's root mean square
     agreement: float  # least share of tokens whose likeliest next token is the reference's
+    tie: float  # logits that the reference has this close together, in units as max_error, are equally likely
 
 
-# About ten times what sound bundles of the families show (benchmarks/results/validation.md), and a hundredth of what
-# the tests' broken ones do.
+# What sound bundles show at worst, measured with ONNX Runtime on a CPU: (1 - cosine, |norm ratio - 1|, max error)
+#                                                         float32                 float16                 bfloat16
+# trained models of 5 and 8 layers, every method          1e-11, 2e-6, 1e-5       1e-5, 2e-3, 1e-2        8e-5, 7e-3, 3e-2
+# 32 layers as transformers initialises them              -                       2e-6, 4e-4, 9e-3        2e-5, 2e-3, 4e-2
+# 24 random layers that amplify every rounding            1e-9, 2e-5, 9e-5        3e-3, 4e-2, 2e-1        6e-2, 3e-1, 1
+# The faults of tests/validate/damages.py show 8e-2 or more in cosine and 1 or more in max error, in every dtype.
+# Gates stand between: without a fault, only a model of the last kind can fail, in bfloat16, which does change it.
 GATES = {
-    "float32": Gate(cosine=0.99999, norm_ratio=1e-3, max_error=5e-3, agreement=1.0),
-    "float16": Gate(cosine=0.999, norm_ratio=2e-2, max_error=0.25, agreement=0.97),
-    "bfloat16": Gate(cosine=0.99, norm_ratio=8e-2, max_error=1.0, agreement=0.9),
+    "float32": Gate(cosine=0.999999, norm_ratio=2e-4, max_error=1e-3, agreement=1.0, tie=1e-3),
+    "float16": Gate(cosine=0.99, norm_ratio=0.1, max_error=0.5, agreement=0.95, tie=0.02),
+    "bfloat16": Gate(cosine=0.97, norm_ratio=0.15, max_error=0.8, agreement=0.9, tie=0.1),
 }
 
 
@@ -69,9 +75,9 @@ def compare(name: str, measured: Array, reference: Array, gate: Gate) -> Differe
 def greedy_agreement(measured: Array, reference: Array, gate: Gate) -> float:
     """Share of tokens at which the likeliest next token of `measured` [T, vocab] is the reference's.
 
-    A near tie is no disagreement: a choice counts as agreed if the reference rates it within the gate's
-    max_error of its own best.
+    A choice that the reference ties with its own best agrees; a token with a logit that is not finite does not.
     """
-    slack = gate.max_error * float(np.sqrt(np.mean(reference.astype(np.float64) ** 2)))
+    slack = gate.tie * float(np.sqrt(np.mean(reference.astype(np.float64) ** 2)))
     chosen = np.take_along_axis(reference, measured.argmax(1)[:, None], axis=1)[:, 0]
-    return float(np.mean(chosen >= reference.max(1) - slack))
+    agrees = (chosen >= reference.max(1) - slack) & np.isfinite(measured).all(1)
+    return float(np.mean(agrees))
