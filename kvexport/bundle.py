@@ -51,14 +51,14 @@ class Bundle(Manifest):
         """
         path = Path(path)
         bundle = cls(**vars(read_manifest(path)), path=path)
+        sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
         for name, entry in bundle.files.items():
-            file = path / name
-            if not file.is_file():
+            if name not in sizes:
                 raise BundleError(f"the bundle {path} lacks its file {name}", fix="copy the bundle again, or " + REBUILD)
-            if file.stat().st_size != entry.bytes:
+            if sizes[name] != entry.bytes:
                 raise BundleError(
                     f"{name} of the bundle {path} has another size than when it was written",
-                    seen=f"{file.stat().st_size} bytes",
+                    seen=f"{sizes[name]} bytes",
                     allowed=f"{entry.bytes} bytes",
                     fix="copy the bundle again, or " + REBUILD,
                 )

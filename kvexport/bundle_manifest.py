@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -261,10 +261,10 @@ class _Reader:
         return found
 
     def number(self, key: str) -> float:
-        found = float(self.typed(key, (int, float)))
-        if not math.isfinite(found):
+        found = self.typed(key, (int, float))
+        if not abs(found) <= sys.float_info.max:
             self._refuse(key, "is impossible", allowed="a finite number")
-        return found
+        return float(found)
 
     def each(self, key: str, kind: type) -> list[Any]:
         found = self.typed(key, list)
