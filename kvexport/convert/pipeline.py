@@ -55,24 +55,23 @@ class Conversion:
     def __next__(self) -> ConvertedLayer:
         return next(self._layers)
 
-    @torch.no_grad()
     def _run(self) -> Iterator[ConvertedLayer]:
         for index in range(len(self._decoder.layers)):
-            layer = self._decoder.layers[index]
-            moments = self._moments(index, layer)
-            _require_finite(f"the calibration moments of layer {index}", moments)
-            converted, report = _convert_layer(layer, self._streams, moments, self._kv_heads, self._method)
-            _require_finite(f"layer {index} after conversion", converted)
-            residual_error = self._streams.advance_both(layer, converted)
-            del layer, moments  # before the next is read
-            yield ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
-            del converted
+            yield self._convert(index)
 
-    def _moments(self, index: int, layer: Layer) -> Moments:
+    @torch.no_grad()  # not around the generator: there it would keep each layer until the next is done
+    def _convert(self, index: int) -> ConvertedLayer:
+        layer = self._decoder.layers[index]
         if self._moments_of is None:
-            return self._streams.measure(layer)
-        self._streams.attend(layer)
-        return self._moments_of(index)
+            moments = self._streams.measure(layer)
+        else:
+            self._streams.attend(layer)
+            moments = self._moments_of(index)
+        _require_finite(f"the calibration moments of layer {index}", moments)
+        converted, report = _convert_layer(layer, self._streams, moments, self._kv_heads, self._method)
+        _require_finite(f"layer {index} after conversion", converted)
+        residual_error = self._streams.advance_both(layer, converted)
+        return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
 
     @torch.no_grad()
     def divergence(self) -> Divergence:
@@ -102,26 +101,29 @@ def convert(
     return Conversion(decoder, windows, kv_heads, method, moments_of)
 
 
-@torch.no_grad()
 def measure(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
     """The moments of each layer of the trained model, without converting any (`kvexport calibrate`)."""
     stream = TrainedStream(decoder, windows)
     for index in range(len(decoder.layers)):
-        layer = decoder.layers[index]
-        moments = stream.measure(layer)
-        _require_finite(f"the calibration moments of layer {index}", moments)
-        stream.advance(layer)
-        del layer  # before the next is read
-        yield moments
+        yield _measure_layer(index, decoder.layers[index], stream)
+
+
+@torch.no_grad()
+def _measure_layer(index: int, layer: Layer, stream: TrainedStream) -> Moments:
+    moments = stream.measure(layer)
+    _require_finite(f"the calibration moments of layer {index}", moments)
+    stream.advance(layer)
+    return moments
 
 
 def unconverted(decoder: Decoder) -> Iterator[ConvertedLayer]:
     """The decoder's own layers, for what is exported as it was trained."""
     for index in range(len(decoder.layers)):
-        layer = decoder.layers[index]
-        report = _kept(layer.attention)
-        yield ConvertedLayer(index, layer, report)
-        del layer
+        yield _left_as_it_is(index, decoder.layers[index])
+
+
+def _left_as_it_is(index: int, layer: Layer) -> ConvertedLayer:
+    return ConvertedLayer(index, layer, _kept(layer.attention))
 
 
 def _kept(attention: Attention) -> LayerReport:

@@ -1,8 +1,8 @@
 """What a code will lose, from moments alone: the error of one layer's attention output, before it is run.
 
-To first order, and with errors of different tokens independent: a logit error of variance σ² in head q costs
-σ² · gain_q (gain_q = E Σ_n a_n² |W_O(v_n - o)|²), and a value error δ costs tr(S Cov δ) with S as the value code
-weighs it, plus what it does to the mean, which attention cannot average away.
+To first order, and with errors of different tokens and of different groups independent: a logit error of variance
+σ² in head q costs σ² · gain_q (gain_q = E Σ_n a_n² |W_O(v_n - o)|²), and a value error δ costs tr(S Cov δ) with S
+as the value code weighs it, plus what it does to the mean, which attention cannot average away.
 """
 
 from __future__ import annotations

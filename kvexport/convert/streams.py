@@ -29,6 +29,7 @@ class TrainedStream:
         held_out: the last eighth, at least one, that judges them; of a single window, that one.
     """
 
+    @torch.no_grad()
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
         self._rope = decoder.rope
         self._trained = reference.embed(decoder.embedding, windows)

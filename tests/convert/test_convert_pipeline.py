@@ -1,0 +1,354 @@
+"""The whole conversion: layer after layer, each seeing what the ones before it lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import weakref
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import STYLES, make_decoder, random_windows, with_attention
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.calibrate import Moments, Statistics, recipe_for, save_header, save_moments, windows
+from kvexport.convert import ConvertedLayer, convert, measure, pipeline, unconverted
+from kvexport.convert.methods import METHOD_NAMES
+from kvexport.convert.streams import Streams
+from kvexport.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
+from kvexport.errors import KvexportError, UsageError
+
+
+def joined(decoder: Decoder, layers: list[ConvertedLayer]) -> Decoder:
+    return dataclasses.replace(decoder, layers=[each.layer for each in layers])
+
+
+def same(a: object, b: object) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
+
+
+def residual_error(decoder: Decoder, converted: Decoder, tokens: Tensor) -> float:
+    """Of the last layer's residual stream."""
+    taps: tuple[list[reference.LayerTaps], list[reference.LayerTaps]] = [], []
+    for model, seen in zip((decoder, converted), taps, strict=True):
+        reference.forward(model, tokens, taps=seen)
+    wanted = taps[0][-1].residual
+    return float((taps[1][-1].residual - wanted).norm() / wanted.norm())
+
+
+CASES = [
+    (style, method)
+    for style in STYLES
+    for method in METHOD_NAMES
+    if (style, method) != ("qwen3", "fold")
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("style", "method"), CASES)
+def test_every_method_converts_every_kind_and_reports_what_it_lost(style: str, method: str) -> None:
+    decoder = make_decoder(style, layers=2, sharpness=2.0)
+    trained = decoder.layers[0].attention
+    tokens, kv_heads = random_windows(decoder, 16, 24), trained.num_kv_heads // 2
+    conversion = convert(decoder, tokens, kv_heads, method)
+    layers = list(conversion)
+    assert [each.index for each in layers] == [0, 1]
+    for each in layers:
+        report, attention = each.report, each.layer.attention
+        assert attention.num_kv_heads == report.num_key_value_heads == kv_heads
+        assert report.original_num_key_value_heads == trained.num_kv_heads
+        assert report.kv_width == attention.kv_width == trained.kv_width // 2
+        assert report.original_kv_width == trained.kv_width
+        assert report.method == method or (method in ("auto", "fold") and report.method == "online")
+        assert report.parameters == sum(t.numel() for t in tensors_of(attention))
+        assert report.original_parameters == sum(t.numel() for t in tensors_of(trained))
+        assert 0 < report.measured_error < 2
+        assert 0 < report.predicted_error < 2
+    converted = joined(decoder, layers)
+    held_out = tokens[14:]
+    assert layers[-1].report.residual_error == pytest.approx(residual_error(decoder, converted, held_out), rel=1e-9)
+    divergence = conversion.divergence()
+    assert divergence.tokens == held_out[:, 1:].numel()
+    original, compressed = (reference.forward(model, held_out).log_softmax(-1) for model in (decoder, converted))
+    kl = (original.exp() * (original - compressed)).sum(-1)[:, :-1].mean()
+    assert divergence.mean_kl == pytest.approx(float(kl), rel=1e-4)
+    assert divergence.mean_kl > 0
+
+
+@pytest.mark.parametrize("style", ["llama", "bloom", "qwen3"])
+def test_measured_error_is_that_of_the_attention_alone(style: str) -> None:
+    """Recomputed with plain forward passes: trained inputs, held-out windows, before the refit."""
+    decoder = make_decoder(style, layers=2)
+    tokens = random_windows(decoder, 8, 16)
+    for each in convert(decoder, tokens, 2, "svd-a"):  # has no refit
+        taps: list[reference.LayerTaps] = []
+        reference.forward(decoder, tokens[7:], taps=taps)
+        wanted = taps[each.index].attention
+        x = reference.embed(decoder.embedding, tokens[7:]) if each.index == 0 else taps[each.index - 1].residual
+        found = reference.run_layer(each.layer, x, torch.arange(16)[None], decoder.rope).attention
+        error = (found - wanted).norm() / (wanted - wanted.mean((0, 1))).norm()
+        assert each.report.measured_error == pytest.approx(float(error), rel=1e-9)
+
+
+def test_all_kv_heads_kept_changes_nothing() -> None:
+    decoder = make_decoder("gqa", dtype=torch.float32)
+    conversion = convert(decoder, random_windows(decoder, 9, 16), 2, "auto")
+    for each, trained in zip(conversion, decoder.layers, strict=True):
+        assert each.layer is trained
+        report = each.report
+        assert report.method == "none"
+        assert (report.predicted_error, report.measured_error, report.residual_error) == (0.0, 0.0, 0.0)
+        assert report.kv_width == report.original_kv_width
+        assert report.parameters == report.original_parameters
+    assert conversion.divergence().mean_kl < 1e-9
+
+
+def test_unconverted_layers_are_the_decoders_own() -> None:
+    decoder = make_decoder("gqa")
+    layers = list(unconverted(decoder))
+    assert all(each.layer is trained for each, trained in zip(layers, decoder.layers, strict=True))
+    assert [each.index for each in layers] == [0, 1]
+    assert {each.report.method for each in layers} == {"none"}
+
+
+# Layer after layer
+
+
+def test_later_layers_see_what_earlier_ones_lost() -> None:
+    """After a first layer that lost something the second is fitted to make up for it; after one that did not, it is
+    as on its own."""
+    from test_key_codes import complex_multiples
+
+    lossy = make_decoder("llama", layers=2, sharpness=2.0, hidden=64, heads=8)
+    exact_first = dataclasses.replace(lossy.layers[0], attention=complex_multiples(lossy.layers[0].attention))
+    lossless = dataclasses.replace(lossy, layers=[exact_first, lossy.layers[1]])
+    tokens, fresh = random_windows(lossy, 64, 32), random_windows(lossy, 16, 32, seed=99)
+    moved = []
+    for decoder in (lossy, lossless):
+        layers = list(convert(decoder, tokens, 4, "fold"))
+        streams = Streams(decoder, tokens)
+        with torch.no_grad():  # the second layer alone: the first is the trained one in both streams
+            streams.attend(decoder.layers[0])
+            streams.advance_both(decoder.layers[0], decoder.layers[0])
+            moments = streams.measure(decoder.layers[1])
+            alone = pipeline._convert_layer(decoder.layers[1], streams, moments, 4, "fold")[0]
+        together = layers[1].layer
+        assert torch.equal(together.attention.k.weight, alone.attention.k.weight)  # the trained model's moments in both
+        moved.append(float((together.attention.o.weight - alone.attention.o.weight).norm() / alone.attention.o.weight.norm()))
+        if decoder is lossy:
+            apart = dataclasses.replace(decoder, layers=[layers[0].layer, alone])
+            assert residual_error(decoder, joined(decoder, layers), fresh) < residual_error(decoder, apart, fresh)
+    assert moved[0] > 0.01
+    assert moved[1] < 1e-4
+
+
+def test_refit_helps_and_methods_without_it_keep_their_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder("llama", layers=2, sharpness=2.0)
+    tokens, fresh = random_windows(decoder, 64, 32), random_windows(decoder, 16, 32, seed=99)
+    fitted = joined(decoder, list(convert(decoder, tokens, 2, "online")))
+    monkeypatch.setattr(Streams, "refit", lambda self, converted: converted.attention.o)
+    plain = joined(decoder, list(convert(decoder, tokens, 2, "online")))
+    assert residual_error(decoder, fitted, fresh) < 0.97 * residual_error(decoder, plain, fresh)
+
+
+def test_auto_takes_fold_where_it_loses_nothing_and_online_elsewhere() -> None:
+    from test_key_codes import complex_multiples
+
+    decoder = make_decoder("llama", layers=2)
+    tokens = random_windows(decoder, 16, 24)
+    assert {each.report.method for each in convert(decoder, tokens, 2, "auto")} == {"online"}
+    exact = with_attention(decoder, complex_multiples)
+    layers = list(convert(exact, tokens, 2, "auto"))
+    assert {each.report.method for each in layers} == {"fold"}
+    assert layers[-1].report.residual_error < 1e-4
+
+
+# Saved moments, seeds, batches
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bloom", "qwen3"])
+@pytest.mark.parametrize("scores", [1 << 20, 2000])
+def test_saved_statistics_give_the_same_weights_to_the_bit(
+    style: str, scores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(windows, "SCORES", scores)  # 2000: blocks of rows, and several batches
+    decoder = make_decoder(style, dtype=torch.float32)
+    tokens, kv_heads = random_windows(decoder, 9, 24), decoder.layers[0].attention.num_kv_heads // 2
+    save_header(tmp_path, "digest", recipe_for("random"), tokens)
+    for index, moments in enumerate(measure(decoder, tokens)):
+        save_moments(tmp_path, index, moments)
+    saved = Statistics(tmp_path, "digest")
+    direct = list(convert(decoder, tokens, kv_heads, "auto"))
+    restored = list(convert(decoder, saved.windows, kv_heads, "auto", saved.moments))
+    for a, b in zip(direct, restored, strict=True):
+        assert same(a.layer, b.layer)
+        assert a.report == b.report
+
+
+def test_measure_yields_the_moments_that_conversion_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder("gqa")
+    tokens, taken = random_windows(decoder, 9, 12), []
+    original = Streams.measure
+    monkeypatch.setattr(Streams, "measure", lambda self, layer: taken.append(original(self, layer)) or taken[-1])
+    list(convert(decoder, tokens, 1, "auto"))
+    for found, wanted in zip(measure(decoder, tokens), taken, strict=True):
+        assert same(found, wanted)
+        assert int(found.tokens) == 8 * 12  # the last eighth is held out
+
+
+def test_conversion_is_deterministic() -> None:
+    decoder = make_decoder("llama", dtype=torch.float32)
+    tokens = random_windows(decoder, 10, 16)
+    first, second = (list(convert(decoder, tokens, 2, "auto")) for _ in range(2))
+    for a, b in zip(first, second, strict=True):
+        assert same(a.layer, b.layer)
+        assert a.report == b.report
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_conversion_does_not_depend_on_how_attention_is_batched(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoder = make_decoder(style)
+    tokens, kv_heads = random_windows(decoder, 10, 16), decoder.layers[0].attention.num_kv_heads // 2
+    whole = list(convert(decoder, tokens, kv_heads, "auto"))
+    monkeypatch.setattr(windows, "SCORES", 3 * 4 * 16)
+    in_blocks = list(convert(decoder, tokens, kv_heads, "auto"))
+    for a, b in zip(whole, in_blocks, strict=True):
+        assert b.report.residual_error == pytest.approx(a.report.residual_error, rel=1e-6)
+        assert b.report.predicted_error == pytest.approx(a.report.predicted_error, rel=1e-9)
+        torch.testing.assert_close(b.layer.attention.o.weight, a.layer.attention.o.weight, rtol=1e-6, atol=1e-8)
+
+
+# Few tokens, dead heads, and what is not finite
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("method", ["auto", "fold", "svd-a"])
+@pytest.mark.parametrize(("count", "length"), [(1, 2), (1, 8), (2, 8), (2, 2)])
+def test_hardly_any_tokens_still_convert(style: str, method: str, count: int, length: int) -> None:
+    if (style, method) == ("qwen3", "fold"):
+        return
+    decoder = make_decoder(style, dtype=torch.float32)
+    tokens, kv_heads = random_windows(decoder, count, length), decoder.layers[0].attention.num_kv_heads // 2
+    conversion = convert(decoder, tokens, kv_heads, method)
+    layers = list(conversion)
+    for each in layers:
+        assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
+        assert max(float(t.abs().max()) for t in tensors_of(each.layer.attention)) < 1e3
+        report = each.report
+        assert torch.tensor([report.predicted_error, report.measured_error, report.residual_error]).isfinite().all()
+    assert torch.tensor(conversion.divergence().mean_kl).isfinite()
+    fresh = reference.forward(joined(decoder, layers), random_windows(decoder, 4, 30, seed=5))
+    assert bool(fresh.isfinite().all())
+
+
+@pytest.mark.parametrize("style", ["llama", "bias", "bloom"])
+def test_one_token_repeated_still_converts(style: str) -> None:
+    """Values are constants: all covariances are zero."""
+    decoder = make_decoder(style, dtype=torch.float32)
+    for each in convert(decoder, torch.full((4, 8), 7), 2, "auto"):
+        assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "o"])
+@pytest.mark.parametrize("method", METHOD_NAMES)
+def test_heads_that_do_nothing_still_convert(method: str, part: str) -> None:
+    """The first two of four heads have no W_Q, W_K, W_V or W_O."""
+    decoder = make_decoder("llama", dtype=torch.float32)
+
+    def dead(attention: Attention) -> Attention:
+        weight = getattr(attention, part).weight.clone()
+        weight[:, :16].zero_() if part == "o" else weight[:16].zero_()
+        return dataclasses.replace(attention, **{part: Linear(weight)})
+
+    for each in convert(with_attention(decoder, dead), random_windows(decoder, 4, 12), 2, method):
+        assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
+        assert each.report.predicted_error < 3
+
+
+def test_overflow_is_named_with_its_layer() -> None:
+    decoder = make_decoder("llama", layers=3, dtype=torch.float32)
+    big = dataclasses.replace(decoder.layers[1].attention, v=Linear(decoder.layers[1].attention.v.weight * 1e38))
+    layers = [decoder.layers[0], dataclasses.replace(decoder.layers[1], attention=big), decoder.layers[2]]
+    broken = dataclasses.replace(decoder, layers=layers)
+    tokens = random_windows(decoder, 4, 12)
+    conversion = convert(broken, tokens, 2, "auto")
+    assert next(conversion).index == 0
+    with pytest.raises(KvexportError, match=r"calibration moments of layer 1: not all numbers are finite"):
+        next(conversion)
+    with pytest.raises(KvexportError, match="calibration moments of layer 1"):
+        list(measure(broken, tokens))
+
+
+def test_damaged_saved_moments_are_named_with_their_layer() -> None:
+    decoder = make_decoder("llama")
+    tokens = random_windows(decoder, 4, 12)
+    moments = list(measure(decoder, tokens))
+    moments[1].key_second[0, 0] = torch.nan
+    conversion = convert(decoder, tokens, 2, "auto", moments.__getitem__)
+    next(conversion)
+    with pytest.raises(KvexportError, match="calibration moments of layer 1"):
+        next(conversion)
+
+
+def test_fold_is_refused_for_qk_norm() -> None:
+    decoder = make_decoder("qwen3")
+    with pytest.raises(UsageError, match="QK-norm"):
+        next(convert(decoder, random_windows(decoder, 2, 8), 2, "fold"))
+
+
+# Memory
+
+
+def _watched(decoder: Decoder) -> tuple[Decoder, list[int]]:
+    """The decoder with layers that are made when asked for, and how many were alive at each reading."""
+    seen: list[weakref.ref[Tensor]] = []
+    counts: list[int] = []
+
+    def read(index: int) -> Layer:
+        gc.collect()
+        counts.append(sum(each() is not None for each in seen))
+        layer = decoder.layers[index]
+        up = Linear(layer.mlp.up.weight.clone())  # what a converted layer shares with the trained one
+        seen.append(weakref.ref(up.weight))
+        return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, up=up))
+
+    return dataclasses.replace(decoder, layers=LazyLayers(len(decoder.layers), read)), counts
+
+
+@pytest.mark.parametrize("what", ["convert", "keep", "measure", "unconverted"])
+def test_one_layer_is_alive_at_a_time(what: str) -> None:
+    decoder = make_decoder("llama", layers=4)
+    lazy, counts = _watched(decoder)
+    tokens = random_windows(decoder, 4, 8)
+    if what == "measure":
+        made = map(_forget, measure(lazy, tokens))
+    elif what == "unconverted":
+        made = map(_forget, unconverted(lazy))
+    else:
+        made = map(_forget, convert(lazy, tokens, 2 if what == "convert" else 4, "auto"))
+    assert list(made) == [None] * 4
+    assert counts == [0, 0, 0, 0]
+
+
+def _forget(made: ConvertedLayer | Moments) -> None:
+    """Consumes without keeping."""
+
+
+def test_streams_are_what_is_held_between_layers() -> None:
+    """Two streams and one attention output of [N, S, hidden]; nothing else of their size."""
+    decoder = make_decoder("llama", dtype=torch.float32)
+    tokens = random_windows(decoder, 16, 32)
+    conversion = convert(decoder, tokens, 2, "auto")
+    next(conversion)
+    held = [each for each in vars(conversion._streams).values() if isinstance(each, Tensor)]
+    assert sum(each.numel() for each in held) == 3 * tokens.numel() * decoder.limits.hidden_size
+
+
+def test_the_last_eighth_is_held_out_and_a_single_window_judges_itself() -> None:
+    decoder = make_decoder("llama", layers=1)
+    for count, seen, held_out in ((1, [0], [0]), (2, [0], [1]), (8, list(range(7)), [7]), (17, list(range(15)), [15, 16])):
+        streams = Streams(decoder, random_windows(decoder, count, 4))
+        assert list(streams.seen) == seen
+        assert list(streams.held_out) == held_out
+        assert int(streams.measure(decoder.layers[0]).tokens) == 4 * len(seen)

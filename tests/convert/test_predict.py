@@ -1,0 +1,177 @@
+"""Predicted error against measured error: exact where its assumptions hold, close where little is lost."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from decoders import make_attention, random_inputs
+from layer_codes import code_of, error, grouping_of, identity_code, measure, output
+from torch import Tensor
+
+from kvexport.calibrate import Moments
+from kvexport.convert import keys, values
+from kvexport.convert.apply import LayerCode, apply_code
+from kvexport.convert.codes import Code, optimal_code
+from kvexport.convert.groups import Grouping
+from kvexport.convert.methods import METHODS, least_loss
+from kvexport.convert.predict import predicted_error
+from kvexport.decoder import Attention, Linear, Rope
+
+STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
+
+
+def nearly_whole(moments: Moments, attention: Attention, grouping: Grouping, which: str, rank: int) -> LayerCode:
+    """The optimal codes of `rank` for the keys or for the values; the other kept whole. The rank may be up to t·d."""
+    n = grouping.size * grouping.head_dim
+    found: dict[str, tuple[Code, ...]] = dict.fromkeys(("keys", "values"), (identity_code(n),) * grouping.kv_heads)
+
+    def code(group: int) -> Code:
+        rows = grouping.rows(group)
+        if which == "keys":
+            return optimal_code(keys.query_weights(moments, grouping, group), moments.key_covariance(rows), rank)
+        weights = values.output_weights(moments, attention, grouping, group)
+        return optimal_code(weights, moments.value_covariance(rows), rank)
+
+    found[which] = tuple(code(group) for group in range(grouping.kv_heads))
+    return LayerCode(found["keys"], found["values"], folds=False, centred=True)
+
+
+def predicted_and_measured(
+    attention: Attention, rope: Rope | None, x: Tensor, code: LayerCode, kv_heads: int
+) -> tuple[float, float]:
+    moments, grouping = measure(attention, rope, x), grouping_of(attention, kv_heads)
+    converted = apply_code(attention, grouping, code, moments.value_mean)
+    return predicted_error(moments, attention, grouping, code), error(converted, attention, rope, x)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("which", ["keys", "values"])
+@pytest.mark.parametrize("seed", range(3))
+def test_small_errors_are_predicted_within_a_factor(style: str, which: str, seed: int) -> None:
+    attention, rope = make_attention(style, seed=seed, sharpness=2.0)
+    x = random_inputs(12, 32, seed=seed)
+    kv_heads = attention.num_kv_heads // 2
+    code = nearly_whole(measure(attention, rope, x), attention, grouping_of(attention, kv_heads), which, rank=12)
+    predicted, measured = predicted_and_measured(attention, rope, x, code, kv_heads)
+    assert 1e-4 < measured < 0.2
+    assert 1 / 1.5 < predicted / measured < 1.5
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("which", ["keys", "values"])
+def test_random_disturbances_are_predicted_within_a_factor(style: str, which: str) -> None:
+    """Codes that disturb every direction a little, tuned to no statistics."""
+    attention, rope = make_attention(style, seed=1, sharpness=2.0)
+    x, kv_heads = random_inputs(12, 32), attention.num_kv_heads // 2
+    generator = torch.Generator().manual_seed(0)
+
+    def disturbed(size: float) -> tuple[Code, ...]:
+        whole = identity_code(16)
+        noise = [torch.randn(16, 16, generator=generator, dtype=torch.float64) for _ in range(kv_heads)]
+        return tuple(Code(whole.encode, whole.decode + size * each) for each in noise)
+
+    sizes = {"keys": 0.0, "values": 0.0, which: 0.01}
+    code = LayerCode(disturbed(sizes["keys"]), disturbed(sizes["values"]), folds=False, centred=True)
+    predicted, measured = predicted_and_measured(attention, rope, x, code, kv_heads)
+    assert measured > 1e-4
+    assert 1 / 2 < predicted / measured < 2  # errors of different heads meet, which prediction leaves out
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("method", METHODS)
+def test_value_error_is_exact_where_tokens_do_not_mix(style: str, method: str) -> None:
+    """Windows of one token, one group: attention is one, so errors of tokens cannot meet and logits do not matter."""
+    attention, rope = make_attention(style)
+    if attention.k_norm is not None and method == "fold":
+        return
+    x = random_inputs(64, 1)
+    _, code = code_of(method, attention, rope, x, 1)
+    predicted, measured = predicted_and_measured(attention, rope, x, code, 1)
+    assert predicted == pytest.approx(measured, rel=1e-9)
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bloom"])
+@pytest.mark.parametrize("method", ["online", "mean-pool"])
+def test_value_error_is_right_for_tokens_without_memory(style: str, method: str) -> None:
+    """Inputs independent from token to token, attention that ignores them (W_Q = 0): exact but for sampling."""
+    attention, rope = make_attention(style)
+    attention = replace(attention, q=Linear(torch.zeros_like(attention.q.weight)))
+    x = random_inputs(400, 8)
+    _, code = code_of(method, attention, rope, x, 1)
+    predicted, measured = predicted_and_measured(attention, rope, x, code, 1)
+    assert predicted == pytest.approx(measured, rel=0.03)
+
+
+def test_the_mean_that_uncentred_codes_lose_is_predicted() -> None:
+    """Values all but constant: nearly all that mean-pool loses is the mean, which attention cannot average away."""
+    attention, rope = make_attention("bias")
+    attention = replace(attention, v=Linear(0.05 * attention.v.weight, attention.v.bias))
+    x = random_inputs(6, 16)
+    _, code = code_of("mean-pool", attention, rope, x, 2)
+    predicted, measured = predicted_and_measured(attention, rope, x, code, 2)
+    assert measured > 3
+    assert predicted == pytest.approx(measured, rel=0.05)
+    blind = predicted_error(measure(attention, rope, x), attention, grouping_of(attention, 2), replace(code, centred=True))
+    assert blind < measured / 3
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("seed", range(3))
+def test_methods_are_ranked_as_measured(style: str, seed: int) -> None:
+    """Wherever two methods differ by a third in what they lose, prediction has them in the same order."""
+    attention, rope = make_attention(style, seed=seed, sharpness=2.0)
+    x, kv_heads = random_inputs(8, 32, seed=seed), attention.num_kv_heads // 2
+    found = []
+    for method in METHODS:
+        if attention.k_norm is None or method != "fold":
+            _, code = code_of(method, attention, rope, x, kv_heads)
+            found.append(predicted_and_measured(attention, rope, x, code, kv_heads))
+    compared = 0
+    for predicted, measured in found:
+        for other_predicted, other_measured in found:
+            if measured < other_measured / 1.33:
+                compared += 1
+                assert predicted < other_predicted
+    assert compared
+
+
+def test_nothing_lost_is_predicted_as_nothing() -> None:
+    attention, rope = make_attention("gqa")
+    x, whole = random_inputs(2, 8), (identity_code(16),)
+    predicted, measured = predicted_and_measured(attention, rope, x, LayerCode(whole, whole, False, True), 1)
+    assert predicted < 1e-12
+    assert measured < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("predictions", "chosen"),
+    [([0.1], 0), ([0.1, 0.1], 1), ([0.1, 0.1019], 1), ([0.1, 0.103], 0), ([0.2, 0.1], 1), ([0.0, 1e-10], 1), ([0.0, 1e-6], 0)],
+)
+def test_the_cheaper_method_wins_only_where_it_is_as_good(predictions: list[float], chosen: int) -> None:
+    assert least_loss(predictions) == chosen
+
+
+def test_output_weights_are_those_of_plain_sums() -> None:
+    """S_hh' = Σ ρ_qq' W_qᵀ W_q' over the query heads of the members h and h'."""
+    attention, rope = make_attention("gqa", heads=8, kv_heads=4)
+    moments, grouping = measure(attention, rope, random_inputs(3, 12)), grouping_of(attention, 2)
+    for group in range(2):
+        wanted = torch.zeros(16, 16, dtype=torch.float64)
+        for a in grouping.query_heads(group):
+            for b in grouping.query_heads(group):
+                w_a, w_b = (attention.o.weight[:, 8 * each : 8 * each + 8] for each in (a, b))
+                wanted[grouping.member(a), grouping.member(b)] += moments.overlap[a, b] * w_a.T @ w_b
+        torch.testing.assert_close(values.output_weights(moments, attention, grouping, group), wanted)
+
+
+def test_lost_constant_is_what_the_output_moves_by() -> None:
+    attention, rope = make_attention("gqa", heads=8, kv_heads=4)
+    x = random_inputs(3, 12)
+    moments, code = code_of("mean-pool", attention, rope, x, 2)
+    constant = replace(attention, v=Linear(torch.zeros_like(attention.v.weight), moments.value_mean))
+    converted = apply_code(constant, grouping_of(attention, 2), code, moments.value_mean)
+    moved = output(constant, rope, x) - output(converted, rope, x)
+    lost = values.lost_constant(attention, grouping_of(attention, 2), code.values, moments.value_mean)
+    torch.testing.assert_close(moved, lost.expand_as(moved), rtol=0, atol=1e-12)

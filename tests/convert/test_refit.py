@@ -1,0 +1,136 @@
+"""The refit of W_O: the closed form of ridge regression, and never a loss on the held-out tokens."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvexport.convert.refit import _RIDGES, LeastSquares, refit
+from kvexport.decoder import Linear
+
+
+def sums(x: Tensor, y: Tensor) -> LeastSquares:
+    found = LeastSquares(x.shape[-1], y.shape[-1])
+    found.add(x, y)
+    return found
+
+
+def loss(o: Linear, x: Tensor, y: Tensor) -> float:
+    return float(torch.nn.functional.linear(x, o.weight, o.bias).sub(y).square().sum(-1).mean())
+
+
+class Problem:
+    """Tokens x, targets y = W x + b + noise, and a W_O that is off."""
+
+    def __init__(self, seed: int, tokens: int = 60, into: int = 12, out: int = 5, noise: float = 0.3, off: float = 0.5) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.mixing, self.offset = self.random(into, into), 3 * self.random(into)
+        self.weight, self.bias, self.noise = self.random(out, into), self.random(out), noise
+        self.x, self.y = self.tokens(tokens)
+        self.held_x, self.held_y = self.tokens(max(2, tokens // 8))
+        self.o = Linear(self.weight + off * self.random(out, into), self.bias + off * self.random(out))
+
+    def random(self, *size: int) -> Tensor:
+        return torch.randn(*size, generator=self.generator, dtype=torch.float64)
+
+    def tokens(self, count: int) -> tuple[Tensor, Tensor]:
+        x = self.random(count, len(self.mixing)) @ self.mixing + self.offset
+        return x, x @ self.weight.T + self.bias + self.noise * self.random(count, len(self.bias))
+
+    def refit(self) -> Linear:
+        return refit(self.o, sums(self.x, self.y), sums(self.held_x, self.held_y))
+
+
+def ridge_solution(problem: Problem, ridge: float) -> Linear:
+    """argmin Σ|y - W x - b|² / N + λ|W - W_O|², by least squares on stacked equations, b unpenalised."""
+    x, y, prior = problem.x, problem.y, problem.o.weight
+    centred = (x - x.mean(0)) / len(x) ** 0.5
+    scale = ridge * centred.square().sum() / x.shape[1]
+    rows = torch.cat((centred, scale.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)))
+    wanted = torch.cat(((y - y.mean(0)) / len(x) ** 0.5, scale.sqrt() * prior.T))
+    weight = torch.linalg.lstsq(rows, wanted).solution.T
+    return Linear(weight, y.mean(0) - weight @ x.mean(0))
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_the_refit_is_the_best_of_the_closed_forms(seed: int) -> None:
+    problem = Problem(seed)
+    found = problem.refit()
+    solutions = [ridge_solution(problem, ridge) for ridge in _RIDGES]
+    best = min(solutions, key=lambda o: loss(o, problem.held_x, problem.held_y))
+    torch.testing.assert_close(found.weight, best.weight, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(found.bias, best.bias, rtol=1e-8, atol=1e-9)
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10**6), st.integers(2, 40), st.sampled_from([0.0, 0.3, 30.0]), st.sampled_from([0.0, 0.5]))
+def test_the_refit_never_costs_on_held_out_tokens(seed: int, tokens: int, noise: float, off: float) -> None:
+    """With fewer tokens than inputs, targets of noise, or a W_O that was right already."""
+    problem = Problem(seed, tokens=tokens, noise=noise, off=off)
+    before, after = (loss(o, problem.held_x, problem.held_y) for o in (problem.o, problem.refit()))
+    assert after <= before * (1 + 1e-9) + 1e-9
+
+
+def test_a_refit_that_would_cost_keeps_w_o_and_its_bias() -> None:
+    problem = Problem(0, tokens=8, noise=0.0, off=0.0)
+    problem.y = 100 * problem.random(*problem.y.shape)  # what was seen is noise; held out, W_O is right
+    assert problem.refit() is problem.o
+
+
+def test_only_the_bias_is_fitted_where_that_is_best() -> None:
+    problem = Problem(0, tokens=2000, noise=0.0, off=0.0)
+    shift = problem.random(5)
+    problem.y, problem.held_y = problem.y + shift, problem.held_y + shift
+    found = problem.refit()
+    torch.testing.assert_close(found.bias, problem.bias + shift, rtol=0, atol=1e-8)
+    torch.testing.assert_close(found.weight, problem.weight, rtol=0, atol=1e-8)
+
+
+def test_w_o_without_bias_gets_one() -> None:
+    problem = Problem(1)
+    problem.o = Linear(problem.o.weight)
+    assert problem.refit().bias is not None
+
+
+def test_w_o_is_recovered_from_exact_heads() -> None:
+    problem = Problem(2, tokens=500, noise=0.0)
+    found = problem.refit()
+    assert loss(found, problem.held_x, problem.held_y) < 1e-4 * loss(problem.o, problem.held_x, problem.held_y)
+
+
+def test_the_dtype_is_kept() -> None:
+    problem = Problem(3)
+    problem.o = Linear(problem.o.weight.float(), problem.o.bias.float())
+    found = problem.refit()
+    assert found.weight.dtype == torch.float32
+    assert found.bias is not None
+    assert found.bias.dtype == torch.float32
+
+
+def test_sums_do_not_depend_on_batches() -> None:
+    problem = Problem(4)
+    parts = LeastSquares(12, 5)
+    for x, y in zip(problem.x.split(7), problem.y.split(7), strict=True):
+        parts.add(x[None], y[None])
+    for found, wanted in zip(parts.centred(), sums(problem.x, problem.y).centred(), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+
+
+def test_loss_is_the_squared_error_less_a_constant() -> None:
+    problem = Problem(5)
+    moments = sums(problem.x, problem.y)
+    variance = float(problem.y.var(0, correction=0).sum())
+    for o in (problem.o, Linear(problem.weight, problem.bias)):
+        assert moments.loss(o.weight, o.bias) + variance == pytest.approx(loss(o, problem.x, problem.y), rel=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2])
+def test_hardly_any_tokens_give_no_nan(tokens: int) -> None:
+    problem = Problem(6)
+    problem.x, problem.y = problem.x[:tokens], problem.y[:tokens]
+    found = problem.refit()
+    assert bool(found.weight.isfinite().all())
+    assert bool(found.bias.isfinite().all())
