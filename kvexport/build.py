@@ -27,6 +27,7 @@ from kvexport.divergence import Divergence
 from kvexport.errors import GateFailed, UsageError
 from kvexport.graph import DecoderWriter
 from kvexport.loading import load_decoder
+from kvexport.memory import return_freed
 from kvexport.progress import Progress
 from kvexport.standard import StandardWriter, require_standard
 from kvexport.validate import TwinRecorder, ValidationReport, prove
@@ -221,6 +222,8 @@ class _Job:
                 take(converted.layer)
                 reports.append(converted.report)
                 parameters += sum(tensor.numel() for tensor in tensors_of(converted.layer))
+                del converted
+                return_freed()
                 self.progress.advance()
             divergence = None if conversion is None else conversion.divergence()
         size = BYTES[self.plan.dtype]
