@@ -272,6 +272,11 @@ class Session:
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     """Options of every session: `threads` for one operator (None: one a core).
 
+    All else is left as ONNX Runtime has it, after measuring a llama of 109 M parameters and a prompt of 2048 tokens:
+    weights are mapped and then packed once, which frees the mapped pages (without packing prefill takes a quarter more
+    processor time, and decoding no less); without the memory arena up to 90 MB more stay resident after a prefill, and
+    without memory patterns as much as with them.
+
     Raises:
         UsageError: threads is below 1.
     """
