@@ -1,7 +1,7 @@
 """What compression cost: a bundle's predictions against the trained model's, on real text.
 
-Knows how to run both over the same windows within the memory of one layer; the original runs in the reference,
-the bundle in its own runtime.
+Knows how to run both over the same windows: the original in the reference, in the memory of one layer, the bundle
+in its own runtime.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from kvexport import reference
 from kvexport.bundle import Bundle
+from kvexport.calibrate import windows as attention_windows
 from kvexport.calibrate.text import all_windows, read_text, tokenize
 from kvexport.checkpoint import Checkpoint
 from kvexport.decoder import Decoder
@@ -22,9 +23,7 @@ from kvexport.divergence import Divergence, DivergenceMeter
 from kvexport.errors import UsageError
 from kvexport.loading import load_decoder
 from kvexport.progress import Progress
-from kvexport.runtime import Session
-
-_SCORES = 1 << 22  # numbers of attention scores in one batch of the original
+from kvexport.runtime import open_bundle
 
 
 @dataclass(frozen=True)
@@ -54,7 +53,8 @@ def evaluate(
 
     Raises:
         UsageError: the checkpoint and the bundle have different vocabularies, or the text fills no window.
-        BundleError: the bundle cannot be read.
+        BundleError: the bundle is damaged.
+        CannotRunHere: its dtype has no kernels here.
     """
     source, opened = Checkpoint(checkpoint), Bundle.open(bundle)
     decoder = load_decoder(source)
@@ -68,9 +68,9 @@ def evaluate(
     if length > opened.capacity:
         raise UsageError("--length exceeds the bundle's capacity", seen=length, allowed=f"at most {opened.capacity}")
     windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)
+    session = open_bundle(bundle)
     stream = original_stream(decoder, windows, progress)
     meter = DivergenceMeter()
-    session = Session(opened)
     with progress.stage("Running the bundle", len(windows)), torch.no_grad():
         for window, x in zip(windows, stream, strict=True):
             compressed = torch.from_numpy(session.score(window[None].numpy()))
@@ -90,13 +90,13 @@ def spread(windows: Tensor, samples: int | None) -> Tensor:
 def original_stream(decoder: Decoder, windows: Tensor, progress: Progress) -> Tensor:
     """The residual stream [N, length, hidden] after the last layer, one layer in memory at a time."""
     x = reference.embed(decoder.embedding, windows)
-    length = windows.shape[1]
-    positions = torch.arange(length)
     with progress.stage("Running the original", len(decoder.layers)):
         for layer in decoder.layers:
-            size = max(1, _SCORES // (layer.attention.num_heads * length**2))
-            for at in range(0, len(x), size):
-                batch = x[at : at + size]
-                x[at : at + size] = reference.run_layer(layer, batch, positions.expand(len(batch), -1), decoder.rope).residual
+            attention = layer.attention
+            for batch in attention_windows.batches(range(len(x)), windows.shape[1], attention.num_heads):
+                part = x[batch]
+                projected = attention_windows.project(attention, reference.norm(layer.attention_norm, part), decoder.rope)
+                part += reference.linear(attention.o, attention_windows.head_outputs(attention, projected))
+                part += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, part))
             progress.advance()
     return x

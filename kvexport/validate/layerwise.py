@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.graph.contract import BATCH, CAPACITY, GRAPH_FILE, GraphContract, attention_tap, past, residual_tap
+from kvexport.memory import return_freed
 from kvexport.progress import Progress
 from kvexport.validate.twin import array_name
 
@@ -49,6 +50,7 @@ def run_layerwise(
         for part in parts(directory / GRAPH_FILE, contract.num_layers, in_float32=dtype != contract.dtype):
             _run_part(part.session(_options()), calls, caches)
             del part  # before the next one is made
+            return_freed()
             progress.advance()
     measured = {"logits": _joined(calls, "logits")}
     for layer in range(contract.num_layers):

@@ -1,0 +1,96 @@
+"""`kvexport evaluate`: exit codes, the JSON object, the gate on KL."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_bundles import byte_level_tokenizer, write_bundle
+
+from kvexport.checkpoint import Checkpoint
+from kvexport.cli import main
+from kvexport.decoder import Linear
+from kvexport.loading import load_decoder
+
+Run = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `checkpoint`, a `bundle` of it whose attention is weaker, one of bfloat16, and a text."""
+    folder = tmp_path_factory.mktemp("evaluate")
+    shutil.copytree(tiny_checkpoint("llama", vocab_size=300, num_key_value_heads=4), folder / "checkpoint")
+    (folder / "checkpoint" / "tokenizer.json").write_text(byte_level_tokenizer(300), encoding="utf-8")
+    (folder / "text.txt").write_text("Once upon a time there was a small café. " * 9, encoding="utf-8")
+    decoder = load_decoder(Checkpoint(folder / "checkpoint"))
+    layer = decoder.layers[0]
+    weaker = dataclasses.replace(layer.attention, o=Linear(0.7 * layer.attention.o.weight))
+    layers = [dataclasses.replace(layer, attention=weaker), decoder.layers[1]]
+    write_bundle(folder / "bundle", dataclasses.replace(decoder, layers=layers))
+    write_bundle(folder / "bfloat16", decoder, dtype="bfloat16")
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
+    """`run(*options, bundle=..., text=...) -> exit code, standard output, standard error` of `kvexport evaluate`."""
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # the process's handlers stay pytest's
+
+    def call(*options: str, bundle: str = "bundle", text: str = "text.txt") -> tuple[object, str, str]:
+        code: object = 0
+        given = [folder / bundle, "--against", folder / "checkpoint", "--text", folder / text, "--length", "24"]
+        try:
+            main(["evaluate", *map(str, given), *options])
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+def test_json_has_the_figures(run: Run) -> None:
+    code, out, err = run("--json")
+    found = json.loads(out)
+    assert (code, err) == (0, "")
+    assert found.keys() >= {
+        "mean_kl", "cross_entropy", "cross_entropy_original", "perplexity", "perplexity_original", "top1_agreement",
+        "kv_bytes_per_token", "kv_bytes_per_token_original", "tokens",
+    }  # fmt: skip
+    assert found["mean_kl"] > 0 and 0 < found["top1_agreement"] <= 1 and found["tokens"] % 23 == 0
+    assert found["kv_bytes_per_token"] == found["kv_bytes_per_token_original"] == 512
+
+
+def test_the_table_has_both_side_by_side(run: Run) -> None:
+    code, out, _ = run("--samples", "2")
+    assert code == 0
+    for said in ("original", "bundle", "perplexity", "mean KL", "512 B", "(on 46 tokens)"):
+        assert said in out
+
+
+def test_max_kl_is_a_gate(run: Run) -> None:
+    kl = json.loads(run("--json")[1])["mean_kl"]
+    assert run("--quiet", "--max-kl", str(1.01 * kl)) == (0, "", "")
+    code, out, err = run("--json", "--max-kl", str(0.99 * kl))
+    assert code == 1 and json.loads(out)["mean_kl"] == kl  # the figures are printed all the same
+    assert "farther from the original than --max-kl allows" in err
+    code, out, err = run("--quiet", "--max-kl", "0")
+    assert (code, out) == (1, "") and err
+
+
+def test_what_cannot_be_compared_exits_with_2(run: Run, folder: Path) -> None:
+    (folder / "empty.txt").write_text("", encoding="utf-8")
+    assert run(text="empty.txt")[0] == 2
+    assert run(text="missing.txt")[0] == 2
+    assert run(bundle="missing")[0] == 2
+    code, _, err = run("--length", "65")
+    assert code == 2 and "capacity" in err
+    assert run("--length", "1")[0] == 2
+
+
+def test_a_dtype_without_kernels_exits_with_3(run: Run) -> None:
+    code, out, err = run(bundle="bfloat16")
+    assert (code, out) == (3, "") and "bfloat16" in err

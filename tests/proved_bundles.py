@@ -1,0 +1,94 @@
+"""Tiny bundles with their twins, and ways to break them that no hash notices."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes  # noqa: F401  teaches numpy bfloat16
+import numpy as np
+import onnx_ir as ir
+from decoders import random_windows
+from numpy.typing import NDArray
+from tiny_bundles import edit_manifest, manifest_of
+
+from kvexport.bundle import MANIFEST_FILE, BundleWriter
+from kvexport.convert import convert, unconverted
+from kvexport.decoder import Decoder
+from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract
+from kvexport.hashing import sha256_of
+from kvexport.validate import TwinRecorder
+
+
+def export(
+    path: Path,
+    decoder: Decoder,
+    *,
+    dtype: str = "float32",
+    kv_heads: int | None = None,
+    method: str = "auto",
+    capacity: int = 128,
+) -> GraphContract:
+    """A converted decoder as a bundle at `path`, in the order of `kvexport.build`; its graph's contract."""
+    path.mkdir()
+    windows = random_windows(decoder, 6, 48)
+    twin = TwinRecorder(decoder, windows, capacity)
+    graph = DecoderWriter(
+        path, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope
+    )
+    layers = []
+    for converted in unconverted(decoder) if kv_heads is None else convert(decoder, windows, kv_heads, method):
+        twin.add_layer(converted.layer)
+        graph.add_layer(converted.layer)
+        layers.append(converted.layer)
+    twin.save(path)
+    contract = graph.finish(decoder.final_norm, decoder.head)
+    BundleWriter(path).seal(manifest_of(dataclasses.replace(decoder, layers=layers), contract))
+    return contract
+
+
+def broken(sound: Path, path: Path, damage: Callable[[Path], object]) -> Path:
+    """A damaged copy of a bundle, with hashes that agree with the damage."""
+    shutil.copytree(sound, path)
+    damage(path)
+
+    def rehash(manifest: dict[str, Any]) -> None:
+        files = [file for file in path.iterdir() if file.name != MANIFEST_FILE]
+        manifest["files"] = {file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for file in files}
+
+    edit_manifest(path, rehash)
+    return path
+
+
+def edit_weight(name: str, edit: Callable[[NDArray[Any]], object]) -> Callable[[Path], None]:
+    """Damage that changes a weight of the data file in place: `edit` gets it as an array that it may write to."""
+
+    def damage(bundle: Path) -> None:
+        tensor = ir.load(bundle / GRAPH_FILE).graph.initializers[name].const_value
+        assert isinstance(tensor, ir.ExternalTensor) and tensor.offset is not None
+        dtype, shape = tensor.dtype.numpy(), tuple(int(size) for size in tensor.shape)
+        data = np.memmap(bundle / DATA_FILE, np.uint8, "r+", tensor.offset, (tensor.nbytes,))
+        edit(data.view(dtype).reshape(shape))
+        data.flush()
+
+    return damage
+
+
+def edit_graph(edit: Callable[[ir.Graph], object]) -> Callable[[Path], None]:
+    """Damage that changes nodes of the graph."""
+
+    def damage(bundle: Path) -> None:
+        model = ir.load(bundle / GRAPH_FILE)
+        edit(model.graph)
+        ir.save(model, bundle / GRAPH_FILE)
+
+    return damage
+
+
+def node_of(graph: ir.Graph, output: str) -> ir.Node:
+    """The node that makes a value."""
+    (node,) = (node for node in graph if node.outputs[0].name == output)
+    return node

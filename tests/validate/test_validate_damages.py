@@ -1,0 +1,80 @@
+"""Negative controls: what is wrong with a bundle is seen where it is wrong, whatever its dtype and however it is run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from damages import DAMAGES, SUBTLE_DAMAGES
+from decoders import make_decoder
+from proved_bundles import broken, export
+
+from kvexport.bundle import Bundle
+from kvexport.progress import Progress
+from kvexport.validate import ValidationReport, prove, validate
+
+Sound = Callable[[str], Path]
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
+    """An unconverted MHA llama of two layers in a dtype."""
+    made: dict[str, Path] = {}
+
+    def make(dtype: str) -> Path:
+        if dtype not in made:
+            made[dtype] = tmp_path_factory.mktemp(dtype) / "bundle"
+            export(made[dtype], make_decoder("llama", dtype=torch.float32), dtype=dtype)
+        return made[dtype]
+
+    return make
+
+
+def _prove(bundle: Path) -> ValidationReport:
+    return prove(bundle, Bundle.open(bundle).graph, Progress())
+
+
+def _require_failure_at(report: ValidationReport, where: str, margin: float) -> None:
+    """The array `where` is `margin` times beyond a gate, and those before it are sound."""
+    (seen,) = (each for each in report.differences if each.name == where)
+    assert seen.failed and any(failure.startswith(where) for failure in report.failures)
+    gate = report.gate
+    assert not seen.cosine > 1 - margin * (1 - gate.cosine) or not seen.max_error < margin * gate.max_error
+    if not where.startswith("layers.0"):
+        assert not any(each.failed for each in report.differences if each.name.startswith("layers.0"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_fails_validation(name: str, dtype: str, sound: Sound, tmp_path: Path) -> None:
+    damage, where = DAMAGES[name]
+    bundle = broken(sound(dtype), tmp_path / "broken", damage)
+    _require_failure_at(validate(bundle, Progress()), where, 1.3 if dtype != "float32" else 100)
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_damage_fails_the_proof_of_a_build(name: str, sound: Sound, tmp_path: Path) -> None:
+    damage, where = DAMAGES[name]
+    _require_failure_at(_prove(broken(sound("float32"), tmp_path / "broken", damage)), where, 100)
+
+
+@pytest.mark.parametrize("name", SUBTLE_DAMAGES)
+def test_subtle_damage_fails_in_float32(name: str, sound: Sound, tmp_path: Path) -> None:
+    damage, where = SUBTLE_DAMAGES[name]
+    bundle = broken(sound("float32"), tmp_path / "broken", damage)
+    for report in (validate(bundle, Progress()), _prove(bundle)):
+        _require_failure_at(report, where, 1.3)
+
+
+def test_a_damage_that_is_none_passes(sound: Sound, tmp_path: Path) -> None:
+    assert validate(broken(sound("float32"), tmp_path / "copy", lambda bundle: None), Progress()).failures == ()
+
+
+@pytest.mark.parametrize("name", ["swapped key heads", "a stale suffix", "wrong rotary base"])
+def test_damage_of_a_converted_bundle_fails(name: str, tmp_path: Path) -> None:
+    """Keys are projected after rotation here."""
+    export(tmp_path / "sound", make_decoder("llama", dtype=torch.float32), kv_heads=2, method="online")
+    damage, where = DAMAGES[name]
+    _require_failure_at(validate(broken(tmp_path / "sound", tmp_path / "broken", damage), Progress()), where, 100)
