@@ -224,7 +224,7 @@ def test_conversion_does_not_depend_on_how_attention_is_batched(style: str, monk
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("method", ["auto", "fold", "svd-a"])
-@pytest.mark.parametrize(("count", "length"), [(1, 2), (1, 8), (2, 8), (2, 2)])
+@pytest.mark.parametrize(("count", "length"), [(1, 2), (2, 8)])
 def test_hardly_any_tokens_still_convert(style: str, method: str, count: int, length: int) -> None:
     if (style, method) == ("qwen3", "fold"):
         return

@@ -262,6 +262,18 @@ def test_svd_w_is_the_svd_of_the_weights_and_needs_no_data() -> None:
             torch.testing.assert_close(found.decode @ found.encode.T, left @ left.T, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_cached_numbers_are_no_larger_than_what_they_stand_for(method: str) -> None:
+    """Encoders have orthonormal columns (the mean: less), so what fitted float16 still does."""
+    attention, rope = make_attention("bias")
+    _, code = code_of(method, attention, rope, random_inputs(4, 24), 2)
+    for part in (*code.keys, *code.values):
+        assert float(torch.linalg.matrix_norm(part.encode, ord=2)) <= 1 + 1e-9
+        if method != "mean-pool":
+            identity = torch.eye(8, dtype=torch.float64)
+            torch.testing.assert_close(part.encode.T @ part.encode, identity, rtol=0, atol=1e-9)
+
+
 def test_codes_of_a_layer_are_one_a_group() -> None:
     attention, rope = make_attention("llama", heads=6)
     _, code = code_of("fold", attention, rope, random_inputs(2, 16), 3)
