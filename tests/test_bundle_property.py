@@ -55,7 +55,7 @@ def opens(bundle: Path, raw: Any) -> Bundle | None:
         copied.write_text(kept)
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mutated_manifest_opens_or_is_refused(bundle: Path, data: st.DataObject) -> None:
     raw = json.loads((bundle / "manifest.json").read_text())
@@ -87,7 +87,7 @@ def test_any_object_is_refused(bundle: Path, raw: dict[str, Any]) -> None:
     assert opens(bundle, {"format": 1, **raw}) is None
 
 
-@settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
 def test_any_bytes_are_refused(bundle: Path, tmp_path: Path, content: bytes) -> None:
     shutil.copytree(bundle, tmp_path / "copied", dirs_exist_ok=True)

@@ -36,8 +36,6 @@ def command(
 
     text = _standard_input() if prompt == "-" else prompt
     session = open_bundle(bundle, threads=threads, verify=not no_verify)
-    if temperature is None:
-        temperature = 0.0 if top_k is None and top_p is None else 1.0
     stream = session.stream(text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     for piece in chain([text + next(stream, "")], stream):  # a prompt that is refused is not printed
         click.echo(piece, nl=False)  # and flush

@@ -155,12 +155,12 @@ class Session:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], *, max_new_tokens: int = ..., temperature: float = ..., top_k: int | None = ...,
+        self, prompt: str | Sequence[int], *, max_new_tokens: int = ..., temperature: float | None = ..., top_k: int | None = ...,
         top_p: float | None = ..., seed: int | None = ..., stop: Sequence[int] | None = ...,
     ) -> Generation: ...  # fmt: skip
     @overload
     def generate(
-        self, prompt: list[str] | Sequence[Sequence[int]], *, max_new_tokens: int = ..., temperature: float = ...,
+        self, prompt: list[str] | Sequence[Sequence[int]], *, max_new_tokens: int = ..., temperature: float | None = ...,
         top_k: int | None = ..., top_p: float | None = ..., seed: int | None = ..., stop: Sequence[int] | None = ...,
     ) -> list[Generation]: ...  # fmt: skip
     def generate(
@@ -168,7 +168,7 @@ class Session:
         prompt: Prompt | list[str] | Sequence[Sequence[int]],
         *,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -179,6 +179,7 @@ class Session:
         Args:
             max_new_tokens: the most tokens to generate for each prompt.
             temperature: 0 takes the likeliest token; above it tokens are drawn, the likeliest less often the higher it is.
+                None: 1 where top_k or top_p is given, else 0.
             top_k, top_p: draw from the K likeliest tokens, and of those from the likeliest that reach this probability.
             seed: makes draws repeatable; a prompt draws the same whatever is behind it in a batch.
             stop: token ids that end a sequence; None: the model's own.
@@ -189,7 +190,7 @@ class Session:
         """
         single = isinstance(prompt, str) or _is_ids(prompt)
         prompts = [self._encode(each) for each in cast("list[Prompt]", [prompt] if single else prompt)]
-        loop = TokenLoop(self, prompts, max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed))
+        loop = TokenLoop(self, prompts, max_new_tokens, stop, _sampling(temperature, top_k, top_p, seed))
         made = generate(loop, self._tokenizer, prompts)
         return made[0] if single else made
 
@@ -198,7 +199,7 @@ class Session:
         prompt: Prompt,
         *,
         max_new_tokens: int = 128,
-        temperature: float = 0.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
         seed: int | None = None,
@@ -210,7 +211,7 @@ class Session:
             UsageError: as `generate`, or the bundle has no tokenizer.
         """
         tokenizer, ids = self._require_tokenizer(), self._encode(prompt)
-        loop = TokenLoop(self, [ids], max_new_tokens, stop, Sampling(temperature, top_k, top_p, seed))
+        loop = TokenLoop(self, [ids], max_new_tokens, stop, _sampling(temperature, top_k, top_p, seed))
         return Stream(loop, tokenizer, ids)
 
     def memory(self) -> Memory:
@@ -286,6 +287,12 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
     return options
+
+
+def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling:
+    if temperature is None:
+        temperature = 0.0 if top_k is None and top_p is None else 1.0
+    return Sampling(temperature, top_k, top_p, seed)
 
 
 def _is_ids(prompt: object) -> bool:

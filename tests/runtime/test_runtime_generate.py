@@ -60,6 +60,14 @@ def test_top_1_is_greedy(opened: Opened) -> None:
     assert opened().generate([1, 2], max_new_tokens=20, stop=(), temperature=2.0, top_p=1e-9) == greedy
 
 
+@pytest.mark.parametrize("option", [{"top_k": 20}, {"top_p": 0.9}], ids=str)
+def test_top_k_and_top_p_draw_unless_told_to_be_greedy(opened: Opened, option: dict[str, float]) -> None:
+    made = opened().generate([1, 2], max_new_tokens=20, seed=3, stop=(), **option)
+    assert made == opened().generate([1, 2], max_new_tokens=20, seed=3, stop=(), temperature=1.0, **option)
+    greedy = opened().generate([1, 2], max_new_tokens=20, stop=())
+    assert made != greedy == opened().generate([1, 2], max_new_tokens=20, stop=(), temperature=0.0, **option)
+
+
 def test_stop_token_ends_a_sequence_and_the_others_go_on(opened: Opened) -> None:
     prompts = [[5, 9, 33], [1]]
     free = opened().generate(prompts, max_new_tokens=20, stop=())
