@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -82,7 +83,7 @@ def read_twin(path: Path, num_layers: int) -> Mapping[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
-    except (OSError, ValueError, EOFError, KeyError) as error:
+    except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
         raise BundleError(f"{path} cannot be read: {error}", fix="build the bundle again") from error
     wanted = {"input_ids", "logits"} | {array_name(layer, kind) for layer in range(num_layers) for kind in KINDS}
     if set(arrays) != wanted:
