@@ -20,7 +20,7 @@ from kvexport import __version__
 from kvexport.bundle import BYTES, REPORT_FILE, new_bundle
 from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps, save_header, save_moments
 from kvexport.checkpoint import Checkpoint
-from kvexport.convert import Conversion, ConvertedLayer, LayerReport, convert, kv_heads_for, measure, unconverted
+from kvexport.convert import Conversion, ConvertedLayer, LayerReport, candidates, convert, kv_heads_for, measure, unconverted
 from kvexport.decoder import Layer, tensors_of
 from kvexport.directory import atomic_directory, require_output
 from kvexport.divergence import Divergence
@@ -175,10 +175,11 @@ class _Job:
         self.checkpoint = Checkpoint(path)
         with self.timed("read"):
             self.decoder = load_decoder(self.checkpoint)
-            trained = self.decoder.layers[0].attention.num_kv_heads
+            attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
-        self.kv_heads = kv_heads_for(trained, plan.kv_heads, plan.kv_ratio)
-        self.compresses = self.kv_heads != trained
+        self.kv_heads = kv_heads_for(attention.num_kv_heads, plan.kv_heads, plan.kv_ratio)
+        self.compresses = self.kv_heads != attention.num_kv_heads
+        candidates(plan.method, attention)  # refuses a method that this model cannot take, before any work
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
 
     @contextmanager

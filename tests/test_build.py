@@ -193,6 +193,15 @@ def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(tiny_checkpoint
     assert (tmp_path / "b" / "manifest.json").read_bytes() != before
 
 
+def test_folding_normalised_keys_is_refused_before_any_text_is_sampled(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("kvexport.build.calibration_windows", lambda *_: pytest.fail("text was sampled"))
+    with pytest.raises(KvexportError, match="QK-norm"):
+        build(tiny_checkpoint("qwen3"), tmp_path / "b", "--method", "fold")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_demo_and_checkpoint_are_one_or_the_other(tmp_path: Path) -> None:
     for arguments in (["build", "-o", tmp_path / "b"], ["build", "somewhere", "--demo", "-o", tmp_path / "b"]):
         result = cli(*arguments)
