@@ -179,7 +179,6 @@ class _Job:
             self.digest = self.checkpoint.digest()
         self.kv_heads = kv_heads_for(attention.num_kv_heads, plan.kv_heads, plan.kv_ratio)
         self.compresses = self.kv_heads != attention.num_kv_heads
-        candidates(plan.method, attention)  # refuses a method that this model cannot take, before any work
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
 
     @contextmanager
@@ -189,7 +188,12 @@ class _Job:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     def windows(self) -> Tensor:
-        """Calibration windows [N, length] int64."""
+        """Calibration windows [N, length] int64.
+
+        Raises:
+            UsageError: the model cannot take the plan's method; before any text is made.
+        """
+        candidates(self.plan.method, self.decoder.layers[0].attention)
         if self.statistics is not None:
             return self.statistics.windows
         recipe = self.plan.recipe
