@@ -22,7 +22,7 @@ test: $(VENV)/ready
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "kvexport needs Python 3.11 or later; name one with PYTHON=..." >&2; exit 2; }
 	$(PYTHON) -m venv $(VENV)
-	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".[dev]"
 	touch $@
 
 clean:

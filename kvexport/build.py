@@ -17,8 +17,9 @@ import torch
 from torch import Tensor
 
 from kvexport import __version__
-from kvexport.bundle import BYTES, REPORT_FILE, new_bundle
+from kvexport.bundle import BYTES, REPORT_FILE, TOKENIZER_FILE, new_bundle
 from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps, save_header, save_moments
+from kvexport.calibrate.text import read_tokenizer
 from kvexport.checkpoint import Checkpoint
 from kvexport.convert import Conversion, ConvertedLayer, LayerReport, candidates, convert, kv_heads_for, measure, unconverted
 from kvexport.decoder import Layer, tensors_of
@@ -100,6 +101,7 @@ def build(
     """
     with new_bundle(output, force=force) as writer:
         job = _Job(checkpoint, plan, progress)
+        job.check_tokenizer()
         decoder, limit = job.decoder, _capacity(job.decoder.limits.max_positions, capacity)
         windows = job.windows()
         twin = TwinRecorder(decoder, windows, limit)
@@ -181,6 +183,18 @@ class _Job:
         self.compresses = self.kv_heads != attention.num_kv_heads
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
 
+    def check_tokenizer(self) -> None:
+        """Say it now rather than after the work, if the bundle will not be able to read and write text.
+
+        Raises:
+            UsageError: tokenizer.json is no tokenizer.
+        """
+        path = self.checkpoint.path / TOKENIZER_FILE
+        if path.exists():
+            read_tokenizer(path)
+        else:
+            self.progress.note(f"the checkpoint has no {TOKENIZER_FILE}: the bundle will take and give token ids only")
+
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
@@ -202,6 +216,12 @@ class _Job:
             windows = calibration_windows(self.decoder, self.checkpoint.path, recipe, self.progress.advance)
         if len(windows) < recipe.samples:
             self.progress.note(f"the calibration text fills {len(windows)} windows of the {recipe.samples} asked for")
+        cached = self.decoder.layers[0].attention.k.weight.shape[0]
+        if self.compresses and windows.numel() < 4 * cached:
+            self.progress.note(
+                f"{windows.numel()} calibration tokens are few for keys of {cached} numbers: the errors predicted from them are "
+                "too low, and the loss will be larger than it need be; use more --samples or a larger --length"
+            )
         return windows
 
     def calibration(self) -> dict[str, Any]:
@@ -256,7 +276,7 @@ def _capacity(max_positions: int | None, wanted: int | None) -> int:
     if not 1 <= wanted <= most:
         raise UsageError(
             "--capacity is out of range", seen=wanted, allowed=f"1 to {most} (the model's max_position_embeddings)",
-            fix="choose a smaller capacity",
+            fix="choose a capacity in that range",
         )  # fmt: skip
     return wanted
 

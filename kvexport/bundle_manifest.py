@@ -94,7 +94,7 @@ def read_manifest(directory: Path) -> Manifest:
         BundleError: no bundle, a newer format, or a damaged or contradictory manifest.
     """
     raw = _read(directory)
-    if raw["format"] != FORMAT:
+    if type(raw["format"]) is not int or raw["format"] != FORMAT:
         raise BundleError(
             f"the bundle {directory} is of a format that this version of kvexport does not read",
             seen=f"format {raw['format']!r}, written by kvexport {raw.get('kvexport', 'of unknown version')!r}",

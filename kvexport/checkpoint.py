@@ -151,16 +151,23 @@ class Checkpoint:
             shutil.copyfile(self.path / name, into / name)
         return names
 
-    def token_ids(self, which: str) -> tuple[int, ...]:
-        """`bos_token_id` or `eos_token_id`, from generation_config.json if it says, else config.json."""
+    def token_ids(self, which: str, vocab_size: int) -> tuple[int, ...]:
+        """`bos_token_id` or `eos_token_id`, from generation_config.json if it says, else config.json.
+
+        Raises:
+            CheckpointError: not token ids of the vocabulary.
+        """
         generation = self.path / "generation_config.json"
         said = _read_json(generation).get(which) if generation.exists() else None
         said = self.config.get(which) if said is None else said
         if said is None:
             return ()
         ids = tuple(said) if isinstance(said, list) else (said,)
-        if not all(isinstance(one, int) for one in ids):
-            raise CheckpointError(f"{which} is not a token id or a list of them", seen=repr(said), fix="correct config.json")
+        if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
+            raise CheckpointError(
+                f"{which} is not a token id or a list of them", seen=repr(said), allowed=f"0 to {vocab_size - 1}",
+                fix="correct config.json or generation_config.json",
+            )  # fmt: skip
         return ids
 
 
@@ -171,7 +178,7 @@ def _read_json(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path.parent} is no checkpoint: it has no {path.name}", fix="give the folder that holds config.json"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
         raise CheckpointError(f"{path} is not JSON: {error}", fix="download the file again") from error
     except OSError as error:
         raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error

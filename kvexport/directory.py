@@ -37,6 +37,7 @@ def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterato
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
+        require_output(path, marker=marker, force=force)  # another process may have made it in the meantime
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)

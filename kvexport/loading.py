@@ -82,7 +82,7 @@ class _Loader:
                     fix="set tie_word_embeddings to false in config.json if the model has its own head, else remove the tensor",
                 )
             final_norm = self._norm(names.final_norm, sizes.hidden)
-        bos = self._checkpoint.token_ids("bos_token_id")
+        bos = self._checkpoint.token_ids("bos_token_id", sizes.vocab)
         return Decoder(
             embedding=embedding,
             layers=LazyLayers(sizes.layers, self._layer),
@@ -91,7 +91,7 @@ class _Loader:
             rope=self._rope,
             limits=Limits(sizes.vocab, sizes.hidden, sizes.max_positions),
             bos_token_id=bos[0] if bos else None,
-            eos_token_ids=self._checkpoint.token_ids("eos_token_id"),
+            eos_token_ids=self._checkpoint.token_ids("eos_token_id", sizes.vocab),
         )
 
     def _layer(self, index: int) -> Layer:

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvexport.decoder import Attention, Decoder, Layer, Linear, Norm
 from kvexport.errors import UsageError
+from kvexport.tensor_files import save_tensors
 
 _SHARD_BYTES = 1 << 30
 _LLAMA_DROPS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "quantization_config", "auto_map")
@@ -142,10 +143,8 @@ class StandardWriter:
         self._pending_bytes += size
 
     def _flush(self) -> None:
-        from safetensors.torch import save_file
-
         name = f"part-{len(self._written):05d}.safetensors"
-        save_file(self._pending, self._directory / name, metadata={"format": "pt"})
+        save_tensors(self._pending, self._directory / name)
         self._written.append((name, list(self._pending), self._pending_bytes))
         self._pending = {}
         self._pending_bytes = 0

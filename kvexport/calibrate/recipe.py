@@ -47,13 +47,14 @@ def recipe_for(calibration: str, samples: int | None = None, length: int | None 
     file = None if calibration in BUILT_IN else Path(calibration)
     if file is not None and not file.is_file():
         raise UsageError(
-            "the calibration text does not exist", seen=calibration, allowed="self, random, or a file of text or JSON lines"
+            "the calibration text is no file", seen=repr(calibration), allowed="self, random, or a file of text or JSON lines"
         )
     raw = tomllib.loads(resource("calibration", f"{'text' if file else calibration}.toml").read_text(encoding="utf-8"))
     raw["temperatures"] = tuple(raw.get("temperatures", ()))
     overrides = {"samples": samples, "length": length, "seed": seed}
     recipe = Recipe(**{**raw, **{key: value for key, value in overrides.items() if value is not None}}, file=file)
-    for name, value, least in (("samples", recipe.samples, 1), ("length", recipe.length, 2), ("seed", recipe.seed, 0)):
-        if not least <= value < 2**63:
-            raise UsageError(f"--{name} is out of range", seen=value, allowed=f"a whole number from {least} up, below 2**63")
+    ranges = (("samples", recipe.samples, 1, 2**20), ("length", recipe.length, 2, 2**20), ("seed", recipe.seed, 0, 2**63 - 1))
+    for name, value, least, most in ranges:
+        if not least <= value <= most:
+            raise UsageError(f"--{name} is out of range", seen=value, allowed=f"a whole number from {least} to {most}")
     return recipe

@@ -16,6 +16,7 @@ from kvexport.calibrate.moments import MOMENT_NAMES, Moments
 from kvexport.calibrate.recipe import Recipe
 from kvexport.errors import UsageError
 from kvexport.hashing import sha256_of
+from kvexport.tensor_files import save_tensors
 
 FORMAT = 1
 _HEADER, _TOKENS = "statistics.json", "tokens.safetensors"
@@ -23,9 +24,7 @@ _HEADER, _TOKENS = "statistics.json", "tokens.safetensors"
 
 def save_header(directory: Path, checkpoint_sha256: str, recipe: Recipe, windows: Tensor) -> None:
     """Begin a statistics directory with its token windows [N, length]."""
-    from safetensors.torch import save_file
-
-    save_file({"tokens": windows.to(torch.int32).contiguous()}, directory / _TOKENS)
+    save_tensors({"tokens": windows.to(torch.int32)}, directory / _TOKENS)
     header = {
         "format": FORMAT,
         "checkpoint": checkpoint_sha256,
@@ -37,9 +36,7 @@ def save_header(directory: Path, checkpoint_sha256: str, recipe: Recipe, windows
 
 def save_moments(directory: Path, index: int, moments: Moments) -> None:
     """Add the moments of one layer."""
-    from safetensors.torch import save_file
-
-    save_file({name: getattr(moments, name).contiguous() for name in MOMENT_NAMES}, directory / _layer_file(index))
+    save_tensors({name: getattr(moments, name) for name in MOMENT_NAMES}, directory / _layer_file(index))
 
 
 class Statistics:

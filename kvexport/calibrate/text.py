@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,21 +51,30 @@ def tokenize(checkpoint: Path, text: str) -> list[int]:
     Raises:
         UsageError: the checkpoint has no tokenizer.json, or one that cannot be read.
     """
-    from tokenizers import Tokenizer
-
     path = checkpoint / "tokenizer.json"
     if not path.exists():
         raise UsageError(
             f"{checkpoint} has no tokenizer.json, so a text cannot be turned into its tokens",
             fix="add the model's tokenizer.json, or use --calibration self or random",
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # tokenizers raises nothing narrower
-        raise UsageError(f"{path} is no tokenizer: {error}", fix="download the model's tokenizer.json again") from error
+    tokenizer = read_tokenizer(path)
     tokenizer.no_truncation()  # tokenizer.json can ask for both
     tokenizer.no_padding()
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
+
+
+def read_tokenizer(path: Path) -> Any:
+    """A tokenizer.json as a `tokenizers.Tokenizer`.
+
+    Raises:
+        UsageError: it is none.
+    """
+    from tokenizers import Tokenizer
+
+    try:
+        return Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise UsageError(f"{path} is no tokenizer: {error}", fix="download the model's tokenizer.json again") from error
 
 
 def all_windows(ids: list[int], length: int, what: str) -> Tensor:

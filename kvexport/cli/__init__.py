@@ -84,7 +84,9 @@ def main(arguments: list[str] | None = None) -> None:
         sys.exit(141)
     except ModuleNotFoundError as error:
         _fail(_missing(error), 3)
-    except MemoryError:
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):  # torch's own way to say it
+            raise
         _fail("out of memory\n  fix:     use fewer --samples, a shorter --length, or a machine with more memory", 3)
     except OSError as error:
         _fail(_refused(error), 3)

@@ -54,7 +54,7 @@ def recipe_from(calibration: str | None, samples: int | None, length: int | None
     """The recipe that the calibration options mean."""
     from kvexport.calibrate import recipe_for
 
-    return recipe_for(calibration or "self", samples, length, seed)
+    return recipe_for("self" if calibration is None else calibration, samples, length, seed)
 
 
 def plan_from(options: dict[str, Any]) -> Plan:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import click
 
-from kvexport.errors import GateFailed
+from kvexport.errors import GateFailed, UsageError
 
 
 @click.command()
@@ -23,6 +24,8 @@ def command(
     bundle: Path, checkpoint: Path, text: Path, length: int, samples: int | None, max_kl: float | None, as_json: bool, quiet: bool
 ) -> None:
     """Measure what compression cost: BUNDLE's predictions against the trained model's on a text."""
+    if max_kl is not None and not 0 <= max_kl < math.inf:
+        raise UsageError("--max-kl is no bound", seen=max_kl, allowed="0 or more, in nats per token")
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_evaluation
     from kvexport.validate import evaluate

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=int, help="Draw from the K likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens that reach this probability.")
 @click.option("--seed", type=int, help="Makes drawing repeatable.")
-@click.option("--threads", type=click.IntRange(min=1), help="Of one operator [default: one a core].")
+@click.option("--threads", type=click.IntRange(1, 1024), help="Of one operator [default: one a core].")
 @click.option("--no-verify", is_flag=True, help="Start without hashing the weights.")
 @click.option("--quiet", is_flag=True, help="The text alone.")
 def command(
@@ -47,6 +47,8 @@ def command(
 
 def _standard_input() -> str:
     """All of standard input, without the line break that ends it."""
+    if sys.stdin is None:  # closed by whoever started us
+        raise UsageError("standard input is closed", fix="give the prompt with --prompt TEXT")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:

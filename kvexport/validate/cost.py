@@ -65,6 +65,10 @@ def evaluate(
             allowed=f"{opened.model.vocab_size} tokens, as in {bundle}",
             fix=f"give --against the checkpoint '{opened.source.name}'",
         )
+    if source.digest() != opened.source.sha256:
+        progress.note(
+            f"{checkpoint} is not the checkpoint that the bundle was made of ('{opened.source.name}'): its sha256 differs"
+        )
     if length > opened.capacity:
         raise UsageError("--length exceeds the bundle's capacity", seen=length, allowed=f"at most {opened.capacity}")
     windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)

@@ -31,15 +31,18 @@ KINDS = ("key", "value", "attention", "residual")
 class TwinRecorder:
     """Runs converted layers, as they pass, on one sequence and keeps what validation compares.
 
-    The sequence is the first PREFILL + STEPS of `token_ids`, or as many as `capacity` holds.
+    The sequence is the first PREFILL + STEPS of `token_ids`, filled up with random ones, or as many as `capacity` holds.
     """
 
     def __init__(self, decoder: Decoder, token_ids: Tensor, capacity: int) -> None:
+        import torch
+
         from kvexport import reference
 
         self._reference = reference
         self._decoder = decoder
-        self._ids = token_ids.flatten()[: min(PREFILL + STEPS, capacity)][None]  # [1, T]
+        filler = torch.randint(decoder.limits.vocab_size, (PREFILL + STEPS,), generator=torch.Generator().manual_seed(0))
+        self._ids = torch.cat((token_ids.flatten(), filler))[: min(PREFILL + STEPS, capacity)][None]  # [1, T]
         self._x = reference.embed(decoder.embedding, self._ids)
         self._arrays: dict[str, NDArray[np.float32]] = {}
         self._layers = 0

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.validate.gates import GATES, Difference, Gate, compare, greedy_agreement
-from kvexport.validate.twin import STEPS
+from kvexport.validate.twin import PREFILL
 
 Array = NDArray[np.float32]
 
@@ -72,7 +72,7 @@ def judge(dtype: str, computed_in: str, measured: Mapping[str, Array], twin: Map
 
 def prefill_of(tokens: int) -> int:
     """How many of the twin's tokens are prefilled at once; the others are decoded one by one."""
-    return max(1, tokens - STEPS)
+    return max(1, min(PREFILL, tokens // 3))
 
 
 def _likeness(difference: Difference) -> float:
