@@ -207,7 +207,10 @@ class _Job:
         Raises:
             UsageError: the model cannot take the plan's method; before any text is made.
         """
-        candidates(self.plan.method, self.decoder.layers[0].attention)
+        attention = self.decoder.layers[0].attention
+        candidates(self.plan.method, attention)
+        cached = attention.k.weight.shape[0]
+        del attention  # its layer need not stay in memory while text is sampled
         if self.statistics is not None:
             return self.statistics.windows
         recipe = self.plan.recipe
@@ -216,7 +219,6 @@ class _Job:
             windows = calibration_windows(self.decoder, self.checkpoint.path, recipe, self.progress.advance)
         if len(windows) < recipe.samples:
             self.progress.note(f"the calibration text fills {len(windows)} windows of the {recipe.samples} asked for")
-        cached = self.decoder.layers[0].attention.k.weight.shape[0]
         if self.compresses and windows.numel() < 4 * cached:
             self.progress.note(
                 f"{windows.numel()} calibration tokens are few for keys of {cached} numbers: the errors predicted from them are "

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from kvexport.bundle_manifest import BYTES
 from kvexport.errors import UsageError
 
 if TYPE_CHECKING:
@@ -15,8 +16,7 @@ if TYPE_CHECKING:
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
-METHODS = ("auto", "fold", "online", "svd-a", "svd-w", "mean-pool")
-DTYPES = ("float32", "float16", "bfloat16")
+METHODS = ("auto", "online", "fold", "svd-a", "svd-w", "mean-pool")
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -46,7 +46,7 @@ conversion_options = _together(
     click.option(
         "--statistics", type=click.Path(path_type=Path), help="Saved by `kvexport calibrate`, instead of --calibration."
     ),
-    click.option("--dtype", type=click.Choice(DTYPES), default="float32", show_default=True, help="Of weights and cache."),
+    click.option("--dtype", type=click.Choice(tuple(BYTES)), default="float32", show_default=True, help="Of weights and cache."),
 )
 
 
