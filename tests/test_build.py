@@ -108,13 +108,6 @@ def test_the_report_is_in_the_bundle_and_says_what_json_said(tiny_checkpoint: An
     assert all({"predicted_error", "measured_error"} <= layer.keys() for layer in report["layers"])
 
 
-def test_the_command_line_offers_the_methods_that_there_are() -> None:
-    from kvexport.cli.conversion import METHODS  # named there again, so that --help need not load torch
-    from kvexport.convert import METHOD_NAMES
-
-    assert METHODS == METHOD_NAMES
-
-
 def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: Any, tmp_path: Path) -> None:
     quiet = cli("build", tiny_checkpoint("llama"), "-o", tmp_path / "quiet", *FAST, "--quiet")
     assert (quiet.stdout, quiet.stderr) == ("", "")

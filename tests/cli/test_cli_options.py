@@ -12,9 +12,8 @@ import click
 import pytest
 from click.testing import CliRunner
 
-from kvexport.bundle import BYTES
 from kvexport.calibrate.recipe import BUILT_IN, recipe_for
-from kvexport.cli.conversion import DTYPES, METHODS, conversion_options, plan_from
+from kvexport.cli.conversion import METHODS, conversion_options, plan_from
 from kvexport.cli.options import BarProgress, progress_bar
 from kvexport.cli.report import PlainConsole, size
 from kvexport.convert import METHOD_NAMES
@@ -23,7 +22,6 @@ from kvexport.errors import UsageError
 
 def test_choices_are_those_that_the_stations_take() -> None:
     assert set(METHODS) == set(METHOD_NAMES) and METHODS[0] == "auto"
-    assert set(DTYPES) == set(BYTES)
 
 
 @pytest.fixture
