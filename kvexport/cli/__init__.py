@@ -25,6 +25,12 @@ _VERBS = {
     "evaluate": "Measure what compression cost, on a text.",
     "compress": "Turn a checkpoint into a standard one with fewer KV heads.",
     "calibrate": "Save calibration statistics for several builds.",
+    "plan": "Say from config.json alone what fits a target, and how fast it will be.",
+    "lint": "Name what a target's engine cannot import, before building there.",
+    "engine": "Build a TensorRT engine of a bundle.",
+    "bench": "Measure prefill, decode and memory of a bundle.",
+    "targets": "List the devices that kvexport knows.",
+    "doctor": "Say what is installed, and what is missing for which target.",
 }
 
 
