@@ -26,7 +26,7 @@ from kvexport.decoder import Layer, tensors_of
 from kvexport.directory import atomic_directory, require_output
 from kvexport.divergence import Divergence
 from kvexport.errors import GateFailed, UsageError
-from kvexport.graph import DecoderWriter
+from kvexport.graph import GRAPH_FILE, DecoderWriter, write_lowered
 from kvexport.loading import load_decoder
 from kvexport.memory import return_freed
 from kvexport.progress import Progress
@@ -121,6 +121,7 @@ def build(
         report = job.convert(windows, take)
         twin.save(writer.directory)
         contract = graph.finish(decoder.final_norm, decoder.head)
+        write_lowered(writer.directory / GRAPH_FILE, plan.dtype)
         job.checkpoint.copy_tokenizer(writer.directory)
         with job.timed("prove"):
             report.validation = prove(writer.directory, contract, progress)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from kvexport import __version__, reference
 from kvexport.bundle import new_bundle
 from kvexport.decoder import Attention, Decoder, Layer
-from kvexport.graph import DecoderWriter, GraphContract
+from kvexport.graph import GRAPH_FILE, DecoderWriter, GraphContract, write_lowered
 from kvexport.layer_report import LayerReport
 from kvexport.loading import load_decoder
 
@@ -45,6 +45,7 @@ def write_bundle(
         for layer in decoder.layers:
             graph.add_layer(layer)
         contract = graph.finish(decoder.final_norm, decoder.head)
+        write_lowered(writer.directory / GRAPH_FILE, dtype)
         if tokenizer is not None:
             (writer.directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         manifest = manifest_of(decoder, contract)

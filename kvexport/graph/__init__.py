@@ -1,7 +1,7 @@
 """The graph station: a neutral decoder becomes one standard ONNX graph (opset 24, default domain only).
 
-The front door: writing (`DecoderWriter`), the contract that a caller needs (`GraphContract`), a textual
-rendering (`render`), and in-memory copies for validation (`tapped`, `as_float32`). Knows no torch and no
+The front door: writing (`DecoderWriter`), the contract that a caller needs (`GraphContract`), lowerings for engines
+(`lower`), a textual rendering (`render`), and in-memory copies for validation (`tapped`, `as_float32`). Knows no torch and no
 Hugging Face; onnx packages are imported when a name that needs them is first used.
 """
 
@@ -12,25 +12,32 @@ from typing import TYPE_CHECKING, Any
 from kvexport.graph.contract import (
     DATA_FILE,
     GRAPH_FILE,
+    LOWERED_FILES,
     GraphContract,
     TensorSpec,
     attention_tap,
     past,
     present,
     residual_tap,
+    update,
 )
 
 if TYPE_CHECKING:
+    from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
     from kvexport.graph.tap import GraphCopy, as_float32, tapped
     from kvexport.graph.text import render
     from kvexport.graph.writer import DecoderWriter
 
 __all__ = [
-    "DATA_FILE", "GRAPH_FILE", "DecoderWriter", "GraphContract", "GraphCopy", "TensorSpec", "as_float32",
-    "attention_tap", "past", "present", "render", "residual_tap", "tapped",
+    "DATA_FILE", "GRAPH_FILE", "LOWERED_FILES", "LOWERINGS", "DecoderWriter", "GraphContract", "GraphCopy", "TensorSpec",
+    "as_float32", "attention_tap", "lower", "lowered_contract", "past", "present", "render", "residual_tap", "tapped", "update",
+    "write_lowered",
 ]  # fmt: skip
 
-_LAZY = {"DecoderWriter": "writer", "GraphCopy": "tap", "as_float32": "tap", "tapped": "tap", "render": "text"}
+_LAZY = {
+    "DecoderWriter": "writer", "GraphCopy": "tap", "as_float32": "tap", "tapped": "tap", "render": "text",
+    "LOWERINGS": "lowering", "lower": "lowering", "lowered_contract": "lowering", "write_lowered": "lowering",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:

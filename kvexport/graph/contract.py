@@ -14,6 +14,7 @@ VARIANT = "std24"
 OPSET = 24
 GRAPH_FILE = "decoder.onnx"
 DATA_FILE = "decoder.onnx.data"
+LOWERED_FILES = {"cpu": "decoder.cpu.onnx", "cuda": "decoder.cuda.onnx"}  # by ONNX Runtime's device, with the same data file
 
 BATCH, SEQUENCE, LOGITS, CAPACITY = "batch", "sequence", "logits", "capacity"
 
@@ -28,6 +29,12 @@ def past(layer: int, which: str) -> str:
 def present(layer: int, which: str) -> str:
     """Name of the output that is the same buffer after this call's tokens were written."""
     return f"present.{layer}.{which}"
+
+
+def update(layer: int, which: str) -> str:
+    """Name of the output that holds this call's tokens alone [batch, kv_heads, sequence, width], in graphs that cannot
+    write a cache: the caller writes them from slot write_indices[b] on."""
+    return f"update.{layer}.{which}"
 
 
 def attention_tap(layer: int) -> str:

@@ -28,42 +28,49 @@ def sizes(value: ir.Value) -> Shape:
     return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
 
 
-class NodeBuilder:
-    """A graph under construction. A node has the name of its output."""
+def dtype_of(value: ir.Value) -> str:
+    """A value's dtype as numpy (or ml_dtypes) calls it."""
+    assert value.dtype is not None
+    return str(value.dtype.numpy().name)
 
-    def __init__(self, name: str, opset: int, dtype: str, weights: WeightFile) -> None:
+
+class Nodes:
+    """Adds to a graph: at its end, or in front of the node `before`. A node has the name of its (first) output."""
+
+    def __init__(self, graph: ir.Graph, dtype: str, before: ir.Node | None = None) -> None:
         self.dtype = dtype
-        self._weights = weights
-        self._graph = ir.Graph((), (), nodes=(), name=name, opset_imports={"": opset})
-
-    def input(self, spec: TensorSpec) -> ir.Value:
-        value = _value(spec.name, spec.dtype, spec.shape)
-        self._graph.inputs.append(value)
-        return value
-
-    def output(self, value: ir.Value) -> None:
-        self._graph.outputs.append(value)
+        self._graph, self._before = graph, before
 
     def op(
         self,
         op_type: str,
-        *inputs: ir.Value,
+        *inputs: ir.Value | None,
         name: str,
         shape: Shape | None = None,
         dtype: str | None = None,
+        domain: str = "",
         **attributes: float | str | Sequence[int],
     ) -> ir.Value:
-        """One node of the default domain; `shape` (its first input's if None) and `dtype` (the graph's) are its output's."""
-        output = _value(name, dtype or self.dtype, sizes(inputs[0]) if shape is None else shape)
-        self._graph.append(ir.node(op_type, inputs, attributes, outputs=[output], name=name))
+        """One node; `shape` (its first input's if None) and `dtype` (the graph's) are its output's."""
+        if shape is None:
+            assert inputs[0] is not None
+            shape = sizes(inputs[0])
+        output = _value(name, dtype or self.dtype, shape)
+        self._place(ir.node(op_type, inputs, attributes, domain=domain, outputs=[output], name=name))
         return output
+
+    def split(self, x: ir.Value, parts: Sequence[str], axis: int) -> list[ir.Value]:
+        """x in equal parts along an axis."""
+        shape = list(sizes(x))
+        length = shape[axis]
+        assert isinstance(length, int)
+        shape[axis] = length // len(parts)
+        outputs = [_value(part, self.dtype, tuple(shape)) for part in parts]
+        self._place(ir.node("Split", [x], {"axis": axis}, outputs=outputs, name=parts[0]))
+        return outputs
 
     def cast(self, x: ir.Value, dtype: str, name: str) -> ir.Value:
         return self.op("Cast", x, name=name, dtype=dtype, to=int(ir_dtype(dtype)))
-
-    def weight(self, name: str, values: NDArray[Any]) -> ir.Value:
-        """An initializer in the graph's dtype, written to the data file at once."""
-        return self._register(name, self._weights.append(name, values), values.shape)
 
     def constant(self, name: str, values: NDArray[Any]) -> ir.Value:
         """A small initializer inside the graph; the same name is the same constant."""
@@ -78,13 +85,43 @@ class NodeBuilder:
         """A constant int64 vector (a shape, or axes), called by its values."""
         return self.constant(f"int64[{','.join(map(str, values))}]", np.array(values, dtype=np.int64))
 
-    def model(self, producer: str) -> ir.Model:
-        return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name=producer)
+    def number(self, name: str, value: float, dtype: str | None = None) -> ir.Value:
+        """A constant scalar, by default in the graph's dtype."""
+        return self.constant(name, np.array(value, dtype=NUMPY_DTYPES[dtype or self.dtype]))
+
+    def _place(self, node: ir.Node) -> None:
+        if self._before is None:
+            self._graph.append(node)
+        else:
+            self._graph.insert_before(self._before, node)
 
     def _register(self, name: str, tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.Value:
         value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
         self._graph.register_initializer(value)
         return value
+
+
+class NodeBuilder(Nodes):
+    """A new graph under construction, with the file of its weights."""
+
+    def __init__(self, name: str, opset: int, dtype: str, weights: WeightFile) -> None:
+        super().__init__(ir.Graph((), (), nodes=(), name=name, opset_imports={"": opset}), dtype)
+        self._weights = weights
+
+    def input(self, spec: TensorSpec) -> ir.Value:
+        value = _value(spec.name, spec.dtype, spec.shape)
+        self._graph.inputs.append(value)
+        return value
+
+    def output(self, value: ir.Value) -> None:
+        self._graph.outputs.append(value)
+
+    def weight(self, name: str, values: NDArray[Any]) -> ir.Value:
+        """An initializer in the graph's dtype, written to the data file at once."""
+        return self._register(name, self._weights.append(name, values), values.shape)
+
+    def model(self, producer: str) -> ir.Model:
+        return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name=producer)
 
 
 def _value(name: str, dtype: str, shape: Shape) -> ir.Value:

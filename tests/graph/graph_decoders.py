@@ -15,6 +15,7 @@ from torch import Tensor
 from kvexport import reference
 from kvexport.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
 from kvexport.graph import GRAPH_FILE, DecoderWriter, GraphContract, attention_tap, past, present, residual_tap
+from kvexport.graph.contract import update
 from kvexport.loading import alibi_slopes
 
 HIDDEN, VOCAB = 24, 40
@@ -160,6 +161,9 @@ class Caller:
         self, session: onnxruntime.InferenceSession, contract: GraphContract, batch: int, slots: int, fill: float = 0.0
     ) -> None:
         self._session = session
+        self._apart = contract.variant.startswith(
+            "ort-"
+        )  # GroupQueryAttention takes several tokens with a past from one row only
         self._outputs = [output.name for output in session.get_outputs()]
         dtypes = {entry.name: np.float16 if entry.type == "tensor(float16)" else np.float32 for entry in session.get_inputs()}
         sizes = {"batch": batch, "capacity": slots}
@@ -180,11 +184,28 @@ class Caller:
             "write_indices": first,
             "logits_index": np.tile(np.arange(length), (batch, 1)),
         }
-        found = dict(zip(self._outputs, self._session.run(None, {**feeds, **self.caches}), strict=True))
+        found = self._run_apart(feeds) if self._apart and batch > 1 and length > 1 else self._run(feeds, self.caches)
         for layer in range(self._layers):
             for which in ("key", "value"):
-                self.caches[past(layer, which)] = found[present(layer, which)]
+                if update(layer, which) in found:
+                    for cache, new, begin in zip(
+                        self.caches[past(layer, which)], found[update(layer, which)], start, strict=True
+                    ):
+                        cache[:, begin : begin + length] = new
+                else:
+                    self.caches[past(layer, which)] = found[present(layer, which)]
         return found
+
+    def _run(self, feeds: dict[str, np.ndarray], caches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        return dict(zip(self._outputs, self._session.run(None, {**feeds, **caches}), strict=True))
+
+    def _run_apart(self, feeds: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        rows = []
+        for row in range(len(feeds["input_ids"])):
+            one = slice(row, row + 1)
+            caches = {name: cache[one] for name, cache in self.caches.items()}
+            rows.append(self._run({name: feed[one] for name, feed in feeds.items()}, caches))
+        return {name: np.concatenate([found[name] for found in rows]) for name in self._outputs}
 
 
 def distance(found: np.ndarray, wanted: Tensor | np.ndarray) -> float:

@@ -32,6 +32,7 @@ from kvexport.graph import GRAPH_FILE, as_float32, tapped
 ONLINE = Shape(heads=4, kv_heads=2, group=2, key_dim=8)
 DECODERS = {
     "llama-mha": make_decoder([Shape(), Shape()]),
+    "llama-mha-16": make_decoder([Shape(head_dim=16)] * 2),
     "llama-gqa-tied": make_decoder([Shape(kv_heads=2), Shape(kv_heads=1)], dataclasses.replace(LLAMA, tied=True)),
     "mistral-window": make_decoder([Shape(kv_heads=2, window=3), Shape(kv_heads=2), Shape(kv_heads=2, window=3)]),
     "qwen2": make_decoder([Shape(kv_heads=2), Shape(kv_heads=2)], QWEN2),

@@ -1,0 +1,81 @@
+"""Lowerings: the one graph of a bundle, spelled for an engine that does not import or not profit from the standard form.
+
+Each is a sequence of passes over an in-memory copy, with pre- and post-conditions; the weights stay where they are. All
+give the same logits and keys and values within rounding, on ONNX Runtime's CPU, by test.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import onnx_ir as ir
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+from kvexport.bundle_manifest import REBUILD
+from kvexport.errors import BundleError, UsageError
+from kvexport.graph.contract import BATCH, LOWERED_FILES, SEQUENCE, GraphContract, TensorSpec, update
+from kvexport.graph.lowering.gqa import GroupQueryAttention
+from kvexport.graph.lowering.grouped import GroupedAttention
+from kvexport.graph.lowering.primitives import OPSET, Primitives
+from kvexport.graph.lowering.split import SplitCache
+
+__all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
+
+# std24         TensorRT 10.15 and later, TensorRT-RTX: as it is.
+# decomposed17  TensorRT 10.3 (JetPack 6) and 10.13 (JetPack 7.0, 7.1).
+# ort-cpu       grouped products where KV heads are shared, GroupQueryAttention where they are not (benchmarks/decode_cpu.py).
+# ort-cuda      GroupQueryAttention: an explicit mask would keep ONNX Runtime from its flash kernels.
+LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
+    "std24": list,
+    "decomposed17": lambda: [SplitCache(), Primitives()],
+    "ort-cpu": lambda: [GroupQueryAttention(only_unshared=True), GroupedAttention()],
+    "ort-cuda": lambda: [GroupQueryAttention()],
+}
+
+
+def lower(path: Path, name: str) -> ir.Model:
+    """The graph at `path`, lowered, in memory; its weights are external in the same folder and not read.
+
+    Raises:
+        UsageError: there is no such lowering.
+        BundleError: the graph is not of the form that `DecoderWriter` writes.
+    """
+    if name not in LOWERINGS:
+        raise UsageError("no such lowering", seen=name, allowed=", ".join(LOWERINGS))
+    model = ir.load(path)
+    passes = LOWERINGS[name]()
+    try:
+        for each in (*passes, RemoveUnusedNodesPass()) if passes else ():
+            model = each(model).model
+    except (ir.passes.PreconditionError, ir.passes.PostconditionError) as error:
+        raise BundleError(f"{path} cannot be lowered to {name}: {error}", fix=REBUILD) from error
+    return model
+
+
+def lowered_contract(contract: GraphContract, name: str) -> GraphContract:
+    """What the lowered graph takes and gives.
+
+    Raises:
+        UsageError: there is no such lowering.
+    """
+    if name not in LOWERINGS:
+        raise UsageError("no such lowering", seen=name, allowed=", ".join(LOWERINGS))
+    if name != "decomposed17":
+        return dataclasses.replace(contract, variant=name)
+    caches = [spec for spec in contract.inputs if spec.name.startswith("past_key_values.")]
+    updates = []
+    for spec in caches:
+        _, layer, which = spec.name.split(".")
+        updates.append(TensorSpec(update(int(layer), which), spec.dtype, (BATCH, spec.shape[1], SEQUENCE, spec.shape[3])))
+    return dataclasses.replace(contract, variant=name, opset=OPSET, outputs=(contract.outputs[0], *updates))
+
+
+def write_lowered(graph: Path, dtype: str) -> None:
+    """Write what ONNX Runtime runs faster than the standard form beside `graph`, where there is such a thing.
+
+    On its CPU, graphs of float32; on CUDA, those of float16 and bfloat16.
+    """
+    for device in {"float32": ("cpu",), "float16": ("cuda",), "bfloat16": ("cuda",)}[dtype]:
+        ir.save(lower(graph, f"ort-{device}"), graph.parent / LOWERED_FILES[device])

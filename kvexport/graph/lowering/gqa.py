@@ -1,0 +1,137 @@
+"""Attention as ONNX Runtime's own GroupQueryAttention, which writes the cache itself and skips unused capacity.
+
+Knows that operator's inputs and limits (ONNX Runtime 1.31, tried); must not know where it is the fastest choice.
+"""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from kvexport.graph.contract import BATCH, SEQUENCE
+from kvexport.graph.lowering.grouped import replace
+from kvexport.graph.lowering.sites import Site, attention_sites
+from kvexport.graph.nodes import Nodes, dtype_of, sizes
+
+DOMAIN = "com.microsoft"
+_WIDTH = 8  # what widths must be a multiple of
+_ROTATES = 16  # and those that the operator rotates itself
+
+
+class GroupQueryAttention(ir.passes.InPlacePass):
+    """Attention that GroupQueryAttention can compute becomes it, together with its cache writes and its rotation.
+
+    Keys and values of unequal width, widths that are no multiple of 8, biases (ALiBi) and windows stay as they are.
+    Rows of a batch that are several tokens long and have a past must then be run one by one: the operator refuses them.
+
+    Pre-condition: attention of the standard form. Post-condition: no GroupQueryAttention copies a cache, since each
+    one's caches are an input and an output of the graph.
+    """
+
+    def __init__(self, *, only_unshared: bool = False) -> None:
+        """With `only_unshared`, attention whose KV heads serve several query heads is left as it is."""
+        self._only_unshared = only_unshared
+
+    def requires(self, model: ir.Model) -> None:
+        attention_sites(model)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        chosen = [site for site in attention_sites(model) if self._takes(site)]
+        for site in chosen:
+            _lower(model, site)
+        if chosen:
+            model.opset_imports[DOMAIN] = 1
+        return ir.passes.PassResult(model, bool(chosen))
+
+    def ensures(self, model: ir.Model) -> None:
+        for node in model.graph:
+            if node.op_type != "GroupQueryAttention":
+                continue
+            caches = zip(node.inputs[3:5], node.outputs[1:3], strict=True)
+            if not all(past is not None and past.is_graph_input() and present.is_graph_output() for past, present in caches):
+                raise ir.passes.PostconditionError(f"the caches of {node.name} are not the graph's own")
+
+    def _takes(self, site: Site) -> bool:
+        plain = site.mask.name == "mask.causal" and site.key_dim == site.value_dim and site.key_dim % _WIDTH == 0
+        return plain and (not self._only_unshared or site.heads == site.kv_heads)
+
+
+def _lower(model: ir.Model, site: Site) -> None:
+    graph = model.graph
+    dtype = dtype_of(site.query)
+    name = str(site.node.outputs[0].name)
+    nodes = Nodes(graph, dtype, before=site.node)
+    new_key, new_value = site.key_write.inputs[1], site.value_write.inputs[1]
+    past_key, past_value = site.key_write.inputs[0], site.value_write.inputs[0]
+    assert new_key and new_value and past_key and past_value
+    query, key, tables = site.query, new_key, []
+    rotations = [value.producer() for value in (query, key)]
+    rotated = all(node is not None and node.op_type == "RotaryEmbedding" for node in rotations)
+    if rotated and site.key_dim % _ROTATES == 0:
+        (query, cos, sin, _), (key, *_) = (node.inputs for node in rotations if node is not None)  # type: ignore[assignment]
+        tables = [cos, sin]
+    inputs = [_flat(nodes, value) for value in (query, key, new_value)]
+    lengths = _lengths(model, nodes)
+    flat = ir.Shape((BATCH, SEQUENCE, site.heads * site.value_dim))
+    mixed = ir.Value(name=f"{name}.flat", type=site.query.type, shape=flat)
+    attributes = {"num_heads": site.heads, "kv_num_heads": site.kv_heads, "scale": site.scale, "do_rotary": int(bool(tables))}
+    node = ir.node(
+        "GroupQueryAttention",
+        [*inputs, past_key, past_value, *lengths, *tables],
+        attributes, domain=DOMAIN, name=name,
+        outputs=[mixed, *(ir.Value(name=cache.name, type=cache.type, shape=cache.shape) for cache in (site.key, site.value))],
+    )  # fmt: skip
+    graph.insert_before(site.node, node)
+    writes = [site.key_write, site.value_write]
+    by_token = nodes.integers(0, 0, site.heads, site.value_dim)
+    batch, heads, sequence, width = sizes(site.node.outputs[0])
+    apart = nodes.op("Reshape", mixed, by_token, name=f"{name}.by_token", shape=(batch, sequence, heads, width))
+    turned = (batch, heads, sequence, width)
+    by_head = nodes.op("Transpose", apart, name=f"{name}.by_head", shape=turned, perm=[0, 2, 1, 3])
+    replace(model, site, by_head)
+    _join(nodes, by_head, mixed)
+    for write, new in zip(writes, node.outputs[1:], strict=True):
+        graph.outputs[graph.outputs.index(write.outputs[0])] = new
+        graph.remove(write, safe=True)
+
+
+def _flat(nodes: Nodes, value: ir.Value) -> ir.Value:
+    """[batch, heads, sequence, width] as [batch, sequence, heads·width]: what it was made of, or its transpose."""
+    batch, heads, sequence, width = sizes(value)
+    assert isinstance(heads, int) and isinstance(width, int)
+    turn = value.producer()
+    if turn is not None and turn.op_type == "Transpose" and turn.inputs[0] is not None:
+        apart = turn.inputs[0]
+    else:
+        apart = nodes.op(
+            "Transpose", value, name=f"{value.name}.by_token", shape=(batch, sequence, heads, width), perm=[0, 2, 1, 3]
+        )
+    whole = apart.producer()
+    if whole is not None and whole.op_type == "Reshape" and whole.inputs[0] is not None and len(sizes(whole.inputs[0])) == 3:
+        return whole.inputs[0]
+    shape = (batch, sequence, heads * width)
+    return nodes.op("Reshape", apart, nodes.integers(0, 0, heads * width), name=f"{value.name}.flat", shape=shape)
+
+
+def _join(nodes: Nodes, by_head: ir.Value, flat: ir.Value) -> None:
+    """Where heads are only put side by side again, read `flat` instead."""
+    for use in list(by_head.uses()):
+        if use.node.op_type != "Transpose":
+            continue
+        for inner in list(use.node.outputs[0].uses()):
+            if inner.node.op_type == "Reshape":
+                ir.convenience.replace_all_uses_with(inner.node.outputs[0], flat)
+
+
+def _lengths(model: ir.Model, nodes: Nodes) -> tuple[ir.Value, ir.Value]:
+    """int32 [batch], the slot of each row's last token, and int32 [], tokens of the longest row; made once."""
+    values = {output.name: output for node in model.graph for output in node.outputs}
+    if "gqa.last" in values:
+        return values["gqa.last"], values["gqa.total"]
+    inputs = {value.name: value for value in model.graph.inputs}
+    one = nodes.integer(1)
+    shape = nodes.op("Shape", inputs["input_ids"], name="gqa.shape", shape=(2,), dtype="int64")
+    length = nodes.op("Gather", shape, one, name="gqa.sequence", shape=(), dtype="int64", axis=0)
+    stop = nodes.op("Add", inputs["write_indices"], length, name="gqa.stop", dtype="int64")
+    last = nodes.op("Sub", stop, one, name="gqa.last_slot", dtype="int64")
+    longest = nodes.op("ReduceMax", stop, name="gqa.longest", shape=(), dtype="int64", keepdims=0)
+    return nodes.cast(last, "int32", "gqa.last"), nodes.cast(longest, "int32", "gqa.total")

@@ -1,0 +1,140 @@
+"""Attention from matrix products in which every key and value is read once for all query heads that share it.
+
+The queries of a group are stacked to rows, [batch, N, G·sequence, key_dim]: K and V are never expanded to the query
+heads. Knows the arithmetic; must not know which engine runs it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kvexport.graph.contract import BATCH, SEQUENCE
+from kvexport.graph.lowering.sites import Site, attention_sites, require_gone
+from kvexport.graph.nodes import Nodes, dtype_of, sizes
+from kvexport.graph.weights import largest
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Keys and values of some slots: [batch, N, slots, key_dim] and [batch, N, slots, value_dim]."""
+
+    key: ir.Value
+    value: ir.Value
+
+
+class GroupedAttention(ir.passes.InPlacePass):
+    """Every Attention becomes grouped matrix products over the written caches, which stay in place.
+
+    Pre-condition: attention of the standard form. Post-condition: no Attention is left.
+    """
+
+    def __init__(self, *, only_shared: bool = False) -> None:
+        """With `only_shared`, attention whose KV heads serve one query head each is left as it is."""
+        self._only_shared = only_shared
+
+    def requires(self, model: ir.Model) -> None:
+        attention_sites(model)
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        chosen = [site for site in attention_sites(model) if not self._only_shared or site.heads > site.kv_heads]
+        for site in chosen:
+            nodes = Nodes(model.graph, dtype_of(site.query), before=site.node)
+            replace(model, site, grouped_attention(nodes, site, [Memory(site.key, site.value)], bias_of(nodes, site)))
+        return ir.passes.PassResult(model, bool(chosen))
+
+    def ensures(self, model: ir.Model) -> None:
+        if not self._only_shared:
+            require_gone(model, "Attention")
+
+
+def grouped_attention(nodes: Nodes, site: Site, memories: Sequence[Memory], bias: ir.Value) -> ir.Value:
+    """Softmax(scale · Q Kᵀ + bias) V over the slots of all `memories`, one after another: [batch, H, sequence, value_dim].
+
+    `bias` is [batch, 1 or H, sequence, slots of all].
+    """
+    name, heads, kv_heads = _stem(site), site.heads, site.kv_heads
+    slots = sizes(bias)[3]
+    rows = SEQUENCE if heads == kv_heads else f"{heads // kv_heads}*{SEQUENCE}"
+    scaled = nodes.op("Mul", site.query, nodes.number(f"scale({site.scale:.9g})", site.scale), name=f"{name}.q.scaled")
+    query = _regrouped(nodes, scaled, kv_heads, (BATCH, kv_heads, rows, site.key_dim), f"{name}.q.grouped", heads)
+    parts = [_scores(nodes, query, memory.key, f"{name}.scores.{i}") for i, memory in enumerate(memories)]
+    scores = parts[0]
+    if len(parts) > 1:
+        scores = nodes.op("Concat", *parts, name=f"{name}.scores", shape=(BATCH, kv_heads, rows, slots), axis=-1)
+    scores = _regrouped(nodes, scores, heads, (BATCH, heads, SEQUENCE, slots), f"{name}.scores.by_head", kv_heads)
+    biased = nodes.op("Add", scores, bias, name=f"{name}.scores.biased")
+    weights = nodes.op("Softmax", biased, name=f"{name}.weights", axis=-1)
+    weights = _regrouped(nodes, weights, kv_heads, (BATCH, kv_heads, rows, slots), f"{name}.weights.grouped", heads)
+    shape = (BATCH, kv_heads, rows, site.value_dim)
+    mixed = None
+    for index, (part, memory) in enumerate(zip(_apart(nodes, weights, memories, name), memories, strict=True)):
+        product = nodes.op("MatMul", part, memory.value, name=f"{name}.mixed.{index}", shape=shape)
+        mixed = product if mixed is None else nodes.op("Add", mixed, product, name=f"{name}.mixed.sum")
+    assert mixed is not None
+    return _regrouped(nodes, mixed, heads, (BATCH, heads, SEQUENCE, site.value_dim), f"{name}.mixed.by_head", kv_heads)
+
+
+def bias_of(nodes: Nodes, site: Site) -> ir.Value:
+    """What is added to the site's scores: its own bias, or 0 where its mask is true; made once for all that share it.
+
+    A hidden slot gets half of the lowest number, so that the sum with any score stays finite.
+    """
+    if not site.biased:
+        name = f"{site.mask.name}.bias"
+        known = next((use.node.outputs[0] for use in site.mask.uses() if use.node.outputs[0].name == name), None)
+        if known is not None:
+            return known
+        seen, hidden = nodes.number("mask.seen", 0.0), nodes.number("mask.unseen", -largest(nodes.dtype) / 2)
+        return nodes.op("Where", site.mask, seen, hidden, name=name, shape=sizes(site.mask))
+    return site.mask
+
+
+def replace(model: ir.Model, site: Site, mixed: ir.Value) -> None:
+    """Take the site's Attention out; `mixed` is read in its place, under its name."""
+    (old,) = site.node.outputs
+    ir.convenience.replace_all_uses_with(old, mixed)
+    name = old.name
+    model.graph.remove(site.node, safe=True)
+    mixed.name = name
+    producer = mixed.producer()
+    assert producer is not None
+    producer.name = name
+
+
+def _scores(nodes: Nodes, query: ir.Value, key: ir.Value, name: str) -> ir.Value:
+    """[batch, N, rows, key_dim] · keysᵀ. ONNX Runtime fuses the transposition into the product; TensorRT, too."""
+    batch, kv_heads, slots, width = sizes(key)
+    turned = nodes.op("Transpose", key, name=f"{name}.keys", shape=(batch, kv_heads, width, slots), perm=[0, 1, 3, 2])
+    return nodes.op("MatMul", query, turned, name=name, shape=(*sizes(query)[:3], slots))
+
+
+def _apart(nodes: Nodes, weights: ir.Value, memories: Sequence[Memory], name: str) -> list[ir.Value]:
+    """The weights of each memory's slots."""
+    if len(memories) == 1:
+        return [weights]
+    first, second = memories  # a cache and what is new
+    shape = nodes.op("Shape", first.key, name=f"{name}.cache_shape", shape=(4,), dtype="int64")
+    edge = nodes.op("Gather", shape, nodes.integers(2), name=f"{name}.slots", shape=(1,), dtype="int64", axis=0)
+    lead, axes = sizes(weights)[:3], nodes.integers(3)
+    last = nodes.integers(2**63 - 1)
+    return [
+        nodes.op("Slice", weights, start, stop, axes, name=f"{name}.weights.{i}", shape=(*lead, sizes(memory.key)[2]))
+        for i, (memory, start, stop) in enumerate(((first, nodes.integers(0), edge), (second, edge, last)))
+    ]
+
+
+def _regrouped(nodes: Nodes, x: ir.Value, to: int, shape: tuple[int | str, ...], name: str, of: int) -> ir.Value:
+    """[batch, of, rows, n] as [batch, to, rows', n]: the same numbers in the same order."""
+    if to == of:
+        return x
+    width = shape[3]
+    return nodes.op("Reshape", x, nodes.integers(0, to, -1, width if isinstance(width, int) else 0), name=name, shape=shape)
+
+
+def _stem(site: Site) -> str:
+    name = site.node.outputs[0].name
+    assert name is not None
+    return name.removesuffix(".mixed")

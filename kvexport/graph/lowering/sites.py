@@ -1,0 +1,115 @@
+"""Where a graph of the standard form attends: each layer's Attention with what it reads and the writes before it.
+
+Knows the form that `kvexport.graph.writer` gives attention and caches; must not know what replaces it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from kvexport.graph.nodes import sizes
+
+
+@dataclass(frozen=True)
+class Site:
+    """One layer's attention; H query heads, N KV heads, G = H / N.
+
+    Attributes:
+        node: the Attention node; its output is [batch, H, sequence, value_dim].
+        query: [batch, H, sequence, key_dim], not scaled.
+        key, value: the written caches [batch, N, capacity, key_dim or value_dim].
+        mask: bool [batch, 1, sequence, capacity], or a bias [batch, H, sequence, capacity].
+        scale: what products of queries and keys are multiplied with.
+    """
+
+    node: ir.Node
+    query: ir.Value
+    key: ir.Value
+    value: ir.Value
+    mask: ir.Value
+    scale: float
+
+    @property
+    def heads(self) -> int:
+        return _size(self.query, 1)
+
+    @property
+    def kv_heads(self) -> int:
+        return _size(self.key, 1)
+
+    @property
+    def key_dim(self) -> int:
+        return _size(self.key, 3)
+
+    @property
+    def value_dim(self) -> int:
+        return _size(self.value, 3)
+
+    @property
+    def key_write(self) -> ir.Node:
+        """The TensorScatter that makes `key`: its inputs are the cache, the new keys and where they go."""
+        return _writer(self.key)
+
+    @property
+    def value_write(self) -> ir.Node:
+        return _writer(self.value)
+
+    @property
+    def biased(self) -> bool:
+        """Whether the mask is a bias to add, rather than what is visible."""
+        return self.mask.dtype != ir.DataType.BOOL
+
+
+def attention_sites(model: ir.Model) -> list[Site]:
+    """Every Attention of the graph, in order.
+
+    Raises:
+        PreconditionError: an Attention is not of the standard form.
+    """
+    return [_site(node) for node in model.graph if node.op_type == "Attention" and node.domain == ""]
+
+
+def require_sites(model: ir.Model) -> None:
+    """The pre-condition of whatever replaces attention.
+
+    Raises:
+        PreconditionError: there is none, or one is not of the standard form.
+    """
+    if not attention_sites(model):
+        raise ir.passes.PreconditionError("the graph has no Attention")
+
+
+def require_gone(model: ir.Model, *op_types: str) -> None:
+    """A post-condition: no node of these types is left in the default domain.
+
+    Raises:
+        PostconditionError: names the first that is.
+    """
+    for node in model.graph:
+        if node.domain == "" and node.op_type in op_types:
+            raise ir.passes.PostconditionError(f"{node.op_type} {node.name} is still in the graph")
+
+
+def _site(node: ir.Node) -> Site:
+    inputs = [value for value in node.inputs if value is not None]
+    if len(inputs) != 4 or len(node.outputs) != 1 or "scale" not in node.attributes or node.attributes.keys() - {"scale"}:
+        raise ir.passes.PreconditionError(f"Attention {node.name} is not of the standard form")
+    query, key, value, mask = inputs
+    for cache in (key, value):
+        _writer(cache)
+    return Site(node, query, key, value, mask, node.attributes["scale"].as_float())
+
+
+def _writer(cache: ir.Value) -> ir.Node:
+    node = cache.producer()
+    if node is None or node.op_type != "TensorScatter" or node.inputs[0] is None or not node.inputs[0].is_graph_input():
+        raise ir.passes.PreconditionError(f"{cache.name} is not a cache that a TensorScatter wrote")
+    return node
+
+
+def _size(value: ir.Value, axis: int) -> int:
+    size = sizes(value)[axis]
+    assert isinstance(size, int), f"{value.name} has no fixed size along axis {axis}"
+    return size

@@ -1,0 +1,168 @@
+"""Every lowering gives what the oracle gives, for every family and form of attention, and keeps its promises."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from graph_decoders import Shape, disagreement, make_decoder, quiet, rounded, write
+from test_graph_equals_reference import DECODERS
+
+from kvexport.decoder import Decoder
+from kvexport.errors import BundleError, UsageError
+from kvexport.graph import GRAPH_FILE, GraphContract
+from kvexport.graph.contract import DATA_FILE, LOWERED_FILES
+from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
+from kvexport.graph.lowering.primitives import OPERATORS, Primitives
+from kvexport.graph.tap import GraphCopy, tapped
+
+LOWERED = [name for name in LOWERINGS if name != "std24"]
+everything = pytest.mark.parametrize(("lowering", "name"), [(each, name) for each in LOWERED for name in DECODERS])
+
+
+def lowered(decoder: Decoder, directory: Path, lowering: str, dtype: str = "float32") -> tuple[GraphCopy, GraphContract]:
+    contract = write(decoder, directory, dtype)
+    path = directory / "lowered.onnx"
+    ir.save(lower(directory / GRAPH_FILE, lowering), path)
+    return tapped(path), lowered_contract(contract, lowering)
+
+
+@everything
+def test_float32_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> None:
+    copy, contract = lowered(DECODERS[name], tmp_path, lowering)
+    assert disagreement(DECODERS[name], copy.session(quiet()), contract, fill=3.0) < 5e-6
+
+
+@everything
+def test_float16_equals_the_oracle_on_the_same_weights(lowering: str, name: str, tmp_path: Path) -> None:
+    copy, contract = lowered(DECODERS[name], tmp_path, lowering, "float16")
+    assert disagreement(rounded(DECODERS[name], torch.float16), copy.session(quiet()), contract, fill=3.0) < 5e-3
+
+
+@everything
+def test_the_graph_is_sound_and_takes_and_gives_what_its_contract_says(lowering: str, name: str, tmp_path: Path) -> None:
+    _, contract = lowered(DECODERS[name], tmp_path, lowering)
+    model = onnx.load(tmp_path / "lowered.onnx", load_external_data=False)
+    if lowering == "decomposed17":
+        onnx.checker.check_model(str(tmp_path / "lowered.onnx"), full_check=True)
+    for values, specs in ((model.graph.input, contract.inputs), (model.graph.output, contract.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            shape = tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
+            assert (value.name, shape) == (spec.name, spec.shape)
+    assert (tmp_path / DATA_FILE).stat().st_size == (write_again(DECODERS[name], tmp_path / "again") / DATA_FILE).stat().st_size
+
+
+def write_again(decoder: Decoder, directory: Path) -> Path:
+    write(decoder, directory)
+    return directory
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_decomposed17_is_opset_17_and_expands_no_key_to_the_query_heads(name: str, tmp_path: Path) -> None:
+    decoder = DECODERS[name]
+    lowered(decoder, tmp_path, "decomposed17")
+    model = ir.load(tmp_path / "lowered.onnx")
+    assert model.opset_imports == {"": 17}
+    assert {node.op_type for node in model.graph} <= OPERATORS
+    for index, layer in enumerate(decoder.layers):
+        if layer.attention.num_kv_heads == layer.attention.num_heads:
+            continue
+        for node in model.graph:
+            for value in node.outputs:
+                assert value.shape is not None
+                sizes = [d if isinstance(d, int) else d.value for d in value.shape]
+                expanded = len(sizes) == 4 and sizes[1] == layer.attention.num_heads and sizes[2] == "capacity"
+                assert not expanded, f"{value.name} of layer {index} is as large as the keys of all query heads"
+
+
+def test_the_same_graph_is_lowered_to_the_same_bytes(tmp_path: Path) -> None:
+    write(DECODERS["online"], tmp_path)
+    for lowering in LOWERED:
+        first, second = (ir.to_proto(lower(tmp_path / GRAPH_FILE, lowering)).SerializeToString(deterministic=True) for _ in "ab")
+        assert first == second
+
+
+def test_onnx_runtime_gets_the_fastest_form_for_each_layer(tmp_path: Path) -> None:
+    write(DECODERS["llama-mha"], tmp_path / "unshared")
+    write(DECODERS["llama-gqa-tied"], tmp_path / "shared")
+    operators = {
+        which: [node.op_type for node in lower(tmp_path / which / GRAPH_FILE, "ort-cpu").graph]
+        for which in ("unshared", "shared")
+    }
+    assert operators["unshared"].count("GroupQueryAttention") == 2 and "Softmax" not in operators["unshared"]
+    assert "GroupQueryAttention" not in operators["shared"] and operators["shared"].count("Softmax") == 2
+    assert operators["shared"].count("TensorScatter") == 4  # the cache is written in place
+
+
+def test_rotation_goes_into_group_query_attention(tmp_path: Path) -> None:
+    def rotations(decoder: Decoder) -> int:
+        write(decoder, tmp_path)
+        return sum(node.op_type == "RotaryEmbedding" for node in lower(tmp_path / GRAPH_FILE, "ort-cuda").graph)
+
+    assert rotations(DECODERS["llama-mha-16"]) == 0
+    assert rotations(DECODERS["llama-mha"]) == 4  # of width 8, which the operator attends to but does not rotate
+    assert rotations(DECODERS["online"]) == 4  # rotated before they are mapped
+
+
+@pytest.mark.parametrize(("dtype", "device"), [("float32", "cpu"), ("float16", "cuda"), ("bfloat16", "cuda")])
+def test_what_onnx_runtime_runs_is_written_beside_the_graph(dtype: str, device: str, tmp_path: Path) -> None:
+    write(DECODERS["llama-mha"], tmp_path, dtype)
+    before = (tmp_path / DATA_FILE).read_bytes()
+    write_lowered(tmp_path / GRAPH_FILE, dtype)
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([GRAPH_FILE, DATA_FILE, LOWERED_FILES[device]])
+    assert (tmp_path / DATA_FILE).read_bytes() == before
+
+
+def test_an_unknown_lowering_names_those_that_there_are(tmp_path: Path) -> None:
+    write(DECODERS["llama-mha"], tmp_path)
+    with pytest.raises(UsageError, match="std24, decomposed17, ort-cpu, ort-cuda"):
+        lower(tmp_path / GRAPH_FILE, "opset9")
+
+
+@pytest.mark.parametrize("lowering", LOWERED)
+def test_a_graph_of_another_form_is_refused(lowering: str, tmp_path: Path) -> None:
+    write(DECODERS["llama-mha"], tmp_path)
+    model = ir.load(tmp_path / GRAPH_FILE)
+    attention = next(node for node in model.graph if node.op_type == "Attention")
+    attention.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
+    ir.save(model, tmp_path / "other.onnx")
+    with pytest.raises(BundleError, match=r"layers\.0\.attention\.mixed is not of the standard form"):
+        lower(tmp_path / "other.onnx", lowering)
+
+
+def test_passes_check_what_they_leave(tmp_path: Path) -> None:
+    write(DECODERS["llama-mha"], tmp_path)
+    with pytest.raises(ir.passes.PostconditionError, match=r"present\.0\.key is still in the graph"):
+        Primitives()(ir.load(tmp_path / GRAPH_FILE))  # the caches were not split off first
+
+
+@pytest.mark.parametrize("lowering", LOWERED)
+def test_a_mask_that_shows_stale_slots_is_caught(lowering: str, tmp_path: Path) -> None:
+    """The control of the tests above: what looks beyond the tokens written is far from the oracle."""
+    decoder = make_decoder([Shape(kv_heads=2), Shape(kv_heads=2)])
+    write(decoder, tmp_path)
+    model = lower(tmp_path / GRAPH_FILE, lowering)
+    damaged = False
+    for node in model.graph:
+        if node.op_type == "LessOrEqual":
+            node.op_type, damaged = "GreaterOrEqual", True
+    if not damaged:  # GroupQueryAttention has no mask to damage: lengthen it
+        name = "gqa.last_slot"
+        node = next(node for node in model.graph if node.name == name)
+        node.op_type = "Add"
+    ir.save(model, tmp_path / "damaged.onnx")
+    contract = lowered_contract(write(decoder, tmp_path), lowering)
+    assert disagreement(decoder, tapped(tmp_path / "damaged.onnx").session(quiet()), contract, fill=3.0) > 1e-2
+
+
+def test_numbers_of_a_hidden_slot_never_reach_the_result(tmp_path: Path) -> None:
+    """Whatever a slot holds before it is written, the logits are the same bits."""
+    for lowering in LOWERED:
+        copy, contract = lowered(DECODERS["llama-gqa-tied"], tmp_path, lowering)
+        session = copy.session(quiet())
+        assert {disagreement(DECODERS["llama-gqa-tied"], session, contract, fill=fill) for fill in (0.0, 1e4)} == {
+            disagreement(DECODERS["llama-gqa-tied"], session, contract, fill=-7.0)
+        }
