@@ -1,0 +1,33 @@
+"""`kvexport plan`: a config.json and a target in, what fits and how fast it will be out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from kvexport.plan.memory import PRECISIONS
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--target", metavar="NAME|FILE", help="A device of `kvexport targets`, or a TOML file [default: sizes alone].")
+@click.option("--kv-heads", type=int, multiple=True, help="KV heads to keep; repeatable [default: all, half, a quarter].")
+@click.option("--dtype", type=click.Choice(PRECISIONS), multiple=True, help="Of the weights; repeatable [default: the target's].")
+@click.option("--context", type=click.IntRange(min=1), multiple=True, help="Tokens; repeatable [default: 2048, 8192, 32768].")
+@click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
+def command(
+    model: Path, target: str | None, kv_heads: tuple[int, ...], dtype: tuple[str, ...], context: tuple[int, ...], as_json: bool
+) -> None:
+    """Say what fits a target, and how fast it is predicted to be. MODEL is a config.json or its folder: no weights are
+    needed. For a bundle, also compare the prediction with what its builds and benchmarks measured."""
+    from kvexport.cli.plan_tables import print_plan
+    from kvexport.plan import plan
+    from kvexport.targets import load_target
+
+    found = plan(model, None if target is None else load_target(target), kv_heads=kv_heads, dtypes=dtype, contexts=context)
+    if as_json:
+        click.echo(json.dumps(found.to_json()))
+    else:
+        print_plan(found)

@@ -1,0 +1,294 @@
+"""What is installed on this machine, what the machine is, which verbs work, and whether a target's engine can be had here.
+
+Knows packages by the metadata that installers leave, and devices by the files and tools that describe them; must not
+import what it looks for. The one exception is ONNX Runtime, which alone knows its providers.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from kvexport.targets import OLDEST_TENSORRT, Target, lowering_for
+
+# Each package, the extra that brings it ("" is the base install), and other names that it is distributed under.
+_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
+    "numpy": ("", ()),
+    "tokenizers": ("", ()),
+    "torch": ("convert", ()),
+    "safetensors": ("convert", ()),
+    "transformers": ("dev", ()),
+    "onnx": ("convert", ()),
+    "onnx-ir": ("convert", ()),
+    "onnxruntime": ("cpu", ()),
+    "onnxruntime-gpu": ("gpu", ()),
+    "tensorrt": ("tensorrt", ("tensorrt-cu13", "tensorrt-cu12")),
+    "tensorrt-rtx": ("rtx", ()),
+    "polygraphy": ("tensorrt", ()),
+}
+_RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
+_ENGINES = ("tensorrt", "tensorrt-rtx")
+_RUNNERS = (*_RUNTIMES, *_ENGINES)
+_CONVERT = (("torch",), ("safetensors",))
+# What a verb needs: of each group of packages, one.
+_VERBS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "build": (*_CONVERT, ("onnx",), ("onnx-ir",), _RUNTIMES),
+    "run": (_RUNNERS,),
+    "inspect": (),
+    "validate": (("torch",), ("onnx",), ("onnx-ir",), _RUNTIMES),
+    "evaluate": (*_CONVERT, _RUNTIMES),
+    "compress": _CONVERT,
+    "calibrate": _CONVERT,
+    "plan": (),
+    "lint": (("onnx",), ("onnx-ir",)),
+    "engine": (("onnx",), ("onnx-ir",), ("polygraphy",), _ENGINES),
+    "bench": (_RUNNERS,),
+    "targets": (),
+}
+_JETPACKS = {"36.3": "6.0", "36.4": "6.1 to 6.2.1", "36.5": "6.2.2", "38.2": "7.0", "38.4": "7.1", "39.2": "7.2"}  # of L4T
+_JETSON_SM = {"orin": "8.7", "thor": "11.0"}
+_JETPACK_TENSORRT = "sudo apt install tensorrt python3-libnvinfer; in a virtual environment, make it with --system-site-packages"
+
+
+@dataclass(frozen=True)
+class Package:
+    """A package as installed (`version` None: it is not), the version kvexport needs, and what installs it."""
+
+    name: str
+    version: str | None
+    floor: str | None
+    fix: str
+
+    @property
+    def usable(self) -> bool:
+        """It is there, and no older than its floor."""
+        return self.version is not None and (self.floor is None or _numbers(self.version) >= _numbers(self.floor))
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU: memory in bytes (None: shared with the CPU), compute capability such as "8.9"."""
+
+    name: str
+    memory: int | None
+    sm: str
+    driver: str | None
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What runs here. `jetson`, `l4t` and `jetpack` are None where it is no Jetson, or does not say."""
+
+    python: str
+    architecture: str
+    cpus: int
+    memory: int | None
+    jetson: str | None
+    l4t: str | None
+    jetpack: str | None
+    gpus: tuple[Gpu, ...]
+
+
+@dataclass(frozen=True)
+class Verb:
+    """A verb, and the packages that it lacks here with what installs each."""
+
+    name: str
+    lacks: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class TargetCheck:
+    """Whether a target's engine can be built and run here; `reasons` maps what stands in the way to what to do."""
+
+    target: str
+    builds: bool
+    runs: bool
+    lowering: str
+    reasons: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """Everything that was found. `providers` are ONNX Runtime's, empty where it is not installed or does not load."""
+
+    kvexport: str
+    machine: Machine
+    packages: tuple[Package, ...]
+    providers: tuple[str, ...]
+    verbs: tuple[Verb, ...]
+    target: TargetCheck | None
+
+    def to_json(self) -> dict[str, Any]:
+        """The diagnosis as plain JSON values."""
+        packages = [{**asdict(package), "usable": package.usable} for package in self.packages]
+        return {**asdict(self), "packages": packages}
+
+
+def examine(
+    target: Target | None = None, *, root: Path = Path("/"), search: Sequence[str] | None = None, tools: str | None = None
+) -> Diagnosis:
+    """Look at this machine.
+
+    Args:
+        target: also say whether its engine can be built and run here.
+        root: where the system's files are (`etc/nv_tegra_release`, `proc/...`).
+        search: folders of installed packages; default `sys.path`.
+        tools: folders of programs, as in PATH, which is the default.
+    """
+    from kvexport import __version__
+
+    machine = _machine(root, tools)
+    packages = {package.name: package for package in _packages(sys.path if search is None else search, machine)}
+    verbs = tuple(Verb(name, _lacking(_without_gpu(needs, machine), packages)) for name, needs in _VERBS.items())
+    has_runtime = any(packages[name].version is not None for name in _RUNTIMES)
+    return Diagnosis(
+        kvexport=__version__,
+        machine=machine,
+        packages=tuple(packages.values()),
+        providers=_providers() if has_runtime else (),
+        verbs=verbs,
+        target=None if target is None else _check(target, machine, packages),
+    )
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    found = re.match(r"\d+(\.\d+)*", version)
+    return tuple(map(int, found.group().split("."))) if found else ()
+
+
+def _packages(search: Sequence[str], machine: Machine) -> list[Package]:
+    installed: dict[str, str] = {}
+    for distribution in metadata.distributions(path=list(search)):
+        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
+        installed.setdefault(name, distribution.version)
+    floors = _floors()
+    found = []
+    for name, (extra, others) in _PACKAGES.items():
+        version = next((installed[each] for each in (name, *others) if each in installed), None)
+        found.append(Package(name, version, floors.get(name), _install(name, extra, machine)))
+    return found
+
+
+def _install(name: str, extra: str, machine: Machine) -> str:
+    if machine.jetson is not None and name == "tensorrt":
+        return _JETPACK_TENSORRT
+    if machine.jetson is not None and name == "onnxruntime-gpu":
+        return "install a wheel made for Jetson (pypi.jetson-ai-lab.io): the one of PyPI has no kernels for it"
+    return f"pip install 'kvexport[{extra}]'" if extra else "pip install --force-reinstall kvexport"
+
+
+def _floors() -> dict[str, str]:
+    """The least versions that kvexport's own metadata asks for, TensorRT's among them."""
+    floors = {"tensorrt": ".".join(map(str, OLDEST_TENSORRT))}
+    try:
+        required = metadata.requires("kvexport") or []
+    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
+        required = []
+    for line in required:
+        found = re.match(r"([A-Za-z0-9._-]+)\s*>=\s*([0-9.]+)", line)
+        if found:
+            floors[found[1].replace("_", "-").lower()] = found[2]
+    return floors
+
+
+def _providers() -> tuple[str, ...]:
+    try:
+        import onnxruntime
+
+        return tuple(onnxruntime.get_available_providers())
+    except Exception:  # a broken installation raises whatever its loader does
+        return ()
+
+
+def _machine(root: Path, tools: str | None) -> Machine:
+    jetson = _text(root / "proc/device-tree/model").rstrip("\0\n") or None
+    release = re.search(r"R(\d+).*REVISION: (\d+(?:\.\d+)*)", _text(root / "etc/nv_tegra_release"))
+    l4t = f"{release[1]}.{release[2]}" if release else None
+    if l4t is None and (jetson is None or "jetson" not in jetson.lower()):
+        jetson = None  # another board with a device tree
+    total = re.search(r"MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"))
+    gpus = _gpus(tools)
+    if not gpus and jetson is not None:
+        gpus = [Gpu(jetson, None, sm, None) for name, sm in _JETSON_SM.items() if name in jetson.lower()]
+    return Machine(
+        python=platform.python_version(),
+        architecture=platform.machine(),
+        cpus=os.cpu_count() or 1,
+        memory=int(total[1]) * 1024 if total else None,
+        jetson=jetson or ("Jetson" if l4t else None),
+        l4t=l4t,
+        jetpack=_JETPACKS.get(".".join(l4t.split(".")[:2])) if l4t else None,
+        gpus=tuple(gpus),
+    )
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+
+
+def _gpus(tools: str | None) -> list[Gpu]:
+    """What nvidia-smi lists; nothing where it is not there, or fails because the driver is not."""
+    program = shutil.which("nvidia-smi", path=tools)
+    if program is None:
+        return []
+    query = [program, "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    found = []
+    for line in said.splitlines():
+        fields = [field.strip() for field in line.split(",")]
+        if len(fields) == 4:
+            name, mebibytes, sm, driver = fields
+            found.append(Gpu(name, int(mebibytes) * 2**20 if mebibytes.isdigit() else None, sm, driver))
+    return found
+
+
+def _without_gpu(needs: Sequence[Sequence[str]], machine: Machine) -> list[list[str]]:
+    """The needs of a verb without what is of no use here: TensorRT needs a GPU, TensorRT-RTX builds without one."""
+    useless = () if machine.gpus else ("tensorrt",) if _ENGINES in needs else _ENGINES
+    return [[name for name in group if name not in useless] for group in needs]
+
+
+def _lacking(needs: Sequence[Sequence[str]], packages: Mapping[str, Package]) -> dict[str, str]:
+    """Of each group of which one is needed and none is usable: its names, and what installs the first."""
+    lacking = [group for group in needs if not any(packages[name].usable for name in group)]
+    return {" or ".join(_named(packages[name]) for name in group): packages[group[0]].fix for group in lacking}
+
+
+def _named(package: Package) -> str:
+    if package.version is None:
+        return package.name
+    return f"{package.name} {package.floor} or later (not {package.version})"
+
+
+def _check(target: Target, machine: Machine, packages: Mapping[str, Package]) -> TargetCheck:
+    if target.engine == "onnxruntime":
+        lacks = _lacking((_RUNTIMES,), packages)
+        return TargetCheck(target.name, not lacks, not lacks, lowering_for(target), lacks)
+    package = packages[target.engine]
+    reasons = _lacking((("onnx",), ("onnx-ir",), ("polygraphy",), (target.engine,)), packages)
+    builds = not reasons
+    runs = package.usable
+    if all(gpu.sm != target.sm for gpu in machine.gpus):
+        seen = ", ".join(f"{gpu.name} has {gpu.sm}" for gpu in machine.gpus) or "no NVIDIA GPU is seen"
+        ahead = target.engine == "tensorrt-rtx"
+        where = "copy the bundle with its engine to such a machine" if ahead else "copy the bundle there, and use it there"
+        reasons[f"a GPU of compute capability {target.sm} ({seen})"] = where
+        runs, builds = False, builds and ahead  # TensorRT-RTX compiles ahead of time; TensorRT needs the GPU itself
+    version = _numbers(package.version) if package.usable and package.version else None
+    return TargetCheck(target.name, builds, runs, lowering_for(target, version), reasons)

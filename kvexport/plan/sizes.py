@@ -1,0 +1,186 @@
+"""How many numbers a model has, and where: from its config.json, or from a bundle's manifest.
+
+Knows the shapes that a family's tensors have before and after conversion; reads no weights, and must not know how
+wide a number is stored, nor any device.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvexport.bundle_manifest import BYTES, Manifest
+from kvexport.checkpoint import _read_json as read_json
+from kvexport.errors import UsageError
+from kvexport.families import Family, family_of
+from kvexport.graph.contract import DATA_FILE, GRAPH_FILE
+from kvexport.loading import _refuse_quantised as refuse_quantised
+from kvexport.loading import _sizes as sizes_of
+from kvexport.loading import _whole as whole
+
+_OWN_HEAD = b"\x0bhead.weight"  # an untied head's name in the graph file, with the length that protobuf puts before it
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """A model with one number of KV heads. Counts of numbers, not of bytes.
+
+    Attributes:
+        kv_heads: cached heads of a layer; the most of any, where layers differ.
+        num_heads, head_dim, hidden, vocab, layers: as in config.json.
+        max_positions: tokens that a sequence may hold; None where nothing bounds it.
+        matrices: in the projections of all layers: what weight-only quantisation takes.
+        rows: output rows of those matrices.
+        small: norms, biases, key and query maps.
+        embedding: the embedding table, read one row a token.
+        head: the head; 0 where it is the embedding (tied).
+        mlp_width: widths of what a layer's MLP holds at once, summed.
+        kv_width: cached numbers per token, all layers.
+        maps: the keys are projected after rotation (the online method), which needs maps.
+    """
+
+    kv_heads: int
+    num_heads: int
+    head_dim: int
+    hidden: int
+    vocab: int
+    layers: int
+    max_positions: int | None
+    matrices: int
+    rows: int
+    small: int
+    embedding: int
+    head: int
+    mlp_width: int
+    kv_width: int
+    maps: bool = False
+
+    @property
+    def parameters(self) -> int:
+        """Numbers in all weights."""
+        return self.matrices + self.small + self.embedding + self.head
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A trained model as its config.json describes it."""
+
+    family: Family
+    config: Mapping[str, Any]
+    vocab: int
+    hidden: int
+    layers: int
+    num_heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    max_positions: int | None
+    tied: bool
+
+    @property
+    def kv_head_counts(self) -> list[int]:
+        """Numbers of KV heads that conversion can keep, most first."""
+        return [count for count in range(self.kv_heads, 0, -1) if self.kv_heads % count == 0]
+
+    def sizes(self, kv_heads: int) -> Sizes:
+        """The model with `kv_heads` cached heads in each layer, converted as `kvexport build` does by default.
+
+        Keys take the online code wherever it may be chosen: with rotation, each layer keeps its trained W_K and gains a
+        key map and a query map. Where the folding code is chosen instead, or can be used because nothing is
+        rotated, W_K shrinks and there are no maps.
+
+        Raises:
+            UsageError: `kv_heads` does not divide the trained number.
+        """
+        if kv_heads not in self.kv_head_counts:
+            raise UsageError(
+                "--kv-heads must divide the model's KV heads", seen=f"{kv_heads} of {self.kv_heads}",
+                allowed=", ".join(map(str, self.kv_head_counts)), fix="choose a number from the list",
+            )  # fmt: skip
+        family, hidden, dim, inner = self.family, self.hidden, self.head_dim, self.intermediate
+        converted = kv_heads != self.kv_heads
+        maps = converted and family.position == "rope"
+        queries, keys, values = self.num_heads * dim, (self.kv_heads if maps else kv_heads) * dim, kv_heads * dim
+        qkv_rows, mlp_rows = queries + keys + values, (2 if family.gated else 1) * inner
+        matrices = (qkv_rows + queries + mlp_rows + inner) * hidden
+        rows = qkv_rows + hidden + mlp_rows + hidden
+        norm = 2 if family.norm_kind == "layer" else 1  # weight, and bias
+        small = 2 * norm * hidden
+        small += 2 * norm * dim if "q_norm" in family.layer else 0
+        small += qkv_rows if family.has_bias("qkv", self.config) else 0
+        small += hidden if converted or family.has_bias("o", self.config) else 0  # what the mean value loses is a bias
+        small += mlp_rows + hidden if family.has_bias("mlp", self.config) else 0
+        small += (self.kv_heads + self.num_heads) * dim * dim if maps else 0
+        norms_outside = norm * hidden * (1 if family.embedding_norm is None else 2)
+        return Sizes(
+            kv_heads=kv_heads,
+            num_heads=self.num_heads,
+            head_dim=dim,
+            hidden=hidden,
+            vocab=self.vocab,
+            layers=self.layers,
+            max_positions=self.max_positions,
+            matrices=self.layers * matrices,
+            rows=self.layers * rows,
+            small=self.layers * small + norms_outside,
+            embedding=self.vocab * hidden,
+            head=0 if self.tied else self.vocab * hidden,
+            mlp_width=(3 if family.gated else 2) * inner,
+            kv_width=self.layers * kv_heads * 2 * dim,
+            maps=maps,
+        )
+
+
+def architecture(path: Path) -> Architecture:
+    """What a config.json describes; `path` is that file or its folder, and nothing else in the folder is read.
+
+    Raises:
+        CheckpointError: no such file, an unknown family, or a setting that is missing or impossible.
+    """
+    config = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
+    refuse_quantised(config)
+    family = family_of(config)
+    settings = family.settings(config)
+    found = sizes_of(settings, rotated=family.position == "rope")
+    inner = config.get("intermediate_size")
+    return Architecture(
+        family=family,
+        config=config,
+        vocab=found.vocab,
+        hidden=found.hidden,
+        layers=found.layers,
+        num_heads=found.heads,
+        kv_heads=found.kv_heads,
+        head_dim=found.head_dim,
+        intermediate=4 * found.hidden if inner is None else whole("intermediate_size", inner),
+        max_positions=found.max_positions,
+        tied=bool(settings["tied"]),
+    )
+
+
+def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
+    """What the bundle at `path` holds; its weights are counted by the bytes of their file, rotary tables among them."""
+    model, layers = manifest.model, manifest.layers
+    numbers = manifest.files[DATA_FILE].bytes // BYTES[manifest.dtype]
+    embedding = model.vocab_size * model.hidden_size
+    head = embedding if _OWN_HEAD in (path / GRAPH_FILE).read_bytes() else 0
+    matrices = numbers - embedding - head
+    mlp = matrices - sum(layer.parameters for layer in layers)
+    return Sizes(
+        kv_heads=max(layer.num_key_value_heads for layer in layers),
+        num_heads=layers[0].num_attention_heads,
+        head_dim=max(max(layer.key_head_dim, layer.value_head_dim) for layer in layers),
+        hidden=model.hidden_size,
+        vocab=model.vocab_size,
+        layers=len(layers),
+        max_positions=manifest.capacity,
+        matrices=matrices,
+        rows=0,
+        small=0,
+        embedding=embedding,
+        head=head,
+        mlp_width=max(0, mlp) // (len(layers) * model.hidden_size),
+        kv_width=sum(layer.kv_width for layer in layers),
+    )

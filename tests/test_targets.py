@@ -1,0 +1,205 @@
+"""Targets: every shipped one is complete and published somewhere, and a file with anything wrong is refused by name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from kvexport.errors import UsageError
+from kvexport.targets import known_targets, load_target, lowering_for, parse_version, tensorrt_version
+
+NAMES = {
+    "orin-nano-4gb", "orin-nano-4gb-super", "orin-nano-8gb", "orin-nano-8gb-super", "orin-nx-8gb", "orin-nx-16gb",
+    "agx-orin-32gb", "agx-orin-64gb", "thor-t4000", "thor-t5000", "rtx-4090", "h200", "cpu",
+}  # fmt: skip
+
+GOOD = """
+title = "My board"
+engine = "tensorrt"
+sm = "8.7"
+memory_gib = 8
+usable = 0.5
+bandwidth_gb_s = 68
+fp16_tflops = 10.5
+unified = true
+tensorrt = "10.3.0"
+
+[jetpacks]
+"6.2" = "10.3.0.30"
+
+[sources]
+sm = "a page"
+memory_gib = "a page"
+usable = "a page"
+bandwidth_gb_s = "a page"
+fp16_tflops = "a page"
+tensorrt = "a page"
+jetpacks = "a page"
+"""
+
+
+@pytest.fixture
+def write(tmp_path: Path) -> object:
+    def write(text: str, name: str = "my-board.toml") -> str:
+        path = tmp_path / name
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def test_every_shipped_target_is_there_in_order() -> None:
+    names = [target.name for target in known_targets()]
+    assert set(names) == NAMES
+    assert names == sorted(names)
+
+
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_shipped_target_is_plausible_and_sourced(name: str) -> None:
+    target = load_target(name)
+    assert target.name == name
+    assert target.title
+    assert 2**31 < target.memory < 2**38
+    assert 0.4 < target.usable <= 0.9
+    assert target.usable_bytes == int(target.memory * target.usable)
+    assert 30e9 < target.bandwidth < 10e12
+    assert (target.engine == "onnxruntime") == (target.sm is None) == (target.tensorrt is None) == (target.fp16 is None)
+    if target.fp16 is not None and target.int8 is not None:
+        assert target.int8 >= 1.9 * target.fp16
+    assert {"memory_gib", "usable", "bandwidth_gb_s"} <= target.sources.keys()
+    if "jetson" in target.title.lower():
+        assert target.jetpacks
+        assert target.unified
+    for jetpack in target.jetpacks:
+        assert tensorrt_version(target, jetpack=jetpack) >= (10, 3)
+
+
+def test_super_mode_is_faster_and_holds_the_same() -> None:
+    plain, fast = load_target("orin-nano-8gb"), load_target("orin-nano-8gb-super")
+    assert fast.bandwidth == pytest.approx(1.5 * plain.bandwidth)
+    assert fast.memory == plain.memory == 8 * 2**30
+
+
+def test_a_users_file_works_the_same(write) -> None:  # type: ignore[no-untyped-def]
+    target = load_target(write(GOOD))
+    assert (target.name, target.title, target.sm) == ("my-board", "My board", "8.7")
+    assert (target.memory, target.usable_bytes) == (8 * 2**30, 4 * 2**30)
+    assert (target.bandwidth, target.fp16, target.int8) == (68e9, 10.5e12, None)
+    assert lowering_for(target) == "decomposed17"
+
+
+def test_a_shipped_file_may_be_copied(write) -> None:  # type: ignore[no-untyped-def]
+    shipped = Path(__file__).resolve().parent.parent / "graphs" / "targets" / "cpu.toml"
+    mine = load_target(write(shipped.read_text(encoding="utf-8").replace("memory_gib = 16", "memory_gib = 32"), "mine.toml"))
+    assert mine.memory == 2 * load_target("cpu").memory
+
+
+@pytest.mark.parametrize("name", ["orin", "", "/nowhere/at/all.toml", "cpu.toml", "../cpu"])
+def test_an_unknown_target_names_those_known(name: str) -> None:
+    with pytest.raises(UsageError) as refused:
+        load_target(name)
+    assert "orin-nano-8gb" in str(refused.value)
+    assert "TOML" in str(refused.value)
+    assert repr(name) in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "named"),
+    [
+        ('title = "My board"', "", "title"),
+        ('title = "My board"', 'title = " "', "title"),
+        ('title = "My board"', "title = 3", "title"),
+        ('engine = "tensorrt"', 'engine = "openvino"', "engine"),
+        ('engine = "tensorrt"', 'engine = "onnxruntime"', "tensorrt"),  # an engine without TensorRT has no version
+        ('tensorrt = "10.3.0"', "", "sources"),  # the source of a figure that is not there
+        ('tensorrt = "10.3.0"', 'tensorrt = "ten"', "tensorrt"),
+        ('tensorrt = "10.3.0"', 'tensorrt = "8.6.2"', "too old"),
+        ('tensorrt = "10.3.0"', "tensorrt = 10.3", "tensorrt"),
+        ('sm = "8.7"', 'sm = "87"', "sm"),
+        ('sm = "8.7"', "sm = 8.7", "sm"),
+        ("memory_gib = 8", "", "memory_gib"),
+        ("memory_gib = 8", "memory_gib = 0", "memory_gib"),
+        ("memory_gib = 8", "memory_gib = -8", "memory_gib"),
+        ("memory_gib = 8", 'memory_gib = "8"', "memory_gib"),
+        ("memory_gib = 8", "memory_gib = true", "memory_gib"),
+        ("memory_gib = 8", "memory_gib = inf", "memory_gib"),
+        ("memory_gib = 8", "memory_gib = nan", "memory_gib"),
+        ("usable = 0.5", "usable = 0", "usable"),
+        ("usable = 0.5", "usable = 1.01", "usable"),
+        ("usable = 0.5", "usable = 50", "usable"),
+        ("bandwidth_gb_s = 68", "", "bandwidth_gb_s"),
+        ("bandwidth_gb_s = 68", "bandwidth_gb_s = 0", "bandwidth_gb_s"),
+        ("bandwidth_gb_s = 68", "bandwidth = 68", "bandwidth"),
+        ("fp16_tflops = 10.5", "fp16_tflops = -1", "fp16_tflops"),
+        ("unified = true", "unified = 1", "unified"),
+        ('"6.2" = "10.3.0.30"', '"6.2" = "newest"', "jetpacks"),
+        ('"6.2" = "10.3.0.30"', '"six" = "10.3.0.30"', "jetpacks"),
+        ('"6.2" = "10.3.0.30"', '"6.2" = 10.3', "jetpacks"),
+        ('"6.2" = "10.3.0.30"', '"6.0" = "8.6.2"', "jetpacks.6.0"),
+        ('usable = "a page"', "", "sources"),
+        ('usable = "a page"', 'usable = ""', "sources"),
+        ('usable = "a page"', 'usable = "a page"\nint8_tops = "a page"', "sources"),
+        ('title = "My board"', 'title = "My board', "cannot be read"),
+        ('title = "My board"', 'title = "My board"\nwatts = 15', "watts"),
+    ],
+)
+def test_a_wrong_file_is_refused_by_key(write, old: str, new: str, named: str) -> None:  # type: ignore[no-untyped-def]
+    assert GOOD.count(old) == 1 or old.startswith(("tensorrt", "usable", "sm"))
+    with pytest.raises(UsageError) as refused:
+        load_target(write(GOOD.replace(old, new, 1)))
+    assert "my-board.toml" in str(refused.value)
+    assert named in str(refused.value)
+
+
+def test_a_gpu_target_needs_its_compute_capability(write) -> None:  # type: ignore[no-untyped-def]
+    text = GOOD.replace('sm = "8.7"\n', "").replace('sm = "a page"\n', "")
+    with pytest.raises(UsageError, match="lacks the key sm"):
+        load_target(write(text))
+
+
+def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(UsageError, match=r"bad\.toml cannot be read"):
+        load_target(str(tmp_path / "bad.toml"))
+
+
+@pytest.mark.parametrize(("text", "version"), [("10.3", (10, 3)), ("10.3.0.30", (10, 3, 0, 30)), ("11.4.1", (11, 4, 1))])
+def test_versions(text: str, version: tuple[int, ...]) -> None:
+    assert parse_version(text) == version
+
+
+@pytest.mark.parametrize("text", ["", "10", "10.", "v10.3", "10.3rc1", "10.x", " 10.3"])
+def test_what_is_no_version(text: str) -> None:
+    with pytest.raises(UsageError, match="not a version"):
+        parse_version(text)
+
+
+def test_which_tensorrt_a_target_has() -> None:
+    nano, thor = load_target("orin-nano-8gb"), load_target("thor-t5000")
+    assert tensorrt_version(nano) == (10, 3, 0, 30)
+    assert tensorrt_version(nano, jetpack="7.2") == (10, 16, 2, 10)
+    assert tensorrt_version(nano, tensorrt="11.4.1") == (11, 4, 1)
+    assert tensorrt_version(thor)[:2] == (10, 13)
+    assert tensorrt_version(thor, jetpack="7.2.2")[:2] == (11, 4)
+    assert tensorrt_version(load_target("rtx-4090"), tensorrt="1.2.0") == (1, 2, 0)
+
+
+def test_a_version_that_a_target_cannot_have_is_refused() -> None:
+    nano = load_target("orin-nano-8gb")
+    for arguments in ({"jetpack": "7.0"}, {"jetpack": "5.1"}, {"jetpack": "6.2", "tensorrt": "10.3"}, {"tensorrt": "8.6"}):
+        with pytest.raises(UsageError):
+            tensorrt_version(nano, **arguments)
+    with pytest.raises(UsageError, match="no Jetson"):
+        tensorrt_version(load_target("h200"), jetpack="6.2")
+    with pytest.raises(UsageError, match="has no TensorRT"):
+        tensorrt_version(load_target("cpu"))
+
+
+def test_which_lowering_a_target_imports() -> None:
+    nano = load_target("orin-nano-8gb")
+    assert lowering_for(nano) == "decomposed17"
+    assert lowering_for(nano, (10, 13, 3, 9)) == lowering_for(nano, (10, 14)) == "decomposed17"
+    assert lowering_for(nano, (10, 15)) == lowering_for(nano, (10, 16, 2, 10)) == lowering_for(nano, (11, 0)) == "std24"
+    assert lowering_for(load_target("rtx-4090"), (1, 7)) == lowering_for(load_target("rtx-4090"), None) == "std24"
+    assert lowering_for(load_target("cpu"), None) == "ort"
