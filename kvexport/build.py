@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kvexport import __version__
 from kvexport.bundle import BYTES, REPORT_FILE, TOKENIZER_FILE, new_bundle
-from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps, save_header, save_moments
+from kvexport.calibrate import PeakMeter, Recipe, Statistics, calibration_windows, sampling_steps, save_header, save_moments
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.checkpoint import Checkpoint
 from kvexport.convert import Conversion, ConvertedLayer, LayerReport, candidates, convert, kv_heads_for, measure, unconverted
@@ -26,9 +26,10 @@ from kvexport.decoder import Layer, tensors_of
 from kvexport.directory import atomic_directory, require_output
 from kvexport.divergence import Divergence
 from kvexport.errors import GateFailed, UsageError
-from kvexport.graph import GRAPH_FILE, DecoderWriter, write_lowered
+from kvexport.graph import GRAPH_FILE, DecoderWriter, Kept, write_lowered
 from kvexport.loading import load_decoder
 from kvexport.memory import return_freed
+from kvexport.overflow import kept_float32
 from kvexport.progress import Progress
 from kvexport.standard import StandardWriter, require_standard
 from kvexport.validate import TwinRecorder, ValidationReport, prove
@@ -67,6 +68,7 @@ class BuildReport:
         parameters: numbers in the weights; `_original` before conversion.
         divergence: from the trained model, on held-out calibration text; None where nothing was converted.
         validation: of the exported graph against its PyTorch twin; None for a standard checkpoint.
+        kept_float32: what a float16 graph computes in float32, because calibration showed that float16 cannot hold it.
         seconds: wall time by stage.
     """
 
@@ -79,6 +81,7 @@ class BuildReport:
     divergence: Divergence | None
     seconds: dict[str, float]
     validation: ValidationReport | None = None
+    kept_float32: list[str] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as `--json` prints them."""
@@ -114,13 +117,21 @@ def build(
             rope=decoder.rope,
         )
 
+        peaks = PeakMeter(decoder, windows) if plan.dtype == "float16" else None
+
         def take(layer: Layer) -> None:
             twin.add_layer(layer)
             graph.add_layer(layer)
+            if peaks is not None:
+                peaks.add_layer(layer)
 
         report = job.convert(windows, take)
         twin.save(writer.directory)
-        contract = graph.finish(decoder.final_norm, decoder.head)
+        kept = Kept() if peaks is None else kept_float32(peaks)
+        if kept.names:
+            report.kept_float32 = kept.names
+            progress.note(f"float16 cannot hold all numbers of this model: kept in float32: {', '.join(kept.names)}")
+        contract = graph.finish(decoder.final_norm, decoder.head, kept)
         write_lowered(writer.directory / GRAPH_FILE, plan.dtype)
         job.checkpoint.copy_tokenizer(writer.directory)
         with job.timed("prove"):

@@ -39,11 +39,16 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-def mlp(parameters: Mlp, x: Tensor) -> Tensor:
+def mlp_inner(parameters: Mlp, x: Tensor) -> Tensor:
+    """What `down` takes, [..., intermediate]."""
     activation = ACTIVATIONS[parameters.activation]
     if parameters.gate is None:
-        return linear(parameters.down, activation(linear(parameters.up, x)))
-    return linear(parameters.down, activation(linear(parameters.gate, x)) * linear(parameters.up, x))
+        return activation(linear(parameters.up, x))
+    return activation(linear(parameters.gate, x)) * linear(parameters.up, x)
+
+
+def mlp(parameters: Mlp, x: Tensor) -> Tensor:
+    return linear(parameters.down, mlp_inner(parameters, x))
 
 
 def rotary_tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -1,14 +1,17 @@
 """Calibration: which text runs through a layer, and the moments that are kept of it."""
 
 from kvexport.calibrate.moments import Moments, MomentsAccumulator
+from kvexport.calibrate.peaks import LayerPeaks, PeakMeter
 from kvexport.calibrate.recipe import Recipe, recipe_for
 from kvexport.calibrate.sampling import steps as sampling_steps
 from kvexport.calibrate.statistics import Statistics, save_header, save_moments
 from kvexport.calibrate.tokens import calibration_windows
 
 __all__ = [
+    "LayerPeaks",
     "Moments",
     "MomentsAccumulator",
+    "PeakMeter",
     "Recipe",
     "Statistics",
     "calibration_windows",

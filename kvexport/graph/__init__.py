@@ -24,19 +24,21 @@ from kvexport.graph.contract import (
 
 if TYPE_CHECKING:
     from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
+    from kvexport.graph.precision import Kept
     from kvexport.graph.tap import GraphCopy, as_float32, tapped
     from kvexport.graph.text import render
     from kvexport.graph.writer import DecoderWriter
 
 __all__ = [
-    "DATA_FILE", "GRAPH_FILE", "LOWERED_FILES", "LOWERINGS", "DecoderWriter", "GraphContract", "GraphCopy", "TensorSpec",
-    "as_float32", "attention_tap", "lower", "lowered_contract", "past", "present", "render", "residual_tap", "tapped", "update",
-    "write_lowered",
+    "DATA_FILE", "GRAPH_FILE", "LOWERED_FILES", "LOWERINGS", "DecoderWriter", "GraphContract", "GraphCopy", "Kept",
+    "TensorSpec", "as_float32", "attention_tap", "lower", "lowered_contract", "past", "present", "render", "residual_tap",
+    "tapped", "update", "write_lowered",
 ]  # fmt: skip
 
 _LAZY = {
     "DecoderWriter": "writer", "GraphCopy": "tap", "as_float32": "tap", "tapped": "tap", "render": "text",
-    "LOWERINGS": "lowering", "lower": "lowering", "lowered_contract": "lowering", "write_lowered": "lowering",
+    "Kept": "precision", "LOWERINGS": "lowering", "lower": "lowering", "lowered_contract": "lowering",
+    "write_lowered": "lowering",
 }  # fmt: skip
 
 

@@ -42,6 +42,11 @@ def attention_tap(layer: int) -> str:
     return f"layers.{layer}.attention"
 
 
+def attention_residual(layer: int) -> str:
+    """Name of the sum of the two."""
+    return f"layers.{layer}.attention_residual"
+
+
 def residual_tap(layer: int) -> str:
     """Name of the residual stream [batch, sequence, hidden] after a layer."""
     return f"layers.{layer}.residual"

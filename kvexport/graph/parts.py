@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import attention_tap, present, residual_tap
+from kvexport.graph.contract import attention_residual, attention_tap, present, residual_tap
 from kvexport.graph.tap import GraphCopy, serialised, widen
 
 
@@ -36,10 +36,15 @@ def parts(path: Path, num_layers: int, *, in_float32: bool) -> Iterator[GraphCop
 
 def _embedded(graph: ir.Graph) -> str:
     """Name of the residual stream that enters the first layer: what its attention's output is added to."""
-    (add,) = (node for node in graph if any(value and value.name == attention_tap(0) for value in node.inputs))
-    (stream,) = (value.name for value in add.inputs if value and value.name != attention_tap(0))
-    assert stream is not None
+    (add,) = (node for node in graph if node.name == attention_residual(0))
+    (stream,) = (name for name in map(_before_casts, add.inputs) if name != attention_tap(0))
     return stream
+
+
+def _before_casts(value: ir.Value | None) -> str:
+    assert value is not None and value.name is not None
+    producer = value.producer()
+    return _before_casts(producer.inputs[0]) if producer is not None and producer.op_type == "Cast" else value.name
 
 
 def _part(path: Path, entry: str | None, exits: list[str], in_float32: bool) -> GraphCopy:

@@ -15,9 +15,18 @@ from kvexport.errors import UsageError
 from kvexport.graph import contract as terms
 from kvexport.graph.attention import AttentionBuilder, Cache, Tokens, cache_specs
 from kvexport.graph.blocks import linear, mlp, norm
-from kvexport.graph.contract import BATCH, LOGITS, SEQUENCE, GraphContract, TensorSpec, residual_tap
+from kvexport.graph.contract import (
+    BATCH,
+    LOGITS,
+    SEQUENCE,
+    GraphContract,
+    TensorSpec,
+    attention_residual,
+    residual_tap,
+)
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder
+from kvexport.graph.precision import NOTHING, KeepFloat32, Kept
 from kvexport.graph.rotary import Rotary
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
 
@@ -77,14 +86,17 @@ class DecoderWriter:
         name = f"layers.{index}"
         attention = AttentionBuilder(nodes, index, layer.attention, self._tokens)
         attended, written = attention.add(norm(nodes, layer.attention_norm, self._x, f"{name}.attention_norm"), past)
-        x = nodes.op("Add", self._x, attended, name=f"{name}.attention_residual")
+        x = nodes.op("Add", self._x, attended, name=attention_residual(index))
         update = mlp(nodes, layer.mlp, norm(nodes, layer.mlp_norm, x, f"{name}.mlp_norm"), f"{name}.mlp")
         self._x = nodes.op("Add", x, update, name=residual_tap(index))
         self._caches.append(specs)
         self._written.append(written)
 
-    def finish(self, final_norm: Norm, head: Linear | None) -> GraphContract:
+    def finish(self, final_norm: Norm, head: Linear | None, kept: Kept = NOTHING) -> GraphContract:
         """Append the head (None: the embedding's own weight), write decoder.onnx and say what it takes and gives.
+
+        Args:
+            kept: what a narrower graph computes in float32.
 
         Raises:
             UsageError: a weight does not fit the dtype.
@@ -94,7 +106,10 @@ class DecoderWriter:
         nodes = self._nodes
         for value in (self._logits(final_norm, head), *(v for cache in self._written for v in (cache.key, cache.value))):
             nodes.output(value)
-        ir.save(nodes.model(f"kvexport {__version__}"), self._path)
+        model = nodes.model(f"kvexport {__version__}")
+        if kept.names:
+            model = KeepFloat32(kept, nodes.dtype)(model).model
+        ir.save(model, self._path)
         return terms.contract(
             dtype=nodes.dtype,
             capacity=self._capacity,

@@ -16,6 +16,7 @@ from kvexport import reference
 from kvexport.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
 from kvexport.graph import GRAPH_FILE, DecoderWriter, GraphContract, attention_tap, past, present, residual_tap
 from kvexport.graph.contract import update
+from kvexport.graph.precision import NOTHING, Kept
 from kvexport.loading import alibi_slopes
 
 HIDDEN, VOCAB = 24, 40
@@ -117,14 +118,14 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
     )
 
 
-def write(decoder: Decoder, directory: Path, dtype: str = "float32", capacity: int = 64) -> GraphContract:
+def write(decoder: Decoder, directory: Path, dtype: str = "float32", capacity: int = 64, kept: Kept = NOTHING) -> GraphContract:
     directory.mkdir(exist_ok=True)
     writer = DecoderWriter(
         directory, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope
     )
     for layer in decoder.layers:
         writer.add_layer(layer)
-    return writer.finish(decoder.final_norm, decoder.head)
+    return writer.finish(decoder.final_norm, decoder.head, kept)
 
 
 def open_session(directory: Path, threads: int = 1) -> onnxruntime.InferenceSession:
@@ -209,8 +210,10 @@ class Caller:
 
 
 def distance(found: np.ndarray, wanted: Tensor | np.ndarray) -> float:
-    """Largest difference, relative to the largest number wanted."""
+    """Largest difference, relative to the largest number wanted; infinite where a number found is not finite."""
     wanted = np.asarray(wanted)
+    if not np.isfinite(found).all():
+        return float("inf")
     return float(np.abs(found.astype(np.float64) - wanted).max() / np.abs(wanted).max())
 
 

@@ -1,0 +1,132 @@
+"""What float16 cannot hold is found in calibration, kept in float32 by name, and then equals the oracle."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+import torch
+from graph_decoders import LLAMA, QWEN2, VOCAB, Shape, Style, disagreement, make_decoder, quiet, rounded, write
+from onnx.reference import ReferenceEvaluator
+from test_lowerings import LOWERED
+
+from kvexport.calibrate import PeakMeter
+from kvexport.decoder import Decoder
+from kvexport.errors import UsageError
+from kvexport.graph import GRAPH_FILE, Kept, lower, lowered_contract
+from kvexport.graph.parts import parts
+from kvexport.graph.precision import KeepFloat32
+from kvexport.graph.tap import tapped
+from kvexport.overflow import LARGEST, kept_float32
+
+RELU = Style("layer", True, True, False, "relu", "rope", True, True)
+STYLES = {"llama": LLAMA, "qwen2": QWEN2, "layer-norms": RELU}
+
+
+def with_large_mlp(decoder: Decoder, up: float, down: float) -> Decoder:
+    """The second layer's MLP makes numbers `up` times as large, and then scales them by `down`."""
+    mlp = decoder.layers[1].mlp
+    larger = dataclasses.replace(
+        mlp,
+        up=dataclasses.replace(mlp.up, weight=mlp.up.weight * up),
+        down=dataclasses.replace(mlp.down, weight=mlp.down.weight * down),
+    )
+    layers = [decoder.layers[0], dataclasses.replace(decoder.layers[1], mlp=larger), *list(decoder.layers)[2:]]
+    return dataclasses.replace(decoder, layers=layers)
+
+
+def kept_of(decoder: Decoder) -> Kept:
+    meter = PeakMeter(decoder, torch.randint(0, VOCAB, (4, 24), generator=torch.Generator().manual_seed(1)))
+    for layer in decoder.layers:
+        meter.add_layer(layer)
+    return kept_float32(meter)
+
+
+CASES = {"product": (6e4, 1e-4, Kept(mlps=frozenset({1}))), "stream": (1e3, 1e3, Kept(stream=True, mlps=frozenset({1})))}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("style", STYLES)
+def test_calibration_finds_what_overflows(style: str, case: str) -> None:
+    up, down, wanted = CASES[case]
+    plain = make_decoder([Shape(kv_heads=2)] * 3, STYLES[style])
+    assert kept_of(plain) == Kept()
+    assert kept_of(with_large_mlp(plain, up, down)) == wanted
+
+
+@pytest.mark.parametrize("lowering", ["std24", *LOWERED])
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("style", STYLES)
+def test_what_is_kept_equals_the_oracle(style: str, case: str, lowering: str, tmp_path: Path) -> None:
+    up, down, kept = CASES[case]
+    decoder = rounded(with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16)
+    contract = lowered_contract(write(decoder, tmp_path, "float16", kept=kept), lowering)
+    ir.save(lower(tmp_path / GRAPH_FILE, lowering), tmp_path / "lowered.onnx")
+    assert disagreement(decoder, tapped(tmp_path / "lowered.onnx").session(quiet()), contract) < 1e-2
+
+
+class RoundsEveryNode:
+    """A graph run by onnx's own evaluator, which rounds after every node, as GPUs do and ONNX Runtime's CPU does not."""
+
+    def __init__(self, path: Path) -> None:
+        self._model = onnx.load(path)
+        self._evaluator = ReferenceEvaluator(self._model)
+
+    def get_outputs(self) -> list[SimpleNamespace]:
+        return [SimpleNamespace(name=value.name) for value in self._model.graph.output]
+
+    def get_inputs(self) -> list[SimpleNamespace]:
+        types = {onnx.TensorProto.FLOAT16: "tensor(float16)"}
+        return [SimpleNamespace(name=v.name, type=types.get(v.type.tensor_type.elem_type)) for v in self._model.graph.input]
+
+    def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+        with np.errstate(over="ignore", invalid="ignore"):
+            return list(self._evaluator.run(names, feeds))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("style", STYLES)
+def test_float16_arithmetic_overflows_unless_they_are_kept(style: str, case: str, tmp_path: Path) -> None:
+    up, down, kept = CASES[case]
+    decoder = rounded(with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16)
+    for keep, sound in ((kept, True), (Kept(), False)):
+        contract = lowered_contract(write(decoder, tmp_path, "float16", kept=keep), "decomposed17")
+        ir.save(lower(tmp_path / GRAPH_FILE, "decomposed17"), tmp_path / "lowered.onnx")
+        found = disagreement(decoder, RoundsEveryNode(tmp_path / "lowered.onnx"), contract)  # type: ignore[arg-type]
+        assert (found < 2e-2) is sound, found
+
+
+def test_only_what_is_named_is_float32(tmp_path: Path) -> None:
+    write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Kept(mlps=frozenset({1})))
+    values = {value.name: value.dtype for node in ir.load(tmp_path / GRAPH_FILE).graph for value in node.outputs}
+    assert values["layers.1.mlp.down"] == values["layers.1.mlp.gated"] == values["layers.1.mlp.up"] == ir.DataType.FLOAT
+    assert values["layers.1.residual"] == values["layers.0.mlp.down"] == values["layers.1.mlp_norm"] == ir.DataType.FLOAT16
+    initializers = ir.load(tmp_path / GRAPH_FILE).graph.initializers.values()
+    assert {value.dtype for value in initializers if value.name and "weight" in value.name} == {ir.DataType.FLOAT16}
+
+
+def test_parts_of_a_graph_with_a_float32_stream_can_be_run_apart(tmp_path: Path) -> None:
+    write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Kept(stream=True))
+    for part in parts(tmp_path / GRAPH_FILE, 2, in_float32=False):
+        part.session(quiet())
+
+
+def test_a_cache_that_float16_cannot_hold_is_refused() -> None:
+    decoder = make_decoder([Shape()])
+    attention = decoder.layers[0].attention
+    large = dataclasses.replace(attention, v=dataclasses.replace(attention.v, weight=attention.v.weight * LARGEST))
+    decoder = dataclasses.replace(decoder, layers=[dataclasses.replace(decoder.layers[0], attention=large)])
+    with pytest.raises(UsageError, match="keys and values of layer 0"):
+        kept_of(decoder)
+
+
+def test_what_is_not_there_cannot_be_kept(tmp_path: Path) -> None:
+    write(make_decoder([Shape()]), tmp_path, "float16")
+    model = ir.load(tmp_path / GRAPH_FILE)
+    with pytest.raises(ir.passes.PreconditionError, match=r"layers\.5\.mlp\.down"):
+        KeepFloat32(Kept(mlps=frozenset({5})), "float16")(model)
