@@ -1,0 +1,127 @@
+"""Counts of numbers: those of the real models, and those that conversion and the bundle writer really make."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from anchors import CONFIGS, PARAMETERS
+from tiny_bundles import decoder_with_fewer_heads, write_bundle
+
+from kvexport.bundle_manifest import read_manifest
+from kvexport.convert import convert
+from kvexport.decoder import tensors_of
+from kvexport.errors import CheckpointError, UsageError
+from kvexport.loading import load_decoder
+from kvexport.plan.memory import precision, weight_bytes
+from kvexport.plan.sizes import architecture, bundle_sizes
+
+FAMILIES: list[tuple[str, dict[str, Any]]] = [
+    ("llama", {}),
+    ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    ("mistral", {"head_dim": 16}),
+    ("qwen2", {}),
+    ("qwen3", {"num_key_value_heads": 4}),
+    ("bloom", {}),
+]
+TinyCheckpoint = Callable[..., Path]
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_published_model_has_its_published_parameters(name: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
+    trained = architecture(tmp_path)
+    assert trained.sizes(trained.kv_heads).parameters == PARAMETERS[name]
+
+
+def test_a_config_may_be_named_itself(tmp_path: Path) -> None:
+    path = tmp_path / "qwen.json"
+    path.write_text(json.dumps(CONFIGS["Qwen3-0.6B"]))
+    assert architecture(path).hidden == 1024
+
+
+def held(decoder: Any, layers: Any) -> int:
+    """Numbers in a decoder's tensors; ALiBi's slopes and rotary frequencies are constants, not weights."""
+    outside = tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
+    slopes = [layer.attention.alibi_slopes for layer in layers if layer.attention.alibi_slopes is not None]
+    return sum(t.numel() for t in outside + [t for layer in layers for t in tensors_of(layer)]) - sum(s.numel() for s in slopes)
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+def test_parameters_are_those_of_the_checkpoint(tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]) -> None:
+    path = tiny_checkpoint(family, **config)
+    decoder, trained = load_decoder(path), architecture(path)
+    sizes = trained.sizes(trained.kv_heads)
+    assert sizes.parameters == held(decoder, decoder.layers)
+    assert sizes.kv_width == sum(layer.attention.kv_width for layer in decoder.layers)
+    assert not sizes.maps
+
+
+@pytest.mark.parametrize(("family", "config"), FAMILIES)
+def test_parameters_are_those_that_conversion_makes(tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]) -> None:
+    path = tiny_checkpoint(family, **config)
+    decoder, trained = load_decoder(path), architecture(path)
+    windows = torch.randint(0, 60, (16, 24), generator=torch.Generator().manual_seed(0))
+    layers = [each.layer for each in convert(decoder, windows, trained.kv_heads // 2, "online")]
+    sizes = trained.sizes(trained.kv_heads // 2)
+    assert sizes.parameters == held(decoder, layers)
+    assert sizes.kv_width == sum(layer.attention.kv_width for layer in layers)
+    assert sizes.maps == any(layer.attention.key_map is not None for layer in layers)
+
+
+def test_sizes_need_no_weights(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    config = json.loads((tiny_checkpoint("llama") / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert architecture(tmp_path).sizes(2) == architecture(tiny_checkpoint("llama")).sizes(2)
+
+
+@pytest.mark.parametrize("kv_heads", [0, 3, 8, -2])
+def test_kv_heads_must_divide(tiny_checkpoint: TinyCheckpoint, kv_heads: int) -> None:
+    with pytest.raises(UsageError, match="divide"):
+        architecture(tiny_checkpoint("llama", num_key_value_heads=4)).sizes(kv_heads)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "mamba"},
+        {"hidden_size": None},
+        {"num_attention_heads": 0},
+        {"num_key_value_heads": 3},
+        {"intermediate_size": "wide"},
+        {"quantization_config": {"quant_method": "awq"}},
+    ],
+)
+def test_a_config_that_build_would_refuse_is_refused(tiny_checkpoint: TinyCheckpoint, edit_checkpoint: Any, change: dict) -> None:
+    with pytest.raises(CheckpointError):
+        architecture(edit_checkpoint(tiny_checkpoint("llama"), change))
+
+
+def test_without_a_config_there_is_no_plan(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="it has no config"):
+        architecture(tmp_path)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_bundles_weights_are_those_of_its_file(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, tied: bool) -> None:
+    checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, tie_word_embeddings=tied, vocab_size=320)
+    path = write_bundle(tmp_path / "bundle", decoder_with_fewer_heads(checkpoint), dtype="float16")
+    manifest = read_manifest(path)
+    sizes = bundle_sizes(path, manifest)
+    assert weight_bytes(sizes, precision("float16", "tensorrt")) == manifest.files["decoder.onnx.data"].bytes
+    assert sizes.head == (0 if tied else 320 * 32)
+    assert sizes.kv_width * 2 == manifest.kv_bytes_per_token
+    assert sizes.max_positions == manifest.capacity
+
+
+def test_a_bundle_is_as_large_as_was_planned(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
+    """The file's alignment and the rotary tables are all that the plan from config.json does not know."""
+    path = tiny_checkpoint("llama", hidden_size=128, intermediate_size=256, vocab_size=2048, num_hidden_layers=3)
+    bundle = write_bundle(tmp_path / "bundle", load_decoder(path), dtype="float32")
+    planned = weight_bytes(architecture(path).sizes(2), precision("float32", "onnxruntime"))
+    written = read_manifest(bundle).files["decoder.onnx.data"].bytes
+    assert planned < written < 1.05 * planned

@@ -1,0 +1,137 @@
+"""Time: every published figure within 25 %, the fit that the docstring claims, and physics that must hold."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from anchors import CONFIGS, FITTED, HELD_OUT, PREFILL_SECONDS, SLOWER, Anchor
+
+from kvexport.plan.memory import precision
+from kvexport.plan.sizes import Sizes, architecture
+from kvexport.plan.speed import (
+    DECODE,
+    LAYER_SECONDS,
+    PREFILL,
+    decode_seconds,
+    prefill_flops,
+    prefill_seconds,
+    step_bytes,
+)
+from kvexport.targets import load_target
+
+INT4 = precision("int4", "tensorrt")
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sizes]:
+    folder = tmp_path_factory.mktemp("configs")
+    found = {}
+    for name, config in CONFIGS.items():
+        (folder / "config.json").write_text(json.dumps(config))
+        trained = architecture(folder)
+        found[name] = trained.sizes(trained.kv_heads)
+    return found
+
+
+def predicted(anchor: Anchor, models: dict[str, Sizes], efficiency: float) -> float:
+    return 1 / decode_seconds(models[anchor.model], INT4, load_target(anchor.target), anchor.depth, efficiency)
+
+
+@pytest.mark.parametrize("anchor", FITTED + HELD_OUT, ids=str)
+def test_a_published_decode_figure_is_predicted_within_25_percent(anchor: Anchor, models: dict[str, Sizes]) -> None:
+    assert predicted(anchor, models, DECODE.typical) == pytest.approx(anchor.tokens_per_second, rel=0.25)
+
+
+@pytest.mark.parametrize("anchor", FITTED, ids=str)
+def test_a_published_decode_figure_is_within_the_band(anchor: Anchor, models: dict[str, Sizes]) -> None:
+    assert predicted(anchor, models, DECODE.low) <= 1.01 * anchor.tokens_per_second
+    assert predicted(anchor, models, DECODE.high) >= 0.99 * anchor.tokens_per_second
+
+
+@pytest.mark.parametrize("anchor", SLOWER, ids=str)
+def test_runtimes_without_the_kernel_are_below_the_band(anchor: Anchor, models: dict[str, Sizes]) -> None:
+    """Not every figure fits the model: these would not pass the tests above."""
+    assert predicted(anchor, models, DECODE.low) > 1.5 * anchor.tokens_per_second
+
+
+def test_the_figures_are_those_of_the_fit(models: dict[str, Sizes]) -> None:
+    """Least squares over all anchors, on a grid, gives what the code has; the residuals are those it claims."""
+
+    known = []
+    for anchor in FITTED:
+        sizes = models[anchor.model]
+        least = step_bytes(sizes, INT4, anchor.depth) / load_target(anchor.target).bandwidth
+        known.append((sizes.layers, least, anchor.tokens_per_second))
+
+    def residuals(efficiency: float, layer: float) -> list[float]:
+        return [-math.log((layers * layer + least / efficiency) * figure) for layers, least, figure in known]
+
+    grid = [(efficiency / 200, layer * 1e-6) for efficiency in range(130, 200) for layer in range(60)]
+    best = min(grid, key=lambda point: sum(each**2 for each in residuals(*point)))
+    assert best == pytest.approx((DECODE.typical, LAYER_SECONDS), rel=0.04)
+    found = residuals(DECODE.typical, LAYER_SECONDS)
+    assert math.sqrt(sum(each**2 for each in found) / len(found)) < 0.08
+    assert max(map(abs, found)) < math.log(1.13)
+
+
+def test_the_band_is_what_the_figures_imply(models: dict[str, Sizes]) -> None:
+    implied = []
+    for anchor in FITTED:
+        sizes = models[anchor.model]
+        seconds = 1 / anchor.tokens_per_second - sizes.layers * LAYER_SECONDS
+        implied.append(step_bytes(sizes, INT4, anchor.depth) / load_target(anchor.target).bandwidth / seconds)
+    assert min(implied) == pytest.approx(DECODE.low, abs=0.005)
+    assert max(implied) == pytest.approx(DECODE.high, abs=0.005)
+
+
+def test_prefill_efficiency_is_what_the_figures_imply(models: dict[str, Sizes]) -> None:
+    flops = prefill_flops(models["Qwen3-8B"], 2048)
+    implied = [flops / seconds / (load_target(name).fp16 or math.nan) for name, seconds in PREFILL_SECONDS.items()]
+    assert min(implied) == pytest.approx(PREFILL.low, abs=0.005)
+    assert max(implied) == pytest.approx(PREFILL.high, abs=0.005)
+    assert math.prod(implied) ** (1 / 3) == pytest.approx(PREFILL.typical, abs=0.005)
+    for name, seconds in PREFILL_SECONDS.items():
+        target = load_target(name)
+        slow, fast = (prefill_seconds(models["Qwen3-8B"], INT4, target, 2048, e) or 0 for e in (PREFILL.low, PREFILL.high))
+        assert 0.99 * fast <= seconds <= 1.01 * slow
+
+
+def test_float16_llama_is_below_the_roof_of_its_bytes(models: dict[str, Sizes]) -> None:
+    """13.2 GB of weights at 204.8 GB/s: at most 15.5 tokens a second."""
+    half, agx = precision("float16", "tensorrt"), load_target("agx-orin-64gb")
+    assert 12 < 1 / decode_seconds(models["Llama-2-7B"], half, agx, 0, DECODE.typical) < 15.5
+
+
+def test_fewer_kv_heads_help_more_the_longer_the_context(models: dict[str, Sizes], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Llama-2-7B"]))
+    whole, quarter = (architecture(tmp_path).sizes(count) for count in (32, 8))
+    agx = load_target("agx-orin-64gb")
+    gains = [
+        decode_seconds(whole, INT4, agx, depth, DECODE.typical) / decode_seconds(quarter, INT4, agx, depth, DECODE.typical)
+        for depth in (0, 1024, 4096)
+    ]
+    assert gains[0] < 1.1  # less to read even then: W_V shrinks
+    assert gains[0] < gains[1] < gains[2]
+    assert 1.3 < gains[2] < 1.6
+
+
+def test_a_tied_head_is_read_and_an_embedding_table_is_not(models: dict[str, Sizes]) -> None:
+    sizes = models["Qwen3-4B"]
+    untied = replace(sizes, head=sizes.embedding)
+    assert step_bytes(sizes, INT4, 100) == step_bytes(untied, INT4, 100)
+    assert step_bytes(sizes, INT4, 0) > 2 * sizes.embedding
+
+
+def test_prefill_is_never_faster_than_reading_the_weights_once(models: dict[str, Sizes]) -> None:
+    nano, sizes = load_target("orin-nano-8gb"), models["Qwen3-1.7B"]
+    assert prefill_seconds(sizes, INT4, nano, 1, PREFILL.high) == decode_seconds(sizes, INT4, nano, 0, DECODE.typical)
+
+
+def test_prefill_is_not_guessed_without_a_rate(models: dict[str, Sizes]) -> None:
+    sizes = models["Qwen3-0.6B"]
+    assert prefill_seconds(sizes, precision("float32", "onnxruntime"), load_target("cpu"), 512, 0.5) is None
+    assert prefill_seconds(sizes, precision("float32", "tensorrt"), load_target("h200"), 512, 0.5) is None
