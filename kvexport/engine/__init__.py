@@ -6,6 +6,20 @@ the runtime's. TensorRT, polygraphy and the onnx packages are imported when a bu
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
+from kvexport.engine.options import EngineOptions
 from kvexport.engine.record import BuildRecord, engine_directory, manifest_digest, read_record
 
-__all__ = ["BuildRecord", "engine_directory", "manifest_digest", "read_record"]
+if TYPE_CHECKING:
+    from kvexport.engine.build import build_engine
+
+__all__ = ["BuildRecord", "EngineOptions", "build_engine", "engine_directory", "manifest_digest", "read_record"]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "build_engine":
+        from kvexport.engine.build import build_engine
+
+        return build_engine
+    raise AttributeError(f"module 'kvexport.engine' has no attribute {name!r}")

@@ -1,0 +1,182 @@
+"""Builds a bundle's engine: preflight, parse, build, and the plan with its record, whole or not at all.
+
+Knows the order of things; what each step needs is in its own module. Must not know how a plan is run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import resource
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from kvexport import __version__
+from kvexport.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from kvexport.directory import atomic_directory
+from kvexport.engine import preflight
+from kvexport.engine.destination import choose_destination
+from kvexport.engine.fitting import Fitted, fit
+from kvexport.engine.library import Library, installed, load_library
+from kvexport.engine.machine import board, find_gpu
+from kvexport.engine.monitor import Watch
+from kvexport.engine.options import EngineOptions
+from kvexport.engine.plan import Plan, build_plan, inspect_plan
+from kvexport.engine.record import (
+    CACHE_FILE,
+    INSPECTOR_FILE,
+    PLAN_FILE,
+    RECORD_FILE,
+    BuildRecord,
+    PlanFile,
+    Profile,
+    engine_directory,
+    manifest_digest,
+    read_record,
+    write_record,
+)
+from kvexport.errors import BundleError, UsageError
+from kvexport.graph.lint import Parser, unfused_attention
+from kvexport.progress import Progress
+
+
+def build_engine(
+    path: Path,
+    options: EngineOptions | None = None,
+    *,
+    target: str | None = None,
+    compute_capabilities: Sequence[str] = (),
+    force: bool = False,
+    progress: Progress | None = None,
+) -> BuildRecord:
+    """Build the engine of the bundle at `path` into engines/<target>, and say what was built.
+
+    Args:
+        path: the bundle; only its folder `engines` is written to.
+        options: of the build.
+        target: a shipped target's name, or a TOML file; None: this machine.
+        compute_capabilities: what TensorRT-RTX builds for ahead of time, such as "8.6"; empty: the target's.
+        force: replace an engine that is there.
+        progress: told of TensorRT's own phases.
+
+    Raises:
+        BundleError: the bundle is damaged.
+        UsageError: an option cannot be had, or the engine exists, or the parser refuses the graph.
+        CannotRunHere: this machine lacks the engine, the GPU, the memory or the disk, or TensorRT fails.
+        KeyboardInterrupt: interrupted; nothing is left behind.
+    """
+    options, progress = options or EngineOptions(), progress or Progress()
+    bundle = Bundle.open(path)
+    capacity, chunk = preflight.require_options(options, bundle)
+    gpu = find_gpu()
+    destination = choose_destination(target, compute_capabilities, gpu=gpu, board=board(), installed=installed())
+    directory = engine_directory(path, destination.name)
+    if directory.exists() and not force:
+        raise UsageError(f"the engine {directory} exists already", fix="replace it with --force")
+    library = load_library(destination.engine)
+    preflight.require_engine(options, destination, library)
+    preflight.require_room(bundle, path, options, gpu, destination.ahead)
+    bundle.verify((GRAPH_FILE, DATA_FILE))
+    parser = Parser(library.engine, library.version)
+    fitted = fit(path / GRAPH_FILE, parser, batch=options.batch, capacity=capacity, lowering=options.lowering)
+    preflight.require_operators(fitted, library)
+    decomposed = _allow_decomposition(fitted, parser)
+    _say_what_differs(fitted, decomposed, progress)
+
+    with _engine_folder(directory, force) as folder:
+        watch = Watch(library.trt, progress)
+        profiles = (Profile("decode", (1, 1, 1)), Profile("prefill", (1, chunk, chunk)))
+        cache = _timing_cache(directory, library)
+        begin = time.monotonic()
+        plan: Plan = watch.run(
+            lambda: build_plan(library, fitted.model, path / GRAPH_FILE, profiles, options, destination, cache, watch.monitor)
+        )
+        seconds = time.monotonic() - begin
+        for warning in dict.fromkeys(library.log.warnings):
+            progress.note(warning)
+        size = _write(folder / PLAN_FILE, plan.serialised)
+        if plan.timing_cache:
+            (folder / CACHE_FILE).write_bytes(plan.timing_cache)
+        inspected = None if gpu is None or destination.ahead else inspect_plan(library, plan.serialised)
+        if inspected is not None:
+            (folder / INSPECTOR_FILE).write_text(json.dumps(inspected.layers, indent=1) + "\n", encoding="utf-8")
+        record = BuildRecord(
+            kvexport=__version__,
+            manifest_sha256=manifest_digest(path),
+            target=destination.name,
+            engine=library.engine,
+            version=str(library.trt.__version__),
+            lowering=fitted.lowering,
+            compute_capability=destination.compute_capabilities,
+            dtype=bundle.dtype,
+            batch=options.batch,
+            capacity=capacity,
+            chunk=chunk,
+            profiles=profiles,
+            decomposed=decomposed,
+            options=options.recorded(),
+            plan=size,
+            layers=plan.layers,
+            weights_bytes=preflight.weights_bytes(bundle),
+            activation_bytes=None if inspected is None else inspected.activation_bytes,
+            timing_cache_bytes=len(plan.timing_cache),
+            peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+            seconds=seconds,
+        )
+        write_record(folder, record)
+    return record
+
+
+def _allow_decomposition(fitted: Fitted, parser: Parser) -> tuple[str, ...]:
+    """Let TensorRT spell out the attention that no fused kernel computes. The others are not marked: that they build is how
+    TensorRT says that it has the kernel. The attribute is no ONNX, and stays in memory."""
+    nodes = unfused_attention(fitted.model, parser)
+    for node in nodes:
+        node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
+    return tuple(str(node.name) for node in nodes)
+
+
+def _say_what_differs(fitted: Fitted, decomposed: tuple[str, ...], progress: Progress) -> None:
+    for name, findings in fitted.passed_over.items():
+        problems = Counter(finding.problem for finding in findings)
+        said = "; ".join(f"{problem} ({count} nodes)" for problem, count in problems.most_common(3))
+        progress.note(f"the graph is lowered to {fitted.lowering}, since {name} is refused: {said}")
+    if decomposed:
+        reasons = dict.fromkeys(finding.problem for finding in fitted.findings if finding.note)
+        progress.note(f"{len(decomposed)} attentions run without a fused kernel: {'; '.join(reasons)}")
+
+
+@contextmanager
+def _engine_folder(directory: Path, force: bool) -> Iterator[Path]:
+    """The engine's folder, whole or not at all; `engines` is not left behind empty."""
+    parent = directory.parent
+    made = not parent.exists()
+    parent.mkdir(exist_ok=True)
+    try:
+        with atomic_directory(directory, marker=RECORD_FILE, force=force) as folder:
+            yield folder
+    except BaseException:
+        if made and not any(parent.iterdir()):
+            parent.rmdir()
+        raise
+
+
+def _timing_cache(directory: Path, library: Library) -> bytes:
+    """What an earlier build by the same version measured; empty where there is none."""
+    file = directory / CACHE_FILE
+    try:
+        return file.read_bytes() if file.is_file() and read_record(directory).version == library.trt.__version__ else b""
+    except BundleError:
+        return b""
+
+
+def _write(path: Path, serialised: Any) -> PlanFile:
+    view = memoryview(serialised)
+    path.write_bytes(view)
+    return PlanFile(hashlib.sha256(view).hexdigest(), view.nbytes)

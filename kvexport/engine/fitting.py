@@ -1,0 +1,62 @@
+"""The graph as an engine will get it: the lowering that its parser imports, with the engine's sizes fixed, in memory.
+
+Knows lowerings and lint; imports no TensorRT, so that `kvexport lint` needs none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx_ir as ir
+
+from kvexport.graph.contract import BATCH, CAPACITY, VARIANT
+from kvexport.graph.lint import Finding, Parser, lint, refusals
+from kvexport.graph.lowering import lower
+
+LOWERINGS = (VARIANT, "decomposed17")  # those meant for TensorRT, best first
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A graph for one parser.
+
+    Attributes:
+        lowering: its name.
+        model: in memory, its weights external and not read.
+        findings: lint's; none is a refusal, unless no lowering is free of them or one was asked for by name.
+        passed_over: what the parser refuses of the lowerings before this one, by name.
+    """
+
+    lowering: str
+    model: ir.Model
+    findings: list[Finding]
+    passed_over: Mapping[str, list[Finding]]
+
+
+def fit(graph: Path, parser: Parser, *, batch: int, capacity: int, lowering: str | None = None) -> Fitted:
+    """The best lowering of which `parser` refuses nothing, or the one named.
+
+    Raises:
+        UsageError: there is no such lowering.
+        BundleError: the graph is not of the form that `DecoderWriter` writes.
+    """
+    passed_over: dict[str, list[Finding]] = {}
+    for name in LOWERINGS if lowering is None else (lowering,):
+        model = lower(graph, name)
+        freeze(model, {BATCH: batch, CAPACITY: capacity})
+        findings = lint(model, parser)
+        if not refusals(findings):
+            break
+        passed_over[name] = refusals(findings)
+    passed_over.pop(name, None)
+    return Fitted(name, model, findings, passed_over)
+
+
+def freeze(model: ir.Model, sizes: Mapping[str, int]) -> None:
+    """Give the named dimensions of the graph's inputs their sizes, in place; TensorRT infers the rest."""
+    for value in model.graph.inputs:
+        assert value.shape is not None
+        named = [None if isinstance(size, int) else size.value for size in value.shape]
+        value.shape = ir.Shape([sizes.get(str(name), size) for name, size in zip(named, value.shape, strict=True)])

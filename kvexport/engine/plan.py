@@ -1,0 +1,190 @@
+"""One plan: the graph parsed by TensorRT's own parser, two profiles, a configuration, and the build, through polygraphy.
+
+Knows TensorRT's API from 10.3 to 11.x and TensorRT-RTX's, by what is there and not by version; must not know bundles.
+Precision is the graph's own everywhere: the network is strongly typed, and no precision flag is set.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+
+from kvexport.engine.destination import Destination
+from kvexport.engine.library import Library
+from kvexport.engine.options import EngineOptions
+from kvexport.engine.record import Profile
+from kvexport.errors import CannotRunHere
+from kvexport.graph.contract import LOGITS, SEQUENCE
+
+_SHOWN = 3  # of TensorRT's errors in one message
+# What TensorRT's messages mean, and what helps.
+_REMEDIES = {
+    "workspace": "raise or leave out --workspace",
+    "dedicated kernel": "build the primitive form: --lowering decomposed17",
+    "memory": "stop other programs, or lower --workspace, --chunk or --capacity",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A serialised engine, the parsed network's layers by type, and what was measured for the next build."""
+
+    serialised: Any  # a buffer
+    layers: dict[str, int]
+    timing_cache: bytes
+
+
+@dataclass(frozen=True)
+class Inspected:
+    """What only a loaded engine says."""
+
+    layers: Any
+    activation_bytes: int
+
+
+def build_plan(
+    library: Library,
+    model: ir.Model,
+    path: Path,
+    profiles: Sequence[Profile],
+    options: EngineOptions,
+    destination: Destination,
+    timing_cache: bytes,
+    monitor: Any,
+) -> Plan:
+    """Parse and build.
+
+    Args:
+        model: the graph, with batch and capacity fixed.
+        path: where it came from: its external data lies in the same folder, and TensorRT reads it there.
+        timing_cache: of an earlier build; may be empty.
+        monitor: a trt.IProgressMonitor.
+
+    Raises:
+        CannotRunHere: TensorRT refuses the graph, or cannot build it.
+    """
+    from polygraphy.backend.trt import engine_bytes_from_network
+    from polygraphy.exception import PolygraphyException
+    from polygraphy.logger import G_LOGGER
+
+    library.log.clear()
+    builder, network, parser = parse(library, model, path)
+    try:
+        with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+            config = _config(library, builder, network, profiles, options, destination, timing_cache, monitor)
+            serialised = engine_bytes_from_network((builder, network, parser), config=config)
+    except PolygraphyException as error:
+        raise _failed(library, "cannot build this engine", error) from error
+    measured = config.get_timing_cache() if library.engine == "tensorrt" else None
+    return Plan(serialised, layer_counts(network), b"" if measured is None else bytes(measured.serialize()))
+
+
+def parse(library: Library, model: ir.Model, path: Path) -> tuple[Any, Any, Any]:
+    """Builder, network and parser: the weights stay in their file until TensorRT reads them.
+
+    Raises:
+        CannotRunHere: the parser refuses the graph.
+    """
+    trt = library.trt
+    builder = trt.Builder(library.log)
+    flags = trt.NetworkDefinitionCreationFlag
+    network = builder.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
+    trt.init_libnvinfer_plugins(library.log, "")
+    parser = trt.OnnxParser(network, library.log)
+    if not parser.parse(ir.to_proto(model).SerializeToString(), str(path)):
+        said = [parser.get_error(index) for index in range(parser.num_errors)]
+        library.log.errors[:0] = [
+            f"{error.node_name() or 'the graph'} ({error.node_operator()}): {error.desc()}" for error in said
+        ]
+        raise _failed(library, "does not import the graph")
+    return builder, network, parser
+
+
+def layer_counts(network: Any) -> dict[str, int]:
+    """Layers of a network by TensorRT's name of their type, such as KV_CACHE_UPDATE."""
+    names = (str(network.get_layer(index).type).rpartition(".")[2] for index in range(network.num_layers))
+    return dict(sorted(Counter(names).items()))
+
+
+def inspect_plan(library: Library, serialised: Any) -> Inspected | None:
+    """Load the plan on the GPU at hand; None where it does not load."""
+    trt = library.trt
+    runtime = trt.Runtime(library.log)
+    if hasattr(runtime, "engine_host_code_allowed"):
+        runtime.engine_host_code_allowed = True  # of version-compatible plans, which we built ourselves
+    engine = runtime.deserialize_cuda_engine(serialised)
+    if engine is None:
+        return None
+    text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
+    size = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
+    return Inspected(json.loads(text), int(size))
+
+
+def _config(
+    library: Library,
+    builder: Any,
+    network: Any,
+    profiles: Sequence[Profile],
+    options: EngineOptions,
+    destination: Destination,
+    timing_cache: bytes,
+    monitor: Any,
+) -> Any:
+    from polygraphy.backend.trt import CreateConfig
+
+    trt = library.trt
+    common: dict[str, Any] = {
+        "profiles": [_profile(network, profile) for profile in profiles],
+        "progress_monitor": monitor,
+        "strip_plan": options.refit,
+        "builder_optimization_level": options.optimization_level,
+        "max_aux_streams": 0 if destination.jetson else None,
+    }
+    if options.workspace is not None:
+        common["memory_pool_limits"] = {trt.MemoryPoolType.WORKSPACE: options.workspace << 20}
+    if library.engine == "tensorrt-rtx":
+        from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
+
+        pairs = [tuple(map(int, capability.split("."))) for capability in destination.compute_capabilities]
+        config = CreateConfigRTX(compute_capabilities=pairs, **common)(builder, network)
+    else:
+        level = trt.HardwareCompatibilityLevel.AMPERE_PLUS if options.hardware_compatible else None
+        config = CreateConfig(
+            version_compatible=options.version_compatible,
+            hardware_compatibility_level=level,
+            load_timing_cache=io.BytesIO(timing_cache) if timing_cache else None,
+            **common,
+        )(builder, network)
+    if options.refit:
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # with the bundle's weights only, which costs no speed
+    return config
+
+
+def _profile(network: Any, profile: Profile) -> Any:
+    """Shapes of the inputs whose sizes are left: the tokens of a call, and those that get logits, from 1 to as many."""
+    from polygraphy.backend.trt import Profile as Shapes
+
+    shapes, (least, typical, most) = Shapes(), profile.sequence
+    for index in range(network.num_inputs):
+        tensor = network.get_input(index)
+        if -1 not in tuple(tensor.shape):
+            continue
+        names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
+        ranges = {SEQUENCE: (least, typical, most), LOGITS: (1, 1, most)}
+        sizes = [ranges[name] if size == -1 else (size,) * 3 for name, size in zip(names, tuple(tensor.shape), strict=True)]
+        shapes.add(tensor.name, *(tuple(size[which] for size in sizes) for which in range(3)))
+    return shapes
+
+
+def _failed(library: Library, what: str, error: Exception | None = None) -> CannotRunHere:
+    said = list(dict.fromkeys(library.log.errors)) or [str(error)]
+    text = " ".join(said).lower()
+    fix = next((remedy for words, remedy in _REMEDIES.items() if words in text), "`kvexport lint` shows what this version lacks")
+    return CannotRunHere(f"{library} {what}", seen="\n           ".join(said[:_SHOWN]), fix=fix)

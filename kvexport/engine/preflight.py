@@ -1,0 +1,139 @@
+"""Whether a build can succeed here, asked before anything is built: options, GPU, memory, disk, operators.
+
+Knows what a build needs; must not know how it is done. Each refusal names the number and the remedy.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from kvexport.bundle import Bundle
+from kvexport.engine.destination import Destination
+from kvexport.engine.fitting import LOWERINGS, Fitted
+from kvexport.engine.library import Library
+from kvexport.engine.machine import Gpu, available_memory
+from kvexport.engine.options import CHUNK, EngineOptions
+from kvexport.errors import CannotRunHere, UsageError
+from kvexport.graph.lint import Finding, refusals
+
+# Builders hold the weights two to three times (facts of several builders; benchmarks measure ours), and their own libraries.
+_COPIES, _LIBRARIES = 2, 512 * 2**20
+_PLAN = 64 * 2**20  # of a plan, beside its weights: kernels
+_MIB = 2**20
+_SHOWN = 5  # findings in one message
+
+
+def require_options(options: EngineOptions, bundle: Bundle) -> tuple[int, int]:
+    """The capacity and the chunk of the engine.
+
+    Raises:
+        UsageError: an option is out of range.
+    """
+    capacity = bundle.capacity if options.capacity is None else options.capacity
+    if not 1 <= capacity <= bundle.capacity:
+        raise UsageError("the capacity is not one that the bundle has", seen=capacity, allowed=f"1 to {bundle.capacity}")
+    chunk = min(CHUNK, capacity) if options.chunk is None else options.chunk
+    if not 1 <= chunk <= capacity:
+        raise UsageError("the chunk does not fit the capacity", seen=chunk, allowed=f"1 to {capacity}")
+    if options.batch < 1:
+        raise UsageError("the batch is empty", seen=options.batch, allowed="1 sequence or more")
+    if options.workspace is not None and options.workspace < 1:
+        raise UsageError("the workspace is out of range", seen=f"{options.workspace} MiB", allowed="1 MiB or more")
+    if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
+        raise UsageError("no such optimisation level", seen=options.optimization_level, allowed="0 to 5")
+    if options.lowering is not None and options.lowering not in LOWERINGS:
+        raise UsageError("no lowering for TensorRT", seen=options.lowering, allowed=", ".join(LOWERINGS))
+    return capacity, chunk
+
+
+def require_engine(options: EngineOptions, destination: Destination, library: Library) -> None:
+    """The installed engine builds for that GPU, and has what the options ask for.
+
+    Raises:
+        UsageError, CannotRunHere: it does not.
+    """
+    if library.engine == "tensorrt-rtx":
+        known = library.compute_capabilities
+        for capability in destination.compute_capabilities:
+            if capability not in known:
+                raise UsageError(
+                    f"{library} does not build for this GPU",
+                    seen=f"compute capability {capability}",
+                    allowed=", ".join(known),
+                    fix="on a Jetson or a data centre GPU install the full TensorRT, and build there",
+                )
+        for asked, what in ((options.version_compatible, "version"), (options.hardware_compatible, "hardware")):
+            if asked:
+                fix = f"leave out --{what}-compatible; several --compute-capability make one plan for several GPUs"
+                raise UsageError(f"{library} has no {what}-compatible plans", allowed="TensorRT 10.3 or later", fix=fix)
+        if options.refit and destination.ahead:
+            raise CannotRunHere(
+                f"{library} builds plans without weights on the GPU only", fix="leave out --refit, or build there"
+            )
+    elif options.hardware_compatible and destination.jetson:
+        raise UsageError(
+            "TensorRT has hardware-compatible plans for desktop GPUs only",
+            seen=f"compute capability {', '.join(destination.compute_capabilities)}",
+            fix="leave out --hardware-compatible",
+        )
+
+
+def require_room(bundle: Bundle, directory: Path, options: EngineOptions, gpu: Gpu | None, ahead: bool) -> None:
+    """Memory for the build and disk for the plan.
+
+    Raises:
+        CannotRunHere: there is too little.
+    """
+    weights = weights_bytes(bundle)
+    needed, free = _COPIES * weights + _LIBRARIES, available_memory()
+    if free < needed:
+        raise CannotRunHere(
+            "too little memory is free to build this engine",
+            seen=f"{free / _MIB:.0f} MiB free",
+            allowed=f"{needed / _MIB:.0f} MiB: {_COPIES} times the weights ({weights / _MIB:.0f} MiB), and TensorRT itself",
+            fix="stop other programs (a desktop: sudo init 3), add swap, or build on a machine of the same GPU with more memory",
+        )
+    if gpu is not None and not ahead and not gpu.unified and gpu.memory < weights:
+        raise CannotRunHere(
+            f"the weights do not fit {gpu.name}",
+            seen=f"{weights / _MIB:.0f} MiB of weights",
+            allowed=f"{gpu.memory / _MIB:.0f} MiB in all",
+            fix="choose a smaller model or a GPU with more memory; `kvexport plan` says what fits",
+        )
+    needed, free = (0 if options.refit else weights) + _PLAN, shutil.disk_usage(directory).free
+    if free < needed:
+        raise CannotRunHere(
+            f"too little disk is free for the plan in {directory}",
+            seen=f"{free / _MIB:.0f} MiB free",
+            allowed=f"{needed / _MIB:.0f} MiB",
+            fix="free space" if options.refit else "free space, or leave the weights out of the plan with --refit",
+        )
+
+
+def require_operators(fitted: Fitted, library: Library) -> None:
+    """The parser imports every operator as it stands.
+
+    Raises:
+        UsageError: names what it does not.
+    """
+    refused = refusals(fitted.findings)
+    if refused:
+        raise UsageError(
+            f"{library} does not take the graph lowered to {fitted.lowering}",
+            seen=sentences(refused),
+            fix="leave out --lowering" if fitted.lowering != LOWERINGS[-1] else "`kvexport lint` shows all of it",
+        )
+
+
+def sentences(findings: list[Finding]) -> str:
+    """The first few findings, each on a line."""
+    said = [f"{finding.node} ({finding.operator}): {finding.problem}" for finding in findings[:_SHOWN]]
+    more = [f"and {len(findings) - _SHOWN} more"] if len(findings) > _SHOWN else []
+    return "\n           ".join([*said, *more])
+
+
+def weights_bytes(bundle: Bundle) -> int:
+    from kvexport.graph.contract import DATA_FILE
+
+    return bundle.files[DATA_FILE].bytes
