@@ -167,16 +167,21 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def _packages(search: Sequence[str], machine: Machine) -> list[Package]:
-    installed: dict[str, str] = {}
-    for distribution in metadata.distributions(path=list(search)):
-        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-        installed.setdefault(name, distribution.version)
     floors = _floors()
     found = []
     for name, (extra, others) in _PACKAGES.items():
-        version = next((installed[each] for each in (name, *others) if each in installed), None)
+        version = next(filter(None, (_version(each, search) for each in (name, *others))), None)
         found.append(Package(name, version, floors.get(name), _install(name, extra, machine)))
     return found
+
+
+def _version(name: str, search: Sequence[str]) -> str | None:
+    for distribution in metadata.Distribution.discover(name=name, path=list(search)):
+        try:
+            return distribution.version
+        except (KeyError, ValueError, OSError):  # its metadata is damaged
+            continue
+    return None
 
 
 def _install(name: str, extra: str, machine: Machine) -> str:

@@ -1,0 +1,174 @@
+"""A plan as a whole: which rows there are, what fits, what a bundle's own records say beside it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from anchors import CONFIGS
+from tiny_bundles import decoder_with_fewer_heads, write_bundle
+
+from kvexport.errors import BundleError, UsageError
+from kvexport.plan import plan
+from kvexport.targets import load_target
+
+
+@pytest.fixture
+def qwen(tmp_path: Path) -> Path:
+    folder = tmp_path / "Qwen3-4B"
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(CONFIGS["Qwen3-4B"]))
+    return folder
+
+
+@pytest.fixture
+def bundle(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
+    checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320)
+    return write_bundle(tmp_path / "tiny", decoder_with_fewer_heads(checkpoint), dtype="float16", capacity=96)
+
+
+def test_rows_are_every_dtype_head_count_and_context(qwen: Path) -> None:
+    found = plan(qwen, load_target("orin-nano-8gb"))
+    seen = [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows]
+    assert seen == [(d, k, c) for d in ("float16", "int8", "int4") for k in (8, 4, 2) for c in (2048, 8192, 32768)]
+    assert (found.model, found.lowering, found.maps) == ("Qwen3-4B", "decomposed17", True)
+    assert plan(qwen, load_target("cpu")).rows[0].dtype == "float32"
+
+
+def test_rows_are_those_asked_for(qwen: Path) -> None:
+    found = plan(qwen, load_target("h200"), kv_heads=[1], dtypes=["bfloat16"], contexts=[100, 200])
+    assert [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows] == [("bfloat16", 1, 100), ("bfloat16", 1, 200)]
+
+
+def test_what_fits_an_8_gb_board_and_what_does_not(qwen: Path) -> None:
+    target = load_target("orin-nano-8gb")
+    rows = {(row.dtype, row.kv_heads, row.memory.context): row for row in plan(qwen, target).rows}
+    large, small = rows["float16", 8, 2048], rows["int4", 2, 8192]
+    assert large.short_bytes == large.memory.total - target.usable_bytes > 0
+    assert large.largest_context == 0
+    assert small.short_bytes == 0
+    assert small.largest_context is not None
+    assert small.largest_context >= 8192
+    assert rows["int4", 8, 8192].short_bytes > 0  # type: ignore[operator]
+    for row in rows.values():
+        assert (row.short_bytes == 0) == (row.memory.context <= (row.largest_context or 0))
+
+
+def test_without_a_target_there_are_sizes_alone(qwen: Path) -> None:
+    for row in plan(qwen, None).rows:
+        assert row.memory.total > 0
+        assert (row.largest_context, row.short_bytes, row.prefill_seconds, row.decode_seconds) == (None, None, None, None)
+        assert row.to_json()["fits"] is None
+
+
+def test_ranges_go_from_fast_to_slow(qwen: Path) -> None:
+    for row in plan(qwen, load_target("thor-t5000")).rows:
+        for seconds in (row.prefill_seconds, row.decode_seconds):
+            assert seconds is not None
+            assert 0 < seconds.low < seconds.typical < seconds.high
+
+
+def test_a_context_beyond_the_model_is_refused(qwen: Path) -> None:
+    with pytest.raises(UsageError, match="more than a sequence"):
+        plan(qwen, None, contexts=[40961])
+    assert plan(qwen, None, contexts=[40960]).rows
+
+
+def test_a_short_model_is_planned_at_its_own_length(tiny_checkpoint: Callable[..., Path]) -> None:
+    assert {row.memory.context for row in plan(tiny_checkpoint("llama"), None).rows} == {256}
+    assert {row.memory.context for row in plan(tiny_checkpoint("bloom"), None).rows} == {2048, 8192, 32768}  # ALiBi: no bound
+
+
+def test_without_rotation_there_are_no_maps(tiny_checkpoint: Callable[..., Path]) -> None:
+    assert not plan(tiny_checkpoint("bloom"), None).maps
+    assert plan(tiny_checkpoint("llama"), None).maps
+
+
+def test_a_bundle_is_planned_for_what_is_in_it(bundle: Path) -> None:
+    (row,) = plan(bundle, load_target("orin-nano-8gb")).rows
+    assert (row.dtype, row.kv_heads, row.memory.context) == ("float16", 4, 96)
+    assert row.memory.weights == (bundle / "decoder.onnx.data").stat().st_size
+    assert row.short_bytes == 0
+    for wrong in ({"kv_heads": [2]}, {"dtypes": ["int4"]}):
+        with pytest.raises(UsageError, match="already"):
+            plan(bundle, None, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(UsageError, match="more than a sequence"):
+        plan(bundle, None, contexts=[97])
+
+
+def test_a_damaged_manifest_is_refused(bundle: Path) -> None:
+    (bundle / "manifest.json").write_text("{}")
+    with pytest.raises(BundleError):
+        plan(bundle, None)
+
+
+def record(bundle: Path, target: str = "rtx-4090", **changes: Any) -> Path:
+    built = {
+        "format": 1, "engine": "tensorrt-rtx", "lowering": "std24", "capacity": 96, "chunk": 32, "weights_bytes": 60_000,
+        "plan": {"sha256": "0", "bytes": 80_000}, "activation_bytes": 50_000, **changes,
+    }  # fmt: skip
+    folder = bundle / "engines" / target
+    folder.mkdir(parents=True)
+    (folder / "build.json").write_text(json.dumps(built, indent=1))
+    return folder / "build.json"
+
+
+def test_a_build_is_compared_with_its_prediction(bundle: Path) -> None:
+    record(bundle)
+    found = plan(bundle, None)
+    (row,) = found.rows
+    compared = {each.what: each for each in found.comparisons}
+    assert set(compared) == {"weights", "plan", "activations", "device memory"}
+    assert (compared["weights"].predicted, compared["weights"].measured) == (row.memory.weights, 60_000)
+    assert (compared["plan"].predicted, compared["plan"].measured) == (row.memory.weights, 80_000)
+    assert compared["plan"].ratio == 80_000 / row.memory.weights
+    assert compared["activations"].measured == 50_000
+    assert compared["activations"].predicted < row.memory.activations  # a chunk of 32 tokens, not of 96
+    assert compared["device memory"].measured == 80_000 + 50_000 + row.memory.kv
+    assert compared["device memory"].predicted == row.memory.weights + row.memory.kv + compared["activations"].predicted
+    assert {each.source for each in found.comparisons} == {"rtx-4090/build.json"}
+
+
+def test_a_build_record_may_lack_what_was_not_measured(bundle: Path) -> None:
+    record(bundle, activation_bytes=None, plan=None)
+    assert [each.what for each in plan(bundle, None).comparisons] == ["weights"]
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "[1]", "null", '{"engine": 3}', '{"engine": "tensorrt"}', "\x00", "9" * 5000])
+def test_a_record_that_is_not_understood_is_passed_over(bundle: Path, text: str) -> None:
+    record(bundle).write_text(text)
+    assert plan(bundle, None).comparisons == ()
+
+
+def test_a_benchmark_is_compared_with_its_prediction(bundle: Path) -> None:
+    (bundle / "bench").mkdir()
+    lines = [
+        {"decode": [{"depth": 0, "p50_ms": 1.5}, {"depth": 64, "p50_ms": 2.5}], "prefill": {"depth": 32, "p50_ms": 4}},
+        {"target": "h200", "decode": {"depth": 0, "p50_ms": 99}},  # of another target
+        {"decode": {"depth": 0, "p50_ms": "slow"}},
+    ]
+    (bundle / "bench" / "one.json").write_text("\n".join(map(json.dumps, lines)) + "\nnot JSON\n")
+    target = load_target("orin-nano-8gb")
+    found = plan(bundle, target, contexts=[64])
+    compared = {each.what: each for each in found.comparisons}
+    assert set(compared) == {"decode, 0 tokens", "decode, 64 tokens", "prefill, 32 tokens"}
+    assert {each.unit for each in found.comparisons} == {"ms"}
+    (row,) = found.rows
+    assert row.decode_seconds is not None
+    assert compared["decode, 64 tokens"].predicted == pytest.approx(1000 * row.decode_seconds.typical)
+    assert compared["decode, 64 tokens"].measured == 2.5
+    assert plan(bundle, None).comparisons == ()
+
+
+def test_a_plan_is_json(bundle: Path) -> None:
+    record(bundle)
+    raw = json.loads(json.dumps(plan(bundle, load_target("rtx-4090")).to_json(), allow_nan=False))
+    assert raw["target"] == "rtx-4090"
+    assert raw["estimate"] is True
+    (row,) = raw["rows"]
+    assert row["fits"] is True
+    assert row["total_bytes"] == sum(row["memory"][part] for part in ("weights", "kv", "activations", "engine"))
+    assert len(raw["comparisons"]) == 4

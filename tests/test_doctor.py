@@ -1,0 +1,263 @@
+"""`kvexport.doctor`: packages, machines and tools that are there or not, laid out in folders of the test's own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kvexport.doctor import Diagnosis, examine
+from kvexport.targets import load_target
+
+EVERYTHING = {
+    "numpy": "2.1.0", "tokenizers": "0.21.0", "torch": "2.8.0+cpu", "safetensors": "0.5.0", "transformers": "5.0.0",
+    "onnx": "1.21.0", "onnx_ir": "1.0.1", "tensorrt": "10.3.0", "tensorrt_rtx": "1.7.1.116", "polygraphy": "0.53.6",
+}  # fmt: skip
+
+
+class Computer:
+    """A folder with a system's files, installed packages and programs."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.site, self.tools = folder / "root", folder / "site-packages", folder / "bin"
+        for each in (self.root, self.site, self.tools):
+            each.mkdir()
+
+    def file(self, path: str, text: str) -> None:
+        (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+        (self.root / path).write_text(text, encoding="utf-8")
+
+    def install(self, **packages: str) -> None:
+        for name, version in packages.items():
+            folder = self.site / f"{name}-{version}.dist-info"
+            folder.mkdir()
+            (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+
+    def nvidia_smi(self, script: str) -> None:
+        program = self.tools / "nvidia-smi"
+        program.write_text(f"#!/bin/sh\n{script}\n")
+        program.chmod(0o755)
+
+    def jetson(self, model: str, release: str) -> None:
+        self.file("proc/device-tree/model", model + "\0")
+        self.file("etc/nv_tegra_release", release + "\n")
+
+    def examine(self, target: str | None = None) -> Diagnosis:
+        found = None if target is None else load_target(target)
+        return examine(found, root=self.root, search=[str(self.site)], tools=str(self.tools))
+
+
+@pytest.fixture
+def computer(tmp_path: Path) -> Computer:
+    return Computer(tmp_path)
+
+
+def lacking(found: Diagnosis) -> dict[str, list[str]]:
+    return {verb.name: list(verb.lacks) for verb in found.verbs if verb.lacks}
+
+
+def test_an_empty_computer_lacks_everything(computer: Computer) -> None:
+    found = computer.examine()
+    assert all(package.version is None and not package.usable for package in found.packages)
+    assert (found.machine.jetson, found.machine.l4t, found.machine.memory, found.machine.gpus) == (None, None, None, ())
+    assert found.providers == ()
+    works = {verb.name for verb in found.verbs if not verb.lacks}
+    assert works == {"inspect", "plan", "targets"}
+    build = next(verb for verb in found.verbs if verb.name == "build")
+    assert build.lacks["torch"] == "pip install 'kvexport[convert]'"
+    assert build.lacks["onnxruntime or onnxruntime-gpu"] == "pip install 'kvexport[cpu]'"
+
+
+def test_every_verb_of_the_command_line_is_examined(computer: Computer) -> None:
+    from kvexport.cli import verbs
+
+    assert {verb.name for verb in computer.examine().verbs} == set(verbs.list_commands(None)) - {"doctor"}  # type: ignore[attr-defined, arg-type]
+
+
+def test_packages_are_found_whatever_their_spelling(computer: Computer) -> None:
+    computer.install(**EVERYTHING)
+    found = {package.name: package for package in computer.examine().packages}
+    assert found["onnx-ir"].version == "1.0.1"
+    assert found["tensorrt-rtx"].version == "1.7.1.116"
+    assert found["torch"].usable  # 2.8.0+cpu is later than 2.6
+    assert all(package.usable for name, package in found.items() if not name.startswith("onnxruntime"))
+
+
+def test_tensorrt_may_come_under_its_cuda_version(computer: Computer) -> None:
+    computer.install(tensorrt_cu13="11.3.0.99")
+    assert next(package for package in computer.examine().packages if package.name == "tensorrt").version == "11.3.0.99"
+
+
+@pytest.mark.parametrize(("version", "usable"), [("2.5.9", False), ("2.6.0", True), ("2.10.1", True), ("1.13", False)])
+def test_a_package_older_than_its_floor_is_not_usable(computer: Computer, version: str, usable: bool) -> None:
+    computer.install(torch=version, safetensors="0.5.0")
+    found = computer.examine()
+    torch = next(package for package in found.packages if package.name == "torch")
+    assert (torch.floor, torch.usable) == ("2.6", usable)
+    assert ("compress" in lacking(found)) == (not usable)
+    if not usable:
+        assert lacking(found)["compress"] == [f"torch 2.6 or later (not {version})"]
+
+
+def test_an_old_tensorrt_is_too_old(computer: Computer) -> None:
+    computer.install(**{**EVERYTHING, "tensorrt": "8.6.2"})
+    computer.jetson("NVIDIA Jetson AGX Orin Developer Kit", "# R36 (release), REVISION: 3.0")
+    check = computer.examine("agx-orin-64gb").target
+    assert check is not None
+    assert not check.builds
+    assert not check.runs
+    assert list(check.reasons) == ["tensorrt 10.3 or later (not 8.6.2)"]
+
+
+def test_broken_metadata_is_passed_over(computer: Computer) -> None:
+    computer.install(numpy="2.0")
+    for name in ("odd", "onnx", "torch"):
+        (computer.site / f"{name}-1.dist-info").mkdir()
+    (computer.site / "torch-1.dist-info" / "METADATA").write_bytes(b"\xff\xfe\x00 no metadata")
+    found = {package.name: package.version for package in computer.examine().packages}
+    assert (found["numpy"], found["onnx"], found["torch"]) == ("2.0", None, None)
+
+
+@pytest.mark.parametrize(
+    ("model", "release", "l4t", "jetpack", "sm"),
+    [
+        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "# R36 (release), REVISION: 4.3, GCID: 1", "36.4.3",
+         "6.1 to 6.2.1", "8.7"),
+        ("NVIDIA Jetson Orin NX", "# R39 (release), REVISION: 2.0", "39.2.0", "7.2", "8.7"),
+        ("NVIDIA Jetson AGX Thor Developer Kit", "# R38 (release), REVISION: 2.1", "38.2.1", "7.0", "11.0"),
+        ("NVIDIA Jetson AGX Orin", "# R99 (release), REVISION: 9.9", "99.9.9", None, "8.7"),
+    ],
+)  # fmt: skip
+def test_a_jetson_is_known_by_its_files(
+    computer: Computer, model: str, release: str, l4t: str, jetpack: str | None, sm: str
+) -> None:
+    computer.jetson(model, release)
+    computer.file("proc/meminfo", "MemTotal:        7802496 kB\nMemFree: 1 kB\n")
+    machine = computer.examine().machine
+    assert (machine.jetson, machine.l4t, machine.jetpack, machine.memory) == (model, l4t, jetpack, 7802496 * 1024)
+    assert [(gpu.sm, gpu.memory) for gpu in machine.gpus] == [(sm, None)]
+
+
+def test_another_board_with_a_device_tree_is_no_jetson(computer: Computer) -> None:
+    computer.file("proc/device-tree/model", "Raspberry Pi 5 Model B Rev 1.0\0")
+    assert computer.examine().machine.jetson is None
+    assert computer.examine().machine.gpus == ()
+
+
+def test_a_jetson_with_tensorrt_builds_for_itself_and_not_for_another(computer: Computer) -> None:
+    computer.install(**EVERYTHING)
+    computer.jetson("NVIDIA Jetson Orin NX", "# R36 (release), REVISION: 4.3")
+    found = computer.examine("orin-nx-16gb")
+    assert found.target is not None
+    assert (found.target.builds, found.target.runs, found.target.lowering) == (True, True, "decomposed17")
+    assert not found.target.reasons
+    other = computer.examine("thor-t5000").target
+    assert other is not None
+    assert (other.builds, other.runs) == (False, False)
+    assert any("compute capability 11.0" in reason and "8.7" in reason for reason in other.reasons)
+
+
+def test_the_lowering_follows_the_installed_tensorrt(computer: Computer) -> None:
+    computer.install(**{**EVERYTHING, "tensorrt": "10.16.2.10"})
+    computer.jetson("NVIDIA Jetson Orin NX", "# R39 (release), REVISION: 2.0")
+    check = computer.examine("orin-nx-16gb").target
+    assert check is not None
+    assert check.lowering == "std24"
+
+
+def test_a_jetson_is_told_to_take_its_own_packages(computer: Computer) -> None:
+    computer.jetson("NVIDIA Jetson Orin NX", "# R36 (release), REVISION: 4.3")
+    fixes = {package.name: package.fix for package in computer.examine().packages}
+    assert "apt install" in fixes["tensorrt"]
+    assert "Jetson" in fixes["onnxruntime-gpu"]
+    assert fixes["polygraphy"] == "pip install 'kvexport[tensorrt]'"
+
+
+def test_gpus_are_what_nvidia_smi_lists(computer: Computer) -> None:
+    computer.nvidia_smi('echo "NVIDIA GeForce RTX 4090, 24564, 8.9, 580.82"; echo "NVIDIA Thor, [N/A], 11.0, 580.0"')
+    first, second = computer.examine().machine.gpus
+    assert (first.name, first.memory, first.sm, first.driver) == ("NVIDIA GeForce RTX 4090", 24564 * 2**20, "8.9", "580.82")
+    assert (second.sm, second.memory) == ("11.0", None)
+
+
+@pytest.mark.parametrize("script", ["echo no devices; exit 9", "echo what is this", "exit 0"])
+def test_a_failing_nvidia_smi_lists_none(computer: Computer, script: str) -> None:
+    computer.nvidia_smi(script)
+    assert computer.examine().machine.gpus == ()
+
+
+def test_tensorrt_rtx_builds_without_a_gpu_and_does_not_run(computer: Computer) -> None:
+    computer.install(**EVERYTHING)
+    check = computer.examine("rtx-4090").target
+    assert check is not None
+    assert (check.builds, check.runs) == (True, False)
+    computer.nvidia_smi('echo "NVIDIA GeForce RTX 4090, 24564, 8.9, 580.82"')
+    check = computer.examine("rtx-4090").target
+    assert check is not None
+    assert (check.builds, check.runs, dict(check.reasons)) == (True, True, {})
+
+
+def test_tensorrt_does_nothing_without_a_gpu(computer: Computer) -> None:
+    computer.install(**{name: version for name, version in EVERYTHING.items() if name != "tensorrt_rtx"})
+    found = computer.examine("h200")
+    assert found.target is not None
+    assert (found.target.builds, found.target.runs) == (False, False)
+    assert lacking(found)["engine"] == ["tensorrt-rtx"]
+    assert "run" in lacking(found)
+    computer.nvidia_smi('echo "NVIDIA H200, 143771, 9.0, 570.1"')
+    found = computer.examine("h200")
+    assert found.target is not None
+    assert (found.target.builds, found.target.runs) == (True, True)
+    assert not {"engine", "run"} & lacking(found).keys()
+
+
+def test_an_engine_may_run_where_it_cannot_be_built(computer: Computer) -> None:
+    computer.install(tensorrt="10.16.2")
+    computer.nvidia_smi('echo "NVIDIA H200, 143771, 9.0, 570.1"')
+    check = computer.examine("h200").target
+    assert check is not None
+    assert (check.builds, check.runs) == (False, True)
+    assert "polygraphy" in check.reasons
+
+
+def test_the_cpu_needs_a_runtime_and_no_engine(computer: Computer) -> None:
+    check = computer.examine("cpu").target
+    assert check is not None
+    assert (check.builds, check.runs) == (False, False)
+    computer.install(onnxruntime="1.28.0")
+    found = computer.examine("cpu")
+    assert found.target is not None
+    assert (found.target.builds, found.target.runs, found.target.lowering) == (True, True, "ort")
+
+
+def test_a_diagnosis_is_json(computer: Computer) -> None:
+    computer.install(**EVERYTHING)
+    raw = json.loads(json.dumps(computer.examine("rtx-4090").to_json()))
+    assert raw["target"]["builds"] is True
+    assert next(package for package in raw["packages"] if package["name"] == "torch")["usable"] is True
+
+
+def test_nothing_heavy_is_imported_to_look() -> None:
+    """Even here, where all of it is installed; ONNX Runtime alone is asked for its providers."""
+    code = (
+        "import sys; from kvexport.doctor import examine; found = examine(); "
+        "print(sorted({'torch', 'onnx', 'onnx_ir', 'transformers', 'tensorrt_rtx', 'polygraphy'} & set(sys.modules))); "
+        "print(found.providers)"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True)
+    imported, providers = ran.stdout.splitlines()[-2:]
+    assert imported == "[]"
+    assert "CPUExecutionProvider" in providers
+
+
+def test_a_runtime_that_does_not_load_has_no_providers(computer: Computer, tmp_path: Path) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "onnxruntime.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    code = "from kvexport.doctor import examine; print(examine().providers)"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)
+    assert ran.stdout.strip() == "()"
