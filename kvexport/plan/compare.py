@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvexport.plan.memory import CHUNK, Precision, kv_bytes_per_token, memory, weight_bytes
+from kvexport.engine.options import CHUNK
+from kvexport.plan.memory import Precision, kv_bytes_per_token, memory, weight_bytes
 from kvexport.plan.sizes import Sizes
 from kvexport.plan.speed import DECODE, PREFILL, decode_seconds, prefill_seconds
 from kvexport.targets import Target
@@ -97,7 +98,7 @@ def _of_benchmark(source: str, record: dict[str, Any], sizes: Sizes, stored: Pre
         if stage == "decode":
             seconds: float | None = decode_seconds(sizes, stored, target, depth, DECODE.typical)
         else:
-            seconds = prefill_seconds(sizes, stored, target, max(1, depth), PREFILL.typical)
+            seconds = prefill_seconds(sizes, stored, target, max(1, depth), PREFILL.typical, DECODE.typical)
         if seconds is not None:
             yield Comparison(source, f"{stage}, {depth} tokens", "ms", 1000 * seconds, milliseconds)
 

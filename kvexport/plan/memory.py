@@ -7,9 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvexport.engine.options import CHUNK
 from kvexport.plan.sizes import Sizes
 
-CHUNK = 512  # tokens of a prompt that are computed at once, unless an engine says another number
 _GIB = 2**30
 # CUDA's context with TensorRT's libraries: commonly seen, published by nobody. ONNX Runtime on a CPU needs less.
 _ENGINE_BYTES = {"tensorrt": _GIB // 2, "tensorrt-rtx": _GIB // 2, "onnxruntime": _GIB // 8}

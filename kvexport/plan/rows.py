@@ -176,16 +176,16 @@ def _row(
 
 def predicted_decode(sizes: Sizes, stored: Precision, target: Target, depth: int) -> Range:
     """Seconds of a decode step after `depth` tokens."""
-    return Range(*(decode_seconds(sizes, stored, target, depth, efficiency) for efficiency in _slow_last(DECODE)))
+    return Range(*(decode_seconds(sizes, stored, target, depth, efficiency) for efficiency in _fastest_first(DECODE)))
 
 
 def predicted_prefill(sizes: Sizes, stored: Precision, target: Target, tokens: int) -> Range | None:
     """Seconds of a prompt of `tokens`; None where the target's file has no rate for it."""
-    found = [prefill_seconds(sizes, stored, target, tokens, efficiency) for efficiency in _slow_last(PREFILL)]
+    efficiencies = zip(_fastest_first(PREFILL), _fastest_first(DECODE), strict=True)
+    found = [prefill_seconds(sizes, stored, target, tokens, efficiency, reading) for efficiency, reading in efficiencies]
     seconds = [each for each in found if each is not None]
     return Range(*seconds) if seconds else None
 
 
-def _slow_last(band: Band) -> tuple[float, float, float]:
-    """The efficiencies of the least, the typical and the most seconds."""
+def _fastest_first(band: Band) -> tuple[float, float, float]:
     return band.high, band.typical, band.low

@@ -16,7 +16,7 @@ root mean square; predicted 3 to 13 % too fast for Qwen3 on AGX Orin, 7 to 10 % 
 8 to 17 % too slow: six figures of MLC, which quantises the head too, on Orin Nano 8 GB with and without Super mode.
 DECODE.low and .high are the least and greatest efficiency that any of the 17 implies.
 
-Prefill does two operations for each weight and token and is bounded by arithmetic, or by the bytes of one decode step.
+Prefill does two operations for each weight and token and is bounded by arithmetic, or by reading the weights once a chunk.
 Only three figures were found, Qwen3-8B in INT4, 2048 tokens (the same page): 51 % of the dense FP16 rate on AGX Orin, 67 %
 on Orin NX, 17 % on Thor, where 4-bit weights are unpacked rather than multiplied. PREFILL.typical is their geometric mean.
 """
@@ -25,6 +25,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvexport.engine.options import CHUNK
 from kvexport.plan.memory import Precision, kv_bytes_per_token
 from kvexport.plan.sizes import Sizes
 from kvexport.targets import Target
@@ -62,9 +63,17 @@ def prefill_flops(sizes: Sizes, tokens: int) -> int:
     return 2 * sizes.matrices * tokens + attention + 2 * (sizes.head or sizes.embedding)
 
 
-def prefill_seconds(sizes: Sizes, stored: Precision, target: Target, tokens: int, efficiency: float) -> float | None:
-    """Seconds of a prompt of `tokens`, batch 1; None where the target's file gives no rate for the precision."""
+def prefill_seconds(
+    sizes: Sizes, stored: Precision, target: Target, tokens: int, efficiency: float, reading: float, *, chunk: int = CHUNK
+) -> float | None:
+    """Seconds of a prompt of `tokens`, `chunk` at a time, batch 1; None where the target's file has no rate for it.
+
+    Args:
+        efficiency: of arithmetic, from PREFILL.
+        reading: of bandwidth, from DECODE.
+    """
     if target.fp16 is None or stored.bits == 32:
         return None
+    chunks = -(-tokens // chunk)
     arithmetic = prefill_flops(sizes, tokens) / (efficiency * target.fp16)
-    return max(arithmetic, decode_seconds(sizes, stored, target, 0, DECODE.typical))
+    return max(arithmetic, chunks * decode_seconds(sizes, stored, target, 0, reading))

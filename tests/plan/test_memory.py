@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from anchors import CONFIGS
 
+from kvexport.engine.options import CHUNK
 from kvexport.plan.memory import kv_bytes_per_token, largest_context, memory, precision, weight_bytes
 from kvexport.plan.sizes import Sizes, architecture
 
@@ -43,10 +44,10 @@ def test_llama_2_7b_caches_half_a_mebibyte_a_token(llama: Sizes) -> None:
 def test_scores_take_memory_where_attention_is_not_fused(llama: Sizes) -> None:
     half = precision("float16", "tensorrt")
     fused, apart = (memory(llama, half, 4096, engine="tensorrt", lowering=name) for name in ("std24", "decomposed17"))
-    assert apart.activations - fused.activations == 2 * 512 * 4096 * (2 * 32 - 1)
+    assert apart.activations - fused.activations == 2 * CHUNK * 4096 * (2 * 32 - 1)
     assert (apart.weights, apart.kv, apart.engine) == (fused.weights, fused.kv, fused.engine)
-    smaller = memory(llama, half, 4096, engine="tensorrt", lowering="decomposed17", chunk=64)
-    assert smaller.activations < apart.activations / 6
+    smaller = memory(llama, half, 4096, engine="tensorrt", lowering="decomposed17", chunk=CHUNK // 4)
+    assert smaller.activations < apart.activations / 3.9
     assert apart.total == apart.weights + apart.kv + apart.activations + apart.engine
 
 

@@ -96,7 +96,10 @@ def test_prefill_efficiency_is_what_the_figures_imply(models: dict[str, Sizes]) 
     assert math.prod(implied) ** (1 / 3) == pytest.approx(PREFILL.typical, abs=0.005)
     for name, seconds in PREFILL_SECONDS.items():
         target = load_target(name)
-        slow, fast = (prefill_seconds(models["Qwen3-8B"], INT4, target, 2048, e) or 0 for e in (PREFILL.low, PREFILL.high))
+        slow, fast = (
+            prefill_seconds(models["Qwen3-8B"], INT4, target, 2048, efficiency, DECODE.typical, chunk=2048) or 0
+            for efficiency in (PREFILL.low, PREFILL.high)
+        )
         assert 0.99 * fast <= seconds <= 1.01 * slow
 
 
@@ -128,10 +131,21 @@ def test_a_tied_head_is_read_and_an_embedding_table_is_not(models: dict[str, Siz
 
 def test_prefill_is_never_faster_than_reading_the_weights_once(models: dict[str, Sizes]) -> None:
     nano, sizes = load_target("orin-nano-8gb"), models["Qwen3-1.7B"]
-    assert prefill_seconds(sizes, INT4, nano, 1, PREFILL.high) == decode_seconds(sizes, INT4, nano, 0, DECODE.typical)
+    assert prefill_seconds(sizes, INT4, nano, 1, PREFILL.high, DECODE.typical) == decode_seconds(
+        sizes, INT4, nano, 0, DECODE.typical
+    )
+
+
+def test_small_chunks_read_the_weights_again(models: dict[str, Sizes]) -> None:
+    thor, sizes = load_target("thor-t5000"), models["Qwen3-8B"]
+    whole, pieces = (
+        prefill_seconds(sizes, INT4, thor, 2048, PREFILL.high, DECODE.typical, chunk=chunk) or 0 for chunk in (2048, 64)
+    )
+    assert pieces == pytest.approx(32 * decode_seconds(sizes, INT4, thor, 0, DECODE.typical))
+    assert pieces > 3 * whole
 
 
 def test_prefill_is_not_guessed_without_a_rate(models: dict[str, Sizes]) -> None:
     sizes = models["Qwen3-0.6B"]
-    assert prefill_seconds(sizes, precision("float32", "onnxruntime"), load_target("cpu"), 512, 0.5) is None
-    assert prefill_seconds(sizes, precision("float32", "tensorrt"), load_target("h200"), 512, 0.5) is None
+    assert prefill_seconds(sizes, precision("float32", "onnxruntime"), load_target("cpu"), 512, 0.5, 0.5) is None
+    assert prefill_seconds(sizes, precision("float32", "tensorrt"), load_target("h200"), 512, 0.5, 0.5) is None
