@@ -74,14 +74,15 @@ def _of_build(source: str, record: dict[str, Any], sizes: Sizes, stored: Precisi
     engine, lowering = record.get("engine"), record.get("lowering")
     if engine not in ("tensorrt", "tensorrt-rtx") or not isinstance(lowering, str):
         return
-    plan = record.get("plan")
-    plan_size = _number(plan.get("bytes")) if isinstance(plan, dict) else None
+    plan, options = record.get("plan"), record.get("options")
+    whole = not (isinstance(options, dict) and options.get("refit"))  # else its weights are not in the plan
+    plan_size = _number(plan.get("bytes")) if isinstance(plan, dict) and whole else None
     activations, capacity = _number(record.get("activation_bytes")), _number(record.get("capacity"))
     pairs: list[tuple[str, float, float | None]] = [
         ("weights", weight_bytes(sizes, stored), _number(record.get("weights_bytes"))),
         ("plan", weight_bytes(sizes, stored), plan_size),
     ]
-    if capacity is not None:
+    if capacity is not None and record.get("batch", 1) == 1:
         chunk = int(_number(record.get("chunk")) or CHUNK)
         needed = memory(sizes, stored, int(capacity), engine=engine, lowering=lowering, chunk=chunk)
         pairs.append(("activations", needed.activations, activations))

@@ -137,6 +137,13 @@ def test_a_build_record_may_lack_what_was_not_measured(bundle: Path) -> None:
     assert [each.what for each in plan(bundle, None).comparisons] == ["weights"]
 
 
+def test_what_cannot_be_compared_is_not(bundle: Path) -> None:
+    path = record(bundle, options={"refit": True})
+    assert [each.what for each in plan(bundle, None).comparisons] == ["weights", "activations"]
+    path.write_text(json.dumps({**json.loads(path.read_text()), "options": {}, "batch": 2}))
+    assert [each.what for each in plan(bundle, None).comparisons] == ["weights", "plan"]
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", "[1]", "null", '{"engine": 3}', '{"engine": "tensorrt"}', "\x00", "9" * 5000])
 def test_a_record_that_is_not_understood_is_passed_over(bundle: Path, text: str) -> None:
     record(bundle).write_text(text)
