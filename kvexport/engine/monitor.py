@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import threading
 from contextlib import ExitStack, nullcontext
-from typing import Any, TypeVar
+from typing import Any
 
 from kvexport.progress import Progress
-
-_Result = TypeVar("_Result")
 
 
 class Watch:
@@ -29,19 +27,21 @@ class Watch:
         """
         done: list[Any] = []
         failed: list[BaseException] = []
+        ended = threading.Event()
 
         def target() -> None:
             try:
                 done.append(work())
             except BaseException as error:
                 failed.append(error)
+            finally:
+                ended.set()
 
-        thread = threading.Thread(target=target, name="engine build", daemon=True)
-        thread.start()
+        threading.Thread(target=target, name="engine build", daemon=True).start()
         interrupt: KeyboardInterrupt | None = None
-        while thread.is_alive():
+        while not ended.is_set():
             try:
-                thread.join()
+                ended.wait()  # not join: before Python 3.13 a thread whose join was interrupted seems to have ended
             except KeyboardInterrupt as error:
                 interrupt = error
                 self.cancelled.set()
