@@ -49,7 +49,7 @@ class Checkpoint:
                 seen=path,
                 fix="give the folder that holds config.json (hf download NAME --local-dir FOLDER fetches a model)",
             )
-        self.config = _read_json(path / "config.json")
+        self.config = read_json(path / "config.json")
         self.files = self._find_tensors()
         self._readers: dict[Path, Any] = {}
 
@@ -59,7 +59,7 @@ class Checkpoint:
             return dict.fromkeys(_open(single).keys(), single)
         if not index.exists():
             raise self._no_safetensors()
-        weight_map = _read_json(index).get("weight_map")
+        weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{_INDEX} has no weight_map", fix="download the checkpoint again")
         for shard in weight_map.values():
@@ -158,7 +158,7 @@ class Checkpoint:
             CheckpointError: not token ids of the vocabulary.
         """
         generation = self.path / "generation_config.json"
-        said = _read_json(generation).get(which) if generation.exists() else None
+        said = read_json(generation).get(which) if generation.exists() else None
         said = self.config.get(which) if said is None else said
         if said is None:
             return ()
@@ -171,7 +171,7 @@ class Checkpoint:
         return ids
 
 
-def _read_json(path: Path) -> Mapping[str, Any]:
+def read_json(path: Path) -> Mapping[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:

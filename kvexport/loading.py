@@ -41,7 +41,7 @@ def load_decoder(path: Path | str | Checkpoint, dtype: torch.dtype | None = None
 
 
 @dataclass(frozen=True)
-class _Sizes:
+class ConfigSizes:
     vocab: int
     hidden: int
     layers: int
@@ -55,9 +55,9 @@ class _Loader:
     def __init__(self, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
         self._checkpoint, self._family, self._dtype = checkpoint, family, dtype
         self._config = checkpoint.config
-        _refuse_quantised(self._config)
+        refuse_quantised(self._config)
         settings = family.settings(self._config)
-        self._sizes = _sizes(settings, rotated=family.position == "rope")
+        self._sizes = sizes_of(settings, rotated=family.position == "rope")
         self._rope = rope_of(self._config, self._sizes.head_dim) if family.position == "rope" else None
         self._windows = [self._window(index) for index in range(self._sizes.layers)]
         self._eps, self._tied = _number("norm_eps", settings["norm_eps"]), bool(settings["tied"])
@@ -175,7 +175,7 @@ class _Loader:
         if described.first_layer is not None:
             kinds = self._config.get("layer_types")
             if kinds is None:
-                windowed = index >= _whole(described.first_layer, self._said(described.first_layer), least=0)
+                windowed = index >= whole_number(described.first_layer, self._said(described.first_layer), least=0)
             elif isinstance(kinds, list) and len(kinds) == self._sizes.layers and kinds[index] in _LAYER_KINDS:
                 windowed = kinds[index] == "sliding_attention"
             else:
@@ -186,7 +186,7 @@ class _Loader:
                 )
             if not windowed:
                 return None
-        return _whole(described.size, size)
+        return whole_number(described.size, size)
 
     def _said(self, key: str) -> Any:
         """A value that must be in config.json, because no guess is safe."""
@@ -197,7 +197,7 @@ class _Loader:
     def _intermediate_size(self) -> int:
         """Width of the MLP: the config's, or where a family has no key for it, four times the hidden size."""
         said = self._config.get("intermediate_size")
-        return 4 * self._sizes.hidden if said is None else _whole("intermediate_size", said)
+        return 4 * self._sizes.hidden if said is None else whole_number("intermediate_size", said)
 
     def _find_prefix(self) -> str:
         for prefix in self._family.prefixes:
@@ -257,7 +257,7 @@ class _Loader:
         return [self._prefix + name for name in names] + head
 
 
-def _whole(name: str, value: object, least: int = 1) -> int:
+def whole_number(name: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise CheckpointError(
             f"config.json gives an impossible {name}", seen=repr(value), allowed=f"a whole number from {least} up"
@@ -279,7 +279,7 @@ def _activation(said: object) -> Activation:
     return _ACTIVATIONS[said]
 
 
-def _refuse_quantised(config: Mapping[str, Any]) -> None:
+def refuse_quantised(config: Mapping[str, Any]) -> None:
     said = config.get("quantization_config")
     if said:
         method = said.get("quant_method") if isinstance(said, dict) else said
@@ -291,9 +291,9 @@ def _refuse_quantised(config: Mapping[str, Any]) -> None:
         )
 
 
-def _sizes(settings: Mapping[str, Any], rotated: bool) -> _Sizes:
+def sizes_of(settings: Mapping[str, Any], rotated: bool) -> ConfigSizes:
     for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "max_positions"):
-        _whole(name, settings.get(name, 1))
+        whole_number(name, settings.get(name, 1))
     heads = settings["num_heads"]
     kv_heads = settings.get("num_kv_heads", heads)
     head_dim = settings.get("head_dim", settings["hidden_size"] // heads)
@@ -305,7 +305,7 @@ def _sizes(settings: Mapping[str, Any], rotated: bool) -> _Sizes:
         raise CheckpointError(
             "config.json gives an impossible head_dim", seen=head_dim, allowed="an even number" if rotated else "1 or more"
         )
-    return _Sizes(
+    return ConfigSizes(
         settings["vocab_size"], settings["hidden_size"], settings["num_layers"], heads, kv_heads, head_dim,
         settings.get("max_positions"),
     )  # fmt: skip
@@ -359,7 +359,7 @@ def _llama3_frequencies(inv_freq: torch.Tensor, said: Mapping[str, Any]) -> torc
 
     low, high = _number("low_freq_factor", said["low_freq_factor"]), _number("high_freq_factor", said["high_freq_factor"])
     factor = _number("factor", said["factor"])
-    context = _whole("original_max_position_embeddings", said["original_max_position_embeddings"])
+    context = whole_number("original_max_position_embeddings", said["original_max_position_embeddings"])
     wavelength = 2 * math.pi / inv_freq  # positions per turn
     is_slow, is_fast = wavelength > context / low, wavelength < context / high
     slowed = torch.where(is_slow, inv_freq / factor, inv_freq)

@@ -12,13 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from kvexport.bundle_manifest import BYTES, Manifest
-from kvexport.checkpoint import _read_json as read_json
+from kvexport.checkpoint import read_json
 from kvexport.errors import UsageError
 from kvexport.families import Family, family_of
 from kvexport.graph.contract import DATA_FILE, GRAPH_FILE
-from kvexport.loading import _refuse_quantised as refuse_quantised
-from kvexport.loading import _sizes as sizes_of
-from kvexport.loading import _whole as whole
+from kvexport.loading import refuse_quantised, sizes_of, whole_number
 
 _OWN_HEAD = b"\x0bhead.weight"  # an untied head's name in the graph file, with the length that protobuf puts before it
 
@@ -154,7 +152,7 @@ def architecture(path: Path) -> Architecture:
         num_heads=found.heads,
         kv_heads=found.kv_heads,
         head_dim=found.head_dim,
-        intermediate=4 * found.hidden if inner is None else whole("intermediate_size", inner),
+        intermediate=4 * found.hidden if inner is None else whole_number("intermediate_size", inner),
         max_positions=found.max_positions,
         tied=bool(settings["tied"]),
     )

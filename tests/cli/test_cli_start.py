@@ -18,8 +18,22 @@ from kvexport import __version__
 from kvexport.cli import main
 from kvexport.errors import BundleError, CannotRunHere, CheckpointError, GateFailed, KvexportError, UsageError
 
-VERBS = ("build", "run", "inspect", "validate", "evaluate", "compress", "calibrate")
-_HEAVY = ("torch", "transformers", "onnx", "onnx_ir", "onnxscript", "onnxruntime", "safetensors", "tokenizers")
+VERBS = (
+    "build", "run", "inspect", "validate", "evaluate", "compress", "calibrate", "plan", "lint", "engine", "bench", "targets",
+    "doctor",
+)  # fmt: skip
+_HEAVY = (
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "onnxruntime",
+    "safetensors",
+    "tokenizers",
+    "tensorrt_rtx",
+    "polygraphy",
+)
 
 _HELP = """
 import sys
