@@ -36,7 +36,7 @@ _ADDED: dict[str, Version] = {
 }  # fmt: skip
 _LOWERED = frozenset({"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"})  # what decomposed17 has none of
 _RTX_LACKS = frozenset({"DeformConv"})
-_RTX_HAS = {"": frozenset({"CausalConvWithState", "LinearAttention"}), "com.microsoft": frozenset({"Gelu", "RotaryEmbedding"})}
+_RTX_HAS = frozenset({"CausalConvWithState", "LinearAttention"})
 
 # Newest opset that a version reads: 10.6 and 10.11 took over ONNX 1.17 and 1.18; 10.15 and 11 say theirs. What 10.3 reads
 # is written nowhere that we found (its ONNX is between 1.14 and 1.17, opsets 19 to 22): 20 is remembered, not tried.
@@ -90,11 +90,10 @@ def newest_opset(parser: Parser) -> int | None:
 def operator(node: ir.Node, parser: Parser) -> Said:
     """It has no importer for the operator."""
     name = node.op_type
-    if node.domain:
-        if not (parser.rtx and name in _RTX_HAS.get(node.domain, ())):
-            yield f"no importer for operators of the domain {node.domain}", "use the default domain's operators, or a lowering"
+    if node.domain:  # the parser goes by the name alone, and may take it for the default domain's operator
+        yield f"no importer for operators of the domain {node.domain}", "use the default domain's operators, or a lowering"
     elif parser.rtx:
-        if name in _RTX_LACKS or not (name in _BY_10_3 or name in _ADDED or name in _RTX_HAS[""]):
+        if name in _RTX_LACKS or not (name in _BY_10_3 or name in _ADDED or name in _RTX_HAS):
             yield "no TensorRT-RTX imports it", "build it from other operators"
     elif name in _ADDED:
         if parser.version < _ADDED[name]:
@@ -148,9 +147,14 @@ def attention(node: ir.Node, parser: Parser) -> Said:
     heads, kv_heads = _size(query, 1, 4), _size(key, 1, 4)
     if heads and kv_heads and heads % kv_heads:
         yield f"{heads} query heads are no multiple of {kv_heads} KV heads", _DECOMPOSED
-    key_width, value_width = _size(key, 3, 4), _size(value, 3, 4)
-    if key_width != value_width and key_width and value_width:
-        yield f"keys are {key_width} wide and values {value_width}, and TensorRT takes one width", _DECOMPOSED
+    width, value_width = _size(key, 3, 4), _size(value, 3, 4)
+    if width != value_width and width and value_width:
+        yield f"keys are {width} wide and values {value_width}, and TensorRT takes one width", _DECOMPOSED
+    elif width and width % 8 and _has_kernel(query, width) and mask is not None and mask.dtype == ir.DataType.BOOL:
+        yield (
+            f"heads of {width} with a bool mask: TensorRT pads them to a multiple of 8, and then does not build",
+            f"{_DECOMPOSED}, or a multiple of 8, or an additive mask",
+        )
 
 
 def unfused(node: ir.Node, parser: Parser) -> Said:
@@ -160,12 +164,14 @@ def unfused(node: ir.Node, parser: Parser) -> Said:
     query = node.inputs[0]
     width = _size(query, 3, 4)
     if query is not None and query.dtype not in (None, *_FUSED_DTYPES):
-        yield f"no fused attention kernel takes {_name(query)}", "it is decomposed; float16 and bfloat16 have fused kernels"
-    elif width and (width % 8 or not 16 <= width <= 256):
-        yield (
-            f"no fused attention kernel for heads of {width}",
-            "it is decomposed; heads of a multiple of 8 from 16 to 256 have fused kernels",
-        )
+        yield f"no fused attention kernel takes {_name(query)}", "it is decomposed; FLOAT16 and BFLOAT16 have fused kernels"
+    elif width and not _has_kernel(query, width):
+        yield f"no fused attention kernel for heads of {width}", "it is decomposed; heads of 9 to 256 have fused kernels"
+
+
+def _has_kernel(query: ir.Value | None, width: int) -> bool:
+    """Fused kernels are for heads of 16 to 256 in half precision; widths between their multiples of 8 are padded."""
+    return query is not None and query.dtype in _FUSED_DTYPES and 8 < width <= 256
 
 
 def rotary(node: ir.Node, parser: Parser) -> Said:
