@@ -129,7 +129,7 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
 def print_validation(report: ValidationReport) -> None:
     """The worst layer of each kind of array, and the verdict."""
     table = plain_table("worst of all layers", "cosine", "norm ratio", "max error / rms", "")
-    for kind in ("key", "value", "attention", "residual", "logits"):
+    for kind in report.compared:
         worst = report.worst(kind)
         passed = not any(d.failed for d in report.differences if d.name.split(".")[-1] == kind)
         table.add_row(
@@ -161,4 +161,6 @@ def _verdict(report: ValidationReport) -> str:
     said = f"prefill of {report.prefill} and {report.steps} decode steps, greedy agreement {report.greedy_agreement:.1%}"
     if report.computed_in != report.dtype:
         said += f", computed in {report.computed_in} (this machine has no {report.dtype} kernels)"
+    if report.provider != "cpu":
+        said += f", on {report.provider}: {', '.join(report.compared)}"
     return f"{'FAILED' if report.failures else 'ok'} ({said})"

@@ -9,11 +9,14 @@ from typing import TYPE_CHECKING
 
 import click
 
+from kvexport.cli.options import provider_option
 from kvexport.errors import UsageError
 
 if TYPE_CHECKING:
     from kvexport.runtime import Memory
     from kvexport.runtime.generation import Timing
+
+_NAMES = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
 
 @click.command()
@@ -24,25 +27,26 @@ if TYPE_CHECKING:
 @click.option("--top-k", type=int, help="Draw from the K likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens that reach this probability.")
 @click.option("--seed", type=int, help="Makes drawing repeatable.")
-@click.option("--threads", type=click.IntRange(1, 1024), help="Of one operator [default: one a core].")
+@provider_option
+@click.option("--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core].")
 @click.option("--no-verify", is_flag=True, help="Start without hashing the weights.")
 @click.option("--quiet", is_flag=True, help="The text alone.")
 def command(
     bundle: Path, prompt: str, max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None,
-    seed: int | None, threads: int | None, no_verify: bool, quiet: bool,
+    seed: int | None, provider: str, threads: int | None, no_verify: bool, quiet: bool,
 ) -> None:  # fmt: skip
     """Continue a prompt with BUNDLE; the prompt and what follows it go to standard output."""
     from kvexport.runtime import open_bundle
 
     text = _standard_input() if prompt == "-" else prompt
-    session = open_bundle(bundle, threads=threads, verify=not no_verify)
+    session = open_bundle(bundle, provider=provider, threads=threads, verify=not no_verify)
     stream = session.stream(text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     for piece in chain([text + next(stream, "")], stream):  # a prompt that is refused is not printed
         click.echo(piece, nl=False)  # and flush
     click.echo()
     if not quiet:
         assert stream.generation is not None
-        click.echo(_summary(stream.timing, stream.generation.finish_reason, session.memory()), err=True)
+        click.echo(_summary(stream.timing, stream.generation.finish_reason, session.memory(), session.provider), err=True)
 
 
 def _standard_input() -> str:
@@ -58,7 +62,7 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _summary(timing: Timing, reason: str, memory: Memory) -> str:
+def _summary(timing: Timing, reason: str, memory: Memory, provider: str) -> str:
     from kvexport.cli.report import size
 
     ended = {"stop": "the model ended", "length": "--max-new-tokens reached", "capacity": "the bundle's capacity reached"}
@@ -66,7 +70,7 @@ def _summary(timing: Timing, reason: str, memory: Memory) -> str:
     decode = _speed(timing.decode_tokens, timing.decode_seconds)
     used = (timing.prefill_tokens + timing.decode_tokens) * memory.bytes_per_token
     return (
-        f"kvexport: {ended[reason]}; prefill {prefill}, decode {decode}; "
+        f"kvexport: {ended[reason]}; prefill {prefill}, decode {decode} on {_NAMES[provider]}; "
         f"KV cache {size(used)} in use, {size(memory.bytes_allocated)} allocated"
     )
 

@@ -7,21 +7,23 @@ from pathlib import Path
 
 import click
 
+from kvexport.cli.options import provider_option
 from kvexport.errors import GateFailed
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
+@provider_option
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress and no table: the exit code alone.")
-def command(bundle: Path, as_json: bool, quiet: bool) -> None:
+def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
     """Prove BUNDLE against its PyTorch twin: every layer, a prefill and 64 decode steps. Exit code 1 if it is not it."""
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_validation
     from kvexport.validate import validate
 
     with progress_bar(quiet) as progress:
-        report = validate(bundle, progress)
+        report = validate(bundle, progress, provider)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     elif not quiet:

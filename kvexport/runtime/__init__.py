@@ -1,4 +1,7 @@
-"""The runtime: a bundle generates text on ONNX Runtime. Needs numpy, onnxruntime and tokenizers, nothing else."""
+"""The runtime: a bundle generates text, on ONNX Runtime or on one of its TensorRT engines.
+
+Needs numpy, tokenizers, and the engine that it runs on; nothing else.
+"""
 
 from __future__ import annotations
 
@@ -6,24 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvexport.runtime.generation import Generation, Stream
+    from kvexport.runtime.interface import DeviceMemory
     from kvexport.runtime.session import Memory, Session, open_bundle
 
-__all__ = ["Generation", "Memory", "Session", "Stream", "open_bundle"]
+__all__ = ["DeviceMemory", "Generation", "Memory", "Session", "Stream", "open_bundle"]
 
-_LAZY = {"Generation": "generation", "Stream": "generation", "Memory": "session", "Session": "session", "open_bundle": "session"}
+_LAZY = {
+    "DeviceMemory": "interface", "Generation": "generation", "Memory": "session", "Session": "session", "Stream": "generation",
+    "open_bundle": "session",
+}  # fmt: skip
 
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:
         from importlib import import_module
 
-        try:
-            module = import_module(f"kvexport.runtime.{_LAZY[name]}")
-        except ModuleNotFoundError as error:
-            if error.name != "onnxruntime":
-                raise
-            from kvexport.errors import CannotRunHere
-
-            raise CannotRunHere("onnxruntime is not installed", fix="pip install 'kvexport[cpu]'") from error
-        return getattr(module, name)
+        return getattr(import_module(f"kvexport.runtime.{_LAZY[name]}"), name)
     raise AttributeError(f"module 'kvexport.runtime' has no attribute {name!r}")

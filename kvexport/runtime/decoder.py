@@ -1,10 +1,12 @@
 """The graph on ONNX Runtime: one call after another, over a cache that is bound in place.
 
-Knows the graph contract and ONNX Runtime; must not know what tokens mean, nor which sequence they belong to.
+Knows the graph contract and ONNX Runtime; must not know what tokens mean, nor which sequence they belong to. Where the
+arrays are, in the host's memory or on a device, is the cache's place.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,94 +14,131 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
+from kvexport.runtime.arrays import ELEMENT_TYPES, HOST, OnDevice, Place, as_float32
 from kvexport.runtime.cache import KvCache
+from kvexport.runtime.interface import TOKEN_INPUTS, DeviceMemory, Ids, Logits
 
-Ids = NDArray[np.int64]
-Logits = NDArray[np.float32]
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
 
 
 class OrtDecoder:
     """Runs tokens through the graph; keys and values are written into the cache without being copied.
 
     Every buffer that a call takes or gives is bound once and used again while its shape stays the same, so that a
-    decode step allocates nothing but the graph's own temporary values.
+    decode step allocates nothing but the graph's own temporary values. On a device, token ids and logits pass through
+    buffers that are allocated once; everything else stays there. On CUDA this was never run: no GPU was at hand.
 
     Attributes:
         cache: the buffers in use.
-        extra: the further outputs that the constructor named, from the last call.
+        longest: the most tokens of a sequence in one call.
+        extra: the further outputs [B, S, width] that the constructor named, from the last call, in float32.
     """
 
-    def __init__(self, session: onnxruntime.InferenceSession, cache: KvCache, extra_outputs: Sequence[str] = ()) -> None:
-        self._session, self._extra_outputs = session, tuple(extra_outputs)
-        self._vocab_size = int(session.get_outputs()[0].shape[-1])
+    longest = sys.maxsize
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, cache: KvCache, extra_outputs: Sequence[str] = (), *,
+        row_by_row: bool = False, loaded: int = 0,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            row_by_row: run calls of several tokens one row of the batch after another: GroupQueryAttention takes no
+                batch of them once there is a past.
+            loaded: bytes of the device that loading the graph took.
+        """
+        self._session, self._row_by_row, self._loaded = session, row_by_row, loaded
+        outputs = {value.name: value for value in session.get_outputs()}
+        self._vocab_size = int(outputs["logits"].shape[-1])
+        self._extra = {name: (int(outputs[name].shape[-1]), _TYPES[outputs[name].type]) for name in extra_outputs}
         self._shrinking = onnxruntime.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
-        self.extra: dict[str, NDArray[Any]] = {}
+        self.extra: dict[str, NDArray[np.float32]] = {}
         self.use(cache)
 
     def use(self, cache: KvCache) -> None:
         """Run on this cache from now on."""
-        self._unbind()
+        self._whole: _Binding | None = None  # or else the old buffers would live as long as the binding
         self.cache = cache
 
-    def run(self, input_ids: Ids, positions: Ids, logits_index: Ids, *, shrink: bool = False) -> Logits:
-        """Logits [B, L, vocab] of tokens [B, S] at consecutive `positions` [B, S], for those that `logits_index` [B, L] names.
-
-        Makes room in the cache for every position, a padded row's included. The array returned is overwritten by the
-        next call.
-
-        Args:
-            shrink: afterwards, give back to the system what the graph's temporary values took.
-
-        Raises:
-            UsageError: a position is beyond the bundle's capacity.
-            CannotRunHere: not enough memory for the cache.
-        """
+    def run(
+        self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
+    ) -> Logits:
+        """As `Decoder.run`."""
         tokens = int(positions.max()) + 1
         if tokens > self.cache.capacity:
-            self._unbind()  # or else the old buffers would live as long as the binding
+            self._whole = None
             self.cache.reserve(tokens)
-        if not self._bound:
-            self._bind_cache()
-        self._input("input_ids", input_ids)
-        self._input("position_ids", positions)
-        self._input("write_indices", positions[:, 0])
-        self._input("logits_index", logits_index)
-        logits = self._buffer("logits", (*logits_index.shape, self._vocab_size), np.float32)
-        for name in self._extra_outputs:  # anew each time: their shape follows the tokens
-            self._binding.bind_output(name)
-        self._session.run_with_iobinding(self._binding, self._shrinking if shrink else None)
-        if self._extra_outputs:
-            values = dict(zip(self._output_names(), self._binding.get_outputs(), strict=True))
-            self.extra = {name: values[name].numpy() for name in self._extra_outputs}
+        batch, sequence = input_ids.shape
+        if batch > 1 and sequence > 1 and self._row_by_row:
+            return self._run_rows(input_ids, positions, logits_index, lengths, shrink)
+        if self._whole is None:
+            self._whole = _Binding(self._session, self.cache)
+        return self._call(self._whole, input_ids, positions, logits_index, shrink)
+
+    def device_memory(self) -> DeviceMemory | None:
+        place = self.cache.place
+        if not isinstance(place, OnDevice):
+            return None
+        free, total = place.device.memory()
+        kv = sum(buffer.nbytes for buffer in self.cache.buffers.values())
+        return DeviceMemory(place.device.name, free, total, self._loaded, None, None, kv)
+
+    def _run_rows(
+        self, input_ids: Ids, positions: Ids, logits_index: Ids, lengths: Ids | None, shrink: bool
+    ) -> Logits:  # fmt: skip
+        logits = np.zeros((*logits_index.shape, self._vocab_size), np.float32)
+        for row in range(len(input_ids)):
+            count = input_ids.shape[1] if lengths is None else int(lengths[row])
+            if count:
+                binding, rows = _Binding(self._session, self.cache, row), slice(row, row + 1)
+                parts = (input_ids[rows, :count], positions[rows, :count], logits_index[rows])
+                logits[rows] = self._call(binding, *parts, shrink)
         return logits
 
-    def _unbind(self) -> None:
-        self._binding = self._session.io_binding()
-        self._bound: dict[str, NDArray[Any]] = {}
+    def _call(self, binding: _Binding, input_ids: Ids, positions: Ids, logits_index: Ids, shrink: bool) -> Logits:
+        binding.input("input_ids", input_ids)
+        binding.input("position_ids", positions)
+        binding.input("write_indices", positions[:, 0])
+        binding.input("logits_index", logits_index)
+        binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
+        for name, (width, dtype) in self._extra.items():
+            binding.output(name, (*input_ids.shape, width), dtype, HOST)
+        self.cache.place.synchronize()  # ONNX Runtime has a stream of its own
+        self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and self.cache.place is HOST else None)
+        self.extra = {name: as_float32(binding.arrays[name], dtype) for name, (_, dtype) in self._extra.items()}
+        logits: Logits = self.cache.place.read(binding.arrays["logits"])
+        return logits
 
-    def _bind_cache(self) -> None:
-        for name, buffer in self.cache.buffers.items():
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(buffer)
-            self._binding.bind_ortvalue_input(name, value)
-            self._binding.bind_ortvalue_output(_present(name), value)
-            self._bound[name] = buffer
 
-    def _output_names(self) -> list[str]:
-        """Of the outputs, in the order in which they were bound."""
-        return [*map(_present, self.cache.buffers), "logits", *self._extra_outputs]
+class _Binding:
+    """The graph's inputs and outputs bound to a cache, or to one row of it, and to arrays for all else."""
 
-    def _input(self, name: str, values: Ids) -> None:
-        self._buffer(name, values.shape, np.int64)[...] = values
+    def __init__(self, session: onnxruntime.InferenceSession, cache: KvCache, row: int | None = None) -> None:
+        self.binding = session.io_binding()
+        self.arrays: dict[str, Any] = dict(cache.buffers)  # what is bound must stay alive
+        self._place = cache.place
+        for name, buffer in cache.buffers.items():
+            self._bind(name, buffer, cache.dtype, self._place, row)
+            self._bind(_present(name), buffer, cache.dtype, self._place, row)
 
-    def _buffer(self, name: str, shape: tuple[int, ...], dtype: type[np.generic]) -> NDArray[Any]:
-        """The bound buffer of a small input or of the logits, made anew only when its shape changes."""
-        if name not in self._bound or self._bound[name].shape != shape:
-            self._bound[name] = np.empty(shape, dtype)
-            value = onnxruntime.OrtValue.ortvalue_from_numpy(self._bound[name])
-            bind = self._binding.bind_ortvalue_output if name == "logits" else self._binding.bind_ortvalue_input
-            bind(name, value)
-        return self._bound[name]
+    def input(self, name: str, values: Ids) -> None:
+        self._array(name, values.shape, "int64", self._place)
+        self._place.write(self.arrays[name], values)
+
+    def output(self, name: str, shape: tuple[int, ...], dtype: str, place: Place | None = None) -> None:
+        self._array(name, shape, dtype, place or self._place)
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: str, place: Place) -> None:
+        """Bind an array under `name`, made anew only when its shape changes."""
+        if name not in self.arrays or self.arrays[name].shape != shape:
+            self.arrays[name] = place.staged(shape, dtype)
+            self._bind(name, self.arrays[name], dtype, place, None)
+
+    def _bind(self, name: str, array: Any, dtype: str, place: Place, row: int | None) -> None:
+        address, shape = place.address(array, row)
+        is_input = name in TOKEN_INPUTS or name.startswith("past_key_values.")
+        bind = self.binding.bind_input if is_input else self.binding.bind_output
+        bind(name, place.kind, 0, ELEMENT_TYPES[dtype], shape, address)
 
 
 def _present(past: str) -> str:

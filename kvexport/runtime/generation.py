@@ -114,7 +114,7 @@ class TokenLoop:
             return "stop"
         if len(self.tokens[row]) == self._most:
             return "length"
-        if self._session.lengths[row] == self._session.bundle.capacity:
+        if self._session.lengths[row] == self._session.capacity:
             return "capacity"
         return None
 

@@ -2,28 +2,48 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnxruntime
 
 from kvexport.bundle import GRAPH_FILE, Bundle
-from kvexport.errors import BundleError, CannotRunHere
+from kvexport.errors import BundleError, CannotRunHere, UsageError
+from kvexport.graph.contract import LOWERED_FILES
 
-_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(int64)": "int64"}
+CUDA = "CUDAExecutionProvider"
+
+_TYPES = {
+    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64",
+}  # fmt: skip
+# kSameAsRequested: the arena would else grow to the next power of two, and take memory that the cache needs.
+_PROVIDERS: dict[str, list[Any]] = {
+    "cpu": ["CPUExecutionProvider"],
+    "cuda": [(CUDA, {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"})],
+}
 
 
-def load_graph(bundle: Bundle, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
-    """The bundle's graph on the CPU.
+def graph_file(bundle: Bundle, kind: str) -> str:
+    """The graph of a bundle that ONNX Runtime runs on "cpu" or "cuda": the one that was lowered for it, if there is one."""
+    lowered = LOWERED_FILES[kind]
+    return lowered if lowered in bundle.files else GRAPH_FILE
+
+
+def load_graph(bundle: Bundle, options: onnxruntime.SessionOptions, kind: str = "cpu") -> onnxruntime.InferenceSession:
+    """The bundle's graph for `kind`, "cpu" or "cuda".
 
     Raises:
         CannotRunHere: this ONNX Runtime cannot run it.
         BundleError: it takes or gives other tensors than the manifest says.
     """
-    if bundle.dtype == "bfloat16":
+    if bundle.dtype == "bfloat16" and kind == "cpu":
         raise CannotRunHere(
             "ONNX Runtime has no bfloat16 kernels for the CPU", seen=f"{bundle.path}, dtype bfloat16",
             fix="build it with --dtype float32 or float16; `kvexport validate` proves it here all the same, in float32",
         )  # fmt: skip
     try:
-        session = onnxruntime.InferenceSession(str(bundle.path / GRAPH_FILE), options, providers=["CPUExecutionProvider"])
+        session = session_on(kind, str(bundle.path / graph_file(bundle, kind)), options)
+    except CannotRunHere:
+        raise
     except Exception as error:  # ONNX Runtime's own exceptions have no other base
         raise CannotRunHere(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the graph of the bundle {bundle.path}",
@@ -33,6 +53,42 @@ def load_graph(bundle: Bundle, options: onnxruntime.SessionOptions) -> onnxrunti
         ) from error
     _require_contract(session, bundle)
     return session
+
+
+def session_on(kind: str, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+    """A session on the CPU or on CUDA, where it would else fall back to the CPU and say so in a warning only.
+
+    Raises:
+        CannotRunHere: CUDA was asked for and did not come up.
+    """
+    if kind == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        onnxruntime.preload_dlls()  # CUDA's libraries, where they were installed from wheels
+    session = onnxruntime.InferenceSession(model, options, providers=_PROVIDERS[kind])
+    if kind == "cuda" and CUDA not in session.get_providers():
+        raise CannotRunHere(
+            "ONNX Runtime could not start on the GPU", seen=f"{', '.join(session.get_providers())} alone",
+            fix="pip install 'kvexport[gpu]'; what failed to load is in the warning above",
+        )  # fmt: skip
+    return session
+
+
+def session_options(threads: int | None) -> onnxruntime.SessionOptions:
+    """Options of every session: `threads` for one operator (None: one a core).
+
+    All else is left as ONNX Runtime has it, after measuring a llama of 109 M parameters and a prompt of 2048 tokens:
+    weights are mapped and then packed once, which frees the mapped pages (without packing prefill takes a quarter more
+    processor time, and decoding no less); without the memory arena up to 90 MB more stay resident after a prefill, and
+    without memory patterns as much as with them.
+
+    Raises:
+        UsageError: threads is below 1.
+    """
+    if threads is not None and threads < 1:
+        raise UsageError("threads is out of range", seen=threads, allowed="1 or more")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads or 0
+    options.inter_op_num_threads = 1
+    return options
 
 
 def _require_contract(session: onnxruntime.InferenceSession, bundle: Bundle) -> None:

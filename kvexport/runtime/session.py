@@ -1,7 +1,7 @@
 """A bundle that generates: prompts in, logits, tokens or text out.
 
-Knows sequences, batches and bounds; the graph call is in `decoder`, the buffers are in `cache`, the loop from token
-to token is in `generation`.
+Knows sequences, batches and bounds; what runs the model is chosen in `providers`, the buffers are in `cache`, the loop
+from token to token is in `generation`.
 """
 
 from __future__ import annotations
@@ -9,19 +9,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
 
 import numpy as np
-import onnxruntime
 from numpy.typing import ArrayLike, NDArray
 
 from kvexport.bundle import DATA_FILE, Bundle
 from kvexport.errors import UsageError
-from kvexport.runtime.cache import KvCache, require_room
-from kvexport.runtime.decoder import Ids, Logits, OrtDecoder
 from kvexport.runtime.generation import Generation, Stream, TokenLoop, generate
-from kvexport.runtime.loading import load_graph
+from kvexport.runtime.interface import DeviceMemory, Ids, Logits
+from kvexport.runtime.providers import Provider, choose, open_decoder
 from kvexport.runtime.sampling import Sampling
 from kvexport.runtime.text import Tokenizer, tokenizer_of
 
@@ -39,6 +38,7 @@ class Memory:
         bytes_allocated, bytes_limit: what the cache takes now, and will take at the limit.
         bytes_per_token: what one token of one sequence takes.
         layers: bytes allocated now, layer by layer.
+        device: all that is known of the device's memory; None where the session runs on the CPU.
     """
 
     batch: int
@@ -48,33 +48,41 @@ class Memory:
     bytes_limit: int
     bytes_per_token: int
     layers: tuple[int, ...]
+    device: DeviceMemory | None
 
 
 class Session:
-    """A bundle on ONNX Runtime's CPU, with the cache of one batch of sequences. Not for several threads at a time.
+    """A bundle that runs, with the cache of one batch of sequences. Not for several threads at a time.
 
     Attributes:
         bundle: the opened bundle.
+        provider: what runs it: "cpu" or "cuda" (ONNX Runtime's), or "tensorrt".
+        capacity: the most tokens that a sequence may ever hold: the bundle's, or its engine's.
         lengths: tokens in the cache, one number a sequence.
     """
 
-    def __init__(self, bundle: Bundle, *, threads: int | None = None, chunk: int = CHUNK) -> None:
-        """Load the graph; hashes nothing (see `open_bundle`).
+    def __init__(
+        self, bundle: Bundle, *, provider: str | Provider = "auto", threads: int | None = None, chunk: int = CHUNK
+    ) -> None:
+        """Load the graph or the engine; hashes nothing (see `open_bundle`).
 
         Args:
-            threads: that one operator may use; None: one a core.
-            chunk: the most tokens of a sequence in one call.
+            provider: "cpu", "cuda" or "tensorrt"; "auto": tensorrt if the bundle has an engine that this machine can run,
+                else cuda if ONNX Runtime has it and there is a GPU, else cpu. Or what `providers.choose` made of it.
+            threads: that one operator may use on the CPU; None: one a core.
+            chunk: the most tokens of a sequence in one call; an engine may take fewer.
 
         Raises:
-            CannotRunHere: onnxruntime is missing, or has no kernels for the bundle's dtype.
-            BundleError: the graph or the tokenizer is not what the manifest says.
+            CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
+            BundleError: the graph, the engine or the tokenizer is not what the manifest says.
             UsageError: a value out of range.
         """
         if chunk < 1:
             raise UsageError("chunk is out of range", seen=chunk, allowed="1 or more")
-        self.bundle = bundle
-        self._chunk = chunk
-        self._decoder = OrtDecoder(load_graph(bundle, session_options(threads)), KvCache(bundle, 1, bundle.dtype))
+        chosen = choose(bundle, provider) if isinstance(provider, str) else provider
+        self.bundle, self.provider = bundle, chosen.name
+        self._decoder = open_decoder(bundle, chosen, threads=threads)
+        self._chunk = min(chunk, self._decoder.longest)
         self._tokenizer = tokenizer_of(bundle)
         self.reset()
 
@@ -82,9 +90,13 @@ class Session:
         """Give the cache back, and begin with `batch` empty sequences."""
         if batch < 1:
             raise UsageError("the batch is empty", seen=batch, allowed="1 sequence or more")
-        self._decoder.use(KvCache(self.bundle, batch, self.bundle.dtype))
+        self._decoder.use(self._decoder.cache.fresh(batch))
         self.lengths = np.zeros(batch, np.int64)
         self._last = np.zeros(batch, np.int64)  # the last token of each
+
+    @property
+    def capacity(self) -> int:
+        return self._decoder.cache.limit
 
     def prefill(self, prompts: Sequence[Sequence[int]] | Sequence[int]) -> Logits:
         """Start anew with these prompts, token ids of any lengths; returns the logits [B, vocab] after each one's last.
@@ -96,19 +108,20 @@ class Session:
         lengths = np.array([len(row) for row in rows], np.int64)
         if lengths.min() == 0:
             raise UsageError("a prompt is empty", fix="give at least one token")
-        require_room(self.bundle, int(lengths.max()), "the prompt is longer than the bundle's capacity")
+        self._decoder.cache.require_room(int(lengths.max()), "the prompt is longer than the bundle's capacity")
         self.reset(len(rows))
         padded = np.zeros((len(rows), lengths.max()), np.int64)
         for padding, row in zip(padded, rows, strict=True):
             padding[: len(row)] = row
         after_last = np.empty((len(rows), self.bundle.model.vocab_size), np.float32)
-        # Rows are padded on the right. What padding writes lies beyond its row's length, where no token of that row
-        # looks until a later one has overwritten it.
+        # Rows are padded on the right. What padding writes, if it is run at all, lies beyond its row's length, where no
+        # token of that row looks until a later one has overwritten it.
         for start in range(0, padded.shape[1], self._chunk):
             ids = padded[:, start : start + self._chunk]
             stop = start + ids.shape[1]
             index = np.clip(lengths - 1 - start, 0, ids.shape[1] - 1)[:, None]
-            logits = self._run(np.full(len(rows), start), ids, index, shrink=stop == padded.shape[1])
+            filled = np.clip(lengths - start, 0, ids.shape[1])
+            logits = self._run(np.full(len(rows), start), ids, index, lengths=filled, shrink=stop == padded.shape[1])
             ends_here = (lengths > start) & (lengths <= stop)
             after_last[ends_here] = logits[ends_here, 0]
         self.lengths, self._last = lengths, np.array([row[-1] for row in rows])
@@ -128,7 +141,7 @@ class Session:
             raise UsageError("step takes one token for each sequence", seen=f"{len(ids)} tokens", allowed=len(self.lengths))
         active = np.ones(len(ids), np.bool_) if active is None else active
         lengths = self.lengths + active
-        require_room(self.bundle, int(lengths.max()), "the bundle's capacity is exhausted")
+        self._decoder.cache.require_room(int(lengths.max()), "the bundle's capacity is exhausted")
         ids = np.where(active, ids, self._last)
         logits = self._run(np.maximum(lengths - 1, 0), ids[:, None], np.zeros((len(ids), 1), np.int64))
         self.lengths, self._last = lengths, ids
@@ -143,7 +156,7 @@ class Session:
         ids = self._checked_ids(token_ids, dimensions=2)
         if ids.size == 0:
             raise UsageError("there is no token to score", seen=f"shape {ids.shape}")
-        require_room(self.bundle, ids.shape[1], "the tokens exceed the bundle's capacity")
+        self._decoder.cache.require_room(ids.shape[1], "the tokens exceed the bundle's capacity")
         self.reset(len(ids))
         scored = np.empty((*ids.shape, self.bundle.model.vocab_size), np.float32)
         for start in range(0, ids.shape[1], self._chunk):
@@ -215,22 +228,26 @@ class Session:
         return Stream(loop, tokenizer, ids)
 
     def memory(self) -> Memory:
-        """What the cache takes, and may take."""
+        """What the cache takes, and may take; an engine's has its whole capacity from the start."""
         cache = self._decoder.cache
         buffers = [buffer.nbytes for buffer in cache.buffers.values()]  # two a layer
         return Memory(
             batch=cache.batch,
             capacity=cache.capacity,
-            capacity_limit=self.bundle.capacity,
+            capacity_limit=cache.limit,
             bytes_allocated=sum(buffers),
-            bytes_limit=cache.bytes(self.bundle.capacity),
+            bytes_limit=cache.bytes(cache.limit),
             bytes_per_token=self.bundle.kv_bytes_per_token,
             layers=tuple(key + value for key, value in zip(buffers[::2], buffers[1::2], strict=True)),
+            device=self._decoder.device_memory(),
         )
 
-    def _run(self, start: Ids, ids: Ids, logits_index: Ids, *, shrink: bool = False) -> Logits:
+    def _run(
+        self, start: Ids, ids: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
+    ) -> Logits:  # fmt: skip
         """Tokens [B, S] at the positions from start[b] on."""
-        return self._decoder.run(ids, start[:, None] + np.arange(ids.shape[1]), logits_index, shrink=shrink)
+        positions = start[:, None] + np.arange(ids.shape[1])
+        return self._decoder.run(ids, positions, logits_index, lengths=lengths, shrink=shrink)
 
     def _checked_ids(self, token_ids: ArrayLike, dimensions: int = 1) -> Ids:
         """Token ids as an int64 array.
@@ -270,25 +287,6 @@ class Session:
         return self._require_tokenizer().encode(prompt) or ([] if bos is None else [bos])
 
 
-def session_options(threads: int | None) -> onnxruntime.SessionOptions:
-    """Options of every session: `threads` for one operator (None: one a core).
-
-    All else is left as ONNX Runtime has it, after measuring a llama of 109 M parameters and a prompt of 2048 tokens:
-    weights are mapped and then packed once, which frees the mapped pages (without packing prefill takes a quarter more
-    processor time, and decoding no less); without the memory arena up to 90 MB more stay resident after a prefill, and
-    without memory patterns as much as with them.
-
-    Raises:
-        UsageError: threads is below 1.
-    """
-    if threads is not None and threads < 1:
-        raise UsageError("threads is out of range", seen=threads, allowed="1 or more")
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads or 0
-    options.inter_op_num_threads = 1
-    return options
-
-
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling:
     if temperature is None:
         temperature = 0.0 if top_k is None and top_p is None else 1.0
@@ -305,23 +303,28 @@ def _batched(prompts: Sequence[Any]) -> Sequence[Any]:
     return [prompts] if _is_ids(prompts) else prompts
 
 
-def open_bundle(path: Path | str, *, threads: int | None = None, chunk: int = CHUNK, verify: bool = True) -> Session:
-    """Open a bundle for generation on the CPU.
+def open_bundle(
+    path: Path | str, *, provider: str = "auto", threads: int | None = None, chunk: int = CHUNK, verify: bool = True
+) -> Session:
+    """Open a bundle for generation.
 
     Args:
-        threads, chunk: as in `Session`.
-        verify: hash the weights too, while they are loaded; all other files always are.
+        provider, threads, chunk: as in `Session`.
+        verify: hash the weights too (an engine's plan, where it is that which runs), while they are loaded; all other
+            files always are.
 
     Raises:
-        BundleError: no bundle, a damaged one, or one of a newer format.
-        CannotRunHere: its dtype has no kernels here, or onnxruntime is not installed.
+        BundleError: no bundle, a damaged one, one of a newer format, or an engine that is damaged or of another bundle.
+        CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
     """
     bundle = Bundle.open(path)
     bundle.verify(name for name in bundle.files if name != DATA_FILE)
+    chosen = choose(bundle, provider)
+    weights = partial(bundle.verify, [DATA_FILE]) if chosen.engine is None else chosen.engine.verify
     with ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(bundle.verify, [DATA_FILE] if verify else [])
+        hashed = pool.submit(weights if verify else lambda: None)
         try:
-            session = Session(bundle, threads=threads, chunk=chunk)
+            session = Session(bundle, provider=chosen, threads=threads, chunk=chunk)
         finally:
             hashed.result()  # damage explains whatever else went wrong
     return session

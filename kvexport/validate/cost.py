@@ -44,17 +44,19 @@ class Evaluation:
 
 
 def evaluate(
-    bundle: Path, checkpoint: Path, text: Path, progress: Progress, *, length: int = 256, samples: int | None = None
-) -> Evaluation:
+    bundle: Path, checkpoint: Path, text: Path, progress: Progress, *, length: int = 256, samples: int | None = None,
+    provider: str = "auto",
+) -> Evaluation:  # fmt: skip
     """Run the trained model and the bundle, teacher-forced, over windows of `length` tokens of a text.
 
     Args:
         samples: the most windows to use, spread evenly over the text; None: all.
+        provider: what runs the bundle, as in `kvexport.runtime.Session`.
 
     Raises:
         UsageError: the checkpoint and the bundle have different vocabularies, or the text fills no window.
         BundleError: the bundle is damaged.
-        CannotRunHere: its dtype has no kernels here.
+        CannotRunHere: its dtype has no kernels here, or this machine lacks what the provider needs.
     """
     source, opened = Checkpoint(checkpoint), Bundle.open(bundle)
     decoder = load_decoder(source)
@@ -69,10 +71,10 @@ def evaluate(
         progress.note(
             f"{checkpoint} is not the checkpoint that the bundle was made of ('{opened.source.name}'): its sha256 differs"
         )
-    if length > opened.capacity:
-        raise UsageError("--length exceeds the bundle's capacity", seen=length, allowed=f"at most {opened.capacity}")
+    session = open_bundle(bundle, provider=provider)
+    if length > session.capacity:
+        raise UsageError("--length exceeds the bundle's capacity", seen=length, allowed=f"at most {session.capacity}")
     windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)
-    session = open_bundle(bundle)
     stream = original_stream(decoder, windows, progress)
     meter = DivergenceMeter()
     with progress.stage("Running the bundle", len(windows)), torch.no_grad():

@@ -1,10 +1,11 @@
-"""A whole bundle run as it is deployed: one session, the cache bound in place and growing, the prompt read in chunks.
+"""A whole bundle run as it is deployed: one session, the cache bound in place, the prompt read in chunks.
 
 Knows the runtime, and what a copy of the graph with taps needs; nothing of the twin that the result is compared with.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,8 @@ from kvexport.validate.twin import array_name
 if TYPE_CHECKING:
     import onnxruntime
 
-    from kvexport.graph import GraphCopy
+    from kvexport.runtime.interface import Decoder
+    from kvexport.runtime.providers import Provider
 
 Array = NDArray[np.float32]
 
@@ -33,51 +35,94 @@ _TAPS = {"attention": attention_tap, "residual": residual_tap}
 _PACKAGES = ("onnx_ir", "onnxruntime", "psutil")
 
 
-def run_deployed(bundle: Bundle, input_ids: NDArray[np.int64], prefill: int, progress: Progress) -> dict[str, Array]:
+def run_deployed(
+    bundle: Bundle, input_ids: NDArray[np.int64], prefill: int, progress: Progress, provider: Provider | None = None
+) -> dict[str, Array]:
     """Feed `input_ids` [T] to the bundle: `prefill` of them in chunks, the others one by one.
 
+    On ONNX Runtime the graph is a copy with taps of the very file that is deployed on `provider` (None: on the CPU). An
+    engine has no taps: of it the logits and the caches are all there is.
+
     Returns:
-        `logits` [T, vocab] and the four arrays a layer that `kvexport.validate.twin` names, float32.
+        `logits` [T, vocab] and of the four arrays a layer that `kvexport.validate.twin` names those that the provider
+        gives, float32.
 
     Raises:
         CannotRunHere: this machine lacks the memory, or a package.
     """
-    _require_packages()
-    _require_memory(bundle)
-    from kvexport.graph import as_float32, tapped
-    from kvexport.runtime.cache import KvCache
-    from kvexport.runtime.decoder import OrtDecoder
-    from kvexport.runtime.session import session_options
+    from kvexport.runtime.providers import Provider
 
-    tokens, layers = len(input_ids), range(len(bundle.layers))
-    dtype = COMPUTED_IN[bundle.dtype]
-    graph = bundle.path / GRAPH_FILE
-    copy = tapped(graph) if dtype == bundle.dtype else as_float32(graph, taps=True)
-    names = {tap(layer): array_name(layer, kind) for layer in layers for kind, tap in _TAPS.items()}
-    cache = KvCache(bundle, 1, dtype, fill=GARBAGE, step=_GROWTH)
-    decoder = OrtDecoder(_loaded(copy, session_options(None)), cache, extra_outputs=list(names))
-    pieces: dict[str, list[Array]] = {name: [] for name in ("logits", *names.values())}
-    starts = [*range(0, prefill, _CHUNK), *range(prefill, tokens)]
+    provider = provider or Provider("cpu")
+    if provider.name == "tensorrt":
+        from kvexport.runtime.tensorrt import TensorRtDecoder
+
+        assert provider.engine is not None and provider.device is not None
+        engine = TensorRtDecoder(bundle, provider.engine, provider.device, fill=GARBAGE)
+        return _fed(engine, input_ids, prefill, progress, min(_CHUNK, engine.longest))
+    _require_packages()
+    from kvexport.runtime.decoder import OrtDecoder
+    from kvexport.runtime.providers import new_cache
+
+    names = {tap(layer): array_name(layer, kind) for layer in range(len(bundle.layers)) for kind, tap in _TAPS.items()}
+    session, dtype = _tapped_session(bundle, provider)
+    cache = new_cache(bundle, provider, dtype, fill=GARBAGE, step=_GROWTH)
+    decoder = OrtDecoder(session, cache, extra_outputs=list(names))
+    return _fed(decoder, input_ids, prefill, progress, _CHUNK, lambda: {names[tap]: decoder.extra[tap] for tap in names})
+
+
+def computed_in(dtype: str, provider: str) -> str:
+    """The arithmetic that a bundle of `dtype` is validated in: its own, but for what the CPU has no kernels of."""
+    return COMPUTED_IN[dtype] if provider == "cpu" else dtype
+
+
+def _fed(
+    decoder: Decoder, input_ids: NDArray[np.int64], prefill: int, progress: Progress, chunk: int,
+    taps: Callable[[], dict[str, Array]] = dict,
+) -> dict[str, Array]:  # fmt: skip
+    """What the decoder gives: logits, what `taps` [1, S, hidden] are after a call, and what it left in the cache."""
+    tokens, cache = len(input_ids), decoder.cache
+    pieces: dict[str, list[Array]] = {}
+    starts = [*range(0, prefill, chunk), *range(prefill, tokens)]
     with progress.stage("Running the bundle", len(starts)):
         for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
             here = np.arange(stop - start)[None]
             logits = decoder.run(input_ids[None, start:stop], start + here, here)
-            pieces["logits"].append(logits[0].copy())
-            for tap, name in names.items():
-                pieces[name].append(decoder.extra[tap][0].astype(np.float32))
+            for name, values in {"logits": logits, **taps()}.items():
+                pieces.setdefault(name, []).append(values[0].copy())
             progress.advance()
     measured = {name: np.concatenate(each) for name, each in pieces.items()}
-    for layer in layers:
-        for which, buffer in zip(("key", "value"), cache.layer(layer), strict=True):
+    for layer in range(len(cache.buffers) // 2):
+        for which, buffer in zip(("key", "value"), cache.layer_in_float32(layer), strict=True):
             measured[array_name(layer, which)] = heads_side_by_side(buffer, tokens)
     return measured
 
 
-def _loaded(copy: GraphCopy, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.InferenceSession, str]:
+    """A session on a copy with taps of what is deployed, and the dtype that it computes in."""
+    from kvexport.graph import as_float32, tapped
+    from kvexport.runtime.loading import graph_file, session_on, session_options
+
+    dtype = computed_in(bundle.dtype, provider.name)
+    if provider.name == "cpu":
+        _require_memory(bundle)
+    if dtype != bundle.dtype:
+        copy = as_float32(bundle.path / GRAPH_FILE, taps=True)
+    else:
+        copy = tapped(bundle.path / graph_file(bundle, provider.name))
+    options = session_options(None)
+    if provider.name == "cpu":
+        return _loaded(lambda: copy.session(options)), dtype
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(copy.folder.resolve()))
+    return _loaded(lambda: session_on(provider.name, copy.model, options)), dtype
+
+
+def _loaded(load: Callable[[], onnxruntime.InferenceSession]) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     try:
-        return copy.session(options)
+        return load()
+    except CannotRunHere:
+        raise
     except Exception as error:  # ONNX Runtime's own exceptions have no other base
         raise CannotRunHere(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the bundle's graph",

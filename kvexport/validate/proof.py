@@ -11,7 +11,8 @@ from pathlib import Path
 from kvexport.bundle import Bundle
 from kvexport.graph.contract import GraphContract
 from kvexport.progress import Progress
-from kvexport.validate.deployed import run_deployed
+from kvexport.runtime.providers import choose
+from kvexport.validate.deployed import computed_in, run_deployed
 from kvexport.validate.layerwise import COMPUTED_IN, run_layerwise
 from kvexport.validate.twin import FILE, read_twin
 from kvexport.validate.verdict import ValidationReport, judge, prefill_of
@@ -29,16 +30,24 @@ def prove(directory: Path, contract: GraphContract, progress: Progress) -> Valid
     return judge(contract.dtype, COMPUTED_IN[contract.dtype], measured, twin)
 
 
-def validate(path: Path, progress: Progress) -> ValidationReport:
+def validate(path: Path, progress: Progress, provider: str = "auto") -> ValidationReport:
     """Compare the bundle in `path`, run as it is deployed, with what its twin computed when it was built.
 
+    Args:
+        provider: what it is deployed on: "cpu", "cuda", "tensorrt" or "auto", as in `kvexport.runtime.Session`. Of a
+            TensorRT engine logits, keys and values are compared: it shows no others.
+
     Raises:
-        BundleError: the bundle is damaged (every file is hashed first) or incomplete.
-        CannotRunHere: this machine lacks the memory, or a package.
+        BundleError: the bundle is damaged (every file is hashed first, and the engine's plan) or incomplete.
+        CannotRunHere: this machine lacks the memory, a package, or what the provider needs.
     """
     bundle = Bundle.open(path)
     bundle.verify()
+    chosen = choose(bundle, provider)
+    if chosen.engine is not None:
+        chosen.engine.verify()
     twin = read_twin(path / FILE, len(bundle.layers))
     ids = twin["input_ids"]
-    measured = run_deployed(bundle, ids, prefill_of(len(ids)), progress)
-    return judge(bundle.dtype, COMPUTED_IN[bundle.dtype], measured, twin)
+    measured = run_deployed(bundle, ids, prefill_of(len(ids)), progress, chosen)
+    shown = {name: array for name, array in twin.items() if name == "input_ids" or name in measured}
+    return judge(bundle.dtype, computed_in(bundle.dtype, chosen.name), measured, shown, chosen.name)

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.validate.gates import GATES, Difference, Gate, compare, greedy_agreement
-from kvexport.validate.twin import PREFILL
+from kvexport.validate.twin import KINDS, PREFILL
 
 Array = NDArray[np.float32]
 
@@ -31,6 +31,7 @@ class ValidationReport:
         differences: of each layer's key, value, attention and residual, and of the logits.
         greedy_agreement: share of tokens at which bundle and twin choose the same next token.
         failures: a sentence for every gate that failed; empty if the bundle is sound.
+        provider: what ran the bundle.
     """
 
     dtype: str
@@ -41,19 +42,28 @@ class ValidationReport:
     differences: tuple[Difference, ...]
     greedy_agreement: float
     failures: tuple[str, ...]
+    provider: str
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The kinds of arrays that were compared: an engine shows fewer than a graph."""
+        present = {difference.name.split(".")[-1] for difference in self.differences}
+        return tuple(kind for kind in (*KINDS, "logits") if kind in present)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as `--json` prints them; a figure that is no number is null."""
-        raw = asdict(self)
+        raw = asdict(self) | {"compared": list(self.compared)}
         raw["differences"] = [{k: None if v != v else v for k, v in each.items()} for each in raw["differences"]]
         return raw
 
     def worst(self, kind: str) -> Difference:
-        """The least alike of all layers' arrays of one kind ('key', ..., 'logits')."""
+        """The least alike of all layers' arrays of one kind, one of `compared`."""
         return min((d for d in self.differences if d.name.split(".")[-1] == kind), key=_likeness)
 
 
-def judge(dtype: str, computed_in: str, measured: Mapping[str, Array], twin: Mapping[str, Array]) -> ValidationReport:
+def judge(
+    dtype: str, computed_in: str, measured: Mapping[str, Array], twin: Mapping[str, Array], provider: str = "cpu"
+) -> ValidationReport:
     """Compare measured arrays with the twin's of the same names, under the gates of `dtype`."""
     gate = GATES[dtype]
     names = [name for name in twin if name != "input_ids"]
@@ -65,8 +75,9 @@ def judge(dtype: str, computed_in: str, measured: Mapping[str, Array], twin: Map
     if agreement < gate.agreement:
         failures.append(f"greedy agreement {agreement:.4f}, allowed at least {gate.agreement}")
     tokens = len(twin["input_ids"])
+    prefill = prefill_of(tokens)
     return ValidationReport(
-        dtype, computed_in, prefill_of(tokens), tokens - prefill_of(tokens), gate, differences, agreement, tuple(failures)
+        dtype, computed_in, prefill, tokens - prefill, gate, differences, agreement, tuple(failures), provider
     )
 
 

@@ -65,7 +65,7 @@ def test_prompt_and_text_on_standard_output_and_a_summary_on_standard_error(run:
     code, out, err = run("--prompt", PROMPT)
     assert (code, out) == (0, f"{PROMPT}{said}\n")
     assert re.fullmatch(
-        r"kvexport: --max-new-tokens reached; prefill \d+ tokens at \d+/s, decode 23 tokens at \d+/s; "
+        r"kvexport: --max-new-tokens reached; prefill \d+ tokens at \d+/s, decode 23 tokens at \d+/s on the CPU; "
         r"KV cache \d+\.\d KiB in use, \d+\.\d KiB allocated\n",
         err,
     )

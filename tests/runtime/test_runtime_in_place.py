@@ -24,12 +24,11 @@ from kvexport.runtime import Session, open_bundle
 BATCH, DEPTH = 8, 4096
 _MEASURE = """
 import json, sys
-import numpy as np, onnxruntime
+import numpy as np, onnxruntime, kvexport.runtime.decoder
 from kvexport.bundle import Bundle
 from kvexport.runtime.cache import KvCache
-from kvexport.runtime.decoder import OrtDecoder
-from kvexport.runtime.loading import load_graph
-from kvexport.runtime.session import session_options
+from kvexport.runtime.decoder import OrtDecoder, _Binding
+from kvexport.runtime.loading import load_graph, session_options
 
 path, batch, depth, in_place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "in place"
 bundle = Bundle.open(path)
@@ -37,11 +36,10 @@ cache = KvCache(bundle, batch, bundle.dtype, fill=1.0, step=depth)  # filled: ev
 cache.reserve(depth)
 session = load_graph(bundle, session_options(1))
 if not in_place:
-    class OrtDecoder(OrtDecoder):
-        def _bind_cache(self):
-            super()._bind_cache()
-            for name in self.cache.buffers:
-                self._binding.bind_output(name.replace("past_key_values", "present"))
+    class Binding(_Binding):
+        def _bind(self, name, *arguments):
+            self.binding.bind_output(name) if name.startswith("present") else super()._bind(name, *arguments)
+    kvexport.runtime.decoder._Binding = Binding
 decoder = OrtDecoder(session, cache)
 
 def kib(what):

@@ -19,6 +19,8 @@ from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.hashing import sha256_of
 from kvexport.runtime import Session
 
+GRAPH = "decoder.cpu.onnx"  # what runs here
+
 
 def _flip(file: Path, at: int = -10) -> None:
     content = bytearray(file.read_bytes())
@@ -30,7 +32,7 @@ def _copy(bundle: Path, into: Path) -> Path:
     return Path(shutil.copytree(bundle, into))
 
 
-@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "tokenizer.json"])
+@pytest.mark.parametrize("name", ["decoder.onnx", "decoder.cpu.onnx", "decoder.onnx.data", "tokenizer.json"])
 def test_one_flipped_byte_is_found_before_anything_is_generated(text_bundle: Path, tmp_path: Path, name: str) -> None:
     bundle = _copy(text_bundle, tmp_path / "b")
     _flip(bundle / name)
@@ -71,9 +73,9 @@ def test_graph_that_is_not_the_manifests(decoder: Decoder, tiny_bundle: Path, tm
 
 def test_graph_that_onnxruntime_cannot_load(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = _copy(tiny_bundle, tmp_path / "b")
-    (bundle / "decoder.onnx").write_bytes(b"no graph at all")
-    size, digest = 15, sha256_of(bundle / "decoder.onnx")
-    edit_manifest(bundle, lambda raw: raw["files"]["decoder.onnx"].update(sha256=digest, bytes=size))
+    (bundle / GRAPH).write_bytes(b"no graph at all")
+    size, digest = 15, sha256_of(bundle / GRAPH)
+    edit_manifest(bundle, lambda raw: raw["files"][GRAPH].update(sha256=digest, bytes=size))
     with pytest.raises(CannotRunHere, match=r"cannot load the graph[\s\S]*inspect --verify"):
         kvexport.open(bundle)
 
@@ -84,14 +86,14 @@ def test_weights_outside_the_bundle_are_never_read(tiny_bundle: Path, tmp_path: 
 
     bundle = _copy(tiny_bundle, tmp_path / "b")
     shutil.copyfile(bundle / "decoder.onnx.data", tmp_path / "elsewhere")
-    model = onnx.load(bundle / "decoder.onnx", load_external_data=False)
+    model = onnx.load(bundle / GRAPH, load_external_data=False)
     for tensor in model.graph.initializer:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = "../elsewhere"
-    (bundle / "decoder.onnx").write_bytes(model.SerializeToString())
-    file = bundle / "decoder.onnx"
-    edit_manifest(bundle, lambda raw: raw["files"]["decoder.onnx"].update(sha256=sha256_of(file), bytes=file.stat().st_size))
+    (bundle / GRAPH).write_bytes(model.SerializeToString())
+    file = bundle / GRAPH
+    edit_manifest(bundle, lambda raw: raw["files"][GRAPH].update(sha256=sha256_of(file), bytes=file.stat().st_size))
     with pytest.raises(CannotRunHere, match="cannot load the graph"):
         kvexport.open(bundle)
 

@@ -1,0 +1,295 @@
+"""A bundle's TensorRT engine: decode and prefill as two execution contexts over one cache and one scratch memory.
+
+Knows TensorRT's runtime (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an engine's graph has: std24
+writes the cache in place, decomposed17 gives the new tokens' keys and values, which are copied into it after the call.
+Must not know what tokens mean. On a GPU this was never run: none was at hand; its tests run it on a simulated device.
+"""
+
+from __future__ import annotations
+
+import mmap
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvexport.bundle import Bundle
+from kvexport.errors import BundleError, CannotRunHere, UsageError
+from kvexport.graph.contract import past, present, update
+from kvexport.runtime.arrays import Device, DeviceArray, OnDevice, stored_as
+from kvexport.runtime.cache import KvCache
+from kvexport.runtime.engines import Engine
+from kvexport.runtime.interface import TOKEN_INPUTS, DeviceMemory, Ids, Logits
+
+_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
+_REBUILD = "build it again: kvexport engine BUNDLE --force"
+DECODE, PREFILL = 0, 1  # profiles
+
+
+class EngineCache(KvCache):
+    """A cache of the engine's own capacity and batch, allocated once: its addresses never change."""
+
+    def __init__(self, bundle: Bundle, engine: Engine, place: OnDevice, fill: float) -> None:
+        record = engine.record
+        super().__init__(
+            bundle, record.batch, record.dtype, fill=fill, step=record.capacity, limit=record.capacity, place=place
+        )  # fmt: skip
+        self.reserve(record.capacity)
+
+    def fresh(self, batch: int) -> KvCache:
+        """This cache, empty.
+
+        Raises:
+            UsageError: the engine is for another number of sequences.
+        """
+        if batch != self.batch:
+            raise UsageError(
+                "the engine runs another number of sequences at a time", seen=batch, allowed=self.batch,
+                fix="give prompts one by one, or run without the engine: --provider cuda or cpu",
+            )  # fmt: skip
+        assert isinstance(self.place, OnDevice)
+        for buffer in self.buffers.values():
+            self.place.device.clear(buffer.address, buffer.nbytes)
+        return self
+
+
+class TensorRtDecoder:
+    """`kvexport.runtime.interface.Decoder` on a TensorRT engine.
+
+    Attributes:
+        cache: the one cache of the engine's capacity.
+        longest: the engine's chunk.
+    """
+
+    def __init__(self, bundle: Bundle, engine: Engine, device: Device, *, fill: float = 0.0) -> None:
+        """
+        Args:
+            fill: what slots hold until they are first written.
+
+        Raises:
+            BundleError: the engine takes or gives other tensors than its record says, or does not write in place.
+            CannotRunHere: TensorRT cannot load it, or there is not enough device memory.
+        """
+        self._device, self._log = device, _log(engine.trt)
+        place = OnDevice(device)
+        free = device.memory()[0]
+        # Contexts need the engine, and the engine the runtime.
+        self._runtime = engine.trt.Runtime(self._log)
+        self._engine = _load(engine, self._runtime, self._log)
+        self._loaded = max(0, free - device.memory()[0])
+        self._trt = engine.trt
+        in_place = engine.record.lowering != "decomposed17"
+        _require_contract(self._engine, engine, bundle, in_place)
+        self.longest = engine.record.chunk
+        try:
+            self.cache: KvCache = EngineCache(bundle, engine, place, fill)
+            outputs = {present(*_parts(name)): buffer for name, buffer in self.cache.buffers.items()}
+            if not in_place:
+                outputs = {update(*_parts(name)): self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
+            self._updates = {} if in_place else dict(zip(self.cache.buffers, outputs.values(), strict=True))
+            sizes = [self._engine.get_device_memory_size_for_profile_v2(profile) for profile in (DECODE, PREFILL)]
+            self._scratch = DeviceArray(device, (max(*sizes, 1),), "uint8")
+            bound = {name: buffer.address for name, buffer in {**self.cache.buffers, **outputs}.items()}
+            vocab = bundle.model.vocab_size
+            self._decode = _Calls(self, DECODE, 1, vocab, bound)
+            self._prefill = _Calls(self, PREFILL, self.longest, vocab, bound)
+        except MemoryError as error:
+            raise CannotRunHere(
+                "there is not enough device memory for the engine's cache and activations", seen=str(error),
+                fix="build the engine again with a smaller --capacity or --chunk",
+            ) from error  # fmt: skip
+
+    def use(self, cache: KvCache) -> None:
+        assert cache is self.cache, "an engine has one cache"
+
+    def run(
+        self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
+    ) -> Logits:
+        """As `Decoder.run`."""
+        start, stop = int(positions[0, 0]), int(positions[0, -1]) + 1
+        self.cache.reserve(stop)  # TensorRT would drop what is beyond, and say nothing
+        calls = self._decode if input_ids.shape[1] == 1 else self._prefill
+        return calls.run(input_ids, positions, logits_index, start)
+
+    def device_memory(self) -> DeviceMemory:
+        free, total = self._device.memory()
+        weights = None
+        if hasattr(self._engine, "get_engine_stat"):
+            weights = int(self._engine.get_engine_stat(self._trt.EngineStat.TOTAL_WEIGHTS_SIZE))
+        kv = sum(buffer.nbytes for buffer in self.cache.buffers.values())
+        return DeviceMemory(self._device.name, free, total, self._loaded, weights, self._scratch.nbytes, kv)
+
+    def context(self, profile: int) -> Any:
+        """A new execution context on one profile, over the scratch memory that all share."""
+        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
+            raise self._failure("TensorRT cannot make an execution context")
+        self._device.synchronize()
+        context.set_device_memory(self._scratch.address, self._scratch.nbytes)
+        return context
+
+    def write_updates(self, start: int, count: int) -> None:
+        """Copy what the graph gave of `count` new tokens to the cache's slots from `start` on, in the stream's order."""
+        for name, new in self._updates.items():
+            buffer = self.cache.buffers[name]
+            _, heads, capacity, width = buffer.shape
+            slot = width * stored_as(buffer.dtype).itemsize
+            self._device.copy_rows(buffer.address + start * slot, capacity * slot, new.address, count * slot, count * slot, heads)
+
+    def _slice_of(self, buffer: DeviceArray) -> DeviceArray:
+        batch, heads, _, width = buffer.shape
+        return DeviceArray(self._device, (batch, heads, self.longest, width), buffer.dtype)
+
+    def _failure(self, what: str) -> CannotRunHere:
+        return CannotRunHere(what, seen=self._log.last(), fix=_REBUILD)
+
+
+class _Calls:
+    """Calls of one profile: its context, and the arrays that they take and give but the caches.
+
+    Nothing is allocated from call to call, but for more logits than ever before. Once a decode step has run, the
+    uploads, the engine and the download are one CUDA graph; copies into the cache stay outside, since their target
+    changes with every step.
+    """
+
+    def __init__(self, decoder: TensorRtDecoder, profile: int, most: int, vocab: int, bound: dict[str, int]) -> None:
+        self._decoder, self._device = decoder, decoder._device
+        self._place = OnDevice(self._device)
+        self._vocab = vocab
+        self.context = decoder.context(profile)
+        self._captures = profile == DECODE
+        self._graph: Any | None = None
+        self._counts = 0, 0  # tokens, logits
+        self._inputs = {name: self._place.staged((most,), "int64") for name in TOKEN_INPUTS}
+        self._logits: DeviceArray | None = None
+        for name, address in {**bound, **{name: array.address for name, array in self._inputs.items()}}.items():
+            self._address(name, address)
+
+    def run(self, input_ids: Ids, positions: Ids, logits_index: Ids, start: int) -> Logits:
+        tokens, logits = input_ids.shape[1], logits_index.shape[1]
+        self._shape(tokens, logits)
+        for name, values in zip(TOKEN_INPUTS, (input_ids, positions, positions[:, 0], logits_index), strict=True):
+            host = self._inputs[name].host
+            assert host is not None
+            host[: values.size] = values.ravel()
+        if self._graph is None:
+            self._queue()
+        else:
+            self._device.launch(self._graph)
+        self._decoder.write_updates(start, tokens)
+        self._device.synchronize()
+        if self._captures and self._graph is None:
+            self._capture()
+        return self._host_logits().reshape(1, logits, self._vocab)
+
+    def _queue(self) -> None:
+        for name, array in self._inputs.items():
+            assert array.host is not None
+            self._device.upload(array.address, array.host[: self._count(name)])
+        if not self.context.execute_async_v3(self._device.stream):
+            raise self._decoder._failure("TensorRT failed to run the engine")
+        assert self._logits is not None
+        self._device.download(self._host_logits(), self._logits.address)
+
+    def _capture(self) -> None:
+        """TensorRT must have run once before; TensorRT-RTX may still be compiling kernels, and says so."""
+        ready = getattr(self.context, "is_stream_capturable", None)
+        if ready is None or ready(self._device.stream):
+            self._graph = self._device.capture(self._queue)
+            self._captures = self._graph is not None
+
+    def _shape(self, tokens: int, logits: int) -> None:
+        if self._counts == (tokens, logits):
+            return
+        self._counts = tokens, logits
+        for name, count in (("input_ids", tokens), ("position_ids", tokens), ("logits_index", logits)):
+            if not self.context.set_input_shape(name, (1, count)):
+                raise self._decoder._failure(f"the engine refuses {count} as a size of {name}")
+        if self._logits is None or self._logits.shape[0] < logits:
+            self._logits = None  # before more is allocated
+            self._logits = self._place.staged((logits, self._vocab), "float32")
+            self._address("logits", self._logits.address)
+
+    def _count(self, name: str) -> int:
+        tokens, logits = self._counts
+        return {"write_indices": 1, "logits_index": logits}.get(name, tokens)
+
+    def _host_logits(self) -> NDArray[np.float32]:
+        assert self._logits is not None and self._logits.host is not None
+        return self._logits.host[: self._counts[1]]
+
+    def _address(self, name: str, address: int) -> None:
+        if not self.context.set_tensor_address(name, address):
+            raise self._decoder._failure(f"TensorRT refuses the address of {name}")
+
+
+def _load(engine: Engine, runtime: Any, log: Any) -> Any:
+    """The engine; its plan is mapped, so that it need not be in memory twice."""
+    with engine.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
+        loaded = runtime.deserialize_cuda_engine(plan)
+    if loaded is None:
+        version = engine.trt.__version__
+        raise CannotRunHere(f"TensorRT {version} cannot load {engine.plan}", seen=log.last(), fix=_REBUILD)
+    return loaded
+
+
+def _require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool) -> None:
+    """
+    Raises:
+        BundleError: the engine takes or gives other tensors than its record and the bundle say.
+    """
+    record = engine.record
+    sizes = {"batch": record.batch, "capacity": record.capacity}
+    caches = [spec for spec in bundle.graph.inputs if spec.name not in TOKEN_INPUTS]
+    shapes = {spec.name: (spec.dtype, tuple(sizes.get(str(size), size) for size in spec.shape)) for spec in caches}
+    given = {(present if in_place else update)(*_parts(name)): name for name in shapes}
+    names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
+    promised = {*TOKEN_INPUTS, "logits", *shapes, *given}
+    if names != promised:
+        _refuse(engine, "takes or gives other tensors", sorted(names ^ promised), "those of its lowering")
+    for name in names:
+        if not str(loaded.get_tensor_location(name)).endswith("DEVICE"):
+            _refuse(engine, "wants a tensor in the host's memory", name, "all on the device")
+    for name, (dtype, shape) in shapes.items():
+        seen = _TYPES.get(loaded.get_tensor_dtype(name).name), tuple(loaded.get_tensor_shape(name))
+        if seen != (dtype, shape):
+            _refuse(engine, f"has another {name}", seen, (dtype, shape))
+    for name in (*TOKEN_INPUTS, "logits"):
+        seen_type = _TYPES.get(loaded.get_tensor_dtype(name).name)
+        if seen_type != ("float32" if name == "logits" else "int64"):
+            _refuse(engine, f"has another type of {name}", seen_type, "float32 logits, int64 inputs")
+    if in_place and hasattr(loaded, "get_aliased_input_tensor"):
+        for output, cache in given.items():
+            if loaded.get_aliased_input_tensor(output) != cache:
+                _refuse(
+                    engine, "does not write the cache in place", loaded.get_aliased_input_tensor(output), f"{output} is {cache}"
+                )
+
+
+def _refuse(engine: Engine, what: str, seen: object, allowed: object) -> None:
+    raise BundleError(f"the engine {engine.directory} {what}", seen=seen, allowed=allowed, fix=_REBUILD)
+
+
+def _parts(name: str) -> tuple[int, str]:
+    """Layer and "key" or "value" of a cache input's name."""
+    _, layer, which = name.split(".")
+    assert name == past(int(layer), which)
+    return int(layer), which
+
+
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps errors; says nothing itself."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self._errors: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
+                self._errors.append(message)
+
+        def last(self) -> str | None:
+            return self._errors[-1] if self._errors else None
+
+    return Log()
