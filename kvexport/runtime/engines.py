@@ -36,6 +36,11 @@ class Engine:
     def plan(self) -> Path:
         return self.directory / PLAN_FILE
 
+    @property
+    def has_weights(self) -> bool:
+        """Whether the plan holds the weights, or takes the bundle's when it is loaded."""
+        return not self.record.options.get("refit")
+
     def verify(self) -> None:
         """Hash the plan.
 
@@ -51,8 +56,11 @@ def engine_directories(bundle: Bundle) -> list[Path]:
     return sorted(record.parent for record in (bundle.path / ENGINES_FOLDER).glob(f"*/{RECORD_FILE}"))
 
 
-def find_engine(bundle: Bundle, device: Device) -> Engine:
+def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> Engine:
     """The first of the bundle's engines, by name, that runs on `device`.
+
+    Args:
+        host_code: take version-compatible plans too: they hold code for the host, which TensorRT would run.
 
     Raises:
         BundleError: the first that would run was built from another bundle, or its record is damaged.
@@ -61,13 +69,10 @@ def find_engine(bundle: Bundle, device: Device) -> Engine:
     reasons = []
     for directory in engine_directories(bundle):
         record = read_record(directory)
-        if device.compute_capability not in record.compute_capability:
-            built = " or ".join(record.compute_capability)
-            reasons.append(
-                f"{record.target} was built for compute capability {built}, {device.name} has {device.compute_capability}"
-            )
-            continue
         try:
+            _require_fit(record, device)
+            if record.options.get("version_compatible") and not host_code:
+                raise CannotRunHere("holds code for the host, which only --provider tensorrt runs")
             trt = _library(record)
         except CannotRunHere as error:
             reasons.append(f"{record.target} {error.what}")
@@ -79,6 +84,20 @@ def find_engine(bundle: Bundle, device: Device) -> Engine:
         f"the bundle {bundle.path} has no engine that this machine can run", seen="; ".join(reasons) or "no engine",
         fix=f"build one here: kvexport engine {bundle.path}",
     )  # fmt: skip
+
+
+def _require_fit(record: BuildRecord, device: Device) -> None:
+    """
+    Raises:
+        CannotRunHere: the plan is for other GPUs, or for several sequences at a time.
+    """
+    here = device.compute_capability
+    later = record.options.get("hardware_compatible") and _numbers(here) >= (8, 0)  # Ampere and after it
+    if here not in record.compute_capability and not later:
+        built = " or ".join(record.compute_capability)
+        raise CannotRunHere(f"was built for compute capability {built}, and {device.name} has {here}")
+    if record.batch != 1:
+        raise CannotRunHere(f"was built for {record.batch} sequences at a time, and the runtime gives an engine one")
 
 
 def _library(record: BuildRecord) -> Any:
@@ -103,10 +122,12 @@ def _library(record: BuildRecord) -> Any:
 
 def _runs_later(record: BuildRecord, version: str) -> bool:
     """Whether the plan was built version-compatible, and `version` is a later one of the same major."""
-    if not record.options.get("version_compatible"):
-        return False
-    built, here = (tuple(int(part) for part in text.split(".") if part.isdigit()) for text in (record.version, version))
-    return here[:1] == built[:1] and here >= built
+    built, here = _numbers(record.version), _numbers(version)
+    return bool(record.options.get("version_compatible")) and here[:1] == built[:1] and here >= built
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _rebuild(record: BuildRecord) -> str:

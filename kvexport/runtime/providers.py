@@ -47,7 +47,7 @@ def choose(bundle: Bundle, wanted: str) -> Provider:
     if wanted == "auto":
         if engine_directories(bundle):
             try:
-                return _tensorrt(bundle)
+                return _tensorrt(bundle, host_code=False)
             except CannotRunHere:
                 pass
         try:
@@ -121,8 +121,8 @@ def _cuda() -> Provider:
     return Provider("cuda", Cuda())
 
 
-def _tensorrt(bundle: Bundle) -> Provider:
+def _tensorrt(bundle: Bundle, *, host_code: bool = True) -> Provider:
     from kvexport.runtime.cuda import Cuda
 
     device = Cuda()
-    return Provider("tensorrt", device, find_engine(bundle, device))
+    return Provider("tensorrt", device, find_engine(bundle, device, host_code=host_code))

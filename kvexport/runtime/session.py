@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any, cast, overload
 
@@ -320,11 +319,17 @@ def open_bundle(
     bundle = Bundle.open(path)
     bundle.verify(name for name in bundle.files if name != DATA_FILE)
     chosen = choose(bundle, provider)
-    weights = partial(bundle.verify, [DATA_FILE]) if chosen.engine is None else chosen.engine.verify
     with ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(weights if verify else lambda: None)
+        hashed = pool.submit(_verify_weights, bundle, chosen) if verify else pool.submit(lambda: None)
         try:
             session = Session(bundle, provider=chosen, threads=threads, chunk=chunk)
         finally:
             hashed.result()  # damage explains whatever else went wrong
     return session
+
+
+def _verify_weights(bundle: Bundle, chosen: Provider) -> None:
+    if chosen.engine is not None:
+        chosen.engine.verify()
+    if chosen.engine is None or not chosen.engine.has_weights:
+        bundle.verify([DATA_FILE])

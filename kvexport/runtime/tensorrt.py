@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere, UsageError
-from kvexport.graph.contract import past, present, update
+from kvexport.graph.contract import GRAPH_FILE, past, present, update
 from kvexport.runtime.arrays import Device, DeviceArray, OnDevice, stored_as
 from kvexport.runtime.cache import KvCache
 from kvexport.runtime.engines import Engine
@@ -76,6 +76,8 @@ class TensorRtDecoder:
         # Contexts need the engine, and the engine the runtime.
         self._runtime = engine.trt.Runtime(self._log)
         self._engine = _load(engine, self._runtime, self._log)
+        if not engine.has_weights:
+            _refit(self._engine, engine, bundle, self._log)
         self._loaded = max(0, free - device.memory()[0])
         self._trt = engine.trt
         in_place = engine.record.lowering != "decomposed17"
@@ -225,12 +227,29 @@ class _Calls:
 
 def _load(engine: Engine, runtime: Any, log: Any) -> Any:
     """The engine; its plan is mapped, so that it need not be in memory twice."""
+    if engine.record.options.get("version_compatible") and hasattr(runtime, "engine_host_code_allowed"):
+        runtime.engine_host_code_allowed = True
     with engine.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
         loaded = runtime.deserialize_cuda_engine(plan)
     if loaded is None:
         version = engine.trt.__version__
         raise CannotRunHere(f"TensorRT {version} cannot load {engine.plan}", seen=log.last(), fix=_REBUILD)
     return loaded
+
+
+def _refit(loaded: Any, engine: Engine, bundle: Bundle, log: Any) -> None:
+    """Put the bundle's weights into an engine that was built without: TensorRT's parser reads them, by their names.
+
+    Raises:
+        CannotRunHere: TensorRT misses some.
+    """
+    refitter = engine.trt.Refitter(loaded, log)
+    read = engine.trt.OnnxParserRefitter(refitter, log).refit_from_file(str(bundle.path / GRAPH_FILE))
+    if not read or not refitter.refit_cuda_engine():
+        raise CannotRunHere(
+            "TensorRT cannot put the bundle's weights into the engine", seen=log.last(),
+            fix="build it again, whole: kvexport engine BUNDLE --force",
+        )  # fmt: skip
 
 
 def _require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool) -> None:
