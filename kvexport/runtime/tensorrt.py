@@ -8,6 +8,7 @@ Must not know what tokens mean. On a GPU this was never run: none was at hand; i
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -93,8 +94,8 @@ class TensorRtDecoder:
             self._scratch = DeviceArray(device, (max(*sizes, 1),), "uint8")
             bound = {name: buffer.address for name, buffer in {**self.cache.buffers, **outputs}.items()}
             vocab = bundle.model.vocab_size
-            self._decode = _Calls(self, DECODE, 1, vocab, bound)
-            self._prefill = _Calls(self, PREFILL, self.longest, vocab, bound)
+            self._decode = _Calls(self._context(DECODE), place, self._log, vocab, bound, longest=1, captures=True)
+            self._prefill = _Calls(self._context(PREFILL), place, self._log, vocab, bound, longest=self.longest, captures=False)
         except MemoryError as error:
             raise CannotRunHere(
                 "there is not enough device memory for the engine's cache and activations", seen=str(error),
@@ -111,7 +112,7 @@ class TensorRtDecoder:
         start, stop = int(positions[0, 0]), int(positions[0, -1]) + 1
         self.cache.reserve(stop)  # TensorRT would drop what is beyond, and say nothing
         calls = self._decode if input_ids.shape[1] == 1 else self._prefill
-        return calls.run(input_ids, positions, logits_index, start)
+        return calls.run(input_ids, positions, logits_index, lambda: self._write_updates(start, stop - start))
 
     def device_memory(self) -> DeviceMemory:
         free, total = self._device.memory()
@@ -121,16 +122,16 @@ class TensorRtDecoder:
         kv = sum(buffer.nbytes for buffer in self.cache.buffers.values())
         return DeviceMemory(self._device.name, free, total, self._loaded, weights, self._scratch.nbytes, kv)
 
-    def context(self, profile: int) -> Any:
+    def _context(self, profile: int) -> Any:
         """A new execution context on one profile, over the scratch memory that all share."""
         context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
-            raise self._failure("TensorRT cannot make an execution context")
+            raise _failure(self._log, "TensorRT cannot make an execution context")
         self._device.synchronize()
         context.set_device_memory(self._scratch.address, self._scratch.nbytes)
         return context
 
-    def write_updates(self, start: int, count: int) -> None:
+    def _write_updates(self, start: int, count: int) -> None:
         """Copy what the graph gave of `count` new tokens to the cache's slots from `start` on, in the stream's order."""
         for name, new in self._updates.items():
             buffer = self.cache.buffers[name]
@@ -142,9 +143,6 @@ class TensorRtDecoder:
         batch, heads, _, width = buffer.shape
         return DeviceArray(self._device, (batch, heads, self.longest, width), buffer.dtype)
 
-    def _failure(self, what: str) -> CannotRunHere:
-        return CannotRunHere(what, seen=self._log.last(), fix=_REBUILD)
-
 
 class _Calls:
     """Calls of one profile: its context, and the arrays that they take and give but the caches.
@@ -154,20 +152,20 @@ class _Calls:
     changes with every step.
     """
 
-    def __init__(self, decoder: TensorRtDecoder, profile: int, most: int, vocab: int, bound: dict[str, int]) -> None:
-        self._decoder, self._device = decoder, decoder._device
-        self._place = OnDevice(self._device)
-        self._vocab = vocab
-        self.context = decoder.context(profile)
-        self._captures = profile == DECODE
+    def __init__(
+        self, context: Any, place: OnDevice, log: Any, vocab: int, bound: dict[str, int], *, longest: int, captures: bool
+    ) -> None:
+        self.context, self._place, self._device, self._log, self._vocab = context, place, place.device, log, vocab
+        self._captures = captures
         self._graph: Any | None = None
         self._counts = 0, 0  # tokens, logits
-        self._inputs = {name: self._place.staged((most,), "int64") for name in TOKEN_INPUTS}
+        self._inputs = {name: place.staged((longest,), "int64") for name in TOKEN_INPUTS}
         self._logits: DeviceArray | None = None
         for name, address in {**bound, **{name: array.address for name, array in self._inputs.items()}}.items():
             self._address(name, address)
 
-    def run(self, input_ids: Ids, positions: Ids, logits_index: Ids, start: int) -> Logits:
+    def run(self, input_ids: Ids, positions: Ids, logits_index: Ids, after: Callable[[], None]) -> Logits:
+        """One call; `after` queues what follows the engine."""
         tokens, logits = input_ids.shape[1], logits_index.shape[1]
         self._shape(tokens, logits)
         for name, values in zip(TOKEN_INPUTS, (input_ids, positions, positions[:, 0], logits_index), strict=True):
@@ -178,7 +176,7 @@ class _Calls:
             self._queue()
         else:
             self._device.launch(self._graph)
-        self._decoder.write_updates(start, tokens)
+        after()
         self._device.synchronize()
         if self._captures and self._graph is None:
             self._capture()
@@ -189,7 +187,7 @@ class _Calls:
             assert array.host is not None
             self._device.upload(array.address, array.host[: self._count(name)])
         if not self.context.execute_async_v3(self._device.stream):
-            raise self._decoder._failure("TensorRT failed to run the engine")
+            raise _failure(self._log, "TensorRT failed to run the engine")
         assert self._logits is not None
         self._device.download(self._host_logits(), self._logits.address)
 
@@ -206,7 +204,7 @@ class _Calls:
         self._counts = tokens, logits
         for name, count in (("input_ids", tokens), ("position_ids", tokens), ("logits_index", logits)):
             if not self.context.set_input_shape(name, (1, count)):
-                raise self._decoder._failure(f"the engine refuses {count} as a size of {name}")
+                raise _failure(self._log, f"the engine refuses {count} as a size of {name}")
         if self._logits is None or self._logits.shape[0] < logits:
             self._logits = None  # before more is allocated
             self._logits = self._place.staged((logits, self._vocab), "float32")
@@ -222,7 +220,7 @@ class _Calls:
 
     def _address(self, name: str, address: int) -> None:
         if not self.context.set_tensor_address(name, address):
-            raise self._decoder._failure(f"TensorRT refuses the address of {name}")
+            raise _failure(self._log, f"TensorRT refuses the address of {name}")
 
 
 def _load(engine: Engine, runtime: Any, log: Any) -> Any:
@@ -283,6 +281,10 @@ def _require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: boo
                 _refuse(
                     engine, "does not write the cache in place", loaded.get_aliased_input_tensor(output), f"{output} is {cache}"
                 )
+
+
+def _failure(log: Any, what: str) -> CannotRunHere:
+    return CannotRunHere(what, seen=log.last(), fix=_REBUILD)
 
 
 def _refuse(engine: Engine, what: str, seen: object, allowed: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -190,20 +189,20 @@ def _not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output caches at addresses of their own."""
     real = runtime._Calls.__init__
 
-    def elsewhere(self: Any, decoder: Any, profile: int, most: int, vocab: int, bound: dict[str, int]) -> None:
-        apart = {name: decoder._device.allocate(1 << 16) if "present" in name else address for name, address in bound.items()}
-        real(self, decoder, profile, most, vocab, apart)
+    def elsewhere(self: Any, context: Any, place: Any, log: Any, vocab: int, bound: dict[str, int], **options: Any) -> None:
+        apart = {name: place.device.allocate(1 << 16) if "present" in name else address for name, address in bound.items()}
+        real(self, context, place, log, vocab, apart, **options)
 
     monkeypatch.setattr(runtime._Calls, "__init__", elsewhere)
 
 
 def _no_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorRtDecoder, "write_updates", lambda *arguments: None)
+    monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda *arguments: None)
 
 
 def _one_slot_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = TensorRtDecoder.write_updates
-    monkeypatch.setattr(TensorRtDecoder, "write_updates", lambda self, start, count: real(self, start + 1, count))
+    real = TensorRtDecoder._write_updates
+    monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda self, start, count: real(self, start + 1, count))
 
 
 def _one_head_less(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -384,12 +383,11 @@ def test_too_little_device_memory(bundle: Path, device: SimulatedDevice) -> None
         _opened(bundle)
 
 
-def test_memory_is_given_back(bundle: Path, device: SimulatedDevice) -> None:
+def test_memory_is_given_back_at_once(bundle: Path, device: SimulatedDevice) -> None:
     session = _opened(bundle)
     session.score([tokens(20)])
     held = device.used
-    del session
-    gc.collect()
+    del session  # nothing waits for the collector of cycles
     assert device.used == 4096 < held  # the simulated engine's own
 
 

@@ -322,3 +322,12 @@ def add_engine(
     }  # fmt: skip
     write_record(directory, BuildRecord(**{**values, **changes}))
     return directory
+
+
+def onnxruntime_on(device: SimulatedDevice, monkeypatch: Any) -> None:
+    """Let ONNX Runtime's CPU pass for its CUDA, on `device`, whose memory it can reach."""
+    monkeypatch.setattr("kvexport.runtime.cuda.Cuda", lambda: device)
+    monkeypatch.setattr("kvexport.runtime.loading.CUDA", "CPUExecutionProvider")
+    monkeypatch.setattr(
+        "kvexport.runtime.loading._PROVIDERS", {"cpu": ["CPUExecutionProvider"], "cuda": ["CPUExecutionProvider"]}
+    )

@@ -1,0 +1,180 @@
+"""ONNX Runtime over a cache on a device that is simulated: the same answers, the cache stays there, nothing is allocated."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from simulated_device import SimulatedDevice, onnxruntime_on
+from tiny_bundles import exact_logits, write_bundle
+
+from kvexport.bundle import Bundle
+from kvexport.decoder import Decoder
+from kvexport.errors import CannotRunHere
+from kvexport.runtime import Session, open_bundle
+from kvexport.runtime.arrays import OnDevice, as_float32, from_float, stored_as
+from kvexport.runtime.cache import KvCache
+from kvexport.runtime.loading import graph_file, session_on, session_options
+
+CLOSE = {"rtol": 0.0, "atol": 1e-4}
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, 67, count).tolist()
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    simulated = SimulatedDevice()
+    onnxruntime_on(simulated, monkeypatch)
+    monkeypatch.setattr("kvexport.runtime.providers._DEVICE_STEP", 16)
+    return simulated
+
+
+@pytest.fixture(scope="module")
+def half(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of float16, so that there is a graph lowered for CUDA: GroupQueryAttention in its first layer."""
+    bundle = write_bundle(tmp_path_factory.mktemp("half") / "half", decoder, dtype="float16", capacity=600)
+    assert graph_file(Bundle.open(bundle), "cuda") == "decoder.cuda.onnx"
+    assert b"GroupQueryAttention" in (bundle / "decoder.cuda.onnx").read_bytes()
+    return bundle
+
+
+def _wrong(session: Session, decoder: Decoder) -> float:
+    """The largest difference of logits from the oracle's, over a prefill of several chunks and forty steps."""
+    ids = tokens(90)
+    prompt, rest = ids[:50], ids[50:]
+    measured = [session.prefill(prompt)[0], *(session.step([token])[0] for token in rest)]
+    return float(np.abs(np.array(measured) - exact_logits(decoder, ids)[len(prompt) - 1 :]).max())
+
+
+def test_prefill_and_steps_equal_the_oracle_while_the_cache_grows(
+    tiny_bundle: Path, half: Path, device: SimulatedDevice, decoder: Decoder
+) -> None:
+    for bundle, bound in ((tiny_bundle, 1e-4), (half, 0.05)):
+        session = open_bundle(bundle, provider="cuda", chunk=16)
+        assert session.provider == "cuda" and open_bundle(bundle).provider == "cuda"  # "auto" takes it
+        assert _wrong(session, decoder) < bound
+        assert session.memory().capacity == 96
+    assert "copy_rows" in device.done
+
+
+@pytest.mark.parametrize("fault", ["no carry", "no wait"])
+def test_wrong_runtimes_are_seen(
+    fault: str, tiny_bundle: Path, device: SimulatedDevice, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if fault == "no carry":
+        monkeypatch.setattr(SimulatedDevice, "copy_rows", lambda *arguments: None)
+    else:
+        monkeypatch.setattr(OnDevice, "synchronize", lambda self: None)
+    try:
+        difference = _wrong(open_bundle(tiny_bundle, provider="cuda", chunk=16), decoder)
+    except RuntimeError as error:  # positions that were never written
+        difference = np.inf if "TensorScatter" in str(error) or "Gather" in str(error) else 0.0
+    assert not difference < 1e-2
+
+
+def test_batches_and_scores(tiny_bundle: Path, half: Path, device: SimulatedDevice) -> None:
+    prompts = [tokens(length, seed=length) for length in (1, 13, 8, 40, 5)]
+    for bundle, bound in ((tiny_bundle, 1e-4), (half, 0.02)):
+        session, alone = open_bundle(bundle, provider="cuda", chunk=16), open_bundle(bundle, provider="cpu")
+        prefilled, stepped = session.prefill(prompts), session.step([3] * 5)
+        for row, prompt in enumerate(prompts):
+            np.testing.assert_allclose(prefilled[row], alone.prefill(prompt)[0], atol=bound)
+            np.testing.assert_allclose(stepped[row], alone.step([3])[0], atol=bound)
+        windows = [tokens(20, seed=1), tokens(20, seed=2)]
+        np.testing.assert_allclose(session.score(windows), alone.score(windows), atol=bound)
+
+
+def test_a_step_allocates_nothing_and_moves_no_cache(half: Path, device: SimulatedDevice) -> None:
+    session = open_bundle(half, provider="cuda")
+    session.prefill(tokens(5))
+    session.step([1])
+    allocations = device.allocations
+    addresses = [buffer.address for buffer in session._decoder.cache.buffers.values()]
+    device.done.clear()
+    for _ in range(5):
+        session.step([2])
+    assert device.allocations == allocations
+    assert [buffer.address for buffer in session._decoder.cache.buffers.values()] == addresses
+    assert device.done == [*["upload"] * 4, "download"] * 5
+
+
+def test_memory_of_the_device(tiny_bundle: Path, device: SimulatedDevice) -> None:
+    session = open_bundle(tiny_bundle, provider="cuda")
+    session.prefill([tokens(3), tokens(20)])
+    memory = session.memory()
+    found = memory.device
+    assert found is not None and (found.name, found.weights, found.activations) == ("Simulated", None, None)
+    assert found.kv == memory.bytes_allocated == 2 * 32 * 4 * (4 * 16 + 2 * (12 + 16))
+    assert found.free == found.total - device.used and device.used >= found.kv
+    held = device.used
+    session.reset()
+    assert device.used <= held - found.kv  # at once
+    assert open_bundle(tiny_bundle, provider="cpu").memory().device is None
+
+
+def test_too_little_device_memory(tiny_bundle: Path, device: SimulatedDevice) -> None:
+    session = open_bundle(tiny_bundle, provider="cuda")
+    session.prefill(tokens(16))
+    before = session.step([1])
+    session.prefill(tokens(16))
+    device.total = device.used + 1000
+    with pytest.raises(CannotRunHere, match="not enough memory for the KV cache"):
+        session.step([1])
+    device.total = 1 << 30
+    np.testing.assert_array_equal(session.step([1]), before)
+
+
+def test_without_cuda_a_session_is_refused_and_not_run_on_the_cpu(tiny_bundle: Path) -> None:
+    with (
+        pytest.warns(UserWarning, match="CUDAExecutionProvider"),
+        pytest.raises(CannotRunHere, match="could not start on the GPU"),
+    ):
+        session_on("cuda", str(tiny_bundle / "decoder.onnx"), session_options(1))
+
+
+def test_bfloat16_is_kept_as_its_bits() -> None:
+    import ml_dtypes
+
+    values = np.array([0.0, 1.5, -3.25, 100.0, 1e-30, np.inf], np.float32)
+    bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
+    assert stored_as("bfloat16") == np.uint16
+    np.testing.assert_array_equal(as_float32(bits, "bfloat16"), values.astype(ml_dtypes.bfloat16).astype(np.float32))
+    assert from_float(100.0, "bfloat16") == bits[3]
+    copy = as_float32(values, "float32")
+    copy[0] = 1
+    assert values[0] == 0
+
+
+def test_bfloat16_cache_on_a_device(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
+    bundle = Bundle.open(write_bundle(tmp_path / "b", decoder, dtype="bfloat16"))
+    cache = KvCache(bundle, 1, "bfloat16", fill=100.0, step=8, place=OnDevice(device))
+    cache.reserve(8)
+    place = cache.place
+    assert isinstance(place, OnDevice)
+    key = cache.buffers["past_key_values.1.key"]
+    assert key.shape == (1, 2, 8, 12) and key.nbytes == 2 * 8 * 12 * 2
+    written = np.arange(2 * 8 * 12, dtype=np.uint16).reshape(key.shape)
+    place.write(key, written)
+    cache.reserve(9)
+    grown, value = cache.layer(1)
+    np.testing.assert_array_equal(grown[:, :, :8], written)
+    assert (as_float32(grown[:, :, 8:], "bfloat16") == 100).all()
+    assert (cache.layer_in_float32(1)[1] == 100).all() and value.shape == (1, 2, 16, 16)
+    assert cache.bytes(16) == sum(buffer.nbytes for buffer in cache.buffers.values())
+
+
+def test_rows_are_run_alone_and_without_their_padding(tiny_bundle: Path) -> None:
+    """GroupQueryAttention takes no batch of several tokens once there is a past; padding need not be run at all."""
+    session = open_bundle(tiny_bundle, provider="cpu", chunk=4)
+    prompts = [tokens(3), tokens(8, seed=1)]
+    prefilled = session.prefill(prompts)
+    key, _ = session._decoder.cache.layer(0)
+    assert (key[0, :, 3:] == 0).all() and (key[0, :, :3] != 0).any(axis=-1).all()
+    assert (key[1, :, 8:] == 0).all() and (key[1, :, :8] != 0).any(axis=-1).all()
+    session._decoder._row_by_row = False  # type: ignore[attr-defined]
+    with pytest.raises(Exception, match="batch_size must be 1"):
+        session.prefill(prompts)
+    assert np.isfinite(prefilled).all()
