@@ -81,7 +81,7 @@ def build_engine(
         raise UsageError(f"the engine {directory} exists already", fix="replace it with --force")
     library = load_library(destination.engine)
     preflight.require_engine(options, destination, library)
-    preflight.require_room(bundle, path, options, gpu, destination.ahead)
+    preflight.require_room(bundle, options, destination, gpu)
     bundle.verify((GRAPH_FILE, DATA_FILE))
     parser = Parser(library.engine, library.version)
     fitted = fit(path / GRAPH_FILE, parser, batch=options.batch, capacity=capacity, lowering=options.lowering)

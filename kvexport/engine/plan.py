@@ -6,7 +6,6 @@ Precision is the graph's own everywhere: the network is strongly typed, and no p
 
 from __future__ import annotations
 
-import io
 import json
 from collections import Counter
 from collections.abc import Sequence
@@ -159,9 +158,12 @@ def _config(
         config = CreateConfig(
             version_compatible=options.version_compatible,
             hardware_compatibility_level=level,
-            load_timing_cache=io.BytesIO(timing_cache) if timing_cache else None,
             **common,
         )(builder, network)
+        if timing_cache:
+            config.set_timing_cache(config.create_timing_cache(timing_cache), ignore_mismatch=False)
+    if hasattr(trt.BuilderFlag, "TF32"):
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 is what the graph says
     if options.refit:
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # with the bundle's weights only, which costs no speed
     return config

@@ -6,9 +6,8 @@ Knows what a build needs; must not know how it is done. Each refusal names the n
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 
-from kvexport.bundle import Bundle
+from kvexport.bundle import DATA_FILE, Bundle
 from kvexport.engine.destination import Destination
 from kvexport.engine.fitting import LOWERINGS, Fitted
 from kvexport.engine.library import Library
@@ -17,9 +16,12 @@ from kvexport.engine.options import CHUNK, EngineOptions
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.graph.lint import Finding, refusals
 
-# Builders hold the weights two to three times (facts of several builders; benchmarks measure ours), and their own libraries.
-_COPIES, _LIBRARIES = 2, 512 * 2**20
-_PLAN = 64 * 2**20  # of a plan, beside its weights: kernels
+# What a build holds at its peak, in multiples of the weights and beside them. TensorRT-RTX 1.7.1 was measured: 4 times and
+# 1.1 GiB, of which once is the weights' own file, which the system can drop. TensorRT is said to need 2 to 3 times.
+_COPIES = {"tensorrt": 2, "tensorrt-rtx": 3}
+_LIBRARIES = {"tensorrt": 512 * 2**20, "tensorrt-rtx": 2**30}
+_IN_PLAN = 2  # times that a plan holds the weights: laid out for one token, and for many
+_KERNELS = 64 * 2**20  # of a plan, beside its weights
 _MIB = 2**20
 _SHOWN = 5  # findings in one message
 
@@ -79,32 +81,33 @@ def require_engine(options: EngineOptions, destination: Destination, library: Li
         )
 
 
-def require_room(bundle: Bundle, directory: Path, options: EngineOptions, gpu: Gpu | None, ahead: bool) -> None:
+def require_room(bundle: Bundle, options: EngineOptions, destination: Destination, gpu: Gpu | None) -> None:
     """Memory for the build and disk for the plan.
 
     Raises:
         CannotRunHere: there is too little.
     """
     weights = weights_bytes(bundle)
-    needed, free = _COPIES * weights + _LIBRARIES, available_memory()
+    copies = _COPIES[destination.engine]
+    needed, free = copies * weights + _LIBRARIES[destination.engine], available_memory()
     if free < needed:
         raise CannotRunHere(
             "too little memory is free to build this engine",
             seen=f"{free / _MIB:.0f} MiB free",
-            allowed=f"{needed / _MIB:.0f} MiB: {_COPIES} times the weights ({weights / _MIB:.0f} MiB), and TensorRT itself",
+            allowed=f"{needed / _MIB:.0f} MiB: {copies} times the weights ({weights / _MIB:.0f} MiB), and TensorRT itself",
             fix="stop other programs (a desktop: sudo init 3), add swap, or build on a machine of the same GPU with more memory",
         )
-    if gpu is not None and not ahead and not gpu.unified and gpu.memory < weights:
+    if gpu is not None and not destination.ahead and not gpu.unified and gpu.memory < weights:
         raise CannotRunHere(
             f"the weights do not fit {gpu.name}",
             seen=f"{weights / _MIB:.0f} MiB of weights",
             allowed=f"{gpu.memory / _MIB:.0f} MiB in all",
             fix="choose a smaller model or a GPU with more memory; `kvexport plan` says what fits",
         )
-    needed, free = (0 if options.refit else weights) + _PLAN, shutil.disk_usage(directory).free
+    needed, free = (0 if options.refit else _IN_PLAN * weights) + _KERNELS, shutil.disk_usage(bundle.path).free
     if free < needed:
         raise CannotRunHere(
-            f"too little disk is free for the plan in {directory}",
+            f"too little disk is free for the plan in {bundle.path}",
             seen=f"{free / _MIB:.0f} MiB free",
             allowed=f"{needed / _MIB:.0f} MiB",
             fix="free space" if options.refit else "free space, or leave the weights out of the plan with --refit",
@@ -134,6 +137,4 @@ def sentences(findings: list[Finding]) -> str:
 
 
 def weights_bytes(bundle: Bundle) -> int:
-    from kvexport.graph.contract import DATA_FILE
-
     return bundle.files[DATA_FILE].bytes

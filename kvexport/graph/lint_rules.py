@@ -150,7 +150,7 @@ def attention(node: ir.Node, parser: Parser) -> Said:
     width, value_width = _size(key, 3, 4), _size(value, 3, 4)
     if width != value_width and width and value_width:
         yield f"keys are {width} wide and values {value_width}, and TensorRT takes one width", _DECOMPOSED
-    elif width and width % 8 and _has_kernel(query, width) and mask is not None and mask.dtype == ir.DataType.BOOL:
+    elif width and _padded(query, width) and mask is not None and mask.dtype == ir.DataType.BOOL:
         yield (
             f"heads of {width} with a bool mask: TensorRT pads them to a multiple of 8, and then does not build",
             f"{_DECOMPOSED}, or a multiple of 8, or an additive mask",
@@ -165,13 +165,16 @@ def unfused(node: ir.Node, parser: Parser) -> Said:
     width = _size(query, 3, 4)
     if query is not None and query.dtype not in (None, *_FUSED_DTYPES):
         yield f"no fused attention kernel takes {_name(query)}", "it is decomposed; FLOAT16 and BFLOAT16 have fused kernels"
-    elif width and not _has_kernel(query, width):
-        yield f"no fused attention kernel for heads of {width}", "it is decomposed; heads of 9 to 256 have fused kernels"
+    elif width and (width % 8 or not 16 <= width <= 256):
+        yield (
+            f"no fused attention kernel for heads of {width} and one token",
+            "it is decomposed; heads of 16, 24, ... 256 have fused kernels",
+        )
 
 
-def _has_kernel(query: ir.Value | None, width: int) -> bool:
-    """Fused kernels are for heads of 16 to 256 in half precision; widths between their multiples of 8 are padded."""
-    return query is not None and query.dtype in _FUSED_DTYPES and 8 < width <= 256
+def _padded(query: ir.Value | None, width: int) -> bool:
+    """Whether a fused kernel takes several tokens of this width, padded to the next multiple of 8."""
+    return query is not None and query.dtype in _FUSED_DTYPES and 8 < width < 256 and width % 8 != 0
 
 
 def rotary(node: ir.Node, parser: Parser) -> Said:

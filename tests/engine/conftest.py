@@ -1,0 +1,32 @@
+"""Fixtures of the engine's tests: tiny bundles, and the TensorRT-RTX at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoders import make_decoder
+from tiny_bundles import write_bundle
+
+
+@pytest.fixture(scope="session")
+def rtx() -> Any:
+    """The real TensorRT-RTX; tests that ask for it are skipped where it is not installed."""
+    pytest.importorskip("tensorrt_rtx")
+    from kvexport.engine.library import load_library
+
+    return load_library("tensorrt-rtx")
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Callable[..., Path]:
+    """`tiny(style="llama", dtype="float16", capacity=64, **sizes)`: a bundle of two layers of four heads of 16."""
+
+    def make(style: str = "llama", *, dtype: str = "float16", capacity: int = 64, **sizes: Any) -> Path:
+        decoder = make_decoder(style, dtype=torch.float32, **{"head_dim": 16, **sizes})
+        return write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=capacity)
+
+    return make
