@@ -12,8 +12,9 @@ import enum
 import hashlib
 import json
 from collections.abc import Callable
+from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -178,10 +179,13 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
                 self._logger.log(_ILogger.ERROR, "magic tag does not match")
                 return None
 
-    return SimpleNamespace(
+    module = ModuleType("tensorrt")
+    module.__spec__ = ModuleSpec("tensorrt", None)
+    module.__dict__.update(
         __version__=version, Runtime=Runtime, ILogger=_ILogger, ExecutionContextAllocationStrategy=_Strategy,
         EngineStat=SimpleNamespace(TOTAL_WEIGHTS_SIZE=0),
     )  # fmt: skip
+    return module
 
 
 class _Engine:
@@ -223,8 +227,9 @@ class _Engine:
         known = {"batch": 1, CAPACITY: self.plan["capacity"], **sizes}
         return tuple(size if isinstance(size, int) else known.get(size, -1) for size in (self.inputs | self.outputs)[name].shape)
 
-    def get_device_memory_size_for_profile_v2(self, profile: int) -> int:
-        return (1000, 5000)[profile]
+    @property
+    def device_memory_size_v2(self) -> int:
+        return 5000
 
     def get_engine_stat(self, stat: Any) -> int:
         return len(self.weights)
@@ -273,7 +278,7 @@ class _Context:
     def execute_async_v3(self, stream: int) -> bool:
         assert stream == self.device.stream
         assert self.profile is not None and self.scratch is not None
-        assert self.scratch[1] >= self.engine.get_device_memory_size_for_profile_v2(self.profile)
+        assert self.scratch[1] >= self.engine.device_memory_size_v2
         assert not self.device.capturing or self.ran, "the first run of a context cannot be captured"
         self.ran = True
         addresses, sizes = dict(self.addresses), dict(self.sizes)  # what a captured graph will use, whatever comes later
@@ -300,14 +305,23 @@ class _Context:
 
 
 def add_engine(
-    bundle: Path, *, lowering: str = "std24", target: str = "simulated", capacity: int | None = None, **changes: Any
+    bundle: Path,
+    *,
+    lowering: str = "std24",
+    target: str = "simulated",
+    capacity: int | None = None,
+    graph: Path | None = None,
+    **changes: Any,
 ) -> Path:
-    """Put a simulated engine into a bundle, with the record that a build would write; `changes` are of the record."""
+    """Put a simulated engine into a bundle, with the record that a build would write; `changes` are of the record.
+
+    `graph` is what it computes: another than the bundle's is a wrong engine.
+    """
     opened = Bundle.open(bundle)
     directory = engine_directory(bundle, target)
     directory.mkdir(parents=True)
     plan = {
-        "graph": str(bundle / GRAPH_FILE), "lowering": lowering, "capacity": capacity or opened.capacity, "chunk": CHUNK,
+        "graph": str(graph or bundle / GRAPH_FILE), "lowering": lowering, "capacity": capacity or opened.capacity, "chunk": CHUNK,
         "weights": 4096,
     }  # fmt: skip
     content = json.dumps(plan).encode()

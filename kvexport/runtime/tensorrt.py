@@ -90,8 +90,8 @@ class TensorRtDecoder:
             if not in_place:
                 outputs = {update(*_parts(name)): self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
             self._updates = {} if in_place else dict(zip(self.cache.buffers, outputs.values(), strict=True))
-            sizes = [self._engine.get_device_memory_size_for_profile_v2(profile) for profile in (DECODE, PREFILL)]
-            self._scratch = DeviceArray(device, (max(*sizes, 1),), "uint8")
+            size = int(self._engine.device_memory_size_v2)  # of the profile that needs the most
+            self._scratch = DeviceArray(device, (max(size, 1),), "uint8")
             bound = {name: buffer.address for name, buffer in {**self.cache.buffers, **outputs}.items()}
             vocab = bundle.model.vocab_size
             self._decode = _Calls(self._context(DECODE), place, self._log, vocab, bound, longest=1, captures=True)

@@ -213,7 +213,6 @@ main({arguments})
         (["calibrate", "x", "-o", "out"], "torch", "convert"),
         (["evaluate", "x", "--against", "y", "--text", "z"], "torch", "convert"),
         (["build", "--demo", "-o", "out"], "onnx_ir", "convert"),
-        (["run", "x", "--prompt", "y"], "onnxruntime", "cpu"),
     ],
 )
 def test_a_missing_package_names_the_extra(arguments: list[str], missing: str, extra: str, tmp_path: Path) -> None:

@@ -1,0 +1,148 @@
+"""`--provider` of run, validate and evaluate: what runs, what it says, and exit code 3 with the reason where it cannot."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import make_decoder
+from proved_bundles import export
+from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from tiny_bundles import byte_level_tokenizer, write_bundle
+
+from kvexport.checkpoint import Checkpoint
+from kvexport.cli import main
+from kvexport.loading import load_decoder
+
+Run = Callable[..., tuple[object, str, str]]
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """checkpoint, text.txt, and two bundles with engines: `text` of the checkpoint, `proved` with a twin."""
+    folder = tmp_path_factory.mktemp("provider")
+    shutil.copytree(tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None), folder / "checkpoint")
+    (folder / "checkpoint" / "tokenizer.json").write_text(byte_level_tokenizer(), encoding="utf-8")
+    (folder / "text.txt").write_text("Once upon a time there was a cafe; everyone in it smiled. " * 8, encoding="utf-8")
+    decoder = load_decoder(Checkpoint(folder / "checkpoint"))
+    add_engine(write_bundle(folder / "text", decoder, tokenizer=byte_level_tokenizer()))
+    export(folder / "proved", make_decoder("llama", dtype=torch.float32))
+    add_engine(folder / "proved", lowering="decomposed17")
+    return folder
+
+
+@pytest.fixture
+def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
+    """`run(verb, *options) -> exit code, standard output, standard error`, with the verb's own arguments."""
+    arguments = {
+        "run": [folder / "text", "--prompt", "Once", "--max-new-tokens", "6"],
+        "validate": [folder / "proved"],
+        "evaluate": [folder / "text", "--against", folder / "checkpoint", "--text", folder / "text.txt", "--length", "24"],
+    }
+
+    def call(verb: str, *options: str) -> tuple[object, str, str]:
+        code: object = 0
+        try:
+            main([verb, *map(str, arguments[verb]), *options])
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("signal.signal", lambda *arguments: None)  # the process's handlers stay pytest's
+        yield call
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    simulated = SimulatedDevice()
+    onnxruntime_on(simulated, monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
+    return simulated
+
+
+@pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])
+def test_without_the_hardware_every_verb_exits_with_3_and_the_reason(verb: str, run: Run) -> None:
+    """On this very machine: nothing is simulated."""
+    import onnxruntime
+
+    if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
+        pytest.skip("this machine may have the hardware")
+    code, out, err = run(verb, "--provider", "tensorrt")
+    assert (code, out) == (3, "") and re.search(r"cuda-bindings|no NVIDIA driver|finds no GPU", err) and "fix:" in err
+    code, out, err = run(verb, "--provider", "cuda")
+    assert (code, out) == (3, "") and "this ONNX Runtime was built without CUDA" in err and "kvexport[gpu]" in err
+
+
+@pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])
+def test_auto_goes_on_with_the_cpu(verb: str, run: Run) -> None:
+    assert run(verb, "--provider", "auto") == run(verb, "--provider", "cpu") or verb == "run"  # which tells speeds
+    assert run(verb)[0] == 0
+
+
+@pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])
+def test_no_such_provider_exits_with_2(verb: str, run: Run) -> None:
+    code, out, err = run(verb, "--provider", "rocm")
+    assert (code, out) == (2, "") and "tensorrt" in err
+
+
+def test_run_says_what_ran(run: Run, device: SimulatedDevice) -> None:
+    said = {provider: run("run", "--provider", provider) for provider in ("cpu", "cuda", "tensorrt")}
+    assert [code for code, _, _ in said.values()] == [0, 0, 0]
+    assert len({out for _, out, _ in said.values()}) == 1
+    for provider, name in {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}.items():
+        assert f"/s on {name}; KV cache" in said[provider][2]
+    assert "on TensorRT" in run("run")[2]  # "auto"
+
+
+def test_validate_says_what_was_compared(run: Run, device: SimulatedDevice) -> None:
+    code, out, err = run("validate", "--provider", "tensorrt")
+    assert (code, err) == (0, "") and "on tensorrt: key, value, logits)" in out and "residual" not in out
+    report = json.loads(run("validate", "--provider", "tensorrt", "--json")[1])
+    assert (report["provider"], report["compared"]) == ("tensorrt", ["key", "value", "logits"])
+    code, out, _ = run("validate", "--provider", "cuda")
+    assert code == 0 and "on cuda: key, value, attention, residual, logits)" in out
+    assert "on cpu" not in run("validate", "--provider", "cpu")[1]
+
+
+def test_a_wrong_engine_exits_with_1(run: Run, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvexport.runtime.tensorrt.TensorRtDecoder._write_updates", lambda *arguments: None)
+    code, out, err = run("validate", "--provider", "tensorrt")
+    assert code == 1 and "FAILED" in out and "layers.0.key" in err
+
+
+def test_evaluate_runs_on_the_engine(run: Run, device: SimulatedDevice) -> None:
+    found = {provider: json.loads(run("evaluate", "--provider", provider, "--json")[1]) for provider in ("cpu", "tensorrt")}
+    assert "engine" in device.done
+    assert found["tensorrt"]["cross_entropy"] == pytest.approx(found["cpu"]["cross_entropy"], abs=1e-4)
+
+
+_WITHOUT_ONNXRUNTIME = """
+import sys
+sys.modules["onnxruntime"] = None
+from kvexport.cli import main
+main(["run", sys.argv[1], "--prompt", "Once", "--provider", sys.argv[2]])
+"""
+
+
+@pytest.mark.parametrize("provider", ["auto", "cpu", "cuda"])
+def test_missing_onnxruntime_is_named(folder: Path, provider: str) -> None:
+    command = [sys.executable, "-c", _WITHOUT_ONNXRUNTIME, str(folder / "text"), provider]
+    ran = subprocess.run(command, capture_output=True, text=True)
+    assert ran.returncode == 3 and "onnxruntime is not installed" in ran.stderr and "kvexport[cpu]" in ran.stderr
+
+
+def test_an_engine_needs_no_onnxruntime(folder: Path) -> None:
+    """The modules that run it import none; the simulated one does, so that here only the imports are looked at."""
+    modules = "session, kvexport.runtime.tensorrt, kvexport.runtime.engines, kvexport.runtime.cuda"
+    script = (
+        f"import sys, kvexport.runtime.{modules}\nassert not {{'onnxruntime', 'onnx', 'onnx_ir', 'torch'}} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True)

@@ -1,0 +1,86 @@
+"""What can be asked of the real TensorRT-RTX on a machine without a GPU: that what the runtime calls is there, that the
+engine's tensors are where the runtime expects them, and what it says when an engine does not load."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from decoders import make_decoder
+from simulated_device import SimulatedDevice, _Context, _Engine, simulated_tensorrt
+from tiny_bundles import write_bundle
+
+from kvexport.decoder import Decoder
+from kvexport.errors import CannotRunHere
+from kvexport.runtime import open_bundle
+
+pytestmark = pytest.mark.tensorrt
+
+
+@pytest.fixture(scope="module")
+def trt() -> Any:
+    return pytest.importorskip("tensorrt_rtx")
+
+
+def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
+    for simulated, real in ((_Engine, trt.ICudaEngine), (_Context, trt.IExecutionContext)):
+        public = {name for name in vars(simulated) if not name.startswith("_")} - {"shape"}
+        assert public and {name for name in public if not hasattr(real, name)} == set()
+    assert hasattr(trt.ICudaEngine, "get_aliased_input_tensor")
+    stands_in = simulated_tensorrt(SimulatedDevice())
+    for name in ("Runtime", "ILogger", "ExecutionContextAllocationStrategy", "EngineStat"):
+        assert hasattr(stands_in, name) and hasattr(trt, name)
+    assert trt.ExecutionContextAllocationStrategy.USER_MANAGED is not None
+    assert trt.EngineStat.TOTAL_WEIGHTS_SIZE is not None
+
+
+def test_everything_that_the_runtime_calls_is_there(trt: Any) -> None:
+    """By name, from the runtime's own text."""
+    import kvexport.runtime.tensorrt as runtime
+
+    assert runtime.__file__ is not None
+    text = Path(runtime.__file__).read_text(encoding="utf-8")
+    for pattern, real in (
+        (r"(?:loaded|_engine)\.([a-z_0-9]+)", trt.ICudaEngine), (r"context\.([a-z_0-9]+)\(", trt.IExecutionContext),
+        (r"refitter\.([a-z_0-9]+)\(", trt.Refitter), (r"_trt\.([A-Z]\w+)", trt), (r"engine\.trt\.([A-Z]\w+)", trt),
+        (r"(?<!kvexport\.)runtime\.([a-z_]+)", trt.Runtime),
+    ):  # fmt: skip
+        names = set(re.findall(pattern, text))
+        assert names and {name for name in names if not hasattr(real, name)} == set(), pattern
+
+
+@pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
+def test_no_input_or_output_must_be_in_the_hosts_memory(trt: Any, lowering: str, tmp_path: Path) -> None:
+    """TensorRT wants tensors that shapes are computed from on the host; ours are all on the device."""
+    from kvexport.engine.fitting import freeze
+    from kvexport.engine.library import load_library
+    from kvexport.engine.plan import parse
+    from kvexport.graph import lower
+
+    graph = write_bundle(tmp_path / "b", make_decoder("llama", dtype=torch.float32), dtype="float16") / "decoder.onnx"
+    model = lower(graph, lowering)
+    freeze(model, {"batch": 1, "capacity": 64})
+    _, network, _ = parse(load_library("tensorrt-rtx"), model, graph)
+    tensors = [network.get_input(index) for index in range(network.num_inputs)]
+    tensors += [network.get_output(index) for index in range(network.num_outputs)]
+    assert len(tensors) == 4 + 4 + 1 + 4
+    assert {tensor.name for tensor in tensors if tensor.is_shape_tensor} == set()
+
+
+def test_an_engine_that_does_not_load_says_what_tensorrt_says(
+    trt: Any, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A real plan, and TensorRT's real answer where there is no driver."""
+    from kvexport.engine.build import build_engine
+    from kvexport.engine.machine import find_gpu
+
+    if find_gpu() is not None:
+        pytest.skip("there is a GPU")
+    bundle = write_bundle(tmp_path / "b", decoder, dtype="float16")
+    build_engine(bundle, target="rtx-4090", compute_capabilities=["8.9"])
+    monkeypatch.setattr("kvexport.runtime.cuda.Cuda", lambda: SimulatedDevice(compute_capability="8.9"))
+    with pytest.raises(CannotRunHere, match=r"TensorRT 1\.\d+[.\d]* cannot load[\s\S]*(CUDA|driver)"):
+        open_bundle(bundle, provider="tensorrt")

@@ -1,0 +1,179 @@
+"""Validation and evaluation on what a bundle is deployed on: the lowered graph, a device, an engine; simulated."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from decoders import make_decoder
+from proved_bundles import broken, edit_graph, export, node_of
+from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from tiny_bundles import byte_level_tokenizer, write_bundle
+
+from kvexport.bundle import GRAPH_FILE
+from kvexport.checkpoint import Checkpoint
+from kvexport.errors import BundleError, CannotRunHere, UsageError
+from kvexport.graph import write_lowered
+from kvexport.loading import load_decoder
+from kvexport.progress import Progress
+from kvexport.runtime.tensorrt import TensorRtDecoder
+from kvexport.validate import ValidationReport, evaluate, validate
+
+ALL = ("key", "value", "attention", "residual", "logits")
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    simulated = SimulatedDevice()
+    onnxruntime_on(simulated, monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
+    return simulated
+
+
+@pytest.fixture(scope="module")
+def proved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A sound bundle with its lowered graph, by dtype; never written to."""
+    folder = tmp_path_factory.mktemp("proved")
+    made: dict[str, Path] = {}
+
+    def bundle(dtype: str) -> Path:
+        if dtype not in made:
+            export(folder / f"plain-{dtype}", make_decoder("llama", dtype=torch.float32), dtype=dtype)
+            made[dtype] = broken(folder / f"plain-{dtype}", folder / dtype, lambda path: write_lowered(path / GRAPH_FILE, dtype))
+        return made[dtype]
+
+    return bundle
+
+
+def _validated(bundle: Path, provider: str) -> ValidationReport:
+    return validate(bundle, Progress(), provider)
+
+
+def _wrong_scale(node: ir.Node) -> None:
+    node.attributes["scale"] = ir.AttrFloat32("scale", 1.0)
+
+
+def _lowered(name: str) -> Callable[[Path], None]:
+    """Damage to one of the lowered graphs: attention of the second layer with a wrong scale."""
+
+    def damage(path: Path) -> None:
+        model = ir.load(path / name)
+        nodes = [node for node in model.graph if node.op_type == "GroupQueryAttention"]
+        _wrong_scale(nodes[1])
+        ir.save(model, path / name)
+
+    return damage
+
+
+def test_the_graph_that_is_deployed_is_the_one_validated(proved: Callable[[str], Path], tmp_path: Path) -> None:
+    sound = _validated(proved("float32"), "cpu")
+    assert sound.failures == () and (sound.provider, sound.compared) == ("cpu", ALL)
+    lowered = broken(proved("float32"), tmp_path / "lowered", _lowered("decoder.cpu.onnx"))
+    assert any(line.startswith("layers.1.attention") for line in _validated(lowered, "cpu").failures)
+    standard = edit_graph(lambda graph: _wrong_scale(node_of(graph, "layers.1.attention.mixed")))
+    assert _validated(broken(proved("float32"), tmp_path / "standard", standard), "cpu").failures == ()  # it does not run here
+
+
+def test_on_a_device_every_layer_is_compared(proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice) -> None:
+    for dtype in ("float32", "float16"):
+        report = _validated(proved(dtype), "cuda")
+        assert report.failures == () and (report.provider, report.compared) == ("cuda", ALL)
+        assert report.computed_in == dtype and len(report.differences) == 2 * 4 + 1
+    assert "copy_rows" in device.done  # the cache grew there
+    damaged = broken(proved("float16"), tmp_path / "damaged", _lowered("decoder.cuda.onnx"))
+    assert _validated(damaged, "cuda").failures and not _validated(damaged, "cpu").failures
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
+def test_a_sound_engine_passes(
+    lowering: str, dtype: str, proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+) -> None:
+    bundle = broken(proved(dtype), tmp_path / "b", lambda path: None)
+    add_engine(bundle, lowering=lowering, capacity=100)
+    for provider in ("tensorrt", "auto"):
+        report = _validated(bundle, provider)
+        assert report.failures == () and report.provider == "tensorrt"
+        assert report.compared == ("key", "value", "logits") and len(report.differences) == 2 * 2 + 1
+        assert (report.prefill, report.steps, report.computed_in) == (32, 64, dtype)
+        assert json.loads(json.dumps(report.to_json()))["compared"] == ["key", "value", "logits"]
+
+
+def test_wrong_engines_fail(proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice) -> None:
+    wrong = edit_graph(lambda graph: _wrong_scale(node_of(graph, "layers.0.attention.mixed")))
+    other = broken(proved("float32"), tmp_path / "other", wrong)
+    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    folder = add_engine(bundle)
+    plan = json.loads((folder / "decoder.plan").read_text())
+    (folder / "decoder.plan").write_text(json.dumps({**plan, "graph": str(other / GRAPH_FILE)}))
+    with pytest.raises(BundleError, match="not as built"):
+        _validated(bundle, "tensorrt")
+    (folder / "decoder.plan").unlink()
+    (folder / "build.json").unlink()
+    folder.rmdir()
+    add_engine(bundle, graph=other / GRAPH_FILE)
+    failures = _validated(bundle, "tensorrt").failures
+    assert any(line.startswith("layers.1.key") for line in failures) and any(line.startswith("logits") for line in failures)
+    assert not any(line.startswith("layers.0.key") for line in failures)  # made before the wrong scale
+
+
+def test_a_runtime_that_writes_no_cache_fails(
+    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    add_engine(bundle, lowering="decomposed17")
+    monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda *arguments: None)
+    failures = _validated(bundle, "tensorrt").failures
+    assert any(line.startswith("layers.0.key") for line in failures) and any(line.startswith("logits") for line in failures)
+
+
+def test_a_plan_is_hashed_first(proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice) -> None:
+    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    plan = add_engine(bundle) / "decoder.plan"
+    plan.write_bytes(plan.read_bytes()[::-1])
+    with pytest.raises(BundleError, match="its sha256 differs"):
+        _validated(bundle, "tensorrt")
+
+
+def test_an_engine_too_short_for_the_twin_says_so(
+    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+) -> None:  # fmt: skip
+    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    add_engine(bundle, capacity=50)
+    with pytest.raises(UsageError, match=r"engine again with --capacity"):
+        _validated(bundle, "tensorrt")
+
+
+def test_no_such_provider_and_no_such_hardware(proved: Callable[[str], Path]) -> None:
+    with pytest.raises(UsageError, match="auto, cpu, cuda, tensorrt"):
+        _validated(proved("float32"), "rocm")
+    for provider in ("cuda", "tensorrt"):
+        with pytest.raises(CannotRunHere):
+            _validated(proved("float32"), provider)
+    assert _validated(proved("float32"), "auto").provider == "cpu"
+
+
+def test_evaluation_on_an_engine_is_that_on_the_cpu(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path, device: SimulatedDevice
+) -> None:
+    checkpoint = Path(shutil.copytree(tiny_checkpoint("llama", vocab_size=320, num_key_value_heads=4), tmp_path / "checkpoint"))
+    (checkpoint / "tokenizer.json").write_text(byte_level_tokenizer(320), encoding="utf-8")
+    text = tmp_path / "text.txt"
+    text.write_text("Once upon a time there was a cafe; everyone in it smiled. " * 20, encoding="utf-8")
+    bundle = write_bundle(tmp_path / "b", load_decoder(Checkpoint(checkpoint)), dtype="float16")
+    add_engine(bundle, lowering="decomposed17", capacity=40)
+
+    def cost(provider: str, length: int = 24) -> float:
+        found = evaluate(bundle, checkpoint, text, Progress(), length=length, samples=3, provider=provider)
+        return found.divergence.cross_entropy
+
+    assert cost("tensorrt") == pytest.approx(cost("cpu"), abs=1e-2)
+    with pytest.raises(UsageError, match=r"--length exceeds[\s\S]*at most 40"):
+        cost("tensorrt", length=41)
+    assert cost("cpu", length=41) > 0
