@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from contextlib import ExitStack, nullcontext
 from typing import Any
 
 from kvexport.progress import Progress
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Watch:
@@ -37,11 +40,14 @@ class Watch:
             finally:
                 ended.set()
 
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)  # not while the thread starts, and never in it
         threading.Thread(target=target, name="engine build", daemon=True).start()
         interrupt: KeyboardInterrupt | None = None
-        while not ended.is_set():
+        while True:
             try:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
                 ended.wait()  # not join: before Python 3.13 a thread whose join was interrupted seems to have ended
+                break
             except KeyboardInterrupt as error:
                 interrupt = error
                 self.cancelled.set()

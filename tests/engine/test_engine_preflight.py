@@ -1,0 +1,151 @@
+"""Preflight: each refusal names the number and the remedy, and what would be built is not refused."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from kvexport.bundle import Bundle
+from kvexport.engine import EngineOptions, preflight
+from kvexport.engine.build import _timing_cache, build_engine
+from kvexport.engine.destination import Destination
+from kvexport.engine.library import Library, load_library
+from kvexport.engine.machine import Gpu
+from kvexport.errors import CannotRunHere, UsageError
+
+AHEAD = Destination("sm86", "tensorrt-rtx", ("8.6",), True)
+ORIN = Destination("orin-nano-8gb", "tensorrt", ("8.7",), False)
+DESKTOP = Destination("h200", "tensorrt", ("9.0",), False)
+MIB = 2**20
+
+
+def library(engine: str, *names: str) -> Library:
+    trt = SimpleNamespace(__version__="11.4.0", ComputeCapability=SimpleNamespace(__members__=dict.fromkeys(names)))
+    return Library(engine, trt, (11, 4, 0), None)
+
+
+RTX = library("tensorrt-rtx", "NONE", "CURRENT", "SM120", "SM75", "SM86")
+FULL = library("tensorrt")
+
+
+@pytest.fixture
+def bundle(tiny: Callable[..., Path]) -> Bundle:
+    return Bundle.open(tiny(capacity=200))
+
+
+def test_defaults_come_from_the_bundle(bundle: Bundle) -> None:
+    assert preflight.require_options(EngineOptions(), bundle) == (200, 128)
+    assert preflight.require_options(EngineOptions(capacity=50), bundle) == (50, 50)
+
+
+@pytest.mark.parametrize(
+    ("options", "allowed"),
+    [
+        ({"capacity": 201}, "1 to 200"), ({"capacity": 0}, "1 to 200"), ({"chunk": 0}, "1 to 200"), ({"chunk": 201}, "1 to 200"),
+        ({"chunk": 51, "capacity": 50}, "1 to 50"), ({"batch": 0}, "1 sequence"), ({"workspace": 0}, "1 MiB"),
+        ({"optimization_level": 6}, "0 to 5"), ({"optimization_level": -1}, "0 to 5"), ({"lowering": "ort-cpu"}, "decomposed17"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range(options: dict[str, Any], allowed: str, bundle: Bundle) -> None:
+    with pytest.raises(UsageError) as caught:
+        preflight.require_options(EngineOptions(**options), bundle)
+    assert allowed in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "destination", "engine", "words"),
+    [
+        ({}, dataclasses.replace(AHEAD, compute_capabilities=("8.6", "9.0")), RTX, "7.5, 8.6, 12.0"),
+        ({"version_compatible": True}, AHEAD, RTX, "leave out --version-compatible"),
+        ({"hardware_compatible": True}, AHEAD, RTX, "leave out --hardware-compatible"),
+        ({"refit": True}, AHEAD, RTX, "leave out --refit"),
+        ({"hardware_compatible": True}, ORIN, FULL, "8.7"),
+    ],
+)
+def test_what_the_engine_does_not_have(options: dict[str, Any], destination: Destination, engine: Library, words: str) -> None:
+    with pytest.raises((UsageError, CannotRunHere)) as caught:
+        preflight.require_engine(EngineOptions(**options), destination, engine)
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "destination", "engine"),
+    [
+        ({}, AHEAD, RTX),
+        ({"refit": True}, dataclasses.replace(AHEAD, ahead=False), RTX),
+        ({"refit": True, "version_compatible": True}, ORIN, FULL),
+        ({"hardware_compatible": True}, DESKTOP, FULL),
+    ],
+)
+def test_what_the_engine_has(options: dict[str, Any], destination: Destination, engine: Library) -> None:
+    preflight.require_engine(EngineOptions(**options), destination, engine)
+
+
+def test_memory_and_disk(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights = preflight.weights_bytes(bundle)
+    free = {"memory": 3 * weights + 1024 * MIB, "disk": 2 * weights + 64 * MIB}
+    monkeypatch.setattr(preflight, "available_memory", lambda: free["memory"])
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free["disk"]))
+    preflight.require_room(bundle, EngineOptions(), AHEAD, None)  # exactly enough
+    free["memory"] -= 1
+    with pytest.raises(CannotRunHere, match=r"(?s)MiB free.*3 times the weights.*fix:"):
+        preflight.require_room(bundle, EngineOptions(), AHEAD, None)
+    preflight.require_room(bundle, EngineOptions(), ORIN, None)
+    free["disk"] -= 1
+    with pytest.raises(CannotRunHere, match=r"(?s)disk.*MiB free.*--refit"):
+        preflight.require_room(bundle, EngineOptions(), ORIN, None)
+    preflight.require_room(bundle, EngineOptions(refit=True), ORIN, None)
+    free["disk"] = 64 * MIB - 1
+    with pytest.raises(CannotRunHere, match="free space"):
+        preflight.require_room(bundle, EngineOptions(refit=True), ORIN, None)
+
+
+def test_weights_that_do_not_fit_the_gpu(bundle: Bundle) -> None:
+    small = Gpu("GeForce", "9.0", preflight.weights_bytes(bundle) - 1, False)
+    with pytest.raises(CannotRunHere, match="do not fit GeForce"):
+        preflight.require_room(bundle, EngineOptions(), DESKTOP, small)
+    preflight.require_room(bundle, EngineOptions(), DESKTOP, dataclasses.replace(small, memory=small.memory + 1))
+    preflight.require_room(bundle, EngineOptions(), AHEAD, small)  # which is not where it will run
+
+
+def test_nothing_is_begun_where_preflight_refuses(rtx: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    bundle = tiny()
+    monkeypatch.setattr(preflight, "available_memory", lambda: 0)
+    with pytest.raises(CannotRunHere, match="too little memory"):
+        build_engine(bundle, compute_capabilities=("8.6",))
+    assert not (bundle / "engines").exists()
+
+
+def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load_library.__globals__["MODULES"], "tensorrt-rtx", "no_such_tensorrt")
+    with pytest.raises(CannotRunHere, match=r"no_such_tensorrt is not installed") as caught:
+        load_library("tensorrt-rtx")
+    assert "kvexport[rtx]" in str(caught.value)
+
+
+def test_a_process_has_one_of_the_engines(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(load_library.__globals__["MODULES"], "tensorrt", "tensorrt_rtx")
+    with pytest.raises(CannotRunHere, match="another process"):
+        load_library("tensorrt")
+
+
+def test_a_timing_cache_is_used_again_by_its_own_version_only(tmp_path: Path) -> None:
+    from test_engine_record import RECORD
+
+    from kvexport.engine.record import CACHE_FILE, PLAN_FILE, write_record
+
+    same = SimpleNamespace(trt=SimpleNamespace(__version__="10.3.0.30"))
+    other = SimpleNamespace(trt=SimpleNamespace(__version__="10.16.2.10"))
+    assert _timing_cache(tmp_path, same) == b""  # type: ignore[arg-type]
+    (tmp_path / CACHE_FILE).write_bytes(b"measured")
+    assert _timing_cache(tmp_path, same) == b""  # type: ignore[arg-type]
+    (tmp_path / PLAN_FILE).write_bytes(b"plan")
+    write_record(tmp_path, RECORD)
+    assert _timing_cache(tmp_path, same) == b"measured"  # type: ignore[arg-type]
+    assert _timing_cache(tmp_path, other) == b""  # type: ignore[arg-type]
