@@ -8,6 +8,8 @@ from typing import Any
 
 import click
 
+from kvexport.errors import CannotRunHere
+
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
@@ -43,7 +45,12 @@ def command(
     """
     from kvexport.cli.engine_tables import print_engine
     from kvexport.cli.options import progress_bar
-    from kvexport.engine import EngineOptions, build_engine
+
+    try:
+        from kvexport.engine import EngineOptions, build_engine
+    except ModuleNotFoundError as error:
+        fix = "pip install 'kvexport[tensorrt]' on the device, or 'kvexport[rtx]' (Linux on x86_64, also without a GPU)"
+        raise CannotRunHere(f"building an engine needs the package {error.name}", fix=fix) from error
 
     with progress_bar(quiet) as progress:
         record = build_engine(

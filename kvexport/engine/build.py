@@ -24,7 +24,7 @@ from kvexport.engine import preflight
 from kvexport.engine.destination import choose_destination
 from kvexport.engine.fitting import Fitted, fit
 from kvexport.engine.library import Library, installed, load_library
-from kvexport.engine.machine import board, find_gpu
+from kvexport.engine.machine import available_memory, board, find_gpu
 from kvexport.engine.monitor import Watch
 from kvexport.engine.options import EngineOptions
 from kvexport.engine.plan import Plan, build_plan, inspect_plan
@@ -103,7 +103,8 @@ def build_engine(
         size = _write(folder / PLAN_FILE, plan.serialised)
         if plan.timing_cache:
             (folder / CACHE_FILE).write_bytes(plan.timing_cache)
-        inspected = None if gpu is None or destination.ahead else inspect_plan(library, plan.serialised)
+        loads = gpu is not None and not destination.ahead and available_memory() > 2 * size.bytes
+        inspected = inspect_plan(library, plan.serialised) if loads else None
         if inspected is not None:
             (folder / INSPECTOR_FILE).write_text(json.dumps(inspected.layers, indent=1) + "\n", encoding="utf-8")
         record = BuildRecord(

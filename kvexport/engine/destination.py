@@ -52,8 +52,9 @@ def choose_destination(
         UsageError: the two contradict, or do not suffice.
         CannotRunHere: no engine is installed, or the engine builds on its own device only.
     """
+    capabilities = tuple(dict.fromkeys(capabilities))
     if target is not None:
-        return _of_target(load_target(target), tuple(capabilities), gpu)
+        return _of_target(load_target(target), capabilities, gpu)
     if not installed:
         raise CannotRunHere(
             "no TensorRT is installed",
@@ -72,7 +73,7 @@ def choose_destination(
                 fix="name it: --target rtx-4090, or --compute-capability 8.6 (more than once for several)",
             )
         name = "-".join(f"sm{each.replace('.', '')}" for each in capabilities)
-        return Destination(name, "tensorrt-rtx", tuple(capabilities), gpu is None or gpu.compute_capability not in capabilities)
+        return Destination(name, "tensorrt-rtx", capabilities, gpu is None or gpu.compute_capability not in capabilities)
     engine = "tensorrt" if "tensorrt" in installed else "tensorrt-rtx"
     return Destination(_name_of(engine, gpu, board), engine, (gpu.compute_capability,), False)
 

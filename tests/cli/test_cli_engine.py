@@ -1,0 +1,125 @@
+"""`kvexport engine`: what it builds, says and refuses, by exit code."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import make_decoder
+from tiny_bundles import write_bundle
+
+from kvexport.cli import main
+from kvexport.engine.machine import find_gpu
+
+Engine = Callable[..., tuple[object, str, str]]
+without_gpu = pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    decoder = make_decoder(kv_heads=2, head_dim=16, dtype=torch.float32)
+    return write_bundle(tmp_path / "bundle", decoder, dtype="float16", capacity=64)
+
+
+@pytest.fixture
+def engine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Engine:
+    """`engine(*arguments) -> exit code, standard output, standard error`."""
+    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # the process's handlers stay pytest's
+
+    def call(*arguments: object) -> tuple[object, str, str]:
+        code: object = 0
+        try:
+            main(["engine", *map(str, arguments)])
+        except SystemExit as ended:
+            code = ended.code
+        return code, *capsys.readouterr()
+
+    return call
+
+
+@pytest.mark.tensorrt
+def test_people_and_programs_are_told_the_same(engine: Engine, bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    code, out, err = engine(bundle, "--compute-capability", "8.6", "--compute-capability", "8.9", "--chunk", 8)
+    assert (code, err) == (0, "")
+    text = " ".join(out.split())
+    assert "compute capability 8.6, 8.9" in text and "std24, float16" in text
+    assert "4 cache updates in place, 2 attentions, 4 rotations" in text
+    assert f"wrote {bundle / 'engines' / 'sm86-sm89'}" in text
+    code, out, err = engine(bundle, "--target", "rtx-4090", "--json")
+    assert (code, err) == (0, "")
+    assert json.loads(out) == json.loads((bundle / "engines" / "rtx-4090" / "build.json").read_text())
+    code, out, err = engine(bundle, "--target", "rtx-4090", "--quiet", "--force")
+    assert (code, out, err) == (0, "", "")
+
+
+@pytest.mark.tensorrt
+def test_tensorrts_errors_are_ours_and_nothing_else_is_said(bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    arguments = ["--compute-capability", "8.6", "--workspace", "1", "--chunk", "64"]
+    ran = subprocess.run([sys.executable, "-m", "kvexport", "engine", bundle, *arguments], capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (3, "")
+    assert "cannot build this engine" in ran.stderr and "within workspace limit" in ran.stderr
+    assert "fix:     raise or leave out --workspace" in ran.stderr and "Traceback" not in ran.stderr
+    assert not (bundle / "engines").exists()
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["--target", "orin-nano-8gb"], 3, "copy the bundle to the device"),
+        (["--target", "cpu"], 2, "needs no engine"),
+        (["--target", "toaster"], 2, "no such target"),
+        (["--chunk", "65", "--target", "rtx-4090"], 2, "1 to 64"),
+        (["--batch", "x"], 2, "--batch"),
+    ],
+)
+def test_what_is_refused(arguments: list[str], code: int, words: str, engine: Engine, bundle: Path) -> None:
+    found, out, err = engine(bundle, *arguments)
+    assert (found, out) == (code, "") and words in err
+    assert not (bundle / "engines").exists()
+
+
+@without_gpu
+@pytest.mark.tensorrt
+def test_this_machine_does_not_say_what_to_build_for(engine: Engine, bundle: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    code, _, err = engine(bundle)
+    assert code == 2 and "--compute-capability 8.6" in err
+    code, _, err = engine(bundle, "--compute-capability", "8.7")
+    assert code == 2 and "7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in err
+
+
+def test_what_is_no_bundle(engine: Engine, tmp_path: Path) -> None:
+    code, out, err = engine(tmp_path / "nowhere", "--target", "rtx-4090")
+    assert (code, out) == (2, "") and "is no bundle" in err
+
+
+@without_gpu
+def test_without_tensorrt_it_says_what_to_install(bundle: Path) -> None:
+    hidden = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if 'tensorrt' in n else f(n, *a)"
+    script = f"{hidden}; from kvexport.cli import main; main(['engine', {str(bundle)!r}])"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 3 and "pip install 'kvexport[rtx]'" in ran.stderr
+
+
+@pytest.mark.parametrize("verb", ["engine", "lint"])
+def test_what_lowers_graphs_is_named_where_it_is_missing(verb: str, bundle: Path) -> None:
+    hidden = "import sys; sys.modules.update({'onnx_ir': None})"
+    script = f"{hidden}; from kvexport.cli import main; main([{verb!r}, {str(bundle)!r}, '--target', 'rtx-4090'])"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert ran.returncode == 3 and "onnx_ir" in ran.stderr and "pip install" in ran.stderr, ran.stderr
+    assert "convert" not in ran.stderr  # which would bring torch to the device
+
+
+def test_reading_a_record_imports_no_graph_package() -> None:
+    found = "[name for name in ('onnx', 'onnx_ir', 'polygraphy', 'tensorrt_rtx', 'torch') if name in sys.modules]"
+    script = f"from kvexport.engine import read_record, engine_directory; import sys; print({found})"
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
