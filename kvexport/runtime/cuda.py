@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -73,7 +74,7 @@ class Cuda:
     def synchronize(self) -> None:
         self._check(*self._cuda.cudaStreamSynchronize(self.stream))
 
-    def capture(self, work: Callable[[], None]) -> Any | None:
+    def capture(self, work: Callable[[], None]) -> _Graph | None:
         cuda, failed = self._cuda, False
         self._check(*cuda.cudaStreamBeginCapture(self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
         try:
@@ -84,12 +85,13 @@ class Cuda:
         if failed or error != cuda.cudaError_t.cudaSuccess:
             cuda.cudaGetLastError()
             return None
-        executable = self._check(*cuda.cudaGraphInstantiate(graph, 0))
+        captured = _Graph(self._check(*cuda.cudaGraphInstantiate(graph, 0)))
+        weakref.finalize(captured, cuda.cudaGraphExecDestroy, captured.executable).atexit = False
         self._check(*cuda.cudaGraphDestroy(graph))
-        return executable
+        return captured
 
-    def launch(self, graph: Any) -> None:
-        self._check(*self._cuda.cudaGraphLaunch(graph, self.stream))
+    def launch(self, graph: _Graph) -> None:
+        self._check(*self._cuda.cudaGraphLaunch(graph.executable, self.stream))
 
     def memory(self) -> tuple[int, int]:
         error, free, total = self._cuda.cudaMemGetInfo()
@@ -105,6 +107,13 @@ class Cuda:
         if error != self._cuda.cudaError_t.cudaSuccess:
             raise CannotRunHere(f"CUDA failed on {getattr(self, 'name', 'device 0')}", seen=error_text(self._cuda, error))
         return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured graph, destroyed with this object."""
+
+    executable: Any
 
 
 def error_text(cuda: Any, error: Any) -> str:

@@ -105,6 +105,8 @@ class OrtDecoder:
             binding.output(name, (*input_ids.shape, width), dtype, HOST)
         self.cache.place.synchronize()  # ONNX Runtime has a stream of its own
         self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and self.cache.place is HOST else None)
+        if self.cache.place is not HOST:
+            binding.binding.synchronize_outputs()
         self.extra = {name: as_float32(binding.arrays[name], dtype) for name, (_, dtype) in self._extra.items()}
         logits: Logits = self.cache.place.read(binding.arrays["logits"])
         return logits

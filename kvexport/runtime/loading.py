@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from contextlib import redirect_stdout
 from typing import Any
 
 import onnxruntime
@@ -62,7 +64,8 @@ def session_on(kind: str, model: str | bytes, options: onnxruntime.SessionOption
         CannotRunHere: CUDA was asked for and did not come up.
     """
     if kind == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        onnxruntime.preload_dlls()  # CUDA's libraries, where they were installed from wheels
+        with redirect_stdout(sys.stderr):  # where it prints what it does not find
+            onnxruntime.preload_dlls()  # CUDA's libraries, where they were installed from wheels
     session = onnxruntime.InferenceSession(model, options, providers=_PROVIDERS[kind])
     if kind == "cuda" and CUDA not in session.get_providers():
         raise CannotRunHere(

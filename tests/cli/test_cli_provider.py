@@ -19,7 +19,9 @@ from tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.checkpoint import Checkpoint
 from kvexport.cli import main
+from kvexport.cli.options import provider_option
 from kvexport.loading import load_decoder
+from kvexport.runtime.providers import PROVIDERS
 
 Run = Callable[..., tuple[object, str, str]]
 
@@ -87,6 +89,14 @@ def test_auto_goes_on_with_the_cpu(verb: str, run: Run) -> None:
     assert run(verb)[0] == 0
 
 
+def test_the_option_offers_what_there_is() -> None:
+    @provider_option
+    def verb() -> None: ...
+
+    (option,) = verb.__click_params__  # type: ignore[attr-defined]
+    assert tuple(option.type.choices) == PROVIDERS
+
+
 @pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])
 def test_no_such_provider_exits_with_2(verb: str, run: Run) -> None:
     code, out, err = run(verb, "--provider", "rocm")
@@ -128,6 +138,7 @@ _WITHOUT_ONNXRUNTIME = """
 import sys
 sys.modules["onnxruntime"] = None
 from kvexport.cli import main
+from kvexport.cli.options import provider_option
 main(["run", sys.argv[1], "--prompt", "Once", "--provider", sys.argv[2]])
 """
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvexport.errors import CannotRunHere
-from kvexport.runtime.cuda import Cuda
+from kvexport.runtime.cuda import Cuda, _Graph
 
 
 class _Error(enum.IntEnum):
@@ -116,6 +116,8 @@ def test_graphs_are_captured_and_launched(runtime: Runtime) -> None:
         "cudaGraphLaunch",
     ]  # fmt: skip
     assert runtime.calls[-1] == ("cudaGraphLaunch", "executable", 7)
+    del graph
+    assert runtime.calls[-1] == ("cudaGraphExecDestroy", "executable")
 
 
 @pytest.mark.parametrize("failing", ["cudaStreamSynchronize", "cudaStreamEndCapture"])
@@ -143,7 +145,7 @@ def test_every_call_is_checked(runtime: Runtime, call: str) -> None:
     calls = {
         "upload": lambda: device.upload(1, array), "download": lambda: device.download(array, 1),
         "clear": lambda: device.clear(1, 1), "copy_rows": lambda: device.copy_rows(1, 1, 1, 1, 1, 1),
-        "launch": lambda: device.launch("graph"), "memory": device.memory, "pinned": lambda: device.pinned(8),
+        "launch": lambda: device.launch(_Graph("graph")), "memory": device.memory, "pinned": lambda: device.pinned(8),
     }  # fmt: skip
     names = ("cudaMemcpyAsync", "cudaMemsetAsync", "cudaMemcpy2DAsync", "cudaGraphLaunch", "cudaMemGetInfo", "cudaHostAlloc")
     runtime.failing = dict.fromkeys(names, _Error.cudaErrorLaunchFailure)
@@ -185,7 +187,7 @@ def test_the_real_bindings_take_these_calls() -> None:
     for call in (
         lambda: device.allocate(8), lambda: device.upload(1, array), lambda: device.download(array, 1),
         lambda: device.clear(1, 8), lambda: device.copy_rows(1, 2, 3, 4, 5, 6), device.synchronize, device.memory,
-        lambda: device.pinned(8), lambda: device.capture(lambda: None), lambda: device.launch(real.cudaGraphExec_t(0)),
+        lambda: device.pinned(8), lambda: device.capture(lambda: None), lambda: device.launch(_Graph(real.cudaGraphExec_t(0))),
     ):  # fmt: skip
         with pytest.raises(CannotRunHere, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
             call()
