@@ -7,6 +7,7 @@ import shutil
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import onnx_ir as ir
 import pytest
@@ -24,6 +25,7 @@ from kvexport.loading import load_decoder
 from kvexport.progress import Progress
 from kvexport.runtime.tensorrt import TensorRtDecoder
 from kvexport.validate import ValidationReport, evaluate, validate
+from kvexport.validate.layerwise import GARBAGE
 
 ALL = ("key", "value", "attention", "residual", "logits")
 
@@ -131,6 +133,24 @@ def test_a_runtime_that_writes_no_cache_fails(
     monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda *arguments: None)
     failures = _validated(bundle, "tensorrt").failures
     assert any(line.startswith("layers.0.key") for line in failures) and any(line.startswith("logits") for line in failures)
+
+
+def test_an_engine_sees_garbage_beyond_what_was_written(
+    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[TensorRtDecoder] = []
+    real = TensorRtDecoder.__init__
+
+    def remembered(self: TensorRtDecoder, *arguments: Any, **options: Any) -> None:
+        real(self, *arguments, **options)
+        made.append(self)
+
+    monkeypatch.setattr(TensorRtDecoder, "__init__", remembered)
+    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    add_engine(bundle)
+    assert _validated(bundle, "tensorrt").failures == ()
+    for buffer in made[0].cache.layer_in_float32(1):
+        assert (buffer[:, :, 96:] == GARBAGE).all() and (buffer[:, :, :96] != GARBAGE).all()
 
 
 def test_a_plan_is_hashed_first(proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice) -> None:
