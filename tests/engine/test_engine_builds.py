@@ -103,7 +103,7 @@ def test_the_record_says_what_was_built(rtx: Any, tiny: Callable[..., Path]) -> 
     assert (record.kvexport, record.manifest_sha256) == (__version__, manifest_digest(bundle))
     assert (record.engine, record.version, record.compute_capability) == ("tensorrt-rtx", rtx.trt.__version__, ("8.9",))
     assert (record.dtype, record.batch, record.capacity, record.chunk) == ("bfloat16", 2, 40, 8)
-    assert [(profile.name, profile.sequence) for profile in record.profiles] == [("decode", (1, 1, 1)), ("prefill", (1, 8, 8))]
+    assert [(profile.name, profile.sequence) for profile in record.profiles] == [("decode", (1, 1, 2)), ("prefill", (1, 8, 8))]
     assert record.weights_bytes == (bundle / "decoder.onnx.data").stat().st_size
     assert record.peak_host_bytes > record.plan.bytes and record.seconds > 0
     if find_gpu() is None:
