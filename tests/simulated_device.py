@@ -179,11 +179,27 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
                 self._logger.log(_ILogger.ERROR, "magic tag does not match")
                 return None
 
+    class Refitter:
+        def __init__(self, engine: _Engine, logger: Any) -> None:
+            self.engine, self.read = engine, ""
+
+        def refit_cuda_engine(self) -> bool:
+            self.engine.has_weights = self.read == self.engine.plan["graph"]
+            return self.engine.has_weights
+
+    class OnnxParserRefitter:
+        def __init__(self, refitter: Refitter, logger: Any) -> None:
+            self._refitter = refitter
+
+        def refit_from_file(self, path: str) -> bool:
+            self._refitter.read = path
+            return Path(path).is_file()
+
     module = ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
     module.__dict__.update(
         __version__=version, Runtime=Runtime, ILogger=_ILogger, ExecutionContextAllocationStrategy=_Strategy,
-        EngineStat=SimpleNamespace(TOTAL_WEIGHTS_SIZE=0),
+        EngineStat=SimpleNamespace(TOTAL_WEIGHTS_SIZE=0), Refitter=Refitter, OnnxParserRefitter=OnnxParserRefitter,
     )  # fmt: skip
     return module
 
@@ -194,6 +210,7 @@ class _Engine:
     def __init__(self, device: SimulatedDevice, plan: dict[str, Any], aliasing: bool) -> None:
         self.device, self.plan = device, plan
         self.weights = np.zeros(plan["weights"], np.uint8)
+        self.has_weights = not plan["stripped"]
         device.allocate(plan["weights"])
         model = lower(Path(plan["graph"]), plan["lowering"])
         options = onnxruntime.SessionOptions()
@@ -287,6 +304,7 @@ class _Context:
 
     def _execute(self, addresses: dict[str, int], sizes: dict[str, tuple[int, ...]]) -> None:
         engine = self.engine
+        assert engine.has_weights, "an engine without its weights"
         tokens, logits = sizes["input_ids"][1], sizes["logits_index"][1]
         assert sizes["position_ids"] == sizes["input_ids"]
         dims = {"sequence": tokens, "logits": logits}
@@ -322,7 +340,7 @@ def add_engine(
     directory.mkdir(parents=True)
     plan = {
         "graph": str(graph or bundle / GRAPH_FILE), "lowering": lowering, "capacity": capacity or opened.capacity, "chunk": CHUNK,
-        "weights": 4096,
+        "weights": 4096, "stripped": bool(changes.get("options", {}).get("refit")),
     }  # fmt: skip
     content = json.dumps(plan).encode()
     (directory / "decoder.plan").write_bytes(content)

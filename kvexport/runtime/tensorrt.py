@@ -7,7 +7,6 @@ Must not know what tokens mean. On a GPU this was never run: none was at hand; i
 
 from __future__ import annotations
 
-import mmap
 from collections.abc import Callable
 from typing import Any
 
@@ -15,15 +14,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
-from kvexport.errors import BundleError, CannotRunHere, UsageError
-from kvexport.graph.contract import GRAPH_FILE, past, present, update
+from kvexport.errors import CannotRunHere, UsageError
+from kvexport.graph.contract import present, update
 from kvexport.runtime.arrays import Device, DeviceArray, OnDevice, stored_as
 from kvexport.runtime.cache import KvCache
+from kvexport.runtime.engine_loading import engine_log, failure, layer_and_which, load_engine, refit, require_contract
 from kvexport.runtime.engines import Engine
 from kvexport.runtime.interface import TOKEN_INPUTS, DeviceMemory, Ids, Logits
 
-_TYPES = {"FLOAT": "float32", "HALF": "float16", "BF16": "bfloat16", "INT64": "int64"}
-_REBUILD = "build it again: kvexport engine BUNDLE --force"
 DECODE, PREFILL = 0, 1  # profiles
 
 
@@ -71,24 +69,24 @@ class TensorRtDecoder:
             BundleError: the engine takes or gives other tensors than its record says, or does not write in place.
             CannotRunHere: TensorRT cannot load it, or there is not enough device memory.
         """
-        self._device, self._log = device, _log(engine.trt)
+        self._device, self._log = device, engine_log(engine.trt)
         place = OnDevice(device)
         free = device.memory()[0]
         # Contexts need the engine, and the engine the runtime.
         self._runtime = engine.trt.Runtime(self._log)
-        self._engine = _load(engine, self._runtime, self._log)
+        self._engine = load_engine(engine, self._runtime, self._log)
         if not engine.has_weights:
-            _refit(self._engine, engine, bundle, self._log)
+            refit(self._engine, engine, bundle, self._log)
         self._loaded = max(0, free - device.memory()[0])
         self._trt = engine.trt
         in_place = engine.record.lowering != "decomposed17"
-        _require_contract(self._engine, engine, bundle, in_place)
+        require_contract(self._engine, engine, bundle, in_place)
         self.longest = engine.record.chunk
         try:
             self.cache: KvCache = EngineCache(bundle, engine, place, fill)
-            outputs = {present(*_parts(name)): buffer for name, buffer in self.cache.buffers.items()}
+            outputs = {present(*layer_and_which(name)): buffer for name, buffer in self.cache.buffers.items()}
             if not in_place:
-                outputs = {update(*_parts(name)): self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
+                outputs = {update(*layer_and_which(name)): self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
             self._updates = {} if in_place else dict(zip(self.cache.buffers, outputs.values(), strict=True))
             size = int(self._engine.device_memory_size_v2)  # of the profile that needs the most
             self._scratch = DeviceArray(device, (max(size, 1),), "uint8")
@@ -126,7 +124,7 @@ class TensorRtDecoder:
         """A new execution context on one profile, over the scratch memory that all share."""
         context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
-            raise _failure(self._log, "TensorRT cannot make an execution context")
+            raise failure(self._log, "TensorRT cannot make an execution context")
         self._device.synchronize()
         context.set_device_memory(self._scratch.address, self._scratch.nbytes)
         return context
@@ -187,7 +185,7 @@ class _Calls:
             assert array.host is not None
             self._device.upload(array.address, array.host[: self._count(name)])
         if not self.context.execute_async_v3(self._device.stream):
-            raise _failure(self._log, "TensorRT failed to run the engine")
+            raise failure(self._log, "TensorRT failed to run the engine")
         assert self._logits is not None
         self._device.download(self._host_logits(), self._logits.address)
 
@@ -204,7 +202,7 @@ class _Calls:
         self._counts = tokens, logits
         for name, count in (("input_ids", tokens), ("position_ids", tokens), ("logits_index", logits)):
             if not self.context.set_input_shape(name, (1, count)):
-                raise _failure(self._log, f"the engine refuses {count} as a size of {name}")
+                raise failure(self._log, f"the engine refuses {count} as a size of {name}")
         if self._logits is None or self._logits.shape[0] < logits:
             self._logits = None  # before more is allocated
             self._logits = self._place.staged((logits, self._vocab), "float32")
@@ -220,97 +218,4 @@ class _Calls:
 
     def _address(self, name: str, address: int) -> None:
         if not self.context.set_tensor_address(name, address):
-            raise _failure(self._log, f"TensorRT refuses the address of {name}")
-
-
-def _load(engine: Engine, runtime: Any, log: Any) -> Any:
-    """The engine; its plan is mapped, so that it need not be in memory twice."""
-    if engine.record.options.get("version_compatible") and hasattr(runtime, "engine_host_code_allowed"):
-        runtime.engine_host_code_allowed = True
-    with engine.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
-        loaded = runtime.deserialize_cuda_engine(plan)
-    if loaded is None:
-        version = engine.trt.__version__
-        raise CannotRunHere(f"TensorRT {version} cannot load {engine.plan}", seen=log.last(), fix=_REBUILD)
-    return loaded
-
-
-def _refit(loaded: Any, engine: Engine, bundle: Bundle, log: Any) -> None:
-    """Put the bundle's weights into an engine that was built without: TensorRT's parser reads them, by their names.
-
-    Raises:
-        CannotRunHere: TensorRT misses some.
-    """
-    refitter = engine.trt.Refitter(loaded, log)
-    read = engine.trt.OnnxParserRefitter(refitter, log).refit_from_file(str(bundle.path / GRAPH_FILE))
-    if not read or not refitter.refit_cuda_engine():
-        raise CannotRunHere(
-            "TensorRT cannot put the bundle's weights into the engine", seen=log.last(),
-            fix="build it again, whole: kvexport engine BUNDLE --force",
-        )  # fmt: skip
-
-
-def _require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool) -> None:
-    """
-    Raises:
-        BundleError: the engine takes or gives other tensors than its record and the bundle say.
-    """
-    record = engine.record
-    sizes = {"batch": record.batch, "capacity": record.capacity}
-    caches = [spec for spec in bundle.graph.inputs if spec.name not in TOKEN_INPUTS]
-    shapes = {spec.name: (spec.dtype, tuple(sizes.get(str(size), size) for size in spec.shape)) for spec in caches}
-    given = {(present if in_place else update)(*_parts(name)): name for name in shapes}
-    names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
-    promised = {*TOKEN_INPUTS, "logits", *shapes, *given}
-    if names != promised:
-        _refuse(engine, "takes or gives other tensors", sorted(names ^ promised), "those of its lowering")
-    for name in names:
-        if not str(loaded.get_tensor_location(name)).endswith("DEVICE"):
-            _refuse(engine, "wants a tensor in the host's memory", name, "all on the device")
-    for name, (dtype, shape) in shapes.items():
-        seen = _TYPES.get(loaded.get_tensor_dtype(name).name), tuple(loaded.get_tensor_shape(name))
-        if seen != (dtype, shape):
-            _refuse(engine, f"has another {name}", seen, (dtype, shape))
-    for name in (*TOKEN_INPUTS, "logits"):
-        seen_type = _TYPES.get(loaded.get_tensor_dtype(name).name)
-        if seen_type != ("float32" if name == "logits" else "int64"):
-            _refuse(engine, f"has another type of {name}", seen_type, "float32 logits, int64 inputs")
-    if in_place and hasattr(loaded, "get_aliased_input_tensor"):
-        for output, cache in given.items():
-            if loaded.get_aliased_input_tensor(output) != cache:
-                _refuse(
-                    engine, "does not write the cache in place", loaded.get_aliased_input_tensor(output), f"{output} is {cache}"
-                )
-
-
-def _failure(log: Any, what: str) -> CannotRunHere:
-    return CannotRunHere(what, seen=log.last(), fix=_REBUILD)
-
-
-def _refuse(engine: Engine, what: str, seen: object, allowed: object) -> None:
-    raise BundleError(f"the engine {engine.directory} {what}", seen=seen, allowed=allowed, fix=_REBUILD)
-
-
-def _parts(name: str) -> tuple[int, str]:
-    """Layer and "key" or "value" of a cache input's name."""
-    _, layer, which = name.split(".")
-    assert name == past(int(layer), which)
-    return int(layer), which
-
-
-def _log(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors; says nothing itself."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self._errors: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
-                self._errors.append(message)
-
-        def last(self) -> str | None:
-            return self._errors[-1] if self._errors else None
-
-    return Log()
+            raise failure(self._log, f"TensorRT refuses the address of {name}")

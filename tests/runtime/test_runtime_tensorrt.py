@@ -349,6 +349,22 @@ def test_weights_are_hashed_only_where_they_are_read(decoder: Decoder, tmp_path:
         open_bundle(bundle, provider="cpu")
 
 
+def test_an_engine_without_weights_gets_the_bundles(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
+    bundle = write_bundle(tmp_path / "b", decoder)
+    add_engine(bundle, options={"refit": True})
+    assert _wrong(_opened(bundle), decoder) < 1e-4
+    data = bundle / "decoder.onnx.data"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(BundleError, match="its sha256 differs"):  # since it is read
+        _opened(bundle)
+    data.write_bytes(whole)
+    other = write_bundle(tmp_path / "other", decoder)
+    add_engine(other, options={"refit": True}, graph=bundle / "decoder.onnx")
+    with pytest.raises(CannotRunHere, match="cannot put the bundle's weights"):
+        _opened(other)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

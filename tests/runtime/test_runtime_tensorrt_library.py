@@ -13,6 +13,7 @@ from decoders import make_decoder
 from simulated_device import SimulatedDevice, _Context, _Engine, simulated_tensorrt
 from tiny_bundles import write_bundle
 
+import kvexport.runtime
 from kvexport.decoder import Decoder
 from kvexport.errors import CannotRunHere
 from kvexport.runtime import open_bundle
@@ -27,7 +28,7 @@ def trt() -> Any:
 
 def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
     for simulated, real in ((_Engine, trt.ICudaEngine), (_Context, trt.IExecutionContext)):
-        public = {name for name in vars(simulated) if not name.startswith("_")} - {"shape"}
+        public = {name for name in vars(simulated) if not name.startswith("_")} - {"shape"}  # the simulation's own
         assert public and {name for name in public if not hasattr(real, name)} == set()
     assert hasattr(trt.ICudaEngine, "get_aliased_input_tensor")
     stands_in = simulated_tensorrt(SimulatedDevice())
@@ -39,10 +40,8 @@ def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
 
 def test_everything_that_the_runtime_calls_is_there(trt: Any) -> None:
     """By name, from the runtime's own text."""
-    import kvexport.runtime.tensorrt as runtime
-
-    assert runtime.__file__ is not None
-    text = Path(runtime.__file__).read_text(encoding="utf-8")
+    folder = Path(kvexport.runtime.__file__).parent
+    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("tensorrt.py", "engine_loading.py"))
     for pattern, real in (
         (r"(?:loaded|_engine)\.([a-z_0-9]+)", trt.ICudaEngine), (r"context\.([a-z_0-9]+)\(", trt.IExecutionContext),
         (r"refitter\.([a-z_0-9]+)\(", trt.Refitter), (r"_trt\.([A-Z]\w+)", trt), (r"engine\.trt\.([A-Z]\w+)", trt),
