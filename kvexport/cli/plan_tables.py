@@ -112,13 +112,20 @@ def _print_comparisons(comparisons: Sequence[Comparison], out: PlainConsole) -> 
 
 
 def _prefill(seconds: Range | None) -> str:
-    return "-" if seconds is None else f"{seconds.typical:.3g} s ({seconds.low:.3g}–{seconds.high:.3g})"
+    if seconds is None:
+        return "-"
+    return f"{_figure(seconds.typical)} s ({_figure(seconds.low)}–{_figure(seconds.high)})"
 
 
 def _decode(seconds: Range | None) -> str:
     if seconds is None:
         return "-"
-    return f"{1 / seconds.typical:.3g}/s ({1 / seconds.high:.3g}–{1 / seconds.low:.3g})"
+    return f"{_figure(1 / seconds.typical)}/s ({_figure(1 / seconds.high)}–{_figure(1 / seconds.low)})"
+
+
+def _figure(value: float) -> str:
+    """Two digits that count, or all that are before the point."""
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 
 def _tera(rate: float | None) -> str:
