@@ -29,6 +29,15 @@ class Provider:
     device: Device | None = None
     engine: Engine | None = None
 
+    @property
+    def version(self) -> str:
+        """What computes, for records: "tensorrt 10.3.0.30", "onnxruntime 1.31.1"."""
+        if self.engine is not None:
+            return f"{self.engine.record.engine} {self.engine.record.version}"
+        import onnxruntime
+
+        return f"onnxruntime {onnxruntime.__version__}"
+
 
 def choose(bundle: Bundle, wanted: str) -> Provider:
     """What `wanted` is here: itself, or for "auto" tensorrt, cuda or cpu, the first of these that this machine has.

@@ -56,6 +56,7 @@ class Session:
     Attributes:
         bundle: the opened bundle.
         provider: what runs it: "cpu" or "cuda" (ONNX Runtime's), or "tensorrt".
+        engine: that library and its version.
         capacity: the most tokens that a sequence may ever hold: the bundle's, or its engine's.
         lengths: tokens in the cache, one number a sequence.
     """
@@ -79,7 +80,7 @@ class Session:
         if chunk < 1:
             raise UsageError("chunk is out of range", seen=chunk, allowed="1 or more")
         chosen = choose(bundle, provider) if isinstance(provider, str) else provider
-        self.bundle, self.provider = bundle, chosen.name
+        self.bundle, self.provider, self.engine = bundle, chosen.name, chosen.version
         self._decoder = open_decoder(bundle, chosen, threads=threads)
         self._chunk = min(chunk, self._decoder.longest)
         self._tokenizer = tokenizer_of(bundle)
