@@ -54,7 +54,7 @@ def _evaluated(decoder: Decoder, path: Path, checkpoint: Path, text: Path, dtype
 
 def test_an_identical_model_costs_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     found = _evaluated(load_decoder(Checkpoint(checkpoint)), tmp_path / "bundle", checkpoint, text)
-    assert found.divergence.mean_kl < 1e-9 and found.divergence.top1_agreement == 1
+    assert found.divergence.mean_kl < 1e-7 and found.divergence.top1_agreement == 1
     assert found.divergence.cross_entropy == pytest.approx(found.divergence.cross_entropy_original, abs=1e-6)
     assert found.kv_bytes_per_token == found.kv_bytes_per_token_original == 2 * 2 * 4 * 8 * 4
 

@@ -1,0 +1,321 @@
+"""Decode and prefill on the CPU beside onnxruntime-genai and transformers: same weights, same threads, same float32.
+
+A llama of 12 layers, 1024 wide, 16 heads of 64, random weights, and the same model with a quarter of its KV heads (a
+standard checkpoint that `kvexport compress --method mean-pool` makes, so that every side runs the very same weights):
+  kvexport      16 and 4 KV heads; a step is `Session.step` and the likeliest token
+  genai         onnxruntime-genai's own builds of both checkpoints; a step is `generate_next_token`, greedy
+  transformers  16 KV heads, with its static cache; a step is a call of the model and the likeliest token
+All sides are in one process and take turns: prefills one by one, steps in rounds of six, of which the first two are not
+counted, since the threads of whoever ran before spin on for a moment. Before anything is timed, all must agree on the
+likeliest next tokens of a short prompt. Needs what no extra of kvexport brings: pip install onnxruntime-genai==0.18.0. Raw
+times and the ratios that are aimed at go to benchmarks/results/decode_cpu.json, a table to decode_cpu.md.
+
+    python benchmarks/decode_cpu.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+import kvexport
+
+RESULTS = Path(__file__).parent / "results"
+DEPTHS, PROMPTS = (512, 8192), (512, 4096)
+SHAPE = {
+    "vocab_size": 8192, "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 16,
+    "intermediate_size": 2048, "max_position_embeddings": 16384, "tie_word_embeddings": False, "bos_token_id": 1,
+    "eos_token_id": 2,
+}  # fmt: skip
+SIDES = ("kvexport, 16 KV heads", "genai, 16 KV heads", "kvexport, 4 KV heads", "genai, 4 KV heads", "transformers, 16 KV heads")
+# stage, tokens, who, whom, and how many times as fast at least
+TARGETS = (
+    *(("decode", depth, SIDES[0], SIDES[1], 1.0) for depth in DEPTHS),
+    ("decode", 8192, SIDES[2], SIDES[3], 1.6),
+    ("decode", 8192, SIDES[2], SIDES[1], 2.0),
+    *(("decode", depth, SIDES[0], SIDES[4], 1.0) for depth in DEPTHS),
+    *(("prefill", prompt, SIDES[0], SIDES[4], 1.0) for prompt in PROMPTS),
+    *(("prefill", prompt, *pair, 0.9) for prompt in PROMPTS for pair in (SIDES[:2], SIDES[2:4])),
+)
+
+_UNCOUNTED, _COUNTED = 2, 4  # steps of a round
+_PAUSE = 0.1  # seconds before a side's turn
+
+Prefill = Callable[[list[int]], int]  # tokens to the likeliest next one
+Step = Callable[[], int]  # one more token, the likeliest one
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--repetitions", type=int, default=3, help="of each prefill")
+    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, to try the script")
+    parser.add_argument("--work", type=Path, help="keep the models here, and use those that are there")
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = arguments.work or Path(folder)
+        make_models(work, arguments.layers)
+        record = measure(work, arguments.threads, arguments.steps, arguments.repetitions)
+    record["layers"] = arguments.layers
+    record["targets"] = [target(record, *each) for each in TARGETS]
+    arguments.output.mkdir(parents=True, exist_ok=True)
+    (arguments.output / "decode_cpu.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    text = table(record)
+    (arguments.output / "decode_cpu.md").write_text(text, encoding="utf-8")
+    print(text)
+
+
+def make_models(work: Path, layers: int) -> None:
+    """Both checkpoints, our bundles of them and genai's builds, where they are not there yet."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    def run(*command: str | Path) -> None:
+        subprocess.run(
+            [sys.executable, "-m", *map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
+
+    work.mkdir(exist_ok=True)
+    whole, quarter = work / "checkpoint-16", work / "checkpoint-4"
+    if not whole.exists():
+        torch.manual_seed(0)
+        LlamaForCausalLM(LlamaConfig(**SHAPE | {"num_hidden_layers": layers})).save_pretrained(whole)
+        tokenizer(whole)
+    sample = ("--calibration", "random", "--samples", "4", "--length", "32")
+    if not quarter.exists():
+        run("kvexport", "compress", whole, "-o", quarter, "--kv-heads", "4", "--method", "mean-pool", *sample)
+        tokenizer(quarter)
+    for heads, checkpoint in ((16, whole), (4, quarter)):
+        if not (work / f"kvexport-{heads}").exists():
+            run(
+                "kvexport",
+                "build",
+                checkpoint,
+                "-o",
+                work / f"kvexport-{heads}",
+                "--kv-ratio",
+                "1",
+                "--capacity",
+                "16384",
+                *sample,
+            )
+        if not (work / f"genai-{heads}").exists():
+            out = work / f"genai-{heads}"
+            run("onnxruntime_genai.models.builder", "-i", checkpoint, "-o", out, "-p", "fp32", "-e", "cpu")
+
+
+def tokenizer(checkpoint: Path) -> None:
+    """genai's builder wants a tokenizer; no text is made or read."""
+    from tokenizers import Tokenizer, models
+    from transformers import PreTrainedTokenizerFast
+
+    words = {f"<{index}>": index for index in range(SHAPE["vocab_size"])}
+    made = Tokenizer(models.WordLevel(words, unk_token="<0>"))
+    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<0>", bos_token="<1>", eos_token="<2>").save_pretrained(checkpoint)
+
+
+def open_side(side: str, work: Path, threads: int, room: int) -> tuple[Prefill, Step]:
+    """A side's prefill, which begins anew, and its step."""
+    name, heads = side.split(", ")[0], side.split(", ")[1].split()[0]
+    if name == "kvexport":
+        return open_kvexport(work / f"kvexport-{heads}", threads)
+    if name == "genai":
+        return open_genai(work / f"genai-{heads}", threads, room)
+    return open_transformers(work / f"checkpoint-{heads}", threads, room)
+
+
+def open_kvexport(path: Path, threads: int) -> tuple[Prefill, Step]:
+    session = kvexport.open(path, provider="cpu", threads=threads)
+    last = [0]
+
+    def prefill(ids: list[int]) -> int:
+        last[0] = int(session.prefill(ids)[0].argmax())
+        return last[0]
+
+    def step() -> int:
+        last[0] = int(session.step(last)[0].argmax())
+        return last[0]
+
+    return prefill, step
+
+
+def open_genai(path: Path, threads: int, room: int) -> tuple[Prefill, Step]:
+    import onnxruntime_genai as genai
+
+    config_path = path / "genai_config.json"
+    config = json.loads(config_path.read_text())
+    config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    config_path.write_text(json.dumps(config))
+    model = genai.Model(str(path))
+    current: list[Any] = []
+
+    def prefill(ids: list[int]) -> int:
+        current.clear()  # one cache at a time
+        options = genai.GeneratorParams(model)
+        # its cache has a fixed capacity, which it shares between past and present, as ours
+        options.set_search_options(do_sample=False, max_length=room, min_length=room - 1, past_present_share_buffer=True)
+        current.append(genai.Generator(model, options))
+        current[0].append_tokens(ids)
+        return int(np.asarray(current[0].get_logits())[0, -1].argmax())
+
+    def step() -> int:
+        current[0].generate_next_token()
+        return int(current[0].get_next_tokens()[0])
+
+    return prefill, step
+
+
+def open_transformers(path: Path, threads: int, room: int) -> tuple[Prefill, Step]:
+    import torch
+    from transformers import LlamaForCausalLM, StaticCache
+
+    torch.set_num_threads(threads)
+    model = LlamaForCausalLM.from_pretrained(path, dtype=torch.float32).eval()
+    state: dict[str, Any] = {}
+
+    @torch.inference_mode()
+    def call(ids: list[int]) -> int:
+        positions = torch.arange(state["length"], state["length"] + len(ids))
+        logits = model(
+            torch.tensor([ids]), past_key_values=state["cache"], cache_position=positions, position_ids=positions[None],
+            logits_to_keep=1,
+        ).logits  # fmt: skip
+        state["length"] += len(ids)
+        state["last"] = int(logits[0, -1].argmax())
+        return state["last"]
+
+    def prefill(ids: list[int]) -> int:
+        state.clear()
+        state.update(cache=StaticCache(config=model.config, max_cache_len=room), length=0)
+        return call(ids)
+
+    return prefill, lambda: call([state["last"]])
+
+
+def measure(work: Path, threads: int, steps: int, repetitions: int) -> dict[str, Any]:
+    random = np.random.default_rng(0)
+    ids = random.integers(3, SHAPE["vocab_size"], max(*DEPTHS, *PROMPTS)).tolist()
+    room = max(DEPTHS) + 2 * steps + 64
+    sides = {side: open_side(side, work, threads, room) for side in SIDES}
+    agree(sides, ids)
+    record: dict[str, Any] = {
+        "kvexport": kvexport.__version__,
+        "machine": f"{platform.machine()}, {threads} threads",
+        "versions": {name: version(name) for name in ("onnxruntime", "onnxruntime-genai", "torch", "transformers")},
+        "shape": SHAPE,
+        "prefill": {},
+        "decode": {},
+    }
+    for prompt in PROMPTS:
+        times: dict[str, list[float]] = {side: [] for side in sides}
+        for repetition in range(1 + repetitions):
+            for side, (prefill, _) in sides.items():
+                time.sleep(_PAUSE)
+                begin = time.perf_counter()
+                prefill(ids[:prompt])
+                if repetition or prompt > min(PROMPTS):  # the very first calls pack weights
+                    times[side].append(time.perf_counter() - begin)
+        record["prefill"][str(prompt)] = {side: summary(each) for side, each in times.items()}
+        print(f"prefill {prompt}: " + shown(record["prefill"][str(prompt)]), file=sys.stderr)
+    for depth in DEPTHS:
+        for prefill, _ in sides.values():
+            prefill(ids[:depth])
+        gc.collect()
+        times = {side: [] for side in sides}
+        for _ in range(-(-steps // _COUNTED)):
+            for side, (_, step) in sides.items():
+                time.sleep(_PAUSE)
+                for number in range(_UNCOUNTED + _COUNTED):
+                    begin = time.perf_counter()
+                    step()
+                    if number >= _UNCOUNTED:
+                        times[side].append(time.perf_counter() - begin)
+        record["decode"][str(depth)] = {side: summary(each) for side, each in times.items()}
+        print(f"decode {depth}: " + shown(record["decode"][str(depth)]), file=sys.stderr)
+    return record
+
+
+def agree(sides: dict[str, tuple[Prefill, Step]], ids: list[int]) -> None:
+    """All sides of one checkpoint must find the same likeliest tokens."""
+    for heads in ("16", "4"):
+        found = {}
+        for side, (prefill, step) in sides.items():
+            if f", {heads} KV" in side:
+                found[side] = [prefill(ids[:40]), *(step() for _ in range(4))]
+                if side.startswith("genai"):  # its first step gives the token that the prompt's logits chose
+                    found[side] = [*found[side][1:]]
+        shortest = min(map(len, found.values()))
+        if len({tuple(tokens[:shortest]) for tokens in found.values()}) != 1:
+            raise SystemExit(f"the sides do not run the same model: {found}")
+
+
+def version(package: str) -> str:
+    from importlib.metadata import version as of
+
+    return of(package)
+
+
+def summary(seconds: list[float]) -> dict[str, Any]:
+    raw = [round(1000 * each, 3) for each in seconds]
+    low, median, high = statistics.quantiles(raw, n=4)
+    return {"median_ms": round(median, 3), "quartiles_ms": [round(low, 3), round(high, 3)], "raw_ms": raw}
+
+
+def shown(figures: dict[str, Any]) -> str:
+    return ", ".join(f"{side} {each['median_ms']:.1f} ms" for side, each in figures.items())
+
+
+def target(record: dict[str, Any], stage: str, tokens: int, who: str, whom: str, least: float) -> dict[str, Any]:
+    """How many times as fast `who` is, call by call."""
+    figures = record[stage][str(tokens)]
+    pairs = zip(figures[who]["raw_ms"], figures[whom]["raw_ms"], strict=True)
+    low, median, high = statistics.quantiles([theirs / ours for ours, theirs in pairs], n=4)
+    return {
+        "stage": stage, "tokens": tokens, "who": who, "whom": whom, "at_least": least, "times_as_fast": round(median, 3),
+        "quartiles": [round(low, 3), round(high, 3)], "reached": median >= least,
+    }  # fmt: skip
+
+
+def table(record: dict[str, Any]) -> str:
+    versions = ", ".join(f"{name} {each}" for name, each in record["versions"].items())
+    text = (
+        f"# Decode and prefill on the CPU\n\n`benchmarks/decode_cpu.py`, kvexport {record['kvexport']}, {versions}; "
+        f"{record['machine']}, float32, {record['layers']} layers. Medians of alternating calls in milliseconds, quartiles in "
+        "brackets; raw times in decode_cpu.json. Not measured: more threads, other processors, lower precision.\n\n"
+    )
+    columns = [(stage, tokens) for stage in ("prefill", "decode") for tokens in record[stage]]
+    text += "| |" + "".join(f" {stage} {'of' if stage == 'prefill' else 'at'} {tokens} |" for stage, tokens in columns) + "\n"
+    text += "|---" * (1 + len(columns)) + "|\n"
+    for side in SIDES:
+        cells = []
+        for stage, tokens in columns:
+            figures = record[stage][tokens][side]
+            low, high = figures["quartiles_ms"]
+            cells.append(f" {figures['median_ms']:,.1f} ({low:,.1f}–{high:,.1f}) |")
+        text += f"| {side} |" + "".join(cells) + "\n"
+    text += "\n| | is so many times as fast as | aimed at | median of the ratios (quartiles) | |\n|---|---|---|---|---|\n"
+    for each in record["targets"]:
+        low, high = each["quartiles"]
+        text += (
+            f"| {each['who']}, {each['stage']} {each['tokens']} | {each['whom']} | {each['at_least']} "
+            f"| {each['times_as_fast']:.2f} ({low:.2f}–{high:.2f}) | {'reached' if each['reached'] else 'missed'} |\n"
+        )
+    return text
+
+
+if __name__ == "__main__":
+    main()
