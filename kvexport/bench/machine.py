@@ -1,6 +1,6 @@
 """What a machine tells of itself while it is measured: clocks, power mode, temperatures, memory.
 
-Knows Linux's sysfs, Jetson's nvpmodel and NVML; what is not told is left out, and nothing is guessed.
+Knows Linux's sysfs, Jetson's nvpmodel and NVML; what is not told is null or left out of its table, and nothing is guessed.
 """
 
 from __future__ import annotations
@@ -8,54 +8,53 @@ from __future__ import annotations
 import os
 import platform
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+_JETSON_MEMORY_CLOCK = "sys/kernel/debug/bpmp/debug/clk/emc/rate"  # Hz; only root may read it
 
 
 def describe(root: Path = Path("/")) -> dict[str, Any]:
     """What does not change while something runs: architecture, processor, cores, memory, board, JetPack's L4T, power mode."""
-    described: dict[str, Any] = {"architecture": platform.machine(), "cpus": os.cpu_count()}
     model = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo") or "", re.MULTILINE)
     memory = re.search(r"^MemTotal:\s*(\d+) kB", _text(root / "proc/meminfo") or "", re.MULTILINE)
     release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release") or "")
-    told = {
+    return {
+        "architecture": platform.machine(),
+        "cpus": os.cpu_count(),
         "processor": model[1].strip() if model else None,
         "memory_bytes": 1024 * int(memory[1]) if memory else None,
         "board": (_text(root / "proc/device-tree/model") or "").rstrip("\0") or None,
         "l4t": f"{release[1]}.{release[2]}" if release else None,
         "power_mode": _power_mode(root),
     }
-    return described | {name: value for name, value in told.items() if value is not None}
 
 
 def readings(root: Path = Path("/")) -> dict[str, Any]:
-    """What changes: temperatures in degrees Celsius, clocks in MHz, and what NVML says of each GPU."""
-    told: dict[str, Any] = {}
+    """What changes: temperatures in degrees Celsius, clocks in MHz, governors of the CPU, and what NVML says of each GPU."""
     temperatures: dict[str, float] = {}
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         kind, value = _text(zone / "type"), _number(zone / "temp")
         if kind and value is not None:
             temperatures[kind] = value / 1000
-    if temperatures:
-        told["temperature_c"] = temperatures
     clocks: dict[str, float] = {}
+    governors: dict[str, str] = {}
     for policy in sorted((root / "sys/devices/system/cpu/cpufreq").glob("policy*")):
         if (value := _number(policy / "scaling_cur_freq")) is not None:
             clocks[policy.name] = value / 1e3  # kHz
         if governor := _text(policy / "scaling_governor"):
-            told["cpu_governor"] = governor
+            governors[policy.name] = governor
     for device in sorted((root / "sys/class/devfreq").glob("*")):
         if (value := _number(device / "cur_freq")) is not None:
             clocks[device.name] = value / 1e6  # Hz
-    if clocks:
-        told["clock_mhz"] = clocks
-    if gpus := _nvml():
-        told["gpus"] = gpus
-    return told
+    if (value := _number(root / _JETSON_MEMORY_CLOCK)) is not None:
+        clocks["emc"] = value / 1e6
+    return {"temperature_c": temperatures, "clock_mhz": clocks, "cpu_governor": governors, "gpus": _nvml()}
 
 
 def peak_host_bytes(root: Path = Path("/")) -> int | None:
-    """The most memory that this process ever held."""
+    """The most memory that this process ever held, files that it maps included."""
     peak = re.search(r"^VmHWM:\s*(\d+) kB", _text(root / "proc/self/status") or "", re.MULTILINE)
     return 1024 * int(peak[1]) if peak else None
 
@@ -71,35 +70,34 @@ def _power_mode(root: Path) -> str | None:
 
 
 def _nvml() -> list[dict[str, Any]]:
-    """Name, clocks, temperature and power of each GPU; nothing without the package or the driver."""
+    """Name, clocks, temperature and power of each GPU, as far as it tells; nothing without the package or the driver."""
     try:
         import pynvml
     except ModuleNotFoundError:
         return []
+    questions: dict[str, Callable[[Any], Any]] = {
+        "name": pynvml.nvmlDeviceGetName,
+        "sm_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
+        "memory_clock_mhz": lambda gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
+        "temperature_c": lambda gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "power_w": lambda gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
+        "power_limit_w": lambda gpu: pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
+    }
+
+    def told(ask: Callable[[Any], Any], about: Any) -> Any:
+        try:
+            return ask(about)
+        except pynvml.NVMLError:  # no GPU tells everything: a Jetson's, hardly anything
+            return None
+
     try:
         pynvml.nvmlInit()
+        gpus = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
     except pynvml.NVMLError:
         return []
-    gpus = []
-    for index in range(pynvml.nvmlDeviceGetCount()):
-        gpu = pynvml.nvmlDeviceGetHandleByIndex(index)
-        questions: dict[str, Any] = {
-            "name": lambda gpu=gpu: pynvml.nvmlDeviceGetName(gpu),
-            "sm_clock_mhz": lambda gpu=gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_SM),
-            "memory_clock_mhz": lambda gpu=gpu: pynvml.nvmlDeviceGetClockInfo(gpu, pynvml.NVML_CLOCK_MEM),
-            "temperature_c": lambda gpu=gpu: pynvml.nvmlDeviceGetTemperature(gpu, pynvml.NVML_TEMPERATURE_GPU),
-            "power_w": lambda gpu=gpu: pynvml.nvmlDeviceGetPowerUsage(gpu) / 1000,
-            "power_limit_w": lambda gpu=gpu: pynvml.nvmlDeviceGetEnforcedPowerLimit(gpu) / 1000,
-        }
-        told = {}
-        for name, ask in questions.items():
-            try:
-                told[name] = ask()
-            except pynvml.NVMLError:
-                continue  # not every GPU tells everything
-        gpus.append(told)
+    found = [{name: told(ask, gpu) for name, ask in questions.items()} for gpu in gpus]
     pynvml.nvmlShutdown()
-    return gpus
+    return found
 
 
 def _text(path: Path) -> str | None:

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -17,7 +18,7 @@ from kvexport.errors import UsageError
 from kvexport.progress import Progress
 from kvexport.runtime.session import Session
 
-_WARM = 3  # calls before those that count
+_WARM = 3  # steps at each depth before those that count; of a prefill, one call
 _PROMPT, _USUAL = 512, (0, 512, 4096)
 
 
@@ -27,7 +28,7 @@ class Plan:
 
     Attributes:
         prompt: tokens of a prefill; decode is measured apart.
-        depths: tokens in the cache when decoding begins, one measurement each.
+        depths: tokens in the cache when decoding begins, one measurement each, the shallowest first.
         steps: tokens decoded at each depth, one by one; the cache grows by as many.
         repetitions: of the prefill.
         seed: of the random token ids that fill prompt and cache.
@@ -52,7 +53,8 @@ class Plan:
         """A plan whose prompt and depths, where they are None, are those of the usual ones that the sessions have room for."""
         room = min(session.capacity for session in sessions)
         fitting = [depth for depth in _USUAL if depth + _WARM + steps <= room] or [0]
-        return cls(prompt or min(_PROMPT, room), tuple(fitting if depths is None else depths), steps, repetitions, seed)
+        chosen = sorted(set(fitting if depths is None else depths))
+        return cls(prompt or min(_PROMPT, room), tuple(chosen), steps, repetitions, seed)
 
     def check(self, sessions: Sequence[Session]) -> None:
         """Refuse what does not fit.
@@ -61,13 +63,20 @@ class Plan:
             UsageError: a prompt or a depth is beyond a session's capacity.
         """
         for session in sessions:
-            for what, tokens in (("-p", self.prompt), *(("-d", depth + _WARM + self.steps) for depth in self.depths)):
-                if tokens > session.capacity:
+            decoded = _WARM + self.steps
+            wanted = ("-p", self.prompt, 0), ("-d", max(self.depths), decoded)
+            for option, tokens, more in wanted:
+                if tokens + more > session.capacity:
+                    steps = f", and the {more} tokens that are decoded" if more else ""
                     raise UsageError(
-                        f"{what} asks for more tokens than {session.bundle.path} has room for", seen=tokens,
-                        allowed=f"{session.capacity}, of which {self.steps} + {_WARM} are for the steps",
-                        fix="choose a smaller depth, or build the bundle again with a larger --capacity",
+                        f"{option} asks for more tokens than {session.bundle.path} has room for", seen=f"{tokens}{steps}",
+                        allowed=f"{session.capacity} in all",
+                        fix=f"choose a smaller {option}, or build again with --capacity {tokens + more} or more",
                     )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, with the calls that do not count."""
+        return {**asdict(self), "uncounted": {"prefill": 1, "decode": _WARM}}
 
 
 @dataclass(frozen=True)
@@ -98,7 +107,9 @@ class Result:
     Attributes:
         kv_bytes_planned: of the deepest point, all its tokens, as the bundle's shapes say.
         kv_bytes_allocated: what the session holds there.
-        device: what is known of the device's memory; None on the CPU.
+        device: what is known of the device's memory at the end; None on the CPU.
+        peak_device_bytes: the most of it that the driver said was in use, by whomever, after a prefill or the steps of a
+            depth. ONNX Runtime and TensorRT keep what they once took, so that nothing is missed between.
     """
 
     provider: str
@@ -107,10 +118,51 @@ class Result:
     kv_bytes_planned: int
     kv_bytes_allocated: int
     device: dict[str, Any] | None
+    peak_device_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values."""
         return asdict(self)
+
+
+class _Turn:
+    """One session, and what was found of it so far."""
+
+    def __init__(self, session: Session) -> None:
+        self.session = session
+        self.prefill: list[Point] = []
+        self.decode: list[Point] = []
+        self.seconds: list[float] = []  # of the measurement that is going on
+        self._in_use: list[int] = []
+
+    def call(self, do: Callable[[], object], counts: bool) -> None:
+        begin = time.perf_counter()
+        do()
+        taken = time.perf_counter() - begin
+        if counts:
+            self.seconds.append(taken)
+
+    def look(self) -> None:
+        """See how much of the device's memory is in use."""
+        if (device := self.session.memory().device) is not None:
+            self._in_use.append(device.total - device.free)
+
+    def point(self, depth: int, tokens: int) -> Point:
+        """What was timed since the last point."""
+        seconds, self.seconds = self.seconds, []
+        return _point(depth, tokens, seconds)
+
+    def result(self) -> Result:
+        memory = self.session.memory()
+        return Result(
+            provider=self.session.provider,
+            prefill=tuple(self.prefill),
+            decode=tuple(self.decode),
+            kv_bytes_planned=int(self.session.lengths.sum()) * memory.bytes_per_token,
+            kv_bytes_allocated=memory.bytes_allocated,
+            device=None if memory.device is None else asdict(memory.device),
+            peak_device_bytes=max(self._in_use, default=None),
+        )
 
 
 def measure(sessions: Sequence[Session], plan: Plan, progress: Progress) -> list[Result]:
@@ -125,38 +177,30 @@ def measure(sessions: Sequence[Session], plan: Plan, progress: Progress) -> list
     random = np.random.default_rng(plan.seed)
     vocab = min(session.bundle.model.vocab_size for session in sessions)
     ids = random.integers(0, vocab, max(plan.prompt, *plan.depths, 1)).tolist()
-    prefill: list[list[float]] = [[] for _ in sessions]
+    turns = [_Turn(session) for session in sessions]
     with progress.stage("Prefill", 1 + plan.repetitions):
         for repetition in range(1 + plan.repetitions):
-            for session, times in zip(sessions, prefill, strict=True):
-                begin = time.perf_counter()
-                session.prefill(ids[: plan.prompt])
-                if repetition:
-                    times.append(time.perf_counter() - begin)
+            for turn in turns:
+                turn.call(partial(turn.session.prefill, ids[: plan.prompt]), counts=repetition > 0)
             progress.advance()
-    decode: list[list[Point]] = [[] for _ in sessions]
+    for turn in turns:
+        turn.look()
+        turn.prefill.append(turn.point(plan.prompt, plan.prompt))
     for depth in plan.depths:
         with progress.stage(f"Decode at {depth}", _WARM + plan.steps):
-            for session in sessions:
+            for turn in turns:
                 if depth:
-                    session.prefill(ids[:depth])
+                    turn.session.prefill(ids[:depth])
                 else:
-                    session.reset()
-            taken: list[list[float]] = [[] for _ in sessions]
+                    turn.session.reset()
             for step in range(_WARM + plan.steps):
-                token = [ids[step % len(ids)]]
-                for session, times in zip(sessions, taken, strict=True):
-                    begin = time.perf_counter()
-                    session.step(token)
-                    if step >= _WARM:
-                        times.append(time.perf_counter() - begin)
+                for turn in turns:
+                    turn.call(partial(turn.session.step, [ids[step % len(ids)]]), counts=step >= _WARM)
                 progress.advance()
-        for points, times in zip(decode, taken, strict=True):
-            points.append(_point(depth, 1, times))
-    return [
-        _result(session, _point(plan.prompt, plan.prompt, times), points)
-        for session, times, points in zip(sessions, prefill, decode, strict=True)
-    ]
+        for turn in turns:
+            turn.look()
+            turn.decode.append(turn.point(depth, 1))
+    return [turn.result() for turn in turns]
 
 
 def ratios(one: Result, other: Result) -> list[dict[str, Any]]:
@@ -175,15 +219,3 @@ def _point(depth: int, tokens: int, seconds: Sequence[float]) -> Point:
     p50, p90, p99 = (float(each) for each in np.percentile(milliseconds, (50, 90, 99)))
     samples = tuple(round(float(each), 4) for each in milliseconds)
     return Point(depth, tokens, round(p50, 4), round(p90, 4), round(p99, 4), round(1000 * tokens / p50, 2), samples)
-
-
-def _result(session: Session, prefill: Point, decode: Sequence[Point]) -> Result:
-    memory = session.memory()
-    return Result(
-        provider=session.provider,
-        prefill=(prefill,),
-        decode=tuple(decode),
-        kv_bytes_planned=int(session.lengths.sum()) * memory.bytes_per_token,
-        kv_bytes_allocated=memory.bytes_allocated,
-        device=None if memory.device is None else asdict(memory.device),
-    )

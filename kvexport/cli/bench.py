@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +32,12 @@ if TYPE_CHECKING:
 @click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens that fill prompt and cache.")
 @provider_option
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core].")
-@click.option("-o", "--output", type=click.Path(path_type=Path), help="Append the JSON lines to a file.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    help="Append the JSON lines to a file; `kvexport plan BUNDLE` compares those in BUNDLE/bench/*.json with its prediction.",
+)
 @click.option("--json", "as_json", is_flag=True, help="JSON lines in place of the table.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
@@ -40,7 +46,8 @@ def command(
 ) -> None:  # fmt: skip
     """Measure how fast BUNDLE reads a prompt and makes tokens here, and what memory it takes.
 
-    Random tokens fill prompt and cache. The first calls of each measurement do not count.
+    Random tokens fill prompt and cache. The first prefill, and the first three steps at each depth, do not count. A step
+    is one token in and its logits out; choosing the next token is not timed.
     """
     from kvexport.bench import Plan, describe, measure, readings
     from kvexport.bench.machine import peak_host_bytes
@@ -51,15 +58,19 @@ def command(
     paths = [bundle] if compare is None else [bundle, compare]
     sessions = [open_bundle(path, provider=provider, threads=threads) for path in paths]
     plan = Plan.fitting(sessions, prompt_tokens, depths, new_tokens, repetitions, seed)
-    before = readings()
+    plan.check(sessions)
+    if output is not None:
+        output.open("a").close()  # what cannot be written is refused before the work
+    started, before = datetime.now(timezone.utc).isoformat(timespec="seconds"), readings()
     with progress_bar(quiet) as progress:
         results = measure(sessions, plan, progress)
     shared = {
+        "started": started,
         "machine": describe(),
         "before": before,
         "after": readings(),
         "threads": threads,
-        "settings": {"prompt": plan.prompt, "steps": plan.steps, "repetitions": plan.repetitions, "seed": plan.seed},
+        "settings": plan.to_json(),
         "turns_with": None if compare is None else [path.name for path in paths],
         "peak_host_bytes": peak_host_bytes(),  # of the process: of both bundles, where two take turns
     }
@@ -102,26 +113,48 @@ def _print(sessions: Sequence[Session], results: Sequence[Result], shared: dict[
     from kvexport.bench import ratios
     from kvexport.cli.report import plain_table, size
 
+    names = [session.bundle.path.name for session in sessions]
+    if len(set(names)) < len(names):
+        names = [str(session.bundle.path) for session in sessions]
     table = plain_table("bundle", "", "tokens in cache", "p50 ms", "p90 ms", "p99 ms", "tokens/s")
-    for session, result in zip(sessions, results, strict=True):
+    for name, result in zip(names, results, strict=True):
         for stage in ("prefill", "decode"):
             for point in getattr(result, stage):
                 figures = (f"{each:,.2f}" for each in (point.p50_ms, point.p90_ms, point.p99_ms))
                 into = f"0 to {point.tokens}" if stage == "prefill" else str(point.depth)
-                table.add_row(session.bundle.path.name, stage, into, *figures, f"{point.tokens_per_second:,.1f}")
+                table.add_row(name, stage, into, *figures, f"{point.tokens_per_second:,.1f}")
     out.print(table)
-    for session, result in zip(sessions, results, strict=True):
+    uncounted = shared["settings"]["uncounted"]
+    out.say(
+        f"random tokens; not counted: the first {uncounted['prefill']} prefill, and {uncounted['decode']} steps at each depth"
+    )
+    for name, session, result in zip(names, sessions, results, strict=True):
         out.say(
-            f"{session.bundle.path.name}: {session.engine}; KV cache {size(result.kv_bytes_planned)} in use at the deepest, "
+            f"{name}: {session.engine}; KV cache {size(result.kv_bytes_planned)} in use at the deepest, "
             f"{size(result.kv_bytes_allocated)} allocated"
         )
+        if result.device is not None and result.peak_device_bytes is not None:
+            device, in_use = result.device["name"], size(result.peak_device_bytes)
+            out.say(f"{name}: at most {in_use} of the memory of {device} in use, by this process and all others")
     if len(results) == 2:
-        one, other = (session.bundle.path.name for session in sessions)
+        one, other = names
         for ratio in ratios(*results):
             low, high = ratio["quartiles"]
             at = f"{ratio['stage']} at {ratio['depth']}"
             out.say(f"{at}: {other} takes {ratio['median']:.2f} times as long as {one} (quartiles {low:.2f} to {high:.2f})")
     peak = shared["peak_host_bytes"]
-    temperatures = ", ".join(f"{kind} {each:.0f}" for kind, each in shared["after"].get("temperature_c", {}).items())
-    told = [f"peak memory {size(peak)}" if peak else "", shared["machine"].get("power_mode", ""), temperatures]
+    after = shared["after"]
+    told = [
+        f"peak memory {size(peak)}" if peak else None,
+        f"power mode {mode}" if (mode := shared["machine"]["power_mode"]) else None,
+        _listed("°C", after["temperature_c"]),
+        _listed("MHz", after["clock_mhz"]),
+    ]
     out.say("; ".join(each for each in told if each))
+    for gpu in after["gpus"]:
+        shown = [str(gpu["name"]), *(f"{what} {each}" for what, each in gpu.items() if what != "name" and each is not None)]
+        out.say(", ".join(shown))
+
+
+def _listed(unit: str, readings: dict[str, float]) -> str:
+    return ", ".join(f"{name} {each:,.0f} {unit}" for name, each in readings.items())

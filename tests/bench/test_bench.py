@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
+import shutil
+import sys
+import types
+from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner, Result
@@ -16,7 +21,7 @@ from kvexport.bench.machine import peak_host_bytes
 from kvexport.cli import verbs
 from kvexport.errors import UsageError
 from kvexport.progress import Progress
-from kvexport.runtime import Session, open_bundle
+from kvexport.runtime import DeviceMemory, Memory, Session, open_bundle
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +88,29 @@ def test_kv_bytes_are_those_of_the_deepest_point(bundle: Path) -> None:
     (result,) = measure([session], Plan(8, (0, 300), 5, 1, 0), Progress())
     assert result.kv_bytes_planned == (300 + 3 + 5) * session.bundle.kv_bytes_per_token
     assert result.kv_bytes_allocated == session.memory().bytes_allocated == 512 * session.bundle.kv_bytes_per_token
-    assert result.device is None
+    assert result.device is None and result.peak_device_bytes is None
+
+
+def test_depths_are_taken_from_the_shallowest_on_so_that_the_last_is_the_deepest(bundle: Path) -> None:
+    (line,) = lines(bundle, "-d", "40,0,40", "-n", 4, "-p", 8, "--repetitions", 2)
+    assert [point["depth"] for point in line["decode"]] == [0, 40]
+    assert line["kv_bytes_planned"] == (40 + 3 + 4) * open_bundle(bundle, threads=1).bundle.kv_bytes_per_token
+
+
+class OnDevice(Watched):
+    """A session whose device has less memory free at each look but the last."""
+
+    free: ClassVar[list[int]] = [700, 400, 900, 900]
+
+    def memory(self) -> Memory:
+        device = DeviceMemory("a device", self.free.pop(0), 1000, 100, None, None, 50)
+        return dataclasses.replace(super().memory(), device=device)
+
+
+def test_the_peak_of_a_devices_memory_is_the_most_that_was_ever_in_use(bundle: Path) -> None:
+    (result,) = measure([OnDevice(bundle, [])], Plan(8, (0, 8), 2, 2, 0), Progress())
+    assert result.peak_device_bytes == 600
+    assert result.device is not None and result.device["free"] == 900
 
 
 def test_by_default_the_usual_depths_that_fit_are_taken(bundle: Path) -> None:
@@ -114,16 +141,56 @@ def test_a_line_says_what_ran_where_and_how(bundle: Path, tmp_path: Path) -> Non
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert line["manifest_sha256"] == manifest["manifest_sha256"]
     assert line["provider"] == "cpu" and line["engine"].startswith("onnxruntime ") and line["dtype"] == "float32"
-    assert line["settings"] == {"prompt": 8, "steps": 4, "repetitions": 2, "seed": 0} and line["threads"] == 1
+    settings = {"prompt": 8, "depths": [8], "steps": 4, "repetitions": 2, "seed": 0}
+    assert line["settings"] == {**settings, "uncounted": {"prefill": 1, "decode": 3}} and line["threads"] == 1
+    assert datetime.fromisoformat(line["started"]).tzinfo is not None
     assert line["machine"]["cpus"] >= 1 and line["peak_host_bytes"] > 10_000_000
 
 
-def test_the_table_shows_the_figures_and_how_two_compare(bundle: Path) -> None:
-    result = bench(bundle, "--compare", bundle, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
+def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "prefill", lambda *_: pytest.fail("it ran"))
+    result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "-o", tmp_path / "none" / "runs.jsonl")
+    assert isinstance(result.exception, FileNotFoundError)
+
+
+def test_plan_finds_what_was_measured_in_the_bundle(bundle: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(bundle, copy)
+    (copy / "bench").mkdir()
+    lines(copy, "-d", 8, "-n", 4, "-p", 16, "--repetitions", 2, "-o", copy / "bench/here.json")
+    shown = CliRunner().invoke(verbs, ["plan", str(copy), "--target", "cpu"]).stdout
+    assert re.search(r"^here\.json\s+decode, 8 tokens", shown, re.MULTILINE)
+
+
+def test_the_table_shows_the_figures_and_how_two_compare(bundle: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(bundle, other)
+    result = bench(bundle, "--compare", other, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
     assert result.exception is None
-    assert len(re.findall(r"^tiny\s+(prefill|decode)", result.stdout, re.MULTILINE)) == 4
-    assert re.search(r"decode at 8: tiny takes \d+\.\d\d times as long as tiny \(quartiles", result.stdout)
+    assert re.findall(r"^(tiny|other)\s+(?:prefill|decode)", result.stdout, re.MULTILINE) == ["tiny", "tiny", "other", "other"]
+    assert re.search(r"decode at 8: other takes \d+\.\d\d times as long as tiny \(quartiles", result.stdout)
     assert "allocated" in result.stdout and "peak memory" in result.stdout
+    assert "not counted: the first 1 prefill, and 3 steps at each depth" in result.stdout
+
+
+def test_two_bundles_of_one_name_are_told_apart(bundle: Path, tmp_path: Path) -> None:
+    other = tmp_path / "tiny"
+    shutil.copytree(bundle, other)
+    result = bench(bundle, "--compare", other, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
+    assert f"decode at 8: {other} takes" in result.stdout
+
+
+def test_the_table_shows_what_the_machine_tells(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {
+        "temperature_c": {"cpu-thermal": 48.5}, "clock_mhz": {"17000000.gpu": 1020.0}, "cpu_governor": {},
+        "gpus": [{"name": "a GPU", "power_w": 12.5, "sm_clock_mhz": None}],
+    }  # fmt: skip
+    monkeypatch.setattr("kvexport.bench.readings", lambda: told)
+    result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
+    assert "cpu-thermal 48 °C; 17000000.gpu 1,020 MHz" in result.stdout
+    assert "a GPU, power_w 12.5\n" in result.stdout
 
 
 def test_without_the_hardware_it_says_so(bundle: Path) -> None:
@@ -146,7 +213,9 @@ def jetson(tmp_path: Path) -> Path:
         "sys/class/thermal/thermal_zone1/type": "broken\n",
         "sys/devices/system/cpu/cpufreq/policy0/scaling_cur_freq": "1728000\n",
         "sys/devices/system/cpu/cpufreq/policy0/scaling_governor": "schedutil\n",
+        "sys/devices/system/cpu/cpufreq/policy4/scaling_governor": "performance\n",
         "sys/class/devfreq/17000000.gpu/cur_freq": "1020000000\n",
+        "sys/kernel/debug/bpmp/debug/clk/emc/rate": "2133000000\n",
     }
     for name, text in files.items():
         path = tmp_path / name
@@ -162,8 +231,8 @@ def test_a_jetson_tells_board_release_power_mode_clocks_and_temperatures(jetson:
     assert described["memory_bytes"] == 7620504 * 1024 and described["processor"].startswith("ARMv8")
     told = readings(jetson)
     assert told["temperature_c"] == {"cpu-thermal": 48.5}  # the other zone cannot be read
-    assert told["clock_mhz"] == {"policy0": 1728.0, "17000000.gpu": 1020.0}
-    assert told["cpu_governor"] == "schedutil"
+    assert told["clock_mhz"] == {"policy0": 1728.0, "17000000.gpu": 1020.0, "emc": 2133.0}
+    assert told["cpu_governor"] == {"policy0": "schedutil", "policy4": "performance"}
     assert peak_host_bytes(jetson) == 2048 * 1024
 
 
@@ -172,7 +241,56 @@ def test_a_power_mode_without_a_name_keeps_its_number(jetson: Path) -> None:
     assert describe(jetson)["power_mode"] == "2"
 
 
-def test_what_a_machine_does_not_tell_is_left_out(tmp_path: Path) -> None:
-    assert describe(tmp_path).keys() == {"architecture", "cpus"}
-    assert readings(tmp_path).keys() <= {"gpus"}
+def test_what_a_machine_does_not_tell_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
+    described = describe(tmp_path)
+    assert {name for name, value in described.items() if value is not None} == {"architecture", "cpus"}
+    assert {"processor", "memory_bytes", "board", "l4t", "power_mode"} < described.keys()
+    assert readings(tmp_path) == {"temperature_c": {}, "clock_mhz": {}, "cpu_governor": {}, "gpus": []}
     assert peak_host_bytes(tmp_path) is None
+
+
+class Nvml(types.ModuleType):
+    """NVML with two GPUs: one that tells everything, and one, as a Jetson's, that tells its name alone."""
+
+    NVMLError = type("NVMLError", (Exception,), {})
+    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
+
+    def __init__(self, fails: str = "") -> None:
+        super().__init__("pynvml")
+        self._fails = fails
+
+    def __getattr__(self, name: str) -> Any:
+        answers = {
+            "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 2, "nvmlDeviceGetTemperature": 61,
+            "nvmlDeviceGetPowerUsage": 215500, "nvmlDeviceGetEnforcedPowerLimit": 450000,
+        }  # fmt: skip
+
+        def call(*arguments: Any) -> Any:
+            if name == self._fails:
+                raise self.NVMLError(name)
+            if name == "nvmlDeviceGetHandleByIndex":
+                return arguments[0]
+            if name == "nvmlDeviceGetName":
+                return ("a desktop's", "a Jetson's")[arguments[0]]
+            if arguments and arguments[0] == 1:
+                raise self.NVMLError("Not Supported")
+            return {1: 2520, 2: 10501}[arguments[1]] if name == "nvmlDeviceGetClockInfo" else answers[name]
+
+        return call
+
+
+def test_gpus_tell_what_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    desktop, jetson = readings(tmp_path)["gpus"]
+    assert desktop == {
+        "name": "a desktop's", "sm_clock_mhz": 2520, "memory_clock_mhz": 10501, "temperature_c": 61, "power_w": 215.5,
+        "power_limit_w": 450.0,
+    }  # fmt: skip
+    assert jetson == {**dict.fromkeys(desktop), "name": "a Jetson's"}
+
+
+@pytest.mark.parametrize("fails", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"])
+def test_no_gpu_is_found_where_nvml_finds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml(fails))
+    assert readings(tmp_path)["gpus"] == []
