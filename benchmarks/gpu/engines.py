@@ -65,7 +65,7 @@ def try_engine(part: Part, bundle: Path, *, required: bool, depths: tuple[int, .
     found["runs"] = bool(validation)  # exit code 1 with figures: it ran, and gave other numbers
     found["proved"] = ended["exit_code"] == 0
     if not found["runs"]:
-        return found | {"messages": ended.get("stderr_end", [])}
+        return found | {"runtime_said": ended.get("stderr_end", [])}
     with MemoryWatch() as watch:
         found["bench"] = part.bench(bundle, depths=depths, steps=steps, provider="tensorrt")
     return found | {"device_bytes": watch.used}

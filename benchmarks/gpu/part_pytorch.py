@@ -39,8 +39,8 @@ def work(part: Part) -> None:
         if not cosine >= _COSINE:
             part.failed(f"PyTorch and the twin of bundle-{heads} do not run the same model: cosine {cosine}")
         part.save()
-    longest = 0.0  # seconds that a compilation took
-    for depth in part.settings.depths:
+    longest, depths = 0.0, part.settings.depths  # seconds that a compilation took
+    for depth in (depths[-1], depths[0], *depths[1:-1]):  # the ends first, should time run out
         longest = max(longest, at_depth(part, models, depth, longest))
 
 
@@ -157,7 +157,12 @@ class Model:
             refused = f"{type(error).__name__}: {str(error)[:1000]}"
             call = torch.compile(self.model, dynamic=False, **options)
             temporary = self.warmed(call)
-        return call, temporary, {**options, "fullgraph": refused is None, "fullgraph_refused": refused}
+        skipped = int(torch._dynamo.utils.counters["inductor"]["cudagraph_skips"])  # in all so far
+        return (
+            call,
+            temporary,
+            {**options, "fullgraph": refused is None, "fullgraph_refused": refused, "cudagraph_skips": skipped},
+        )
 
     def cosine_to_twin(self, part: Part) -> float:
         """The least cosine between these logits and those that the bundle's twin recorded, over its tokens."""

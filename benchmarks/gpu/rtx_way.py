@@ -42,6 +42,8 @@ def main() -> None:
         result.write_text(json.dumps(found) + "\n", encoding="utf-8")
 
     library = load_library("tensorrt-rtx")
+    from polygraphy.logger import G_LOGGER
+
     trt, log = library.trt, full_log(library.trt)
     found["version"] = str(trt.__version__)
     found["messages"] = log.messages
@@ -51,7 +53,9 @@ def main() -> None:
     profiles = (Profile("decode", (1, 1, min(2, chunk))), Profile("prefill", (1, chunk, chunk)))
     begin = time.monotonic()
     builder, network, _parser = parse(type(library)(library.engine, trt, library.version, log), fitted.model, path / GRAPH_FILE)
-    config = _config(library, builder, network, profiles, EngineOptions(), Destination(way, library.engine, (), True), b"", None)
+    everywhere = Destination(way, library.engine, (), True)
+    with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
+        config = _config(library, builder, network, profiles, EngineOptions(), everywhere, b"", None)
     if way != "portable":
         name = "CURRENT" if way == "current" else way
         config.num_compute_capabilities = 1

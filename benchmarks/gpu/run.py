@@ -55,15 +55,15 @@ class Part:
 # Those of one stage run at the same time: nothing of the first is timed. What matters most comes first.
 STAGES = (
     (
-        Part("models", ("part_models.py",), 180, "Both checkpoints of random weights, and their bundles"),
-        Part("rtx", ("part_rtx.py",), 180, "Does TensorRT-RTX run its engines on this GPU?"),
+        Part("models", ("part_models.py",), 170, "Both checkpoints of random weights, and their bundles"),
+        Part("rtx", ("part_rtx.py",), 170, "Does TensorRT-RTX run its engines on this GPU?"),
     ),
-    (Part("onnxruntime", ("part_onnxruntime.py",), 90, "ONNX Runtime on CUDA: is it right, and how fast?"),),
-    (Part("pytorch", ("part_pytorch.py",), 180, "PyTorch on the same GPU, eager and compiled: how fast?"),),
+    (Part("onnxruntime", ("part_onnxruntime.py",), 80, "ONNX Runtime on CUDA: is it right, and how fast?"),),
+    (Part("pytorch", ("part_pytorch.py",), 160, "PyTorch on the same GPU, eager and compiled: how fast?"),),
     (Part("memory", ("part_memory.py",), 60, "Device memory: what was planned, and what was taken?"),),
-    (Part("engine-std24", ("part_engine.py", "std24"), 120, "A TensorRT engine, std24: is it right, and how fast?"),),
-    (Part("engine-decomposed17", ("part_engine.py", "decomposed17"), 120, "A TensorRT engine, decomposed17: the same"),),
-    (Part("onnxruntime-again", ("part_onnxruntime.py", "again"), 45, "ONNX Runtime once more: did the machine drift?"),),
+    (Part("engine-std24", ("part_engine.py", "std24"), 110, "A TensorRT engine, std24: is it right, and how fast?"),),
+    (Part("engine-decomposed17", ("part_engine.py", "decomposed17"), 110, "A TensorRT engine, decomposed17: the same"),),
+    (Part("onnxruntime-again", ("part_onnxruntime.py", "again"), 40, "ONNX Runtime once more: did the machine drift?"),),
 )
 PARTS = tuple(part for stage in STAGES for part in stage)
 _ALTERNATION = (

@@ -75,7 +75,7 @@ class Settings:
 
 
 def real(work: Path, compute_capability: str) -> Settings:
-    """A llama of 1.26 (without compression) and 1.13 (with) billion numbers, float16: decoding is bound by memory."""
+    """A llama of 1.26 (without compression) and 1.12 (with) billion numbers, float16: decoding is bound by memory."""
     depths = (512, 2048, 8192, 32768)
     return Settings(work, False, _REAL, (32, 8), depths, (2048, 32768), 64, 5, "cuda", "cuda", compute_capability)
 

@@ -53,7 +53,8 @@ def _rtx(result: Record) -> list[str]:
     listed = "lists" if result["listed"] else "does not list"
     rows = []
     for way, tried in result["ways"].items():
-        said = [each for each in (*tried.get("messages", []), *tried.get("stderr_end", [])) if not each.startswith("WARNING")]
+        words = (tried.get(where, []) for where in ("messages", "stderr_end", "runtime_said"))
+        said = [each for some in words for each in some if not each.startswith("WARNING")]
         runs = {True: "yes", False: "no", None: "not tried"}
         rows.append(
             (way, runs[tried["built"]], tried.get("validity", ""), runs[tried.get("loads")], runs[tried.get("runs")],

@@ -1,0 +1,195 @@
+"""The command that asks everything of a GPU, proved without one: it refuses, rehearses, and records what fails."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+GPU = ROOT / "benchmarks" / "gpu"
+# A machine that has a GPU hides it: what is tested is what happens without.
+ENVIRONMENT = {**os.environ, "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
+
+
+def _run(*arguments: object, script: str = "run.py") -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(GPU / script), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env=ENVIRONMENT)
+
+
+def _records(folder: Path) -> dict[str, dict[str, Any]]:
+    return {path.stem: json.loads(path.read_text()) for path in folder.glob("*.json")}
+
+
+def _alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+@pytest.fixture
+def module(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """`module(name)`: one of the command's own modules, forgotten afterwards."""
+    monkeypatch.syspath_prepend(str(GPU))
+    before = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - before:
+        if getattr(sys.modules[name], "__file__", None) and Path(str(sys.modules[name].__file__)).parent == GPU:
+            del sys.modules[name]
+
+
+def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
+    ended = _run("--output", tmp_path / "records", "--work", tmp_path / "work")
+    assert ended.returncode == 3
+    assert "no NVIDIA GPU" in ended.stderr and "--rehearse" in ended.stderr
+    assert not ended.stdout and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", ["", "gpu", "gpu/../gpu"])
+def test_a_rehearsal_is_no_result(folder: str) -> None:
+    before = sorted((ROOT / "benchmarks" / "results").rglob("*"))
+    ended = _run("--rehearse", "--only", "memory", "--output", ROOT / "benchmarks" / "results" / folder)
+    assert ended.returncode == 2 and "no result" in ended.stderr
+    assert sorted((ROOT / "benchmarks" / "results").rglob("*")) == before
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    ended = _run("--rehearse", "--only", "memory,speed", "--output", tmp_path / "records")
+    assert ended.returncode == 2 and "no part speed" in ended.stderr
+
+
+def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+    ended = _run("--rehearse", "--only", "memory,engine-std24", "--work", tmp_path / "work", "--output", tmp_path / "records")
+    assert ended.returncode == 1, ended.stderr
+    records = _records(tmp_path / "records")
+    assert set(records) == {"memory", "engine-std24"}
+    for record in records.values():
+        assert (record["status"], record["exit_code"], record["timed_out"]) == ("failed", 1, False)
+        assert "part models must run first" in record["failures"][0]
+        assert record["last_words"] and record["rehearsal"] is True
+    assert "part models must run first" in ended.stdout
+
+
+def test_a_part_that_has_no_time_is_recorded(tmp_path: Path) -> None:
+    ended = _run("--rehearse", "--only", "memory", "--deadline", 1, "--output", tmp_path / "records")
+    assert ended.returncode == 1
+    record = _records(tmp_path / "records")["memory"]
+    assert record["failures"] == ["no time was left for it"] and record["exit_code"] is None
+
+
+def test_a_process_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path, module: Any) -> None:
+    child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
+    parent = (
+        f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {child!r}]); "
+        "print(child.pid, flush=True); child.wait()"
+    )
+    begin = time.monotonic()
+    ended = module("processes").run_limited([sys.executable, "-c", parent], 2, tmp_path / "log", os.environ)
+    assert ended.timed_out and ended.exit_code < 0 and time.monotonic() - begin < 20
+    for _ in range(100):
+        if not _alive(int(ended.last_words[0])):
+            return
+        time.sleep(0.05)
+    raise AssertionError("what it had started still runs")
+
+
+def test_a_process_that_ends_in_time_leaves_its_code_and_last_words(tmp_path: Path, module: Any) -> None:
+    said = "import sys; [print(n) for n in range(100)]; print('why', file=sys.stderr); sys.exit(7)"
+    ended = module("processes").run_limited([sys.executable, "-u", "-c", said], 30, tmp_path / "log", os.environ)
+    assert (ended.exit_code, ended.timed_out) == (7, False)
+    assert ended.last_words[-2:] == ["99", "why"] and len(ended.last_words) == 40
+
+
+def test_the_machine_is_read_from_nvidia_smi(tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    machine = module("machine")
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text(
+        "#!/bin/sh\ncase \"$*\" in\n*-lms*) for used in 100 900 300; do echo $used; sleep 0.1; done; exec sleep 60;;\n"
+        "*) echo 'NVIDIA H200, 580.1, 9.0, 143771 MiB';;\nesac\n"
+    )  # fmt: skip
+    fake.chmod(0o755)
+    facts = machine.gpu_facts()
+    assert facts["name"] == "NVIDIA H200" and facts["compute_cap"] == "9.0" and facts["memory.total"] == "143771 MiB"
+    with machine.MemoryWatch() as watch:
+        time.sleep(0.6)
+    assert (watch.before, watch.used) == (100 * 2**20, 800 * 2**20)
+
+
+def test_without_nvidia_smi_nothing_is_told(tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    machine = module("machine")
+    with machine.MemoryWatch() as watch:
+        pass
+    assert machine.gpu_facts() is None and watch.used is None and "python" in machine.versions()
+
+
+def test_records_do_not_name_the_folders_of_a_machine(tmp_path: Path, module: Any) -> None:
+    said = f"no {tmp_path}/bundle-8, nor {ROOT}/kvexport"
+    assert module("machine").without_paths(said, tmp_path) == "no WORK/bundle-8, nor REPOSITORY/kvexport"
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt
+def test_an_unlisted_gpu_is_asked_in_every_way_and_what_happens_is_the_result(tmp_path: Path, module: Any) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    import dataclasses
+
+    hopper = dataclasses.replace(module("settings").rehearsal(tmp_path), rehearsal=False, compute_capability="9.0")
+    file = hopper.write()
+    ended = _run(file, tmp_path / "rtx.result.json", 300, script="part_rtx.py")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "rtx.result.json").read_text())["result"]
+    assert found["listed"] is False and found["runs_as"] == []
+    ways = found["ways"]
+    assert list(ways) == ["kvexport", "current", "portable", "SM89"]
+    assert "does not build for this GPU" in ways["kvexport"]["messages"][0]
+    for way in ("portable", "SM89"):  # TensorRT-RTX builds them here, and there is nothing to load them on
+        assert ways[way]["built"] and not ways[way]["loads"] and ways[way]["runs"] is False
+        assert any(message.startswith("ERROR") for message in ways[way]["messages"])
+        assert ways[way]["runtime_said"]
+    bundle = tmp_path / "bundle-1"
+    bundle.mkdir()
+    ended = _run(file, tmp_path / "engine.result.json", 300, "std24", script="part_engine.py")
+    assert ended.returncode == 0, ended.stderr
+    found = json.loads((tmp_path / "engine.result.json").read_text())["result"]
+    assert "left_out" in found or found["builder"] == "tensorrt"
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt
+def test_a_rehearsal_runs_every_part_and_looks_like_nothing_else(tmp_path: Path) -> None:
+    pytest.importorskip("tensorrt_rtx")
+    ended = _run("--rehearse", "--work", tmp_path / "work", "--output", tmp_path / "records", "--deadline", 1200)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    records = _records(tmp_path / "records")
+    assert len(records) == 8
+    for record in records.values():
+        assert record["status"] == "ran" and record["rehearsal"] is True and record["settings"]["rehearsal"] is True
+    for name in ("onnxruntime", "onnxruntime-again"):
+        lines = records[name]["result"]["bench"]
+        assert [line["bundle"] for line in lines] == ["bundle-4", "bundle-1"]
+        assert [line["provider"] for line in lines] == ["cpu", "cpu"]
+    validation = records["onnxruntime"]["result"]["validation"]
+    assert [not each["failures"] for found in validation.values() for each in found] == [True, True]
+    decode = records["pytorch"]["result"]["decode"]
+    sides = {f"{how}, {heads} KV heads" for how in ("eager", "compiled") for heads in (4, 1)}
+    assert {depth: set(figures) for depth, figures in decode.items()} == {"16": sides, "64": sides}
+    for lowering, native in (("std24", "KV_CACHE_UPDATE"), ("decomposed17", "SOFTMAX")):
+        result = records[f"engine-{lowering}"]["result"]
+        assert result["build"]["record"]["layers"][native] and result["runs"] is None and "bench" not in result
+    rows = records["memory"]["result"]["rows"]
+    assert [row["kv_heads"] for row in rows] == [4, 1] and all(row["measured"]["total"] is None for row in rows)
+    assert rows[0]["predicted"]["kv"] == 4 * rows[1]["predicted"]["kv"] > 0
+    assert "**A rehearsal on the CPU" in ended.stdout
+    assert (tmp_path / "records" / "summary.md").read_text() == ended.stdout.removesuffix("\n")
+    said = ended.stdout + "".join(path.read_text() for path in (tmp_path / "records").glob("*.json"))
+    assert str(tmp_path) not in said and str(ROOT) not in said
