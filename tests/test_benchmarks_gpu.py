@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -164,13 +165,20 @@ def test_an_unlisted_gpu_is_asked_in_every_way_and_what_happens_is_the_result(tm
     assert "left_out" in found or found["builder"] == "tensorrt"
 
 
+@pytest.fixture(scope="module")
+def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
+    """A folder with `work` and `records`, and how the rehearsal ended."""
+    pytest.importorskip("tensorrt_rtx")
+    folder = tmp_path_factory.mktemp("rehearsal")
+    return folder, _run("--rehearse", "--work", folder / "work", "--output", folder / "records", "--deadline", 1200)
+
+
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_a_rehearsal_runs_every_part_and_looks_like_nothing_else(tmp_path: Path) -> None:
-    pytest.importorskip("tensorrt_rtx")
-    ended = _run("--rehearse", "--work", tmp_path / "work", "--output", tmp_path / "records", "--deadline", 1200)
+def test_a_rehearsal_runs_every_part_and_looks_like_nothing_else(rehearsed: Any) -> None:
+    folder, ended = rehearsed
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    records = _records(tmp_path / "records")
+    records = _records(folder / "records")
     assert len(records) == 8
     for record in records.values():
         assert record["status"] == "ran" and record["rehearsal"] is True and record["settings"]["rehearsal"] is True
@@ -190,6 +198,25 @@ def test_a_rehearsal_runs_every_part_and_looks_like_nothing_else(tmp_path: Path)
     assert [row["kv_heads"] for row in rows] == [4, 1] and all(row["measured"]["total"] is None for row in rows)
     assert rows[0]["predicted"]["kv"] == 4 * rows[1]["predicted"]["kv"] > 0
     assert "**A rehearsal on the CPU" in ended.stdout
-    assert (tmp_path / "records" / "summary.md").read_text() == ended.stdout.removesuffix("\n")
-    said = ended.stdout + "".join(path.read_text() for path in (tmp_path / "records").glob("*.json"))
-    assert str(tmp_path) not in said and str(ROOT) not in said
+    assert (folder / "records" / "summary.md").read_text() == ended.stdout.removesuffix("\n")
+    said = ended.stdout + "".join(path.read_text() for path in (folder / "records").glob("*.json"))
+    assert str(folder) not in said and str(ROOT) not in said
+
+
+@pytest.mark.slow
+@pytest.mark.tensorrt
+def test_pytorch_must_run_the_model_that_the_bundle_holds(rehearsed: Any, tmp_path: Path) -> None:
+    folder, _ = rehearsed
+    for name in ("checkpoint-4", "checkpoint-1", "bundle-4", "bundle-1"):
+        shutil.copytree(folder / "work" / name, tmp_path / "work" / name)
+    shutil.copy(folder / "work" / "bundle-4" / "reference.npz", tmp_path / "work" / "bundle-1")
+    ended = _run("--rehearse", "--only", "pytorch", "--work", tmp_path / "work", "--output", tmp_path / "records")
+    assert ended.returncode == 1
+    record = _records(tmp_path / "records")["pytorch"]
+    assert record["status"] == "failed" and "twin of bundle-1 do not run the same model" in record["failures"][0]
+    assert (
+        record["result"]["same_model"]["4"]["least_cosine_of_logits"]
+        > 0.999
+        > 0.9
+        > (record["result"]["same_model"]["1"]["least_cosine_of_logits"])
+    )

@@ -25,7 +25,7 @@ class Ended:
 
     Attributes:
         exit_code: its own; negative: the signal that ended it.
-        timed_out: the limit ended it.
+        timed_out: it was ended, at its limit or because the run was interrupted.
         last_words: the end of what it wrote to stdout and stderr.
     """
 
