@@ -181,4 +181,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        sys.exit("interrupted: what ran was ended; records of the parts that were through are kept")
+        print("interrupted: what ran was ended, its records are kept", file=sys.stderr)
+        sys.exit(130)
