@@ -4,7 +4,8 @@ A llama of 12 layers, 1024 wide, 16 heads of 64, random weights, and the same mo
 standard checkpoint that `kvexport compress --method mean-pool` makes, so that every side runs the very same weights):
   kvexport      16 and 4 KV heads; a step is `Session.step` and the likeliest token
   genai         onnxruntime-genai's own builds of both checkpoints; a step is `generate_next_token`, greedy
-  transformers  16 KV heads, with its static cache; a step is a call of the model and the likeliest token
+  transformers  16 KV heads, with its static cache, which is made for each measurement and no larger than it needs, since
+                every step reads all of it; a step is a call of the model and the likeliest token
 All sides are in one process and take turns: prefills one by one, steps in rounds of six, of which the first two are not
 counted, since the threads of whoever ran before spin on for a moment. Before anything is timed, all must agree on the
 likeliest next tokens of a short prompt. Needs what no extra of kvexport brings: pip install onnxruntime-genai==0.18.0. Raw
@@ -128,14 +129,14 @@ def tokenizer(checkpoint: Path) -> None:
     PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<0>", bos_token="<1>", eos_token="<2>").save_pretrained(checkpoint)
 
 
-def open_side(side: str, work: Path, threads: int, room: int) -> tuple[Prefill, Step]:
-    """A side's prefill, which begins anew, and its step."""
+def open_side(side: str, work: Path, threads: int, more: int) -> tuple[Prefill, Step]:
+    """A side's prefill, which begins anew with room for `more` tokens after the prompt, and its step."""
     name, heads = side.split(", ")[0], side.split(", ")[1].split()[0]
     if name == "kvexport":
         return open_kvexport(work / f"kvexport-{heads}", threads)
     if name == "genai":
-        return open_genai(work / f"genai-{heads}", threads, room)
-    return open_transformers(work / f"checkpoint-{heads}", threads, room)
+        return open_genai(work / f"genai-{heads}", threads, more)
+    return open_transformers(work / f"checkpoint-{heads}", threads, more)
 
 
 def open_kvexport(path: Path, threads: int) -> tuple[Prefill, Step]:
@@ -153,7 +154,7 @@ def open_kvexport(path: Path, threads: int) -> tuple[Prefill, Step]:
     return prefill, step
 
 
-def open_genai(path: Path, threads: int, room: int) -> tuple[Prefill, Step]:
+def open_genai(path: Path, threads: int, more: int) -> tuple[Prefill, Step]:
     import onnxruntime_genai as genai
 
     config_path = path / "genai_config.json"
@@ -165,7 +166,7 @@ def open_genai(path: Path, threads: int, room: int) -> tuple[Prefill, Step]:
 
     def prefill(ids: list[int]) -> int:
         current.clear()  # one cache at a time
-        options = genai.GeneratorParams(model)
+        options, room = genai.GeneratorParams(model), len(ids) + more
         # its cache has a fixed capacity, which it shares between past and present, as ours
         options.set_search_options(do_sample=False, max_length=room, min_length=room - 1, past_present_share_buffer=True)
         current.append(genai.Generator(model, options))
@@ -179,7 +180,7 @@ def open_genai(path: Path, threads: int, room: int) -> tuple[Prefill, Step]:
     return prefill, step
 
 
-def open_transformers(path: Path, threads: int, room: int) -> tuple[Prefill, Step]:
+def open_transformers(path: Path, threads: int, more: int) -> tuple[Prefill, Step]:
     import torch
     from transformers import LlamaForCausalLM, StaticCache
 
@@ -200,7 +201,7 @@ def open_transformers(path: Path, threads: int, room: int) -> tuple[Prefill, Ste
 
     def prefill(ids: list[int]) -> int:
         state.clear()
-        state.update(cache=StaticCache(config=model.config, max_cache_len=room), length=0)
+        state.update(cache=StaticCache(config=model.config, max_cache_len=len(ids) + more), length=0)
         return call(ids)
 
     return prefill, lambda: call([state["last"]])
@@ -209,8 +210,8 @@ def open_transformers(path: Path, threads: int, room: int) -> tuple[Prefill, Ste
 def measure(work: Path, threads: int, steps: int, repetitions: int) -> dict[str, Any]:
     random = np.random.default_rng(0)
     ids = random.integers(3, SHAPE["vocab_size"], max(*DEPTHS, *PROMPTS)).tolist()
-    room = max(DEPTHS) + 2 * steps + 64
-    sides = {side: open_side(side, work, threads, room) for side in SIDES}
+    more = _UNCOUNTED + _COUNTED + -(-steps // _COUNTED) * (_UNCOUNTED + _COUNTED)
+    sides = {side: open_side(side, work, threads, more) for side in SIDES}
     agree(sides, ids)
     record: dict[str, Any] = {
         "kvexport": kvexport.__version__,
