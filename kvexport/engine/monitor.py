@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import signal
 import threading
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
 from kvexport.progress import Progress
@@ -40,20 +41,20 @@ class Watch:
             finally:
                 ended.set()
 
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)  # not while the thread starts, and never in it
-        threading.Thread(target=target, name="engine build", daemon=True).start()
-        interrupt: KeyboardInterrupt | None = None
-        while True:
-            try:
-                signal.pthread_sigmask(signal.SIG_SETMASK, before)
-                ended.wait()  # not join: before Python 3.13 a thread whose join was interrupted seems to have ended
-                break
-            except KeyboardInterrupt as error:
-                interrupt = error
-                self.cancelled.set()
+        interrupted = threading.Event()
+
+        def interrupt(number: int, frame: Any) -> None:
+            interrupted.set()
+            self.cancelled.set()
+
+        with _handled_by(interrupt):
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)  # the new thread and TensorRT's never hear them
+            threading.Thread(target=target, name="engine build", daemon=True).start()
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            ended.wait()
         self._close(0)
-        if interrupt is not None:
-            raise interrupt
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         if failed:
             raise failed[0]
         return done[0]
@@ -83,6 +84,23 @@ class Watch:
         with self._lock:
             while len(self._phases) > depth:
                 self._phases.pop()[2].close()
+
+
+@contextmanager
+def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Interrupts call `handler`, which unlike KeyboardInterrupt cannot break what it interrupts; ignored ones stay so."""
+    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+        yield
+        return
+    before = {number: signal.getsignal(number) for number in _INTERRUPTS}
+    for number, known in before.items():
+        if known is not signal.SIG_IGN:
+            signal.signal(number, handler)
+    try:
+        yield
+    finally:
+        for number, known in before.items():
+            signal.signal(number, known)
 
 
 def _monitor(trt: Any, watch: Watch) -> Any:

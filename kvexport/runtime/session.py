@@ -80,8 +80,9 @@ class Session:
         if chunk < 1:
             raise UsageError("chunk is out of range", seen=chunk, allowed="1 or more")
         chosen = choose(bundle, provider) if isinstance(provider, str) else provider
-        self.bundle, self.provider, self.engine = bundle, chosen.name, chosen.version
+        self.bundle, self.provider = bundle, chosen.name
         self._decoder = open_decoder(bundle, chosen, threads=threads)
+        self.engine = chosen.version
         self._chunk = min(chunk, self._decoder.longest)
         self._tokenizer = tokenizer_of(bundle)
         self.reset()

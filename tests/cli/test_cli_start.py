@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import signal
 import subprocess
 import sys
@@ -91,7 +92,7 @@ def test_import_control() -> None:
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     shown = capsys.readouterr().out
-    assert [line.split()[0] for line in shown.split("Verbs:\n")[1].splitlines()] == list(VERBS)
+    assert re.findall(r"^  (\w+)", shown.split("Verbs:\n")[1], re.MULTILINE) == list(VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
