@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=click.Path(path_type=Path, dir_okay=False),
     help="Append the JSON lines to a file; `kvexport plan BUNDLE` compares those in BUNDLE/bench/*.json with its prediction.",
 )
 @click.option("--json", "as_json", is_flag=True, help="JSON lines in place of the table.")
@@ -55,12 +55,12 @@ def command(
     from kvexport.runtime import open_bundle
 
     depths = None if depth is None else _depths(depth)
+    if output is not None and not output.parent.is_dir():
+        raise UsageError("the folder of --output is not there", seen=output.parent, fix=f"mkdir -p {output.parent}")
     paths = [bundle] if compare is None else [bundle, compare]
     sessions = [open_bundle(path, provider=provider, threads=threads) for path in paths]
     plan = Plan.fitting(sessions, prompt_tokens, depths, new_tokens, repetitions, seed)
     plan.check(sessions)
-    if output is not None:
-        output.open("a").close()  # what cannot be written is refused before the work
     started, before = datetime.now(timezone.utc).isoformat(timespec="seconds"), readings()
     with progress_bar(quiet) as progress:
         results = measure(sessions, plan, progress)
@@ -75,13 +75,13 @@ def command(
         "peak_host_bytes": peak_host_bytes(),  # of the process: of both bundles, where two take turns
     }
     lines = [json.dumps(_line(session, result) | shared) for session, result in zip(sessions, results, strict=True)]
-    if output is not None:
-        with output.open("a", encoding="utf-8") as file:
-            file.writelines(f"{line}\n" for line in lines)
     if as_json:
         click.echo("\n".join(lines))
     else:
         _print(sessions, results, shared, PlainConsole())
+    if output is not None:  # last: should it fail, the figures have been shown
+        with output.open("a", encoding="utf-8") as file:
+            file.writelines(f"{line}\n" for line in lines)
 
 
 def _depths(text: str) -> tuple[int, ...]:

@@ -147,12 +147,26 @@ def test_a_line_says_what_ran_where_and_how(bundle: Path, tmp_path: Path) -> Non
     assert line["machine"]["cpus"] >= 1 and line["peak_host_bytes"] > 10_000_000
 
 
-def test_an_output_that_cannot_be_written_is_refused_before_anything_runs(
+def test_an_output_without_a_folder_is_refused_before_anything_runs(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Session, "prefill", lambda *_: pytest.fail("it ran"))
     result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "-o", tmp_path / "none" / "runs.jsonl")
-    assert isinstance(result.exception, FileNotFoundError)
+    assert isinstance(result.exception, UsageError) and "mkdir -p" in str(result.exception)
+
+
+def test_an_interrupted_run_writes_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Session, "step", interrupted)
+    assert bench(bundle, "-d", 8, "-n", 4, "-p", 8, "-o", tmp_path / "runs.jsonl").exception is not None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_output_that_cannot_be_written_costs_no_figures(bundle: Path) -> None:
+    result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2, "-o", "/dev/full", "--json")
+    assert isinstance(result.exception, OSError) and json.loads(result.stdout)["decode"]
 
 
 def test_plan_finds_what_was_measured_in_the_bundle(bundle: Path, tmp_path: Path) -> None:
