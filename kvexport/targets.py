@@ -6,7 +6,6 @@ looks at no machine and predicts nothing.
 
 from __future__ import annotations
 
-import math
 import re
 import sys
 from collections.abc import Callable, Mapping
@@ -27,8 +26,9 @@ Version = tuple[int, ...]
 OLDEST_TENSORRT: Version = (10, 3)
 _STD24_TENSORRT: Version = (10, 15)  # the first whose parser has RotaryEmbedding, RMSNormalization and TensorScatter
 _ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime")
-_VERSION = re.compile(r"\d+(\.\d+)+")
+_VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})+")
 _GB, _TERA = 1e9, 1e12
+_LEAST, _MOST = 1e-3, 1e9  # of any figure: no device is beyond, and arithmetic stays finite
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ class _Key:
 
 
 def _positive(allowed: str, *, optional: bool = False) -> _Key:
-    return _Key((int, float), allowed, lambda value: 0 < value < math.inf, optional, figure=True)
+    return _Key((int, float), allowed, lambda value: _LEAST <= value <= _MOST, optional, figure=True)
 
 
 def _versions(table: dict[str, Any]) -> bool:
@@ -177,12 +177,14 @@ def _versions(table: dict[str, Any]) -> bool:
 _KEYS = {
     "title": _Key(str, "a name for people", lambda value: bool(value.strip()) and value.isprintable()),
     "engine": _Key(str, ", ".join(_ENGINES), lambda value: value in _ENGINES),
-    "sm": _Key(str, 'a compute capability such as "8.7"', lambda value: bool(re.fullmatch(r"\d+\.\d", value)), True, True),
-    "memory_gib": _positive("GiB in all, above 0"),
-    "usable": _Key((int, float), "a share of the memory, above 0 and at most 1", lambda value: 0 < value <= 1, figure=True),
-    "bandwidth_gb_s": _positive("10^9 bytes per second, above 0"),
-    "fp16_tflops": _positive("10^12 dense operations per second, above 0", optional=True),
-    "int8_tops": _positive("10^12 dense operations per second, above 0", optional=True),
+    "sm": _Key(
+        str, 'a compute capability such as "8.7"', lambda value: bool(re.fullmatch(r"[0-9]{1,3}\.[0-9]", value)), True, True
+    ),
+    "memory_gib": _positive("GiB in all, 0.001 to 10^9"),
+    "usable": _Key((int, float), "a share of the memory, 0.001 to 1", lambda value: _LEAST <= value <= 1, figure=True),
+    "bandwidth_gb_s": _positive("10^9 bytes per second, 0.001 to 10^9"),
+    "fp16_tflops": _positive("10^12 dense operations per second, 0.001 to 10^9", optional=True),
+    "int8_tops": _positive("10^12 dense operations per second, 0.001 to 10^9", optional=True),
     "unified": _Key(bool, "true or false", lambda value: True),
     "jetpacks": _Key(dict, 'JetPack versions with their TensorRT, such as "6.2" = "10.3.0.30"', _versions, True, True),
     "tensorrt": _Key(str, 'a version such as "10.3.0.30"', lambda value: bool(_VERSION.fullmatch(value)), True, True),
@@ -195,7 +197,7 @@ _KEYS = {
 def _read(path: Path) -> Target:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # tomllib's own, and int's for a number of 5000 digits
         raise UsageError(f"the target file {path.name} cannot be read: {error}") from error
     _require_keys(raw, path.name)
     figures = {name for name, key in _KEYS.items() if key.figure and name in raw}

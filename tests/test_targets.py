@@ -125,12 +125,21 @@ def test_an_unknown_target_names_those_known(name: str) -> None:
         ("memory_gib = 8", "memory_gib = true", "memory_gib"),
         ("memory_gib = 8", "memory_gib = inf", "memory_gib"),
         ("memory_gib = 8", "memory_gib = nan", "memory_gib"),
+        ("memory_gib = 8", "memory_gib = 1e300", "memory_gib"),  # beyond float once it is bytes
+        ("memory_gib = 8", "memory_gib = 1e-300", "memory_gib"),
+        ("memory_gib = 8", f"memory_gib = {10**400}", "memory_gib"),
+        ("memory_gib = 8", f"memory_gib = {'1' * 5000}", "cannot be read"),
+        ("memory_gib = 8", f"memory_gib = {'[' * 50_000}", "cannot be read"),
         ("usable = 0.5", "usable = 0", "usable"),
         ("usable = 0.5", "usable = 1.01", "usable"),
         ("usable = 0.5", "usable = 50", "usable"),
         ("bandwidth_gb_s = 68", "", "bandwidth_gb_s"),
         ("bandwidth_gb_s = 68", "bandwidth_gb_s = 0", "bandwidth_gb_s"),
         ("bandwidth_gb_s = 68", "bandwidth = 68", "bandwidth"),
+        ("bandwidth_gb_s = 68", "bandwidth_gb_s = 1e308", "bandwidth_gb_s"),
+        ("fp16_tflops = 10.5", "fp16_tflops = 5e-324", "fp16_tflops"),
+        ('tensorrt = "10.3.0"', f'tensorrt = "{"1" * 5000}.1"', "tensorrt"),
+        ('tensorrt = "10.3.0"', 'tensorrt = "١٠.٣"', "tensorrt"),
         ("fp16_tflops = 10.5", "fp16_tflops = -1", "fp16_tflops"),
         ("unified = true", "unified = 1", "unified"),
         ('"6.2" = "10.3.0.30"', '"6.2" = "newest"', "jetpacks"),
@@ -169,7 +178,7 @@ def test_versions(text: str, version: tuple[int, ...]) -> None:
     assert parse_version(text) == version
 
 
-@pytest.mark.parametrize("text", ["", "10", "10.", "v10.3", "10.3rc1", "10.x", " 10.3"])
+@pytest.mark.parametrize("text", ["", "10", "10.", "v10.3", "10.3rc1", "10.x", " 10.3", "1" * 5000 + ".1", "١٠.٣"])
 def test_what_is_no_version(text: str) -> None:
     with pytest.raises(UsageError, match="not a version"):
         parse_version(text)
