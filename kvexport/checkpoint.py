@@ -178,10 +178,10 @@ def read_json(path: Path) -> Mapping[str, Any]:
         raise CheckpointError(
             f"{path.parent} is no checkpoint: it has no {path.name}", fix="give the folder that holds config.json"
         ) from error
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # json's own, and int's for a number of 5000 digits
         raise CheckpointError(f"{path} is not JSON: {error}", fix="download the file again") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}") from error
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", fix="give the folder that holds config.json") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object", seen=type(found).__name__)
     return found

@@ -25,6 +25,7 @@ _ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu", "swish": "silu", "gelu": "gelu", "gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh",
     "gelu_tanh": "gelu_tanh", "relu": "relu",
 }  # fmt: skip
+_MOST = 2**24  # of any whole number in a config.json; the longest published context is 10 million tokens
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
@@ -258,15 +259,15 @@ class _Loader:
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise CheckpointError(
-            f"config.json gives an impossible {name}", seen=repr(value), allowed=f"a whole number from {least} up"
+            f"config.json gives an impossible {name}", seen=f"{value!r:.60}", allowed=f"a whole number from {least} to {_MOST}"
         )
     return value
 
 
 def _number(name: str, value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:  # an int may be beyond any float
         raise CheckpointError(f"config.json gives an impossible {name}", seen=repr(value), allowed="a number above 0")
     return float(value)
 

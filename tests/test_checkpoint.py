@@ -489,6 +489,10 @@ def test_windows_are_those_of_transformers(tiny_checkpoint: Make, edit_checkpoin
         ("max_position_embeddings", 1.5),
         ("rms_norm_eps", "1e-6"),
         ("rms_norm_eps", -1.0),
+        ("rms_norm_eps", 10**400),
+        ("num_hidden_layers", 10**9),
+        ("hidden_size", 10**400),
+        ("max_position_embeddings", 10**400),
     ],
 )
 def test_impossible_sizes(llama: Path, edit_checkpoint: Make, key: str, value: object) -> None:

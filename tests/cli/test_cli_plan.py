@@ -115,8 +115,12 @@ def test_a_wrong_option_is_a_usage_error(plan: Plan, llama: Path, wrong: tuple[s
 def test_what_is_no_model_is_a_usage_error(plan: Plan, tmp_path: Path) -> None:
     assert plan(tmp_path)[0] == 2
     assert plan(tmp_path / "nowhere")[0] == 2
-    (tmp_path / "config.json").write_text("{")
-    assert plan(tmp_path)[0] == 2
+    (tmp_path / "weights.bin").touch()
+    assert plan(tmp_path / "weights.bin")[0] == 2
+    for text in ("{", json.dumps({"model_type": "llama"})[:-1] + ', "hidden_size": ' + "1" * 5000 + "}"):
+        (tmp_path / "config.json").write_text(text)
+        code, _, said = plan(tmp_path)
+        assert code == 2 and "is not JSON" in said
 
 
 def test_it_needs_nothing_but_the_base_install(llama: Path) -> None:
