@@ -17,6 +17,8 @@ from kvexport.plan.sizes import Sizes
 from kvexport.plan.speed import DECODE, PREFILL, decode_seconds, prefill_seconds
 from kvexport.targets import Target
 
+_MOST = 1e18  # of what a record may plausibly hold: bytes, tokens, milliseconds
+
 
 @dataclass(frozen=True)
 class Comparison:
@@ -37,7 +39,8 @@ class Comparison:
 def compare(bundle: Path, sizes: Sizes, stored: Precision, target: Target | None) -> tuple[Comparison, ...]:
     """Every comparison that the records under `bundle` allow.
 
-    Builds are compared whatever target they are for; times only with a prediction for `target`, so not without one.
+    Builds are compared whatever target they are for; times only with a prediction for `target`, so not without one, and
+    those of a CPU and of a GPU only with their own kind.
     """
     found: list[Comparison] = []
     for path in sorted(bundle.glob("engines/*/build.json")):
@@ -46,7 +49,7 @@ def compare(bundle: Path, sizes: Sizes, stored: Precision, target: Target | None
     if target is not None:
         for path in sorted(bundle.glob("bench/*.json")):
             for record in _objects(path):
-                if record.get("target", target.name) == target.name:
+                if record.get("target", target.name) == target.name and _may_be_of(target, record.get("provider")):
                     found += _of_benchmark(path.name, record, sizes, stored, target)
     return tuple(found)
 
@@ -67,7 +70,12 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value > 0 else None
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _MOST else None
+
+
+def _may_be_of(target: Target, provider: object) -> bool:
+    """Whether what ran on `provider` can be compared with `target`: what ran on a CPU says nothing of a GPU."""
+    return provider is None or (provider == "cpu") == (target.engine == "onnxruntime")
 
 
 def _of_build(source: str, record: dict[str, Any], sizes: Sizes, stored: Precision) -> Iterator[Comparison]:
@@ -112,7 +120,7 @@ def _points(value: object, stage: str | None) -> Iterator[tuple[str, int, float]
     if not isinstance(value, dict):
         return
     depth, milliseconds = value.get("depth"), _number(value.get("p50_ms"))
-    if stage is not None and type(depth) is int and depth >= 0 and milliseconds is not None:
+    if stage is not None and type(depth) is int and 0 <= depth < _MOST and milliseconds is not None:
         yield stage, depth, milliseconds
     for key, inner in value.items():
         yield from _points(inner, key if key in ("prefill", "decode") else stage)

@@ -107,7 +107,7 @@ def plan(
 
     Raises:
         CheckpointError: no config.json, or one that no family covers.
-        BundleError: a damaged manifest.
+        BundleError: a damaged manifest, or no graph.
         UsageError: an option is out of range, or a bundle already says what it asks.
     """
     engine = _ENGINE if target is None else target.engine

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle_manifest import BYTES, Manifest
+from kvexport.bundle_manifest import BYTES, REBUILD, Manifest
 from kvexport.checkpoint import read_json
-from kvexport.errors import UsageError
+from kvexport.errors import BundleError, UsageError
 from kvexport.families import Family, family_of
 from kvexport.graph.contract import DATA_FILE, GRAPH_FILE
 from kvexport.loading import refuse_quantised, sizes_of, whole_number
@@ -159,7 +159,13 @@ def architecture(path: Path) -> Architecture:
 
 
 def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
-    """What the bundle at `path` holds; its weights are counted by the bytes of their file, rotary tables among them."""
+    """What the bundle at `path` holds; its weights are counted by the bytes of their file, rotary tables among them.
+
+    Raises:
+        BundleError: its graph is missing.
+    """
+    if not (path / GRAPH_FILE).is_file():
+        raise BundleError(f"the bundle {path} lacks its file {GRAPH_FILE}", fix="copy the bundle again, or " + REBUILD)
     model, layers = manifest.model, manifest.layers
     numbers = manifest.files[DATA_FILE].bytes // BYTES[manifest.dtype]
     embedding = model.vocab_size * model.hidden_size

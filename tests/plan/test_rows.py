@@ -170,6 +170,32 @@ def test_a_benchmark_is_compared_with_its_prediction(bundle: Path) -> None:
     assert plan(bundle, None).comparisons == ()
 
 
+@pytest.mark.parametrize(("provider", "compared"), [("cpu", "cpu"), ("cuda", "orin-nano-8gb"), ("tensorrt", "orin-nano-8gb")])
+def test_a_benchmark_of_a_cpu_is_not_one_of_a_gpu(bundle: Path, provider: str, compared: str) -> None:
+    (bundle / "bench").mkdir()
+    line = {"provider": provider, "decode": [{"depth": 0, "p50_ms": 1.5}]}
+    (bundle / "bench" / "one.json").write_text(json.dumps(line))
+    found = {target: plan(bundle, load_target(target)).comparisons for target in ("cpu", "orin-nano-8gb")}
+    assert [target for target, comparisons in found.items() if comparisons] == [compared]
+
+
+@pytest.mark.parametrize("absurd", [10**400, 1e300, float("inf"), float("nan"), 0, -1, True])
+def test_an_absurd_figure_is_passed_over(bundle: Path, absurd: float) -> None:
+    record(bundle, capacity=absurd, chunk=absurd, weights_bytes=absurd, activation_bytes=absurd, plan={"bytes": absurd})
+    (bundle / "bench").mkdir()
+    points = [{"depth": absurd, "p50_ms": 1.5}, {"depth": 0, "p50_ms": absurd}]
+    (bundle / "bench" / "one.json").write_text(json.dumps({"decode": points}))
+    found = plan(bundle, load_target("orin-nano-8gb"))
+    assert [each for each in found.comparisons if each.measured != 1.5] == []
+    json.dumps(found.to_json(), allow_nan=False)
+
+
+def test_a_bundle_without_its_graph_is_damaged(bundle: Path) -> None:
+    (bundle / "decoder.onnx").unlink()
+    with pytest.raises(BundleError, match=r"lacks its file decoder\.onnx"):
+        plan(bundle, None)
+
+
 def test_a_plan_is_json(bundle: Path) -> None:
     record(bundle)
     raw = json.loads(json.dumps(plan(bundle, load_target("rtx-4090")).to_json(), allow_nan=False))
