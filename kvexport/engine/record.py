@@ -16,6 +16,7 @@ from kvexport.bundle_manifest import MANIFEST_FILE
 from kvexport.errors import BundleError
 
 FORMAT = 1
+ENGINES = ("tensorrt", "tensorrt-rtx")
 ENGINES_FOLDER = "engines"
 PLAN_FILE, RECORD_FILE, CACHE_FILE, INSPECTOR_FILE = "decoder.plan", "build.json", "timing.cache", "inspector.json"
 _REBUILD = "build the engine again: kvexport engine BUNDLE --force"
@@ -115,7 +116,7 @@ def read_record(directory: Path) -> BuildRecord:
         raise BundleError(f"the engine {directory} is of another format", seen=seen, allowed=f"format {FORMAT}", fix=_REBUILD)
     try:
         record = _parse(raw)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last, of an int made of infinity
         raise BundleError(f"{RECORD_FILE} of the engine {directory} is damaged: {error}", fix=_REBUILD) from error
     plan = directory / PLAN_FILE
     size = plan.stat().st_size if plan.is_file() else None
@@ -154,6 +155,8 @@ def _parse(raw: Mapping[str, Any]) -> BuildRecord:
             sound = True
         if not sound:
             raise ValueError(f"{field.name} is {value!r}")
+    if values["engine"] not in ENGINES:  # it names the package that is imported to run the plan
+        raise ValueError(f"engine is {values['engine']!r}")
     if values["activation_bytes"] is not None and not isinstance(values["activation_bytes"], int):
         raise ValueError(f"activation_bytes is {values['activation_bytes']!r}")
     for name in ("compute_capability", "decomposed"):

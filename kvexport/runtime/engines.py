@@ -106,7 +106,7 @@ def _library(record: BuildRecord) -> Any:
     Raises:
         CannotRunHere: it is not installed, does not load, or is of another version.
     """
-    name, install = _MODULES.get(record.engine, (record.engine, ""))
+    name, install = _MODULES[record.engine]
     try:
         trt = import_module(name)
     except ImportError as error:
