@@ -20,6 +20,7 @@ from kvexport.runtime.session import Session
 
 _WARM = 3  # steps at each depth before those that count; of a prefill, one call
 _PROMPT, _USUAL = 512, (0, 512, 4096)
+_LOOK, _LOOKS, _AT_REST = 0.01, 200, 0.002  # seconds between looks, how many at most, processor seconds between two of them
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ class Plan:
             for option, tokens, more in wanted:
                 if tokens + more > session.capacity:
                     steps = f", and the {more} tokens that are decoded" if more else ""
+                    fewer = f"{option} or -n" if more else option
                     raise UsageError(
                         f"{option} asks for more tokens than {session.bundle.path} has room for", seen=f"{tokens}{steps}",
                         allowed=f"{session.capacity} in all",
-                        fix=f"choose a smaller {option}, or build again with --capacity {tokens + more} or more",
+                        fix=f"choose a smaller {fewer}, or build again with --capacity {tokens + more} or more",
                     )  # fmt: skip
 
     def to_json(self) -> dict[str, Any]:
@@ -168,7 +170,8 @@ class _Turn:
 def measure(sessions: Sequence[Session], plan: Plan, progress: Progress) -> list[Result]:
     """Measure sessions that take turns, call by call, so that whatever disturbs the machine disturbs all of them.
 
-    Every session gets the same tokens. The first calls of each measurement do not count.
+    Every session gets the same tokens. The first calls of each measurement do not count. Where there are several, each
+    turn begins when the threads of the one before are at rest.
 
     Raises:
         UsageError: as `Plan.check`.
@@ -181,6 +184,8 @@ def measure(sessions: Sequence[Session], plan: Plan, progress: Progress) -> list
     with progress.stage("Prefill", 1 + plan.repetitions):
         for repetition in range(1 + plan.repetitions):
             for turn in turns:
+                if len(turns) > 1:
+                    _rest()
                 turn.call(partial(turn.session.prefill, ids[: plan.prompt]), counts=repetition > 0)
             progress.advance()
     for turn in turns:
@@ -195,12 +200,24 @@ def measure(sessions: Sequence[Session], plan: Plan, progress: Progress) -> list
                     turn.session.reset()
             for step in range(_WARM + plan.steps):
                 for turn in turns:
+                    if len(turns) > 1:
+                        _rest()
                     turn.call(partial(turn.session.step, [ids[step % len(ids)]]), counts=step >= _WARM)
                 progress.advance()
         for turn in turns:
             turn.look()
             turn.decode.append(turn.point(depth, 1))
     return [turn.result() for turn in turns]
+
+
+def _rest() -> None:
+    """Wait until no thread of this process works, two seconds at most. ONNX Runtime's wait for the next call by spinning
+    for some hundredths of a second, and would take the processor from another session's (its steps took twice as long)."""
+    for _ in range(_LOOKS):
+        before = time.process_time()
+        time.sleep(_LOOK)
+        if time.process_time() - before < _AT_REST:
+            return
 
 
 def ratios(one: Result, other: Result) -> list[dict[str, Any]]:

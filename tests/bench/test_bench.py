@@ -9,6 +9,7 @@ import shutil
 import sys
 import types
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -83,6 +84,44 @@ def test_two_bundles_take_turns_call_by_call(bundle: Path) -> None:
     assert all(low <= each["median"] <= high for each in compared for low, high in [each["quartiles"]])
 
 
+class Clock:
+    """A clock whose process works for `busy` seconds after each call, while it sleeps or not."""
+
+    def __init__(self, busy: float) -> None:
+        self.now, self.worked, self.busy, self.until = 0.0, 0.0, busy, 0.0
+
+    def perf_counter(self) -> float:
+        return self.now
+
+    def process_time(self) -> float:
+        return self.worked
+
+    def sleep(self, seconds: float) -> None:
+        self.worked += max(0.0, min(seconds, self.until - self.now))
+        self.now += seconds
+
+    def works(self, *_: object) -> None:
+        self.now += 0.03
+        self.until = self.now + self.busy
+
+
+@pytest.mark.parametrize(("busy", "waits"), [(0.0, 0.01), (0.027, 0.04), (9.0, 2.0)])
+def test_a_turn_begins_when_the_others_threads_are_at_rest(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, busy: float, waits: float
+) -> None:
+    def begins(sessions: int) -> list[float]:
+        clock, begun = Clock(busy), []
+        monkeypatch.setattr(sys.modules[Plan.__module__], "time", clock)
+        for call in ("prefill", "step"):
+            monkeypatch.setattr(Session, call, lambda *_: (begun.append(clock.now), clock.works()))
+        clock.works()
+        measure([open_bundle(bundle, threads=1) for _ in range(sessions)], Plan(8, (0,), 2, 1, 0), Progress())
+        return [later - earlier for earlier, later in pairwise(begun)]
+
+    assert begins(2) == pytest.approx([0.03 + waits] * (2 * 7 - 1))
+    assert begins(1) == pytest.approx([0.03] * 6)  # alone it does not wait
+
+
 def test_kv_bytes_are_those_of_the_deepest_point(bundle: Path) -> None:
     session = open_bundle(bundle, threads=1)
     (result,) = measure([session], Plan(8, (0, 300), 5, 1, 0), Progress())
@@ -121,11 +160,21 @@ def test_by_default_the_usual_depths_that_fit_are_taken(bundle: Path) -> None:
     assert [point["depth"] for point in line["decode"]] == [0]
 
 
-@pytest.mark.parametrize(("option", "tokens"), [("-d", "0,594"), ("-p", "601")])
-def test_more_than_the_capacity_is_refused_before_anything_runs(bundle: Path, option: str, tokens: str) -> None:
-    result = bench(bundle, option, tokens, "-n", 4)
+@pytest.mark.parametrize(
+    ("option", "tokens", "steps", "smaller"),
+    [("-d", "0,594", 4, "-d or -n"), ("-p", "601", 4, "-p"), ("-d", "0", 598, "-d or -n")],
+)
+def test_more_than_the_capacity_is_refused_before_anything_runs(
+    bundle: Path, option: str, tokens: str, steps: int, smaller: str
+) -> None:
+    result = bench(bundle, option, tokens, "-n", steps)
+    assert f"choose a smaller {smaller}, or" in str(result.exception)
     assert isinstance(result.exception, UsageError)
     assert f"{option} asks for more tokens than" in str(result.exception) and "--capacity" in str(result.exception)
+
+
+def test_a_seed_that_numpy_does_not_take_is_wrong_usage(bundle: Path) -> None:
+    assert bench(bundle, "-d", 8, "--seed", -5).exit_code == 2
 
 
 @pytest.mark.parametrize("depths", ["", "a", "1,,2", "-1", "1.5"])
