@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 @click.option("-p", "--prompt-tokens", type=click.IntRange(min=1), help="Of a prefill [default: 512 where they fit].")
 @click.option("-n", "--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Decoded at each depth.")
 @click.option("--repetitions", type=click.IntRange(min=2), default=5, show_default=True, help="Of the prefill.")
-@click.option("--seed", type=int, default=0, show_default=True, help="Of the random tokens that fill prompt and cache.")
+@click.option(
+    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random tokens that fill prompt and cache."
+)
 @provider_option
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core].")
 @click.option(
