@@ -81,6 +81,8 @@ def build_engine(
     gpu = find_gpu()
     destination = choose_destination(target, compute_capabilities, gpu=gpu, board=board(), installed=installed())
     directory = engine_directory(path, destination.name)
+    if directory.exists() and not (directory / RECORD_FILE).is_file():
+        raise UsageError(f"{directory} is there and is no engine: it has no {RECORD_FILE}", fix=f"rm -r {directory}")
     if directory.exists() and not force:
         raise UsageError(f"the engine {directory} exists already", fix="replace it with --force")
     library = load_library(destination.engine)

@@ -84,6 +84,13 @@ def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -
     assert target.sm is not None
     if target.engine == "tensorrt-rtx":
         wanted = capabilities or (target.sm,)
+        if target.sm not in wanted:
+            raise UsageError(
+                f"an engine for other GPUs than its own is none for target {target.name}",
+                seen=f"--compute-capability {', '.join(wanted)}",
+                allowed=f"{target.sm}, and others beside it",
+                fix=f"leave out --target, or add --compute-capability {target.sm}",
+            )
         return Destination(target.name, target.engine, wanted, gpu is None or gpu.compute_capability not in wanted)
     if capabilities:
         raise UsageError(

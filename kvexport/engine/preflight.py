@@ -34,7 +34,12 @@ def require_options(options: EngineOptions, bundle: Bundle) -> tuple[int, int]:
     """
     capacity = bundle.capacity if options.capacity is None else options.capacity
     if not 1 <= capacity <= bundle.capacity:
-        raise UsageError("the capacity is not one that the bundle has", seen=capacity, allowed=f"1 to {bundle.capacity}")
+        raise UsageError(
+            "the capacity is not one that the bundle has",
+            seen=capacity,
+            allowed=f"1 to {bundle.capacity}",
+            fix="leave out --capacity, or build the bundle again with a larger one",
+        )
     chunk = min(CHUNK, capacity) if options.chunk is None else options.chunk
     if not 1 <= chunk <= capacity:
         raise UsageError("the chunk does not fit the capacity", seen=chunk, allowed=f"1 to {capacity}")
@@ -103,13 +108,14 @@ def require_room(bundle: Bundle, options: EngineOptions, destination: Destinatio
             allowed=f"{gpu.memory / _MIB:.0f} MiB in all",
             fix="choose a smaller model or a GPU with more memory; `kvexport plan` says what fits",
         )
+    can_refit = not options.refit and not (destination.ahead and destination.engine == "tensorrt-rtx")
     needed, free = (0 if options.refit else _IN_PLAN * weights) + _KERNELS, shutil.disk_usage(bundle.path).free
     if free < needed:
         raise CannotRunHere(
             f"too little disk is free for the plan in {bundle.path}",
             seen=f"{free / _MIB:.0f} MiB free",
             allowed=f"{needed / _MIB:.0f} MiB",
-            fix="free space" if options.refit else "free space, or leave the weights out of the plan with --refit",
+            fix="free space, or leave the weights out of the plan with --refit" if can_refit else "free space",
         )
 
 

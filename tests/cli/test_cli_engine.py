@@ -96,6 +96,14 @@ def test_this_machine_does_not_say_what_to_build_for(engine: Engine, bundle: Pat
     assert code == 2 and "7.5, 8.0, 8.6, 8.9, 12.0, 12.1" in err
 
 
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_what_is_no_engine_is_not_replaced(force: list[str], engine: Engine, bundle: Path) -> None:
+    (bundle / "engines" / "rtx-4090").mkdir(parents=True)
+    code, out, err = engine(bundle, "--target", "rtx-4090", *force)
+    assert (code, out) == (2, "") and f"fix:     rm -r {bundle / 'engines' / 'rtx-4090'}" in err
+    assert (bundle / "engines" / "rtx-4090").is_dir()
+
+
 def test_what_is_no_bundle(engine: Engine, tmp_path: Path) -> None:
     code, out, err = engine(tmp_path / "nowhere", "--target", "rtx-4090")
     assert (code, out) == (2, "") and "is no bundle" in err

@@ -43,7 +43,7 @@ def test_this_machine(gpu: Gpu, board: str, name: str) -> None:
         (None, ("8.9",), RTX, BOTH, Destination("sm89", "tensorrt-rtx", ("8.9",), False)),
         (None, (), RTX, ONLY_RTX, Destination("rtx-4090", "tensorrt-rtx", ("8.9",), False)),
         ("rtx-4090", (), None, ONLY_RTX, Destination("rtx-4090", "tensorrt-rtx", ("8.9",), True)),
-        ("rtx-4090", ("8.6",), RTX, ONLY_RTX, Destination("rtx-4090", "tensorrt-rtx", ("8.6",), True)),
+        ("rtx-4090", ("8.6", "8.9"), RTX, ONLY_RTX, Destination("rtx-4090", "tensorrt-rtx", ("8.6", "8.9"), False)),
         ("orin-nano-8gb", (), NANO, FULL, Destination("orin-nano-8gb", "tensorrt", ("8.7",), False)),
     ],
 )
@@ -64,6 +64,7 @@ def test_what_was_asked_for(
         ("orin-nano-8gb", (), None, BOTH, CannotRunHere, "copy the bundle to the device"),
         ("orin-nano-8gb", (), RTX, BOTH, CannotRunHere, "compute capability 8.9"),
         ("orin-nano-8gb", ("8.7",), NANO, BOTH, UsageError, "leave out --compute-capability"),
+        ("rtx-4090", ("8.6",), None, ONLY_RTX, UsageError, "add --compute-capability 8.9"),
         ("cpu", (), NANO, BOTH, UsageError, "needs no engine"),
         ("toaster", (), NANO, BOTH, UsageError, "no such target"),
     ],

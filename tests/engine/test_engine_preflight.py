@@ -106,6 +106,13 @@ def test_memory_and_disk(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Non
         preflight.require_room(bundle, EngineOptions(refit=True), ORIN, None)
 
 
+def test_no_remedy_that_the_engine_does_not_have(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
+    with pytest.raises(CannotRunHere, match="disk") as caught:
+        preflight.require_room(bundle, EngineOptions(), AHEAD, None)
+    assert "--refit" not in str(caught.value)
+
+
 def test_weights_that_do_not_fit_the_gpu(bundle: Bundle) -> None:
     small = Gpu("GeForce", "9.0", preflight.weights_bytes(bundle) - 1, False)
     with pytest.raises(CannotRunHere, match="do not fit GeForce"):

@@ -56,7 +56,8 @@ def test_what_is_no_record(text: str, folder: Path) -> None:
         ("chunk", 1.5), ("seconds", "1"), ("profiles", []), ("profiles", [{"name": "decode"}]), ("profiles", None),
         ("profiles", [{"name": "decode", "sequence": [2, 1, 1]}]), ("profiles", [{"name": "decode", "sequence": [0, 1, 1]}]),
         ("compute_capability", "8.7"), ("compute_capability", [8.7]), ("decomposed", [1]), ("plan", {}), ("layers", 1),
-        ("options", 1), ("activation_bytes", "1"), ("engine", "tensor\x1brt"), ("engine", "antigravity"), ("engine", ""), ("layers", {"CAST": float("inf")}),
+        ("options", 1), ("activation_bytes", "1"), ("engine", "tensor\x1brt"), ("engine", "antigravity"), ("engine", ""),
+        ("layers", {"CAST": float("inf")}),
         ("plan", {"sha256": "1", "bytes": float("inf")}), ("profiles", [{"name": "decode", "sequence": [1, 1, float("inf")]}]),
     ],
 )  # fmt: skip
