@@ -105,10 +105,10 @@ def _interrupt(number: int, frame: FrameType | None) -> Any:
 def _refused(error: OSError) -> str:
     """What the operating system refused, and what may help."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        remedy = "free space, or choose another --output"
-        return f"the disk is full ({error.strerror}); nothing was left behind\n  fix:     {remedy}"
+        return f"the disk is full ({error.strerror})\n  fix:     free space, or write to another disk"
     where = error.filename or error.filename2
-    return f"{error.strerror or error}" + (f": {where}" if where else "")
+    remedy = "\n  fix:     make it writable, or write elsewhere" if error.errno in (errno.EROFS, errno.EACCES) else ""
+    return f"{error.strerror or error}" + (f": {where}" if where else "") + remedy
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -136,7 +136,12 @@ def test_wrong_usage_is_2_and_says_why(arguments: list[str], said: str, capsys: 
         (KeyboardInterrupt(), 130, "interrupted"),
         (click.exceptions.Abort(), 130, "interrupted"),
         (MemoryError(), 3, "out of memory"),
-        (OSError(errno.ENOSPC, "No space left on device"), 3, "No space left on device"),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            3,
+            "the disk is full (No space left on device)\n  fix:     free space",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/there"), 3, "system: /there\n  fix:     make it writable"),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 3, "Disk quota exceeded"),
         (OSError(errno.EFBIG, "File too large"), 3, "File too large"),
         (PermissionError(errno.EACCES, "Permission denied", "/there"), 3, "Permission denied: /there"),
