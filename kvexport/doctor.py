@@ -292,6 +292,7 @@ def _check(target: Target, machine: Machine, packages: Mapping[str, Package]) ->
     if all(gpu.sm != target.sm for gpu in machine.gpus):
         seen = ", ".join(f"{gpu.name} has {gpu.sm}" for gpu in machine.gpus) or "no NVIDIA GPU is seen"
         ahead = target.engine == "tensorrt-rtx"
+        reasons = reasons if ahead else {}  # what one might install here would not help
         where = "copy the bundle with its engine to such a machine" if ahead else "copy the bundle there, and use it there"
         reasons[f"a GPU of compute capability {target.sm} ({seen})"] = where
         runs, builds = False, builds and ahead  # TensorRT-RTX compiles ahead of time; TensorRT needs the GPU itself

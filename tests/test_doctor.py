@@ -201,6 +201,15 @@ def test_tensorrt_rtx_builds_without_a_gpu_and_does_not_run(computer: Computer) 
     assert (check.builds, check.runs, dict(check.reasons)) == (True, True, {})
 
 
+def test_what_would_not_help_here_is_not_advised(computer: Computer) -> None:
+    check = computer.examine("h200").target
+    assert check is not None
+    assert [reason.partition(" (")[0] for reason in check.reasons] == ["a GPU of compute capability 9.0"]
+    computer.nvidia_smi('echo "NVIDIA H200, 143771, 9.0, 570.1"')
+    check = computer.examine("h200").target
+    assert check is not None and "tensorrt" in check.reasons
+
+
 def test_tensorrt_does_nothing_without_a_gpu(computer: Computer) -> None:
     computer.install(**{name: version for name, version in EVERYTHING.items() if name != "tensorrt_rtx"})
     found = computer.examine("h200")
