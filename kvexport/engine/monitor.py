@@ -93,9 +93,9 @@ def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
         yield
         return
     before = {number: signal.getsignal(number) for number in _INTERRUPTS}
-    for number, known in before.items():
-        if known is not signal.SIG_IGN:
-            signal.signal(number, handler)
+    before = {number: known for number, known in before.items() if known not in (None, signal.SIG_IGN)}
+    for number in before:
+        signal.signal(number, handler)
     try:
         yield
     finally:
