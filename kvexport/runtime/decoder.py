@@ -7,7 +7,7 @@ arrays are, in the host's memory or on a device, is the cache's place.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -24,9 +24,9 @@ _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bflo
 class OrtDecoder:
     """Runs tokens through the graph; keys and values are written into the cache without being copied.
 
-    Every buffer that a call takes or gives is bound once and used again while its shape stays the same, so that a
-    decode step allocates nothing but the graph's own temporary values. On a device, token ids and logits pass through
-    buffers that are allocated once; everything else stays there. On CUDA this was never run: no GPU was at hand.
+    Every buffer that a call takes or gives is used again while its shape stays the same, so that a decode step allocates
+    nothing but the graph's own temporary values. On a device, token ids and logits pass through buffers that are
+    allocated once; everything else stays there. On CUDA this was never run: no GPU was at hand.
 
     Attributes:
         cache: the buffers in use.
@@ -96,14 +96,10 @@ class OrtDecoder:
         return logits
 
     def _call(self, binding: _Binding, input_ids: Ids, positions: Ids, logits_index: Ids, shrink: bool) -> Logits:
-        binding.input("input_ids", input_ids)
-        binding.input("position_ids", positions)
-        binding.input("write_indices", positions[:, 0])
-        binding.input("logits_index", logits_index)
+        binding.inputs(dict(zip(TOKEN_INPUTS, (input_ids, positions, positions[:, 0], logits_index), strict=True)))
         binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
         for name, (width, dtype) in self._extra.items():
             binding.output(name, (*input_ids.shape, width), dtype, HOST)
-        self.cache.place.synchronize()  # ONNX Runtime has a stream of its own
         self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and self.cache.place is HOST else None)
         if self.cache.place is not HOST:
             binding.binding.synchronize_outputs()
@@ -123,9 +119,16 @@ class _Binding:
             self._bind(name, buffer, cache.dtype, self._place, row)
             self._bind(_present(name), buffer, cache.dtype, self._place, row)
 
-    def input(self, name: str, values: Ids) -> None:
-        self._array(name, values.shape, "int64", self._place)
-        self._place.write(self.arrays[name], values)
+    def inputs(self, inputs: Mapping[str, Ids]) -> None:
+        """On a device they are bound for every call: ONNX Runtime copies what an operator wants in the host's memory (of
+        GroupQueryAttention's graph write_indices) when it is bound, and not again."""
+        for name, values in inputs.items():
+            self._array(name, values.shape, "int64", self._place)
+            self._place.write(self.arrays[name], values)
+        self._place.synchronize()  # ONNX Runtime has streams of its own
+        if self._place is not HOST:
+            for name in inputs:
+                self._bind(name, self.arrays[name], "int64", self._place, None)
 
     def output(self, name: str, shape: tuple[int, ...], dtype: str, place: Place | None = None) -> None:
         self._array(name, shape, dtype, place or self._place)

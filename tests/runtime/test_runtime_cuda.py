@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import onnxruntime
 import pytest
 from simulated_device import SimulatedDevice, onnxruntime_on
 from tiny_bundles import exact_logits, write_bundle
@@ -16,6 +17,7 @@ from kvexport.errors import CannotRunHere
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime.arrays import OnDevice, as_float32, from_float, stored_as
 from kvexport.runtime.cache import KvCache
+from kvexport.runtime.interface import TOKEN_INPUTS
 from kvexport.runtime.loading import graph_file, session_on, session_options
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -59,6 +61,26 @@ def test_prefill_and_steps_equal_the_oracle_while_the_cache_grows(
         assert _wrong(session, decoder) < bound
         assert session.memory().capacity == 96
     assert "copy_rows" in device.done
+
+
+def test_inputs_that_are_copied_when_they_are_bound(
+    tiny_bundle: Path, half: Path, device: SimulatedDevice, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As ONNX Runtime does with those that an operator wants elsewhere than where they are."""
+    real = onnxruntime.IOBinding.bind_input
+    copies: list[np.ndarray] = []
+
+    def bind_input(
+        self: onnxruntime.IOBinding, name: str, kind: str, number: int, dtype: int, shape: tuple[int, ...], address: int
+    ) -> None:
+        if name in TOKEN_INPUTS:
+            copies.append(device.at(address, 8 * int(np.prod(shape))).copy())
+            address = copies[-1].ctypes.data
+        real(self, name, kind, number, dtype, shape, address)
+
+    monkeypatch.setattr(onnxruntime.IOBinding, "bind_input", bind_input)
+    for bundle, bound in ((tiny_bundle, 1e-4), (half, 0.05)):
+        assert _wrong(open_bundle(bundle, provider="cuda", chunk=16), decoder) < bound
 
 
 @pytest.mark.parametrize("fault", ["no carry", "no wait"])
