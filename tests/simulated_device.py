@@ -18,6 +18,7 @@ from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
@@ -181,18 +182,20 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
 
     class Refitter:
         def __init__(self, engine: _Engine, logger: Any) -> None:
-            self.engine, self.read = engine, ""
+            self.engine, self.read = engine, (set[str](), "")
 
         def refit_cuda_engine(self) -> bool:
-            self.engine.has_weights = self.read == self.engine.plan["graph"]
+            names, path = self.read
+            self.engine.has_weights = path == self.engine.plan["graph"] and self.engine.weight_names <= names
             return self.engine.has_weights
 
     class OnnxParserRefitter:
         def __init__(self, refitter: Refitter, logger: Any) -> None:
             self._refitter = refitter
 
-        def refit_from_file(self, path: str) -> bool:
-            self._refitter.read = path
+        def refit_from_bytes(self, model: bytes, path: str) -> bool:
+            graph = ir.from_proto(onnx.ModelProto.FromString(model)).graph
+            self._refitter.read = set(graph.initializers), path
             return Path(path).is_file()
 
     module = ModuleType("tensorrt")
@@ -213,6 +216,7 @@ class _Engine:
         self.has_weights = not plan["stripped"]
         device.allocate(plan["weights"])
         model = lower(Path(plan["graph"]), plan["lowering"])
+        self.weight_names = set(model.graph.initializers)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
@@ -280,7 +284,7 @@ class _Context:
 
     def set_input_shape(self, name: str, shape: tuple[int, ...]) -> bool:
         assert self.profile is not None
-        least, most = ((1, 1), (1, self.engine.plan["chunk"]))[self.profile]
+        least, most = ((1, 2), (1, self.engine.plan["chunk"]))[self.profile]
         if len(shape) != 2 or shape[0] != 1 or not least <= shape[1] <= most:
             return False
         self.sizes[name] = shape
@@ -348,7 +352,7 @@ def add_engine(
         "kvexport": "0", "manifest_sha256": manifest_digest(bundle), "target": target, "engine": "tensorrt",
         "version": "10.16.2", "lowering": lowering, "compute_capability": ("8.7",), "dtype": opened.dtype, "batch": 1,
         "capacity": plan["capacity"], "chunk": CHUNK,
-        "profiles": (Profile("decode", (1, 1, 1)), Profile("prefill", (1, CHUNK, CHUNK))), "decomposed": (), "options": {},
+        "profiles": (Profile("decode", (1, 1, 2)), Profile("prefill", (1, CHUNK, CHUNK))), "decomposed": (), "options": {},
         "plan": PlanFile(hashlib.sha256(content).hexdigest(), len(content)), "layers": {}, "weights_bytes": 4096,
         "activation_bytes": None, "timing_cache_bytes": 0, "peak_host_bytes": 0, "seconds": 0.0,
     }  # fmt: skip

@@ -6,6 +6,7 @@ Knows TensorRT's runtime and refitter (10.3 to 11.x and TensorRT-RTX); must not 
 from __future__ import annotations
 
 import mmap
+from functools import cache
 from typing import Any, NoReturn
 
 from kvexport.bundle import GRAPH_FILE, Bundle
@@ -33,11 +34,19 @@ def load_engine(engine: Engine, runtime: Any, log: Any) -> Any:
 def refit(loaded: Any, engine: Engine, bundle: Bundle, log: Any) -> None:
     """Put the bundle's weights into an engine that was built without: TensorRT's parser reads them, by their names.
 
+    It is given the graph that the engine was built from, since a lowering has numbers of its own.
+
     Raises:
         CannotRunHere: TensorRT misses some.
     """
+    import onnx_ir as ir
+
+    from kvexport.graph.lowering import lower
+
+    path = bundle.path / GRAPH_FILE
+    graph = ir.to_proto(lower(path, engine.record.lowering)).SerializeToString()
     refitter = engine.trt.Refitter(loaded, log)
-    read = engine.trt.OnnxParserRefitter(refitter, log).refit_from_file(str(bundle.path / GRAPH_FILE))
+    read = engine.trt.OnnxParserRefitter(refitter, log).refit_from_bytes(graph, str(path))
     if not read or not refitter.refit_cuda_engine():
         raise CannotRunHere(
             "TensorRT cannot put the bundle's weights into the engine", seen=log.last(),
@@ -93,7 +102,10 @@ def layer_and_which(name: str) -> tuple[int, str]:
     return int(layer), which
 
 
+@cache
 def engine_log(trt: Any) -> Any:
+    """One for a process: TensorRT keeps the first for as long as any runtime is alive, whoever else has let go of it."""
+
     class Log(trt.ILogger):  # type: ignore[misc]
         """Keeps errors; says nothing itself."""
 

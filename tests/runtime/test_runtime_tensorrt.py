@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -278,6 +280,16 @@ def test_waiting_too_late_is_seen(bundle: Path, device: SimulatedDevice, decoder
     assert np.isnan(early).all() and np.isfinite(made._decode._host_logits()).all()
 
 
+def test_the_log_outlives_the_decoder_that_came_first(bundle: Path, device: SimulatedDevice) -> None:
+    """TensorRT goes on calling the first log while a later runtime lives."""
+    first = _opened(bundle)
+    log = weakref.ref(_engine_decoder(first)._log)
+    second = _opened(bundle)
+    del first
+    gc.collect()
+    assert log() is _engine_decoder(second)._log
+
+
 # Which engine, and why not.
 
 
@@ -349,9 +361,12 @@ def test_weights_are_hashed_only_where_they_are_read(decoder: Decoder, tmp_path:
         open_bundle(bundle, provider="cpu")
 
 
-def test_an_engine_without_weights_gets_the_bundles(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_an_engine_without_weights_gets_the_bundles(
+    lowering: str, decoder: Decoder, tmp_path: Path, device: SimulatedDevice
+) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
-    add_engine(bundle, options={"refit": True})
+    add_engine(bundle, lowering=lowering, options={"refit": True})
     assert _wrong(_opened(bundle), decoder) < 1e-4
     data = bundle / "decoder.onnx.data"
     whole = data.read_bytes()
@@ -360,7 +375,7 @@ def test_an_engine_without_weights_gets_the_bundles(decoder: Decoder, tmp_path: 
         _opened(bundle)
     data.write_bytes(whole)
     other = write_bundle(tmp_path / "other", decoder)
-    add_engine(other, options={"refit": True}, graph=bundle / "decoder.onnx")
+    add_engine(other, lowering=lowering, options={"refit": True}, graph=bundle / "decoder.onnx")
     with pytest.raises(CannotRunHere, match="cannot put the bundle's weights"):
         _opened(other)
 
