@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from tiny_bundles import write_bundle
 
 from kvexport.cli import main
+from kvexport.loading import load_decoder
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
@@ -88,14 +90,12 @@ def test_an_extrapolation_is_called_one(plan: Plan, llama: Path) -> None:
     assert "No prefill time" not in shown
 
 
-def test_a_build_is_shown_beside_the_prediction(plan: Plan, tmp_path: Path) -> None:
-    import shutil
-
-    demo = Path(shutil.copytree(Path(__file__).resolve().parent.parent.parent / "demo", tmp_path / "demo"))
-    (demo / "engines" / "rtx-4090").mkdir(parents=True)
+def test_a_build_is_shown_beside_the_prediction(plan: Plan, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", load_decoder(tiny_checkpoint("llama")))
+    (bundle / "engines" / "rtx-4090").mkdir(parents=True)
     built: dict[str, Any] = {"engine": "tensorrt-rtx", "lowering": "std24", "plan": {"bytes": 12 * 2**20}}
-    (demo / "engines" / "rtx-4090" / "build.json").write_text(json.dumps(built))
-    code, shown, _ = plan(demo, "--target", "rtx-4090")
+    (bundle / "engines" / "rtx-4090" / "build.json").write_text(json.dumps(built))
+    code, shown, _ = plan(bundle, "--target", "rtx-4090")
     assert code == 0
     (line,) = (line for line in shown.splitlines() if line.startswith("rtx-4090/build.json"))
     assert "plan" in line
