@@ -255,18 +255,31 @@ class _Engine:
     def get_engine_stat(self, stat: Any) -> int:
         return len(self.weights)
 
-    def create_execution_context(self, strategy: _Strategy) -> _Context:
-        assert strategy is _Strategy.USER_MANAGED
-        return _Context(self)
+    def create_runtime_config(self) -> _RuntimeConfig:
+        return _RuntimeConfig()
+
+    def create_execution_context(self, how: _Strategy | _RuntimeConfig) -> _Context:
+        config = how if isinstance(how, _RuntimeConfig) else _RuntimeConfig(how)
+        assert config.allocation is _Strategy.USER_MANAGED
+        return _Context(self, config)
 
     def _aliased(self, name: str) -> str | None:
         past = name.replace("present", "past_key_values")
         return past if past != name else None
 
 
+class _RuntimeConfig:
+    def __init__(self, allocation: _Strategy = _Strategy.STATIC) -> None:
+        self.allocation = allocation
+        self.dynamic_shapes_kernel_specialization_strategy = "LAZY"
+
+    def set_execution_context_allocation_strategy(self, strategy: _Strategy) -> None:
+        self.allocation = strategy
+
+
 class _Context:
-    def __init__(self, engine: _Engine) -> None:
-        self.engine, self.device = engine, engine.device
+    def __init__(self, engine: _Engine, config: _RuntimeConfig) -> None:
+        self.engine, self.device, self.config = engine, engine.device, config
         self.profile: int | None = None
         self.addresses: dict[str, int] = {}
         self.sizes: dict[str, tuple[int, ...]] = {}

@@ -164,6 +164,8 @@ def _config(
             config.set_timing_cache(config.create_timing_cache(timing_cache), ignore_mismatch=False)
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is what the graph says
+    if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # TensorRT-RTX: or a step may allocate, and not be captured
     if options.refit:
         config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # with the bundle's weights only, which costs no speed
     return config

@@ -121,8 +121,18 @@ class TensorRtDecoder:
         return DeviceMemory(self._device.name, free, total, self._loaded, weights, self._scratch.nbytes, kv)
 
     def _context(self, profile: int) -> Any:
-        """A new execution context on one profile, over the scratch memory that all share."""
-        context = self._engine.create_execution_context(self._trt.ExecutionContextAllocationStrategy.USER_MANAGED)
+        """A new execution context on one profile, over the scratch memory that all share.
+
+        TensorRT-RTX compiles kernels for a size when it first comes. For the decode step it shall do so at once: a graph that
+        was captured before would keep the slower ones. Prompts have many sizes, and do not wait.
+        """
+        how: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        if profile == DECODE and hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
+            config = self._engine.create_runtime_config()
+            config.set_execution_context_allocation_strategy(how)
+            config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            how = config
+        context = self._engine.create_execution_context(how)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
             raise failure(self._log, "TensorRT cannot make an execution context")
         self._device.synchronize()

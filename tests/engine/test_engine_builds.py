@@ -272,3 +272,4 @@ def test_the_full_tensorrts_configuration_runs_through_the_same_path(rtx: Any, t
     config, flags = _config(library, builder, network, profiles, options, orin, b"", monitor), rtx.trt.BuilderFlag
     assert all(config.get_flag(flag) for flag in (flags.STRIP_PLAN, flags.REFIT_IDENTICAL, flags.VERSION_COMPATIBLE))
     assert config.max_aux_streams == 0
+    assert config.get_flag(flags.REQUIRE_USER_ALLOCATION)  # which TensorRT-RTX alone has

@@ -8,6 +8,7 @@ import sys
 import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -278,6 +279,16 @@ def test_waiting_too_late_is_seen(bundle: Path, device: SimulatedDevice, decoder
     early = made.run(np.array([[1]]), np.array([[0]]), np.array([[0]])).copy()
     real()
     assert np.isnan(early).all() and np.isfinite(made._decode._host_logits()).all()
+
+
+def test_rtx_compiles_the_decode_step_before_it_is_captured(bundle: Path, device: SimulatedDevice) -> None:
+    module = sys.modules["tensorrt"]
+    for strategies, wanted in ((None, "LAZY"), (SimpleNamespace(EAGER="EAGER"), "EAGER")):
+        if strategies is not None:
+            module.DynamicShapesKernelSpecializationStrategy = strategies  # type: ignore[attr-defined]
+        made = _engine_decoder(_opened(bundle))
+        found = [calls.context.config.dynamic_shapes_kernel_specialization_strategy for calls in (made._decode, made._prefill)]
+        assert found == [wanted, "LAZY"]
 
 
 def test_the_log_outlives_the_decoder_that_came_first(bundle: Path, device: SimulatedDevice) -> None:

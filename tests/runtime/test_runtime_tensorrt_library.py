@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from decoders import make_decoder
-from simulated_device import SimulatedDevice, _Context, _Engine, simulated_tensorrt
+from simulated_device import SimulatedDevice, _Context, _Engine, _RuntimeConfig, simulated_tensorrt
 from tiny_bundles import write_bundle
 
 import kvexport.runtime
@@ -27,7 +27,7 @@ def trt() -> Any:
 
 
 def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
-    for simulated, real in ((_Engine, trt.ICudaEngine), (_Context, trt.IExecutionContext)):
+    for simulated, real in ((_Engine, trt.ICudaEngine), (_Context, trt.IExecutionContext), (_RuntimeConfig, trt.IRuntimeConfig)):
         public = {name for name in vars(simulated) if not name.startswith("_")} - {"shape"}  # the simulation's own
         assert public and {name for name in public if not hasattr(real, name)} == set()
     assert hasattr(trt.ICudaEngine, "get_aliased_input_tensor")
@@ -35,6 +35,8 @@ def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
     for name in ("Runtime", "ILogger", "ExecutionContextAllocationStrategy", "EngineStat"):
         assert hasattr(stands_in, name) and hasattr(trt, name)
     assert trt.ExecutionContextAllocationStrategy.USER_MANAGED is not None
+    assert trt.DynamicShapesKernelSpecializationStrategy.EAGER is not None
+    assert trt.IRuntimeConfig.dynamic_shapes_kernel_specialization_strategy.fset is not None
     assert trt.EngineStat.TOTAL_WEIGHTS_SIZE is not None
 
 
@@ -45,7 +47,7 @@ def test_everything_that_the_runtime_calls_is_there(trt: Any) -> None:
     for pattern, real in (
         (r"(?:loaded|_engine)\.([a-z_0-9]+)", trt.ICudaEngine), (r"context\.([a-z_0-9]+)\(", trt.IExecutionContext),
         (r"refitter\.([a-z_0-9]+)\(", trt.Refitter), (r"_trt\.([A-Z]\w+)", trt), (r"engine\.trt\.([A-Z]\w+)", trt),
-        (r"(?<!kvexport\.)runtime\.([a-z_]+)", trt.Runtime),
+        (r"(?<!kvexport\.)runtime\.([a-z_]+)", trt.Runtime), (r"config\.([a-z_]+)", trt.IRuntimeConfig),
     ):  # fmt: skip
         names = set(re.findall(pattern, text))
         assert names and {name for name in names if not hasattr(real, name)} == set(), pattern
