@@ -81,13 +81,18 @@ class Cuda:
             work()
         except KvexportError:
             failed = True
-        error, graph = cuda.cudaStreamEndCapture(self.stream)
+        finally:  # also of Ctrl-C: a stream that is captured does nothing else
+            error, graph = cuda.cudaStreamEndCapture(self.stream)
+        executable = None
+        if error == cuda.cudaError_t.cudaSuccess:
+            if not failed:
+                error, executable = cuda.cudaGraphInstantiate(graph, 0)
+            cuda.cudaGraphDestroy(graph)
         if failed or error != cuda.cudaError_t.cudaSuccess:
             cuda.cudaGetLastError()
             return None
-        captured = _Graph(self._check(*cuda.cudaGraphInstantiate(graph, 0)))
-        weakref.finalize(captured, cuda.cudaGraphExecDestroy, captured.executable).atexit = False
-        self._check(*cuda.cudaGraphDestroy(graph))
+        captured = _Graph(executable)
+        weakref.finalize(captured, cuda.cudaGraphExecDestroy, executable).atexit = False
         return captured
 
     def launch(self, graph: _Graph) -> None:
@@ -122,6 +127,10 @@ def error_text(cuda: Any, error: Any) -> str:
     return " ".join(part.decode() if isinstance(part, bytes) else str(part) for part in (name, text))
 
 
+def _number(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _runtime() -> Any:
     try:
         from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
@@ -144,8 +153,9 @@ def _require_device(cuda: Any) -> None:
         (_, driver), (_, built) = cuda.cudaDriverGetVersion(), cuda.cudaRuntimeGetVersion()
         if driver:
             raise CannotRunHere(
-                "the GPU's driver is older than cuda-bindings", seen=f"a driver for CUDA {driver // 1000}.{driver % 1000 // 10}",
-                allowed=f"CUDA {built // 1000}", fix=f"pip install 'cuda-bindings=={driver // 1000}.*'",
+                "the GPU's driver is older than cuda-bindings", seen=f"a driver for CUDA {_number(driver)}",
+                allowed=f"CUDA {_number(built)}; within one major version older drivers do too, but not on every Jetson",
+                fix=f"pip install 'cuda-bindings<{_number(driver + 10)}'",
             )  # fmt: skip
         raise CannotRunHere(
             "there is no NVIDIA driver on this machine", fix="run on the CPU with --provider cpu, or on a machine with a GPU"

@@ -129,6 +129,7 @@ class _Binding:
         if self._place is not HOST:
             for name in inputs:
                 self._bind(name, self.arrays[name], "int64", self._place, None)
+            self.binding.synchronize_inputs()
 
     def output(self, name: str, shape: tuple[int, ...], dtype: str, place: Place | None = None) -> None:
         self._array(name, shape, dtype, place or self._place)

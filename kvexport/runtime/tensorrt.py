@@ -131,7 +131,7 @@ class TensorRtDecoder:
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(how)
             config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            how = config
+            self._decode_config = how = config  # alive as long as the context
         context = self._engine.create_execution_context(how)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
             raise failure(self._log, "TensorRT cannot make an execution context")
