@@ -237,7 +237,8 @@ def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | in
 
 def test_every_key_is_needed_and_of_its_type(bundle: Path) -> None:
     whole = (bundle / "manifest.json").read_text()
-    exempt = ("format", "manifest_sha256", 0, "tokenizer.json", "decoder.cpu.onnx")  # other tests' matter, or not a key, or may be left out
+    # other tests' matter, or not a key, or may be left out
+    exempt = ("format", "manifest_sha256", 0, "tokenizer.json", "decoder.cpu.onnx")
     paths = [path for path in _paths(json.loads(whole)) if path and path[-1] not in exempt]
     assert len(paths) > 40
     for path in paths:
