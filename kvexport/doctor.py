@@ -18,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kvexport.system import board, l4t_release, total_memory
 from kvexport.targets import OLDEST_TENSORRT, Target, lowering_for
 
 # Each package, the extra that brings it ("" is the base install), and other names that it is distributed under.
@@ -216,12 +217,9 @@ def _providers() -> tuple[str, ...]:
 
 
 def _machine(root: Path, tools: str | None) -> Machine:
-    jetson = _text(root / "proc/device-tree/model").rstrip("\0\n") or None
-    release = re.search(r"R(\d+).*REVISION: (\d+(?:\.\d+)*)", _text(root / "etc/nv_tegra_release"))
-    l4t = f"{release[1]}.{release[2]}" if release else None
+    jetson, l4t = board(root), l4t_release(root)
     if l4t is None and (jetson is None or "jetson" not in jetson.lower()):
         jetson = None  # another board with a device tree
-    total = re.search(r"MemTotal:\s+(\d+) kB", _text(root / "proc/meminfo"))
     gpus = _gpus(tools)
     if not gpus and jetson is not None:
         gpus = [Gpu(jetson, None, sm, None) for name, sm in _JETSON_SM.items() if name in jetson.lower()]
@@ -229,19 +227,12 @@ def _machine(root: Path, tools: str | None) -> Machine:
         python=platform.python_version(),
         architecture=platform.machine(),
         cpus=os.cpu_count() or 1,
-        memory=int(total[1]) * 1024 if total else None,
+        memory=total_memory(root),
         jetson=jetson or ("Jetson" if l4t else None),
         l4t=l4t,
         jetpack=_JETPACKS.get(".".join(l4t.split(".")[:2])) if l4t else None,
         gpus=tuple(gpus),
     )
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8", errors="replace")
-    except OSError:
-        return ""
 
 
 def _gpus(tools: str | None) -> list[Gpu]:

@@ -12,21 +12,21 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from kvexport.system import board, l4t_release, total_memory
+
 _JETSON_MEMORY_CLOCK = "sys/kernel/debug/bpmp/debug/clk/emc/rate"  # Hz; only root may read it
 
 
 def describe(root: Path = Path("/")) -> dict[str, Any]:
     """What does not change while something runs: architecture, processor, cores, memory, board, JetPack's L4T, power mode."""
     model = re.search(r"^model name\s*:\s*(.+)$", _text(root / "proc/cpuinfo") or "", re.MULTILINE)
-    memory = re.search(r"^MemTotal:\s*(\d+) kB", _text(root / "proc/meminfo") or "", re.MULTILINE)
-    release = re.search(r"# R(\d+) \(release\), REVISION: ([\d.]+)", _text(root / "etc/nv_tegra_release") or "")
     return {
         "architecture": platform.machine(),
         "cpus": os.cpu_count(),
         "processor": model[1].strip() if model else None,
-        "memory_bytes": 1024 * int(memory[1]) if memory else None,
-        "board": (_text(root / "proc/device-tree/model") or "").rstrip("\0") or None,
-        "l4t": f"{release[1]}.{release[2]}" if release else None,
+        "memory_bytes": total_memory(root),
+        "board": board(root),
+        "l4t": l4t_release(root),
         "power_mode": _power_mode(root),
     }
 

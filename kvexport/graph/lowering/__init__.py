@@ -42,8 +42,7 @@ def lower(path: Path, name: str) -> ir.Model:
         UsageError: there is no such lowering.
         BundleError: the graph is not of the form that `DecoderWriter` writes.
     """
-    if name not in LOWERINGS:
-        raise UsageError("no such lowering", seen=name, allowed=", ".join(LOWERINGS))
+    _require_known(name)
     model = ir.load(path)
     passes = LOWERINGS[name]()
     try:
@@ -60,8 +59,7 @@ def lowered_contract(contract: GraphContract, name: str) -> GraphContract:
     Raises:
         UsageError: there is no such lowering.
     """
-    if name not in LOWERINGS:
-        raise UsageError("no such lowering", seen=name, allowed=", ".join(LOWERINGS))
+    _require_known(name)
     if name != "decomposed17":
         return dataclasses.replace(contract, variant=name)
     caches = [spec for spec in contract.inputs if spec.name.startswith("past_key_values.")]
@@ -79,3 +77,8 @@ def write_lowered(graph: Path, dtype: str) -> None:
     """
     for device in {"float32": ("cpu",), "float16": ("cuda",), "bfloat16": ("cuda",)}[dtype]:
         ir.save(lower(graph, f"ort-{device}"), graph.parent / LOWERED_FILES[device])
+
+
+def _require_known(name: str) -> None:
+    if name not in LOWERINGS:
+        raise UsageError("no such lowering", seen=name, allowed=", ".join(LOWERINGS))
