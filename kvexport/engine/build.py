@@ -24,7 +24,7 @@ from kvexport.engine import preflight
 from kvexport.engine.destination import choose_destination
 from kvexport.engine.fitting import Fitted, fit
 from kvexport.engine.library import Library, installed, load_library
-from kvexport.engine.machine import available_memory, board, find_gpu
+from kvexport.engine.machine import available_memory, find_gpu
 from kvexport.engine.monitor import Watch
 from kvexport.engine.options import EngineOptions
 from kvexport.engine.plan import Plan, build_plan, inspect_plan
@@ -44,6 +44,7 @@ from kvexport.engine.record import (
 from kvexport.errors import BundleError, UsageError
 from kvexport.graph.lint import Parser, unfused_attention
 from kvexport.progress import Progress
+from kvexport.system import board
 
 # The most tokens of a call in the decode profile, which is optimised for one. If one were also the most, the engine would
 # lay every matrix out a second time for it: TensorRT-RTX 1.7.1 made 745 MiB of 417 MiB of weights, and makes 422 like this.
@@ -79,7 +80,7 @@ def build_engine(
     bundle = Bundle.open(path)
     capacity, chunk = preflight.require_options(options, bundle)
     gpu = find_gpu()
-    destination = choose_destination(target, compute_capabilities, gpu=gpu, board=board(), installed=installed())
+    destination = choose_destination(target, compute_capabilities, gpu=gpu, board=board() or "", installed=installed())
     directory = engine_directory(path, destination.name)
     if directory.exists() and not (directory / RECORD_FILE).is_file():
         raise UsageError(f"{directory} is there and is no engine: it has no {RECORD_FILE}", fix=f"rm -r {directory}")

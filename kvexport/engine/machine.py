@@ -1,4 +1,4 @@
-"""What this machine has: its GPU by the driver's word, free memory, the board's name. Knows no engine."""
+"""What this machine has: its GPU by the driver's word, free memory. Knows no engine."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 _MAJOR, _MINOR, _INTEGRATED = 75, 76, 18  # CUdevice_attribute
-_BOARD, _MEMORY = Path("/proc/device-tree/model"), Path("/proc/meminfo")
+_MEMORY = Path("/proc/meminfo")
 
 
 @dataclass(frozen=True)
@@ -39,14 +39,6 @@ def find_gpu() -> Gpu | None:
 
     capability = f"{attribute(_MAJOR)}.{attribute(_MINOR)}"
     return Gpu(name.value.decode(errors="replace"), capability, memory.value, bool(attribute(_INTEGRATED)))
-
-
-def board() -> str:
-    """The board's name, such as "NVIDIA Jetson Orin Nano Developer Kit"; empty where the machine does not say."""
-    try:
-        return _BOARD.read_bytes().decode(errors="replace").strip("\0 \n")
-    except OSError:
-        return ""
 
 
 def available_memory() -> int:
