@@ -71,13 +71,19 @@ def main(arguments: list[str] | None = None) -> None:
 
     141 where the reader of standard output has gone, as for a program that SIGPIPE ends.
     """
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what was begun is cleaned up, as after SIGINT
+    signalled = _Signalled()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # so that what was begun is cleaned up
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, _interrupt)
+            signal.signal(number, signalled)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets ? for it
     try:
-        verbs.main(arguments, prog_name="kvexport", standalone_mode=False)
+        try:
+            verbs.main(arguments, prog_name="kvexport", standalone_mode=False)
+        except Exception as error:
+            if signalled.any:  # native code on the stack may have turned KeyboardInterrupt into an error of its own
+                raise KeyboardInterrupt from error
+            raise
     except KvexportError as error:
         _fail(str(error), error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
@@ -98,8 +104,14 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(_refused(error), 3)
 
 
-def _interrupt(number: int, frame: FrameType | None) -> Any:
-    raise KeyboardInterrupt
+class _Signalled:
+    """Takes signals as Python takes SIGINT, and remembers that one came."""
+
+    any = False
+
+    def __call__(self, number: int, frame: FrameType | None) -> Any:
+        self.any = True
+        raise KeyboardInterrupt
 
 
 def _refused(error: OSError) -> str:

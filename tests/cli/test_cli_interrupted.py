@@ -170,3 +170,19 @@ def test_a_signal_from_outside_while_it_writes(arguments: list[str], delay: floa
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors.strip()) == (130, "kvexport: interrupted")
     assert not list(parent.iterdir())
+
+
+def test_an_interruption_that_native_code_made_an_error_of_is_still_one() -> None:
+    """As safetensors does where the signal arrives while it imports torch."""
+    code = (
+        "import os, signal, kvexport.cli as cli, kvexport.targets as targets\n"
+        "def known_targets():\n"
+        "    try:\n"
+        "        os.kill(os.getpid(), signal.SIGINT)\n"
+        "    except KeyboardInterrupt:\n"
+        "        raise AttributeError('UntypedStorage') from None\n"
+        "targets.known_targets = known_targets\n"
+        "cli.main(['targets'])\n"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr.strip()) == (130, "kvexport: interrupted")
