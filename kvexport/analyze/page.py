@@ -1,0 +1,97 @@
+"""An analysis as one HTML page that loads nothing: style, script and data are inside.
+
+Knows how findings are shown and said; must not know how they were made. What changes with a choice of layer or
+head is drawn by page.js from the data block; everything else stands in the page as it is.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import os
+from html import escape
+from pathlib import Path
+
+from kvexport import __version__
+from kvexport.analyze.analysis import Analysis
+from kvexport.analyze.sections import Section, sections
+from kvexport.errors import UsageError
+from kvexport.resources import resource
+
+_MARK = '<meta name="generator" content="kvexport analyze'
+
+
+def render(analysis: Analysis) -> str:
+    """The whole page."""
+    style, script = (resource("analyze", name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
+    title = f"{analysis.facts.name}: KV cache analysis"
+    return "\n".join(
+        [
+            '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+            f'{_MARK} {__version__}">',
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">',
+            '<meta name="viewport" content="width=device-width, initial-scale=1">',
+            f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n<body>\n<main>",
+            f"<h1>{escape(analysis.facts.name)} <small>KV cache analysis</small></h1>",
+            *map(_section, sections(analysis)),
+            f"<footer>kvexport {__version__}</footer>\n</main>",
+            f'<script type="application/json" id="data">{_data(analysis)}</script>',
+            f"<script>{script}</script>\n</body>\n</html>\n",
+        ]
+    )
+
+
+def _section(section: Section) -> str:
+    return f'<section id="{section.name}">\n<h2>{escape(section.title)}</h2>\n{section.body}\n</section>'
+
+
+def _data(analysis: Analysis) -> str:
+    """What page.js draws from; no `<`, so that no token can end the block."""
+    found = analysis.to_json()
+    shown = ("tokens", "original", "compressed", "distance")
+    data = {
+        "attention": {name: found["attention"][name] for name in shown},
+        "similarity": [layer["similarity"] for layer in found["layers"]],
+    }
+    return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
+
+
+def require_page(path: Path, *, force: bool) -> None:
+    """Refuse an output that cannot be written, before any work is done for it.
+
+    Raises:
+        UsageError: its folder does not exist, or something is there: without `force` anything, with it anything
+            that is no page of `kvexport analyze`.
+    """
+    if not path.parent.is_dir():
+        raise UsageError("the folder for the output does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}")
+    if not path.exists() and not path.is_symlink():
+        return
+    if not force:
+        raise UsageError(f"the output {path} exists already", fix="choose another --output, or replace it with --force")
+    if not path.is_file() or _MARK.encode() not in _beginning(path):
+        raise UsageError(f"the output {path} exists and is no page of kvexport analyze", fix="choose another --output")
+
+
+def _beginning(path: Path) -> bytes:
+    with path.open("rb") as file:
+        return file.read(1000)
+
+
+def save(page: str, path: Path, *, force: bool) -> None:
+    """Write the page through a temporary sibling: it appears whole or not at all.
+
+    Raises:
+        UsageError: as `require_page`.
+    """
+    require_page(path, force=force)
+    path = path.resolve()  # where a link points to
+    temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
+    try:
+        temporary.write_text(page, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
