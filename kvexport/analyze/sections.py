@@ -203,8 +203,8 @@ def _prediction(analysis: Analysis) -> str:
         + f'<div class="panels">{figures}</div>'
         + _note(
             "Relative error (root mean square) of each layer’s attention output: predicted from the calibration moments before "
-            "it was tried, and measured on held-out windows with the trained model’s inputs, before W_O is refitted. The ratio is 1 "
-            "where the prediction is exact (dashed), above 1 where it is cautious."
+            "it was tried, and measured on held-out windows with the trained model’s inputs, before W_O is refitted. The ratio is "
+            "1 where the prediction is exact (dashed), above 1 where it is cautious."
         )
         + _table("Errors by layer", [(name, [""]) for name in columns], rows)
         + _note("Residual: error of the residual stream after the layer, with all layers before it converted too.")
@@ -255,7 +255,7 @@ def _table(
 ) -> str:
     """A table with one row a layer; cells are HTML. Columns stand in groups, of one column where its own name is empty."""
     two = any(len(columns) > 1 for _, columns in groups)
-    head = f'<tr><th scope="col"{' rowspan="2"' if two else ""}>layer</th>'
+    head = f'<tr><th scope="col" rowspan="{2 if two else 1}">layer</th>'
     head += "".join(f'<th scope="col" colspan="{len(columns)}">{escape(name)}</th>' for name, columns in groups) + "</tr>"
     if two:
         edge = [' class="edge"' if i == 0 else "" for _, columns in groups for i in range(len(columns))]

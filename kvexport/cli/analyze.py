@@ -57,7 +57,6 @@ def command(
     elif not quiet:
         out = PlainConsole()
         out.print(layer_table(layer.report for layer in found.layers))
-        out.say(
-            f"\nmean KL to the original: {found.divergence.mean_kl:.5f} nats per token, on {found.divergence.tokens} held-out tokens"
-        )
+        cost = found.divergence
+        out.say(f"\nmean KL to the original: {cost.mean_kl:.5f} nats per token, on {cost.tokens} held-out tokens")
         out.say(f"wrote {output}")
