@@ -13,12 +13,13 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from kvexport import __version__
+from kvexport.analyze.conversion import conversion_for
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
 from kvexport.calibrate import Recipe, calibration_windows
 from kvexport.checkpoint import Checkpoint
-from kvexport.convert import ConvertedLayer, candidates, convert, kv_heads_for
+from kvexport.convert import ConvertedLayer
 from kvexport.decoder import Decoder
 from kvexport.divergence import Divergence
 from kvexport.layer_report import LayerReport
@@ -157,8 +158,7 @@ def analyze(
     source = Checkpoint(checkpoint)
     decoder = load_decoder(source)
     attention = decoder.layers[0].attention
-    kept = kv_heads_for(attention.num_kv_heads, kv_heads, kv_ratio)
-    candidates(method, attention)
+    start = conversion_for(decoder, kv_heads, kv_ratio, method)
     if pairs is not None:
         parse_pairs(pairs, tokens)  # before any work
     sampled = recipe.source == "self"
@@ -177,7 +177,7 @@ def analyze(
     )
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
-    conversion = convert(decoder, windows, kept, method)
+    conversion = start(windows)
     layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
     return Analysis(facts, tuple(layers), conversion.divergence(), tuple(ids), tuple(texts), maps, tuple(listed))
@@ -193,5 +193,6 @@ def compare(
             layer = decoder.layers[each.index]
             layers.append(LayerAnalysis(stream.measure(layer), each.report))
             recorder.add(layer, each.layer)
+            del layer, each  # before the next is read
             progress.advance()
     return layers, recorder.finish()

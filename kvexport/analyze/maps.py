@@ -60,7 +60,8 @@ class MapRecorder:
         """Take both residual streams past the next layer."""
         original, self._original = self._pass(trained, self._original)
         compressed, self._compressed = self._pass(converted, self._compressed)
-        self._maps.append((original, compressed))
+        places = torch.tensor(head_places(trained.attention, converted.attention))
+        self._maps.append((original, compressed[places]))
 
     def _pass(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = attention_map(layer.attention, reference.norm(layer.attention_norm, x), self._rope)
@@ -81,11 +82,30 @@ def attention_map(attention: Attention, x: Tensor, rope: Rope | None) -> Tensor:
     return reference.weights(reference.scores(attention, query, key) + bias)
 
 
+def head_places(trained: Attention, converted: Attention) -> list[int]:
+    """Where each trained query head stands in the converted layer, [H]: conversion may change their order.
+
+    A code makes the queries of a head from those of one trained head, so the rows of its W_Q lie in the span of that
+    head's rows: each head goes where most of the rows' power is in its span.
+    """
+    heads = trained.num_heads
+    spans = torch.linalg.qr(trained.q.weight.double().unflatten(0, (heads, -1)).mT).Q  # [H, hidden, head_dim]
+    rows = converted.q.weight.double().unflatten(0, (heads, -1))  # [H, r, hidden]
+    inside = torch.stack([(rows @ span).square().sum((1, 2)) for span in spans])  # [trained, converted]
+    share = inside / rows.square().sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
+    places = [-1] * heads
+    for _ in range(heads):
+        head, place = divmod(int(share.argmax()), heads)
+        places[head] = place
+        share[head], share[:, place] = -1.0, -1.0
+    return places
+
+
 def packed(maps: Tensor) -> list[str]:
     """Maps [H, S, S] as `CODING` says; the square root keeps small weights apart."""
     rows, columns = torch.tril_indices(*maps.shape[1:])
     codes = (maps[:, rows, columns].double().sqrt() * 255).round().to(torch.uint8)
-    return [base64.b64encode(bytes(each.tolist())).decode() for each in codes]
+    return [base64.b64encode(each.numpy().tobytes()).decode() for each in codes]
 
 
 def parse_pairs(said: str, tokens: int) -> list[tuple[int, int]]:

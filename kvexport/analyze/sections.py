@@ -203,8 +203,8 @@ def _prediction(analysis: Analysis) -> str:
         + f'<div class="panels">{figures}</div>'
         + _note(
             "Relative error (root mean square) of each layer’s attention output: predicted from the calibration moments before "
-            "it was tried, and measured on held-out windows with the trained model’s inputs, before W_O is refitted. The ratio is "
-            "1 where the prediction is exact (dashed), above 1 where it is cautious."
+            "it was tried, and measured on held-out windows with the trained model’s inputs, before W_O is refitted. The ratio "
+            "is 1 where the prediction is exact (dashed), above 1 where it is cautious."
         )
         + _table("Errors by layer", [(name, [""]) for name in columns], rows)
         + _note("Residual: error of the residual stream after the layer, with all layers before it converted too.")
@@ -232,8 +232,8 @@ def _attention(analysis: Analysis) -> str:
         + '<span id="difference-high"></span></div></div>'
         + _note(
             "Rows are queries, columns keys. Each model ran over the same text on its own residual stream, so the compressed "
-            "maps carry what all layers before have lost. Colour follows the square root of the weight. Weights shown here are "
-            "kept in one byte each and are within 0.004."
+            "maps carry what all layers before have lost; heads are counted as in the trained model. Colour "
+            "follows the square root of the weight. Weights shown here are kept in one byte each and are within 0.004."
         )
         + f'<ol class="tokens" aria-label="The {count} tokens of the text">{tokens}</ol>'
     )
