@@ -1,0 +1,81 @@
+"""The converted decoder in float32 with its attention weights trainable; the dtype it came in, on the way out.
+
+Knows how its layers are run and which numbers are trained; must not know what it is trained for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from kvexport import reference
+from kvexport.decoder import Decoder, Layer
+from kvexport.heal.loss import advance, run_layer
+from kvexport.heal.trainable import TrainableAttention, adapt
+
+T = TypeVar("T")
+
+
+class Student:
+    """`given` are the converted layers in float32 as they came; `layer(i)` has the present weights."""
+
+    def __init__(self, converted: Decoder, lora_rank: int | None, seed: int) -> None:
+        self._converted, self._frugal = converted, lora_rank is not None
+        self.ends = in_dtype(replace(converted, layers=[]), torch.float32)  # embedding, final norm and head
+        self.given = [in_dtype(layer, torch.float32) for layer in converted.layers]
+        self._trained = [TrainableAttention(layer.attention) for layer in self.given]
+        if lora_rank is not None:
+            adapt(self._trained, lora_rank, seed)
+
+    def __len__(self) -> int:
+        return len(self.given)
+
+    def scaled(self, index: int | None = None) -> list[tuple[nn.Parameter, float]]:
+        """What is trained in one layer, or in all, with the RMS that steps are relative to."""
+        chosen = self._trained if index is None else [self._trained[index]]
+        return [pair for layer in chosen for pair in layer.scaled()]
+
+    def layer(self, index: int) -> Layer:
+        return replace(self.given[index], attention=self._trained[index].attention())
+
+    def stream(self, ids: Tensor) -> Tensor:
+        """The last residual stream [B, S, hidden], differentiable. With adapters, a layer's activations, and its sums of
+        weight and adapter, are made again on the way back instead of kept."""
+        x = reference.embed(self.ends.embedding, ids)
+        for index in range(len(self)):
+            x = checkpoint(self._run, index, x, use_reentrant=False) if self._frugal else self._run(index, x)
+        return x
+
+    def _run(self, index: int, x: Tensor) -> Tensor:
+        return run_layer(self.layer(index), x, self.ends.rope)
+
+    @torch.no_grad()
+    def held_out_stream(self, ids: Tensor, layers: Sequence[Layer] | None = None) -> Tensor:
+        """The last residual stream [M, S, hidden] with the present weights, or through `layers`."""
+        x = reference.embed(self.ends.embedding, ids)
+        for index in range(len(self)):
+            advance(self.layer(index) if layers is None else layers[index], x, self.ends.rope)
+        return x
+
+    @torch.no_grad()
+    def decoder(self) -> Decoder:
+        """The decoder as it came, shapes and dtypes too, with the present attention weights."""
+        layers = []
+        for index, layer in enumerate(self._converted.layers):
+            attention = in_dtype(self._trained[index].attention(), layer.attention.q.weight.dtype)
+            layers.append(replace(layer, attention=attention))
+        return replace(self._converted, layers=layers)
+
+
+def in_dtype(part: T, dtype: torch.dtype) -> T:
+    """The same tree of dataclasses with every floating-point tensor in `dtype`, detached."""
+    if is_dataclass(part) and not isinstance(part, type):
+        return replace(part, **{field.name: in_dtype(getattr(part, field.name), dtype) for field in fields(part)})
+    if isinstance(part, Tensor) and part.is_floating_point():
+        return part.detach().to(dtype)  # type: ignore[return-value]
+    return part
