@@ -98,11 +98,12 @@ class Analysis:
             "kv_ratio": self.kv_ratio,
             "divergence": self.divergence.to_json(),
             "layers": [_layer_json(index, layer) for index, layer in enumerate(self.layers)],
-            "attention": self._attention_json(),
+            "attention": self.attention_json(),
         }
         return found if self.sensitivity is None else found | {"sensitivity": list(self.sensitivity)}
 
-    def _attention_json(self) -> dict[str, Any]:
+    def attention_json(self) -> dict[str, Any]:
+        """The window and its maps."""
         listed = []
         for query, key in self.pairs:
             original, compressed = self.maps.weights(query, key)
@@ -122,13 +123,16 @@ def _layer_json(index: int, layer: LayerAnalysis) -> dict[str, Any]:
     return {
         "layer": index,
         "spectra": {name: _spectrum_json(each) for name, each in layer.spectra.spectra.items()},
-        "similarity": {
-            name: [[round(each, 4) for each in row] for row in matrix.tolist()]
-            for name, matrix in layer.spectra.similarity.items()
-        },
+        "similarity": similarity_json(layer),
         "report": asdict(layer.report),
         "tightness": layer.tightness,
     }
+
+
+def similarity_json(layer: LayerAnalysis) -> dict[str, list[list[float]]]:
+    """The matrices of a layer, by name."""
+    matrices = layer.spectra.similarity.items()
+    return {name: [[round(each, 4) for each in row] for row in matrix.tolist()] for name, matrix in matrices}
 
 
 def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:

@@ -4,7 +4,7 @@ const data = JSON.parse(document.getElementById("data").textContent);
 const attention = data.attention;
 const count = attention.tokens.length;
 const $ = (id) => document.getElementById(id);
-const chosen = { layer: 0, head: 0, query: count - 1, key: 0, row: 0, column: 0 };
+const chosen = { layer: 0, head: 0, query: count - 1, key: 0, row: 0, column: data.similarity[0].value.length > 1 ? 1 : 0 };
 
 // Colours come from the style sheet, so that they follow light and dark.
 function colour(name) {

@@ -14,7 +14,7 @@ from html import escape
 from pathlib import Path
 
 from kvexport import __version__
-from kvexport.analyze.analysis import Analysis
+from kvexport.analyze.analysis import Analysis, similarity_json
 from kvexport.analyze.sections import Section, sections
 from kvexport.errors import UsageError
 from kvexport.resources import resource
@@ -50,11 +50,10 @@ def _section(section: Section) -> str:
 
 def _data(analysis: Analysis) -> str:
     """What page.js draws from; no `<`, so that no token can end the block."""
-    found = analysis.to_json()
-    shown = ("tokens", "original", "compressed", "distance")
+    attention = analysis.attention_json()
     data = {
-        "attention": {name: found["attention"][name] for name in shown},
-        "similarity": [layer["similarity"] for layer in found["layers"]],
+        "attention": {name: attention[name] for name in ("tokens", "original", "compressed", "distance")},
+        "similarity": [similarity_json(layer) for layer in analysis.layers],
     }
     return json.dumps(data, separators=(",", ":")).replace("<", "\\u003c")
 

@@ -147,8 +147,8 @@ def _similarity(analysis: Analysis) -> str:
         + _note(
             "Linear CKA (arXiv 1905.00414) of every two KV heads of the chosen layer over the calibration tokens; keys as they "
             "are cached. It is 1 for heads that are rotated copies of each other. The cosine between heads is not shown: each "
-            "head’s basis is arbitrary, and turning W_Q and W_K, or W_V and W_O, of a head together changes that cosine and not "
-            "the model."
+            "head’s basis is arbitrary, and turning W_V and W_O of a head together, or the rotary pairs of its W_Q and W_K, "
+            "changes that cosine and not the model."
         )
         + _table("Mean similarity of different heads", [(_NAMES[kind], [""]) for kind in layers[0].spectra.similarity], rows)
         + _note("Mean over all pairs of different heads of a layer.")

@@ -64,9 +64,9 @@ class SecondMoment:
     def similarity(self) -> Tensor:
         """Linear CKA of every two heads, [heads, heads] in 0..1: |Σ x yᵀ|² / (|Σ x xᵀ| |Σ y yᵀ|), about the means.
 
-        (arXiv 1905.00414.) It does not change when a head is rotated within itself. The cosine of two
-        heads' vectors does, and means little: turning W_Q and W_K of a head together, or W_V and W_O, leaves the
-        model as it was and takes that cosine anywhere, to 0 between a head and its own copy.
+        (arXiv 1905.00414.) It does not change when a head is rotated within itself. The cosine of two heads' vectors
+        does, and means little: turning W_V and W_O of a head together, or W_Q and W_K (by rotary pairs, where there
+        are), leaves the model as it was and takes that cosine anywhere, to 0 between a head and its own copy.
         """
         centred = self.second - torch.outer(self._sum, self._sum) / max(self._tokens, 1)
         blocks = centred.unflatten(0, (self._heads, -1)).unflatten(2, (self._heads, -1))  # [h, d, h, d]

@@ -88,9 +88,9 @@ class Browser:
             name, said = event["method"], event.get("params", {})
             if name == "Runtime.exceptionThrown":
                 found.append(said["exceptionDetails"]["text"])
-            elif name == "Runtime.consoleAPICalled" and said["type"] in ("error", "warning", "assert"):
+            elif name == "Runtime.consoleAPICalled" and said["type"] in ("error", "assert"):
                 found.append(str(said["args"]))
-            elif name == "Log.entryAdded" and said["entry"]["level"] in ("error", "warning"):
+            elif name == "Log.entryAdded" and said["entry"]["level"] == "error":
                 found.append(said["entry"]["text"])
         return found
 
