@@ -32,8 +32,9 @@ function draw(canvas, size, fill, row, column) {
     }
   }
   context.strokeStyle = getComputedStyle(document.documentElement).getPropertyValue("--cursor");
-  context.lineWidth = Math.max(2, cell / 6);
-  context.strokeRect(column * cell, row * cell, cell, cell);
+  context.lineWidth = Math.min(Math.max(2, cell / 6), 5);
+  const inset = context.lineWidth / 2;
+  context.strokeRect(column * cell + inset, row * cell + inset, cell - 2 * inset, cell - 2 * inset);
 }
 
 // `move(row, column)` is called with the cell under the pointer, or beside the present one for an arrow key.

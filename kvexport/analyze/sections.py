@@ -97,7 +97,7 @@ def _spectra(analysis: Analysis) -> str:
             "centred: a mean that all tokens share is one of the directions."
         )
         + legend(names)
-        + f'<div class="panels">{"".join(shares)}</div>'
+        + f'<div class="panels wide">{"".join(shares)}</div>'
         + _note(
             "Share of the energy (squared singular values) in the first quarter and half of the directions, by layer; "
             "compare Fig. 1 of arXiv 2406.07056."
@@ -166,7 +166,7 @@ def _sensitivity(records: Sequence[Sensitivity]) -> str:
     rows = [[f"{each['key']:.4g}", f"{each['value']:.4g}"] for each in records]
     return (
         legend(["keys", "values"])
-        + f'<div class="panels">{_figure(chart, "By layer")}</div>'
+        + f'<div class="panels wide">{_figure(chart, "By layer")}</div>'
         + _note("How strongly the model’s predictions answer to what one layer’s keys or values lose, measured layer by layer.")
         + _table("Sensitivity by layer", [("keys", [""]), ("values", [""])], rows, [str(each["layer"]) for each in records])
     )
@@ -200,7 +200,7 @@ def _prediction(analysis: Analysis) -> str:
     ]
     return (
         legend(["predicted", "measured"])
-        + f'<div class="panels">{figures}</div>'
+        + f'<div class="panels wide">{figures}</div>'
         + _note(
             "Relative error (root mean square) of each layer’s attention output: predicted from the calibration moments before "
             "it was tried, and measured on held-out windows with the trained model’s inputs, before W_O is refitted. The ratio "
