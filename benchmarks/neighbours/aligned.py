@@ -19,15 +19,7 @@ from torch import Tensor
 from kvexport.decoder import Attention, Decoder, Layer, Linear
 
 from .grouping import annealed_groups
-from .result import (
-    Neighbour,
-    NeighbourLayer,
-    attention_macs,
-    attention_parameters,
-    convert_layers,
-    require_plain_keys,
-    whole,
-)  # fmt: skip
+from .result import Neighbour, NeighbourLayer, attention_macs, attention_parameters, convert_layers, require_plain_keys, whole
 from .stream import LayerMoments, Stream, attend_with, augmented
 
 ROUNDS, ENOUGH = 100, 1e-9

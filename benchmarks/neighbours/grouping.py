@@ -39,9 +39,9 @@ def greedy_groups(similarity: Tensor, size: int) -> list[list[int]]:
     return [sorted(group) for group in groups]
 
 
-def score(similarity: Tensor, groups: list[list[int]]) -> float:
+def score(similarity: list[list[float]], groups: list[list[int]]) -> float:
     """Sum of similarities within groups."""
-    return sum(float(similarity[i, j]) for group in groups for at, i in enumerate(group) for j in group[at + 1 :])
+    return sum(similarity[i][j] for group in groups for at, i in enumerate(group) for j in group[at + 1 :])
 
 
 def annealed_groups(similarity: Tensor, size: int, seed: int = 0) -> list[list[int]]:
@@ -50,19 +50,20 @@ def annealed_groups(similarity: Tensor, size: int, seed: int = 0) -> list[list[i
     best = adjacent(heads, size)
     if size in (1, heads):
         return best
-    best_score = score(similarity, best)
+    table = similarity.tolist()
+    best_score = score(table, best)
     spread = float(similarity[~torch.eye(heads, dtype=torch.bool)].std()) or 1.0
     for restart in range(RESTARTS):
         order = list(range(heads))
         if restart:
             chance.shuffle(order)
         groups = [order[at : at + size] for at in range(0, heads, size)]
-        now = score(similarity, groups)
+        now = score(table, groups)
         for swap in range(SWAPS):
             (a, b), i, j = chance.sample(range(len(groups)), 2), chance.randrange(size), chance.randrange(size)
-            before = score(similarity, [groups[a], groups[b]])
+            before = score(table, [groups[a], groups[b]])
             groups[a][i], groups[b][j] = groups[b][j], groups[a][i]
-            gain = score(similarity, [groups[a], groups[b]]) - before
+            gain = score(table, [groups[a], groups[b]]) - before
             if gain < 0 and chance.random() >= math.exp(gain / (spread * (1 - swap / SWAPS))):
                 groups[a][i], groups[b][j] = groups[b][j], groups[a][i]
                 continue

@@ -30,6 +30,7 @@ from .result import Macs, Neighbour, NeighbourLayer, convert_layers, require_pla
 from .stream import LayerMoments, Stream, attend_with, augmented, positions_of
 
 TRIED = 4  # windows
+_NOTHING = 1e-6
 ROUNDING = "rotated and latent numbers fill the budget of a layer, rounded down"
 
 
@@ -148,9 +149,10 @@ def latent_attention(
     kept, free = turn[:, :rotated], turn[:, rotated:]
     key, value = augmented(attention.k), augmented(attention.v)
     joint = torch.cat((free.T @ key, value))  # [free + h·d, hidden + 1]
-    power = (joint @ moments.inputs * joint).sum(1).sqrt()  # norms of the channels
+    power = (joint @ moments.inputs * joint).sum(1).clamp_min(0).sqrt()  # norms of the channels
     some = free.shape[1]
     balance = float(power[:some].mean() / power[some:].mean()) if some else 1.0
+    balance = balance if _NOTHING < balance < 1 / _NOTHING else 1.0  # rounding errors are not to be made as long as values
     joint[:some] /= balance
     latent = min(budget - rotated, len(joint))
     basis = leading(joint @ moments.inputs @ joint.T, latent)
