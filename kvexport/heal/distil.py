@@ -13,6 +13,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ from kvexport.progress import Progress
 
 _LAYERWISE = 0.25  # share of the steps
 _EVALUATIONS = 10
-_PATIENCE = 5  # evaluations in a row without a new best
+_PATIENCE = 4  # evaluations in a row that only got worse
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -126,7 +127,7 @@ class _Job:
 
     def _end_to_end(self, teacher: Tensor, held_out: Tensor) -> None:
         every = max(1, self.steps // _EVALUATIONS)
-        while self.counters.steps < self.steps and not self._stale():
+        while self.counters.steps < self.steps and not self._hopeless():
             chosen = self._batch(self.layerwise_steps + self.counters.steps)
             for part in parts(len(chosen), self.windows.shape[1]):
                 stream = self.student.stream(self.windows[chosen[part]])
@@ -140,10 +141,11 @@ class _Job:
                 self.progress.note("healing stopped: the weights are not finite any more")
                 return
 
-    def _stale(self) -> bool:
-        """Whether the last evaluations all found nothing better."""
-        since = max(self.counters.best_step, self.layerwise_steps)
-        return sum(step > since for step, _ in self.counters.curve) >= _PATIENCE
+    def _hopeless(self) -> bool:
+        """Whether the last evaluations were each worse than the one before, or than what was given."""
+        found = [kl for _, kl in self.counters.curve]
+        worse = [kl > min(before, found[0]) for before, kl in pairwise(found)]
+        return len(worse) >= _PATIENCE and all(worse[-_PATIENCE:])
 
     def _evaluate(self, held_out: Tensor) -> bool:
         """Measure the present weights, keep them if they are the best yet, save; False: they are not finite."""

@@ -38,21 +38,26 @@ class TrainableAttention(nn.Module):
         return replace(self._given, **present, **{name: getattr(self, name) for name in _MAPS})
 
     def scaled(self) -> Iterator[tuple[nn.Parameter, float]]:
-        """Every trained parameter, with the RMS that its steps are relative to.
+        """Every trained parameter, with the size that its steps are relative to.
 
         The product of encoder and decoder stays the same when one is multiplied by c and the other by 1/c; steps
-        relative to each tensor's own size move it by the same amount for every c. A bias is to its
-        weights as the weight of one more input of power one; an adapter's B, zero at first, is to the weights it is added to.
+        relative to each tensor's own RMS move it by the same amount for every c. A bias is to its weights as the
+        weight of one more input of power one. Adapters start as B A = 0: steps of B move B A by as much as
+        those of the weight itself would.
         """
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
-                yield parameter, _rms(self._reference(name, parameter))
+                yield parameter, self._size(name, parameter)
 
-    def _reference(self, name: str, parameter: Tensor) -> Tensor:
+    def _size(self, name: str, parameter: nn.Parameter) -> float:
         module = getattr(self, name.split(".", maxsplit=1)[0])
-        if isinstance(module, nn.Parameter) or "lora_A" in name:
-            return parameter
-        return module.weight  # an adapted module gives its base layer's
+        if module is parameter or "lora_A" in name:
+            return _rms(parameter)
+        size = _rms(module.weight)  # an adapted module gives its base layer's
+        if "lora_B" in name:
+            adapter = module.lora_A[_ADAPTER].weight  # [rank, in]
+            return size / (_rms(adapter) * len(adapter) ** 0.5)
+        return size
 
 
 def adapt(layers: Sequence[TrainableAttention], rank: int, seed: int) -> None:

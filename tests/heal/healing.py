@@ -16,13 +16,16 @@ from kvexport.heal import Healed, HealOptions, heal
 from kvexport.progress import Progress
 
 
-def disturbed(decoder: Decoder, amount: float = 0.3, seed: int = 5) -> Decoder:
-    """The decoder with noise on the weights of every layer's q, k, v and o, relative to their size."""
+def disturbed(decoder: Decoder, amount: float = 0.3, seed: int = 5, rank: int | None = None) -> Decoder:
+    """The decoder with noise (of a rank) on the weights of every layer's q, k, v and o, relative to their size."""
     generator = torch.Generator().manual_seed(seed)
 
+    def random(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator, dtype=torch.float64)
+
     def noisy(linear: Linear) -> Linear:
-        weight = linear.weight.double()
-        noise = torch.randn(weight.shape, generator=generator, dtype=torch.float64)
+        weight, (out, into) = linear.weight.double(), linear.weight.shape
+        noise = random(out, into) if rank is None else random(out, rank) @ random(rank, into) / rank**0.5
         return replace(linear, weight=(weight + amount * weight.square().mean().sqrt() * noise).to(linear.weight.dtype))
 
     def change(layer: Layer) -> Layer:

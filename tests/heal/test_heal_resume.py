@@ -1,0 +1,163 @@
+"""A killed healing goes on where it was, to the bit; a state of another job or a damaged one is refused."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import textwrap
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from decoders import random_windows
+from healing import Job
+
+from kvexport.decoder import tensors_of
+from kvexport.errors import UsageError
+from kvexport.heal import Healed
+from kvexport.progress import Progress
+
+
+class Killed(BaseException):
+    pass
+
+
+class KilledAt(Progress):
+    """Dies at the end of a step."""
+
+    def __init__(self, step: int) -> None:
+        self.left = step
+
+    def advance(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            raise Killed
+
+
+def assert_same(a: Healed, b: Healed) -> None:
+    for x, y in zip(a.decoder.layers, b.decoder.layers, strict=True):
+        assert all(torch.equal(s, t) for s, t in zip(tensors_of(x), tensors_of(y), strict=True))
+    assert replace(a.report, seconds=0) == replace(b.report, seconds=0)
+
+
+@pytest.mark.parametrize("lora_rank", [None, 2])
+@pytest.mark.parametrize("step", [3, 7, 12, 25, 38])  # 5 steps in each of two layers, then 15 end to end, evaluated at each
+def test_a_killed_job_goes_on_to_the_same_bits(tmp_path: Path, step: int, lora_rank: int | None) -> None:
+    if lora_rank is not None:
+        pytest.importorskip("peft")
+    job, state = Job(), tmp_path / "state"
+    whole = job.heal(40, lora_rank=lora_rank)
+    with pytest.raises(Killed):
+        job.heal(40, state, KilledAt(step), lora_rank=lora_rank)
+    assert state.exists() == (step > 10)
+    resumed = job.heal(40, state, lora_rank=lora_rank)
+    assert_same(resumed, whole)
+
+
+def test_a_job_killed_again_and_again_ends_the_same(tmp_path: Path) -> None:
+    job, state = Job(), tmp_path / "state"
+    whole = job.heal(20)
+    for _ in range(50):
+        try:
+            resumed = job.heal(20, state, KilledAt(6))
+            break
+        except Killed:
+            continue
+    assert_same(resumed, whole)
+
+
+def test_a_finished_job_is_not_done_again(tmp_path: Path) -> None:
+    job, state = Job(), tmp_path / "state"
+    done = job.heal(20, state)
+    assert_same(job.heal(20, state, KilledAt(1)), done)
+    assert [path.name for path in tmp_path.iterdir()] == ["state"]  # the caller deletes it; nothing else is left
+
+
+def test_a_process_killed_outright_leaves_a_state_that_can_be_used(tmp_path: Path) -> None:
+    """SIGKILL from inside a step: no handler, no cleanup."""
+    script = """
+        import os, signal, sys
+        from pathlib import Path
+        from healing import Job
+        from kvexport.progress import Progress
+
+        class Kill(Progress):
+            left = 17
+            def advance(self):
+                self.left -= 1
+                if self.left == 0:
+                    os.kill(os.getpid(), signal.SIGKILL)
+
+        Job().heal(20, Path(sys.argv[1]), Kill())
+    """
+    state = tmp_path / "state"
+    paths = f"import sys; sys.path[:0] = {sys.path!r}\n"
+    killed = subprocess.run([sys.executable, "-c", paths + textwrap.dedent(script), str(state)], timeout=120, check=False)
+    assert killed.returncode == -9
+    assert_same(Job().heal(20, state), Job().heal(20))
+
+
+@pytest.fixture
+def interrupted(tmp_path: Path) -> tuple[Job, Path]:
+    job, state = Job(), tmp_path / "state"
+    with pytest.raises(Killed):
+        job.heal(20, state, KilledAt(18))
+    return job, state
+
+
+def other_original(job: Job) -> None:
+    job.original = replace(job.original, limits=replace(job.original.limits, max_positions=99))
+
+
+def other_conversion(job: Job) -> None:
+    layer = job.converted.layers[1]
+    weight = layer.attention.o.weight.clone()
+    weight[0, 0] += 1e-6 * weight[0, 0]
+    attention = replace(layer.attention, o=replace(layer.attention.o, weight=weight))
+    job.converted = replace(job.converted, layers=[job.converted.layers[0], replace(layer, attention=attention)])
+
+
+def other_windows(job: Job) -> None:
+    job.windows = random_windows(job.original, 24, 12, seed=77)
+
+
+def other_held_out(job: Job) -> None:
+    job.held_out = job.held_out[:4]
+
+
+@pytest.mark.parametrize("change", [other_original, other_conversion, other_windows, other_held_out])
+def test_a_state_of_another_job_is_refused(interrupted: tuple[Job, Path], change) -> None:  # type: ignore[no-untyped-def]
+    job, state = interrupted
+    change(job)
+    with pytest.raises(UsageError, match="belongs to another job") as refused:
+        job.heal(20, state)
+    assert "delete the file" in str(refused.value)
+
+
+@pytest.mark.parametrize("options", [{"steps": 21}, {"seed": 1}, {"batch": 3}, {"learning_rate": 0.02}])
+def test_a_state_of_other_options_is_refused(interrupted: tuple[Job, Path], options: dict[str, float]) -> None:
+    job, state = interrupted
+    with pytest.raises(UsageError, match="belongs to another job"):
+        job.heal(state=state, **{"steps": 20, **options})  # type: ignore[arg-type]
+
+
+def test_a_damaged_state_is_refused(interrupted: tuple[Job, Path]) -> None:
+    job, state = interrupted
+    sound = state.read_bytes()
+    spoiled = bytearray(sound)
+    spoiled[-5] ^= 1
+    for damaged in (sound[: len(sound) // 2], b"", b"not a state", bytes(spoiled), sound[:200] + b"?" + sound[201:]):
+        state.write_bytes(damaged)
+        with pytest.raises(UsageError, match="is damaged") as refused:
+            job.heal(20, state)
+        assert "delete the file" in str(refused.value)
+        assert state.read_bytes() == damaged  # and left for the user to judge
+
+
+def test_a_safetensors_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(3)}, tmp_path / "state")
+    with pytest.raises(UsageError, match="is damaged"):
+        Job().heal(20, tmp_path / "state")
