@@ -21,8 +21,22 @@ from kvexport.bundle import BYTES, REPORT_FILE, TOKENIZER_FILE, new_bundle
 from kvexport.calibrate import PeakMeter, Recipe, Statistics, calibration_windows, sampling_steps, save_header, save_moments
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.checkpoint import Checkpoint
-from kvexport.convert import Conversion, ConvertedLayer, LayerReport, candidates, convert, kv_heads_for, measure, unconverted
-from kvexport.decoder import Layer, tensors_of
+from kvexport.convert import (
+    Choice,
+    Conversion,
+    ConvertedLayer,
+    LayerReport,
+    Wish,
+    choose,
+    convert,
+    fixed_shape,
+    measure,
+    method_for,
+    trained_shape,
+    unconverted,
+    uniform_shape,
+)  # fmt: skip
+from kvexport.decoder import Decoder, Layer, tensors_of
 from kvexport.directory import atomic_directory, require_output
 from kvexport.divergence import Divergence
 from kvexport.errors import GateFailed, UsageError
@@ -45,18 +59,26 @@ class Plan:
     """What to make of a checkpoint.
 
     Attributes:
-        kv_heads, kv_ratio: how many KV heads to keep, as a number or a share; neither: half.
         method: a name of `METHOD_NAMES`.
+        wish: how much is to be cached.
         recipe: where calibration text comes from, unless `statistics` (saved by `calibrate`) are given.
         dtype: of weights and cache in what is written.
     """
 
     recipe: Recipe
-    kv_heads: int | None = None
-    kv_ratio: float | None = None
-    method: str = "auto"
+    wish: Wish = field(default_factory=Wish)
+    method: str = "online"
     statistics: Path | None = None
     dtype: str = "float32"
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """KV bytes per token, and the mean KL to the original in nats per token: predicted, and measured where tried."""
+
+    kv_bytes_per_token: int
+    predicted_kl: float
+    measured_kl: float | None
 
 
 @dataclass
@@ -68,6 +90,8 @@ class BuildReport:
         parameters: numbers in the weights; `_original` before conversion.
         divergence: from the trained model, on held-out calibration text; None where nothing was converted.
         validation: of the exported graph against its PyTorch twin; None for a standard checkpoint.
+        frontier: what else could have been cached, and what it was predicted, or measured, to lose; empty where the plan
+            left no choice.
         kept_float32: what a float16 graph computes in float32, because calibration showed that float16 cannot hold it.
         seconds: wall time by stage.
     """
@@ -82,6 +106,7 @@ class BuildReport:
     seconds: dict[str, float]
     validation: ValidationReport | None = None
     kept_float32: list[str] = field(default_factory=list)
+    frontier: list[FrontierPoint] = field(default_factory=list)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as `--json` prints them."""
@@ -105,8 +130,9 @@ def build(
     with new_bundle(output, force=force) as writer:
         job = _Job(checkpoint, plan, progress)
         job.check_tokenizer()
-        decoder, limit = job.decoder, _capacity(job.decoder.limits.max_positions, capacity)
+        decoder, limit = job.decoder, capacity_of(job.decoder, capacity)
         windows = job.windows()
+        choice = job.choose(windows, limit)
         twin = TwinRecorder(decoder, windows, limit)
         graph = DecoderWriter(
             writer.directory,
@@ -125,7 +151,7 @@ def build(
             if peaks is not None:
                 peaks.add_layer(layer)
 
-        report = job.convert(windows, take)
+        report = job.convert(windows, choice, take, limit)
         twin.save(writer.directory)
         kept = Kept() if peaks is None else kept_float32(peaks)
         if kept.names:
@@ -155,10 +181,12 @@ def compress(checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, 
     """
     require_output(output, marker="config.json", force=force)
     job = _Job(checkpoint, plan, progress)
-    require_standard(job.decoder, plan.method, job.compresses)
+    shape = uniform_shape(plan.wish, job.method, job.decoder.layers[0].attention)
+    require_standard(job.decoder, plan.method, shape != trained_shape(job.decoder.layers[0].attention))
     with atomic_directory(output, marker="config.json", force=force) as directory:
         writer = StandardWriter(directory, job.decoder, job.checkpoint.config, getattr(torch, plan.dtype))
-        report = job.convert(job.windows(), writer.add_layer)
+        choice = Choice([shape] * len(job.decoder.layers))
+        report = job.convert(job.windows(), choice, writer.add_layer, capacity_of(job.decoder))
         writer.finish()
         job.checkpoint.copy_tokenizer(directory)
     return report
@@ -191,9 +219,10 @@ class _Job:
             self.decoder = load_decoder(self.checkpoint)
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
-        self.kv_heads = kv_heads_for(attention.num_kv_heads, plan.kv_heads, plan.kv_ratio)
-        self.compresses = self.kv_heads != attention.num_kv_heads
+        self.method = method_for(plan.method, attention)
+        self.compresses = fixed_shape(plan.wish, self.method, attention) != trained_shape(attention)
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
+        self.moments_of = None if self.statistics is None else self.statistics.moments
 
     def check_tokenizer(self) -> None:
         """Say it now rather than after the work, if the bundle will not be able to read and write text.
@@ -214,15 +243,8 @@ class _Job:
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     def windows(self) -> Tensor:
-        """Calibration windows [N, length] int64.
-
-        Raises:
-            UsageError: the model cannot take the plan's method; before any text is made.
-        """
-        attention = self.decoder.layers[0].attention
-        candidates(self.plan.method, attention)
-        cached = attention.k.weight.shape[0]
-        del attention  # its layer need not stay in memory while text is sampled
+        """Calibration windows [N, length] int64."""
+        cached = self.decoder.layers[0].attention.k.weight.shape[0]
         if self.statistics is not None:
             return self.statistics.windows
         recipe = self.plan.recipe
@@ -244,14 +266,18 @@ class _Job:
             return {**self.statistics.header["recipe"], "tokens_sha256": self.statistics.header["tokens_sha256"]}
         return self.plan.recipe.to_json()
 
-    def convert(self, windows: Tensor, take: Callable[[Layer], None]) -> BuildReport:
+    def choose(self, windows: Tensor, capacity: int) -> Choice:
+        """What each layer is to cache."""
+        with self.timed("survey"):
+            return choose(self.decoder, windows, self.plan.wish, self.method, self.moments_of, capacity, self.progress)
+
+    def convert(self, windows: Tensor, choice: Choice, take: Callable[[Layer], None], capacity: int) -> BuildReport:
         """Hand every converted layer to `take`, and say what became of all."""
-        method, moments_of = self.plan.method, None if self.statistics is None else self.statistics.moments
         decoder = self.decoder
         conversion: Conversion | None = None
         layers: Iterator[ConvertedLayer] = unconverted(decoder)
         if self.compresses:
-            layers = conversion = convert(decoder, windows, self.kv_heads, method, moments_of)
+            layers = conversion = convert(decoder, windows, choice.shapes, self.method, self.moments_of, capacity)
         reports: list[LayerReport] = []
         parameters = sum(
             t.numel() for t in tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
@@ -275,16 +301,17 @@ class _Job:
             parameters_original=parameters - sum(each.parameters - each.original_parameters for each in reports),
             divergence=divergence,
             seconds=self.seconds,
+            frontier=[FrontierPoint(size * each.kv_width, each.predicted_kl, each.measured_kl) for each in choice.points],
         )
 
 
-def _capacity(max_positions: int | None, wanted: int | None) -> int:
-    """Tokens that a sequence may hold.
+def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:
+    """Tokens that a sequence may hold: as many as wanted, or as the model has positions for, at most 4096.
 
     Raises:
         UsageError: more than the model has positions for, or none.
     """
-    most = max_positions or wanted or _DEFAULT_CAPACITY
+    most = decoder.limits.max_positions or wanted or _DEFAULT_CAPACITY
     if wanted is None:
         return min(most, _DEFAULT_CAPACITY)
     if not 1 <= wanted <= most:

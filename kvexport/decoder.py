@@ -50,13 +50,14 @@ class Attention:
     A standard layer has no maps: `k` makes `num_kv_heads` heads of `head_dim`, `v` as many of `value_dim`.
     A converted layer may make more key heads than it caches: `k` makes t·num_kv_heads heads, which are
     normalised and rotated as trained, then each t of them are projected to one cached head of `key_dim`
-    by `key_map`; queries follow through `query_map` (one small matrix a head). `value_map` takes a head's
-    attention output from `value_dim` to the width that `o` expects; without it `o` takes value_dim.
+    by `key_map`; queries follow through `query_map` (one small matrix a head). Where nothing rotates, `k` makes the
+    cached heads of `key_dim` itself and there may be a query_map alone. `value_map` takes a head's attention output
+    from `value_dim` to the width that `o` expects; without it `o` takes value_dim.
     The softmax scale is always that of the trained model, 1/sqrt(its head_dim).
     """
 
     q: Linear  # [num_heads·head_dim, hidden]
-    k: Linear  # [key_heads·head_dim, hidden]; key_heads = num_kv_heads without key_map, t times that with it
+    k: Linear  # [key_heads·head_dim, hidden] with key_map, key_heads = t·num_kv_heads; else [num_kv_heads·key_dim, hidden]
     v: Linear  # [num_kv_heads·value_dim, hidden]
     o: Linear  # [hidden, num_heads·(value_map width, or value_dim)]
     num_heads: int
@@ -75,12 +76,12 @@ class Attention:
     @property
     def key_heads(self) -> int:
         """Key heads that `k` makes, before any key_map."""
-        return self.k.weight.shape[0] // self.head_dim
+        return self.num_kv_heads if self.key_map is None else self.k.weight.shape[0] // self.head_dim
 
     @property
     def key_dim(self) -> int:
         """Width of a cached key."""
-        return self.head_dim if self.key_map is None else self.key_map.shape[2]
+        return self.head_dim if self.query_map is None else self.query_map.shape[2]
 
     @property
     def value_dim(self) -> int:

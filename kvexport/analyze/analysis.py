@@ -13,13 +13,13 @@ from typing import Any, TypedDict
 from torch import Tensor
 
 from kvexport import __version__
-from kvexport.analyze.conversion import conversion_for
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
-from kvexport.calibrate import Recipe, calibration_windows
+from kvexport.build import Plan, capacity_of
+from kvexport.calibrate import calibration_windows
 from kvexport.checkpoint import Checkpoint
-from kvexport.convert import ConvertedLayer
+from kvexport.convert import ConvertedLayer, LayerSurvey, choose, convert, fixed_shape, method_for
 from kvexport.decoder import Decoder
 from kvexport.divergence import Divergence
 from kvexport.layer_report import LayerReport
@@ -144,14 +144,12 @@ def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
 
 
 def analyze(
-    checkpoint: Path, recipe: Recipe, progress: Progress, *, kv_heads: int | None = None, kv_ratio: float | None = None,
-    method: str = "auto", text: Path | None = None, tokens: int = TOKENS, pairs: str | None = None,
+    checkpoint: Path, plan: Plan, progress: Progress, *, text: Path | None = None, tokens: int = TOKENS, pairs: str | None = None,
 ) -> Analysis:  # fmt: skip
     """Measure a checkpoint's cache, convert it, and compare the two models' attention. Nothing is written.
 
     Args:
-        recipe: where calibration text comes from.
-        kv_heads, kv_ratio, method: the conversion that is looked at, as in `build.Plan`.
+        plan: the conversion that is looked at; its calibration text is that of its recipe.
         text: its first `tokens` tokens are the window of the attention maps; None: the model's own text.
         pairs: query and key positions in that window whose weights are listed, such as '12:3,20:4'.
 
@@ -159,10 +157,11 @@ def analyze(
         UsageError: the checkpoint, the recipe, the conversion or the pairs cannot be used.
         CannotRunHere: the model cannot sample its own text here.
     """
-    source = Checkpoint(checkpoint)
+    source, recipe = Checkpoint(checkpoint), plan.recipe
     decoder = load_decoder(source)
     attention = decoder.layers[0].attention
-    start = conversion_for(decoder, kv_heads, kv_ratio, method)
+    method = method_for(plan.method, attention)
+    fixed_shape(plan.wish, method, attention)  # before any work
     if pairs is not None:
         parse_pairs(pairs, tokens)  # before any work
     sampled = recipe.source == "self"
@@ -181,10 +180,19 @@ def analyze(
     )
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
-    conversion = start(windows)
+    limit = capacity_of(decoder)
+    choice = choose(decoder, windows, plan.wish, method, None, limit, progress)
+    conversion = convert(decoder, windows, choice.shapes, method, capacity=limit)
     layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
-    return Analysis(facts, tuple(layers), conversion.divergence(), tuple(ids), tuple(texts), maps, tuple(listed))
+    surveyed = [_relative_sensitivity(index, each) for index, each in enumerate(choice.layers)] or None
+    return Analysis(facts, tuple(layers), conversion.divergence(), tuple(ids), tuple(texts), maps, tuple(listed), surveyed)
+
+
+def _relative_sensitivity(index: int, layer: LayerSurvey) -> Sensitivity:
+    """KL per unit of relative error power of the attention output."""
+    power = layer.output_power
+    return {"layer": index, "key": power * layer.key_sensitivity, "value": power * layer.value_sensitivity}
 
 
 def compare(

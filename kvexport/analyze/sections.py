@@ -167,7 +167,11 @@ def _sensitivity(records: Sequence[Sensitivity]) -> str:
     return (
         legend(["keys", "values"])
         + f'<div class="panels wide">{_figure(chart, "By layer")}</div>'
-        + _note("How strongly the model’s predictions answer to what one layer’s keys or values lose, measured layer by layer.")
+        + _note(
+            "How strongly the model’s predictions answer to what one layer’s keys or values lose: mean KL in nats per token for "
+            "a unit of the attention output’s relative error power, from a trial in which that layer’s keys, or its values, "
+            "alone were coded."
+        )
         + _table("Sensitivity by layer", [("keys", [""]), ("values", [""])], rows, [str(each["layer"]) for each in records])
     )
 

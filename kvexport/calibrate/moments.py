@@ -20,8 +20,8 @@ from kvexport.decoder import Attention, Rope
 @dataclass(frozen=True)
 class Moments:
     """Means over calibration tokens, float64. h key heads, H query heads, d = head_dim; keys and queries are
-    those that meet in the dot product: normalised and rotated. Rotation turns all heads of a position alike,
-    so the moments between heads of one rotary pair before rotation are contained in these."""
+    normalised. They are accumulated as they are before rotation; `over_positions` gives them as they meet in the
+    dot product."""
 
     tokens: Tensor  # [] int64: tokens seen
     key_mean: Tensor  # [h·d]
@@ -66,9 +66,9 @@ class MomentsAccumulator:
         """Take in normed inputs [B, S, hidden] of whole windows; returns the attention output [B, S, hidden]."""
         projected = windows.project(self._attention, x, rope)
         self._tokens += x.shape[0] * x.shape[1]
-        self._key_mean += _add_second(self._key_second, projected.key_rotated)
+        self._key_mean += _add_second(self._key_second, projected.key)
         self._value_mean += _add_second(self._value_second, projected.value)
-        queries = projected.query_rotated.double().transpose(0, 1).flatten(1, 2)  # [H, B·S, d]
+        queries = projected.query.double().transpose(0, 1).flatten(1, 2)  # [H, B·S, d]
         self._query_second += queries.transpose(1, 2) @ queries
         output = reference.linear(self._attention.o, windows.head_outputs(self._attention, projected, self._look))
         self._output_mean += output.double().sum((0, 1))

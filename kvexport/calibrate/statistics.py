@@ -18,7 +18,7 @@ from kvexport.errors import UsageError
 from kvexport.hashing import sha256_of
 from kvexport.tensor_files import save_tensors
 
-FORMAT = 1
+FORMAT = 2  # 1 held moments of rotated keys
 _HEADER, _TOKENS = "statistics.json", "tokens.safetensors"
 
 

@@ -25,6 +25,7 @@ _VERBS = {
     "evaluate": "Measure what compression cost, on a text.",
     "compress": "Turn a checkpoint into a standard one with fewer KV heads.",
     "calibrate": "Save calibration statistics for several builds.",
+    "analyze": "Show what a cache is like, and what a conversion does to it, as a page.",
     "plan": "Say from config.json alone what fits a target, and how fast it will be.",
     "lint": "Name what a target's engine cannot import, before building there.",
     "engine": "Build a TensorRT engine of a bundle.",

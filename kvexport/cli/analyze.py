@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import click
 
-from kvexport.cli.conversion import METHODS, calibration_options, recipe_from
+from kvexport.cli.conversion import METHODS, cache_options, calibration_options, plan_from, shape_options
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The HTML file to write; it must not exist.")
-@click.option("--kv-heads", type=int, help="KV heads to keep; must divide the model's number [default: half].")
-@click.option("--kv-ratio", type=float, help="The same as a share: 0.5, 0.25, ...")
-@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged.")
+@click.option("--method", type=click.Choice(METHODS), default="online", show_default=True, help="How heads are merged.")
+@cache_options
+@shape_options
 @calibration_options
 @click.option("--text", type=click.Path(path_type=Path), help="Whose attention maps to show [default: text the model samples].")
 @click.option("--tokens", type=click.IntRange(2, 256), default=48, show_default=True, help="Of that text.")
@@ -24,9 +25,8 @@ from kvexport.cli.conversion import METHODS, calibration_options, recipe_from
 @click.option("--json", "as_json", is_flag=True, help="Print the page's data as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress and no report.")
 def command(
-    checkpoint: Path, output: Path, kv_heads: int | None, kv_ratio: float | None, method: str, calibration: str | None,
-    samples: int | None, length: int | None, seed: int | None, text: Path | None, tokens: int, pairs: str | None,
-    force: bool, as_json: bool, quiet: bool,
+    checkpoint: Path, output: Path, text: Path | None, tokens: int, pairs: str | None, force: bool, as_json: bool, quiet: bool,
+    **options: Any,
 ) -> None:  # fmt: skip
     """Show what CHECKPOINT's cache is like and what a conversion does to it, as one HTML page that loads nothing.
 
@@ -38,19 +38,9 @@ def command(
     from kvexport.cli.report import PlainConsole, layer_table
 
     require_page(output, force=force)
-    recipe = recipe_from(calibration, samples, length, seed)
+    plan = plan_from(options)
     with progress_bar(quiet) as progress:
-        found = analyze(
-            checkpoint,
-            recipe,
-            progress,
-            kv_heads=kv_heads,
-            kv_ratio=kv_ratio,
-            method=method,
-            text=text,
-            tokens=tokens,
-            pairs=pairs,
-        )
+        found = analyze(checkpoint, plan, progress, text=text, tokens=tokens, pairs=pairs)
     save(render(found), output, force=force)
     if as_json:
         click.echo(json.dumps(found.to_json()))

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
-METHODS = ("auto", "online", "fold", "svd-a", "svd-w", "mean-pool")
+METHODS = ("online", "fold", "svd-a", "svd-w", "mean-pool")
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
@@ -39,14 +39,30 @@ calibration_options = _together(
     click.option("--seed", type=int, help="Of sampling [default: 0]."),
 )
 
+cache_options = _together(
+    click.option("--kv-ratio", type=float, help="Share of the KV cache to keep [default: 0.5]."),
+    click.option("--kv-heads", type=int, help="KV heads to keep in every layer; must divide the model's number."),
+)
+
 conversion_options = _together(
-    click.option("--kv-heads", type=int, help="KV heads to keep; must divide the model's number [default: half]."),
-    click.option("--kv-ratio", type=float, help="The same as a share: 0.5, 0.25, ..."),
+    cache_options,
     calibration_options,
     click.option(
         "--statistics", type=click.Path(path_type=Path), help="Saved by `kvexport calibrate`, instead of --calibration."
     ),
     click.option("--dtype", type=click.Choice(tuple(BYTES)), default="float32", show_default=True, help="Of weights and cache."),
+)
+
+
+shape_options = _together(
+    click.option("--max-kl", type=float, help="The smallest cache whose mean KL to the original stays below this, in nats."),
+    click.option("--group-size", type=int, help="Trained KV heads that share one [default: each layer's best]."),
+    click.option("--kv-head-dim", type=int, help="Width of cached keys and values, at most 256 [default: each layer's best]."),
+    click.option(
+        "--target",
+        metavar="NAME|FILE",
+        help="Use what this device's engine takes: where its attention is not fused, keys and values may differ in width.",
+    ),
 )
 
 
@@ -64,12 +80,18 @@ def plan_from(options: dict[str, Any]) -> Plan:
         UsageError: options that contradict each other or are out of range.
     """
     from kvexport.build import Plan
+    from kvexport.convert import Wish
+    from kvexport.targets import load_target, lowering_for
 
     sources = [options.pop(name) for name in ("calibration", "samples", "length", "seed")]
-    if options["statistics"] is not None and any(value is not None for value in sources):
+    if options.get("statistics") is not None and any(value is not None for value in sources):
         raise UsageError(
             "--statistics holds its own calibration text", seen="--calibration, --samples, --length or --seed beside it",
             fix="leave those out, or --statistics",
         )  # fmt: skip
-    names = ("kv_heads", "kv_ratio", "method", "statistics", "dtype")
-    return Plan(recipe_from(*sources), **{name: options.pop(name) for name in names})
+    wishes = {name: options.pop(name, None) for name in ("kv_heads", "kv_ratio", "max_kl", "group_size", "kv_head_dim")}
+    target = options.pop("target", None)
+    wish = Wish(**wishes, equal_widths=target is None or lowering_for(load_target(target)) == "std24")
+    return Plan(
+        recipe_from(*sources), wish, **{name: options.pop(name) for name in ("method", "statistics", "dtype") if name in options}
+    )

@@ -116,6 +116,9 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     if report.divergence is not None:
         _divergence_rows(summary, report.divergence)
     out.print()
+    if report.frontier:
+        out.print(frontier_table(report))
+        out.print()
     out.print(summary)
     if report.divergence is not None:
         out.say(f"(on {report.divergence.tokens} calibration tokens held out from the fit)")
@@ -124,6 +127,22 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items())
     out.say(f"took {sum(report.seconds.values()):.1f} s ({seconds})")
     out.say(f"wrote {output}")
+
+
+def frontier_table(report: BuildReport) -> Table:
+    """What else could have been cached, and at what loss."""
+    table = plain_table("KV cache per token", "share", "predicted KL", "measured KL", "")
+    for point in report.frontier:
+        chosen = point.kv_bytes_per_token == report.kv_bytes_per_token
+        measured = report.divergence.mean_kl if chosen and report.divergence is not None else point.measured_kl
+        table.add_row(
+            size(point.kv_bytes_per_token),
+            f"{point.kv_bytes_per_token / report.kv_bytes_per_token_original:.1%}",
+            f"{point.predicted_kl:.5f}",
+            "" if measured is None else f"{measured:.5f}",
+            "chosen" if chosen else "",
+        )
+    return table
 
 
 def print_validation(report: ValidationReport) -> None:

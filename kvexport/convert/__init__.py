@@ -1,11 +1,31 @@
 """Conversion: a trained decoder's layers, with fewer KV heads, and what that is predicted and measured to cost."""
 
-from kvexport.convert.groups import kv_heads_for
-from kvexport.convert.methods import AUTO, METHOD_NAMES, candidates
+from kvexport.convert.choose import Choice, choose
+from kvexport.convert.groups import Shape, kv_heads_for, trained_shape
+from kvexport.convert.methods import METHOD_NAMES, Method, method_for
 from kvexport.convert.pipeline import Conversion, ConvertedLayer, convert, measure, unconverted
+from kvexport.convert.survey import LayerSurvey, survey
+from kvexport.convert.wish import Wish, fixed_shape, uniform_shape
 from kvexport.layer_report import LayerReport
 
 __all__ = [
-    "AUTO", "METHOD_NAMES", "Conversion", "ConvertedLayer", "LayerReport", "candidates", "convert", "kv_heads_for", "measure",
+    "METHOD_NAMES",
+    "Choice",
+    "Conversion",
+    "ConvertedLayer",
+    "LayerReport",
+    "LayerSurvey",
+    "Method",
+    "Shape",
+    "Wish",
+    "choose",
+    "convert",
+    "fixed_shape",
+    "kv_heads_for",
+    "measure",
+    "method_for",
+    "survey",
+    "trained_shape",
     "unconverted",
+    "uniform_shape",
 ]  # fmt: skip

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,16 +29,25 @@ class LayerCode:
 
 
 def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> Attention:
-    """The layer with `grouping.kv_heads` cached heads; `value_mean` [h·head_dim] is used where the code is centred."""
-    v, o = _values(attention, grouping, code, value_mean)
-    converted = replace(attention, num_kv_heads=grouping.kv_heads, v=v, o=o)
-    if not code.folds:
-        dtype = attention.k.weight.dtype
-        key_map = torch.stack([each.encode for each in code.keys])  # [G, t·d, r]
-        return replace(converted, key_map=key_map.to(dtype), query_map=_decoders(grouping, code.keys).to(dtype))
+    """The layer with `grouping.kv_heads` cached heads; `value_mean` [h·head_dim] is used where the code is centred.
+
+    A decoder goes into W_Q or W_O only where that makes the weights no larger: with wide groups it stays a map.
+    """
+    converted = replace(attention, num_kv_heads=grouping.kv_heads, **_values(attention, grouping, code, value_mean))
+    dtype = attention.k.weight.dtype
     decoders = _decoders(grouping, code.keys)  # [H, d, r]
-    q = _encode(attention.q, list(decoders))
-    return replace(converted, q=q, k=_encode(attention.k, [each.encode for each in code.keys]), head_dim=decoders.shape[2])
+    if not code.folds:
+        key_map = torch.stack([each.encode for each in code.keys])  # [G, t·d, r]
+        return replace(converted, key_map=key_map.to(dtype), query_map=decoders.to(dtype))
+    converted = replace(converted, k=_encode(attention.k, [each.encode for each in code.keys]))
+    if not _folds(attention.q.weight.shape[1], decoders.shape[1], decoders.shape[2]):
+        return replace(converted, query_map=decoders.to(dtype))
+    return replace(converted, q=_encode(attention.q, list(decoders)), head_dim=decoders.shape[2])
+
+
+def _folds(hidden: int, width: int, rank: int) -> bool:
+    """Whether a matrix [hidden, rank] a head is no larger than one [hidden, width] and a map [width, rank]."""
+    return hidden * rank <= hidden * width + width * rank
 
 
 def _decoders(grouping: Grouping, codes: Sequence[Code]) -> Tensor:
@@ -46,17 +56,21 @@ def _decoders(grouping: Grouping, codes: Sequence[Code]) -> Tensor:
     return torch.stack([code.decode[grouping.member(head)] for code, head in heads])
 
 
-def _values(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> tuple[Linear, Linear]:
-    """W_V encoded, W_O with the decoders folded in: o = Σ_h W_O^h U_h c, and a bias for what the means lose."""
-    v = _encode(attention.v, [each.encode for each in code.values])
-    width = grouping.head_dim
-    weight = attention.o.weight.double().unflatten(1, (-1, width))  # [hidden, H, d]
-    columns = [weight[:, head] @ decoder for head, decoder in enumerate(_decoders(grouping, code.values))]
-    bias = attention.o.bias
+def _values(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> dict[str, Any]:
+    """W_V encoded; W_O with the decoders folded in, o = Σ_h W_O^h U_h c, or a map before it; a bias for what the means lose."""
+    o, dtype = attention.o, attention.o.weight.dtype
+    decoders, value_map = _decoders(grouping, code.values), None  # [H, d, r]
+    weight, bias = o.weight, o.bias
+    if _folds(weight.shape[0], *decoders.shape[1:]):
+        by_head = weight.double().unflatten(1, (-1, grouping.head_dim))  # [hidden, H, d]
+        weight = torch.einsum("ohd,hdr->ohr", by_head, decoders).flatten(1).to(dtype)
+    else:
+        value_map = decoders.transpose(1, 2).contiguous().to(dtype)
     if code.centred:
         lost = lost_constant(attention, grouping, code.values, value_mean)
-        bias = (lost if bias is None else bias.double() + lost).to(attention.o.weight.dtype)
-    return v, Linear(torch.cat(columns, dim=1).to(attention.o.weight.dtype), bias)
+        bias = (lost if bias is None else bias.double() + lost).to(dtype)
+    v = _encode(attention.v, [each.encode for each in code.values])
+    return {"v": v, "o": Linear(weight, bias), "value_map": value_map}
 
 
 def _encode(linear: Linear, encoders: list[Tensor]) -> Linear:

@@ -27,24 +27,50 @@ class Code:
         return torch.eye(self.encode.shape[0], dtype=torch.float64) - self.decode @ self.encode.T
 
 
-def optimal_code(sensitivity: Tensor, covariance: Tensor, rank: int) -> Code:
-    """The code of rank r that minimises tr(S · Cov(z - ẑ)), in an orthonormal gauge.
+@dataclass(frozen=True)
+class Codes:
+    """The optimal codes of every rank for one stack of n numbers.
+
+    Attributes:
+        encode, decode: E and U of rank n, [n, n], best column first.
+        spectrum: [n] float64, descending; what rank r loses is the sum of all but the r first.
+    """
+
+    encode: Tensor
+    decode: Tensor
+    spectrum: Tensor
+
+    def code(self, rank: int) -> Code:
+        """The code of one rank, in the orthonormal gauge."""
+        return orthonormal(Code(self.encode[:, :rank], self.decode[:, :rank]))
+
+    @property
+    def losses(self) -> Tensor:
+        """tr(S · Cov(z - ẑ)) for ranks 0 to n, [n + 1]."""
+        return torch.cat((self.spectrum, self.spectrum.new_zeros(1))).flip(0).cumsum(0).flip(0)
+
+
+def optimal_codes(sensitivity: Tensor, covariance: Tensor) -> Codes:
+    """The codes of each rank r that minimise tr(S · Cov(z - ẑ)).
 
     With B = S^½ and the eigenvectors P_r of B C B to its r largest eigenvalues, E = B P_r and U = B⁻¹ P_r
-    (Eckart-Young on B C^½). E and U are unique up to an invertible r x r; E is made orthonormal, so that the
-    cached numbers are scaled alike.
+    (Eckart-Young on B C^½). E and U are unique up to an invertible r x r.
     """
     values, vectors = torch.linalg.eigh(damped(sensitivity))
     root = values.clamp_min(values.max() * 1e-12).sqrt()
     b, b_inverse = vectors * root @ vectors.T, vectors / root @ vectors.T
-    leading = leading_eigenvectors(b @ damped(covariance) @ b, rank)
-    return orthonormal(Code(b @ leading, b_inverse @ leading))
+    found = torch.linalg.eigh(b @ damped(covariance) @ b)
+    vectors = found.eigenvectors.flip(-1)
+    return Codes(b @ vectors, b_inverse @ vectors, found.eigenvalues.flip(-1).clamp_min(0))
 
 
 def orthonormal(code: Code) -> Code:
-    """The same ẑ from an encoder with orthonormal columns."""
-    q, r = torch.linalg.qr(code.encode)
-    return Code(q, code.decode @ r.T)
+    """The same ẑ from a decoder with orthonormal columns.
+
+    What is cached then has the norm of the ẑ that it stands for, and queries pass through the decoder without growing.
+    """
+    q, r = torch.linalg.qr(code.decode)
+    return Code(code.encode @ r.T, q)
 
 
 def subspace_code(second_moment: Tensor, rank: int) -> Code:

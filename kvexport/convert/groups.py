@@ -1,15 +1,36 @@
-"""Which KV heads share one after conversion: adjacent ones, in groups of one size.
+"""What a converted layer caches, and which KV heads share one: adjacent ones, in groups of one size.
 
-Knows counts of heads and the slices they mean; nothing of weights.
+Knows counts of heads, widths, and the slices they mean; nothing of weights. Heads that are to share one are made
+adjacent first (`kvexport.convert.permute`).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvexport.decoder import Attention
 from kvexport.errors import UsageError
 
 _ROUNDED = 0.01  # a ratio may be written with few digits, such as 0.33
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What one layer caches: so many KV heads, of keys and values so wide."""
+
+    kv_heads: int
+    key_dim: int
+    value_dim: int
+
+    @property
+    def kv_width(self) -> int:
+        """Cached numbers per token."""
+        return self.kv_heads * (self.key_dim + self.value_dim)
+
+
+def trained_shape(attention: Attention) -> Shape:
+    """What the layer caches now."""
+    return Shape(attention.num_kv_heads, attention.key_dim, attention.value_dim)
 
 
 @dataclass(frozen=True)
@@ -18,13 +39,18 @@ class Grouping:
 
     Attributes:
         queries: query heads that share one KV head of the trained model.
-        head_dim: width of a trained KV head, and of the one that replaces a group.
+        head_dim: width of a trained KV head.
     """
 
     kv_heads: int
     size: int
     queries: int
     head_dim: int
+
+    @classmethod
+    def of(cls, attention: Attention, kv_heads: int) -> Grouping:
+        """The attention's adjacent KV heads in `kv_heads` groups."""
+        return cls(kv_heads, attention.num_kv_heads // kv_heads, attention.queries_per_kv_head, attention.head_dim)
 
     def rows(self, group: int) -> slice:
         """The group's rows among the trained model's stacked keys or values [h·head_dim]."""

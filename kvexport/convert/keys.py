@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.convert.codes import Code, leading_eigenvectors, optimal_code, subspace_code
+from kvexport.convert.codes import Code, Codes, leading_eigenvectors, optimal_codes, subspace_code
 from kvexport.convert.groups import Grouping
 from kvexport.decoder import Attention
 
@@ -29,38 +29,58 @@ def query_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:
     return weights
 
 
-def online(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
-    """Query-weighted, centred code of the keys as the dot product meets them, after rotation.
+def online_codes(moments: Moments, grouping: Grouping, group: int) -> Codes:
+    """Query-weighted, centred codes of the keys as the dot product meets them, after rotation.
 
     Σ (q·δ)² over all pairs is tr(QᵀQ ΔᵀΔ), so S = E[q qᵀ] is exact for equally weighted pairs; the mean of the
     keys shifts all logits of a row alike, which softmax ignores, so the covariance is centred.
     """
-    rows = grouping.rows(group)
-    return optimal_code(query_weights(moments, grouping, group), moments.key_covariance(rows), grouping.head_dim)
+    return optimal_codes(query_weights(moments, grouping, group), moments.key_covariance(grouping.rows(group)))
 
 
-def fold(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
-    """The best code that commutes with RoPE, so that it folds into W_Q and W_K.
+def online(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
+    return online_codes(moments, grouping, group).code(rank)
+
+
+def fold(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
+    """The best code that commutes with RoPE, so that it folds into W_Q and W_K; `rank` is head_dim.
 
     Rotation multiplies the complex number z_h = k[i] + j k[i + d/2] of every head by one phase, so a complex mix
     across heads at one frequency i commutes with it: a Hermitian eigenproblem of size t for each frequency,
     weighted by the power of the queries there, gives cached channel i. Written out in real numbers, E and U have
     2x2 rotation-and-scale blocks.
     """
-    size, width = grouping.size, grouping.head_dim
-    half = width // 2
+    assert rank == grouping.head_dim
+    share, weighted = _by_frequency(moments, grouping, group)
+    b = share.clamp_min(1e-12).sqrt()  # a head that nobody asks still has a code
+    leading = leading_eigenvectors(weighted, 1)[:, :, 0]
+    into, out = b * leading, leading / b  # c = Σ conj(e_h) z_h, ẑ_h = u_h c
+    norm = out.abs().square().sum(1, keepdim=True).sqrt()
+    return Code(_real(into * norm), _real(out / norm))
+
+
+def fold_spectrum(moments: Moments, grouping: Grouping, group: int) -> Tensor:
+    """Weighted energy of the group's keys in each complex mix of its heads, [d/2, t], ascending; `fold` keeps the last.
+
+    A logit error through the pair z - ẑ has the variance E|w|² E|z - ẑ|² / 2.
+    """
+    _, weighted = _by_frequency(moments, grouping, group, absolute=True)
+    return torch.linalg.eigvalsh(weighted) / 2
+
+
+def _by_frequency(moments: Moments, grouping: Grouping, group: int, absolute: bool = False) -> tuple[Tensor, Tensor]:
+    """Query power of each head [d/2, t], as a share of the largest unless `absolute`, and the E[z zᴴ] that it weights."""
+    size, half = grouping.size, grouping.head_dim // 2
     covariance = moments.key_covariance(grouping.rows(group)).view(size, 2, half, size, 2, half)
     pairs = covariance.diagonal(dim1=2, dim2=5).movedim(-1, 0)  # [d/2, t, 2, t, 2], of one frequency each
     hermitian = torch.complex(
         pairs[:, :, 0, :, 0] + pairs[:, :, 1, :, 1], pairs[:, :, 1, :, 0] - pairs[:, :, 0, :, 1]
     )  # E[z zᴴ], [d/2, t, t]
     power = query_weights(moments, grouping, group).diagonal().view(size, 2, half).sum(1).T  # [d/2, t]
-    share = power / power.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
-    b = share.clamp_min(1e-12).sqrt()  # a head that nobody asks still has a code
-    leading = leading_eigenvectors(b[:, :, None] * hermitian * b[:, None, :], 1)[:, :, 0]
-    into, out = b * leading, leading / b  # c = Σ conj(e_h) z_h, ẑ_h = u_h c
-    norm = into.abs().square().sum(1, keepdim=True).sqrt()
-    return Code(_real(into / norm), _real(out * norm))
+    if not absolute:
+        power = power / power.amax(1, keepdim=True).clamp_min(torch.finfo(torch.float64).tiny)
+    b = power.clamp_min(0 if absolute else 1e-12).sqrt()
+    return power, b[:, :, None] * hermitian * b[:, None, :]
 
 
 def _real(mix: Tensor) -> Tensor:
@@ -70,18 +90,18 @@ def _real(mix: Tensor) -> Tensor:
     return torch.diag_embed(blocks).transpose(2, 3).flatten(0, 2).flatten(1)  # [t, 2, d/2, 2, d/2] -> [t·d, d]
 
 
-def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
+def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
     """The paper's SVD of the cached keys, unweighted and uncentred (arXiv 2406.07056, eqs. 7-14, 17-18)."""
     rows = grouping.rows(group)
-    return subspace_code(moments.key_second[rows, rows], grouping.head_dim)
+    return subspace_code(moments.key_second[rows, rows], rank)
 
 
-def svd_w(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
+def svd_w(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
     """SVD of the group's concatenated W_K; no data (the paper's baseline)."""
-    return weight_subspace(attention.k.weight[grouping.rows(group)], grouping.head_dim)
+    return weight_subspace(attention.k.weight[grouping.rows(group)], rank)
 
 
-def mean_pool(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
+def mean_pool(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
     """The mean of the group's heads, which every member's queries then use (arXiv 2305.13245)."""
     return mean_code(grouping)
 

@@ -5,18 +5,20 @@ A table and how to read it; the mathematics is in `keys` and `values`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from kvexport.calibrate import Moments
 from kvexport.convert import keys, values
 from kvexport.convert.apply import LayerCode
 from kvexport.convert.codes import Code
-from kvexport.convert.groups import Grouping
+from kvexport.convert.groups import Grouping, Shape
+from kvexport.convert.losses import LayerLosses
+from kvexport.convert.matching import Group, matched_groups, order_of
 from kvexport.decoder import Attention
 from kvexport.errors import UsageError
 
-Rule = Callable[[Moments, Attention, Grouping, int], Code]
+Rule = Callable[[Moments, Attention, Grouping, int, int], Code]  # of one group, at one rank
 
 
 @dataclass(frozen=True)
@@ -26,6 +28,7 @@ class Method:
     Attributes:
         commutes: its key code commutes with RoPE.
         centred: what the code leaves of the mean value goes into the output bias.
+        matched: heads are grouped by predicted loss; otherwise as they are.
         refit: W_O is fitted again to the converted layer's own head outputs.
     """
 
@@ -34,22 +37,21 @@ class Method:
     value: Rule
     commutes: bool = False
     centred: bool = False
+    matched: bool = False
     refit: bool = False
 
 
 METHODS = {
     method.name: method
     for method in (
-        Method("online", keys.online, values.weighted, centred=True, refit=True),
-        Method("fold", keys.fold, values.weighted, commutes=True, centred=True, refit=True),
+        Method("online", keys.online, values.weighted, centred=True, matched=True, refit=True),
+        Method("fold", keys.fold, values.weighted, commutes=True, centred=True, matched=True, refit=True),
         Method("svd-a", keys.svd_a, values.svd_a),
         Method("svd-w", keys.svd_w, values.svd_w),
         Method("mean-pool", keys.mean_pool, values.mean_pool, commutes=True),
     )
 }
-AUTO = "auto"
-_AS_GOOD = 1.02  # a prediction this many times the least is as good: first-order predictions are no finer
-METHOD_NAMES = (AUTO, *METHODS)
+METHOD_NAMES = tuple(METHODS)
 
 
 def folds(method: Method, attention: Attention) -> bool:
@@ -58,43 +60,42 @@ def folds(method: Method, attention: Attention) -> bool:
     return attention.k_norm is None and (method.commutes or attention.position != "rope")
 
 
-def candidates(name: str, attention: Attention) -> list[Method]:
-    """The methods that `--method NAME` may take for this layer; 'auto' leaves the choice to predicted error.
+def method_for(name: str, attention: Attention) -> Method:
+    """What `--method NAME` means for this model: without rotation the unrestricted code folds, so that 'fold' is 'online'.
 
     Raises:
         UsageError: no such method, or 'fold' for keys that are normalised after W_K.
     """
     if name not in METHOD_NAMES:
         raise UsageError("no such conversion method", seen=name, allowed=", ".join(METHOD_NAMES))
-    normed = attention.k_norm is not None
-    if name == "fold" and normed:
+    if name == "fold" and attention.k_norm is not None:
         raise UsageError(
             "keys of this model are normalised between W_K and the cache (QK-norm), so no code folds into the weights",
             seen="--method fold", allowed=", ".join(m for m in METHOD_NAMES if m != "fold"), fix="use --method online",
         )  # fmt: skip
-    if attention.position != "rope" and name in (AUTO, "fold"):
-        return [METHODS["online"]]  # without rotation the unrestricted code folds
-    if name == AUTO:
-        return [METHODS["online"]] if normed else [METHODS["online"], METHODS["fold"]]
-    return [METHODS[name]]
+    return METHODS["online" if name == "fold" and attention.position != "rope" else name]
 
 
-def layer_code(method: Method, moments: Moments, attention: Attention, grouping: Grouping) -> LayerCode:
+def head_order(method: Method, moments: Moments, attention: Attention, shape: Shape) -> list[int]:
+    """The order of KV heads in which adjacent ones are to share, by the predicted loss of keys and values together."""
+    heads = attention.num_kv_heads
+    if not method.matched:
+        return list(range(heads))
+    losses = LayerLosses(moments, attention)
+
+    def loss(group: Group) -> float:
+        keys_lost = losses.folded_keys(group) if method.commutes else float(losses.keys(group)[shape.key_dim])
+        return keys_lost + float(losses.values(group)[shape.value_dim])
+
+    return order_of(matched_groups(heads, heads // shape.kv_heads, loss))
+
+
+def layer_code(method: Method, moments: Moments, attention: Attention, grouping: Grouping, shape: Shape) -> LayerCode:
     """The method's codes for all groups of one layer."""
     groups = range(grouping.kv_heads)
     return LayerCode(
-        keys=tuple(method.key(moments, attention, grouping, group) for group in groups),
-        values=tuple(method.value(moments, attention, grouping, group) for group in groups),
+        keys=tuple(method.key(moments, attention, grouping, group, shape.key_dim) for group in groups),
+        values=tuple(method.value(moments, attention, grouping, group, shape.value_dim) for group in groups),
         folds=folds(method, attention),
         centred=method.centred,
     )
-
-
-def least_loss(predictions: Sequence[float]) -> int:
-    """Which of `candidates` to take by predicted error: the last that is as good as the best.
-
-    Candidates stand in order of cost. An unrestricted code never predicts more loss than one that folds, which
-    costs nothing at run time and makes a standard checkpoint, so the latter wins where it loses nothing.
-    """
-    least = min(predictions)
-    return max(i for i, prediction in enumerate(predictions) if prediction <= least * _AS_GOOD + 1e-9)

@@ -7,17 +7,18 @@ things; the mathematics is elsewhere. One layer is in memory at a time, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.calibrate import Moments
+from kvexport.calibrate import Moments, over_positions
 from kvexport.convert.apply import apply_code
-from kvexport.convert.groups import Grouping
-from kvexport.convert.methods import candidates, layer_code, least_loss
+from kvexport.convert.groups import Grouping, Shape, trained_shape
+from kvexport.convert.methods import Method, head_order, layer_code
+from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.predict import predicted_error
 from kvexport.convert.streams import Streams, TrainedStream
 from kvexport.decoder import Attention, Decoder, Layer, tensors_of
@@ -40,12 +41,14 @@ class Conversion:
         self,
         decoder: Decoder,
         windows: Tensor,
-        kv_heads: int,
-        method: str,
-        moments_of: Callable[[int], Moments] | None = None,
+        shapes: Sequence[Shape],
+        method: Method,
+        moments_of: Callable[[int], Moments] | None,
+        capacity: int | None,
     ) -> None:
-        self._decoder, self._windows, self._kv_heads, self._method = decoder, windows, kv_heads, method
+        self._decoder, self._windows, self._shapes, self._method = decoder, windows, shapes, method
         self._moments_of = moments_of
+        self._positions = windows.shape[1] if capacity is None else capacity
         self._streams = Streams(decoder, windows)
         self._layers = self._run()
 
@@ -68,7 +71,9 @@ class Conversion:
             self._streams.attend(layer)
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
-        converted, report = _convert_layer(layer, self._streams, moments, self._kv_heads, self._method)
+        if self._decoder.rope is not None:
+            moments = over_positions(moments, self._decoder.rope, self._positions)
+        converted, report = _convert_layer(layer, self._streams, moments, self._shapes[index], self._method)
         _require_finite(f"layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)
         return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
@@ -85,20 +90,23 @@ class Conversion:
 def convert(
     decoder: Decoder,
     windows: Tensor,
-    kv_heads: int,
-    method: str,
+    shapes: Sequence[Shape],
+    method: Method,
     moments_of: Callable[[int], Moments] | None = None,
+    capacity: int | None = None,
 ) -> Conversion:
     """Convert the decoder's layers one after another, each yielded as soon as it is done.
 
     Args:
         decoder: the trained model.
         windows: calibration tokens [N, length] int64; the last eighth is held out from moments and fits.
-        kv_heads: KV heads to keep; must divide the trained number. If it is that number, nothing is converted.
-        method: a name of `METHOD_NAMES`.
+        shapes: what each layer is to cache; a layer with its trained shape is left as it is.
+        method: as `method_for` gives it.
         moments_of: where saved moments come from (else they are measured).
+        capacity: tokens that a sequence may hold: codes of rotated keys are made for all of its positions [that many as
+            a window has].
     """
-    return Conversion(decoder, windows, kv_heads, method, moments_of)
+    return Conversion(decoder, windows, shapes, method, moments_of, capacity)
 
 
 def measure(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
@@ -145,27 +153,26 @@ def _kept(attention: Attention) -> LayerReport:
     )
 
 
-def _convert_layer(layer: Layer, streams: Streams, moments: Moments, kv_heads: int, method: str) -> tuple[Layer, LayerReport]:
-    attention = layer.attention
-    if kv_heads == attention.num_kv_heads:
-        return layer, _kept(attention)
-    grouping = Grouping(kv_heads, attention.num_kv_heads // kv_heads, attention.queries_per_kv_head, attention.head_dim)
-    methods = candidates(method, attention)
-    codes = [layer_code(each, moments, attention, grouping) for each in methods]
-    predictions = [predicted_error(moments, attention, grouping, code) for code in codes]
-    best = least_loss(predictions)
-    chosen = methods[best]
-    converted = replace(layer, attention=apply_code(attention, grouping, codes[best], moments.value_mean))
+def _convert_layer(layer: Layer, streams: Streams, moments: Moments, shape: Shape, method: Method) -> tuple[Layer, LayerReport]:
+    trained = layer.attention
+    if shape == trained_shape(trained):
+        return layer, _kept(trained)
+    order = head_order(method, moments, trained, shape)
+    attention, moments = permuted(trained, order), permuted_moments(moments, order)
+    grouping = Grouping.of(attention, shape.kv_heads)
+    code = layer_code(method, moments, attention, grouping, shape)
+    predicted = predicted_error(moments, attention, grouping, code)
+    converted = replace(layer, attention=apply_code(attention, grouping, code, moments.value_mean))
     measured = streams.attention_error(converted)
-    if chosen.refit:
+    if method.refit:
         converted = replace(layer, attention=replace(converted.attention, o=streams.refit(converted)))
     return converted, replace(
-        _kept(attention),
-        method=chosen.name,
-        num_key_value_heads=kv_heads,
-        key_head_dim=converted.attention.key_dim,
-        value_head_dim=converted.attention.value_dim,
-        predicted_error=predictions[best],
+        _kept(trained),
+        method=method.name,
+        num_key_value_heads=shape.kv_heads,
+        key_head_dim=shape.key_dim,
+        value_head_dim=shape.value_dim,
+        predicted_error=predicted,
         measured_error=measured,
         parameters=sum(tensor.numel() for tensor in tensors_of(converted.attention)),
     )

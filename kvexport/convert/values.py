@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.convert.codes import Code, optimal_code, subspace_code
+from kvexport.convert.codes import Code, Codes, optimal_codes, subspace_code
 from kvexport.convert.groups import Grouping
 from kvexport.convert.keys import mean_code, weight_subspace
 from kvexport.decoder import Attention
@@ -37,23 +37,27 @@ def output_weights(moments: Moments, attention: Attention, grouping: Grouping, g
     return full.view(size, queries, width, size, queries, width).sum((1, 4)).view(size * width, size * width)
 
 
-def weighted(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
-    """Centred code weighted by W_O and by how alike heads attend; attention rows sum to one, so centring is exact."""
+def weighted_codes(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Codes:
+    """Centred codes weighted by W_O and by how alike heads attend; attention rows sum to one, so centring is exact."""
     rows = grouping.rows(group)
-    return optimal_code(output_weights(moments, attention, grouping, group), moments.value_covariance(rows), grouping.head_dim)
+    return optimal_codes(output_weights(moments, attention, grouping, group), moments.value_covariance(rows))
 
 
-def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
+def weighted(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
+    return weighted_codes(moments, attention, grouping, group).code(rank)
+
+
+def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
     """The paper's SVD of the cached values, unweighted and uncentred (arXiv 2406.07056, eqs. 7-14)."""
     rows = grouping.rows(group)
-    return subspace_code(moments.value_second[rows, rows], grouping.head_dim)
+    return subspace_code(moments.value_second[rows, rows], rank)
 
 
-def svd_w(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
+def svd_w(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
     """SVD of the group's concatenated W_V; no data."""
-    return weight_subspace(attention.v.weight[grouping.rows(group)], grouping.head_dim)
+    return weight_subspace(attention.v.weight[grouping.rows(group)], rank)
 
 
-def mean_pool(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Code:
+def mean_pool(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
     """The mean of the group's heads."""
     return mean_code(grouping)

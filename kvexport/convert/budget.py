@@ -1,0 +1,107 @@
+"""Which shape each layer gets: the least predicted KL within a number of cached numbers, solved exactly.
+
+A multiple-choice knapsack over layers, by dynamic programming over cached numbers per token. What an engine's attention
+can take (widths, equal or not) is a constraint on the choices. Knows a survey; runs no model.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvexport.convert.groups import Shape
+from kvexport.convert.survey import LayerSurvey
+
+WIDEST = 256  # of what fused attention kernels take
+_STEP = 8  # widths that every engine takes are multiples of it
+_NARROWEST = 16
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Which widths of keys and values an engine's attention takes.
+
+    Attributes:
+        equal: keys and values must be equally wide, as TensorRT's fused attention wants them.
+        only: the one width wanted; None: any.
+    """
+
+    equal: bool = True
+    only: int | None = None
+
+    def of(self, n: int) -> list[int]:
+        """Widths of a head that stands for n trained numbers, ascending."""
+        if self.only is not None:
+            return [self.only] if self.only <= n else []
+        least = _NARROWEST if n >= _NARROWEST else _STEP
+        return list(range(least, min(n, WIDEST) + 1, _STEP)) or [n]
+
+
+def shapes_for(layer: LayerSurvey, widths: Widths) -> list[Shape]:
+    """What the layer may cache, its trained shape included; fewer numbers than that in all others."""
+    found = [layer.trained]
+    for size in layer.curves:
+        heads = layer.trained.kv_heads // size
+        allowed = widths.of(size * layer.trained.key_dim)
+        pairs = ((key, value) for key in allowed for value in ((key,) if widths.equal else allowed))
+        found += [shape for key, value in pairs if (shape := Shape(heads, key, value)).kv_width < layer.trained.kv_width]
+    return found
+
+
+class Frontier:
+    """The least predicted KL for every number of cached numbers per token, and the shapes that have it."""
+
+    def __init__(self, layers: Sequence[LayerSurvey], widths: Widths) -> None:
+        self._options = [_undominated(layer, shapes_for(layer, widths)) for layer in layers]
+        every = [shape.kv_width for options in self._options for shape, _ in options]
+        self._unit = math.gcd(*every)
+        self.most = sum(layer.trained.kv_width for layer in layers)
+        size = self.most // self._unit + 1
+        least: NDArray[np.float64] = np.zeros(size)
+        self._taken: list[NDArray[np.int16]] = []
+        for options in self._options:
+            extended, taken = np.full(size, np.inf), np.zeros(size, np.int16)
+            for index, (shape, kl) in enumerate(options):
+                cost = shape.kv_width // self._unit
+                shifted = least[: size - cost] + kl
+                better = shifted < extended[cost:]
+                extended[cost:][better] = shifted[better]
+                taken[cost:][better] = index
+            least = extended
+            self._taken.append(taken)
+        self._least = least
+
+    @property
+    def fewest(self) -> int:
+        """Cached numbers per token that no choice goes below."""
+        return int(np.isfinite(self._least).argmax()) * self._unit
+
+    def kl(self, kv_width: int) -> float:
+        """Least predicted KL, nats per token, with at most `kv_width` numbers cached per token in all layers."""
+        return float(self._least[min(kv_width, self.most) // self._unit])
+
+    def shapes(self, kv_width: int) -> list[Shape]:
+        """The shapes that have it, layer by layer."""
+        at, found = min(kv_width, self.most) // self._unit, []
+        for options, taken in zip(reversed(self._options), reversed(self._taken), strict=True):
+            shape, _ = options[taken[at]]
+            found.append(shape)
+            at -= shape.kv_width // self._unit
+        return found[::-1]
+
+    def cheapest(self, kl: float) -> int:
+        """Fewest cached numbers per token with a predicted KL of at most `kl`."""
+        return int((self._least <= kl).argmax()) * self._unit
+
+
+def _undominated(layer: LayerSurvey, shapes: Sequence[Shape]) -> list[tuple[Shape, float]]:
+    """Shapes with their predicted KL: none that loses as much as another which caches no more."""
+    kept: list[tuple[Shape, float]] = []
+    for shape, kl in sorted(((shape, layer.kl(shape)) for shape in shapes), key=lambda each: (each[0].kv_width, each[1])):
+        if not kept or kl < kept[-1][1]:
+            kept.append((shape, kl))
+    return kept

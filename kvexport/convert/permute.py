@@ -1,0 +1,63 @@
+"""Heads in another order: the same function of a layer, with the heads that will share one side by side.
+
+Knows where a layer and its moments keep their heads; must not know why an order was chosen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kvexport.calibrate import Moments
+from kvexport.decoder import Attention, Linear
+
+
+def permuted(attention: Attention, order: Sequence[int]) -> Attention:
+    """The unconverted layer with KV head `order[i]`, and the queries that share it, in place i."""
+    queries = _query_order(order, attention.queries_per_kv_head)
+    slopes = attention.alibi_slopes
+    return replace(
+        attention,
+        q=_rows(attention.q, queries),
+        k=_rows(attention.k, order),
+        v=_rows(attention.v, order),
+        o=Linear(_blocks(attention.o.weight, queries, 1), attention.o.bias),
+        alibi_slopes=None if slopes is None else slopes[list(queries)],
+    )
+
+
+def permuted_moments(moments: Moments, order: Sequence[int]) -> Moments:
+    """The moments of the layer with its heads in that order."""
+    kv_heads = len(order)
+    queries = _query_order(order, len(moments.key_gain) // kv_heads)
+    inside = torch.tensor(queries)
+
+    def both(second: Tensor, by: Sequence[int]) -> Tensor:
+        return _blocks(_blocks(second, by, 0), by, 1)
+
+    return replace(
+        moments,
+        key_mean=_blocks(moments.key_mean, order, 0),
+        key_second=both(moments.key_second, order),
+        query_second=moments.query_second[inside],
+        value_mean=_blocks(moments.value_mean, order, 0),
+        value_second=both(moments.value_second, order),
+        overlap=moments.overlap[inside][:, inside],
+        key_gain=moments.key_gain[inside],
+    )
+
+
+def _query_order(order: Sequence[int], queries: int) -> list[int]:
+    return [head * queries + each for head in order for each in range(queries)]
+
+
+def _rows(linear: Linear, order: Sequence[int]) -> Linear:
+    return Linear(_blocks(linear.weight, order, 0), None if linear.bias is None else _blocks(linear.bias, order, 0))
+
+
+def _blocks(x: Tensor, order: Sequence[int], dim: int) -> Tensor:
+    """Equal blocks along `dim` in another order."""
+    return x.unflatten(dim, (len(order), -1)).index_select(dim, torch.tensor(list(order))).flatten(dim, dim + 1)
