@@ -29,7 +29,10 @@ from kvexport.heal.state import Counters, digest, load, save
 from kvexport.heal.student import Student, in_dtype
 from kvexport.progress import Progress
 
-_LAYERWISE = 0.25  # share of the steps
+# Measured on a trained model of 5.9 M parameters: of equal CPU time, layers alone took off most, and a high rate end
+# to end first undid what they had gained.
+_LAYERWISE = 0.8  # share of the steps
+_END_TO_END = 0.1  # of the learning rate
 _EVALUATIONS = 10
 _PATIENCE = 4  # evaluations in a row that only got worse
 _TINY = torch.finfo(torch.float32).tiny
@@ -69,7 +72,7 @@ class _Job:
         self.student = Student(converted, options.lora_rank, options.seed)
         self.layerwise_steps = round(_LAYERWISE * options.steps)
         self.steps = options.steps - self.layerwise_steps
-        self.optimizer = RelativeAdam(self.student.scaled(), options.learning_rate, self.steps)
+        self.optimizer = RelativeAdam(self.student.scaled(), _END_TO_END * options.learning_rate, self.steps)
         self.parameters = self.optimizer.parameters
         self.best = [parameter.detach().clone() for parameter in self.parameters]
         self.counters = Counters(layers=0, steps=0, best_step=0, curve=[], seconds=0.0)

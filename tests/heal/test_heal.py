@@ -11,9 +11,12 @@ import torch
 from decoders import STYLES, make_decoder, random_windows, with_attention
 from healing import Job, mapped, mean_kl
 
+from kvexport import reference
 from kvexport.decoder import Decoder, LazyLayers, tensors_of
 from kvexport.errors import UsageError
 from kvexport.heal import HealOptions, heal
+from kvexport.heal.loss import kl_gradient, kl_sum
+from kvexport.heal.student import in_dtype
 from kvexport.progress import Progress
 
 FROZEN = ("attention_norm", "mlp_norm", "mlp")
@@ -71,8 +74,6 @@ def test_the_dtype_is_kept_and_its_rounding_counted(dtype: torch.dtype) -> None:
 
 
 def as_double(decoder: Decoder) -> Decoder:
-    from kvexport.heal.student import in_dtype
-
     layers = [in_dtype(layer, torch.float64) for layer in decoder.layers]
     return replace(in_dtype(replace(decoder, layers=[]), torch.float64), layers=layers)
 
@@ -110,7 +111,7 @@ def test_the_report_says_what_was_done() -> None:
     assert report.trained_numbers == len(job.original.layers) * each
     assert report.steps == 40 and report.seconds > 0
     steps = [step for step, _ in report.curve]
-    assert steps[:2] == [0, 10] and steps[-1] == 40 and steps == sorted(set(steps))
+    assert steps[:2] == [0, 32] and steps[-1] == 40 and steps == sorted(set(steps))
     assert report.curve[0][1] == report.kl_before == pytest.approx(mean_kl(job.original, job.converted, job.held_out), rel=1e-4)
     assert dict(report.curve)[report.best_step] == report.kl_after == min(kl for _, kl in report.curve)
     assert report.kl_after == pytest.approx(mean_kl(job.original, healed.decoder, job.held_out), rel=1e-4)
@@ -120,7 +121,27 @@ def test_the_report_says_what_was_done() -> None:
 
 def test_layers_alone_already_lower_the_loss() -> None:
     curve = dict(Job().heal(40).report.curve)
-    assert curve[10] < 0.8 * curve[0]
+    assert curve[32] < 0.8 * curve[0]
+
+
+def test_logits_alone_lower_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvexport.heal.distil._LAYERWISE", 0.0)
+    monkeypatch.setattr("kvexport.heal.distil._END_TO_END", 1.0)
+    report = Job().heal(40).report
+    assert report.kl_after < 0.7 * report.kl_before and report.steps == 40
+
+
+@pytest.mark.parametrize("logits_at_once", [1 << 23, 40 * 5])
+def test_the_gradient_is_that_of_the_kl_by_the_book(monkeypatch: pytest.MonkeyPatch, logits_at_once: int) -> None:
+    monkeypatch.setattr("kvexport.heal.loss._LOGITS", logits_at_once)
+    decoder = make_decoder("bloom")
+    teacher, student = torch.randn(2, 3, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    leaf = student.clone().requires_grad_()
+    p, q = (reference.logits(decoder, x).softmax(-1) for x in (teacher, leaf))
+    expected = (p * (p / q).log()).sum()
+    expected.backward()
+    torch.testing.assert_close(kl_gradient(decoder, teacher, student), leaf.grad)
+    assert kl_sum(decoder, teacher, student) == pytest.approx(float(expected))
 
 
 def test_layers_that_are_read_when_asked_for_heal_as_well() -> None:
@@ -175,7 +196,7 @@ def test_progress_is_told_of_every_step() -> None:
 
     progress = Counted()
     Job().heal(20, progress=progress)
-    assert progress.promised == progress.done == 2 * 5 + 15
+    assert progress.promised == progress.done == 2 * 16 + 4
     assert len(progress.notes) == 1 and "held-out KL" in progress.notes[0]
 
 

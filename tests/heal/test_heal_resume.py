@@ -42,25 +42,25 @@ def assert_same(a: Healed, b: Healed) -> None:
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
-@pytest.mark.parametrize("step", [3, 7, 12, 25, 38])  # 5 steps in each of two layers, then 15 end to end, evaluated at each
+@pytest.mark.parametrize("step", [3, 18, 34, 36])  # 16 steps in each of two layers, then 4 end to end, evaluated at each
 def test_a_killed_job_goes_on_to_the_same_bits(tmp_path: Path, step: int, lora_rank: int | None) -> None:
     if lora_rank is not None:
         pytest.importorskip("peft")
     job, state = Job(), tmp_path / "state"
-    whole = job.heal(40, lora_rank=lora_rank)
+    whole = job.heal(20, lora_rank=lora_rank)
     with pytest.raises(Killed):
-        job.heal(40, state, KilledAt(step), lora_rank=lora_rank)
-    assert state.exists() == (step > 10)
-    resumed = job.heal(40, state, lora_rank=lora_rank)
+        job.heal(20, state, KilledAt(step), lora_rank=lora_rank)
+    assert state.exists() == (step > 16)
+    resumed = job.heal(20, state, lora_rank=lora_rank)
     assert_same(resumed, whole)
 
 
 def test_a_job_killed_again_and_again_ends_the_same(tmp_path: Path) -> None:
     job, state = Job(), tmp_path / "state"
     whole = job.heal(20)
-    for _ in range(50):
+    for _ in range(5):
         try:
-            resumed = job.heal(20, state, KilledAt(6))
+            resumed = job.heal(20, state, KilledAt(17))
             break
         except Killed:
             continue
@@ -83,7 +83,7 @@ def test_a_process_killed_outright_leaves_a_state_that_can_be_used(tmp_path: Pat
         from kvexport.progress import Progress
 
         class Kill(Progress):
-            left = 17
+            left = 35
             def advance(self):
                 self.left -= 1
                 if self.left == 0:
@@ -102,7 +102,7 @@ def test_a_process_killed_outright_leaves_a_state_that_can_be_used(tmp_path: Pat
 def interrupted(tmp_path: Path) -> tuple[Job, Path]:
     job, state = Job(), tmp_path / "state"
     with pytest.raises(Killed):
-        job.heal(20, state, KilledAt(18))
+        job.heal(20, state, KilledAt(35))
     return job, state
 
 
@@ -135,7 +135,7 @@ def test_a_state_of_another_job_is_refused(interrupted: tuple[Job, Path], change
     assert "delete the file" in str(refused.value)
 
 
-@pytest.mark.parametrize("options", [{"steps": 21}, {"seed": 1}, {"batch": 3}, {"learning_rate": 0.02}])
+@pytest.mark.parametrize("options", [{"steps": 21}, {"seed": 1}, {"batch": 3}, {"learning_rate": 0.01}])
 def test_a_state_of_other_options_is_refused(interrupted: tuple[Job, Path], options: dict[str, float]) -> None:
     job, state = interrupted
     with pytest.raises(UsageError, match="belongs to another job"):
