@@ -141,7 +141,7 @@ def test_the_gradient_is_that_of_the_kl_by_the_book(monkeypatch: pytest.MonkeyPa
     expected = (p * (p / q).log()).sum()
     expected.backward()
     torch.testing.assert_close(kl_gradient(decoder, teacher, student), leaf.grad)
-    assert kl_sum(decoder, teacher, student) == pytest.approx(float(expected))
+    assert kl_sum(decoder, teacher, student) == pytest.approx(expected.item())
 
 
 def test_layers_that_are_read_when_asked_for_heal_as_well() -> None:
