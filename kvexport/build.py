@@ -9,7 +9,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,12 +41,14 @@ from kvexport.directory import atomic_directory, require_output
 from kvexport.divergence import Divergence
 from kvexport.errors import GateFailed, UsageError
 from kvexport.graph import GRAPH_FILE, DecoderWriter, Kept, write_lowered
+from kvexport.heal import Healed, HealOptions, HealReport, heal
 from kvexport.loading import load_decoder
 from kvexport.memory import return_freed
 from kvexport.overflow import kept_float32
 from kvexport.progress import Progress
 from kvexport.standard import StandardWriter, require_standard
 from kvexport.validate import TwinRecorder, ValidationReport, prove
+from kvexport.validate.cost import divergence_of
 
 if TYPE_CHECKING:
     from kvexport.graph import GraphContract
@@ -63,6 +65,8 @@ class Plan:
         wish: how much is to be cached.
         recipe: where calibration text comes from, unless `statistics` (saved by `calibrate`) are given.
         dtype: of weights and cache in what is written.
+        heal: steps of distillation after conversion; None: none.
+        heal_lora: rank of the adapters to heal with, in place of the whole weights.
     """
 
     recipe: Recipe
@@ -70,6 +74,8 @@ class Plan:
     method: str = "online"
     statistics: Path | None = None
     dtype: str = "float32"
+    heal: int | None = None
+    heal_lora: int | None = None
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class BuildReport:
         validation: of the exported graph against its PyTorch twin; None for a standard checkpoint.
         frontier: what else could have been cached, and what it was predicted, or measured, to lose; empty where the plan
             left no choice.
+        healing: what distillation did, where it was asked for; `divergence` is that of the healed model.
         kept_float32: what a float16 graph computes in float32, because calibration showed that float16 cannot hold it.
         seconds: wall time by stage.
     """
@@ -107,12 +114,14 @@ class BuildReport:
     validation: ValidationReport | None = None
     kept_float32: list[str] = field(default_factory=list)
     frontier: list[FrontierPoint] = field(default_factory=list)
+    healing: HealReport | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as `--json` prints them."""
         return {
             **asdict(self),
             "divergence": None if self.divergence is None else self.divergence.to_json(),
+            "healing": None if self.healing is None else self.healing.to_json(),
             "validation": None if self.validation is None else self.validation.to_json(),
         }
 
@@ -151,7 +160,7 @@ def build(
             if peaks is not None:
                 peaks.add_layer(layer)
 
-        report = job.convert(windows, choice, take, limit)
+        report = job.convert(windows, choice, take, limit, output)
         twin.save(writer.directory)
         kept = Kept() if peaks is None else kept_float32(peaks)
         if kept.names:
@@ -186,7 +195,7 @@ def compress(checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, 
     with atomic_directory(output, marker="config.json", force=force) as directory:
         writer = StandardWriter(directory, job.decoder, job.checkpoint.config, getattr(torch, plan.dtype))
         choice = Choice([shape] * len(job.decoder.layers))
-        report = job.convert(job.windows(), choice, writer.add_layer, capacity_of(job.decoder))
+        report = job.convert(job.windows(), choice, writer.add_layer, capacity_of(job.decoder), output)
         writer.finish()
         job.checkpoint.copy_tokenizer(directory)
     return report
@@ -271,26 +280,37 @@ class _Job:
         with self.timed("survey"):
             return choose(self.decoder, windows, self.plan.wish, self.method, self.moments_of, capacity, self.progress)
 
-    def convert(self, windows: Tensor, choice: Choice, take: Callable[[Layer], None], capacity: int) -> BuildReport:
-        """Hand every converted layer to `take`, and say what became of all."""
+    def convert(
+        self, windows: Tensor, choice: Choice, take: Callable[[Layer], None], capacity: int, output: Path
+    ) -> BuildReport:  # fmt: skip
+        """Hand every converted layer to `take`, healed if that is asked for, and say what became of all."""
         decoder = self.decoder
         conversion: Conversion | None = None
         layers: Iterator[ConvertedLayer] = unconverted(decoder)
         if self.compresses:
             layers = conversion = convert(decoder, windows, choice.shapes, self.method, self.moments_of, capacity)
+        heals = self.plan.heal is not None and conversion is not None
         reports: list[LayerReport] = []
+        kept: list[Layer] = []
         parameters = sum(
             t.numel() for t in tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
         )
         with self.timed("convert"), self.progress.stage("Converting layers", len(decoder.layers)):
             for converted in layers:
-                take(converted.layer)
+                (kept.append if heals else take)(converted.layer)
                 reports.append(converted.report)
                 parameters += sum(tensor.numel() for tensor in tensors_of(converted.layer))
                 del converted
                 return_freed()
                 self.progress.advance()
             divergence = None if conversion is None else conversion.divergence()
+        healing = None
+        if heals:
+            with self.timed("heal"):
+                healed = self._heal(kept, windows, output)
+            healing, divergence = healed.report, divergence_of(decoder, healed.decoder, windows[split(len(windows))[1]])
+            for layer in healed.decoder.layers:
+                take(layer)
         size = BYTES[self.plan.dtype]
         return BuildReport(
             source=self.checkpoint.path.resolve().name,
@@ -301,8 +321,19 @@ class _Job:
             parameters_original=parameters - sum(each.parameters - each.original_parameters for each in reports),
             divergence=divergence,
             seconds=self.seconds,
+            healing=healing,
             frontier=[FrontierPoint(size * each.kv_width, each.predicted_kl, each.measured_kl) for each in choice.points],
         )
+
+    def _heal(self, layers: list[Layer], windows: Tensor, output: Path) -> Healed:
+        """The converted layers healed; work that a kill ended is taken up again from beside the output."""
+        assert self.plan.heal is not None
+        seen, held_out = (windows[each] for each in split(len(windows)))
+        options, state = HealOptions(self.plan.heal, lora_rank=self.plan.heal_lora), Path(f"{output.resolve()}.healing")
+        converted = replace(self.decoder, layers=layers)
+        healed = heal(self.decoder, converted, seen, held_out, options, self.progress, state)
+        state.unlink(missing_ok=True)
+        return healed
 
 
 def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:

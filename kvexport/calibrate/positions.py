@@ -27,6 +27,19 @@ def over_positions(moments: Moments, rope: Rope, positions: int) -> Moments:
     )
 
 
+def over_distances(moments: Moments, rope: Rope, distances: int) -> Moments:
+    """Unrotated moments with the queries as keys 0 .. distances - 1 positions before them see them, and keys uncentred.
+
+    For codes that commute with rotation: only the distance between query and key matters then, not where both stand.
+    """
+    average = Rotations(rope, distances)
+    return replace(
+        moments,
+        key_mean=torch.zeros_like(moments.key_mean),  # its share of a logit turns with the distance: no constant of a row
+        query_second=torch.stack([average.second(each) for each in moments.query_second]),
+    )
+
+
 class Rotations:
     """Averages of R_n x and R_n x yᵀ R_nᵀ over n = 0 .. positions - 1, for stacks x and y of heads.
 

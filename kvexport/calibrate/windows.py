@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.decoder import Attention, Rope
+from kvexport.decoder import Attention, Layer, Rope
 from kvexport.reference import Projected
 
 SCORES = 1 << 20  # numbers of attention scores held at once, unless a single row of one window has more
@@ -51,6 +51,15 @@ def head_outputs(
         look(probabilities, value)
         mixed.append(reference.mix(attention, probabilities, value))
     return torch.cat(mixed, dim=1)
+
+
+def advance(layer: Layer, x: Tensor, rope: Rope | None) -> None:
+    """Take residual streams [N, S, hidden] past a layer, in place."""
+    for batch in batches(range(len(x)), x.shape[1], layer.attention.num_heads):
+        part = x[batch]
+        projected = project(layer.attention, reference.norm(layer.attention_norm, part), rope)
+        part += reference.linear(layer.attention.o, head_outputs(layer.attention, projected))
+        part += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, part))
 
 
 def _positions(x: Tensor) -> Tensor:  # [B, S, ...] -> [B, S]

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
+_HEAL_SAMPLES = 192  # windows of its own text that a model is healed on, unless --samples says otherwise
 METHODS = ("online", "fold", "svd-a", "svd-w", "mean-pool")
 
 
@@ -50,6 +51,10 @@ conversion_options = _together(
     click.option(
         "--statistics", type=click.Path(path_type=Path), help="Saved by `kvexport calibrate`, instead of --calibration."
     ),
+    click.option(
+        "--heal", type=click.IntRange(min=1), metavar="STEPS", help="Distil the attention weights towards the original's logits."
+    ),
+    click.option("--heal-lora", type=click.IntRange(min=1), metavar="RANK", help="Heal with adapters of this rank: less memory."),
     click.option("--dtype", type=click.Choice(tuple(BYTES)), default="float32", show_default=True, help="Of weights and cache."),
 )
 

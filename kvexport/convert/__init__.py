@@ -4,6 +4,7 @@ from kvexport.convert.choose import Choice, choose
 from kvexport.convert.groups import Shape, kv_heads_for, trained_shape
 from kvexport.convert.methods import METHOD_NAMES, Method, method_for
 from kvexport.convert.pipeline import Conversion, ConvertedLayer, convert, measure, unconverted
+from kvexport.convert.streams import split
 from kvexport.convert.survey import LayerSurvey, survey
 from kvexport.convert.wish import Wish, fixed_shape, uniform_shape
 from kvexport.layer_report import LayerReport

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvexport.calibrate import Moments
 from kvexport.convert.codes import damped
 from kvexport.convert.groups import Grouping
-from kvexport.convert.keys import fold_spectrum, query_weights
+from kvexport.convert.keys import fold, query_weights
 from kvexport.convert.matching import Group
 from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.values import output_weights
@@ -49,10 +49,11 @@ class LayerLosses:
         return _tails(torch.linalg.eigvalsh(factor.T @ weights @ factor))
 
     def folded_keys(self, group: Group) -> float:
-        """Of keys that one mix at each rotary frequency folds."""
+        """Of keys that one mix at each rotary frequency folds; the moments are `over_distances`."""
         moments, attention, alone = self._alone(group)
-        spectrum = fold_spectrum(moments, alone, 0)  # [d/2, t]
-        return attention.scale**2 * float(spectrum[:, :-1].clamp_min(0).sum())
+        residual = fold(moments, attention, alone, 0, alone.head_dim).residual
+        lost = residual @ moments.key_covariance(alone.rows(0)) @ residual.T
+        return attention.scale**2 * float((query_weights(moments, alone, 0) * lost).sum())
 
     def _alone(self, group: Group) -> tuple[Moments, Attention, Grouping]:
         """The group as if it were first in the layer."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.calibrate import Moments, over_positions
+from kvexport.calibrate import Moments, over_distances, over_positions
 from kvexport.convert.apply import apply_code
 from kvexport.convert.groups import Grouping, Shape, trained_shape
 from kvexport.convert.methods import Method, head_order, layer_code
@@ -25,6 +25,8 @@ from kvexport.decoder import Attention, Decoder, Layer, tensors_of
 from kvexport.divergence import Divergence, DivergenceMeter
 from kvexport.errors import KvexportError
 from kvexport.layer_report import LayerReport
+
+_NEAR = 16  # distances between query and key that codes which commute with RoPE are made for: most attention is near
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,8 @@ class Conversion:
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
         if self._decoder.rope is not None:
-            moments = over_positions(moments, self._decoder.rope, self._positions)
+            as_met, span = (over_distances, _NEAR) if self._method.commutes else (over_positions, self._positions)
+            moments = as_met(moments, self._decoder.rope, span)
         converted, report = _convert_layer(layer, self._streams, moments, self._shapes[index], self._method)
         _require_finite(f"layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)

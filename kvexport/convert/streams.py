@@ -21,6 +21,12 @@ from kvexport.decoder import Decoder, Layer, Linear
 _TINY = torch.finfo(torch.float64).tiny
 
 
+def split(count: int) -> tuple[range, range]:
+    """Which of `count` windows are seen and which held out: the last eighth, at least one; of a single window, that one."""
+    fitted = count - max(1, count // 8) if count > 1 else count
+    return range(fitted), range(fitted if count > 1 else 0, count)
+
+
 class TrainedStream:
     """The trained model's residual stream [N, S, hidden], and its attention's output in the present layer.
 
@@ -34,9 +40,7 @@ class TrainedStream:
         self._rope = decoder.rope
         self._trained = reference.embed(decoder.embedding, windows)
         self._attended = torch.empty_like(self._trained)
-        count = len(windows)
-        fitted = count - max(1, count // 8) if count > 1 else count
-        self.seen, self.held_out = range(fitted), range(fitted if count > 1 else 0, count)
+        self.seen, self.held_out = split(len(windows))
 
     def measure(self, layer: Layer) -> Moments:
         """Pass the layer's attention, taking its moments over the windows seen."""

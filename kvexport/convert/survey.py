@@ -155,12 +155,8 @@ class Survey:
 
     def _past(self, layer: Layer, x: Tensor) -> Tensor:
         """A stream [N, S, hidden] past a layer."""
-        passed = torch.empty_like(x)
-        for batch in attention_windows.batches(range(len(x)), x.shape[1], layer.attention.num_heads):
-            at = x[batch]
-            projected = attention_windows.project(layer.attention, reference.norm(layer.attention_norm, at), self._decoder.rope)
-            at = at + reference.linear(layer.attention.o, attention_windows.head_outputs(layer.attention, projected))
-            passed[batch] = at + reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, at))
+        passed = x.clone()
+        attention_windows.advance(layer, passed, self._decoder.rope)
         return passed
 
     @torch.no_grad()

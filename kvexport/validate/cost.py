@@ -93,16 +93,21 @@ def spread(windows: Tensor, samples: int | None) -> Tensor:
 
 
 @torch.no_grad()
+def divergence_of(original: Decoder, converted: Decoder, windows: Tensor) -> Divergence:
+    """How far the converted model's predictions are from the original's on windows [N, length]."""
+    meter, silent = DivergenceMeter(), Progress()
+    streams = (original_stream(decoder, windows, silent) for decoder in (original, converted))
+    for window, ours, theirs in zip(windows, *streams, strict=True):
+        meter.add(reference.logits(original, ours[None]), reference.logits(converted, theirs[None]), window[None])
+    return meter.finish()
+
+
+@torch.no_grad()
 def original_stream(decoder: Decoder, windows: Tensor, progress: Progress) -> Tensor:
     """The residual stream [N, length, hidden] after the last layer, one layer in memory at a time."""
     x = reference.embed(decoder.embedding, windows)
     with progress.stage("Running the original", len(decoder.layers)):
         for layer in decoder.layers:
-            attention = layer.attention
-            for batch in attention_windows.batches(range(len(x)), windows.shape[1], attention.num_heads):
-                part = x[batch]
-                projected = attention_windows.project(attention, reference.norm(layer.attention_norm, part), decoder.rope)
-                part += reference.linear(attention.o, attention_windows.head_outputs(attention, projected))
-                part += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, part))
+            attention_windows.advance(layer, x, decoder.rope)
             progress.advance()
     return x
