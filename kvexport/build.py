@@ -32,10 +32,11 @@ from kvexport.convert import (
     fixed_shape,
     measure,
     method_for,
+    split,
     trained_shape,
     unconverted,
     uniform_shape,
-)  # fmt: skip
+)
 from kvexport.decoder import Decoder, Layer, tensors_of
 from kvexport.directory import atomic_directory, require_output
 from kvexport.divergence import Divergence

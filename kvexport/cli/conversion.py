@@ -97,6 +97,11 @@ def plan_from(options: dict[str, Any]) -> Plan:
     wishes = {name: options.pop(name, None) for name in ("kv_heads", "kv_ratio", "max_kl", "group_size", "kv_head_dim")}
     target = options.pop("target", None)
     wish = Wish(**wishes, equal_widths=target is None or lowering_for(load_target(target)) == "std24")
-    return Plan(
-        recipe_from(*sources), wish, **{name: options.pop(name) for name in ("method", "statistics", "dtype") if name in options}
-    )
+    names = ("method", "statistics", "dtype", "heal", "heal_lora")
+    rest = {name: options.pop(name) for name in names if name in options}
+    if rest.get("heal_lora") is not None and rest["heal"] is None:
+        raise UsageError("--heal-lora says how to heal", seen="no --heal", fix="add --heal STEPS")
+    if rest.get("heal") is not None and sources[0] in (None, "self") and sources[1] is None:
+        sources[1] = _HEAL_SAMPLES
+    assert not options, f"options that nobody took: {options}"
+    return Plan(recipe_from(*sources), wish, **rest)

@@ -122,6 +122,12 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     out.print(summary)
     if report.divergence is not None:
         out.say(f"(on {report.divergence.tokens} calibration tokens held out from the fit)")
+    if report.healing is not None:
+        healed = report.healing
+        out.say(
+            f"healed in {healed.steps} steps: held-out KL {healed.kl_before:.5f} → {healed.kl_after:.5f}"
+            + ("" if healed.best_step else ", no step was better than what was given")
+        )
     if report.validation is not None:
         out.say(f"\nproved against PyTorch: {_verdict(report.validation)}")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items())

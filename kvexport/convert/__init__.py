@@ -25,8 +25,9 @@ __all__ = [
     "kv_heads_for",
     "measure",
     "method_for",
+    "split",
     "survey",
     "trained_shape",
     "unconverted",
     "uniform_shape",
-]  # fmt: skip
+]
