@@ -51,8 +51,10 @@ class Attention:
     A converted layer may make more key heads than it caches: `k` makes t·num_kv_heads heads, which are
     normalised and rotated as trained, then each t of them are projected to one cached head of `key_dim`
     by `key_map`; queries follow through `query_map` (one small matrix a head). Where nothing rotates, `k` makes the
-    cached heads of `key_dim` itself and there may be a query_map alone. `value_map` takes a head's attention output
-    from `value_dim` to the width that `o` expects; without it `o` takes value_dim.
+    cached heads of `key_dim` itself and there may be a query_map alone. With `frequencies`, too, but what is cached
+    rotates: the query_map comes before the rotation then, and each pair turns with the frequency named for it.
+    `value_map` takes a head's attention output from `value_dim` to the width that `o` expects; without it `o` takes
+    value_dim.
     The softmax scale is always that of the trained model, 1/sqrt(its head_dim).
     """
 
@@ -68,7 +70,8 @@ class Attention:
     q_norm: Norm | None = None  # [head_dim], before rotation
     k_norm: Norm | None = None  # [head_dim], before rotation
     key_map: Tensor | None = None  # [num_kv_heads, t·head_dim, key_dim], after rotation
-    query_map: Tensor | None = None  # [num_heads, head_dim, key_dim], after rotation
+    query_map: Tensor | None = None  # [num_heads, head_dim, key_dim], after rotation, or before it with `frequencies`
+    frequencies: Tensor | None = None  # int64 [key_dim/2], of the decoder's rotary pairs, one for each cached pair
     value_map: Tensor | None = None  # [num_heads, value_dim, width]
     alibi_slopes: Tensor | None = None  # [num_heads]
     window: int | None = None  # a query at position p sees positions p - window < n <= p

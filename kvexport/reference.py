@@ -67,9 +67,14 @@ def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
+def _chosen(tables: tuple[Tensor, Tensor], frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    cos, sin = tables
+    return cos[..., frequencies], sin[..., frequencies]
+
+
 @dataclass(frozen=True)
 class Projected:
-    """What one layer's attention makes of its input, before any map: all [B, heads, S, width]."""
+    """What one layer's attention makes of its input, before any map that follows rotation: all [B, heads, S, width]."""
 
     query: Tensor  # normalised, not rotated
     key: Tensor  # normalised, not rotated
@@ -89,12 +94,15 @@ def project(attention: Attention, x: Tensor, tables: tuple[Tensor, Tensor] | Non
     if attention.position != "rope":
         return Projected(query, key, query, key, value)
     assert tables is not None
+    if attention.frequencies is not None:
+        assert attention.query_map is not None
+        query, tables = query @ attention.query_map, _chosen(tables, attention.frequencies)
     return Projected(query, key, rotate(query, tables), rotate(key, tables), value)
 
 
 def map_queries(attention: Attention, query: Tensor) -> Tensor:
     """Rotated queries [B, Hq, S, head_dim] to the width of the cached keys."""
-    return query if attention.query_map is None else query @ attention.query_map
+    return query if attention.query_map is None or attention.frequencies is not None else query @ attention.query_map
 
 
 def map_keys(attention: Attention, key: Tensor) -> Tensor:

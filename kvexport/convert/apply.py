@@ -26,6 +26,7 @@ class LayerCode:
     values: tuple[Code, ...]
     folds: bool  # the key codes go into W_Q and W_K
     centred: bool  # the mean value is kept exactly, through the output bias
+    frequencies: Tensor | None = None  # of the cached pairs of keys that rotate, [key_dim/2]; None: those of a trained head
 
 
 def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> Attention:
@@ -40,8 +41,8 @@ def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_
         key_map = torch.stack([each.encode for each in code.keys])  # [G, t·d, r]
         return replace(converted, key_map=key_map.to(dtype), query_map=decoders.to(dtype))
     converted = replace(converted, k=_encode(attention.k, [each.encode for each in code.keys]))
-    if not _folds(attention.q.weight.shape[1], decoders.shape[1], decoders.shape[2]):
-        return replace(converted, query_map=decoders.to(dtype))
+    if code.frequencies is not None or not _folds(attention.q.weight.shape[1], decoders.shape[1], decoders.shape[2]):
+        return replace(converted, query_map=decoders.to(dtype), frequencies=code.frequencies)
     return replace(converted, q=_encode(attention.q, list(decoders)), head_dim=decoders.shape[2])
 
 

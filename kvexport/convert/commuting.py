@@ -61,14 +61,30 @@ def commuting_code(moments: Moments, weights: Tensor, grouping: Grouping, group:
     return Mixes(mixes.into, problem.best_out(mixes.into), frequencies).code(half)
 
 
-def _by_frequency(weights: Tensor, second: Tensor, frequencies: Tensor) -> Mixes:
-    """The best code of each frequency by itself, phases averaged (papers' section 6.1): the first guess."""
+def mix_energies(moments: Moments, weights: Tensor, grouping: Grouping, group: int) -> Tensor:
+    """What each orthogonal mix of a group's heads at one frequency puts into logits, phases averaged: [d/2, t], descending.
+
+    A pair left out costs E|w|² E|z|² / 2 a frequency, w the query's (papers' section 6.1 in complex form).
+    """
+    size, half, rows = grouping.size, grouping.head_dim // 2, grouping.rows(group)
+    _, weighted = _weighted_by_frequency(weights, moments.key_second[rows, rows].view(size, 2, half, size, 2, half))
+    return torch.linalg.eigvalsh(weighted).flip(-1).clamp_min(0) / 2
+
+
+def _weighted_by_frequency(weights: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
+    """b, the root of each head's query power [d/2, t], and b E[z zᴴ] b at each frequency [d/2, t, t]."""
     size, _, half = second.shape[:3]
     pairs = second.diagonal(dim1=2, dim2=5).movedim(-1, 0)  # [d/2, t, 2, t, 2]
     hermitian = torch.complex(pairs[:, :, 0, :, 0] + pairs[:, :, 1, :, 1], pairs[:, :, 1, :, 0] - pairs[:, :, 0, :, 1])
-    power = weights.diagonal(dim1=1, dim2=2).view(size, 2, half).sum(1).T  # [d/2, t]
+    power = weights.diagonal(dim1=1, dim2=2).view(size, 2, half).sum(1).T
     b = power.clamp_min(power.max() * 1e-12).sqrt()  # a head that nobody asks still has a code
-    vectors = torch.linalg.eigh(b[:, :, None] * hermitian * b[:, None, :]).eigenvectors.flip(-1)
+    return b, b[:, :, None] * hermitian * b[:, None, :]
+
+
+def _by_frequency(weights: Tensor, second: Tensor, frequencies: Tensor) -> Mixes:
+    """The best code of each frequency by itself, phases averaged: the first guess."""
+    b, weighted = _weighted_by_frequency(weights, second)
+    vectors = torch.linalg.eigh(weighted).eigenvectors.flip(-1)
     place = torch.arange(len(frequencies)) - torch.searchsorted(frequencies, frequencies)  # first, second, ... of a frequency
     leading = vectors[frequencies, :, place]  # [P, t]
     scale = b[frequencies]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvexport.calibrate import Moments
 from kvexport.convert.codes import Code, Codes, optimal_codes, subspace_code
-from kvexport.convert.commuting import commuting_code
+from kvexport.convert.commuting import commuting_code, mix_energies
 from kvexport.convert.groups import Grouping
 from kvexport.decoder import Attention
 
@@ -43,16 +43,38 @@ def online(moments: Moments, attention: Attention, grouping: Grouping, group: in
     return online_codes(moments, grouping, group).code(rank)
 
 
-def fold(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
-    """The best code found that commutes with RoPE, so that it folds into W_Q and W_K: one mix of heads at each frequency.
+def fold(
+    moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int, frequencies: Tensor | None = None
+) -> Code:  # fmt: skip
+    """The best code found that commutes with RoPE, so that it holds at every position and folds into W_K.
 
-    `moments` are `over_distances`; `rank` is head_dim.
+    `moments` are `over_distances`. The cached pairs turn with `frequencies` [rank/2]; None: each of a trained head's once.
     """
-    half = grouping.head_dim // 2
-    assert rank == grouping.head_dim
-    weights = query_weights(moments, grouping, group).view(grouping.size, 2 * half, grouping.size, 2 * half)
-    own = weights.diagonal(dim1=0, dim2=2).movedim(-1, 0)  # [t, d, d]
-    return commuting_code(moments, own, grouping, group, torch.arange(half))
+    if frequencies is None:
+        frequencies = torch.arange(grouping.head_dim // 2)
+    assert rank == 2 * len(frequencies)
+    return commuting_code(moments, member_weights(moments, grouping, group), grouping, group, frequencies)
+
+
+def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tensor | None:
+    """Which frequency each cached pair of a wide head turns with, ascending [rank/2], alike for all groups of a layer.
+
+    As many pairs of a frequency as its mixes of heads are among the most energetic, weighted by the queries. None for
+    heads as wide as trained ones, which take each frequency once, as every runtime does.
+    """
+    if rank == grouping.head_dim:
+        return None
+    energies = sum(
+        mix_energies(moments, member_weights(moments, grouping, group), grouping, group) for group in range(grouping.kv_heads)
+    )
+    assert isinstance(energies, Tensor)
+    return (energies.flatten().argsort(descending=True, stable=True)[: rank // 2] // grouping.size).sort().values
+
+
+def member_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:
+    """The blocks of `query_weights`, one for each member of the group: [t, d, d]."""
+    weights = query_weights(moments, grouping, group).view(grouping.size, grouping.head_dim, grouping.size, grouping.head_dim)
+    return weights.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 
 def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:

@@ -12,7 +12,7 @@ from torch import Tensor
 from kvexport.calibrate import Moments
 from kvexport.convert.codes import damped
 from kvexport.convert.groups import Grouping
-from kvexport.convert.keys import fold, query_weights
+from kvexport.convert.keys import cached_frequencies, fold, query_weights
 from kvexport.convert.matching import Group
 from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.values import output_weights
@@ -48,10 +48,10 @@ class LayerLosses:
         weights = output_weights(moments, attention, alone, 0)
         return _tails(torch.linalg.eigvalsh(factor.T @ weights @ factor))
 
-    def folded_keys(self, group: Group) -> float:
-        """Of keys that one mix at each rotary frequency folds; the moments are `over_distances`."""
+    def folded_keys(self, group: Group, width: int) -> float:
+        """Of keys in a code of that width that commutes with RoPE; the moments are `over_distances`."""
         moments, attention, alone = self._alone(group)
-        residual = fold(moments, attention, alone, 0, alone.head_dim).residual
+        residual = fold(moments, attention, alone, 0, width, cached_frequencies(moments, alone, width)).residual
         lost = residual @ moments.key_covariance(alone.rows(0)) @ residual.T
         return attention.scale**2 * float((query_weights(moments, alone, 0) * lost).sum())
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from kvexport.calibrate import Moments
 from kvexport.convert import keys, values
@@ -84,7 +85,7 @@ def head_order(method: Method, moments: Moments, attention: Attention, shape: Sh
     losses = LayerLosses(moments, attention)
 
     def loss(group: Group) -> float:
-        keys_lost = losses.folded_keys(group) if method.commutes else float(losses.keys(group)[shape.key_dim])
+        keys_lost = losses.folded_keys(group, shape.key_dim) if method.commutes else float(losses.keys(group)[shape.key_dim])
         return keys_lost + float(losses.values(group)[shape.value_dim])
 
     return order_of(matched_groups(heads, heads // shape.kv_heads, loss))
@@ -92,9 +93,13 @@ def head_order(method: Method, moments: Moments, attention: Attention, shape: Sh
 
 def layer_code(method: Method, moments: Moments, attention: Attention, grouping: Grouping, shape: Shape) -> LayerCode:
     """The method's codes for all groups of one layer."""
-    groups = range(grouping.kv_heads)
+    groups, rule, frequencies = range(grouping.kv_heads), method.key, None
+    if rule is keys.fold and attention.position == "rope":
+        frequencies = keys.cached_frequencies(moments, grouping, shape.key_dim)
+        rule = partial(keys.fold, frequencies=frequencies)
     return LayerCode(
-        keys=tuple(method.key(moments, attention, grouping, group, shape.key_dim) for group in groups),
+        frequencies=frequencies,
+        keys=tuple(rule(moments, attention, grouping, group, shape.key_dim) for group in groups),
         values=tuple(method.value(moments, attention, grouping, group, shape.value_dim) for group in groups),
         folds=folds(method, attention),
         centred=method.centred,

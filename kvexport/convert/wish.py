@@ -132,7 +132,10 @@ def _refuse_contradictions(wish: Wish, method: Method, attention: Attention) -> 
     for name in ("--max-kl", "--group-size"):
         if name in given and not _leaves_choice(method):
             raise UsageError(f"{name} is for --method online", seen=f"--method {method.name}", fix="use --kv-heads or --kv-ratio")
-    if method.commutes and wish.kv_head_dim not in (None, attention.head_dim):
+    even = method.commutes and method.matched
+    if even and (wish.kv_head_dim or 0) % 2:
+        raise UsageError("rotary pairs need an even --kv-head-dim", seen=wish.kv_head_dim, allowed="even widths")
+    if method.commutes and not even and wish.kv_head_dim not in (None, attention.head_dim):
         raise UsageError(
             f"--method {method.name} keeps the trained width", seen=f"--kv-head-dim {wish.kv_head_dim}",
             allowed=attention.head_dim, fix="leave --kv-head-dim out, or use --method online",

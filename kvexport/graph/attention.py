@@ -55,7 +55,9 @@ class AttentionBuilder:
     def add(self, x: ir.Value, cache: Cache) -> tuple[ir.Value, Cache]:
         """Normed input [batch, sequence, hidden] to what attention adds to the residual stream, and the written cache."""
         attention, nodes, name = self._attention, self._nodes, self._name
-        query = self._map_queries(self._positioned("q", attention.q, attention.num_heads, attention.q_norm, x))
+        query = self._positioned("q", attention.q, attention.num_heads, attention.q_norm, x)
+        if attention.frequencies is None:
+            query = self._map_queries(query)
         key = self._map_keys(self._positioned("k", attention.k, attention.key_heads, attention.k_norm, x))
         value = self._by_head("v", self._heads("v", attention.v, attention.num_kv_heads, x))
         written = Cache(self._write("key", cache.key, key), self._write("value", cache.value, value))
@@ -83,7 +85,7 @@ class AttentionBuilder:
         return self._nodes.op("Transpose", x, name=f"{self._name}.{which}.by_head", shape=shape, perm=[0, 2, 1, 3])
 
     def _positioned(self, which: str, parameters: Linear, count: int, norm_of: Norm | None, x: ir.Value) -> ir.Value:
-        """Queries or keys before any map, normalised and rotated: [batch, count, sequence, head_dim]."""
+        """Queries or keys before any map that follows rotation, normalised and rotated: [batch, count, sequence, width]."""
         heads = self._heads(which, parameters, count, x)
         if norm_of is not None:
             heads = norm(self._nodes, norm_of, heads, f"{self._name}.{which}_norm")
@@ -91,10 +93,14 @@ class AttentionBuilder:
         if self._attention.position != "rope":
             return heads
         assert self._tokens.rotary is not None, "a layer that rotates needs the decoder's rotary frequencies"
-        return self._tokens.rotary.rotate(heads, f"{self._name}.{which}.rotated")
+        frequencies = self._attention.frequencies
+        if frequencies is not None and which == "q":
+            heads = self._map_queries(heads)
+        chosen = None if frequencies is None else np.asarray(frequencies)
+        return self._tokens.rotary.rotate(heads, f"{self._name}.{which}.rotated", chosen)
 
     def _map_queries(self, query: ir.Value) -> ir.Value:
-        """[batch, heads, sequence, head_dim] to [batch, heads, sequence, key_dim]."""
+        """[batch, heads, sequence, head_dim] to [batch, heads, sequence, key_dim], as they are without a map."""
         if self._attention.query_map is None:
             return query
         query_map = self._nodes.weight(f"{self._name}.query_map", np.asarray(self._attention.query_map))

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from kvexport.decoder import Rope
-from kvexport.graph.nodes import NodeBuilder
+from kvexport.graph.nodes import NodeBuilder, sizes
 
 
 class Rotary:
@@ -21,12 +21,39 @@ class Rotary:
     def __init__(self, nodes: NodeBuilder, positions: ir.Value, rope: Rope, capacity: int) -> None:
         self._nodes, self._positions, self._rope, self._capacity = nodes, positions, rope, capacity
         self._tables: tuple[ir.Value, ir.Value] | None = None
+        self._rows: list[ir.Value] = []
+        self._choices: dict[tuple[int, ...], tuple[ir.Value, ir.Value]] = {}
 
-    def rotate(self, x: ir.Value, name: str) -> ir.Value:
-        """[batch, heads, sequence, head_dim], rotated as `kvexport.reference.rotate` does."""
+    def rotate(self, x: ir.Value, name: str, frequencies: NDArray[np.int64] | None = None) -> ir.Value:
+        """[batch, heads, sequence, width], rotated as `kvexport.reference.rotate` does.
+
+        `frequencies` [width/2] says which of the table's frequencies each pair turns with; None: pair i with the i-th.
+        """
         if self._tables is None:
             self._tables = (self._table("rope.cos", np.cos), self._table("rope.sin", np.sin))
-        return self._nodes.op("RotaryEmbedding", x, *self._tables, self._positions, name=name)
+        if frequencies is None:
+            return self._nodes.op("RotaryEmbedding", x, *self._tables, self._positions, name=name)
+        return self._nodes.op("RotaryEmbedding", x, *self._chosen(frequencies), name=name)
+
+    def _chosen(self, frequencies: NDArray[np.int64]) -> tuple[ir.Value, ir.Value]:
+        """Rows of both tables at the new tokens' positions with the columns chosen, [batch, sequence, width/2].
+
+        Chosen anew in each step: tables for every layer would be larger than what it saves.
+        """
+        key = tuple(frequencies.tolist())
+        if key not in self._choices:
+            assert self._tables is not None
+            label, (batch, sequence) = f"rope.choice{len(self._choices)}", sizes(self._positions)
+            if not self._rows:
+                shape = (batch, sequence, sizes(self._tables[0])[1])
+                self._rows = [self._nodes.op("Gather", table, self._positions, name=f"{table.name}.rows", shape=shape, axis=0)
+                              for table in self._tables]  # fmt: skip
+            columns = self._nodes.integers(*key)
+            shape = (batch, sequence, len(key))
+            cos, sin = (self._nodes.op("Gather", rows, columns, name=f"{label}.{part}", shape=shape, axis=2)
+                        for rows, part in zip(self._rows, ("cos", "sin"), strict=True))  # fmt: skip
+            self._choices[key] = cos, sin
+        return self._choices[key]
 
     def _table(self, name: str, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> ir.Value:
         """Angles are float32 products, as trained models see them, whatever the graph's dtype is."""

@@ -65,7 +65,9 @@ def _lower(model: ir.Model, site: Site) -> None:
     assert new_key and new_value and past_key and past_value
     query, key, tables = site.query, new_key, []
     rotations = [value.producer() for value in (query, key)]
-    rotated = all(node is not None and node.op_type == "RotaryEmbedding" for node in rotations)
+    rotated = all(  # by whole tables; GroupQueryAttention takes no rows chosen from them
+        node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 4 for node in rotations
+    )
     if rotated and site.key_dim % _ROTATES == 0:
         (query, cos, sin, _), (key, *_) = (node.inputs for node in rotations if node is not None)  # type: ignore[assignment]
         tables = [cos, sin]

@@ -88,9 +88,8 @@ class _Rotary:
         self._rows: dict[str, ir.Value] = {}
 
     def spell(self, nodes: Nodes, node: ir.Node) -> ir.Value:
-        (x, cos, sin, positions), name = _inputs(node), node.outputs[0].name
-        width = sizes(cos)[1]
-        c, s = (self._gathered(nodes, table, positions, width) for table in (cos, sin))
+        (x, cos, sin, *positions), name = _inputs(node), node.outputs[0].name
+        c, s = (self._gathered(nodes, table, positions) for table in (cos, sin))
         a, b = nodes.split(x, (f"{name}.a", f"{name}.b"), axis=3)
         products = [nodes.op("Mul", left, right, name=f"{name}.{label}") for label, left, right in
                     (("a_cos", a, c), ("b_sin", b, s), ("b_cos", b, c), ("a_sin", a, s))]  # fmt: skip
@@ -98,11 +97,14 @@ class _Rotary:
         imaginary = nodes.op("Add", products[2], products[3], name=f"{name}.imaginary")
         return nodes.op("Concat", real, imaginary, name=f"{name}.joined", shape=sizes(x), axis=-1)
 
-    def _gathered(self, nodes: Nodes, table: ir.Value, positions: ir.Value, width: int | str) -> ir.Value:
-        """[batch, 1, sequence, head_dim/2]"""
+    def _gathered(self, nodes: Nodes, table: ir.Value, positions: list[ir.Value]) -> ir.Value:
+        """[batch, 1, sequence, width/2], of a table [capacity, width/2] at positions, or of rows that were chosen already."""
         assert table.name is not None
         if table.name not in self._rows:
-            rows = nodes.op("Gather", table, positions, name=f"{table.name}.rows", shape=(BATCH, SEQUENCE, width), axis=0)
+            rows, width = table, sizes(table)[-1]
+            if positions:
+                shape: tuple[int | str, ...] = (BATCH, SEQUENCE, width)
+                rows = nodes.op("Gather", table, *positions, name=f"{table.name}.rows", shape=shape, axis=0)
             shape = (BATCH, 1, SEQUENCE, width)
             self._rows[table.name] = nodes.op("Unsqueeze", rows, nodes.integers(1), name=f"{table.name}.by_head", shape=shape)
         return self._rows[table.name]
