@@ -79,7 +79,7 @@ def _lower(model: ir.Model, site: Site) -> None:
     node = ir.node(
         "GroupQueryAttention",
         [*inputs, past_key, past_value, *lengths, *tables],
-        attributes, domain=DOMAIN, name=name,
+        attributes, domain=DOMAIN, name=f"{name}.shared",
         outputs=[mixed, *(ir.Value(name=cache.name, type=cache.type, shape=cache.shape) for cache in (site.key, site.value))],
     )  # fmt: skip
     graph.insert_before(site.node, node)

@@ -1,0 +1,77 @@
+"""Cached keys that turn with frequencies of their own: every lowering equals the oracle, and engines take the graph."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+from decoders import make_decoder, random_windows, with_attention
+from graph_decoders import disagreement, quiet, rounded, write
+
+from kvexport.convert import Shape, convert, method_for
+from kvexport.decoder import Attention, Decoder
+from kvexport.graph import GRAPH_FILE
+from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
+from kvexport.graph.tap import tapped
+
+
+def wide(style: str = "llama", *, key_dim: int = 16, value_dim: int = 16, kv_heads: int = 1) -> Decoder:
+    """Two layers whose folded keys have several pairs of one frequency."""
+    decoder = make_decoder(style, layers=2, sharpness=2.0, dtype=torch.float32)
+    shapes = [Shape(kv_heads, key_dim, value_dim)] * 2
+    method = method_for("fold", decoder.layers[0].attention)
+    layers = [each.layer for each in convert(decoder, random_windows(decoder, 16, 24), shapes, method)]
+    assert all(layer.attention.frequencies is not None for layer in layers)
+    return dataclasses.replace(decoder, layers=layers)
+
+
+CASES = {
+    "wide": wide(),
+    "unequal": wide(key_dim=24, value_dim=16),
+    "bias": wide("bias"),
+    "gqa": wide("gqa"),
+    "two groups": wide(kv_heads=2, key_dim=12, value_dim=12),
+}
+everything = pytest.mark.parametrize(("lowering", "name"), [(each, name) for each in LOWERINGS for name in CASES])
+
+
+@everything
+def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> None:
+    contract, path = write(CASES[name], tmp_path), tmp_path / "lowered.onnx"
+    ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
+    assert disagreement(CASES[name], tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0) < 5e-6
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_and_in_float16_on_the_same_weights(lowering: str, tmp_path: Path) -> None:
+    contract, path = write(CASES["wide"], tmp_path, "float16"), tmp_path / "lowered.onnx"
+    ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
+    session, decoder = tapped(path).session(quiet()), rounded(CASES["wide"], torch.float16)
+    assert disagreement(decoder, session, lowered_contract(contract, lowering), fill=3.0) < 5e-3
+
+
+def test_the_wrong_frequency_is_seen(tmp_path: Path) -> None:
+    """A negative control."""
+
+    def shifted(attention: Attention) -> Attention:
+        assert attention.frequencies is not None
+        return dataclasses.replace(attention, frequencies=attention.frequencies.roll(1))
+
+    contract = write(with_attention(CASES["wide"], shifted), tmp_path)
+    found = disagreement(CASES["wide"], tapped(tmp_path / GRAPH_FILE).session(quiet()), contract, fill=3.0)
+    assert found > 1e-2
+
+
+def test_rows_are_chosen_once_for_layers_that_turn_alike(tmp_path: Path) -> None:
+    first, second = (layer.attention for layer in CASES["wide"].layers)
+    alike = with_attention(CASES["wide"], lambda each: dataclasses.replace(each, frequencies=first.frequencies))
+    counts = []
+    for decoder, name in ((alike, "alike"), (CASES["wide"], "own")):
+        write(decoder, tmp_path / name)
+        graph = ir.load(tmp_path / name / GRAPH_FILE).graph
+        counts.append(sum(node.op_type == "Gather" and node.outputs[0].name.startswith("rope.choice") for node in graph))
+    own = 1 if torch.equal(first.frequencies, second.frequencies) else 2
+    assert counts == [2, 2 * own]
