@@ -36,6 +36,7 @@ class Mixes:
         """As real matrices [t·2·half, 2·P], with the mixes scaled so that every cached pair weighs alike in `out`."""
         size, pairs = self.out.shape[:2]
         norm = self.out.square().sum((0, 2)).sqrt()[:, None]
+        norm = torch.where(norm > 0, norm, torch.ones_like(norm))
         return Code(
             _matrix(self.into * norm, self.frequencies, half).reshape(size * 2 * half, 2 * pairs),
             _matrix(self.out / norm, self.frequencies, half).reshape(size * 2 * half, 2 * pairs),
@@ -77,7 +78,8 @@ def _weighted_by_frequency(weights: Tensor, second: Tensor) -> tuple[Tensor, Ten
     pairs = second.diagonal(dim1=2, dim2=5).movedim(-1, 0)  # [d/2, t, 2, t, 2]
     hermitian = torch.complex(pairs[:, :, 0, :, 0] + pairs[:, :, 1, :, 1], pairs[:, :, 1, :, 0] - pairs[:, :, 0, :, 1])
     power = weights.diagonal(dim1=1, dim2=2).view(size, 2, half).sum(1).T
-    b = power.clamp_min(power.max() * 1e-12).sqrt()  # a head that nobody asks still has a code
+    least = torch.where(power.max() > 0, power.max() * 1e-12, torch.ones(()))  # a head that nobody asks still has a code
+    b = power.clamp_min(least).sqrt()
     return b, b[:, :, None] * hermitian * b[:, None, :]
 
 
@@ -159,7 +161,8 @@ def _asked(x: Tensor, mix: Tensor, axis: int) -> Tensor:
 
 
 def _solve(normal: Tensor, wanted: Tensor) -> Tensor:
-    scale = normal.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None].clamp_min(torch.finfo(torch.float64).tiny)
+    scale = normal.diagonal(dim1=-2, dim2=-1).mean(-1)[..., None, None]
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of a head that nobody asks, nothing is wanted
     return torch.linalg.solve(normal + _RIDGE * scale * torch.eye(normal.shape[-1], dtype=normal.dtype), wanted)
 
 

@@ -5,34 +5,46 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvexport.calibrate import Moments, MomentsAccumulator, windows
+from kvexport.calibrate import Moments, MomentsAccumulator, over_distances, over_positions, windows
 from kvexport.convert.apply import LayerCode, apply_code
 from kvexport.convert.codes import Code
-from kvexport.convert.groups import Grouping
+from kvexport.convert.groups import Grouping, Shape
 from kvexport.convert.methods import METHODS, layer_code
 from kvexport.decoder import Attention, Rope
 from kvexport.reference import linear
 
 
-def measure(attention: Attention, rope: Rope | None, x: Tensor) -> Moments:
+def measure(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Moments:
+    """The moments that `method` takes, for the positions of `x`."""
     accumulator = MomentsAccumulator(attention)
     accumulator.add(x, rope)
-    return accumulator.finish()
+    moments = accumulator.finish()
+    if rope is None:
+        return moments
+    return over_distances(moments, rope, 16) if METHODS[method].commutes else over_positions(moments, rope, x.shape[1])
 
 
 def grouping_of(attention: Attention, kv_heads: int) -> Grouping:
-    size = attention.num_kv_heads // kv_heads
-    return Grouping(kv_heads, size, attention.queries_per_kv_head, attention.head_dim)
+    return Grouping.of(attention, kv_heads)
 
 
-def code_of(method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int) -> tuple[Moments, LayerCode]:
-    moments = measure(attention, rope, x)
-    return moments, layer_code(METHODS[method], moments, attention, grouping_of(attention, kv_heads))
+def plain_shape(attention: Attention, kv_heads: int) -> Shape:
+    """Heads as wide as trained ones."""
+    return Shape(kv_heads, attention.head_dim, attention.head_dim)
 
 
-def converted_by(method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int) -> Attention:
-    """The layer after `method`, without refit, calibrated on `x` [B, S, hidden]."""
-    moments, code = code_of(method, attention, rope, x, kv_heads)
+def code_of(
+    method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int, shape: Shape | None = None
+) -> tuple[Moments, LayerCode]:  # fmt: skip
+    moments, shape = measure(attention, rope, x, method), plain_shape(attention, kv_heads) if shape is None else shape
+    return moments, layer_code(METHODS[method], moments, attention, grouping_of(attention, kv_heads), shape)
+
+
+def converted_by(
+    method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int, shape: Shape | None = None
+) -> Attention:  # fmt: skip
+    """The layer after `method`, adjacent heads sharing, without refit, calibrated on `x` [B, S, hidden]."""
+    moments, code = code_of(method, attention, rope, x, kv_heads, shape)
     return apply_code(attention, grouping_of(attention, kv_heads), code, moments.value_mean)
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from layer_codes import loss
 from torch import Tensor
 
-from kvexport.convert.codes import Code, damped, leading_eigenvectors, optimal_code, orthonormal, subspace_code
+from kvexport.convert.codes import Code, damped, leading_eigenvectors, optimal_codes, orthonormal, subspace_code
 
 sizes = st.tuples(st.integers(2, 12), st.integers(1, 12), st.integers(0, 10**6)).filter(lambda each: each[1] <= each[0])
 
@@ -21,6 +21,10 @@ def random_second_moment(n: int, generator: torch.Generator, rank: int | None = 
         0, -decay / 2, rank, dtype=torch.float64
     )
     return factor @ factor.T
+
+
+def optimal_code(sensitivity: Tensor, covariance: Tensor, rank: int) -> Code:
+    return optimal_codes(sensitivity, covariance).code(rank)
 
 
 def bound(sensitivity: Tensor, covariance: Tensor, rank: int) -> float:
@@ -90,10 +94,10 @@ def test_the_gauge_is_orthonormal_and_changes_nothing(drawn: tuple[int, int, int
     encode, decode = (torch.randn(n, rank, generator=generator, dtype=torch.float64) for _ in range(2))
     gauged = orthonormal(Code(encode, decode))
     identity = torch.eye(rank, dtype=torch.float64)
-    torch.testing.assert_close(gauged.encode.T @ gauged.encode, identity, rtol=0, atol=1e-12)
+    torch.testing.assert_close(gauged.decode.T @ gauged.decode, identity, rtol=0, atol=1e-12)
     torch.testing.assert_close(gauged.decode @ gauged.encode.T, decode @ encode.T, rtol=1e-10, atol=1e-10)
     code = optimal_code(random_second_moment(n, generator), random_second_moment(n, generator), rank)
-    torch.testing.assert_close(code.encode.T @ code.encode, identity, rtol=0, atol=1e-10)
+    torch.testing.assert_close(code.decode.T @ code.decode, identity, rtol=0, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
@@ -120,8 +124,8 @@ def test_degenerate_moments_give_finite_codes_of_ordinary_size(sensitivity: str,
     code = optimal_code(scale * made[sensitivity], made[covariance] / scale, 2)
     for part in (code.encode, code.decode):
         assert bool(part.isfinite().all())
-    assert float(code.encode.abs().max()) <= 1 + 1e-9
-    assert float(code.decode.abs().max()) < 1e4
+    assert float(code.decode.abs().max()) <= 1 + 1e-9
+    assert float(code.encode.abs().max()) < 1e4
     assert loss(code, made["whole"], made[covariance]) < 100
 
 
@@ -141,3 +145,26 @@ def test_leading_eigenvectors_of_many_hermitian_matrices() -> None:
     for matrix, vectors in zip(matrices, leading, strict=True):
         top = torch.linalg.eigvalsh(matrix).flip(0)[:2]
         torch.testing.assert_close(matrix @ vectors, vectors * top, rtol=1e-10, atol=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes)
+def test_the_spectrum_says_what_every_rank_loses(drawn: tuple[int, int, int]) -> None:
+    n, rank, seed = drawn
+    generator = torch.Generator().manual_seed(seed)
+    sensitivity, covariance = random_second_moment(n, generator), random_second_moment(n, generator)
+    codes = optimal_codes(sensitivity, covariance)
+    everything = float((sensitivity * covariance).sum())
+    assert float(codes.losses[0]) == pytest.approx(everything, rel=1e-4)
+    assert float(codes.losses[n]) == 0
+    assert loss(codes.code(rank), sensitivity, covariance) == pytest.approx(float(codes.losses[rank]), abs=1e-5 * everything)
+
+
+@settings(max_examples=30, deadline=None)
+@given(sizes)
+def test_what_is_cached_has_the_norm_of_what_it_stands_for(drawn: tuple[int, int, int]) -> None:
+    n, rank, seed = drawn
+    generator = torch.Generator().manual_seed(seed)
+    code = optimal_code(random_second_moment(n, generator), random_second_moment(n, generator), rank)
+    cached = torch.randn(7, n, generator=generator, dtype=torch.float64) @ code.encode
+    torch.testing.assert_close((cached @ code.decode.T).norm(dim=1), cached.norm(dim=1), rtol=1e-9, atol=0)
