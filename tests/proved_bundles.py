@@ -11,12 +11,13 @@ from typing import Any
 import ml_dtypes  # noqa: F401  teaches numpy bfloat16
 import numpy as np
 import onnx_ir as ir
+from conversions import plain
 from decoders import random_windows
 from numpy.typing import NDArray
 from tiny_bundles import edit_manifest, manifest_of
 
 from kvexport.bundle import MANIFEST_FILE, BundleWriter
-from kvexport.convert import convert, unconverted
+from kvexport.convert import unconverted
 from kvexport.decoder import Decoder
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract
 from kvexport.hashing import sha256_of
@@ -29,7 +30,7 @@ def export(
     *,
     dtype: str = "float32",
     kv_heads: int | None = None,
-    method: str = "auto",
+    method: str = "online",
     capacity: int = 128,
 ) -> GraphContract:
     """A converted decoder as a bundle at `path`, in the order of `kvexport.build`; its graph's contract."""
@@ -40,7 +41,7 @@ def export(
         path, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope
     )
     layers = []
-    for converted in unconverted(decoder) if kv_heads is None else convert(decoder, windows, kv_heads, method):
+    for converted in unconverted(decoder) if kv_heads is None else plain(decoder, windows, kv_heads, method):
         twin.add_layer(converted.layer)
         graph.add_layer(converted.layer)
         layers.append(converted.layer)

@@ -45,12 +45,12 @@ def test_a_bundle_of_every_family_and_dtype_is_proved(tiny_checkpoint: Any, tmp_
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
 
 
-@pytest.mark.parametrize("method", ["auto", "fold", "online", "svd-a", "svd-w", "mean-pool"])
+@pytest.mark.parametrize("method", ["fold", "online", "svd-a", "svd-w", "mean-pool"])
 def test_every_method_makes_a_bundle_whose_cache_is_that_much_smaller(tiny_checkpoint: Any, tmp_path: Path, method: str) -> None:
     source = tiny_checkpoint("llama", num_key_value_heads=4)
     report = build(source, tmp_path / "b", "--kv-heads", "1", "--method", method)
     assert [(layer["original_num_key_value_heads"], layer["num_key_value_heads"]) for layer in report["layers"]] == [(4, 1)] * 2
-    assert report["layers"][0]["method"] == (method if method != "auto" else "online")
+    assert report["layers"][0]["method"] == method
     session = kvexport.open(tmp_path / "b")
     session.prefill([1, 2, 3])
     assert session.memory().bytes_per_token == report["kv_bytes_per_token"] == 2 * 2 * 8 * 4
@@ -122,8 +122,15 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
     ("options", "says"),
     [
         (["--kv-heads", "3"], "1, 2, 4"),
-        (["--kv-ratio", "0.4"], "0.25, 0.5, 1"),
-        (["--kv-heads", "2", "--kv-ratio", "0.5"], "same thing twice"),
+        (["--kv-ratio", "0.01"], "0.125 to 1"),
+        (["--kv-ratio", "0.4", "--method", "fold"], "0.25, 0.5, 1"),
+        (["--kv-heads", "2", "--kv-ratio", "0.5"], "contradict each other"),
+        (["--kv-ratio", "0.5", "--max-kl", "0.1"], "contradict each other"),
+        (["--group-size", "3"], "1, 2, 4"),
+        (["--max-kl", "0"], "above 0"),
+        (["--max-kl", "0.1", "--method", "svd-a"], "--method online"),
+        (["--heal-lora", "4"], "add --heal"),
+        (["--target", "no-such-board"], "no such target"),
         (["--capacity", "257"], "1 to 256"),
         (["--capacity", "0"], "1 to 256"),
         (["--length", "300"], "at most 256"),

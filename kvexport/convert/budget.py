@@ -33,12 +33,14 @@ class Widths:
     equal: bool = True
     only: int | None = None
 
-    def of(self, n: int) -> list[int]:
-        """Widths of a head that stands for n trained numbers, ascending."""
+    def of(self, size: int, head_dim: int) -> list[int]:
+        """Widths of a head that stands for `size` trained ones, ascending."""
+        n = size * head_dim
         if self.only is not None:
             return [self.only] if self.only <= n else []
-        least = _NARROWEST if n >= _NARROWEST else _STEP
-        return list(range(least, min(n, WIDEST) + 1, _STEP)) or [n]
+        least = min(_NARROWEST, head_dim)  # narrower than that, trained heads were not fused either
+        step = min(_STEP, head_dim)
+        return list(range(-(-least // step) * step, min(n, WIDEST) + 1, step))
 
 
 def shapes_for(layer: LayerSurvey, widths: Widths) -> list[Shape]:
@@ -46,7 +48,7 @@ def shapes_for(layer: LayerSurvey, widths: Widths) -> list[Shape]:
     found = [layer.trained]
     for size in layer.curves:
         heads = layer.trained.kv_heads // size
-        allowed = widths.of(size * layer.trained.key_dim)
+        allowed = widths.of(size, layer.trained.key_dim)
         pairs = ((key, value) for key in allowed for value in ((key,) if widths.equal else allowed))
         found += [shape for key, value in pairs if (shape := Shape(heads, key, value)).kv_width < layer.trained.kv_width]
     return found

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.convert.codes import damped
 from kvexport.convert.groups import Grouping
 from kvexport.convert.keys import cached_frequencies, fold, query_weights
 from kvexport.convert.matching import Group
@@ -44,9 +43,9 @@ class LayerLosses:
     def values(self, group: Group) -> Tensor:
         """Of values at widths 0 to n, [n + 1]."""
         moments, attention, alone = self._alone(group)
-        factor = torch.linalg.cholesky(damped(moments.value_covariance(alone.rows(0))))
-        weights = output_weights(moments, attention, alone, 0)
-        return _tails(torch.linalg.eigvalsh(factor.T @ weights @ factor))
+        values, vectors = torch.linalg.eigh(moments.value_covariance(alone.rows(0)))
+        root = vectors * values.clamp_min(0).sqrt()
+        return _tails(torch.linalg.eigvalsh(root.T @ output_weights(moments, attention, alone, 0) @ root))
 
     def folded_keys(self, group: Group, width: int) -> float:
         """Of keys in a code of that width that commutes with RoPE; the moments are `over_distances`."""

@@ -46,13 +46,15 @@ def _turn(x: Array, position: int, rope: Rope | None) -> Array:
 
 
 def _rows(attention: Attention, rope: Rope | None, window: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
-    """For each token: its rotated queries [H, d], rotated keys [h, d], values [h, d] and attention rows [H, m + 1]."""
+    """For each token: its queries [H, d] and keys [h, d] before rotation, values [h, d] and attention rows [H, m + 1]."""
     d, heads, kv_heads = attention.head_dim, attention.num_heads, attention.num_kv_heads
     keys: list[Array] = []
     for m, x in enumerate(window):
         q, k, v = (_apply(each, x) for each in (attention.q, attention.k, attention.v))
-        queries = np.stack([_turn(_rms(attention.q_norm, q[h * d : (h + 1) * d]), m, rope) for h in range(heads)])
-        keys.append(np.stack([_turn(_rms(attention.k_norm, k[h * d : (h + 1) * d]), m, rope) for h in range(kv_heads)]))
+        unturned = np.stack([_rms(attention.q_norm, q[h * d : (h + 1) * d]) for h in range(heads)])
+        new = np.stack([_rms(attention.k_norm, k[h * d : (h + 1) * d]) for h in range(kv_heads)])
+        queries = np.stack([_turn(each, m, rope) for each in unturned])
+        keys.append(np.stack([_turn(each, m, rope) for each in new]))
         rows = np.zeros((heads, m + 1))
         for h in range(heads):
             logits = np.full(m + 1, -np.inf)
@@ -63,7 +65,7 @@ def _rows(attention: Attention, rope: Rope | None, window: Array) -> Iterator[tu
                         logits[n] -= float(attention.alibi_slopes[h]) * (m - n)
             rows[h] = np.exp(logits - logits.max())
             rows[h] /= rows[h].sum()
-        yield queries, keys[-1], v.reshape(kv_heads, d), rows
+        yield unturned, new, v.reshape(kv_heads, d), rows
 
 
 def brute_force(attention: Attention, rope: Rope | None, x: Array) -> dict[str, Array]:
@@ -147,7 +149,7 @@ def test_covariances_are_blocks_of_the_moments() -> None:
     found, rows = moments_of(attention, rope, x), slice(8, 24)
     values = (reference.linear(attention.v, x)).flatten(0, 1)[:, rows]
     torch.testing.assert_close(found.value_covariance(rows), torch.cov(values.T, correction=0), rtol=1e-10, atol=1e-13)
-    stacked = windows.project(attention, x, rope).key_rotated.transpose(1, 2).flatten(2).flatten(0, 1)[:, rows]
+    stacked = windows.project(attention, x, rope).key.transpose(1, 2).flatten(2).flatten(0, 1)[:, rows]
     torch.testing.assert_close(found.key_covariance(rows), torch.cov(stacked.T, correction=0), rtol=1e-10, atol=1e-13)
 
 

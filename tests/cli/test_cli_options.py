@@ -16,12 +16,12 @@ from kvexport.calibrate.recipe import BUILT_IN, recipe_for
 from kvexport.cli.conversion import METHODS, conversion_options, plan_from
 from kvexport.cli.options import BarProgress, progress_bar
 from kvexport.cli.report import PlainConsole, size
-from kvexport.convert import METHOD_NAMES
+from kvexport.convert import METHOD_NAMES, Wish
 from kvexport.errors import UsageError
 
 
 def test_choices_are_those_that_the_stations_take() -> None:
-    assert set(METHODS) == set(METHOD_NAMES) and METHODS[0] == "auto"
+    assert set(METHODS) == set(METHOD_NAMES) and METHODS[0] == "online"
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def plan() -> Callable[..., Any]:
     """`plan(*options)`: the plan that a command with the conversion options makes."""
 
     @click.command()
-    @click.option("--method", default="auto")
+    @click.option("--method", default="online")
     @conversion_options
     @click.pass_context
     def command(context: click.Context, **options: Any) -> Any:
@@ -46,7 +46,7 @@ def test_defaults_that_help_names_are_those_of_the_recipe(plan: Callable[..., An
     recipe = recipe_for("self")
     assert defaults == {name: str(getattr(recipe, name)) for name in ("samples", "length", "seed")}
     made = plan()
-    assert made.recipe == recipe and made.dtype == "float32" and made.kv_heads is made.kv_ratio is made.statistics is None
+    assert made.recipe == recipe and made.dtype == "float32" and made.statistics is made.heal is None and made.wish == Wish()
 
 
 @pytest.mark.parametrize("source", BUILT_IN)
@@ -57,7 +57,7 @@ def test_options_reach_the_plan(plan: Callable[..., Any], source: str) -> None:
     )  # fmt: skip
     recipe = made.recipe
     assert (recipe.source, recipe.samples, recipe.length, recipe.seed) == (source, 3, 9, 5)
-    assert (made.kv_heads, made.dtype, made.method) == (2, "float16", "fold")
+    assert (made.wish.kv_heads, made.dtype, made.method) == (2, "float16", "fold")
 
 
 @pytest.mark.parametrize("option", [("--calibration", "random"), ("--samples", "1"), ("--length", "8"), ("--seed", "0")])

@@ -9,16 +9,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from conversions import plain
 from decoders import STYLES, make_decoder, random_windows, with_attention
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.calibrate import Moments, Statistics, recipe_for, save_header, save_moments, windows
-from kvexport.convert import ConvertedLayer, convert, measure, pipeline, unconverted
+from kvexport.calibrate import Moments, Statistics, over_distances, recipe_for, save_header, save_moments, windows
+from kvexport.convert import ConvertedLayer, Shape, convert, measure, method_for, pipeline, unconverted
 from kvexport.convert.methods import METHOD_NAMES
 from kvexport.convert.streams import Streams
 from kvexport.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
-from kvexport.errors import KvexportError, UsageError
+from kvexport.errors import KvexportError
 
 
 def joined(decoder: Decoder, layers: list[ConvertedLayer]) -> Decoder:
@@ -51,7 +52,7 @@ def test_every_method_converts_every_kind_and_reports_what_it_lost(style: str, m
     decoder = make_decoder(style, layers=2, sharpness=2.0)
     trained = decoder.layers[0].attention
     tokens, kv_heads = random_windows(decoder, 16, 24), trained.num_kv_heads // 2
-    conversion = convert(decoder, tokens, kv_heads, method)
+    conversion = plain(decoder, tokens, kv_heads, method)
     layers = list(conversion)
     assert [each.index for each in layers] == [0, 1]
     for each in layers:
@@ -60,7 +61,7 @@ def test_every_method_converts_every_kind_and_reports_what_it_lost(style: str, m
         assert report.original_num_key_value_heads == trained.num_kv_heads
         assert report.kv_width == attention.kv_width == trained.kv_width // 2
         assert report.original_kv_width == trained.kv_width
-        assert report.method == method or (method in ("auto", "fold") and report.method == "online")
+        assert report.method == method_for(method, trained).name
         assert report.parameters == sum(t.numel() for t in tensors_of(attention))
         assert report.original_parameters == sum(t.numel() for t in tensors_of(trained))
         assert 0 < report.measured_error < 2
@@ -81,7 +82,7 @@ def test_measured_error_is_that_of_the_attention_alone(style: str) -> None:
     """Recomputed with plain forward passes: trained inputs, held-out windows, before the refit."""
     decoder = make_decoder(style, layers=2)
     tokens = random_windows(decoder, 8, 16)
-    for each in convert(decoder, tokens, 2, "svd-a"):  # has no refit
+    for each in plain(decoder, tokens, 2, "svd-a"):  # has no refit
         taps: list[reference.LayerTaps] = []
         reference.forward(decoder, tokens[7:], taps=taps)
         wanted = taps[each.index].attention
@@ -93,7 +94,7 @@ def test_measured_error_is_that_of_the_attention_alone(style: str) -> None:
 
 def test_all_kv_heads_kept_changes_nothing() -> None:
     decoder = make_decoder("gqa", dtype=torch.float32)
-    conversion = convert(decoder, random_windows(decoder, 9, 16), 2, "auto")
+    conversion = plain(decoder, random_windows(decoder, 9, 16), 2, "online")
     for each, trained in zip(conversion, decoder.layers, strict=True):
         assert each.layer is trained
         report = each.report
@@ -126,13 +127,15 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
     tokens, fresh = random_windows(lossy, 64, 32), random_windows(lossy, 16, 32, seed=99)
     moved = []
     for decoder in (lossy, lossless):
-        layers = list(convert(decoder, tokens, 4, "fold"))
+        layers = list(plain(decoder, tokens, 4, "fold"))
         streams = Streams(decoder, tokens)
         with torch.no_grad():  # the second layer alone: the first is the trained one in both streams
             streams.attend(decoder.layers[0])
             streams.advance_both(decoder.layers[0], decoder.layers[0])
-            moments = streams.measure(decoder.layers[1])
-            alone = pipeline._convert_layer(decoder.layers[1], streams, moments, 4, "fold")[0]
+            assert decoder.rope is not None
+            moments = over_distances(streams.measure(decoder.layers[1]), decoder.rope, 16)
+            shape, method = Shape(4, 8, 8), method_for("fold", decoder.layers[1].attention)
+            alone = pipeline._convert_layer(decoder.layers[1], streams, moments, shape, method)[0]
         together = layers[1].layer
         assert torch.equal(together.attention.k.weight, alone.attention.k.weight)  # the trained model's moments in both
         moved.append(float((together.attention.o.weight - alone.attention.o.weight).norm() / alone.attention.o.weight.norm()))
@@ -146,22 +149,10 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
 def test_refit_helps_and_methods_without_it_keep_their_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder("llama", layers=2, sharpness=2.0)
     tokens, fresh = random_windows(decoder, 64, 32), random_windows(decoder, 16, 32, seed=99)
-    fitted = joined(decoder, list(convert(decoder, tokens, 2, "online")))
+    fitted = joined(decoder, list(plain(decoder, tokens, 2, "online")))
     monkeypatch.setattr(Streams, "refit", lambda self, converted: converted.attention.o)
-    plain = joined(decoder, list(convert(decoder, tokens, 2, "online")))
-    assert residual_error(decoder, fitted, fresh) < 0.97 * residual_error(decoder, plain, fresh)
-
-
-def test_auto_takes_fold_where_it_loses_nothing_and_online_elsewhere() -> None:
-    from test_key_codes import complex_multiples
-
-    decoder = make_decoder("llama", layers=2)
-    tokens = random_windows(decoder, 16, 24)
-    assert {each.report.method for each in convert(decoder, tokens, 2, "auto")} == {"online"}
-    exact = with_attention(decoder, complex_multiples)
-    layers = list(convert(exact, tokens, 2, "auto"))
-    assert {each.report.method for each in layers} == {"fold"}
-    assert layers[-1].report.residual_error < 1e-4
+    unfitted = joined(decoder, list(plain(decoder, tokens, 2, "online")))
+    assert residual_error(decoder, fitted, fresh) < 0.97 * residual_error(decoder, unfitted, fresh)
 
 
 # Saved moments, seeds, batches
@@ -179,8 +170,8 @@ def test_saved_statistics_give_the_same_weights_to_the_bit(
     for index, moments in enumerate(measure(decoder, tokens)):
         save_moments(tmp_path, index, moments)
     saved = Statistics(tmp_path, "digest")
-    direct = list(convert(decoder, tokens, kv_heads, "auto"))
-    restored = list(convert(decoder, saved.windows, kv_heads, "auto", saved.moments))
+    direct = list(plain(decoder, tokens, kv_heads, "online"))
+    restored = list(plain(decoder, saved.windows, kv_heads, "online", saved.moments))
     for a, b in zip(direct, restored, strict=True):
         assert same(a.layer, b.layer)
         assert a.report == b.report
@@ -191,7 +182,7 @@ def test_measure_yields_the_moments_that_conversion_takes(monkeypatch: pytest.Mo
     tokens, taken = random_windows(decoder, 9, 12), []
     original = Streams.measure
     monkeypatch.setattr(Streams, "measure", lambda self, layer: taken.append(original(self, layer)) or taken[-1])
-    list(convert(decoder, tokens, 1, "auto"))
+    list(plain(decoder, tokens, 1, "online"))
     for found, wanted in zip(measure(decoder, tokens), taken, strict=True):
         assert same(found, wanted)
         assert int(found.tokens) == 8 * 12  # the last eighth is held out
@@ -200,7 +191,7 @@ def test_measure_yields_the_moments_that_conversion_takes(monkeypatch: pytest.Mo
 def test_conversion_is_deterministic() -> None:
     decoder = make_decoder("llama", dtype=torch.float32)
     tokens = random_windows(decoder, 10, 16)
-    first, second = (list(convert(decoder, tokens, 2, "auto")) for _ in range(2))
+    first, second = (list(plain(decoder, tokens, 2, "online")) for _ in range(2))
     for a, b in zip(first, second, strict=True):
         assert same(a.layer, b.layer)
         assert a.report == b.report
@@ -210,9 +201,9 @@ def test_conversion_is_deterministic() -> None:
 def test_conversion_does_not_depend_on_how_attention_is_batched(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(style)
     tokens, kv_heads = random_windows(decoder, 10, 16), decoder.layers[0].attention.num_kv_heads // 2
-    whole = list(convert(decoder, tokens, kv_heads, "auto"))
+    whole = list(plain(decoder, tokens, kv_heads, "online"))
     monkeypatch.setattr(windows, "SCORES", 3 * 4 * 16)
-    in_blocks = list(convert(decoder, tokens, kv_heads, "auto"))
+    in_blocks = list(plain(decoder, tokens, kv_heads, "online"))
     for a, b in zip(whole, in_blocks, strict=True):
         assert b.report.residual_error == pytest.approx(a.report.residual_error, rel=1e-6)
         assert b.report.predicted_error == pytest.approx(a.report.predicted_error, rel=1e-9)
@@ -223,14 +214,14 @@ def test_conversion_does_not_depend_on_how_attention_is_batched(style: str, monk
 
 
 @pytest.mark.parametrize("style", STYLES)
-@pytest.mark.parametrize("method", ["auto", "fold", "svd-a"])
+@pytest.mark.parametrize("method", ["online", "fold", "svd-a"])
 @pytest.mark.parametrize(("count", "length"), [(1, 2), (2, 8)])
 def test_hardly_any_tokens_still_convert(style: str, method: str, count: int, length: int) -> None:
     if (style, method) == ("qwen3", "fold"):
         return
     decoder = make_decoder(style, dtype=torch.float32)
     tokens, kv_heads = random_windows(decoder, count, length), decoder.layers[0].attention.num_kv_heads // 2
-    conversion = convert(decoder, tokens, kv_heads, method)
+    conversion = plain(decoder, tokens, kv_heads, method)
     layers = list(conversion)
     for each in layers:
         assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
@@ -246,7 +237,7 @@ def test_hardly_any_tokens_still_convert(style: str, method: str, count: int, le
 def test_one_token_repeated_still_converts(style: str) -> None:
     """Values are constants: all covariances are zero."""
     decoder = make_decoder(style, dtype=torch.float32)
-    for each in convert(decoder, torch.full((4, 8), 7), 2, "auto"):
+    for each in plain(decoder, torch.full((4, 8), 7), 2, "online"):
         assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
 
 
@@ -261,7 +252,7 @@ def test_heads_that_do_nothing_still_convert(method: str, part: str) -> None:
         weight[:, :16].zero_() if part == "o" else weight[:16].zero_()
         return dataclasses.replace(attention, **{part: Linear(weight)})
 
-    for each in convert(with_attention(decoder, dead), random_windows(decoder, 4, 12), 2, method):
+    for each in plain(with_attention(decoder, dead), random_windows(decoder, 4, 12), 2, method):
         assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
         assert each.report.predicted_error < 3
 
@@ -272,7 +263,7 @@ def test_overflow_is_named_with_its_layer() -> None:
     layers = [decoder.layers[0], dataclasses.replace(decoder.layers[1], attention=big), decoder.layers[2]]
     broken = dataclasses.replace(decoder, layers=layers)
     tokens = random_windows(decoder, 4, 12)
-    conversion = convert(broken, tokens, 2, "auto")
+    conversion = plain(broken, tokens, 2, "online")
     assert next(conversion).index == 0
     with pytest.raises(KvexportError, match=r"calibration moments of layer 1: not all numbers are finite"):
         next(conversion)
@@ -285,16 +276,10 @@ def test_damaged_saved_moments_are_named_with_their_layer() -> None:
     tokens = random_windows(decoder, 4, 12)
     moments = list(measure(decoder, tokens))
     moments[1].key_second[0, 0] = torch.nan
-    conversion = convert(decoder, tokens, 2, "auto", moments.__getitem__)
+    conversion = plain(decoder, tokens, 2, "online", moments.__getitem__)
     next(conversion)
     with pytest.raises(KvexportError, match="calibration moments of layer 1"):
         next(conversion)
-
-
-def test_fold_is_refused_for_qk_norm() -> None:
-    decoder = make_decoder("qwen3")
-    with pytest.raises(UsageError, match="QK-norm"):
-        next(convert(decoder, random_windows(decoder, 2, 8), 2, "fold"))
 
 
 # Memory
@@ -326,7 +311,8 @@ def test_one_layer_is_alive_at_a_time(what: str) -> None:
     elif what == "unconverted":
         made = map(_forget, unconverted(lazy))
     else:
-        made = map(_forget, convert(lazy, tokens, 2 if what == "convert" else 4, "auto"))
+        shapes = [Shape(2 if what == "convert" else 4, 8, 8)] * 4
+        made = map(_forget, convert(lazy, tokens, shapes, method_for("online", decoder.layers[0].attention)))
     assert list(made) == [None] * 4
     assert counts == [0, 0, 0, 0]
 
@@ -339,7 +325,7 @@ def test_streams_are_what_is_held_between_layers() -> None:
     """Two streams and one attention output of [N, S, hidden]; nothing else of their size."""
     decoder = make_decoder("llama", dtype=torch.float32)
     tokens = random_windows(decoder, 16, 32)
-    conversion = convert(decoder, tokens, 2, "auto")
+    conversion = plain(decoder, tokens, 2, "online")
     next(conversion)
     held = [each for each in vars(conversion._streams).values() if isinstance(each, Tensor)]
     assert sum(each.numel() for each in held) == 3 * tokens.numel() * decoder.limits.hidden_size

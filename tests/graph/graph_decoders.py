@@ -152,7 +152,9 @@ def mapped(tree: Any, leaf: Callable[[Tensor], Tensor]) -> Any:
 
 def rounded(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     """Weights as a file of `dtype` holds them, in float32; frequencies stay, since tables are made of the exact ones."""
-    return dataclasses.replace(mapped(decoder, lambda leaf: leaf.to(dtype).float() if leaf.is_floating_point() else leaf), rope=decoder.rope)
+    return dataclasses.replace(
+        mapped(decoder, lambda leaf: leaf.to(dtype).float() if leaf.is_floating_point() else leaf), rope=decoder.rope
+    )
 
 
 class Caller:

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from anchors import CONFIGS, PARAMETERS
+from conversions import plain
 from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bundle_manifest import read_manifest
-from kvexport.convert import convert
 from kvexport.decoder import tensors_of
 from kvexport.errors import CheckpointError, UsageError
 from kvexport.loading import load_decoder
@@ -66,7 +66,7 @@ def test_parameters_are_those_that_conversion_makes(tiny_checkpoint: TinyCheckpo
     path = tiny_checkpoint(family, **config)
     decoder, trained = load_decoder(path), architecture(path)
     windows = torch.randint(0, 60, (16, 24), generator=torch.Generator().manual_seed(0))
-    layers = [each.layer for each in convert(decoder, windows, trained.kv_heads // 2, "online")]
+    layers = [each.layer for each in plain(decoder, windows, trained.kv_heads // 2, "online")]
     sizes = trained.sizes(trained.kv_heads // 2)
     assert sizes.parameters == held(decoder, layers)
     assert sizes.kv_width == sum(layer.attention.kv_width for layer in layers)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conversions import plain
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
 from tokenizers import Tokenizer, processors
 
-from kvexport.convert import convert
 from kvexport.loading import load_decoder
 from kvexport.runtime import open_bundle
 
@@ -48,7 +48,7 @@ def test_converted_heads_equal_the_oracle(method: str, tiny_checkpoint: Callable
     """What `convert` makes, run by the runtime: half the KV heads."""
     decoder = load_decoder(tiny_checkpoint("llama", num_key_value_heads=4))
     windows = torch.randint(0, 67, (8, 16), generator=torch.Generator().manual_seed(0))
-    layers = [each.layer for each in convert(decoder, windows, 2, method)]
+    layers = [each.layer for each in plain(decoder, windows, 2, method)]
     decoder = dataclasses.replace(decoder, layers=layers)
     session = open_bundle(write_bundle(tmp_path / "bundle", decoder, capacity=40), threads=1)
     ids = windows[0].tolist()

@@ -25,15 +25,15 @@ METHODS = {
     "bias": ("online", "fold"),  # qwen2's
     "qwen3": ("online",),
     "bloom": ("online",),
-    "window": ("auto",),
-    "gqa": ("auto",),  # to one KV head
+    "window": ("online",),
+    "gqa": ("online",),  # to one KV head
 }
 DTYPES = ("float32", "float16", "bfloat16")
 CASES = [
     (style, method, dtype)
     for style, methods in METHODS.items()
     for method in methods
-    for dtype in (DTYPES if method != "auto" else ("float32",))
+    for dtype in (DTYPES if method != "online" else ("float32",))
 ]
 
 
