@@ -26,12 +26,13 @@ from kvexport.convert import (
     Conversion,
     ConvertedLayer,
     LayerReport,
+    Way,
     Wish,
     choose,
     convert,
     fixed_shape,
     measure,
-    method_for,
+    methods_for,
     split,
     trained_shape,
     unconverted,
@@ -72,7 +73,7 @@ class Plan:
 
     recipe: Recipe
     wish: Wish = field(default_factory=Wish)
-    method: str = "online"
+    method: str = "auto"
     statistics: Path | None = None
     dtype: str = "float32"
     heal: int | None = None
@@ -191,11 +192,11 @@ def compress(checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, 
     """
     require_output(output, marker="config.json", force=force)
     job = _Job(checkpoint, plan, progress)
-    shape = uniform_shape(plan.wish, job.method, job.decoder.layers[0].attention)
+    shape = uniform_shape(plan.wish, job.methods, job.decoder.layers[0].attention)
     require_standard(job.decoder, plan.method, shape != trained_shape(job.decoder.layers[0].attention))
     with atomic_directory(output, marker="config.json", force=force) as directory:
         writer = StandardWriter(directory, job.decoder, job.checkpoint.config, getattr(torch, plan.dtype))
-        choice = Choice([shape] * len(job.decoder.layers))
+        choice = Choice([Way(job.methods[0], shape)] * len(job.decoder.layers))
         report = job.convert(job.windows(), choice, writer.add_layer, capacity_of(job.decoder), output)
         writer.finish()
         job.checkpoint.copy_tokenizer(directory)
@@ -229,8 +230,8 @@ class _Job:
             self.decoder = load_decoder(self.checkpoint)
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
-        self.method = method_for(plan.method, attention)
-        self.compresses = fixed_shape(plan.wish, self.method, attention) != trained_shape(attention)
+        self.methods = methods_for(plan.method, attention)
+        self.compresses = fixed_shape(plan.wish, self.methods, attention) != trained_shape(attention)
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
         self.moments_of = None if self.statistics is None else self.statistics.moments
 
@@ -279,7 +280,7 @@ class _Job:
     def choose(self, windows: Tensor, capacity: int) -> Choice:
         """What each layer is to cache."""
         with self.timed("survey"):
-            return choose(self.decoder, windows, self.plan.wish, self.method, self.moments_of, capacity, self.progress)
+            return choose(self.decoder, windows, self.plan.wish, self.methods, self.moments_of, capacity, self.progress)
 
     def convert(
         self, windows: Tensor, choice: Choice, take: Callable[[Layer], None], capacity: int, output: Path
@@ -289,7 +290,7 @@ class _Job:
         conversion: Conversion | None = None
         layers: Iterator[ConvertedLayer] = unconverted(decoder)
         if self.compresses:
-            layers = conversion = convert(decoder, windows, choice.shapes, self.method, self.moments_of, capacity)
+            layers = conversion = convert(decoder, windows, choice.ways, self.moments_of, capacity)
         heals = self.plan.heal is not None and conversion is not None
         reports: list[LayerReport] = []
         kept: list[Layer] = []

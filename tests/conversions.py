@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.convert import Conversion, Shape, convert, method_for
+from kvexport.convert import Conversion, Shape, Way, convert, methods_for
 from kvexport.decoder import Decoder
 
 
@@ -16,5 +16,5 @@ def plain(
 ) -> Conversion:  # fmt: skip
     """Conversion of every layer to `kv_heads` heads as wide as trained ones."""
     attention = decoder.layers[0].attention
-    shapes = [Shape(kv_heads, attention.head_dim, attention.head_dim)] * len(decoder.layers)
-    return convert(decoder, windows, shapes, method_for(method, attention), moments_of)
+    way = Way(methods_for(method, attention)[0], Shape(kv_heads, attention.head_dim, attention.head_dim))
+    return convert(decoder, windows, [way] * len(decoder.layers), moments_of)

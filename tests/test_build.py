@@ -122,8 +122,8 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
     ("options", "says"),
     [
         (["--kv-heads", "3"], "1, 2, 4"),
-        (["--kv-ratio", "0.01"], "0.125 to 1"),
-        (["--kv-ratio", "0.4", "--method", "fold"], "0.25, 0.5, 1"),
+        (["--kv-ratio", "0.01"], "0.25 to 1"),
+        (["--kv-ratio", "0.4", "--method", "mean-pool"], "0.25, 0.5, 1"),
         (["--kv-heads", "2", "--kv-ratio", "0.5"], "contradict each other"),
         (["--kv-ratio", "0.5", "--max-kl", "0.1"], "contradict each other"),
         (["--group-size", "3"], "1, 2, 4"),

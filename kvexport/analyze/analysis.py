@@ -19,7 +19,7 @@ from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStre
 from kvexport.build import Plan, capacity_of
 from kvexport.calibrate import calibration_windows
 from kvexport.checkpoint import Checkpoint
-from kvexport.convert import ConvertedLayer, LayerSurvey, choose, convert, fixed_shape, method_for
+from kvexport.convert import ConvertedLayer, LayerSurvey, Way, choose, convert, fixed_shape, methods_for
 from kvexport.decoder import Decoder
 from kvexport.divergence import Divergence
 from kvexport.layer_report import LayerReport
@@ -160,8 +160,8 @@ def analyze(
     source, recipe = Checkpoint(checkpoint), plan.recipe
     decoder = load_decoder(source)
     attention = decoder.layers[0].attention
-    method = method_for(plan.method, attention)
-    fixed_shape(plan.wish, method, attention)  # before any work
+    methods = methods_for(plan.method, attention)
+    fixed_shape(plan.wish, methods, attention)  # before any work
     if pairs is not None:
         parse_pairs(pairs, tokens)  # before any work
     sampled = recipe.source == "self"
@@ -181,18 +181,20 @@ def analyze(
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
     limit = capacity_of(decoder)
-    choice = choose(decoder, windows, plan.wish, method, None, limit, progress)
-    conversion = convert(decoder, windows, choice.shapes, method, capacity=limit)
+    choice = choose(decoder, windows, plan.wish, methods, None, limit, progress)
+    conversion = convert(decoder, windows, choice.ways, capacity=limit)
     layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
-    surveyed = [_relative_sensitivity(index, each) for index, each in enumerate(choice.layers)] or None
+    surveyed = None
+    if choice.layers:
+        surveyed = [_relative_sensitivity(i, layer, choice.ways[i]) for i, layer in enumerate(choice.layers)]
     return Analysis(facts, tuple(layers), conversion.divergence(), tuple(ids), tuple(texts), maps, tuple(listed), surveyed)
 
 
-def _relative_sensitivity(index: int, layer: LayerSurvey) -> Sensitivity:
+def _relative_sensitivity(index: int, layer: LayerSurvey, way: Way) -> Sensitivity:
     """KL per unit of relative error power of the attention output."""
     power = layer.output_power
-    return {"layer": index, "key": power * layer.key_sensitivity, "value": power * layer.value_sensitivity}
+    return {"layer": index, "key": power * layer.key_sensitivity[way.method], "value": power * layer.value_sensitivity}
 
 
 def compare(

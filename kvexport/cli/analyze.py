@@ -14,7 +14,7 @@ from kvexport.cli.conversion import METHODS, cache_options, calibration_options,
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The HTML file to write; it must not exist.")
-@click.option("--method", type=click.Choice(METHODS), default="online", show_default=True, help="How heads are merged.")
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged.")
 @cache_options
 @shape_options
 @calibration_options

@@ -15,7 +15,7 @@ from kvexport.errors import UsageError
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
 @click.option("--demo", is_flag=True, help="Build the small model that comes with kvexport, instead of CHECKPOINT.")
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle's directory; it must not exist.")
-@click.option("--method", type=click.Choice(METHODS), default="online", show_default=True, help="How heads are merged.")
+@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged.")
 @conversion_options
 @shape_options
 @click.option("--capacity", type=int, help="Tokens that a sequence may hold [default: the model's, at most 4096].")

@@ -2,7 +2,7 @@
 
 from kvexport.convert.choose import Choice, choose
 from kvexport.convert.groups import Shape, kv_heads_for, trained_shape
-from kvexport.convert.methods import METHOD_NAMES, Method, method_for
+from kvexport.convert.methods import METHOD_NAMES, Method, Way, methods_for
 from kvexport.convert.pipeline import Conversion, ConvertedLayer, convert, measure, unconverted
 from kvexport.convert.streams import split
 from kvexport.convert.survey import LayerSurvey, survey
@@ -18,13 +18,14 @@ __all__ = [
     "LayerSurvey",
     "Method",
     "Shape",
+    "Way",
     "Wish",
     "choose",
     "convert",
     "fixed_shape",
     "kv_heads_for",
     "measure",
-    "method_for",
+    "methods_for",
     "split",
     "survey",
     "trained_shape",

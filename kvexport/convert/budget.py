@@ -1,4 +1,4 @@
-"""Which shape each layer gets: the least predicted KL within a number of cached numbers, solved exactly.
+"""Which way each layer is converted: the least predicted KL within a number of cached numbers, solved exactly.
 
 A multiple-choice knapsack over layers, by dynamic programming over cached numbers per token. What an engine's attention
 can take (widths, equal or not) is a constraint on the choices. Knows a survey; runs no model.
@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.convert.groups import Shape
+from kvexport.convert.groups import WIDEST, Shape
+from kvexport.convert.methods import Way
 from kvexport.convert.survey import LayerSurvey
 
-WIDEST = 256  # of what fused attention kernels take
 _STEP = 8  # widths that every engine takes are multiples of it
 _NARROWEST = 16
 
@@ -46,7 +46,7 @@ class Widths:
 def shapes_for(layer: LayerSurvey, widths: Widths) -> list[Shape]:
     """What the layer may cache, its trained shape included; fewer numbers than that in all others."""
     found = [layer.trained]
-    for size in layer.curves:
+    for size in layer.sizes:
         heads = layer.trained.kv_heads // size
         allowed = widths.of(size, layer.trained.key_dim)
         pairs = ((key, value) for key in allowed for value in ((key,) if widths.equal else allowed))
@@ -55,11 +55,12 @@ def shapes_for(layer: LayerSurvey, widths: Widths) -> list[Shape]:
 
 
 class Frontier:
-    """The least predicted KL for every number of cached numbers per token, and the shapes that have it."""
+    """The least predicted KL for every number of cached numbers per token, and the ways that have it."""
 
-    def __init__(self, layers: Sequence[LayerSurvey], widths: Widths) -> None:
-        self._options = [_undominated(layer, shapes_for(layer, widths)) for layer in layers]
-        every = [shape.kv_width for options in self._options for shape, _ in options]
+    def __init__(self, layers: Sequence[LayerSurvey], allowed: Sequence[Sequence[Shape]]) -> None:
+        """`allowed` are the shapes that each layer may take."""
+        self._options = [_undominated(layer, shapes) for layer, shapes in zip(layers, allowed, strict=True)]
+        every = [way.shape.kv_width for options in self._options for way, _ in options]
         self._unit = math.gcd(*every)
         self.most = sum(layer.trained.kv_width for layer in layers)
         size = self.most // self._unit + 1
@@ -67,8 +68,8 @@ class Frontier:
         self._taken: list[NDArray[np.int16]] = []
         for options in self._options:
             extended, taken = np.full(size, np.inf), np.zeros(size, np.int16)
-            for index, (shape, kl) in enumerate(options):
-                cost = shape.kv_width // self._unit
+            for index, (way, kl) in enumerate(options):
+                cost = way.shape.kv_width // self._unit
                 shifted = least[: size - cost] + kl
                 better = shifted < extended[cost:]
                 extended[cost:][better] = shifted[better]
@@ -86,13 +87,13 @@ class Frontier:
         """Least predicted KL, nats per token, with at most `kv_width` numbers cached per token in all layers."""
         return float(self._least[min(kv_width, self.most) // self._unit])
 
-    def shapes(self, kv_width: int) -> list[Shape]:
-        """The shapes that have it, layer by layer."""
+    def ways(self, kv_width: int) -> list[Way]:
+        """The ways that have it, layer by layer."""
         at, found = min(kv_width, self.most) // self._unit, []
         for options, taken in zip(reversed(self._options), reversed(self._taken), strict=True):
-            shape, _ = options[taken[at]]
-            found.append(shape)
-            at -= shape.kv_width // self._unit
+            way, _ = options[taken[at]]
+            found.append(way)
+            at -= way.shape.kv_width // self._unit
         return found[::-1]
 
     def cheapest(self, kl: float) -> int:
@@ -100,10 +101,11 @@ class Frontier:
         return int((self._least <= kl).argmax()) * self._unit
 
 
-def _undominated(layer: LayerSurvey, shapes: Sequence[Shape]) -> list[tuple[Shape, float]]:
-    """Shapes with their predicted KL: none that loses as much as another which caches no more."""
-    kept: list[tuple[Shape, float]] = []
-    for shape, kl in sorted(((shape, layer.kl(shape)) for shape in shapes), key=lambda each: (each[0].kv_width, each[1])):
+def _undominated(layer: LayerSurvey, shapes: Sequence[Shape]) -> list[tuple[Way, float]]:
+    """Ways into these shapes with their predicted KL: none that loses as much as another which caches no more."""
+    every = (Way(method, shape) for shape in shapes for method in layer.methods)
+    kept: list[tuple[Way, float]] = []
+    for way, kl in sorted(((way, layer.kl(way)) for way in every), key=lambda each: (each[0].shape.kv_width, each[1])):
         if not kept or kl < kept[-1][1]:
-            kept.append((shape, kl))
+            kept.append((way, kl))
     return kept

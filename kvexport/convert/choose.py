@@ -1,4 +1,4 @@
-"""The shapes that meet a wish: surveyed, solved for, and where a bound on the loss is asked, tried until it is kept.
+"""The ways that meet a wish: surveyed, solved for, and where a bound on the loss is asked, tried until it is kept.
 
 Knows the order of survey, solution and trial; the mathematics is elsewhere.
 """
@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.convert.budget import Frontier
-from kvexport.convert.groups import Shape
-from kvexport.convert.methods import Method
+from kvexport.convert.budget import Frontier, shapes_for
+from kvexport.convert.groups import trained_shape
+from kvexport.convert.methods import Method, Way
 from kvexport.convert.pipeline import convert
 from kvexport.convert.survey import LayerSurvey, survey
 from kvexport.convert.wish import Wish, fixed_shape, group_sizes
@@ -44,9 +44,9 @@ class Point:
 
 @dataclass(frozen=True)
 class Choice:
-    """What each layer is to cache, and what the choice was made from; no points and layers where none was left."""
+    """How each layer is to be converted, and what the choice was made from; no points and layers where none was left."""
 
-    shapes: list[Shape]
+    ways: list[Way]
     points: tuple[Point, ...] = ()
     layers: tuple[LayerSurvey, ...] = ()
 
@@ -55,46 +55,50 @@ def choose(
     decoder: Decoder,
     windows: Tensor,
     wish: Wish,
-    method: Method,
+    methods: Sequence[Method],
     moments_of: Callable[[int], Moments] | None,
     capacity: int | None,
     progress: Progress,
 ) -> Choice:
-    """The shapes with the least predicted KL that the wish allows, or the cheapest that keep its bound.
+    """The ways with the least predicted KL that the wish allows, or the cheapest that keep its bound.
 
     Raises:
         UsageError: the wish contradicts itself or cannot be met.
     """
     count, attention = len(decoder.layers), decoder.layers[0].attention
-    shape = fixed_shape(wish, method, attention)
+    trained, shape = trained_shape(attention), fixed_shape(wish, methods, attention)
+    if shape is not None and (len(methods) == 1 or shape == trained):
+        return Choice([Way(methods[0], shape)] * count)
+    sizes, ratio = group_sizes(wish, attention), wish.ratio
     if shape is not None:
-        return Choice([shape] * count)
-    sizes = group_sizes(wish, attention)
+        sizes, ratio = [trained.kv_heads // shape.kv_heads], shape.kv_width / trained.kv_width
     del attention  # its layer need not stay in memory
-    found = survey(decoder, windows, sizes, wish.ratio, moments_of, capacity)
+    found = survey(decoder, windows, methods, sizes, ratio, moments_of, capacity)
     with progress.stage("Surveying layers", count):
         for _ in found:
             progress.advance()
-    frontier = Frontier(found.layers, wish.widths)
-    tried: list[Point] = []
+    allowed = [shapes_for(layer, wish.widths) if shape is None else [shape] for layer in found.layers]
+    frontier, tried = Frontier(found.layers, allowed), list[Point]()
+    if shape is not None:
+        return Choice(frontier.ways(frontier.most), layers=tuple(found.layers))
     if wish.max_kl is None:
         kv_width = _within(frontier, wish.ratio)
     else:
 
-        def measured(shapes: Sequence[Shape]) -> float:
-            conversion = convert(decoder, windows, shapes, method, moments_of, capacity)
+        def measured(ways: Sequence[Way]) -> float:
+            conversion = convert(decoder, windows, ways, moments_of, capacity)
             with progress.stage("Trying a conversion", count):
                 for _ in conversion:
                     progress.advance()
             return conversion.divergence().mean_kl
 
         kv_width, tried = _keeping(frontier, wish.max_kl * MARGIN, measured)
-    shapes = frontier.shapes(kv_width)
+    ways = frontier.ways(kv_width)
     shown = [frontier.most * eighths // _SHOWN for eighths in range(1, _SHOWN + 1)]
-    shown.append(sum(each.kv_width for each in shapes))
+    shown.append(sum(way.shape.kv_width for way in ways))
     points = [Point(width, frontier.kl(width)) for width in shown if width >= frontier.fewest]
     known = {point.kv_width: point for point in (*points, *tried)}
-    return Choice(shapes, tuple(known[width] for width in sorted(known)), tuple(found.layers))
+    return Choice(ways, tuple(known[width] for width in sorted(known)), tuple(found.layers))
 
 
 def _within(frontier: Frontier, ratio: float) -> int:
@@ -107,7 +111,7 @@ def _within(frontier: Frontier, ratio: float) -> int:
     return wanted
 
 
-def _keeping(frontier: Frontier, bound: float, measured: Callable[[Sequence[Shape]], float]) -> tuple[int, list[Point]]:
+def _keeping(frontier: Frontier, bound: float, measured: Callable[[Sequence[Way]], float]) -> tuple[int, list[Point]]:
     """The fewest cached numbers tried whose measured KL keeps the bound, and all that was tried.
 
     Predictions are corrected by what the last try measured. The trained model itself always keeps the bound.
@@ -120,9 +124,9 @@ def _keeping(frontier: Frontier, bound: float, measured: Callable[[Sequence[Shap
             kv_width = (worst + best) // 2
         if kv_width >= best / _NEAR:
             break
-        shapes = frontier.shapes(kv_width)
-        kv_width = sum(shape.kv_width for shape in shapes)  # what is left over buys nothing
-        predicted, found = frontier.kl(kv_width), measured(shapes)
+        ways = frontier.ways(kv_width)
+        kv_width = sum(way.shape.kv_width for way in ways)  # what is left over buys nothing
+        predicted, found = frontier.kl(kv_width), measured(ways)
         tried.append(Point(kv_width, predicted, found))
         scale = found / predicted if predicted > 0 else 1.0
         if found <= bound:

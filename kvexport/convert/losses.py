@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
+from kvexport.convert.commuting import mix_energies
 from kvexport.convert.groups import Grouping
-from kvexport.convert.keys import cached_frequencies, fold, query_weights
+from kvexport.convert.keys import member_weights, query_weights
 from kvexport.convert.matching import Group
 from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.values import output_weights
@@ -47,12 +48,20 @@ class LayerLosses:
         root = vectors * values.clamp_min(0).sqrt()
         return _tails(torch.linalg.eigvalsh(root.T @ output_weights(moments, attention, alone, 0) @ root))
 
-    def folded_keys(self, group: Group, width: int) -> float:
-        """Of keys in a code of that width that commutes with RoPE; the moments are `over_distances`."""
+    def of_keys(self, commuting: bool, group: Group) -> Tensor:
+        """Of keys, in codes that commute with RoPE or in others."""
+        return self.folded_keys(group) if commuting else self.keys(group)
+
+    def folded_keys(self, group: Group) -> Tensor:
+        """Of keys in codes that commute with RoPE, at widths 0 to n, [n + 1]; an odd width loses what the even one below does.
+
+        With phases averaged, in which frequencies do not meet: codes are then made better than that, by least squares.
+        """
         moments, attention, alone = self._alone(group)
-        residual = fold(moments, attention, alone, 0, width, cached_frequencies(moments, alone, width)).residual
-        lost = residual @ moments.key_covariance(alone.rows(0)) @ residual.T
-        return attention.scale**2 * float((query_weights(moments, alone, 0) * lost).sum())
+        energies = attention.scale**2 * mix_energies(moments, member_weights(moments, alone, 0), alone, 0)
+        lost = _tails(energies.flatten().sort().values).repeat_interleave(2)[:-1]
+        lost[attention.head_dim] = energies[:, 1:].sum()  # there each frequency is cached once
+        return lost
 
     def _alone(self, group: Group) -> tuple[Moments, Attention, Grouping]:
         """The group as if it were first in the layer."""

@@ -9,15 +9,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from kvexport.calibrate import Moments
+from kvexport.calibrate import Moments, over_distances, over_positions
 from kvexport.convert import keys, values
 from kvexport.convert.apply import LayerCode
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping, Shape
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, matched_groups, order_of
-from kvexport.decoder import Attention
+from kvexport.decoder import Attention, Rope
 from kvexport.errors import UsageError
+
+_NEAR = 16  # distances between query and key that codes which commute with RoPE are made for: most attention is near
 
 Rule = Callable[[Moments, Attention, Grouping, int, int], Code]  # of one group, at one rank
 
@@ -52,7 +54,16 @@ METHODS = {
         Method("mean-pool", keys.mean_pool, values.mean_pool, commutes=True),
     )
 }
-METHOD_NAMES = tuple(METHODS)
+BEST = "auto"  # each layer's better one of `online` and `fold`
+METHOD_NAMES = (BEST, *METHODS)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How one layer is converted."""
+
+    method: Method
+    shape: Shape
 
 
 def folds(method: Method, attention: Attention) -> bool:
@@ -61,8 +72,8 @@ def folds(method: Method, attention: Attention) -> bool:
     return attention.k_norm is None and (method.commutes or attention.position != "rope")
 
 
-def method_for(name: str, attention: Attention) -> Method:
-    """What `--method NAME` means for this model: without rotation the unrestricted code folds, so that 'fold' is 'online'.
+def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
+    """What `--method NAME` leaves to choose from in this model: without rotation 'fold' is 'online', whose codes all fold.
 
     Raises:
         UsageError: no such method, or 'fold' for keys that are normalised after W_K.
@@ -74,7 +85,18 @@ def method_for(name: str, attention: Attention) -> Method:
             "keys of this model are normalised between W_K and the cache (QK-norm), so no code folds into the weights",
             seen="--method fold", allowed=", ".join(m for m in METHOD_NAMES if m != "fold"), fix="use --method online",
         )  # fmt: skip
-    return METHODS["online" if name == "fold" and attention.position != "rope" else name]
+    if name not in (BEST, "fold"):
+        return (METHODS[name],)
+    if attention.position != "rope" or attention.k_norm is not None:
+        return (METHODS["online"],)
+    return (METHODS["online"], METHODS["fold"]) if name == BEST else (METHODS["fold"],)
+
+
+def as_met(method: Method, moments: Moments, rope: Rope | None, positions: int) -> Moments:
+    """Moments of unrotated keys and queries as the method's codes are to meet them, at any of so many positions."""
+    if rope is None:
+        return moments
+    return over_distances(moments, rope, _NEAR) if method.commutes else over_positions(moments, rope, positions)
 
 
 def head_order(method: Method, moments: Moments, attention: Attention, shape: Shape) -> list[int]:
@@ -85,8 +107,7 @@ def head_order(method: Method, moments: Moments, attention: Attention, shape: Sh
     losses = LayerLosses(moments, attention)
 
     def loss(group: Group) -> float:
-        keys_lost = losses.folded_keys(group, shape.key_dim) if method.commutes else float(losses.keys(group)[shape.key_dim])
-        return keys_lost + float(losses.values(group)[shape.value_dim])
+        return float(losses.of_keys(method.commutes, group)[shape.key_dim] + losses.values(group)[shape.value_dim])
 
     return order_of(matched_groups(heads, heads // shape.kv_heads, loss))
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.calibrate import Moments, over_distances, over_positions
+from kvexport.calibrate import Moments
 from kvexport.convert.apply import apply_code
-from kvexport.convert.groups import Grouping, Shape, trained_shape
-from kvexport.convert.methods import Method, head_order, layer_code
+from kvexport.convert.groups import Grouping, trained_shape
+from kvexport.convert.methods import Way, as_met, head_order, layer_code
 from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.predict import predicted_error
 from kvexport.convert.streams import Streams, TrainedStream
@@ -25,8 +25,6 @@ from kvexport.decoder import Attention, Decoder, Layer, tensors_of
 from kvexport.divergence import Divergence, DivergenceMeter
 from kvexport.errors import KvexportError
 from kvexport.layer_report import LayerReport
-
-_NEAR = 16  # distances between query and key that codes which commute with RoPE are made for: most attention is near
 
 
 @dataclass(frozen=True)
@@ -43,13 +41,11 @@ class Conversion:
         self,
         decoder: Decoder,
         windows: Tensor,
-        shapes: Sequence[Shape],
-        method: Method,
+        ways: Sequence[Way],
         moments_of: Callable[[int], Moments] | None,
         capacity: int | None,
     ) -> None:
-        self._decoder, self._windows, self._shapes, self._method = decoder, windows, shapes, method
-        self._moments_of = moments_of
+        self._decoder, self._windows, self._ways, self._moments_of = decoder, windows, ways, moments_of
         self._positions = windows.shape[1] if capacity is None else capacity
         self._streams = Streams(decoder, windows)
         self._layers = self._run()
@@ -73,10 +69,9 @@ class Conversion:
             self._streams.attend(layer)
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
-        if self._decoder.rope is not None:
-            as_met, span = (over_distances, _NEAR) if self._method.commutes else (over_positions, self._positions)
-            moments = as_met(moments, self._decoder.rope, span)
-        converted, report = _convert_layer(layer, self._streams, moments, self._shapes[index], self._method)
+        way = self._ways[index]
+        moments = as_met(way.method, moments, self._decoder.rope, self._positions)
+        converted, report = _convert_layer(layer, self._streams, moments, way)
         _require_finite(f"layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)
         return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
@@ -93,8 +88,7 @@ class Conversion:
 def convert(
     decoder: Decoder,
     windows: Tensor,
-    shapes: Sequence[Shape],
-    method: Method,
+    ways: Sequence[Way],
     moments_of: Callable[[int], Moments] | None = None,
     capacity: int | None = None,
 ) -> Conversion:
@@ -103,13 +97,12 @@ def convert(
     Args:
         decoder: the trained model.
         windows: calibration tokens [N, length] int64; the last eighth is held out from moments and fits.
-        shapes: what each layer is to cache; a layer with its trained shape is left as it is.
-        method: as `method_for` gives it.
+        ways: how each layer is converted; one into its trained shape is left as it is.
         moments_of: where saved moments come from (else they are measured).
         capacity: tokens that a sequence may hold: codes of rotated keys are made for all of its positions [that many as
             a window has].
     """
-    return Conversion(decoder, windows, shapes, method, moments_of, capacity)
+    return Conversion(decoder, windows, ways, moments_of, capacity)
 
 
 def measure(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
@@ -156,8 +149,8 @@ def _kept(attention: Attention) -> LayerReport:
     )
 
 
-def _convert_layer(layer: Layer, streams: Streams, moments: Moments, shape: Shape, method: Method) -> tuple[Layer, LayerReport]:
-    trained = layer.attention
+def _convert_layer(layer: Layer, streams: Streams, moments: Moments, way: Way) -> tuple[Layer, LayerReport]:
+    trained, method, shape = layer.attention, way.method, way.shape
     if shape == trained_shape(trained):
         return layer, _kept(trained)
     order = head_order(method, moments, trained, shape)

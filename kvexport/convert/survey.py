@@ -1,8 +1,9 @@
 """What conversion could cost, layer by layer, before any layer is converted: losses at every width, and what they do.
 
-Each layer's keys, and apart from them its values, are coded once on trial, and the stream that this disturbs runs on
-to the logits beside the trained one: so much KL for so much error of the attention output is the layer's sensitivity.
-One layer is in memory at a time, and one stream of a few windows for each trial. Knows how trials run; chooses nothing.
+Each layer's keys, by each method, and apart from them its values are coded once on trial, and the stream that this
+disturbs runs on to the logits beside the trained one: so much KL for so much error of the attention output is the layer's
+sensitivity. One layer is in memory at a time, and one stream of a few windows for each trial.
+Knows how trials run; chooses nothing.
 """
 
 from __future__ import annotations
@@ -14,18 +15,16 @@ import torch
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.calibrate import Moments, over_positions
+from kvexport.calibrate import Moments
 from kvexport.calibrate import windows as attention_windows
 from kvexport.convert.apply import LayerCode, apply_code
 from kvexport.convert.codes import Code
-from kvexport.convert.groups import Grouping, Shape, trained_shape
-from kvexport.convert.keys import online_codes
+from kvexport.convert.groups import WIDEST, Grouping, Shape, trained_shape
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, matched_groups, order_of
-from kvexport.convert.methods import METHODS, folds
+from kvexport.convert.methods import Method, Way, as_met, layer_code
 from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.streams import TrainedStream
-from kvexport.convert.values import weighted_codes
 from kvexport.decoder import Attention, Decoder, Layer
 from kvexport.divergence import DivergenceMeter
 
@@ -35,7 +34,7 @@ _TINY = 1e-12  # of the output's power: no trial loses less
 
 @dataclass(frozen=True)
 class Curves:
-    """Losses of one layer in groups of one size, summed over groups, at widths 0 to n = size·head_dim: [n + 1] each.
+    """Losses of one layer by one method in groups of one size, summed over groups, at widths 0 to n = size·head_dim: [n + 1].
 
     Powers of the error of the attention output, E|Δo|².
     """
@@ -50,24 +49,42 @@ class LayerSurvey:
 
     Attributes:
         trained: what it caches now.
-        curves: by group size.
+        sizes: of groups, ascending.
+        curves: by method and group size.
         output_power: E|o - ō|², what the losses are to be compared with.
-        key_sensitivity, value_sensitivity: mean KL in nats per token for a unit of loss through keys, through values.
+        key_sensitivity: by method, mean KL in nats per token for a unit of loss through keys.
+        value_sensitivity: through values.
     """
 
     trained: Shape
-    curves: dict[int, Curves]
+    sizes: tuple[int, ...]
+    curves: dict[tuple[Method, int], Curves]
     output_power: float
-    key_sensitivity: float
+    key_sensitivity: dict[Method, float]
     value_sensitivity: float
 
-    def kl(self, shape: Shape) -> float:
-        """Predicted mean KL, nats per token, of this layer alone in that shape."""
+    @property
+    def methods(self) -> tuple[Method, ...]:
+        return tuple(self.key_sensitivity)
+
+    def kl(self, way: Way) -> float:
+        """Predicted mean KL, nats per token, of this layer alone converted that way."""
+        shape = way.shape
         if shape == self.trained:
             return 0.0
-        curves = self.curves[self.trained.kv_heads // shape.kv_heads]
-        lost = self.key_sensitivity * curves.keys[shape.key_dim] + self.value_sensitivity * curves.values[shape.value_dim]
-        return float(lost)
+        curves = self.curves[way.method, self.trained.kv_heads // shape.kv_heads]
+        lost_to_keys = self.key_sensitivity[way.method] * curves.keys[shape.key_dim]
+        return float(lost_to_keys + self.value_sensitivity * curves.values[shape.value_dim])
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """A method's trial of a layer: its keys coded, its values coded, and what that is predicted to lose."""
+
+    keys: Layer
+    values: Layer
+    key_loss: float
+    value_loss: float
 
 
 class Survey:
@@ -78,18 +95,19 @@ class Survey:
         self,
         decoder: Decoder,
         windows: Tensor,
+        methods: Sequence[Method],
         sizes: Sequence[int],
         ratio: float,
         moments_of: Callable[[int], Moments] | None,
         capacity: int | None,
     ) -> None:
-        self._decoder, self._sizes, self._ratio = decoder, sizes, ratio
+        self._decoder, self._methods, self._sizes, self._ratio = decoder, methods, tuple(sizes), ratio
         self._moments_of, self._positions = moments_of, windows.shape[1] if capacity is None else capacity
         self._stream = TrainedStream(decoder, windows)
         seen = self._stream.seen
         self._tried = windows[torch.linspace(0, len(seen) - 1, min(_WINDOWS, len(seen))).round().long()]
-        self._forks = [reference.embed(decoder.embedding, self._tried)]  # the trained stream, then two a layer
-        self._found: list[tuple[Shape, dict[int, Curves], float, float, float]] = []
+        self._forks = [reference.embed(decoder.embedding, self._tried)]  # the trained stream, then each layer's trials'
+        self._found: list[tuple[LayerSurvey, list[float]]] = []  # without sensitivities, and what the trials are to lose
         self.layers: list[LayerSurvey] = []
 
     def __iter__(self) -> Iterator[None]:
@@ -106,52 +124,61 @@ class Survey:
         else:
             self._stream.attend(layer)
             moments = self._moments_of(index)
-        if self._decoder.rope is not None:
-            moments = over_positions(moments, self._decoder.rope, self._positions)
-        attention, curves = layer.attention, dict[int, Curves]()
-        losses, trial = LayerLosses(moments, attention), None
-        for size in self._sizes:
-            groups = self._groups(losses, attention, size)
-            curves[size] = Curves(sum_of(map(losses.keys, groups)), sum_of(map(losses.values, groups)))
-            trial = groups
-        assert trial is not None
-        keys, values, key_loss, value_loss = self._trials(layer, moments, trial, curves[self._sizes[-1]])
+        curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
+        size_tried = self._size_tried(layer.attention)
+        for method in self._methods:
+            met = as_met(method, moments, self._decoder.rope, self._positions)
+            losses = LayerLosses(met, layer.attention)
+            for size in self._sizes:
+                groups = self._groups(method, losses, layer.attention, size)
+                found = Curves(
+                    sum_of(losses.of_keys(method.commutes, group) for group in groups), sum_of(map(losses.values, groups))
+                )
+                curves[method, size] = found
+                if size == size_tried:
+                    trials.append(self._trial(layer, met, method, groups, found))
         least = _TINY * float(moments.output_power)
-        self._found.append(
-            (trained_shape(attention), curves, float(moments.output_power), max(key_loss, least), max(value_loss, least))
-        )
-        disturbed = [self._past(each, self._forks[0]) for each in (keys, values)]
+        lost = [max(loss, least) for loss in (trials[0].value_loss, *(each.key_loss for each in trials))]
+        shape, power = trained_shape(layer.attention), float(moments.output_power)
+        self._found.append((LayerSurvey(shape, self._sizes, curves, power, {}, 0.0), lost))
+        disturbed = [self._past(each, self._forks[0]) for each in (trials[0].values, *(each.keys for each in trials))]
         self._forks = [self._past(layer, fork) for fork in self._forks] + disturbed
         self._stream.advance(layer)
 
-    def _groups(self, losses: LayerLosses, attention: Attention, size: int) -> list[Group]:
-        width = max(1, round(self._ratio * size * attention.head_dim))
+    def _rank(self, size: int, attention: Attention) -> int:
+        """The even width that keeps the share of the KV bytes that trials keep."""
+        return max(2, 2 * round(self._ratio * size * attention.head_dim / 2))
+
+    def _size_tried(self, attention: Attention) -> int:
+        """The largest group whose width in a trial an engine could take."""
+        return max((size for size in self._sizes if self._rank(size, attention) <= WIDEST), default=self._sizes[0])
+
+    def _groups(self, method: Method, losses: LayerLosses, attention: Attention, size: int) -> list[Group]:
+        width = self._rank(size, attention)
 
         def loss(group: Group) -> float:
-            return float(losses.keys(group)[width]) + float(losses.values(group)[width])
+            return float(losses.of_keys(method.commutes, group)[width] + losses.values(group)[width])
 
         return matched_groups(attention.num_kv_heads, size, loss)
 
-    def _trials(
-        self, layer: Layer, moments: Moments, groups: Sequence[Group], curves: Curves
-    ) -> tuple[Layer, Layer, float, float]:
-        """The layer with its keys coded, the layer with its values coded, and what they are predicted to lose."""
+    def _trial(self, layer: Layer, met: Moments, method: Method, groups: Sequence[Group], curves: Curves) -> _Trial:
         order = order_of(groups)
-        attention, moments = permuted(layer.attention, order), permuted_moments(moments, order)
+        attention, met = permuted(layer.attention, order), permuted_moments(met, order)
         grouping = Grouping.of(attention, len(groups))
         n = grouping.size * grouping.head_dim
-        rank = max(1, round(self._ratio * n))
-        whole = Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64))
-        all_groups = range(grouping.kv_heads)
-        keys = tuple(online_codes(moments, grouping, group).code(rank) for group in all_groups)
-        values = tuple(weighted_codes(moments, attention, grouping, group).code(rank) for group in all_groups)
+        rank = min(self._rank(grouping.size, attention), WIDEST)
+        code = layer_code(method, met, attention, grouping, Shape(grouping.kv_heads, rank, rank))
+        exact = (Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)),) * grouping.kv_heads
 
-        def coded(keys: tuple[Code, ...], values: tuple[Code, ...]) -> Layer:
-            code = LayerCode(keys, values, folds(METHODS["online"], attention), centred=True)
-            return replace(layer, attention=apply_code(attention, grouping, code, moments.value_mean))
+        def coded(code: LayerCode) -> Layer:
+            return replace(layer, attention=apply_code(attention, grouping, code, met.value_mean))
 
-        exact = (whole,) * grouping.kv_heads
-        return coded(keys, exact), coded(exact, values), float(curves.keys[rank]), float(curves.values[rank])
+        return _Trial(
+            keys=coded(replace(code, values=exact)),
+            values=coded(replace(code, keys=exact, folds=False, frequencies=None)),
+            key_loss=float(curves.keys[rank]),
+            value_loss=float(curves.values[rank]),
+        )
 
     def _past(self, layer: Layer, x: Tensor) -> Tensor:
         """A stream [N, S, hidden] past a layer."""
@@ -162,11 +189,11 @@ class Survey:
     @torch.no_grad()
     def _finish(self) -> None:
         trained, *disturbed = self._forks
-        divergences = [self._kl(trained, each) for each in disturbed]
-        for (shape, curves, power, key_loss, value_loss), by_keys, by_values in zip(
-            self._found, divergences[::2], divergences[1::2], strict=True
-        ):
-            self.layers.append(LayerSurvey(shape, curves, power, by_keys / key_loss, by_values / value_loss))
+        divergences = iter([self._kl(trained, each) for each in disturbed])
+        for layer, lost in self._found:
+            by_values, *by_keys = (next(divergences) / loss for loss in lost)
+            by_method = dict(zip(self._methods, by_keys, strict=True))
+            self.layers.append(replace(layer, key_sensitivity=by_method, value_sensitivity=by_values))
 
     def _kl(self, trained: Tensor, disturbed: Tensor) -> float:
         meter = DivergenceMeter()
@@ -180,6 +207,7 @@ class Survey:
 def survey(
     decoder: Decoder,
     windows: Tensor,
+    methods: Sequence[Method],
     sizes: Sequence[int],
     ratio: float,
     moments_of: Callable[[int], Moments] | None = None,
@@ -188,11 +216,12 @@ def survey(
     """Measure every layer, each when asked for.
 
     Args:
-        sizes: how many heads may share one, ascending; trials take the last.
+        methods: matched ones, whose losses are known beforehand.
+        sizes: how many heads may share one, ascending; trials take the largest that an engine's widest head has room for.
         ratio: share of the KV bytes that trials keep, and that heads are matched for.
         windows, moments_of, capacity: as `convert` takes them.
     """
-    return Survey(decoder, windows, sizes, ratio, moments_of, capacity)
+    return Survey(decoder, windows, methods, sizes, ratio, moments_of, capacity)
 
 
 def sum_of(parts: Iterator[Tensor]) -> Tensor:

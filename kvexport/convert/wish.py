@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvexport.convert.budget import WIDEST, Widths
-from kvexport.convert.groups import Shape, kv_heads_for, trained_shape
-from kvexport.convert.methods import METHODS, Method
+from kvexport.convert.budget import Widths
+from kvexport.convert.groups import WIDEST, Shape, kv_heads_for, trained_shape
+from kvexport.convert.methods import Method
 from kvexport.decoder import Attention
 from kvexport.errors import UsageError
 
@@ -49,17 +49,17 @@ class Wish:
         return Widths(self.equal_widths, self.kv_head_dim)
 
 
-def fixed_shape(wish: Wish, method: Method, attention: Attention) -> Shape | None:
+def fixed_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> Shape | None:
     """The one shape that every layer gets, or None where the wish leaves a choice.
 
-    A choice is left to `online` alone; other methods take the shape of plain grouped-query attention, heads as wide as
+    A choice is left to methods that match heads; others take the shape of plain grouped-query attention, heads as wide as
     trained ones.
 
     Raises:
         UsageError: options that contradict each other, that the method cannot keep, or that are out of range.
     """
     trained = trained_shape(attention)
-    _refuse_contradictions(wish, method, attention)
+    _refuse_contradictions(wish, methods, attention)
     if wish.kv_heads is not None or (wish.group_size is not None and wish.kv_head_dim is not None):
         wanted = wish.kv_heads if wish.group_size is None else trained.kv_heads // wish.group_size
         heads, width = kv_heads_for(trained.kv_heads, wanted, None), wish.kv_head_dim or attention.head_dim
@@ -72,18 +72,18 @@ def fixed_shape(wish: Wish, method: Method, attention: Attention) -> Shape | Non
         return Shape(heads, width, width)
     if wish.ratio == 1 and wish.max_kl is None:
         return trained
-    if not _leaves_choice(method):
+    if not _leave_choice(methods):
         return Shape(kv_heads_for(trained.kv_heads, None, wish.ratio), attention.head_dim, attention.head_dim)
     return None
 
 
-def uniform_shape(wish: Wish, method: Method, attention: Attention) -> Shape:
+def uniform_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> Shape:
     """The one shape of a standard checkpoint: heads as wide as trained ones, as many in every layer.
 
     Raises:
         UsageError: as `fixed_shape`, and where the wish leaves that shape.
     """
-    shape = fixed_shape(wish, method, attention)
+    shape = fixed_shape(wish, methods, attention)
     if shape is None:
         return Shape(kv_heads_for(attention.num_kv_heads, None, wish.ratio), attention.head_dim, attention.head_dim)
     return shape
@@ -97,11 +97,11 @@ def group_sizes(wish: Wish, attention: Attention) -> list[int]:
     return [size for size in range(1, heads + 1) if heads % size == 0 and (size == 1 or size * width <= _LARGEST_STACK)]
 
 
-def _leaves_choice(method: Method) -> bool:
-    return method is METHODS["online"]
+def _leave_choice(methods: Sequence[Method]) -> bool:
+    return all(method.matched for method in methods)
 
 
-def _refuse_contradictions(wish: Wish, method: Method, attention: Attention) -> None:
+def _refuse_contradictions(wish: Wish, methods: Sequence[Method], attention: Attention) -> None:
     said = {
         "--kv-heads": wish.kv_heads, "--kv-ratio": wish.kv_ratio, "--max-kl": wish.max_kl, "--group-size": wish.group_size,
         "--kv-head-dim": wish.kv_head_dim,
@@ -130,13 +130,17 @@ def _refuse_contradictions(wish: Wish, method: Method, attention: Attention) -> 
             "--kv-head-dim is out of range", seen=wish.kv_head_dim, allowed=f"1 to {WIDEST}, what fused attention takes"
         )
     for name in ("--max-kl", "--group-size"):
-        if name in given and not _leaves_choice(method):
-            raise UsageError(f"{name} is for --method online", seen=f"--method {method.name}", fix="use --kv-heads or --kv-ratio")
-    even = method.commutes and method.matched
-    if even and (wish.kv_head_dim or 0) % 2:
-        raise UsageError("rotary pairs need an even --kv-head-dim", seen=wish.kv_head_dim, allowed="even widths")
-    if method.commutes and not even and wish.kv_head_dim not in (None, attention.head_dim):
+        if name in given and not _leave_choice(methods):
+            raise UsageError(
+                f"{name} needs a method that knows its loss beforehand", seen=f"--method {methods[0].name}",
+                allowed="--method auto, online, fold", fix="use --kv-heads or --kv-ratio",
+            )  # fmt: skip
+    if any(method.commutes for method in methods) and (wish.kv_head_dim or 0) % 2:
         raise UsageError(
-            f"--method {method.name} keeps the trained width", seen=f"--kv-head-dim {wish.kv_head_dim}",
+            "rotary pairs need an even --kv-head-dim", seen=wish.kv_head_dim, allowed="even widths", fix="or use --method online"
+        )
+    if not _leave_choice(methods) and methods[0].commutes and wish.kv_head_dim not in (None, attention.head_dim):
+        raise UsageError(
+            f"--method {methods[0].name} keeps the trained width", seen=f"--kv-head-dim {wish.kv_head_dim}",
             allowed=attention.head_dim, fix="leave --kv-head-dim out, or use --method online",
         )  # fmt: skip

@@ -74,7 +74,7 @@ def test_keeping_every_head_is_an_analysis_of_the_model_alone(run: Run, capsys: 
     [
         (["--pairs", "3:12"], "no query sees a key"),
         (["--pairs", "48:1"], "no query sees a key"),
-        (["--kv-ratio", "0.3"], "no number of KV heads"),
+        (["--method", "svd-a", "--kv-ratio", "0.3"], "no number of KV heads"),
         (["--kv-heads", "3"], "must divide"),
         (["--text", "absent.txt"], "cannot be read"),
         (["--calibration", "absent.txt"], "no file"),

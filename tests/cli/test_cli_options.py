@@ -21,7 +21,7 @@ from kvexport.errors import UsageError
 
 
 def test_choices_are_those_that_the_stations_take() -> None:
-    assert set(METHODS) == set(METHOD_NAMES) and METHODS[0] == "online"
+    assert set(METHODS) == set(METHOD_NAMES) and METHODS[0] == "auto"
 
 
 @pytest.fixture
@@ -29,7 +29,7 @@ def plan() -> Callable[..., Any]:
     """`plan(*options)`: the plan that a command with the conversion options makes."""
 
     @click.command()
-    @click.option("--method", default="online")
+    @click.option("--method", default="auto")
     @conversion_options
     @click.pass_context
     def command(context: click.Context, **options: Any) -> Any:

@@ -20,8 +20,8 @@ from kvexport.cli import main
 from kvexport.errors import BundleError, CannotRunHere, CheckpointError, GateFailed, KvexportError, UsageError
 
 VERBS = (
-    "build", "run", "inspect", "validate", "evaluate", "compress", "calibrate", "plan", "lint", "engine", "bench", "targets",
-    "doctor",
+    "build", "run", "inspect", "validate", "evaluate", "compress", "calibrate", "analyze", "plan", "lint", "engine", "bench",
+    "targets", "doctor",
 )  # fmt: skip
 _HEAVY = (
     "torch",

@@ -12,7 +12,7 @@ from layer_codes import code_of, converted_by, error, grouping_of, identity_code
 from torch import Tensor
 
 from kvexport.convert.apply import LayerCode, apply_code
-from kvexport.convert.methods import METHODS, folds, method_for
+from kvexport.convert.methods import METHODS, folds, methods_for
 from kvexport.decoder import Attention, Linear, Rope, tensors_of
 from kvexport.errors import UsageError
 
@@ -66,7 +66,7 @@ def test_heads_of_one_subspace_share_one_head_without_loss(style: str, sizes: di
     attention, rope = make_attention(style, **sizes)
     attention = shared(attention, kv_heads, keys="mixed" if style == "bloom" else "equal")
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
-    chosen = method_for(method, attention).name
+    chosen = methods_for(method, attention)[0].name
     assert error(converted_by(chosen, attention, rope, x, kv_heads), attention, rope, fresh) < EXACT
 
 
@@ -77,7 +77,7 @@ def test_constants_of_their_own_cost_value_heads_nothing(style: str, method: str
     attention, rope = make_attention(style)
     attention = without_key_bias(shared(attention, 2, keys="mixed" if style == "bloom" else "equal"))
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
-    chosen = method_for(method, attention).name
+    chosen = methods_for(method, attention)[0].name
     assert error(converted_by(chosen, attention, rope, x, 2), attention, rope, fresh) < EXACT
 
 
@@ -161,20 +161,24 @@ def test_alibi_folds_whole_and_slopes_are_untouched() -> None:
 def test_qk_norm_refuses_fold_and_names_what_works() -> None:
     attention, _ = make_attention("qwen3")
     with pytest.raises(UsageError, match="QK-norm") as refusal:
-        method_for("fold", attention)
+        methods_for("fold", attention)
     assert "use --method online" in str(refusal.value)
 
 
 def test_without_rotation_fold_is_online() -> None:
     rotated, alibi = make_attention("llama")[0], make_attention("bloom")[0]
-    assert method_for("fold", rotated).name == "fold"
-    assert method_for("fold", alibi).name == "online"  # there the unrestricted code folds
-    assert method_for("svd-a", alibi).name == "svd-a"
+
+    def names(method: str, attention: Attention) -> list[str]:
+        return [each.name for each in methods_for(method, attention)]
+
+    assert names("fold", rotated) == ["fold"] and names("auto", rotated) == ["online", "fold"]
+    assert names("fold", alibi) == names("auto", alibi) == ["online"]  # there the unrestricted code folds
+    assert names("svd-a", alibi) == ["svd-a"]
 
 
 def test_an_unknown_method_is_refused() -> None:
     with pytest.raises(UsageError, match="no such conversion method") as refusal:
-        method_for("svd-b", make_attention("llama")[0])
+        methods_for("svd-b", make_attention("llama")[0])
     assert "svd-a" in str(refusal.value)
 
 

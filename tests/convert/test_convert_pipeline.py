@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvexport import reference
 from kvexport.calibrate import Moments, Statistics, over_distances, recipe_for, save_header, save_moments, windows
-from kvexport.convert import ConvertedLayer, Shape, convert, measure, method_for, pipeline, unconverted
+from kvexport.convert import ConvertedLayer, Shape, Way, convert, measure, methods_for, pipeline, unconverted
 from kvexport.convert.methods import METHOD_NAMES
 from kvexport.convert.streams import Streams
 from kvexport.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
@@ -61,7 +61,7 @@ def test_every_method_converts_every_kind_and_reports_what_it_lost(style: str, m
         assert report.original_num_key_value_heads == trained.num_kv_heads
         assert report.kv_width == attention.kv_width == trained.kv_width // 2
         assert report.original_kv_width == trained.kv_width
-        assert report.method == method_for(method, trained).name
+        assert report.method == methods_for(method, trained)[0].name
         assert report.parameters == sum(t.numel() for t in tensors_of(attention))
         assert report.original_parameters == sum(t.numel() for t in tensors_of(trained))
         assert 0 < report.measured_error < 2
@@ -134,8 +134,8 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
             streams.advance_both(decoder.layers[0], decoder.layers[0])
             assert decoder.rope is not None
             moments = over_distances(streams.measure(decoder.layers[1]), decoder.rope, 16)
-            shape, method = Shape(4, 8, 8), method_for("fold", decoder.layers[1].attention)
-            alone = pipeline._convert_layer(decoder.layers[1], streams, moments, shape, method)[0]
+            way = Way(methods_for("fold", decoder.layers[1].attention)[0], Shape(4, 8, 8))
+            alone = pipeline._convert_layer(decoder.layers[1], streams, moments, way)[0]
         together = layers[1].layer
         assert torch.equal(together.attention.k.weight, alone.attention.k.weight)  # the trained model's moments in both
         moved.append(float((together.attention.o.weight - alone.attention.o.weight).norm() / alone.attention.o.weight.norm()))
@@ -311,8 +311,8 @@ def test_one_layer_is_alive_at_a_time(what: str) -> None:
     elif what == "unconverted":
         made = map(_forget, unconverted(lazy))
     else:
-        shapes = [Shape(2 if what == "convert" else 4, 8, 8)] * 4
-        made = map(_forget, convert(lazy, tokens, shapes, method_for("online", decoder.layers[0].attention)))
+        way = Way(methods_for("online", decoder.layers[0].attention)[0], Shape(2 if what == "convert" else 4, 8, 8))
+        made = map(_forget, convert(lazy, tokens, [way] * 4))
     assert list(made) == [None] * 4
     assert counts == [0, 0, 0, 0]
 

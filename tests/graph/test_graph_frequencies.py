@@ -11,7 +11,7 @@ import torch
 from decoders import make_decoder, random_windows, with_attention
 from graph_decoders import disagreement, quiet, rounded, write
 
-from kvexport.convert import Shape, convert, method_for
+from kvexport.convert import Shape, Way, convert, methods_for
 from kvexport.decoder import Attention, Decoder
 from kvexport.graph import GRAPH_FILE
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
@@ -21,9 +21,8 @@ from kvexport.graph.tap import tapped
 def wide(style: str = "llama", *, key_dim: int = 16, value_dim: int = 16, kv_heads: int = 1) -> Decoder:
     """Two layers whose folded keys have several pairs of one frequency."""
     decoder = make_decoder(style, layers=2, sharpness=2.0, dtype=torch.float32)
-    shapes = [Shape(kv_heads, key_dim, value_dim)] * 2
-    method = method_for("fold", decoder.layers[0].attention)
-    layers = [each.layer for each in convert(decoder, random_windows(decoder, 16, 24), shapes, method)]
+    way = Way(methods_for("fold", decoder.layers[0].attention)[0], Shape(kv_heads, key_dim, value_dim))
+    layers = [each.layer for each in convert(decoder, random_windows(decoder, 16, 24), [way] * 2)]
     assert all(layer.attention.frequencies is not None for layer in layers)
     return dataclasses.replace(decoder, layers=layers)
 
