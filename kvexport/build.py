@@ -196,7 +196,10 @@ def compress(checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, 
     require_standard(job.decoder, plan.method, shape != trained_shape(job.decoder.layers[0].attention))
     with atomic_directory(output, marker="config.json", force=force) as directory:
         writer = StandardWriter(directory, job.decoder, job.checkpoint.config, getattr(torch, plan.dtype))
-        choice = Choice([Way(job.methods[0], shape)] * len(job.decoder.layers))
+        method = job.methods[0]
+        if job.decoder.layers[0].attention.position == "alibi":
+            method = replace(method, matched=False)  # heads stay where their slopes are
+        choice = Choice([Way(method, shape)] * len(job.decoder.layers))
         report = job.convert(job.windows(), choice, writer.add_layer, capacity_of(job.decoder), output)
         writer.finish()
         job.checkpoint.copy_tokenizer(directory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 from torch import Tensor
@@ -12,9 +13,13 @@ from kvexport.decoder import Decoder
 
 
 def plain(
-    decoder: Decoder, windows: Tensor, kv_heads: int, method: str, moments_of: Callable[[int], Moments] | None = None
+    decoder: Decoder, windows: Tensor, kv_heads: int, method: str, moments_of: Callable[[int], Moments] | None = None,
+    adjacent: bool = False,
 ) -> Conversion:  # fmt: skip
-    """Conversion of every layer to `kv_heads` heads as wide as trained ones."""
+    """Conversion of every layer to `kv_heads` heads as wide as trained ones; of `adjacent` ones, if they may not change places."""
     attention = decoder.layers[0].attention
-    way = Way(methods_for(method, attention)[0], Shape(kv_heads, attention.head_dim, attention.head_dim))
+    chosen = methods_for(method, attention)[0]
+    if adjacent:
+        chosen = dataclasses.replace(chosen, matched=False)
+    way = Way(chosen, Shape(kv_heads, attention.head_dim, attention.head_dim))
     return convert(decoder, windows, [way] * len(decoder.layers), moments_of)

@@ -128,7 +128,7 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
         (["--kv-ratio", "0.5", "--max-kl", "0.1"], "contradict each other"),
         (["--group-size", "3"], "1, 2, 4"),
         (["--max-kl", "0"], "above 0"),
-        (["--max-kl", "0.1", "--method", "svd-a"], "--method online"),
+        (["--max-kl", "0.1", "--method", "svd-a"], "--method auto, online, fold"),
         (["--heal-lora", "4"], "add --heal"),
         (["--target", "no-such-board"], "no such target"),
         (["--capacity", "257"], "1 to 256"),

@@ -34,7 +34,7 @@ def converted_logits(checkpoint: Path, method: str, kv_heads: int, tokens: torch
 
     decoder = load_decoder(checkpoint)
     windows = calibration_windows(decoder, checkpoint, RECIPE)
-    layers = [each.layer for each in plain(decoder, windows, kv_heads, method)]
+    layers = [each.layer for each in plain(decoder, windows, kv_heads, method, adjacent=decoder.rope is None)]
     return reference.forward(dataclasses.replace(decoder, layers=layers), tokens)
 
 

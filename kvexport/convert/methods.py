@@ -83,7 +83,7 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
     if name == "fold" and attention.k_norm is not None:
         raise UsageError(
             "keys of this model are normalised between W_K and the cache (QK-norm), so no code folds into the weights",
-            seen="--method fold", allowed=", ".join(m for m in METHOD_NAMES if m != "fold"), fix="use --method online",
+            seen="--method fold", allowed=", ".join(m for m in METHOD_NAMES if m != "fold"), fix="make a bundle: kvexport build --method online",
         )  # fmt: skip
     if name not in (BEST, "fold"):
         return (METHODS[name],)
