@@ -1,125 +1,213 @@
-"""What each conversion method costs at equal KV bytes: mean KL, cross-entropy, top-1 agreement, on held-out text.
+"""What conversion costs at equal KV bytes: every method, ablation and published neighbour, on text it did not see.
 
-Every method converts the same checkpoint from the same calibration windows in one run, without fine-tuning, and is
-compared with the original on the same windows, both in PyTorch float32. Writes a table (Markdown) and the raw
-record (JSON) into benchmarks/results/. Knows the methods by name only.
+All rows convert one checkpoint from the same calibration windows and are compared with the trained model on the same
+evaluation windows, in PyTorch float32. The record (OUTPUT.json) is rewritten after every row, so that a kill loses
+one row at most; --resume goes on with it. A table (OUTPUT.md) and charts (OUTPUT.svg, and OUTPUT-long.svg over
+offsets of the context) are made of it. Knows the order of things; rows are in `quality_rows`.
 
-    python benchmarks/quality.py CHECKPOINT --text heldout=heldout.txt --text wikitext2=test.txt
+    python benchmarks/quality.py CHECKPOINT --text tinystories=heldout.txt --text wikitext2=test.txt
 """
 
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import platform
+import sys
 import time
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatch
+from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from quality_long import TRAINED, curve, lines
+from quality_measure import Bench, Made, digest, source_digest
+from quality_plot import offsets_chart, overview
+from quality_rows import Row, rows
+from quality_table import markdown, predictions
 
-from kvexport import __version__, reference
-from kvexport.calibrate import calibration_windows, recipe_for
-from kvexport.calibrate.text import all_windows, read_text, tokenize
-from kvexport.checkpoint import Checkpoint
-from kvexport.convert import METHOD_NAMES, convert, kv_heads_for
-from kvexport.divergence import DivergenceMeter
-from kvexport.loading import load_decoder
-from kvexport.progress import Progress
-from kvexport.validate.cost import original_stream, spread
+from kvexport import __version__
+from kvexport.calibrate import recipe_for
+from kvexport.errors import UsageError
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def main() -> None:
+def main(given: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="an evaluation text; repeat")
-    parser.add_argument("--ratios", type=float, nargs="+", default=[0.5, 0.25])
-    parser.add_argument("--methods", nargs="+", default=list(METHOD_NAMES))
-    parser.add_argument("--calibration", default="self")
+    parser.add_argument("--ratios", type=Fraction, nargs="+", default=[Fraction(1, n) for n in (2, 3, 4, 8)])
+    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows by name, or name and ratio: 'auto*' 'svd-a 1/2'")
+    parser.add_argument("--calibration", default="self", help="self, random, or a text, as `kvexport build` takes it")
+    parser.add_argument("--samples", type=int, help="calibration windows")
+    parser.add_argument("--calibration-length", type=int, help="tokens in a calibration window")
     parser.add_argument("--length", type=int, default=256, help="tokens in an evaluation window")
-    parser.add_argument("--windows", type=int, default=256, help="the most evaluation windows of each text")
-    parser.add_argument("--output", type=Path, default=RESULTS / "quality")
-    arguments = parser.parse_args()
+    parser.add_argument("--windows", type=int, default=128, help="the most evaluation windows of each text")
+    parser.add_argument("--long", type=int, default=4096, help="the long context's tokens")
+    parser.add_argument("--max-kl", type=float, nargs="*", default=[0.005, 0.02, 0.05], metavar="BOUND")
+    parser.add_argument("--heal", type=int, metavar="STEPS", help="also healed rows: minutes each")
+    parser.add_argument("--mixtures", action="store_true", help="also rows calibrated on other text")
+    parser.add_argument("--calibration-text", action="append", default=[], metavar="NAME=FILE", help="for --mixtures; repeat")
+    parser.add_argument("--piqa", type=Path, metavar="FOLDER", help="valid.jsonl and valid-labels.lst")
+    parser.add_argument("--passkey", type=Path, metavar="FILE", help="a text to hide passkeys in")
+    parser.add_argument("--output", type=Path, default=RESULTS / "quality", help="without a suffix")
+    parser.add_argument("--resume", action="store_true", help="go on with the rows of OUTPUT.json")
+    arguments = parser.parse_args(given)
+    try:
+        run(arguments)
+    except UsageError as error:
+        parser.error(str(error))
 
-    record = run(arguments)
-    arguments.output.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    text = table(record)
-    arguments.output.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(text)
 
-
-@torch.no_grad()
 def run(arguments: argparse.Namespace) -> dict[str, Any]:
-    checkpoint = Checkpoint(arguments.checkpoint)
-    decoder = load_decoder(checkpoint)
-    decoder = dataclasses.replace(decoder, layers=list(decoder.layers))
-    recipe = recipe_for(arguments.calibration)
-    windows = calibration_windows(decoder, checkpoint.path, recipe)
-    texts: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-    for said in arguments.text:
-        name, _, file = said.partition("=")
-        ids = tokenize(checkpoint.path, read_text(Path(file)))
-        tokens = spread(all_windows(ids, arguments.length, file), arguments.windows)
-        texts[name] = tokens, original_stream(decoder, tokens, Progress())
-    trained = decoder.layers[0].attention.num_kv_heads
-    rows = []
-    for ratio in arguments.ratios:
-        for method in arguments.methods:
-            start = time.perf_counter()
-            layers = list(convert(decoder, windows, kv_heads_for(trained, None, ratio), method))
-            seconds = time.perf_counter() - start
-            converted = dataclasses.replace(decoder, layers=[each.layer for each in layers])
-            measured = {}
-            for name, (tokens, stream) in texts.items():
-                meter = DivergenceMeter()
-                compressed = original_stream(converted, tokens, Progress())
-                for at in range(0, len(tokens), 8):
-                    batch = slice(at, at + 8)
-                    meter.add(
-                        reference.logits(decoder, stream[batch]), reference.logits(decoder, compressed[batch]), tokens[batch]
-                    )
-                measured[name] = meter.finish().to_json()
-            reports = [dataclasses.asdict(each.report) for each in layers]
-            rows.append({"ratio": ratio, "method": method, "seconds": seconds, "texts": measured, "layers": reports})
-            figures = ", ".join(f"{name} KL {figure['mean_kl']:.4f}" for name, figure in measured.items())
-            print(f"{ratio:g} {method}: {figures}", flush=True)
-    return {
+    """Measure what the record does not have yet; returns the record, which is also on disk.
+
+    Raises:
+        UsageError: something given cannot be read, or --resume of a record of other settings.
+    """
+    recipe = recipe_for(arguments.calibration, arguments.samples, arguments.calibration_length)
+    bench = Bench(
+        arguments.checkpoint,
+        recipe,
+        named(arguments.text),
+        arguments.length,
+        arguments.windows,
+        arguments.piqa,
+        arguments.passkey,
+    )
+    record = begin(bench, arguments)
+    mixtures = named(arguments.calibration_text) if arguments.mixtures else None
+    work: dict[str, Callable[[], dict[str, Any]]] = {
+        row.key: partial(figures_of, bench, row, record["original"].get("tasks"))
+        for row in rows(arguments.ratios, arguments.long, arguments.heal, arguments.max_kl, mixtures)
+    }
+    work |= {f"long-{name}": partial(curve, bench, name, arguments.long) for name in (TRAINED, *lines(arguments.long))}
+    order = list(work)
+    for key, figures in work.items():
+        if key in record["rows"] or key in record["left_out"] or not selected(key, arguments.only):
+            continue
+        try:
+            record["rows"][key] = figures()
+        except UsageError as error:
+            record["left_out"][key] = str(error)
+        record["rows"] = dict(sorted(record["rows"].items(), key=lambda each: order.index(each[0]) if each[0] in order else -1))
+        record["predictions"] = predictions(record)
+        write(record, arguments.output)
+        say(f"{key}: {told(record, key)}")
+    return record
+
+
+def begin(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
+    """A record with the trained model alone, or the one that --resume goes on with.
+
+    Raises:
+        UsageError: that one cannot be read, or is of other settings.
+    """
+    settings = {
+        "model": {"name": bench.checkpoint.path.resolve().name, "sha256": bench.checkpoint.digest()},
+        "calibration": {**bench.recipe.to_json(), "tokens_sha256": digest(bench.calibration())},
+        "length": bench.length,
+        "texts": {name: {"windows": len(each.windows), "sha256": digest(each.windows)} for name, each in bench.texts.items()},
+        "long": arguments.long,
+        "piqa": None if bench.piqa is None else len(bench.piqa),
+        "passkey": bench.passkey is not None,
         "kvexport": __version__,
         "torch": torch.__version__,
-        "machine": f"{platform.machine()}, {torch.get_num_threads()} threads",
-        "model": {"name": checkpoint.path.resolve().name, "sha256": checkpoint.digest(), "num_key_value_heads": trained},
-        "calibration": recipe.to_json(),
-        "evaluation": {"length": arguments.length, "windows": {name: len(tokens) for name, (tokens, _) in texts.items()}},
-        "rows": rows,
+        "code_sha256": source_digest(),
     }
+    if arguments.resume:
+        return resumed(record_file(arguments.output), settings)
+    original = bench.measured(Made.of(bench.decoder))
+    if bench.piqa is not None or bench.passkey is not None:
+        original["tasks"] = bench.tasks(Made.of(bench.decoder).run)
+    machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
+    empty: dict[str, Any] = {"rows": {}, "left_out": {}, "predictions": {}}
+    return {"settings": settings, "machine": machine, "original": original, **empty}
 
 
-def table(record: dict[str, Any]) -> str:
-    names = list(record["evaluation"]["windows"])
-    model, calibration = record["model"], record["calibration"]
-    tokens = ", ".join(f"{name} {record['rows'][0]['texts'][name]['tokens']} predictions" for name in names)
-    lines = [
-        f"# Cost of conversion on {model['name']}, {model['num_key_value_heads']} KV heads, no fine-tuning",
-        "",
-        f"Calibration: {calibration['source']}, {calibration['samples']} windows of {calibration['length']} tokens, "
-        f"seed {calibration['seed']}. Evaluation: {tokens}, windows of {record['evaluation']['length']} tokens. "
-        "PyTorch float32, all rows in one run. KL and cross-entropy (CE) in nats per token.",
-        "",
-        "| KV bytes | method | " + " | ".join(f"{name}: KL | CE | top-1" for name in names) + " | KL / svd-a |",
-        "|---|---|" + "---|---|---|" * len(names) + "---|",
-    ]
-    for row in record["rows"]:
-        paper = next((r for r in record["rows"] if r["ratio"] == row["ratio"] and r["method"] == "svd-a"), None)
-        figures = [row["texts"][name] for name in names]
-        cells = [f"{each['mean_kl']:.4f} | {each['cross_entropy']:.4f} | {each['top1_agreement']:.3f}" for each in figures]
-        theirs = [paper["texts"][name]["mean_kl"] for name in names] if paper else []
-        share = ", ".join(f"{each['mean_kl'] / their:.2f}" for each, their in zip(figures, theirs, strict=False))
-        lines.append(f"| {row['ratio']:g} | {row['method']} | " + " | ".join(cells) + f" | {share} |")
-    original = ", ".join(f"{name} {record['rows'][0]['texts'][name]['cross_entropy_original']:.4f}" for name in names)
-    return "\n".join([*lines, "", f"The original's cross-entropy: {original}.", ""])
+def resumed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        found = record["settings"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{file} is no record to go on with: {error}", fix="leave --resume out") from error
+    other = [name for name in settings if found.get(name) != settings[name]]
+    if other:
+        raise UsageError(
+            f"{file} was measured otherwise, and rows of both are not to be compared", seen=", ".join(other),
+            fix="give the same arguments as before, or leave --resume out",
+        )  # fmt: skip
+    return record
+
+
+def figures_of(bench: Bench, row: Row, original_tasks: dict[str, Any] | None) -> dict[str, Any]:
+    """A row, made and measured; `seconds` are of making it."""
+    start, processor = time.perf_counter(), time.process_time()
+    made = row.make(bench)
+    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor
+    figures = {
+        "section": row.section, "name": row.name, "ratio": None if row.ratio is None else str(row.ratio), "what": row.what,
+        **bench.measured(made), "seconds": round(seconds, 1), "processor_seconds": round(processor_seconds, 1),
+    }  # fmt: skip
+    if row.has_tasks and original_tasks is not None:
+        figures["tasks"] = bench.tasks(made.run, original_tasks)
+    if "max_kl" in figures:
+        figures["kept"] = {name: each["mean_kl"] <= figures["max_kl"] for name, each in figures["texts"].items()}
+    return figures
+
+
+def selected(key: str, patterns: Sequence[str] | None) -> bool:
+    """Whether a pattern is of this row, by its name with or without the ratio; no patterns: all rows."""
+    return patterns is None or any(fnmatch(key, each) or fnmatch(key.split(" ")[0], each) for each in patterns)
+
+
+def named(given: Sequence[str]) -> dict[str, Path]:
+    """NAME=FILE, by name.
+
+    Raises:
+        UsageError: not of that form.
+    """
+    pairs = [each.partition("=") for each in given]
+    for said, (name, _, file) in zip(given, pairs, strict=True):
+        if not name or not file:
+            raise UsageError("a text needs a name", seen=said, allowed="NAME=FILE")
+    return {name: Path(file) for name, _, file in pairs}
+
+
+def record_file(output: Path) -> Path:
+    return output.with_name(f"{output.name}.json")
+
+
+def write(record: dict[str, Any], output: Path) -> None:
+    """The record, replaced whole, and what is made of it."""
+    output.parent.mkdir(parents=True, exist_ok=True)
+    file = record_file(output)
+    partial_file = file.with_suffix(".partial")
+    partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    partial_file.replace(file)
+    output.with_name(f"{output.name}.md").write_text(markdown(record), encoding="utf-8")
+    for suffix, chart in (("", overview(record)), ("-long", offsets_chart(record))):
+        if chart is not None:
+            output.with_name(f"{output.name}{suffix}.svg").write_text(chart, encoding="utf-8")
+
+
+def told(record: dict[str, Any], key: str) -> str:
+    if key in record["left_out"]:
+        return f"left out: {record['left_out'][key]}"
+    figures = record["rows"][key]
+    if "kl" in figures:
+        return ", ".join(f"{name} KL {' '.join(f'{kl:.4f}' for kl in found)}" for name, found in figures["kl"].items())
+    return (
+        ", ".join(f"{name} KL {each['mean_kl']:.4f}" for name, each in figures["texts"].items()) + f", {figures['seconds']:g} s"
+    )
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

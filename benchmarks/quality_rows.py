@@ -1,0 +1,288 @@
+"""What is compared: every row by name, in the order of the table.
+
+Knows which methods, shapes, calibrations and bounds there are, and how each model is made; must not know how it is
+measured. A row that the model has no shape for raises UsageError when it is made.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from pathlib import Path
+
+import torch
+from neighbours import NEIGHBOURS, neighbour
+from quality_measure import Bench, Made
+from torch import Tensor
+
+from kvexport.calibrate import Moments, recipe_for
+from kvexport.convert import Choice, Method, Way, Wish, choose, fixed_shape, methods_for, split, uniform_shape
+from kvexport.convert.budget import Frontier, shapes_for
+from kvexport.convert.codes import Code
+from kvexport.convert.groups import Grouping
+from kvexport.convert.methods import Rule
+from kvexport.decoder import Attention
+from kvexport.errors import UsageError
+from kvexport.heal import HealOptions, heal
+from kvexport.progress import Progress
+
+HALF, QUARTER = Fraction(1, 2), Fraction(1, 4)
+HEAL_SAMPLES = 192  # windows that `kvexport build --heal` samples
+PAPER = ("svd-a", "svd-w", "mean-pool")
+GROUPS = (2, 4, 8)
+
+Make = Callable[[Bench], Made]
+Plan = Callable[[Bench, Tensor], Choice]  # for a model and its calibration windows
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model to make and measure.
+
+    Attributes:
+        section: of the table: 'methods', 'ablations', 'healed', 'max-kl' or 'mixtures'.
+        ratio: share of the trained KV numbers that may be cached; None: the method finds out.
+        what: a phrase for the reader.
+    """
+
+    section: str
+    name: str
+    ratio: Fraction | None
+    what: str
+    make: Make
+
+    @property
+    def key(self) -> str:
+        return self.name if self.ratio is None else f"{self.name} {self.ratio}"
+
+    @property
+    def has_tasks(self) -> bool:
+        """Whether PIQA and passkeys are asked of it."""
+        return self.section in ("methods", "healed") and self.ratio in (HALF, QUARTER)
+
+
+def rows(
+    ratios: Sequence[Fraction], long: int, heal_steps: int | None, bounds: Sequence[float], mixtures: dict[str, Path] | None
+) -> Iterator[Row]:  # fmt: skip
+    """All rows.
+
+    Args:
+        long: the capacity that one of them is made for.
+        mixtures: calibration texts by name, to compare with the data-free ones; None: no such rows.
+    """
+    for ratio in ratios:
+        for name, (what, make) in _methods(float(ratio), long).items():
+            yield Row("methods", name, ratio, what, make)
+    for ratio in ratios:
+        if ratio in (HALF, QUARTER):
+            for name, (what, make) in _ablations(float(ratio)).items():
+                yield Row("ablations", name, ratio, what, make)
+    if heal_steps is not None:
+        for name, ratio, plan in (("auto", QUARTER, chosen("auto", 0.25)), ("fold-plain", HALF, _plain("fold", 0.5))):
+            what = f"{name} healed, {heal_steps} steps"
+            yield Row("healed", f"{name}-healed-{heal_steps}", ratio, what, _healed(plan, heal_steps))
+    for bound in bounds:
+        yield Row("max-kl", f"max-kl-{bound:g}", None, f"`kvexport build --max-kl {bound:g}`", _bounded(bound))
+    if mixtures is not None:
+        for name, (what, windows) in _mixtures(mixtures).items():
+            yield Row("mixtures", f"mixture-{name}", HALF, what, _calibrated(windows))
+
+
+def chosen(method: str, ratio: float, capacity: int | None = None, equal_widths: bool = True) -> Plan:
+    """As `kvexport build --kv-ratio` chooses."""
+
+    def plan(bench: Bench, windows: Tensor) -> Choice:
+        return _choice(bench, windows, method, Wish(kv_ratio=ratio, equal_widths=equal_widths), capacity)
+
+    return plan
+
+
+def _choice(bench: Bench, windows: Tensor, method: str, wish: Wish, capacity: int | None = None) -> Choice:
+    methods = methods_for(method, bench.attention)
+    return choose(bench.decoder, windows, wish, methods, None, capacity or bench.length, Progress())
+
+
+def predicted_kl(choice: Choice) -> float | None:
+    """Mean KL in nats per token as the survey predicts it; None where none was made."""
+    if not choice.layers:
+        return None
+    return sum(layer.kl(way) for layer, way in zip(choice.layers, choice.ways, strict=True))
+
+
+def _converted(plan: Plan, capacity: int | None = None) -> Make:
+    def make(bench: Bench) -> Made:
+        choice = plan(bench, bench.calibration())
+        return Made.of(*bench.convert(choice.ways, capacity), predicted_kl=predicted_kl(choice))
+
+    return make
+
+
+# At equal KV bytes
+
+
+def _methods(ratio: float, long: int) -> dict[str, tuple[str, Make]]:
+    found = {
+        "auto": ("`kvexport build`, its capacity one window", _converted(chosen("auto", ratio))),
+        f"auto-{long}": (f"`kvexport build --capacity {long}`", _converted(chosen("auto", ratio, long), long)),
+        "auto-free": ("auto, K and V each of its own width", _converted(chosen("auto", ratio, equal_widths=False))),
+        "fold": ("keys folded into W_K, choice of shapes", _converted(chosen("fold", ratio))),
+        "fold-plain": ("keys folded into W_K, a standard checkpoint (`kvexport compress`)", _converted(_plain("fold", ratio))),
+        "online-plain": ("keys projected after rotation, heads of the trained width", _converted(_plain("online", ratio))),
+    }
+    found |= {name: ("the paper's (arXiv 2406.07056)", _converted(_plain(name, ratio))) for name in PAPER}
+    return found | {name: ("published, re-implemented in `neighbours`", _published(name, ratio)) for name in NEIGHBOURS}
+
+
+def _plain(name: str, ratio: float, change: Callable[[Method], Method] = lambda method: method) -> Plan:
+    """Heads as wide as trained ones, as many in every layer."""
+
+    def plan(bench: Bench, windows: Tensor) -> Choice:
+        methods = methods_for(name, bench.attention)
+        shape = uniform_shape(Wish(kv_ratio=ratio), methods, bench.attention)
+        method = dataclasses.replace(methods[0], matched=methods[0].matched and bench.attention.position != "alibi")
+        return Choice([Way(change(method), shape)] * len(bench.decoder.layers))
+
+    return plan
+
+
+def _published(name: str, ratio: float) -> Make:
+    return lambda bench: Made.of_neighbour(neighbour(name)(bench.decoder, bench.calibration(), ratio))
+
+
+# What each part of the method is worth
+
+
+def _ablations(ratio: float) -> dict[str, tuple[str, Make]]:
+    plain = {
+        "plain-unweighted": (
+            "online-plain, keys not weighted by queries",
+            _seeing(query_second=_identity, key_gain=torch.ones_like),
+        ),
+        "plain-no-gain": ("online-plain, key_gain = 1: queries of all heads count alike", _seeing(key_gain=torch.ones_like)),
+        "plain-uncentred": ("online-plain, codes not centred", _uncentred),
+        "plain-adjacent": ("online-plain, adjacent heads share", lambda method: dataclasses.replace(method, matched=False)),
+        "plain-no-refit": ("online-plain, W_O not refitted", lambda method: dataclasses.replace(method, refit=False)),
+    }  # fmt: skip
+    found = {name: (what, _converted(_plain("online", ratio, change))) for name, (what, change) in plain.items()}
+    for size in GROUPS:
+        found[f"group-{size}"] = (f"online, {size} heads share one of the same bytes", _converted(_grouped(size, ratio)))
+    return found | {"auto-uniform": ("auto, as many numbers in every layer", _converted(_uniform_budget(ratio)))}
+
+
+def _identity(second: Tensor) -> Tensor:
+    return torch.eye(second.shape[-1], dtype=second.dtype).expand_as(second)
+
+
+def _seeing(**changes: Callable[[Tensor], Tensor]) -> Callable[[Method], Method]:
+    """A method whose codes see other moments; matching and predictions see the true ones."""
+
+    def seeing(rule: Rule) -> Rule:
+        def changed(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
+            other = {name: change(getattr(moments, name)) for name, change in changes.items()}
+            return rule(dataclasses.replace(moments, **other), attention, grouping, group, rank)
+
+        return changed
+
+    return lambda method: dataclasses.replace(method, key=seeing(method.key), value=seeing(method.value))
+
+
+def _uncentred(method: Method) -> Method:
+    blind = _seeing(key_mean=torch.zeros_like, value_mean=torch.zeros_like)
+    return dataclasses.replace(blind(method), centred=False)
+
+
+def _grouped(size: int, ratio: float) -> Plan:
+    def plan(bench: Bench, windows: Tensor) -> Choice:
+        (method,) = methods_for("online", bench.attention)
+        wish = Wish(group_size=size, kv_head_dim=int(ratio * size * bench.attention.head_dim))
+        shape = fixed_shape(wish, (method,), bench.attention)
+        assert shape is not None
+        return Choice([Way(method, shape)] * len(bench.decoder.layers))
+
+    return plan
+
+
+def _uniform_budget(ratio: float) -> Plan:
+    def plan(bench: Bench, windows: Tensor) -> Choice:
+        surveyed, ways = chosen("auto", ratio)(bench, windows).layers, list[Way]()
+        for layer in surveyed:
+            ways += Frontier([layer], [shapes_for(layer, Wish().widths)]).ways(int(ratio * layer.trained.kv_width))
+        return Choice(ways, layers=surveyed)
+
+    return plan
+
+
+# Healing, bounds, calibration text
+
+
+def _healed(plan: Plan, steps: int) -> Make:
+    def make(bench: Bench) -> Made:
+        windows = bench.calibration(recipe_for("self", samples=HEAL_SAMPLES))
+        choice = plan(bench, windows)
+        converted, reports = bench.convert(choice.ways, windows=windows)
+        seen, held_out = (windows[each] for each in split(len(windows)))
+        start = time.process_time()
+        healed = heal(bench.decoder, converted, seen, held_out, HealOptions(steps), Progress())
+        healing = {**healed.report.to_json(), "processor_seconds": time.process_time() - start}
+        return Made.of(healed.decoder, reports, unhealed=bench.divergences(Made.of(converted).run), healing=healing)
+
+    return make
+
+
+def _bounded(bound: float) -> Make:
+    def make(bench: Bench) -> Made:
+        choice = _choice(bench, bench.calibration(), "auto", Wish(max_kl=bound))
+        points = [asdict(point) for point in choice.points]
+        return Made.of(*bench.convert(choice.ways), max_kl=bound, predicted_kl=predicted_kl(choice), points=points)
+
+    return make
+
+
+def _mixtures(texts: dict[str, Path]) -> dict[str, tuple[str, Callable[[Bench], Tensor]]]:
+    def at_one(bench: Bench) -> Tensor:
+        return bench.calibration(dataclasses.replace(recipe_for("self"), temperatures=(1.0,)))
+
+    def random(bench: Bench) -> Tensor:
+        return bench.calibration(recipe_for("random"))
+
+    def half_random(bench: Bench) -> Tensor:
+        sampled, uniform = at_one(bench), random(bench)
+        mixed = torch.cat((sampled[: len(sampled) // 2], uniform[len(sampled) // 2 :]))
+        return mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))]  # the last are held out
+
+    default = recipe_for("self")
+    found: dict[str, tuple[str, Callable[[Bench], Tensor]]] = {
+        "self": (f"its own text at temperatures {' and '.join(map(str, default.temperatures))}, the default",
+                 lambda bench: bench.calibration(default)),
+        "self-1": ("its own text at temperature 1", at_one),
+        "random": ("uniformly random tokens", random),
+        "half-random": ("half its own text at temperature 1, half random tokens", half_random),
+    }  # fmt: skip
+    return found | {name: (f"{name}: a text", _text(name, file)) for name, file in texts.items()}
+
+
+def _text(name: str, file: Path) -> Callable[[Bench], Tensor]:
+    def windows(bench: Bench) -> Tensor:
+        recipe = recipe_for(str(file))
+        found = bench.calibration(recipe)
+        if len(found) < recipe.samples:
+            raise UsageError(
+                f"{name} is too short to calibrate on as many tokens as the others", seen=f"{len(found)} windows",
+                allowed=f"{recipe.samples} of {recipe.length} tokens", fix="give a longer text",
+            )  # fmt: skip
+        return found
+
+    return windows
+
+
+def _calibrated(windows: Callable[[Bench], Tensor]) -> Make:
+    def make(bench: Bench) -> Made:
+        tokens = windows(bench)
+        choice = chosen("auto", 0.5)(bench, tokens)
+        made = bench.convert(choice.ways, windows=tokens)
+        return Made.of(*made, predicted_kl=predicted_kl(choice), calibration_tokens=tokens.numel())
+
+    return make
