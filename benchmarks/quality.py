@@ -87,6 +87,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     }
     work |= {f"long-{name}": partial(curve, bench, name, arguments.long) for name in (TRAINED, *lines(arguments.long))}
     order = list(work)
+    write(record, arguments.output)
     for key, figures in work.items():
         if key in record["rows"] or key in record["left_out"] or not selected(key, arguments.only):
             continue
@@ -123,7 +124,7 @@ def begin(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         return resumed(record_file(arguments.output), settings)
     original = bench.measured(Made.of(bench.decoder))
     if bench.piqa is not None or bench.passkey is not None:
-        original["tasks"] = bench.tasks(Made.of(bench.decoder).run)
+        original["tasks"] = bench.task_figures(Made.of(bench.decoder).run)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     empty: dict[str, Any] = {"rows": {}, "left_out": {}, "predictions": {}}
     return {"settings": settings, "machine": machine, "original": original, **empty}
@@ -154,7 +155,7 @@ def figures_of(bench: Bench, row: Row, original_tasks: dict[str, Any] | None) ->
         **bench.measured(made), "seconds": round(seconds, 1), "processor_seconds": round(processor_seconds, 1),
     }  # fmt: skip
     if row.has_tasks and original_tasks is not None:
-        figures["tasks"] = bench.tasks(made.run, original_tasks)
+        figures["tasks"] = bench.task_figures(made.run, original_tasks)
     if "max_kl" in figures:
         figures["kept"] = {name: each["mean_kl"] <= figures["max_kl"] for name, each in figures["texts"].items()}
     return figures

@@ -144,7 +144,8 @@ class Bench:
             meter, stream = DivergenceMeter(), run(windows)
             for at in range(len(stream)):
                 one = slice(at, at + 1)
-                meter.add(*(reference.logits(self.decoder, each[one]) for each in (trained, stream)), windows[one])
+                original, ours = (reference.logits(self.decoder, each[one]) for each in (trained, stream))
+                meter.add(original, ours, windows[one])
             found[name] = meter.finish().to_json()
         return found
 
@@ -161,7 +162,7 @@ class Bench:
             **made.facts,
         }
 
-    def tasks(self, run: Run, original: dict[str, Any] | None = None) -> dict[str, Any]:
+    def task_figures(self, run: Run, original: dict[str, Any] | None = None) -> dict[str, Any]:
         """PIQA and passkey retrieval, where they are asked; `original` is what this returned for the trained model."""
 
         def logits(tokens: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -220,7 +221,8 @@ def _uniform_budget(ratio: float) -> Plan:
 
 def _healed(plan: Plan, steps: int) -> Make:
     def make(bench: Bench) -> Made:
-        windows = bench.calibration(recipe_for("self", samples=HEAL_SAMPLES))
+        recipe = bench.recipe
+        windows = bench.calibration(dataclasses.replace(recipe, samples=HEAL_SAMPLES) if recipe.source == "self" else recipe)
         choice = plan(bench, windows)
         converted, reports = bench.convert(choice.ways, windows=windows)
         seen, held_out = (windows[each] for each in split(len(windows)))
@@ -242,40 +244,34 @@ def _bounded(bound: float) -> Make:
 
 
 def _mixtures(texts: dict[str, Path]) -> dict[str, tuple[str, Callable[[Bench], Tensor]]]:
-    def at_one(bench: Bench) -> Tensor:
-        return bench.calibration(dataclasses.replace(recipe_for("self"), temperatures=(1.0,)))
-
-    def random(bench: Bench) -> Tensor:
-        return bench.calibration(recipe_for("random"))
+    """Calibration windows, as many and as long as those that all other rows share."""
+    temperatures = " and ".join(map(str, recipe_for("self").temperatures))
 
     def half_random(bench: Bench) -> Tensor:
-        sampled, uniform = at_one(bench), random(bench)
+        sampled, uniform = _windows(bench, "self", (1.0,)), _windows(bench, "random")
         mixed = torch.cat((sampled[: len(sampled) // 2], uniform[len(sampled) // 2 :]))
         return mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))]  # the last are held out
 
-    default = recipe_for("self")
     found: dict[str, tuple[str, Callable[[Bench], Tensor]]] = {
-        "self": (f"its own text at temperatures {' and '.join(map(str, default.temperatures))}, the default",
-                 lambda bench: bench.calibration(default)),
-        "self-1": ("its own text at temperature 1", at_one),
-        "random": ("uniformly random tokens", random),
+        "self": (f"its own text at temperatures {temperatures}, the default", partial(_windows, source="self")),
+        "self-1": ("its own text at temperature 1", partial(_windows, source="self", temperatures=(1.0,))),
+        "random": ("uniformly random tokens", partial(_windows, source="random")),
         "half-random": ("half its own text at temperature 1, half random tokens", half_random),
-    }  # fmt: skip
-    return found | {name: (f"{name}: a text", _text(name, file)) for name, file in texts.items()}
+    }
+    return found | {name: (f"the text {name}", partial(_windows, source=str(file))) for name, file in texts.items()}
 
 
-def _text(name: str, file: Path) -> Callable[[Bench], Tensor]:
-    def windows(bench: Bench) -> Tensor:
-        recipe = recipe_for(str(file))
-        found = bench.calibration(recipe)
-        if len(found) < recipe.samples:
-            raise UsageError(
-                f"{name} is too short to calibrate on as many tokens as the others", seen=f"{len(found)} windows",
-                allowed=f"{recipe.samples} of {recipe.length} tokens", fix="give a longer text",
-            )  # fmt: skip
-        return found
-
-    return windows
+def _windows(bench: Bench, source: str, temperatures: tuple[float, ...] | None = None) -> Tensor:
+    recipe = recipe_for(source, bench.recipe.samples, bench.recipe.length)
+    if temperatures is not None:
+        recipe = dataclasses.replace(recipe, temperatures=temperatures)
+    found = bench.calibration(recipe)
+    if len(found) < recipe.samples:
+        raise UsageError(
+            "the text is too short to calibrate on as many tokens as the others", seen=f"{len(found)} windows",
+            allowed=f"{recipe.samples} of {recipe.length} tokens", fix="give a longer text",
+        )  # fmt: skip
+    return found
 
 
 def _calibrated(windows: Callable[[Bench], Tensor]) -> Make:

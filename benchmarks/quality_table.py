@@ -117,6 +117,11 @@ def _quality(figures: Figures) -> list[str]:
     return [f"{kl:.4f}", f"{ce:.4f}", f"{figures['perplexity']:.2f}", f"{top1:.3f}"]
 
 
+def _over(figures: Figures, others: Figures) -> str:
+    """KL as a multiple of the other's; empty where that lost nothing."""
+    return f"{figures['mean_kl'] / others['mean_kl']:.3f}" if others["mean_kl"] > 0 else ""
+
+
 def _costs(figures: Figures) -> list[str]:
     return [
         f"{figures['macs_per_cached_token']:,.0f}",
@@ -164,7 +169,7 @@ def _table(found: Sequence[Figures], texts: Sequence[str], original: Figures, ba
     def relative(each: Figures) -> str:
         if yardstick is None:
             return ""
-        return ", ".join(f"{each['texts'][text]['mean_kl'] / yardstick['texts'][text]['mean_kl']:.3f}" for text in texts)
+        return ", ".join(_over(each["texts"][text], yardstick["texts"][text]) for text in texts)
 
     head = ["", "KV numbers", "share", *_quality_names(texts), f"KL / {base}", *_COSTS, "seconds"]
     asked = _task_names(original) if any("tasks" in each for each in found) else []
@@ -187,8 +192,8 @@ def _healed(found: Sequence[Figures], texts: Sequence[str], original: Figures) -
     for each in found:
         cells = []
         for text in texts:
-            before, after = each["unhealed"][text]["mean_kl"], each["texts"][text]["mean_kl"]
-            cells += [f"{before:.4f}", f"{after:.4f}", f"{after / before:.3f}"]
+            before, after = each["unhealed"][text], each["texts"][text]
+            cells += [f"{before['mean_kl']:.4f}", f"{after['mean_kl']:.4f}", _over(after, before)]
         effort = [str(each["healing"]["steps"]), f"{each['healing']['processor_seconds']:.0f}"]
         lines.append([f"{each['name']} {each['ratio']}", f"{each['share']:.3f}", *cells, *effort, *_tasks(each)])
     return ["## Healing", _grid([*head, *asked], lines)]
