@@ -85,7 +85,10 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         row.key: partial(figures_of, bench, row, record["original"].get("tasks"))
         for row in rows(arguments.ratios, arguments.long, arguments.heal, arguments.max_kl, mixtures)
     }
-    work |= {f"long-{name}": partial(curve, bench, name, arguments.long) for name in (TRAINED, *lines(arguments.long))}
+    work |= {
+        f"long-{name}": partial(curve, bench, name, arguments.long)
+        for name in (TRAINED, *lines(arguments.length, arguments.long))
+    }
     order = list(work)
     write(record, arguments.output)
     for key, figures in work.items():

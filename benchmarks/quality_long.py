@@ -47,9 +47,9 @@ def offsets(length: int, long: int) -> list[int]:
     return sorted({offset for offset in OFFSETS if offset < last} | {0, last})
 
 
-def lines(long: int) -> dict[str, tuple[str, int | None]]:
-    """By name, the method and the capacity that its codes are made for; None: one window."""
-    return {"online": ("online", None), f"online-{long}": ("online", long), "fold": ("fold", None)}
+def lines(length: int, long: int) -> dict[str, tuple[str, int]]:
+    """By name, the method and the capacity that its codes are made for."""
+    return {f"online-{length}": ("online", length), f"online-{long}": ("online", long), "fold": ("fold", length)}
 
 
 def curve(bench: Bench, name: str, long: int) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def curve(bench: Bench, name: str, long: int) -> dict[str, Any]:
     if decoder.rope is None:
         raise UsageError("an offset says something of rotary positions only", seen=bench.attention.position, allowed="rope")
     if name != TRAINED:
-        method, capacity = lines(long)[name]
+        method, capacity = lines(bench.length, long)[name]
         choice = chosen(method, 0.5, capacity)(bench, bench.calibration())
         decoder, _ = bench.convert(choice.ways, capacity)
     found: dict[str, list[float]] = {text: [] for text in bench.texts}

@@ -17,7 +17,7 @@ _STYLE = (
     "text{font:12px system-ui,sans-serif;fill:#1c2430}.soft{fill:#5a6675}.end{text-anchor:end}.mid{text-anchor:middle}"
     ".grid{stroke:#dde2e8}.title{font-weight:600}.dot{fill:#fff;font-size:10px;font-weight:600;text-anchor:middle}"
 )
-_ROW, _TOP, _NAMES, _PLOT, _GAP = 21, 58, 150, 360, 24  # pixels
+_ROW, _TOP, _NAMES, _PLOT, _GAP = 21, 58, 150, 360, 44  # pixels
 _LEAST = 1e-9  # KL below it is rounding
 
 

@@ -182,10 +182,10 @@ def test_rows_of_other_settings_are_not_mixed(
 def test_a_code_of_few_positions_fails_far_away_and_a_folded_one_does_not(run: Measure, tmp_path: Path) -> None:
     record = run("--only", "long-*")
     found = {key: each["kl"]["one"] for key, each in record["rows"].items()}
-    assert list(found) == ["long-trained", "long-online", f"long-online-{LONG}", "long-fold"]
+    assert list(found) == ["long-trained", f"long-online-{LENGTH}", f"long-online-{LONG}", "long-fold"]
     assert record["rows"]["long-fold"]["offsets"] == [0, LONG - LENGTH]
     assert max(found["long-trained"]) < 1e-6  # an offset changes nothing of the trained model
-    fold, near, wide = found["long-fold"], found["long-online"], found[f"long-online-{LONG}"]
+    fold, near, wide = found["long-fold"], found[f"long-online-{LENGTH}"], found[f"long-online-{LONG}"]
     assert fold[1] == pytest.approx(fold[0], rel=1e-2) and fold[0] > 1e-4
     assert near[1] > 1.2 * near[0]  # the control: the measure does see what does not hold
     assert wide[1] < near[1] and wide[0] > near[0]
