@@ -1,0 +1,163 @@
+"""What a group is said to lose at a width, against what the code of that width does lose."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from decoders import make_attention, random_inputs
+from layer_codes import identity_code, loss, measure
+from torch import Tensor
+
+from kvexport.calibrate import Moments
+from kvexport.convert import keys, values
+from kvexport.convert.apply import LayerCode
+from kvexport.convert.codes import Code
+from kvexport.convert.commuting import _by_frequency
+from kvexport.convert.groups import Grouping
+from kvexport.convert.losses import LayerLosses
+from kvexport.convert.matching import Group, order_of
+from kvexport.convert.permute import permuted, permuted_moments
+from kvexport.convert.predict import predicted_error
+from kvexport.decoder import Attention, Linear, Rope
+
+STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
+PARTITIONS: list[list[Group]] = [[(0, 2), (1, 3)], [(0, 3), (1, 2)], [(0, 1, 2, 3)], [(2,), (0,), (3,), (1,)]]
+
+
+def layer(style: str, method: str, seed: int = 0) -> tuple[Attention, Rope | None, Moments]:
+    attention, rope = make_attention(style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0)
+    return attention, rope, measure(attention, rope, random_inputs(4, 24, seed=seed), method)
+
+
+def grouped(attention: Attention, moments: Moments, groups: list[Group]) -> tuple[Attention, Moments, Grouping]:
+    """The layer with the groups' heads side by side."""
+    order = order_of(groups)
+    return permuted(attention, order), permuted_moments(moments, order), Grouping.of(attention, len(groups))
+
+
+def lost_by(moments: Moments, attention: Attention, grouping: Grouping, key: tuple[Code, ...], value: tuple[Code, ...]) -> float:
+    """E|Δo|² by `predict`'s formula."""
+    code = LayerCode(key, value, folds=False, centred=True)
+    return predicted_error(moments, attention, grouping, code) ** 2 * float(moments.output_power)
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("groups", PARTITIONS, ids=str)
+def test_losses_are_those_of_the_optimal_code_of_each_width(style: str, groups: list[Group]) -> None:
+    attention, _, moments = layer(style, "online")
+    losses = LayerLosses(moments, attention)
+    placed, moved, grouping = grouped(attention, moments, groups)
+    n, each = grouping.size * 8, range(grouping.kv_heads)
+    exact = (identity_code(n),) * grouping.kv_heads
+    said = {"keys": sum(map(losses.keys, groups)), "values": sum(map(losses.values, groups))}
+    for width in {1, 3, n // 2, n - 1, n}:
+        key = tuple(keys.online(moved, placed, grouping, group, width) for group in each)
+        value = tuple(values.weighted(moved, placed, grouping, group, width) for group in each)
+        found = {"keys": lost_by(moved, placed, grouping, key, exact), "values": lost_by(moved, placed, grouping, exact, value)}
+        for which, curve in said.items():
+            assert isinstance(curve, Tensor) and curve.shape == (n + 1,) and curve.dtype == torch.float64
+            whole = float(curve[0])
+            assert found[which] == pytest.approx(float(curve[width]), rel=1e-6, abs=2e-5 * whole)  # codes damp by a millionth
+            assert width > n // 2 or found[which] > 1e-3 * whole  # far above what is taken as equal
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_nothing_cached_loses_all_that_varies(style: str) -> None:
+    """At width 0, from moments alone: Σ gain E[(q·(k - k̄))²] scale², and the same of values under W_O."""
+    attention, _, moments = layer(style, "online")
+    losses, grouping = LayerLosses(moments, attention), Grouping.of(attention, 4)
+    for head in range(4):
+        lost = sum(
+            float(moments.key_gain[q] * (moments.query_second[q] * moments.key_covariance(grouping.rows(head))).sum())
+            for q in grouping.query_heads(head)
+        )
+        assert float(losses.keys((head,))[0]) == pytest.approx(lost * attention.scale**2, rel=1e-9)
+        weights = values.output_weights(moments, attention, grouping, head)
+        covariance = moments.value_covariance(grouping.rows(head))
+        assert float(losses.values((head,))[0]) == pytest.approx(float((weights * covariance).sum()), rel=1e-9)
+
+
+def phases_averaged(moments: Moments, weights: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    """S and E[k kᵀ] of a group [t·d, t·d] when every frequency turns through all phases, each on its own."""
+    t, d = weights.shape[:2]
+    half = d // 2
+    blocks = moments.key_second[rows, rows].view(t, 2, half, t, 2, half)
+    averaged = torch.zeros_like(blocks)
+    for i in range(half):
+        pair = blocks[:, :, i, :, :, i]
+        even, odd = (pair[:, 0, :, 0] + pair[:, 1, :, 1]) / 2, (pair[:, 1, :, 0] - pair[:, 0, :, 1]) / 2
+        averaged[:, 0, i, :, 0, i] = averaged[:, 1, i, :, 1, i] = even
+        averaged[:, 1, i, :, 0, i], averaged[:, 0, i, :, 1, i] = odd, -odd
+    power = weights.diagonal(dim1=1, dim2=2).view(t, 2, half).mean(1)
+    return torch.diag(power.repeat_interleave(2, 0).flatten()), averaged.reshape(t * d, t * d)
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window"])
+@pytest.mark.parametrize("group", [(0, 2), (1, 2, 3), (0, 1, 2, 3)], ids=str)
+def test_folded_losses_are_those_of_a_code_for_each_frequency_with_phases_averaged(style: str, group: Group) -> None:
+    attention, _, moments = layer(style, "fold")
+    said = LayerLosses(moments, attention).folded_keys(group)
+    rest = [head for head in range(4) if head not in group]
+    moved, grouping = permuted_moments(moments, [*group, *rest]), Grouping(1, len(group), attention.queries_per_kv_head, 8)
+    weights, rows, n = keys.member_weights(moved, grouping, 0), grouping.rows(0), 8 * len(group)
+    assert said.shape == (n + 1,)
+    sensitivity, second = phases_averaged(moved, weights, rows)
+    for width in (2, 6, 8, 10, n - 2, n):
+        frequencies = keys.cached_frequencies(moved, grouping, width)
+        frequencies = torch.arange(4) if frequencies is None else frequencies
+        mixes = _by_frequency(weights, moved.key_second[rows, rows].view(len(group), 2, 4, len(group), 2, 4), frequencies)
+        lost = loss(mixes.code(4), sensitivity, second) * attention.scale**2
+        assert lost == pytest.approx(float(said[width]), rel=1e-8, abs=1e-10 * float(said[0]))
+        assert float(said[width - 1]) == float(said[width - 2]) or width - 2 == 8  # an odd width has no use for one number
+    assert float(said[n]) == 0 < float(said[n - 2])
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa", "bias"])
+@pytest.mark.parametrize("seed", range(3))
+def test_least_squares_are_not_worse_than_the_closed_form_where_frequencies_meet(style: str, seed: int) -> None:
+    """Under the true objective, which the phases of other frequencies enter."""
+    attention, _, moments = layer(style, "fold", seed)
+    grouping, gained = Grouping.of(attention, 2), []
+    for group in range(2):
+        rows, weights = grouping.rows(group), keys.member_weights(moments, grouping, group)
+        for width in (8, 12):
+            frequencies = keys.cached_frequencies(moments, grouping, width)
+            frequencies = torch.arange(4) if frequencies is None else frequencies
+            second = moments.key_second[rows, rows]
+            closed = _by_frequency(weights, second.view(2, 2, 4, 2, 2, 4), frequencies).code(4)
+            found = keys.fold(moments, attention, grouping, group, width, frequencies)
+            lost, plain = (loss(code, torch.block_diag(*weights), second) for code in (found, closed))
+            assert lost <= plain
+            gained.append(lost / plain)
+    assert min(gained) < 0.9
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("group", [(1,), (1, 3), (0, 1, 2, 3)], ids=str)
+def test_more_width_never_loses_more_and_full_width_loses_nothing(style: str, group: Group) -> None:
+    for method in ("online", "fold") if style not in ("bloom", "qwen3") else ("online",):
+        attention, _, moments = layer(style, method)
+        losses = LayerLosses(moments, attention)
+        curves = [losses.folded_keys(group)] if method == "fold" else [losses.keys(group), losses.values(group)]
+        for curve in curves:
+            steps = curve.diff()
+            if method == "fold" and len(group) > 1:  # a head as wide as a trained one has each frequency once, the best or not
+                assert curve[8] >= curve[10]
+                steps = torch.cat((curve[:8].diff(), curve[9:].diff()))
+            assert bool((steps <= 1e-12 * curve[0]).all())
+            assert float(curve[-1]) <= 1e-9 * float(curve[0]) and float(curve[0]) > 0
+
+
+def test_heads_that_are_alike_lose_nothing_together() -> None:
+    """And the order in which a group names its heads does not matter."""
+    attention, rope = make_attention("llama")
+    k, v = (each.weight.clone().view(4, 8, -1) for each in (attention.k, attention.v))
+    k[3], v[3] = k[1], v[1]
+    twins = replace(attention, k=Linear(k.flatten(0, 1)), v=Linear(v.flatten(0, 1)))
+    online, fold = (LayerLosses(measure(twins, rope, random_inputs(4, 24), method), twins) for method in ("online", "fold"))
+    for curve in (online.keys, online.values, fold.folded_keys):
+        assert float(curve((1, 3))[8]) < 1e-9 * float(curve((1, 3))[0])
+        assert float(curve((0, 2))[8]) > 1e-2 * float(curve((0, 2))[0])
+        torch.testing.assert_close(curve((2, 1)), curve((1, 2)), rtol=1e-9, atol=1e-12)

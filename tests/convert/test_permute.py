@@ -1,0 +1,69 @@
+"""Heads in another order: the same function of a layer, and the same moments as if measured of it."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+
+import pytest
+import torch
+from decoders import STYLES, make_attention, random_inputs
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from layer_codes import output
+
+from kvexport.calibrate import Moments, MomentsAccumulator
+from kvexport.convert.permute import permuted, permuted_moments
+from kvexport.decoder import Attention, Rope, tensors_of
+
+SIZES = {"heads": 6}
+ORDERS = {3: [2, 0, 1], 6: [3, 0, 5, 1, 4, 2]}
+
+
+def layer(style: str) -> tuple[Attention, Rope | None, list[int]]:
+    attention, rope = make_attention(style, **SIZES)
+    return attention, rope, ORDERS[attention.num_kv_heads]
+
+
+def measured(attention: Attention, rope: Rope | None) -> Moments:
+    accumulator = MomentsAccumulator(attention)
+    accumulator.add(random_inputs(3, 10), rope)
+    return accumulator.finish()
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_the_output_stays_as_it_was(style: str) -> None:
+    attention, rope, order = layer(style)
+    x = random_inputs(2, 12)
+    torch.testing.assert_close(output(permuted(attention, order), rope, x), output(attention, rope, x), rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("part", ["q", "k", "v", "o"])
+def test_a_part_left_behind_is_seen(part: str) -> None:
+    """The negative control: one weight in the old order."""
+    attention, rope, order = layer("gqa")
+    x = random_inputs(2, 12)
+    wrong = replace(permuted(attention, order), **{part: getattr(attention, part)})
+    assert float((output(wrong, rope, x) - output(attention, rope, x)).abs().max()) > 0.1
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_permuted_moments_are_those_measured_of_the_permuted_layer(style: str) -> None:
+    attention, rope, order = layer(style)
+    found, wanted = permuted_moments(measured(attention, rope), order), measured(permuted(attention, order), rope)
+    for field in fields(Moments):
+        torch.testing.assert_close(getattr(found, field.name), getattr(wanted, field.name), rtol=1e-11, atol=1e-13)
+    per_head = {field.name for field in fields(Moments)} - {"tokens", "output_power"}
+    before = measured(attention, rope)
+    assert all(not torch.equal(getattr(before, name), getattr(found, name)) for name in per_head)  # a control
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.permutations(range(4)), st.sampled_from(["llama", "bloom"]))
+def test_orders_compose_and_the_reverse_undoes_them(order: list[int], style: str) -> None:
+    attention, rope = make_attention(style)
+    moments, back = measured(attention, rope), [order.index(head) for head in range(4)]
+    for there_and_back, given_first in (
+        (permuted(permuted(attention, order), back), attention),
+        (permuted_moments(permuted_moments(moments, order), back), moments),
+    ):
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(there_and_back), tensors_of(given_first), strict=True))
