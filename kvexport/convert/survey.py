@@ -191,7 +191,7 @@ class Survey:
         trained, *disturbed = self._forks
         divergences = iter([self._kl(trained, each) for each in disturbed])
         for layer, lost in self._found:
-            by_values, *by_keys = (next(divergences) / loss for loss in lost)
+            by_values, *by_keys = (_sensitivity(next(divergences), loss) for loss in lost)
             by_method = dict(zip(self._methods, by_keys, strict=True))
             self.layers.append(replace(layer, key_sensitivity=by_method, value_sensitivity=by_values))
 
@@ -202,6 +202,10 @@ class Survey:
             original, found = (reference.logits(self._decoder, each[one]) for each in (trained, disturbed))
             meter.add(original, found, self._tried[one])
         return meter.finish().mean_kl
+
+
+def _sensitivity(kl: float, loss: float) -> float:
+    return kl / loss if loss > 0 else 0.0  # a layer whose attention gives nothing has nothing to lose
 
 
 def survey(
