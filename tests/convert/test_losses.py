@@ -60,7 +60,7 @@ def test_losses_are_those_of_the_optimal_code_of_each_width(style: str, groups: 
             assert isinstance(curve, Tensor) and curve.shape == (n + 1,) and curve.dtype == torch.float64
             whole = float(curve[0])
             assert found[which] == pytest.approx(float(curve[width]), rel=1e-6, abs=2e-5 * whole)  # codes damp by a millionth
-            assert width > n // 2 or found[which] > 1e-3 * whole  # far above what is taken as equal
+            assert width > n // 2 or found[which] > 2e-4 * whole  # far above what is taken as equal
 
 
 @pytest.mark.parametrize("style", STYLES)
