@@ -144,3 +144,8 @@ def _refuse_contradictions(wish: Wish, methods: Sequence[Method], attention: Att
             f"--method {methods[0].name} keeps the trained width", seen=f"--kv-head-dim {wish.kv_head_dim}",
             allowed=attention.head_dim, fix="leave --kv-head-dim out, or use --method online",
         )  # fmt: skip
+    if not _leave_choice(methods) and wish.kv_heads is None and wish.kv_head_dim not in (None, attention.head_dim):
+        raise UsageError(
+            f"--method {methods[0].name} does not choose how many heads of another width to keep",
+            seen=f"--kv-head-dim {wish.kv_head_dim}", fix="add --kv-heads, or use --method online",
+        )  # fmt: skip
