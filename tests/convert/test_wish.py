@@ -1,0 +1,168 @@
+"""What options mean as shapes, and that those which contradict each other are refused by name."""
+
+from __future__ import annotations
+
+from itertools import combinations
+from typing import Any
+
+import pytest
+from decoders import make_attention
+
+from kvexport.convert import Shape, Wish, fixed_shape, methods_for, uniform_shape
+from kvexport.convert.budget import Widths
+from kvexport.convert.wish import group_sizes
+from kvexport.errors import UsageError
+
+ATTENTION, _ = make_attention("llama", heads=8)  # eight KV heads of 8
+OPTIONS = {"kv_heads": 2, "kv_ratio": 0.5, "max_kl": 0.1, "group_size": 4, "kv_head_dim": 16}
+CONTRADICTIONS = [
+    {"kv_heads", "kv_ratio"}, {"kv_heads", "max_kl"}, {"kv_ratio", "max_kl"}, {"kv_heads", "group_size"},
+    {"group_size", "kv_head_dim", "kv_ratio"}, {"group_size", "kv_head_dim", "max_kl"},
+]  # fmt: skip
+EVERY_SET = [frozenset(names) for count in range(6) for names in combinations(OPTIONS, count)]
+ALLOWED = [names for names in EVERY_SET if not any(pair <= names for pair in CONTRADICTIONS)]
+
+
+def option(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def shape_of(method: str = "online", **asked: Any) -> Shape | None:
+    return fixed_shape(Wish(**asked), methods_for(method, ATTENTION), ATTENTION)
+
+
+def refusal(method: str = "online", **asked: Any) -> str:
+    with pytest.raises(UsageError) as caught:
+        shape_of(method, **asked)
+    assert caught.value.exit_code == 2
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("method", ["auto", "online", "fold", "svd-a", "mean-pool"])
+@pytest.mark.parametrize("names", CONTRADICTIONS, ids=lambda names: "+".join(sorted(names)))
+def test_what_contradicts_each_other_is_refused_by_name(names: set[str], method: str) -> None:
+    said = refusal(method, **{name: OPTIONS[name] for name in names})
+    assert all(option(name) in said for name in names)
+    assert "contradict each other" in said and "give one of them" in said
+
+
+@pytest.mark.parametrize("names", EVERY_SET, ids=lambda names: "+".join(sorted(names)) or "nothing")
+def test_every_set_of_options_is_taken_unless_it_holds_a_contradiction(names: frozenset[str]) -> None:
+    asked = {name: OPTIONS[name] for name in names}
+    if names in ALLOWED:
+        shape_of(**asked)
+    else:
+        assert "contradict each other" in refusal(**asked)
+
+
+def test_there_are_sets_of_both_kinds() -> None:
+    assert len(EVERY_SET) == 32 and len(ALLOWED) == 12
+
+
+@pytest.mark.parametrize(
+    ("asked", "expected"),
+    [
+        ({"kv_heads": 4}, Shape(4, 8, 8)),
+        ({"kv_heads": 1}, Shape(1, 8, 8)),
+        ({"kv_heads": 8}, Shape(8, 8, 8)),
+        ({"kv_heads": 2, "kv_head_dim": 16}, Shape(2, 16, 16)),
+        ({"kv_heads": 1, "kv_head_dim": 64}, Shape(1, 64, 64)),
+        ({"kv_heads": 8, "kv_head_dim": 4}, Shape(8, 4, 4)),
+        ({"group_size": 4, "kv_head_dim": 16}, Shape(2, 16, 16)),
+        ({"group_size": 8, "kv_head_dim": 32}, Shape(1, 32, 32)),
+        ({"group_size": 1, "kv_head_dim": 6}, Shape(8, 6, 6)),
+        ({"kv_ratio": 1}, Shape(8, 8, 8)),
+        ({}, None),
+        ({"kv_ratio": 0.3}, None),
+        ({"max_kl": 0.1}, None),
+        ({"group_size": 4}, None),
+        ({"kv_head_dim": 16}, None),
+        ({"kv_head_dim": 16, "kv_ratio": 0.3}, None),
+        ({"group_size": 4, "max_kl": 0.1}, None),
+    ],
+)
+@pytest.mark.parametrize("method", ["auto", "online", "fold"])
+def test_shapes_that_options_mean(method: str, asked: dict[str, Any], expected: Shape | None) -> None:
+    assert shape_of(method, **asked) == expected
+
+
+@pytest.mark.parametrize("method", ["svd-a", "svd-w", "mean-pool"])
+def test_methods_that_predict_nothing_get_heads_as_wide_as_trained_ones(method: str) -> None:
+    assert shape_of(method) == Shape(4, 8, 8)
+    assert shape_of(method, kv_ratio=0.25) == Shape(2, 8, 8)
+    assert shape_of(method, kv_heads=1) == Shape(1, 8, 8)
+    assert shape_of(method, kv_ratio=1) == Shape(8, 8, 8)
+    assert shape_of(method, kv_heads=2, kv_head_dim=8) == Shape(2, 8, 8)
+    assert "0.125, 0.25, 0.5, 1" in refusal(method, kv_ratio=0.4)
+    for asked in ({"max_kl": 0.1}, {"group_size": 4}, {"group_size": 4, "kv_head_dim": 16}):
+        said = refusal(method, **asked)
+        assert f"--method {method}" in said and "auto, online, fold" in said
+    assert "--kv-head-dim 16" in refusal(method, kv_head_dim=16)  # how many heads, then? it must not be passed over
+
+
+def test_the_papers_method_takes_a_width_beside_a_number_of_heads() -> None:
+    assert shape_of("svd-a", kv_heads=2, kv_head_dim=16) == Shape(2, 16, 16)
+    assert "keeps the trained width" in refusal("mean-pool", kv_heads=2, kv_head_dim=16)
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        ({"kv_heads": 3}, ("--kv-heads must divide", "1, 2, 4, 8")),
+        ({"group_size": 3}, ("--group-size must divide", "1, 2, 4, 8")),
+        ({"group_size": 0}, ("--group-size must divide", "1, 2, 4, 8")),
+        ({"group_size": 16}, ("--group-size must divide", "1, 2, 4, 8")),
+        ({"kv_ratio": 0}, ("--kv-ratio is no share", "above 0, at most 1")),
+        ({"kv_ratio": 1.5}, ("--kv-ratio is no share", "above 0, at most 1")),
+        ({"kv_ratio": float("nan")}, ("--kv-ratio is no share", "above 0, at most 1")),
+        ({"max_kl": 0}, ("--max-kl is no bound", "above 0")),
+        ({"max_kl": float("inf")}, ("--max-kl is no bound", "above 0")),
+        ({"max_kl": float("nan")}, ("--max-kl is no bound", "above 0")),
+        ({"kv_head_dim": 0}, ("--kv-head-dim is out of range", "1 to 256")),
+        ({"kv_head_dim": 257}, ("--kv-head-dim is out of range", "1 to 256")),
+        ({"kv_heads": 4, "kv_head_dim": 17}, ("wider than the heads that share it", "1 to 16 for 2 heads of 8")),
+        ({"group_size": 2, "kv_head_dim": 32}, ("wider than the heads that share it", "1 to 16 for 2 heads of 8")),
+    ],
+)
+def test_what_is_out_of_range_is_refused_with_what_is_allowed(asked: dict[str, Any], words: tuple[str, ...]) -> None:
+    said = refusal(**asked)
+    assert all(word in said for word in words)
+
+
+def test_odd_widths_are_for_keys_that_are_projected_after_rotation() -> None:
+    assert shape_of("online", kv_heads=2, kv_head_dim=15) == Shape(2, 15, 15)
+    for method in ("fold", "auto"):
+        assert "even" in refusal(method, kv_heads=2, kv_head_dim=15)
+    without, _ = make_attention("bloom")
+    assert fixed_shape(Wish(kv_heads=2, kv_head_dim=15), methods_for("fold", without), without) == Shape(2, 15, 15)
+
+
+def test_half_is_asked_for_where_nothing_is() -> None:
+    assert Wish().ratio == 0.5
+    assert Wish(kv_ratio=0.25).ratio == 0.25
+
+
+def test_widths_are_free_or_one_equal_or_not() -> None:
+    assert Wish().widths == Widths(equal=True, only=None)
+    assert Wish(kv_head_dim=64, equal_widths=False).widths == Widths(equal=False, only=64)
+
+
+def test_group_sizes_are_divisors_that_eigenvalue_problems_can_have() -> None:
+    assert group_sizes(Wish(), ATTENTION) == [1, 2, 4, 8]
+    assert group_sizes(Wish(group_size=4), ATTENTION) == [4]
+    wide, _ = make_attention("llama", heads=8, head_dim=512, hidden=8)
+    assert group_sizes(Wish(), wide) == [1, 2, 4]  # 8 · 512 numbers are more than 2048
+    six, _ = make_attention("llama", heads=6)
+    assert group_sizes(Wish(), six) == [1, 2, 3, 6]
+
+
+def test_a_standard_checkpoint_has_one_shape() -> None:
+    def uniform(method: str = "fold", **asked: Any) -> Shape:
+        return uniform_shape(Wish(**asked), methods_for(method, ATTENTION), ATTENTION)
+
+    assert uniform() == uniform(kv_ratio=0.5) == uniform(kv_heads=4) == Shape(4, 8, 8)
+    assert uniform("mean-pool", kv_ratio=0.25) == Shape(2, 8, 8)
+    assert uniform(kv_ratio=1) == Shape(8, 8, 8)
+    for asked in ({"kv_ratio": 0.4}, {"kv_heads": 3}, {"kv_heads": 2, "kv_ratio": 0.25}):
+        with pytest.raises(UsageError):
+            uniform(**asked)
