@@ -104,12 +104,13 @@ def head_order(method: Method, moments: Moments, attention: Attention, shape: Sh
     heads = attention.num_kv_heads
     if not method.matched:
         return list(range(heads))
-    losses = LayerLosses(moments, attention)
+    losses, size = LayerLosses(moments, attention), heads // shape.kv_heads
 
     def loss(group: Group) -> float:
-        return float(losses.of_keys(method.commutes, group)[shape.key_dim] + losses.values(group)[shape.value_dim])
+        key, value = (width * len(group) // size for width in (shape.key_dim, shape.value_dim))  # of part of a group, its share
+        return float(losses.of_keys(method.commutes, group)[key] + losses.values(group)[value])
 
-    return order_of(matched_groups(heads, heads // shape.kv_heads, loss))
+    return order_of(matched_groups(heads, size, loss))
 
 
 def layer_code(method: Method, moments: Moments, attention: Attention, grouping: Grouping, shape: Shape) -> LayerCode:

@@ -154,9 +154,8 @@ class Survey:
         return max((size for size in self._sizes if self._rank(size, attention) <= WIDEST), default=self._sizes[0])
 
     def _groups(self, method: Method, losses: LayerLosses, attention: Attention, size: int) -> list[Group]:
-        width = self._rank(size, attention)
-
         def loss(group: Group) -> float:
+            width = self._rank(size, attention) * len(group) // size  # of part of a group, its share
             return float(losses.of_keys(method.commutes, group)[width] + losses.values(group)[width])
 
         return matched_groups(attention.num_kv_heads, size, loss)
