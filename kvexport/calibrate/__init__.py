@@ -2,7 +2,7 @@
 
 from kvexport.calibrate.moments import Moments, MomentsAccumulator
 from kvexport.calibrate.peaks import LayerPeaks, PeakMeter
-from kvexport.calibrate.positions import over_distances, over_positions
+from kvexport.calibrate.positions import Rotations, over_positions, unrotated
 from kvexport.calibrate.recipe import Recipe, recipe_for
 from kvexport.calibrate.sampling import steps as sampling_steps
 from kvexport.calibrate.statistics import Statistics, save_header, save_moments
@@ -14,12 +14,13 @@ __all__ = [
     "MomentsAccumulator",
     "PeakMeter",
     "Recipe",
+    "Rotations",
     "Statistics",
     "calibration_windows",
-    "over_distances",
     "over_positions",
     "recipe_for",
     "sampling_steps",
     "save_header",
     "save_moments",
+    "unrotated",
 ]

@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvexport.calibrate import Moments
+from kvexport.calibrate import Moments, Rotations
 from kvexport.convert.codes import Code, Codes, optimal_codes, subspace_code
-from kvexport.convert.commuting import commuting_code, mix_energies
+from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import Grouping
 from kvexport.decoder import Attention
 
@@ -43,17 +43,20 @@ def online(moments: Moments, attention: Attention, grouping: Grouping, group: in
     return online_codes(moments, grouping, group).code(rank)
 
 
-def fold(
-    moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int, frequencies: Tensor | None = None
-) -> Code:  # fmt: skip
-    """The best code found that commutes with RoPE, so that it holds at every position and folds into W_K.
-
-    `moments` are `over_distances`. The cached pairs turn with `frequencies` [rank/2]; None: each of a trained head's once.
-    """
+def folding(
+    moments: Moments, grouping: Grouping, group: int, frequencies: Tensor | None, distances: Rotations
+) -> Folding:  # fmt: skip
+    """What codes a group's keys before rotation; the cached pairs turn with `frequencies` [rank/2], None: each of a head once."""
     if frequencies is None:
         frequencies = torch.arange(grouping.head_dim // 2)
-    assert rank == 2 * len(frequencies)
-    return commuting_code(moments, member_weights(moments, grouping, group), grouping, group, frequencies)
+    rows = grouping.rows(group)
+    return Folding(member_weights(moments, grouping, group), moments.key_second[rows, rows], frequencies, distances)
+
+
+def group_energies(moments: Moments, grouping: Grouping, group: int) -> Tensor:
+    """The group's `mix_energies`, [d/2, t]."""
+    rows = grouping.rows(group)
+    return mix_energies(member_weights(moments, grouping, group), moments.key_second[rows, rows])
 
 
 def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tensor | None:
@@ -64,10 +67,7 @@ def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tenso
     """
     if rank == grouping.head_dim:
         return None
-    energies = sum(
-        mix_energies(moments, member_weights(moments, grouping, group), grouping, group) for group in range(grouping.kv_heads)
-    )
-    assert isinstance(energies, Tensor)
+    energies = torch.stack([group_energies(moments, grouping, group) for group in range(grouping.kv_heads)]).sum(0)
     return (energies.flatten().argsort(descending=True, stable=True)[: rank // 2] // grouping.size).sort().values
 
 

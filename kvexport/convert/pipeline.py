@@ -17,8 +17,9 @@ from kvexport import reference
 from kvexport.calibrate import Moments
 from kvexport.convert.apply import apply_code
 from kvexport.convert.groups import Grouping, trained_shape
-from kvexport.convert.methods import Way, as_met, head_order, layer_code
-from kvexport.convert.permute import permuted, permuted_moments
+from kvexport.convert.met import Met, as_met
+from kvexport.convert.methods import Way, head_order, layer_code
+from kvexport.convert.permute import permuted
 from kvexport.convert.predict import predicted_error
 from kvexport.convert.streams import Streams, TrainedStream
 from kvexport.decoder import Attention, Decoder, Layer, tensors_of
@@ -70,8 +71,8 @@ class Conversion:
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
         way = self._ways[index]
-        moments = as_met(way.method, moments, self._decoder.rope, self._positions)
-        converted, report = _convert_layer(layer, self._streams, moments, way)
+        met = as_met(way.method.before_rotation, moments, self._decoder.rope, self._positions)
+        converted, report = _convert_layer(layer, self._streams, met, way)
         _require_finite(f"layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)
         return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
@@ -149,16 +150,16 @@ def _kept(attention: Attention) -> LayerReport:
     )
 
 
-def _convert_layer(layer: Layer, streams: Streams, moments: Moments, way: Way) -> tuple[Layer, LayerReport]:
+def _convert_layer(layer: Layer, streams: Streams, met: Met, way: Way) -> tuple[Layer, LayerReport]:
     trained, method, shape = layer.attention, way.method, way.shape
     if shape == trained_shape(trained):
         return layer, _kept(trained)
-    order = head_order(method, moments, trained, shape)
-    attention, moments = permuted(trained, order), permuted_moments(moments, order)
+    order = head_order(method, met, trained, shape)
+    attention, met = permuted(trained, order), met.permuted(order)
     grouping = Grouping.of(attention, shape.kv_heads)
-    code = layer_code(method, moments, attention, grouping, shape)
-    predicted = predicted_error(moments, attention, grouping, code)
-    converted = replace(layer, attention=apply_code(attention, grouping, code, moments.value_mean))
+    code = layer_code(method, met, attention, grouping, shape)
+    predicted = predicted_error(met, attention, grouping, code)
+    converted = replace(layer, attention=apply_code(attention, grouping, code, met.moments.value_mean))
     measured = streams.attention_error(converted)
     if method.refit:
         converted = replace(layer, attention=replace(converted.attention, o=streams.refit(converted)))

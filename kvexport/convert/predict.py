@@ -11,19 +11,20 @@ import math
 
 import torch
 
-from kvexport.calibrate import Moments
 from kvexport.convert.apply import LayerCode
 from kvexport.convert.groups import Grouping
+from kvexport.convert.keys import folding
+from kvexport.convert.met import Met
 from kvexport.convert.values import lost_constant, output_weights
 from kvexport.decoder import Attention
 
 
-def predicted_error(moments: Moments, attention: Attention, grouping: Grouping, code: LayerCode) -> float:
+def predicted_error(met: Met, attention: Attention, grouping: Grouping, code: LayerCode) -> float:
     """Predicted relative error of the attention output, √(E|Δo|² / E|o - ō|²), before any refit."""
-    lost = 0.0
+    moments, lost = met.moments, 0.0
     for group in range(grouping.kv_heads):
         rows = grouping.rows(group)
-        lost += _from_logits(moments, attention, grouping, code, group)
+        lost += _from_logits(met, attention, grouping, code, group)
         residual = code.values[group].residual
         covariance = residual @ moments.value_covariance(rows) @ residual.T
         lost += float((output_weights(moments, attention, grouping, group) * covariance).sum())
@@ -32,8 +33,10 @@ def predicted_error(moments: Moments, attention: Attention, grouping: Grouping, 
     return math.sqrt(max(lost, 0.0) / max(float(moments.output_power), torch.finfo(torch.float64).tiny))
 
 
-def _from_logits(moments: Moments, attention: Attention, grouping: Grouping, code: LayerCode, group: int) -> float:
-    rows = grouping.rows(group)
+def _from_logits(met: Met, attention: Attention, grouping: Grouping, code: LayerCode, group: int) -> float:
+    moments, rows = met.moments, grouping.rows(group)
+    if met.distances is not None:
+        return attention.scale**2 * folding(moments, grouping, group, code.frequencies, met.distances).loss(code.keys[group])
     residual = code.keys[group].residual
     error = residual @ moments.key_covariance(rows) @ residual.T  # Cov(k - k̂) of the stack
     total = 0.0

@@ -22,8 +22,9 @@ from kvexport.convert.codes import Code
 from kvexport.convert.groups import WIDEST, Grouping, Shape, trained_shape
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, matched_groups, order_of
-from kvexport.convert.methods import Method, Way, as_met, layer_code
-from kvexport.convert.permute import permuted, permuted_moments
+from kvexport.convert.met import Met, as_met
+from kvexport.convert.methods import Method, Way, layer_code
+from kvexport.convert.permute import permuted
 from kvexport.convert.streams import TrainedStream
 from kvexport.decoder import Attention, Decoder, Layer
 from kvexport.divergence import DivergenceMeter
@@ -127,13 +128,12 @@ class Survey:
         curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
         size_tried = self._size_tried(layer.attention)
         for method in self._methods:
-            met = as_met(method, moments, self._decoder.rope, self._positions)
+            met = as_met(method.before_rotation, moments, self._decoder.rope, self._positions)
             losses = LayerLosses(met, layer.attention)
             for size in self._sizes:
                 groups = self._groups(method, losses, layer.attention, size)
-                found = Curves(
-                    sum_of(losses.of_keys(method.commutes, group) for group in groups), sum_of(map(losses.values, groups))
-                )
+                of_keys = losses.folded_keys if method.key is None else losses.keys
+                found = Curves(sum_of(map(of_keys, groups)), sum_of(map(losses.values, groups)))
                 curves[method, size] = found
                 if size == size_tried:
                     trials.append(self._trial(layer, met, method, groups, found))
@@ -156,13 +156,13 @@ class Survey:
     def _groups(self, method: Method, losses: LayerLosses, attention: Attention, size: int) -> list[Group]:
         def loss(group: Group) -> float:
             width = self._rank(size, attention) * len(group) // size  # of part of a group, its share
-            return float(losses.of_keys(method.commutes, group)[width] + losses.values(group)[width])
+            return float(losses.estimate(method.before_rotation, group)[width] + losses.values(group)[width])
 
         return matched_groups(attention.num_kv_heads, size, loss)
 
-    def _trial(self, layer: Layer, met: Moments, method: Method, groups: Sequence[Group], curves: Curves) -> _Trial:
+    def _trial(self, layer: Layer, met: Met, method: Method, groups: Sequence[Group], curves: Curves) -> _Trial:
         order = order_of(groups)
-        attention, met = permuted(layer.attention, order), permuted_moments(met, order)
+        attention, met = permuted(layer.attention, order), met.permuted(order)
         grouping = Grouping.of(attention, len(groups))
         n = grouping.size * grouping.head_dim
         rank = min(self._rank(grouping.size, attention), WIDEST)
@@ -170,7 +170,7 @@ class Survey:
         exact = (Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)),) * grouping.kv_heads
 
         def coded(code: LayerCode) -> Layer:
-            return replace(layer, attention=apply_code(attention, grouping, code, met.value_mean))
+            return replace(layer, attention=apply_code(attention, grouping, code, met.moments.value_mean))
 
         return _Trial(
             keys=coded(replace(code, values=exact)),

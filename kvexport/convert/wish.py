@@ -135,11 +135,11 @@ def _refuse_contradictions(wish: Wish, methods: Sequence[Method], attention: Att
                 f"{name} needs a method that knows its loss beforehand", seen=f"--method {methods[0].name}",
                 allowed="--method auto, online, fold", fix="use --kv-heads or --kv-ratio",
             )  # fmt: skip
-    if any(method.commutes for method in methods) and (wish.kv_head_dim or 0) % 2:
+    if any(method.before_rotation for method in methods) and (wish.kv_head_dim or 0) % 2:
         raise UsageError(
             "rotary pairs need an even --kv-head-dim", seen=wish.kv_head_dim, allowed="even widths", fix="or use --method online"
         )
-    if not _leave_choice(methods) and methods[0].commutes and wish.kv_head_dim not in (None, attention.head_dim):
+    if not _leave_choice(methods) and methods[0].before_rotation and wish.kv_head_dim not in (None, attention.head_dim):
         raise UsageError(
             f"--method {methods[0].name} keeps the trained width", seen=f"--kv-head-dim {wish.kv_head_dim}",
             allowed=attention.head_dim, fix="leave --kv-head-dim out, or use --method online",
