@@ -95,7 +95,7 @@ class Folding:
 
 
 def mix_energies(weights: Tensor, second: Tensor) -> Tensor:
-    """What each orthogonal complex mix of a group's heads at one frequency puts into logits, phases averaged: [d/2, t] descending.
+    """What each orthogonal complex mix of a group's heads at one frequency puts into logits, phases averaged: [d/2, t], falling.
 
     A pair left out costs E|w|² E|z|² / 2 a frequency, w the query's (papers' section 6.1 in complex form). Takes what
     `Folding` takes; rotating all keys or all queries alike changes nothing.

@@ -99,7 +99,7 @@ def _tails(ascending: Tensor) -> Tensor:
 
 
 def _between(known: Sequence[tuple[int, float]], n: int) -> Tensor:
-    """Losses at widths 0 to n, [n + 1], from those of some even widths, 0 the first: geometric between two, then straight to 0."""
+    """Losses at widths 0 to n, [n + 1], from those of some even widths, 0 the first: geometric between, then straight to 0."""
     widths, losses = np.array([width for width, _ in known]), np.array([loss for _, loss in known])
     least = max(float(losses.max()), _TINY) * _TINY
     losses = np.minimum.accumulate(np.maximum(losses, least))  # a wider code is made from a narrower one, and loses no more

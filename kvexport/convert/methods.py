@@ -70,7 +70,7 @@ def folds(method: Method, attention: Attention) -> bool:
 
 
 def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
-    """What `--method NAME` leaves each layer of this model to choose from: without rotation 'fold' is 'online', whose codes all fold.
+    """What `--method NAME` leaves each layer to choose from: without rotation 'fold' is 'online', whose codes all fold.
 
     Raises:
         UsageError: no such method, or 'fold' for keys that are normalised after W_K.
