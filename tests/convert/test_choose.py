@@ -161,6 +161,17 @@ def test_a_width_or_a_group_size_binds_all_that_is_converted() -> None:
     assert {way.shape.kv_heads for way in chosen(decoder, Wish(group_size=2)).ways} == {2}
 
 
+@pytest.mark.parametrize(("heads", "ratio"), [(8, 0.8), (12, 0.8), (16, 0.5)])
+def test_groups_of_any_size_may_be_wider_than_what_they_grow_from(heads: int, ratio: float) -> None:
+    """Eight heads are matched as pairs of pairs of pairs; the width of all of them is more than a pair has."""
+    decoder = make_decoder("llama", layers=1, heads=heads, head_dim=4, dtype=torch.float32)
+    choice = chosen(decoder, Wish(kv_ratio=ratio), "online")
+    assert 0.8 * ratio < cached(choice) / (heads * 8) <= ratio
+    way = Way(METHODS["online"], Shape(2, 2 * heads - 4, 2 * heads - 4))
+    (converted,) = convert(decoder, random_windows(decoder, 8, 24), [way])
+    assert converted.report.measured_error < 0.3
+
+
 def test_a_share_that_no_width_meets_is_refused_with_those_that_can_be() -> None:
     with pytest.raises(UsageError) as caught:
         chosen(decoder_of(), Wish(kv_ratio=0.05))
