@@ -25,7 +25,7 @@ from kvexport.calibrate.positions import Rotations
 from kvexport.convert.codes import Code
 
 _ROUNDS = 8  # of D and E: 30 gain a few per cent more
-_RIDGE = 1e-9  # of the mean diagonal
+_RIDGE = 1e-6  # of the mean diagonal
 
 
 class Folding:
@@ -49,7 +49,7 @@ class Folding:
         for _ in range(_ROUNDS):
             encode = self._encode(decode)
             decode = self._decode(encode)
-        norm = decode.view(2, -1, decode.shape[1]).square().sum((0, 2)).sqrt()
+        norm = decode.view(2, -1, decode.shape[1]).square().sum(2).mean(0).sqrt()
         norm = torch.where(norm > 0, norm, torch.ones_like(norm)).repeat(2)[:, None]
         return Code(encode * norm.T, (decode / norm).T)
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.calibrate import Moments, MomentsAccumulator, over_distances, over_positions, windows
+from kvexport.calibrate import Moments, MomentsAccumulator, over_positions, windows
+from kvexport.calibrate import unrotated as uncentred
 from kvexport.calibrate.positions import Rotations
 from kvexport.convert import Shape, Way, convert, methods_for
 from kvexport.decoder import Attention, Decoder, Linear, Rope
@@ -74,22 +75,38 @@ def test_moments_over_positions_are_those_of_keys_and_queries_placed_there(style
     assert changed == {"key_mean", "key_second", "query_second"}
 
 
-def test_moments_over_distances_turn_the_queries_and_forget_the_mean_of_the_keys() -> None:
-    """A logit is qᵀ R_Δ k: averaged over distances, its power is that of turned queries with unturned keys."""
+def test_logits_over_distances_are_those_of_keys_turned_back_with_octaves_alike() -> None:
+    """Σ w_n E (qᵀ R_{-n} k)², w_n ∝ 1 / (n + 1), from second moments; the mean key's share turns too, so it stays in."""
     attention, rope = make_attention("bias")
     assert rope is not None
     x = random_inputs(3, 12)
-    moments = unrotated(attention, rope, x)
-    found, projected = over_distances(moments, rope, 16), windows.project(attention, x, rope)
+    moments = uncentred(unrotated(attention, rope, x))
+    projected = windows.project(attention, x, rope)
     keys, queries = (each[:, 1].flatten(0, 1) for each in (projected.key, projected.query))  # of head 1
-    power = torch.stack([(turned(queries, rope.inv_freq, n) @ keys.T).square().mean() for n in range(16)]).mean()
+    weights = 1 / (1 + torch.arange(16, dtype=torch.float64))
+    powers = torch.stack([(queries @ turned(keys, rope.inv_freq, -n).T).square().mean() for n in range(16)])
     rows = slice(8, 16)
-    assert float((found.query_second[1] * found.key_second[rows, rows]).sum()) == pytest.approx(float(power), rel=1e-10)
-    assert float(found.key_mean.abs().max()) == 0
-    changed = {
-        field.name for field in fields(Moments) if not torch.equal(getattr(found, field.name), getattr(moments, field.name))
-    }
-    assert changed == {"key_mean", "query_second"}
+    found = (moments.query_second[1] * Rotations.by_distance(rope, 16).second(moments.key_second[rows, rows])).sum()
+    assert float(found) == pytest.approx(float((weights * powers).sum() / weights.sum()), rel=1e-10)
+    assert float(moments.key_mean.abs().max()) == 0
+
+
+def test_pairs_may_turn_with_frequencies_of_their_own_and_back() -> None:
+    """x of three pairs turning with frequencies 1, 1 and 3, y of two heads of four; against plain matrices."""
+    rope, rows = Rope(torch.tensor([1.0, 0.3, 0.1, 0.02])), torch.tensor([1, 1, 3])
+    xy = torch.randn(6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    inv_freq = rope.inv_freq.double()
+
+    def turn(frequencies: Tensor, n: int) -> Tensor:
+        cos, sin = torch.cos(n * frequencies).diag(), torch.sin(n * frequencies).diag()
+        return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
+
+    for sign, inverse in ((1, False), (-1, True)):
+        every = [turn(inv_freq[rows], sign * n) @ xy @ torch.block_diag(*[turn(inv_freq, sign * n)] * 2).T for n in range(9)]
+        found = Rotations(rope, 9).second(xy, rows, inverse=inverse)
+        torch.testing.assert_close(found, torch.stack(every).mean(0), rtol=0, atol=1e-12)
+        swapped = Rotations(rope, 9).second(xy.T.contiguous(), columns=rows, inverse=inverse)
+        torch.testing.assert_close(swapped, found.T, rtol=0, atol=1e-12)
 
 
 def test_one_position_changes_nothing_and_more_of_them_forget_the_mean() -> None:
@@ -176,7 +193,7 @@ def test_a_basis_made_for_the_256_positions_alone_does_not(far: tuple[Decoder, T
     assert short_there > 5 * max(short_near, there)
 
 
-def test_a_folded_key_holds_everywhere_whatever_the_capacity(far: tuple[Decoder, Tensor]) -> None:
-    near, there = errors(far, "fold", CALIBRATED)
+@pytest.mark.parametrize("capacity", [CALIBRATED, DEPLOYED])
+def test_a_folded_key_holds_everywhere_whatever_the_capacity(far: tuple[Decoder, Tensor], capacity: int) -> None:
+    near, there = errors(far, "fold", capacity)
     assert there == pytest.approx(near, rel=1e-2)
-    assert errors(far, "fold", DEPLOYED) == (near, there)

@@ -5,23 +5,32 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvexport.calibrate import Moments, MomentsAccumulator, over_distances, over_positions, windows
+from kvexport.calibrate import Moments, MomentsAccumulator, windows
 from kvexport.convert.apply import LayerCode, apply_code
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping, Shape
+from kvexport.convert.met import Met, as_met
 from kvexport.convert.methods import METHODS, layer_code
+from kvexport.convert.predict import predicted_error
 from kvexport.decoder import Attention, Rope
 from kvexport.reference import linear
 
 
-def measure(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Moments:
-    """The moments that `method` takes, for the positions of `x`."""
+def met(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Met:
+    """What `method` makes its codes from, for the positions of `x`."""
     accumulator = MomentsAccumulator(attention)
     accumulator.add(x, rope)
-    moments = accumulator.finish()
-    if rope is None:
-        return moments
-    return over_distances(moments, rope, 16) if METHODS[method].commutes else over_positions(moments, rope, x.shape[1])
+    return as_met(METHODS[method].before_rotation, accumulator.finish(), rope, x.shape[1])
+
+
+def measure(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Moments:
+    """The moments that `method` takes."""
+    return met(attention, rope, x, method).moments
+
+
+def predicted(attention: Attention, rope: Rope | None, x: Tensor, method: str, kv_heads: int, code: LayerCode) -> float:
+    """The predicted error of a code that `method` made, or could have."""
+    return predicted_error(met(attention, rope, x, method), attention, grouping_of(attention, kv_heads), code)
 
 
 def grouping_of(attention: Attention, kv_heads: int) -> Grouping:
@@ -36,8 +45,10 @@ def plain_shape(attention: Attention, kv_heads: int) -> Shape:
 def code_of(
     method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int, shape: Shape | None = None
 ) -> tuple[Moments, LayerCode]:  # fmt: skip
-    moments, shape = measure(attention, rope, x, method), plain_shape(attention, kv_heads) if shape is None else shape
-    return moments, layer_code(METHODS[method], moments, attention, grouping_of(attention, kv_heads), shape)
+    if rope is None and method == "fold":
+        method = "online"  # as `methods_for` has it
+    found, shape = met(attention, rope, x, method), plain_shape(attention, kv_heads) if shape is None else shape
+    return found.moments, layer_code(METHODS[method], found, attention, grouping_of(attention, kv_heads), shape)
 
 
 def converted_by(

@@ -162,7 +162,7 @@ def test_qk_norm_refuses_fold_and_names_what_works() -> None:
     attention, _ = make_attention("qwen3")
     with pytest.raises(UsageError, match="QK-norm") as refusal:
         methods_for("fold", attention)
-    assert "use --method online" in str(refusal.value)
+    assert "kvexport build --method online" in str(refusal.value)
 
 
 def test_without_rotation_fold_is_online() -> None:

@@ -206,11 +206,11 @@ def test_one_shape_and_one_method_are_not_surveyed(method: str, monkeypatch: pyt
 
 
 def with_a_layer_for_each_method() -> Decoder:
-    """Slow rotation, and a layer for either method where keys of four heads share 8 numbers at 4096 positions.
+    """A layer for either method where keys of four heads share 8 numbers at 4096 positions.
 
-    In the first each head's queries have one direction, its keys another: near its key a query wants one number a head, which
-    a folded code keeps, and which a code made for each position finds in every direction. In the second all keys turn with
-    one frequency, of which a folded code this narrow has one pair only.
+    In the first each head's queries have one direction, its keys another, all in pairs that turn slowly: near its key a query
+    wants one number a head, which a folded code keeps, and which a code made for each position finds in every direction. In
+    the second all keys turn with one fast frequency, of which a folded code this narrow has one pair only.
     """
     decoder = make_decoder("llama", layers=2, sharpness=2.0, max_positions=4096)
     generator = torch.Generator().manual_seed(0)
@@ -219,11 +219,11 @@ def with_a_layer_for_each_method() -> Decoder:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
     def one_direction(linear: Linear) -> Linear:
-        along = random(4, 8, 1) * random(4, 1, 32) / 32**0.5
+        along = (random(4, 2, 4) * torch.tensor([FAST, 1.0, 1.0, 1.0])).flatten(1)[..., None] * random(4, 1, 32) / 32**0.5
         return Linear((0.2 * linear.weight.view(4, 8, 32) + along).reshape(32, 32))
 
     def one_frequency(linear: Linear) -> Linear:
-        share = torch.tensor([1.0, 0.2, 0.2, 0.2], dtype=torch.float64)
+        share = torch.tensor([1.0, 0.1, 0.1, 0.1], dtype=torch.float64)
         return Linear((linear.weight.view(4, 2, 4, 32) * share[:, None]).reshape(32, 32))
 
     first, second = (layer.attention for layer in decoder.layers)
@@ -231,7 +231,7 @@ def with_a_layer_for_each_method() -> Decoder:
         replace(first, q=one_direction(first.q), k=one_direction(first.k)), replace(second, k=one_frequency(second.k)),
     ]  # fmt: skip
     layers = [replace(layer, attention=each) for layer, each in zip(decoder.layers, changed, strict=True)]
-    return replace(decoder, layers=layers, rope=Rope(torch.tensor([2e-3, 1.4e-3, 8e-4, 4e-4])))
+    return replace(decoder, layers=layers, rope=Rope(torch.tensor([1.0, 2e-3, 1.2e-3, 6e-4])))
 
 
 def names(choice: Choice) -> list[str]:

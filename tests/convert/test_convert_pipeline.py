@@ -14,8 +14,9 @@ from decoders import STYLES, make_decoder, random_windows, with_attention
 from torch import Tensor
 
 from kvexport import reference
-from kvexport.calibrate import Moments, Statistics, over_distances, recipe_for, save_header, save_moments, windows
+from kvexport.calibrate import Moments, Statistics, recipe_for, save_header, save_moments, windows
 from kvexport.convert import ConvertedLayer, Shape, Way, convert, measure, methods_for, pipeline, unconverted
+from kvexport.convert.met import as_met
 from kvexport.convert.methods import METHOD_NAMES
 from kvexport.convert.streams import Streams
 from kvexport.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
@@ -133,9 +134,9 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
             streams.attend(decoder.layers[0])
             streams.advance_both(decoder.layers[0], decoder.layers[0])
             assert decoder.rope is not None
-            moments = over_distances(streams.measure(decoder.layers[1]), decoder.rope, 16)
+            met = as_met(True, streams.measure(decoder.layers[1]), decoder.rope, 32)
             way = Way(methods_for("fold", decoder.layers[1].attention)[0], Shape(4, 8, 8))
-            alone = pipeline._convert_layer(decoder.layers[1], streams, moments, way)[0]
+            alone = pipeline._convert_layer(decoder.layers[1], streams, met, way)[0]
         together = layers[1].layer
         assert torch.equal(together.attention.k.weight, alone.attention.k.weight)  # the trained model's moments in both
         moved.append(float((together.attention.o.weight - alone.attention.o.weight).norm() / alone.attention.o.weight.norm()))
