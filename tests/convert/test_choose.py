@@ -35,7 +35,7 @@ def decoder_of(style: str = "llama") -> Decoder:
     return make_decoder(style, layers=3, sharpness=2.0, head_dim=16, dtype=torch.float32)
 
 
-def chosen(decoder: Decoder, wish: Wish, method: str = "auto", capacity: int | None = None) -> Choice:
+def chosen(decoder: Decoder, wish: Wish, method: str = "online", capacity: int | None = None) -> Choice:
     tokens, attention = random_windows(decoder, WINDOWS, 24), decoder.layers[0].attention
     return choose(decoder, tokens, wish, methods_for(method, attention), None, capacity, Progress())
 
@@ -56,7 +56,7 @@ def measured(decoder: Decoder, choice: Choice) -> tuple[float, float]:
 BOUNDS = (0.1, 0.03, 0.01, 0.003)
 
 
-@pytest.mark.parametrize("style", ["llama", "qwen3"])
+@pytest.mark.parametrize("style", ["llama", "bias"])
 def test_a_bound_is_kept_and_a_tighter_one_caches_more(style: str) -> None:
     decoder, widths = decoder_of(style), []
     for bound in BOUNDS:
@@ -165,7 +165,7 @@ def test_a_width_or_a_group_size_binds_all_that_is_converted() -> None:
 def test_groups_of_any_size_may_be_wider_than_what_they_grow_from(heads: int, ratio: float) -> None:
     """Eight heads are matched as pairs of pairs of pairs; the width of all of them is more than a pair has."""
     decoder = make_decoder("llama", layers=1, heads=heads, head_dim=4, dtype=torch.float32)
-    choice = chosen(decoder, Wish(kv_ratio=ratio), "online")
+    choice = chosen(decoder, Wish(kv_ratio=ratio))
     assert 0.8 * ratio < cached(choice) / (heads * 8) <= ratio
     way = Way(METHODS["online"], Shape(2, 2 * heads - 4, 2 * heads - 4))
     (converted,) = convert(decoder, random_windows(decoder, 8, 24), [way])
@@ -208,28 +208,27 @@ def test_one_shape_and_one_method_are_not_surveyed(method: str, monkeypatch: pyt
 def with_a_layer_for_each_method() -> Decoder:
     """A layer for either method where keys of four heads share 8 numbers at 4096 positions.
 
-    In the first each head's queries have one direction, its keys another, all in pairs that turn slowly: near its key a query
-    wants one number a head, which a folded code keeps, and which a code made for each position finds in every direction. In
-    the second all keys turn with one fast frequency, of which a folded code this narrow has one pair only.
+    In the first each head's queries have one direction, its keys another about a mean, all in pairs that turn slowly: near
+    its key a query wants one number a head, which a folded code keeps, and which a code made for each position finds in every
+    direction. In the second all keys turn with one fast frequency, of which a folded code this narrow has one pair only.
     """
     decoder = make_decoder("llama", layers=2, sharpness=2.0, max_positions=4096)
     generator = torch.Generator().manual_seed(0)
+    slow = torch.tensor([0.0, 1.0, 1.0, 1.0], dtype=torch.float64)
 
     def random(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator, dtype=torch.float64)
 
-    def one_direction(linear: Linear) -> Linear:
-        along = (random(4, 2, 4) * torch.tensor([FAST, 1.0, 1.0, 1.0])).flatten(1)[..., None] * random(4, 1, 32) / 32**0.5
-        return Linear((0.2 * linear.weight.view(4, 8, 32) + along).reshape(32, 32))
+    def one_direction(linear: Linear, bias: Tensor | None = None) -> Linear:
+        along = (random(4, 2, 4) * slow).view(4, 8, 1) * random(4, 1, 32) / 32**0.5
+        return Linear((0.2 * linear.weight.view(4, 8, 32) + along).reshape(32, 32), bias)
 
     def one_frequency(linear: Linear) -> Linear:
-        share = torch.tensor([1.0, 0.1, 0.1, 0.1], dtype=torch.float64)
-        return Linear((linear.weight.view(4, 2, 4, 32) * share[:, None]).reshape(32, 32))
+        return Linear((linear.weight.view(4, 2, 4, 32) * (1 - 0.9 * slow)[:, None]).reshape(32, 32))
 
     first, second = (layer.attention for layer in decoder.layers)
-    changed = [
-        replace(first, q=one_direction(first.q), k=one_direction(first.k)), replace(second, k=one_frequency(second.k)),
-    ]  # fmt: skip
+    first = replace(first, q=one_direction(first.q), k=one_direction(first.k, (2 * random(4, 2, 4) * slow).flatten()))
+    changed = [first, replace(second, k=one_frequency(second.k))]
     layers = [replace(layer, attention=each) for layer, each in zip(decoder.layers, changed, strict=True)]
     return replace(decoder, layers=layers, rope=Rope(torch.tensor([1.0, 2e-3, 1.2e-3, 6e-4])))
 
@@ -240,7 +239,7 @@ def names(choice: Choice) -> list[str]:
 
 @pytest.mark.parametrize("wish", [Wish(kv_heads=1), Wish(group_size=4, kv_head_dim=8)], ids=["heads", "group and width"])
 def test_each_layer_gets_the_method_that_is_predicted_to_lose_less(wish: Wish) -> None:
-    choice = chosen(with_a_layer_for_each_method(), wish, capacity=4096)
+    choice = chosen(with_a_layer_for_each_method(), wish, "auto", 4096)
     assert names(choice) == ["fold", "online"]
     assert {way.shape for way in choice.ways} == {Shape(1, 8, 8)}
     for layer, way in zip(choice.layers, choice.ways, strict=True):
@@ -249,10 +248,13 @@ def test_each_layer_gets_the_method_that_is_predicted_to_lose_less(wish: Wish) -
 
 
 def test_capacity_moves_the_choice() -> None:
+    """At 24 positions the slow pairs stand still: a code made there has the four numbers, and the mean key for nothing."""
     decoder = with_a_layer_for_each_method()
-    assert names(chosen(decoder, Wish(kv_heads=1), capacity=24)) == ["online", "online"]
-    assert names(chosen(decoder, Wish(kv_heads=1), capacity=4096)) == ["fold", "online"]
-    assert names(chosen(decoder, Wish(kv_heads=1), capacity=None)) == ["online", "online"]  # that of the windows
+    for capacity, method in ((24, "online"), (4096, "fold"), (None, "online")):  # None: that of the windows
+        choice = chosen(decoder, Wish(group_size=4, kv_head_dim=4), "auto", capacity)
+        assert names(choice)[0] == method
+        best, other = sorted(choice.layers[0].kl(Way(each, Shape(1, 4, 4))) for each in choice.layers[0].methods)
+        assert best < 0.99 * other
 
 
 def test_the_method_that_was_chosen_is_measured_to_be_better_over_the_capacity() -> None:
@@ -268,17 +270,17 @@ def test_the_method_that_was_chosen_is_measured_to_be_better_over_the_capacity()
         return reference.linear(attention.o, windows.head_outputs(attention, projected))
 
     def lost(method: str, capacity: int) -> float:
-        way = Way(replace(METHODS[method], refit=False), Shape(1, 8, 32))  # values whole
+        way = Way(replace(METHODS[method], refit=False), Shape(1, 4, 32))  # values whole
         attention = next(convert(decoder, tokens, [way] * 2, capacity=capacity)).layer.attention
         offsets = range(0, capacity - 23, max(1, (capacity - 24) // 7))
         return float(
             torch.stack([(output(attention, at) - output(layer.attention, at)).square().mean() for at in offsets]).mean()
         )
 
-    assert lost("fold", 4096) < 0.9 * lost("online", 4096)
-    assert lost("online", 24) < lost("fold", 24)
+    assert lost("fold", 4096) < 0.7 * lost("online", 4096)
+    assert lost("online", 24) < 0.7 * lost("fold", 24)
 
 
 @pytest.mark.parametrize("style", ["bloom", "qwen3"])
 def test_where_keys_do_not_fold_through_rotation_auto_is_online(style: str) -> None:
-    assert set(names(chosen(decoder_of(style), Wish(kv_heads=2)))) == {"online"}
+    assert set(names(chosen(decoder_of(style), Wish(kv_heads=2), "auto"))) == {"online"}
