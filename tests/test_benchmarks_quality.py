@@ -16,7 +16,6 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from conftest import TinyCheckpoint
 from decoders import with_attention
 from tiny_bundles import byte_level_tokenizer
 
@@ -32,7 +31,7 @@ HEADS, LENGTH, LONG = 4, 16, 256
 
 
 @pytest.fixture(scope="module")
-def checkpoint(tiny_checkpoint: TinyCheckpoint, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A llama of four KV heads with a tokenizer."""
     folder = tmp_path_factory.mktemp("quality") / "tiny"
     shutil.copytree(tiny_checkpoint("llama", vocab_size=320, num_key_value_heads=HEADS), folder)
