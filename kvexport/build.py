@@ -333,10 +333,11 @@ class _Job:
     def _heal(self, layers: list[Layer], windows: Tensor, output: Path) -> Healed:
         """The converted layers healed; work that a kill ended is taken up again from beside the output."""
         assert self.plan.heal is not None
-        seen, held_out = (windows[each] for each in split(len(windows)))
+        seen = windows[split(len(windows))[0]]  # what is held out from it all judges the end
+        fitted, watched = (seen[each] for each in split(len(seen)))
         options, state = HealOptions(self.plan.heal, lora_rank=self.plan.heal_lora), Path(f"{output.resolve()}.healing")
         converted = replace(self.decoder, layers=layers)
-        healed = heal(self.decoder, converted, seen, held_out, options, self.progress, state)
+        healed = heal(self.decoder, converted, fitted, watched, options, self.progress, state)
         state.unlink(missing_ok=True)
         return healed
 

@@ -16,7 +16,7 @@ def plain(
     decoder: Decoder, windows: Tensor, kv_heads: int, method: str, moments_of: Callable[[int], Moments] | None = None,
     adjacent: bool = False,
 ) -> Conversion:  # fmt: skip
-    """Conversion of every layer to `kv_heads` heads as wide as trained ones, of `adjacent` ones if they are to keep their places."""
+    """Conversion of every layer to `kv_heads` heads as wide as trained ones, of `adjacent` ones if they keep their places."""
     attention = decoder.layers[0].attention
     chosen = methods_for(method, attention)[0]
     if adjacent:

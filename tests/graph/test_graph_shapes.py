@@ -43,22 +43,13 @@ CASES: dict[str, tuple[str, list[Cut]]] = {
     "no rotation": ("bloom", [("online", Shape(1, 16, 16)), ("online", Shape(2, 12, 8)), KEPT]),
     "window": ("window", [("online", Shape(1, 16, 16)), ("fold", Shape(1, 16, 24))]),
 }  # fmt: skip
-REDECLARED = pytest.mark.xfail(
-    strict=True,
-    reason="decomposed17 gathers rope.cos.rows again, which the graph has where some layers' keys have own frequencies",
-)
-MIXED = ("keys wider than values", "values wider than keys", "narrower than trained", "shared heads", "window")
 
 
 def cases(*names: str) -> pytest.MarkDecorator:
     """Those, in every lowering."""
     return pytest.mark.parametrize(
         ("lowering", "name"),
-        [
-            pytest.param(each, name, marks=REDECLARED if each == "decomposed17" and name in MIXED else ())
-            for each in LOWERINGS
-            for name in names
-        ],
+        [(each, name) for each in LOWERINGS for name in names],
     )
 
 
@@ -193,7 +184,6 @@ def test_the_real_builder_fuses_heads_of_128_and_of_256(rtx: Any, tmp_path: Path
     assert [record.layers[name] for name in ("KV_CACHE_UPDATE", "ATTENTION_INPUT", "ATTENTION_OUTPUT")] == [6, 3, 3]
 
 
-@REDECLARED
 @pytest.mark.tensorrt
 def test_the_real_builder_takes_unequal_widths_in_the_other_lowering_alone(rtx: Any, tmp_path: Path) -> None:
     decoder = wide_decoder(("online", Shape(1, 256, 128)), ("fold", Shape(2, 64, 96)))

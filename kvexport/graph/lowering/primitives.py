@@ -104,7 +104,7 @@ class _Rotary:
             rows, width = table, sizes(table)[-1]
             if positions:
                 shape: tuple[int | str, ...] = (BATCH, SEQUENCE, width)
-                rows = nodes.op("Gather", table, *positions, name=f"{table.name}.rows", shape=shape, axis=0)
+                rows = nodes.op("Gather", table, *positions, name=f"{table.name}.taken", shape=shape, axis=0)
             shape = (BATCH, 1, SEQUENCE, width)
             self._rows[table.name] = nodes.op("Unsqueeze", rows, nodes.integers(1), name=f"{table.name}.by_head", shape=shape)
         return self._rows[table.name]
