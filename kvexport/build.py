@@ -98,8 +98,8 @@ class BuildReport:
         parameters: numbers in the weights; `_original` before conversion.
         divergence: from the trained model, on held-out calibration text; None where nothing was converted.
         validation: of the exported graph against its PyTorch twin; None for a standard checkpoint.
-        frontier: what else could have been cached, and what it was predicted, or measured, to lose; empty where the plan
-            left no choice.
+        frontier: what else could have been cached, and what it was predicted, or measured, to lose before healing; empty
+            where the plan left no choice.
         healing: what distillation did, where it was asked for; `divergence` is that of the healed model.
         kept_float32: what a float16 graph computes in float32, because calibration showed that float16 cannot hold it.
         seconds: wall time by stage.
@@ -309,6 +309,10 @@ class _Job:
                 return_freed()
                 self.progress.advance()
             divergence = None if conversion is None else conversion.divergence()
+        converted_width, frontier = sum(each.kv_width for each in reports), list[FrontierPoint]()
+        for point in choice.points:
+            tried = divergence.mean_kl if divergence is not None and point.kv_width == converted_width else point.measured_kl
+            frontier.append(FrontierPoint(BYTES[self.plan.dtype] * point.kv_width, point.predicted_kl, tried))
         healing = None
         if heals:
             with self.timed("heal"):
@@ -327,7 +331,7 @@ class _Job:
             divergence=divergence,
             seconds=self.seconds,
             healing=healing,
-            frontier=[FrontierPoint(size * each.kv_width, each.predicted_kl, each.measured_kl) for each in choice.points],
+            frontier=frontier,
         )
 
     def _heal(self, layers: list[Layer], windows: Tensor, output: Path) -> Healed:

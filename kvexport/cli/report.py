@@ -140,12 +140,11 @@ def frontier_table(report: BuildReport) -> Table:
     table = plain_table("KV cache per token", "share", "predicted KL", "measured KL", "")
     for point in report.frontier:
         chosen = point.kv_bytes_per_token == report.kv_bytes_per_token
-        measured = report.divergence.mean_kl if chosen and report.divergence is not None else point.measured_kl
         table.add_row(
             size(point.kv_bytes_per_token),
             f"{point.kv_bytes_per_token / report.kv_bytes_per_token_original:.1%}",
             f"{point.predicted_kl:.5f}",
-            "" if measured is None else f"{measured:.5f}",
+            "" if point.measured_kl is None else f"{point.measured_kl:.5f}",
             "chosen" if chosen else "",
         )
     return table
