@@ -49,6 +49,7 @@ _VERBS: dict[str, tuple[tuple[str, ...], ...]] = {
     "evaluate": (*_CONVERT, _RUNTIMES),
     "compress": _CONVERT,
     "calibrate": _CONVERT,
+    "analyze": _CONVERT,
     "plan": (),
     "lint": (("onnx",), ("onnx-ir",)),
     "engine": (("onnx",), ("onnx-ir",), ("polygraphy",), _ENGINES),

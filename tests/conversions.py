@@ -15,6 +15,7 @@ from kvexport.decoder import Decoder
 def plain(
     decoder: Decoder, windows: Tensor, kv_heads: int, method: str, moments_of: Callable[[int], Moments] | None = None,
     adjacent: bool = False,
+    capacity: int | None = None,
 ) -> Conversion:  # fmt: skip
     """Conversion of every layer to `kv_heads` heads as wide as trained ones, of `adjacent` ones if they keep their places."""
     attention = decoder.layers[0].attention
@@ -22,4 +23,4 @@ def plain(
     if adjacent:
         chosen = dataclasses.replace(chosen, matched=False)
     way = Way(chosen, Shape(kv_heads, attention.head_dim, attention.head_dim))
-    return convert(decoder, windows, [way] * len(decoder.layers), moments_of)
+    return convert(decoder, windows, [way] * len(decoder.layers), moments_of, capacity)

@@ -51,6 +51,7 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def in_wheel(tree: Path) -> set[str]:
     """What must be in the wheel: every module of the package, and the data files as package data."""
     wanted = {path.relative_to(tree).as_posix() for path in (tree / "kvexport").rglob("*.py")} | {"kvexport/py.typed"}
+    wanted |= {f"kvexport/analyze/page.{kind}" for kind in ("css", "js")}
     for folder, pattern in DATA.items():
         wanted |= {f"kvexport/{path.relative_to(tree).as_posix()}" for path in (tree / folder).glob(pattern) if path.is_file()}
     return wanted

@@ -12,7 +12,7 @@ import torch
 from conversions import plain
 
 from kvexport import reference
-from kvexport.build import Plan, compress
+from kvexport.build import Plan, capacity_of, compress
 from kvexport.calibrate import recipe_for
 from kvexport.convert import Wish
 from kvexport.errors import UsageError
@@ -34,7 +34,8 @@ def converted_logits(checkpoint: Path, method: str, kv_heads: int, tokens: torch
 
     decoder = load_decoder(checkpoint)
     windows = calibration_windows(decoder, checkpoint, RECIPE)
-    layers = [each.layer for each in plain(decoder, windows, kv_heads, method, adjacent=decoder.rope is None)]
+    made = plain(decoder, windows, kv_heads, method, adjacent=decoder.rope is None, capacity=capacity_of(decoder))
+    layers = [each.layer for each in made]
     return reference.forward(dataclasses.replace(decoder, layers=layers), tokens)
 
 

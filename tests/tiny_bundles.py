@@ -129,7 +129,7 @@ def exact_logits(decoder: Decoder, ids: Sequence[int]) -> NDArray[np.float64]:
 
     def wide(tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
-            return tree.double()
+            return tree.double() if tree.is_floating_point() else tree
         if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
             return dataclasses.replace(tree, **{f.name: wide(getattr(tree, f.name)) for f in dataclasses.fields(tree)})
         return tree
