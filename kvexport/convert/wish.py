@@ -81,8 +81,14 @@ def uniform_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -
     """The one shape of a standard checkpoint: heads as wide as trained ones, as many in every layer.
 
     Raises:
-        UsageError: as `fixed_shape`, and where the wish leaves that shape.
+        UsageError: as `fixed_shape`, and where the wish asks for other shapes.
     """
+    for name, value in (("--max-kl", wish.max_kl), ("--group-size", wish.group_size), ("--kv-head-dim", wish.kv_head_dim)):
+        if value is not None:
+            raise UsageError(
+                f"{name} asks for shapes that a standard checkpoint cannot say", seen=value,
+                fix="use --kv-heads or --kv-ratio, or make a bundle: kvexport build CHECKPOINT -o BUNDLE",
+            )  # fmt: skip
     shape = fixed_shape(wish, methods, attention)
     if shape is None:
         return Shape(kv_heads_for(attention.num_kv_heads, None, wish.ratio), attention.head_dim, attention.head_dim)

@@ -166,3 +166,6 @@ def test_a_standard_checkpoint_has_one_shape() -> None:
     for asked in ({"kv_ratio": 0.4}, {"kv_heads": 3}, {"kv_heads": 2, "kv_ratio": 0.25}):
         with pytest.raises(UsageError):
             uniform(**asked)
+    for name in ("max_kl", "group_size", "kv_head_dim"):
+        with pytest.raises(UsageError, match=option(name)):
+            uniform(**{name: OPTIONS[name]})
