@@ -19,7 +19,7 @@ from torch import Tensor
 
 import kvexport
 from kvexport import reference
-from kvexport.calibrate import Recipe, calibration_windows
+from kvexport.calibrate import Moments, Recipe, calibration_windows
 from kvexport.calibrate.text import all_windows, read_text, tokenize
 from kvexport.checkpoint import Checkpoint
 from kvexport.convert import Way, convert
@@ -127,11 +127,12 @@ class Bench:
         return self._windows[recipe]
 
     def convert(
-        self, ways: Sequence[Way], capacity: int | None = None, windows: Tensor | None = None
+        self, ways: Sequence[Way], capacity: int | None = None, windows: Tensor | None = None,
+        moments_of: Callable[[int], Moments] | None = None,
     ) -> tuple[Decoder, list[LayerReport]]:  # fmt: skip
         """The converted decoder, and the report of each layer."""
         windows = self.calibration() if windows is None else windows
-        layers = list(convert(self.decoder, windows, ways, capacity=capacity or self.length))
+        layers = list(convert(self.decoder, windows, ways, moments_of, capacity or self.length))
         converted = dataclasses.replace(self.decoder, layers=[each.layer for each in layers])
         return converted, [each.report for each in layers]
 

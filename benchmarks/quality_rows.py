@@ -19,13 +19,9 @@ from neighbours import NEIGHBOURS, neighbour
 from quality_measure import Bench, Made
 from torch import Tensor
 
-from kvexport.calibrate import Moments, recipe_for
-from kvexport.convert import Choice, Method, Way, Wish, choose, fixed_shape, methods_for, split, uniform_shape
+from kvexport.calibrate import recipe_for
+from kvexport.convert import Choice, Method, Way, Wish, choose, fixed_shape, measure, methods_for, split, uniform_shape
 from kvexport.convert.budget import Frontier, shapes_for
-from kvexport.convert.codes import Code
-from kvexport.convert.groups import Grouping
-from kvexport.convert.methods import Rule
-from kvexport.decoder import Attention
 from kvexport.errors import UsageError
 from kvexport.heal import HealOptions, heal
 from kvexport.progress import Progress
@@ -34,6 +30,7 @@ HALF, QUARTER = Fraction(1, 2), Fraction(1, 4)
 HEAL_SAMPLES = 192  # windows that `kvexport build --heal` samples
 PAPER = ("svd-a", "svd-w", "mean-pool")
 GROUPS = (2, 4, 8)
+DISTANCES = (1, 16, 4096)
 
 Make = Callable[[Bench], Made]
 Plan = Callable[[Bench, Tensor], Choice]  # for a model and its calibration windows
@@ -157,19 +154,24 @@ def _published(name: str, ratio: float) -> Make:
 
 
 def _ablations(ratio: float) -> dict[str, tuple[str, Make]]:
-    plain = {
-        "plain-unweighted": (
-            "online-plain, keys not weighted by queries",
-            _seeing(query_second=_identity, key_gain=torch.ones_like),
+    def plain(method: Callable[[Method], Method] = lambda method: method, **seen: Callable[[Tensor], Tensor]) -> Make:
+        return _seeing(_plain("fold", ratio, method), seen)
+
+    found = {
+        "plain-unweighted": ("fold-plain, keys not weighted by queries", plain(query_second=_identity, key_gain=torch.ones_like)),
+        "plain-no-gain": ("fold-plain, key_gain = 1: queries of all heads count alike", plain(key_gain=torch.ones_like)),
+        "plain-uncentred": (
+            "fold-plain, values' codes not centred",
+            plain(lambda method: dataclasses.replace(method, centred=False), value_mean=torch.zeros_like),
         ),
-        "plain-no-gain": ("online-plain, key_gain = 1: queries of all heads count alike", _seeing(key_gain=torch.ones_like)),
-        "plain-uncentred": ("online-plain, codes not centred", _uncentred),
-        "plain-adjacent": ("online-plain, adjacent heads share", lambda method: dataclasses.replace(method, matched=False)),
-        "plain-no-refit": ("online-plain, W_O not refitted", lambda method: dataclasses.replace(method, refit=False)),
-    }  # fmt: skip
-    found = {name: (what, _converted(_plain("online", ratio, change))) for name, (what, change) in plain.items()}
+        "plain-adjacent": ("fold-plain, adjacent heads share", plain(lambda method: dataclasses.replace(method, matched=False))),
+        "plain-no-refit": ("fold-plain, W_O not refitted", plain(lambda method: dataclasses.replace(method, refit=False))),
+    }
+    for distances in DISTANCES:
+        what = f"fold-plain, made for keys up to {distances} tokens back"
+        found[f"plain-near-{distances}"] = (what, _converted(_plain("fold", ratio), distances))
     for size in GROUPS:
-        found[f"group-{size}"] = (f"online, {size} heads share one of the same bytes", _converted(_grouped(size, ratio)))
+        found[f"group-{size}"] = (f"fold, {size} heads share one of the same bytes", _converted(_grouped(size, ratio)))
     return found | {"auto-uniform": ("auto, as many numbers in every layer", _converted(_uniform_budget(ratio)))}
 
 
@@ -177,27 +179,23 @@ def _identity(second: Tensor) -> Tensor:
     return torch.eye(second.shape[-1], dtype=second.dtype).expand_as(second)
 
 
-def _seeing(**changes: Callable[[Tensor], Tensor]) -> Callable[[Method], Method]:
-    """A method whose codes see other moments; matching and predictions see the true ones."""
+def _seeing(plan: Plan, changes: dict[str, Callable[[Tensor], Tensor]]) -> Make:
+    """A conversion from other moments than those that are there."""
 
-    def seeing(rule: Rule) -> Rule:
-        def changed(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
-            other = {name: change(getattr(moments, name)) for name, change in changes.items()}
-            return rule(dataclasses.replace(moments, **other), attention, grouping, group, rank)
+    def make(bench: Bench) -> Made:
+        windows = bench.calibration()
+        seen = [
+            dataclasses.replace(moments, **{name: change(getattr(moments, name)) for name, change in changes.items()})
+            for moments in measure(bench.decoder, windows)
+        ]
+        return Made.of(*bench.convert(plan(bench, windows).ways, moments_of=seen.__getitem__))
 
-        return changed
-
-    return lambda method: dataclasses.replace(method, key=seeing(method.key), value=seeing(method.value))
-
-
-def _uncentred(method: Method) -> Method:
-    blind = _seeing(key_mean=torch.zeros_like, value_mean=torch.zeros_like)
-    return dataclasses.replace(blind(method), centred=False)
+    return make
 
 
 def _grouped(size: int, ratio: float) -> Plan:
     def plan(bench: Bench, windows: Tensor) -> Choice:
-        (method,) = methods_for("online", bench.attention)
+        (method,) = methods_for("fold", bench.attention)
         wish = Wish(group_size=size, kv_head_dim=int(ratio * size * bench.attention.head_dim))
         shape = fixed_shape(wish, (method,), bench.attention)
         assert shape is not None

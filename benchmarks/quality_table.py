@@ -14,7 +14,7 @@ import torch
 Record = dict[str, Any]
 Figures = dict[str, Any]
 
-_PAPER, _PLAIN = "svd-a", "online-plain"
+_PAPER, _PLAIN = "svd-a", "fold-plain"
 
 
 def predictions(record: Record) -> dict[str, Any]:

@@ -115,15 +115,16 @@ def test_rows_are_complete_and_cache_no_more_than_their_share(run: Measure, tmp_
 
 
 def test_every_ablation_changes_the_model(run: Measure) -> None:
-    record = run("--ratios", "1/2", "--only", "plain-*", "group-*", "auto-uniform", "online-plain")
+    record = run("--ratios", "1/2", "--only", "plain-*", "group-*", "auto-uniform", "fold-plain")
     names = {key.split(" ")[0] for key in record["rows"]}
     parts = {"plain-unweighted", "plain-no-gain", "plain-uncentred", "plain-adjacent", "plain-no-refit"}
-    assert names == parts | {"online-plain", "group-2", "group-4", "auto-uniform"}
+    parts |= {"plain-near-1", "plain-near-16", "plain-near-4096"}
+    assert names == parts | {"fold-plain", "group-2", "group-4", "auto-uniform"}
     assert list(record["left_out"]) == ["group-8 1/2"]
     assert len({row["kv_numbers"] for row in record["rows"].values()}) == 1
-    plain = _kl(record, "online-plain 1/2")
+    plain = _kl(record, "fold-plain 1/2")
     assert _kl(record, "group-2 1/2") == plain  # the same model
-    for name in names - {"online-plain", "group-2"}:
+    for name in names - {"fold-plain", "group-2", "plain-near-16"}:  # windows have 16 tokens here
         assert _kl(record, f"{name} 1/2") != pytest.approx(plain, rel=1e-4), name
     widths = {(each["kv_numbers"], tuple(layer["key_head_dim"] for layer in each["layers"])) for each in record["rows"].values()}
     assert {width for _, width in widths} >= {(8, 8), (16, 16)}
