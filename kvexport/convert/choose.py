@@ -21,7 +21,9 @@ from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
 from kvexport.progress import Progress
 
-MARGIN = 0.8  # of --max-kl that held-out calibration text may lose, since other text may lose more
+# Of --max-kl that held-out calibration text may lose: text of another kind lost up to 1.6 times what the model's own did, on a
+# trained model of 5.9 M parameters.
+MARGIN = 0.5
 _SHOWN = 8  # points of the frontier that are reported: eighths of the trained model's cache
 _TRIES = 5  # conversions at most in search of the cheapest that keeps --max-kl
 _NEAR = 1.02  # a try within this factor of the cheapest that the predictions allow is good enough
