@@ -30,10 +30,13 @@ class Met:
         return replace(self, moments=permuted_moments(self.moments, order))
 
 
-def as_met(before_rotation: bool, moments: Moments, rope: Rope | None, positions: int) -> Met:
-    """Moments of unrotated keys and queries as codes before RoPE, or after it, are to meet them at so many positions."""
+def as_met(before_rotation: bool, moments: Moments, rope: Rope | None, positions: int, window: int | None = None) -> Met:
+    """Moments of unrotated keys and queries as codes before RoPE, or after it, are to meet them at so many positions.
+
+    With sliding-window attention, queries see no key further back than `window` tokens.
+    """
     if rope is None:
         return Met(moments)
     if before_rotation:
-        return Met(unrotated(moments), Rotations.by_distance(rope, positions))
+        return Met(unrotated(moments), Rotations.by_distance(rope, positions if window is None else min(positions, window)))
     return Met(over_positions(moments, rope, positions))

@@ -71,7 +71,7 @@ class Conversion:
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
         way = self._ways[index]
-        met = as_met(way.method.before_rotation, moments, self._decoder.rope, self._positions)
+        met = as_met(way.method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window)
         converted, report = _convert_layer(layer, self._streams, met, way)
         _require_finite(f"layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)

@@ -128,7 +128,7 @@ class Survey:
         curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
         size_tried = self._size_tried(layer.attention)
         for method in self._methods:
-            met = as_met(method.before_rotation, moments, self._decoder.rope, self._positions)
+            met = as_met(method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window)
             losses = LayerLosses(met, layer.attention)
             for size in self._sizes:
                 groups = self._groups(method, losses, layer.attention, size)

@@ -15,6 +15,7 @@ from kvexport.convert import keys
 from kvexport.convert.codes import Code
 from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import Grouping
+from kvexport.convert.met import as_met
 from kvexport.decoder import Rope
 
 HALF = 4  # pairs of a head
@@ -144,3 +145,17 @@ def test_heads_that_nobody_asks_do_not_stop_it() -> None:
         code = problem.code()
         assert bool(code.encode.isfinite().all()) and bool(code.decode.isfinite().all())
         assert problem.loss(code) <= problem.power
+
+
+def test_keys_that_a_sliding_window_hides_are_not_coded_for() -> None:
+    attention, rope = make_attention("window")
+    moments = met(attention, rope, random_inputs(4, 24), "fold").moments
+
+    def code(positions: int, window: int | None) -> Code:
+        seen = as_met(True, moments, rope, positions, window)
+        assert seen.distances is not None
+        return keys.folding(seen.moments, Grouping.of(attention, 1), 0, None, seen.distances).code()
+
+    assert torch.equal(code(4096, 6).encode, code(6, None).encode)
+    assert torch.equal(code(6, 4096).encode, code(6, None).encode)
+    assert not torch.allclose(code(4096, None).encode, code(6, None).encode)
