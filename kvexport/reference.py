@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kvexport.decoder import Attention, Decoder, Embedding, Layer, Linear, Mlp, Norm, Rope
+from kvexport.evicting import EvictingCache
+from kvexport.eviction import Eviction
 
 
 def linear(parameters: Linear, x: Tensor) -> Tensor:
@@ -113,13 +115,16 @@ def map_keys(attention: Attention, key: Tensor) -> Tensor:
     return grouped @ attention.key_map
 
 
-def visibility(attention: Attention, positions: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+def visibility(attention: Attention, positions: Tensor, held: Tensor, dtype: torch.dtype) -> Tensor:
     """What is added to the scores, [B, Hq or 1, S, slots]: -inf where a slot is unseen, and ALiBi.
 
-    Slot n of the cache holds position n; a query at position p sees slots n <= p (within its window).
+    `held` says which position each slot holds, [slots], or [B, Hkv, slots] where heads differ; -1: none. A query at
+    position p sees those n <= p (within its window).
     """
-    distance = positions[:, None, :, None] - torch.arange(slots)  # [B, 1, S, slots]
-    hidden = distance < 0
+    if held.ndim > 1:
+        held = held.repeat_interleave(attention.queries_per_kv_head, 1)[:, :, None]
+    distance = positions[:, None, :, None] - held  # [B, Hq or 1, S, slots]
+    hidden = (distance < 0) | (held < 0)
     if attention.window is not None:
         hidden |= distance >= attention.window
     bias = torch.zeros((), dtype=dtype)
@@ -156,6 +161,20 @@ class LayerCache:
     key: Tensor
     value: Tensor
 
+    @property
+    def positions(self) -> Tensor:
+        """Of the token in each slot."""
+        return torch.arange(self.key.shape[2])
+
+    def write(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
+        """Put tokens at `positions` [B, S] into the slots of the same numbers: [B, Hkv, S, key_dim and value_dim]."""
+        rows = torch.arange(len(key))[:, None]
+        self.key[rows, :, positions] = key.transpose(1, 2)
+        self.value[rows, :, positions] = value.transpose(1, 2)
+
+
+Cache = LayerCache | EvictingCache
+
 
 @dataclass(frozen=True)
 class LayerTaps:
@@ -168,28 +187,26 @@ class LayerTaps:
 
 
 def head_outputs(
-    attention: Attention, x: Tensor, positions: Tensor, rope: Rope | None, cache: LayerCache | None = None
+    attention: Attention, x: Tensor, positions: Tensor, rope: Rope | None, cache: Cache | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Concatenated head outputs before `o` [B, S, Hq·width], and the new key and value that were cached.
 
     `x` is the normed input [B, S, hidden] of tokens at `positions` [B, S]. With a cache, they are written
-    to slots `positions` in place and attended with all slots before them; without one, `positions` must be
+    in place and attended with all that it holds; without one, `positions` must be
     0..S-1 and the tokens attend to each other.
     """
     tables = rotary_tables(rope, positions, x.dtype) if rope is not None else None
     projected = project(attention, x, tables)
     query, key = map_queries(attention, projected.query_rotated), map_keys(attention, projected.key_rotated)
-    all_keys, all_values = key, projected.value
+    all_keys, all_values, held = key, projected.value, torch.arange(x.shape[1])
     if cache is not None:
-        rows = torch.arange(x.shape[0])[:, None]
-        cache.key[rows, :, positions] = key.transpose(1, 2)
-        cache.value[rows, :, positions] = projected.value.transpose(1, 2)
-        all_keys, all_values = cache.key, cache.value
-    bias = visibility(attention, positions, all_keys.shape[2], x.dtype)
+        cache.write(key, projected.value, positions)
+        all_keys, all_values, held = cache.key, cache.value, cache.positions
+    bias = visibility(attention, positions, held, x.dtype)
     return mix(attention, weights(scores(attention, query, all_keys) + bias), all_values), key, projected.value
 
 
-def run_layer(layer: Layer, x: Tensor, positions: Tensor, rope: Rope | None, cache: LayerCache | None = None) -> LayerTaps:
+def run_layer(layer: Layer, x: Tensor, positions: Tensor, rope: Rope | None, cache: Cache | None = None) -> LayerTaps:
     """One layer on the residual stream `x` [B, S, hidden]; see `head_outputs` for positions and cache."""
     mixed, key, value = head_outputs(layer.attention, norm(layer.attention_norm, x), positions, rope, cache)
     attended = linear(layer.attention.o, mixed)
@@ -207,11 +224,18 @@ def logits(decoder: Decoder, x: Tensor) -> Tensor:
     return linear(decoder.output, norm(decoder.final_norm, x))
 
 
-def new_cache(layers: Sequence[Layer], batch: int, capacity: int, dtype: torch.dtype) -> list[LayerCache]:
-    def zeros(attention: Attention, width: int) -> Tensor:
-        return torch.zeros(batch, attention.num_kv_heads, capacity, width, dtype=dtype)
+def new_cache(
+    layers: Sequence[Layer], batch: int, capacity: int, dtype: torch.dtype, eviction: Eviction | None = None
+) -> list[Cache]:
+    """Empty caches, one a layer; with `eviction`, those of the layers that evict hold its budget, the others the capacity."""
 
-    return [LayerCache(zeros(a, a.key_dim), zeros(a, a.value_dim)) for a in (layer.attention for layer in layers)]
+    def new(index: int, attention: Attention) -> Cache:
+        heads, widths = attention.num_kv_heads, (attention.key_dim, attention.value_dim)
+        if eviction is not None and eviction.evicts(index):
+            return EvictingCache.empty(batch, heads, widths, dtype, eviction, index, capacity, attention.window)
+        return LayerCache(*(torch.zeros(batch, heads, capacity, width, dtype=dtype) for width in widths))
+
+    return [new(index, layer.attention) for index, layer in enumerate(layers)]
 
 
 @torch.no_grad()
@@ -219,7 +243,7 @@ def forward(
     decoder: Decoder,
     input_ids: Tensor,
     positions: Tensor | None = None,
-    cache: Sequence[LayerCache] | None = None,
+    cache: Sequence[Cache] | None = None,
     taps: list[LayerTaps] | None = None,
 ) -> Tensor:
     """Logits [B, S, vocab] of token ids [B, S]; `taps`, if given, receives one entry a layer."""

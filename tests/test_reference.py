@@ -150,15 +150,15 @@ def test_two_heads_in_one_wide_kv_head(llama: Decoder) -> None:
 
 def test_window_sees_the_token_itself_and_those_before(llama: Decoder) -> None:
     attention = replace(llama.layers[0].attention, window=3)
-    seen = reference.visibility(attention, torch.tensor([[0, 4]]), slots=6, dtype=torch.float64) == 0
+    seen = reference.visibility(attention, torch.tensor([[0, 4]]), torch.arange(6), dtype=torch.float64) == 0
     assert seen[0, 0].int().tolist() == [[1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_alibi_keeps_distances_apart_in_half_precision(tiny_checkpoint: Callable[..., Path], dtype: torch.dtype) -> None:
     attention = load_decoder(tiny_checkpoint("bloom")).layers[0].attention
-    exact = reference.visibility(attention, torch.tensor([[4000]]), slots=4001, dtype=torch.float64)
-    half = reference.visibility(attention, torch.tensor([[4000]]), slots=4001, dtype=dtype)
+    exact = reference.visibility(attention, torch.tensor([[4000]]), torch.arange(4001), dtype=torch.float64)
+    half = reference.visibility(attention, torch.tensor([[4000]]), torch.arange(4001), dtype=dtype)
     assert half.dtype == dtype
     assert torch.equal(half, exact.to(dtype))
 

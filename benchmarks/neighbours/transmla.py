@@ -55,7 +55,7 @@ class LatentAttention:
         shared = trained.queries_per_kv_head
         query = self._rotate(query @ self.query_map.repeat_interleave(shared, dim=0), tables)
         cached = self._rotate(reference.linear(self.down, x)[:, None], tables)  # [B, 1, S, rotated + latent]
-        bias = reference.visibility(trained, positions, x.shape[1], x.dtype)
+        bias = reference.visibility(trained, positions, torch.arange(x.shape[1]), x.dtype)
         probabilities = reference.weights(query @ cached.transpose(-1, -2) * trained.scale + bias)
         mixed = probabilities @ cached[..., self.rotated :] @ self.value_map.repeat_interleave(shared, dim=0)
         return reference.linear(trained.o, mixed.transpose(1, 2).flatten(2))

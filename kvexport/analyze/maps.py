@@ -78,7 +78,7 @@ def attention_map(attention: Attention, x: Tensor, rope: Rope | None) -> Tensor:
     projected = reference.project(attention, x, tables)
     query = reference.map_queries(attention, projected.query_rotated)
     key = reference.map_keys(attention, projected.key_rotated)
-    bias = reference.visibility(attention, positions, x.shape[1], x.dtype)
+    bias = reference.visibility(attention, positions, torch.arange(x.shape[1]), x.dtype)
     return reference.weights(reference.scores(attention, query, key) + bias)
 
 

@@ -45,7 +45,7 @@ def head_outputs(
     mixed = []
     for start in range(0, length, size):
         rows, seen = slice(start, start + size), slice(0, min(start + size, length))
-        bias = reference.visibility(attention, positions[:, rows], seen.stop, query.dtype)
+        bias = reference.visibility(attention, positions[:, rows], torch.arange(seen.stop), query.dtype)
         probabilities = reference.weights(reference.scores(attention, query[:, :, rows], key[:, :, seen]) + bias)
         value = projected.value[:, :, seen]
         look(probabilities, value)

@@ -1,0 +1,125 @@
+"""How a cache stays within a budget of tokens, as plain data that every part shares: which tokens go first, which never.
+
+Knows names, ranges and numbers that conversion, graph and runtime must agree on; needs nothing but numpy, and must not know
+how a slot is chosen or written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvexport.errors import UsageError
+
+POLICIES = {
+    "l2-norm": "the token whose key has the highest L2 norm (arXiv 2406.11430)",
+    "window": "the oldest token: with --protect-first, sinks and a sliding window (arXiv 2309.17453)",
+    "keep-high": "the token whose key has the lowest L2 norm",
+    "random": "any token",
+}
+SCORE, STORED = 0, 1  # columns of a slot's state: what it is ranked by, and the position of its token + 1 (0: empty)
+STATE = 2
+# Priorities. No score reaches those of tokens that no query sees any more, the earlier the higher; all are exact in float32.
+NEVER, UNSEEN, LATEST = 2.0**100, 2.0**60, 2.0**24
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """Each KV head holds `budget` tokens; when they are taken, a new one overwrites the one that ranks highest.
+
+    Attributes:
+        policy: one of `POLICIES`: which token goes.
+        budget: slots of a sequence in every KV head.
+        protect_first: positions 0..N-1 never go (attention sinks).
+        protect_recent: nor do the N last positions, the newest one counted.
+        skip_layers: layers that evict nothing, and hold as many tokens as the capacity.
+    """
+
+    policy: str
+    budget: int
+    protect_first: int = 0
+    protect_recent: int = 0
+    skip_layers: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise UsageError("there is no such policy of eviction", seen=self.policy, allowed=", ".join(POLICIES))
+        for option, count in (("--protect-first", self.protect_first), ("--protect-recent", self.protect_recent)):
+            if count < 0:
+                raise UsageError(f"{option} is out of range", seen=count, allowed="0 tokens or more")
+        if self.budget <= self.protected:
+            raise UsageError(
+                "--kv-budget leaves no token that may go", seen=f"{self.budget} tokens",
+                allowed=f"more than the {self.protected} that --protect-first and --protect-recent keep",
+                fix="raise --kv-budget, or lower --protect-first or --protect-recent",
+            )  # fmt: skip
+
+    @property
+    def protected(self) -> int:
+        """Tokens that may not go."""
+        return self.protect_first + max(1, self.protect_recent)
+
+    @property
+    def chunk(self) -> int:
+        """The most tokens of a prompt that are read at once: room for them is made beforehand, at the cost of older ones."""
+        return max(1, (self.budget - self.protect_first) // 4)
+
+    def evicts(self, layer: int) -> bool:
+        return layer not in self.skip_layers
+
+    def slots(self, layer: int, capacity: int) -> int:
+        """The most tokens of a sequence that a layer holds."""
+        return min(self.budget, capacity) if self.evicts(layer) else capacity
+
+    def require(self, capacity: int, num_layers: int) -> None:
+        """
+        Raises:
+            UsageError: more than the capacity, or a layer that is not there, or no layer that evicts.
+        """
+        if self.budget > capacity:
+            raise UsageError(
+                "--kv-budget is larger than the capacity, so that nothing would ever go", seen=f"{self.budget} tokens",
+                allowed=f"{self.protected + 1} to {capacity}", fix="lower --kv-budget, raise --capacity, or leave it out",
+            )  # fmt: skip
+        wrong = [layer for layer in self.skip_layers if not 0 <= layer < num_layers]
+        if wrong:
+            raise UsageError(
+                "--evict-skip-layers names a layer that the model does not have", seen=wrong[0], allowed=f"0 to {num_layers - 1}"
+            )
+        if len(set(self.skip_layers)) == num_layers:
+            raise UsageError(
+                "--evict-skip-layers names every layer, so that nothing would ever go", seen=f"{num_layers} layers",
+                fix="leave --kv-budget out",
+            )  # fmt: skip
+
+    def to_json(self) -> dict[str, Any]:
+        """As what `json.dumps` takes; `from_json` reads it back."""
+        return {**asdict(self), "skip_layers": list(self.skip_layers)}
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Eviction:
+        """The inverse of `to_json`.
+
+        Raises:
+            KeyError, TypeError: the mapping is not what `to_json` made.
+            UsageError: a value is out of range.
+        """
+        numbers = {name: raw[name] for name in ("budget", "protect_first", "protect_recent")}
+        skipped = raw["skip_layers"]
+        if not all(type(each) is int for each in (*numbers.values(), *skipped)) or raw.keys() - cls.__dataclass_fields__.keys():
+            raise TypeError("eviction has values that are not whole numbers, or unknown keys")
+        return cls(str(raw["policy"]), **numbers, skip_layers=tuple(skipped))
+
+
+def random_scores(capacity: int) -> NDArray[np.float32]:
+    """What the policy "random" gives positions, float32 [2·capacity]: a head takes `capacity` of them from its offset on."""
+    return np.random.default_rng(0).random(2 * capacity, dtype=np.float32)
+
+
+def random_offsets(layer: int, heads: int, capacity: int) -> NDArray[np.int64]:
+    """Where each head of a layer begins in `random_scores`, int64 [heads]."""
+    return (np.arange(layer * heads, (layer + 1) * heads, dtype=np.int64) * 7919) % capacity

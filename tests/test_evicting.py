@@ -1,0 +1,237 @@
+"""The oracle's evicting cache, against a list of tokens from which the first to go is taken at every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from kvexport import reference
+from kvexport.decoder import Decoder
+from kvexport.errors import UsageError
+from kvexport.evicting import EvictingCache
+from kvexport.eviction import POLICIES, STORED, Eviction, random_offsets, random_scores
+from kvexport.loading import load_decoder
+
+CAPACITY, WIDTH = 64, 3
+
+
+@dataclass
+class Plain:
+    """One head's tokens as a list: the definition of every policy, as a reader would write it."""
+
+    eviction: Eviction
+    head: int
+    window: int | None
+    tokens: list[tuple[int, float]]  # position and norm
+
+    def add(self, position: int, norm: float) -> None:
+        if len(self.tokens) == self.eviction.budget:
+            self.tokens.remove(max(self.tokens, key=lambda token: self.rank(token, position)))
+        self.tokens.append((position, norm))
+
+    def rank(self, token: tuple[int, float], newest: int) -> tuple[int, float]:
+        position, norm = token
+        if self.window is not None and newest - position >= self.window:
+            return 2, -position
+        if position < self.eviction.protect_first or newest - position < self.eviction.protect_recent:
+            return 0, 0.0
+        chance = random_scores(CAPACITY)[position + random_offsets(0, 2, CAPACITY)[self.head]]
+        return 1, {"l2-norm": norm, "keep-high": -norm, "window": float(-position), "random": float(chance)}[self.eviction.policy]
+
+    @property
+    def positions(self) -> list[int]:
+        return sorted(position for position, _ in self.tokens)
+
+
+@st.composite
+def evictions(draw: st.DrawFn) -> Eviction:
+    first, recent = draw(st.integers(0, 3)), draw(st.integers(0, 4))
+    budget = first + max(1, recent) + draw(st.integers(1, 6))
+    return Eviction(draw(st.sampled_from(sorted(POLICIES))), budget, first, recent)
+
+
+def tokens(count: int, seed: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    key, value = torch.randn(2, 1, 2, count, WIDTH, dtype=torch.float64, generator=generator)
+    return key, value
+
+
+def empty(eviction: Eviction, window: int | None = None, dtype: torch.dtype = torch.float64) -> EvictingCache:
+    return EvictingCache.empty(1, 2, (WIDTH, WIDTH), dtype, eviction, 0, CAPACITY, window)
+
+
+def held(cache: EvictingCache, head: int) -> list[int]:
+    return sorted(position for position in cache.positions[0, head].tolist() if position >= 0)
+
+
+def contents_are_right(cache: EvictingCache, key: Tensor, value: Tensor) -> None:
+    """Whatever slot a token is in, its key and value are there too."""
+    for head in range(2):
+        for slot, position in enumerate(cache.positions[0, head].tolist()):
+            if position >= 0:
+                assert torch.equal(cache.key[0, head, slot], key[0, head, position])
+                assert torch.equal(cache.value[0, head, slot], value[0, head, position])
+
+
+@given(evictions(), st.none() | st.integers(2, 8), st.integers(0, 2**16))
+def test_single_tokens_leave_what_the_definition_leaves(eviction: Eviction, window: int | None, seed: int) -> None:
+    key, value = tokens(30, seed)
+    cache = empty(eviction, window)
+    plain = [Plain(eviction, head, window, []) for head in range(2)]
+    for position in range(30):
+        at = slice(position, position + 1)
+        cache.write(key[:, :, at], value[:, :, at], torch.tensor([[position]]))
+        for head, each in enumerate(plain):
+            each.add(position, float(key[0, head, position].norm()))
+            assert held(cache, head) == each.positions
+    contents_are_right(cache, key, value)
+
+
+@given(evictions(), st.integers(0, 2**16), st.data())
+def test_chunks_find_room_and_protected_tokens_stay(eviction: Eviction, seed: int, data: st.DataObject) -> None:
+    key, value = tokens(40, seed)
+    cache, start = empty(eviction), 0
+    while start < 40:
+        count = min(data.draw(st.integers(1, eviction.chunk)), 40 - start)
+        slots = cache.write(
+            key[:, :, start : start + count], value[:, :, start : start + count], torch.arange(start, start + count)[None]
+        )
+        start += count
+        for head in range(2):
+            assert len(set(slots[0, head].tolist())) == count
+            assert len(held(cache, head)) == min(start, eviction.budget)
+            kept = set(held(cache, head))
+            assert kept >= set(range(min(start, eviction.protect_first)))
+            if count == 1:  # several may need the room of recent ones
+                assert kept >= set(range(max(0, start - eviction.protect_recent), start)) if len(kept) < eviction.budget else True
+    contents_are_right(cache, key, value)
+
+
+@given(evictions(), st.integers(0, 2**16))
+def test_compressing_once_keeps_the_best(eviction: Eviction, seed: int) -> None:
+    key, value = tokens(30, seed)
+    whole = EvictingCache.empty(1, 2, (WIDTH, WIDTH), torch.float64, eviction, 0, CAPACITY, slots=30)
+    whole.write(key, value, torch.arange(30)[None])
+    kept = whole.compressed(torch.tensor([30]))
+    contents_are_right(kept, key, value)
+    for head in range(2):
+        plain = Plain(eviction, head, None, [])
+        ranked = sorted(range(30), key=lambda at, p=plain, h=head: p.rank((at, float(key[0, h, at].norm())), 30))  # type: ignore[misc]
+        assert held(kept, head) == sorted(ranked[: eviction.budget])
+    assert kept.slots == eviction.budget
+    assert int(kept.filled) == eviction.budget
+    assert held(whole, 0) == list(range(30))  # the cache itself is as it was
+
+
+def test_the_last_token_again_takes_its_own_slot() -> None:
+    eviction = Eviction("l2-norm", 6)
+    key, value = tokens(20, 1)
+    cache = empty(eviction)
+    for position in range(20):
+        at = slice(position, position + 1)
+        slots = cache.write(key[:, :, at], value[:, :, at], torch.tensor([[position]]))
+    before = cache.state.clone()
+    assert torch.equal(cache.write(key[:, :, 19:], value[:, :, 19:], torch.tensor([[19]])), slots)
+    assert torch.equal(cache.state, before)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "qwen2", "qwen3"])
+def test_a_budget_that_is_not_exceeded_changes_nothing(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
+    config: dict[str, Any] = {"sliding_window": 5} if family == "mistral" else {}
+    decoder = load_decoder(tiny_checkpoint(family, **config), torch.float64)
+    ids = torch.randint(0, 67, (2, 12), generator=torch.Generator().manual_seed(3))
+    ours = run(decoder, ids, Eviction("l2-norm", 12), chunk=3)
+    torch.testing.assert_close(ours, reference.forward(decoder, ids), rtol=0, atol=1e-12)
+
+
+def test_sinks_and_a_window_equal_attention_to_just_those(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Full attention with all but the sinks and the last tokens masked out, at their true positions."""
+    decoder = load_decoder(tiny_checkpoint("llama"), torch.float64)
+    ids = torch.randint(0, 67, (1, 20), generator=torch.Generator().manual_seed(3))
+    ours = run(decoder, ids, Eviction("window", 7, protect_first=2))
+    sees = torch.ones(20, 20, dtype=torch.bool).tril()
+    sees &= (torch.arange(20)[:, None] - torch.arange(20) < 5) | (torch.arange(20) < 2)
+    original = reference.visibility
+
+    def masked(*arguments: Any) -> Tensor:
+        return original(*arguments).masked_fill(~sees, -torch.inf)
+
+    reference.visibility = masked
+    try:
+        wanted = reference.forward(decoder, ids)
+    finally:
+        reference.visibility = original
+    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+
+
+def test_a_window_of_attention_within_the_budget_loses_nothing(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Tokens that no query sees go first, whatever their norm."""
+    decoder = load_decoder(tiny_checkpoint("mistral", sliding_window=5), torch.float64)
+    ids = torch.randint(0, 67, (1, 30), generator=torch.Generator().manual_seed(3))
+    ours = run(decoder, ids, Eviction("keep-high", 6))
+    torch.testing.assert_close(ours, reference.forward(decoder, ids), rtol=0, atol=1e-12)
+
+
+def test_layers_that_are_left_alone_hold_everything(tiny_checkpoint: Callable[..., Path]) -> None:
+    decoder = load_decoder(tiny_checkpoint("llama"), torch.float64)
+    caches = reference.new_cache(decoder.layers, 1, 20, torch.float64, Eviction("l2-norm", 4, skip_layers=(1,)))
+    assert [cache.key.shape[2] for cache in caches] == [4, 20]
+
+
+def run(decoder: Decoder, ids: Tensor, eviction: Eviction, chunk: int = 1) -> Tensor:
+    caches = reference.new_cache(decoder.layers, len(ids), ids.shape[1], torch.float64, eviction)
+    logits = []
+    for start in range(0, ids.shape[1], chunk):
+        part = ids[:, start : start + chunk]
+        logits.append(reference.forward(decoder, part, torch.arange(start, start + part.shape[1]).expand(part.shape), caches))
+    return torch.cat(logits, 1)
+
+
+def test_state_of_an_empty_slot_is_zero() -> None:
+    """Buffers that a runtime clears are empty."""
+    assert not empty(Eviction("window", 4)).state.any()
+    assert STORED == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"policy": "fifo"}, "no such policy"),
+        ({"protect_first": -1}, "--protect-first"),
+        ({"protect_recent": -1}, "--protect-recent"),
+        ({"budget": 0}, "leaves no token"),
+        ({"budget": 8, "protect_first": 4, "protect_recent": 4}, "leaves no token"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(change: dict[str, Any], says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        replace(Eviction("l2-norm", 16), **change)
+
+
+@pytest.mark.parametrize(
+    ("eviction", "says"),
+    [
+        (Eviction("l2-norm", 65), "larger than the capacity"),
+        (Eviction("l2-norm", 16, skip_layers=(4,)), "does not have"),
+        (Eviction("l2-norm", 16, skip_layers=(0, 1, 2, 3)), "every layer"),
+    ],
+)
+def test_what_the_model_cannot_do_is_refused(eviction: Eviction, says: str) -> None:
+    with pytest.raises(UsageError, match=says):
+        eviction.require(64, 4)
+
+
+def test_json_and_back() -> None:
+    eviction = Eviction("window", 16, 4, 2, (0, 1))
+    assert Eviction.from_json(eviction.to_json()) == eviction
+    for broken in ({"budget": True}, {"budget": 1.5}, {"more": 1}, {"skip_layers": ["0"]}):
+        with pytest.raises((TypeError, UsageError)):
+            Eviction.from_json({**eviction.to_json(), **broken})
