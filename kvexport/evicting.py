@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvexport.eviction import LATEST, NEVER, SCORE, STATE, STORED, UNSEEN, Eviction, random_offsets, random_scores
+from kvexport.eviction import LATER, LATEST, NEVER, SCORE, STATE, STORED, UNSEEN, Eviction, random_offsets, random_scores
 
 
 @dataclass
@@ -79,15 +79,15 @@ class EvictingCache:
         return slots
 
     def scores(self, key: Tensor, positions: Tensor) -> Tensor:
-        """What new tokens are ranked by, the highest goes first: [B, Hkv, S]. The norm is the same before and after rotation."""
+        """What new tokens are ranked by, the highest goes first: [B, Hkv, S]. Of tokens of one norm it is the older one."""
         heads, at = key.shape[1], positions[:, None]
         if self.eviction.policy == "window":
             return -at.expand(-1, heads, -1).to(self.state)
         if self.eviction.policy == "random":
             offsets = torch.from_numpy(random_offsets(self.layer, heads, self.capacity))
             return torch.from_numpy(random_scores(self.capacity)).to(self.state)[at + offsets[:, None]]
-        norms = key.to(self.state).norm(dim=-1)
-        return norms if self.eviction.policy == "l2-norm" else -norms
+        norms, later = key.to(self.state).norm(dim=-1), (at + 1).to(self.state) * LATER
+        return norms * (1 - later) if self.eviction.policy == "l2-norm" else -norms * (1 + later)
 
     def priorities(self, positions: Tensor, recent: int | None = None) -> Tensor:
         """Who goes for tokens at `positions` [B]: the highest of [B, Hkv, C], if all slots are in use.

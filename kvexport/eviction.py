@@ -25,6 +25,10 @@ SCORE, STORED = 0, 1  # columns of a slot's state: what it is ranked by, and the
 STATE = 2
 # Priorities. No score reaches those of tokens that no query sees any more, the earlier the higher; all are exact in float32.
 NEVER, UNSEEN, LATEST = 2.0**100, 2.0**60, 2.0**24
+# Of a norm, for every position that a token is later: the same token again has the same norm, but for rounding, and without
+# this which of them goes would be another in every engine. The older one goes.
+LATER = 2.0**-20
+_MOST_POSITIONS = 2**19  # for which the two hold
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,13 @@ class Eviction:
     def require(self, capacity: int, num_layers: int) -> None:
         """
         Raises:
-            UsageError: more than the capacity, or a layer that is not there, or no layer that evicts.
+            UsageError: more than the capacity, too many positions, or a layer that is not there, or no layer that evicts.
         """
+        if capacity > _MOST_POSITIONS:
+            raise UsageError(
+                "a cache that evicts cannot count as many positions", seen=capacity, allowed=f"at most {_MOST_POSITIONS}",
+                fix=f"--capacity {_MOST_POSITIONS}",
+            )  # fmt: skip
         if self.budget > capacity:
             raise UsageError(
                 "--kv-budget is larger than the capacity, so that nothing would ever go", seen=f"{self.budget} tokens",

@@ -44,7 +44,13 @@ class Plain:
         if position < self.eviction.protect_first or newest - position < self.eviction.protect_recent:
             return 0, 0.0
         chance = random_scores(CAPACITY)[position + random_offsets(0, 2, CAPACITY)[self.head]]
-        return 1, {"l2-norm": norm, "keep-high": -norm, "window": float(-position), "random": float(chance)}[self.eviction.policy]
+        aged = (position + 1) / 2**20
+        return 1, {
+            "l2-norm": norm * (1 - aged),
+            "keep-high": -norm * (1 + aged),
+            "window": float(-position),
+            "random": float(chance),
+        }[self.eviction.policy]
 
     @property
     def positions(self) -> list[int]:
@@ -220,6 +226,7 @@ def test_what_cannot_be_meant_is_refused(change: dict[str, Any], says: str) -> N
     ("eviction", "says"),
     [
         (Eviction("l2-norm", 65), "larger than the capacity"),
+        (Eviction("l2-norm", 16, skip_layers=(-1,)), "does not have"),
         (Eviction("l2-norm", 16, skip_layers=(4,)), "does not have"),
         (Eviction("l2-norm", 16, skip_layers=(0, 1, 2, 3)), "every layer"),
     ],
@@ -227,6 +234,15 @@ def test_what_cannot_be_meant_is_refused(change: dict[str, Any], says: str) -> N
 def test_what_the_model_cannot_do_is_refused(eviction: Eviction, says: str) -> None:
     with pytest.raises(UsageError, match=says):
         eviction.require(64, 4)
+
+
+def test_of_the_same_token_again_the_older_one_goes() -> None:
+    """Keys of one norm, but for rounding that differs from engine to engine."""
+    cache = empty(Eviction("l2-norm", 4), dtype=torch.float32)
+    for position, rounding in enumerate((1.0, 1 - 1e-7, 1 + 1e-7, 1.0, 1 + 1e-7, 1.0)):
+        key = torch.full((1, 2, 1, WIDTH), rounding)
+        cache.write(key, key, torch.tensor([[position]]))
+    assert held(cache, 0) == [2, 3, 4, 5]
 
 
 def test_json_and_back() -> None:

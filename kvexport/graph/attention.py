@@ -13,7 +13,8 @@ import onnx_ir as ir
 
 from kvexport.decoder import Attention, Linear, Norm
 from kvexport.graph.blocks import linear, norm
-from kvexport.graph.contract import BATCH, CAPACITY, TensorSpec, attention_tap, past, present
+from kvexport.graph.contract import attention_tap, present
+from kvexport.graph.evicting import Evicting, EvictingAttention, EvictingCache
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.graph.rotary import Rotary
@@ -23,8 +24,9 @@ from kvexport.graph.rotary import Rotary
 class Tokens:
     """What the layers share: where the new tokens are written, what they see, how they are rotated."""
 
-    write_indices: ir.Value  # [batch]
-    masks: Masks
+    write_indices: ir.Value  # [batch], of layers that do not evict
+    masks: Masks | None  # of those
+    evicting: Evicting | None  # of the others
     rotary: Rotary | None
 
 
@@ -36,15 +38,6 @@ class Cache:
     value: ir.Value
 
 
-def cache_specs(attention: Attention, index: int, dtype: str) -> tuple[TensorSpec, TensorSpec]:
-    """The cache inputs of layer `index`, key and value."""
-
-    def spec(which: str, width: int) -> TensorSpec:
-        return TensorSpec(past(index, which), dtype, (BATCH, attention.num_kv_heads, CAPACITY, width))
-
-    return spec("key", attention.key_dim), spec("value", attention.value_dim)
-
-
 class AttentionBuilder:
     """Writes the attention of layer `index`."""
 
@@ -52,7 +45,7 @@ class AttentionBuilder:
         self._nodes, self._index, self._attention, self._tokens = nodes, index, attention, tokens
         self._name = f"layers.{index}.attention"
 
-    def add(self, x: ir.Value, cache: Cache) -> tuple[ir.Value, Cache]:
+    def add(self, x: ir.Value, cache: Cache | EvictingCache) -> tuple[ir.Value, Cache | EvictingCache]:
         """Normed input [batch, sequence, hidden] to what attention adds to the residual stream, and the written cache."""
         attention, nodes, name = self._attention, self._nodes, self._name
         query = self._positioned("q", attention.q, attention.num_heads, attention.q_norm, x)
@@ -60,13 +53,19 @@ class AttentionBuilder:
             query = self._map_queries(query)
         key = self._map_keys(self._positioned("k", attention.k, attention.key_heads, attention.k_norm, x))
         value = self._by_head("v", self._heads("v", attention.v, attention.num_kv_heads, x))
-        written = Cache(self._write("key", cache.key, key), self._write("value", cache.value, value))
-        shape = (*sizes(query)[:3], attention.value_dim)
-        inputs = (query, written.key, written.value, self._mask())
-        mixed = nodes.op("Attention", *inputs, name=f"{name}.mixed", shape=shape, scale=attention.scale)
+        written: Cache | EvictingCache
+        if isinstance(cache, EvictingCache):
+            assert self._tokens.evicting is not None
+            evicting = EvictingAttention(self._tokens.evicting, self._index, attention, name)
+            mixed, written = evicting.add(query, key, value, cache)
+        else:
+            written = Cache(self._write("key", cache.key, key), self._write("value", cache.value, value))
+            shape = (*sizes(query)[:3], attention.value_dim)
+            inputs = (query, written.key, written.value, self._mask())
+            mixed = nodes.op("Attention", *inputs, name=f"{name}.mixed", shape=shape, scale=attention.scale)
         if attention.value_map is not None:  # [heads, value_dim, width]
             value_map = nodes.weight(f"{name}.value_map", np.asarray(attention.value_map))
-            shape = (*shape[:3], attention.value_map.shape[2])
+            shape = (*sizes(mixed)[:3], attention.value_map.shape[2])
             mixed = nodes.op("MatMul", mixed, value_map, name=f"{name}.mixed.mapped", shape=shape)
         return linear(nodes, attention.o, self._join(mixed), f"{name}.o", attention_tap(self._index)), written
 
@@ -133,6 +132,7 @@ class AttentionBuilder:
 
     def _mask(self) -> ir.Value:
         attention, masks = self._attention, self._tokens.masks
+        assert masks is not None
         if attention.alibi_slopes is None:
             return masks.visible(attention.window)
         return masks.bias(attention.window, np.asarray(attention.alibi_slopes).astype(np.float32), f"{self._name}.alibi")

@@ -10,19 +10,20 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-VARIANT = "std24"
+VARIANT, EVICTING = "std24", "std24-evicting"  # the second where layers hold a budget of tokens (`kvexport.eviction`)
 OPSET = 24
 GRAPH_FILE = "decoder.onnx"
 DATA_FILE = "decoder.onnx.data"
 LOWERED_FILES = {"cpu": "decoder.cpu.onnx", "cuda": "decoder.cuda.onnx"}  # by ONNX Runtime's device, with the same data file
 
-BATCH, SEQUENCE, LOGITS, CAPACITY = "batch", "sequence", "logits", "capacity"
+BATCH, SEQUENCE, LOGITS, CAPACITY, BUDGET = "batch", "sequence", "logits", "capacity", "budget"
+KEY, VALUE, STATE = "key", "value", "state"  # what a layer caches; a state only where it evicts
 
 Shape = tuple[int | str, ...]  # a name stands for a size that the caller chooses
 
 
 def past(layer: int, which: str) -> str:
-    """Name of the input that holds a layer's cache; `which` is "key" or "value"."""
+    """Name of the input that holds a layer's cache; `which` is "key", "value" or "state"."""
     return f"past_key_values.{layer}.{which}"
 
 
@@ -93,31 +94,51 @@ class GraphContract:
         return cls(**{**raw, "inputs": specs(raw["inputs"]), "outputs": specs(raw["outputs"])})
 
 
+def heads_along_batch(count: int) -> str:
+    """Size of the first axis where every head of a sequence is a row of the batch."""
+    return f"{BATCH}*{count}"
+
+
+def cache_specs(
+    layer: int, *, kv_heads: int, key_dim: int, value_dim: int, dtype: str, evicts: bool
+) -> tuple[TensorSpec, ...]:  # fmt: skip
+    """The cache inputs of a layer: key and value, [batch, kv_heads, capacity, width].
+
+    Of one that evicts key, value and state, [batch·kv_heads, 1, budget, width]: each head has its own slots. The state is
+    float32, two numbers a slot: what its token is ranked by, and its position + 1. Buffers of zeros are empty.
+    """
+    widths = {KEY: key_dim, VALUE: value_dim}
+    if not evicts:
+        return tuple(TensorSpec(past(layer, which), dtype, (BATCH, kv_heads, CAPACITY, width)) for which, width in widths.items())
+    rows = heads_along_batch(kv_heads)
+    held = [TensorSpec(past(layer, which), dtype, (rows, 1, BUDGET, width)) for which, width in widths.items()]
+    return (*held, TensorSpec(past(layer, STATE), "float32", (rows, 1, BUDGET, 2)))
+
+
 def contract(
-    *, dtype: str, capacity: int, vocab_size: int, hidden_size: int, caches: Sequence[tuple[TensorSpec, TensorSpec]]
+    *, dtype: str, capacity: int, vocab_size: int, hidden_size: int, caches: Sequence[tuple[TensorSpec, ...]]
 ) -> GraphContract:
-    """The contract of a decoder whose layers cache the given keys and values (specs of the past inputs)."""
+    """The contract of a decoder whose layers have the given caches (specs of the past inputs)."""
     presents = [
-        TensorSpec(present(layer, which), spec.dtype, spec.shape)
-        for layer, pair in enumerate(caches)
-        for which, spec in zip(("key", "value"), pair, strict=True)
+        TensorSpec(spec.name.replace("past_key_values", "present"), spec.dtype, spec.shape) for each in caches for spec in each
     ]
+    evicts = any(BUDGET in spec.shape for each in caches for spec in each)
     return GraphContract(
-        variant=VARIANT,
+        variant=EVICTING if evicts else VARIANT,
         opset=OPSET,
         dtype=dtype,
         capacity=capacity,
         vocab_size=vocab_size,
         hidden_size=hidden_size,
         num_layers=len(caches),
-        inputs=(*TOKEN_INPUTS, *(spec for pair in caches for spec in pair)),
+        inputs=(*TOKEN_INPUTS, *(spec for each in caches for spec in each)),
         outputs=(TensorSpec("logits", "float32", (BATCH, LOGITS, vocab_size)), *presents),
     )
 
 
 TOKEN_INPUTS = (
     TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
-    TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),  # the slot that each token is written to
-    TensorSpec("write_indices", "int64", (BATCH,)),  # tokens already in the cache: the first slot written
+    TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),  # consecutive; a layer that does not evict writes to these slots
+    TensorSpec("write_indices", "int64", (BATCH,)),  # slots in use: the first one written, in layers that evict if there is room
     TensorSpec("logits_index", "int64", (BATCH, LOGITS)),  # which of the sequence's tokens get logits
 )

@@ -12,8 +12,9 @@ import onnx_ir as ir
 
 from kvexport.decoder import Embedding, Layer, Limits, Linear, Norm, Rope
 from kvexport.errors import UsageError
+from kvexport.eviction import Eviction
 from kvexport.graph import contract as terms
-from kvexport.graph.attention import AttentionBuilder, Cache, Tokens, cache_specs
+from kvexport.graph.attention import AttentionBuilder, Cache, Tokens
 from kvexport.graph.blocks import linear, mlp, norm
 from kvexport.graph.contract import (
     BATCH,
@@ -24,6 +25,7 @@ from kvexport.graph.contract import (
     attention_residual,
     residual_tap,
 )
+from kvexport.graph.evicting import Evicting, EvictingCache
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder
 from kvexport.graph.precision import NOTHING, KeepFloat32, Kept
@@ -39,8 +41,9 @@ class DecoderWriter:
     """
 
     def __init__(
-        self, directory: Path, *, dtype: str, capacity: int, limits: Limits, embedding: Embedding, rope: Rope | None
-    ) -> None:
+        self, directory: Path, *, dtype: str, capacity: int, limits: Limits, embedding: Embedding, rope: Rope | None,
+        eviction: Eviction | None = None,
+    ) -> None:  # fmt: skip
         """Start the graph and write the embedding.
 
         Args:
@@ -48,6 +51,7 @@ class DecoderWriter:
             dtype: of weights, cache and arithmetic: "float32", "float16" or "bfloat16".
             capacity: the most tokens a sequence may ever hold, the length of the rotary tables.
             limits, embedding, rope: the decoder's own.
+            eviction: how layers stay within a budget; None: they hold every token.
 
         Raises:
             UsageError: dtype or capacity is not allowed, or a weight does not fit the dtype.
@@ -63,9 +67,11 @@ class DecoderWriter:
         self._positions, self._write_indices = inputs["position_ids"], inputs["write_indices"]
         self._logits_index = inputs["logits_index"]
         self._rotary = None if rope is None else Rotary(nodes, self._positions, rope, capacity)
-        self._tokens: Tokens | None = None  # made with the first layer: its cache tells the capacity
-        self._caches: list[tuple[TensorSpec, TensorSpec]] = []
-        self._written: list[Cache] = []
+        self._eviction = eviction
+        self._evicting = None if eviction is None else Evicting(nodes, eviction, capacity, self._positions, self._write_indices)
+        self._masks: Masks | None = None  # made with the first layer that needs them: its cache tells the capacity
+        self._caches: list[tuple[TensorSpec, ...]] = []
+        self._written: list[ir.Value] = []
         self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
         stream = (BATCH, SEQUENCE, limits.hidden_size)
         self._x = nodes.op("Gather", self._embedding, inputs["input_ids"], name="embedding", shape=stream, axis=0)
@@ -78,19 +84,29 @@ class DecoderWriter:
         Raises:
             UsageError: a weight does not fit the dtype.
         """
-        nodes, index = self._nodes, len(self._caches)
-        specs = cache_specs(layer.attention, index, nodes.dtype)
-        past = Cache(nodes.input(specs[0]), nodes.input(specs[1]))
-        if self._tokens is None:
-            self._tokens = Tokens(self._write_indices, Masks(nodes, self._positions, past.key), self._rotary)
-        name = f"layers.{index}"
-        attention = AttentionBuilder(nodes, index, layer.attention, self._tokens)
-        attended, written = attention.add(norm(nodes, layer.attention_norm, self._x, f"{name}.attention_norm"), past)
+        nodes, index, attention = self._nodes, len(self._caches), layer.attention
+        evicts = self._eviction is not None and self._eviction.evicts(index)
+        specs = terms.cache_specs(
+            index, kv_heads=attention.num_kv_heads, key_dim=attention.key_dim, value_dim=attention.value_dim, dtype=nodes.dtype,
+            evicts=evicts,
+        )  # fmt: skip
+        inputs = [nodes.input(spec) for spec in specs]
+        if not evicts and self._masks is None:
+            self._masks = Masks(nodes, self._positions, inputs[0])
+            if self._eviction is not None:  # write_indices are of the slots of layers that evict
+                first = nodes.integer(0)
+                self._write_indices = nodes.op(
+                    "Gather", self._positions, first, name="first_position", shape=(BATCH,), dtype="int64", axis=1
+                )
+        past = EvictingCache(*inputs) if evicts else Cache(*inputs)
+        name, tokens = f"layers.{index}", Tokens(self._write_indices, self._masks, self._evicting, self._rotary)
+        builder = AttentionBuilder(nodes, index, attention, tokens)
+        attended, written = builder.add(norm(nodes, layer.attention_norm, self._x, f"{name}.attention_norm"), past)
         x = nodes.op("Add", self._x, attended, name=attention_residual(index))
         update = mlp(nodes, layer.mlp, norm(nodes, layer.mlp_norm, x, f"{name}.mlp_norm"), f"{name}.mlp")
         self._x = nodes.op("Add", x, update, name=residual_tap(index))
         self._caches.append(specs)
-        self._written.append(written)
+        self._written += vars(written).values()
 
     def finish(self, final_norm: Norm, head: Linear | None, kept: Kept = NOTHING) -> GraphContract:
         """Append the head (None: the embedding's own weight), write decoder.onnx and say what it takes and gives.
@@ -104,7 +120,7 @@ class DecoderWriter:
         from kvexport import __version__
 
         nodes = self._nodes
-        for value in (self._logits(final_norm, head), *(v for cache in self._written for v in (cache.key, cache.value))):
+        for value in (self._logits(final_norm, head), *self._written):
             nodes.output(value)
         model = nodes.model(f"kvexport {__version__}")
         if kept.names:
