@@ -33,6 +33,7 @@ from kvexport.convert import (
     fixed_shape,
     measure,
     methods_for,
+    require_ratio,
     split,
     trained_shape,
     unconverted,
@@ -42,6 +43,7 @@ from kvexport.decoder import Decoder, Layer, tensors_of
 from kvexport.directory import atomic_directory, require_output
 from kvexport.divergence import Divergence
 from kvexport.errors import GateFailed, UsageError
+from kvexport.eviction import Eviction, EvictionWish
 from kvexport.graph import GRAPH_FILE, DecoderWriter, Kept, write_lowered
 from kvexport.heal import Healed, HealOptions, HealReport, heal
 from kvexport.loading import load_decoder
@@ -67,6 +69,7 @@ class Plan:
         wish: how much is to be cached.
         recipe: where calibration text comes from, unless `statistics` (saved by `calibrate`) are given.
         dtype: of weights and cache in what is written.
+        eviction: how the cache stays within a budget of tokens; None: it holds all.
         heal: steps of distillation after conversion; None: none.
         heal_lora: rank of the adapters to heal with, in place of the whole weights.
     """
@@ -76,6 +79,7 @@ class Plan:
     method: str = "auto"
     statistics: Path | None = None
     dtype: str = "float32"
+    eviction: EvictionWish | None = None
     heal: int | None = None
     heal_lora: int | None = None
 
@@ -140,11 +144,13 @@ def build(
     """
     with new_bundle(output, force=force) as writer:
         job = _Job(checkpoint, plan, progress)
+        require_ratio(plan.wish, job.methods, job.decoder.layers[0].attention)
         job.check_tokenizer()
         decoder, limit = job.decoder, capacity_of(job.decoder, capacity)
+        eviction = None if plan.eviction is None else plan.eviction.of(limit, len(decoder.layers))
         windows = job.windows()
         choice = job.choose(windows, limit)
-        twin = TwinRecorder(decoder, windows, limit)
+        twin = TwinRecorder(decoder, windows, limit, eviction)
         graph = DecoderWriter(
             writer.directory,
             dtype=plan.dtype,
@@ -152,6 +158,7 @@ def build(
             limits=decoder.limits,
             embedding=decoder.embedding,
             rope=decoder.rope,
+            eviction=eviction,
         )
 
         peaks = PeakMeter(decoder, windows) if plan.dtype == "float16" else None
@@ -180,7 +187,7 @@ def build(
                 fix=None if plan.dtype == "float32" else rounding,
             )
         (writer.directory / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-        writer.seal(_manifest(job, limit, contract, report))
+        writer.seal(_manifest(job, limit, eviction, contract, report))
     return report
 
 
@@ -363,7 +370,9 @@ def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:
     return wanted
 
 
-def _manifest(job: _Job, capacity: int, contract: GraphContract, report: BuildReport) -> dict[str, Any]:
+def _manifest(
+    job: _Job, capacity: int, eviction: Eviction | None, contract: GraphContract, report: BuildReport
+) -> dict[str, Any]:  # fmt: skip
     limits = job.decoder.limits
     return {
         "kvexport": __version__,
@@ -383,6 +392,7 @@ def _manifest(job: _Job, capacity: int, contract: GraphContract, report: BuildRe
         },
         "dtype": job.plan.dtype,
         "capacity": capacity,
+        "eviction": None if eviction is None else eviction.to_json(),
         "layers": [asdict(layer) for layer in report.layers],
         "graph": contract.to_json(),
     }

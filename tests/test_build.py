@@ -210,6 +210,22 @@ def test_folding_normalised_keys_is_refused_before_any_text_is_sampled(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "least"), [(("--kv-ratio", "0.2"), "0.25"), (("--group-size", "1"), "1"), (("--kv-head-dim", "256"), "1")]
+)
+def test_less_than_any_choice_caches_is_refused_before_any_text_is_sampled(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, str], least: str
+) -> None:
+    source = tiny_checkpoint("llama", num_key_value_heads=4)
+    for module in ("kvexport.build", "kvexport.analyze.analysis"):
+        monkeypatch.setattr(f"{module}.calibration_windows", lambda *_: pytest.fail("text was sampled"))
+    for verb, output in (("build", "b"), ("analyze", "a.html")):
+        result = cli(verb, source, "-o", tmp_path / output, *options)
+        assert isinstance(result.exception, KvexportError) and f"{least} to 1" in str(result.exception)
+        assert result.exception.fix is not None and "--kv-ratio" in result.exception.fix
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_demo_and_checkpoint_are_one_or_the_other(tmp_path: Path) -> None:
     for arguments in (["build", "-o", tmp_path / "b"], ["build", "somewhere", "--demo", "-o", tmp_path / "b"]):
         result = cli(*arguments)

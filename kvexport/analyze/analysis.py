@@ -19,7 +19,7 @@ from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStre
 from kvexport.build import Plan, capacity_of
 from kvexport.calibrate import calibration_windows
 from kvexport.checkpoint import Checkpoint
-from kvexport.convert import ConvertedLayer, LayerSurvey, Way, choose, convert, fixed_shape, methods_for
+from kvexport.convert import ConvertedLayer, LayerSurvey, Way, choose, convert, methods_for, require_ratio
 from kvexport.decoder import Decoder
 from kvexport.divergence import Divergence
 from kvexport.layer_report import LayerReport
@@ -161,7 +161,7 @@ def analyze(
     decoder = load_decoder(source)
     attention = decoder.layers[0].attention
     methods = methods_for(plan.method, attention)
-    fixed_shape(plan.wish, methods, attention)  # before any work
+    require_ratio(plan.wish, methods, attention)  # before any work
     if pairs is not None:
         parse_pairs(pairs, tokens)  # before any work
     sampled = recipe.source == "self"

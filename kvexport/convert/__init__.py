@@ -6,7 +6,7 @@ from kvexport.convert.methods import METHOD_NAMES, Method, Way, methods_for
 from kvexport.convert.pipeline import Conversion, ConvertedLayer, convert, measure, unconverted
 from kvexport.convert.streams import split
 from kvexport.convert.survey import LayerSurvey, survey
-from kvexport.convert.wish import Wish, fixed_shape, uniform_shape
+from kvexport.convert.wish import Wish, fixed_shape, require_ratio, uniform_shape
 from kvexport.layer_report import LayerReport
 
 __all__ = [
@@ -26,6 +26,7 @@ __all__ = [
     "kv_heads_for",
     "measure",
     "methods_for",
+    "require_ratio",
     "split",
     "survey",
     "trained_shape",

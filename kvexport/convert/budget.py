@@ -43,14 +43,13 @@ class Widths:
         return list(range(-(-least // step) * step, min(n, WIDEST) + 1, step))
 
 
-def shapes_for(layer: LayerSurvey, widths: Widths) -> list[Shape]:
-    """What the layer may cache, its trained shape included; fewer numbers than that in all others."""
-    found = [layer.trained]
-    for size in layer.sizes:
-        heads = layer.trained.kv_heads // size
-        allowed = widths.of(size, layer.trained.key_dim)
+def shapes_for(trained: Shape, sizes: Sequence[int], widths: Widths) -> list[Shape]:
+    """What a layer may cache in groups of these sizes, its trained shape included; fewer numbers than that in all others."""
+    found = [trained]
+    for size in sizes:
+        heads, allowed = trained.kv_heads // size, widths.of(size, trained.key_dim)
         pairs = ((key, value) for key in allowed for value in ((key,) if widths.equal else allowed))
-        found += [shape for key, value in pairs if (shape := Shape(heads, key, value)).kv_width < layer.trained.kv_width]
+        found += [shape for key, value in pairs if (shape := Shape(heads, key, value)).kv_width < trained.kv_width]
     return found
 
 

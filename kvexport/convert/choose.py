@@ -16,9 +16,8 @@ from kvexport.convert.groups import trained_shape
 from kvexport.convert.methods import Method, Way
 from kvexport.convert.pipeline import convert
 from kvexport.convert.survey import LayerSurvey, survey
-from kvexport.convert.wish import Wish, fixed_shape, group_sizes
+from kvexport.convert.wish import Wish, fixed_shape, group_sizes, require_ratio
 from kvexport.decoder import Decoder
-from kvexport.errors import UsageError
 from kvexport.progress import Progress
 
 # Of --max-kl that held-out calibration text may lose: text of another kind lost up to 1.6 times what the model's own did, on a
@@ -68,6 +67,7 @@ def choose(
         UsageError: the wish contradicts itself or cannot be met.
     """
     count, attention = len(decoder.layers), decoder.layers[0].attention
+    require_ratio(wish, methods, attention)
     trained, shape = trained_shape(attention), fixed_shape(wish, methods, attention)
     if shape is not None and (len(methods) == 1 or shape == trained):
         return Choice([Way(methods[0], shape)] * count)
@@ -79,12 +79,12 @@ def choose(
     with progress.stage("Surveying layers", count):
         for _ in found:
             progress.advance()
-    allowed = [shapes_for(layer, wish.widths) if shape is None else [shape] for layer in found.layers]
+    allowed = [shapes_for(layer.trained, layer.sizes, wish.widths) if shape is None else [shape] for layer in found.layers]
     frontier, tried = Frontier(found.layers, allowed), list[Point]()
     if shape is not None:
         return Choice(frontier.ways(frontier.most), layers=tuple(found.layers))
     if wish.max_kl is None:
-        kv_width = _within(frontier, wish.ratio)
+        kv_width = max(int(wish.ratio * frontier.most), frontier.fewest)  # fewer only by rounding: `require_ratio`
     else:
 
         def measured(ways: Sequence[Way]) -> float:
@@ -101,16 +101,6 @@ def choose(
     points = [Point(width, frontier.kl(width)) for width in shown if width >= frontier.fewest]
     known = {point.kv_width: point for point in (*points, *tried)}
     return Choice(ways, tuple(known[width] for width in sorted(known)), tuple(found.layers))
-
-
-def _within(frontier: Frontier, ratio: float) -> int:
-    wanted = int(ratio * frontier.most)
-    if wanted < frontier.fewest:
-        raise UsageError(
-            "no choice of widths caches so little", seen=f"--kv-ratio {ratio:g}",
-            allowed=f"{frontier.fewest / frontier.most:.4g} to 1", fix="ask for more, or other widths",
-        )  # fmt: skip
-    return wanted
 
 
 def _keeping(frontier: Frontier, bound: float, measured: Callable[[Sequence[Way]], float]) -> tuple[int, list[Point]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvexport.convert.budget import Widths
+from kvexport.convert.budget import Widths, shapes_for
 from kvexport.convert.groups import WIDEST, Shape, kv_heads_for, trained_shape
 from kvexport.convert.methods import Method
 from kvexport.decoder import Attention
@@ -75,6 +75,23 @@ def fixed_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> 
     if not _leave_choice(methods):
         return Shape(kv_heads_for(trained.kv_heads, None, wish.ratio), attention.head_dim, attention.head_dim)
     return None
+
+
+def require_ratio(wish: Wish, methods: Sequence[Method], attention: Attention) -> None:
+    """Refuse, before any work, a share of the cache that no choice of widths is so small as to keep.
+
+    Raises:
+        UsageError: as `fixed_shape`, and where every choice caches more.
+    """
+    if fixed_shape(wish, methods, attention) is not None or wish.max_kl is not None:
+        return
+    trained = trained_shape(attention)
+    fewest = min(shape.kv_width for shape in shapes_for(trained, group_sizes(wish, attention), wish.widths))
+    if wish.ratio * trained.kv_width < fewest:
+        raise UsageError(
+            "no choice of widths caches so little", seen=f"--kv-ratio {wish.ratio:g}",
+            allowed=f"{fewest / trained.kv_width:.4g} to 1", fix="raise --kv-ratio, or change --group-size or --kv-head-dim",
+        )  # fmt: skip
 
 
 def uniform_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> Shape:

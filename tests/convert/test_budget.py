@@ -71,7 +71,7 @@ def test_no_choice_within_a_budget_is_predicted_to_lose_less(
 ) -> None:
     seeds, (heads, width), methods, equal, falling = problem
     layers = [made_up(seed, heads, width, methods, falling) for seed in seeds]
-    allowed = [shapes_for(layer, Widths(equal)) for layer in layers]
+    allowed = [shapes_for(layer.trained, layer.sizes, Widths(equal)) for layer in layers]
     frontier, (widths, kls) = Frontier(layers, allowed), every_choice(layers, allowed)
     assert frontier.most == sum(layer.trained.kv_width for layer in layers)
     assert frontier.fewest == widths.min()
@@ -95,7 +95,7 @@ def test_greed_loses_more_than_the_solution() -> None:
     worse = 0
     for seed in range(10):
         layers = [made_up(seed + 100 * each, 4, 8, (ONLINE,), falling=False) for each in range(3)]
-        allowed = [shapes_for(layer, Widths()) for layer in layers]
+        allowed = [shapes_for(layer.trained, layer.sizes, Widths()) for layer in layers]
         frontier = Frontier(layers, allowed)
         alone = sum(
             Frontier([layer], [shapes]).kl(layer.trained.kv_width // 2) for layer, shapes in zip(layers, allowed, strict=True)
@@ -106,7 +106,7 @@ def test_greed_loses_more_than_the_solution() -> None:
 
 def test_all_of_the_cache_is_the_trained_model_and_costs_nothing() -> None:
     layers = [made_up(seed, 4, 8, (ONLINE, FOLD)) for seed in range(3)]
-    frontier = Frontier(layers, [shapes_for(layer, Widths()) for layer in layers])
+    frontier = Frontier(layers, [shapes_for(layer.trained, layer.sizes, Widths()) for layer in layers])
     for budget in (frontier.most, 2 * frontier.most):
         assert frontier.kl(budget) == 0.0
         assert [way.shape for way in frontier.ways(budget)] == [layer.trained for layer in layers]
@@ -130,7 +130,7 @@ def test_layers_of_many_shapes_share_one_budget() -> None:
         second.trained, second.sizes, second.curves, 1.0, {ONLINE: 100 * second.key_sensitivity[ONLINE]},
         100 * second.value_sensitivity,
     )  # fmt: skip
-    frontier = Frontier([first, loud], [shapes_for(first, Widths())] * 2)
+    frontier = Frontier([first, loud], [shapes_for(first.trained, first.sizes, Widths())] * 2)
     quiet, heard = frontier.ways(frontier.most // 2)
     assert heard.shape.kv_width > quiet.shape.kv_width
 
@@ -165,7 +165,7 @@ def test_widths_are_those_of_fused_attention(size: int, head_dim: int) -> None:
 @pytest.mark.parametrize("heads", [2, 6])
 def test_shapes_are_all_that_cache_less_and_the_trained_one(heads: int) -> None:
     layer = made_up(0, heads, 16, (ONLINE,))
-    equal, free = shapes_for(layer, Widths()), shapes_for(layer, Widths(equal=False))
+    equal, free = shapes_for(layer.trained, layer.sizes, Widths()), shapes_for(layer.trained, layer.sizes, Widths(equal=False))
     widths = [16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96]
     wanted = {
         Shape(heads // size, key, value)
@@ -180,11 +180,11 @@ def test_shapes_are_all_that_cache_less_and_the_trained_one(heads: int) -> None:
 
 def test_one_width_alone_leaves_the_number_of_heads() -> None:
     layer = made_up(0, 8, 16, (ONLINE,))
-    assert shapes_for(layer, Widths(only=32)) == [Shape(8, 16, 16), Shape(2, 32, 32), Shape(1, 32, 32)]
+    assert shapes_for(layer.trained, layer.sizes, Widths(only=32)) == [Shape(8, 16, 16), Shape(2, 32, 32), Shape(1, 32, 32)]
 
 
 def test_no_head_is_wider_than_kernels_take() -> None:
     layer = made_up(0, 8, 64, (ONLINE,))
-    shapes = shapes_for(layer, Widths(equal=False))
+    shapes = shapes_for(layer.trained, layer.sizes, Widths(equal=False))
     assert max(max(shape.key_dim, shape.value_dim) for shape in shapes) == 256
     assert {shape.kv_heads for shape in shapes} == {8, 4, 2, 1}

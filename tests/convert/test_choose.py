@@ -112,7 +112,7 @@ def test_what_is_kept_was_measured_to_keep_the_bound(
 ) -> None:
     """Whatever predictions are worth: too high or too low by a factor, and noisy beside it."""
     layers = [made_up(each, 4, 16, (METHODS["online"],)) for each in seeds]
-    frontier = Frontier(layers, [shapes_for(layer, Widths()) for layer in layers])
+    frontier = Frontier(layers, [shapes_for(layer.trained, layer.sizes, Widths()) for layer in layers])
     generator, found = torch.Generator().manual_seed(seed), dict[int, float]()
 
     def measure(ways: Sequence[Way]) -> float:
