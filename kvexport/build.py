@@ -269,11 +269,8 @@ class _Job:
             windows = calibration_windows(self.decoder, self.checkpoint.path, recipe, self.progress.advance)
         if len(windows) < recipe.samples:
             self.progress.note(f"the calibration text fills {len(windows)} windows of the {recipe.samples} asked for")
-        if self.compresses and windows.numel() < 4 * cached:
-            self.progress.note(
-                f"{windows.numel()} calibration tokens are few for keys of {cached} numbers: the errors predicted from them are "
-                "too low, and the loss will be larger than it need be; use more --samples or a larger --length"
-            )
+        if self.compresses:
+            note_little_text(windows, cached, self.progress)
         return windows
 
     def calibration(self) -> dict[str, Any]:
@@ -346,6 +343,17 @@ class _Job:
         healed = heal(self.decoder, converted, fitted, watched, options, self.progress, state)
         state.unlink(missing_ok=True)
         return healed
+
+
+def note_little_text(windows: Tensor, cached: int, progress: Progress) -> None:
+    """Say what calibration windows [N, length] are too few for, where keys are of `cached` numbers."""
+    if windows.numel() < 4 * cached:
+        progress.note(
+            f"{windows.numel()} calibration tokens are few for keys of {cached} numbers: the errors predicted from them are "
+            "too low, and the loss will be larger than it need be; use more --samples or a larger --length"
+        )
+    if len(windows) == 1:
+        progress.note("the one calibration window is fitted and judged alike: nothing is held out; use --samples 2 or more")
 
 
 def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:

@@ -226,6 +226,18 @@ def test_less_than_any_choice_caches_is_refused_before_any_text_is_sampled(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("verb", ["build", "compress", "analyze"])
+def test_one_window_of_text_is_said_to_hold_nothing_out(tiny_checkpoint: Any, tmp_path: Path, verb: str) -> None:
+    for samples, said in ((1, True), (2, False)):
+        result = cli(
+            verb, tiny_checkpoint("llama"), "-o", tmp_path / f"{verb}-{samples}", "--kv-heads", 1, "--calibration", "random",
+            "--samples", samples, "--length", 80,
+        )  # fmt: skip
+        assert result.exit_code == 0
+        assert ("nothing is held out" in result.stderr) == said
+        assert "calibration tokens are few" not in result.stderr
+
+
 def test_demo_and_checkpoint_are_one_or_the_other(tmp_path: Path) -> None:
     for arguments in (["build", "-o", tmp_path / "b"], ["build", "somewhere", "--demo", "-o", tmp_path / "b"]):
         result = cli(*arguments)

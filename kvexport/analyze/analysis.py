@@ -16,7 +16,7 @@ from kvexport import __version__
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
-from kvexport.build import Plan, capacity_of
+from kvexport.build import Plan, capacity_of, note_little_text
 from kvexport.calibrate import calibration_windows
 from kvexport.checkpoint import Checkpoint
 from kvexport.convert import ConvertedLayer, LayerSurvey, Way, choose, convert, methods_for, require_ratio
@@ -168,6 +168,7 @@ def analyze(
     with progress.stage("Sampling calibration text" if sampled else "Reading text", 0):
         windows = calibration_windows(decoder, checkpoint, recipe, progress.advance)
         window = shown_window(decoder, checkpoint, text, tokens, recipe, windows, progress.advance)
+    note_little_text(windows, attention.k.weight.shape[0], progress)
     facts = Facts(
         name=checkpoint.resolve().name,
         model_type=str(source.config["model_type"]),
