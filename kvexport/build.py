@@ -43,6 +43,7 @@ from kvexport.decoder import Decoder, Layer, tensors_of
 from kvexport.directory import atomic_directory, require_output
 from kvexport.divergence import Divergence
 from kvexport.errors import GateFailed, UsageError
+from kvexport.eviction import Eviction, EvictionWish
 from kvexport.graph import GRAPH_FILE, DecoderWriter, Kept, write_lowered
 from kvexport.heal import Healed, HealOptions, HealReport, heal
 from kvexport.loading import load_decoder
@@ -68,6 +69,7 @@ class Plan:
         wish: how much is to be cached.
         recipe: where calibration text comes from, unless `statistics` (saved by `calibrate`) are given.
         dtype: of weights and cache in what is written.
+        eviction: how the cache stays within a budget of tokens; None: it holds all.
         heal: steps of distillation after conversion; None: none.
         heal_lora: rank of the adapters to heal with, in place of the whole weights.
     """
@@ -77,6 +79,7 @@ class Plan:
     method: str = "auto"
     statistics: Path | None = None
     dtype: str = "float32"
+    eviction: EvictionWish | None = None
     heal: int | None = None
     heal_lora: int | None = None
 
@@ -144,9 +147,10 @@ def build(
         require_ratio(plan.wish, job.methods, job.decoder.layers[0].attention)
         job.check_tokenizer()
         decoder, limit = job.decoder, capacity_of(job.decoder, capacity)
+        eviction = None if plan.eviction is None else plan.eviction.of(limit, len(decoder.layers))
         windows = job.windows()
         choice = job.choose(windows, limit)
-        twin = TwinRecorder(decoder, windows, limit)
+        twin = TwinRecorder(decoder, windows, limit, eviction)
         graph = DecoderWriter(
             writer.directory,
             dtype=plan.dtype,
@@ -154,6 +158,7 @@ def build(
             limits=decoder.limits,
             embedding=decoder.embedding,
             rope=decoder.rope,
+            eviction=eviction,
         )
 
         peaks = PeakMeter(decoder, windows) if plan.dtype == "float16" else None
@@ -174,7 +179,7 @@ def build(
         write_lowered(writer.directory / GRAPH_FILE, plan.dtype)
         job.checkpoint.copy_tokenizer(writer.directory)
         with job.timed("prove"):
-            report.validation = prove(writer.directory, contract, progress)
+            report.validation = prove(writer.directory, contract, progress, eviction)
         if report.validation.failures:
             rounding = f"try --dtype float32: if that passes, rounding to {plan.dtype} is more than this model takes"
             raise GateFailed(
@@ -182,7 +187,7 @@ def build(
                 fix=None if plan.dtype == "float32" else rounding,
             )
         (writer.directory / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
-        writer.seal(_manifest(job, limit, contract, report))
+        writer.seal(_manifest(job, limit, eviction, contract, report))
     return report
 
 
@@ -373,7 +378,9 @@ def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:
     return wanted
 
 
-def _manifest(job: _Job, capacity: int, contract: GraphContract, report: BuildReport) -> dict[str, Any]:
+def _manifest(
+    job: _Job, capacity: int, eviction: Eviction | None, contract: GraphContract, report: BuildReport
+) -> dict[str, Any]:  # fmt: skip
     limits = job.decoder.limits
     return {
         "kvexport": __version__,
@@ -393,6 +400,7 @@ def _manifest(job: _Job, capacity: int, contract: GraphContract, report: BuildRe
         },
         "dtype": job.plan.dtype,
         "capacity": capacity,
+        "eviction": None if eviction is None else eviction.to_json(),
         "layers": [asdict(layer) for layer in report.layers],
         "graph": contract.to_json(),
     }

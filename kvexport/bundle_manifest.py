@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
 
-from kvexport.errors import BundleError
-from kvexport.graph.contract import BATCH, CAPACITY, DATA_FILE, GRAPH_FILE, GraphContract, TensorSpec, contract, past
+from kvexport.errors import BundleError, UsageError
+from kvexport.eviction import STATE, Eviction
+from kvexport.graph.contract import DATA_FILE, GRAPH_FILE, GraphContract, TensorSpec, cache_specs, contract
 from kvexport.layer_report import LayerReport
 
 FORMAT = 1
@@ -59,14 +60,29 @@ class Manifest:
     calibration: Mapping[str, Any] | None  # None: nothing was converted
     model: Model
     dtype: str
-    capacity: int  # tokens that a sequence may hold
+    capacity: int  # tokens that a sequence may have
+    eviction: Eviction | None  # how layers hold fewer than all of them; None: they do not
     layers: tuple[LayerReport, ...]
     graph: GraphContract
     files: Mapping[str, FileEntry]
 
+    def slots(self, layer: int) -> int:
+        """The most tokens of a sequence that a layer holds."""
+        return self.capacity if self.eviction is None else self.eviction.slots(layer, self.capacity)
+
+    def kv_bytes(self, tokens: int) -> int:
+        """Bytes of the cache of a sequence of so many tokens, with the state of each slot where layers evict."""
+        total = 0
+        for index, layer in enumerate(self.layers):
+            held = min(tokens, self.slots(index))
+            total += held * BYTES[self.dtype] * layer.kv_width
+            if self.eviction is not None and self.eviction.evicts(index):
+                total += held * layer.num_key_value_heads * STATE * BYTES["float32"]
+        return total
+
     @property
     def kv_bytes_per_token(self) -> int:
-        """Bytes that a token adds to the cache."""
+        """Bytes that a token adds to the cache while no layer evicts; keys and values alone."""
         return BYTES[self.dtype] * sum(layer.kv_width for layer in self.layers)
 
     @property
@@ -155,6 +171,7 @@ def parse(raw: Mapping[str, Any]) -> Manifest:
         ),
         dtype=reader.text("dtype"),
         capacity=reader.positive("capacity"),
+        eviction=_eviction(reader),
         layers=tuple(_layer(_Reader(each, f"layers[{i}].")) for i, each in enumerate(reader.each("layers", dict))),
         graph=_graph(reader),
         files={name: _file(name, entry) for name, entry in reader.typed("files", dict).items()},
@@ -171,6 +188,11 @@ def _require_agreement(manifest: Manifest) -> None:
             "the manifest describes another number of layers than its num_hidden_layers",
             seen=len(manifest.layers), allowed=manifest.model.num_hidden_layers, fix=REBUILD,
         )  # fmt: skip
+    if manifest.eviction is not None:
+        try:
+            manifest.eviction.require(manifest.capacity, len(manifest.layers))
+        except UsageError as error:
+            raise BundleError(f"the manifest's eviction is impossible: {error.what}", seen=error.seen, fix=REBUILD) from error
     for name in (GRAPH_FILE, DATA_FILE):
         if name not in manifest.files:
             raise BundleError(f"the manifest does not list {name}", fix=REBUILD)
@@ -187,19 +209,18 @@ def _require_agreement(manifest: Manifest) -> None:
 def contract_of(manifest: Manifest) -> GraphContract:
     """What the graph must take and give, by everything else that the manifest says."""
 
-    def cache(index: int, layer: LayerReport) -> tuple[TensorSpec, TensorSpec]:
-        heads, widths = layer.num_key_value_heads, {"key": layer.key_head_dim, "value": layer.value_head_dim}
-        key, value = (
-            TensorSpec(past(index, which), manifest.dtype, (BATCH, heads, CAPACITY, width)) for which, width in widths.items()
-        )
-        return key, value
+    def caches(index: int, layer: LayerReport) -> tuple[TensorSpec, ...]:
+        return cache_specs(
+            index, kv_heads=layer.num_key_value_heads, key_dim=layer.key_head_dim, value_dim=layer.value_head_dim,
+            dtype=manifest.dtype, evicts=manifest.eviction is not None and manifest.eviction.evicts(index),
+        )  # fmt: skip
 
     return contract(
         dtype=manifest.dtype,
         capacity=manifest.capacity,
         vocab_size=manifest.model.vocab_size,
         hidden_size=manifest.model.hidden_size,
-        caches=[cache(index, layer) for index, layer in enumerate(manifest.layers)],
+        caches=[caches(index, layer) for index, layer in enumerate(manifest.layers)],
     )
 
 
@@ -208,6 +229,16 @@ def _graph(reader: _Reader) -> GraphContract:
         return GraphContract.from_json(reader.typed("graph", dict))
     except (KeyError, TypeError) as error:
         raise BundleError(f"the manifest's graph is not a graph's contract: {error}", fix=REBUILD) from error
+
+
+def _eviction(reader: _Reader) -> Eviction | None:
+    raw = reader.typed("eviction", dict, optional=True)
+    if raw is None:
+        return None
+    try:
+        return Eviction.from_json(raw)
+    except (KeyError, TypeError, UsageError) as error:
+        raise BundleError(f"the manifest's eviction cannot be read: {error}", seen=repr(raw)[:80], fix=REBUILD) from error
 
 
 def _layer(reader: _Reader) -> LayerReport:

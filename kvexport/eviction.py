@@ -1,19 +1,20 @@
 """How a cache stays within a budget of tokens, as plain data that every part shares: which tokens go first, which never.
 
-Knows names, ranges and numbers that conversion, graph and runtime must agree on; needs nothing but numpy, and must not know
-how a slot is chosen or written.
+Knows names, ranges and numbers that conversion, graph and runtime must agree on, and imports nothing heavy; must not know how
+a slot is chosen or written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
-
-import numpy as np
-from numpy.typing import NDArray
+from typing import TYPE_CHECKING, Any
 
 from kvexport.errors import UsageError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
 
 POLICIES = {
     "l2-norm": "the token whose key has the highest L2 norm (arXiv 2406.11430)",
@@ -21,6 +22,7 @@ POLICIES = {
     "keep-high": "the token whose key has the lowest L2 norm",
     "random": "any token",
 }
+DEFAULT_POLICY, DEFAULT_FIRST, DEFAULT_RECENT = "window", 4, 32
 SCORE, STORED = 0, 1  # columns of a slot's state: what it is ranked by, and the position of its token + 1 (0: empty)
 STATE = 2
 # Priorities. No score reaches those of tokens that no query sees any more, the earlier the higher; all are exact in float32.
@@ -71,6 +73,11 @@ class Eviction:
     def chunk(self) -> int:
         """The most tokens of a prompt that are read at once: room for them is made beforehand, at the cost of older ones."""
         return max(1, (self.budget - self.protect_first) // 4)
+
+    @property
+    def proof_slots(self) -> int:
+        """Slots that suffice to show every case of a budget in a short text: proofs run in as many."""
+        return min(self.budget, self.protected + 16)
 
     def evicts(self, layer: int) -> bool:
         return layer not in self.skip_layers
@@ -124,11 +131,66 @@ class Eviction:
         return cls(str(raw["policy"]), **numbers, skip_layers=tuple(skipped))
 
 
+@dataclass(frozen=True)
+class EvictionWish:
+    """What `kvexport build` is asked for; what is None is as measured best (benchmarks/results/eviction.md).
+
+    Attributes:
+        budget: tokens, or with `of_capacity` a share of the capacity.
+    """
+
+    budget: float
+    of_capacity: bool = False
+    policy: str | None = None
+    protect_first: int | None = None
+    protect_recent: int | None = None
+    skip_layers: tuple[int, ...] = ()
+
+    @classmethod
+    def parse(cls, budget: str, **others: Any) -> EvictionWish:
+        """`budget` as people write it: 256, or 0.5 for half of the capacity.
+
+        Raises:
+            UsageError: neither.
+        """
+        try:
+            share = "." in budget
+            number = float(budget) if share else int(budget)
+            if (share and not 0 < number <= 1) or (number < 1 and not share):
+                raise ValueError
+        except ValueError:
+            raise UsageError(
+                "--kv-budget is no number of tokens", seen=budget,
+                allowed="a whole number from 1 on, or a share of the capacity from 0.0 to 1.0, such as 0.5",
+            ) from None  # fmt: skip
+        return cls(number, share, **others)
+
+    def of(self, capacity: int, num_layers: int) -> Eviction:
+        """What that is for a model.
+
+        Raises:
+            UsageError: as `Eviction` and its `require`.
+        """
+        budget = int(self.budget * capacity) if self.of_capacity else int(self.budget)
+        policy = self.policy or DEFAULT_POLICY
+        first = DEFAULT_FIRST if self.protect_first is None else self.protect_first
+        recent = self.protect_recent
+        if recent is None:
+            recent = 0 if policy == "window" else min(DEFAULT_RECENT, max(0, (budget - first) // 2))
+        eviction = Eviction(policy, budget, first, recent, self.skip_layers)
+        eviction.require(capacity, num_layers)
+        return eviction
+
+
 def random_scores(capacity: int) -> NDArray[np.float32]:
     """What the policy "random" gives positions, float32 [2·capacity]: a head takes `capacity` of them from its offset on."""
+    import numpy as np
+
     return np.random.default_rng(0).random(2 * capacity, dtype=np.float32)
 
 
 def random_offsets(layer: int, heads: int, capacity: int) -> NDArray[np.int64]:
     """Where each head of a layer begins in `random_scores`, int64 [heads]."""
+    import numpy as np
+
     return (np.arange(layer * heads, (layer + 1) * heads, dtype=np.int64) * 7919) % capacity

@@ -19,6 +19,7 @@ from tiny_bundles import edit_manifest, manifest_of
 from kvexport.bundle import MANIFEST_FILE, BundleWriter
 from kvexport.convert import unconverted
 from kvexport.decoder import Decoder
+from kvexport.eviction import Eviction
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract
 from kvexport.hashing import sha256_of
 from kvexport.validate import TwinRecorder
@@ -32,14 +33,16 @@ def export(
     kv_heads: int | None = None,
     method: str = "online",
     capacity: int = 128,
+    eviction: Eviction | None = None,
 ) -> GraphContract:
     """A converted decoder as a bundle at `path`, in the order of `kvexport.build`; its graph's contract."""
     path.mkdir()
     windows = random_windows(decoder, 6, 48)
-    twin = TwinRecorder(decoder, windows, capacity)
+    twin = TwinRecorder(decoder, windows, capacity, eviction)
     graph = DecoderWriter(
-        path, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope
-    )
+        path, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope,
+        eviction=eviction,
+    )  # fmt: skip
     layers = []
     for converted in unconverted(decoder) if kv_heads is None else plain(decoder, windows, kv_heads, method):
         twin.add_layer(converted.layer)
@@ -47,7 +50,7 @@ def export(
         layers.append(converted.layer)
     twin.save(path)
     contract = graph.finish(decoder.final_norm, decoder.head)
-    BundleWriter(path).seal(manifest_of(dataclasses.replace(decoder, layers=layers), contract))
+    BundleWriter(path).seal(manifest_of(dataclasses.replace(decoder, layers=layers), contract, eviction))
     return contract
 
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kvexport import __version__, reference
 from kvexport.bundle import new_bundle
 from kvexport.decoder import Attention, Decoder, Layer
+from kvexport.eviction import Eviction
 from kvexport.graph import GRAPH_FILE, DecoderWriter, GraphContract, write_lowered
 from kvexport.layer_report import LayerReport
 from kvexport.loading import load_decoder
@@ -54,7 +55,7 @@ def write_bundle(
     return path
 
 
-def manifest_of(decoder: Decoder, contract: GraphContract) -> dict[str, Any]:
+def manifest_of(decoder: Decoder, contract: GraphContract, eviction: Eviction | None = None) -> dict[str, Any]:
     return {
         "kvexport": __version__,
         "source": {"name": "tiny", "model_type": "llama", "sha256": "0" * 64},
@@ -69,6 +70,7 @@ def manifest_of(decoder: Decoder, contract: GraphContract) -> dict[str, Any]:
         },
         "dtype": contract.dtype,
         "capacity": contract.capacity,
+        "eviction": None if eviction is None else eviction.to_json(),
         "layers": [dataclasses.asdict(_report(layer.attention)) for layer in decoder.layers],
         "graph": contract.to_json(),
     }

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from kvexport.cli.conversion import METHODS, conversion_options, plan_from, shape_options
+from kvexport.cli.conversion import METHODS, conversion_options, eviction_options, plan_from, shape_options
 from kvexport.errors import UsageError
 
 
@@ -18,6 +18,7 @@ from kvexport.errors import UsageError
 @click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged.")
 @conversion_options
 @shape_options
+@eviction_options
 @click.option("--capacity", type=int, help="Tokens that a sequence may hold [default: the model's, at most 4096].")
 @click.option("--force", is_flag=True, help="Replace the bundle that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")

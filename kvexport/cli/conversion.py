@@ -10,6 +10,7 @@ import click
 
 from kvexport.bundle_manifest import BYTES
 from kvexport.errors import UsageError
+from kvexport.eviction import DEFAULT_FIRST, DEFAULT_POLICY, DEFAULT_RECENT, POLICIES, EvictionWish
 
 if TYPE_CHECKING:
     from kvexport.build import Plan
@@ -71,6 +72,43 @@ shape_options = _together(
 )
 
 
+eviction_options = _together(
+    click.option(
+        "--kv-budget", metavar="TOKENS|SHARE", help="Hold at most so many tokens of a sequence, or that share of the capacity."
+    ),
+    click.option("--evict", type=click.Choice(tuple(POLICIES)), help=f"Which token goes [default: {DEFAULT_POLICY}]."),
+    click.option("--protect-first", type=int, metavar="N", help=f"The first tokens never go [default: {DEFAULT_FIRST}]."),
+    click.option(
+        "--protect-recent", type=int, metavar="N",
+        help=f"Nor do the last ones [default: {DEFAULT_RECENT}, at most half of the budget; 0 for --evict window].",
+    ),
+    click.option("--evict-skip-layers", metavar="LAYERS", help="Layers that hold every token, such as 0,1 [default: none]."),
+)  # fmt: skip
+
+
+def eviction_from(options: dict[str, Any]) -> EvictionWish | None:
+    """What the eviction options mean; takes them out of `options`.
+
+    Raises:
+        UsageError: out of range, or without --kv-budget.
+    """
+    budget, skipped = options.pop("kv_budget"), options.pop("evict_skip_layers")
+    others = {name: options.pop(option) for option, name in
+              (("evict", "policy"), ("protect_first", "protect_first"), ("protect_recent", "protect_recent"))}  # fmt: skip
+    if budget is None:
+        if skipped is not None or any(value is not None for value in others.values()):
+            raise UsageError(
+                "nothing is evicted without a budget", seen="--evict, --protect-first, --protect-recent or --evict-skip-layers",
+                fix="add --kv-budget TOKENS",
+            )  # fmt: skip
+        return None
+    try:
+        layers = () if skipped is None else tuple(int(each) for each in skipped.split(","))
+    except ValueError:
+        raise UsageError("--evict-skip-layers is no list of layers", seen=skipped, allowed="numbers such as 0,1") from None
+    return EvictionWish.parse(budget, **others, skip_layers=layers)
+
+
 def recipe_from(calibration: str | None, samples: int | None, length: int | None, seed: int | None) -> Recipe:
     """The recipe that the calibration options mean."""
     from kvexport.calibrate import recipe_for
@@ -99,6 +137,8 @@ def plan_from(options: dict[str, Any]) -> Plan:
     wish = Wish(**wishes, equal_widths=target is None or lowering_for(load_target(target)) == "std24")
     names = ("method", "statistics", "dtype", "heal", "heal_lora")
     rest = {name: options.pop(name) for name in names if name in options}
+    if "kv_budget" in options:
+        rest["eviction"] = eviction_from(options)
     if rest.get("heal_lora") is not None and rest["heal"] is None:
         raise UsageError("--heal-lora says how to heal", seen="no --heal", fix="add --heal STEPS")
     if rest.get("heal") is not None and sources[0] in (None, "self") and sources[1] is None:

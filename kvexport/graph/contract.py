@@ -99,6 +99,11 @@ def heads_along_batch(count: int) -> str:
     return f"{BATCH}*{count}"
 
 
+def heads_in(size: str) -> int:
+    """The inverse of `heads_along_batch`."""
+    return int(size.removeprefix(f"{BATCH}*"))
+
+
 def cache_specs(
     layer: int, *, kv_heads: int, key_dim: int, value_dim: int, dtype: str, evicts: bool
 ) -> tuple[TensorSpec, ...]:  # fmt: skip

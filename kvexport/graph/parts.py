@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import attention_residual, attention_tap, present, residual_tap
+from kvexport.graph.contract import KEY, STATE, VALUE, attention_residual, attention_tap, present, residual_tap
 from kvexport.graph.tap import GraphCopy, serialised, widen
 
 
@@ -25,10 +25,11 @@ def parts(path: Path, num_layers: int, *, in_float32: bool) -> Iterator[GraphCop
     Args:
         in_float32: as `kvexport.graph.as_float32`, of one part's weights at a time.
     """
-    stream = _embedded(ir.load(path).graph)
+    whole = ir.load(path).graph
+    stream, outputs = _embedded(whole), {value.name for value in whole.outputs}
     yield _part(path, None, [stream], in_float32)
     for layer in range(num_layers):
-        caches = [present(layer, which) for which in ("key", "value")]
+        caches = [name for name in (present(layer, which) for which in (KEY, VALUE, STATE)) if name in outputs]
         yield _part(path, stream, [attention_tap(layer), residual_tap(layer), *caches], in_float32)
         stream = residual_tap(layer)
     yield _part(path, stream, ["logits"], in_float32)

@@ -5,7 +5,7 @@ Knows the runtime, and what a copy of the graph with taps needs; nothing of the 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.util import find_spec
 from typing import TYPE_CHECKING
 
@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
 from kvexport.errors import CannotRunHere
-from kvexport.graph.contract import DATA_FILE, GRAPH_FILE, attention_tap, residual_tap
+from kvexport.graph.contract import DATA_FILE, GRAPH_FILE, KEY, STATE, VALUE, attention_tap, residual_tap
 from kvexport.progress import Progress
 from kvexport.validate.layerwise import COMPUTED_IN, GARBAGE, heads_side_by_side
+from kvexport.validate.slots import TwinSlots
 from kvexport.validate.twin import array_name
 
 if TYPE_CHECKING:
@@ -36,15 +37,19 @@ _PACKAGES = ("onnx_ir", "onnxruntime", "psutil")
 
 
 def run_deployed(
-    bundle: Bundle, input_ids: NDArray[np.int64], prefill: int, progress: Progress, provider: Provider | None = None
-) -> dict[str, Array]:
+    bundle: Bundle, input_ids: NDArray[np.int64], prefill: int, progress: Progress, provider: Provider | None = None,
+    slots: Mapping[int, TwinSlots] | None = None,
+) -> dict[str, Array]:  # fmt: skip
     """Feed `input_ids` [T] to the bundle: `prefill` of them in chunks, the others one by one.
 
     On ONNX Runtime the graph is a copy with taps of the very file that is deployed on `provider` (None: on the CPU). An
     engine has no taps: of it the logits and the caches are all there is.
 
+    Args:
+        slots: the twin's, of layers that evict; the run has as many, and their state before each call.
+
     Returns:
-        `logits` [T, vocab] and of the four arrays a layer that `kvexport.validate.twin` names those that the provider
+        `logits` [T, vocab] and of the arrays a layer that `kvexport.validate.twin` names those that the provider
         gives, float32.
 
     Raises:
@@ -52,22 +57,25 @@ def run_deployed(
     """
     from kvexport.runtime.providers import Provider
 
-    provider = provider or Provider("cpu")
+    provider, slots = provider or Provider("cpu"), slots or {}
+    budget = next((each.slots for each in slots.values()), None)
     if provider.name == "tensorrt":
         from kvexport.runtime.tensorrt import TensorRtDecoder
 
         assert provider.engine is not None and provider.device is not None
         engine = TensorRtDecoder(bundle, provider.engine, provider.device, fill=GARBAGE)
-        return _fed(engine, input_ids, prefill, progress, min(_CHUNK, engine.longest))
+        if budget is not None:
+            engine.cache.block(budget)
+        return _fed(engine, input_ids, prefill, progress, min(_CHUNK, engine.longest), slots)
     _require_packages()
     from kvexport.runtime.decoder import OrtDecoder
     from kvexport.runtime.providers import new_cache
 
     names = {tap(layer): array_name(layer, kind) for layer in range(len(bundle.layers)) for kind, tap in _TAPS.items()}
     session, dtype = _tapped_session(bundle, provider)
-    cache = new_cache(bundle, provider, dtype, fill=GARBAGE, step=_GROWTH)
+    cache = new_cache(bundle, provider, dtype, fill=GARBAGE, step=_GROWTH, slots=budget)
     decoder = OrtDecoder(session, cache, extra_outputs=list(names))
-    return _fed(decoder, input_ids, prefill, progress, _CHUNK, lambda: {names[tap]: decoder.extra[tap] for tap in names})
+    return _fed(decoder, input_ids, prefill, progress, _CHUNK, slots, lambda: {names[tap]: decoder.extra[tap] for tap in names})
 
 
 def computed_in(dtype: str, provider: str) -> str:
@@ -77,7 +85,7 @@ def computed_in(dtype: str, provider: str) -> str:
 
 def _fed(
     decoder: Decoder, input_ids: NDArray[np.int64], prefill: int, progress: Progress, chunk: int,
-    taps: Callable[[], dict[str, Array]] = dict,
+    slots: Mapping[int, TwinSlots], taps: Callable[[], dict[str, Array]] = dict,
 ) -> dict[str, Array]:  # fmt: skip
     """What the decoder gives: logits, what `taps` [1, S, hidden] are after a call, and what it left in the cache."""
     tokens, cache = len(input_ids), decoder.cache
@@ -89,10 +97,15 @@ def _fed(
             logits = decoder.run(input_ids[None, start:stop], start + here, here)
             for name, values in {"logits": logits, **taps()}.items():
                 pieces.setdefault(name, []).append(values[0].copy())
+            for layer, twin in slots.items():
+                held = dict(zip((KEY, VALUE), cache.layer_in_float32(layer), strict=True)) | {STATE: cache.state(layer)}
+                for kind, rows in twin.seen(held, start, stop).items():
+                    pieces.setdefault(array_name(layer, kind), []).append(rows)
+                cache.set_state(layer, twin.state(stop))
             progress.advance()
     measured = {name: np.concatenate(each) for name, each in pieces.items()}
-    for layer in range(len(cache.buffers) // 2):
-        for which, buffer in zip(("key", "value"), cache.layer_in_float32(layer), strict=True):
+    for layer in range(cache.num_layers):
+        for which, buffer in () if layer in slots else zip((KEY, VALUE), cache.layer_in_float32(layer), strict=True):
             measured[array_name(layer, which)] = heads_side_by_side(buffer, tokens)
     return measured
 

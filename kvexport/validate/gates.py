@@ -37,6 +37,8 @@ GATES = {
     "bfloat16": Gate(cosine=0.97, norm_ratio=0.15, max_error=0.8, agreement=0.9, tie=0.1),
 }
 
+EXACT = Gate(cosine=1 - 1e-9, norm_ratio=1e-9, max_error=0, agreement=1.0, tie=0)  # of whole numbers
+
 
 @dataclass(frozen=True)
 class Difference:

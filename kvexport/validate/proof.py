@@ -9,25 +9,28 @@ from __future__ import annotations
 from pathlib import Path
 
 from kvexport.bundle import Bundle
+from kvexport.eviction import Eviction
 from kvexport.graph.contract import GraphContract
 from kvexport.progress import Progress
 from kvexport.runtime.providers import choose
 from kvexport.validate.deployed import computed_in, run_deployed
 from kvexport.validate.layerwise import COMPUTED_IN, run_layerwise
-from kvexport.validate.twin import FILE, read_twin
-from kvexport.validate.verdict import ValidationReport, judge, prefill_of
+from kvexport.validate.slots import twin_slots
+from kvexport.validate.twin import FILE, prefill_of, read_twin
+from kvexport.validate.verdict import ValidationReport, judge
 
 
-def prove(directory: Path, contract: GraphContract, progress: Progress) -> ValidationReport:
+def prove(directory: Path, contract: GraphContract, progress: Progress, eviction: Eviction | None = None) -> ValidationReport:
     """Compare the graph in `directory` with the twin recorded beside it, one layer in memory at a time.
 
     Raises:
         BundleError: what the twin recorded is unreadable or incomplete.
     """
-    twin = read_twin(directory / FILE, contract.num_layers)
+    twin = read_twin(directory / FILE, contract.num_layers, eviction)
     ids = twin["input_ids"]
-    measured = run_layerwise(directory, contract, ids, prefill_of(len(ids)), progress)
-    return judge(contract.dtype, COMPUTED_IN[contract.dtype], measured, twin)
+    prefill = prefill_of(len(ids), eviction)
+    measured = run_layerwise(directory, contract, ids, prefill, progress, twin_slots(twin, eviction, contract.num_layers))
+    return judge(contract.dtype, COMPUTED_IN[contract.dtype], measured, twin, prefill)
 
 
 def validate(path: Path, progress: Progress, provider: str = "auto") -> ValidationReport:
@@ -46,8 +49,9 @@ def validate(path: Path, progress: Progress, provider: str = "auto") -> Validati
     chosen = choose(bundle, provider)
     if chosen.engine is not None:
         chosen.engine.verify()
-    twin = read_twin(path / FILE, len(bundle.layers))
+    twin = read_twin(path / FILE, len(bundle.layers), bundle.eviction)
     ids = twin["input_ids"]
-    measured = run_deployed(bundle, ids, prefill_of(len(ids)), progress, chosen)
+    prefill, slots = prefill_of(len(ids), bundle.eviction), twin_slots(twin, bundle.eviction, len(bundle.layers))
+    measured = run_deployed(bundle, ids, prefill, progress, chosen, slots)
     shown = {name: array for name, array in twin.items() if name == "input_ids" or name in measured}
-    return judge(bundle.dtype, computed_in(bundle.dtype, chosen.name), measured, shown, chosen.name)
+    return judge(bundle.dtype, computed_in(bundle.dtype, chosen.name), measured, shown, prefill, chosen.name)

@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.validate.gates import GATES, Difference, Gate, compare, greedy_agreement
-from kvexport.validate.twin import KINDS, PREFILL
+from kvexport.validate.gates import EXACT, GATES, Difference, Gate, compare, greedy_agreement
+from kvexport.validate.slots import NAMES
+from kvexport.validate.twin import KINDS
 
 Array = NDArray[np.float32]
 
@@ -48,7 +49,7 @@ class ValidationReport:
     def compared(self) -> tuple[str, ...]:
         """The kinds of arrays that were compared: an engine shows fewer than a graph."""
         present = {difference.name.split(".")[-1] for difference in self.differences}
-        return tuple(kind for kind in (*KINDS, "logits") if kind in present)
+        return tuple(kind for kind in (*KINDS, *NAMES, "logits") if kind in present)
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as `--json` prints them; a figure that is no number is null."""
@@ -62,28 +63,28 @@ class ValidationReport:
 
 
 def judge(
-    dtype: str, computed_in: str, measured: Mapping[str, Array], twin: Mapping[str, Array], provider: str = "cpu"
+    dtype: str, computed_in: str, measured: Mapping[str, Array], twin: Mapping[str, Array], prefill: int, provider: str = "cpu"
 ) -> ValidationReport:
-    """Compare measured arrays with the twin's of the same names, under the gates of `dtype`."""
+    """Compare measured arrays with the twin's of the same names, under the gates of `dtype`; slots must be the very same.
+
+    Args:
+        prefill: tokens that were run at once.
+    """
     gate = GATES[dtype]
     names = [name for name in twin if name != "input_ids"]
-    differences = tuple(compare(name, measured[name], twin[name], gate) for name in names)
+    differences = tuple(compare(name, measured[name], twin[name], EXACT if name.endswith(".slot") else gate) for name in names)
     agreement = greedy_agreement(measured["logits"], twin["logits"], gate)
     failures = [
-        f"{d.name}: {check} {getattr(d, check):.6g}, allowed {_allowed(gate, check)}" for d in differences for check in d.failed
+        f"{d.name}: {check} {getattr(d, check):.6g}, allowed {_allowed(EXACT if d.name.endswith('.slot') else gate, check)}"
+        for d in differences
+        for check in d.failed
     ]
     if agreement < gate.agreement:
         failures.append(f"greedy agreement {agreement:.4f}, allowed at least {gate.agreement}")
     tokens = len(twin["input_ids"])
-    prefill = prefill_of(tokens)
     return ValidationReport(
         dtype, computed_in, prefill, tokens - prefill, gate, differences, agreement, tuple(failures), provider
     )
-
-
-def prefill_of(tokens: int) -> int:
-    """How many of the twin's tokens are prefilled at once; the others are decoded one by one."""
-    return max(1, min(PREFILL, tokens // 3))
 
 
 def _likeness(difference: Difference) -> float:

@@ -1,0 +1,130 @@
+"""Bundles whose layers evict are proved and validated choice by choice: a wrong slot, score or protection is seen."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import make_decoder
+from proved_bundles import broken, export
+
+from kvexport import reference
+from kvexport.bundle import GRAPH_FILE, Bundle
+from kvexport.errors import BundleError
+from kvexport.eviction import POLICIES, Eviction
+from kvexport.progress import Progress
+from kvexport.validate import ValidationReport, prove, validate
+from kvexport.validate.twin import FILE, STEPS, read_twin
+
+EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
+SLOTS = 26  # protected ones and 16
+
+
+def exported(path: Path, eviction: Eviction = EVICTION, style: str = "llama", **options: Any) -> Path:
+    export(path, make_decoder(style, dtype=torch.float32), eviction=eviction, **options)
+    return path
+
+
+def proved(bundle: Path) -> ValidationReport:
+    opened = Bundle.open(bundle)
+    return prove(bundle, opened.graph, Progress(), opened.eviction)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+@pytest.mark.parametrize("style", ["llama", "gqa", "bloom", "window"])
+def test_a_sound_bundle_passes(style: str, dtype: str, tmp_path: Path) -> None:
+    """In half precision, too, where norms are rounded: each choice is made from the twin's own scores."""
+    bundle = exported(tmp_path / "bundle", style=style, dtype=dtype)
+    for report in (proved(bundle), validate(bundle, Progress())):
+        assert report.failures == ()
+        assert report.compared == ("key", "value", "attention", "residual", "score", "slot", "logits")
+        assert report.prefill == SLOTS and report.steps == 96 - SLOTS > STEPS
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_with_converted_heads_and_layers_left_alone(policy: str, tmp_path: Path) -> None:
+    eviction = dataclasses.replace(EVICTION, policy=policy, skip_layers=(0,))
+    bundle = exported(tmp_path / "bundle", eviction, kv_heads=2)
+    for report in (proved(bundle), validate(bundle, Progress())):
+        assert report.failures == ()
+        assert {each.name for each in report.differences} >= {"layers.0.key", "layers.1.slot"}
+        assert "layers.0.slot" not in {each.name for each in report.differences}
+
+
+def test_the_twin_is_the_reference_in_fewer_slots(tmp_path: Path) -> None:
+    bundle = exported(tmp_path / "bundle")
+    twin = read_twin(bundle / FILE, 2, EVICTION)
+    decoder = make_decoder("llama", dtype=torch.float32)
+    caches = reference.new_cache(decoder.layers, 1, 128, torch.float32, dataclasses.replace(EVICTION, budget=SLOTS))
+    ids = torch.from_numpy(twin["input_ids"])[None]
+    logits = [reference.forward(decoder, ids[:, :SLOTS], torch.arange(SLOTS)[None], caches)]
+    logits += [reference.forward(decoder, ids[:, at : at + 1], torch.tensor([[at]]), caches) for at in range(SLOTS, ids.shape[1])]
+    np.testing.assert_allclose(twin["logits"], torch.cat(logits, 1)[0], atol=1e-5)
+    evicted = twin["layers.0.slot"][SLOTS:]
+    assert len(np.unique(evicted)) > 8  # heads and steps choose slots of their own
+
+
+CHANGES: dict[str, tuple[dict[str, Any], str]] = {
+    "another policy": ({"policy": "keep-high"}, "layers.0.score"),
+    "no sinks": ({"protect_first": 0}, "layers.0.slot"),
+    "fewer recent ones": ({"protect_recent": 2}, "layers.0.slot"),
+}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_a_graph_that_evicts_otherwise_fails(name: str, tmp_path: Path) -> None:
+    """Negative controls: the graph of another eviction beside the twin of this one."""
+    change, where = CHANGES[name]
+    sound = exported(tmp_path / "sound")
+    other = exported(tmp_path / "other", dataclasses.replace(EVICTION, **change))
+    bundle = broken(sound, tmp_path / "broken", lambda path: shutil.copy(other / GRAPH_FILE, path / GRAPH_FILE))
+    for report in (proved(bundle), validate(bundle, Progress())):
+        assert any(failure.startswith(where) for failure in report.failures)
+
+
+def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
+    sound, plain = exported(tmp_path / "sound"), tmp_path / "plain"
+    export(plain, make_decoder("llama", dtype=torch.float32))
+    bundle = broken(sound, tmp_path / "broken", lambda path: shutil.copy(plain / FILE, path / FILE))
+    with pytest.raises(BundleError, match="incomplete"):
+        proved(bundle)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"budget": 1000}, "eviction is impossible"),
+        ({"budget": 10}, "eviction cannot be read"),
+        ({"budget": 39}, ""),  # the graph takes any: the manifest alone says how many slots there are
+        ({"skip_layers": [0]}, "contradicts"),
+        ({"skip_layers": [7]}, "impossible"),
+        ({"policy": "fifo"}, "no such policy"),
+        ({"protect_first": "2"}, "cannot be read"),
+        ({"more": 1}, "cannot be read"),
+    ],
+)
+def test_a_manifest_whose_eviction_cannot_be_is_told(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+    from tiny_bundles import edit_manifest
+
+    bundle = exported(tmp_path / "bundle")
+    edit_manifest(bundle, lambda manifest: manifest["eviction"].update(change))
+    if says:
+        with pytest.raises(BundleError, match=says):
+            Bundle.open(bundle)
+    else:
+        Bundle.open(bundle)
+
+
+def test_bytes_are_heads_times_width_times_budget(tmp_path: Path) -> None:
+    bundle = Bundle.open(
+        exported(tmp_path / "bundle", dataclasses.replace(EVICTION, skip_layers=(0,)), kv_heads=2, dtype="float16")
+    )
+    (kept, evicting) = bundle.layers
+    numbers = kept.kv_width * 100 + evicting.kv_width * 40
+    assert bundle.kv_bytes(100) == 2 * numbers + evicting.num_key_value_heads * 40 * 8
+    assert bundle.kv_bytes(7) == 7 * (bundle.kv_bytes_per_token + evicting.num_key_value_heads * 8)
