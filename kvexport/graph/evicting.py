@@ -14,7 +14,7 @@ import onnx_ir as ir
 from kvexport.decoder import Attention
 from kvexport.eviction import LATER, LATEST, NEVER, SCORE, STORED, UNSEEN, Eviction, random_offsets, random_scores
 from kvexport.graph.contract import BATCH, BUDGET, SEQUENCE, STATE, heads_along_batch, present
-from kvexport.graph.nodes import NodeBuilder, sizes
+from kvexport.graph.nodes import NodeBuilder, Nodes, sizes
 from kvexport.graph.weights import NUMPY_DTYPES, largest
 
 _STATE_DTYPE = "float32"
@@ -31,12 +31,12 @@ class EvictingCache:
 
 @dataclass(frozen=True)
 class _Heads:
-    """What layers of N KV heads share, once for each head of the batch; all float32 but `filled`."""
+    """What layers of N KV heads share, once for each head of the batch; all float32 but `has_room`."""
 
-    filled: ir.Value  # int64 [batch·N], slots in use before this call
     stored: ir.Value  # [batch·N, 1, sequence, 1], the new tokens' positions + 1
-    first: ir.Value  # [batch·N, 1, 1], the first one's
-    has_room: ir.Value  # bool [batch·N]
+    first: ir.Value  # [batch·N, 1, 1, 1], the first one's
+    filled: ir.Value  # [batch·N, 1, 1, 1], slots in use before this call
+    has_room: ir.Value  # bool [batch·N, 1, 1, 1], whether those are not all
     later: ir.Value | None  # [batch·N, 1, sequence, 1], what norms are multiplied with; None: the policy has none
 
 
@@ -64,22 +64,29 @@ class Evicting:
 
     def _make(self, count: int, state: ir.Value) -> _Heads:
         nodes, name, rows = self.nodes, f"evict.{count}_heads", heads_along_batch(count)
-        column = nodes.op(
-            "Unsqueeze", self._write_indices, nodes.integers(1), name=f"{name}.used", shape=(BATCH, 1), dtype="int64"
-        )
-        filled = self._along(column, (1, count), (rows,), (-1,), f"{name}.filled", "int64")
         one = nodes.op("Add", self.positions, nodes.integer(1), name=f"{name}.next", dtype="int64")
-        stored = nodes.cast(one, _STATE_DTYPE, f"{name}.next.{_STATE_DTYPE}")
         shape = (BATCH, 1, SEQUENCE, 1)
-        stored = nodes.op("Unsqueeze", stored, nodes.integers(1, 3), name=f"{name}.column", shape=shape, dtype=_STATE_DTYPE)
-        shape = (rows, 1, SEQUENCE, 1)
-        stored = self._along(stored, (1, count, 1, 1), shape, (-1, 1, 0, 1), f"{name}.stored", _STATE_DTYPE)
-        first = nodes.op("Gather", stored, nodes.integer(0), name=f"{name}.first", shape=(rows, 1, 1), dtype=_STATE_DTYPE, axis=2)
-        ends = nodes.op("Add", filled, self._length(self.positions, 1, f"{name}.new"), name=f"{name}.ends", dtype="int64")
-        slots = self._length(state, 2, f"{name}.slots")
-        has_room = nodes.op("LessOrEqual", ends, slots, name=f"{name}.has_room", dtype="bool")
+        column = nodes.op("Unsqueeze", one, nodes.integers(1, 3), name=f"{name}.column", shape=shape, dtype="int64")
+        stored = self._along(column, count, f"{name}.stored")
+        rows_of_one = (rows, 1, 1, 1)
+        begin, end, axis = (nodes.integers(each) for each in (0, 1, 2))
+        first = nodes.op("Slice", stored, begin, end, axis, name=f"{name}.first", shape=rows_of_one, dtype=_STATE_DTYPE)
+        shape, axes = (BATCH, 1, 1, 1), nodes.integers(1, 2, 3)
+        used = nodes.op("Unsqueeze", self._write_indices, axes, name=f"{name}.used", shape=shape, dtype="int64")
+        filled = self._along(used, count, f"{name}.filled")
+        has_room = nodes.op("Less", filled, self._slots(state, name), name=f"{name}.has_room", dtype="bool")
         later = self._later(stored, name) if self.eviction.policy in ("l2-norm", "keep-high") else None
-        return _Heads(filled, stored, first, has_room, later)
+        return _Heads(stored, first, filled, has_room, later)
+
+    def _slots(self, state: ir.Value, name: str) -> ir.Value:
+        """How many slots there are, [batch·N, 1, 1, 1], counted: of a Shape TensorRT-RTX 1.7.1 dies of a segmentation fault."""
+        nodes, shape = self.nodes, (*sizes(state)[:3], 1)
+        stored = column(nodes, state, STORED, f"{name}.state")
+        zero = nodes.number("evict.zero", 0.0, _STATE_DTYPE)
+        there = nodes.op("GreaterOrEqual", stored, zero, name=f"{name}.there", shape=shape, dtype="bool")
+        each = nodes.cast(there, _STATE_DTYPE, f"{name}.each_slot")
+        shape, axes = (sizes(state)[0], 1, 1, 1), nodes.integers(2)
+        return nodes.op("ReduceSum", each, axes, name=f"{name}.slots", shape=shape, dtype=_STATE_DTYPE, keepdims=1)
 
     def _later(self, stored: ir.Value, name: str) -> ir.Value:
         """1 - later, or -(1 + later)."""
@@ -103,19 +110,21 @@ class Evicting:
         rows = heads_along_batch(count)
         return nodes.op("Reshape", whole, nodes.integers(*shape), name=name, shape=(rows, *shape[1:]), dtype=_STATE_DTYPE)
 
-    def _along(
-        self, x: ir.Value, by: tuple[int, ...], shape: tuple[int | str, ...], to: tuple[int, ...], name: str, dtype: str
-    ) -> ir.Value:  # fmt: skip
-        """x [batch, 1, ...], the same for every head: [batch·N, ...]."""
-        nodes = self.nodes
-        zeros = nodes.constant(f"{name}.heads", np.zeros(by, dtype))
-        spread = nodes.op("Add", x, zeros, name=f"{name}.each", shape=(BATCH, by[1], *sizes(x)[2:]), dtype=dtype)
-        return nodes.op("Reshape", spread, nodes.integers(*to), name=name, shape=shape, dtype=dtype)
+    def _along(self, x: ir.Value, count: int, name: str) -> ir.Value:
+        """x int64 [batch, 1, n, 1], the same for every head, as float32 [batch·N, 1, n, 1]."""
+        nodes, (_, _, length, _) = self.nodes, sizes(x)
+        wide, zeros = nodes.cast(x, _STATE_DTYPE, f"{name}.{_STATE_DTYPE}"), np.zeros((1, count, 1, 1), _STATE_DTYPE)
+        heads = nodes.constant(f"{name}.heads", zeros)
+        spread = nodes.op("Add", wide, heads, name=f"{name}.each", shape=(BATCH, count, length, 1), dtype=_STATE_DTYPE)
+        shape = (heads_along_batch(count), 1, length, 1)
+        return nodes.op("Reshape", spread, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=_STATE_DTYPE)
 
-    def _length(self, x: ir.Value, axis: int, name: str) -> ir.Value:
-        nodes = self.nodes
-        shape = nodes.op("Shape", x, name=f"{name}.shape", shape=(len(sizes(x)),), dtype="int64")
-        return nodes.op("Gather", shape, nodes.integer(axis), name=name, shape=(), dtype="int64", axis=0)
+
+def column(nodes: Nodes, state: ir.Value, which: int, name: str) -> ir.Value:
+    """[rows, 1, slots, 1] of a state [rows, 1, slots, 2]. By Slice: of Gather TensorRT-RTX 1.7.1 dies, too."""
+    begin, end, axis = (nodes.integers(each) for each in (which, which + 1, 3))
+    shape = (*sizes(state)[:3], 1)
+    return nodes.op("Slice", state, begin, end, axis, name=name, shape=shape, dtype=_STATE_DTYPE)
 
 
 class EvictingAttention:
@@ -195,9 +204,12 @@ class EvictingAttention:
         return nodes.op("Reshape", drawn, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=_STATE_DTYPE)
 
     def _slot(self, heads: _Heads, state: ir.Value) -> ir.Value:
-        """The slot of the first new token, int64 [batch·N]: after those in use, or where the highest priority is."""
+        """The slot of the first new token, int64 [batch·N]: after those in use, or where the highest priority is.
+
+        Several tokens are written from there on: whoever calls the graph with them has made room for all.
+        """
         nodes, name, eviction = self._nodes, f"{self._name}.slot", self._shared.eviction
-        shape = (self._rows, 1, BUDGET)
+        shape = (self._rows, 1, BUDGET, 1)
 
         def op(kind: str, *inputs: ir.Value, name: str, dtype: str = "bool") -> ir.Value:
             return nodes.op(kind, *inputs, name=name, shape=shape, dtype=dtype)
@@ -205,7 +217,7 @@ class EvictingAttention:
         def number(label: str, value: float) -> ir.Value:
             return nodes.number(f"evict.{label}", value, _STATE_DTYPE)
 
-        score, stored = (self._column(state, which, f"{name}.{label}") for which, label in ((SCORE, "score"), (STORED, "stored")))
+        score, stored = (column(nodes, state, which, f"{name}.{label}") for which, label in ((SCORE, "score"), (STORED, "stored")))
         recent = nodes.op(
             "Sub", heads.first, number("recent", eviction.protect_recent), name=f"{name}.recent", dtype=_STATE_DTYPE
         )
@@ -222,16 +234,18 @@ class EvictingAttention:
             ranks = op("Where", unseen, before, ranks, name=f"{name}.ranks.unseen", dtype=_STATE_DTYPE)
         same = op("Equal", stored, heads.first, name=f"{name}.same")
         ranks = op("Where", same, number("again", NEVER), ranks, name=f"{name}.ranks.again", dtype=_STATE_DTYPE)
-        highest = nodes.op("ArgMax", ranks, name=f"{name}.highest", shape=(self._rows, 1), dtype="int64", axis=2, keepdims=0)
-        highest = nodes.op("Reshape", highest, nodes.integers(-1), name=f"{name}.taken", shape=(self._rows,), dtype="int64")
-        return nodes.op("Where", heads.has_room, heads.filled, highest, name=name, shape=(self._rows,), dtype="int64")
+        row = (self._rows, 1, 1, 1)
+        highest = nodes.op("ArgMax", ranks, name=f"{name}.highest", shape=row, dtype="int64", axis=2, keepdims=1)
+        taken = nodes.cast(highest, _STATE_DTYPE, f"{name}.taken")
+        chosen = nodes.op("Where", heads.has_room, heads.filled, taken, name=f"{name}.chosen", shape=row, dtype=_STATE_DTYPE)
+        flat = nodes.op("Reshape", chosen, nodes.integers(-1), name=f"{name}.flat", shape=(self._rows,), dtype=_STATE_DTYPE)
+        return nodes.cast(flat, "int64", name)
 
     def _mask(self, heads: _Heads, state: ir.Value) -> ir.Value:
         """Bool [batch·N, 1, sequence, slots], or ALiBi's bias [batch·N, H/N, sequence, slots]."""
         nodes, name, window, shape = self._nodes, f"{self._name}.mask", self._attention.window, (self._rows, 1, SEQUENCE, BUDGET)
-        stored = self._column(state, STORED, f"{name}.held")
-        row = (self._rows, 1, 1, BUDGET)
-        stored = nodes.op("Unsqueeze", stored, nodes.integers(2), name=f"{name}.row", shape=row, dtype=_STATE_DTYPE)
+        held, row = column(nodes, state, STORED, f"{name}.held"), (self._rows, 1, 1, BUDGET)
+        stored = nodes.op("Reshape", held, nodes.integers(0, 1, 1, -1), name=f"{name}.row", shape=row, dtype=_STATE_DTYPE)
         zero = nodes.number("evict.zero", 0.0, _STATE_DTYPE)
         taken = nodes.op("Greater", stored, zero, name=f"{name}.taken", dtype="bool")
         past = nodes.op("LessOrEqual", stored, heads.stored, name=f"{name}.causal", shape=shape, dtype="bool")
@@ -253,10 +267,3 @@ class EvictingAttention:
             bias = nodes.cast(bias, nodes.dtype, f"{name}.alibi.{nodes.dtype}")
         lowest = nodes.constant("mask.hidden", np.array(-largest(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype]))
         return nodes.op("Where", visible, bias, lowest, name=f"{name}.bias", shape=shape)
-
-    def _column(self, state: ir.Value, which: int, name: str) -> ir.Value:
-        """[batch·N, 1, slots]. By Slice: given Gather, TensorRT-RTX 1.7.1 dies of a segmentation fault."""
-        nodes, shape = self._nodes, (self._rows, 1, BUDGET)
-        first, end, axis = (nodes.integers(each) for each in (which, which + 1, 3))
-        column = nodes.op("Slice", state, first, end, axis, name=f"{name}.column", shape=(*shape, 1), dtype=_STATE_DTYPE)
-        return nodes.op("Squeeze", column, axis, name=name, shape=shape, dtype=_STATE_DTYPE)
