@@ -13,8 +13,8 @@ import onnx_ir as ir
 
 from kvexport.decoder import Attention
 from kvexport.eviction import LATER, LATEST, NEVER, SCORE, STORED, UNSEEN, Eviction, random_offsets, random_scores
-from kvexport.graph.contract import BATCH, BUDGET, SEQUENCE, STATE, heads_along_batch, present
-from kvexport.graph.nodes import NodeBuilder, Nodes, sizes
+from kvexport.graph.contract import BATCH, BUDGET, KEY, SEQUENCE, STATE, VALUE, heads_along_batch, present
+from kvexport.graph.nodes import NodeBuilder, Nodes, dtype_of, sizes
 from kvexport.graph.weights import NUMPY_DTYPES, largest
 
 _STATE_DTYPE = "float32"
@@ -147,8 +147,14 @@ class EvictingAttention:
               for which, old, new, dtype in (("key", cache.key, key, None), ("value", cache.value, value, None),
                                              (STATE, cache.state, state, _STATE_DTYPE)))
         )  # fmt: skip
+        mask = self._mask(heads, written.state)
+        if attention.queries_per_kv_head == 1:  # TensorRT has no fused kernel for a single head
+            caches = [self._unfolded(x, f"{name}.{which}.by_head") for which, x in ((KEY, written.key), (VALUE, written.value))]
+            inputs = (query, *caches, self._unfolded(mask, f"{name}.mask.by_head"))
+            shape = (*sizes(query)[:3], attention.value_dim)
+            return nodes.op("Attention", *inputs, name=f"{name}.mixed", shape=shape, scale=attention.scale), written
         query = self._folded(query, attention.queries_per_kv_head, f"{name}.query")
-        inputs = (query, written.key, written.value, self._mask(heads, written.state))
+        inputs = (query, written.key, written.value, mask)
         shape = (*sizes(query)[:3], attention.value_dim)
         mixed = nodes.op("Attention", *inputs, name=f"{name}.mixed.by_group", shape=shape, scale=attention.scale)
         to = nodes.integers(-1, attention.num_heads, 0, attention.value_dim)
@@ -161,6 +167,13 @@ class EvictingAttention:
         assert isinstance(width, int)
         shape = (self._rows, each, SEQUENCE, width)
         return self._nodes.op("Reshape", x, self._nodes.integers(-1, each, 0, width), name=name, shape=shape)
+
+    def _unfolded(self, x: ir.Value, name: str) -> ir.Value:
+        """[batch·N, 1, n, m] to [batch, N, n, m]: the same numbers in the same order."""
+        heads, shape = self._attention.num_kv_heads, sizes(x)
+        return self._nodes.op(
+            "Reshape", x, self._nodes.integers(-1, heads, *(0, 0)), name=name, shape=(BATCH, heads, *shape[2:]), dtype=dtype_of(x)
+        )
 
     def _new_state(self, heads: _Heads, key: ir.Value) -> ir.Value:
         """Of the new tokens, [batch·N, 1, sequence, 2]."""
@@ -217,7 +230,9 @@ class EvictingAttention:
         def number(label: str, value: float) -> ir.Value:
             return nodes.number(f"evict.{label}", value, _STATE_DTYPE)
 
-        score, stored = (column(nodes, state, which, f"{name}.{label}") for which, label in ((SCORE, "score"), (STORED, "stored")))
+        score, stored = (
+            column(nodes, state, which, f"{name}.{label}") for which, label in ((SCORE, "score"), (STORED, "stored"))
+        )
         recent = nodes.op(
             "Sub", heads.first, number("recent", eviction.protect_recent), name=f"{name}.recent", dtype=_STATE_DTYPE
         )
