@@ -205,6 +205,11 @@ def compress(checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, 
         writer = StandardWriter(directory, job.decoder, job.checkpoint.config, getattr(torch, plan.dtype))
         method = job.methods[0]
         if job.decoder.layers[0].attention.position == "alibi":
+            if job.compresses:
+                progress.note(
+                    "transformers knows no shared KV heads for BLOOM: the checkpoint has each of them once for every head that "
+                    "it serves, so that other programs cache as much as before; a bundle of `kvexport build` caches less"
+                )
             method = replace(method, matched=False)  # heads stay where their slopes are
         choice = Choice([Way(method, shape)] * len(job.decoder.layers))
         report = job.convert(job.windows(), choice, writer.add_layer, capacity_of(job.decoder), output)
@@ -242,6 +247,16 @@ class _Job:
             self.digest = self.checkpoint.digest()
         self.methods = methods_for(plan.method, attention)
         self.compresses = fixed_shape(plan.wish, self.methods, attention) != trained_shape(attention)
+        if plan.heal is not None and not self.compresses:
+            raise UsageError(
+                "--heal has nothing to heal: every head stays as it was trained", seen=f"--heal {plan.heal}",
+                fix="lower --kv-ratio or --kv-heads, or leave --heal out",
+            )  # fmt: skip
+        if plan.heal_lora is not None and plan.heal_lora > self.decoder.limits.hidden_size:
+            raise UsageError(
+                "--heal-lora asks for adapters that are larger than the weights", seen=plan.heal_lora,
+                allowed=f"1 to {self.decoder.limits.hidden_size}, the model's width",
+            )  # fmt: skip
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
         self.moments_of = None if self.statistics is None else self.statistics.moments
 

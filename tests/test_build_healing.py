@@ -149,8 +149,22 @@ def test_a_standard_checkpoint_is_healed_too(source: Path, tmp_path: Path) -> No
     assert sorted(each.name for each in tmp_path.iterdir()) == ["healed", "plain"]
 
 
-def test_a_model_that_is_exported_as_trained_has_nothing_to_heal(source: Path, tmp_path: Path) -> None:
-    asked = dataclasses.replace(plan(heal=STEPS), wish=Wish(kv_ratio=1))
-    report = build(source, tmp_path / "b", asked, Progress(), capacity=64)
-    assert report.healing is None and report.divergence is None
-    assert [each.name for each in tmp_path.iterdir()] == ["b"]
+@pytest.mark.parametrize(
+    ("plan", "says"),
+    [
+        (Plan(recipe_for("random", 4, 32), Wish(kv_ratio=1.0), heal=5), "nothing to heal"),
+        (Plan(recipe_for("random", 4, 32), Wish(kv_ratio=0.5), heal=5, heal_lora=10**6), "--heal-lora"),
+    ],
+)
+def test_healing_that_makes_no_sense_is_refused_before_any_work(
+    plan: Plan, says: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=says):
+        build(tiny_checkpoint("llama"), tmp_path / "bundle", plan, Progress())
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_a_standard_checkpoint_of_bloom_says_that_others_cache_as_much(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    said = Healing()
+    compress(tiny_checkpoint("bloom"), tmp_path / "out", Plan(recipe_for("random", 8, 32), Wish(kv_ratio=0.5), "fold"), said)
+    assert any("BLOOM" in note for note in said.notes)

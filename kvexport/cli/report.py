@@ -124,8 +124,9 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
         out.say(f"(on {report.divergence.tokens} calibration tokens held out from the fit)")
     if report.healing is not None:
         healed = report.healing
+        steps = "1 step" if healed.steps == 1 else f"{healed.steps} steps"
         out.say(
-            f"healed in {healed.steps} steps: held-out KL {healed.kl_before:.5f} → {healed.kl_after:.5f}"
+            f"healed in {steps}: held-out KL {healed.kl_before:.5f} → {healed.kl_after:.5f}"
             + ("" if healed.best_step else ", no step was better than what was given")
         )
     if report.validation is not None:

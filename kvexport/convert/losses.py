@@ -64,7 +64,7 @@ class LayerLosses:
         assert self._met.distances is not None
         moments, attention, alone = self._alone(group)
         n, found = alone.size * alone.head_dim, list[tuple[int, float]]()
-        for width in sorted({alone.head_dim, *(2 * round(n * share / 2) for share in _ASKED)} - {0, n}):
+        for width in sorted({alone.head_dim, *(2 * round(n * share / 2) for share in _ASKED)} - {0, n}) or [n]:
             problem = folding(moments, alone, 0, cached_frequencies(moments, alone, width), self._met.distances)
             found = found or [(0, attention.scale**2 * problem.power)]
             found.append((width, attention.scale**2 * problem.loss(problem.code())))

@@ -71,6 +71,12 @@ def fixed_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> 
             )  # fmt: skip
         return Shape(heads, width, width)
     if wish.ratio == 1 and wish.max_kl is None:
+        for name, value in (("--group-size", wish.group_size), ("--kv-head-dim", wish.kv_head_dim)):
+            if value is not None:
+                raise UsageError(
+                    f"--kv-ratio 1 leaves every head as it was trained, and {name} changes them", seen=f"{name} {value}",
+                    fix=f"lower --kv-ratio, or leave {name} out",
+                )  # fmt: skip
         return trained
     if not _leave_choice(methods):
         return Shape(kv_heads_for(trained.kv_heads, None, wish.ratio), attention.head_dim, attention.head_dim)
@@ -89,7 +95,8 @@ def require_ratio(wish: Wish, methods: Sequence[Method], attention: Attention) -
     fewest = min(shape.kv_width for shape in shapes_for(trained, group_sizes(wish, attention), wish.widths))
     if wish.ratio * trained.kv_width < fewest:
         raise UsageError(
-            "no choice of widths caches so little", seen=f"--kv-ratio {wish.ratio:g}",
+            "no choice of widths caches so little",
+            seen=f"--kv-ratio {wish.ratio:g}{'' if wish.kv_ratio is not None else ' (what is kept unless it is given)'}",
             allowed=f"{fewest / trained.kv_width:.4g} to 1", fix="raise --kv-ratio, or change --group-size or --kv-head-dim",
         )  # fmt: skip
 

@@ -150,3 +150,10 @@ def test_heads_that_are_alike_lose_nothing_together() -> None:
         assert float(curve((1, 3))[8]) < 1e-9 * float(curve((1, 3))[0])
         assert float(curve((0, 2))[8]) > 1e-2 * float(curve((0, 2))[0])
         torch.testing.assert_close(curve((2, 1)), curve((1, 2)), rtol=1e-9, atol=1e-12)
+
+
+def test_heads_of_one_pair_alone_have_a_curve() -> None:
+    """There is no width between nothing and everything."""
+    attention, rope = make_attention("llama", heads=4, kv_heads=4, head_dim=2)
+    losses = LayerLosses(met(attention, rope, random_inputs(4, 24), "fold"), attention)
+    assert losses.folded_keys((0,)).shape == (3,)

@@ -169,3 +169,9 @@ def test_a_standard_checkpoint_has_one_shape() -> None:
     for name in ("max_kl", "group_size", "kv_head_dim"):
         with pytest.raises(UsageError, match=option(name)):
             uniform(**{name: OPTIONS[name]})
+
+
+@pytest.mark.parametrize("name", ["group_size", "kv_head_dim"])
+def test_all_of_the_cache_leaves_no_shape_to_ask_for(name: str) -> None:
+    asked = {name: OPTIONS[name]}
+    assert option(name) in refusal(kv_ratio=1.0, **asked)
