@@ -23,6 +23,8 @@ from kvexport.evicting import EvictingCache
 from kvexport.eviction import Eviction
 from kvexport.reference import Cache, LayerCache
 
+_TOGETHER = 8  # windows of text
+
 PROTOCOLS = {
     "once": "the whole prompt is read, then the cache is compressed once (arXiv 2406.11430)",
     "chunked": "the prompt is read in chunks, for each of which room is made within the budget",
@@ -71,15 +73,44 @@ def _divergence(trained: Decoder, text: Text, ours: Tensor, first: int) -> dict[
 
 @torch.no_grad()
 def stepwise(decoder: Decoder, windows: Tensor, first: int, eviction: Eviction | None) -> Tensor:
-    """Logits [N, S - first, vocab] of windows [N, S] from position `first` on; what fits the budget is read at once."""
-    count, length = windows.shape
-    caches = reference.new_cache(decoder.layers, count, length, decoder.embedding.weight.dtype, eviction)
-    at_once, found = length if eviction is None else min(eviction.budget, length), []
-    for start, stop in [(0, at_once), *((at, at + 1) for at in range(at_once, length))]:
-        logits = reference.forward(decoder, windows[:, start:stop], positions(count, start, stop), caches)
-        if stop > first:
-            found.append(logits[:, max(0, first - start) :].clone())
-    return torch.cat(found, 1)
+    """Logits [N, S - first, vocab] of windows [N, S] from position `first` on, each token read after the one before it.
+
+    What a layer evicts depends on its own keys alone, so the layers are run one after the other over all tokens: the
+    oracle's cache says at which step each token goes, and attention hides it from that step on.
+    """
+    return torch.cat([_stepwise(decoder, part, first, eviction) for part in windows.split(_TOGETHER)])
+
+
+def _stepwise(decoder: Decoder, windows: Tensor, first: int, eviction: Eviction | None) -> Tensor:
+    at = positions(*windows.shape[:1], 0, windows.shape[1])
+    x = reference.embed(decoder.embedding, windows)
+    for index, layer in enumerate(decoder.layers):
+        attention, rope = layer.attention, decoder.rope
+        tables = reference.rotary_tables(rope, at, x.dtype) if rope is not None else None
+        projected = reference.project(attention, reference.norm(layer.attention_norm, x), tables)
+        query = reference.map_queries(attention, projected.query_rotated)
+        key = reference.map_keys(attention, projected.key_rotated)
+        scores = reference.scores(attention, query, key) + reference.visibility(attention, at, at[0], x.dtype)
+        if eviction is not None and eviction.evicts(index):
+            gone = leaves(key, eviction, index, attention.window).repeat_interleave(attention.queries_per_kv_head, 1)
+            scores = scores.masked_fill(at[:, None, :, None] >= gone[:, :, None], -torch.inf)
+        x = x + reference.linear(attention.o, reference.mix(attention, reference.weights(scores), projected.value))
+        x = x + reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, x))
+    return reference.logits(decoder, x[:, first:])
+
+
+def leaves(key: Tensor, eviction: Eviction, layer: int, window: int | None) -> Tensor:
+    """The position whose token takes the slot of each token, [N, Hkv, S], of keys [N, Hkv, S, width]; S: it stays."""
+    count, heads, length, width = key.shape
+    cache = EvictingCache.empty(count, heads, (width, 1), key.dtype, eviction, layer, length, window)
+    gone, nothing = torch.full((count, heads, length), length), torch.zeros(count, heads, length, 1)
+    room = min(eviction.budget, length)
+    cache.write(key[:, :, :room], nothing[:, :, :room], positions(count, 0, room))
+    for at in range(room, length):
+        there = cache.positions
+        slots = cache.write(key[:, :, at : at + 1], nothing[:, :, :1], positions(count, at, at + 1))
+        gone.scatter_(2, there.gather(2, slots), at)
+    return gone
 
 
 def positions(count: int, start: int, stop: int) -> Tensor:

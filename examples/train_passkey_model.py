@@ -6,8 +6,8 @@ token in its cache, finds 99 % of what is hidden in prompts that it has not seen
 
     python examples/train_passkey_model.py --output models/passkey
 
-Windows grow from stage to stage, as the model learns to answer; every window asks about all that is hidden in it, so that a step
-has many answers, and the loss is that of all tokens plus that of the answers.
+Windows grow from stage to stage, as the model learns to answer; every window asks about all that is hidden in it, and the loss
+is that of all tokens plus that of the answers. Half of the first windows repeat random tokens: there is most to answer in them.
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ from tasks import BEFORE, NEEDLE, QUESTION, Encode, score, split
 END = "<|endoftext|>"
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 VOCABULARY, LONGEST = 1024, 1024
-STAGES = (96, 192, 384, 640)  # tokens in a window
-TOKENS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3072, 2e-3, 100, 0.05
+STAGES = (96, 192, 384, 640)  # tokens in a window; half of those of the first stage repeat random tokens
+TOKENS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3072, 3e-3, 100, 0.05
 ENOUGH, READY = 0.99, 0.95  # of held-out answers to stop; of a step's answer tokens, on average, to go to the next stage
 CHECKED, TRIALS, DEPTHS = 512, 20, (0.0, 0.25, 0.5, 0.75, 1.0)  # held-out prompts: tokens, for each depth of each task
 
@@ -65,8 +65,8 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
 class Windows:
     """Training windows: text, what is hidden in it, and a question for each of that."""
 
-    def __init__(self, encode: Encode, seed: int) -> None:
-        self.encode, self.chance = encode, random.Random(seed)
+    def __init__(self, encode: Encode, vocabulary: int, seed: int) -> None:
+        self.encode, self.vocabulary, self.chance = encode, vocabulary, random.Random(seed)
         self.hay = {kind: encode(haystack(kind, 400_000, seed + 1)) for kind in ("repeated", "varied")}
 
     def window(self, length: int) -> tuple[list[int], list[bool]]:
@@ -97,9 +97,17 @@ class Windows:
             answers += [which % 2 == 1] * len(part)
         return ids[:length], answers[:length]
 
+    def echo(self, length: int) -> tuple[list[int], list[bool]]:
+        """Random tokens again and again, each of them an answer but for the first time."""
+        period = self.chance.randint(8, length // 2)
+        ids = self.chance.choices(range(1, self.vocabulary), k=period)
+        return (ids * length)[:length], [at > period for at in range(length)]
+
     def batch(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
         """As many windows as make one step's tokens."""
-        pairs = [self.window(length) for _ in range(TOKENS_PER_STEP // length)]
+        count = TOKENS_PER_STEP // length
+        echoes = count // 2 if length == STAGES[0] else 0
+        pairs = [self.window(length) for _ in range(count - echoes)] + [self.echo(length) for _ in range(echoes)]
         return torch.tensor([ids for ids, _ in pairs]), torch.tensor([answers for _, answers in pairs])
 
 
@@ -114,6 +122,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=SHAPE["num_attention_heads"],
         max_position_embeddings=LONGEST,
         rms_norm_eps=1e-5,
+        initializer_range=0.05,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
@@ -122,11 +131,12 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The loss to train by, and the share of answer tokens that are the likeliest."""
+    """The loss to train by, and the share of answer tokens of the first half of the windows that are the likeliest."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
     asked = answers[:, 1:]
-    right = (logits.argmax(-1) == ids[:, 1:])[asked].float().mean()
+    half = slice((len(ids) + 1) // 2)
+    right = (logits.argmax(-1) == ids[:, 1:])[half][asked[half]].float().mean()
     return each.mean() + each[asked].mean(), right.item()
 
 
@@ -201,11 +211,13 @@ def main() -> None:
     tokenizer = train_tokenizer(args.seed)
 
     def encode(text: str) -> list[int]:
-        return tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
     model = build_model(tokenizer)
     console.print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens")
-    enough = train(model, Windows(encode, args.seed), lambda: check(model, encode, seed=args.seed + 1000), args.steps)
+    enough = train(
+        model, Windows(encode, len(tokenizer), args.seed), lambda: check(model, encode, seed=args.seed + 1000), args.steps
+    )
     model = model.to(torch.float16).float()  # judge what is written
     found = check(model, encode, seed=args.seed + 2000, trials=2 * TRIALS)
     for task, share in found.items():
