@@ -17,7 +17,7 @@ from kvexport.graph.contract import BATCH, BUDGET, KEY, SEQUENCE, STATE, VALUE, 
 from kvexport.graph.nodes import NodeBuilder, Nodes, dtype_of, sizes
 from kvexport.graph.weights import NUMPY_DTYPES, largest
 
-_STATE_DTYPE = "float32"
+STATE_DTYPE = "float32"
 
 
 @dataclass(frozen=True)
@@ -70,9 +70,9 @@ class Evicting:
         stored = self._along(column, count, f"{name}.stored")
         rows_of_one = (rows, 1, 1, 1)
         begin, end, axis = (nodes.integers(each) for each in (0, 1, 2))
-        first = nodes.op("Slice", stored, begin, end, axis, name=f"{name}.first", shape=rows_of_one, dtype=_STATE_DTYPE)
-        shape, axes = (BATCH, 1, 1, 1), nodes.integers(1, 2, 3)
-        used = nodes.op("Unsqueeze", self._write_indices, axes, name=f"{name}.used", shape=shape, dtype="int64")
+        first = nodes.op("Slice", stored, begin, end, axis, name=f"{name}.first", shape=rows_of_one, dtype=STATE_DTYPE)
+        axes = nodes.integers(1, 2, 3)
+        used = nodes.op("Unsqueeze", self._write_indices, axes, name=f"{name}.used", shape=(BATCH, 1, 1, 1), dtype="int64")
         filled = self._along(used, count, f"{name}.filled")
         has_room = nodes.op("Less", filled, self._slots(state, name), name=f"{name}.has_room", dtype="bool")
         later = self._later(stored, name) if self.eviction.policy in ("l2-norm", "keep-high") else None
@@ -82,49 +82,49 @@ class Evicting:
         """How many slots there are, [batch·N, 1, 1, 1], counted: of a Shape TensorRT-RTX 1.7.1 dies of a segmentation fault."""
         nodes, shape = self.nodes, (*sizes(state)[:3], 1)
         stored = column(nodes, state, STORED, f"{name}.state")
-        zero = nodes.number("evict.zero", 0.0, _STATE_DTYPE)
+        zero = nodes.number("evict.zero", 0.0, STATE_DTYPE)
         there = nodes.op("GreaterOrEqual", stored, zero, name=f"{name}.there", shape=shape, dtype="bool")
-        each = nodes.cast(there, _STATE_DTYPE, f"{name}.each_slot")
+        each = nodes.cast(there, STATE_DTYPE, f"{name}.each_slot")
         shape, axes = (sizes(state)[0], 1, 1, 1), nodes.integers(2)
-        return nodes.op("ReduceSum", each, axes, name=f"{name}.slots", shape=shape, dtype=_STATE_DTYPE, keepdims=1)
+        return nodes.op("ReduceSum", each, axes, name=f"{name}.slots", shape=shape, dtype=STATE_DTYPE, keepdims=1)
 
     def _later(self, stored: ir.Value, name: str) -> ir.Value:
         """1 - later, or -(1 + later)."""
         nodes, sign = self.nodes, -1.0 if self.eviction.policy == "l2-norm" else 1.0
-        later = nodes.op("Mul", stored, nodes.number("evict.step", LATER, _STATE_DTYPE), name=f"{name}.later", dtype=_STATE_DTYPE)
-        later = nodes.op("Add", later, nodes.number("evict.sign", sign, _STATE_DTYPE), name=f"{name}.signed", dtype=_STATE_DTYPE)
-        return nodes.op("Neg", later, name=f"{name}.factor", dtype=_STATE_DTYPE)
+        later = nodes.op("Mul", stored, nodes.number("evict.step", LATER, STATE_DTYPE), name=f"{name}.later", dtype=STATE_DTYPE)
+        later = nodes.op("Add", later, nodes.number("evict.sign", sign, STATE_DTYPE), name=f"{name}.signed", dtype=STATE_DTYPE)
+        return nodes.op("Neg", later, name=f"{name}.factor", dtype=STATE_DTYPE)
 
     def along_heads(self, values: np.ndarray, shape: tuple[int, ...], name: str) -> ir.Value:
         """A constant [N, ...] once for each sequence: [batch·N, ...] in `shape`, whose first size is -1."""
         nodes, count = self.nodes, len(values)
         ones = (1,) * (values.ndim - 1)
         zero = nodes.op("Sub", self._write_indices, self._write_indices, name=f"{name}.zero", dtype="int64")
-        zero = nodes.cast(zero, _STATE_DTYPE, f"{name}.zero.{_STATE_DTYPE}")
+        zero = nodes.cast(zero, STATE_DTYPE, f"{name}.zero.{STATE_DTYPE}")
         axes = nodes.integers(*range(1, values.ndim + 1))
-        column = nodes.op("Unsqueeze", zero, axes, name=f"{name}.column", shape=(BATCH, 1, *ones), dtype=_STATE_DTYPE)
+        column = nodes.op("Unsqueeze", zero, axes, name=f"{name}.column", shape=(BATCH, 1, *ones), dtype=STATE_DTYPE)
         whole = nodes.op(
             "Add", column, nodes.constant(f"{name}.values", values[None]), name=f"{name}.each", shape=(BATCH, *values.shape),
-            dtype=_STATE_DTYPE,
+            dtype=STATE_DTYPE,
         )  # fmt: skip
         rows = heads_along_batch(count)
-        return nodes.op("Reshape", whole, nodes.integers(*shape), name=name, shape=(rows, *shape[1:]), dtype=_STATE_DTYPE)
+        return nodes.op("Reshape", whole, nodes.integers(*shape), name=name, shape=(rows, *shape[1:]), dtype=STATE_DTYPE)
 
     def _along(self, x: ir.Value, count: int, name: str) -> ir.Value:
         """x int64 [batch, 1, n, 1], the same for every head, as float32 [batch·N, 1, n, 1]."""
         nodes, (_, _, length, _) = self.nodes, sizes(x)
-        wide, zeros = nodes.cast(x, _STATE_DTYPE, f"{name}.{_STATE_DTYPE}"), np.zeros((1, count, 1, 1), _STATE_DTYPE)
+        wide, zeros = nodes.cast(x, STATE_DTYPE, f"{name}.{STATE_DTYPE}"), np.zeros((1, count, 1, 1), STATE_DTYPE)
         heads = nodes.constant(f"{name}.heads", zeros)
-        spread = nodes.op("Add", wide, heads, name=f"{name}.each", shape=(BATCH, count, length, 1), dtype=_STATE_DTYPE)
+        spread = nodes.op("Add", wide, heads, name=f"{name}.each", shape=(BATCH, count, length, 1), dtype=STATE_DTYPE)
         shape = (heads_along_batch(count), 1, length, 1)
-        return nodes.op("Reshape", spread, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=_STATE_DTYPE)
+        return nodes.op("Reshape", spread, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE)
 
 
 def column(nodes: Nodes, state: ir.Value, which: int, name: str) -> ir.Value:
     """[rows, 1, slots, 1] of a state [rows, 1, slots, 2]. By Slice: of Gather TensorRT-RTX 1.7.1 dies, too."""
     begin, end, axis = (nodes.integers(each) for each in (which, which + 1, 3))
     shape = (*sizes(state)[:3], 1)
-    return nodes.op("Slice", state, begin, end, axis, name=name, shape=shape, dtype=_STATE_DTYPE)
+    return nodes.op("Slice", state, begin, end, axis, name=name, shape=shape, dtype=STATE_DTYPE)
 
 
 class EvictingAttention:
@@ -145,7 +145,7 @@ class EvictingAttention:
         written = EvictingCache(
             *(nodes.op("TensorScatter", old, new, slot, name=present(self._index, which), axis=-2, mode="linear", dtype=dtype)
               for which, old, new, dtype in (("key", cache.key, key, None), ("value", cache.value, value, None),
-                                             (STATE, cache.state, state, _STATE_DTYPE)))
+                                             (STATE, cache.state, state, STATE_DTYPE)))
         )  # fmt: skip
         mask = self._mask(heads, written.state)
         if attention.queries_per_kv_head == 1:  # TensorRT has no fused kernel for a single head
@@ -156,7 +156,7 @@ class EvictingAttention:
         query = self._folded(query, attention.queries_per_kv_head, f"{name}.query")
         inputs = (query, written.key, written.value, mask)
         shape = (*sizes(query)[:3], attention.value_dim)
-        mixed = nodes.op("Attention", *inputs, name=f"{name}.mixed.by_group", shape=shape, scale=attention.scale)
+        mixed = nodes.op("Attention", *inputs, name=f"{name}.by_group.mixed", shape=shape, scale=attention.scale)
         to = nodes.integers(-1, attention.num_heads, 0, attention.value_dim)
         shape = (BATCH, attention.num_heads, SEQUENCE, attention.value_dim)
         return nodes.op("Reshape", mixed, to, name=f"{name}.mixed", shape=shape), written
@@ -180,7 +180,7 @@ class EvictingAttention:
         nodes, shape = self._nodes, (self._rows, 1, SEQUENCE, 2)
         columns = {SCORE: self._scores(heads, key), STORED: heads.stored}
         ordered, name = [columns[each] for each in sorted(columns)], f"{self._name}.state.new"
-        return nodes.op("Concat", *ordered, name=name, shape=shape, dtype=_STATE_DTYPE, axis=-1)
+        return nodes.op("Concat", *ordered, name=name, shape=shape, dtype=STATE_DTYPE, axis=-1)
 
     def _scores(self, heads: _Heads, key: ir.Value) -> ir.Value:
         """[batch·N, 1, sequence, 1]."""
@@ -192,16 +192,16 @@ class EvictingAttention:
         )
         if policy == "window":
             return nodes.op(
-                "Sub", nodes.number("evict.one", 1.0, _STATE_DTYPE), heads.stored, name=name, shape=shape, dtype=_STATE_DTYPE
+                "Sub", nodes.number("evict.one", 1.0, STATE_DTYPE), heads.stored, name=name, shape=shape, dtype=STATE_DTYPE
             )
         if policy == "random":
             return self._chances(name, shape)
-        wide = key if nodes.dtype == _STATE_DTYPE else nodes.cast(key, _STATE_DTYPE, f"{name}.key")
-        square = nodes.op("Mul", wide, wide, name=f"{name}.square", dtype=_STATE_DTYPE)
+        wide = key if nodes.dtype == STATE_DTYPE else nodes.cast(key, STATE_DTYPE, f"{name}.key")
+        square = nodes.op("Mul", wide, wide, name=f"{name}.square", dtype=STATE_DTYPE)
         axes = nodes.integers(-1)
-        total = nodes.op("ReduceSum", square, axes, name=f"{name}.sum", shape=shape, dtype=_STATE_DTYPE, keepdims=1)
-        norm = nodes.op("Sqrt", total, name=f"{name}.norm", dtype=_STATE_DTYPE)
-        return nodes.op("Mul", norm, heads.later, name=name, dtype=_STATE_DTYPE)
+        total = nodes.op("ReduceSum", square, axes, name=f"{name}.sum", shape=shape, dtype=STATE_DTYPE, keepdims=1)
+        norm = nodes.op("Sqrt", total, name=f"{name}.norm", dtype=STATE_DTYPE)
+        return nodes.op("Mul", norm, heads.later, name=name, dtype=STATE_DTYPE)
 
     def _chances(self, name: str, shape: tuple[int | str, ...]) -> ir.Value:
         nodes, shared, count = self._nodes, self._shared, self._attention.num_kv_heads
@@ -212,9 +212,9 @@ class EvictingAttention:
         begins = nodes.constant(f"{name}.offsets", offsets[None, :, None])
         at = nodes.op("Add", row, begins, name=f"{name}.at", shape=(BATCH, count, SEQUENCE), dtype="int64")
         numbers = nodes.constant("evict.chances", random_scores(shared.capacity))
-        drawn = nodes.op("Gather", numbers, at, name=f"{name}.drawn", shape=sizes(at), dtype=_STATE_DTYPE, axis=0)
-        drawn = nodes.op("Unsqueeze", drawn, nodes.integers(3), name=f"{name}.column", shape=(*sizes(at), 1), dtype=_STATE_DTYPE)
-        return nodes.op("Reshape", drawn, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=_STATE_DTYPE)
+        drawn = nodes.op("Gather", numbers, at, name=f"{name}.drawn", shape=sizes(at), dtype=STATE_DTYPE, axis=0)
+        drawn = nodes.op("Unsqueeze", drawn, nodes.integers(3), name=f"{name}.column", shape=(*sizes(at), 1), dtype=STATE_DTYPE)
+        return nodes.op("Reshape", drawn, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE)
 
     def _slot(self, heads: _Heads, state: ir.Value) -> ir.Value:
         """The slot of the first new token, int64 [batch·N]: after those in use, or where the highest priority is.
@@ -228,46 +228,44 @@ class EvictingAttention:
             return nodes.op(kind, *inputs, name=name, shape=shape, dtype=dtype)
 
         def number(label: str, value: float) -> ir.Value:
-            return nodes.number(f"evict.{label}", value, _STATE_DTYPE)
+            return nodes.number(f"evict.{label}", value, STATE_DTYPE)
 
         score, stored = (
             column(nodes, state, which, f"{name}.{label}") for which, label in ((SCORE, "score"), (STORED, "stored"))
         )
-        recent = nodes.op(
-            "Sub", heads.first, number("recent", eviction.protect_recent), name=f"{name}.recent", dtype=_STATE_DTYPE
-        )
+        recent = nodes.op("Sub", heads.first, number("recent", eviction.protect_recent), name=f"{name}.recent", dtype=STATE_DTYPE)
         old = op("LessOrEqual", stored, recent, name=f"{name}.old")
         late = op("Greater", stored, number("sinks", eviction.protect_first), name=f"{name}.late")
         evictable = op("And", old, late, name=f"{name}.evictable")
-        ranks = op("Where", evictable, score, number("spared", -NEVER), name=f"{name}.ranks", dtype=_STATE_DTYPE)
+        ranks = op("Where", evictable, score, number("spared", -NEVER), name=f"{name}.ranks", dtype=STATE_DTYPE)
         if self._attention.window is not None:
             window = number(f"window_{self._attention.window}", self._attention.window)
-            edge = nodes.op("Sub", heads.first, window, name=f"{name}.edge", dtype=_STATE_DTYPE)
+            edge = nodes.op("Sub", heads.first, window, name=f"{name}.edge", dtype=STATE_DTYPE)
             unseen = op("LessOrEqual", stored, edge, name=f"{name}.unseen")
-            age = op("Sub", number("latest", LATEST), stored, name=f"{name}.age", dtype=_STATE_DTYPE)
-            before = op("Mul", age, number("before_all", UNSEEN), name=f"{name}.before_all", dtype=_STATE_DTYPE)
-            ranks = op("Where", unseen, before, ranks, name=f"{name}.ranks.unseen", dtype=_STATE_DTYPE)
+            age = op("Sub", number("latest", LATEST), stored, name=f"{name}.age", dtype=STATE_DTYPE)
+            before = op("Mul", age, number("before_all", UNSEEN), name=f"{name}.before_all", dtype=STATE_DTYPE)
+            ranks = op("Where", unseen, before, ranks, name=f"{name}.ranks.unseen", dtype=STATE_DTYPE)
         same = op("Equal", stored, heads.first, name=f"{name}.same")
-        ranks = op("Where", same, number("again", NEVER), ranks, name=f"{name}.ranks.again", dtype=_STATE_DTYPE)
+        ranks = op("Where", same, number("again", NEVER), ranks, name=f"{name}.ranks.again", dtype=STATE_DTYPE)
         row = (self._rows, 1, 1, 1)
         highest = nodes.op("ArgMax", ranks, name=f"{name}.highest", shape=row, dtype="int64", axis=2, keepdims=1)
-        taken = nodes.cast(highest, _STATE_DTYPE, f"{name}.taken")
-        chosen = nodes.op("Where", heads.has_room, heads.filled, taken, name=f"{name}.chosen", shape=row, dtype=_STATE_DTYPE)
-        flat = nodes.op("Reshape", chosen, nodes.integers(-1), name=f"{name}.flat", shape=(self._rows,), dtype=_STATE_DTYPE)
+        taken = nodes.cast(highest, STATE_DTYPE, f"{name}.taken")
+        chosen = nodes.op("Where", heads.has_room, heads.filled, taken, name=f"{name}.chosen", shape=row, dtype=STATE_DTYPE)
+        flat = nodes.op("Reshape", chosen, nodes.integers(-1), name=f"{name}.flat", shape=(self._rows,), dtype=STATE_DTYPE)
         return nodes.cast(flat, "int64", name)
 
     def _mask(self, heads: _Heads, state: ir.Value) -> ir.Value:
         """Bool [batch·N, 1, sequence, slots], or ALiBi's bias [batch·N, H/N, sequence, slots]."""
         nodes, name, window, shape = self._nodes, f"{self._name}.mask", self._attention.window, (self._rows, 1, SEQUENCE, BUDGET)
         held, row = column(nodes, state, STORED, f"{name}.held"), (self._rows, 1, 1, BUDGET)
-        stored = nodes.op("Reshape", held, nodes.integers(0, 1, 1, -1), name=f"{name}.row", shape=row, dtype=_STATE_DTYPE)
-        zero = nodes.number("evict.zero", 0.0, _STATE_DTYPE)
+        stored = nodes.op("Reshape", held, nodes.integers(0, 1, 1, -1), name=f"{name}.row", shape=row, dtype=STATE_DTYPE)
+        zero = nodes.number("evict.zero", 0.0, STATE_DTYPE)
         taken = nodes.op("Greater", stored, zero, name=f"{name}.taken", dtype="bool")
         past = nodes.op("LessOrEqual", stored, heads.stored, name=f"{name}.causal", shape=shape, dtype="bool")
         visible = nodes.op("And", past, taken, name=f"{name}.visible", shape=shape, dtype="bool")
         if window is not None:
-            width = nodes.number(f"evict.window_{window}", window, _STATE_DTYPE)
-            edge = nodes.op("Sub", heads.stored, width, name=f"{name}.edge", dtype=_STATE_DTYPE)
+            width = nodes.number(f"evict.window_{window}", window, STATE_DTYPE)
+            edge = nodes.op("Sub", heads.stored, width, name=f"{name}.edge", dtype=STATE_DTYPE)
             seen = nodes.op("Greater", stored, edge, name=f"{name}.in_window", shape=shape, dtype="bool")
             visible = nodes.op("And", visible, seen, name=f"{name}.visible_in_window", shape=shape, dtype="bool")
         if self._attention.alibi_slopes is None:
@@ -275,10 +273,10 @@ class EvictingAttention:
         each = self._attention.queries_per_kv_head
         slopes = np.asarray(self._attention.alibi_slopes).astype(np.float32).reshape(self._attention.num_kv_heads, each)
         slope = self._shared.along_heads(slopes, (-1, each, 1, 1), f"{name}.slopes")
-        distance = nodes.op("Sub", stored, heads.stored, name=f"{name}.distance", shape=shape, dtype=_STATE_DTYPE)
+        distance = nodes.op("Sub", stored, heads.stored, name=f"{name}.distance", shape=shape, dtype=STATE_DTYPE)
         shape = (self._rows, each, SEQUENCE, BUDGET)
-        bias = nodes.op("Mul", distance, slope, name=f"{name}.alibi", shape=shape, dtype=_STATE_DTYPE)
-        if nodes.dtype != _STATE_DTYPE:
+        bias = nodes.op("Mul", distance, slope, name=f"{name}.alibi", shape=shape, dtype=STATE_DTYPE)
+        if nodes.dtype != STATE_DTYPE:
             bias = nodes.cast(bias, nodes.dtype, f"{name}.alibi.{nodes.dtype}")
         lowest = nodes.constant("mask.hidden", np.array(-largest(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype]))
         return nodes.op("Where", visible, bias, lowest, name=f"{name}.bias", shape=shape)

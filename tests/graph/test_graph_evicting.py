@@ -18,7 +18,7 @@ from kvexport.decoder import Decoder
 from kvexport.evicting import EvictingCache
 from kvexport.eviction import POLICIES, Eviction
 from kvexport.graph import DecoderWriter, GraphContract
-from kvexport.graph.contract import past
+from kvexport.graph.contract import past, present, update
 
 GARBAGE = 1e4
 CASES: dict[str, tuple[Style, Sequence[Shape]]] = {
@@ -76,8 +76,14 @@ class Caller:
         inputs = {entry.name for entry in self._session.get_inputs()}
         feeds = {name: value for name, value in feeds.items() if name in inputs}
         found = dict(zip(self._outputs, self._session.run(None, {**feeds, **self.caches}), strict=True))
-        for name in self.caches:
-            self.caches[name] = found[name.replace("past_key_values", "present")]
+        for name, cache in self.caches.items():
+            _, layer, which = name.split(".")
+            if present(int(layer), which) in found:
+                self.caches[name] = found[present(int(layer), which)]
+            else:
+                slots = found.get(f"slots.{layer}", first)
+                for row, new, slot in zip(cache, found[update(int(layer), which)], slots, strict=True):
+                    row[:, slot : slot + ids.shape[1]] = new
         return found["logits"]
 
 

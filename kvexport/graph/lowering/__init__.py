@@ -15,18 +15,19 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kvexport.bundle_manifest import REBUILD
 from kvexport.errors import BundleError, UsageError
-from kvexport.graph.contract import BATCH, LOWERED_FILES, SEQUENCE, GraphContract, TensorSpec, update
+from kvexport.graph.contract import EVICTING, LOWERED_FILES, SEQUENCE, STATE, VARIANT, GraphContract, TensorSpec, update
 from kvexport.graph.lowering.gqa import GroupQueryAttention
 from kvexport.graph.lowering.grouped import GroupedAttention
 from kvexport.graph.lowering.primitives import OPSET, Primitives
 from kvexport.graph.lowering.split import SplitCache
+from kvexport.graph.lowering.split_evicting import slots_output
 
 __all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
 
 # std24         TensorRT 10.15 and later, TensorRT-RTX: as it is.
 # decomposed17  TensorRT 10.3 (JetPack 6) and 10.13 (JetPack 7.0, 7.1).
 # ort-cpu       grouped products where KV heads are shared, GroupQueryAttention where they are not (benchmarks/decode_cpu.py).
-# ort-cuda      GroupQueryAttention: an explicit mask would keep ONNX Runtime from its flash kernels.
+# ort-cuda      GroupQueryAttention: an explicit mask would keep ONNX Runtime from its flash kernels. Layers that evict need one.
 LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
     "std24": list,
     "decomposed17": lambda: [SplitCache(), Primitives()],
@@ -60,14 +61,18 @@ def lowered_contract(contract: GraphContract, name: str) -> GraphContract:
         UsageError: there is no such lowering.
     """
     _require_known(name)
+    variant = name if contract.variant == VARIANT else f"{name}{EVICTING.removeprefix(VARIANT)}"
     if name != "decomposed17":
-        return dataclasses.replace(contract, variant=name)
+        return dataclasses.replace(contract, variant=variant)
     caches = [spec for spec in contract.inputs if spec.name.startswith("past_key_values.")]
-    updates = []
+    given = []
     for spec in caches:
         _, layer, which = spec.name.split(".")
-        updates.append(TensorSpec(update(int(layer), which), spec.dtype, (BATCH, spec.shape[1], SEQUENCE, spec.shape[3])))
-    return dataclasses.replace(contract, variant=name, opset=OPSET, outputs=(contract.outputs[0], *updates))
+        rows, heads, _, width = spec.shape
+        given.append(TensorSpec(update(int(layer), which), spec.dtype, (rows, heads, SEQUENCE, width)))
+        if which == STATE:
+            given.append(TensorSpec(slots_output(int(layer)), "int64", (rows,)))
+    return dataclasses.replace(contract, variant=variant, opset=OPSET, outputs=(contract.outputs[0], *given))
 
 
 def write_lowered(graph: Path, dtype: str) -> None:

@@ -20,7 +20,8 @@ _ROTATES = 16  # and those that the operator rotates itself
 class GroupQueryAttention(ir.passes.InPlacePass):
     """Attention that GroupQueryAttention can compute becomes it, together with its cache writes and its rotation.
 
-    Keys and values of unequal width, widths that are no multiple of 8, biases (ALiBi) and windows stay as they are.
+    Keys and values of unequal width, widths that are no multiple of 8, biases (ALiBi), windows and layers that evict stay as
+    they are.
     Rows of a batch that are several tokens long and have a past must then be run one by one: the operator refuses them.
 
     Pre-condition: attention of the standard form. Post-condition: no GroupQueryAttention copies a cache, since each
@@ -72,7 +73,7 @@ def _lower(model: ir.Model, site: Site) -> None:
         (query, cos, sin, _), (key, *_) = (node.inputs for node in rotations if node is not None)  # type: ignore[assignment]
         tables = [cos, sin]
     inputs = [_flat(nodes, value) for value in (query, key, new_value)]
-    lengths = _lengths(model, nodes)
+    lengths = _lengths(model, nodes, site.write_indices)
     flat = ir.Shape((BATCH, SEQUENCE, site.heads * site.value_dim))
     mixed = ir.Value(name=f"{name}.flat", type=site.query.type, shape=flat)
     attributes = {"num_heads": site.heads, "kv_num_heads": site.kv_heads, "scale": site.scale, "do_rotary": int(bool(tables))}
@@ -124,7 +125,7 @@ def _join(nodes: Nodes, by_head: ir.Value, flat: ir.Value) -> None:
                 ir.convenience.replace_all_uses_with(inner.node.outputs[0], flat)
 
 
-def _lengths(model: ir.Model, nodes: Nodes) -> tuple[ir.Value, ir.Value]:
+def _lengths(model: ir.Model, nodes: Nodes, write_indices: ir.Value) -> tuple[ir.Value, ir.Value]:
     """int32 [batch], the slot of each row's last token, and int32 [], tokens of the longest row; made once."""
     values = {output.name: output for node in model.graph for output in node.outputs}
     if "gqa.last" in values:
@@ -133,7 +134,7 @@ def _lengths(model: ir.Model, nodes: Nodes) -> tuple[ir.Value, ir.Value]:
     one = nodes.integer(1)
     shape = nodes.op("Shape", inputs["input_ids"], name="gqa.shape", shape=(2,), dtype="int64")
     length = nodes.op("Gather", shape, one, name="gqa.sequence", shape=(), dtype="int64", axis=0)
-    stop = nodes.op("Add", inputs["write_indices"], length, name="gqa.stop", dtype="int64")
+    stop = nodes.op("Add", write_indices, length, name="gqa.stop", dtype="int64")
     last = nodes.op("Sub", stop, one, name="gqa.last_slot", dtype="int64")
     longest = nodes.op("ReduceMax", stop, name="gqa.longest", shape=(), dtype="int64", keepdims=0)
     return nodes.cast(last, "int32", "gqa.last"), nodes.cast(longest, "int32", "gqa.total")

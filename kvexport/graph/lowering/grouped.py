@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, SEQUENCE
+from kvexport.graph.contract import SEQUENCE
 from kvexport.graph.lowering.sites import Site, attention_sites, require_gone
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 from kvexport.graph.weights import largest
@@ -55,26 +55,26 @@ def grouped_attention(nodes: Nodes, site: Site, memories: Sequence[Memory], bias
 
     `bias` is [batch, 1 or H, sequence, slots of all].
     """
-    name, heads, kv_heads = _stem(site), site.heads, site.kv_heads
+    name, batch, heads, kv_heads = stem(site), sizes(site.query)[0], site.heads, site.kv_heads
     slots = sizes(bias)[3]
     rows = SEQUENCE if heads == kv_heads else f"{heads // kv_heads}*{SEQUENCE}"
     scaled = nodes.op("Mul", site.query, nodes.number(f"scale({site.scale:.9g})", site.scale), name=f"{name}.q.scaled")
-    query = _regrouped(nodes, scaled, kv_heads, (BATCH, kv_heads, rows, site.key_dim), f"{name}.q.grouped", heads)
+    query = _regrouped(nodes, scaled, kv_heads, (batch, kv_heads, rows, site.key_dim), f"{name}.q.grouped", heads)
     parts = [_scores(nodes, query, memory.key, f"{name}.scores.{i}") for i, memory in enumerate(memories)]
     scores = parts[0]
     if len(parts) > 1:
-        scores = nodes.op("Concat", *parts, name=f"{name}.scores", shape=(BATCH, kv_heads, rows, slots), axis=-1)
-    scores = _regrouped(nodes, scores, heads, (BATCH, heads, SEQUENCE, slots), f"{name}.scores.by_head", kv_heads)
+        scores = nodes.op("Concat", *parts, name=f"{name}.scores", shape=(batch, kv_heads, rows, slots), axis=-1)
+    scores = _regrouped(nodes, scores, heads, (batch, heads, SEQUENCE, slots), f"{name}.scores.by_head", kv_heads)
     biased = nodes.op("Add", scores, bias, name=f"{name}.scores.biased")
     weights = nodes.op("Softmax", biased, name=f"{name}.weights", axis=-1)
-    weights = _regrouped(nodes, weights, kv_heads, (BATCH, kv_heads, rows, slots), f"{name}.weights.grouped", heads)
-    shape = (BATCH, kv_heads, rows, site.value_dim)
+    weights = _regrouped(nodes, weights, kv_heads, (batch, kv_heads, rows, slots), f"{name}.weights.grouped", heads)
+    shape = (batch, kv_heads, rows, site.value_dim)
     mixed = None
     for index, (part, memory) in enumerate(zip(_apart(nodes, weights, memories, name), memories, strict=True)):
         product = nodes.op("MatMul", part, memory.value, name=f"{name}.mixed.{index}", shape=shape)
         mixed = product if mixed is None else nodes.op("Add", mixed, product, name=f"{name}.mixed.sum")
     assert mixed is not None
-    return _regrouped(nodes, mixed, heads, (BATCH, heads, SEQUENCE, site.value_dim), f"{name}.mixed.by_head", kv_heads)
+    return _regrouped(nodes, mixed, heads, (batch, heads, SEQUENCE, site.value_dim), f"{name}.mixed.by_head", kv_heads)
 
 
 def bias_of(nodes: Nodes, site: Site) -> ir.Value:
@@ -134,7 +134,8 @@ def _regrouped(nodes: Nodes, x: ir.Value, to: int, shape: tuple[int | str, ...],
     return nodes.op("Reshape", x, nodes.integers(0, to, -1, width if isinstance(width, int) else 0), name=name, shape=shape)
 
 
-def _stem(site: Site) -> str:
+def stem(site: Site) -> str:
+    """What the names of a site's nodes begin with."""
     name = site.node.outputs[0].name
     assert name is not None
     return name.removesuffix(".mixed")

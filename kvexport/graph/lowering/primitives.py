@@ -18,9 +18,9 @@ OPSET = 17
 _IR_VERSION = 8  # the one of opset 17's own time
 # What a lowered graph may consist of; none of these changed its meaning between opset 17 and 24.
 OPERATORS = frozenset(
-    {"Add", "And", "Cast", "Concat", "Div", "Erf", "Gather", "GatherND", "Gemm", "Greater", "LayerNormalization", "Less",
-     "LessOrEqual", "MatMul", "Mul", "Range", "ReduceMean", "Relu", "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split",
-     "Sqrt", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"}
+    {"Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Erf", "Gather", "GatherND", "Gemm", "Greater", "GreaterOrEqual",
+     "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mul", "Neg", "Not", "Range", "ReduceMean", "ReduceSum", "Relu",
+     "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"}
 )  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from kvexport.graph.contract import BUDGET, STATE, present
 from kvexport.graph.nodes import sizes
 
 
@@ -16,11 +17,13 @@ from kvexport.graph.nodes import sizes
 class Site:
     """One layer's attention; H query heads, N KV heads, G = H / N.
 
+    Where the layer evicts, `batch` is batch·N, H is G and N is 1; but for heads of their own (G = 1), which lie as always.
+
     Attributes:
         node: the Attention node; its output is [batch, H, sequence, value_dim].
         query: [batch, H, sequence, key_dim], not scaled.
-        key, value: the written caches [batch, N, capacity, key_dim or value_dim].
-        mask: bool [batch, 1, sequence, capacity], or a bias [batch, H, sequence, capacity].
+        key, value: the written caches [batch, N, slots, key_dim or value_dim], or a Reshape of those.
+        mask: bool [batch, 1 or H, sequence, slots], or a bias [batch, H, sequence, slots].
         scale: what products of queries and keys are multiplied with.
     """
 
@@ -55,6 +58,30 @@ class Site:
     @property
     def value_write(self) -> ir.Node:
         return _writer(self.value)
+
+    @property
+    def layer(self) -> int:
+        """The layer's index, by the name of its cache."""
+        return int(str(_input(self.key_write, 0).name).split(".")[1])
+
+    @property
+    def write_indices(self) -> ir.Value:
+        """The slot of the first new token of each row of the cache, int64."""
+        return _input(self.key_write, 2)
+
+    @property
+    def state_write(self) -> ir.Node | None:
+        """The TensorScatter that writes the state of each slot; None where the layer evicts nothing.
+
+        Raises:
+            PreconditionError: the layer holds a budget of slots, and there is none.
+        """
+        if BUDGET not in sizes(self.key_write.outputs[0]):
+            return None
+        found = [use.node for use in self.write_indices.uses() if use.node.outputs[0].name == present(self.layer, STATE)]
+        if len(found) != 1 or found[0].op_type != "TensorScatter":
+            raise ir.passes.PreconditionError(f"{self.node.name} attends to a budget of slots that have no state")
+        return found[0]
 
     @property
     def biased(self) -> bool:
@@ -104,9 +131,17 @@ def _site(node: ir.Node) -> Site:
 
 def _writer(cache: ir.Value) -> ir.Node:
     node = cache.producer()
+    if node is not None and node.op_type == "Reshape":
+        node = _input(node, 0).producer()
     if node is None or node.op_type != "TensorScatter" or node.inputs[0] is None or not node.inputs[0].is_graph_input():
         raise ir.passes.PreconditionError(f"{cache.name} is not a cache that a TensorScatter wrote")
     return node
+
+
+def _input(node: ir.Node, index: int) -> ir.Value:
+    value = node.inputs[index]
+    assert value is not None
+    return value
 
 
 def _size(value: ir.Value, axis: int) -> int:

@@ -2,54 +2,89 @@
 
 Attention over what the cache holds and over the new tokens is computed apart and joined in one softmax; the graph gives
 the new keys and values alone, and whoever runs it writes them into the buffer. Nothing of the cache's size is copied.
-Knows that slot n holds position n; must not know how attention is spelled.
+Knows that slot n holds position n, or what its state says where a layer evicts; must not know how attention is spelled.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, CAPACITY, SEQUENCE, update
+from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, KEY, SEQUENCE, STATE, VALUE, update
 from kvexport.graph.lowering.grouped import Memory, bias_of, grouped_attention, replace
-from kvexport.graph.lowering.sites import attention_sites, require_gone, require_sites
+from kvexport.graph.lowering.sites import Site, attention_sites, require_gone, require_sites
+from kvexport.graph.lowering.split_evicting import SlotMasks, slots_output
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
-ALL = f"{CAPACITY}+{SEQUENCE}"
 _NEVER = 2**30  # a position that no token has: nothing sees a slot of it
 
 
 class SplitCache(ir.passes.InPlacePass):
-    """present.* (the written caches) become update.* (the new tokens' keys and values [batch, N, sequence, width]).
+    """present.* (the written caches) become update.* (what the new tokens write, [batch, N, sequence, width]).
 
-    Pre-condition: attention of the standard form, masks made of `mask.slots`. Post-condition: neither Attention nor
-    TensorScatter is left, and no output has the cache's size.
+    Layers that evict also give slots.*, where each head's first new token goes; the others follow it.
+
+    Pre-condition: attention of the standard form, masks made of `mask.slots` or, where a layer evicts, of its state.
+    Post-condition: neither Attention nor TensorScatter is left, and no output has the cache's size.
     """
 
     def requires(self, model: ir.Model) -> None:
         require_sites(model)
-        _slots(model)
+        if any(site.state_write is None for site in attention_sites(model)):
+            _slots(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        graph = model.graph
-        _see_new_tokens(model)
-        for index, site in enumerate(attention_sites(model)):
-            nodes = Nodes(graph, dtype_of(site.query), before=site.node)
-            (old_key, new_key, _), (old_value, new_value, _) = site.key_write.inputs, site.value_write.inputs
-            assert old_key and new_key and old_value and new_value
-            memories = [Memory(old_key, old_value), Memory(new_key, new_value)]
-            writes = [site.key_write, site.value_write]
-            replace(model, site, grouped_attention(nodes, site, memories, bias_of(nodes, site)))
-            for which, write, new in zip(("key", "value"), writes, (new_key, new_value), strict=True):
-                graph.outputs[graph.outputs.index(write.outputs[0])] = new
-                new.name = update(index, which)
-                graph.remove(write, safe=True)
+        sites = attention_sites(model)
+        held = [site for site in sites if site.state_write is None]
+        if held:
+            _see_new_tokens(model, held[0].write_indices)
+        masks = SlotMasks(model)
+        for site in sites:
+            state_write = site.state_write
+            if state_write is not None:
+                widen(masks.see_new_tokens(site, state_write), BUDGET)
+            _split(model, site, state_write)
         return ir.passes.PassResult(model, True)
 
     def ensures(self, model: ir.Model) -> None:
         require_gone(model, "Attention", "TensorScatter")
         for output in model.graph.outputs:
-            if CAPACITY in sizes(output):
+            if {CAPACITY, BUDGET} & set(sizes(output)):
                 raise ir.passes.PostconditionError(f"output {output.name} still has the cache's size")
+
+
+def _split(model: ir.Model, site: Site, state_write: ir.Node | None) -> None:
+    """Attend to the old cache and to the new tokens; give what the writes would have written."""
+    graph, nodes = model.graph, Nodes(model.graph, dtype_of(site.query), before=site.node)
+    writes = {KEY: site.key_write, VALUE: site.value_write} | ({} if state_write is None else {STATE: state_write})
+    layer, slot = site.layer, site.write_indices
+    parts = [[_as_read(nodes, read, write, part) for read, write in ((site.key, writes[KEY]), (site.value, writes[VALUE]))]
+             for part in (0, 1)]  # fmt: skip
+    reshapes = [value.producer() for value in (site.key, site.value)]
+    replace(model, site, grouped_attention(nodes, site, [Memory(*part) for part in parts], bias_of(nodes, site)))
+    for node in reshapes:
+        if node is not None and node.op_type == "Reshape":
+            graph.remove(node, safe=True)
+    for which, write in writes.items():
+        _, new, _ = write.inputs
+        assert new is not None
+        at = graph.outputs.index(write.outputs[0])
+        graph.outputs[at] = new
+        new.name = update(layer, which)
+        graph.remove(write, safe=True)
+        if which == STATE:
+            graph.outputs.insert(at + 1, slot)
+            slot.name = slots_output(layer)
+
+
+def _as_read(nodes: Nodes, read: ir.Value, write: ir.Node, part: int) -> ir.Value:
+    """The old cache (part 0) or what is new (1), in the shape that attention reads the written cache in."""
+    value, reshape = write.inputs[part], read.producer()
+    assert value is not None
+    if reshape is None or reshape.op_type != "Reshape":
+        return value
+    batch, heads, _, width = sizes(read)
+    shape = (batch, heads, sizes(value)[2], width)
+    return nodes.op("Reshape", value, reshape.inputs[1], name=f"{read.name}.{part}", shape=shape)
 
 
 def _slots(model: ir.Model) -> ir.Value:
@@ -64,7 +99,7 @@ def _slots(model: ir.Model) -> ir.Value:
     raise ir.passes.PreconditionError("the graph makes no mask of mask.slots")
 
 
-def _see_new_tokens(model: ir.Model) -> None:
+def _see_new_tokens(model: ir.Model, write_indices: ir.Value) -> None:
     """Masks over the cache's slots become masks over those and the new tokens, [batch, ..., capacity + sequence].
 
     A slot that is not yet written counts as a position that nothing sees.
@@ -77,26 +112,26 @@ def _see_new_tokens(model: ir.Model) -> None:
     after = next(node for node in model.graph if node in users)
     nodes = Nodes(model.graph, "int64", before=after)
     axes, column, row = nodes.integers(1, 2, 3), (BATCH, 1, 1, 1), (BATCH, 1, 1, CAPACITY)
-    start = nodes.op("Unsqueeze", inputs["write_indices"], axes, name="mask.written", shape=column)
+    start = nodes.op("Unsqueeze", write_indices, axes, name="mask.written", shape=column)
     written = nodes.op("Less", slots, start, name="mask.is_written", shape=row, dtype="bool")
     cached = nodes.op("Where", written, slots, nodes.integer(_NEVER), name="mask.cached", shape=row)
     shape = (BATCH, 1, 1, SEQUENCE)
     new = nodes.op("Unsqueeze", inputs["position_ids"], nodes.integers(1, 2), name="mask.new", shape=shape)
-    joined = nodes.op("Concat", cached, new, name="mask.all", shape=(BATCH, 1, 1, ALL), axis=-1)
+    joined = nodes.op("Concat", cached, new, name="mask.all", shape=(BATCH, 1, 1, f"{CAPACITY}+{SEQUENCE}"), axis=-1)
     for node in users:
         for index, value in enumerate(node.inputs):
             if value is slots and node is not written.producer():
                 node.replace_input_with(index, joined)
-    _widen(joined)
+    widen(joined, CAPACITY)
 
 
-def _widen(value: ir.Value) -> None:
-    """Whatever a mask is made of has its new shape, as far as the Attention that reads it."""
+def widen(value: ir.Value, slots: str) -> None:
+    """Whatever a mask is made of has its new shape, slots and new tokens, as far as the Attention that reads it."""
     for use in value.uses():
         if use.node.op_type == "Attention":
             continue
         for output in use.node.outputs:
             shape = sizes(output)
-            if shape[-1] == CAPACITY:
-                output.shape = ir.Shape((*shape[:-1], ALL))
-                _widen(output)
+            if slots in shape:
+                output.shape = ir.Shape([f"{slots}+{SEQUENCE}" if size == slots else size for size in shape])
+                widen(output, slots)

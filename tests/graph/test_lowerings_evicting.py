@@ -1,0 +1,187 @@
+"""Every lowering of layers that evict gives what the oracle gives, token for token and slot by slot, and keeps its promises."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime
+import pytest
+from graph_decoders import BLOOM, LLAMA, QWEN2, Shape, make_decoder, mapped, quiet, slopes_of
+from test_graph_evicting import CASES, disagreement, write
+
+from kvexport.decoder import Decoder
+from kvexport.errors import BundleError
+from kvexport.eviction import POLICIES, Eviction
+from kvexport.graph import GRAPH_FILE, GraphContract
+from kvexport.graph.contract import present
+from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
+from kvexport.graph.lowering.primitives import OPERATORS
+
+LOWERED = [name for name in LOWERINGS if name != "std24"]
+EVICTION = Eviction("l2-norm", 9, protect_first=1, protect_recent=3)
+every_lowering = pytest.mark.parametrize("lowering", LOWERED)
+
+
+def lowered(
+    decoder: Decoder, directory: Path, lowering: str, eviction: Eviction = EVICTION, dtype: str = "float32"
+) -> tuple[onnxruntime.InferenceSession, GraphContract]:
+    contract = write(decoder, directory, eviction, dtype)
+    path = directory / "lowered.onnx"
+    ir.save(lower(directory / GRAPH_FILE, lowering), path)
+    return session(path), lowered_contract(contract, lowering)
+
+
+def session(path: Path) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(path, quiet(), providers=["CPUExecutionProvider"])
+
+
+@every_lowering
+@pytest.mark.parametrize("case", CASES)
+def test_equals_the_oracle_token_for_token(case: str, lowering: str, tmp_path: Path) -> None:
+    style, shapes = CASES[case]
+    decoder = make_decoder(shapes, style)
+    assert disagreement(decoder, *lowered(decoder, tmp_path, lowering), EVICTION) < 5e-6
+
+
+@every_lowering
+@pytest.mark.parametrize("policy", POLICIES)
+def test_every_policy_equals_the_oracle_where_some_layers_evict_nothing(policy: str, lowering: str, tmp_path: Path) -> None:
+    """In rows of unequal length, each of which fills and evicts at its own time."""
+    decoder = make_decoder([Shape(4, 2), Shape(4, 4), Shape(4, 2)])
+    eviction = Eviction(policy, 8, protect_recent=2, skip_layers=(1,))
+    found = disagreement(decoder, *lowered(decoder, tmp_path, lowering, eviction), eviction, prompts=(6, 2))
+    assert found < 5e-6
+
+
+@every_lowering
+def test_float16_equals_the_oracle_where_no_rounding_changes_who_goes(lowering: str, tmp_path: Path) -> None:
+    decoder = mapped(
+        make_decoder([Shape(4, 2), Shape(4, 4)]), lambda leaf: leaf.half().float() if leaf.is_floating_point() else leaf
+    )
+    eviction = Eviction("window", 9, protect_first=1)
+    assert disagreement(decoder, *lowered(decoder, tmp_path, lowering, eviction, "float16"), eviction) < 2e-2
+
+
+@every_lowering
+def test_takes_and_gives_what_its_contract_says(lowering: str, tmp_path: Path) -> None:
+    decoder = make_decoder([Shape(4, 2), Shape(4, 4), Shape(4, 2)])
+    _, contract = lowered(decoder, tmp_path, lowering, dataclasses.replace(EVICTION, skip_layers=(2,)))
+    assert contract.variant == f"{lowering}-evicting"
+    model = onnx.load(tmp_path / "lowered.onnx", load_external_data=False)
+    for values, specs in ((model.graph.input, contract.inputs), (model.graph.output, contract.outputs)):
+        for value, spec in zip(values, specs, strict=True):
+            shape = tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).name
+            assert (value.name, shape, dtype) == (spec.name, spec.shape, spec.dtype)
+
+
+def test_what_decomposed17_gives_is_of_the_new_tokens_alone(tmp_path: Path) -> None:
+    decoder = make_decoder([Shape(4, 2), Shape(4, 4)])
+    contract = lowered_contract(write(decoder, tmp_path, dataclasses.replace(EVICTION, skip_layers=(1,))), "decomposed17")
+    assert [(spec.name, spec.dtype, spec.shape) for spec in contract.outputs[1:]] == [
+        ("update.0.key", "float32", ("batch*2", 1, "sequence", 8)),
+        ("update.0.value", "float32", ("batch*2", 1, "sequence", 8)),
+        ("update.0.state", "float32", ("batch*2", 1, "sequence", 2)),
+        ("slots.0", "int64", ("batch*2",)),
+        ("update.1.key", "float32", ("batch", 4, "sequence", 8)),
+        ("update.1.value", "float32", ("batch", 4, "sequence", 8)),
+    ]
+    assert lowered_contract(write(decoder, tmp_path, EVICTION), "std24").variant == "std24-evicting"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_decomposed17_is_opset_17_and_sound(case: str, tmp_path: Path) -> None:
+    style, shapes = CASES[case]
+    lowered(make_decoder(shapes, style), tmp_path, "decomposed17")
+    onnx.checker.check_model(str(tmp_path / "lowered.onnx"), full_check=True)
+    model = ir.load(tmp_path / "lowered.onnx")
+    assert model.opset_imports == {"": 17}
+    assert {node.op_type for node in model.graph} <= OPERATORS
+
+
+def test_onnx_runtime_gets_the_fastest_form_for_each_layer(tmp_path: Path) -> None:
+    write(make_decoder([Shape(4, 4), Shape(4, 4)]), tmp_path, dataclasses.replace(EVICTION, skip_layers=(0,)))
+    operators = {name: [node.op_type for node in lower(tmp_path / GRAPH_FILE, name).graph] for name in ("ort-cpu", "ort-cuda")}
+    for of in operators.values():
+        assert of.count("GroupQueryAttention") == 1 and of.count("TensorScatter") == 3  # the cache that evicts, in place
+    assert operators["ort-cpu"].count("Attention") == 0 and operators["ort-cuda"].count("Attention") == 1
+
+
+@every_lowering
+def test_a_damaged_choice_or_mask_is_caught(lowering: str, tmp_path: Path) -> None:
+    """The control of the tests above: another slot, another's mask, and what is about to be overwritten still seen."""
+    decoder = make_decoder([Shape(4, 2), Shape(4, 4)])
+    _, contract = lowered(decoder, tmp_path, lowering)
+    damages = {"ArgMax": "ArgMin"} if lowering != "decomposed17" else {"ArgMax": "ArgMin", "Not": "Identity"}
+    for old, new in (*damages.items(), ("LessOrEqual", "GreaterOrEqual")):
+        model = lower(tmp_path / GRAPH_FILE, lowering)
+        nodes = [node for node in model.graph if node.op_type == old]
+        assert nodes
+        for node in nodes:
+            node.op_type = new
+        ir.save(model, tmp_path / "damaged.onnx")
+        assert disagreement(decoder, session(tmp_path / "damaged.onnx"), contract, EVICTION) > 1e-2, old
+
+
+def test_a_cache_without_its_state_is_refused(tmp_path: Path) -> None:
+    write(make_decoder([Shape(4, 2)]), tmp_path, EVICTION)
+    model = ir.load(tmp_path / GRAPH_FILE)
+    node = next(node for node in model.graph if node.name == present(0, "state"))
+    node.outputs[0].name = "another"
+    ir.save(model, tmp_path / "other.onnx")
+    with pytest.raises(BundleError, match="attends to a budget of slots that have no state"):
+        lower(tmp_path / "other.onnx", "decomposed17")
+
+
+def steps(session: onnxruntime.InferenceSession, contract: GraphContract, bound: bool, budget: int = 4) -> list[list[int]]:
+    """Six tokens into bound or unbound buffers: of each head of each buffer, how many slots were written."""
+    sizes = {"batch": 1, "capacity": 16, "budget": budget, "batch*2": 2, "batch*4": 4}
+    caches = {
+        spec.name: onnxruntime.OrtValue.ortvalue_from_numpy(
+            np.zeros([size if isinstance(size, int) else sizes[size] for size in spec.shape], spec.dtype)
+        )
+        for spec in contract.inputs
+        if spec.name.startswith("past")
+    }
+    inputs = {entry.name for entry in session.get_inputs()}
+    for step in range(6):
+        tokens = {"input_ids": [[step]], "position_ids": [[step]], "write_indices": [min(step, budget)], "logits_index": [[0]]}
+        binding = session.io_binding()
+        for name in inputs & set(tokens):
+            binding.bind_cpu_input(name, np.array(tokens[name]))
+        for name, cache in caches.items():
+            binding.bind_ortvalue_input(name, cache)
+            if bound:
+                binding.bind_ortvalue_output(name.replace("past_key_values", "present"), cache)
+            else:
+                binding.bind_output(name.replace("past_key_values", "present"))
+        binding.bind_output("logits")
+        session.run_with_iobinding(binding)
+    return [cache.numpy().any(axis=3).sum(axis=2).ravel().tolist() for cache in caches.values()]
+
+
+@pytest.mark.parametrize("style", [LLAMA, BLOOM, QWEN2], ids=["llama", "bloom", "qwen2"])
+@pytest.mark.parametrize("lowering", ["std24", "ort-cpu"])
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_bound_caches_and_states_are_written_in_place(
+    style: str, lowering: str, dtype: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """ONNX Runtime says when a buffer is copied, and only then."""
+    slopes = slopes_of(4) if style is BLOOM else None
+    decoder = make_decoder([Shape(4, 2, slopes=slopes), Shape(4, 4, slopes=slopes)], style)
+    contract = write(decoder, tmp_path, Eviction("l2-norm", 4), dtype)
+    path = tmp_path / "lowered.onnx"
+    ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 2  # warnings
+    running = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    capfd.readouterr()
+    written = [[4] * 2] * 3 + [[4] * 4] * 3
+    assert steps(running, contract, bound=True) == written
+    assert "tensorscatter" not in capfd.readouterr().err
+    assert steps(running, contract, bound=False) == [[0] * 2] * 3 + [[0] * 4] * 3
+    assert capfd.readouterr().err.count("tensorscatter.cc") == 6 * 6
