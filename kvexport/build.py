@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kvexport import __version__
 from kvexport.bundle import BYTES, REPORT_FILE, TOKENIZER_FILE, new_bundle
+from kvexport.bundle_manifest import kv_bytes
 from kvexport.calibrate import PeakMeter, Recipe, Statistics, calibration_windows, sampling_steps, save_header, save_moments
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.checkpoint import Checkpoint
@@ -106,6 +107,8 @@ class BuildReport:
             where the plan left no choice.
         healing: what distillation did, where it was asked for; `divergence` is that of the healed model.
         kept_float32: what a float16 graph computes in float32, because calibration showed that float16 cannot hold it.
+        eviction: how the cache stays within a budget of tokens, if it does; `capacity` and `kv_bytes_at_capacity`, of one
+            sequence with the slots' states, are of a bundle.
         seconds: wall time by stage.
     """
 
@@ -121,11 +124,15 @@ class BuildReport:
     kept_float32: list[str] = field(default_factory=list)
     frontier: list[FrontierPoint] = field(default_factory=list)
     healing: HealReport | None = None
+    eviction: Eviction | None = None
+    capacity: int | None = None
+    kv_bytes_at_capacity: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as `--json` prints them."""
         return {
             **asdict(self),
+            "eviction": None if self.eviction is None else self.eviction.to_json(),
             "divergence": None if self.divergence is None else self.divergence.to_json(),
             "healing": None if self.healing is None else self.healing.to_json(),
             "validation": None if self.validation is None else self.validation.to_json(),
@@ -170,6 +177,8 @@ def build(
                 peaks.add_layer(layer)
 
         report = job.convert(windows, choice, take, limit, output)
+        report.eviction, report.capacity = eviction, limit
+        report.kv_bytes_at_capacity = kv_bytes(report.layers, plan.dtype, eviction, limit)
         twin.save(writer.directory)
         kept = Kept() if peaks is None else kept_float32(peaks)
         if kept.names:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NoReturn
@@ -66,19 +66,9 @@ class Manifest:
     graph: GraphContract
     files: Mapping[str, FileEntry]
 
-    def slots(self, layer: int) -> int:
-        """The most tokens of a sequence that a layer holds."""
-        return self.capacity if self.eviction is None else self.eviction.slots(layer, self.capacity)
-
     def kv_bytes(self, tokens: int) -> int:
         """Bytes of the cache of a sequence of so many tokens, with the state of each slot where layers evict."""
-        total = 0
-        for index, layer in enumerate(self.layers):
-            held = min(tokens, self.slots(index))
-            total += held * BYTES[self.dtype] * layer.kv_width
-            if self.eviction is not None and self.eviction.evicts(index):
-                total += held * layer.num_key_value_heads * STATE * BYTES["float32"]
-        return total
+        return kv_bytes(self.layers, self.dtype, self.eviction, tokens)
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -89,6 +79,17 @@ class Manifest:
     def kv_bytes_per_token_original(self) -> int:
         """The same before conversion, in the bundle's dtype."""
         return BYTES[self.dtype] * sum(layer.original_kv_width for layer in self.layers)
+
+
+def kv_bytes(layers: Sequence[LayerReport], dtype: str, eviction: Eviction | None, tokens: int) -> int:
+    """As `Manifest.kv_bytes`, of layers that are not in one yet."""
+    total = 0
+    for index, layer in enumerate(layers):
+        evicts = eviction is not None and eviction.evicts(index)
+        held = min(tokens, eviction.budget) if eviction is not None and evicts else tokens
+        state = layer.num_key_value_heads * STATE * BYTES["float32"] if evicts else 0
+        total += held * (BYTES[dtype] * layer.kv_width + state)
+    return total
 
 
 def write_manifest(directory: Path, manifest: Mapping[str, Any], files: Mapping[str, FileEntry]) -> None:

@@ -112,6 +112,14 @@ class Eviction:
                 fix="leave --kv-budget out",
             )  # fmt: skip
 
+    def __str__(self) -> str:
+        """For people: what each KV head holds, and what goes."""
+        spared = [text for count, text in ((self.protect_first, f"the first {self.protect_first}"),
+                                           (self.protect_recent, f"the last {self.protect_recent}")) if count]  # fmt: skip
+        kept = f", but {' and '.join(spared)} never do" if spared else ""
+        skipped = f"; layers {', '.join(map(str, self.skip_layers))} hold every token" if self.skip_layers else ""
+        return f"{self.budget} tokens in each KV head ({self.policy}{kept}){skipped}"
+
     def to_json(self) -> dict[str, Any]:
         """As what `json.dumps` takes; `from_json` reads it back."""
         return {**asdict(self), "skip_layers": list(self.skip_layers)}

@@ -94,7 +94,9 @@ def print_bundle(bundle: Bundle, verified: bool) -> None:
     table.add_row("dtype, capacity", f"{bundle.dtype}, {bundle.capacity} tokens")
     table.add_row("KV cache per token", size(bundle.kv_bytes_per_token))
     table.add_row("  original", size(bundle.kv_bytes_per_token_original))
-    table.add_row("KV cache at capacity", size(bundle.kv_bytes_per_token * bundle.capacity))
+    if bundle.eviction is not None:
+        table.add_row("KV budget", str(bundle.eviction))
+    table.add_row("KV cache at capacity", size(bundle.kv_bytes(bundle.capacity)))
     for name, entry in bundle.files.items():
         table.add_row(name, f"{size(entry.bytes)}, sha256 {entry.sha256[:12]}{' ok' if verified else ''}")
     out.print()
@@ -112,6 +114,9 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     out.print(layer_table(report.layers))
     summary = plain_table("", "original", output.name)
     summary.add_row("KV cache per token", size(report.kv_bytes_per_token_original), size(report.kv_bytes_per_token))
+    if report.capacity is not None and report.kv_bytes_at_capacity is not None:
+        whole = report.kv_bytes_per_token_original * report.capacity
+        summary.add_row(f"KV cache at {report.capacity} tokens", size(whole), size(report.kv_bytes_at_capacity))
     summary.add_row("parameters", f"{report.parameters_original:,}", f"{report.parameters:,}")
     if report.divergence is not None:
         _divergence_rows(summary, report.divergence)
@@ -129,6 +134,8 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
             f"healed in {steps}: held-out KL {healed.kl_before:.5f} → {healed.kl_after:.5f}"
             + ("" if healed.best_step else ", no step was better than what was given")
         )
+    if report.eviction is not None:
+        out.say(f"holds {report.eviction}; what that costs is not in the figures above")
     if report.validation is not None:
         out.say(f"\nproved against PyTorch: {_verdict(report.validation)}")
     seconds = ", ".join(f"{stage} {value:.1f} s" for stage, value in report.seconds.items())

@@ -98,7 +98,8 @@ def _fed(
             for name, values in {"logits": logits, **taps()}.items():
                 pieces.setdefault(name, []).append(values[0].copy())
             for layer, twin in slots.items():
-                held = dict(zip((KEY, VALUE), cache.layer_in_float32(layer), strict=True)) | {STATE: cache.state(layer)}
+                key, value = (buffer[0] for buffer in cache.layer_in_float32(layer))  # [N, slots, width]
+                held = {KEY: key, VALUE: value, STATE: cache.state(layer)}
                 for kind, rows in twin.seen(held, start, stop).items():
                     pieces.setdefault(array_name(layer, kind), []).append(rows)
                 cache.set_state(layer, twin.state(stop))
