@@ -31,6 +31,7 @@ def write_bundle(
     dtype: str = "float32",
     capacity: int = 64,
     tokenizer: str | None = None,
+    eviction: Eviction | None = None,
     change: Callable[[dict[str, Any]], None] = lambda manifest: None,
 ) -> Path:
     """A bundle of `decoder` at `path`; `change` may edit its manifest before it is sealed."""
@@ -42,14 +43,16 @@ def write_bundle(
             limits=decoder.limits,
             embedding=decoder.embedding,
             rope=decoder.rope,
+            eviction=eviction,
         )
         for layer in decoder.layers:
             graph.add_layer(layer)
         contract = graph.finish(decoder.final_norm, decoder.head)
-        write_lowered(writer.directory / GRAPH_FILE, dtype)
+        if eviction is None:
+            write_lowered(writer.directory / GRAPH_FILE, dtype)
         if tokenizer is not None:
             (writer.directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        manifest = manifest_of(decoder, contract)
+        manifest = manifest_of(decoder, contract, eviction)
         change(manifest)
         writer.seal(manifest)
     return path

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
-from typing import Any, Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,21 @@ Shape = tuple[int, ...]
 
 # ONNX's numbers of the types (TensorProto.DataType): how ONNX Runtime is told of memory that no numpy array holds.
 ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
+
+ALL_ROWS = slice(None)
+
+
+class Move(NamedTuple):
+    """Slots of an array [rows, heads, slots, width] that take the place of others: `slots` of them in each of `rows` rows.
+
+    No move of several reads what one of them has written.
+    """
+
+    row: int
+    rows: int
+    target: int
+    source: int
+    slots: int
 
 
 def stored_as(dtype: str) -> np.dtype[Any]:
@@ -98,9 +113,10 @@ class DeviceArray:
         self.host: NDArray[Any] | None = None
         weakref.finalize(self, device.free, self.address).atexit = False  # the driver may be gone before us
 
-    def view(self, row: int) -> tuple[int, Shape]:
-        """Address and shape [1, ...] of one row of the first dimension."""
-        return self.address + row * (self.nbytes // self.shape[0]), (1, *self.shape[1:])
+    def view(self, rows: slice) -> tuple[int, Shape]:
+        """Address and shape of some rows of the first dimension."""
+        first, stop, _ = rows.indices(self.shape[0])
+        return self.address + first * (self.nbytes // self.shape[0]), (stop - first, *self.shape[1:])
 
 
 class Host:
@@ -121,12 +137,23 @@ class Host:
         """The array itself."""
         return array
 
+    def read_rows(self, array: NDArray[Any], rows: slice) -> NDArray[Any]:
+        """A copy of some rows."""
+        return array[rows].copy()
+
+    def write_rows(self, array: NDArray[Any], rows: slice, values: NDArray[Any]) -> None:
+        array[rows] = values
+
     def carry(self, source: NDArray[Any], target: NDArray[Any], slots: int) -> None:
         target[:, :, :slots] = source[:, :, :slots]
 
-    def address(self, array: NDArray[Any], row: int | None = None) -> tuple[int, Shape]:
-        """Where an array, or one row of it, begins, and its shape."""
-        part = array if row is None else array[row : row + 1]
+    def move(self, array: NDArray[Any], moves: Sequence[Move]) -> None:
+        for row, rows, target, source, count in moves:
+            array[row : row + rows, :, target : target + count] = array[row : row + rows, :, source : source + count]
+
+    def address(self, array: NDArray[Any], rows: slice = ALL_ROWS) -> tuple[int, Shape]:
+        """Where an array, or some rows of it, begin, and their shape."""
+        part = array[rows]
         return part.ctypes.data, part.shape
 
     def synchronize(self) -> None: ...
@@ -166,6 +193,18 @@ class OnDevice:
         self.device.synchronize()
         return host
 
+    def read_rows(self, array: DeviceArray, rows: slice) -> NDArray[Any]:
+        address, shape = array.view(rows)
+        host = np.empty(shape, stored_as(array.dtype))
+        self.device.download(host, address)
+        self.device.synchronize()
+        return host
+
+    def write_rows(self, array: DeviceArray, rows: slice, values: NDArray[Any]) -> None:
+        kept = np.ascontiguousarray(values, stored_as(array.dtype))
+        self.device.upload(array.view(rows)[0], kept)
+        self.device.synchronize()  # before `kept` is gone
+
     def carry(self, source: DeviceArray, target: DeviceArray, slots: int) -> None:
         """Copy the first `slots` slots of a cache [batch, heads, slots, width] to a roomier one."""
         batch, heads, _, width = source.shape
@@ -174,8 +213,17 @@ class OnDevice:
         self.device.copy_rows(target.address, pitches[0], source.address, pitches[1], slots * slot, batch * heads)
         self.device.synchronize()  # before the source is freed
 
-    def address(self, array: DeviceArray, row: int | None = None) -> tuple[int, Shape]:
-        return (array.address, array.shape) if row is None else array.view(row)
+    def move(self, array: DeviceArray, moves: Sequence[Move]) -> None:
+        """Queued, and done in order with all that follows."""
+        _, heads, slots, width = array.shape
+        slot = width * stored_as(array.dtype).itemsize
+        for row, rows, target, source, count in moves:
+            first = array.address + row * heads * slots * slot
+            pitch = slots * slot
+            self.device.copy_rows(first + target * slot, pitch, first + source * slot, pitch, count * slot, rows * heads)
+
+    def address(self, array: DeviceArray, rows: slice = ALL_ROWS) -> tuple[int, Shape]:
+        return array.view(rows)
 
     def synchronize(self) -> None:
         self.device.synchronize()

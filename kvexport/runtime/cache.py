@@ -1,10 +1,12 @@
-"""The KV cache: one buffer for each layer's keys and one for its values, which grow as sequences do.
+"""The KV cache: buffers for each layer's keys and values, which grow as sequences do, or as far as the layer's budget.
 
-Knows shapes and bytes; must not know what is written to the buffers, nor what runs on them.
+Knows shapes, bytes, and which slots are in use where a layer evicts; must not know what is written to the buffers, nor what
+runs on them.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,53 +14,88 @@ from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.graph.contract import past
+from kvexport.eviction import LATEST, NEVER, SCORE, STATE, STORED
+from kvexport.graph import contract
+from kvexport.graph.contract import KEY, VALUE, past
 from kvexport.runtime.arrays import HOST, Place, as_float32, from_float, stored_as
+from kvexport.runtime.evicting import Ints, Occupancy, Ranking, State, make_room
 
 # Tokens by which the buffers grow. Attention reads all of a buffer, so its capacity follows the sequence closely;
 # the copy at each growth is then 1/STEP of what attention reads between two of them.
 STEP = 256
 
 
+@dataclass(frozen=True)
+class _Buffer:
+    """One input of the graph: [batch, heads, tokens, width], or [batch·heads, 1, slots, width] where its layer evicts."""
+
+    layer: int
+    heads: int
+    width: int
+    dtype: str
+    evicts: bool
+
+    def shape(self, batch: int, slots: int) -> tuple[int, ...]:
+        return (batch * self.heads, 1, slots, self.width) if self.evicts else (batch, self.heads, slots, self.width)
+
+    def bytes(self, batch: int, slots: int) -> int:
+        return batch * self.heads * slots * self.width * stored_as(self.dtype).itemsize
+
+
 class KvCache:
-    """Buffers [batch, num_key_value_heads, capacity, width] by the name of the graph's input; nothing is allocated at first.
+    """Buffers by the name of the graph's input, as `kvexport.graph.contract.cache_specs` shapes them; nothing is allocated
+    at first.
 
     Attributes:
+        num_layers: layers.
         batch: sequences.
-        capacity: tokens that the buffers hold now: 0, a multiple of the growth step, or the limit.
-        limit: the most that they may hold.
-        dtype: of the buffers, by name.
-        place: where they are.
-        buffers: key and value of layer 0, of layer 1, ...: numpy arrays, or `DeviceArray`s.
+        capacity: tokens of a sequence that there is room for now: 0, a multiple of the growth step, or the limit.
+        limit: the most that a sequence may have.
+        slots: the most of them that a layer holds which evicts; None: no layer does.
+        dtype: of keys and values, by name.
+        place: where the buffers are.
+        buffers: layer by layer, key, value and, where it evicts, state: numpy arrays, or `DeviceArray`s.
     """
 
     def __init__(
         self, bundle: Bundle, batch: int, dtype: str, *, fill: float = 0.0, step: int = STEP, limit: int | None = None,
-        place: Place = HOST,
+        place: Place = HOST, slots: int | None = None,
     ) -> None:  # fmt: skip
         """Nothing is allocated before `reserve`.
 
         Args:
-            dtype: of the buffers: the bundle's, unless a copy of its graph computes in another.
-            fill: what slots hold until they are written; no result may depend on it.
+            dtype: of keys and values: the bundle's, unless a copy of its graph computes in another.
+            fill: what their slots hold until they are written; no result may depend on it.
             step: tokens by which the buffers grow.
             limit: None: the bundle's capacity.
+            slots: of layers that evict. None: the bundle's budget.
         """
-        self._bundle, self.dtype, self._fill, self._step = bundle, dtype, fill, step
-        self._shapes: dict[str, tuple[int, int]] = {}  # heads and width
+        self._bundle, self.dtype, self._fill, self._step, self.num_layers = bundle, dtype, fill, step, len(bundle.layers)
+        self._specs: dict[str, _Buffer] = {}
+        self._rankings: dict[int, Ranking] = {}  # of the layers that evict
+        eviction = bundle.eviction
         for index, layer in enumerate(bundle.layers):
-            self._shapes[past(index, "key")] = layer.num_key_value_heads, layer.key_head_dim
-            self._shapes[past(index, "value")] = layer.num_key_value_heads, layer.value_head_dim
+            evicts = eviction is not None and eviction.evicts(index)
+            parts = {KEY: (layer.key_head_dim, dtype), VALUE: (layer.value_head_dim, dtype)}
+            if evicts:
+                assert eviction is not None
+                parts[contract.STATE] = STATE, "float32"
+                self._rankings[index] = Ranking(eviction, getattr(layer, "window", None))
+            for which, (width, kind) in parts.items():
+                self._specs[past(index, which)] = _Buffer(index, layer.num_key_value_heads, width, kind, evicts)
         self.batch = batch
         self.capacity = 0
         self.limit = bundle.capacity if limit is None else limit
+        self.slots = None if eviction is None else min(slots or eviction.budget, self.limit)
         self.place = place
         self.buffers: dict[str, Any] = {}
+        self._empty()
 
-    def fresh(self, batch: int) -> KvCache:
-        """A cache of the same kind, for `batch` empty sequences."""
+    def fresh(self, batch: int, slots: int | None = None) -> KvCache:
+        """A cache of the same kind, for `batch` empty sequences; `slots` as in the constructor, None: as many as this one's."""
         return KvCache(
-            self._bundle, batch, self.dtype, fill=self._fill, step=self._step, limit=self.limit, place=self.place
+            self._bundle, batch, self.dtype, fill=self._fill, step=self._step, limit=self.limit, place=self.place,
+            slots=slots or self.slots,
         )  # fmt: skip
 
     def reserve(self, tokens: int) -> None:
@@ -72,22 +109,10 @@ class KvCache:
             return
         self.require_room(tokens, "the bundle's capacity is exhausted")
         capacity = min(-(-tokens // self._step) * self._step, self.limit)
-        for name, (heads, width) in self._shapes.items():
-            shape = (self.batch, heads, capacity, width)
-            try:
-                # Never uninitialised: a slot that is masked still meets its value, and 0 times NaN would be NaN.
-                fresh = self.place.zeros(shape, self.dtype)
-            except MemoryError as error:
-                raise CannotRunHere(
-                    "there is not enough memory for the KV cache", seen=f"{self.bytes(capacity)} bytes for {capacity} tokens, "
-                    f"{self.batch} sequences", fix="run fewer or shorter sequences",
-                ) from error  # fmt: skip
-            if self._fill:
-                self.place.write(fresh, np.full(shape, from_float(self._fill, self.dtype)))  # type: ignore[arg-type]
-            if name in self.buffers:
-                self.place.carry(self.buffers[name], fresh, self.capacity)  # type: ignore[arg-type]
-            self.buffers[name] = fresh
-        self.capacity = capacity
+        for name, spec in self._specs.items():
+            self._resize(name, spec, self._held(spec, capacity))
+        all_full = len(self._rankings) == self.num_layers and self.slots is not None and capacity >= self.slots
+        self.capacity = self.limit if all_full else capacity
 
     def require_room(self, tokens: int, what: str) -> None:
         """Refuse a sequence of `tokens` tokens that there is no room for; `what` says so.
@@ -105,16 +130,133 @@ class KvCache:
             remedy = f"shorten the text, or build the bundle again with --capacity {tokens} or more"
         raise UsageError(what, seen=f"{tokens} tokens", allowed=f"at most {self.limit}", fix=remedy)
 
+    def admit(self, positions: Ints, row: int | None = None) -> Ints:
+        """What `write_indices` must say of a call of tokens at consecutive `positions` [B, S], whose room is reserved.
+
+        Where layers evict, several tokens of a sequence make room first; a sequence's tokens come one after another, and its
+        last one may come again.
+
+        Args:
+            row: the call is of this sequence alone. None: of all.
+        """
+        first, count = positions[:, 0], positions.shape[1]
+        if self.slots is None:
+            return first
+        rows = slice(0, self.batch) if row is None else slice(row, row + 1)
+        slots = min(self.slots, self.capacity)
+        usable = slots - self._blocked
+        assert count <= usable, "more tokens at once than there are slots"
+        if count > 1:
+            for sequence in range(self.batch)[rows]:
+                self._shrink(sequence, usable - count)
+        return self._rows.take(rows, first, count, usable, slots)
+
+    def compress(self) -> None:
+        """Let all tokens of every sequence that are beyond the bundle's budget go at once, and the slots that they took."""
+        eviction = self._bundle.eviction
+        assert eviction is not None and self.slots is not None
+        self.slots = min(eviction.budget, self.slots)
+        for row in range(self.batch):
+            self._shrink(row, self.slots)
+        for name, spec in self._specs.items():
+            self._resize(name, spec, self._held(spec, self.capacity))
+
+    def _empty(self) -> None:
+        """Forget every sequence, as the buffers' zeros do."""
+        self._rows, self._blocked = Occupancy.empty(self.batch), 0
+
+    def block(self, slots: int) -> None:
+        """Leave `slots` slots to layers that evict, until the cache is emptied: the others look taken, by tokens that never go
+        and that nothing sees, since they are of the future. The cache is empty."""
+        assert self.slots is not None and not self._rows.seen.any()
+        self.reserve(self.slots)
+        self._blocked = self.slots - slots
+        for layer in self._rankings:
+            state = self.place.read(self.buffers[past(layer, contract.STATE)])
+            state[:, :, slots:, SCORE], state[:, :, slots:, STORED] = -NEVER, LATEST
+            self.place.write(self.buffers[past(layer, contract.STATE)], state)
+
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """A layer's keys and values, whole buffers: the arrays themselves, or copies of what a device holds."""
-        key, value = (self.place.read(self.buffers[past(index, which)]) for which in ("key", "value"))
-        return key, value
+        """A layer's keys and values, whole buffers [batch, N, slots, width]: the arrays, or copies of what a device holds."""
+        key, value = (self.place.read(self.buffers[past(index, which)]) for which in (KEY, VALUE))
+        return key.reshape(self.batch, -1, *key.shape[2:]), value.reshape(self.batch, -1, *value.shape[2:])
 
     def layer_in_float32(self, index: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """Copies of a layer's keys and values."""
         key, value = (as_float32(buffer, self.dtype) for buffer in self.layer(index))
         return key, value
 
+    def state(self, index: int) -> State:
+        """A copy of what a layer that evicts knows of the first sequence's slots, float32 [N, slots, 2]."""
+        name = past(index, contract.STATE)
+        state = self.place.read_rows(self.buffers[name], self.rows_of(name, 0))[:, 0]
+        return state[:, : state.shape[1] - self._blocked]
+
+    def set_state(self, index: int, state: State) -> None:
+        """Let a layer that evicts know this of the first sequence's slots [N, any number, 2]: what is left out is empty."""
+        name = past(index, contract.STATE)
+        buffer, rows = self.buffers[name], self.rows_of(name, 0)
+        held = self.place.read_rows(buffer, rows)
+        usable = held.shape[2] - self._blocked
+        assert not state[:, usable:].any(), "tokens beyond the slots that there are"
+        held[:, 0, :usable] = 0
+        held[:, 0, : state.shape[1]][:, :usable] = state[:, :usable]
+        self.place.write_rows(buffer, rows, held)
+
     def bytes(self, tokens: int) -> int:
-        """Bytes that `tokens` tokens of every sequence take."""
-        return self.batch * tokens * stored_as(self.dtype).itemsize * sum(heads * width for heads, width in self._shapes.values())
+        """Bytes that sequences of `tokens` tokens take, all of them together."""
+        return sum(spec.bytes(self.batch, self._held(spec, tokens)) for spec in self._specs.values())
+
+    def layer_bytes(self) -> tuple[int, ...]:
+        """Bytes allocated now, layer by layer."""
+        allocated = [0] * self.num_layers
+        for name, buffer in self.buffers.items():
+            allocated[self._specs[name].layer] += buffer.nbytes
+        return tuple(allocated)
+
+    def dtype_of(self, name: str) -> str:
+        """Of a buffer."""
+        return self._specs[name].dtype
+
+    def rows_of(self, name: str, row: int) -> slice:
+        """Where a sequence is in the first dimension of a buffer."""
+        spec = self._specs[name]
+        rows = spec.heads if spec.evicts else 1
+        return slice(row * rows, (row + 1) * rows)
+
+    def _held(self, spec: _Buffer, tokens: int) -> int:
+        """Slots that sequences of `tokens` tokens take."""
+        return min(tokens, self.slots) if spec.evicts and self.slots is not None else tokens
+
+    def _shrink(self, row: int, keep: int) -> None:
+        """At most `keep` tokens of a sequence stay in layers that evict."""
+        filled, seen = int(self._rows.filled[row]), int(self._rows.seen[row])
+        if filled <= keep:
+            return
+        for layer, ranking in self._rankings.items():
+            key, value, state = (self.buffers[past(layer, which)] for which in (KEY, VALUE, contract.STATE))
+            make_room(self.place, (key, value, state), self.rows_of(past(layer, KEY), row), ranking, filled, keep, seen)
+        self._rows.filled[row] = keep
+
+    def _resize(self, name: str, spec: _Buffer, slots: int) -> None:
+        """A buffer of so many slots, with what the old one held.
+
+        Raises:
+            CannotRunHere: not enough memory.
+        """
+        old, shape = self.buffers.get(name), spec.shape(self.batch, slots)
+        if old is not None and old.shape == shape:
+            return
+        try:
+            # Never uninitialised: a slot that is masked still meets its value, and 0 times NaN would be NaN.
+            fresh: Any = self.place.zeros(shape, spec.dtype)
+        except MemoryError as error:
+            raise CannotRunHere(
+                "there is not enough memory for the KV cache", seen=f"{self.bytes(slots)} bytes for {slots} tokens, "
+                f"{self.batch} sequences", fix="run fewer or shorter sequences",
+            ) from error  # fmt: skip
+        if self._fill and not name.endswith(contract.STATE):
+            self.place.write(fresh, np.full(shape, from_float(self._fill, self.dtype)))
+        if old is not None:
+            self.place.carry(old, fresh, min(slots, old.shape[2]))
+        self.buffers[name] = fresh

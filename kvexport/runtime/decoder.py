@@ -14,7 +14,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from kvexport.runtime.arrays import ELEMENT_TYPES, HOST, OnDevice, Place, as_float32
+from kvexport.runtime.arrays import ALL_ROWS, ELEMENT_TYPES, HOST, OnDevice, Place, as_float32
 from kvexport.runtime.cache import KvCache
 from kvexport.runtime.interface import TOKEN_INPUTS, DeviceMemory, Ids, Logits
 
@@ -43,7 +43,7 @@ class OrtDecoder:
         """
         Args:
             row_by_row: run calls of several tokens one row of the batch after another: GroupQueryAttention takes no
-                batch of them once there is a past.
+                batch of them once there is a past. So it is wherever layers evict, or padding would cost tokens.
             loaded: bytes of the device that loading the graph took.
         """
         self._session, self._row_by_row, self._loaded = session, row_by_row, loaded
@@ -69,11 +69,13 @@ class OrtDecoder:
             self._whole = None
             self.cache.reserve(tokens)
         batch, sequence = input_ids.shape
-        if batch > 1 and sequence > 1 and self._row_by_row:
+        if self.cache.slots is not None:
+            apart = lengths is not None or (batch > 1 and sequence > 1)
+        else:
+            apart = batch > 1 and sequence > 1 and self._row_by_row
+        if apart:
             return self._run_rows(input_ids, positions, logits_index, lengths, shrink)
-        if self._whole is None:
-            self._whole = _Binding(self._session, self.cache)
-        return self._call(self._whole, input_ids, positions, logits_index, shrink)
+        return self._call(self._binding(), input_ids, positions, logits_index, shrink)
 
     def device_memory(self) -> DeviceMemory | None:
         place = self.cache.place
@@ -90,13 +92,22 @@ class OrtDecoder:
         for row in range(len(input_ids)):
             count = input_ids.shape[1] if lengths is None else int(lengths[row])
             if count:
-                binding, rows = _Binding(self._session, self.cache, row), slice(row, row + 1)
+                rows = slice(row, row + 1)
                 parts = (input_ids[rows, :count], positions[rows, :count], logits_index[rows])
-                logits[rows] = self._call(binding, *parts, shrink)
+                binding = self._binding() if len(input_ids) == 1 else _Binding(self._session, self.cache, row)
+                logits[rows] = self._call(binding, *parts, shrink, row)
         return logits
 
-    def _call(self, binding: _Binding, input_ids: Ids, positions: Ids, logits_index: Ids, shrink: bool) -> Logits:
-        binding.inputs(dict(zip(TOKEN_INPUTS, (input_ids, positions, positions[:, 0], logits_index), strict=True)))
+    def _binding(self) -> _Binding:
+        if self._whole is None:
+            self._whole = _Binding(self._session, self.cache)
+        return self._whole
+
+    def _call(
+        self, binding: _Binding, input_ids: Ids, positions: Ids, logits_index: Ids, shrink: bool, row: int | None = None
+    ) -> Logits:
+        indices = self.cache.admit(positions, row)
+        binding.inputs(dict(zip(TOKEN_INPUTS, (input_ids, positions, indices, logits_index), strict=True)))
         binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
         for name, (width, dtype) in self._extra.items():
             binding.output(name, (*input_ids.shape, width), dtype, HOST)
@@ -116,8 +127,9 @@ class _Binding:
         self.arrays: dict[str, Any] = dict(cache.buffers)  # what is bound must stay alive
         self._place = cache.place
         for name, buffer in cache.buffers.items():
-            self._bind(name, buffer, cache.dtype, self._place, row)
-            self._bind(_present(name), buffer, cache.dtype, self._place, row)
+            rows, dtype = ALL_ROWS if row is None else cache.rows_of(name, row), cache.dtype_of(name)
+            self._bind(name, buffer, dtype, self._place, rows)
+            self._bind(_present(name), buffer, dtype, self._place, rows)
 
     def inputs(self, inputs: Mapping[str, Ids]) -> None:
         """On a device they are bound for every call: ONNX Runtime copies what an operator wants in the host's memory (of
@@ -128,7 +140,7 @@ class _Binding:
         self._place.synchronize()  # ONNX Runtime has streams of its own
         if self._place is not HOST:
             for name in inputs:
-                self._bind(name, self.arrays[name], "int64", self._place, None)
+                self._bind(name, self.arrays[name], "int64", self._place)
             self.binding.synchronize_inputs()
 
     def output(self, name: str, shape: tuple[int, ...], dtype: str, place: Place | None = None) -> None:
@@ -138,10 +150,10 @@ class _Binding:
         """Bind an array under `name`, made anew only when its shape changes."""
         if name not in self.arrays or self.arrays[name].shape != shape:
             self.arrays[name] = place.staged(shape, dtype)
-            self._bind(name, self.arrays[name], dtype, place, None)
+            self._bind(name, self.arrays[name], dtype, place)
 
-    def _bind(self, name: str, array: Any, dtype: str, place: Place, row: int | None) -> None:
-        address, shape = place.address(array, row)
+    def _bind(self, name: str, array: Any, dtype: str, place: Place, rows: slice = ALL_ROWS) -> None:
+        address, shape = place.address(array, rows)
         is_input = name in TOKEN_INPUTS or name.startswith("past_key_values.")
         bind = self.binding.bind_input if is_input else self.binding.bind_output
         bind(name, place.kind, 0, ELEMENT_TYPES[dtype], shape, address)

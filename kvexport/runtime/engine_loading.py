@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.errors import BundleError, CannotRunHere
-from kvexport.graph.contract import past, present, update
+from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, STATE, past, present, update
 from kvexport.runtime.engines import Engine
 from kvexport.runtime.interface import TOKEN_INPUTS
 
@@ -60,12 +60,22 @@ def require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool
         BundleError: the engine takes or gives other tensors than its record and the bundle say.
     """
     record = engine.record
-    sizes = {"batch": record.batch, "capacity": record.capacity}
+    sizes = {BATCH: record.batch, CAPACITY: record.capacity}
+    if bundle.eviction is not None:
+        sizes[BUDGET] = min(bundle.eviction.budget, record.capacity)
+
+    def size(of: int | str) -> int:
+        if isinstance(of, int):
+            return of
+        name, _, heads = of.partition("*")
+        return sizes[name] * int(heads or 1)
+
     caches = [spec for spec in bundle.graph.inputs if spec.name not in TOKEN_INPUTS]
-    shapes = {spec.name: (spec.dtype, tuple(sizes.get(str(size), size) for size in spec.shape)) for spec in caches}
+    shapes = {spec.name: (spec.dtype, tuple(size(each) for each in spec.shape)) for spec in caches}
     given = {(present if in_place else update)(*layer_and_which(name)): name for name in shapes}
     names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
-    promised = {*TOKEN_INPUTS, "logits", *shapes, *given}
+    states = [] if in_place else [layer_and_which(name)[0] for name in shapes if name.endswith(STATE)]
+    promised = {*TOKEN_INPUTS, "logits", *shapes, *given, *map(slots_output, states)}
     if names != promised:
         _refuse(engine, "takes or gives other tensors", sorted(names ^ promised), "those of its lowering")
     for name in names:
@@ -96,10 +106,16 @@ def _refuse(engine: Engine, what: str, seen: object, allowed: object) -> NoRetur
 
 
 def layer_and_which(name: str) -> tuple[int, str]:
-    """Layer and "key" or "value" of a cache input's name."""
+    """Layer and "key", "value" or "state" of a cache input's name."""
     _, layer, which = name.split(".")
     assert name == past(int(layer), which)
     return int(layer), which
+
+
+def slots_output(layer: int) -> str:
+    """Name of the output that says, in graphs that cannot write a cache, the slot of each head's first new token
+    [batch·kv_heads] int64; the others follow it."""
+    return f"slots.{layer}"
 
 
 @cache

@@ -63,10 +63,12 @@ class Decoder(Protocol):
     ) -> Logits:
         """Logits [B, L, vocab] of tokens [B, S] at consecutive `positions` [B, S], for those that `logits_index` [B, L] names.
 
-        Makes room in the cache for every position. The array returned is overwritten by the next call.
+        Makes room in the cache for every position. The array returned is overwritten by the next call. Where layers evict,
+        a sequence's tokens come one after another (its last one may come again), as many at once as there are slots.
 
         Args:
-            lengths: how many of each row's tokens count [B]; the others pad it, and may be left out. None: all.
+            lengths: how many of each row's tokens count [B]; the others pad it, and may be left out: a row of none is left as
+                it is where layers evict. None: all.
             shrink: afterwards, give back to the system what the graph's temporary values took.
 
         Raises:

@@ -94,11 +94,13 @@ def open_decoder(bundle: Bundle, provider: Provider, *, threads: int | None = No
     return OrtDecoder(graph, cache, row_by_row=graph_file(bundle, provider.name) != GRAPH_FILE, loaded=loaded)
 
 
-def new_cache(bundle: Bundle, provider: Provider, dtype: str, *, fill: float = 0.0, step: int | None = None) -> KvCache:
+def new_cache(
+    bundle: Bundle, provider: Provider, dtype: str, *, fill: float = 0.0, step: int | None = None, slots: int | None = None
+) -> KvCache:
     """A cache for one sequence on ONNX Runtime, where the provider computes; as `KvCache`."""
     if provider.device is None:
-        return KvCache(bundle, 1, dtype, fill=fill, step=step or STEP)
-    return KvCache(bundle, 1, dtype, fill=fill, step=step or _DEVICE_STEP, place=OnDevice(provider.device))
+        return KvCache(bundle, 1, dtype, fill=fill, step=step or STEP, slots=slots)
+    return KvCache(bundle, 1, dtype, fill=fill, step=step or _DEVICE_STEP, slots=slots, place=OnDevice(provider.device))
 
 
 def require_onnxruntime() -> None:

@@ -35,7 +35,8 @@ class Memory:
         batch: sequences.
         capacity, capacity_limit: tokens that each sequence has room for now, and may ever hold.
         bytes_allocated, bytes_limit: what the cache takes now, and will take at the limit.
-        bytes_per_token: what one token of one sequence takes.
+        bytes_per_token: what one token of one sequence takes, with its state in layers that evict.
+        budget: tokens of a sequence that layers hold which evict; None: no layer does.
         layers: bytes allocated now, layer by layer.
         device: all that is known of the device's memory; None where the session runs on the CPU.
     """
@@ -46,6 +47,7 @@ class Memory:
     bytes_allocated: int
     bytes_limit: int
     bytes_per_token: int
+    budget: int | None
     layers: tuple[int, ...]
     device: DeviceMemory | None
 
@@ -57,33 +59,48 @@ class Session:
         bundle: the opened bundle.
         provider: what runs it: "cpu" or "cuda" (ONNX Runtime's), or "tensorrt".
         engine: that library and its version.
-        capacity: the most tokens that a sequence may ever hold: the bundle's, or its engine's.
-        lengths: tokens in the cache, one number a sequence.
+        capacity: the most tokens that a sequence may ever have: the bundle's, or its engine's.
+        lengths: tokens that each sequence had, all of which are in the cache, but for those that were evicted.
     """
 
     def __init__(
-        self, bundle: Bundle, *, provider: str | Provider = "auto", threads: int | None = None, chunk: int = CHUNK
-    ) -> None:
+        self, bundle: Bundle, *, provider: str | Provider = "auto", threads: int | None = None, chunk: int = CHUNK,
+        compress_once: bool = False,
+    ) -> None:  # fmt: skip
         """Load the graph or the engine; hashes nothing (see `open_bundle`).
 
         Args:
             provider: "cpu", "cuda" or "tensorrt"; "auto": tensorrt if the bundle has an engine that this machine can run,
                 else cuda if ONNX Runtime has it and there is a GPU, else cpu. Or what `providers.choose` made of it.
             threads: that one operator may use on the CPU; None: one a core.
-            chunk: the most tokens of a sequence in one call; an engine may take fewer.
+            chunk: the most tokens of a sequence in one call; an engine may take fewer, and layers that evict do.
+            compress_once: as arXiv 2406.11430 measures, for comparison: a prompt is read as if nothing were evicted, in
+                buffers as large as it, and brought within the bundle's budget at once.
 
         Raises:
             CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
             BundleError: the graph, the engine or the tokenizer is not what the manifest says.
-            UsageError: a value out of range.
+            UsageError: a value out of range, or `compress_once` of what cannot.
         """
         if chunk < 1:
             raise UsageError("chunk is out of range", seen=chunk, allowed="1 or more")
+        if compress_once and bundle.eviction is None:
+            raise UsageError(
+                f"the bundle {bundle.path} has no budget to bring a prompt within",
+                fix="build it with one: kvexport build --kv-budget TOKENS",
+            )
         chosen = choose(bundle, provider) if isinstance(provider, str) else provider
-        self.bundle, self.provider = bundle, chosen.name
+        if compress_once and chosen.name == "tensorrt":
+            raise UsageError(
+                "an engine's cache has the size of the budget from the start, and cannot hold a longer prompt whole",
+                seen="compress_once", fix="leave it out, or run without the engine: --provider cuda or cpu",
+            )  # fmt: skip
+        self.bundle, self.provider, self._compress_once = bundle, chosen.name, compress_once
         self._decoder = open_decoder(bundle, chosen, threads=threads)
         self.engine = chosen.version
         self._chunk = min(chunk, self._decoder.longest)
+        if bundle.eviction is not None and not compress_once:
+            self._chunk = min(self._chunk, bundle.eviction.chunk)
         self._tokenizer = tokenizer_of(bundle)
         self.reset()
 
@@ -91,7 +108,15 @@ class Session:
         """Give the cache back, and begin with `batch` empty sequences."""
         if batch < 1:
             raise UsageError("the batch is empty", seen=batch, allowed="1 sequence or more")
-        self._decoder.use(self._decoder.cache.fresh(batch))
+        self._begin(batch)
+
+    def _begin(self, batch: int, tokens: int = 0) -> None:
+        """An empty cache, which with `compress_once` holds so many tokens of a sequence before any goes."""
+        slots = None
+        if self._compress_once:
+            assert self.bundle.eviction is not None
+            slots = max(tokens, self.bundle.eviction.budget)
+        self._decoder.use(self._decoder.cache.fresh(batch, slots))
         self.lengths = np.zeros(batch, np.int64)
         self._last = np.zeros(batch, np.int64)  # the last token of each
 
@@ -110,7 +135,7 @@ class Session:
         if lengths.min() == 0:
             raise UsageError("a prompt is empty", fix="give at least one token")
         self._decoder.cache.require_room(int(lengths.max()), "the prompt is longer than the bundle's capacity")
-        self.reset(len(rows))
+        self._begin(len(rows), int(lengths.max()))
         padded = np.zeros((len(rows), lengths.max()), np.int64)
         for padding, row in zip(padded, rows, strict=True):
             padding[: len(row)] = row
@@ -125,14 +150,14 @@ class Session:
             logits = self._run(np.full(len(rows), start), ids, index, lengths=filled, shrink=stop == padded.shape[1])
             ends_here = (lengths > start) & (lengths <= stop)
             after_last[ends_here] = logits[ends_here, 0]
-        self.lengths, self._last = lengths, np.array([row[-1] for row in rows])
+        self._end_prompt(lengths, np.array([row[-1] for row in rows]))
         return after_last
 
     def step(self, token_ids: ArrayLike, active: NDArray[np.bool_] | None = None) -> Logits:
         """One more token [B] for every sequence; returns the logits [B, vocab] after it.
 
         Sequences that are not `active` [B] stay as they are: whatever their token here, their last one is run again
-        in its place.
+        in its place. With `compress_once` it may be gone: they are left out, and their logits are zeros.
 
         Raises:
             UsageError: a token id outside the vocabulary, another number of tokens than sequences, or a full cache.
@@ -144,7 +169,8 @@ class Session:
         lengths = self.lengths + active
         self._decoder.cache.require_room(int(lengths.max()), "the bundle's capacity is exhausted")
         ids = np.where(active, ids, self._last)
-        logits = self._run(np.maximum(lengths - 1, 0), ids[:, None], np.zeros((len(ids), 1), np.int64))
+        counts = active.astype(np.int64) if self._compress_once and not active.all() else None
+        logits = self._run(np.maximum(lengths - 1, 0), ids[:, None], np.zeros((len(ids), 1), np.int64), lengths=counts)
         self.lengths, self._last = lengths, ids
         return logits[:, 0].copy()
 
@@ -158,14 +184,20 @@ class Session:
         if ids.size == 0:
             raise UsageError("there is no token to score", seen=f"shape {ids.shape}")
         self._decoder.cache.require_room(ids.shape[1], "the tokens exceed the bundle's capacity")
-        self.reset(len(ids))
+        self._begin(len(ids), ids.shape[1])
         scored = np.empty((*ids.shape, self.bundle.model.vocab_size), np.float32)
         for start in range(0, ids.shape[1], self._chunk):
             part = ids[:, start : start + self._chunk]
             index = np.broadcast_to(np.arange(part.shape[1]), part.shape)
             scored[:, start : start + self._chunk] = self._run(np.full(len(ids), start), part, index)
-        self.lengths, self._last = np.full(len(ids), ids.shape[1]), ids[:, -1]
+        self._end_prompt(np.full(len(ids), ids.shape[1]), ids[:, -1])
         return scored
+
+    def _end_prompt(self, lengths: Ids, last: Ids) -> None:
+        self.lengths, self._last = lengths, last
+        if self._compress_once:
+            self._decoder.use(self._decoder.cache)  # or it would hold the larger buffers
+            self._decoder.cache.compress()
 
     @overload
     def generate(
@@ -231,15 +263,15 @@ class Session:
     def memory(self) -> Memory:
         """What the cache takes, and may take; an engine's has its whole capacity from the start."""
         cache = self._decoder.cache
-        buffers = [buffer.nbytes for buffer in cache.buffers.values()]  # two a layer
         return Memory(
             batch=cache.batch,
             capacity=cache.capacity,
             capacity_limit=cache.limit,
-            bytes_allocated=sum(buffers),
+            bytes_allocated=sum(cache.layer_bytes()),
             bytes_limit=cache.bytes(cache.limit),
-            bytes_per_token=self.bundle.kv_bytes_per_token,
-            layers=tuple(key + value for key, value in zip(buffers[::2], buffers[1::2], strict=True)),
+            bytes_per_token=self.bundle.kv_bytes(1),
+            budget=cache.slots,
+            layers=cache.layer_bytes(),
             device=self._decoder.device_memory(),
         )
 
@@ -305,18 +337,20 @@ def _batched(prompts: Sequence[Any]) -> Sequence[Any]:
 
 
 def open_bundle(
-    path: Path | str, *, provider: str = "auto", threads: int | None = None, chunk: int = CHUNK, verify: bool = True
-) -> Session:
+    path: Path | str, *, provider: str = "auto", threads: int | None = None, chunk: int = CHUNK, compress_once: bool = False,
+    verify: bool = True,
+) -> Session:  # fmt: skip
     """Open a bundle for generation.
 
     Args:
-        provider, threads, chunk: as in `Session`.
+        provider, threads, chunk, compress_once: as in `Session`.
         verify: hash the weights too (an engine's plan, where it is that which runs), while they are loaded; all other
             files always are.
 
     Raises:
         BundleError: no bundle, a damaged one, one of a newer format, or an engine that is damaged or of another bundle.
         CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
+        UsageError: as `Session`.
     """
     bundle = Bundle.open(path)
     bundle.verify(name for name in bundle.files if name != DATA_FILE)
@@ -324,7 +358,7 @@ def open_bundle(
     with ThreadPoolExecutor(1) as pool:
         hashed = pool.submit(_verify_weights, bundle, chosen) if verify else pool.submit(lambda: None)
         try:
-            session = Session(bundle, provider=chosen, threads=threads, chunk=chunk)
+            session = Session(bundle, provider=chosen, threads=threads, chunk=chunk, compress_once=compress_once)
         finally:
             hashed.result()  # damage explains whatever else went wrong
     return session

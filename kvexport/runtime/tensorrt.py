@@ -1,13 +1,15 @@
 """A bundle's TensorRT engine: decode and prefill as two execution contexts over one cache and one scratch memory.
 
 Knows TensorRT's runtime (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an engine's graph has: std24
-writes the cache in place, decomposed17 gives the new tokens' keys and values, which are copied into it after the call.
+writes the cache in place, decomposed17 gives what is new, which is copied into it after the call: to the slots that it names
+where layers evict, else to those of the positions.
 Must not know what tokens mean. On a GPU this was never run: none was at hand; its tests run it on a simulated device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -15,10 +17,18 @@ from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.graph.contract import present, update
+from kvexport.graph.contract import STATE, present, update
 from kvexport.runtime.arrays import Device, DeviceArray, OnDevice, stored_as
 from kvexport.runtime.cache import KvCache
-from kvexport.runtime.engine_loading import engine_log, failure, layer_and_which, load_engine, refit, require_contract
+from kvexport.runtime.engine_loading import (
+    engine_log,
+    failure,
+    layer_and_which,
+    load_engine,
+    refit,
+    require_contract,
+    slots_output,
+)
 from kvexport.runtime.engines import Engine
 from kvexport.runtime.interface import TOKEN_INPUTS, DeviceMemory, Ids, Logits
 
@@ -35,8 +45,8 @@ class EngineCache(KvCache):
         )  # fmt: skip
         self.reserve(record.capacity)
 
-    def fresh(self, batch: int) -> KvCache:
-        """This cache, empty.
+    def fresh(self, batch: int, slots: int | None = None) -> KvCache:
+        """This cache, empty; it has as many slots as ever.
 
         Raises:
             UsageError: the engine is for another number of sequences.
@@ -49,6 +59,7 @@ class EngineCache(KvCache):
         assert isinstance(self.place, OnDevice)
         for buffer in self.buffers.values():
             self.place.device.clear(buffer.address, buffer.nbytes)
+        self._empty()
         return self
 
 
@@ -88,12 +99,15 @@ class TensorRtDecoder:
             if not in_place:
                 outputs = {update(*layer_and_which(name)): self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
             self._updates = {} if in_place else dict(zip(self.cache.buffers, outputs.values(), strict=True))
+            self._slots = {} if in_place else self._slots_of_heads(place)
+            outputs |= {slots_output(layer): slots for layer, slots in self._slots.items()}
             size = int(self._engine.device_memory_size_v2)  # of the profile that needs the most
             self._scratch = DeviceArray(device, (max(size, 1),), "uint8")
             bound = {name: buffer.address for name, buffer in {**self.cache.buffers, **outputs}.items()}
             vocab = bundle.model.vocab_size
-            self._decode = _Calls(self._context(DECODE), place, self._log, vocab, bound, longest=1, captures=True)
-            self._prefill = _Calls(self._context(PREFILL), place, self._log, vocab, bound, longest=self.longest, captures=False)
+            given = place, self._log, vocab, bound, tuple(self._slots.values())
+            self._decode = _Calls(self._context(DECODE), *given, longest=1, captures=True)
+            self._prefill = _Calls(self._context(PREFILL), *given, longest=self.longest, captures=False)
         except MemoryError as error:
             raise CannotRunHere(
                 "there is not enough device memory for the engine's cache and activations", seen=str(error),
@@ -110,7 +124,8 @@ class TensorRtDecoder:
         start, stop = int(positions[0, 0]), int(positions[0, -1]) + 1
         self.cache.reserve(stop)  # TensorRT would drop what is beyond, and say nothing
         calls = self._decode if input_ids.shape[1] == 1 else self._prefill
-        return calls.run(input_ids, positions, logits_index, lambda: self._write_updates(start, stop - start))
+        tokens = input_ids, positions, self.cache.admit(positions), logits_index
+        return calls.run(tokens, lambda: self._write_updates(start, stop - start))
 
     def device_memory(self) -> DeviceMemory:
         free, total = self._device.memory()
@@ -140,12 +155,32 @@ class TensorRtDecoder:
         return context
 
     def _write_updates(self, start: int, count: int) -> None:
-        """Copy what the graph gave of `count` new tokens to the cache's slots from `start` on, in the stream's order."""
+        """Copy what the graph gave of `count` new tokens to the cache, in the stream's order: of a layer that evicts to the
+        slots that it named, head by head, of others to those from `start` on."""
         for name, new in self._updates.items():
-            buffer = self.cache.buffers[name]
-            _, heads, capacity, width = buffer.shape
+            buffer, (layer, _) = self.cache.buffers[name], layer_and_which(name)
+            rows, heads, capacity, width = buffer.shape
             slot = width * stored_as(buffer.dtype).itemsize
-            self._device.copy_rows(buffer.address + start * slot, capacity * slot, new.address, count * slot, count * slot, heads)
+            for first, number, target in self._targets(layer, rows * heads, start):
+                to, given = buffer.address + (first * capacity + target) * slot, new.address + first * count * slot
+                self._device.copy_rows(to, capacity * slot, given, count * slot, count * slot, number)
+
+    def _targets(self, layer: int, heads: int, start: int) -> Iterator[tuple[int, int, int]]:
+        """Neighbouring heads whose new tokens go to one slot: the first of them, how many, the slot."""
+        if layer not in self._slots:
+            yield 0, heads, start
+            return
+        host = self._slots[layer].host
+        assert host is not None
+        slots = host.tolist()
+        for slot, group in groupby(range(heads), lambda head: slots[head]):
+            first, *more = group
+            yield first, 1 + len(more), slot
+
+    def _slots_of_heads(self, place: OnDevice) -> dict[int, DeviceArray]:
+        """Where the graph says which slots it chose, of each layer that evicts."""
+        states = {layer_and_which(name)[0]: buffer for name, buffer in self.cache.buffers.items() if name.endswith(STATE)}
+        return {layer: place.staged(state.shape[:1], "int64") for layer, state in states.items()}
 
     def _slice_of(self, buffer: DeviceArray) -> DeviceArray:
         batch, heads, _, width = buffer.shape
@@ -161,10 +196,16 @@ class _Calls:
     """
 
     def __init__(
-        self, context: Any, place: OnDevice, log: Any, vocab: int, bound: dict[str, int], *, longest: int, captures: bool
-    ) -> None:
+        self, context: Any, place: OnDevice, log: Any, vocab: int, bound: dict[str, int], told: Sequence[DeviceArray], *,
+        longest: int, captures: bool,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            bound: addresses of what is not made here, by name.
+            told: those of them that the host reads after a call.
+        """
         self.context, self._place, self._device, self._log, self._vocab = context, place, place.device, log, vocab
-        self._captures = captures
+        self._captures, self._told = captures, told
         self._graph: Any | None = None
         self._counts = 0, 0  # tokens, logits
         self._inputs = {name: place.staged((longest,), "int64") for name in TOKEN_INPUTS}
@@ -172,11 +213,11 @@ class _Calls:
         for name, address in {**bound, **{name: array.address for name, array in self._inputs.items()}}.items():
             self._address(name, address)
 
-    def run(self, input_ids: Ids, positions: Ids, logits_index: Ids, after: Callable[[], None]) -> Logits:
-        """One call; `after` queues what follows the engine."""
-        tokens, logits = input_ids.shape[1], logits_index.shape[1]
+    def run(self, inputs: tuple[Ids, ...], after: Callable[[], None]) -> Logits:
+        """One call of what `TOKEN_INPUTS` names; `after` queues what follows the engine."""
+        tokens, logits = inputs[0].shape[1], inputs[3].shape[1]
         self._shape(tokens, logits)
-        for name, values in zip(TOKEN_INPUTS, (input_ids, positions, positions[:, 0], logits_index), strict=True):
+        for name, values in zip(TOKEN_INPUTS, inputs, strict=True):
             host = self._inputs[name].host
             assert host is not None
             host[: values.size] = values.ravel()
@@ -184,6 +225,8 @@ class _Calls:
             self._queue()
         else:
             self._device.launch(self._graph)
+        if self._told:
+            self._device.synchronize()
         after()
         self._device.synchronize()
         if self._captures and self._graph is None:
@@ -198,6 +241,9 @@ class _Calls:
             raise failure(self._log, "TensorRT failed to run the engine")
         assert self._logits is not None
         self._device.download(self._host_logits(), self._logits.address)
+        for array in self._told:
+            assert array.host is not None
+            self._device.download(array.host, array.address)
 
     def _capture(self) -> None:
         """TensorRT must have run once before; TensorRT-RTX may still be compiling kernels, and says so."""

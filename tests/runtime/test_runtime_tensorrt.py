@@ -192,9 +192,11 @@ def _not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """Output caches at addresses of their own."""
     real = runtime._Calls.__init__
 
-    def elsewhere(self: Any, context: Any, place: Any, log: Any, vocab: int, bound: dict[str, int], **options: Any) -> None:
+    def elsewhere(
+        self: Any, context: Any, place: Any, log: Any, vocab: int, bound: dict[str, int], told: Any, **options: Any
+    ) -> None:
         apart = {name: place.device.allocate(1 << 16) if "present" in name else address for name, address in bound.items()}
-        real(self, context, place, log, vocab, apart, **options)
+        real(self, context, place, log, vocab, apart, told, **options)
 
     monkeypatch.setattr(runtime._Calls, "__init__", elsewhere)
 

@@ -1,0 +1,489 @@
+"""Layers that evict, run by the runtime: the oracle's cache, token for token, whatever the batch, the chunks and the memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import make_decoder
+from numpy.typing import NDArray
+from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
+
+from kvexport import reference
+from kvexport.bundle import Bundle
+from kvexport.decoder import Decoder
+from kvexport.errors import UsageError
+from kvexport.evicting import EvictingCache
+from kvexport.eviction import POLICIES, SCORE, STORED, Eviction
+from kvexport.layer_report import LayerReport
+from kvexport.runtime import Session, open_bundle
+from kvexport.runtime import evicting as runtime
+from kvexport.runtime.arrays import HOST
+from kvexport.runtime.cache import KvCache
+
+CAPACITY, VOCAB = 96, 40
+CLOSE = {"rtol": 0.0, "atol": 1e-5}
+BUDGET = Eviction("l2-norm", 24, protect_first=2, protect_recent=5)
+
+
+@dataclasses.dataclass(frozen=True)
+class Windowed(LayerReport):
+    window: int | None = None
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return np.random.default_rng(seed).integers(0, VOCAB, count).tolist()
+
+
+def random_decoder(style: str, **sizes: Any) -> Decoder:
+    return make_decoder(style, dtype=torch.float32, **sizes)
+
+
+def opened(path: Path, decoder: Decoder, eviction: Eviction, capacity: int = CAPACITY, **options: Any) -> Session:
+    """A session on a new bundle; its manifest says the windows of its layers."""
+    bundle = Bundle.open(write_bundle(path, decoder, capacity=capacity, eviction=eviction))
+    windows = [layer.attention.window for layer in decoder.layers]
+    layers = tuple(Windowed(**vars(layer), window=window) for layer, window in zip(bundle.layers, windows, strict=True))
+    return Session(dataclasses.replace(bundle, layers=layers), threads=1, provider="cpu", **options)
+
+
+class Oracle:
+    """One sequence in the oracle's cache, its prompt read in chunks as the runtime does."""
+
+    def __init__(self, decoder: Decoder, eviction: Eviction | None, capacity: int = CAPACITY, chunk: int | None = None) -> None:
+        self._decoder, self._chunk = decoder, chunk or (eviction.chunk if eviction else capacity)
+        self.cache = reference.new_cache(list(decoder.layers), 1, capacity, torch.float32, eviction)
+        self.seen = 0
+
+    def read(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [S, vocab] after each of these."""
+        parts = [ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk)]
+        return np.concatenate([self._call(part) for part in parts])
+
+    def step(self, token: int) -> NDArray[np.float32]:
+        return self._call([token])[0]
+
+    def _call(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        positions = torch.arange(self.seen, self.seen + len(ids))[None]
+        self.seen += len(ids)
+        with torch.no_grad():
+            logits: NDArray[np.float32] = reference.forward(self._decoder, torch.tensor([ids]), positions, self.cache)[0].numpy()
+        return logits
+
+
+def differences(session: Session, oracle: Oracle, prompt: int = 60, steps: int = 30) -> float:
+    """The largest difference of logits, over a prompt in chunks and steps after it."""
+    ids = tokens(prompt + steps)
+    wanted = [oracle.read(ids[:prompt])[-1], *map(oracle.step, ids[prompt:])]
+    found = [session.prefill(ids[:prompt])[0], *(session.step([token])[0] for token in ids[prompt:])]
+    return float(np.abs(np.array(found) - np.array(wanted)).max())
+
+
+CASES: dict[str, Callable[[], Decoder]] = {
+    "heads of their own": lambda: random_decoder("llama"),
+    "shared heads": lambda: random_decoder("gqa"),
+    "alibi": lambda: random_decoder("bloom"),
+    "a window": lambda: random_decoder("window", window=9),
+    "normed heads": lambda: random_decoder("qwen3", kv_heads=2),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("policy", POLICIES)
+def test_prompts_in_chunks_and_steps_equal_the_oracle(policy: str, case: str, tmp_path: Path) -> None:
+    decoder, eviction = CASES[case](), dataclasses.replace(BUDGET, policy=policy)
+    session = opened(tmp_path / "b", decoder, eviction)
+    assert differences(session, Oracle(decoder, eviction)) < 1e-5
+    assert session.lengths.tolist() == [90] and session.memory().bytes_allocated == session.memory().bytes_limit
+
+
+@pytest.mark.parametrize("first", [0, 3])
+@pytest.mark.parametrize("recent", [0, 1, 12])
+def test_protected_tokens(first: int, recent: int, tmp_path: Path) -> None:
+    decoder, eviction = random_decoder("gqa"), Eviction("l2-norm", 20, first, recent)
+    assert differences(opened(tmp_path / "b", decoder, eviction), Oracle(decoder, eviction)) < 1e-5
+
+
+def test_converted_heads_and_layers_that_are_left_alone(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=VOCAB, num_hidden_layers=3)
+    decoder = decoder_with_fewer_heads(checkpoint)
+    for skipped in ((), (0,), (1,), (2, 0)):
+        eviction = dataclasses.replace(BUDGET, skip_layers=skipped)
+        session = opened(tmp_path / f"b{skipped}", decoder, eviction)
+        assert differences(session, Oracle(decoder, eviction)) < 1e-5
+        held = [CAPACITY if layer in skipped else 24 for layer in range(3)]
+        widths = [(4, 16), (2, 28), (4, 16)]  # heads, and numbers of one in keys and values
+        states = [0 if layer in skipped else 2 for layer in range(3)]
+        assert session.memory().layers == tuple(
+            slots * heads * (width + state) * 4 for slots, (heads, width), state in zip(held, widths, states, strict=True)
+        )
+
+
+def test_the_graph_lowered_for_the_cpu(tmp_path: Path) -> None:
+    from kvexport.errors import BundleError
+    from kvexport.graph import write_lowered
+
+    decoder = random_decoder("gqa")
+    eviction = dataclasses.replace(BUDGET, skip_layers=(1,))
+    graph = write_bundle(tmp_path / "graph", decoder, capacity=CAPACITY, eviction=eviction) / "decoder.onnx"
+    try:
+        write_lowered(graph, "float32")
+    except BundleError as error:
+        pytest.skip(str(error))
+    assert (graph.parent / "decoder.cpu.onnx").is_file()
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 100])
+def test_chunks_are_those_asked_for_and_never_more_than_room_can_be_made_for(chunk: int, tmp_path: Path) -> None:
+    decoder = random_decoder("gqa")
+    session = opened(tmp_path / "b", decoder, BUDGET, chunk=chunk)
+    assert BUDGET.chunk == 5
+    assert differences(session, Oracle(decoder, BUDGET, chunk=min(chunk, 5))) < 1e-5
+
+
+def test_score_equals_the_oracle_for_each_sequence(tmp_path: Path) -> None:
+    decoder = random_decoder("gqa")
+    session = opened(tmp_path / "b", decoder, BUDGET)
+    windows = [tokens(70, seed=1), tokens(70, seed=2)]
+    scored = session.score(windows)
+    for row, ids in enumerate(windows):
+        np.testing.assert_allclose(scored[row], Oracle(decoder, BUDGET).read(ids), **CLOSE)
+
+
+@pytest.mark.parametrize("skipped", [(), (1,)])
+def test_prompts_of_unequal_length_in_a_batch(skipped: tuple[int, ...], tmp_path: Path) -> None:
+    decoder, eviction = random_decoder("gqa"), dataclasses.replace(BUDGET, skip_layers=skipped)
+    session = opened(tmp_path / "b", decoder, eviction)
+    prompts = [tokens(length, seed=length) for length in (1, 60, 24, 7, 23, 31)]
+    oracles = [Oracle(decoder, eviction) for _ in prompts]
+    found = session.prefill(prompts)
+    for row, prompt in enumerate(prompts):
+        np.testing.assert_allclose(found[row], oracles[row].read(prompt)[-1], **CLOSE)
+    for step in range(20):
+        following = tokens(len(prompts), seed=100 + step)
+        found = session.step(following)
+        for row, token in enumerate(following):
+            np.testing.assert_allclose(found[row], oracles[row].step(token), **CLOSE)
+
+
+def test_sequences_that_are_not_active_stay_as_they_are(tmp_path: Path) -> None:
+    """Some with room, some that are full, some with nothing in them; each in turn."""
+    decoder = random_decoder("gqa")
+    session = opened(tmp_path / "b", decoder, BUDGET)
+    prompts = [tokens(length, seed=length) for length in (3, 24, 40)]
+    session.prefill(prompts)
+    oracles = [Oracle(decoder, BUDGET) for _ in prompts]
+    last = [oracle.read(prompt)[-1] for oracle, prompt in zip(oracles, prompts, strict=True)]
+    random = np.random.default_rng(0)
+    for step in range(60):
+        active = random.random(3) < 0.5
+        following = tokens(3, seed=step)
+        found = session.step(following, active)
+        for row in range(3):
+            if active[row]:
+                last[row] = oracles[row].step(following[row])
+            np.testing.assert_allclose(found[row], last[row], **CLOSE)
+    assert session.lengths.tolist() == [oracle.seen for oracle in oracles]
+    session.reset(2)
+    alone = Oracle(decoder, BUDGET)
+    for token in tokens(30):
+        session.step([token, 0], np.array([True, False]))
+        alone.step(token)
+    other = Oracle(decoder, BUDGET)
+    for token in tokens(30, seed=1):
+        np.testing.assert_allclose(session.step([0, token], np.array([False, True]))[1], other.step(token), **CLOSE)
+    np.testing.assert_allclose(session.step([3, 3])[0], alone.step(3), **CLOSE)
+
+
+def test_buffers_grow_in_steps_up_to_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("kvexport.runtime.providers.STEP", 32)
+    decoder, eviction = random_decoder("gqa"), Eviction("l2-norm", 40, 4, 8, skip_layers=(1,))
+    session, oracle = opened(tmp_path / "b", decoder, eviction, 90), Oracle(decoder, eviction, 90)
+    per_token = 2 * (8 + 8) * 4
+    evicting = per_token + 2 * 2 * 4
+    sizes = {}
+    for token in tokens(90):
+        np.testing.assert_allclose(session.step([token])[0], oracle.step(token), **CLOSE)
+        memory = session.memory()
+        sizes[memory.capacity] = memory.layers
+        assert memory.bytes_allocated == sum(memory.layers) <= memory.bytes_limit
+    assert sizes == {each: (min(each, 40) * evicting, each * per_token) for each in (32, 64, 90)}
+    assert memory.bytes_limit == session.bundle.kv_bytes(90) == 40 * evicting + 90 * per_token
+    assert memory.budget == 40 and memory.bytes_per_token == evicting + per_token
+
+
+def test_where_all_layers_evict_nothing_grows_beyond_the_budget(tmp_path: Path) -> None:
+    session = opened(tmp_path / "b", random_decoder("gqa"), BUDGET)
+    session.prefill(tokens(5))
+    memory = session.memory()
+    assert (memory.capacity, memory.capacity_limit) == (CAPACITY, CAPACITY)
+    assert memory.bytes_allocated == memory.bytes_limit == Bundle.open(session.bundle.path).kv_bytes(CAPACITY)
+    addresses = [buffer.ctypes.data for buffer in session._decoder.cache.buffers.values()]
+    for token in tokens(CAPACITY - 5):
+        session.step([token])
+    assert session.memory() == memory
+    assert [buffer.ctypes.data for buffer in session._decoder.cache.buffers.values()] == addresses
+    with pytest.raises(UsageError, match="97 tokens"):
+        session.step([1])
+
+
+def test_texts_are_longer_than_the_budget_and_end_at_the_capacity(tmp_path: Path) -> None:
+    decoder = random_decoder("gqa", vocab=320)
+    bundle = write_bundle(tmp_path / "b", decoder, capacity=CAPACITY, eviction=BUDGET, tokenizer=byte_level_tokenizer())
+    session, oracle = open_bundle(bundle, threads=1), Oracle(decoder, BUDGET)
+    prompt = tokens(50)
+    logits, made = oracle.read(prompt)[-1], []
+    while len(made) < CAPACITY - 50 + 1:
+        made.append(int(logits.argmax()))
+        if len(made) <= CAPACITY - 50:
+            logits = oracle.step(made[-1])
+    found = session.generate(prompt, max_new_tokens=1000, stop=[])
+    assert (found.token_ids, found.finish_reason) == (tuple(made), "capacity")
+    several = session.generate([prompt, prompt[:7], prompt[:30]], max_new_tokens=20, stop=[])
+    assert several[0].token_ids == tuple(made[:20])
+    for each, length in zip(several, (50, 7, 30), strict=True):
+        assert each.token_ids == session.generate(prompt[:length], max_new_tokens=20, stop=[]).token_ids
+    assert "".join(session.stream("Once upon a time there was", max_new_tokens=40, stop=[]))
+
+
+# The paper's protocol.
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_a_prompt_that_is_compressed_once(policy: str, tmp_path: Path) -> None:
+    decoder, eviction = random_decoder("gqa"), Eviction(policy, 24, 2, 5, skip_layers=(1,))
+    session = opened(tmp_path / "b", decoder, eviction, compress_once=True)
+    prompts = [tokens(length, seed=length) for length in (60, 24, 9, 33)]
+    found = session.prefill(prompts)
+    assert session.memory().layers[0] == 4 * 24 * 2 * (16 + 2) * 4  # and no more
+    oracles = []
+    for row, prompt in enumerate(prompts):
+        oracle = Oracle(decoder, None)
+        np.testing.assert_allclose(found[row], oracle.read(prompt)[-1], **CLOSE)
+        oracles.append(_compressed(decoder, eviction, prompt))
+    for step in range(12):
+        following, active = tokens(4, seed=step), np.array([True, step % 2 == 1, True, step % 3 == 0])
+        logits = session.step(following, active)
+        for row in range(4):
+            wanted = oracles[row].step(following[row]) if active[row] else 0.0 * logits[row]
+            np.testing.assert_allclose(logits[row], wanted, **CLOSE)
+    scored = session.score([prompts[0], prompts[0]])
+    np.testing.assert_allclose(scored[1], Oracle(decoder, None).read(prompts[0]), **CLOSE)
+    np.testing.assert_allclose(session.step([7, 8])[1], _compressed(decoder, eviction, prompts[0]).step(8), **CLOSE)
+    session.reset()
+    plain = Oracle(decoder, eviction)
+    for token in tokens(40):
+        np.testing.assert_allclose(session.step([token])[0], plain.step(token), **CLOSE)
+
+
+def _compressed(decoder: Decoder, eviction: Eviction, prompt: Sequence[int]) -> Oracle:
+    """The oracle's `compressed` after a prompt that was read whole."""
+    oracle = Oracle(decoder, eviction, chunk=len(prompt))
+    for index, layer in enumerate(decoder.layers):
+        attention = layer.attention
+        if eviction.evicts(index):
+            widths = attention.key_dim, attention.value_dim
+            oracle.cache[index] = EvictingCache.empty(
+                1, attention.num_kv_heads, widths, torch.float32, eviction, index, CAPACITY, attention.window, CAPACITY
+            )
+    oracle.read(prompt)
+    next_one = torch.tensor([len(prompt)])
+    oracle.cache = [each.compressed(next_one) if isinstance(each, EvictingCache) else each for each in oracle.cache]
+    return oracle
+
+
+def test_compressing_is_not_the_same_as_evicting_while_the_prompt_is_read(tmp_path: Path) -> None:
+    """A control of the test above."""
+    decoder = random_decoder("gqa")
+    session = opened(tmp_path / "b", decoder, BUDGET, compress_once=True)
+    assert differences(session, Oracle(decoder, BUDGET)) > 1e-3
+
+
+def test_a_bundle_without_a_budget_cannot_compress(tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "b", random_decoder("gqa"))
+    with pytest.raises(UsageError, match="kvexport build --kv-budget"):
+        open_bundle(bundle, compress_once=True)
+
+
+# What is wrong is seen.
+
+
+def _stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots are given to others, and nothing is moved out of them."""
+    monkeypatch.setattr(runtime, "moves_of", lambda kept, first: [])
+
+
+def _values_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, calls = type(HOST).move, [0]
+
+    def move(self: Any, array: Any, moves: Any) -> None:
+        calls[0] += 1
+        real(self, array, moves if calls[0] % 2 else [])
+
+    monkeypatch.setattr(type(HOST), "move", move)
+
+
+def _drops_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A slot's token goes that ranks lowest."""
+    real = runtime.Ranking._priorities
+    monkeypatch.setattr(runtime.Ranking, "_priorities", lambda self, *arguments: -real(self, *arguments))
+
+
+def _no_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = runtime.Ranking.kept
+    monkeypatch.setattr(
+        runtime.Ranking, "kept", lambda self, *arguments: real(dataclasses.replace(self, window=None), *arguments)
+    )
+
+
+def _keeps_the_freed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slots that were freed are still taken for what they held."""
+    real = type(HOST).write_rows
+
+    def write_rows(self: Any, array: Any, rows: slice, values: Any) -> None:
+        real(self, array, rows, np.where(values == 0, array[rows], values))
+
+    monkeypatch.setattr(type(HOST), "write_rows", write_rows)
+
+
+def _never_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last slot is overwritten, whatever ranks highest."""
+    real = runtime.Occupancy.take
+    monkeypatch.setattr(runtime.Occupancy, "take", lambda self, *arguments: np.minimum(real(self, *arguments), 23))
+
+
+@pytest.mark.parametrize("fault", [_stays, _values_stay, _drops_the_first, _no_window, _never_full])
+def test_wrong_runtimes_are_seen(
+    fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = random_decoder("window", window=9)
+    session, oracle = opened(tmp_path / "b", decoder, BUDGET), Oracle(decoder, BUDGET)
+    fault(monkeypatch)
+    assert differences(session, oracle) > 1e-3
+
+
+def test_a_state_that_is_not_cleared_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the state alone: what was freed is written again before anybody looks."""
+    decoder = random_decoder("gqa")
+    session = opened(tmp_path / "b", decoder, BUDGET)
+    for broken in (False, True):
+        if broken:
+            _keeps_the_freed(monkeypatch)
+        session.prefill(tokens(24))
+        session._decoder.cache._shrink(0, 15)
+        assert session._decoder.cache.state(0)[:, 15:].any() == broken
+
+
+# Who goes, against the oracle itself.
+
+
+def random_state(random: np.random.Generator, heads: int, filled: int, slots: int) -> NDArray[np.float32]:
+    """Scores of which many are equal, positions in any order."""
+    state = np.zeros((heads, slots, 2), np.float32)
+    state[:, :filled, SCORE] = random.integers(-3, 3, (heads, filled))
+    for head in range(heads):
+        state[head, :filled, STORED] = 1 + random.permutation(filled + 10)[:filled]
+    return state
+
+
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("seed", range(6))
+def test_room_is_made_as_the_oracle_makes_it(window: int | None, seed: int) -> None:
+    random = np.random.default_rng(seed)
+    heads, slots, filled = 3, 20, int(random.integers(5, 21))
+    eviction = Eviction("l2-norm", slots, int(random.integers(0, 4)), int(random.integers(0, 8)))
+    keep, position = int(random.integers(1, filled)), filled + 10
+    state = random_state(random, heads, filled, slots)
+    key, value = (random.random((heads, slots, width), np.float32) for width in (4, 6))
+    oracle = EvictingCache(
+        torch.tensor(key)[None], torch.tensor(value)[None], torch.tensor(state)[None], torch.tensor([filled]), eviction, 0,
+        CAPACITY, window,
+    )  # fmt: skip
+    oracle._shrink(0, keep, torch.tensor([position]))
+    # In the middle of a batch, whose other sequences stay as they are.
+    caches = tuple(np.repeat(each[None], 3, 0).reshape(9, 1, slots, -1) for each in (key, value, state))
+    assert len(caches) == 3
+    runtime.make_room(HOST, caches, slice(3, 6), runtime.Ranking(eviction, window), filled, keep, position)
+    for found, wanted, before in zip(caches, (oracle.key, oracle.value, oracle.state), (key, value, state), strict=True):
+        np.testing.assert_array_equal(found[3:6, 0, :keep], wanted[0, :, :keep])
+        np.testing.assert_array_equal(found[[0, 1, 2, 6, 7, 8], 0], np.concatenate((before, before)))
+    np.testing.assert_array_equal(caches[2][3:6, 0], oracle.state[0])
+
+
+def test_neighbours_move_together() -> None:
+    kept = np.array([[0, 5, 6, 3], [0, 5, 6, 3], [4, 5, 6, 7], [0, 1, 2, 3]])
+    moves = runtime.moves_of(kept, 8)
+    assert moves == [(8, 2, 1, 5, 2), (10, 1, 0, 4, 4)]
+    assert runtime.moves_of(np.array([[0, 5, 8, 3]]), 0) == [(0, 1, 1, 5, 1), (0, 1, 2, 8, 1)]
+
+
+def test_tokens_out_of_order_are_refused(tmp_path: Path) -> None:
+    session = opened(tmp_path / "b", random_decoder("gqa"), BUDGET)
+    session.prefill(tokens(5))
+    for position in (3, 6):
+        with pytest.raises(AssertionError, match="one after another"):
+            session._decoder.run(np.array([[1]]), np.array([[position]]), np.array([[0]]))
+    with pytest.raises(AssertionError, match="more tokens at once"):
+        session._decoder.run(np.ones((1, 30), np.int64), np.arange(5, 35)[None], np.array([[0]]))
+
+
+# What validation needs.
+
+
+def test_fewer_slots_than_the_budget(tmp_path: Path) -> None:
+    decoder = random_decoder("gqa")
+    session = opened(tmp_path / "b", decoder, BUDGET)
+    cache = KvCache(session.bundle, 1, "float32", slots=12, step=5, fill=1e4)
+    session._decoder.use(cache)
+    oracle = Oracle(decoder, dataclasses.replace(BUDGET, budget=12))
+    for position, token in enumerate(tokens(40)):
+        found = session._decoder.run(np.array([[token]]), np.array([[position]]), np.array([[0]]))
+        np.testing.assert_allclose(found[0, 0], oracle.step(token), **CLOSE)
+    assert cache.state(0).shape == (2, 12, 2) and cache.layer(0)[0].shape == (1, 2, 12, 8)
+    assert cache.fresh(2).slots == 12
+
+
+def test_blocked_slots_are_neither_seen_nor_taken(tmp_path: Path) -> None:
+    for style in ("gqa", "window", "bloom"):
+        decoder = random_decoder(style)
+        session = opened(tmp_path / style, decoder, BUDGET)
+        cache = KvCache(session.bundle, 1, "float32", fill=1e4)
+        cache.block(12)
+        assert cache.layer(0)[0].shape[2] == 24
+        session._decoder.use(cache)
+        oracle, ids = Oracle(decoder, dataclasses.replace(BUDGET, budget=12), chunk=3), tokens(60)
+        wanted = np.concatenate((oracle.read(ids[:30]), np.array([oracle.step(token) for token in ids[30:]])))
+        for start, stop in [*((start, start + 3) for start in range(0, 30, 3)), *((each, each + 1) for each in range(30, 60))]:
+            here = np.arange(stop - start)[None]
+            found = session._decoder.run(np.array([ids[start:stop]]), start + here, here)
+            np.testing.assert_allclose(found[0], wanted[start:stop], **CLOSE)
+        layer = oracle.cache[0]
+        assert isinstance(layer, EvictingCache)
+        np.testing.assert_allclose(cache.state(0), layer.state[0], **CLOSE)
+        assert (cache.layer(0)[0][0, :, 12:] == 1e4).all()
+
+
+def test_a_state_can_be_read_and_put_in(tmp_path: Path) -> None:
+    decoder = random_decoder("gqa")
+    session = opened(tmp_path / "b", decoder, BUDGET)
+    session.prefill([tokens(24, seed=1), tokens(24, seed=2)])
+    cache = session._decoder.cache
+    state = cache.state(1)
+    np.testing.assert_array_equal(np.sort(state[..., STORED]), np.tile(np.arange(1, 25), (2, 1)))
+    other = state.copy()
+    other[:, 7, SCORE] = 1000
+    cache.set_state(1, other)
+    np.testing.assert_array_equal(cache.state(1), other)
+    session.step([3, 3])
+    assert (cache.state(1)[:, 7, STORED] == 25).all() and (cache.state(0)[:, 7, STORED] == 25).sum() < 2
+    cache.set_state(1, other[:, :5])
+    np.testing.assert_array_equal(cache.state(1)[:, :5], other[:, :5])
+    assert not cache.state(1)[:, 5:].any()
+    cache.set_state(1, np.concatenate((other, np.zeros_like(other)), axis=1))
+    with pytest.raises(AssertionError, match="beyond the slots"):
+        cache.set_state(1, np.concatenate((other, other), axis=1))
