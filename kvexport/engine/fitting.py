@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, CAPACITY, VARIANT
+from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, VARIANT
 from kvexport.graph.lint import Finding, Parser, lint, refusals
 from kvexport.graph.lowering import lower
 
@@ -35,17 +35,24 @@ class Fitted:
     passed_over: Mapping[str, list[Finding]]
 
 
-def fit(graph: Path, parser: Parser, *, batch: int, capacity: int, lowering: str | None = None) -> Fitted:
+def fit(
+    graph: Path, parser: Parser, *, batch: int, capacity: int, budget: int | None = None, lowering: str | None = None
+) -> Fitted:
     """The best lowering of which `parser` refuses nothing, or the one named.
+
+    Args:
+        budget: slots of a sequence in layers that evict; None: there are none.
+        lowering: its name; None: the best.
 
     Raises:
         UsageError: there is no such lowering.
         BundleError: the graph is not of the form that `DecoderWriter` writes.
     """
+    sizes = {BATCH: batch, CAPACITY: capacity} | ({} if budget is None else {BUDGET: budget})
     passed_over: dict[str, list[Finding]] = {}
     for name in LOWERINGS if lowering is None else (lowering,):
         model = lower(graph, name)
-        freeze(model, {BATCH: batch, CAPACITY: capacity})
+        freeze(model, sizes)
         findings = lint(model, parser)
         if not refusals(findings):
             break
@@ -55,8 +62,17 @@ def fit(graph: Path, parser: Parser, *, batch: int, capacity: int, lowering: str
 
 
 def freeze(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Give the named dimensions of the graph's inputs their sizes, in place; TensorRT infers the rest."""
+    """Give the named dimensions of the graph's inputs, and products of one with a number, their sizes, in place.
+
+    TensorRT infers the rest.
+    """
+
+    def fixed(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
+        if isinstance(size, int):
+            return size
+        name, _, times = str(size.value).partition("*")
+        return sizes[name] * int(times or 1) if name in sizes else size
+
     for value in model.graph.inputs:
         assert value.shape is not None
-        named = [None if isinstance(size, int) else size.value for size in value.shape]
-        value.shape = ir.Shape([sizes.get(str(name), size) for name, size in zip(named, value.shape, strict=True)])
+        value.shape = ir.Shape([fixed(size) for size in value.shape])

@@ -40,9 +40,20 @@ def require_options(options: EngineOptions, bundle: Bundle) -> tuple[int, int]:
             allowed=f"1 to {bundle.capacity}",
             fix="leave out --capacity, or build the bundle again with a larger one",
         )
-    chunk = min(CHUNK, capacity) if options.chunk is None else options.chunk
-    if not 1 <= chunk <= capacity:
-        raise UsageError("the chunk does not fit the capacity", seen=chunk, allowed=f"1 to {capacity}")
+    eviction = bundle.eviction
+    if eviction is not None and capacity <= eviction.protected:
+        raise UsageError(
+            "the capacity leaves no token that may go",
+            seen=capacity,
+            allowed=f"{eviction.protected + 1} to {bundle.capacity}: {eviction.protected} are protected",
+            fix="leave out --capacity, or raise it",
+        )
+    # A runtime reads no more of a prompt at once than layers that evict have room made for.
+    most = capacity if eviction is None else min(capacity, eviction.chunk)
+    chunk = min(CHUNK, most) if options.chunk is None else options.chunk
+    if not 1 <= chunk <= most:
+        what = "the chunk does not fit the capacity" if most == capacity else "the chunk does not fit the bundle's --kv-budget"
+        raise UsageError(what, seen=chunk, allowed=f"1 to {most}")
     if options.batch < 1:
         raise UsageError("the batch is empty", seen=options.batch, allowed="1 sequence or more")
     if options.workspace is not None and options.workspace < 1:

@@ -163,7 +163,9 @@ def unfused(node: ir.Node, parser: Parser) -> Said:
         return
     query = node.inputs[0]
     width = _size(query, 3, 4)
-    if query is not None and query.dtype not in (None, *_FUSED_DTYPES):
+    if _size(query, 1, 4) == 1:
+        yield "no fused attention kernel for a single head", "it is decomposed; two heads and more have fused kernels"
+    elif query is not None and query.dtype not in (None, *_FUSED_DTYPES):
         yield f"no fused attention kernel takes {_name(query)}", "it is decomposed; FLOAT16 and BFLOAT16 have fused kernels"
     elif width and (width % 8 or not 16 <= width <= 256):
         yield (

@@ -241,6 +241,8 @@ UNFUSED = {
         f"heads of {width}": case(f"heads of {width}", attention, (1, 4, 2, width), (1, 2, 32, width))
         for width in (4, 8, 260, 264, 512)
     },
+    "a single head": case("a single head", attention, (4, 1, 2, 64), (4, 1, 32, 64), mask=(4, 1, 2, 32)),
+    "a single head of float32": case("a single head", attention, (1, 1, 2, 16), (1, 1, 32, 16), dtype=F32),
     "heads of 36, one token": case("heads of 36", attention, (1, 4, 1, 36), (1, 2, 32, 36), mask=(1, 1, 1, 32), mask_dtype=F16),
     "heads of 36, no mask": case("heads of 36", attention, (1, 4, 1, 36), (1, 2, 32, 36), mask=None),
 }

@@ -1,0 +1,141 @@
+"""The real TensorRT-RTX builds layers that evict: every style and policy, in both forms, with no GPU at hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import pytest
+import torch
+from decoders import STYLES, make_decoder
+from tiny_bundles import write_bundle
+
+from kvexport.bundle import GRAPH_FILE, Bundle
+from kvexport.engine import EngineOptions, build_engine
+from kvexport.engine.fitting import Fitted, fit, freeze
+from kvexport.engine.preflight import require_options
+from kvexport.engine.record import BuildRecord
+from kvexport.errors import UsageError
+from kvexport.eviction import POLICIES, Eviction
+from kvexport.graph.lint import Parser, refusals
+
+RTX = Parser("tensorrt-rtx", (1, 7, 1))
+SMS = ("8.6", "8.9", "12.0")
+EVICTION = Eviction("l2-norm", 32, protect_first=1, protect_recent=4)
+NATIVE = ("KV_CACHE_UPDATE", "ATTENTION_INPUT")
+
+
+@pytest.fixture
+def evicting(tmp_path: Path) -> Callable[..., Path]:
+    """`evicting(style="llama", eviction=EVICTION, dtype="float16", capacity=64, **sizes)`: two layers of four heads of 16."""
+
+    def make(
+        style: str = "llama", eviction: Eviction = EVICTION, *, dtype: str = "float16", capacity: int = 64, **sizes: Any
+    ) -> Path:
+        decoder = make_decoder(style, dtype=torch.float32, **{"head_dim": 16, **sizes})
+        return write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=capacity, eviction=eviction)
+
+    return make
+
+
+def built(bundle: Path, **options: Any) -> BuildRecord:
+    return build_engine(bundle, EngineOptions(**options), compute_capabilities=SMS)
+
+
+def native(record: BuildRecord) -> list[int]:
+    return [record.layers.get(name, 0) for name in NATIVE]
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("kv_heads", [2, 4])
+@pytest.mark.parametrize("style", ["llama", "bloom"])
+def test_is_native_and_fused(style: str, kv_heads: int, rtx: Any, evicting: Callable[..., Path]) -> None:
+    """A cache update for each key, value and state; the choice of a slot is no reason to decompose."""
+    record = built(evicting(style, kv_heads=kv_heads))
+    assert (record.lowering, record.decomposed, native(record), record.chunk) == ("std24", (), [6, 2], 7)
+    assert record.layers["TOPK"] == 2
+
+
+@pytest.mark.tensorrt
+def test_the_lowering_for_older_versions_builds_too(rtx: Any, evicting: Callable[..., Path]) -> None:
+    record = built(evicting(kv_heads=2), lowering="decomposed17")
+    assert (record.lowering, native(record), record.layers["TOPK"]) == ("decomposed17", [0, 0], 2)
+
+
+@pytest.mark.tensorrt
+def test_layers_that_are_left_alone_are_native_beside_the_others(rtx: Any, evicting: Callable[..., Path]) -> None:
+    eviction = Eviction("l2-norm", 32, protect_recent=4, skip_layers=(0,))
+    assert native(built(evicting(eviction=eviction, kv_heads=2))) == [5, 2]
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
+def test_large_budgets_and_batches_build(lowering: str, rtx: Any, evicting: Callable[..., Path]) -> None:
+    """TensorRT's TopK has a limit of 3840, which is one of how many it finds, not of how many it looks at."""
+    bundle = evicting(eviction=Eviction("l2-norm", 8192, protect_recent=32), capacity=16384, kv_heads=2)
+    record = built(bundle, batch=2, lowering=lowering)
+    assert (record.lowering, record.batch, record.chunk) == (lowering, 2, 128)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.slow
+@pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("style", STYLES)
+def test_every_style_and_policy_builds(style: str, policy: str, lowering: str, rtx: Any, evicting: Callable[..., Path]) -> None:
+    """Of float16 or, of every other style, bfloat16."""
+    dtype = ("float16", "bfloat16")[list(STYLES).index(style) % 2]
+    bundle = evicting(style, Eviction(policy, 32, protect_first=1, protect_recent=4), dtype=dtype, kv_heads=2)
+    record = built(bundle, lowering=lowering)
+    assert record.compute_capability == SMS and record.plan.bytes > 0 and record.decomposed == ()
+    assert native(record) == ([6, 2] if lowering == "std24" else [0, 0])
+
+
+@pytest.mark.tensorrt
+def test_the_network_has_the_sizes_of_the_budget(rtx: Any, evicting: Callable[..., Path]) -> None:
+    from kvexport.engine.plan import parse
+
+    bundle = evicting(kv_heads=2)
+    fitted = fit(bundle / GRAPH_FILE, Parser(rtx.engine, rtx.version), batch=3, capacity=48, budget=20)
+    _, network, _parser = parse(rtx, fitted.model, bundle / GRAPH_FILE)
+    shapes = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    assert shapes["input_ids"] == (3, -1) and shapes["write_indices"] == (3,)
+    assert shapes["past_key_values.1.value"] == (6, 1, 20, 16) and shapes["past_key_values.1.state"] == (6, 1, 20, 2)
+
+
+def fitted(bundle: Path, parser: Parser, lowering: str | None = None, budget: int | None = 32) -> Fitted:
+    return fit(bundle / GRAPH_FILE, parser, batch=1, capacity=64, budget=budget, lowering=lowering)
+
+
+@pytest.mark.parametrize("version", [(10, 3), (10, 13)])
+def test_older_versions_get_the_other_lowering(version: tuple[int, int], evicting: Callable[..., Path]) -> None:
+    found = fitted(evicting(kv_heads=2), Parser("tensorrt", version))
+    assert found.lowering == "decomposed17" and refusals(found.findings) == []
+    assert any("TensorScatter" in finding.operator for finding in found.passed_over["std24"])
+
+
+def test_a_budget_that_is_not_fixed_is_found(evicting: Callable[..., Path]) -> None:
+    """The negative control: of the sizes, the budget is left open."""
+    found = fitted(evicting(kv_heads=2), RTX, "std24", budget=None)
+    assert len(refusals(found.findings)) == 6
+    assert all("has a capacity that is not fixed" in finding.problem for finding in refusals(found.findings))
+
+
+def test_every_input_of_the_cache_gets_its_size(evicting: Callable[..., Path]) -> None:
+    model = ir.load(evicting(kv_heads=2) / GRAPH_FILE)
+    freeze(model, {"batch": 3, "budget": 20})
+    shapes = {value.name: value.shape for value in model.graph.inputs}
+    assert shapes["past_key_values.0.state"] == (6, 1, 20, 2) and shapes["input_ids"] == (3, "sequence")
+
+
+def test_the_chunk_is_what_layers_that_evict_take(evicting: Callable[..., Path]) -> None:
+    bundle = Bundle.open(evicting())
+    assert require_options(EngineOptions(), bundle) == (64, 7)
+    with pytest.raises(UsageError, match="does not fit the bundle's --kv-budget") as caught:
+        require_options(EngineOptions(chunk=8), bundle)
+    assert "1 to 7" in str(caught.value)
+    with pytest.raises(UsageError, match="leaves no token that may go"):
+        require_options(EngineOptions(capacity=5), bundle)
+    assert require_options(EngineOptions(capacity=8), bundle) == (8, 7)
