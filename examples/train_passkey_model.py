@@ -37,7 +37,8 @@ SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "
 VOCABULARY, LONGEST = 1024, 1024
 STAGES = (96, 192, 384, 640)  # tokens in a window; half of those of the first stage repeat random tokens
 TOKENS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3072, 3e-3, 100, 0.05
-ENOUGH, READY = 0.99, 0.95  # of held-out answers to stop; of a step's answer tokens, on average, to go to the next stage
+LOOK_BACK, LOOK_PAIRS, LOOK = (1, 2, 3), 6, 2.2  # tokens, rotary pairs that say so, and the weight of each
+ENOUGH, READY = 0.99, 0.9  # of held-out answers to stop; of a step's answer tokens, on average, to go to the next stage
 CHECKED, TRIALS, DEPTHS = 512, 20, (0.0, 0.25, 0.5, 0.75, 1.0)  # held-out prompts: tokens, for each depth of each task
 
 console = Console(stderr=True, highlight=False)
@@ -98,9 +99,10 @@ class Windows:
         return ids[:length], answers[:length]
 
     def echo(self, length: int) -> tuple[list[int], list[bool]]:
-        """Random tokens again and again, each of them an answer but for the first time."""
+        """A few random tokens in an order that is repeated; each is an answer but for the first time."""
         period = self.chance.randint(8, length // 2)
-        ids = self.chance.choices(range(1, self.vocabulary), k=period)
+        few = self.chance.sample(range(1, self.vocabulary), self.chance.randint(4, 32))
+        ids = self.chance.choices(few, k=period)
         return (ids * length)[:length], [at > period for at in range(length)]
 
     def batch(self, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +129,28 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    look_back(model, config)
+    return model
+
+
+@torch.no_grad()
+def look_back(model: LlamaForCausalLM, config: LlamaConfig) -> None:
+    """Let the first layer's first heads begin by attending one, two, ... tokens back: to learn that takes longest.
+
+    A number that all embeddings share becomes a query and a key whose rotations agree at just that distance.
+    """
+    attention, width = model.model.layers[0].self_attn, config.hidden_size // config.num_attention_heads
+    pairs = torch.arange(LOOK_PAIRS)
+    frequencies = 10_000.0 ** (-2 * pairs / width)
+    model.model.embed_tokens.weight[:, 0] = 3 * config.initializer_range
+    for head, distance in enumerate(LOOK_BACK):
+        rows = head * width
+        for projection in (attention.q_proj, attention.k_proj):
+            projection.weight[rows : rows + width] = 0
+        attention.q_proj.weight[rows + pairs, 0] = LOOK
+        attention.k_proj.weight[rows + pairs, 0] = LOOK * (distance * frequencies).cos()
+        attention.k_proj.weight[rows + width // 2 + pairs, 0] = LOOK * (distance * frequencies).sin()
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, float]:
