@@ -104,11 +104,12 @@ def test_decomposed17_is_opset_17_and_sound(case: str, tmp_path: Path) -> None:
 
 
 def test_onnx_runtime_gets_the_fastest_form_for_each_layer(tmp_path: Path) -> None:
-    write(make_decoder([Shape(4, 4), Shape(4, 4)]), tmp_path, dataclasses.replace(EVICTION, skip_layers=(0,)))
-    operators = {name: [node.op_type for node in lower(tmp_path / GRAPH_FILE, name).graph] for name in ("ort-cpu", "ort-cuda")}
-    for of in operators.values():
-        assert of.count("GroupQueryAttention") == 1 and of.count("TensorScatter") == 3  # the cache that evicts, in place
-    assert operators["ort-cpu"].count("Attention") == 0 and operators["ort-cuda"].count("Attention") == 1
+    shapes = [Shape(4, 4), Shape(4, 4), Shape(4, 2)]
+    write(make_decoder(shapes), tmp_path, dataclasses.replace(EVICTION, skip_layers=(0,)))
+    for lowering, attentions, products in (("ort-cpu", 0, 2), ("ort-cuda", 1, 1)):
+        of = [node.op_type for node in lower(tmp_path / GRAPH_FILE, lowering).graph]
+        assert of.count("GroupQueryAttention") == 1 and of.count("TensorScatter") == 6  # the caches that evict, in place
+        assert (of.count("Attention"), of.count("Softmax")) == (attentions, products)
 
 
 @every_lowering

@@ -27,12 +27,14 @@ __all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
 # std24         TensorRT 10.15 and later, TensorRT-RTX: as it is.
 # decomposed17  TensorRT 10.3 (JetPack 6) and 10.13 (JetPack 7.0, 7.1).
 # ort-cpu       grouped products where KV heads are shared, GroupQueryAttention where they are not (benchmarks/decode_cpu.py).
-# ort-cuda      GroupQueryAttention: an explicit mask would keep ONNX Runtime from its flash kernels. Layers that evict need one.
+# ort-cuda      GroupQueryAttention: an explicit mask would keep ONNX Runtime from its flash kernels. Layers that evict need
+#               one, and with it, where heads are shared, ONNX Runtime copies the cache once for each query head (its pull
+#               request 28358, LaunchUngroup): grouped products there.
 LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
     "std24": list,
     "decomposed17": lambda: [SplitCache(), Primitives()],
     "ort-cpu": lambda: [GroupQueryAttention(only_unshared=True), GroupedAttention()],
-    "ort-cuda": lambda: [GroupQueryAttention()],
+    "ort-cuda": lambda: [GroupQueryAttention(), GroupedAttention(only_evicting=True)],
 }
 
 

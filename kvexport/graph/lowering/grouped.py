@@ -31,22 +31,25 @@ class GroupedAttention(ir.passes.InPlacePass):
     Pre-condition: attention of the standard form. Post-condition: no Attention is left.
     """
 
-    def __init__(self, *, only_shared: bool = False) -> None:
-        """With `only_shared`, attention whose KV heads serve one query head each is left as it is."""
-        self._only_shared = only_shared
+    def __init__(self, *, only_evicting: bool = False) -> None:
+        """With `only_evicting`, that becomes it of layers that evict, whose KV heads serve several query heads."""
+        self._only_evicting = only_evicting
 
     def requires(self, model: ir.Model) -> None:
         attention_sites(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        chosen = [site for site in attention_sites(model) if not self._only_shared or site.heads > site.kv_heads]
+        sites = attention_sites(model)
+        chosen = [
+            site for site in sites if not self._only_evicting or (site.state_write is not None and site.heads > site.kv_heads)
+        ]
         for site in chosen:
             nodes = Nodes(model.graph, dtype_of(site.query), before=site.node)
             replace(model, site, grouped_attention(nodes, site, [Memory(site.key, site.value)], bias_of(nodes, site)))
         return ir.passes.PassResult(model, bool(chosen))
 
     def ensures(self, model: ir.Model) -> None:
-        if not self._only_shared:
+        if not self._only_evicting:
             require_gone(model, "Attention")
 
 
