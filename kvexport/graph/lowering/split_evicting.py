@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from kvexport.eviction import STORED
 from kvexport.graph.contract import BUDGET, SEQUENCE
-from kvexport.graph.evicting import STATE_DTYPE, column
+from kvexport.graph.evicting_heads import STATE_DTYPE, column
 from kvexport.graph.lowering.sites import Site
 from kvexport.graph.nodes import Nodes, sizes
 
