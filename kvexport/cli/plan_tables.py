@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from kvexport.cli.report import PlainConsole, facts_table, plain_table, size
 
 if TYPE_CHECKING:
+    from kvexport.eviction import Eviction
     from kvexport.plan import Comparison, Plan, Range
     from kvexport.targets import Target
 
@@ -96,10 +97,22 @@ def _print_notes(plan: Plan, out: PlainConsole) -> None:
         out.say("longest: the most tokens that fit, no more than the model was trained for. other: activations and engine.")
         if any(row.prefill_seconds is None for row in plan.rows):
             out.say(f"No prefill time where the target's file has no arithmetic rate for the precision ({target.name}).")
+    if plan.eviction is not None:
+        out.say(_budget(plan.eviction, max(row.memory.kv_state for row in plan.rows)))
     if plan.maps:
         out.say("Fewer KV heads: weights with the key and query maps of the online method; the folding one has none.")
     if any(row.dtype.startswith("int") for row in plan.rows):
         out.say("int8 and int4 (weights of the layers alone) are for planning: kvexport writes float32, float16 and bfloat16.")
+
+
+def _budget(eviction: Eviction, state: int) -> str:
+    skipped = eviction.skip_layers
+    whole = "" if not skipped else f"layer{'s' * (len(skipped) > 1)} {', '.join(map(str, skipped))}"
+    whole = whole and f"; {whole} hold{'s' * (len(skipped) == 1)} the whole context"
+    return (
+        f"KV: a budget of {eviction.budget} tokens in each KV head, each with 8 bytes of score and position "
+        f"(of the KV above {size(state)} at most){whole}."
+    )
 
 
 def _print_comparisons(comparisons: Sequence[Comparison], out: PlainConsole) -> None:

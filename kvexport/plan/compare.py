@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvexport.engine.options import CHUNK
-from kvexport.plan.memory import Precision, kv_bytes_per_token, memory, weight_bytes
+from kvexport.plan.memory import Precision, kv_bytes, memory, weight_bytes
 from kvexport.plan.sizes import Sizes
 from kvexport.plan.speed import DECODE, PREFILL, decode_seconds, prefill_seconds
 from kvexport.targets import Target
@@ -91,11 +90,11 @@ def _of_build(source: str, record: dict[str, Any], sizes: Sizes, stored: Precisi
         ("plan", weight_bytes(sizes, stored), plan_size),
     ]
     if capacity is not None and record.get("batch", 1) == 1:
-        chunk = int(_number(record.get("chunk")) or CHUNK)
+        chunk = int(_number(record.get("chunk")) or sizes.chunk)
         needed = memory(sizes, stored, int(capacity), engine=engine, lowering=lowering, chunk=chunk)
         pairs.append(("activations", needed.activations, activations))
         if plan_size is not None and activations is not None:
-            device = plan_size + activations + capacity * kv_bytes_per_token(sizes, stored)
+            device = plan_size + activations + kv_bytes(sizes, stored, int(capacity))
             pairs.append(("device memory", needed.total - needed.engine, device))
     for what, predicted, measured in pairs:
         if measured is not None:

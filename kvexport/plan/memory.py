@@ -7,11 +7,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvexport.engine.options import CHUNK
+from kvexport.bundle_manifest import BYTES
+from kvexport.eviction import STATE
 from kvexport.plan.sizes import Sizes
 
 _GIB = 2**30
 # CUDA's context with TensorRT's libraries: commonly seen, published by nobody. ONNX Runtime on a CPU needs less.
+_SLOT_BYTES = STATE * BYTES["float32"]  # of the state that each KV head of a layer that evicts keeps of a token
 _ENGINE_BYTES = {"tensorrt": _GIB // 2, "tensorrt-rtx": _GIB // 2, "onnxruntime": _GIB // 8}
 
 
@@ -50,7 +52,7 @@ def precision(name: str, engine: str) -> Precision:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes that a model takes with a cache of `context` tokens, batch 1.
+    """Bytes that a model takes with a cache of `context` tokens, batch 1; `kv_state` is part of `kv`.
 
     Weights are counted once. Tried with tensorrt-rtx 1.7.1: so does a plan, of a tied embedding too, as long as no
     profile fixes every shape; a decode profile of exactly one token beside one for prefill doubles the matrices.
@@ -59,6 +61,7 @@ class Memory:
     context: int
     weights: int
     kv: int
+    kv_state: int
     activations: int
     engine: int
 
@@ -73,26 +76,46 @@ def weight_bytes(sizes: Sizes, stored: Precision) -> int:
 
 
 def kv_bytes_per_token(sizes: Sizes, stored: Precision) -> int:
-    """Bytes that a token adds to the cache."""
+    """Bytes that a token adds to the cache while no layer evicts; keys and values alone."""
     return sizes.kv_width * stored.other
 
 
-def memory(sizes: Sizes, stored: Precision, context: int, *, engine: str, lowering: str, chunk: int = CHUNK) -> Memory:
-    """What a sequence of `context` tokens needs, its prompt computed `chunk` tokens at a time.
+def kv_bytes(sizes: Sizes, stored: Precision, tokens: int) -> int:
+    """Bytes of the cache of a sequence of so many tokens, with the state of each slot where layers evict."""
+    numbers = sum(sizes.held(layer, tokens) * cache.heads * cache.width for layer, cache in enumerate(sizes.caches))
+    return numbers * stored.other + state_bytes(sizes, tokens)
+
+
+def state_bytes(sizes: Sizes, tokens: int) -> int:
+    """Of those, the state's: what each slot of each KV head is ranked by, and its position."""
+    caches = [(layer, cache) for layer, cache in enumerate(sizes.caches) if sizes.evicts(layer)]
+    return sum(sizes.held(layer, tokens) * cache.heads * _SLOT_BYTES for layer, cache in caches)
+
+
+def memory(sizes: Sizes, stored: Precision, context: int, *, engine: str, lowering: str, chunk: int | None = None) -> Memory:
+    """What a sequence of `context` tokens needs, its prompt computed `chunk` tokens at a time (None: as the runtime does).
 
     Activations are an estimate: the residual stream and what the widest part of one layer holds at once, for a chunk;
-    the logits of one token; and what attention needs for a chunk against the whole cache, which is a mask where the
-    engine has a fused kernel, and every head's scores with their softmax where it has none ("decomposed17").
+    the logits of one token; and what attention needs for a chunk against all slots of the layer that needs most. That is a
+    mask where the engine has a fused kernel, one for each KV head where the layer evicts, and every head's scores with
+    their softmax where it has none ("decomposed17").
     """
-    tokens = min(chunk, context)
-    attention = 2 * sizes.num_heads * sizes.head_dim + 2 * sizes.kv_heads * sizes.head_dim
+    tokens = min(sizes.chunk if chunk is None else chunk, context)
+    attention = max((sizes.num_heads + cache.heads) * cache.width for cache in sizes.caches)
     wide = 2 * sizes.hidden + max(sizes.mlp_width, attention)
-    scores = 2 * sizes.num_heads if lowering == "decomposed17" else 1
+
+    def scores(layer: int) -> int:
+        if lowering == "decomposed17":
+            return 2 * sizes.num_heads
+        return sizes.caches[layer].heads if sizes.evicts(layer) else 1
+
+    seen = max(scores(layer) * sizes.held(layer, context) for layer in range(sizes.layers))
     return Memory(
         context=context,
         weights=weight_bytes(sizes, stored),
-        kv=context * kv_bytes_per_token(sizes, stored),
-        activations=(tokens * (wide + scores * context)) * stored.other + 4 * sizes.vocab,
+        kv=kv_bytes(sizes, stored, context),
+        kv_state=state_bytes(sizes, context),
+        activations=(tokens * (wide + seen)) * stored.other + 4 * sizes.vocab,
         engine=_ENGINE_BYTES[engine],
     )
 

@@ -6,12 +6,13 @@ Knows how sizes, memory and time come together for a target; must not know how a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvexport.bundle_manifest import MANIFEST_FILE, read_manifest
 from kvexport.errors import UsageError
+from kvexport.eviction import _MOST_POSITIONS, Eviction, EvictionWish
 from kvexport.plan.compare import Comparison, compare
 from kvexport.plan.memory import (
     PRECISIONS,
@@ -67,6 +68,7 @@ class Plan:
         budget: bytes that an application can have there.
         lowering: the lowering whose memory is counted.
         maps: rows with fewer KV heads count the online method's key and query maps.
+        eviction: how layers stay within a budget of tokens; None: they hold every token.
         comparisons: predictions beside what builds and benchmarks of a bundle measured.
     """
 
@@ -75,6 +77,7 @@ class Plan:
     budget: int | None
     lowering: str
     maps: bool
+    eviction: Eviction | None
     rows: tuple[Row, ...]
     comparisons: tuple[Comparison, ...]
 
@@ -86,6 +89,7 @@ class Plan:
             "budget_bytes": self.budget,
             "lowering": self.lowering,
             "maps": self.maps,
+            "eviction": None if self.eviction is None else self.eviction.to_json(),
             "estimate": True,
             "rows": [row.to_json() for row in self.rows],
             "comparisons": [asdict(comparison) for comparison in self.comparisons],
@@ -99,11 +103,13 @@ def plan(
     kv_heads: Sequence[int] = (),
     dtypes: Sequence[str] = (),
     contexts: Sequence[int] = (),
+    eviction: EvictionWish | None = None,
 ) -> Plan:
     """Plan a checkpoint (from its config.json alone) or a bundle (from its manifest) for `target`.
 
     Without `kv_heads`, all, half and a quarter of the trained ones; without `dtypes`, those the target runs; without
-    `contexts`, 2048, 8192 and 32768 tokens, as far as the model goes.
+    `contexts`, 2048, 8192 and 32768 tokens, as far as the model goes. A share that `eviction` asks for is of the model's
+    max_position_embeddings; a bundle evicts as it was built to.
 
     Raises:
         CheckpointError: no config.json, or one that no family covers.
@@ -119,13 +125,20 @@ def plan(
                 fix="leave them out, or plan for the checkpoint",
             )  # fmt: skip
         manifest = read_manifest(model)
+        if eviction is not None:
+            built = manifest.eviction
+            raise UsageError(
+                "what a bundle evicts was settled when it was built", seen="--kv-budget",
+                allowed="every token is held" if built is None else f"{built.budget} tokens in each KV head",
+                fix="leave it out, or make another bundle: kvexport build CHECKPOINT -o BUNDLE --kv-budget TOKENS",
+            )  # fmt: skip
         variants = [bundle_sizes(model, manifest)]
         stored = [precision(manifest.dtype, engine)]
         comparisons = compare(model, variants[0], stored[0], target)
     else:
         trained = architecture(model)
         counts = kv_heads or _shares(trained.kv_head_counts)
-        variants = [trained.sizes(count) for count in counts]
+        variants = [_within(trained.sizes(count), eviction) for count in counts]
         stored = [precision(name, engine) for name in dtypes or _dtypes(engine)]
         comparisons = ()
     budget = None if target is None else target.usable_bytes
@@ -137,7 +150,24 @@ def plan(
         for length in lengths
     ]
     maps = any(sizes.maps for sizes in variants)
-    return Plan(model.resolve().name, target, budget, lowering, maps, tuple(rows), comparisons)
+    return Plan(model.resolve().name, target, budget, lowering, maps, variants[0].eviction, tuple(rows), comparisons)
+
+
+def _within(sizes: Sizes, wish: EvictionWish | None) -> Sizes:
+    """The model with a budget of tokens, and as many positions as can be counted with one."""
+    if wish is None:
+        return sizes
+    if wish.of_capacity and sizes.max_positions is None:
+        raise UsageError(
+            "--kv-budget is a share of the model's positions, and nothing bounds those of this one",
+            seen=wish.budget, allowed="a number of tokens", fix="--kv-budget TOKENS",
+        )  # fmt: skip
+    most = min(sizes.max_positions or _MOST_POSITIONS, _MOST_POSITIONS)
+    try:
+        return replace(sizes, eviction=wish.of(most, sizes.layers), max_positions=most)
+    except UsageError as error:  # its remedies are options of `kvexport build`
+        fix = "choose another --kv-budget or --evict-skip-layers, or leave them out"
+        raise UsageError(error.what, seen=error.seen, allowed=error.allowed, fix=fix) from error
 
 
 def _shares(counts: list[int]) -> list[int]:

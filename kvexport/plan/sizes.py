@@ -13,7 +13,9 @@ from typing import Any
 
 from kvexport.bundle_manifest import BYTES, REBUILD, Manifest
 from kvexport.checkpoint import read_json
+from kvexport.engine.options import CHUNK
 from kvexport.errors import BundleError, UsageError
+from kvexport.eviction import Eviction
 from kvexport.families import Family, family_of
 from kvexport.graph.contract import DATA_FILE, GRAPH_FILE
 from kvexport.loading import refuse_quantised, sizes_of, whole_number
@@ -22,12 +24,19 @@ _OWN_HEAD = b"\x0bhead.weight"  # an untied head's name in the graph file, with 
 
 
 @dataclass(frozen=True)
+class Cache:
+    """What a layer caches of a token: `width` numbers in each of `heads` KV heads, key and value together."""
+
+    heads: int
+    width: int
+
+
+@dataclass(frozen=True)
 class Sizes:
-    """A model with one number of KV heads. Counts of numbers, not of bytes.
+    """A model as it would be built. Counts of numbers, not of bytes.
 
     Attributes:
-        kv_heads: cached heads of a layer; the most of any, where layers differ.
-        num_heads, head_dim, hidden, vocab, layers: as in config.json.
+        num_heads, hidden, vocab: as in config.json.
         max_positions: tokens that a sequence may hold; None where nothing bounds it.
         matrices: in the projections of all layers: what weight-only quantisation takes.
         rows: output rows of those matrices.
@@ -35,16 +44,14 @@ class Sizes:
         embedding: the embedding table, read one row a token.
         head: the head; 0 where it is the embedding (tied).
         mlp_width: widths of what a layer's MLP holds at once, summed.
-        kv_width: cached numbers per token, all layers.
+        caches: one for each layer.
         maps: the keys are projected after rotation (the online method), which needs maps.
+        eviction: how layers stay within a budget of tokens; None: they hold every token.
     """
 
-    kv_heads: int
     num_heads: int
-    head_dim: int
     hidden: int
     vocab: int
-    layers: int
     max_positions: int | None
     matrices: int
     rows: int
@@ -52,13 +59,40 @@ class Sizes:
     embedding: int
     head: int
     mlp_width: int
-    kv_width: int
+    caches: tuple[Cache, ...]
     maps: bool = False
+    eviction: Eviction | None = None
 
     @property
     def parameters(self) -> int:
         """Numbers in all weights."""
         return self.matrices + self.small + self.embedding + self.head
+
+    @property
+    def layers(self) -> int:
+        return len(self.caches)
+
+    @property
+    def kv_heads(self) -> int:
+        """Cached heads of a layer; the most of any, where layers differ."""
+        return max(cache.heads for cache in self.caches)
+
+    @property
+    def kv_width(self) -> int:
+        """Cached numbers per token, all layers, while none evicts."""
+        return sum(cache.heads * cache.width for cache in self.caches)
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a prompt that are computed at once."""
+        return CHUNK if self.eviction is None else min(CHUNK, self.eviction.chunk)
+
+    def evicts(self, layer: int) -> bool:
+        return self.eviction is not None and self.eviction.evicts(layer)
+
+    def held(self, layer: int, tokens: int) -> int:
+        """Of a sequence of `tokens`, those that a layer holds in each KV head."""
+        return tokens if self.eviction is None else self.eviction.slots(layer, tokens)
 
 
 @dataclass(frozen=True)
@@ -113,12 +147,9 @@ class Architecture:
         small += (self.kv_heads + self.num_heads) * dim * dim if maps else 0
         norms_outside = norm * hidden * (1 if family.embedding_norm is None else 2)
         return Sizes(
-            kv_heads=kv_heads,
             num_heads=self.num_heads,
-            head_dim=dim,
             hidden=hidden,
             vocab=self.vocab,
-            layers=self.layers,
             max_positions=self.max_positions,
             matrices=self.layers * matrices,
             rows=self.layers * rows,
@@ -126,7 +157,7 @@ class Architecture:
             embedding=self.vocab * hidden,
             head=0 if self.tied else self.vocab * hidden,
             mlp_width=(3 if family.gated else 2) * inner,
-            kv_width=self.layers * kv_heads * 2 * dim,
+            caches=(Cache(kv_heads, 2 * dim),) * self.layers,
             maps=maps,
         )
 
@@ -173,12 +204,9 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
     matrices = numbers - embedding - head
     mlp = matrices - sum(layer.parameters for layer in layers)
     return Sizes(
-        kv_heads=max(layer.num_key_value_heads for layer in layers),
         num_heads=layers[0].num_attention_heads,
-        head_dim=max(max(layer.key_head_dim, layer.value_head_dim) for layer in layers),
         hidden=model.hidden_size,
         vocab=model.vocab_size,
-        layers=len(layers),
         max_positions=manifest.capacity,
         matrices=matrices,
         rows=0,
@@ -186,5 +214,6 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
         embedding=embedding,
         head=head,
         mlp_width=max(0, mlp) // (len(layers) * model.hidden_size),
-        kv_width=sum(layer.kv_width for layer in layers),
+        caches=tuple(Cache(layer.num_key_value_heads, layer.key_head_dim + layer.value_head_dim) for layer in layers),
+        eviction=manifest.eviction,
     )

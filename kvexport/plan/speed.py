@@ -3,7 +3,8 @@
 Knows two fitted figures and their bands; must not know how a model came to its sizes. Everything here is an estimate.
 
 A decode step moves every weight once (of the embedding one row, the head in its own precision) and the cache of all
-tokens before it; each layer costs a fixed time besides, for launches and dependencies. So
+tokens before it, where layers evict of those that they hold; each layer costs a fixed time besides, for launches and
+dependencies. So
     seconds = layers · LAYER_SECONDS + bytes / (efficiency · bandwidth).
 LAYER_SECONDS and DECODE.typical are the least squares, in the logarithm, over 17 published figures, with nothing fitted
 to a single model or device: Qwen3 0.6B, 1.7B, 4B and 8B in INT4 after 2048 tokens on AGX Orin 64 GB, Orin NX 16 GB, Orin
@@ -25,8 +26,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvexport.engine.options import CHUNK
-from kvexport.plan.memory import Precision, kv_bytes_per_token
+from kvexport.plan.memory import Precision, kv_bytes
 from kvexport.plan.sizes import Sizes
 from kvexport.targets import Target
 
@@ -49,7 +49,7 @@ PREFILL = Band(low=0.17, typical=0.39, high=0.67)
 def step_bytes(sizes: Sizes, stored: Precision, depth: int) -> int:
     """Bytes that a decode step reads after `depth` tokens."""
     head = sizes.head or sizes.embedding
-    return stored.matrix_bytes(sizes) + (sizes.small + head) * stored.other + depth * kv_bytes_per_token(sizes, stored)
+    return stored.matrix_bytes(sizes) + (sizes.small + head) * stored.other + kv_bytes(sizes, stored, depth)
 
 
 def decode_seconds(sizes: Sizes, stored: Precision, target: Target, depth: int, efficiency: float) -> float:
@@ -58,22 +58,27 @@ def decode_seconds(sizes: Sizes, stored: Precision, target: Target, depth: int, 
 
 
 def prefill_flops(sizes: Sizes, tokens: int) -> int:
-    """Operations of a prompt of `tokens`: the layers' matrices for each, causal attention, and the head for one."""
-    attention = 2 * sizes.layers * sizes.num_heads * sizes.head_dim * tokens * tokens
+    """Operations of a prompt of `tokens`: the layers' matrices for each, causal attention over the tokens that a layer
+    holds, and the head for one."""
+    attention = 0
+    for layer, cache in enumerate(sizes.caches):
+        gone = tokens - sizes.held(layer, tokens)
+        attention += sizes.num_heads * cache.width * (tokens * tokens - gone * gone)
     return 2 * sizes.matrices * tokens + attention + 2 * (sizes.head or sizes.embedding)
 
 
 def prefill_seconds(
-    sizes: Sizes, stored: Precision, target: Target, tokens: int, efficiency: float, reading: float, *, chunk: int = CHUNK
+    sizes: Sizes, stored: Precision, target: Target, tokens: int, efficiency: float, reading: float, *, chunk: int | None = None
 ) -> float | None:
-    """Seconds of a prompt of `tokens`, `chunk` at a time, batch 1; None where the target's file has no rate for it.
+    """Seconds of a prompt of `tokens`, batch 1; None where the target's file has no rate for it.
 
     Args:
         efficiency: of arithmetic, from PREFILL.
         reading: of bandwidth, from DECODE.
+        chunk: tokens that are computed at once; None: as many as the runtime does.
     """
     if target.fp16 is None or stored.bits == 32:
         return None
-    chunks = -(-tokens // chunk)
+    chunks = -(-tokens // (sizes.chunk if chunk is None else chunk))
     arithmetic = prefill_flops(sizes, tokens) / (efficiency * target.fp16)
     return max(arithmetic, chunks * decode_seconds(sizes, stored, target, 0, reading))

@@ -75,6 +75,51 @@ def test_json_agrees_with_the_table(plan: Plan, llama: Path) -> None:
     assert cells[-1].startswith(f"{1 / row['decode_seconds']['typical']:,.0f}/s")
 
 
+def test_a_budget_of_tokens_is_what_the_cache_takes(plan: Plan, llama: Path) -> None:
+    arguments = (llama, "--dtype", "float16", "--kv-heads", 8, "--context", 4096)
+    budget = ("--kv-budget", "0.25", "--evict-skip-layers", "0,1")
+    code, shown, said = plan(*arguments, *budget)
+    assert (code, said) == (0, "")
+    (cells,), (whole,) = table(shown), table(plan(*arguments)[1])
+    held = 2 * 4096 * 4096 + 30 * 1024 * (4096 + 8 * 8)
+    assert (cells[4], whole[4]) == (f"{held / 2**20:.1f} MiB", "512.0 MiB")
+    assert "a budget of 1024 tokens in each KV head, each with 8 bytes of score and position" in shown
+    assert "(of the KV above 1.9 MiB at most); layers 0, 1 hold the whole context." in shown
+    raw = json.loads(plan(*arguments, *budget, "--json")[1])
+    assert (raw["eviction"]["budget"], raw["eviction"]["skip_layers"]) == (1024, [0, 1])
+    assert (raw["rows"][0]["memory"]["kv"], raw["rows"][0]["memory"]["kv_state"]) == (held, 30 * 1024 * 64)
+
+
+def test_the_note_on_a_budget_names_a_single_layer_or_none(plan: Plan, llama: Path) -> None:
+    assert "layer 3 holds the whole context." in plan(llama, "--kv-budget", 64, "--evict-skip-layers", 3)[1]
+    assert "the whole context" not in plan(llama, "--kv-budget", 64)[1]
+    assert "budget" not in plan(llama)[1]
+    assert json.loads(plan(llama, "--json")[1])["eviction"] is None
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        (("--kv-budget", "many"), "whole number"),
+        (("--kv-budget", "1.5"), "share"),
+        (("--kv-budget", "4097"), "nothing would ever go"),
+        (("--kv-budget", "64", "--evict-skip-layers", "first"), "no list of layers"),
+        (("--evict-skip-layers", "0"), "add --kv-budget TOKENS"),
+    ],
+)
+def test_a_wrong_budget_is_a_usage_error(plan: Plan, llama: Path, wrong: tuple[str, ...], said: str) -> None:
+    code, shown, talk = plan(llama, *wrong)
+    assert (code, shown) == (2, "")
+    assert said in talk
+
+
+def test_a_budget_beside_a_bundle_names_the_build(plan: Plan, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", load_decoder(tiny_checkpoint("llama")))
+    code, shown, said = plan(bundle, "--kv-budget", 16)
+    assert (code, shown) == (2, "")
+    assert "kvexport build CHECKPOINT -o BUNDLE --kv-budget" in said
+
+
 def test_without_a_target_it_says_how_to_name_one(plan: Plan, llama: Path) -> None:
     code, shown, _ = plan(llama, "--dtype", "float16")
     assert code == 0

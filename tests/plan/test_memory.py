@@ -11,11 +11,11 @@ from anchors import CONFIGS
 
 from kvexport.engine.options import CHUNK
 from kvexport.plan.memory import kv_bytes_per_token, largest_context, memory, precision, weight_bytes
-from kvexport.plan.sizes import Sizes, architecture
+from kvexport.plan.sizes import Cache, Sizes, architecture
 
 SMALL = Sizes(
-    kv_heads=2, num_heads=4, head_dim=8, hidden=32, vocab=100, layers=2, max_positions=None, matrices=12_800, rows=400,
-    small=70, embedding=3200, head=0, mlp_width=96, kv_width=64,
+    num_heads=4, hidden=32, vocab=100, max_positions=None, matrices=12_800, rows=400, small=70, embedding=3200, head=0,
+    mlp_width=96, caches=(Cache(2, 16), Cache(2, 16)),
 )  # fmt: skip
 
 
