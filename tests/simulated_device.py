@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from kvexport.bundle import Bundle
 from kvexport.engine.record import BuildRecord, PlanFile, Profile, engine_directory, manifest_digest, write_record
 from kvexport.graph import lower
-from kvexport.graph.contract import CAPACITY, GRAPH_FILE
+from kvexport.graph.contract import BUDGET, CAPACITY, GRAPH_FILE
 
 CHUNK = 16
 _GARBAGE = 0xFF  # a NaN in every float
@@ -225,6 +225,7 @@ class _Engine:
         self.session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
+        self.sizes = {size for value in self.inputs.values() for size in value.shape}
         if aliasing:
             self.get_aliased_input_tensor = self._aliased
 
@@ -245,8 +246,15 @@ class _Engine:
         return self.shape(name, {})
 
     def shape(self, name: str, sizes: dict[str, int]) -> tuple[int, ...]:
-        known = {"batch": 1, CAPACITY: self.plan["capacity"], **sizes}
-        return tuple(size if isinstance(size, int) else known.get(size, -1) for size in (self.inputs | self.outputs)[name].shape)
+        known = {CAPACITY: self.plan["capacity"], BUDGET: self.plan["budget"], **sizes}
+
+        def size(of: int | str) -> int:
+            if isinstance(of, int):
+                return of
+            _, times, heads = of.partition("batch")  # of one sequence
+            return int(heads.removeprefix("*") or 1) if times else known.get(of, -1)
+
+        return tuple(map(size, (self.inputs | self.outputs)[name].shape))
 
     @property
     def device_memory_size_v2(self) -> int:
@@ -326,7 +334,10 @@ class _Context:
         assert sizes["position_ids"] == sizes["input_ids"]
         dims = {"sequence": tokens, "logits": logits}
         given = {name: self._array(name, addresses, dims) for name in engine.inputs}
-        start = int(given["write_indices"][0])
+        start, budget = int(given["write_indices"][0]), engine.plan["budget"]
+        if budget is not None:
+            assert start <= budget if tokens == 1 else start + tokens <= budget, "a write beyond the budget"
+            start = int(given["position_ids"][0, 0]) if CAPACITY in engine.sizes else 0  # where the other layers write
         assert start + tokens <= engine.plan["capacity"], "a write beyond the cache, which TensorRT would drop"
         made = engine.session.run(list(engine.outputs), {name: array.copy() for name, array in given.items()})
         for name, values in zip(engine.outputs, made, strict=True):
@@ -355,8 +366,10 @@ def add_engine(
     opened = Bundle.open(bundle)
     directory = engine_directory(bundle, target)
     directory.mkdir(parents=True)
+    capacity = capacity or opened.capacity
     plan = {
-        "graph": str(graph or bundle / GRAPH_FILE), "lowering": lowering, "capacity": capacity or opened.capacity, "chunk": CHUNK,
+        "graph": str(graph or bundle / GRAPH_FILE), "lowering": lowering, "capacity": capacity, "chunk": CHUNK,
+        "budget": None if opened.eviction is None else min(opened.eviction.budget, capacity),
         "weights": 4096, "stripped": bool(changes.get("options", {}).get("refit")),
     }  # fmt: skip
     content = json.dumps(plan).encode()

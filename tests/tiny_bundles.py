@@ -48,8 +48,7 @@ def write_bundle(
         for layer in decoder.layers:
             graph.add_layer(layer)
         contract = graph.finish(decoder.final_norm, decoder.head)
-        if eviction is None:
-            write_lowered(writer.directory / GRAPH_FILE, dtype)
+        write_lowered(writer.directory / GRAPH_FILE, dtype)
         if tokenizer is not None:
             (writer.directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         manifest = manifest_of(decoder, contract, eviction)

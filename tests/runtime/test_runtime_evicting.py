@@ -25,6 +25,7 @@ from kvexport.runtime import Session, open_bundle
 from kvexport.runtime import evicting as runtime
 from kvexport.runtime.arrays import HOST
 from kvexport.runtime.cache import KvCache
+from kvexport.runtime.loading import graph_file
 
 CAPACITY, VOCAB = 96, 40
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -44,9 +45,13 @@ def random_decoder(style: str, **sizes: Any) -> Decoder:
     return make_decoder(style, dtype=torch.float32, **sizes)
 
 
-def opened(path: Path, decoder: Decoder, eviction: Eviction, capacity: int = CAPACITY, **options: Any) -> Session:
+def opened(
+    path: Path, decoder: Decoder, eviction: Eviction, capacity: int = CAPACITY, lowered: bool = True, **options: Any
+) -> Session:
     """A session on a new bundle; its manifest says the windows of its layers."""
     bundle = Bundle.open(write_bundle(path, decoder, capacity=capacity, eviction=eviction))
+    if not lowered:
+        bundle = dataclasses.replace(bundle, files={name: each for name, each in bundle.files.items() if "cpu" not in name})
     windows = [layer.attention.window for layer in decoder.layers]
     layers = tuple(Windowed(**vars(layer), window=window) for layer, window in zip(bundle.layers, windows, strict=True))
     return Session(dataclasses.replace(bundle, layers=layers), threads=1, provider="cpu", **options)
@@ -124,18 +129,22 @@ def test_converted_heads_and_layers_that_are_left_alone(tiny_checkpoint: Callabl
         )
 
 
-def test_the_graph_lowered_for_the_cpu(tmp_path: Path) -> None:
-    from kvexport.errors import BundleError
-    from kvexport.graph import write_lowered
-
-    decoder = random_decoder("gqa")
-    eviction = dataclasses.replace(BUDGET, skip_layers=(1,))
-    graph = write_bundle(tmp_path / "graph", decoder, capacity=CAPACITY, eviction=eviction) / "decoder.onnx"
-    try:
-        write_lowered(graph, "float32")
-    except BundleError as error:
-        pytest.skip(str(error))
-    assert (graph.parent / "decoder.cpu.onnx").is_file()
+@pytest.mark.parametrize("lowered", [True, False])
+@pytest.mark.parametrize("style", ["llama", "gqa"])
+def test_the_standard_graph_and_the_one_lowered_for_the_cpu(style: str, lowered: bool, tmp_path: Path) -> None:
+    """Of heads of their own, those of the layer that is left alone are GroupQueryAttention there."""
+    decoder, eviction = random_decoder(style), dataclasses.replace(BUDGET, skip_layers=(1,))
+    session = opened(tmp_path / "b", decoder, eviction, lowered=lowered)
+    assert graph_file(session.bundle, "cpu") == ("decoder.cpu.onnx" if lowered else "decoder.onnx")
+    if lowered:
+        assert (b"GroupQueryAttention" in (tmp_path / "b" / "decoder.cpu.onnx").read_bytes()) == (style == "llama")
+    assert differences(session, Oracle(decoder, eviction)) < 1e-5
+    prompts = [tokens(50, seed=1), tokens(7, seed=2)]
+    found = session.prefill(prompts), session.step([5, 6])
+    for row, prompt in enumerate(prompts):
+        oracle = Oracle(decoder, eviction)
+        np.testing.assert_allclose(found[0][row], oracle.read(prompt)[-1], **CLOSE)
+        np.testing.assert_allclose(found[1][row], oracle.step(5 + row), **CLOSE)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
