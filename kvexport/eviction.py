@@ -30,7 +30,7 @@ NEVER, UNSEEN, LATEST = 2.0**100, 2.0**60, 2.0**24
 # Of a norm, for every position that a token is later: the same token again has the same norm, but for rounding, and without
 # this which of them goes would be another in every engine. The older one goes.
 LATER = 2.0**-20
-_MOST_POSITIONS = 2**19  # for which the two hold
+MOST_POSITIONS = 2**19  # for which the two hold
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,10 @@ class Eviction:
         Raises:
             UsageError: more than the capacity, too many positions, or a layer that is not there, or no layer that evicts.
         """
-        if capacity > _MOST_POSITIONS:
+        if capacity > MOST_POSITIONS:
             raise UsageError(
-                "a cache that evicts cannot count as many positions", seen=capacity, allowed=f"at most {_MOST_POSITIONS}",
-                fix=f"--capacity {_MOST_POSITIONS}",
+                "a cache that evicts cannot count as many positions", seen=capacity, allowed=f"at most {MOST_POSITIONS}",
+                fix=f"--capacity {MOST_POSITIONS}",
             )  # fmt: skip
         if self.budget > capacity:
             raise UsageError(
@@ -117,7 +117,10 @@ class Eviction:
         spared = [text for count, text in ((self.protect_first, f"the first {self.protect_first}"),
                                            (self.protect_recent, f"the last {self.protect_recent}")) if count]  # fmt: skip
         kept = f", but {' and '.join(spared)} never do" if spared else ""
-        skipped = f"; layers {', '.join(map(str, self.skip_layers))} hold every token" if self.skip_layers else ""
+        named = ", ".join(map(str, self.skip_layers))
+        skipped = (
+            f"; {f'layer {named} holds' if len(self.skip_layers) == 1 else f'layers {named} hold'} every token" if named else ""
+        )
         return f"{self.budget} tokens in each KV head ({self.policy}{kept}){skipped}"
 
     def to_json(self) -> dict[str, Any]:

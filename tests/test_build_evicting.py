@@ -50,7 +50,7 @@ def test_a_budget_is_built_proved_and_said(method: str, kvexport: Run, tiny_chec
     ]
     code, out, err = kvexport("build", tiny_checkpoint("llama"), "-o", bundle, "--method", method, *QUICK, *options)
     assert code == 0, err
-    assert "24 tokens in each KV head (l2-norm, but the first 1 and the last 6 never do); layers 1 hold every token" in out
+    assert "24 tokens in each KV head (l2-norm, but the first 1 and the last 6 never do); layer 1 holds every token" in out
     opened = Bundle.open(bundle)
     assert opened.eviction == Eviction("l2-norm", 24, 1, 6, (1,))
     report = json.loads((bundle / "report.json").read_text())

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvexport.bundle_manifest import MANIFEST_FILE, read_manifest
 from kvexport.errors import UsageError
-from kvexport.eviction import _MOST_POSITIONS, Eviction, EvictionWish
+from kvexport.eviction import MOST_POSITIONS, Eviction, EvictionWish
 from kvexport.plan.compare import Comparison, compare
 from kvexport.plan.memory import (
     PRECISIONS,
@@ -162,7 +162,7 @@ def _within(sizes: Sizes, wish: EvictionWish | None) -> Sizes:
             "--kv-budget is a share of the model's positions, and nothing bounds those of this one",
             seen=wish.budget, allowed="a number of tokens", fix="--kv-budget TOKENS",
         )  # fmt: skip
-    most = min(sizes.max_positions or _MOST_POSITIONS, _MOST_POSITIONS)
+    most = min(sizes.max_positions or MOST_POSITIONS, MOST_POSITIONS)
     try:
         return replace(sizes, eviction=wish.of(most, sizes.layers), max_positions=most)
     except UsageError as error:  # its remedies are options of `kvexport build`
