@@ -29,8 +29,9 @@ class Plan:
 
     Attributes:
         prompt: tokens of a prefill; decode is measured apart.
-        depths: tokens in the cache when decoding begins, one measurement each, the shallowest first.
-        steps: tokens decoded at each depth, one by one; the cache grows by as many.
+        depths: tokens of the text when decoding begins, one measurement each, the shallowest first; all of them are in the
+            cache, but for those that were evicted.
+        steps: tokens decoded at each depth, one by one; the text grows by as many.
         repetitions: of the prefill.
         seed: of the random token ids that fill prompt and cache.
     """
@@ -86,7 +87,7 @@ class Point:
     """One measurement.
 
     Attributes:
-        depth: tokens in the cache when decoding began; of a prefill, its tokens.
+        depth: tokens of the text when decoding began; of a prefill, its tokens.
         tokens: that a call takes.
         p50_ms, p90_ms, p99_ms: percentiles of a call's time.
         tokens_per_second: at the median.
@@ -107,7 +108,8 @@ class Result:
     """One bundle's figures.
 
     Attributes:
-        kv_bytes_planned: of the deepest point, all its tokens, as the bundle's shapes say.
+        kv_budget: tokens of a sequence that layers hold which evict; None: no layer does.
+        kv_bytes_planned: of the deepest point, all its tokens or as many as the budget, as the bundle's shapes say.
         kv_bytes_allocated: what the session holds there.
         device: what is known of the device's memory at the end; None on the CPU.
         peak_device_bytes: the most of it that the driver said was in use, by whomever, after a prefill or the steps of a
@@ -117,6 +119,7 @@ class Result:
     provider: str
     prefill: tuple[Point, ...]
     decode: tuple[Point, ...]
+    kv_budget: int | None
     kv_bytes_planned: int
     kv_bytes_allocated: int
     device: dict[str, Any] | None
@@ -160,7 +163,8 @@ class _Turn:
             provider=self.session.provider,
             prefill=tuple(self.prefill),
             decode=tuple(self.decode),
-            kv_bytes_planned=int(self.session.lengths.sum()) * memory.bytes_per_token,
+            kv_budget=memory.budget,
+            kv_bytes_planned=sum(self.session.bundle.kv_bytes(int(length)) for length in self.session.lengths),
             kv_bytes_allocated=memory.bytes_allocated,
             device=None if memory.device is None else asdict(memory.device),
             peak_device_bytes=max(self._in_use, default=None),

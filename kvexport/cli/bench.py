@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--compare", type=click.Path(path_type=Path), metavar="OTHER", help="Another bundle, which takes turns with it.")
 @click.option(
-    "-d", "--depth", metavar="N,...", help="Tokens in the cache when decoding begins [default: 0,512,4096 where they fit]."
+    "-d", "--depth", metavar="N,...", help="Tokens of the text when decoding begins [default: 0,512,4096 where they fit]."
 )
 @click.option("-p", "--prompt-tokens", type=click.IntRange(min=1), help="Of a prefill [default: 512 where they fit].")
 @click.option("-n", "--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Decoded at each depth.")
@@ -48,8 +48,9 @@ def command(
 ) -> None:  # fmt: skip
     """Measure how fast BUNDLE reads a prompt and makes tokens here, and what memory it takes.
 
-    Random tokens fill prompt and cache. The first prefill, and the first three steps at each depth, do not count. A step
-    is one token in and its logits out; choosing the next token is not timed.
+    Random tokens fill prompt and cache; of a bundle with a budget they may be more than that, up to its capacity. The first
+    prefill, and the first three steps at each depth, do not count. A step is one token in and its logits out; choosing the
+    next token is not timed.
     """
     from kvexport.bench import Plan, describe, measure, readings
     from kvexport.bench.machine import peak_host_bytes
@@ -118,7 +119,7 @@ def _print(sessions: Sequence[Session], results: Sequence[Result], shared: dict[
     names = [session.bundle.path.name for session in sessions]
     if len(set(names)) < len(names):
         names = [str(session.bundle.path) for session in sessions]
-    table = plain_table("bundle", "", "tokens in cache", "p50 ms", "p90 ms", "p99 ms", "tokens/s")
+    table = plain_table("bundle", "", "depth", "p50 ms", "p90 ms", "p99 ms", "tokens/s")
     for name, result in zip(names, results, strict=True):
         for stage in ("prefill", "decode"):
             for point in getattr(result, stage):
@@ -135,6 +136,8 @@ def _print(sessions: Sequence[Session], results: Sequence[Result], shared: dict[
             f"{name}: {session.engine}; KV cache {size(result.kv_bytes_planned)} in use at the deepest, "
             f"{size(result.kv_bytes_allocated)} allocated"
         )
+        if (eviction := session.bundle.eviction) is not None:
+            out.say(f"{name}: holds {eviction}")
         if result.device is not None and result.peak_device_bytes is not None:
             device, in_use = result.device["name"], size(result.peak_device_bytes)
             out.say(f"{name}: at most {in_use} of the memory of {device} in use, by this process and all others")

@@ -13,7 +13,7 @@ from kvexport.cli.options import provider_option
 from kvexport.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvexport.runtime import Memory
+    from kvexport.runtime import Session
     from kvexport.runtime.generation import Timing
 
 _NAMES = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
@@ -46,7 +46,7 @@ def command(
     click.echo()
     if not quiet:
         assert stream.generation is not None
-        click.echo(_summary(stream.timing, stream.generation.finish_reason, session.memory(), session.provider), err=True)
+        click.echo(_summary(stream.timing, stream.generation.finish_reason, session), err=True)
 
 
 def _standard_input() -> str:
@@ -62,16 +62,16 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _summary(timing: Timing, reason: str, memory: Memory, provider: str) -> str:
+def _summary(timing: Timing, reason: str, session: Session) -> str:
     from kvexport.cli.report import size
 
     ended = {"stop": "the model ended", "length": "--max-new-tokens reached", "capacity": "the bundle's capacity reached"}
     prefill = _speed(timing.prefill_tokens, timing.prefill_seconds)
     decode = _speed(timing.decode_tokens, timing.decode_seconds)
-    used = (timing.prefill_tokens + timing.decode_tokens) * memory.bytes_per_token
+    used = session.bundle.kv_bytes(timing.prefill_tokens + timing.decode_tokens)
     return (
-        f"kvexport: {ended[reason]}; prefill {prefill}, decode {decode} on {_NAMES[provider]}; "
-        f"KV cache {size(used)} in use, {size(memory.bytes_allocated)} allocated"
+        f"kvexport: {ended[reason]}; prefill {prefill}, decode {decode} on {_NAMES[session.provider]}; "
+        f"KV cache {size(used)} in use, {size(session.memory().bytes_allocated)} allocated"
     )
 
 

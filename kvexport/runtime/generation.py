@@ -30,7 +30,8 @@ class Generation:
         prompt_tokens: tokens of the prompt.
         token_ids: new tokens, without the stop token.
         text: the same as text; None where the bundle has no tokenizer.
-        finish_reason: 'stop' (a stop token came), 'length' (max_new_tokens), or 'capacity' (the cache is full).
+        finish_reason: 'stop' (a stop token came), 'length' (max_new_tokens), or 'capacity' (no position is left: the bundle's,
+            or its engine's, are all taken).
     """
 
     prompt_tokens: int

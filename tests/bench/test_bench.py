@@ -19,8 +19,10 @@ from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bench import Plan, describe, measure, ratios, readings
 from kvexport.bench.machine import peak_host_bytes
+from kvexport.bundle import Bundle
 from kvexport.cli import verbs
 from kvexport.errors import UsageError
+from kvexport.eviction import Eviction
 from kvexport.progress import Progress
 from kvexport.runtime import DeviceMemory, Memory, Session, open_bundle
 
@@ -128,6 +130,22 @@ def test_kv_bytes_are_those_of_the_deepest_point(bundle: Path) -> None:
     assert result.kv_bytes_planned == (300 + 3 + 5) * session.bundle.kv_bytes_per_token
     assert result.kv_bytes_allocated == session.memory().bytes_allocated == 512 * session.bundle.kv_bytes_per_token
     assert result.device is None and result.peak_device_bytes is None
+
+
+def test_depths_beyond_the_budget_of_a_bundle_that_evicts(bundle: Path, tiny_checkpoint: Any, tmp_path: Path) -> None:
+    decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, max_position_embeddings=1024))
+    evicting = write_bundle(tmp_path / "b", decoder, capacity=600, eviction=Eviction("window", 32, protect_first=4))
+    asked = ("-d", "8,500", "-n", 4, "-p", 64, "--repetitions", 2)
+    bounded, (whole,) = lines(evicting, *asked)[0], lines(bundle, *asked)
+    assert [point["depth"] for point in bounded["decode"]] == [8, 500]
+    assert bounded["kv_budget"] == 32 and whole["kv_budget"] is None
+    assert bounded["kv_bytes_planned"] == bounded["kv_bytes_allocated"] == Bundle.open(evicting).kv_bytes(507)
+    assert bounded["kv_bytes_planned"] < whole["kv_bytes_planned"] / 10
+    said = bench(evicting, *asked).stdout
+    assert re.search(r"b: holds 32 tokens in each KV head \(window, but the first 4 never do\)", " ".join(said.split()))
+    assert "holds" not in bench(bundle, *asked).stdout
+    with pytest.raises(UsageError, match="600 in all"):
+        lines(evicting, "-d", 598)
 
 
 def test_depths_are_taken_from_the_shallowest_on_so_that_the_last_is_the_deepest(bundle: Path) -> None:

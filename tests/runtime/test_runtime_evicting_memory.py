@@ -1,0 +1,127 @@
+"""A cache that evicts takes the budget's memory and no more, step after step, and a step copies nothing of its size."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from decoders import make_decoder
+from test_runtime_evicting import Oracle, tokens
+from test_runtime_in_place import _resettable
+from tiny_bundles import write_bundle
+
+from kvexport.bundle import Bundle
+from kvexport.eviction import Eviction
+
+SLOTS, BATCH = 4096, 8
+_PEAK = """
+import json, sys
+import numpy as np, onnxruntime, kvexport.runtime.decoder
+from kvexport.bundle import Bundle
+from kvexport.runtime.cache import KvCache
+from kvexport.runtime.decoder import OrtDecoder, _Binding
+from kvexport.runtime.loading import load_graph, session_options
+
+path, batch, in_place = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "in place"
+bundle = Bundle.open(path)
+slots = bundle.eviction.budget
+cache = KvCache(bundle, batch, bundle.dtype, fill=1.0, step=slots)  # filled: every page is resident
+cache.reserve(slots)
+state = cache.buffers["past_key_values.0.state"]
+state[..., 1] = 1 + np.arange(slots)  # as many tokens as there are slots; the one at 7 ranks highest
+state[..., 0] = np.arange(slots) == 7
+cache._rows.filled[:], cache._rows.seen[:] = slots, slots
+session = load_graph(bundle, session_options(1))
+if not in_place:
+    class Binding(_Binding):
+        def _bind(self, name, *arguments):
+            self.binding.bind_output(name) if name.startswith("present") else super()._bind(name, *arguments)
+    kvexport.runtime.decoder._Binding = Binding
+decoder = OrtDecoder(session, cache)
+
+def kib(what):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(what + ":"))
+
+open("/proc/self/clear_refs", "w").write("5")
+before = kib("VmRSS")
+for position in range(slots, slots + 4):
+    decoder.run(np.ones((batch, 1), np.int64), np.full((batch, 1), position), np.zeros((batch, 1), np.int64))
+written = [int((cache.layer(0)[0][row, head] != 1).any(axis=1).sum()) for row in range(batch) for head in range(4)]
+print(json.dumps({"peak": (kib("VmHWM") - before) * 1024, "cache": cache.bytes(slots), "written": written,
+                  "seven": float(state[0, 0, 7, 1])}))
+"""
+_STEPS = """
+import json, sys
+import numpy as np
+from kvexport.runtime import open_bundle
+
+path, ids, every = sys.argv[1], np.load(sys.argv[2]), int(sys.argv[3])
+session = open_bundle(path, threads=1, provider="cpu")
+kept = np.empty((len(ids) // every, session.bundle.model.vocab_size), np.float32)
+kept[...] = 0
+
+def resident():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS:")) * 1024
+
+seen = {}
+for step, token in enumerate(ids.tolist(), 1):
+    logits = session.step([token])
+    if step % every == 0:
+        kept[step // every - 1] = logits[0]
+    if step % 1000 == 0:
+        seen[step] = session.memory().bytes_allocated, resident()
+np.save(sys.argv[4], kept)
+print(json.dumps({"seen": seen, "limit": session.memory().bytes_limit}))
+"""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One layer of four KV heads of 64 under eight query heads: 2 KiB of keys and values a token, 32 bytes of state."""
+    decoder = make_decoder("gqa", layers=1, heads=8, kv_heads=4, head_dim=64, dtype=torch.float32, max_positions=1 << 16)
+    path = tmp_path_factory.mktemp("wide") / "b"
+    return write_bundle(path, decoder, capacity=2 * SLOTS, eviction=Eviction("l2-norm", SLOTS, 2, 8))
+
+
+def _peak(bundle: Path, how: str) -> tuple[dict[str, object], str]:
+    ran = subprocess.run([sys.executable, "-c", _PEAK, str(bundle), str(BATCH), how], capture_output=True, text=True, check=True)
+    return json.loads(ran.stdout), ran.stderr
+
+
+@pytest.mark.skipif(not _resettable(), reason="this system does not let a process reset its peak resident memory")
+def test_the_peak_of_a_step_is_free_of_the_cache(wide: Path) -> None:
+    found, said = _peak(wide, "in place")
+    copied, complaint = _peak(wide, "copied")
+    assert found["cache"] == copied["cache"] == BATCH * SLOTS * (2048 + 32)
+    assert found["written"] == [4] * BATCH * 4  # of every head four slots: those that ranked highest
+    assert found["seven"] == SLOTS + 1 and copied["seven"] == 8
+    # Scores, masks and ranks of 4096 slots of 32 heads, and pages of onnxruntime's own code: far below one buffer of two.
+    assert isinstance(found["peak"], int) and found["peak"] < 16 << 20
+    assert "tensorscatter" not in said
+    # The control: outputs that are not bound are copies, and both instruments see them.
+    assert isinstance(copied["peak"], int) and copied["peak"] > 56 << 20
+    assert complaint.count("tensorscatter.cc") == 3 * 4
+
+
+@pytest.mark.slow
+def test_ten_thousand_steps_with_a_budget_of_256(tmp_path: Path) -> None:
+    """Memory stays as it is when the budget is full; logits are the oracle's, which sees the same tokens from the first on."""
+    decoder = make_decoder("gqa", dtype=torch.float32, max_positions=16384)
+    eviction, steps, every = Eviction("l2-norm", 256, 4, 32), 10_000, 50
+    bundle = write_bundle(tmp_path / "b", decoder, capacity=16384, eviction=eviction)
+    ids = tokens(steps)
+    np.save(tmp_path / "ids.npy", np.array(ids))
+    command = [sys.executable, "-c", _STEPS, str(bundle), str(tmp_path / "ids.npy"), str(every), str(tmp_path / "logits.npy")]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    allocated, resident = zip(*found["seen"].values(), strict=True)
+    assert len(allocated) == 10
+    assert set(allocated) == {found["limit"]} == {Bundle.open(bundle).kv_bytes(16384)} == {256 * 2 * 2 * (16 + 2) * 4}
+    assert max(resident) - resident[0] < 256 << 10
+    oracle, logits = Oracle(decoder, eviction, 16384), np.load(tmp_path / "logits.npy")
+    wanted = np.stack([oracle.step(token) for token in ids])[every - 1 :: every]
+    np.testing.assert_allclose(logits, wanted, rtol=0.0, atol=1e-5)
