@@ -14,7 +14,7 @@ import onnx_ir as ir
 from kvexport.decoder import Attention
 from kvexport.eviction import LATEST, NEVER, SCORE, STORED, UNSEEN, random_offsets, random_scores
 from kvexport.graph.contract import BATCH, BUDGET, KEY, SEQUENCE, STATE, VALUE, heads_along_batch, present
-from kvexport.graph.evicting_heads import STATE_DTYPE, Evicting, Heads, column
+from kvexport.graph.evicting_heads import STATE_DTYPE, Evicting, Heads, row_of
 from kvexport.graph.nodes import dtype_of, sizes
 from kvexport.graph.weights import NUMPY_DTYPES, largest
 
@@ -123,7 +123,7 @@ class EvictingAttention:
         Several tokens are written from there on: whoever calls the graph with them has made room for all.
         """
         nodes, name, eviction = self._nodes, f"{self._name}.slot", self._shared.eviction
-        shape = (self._rows, 1, BUDGET, 1)
+        shape = (self._rows, 1, 1, BUDGET)
 
         def op(kind: str, *inputs: ir.Value, name: str, dtype: str = "bool") -> ir.Value:
             return nodes.op(kind, *inputs, name=name, shape=shape, dtype=dtype)
@@ -132,7 +132,7 @@ class EvictingAttention:
             return nodes.number(f"evict.{label}", value, STATE_DTYPE)
 
         score, stored = (
-            column(nodes, state, which, f"{name}.{label}") for which, label in ((SCORE, "score"), (STORED, "stored"))
+            row_of(nodes, state, which, f"{name}.{label}") for which, label in ((SCORE, "score"), (STORED, "stored"))
         )
         recent = nodes.op("Sub", heads.first, number("recent", eviction.protect_recent), name=f"{name}.recent", dtype=STATE_DTYPE)
         old = op("LessOrEqual", stored, recent, name=f"{name}.old")
@@ -149,7 +149,7 @@ class EvictingAttention:
         same = op("Equal", stored, heads.first, name=f"{name}.same")
         ranks = op("Where", same, number("again", NEVER), ranks, name=f"{name}.ranks.again", dtype=STATE_DTYPE)
         row = (self._rows, 1, 1, 1)
-        highest = nodes.op("ArgMax", ranks, name=f"{name}.highest", shape=row, dtype="int64", axis=2, keepdims=1)
+        highest = nodes.op("ArgMax", ranks, name=f"{name}.highest", shape=row, dtype="int64", axis=3, keepdims=1)
         taken = nodes.cast(highest, STATE_DTYPE, f"{name}.taken")
         chosen = nodes.op("Where", heads.has_room, heads.filled, taken, name=f"{name}.chosen", shape=row, dtype=STATE_DTYPE)
         flat = nodes.op("Reshape", chosen, nodes.integers(-1), name=f"{name}.flat", shape=(self._rows,), dtype=STATE_DTYPE)
@@ -158,8 +158,7 @@ class EvictingAttention:
     def _mask(self, heads: Heads, state: ir.Value) -> ir.Value:
         """Bool [batch·N, 1, sequence, slots], or ALiBi's bias [batch·N, H/N, sequence, slots]."""
         nodes, name, window, shape = self._nodes, f"{self._name}.mask", self._attention.window, (self._rows, 1, SEQUENCE, BUDGET)
-        held, row = column(nodes, state, STORED, f"{name}.held"), (self._rows, 1, 1, BUDGET)
-        stored = nodes.op("Reshape", held, nodes.integers(0, 1, 1, -1), name=f"{name}.row", shape=row, dtype=STATE_DTYPE)
+        stored = row_of(nodes, state, STORED, f"{name}.held")
         zero = nodes.number("evict.zero", 0.0, STATE_DTYPE)
         taken = nodes.op("Greater", stored, zero, name=f"{name}.taken", dtype="bool")
         past = nodes.op("LessOrEqual", stored, heads.stored, name=f"{name}.causal", shape=shape, dtype="bool")

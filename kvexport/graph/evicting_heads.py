@@ -68,12 +68,12 @@ class Evicting:
 
     def _slots(self, state: ir.Value, name: str) -> ir.Value:
         """How many slots there are, [batch·N, 1, 1, 1], counted: of a Shape TensorRT-RTX 1.7.1 dies of a segmentation fault."""
-        nodes, shape = self.nodes, (*sizes(state)[:3], 1)
-        stored = column(nodes, state, STORED, f"{name}.state")
+        nodes = self.nodes
+        stored = row_of(nodes, state, STORED, f"{name}.state")
         zero = nodes.number("evict.zero", 0.0, STATE_DTYPE)
-        there = nodes.op("GreaterOrEqual", stored, zero, name=f"{name}.there", shape=shape, dtype="bool")
+        there = nodes.op("GreaterOrEqual", stored, zero, name=f"{name}.there", dtype="bool")
         each = nodes.cast(there, STATE_DTYPE, f"{name}.each_slot")
-        shape, axes = (sizes(state)[0], 1, 1, 1), nodes.integers(2)
+        shape, axes = (sizes(state)[0], 1, 1, 1), nodes.integers(3)
         return nodes.op("ReduceSum", each, axes, name=f"{name}.slots", shape=shape, dtype=STATE_DTYPE, keepdims=1)
 
     def _later(self, stored: ir.Value, name: str) -> ir.Value:
@@ -108,8 +108,14 @@ class Evicting:
         return nodes.op("Reshape", spread, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE)
 
 
-def column(nodes: Nodes, state: ir.Value, which: int, name: str) -> ir.Value:
-    """[rows, 1, slots, 1] of a state [rows, 1, slots, 2]. By Slice: of Gather TensorRT-RTX 1.7.1 dies, too."""
+def row_of(nodes: Nodes, state: ir.Value, which: int, name: str) -> ir.Value:
+    """[rows, 1, 1, slots] of a state [rows, 1, slots, 2].
+
+    By Slice: of Gather TensorRT-RTX 1.7.1 dies of a segmentation fault. Slots come last, since ONNX Runtime's CPU compares
+    with a scalar element by element where the last axis is 1.
+    """
     begin, end, axis = (nodes.integers(each) for each in (which, which + 1, 3))
-    shape = (*sizes(state)[:3], 1)
-    return nodes.op("Slice", state, begin, end, axis, name=name, shape=shape, dtype=STATE_DTYPE)
+    rows, _, slots, _ = sizes(state)
+    column = nodes.op("Slice", state, begin, end, axis, name=f"{name}.column", shape=(rows, 1, slots, 1), dtype=STATE_DTYPE)
+    to = nodes.integers(0, 1, 1, -1)
+    return nodes.op("Reshape", column, to, name=name, shape=(rows, 1, 1, slots), dtype=STATE_DTYPE)

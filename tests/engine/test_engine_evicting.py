@@ -10,7 +10,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from decoders import STYLES, make_decoder
-from tiny_bundles import write_bundle
+from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.engine import EngineOptions, build_engine
@@ -20,6 +20,7 @@ from kvexport.engine.record import BuildRecord
 from kvexport.errors import UsageError
 from kvexport.eviction import POLICIES, Eviction
 from kvexport.graph.lint import Parser, refusals
+from kvexport.progress import Progress
 
 RTX = Parser("tensorrt-rtx", (1, 7, 1))
 SMS = ("8.6", "8.9", "12.0")
@@ -91,6 +92,47 @@ def test_every_style_and_policy_builds(style: str, policy: str, lowering: str, r
     record = built(bundle, lowering=lowering)
     assert record.compute_capability == SMS and record.plan.bytes > 0 and record.decomposed == ()
     assert native(record) == ([6, 2] if lowering == "std24" else [0, 0])
+
+
+class Notes(Progress):
+    """Keeps notes."""
+
+    def __init__(self) -> None:
+        self.notes: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.notes.append(text)
+
+
+@pytest.mark.tensorrt
+@pytest.mark.parametrize(
+    ("sizes", "dtype", "expected", "words"),
+    [
+        ({"head_dim": 36, "kv_heads": 2}, "float16", ("decomposed17", 0), "heads of 36 with a bool mask"),
+        ({"heads": 1}, "float16", ("std24", 2), "no fused attention kernel for a single head"),
+        ({"kv_heads": 2}, "float32", ("std24", 2), "no fused attention kernel takes FLOAT"),
+    ],
+)
+def test_what_has_no_kernel_is_lowered_or_decomposed_and_said(
+    sizes: dict[str, int], dtype: str, expected: tuple[str, int], words: str, rtx: Any, evicting: Callable[..., Path]
+) -> None:
+    notes = Notes()
+    bundle = evicting(dtype=dtype, **sizes)
+    record = build_engine(bundle, EngineOptions(), compute_capabilities=("8.9",), progress=notes)
+    assert (record.lowering, len(record.decomposed)) == expected
+    (note,) = notes.notes
+    assert words in note
+
+
+@pytest.mark.tensorrt
+def test_widths_that_differ_take_the_other_lowering(rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    """Keys of 12 and values of 16: compression of heads and eviction in one bundle."""
+    decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
+    bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16", eviction=EVICTION)
+    notes = Notes()
+    record = build_engine(bundle, EngineOptions(), compute_capabilities=("8.9",), progress=notes)
+    assert record.lowering == "decomposed17" and record.layers["TOPK"] == 2
+    assert "keys are 12 wide and values 16" in notes.notes[0]
 
 
 @pytest.mark.tensorrt

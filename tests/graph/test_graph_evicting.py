@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -166,3 +167,21 @@ def test_float16_keeps_scores_and_positions_in_float32(tmp_path: Path) -> None:
     contract = write(decoder, tmp_path, eviction, dtype="float16")
     assert {spec.dtype for spec in contract.inputs if spec.name.endswith("state")} == {"float32"}
     assert disagreement(decoder, open_session(tmp_path), contract, eviction) < 2e-2
+
+
+def test_nothing_of_which_tensorrt_rtx_dies_reads_the_state(tmp_path: Path) -> None:
+    """Its builder 1.7.1 ends in a segmentation fault, which no test outlives, where Gather, Shape or Squeeze reads what is made
+    of a state, or where the slot is chosen in int64."""
+    decoder = make_decoder([Shape(4, 2, window=6), Shape(4, 4)])
+    write(decoder, tmp_path, Eviction("l2-norm", 9, protect_first=1, protect_recent=3))
+    made: set[str] = set()
+    for node in ir.load(tmp_path / "decoder.onnx").graph:
+        inputs = [value for value in node.inputs if value is not None]
+        if not any(str(value.name) in made or str(value.name).endswith(".state") for value in inputs):
+            continue
+        assert node.op_type not in ("Gather", "Shape", "Squeeze"), node.name
+        if node.op_type in ("Where", "Less", "Equal"):
+            assert ir.DataType.INT64 not in {value.dtype for value in inputs}, node.name
+        if node.op_type not in ("TensorScatter", "Attention"):
+            made |= {str(value.name) for value in node.outputs}
+    assert {"layers.0.attention.slot", "layers.1.attention.mask.by_head"} <= made

@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from kvexport.eviction import STORED
 from kvexport.graph.contract import BUDGET, SEQUENCE
-from kvexport.graph.evicting_heads import STATE_DTYPE, column
+from kvexport.graph.evicting_heads import STATE_DTYPE, row_of
 from kvexport.graph.lowering.sites import Site
 from kvexport.graph.nodes import Nodes, sizes
 
@@ -32,21 +32,19 @@ class SlotMasks:
 
         Returns:
             what it is made of now: position + 1, or 0 of a slot that is empty or to be overwritten,
-            [batch·N, 1, budget + sequence, 1].
+            [batch·N, 1, 1, budget + sequence].
 
         Raises:
             PreconditionError: the mask or the slot is not made as `kvexport.graph.evicting` does.
         """
         past, new, _ = state_write.inputs
         assert past is not None and new is not None
-        readers = [use.node for use in state_write.outputs[0].uses()]
-        if [node.op_type for node in readers] != ["Slice"]:
-            raise ir.passes.PreconditionError(f"{site.node.name} has a mask that is not made of its state alone")
-        (held,) = readers[0].outputs
-        nodes, name = Nodes(self._graph, STATE_DTYPE, before=readers[0]), str(held.name)
+        column, row = _held(state_write)
+        (held,) = row.outputs
+        nodes, name = Nodes(self._graph, STATE_DTYPE, before=column), str(held.name)
         rows, _, _, _ = sizes(past)
-        shape = (rows, 1, BUDGET, 1)
-        stored = column(nodes, past, STORED, f"{name}.old")
+        shape = (rows, 1, 1, BUDGET)
+        stored = row_of(nodes, past, STORED, f"{name}.old")
         chosen, filled = _slot(site)
         numbers = self._numbered(nodes, past)
         other = nodes.op("Not", nodes.op("Equal", numbers, chosen, name=f"{name}.written", shape=shape, dtype="bool"),
@@ -55,24 +53,36 @@ class SlotMasks:
         stays = nodes.op("And", used, other, name=f"{name}.stays", dtype="bool")
         empty = nodes.number("evict.zero", 0.0)
         stored = nodes.op("Where", stays, stored, empty, name=f"{name}.staying", shape=shape)
-        to_come = column(nodes, new, STORED, f"{name}.new")
-        shape = (rows, 1, f"{BUDGET}+{SEQUENCE}", 1)
-        joined = nodes.op("Concat", stored, to_come, name=f"{name}.all", shape=shape, axis=2)
+        to_come = row_of(nodes, new, STORED, f"{name}.new")
+        shape = (rows, 1, 1, f"{BUDGET}+{SEQUENCE}")
+        joined = nodes.op("Concat", stored, to_come, name=f"{name}.all", shape=shape, axis=3)
         ir.convenience.replace_all_uses_with(held, joined)
-        self._graph.remove(readers[0], safe=True)
+        self._graph.remove((row, column), safe=True)
         return joined
 
     def _numbered(self, nodes: Nodes, state: ir.Value) -> ir.Value:
-        """0, 1, ... of the slots, [1, 1, budget, 1]; once for all layers."""
+        """0, 1, ... of the slots, [1, 1, 1, budget]; once for all layers."""
         if self._numbers is None:
             shape = nodes.op("Shape", state, name="evict.state_shape", shape=(4,), dtype="int64")
             count = nodes.op("Gather", shape, nodes.integer(2), name="evict.slots", shape=(), dtype="int64", axis=0)
             limits = (nodes.integer(0), count, nodes.integer(1))
             each = nodes.op("Range", *limits, name="evict.each_slot", shape=(BUDGET,), dtype="int64")
-            each = nodes.op("Unsqueeze", each, nodes.integers(0, 1, 3), name="evict.numbers.int64", shape=(1, 1, BUDGET, 1),
+            each = nodes.op("Unsqueeze", each, nodes.integers(0, 1, 2), name="evict.numbers.int64", shape=(1, 1, 1, BUDGET),
                             dtype="int64")  # fmt: skip
             self._numbers = nodes.cast(each, STATE_DTYPE, "evict.numbers")
         return self._numbers
+
+
+def _held(state_write: ir.Node) -> tuple[ir.Node, ir.Node]:
+    """The Slice and the Reshape that read the positions of the written state."""
+    nodes, written = [], state_write.outputs[0]
+    for op_type in ("Slice", "Reshape"):
+        readers = [use.node for use in written.uses()]
+        if [node.op_type for node in readers] != [op_type]:
+            raise ir.passes.PreconditionError(f"{state_write.name} is not read for a mask alone")
+        nodes += readers
+        written = readers[0].outputs[0]
+    return nodes[0], nodes[1]
 
 
 def _slot(site: Site) -> tuple[ir.Value, ir.Value]:
