@@ -40,7 +40,7 @@ def chart(record: dict[str, Any]) -> str | None:
     if language:
         y = _log_axis("nats", [_rise(text, each) for each in language for text in texts])
         for text in texts:
-            panels[0].append((f"{text}: rise of the cross-entropy, nats", y, language, partial(_rise, text)))
+            panels[0].append((f"{text}: rise of the cross-entropy, nats (0.0001: or less)", y, language, partial(_rise, text)))
     for row, protocol in enumerate(("once", "chunked"), 1):
         for task in TASKS:
             mine = [each for each in found if each.get("task") == task and each["protocol"] == protocol]
@@ -99,5 +99,5 @@ def _key() -> list[str]:
         dashes = _STYLES[protection]
         parts.append(f'<path fill="none" stroke="#1c2430" stroke-width="2" stroke-dasharray="{dashes}" d="M{x - 8} 38h34"/>')
         parts.append(f'<text x="{x + 32}" y="42">{escape(told)}</text>')
-        x += 7 * len(told) + 64
+        x += 6 * len(told) + 72
     return parts

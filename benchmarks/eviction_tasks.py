@@ -15,8 +15,8 @@ from tasks import Encode, passkey_cells, split
 from kvexport.errors import UsageError
 
 REPEATED = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
-SENTENCE = "\nThe best thing to do in {place} is to {what}.\n"
-ASKED = "\nWhat is the best thing to do in {place}? The best thing to do in {place} is to"
+SENTENCE = "\nThe best thing to do in {place}: {what}.\n"
+ASKED = "\nWhat is the best thing to do in {place}? The best thing to do in {place}:"
 
 # fmt: off
 PLACES = (
@@ -81,10 +81,10 @@ def haystack(kind: str, characters: int, seed: int) -> str:
     return "".join(parts)
 
 
-def best_thing(chance: random.Random) -> str:
-    """What to do in a place."""
-    words = chance.choice(VERBS), "a", chance.choice(KINDS), chance.choice(THINGS), chance.choice(WHERE)
-    return " ".join(words)
+def best_things(chance: random.Random, count: int) -> list[tuple[str, str]]:
+    """So many places, and what to do there."""
+    places, verbs = chance.sample(PLACES, count), chance.sample(VERBS, count)
+    return [(place, f"{verb} {chance.choice(KINDS)} {chance.choice(THINGS)}s") for place, verb in zip(places, verbs, strict=True)]
 
 
 def hide(hay: Sequence[int], needles: Sequence[tuple[float, Sequence[int]]]) -> list[int]:
@@ -116,11 +116,10 @@ def prompts_of(
     chance, ids, found = random.Random(seed), encode(hay), []
     for depth in depths:
         for _ in range(trials):
-            place, *others = chance.sample(PLACES, 4)
-            what = best_thing(chance)
+            (place, what), *others = best_things(chance, 4)
             asked, answer = split(encode, ASKED.format(place=place), f" {what}")
             needles = [(depth, encode(SENTENCE.format(place=place, what=what)))]
-            needles += [(chance.random(), encode(SENTENCE.format(place=each, what=best_thing(chance)))) for each in others]
+            needles += [(chance.random(), encode(SENTENCE.format(place=each, what=other))) for each, other in others]
             room = length - len(start) - len(asked) - len(answer) - sum(len(each) for _, each in needles)
             if not 0 <= room <= len(ids):
                 raise UsageError(
