@@ -247,6 +247,8 @@ def _layer(reader: _Reader) -> LayerReport:
     for field in fields(LayerReport):
         if field.type == "int":
             found[field.name] = reader.positive(field.name)
+        elif field.type == "int | None":
+            found[field.name] = None if reader.typed(field.name, int, optional=True) is None else reader.positive(field.name)
         elif field.type == "float":
             found[field.name] = reader.number(field.name)
         else:

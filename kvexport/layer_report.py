@@ -21,6 +21,7 @@ class LayerReport:
     residual_error: float  # of the residual stream after this layer, all layers before it converted too
     parameters: int  # of the attention
     original_parameters: int
+    window: int | None = None  # positions that a query sees, its own counted; None: all
 
     @property
     def kv_width(self) -> int:

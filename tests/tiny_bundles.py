@@ -92,6 +92,7 @@ def _report(attention: Attention) -> LayerReport:
         residual_error=0.125,
         parameters=1000,
         original_parameters=2000,
+        window=attention.window,
     )
 
 

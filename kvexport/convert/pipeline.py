@@ -147,6 +147,7 @@ def _kept(attention: Attention) -> LayerReport:
         residual_error=0.0,
         parameters=parameters,
         original_parameters=parameters,
+        window=attention.window,
     )
 
 

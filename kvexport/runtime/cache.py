@@ -80,7 +80,7 @@ class KvCache:
             if evicts:
                 assert eviction is not None
                 parts[contract.STATE] = STATE, "float32"
-                self._rankings[index] = Ranking(eviction, getattr(layer, "window", None))
+                self._rankings[index] = Ranking(eviction, layer.window)
             for which, (width, kind) in parts.items():
                 self._specs[past(index, which)] = _Buffer(index, layer.num_key_value_heads, width, kind, evicts)
         self.batch = batch

@@ -20,7 +20,6 @@ from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
 from kvexport.evicting import EvictingCache
 from kvexport.eviction import POLICIES, SCORE, STORED, Eviction
-from kvexport.layer_report import LayerReport
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime import evicting as runtime
 from kvexport.runtime.arrays import HOST
@@ -30,11 +29,6 @@ from kvexport.runtime.loading import graph_file
 CAPACITY, VOCAB = 96, 40
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
 BUDGET = Eviction("l2-norm", 24, protect_first=2, protect_recent=5)
-
-
-@dataclasses.dataclass(frozen=True)
-class Windowed(LayerReport):
-    window: int | None = None
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:
@@ -48,13 +42,11 @@ def random_decoder(style: str, **sizes: Any) -> Decoder:
 def opened(
     path: Path, decoder: Decoder, eviction: Eviction, capacity: int = CAPACITY, lowered: bool = True, **options: Any
 ) -> Session:
-    """A session on a new bundle; its manifest says the windows of its layers."""
+    """A session on a new bundle."""
     bundle = Bundle.open(write_bundle(path, decoder, capacity=capacity, eviction=eviction))
     if not lowered:
         bundle = dataclasses.replace(bundle, files={name: each for name, each in bundle.files.items() if "cpu" not in name})
-    windows = [layer.attention.window for layer in decoder.layers]
-    layers = tuple(Windowed(**vars(layer), window=window) for layer, window in zip(bundle.layers, windows, strict=True))
-    return Session(dataclasses.replace(bundle, layers=layers), threads=1, provider="cpu", **options)
+    return Session(bundle, threads=1, provider="cpu", **options)
 
 
 class Oracle:

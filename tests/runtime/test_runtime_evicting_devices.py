@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
-from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, Windowed, differences, random_decoder, tokens
+from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, differences, random_decoder, tokens
 from tiny_bundles import write_bundle
 
 from kvexport.bundle import Bundle
@@ -46,11 +46,7 @@ def with_engine(
 
 
 def opened(bundle: Path, decoder: Decoder, provider: str = "tensorrt", **options: Any) -> Session:
-    """With the windows of its layers."""
-    found = Bundle.open(bundle)
-    windows = [layer.attention.window for layer in decoder.layers]
-    layers = tuple(Windowed(**vars(layer), window=window) for layer, window in zip(found.layers, windows, strict=True))
-    return Session(dataclasses.replace(found, layers=layers), provider=provider, threads=1, **options)
+    return Session(Bundle.open(bundle), provider=provider, threads=1, **options)
 
 
 def made(session: Session) -> TensorRtDecoder:
