@@ -65,18 +65,18 @@ session = open_bundle(path, threads=1, provider="cpu")
 kept = np.empty((len(ids) // every, session.bundle.model.vocab_size), np.float32)
 kept[...] = 0
 
-def resident():
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmRSS:")) * 1024
+def resident():  # but for the weights, which are mapped, page by page as positions come
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) * 1024
 
-seen = {}
+seen = []
 for step, token in enumerate(ids.tolist(), 1):
     logits = session.step([token])
     if step % every == 0:
         kept[step // every - 1] = logits[0]
     if step % 1000 == 0:
-        seen[step] = session.memory().bytes_allocated, resident()
+        seen.append((session.memory().bytes_allocated, resident()))
 np.save(sys.argv[4], kept)
-print(json.dumps({"seen": seen, "limit": session.memory().bytes_limit}))
+print(json.dumps(seen))
 """
 
 
@@ -108,6 +108,15 @@ def test_the_peak_of_a_step_is_free_of_the_cache(wide: Path) -> None:
     assert complaint.count("tensorscatter.cc") == 3 * 4
 
 
+def _run(bundle: Path, ids: list[int], every: int, folder: Path) -> tuple[list[int], list[int], np.ndarray]:
+    """Bytes that the cache takes and that are resident after each thousand steps, and the logits after each of `every`."""
+    np.save(folder / "ids.npy", np.array(ids))
+    command = [sys.executable, "-c", _STEPS, str(bundle), str(folder / "ids.npy"), str(every), str(folder / "logits.npy")]
+    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    allocated, resident = zip(*found, strict=True)
+    return list(allocated), list(resident), np.load(folder / "logits.npy")
+
+
 @pytest.mark.slow
 def test_ten_thousand_steps_with_a_budget_of_256(tmp_path: Path) -> None:
     """Memory stays as it is when the budget is full; logits are the oracle's, which sees the same tokens from the first on."""
@@ -115,13 +124,14 @@ def test_ten_thousand_steps_with_a_budget_of_256(tmp_path: Path) -> None:
     eviction, steps, every = Eviction("l2-norm", 256, 4, 32), 10_000, 50
     bundle = write_bundle(tmp_path / "b", decoder, capacity=16384, eviction=eviction)
     ids = tokens(steps)
-    np.save(tmp_path / "ids.npy", np.array(ids))
-    command = [sys.executable, "-c", _STEPS, str(bundle), str(tmp_path / "ids.npy"), str(every), str(tmp_path / "logits.npy")]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    allocated, resident = zip(*found["seen"].values(), strict=True)
-    assert len(allocated) == 10
-    assert set(allocated) == {found["limit"]} == {Bundle.open(bundle).kv_bytes(16384)} == {256 * 2 * 2 * (16 + 2) * 4}
-    assert max(resident) - resident[0] < 256 << 10
-    oracle, logits = Oracle(decoder, eviction, 16384), np.load(tmp_path / "logits.npy")
+    allocated, resident, logits = _run(bundle, ids, every, tmp_path)
+    assert allocated == [Bundle.open(bundle).kv_bytes(16384)] * 10 == [256 * 2 * 2 * (16 + 2) * 4] * 10
+    assert max(resident) - resident[0] < 512 << 10  # of which nothing is the cache's: it stays what it was, by its own account
+    oracle = Oracle(decoder, eviction, 16384)
     wanted = np.stack([oracle.step(token) for token in ids])[every - 1 :: every]
     np.testing.assert_allclose(logits, wanted, rtol=0.0, atol=1e-5)
+    # The control: without a budget both numbers grow.
+    whole = write_bundle(tmp_path / "whole", decoder, capacity=16384)
+    allocated, resident, other = _run(whole, ids[:4000], every, tmp_path)
+    assert allocated == sorted(set(allocated)) and resident[-1] - resident[0] > 1 << 20
+    assert np.abs(other[10:] - wanted[10:80]).max() > 1e-2
