@@ -94,15 +94,26 @@ class EvictingAttention:
         name, shape = f"{self._name}.score", (self._rows, 1, SEQUENCE, 1)
         if policy == "window":
             one = nodes.number("evict.one", 1.0, STATE_DTYPE)
-            return nodes.op("Sub", one, heads.stored, name=name, shape=shape, dtype=STATE_DTYPE)
+            plain = nodes.op("Sub", one, heads.stored, name=f"{name}.age", shape=shape, dtype=STATE_DTYPE)
+            return self._of_this_layer(plain, key, name)
         if policy == "random":
-            return self._chances(name, shape)
+            return self._of_this_layer(self._chances(f"{name}.chance", shape), key, name)
         wide = key if nodes.dtype == STATE_DTYPE else nodes.cast(key, STATE_DTYPE, f"{name}.key")
         square = nodes.op("Mul", wide, wide, name=f"{name}.square", dtype=STATE_DTYPE)
         axes = nodes.integers(-1)
         total = nodes.op("ReduceSum", square, axes, name=f"{name}.sum", shape=shape, dtype=STATE_DTYPE, keepdims=1)
         norm = nodes.op("Sqrt", total, name=f"{name}.norm", dtype=STATE_DTYPE)
         return nodes.op("Mul", norm, heads.later, name=name, dtype=STATE_DTYPE)
+
+    def _of_this_layer(self, score: ir.Value, key: ir.Value, name: str) -> ir.Value:
+        """The same score, made of the layer's keys: two layers whose states depend on positions alone, and ALiBi, kill the
+        builder of TensorRT-RTX 1.7.1 by a segmentation fault."""
+        nodes, zero = self._nodes, self._nodes.number("evict.zero", 0.0, STATE_DTYPE)
+        wide = key if nodes.dtype == STATE_DTYPE else nodes.cast(key, STATE_DTYPE, f"{name}.key")
+        none = nodes.op("Mul", wide, zero, name=f"{name}.none", dtype=STATE_DTYPE)
+        axes, shape = nodes.integers(-1), sizes(score)
+        total = nodes.op("ReduceSum", none, axes, name=f"{name}.nothing", shape=shape, dtype=STATE_DTYPE, keepdims=1)
+        return nodes.op("Add", score, total, name=name, dtype=STATE_DTYPE)
 
     def _chances(self, name: str, shape: tuple[int | str, ...]) -> ir.Value:
         nodes, shared, count = self._nodes, self._shared, self._attention.num_kv_heads
