@@ -60,6 +60,8 @@ def test_a_budget_is_built_proved_and_said(method: str, kvexport: Run, tiny_chec
     assert (code, "24 tokens in each KV head" in out) == (0, True)
     code, out, _ = kvexport("inspect", bundle, "--json")
     assert json.loads(out)["eviction"]["budget"] == 24
+    code, out, err = kvexport("lint", bundle, "--target", "rtx-4090")
+    assert (code, "takes the bundle as" in out) == (0, True), err
     code, out, _ = kvexport("validate", bundle)
     assert (code, "layers.0.slot" in out) == (0, True)
 

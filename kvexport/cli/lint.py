@@ -44,7 +44,8 @@ def command(bundle: Path, target: str, jetpack: str | None, tensorrt: str | None
         raise CannotRunHere(f"lint needs the package {error.name}", fix="pip install onnx onnx-ir") from error
 
     parser = Parser(device.engine, version)
-    fitted = fit(bundle / GRAPH_FILE, parser, batch=1, capacity=opened.capacity, lowering=lowering)
+    budget = None if opened.eviction is None else opened.eviction.budget
+    fitted = fit(bundle / GRAPH_FILE, parser, batch=1, capacity=opened.capacity, budget=budget, lowering=lowering)
     refused = refusals(fitted.findings)
     if as_json:
         said = {"target": device.name, "engine": device.engine, "version": ".".join(map(str, version))}

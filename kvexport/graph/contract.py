@@ -38,6 +38,12 @@ def update(layer: int, which: str) -> str:
     return f"update.{layer}.{which}"
 
 
+def slots_output(layer: int) -> str:
+    """Name of the output that says, in graphs that cannot write a cache, the slot of each head's first new token in a layer
+    that evicts, int64 [batch·kv_heads]; the others follow it."""
+    return f"slots.{layer}"
+
+
 def attention_tap(layer: int) -> str:
     """Name of the value [batch, sequence, hidden] that a layer's attention adds to the residual stream."""
     return f"layers.{layer}.attention"

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.errors import BundleError, CannotRunHere
-from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, STATE, past, present, update
+from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, STATE, past, present, slots_output, update
 from kvexport.runtime.engines import Engine
 from kvexport.runtime.interface import TOKEN_INPUTS
 
@@ -110,12 +110,6 @@ def layer_and_which(name: str) -> tuple[int, str]:
     _, layer, which = name.split(".")
     assert name == past(int(layer), which)
     return int(layer), which
-
-
-def slots_output(layer: int) -> str:
-    """Name of the output that says, in graphs that cannot write a cache, the slot of each head's first new token
-    [batch·kv_heads] int64; the others follow it."""
-    return f"slots.{layer}"
 
 
 @cache

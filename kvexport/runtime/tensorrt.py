@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.graph.contract import STATE, present, update
+from kvexport.graph.contract import STATE, present, slots_output, update
 from kvexport.runtime.arrays import Device, DeviceArray, OnDevice, stored_as
 from kvexport.runtime.cache import KvCache
 from kvexport.runtime.engine_loading import (
@@ -27,7 +27,6 @@ from kvexport.runtime.engine_loading import (
     load_engine,
     refit,
     require_contract,
-    slots_output,
 )
 from kvexport.runtime.engines import Engine
 from kvexport.runtime.interface import TOKEN_INPUTS, DeviceMemory, Ids, Logits

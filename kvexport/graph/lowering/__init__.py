@@ -15,12 +15,21 @@ from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from kvexport.bundle_manifest import REBUILD
 from kvexport.errors import BundleError, UsageError
-from kvexport.graph.contract import EVICTING, LOWERED_FILES, SEQUENCE, STATE, VARIANT, GraphContract, TensorSpec, update
+from kvexport.graph.contract import (
+    EVICTING,
+    LOWERED_FILES,
+    SEQUENCE,
+    STATE,
+    VARIANT,
+    GraphContract,
+    TensorSpec,
+    slots_output,
+    update,
+)
 from kvexport.graph.lowering.gqa import GroupQueryAttention
 from kvexport.graph.lowering.grouped import GroupedAttention
 from kvexport.graph.lowering.primitives import OPSET, Primitives
 from kvexport.graph.lowering.split import SplitCache
-from kvexport.graph.lowering.split_evicting import slots_output
 
 __all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
 

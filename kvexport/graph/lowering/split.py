@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, KEY, SEQUENCE, STATE, VALUE, update
+from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, KEY, SEQUENCE, STATE, VALUE, slots_output, update
 from kvexport.graph.lowering.grouped import Memory, bias_of, grouped_attention, replace
 from kvexport.graph.lowering.sites import Site, attention_sites, require_gone, require_sites
-from kvexport.graph.lowering.split_evicting import SlotMasks, slots_output
+from kvexport.graph.lowering.split_evicting import SlotMasks
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
 _NEVER = 2**30  # a position that no token has: nothing sees a slot of it

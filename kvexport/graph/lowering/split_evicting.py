@@ -14,12 +14,6 @@ from kvexport.graph.lowering.sites import Site
 from kvexport.graph.nodes import Nodes, sizes
 
 
-def slots_output(layer: int) -> str:
-    """Name of the output that says, in graphs that cannot write a cache, the slot of each head's first new token, int64
-    [batch·kv_heads]; the others follow it."""
-    return f"slots.{layer}"
-
-
 class SlotMasks:
     """Masks of the sites of one graph."""
 
