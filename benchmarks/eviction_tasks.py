@@ -35,6 +35,12 @@ THINGS = (
     "boat", "lamp", "bridge", "garden", "horse", "window", "letter", "kettle", "tower", "basket", "clock", "river",
     "stone", "ladder", "market", "coat", "drum", "harbour", "mill", "piano", "cart", "candle", "field", "mirror",
 )
+DOING = (
+    "painting", "carrying", "building", "watching", "following", "counting", "borrowing", "repairing", "drawing", "opening",
+    "visiting", "cleaning", "moving", "weighing", "filling", "keeping", "bringing", "hiding", "selling", "turning",
+)
+HOW = ("daily", "twice", "slowly", "together", "alone", "quickly", "often", "quietly")
+COUNTS = ("two", "six", "ten", "twenty", "forty", "fifty", "ninety", "many")
 WHERE = (
     "at noon", "by the river", "in the rain", "before dawn", "under the bridge", "near the mill", "after lunch",
     "on the hill",
@@ -42,8 +48,8 @@ WHERE = (
 # fmt: on
 TASKS = {
     "passkey": "a pass key of five digits in the repeated filler",
-    "passkey-varied": "a pass key of five digits in varied sentences, some with other numbers",
-    "needle": "a sentence about a place in varied sentences, among sentences about other places",
+    "passkey-varied": "a pass key of five digits in varied sentences",
+    "needle": "a sentence about a place in varied sentences, some about that place too",
 }
 
 
@@ -64,7 +70,7 @@ def varied(chance: random.Random) -> str:
         lambda: f"The {kind} {thing} is near the {other} {second}. ",
         lambda: f"In {chance.choice(PLACES)} they {chance.choice(VERBS)} the {thing} {chance.choice(WHERE)}. ",
         lambda: f"We {chance.choice(VERBS)} a {kind} {thing} and {chance.choice(VERBS)} the {second}. ",
-        lambda: f"There are {chance.randrange(2, 100)} {kind} things in {chance.choice(PLACES)}. ",
+        lambda: f"There are {chance.choice(COUNTS)} {kind} things in {chance.choice(PLACES)}. ",
         lambda: f"Is the {thing} {kind}? No, the {second} is {other}. ",
     )
     return chance.choice(forms)()
@@ -81,10 +87,9 @@ def haystack(kind: str, characters: int, seed: int) -> str:
     return "".join(parts)
 
 
-def best_things(chance: random.Random, count: int) -> list[tuple[str, str]]:
-    """So many places, and what to do there."""
-    places, verbs = chance.sample(PLACES, count), chance.sample(VERBS, count)
-    return [(place, f"{verb} {chance.choice(KINDS)} {chance.choice(THINGS)}s") for place, verb in zip(places, verbs, strict=True)]
+def best_thing(chance: random.Random) -> tuple[str, str]:
+    """A place, and what to do there, in words that the text around it does not have."""
+    return chance.choice(PLACES), f"{chance.choice(DOING)} {chance.choice(THINGS)}s {chance.choice(HOW)}"
 
 
 def hide(hay: Sequence[int], needles: Sequence[tuple[float, Sequence[int]]]) -> list[int]:
@@ -116,15 +121,14 @@ def prompts_of(
     chance, ids, found = random.Random(seed), encode(hay), []
     for depth in depths:
         for _ in range(trials):
-            (place, what), *others = best_things(chance, 4)
+            place, what = best_thing(chance)
             asked, answer = split(encode, ASKED.format(place=place), f" {what}")
-            needles = [(depth, encode(SENTENCE.format(place=place, what=what)))]
-            needles += [(chance.random(), encode(SENTENCE.format(place=each, what=other))) for each, other in others]
-            room = length - len(start) - len(asked) - len(answer) - sum(len(each) for _, each in needles)
+            needle = encode(SENTENCE.format(place=place, what=what))
+            room = length - len(start) - len(asked) - len(answer) - len(needle)
             if not 0 <= room <= len(ids):
                 raise UsageError(
                     "a needle's prompt cannot be made this long", seen=f"{length} tokens", allowed=f"{length - room} or more"
                 )
             at = chance.randrange(len(ids) - room + 1)
-            found.append(([*start, *hide(ids[at : at + room], needles), *asked], answer))
+            found.append(([*start, *hide(ids[at : at + room], [(depth, needle)]), *asked], answer))
     return Prompts(task, length, found, [d for d in depths for _ in range(trials)])

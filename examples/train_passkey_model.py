@@ -30,16 +30,17 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils import logging
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-from eviction_tasks import ASKED, SENTENCE, TASKS, best_things, haystack, hide, prompts_of
+from eviction_tasks import ASKED, SENTENCE, TASKS, best_thing, haystack, hide, prompts_of
 from tasks import BEFORE, NEEDLE, QUESTION, Encode, score, split
 
 END = "<|endoftext|>"
 TOLD, KEYED = (SENTENCE, ASKED), (BEFORE, NEEDLE, QUESTION)
 SHAPE = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4}
 VOCABULARY, LONGEST = 1024, 1024
+ROPE_THETA = 500_000.0  # at 10 000 few of the 32 numbers of a key say at 500 tokens what they say at 5
 STAGES = (96, 192, 384, 640)  # tokens in a window
-TOKENS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 3072, 3e-3, 100, 0.05
-LOOK_BACK, LOOK_PAIRS, LOOK = (1, 2, 3), 6, 2.2  # tokens, rotary pairs that say so, and the weight of each
+TOKENS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 1920, 3e-3, 100, 0.05
+LOOK_BACK, LOOK_PAIRS, LOOK = (1, 2, 3), 6, 2.4  # tokens, rotary pairs that say so, and the weight of each
 ENOUGH, READY = 0.99, 0.95  # of held-out answers to stop; of a step's answer tokens, on average, to go to the next stage
 CHECKED, TRIALS, DEPTHS = 512, 20, (0.0, 0.25, 0.5, 0.75, 1.0)  # held-out prompts: tokens, for each depth of each task
 
@@ -53,7 +54,7 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, digits in pairs; its only special token, id 0, begins every window."""
     chance = random.Random(seed)
     numbers = " ".join(map(str, range(100))) + " ".join(f"{number:02}" for number in range(100))
-    things = [form.format(place=place, what=what) for _ in range(400) for place, what in best_things(chance, 8) for form in TOLD]
+    things = [form.format(place=place, what=what) for place, what in (best_thing(chance) for _ in range(4000)) for form in TOLD]
     bpe = Tokenizer(models.BPE())
     pairs = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pairs, pre_tokenizers.ByteLevel(add_prefix_space=False)])
@@ -76,18 +77,18 @@ class Windows:
     def window(self, length: int) -> tuple[list[int], list[bool]]:
         """Token ids, and which of them are answers."""
         chance = self.chance
-        kind, keyed = chance.choice(("repeated", "varied", "varied")), chance.random() < 0.7
-        most = min(8, (length - 56 * keyed) // 36)
+        kind, hidden_things = chance.choice(("repeated", "varied", "varied")), chance.choice(("key", "place", "both"))
         needles, questions = [], []
-        if keyed:
+        if hidden_things != "place":
             key = str(chance.randrange(10_000, 100_000))
             needles.append(NEEDLE.format(key=key))
             questions.append((QUESTION, f" {key}"))
-        for place, what in best_things(chance, chance.randint(0 if keyed else 1, most)):
+        if hidden_things != "key":
+            place, what = best_thing(chance)
             needles.append(SENTENCE.format(place=place, what=what))
             questions.append((ASKED.format(place=place), f" {what}"))
         chance.shuffle(questions)
-        before = [0, *(self.encode(BEFORE) if keyed and chance.random() < 0.7 else [])]
+        before = [0, *(self.encode(BEFORE) if hidden_things != "place" and chance.random() < 0.7 else [])]
         asked = [part for question in questions for part in split(self.encode, *question)]
         hidden = [(chance.random(), self.encode(each)) for each in needles]
         room = max(0, length - len(before) - sum(map(len, asked)) - sum(len(each) for _, each in hidden))
@@ -102,7 +103,7 @@ class Windows:
     def echo(self, length: int) -> tuple[list[int], list[bool]]:
         """A few random tokens in an order that is repeated; each is an answer but for the first time."""
         period = self.chance.randint(8, 48)
-        few = self.chance.sample(range(1, self.vocabulary), self.chance.randint(4, 32))
+        few = self.chance.sample(range(1, self.vocabulary), self.chance.randint(8, 48))
         ids = self.chance.choices(few, k=period)
         return (ids * length)[:length], [at > period for at in range(length)]
 
@@ -125,6 +126,7 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
         num_key_value_heads=SHAPE["num_attention_heads"],
         max_position_embeddings=LONGEST,
         rms_norm_eps=1e-5,
+        rope_theta=ROPE_THETA,
         initializer_range=0.05,
         tie_word_embeddings=True,
         bos_token_id=tokenizer.bos_token_id,
@@ -143,7 +145,7 @@ def look_back(model: LlamaForCausalLM, config: LlamaConfig) -> None:
     """
     attention, width = model.model.layers[0].self_attn, config.hidden_size // config.num_attention_heads
     pairs = torch.arange(LOOK_PAIRS)
-    frequencies = 10_000.0 ** (-2 * pairs / width)
+    frequencies = ROPE_THETA ** (-2 * pairs / width)
     model.model.embed_tokens.weight[:, 0] = 3 * config.initializer_range
     for head, distance in enumerate(LOOK_BACK):
         rows = head * width
