@@ -58,7 +58,7 @@ class Row:
 
     @property
     def has_tasks(self) -> bool:
-        """Whether PIQA and passkeys are asked of it: of neighbours they are not, since they take longer than all else together."""
+        """Whether PIQA and passkeys are asked of it; of neighbours not, since that takes longer than all else together."""
         return self.section in ("methods", "healed") and self.ratio in (HALF, QUARTER) and self.name not in NEIGHBOURS
 
 

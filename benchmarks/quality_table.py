@@ -21,11 +21,13 @@ def predictions(record: Record) -> dict[str, Any]:
     """Spearman's rank correlation of predicted and measured loss, each with the number of points.
 
     Returns:
-        `layers`: error of the attention output, over all converted layers of all rows; `layers_by_ratio`, the same for
-        each KV ratio; `choices`: KL to the original, by text, over all rows that a survey chose for.
+        `layers`: error of the attention output, over all converted layers of all methods (ablations predict from moments
+        that were made wrong on purpose); `layers_by_ratio`, the same for each KV ratio; `choices`: KL to the original, by
+        text, over all rows that a survey chose for.
     """
-    found = list(record["rows"].values())
-    layers = [(each, layer) for each in found for layer in each.get("layers", ()) if layer["method"] != "none"]
+    found = [each for each in record["rows"].values() if "section" in each]  # the others are curves
+    methods = [each for each in found if each["section"] == "methods"]
+    layers = [(each, layer) for each in methods for layer in each.get("layers", ()) if layer["method"] != "none"]
     ratios = sorted({each["ratio"] for each, _ in layers if each["ratio"]}, key=_number, reverse=True)
 
     def errors(ratio: str | None = None) -> dict[str, Any]:
@@ -67,7 +69,7 @@ def markdown(record: Record) -> str:
         f"predictions: {predictions_of}. PyTorch float32; {record['machine']}. All rows were measured on the same windows.",
         "KL(original ‖ converted) and cross-entropy (CE) in nats per token, ppl = exp(CE), top-1: how often the likeliest "
         "token is the original's. MACs: multiply-adds of attention in a decode step at batch 1, mean of the layers, for each "
-        "cached token (they grow with the context) and for the new one. Seconds: to calibrate and convert, one row at a time.",
+        "cached token (they grow with the context) and for the new one. Seconds: of processor time, to calibrate and convert.",
         _original(record, texts),
     ]
     sections = _by_section(record)
@@ -176,7 +178,7 @@ def _table(found: Sequence[Figures], texts: Sequence[str], original: Figures, ba
     lines = [
         [each["name"], f"{each['kv_numbers']:,}", f"{each['share']:.3f}",
          *(cell for text in texts for cell in _quality(each["texts"][text])), relative(each), *_costs(each),
-         f"{each['seconds']:.0f}", *(_tasks(each) if asked else [])]
+         f"{each['processor_seconds']:.0f}", *(_tasks(each) if asked else [])]
         for each in found
     ]  # fmt: skip
     legend = "\n".join(f"- `{each['name']}`: {each['what']}" for each in found)
@@ -208,7 +210,7 @@ def _bounds(found: Sequence[Figures], texts: Sequence[str]) -> list[str]:
         kept = [f"{each['texts'][t]['mean_kl']:.4f}, {'yes' if each['kept'][t] else '**no**'}" for t in texts]
         predicted = "" if each["predicted_kl"] is None else f"{each['predicted_kl']:.4f}"
         cells = [f"{each['max_kl']:g}", f"{each['kv_numbers']:,}", f"{each['share']:.3f}", predicted, *kept]
-        lines.append([*cells, f"{each['seconds']:.0f}"])
+        lines.append([*cells, f"{each['processor_seconds']:.0f}"])
     return ["## A bound on the loss, kept on text that calibration did not see", _grid(head, lines)]
 
 
