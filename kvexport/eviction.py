@@ -22,7 +22,7 @@ POLICIES = {
     "keep-high": "the token whose key has the lowest L2 norm",
     "random": "any token",
 }
-DEFAULT_POLICY, DEFAULT_FIRST, DEFAULT_RECENT = "window", 4, 32
+DEFAULT_POLICY, DEFAULT_FIRST = "window", 4
 SCORE, STORED = 0, 1  # columns of a slot's state: what it is ranked by, and the position of its token + 1 (0: empty)
 STATE = 2
 # Priorities. No score reaches those of tokens that no query sees any more, the earlier the higher; all are exact in float32.
@@ -187,7 +187,7 @@ class EvictionWish:
         first = DEFAULT_FIRST if self.protect_first is None else self.protect_first
         recent = self.protect_recent
         if recent is None:
-            recent = 0 if policy == "window" else min(DEFAULT_RECENT, max(0, (budget - first) // 2))
+            recent = 0 if policy == "window" else max(0, (budget - first) // 2)
         eviction = Eviction(policy, budget, first, recent, self.skip_layers)
         eviction.require(capacity, num_layers)
         return eviction

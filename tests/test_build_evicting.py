@@ -71,7 +71,8 @@ def test_a_share_of_the_capacity_and_the_defaults(kvexport: Run, tiny_checkpoint
     assert code == 0, err
     assert Bundle.open(tmp_path / "bundle").eviction == EvictionWish(32).of(64, 2)
     wished = EvictionWish.parse("0.5").of(64, 2)
-    assert (wished.policy, wished.budget, wished.protect_first) == (DEFAULT_POLICY, 32, DEFAULT_FIRST)
+    assert (wished.policy, wished.budget, wished.protect_first, wished.protect_recent) == (DEFAULT_POLICY, 32, DEFAULT_FIRST, 0)
+    assert EvictionWish(40, policy="l2-norm").of(64, 2).protect_recent == (40 - DEFAULT_FIRST) // 2
 
 
 @pytest.mark.parametrize(

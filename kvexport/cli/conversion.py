@@ -10,7 +10,7 @@ import click
 
 from kvexport.bundle_manifest import BYTES
 from kvexport.errors import UsageError
-from kvexport.eviction import DEFAULT_FIRST, DEFAULT_POLICY, DEFAULT_RECENT, POLICIES, EvictionWish
+from kvexport.eviction import DEFAULT_FIRST, DEFAULT_POLICY, POLICIES, EvictionWish
 
 if TYPE_CHECKING:
     from kvexport.build import Plan
@@ -80,7 +80,7 @@ eviction_options = _together(
     click.option("--protect-first", type=int, metavar="N", help=f"The first tokens never go [default: {DEFAULT_FIRST}]."),
     click.option(
         "--protect-recent", type=int, metavar="N",
-        help=f"Nor do the last ones [default: {DEFAULT_RECENT}, at most half of the budget; 0 for --evict window].",
+        help="Nor do the last ones [default: half of the budget; 0 for --evict window].",
     ),
     click.option("--evict-skip-layers", metavar="LAYERS", help="Layers that hold every token, such as 0,1 [default: none]."),
 )  # fmt: skip
