@@ -208,7 +208,8 @@ def _uniform_budget(ratio: float) -> Plan:
     def plan(bench: Bench, windows: Tensor) -> Choice:
         surveyed, ways = chosen("auto", ratio)(bench, windows).layers, list[Way]()
         for layer in surveyed:
-            ways += Frontier([layer], [shapes_for(layer.trained, layer.sizes, Wish().widths)]).ways(int(ratio * layer.trained.kv_width))
+            allowed = shapes_for(layer.trained, layer.sizes, Wish().widths)
+            ways += Frontier([layer], [allowed]).ways(int(ratio * layer.trained.kv_width))
         return Choice(ways, layers=surveyed)
 
     return plan
