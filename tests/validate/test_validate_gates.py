@@ -97,7 +97,7 @@ def test_logits_that_are_not_finite_agree_with_nothing(value: float) -> None:
 
 def _judged(edit: Callable[[NDArray[np.float32]], object], name: str, dtype: str = "float32") -> ValidationReport:
     twin = {"input_ids": np.arange(12), "logits": REFERENCE, "layers.0.key": REFERENCE}
-    return judge(dtype, dtype, {**twin, name: _edited(edit)}, twin)
+    return judge(dtype, dtype, {**twin, name: _edited(edit)}, twin, 1)
 
 
 def test_a_verdict_names_the_array_the_gate_and_the_bound() -> None:
@@ -115,7 +115,7 @@ def test_greedy_agreement_is_a_gate_of_its_own() -> None:
     measured = reference.copy()
     measured[:, 1] = 6.5
     twin = {"input_ids": np.arange(12), "logits": reference}
-    report = judge("bfloat16", "float32", {**twin, "logits": measured}, twin)
+    report = judge("bfloat16", "float32", {**twin, "logits": measured}, twin, 1)
     assert not any(each.failed for each in report.differences)
     assert report.failures == ("greedy agreement 0.0000, allowed at least 0.9",)
 
@@ -130,9 +130,9 @@ def test_the_report_as_json_has_null_for_what_is_no_number() -> None:
 def test_the_worst_of_a_kind_is_the_least_alike_and_nothing_is_worse_than_no_number() -> None:
     twin = {"input_ids": np.arange(12), "logits": REFERENCE, **{f"layers.{layer}.key": REFERENCE for layer in range(3)}}
     noisy = _edited(lambda x: np.add(x, 0.1, out=x))
-    assert judge("float32", "float32", {**twin, "layers.1.key": noisy}, twin).worst("key").name == "layers.1.key"
+    assert judge("float32", "float32", {**twin, "layers.1.key": noisy}, twin, 1).worst("key").name == "layers.1.key"
     broken = {**twin, "layers.1.key": noisy, "layers.2.key": REFERENCE * np.nan}
-    assert judge("float32", "float32", broken, twin).worst("key").name == "layers.2.key"
+    assert judge("float32", "float32", broken, twin, 1).worst("key").name == "layers.2.key"
 
 
 def test_gates_grow_with_the_rounding_of_their_dtype() -> None:
