@@ -40,7 +40,7 @@ def chart(record: dict[str, Any]) -> str | None:
     if language:
         y = _log_axis("nats", [_rise(text, each) for each in language for text in texts])
         for text in texts:
-            panels[0].append((f"{text}: rise of the cross-entropy, nats (0.0001: or less)", y, language, partial(_rise, text)))
+            panels[0].append((f"{text}: nats lost (0.0001: or less)", y, language, partial(_rise, text)))
     for row, protocol in enumerate(("once", "chunked"), 1):
         for task in TASKS:
             mine = [each for each in found if each.get("task") == task and each["protocol"] == protocol]
