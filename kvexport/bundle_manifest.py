@@ -238,7 +238,9 @@ def _eviction(reader: _Reader) -> Eviction | None:
         return None
     try:
         return Eviction.from_json(raw)
-    except (KeyError, TypeError, UsageError) as error:
+    except UsageError as error:
+        raise BundleError(f"the manifest's eviction is impossible: {error.what}", seen=error.seen, fix=REBUILD) from error
+    except (KeyError, TypeError) as error:
         raise BundleError(f"the manifest's eviction cannot be read: {error}", seen=repr(raw)[:80], fix=REBUILD) from error
 
 

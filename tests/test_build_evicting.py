@@ -46,7 +46,7 @@ def test_a_budget_is_built_proved_and_said(method: str, kvexport: Run, tiny_chec
         "--protect-recent",
         "6",
         "--evict-skip-layers",
-        "1",
+        "1, 1",
     ]
     code, out, err = kvexport("build", tiny_checkpoint("llama"), "-o", bundle, "--method", method, *QUICK, *options)
     assert code == 0, err

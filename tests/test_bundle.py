@@ -130,6 +130,13 @@ def test_manifest_that_no_reader_would_take_is_not_written(decoder: Decoder, tmp
         assert list(tmp_path.iterdir()) == []
 
 
+def test_an_eviction_that_cannot_be_is_said_once(tmp_path: Path, decoder: Decoder) -> None:
+    wrong = {"policy": "oldest", "budget": 8, "protect_first": 0, "protect_recent": 0, "skip_layers": []}
+    with pytest.raises(BundleError, match="eviction is impossible: there is no such policy") as refused:
+        write_bundle(tmp_path / "b", decoder, change=lambda raw: raw.update(eviction=wrong))
+    assert str(refused.value).count("seen:") == 1
+
+
 def test_output_that_exists_is_kept_unless_forced(decoder: Decoder, bundle: Path) -> None:
     before = (bundle / "manifest.json").read_text()
     with pytest.raises(UsageError, match="--force"), new_bundle(bundle):

@@ -80,7 +80,7 @@ eviction_options = _together(
     click.option("--protect-first", type=int, metavar="N", help=f"The first tokens never go [default: {DEFAULT_FIRST}]."),
     click.option(
         "--protect-recent", type=int, metavar="N",
-        help="Nor do the last ones [default: half of the budget; 0 for --evict window].",
+        help="Nor do the last ones [default: half of the budget behind the first; 0 for --evict window].",
     ),
     click.option("--evict-skip-layers", metavar="LAYERS", help="Layers that hold every token, such as 0,1 [default: none]."),
 )  # fmt: skip
@@ -103,7 +103,7 @@ def eviction_from(options: dict[str, Any]) -> EvictionWish | None:
             )  # fmt: skip
         return None
     try:
-        layers = () if skipped is None else tuple(int(each) for each in skipped.split(","))
+        layers = () if skipped is None else tuple(sorted({int(each) for each in skipped.split(",")}))
     except ValueError:
         raise UsageError("--evict-skip-layers is no list of layers", seen=skipped, allowed="numbers such as 0,1") from None
     return EvictionWish.parse(budget, **others, skip_layers=layers)

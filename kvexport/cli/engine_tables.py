@@ -29,7 +29,7 @@ def print_engine(record: BuildRecord, bundle: Path) -> None:
     for profile in record.profiles:
         least, _, most = profile.sequence
         tokens = str(most) if least == most else f"{least} to {most}"
-        table.add_row(f"profile {profile.name}", f"{tokens} tokens a call, {record.capacity} in the cache")
+        table.add_row(f"profile {profile.name}", f"{tokens} tokens a call, sequences of up to {record.capacity}")
     table.add_row("plan", f"{size(record.plan.bytes)} (weights {size(record.weights_bytes)})")
     if record.activation_bytes is not None:
         table.add_row("device memory to run", size(record.activation_bytes))

@@ -50,6 +50,7 @@ def test_people_and_programs_are_told_the_same(engine: Engine, bundle: Path) -> 
     text = " ".join(out.split())
     assert "compute capability 8.6, 8.9" in text and "std24, float16" in text
     assert "4 cache updates in place, 2 attentions, 4 rotations" in text
+    assert "1 to 8 tokens a call, sequences of up to 64" in text
     assert f"wrote {bundle / 'engines' / 'sm86-sm89'}" in text
     code, out, err = engine(bundle, "--target", "rtx-4090", "--json")
     assert (code, err) == (0, "")
