@@ -60,7 +60,7 @@ class Eviction:
         if self.budget <= self.protected:
             raise UsageError(
                 "--kv-budget leaves no token that may go", seen=f"{self.budget} tokens",
-                allowed=f"more than the {self.protected} that --protect-first and --protect-recent keep",
+                allowed=f"more than the {self.protected} of --protect-first and of --protect-recent, which counts the newest",
                 fix="raise --kv-budget, or lower --protect-first or --protect-recent",
             )  # fmt: skip
 

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvexport.errors import BundleError
 from kvexport.eviction import SCORE, STATE, STORED, Eviction
 
 Array = NDArray[np.float32]
@@ -59,9 +60,20 @@ class TwinSlots:
 
 
 def twin_slots(twin: Mapping[str, NDArray[Any]], eviction: Eviction | None, num_layers: int) -> dict[int, TwinSlots]:
-    """Of the layers that evict, by their index."""
+    """Of the layers that evict, by their index.
+
+    Raises:
+        BundleError: a slot that the eviction does not have.
+    """
     if eviction is None:
         return {}
+    for layer in range(num_layers):
+        if eviction.evicts(layer) and twin[f"layers.{layer}.slot"].max() >= eviction.proof_slots:
+            raise BundleError(
+                "the bundle's reference was recorded with another budget than its manifest says",
+                seen=f"slot {int(twin[f'layers.{layer}.slot'].max())} of layer {layer}", allowed=f"below {eviction.proof_slots}",
+                fix="build the bundle again",
+            )  # fmt: skip
     return {
         layer: TwinSlots(twin[f"layers.{layer}.score"], twin[f"layers.{layer}.slot"], eviction.proof_slots)
         for layer in range(num_layers)

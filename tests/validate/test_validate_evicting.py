@@ -99,7 +99,7 @@ def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
     ("change", "says"),
     [
         ({"budget": 1000}, "eviction is impossible"),
-        ({"budget": 10}, "eviction cannot be read"),
+        ({"budget": 10}, "leaves no token"),
         ({"budget": 39}, ""),  # the graph takes any: the manifest alone says how many slots there are
         ({"skip_layers": [0]}, "contradicts"),
         ({"skip_layers": [7]}, "impossible"),
@@ -118,6 +118,16 @@ def test_a_manifest_whose_eviction_cannot_be_is_told(change: dict[str, Any], say
             Bundle.open(bundle)
     else:
         Bundle.open(bundle)
+
+
+def test_a_twin_of_a_larger_budget_is_told(tmp_path: Path) -> None:
+    from tiny_bundles import edit_manifest
+
+    bundle = exported(tmp_path / "bundle")
+    edit_manifest(bundle, lambda manifest: manifest["eviction"].update(budget=12))
+    for check in (proved, lambda path: validate(path, Progress())):
+        with pytest.raises(BundleError, match="another budget"):
+            check(bundle)
 
 
 def test_bytes_are_heads_times_width_times_budget(tmp_path: Path) -> None:
