@@ -234,7 +234,7 @@ def test_missing_truncated_and_grown_files(bundle: Path, name: str) -> None:
 def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     """Every key of the manifest that its reader needs."""
     if isinstance(raw, dict):
-        optional = {"max_position_embeddings", "bos_token_id", "calibration"}
+        optional = {"max_position_embeddings", "bos_token_id", "calibration", "eviction", "window"}
         inner = [_paths(value, (*path, key)) for key, value in raw.items() if key not in optional]
         return [path, *(each for one in inner for each in one)]
     if isinstance(raw, list) and raw and isinstance(raw[0], dict):
