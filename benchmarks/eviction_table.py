@@ -215,11 +215,18 @@ def _defaults(rows: Sequence[Figures]) -> list[str]:
     ]
     if not columns:
         return []
+    cells = {name: [[value(e) for e in mine if _name(e) == name] for _, mine, value, _ in columns] for name in names}
+    whole = [max(len(cells[name][at]) for name in names) for at in range(len(columns))]  # tasks that any setting was asked
     lines = []
     for name in names:
-        cells = [[value(e) for e in mine if _name(e) == name] for _, mine, value, _ in columns]
-        lines.append([*name, *(format(_mean(c), column[3]) if c else "" for c, column in zip(cells, columns, strict=True))])
-    note = "Mean over the texts (nats over the whole cache), and over the tasks (accuracy, by protocol), at each budget."
+        means = [
+            format(_mean(c), column[3]) if len(c) == n else "" for c, column, n in zip(cells[name], columns, whole, strict=True)
+        ]
+        lines.append([*name, *means])
+    note = (
+        "Mean over the texts (nats over the whole cache), and over the tasks (accuracy, by protocol), at each budget; empty where "
+        "some are missing."
+    )
     return ["## One setting for everything", note, grid(["policy", "protection", *(column[0] for column in columns)], lines)]
 
 
