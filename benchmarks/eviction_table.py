@@ -34,7 +34,7 @@ def markdown(record: Record) -> str:
         "Protections.\n\n" + "\n".join(f"- `{name}`: {what}." for name, what in record["protections"].items()),
         *_held(found),
     ]
-    trained = [each for each in found if each["heads"] == "1"]
+    trained = _once_each(each for each in found if each["heads"] == "1")
     for text in settings["texts"]:
         rows = [each for each in trained if each["kind"] == "lm"]
         parts += _section(f"## Language modelling: {text}", rows, lambda each, text=text: _nats(each["texts"][text]))
@@ -89,6 +89,13 @@ def _held(found: Sequence[Figures]) -> list[str]:
         return []
     note = "Where layers hold everything, the cache holds more than the budget's share of the KV numbers:"
     return [note, grid(["budget", *(f"{share:g}" for share in shares)], lines)]
+
+
+def _once_each(rows: Iterable[Figures]) -> list[Figures]:
+    """Without the settings that were measured again to compare heads."""
+    return list(
+        {(each["kind"], each.get("task"), each.get("protocol"), _name(each), each["share"]): each for each in rows}.values()
+    )
 
 
 def _skips(figures: Figures) -> bool:
@@ -224,8 +231,8 @@ def _defaults(rows: Sequence[Figures]) -> list[str]:
         ]
         lines.append([*name, *means])
     note = (
-        "Mean over the texts (nats over the whole cache), and over the tasks (accuracy, by protocol), at each budget; empty where "
-        "some are missing."
+        "Mean over the texts (nats over the whole cache), and over the tasks (accuracy, by protocol), at each budget; empty "
+        "where some are missing."
     )
     return ["## One setting for everything", note, grid(["policy", "protection", *(column[0] for column in columns)], lines)]
 

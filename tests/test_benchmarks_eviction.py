@@ -205,6 +205,25 @@ def test_a_win_is_more_than_chance() -> None:
     assert not table.winners(record, [_row("window", [0.1]), _row("l2-norm", [0.0], "half-first-skip")])  # other bytes
 
 
+def test_a_mean_is_over_all_tasks_or_none() -> None:
+    """Two policies, of which one was asked one task of two; a setting that was measured twice counts once."""
+    asked = [("window", "passkey", 0.4), ("window", "needle", 0.6), ("random", "passkey", 0.8), ("random", "passkey", 0.8)]
+    rows = [
+        {
+            "kind": "retrieval",
+            "policy": policy,
+            "protection": "bare",
+            "share": 0.5,
+            "task": task,
+            "protocol": "once",
+            "accuracy": right,
+        }
+        for policy, task, right in asked
+    ]
+    grid = table._defaults(table._once_each(rows))[-1].splitlines()
+    assert grid[2:] == ["| window | bare | 50% |", "| random | bare |  |"]
+
+
 def test_training_windows_ask_for_what_is_in_them() -> None:
     tokenizer = training.train_tokenizer(0)
     windows = training.Windows(lambda text: tokenizer.encode(text, add_special_tokens=False), len(tokenizer), 0)
