@@ -6,7 +6,7 @@ same in operators, the runtime makes room for a prompt's chunks in the same way.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -115,10 +115,7 @@ class EvictingCache:
 
     def compressed(self, positions: Tensor) -> EvictingCache:
         """A copy in slots of the budget, before tokens at `positions` [B] come: the paper's way, all that goes at once."""
-        kept = EvictingCache(
-            self.key.clone(), self.value.clone(), self.state.clone(), self.filled.clone(), self.eviction, self.layer,
-            self.capacity, self.window,
-        )  # fmt: skip
+        kept = replace(self, **{name: getattr(self, name).clone() for name in ("key", "value", "state", "filled")})
         budget = min(self.eviction.budget, self.slots)
         for row in range(len(self.filled)):
             kept._shrink(row, budget, positions)

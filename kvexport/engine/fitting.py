@@ -11,9 +11,10 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, VARIANT
+from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, VARIANT, sized
 from kvexport.graph.lint import Finding, Parser, lint, refusals
 from kvexport.graph.lowering import lower
+from kvexport.graph.nodes import sizes as shape_of
 
 LOWERINGS = (VARIANT, "decomposed17")  # those meant for TensorRT, best first
 
@@ -67,12 +68,5 @@ def freeze(model: ir.Model, sizes: Mapping[str, int]) -> None:
     TensorRT infers the rest.
     """
 
-    def fixed(size: int | ir.SymbolicDim) -> int | ir.SymbolicDim:
-        if isinstance(size, int):
-            return size
-        name, _, times = str(size.value).partition("*")
-        return sizes[name] * int(times or 1) if name in sizes else size
-
     for value in model.graph.inputs:
-        assert value.shape is not None
-        value.shape = ir.Shape([fixed(size) for size in value.shape])
+        value.shape = ir.Shape([sized(size, sizes) for size in shape_of(value)])

@@ -105,9 +105,12 @@ def heads_along_batch(count: int) -> str:
     return f"{BATCH}*{count}"
 
 
-def heads_in(size: str) -> int:
-    """The inverse of `heads_along_batch`."""
-    return int(size.removeprefix(f"{BATCH}*"))
+def sized(size: int | str, sizes: Mapping[str, int]) -> int | str:
+    """A size of a shape as a number, where `sizes` has its name or, of "batch*8", the name that it is a multiple of."""
+    if isinstance(size, int):
+        return size
+    name, _, times = size.partition("*")
+    return sizes[name] * int(times or 1) if name in sizes else size
 
 
 def cache_specs(

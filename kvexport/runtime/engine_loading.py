@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.errors import BundleError, CannotRunHere
-from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, STATE, past, present, slots_output, update
+from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, STATE, past, present, sized, slots_output, update
 from kvexport.runtime.engines import Engine
 from kvexport.runtime.interface import TOKEN_INPUTS
 
@@ -64,14 +64,8 @@ def require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool
     if bundle.eviction is not None:
         sizes[BUDGET] = min(bundle.eviction.budget, record.capacity)
 
-    def size(of: int | str) -> int:
-        if isinstance(of, int):
-            return of
-        name, _, heads = of.partition("*")
-        return sizes[name] * int(heads or 1)
-
     caches = [spec for spec in bundle.graph.inputs if spec.name not in TOKEN_INPUTS]
-    shapes = {spec.name: (spec.dtype, tuple(size(each) for each in spec.shape)) for spec in caches}
+    shapes = {spec.name: (spec.dtype, tuple(sized(each, sizes) for each in spec.shape)) for spec in caches}
     given = {(present if in_place else update)(*layer_and_which(name)): name for name in shapes}
     names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
     states = [] if in_place else [layer_and_which(name)[0] for name in shapes if name.endswith(STATE)]

@@ -26,9 +26,9 @@ from kvexport.graph.contract import (
     GraphContract,
     TensorSpec,
     attention_tap,
-    heads_in,
     past,
     residual_tap,
+    sized,
 )
 from kvexport.memory import return_freed
 from kvexport.progress import Progress
@@ -120,7 +120,7 @@ def _caches(contract: GraphContract, dtype: str, slots: int, budget: int | None)
     sizes = {BATCH: 1, CAPACITY: slots, BUDGET: budget or 0}
 
     def empty(spec: TensorSpec) -> NDArray[Any]:
-        shape = [size if isinstance(size, int) else sizes[size] if size in sizes else heads_in(size) for size in spec.shape]
+        shape = [int(sized(size, sizes)) for size in spec.shape]
         is_state = spec.name.endswith(f".{STATE}")
         return np.full(shape, 0 if is_state else GARBAGE, spec.dtype if is_state else dtype)
 

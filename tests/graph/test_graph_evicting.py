@@ -19,7 +19,7 @@ from kvexport.decoder import Decoder
 from kvexport.evicting import EvictingCache
 from kvexport.eviction import POLICIES, Eviction
 from kvexport.graph import DecoderWriter, GraphContract
-from kvexport.graph.contract import past, present, update
+from kvexport.graph.contract import past, present, sized, update
 
 GARBAGE = 1e4
 CASES: dict[str, tuple[Style, Sequence[Shape]]] = {
@@ -54,17 +54,11 @@ class Caller:
         dtypes = {entry.name: np.float16 if entry.type == "tensor(float16)" else np.float32 for entry in session.get_inputs()}
         sizes = {"batch": batch, "capacity": contract.capacity, "budget": budget}
 
-        def size(of: int | str) -> int:
-            if isinstance(of, int):
-                return of
-            name, _, count = of.partition("*")
-            return sizes[name] * int(count or 1)
-
         self.caches: dict[str, NDArray[np.floating]] = {}
         for spec in contract.inputs:
             if spec.name.startswith("past_key_values"):
                 fill = 0.0 if spec.name.endswith("state") else GARBAGE
-                self.caches[spec.name] = np.full([size(each) for each in spec.shape], fill, dtypes[spec.name])
+                self.caches[spec.name] = np.full([int(sized(each, sizes)) for each in spec.shape], fill, dtypes[spec.name])
 
     def __call__(self, ids: torch.Tensor, start: Sequence[int], filled: Sequence[int]) -> NDArray[np.float32]:
         first = np.array(start, dtype=np.int64)
