@@ -27,9 +27,9 @@ from eviction_measure import PROTOCOLS, Asked, asked_of, held, language_modellin
 from eviction_plot import chart
 from eviction_table import markdown
 from eviction_tasks import TASKS, Prompts, prompts_of
-from quality import RESULTS, named, record_file, resumed, say, selected
 from quality_measure import Bench, digest
 from quality_rows import chosen
+from records import RESULTS, code_digest, fill, named, record_file, resumed, save
 
 import kvexport
 from kvexport.calibrate import recipe_for
@@ -125,18 +125,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     subjects = Subjects(arguments)
     record = begin(subjects, arguments)
     work = dict(rows(subjects, arguments))
-    order = list(work)
-    write(record, arguments.output)
-    for key, figures in work.items():
-        if key in record["rows"] or key in record["left_out"] or not selected(key, arguments.only):
-            continue
-        try:
-            record["rows"][key] = figures()
-        except UsageError as error:
-            record["left_out"][key] = str(error)
-        record["rows"] = dict(sorted(record["rows"].items(), key=lambda each: order.index(each[0]) if each[0] in order else -1))
-        write(record, arguments.output)
-        say(f"{key}: {told(record, key)}")
+    fill(record, work, arguments.only, partial(write, record, arguments.output), partial(told, record))
     return record
 
 
@@ -270,25 +259,15 @@ def told_digest(prompts: Prompts) -> str:
 
 def source_digest() -> str:
     """sha256 of the code that figures depend on."""
-    here, package, total = Path(__file__).parent, Path(kvexport.__file__).parent, hashlib.sha256()
+    here, package = Path(__file__).parent, Path(kvexport.__file__).parent
     files = [package / f"{name}.py" for name in ("decoder", "divergence", "evicting", "eviction", "loading", "reference")]
     files.append(here / "eviction_measure.py")
-    for file in files:
-        total.update(file.read_bytes())
-    return total.hexdigest()
+    return code_digest(files)
 
 
 def write(record: dict[str, Any], output: Path) -> None:
     """The record, replaced whole, and what is made of it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = record_file(output)
-    partial_file = file.with_suffix(".partial")
-    partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial_file.replace(file)
-    output.with_name(f"{output.name}.md").write_text(markdown(record), encoding="utf-8")
-    drawn = chart(record)
-    if drawn is not None:
-        output.with_name(f"{output.name}.svg").write_text(drawn, encoding="utf-8")
+    save(record, output, markdown(record), {"": chart(record)})
 
 
 def told(record: dict[str, Any], key: str) -> str:

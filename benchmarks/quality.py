@@ -11,12 +11,9 @@ offsets of the context) are made of it. Knows the order of things; rows are in `
 from __future__ import annotations
 
 import argparse
-import json
 import platform
-import sys
 import time
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatch
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
@@ -28,12 +25,11 @@ from quality_measure import Bench, Made, digest, source_digest
 from quality_plot import offsets_chart, overview
 from quality_rows import Row, rows
 from quality_table import markdown, predictions
+from records import RESULTS, fill, named, record_file, resumed, save
 
 from kvexport import __version__
 from kvexport.calibrate import recipe_for
 from kvexport.errors import UsageError
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -89,19 +85,7 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         f"long-{name}": partial(curve, bench, name, arguments.long)
         for name in (TRAINED, *lines(arguments.length, arguments.long))
     }
-    order = list(work)
-    write(record, arguments.output)
-    for key, figures in work.items():
-        if key in record["rows"] or key in record["left_out"] or not selected(key, arguments.only):
-            continue
-        try:
-            record["rows"][key] = figures()
-        except UsageError as error:
-            record["left_out"][key] = str(error)
-        record["rows"] = dict(sorted(record["rows"].items(), key=lambda each: order.index(each[0]) if each[0] in order else -1))
-        record["predictions"] = predictions(record)
-        write(record, arguments.output)
-        say(f"{key}: {told(record, key)}")
+    fill(record, work, arguments.only, partial(write, record, arguments.output), partial(told, record))
     return record
 
 
@@ -133,21 +117,6 @@ def begin(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
     return {"settings": settings, "machine": machine, "original": original, **empty}
 
 
-def resumed(file: Path, settings: dict[str, Any]) -> dict[str, Any]:
-    try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        found = record["settings"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{file} is no record to go on with: {error}", fix="leave --resume out") from error
-    other = [name for name in settings if found.get(name) != settings[name]]
-    if other:
-        raise UsageError(
-            f"{file} was measured otherwise, and rows of both are not to be compared", seen=", ".join(other),
-            fix="give the same arguments as before, or leave --resume out",
-        )  # fmt: skip
-    return record
-
-
 def figures_of(bench: Bench, row: Row, original_tasks: dict[str, Any] | None) -> dict[str, Any]:
     """A row, made and measured; `seconds` are of making it."""
     start, processor = time.perf_counter(), time.process_time()
@@ -164,39 +133,10 @@ def figures_of(bench: Bench, row: Row, original_tasks: dict[str, Any] | None) ->
     return figures
 
 
-def selected(key: str, patterns: Sequence[str] | None) -> bool:
-    """Whether a pattern is of this row, by its name with or without the ratio; no patterns: all rows."""
-    return patterns is None or any(fnmatch(key, each) or fnmatch(key.split(" ")[0], each) for each in patterns)
-
-
-def named(given: Sequence[str]) -> dict[str, Path]:
-    """NAME=FILE, by name.
-
-    Raises:
-        UsageError: not of that form.
-    """
-    pairs = [each.partition("=") for each in given]
-    for said, (name, _, file) in zip(given, pairs, strict=True):
-        if not name or not file:
-            raise UsageError("a text needs a name", seen=said, allowed="NAME=FILE")
-    return {name: Path(file) for name, _, file in pairs}
-
-
-def record_file(output: Path) -> Path:
-    return output.with_name(f"{output.name}.json")
-
-
 def write(record: dict[str, Any], output: Path) -> None:
     """The record, replaced whole, and what is made of it."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    file = record_file(output)
-    partial_file = file.with_suffix(".partial")
-    partial_file.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    partial_file.replace(file)
-    output.with_name(f"{output.name}.md").write_text(markdown(record), encoding="utf-8")
-    for suffix, chart in (("", overview(record)), ("-long", offsets_chart(record))):
-        if chart is not None:
-            output.with_name(f"{output.name}{suffix}.svg").write_text(chart, encoding="utf-8")
+    record["predictions"] = predictions(record)
+    save(record, output, markdown(record), {"": overview(record), "-long": offsets_chart(record)})
 
 
 def told(record: dict[str, Any], key: str) -> str:
@@ -208,10 +148,6 @@ def told(record: dict[str, Any], key: str) -> str:
     return (
         ", ".join(f"{name} KL {each['mean_kl']:.4f}" for name, each in figures["texts"].items()) + f", {figures['seconds']:g} s"
     )
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

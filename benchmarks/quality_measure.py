@@ -15,6 +15,7 @@ from typing import Any
 import tasks
 import torch
 from neighbours import Neighbour, attention_macs
+from records import code_digest
 from torch import Tensor
 
 import kvexport
@@ -191,12 +192,10 @@ def digest(tokens: Tensor) -> str:
 
 def source_digest() -> str:
     """sha256 of the code that figures depend on."""
-    here, total = Path(__file__).parent, hashlib.sha256()
+    here = Path(__file__).parent
     package = Path(kvexport.__file__).parent
     folders = [*(package / name for name in ("calibrate", "convert", "heal")), here / "neighbours"]
     files = [package / f"{name}.py" for name in ("decoder", "divergence", "loading", "reference")]
     files += [file for folder in folders for file in sorted(folder.rglob("*.py"))]
     files += [here / f"{name}.py" for name in ("quality_long", "quality_measure", "quality_rows", "tasks")]
-    for file in files:
-        total.update(file.read_bytes())
-    return total.hexdigest()
+    return code_digest(files)

@@ -23,8 +23,9 @@ from kvexport import reference
 from kvexport.decoder import Attention
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-quality, rows_module, measure, long, table = (
-    importlib.import_module(name) for name in ("quality", "quality_rows", "quality_measure", "quality_long", "quality_table")
+quality, rows_module, measure, long, table, records = (
+    importlib.import_module(name)
+    for name in ("quality", "quality_rows", "quality_measure", "quality_long", "quality_table", "records")
 )
 Measure = Callable[..., dict[str, Any]]
 HEADS, LENGTH, LONG = 4, 16, 256
@@ -281,4 +282,4 @@ def test_predictions_count_what_was_converted_only(run: Measure) -> None:
      ("auto 1/4", ["* 1/4"], True), ("long-fold", ["long-*"], True), ("auto 1/2", [], False)],
 )  # fmt: skip
 def test_rows_are_chosen_by_name(key: str, patterns: list[str] | None, wanted: bool) -> None:
-    assert quality.selected(key, patterns) is wanted
+    assert records.selected(key, patterns) is wanted
