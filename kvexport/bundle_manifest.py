@@ -86,7 +86,7 @@ def kv_bytes(layers: Sequence[LayerReport], dtype: str, eviction: Eviction | Non
     total = 0
     for index, layer in enumerate(layers):
         evicts = eviction is not None and eviction.evicts(index)
-        held = min(tokens, eviction.budget) if eviction is not None and evicts else tokens
+        held = tokens if eviction is None else eviction.slots(index, tokens)
         state = layer.num_key_value_heads * STATE * BYTES["float32"] if evicts else 0
         total += held * (BYTES[dtype] * layer.kv_width + state)
     return total
