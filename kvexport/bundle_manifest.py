@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -19,11 +20,13 @@ from kvexport.eviction import STATE, Eviction
 from kvexport.graph.contract import DATA_FILE, GRAPH_FILE, GraphContract, TensorSpec, cache_specs, contract
 from kvexport.layer_report import LayerReport
 
-FORMAT = 1
+FORMAT = 2  # 1 had its digest over the manifest's values, and no self-test
 MANIFEST_FILE = "manifest.json"
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of one number
 REBUILD = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE"
 _LARGEST = 1 << 24  # bytes of a manifest
+_DIGEST = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
+_KEY = b'"manifest_sha256": "'
 
 
 @dataclass(frozen=True)
@@ -100,8 +103,9 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], files: Mapping[
     """
     raw = {"format": FORMAT, **manifest, "files": {name: asdict(entry) for name, entry in sorted(files.items())}}
     parse(json.loads(json.dumps(raw)))
-    text = json.dumps({**raw, "manifest_sha256": _digest(raw)}, indent=1, allow_nan=False) + "\n"
-    (directory / MANIFEST_FILE).write_text(text, encoding="utf-8")
+    content = (json.dumps({**raw, "manifest_sha256": "0" * 64}, indent=1, allow_nan=False) + "\n").encode()
+    content = content.replace(_KEY + b"0" * 64, _KEY + hashlib.sha256(content).hexdigest().encode())
+    (directory / MANIFEST_FILE).write_bytes(content)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -110,16 +114,17 @@ def read_manifest(directory: Path) -> Manifest:
     Raises:
         BundleError: no bundle, a newer format, or a damaged or contradictory manifest.
     """
-    raw = _read(directory)
-    if type(raw["format"]) is not int or raw["format"] != FORMAT:
+    content, raw = _read(directory)
+    seen = raw["format"]
+    if type(seen) is not int or seen != FORMAT:
+        older = type(seen) is int and seen < FORMAT
         raise BundleError(
             f"the bundle {directory} is of a format that this version of kvexport does not read",
-            seen=f"format {raw['format']!r}, written by kvexport {raw.get('kvexport', 'of unknown version')!r}",
+            seen=f"format {seen!r}, written by kvexport {raw.get('kvexport', 'of unknown version')!r}",
             allowed=f"format {FORMAT}",
-            fix="update kvexport to that version or later (pip install --upgrade kvexport), or " + REBUILD,
+            fix=REBUILD if older else "update kvexport to that version or later (pip install --upgrade kvexport), or " + REBUILD,
         )
-    digest = raw.pop("manifest_sha256", None)
-    if digest != _digest(raw):
+    if not _as_written(content):
         raise BundleError(
             f"{MANIFEST_FILE} of the bundle {directory} is not as it was written: its sha256 differs",
             fix="copy the bundle again, or " + REBUILD,
@@ -127,17 +132,22 @@ def read_manifest(directory: Path) -> Manifest:
     return parse(raw)
 
 
-def _digest(raw: Mapping[str, Any]) -> str:
-    """sha256 of a manifest's values, however they are spaced."""
-    return hashlib.sha256(json.dumps(raw, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+def _as_written(content: bytes) -> bool:
+    """Whether a manifest's bytes have the sha256 that they give, where its digits count as zeros."""
+    found = _DIGEST.search(content)
+    if found is None or content.count(_KEY) != 1:
+        return False
+    zeroed = content[: found.start(1)] + b"0" * 64 + content[found.end(1) :]
+    return hashlib.sha256(zeroed).hexdigest().encode() == found[1]
 
 
-def _read(directory: Path) -> dict[str, Any]:
+def _read(directory: Path) -> tuple[bytes, dict[str, Any]]:
     path = directory / MANIFEST_FILE
     try:
         if path.stat().st_size > _LARGEST:
             raise ValueError(f"{path.stat().st_size} bytes are more than any manifest has")
-        raw = json.loads(path.read_text(encoding="utf-8"))
+        content = path.read_bytes()
+        raw = json.loads(content.decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = f"make one: kvexport build CHECKPOINT -o {directory}"
         if (directory / "config.json").is_file():
@@ -147,7 +157,7 @@ def _read(directory: Path) -> dict[str, Any]:
         raise BundleError(f"the manifest of {directory} cannot be read: {error}", fix=REBUILD) from error
     if not isinstance(raw, dict) or "format" not in raw:
         raise BundleError(f"the manifest of {directory} is not a bundle's", fix=REBUILD)
-    return raw
+    return content, raw
 
 
 def parse(raw: Mapping[str, Any]) -> Manifest:

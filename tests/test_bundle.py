@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import json
 import shutil
 import subprocess
@@ -181,7 +182,7 @@ def test_no_flipped_bit_of_the_manifest_is_believed(bundle: Path) -> None:
     """Most are broken JSON or of a wrong type; the digest finds those that only change a number or a name."""
     file = bundle / "manifest.json"
     whole = file.read_bytes()
-    wanted = Bundle.open(bundle)
+    Bundle.open(bundle)
     random = np.random.default_rng(0)
     found = 0
     for at in random.choice(len(whole), 400, replace=False):
@@ -189,10 +190,10 @@ def test_no_flipped_bit_of_the_manifest_is_believed(bundle: Path) -> None:
         spoiled[at] ^= 1 << int(random.integers(8))
         file.write_bytes(spoiled)
         try:
-            assert Bundle.open(bundle) == wanted  # the case of a digit's exponent at most
+            Bundle.open(bundle)
         except BundleError:
             found += 1
-    assert found >= 399
+    assert found == 400
 
 
 def test_manifest_without_its_digest_is_refused(bundle: Path) -> None:
@@ -203,11 +204,41 @@ def test_manifest_without_its_digest_is_refused(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("seen", [FORMAT + 1, "2", None, 0])
+def test_the_digest_is_of_the_bytes_with_its_own_digits_as_zeros(bundle: Path) -> None:
+    """As somebody computes it who reads no JSON."""
+    content = (bundle / "manifest.json").read_bytes()
+    before, found = content.split(b'"manifest_sha256": "')
+    assert found[64:] == b'"\n}\n'
+    zeroed = before + b'"manifest_sha256": "' + b"0" * 64 + found[64:]
+    assert hashlib.sha256(zeroed).hexdigest().encode() == found[:64]
+
+
+def test_a_second_digest_is_refused(bundle: Path) -> None:
+    edit_manifest(bundle, lambda raw: raw["source"].update(manifest_sha256="0" * 64))
+    with pytest.raises(BundleError, match="its sha256 differs"):
+        Bundle.open(bundle)
+
+
+def test_another_spacing_of_the_same_values_is_refused(bundle: Path) -> None:
+    raw = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(raw))
+    with pytest.raises(BundleError, match="its sha256 differs"):
+        Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("seen", [FORMAT + 1, "2", None, 2.0, True])
 def test_other_formats_are_refused_with_the_version_that_wrote_them(bundle: Path, seen: object) -> None:
     edit_manifest(bundle, lambda raw: raw.update(format=seen, kvexport="7.1.0"))
-    with pytest.raises(BundleError, match=r"format[\s\S]*7\.1\.0[\s\S]*allowed: format 1[\s\S]*update kvexport"):
+    with pytest.raises(BundleError, match=r"format[\s\S]*7\.1\.0[\s\S]*allowed: format 2[\s\S]*update kvexport"):
         Bundle.open(bundle)
+
+
+@pytest.mark.parametrize("seen", [FORMAT - 1, 0])
+def test_older_formats_are_to_be_built_again(bundle: Path, seen: int) -> None:
+    edit_manifest(bundle, lambda raw: raw.update(format=seen))
+    with pytest.raises(BundleError, match="build the bundle again") as refused:
+        Bundle.open(bundle)
+    assert "update" not in str(refused.value)
 
 
 def test_newer_format_is_named_even_where_nothing_else_is_understood(bundle: Path) -> None:
@@ -316,7 +347,7 @@ def test_manifests_that_contradict_themselves(bundle: Path, change: Callable[[Ra
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"7", b"\xff\xfe", b'{"files": {}}', b"[" * 100_000, b'{"format": 1' + b"0" * 5000 + b"}",
+    [b"", b"{", b"[]", b"7", b"\xff\xfe", b'{"files": {}}', b"[" * 100_000, b'{"format": 2' + b"0" * 5000 + b"}",
      b" " * (1 << 24) + b"{}"],
     ids=["empty", "cut off", "list", "number", "not UTF-8", "no format", "deep", "long number", "long"],
 )  # fmt: skip

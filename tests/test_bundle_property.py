@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, write_bundle
 
-from kvexport.bundle import Bundle
+from kvexport.bundle import FORMAT, Bundle
 from kvexport.errors import BundleError
 
 VALUES = st.recursive(
@@ -84,7 +84,7 @@ def test_a_mutated_manifest_opens_or_is_refused(bundle: Path, data: st.DataObjec
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.dictionaries(st.text(max_size=8), VALUES, max_size=5))
 def test_any_object_is_refused(bundle: Path, raw: dict[str, Any]) -> None:
-    assert opens(bundle, {"format": 1, **raw}) is None
+    assert opens(bundle, {"format": FORMAT, **raw}) is None
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -101,9 +101,9 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> N
     raw = json.loads((bundle / "manifest.json").read_text())
     change(raw)
     raw.pop("manifest_sha256", None)
-    text = json.dumps(raw, sort_keys=True, separators=(",", ":"))
-    raw["manifest_sha256"] = hashlib.sha256(text.encode()).hexdigest()
-    (bundle / "manifest.json").write_text(json.dumps(raw))
+    text = json.dumps({**raw, "manifest_sha256": "0" * 64})
+    before, after = text.rsplit("0" * 64, 1)
+    (bundle / "manifest.json").write_text(before + hashlib.sha256(text.encode()).hexdigest() + after)
 
 
 def decoder_with_fewer_heads(checkpoint: Path, seed: int = 0) -> Decoder:
