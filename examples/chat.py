@@ -1,0 +1,14 @@
+"""A chat in a terminal: one conversation over one cache.   python chat.py BUNDLE [SYSTEM]"""
+
+import sys
+
+import kvexport
+
+with kvexport.open(sys.argv[1]) as session:
+    cache = session.new_cache()
+    system = sys.argv[2] if len(sys.argv) > 2 else None
+    for line in sys.stdin:
+        prompt = session.turn(line.rstrip("\n"), system=system, cache=cache)
+        for piece in session.stream(prompt, cache=cache):
+            print(piece, end="", flush=True)
+        print()
