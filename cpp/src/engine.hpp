@@ -20,6 +20,7 @@ struct Call {
   std::int64_t write_index;          // slots in use; where nothing evicts, the first position
   const std::int64_t* logits_index;  // [logits]: which of the tokens get logits
   std::int64_t logits;               // 1 or more
+  bool shrink = false;               // afterwards, give back to the system what temporary values took, where that can be had
 };
 
 // A cache bound to the graph's inputs and outputs, with whatever a call needs beside it (arrays for tokens and logits,
@@ -27,12 +28,6 @@ struct Call {
 class Binding {
  public:
   virtual ~Binding() = default;
-};
-
-// What is known of a device's memory, in bytes; 0 where it is not told.
-struct DeviceMemory {
-  std::string name;
-  std::size_t free = 0, total = 0, weights = 0, activations = 0;
 };
 
 class Engine {
@@ -45,7 +40,8 @@ class Engine {
   virtual Place& place() = 0;                       // where buffers must be
   virtual std::int64_t longest() const = 0;         // the most tokens of one call
   virtual std::int64_t capacity() const = 0;        // the most tokens of a cache
-  virtual std::int64_t step() const = 0;            // by which buffers grow; 0: they have exactly `capacity()` from the start
+  virtual bool fixed() const = 0;                   // buffers have room for exactly `capacity()`, however little is asked for
+  virtual std::int64_t step() const = 0;            // tokens by which buffers grow; 0: they have their full size from the start
   virtual DeviceMemory device_memory() const { return {}; }
 
   // May allocate; `buffers` outlives the binding.

@@ -2,8 +2,15 @@
 #pragma once
 
 #include <cstddef>
+#include <string>
 
 namespace kvexport::detail {
+
+// What is known of a device's memory, in bytes; 0 where it is not told.
+struct DeviceMemory {
+  std::string name;
+  std::size_t free = 0, total = 0, weights = 0, activations = 0;
+};
 
 class Place {
  public:
@@ -23,6 +30,8 @@ class Place {
   virtual void synchronize() = 0;
 
   virtual bool is_host() const noexcept = 0;
+  // Of a device: its name, and what the driver says is free now, and in all.
+  virtual DeviceMemory device_memory() { return {}; }
 };
 
 }  // namespace kvexport::detail
