@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import pytest
-
 from documents import ROOT, blocks, copy_checkout, links, run, run_block
 
 README = ROOT / "README.md"
