@@ -1,0 +1,58 @@
+// kvexport_self_test: whether this machine computes what was validated.   kvexport_self_test BUNDLE [--provider NAME] [--json]
+// Exit codes as the command line's: 0 ok, 1 it does not, 2 usage, 3 it cannot be run here. Knows the C ABI alone.
+#include <kvexport/kvexport.h>
+
+#include <cstdio>
+#include <cstring>
+#include <memory>
+
+namespace {
+
+using Error = std::unique_ptr<kvexport_error, void (*)(kvexport_error*)>;
+using Session = std::unique_ptr<kvexport_session, void (*)(kvexport_session*)>;
+using Text = std::unique_ptr<char, void (*)(char*)>;
+
+int told(const Error& error) {
+  std::fprintf(stderr, "kvexport_self_test: %s\n", kvexport_error_part(error.get(), KVEXPORT_MESSAGE));
+  return kvexport_error_code(error.get());
+}
+
+int usage() {
+  std::fputs("usage: kvexport_self_test BUNDLE [--provider auto|cpu|cuda|tensorrt] [--json]\n", stderr);
+  return KVEXPORT_USAGE;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const char* bundle = nullptr;
+  bool json = false;
+  kvexport_open_options options = kvexport_open_defaults();
+  options.text_library = "";
+  for (int i = 1; i < argc; ++i) {
+    if (std::strcmp(argv[i], "--json") == 0) {
+      json = true;
+    } else if (std::strcmp(argv[i], "--provider") == 0 && i + 1 < argc) {
+      options.provider = argv[++i];
+    } else if (bundle == nullptr && argv[i][0] != '-') {
+      bundle = argv[i];
+    } else {
+      return usage();
+    }
+  }
+  if (bundle == nullptr) return usage();
+
+  kvexport_session* opened = nullptr;
+  if (const Error error{kvexport_open(bundle, &options, &opened), kvexport_error_free}; error) return told(error);
+  const Session session(opened, kvexport_close);
+  kvexport_info info{};
+  info.size = sizeof info;
+  if (const Error error{kvexport_session_info(session.get(), &info), kvexport_error_free}; error) return told(error);
+  char* written = nullptr;
+  const Error failed(kvexport_self_test(session.get(), &written), kvexport_error_free);
+  const Text report(written, kvexport_text_free);
+  if (json && report) std::puts(report.get());
+  if (failed) return told(failed);
+  if (!json) std::printf("ok: %s computes what was validated (%s, %s)\n", info.engine, info.source, info.dtype);
+  return 0;
+}
