@@ -1,0 +1,89 @@
+#!/usr/bin/env bash
+# fetch_onnxruntime.sh OUT [PYTHON]: makes OUT/include and OUT/lib for -DONNXRUNTIME_ROOT=OUT, without root.
+#
+# The library is the one of PYTHON's onnxruntime package, under the name that programs look for. Its headers are in no Python
+# package: they are taken from Debian 13's libonnxruntime-dev, which is unpacked and not installed, by a private configuration
+# of apt made from this machine's own sources. On other systems unpack a release archive of ONNX Runtime instead.
+# Does nothing where it is done already. Exit code 2: called wrongly; 3: cannot be done here.
+set -euo pipefail
+
+suite=trixie
+package=libonnxruntime-dev
+
+fail() {  # CODE MESSAGE [FIX]
+    echo "fetch_onnxruntime.sh: $2" >&2
+    [ $# -lt 3 ] || echo "  fix:     $3" >&2
+    exit "$1"
+}
+
+[ $# -ge 1 ] && [ $# -le 2 ] || fail 2 "needs a folder to write to" "$0 OUT [PYTHON]"
+out=$1
+python=${2:-python3}
+archive="unpack a release archive of ONNX Runtime 1.28 or later, and pass its folder: -DONNXRUNTIME_ROOT=FOLDER"
+mkdir -p "$out/include" "$out/lib" || fail 3 "$out cannot be made"
+
+# --- the library -----------------------------------------------------------------------------------------------------------
+capi=$("$python" -c '
+import importlib.util, pathlib, sys
+spec = importlib.util.find_spec("onnxruntime")
+if spec is None or not spec.submodule_search_locations:
+    sys.exit(1)
+print(pathlib.Path(spec.submodule_search_locations[0]) / "capi")') \
+    || fail 3 "$python has no onnxruntime package" "$python -m pip install onnxruntime"
+library=$(find "$capi" -maxdepth 1 -name 'libonnxruntime.so.1.*' | sort | tail -n 1)
+[ -n "$library" ] || fail 3 "$capi has no libonnxruntime.so.1.*" "$archive"
+copy=$out/lib/$(basename "$library")
+if ! cmp -s "$library" "$copy"; then
+    find "$out/lib" -maxdepth 1 -name 'libonnxruntime*' -delete
+    cp -L "$library" "$copy.partial" && mv "$copy.partial" "$copy" || fail 3 "$copy cannot be written"
+fi
+ln -sf "$(basename "$library")" "$out/lib/libonnxruntime.so.1"
+ln -sf libonnxruntime.so.1 "$out/lib/libonnxruntime.so"
+for provider in "$capi"/libonnxruntime_providers_*.so; do  # it looks for them beside itself
+    [ ! -e "$provider" ] || cmp -s "$provider" "$out/lib/$(basename "$provider")" || cp -L "$provider" "$out/lib/"
+done
+
+# --- the headers -----------------------------------------------------------------------------------------------------------
+[ ! -f "$out/include/onnxruntime_c_api.h" ] || exit 0
+for tool in apt-get dpkg-deb; do
+    command -v $tool >/dev/null || fail 3 "the headers come from Debian's $package, and there is no $tool here" "$archive"
+done
+id=$(. /etc/os-release && echo "${ID:-}") codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
+[ "$id" = debian ] || fail 3 "the headers come from Debian's $package, and this is ${id:-unknown}" "$archive"
+mirror=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' \
+    | awk -v release="$codename" '$1 == release && $2 == "main" { print $3; exit }')
+[ -n "$mirror" ] || fail 3 "apt's sources name no mirror of Debian $codename" "$archive"
+signed=
+keys=/usr/share/keyrings/debian-archive-keyring.gpg
+[ ! -r $keys ] || signed="[signed-by=$keys] "
+
+work=$(mktemp -d)
+trap 'rm -rf "$work"' EXIT
+mkdir -p "$work"/state/lists/partial "$work"/cache/archives/partial "$work/unpacked"
+: >"$work/status"
+echo "deb $signed$mirror $suite main" >"$work/sources.list"
+cat >"$work/apt.conf" <<CONF
+Dir::State "$work/state";
+Dir::State::status "$work/status";
+Dir::Cache "$work/cache";
+Dir::Etc::sourcelist "$work/sources.list";
+Dir::Etc::sourceparts "-";
+Dir::Etc::preferences "-";
+Dir::Etc::preferencesparts "-";
+APT::Default-Release "";
+APT::Sandbox::User "";
+Acquire::Languages "none";
+Acquire::Retries "3";
+#clear APT::Update::Pre-Invoke;
+#clear APT::Update::Post-Invoke;
+#clear APT::Update::Post-Invoke-Success;
+CONF
+cd "$work"
+{ apt-get -q -c "$work/apt.conf" update && apt-get -q -c "$work/apt.conf" download "$package"; } >"$work/log" 2>&1 \
+    || { tail -n 5 "$work/log" >&2; fail 3 "$package of Debian $suite cannot be fetched" "$archive"; }
+dpkg-deb -x "$work"/${package}_*.deb "$work/unpacked"
+headers=$(dirname "$(find "$work/unpacked" -name onnxruntime_c_api.h | head -n 1)")
+[ -n "$headers" ] && [ "$headers" != . ] || fail 3 "$package has no onnxruntime_c_api.h" "$archive"
+cd - >/dev/null
+find "$headers" -maxdepth 1 -name '*.h' ! -name onnxruntime_c_api.h -exec cp {} "$out/include/" \;
+cp "$headers/onnxruntime_c_api.h" "$out/include/"  # last: what a second run looks for
