@@ -204,7 +204,7 @@ def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(tiny_checkpoint
 def test_folding_normalised_keys_is_refused_before_any_text_is_sampled(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvexport.build.calibration_windows", lambda *_: pytest.fail("text was sampled"))
+    monkeypatch.setattr("kvexport.job.calibration_windows", lambda *_: pytest.fail("text was sampled"))
     with pytest.raises(KvexportError, match="QK-norm"):
         build(tiny_checkpoint("qwen3"), tmp_path / "b", "--method", "fold")
     assert list(tmp_path.iterdir()) == []
@@ -217,7 +217,7 @@ def test_less_than_any_choice_caches_is_refused_before_any_text_is_sampled(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, str], least: str
 ) -> None:
     source = tiny_checkpoint("llama", num_key_value_heads=4)
-    for module in ("kvexport.build", "kvexport.analyze.analysis"):
+    for module in ("kvexport.job", "kvexport.analyze.analysis"):
         monkeypatch.setattr(f"{module}.calibration_windows", lambda *_: pytest.fail("text was sampled"))
     for verb, output in (("build", "b"), ("analyze", "a.html")):
         result = cli(verb, source, "-o", tmp_path / output, *options)

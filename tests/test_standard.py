@@ -12,10 +12,11 @@ import torch
 from conversions import plain
 
 from kvexport import reference
-from kvexport.build import Plan, capacity_of, compress
+from kvexport.build import Plan, compress
 from kvexport.calibrate import recipe_for
 from kvexport.convert import Wish
 from kvexport.errors import UsageError
+from kvexport.job import capacity_of
 from kvexport.loading import load_decoder
 from kvexport.progress import Progress
 

@@ -16,7 +16,7 @@ from kvexport import __version__
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
-from kvexport.build import Plan, capacity_of, note_little_text
+from kvexport.job import Plan, capacity_of, note_little_text
 from kvexport.calibrate import calibration_windows
 from kvexport.checkpoint import Checkpoint
 from kvexport.convert import ConvertedLayer, LayerSurvey, Way, choose, convert, methods_for, require_ratio

@@ -116,11 +116,12 @@ def test_a_signal_in_any_stage_leaves_nothing(arguments: list[str], tmp_path: Pa
         {"after": after}
         for after in (
             "kvexport.checkpoint:Checkpoint.digest",
-            "kvexport.build:load_decoder",
+            "kvexport.job:load_decoder",
             "kvexport.build:DecoderWriter",
             "kvexport.graph:DecoderWriter.add_layer",
             "kvexport.graph:DecoderWriter.finish",
             "kvexport.validate:TwinRecorder.save",
+            "kvexport.validate.greedy:GreedyRecorder.save",
             "kvexport.checkpoint:Checkpoint.copy_tokenizer",
             "kvexport.bundle:BundleWriter.seal",
             "kvexport.directory:_sync",

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvexport import build as building
-from kvexport import reference
+from kvexport import job, reference
 from kvexport.bundle import Bundle
 from kvexport.calibrate import recipe_for
 from kvexport.convert import Wish
@@ -87,7 +87,7 @@ def test_auto_gives_layers_of_either_method_to_one_bundle(
     tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A model in which one layer's keys fold without loss, and whose other layers are left to the survey."""
-    ways = building.choose
+    ways = job.choose
 
     def either(*arguments: Any) -> Any:
         """What `choose` says, with every second layer folded."""
@@ -96,7 +96,7 @@ def test_auto_gives_layers_of_either_method_to_one_bundle(
         mixed = [dataclasses.replace(way, method=(fold, online)[at % 2]) for at, way in enumerate(found.ways)]
         return dataclasses.replace(found, ways=mixed)
 
-    monkeypatch.setattr(building, "choose", either)
+    monkeypatch.setattr(job, "choose", either)
     report, decoder = built(tiny_checkpoint("llama", **SIZES), tmp_path / "b", monkeypatch, wish=Wish(kv_ratio=0.4))
     assert [layer.method for layer in report.layers] == ["fold", "online"] * 2
     assert torch.is_tensor(decoder.layers[0].attention.frequencies) and decoder.layers[1].attention.frequencies is None
