@@ -53,11 +53,6 @@ class Engine {
   virtual const float* run(Binding& binding, const Call& call) = 0;
 };
 
-struct OpenOptions {
-  std::string provider = "auto";
-  int threads = 0;
-};
-
 // `bundle` is opened and its files are checked; each throws Failure (cannot_run_here) with the remedy where it cannot be had.
 class Bundle;
 std::unique_ptr<Engine> open_onnxruntime(const Bundle& bundle, const std::string& provider, int threads);  // "cpu", "cuda"
