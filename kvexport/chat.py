@@ -35,8 +35,7 @@ def reduced_chat(checkpoint: Path) -> Reduced:
         template = _template(checkpoint, config)
         if template is None:
             return Reduced(None, (), ())
-        tokens = _special_tokens(_json(checkpoint / "special_tokens_map.json")) | _special_tokens(config)
-        return _reduced(template, tokens)
+        return _reduced(template, special_tokens(checkpoint))
     except (TemplateFailed, ImportError, OSError, ValueError, RecursionError) as error:
         return Reduced(None, (), (f"the chat template cannot be reduced: {error}; text still works, without it",))
 
@@ -63,12 +62,18 @@ def _json(path: Path) -> Mapping[str, Any]:
     return found
 
 
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    named = {name: token_text(config.get(name)) for name in _TOKENS}
+def special_tokens(checkpoint: Path) -> dict[str, str]:
+    """Special tokens by name (`bos_token`, ...), from tokenizer_config.json, or else special_tokens_map.json.
+
+    Raises:
+        ValueError: one of them is damaged.
+    """
+    said = {**_json(checkpoint / "special_tokens_map.json"), **_json(checkpoint / "tokenizer_config.json")}
+    named = {name: _token_text(said.get(name)) for name in _TOKENS}
     return {name: text for name, text in named.items() if text is not None}
 
 
-def token_text(token: object) -> str | None:
+def _token_text(token: object) -> str | None:
     """A special token as Hugging Face's JSON has it: a text, or an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
