@@ -3,17 +3,9 @@
 include(CMakePackageConfigHelpers)
 
 set(package ${CMAKE_INSTALL_LIBDIR}/cmake/kvexport)
-set(installed kvexport)
-if(TARGET kvexport_self_test)
-  list(APPEND installed kvexport_self_test)
-endif()
 set_target_properties(kvexport PROPERTIES INSTALL_RPATH "$ORIGIN" INSTALL_RPATH_USE_LINK_PATH ON)
-if(TARGET kvexport_self_test)
-  set_target_properties(kvexport_self_test PROPERTIES INSTALL_RPATH "$ORIGIN/../${CMAKE_INSTALL_LIBDIR}"
-                                                      INSTALL_RPATH_USE_LINK_PATH ON)
-endif()
-install(TARGETS kvexport EXPORT kvexport)
-if(TARGET kvexport_self_test)
-  install(TARGETS kvexport_self_test)
-endif()
+file(RELATIVE_PATH from_bin ${CMAKE_INSTALL_FULL_BINDIR} ${CMAKE_INSTALL_FULL_LIBDIR})
+set_target_properties(kvexport_self_test PROPERTIES INSTALL_RPATH "$ORIGIN/${from_bin}" INSTALL_RPATH_USE_LINK_PATH ON)
+
+install(TARGETS kvexport kvexport_self_test EXPORT kvexport)
 install(DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}/include/kvexport DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})

@@ -59,7 +59,7 @@ keys=/usr/share/keyrings/debian-archive-keyring.gpg
 
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work"/state/lists/partial "$work"/cache/archives/partial "$work/unpacked"
+mkdir -p "$work"/state/lists/partial "$work"/cache/archives/partial "$work/unpacked" "$work/none"
 : >"$work/status"
 echo "deb $signed$mirror $suite main" >"$work/sources.list"
 cat >"$work/apt.conf" <<CONF
@@ -67,9 +67,9 @@ Dir::State "$work/state";
 Dir::State::status "$work/status";
 Dir::Cache "$work/cache";
 Dir::Etc::sourcelist "$work/sources.list";
-Dir::Etc::sourceparts "-";
-Dir::Etc::preferences "-";
-Dir::Etc::preferencesparts "-";
+Dir::Etc::sourceparts "$work/none";
+Dir::Etc::preferences "$work/none/preferences";
+Dir::Etc::preferencesparts "$work/none";
 APT::Default-Release "";
 APT::Sandbox::User "";
 Acquire::Languages "none";
