@@ -28,6 +28,7 @@ from kvexport.job import BuildReport, Job, Plan, capacity_of
 from kvexport.overflow import kept_float32
 from kvexport.progress import Progress
 from kvexport.standard import StandardWriter, require_standard
+from kvexport.text_files import write_text_files
 from kvexport.validate import TwinRecorder, prove
 from kvexport.validate.greedy import GreedyRecorder
 
@@ -92,6 +93,10 @@ def build(
         greedy.save(writer.directory, sha256_of(writer.directory / DATA_FILE))
         write_lowered(writer.directory / GRAPH_FILE, plan.dtype)
         job.checkpoint.copy_tokenizer(writer.directory)
+        write_text_files(
+            checkpoint, writer.directory, capacity=limit, vocab_size=decoder.limits.vocab_size,
+            bos=decoder.bos_token_id, eos=decoder.eos_token_ids, progress=progress,
+        )  # fmt: skip
         with job.timed("prove"):
             report.validation = prove(writer.directory, contract, progress, eviction)
         if report.validation.failures:
