@@ -19,6 +19,10 @@ _MODULES = {
 }
 
 
+class OtherEngine(BundleError):
+    """The engine for this machine was built from another bundle."""
+
+
 @dataclass(frozen=True)
 class Engine:
     """An engine that fits this machine.
@@ -63,7 +67,8 @@ def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> En
         host_code: take version-compatible plans too: they hold code for the host, which TensorRT would run.
 
     Raises:
-        BundleError: the first that would run was built from another bundle, or its record is damaged.
+        OtherEngine: the first that would run was built from another bundle.
+        BundleError: its record is damaged.
         CannotRunHere: there is none, or none that fits; says what is wrong with each.
     """
     reasons = []
@@ -78,7 +83,7 @@ def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> En
             reasons.append(f"{record.target} {error.what}")
             continue
         if record.manifest_sha256 != manifest_digest(bundle.path):
-            raise BundleError(f"the engine {directory} was built from another bundle than this one", fix=_rebuild(record))
+            raise OtherEngine(f"the engine {directory} was built from another bundle than this one", fix=_rebuild(record))
         return Engine(directory, record, trt)
     raise CannotRunHere(
         f"the bundle {bundle.path} has no engine that this machine can run", seen="; ".join(reasons) or "no engine",
