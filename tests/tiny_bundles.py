@@ -7,6 +7,7 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -17,9 +18,12 @@ from kvexport import __version__, reference
 from kvexport.bundle import new_bundle
 from kvexport.decoder import Attention, Decoder, Layer
 from kvexport.eviction import Eviction
-from kvexport.graph import GRAPH_FILE, DecoderWriter, GraphContract, write_lowered
+from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract, write_lowered
+from kvexport.hashing import sha256_of
 from kvexport.layer_report import LayerReport
 from kvexport.loading import load_decoder
+from kvexport.progress import Progress
+from kvexport.validate.greedy import GreedyRecorder
 
 MERGED = "Once upon a time there was a café; naïve 日本語 and 🙂🙃 smiled. " * 4
 
@@ -32,9 +36,11 @@ def write_bundle(
     capacity: int = 64,
     tokenizer: str | None = None,
     eviction: Eviction | None = None,
+    self_test: bool = False,
     change: Callable[[dict[str, Any]], None] = lambda manifest: None,
 ) -> Path:
-    """A bundle of `decoder` at `path`; `change` may edit its manifest before it is sealed."""
+    """A bundle of `decoder` at `path`, with its self-test if it shall have one; `change` may edit its manifest before it is
+    sealed."""
     with new_bundle(path) as writer:
         graph = DecoderWriter(
             writer.directory,
@@ -49,12 +55,24 @@ def write_bundle(
             graph.add_layer(layer)
         contract = graph.finish(decoder.final_norm, decoder.head)
         write_lowered(writer.directory / GRAPH_FILE, dtype)
+        if self_test:
+            record_self_test(writer.directory, decoder, dtype, capacity, eviction)
         if tokenizer is not None:
             (writer.directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         manifest = manifest_of(decoder, contract, eviction)
         change(manifest)
         writer.seal(manifest)
     return path
+
+
+def record_self_test(directory: Path, decoder: Decoder, dtype: str, capacity: int, eviction: Eviction | None) -> None:
+    """Write self_test.json beside the weights of a decoder, with a prompt of random tokens."""
+    with TemporaryDirectory() as folder:
+        greedy = GreedyRecorder(decoder, torch.zeros(0, dtype=torch.int64), capacity, eviction, dtype, Path(folder))
+        for layer in decoder.layers:
+            greedy.add_layer(layer)
+        greedy.record(Progress())
+    greedy.save(directory, sha256_of(directory / DATA_FILE))
 
 
 def manifest_of(decoder: Decoder, contract: GraphContract, eviction: Eviction | None = None) -> dict[str, Any]:
