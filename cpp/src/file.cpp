@@ -44,7 +44,9 @@ void File::read(void* target, std::size_t bytes, std::uint64_t offset) const {
     const ssize_t found = ::pread(descriptor_, at, bytes, static_cast<off_t>(offset));
     if (found < 0 && errno == EINTR) continue;
     if (found < 0) throw cannot_read(path_, errno);
-    if (found == 0) throw Failure(Code::usage, path_ + " ended while it was read: it is shorter than " + std::to_string(offset + bytes) + " bytes");
+    if (found == 0)
+      throw Failure(Code::usage,
+                    path_ + " ended while it was read: it is shorter than " + std::to_string(offset + bytes) + " bytes");
     at += found, bytes -= static_cast<std::size_t>(found), offset += static_cast<std::uint64_t>(found);
   }
 }
@@ -118,7 +120,8 @@ void NewFile::refuse(const char* doing) const {
   const int reason = errno;
   std::string fix;
   if (reason == ENOSPC || reason == EDQUOT) fix = "make room, or write to another disk";
-  if (reason == EACCES || reason == EPERM || reason == EROFS || reason == ENOENT) fix = "write to a folder that exists and that this user may write to";
+  if (reason == EACCES || reason == EPERM || reason == EROFS || reason == ENOENT)
+    fix = "write to a folder that exists and that this user may write to";
   throw Failure(Code::cannot_run_here, path_ + " cannot be " + doing + ": " + std::strerror(reason), {}, {}, std::move(fix));
 }
 

@@ -46,6 +46,9 @@ char32_t next_character(std::string_view text, std::size_t& at) {
   return character;
 }
 
+// Of a key, within a message.
+std::string named(const std::string& key) { return printable(key) ? key : shown(Json(key)); }
+
 bool is_whole(const Json& value) {
   return value.is_number_integer() &&
          (!value.is_number_unsigned() || value.get<std::uint64_t>() <= std::uint64_t{std::numeric_limits<std::int64_t>::max()});
@@ -70,8 +73,8 @@ std::string shown(const Json& value) {
 bool printable(std::string_view text) {
   for (std::size_t at = 0; at < text.size();) {
     const char32_t c = next_character(text, at);
-    const bool formats = c == 0xAD || (c >= 0x200B && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) || (c >= 0x2060 && c <= 0x206F) ||
-                         c == 0xFEFF || (c >= 0xFFF9 && c <= 0xFFFB) || c >= 0xE0000;
+    const bool formats = c == 0xAD || (c >= 0x200B && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) ||
+                         (c >= 0x2060 && c <= 0x206F) || c == 0xFEFF || (c >= 0xFFF9 && c <= 0xFFFB) || c >= 0xE0000;
     if (c < 0x20 || (c >= 0x7F && c <= 0xA0) || formats) return false;
   }
   return true;
@@ -98,7 +101,7 @@ const Json& Reader::any(const std::string& key) const {
 Reader Reader::table(const std::string& key) const {
   static const Json none;
   const auto found = raw_->find(key);
-  return {found == raw_->end() ? none : *found, document_, where_ + key + ".", fix_};
+  return {found == raw_->end() ? none : *found, document_, where_ + named(key) + ".", fix_};
 }
 
 std::string Reader::any_text(const std::string& key) const {
@@ -197,7 +200,8 @@ std::vector<std::string> Reader::keys() const {
 
 void Reader::refuse(const std::string& key, const std::string& problem, const std::string& allowed) const {
   const auto found = raw_->find(key);
-  throw bundle_error(document_ + "'s " + where_ + key + " " + problem, found == raw_->end() ? "nothing" : shown(*found), allowed, fix_);
+  throw bundle_error(document_ + "'s " + where_ + named(key) + " " + problem, found == raw_->end() ? "nothing" : shown(*found),
+                     allowed, fix_);
 }
 
 }  // namespace kvexport::detail

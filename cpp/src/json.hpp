@@ -32,18 +32,18 @@ class Reader {
   bool has(const std::string& key) const;  // there, and not null
   const Json& any(const std::string& key) const;
   Reader table(const std::string& key) const;
-  std::string text(const std::string& key) const;       // printable
-  std::string any_text(const std::string& key) const;   // with line ends and whatever else text may have
+  std::string text(const std::string& key) const;      // printable
+  std::string any_text(const std::string& key) const;  // with line ends and whatever else text may have
   std::int64_t whole(const std::string& key) const;
   std::int64_t positive(const std::string& key) const;  // 1 or more
   double number(const std::string& key) const;          // finite
   bool truth(const std::string& key) const;
   std::optional<std::int64_t> optional_whole(const std::string& key) const;
   std::optional<std::int64_t> optional_positive(const std::string& key) const;
-  std::vector<Reader> each(const std::string& key) const;              // of objects
+  std::vector<Reader> each(const std::string& key) const;  // of objects
   std::vector<std::int64_t> wholes(const std::string& key) const;
   std::vector<double> numbers(const std::string& key) const;
-  std::vector<std::string> texts(const std::string& key) const;        // as any_text
+  std::vector<std::string> texts(const std::string& key) const;  // as any_text
   std::vector<std::string> keys() const;
 
   [[noreturn]] void refuse(const std::string& key, const std::string& problem, const std::string& allowed = {}) const;

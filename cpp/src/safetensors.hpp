@@ -32,8 +32,8 @@ struct TensorHeader {
 };
 
 // `start`: the file's first bytes, with the whole header (see `header_bytes`); `file_size`: of the file. `where`: for messages.
-// Throws Failure (usage): a header that is cut off, too long or no JSON; an unknown dtype; a shape that is not its bytes; tensors
-// that overlap, leave holes, or do not end where the file does.
+// Throws Failure (usage): a header that is cut off, too long or no JSON; an unknown dtype; a shape that is not its bytes;
+// tensors that overlap, leave holes, or do not end where the file does.
 TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const std::string& where);
 
 // How many of the file's first bytes are the length and the header, from the first 8 of them; Failure as above.

@@ -98,12 +98,12 @@ inline int run(int count, char** names) {
 
 }  // namespace check
 
-#define TEST(name)                                           \
-  static void name();                                        \
+#define TEST(name)                                               \
+  static void name();                                            \
   static const check::Registered registered_##name(#name, name); \
   static void name()
-#define CHECK(condition) \
-  do {                   \
+#define CHECK(condition)                                           \
+  do {                                                             \
     if (!(condition)) check::fail(__FILE__, __LINE__, #condition); \
   } while (false)
 #define CHECK_EQUAL(left, right) check::equal((left), (right), #left, __FILE__, __LINE__)
