@@ -56,7 +56,8 @@ class Engine {
 // `bundle` is opened and its files are checked; each throws Failure (cannot_run_here) with the remedy where it cannot be had.
 class Bundle;
 std::unique_ptr<Engine> open_onnxruntime(const Bundle& bundle, const std::string& provider, int threads);  // "cpu", "cuda"
-std::unique_ptr<Engine> open_tensorrt(const Bundle& bundle);  // where built without TensorRT's headers: says so
+// `verify`: hash the engine's plan. Where built without TensorRT's headers: says so.
+std::unique_ptr<Engine> open_tensorrt(const Bundle& bundle, bool verify = true);
 bool has_engine(const Bundle& bundle);                        // whether engines/*/build.json are there at all
 
 }  // namespace kvexport::detail
