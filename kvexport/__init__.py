@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from kvexport.runtime import Generation, Session
+    from kvexport.runtime import Cache, Generation, Session
     from kvexport.runtime import open_bundle as open
 
-__all__ = ["Generation", "Session", "__version__", "open"]
+__all__ = ["Cache", "Generation", "Session", "__version__", "open"]
 
 
 def __getattr__(name: str) -> Any:
@@ -22,7 +22,7 @@ def __getattr__(name: str) -> Any:
         from kvexport.runtime import open_bundle
 
         return open_bundle
-    if name in ("Session", "Generation"):
+    if name in ("Cache", "Generation", "Session"):
         import kvexport.runtime
 
         return getattr(kvexport.runtime, name)

@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvexport.runtime.generation import Generation, Stream
     from kvexport.runtime.interface import DeviceMemory
+    from kvexport.runtime.sequences import Cache
     from kvexport.runtime.session import Memory, Session, open_bundle
 
-__all__ = ["DeviceMemory", "Generation", "Memory", "Session", "Stream", "open_bundle"]
+__all__ = ["Cache", "DeviceMemory", "Generation", "Memory", "Session", "Stream", "open_bundle"]
 
 _LAZY = {
-    "DeviceMemory": "interface", "Generation": "generation", "Memory": "session", "Session": "session", "Stream": "generation",
-    "open_bundle": "session",
+    "Cache": "sequences", "DeviceMemory": "interface", "Generation": "generation", "Memory": "session", "Session": "session",
+    "Stream": "generation", "open_bundle": "session",
 }  # fmt: skip
 
 

@@ -55,6 +55,7 @@ class KvCache:
         dtype: of keys and values, by name.
         place: where the buffers are.
         buffers: layer by layer, key, value and, where it evicts, state: numpy arrays, or `DeviceArray`s.
+        bound: what an engine keeps that it made for these very buffers; dropped before one of them is replaced.
     """
 
     def __init__(
@@ -89,10 +90,16 @@ class KvCache:
         self.slots = None if eviction is None else min(slots or eviction.budget, self.limit)
         self.place = place
         self.buffers: dict[str, Any] = {}
+        self.bound: Any = None
         self._empty()
 
     def fresh(self, batch: int, slots: int | None = None) -> KvCache:
-        """A cache of the same kind, for `batch` empty sequences; `slots` as in the constructor, None: as many as this one's."""
+        """What takes the place of this cache, for `batch` empty sequences: another one, or itself where memory is allocated but
+        once. `slots` as in the constructor, None: as many as this one's."""
+        return self.another(batch, slots)
+
+    def another(self, batch: int, slots: int | None = None) -> KvCache:
+        """A cache of the same kind beside this one; `slots` as in `fresh`."""
         return KvCache(
             self._bundle, batch, self.dtype, fill=self._fill, step=self._step, limit=self.limit, place=self.place,
             slots=slots or self.slots,
@@ -161,6 +168,17 @@ class KvCache:
         for name, spec in self._specs.items():
             self._resize(name, spec, self._held(spec, self.capacity))
 
+    def clear(self) -> None:
+        """Forget every sequence."""
+        self.release()
+
+    def release(self) -> None:
+        """Give the buffers back."""
+        self.bound = None
+        self.buffers.clear()
+        self.capacity = 0
+        self._empty()
+
     def _empty(self) -> None:
         """Forget every sequence, as the buffers' zeros do."""
         self._rows, self._blocked = Occupancy.empty(self.batch), 0
@@ -214,6 +232,29 @@ class KvCache:
             allocated[self._specs[name].layer] += buffer.nbytes
         return tuple(allocated)
 
+    @property
+    def occupancy(self) -> Occupancy | None:
+        """Which slots are in use where layers evict; None: no layer does."""
+        return None if self.slots is None else self._rows
+
+    def occupy(self, occupancy: Occupancy) -> None:
+        """Take the first slots for used, which somebody has filled; there is room for them."""
+        self._rows = occupancy
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the buffers, whether allocated or not."""
+        return tuple(self._specs)
+
+    def evicts(self, name: str) -> bool:
+        """Whether a buffer is of a layer that does."""
+        return self._specs[name].evicts
+
+    def shape_of(self, name: str, batch: int, tokens: int, filled: int) -> tuple[int, ...]:
+        """Of as much of a buffer as sequences of `tokens` tokens take, of which layers that evict hold `filled`."""
+        spec = self._specs[name]
+        return spec.shape(batch, filled if spec.evicts else tokens)
+
     def dtype_of(self, name: str) -> str:
         """Of a buffer."""
         return self._specs[name].dtype
@@ -247,6 +288,7 @@ class KvCache:
         old, shape = self.buffers.get(name), spec.shape(self.batch, slots)
         if old is not None and old.shape == shape:
             return
+        self.bound = None
         try:
             # Never uninitialised: a slot that is masked still meets its value, and 0 times NaN would be NaN.
             fresh: Any = self.place.zeros(shape, spec.dtype)

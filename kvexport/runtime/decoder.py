@@ -57,25 +57,29 @@ class OrtDecoder:
 
     def use(self, cache: KvCache) -> None:
         """Run on this cache from now on."""
-        self._whole: _Binding | None = None  # or else the old buffers would live as long as the binding
         self.cache = cache
 
     def run(
         self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
     ) -> Logits:
         """As `Decoder.run`."""
-        tokens = int(positions.max()) + 1
-        if tokens > self.cache.capacity:
-            self._whole = None
-            self.cache.reserve(tokens)
-        batch, sequence = input_ids.shape
-        if self.cache.slots is not None:
-            apart = lengths is not None or (batch > 1 and sequence > 1)
+        if len(input_ids) > 1:
+            apart, reach = self._apart(positions, lengths)
         else:
-            apart = batch > 1 and sequence > 1 and self._row_by_row
+            apart, reach = lengths is not None and self.cache.slots is not None, int(positions[0, -1])
+        if reach >= self.cache.capacity:
+            self.cache.reserve(reach + 1)
         if apart:
             return self._run_rows(input_ids, positions, logits_index, lengths, shrink)
         return self._call(self._binding(), input_ids, positions, logits_index, shrink)
+
+    def _apart(self, positions: Ids, lengths: Ids | None) -> tuple[bool, int]:
+        """Whether rows run one by one, and the last position that they take."""
+        several = positions.shape[1] > 1
+        apart = several and self._row_by_row if self.cache.slots is None else several or lengths is not None
+        if lengths is not None and (lengths < positions.shape[1]).any() and (positions[:, 0] != positions[0, 0]).any():
+            return True, int((positions[:, 0] + lengths).max()) - 1
+        return apart, int(positions.max())
 
     def device_memory(self) -> DeviceMemory | None:
         place = self.cache.place
@@ -99,9 +103,10 @@ class OrtDecoder:
         return logits
 
     def _binding(self) -> _Binding:
-        if self._whole is None:
-            self._whole = _Binding(self._session, self.cache)
-        return self._whole
+        if self.cache.bound is None:
+            self.cache.bound = _Binding(self._session, self.cache)
+        bound: _Binding = self.cache.bound
+        return bound
 
     def _call(
         self, binding: _Binding, input_ids: Ids, positions: Ids, logits_index: Ids, shrink: bool, row: int | None = None

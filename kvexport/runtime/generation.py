@@ -1,6 +1,6 @@
 """Tokens after prompts: chosen, fed back, and stopped for a reason; alone, in batches, or as a stream of text.
 
-Knows when a sequence ends and what it says; the model behind it is a session that it prefills and steps.
+Knows when a sequence ends and what it says; the model is behind the sequences that it holds, which it prefills and steps.
 """
 
 from __future__ import annotations
@@ -8,16 +8,14 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import numpy as np
 
 from kvexport.errors import UsageError
 from kvexport.runtime.sampling import Sampling
-from kvexport.runtime.text import TextStream, Tokenizer
-
-if TYPE_CHECKING:
-    from kvexport.runtime.session import Session
+from kvexport.runtime.text import StopTexts, TextStream, Tokenizer
+from kvexport.runtime.turns import Held
 
 FinishReason = Literal["stop", "length", "capacity"]
 
@@ -28,10 +26,10 @@ class Generation:
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        token_ids: new tokens, without the stop token.
-        text: the same as text; None where the bundle has no tokenizer.
-        finish_reason: 'stop' (a stop token came), 'length' (max_new_tokens), or 'capacity' (no position is left: the bundle's,
-            or its engine's, are all taken).
+        token_ids: new tokens, without the stop token; where a text ended the sequence, those that complete it included.
+        text: the same as text, up to the text that ended it; None where the bundle has no tokenizer.
+        finish_reason: 'stop' (a stop token came, or a text to stop at), 'length' (max_new_tokens), or 'capacity' (no position
+            is left: the bundle's, or its engine's, are all taken).
     """
 
     prompt_tokens: int
@@ -50,6 +48,46 @@ class Timing:
     decode_seconds: float = 0.0
 
 
+@dataclass(frozen=True)
+class Stop:
+    """What ends a sequence, and is not part of what is said."""
+
+    tokens: frozenset[int]
+    texts: tuple[str, ...]
+
+    @classmethod
+    def of(cls, stop: str | Sequence[int | str] | None, own: Sequence[int]) -> Stop:
+        """As `Session.generate` takes it; `own` are the model's tokens."""
+        given: Sequence[int | str] = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        texts = tuple(each for each in given if isinstance(each, str))
+        tokens = frozenset(int(each) for each in given if not isinstance(each, str))
+        return cls(tokens if tokens or (stop is not None and not texts) else frozenset(own), texts)
+
+
+class _Said:
+    """A sequence's new text, piece by piece, up to a text that ends it."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], texts: Sequence[str]) -> None:
+        self._stream, self._until = TextStream(tokenizer, prompt), StopTexts(texts)
+        self.pieces: list[str] = []
+
+    def add(self, token: int) -> str:
+        return self._say(self._until.add(self._stream.add(token)))
+
+    def end(self) -> str:
+        """What is left when no token follows."""
+        return self._say(self._until.add(self._stream.end()) + self._until.end())
+
+    @property
+    def stopped(self) -> bool:
+        return self._until.found
+
+    def _say(self, piece: str) -> str:
+        if piece:
+            self.pieces.append(piece)
+        return piece
+
+
 class TokenLoop:
     """Prefill, then a token a step for every sequence that has no reason to stop.
 
@@ -60,69 +98,76 @@ class TokenLoop:
     """
 
     def __init__(
-        self,
-        session: Session,
-        prompts: Sequence[Sequence[int]],
-        max_new_tokens: int,
-        stop: Sequence[int] | None,
-        sampling: Sampling,
-    ) -> None:
-        """Nothing is run yet.
+        self, held: Held, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Stop, sampling: Sampling,
+        tokenizer: Tokenizer | None,
+    ) -> None:  # fmt: skip
+        """Nothing is run yet. Without a tokenizer there is no text, nor one to stop at.
 
         Raises:
-            UsageError: max_new_tokens is below 1.
+            UsageError: max_new_tokens is below 1, or a text to stop at is empty.
         """
         if max_new_tokens < 1:
             raise UsageError("max_new_tokens is out of range", seen=max_new_tokens, allowed="1 or more")
-        self._session, self._prompts, self._sampling = session, prompts, sampling
-        self._most = max_new_tokens
-        self._stop = frozenset(session.bundle.model.eos_token_ids if stop is None else stop)
+        self._held, self._prompts, self._sampling = held, prompts, sampling
+        self._most, self._stop = max_new_tokens, stop.tokens
+        self._said = [
+            None if tokenizer is None else _Said(tokenizer, [*held.before(row), *prompt], stop.texts)
+            for row, prompt in enumerate(prompts)
+        ]
         self.tokens: list[list[int]] = [[] for _ in prompts]
         self.reasons: list[FinishReason | None] = [None] * len(prompts)
         self.timing = Timing()
 
-    def __iter__(self) -> Iterator[tuple[int, int]]:
-        """Each new token with its sequence's number, as soon as it is chosen.
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        """Each new token's text with its sequence's number, as soon as the token is chosen; empty while nothing can be said.
 
         Raises:
-            UsageError: as `Session.prefill`.
+            UsageError: as `Session.prefill`, or another call has used the sequences.
         """
         timing, start = self.timing, time.perf_counter()
-        logits = self._session.prefill(self._prompts)
-        timing.prefill_tokens = int(self._session.lengths.sum())
+        logits, timing.prefill_tokens = self._held.prefill(self._prompts)
         timing.prefill_seconds = time.perf_counter() - start
         generators = self._sampling.generators(len(self._prompts))
-        chosen = np.zeros(len(self._prompts), np.int64)
         active = np.ones(len(self._prompts), np.bool_)
         while True:
-            for row in np.flatnonzero(active):
-                token = self._sampling.choose(logits[row], generators[row])
-                chosen[row] = token
-                if token not in self._stop:
-                    self.tokens[row].append(token)
-                    yield int(row), token
-                self.reasons[row] = self._reason(int(row), token)
+            for row in np.flatnonzero(active).tolist():
+                piece = self._take(row, self._sampling.choose(logits[row], generators[row]))
                 active[row] = self.reasons[row] is None
+                yield row, piece
             if not active.any():
                 return
             start = time.perf_counter()
-            logits = self._session.step(chosen, active)
+            logits = self._held.advance(active)
             timing.decode_tokens += int(active.sum())
             timing.decode_seconds += time.perf_counter() - start
 
+    def _take(self, row: int, token: int) -> str:
+        """What a sequence says with its next token, and, if it ends with it, why and what is left to say."""
+        said, piece = self._said[row], ""
+        if token not in self._stop:
+            self._held.choose(row, token)
+            self.tokens[row].append(token)
+            piece = "" if said is None else said.add(token)
+        self.reasons[row] = self._reason(row, token)
+        if said is not None and self.reasons[row] is not None:
+            piece += said.end()
+        return piece
+
     def _reason(self, row: int, token: int) -> FinishReason | None:
-        if token in self._stop:
+        said = self._said[row]
+        if token in self._stop or (said is not None and said.stopped):
             return "stop"
         if len(self.tokens[row]) == self._most:
             return "length"
-        if self._session.lengths[row] == self._session.capacity:
+        if self._held.length(row) == self._held.capacity:
             return "capacity"
         return None
 
-    def generation(self, row: int, text: str | None) -> Generation:
+    def generation(self, row: int) -> Generation:
         """What was generated in an ended sequence."""
-        reason = self.reasons[row]
+        reason, said = self.reasons[row], self._said[row]
         assert reason is not None, "the sequence has not ended"
+        text = None if said is None else "".join(said.pieces)
         return Generation(len(self._prompts[row]), tuple(self.tokens[row]), text, reason)
 
 
@@ -133,9 +178,9 @@ class Stream(Iterator[str]):
         generation: the whole, once the last piece was taken; None before.
     """
 
-    def __init__(self, loop: TokenLoop, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
+    def __init__(self, loop: TokenLoop) -> None:
         self._loop = loop
-        self._pieces = self._run(TextStream(tokenizer, prompt))
+        self._pieces = self._run()
         self.generation: Generation | None = None
 
     def __next__(self) -> str:
@@ -146,27 +191,15 @@ class Stream(Iterator[str]):
         """What the model's calls took so far."""
         return self._loop.timing
 
-    def _run(self, text: TextStream) -> Iterator[str]:
-        said = []
-        for _, token in self._loop:
-            if piece := text.add(token):
-                said.append(piece)
+    def _run(self) -> Iterator[str]:
+        for _, piece in self._loop:
+            if piece:
                 yield piece
-        if piece := text.end():
-            said.append(piece)
-            yield piece
-        self.generation = self._loop.generation(0, "".join(said))
+        self.generation = self._loop.generation(0)
 
 
-def generate(loop: TokenLoop, tokenizer: Tokenizer | None, prompts: Sequence[Sequence[int]]) -> list[Generation]:
+def generate(loop: TokenLoop) -> list[Generation]:
     """Run the loop to its end; what became of each prompt."""
     for _ in loop:
         pass
-    made = []
-    for row, prompt in enumerate(prompts):
-        said = None
-        if tokenizer is not None:
-            stream = TextStream(tokenizer, prompt)
-            said = "".join([*map(stream.add, loop.tokens[row]), stream.end()])
-        made.append(loop.generation(row, said))
-    return made
+    return [loop.generation(row) for row in range(len(loop.reasons))]

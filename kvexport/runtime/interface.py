@@ -56,7 +56,11 @@ class Decoder(Protocol):
     def longest(self) -> int: ...
 
     def use(self, cache: KvCache) -> None:
-        """Run on this cache from now on; it is one that `cache.fresh` gave."""
+        """Run on this cache from now on; it is one that `cache.fresh` or `cache.another` gave.
+
+        Raises:
+            CannotRunHere: not enough memory for what runs on it.
+        """
 
     def run(
         self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
@@ -68,7 +72,8 @@ class Decoder(Protocol):
 
         Args:
             lengths: how many of each row's tokens count [B]; the others pad it, and may be left out: a row of none is left as
-                it is where layers evict. None: all.
+                it is where layers evict. None: all. Padding reaches beyond no row's own tokens where rows begin at different
+                positions.
             shrink: afterwards, give back to the system what the graph's temporary values took.
 
         Raises:

@@ -1,35 +1,45 @@
-"""A bundle that generates: prompts in, logits, tokens or text out.
+"""A bundle that generates: prompts in, logits, tokens or text out; anew, or going on with a cache.
 
-Knows sequences, batches and bounds; what runs the model is chosen in `providers`, the buffers are in `cache`, the loop
-from token to token is in `generation`.
+Knows prompts, threads, and whose turn it is; what runs the model is chosen in `providers`, tokens are fed in `feeding`, the
+loop from token to token is in `generation`, and what is kept of sequences in `sequences`.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import weakref
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any, cast, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from kvexport.bundle import DATA_FILE, Bundle
+from kvexport.engine.record import manifest_digest
 from kvexport.errors import UsageError
-from kvexport.runtime.generation import Generation, Stream, TokenLoop, generate
+from kvexport.runtime import saved
+from kvexport.runtime.chat import Chat
+from kvexport.runtime.feeding import Active, Feeder
+from kvexport.runtime.generation import Generation, Stop, Stream, TokenLoop, generate
 from kvexport.runtime.interface import DeviceMemory, Ids, Logits
 from kvexport.runtime.providers import Provider, choose, open_decoder
 from kvexport.runtime.sampling import Sampling
-from kvexport.runtime.text import Tokenizer, tokenizer_of
+from kvexport.runtime.sequences import Cache, Guard, Sequences
+from kvexport.runtime.text import Tokenizer, Turn, tokenizer_of
+from kvexport.runtime.turns import Held
 
 Prompt = str | Sequence[int]
+Stops = str | Sequence[int | str]
 CHUNK = 128  # tokens of a prompt in one call: as fast as more, and the scores of its attention take half of what 256 take
 
 
 @dataclass(frozen=True)
 class Memory:
-    """KV bytes of a session's current batch.
+    """KV bytes of a cache.
 
     Attributes:
         batch: sequences.
@@ -53,14 +63,18 @@ class Memory:
 
 
 class Session:
-    """A bundle that runs, with the cache of one batch of sequences. Not for several threads at a time.
+    """A bundle that runs, with a cache of its own for one batch of sequences, and as many others as `new_cache` makes.
+
+    Without `cache=` a call starts anew in the session's own cache (`step` goes on there); with it, it goes on where that cache
+    is. Calls from several threads take turns; a stream takes one for each of its pieces.
+
+    Use it in a `with` statement, or close it: after that every call says that it is closed.
 
     Attributes:
         bundle: the opened bundle.
         provider: what runs it: "cpu" or "cuda" (ONNX Runtime's), or "tensorrt".
         engine: that library and its version.
         capacity: the most tokens that a sequence may ever have: the bundle's, or its engine's.
-        lengths: tokens that each sequence had, all of which are in the cache, but for those that were evicted.
     """
 
     def __init__(
@@ -96,130 +110,136 @@ class Session:
                 seen="compress_once", fix="leave it out, or run without the engine: --provider cuda or cpu",
             )  # fmt: skip
         self.bundle, self.provider, self._compress_once = bundle, chosen.name, compress_once
+        self._guard, self._caches = Guard(), weakref.WeakSet[Cache]()
+        self._digest = manifest_digest(bundle.path)
         self._decoder = open_decoder(bundle, chosen, threads=threads)
-        self.engine = chosen.version
-        self._chunk = min(chunk, self._decoder.longest)
-        if bundle.eviction is not None and not compress_once:
-            self._chunk = min(self._chunk, bundle.eviction.chunk)
-        self._tokenizer = tokenizer_of(bundle)
-        self.reset()
+        self._feeder = Feeder(bundle, self._decoder, chunk, compress_once=compress_once)
+        self.engine, self.capacity = chosen.version, self._decoder.cache.limit
+        self._tokenizer, self._chat = tokenizer_of(bundle), Chat.of(bundle)
+        self._own = Sequences.empty(self._decoder.cache)
 
-    def reset(self, batch: int = 1) -> None:
-        """Give the cache back, and begin with `batch` empty sequences."""
-        if batch < 1:
-            raise UsageError("the batch is empty", seen=batch, allowed="1 sequence or more")
-        self._begin(batch)
+    def __enter__(self) -> Session:
+        with self._guard:
+            return self
 
-    def _begin(self, batch: int, tokens: int = 0) -> None:
-        """An empty cache, which with `compress_once` holds so many tokens of a sequence before any goes."""
-        slots = None
-        if self._compress_once:
-            assert self.bundle.eviction is not None
-            slots = max(tokens, self.bundle.eviction.budget)
-        self._decoder.use(self._decoder.cache.fresh(batch, slots))
-        self.lengths = np.zeros(batch, np.int64)
-        self._last = np.zeros(batch, np.int64)  # the last token of each
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Give back the weights and every cache, after the call that is going on; closing again does nothing."""
+        with self._guard.lock:
+            if self._guard.closed:
+                return
+            self._guard.closed = True
+            for cache in self._caches:
+                cache.sequences.kv.release()
+            self._own.kv.release()
+            del self._decoder, self._feeder
 
     @property
-    def capacity(self) -> int:
-        return self._decoder.cache.limit
+    def lengths(self) -> Ids:
+        """Tokens that each sequence of the session's own cache had [B], those that were evicted among them."""
+        with self._guard:
+            return self._own.lengths
 
-    def prefill(self, prompts: Sequence[Sequence[int]] | Sequence[int]) -> Logits:
-        """Start anew with these prompts, token ids of any lengths; returns the logits [B, vocab] after each one's last.
+    def reset(self, batch: int = 1) -> None:
+        """Give the session's own cache back, and begin there with `batch` empty sequences."""
+        _require_batch(batch)
+        with self._guard:
+            self._begin(batch)
+
+    def new_cache(self, batch: int = 1) -> Cache:
+        """An empty cache for `batch` sequences over the same weights: another conversation.
+
+        On ONNX Runtime its memory grows with the sequences; with an engine it is allocated at once.
 
         Raises:
-            UsageError: an empty prompt, a token id outside the vocabulary, or a prompt longer than the capacity.
+            UsageError: the batch is below 1, an engine is for another number of sequences, or the session compresses once.
+            CannotRunHere: not enough memory.
         """
-        rows = [self._checked_ids(row) for row in _batched(prompts)]
-        lengths = np.array([len(row) for row in rows], np.int64)
-        if lengths.min() == 0:
-            raise UsageError("a prompt is empty", fix="give at least one token")
-        self._decoder.cache.require_room(int(lengths.max()), "the prompt is longer than the bundle's capacity")
-        self._begin(len(rows), int(lengths.max()))
-        padded = np.zeros((len(rows), lengths.max()), np.int64)
-        for padding, row in zip(padded, rows, strict=True):
-            padding[: len(row)] = row
-        after_last = np.empty((len(rows), self.bundle.model.vocab_size), np.float32)
-        # Rows are padded on the right. What padding writes, if it is run at all, lies beyond its row's length, where no
-        # token of that row looks until a later one has overwritten it.
-        for start in range(0, padded.shape[1], self._chunk):
-            ids = padded[:, start : start + self._chunk]
-            stop = start + ids.shape[1]
-            index = np.clip(lengths - 1 - start, 0, ids.shape[1] - 1)[:, None]
-            filled = np.clip(lengths - start, 0, ids.shape[1])
-            logits = self._run(np.full(len(rows), start), ids, index, lengths=filled, shrink=stop == padded.shape[1])
-            ends_here = (lengths > start) & (lengths <= stop)
-            after_last[ends_here] = logits[ends_here, 0]
-        self._end_prompt(lengths, np.array([row[-1] for row in rows]))
-        return after_last
+        _require_batch(batch)
+        with self._guard:
+            self._require_going_on()
+            return self._cache_of(Sequences.empty(self._own.kv.another(batch)))
 
-    def step(self, token_ids: ArrayLike, active: NDArray[np.bool_] | None = None) -> Logits:
+    def load(self, path: Path | str) -> Cache:
+        """The cache that `Cache.save` wrote, of this very bundle; everything is checked before memory is taken.
+
+        Raises:
+            UsageError: no such file, one that is damaged or of another bundle, or sequences that do not fit the engine.
+            CannotRunHere: not enough memory.
+        """
+        with self._guard:
+            self._require_going_on()
+            kv, state = saved.read(Path(path), self._digest, self.bundle.model.vocab_size, self._own.kv)
+            return self._cache_of(Sequences(kv, state.lengths, state.last, state.pending))
+
+    def prefill(
+        self, prompts: str | list[str] | Sequence[Sequence[int]] | Sequence[int], *, cache: Cache | None = None
+    ) -> Logits:  # fmt: skip
+        """Feed prompts of any lengths, token ids or text; returns the logits [B, vocab] after each one's last token.
+
+        Args:
+            cache: go on with its sequences, one prompt for each. None: start anew.
+
+        Raises:
+            UsageError: an empty prompt, a token id outside the vocabulary, a prompt longer than the capacity, text where the
+                bundle has no tokenizer, or another number of prompts than the cache has sequences.
+        """
+        with self._guard:
+            held = None if cache is None else self._sequences(cache)
+            rows = [self._feeder.checked(self._encode(prompt, cache, row)) for row, prompt in enumerate(_batched(prompts))]
+            counts = self._feeder.counted(held, rows)
+            return self._feeder.prefill(held or self._begin(len(rows), int(counts.max())), rows, counts)
+
+    def step(self, token_ids: ArrayLike, active: Active | None = None, *, cache: Cache | None = None) -> Logits:
         """One more token [B] for every sequence; returns the logits [B, vocab] after it.
 
         Sequences that are not `active` [B] stay as they are: whatever their token here, their last one is run again
         in its place. With `compress_once` it may be gone: they are left out, and their logits are zeros.
 
+        Args:
+            cache: whose sequences; None: the session's own, as `prefill` or `step` left them.
+
         Raises:
             UsageError: a token id outside the vocabulary, another number of tokens than sequences, or a full cache.
         """
-        ids = self._checked_ids(token_ids)
-        if len(ids) != len(self.lengths):
-            raise UsageError("step takes one token for each sequence", seen=f"{len(ids)} tokens", allowed=len(self.lengths))
-        active = np.ones(len(ids), np.bool_) if active is None else active
-        lengths = self.lengths + active
-        self._decoder.cache.require_room(int(lengths.max()), "the bundle's capacity is exhausted")
-        ids = np.where(active, ids, self._last)
-        counts = active.astype(np.int64) if self._compress_once and not active.all() else None
-        logits = self._run(np.maximum(lengths - 1, 0), ids[:, None], np.zeros((len(ids), 1), np.int64), lengths=counts)
-        self.lengths, self._last = lengths, ids
-        return logits[:, 0].copy()
+        with self._guard:
+            held = self._sequences(cache)
+            if cache is None and any(held.pending):
+                held.pending = [[] for _ in held.pending]
+            return self._feeder.step(held, token_ids, active)
 
     def score(self, token_ids: ArrayLike) -> Logits:
-        """Logits [B, S, vocab] after every one of these tokens [B, S], teacher-forced from an empty cache.
+        """Logits [B, S, vocab] after every one of these tokens [B, S], teacher-forced, in the session's own cache from its
+        beginning.
 
         Raises:
             UsageError: no token, a token id outside the vocabulary, or more tokens than the capacity.
         """
-        ids = self._checked_ids(token_ids, dimensions=2)
-        if ids.size == 0:
-            raise UsageError("there is no token to score", seen=f"shape {ids.shape}")
-        self._decoder.cache.require_room(ids.shape[1], "the tokens exceed the bundle's capacity")
-        self._begin(len(ids), ids.shape[1])
-        scored = np.empty((*ids.shape, self.bundle.model.vocab_size), np.float32)
-        for start in range(0, ids.shape[1], self._chunk):
-            part = ids[:, start : start + self._chunk]
-            index = np.broadcast_to(np.arange(part.shape[1]), part.shape)
-            scored[:, start : start + self._chunk] = self._run(np.full(len(ids), start), part, index)
-        self._end_prompt(np.full(len(ids), ids.shape[1]), ids[:, -1])
-        return scored
-
-    def _end_prompt(self, lengths: Ids, last: Ids) -> None:
-        self.lengths, self._last = lengths, last
-        if self._compress_once:
-            self._decoder.use(self._decoder.cache)  # or it would hold the larger buffers
-            self._decoder.cache.compress()
+        with self._guard:
+            ids = self._feeder.checked(token_ids, dimensions=2)
+            if ids.size == 0:
+                raise UsageError("there is no token to score", seen=f"shape {ids.shape}")
+            self._own.kv.require_room(ids.shape[1], "the tokens exceed the bundle's capacity")
+            return self._feeder.score(self._begin(len(ids), ids.shape[1]), ids)
 
     @overload
     def generate(
         self, prompt: str | Sequence[int], *, max_new_tokens: int = ..., temperature: float | None = ..., top_k: int | None = ...,
-        top_p: float | None = ..., seed: int | None = ..., stop: Sequence[int] | None = ...,
+        top_p: float | None = ..., seed: int | None = ..., stop: Stops | None = ..., cache: Cache | None = ...,
     ) -> Generation: ...  # fmt: skip
     @overload
     def generate(
         self, prompt: list[str] | Sequence[Sequence[int]], *, max_new_tokens: int = ..., temperature: float | None = ...,
-        top_k: int | None = ..., top_p: float | None = ..., seed: int | None = ..., stop: Sequence[int] | None = ...,
+        top_k: int | None = ..., top_p: float | None = ..., seed: int | None = ..., stop: Stops | None = ...,
+        cache: Cache | None = ...,
     ) -> list[Generation]: ...  # fmt: skip
     def generate(
-        self,
-        prompt: Prompt | list[str] | Sequence[Sequence[int]],
-        *,
-        max_new_tokens: int = 128,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: Sequence[int] | None = None,
-    ) -> Generation | list[Generation]:
+        self, prompt: Prompt | list[str] | Sequence[Sequence[int]], *, max_new_tokens: int = 128,
+        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
+        stop: Stops | None = None, cache: Cache | None = None,
+    ) -> Generation | list[Generation]:  # fmt: skip
         """Generate after a prompt, text or token ids; or after each of several, all at once.
 
         Args:
@@ -228,82 +248,115 @@ class Session:
                 None: 1 where top_k or top_p is given, else 0.
             top_k, top_p: draw from the K likeliest tokens, and of those from the likeliest that reach this probability.
             seed: makes draws repeatable; a prompt draws the same whatever is behind it in a batch.
-            stop: token ids that end a sequence; None: the model's own.
+            stop: token ids, in place of the model's own, and texts that end a sequence; neither is part of what is said. None,
+                or texts alone: the model's own tokens do; an empty list: none does.
+            cache: go on with its sequences, one prompt for each. The last token that was chosen is not fed: the next call
+                feeds it first, even before an empty text. None: start anew.
 
         Raises:
             UsageError: as `prefill`, a value out of range, or text where the bundle has no tokenizer.
             BundleError: the model's logits are not finite.
         """
         single = isinstance(prompt, str) or _is_ids(prompt)
-        prompts = [self._encode(each) for each in cast("list[Prompt]", [prompt] if single else prompt)]
-        loop = TokenLoop(self, prompts, max_new_tokens, stop, _sampling(temperature, top_k, top_p, seed))
-        made = generate(loop, self._tokenizer, prompts)
+        options = max_new_tokens, _sampling(temperature, top_k, top_p, seed), stop, cache
+        with self._guard:
+            made = generate(self._loop(cast("list[Prompt]", [prompt] if single else prompt), *options))
         return made[0] if single else made
 
     def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        temperature: float | None = None,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        seed: int | None = None,
-        stop: Sequence[int] | None = None,
-    ) -> Stream:
-        """The text of `generate`, with its arguments, piece by piece as it is made.
+        self, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
+        top_p: float | None = None, seed: int | None = None, stop: Stops | None = None, cache: Cache | None = None,
+    ) -> Stream:  # fmt: skip
+        """The text of `generate`, with its arguments, piece by piece as it is made; one that is left early can be gone on with.
 
         Raises:
-            UsageError: as `generate`, or the bundle has no tokenizer.
+            UsageError: as `generate`, the bundle has no tokenizer, or another call has used its sequences in the meantime.
         """
-        tokenizer, ids = self._require_tokenizer(), self._encode(prompt)
-        loop = TokenLoop(self, [ids], max_new_tokens, stop, _sampling(temperature, top_k, top_p, seed))
-        return Stream(loop, tokenizer, ids)
+        self._require_tokenizer()
+        with self._guard:
+            return Stream(self._loop([prompt], max_new_tokens, _sampling(temperature, top_k, top_p, seed), stop, cache))
 
-    def memory(self) -> Memory:
-        """What the cache takes, and may take; an engine's has its whole capacity from the start."""
-        cache = self._decoder.cache
-        return Memory(
-            batch=cache.batch,
-            capacity=cache.capacity,
-            capacity_limit=cache.limit,
-            bytes_allocated=sum(cache.layer_bytes()),
-            bytes_limit=cache.bytes(cache.limit),
-            bytes_per_token=self.bundle.kv_bytes(1),
-            budget=cache.slots,
-            layers=cache.layer_bytes(),
-            device=self._decoder.device_memory(),
-        )
+    def turn(self, text: str, *, system: str | None = None, cache: Cache | None = None) -> str:
+        """What to feed for a user's turn, by the bundle's chat template; without one, the text itself.
 
-    def _run(
-        self, start: Ids, ids: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
-    ) -> Logits:  # fmt: skip
-        """Tokens [B, S] at the positions from start[b] on."""
-        positions = start[:, None] + np.arange(ids.shape[1])
-        return self._decoder.run(ids, positions, logits_index, lengths=lengths, shrink=shrink)
-
-    def _checked_ids(self, token_ids: ArrayLike, dimensions: int = 1) -> Ids:
-        """Token ids as an int64 array.
+        Args:
+            system: what comes before the first turn.
+            cache: the conversation: it begins where that is empty. None: it begins.
 
         Raises:
-            UsageError: not integers, another shape, or outside the vocabulary.
+            UsageError: a system text where there is no template, where it takes none, or where the conversation goes on.
         """
-        vocab = self.bundle.model.vocab_size
-        try:
-            ids = np.asarray(token_ids)
-        except ValueError as error:  # rows of several lengths
-            raise UsageError(f"token ids are not an array: {error}") from error
-        if ids.size == 0:
-            ids = ids.astype(np.int64)
-        if ids.ndim != dimensions or ids.dtype.kind not in "iu":
+        with self._guard:
+            begins = cache is None or self._sequences(cache).begins(0)
+        if self._chat is not None:
+            return Turn(self._chat.turn(text, system, begins))
+        if system is not None:
             raise UsageError(
-                "token ids are whole numbers in rows of one length", seen=f"{ids.dtype} of {ids.ndim} dimensions",
-                allowed=f"integers of {dimensions}",
+                f"the bundle {self.bundle.path} has no chat template, so that there is no place for a system text",
+                seen=system[:80], fix="put it at the beginning of the first text",
             )  # fmt: skip
-        wrong = ids[(ids < 0) | (ids >= vocab)]
-        if wrong.size:
-            raise UsageError("a token id is outside the vocabulary", seen=int(wrong[0]), allowed=f"0 to {vocab - 1}")
-        return ids.astype(np.int64)
+        return text
+
+    def memory(self, cache: Cache | None = None) -> Memory:
+        """What a cache takes, and may take (None: the session's own); an engine's has its whole capacity from the start."""
+        with self._guard:
+            kv = self._sequences(cache).kv
+            allocated, device = kv.layer_bytes(), self._decoder.device_memory()
+            return Memory(
+                batch=kv.batch,
+                capacity=kv.capacity,
+                capacity_limit=kv.limit,
+                bytes_allocated=sum(allocated),
+                bytes_limit=kv.bytes(kv.limit),
+                bytes_per_token=self.bundle.kv_bytes(1),
+                budget=kv.slots,
+                layers=allocated,
+                device=None if device is None else dataclasses.replace(device, kv=sum(allocated)),
+            )
+
+    def _begin(self, batch: int, tokens: int = 0) -> Sequences:
+        """The session's own cache, empty, which with `compress_once` holds so many tokens of a sequence before any goes."""
+        slots = None
+        if self._compress_once:
+            assert self.bundle.eviction is not None
+            slots = max(tokens, self.bundle.eviction.budget)
+        kv = self._own.kv.fresh(batch, slots)
+        self._decoder.use(kv)
+        self._own = Sequences.empty(kv)
+        return self._own
+
+    def _cache_of(self, sequences: Sequences) -> Cache:
+        cache = Cache(self._guard, sequences, self._digest)
+        self._caches.add(cache)
+        return cache
+
+    def _sequences(self, cache: Cache | None) -> Sequences:
+        """Of a cache, or the session's own.
+
+        Raises:
+            UsageError: the cache is another session's.
+        """
+        if cache is None:
+            return self._own
+        if cache not in self._caches:
+            raise UsageError("the cache is another session's", fix="make one here: session.new_cache()")
+        return cache.sequences
+
+    def _require_going_on(self) -> None:
+        if self._compress_once:
+            raise UsageError(
+                "a session that compresses a prompt once cannot go on with another cache", seen="compress_once",
+                fix="leave compress_once out",
+            )  # fmt: skip
+
+    def _loop(
+        self, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling, stop: Stops | None, cache: Cache | None
+    ) -> TokenLoop:
+        ends = Stop.of(stop, self.bundle.model.eos_token_ids)
+        if ends.texts:
+            self._require_tokenizer()
+        ids = [self._encode(prompt, cache, row) for row, prompt in enumerate(prompts)]
+        return TokenLoop(Held(self, cache), ids, max_new_tokens, ends, sampling, self._tokenizer)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:
@@ -313,11 +366,20 @@ class Session:
             )
         return self._tokenizer
 
-    def _encode(self, prompt: Prompt) -> Sequence[int]:
+    def _encode(self, prompt: Prompt, cache: Cache | None, row: int) -> Sequence[int]:
+        """Token ids of a prompt for a sequence of a cache, or of one that begins."""
         if not isinstance(prompt, str):
             return prompt
+        tokenizer, held = self._require_tokenizer(), None if cache is None else self._sequences(cache)
+        if held is not None and row < held.kv.batch and not held.begins(row):
+            return tokenizer.encode(prompt, special=False)
         bos = self.bundle.model.bos_token_id
-        return self._require_tokenizer().encode(prompt) or ([] if bos is None else [bos])
+        return tokenizer.encode(prompt, special=not isinstance(prompt, Turn)) or ([] if bos is None else [bos])
+
+
+def _require_batch(batch: int) -> None:
+    if batch < 1:
+        raise UsageError("the batch is empty", seen=batch, allowed="1 sequence or more")
 
 
 def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling:
@@ -333,7 +395,7 @@ def _is_ids(prompt: object) -> bool:
 def _batched(prompts: Sequence[Any]) -> Sequence[Any]:
     if len(prompts) == 0:
         raise UsageError("there is no prompt", fix="give at least one token")
-    return [prompts] if _is_ids(prompts) else prompts
+    return [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
 
 
 def open_bundle(

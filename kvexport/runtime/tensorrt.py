@@ -1,4 +1,6 @@
-"""A bundle's TensorRT engine: decode and prefill as two execution contexts over one cache and one scratch memory.
+"""A bundle's TensorRT engine: execution contexts over caches, which all share one scratch memory. Prompts of every cache are
+read in one context; each cache has one for its decode step, since a CUDA graph is of one context and of the addresses that it
+had (as NVIDIA's documentation of CUDA graphs advises).
 
 Knows TensorRT's runtime (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an engine's graph has: std24
 writes the cache in place, decomposed17 gives what is new, which is copied into it after the call: to the slots that it names
@@ -8,7 +10,8 @@ Must not know what tokens mean. On a GPU this was never run: none was at hand; i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import groupby
 from typing import Any
 
@@ -42,6 +45,7 @@ class EngineCache(KvCache):
         super().__init__(
             bundle, record.batch, record.dtype, fill=fill, step=record.capacity, limit=record.capacity, place=place
         )  # fmt: skip
+        self._engine = engine
         self.reserve(record.capacity)
 
     def fresh(self, batch: int, slots: int | None = None) -> KvCache:
@@ -50,23 +54,38 @@ class EngineCache(KvCache):
         Raises:
             UsageError: the engine is for another number of sequences.
         """
+        self._require_batch(batch)
+        self.clear()
+        return self
+
+    def another(self, batch: int, slots: int | None = None) -> KvCache:
+        """Raises:
+        UsageError: as `fresh`.
+        CannotRunHere: not enough device memory.
+        """
+        self._require_batch(batch)
+        assert isinstance(self.place, OnDevice)
+        return EngineCache(self._bundle, self._engine, self.place, self._fill)
+
+    def clear(self) -> None:
+        assert isinstance(self.place, OnDevice)
+        for buffer in self.buffers.values():
+            self.place.device.clear(buffer.address, buffer.nbytes)
+        self._empty()
+
+    def _require_batch(self, batch: int) -> None:
         if batch != self.batch:
             raise UsageError(
                 "the engine runs another number of sequences at a time", seen=batch, allowed=self.batch,
                 fix="give prompts one by one, or run without the engine: --provider cuda or cpu",
             )  # fmt: skip
-        assert isinstance(self.place, OnDevice)
-        for buffer in self.buffers.values():
-            self.place.device.clear(buffer.address, buffer.nbytes)
-        self._empty()
-        return self
 
 
 class TensorRtDecoder:
     """`kvexport.runtime.interface.Decoder` on a TensorRT engine.
 
     Attributes:
-        cache: the one cache of the engine's capacity.
+        cache: the one in use, of the engine's capacity.
         longest: the engine's chunk.
     """
 
@@ -92,29 +111,29 @@ class TensorRtDecoder:
         in_place = engine.record.lowering != "decomposed17"
         require_contract(self._engine, engine, bundle, in_place)
         self.longest = engine.record.chunk
-        try:
+        self._vocab = bundle.model.vocab_size
+        with _within_memory():
             self.cache: KvCache = EngineCache(bundle, engine, place, fill)
-            outputs = {present(*layer_and_which(name)): buffer for name, buffer in self.cache.buffers.items()}
-            if not in_place:
-                outputs = {update(*layer_and_which(name)): self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
-            self._updates = {} if in_place else dict(zip(self.cache.buffers, outputs.values(), strict=True))
+            self._updates = {} if in_place else {name: self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
             self._slots = {} if in_place else self._slots_of_heads(place)
-            outputs |= {slots_output(layer): slots for layer, slots in self._slots.items()}
             size = int(self._engine.device_memory_size_v2)  # of the profile that needs the most
             self._scratch = DeviceArray(device, (max(size, 1),), "uint8")
-            bound = {name: buffer.address for name, buffer in {**self.cache.buffers, **outputs}.items()}
-            vocab = bundle.model.vocab_size
-            given = place, self._log, vocab, bound, tuple(self._slots.values())
-            self._decode = _Calls(self._context(DECODE), *given, longest=1, captures=True)
-            self._prefill = _Calls(self._context(PREFILL), *given, longest=self.longest, captures=False)
-        except MemoryError as error:
-            raise CannotRunHere(
-                "there is not enough device memory for the engine's cache and activations", seen=str(error),
-                fix="build the engine again with a smaller --capacity or --chunk",
-            ) from error  # fmt: skip
+            self._prefill = self._calls(PREFILL, self.cache)
+            self._decode = self.cache.bound = self._calls(DECODE, self.cache)
 
     def use(self, cache: KvCache) -> None:
-        assert cache is self.cache, "an engine has one cache"
+        """Run on this cache from now on; one that is new gets a context for its decode step.
+
+        Raises:
+            CannotRunHere: not enough device memory for that.
+        """
+        if cache is self.cache:
+            return
+        if cache.bound is None:
+            with _within_memory():
+                cache.bound = self._calls(DECODE, cache)
+        self.cache, self._decode = cache, cache.bound
+        self._prefill.bind(self._addresses(cache))
 
     def run(
         self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
@@ -134,24 +153,44 @@ class TensorRtDecoder:
         kv = sum(buffer.nbytes for buffer in self.cache.buffers.values())
         return DeviceMemory(self._device.name, free, total, self._loaded, weights, self._scratch.nbytes, kv)
 
-    def _context(self, profile: int) -> Any:
-        """A new execution context on one profile, over the scratch memory that all share.
+    def _calls(self, profile: int, cache: KvCache) -> _Calls:
+        """Calls of a profile on a cache."""
+        context, config = self._context(profile)
+        assert isinstance(cache.place, OnDevice)
+        return _Calls(
+            context, cache.place, self._log, self._vocab, self._addresses(cache), tuple(self._slots.values()),
+            longest=1 if profile == DECODE else self.longest, captures=profile == DECODE, config=config,
+        )  # fmt: skip
+
+    def _addresses(self, cache: KvCache) -> dict[str, int]:
+        """Of all that a context takes and gives but tokens and logits, by name."""
+        bound = {name: buffer.address for name, buffer in cache.buffers.items()}
+        for name, buffer in cache.buffers.items():
+            layer, which = layer_and_which(name)
+            if self._updates:
+                bound[update(layer, which)] = self._updates[name].address
+            else:
+                bound[present(layer, which)] = buffer.address
+        return bound | {slots_output(layer): slots.address for layer, slots in self._slots.items()}
+
+    def _context(self, profile: int) -> tuple[Any, Any]:
+        """A new execution context on one profile, over the scratch memory that all share, and its configuration.
 
         TensorRT-RTX compiles kernels for a size when it first comes. For the decode step it shall do so at once: a graph that
         was captured before would keep the slower ones. Prompts have many sizes, and do not wait.
         """
         how: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        config = None
         if profile == DECODE and hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(how)
             config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
-            self._decode_config = how = config  # alive as long as the context
-        context = self._engine.create_execution_context(how)
+        context = self._engine.create_execution_context(how if config is None else config)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
             raise failure(self._log, "TensorRT cannot make an execution context")
         self._device.synchronize()
         context.set_device_memory(self._scratch.address, self._scratch.nbytes)
-        return context
+        return context, config
 
     def _write_updates(self, start: int, count: int) -> None:
         """Copy what the graph gave of `count` new tokens to the cache, in the stream's order: of a layer that evicts to the
@@ -186,6 +225,21 @@ class TensorRtDecoder:
         return DeviceArray(self._device, (batch, heads, self.longest, width), buffer.dtype)
 
 
+@contextmanager
+def _within_memory() -> Iterator[None]:
+    """
+    Raises:
+        CannotRunHere: the device's memory did not suffice for what is done here.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise CannotRunHere(
+            "there is not enough device memory for the engine's cache and activations", seen=str(error),
+            fix="build the engine again with a smaller --capacity or --chunk, or hold fewer caches",
+        ) from error  # fmt: skip
+
+
 class _Calls:
     """Calls of one profile: its context, and the arrays that they take and give but the caches.
 
@@ -196,20 +250,26 @@ class _Calls:
 
     def __init__(
         self, context: Any, place: OnDevice, log: Any, vocab: int, bound: dict[str, int], told: Sequence[DeviceArray], *,
-        longest: int, captures: bool,
+        longest: int, captures: bool, config: Any = None,
     ) -> None:  # fmt: skip
         """
         Args:
             bound: addresses of what is not made here, by name.
             told: those of them that the host reads after a call.
+            config: of the context, which must live as long.
         """
+        self._config = config
         self.context, self._place, self._device, self._log, self._vocab = context, place, place.device, log, vocab
         self._captures, self._told = captures, told
         self._graph: Any | None = None
         self._counts = 0, 0  # tokens, logits
         self._inputs = {name: place.staged((longest,), "int64") for name in TOKEN_INPUTS}
         self._logits: DeviceArray | None = None
-        for name, address in {**bound, **{name: array.address for name, array in self._inputs.items()}}.items():
+        self.bind(bound | {name: array.address for name, array in self._inputs.items()})
+
+    def bind(self, addresses: Mapping[str, int]) -> None:
+        """Take and give these from now on; no graph was captured."""
+        for name, address in addresses.items():
             self._address(name, address)
 
     def run(self, inputs: tuple[Ids, ...], after: Callable[[], None]) -> Logits:
