@@ -45,6 +45,7 @@ _VERBS: dict[str, tuple[tuple[str, ...], ...]] = {
     "build": (*_CONVERT, ("onnx",), ("onnx-ir",), _RUNTIMES),
     "run": (_RUNNERS,),
     "inspect": (),
+    "self-test": (_RUNNERS,),
     "validate": (("torch",), ("onnx",), ("onnx-ir",), _RUNTIMES),
     "evaluate": (*_CONVERT, _RUNTIMES),
     "compress": _CONVERT,
