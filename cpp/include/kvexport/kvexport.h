@@ -4,7 +4,8 @@
  * Every function that can fail returns NULL, or an error that the caller frees; nothing is thrown through this header.
  * There is no global state. A cache keeps its session's weights alive, so sessions and caches may be closed in any order.
  * Strings are UTF-8. Arrays that are returned belong to the object they came from, or where a `_free` is named, to the caller.
- * Structs begin with their size, so that later versions may append to them: take them from the `_defaults` functions. */
+ * Structs begin with their size, so that later versions may append to them: take them from the `_defaults` functions, or set
+ * `size` before they are filled. */
 #ifndef KVEXPORT_KVEXPORT_H
 #define KVEXPORT_KVEXPORT_H
 
@@ -89,26 +90,27 @@ KVEXPORT_API size_t kvexport_cache_bytes(const kvexport_cache* cache);
 KVEXPORT_API int64_t kvexport_cache_length(const kvexport_cache* cache);
 KVEXPORT_API int64_t kvexport_cache_capacity(const kvexport_cache* cache);
 
-/* Logits [vocab_size] after the last token; the cache's, until its next call. */
+/* Logits [vocab_size] after the last token; the cache's, until its next call. `logits` may be NULL. */
 KVEXPORT_API kvexport_error* kvexport_prefill(kvexport_cache* cache, const int64_t* ids, size_t count, const float** logits);
 KVEXPORT_API kvexport_error* kvexport_step(kvexport_cache* cache, int64_t token, const float** logits);
 
 typedef struct {
   size_t size;
   int64_t max_new_tokens;
-  double temperature;         /* 0: the likeliest token */
+  double temperature;         /* 0: the likeliest token; below 0: 1 where top_k or top_p is given, else 0 */
   int64_t top_k;              /* 0: all */
   double top_p;               /* 1: all */
   uint64_t seed;              /* of draws, where `seeded` */
   int32_t seeded;
-  const int64_t* stop_tokens; /* NULL: the model's own */
+  int32_t own_stop_tokens;    /* 1: the model's own, in place of those that follow */
+  const int64_t* stop_tokens;
   size_t stop_token_count;
   const char* const* stop_texts;
   size_t stop_text_count;
 } kvexport_generate_options;
 KVEXPORT_API kvexport_generate_options kvexport_generate_defaults(void);
 enum { KVEXPORT_STOP = 0, KVEXPORT_LENGTH = 1, KVEXPORT_CAPACITY = 2, KVEXPORT_CALLBACK = 3 };
-/* Whole characters that `token` completes, often none; called once more at the end with token -1 for what was held back.
+/* Whole characters that `token` completes, often none; at the end once more with token -1, if anything was held back.
  * Without text, length is 0. Anything but 0 ends the generation. */
 typedef int (*kvexport_on_token)(int64_t token, const char* text, size_t length, void* user);
 KVEXPORT_API kvexport_error* kvexport_generate(kvexport_cache* cache, const int64_t* ids, size_t count,

@@ -8,13 +8,15 @@
 //   });
 //
 // A cache is one conversation; several share one session's weights, each used by one thread at a time, different ones by
-// different threads at once. Nothing is allocated for a cache after it was made. Link with kvexport::kvexport (CMake).
+// different threads at once. Nothing is allocated for a cache after it was made, but for an engine's temporary values. A call
+// that is refused leaves its cache as it was. Link with kvexport::kvexport (CMake).
 #pragma once
 
 #include <cstdint>
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -41,9 +43,24 @@ class Error : public std::exception {
   std::shared_ptr<kvexport_error> error_;
 };
 
+namespace detail {  // ownership of what the C ABI gives
 inline void check(kvexport_error* error) {
   if (error != nullptr) throw Error(error);
 }
+template <auto Free>
+struct Freed {
+  template <typename Object>
+  void operator()(Object* object) const { Free(object); }
+};
+template <typename Call>
+Ids ids_of(Call call) {
+  std::int64_t* ids = nullptr;
+  std::size_t count = 0;
+  check(call(&ids, &count));
+  const std::unique_ptr<std::int64_t, Freed<kvexport_ids_free>> owned(ids);
+  return Ids(ids, ids + count);
+}
+}  // namespace detail
 
 struct OpenOptions {
   std::string provider = "auto";  // "cpu", "cuda", "tensorrt"; "auto": an engine of the bundle that fits, else CUDA, else the CPU
@@ -55,11 +72,11 @@ struct OpenOptions {
 
 struct GenerateOptions {
   std::int64_t max_new_tokens = 128;
-  double temperature = 0;                // 0: the likeliest token; above it tokens are drawn
+  std::optional<double> temperature;     // 0: the likeliest token; above it tokens are drawn; none: 1 with top_k or top_p, else 0
   std::int64_t top_k = 0;                // draw from the K likeliest; 0: from all
   double top_p = 1;                      // ... that reach this probability
-  std::shared_ptr<std::uint64_t> seed;   // makes draws repeatable
-  std::shared_ptr<Ids> stop_tokens;      // none: the model's own
+  std::optional<std::uint64_t> seed;     // makes draws repeatable (they are not those of Python)
+  std::optional<Ids> stop_tokens;        // none: the model's own
   std::vector<std::string> stop_texts;   // end the text before them
 };
 
@@ -82,54 +99,50 @@ class Cache {
   // The whole prompt, or what follows what the cache holds; logits after its last token.
   Logits prefill(const Ids& ids) {
     const float* logits = nullptr;
-    check(kvexport_prefill(cache_.get(), ids.data(), ids.size(), &logits));
+    detail::check(kvexport_prefill(cache_.get(), ids.data(), ids.size(), &logits));
     return {logits, vocab_size_};
   }
   // One more token.
   Logits step(std::int64_t token) {
     const float* logits = nullptr;
-    check(kvexport_step(cache_.get(), token, &logits));
+    detail::check(kvexport_step(cache_.get(), token, &logits));
     return {logits, vocab_size_};
   }
-  // Prefill, then token after token. `on_token` gets each with the characters that it completes, and once token -1 with what
-  // was held back at the end; false ends it. Exceptions of `on_token` come out of here.
+  // Prefill, then token after token. `on_token` gets each with the characters that it completes, and at the end token -1 with
+  // what was held back, if anything was; false ends it. Its exceptions come out of here. The last token is fed by the next call.
   using OnToken = std::function<bool(std::int64_t token, std::string_view text)>;
-  Finish generate(const Ids& ids, const GenerateOptions& options = {}, OnToken on_token = nullptr) {
+  Finish generate(const Ids& ids, const GenerateOptions& options = {}, const OnToken& on_token = nullptr) {
     kvexport_generate_options raw = kvexport_generate_defaults();
     std::vector<const char*> texts;
     for (const std::string& text : options.stop_texts) texts.push_back(text.c_str());
-    raw.max_new_tokens = options.max_new_tokens, raw.temperature = options.temperature;
+    raw.max_new_tokens = options.max_new_tokens, raw.temperature = options.temperature.value_or(raw.temperature);
     raw.top_k = options.top_k, raw.top_p = options.top_p;
-    raw.seeded = options.seed != nullptr, raw.seed = options.seed ? *options.seed : 0;
-    const Ids none;
-    const Ids* stops = options.stop_tokens.get();
-    raw.stop_tokens = stops == nullptr ? nullptr : (stops->empty() ? reinterpret_cast<const std::int64_t*>(&raw) : stops->data());
-    raw.stop_token_count = stops == nullptr ? 0 : stops->size();
+    raw.seeded = options.seed.has_value(), raw.seed = options.seed.value_or(0);
+    raw.own_stop_tokens = !options.stop_tokens;
+    if (options.stop_tokens) raw.stop_tokens = options.stop_tokens->data(), raw.stop_token_count = options.stop_tokens->size();
     raw.stop_texts = texts.data(), raw.stop_text_count = texts.size();
-    Guarded guarded{std::move(on_token), nullptr};
+    Guarded guarded{on_token, nullptr};
     int finish = 0;
-    check(kvexport_generate(cache_.get(), ids.data(), ids.size(), &raw, guarded.callback ? &Guarded::call : nullptr, &guarded, &finish));
+    kvexport_on_token callback = on_token ? &Guarded::call : nullptr;
+    detail::check(kvexport_generate(cache_.get(), ids.data(), ids.size(), &raw, callback, &guarded, &finish));
     if (guarded.thrown) std::rethrow_exception(guarded.thrown);
     return static_cast<Finish>(finish);
   }
   // Token ids of a user's turn: in the model's chat template where the bundle has one, else the text itself.
   Ids turn(const std::string& text, const std::string& system = "") const {
-    std::int64_t* ids = nullptr;
-    std::size_t count = 0;
-    check(kvexport_turn(cache_.get(), text.c_str(), system.empty() ? nullptr : system.c_str(), &ids, &count));
-    std::unique_ptr<std::int64_t, void (*)(std::int64_t*)> owned(ids, kvexport_ids_free);
-    return Ids(ids, ids + count);
+    const char* before = system.empty() ? nullptr : system.c_str();
+    return detail::ids_of([&](auto... out) { return kvexport_turn(cache_.get(), text.c_str(), before, out...); });
   }
-  void save(const std::string& file) { check(kvexport_cache_save(cache_.get(), file.c_str())); }  // see Session::load
-  void clear() { check(kvexport_cache_clear(cache_.get())); }                                      // an empty conversation
-  std::size_t bytes() const { return kvexport_cache_bytes(cache_.get()); }                         // all that it ever takes
-  std::int64_t length() const { return kvexport_cache_length(cache_.get()); }                      // tokens so far
-  std::int64_t capacity() const { return kvexport_cache_capacity(cache_.get()); }                  // tokens at most
+  void save(const std::string& file) { detail::check(kvexport_cache_save(cache_.get(), file.c_str())); }  // see Session::load
+  void clear() { detail::check(kvexport_cache_clear(cache_.get())); }                                     // an empty conversation
+  std::size_t bytes() const { return kvexport_cache_bytes(cache_.get()); }                                // all that it ever takes
+  std::int64_t length() const { return kvexport_cache_length(cache_.get()); }                             // tokens so far
+  std::int64_t capacity() const { return kvexport_cache_capacity(cache_.get()); }                         // tokens at most
 
  private:
   friend class Session;
   struct Guarded {
-    OnToken callback;
+    const OnToken& callback;
     std::exception_ptr thrown;
     static int call(std::int64_t token, const char* text, std::size_t length, void* user) {
       Guarded& self = *static_cast<Guarded*>(user);
@@ -141,71 +154,69 @@ class Cache {
       }
     }
   };
-  Cache(kvexport_cache* cache, std::int64_t vocab_size) : cache_(cache, kvexport_cache_free), vocab_size_(vocab_size) {}
-  std::unique_ptr<kvexport_cache, void (*)(kvexport_cache*)> cache_;
+  Cache(kvexport_cache* cache, std::int64_t vocab_size) : cache_(cache), vocab_size_(vocab_size) {}
+  std::unique_ptr<kvexport_cache, detail::Freed<kvexport_cache_free>> cache_;
   std::int64_t vocab_size_;
 };
 
 // An opened bundle: the weights, and what runs them.
 class Session {
  public:
-  explicit Session(const std::string& bundle, const OpenOptions& options = {}) : session_(nullptr, kvexport_close) {
+  explicit Session(const std::string& bundle, const OpenOptions& options = {}) {
     kvexport_open_options raw = kvexport_open_defaults();
     raw.provider = options.provider.c_str(), raw.threads = options.threads, raw.verify = options.verify;
     raw.chunk = options.chunk, raw.text_library = options.text_library.c_str();
     kvexport_session* session = nullptr;
-    check(kvexport_open(bundle.c_str(), &raw, &session));
+    detail::check(kvexport_open(bundle.c_str(), &raw, &session));
     session_.reset(session);
   }
   // An empty conversation of at most `capacity` tokens; 0: as many as the bundle, or its engine, can hold.
   Cache new_cache(std::int64_t capacity = 0) {
     kvexport_cache* cache = nullptr;
-    check(kvexport_cache_new(session_.get(), capacity, &cache));
+    detail::check(kvexport_cache_new(session_.get(), capacity, &cache));
     return {cache, info().vocab_size};
   }
   // One that `save` wrote, here or in Python, of this very bundle: a long prompt is prefilled once.
   Cache load(const std::string& file, std::int64_t capacity = 0) {
     kvexport_cache* cache = nullptr;
-    check(kvexport_cache_load(session_.get(), file.c_str(), capacity, &cache));
+    detail::check(kvexport_cache_load(session_.get(), file.c_str(), capacity, &cache));
     return {cache, info().vocab_size};
   }
   Ids encode(const std::string& text, bool special = true) const {
-    std::int64_t* ids = nullptr;
-    std::size_t count = 0;
-    check(kvexport_encode(session_.get(), text.data(), text.size(), special, &ids, &count));
-    std::unique_ptr<std::int64_t, void (*)(std::int64_t*)> owned(ids, kvexport_ids_free);
-    return Ids(ids, ids + count);
+    return detail::ids_of([&](auto... out) { return kvexport_encode(session_.get(), text.data(), text.size(), special, out...); });
   }
-  std::string decode(const Ids& ids) const { return owned_text([&](char** text, std::size_t* length) {
-    return kvexport_decode(session_.get(), ids.data(), ids.size(), text, length); }); }
+  std::string decode(const Ids& ids) const {
+    std::size_t length = 0;
+    char* text = nullptr;
+    detail::check(kvexport_decode(session_.get(), ids.data(), ids.size(), &text, &length));
+    const std::unique_ptr<char, detail::Freed<kvexport_text_free>> owned(text);
+    return std::string(text, length);
+  }
   // Bytes of a cache of that capacity, and of the device.
   kvexport_memory memory(std::int64_t capacity = 0) const {
-    kvexport_memory memory{sizeof(kvexport_memory), 0, "", 0, 0, 0, 0};
-    check(kvexport_session_memory(session_.get(), capacity, &memory));
+    kvexport_memory memory{};
+    memory.size = sizeof memory;
+    detail::check(kvexport_session_memory(session_.get(), capacity, &memory));
     return memory;
   }
   kvexport_info info() const {
     kvexport_info info{};
     info.size = sizeof info;
-    check(kvexport_session_info(session_.get(), &info));
+    detail::check(kvexport_session_info(session_.get(), &info));
     return info;
   }
-  // Runs the bundle's reference vectors: whether this machine computes what was validated. Returns the report (JSON);
-  // throws Error with code KVEXPORT_GATE_FAILED where it does not, saying whether weights, engine, precision or cache are at fault.
-  std::string self_test() const { return owned_text([&](char** text, std::size_t*) {
-    return kvexport_self_test(session_.get(), text); }); }
+  // Runs the bundle's reference vectors: whether this machine computes what was validated. Returns the report (JSON); throws
+  // Error with code KVEXPORT_GATE_FAILED where it does not, saying whether weights, engine, precision or cache are at fault.
+  std::string self_test() const {
+    char* text = nullptr;
+    kvexport_error* error = kvexport_self_test(session_.get(), &text);
+    const std::unique_ptr<char, detail::Freed<kvexport_text_free>> owned(text);
+    detail::check(error);
+    return text;
+  }
 
  private:
-  template <typename Call>
-  static std::string owned_text(Call call) {
-    char* text = nullptr;
-    std::size_t length = std::string::npos;
-    kvexport_error* error = call(&text, &length);
-    std::unique_ptr<char, void (*)(char*)> owned(text, kvexport_text_free);
-    check(error);
-    return length == std::string::npos ? std::string(text) : std::string(text, length);
-  }
-  std::unique_ptr<kvexport_session, void (*)(kvexport_session*)> session_;
+  std::unique_ptr<kvexport_session, detail::Freed<kvexport_close>> session_;
 };
 
 }  // namespace kvexport
