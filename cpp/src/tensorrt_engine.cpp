@@ -248,19 +248,13 @@ class TensorRtEngine final : public Engine {
  private:
   void make_updates() {
     std::size_t bytes = 0, slots_bytes = 0;
-    for (std::size_t index = 0; index < manifest_.layers.size(); ++index) {
-      const Layer& layer = manifest_.layers[index];
-      const auto heads = static_cast<std::size_t>(layer.num_key_value_heads);
-      const auto add = [&](const char* which, std::int64_t width, Dtype dtype) {
-        updates_.offsets["past_key_values." + std::to_string(index) + "." + which] = bytes;
-        bytes += aligned(heads * static_cast<std::size_t>(record_.chunk * width) * size_of(dtype));
-      };
-      add("key", layer.key_head_dim, manifest_.dtype);
-      add("value", layer.value_head_dim, manifest_.dtype);
-      if (!manifest_.evicts(static_cast<std::int64_t>(index))) continue;
-      add("state", 2, Dtype::float32);
-      updates_.slots_offsets[static_cast<int>(index)] = slots_bytes;
-      slots_bytes += aligned(heads * sizeof(std::int64_t));
+    for (Buffer& buffer : buffers_of(manifest_, record_.capacity)) {
+      buffer.slots = record_.chunk;
+      updates_.offsets[buffer.past] = bytes;
+      bytes += aligned(buffer.bytes());
+      if (buffer.which != Which::state) continue;
+      updates_.slots_offsets[buffer.layer] = slots_bytes;
+      slots_bytes += aligned(static_cast<std::size_t>(buffer.heads) * sizeof(std::int64_t));
     }
     updates_.memory = std::make_unique<CudaArray>(*device_, bytes, false);
     if (slots_bytes > 0) updates_.slots = std::make_unique<CudaArray>(*device_, slots_bytes, true);

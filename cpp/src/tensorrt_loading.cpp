@@ -16,6 +16,8 @@
 #include <utility>
 #include <vector>
 
+#include "buffers.hpp"
+
 namespace kvexport::detail {
 
 namespace {
@@ -26,7 +28,6 @@ struct Tensor {
   Dtype dtype;
   std::vector<std::int64_t> shape;
   std::string output;  // present.{i}.key, which is the same memory, or update.{i}.key
-  bool operator==(const Tensor& other) const { return dtype == other.dtype && shape == other.shape; }
   std::string text() const {
     std::string sizes;
     for (std::int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
@@ -73,19 +74,9 @@ std::shared_ptr<TensorRtLog> shared_log() {
 
 std::map<std::string, Tensor> caches_of(const Manifest& manifest, const DeviceRecord& record) {
   std::map<std::string, Tensor> caches;
-  for (std::size_t index = 0; index < manifest.layers.size(); ++index) {
-    const Layer& layer = manifest.layers[index];
-    const bool evicts = manifest.evicts(static_cast<std::int64_t>(index));
-    const std::int64_t heads = layer.num_key_value_heads;
-    const auto add = [&](const char* which, std::int64_t width, Dtype dtype) {
-      const std::string end = "." + std::to_string(index) + "." + which, past = "past_key_values" + end;
-      std::vector<std::int64_t> shape{1, heads, record.capacity, width};
-      if (evicts) shape = {heads, 1, std::min(manifest.eviction->budget, record.capacity), width};
-      caches[past] = {dtype, shape, writes_in_place(record) ? "present" + end : update_of(past)};
-    };
-    add("key", layer.key_head_dim, manifest.dtype);
-    add("value", layer.value_head_dim, manifest.dtype);
-    if (evicts) add("state", 2, Dtype::float32);
+  for (Buffer& buffer : buffers_of(manifest, record.capacity)) {
+    buffer.slots = buffer.most;
+    caches[buffer.past] = {buffer.dtype, buffer.shape(), writes_in_place(record) ? buffer.present : update_of(buffer.past)};
   }
   return caches;
 }

@@ -1,0 +1,399 @@
+// TensorRT engines on a simulated GPU, of TensorRT 10.16 and (compiled with FAKE_TENSORRT_OLD) of 10.3: the CPU's answers, in
+// place, nothing allocated from step to step, nothing beyond the cache, and which engine runs and why not.
+// KVEXPORT_TEST_ENGINES: what tests/cpp/engine_bundles.py wrote.
+#include <unistd.h>
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <functional>
+#include <iostream>
+#include <memory>
+#include <nlohmann/json.hpp>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "../check.hpp"
+#include "cache.hpp"
+#include "fake_cuda.hpp"
+#include "session.hpp"
+#include "sha256.hpp"
+
+using namespace kvexport::detail;
+namespace fs = std::filesystem;
+using nlohmann::json;
+
+namespace {
+
+constexpr std::int64_t CAPACITY = 60, CHUNK = 16;
+
+#ifdef FAKE_TENSORRT_OLD
+const std::vector<std::string> BUNDLES{"decomposed17-old"};
+const char* const VERSION = "tensorrt 10.3.0";
+#else
+const std::vector<std::string> BUNDLES{"std24", "std24-evicting", "std24-mixed", "std24-half", "decomposed17",
+                                       "decomposed17-evicting", "decomposed17-mixed", "decomposed17-half"};
+const char* const VERSION = "tensorrt 10.16.2";
+#endif
+const std::string ANY = BUNDLES.front();
+
+std::string engines(const std::string& name) { return check::given("KVEXPORT_TEST_ENGINES") + "/" + name; }
+
+std::shared_ptr<Session> opened(const std::string& path, const char* provider = "tensorrt", bool verify = true) {
+  OpenOptions options;
+  options.provider = provider, options.threads = 1, options.verify = verify;
+  return std::make_shared<Session>(path, options);
+}
+
+std::vector<std::int64_t> tokens(std::size_t count, std::int64_t vocab, std::uint32_t seed = 1) {
+  std::vector<std::int64_t> ids(count);
+  for (std::int64_t& id : ids) id = static_cast<std::int64_t>((seed = seed * 1664525U + 1013904223U) >> 8U) % vocab;
+  return ids;
+}
+
+using Rows = std::vector<std::vector<float>>;
+
+// Logits after a prompt of several chunks and after each of ten steps.
+Rows rows_of(Cache& cache, std::uint32_t seed = 1, std::size_t prompt = 2 * CHUNK + 5, std::size_t steps = 10) {
+  const std::int64_t vocab = cache.session().manifest().vocab_size;
+  const std::vector<std::int64_t> ids = tokens(prompt + steps, vocab, seed);
+  Rows rows;
+  const auto keep = [&](const float* logits) { rows.emplace_back(logits, logits + vocab); };
+  keep(cache.prefill(ids.data(), prompt));
+  for (std::size_t index = prompt; index < ids.size(); ++index) keep(cache.step(ids[index]));
+  return rows;
+}
+
+float difference(const Rows& left, const Rows& right) {
+  float most = 0;
+  for (std::size_t row = 0; row < left.size(); ++row)
+    for (std::size_t at = 0; at < left[row].size(); ++at) {
+      const float here = std::fabs(left[row][at] - right[row][at]);
+      most = std::isnan(here) ? INFINITY : std::max(most, here);
+    }
+  return most;
+}
+
+float close_to(const std::string& bundle) { return bundle.find("half") == std::string::npos ? 1e-4F : 0.1F; }
+
+Rows on_cpu(const std::string& bundle, std::uint32_t seed = 1) {
+  Cache cache(opened(bundle, "cpu"), 0);
+  return rows_of(cache, seed);
+}
+
+void require_nothing_left() {
+  const fake_cuda::Counts left = fake_cuda::counts();
+  CHECK_EQUAL(left.used + left.contexts + left.streams + left.graphs + left.pinned, std::size_t{0});
+  CHECK_EQUAL(fake_cuda::broken(), std::string());
+}
+
+// A bundle that a test may change, removed with this object.
+class Copy {
+ public:
+  explicit Copy(const std::string& name) : path(fs::temp_directory_path() / ("kvexport-gpu-" + std::to_string(getpid()))) {
+    fs::remove_all(path);
+    fs::copy(engines(name), path, fs::copy_options::recursive);
+  }
+  ~Copy() { fs::remove_all(path); }
+  Copy(const Copy&) = delete;
+  Copy& operator=(const Copy&) = delete;
+
+  fs::path engine() const { return path / "engines/simulated"; }
+  // Change the record, or the plan and with it the record.
+  void record(const json& changes) const {
+    json content = json::parse(std::ifstream(engine() / "build.json"));
+    content.merge_patch(changes);
+    std::ofstream(engine() / "build.json") << content;
+  }
+  void plan(const json& changes) const {
+    json content = json::parse(std::ifstream(engine() / "decoder.plan"));
+    content.merge_patch(changes);
+    std::ofstream(engine() / "decoder.plan") << content.dump();
+    record({{"plan", {{"sha256", sha256_of(content.dump())}, {"bytes", content.dump().size()}}}});
+  }
+
+  fs::path path;
+};
+
+// What `session` refuses, whole.
+std::string refused(const fs::path& path, bool verify = true) {
+  try {
+    opened(path, "tensorrt", verify);
+  } catch (const Failure& failure) {
+    return failure.what();
+  }
+  return "it was not refused";
+}
+
+bool has(const std::string& text, const std::string& part) {
+  if (text.find(part) != std::string::npos) return true;
+  std::cout << "  not: " << part << "\n  but: " << text << std::endl;
+  return false;
+}
+
+}  // namespace
+
+TEST(prefill_and_steps_equal_the_cpu) {
+  for (const std::string& name : BUNDLES) {
+    fake_cuda::reset();
+    const Rows wanted = on_cpu(engines(name));
+    {
+      const auto session = opened(engines(name));
+      CHECK_EQUAL(session->engine->provider(), std::string("tensorrt"));
+      CHECK_EQUAL(session->engine->version(), std::string(VERSION));
+      Cache cache(session, 0);
+      CHECK_EQUAL(cache.capacity(), CAPACITY);
+      CHECK(difference(rows_of(cache), wanted) < close_to(name));
+      cache.clear(1000.0F);  // and anew, in slots of garbage
+      CHECK(difference(rows_of(cache), wanted) < close_to(name));
+    }
+    require_nothing_left();
+  }
+}
+
+TEST(every_row_of_a_prompt_equals_the_cpu) {
+  for (const std::string& name : BUNDLES) {
+    fake_cuda::reset();
+    Cache here(opened(engines(name)), 0), there(opened(engines(name), "cpu"), CAPACITY);
+    const std::vector<std::int64_t> ids = tokens(CAPACITY, here.session().manifest().vocab_size);
+    CHECK(difference({here.score(ids.data(), ids.size())}, {there.score(ids.data(), ids.size())}) < close_to(name));
+  }
+}
+
+TEST(what_the_cache_holds_is_what_the_cpus_holds) {
+  for (const std::string& name : BUNDLES) {
+    if (name.find("half") != std::string::npos) continue;
+    fake_cuda::reset();
+    Cache here(opened(engines(name)), 0), there(opened(engines(name), "cpu"), CAPACITY);
+    rows_of(here), rows_of(there);
+    for (int layer = 0; layer < 2; ++layer) {
+      for (Which which : {Which::key, Which::value, Which::state}) {
+        const Buffer *left = here.buffer(layer, which), *right = there.buffer(layer, which);
+        CHECK((left == nullptr) == (right == nullptr));
+        if (left == nullptr) continue;
+        const std::vector<float> held = here.read(*left), wanted = there.read(*right);
+        for (std::int64_t head = 0; head < left->heads; ++head)
+          for (std::int64_t at = 0; at < std::min(left->slots, right->slots) * left->width; ++at)
+            CHECK(std::fabs(held[static_cast<std::size_t>(head * left->slots * left->width + at)] -
+                            wanted[static_cast<std::size_t>(head * right->slots * right->width + at)]) < 1e-4F);
+      }
+    }
+  }
+}
+
+TEST(steps_replay_one_graph_and_allocate_nothing) {
+  for (const std::string& name : BUNDLES) {
+    fake_cuda::reset();
+    Cache cache(opened(engines(name)), 0);
+    const std::vector<std::int64_t> ids = tokens(5, cache.session().manifest().vocab_size);
+    cache.prefill(ids.data(), ids.size());
+    fake_cuda::done();
+    cache.step(1);  // not captured: TensorRT must have run once before
+    for (const std::string& done : fake_cuda::done()) CHECK(done != "launch");
+    const std::size_t allocations = fake_cuda::counts().allocations;
+    const bool told = name.find("decomposed17-") == 0 && (name.find("evicting") != std::string::npos || name.find("mixed") != std::string::npos);
+    for (int step = 0; step < 5; ++step) {
+      cache.step(2);
+      std::vector<std::string> done = fake_cuda::done(), wanted{"launch", "upload", "engine", "download"};
+      if (told) wanted.push_back("download");
+      CHECK(std::equal(wanted.begin(), wanted.end(), done.begin()));
+      const auto writes = static_cast<std::size_t>(std::count(done.begin(), done.end(), "copy_rows"));
+      CHECK_EQUAL(writes + wanted.size(), done.size());
+      CHECK(name.find("std24") == 0 ? writes == 0 : writes >= 4);  // two a layer
+    }
+    cache.clear();
+    rows_of(cache);
+    CHECK_EQUAL(fake_cuda::counts().allocations, allocations);
+  }
+}
+
+TEST(without_capture_it_runs_all_the_same) {
+  fake_cuda::reset();
+  fake_cuda::settings().capturable = false;
+  Cache cache(opened(engines(ANY)), 0);
+  CHECK(difference(rows_of(cache), on_cpu(engines(ANY))) < 1e-4F);
+  for (const std::string& done : fake_cuda::done()) CHECK(done != "launch");
+}
+
+TEST(a_replay_that_leaves_something_out_is_seen) {  // a control of all that is compared here
+  for (int operation : {0, 1, 2}) {
+    fake_cuda::reset();
+    fake_cuda::leave_out(operation);
+    Cache cache(opened(engines(ANY)), 0);
+    CHECK(difference(rows_of(cache), on_cpu(engines(ANY))) > 1e-2F);
+  }
+}
+
+TEST(conversations_do_not_meet) {
+  for (const std::string& name : BUNDLES) {
+    fake_cuda::reset();
+    {
+      const auto session = opened(engines(name));
+      const Rows first = on_cpu(engines(name), 3), second = on_cpu(engines(name), 4);
+      Cache one(session, 0), two(session, 0);
+      const std::int64_t vocab = session->manifest().vocab_size;
+      const std::vector<std::int64_t> left = tokens(47, vocab, 3), right = tokens(47, vocab, 4);
+      one.prefill(left.data(), 37), two.prefill(right.data(), 37);
+      Rows of_one{first[0]}, of_two{second[0]};
+      for (std::size_t index = 37; index < 47; ++index) {  // in turns
+        const float* logits = one.step(left[index]);
+        of_one.emplace_back(logits, logits + vocab);
+        logits = two.step(right[index]);
+        of_two.emplace_back(logits, logits + vocab);
+      }
+      CHECK(difference(of_one, first) < close_to(name) && difference(of_two, second) < close_to(name));
+      one.clear(), two.clear();
+      Rows found;
+      std::thread other([&] { found = rows_of(one, 3); });  // at once
+      CHECK(difference(rows_of(two, 4), second) < close_to(name));
+      other.join();
+      CHECK(difference(found, first) < close_to(name));
+    }
+    require_nothing_left();
+  }
+}
+
+TEST(a_cache_outlives_what_the_application_let_go_of) {
+  fake_cuda::reset();
+  {
+    std::unique_ptr<Cache> second;
+    {
+      const auto session = opened(engines(ANY));
+      Cache first(session, 0);
+      second = std::make_unique<Cache>(session, 0);
+      first.step(1);
+    }
+    CHECK(difference(rows_of(*second), on_cpu(engines(ANY))) < close_to(ANY));
+  }
+  require_nothing_left();
+}
+
+TEST(the_log_outlives_the_session_that_came_first) {
+  fake_cuda::reset();
+  auto first = opened(engines(ANY));
+  const auto second = opened(engines(ANY));
+  first.reset();
+  Cache cache(second, 0);
+  cache.step(1);
+}
+
+TEST(nothing_is_written_beyond_the_engines_capacity) {
+  fake_cuda::reset();
+  const auto session = opened(engines(ANY));
+  Cache cache(session, 0);
+  const std::vector<std::int64_t> ids = tokens(CAPACITY + 1, session->manifest().vocab_size);
+  CHECK_THROWS_WITH(cache.prefill(ids.data(), ids.size()), "at most 60");
+  cache.prefill(ids.data(), CAPACITY);
+  CHECK_THROWS_WITH(cache.step(1), "capacity is exhausted");
+  // The engine's own bound, whatever the cache let through.
+  Buffers buffers(session->manifest(), CAPACITY, session->engine->place(), 0);
+  const auto binding = session->engine->bind(buffers);
+  const std::int64_t id = 1, last = CAPACITY, index = 0;
+  CHECK_THROWS_WITH(session->engine->run(*binding, {&id, &last, 1, last, &index, 1}), "the engine's capacity is exhausted");
+  CHECK_EQUAL(fake_cuda::broken(), std::string());
+}
+
+TEST(memory_is_the_engines_and_the_drivers) {
+  fake_cuda::reset();
+  const auto session = opened(engines(ANY));
+  const DeviceMemory memory = session->engine->device_memory();
+  CHECK_EQUAL(memory.name, std::string("Simulated 0"));
+  CHECK_EQUAL(memory.activations, std::size_t{5000});
+#ifdef FAKE_TENSORRT_OLD
+  CHECK_EQUAL(memory.weights, std::size_t{0});  // not told
+#else
+  CHECK_EQUAL(memory.weights, std::size_t{4096});
+#endif
+  CHECK_EQUAL(memory.free, memory.total - fake_cuda::counts().used);
+  const std::size_t used = fake_cuda::counts().used;
+  Cache cache(session, 0);
+  CHECK(fake_cuda::counts().used >= used + cache.bytes());
+}
+
+TEST(too_little_device_memory_says_so_and_leaves_nothing) {
+  for (std::size_t total = 3000; total < 200000; total += 15000) {
+    fake_cuda::reset();
+    fake_cuda::settings().total = total;
+    try {
+      Cache cache(opened(engines(ANY)), 0);
+      cache.step(1);
+    } catch (const Failure& failure) {
+      CHECK(failure.code == Code::cannot_run_here);
+      CHECK(has(failure.what(), "memory"));
+    }
+    require_nothing_left();
+  }
+}
+
+TEST(auto_takes_an_engine_that_fits_and_goes_on_where_there_is_none) {
+  fake_cuda::reset();
+  CHECK_EQUAL(opened(engines(ANY), "auto")->engine->provider(), std::string("tensorrt"));
+  fake_cuda::settings().devices = 0;
+  CHECK_EQUAL(opened(engines(ANY), "auto")->engine->provider(), std::string("cpu"));
+  CHECK(has(refused(engines(ANY)), "CUDA finds no GPU"));
+  fake_cuda::reset();
+  fake_cuda::settings().minor = 9;
+  CHECK_EQUAL(opened(engines(ANY), "auto")->engine->provider(), std::string("cpu"));
+}
+
+TEST(engines_that_do_not_fit_are_each_named) {
+  fake_cuda::reset();
+  const Copy bundle(ANY);
+  const auto refusal = [&](const json& change) {
+    const Copy changed(ANY);
+    changed.record(change);
+    return refused(changed.path);
+  };
+  CHECK(has(refusal({{"compute_capability", {"8.9", "12.0"}}}),
+            "simulated was built for compute capability 8.9 or 12.0, and Simulated 0 has 8.7"));
+  CHECK(has(refusal({{"version", "9.9.9"}}), "simulated was built with tensorrt 9.9.9, here is 10."));
+  CHECK(has(refusal({{"engine", "tensorrt-rtx"}}), "simulated needs tensorrt-rtx"));
+  CHECK(has(refusal({{"batch", 2}}), "simulated was built for 2 sequences"));
+  CHECK(has(refusal({{"options", {{"refit", true}}}}), "without its weights"));
+  CHECK(has(refusal({{"options", {{"version_compatible", true}}}}), "holds code for the host"));
+  CHECK(has(refusal({{"manifest_sha256", std::string(64, '0')}}), "was built from another bundle"));
+  bundle.record({{"compute_capability", {"8.6"}}, {"options", {{"hardware_compatible", true}}}});
+  CHECK(opened(bundle.path) != nullptr);
+  bundle.record({{"target", "first"}, {"batch", 2}});
+  fs::rename(bundle.engine(), bundle.path / "engines/first");
+  CHECK(has(refused(bundle.path), "first was built for 2 sequences"));
+  fs::copy(engines(ANY) + "/engines/simulated", bundle.engine(), fs::copy_options::recursive);
+  CHECK(opened(bundle.path) != nullptr);  // the second one
+  fs::remove_all(bundle.path / "engines");
+  CHECK(has(refused(bundle.path), "has no engine that this machine can run\n  seen:    no engine"));
+}
+
+TEST(damaged_plans) {
+  fake_cuda::reset();
+  const Copy bundle(ANY);
+  std::string plan;
+  std::getline(std::ifstream(bundle.engine() / "decoder.plan"), plan);
+  plan[0] = '[';
+  std::ofstream(bundle.engine() / "decoder.plan") << plan;
+  CHECK(has(refused(bundle.path), "sha256 differs"));
+  CHECK(has(refused(bundle.path, false), "cannot load"));
+  CHECK(has(refused(bundle.path, false), "magic tag does not match"));
+  std::ofstream(bundle.engine() / "decoder.plan") << plan.substr(1);
+  CHECK(has(refused(bundle.path, false), "is not as"));
+  require_nothing_left();
+}
+
+TEST(engines_that_are_not_as_recorded) {
+  fake_cuda::reset();
+  const auto refusal = [](const json& record, const json& plan) {
+    const Copy changed(ANY);
+    if (!plan.empty()) changed.plan(plan);
+    if (!record.empty()) changed.record(record);
+    return refused(changed.path);
+  };
+  CHECK(has(refusal({{"capacity", 50}}, {}), "has another past_key_values.0.key"));
+  CHECK(has(refusal({{"capacity", 50}}, {}), "60, "));
+  CHECK(has(refusal({{"lowering", ANY == "std24" ? "decomposed17" : "std24"}}, {}), "takes or gives other tensors"));
+  CHECK(has(refusal({}, {{"on_host", "logits"}}), "wants a tensor in the host's memory\n  seen:    logits"));
+#ifndef FAKE_TENSORRT_OLD
+  CHECK(has(refusal({}, {{"apart", "present.1.value"}}), "does not write the cache in place"));
+#endif
+  require_nothing_left();
+}
