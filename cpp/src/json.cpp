@@ -104,6 +104,11 @@ Reader Reader::table(const std::string& key) const {
   return {found == raw_->end() ? none : *found, document_, where_ + named(key) + ".", fix_};
 }
 
+Reader Reader::entry(const std::string& key) const {
+  return {any(key), document_, (where_.empty() ? where_ : where_.substr(0, where_.size() - 1)) + "['" + named(key) + "'].",
+          fix_};
+}
+
 std::string Reader::any_text(const std::string& key) const {
   const Json& found = any(key);
   if (!found.is_string()) refuse(key, wrong_type);

@@ -32,6 +32,7 @@ class Reader {
   bool has(const std::string& key) const;  // there, and not null
   const Json& any(const std::string& key) const;
   Reader table(const std::string& key) const;
+  Reader entry(const std::string& key) const;          // a table whose key is a name of the document's own
   std::string text(const std::string& key) const;      // printable
   std::string any_text(const std::string& key) const;  // with line ends and whatever else text may have
   std::int64_t whole(const std::string& key) const;

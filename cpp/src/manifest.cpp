@@ -79,9 +79,11 @@ std::map<std::string, FileEntry> files_of(const Reader& manifest) {
       throw bundle_error("the manifest lists a file that is not one of the bundle's", shown(Json(name)),
                          "plain names of files beside it");
     }
-    const Reader entry = raw.table(name);
-    if (entry.whole("bytes") < 0) entry.refuse("bytes", "is impossible", "0 or more");
-    files[name] = {entry.text("sha256"), static_cast<std::uint64_t>(entry.whole("bytes"))};
+    const Reader entry = raw.entry(name);
+    const std::string sha256 = entry.text("sha256");
+    const std::int64_t bytes = entry.whole("bytes");
+    if (bytes < 0) entry.refuse("bytes", "is impossible", "0 or more");
+    files[name] = {sha256, static_cast<std::uint64_t>(bytes)};
   }
   for (const char* name : {graph_file, data_file}) {
     if (files.count(name) == 0) throw contradicts(std::string("the manifest does not list ") + name);
@@ -262,9 +264,9 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
     throw contradicts("the manifest describes another number of layers than its num_hidden_layers", std::to_string(described),
                       std::to_string(num_layers));
   }
-  require_countable(manifest);
   if (manifest.eviction) require_fit(*manifest.eviction, manifest.capacity, num_layers);
   require_graph(manifest, reader);
+  require_countable(manifest);
   return manifest;
 }
 

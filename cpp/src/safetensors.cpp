@@ -83,7 +83,7 @@ TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const
   const Json raw = parse_json(start.substr(prefix, header.data - prefix), "the header of " + where, "write it again");
   const Reader reader(raw, "the header of " + where, "", "write it again");
   for (const std::string& name : reader.keys()) {
-    const Reader entry = reader.table(name);
+    const Reader entry = reader.entry(name);
     if (name != metadata_key) {
       header.tensors.push_back(entry_of(name, entry, where));
       continue;

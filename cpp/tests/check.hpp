@@ -63,8 +63,8 @@ inline std::string given(const char* variable) {
   return found;
 }
 
-// A tiny bundle that tests/cpp/bundles.py made, by its name there.
-inline std::string bundle(const std::string& name) { return given("KVEXPORT_TEST_BUNDLES") + "/" + name; }
+// A file or folder that tests/cpp/golden.py made, by its name there.
+inline std::string golden(const std::string& name) { return given("KVEXPORT_TEST_GOLDEN") + "/" + name; }
 
 // 0: all passed; 1: one failed; 77: all were skipped.
 inline int run(int count, char** names) {

@@ -1,0 +1,141 @@
+// Manifests: what Python reads is read, what it refuses is refused in the same words, and nothing else is believed.
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "check.hpp"
+#include "error.hpp"
+#include "files.hpp"
+#include "json.hpp"
+#include "manifest.hpp"
+
+using namespace kvexport::detail;
+
+namespace {
+
+std::string sound() { return contents(check::golden("tiny/manifest.json")); }
+
+std::string said(const std::string& manifest, const std::string& where) {
+  try {
+    parse_manifest(manifest, where);
+  } catch (const Failure& failure) {
+    return failure.failed;
+  }
+  return "accepted";
+}
+
+// As far as the two languages can say the same: parts that name Python's types are cut off.
+std::string comparable(std::string text) {
+  const auto cut = [&](const std::string& mark, std::size_t keep) {
+    if (text.compare(0, mark.size(), mark) == 0) text.resize(keep);
+  };
+  for (const std::string mark : {"the manifest of BUNDLE cannot be read", "the manifest's graph", "the manifest's eviction"})
+    cut(mark, mark.size());
+  for (const std::string mark : {" is not a list of", " is not an object", " is missing or of the wrong type"}) {
+    if (const std::size_t at = text.find(mark); at != std::string::npos) text.resize(at);
+  }
+  return text;
+}
+
+}  // namespace
+
+TEST(reads_what_python_wrote) {
+  const Manifest manifest = parse_manifest(sound(), "tiny");
+  CHECK_EQUAL(manifest.source_name, "tiny");
+  CHECK_EQUAL(manifest.version, KVEXPORT_VERSION);
+  CHECK_EQUAL(manifest.digest.size(), 64U);
+  CHECK_EQUAL(manifest.vocab_size, 40);
+  CHECK_EQUAL(manifest.hidden_size, 32);
+  CHECK_EQUAL(manifest.max_position_embeddings.value(), 256);
+  CHECK_EQUAL(manifest.bos_token_id.value(), 1);
+  CHECK(manifest.eos_token_ids == std::vector<std::int64_t>{2});
+  CHECK(manifest.dtype == Dtype::float32 && !manifest.eviction);
+  CHECK_EQUAL(manifest.capacity, 64);
+  CHECK_EQUAL(manifest.layers.size(), 2U);
+  CHECK_EQUAL(manifest.layers[1].num_key_value_heads, 2);
+  CHECK_EQUAL(manifest.layers[1].key_head_dim, 8);
+  CHECK(manifest.has("decoder.onnx.data") && manifest.has("tokenizer.json") && !manifest.has("manifest.json"));
+}
+
+TEST(reads_an_eviction) {
+  const Manifest manifest = parse_manifest(contents(check::golden("evicting/manifest.json")), "evicting");
+  const Eviction& eviction = manifest.eviction.value();
+  CHECK_EQUAL(eviction.policy, "l2-norm");
+  CHECK(manifest.evicts(0) && !manifest.evicts(1));
+  CHECK_EQUAL(eviction.chunk(), 5);
+  CHECK_EQUAL(eviction.proof_slots(), 23);
+}
+
+TEST(says_what_python_says) {
+  std::size_t cases = 0, accepted = 0;
+  for (const auto& entry : std::filesystem::directory_iterator(check::golden("manifests"))) {
+    const std::string name = entry.path().filename().string(), folder = entry.path().string();
+    const std::string python = contents(folder + "/said.txt"), here = said(contents(folder + "/manifest.json"), "BUNDLE");
+    ++cases, accepted += here == "accepted";
+    if (python == "accepted" && name.find("bytes -1") != std::string::npos) {
+      CHECK(here.find("bytes is impossible") != std::string::npos);  // Python finds out when it looks at the file
+    } else if (comparable(here) != comparable(python)) {
+      check::fail(__FILE__, __LINE__, name + "\n here:   " + here + "\n python: " + python);
+    }
+  }
+  CHECK(cases > 1000 && accepted > 50 && accepted < cases / 2);
+}
+
+TEST(no_flipped_bit_is_believed) {
+  const std::string whole = sound();
+  std::mt19937 random(0);
+  for (int i = 0; i < 2000; ++i) {
+    std::string spoiled = whole;
+    spoiled[random() % whole.size()] ^= static_cast<char>(1 << random() % 8);
+    CHECK(said(spoiled, "BUNDLE") != "accepted");
+  }
+}
+
+TEST(no_part_is_believed) {
+  const std::string whole = sound();
+  for (std::size_t size = 0; size + 2 < whole.size(); size += 7) CHECK(said(whole.substr(0, size), "BUNDLE") != "accepted");
+}
+
+TEST(failures_name_the_remedy) {
+  CHECK_THROWS_WITH(parse_manifest(R"({"format": 1})", "b"), "build the bundle again: kvexport build");
+  CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "kvexport": "9.0"})", "b"), "written by kvexport \"9.0\"");
+  CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "kvexport": "9.0"})", "b"), "update kvexport");
+  CHECK_THROWS_WITH(parse_manifest(R"({"format": 2, "files": {}})", "b"), "its sha256 differs");
+}
+
+TEST(a_key_twice_is_refused) {
+  std::string twice = sound();
+  twice.insert(twice.find('{') + 1, "\"format\": 2, ");
+  CHECK_THROWS_WITH(parse_manifest(twice, "b"), "a key twice: \"format\"");
+  CHECK_THROWS_WITH(parse_json(R"({"a": {"b": 1, "b": 2}})", "x"), "a key twice: \"b\"");
+  CHECK_EQUAL(parse_json(R"([{"a": 1}, {"a": {"a": 2}}])", "x").size(), 2U);
+}
+
+TEST(deep_nesting_is_refused) {
+  const auto nested = [](std::size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
+  parse_json(nested(64), "x");
+  CHECK_THROWS_WITH(parse_json(nested(65), "x"), "nested deeper than 64");
+  CHECK_THROWS_WITH(parse_json(std::string(1 << 20, '['), "x"), "x cannot be read");
+  std::string objects;
+  for (int i = 0; i < 100; ++i) objects += "{\"a\":";
+  CHECK_THROWS_WITH(parse_json(objects, "x"), "nested deeper than 64");
+}
+
+TEST(what_is_no_json_is_refused) {
+  for (const char* text : {"", "NaN", "[Infinity]", "{\"a\": 1e999}", "[1,]", "// a\n1", "\"\xC3\"", "\"\xED\xA0\x80\"", "1 2"})
+    CHECK_THROWS_WITH(parse_json(text, "x"), "x cannot be read");
+}
+
+TEST(what_is_shown_is_short_and_plain) {
+  CHECK_EQUAL(shown("\x1b[31m\xC3\xA9"), "\"\\u001b[31m\\u00e9\"");
+  CHECK_EQUAL(shown(std::string(1000, 'x')).size(), 80U);
+  CHECK(printable("caf\xC3\xA9 \xE6\x97\xA5 \xF0\x9F\x99\x82") && printable(""));
+  for (const char* text : {"\x1b[31m", "a\nb", "\x7F", "\xC2\x85", "\xE2\x80\xAE", "\xE2\x80\xA8", "\xEF\xBB\xBF"})
+    CHECK(!printable(text));
+}
+
+TEST(sizes_that_no_memory_has_are_refused) {
+  for (const char* name : {"heads", "width", "capacity", "layers", "vocabulary"}) {
+    const std::string harmful = contents(check::golden("harmful") + "/" + name + ".json");
+    CHECK_THROWS_WITH(parse_manifest(harmful, "b"), "a larger model or cache than any machine holds");
+  }
+}

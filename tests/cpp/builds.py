@@ -1,0 +1,96 @@
+"""Builds of the C++ library for tests, in folders that the next session finds again. Knows CMake and what this machine lacks."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CPP = ROOT / "cpp"
+FOLDER = ROOT / "build" / "tests"  # git-ignored
+KINDS: dict[str, tuple[str, ...]] = {
+    "sanitized": ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1", "-DKVEXPORT_SANITIZE=address;undefined"),
+    "release": ("-DCMAKE_BUILD_TYPE=Release",),
+    "fuzz": (
+        "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1", "-DKVEXPORT_SANITIZE=address;undefined",
+        "-DCMAKE_C_COMPILER=clang", "-DCMAKE_CXX_COMPILER=clang++", "-DKVEXPORT_FUZZ=ON", "-DKVEXPORT_BUILD_TESTS=OFF",
+        "-DKVEXPORT_BUILD_EXAMPLES=OFF",
+    ),
+}  # fmt: skip
+_HEADERS = "#include <nlohmann/json.hpp>\n#include <openssl/evp.h>\n"
+_INSTALL = "apt-get install cmake ninja-build g++ nlohmann-json3-dev libssl-dev"
+
+
+@cache
+def build(kind: str) -> Path:
+    """The folder of a build of one of `KINDS`, brought up to date.
+
+    Without a compiler or a library that the build needs the test is skipped, where CI is set it fails.
+    """
+    for tool in ("cmake", "ninja", "clang++" if kind == "fuzz" else "c++"):
+        if shutil.which(tool) is None:
+            _lacking(f"there is no {tool} here ({_INSTALL}{' clang' if kind == 'fuzz' else ''})")
+    probe = subprocess.run(["c++", "-std=c++17", "-E", "-x", "c++", "-"], input=_HEADERS, capture_output=True, text=True)
+    if probe.returncode:
+        _lacking(f"headers are missing ({_INSTALL}): {probe.stderr.splitlines()[0]}")
+    folder = FOLDER / kind
+    with _alone():
+        runtime = onnxruntime()
+        if not (folder / "build.ninja").is_file():
+            launcher = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache",) if shutil.which("ccache") else ()
+            options = [*KINDS[kind], *launcher, "-DKVEXPORT_WARNINGS=ON", f"-DONNXRUNTIME_ROOT={runtime}"]
+            require("cmake", "-S", CPP, "-B", folder, "-G", "Ninja", *options)
+        require("cmake", "--build", folder, "-j", str(os.cpu_count()))
+    return folder
+
+
+def onnxruntime() -> Path:
+    """Headers and library."""
+    folder = FOLDER / "onnxruntime"
+    made = _run("bash", CPP / "tools" / "fetch_onnxruntime.sh", folder, sys.executable)
+    if made.returncode == 3:
+        _lacking(made.stderr)
+    assert made.returncode == 0, made.stderr
+    return folder
+
+
+def require(*command: str | Path, **options: str | Path | dict[str, str]) -> str:
+    """What a command says on standard output; it must succeed."""
+    made = _run(*command, **options)
+    assert made.returncode == 0, f"{command}\n{made.stdout[-6000:]}\n{made.stderr[-6000:]}"
+    return made.stdout
+
+
+def environment(**more: str) -> dict[str, str]:
+    """Of a program that may have sanitizers in it: what they find ends it."""
+    leaks = f"suppressions={CPP / 'tests' / 'leaks.supp'}:print_suppressions=0"
+    return {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "LSAN_OPTIONS": leaks, "UBSAN_OPTIONS": "print_stacktrace=1", **more}
+
+
+def _run(*command: str | Path, **options: str | Path | dict[str, str]) -> subprocess.CompletedProcess[str]:
+    words: Sequence[str] = [str(word) for word in command]
+    return subprocess.run(words, capture_output=True, text=True, **options)  # type: ignore[call-overload,no-any-return]
+
+
+def _lacking(reason: str) -> None:
+    if os.environ.get("CI"):
+        pytest.fail(f"the C++ library cannot be built in CI: {reason}")
+    pytest.skip(f"the C++ library cannot be built here: {reason}")
+
+
+@contextmanager
+def _alone() -> Iterator[None]:
+    """Of all sessions on this machine, one builds at a time."""
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    with (FOLDER / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        yield

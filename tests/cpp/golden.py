@@ -1,0 +1,189 @@
+"""What C++ readers are held against: files that Python wrote, sound and damaged, with what Python says of each.
+
+`write` makes, in a folder:
+ - `tiny`: a bundle;
+ - `manifests/NAME/manifest.json`, and `said.txt` beside it: "accepted", or Python's reason for refusing it;
+ - `harmful/NAME.json`: manifests that agree with themselves, and describe sizes that cannot be counted;
+ - `sound.safetensors`, written by the safetensors library, with one tensor a dtype.
+"""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoders import make_decoder
+from safetensors.torch import save_file
+from tiny_bundles import byte_level_tokenizer, write_bundle
+
+from kvexport.bundle_manifest import read_manifest
+from kvexport.errors import BundleError
+from kvexport.eviction import Eviction
+from kvexport.graph.contract import cache_specs, contract
+
+Raw = dict[str, Any]
+Change = Callable[[Raw], object]
+_BUDGET = Eviction("l2-norm", 24, protect_first=2, protect_recent=5, skip_layers=(1,))
+_NAMES = [
+    "../secret",
+    "/etc/passwd",
+    "sub/file",
+    "..",
+    ".",
+    "",
+    "a\\b",
+    "a\nb",
+    "manifest.json",
+    "a\0b",
+    "right",
+    "a b",
+    "é",
+    "\u202e",
+]
+
+
+def write(folder: Path) -> None:
+    decoder = make_decoder("gqa", dtype=torch.float32)
+    tiny = write_bundle(folder / "tiny", decoder, tokenizer=byte_level_tokenizer())
+    evicting = write_bundle(folder / "evicting", decoder, eviction=_BUDGET)
+    for bundle in (tiny, evicting):
+        raw = json.loads((bundle / "manifest.json").read_text())
+        for name, content in _manifests(raw):
+            case = folder / "manifests" / f"{bundle.name} {name}"
+            case.mkdir(parents=True)
+            (case / "manifest.json").write_bytes(content)
+            (case / "said.txt").write_text(_said(case))
+    (folder / "harmful").mkdir()
+    for name, change in _HARMFUL.items():
+        raw = json.loads((tiny / "manifest.json").read_text())
+        change(raw)
+        (folder / "harmful" / f"{name}.json").write_bytes(sealed(_with_its_contract(raw)))
+    save_file(tensors(), folder / "sound.safetensors", metadata={"kvexport": "test", "text": 'quoted "é" \n'})
+
+
+def tensors() -> dict[str, torch.Tensor]:
+    """What `sound.safetensors` holds, and what the C++ test writes too."""
+    return {
+        "f32": torch.arange(6, dtype=torch.float32).reshape(1, 2, 3),
+        "f16": torch.tensor([0.5, -2.0], dtype=torch.float16),
+        "bf16": torch.tensor([[1.5], [-8.0]], dtype=torch.bfloat16),
+        "i64": torch.tensor(-7, dtype=torch.int64),
+        "none": torch.zeros(0, 4),
+    }
+
+
+def _said(case: Path) -> str:
+    try:
+        read_manifest(case)
+    except BundleError as error:
+        return error.what.replace(str(case), "BUNDLE")
+    return "accepted"
+
+
+def sealed(raw: Raw) -> bytes:
+    """A manifest with its digest, as somebody writes it who means harm."""
+    raw = {key: value for key, value in raw.items() if key != "manifest_sha256"}
+    text = json.dumps({**raw, "manifest_sha256": "0" * 64})
+    before, after = text.rsplit("0" * 64, 1)
+    return (before + hashlib.sha256(text.encode()).hexdigest() + after).encode()
+
+
+def _manifests(raw: Raw) -> Iterator[tuple[str, bytes]]:
+    whole = sealed(raw)
+    yield "as it is", whole
+    yield "digest in capitals", whole[:-70] + whole[-70:].upper()
+    yield "another digest", whole[:-5] + b'0"}'
+    yield "one space more", whole.replace(b": ", b":  ", 1)
+    yield "without digest", json.dumps({key: value for key, value in raw.items() if key != "manifest_sha256"}).encode()
+    yield from _NONE.items()
+    for at, (said, change) in enumerate(_changes(raw)):
+        changed = copy.deepcopy(raw)
+        change(changed)
+        yield f"{at} {said}", sealed(changed)
+
+
+_HARMFUL: dict[str, Change] = {
+    "heads": lambda raw: raw["layers"][0].update(num_key_value_heads=2**61),
+    "width": lambda raw: raw["layers"][1].update(key_head_dim=2**60),
+    "capacity": lambda raw: raw.update(capacity=2**60),
+    "layers": lambda raw: [layer.update(value_head_dim=2**47) for layer in raw["layers"]],
+    "vocabulary": lambda raw: raw["model"].update(vocab_size=2**62),
+}
+
+
+def _with_its_contract(raw: Raw) -> Raw:
+    """Somebody who means harm also makes the graph agree."""
+    caches = [
+        cache_specs(
+            index, kv_heads=layer["num_key_value_heads"], key_dim=layer["key_head_dim"], value_dim=layer["value_head_dim"],
+            dtype=raw["dtype"], evicts=False,
+        )
+        for index, layer in enumerate(raw["layers"])
+    ]  # fmt: skip
+    model = raw["model"]
+    graph = contract(
+        dtype=raw["dtype"], capacity=raw["capacity"], vocab_size=model["vocab_size"], hidden_size=model["hidden_size"],
+        caches=caches,
+    )  # fmt: skip
+    return {**raw, "graph": graph.to_json()}
+
+
+_NONE = {
+    "empty": b"", "cut off": b"{", "list": b"[]", "number": b"7", "not UTF-8": b"\xff\xfe", "no format": b'{"files": {}}',
+    "deep": b"[" * 100_000, "long number": b'{"format": 2' + b"0" * 5000 + b"}", "newer": b'{"format": 9, "all": "else"}',
+    "older": b'{"format": 1}', "text format": b'{"format": "2", "kvexport": "7.1.0"}', "real format": b'{"format": 2.0}',
+    "true format": b'{"format": true}', "null format": b'{"format": null}', "more behind": b'{"format": 2} {}',
+}  # fmt: skip
+
+
+def _changes(raw: Raw) -> Iterator[tuple[str, Change]]:
+    """Every key taken away, of another type and too small, and what else contradicts."""
+    for path in _paths(raw):
+        name = ".".join(map(str, path))
+        yield f"{name} gone", lambda raw, path=path: _at(raw, path[:-1]).pop(path[-1])
+        for value in (None, True, "x", -1, 0, 2**62, 1e308, 0.5, {"nested": []}, []):
+            yield (
+                f"{name} {json.dumps(value).strip('{}')}",
+                lambda raw, path=path, value=value: _at(raw, path[:-1]).update({path[-1]: copy.deepcopy(value)}),
+            )
+    for name in _NAMES:
+        entry = {"sha256": "0" * 64, "bytes": 1}
+        yield "file", lambda raw, name=name, entry=entry: raw["files"].update({name: entry})
+    yield "escape", lambda raw: raw["source"].update(name="\x1b[31mred")
+    yield "more keys", lambda raw: raw.update(more={"a": [1]})
+    yield "more of the graph", lambda raw: raw["graph"].update(more=1)
+    yield "an input more", lambda raw: raw["graph"]["inputs"].append(raw["graph"]["inputs"][0])
+    yield "an input renamed", lambda raw: raw["graph"]["inputs"][4].update(name="tokens")
+    yield "a wider output", lambda raw: raw["graph"]["outputs"][2]["shape"].__setitem__(3, 9)
+    yield "a layer fewer", lambda raw: raw["layers"].pop()
+    yield "other heads", lambda raw: raw["layers"][1].update(num_key_value_heads=3)
+    yield "another dtype", lambda raw: raw.update(dtype="float16")
+    yield "eos of text", lambda raw: raw["model"].update(eos_token_ids=[2, "x"])
+    yield "eos of halves", lambda raw: raw["model"].update(eos_token_ids=[2.5])
+    for budget in (
+        {"budget": 64}, {"budget": 65}, {"budget": 7}, {"budget": 8}, {"protect_first": 2**61}, {"protect_recent": 2**61},
+        {"skip_layers": [0, 1]}, {"skip_layers": [2]}, {"skip_layers": [-1]}, {"policy": "oldest"}, {"more": 1},
+    ):  # fmt: skip
+        sound = {"policy": "window", "budget": 24, "protect_first": 2, "protect_recent": 5, "skip_layers": [1]}
+        yield f"eviction {next(iter(budget))}", lambda raw, budget=budget, sound=sound: raw.update(eviction={**sound, **budget})
+
+
+def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
+    """Every key, of lists' first items."""
+    if isinstance(raw, dict):
+        named = [(*path, key) for key in raw if key != "manifest_sha256" and not (path == ("files",) and key != "decoder.onnx")]
+        return [each for one in named for each in (one, *_paths(_at(raw, one[-1:]), one))]
+    if isinstance(raw, list) and raw and isinstance(raw[0], dict):
+        return _paths(raw[0], (*path, 0))
+    return []
+
+
+def _at(raw: Any, path: tuple[str | int, ...]) -> Any:
+    for key in path:
+        raw = raw[key]
+    return raw
