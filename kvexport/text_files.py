@@ -7,6 +7,7 @@ uses, reads beside tokenizer.json. Must not know models.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,9 @@ def write_text_files(
         progress.note(f"{TOKENIZER_FILE} encodes none of the texts that it is checked with; the bundle will not check it")
         return
     made = TextFile(golden, tokenizer.special_ids, found.chat, found.golden)
+    _adapt(directory / TOKENIZER_FILE)
+    if made.difference(read_tokenizer(directory)) is not None:
+        shutil.copyfile(checkpoint / TOKENIZER_FILE, directory / TOKENIZER_FILE)
     _write(directory / TEXT_FILE, made.to_json())
     model = {"type": "llama", "vocab_size": vocab_size, "context_length": capacity, "decoder": {}}
     ids = {"bos_token_id": bos or 0, "eos_token_id": eos[0] if eos else 0, "pad_token_id": eos[0] if eos else 0}
@@ -79,6 +83,21 @@ def _golden(tokenizer: Tokenizer, text: str) -> Golden | None:
         return Golden(text, tuple(ids), tuple(plain), tokenizer.decode(ids))
     except Exception:  # the only class that tokenizers raises, for a text that a vocabulary without an unknown token lacks
         return None
+
+
+def _adapt(path: Path) -> None:
+    """Say a tokenizer.json in other words that mean the same to `tokenizers`, where onnxruntime-genai takes them wrongly.
+
+    From a decoder that strips the first space it takes it that every piece of text begins with one; where only the whole
+    text does, the space is taken off by a pattern instead, and the C++ library adds it.
+    """
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    before, decoder = raw.get("pre_tokenizer") or {}, raw.get("decoder") or {}
+    steps = decoder.get("decoders") or [None]
+    first = before.get("type") == "Metaspace" and before.get("prepend_scheme") == "first" and before.get("split") is False
+    if first and steps[-1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+        steps[-1] = {"type": "Replace", "pattern": {"Regex": r"\A "}, "content": ""}
+        path.write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")
 
 
 def _tokenizer_config(checkpoint: Path, directory: Path) -> dict[str, Any]:

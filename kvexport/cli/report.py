@@ -97,10 +97,23 @@ def print_bundle(bundle: Bundle, verified: bool) -> None:
     if bundle.eviction is not None:
         table.add_row("KV budget", str(bundle.eviction))
     table.add_row("KV cache at capacity", size(bundle.kv_bytes(bundle.capacity)))
+    table.add_row("text", _text(bundle))
     for name, entry in bundle.files.items():
         table.add_row(name, f"{size(entry.bytes)}, sha256 {entry.sha256[:12]}{' ok' if verified else ''}")
     out.print()
     out.print(table)
+
+
+def _text(bundle: Bundle) -> str:
+    from kvexport.bundle import TOKENIZER_FILE
+    from kvexport.runtime.chat import Chat
+
+    if TOKENIZER_FILE not in bundle.files:
+        return "token ids only"
+    chat = Chat.of(bundle)
+    if chat is None:
+        return "no chat template"
+    return "chat template" if chat.begin_system is not None else "chat template without a system prompt"
 
 
 def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool) -> None:

@@ -1,0 +1,107 @@
+"""The C++ library's text against Python's, tokenizer by tokenizer: cpp/tests/test_text.cpp on folders that are made here."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import json
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from tokenizer_shapes import shapes
+
+from kvexport.progress import Progress
+from kvexport.runtime.golden import parse_text
+from kvexport.runtime.text import TextStream, read_tokenizer
+from kvexport.text_files import write_text_files
+
+pytestmark = pytest.mark.slow
+
+CPP = Path(__file__).resolve().parents[2] / "cpp"
+SOURCES = ("chat", "text_file", "genai", "text", "json", "file")
+WORDS = [
+    "Once",
+    " upon",
+    "the ",
+    "HELLO",
+    " it's",
+    "12 3",
+    "日本",
+    "é",
+    "🙂👩\u200d👧",
+    "\n",
+    "  ",
+    "x=[1];",
+    "▁",
+    "\t",
+    "\u3000",
+]
+
+
+def library(package: str, pattern: str) -> Path:
+    spec = importlib.util.find_spec(package)
+    found = sorted(Path(spec.origin).parent.glob(pattern)) if spec is not None and spec.origin else []
+    if not found:
+        pytest.skip(f"{package} is not installed")
+    return found[0]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for each shape, with what Python makes of some texts in vectors.json."""
+    top = tmp_path_factory.mktemp("text")
+    for name, (tokenizer, config) in shapes().items():
+        checkpoint, folder = top / "checkpoints" / name, top / name
+        for each in (checkpoint, folder):
+            each.mkdir(parents=True)
+            (each / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
+        write_text_files(checkpoint, folder, capacity=64, vocab_size=1000, bos=None, eos=(0,), progress=Progress())
+        (folder / "vectors.json").write_text(json.dumps(vectors(folder)), encoding="utf-8")
+    return top
+
+
+def vectors(folder: Path) -> list[dict[str, object]]:
+    tokenizer, made = read_tokenizer(folder), []
+    texts = ["".join(words) for words in itertools.permutations(WORDS, 2)]
+    texts += ["".join(WORDS[i:] + WORDS[:i]) for i in range(len(WORDS))]
+    for number, text in enumerate(texts):
+        ids = tokenizer.encode(text)
+        stream = TextStream(tokenizer, ids[:1])
+        pieces = [*map(stream.add, ids[1:]), stream.end()]
+        if "\ufffd" in tokenizer.decode(ids[:1]):  # a prompt that ends within a character
+            continue
+        made.append(
+            {"text": text, "ids": ids, "plain": tokenizer.encode(text, special=False), "pieces": pieces, "number": number}
+        )
+    return made
+
+
+def test_golden_vectors_hold_for_what_was_written(folders: Path) -> None:
+    """The bundle's tokenizer.json may say it in other words than the checkpoint's, and mean the same."""
+    for name in shapes():
+        found = parse_text(json.loads((folders / name / "text.json").read_text(encoding="utf-8")))
+        assert found.difference(read_tokenizer(folders / name)) is None
+        assert found.difference(read_tokenizer(folders / "checkpoints" / name)) is None
+    assert (folders / "mistral" / "tokenizer.json").read_text() != (folders / "checkpoints/mistral/tokenizer.json").read_text()
+
+
+def test_cpp_gives_what_python_gives(folders: Path, tmp_path: Path) -> None:
+    compiler = shutil.which("g++")
+    if compiler is None or not Path("/usr/include/nlohmann/json.hpp").exists():
+        pytest.skip("no C++ compiler with nlohmann-json")
+    genai = library("onnxruntime_genai", "libonnxruntime-genai.so")
+    runtime = library("onnxruntime", "capi/libonnxruntime.so.1.*")
+    (tmp_path / "libonnxruntime.so.1").symlink_to(runtime)
+    program = tmp_path / "test_text"
+    sources = [str(CPP / "src" / f"{name}.cpp") for name in SOURCES] + [str(CPP / "tests" / "test_text.cpp")]
+    flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", f"-I{CPP / 'src'}", "-Wl,--no-as-needed", f"-Wl,-rpath,{tmp_path}"]
+    build = [compiler, *flags, *sources, str(tmp_path / "libonnxruntime.so.1"), "-ldl", "-pthread", "-o", str(program)]
+    built = subprocess.run(build, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    environment = {**os.environ, "KVEXPORT_TEST_TEXT": str(folders), "KVEXPORT_TEST_GENAI": str(genai)}
+    ran = subprocess.run([str(program)], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 0 and " 0 failed, 0 skipped" in ran.stdout, ran.stdout + ran.stderr
