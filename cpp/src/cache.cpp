@@ -78,17 +78,18 @@ const float* Cache::feed_pending() {
   return logits;
 }
 
-std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count) {
+std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count, std::size_t from) {
   require_whole();
   require_ids(ids, count);
   const auto whole = static_cast<std::int64_t>(count), vocab = session_->manifest().vocab_size;
   require_room(length_ + whole, "the tokens exceed the cache's capacity");
   std::vector<float> scored;
-  scored.reserve(static_cast<std::size_t>(whole * vocab));
+  scored.reserve((count - std::min(count, from)) * static_cast<std::size_t>(vocab));
   for (std::int64_t start = 0; start < whole; start += chunk_) {
     const std::int64_t here = std::min(chunk_, whole - start);
-    const float* logits = run(ids + start, here, here, start + here == whole);
-    scored.insert(scored.end(), logits, logits + here * vocab);
+    const std::int64_t wanted = std::min(here, start + here - static_cast<std::int64_t>(std::min(count, from)));
+    const float* logits = run(ids + start, here, std::max<std::int64_t>(1, wanted), start + here == whole);
+    if (wanted > 0) scored.insert(scored.end(), logits, logits + wanted * vocab);
   }
   return scored;
 }

@@ -28,8 +28,8 @@ class Cache {
   // refused leaves the cache as it was.
   const float* prefill(const std::int64_t* ids, std::size_t count);
   const float* step(std::int64_t token);
-  // As `prefill`, with logits after every token [count, vocab_size]; nothing may be pending.
-  std::vector<float> score(const std::int64_t* ids, std::size_t count);
+  // As `prefill`, with logits after every token from the one at `from` on [count - from, vocab_size]; nothing may be pending.
+  std::vector<float> score(const std::int64_t* ids, std::size_t count, std::size_t from = 0);
 
   // Let this token be the next: it is pending, and the next call feeds it first.
   void choose(std::int64_t token) { pending_ = token; }

@@ -66,8 +66,18 @@ Session::Session(const std::string& path, const OpenOptions& options)
     : bundle(open_bundle(path, options)),
       engine(load(bundle, options)),
       chunk(options.chunk),
+      verified(options.verify),
       device(engine->device_memory().name) {
   open_text(options.text_library);
+}
+
+Session::Session(Bundle opened, std::unique_ptr<Engine> made)
+    : bundle(std::move(opened)),
+      engine(std::move(made)),
+      chunk(OpenOptions().chunk),
+      verified(true),
+      device(engine->device_memory().name) {
+  open_text("");
 }
 
 std::int64_t Session::capacity_of(std::int64_t capacity) const {

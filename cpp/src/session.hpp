@@ -26,6 +26,8 @@ class Session {
  public:
   // Throws Failure: no bundle, a damaged one, an option out of range, or this machine lacks what the provider needs.
   Session(const std::string& path, const OpenOptions& options);
+  // Of a bundle whose files are checked, on any engine; token ids only.
+  Session(Bundle bundle, std::unique_ptr<Engine> engine);
 
   const Manifest& manifest() const { return bundle.manifest; }
   // Of a cache that is asked to have room for `capacity` tokens, 0: for as many as can be. Throws Failure: out of range.
@@ -37,6 +39,7 @@ class Session {
   const Bundle bundle;
   const std::unique_ptr<Engine> engine;
   const std::int64_t chunk;
+  const bool verified;  // what runs was hashed
   std::unique_ptr<const Text> text;
   std::string text_missing;  // why there is no text, where there is none
   const std::string device;  // its name, "" on the CPU
