@@ -22,6 +22,7 @@ _VERBS = {
     "run": "Generate text from a bundle.",
     "inspect": "Show what a bundle holds, and check its hashes.",
     "validate": "Prove a bundle against its PyTorch twin.",
+    "self-test": "Say whether a bundle computes here what it computed when it was built.",
     "evaluate": "Measure what compression cost, on a text.",
     "compress": "Turn a checkpoint into a standard one with fewer KV heads.",
     "calibrate": "Save calibration statistics for several builds.",
@@ -46,7 +47,7 @@ class _Verbs(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in _VERBS:
             return None
-        command: click.Command = import_module(f"kvexport.cli.{cmd_name}").command
+        command: click.Command = import_module(f"kvexport.cli.{cmd_name.replace('-', '_')}").command
         command.name = cmd_name
         return command
 
