@@ -13,8 +13,7 @@ from kvexport.cli.options import provider_option
 from kvexport.errors import UsageError
 
 if TYPE_CHECKING:
-    from kvexport.runtime import Session
-    from kvexport.runtime.generation import Timing
+    from kvexport.runtime import Cache, Session, Stream
 
 _NAMES = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
@@ -27,26 +26,67 @@ _NAMES = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 @click.option("--top-k", type=int, help="Draw from the K likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens that reach this probability.")
 @click.option("--seed", type=int, help="Makes drawing repeatable.")
+@click.option("--stop", metavar="TEXT", multiple=True, help="End where this text appears, and leave it out; several times: any.")
+@click.option("--cache", type=click.Path(path_type=Path), metavar="FILE", help="Go on from a cache that --save-cache wrote.")
+@click.option(
+    "--save-cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Read the prompt, write the cache to FILE, and generate nothing.",
+)
 @provider_option
 @click.option("--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core].")
 @click.option("--no-verify", is_flag=True, help="Start without hashing the weights.")
 @click.option("--quiet", is_flag=True, help="The text alone.")
 def command(
     bundle: Path, prompt: str, max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None,
-    seed: int | None, provider: str, threads: int | None, no_verify: bool, quiet: bool,
+    seed: int | None, stop: tuple[str, ...], cache: Path | None, save_cache: Path | None, provider: str, threads: int | None,
+    no_verify: bool, quiet: bool,
 ) -> None:  # fmt: skip
-    """Continue a prompt with BUNDLE; the prompt and what follows it go to standard output."""
+    """Continue a prompt with BUNDLE; the prompt and what follows it go to standard output.
+
+    A long beginning that several runs share is read once: --save-cache FILE writes what the model remembers of it, and
+    --cache FILE goes on from there.
+    """
     from kvexport.runtime import open_bundle
 
     text = _standard_input() if prompt == "-" else prompt
     session = open_bundle(bundle, provider=provider, threads=threads, verify=not no_verify)
-    stream = session.stream(text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
+    held = None if cache is None else _loaded(session, cache)
+    if save_cache is not None:
+        said = _saved(session, text, held or session.new_cache(), save_cache)
+        if not quiet:
+            click.echo(said, err=True)
+        return
+    stream = session.stream(
+        text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or None,
+        cache=held,
+    )  # fmt: skip
     for piece in chain([text + next(stream, "")], stream):  # a prompt that is refused is not printed
         click.echo(piece, nl=False)  # and flush
     click.echo()
     if not quiet:
-        assert stream.generation is not None
-        click.echo(_summary(stream.timing, stream.generation.finish_reason, session), err=True)
+        click.echo(_summary(stream, session, held, stop), err=True)
+
+
+def _loaded(session: Session, path: Path) -> Cache:
+    """The one sequence of a saved cache."""
+    cache = session.load(path)
+    if cache.batch != 1:
+        raise UsageError(f"the cache {path} holds several sequences", seen=cache.batch, allowed=1, fix="load it in Python")
+    return cache
+
+
+def _saved(session: Session, text: str, cache: Cache, path: Path) -> str:
+    """Read a text, write the cache; what was written."""
+    from kvexport.cli.report import size
+
+    before = int(cache.lengths[0])
+    session.prefill(text, cache=cache)
+    cache.save(path)
+    tokens = int(cache.lengths[0])
+    read = f"{tokens} tokens" + (f", {before} of them from --cache" if before else "")
+    return f"kvexport: wrote {path}: {read}, {size(path.stat().st_size)}"
 
 
 def _standard_input() -> str:
@@ -62,18 +102,23 @@ def _standard_input() -> str:
     return text.removesuffix("\n").removesuffix("\r")
 
 
-def _summary(timing: Timing, reason: str, session: Session) -> str:
+def _summary(stream: Stream, session: Session, cache: Cache | None, stop: tuple[str, ...]) -> str:
+    """Why a stream that is whole ended, and what it took."""
     from kvexport.cli.report import size
 
-    ended = {"stop": "the model ended", "length": "--max-new-tokens reached", "capacity": "the bundle's capacity reached"}
-    prefill = _speed(timing.prefill_tokens, timing.prefill_seconds)
-    decode = _speed(timing.decode_tokens, timing.decode_seconds)
-    used = session.bundle.kv_bytes(timing.prefill_tokens + timing.decode_tokens)
+    assert stream.generation is not None
+    ended = {
+        "stop": "the model ended, or a --stop text came" if stop else "the model ended",
+        "length": "--max-new-tokens reached", "capacity": "the bundle's capacity reached",
+    }[stream.generation.finish_reason]  # fmt: skip
+    prefill = _speed(stream.timing.prefill_tokens, stream.timing.prefill_seconds)
+    decode = _speed(stream.timing.decode_tokens, stream.timing.decode_seconds)
+    (length,) = session.lengths if cache is None else cache.lengths
     return (
-        f"kvexport: {ended[reason]}; prefill {prefill}, decode {decode} on {_NAMES[session.provider]}; "
-        f"KV cache {size(used)} in use, {size(session.memory().bytes_allocated)} allocated"
+        f"kvexport: {ended}; prefill {prefill}, decode {decode} on {_NAMES[session.provider]}; "
+        f"KV cache {size(session.bundle.kv_bytes(int(length)))} in use, {size(session.memory(cache).bytes_allocated)} allocated"
     )
 
 
 def _speed(tokens: int, seconds: float) -> str:
-    return f"{tokens} tokens" + (f" at {tokens / seconds:.0f}/s" if seconds else "")
+    return f"{tokens} tokens" + (f" at {tokens / seconds:.0f}/s" if tokens and seconds else "")

@@ -7,7 +7,7 @@ arrays are, in the host's memory or on a device, is the cache's place.
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -78,7 +78,7 @@ class OrtDecoder:
         several = positions.shape[1] > 1
         apart = several and self._row_by_row if self.cache.slots is None else several or lengths is not None
         if lengths is not None and (lengths < positions.shape[1]).any() and (positions[:, 0] != positions[0, 0]).any():
-            return True, int((positions[:, 0] + lengths).max()) - 1
+            return True, int(np.where(lengths, positions[:, 0] + lengths, 0).max()) - 1
         return apart, int(positions.max())
 
     def device_memory(self) -> DeviceMemory | None:
@@ -112,16 +112,18 @@ class OrtDecoder:
         self, binding: _Binding, input_ids: Ids, positions: Ids, logits_index: Ids, shrink: bool, row: int | None = None
     ) -> Logits:
         indices = self.cache.admit(positions, row)
-        binding.inputs(dict(zip(TOKEN_INPUTS, (input_ids, positions, indices, logits_index), strict=True)))
-        binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
+        binding.inputs((input_ids, positions, indices, logits_index))
+        logits = binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
         for name, (width, dtype) in self._extra.items():
             binding.output(name, (*input_ids.shape, width), dtype, HOST)
-        self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and self.cache.place is HOST else None)
-        if self.cache.place is not HOST:
-            binding.binding.synchronize_outputs()
-        self.extra = {name: as_float32(binding.arrays[name], dtype) for name, (_, dtype) in self._extra.items()}
-        logits: Logits = self.cache.place.read(binding.arrays["logits"])
-        return logits
+        on_host = self.cache.place is HOST
+        self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and on_host else None)
+        if self._extra:
+            self.extra = {name: as_float32(binding.arrays[name], dtype) for name, (_, dtype) in self._extra.items()}
+        if on_host:
+            return logits
+        binding.binding.synchronize_outputs()
+        return self.cache.place.read(logits)
 
 
 class _Binding:
@@ -136,26 +138,31 @@ class _Binding:
             self._bind(name, buffer, dtype, self._place, rows)
             self._bind(_present(name), buffer, dtype, self._place, rows)
 
-    def inputs(self, inputs: Mapping[str, Ids]) -> None:
-        """On a device they are bound for every call: ONNX Runtime copies what an operator wants in the host's memory (of
-        GroupQueryAttention's graph write_indices) when it is bound, and not again."""
-        for name, values in inputs.items():
-            self._array(name, values.shape, "int64", self._place)
-            self._place.write(self.arrays[name], values)
-        self._place.synchronize()  # ONNX Runtime has streams of its own
-        if self._place is not HOST:
-            for name in inputs:
-                self._bind(name, self.arrays[name], "int64", self._place)
+    def inputs(self, inputs: tuple[Ids, ...]) -> None:
+        """What `TOKEN_INPUTS` names. On a device they are bound for every call: ONNX Runtime copies what an operator wants in
+        the host's memory (of GroupQueryAttention's graph write_indices) when it is bound, and not again."""
+        place, arrays = self._place, self.arrays
+        for name, values in zip(TOKEN_INPUTS, inputs, strict=True):
+            array = arrays.get(name)
+            if array is None or array.shape != values.shape:
+                array = self._array(name, values.shape, "int64", place)
+            place.write(array, values)
+        if place is not HOST:
+            place.synchronize()  # ONNX Runtime has streams of its own
+            for name in TOKEN_INPUTS:
+                self._bind(name, self.arrays[name], "int64", place)
             self.binding.synchronize_inputs()
 
-    def output(self, name: str, shape: tuple[int, ...], dtype: str, place: Place | None = None) -> None:
-        self._array(name, shape, dtype, place or self._place)
+    def output(self, name: str, shape: tuple[int, ...], dtype: str, place: Place | None = None) -> Any:
+        return self._array(name, shape, dtype, place or self._place)
 
-    def _array(self, name: str, shape: tuple[int, ...], dtype: str, place: Place) -> None:
-        """Bind an array under `name`, made anew only when its shape changes."""
-        if name not in self.arrays or self.arrays[name].shape != shape:
-            self.arrays[name] = place.staged(shape, dtype)
-            self._bind(name, self.arrays[name], dtype, place)
+    def _array(self, name: str, shape: tuple[int, ...], dtype: str, place: Place) -> Any:
+        """The array that is bound under `name`, made anew only when its shape changes."""
+        array = self.arrays.get(name)
+        if array is None or array.shape != shape:
+            array = self.arrays[name] = place.staged(shape, dtype)
+            self._bind(name, array, dtype, place)
+        return array
 
     def _bind(self, name: str, array: Any, dtype: str, place: Place, rows: slice = ALL_ROWS) -> None:
         address, shape = place.address(array, rows)

@@ -54,16 +54,18 @@ class Feeder:
                 "token ids are whole numbers in rows of one length", seen=f"{ids.dtype} of {ids.ndim} dimensions",
                 allowed=f"integers of {dimensions}",
             )  # fmt: skip
-        if ids.size and (ids.min() < 0 or ids.max() >= self._vocab):
-            wrong = ids[(ids < 0) | (ids >= self._vocab)]
-            raise UsageError("a token id is outside the vocabulary", seen=int(wrong[0]), allowed=f"0 to {self._vocab - 1}")
+        flat = ids.ravel().tolist()  # of so few numbers Python finds the least sooner than numpy
+        if flat and not 0 <= min(flat) <= max(flat) < self._vocab:
+            wrong = next(token for token in flat if not 0 <= token < self._vocab)
+            raise UsageError("a token id is outside the vocabulary", seen=wrong, allowed=f"0 to {self._vocab - 1}")
         return ids.astype(np.int64, copy=False)
 
     def counted(self, held: Sequences | None, prompts: Sequence[Ids]) -> Ids:
         """How many tokens each prompt has [B], those that are pending among them, where they fit behind what is held.
 
         Raises:
-            UsageError: an empty prompt, another number of prompts than sequences, or more tokens than the capacity.
+            UsageError: an empty prompt where a sequence begins, another number of prompts than sequences, or more tokens than
+                the capacity.
         """
         counts = np.array([len(row) for row in prompts], np.int64)
         lengths, what = counts, "the prompt is longer than the bundle's capacity"
@@ -78,13 +80,14 @@ class Feeder:
             lengths = held.lengths + counts
             if held.lengths.any():
                 what = "the prompt does not fit behind what the cache holds"
-        if counts.min() == 0:
+        if lengths.min() == 0:
             raise UsageError("a prompt is empty", fix="give at least one token")
         self.decoder.cache.require_room(int(lengths.max()), what)
         return counts
 
     def prefill(self, held: Sequences, prompts: Sequence[Ids], counts: Ids) -> Logits:
-        """Feed each sequence its prompt, after what is pending; returns the logits [B, vocab] after each one's last.
+        """Feed each sequence its prompt, after what is pending; returns the logits [B, vocab] after each one's last token,
+        which comes again where there is nothing to feed.
 
         Args:
             counts: as `counted`.
@@ -102,12 +105,15 @@ class Feeder:
             stop = start + ids.shape[1]
             index = np.clip(counts - 1 - start, 0, ids.shape[1] - 1)[:, None]
             filled = np.clip(counts - start, 0, ids.shape[1])
-            logits = self._run(held, begin + start, ids, index, lengths=filled, shrink=stop == padded.shape[1])
+            fed = np.minimum(counts, stop)
+            positions, ends = (begin + start)[:, None] + np.arange(ids.shape[1]), stop == padded.shape[1]
+            logits = self._call(held, int((begin + fed).max()), ids, positions, index, filled, ends)
             ends_here = (counts > start) & (counts <= stop)
             after_last[ends_here] = logits[ends_here, 0]
-            fed = np.minimum(counts, stop)
-            held.lengths, held.last = begin + fed, padded[np.arange(len(rows)), fed - 1]
-            held.pending = [[] for _ in rows]
+            held.last = np.where(fed > 0, padded[np.arange(len(rows)), fed - 1], held.last)
+            held.lengths, held.pending = begin + fed, [[] for _ in rows]
+        if not counts.all():
+            after_last[counts == 0] = self._step(held, held.last, np.zeros(len(rows), np.bool_))[counts == 0]
         self._compress(held)
         return after_last
 
@@ -137,41 +143,37 @@ class Feeder:
         scored = np.empty((*ids.shape, self._vocab), np.float32)
         for start in range(0, ids.shape[1], self._chunk):
             part = ids[:, start : start + self._chunk]
+            stop = start + part.shape[1]
             index = np.broadcast_to(np.arange(part.shape[1]), part.shape)
-            scored[:, start : start + self._chunk] = self._run(held, np.full(len(ids), start), part, index)
-            held.lengths, held.last = np.full(len(ids), start + part.shape[1]), part[:, -1]
+            scored[:, start:stop] = self._call(held, stop, part, start + index, index, None, False)
+            held.lengths, held.last = np.full(len(ids), stop), part[:, -1]
         self._compress(held)
         return scored
 
     def _step(self, held: Sequences, ids: Ids, active: Active | None) -> Logits:
         """One token [B] for each sequence, or for those that are `active`."""
-        counts = None
-        if active is None:
-            lengths = held.lengths + 1
-        else:
-            lengths = held.lengths + active
-            ids = np.where(active, ids, held.last)
+        start, lengths, counts = held.lengths, held.lengths + 1, None
+        if active is not None:
+            lengths = start + active
+            start, ids = np.maximum(lengths - 1, 0), np.where(active, ids, held.last)
             if self._compress_once and not active.all():
                 counts = active.astype(np.int64)
-        self._require_room(held, int(lengths.max()))
-        start = np.maximum(lengths - 1, 0)
-        logits = self._run(held, start, ids[:, None], np.zeros((len(ids), 1), np.int64), lengths=counts)
+        reach = max(lengths.tolist())
+        logits = self._call(held, reach, ids[:, None], start[:, None], np.zeros((len(ids), 1), np.int64), counts, False)
         held.lengths, held.last = lengths, ids
         return logits[:, 0].copy()
 
     def _require_room(self, held: Sequences, tokens: int) -> None:
         held.kv.require_room(tokens, "the bundle's capacity is exhausted")
 
-    def _run(
-        self, held: Sequences, start: Ids, ids: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
+    def _call(
+        self, held: Sequences, reach: int, ids: Ids, positions: Ids, logits_index: Ids, lengths: Ids | None, shrink: bool
     ) -> Logits:  # fmt: skip
-        """Tokens [B, S] at the positions from start[b] on."""
+        """As `Decoder.run`; no sequence is longer than `reach` afterwards."""
         require_whole(held)
         if self.decoder.cache is not held.kv:
             self.decoder.use(held.kv)
-        positions = start[:, None] + np.arange(ids.shape[1])
-        # Room first: where there is none, nothing was done. Whatever goes wrong after that leaves the cache half written.
-        held.kv.reserve(int((positions[:, -1] if lengths is None else start + lengths - 1).max()) + 1)
+        held.kv.reserve(reach)  # where there is no room, nothing was done; whatever fails later leaves the cache half written
         held.broken = True
         logits = self.decoder.run(ids, positions, logits_index, lengths=lengths, shrink=shrink)
         held.broken = False

@@ -180,15 +180,16 @@ class Session:
         """Feed prompts of any lengths, token ids or text; returns the logits [B, vocab] after each one's last token.
 
         Args:
-            cache: go on with its sequences, one prompt for each. None: start anew.
+            cache: go on with its sequences, one prompt for each, which may be empty. None: start anew.
 
         Raises:
-            UsageError: an empty prompt, a token id outside the vocabulary, a prompt longer than the capacity, text where the
-                bundle has no tokenizer, or another number of prompts than the cache has sequences.
+            UsageError: an empty prompt where a sequence begins, a token id outside the vocabulary, a prompt longer than the
+                capacity, text where the bundle has no tokenizer, or another number of prompts than the cache has sequences.
         """
         with self._guard:
             held = None if cache is None else self._sequences(cache)
-            rows = [self._feeder.checked(self._encode(prompt, cache, row)) for row, prompt in enumerate(_batched(prompts))]
+            given = _batched(prompts) if cache is None or len(prompts) else [prompts]
+            rows = [self._feeder.checked(self._encode(prompt, cache, row)) for row, prompt in enumerate(given)]
             counts = self._feeder.counted(held, rows)
             return self._feeder.prefill(held or self._begin(len(rows), int(counts.max())), rows, counts)
 
@@ -250,8 +251,8 @@ class Session:
             seed: makes draws repeatable; a prompt draws the same whatever is behind it in a batch.
             stop: token ids, in place of the model's own, and texts that end a sequence; neither is part of what is said. None,
                 or texts alone: the model's own tokens do; an empty list: none does.
-            cache: go on with its sequences, one prompt for each. The last token that was chosen is not fed: the next call
-                feeds it first, even before an empty text. None: start anew.
+            cache: go on with its sequences, one prompt for each, which may be empty. The last token that was chosen is not
+                fed; the next call feeds it first. None: start anew.
 
         Raises:
             UsageError: as `prefill`, a value out of range, or text where the bundle has no tokenizer.
@@ -366,7 +367,7 @@ class Session:
             )
         return self._tokenizer
 
-    def _encode(self, prompt: Prompt, cache: Cache | None, row: int) -> Sequence[int]:
+    def _encode(self, prompt: Prompt, cache: Cache | None = None, row: int = 0) -> Sequence[int]:
         """Token ids of a prompt for a sequence of a cache, or of one that begins."""
         if not isinstance(prompt, str):
             return prompt

@@ -1,0 +1,51 @@
+"""`kvexport run` with --cache, --save-cache and --stop: read once, gone on from, ended before a text."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from test_cli_run import PROMPT, Run, bundle, run, said
+
+from kvexport.runtime import open_bundle
+
+__all__ = ["bundle", "run", "said"]  # fixtures
+
+
+def test_a_prompt_is_read_once_and_gone_on_from(run: Run, said: str, tmp_path: Path) -> None:
+    file = str(tmp_path / "c")
+    code, out, err = run("--prompt", PROMPT, "--save-cache", file)
+    assert (code, out) == (0, "") and err.startswith(f"kvexport: wrote {file}: ") and "tokens, " in err and err.endswith("KiB\n")
+    assert run("--prompt", "", "--cache", file, "--quiet") == (0, f"{said}\n", "")
+    code, out, err = run("--prompt", "", "--cache", file)
+    assert "prefill 0 tokens, decode 23 tokens at " in err and "KV cache" in err
+    head, tail = PROMPT[:12], PROMPT[12:]
+    assert run("--prompt", head, "--save-cache", file, "--quiet") == (0, "", "")
+    _, _, err = run("--prompt", tail, "--cache", file, "--save-cache", str(tmp_path / "d"))
+    assert "of them from --cache" in err
+    assert run("--prompt", "", "--cache", str(tmp_path / "d"), "--quiet")[0] == 0
+
+
+def test_caches_that_cannot_be_gone_on_from(run: Run, bundle: Path, tmp_path: Path) -> None:
+    code, out, err = run("--prompt", "a", "--cache", str(tmp_path / "none"))
+    assert (code, out) == (2, "") and "there is no saved cache" in err
+    code, out, err = run("--prompt", "a", "--save-cache", str(tmp_path / "none" / "c"))
+    assert (code, out) == (2, "") and "mkdir -p" in err
+    session = open_bundle(bundle, threads=1)
+    cache = session.new_cache(batch=2)
+    session.prefill([[1], [2]], cache=cache)
+    cache.save(tmp_path / "two")
+    code, out, err = run("--prompt", "a", "--cache", str(tmp_path / "two"))
+    assert (code, out) == (2, "") and "several sequences" in err
+
+
+def test_text_ends_before_a_stop(run: Run, said: str) -> None:
+    stop = said[5:7]
+    code, out, err = run("--prompt", PROMPT, "--stop", stop, "--stop", "never there")
+    assert (code, out) == (0, f"{PROMPT}{said[: said.index(stop)]}\n") and "a --stop text came" in err
+
+
+@pytest.mark.parametrize("options", [("--stop", "")])
+def test_an_empty_stop_is_refused(run: Run, options: tuple[str, ...]) -> None:
+    code, out, err = run("--prompt", PROMPT, *options)
+    assert (code, out) == (2, "") and "is empty" in err

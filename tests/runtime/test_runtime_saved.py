@@ -1,0 +1,372 @@
+"""A cache in a file: gone on with as if it had never been away, readable by others, and no damage is let in."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors import safe_open
+from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from test_runtime_evicting import BUDGET, CAPACITY, random_decoder, tokens
+from tiny_bundles import write_bundle
+
+from kvexport.bundle import Bundle
+from kvexport.decoder import Decoder
+from kvexport.errors import KvexportError, UsageError
+from kvexport.eviction import Eviction
+from kvexport.runtime import Cache, Session, saved
+from kvexport.runtime.arrays import HOST, OnDevice
+from kvexport.runtime.cache import KvCache
+from kvexport.runtime.evicting import Occupancy
+
+EVICTIONS = {"whole": None, "evicting": BUDGET, "some": Eviction("l2-norm", 24, 2, 5, skip_layers=(1,))}
+whatever_is_held = pytest.mark.parametrize("eviction", EVICTIONS.values(), ids=EVICTIONS.keys())
+VOCAB = 40
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    simulated = SimulatedDevice()
+    onnxruntime_on(simulated, monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
+    return simulated
+
+
+@pytest.fixture(scope="module")
+def decoder() -> Decoder:
+    return random_decoder("gqa")
+
+
+@pytest.fixture(scope="module")
+def bundles(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """With an engine of each form, of which `provider="tensorrt"` takes the first; never written to."""
+    made: dict[Any, Path] = {}
+
+    def bundle(eviction: Eviction | None = None, dtype: str = "float32") -> Path:
+        if (eviction, dtype) not in made:
+            path = tmp_path_factory.mktemp("saved") / "b"
+            made[eviction, dtype] = write_bundle(path, decoder, capacity=CAPACITY, eviction=eviction, dtype=dtype)
+            add_engine(path)
+        return made[eviction, dtype]
+
+    return bundle
+
+
+Opened = Callable[..., Session]
+
+
+@pytest.fixture
+def opened(bundles: Callable[..., Path]) -> Opened:
+    def session(eviction: Eviction | None = None, dtype: str = "float32", provider: str = "cpu") -> Session:
+        return Session(Bundle.open(bundles(eviction, dtype)), provider=provider, threads=1)
+
+    return session
+
+
+def following(session: Session, cache: Cache) -> list[Any]:
+    """What steps and a prompt after it give."""
+    rows = range(cache.batch)
+    steps = [session.step([(3 * step + row) % VOCAB for row in rows], cache=cache) for step in range(6)]
+    return [*steps, session.prefill([tokens(9 + row, seed=row) for row in rows], cache=cache)]
+
+
+@whatever_is_held
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_saved_cache_goes_on_to_the_last_bit(eviction: Eviction | None, dtype: str, opened: Opened, tmp_path: Path) -> None:
+    session = opened(eviction, dtype)
+    cache = session.new_cache(batch=3)
+    session.generate([tokens(n, seed=n) for n in (40, 3, 17)], max_new_tokens=5, stop=[], cache=cache)
+    cache.save(tmp_path / "c")
+    other = opened(eviction, dtype)  # a restart
+    again = other.load(tmp_path / "c")
+    assert again.lengths.tolist() == cache.lengths.tolist() == [44, 7, 21] and again.batch == 3
+    assert again.sequences.pending == cache.sequences.pending != [[], [], []]
+    for one, two in zip(following(session, cache), following(other, again), strict=True):
+        np.testing.assert_array_equal(one, two)
+    assert [path.name for path in tmp_path.iterdir()] == ["c"]
+
+
+@whatever_is_held
+@pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
+def test_what_one_engine_saved_another_goes_on_with(
+    eviction: Eviction | None, provider: str, opened: Opened, device: SimulatedDevice, tmp_path: Path
+) -> None:
+    sessions = opened(eviction), opened(eviction, provider=provider)
+    for one, other in (sessions, sessions[::-1]):
+        cache = one.new_cache()
+        one.prefill(tokens(50), cache=cache)
+        cache.save(tmp_path / "c")
+        loaded = other.load(tmp_path / "c")
+        for wanted, found in zip(following(one, cache), following(other, loaded), strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_an_empty_cache_and_one_that_was_cleared(opened: Opened, tmp_path: Path) -> None:
+    for eviction in EVICTIONS.values():
+        session = opened(eviction)
+        cache = session.new_cache(batch=2)
+        for _ in range(2):
+            cache.save(tmp_path / "c")
+            loaded = session.load(tmp_path / "c")
+            assert loaded.lengths.tolist() == [0, 0] and loaded.bytes == 0
+            np.testing.assert_array_equal(session.prefill([[1, 2], [3]], cache=loaded), session.prefill([[1, 2], [3]]))
+            session.prefill([[1], [2]], cache=cache)
+            cache.clear()
+
+
+@whatever_is_held
+def test_the_file_is_safetensors_as_the_contract_has_it(eviction: Eviction | None, opened: Opened, tmp_path: Path) -> None:
+    session = opened(eviction, "float16")
+    cache = session.new_cache(batch=2)
+    session.generate([tokens(40), tokens(5)], max_new_tokens=2, stop=[], cache=cache)
+    cache.save(tmp_path / "c")
+    with safe_open(tmp_path / "c", "np") as file:
+        metadata, names = file.metadata(), list(file.keys())
+        tensors = {name: file.get_tensor(name) for name in names}
+    assert metadata.keys() == {"kvexport", "bundle", "sha256", "state"} and metadata["kvexport"] == "cache 1"
+    assert metadata["bundle"] == json.loads((session.bundle.path / "manifest.json").read_text())["manifest_sha256"]
+    whole = (tmp_path / "c").read_bytes()
+    assert hashlib.sha256(whole[8 + int.from_bytes(whole[:8], "little") :]).hexdigest() == metadata["sha256"]
+    state = json.loads(metadata["state"])
+    assert state["lengths"] == [41, 6] and [len(each) for each in state["pending"]] == [1, 1]
+    assert state["filled"] == (None if eviction is None else [24, 6]) and state["seen"] == (None if eviction is None else [41, 6])
+    for layer in range(2):
+        evicts = eviction is not None and eviction.evicts(layer)
+        key = tensors[f"past_key_values.{layer}.key"]
+        assert key.dtype == np.float16 and key.shape == ((4, 1, 24, 8) if evicts else (2, 2, 41, 8))
+        assert not key.reshape(2, 2, -1, 8)[1, :, 6:].any() and key.reshape(2, 2, -1, 8)[1, :, :6].any()
+        held = cache.sequences.kv.layer(layer)[0]
+        np.testing.assert_array_equal(key.reshape(2, 2, -1, 8)[0], held[0, :, : 24 if evicts else 41])
+        assert (f"past_key_values.{layer}.state" in names) == evicts
+        if evicts:
+            assert tensors[f"past_key_values.{layer}.state"].dtype == np.float32
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_every_dtype_keeps_its_bits(
+    dtype: str, there: bool, decoder: Decoder, device: SimulatedDevice, bundles: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Of bfloat16, which the CPU has no kernels of, the buffers alone."""
+    bundle = Bundle.open(bundles(BUDGET, dtype))
+    kv = KvCache(bundle, 2, dtype, place=OnDevice(device) if there else HOST)
+    kv.reserve(30)
+    random = np.random.default_rng(0)
+    for buffer in kv.buffers.values():
+        kind = kv.place.read(buffer).dtype
+        kv.place.write(buffer, random.integers(0, 200, buffer.shape).astype(kind))
+    kv.occupy(Occupancy(np.array([24, 3]), np.array([30, 3])))
+    state = saved.State(np.array([30, 3]), np.array([1, 2]), [[], [7]])
+    saved.write(tmp_path / "c", "0" * 64, kv, state)
+    read, found = saved.read(tmp_path / "c", "0" * 64, VOCAB, kv)
+    assert (found.lengths.tolist(), found.last.tolist(), found.pending) == ([30, 3], [1, 2], [[], [7]])
+    assert read.occupancy is not None and read.occupancy.filled.tolist() == [24, 3]
+    for name in kv.names:
+        one, two = (
+            each.place.read(each.buffers[name]).reshape(2, -1, *each.buffers[name].shape[2:]).copy() for each in (kv, read)
+        )
+        one[1, :, 3:] = 0
+        np.testing.assert_array_equal(one, two)
+
+
+# Damage, and files of others.
+
+
+@pytest.fixture
+def written(opened: Opened, tmp_path: Path) -> tuple[Session, Path]:
+    session = opened(BUDGET)
+    cache = session.new_cache(batch=2)
+    session.prefill([tokens(30), tokens(4)], cache=cache)
+    cache.save(tmp_path / "c")
+    return session, tmp_path / "c"
+
+
+def edited(path: Path, change: Callable[[dict[str, Any]], object], data: Callable[[bytes], bytes] = bytes) -> Path:
+    """A file whose header and data somebody changed who also corrects the data's digest, but for one that is given."""
+    whole = path.read_bytes()
+    length = int.from_bytes(whole[:8], "little")
+    header, rest = json.loads(whole[8 : 8 + length]), data(whole[8 + length :])
+    header["__metadata__"]["sha256"] = hashlib.sha256(rest).hexdigest()
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + rest)
+    return path
+
+
+def in_state(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        state = json.loads(header["__metadata__"]["state"]) | changes
+        header["__metadata__"]["state"] = json.dumps(state)
+
+    return change
+
+
+KEY = "past_key_values.0.key"
+DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "another bundle": (lambda h: h["__metadata__"].update(bundle="0" * 64), "another bundle"),
+    "no bundle": (lambda h: h["__metadata__"].pop("bundle"), "another bundle"),
+    "another kind": (lambda h: h["__metadata__"].update(kvexport="cache 2"), "no saved cache"),
+    "no metadata": (lambda h: h.pop("__metadata__"), "no saved cache"),
+    "metadata of another type": (lambda h: h.update(__metadata__=[1]), "no saved cache"),
+    "another digest": (lambda h: h["__metadata__"].update(sha256="0" * 64), "sha256 differs"),
+    "no digest": (lambda h: h["__metadata__"].pop("sha256"), "sha256 differs"),
+    "state no JSON": (lambda h: h["__metadata__"].update(state="{"), "cannot be read"),
+    "state no text": (lambda h: h["__metadata__"].update(state=3), "cannot be read"),
+    "state twice": (lambda h: h["__metadata__"].update(state='{"lengths":[1],"lengths":[2]}'), "comes twice"),
+    "state deep": (lambda h: h["__metadata__"].update(state="[" * 100_000), "cannot be read"),
+    "state another": (in_state(more=1), "not what this bundle needs"),
+    "no lengths": (in_state(lengths=[]), "lengths"),
+    "lengths fewer": (in_state(lengths=[30]), "one number for each"),
+    "lengths text": (in_state(lengths=["30", 4]), "cannot be"),
+    "lengths true": (in_state(lengths=[True, 4]), "cannot be"),
+    "lengths below 0": (in_state(lengths=[30, -4]), "cannot be"),
+    "lengths real": (in_state(lengths=[30.0, 4]), "cannot be"),
+    "lengths huge": (in_state(lengths=[2**80, 4]), "cannot be"),
+    "too long": (in_state(lengths=[97, 4]), "more than there is room for"),
+    "lengths other": (in_state(lengths=[29, 4]), "contradict"),
+    "last outside": (in_state(last=[1, VOCAB]), "last hold what cannot be"),
+    "pending outside": (in_state(pending=[[], [VOCAB]]), "pending hold what cannot be"),
+    "two pending": (in_state(pending=[[], [1, 2]]), "pending"),
+    "pending flat": (in_state(pending=[1, 2]), "pending"),
+    "no slots": (in_state(filled=None), "filled"),
+    "too many slots": (in_state(filled=[25, 4]), "contradict"),
+    "more slots than tokens": (in_state(filled=[24, 5]), "contradict"),
+    "nothing in use": (in_state(filled=[24, 0]), "contradict"),
+    "seen other": (in_state(seen=[31, 4]), "contradict"),
+    "fewer slots": (in_state(filled=[23, 4]), "another dtype or shape"),
+    "a tensor less": (lambda h: h.pop(KEY), "other tensors"),
+    "a tensor more": (lambda h: h.update(more=h[KEY]), "other tensors"),
+    "no tensor": (lambda h: h.update({KEY: 3}), "not described"),
+    "another dtype": (lambda h: h[KEY].update(dtype="F16"), "another dtype or shape"),
+    "another shape": (lambda h: h[KEY].update(shape=[4, 1, 8, 24]), "another dtype or shape"),
+    "shape of text": (lambda h: h[KEY].update(shape="4"), "another dtype or shape"),
+    "no offsets": (lambda h: h[KEY].update(data_offsets=[0]), "where it is"),
+    "offsets real": (lambda h: h[KEY].update(data_offsets=[0.0, 3072.0]), "where it is"),
+    "extent": (lambda h: h[KEY].update(data_offsets=[0, 8]), "extent"),
+    "overlap": (lambda h: h[KEY].update(data_offsets=[each + 4 for each in h[KEY]["data_offsets"]]), "gap or an overlap"),
+    "beyond": (lambda h: h[KEY].update(data_offsets=[each + 10**9 for each in h[KEY]["data_offsets"]]), "gap or an overlap"),
+    "before": (lambda h: h[KEY].update(data_offsets=[each - 10**9 for each in h[KEY]["data_offsets"]]), "gap or an overlap"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damage_is_named_before_memory_is_taken(
+    damage: str, written: tuple[Session, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session, path = written
+    monkeypatch.setattr(KvCache, "another", lambda *arguments: pytest.fail("memory was taken"))
+    change, said = DAMAGES[damage]
+    with pytest.raises(UsageError, match=said):
+        session.load(edited(path, change))
+
+
+def test_files_that_are_cut_or_have_more(written: tuple[Session, Path]) -> None:
+    session, path = written
+    whole = path.read_bytes()
+    for content, said in (
+        (b"", "header"), (whole[:7], "header"), (whole[:100], "header"), (whole[:-1], "not all of its data"),
+        (whole + b"\0", "not all of its data"), (struct.pack("<Q", 2**63) + whole[8:], "header"),
+        (struct.pack("<Q", 4) + b"\xff\xff\xff\xff", "header cannot be read"), (struct.pack("<Q", 2) + b"[]", "not an object"),
+        (struct.pack("<Q", 14) + b'{"a":1,"a":2} ', "comes twice"), (struct.pack("<Q", 10**5) + b"[" * 10**5, "cannot be read"),
+    ):  # fmt: skip
+        path.write_bytes(content)
+        with pytest.raises(UsageError, match=said):
+            session.load(path)
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_one_byte_flipped_anywhere(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, decoder: Decoder) -> None:
+    session, path = _once(tmp_path_factory, decoder)
+    whole = bytearray(path.read_bytes())
+    at = data.draw(st.integers(0, len(whole) - 1))
+    whole[at] ^= 1 << data.draw(st.integers(0, 7))
+    damaged = path.parent / "damaged"
+    damaged.write_bytes(whole)
+    try:
+        found = session.load(damaged)
+    except KvexportError:
+        return
+    # Space between the header's end and the data, or the state of a sequence that is as possible as what was saved.
+    assert at < 8 + int.from_bytes(path.read_bytes()[:8], "little") and found.lengths.tolist() == [30, 4]
+
+
+_MADE: list[tuple[Session, Path]] = []
+
+
+def _once(factory: pytest.TempPathFactory, decoder: Decoder) -> tuple[Session, Path]:
+    if not _MADE:
+        folder = factory.mktemp("flipped")
+        session = Session(Bundle.open(write_bundle(folder / "b", decoder, capacity=CAPACITY, eviction=BUDGET)), threads=1)
+        cache = session.new_cache(batch=2)
+        session.prefill([tokens(30), tokens(4)], cache=cache)
+        cache.save(folder / "c")
+        _MADE.append((session, folder / "c"))
+    return _MADE[0]
+
+
+def test_a_cache_of_another_bundle_is_refused(opened: Opened, written: tuple[Session, Path]) -> None:
+    _, path = written
+    for session in (opened(), opened(BUDGET, "float16")):
+        with pytest.raises(UsageError, match=r"of another bundle[\s\S]*run the bundle that it was saved with"):
+            session.load(path)
+
+
+def test_an_engine_that_is_smaller_or_of_one_sequence(
+    decoder: Decoder, device: SimulatedDevice, written: tuple[Session, Path], tmp_path: Path
+) -> None:
+    session, path = written
+    copy = tmp_path / "copy"
+    shutil.copytree(session.bundle.path, copy, ignore=shutil.ignore_patterns("engines"))
+    add_engine(copy, capacity=25)
+    small = Session(Bundle.open(copy), provider="tensorrt")
+    with pytest.raises(UsageError, match=r"more than there is room for[\s\S]*30 tokens[\s\S]*engine again with --capacity 30"):
+        small.load(path)
+    cache = session.new_cache(batch=2)
+    session.prefill([[1], [2]], cache=cache)
+    cache.save(path)
+    with pytest.raises(UsageError, match="another number of sequences"):
+        small.load(path)
+
+
+def test_places_where_nothing_is_or_can_be(opened: Opened, tmp_path: Path) -> None:
+    session = opened()
+    cache = session.new_cache()
+    for path in (tmp_path / "none", tmp_path, tmp_path / "none" / "c"):
+        with pytest.raises(UsageError, match="there is no saved cache"):
+            session.load(path)
+    with pytest.raises(UsageError, match="mkdir -p"):
+        cache.save(tmp_path / "none" / "c")
+    with pytest.raises(UsageError, match="is a folder"):
+        cache.save(tmp_path)
+
+
+def test_a_write_that_fails_leaves_what_was_there(
+    written: tuple[Session, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:  # fmt: skip
+    session, path = written
+    before, cache = path.read_bytes(), session.new_cache()
+    session.prefill([1, 2, 3], cache=cache)
+
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "fsync", full)
+        with pytest.raises(OSError, match="No space left"):
+            cache.save(path)
+    assert path.read_bytes() == before and [each.name for each in path.parent.iterdir()] == ["c"]
+    cache.save(path)
+    assert session.load(path).lengths.tolist() == [3]
