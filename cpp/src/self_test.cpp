@@ -91,11 +91,10 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
   const std::string &provider = session.engine->provider(), &version = session.engine->version();
   const std::string rebuilt = provider == "tensorrt" ? "build the engine again: kvexport engine BUNDLE --force" : "";
   const std::string runs = version + " on " + provider, where = first ? "; first wrong: " + first->text() : "";
-  const auto otherwise = [&](const char* remedy) { return rebuilt.empty() ? std::string(remedy) : rebuilt; };
+  const auto otherwise = [&](const std::string& remedy) { return rebuilt.empty() ? remedy : rebuilt; };
   if (verdict == "ok") return {runs + " computes what PyTorch computed when the bundle was built", ""};
   if (verdict == "weights") {
-    return {runs + " computes other numbers than PyTorch did when the bundle was built: its files are of two bundles, or changed" +
-                where,
+    return {runs + " computes other numbers than PyTorch did: the bundle's files are of two bundles, or were changed" + where,
             std::string(COPY) + "; to see where it is wrong: kvexport validate BUNDLE --provider cpu"};
   }
   if (verdict == "engine") {
@@ -104,9 +103,9 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
                 otherwise("update ONNX Runtime, or run with --provider cpu")};
   }
   if (verdict == "precision") {
-    const Dtype dtype = session.manifest().dtype;
-    return {runs + " is less exact than " + name_of(dtype) + ", as if it computed in " + name_of(*lower(dtype)) + where,
-            otherwise("turn off what makes the engine compute in less, or run with another --provider")};
+    const std::string dtype = name_of(session.manifest().dtype), less = name_of(*lower(session.manifest().dtype));
+    return {runs + " is less exact than " + dtype + ", as if it computed in " + less + where,
+            otherwise("build the bundle again with --dtype " + less + " if that will do; or else " + COPY)};
   }
   return {runs + " computes tokens that come at once rightly, and the same tokens one by one wrongly: it does not keep its cache" +
               (first ? where : "; generating does not repeat itself"),
@@ -153,6 +152,11 @@ SelfTestReport examine(const std::shared_ptr<const Session>& session, const Vect
   const Dtype dtype = session->manifest().dtype;
   const Tolerance &tolerance = vectors.tolerance(provider, dtype), &less = vectors.tolerance(provider, lower(dtype).value_or(dtype));
   Runs runs(session, vectors);
+  if (runs.tokens <= vectors.first_row) {
+    throw Failure(Code::cannot_run_here, "the engine holds too few tokens for the bundle's self-test",
+                  "a capacity of " + std::to_string(runs.tokens), std::to_string(vectors.first_row + 1) + " or more",
+                  "kvexport engine BUNDLE --capacity " + std::to_string(vectors.tokens.size()) + " --force");
+  }
   const Check at_once = check("at once", runs.at_once(), vectors, tolerance);
   const Check step_by_step = check("step by step", runs.step_by_step(), vectors, tolerance);
   std::int64_t sure = 0;
