@@ -1,6 +1,7 @@
 // Files and folders for tests.
 #pragma once
 
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <sstream>
@@ -24,8 +25,8 @@ inline void write(const std::string& path, const std::string& content) {
 // An empty folder that goes when it goes out of scope.
 class Folder {
  public:
-  Folder() {
-    std::string name = (std::filesystem::temp_directory_path() / "kvexport-test-XXXXXX").string();
+  explicit Folder(const std::string& parent = std::filesystem::temp_directory_path().string()) {
+    std::string name = parent + "/kvexport-test-XXXXXX";
     if (::mkdtemp(name.data()) == nullptr) throw std::runtime_error("no temporary folder");
     path = name;
   }

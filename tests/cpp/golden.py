@@ -4,6 +4,7 @@
  - `tiny`: a bundle;
  - `manifests/NAME/manifest.json`, and `said.txt` beside it: "accepted", or Python's reason for refusing it;
  - `harmful/NAME.json`: manifests that agree with themselves, and describe sizes that cannot be counted;
+ - `engines.json`: an engine's record, whose plan is "abc";
  - `sound.safetensors`, written by the safetensors library, with one tensor a dtype.
 """
 
@@ -22,6 +23,7 @@ from safetensors.torch import save_file
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.bundle_manifest import read_manifest
+from kvexport.engine.record import BuildRecord, PlanFile, Profile
 from kvexport.errors import BundleError
 from kvexport.eviction import Eviction
 from kvexport.graph.contract import cache_specs, contract
@@ -63,6 +65,7 @@ def write(folder: Path) -> None:
         raw = json.loads((tiny / "manifest.json").read_text())
         change(raw)
         (folder / "harmful" / f"{name}.json").write_bytes(sealed(_with_its_contract(raw)))
+    (folder / "engines.json").write_text(json.dumps(_RECORD.to_json()))
     save_file(tensors(), folder / "sound.safetensors", metadata={"kvexport": "test", "text": 'quoted "é" \n'})
 
 
@@ -107,6 +110,14 @@ def _manifests(raw: Raw) -> Iterator[tuple[str, bytes]]:
         yield f"{at} {said}", sealed(changed)
 
 
+_RECORD = BuildRecord(
+    kvexport="0.1.0", manifest_sha256="0" * 64, target="desk", engine="tensorrt", version="10.16.1.11", lowering="std24",
+    compute_capability=("8.7", "8.9"), dtype="float16", batch=1, capacity=60, chunk=16,
+    profiles=(Profile("decode", (1, 1, 1)), Profile("prefill", (1, 16, 16))), decomposed=(),
+    options={"workspace": None, "refit": True, "version_compatible": False, "hardware_compatible": True},
+    plan=PlanFile(hashlib.sha256(b"abc").hexdigest(), 3), layers={"Attention": 2}, weights_bytes=1000, activation_bytes=None,
+    timing_cache_bytes=0, peak_host_bytes=1 << 20, seconds=1.5,
+)  # fmt: skip
 _HARMFUL: dict[str, Change] = {
     "heads": lambda raw: raw["layers"][0].update(num_key_value_heads=2**61),
     "width": lambda raw: raw["layers"][1].update(key_head_dim=2**60),

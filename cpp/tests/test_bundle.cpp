@@ -1,0 +1,101 @@
+// Bundles on disk: every file in its size, hashes on demand, and what is said of a folder that is none.
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include "bundle.hpp"
+#include "check.hpp"
+#include "error.hpp"
+#include "files.hpp"
+#include "sha256.hpp"
+
+using namespace kvexport::detail;
+
+namespace {
+
+// To spoil.
+class Copy : public Folder {
+ public:
+  Copy() { std::filesystem::copy(check::golden("tiny"), path, std::filesystem::copy_options::recursive); }
+};
+
+}  // namespace
+
+TEST(opens_and_verifies) {
+  const Bundle bundle = Bundle::open(check::golden("tiny"));
+  CHECK_EQUAL(bundle.manifest.layers.size(), 2U);
+  CHECK_EQUAL(bundle.file("a"), check::golden("tiny") + "/a");
+  bundle.verify_all(true);
+  bundle.verify({});
+  CHECK_THROWS_WITH(bundle.verify({"other"}), "does not list other");
+}
+
+TEST(one_flipped_bit_is_named) {
+  const Copy copy;
+  for (const std::string name : {"decoder.onnx", "decoder.onnx.data", "tokenizer.json"}) {
+    const std::string whole = contents(copy.file(name));
+    std::string spoiled = whole;
+    spoiled[spoiled.size() / 2] ^= 4;
+    write(copy.file(name), spoiled);
+    const Bundle bundle = Bundle::open(copy.path);  // its size is right
+    CHECK_THROWS_WITH(bundle.verify_all(true), name + " of the bundle " + copy.path + " is not as it was written");
+    if (name == data_file) bundle.verify_all(false);
+    write(copy.file(name), whole);
+    bundle.verify_all(true);
+  }
+}
+
+TEST(missing_shorter_and_longer_files_are_named) {
+  const Copy copy;
+  for (const std::string name : {"decoder.onnx", "decoder.onnx.data", "tokenizer.json"}) {
+    const std::string whole = contents(copy.file(name));
+    for (const std::string& content : {whole.substr(1), std::string(), whole + "x"}) {
+      write(copy.file(name), content);
+      CHECK_THROWS_WITH(Bundle::open(copy.path), name + " of the bundle " + copy.path + " has another size");
+    }
+    std::filesystem::remove(copy.file(name));
+    CHECK_THROWS_WITH(Bundle::open(copy.path), "lacks its file " + name);
+    std::filesystem::create_directory(copy.file(name));
+    CHECK_THROWS_WITH(Bundle::open(copy.path), "lacks its file " + name);
+    std::filesystem::remove(copy.file(name));
+    write(copy.file(name), whole);
+  }
+  Bundle::open(copy.path);
+}
+
+TEST(folders_that_are_no_bundle_are_told_what_to_do) {
+  const Folder folder;
+  CHECK_THROWS_WITH(Bundle::open(folder.path), "make one: kvexport build CHECKPOINT -o " + folder.path);
+  CHECK_THROWS_WITH(Bundle::open("/nowhere"), "/nowhere is no bundle: it has no manifest.json");
+  write(folder.file("config.json"), "{}");
+  CHECK_THROWS_WITH(Bundle::open(folder.path), "it is a checkpoint; make a bundle of it");
+  write(folder.file("manifest.json"), std::string((1 << 24) + 1, ' '));
+  CHECK_THROWS_WITH(Bundle::open(folder.path), "larger than any such file");
+}
+
+TEST(a_bundle_may_be_read_only_moved_and_linked_to) {
+  const Folder folder;
+  std::filesystem::copy(check::golden("tiny"), folder.file("first"));
+  std::filesystem::rename(folder.file("first"), folder.file("second one"));
+  std::filesystem::create_directory_symlink("second one", folder.file("link"));
+  ::chmod(folder.file("second one").c_str(), 0500);
+  Bundle::open(folder.file("second one")).verify_all(true);
+  Bundle::open(folder.file("link")).verify_all(true);
+  ::chmod(folder.file("second one").c_str(), 0700);
+}
+
+TEST(a_file_that_may_not_be_read_says_so) {
+  if (::geteuid() == 0) throw check::Skipped{"root may read everything"};
+  const Copy copy;
+  ::chmod(copy.file("decoder.onnx").c_str(), 0);
+  CHECK_THROWS_WITH(Bundle::open(copy.path).verify_all(true), "Permission denied");
+}
+
+TEST(sha256_of_known_texts) {
+  CHECK_EQUAL(sha256_of(""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+  CHECK_EQUAL(sha256_of("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
+  const Folder folder;
+  const std::string large((5 << 20) + 3, 'k');
+  write(folder.file("large"), large);
+  CHECK_EQUAL(sha256_of_file(folder.file("large")), sha256_of(large));
+  CHECK_EQUAL(sha256_of_file(folder.file("large"), large.size() - 2), sha256_of("kk"));
+}

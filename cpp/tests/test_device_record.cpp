@@ -1,0 +1,83 @@
+// Engines' records as Python writes them: kvexport/engine/record.py.
+#include <nlohmann/json.hpp>
+
+#include "check.hpp"
+#include "device_record.hpp"
+#include "error.hpp"
+#include "files.hpp"
+#include "json.hpp"
+
+using namespace kvexport::detail;
+
+namespace {
+
+Json sound() { return Json::parse(contents(check::golden("engines.json"))); }
+
+std::string changed(const char* key, const Json& value) {
+  Json raw = sound();
+  raw[key] = value;
+  return raw.dump();
+}
+
+}  // namespace
+
+TEST(reads_what_python_wrote) {
+  const DeviceRecord record = parse_record(sound().dump(), "/b/engines/desk");
+  CHECK_EQUAL(record.target, "desk");
+  CHECK_EQUAL(record.engine, "tensorrt");
+  CHECK_EQUAL(record.version, "10.16.1.11");
+  CHECK_EQUAL(record.plan, "/b/engines/desk/decoder.plan");
+  CHECK(record.compute_capability == (std::vector<std::string>{"8.7", "8.9"}));
+  CHECK_EQUAL(record.capacity, 60);
+  CHECK_EQUAL(record.profiles.size(), 2U);
+  CHECK_EQUAL(record.profiles[1].most, 16);
+  CHECK(record.refit && !record.version_compatible && record.hardware_compatible);
+  CHECK_EQUAL(record.plan_bytes, 3U);
+  CHECK(!record.activation_bytes);
+}
+
+TEST(every_key_is_needed_and_of_its_type) {
+  const Json whole = sound();
+  for (const auto& [key, value] : whole.items()) {
+    Json without = whole;
+    without.erase(key);
+    if (key == "activation_bytes" || key == "format") continue;
+    CHECK_THROWS_WITH(parse_record(without.dump(), "e"), "build the engine again");
+    CHECK_THROWS_WITH(parse_record(changed(key.c_str(), Json::array({Json::array()})), "e"), "build the engine again");
+    CHECK_THROWS_WITH(parse_record(changed(key.c_str(), -1), "e"), "build the engine again");
+  }
+}
+
+TEST(what_cannot_be_is_refused) {
+  CHECK_THROWS_WITH(parse_record(changed("format", 2), "e"), "the engine e is of another format");
+  CHECK_THROWS_WITH(parse_record("{}", "e"), "of another format");
+  CHECK_THROWS_WITH(parse_record("[]", "e"), "is not an object");
+  CHECK_THROWS_WITH(parse_record("{", "e"), "build.json of the engine e cannot be read");
+  CHECK_THROWS_WITH(parse_record(changed("engine", "os"), "e"), "engine is not known");
+  CHECK_THROWS_WITH(parse_record(changed("batch", 0), "e"), "batch is impossible");
+  CHECK_THROWS_WITH(parse_record(changed("profiles", Json::array()), "e"), "profiles is empty");
+  for (const Json& sequence : {Json{0, 1, 1}, Json{2, 1, 3}, Json{1, 2}, Json{1, 2, 1}}) {
+    const Json profiles = Json::array({{{"name", "decode"}, {"sequence", sequence}}});
+    CHECK_THROWS_WITH(parse_record(changed("profiles", profiles), "e"), "sequence is impossible");
+  }
+}
+
+TEST(engines_of_a_bundle_are_found_by_name) {
+  const Folder folder;
+  std::filesystem::copy(check::golden("tiny"), folder.path);
+  const Bundle bundle = Bundle::open(folder.path);
+  CHECK(engine_directories(bundle).empty());
+  for (const char* name : {"orin", "desk", "empty"}) std::filesystem::create_directories(folder.file("engines/") + name);
+  for (const char* name : {"orin", "desk"}) write(folder.file("engines/") + name + "/build.json", sound().dump());
+  CHECK(engine_directories(bundle) == (std::vector<std::string>{folder.file("engines/desk"), folder.file("engines/orin")}));
+
+  const std::string directory = folder.file("engines/desk");
+  CHECK_THROWS_WITH(read_record(directory), "no such file");
+  write(directory + "/decoder.plan", "four");
+  CHECK_THROWS_WITH(read_record(directory), "decoder.plan of the engine " + directory + " is not as built");
+  write(directory + "/decoder.plan", "abc");
+  read_record(directory).verify();
+  write(directory + "/decoder.plan", "abd");
+  CHECK_THROWS_WITH(read_record(directory).verify(), "its sha256 differs");
+  CHECK_THROWS_WITH(read_record(folder.file("engines/empty")), "there is no engine in");
+}

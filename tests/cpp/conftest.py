@@ -1,0 +1,24 @@
+"""What the tests of the C++ library share: builds, and the files that they read."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import builds
+import golden as golden_files
+import pytest
+
+
+@pytest.fixture(scope="session")
+def built() -> Callable[[str], Path]:
+    """`built(kind) -> Path`: the folder of a build, one of `builds.KINDS`; programs of the tests are in its `tests`."""
+    return builds.build
+
+
+@pytest.fixture(scope="session")
+def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `golden.write` makes."""
+    folder = tmp_path_factory.mktemp("golden")
+    golden_files.write(folder)
+    return folder
