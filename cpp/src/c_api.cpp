@@ -8,6 +8,7 @@
 #include <new>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "cache.hpp"
@@ -25,6 +26,7 @@ struct kvexport_error {
 
 struct kvexport_session {
   std::shared_ptr<const kvexport::detail::Session> inside;
+  kvexport_info info;
 };
 
 struct kvexport_cache {
@@ -117,6 +119,25 @@ char* text_of(const std::string& made) {
   return text;
 }
 
+kvexport_info info_of(const kvexport::detail::Session& session) {
+  const kvexport::detail::Manifest& manifest = session.manifest();
+  kvexport_info info{};
+  info.source = manifest.source_name.c_str();
+  info.dtype = name_of(manifest.dtype);
+  info.provider = session.engine->provider().c_str();
+  info.engine = session.engine->version().c_str();
+  info.vocab_size = manifest.vocab_size;
+  info.capacity = session.engine->capacity();
+  info.budget = manifest.eviction ? std::min(manifest.eviction->budget, info.capacity) : 0;
+  info.bos_token_id = manifest.bos_token_id.value_or(-1);
+  info.eos_token_ids = manifest.eos_token_ids.data();
+  info.eos_token_count = manifest.eos_token_ids.size();
+  info.has_text = session.text ? 1 : 0;
+  info.has_chat = session.text && session.text->chat() ? 1 : 0;
+  info.text_missing = session.text_missing.c_str();
+  return info;
+}
+
 kvexport::detail::GenerateOptions options_of(const kvexport_generate_options& given) {
   kvexport::detail::GenerateOptions options;
   options.max_new_tokens = given.max_new_tokens;
@@ -180,34 +201,18 @@ kvexport_error* kvexport_open(const char* bundle, const kvexport_open_options* o
     const kvexport_open_options given = read_struct(options, kvexport_open_defaults());
     require_given(given.provider, "provider");
     require_given(given.text_library, "text_library");
-    const kvexport::detail::OpenOptions wanted{given.provider, given.threads, given.verify != 0, given.chunk, given.text_library};
-    *session = new kvexport_session{std::make_shared<const kvexport::detail::Session>(bundle, wanted)};
+    const kvexport::detail::OpenOptions wanted{given.provider, given.threads, given.verify != 0, given.chunk,
+                                               given.text_library};
+    auto inside = std::make_shared<const kvexport::detail::Session>(bundle, wanted);
+    const kvexport_info info = info_of(*inside);
+    *session = new kvexport_session{std::move(inside), info};
   });
 }
 
 void kvexport_close(kvexport_session* session) { delete session; }
 
-kvexport_error* kvexport_session_info(const kvexport_session* session, kvexport_info* info) {
-  return guarded([&] {
-    require_given(session, "session");
-    const kvexport::detail::Session& inside = *session->inside;
-    const kvexport::detail::Manifest& manifest = inside.manifest();
-    kvexport_info values{};
-    values.source = manifest.source_name.c_str();
-    values.dtype = name_of(manifest.dtype);
-    values.provider = inside.engine->provider().c_str();
-    values.engine = inside.engine->version().c_str();
-    values.vocab_size = manifest.vocab_size;
-    values.capacity = inside.engine->capacity();
-    values.budget = manifest.eviction ? std::min(manifest.eviction->budget, values.capacity) : 0;
-    values.bos_token_id = manifest.bos_token_id.value_or(-1);
-    values.eos_token_ids = manifest.eos_token_ids.data();
-    values.eos_token_count = manifest.eos_token_ids.size();
-    values.has_text = inside.text ? 1 : 0;
-    values.has_chat = inside.text && inside.text->chat() ? 1 : 0;
-    values.text_missing = inside.text_missing.c_str();
-    write_struct(info, values, "info");
-  });
+const kvexport_info* kvexport_session_info(const kvexport_session* session) {
+  return session == nullptr ? nullptr : &session->info;
 }
 
 kvexport_error* kvexport_session_memory(const kvexport_session* session, int64_t capacity, kvexport_memory* memory) {
@@ -226,11 +231,13 @@ kvexport_error* kvexport_encode(const kvexport_session* session, const char* tex
     require_array(text, length, "text");
     require_given(ids, "ids");
     require_given(count, "count");
-    give_ids(session->inside->require_text().encode(length == 0 ? std::string() : std::string(text, length), special != 0), ids, count);
+    const std::string given = length == 0 ? std::string() : std::string(text, length);
+    give_ids(session->inside->require_text().encode(given, special != 0), ids, count);
   });
 }
 
-kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* ids, size_t count, char** text, size_t* length) {
+kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* ids, size_t count, char** text,
+                                size_t* length) {
   return guarded([&] {
     require_given(session, "session");
     require_array(ids, count, "ids");
@@ -321,8 +328,9 @@ kvexport_generate_options kvexport_generate_defaults(void) {
   return {sizeof(kvexport_generate_options), 128, -1, 0, 1, 0, 0, 1, nullptr, 0, nullptr, 0};
 }
 
-kvexport_error* kvexport_generate(kvexport_cache* cache, const int64_t* ids, size_t count, const kvexport_generate_options* options,
-                                  kvexport_on_token on_token, void* user, int* finish) {
+kvexport_error* kvexport_generate(kvexport_cache* cache, const int64_t* ids, size_t count,
+                                  const kvexport_generate_options* options, kvexport_on_token on_token, void* user,
+                                  int* finish) {
   return guarded([&] {
     require_given(cache, "cache");
     require_array(ids, count, "ids");
@@ -343,7 +351,7 @@ kvexport_error* kvexport_self_test(const kvexport_session* session, char** repor
     *report = nullptr;
     const kvexport::detail::SelfTestReport made = self_test(session->inside);
     *report = text_of(made.json);
-    if (!made.ok) throw Failure(Code::gate_failed, made.said, "", "", made.fix);
+    if (!made.ok) throw Failure(Code::gate_failed, made.verdict + ": " + made.said, "", "", made.fix);
   });
 }
 

@@ -45,9 +45,7 @@ int main(int argc, char** argv) {
   kvexport_session* opened = nullptr;
   if (const Error error{kvexport_open(bundle, &options, &opened), kvexport_error_free}; error) return told(error);
   const Session session(opened, kvexport_close);
-  kvexport_info info{};
-  info.size = sizeof info;
-  if (const Error error{kvexport_session_info(session.get(), &info), kvexport_error_free}; error) return told(error);
+  const kvexport_info& info = *kvexport_session_info(session.get());
   char* written = nullptr;
   const Error failed(kvexport_self_test(session.get(), &written), kvexport_error_free);
   const Text report(written, kvexport_text_free);

@@ -4,8 +4,8 @@
  * Every function that can fail returns NULL, or an error that the caller frees; nothing is thrown through this header.
  * There is no global state. A cache keeps its session's weights alive, so sessions and caches may be closed in any order.
  * Strings are UTF-8. Arrays that are returned belong to the object they came from, or where a `_free` is named, to the caller.
- * Structs begin with their size, so that later versions may append to them: take them from the `_defaults` functions, or set
- * `size` before they are filled. */
+ * Structs of the caller's begin with their size, so that later versions may append to them: take them from the `_defaults`
+ * functions, or set `size` before they are filled. */
 #ifndef KVEXPORT_KVEXPORT_H
 #define KVEXPORT_KVEXPORT_H
 
@@ -45,11 +45,12 @@ typedef struct {
   const char* text_library; /* libonnxruntime-genai.so, by name or path; "": token ids only */
 } kvexport_open_options;
 KVEXPORT_API kvexport_open_options kvexport_open_defaults(void);
-KVEXPORT_API kvexport_error* kvexport_open(const char* bundle, const kvexport_open_options* options, kvexport_session** session);
+KVEXPORT_API kvexport_error* kvexport_open(const char* bundle, const kvexport_open_options* options,
+                                           kvexport_session** session);
 KVEXPORT_API void kvexport_close(kvexport_session* session);
 
+/* Of an open session, as long as it lives. */
 typedef struct {
-  size_t size;
   const char *source, *dtype, *provider, *engine; /* engine: the library and its version */
   int64_t vocab_size, capacity, budget;           /* budget: tokens that layers hold which evict; 0: none does */
   int64_t bos_token_id;                           /* -1: none */
@@ -58,7 +59,7 @@ typedef struct {
   int32_t has_text, has_chat;
   const char* text_missing;                       /* why there is no text, where there is none */
 } kvexport_info;
-KVEXPORT_API kvexport_error* kvexport_session_info(const kvexport_session* session, kvexport_info* info);
+KVEXPORT_API const kvexport_info* kvexport_session_info(const kvexport_session* session);
 
 typedef struct {
   size_t size;
@@ -66,7 +67,8 @@ typedef struct {
   const char* device;                                        /* "" on the CPU */
   size_t device_free, device_total, weights, activations;    /* 0: not told */
 } kvexport_memory;
-KVEXPORT_API kvexport_error* kvexport_session_memory(const kvexport_session* session, int64_t capacity, kvexport_memory* memory);
+KVEXPORT_API kvexport_error* kvexport_session_memory(const kvexport_session* session, int64_t capacity,
+                                                     kvexport_memory* memory);
 
 /* Text. Lengths are in bytes; ids and text are freed by the caller. */
 KVEXPORT_API kvexport_error* kvexport_encode(const kvexport_session* session, const char* text, size_t length, int special,

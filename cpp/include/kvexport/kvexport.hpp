@@ -12,6 +12,7 @@
 // that is refused leaves its cache as it was. Link with kvexport::kvexport (CMake).
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <exception>
 #include <functional>
@@ -19,13 +20,11 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
 #include <vector>
 
 #include "kvexport.h"
 
 namespace kvexport {
-
 using Ids = std::vector<std::int64_t>;
 
 // What failed, the value seen, the values allowed, the command or option that helps; what() has all of them.
@@ -43,27 +42,30 @@ class Error : public std::exception {
   std::shared_ptr<kvexport_error> error_;
 };
 
-namespace detail {  // ownership of what the C ABI gives
+namespace detail {  // what the C ABI gives, with an owner
 inline void check(kvexport_error* error) {
   if (error != nullptr) throw Error(error);
 }
-template <auto Free>
-struct Freed {
-  template <typename Object>
-  void operator()(Object* object) const { Free(object); }
-};
+template <typename Object>
+using Owned = std::unique_ptr<Object, void (*)(Object*)>;
+template <typename Object, typename Call>
+Owned<Object> made(void (*free)(Object*), Call call) {
+  Object* object = nullptr;
+  kvexport_error* error = call(&object);
+  Owned<Object> owned(object, free);
+  check(error);
+  return owned;
+}
 template <typename Call>
 Ids ids_of(Call call) {
-  std::int64_t* ids = nullptr;
   std::size_t count = 0;
-  check(call(&ids, &count));
-  const std::unique_ptr<std::int64_t, Freed<kvexport_ids_free>> owned(ids);
-  return Ids(ids, ids + count);
+  const auto ids = made(kvexport_ids_free, [&](auto out) { return call(out, &count); });
+  return Ids(ids.get(), ids.get() + count);
 }
 }  // namespace detail
 
 struct OpenOptions {
-  std::string provider = "auto";  // "cpu", "cuda", "tensorrt"; "auto": an engine of the bundle that fits, else CUDA, else the CPU
+  std::string provider = "auto";  // "cpu", "cuda", "tensorrt"; "auto": an engine of the bundle that fits, else CUDA, else CPU
   int threads = 0;                // of one operator on the CPU; 0: one a core
   bool verify = true;             // hash the weights too; every other file always is
   std::int64_t chunk = 128;       // the most tokens of a prompt in one call
@@ -72,12 +74,12 @@ struct OpenOptions {
 
 struct GenerateOptions {
   std::int64_t max_new_tokens = 128;
-  std::optional<double> temperature;     // 0: the likeliest token; above it tokens are drawn; none: 1 with top_k or top_p, else 0
-  std::int64_t top_k = 0;                // draw from the K likeliest; 0: from all
-  double top_p = 1;                      // ... that reach this probability
-  std::optional<std::uint64_t> seed;     // makes draws repeatable (they are not those of Python)
-  std::optional<Ids> stop_tokens;        // none: the model's own
-  std::vector<std::string> stop_texts;   // end the text before them
+  std::optional<double> temperature;    // 0: the likeliest token; above it they are drawn; none: 1 with top_k or top_p, else 0
+  std::int64_t top_k = 0;               // draw from the K likeliest; 0: from all
+  double top_p = 1;                     // ... that reach this probability
+  std::optional<std::uint64_t> seed;    // makes draws repeatable (they are not those of Python)
+  std::optional<Ids> stop_tokens;       // none: the model's own
+  std::vector<std::string> stop_texts;  // end the text before them
 };
 
 enum class Finish { stop, length, capacity, callback };
@@ -86,11 +88,7 @@ enum class Finish { stop, length, capacity, callback };
 struct Logits {
   const float* values;
   std::int64_t vocab_size;
-  std::int64_t likeliest() const {
-    std::int64_t best = 0;
-    for (std::int64_t token = 1; token < vocab_size; ++token) best = values[token] > values[best] ? token : best;
-    return best;
-  }
+  std::int64_t likeliest() const { return std::max_element(values, values + vocab_size) - values; }
 };
 
 // One conversation: the keys and values of its tokens. Move-only; keeps the session's weights alive.
@@ -98,125 +96,104 @@ class Cache {
  public:
   // The whole prompt, or what follows what the cache holds; logits after its last token.
   Logits prefill(const Ids& ids) {
-    const float* logits = nullptr;
-    detail::check(kvexport_prefill(cache_.get(), ids.data(), ids.size(), &logits));
-    return {logits, vocab_size_};
+    Logits logits{nullptr, vocab_size_};
+    detail::check(kvexport_prefill(cache_.get(), ids.data(), ids.size(), &logits.values));
+    return logits;
   }
-  // One more token.
-  Logits step(std::int64_t token) {
-    const float* logits = nullptr;
-    detail::check(kvexport_step(cache_.get(), token, &logits));
-    return {logits, vocab_size_};
+  Logits step(std::int64_t token) {  // one more token
+    Logits logits{nullptr, vocab_size_};
+    detail::check(kvexport_step(cache_.get(), token, &logits.values));
+    return logits;
   }
   // Prefill, then token after token. `on_token` gets each with the characters that it completes, and at the end token -1 with
-  // what was held back, if anything was; false ends it. Its exceptions come out of here. The last token is fed by the next call.
+  // what was held back, if anything was; false ends it. Its exceptions come out of here. The next call feeds the last token.
   using OnToken = std::function<bool(std::int64_t token, std::string_view text)>;
   Finish generate(const Ids& ids, const GenerateOptions& options = {}, const OnToken& on_token = nullptr) {
     kvexport_generate_options raw = kvexport_generate_defaults();
-    std::vector<const char*> texts;
-    for (const std::string& text : options.stop_texts) texts.push_back(text.c_str());
+    std::vector<const char*> texts(options.stop_texts.size());
+    for (std::size_t i = 0; i < texts.size(); ++i) texts[i] = options.stop_texts[i].c_str();
     raw.max_new_tokens = options.max_new_tokens, raw.temperature = options.temperature.value_or(raw.temperature);
-    raw.top_k = options.top_k, raw.top_p = options.top_p;
-    raw.seeded = options.seed.has_value(), raw.seed = options.seed.value_or(0);
-    raw.own_stop_tokens = !options.stop_tokens;
+    raw.top_k = options.top_k, raw.top_p = options.top_p, raw.seeded = !!options.seed, raw.seed = options.seed.value_or(0);
+    raw.own_stop_tokens = !options.stop_tokens, raw.stop_texts = texts.data(), raw.stop_text_count = texts.size();
     if (options.stop_tokens) raw.stop_tokens = options.stop_tokens->data(), raw.stop_token_count = options.stop_tokens->size();
-    raw.stop_texts = texts.data(), raw.stop_text_count = texts.size();
     Guarded guarded{on_token, nullptr};
-    int finish = 0;
     kvexport_on_token callback = on_token ? &Guarded::call : nullptr;
+    int finish = 0;
     detail::check(kvexport_generate(cache_.get(), ids.data(), ids.size(), &raw, callback, &guarded, &finish));
     if (guarded.thrown) std::rethrow_exception(guarded.thrown);
     return static_cast<Finish>(finish);
   }
   // Token ids of a user's turn: in the model's chat template where the bundle has one, else the text itself.
   Ids turn(const std::string& text, const std::string& system = "") const {
-    const char* before = system.empty() ? nullptr : system.c_str();
-    return detail::ids_of([&](auto... out) { return kvexport_turn(cache_.get(), text.c_str(), before, out...); });
+    const char* first = system.empty() ? nullptr : system.c_str();
+    return detail::ids_of([&](auto... o) { return kvexport_turn(cache_.get(), text.c_str(), first, o...); });
   }
   void save(const std::string& file) { detail::check(kvexport_cache_save(cache_.get(), file.c_str())); }  // see Session::load
-  void clear() { detail::check(kvexport_cache_clear(cache_.get())); }                                     // an empty conversation
-  std::size_t bytes() const { return kvexport_cache_bytes(cache_.get()); }                                // all that it ever takes
-  std::int64_t length() const { return kvexport_cache_length(cache_.get()); }                             // tokens so far
-  std::int64_t capacity() const { return kvexport_cache_capacity(cache_.get()); }                         // tokens at most
+  void clear() { detail::check(kvexport_cache_clear(cache_.get())); }              // an empty conversation, in the same memory
+  std::size_t bytes() const { return kvexport_cache_bytes(cache_.get()); }         // all that it ever takes
+  std::int64_t length() const { return kvexport_cache_length(cache_.get()); }      // tokens so far
+  std::int64_t capacity() const { return kvexport_cache_capacity(cache_.get()); }  // tokens at most
 
  private:
   friend class Session;
   struct Guarded {
     const OnToken& callback;
     std::exception_ptr thrown;
-    static int call(std::int64_t token, const char* text, std::size_t length, void* user) {
-      Guarded& self = *static_cast<Guarded*>(user);
-      try {
-        return self.callback(token, std::string_view(text, length)) ? 0 : 1;
-      } catch (...) {
-        self.thrown = std::current_exception();
-        return 1;
-      }
+    static int call(std::int64_t token, const char* text, std::size_t length, void* user) try {
+      return static_cast<Guarded*>(user)->callback(token, std::string_view(text, length)) ? 0 : 1;
+    } catch (...) {
+      static_cast<Guarded*>(user)->thrown = std::current_exception();
+      return 1;
     }
   };
-  Cache(kvexport_cache* cache, std::int64_t vocab_size) : cache_(cache), vocab_size_(vocab_size) {}
-  std::unique_ptr<kvexport_cache, detail::Freed<kvexport_cache_free>> cache_;
+  Cache(detail::Owned<kvexport_cache> cache, std::int64_t vocab_size) : cache_(std::move(cache)), vocab_size_(vocab_size) {}
+  detail::Owned<kvexport_cache> cache_;
   std::int64_t vocab_size_;
 };
 
 // An opened bundle: the weights, and what runs them.
 class Session {
  public:
-  explicit Session(const std::string& bundle, const OpenOptions& options = {}) {
+  explicit Session(const std::string& bundle, const OpenOptions& options = {}) : session_(nullptr, kvexport_close) {
     kvexport_open_options raw = kvexport_open_defaults();
     raw.provider = options.provider.c_str(), raw.threads = options.threads, raw.verify = options.verify;
     raw.chunk = options.chunk, raw.text_library = options.text_library.c_str();
-    kvexport_session* session = nullptr;
-    detail::check(kvexport_open(bundle.c_str(), &raw, &session));
-    session_.reset(session);
+    session_ = detail::made(kvexport_close, [&](auto out) { return kvexport_open(bundle.c_str(), &raw, out); });
   }
   // An empty conversation of at most `capacity` tokens; 0: as many as the bundle, or its engine, can hold.
   Cache new_cache(std::int64_t capacity = 0) {
-    kvexport_cache* cache = nullptr;
-    detail::check(kvexport_cache_new(session_.get(), capacity, &cache));
-    return {cache, info().vocab_size};
+    const auto call = [&](auto out) { return kvexport_cache_new(session_.get(), capacity, out); };
+    return {detail::made(kvexport_cache_free, call), info().vocab_size};
   }
   // One that `save` wrote, here or in Python, of this very bundle: a long prompt is prefilled once.
   Cache load(const std::string& file, std::int64_t capacity = 0) {
-    kvexport_cache* cache = nullptr;
-    detail::check(kvexport_cache_load(session_.get(), file.c_str(), capacity, &cache));
-    return {cache, info().vocab_size};
+    const auto call = [&](auto out) { return kvexport_cache_load(session_.get(), file.c_str(), capacity, out); };
+    return {detail::made(kvexport_cache_free, call), info().vocab_size};
   }
   Ids encode(const std::string& text, bool special = true) const {
-    return detail::ids_of([&](auto... out) { return kvexport_encode(session_.get(), text.data(), text.size(), special, out...); });
+    return detail::ids_of([&](auto... o) { return kvexport_encode(session_.get(), text.data(), text.size(), special, o...); });
   }
   std::string decode(const Ids& ids) const {
     std::size_t length = 0;
-    char* text = nullptr;
-    detail::check(kvexport_decode(session_.get(), ids.data(), ids.size(), &text, &length));
-    const std::unique_ptr<char, detail::Freed<kvexport_text_free>> owned(text);
-    return std::string(text, length);
+    const auto call = [&](auto out) { return kvexport_decode(session_.get(), ids.data(), ids.size(), out, &length); };
+    const auto text = detail::made(kvexport_text_free, call);
+    return std::string(text.get(), length);
   }
-  // Bytes of a cache of that capacity, and of the device.
-  kvexport_memory memory(std::int64_t capacity = 0) const {
-    kvexport_memory memory{};
-    memory.size = sizeof memory;
+  kvexport_memory memory(std::int64_t capacity = 0) const {  // bytes of such a cache, and of the device (kvexport.h)
+    kvexport_memory memory{sizeof(kvexport_memory), 0, "", 0, 0, 0, 0};
     detail::check(kvexport_session_memory(session_.get(), capacity, &memory));
     return memory;
   }
-  kvexport_info info() const {
-    kvexport_info info{};
-    info.size = sizeof info;
-    detail::check(kvexport_session_info(session_.get(), &info));
-    return info;
-  }
+  // What was opened, and what runs it (kvexport.h); as long as the session lives.
+  const kvexport_info& info() const { return *kvexport_session_info(session_.get()); }
   // Runs the bundle's reference vectors: whether this machine computes what was validated. Returns the report (JSON); throws
   // Error with code KVEXPORT_GATE_FAILED where it does not, saying whether weights, engine, precision or cache are at fault.
   std::string self_test() const {
-    char* text = nullptr;
-    kvexport_error* error = kvexport_self_test(session_.get(), &text);
-    const std::unique_ptr<char, detail::Freed<kvexport_text_free>> owned(text);
-    detail::check(error);
-    return text;
+    return detail::made(kvexport_text_free, [&](auto out) { return kvexport_self_test(session_.get(), out); }).get();
   }
 
  private:
-  std::unique_ptr<kvexport_session, detail::Freed<kvexport_close>> session_;
+  detail::Owned<kvexport_session> session_;
 };
 
 }  // namespace kvexport
