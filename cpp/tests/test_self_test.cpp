@@ -1,0 +1,305 @@
+// The self-test on bundles of tests/cpp/test_cpp_self_test.py: sound engines are ok, and each kind of fault gets its own verdict.
+#include "self_test.hpp"
+
+#include <cmath>
+#include <cstring>
+#include <functional>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <utility>
+#include <vector>
+
+#include "check.hpp"
+#include "error.hpp"
+#include "file.hpp"
+
+using namespace kvexport::detail;
+
+namespace {
+
+const float GARBAGE = 1000;
+
+Bundle opened(const std::string& name) { return Bundle::open(check::given("KVEXPORT_TEST_SELF_TEST") + "/" + name); }
+
+// What a faulty engine does: to a call before it, to the buffers and logits after it.
+struct Fault {
+  std::function<void(Call&, Buffers&)> before;
+  std::function<void(const Call&, Buffers&, std::vector<float>&)> after;
+  std::string provider = "cpu";
+  std::int64_t capacity = 0, longest = 0;  // 0: as the engine's
+};
+
+class Faulty final : public Engine {
+ public:
+  Faulty(const Bundle& bundle, Fault fault)
+      : inner_(open_onnxruntime(bundle, "cpu", 1)), fault_(std::move(fault)), vocab_(bundle.manifest.vocab_size) {}
+
+  const std::string& provider() const override { return fault_.provider; }
+  const std::string& version() const override { return inner_->version(); }
+  Dtype computes_in() const override { return inner_->computes_in(); }
+  Place& place() override { return inner_->place(); }
+  std::int64_t longest() const override { return fault_.longest == 0 ? inner_->longest() : fault_.longest; }
+  std::int64_t capacity() const override { return fault_.capacity == 0 ? inner_->capacity() : fault_.capacity; }
+  bool fixed() const override { return fault_.capacity != 0; }
+  std::int64_t step() const override { return fixed() ? 0 : inner_->step(); }
+
+  std::unique_ptr<Binding> bind(Buffers& buffers) override {
+    auto bound = std::make_unique<Bound>();
+    bound->inner = inner_->bind(buffers), bound->buffers = &buffers;
+    return bound;
+  }
+  const float* run(Binding& binding, const Call& given) override {
+    auto& bound = static_cast<Bound&>(binding);
+    Call call = given;
+    if (fault_.before) fault_.before(call, *bound.buffers);
+    const float* logits = inner_->run(*bound.inner, call);
+    bound.logits.assign(logits, logits + call.logits * vocab_);
+    if (fault_.after) fault_.after(call, *bound.buffers, bound.logits);
+    return bound.logits.data();
+  }
+
+ private:
+  struct Bound final : Binding {
+    std::unique_ptr<Binding> inner;
+    Buffers* buffers = nullptr;
+    std::vector<float> logits;
+  };
+  std::unique_ptr<Engine> inner_;
+  Fault fault_;
+  std::int64_t vocab_;
+};
+
+// A bundle's vectors on an engine that runs another bundle's graph, or its own, with a fault.
+SelfTestReport examined(const std::string& name, Fault fault = {}, const std::string& runs = "") {
+  Bundle bundle = opened(name);
+  auto engine = std::make_unique<Faulty>(opened(runs.empty() ? name : runs), std::move(fault));
+  return self_test(std::make_shared<const Session>(std::move(bundle), std::move(engine)));
+}
+
+nlohmann::json json_of(const SelfTestReport& report) { return nlohmann::json::parse(report.json); }
+
+void require_ok(const SelfTestReport& report) {
+  CHECK_EQUAL(report.said.find("computes what PyTorch computed") != std::string::npos, true);
+  CHECK_EQUAL(report.verdict, "ok");
+  CHECK(report.ok && report.fix.empty());
+  const nlohmann::json json = json_of(report);
+  for (const auto& each : json.at("checks")) CHECK(each.at("first").is_null() && each.at("rows") > 0);
+  CHECK(json.at("generated") == json.at("continuation") && json.at("fix").is_null());
+}
+
+void require_verdict(const SelfTestReport& report, const std::string& verdict) {
+  CHECK_EQUAL(report.verdict, verdict);
+  CHECK(!report.ok && !report.fix.empty());
+  CHECK_EQUAL(json_of(report).at("verdict").get<std::string>(), verdict);
+}
+
+void require_cache(const SelfTestReport& report) {
+  require_verdict(report, "cache");
+  CHECK(json_of(report).at("checks").at(0).at("first").is_null());
+}
+
+// Numbers of a slot, of one head.
+float* slot_of(const Buffer& buffer, std::int64_t head, std::int64_t slot) {
+  return static_cast<float*>(buffer.address) + (head * buffer.slots + slot) * buffer.width;
+}
+
+void fill_slot(const Buffer& buffer, std::int64_t slot, float value) {
+  for (std::int64_t head = 0; head < buffer.heads; ++head) std::fill_n(slot_of(buffer, head, slot), buffer.width, value);
+}
+
+// The first of a layer's states.
+void change_states(Buffers& buffers, int layer, const std::function<void(float& score, float& stored)>& change) {
+  for (const Buffer& buffer : buffers.all) {
+    if (buffer.layer != layer || buffer.which != Which::state) continue;
+    for (std::int64_t slot = 0; slot < buffer.heads * buffer.slots; ++slot) {
+      float* state = static_cast<float*>(buffer.address) + 2 * slot;
+      if (state[1] > 0 && state[1] < 0x1p24F) change(state[0], state[1]);  // none that is empty or blocked
+    }
+  }
+}
+
+float rounded(float value) {  // as bfloat16 has it
+  const std::uint32_t bits = bits_of(value, Dtype::bfloat16);
+  return as_float(&bits, Dtype::bfloat16);
+}
+
+}  // namespace
+
+TEST(sound_bundles_are_ok) {
+  for (const char* name : {"sound", "evicting", "ranked", "half", "bloom", "qwen3", "tiny"}) require_ok(examined(name));
+}
+
+TEST(other_engines_of_sound_bundles_are_ok) {
+  for (const char* name : {"sound", "evicting", "ranked", "half"}) {
+    Fault fixed;
+    fixed.provider = "tensorrt", fixed.capacity = 60, fixed.longest = 5;
+    require_ok(examined(name, fixed));
+  }
+}
+
+TEST(an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds) {
+  Fault small;
+  small.capacity = 21;
+  const SelfTestReport report = examined("sound", small);
+  require_ok(report);
+  for (const auto& each : json_of(report).at("checks")) CHECK_EQUAL(each.at("rows").get<int>(), 21);
+}
+
+TEST(an_engine_that_holds_no_row_is_told) {
+  Fault small;
+  small.capacity = 8;
+  CHECK_THROWS_WITH(examined("long", small), "too few tokens");
+}
+
+TEST(vectors_of_another_bundle) {
+  const std::shared_ptr<const Session> session = std::make_shared<const Session>(
+      opened("sound"), std::make_unique<Faulty>(opened("sound"), Fault{}));
+  require_verdict(examine(session, read_vectors(opened("other"))), "weights");
+}
+
+TEST(an_engine_that_computes_otherwise) {
+  for (const auto& [name, other] : {std::pair("sound", "other"), std::pair("evicting", "other-evicting")}) {
+    for (const char* provider : {"cuda", "tensorrt"}) {
+      Fault elsewhere;
+      elsewhere.provider = provider;
+      const SelfTestReport report = examined(name, elsewhere, other);
+      require_verdict(report, "engine");
+      CHECK(report.said.find("first wrong: token") != std::string::npos);
+      CHECK(report.fix.find("--provider cpu") != std::string::npos);
+      require_ok(examined(name, elsewhere));
+    }
+    require_verdict(examined(name, {}, other), "weights");  // on the CPU nothing but the bundle can be wrong
+  }
+}
+
+TEST(less_precision) {
+  Fault rounds;
+  rounds.after = [](const Call& call, Buffers& buffers, std::vector<float>& logits) {
+    for (float& value : logits) value = rounded(value);
+    for (const Buffer& buffer : buffers.all) {
+      if (buffer.which == Which::state) continue;
+      const std::int64_t stop = std::min(call.write_index + call.tokens, buffer.slots);
+      for (std::int64_t head = 0; head < buffer.heads; ++head) {
+        for (float* at = slot_of(buffer, head, std::min(call.write_index, stop)); at != slot_of(buffer, head, stop); ++at) {
+          *at = rounded(*at);
+        }
+      }
+    }
+  };
+  const SelfTestReport report = examined("sound", rounds);
+  require_verdict(report, "precision");
+  CHECK(report.said.find("less exact than float32, as if it computed in float16") != std::string::npos);
+}
+
+TEST(a_dropped_write) {
+  Fault drops;
+  drops.after = [](const Call& call, Buffers& buffers, std::vector<float>&) {
+    if (call.tokens != 1 || *call.position_ids != 20) return;
+    for (const Buffer& buffer : buffers.all) {
+      if (buffer.layer == 1 && buffer.which == Which::key) fill_slot(buffer, 20, GARBAGE);
+    }
+  };
+  const SelfTestReport report = examined("sound", drops);
+  require_cache(report);
+  CHECK(report.said.find("first wrong: token 2") != std::string::npos);
+}
+
+TEST(writes_one_slot_off) {
+  Fault shifts;
+  shifts.after = [](const Call& call, Buffers& buffers, std::vector<float>&) {
+    if (call.tokens != 1) return;
+    for (const Buffer& buffer : buffers.all) {
+      for (std::int64_t head = 0; head < buffer.heads; ++head) {
+        std::copy_n(slot_of(buffer, head, call.write_index), buffer.width, slot_of(buffer, head, call.write_index - 1));
+      }
+      fill_slot(buffer, call.write_index, GARBAGE);
+    }
+  };
+  require_cache(examined("sound", shifts));
+}
+
+TEST(ignored_write_indices) {
+  Fault ignores;
+  ignores.before = [](Call& call, Buffers&) { call.write_index = 0; };
+  require_cache(examined("sound", ignores));
+}
+
+TEST(growth_that_forgets_what_was_held) {
+  Fault forgets;
+  auto grown = std::make_shared<std::int64_t>(0);
+  forgets.before = [grown](Call& call, Buffers& buffers) {
+    if (call.write_index != 0 && buffers.generation != *grown) {
+      for (const Buffer& buffer : buffers.all) std::memset(buffer.address, 0, buffer.bytes());
+    }
+    *grown = buffers.generation;
+  };
+  require_cache(examined("sound", forgets));
+}
+
+TEST(slots_that_are_chosen_wrongly) {
+  Fault chooses;
+  chooses.after = [](const Call&, Buffers& buffers, std::vector<float>&) {
+    change_states(buffers, 1, [](float& score, float&) { score = -score; });  // the newest goes first
+  };
+  require_cache(examined("evicting", chooses));
+}
+
+TEST(a_state_that_says_nothing) {
+  Fault forgets;
+  forgets.after = [](const Call& call, Buffers& buffers, std::vector<float>&) {
+    if (call.tokens == 1) change_states(buffers, 0, [](float& score, float& stored) { score = stored = 0; });
+  };
+  require_cache(examined("evicting", forgets));
+}
+
+TEST(scores_that_are_no_norms) {
+  Fault scales;
+  scales.after = [](const Call&, Buffers& buffers, std::vector<float>&) {
+    change_states(buffers, 1, [](float& score, float&) { score *= 1.5F; });
+  };
+  const SelfTestReport report = examined("ranked", scales);
+  require_verdict(report, "weights");
+  CHECK_EQUAL(json_of(report).at("checks").at(0).at("first").at("part").get<std::string>(), "score");
+}
+
+TEST(what_an_earlier_text_left) {  // right twice, and wrong when it comes to generating
+  Fault spoils;
+  auto begun = std::make_shared<int>(0);
+  spoils.after = [begun](const Call& call, Buffers& buffers, std::vector<float>&) {
+    if (*call.position_ids == 0) ++*begun;
+    if (*begun != 3 || *call.position_ids != 25) return;
+    for (const Buffer& buffer : buffers.all) {
+      for (std::int64_t slot = 0; slot < 20; ++slot) fill_slot(buffer, slot, GARBAGE);
+    }
+  };
+  const SelfTestReport report = examined("sound", spoils);
+  require_cache(report);
+  CHECK(json_of(report).at("checks").at(1).at("first").is_null());
+  CHECK(report.said.find("generating does not repeat itself") != std::string::npos);
+}
+
+TEST(numbers_that_are_none) {
+  for (const char* name : {"sound", "evicting", "ranked"}) {
+    Fault spoils;
+    spoils.after = [](const Call&, Buffers& buffers, std::vector<float>& logits) {
+      logits.back() = std::numeric_limits<float>::quiet_NaN();
+      for (std::int64_t slot = 0; slot < buffers.all[0].slots; ++slot) fill_slot(buffers.all[0], slot, std::nanf(""));
+      change_states(buffers, 0, [](float&, float& stored) { stored = std::nanf(""); });
+    };
+    const SelfTestReport report = examined(name, spoils);
+    CHECK(!report.ok);
+    CHECK(json_of(report).at("checks").at(1).at("norms").is_null());
+    CHECK(json_of(report).at("checks").at(1).at("logits").is_null());
+  }
+}
+
+TEST(files_that_are_no_vectors) {
+  const Bundle bundle = opened("sound");
+  const std::string sound = read_file(bundle.file("self_test.json"), 1 << 24);
+  parse_vectors(sound, bundle.manifest, "it");  // a control
+  for (std::size_t length = 0; length + 2 < sound.size(); length += 97) {
+    CHECK_THROWS_WITH(parse_vectors(sound.substr(0, length), bundle.manifest, "the vectors"), "the vectors");
+  }
+  CHECK_THROWS_WITH(parse_vectors(sound, opened("evicting").manifest, "the vectors"), "slots");
+  CHECK_THROWS_WITH(parse_vectors(std::string(100000, '['), bundle.manifest, "the vectors"), "the vectors");
+}

@@ -1,0 +1,202 @@
+"""The self-test in C++: verdicts on wrapped engines (cpp/tests/test_self_test.cpp), and on sound and damaged bundles the very
+report that Python makes."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from builds import build, environment
+from decoders import STYLES, make_decoder
+from proved_bundles import broken
+from tiny_bundles import write_bundle
+
+from kvexport.errors import KvexportError
+from kvexport.eviction import POLICIES, Eviction
+from kvexport.hashing import sha256_of
+from kvexport.runtime.self_test import self_test
+from kvexport.runtime.vectors import FILE
+
+pytestmark = pytest.mark.slow
+
+Raw = dict[str, Any]
+EVICTION = Eviction("window", 40, protect_first=2, protect_recent=8)
+RANKED = Eviction("l2-norm", 40, protect_first=2, protect_recent=8, skip_layers=(0,))
+DATA = "decoder.onnx.data"
+
+
+def made(path: Path, style: str = "llama", *, seed: int = 0, **options: Any) -> Path:
+    return write_bundle(path, make_decoder(style, dtype=torch.float32, seed=seed), self_test=True, **options)
+
+
+@pytest.fixture(scope="module")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What test_self_test.cpp names; never written to."""
+    folder = tmp_path_factory.mktemp("bundles")
+    made(folder / "sound")
+    made(folder / "other", seed=1)
+    made(folder / "evicting", eviction=EVICTION)
+    made(folder / "other-evicting", seed=1, eviction=EVICTION)
+    made(folder / "ranked", "gqa", eviction=RANKED)
+    made(folder / "half", "gqa", dtype="float16")
+    made(folder / "bloom", "bloom")
+    made(folder / "qwen3", "qwen3")
+    made(folder / "tiny", capacity=3)
+    made(folder / "long", eviction=Eviction("window", 60, protect_first=20))
+    return folder
+
+
+def told(bundle: Path, *options: str) -> subprocess.CompletedProcess[str]:
+    program = build("release") / "kvexport_self_test"
+    return subprocess.run([program, bundle, *options], capture_output=True, text=True)
+
+
+def report(bundle: Path) -> Raw:
+    """What the program prints, which must be what Python finds, to the seventh digit."""
+    ran = told(bundle, "--provider", "cpu", "--json")
+    assert ran.stdout, ran.stderr
+    found: Raw = json.loads(ran.stdout)
+    python = self_test(bundle, "cpu").to_json()
+    checks, others = found.pop("checks"), python.pop("checks")
+    assert found == python and [each.keys() for each in checks] == [each.keys() for each in others]
+    for check, other in zip(checks, others, strict=True):
+        for key, value in other.items():
+            assert check[key] == (pytest.approx(value, rel=0.05, abs=1e-6) if type(value) is float else value)
+    assert ran.returncode == (0 if found["verdict"] == "ok" else 1)
+    return found | {"checks": checks}
+
+
+def test_verdicts_on_faulty_engines(bundles: Path) -> None:
+    program = build("sanitized") / "tests" / "test_self_test"
+    ran = subprocess.run([program], env=environment(KVEXPORT_TEST_SELF_TEST=str(bundles)), capture_output=True, text=True)
+    assert ran.returncode == 0 and " 0 failed, 0 skipped" in ran.stdout, ran.stdout + ran.stderr
+
+
+# The same words as Python
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("style", STYLES)
+def test_sound_bundles_are_ok(style: str, dtype: str, tmp_path: Path) -> None:
+    found = report(made(tmp_path / "b", style, dtype=dtype))
+    assert found["verdict"] == "ok" and [check["rows"] for check in found["checks"]] == [40, 40]
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sound_bundles_that_evict_are_ok(policy: str, tmp_path: Path) -> None:
+    for style, dtype, skipped in (("gqa", "float32", ()), ("bloom", "float16", (0,)), ("window", "float32", ())):
+        eviction = Eviction(policy, 40, protect_first=2, protect_recent=8, skip_layers=skipped)
+        found = report(made(tmp_path / style, style, dtype=dtype, eviction=eviction))
+        assert found["verdict"] == "ok" and [check["rows"] for check in found["checks"]] == [16, 40]
+
+
+def test_any_capacity_is_ok(tmp_path: Path) -> None:
+    for capacity in (1, 2, 3, 7, 8, 16, 17, 33, 41):
+        assert report(made(tmp_path / str(capacity), capacity=capacity))["verdict"] == "ok"
+        if capacity > 1:
+            eviction = Eviction("keep-high", 2 + capacity // 2)
+            assert report(made(tmp_path / f"{capacity}e", capacity=capacity, eviction=eviction))["verdict"] == "ok"
+
+
+def flip(bundle: Path) -> None:
+    data = bytearray((bundle / DATA).read_bytes())
+    data[3 + 4 * 100] ^= 0x40  # the top exponent bit of a number
+    (bundle / DATA).write_bytes(data)
+
+
+def vouch(bundle: Path) -> None:
+    vectors = json.loads((bundle / FILE).read_text())
+    (bundle / FILE).write_text(json.dumps({**vectors, "weights_sha256": sha256_of(bundle / DATA)}))
+
+
+def round_weights(bundle: Path) -> None:
+    """What a float32 bundle would hold, had it been stored in float16."""
+    weights = torch.frombuffer(bytearray((bundle / DATA).read_bytes()), dtype=torch.float32)
+    (bundle / DATA).write_bytes(weights.half().float().numpy().tobytes())
+
+
+def damage_tokens(bundle: Path) -> None:
+    """Vectors whose continuation is not what the rows say."""
+    vectors = json.loads((bundle / FILE).read_text())
+    vectors["continuation"][-1] = (vectors["continuation"][-1] + 1) % 40
+    (bundle / FILE).write_text(json.dumps(vectors))
+
+
+def test_damaged_bundles_get_the_verdict_of_python(bundles: Path, tmp_path: Path) -> None:
+    sound, cases = bundles / "sound", iter(range(100))
+
+    def found(*changes: Callable[[Path], object], of: Path = sound) -> Raw:
+        return report(broken(of, tmp_path / str(next(cases)), lambda bundle: [change(bundle) for change in changes]))
+
+    assert found()["verdict"] == "ok"  # a control
+    assert found(flip)["checks"] == []
+    assert found(flip)["verdict"] == "weights"
+    assert found(flip, vouch)["verdict"] == "weights"
+    assert found(flip, vouch, of=bundles / "ranked")["verdict"] == "weights"
+    assert found(lambda bundle: shutil.copy(bundles / "other" / FILE, bundle / FILE))["verdict"] == "weights"
+    assert found(round_weights, vouch)["verdict"] == "precision"
+    assert found(damage_tokens)["verdict"] != "ok"
+
+
+def test_exit_codes_and_words(bundles: Path, tmp_path: Path) -> None:
+    sound = bundles / "sound"
+    ran = told(sound)
+    assert ran.returncode == 0 and ran.stdout.startswith("ok: onnxruntime ")
+    wrong = told(broken(sound, tmp_path / "wrong", lambda bundle: (flip(bundle), vouch(bundle))))
+    assert wrong.returncode == 1 and "weights: onnxruntime " in wrong.stderr and "fix:" in wrong.stderr and not wrong.stdout
+    shutil.copytree(sound, tmp_path / "damaged")
+    flip(tmp_path / "damaged")
+    for refused in (
+        told(tmp_path / "damaged", "--json"), told(tmp_path / "none"), told(sound, "--provider"), told(sound, "--provider", "rocm"),
+        told(sound, "twice"), told(Path("--json")), told(write_bundle(tmp_path / "bare", make_decoder(dtype=torch.float32))),
+    ):  # fmt: skip
+        assert refused.returncode == 2 and refused.stderr and not refused.stdout
+    for elsewhere in (told(sound, "--provider", "tensorrt"), told(made(tmp_path / "wide", dtype="bfloat16"))):
+        assert elsewhere.returncode == 3 and elsewhere.stderr and not elsewhere.stdout
+
+
+def _set(*path: str | int, to: object) -> Callable[[Raw], None]:
+    def change(raw: Raw) -> None:
+        at: Any = raw
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = to
+
+    return change
+
+
+WRONG = (
+    _set("format", to=2), _set("prompt", to=[]), _set("prompt", 0, to=40), _set("prompt", 0, to=-1), _set("prompt", 0, to=1.0),
+    _set("continuation", to=[1] * 200), _set("continuation", to=None), _set("first_row", to=16), _set("first_row", to=-1),
+    _set("first_row", to=True), _set("logit_indices", to=[]), _set("logit_indices", 0, to=40), _set("slots", to=8),
+    _set("rows", to=[]), _set("rows", 3, to=None), _set("rows", 3, "rms", to=float("nan")), _set("rows", 3, "rms", to="1"),
+    _set("rows", 3, "values", to=[1.0]), _set("rows", 3, "key_norms", to=[1.0]), _set("rows", 3, "likeliest", to=40),
+    _set("rows", 3, "value_norms", 0, to=float("inf")), _set("rows", 3, "margin", to=True), _set("first_row", to=2**80),
+    _set("tolerances", "cpu", to={}), _set("tolerances", "cuda", "float16", "norms", to=None), _set("tolerances", to=[]),
+    lambda raw: raw.pop("weights_sha256"), lambda raw: raw.pop("slots"), lambda raw: raw.clear(),
+)  # fmt: skip
+
+
+def test_vectors_that_cannot_be_are_refused(bundles: Path, tmp_path: Path) -> None:
+    def refused(name: str, of: Path, change: Callable[[Raw], object]) -> None:
+        def damage(bundle: Path) -> None:
+            raw = json.loads((bundle / FILE).read_text())
+            change(raw)
+            (bundle / FILE).write_text(json.dumps(raw))
+
+        bundle = broken(of, tmp_path / name, damage)
+        with pytest.raises(KvexportError):
+            self_test(bundle)
+        ran = told(bundle)
+        assert ran.returncode == 2 and FILE in ran.stderr and "build the bundle again" in ran.stderr, ran.stderr
+
+    for number, change in enumerate(WRONG):
+        refused(str(number), bundles / "sound", change)
+    for slots in (None, 10, 41, 17, 1.0):
+        refused(f"slots {slots}", bundles / "evicting", _set("slots", to=slots))
