@@ -46,11 +46,11 @@ std::int64_t weights_of(const Engine&, long) {
 
 // TensorRT-RTX may still be compiling kernels, and says so; TensorRT wants to have run once, which it has.
 template <typename Context>
-auto can_be_captured(const Context& context, CUstream_st* stream, int) -> decltype(context.isStreamCapturable(stream)) {
+auto can_be_captured(Context& context, CUstream_st* stream, int) -> decltype(context.isStreamCapturable(stream)) {
   return context.isStreamCapturable(stream);
 }
 template <typename Context>
-bool can_be_captured(const Context&, CUstream_st*, long) {
+bool can_be_captured(Context&, CUstream_st*, long) {
   return true;
 }
 

@@ -1,10 +1,9 @@
 // TensorRT engines on a simulated GPU, of TensorRT 10.16 and (compiled with FAKE_TENSORRT_OLD) of 10.3: the CPU's answers, in
 // place, nothing allocated from step to step, nothing beyond the cache, and which engine runs and why not.
 // KVEXPORT_TEST_ENGINES: what tests/cpp/engine_bundles.py wrote.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cmath>
+#include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <functional>
@@ -92,11 +91,13 @@ void require_nothing_left() {
 // A bundle that a test may change, removed with this object.
 class Copy {
  public:
-  explicit Copy(const std::string& name) : path(fs::temp_directory_path() / ("kvexport-gpu-" + std::to_string(getpid()))) {
-    fs::remove_all(path);
+  explicit Copy(const std::string& name) {
+    std::string folder = (fs::temp_directory_path() / "kvexport-gpu-XXXXXX").string();
+    CHECK(mkdtemp(folder.data()) != nullptr);
+    path = fs::path(folder) / name;
     fs::copy(engines(name), path, fs::copy_options::recursive);
   }
-  ~Copy() { fs::remove_all(path); }
+  ~Copy() { fs::remove_all(path.parent_path()); }
   Copy(const Copy&) = delete;
   Copy& operator=(const Copy&) = delete;
 
