@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, write_bundle
@@ -71,6 +72,7 @@ def test_the_tables(inspect: Inspect, bundle: Path) -> None:
     assert "KV cache per token 480 B" in shown  # 4 bytes x (4 x 16 + 2 x 28)
     assert "original 512 B" in shown
     assert "dtype, capacity float32, 96 tokens" in shown
+    assert "text no chat template" in shown
     assert " ok " not in inspect(bundle)[1]  # only what was hashed is said to be so
 
 
@@ -124,11 +126,33 @@ def test_a_file_that_is_not_as_it_was_is_found_at_once(inspect: Inspect, copied:
         assert f"allowed: {len(data)} bytes" in err
 
 
+def test_chat_template(inspect: Inspect, copied: Path) -> None:
+    around: list[str] | None
+    for around, said in ((["<s>", "</s>"], "text chat template"), (None, "text chat template without a system prompt")):
+        chat = {"begin": "<", "begin_system": around, "generate": ">", "answer": "", "next": ";", "strips": False}
+        golden = [{"text": "a", "ids": [1], "plain_ids": [1], "decoded": "a"}]
+        raw = {"format": 1, "golden": golden, "special_ids": [], "chat": chat, "chat_golden": []}
+        (copied / "text.json").write_text(json.dumps(raw))
+        entry = {"sha256": sha256_of(copied / "text.json"), "bytes": (copied / "text.json").stat().st_size}
+
+        def add(manifest: dict[str, Any], entry: dict[str, object] = entry) -> None:
+            manifest["files"]["text.json"] = entry
+
+        edit_manifest(copied, add)
+        assert said in squeezed(inspect(copied)[1].split("\n\n")[1])
+
+
+def test_a_bundle_without_a_tokenizer(inspect: Inspect, copied: Path) -> None:
+    (copied / "tokenizer.json").unlink()
+    edit_manifest(copied, lambda manifest: manifest["files"].pop("tokenizer.json"))
+    assert "text token ids only" in squeezed(inspect(copied)[1].split("\n\n")[1])
+
+
 def test_a_newer_format_names_versions_and_the_remedy(inspect: Inspect, copied: Path) -> None:
-    edit_manifest(copied, lambda raw: raw.update(format=2, kvexport="7.0.0"))
+    edit_manifest(copied, lambda raw: raw.update(format=3, kvexport="7.0.0"))
     code, out, err = inspect(copied)
     assert (code, out) == (2, "")
-    assert "format 2" in err and "7.0.0" in err and "format 1" in err and "pip install --upgrade kvexport" in err
+    assert "format 3" in err and "7.0.0" in err and "format 2" in err and "pip install --upgrade kvexport" in err
 
 
 def test_what_is_no_bundle(inspect: Inspect, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bundles import byte_level_tokenizer
 
-from kvexport.bundle import Bundle, FileEntry
+from kvexport.bundle import Bundle
+from kvexport.bundle_manifest import FileEntry
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.hashing import sha256_of
 from kvexport.progress import Progress
