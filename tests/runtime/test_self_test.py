@@ -1,0 +1,456 @@
+"""The self-test: sound bundles are ok wherever they run, and each kind of fault gets its own verdict."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from decoders import STYLES, make_decoder, with_attention
+from proved_bundles import broken
+from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from tiny_bundles import decoder_with_fewer_heads, edit_manifest, write_bundle
+
+from kvexport.bundle import GRAPH_FILE, Bundle
+from kvexport.decoder import Decoder as Model
+from kvexport.errors import BundleError, CannotRunHere, UsageError
+from kvexport.eviction import POLICIES, SCORE, Eviction
+from kvexport.graph.contract import KEY, past
+from kvexport.hashing import sha256_of
+from kvexport.runtime.arrays import Host
+from kvexport.runtime.cache import KvCache
+from kvexport.runtime.interface import Decoder
+from kvexport.runtime.providers import Provider, new_cache, open_decoder
+from kvexport.runtime.self_test import SelfTestReport, examine, self_test
+from kvexport.runtime.self_test_runs import GARBAGE, STEP
+from kvexport.runtime.vectors import FILE, read_vectors
+
+Raw = dict[str, Any]
+EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
+CPU = Provider("cpu")
+
+
+def model(style: str = "llama", **sizes: Any) -> Model:
+    return make_decoder(style, dtype=torch.float32, **sizes)
+
+
+def made(path: Path, decoder: Model | None = None, **options: Any) -> Path:
+    return write_bundle(path, decoder or model(), self_test=True, **options)
+
+
+@pytest.fixture(scope="module")
+def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A float32 llama of two layers; never written to."""
+    return made(tmp_path_factory.mktemp("sound") / "b")
+
+
+@pytest.fixture(scope="module")
+def evicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return made(tmp_path_factory.mktemp("evicting") / "b", eviction=dataclasses.replace(EVICTION, policy="window"))
+
+
+def require_ok(report: SelfTestReport) -> None:
+    assert (report.verdict, report.fix) == ("ok", None), report.said
+    assert [check.first for check in report.checks] == [None, None] and report.generated == report.continuation
+
+
+# Sound bundles
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("style", STYLES)
+def test_sound_bundles_are_ok(style: str, dtype: str, tmp_path: Path) -> None:
+    report = self_test(made(tmp_path / "b", model(style), dtype=dtype))
+    require_ok(report)
+    assert (report.provider, report.dtype, [check.rows for check in report.checks]) == ("cpu", dtype, [40, 40])
+    for check in report.checks:  # a tenth of what is allowed
+        assert 10 * check.logits < report.tolerance.logits and 10 * check.norms < report.tolerance.norms
+    assert report.continuation == 24 or dtype == "float16"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_sound_bundles_that_evict_are_ok(policy: str, dtype: str, tmp_path: Path) -> None:
+    for style, skipped in (("gqa", ()), ("bloom", (0,)), ("window", ()))[:: 1 if dtype == "float32" else 2]:
+        eviction = dataclasses.replace(EVICTION, policy=policy, skip_layers=skipped)
+        report = self_test(made(tmp_path / style, model(style), dtype=dtype, eviction=eviction))
+        require_ok(report)
+        assert [check.rows for check in report.checks] == [16, 40]
+
+
+def test_projected_keys_are_ok(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    require_ok(self_test(made(tmp_path / "b", decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4)))))
+
+
+@pytest.mark.parametrize("capacity", [1, 2, 3, 5, 8, 17, 30])
+def test_any_capacity_is_ok(capacity: int, tmp_path: Path) -> None:
+    require_ok(self_test(made(tmp_path / "b", model(layers=1), capacity=capacity)))
+    if capacity > 1:
+        eviction = Eviction("keep-high", min(capacity, 2 + capacity // 2))
+        require_ok(self_test(made(tmp_path / "evicting", model(layers=1), capacity=capacity, eviction=eviction)))
+
+
+def test_bfloat16_has_no_kernels_here(tmp_path: Path) -> None:
+    with pytest.raises(CannotRunHere, match="no bfloat16 kernels"):
+        self_test(made(tmp_path / "b", dtype="bfloat16"))
+
+
+# Weights
+
+
+def reseal(bundle: Path) -> None:
+    """As `broken` does, with the vectors' word on the weights corrected as well."""
+    vectors = json.loads((bundle / FILE).read_text())
+    vectors["weights_sha256"] = sha256_of(bundle / "decoder.onnx.data")
+    (bundle / FILE).write_text(json.dumps(vectors))
+
+
+def flip(bundle: Path) -> None:
+    data = bytearray((bundle / "decoder.onnx.data").read_bytes())
+    data[3 + 4 * 100] ^= 0x40  # the top exponent bit of a number
+    (bundle / "decoder.onnx.data").write_bytes(data)
+
+
+def test_a_flipped_byte_is_damage(sound: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(sound, tmp_path / "b"))
+    flip(bundle)
+    with pytest.raises(BundleError, match=r"decoder\.onnx\.data of the bundle .* not as it was written"):
+        self_test(bundle)
+
+
+def test_weights_that_the_manifest_vouches_for_and_the_vectors_do_not(sound: Path, tmp_path: Path) -> None:
+    report = self_test(broken(sound, tmp_path / "b", flip))
+    assert (report.verdict, report.checks) == ("weights", ()) and "put together of two" in report.said
+    assert report.fix is not None and "kvexport build" in report.fix
+
+
+def test_vectors_of_another_bundle(sound: Path, tmp_path: Path) -> None:
+    other = made(tmp_path / "other", model(seed=1))
+    assert self_test(broken(sound, tmp_path / "b", lambda b: shutil.copy(other / FILE, b / FILE))).verdict == "weights"
+
+
+def test_weights_that_all_vouch_for_and_that_compute_otherwise(sound: Path, tmp_path: Path) -> None:
+    report = self_test(broken(sound, tmp_path / "b", lambda b: (flip(b), reseal(b))))
+    assert report.verdict == "weights" and [check.rows for check in report.checks] == [40, 40]
+    assert "first wrong: token" in report.said and report.checks[0].first is not None
+
+
+def test_a_graph_of_another_bundle_is_not_ok_on_the_cpu(sound: Path, tmp_path: Path) -> None:
+    """Its weights are the same, and right: it attends otherwise."""
+    other = made(tmp_path / "other", with_attention(model(), lambda each: dataclasses.replace(each, scale=1.0)))
+    report = self_test(broken(sound, tmp_path / "b", lambda b: shutil.copy(other / "decoder.cpu.onnx", b)))
+    assert report.verdict == "weights" and report.checks[0].first is not None and report.checks[0].first.row == 1
+    assert report.fix is not None and "kvexport validate" in report.fix
+
+
+# Other engines
+
+
+@pytest.fixture
+def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
+    simulated = SimulatedDevice()
+    onnxruntime_on(simulated, monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
+    return simulated
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
+@pytest.mark.parametrize("evicts", [False, True])
+def test_engines_are_ok(lowering: str, dtype: str, evicts: bool, device: SimulatedDevice, tmp_path: Path) -> None:
+    eviction = dataclasses.replace(EVICTION, skip_layers=(0,)) if evicts else None
+    bundle = made(tmp_path / "b", dtype=dtype, eviction=eviction)
+    add_engine(bundle, lowering=lowering, capacity=60)
+    report = self_test(bundle)
+    require_ok(report)
+    assert (report.provider, report.engine) == ("tensorrt", "tensorrt 10.16.2")
+    require_ok(self_test(bundle, "cuda"))
+    assert device.done.count("engine") > 24
+
+
+def test_an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
+    bundle = broken(sound, tmp_path / "b", lambda b: None)
+    add_engine(bundle, capacity=21)
+    report = self_test(bundle)
+    require_ok(report)
+    assert [check.rows for check in report.checks] == [21, 21]
+
+
+def test_an_engine_that_holds_no_row_is_told(device: SimulatedDevice, tmp_path: Path) -> None:
+    bundle = made(tmp_path / "b", eviction=Eviction("window", 60, protect_first=20))
+    add_engine(bundle, capacity=8)
+    with pytest.raises(CannotRunHere, match=r"engine holds too few tokens[\s\S]*--capacity 48"):
+        self_test(bundle)
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+def test_an_engine_that_computes_otherwise(evicts: bool, device: SimulatedDevice, tmp_path: Path) -> None:
+    eviction = EVICTION if evicts else None
+    other = made(tmp_path / "other", model(seed=1), eviction=eviction)
+    bundle = made(tmp_path / "b", eviction=eviction)
+    add_engine(bundle, graph=other / GRAPH_FILE)
+    report = self_test(bundle)
+    assert report.verdict == "engine" and report.checks[0].first is not None
+    assert report.fix is not None and "--provider cpu" in report.fix and "kvexport engine" in report.fix
+    require_ok(self_test(bundle, "cpu"))
+
+
+def test_an_engine_of_another_bundle(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
+    bundle = broken(sound, tmp_path / "b", lambda b: None)
+    add_engine(bundle, manifest_sha256="0" * 64)
+    for provider in ("auto", "tensorrt"):
+        report = self_test(bundle, provider)
+        assert (report.verdict, report.checks) == ("engine", ()) and "another bundle" in report.said
+        assert report.fix is not None and "kvexport engine" in report.fix
+    require_ok(self_test(bundle, "cpu"))
+
+
+def test_a_damaged_plan_is_damage(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
+    bundle = broken(sound, tmp_path / "b", lambda b: None)
+    plan = add_engine(bundle) / "decoder.plan"
+    plan.write_bytes(plan.read_bytes()[::-1])
+    with pytest.raises(BundleError, match="its sha256 differs"):
+        self_test(bundle)
+
+
+def test_weights_that_are_in_the_plan_are_not_read(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
+    """The simulated engine does read them: what counts is that nobody hashed the file that a real one has no need of."""
+    bundle = broken(sound, tmp_path / "b", lambda b: None)
+    add_engine(bundle)
+    hashed: list[str] = []
+    original = Bundle.verify
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Bundle, "verify", lambda self, names: hashed.extend(names := list(names)) or original(self, names))
+        require_ok(self_test(bundle))
+        assert "decoder.onnx.data" not in hashed and FILE in hashed
+        require_ok(self_test(bundle, "cpu"))
+        assert "decoder.onnx.data" in hashed
+
+
+# Precision
+
+
+@pytest.mark.parametrize("evicts", [False, True])
+def test_float32_computed_in_float16(evicts: bool, tmp_path: Path) -> None:
+    eviction = EVICTION if evicts else None
+    bundle = Bundle.open(made(tmp_path / "b", eviction=eviction))
+    half = Bundle.open(made(tmp_path / "half", dtype="float16", eviction=eviction))
+    decoder = open_decoder(half, CPU)
+    decoder.use(new_cache(half, CPU, "float16", fill=GARBAGE, step=STEP))
+    report = examine(bundle, read_vectors(bundle), decoder, CPU)
+    assert report.verdict == "precision" and "float16" in report.said and report.fix is not None
+    require_ok(examine(half, read_vectors(half), decoder, CPU))  # a control
+
+
+# Cache
+
+
+class Wrapped:
+    """A decoder that does something to its cache after a call; `after(cache, first position, tokens)`."""
+
+    def __init__(self, decoder: Decoder, after: Callable[[KvCache, int, int], None]) -> None:
+        self._decoder, self._after = decoder, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._decoder, name)
+
+    def run(self, input_ids: Any, positions: Any, *others: Any, **options: Any) -> Any:
+        logits = self._decoder.run(input_ids, positions, *others, **options)
+        self._after(self._decoder.cache, int(positions[0, 0]), positions.shape[1])
+        return logits
+
+
+def examined(path: Path, after: Callable[[KvCache, int, int], None] = lambda *arguments: None) -> SelfTestReport:
+    bundle = Bundle.open(path)
+    decoder = open_decoder(bundle, CPU)
+    decoder.use(new_cache(bundle, CPU, bundle.dtype, fill=GARBAGE, step=STEP))
+    return examine(bundle, read_vectors(bundle), Wrapped(decoder, after), CPU)  # type: ignore[arg-type]
+
+
+def require_cache(report: SelfTestReport) -> None:
+    assert report.verdict == "cache" and report.checks[0].first is None and report.fix is not None
+
+
+def test_the_wrapper_alone_is_ok(sound: Path, evicting: Path) -> None:
+    for bundle in (sound, evicting):
+        require_ok(examined(bundle))
+
+
+def test_a_dropped_write(sound: Path) -> None:
+    def drop(cache: KvCache, position: int, tokens: int) -> None:
+        if (position, tokens) == (20, 1):
+            cache.buffers[past(1, KEY)][:, :, 20] = GARBAGE
+
+    report = examined(sound, drop)
+    require_cache(report)
+    assert report.checks[1].first is not None and report.checks[1].first.row in (20, 21)
+    assert "first wrong: token 2" in report.said
+
+
+def test_writes_one_slot_off(sound: Path) -> None:
+    def shift(cache: KvCache, position: int, tokens: int) -> None:
+        if tokens == 1:
+            for buffer in cache.buffers.values():
+                buffer[:, :, position - 1], buffer[:, :, position] = buffer[:, :, position].copy(), GARBAGE
+
+    require_cache(examined(sound, shift))
+
+
+def test_ignored_write_indices(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call writes from the first slot on, as the first one should."""
+    original = KvCache.admit
+    monkeypatch.setattr(KvCache, "admit", lambda self, positions, row=None: 0 * original(self, positions, row))
+    require_cache(self_test(sound))
+
+
+def test_growth_that_forgets_what_was_held(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Host, "carry", lambda *arguments: None)
+    require_cache(self_test(sound))
+
+
+def test_slots_that_are_chosen_wrongly(evicting: Path) -> None:
+    def forget(cache: KvCache, position: int, tokens: int) -> None:
+        state = cache.state(1)
+        state[..., SCORE] *= -1  # the newest goes first
+        cache.set_state(1, state)
+
+    require_cache(examined(evicting, forget))
+
+
+def test_a_state_that_says_nothing(evicting: Path) -> None:
+    def forget(cache: KvCache, position: int, tokens: int) -> None:
+        if tokens == 1:
+            cache.set_state(0, 0 * cache.state(0))
+
+    require_cache(examined(evicting, forget))
+
+
+def test_what_an_earlier_text_left(sound: Path) -> None:
+    """Right twice, and wrong when it comes to generating."""
+    begun: list[int] = []
+
+    def spoil(cache: KvCache, position: int, tokens: int) -> None:
+        begun.extend([1] * (position == 0))
+        if len(begun) == 3 and position == 25:
+            for buffer in cache.buffers.values():
+                buffer[:, :, :20] = GARBAGE
+
+    report = examined(sound, spoil)
+    require_cache(report)
+    assert report.checks[1].first is None and report.generated < report.continuation
+    assert "does not repeat itself" in report.said
+
+
+def test_scores_that_are_no_norms(tmp_path: Path) -> None:
+    bundle = made(tmp_path / "b", eviction=EVICTION)
+
+    def swap(cache: KvCache, position: int, tokens: int) -> None:
+        state = cache.state(1)
+        state[..., SCORE] *= 1.5
+        cache.set_state(1, state)
+
+    report = examined(bundle, swap)
+    assert report.verdict == "weights" and report.checks[0].first is not None and report.checks[0].first.part == "score"
+
+
+def test_numbers_that_are_none(sound: Path) -> None:
+    def spoil(cache: KvCache, position: int, tokens: int) -> None:
+        cache.buffers[past(0, KEY)][...] = np.nan
+
+    report = examined(sound, spoil)
+    assert report.verdict != "ok"
+    assert json.loads(json.dumps(report.to_json(), allow_nan=False))["checks"][1]["norms"] is None
+
+
+# What is read
+
+
+def test_a_bundle_without_vectors_is_told(tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"has no self_test\.json[\s\S]*build the bundle again"):
+        self_test(write_bundle(tmp_path / "b", model(layers=1)))
+
+
+def _set(*path: str | int, to: object) -> Callable[[Raw], None]:
+    def change(raw: Raw) -> None:
+        at: Any = raw
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = to
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        _set("format", to=2), _set("prompt", to=[]), _set("prompt", 0, to=40), _set("prompt", 0, to=-1),
+        _set("prompt", 0, to=1.0),
+        _set("continuation", to=[1] * 200), _set("continuation", to=None), _set("first_row", to=16), _set("first_row", to=-1),
+        _set("first_row", to=True), _set("logit_indices", to=[]), _set("logit_indices", 0, to=40), _set("slots", to=8),
+        _set("rows", to=[]), _set("rows", 3, to=None), _set("rows", 3, "rms", to=float("nan")), _set("rows", 3, "rms", to="1"),
+        _set("rows", 3, "values", to=[1.0]), _set("rows", 3, "key_norms", to=[1.0]), _set("rows", 3, "likeliest", to=40),
+        _set("rows", 3, "value_norms", 0, to=float("inf")), _set("rows", 3, "margin", to=True),
+        _set("tolerances", "cpu", to={}), _set("tolerances", "cuda", "float16", "norms", to=None), _set("tolerances", to=[]),
+        lambda raw: raw.pop("weights_sha256"), lambda raw: raw.pop("slots"), lambda raw: raw.clear(),
+    ],
+)  # fmt: skip
+def test_vectors_that_cannot_be_are_refused(change: Callable[[Raw], object], sound: Path, tmp_path: Path) -> None:
+    def damage(bundle: Path) -> None:
+        raw = json.loads((bundle / FILE).read_text())
+        change(raw)
+        (bundle / FILE).write_text(json.dumps(raw))
+
+    with pytest.raises(BundleError, match=r"self_test\.json"):
+        self_test(broken(sound, tmp_path / "b", damage))
+
+
+@pytest.mark.parametrize("slots", [None, 10, 41, 17, 1.0])
+def test_slots_that_cannot_be_are_refused(slots: object, evicting: Path, tmp_path: Path) -> None:
+    def damage(bundle: Path) -> None:
+        raw = json.loads((bundle / FILE).read_text())
+        (bundle / FILE).write_text(json.dumps({**raw, "slots": slots}))
+
+    with pytest.raises(BundleError, match=r"self_test\.json"):
+        self_test(broken(evicting, tmp_path / "b", damage))
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"null"])
+def test_files_that_are_no_vectors(content: bytes, sound: Path, tmp_path: Path) -> None:
+    with pytest.raises(BundleError, match=r"self_test\.json"):
+        self_test(broken(sound, tmp_path / "b", lambda bundle: (bundle / FILE).write_bytes(content)))
+
+
+def test_no_such_provider(sound: Path) -> None:
+    with pytest.raises(UsageError, match="no such provider"):
+        self_test(sound, "rocm")
+
+
+def test_a_bundle_that_cannot_be_written_to_is_tested(sound: Path, tmp_path: Path) -> None:
+    bundle = broken(sound, tmp_path / "b", lambda b: None)
+    before = {file.name: file.stat().st_mtime_ns for file in bundle.iterdir()}
+    require_ok(self_test(bundle))
+    assert {file.name: file.stat().st_mtime_ns for file in bundle.iterdir()} == before
+    edit_manifest(bundle, lambda raw: raw["files"].pop(FILE))
+    with pytest.raises(BundleError, match="has no self_test"):
+        self_test(bundle)
+
+
+_LEAN = """
+import sys
+from kvexport.runtime.self_test import self_test
+assert self_test(sys.argv[1]).verdict == "ok"
+print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "onnx_ir", "transformers"}))
+"""
+
+
+def test_the_run_needs_no_heavy_package(sound: Path) -> None:
+    ran = subprocess.run([sys.executable, "-c", _LEAN, str(sound)], capture_output=True, text=True, check=True)
+    assert ran.stdout.strip() == "[]"
