@@ -97,6 +97,8 @@ def main(arguments: list[str] | None = None) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
         sys.exit(141)
     except ModuleNotFoundError as error:
+        if str(error.name).startswith("kvexport"):  # a mistake of ours, which no package mends
+            raise
         _fail(_missing(error), 3)
     except (MemoryError, RuntimeError) as error:
         if not isinstance(error, MemoryError) and "allocate memory" not in str(error):  # torch's own way to say it
@@ -125,9 +127,18 @@ def _refused(error: OSError) -> str:
     return f"{error.strerror or error}" + (f": {where}" if where else "") + remedy
 
 
+# What brings a package that may be missing: kvexport itself, or one of its extras. All others are what `convert` brings.
+_BASE = ("numpy", "click", "rich", "tokenizers", "tomli")
+_EXTRAS = {
+    "onnxruntime": "cpu", "cuda": "gpu", "pynvml": "gpu", "tensorrt": "tensorrt", "polygraphy": "tensorrt", "tensorrt_rtx": "rtx",
+    "peft": "heal",
+}  # fmt: skip
+
+
 def _missing(error: ModuleNotFoundError) -> str:
-    extra = "cpu" if error.name == "onnxruntime" else "convert"
-    return f"the package {error.name} is not installed\n  fix:     pip install 'kvexport[{extra}]'"
+    name = str(error.name).partition(".")[0]
+    wanted = "kvexport" if name in _BASE else f"'kvexport[{_EXTRAS.get(name, 'convert')}]'"
+    return f"the package {name} is not installed\n  fix:     pip install {wanted}"
 
 
 def _fail(message: str, code: int) -> None:
