@@ -30,7 +30,10 @@ void find(void* handle, const char* name, Function*& function, const std::string
 // It ends the process where it finds no ONNX Runtime when it is opened, so that is made sure of before.
 void require_onnxruntime() {
   for (const char* name : {"libonnxruntime.so.1", "libonnxruntime.so"})
-    if (dlopen(name, RTLD_NOW | RTLD_NOLOAD) != nullptr) return;
+    if (void* found = dlopen(name, RTLD_NOW | RTLD_NOLOAD); found != nullptr) {
+      dlclose(found);
+      return;
+    }
   throw Failure(Code::cannot_run_here, "the tokenizer's library wants ONNX Runtime under the name libonnxruntime.so.1", "", "",
                 "link the program with the shared libonnxruntime.so.1, or leave text out: OpenOptions::text_library = \"\"");
 }
