@@ -64,6 +64,8 @@ def test_a_budget_is_built_proved_and_said(method: str, kvexport: Run, tiny_chec
     assert (code, "takes the bundle as" in out) == (0, True), err
     code, out, _ = kvexport("validate", bundle)
     assert (code, "layers.0.slot" in out) == (0, True)
+    code, out, _ = kvexport("self-test", bundle)
+    assert (code, "ok (generated" in out) == (0, True)
 
 
 def test_a_share_of_the_capacity_and_the_defaults(kvexport: Run, tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from kvexport.graph import DecoderWriter
 from kvexport.loading import load_decoder
 from kvexport.progress import Progress
 from kvexport.runtime import open_bundle
+from kvexport.runtime.self_test import self_test
 from kvexport.validate.cost import divergence_of
 
 STEPS = 20  # 16 of them in each of two layers, then 4 end to end, each evaluated and saved
@@ -96,6 +97,7 @@ def test_what_is_reported_and_exported_is_the_healed_model(
     assert (
         float((reference.forward(healed, windows[:1]) - reference.forward(unhealed, windows[:1])).abs().max()) > 1e-2
     )  # a control
+    assert self_test(tmp_path / "healed").verdict == "ok"  # it was recorded from the healed layers
     assert report.to_json()["healing"]["kl_after"] == report.healing.kl_after
     assert {layer.kv_width for layer in report.layers} == {layer.kv_width for layer in plain.layers}
     assert sorted(each.name for each in tmp_path.iterdir()) == ["healed", "plain"]  # no state is left
