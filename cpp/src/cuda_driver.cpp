@@ -51,8 +51,8 @@ struct CudaDriver {
     handle = dlopen(library, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (handle == nullptr) {
       const char* reason = dlerror();
-      throw Failure(Code::cannot_run_here, "there is no NVIDIA driver on this machine", reason == nullptr ? library : reason, "",
-                    elsewhere);
+      throw Failure(Code::cannot_run_here, "there is no NVIDIA driver on this machine", reason == nullptr ? library : reason,
+                    "", elsewhere);
     }
     try {
       find(init, "cuInit");
@@ -160,22 +160,20 @@ void CudaDevice::open_device() {
 }
 
 CudaDevice::~CudaDevice() {
-  if (driver_->context_push(context_) == success) {
+  {
+    Turn turn(*this);
     driver_->stream_destroy(stream_);
-    CUctx_st* popped = nullptr;
-    driver_->context_pop(&popped);
   }
   driver_->context_release(device_);
 }
 
-CudaDevice::Turn::Turn(CudaDevice& device) : device_(device), lock_(device.mutex_) {
-  if (device_.turns_ == 0) device_.require(device_.driver_->context_push(device_.context_), "cuCtxPushCurrent");
-  ++device_.turns_;
+CudaDevice::Turn::Turn(CudaDevice& device) noexcept : device_(device), lock_(device.mutex_) {
+  if (device_.turns_++ == 0) device_.entered_ = device_.driver_->context_push(device_.context_) == success;
 }
 
 CudaDevice::Turn::~Turn() {
   CUctx_st* popped = nullptr;
-  if (--device_.turns_ == 0) device_.driver_->context_pop(&popped);
+  if (--device_.turns_ == 0 && device_.entered_) device_.driver_->context_pop(&popped);
 }
 
 DeviceMemory CudaDevice::memory() {
@@ -202,11 +200,8 @@ void* CudaDevice::allocate(std::size_t bytes) {
 }
 
 void CudaDevice::release(void* address) noexcept {
-  try {
-    Turn turn(*this);
-    driver_->release(number(address));
-  } catch (const Failure&) {  // a context that cannot be entered has no memory either
-  }
+  Turn turn(*this);
+  driver_->release(number(address));
 }
 
 void* CudaDevice::allocate_pinned(std::size_t bytes) {
@@ -217,11 +212,8 @@ void* CudaDevice::allocate_pinned(std::size_t bytes) {
 }
 
 void CudaDevice::release_pinned(void* address) noexcept {
-  try {
-    Turn turn(*this);
-    driver_->release_host(address);
-  } catch (const Failure&) {
-  }
+  Turn turn(*this);
+  driver_->release_host(address);
 }
 
 void CudaDevice::clear(void* address, std::size_t bytes) {
@@ -279,11 +271,8 @@ std::unique_ptr<CudaDevice::Graph> CudaDevice::capture(const std::function<void(
 }
 
 CudaDevice::Graph::~Graph() {
-  try {
-    Turn turn(device_);
-    device_.driver_->graph_exec_destroy(executable_);
-  } catch (const Failure&) {
-  }
+  Turn turn(device_);
+  device_.driver_->graph_exec_destroy(executable_);
 }
 
 void CudaDevice::launch(const Graph& graph) {

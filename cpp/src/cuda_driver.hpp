@@ -33,10 +33,11 @@ class CudaDevice {
   CudaDevice& operator=(const CudaDevice&) = delete;
 
   // While it lives, the device's context is current in this thread, as CUDA's runtime inside an engine wants it, and other
-  // threads wait before they queue anything: nothing of theirs is captured into a graph of ours. May be nested.
+  // threads wait before they queue anything: nothing of theirs is captured into a graph of ours. May be nested. A context that
+  // cannot be entered is what the calls then refuse; at the end of a process it may be gone before us.
   class Turn {
    public:
-    explicit Turn(CudaDevice& device);
+    explicit Turn(CudaDevice& device) noexcept;
     ~Turn();
     Turn(const Turn&) = delete;
     Turn& operator=(const Turn&) = delete;
@@ -51,7 +52,7 @@ class CudaDevice {
   CUstream_st* stream() const { return stream_; }
   DeviceMemory memory();  // free and total, as the driver says now
 
-  void* allocate(std::size_t bytes);         // aligned to 256 bytes or more
+  void* allocate(std::size_t bytes);  // aligned to 256 bytes or more
   void release(void* address) noexcept;
   void* allocate_pinned(std::size_t bytes);  // the host's, which copies to and from the device need not wait for
   void release_pinned(void* address) noexcept;
@@ -90,7 +91,8 @@ class CudaDevice {
   CUctx_st* context_ = nullptr;
   CUstream_st* stream_ = nullptr;
   std::recursive_mutex mutex_;
-  int turns_ = 0;  // of the thread that holds the mutex
+  int turns_ = 0;         // of the thread that holds the mutex
+  bool entered_ = false;  // the context, by the first of them
 };
 
 // Device memory, and where it is staged a pinned copy in the host's, given back with this object.

@@ -1,4 +1,5 @@
-// The engines in a bundle, and which of them this machine can run; reads their records and loads none of them. Knows no TensorRT.
+// The engines in a bundle, and which of them this machine can run; reads their records and loads none of them. Knows no
+// TensorRT.
 #pragma once
 
 #include <string>

@@ -64,9 +64,9 @@ struct Context {
 
 // What a graph that cannot write the cache gives, in memory that the caches share: they take turns.
 struct Updates {
-  std::unique_ptr<CudaArray> memory, slots;  // slots: int64, which the host reads
-  std::map<std::string, std::size_t> offsets;      // in `memory`, by the name of the cache
-  std::map<int, std::size_t> slots_offsets;        // in `slots`, by layer
+  std::unique_ptr<CudaArray> memory, slots;    // slots: int64, which the host reads
+  std::map<std::string, std::size_t> offsets;  // in `memory`, by the name of the cache
+  std::map<int, std::size_t> slots_offsets;    // in `slots`, by layer
 };
 
 // Calls of one profile: its context, and the arrays that they take and give but the caches. Nothing is allocated from call to
@@ -121,7 +121,8 @@ class Calls {
   void queue() {
     device_.upload(inputs_.address(), inputs_.host<char>(), inputs_.bytes());
     if (!context_.context->enqueueV3(device_.stream())) throw loaded_.failure("TensorRT failed to run the engine");
-    device_.download(logits_->host<char>(), logits_->address(), static_cast<std::size_t>(logits_count_) * vocab_ * sizeof(float));
+    device_.download(logits_->host<char>(), logits_->address(),
+                     static_cast<std::size_t>(logits_count_) * vocab_ * sizeof(float));
     if (told_ != nullptr) device_.download(told_->host<char>(), told_->address(), told_->bytes());
   }
 
@@ -220,7 +221,8 @@ class TensorRtEngine final : public Engine {
         addresses[update_of(buffer.past)] = at(updates_.memory->address(), updates_.offsets.at(buffer.past));
       }
     }
-    for (const auto& [layer, offset] : updates_.slots_offsets) addresses[slots_of(layer)] = at(updates_.slots->address(), offset);
+    for (const auto& [layer, offset] : updates_.slots_offsets)
+      addresses[slots_of(layer)] = at(updates_.slots->address(), offset);
     auto binding = std::make_unique<TensorRtBinding>(buffers, *device_);
     const auto calls = [&](int profile, std::int64_t longest, bool captures) {
       return std::make_unique<Calls>(loaded_, *device_, context(profile), updates_.slots.get(), manifest_.vocab_size, longest,
@@ -282,13 +284,14 @@ class TensorRtEngine final : public Engine {
     return made;
   }
 
-  // Copy what the graph gave of `count` new tokens to the cache, in the stream's order: of a layer that evicts to the slots that
-  // it named, neighbouring heads of one slot together, of others to those from `start` on.
+  // Copy what the graph gave of `count` new tokens to the cache, in the stream's order: of a layer that evicts to the slots
+  // that it named, neighbouring heads of one slot together, of others to those from `start` on.
   void write_updates(const Buffers& buffers, std::int64_t start, std::int64_t count) {
     for (const Buffer& buffer : buffers.all) {
       const char* given = at(updates_.memory->address(), updates_.offsets.at(buffer.past));
       const std::int64_t* slots = nullptr;
-      if (buffer.evicts) slots = reinterpret_cast<std::int64_t*>(at(updates_.slots->host<char>(), updates_.slots_offsets.at(buffer.layer)));
+      if (buffer.evicts)
+        slots = reinterpret_cast<std::int64_t*>(at(updates_.slots->host<char>(), updates_.slots_offsets.at(buffer.layer)));
       const std::size_t slot = buffer.slot_bytes();
       const auto pitch = static_cast<std::size_t>(buffer.slots) * slot, run = static_cast<std::size_t>(count) * slot;
       for (std::int64_t first = 0, next = 0; first < buffer.heads; first = next) {

@@ -84,11 +84,16 @@ std::map<std::string, Tensor> caches_of(const Manifest& manifest, const DeviceRe
 // "" of a type that none of our tensors has.
 std::string type_of(nvinfer1::DataType type) {
   switch (type) {
-    case nvinfer1::DataType::kFLOAT: return "float32";
-    case nvinfer1::DataType::kHALF: return "float16";
-    case nvinfer1::DataType::kBF16: return "bfloat16";
-    case nvinfer1::DataType::kINT64: return "int64";
-    default: return "";
+    case nvinfer1::DataType::kFLOAT:
+      return "float32";
+    case nvinfer1::DataType::kHALF:
+      return "float16";
+    case nvinfer1::DataType::kBF16:
+      return "bfloat16";
+    case nvinfer1::DataType::kINT64:
+      return "int64";
+    default:
+      return "";
   }
 }
 
@@ -132,9 +137,7 @@ std::string TensorRtLog::last() const {
   return last_;
 }
 
-Failure LoadedEngine::failure(const std::string& what) const {
-  return {Code::cannot_run_here, what, log->last(), "", rebuild};
-}
+Failure LoadedEngine::failure(const std::string& what) const { return {Code::cannot_run_here, what, log->last(), "", rebuild}; }
 
 EngineLibrary tensorrt_library() {
   const int version = getInferLibVersion();

@@ -1,6 +1,6 @@
-// libcuda.so.1 for tests: device memory is the host's, at addresses that anyone who keeps to the rules may use; what is queued is
-// done only when somebody waits for it. It is strict where a real driver is silent: it breaks the stream at memory that was never
-// allocated or is freed, at calls without a current context, and at work that a capture does not allow.
+// libcuda.so.1 for tests: device memory is the host's, at addresses that anyone who keeps to the rules may use; what is queued
+// is done only when somebody waits for it. It is strict where a real driver is silent: it breaks the stream at memory that was
+// never allocated or is freed, at calls without a current context, and at work that a capture does not allow.
 #include "fake_cuda.hpp"
 
 #include <cstdint>
@@ -14,8 +14,18 @@
 
 namespace {
 
-enum Error { success = 0, invalid_value = 1, out_of_memory = 2, not_initialized = 3, no_device = 100, invalid_context = 201,
-             illegal_address = 700, capture_unsupported = 900, capture_invalidated = 901 };
+enum Error {
+  success = 0,
+  invalid_value = 1,
+  out_of_memory = 2,
+  not_initialized = 3,
+  deinitialized = 4,
+  no_device = 100,
+  invalid_context = 201,
+  illegal_address = 700,
+  capture_unsupported = 900,
+  capture_invalidated = 901
+};
 
 struct Operation {
   std::string name;
@@ -106,6 +116,10 @@ namespace fake_cuda {
 
 void reset() {
   const Lock lock(mutex);
+  for (const auto& [address, bytes] : fake.memory) std::free(reinterpret_cast<void*>(address));
+  for (void* address : fake.pinned) std::free(address);
+  for (CUstream_st* stream : streams) delete stream;
+  streams.clear();
   fake = Fake{};
 }
 Settings& settings() { return fake.settings; }
@@ -180,6 +194,7 @@ CUDA cuDevicePrimaryCtxRelease_v2(int) {
   return success;
 }
 CUDA cuCtxPushCurrent_v2(void* context) {
+  if (fake.settings.ended) return deinitialized;
   contexts.push_back(context);
   return success;
 }
@@ -268,7 +283,8 @@ CUDA cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D* given, CUstream_st* stream) {
   if (rows.width > rows.source_pitch || rows.width > rows.target_pitch) return invalid_value;
   return queue(stream, "copy_rows", [=] {
     for (std::size_t row = 0; row < rows.height; ++row)
-      copy(pointer(rows.target + row * rows.target_pitch), pointer(rows.source + row * rows.source_pitch), rows.width, true, true);
+      copy(pointer(rows.target + row * rows.target_pitch), pointer(rows.source + row * rows.source_pitch), rows.width, true,
+           true);
   });
 }
 CUDA cuStreamCreate(CUstream_st** stream, unsigned flags) {
@@ -345,12 +361,15 @@ CUDA cuGraphDestroy(CUgraph_st* graph) {
   return success;
 }
 CUDA cuGetErrorName(int error, const char** name) {
-  static const std::map<int, const char*> names{
-      {success, "CUDA_SUCCESS"}, {invalid_value, "CUDA_ERROR_INVALID_VALUE"}, {out_of_memory, "CUDA_ERROR_OUT_OF_MEMORY"},
-      {not_initialized, "CUDA_ERROR_NOT_INITIALIZED"}, {no_device, "CUDA_ERROR_NO_DEVICE"},
-      {invalid_context, "CUDA_ERROR_INVALID_CONTEXT"}, {illegal_address, "CUDA_ERROR_ILLEGAL_ADDRESS"},
-      {capture_unsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
-      {capture_invalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"}};
+  static const std::map<int, const char*> names{{success, "CUDA_SUCCESS"},
+                                                {invalid_value, "CUDA_ERROR_INVALID_VALUE"},
+                                                {out_of_memory, "CUDA_ERROR_OUT_OF_MEMORY"},
+                                                {not_initialized, "CUDA_ERROR_NOT_INITIALIZED"},
+                                                {no_device, "CUDA_ERROR_NO_DEVICE"},
+                                                {invalid_context, "CUDA_ERROR_INVALID_CONTEXT"},
+                                                {illegal_address, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+                                                {capture_unsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
+                                                {capture_invalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"}};
   const auto found = names.find(error);
   *name = found == names.end() ? nullptr : found->second;
   return found == names.end() ? invalid_value : success;

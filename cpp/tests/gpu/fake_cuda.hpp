@@ -13,7 +13,7 @@ namespace fake_cuda {
 struct Settings {
   std::size_t total = std::size_t{1} << 30;
   int devices = 1, major = 8, minor = 7;
-  bool capturable = true;
+  bool capturable = true, ended = false;  // ended: the process is, and the driver is gone before its callers
 };
 
 struct Counts {

@@ -1,7 +1,8 @@
-// A TensorRT for tests: its engine runs a bundle's lowered graph on ONNX Runtime's CPU, on whatever its addresses hold, when the
-// simulated driver comes to it. It is strict where the real one is silent: it breaks the stream at memory that is not the
-// device's, at sizes outside the profile, at writes beyond the cache, at a context without its scratch memory, and at a first run
-// that is captured. A plan is JSON (tests/cpp/engine_bundles.py): the graph, its capacity, and what a builder would have fixed.
+// A TensorRT for tests: its engine runs a bundle's lowered graph on ONNX Runtime's CPU, on whatever its addresses hold, when
+// the simulated driver comes to it. It is strict where the real one is silent: it breaks the stream at memory that is not the
+// device's, at sizes outside the profile, at writes beyond the cache, at a context without its scratch memory, and at a first
+// run that is captured. A plan is JSON (tests/cpp/engine_bundles.py): the graph, its capacity, and what a builder would have
+// fixed.
 #include <NvInfer.h>
 
 #include <algorithm>
@@ -33,9 +34,12 @@ struct Tensor {
 
 std::size_t width_of(ONNXTensorElementDataType type) {
   switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return 8;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return 2;
-    default: return 4;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
+      return 8;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return 2;
+    default:
+      return 4;
   }
 }
 
@@ -64,7 +68,8 @@ struct ICudaEngine::Plan {
     ort::require(api, api.SetIntraOpNumThreads(options.get(), 1));
     ort::require(api, api.AddSessionConfigEntry(options.get(), "session.model_external_initializers_file_folder_path",
                                                 graph.substr(0, graph.rfind('/')).c_str()));
-    session = ort::make(api, api.ReleaseSession, api.CreateSessionFromArray, env.get(), model.data(), model.size(), options.get());
+    session =
+        ort::make(api, api.ReleaseSession, api.CreateSessionFromArray, env.get(), model.data(), model.size(), options.get());
     read(true), read(false);
   }
   ~Plan() { fake_cuda::give_memory(weights); }
@@ -155,8 +160,8 @@ void ICudaEngine::Plan::run(const std::map<std::string, void*>& addresses, std::
     inputs.push_back(name.c_str());
     const char* from = static_cast<const char*>(addresses.at(name));
     copies.emplace_back(from, from + count);
-    owned.push_back(ort::make(api, api.ReleaseValue, api.CreateTensorWithDataAsOrtValue, memory.get(), copies.back().data(), count,
-                              dims.data(), dims.size(), tensors.at(name).type));
+    owned.push_back(ort::make(api, api.ReleaseValue, api.CreateTensorWithDataAsOrtValue, memory.get(), copies.back().data(),
+                              count, dims.data(), dims.size(), tensors.at(name).type));
   }
   const auto first = [&](const char* name) { return *static_cast<const std::int64_t*>(addresses.at(name)); };
   std::int64_t start = first("write_indices");
@@ -227,16 +232,17 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
   state.ran = true;
   // What a captured graph will use, whatever comes later.
   const std::int64_t tokens = counts.at("input_ids"), logits = counts.at("logits_index");
-  fake_cuda::enqueue(stream, "engine", [plan = state.plan, addresses = state.addresses, scratch = state.scratch, wanted, tokens,
-                                        logits] {
-    if (!fake_cuda::is_memory(scratch, static_cast<std::size_t>(wanted))) return fake_cuda::break_stream("scratch memory is gone");
-    std::memset(scratch, 0xff, static_cast<std::size_t>(wanted));
-    try {
-      plan->run(addresses, tokens, logits);
-    } catch (const std::exception& error) {
-      fake_cuda::break_stream(error.what());
-    }
-  });
+  fake_cuda::enqueue(stream, "engine",
+                     [plan = state.plan, addresses = state.addresses, scratch = state.scratch, wanted, tokens, logits] {
+                       if (!fake_cuda::is_memory(scratch, static_cast<std::size_t>(wanted)))
+                         return fake_cuda::break_stream("scratch memory is gone");
+                       std::memset(scratch, 0xff, static_cast<std::size_t>(wanted));
+                       try {
+                         plan->run(addresses, tokens, logits);
+                       } catch (const std::exception& error) {
+                         fake_cuda::break_stream(error.what());
+                       }
+                     });
   return true;
 }
 
@@ -254,9 +260,12 @@ TensorLocation ICudaEngine::getTensorLocation(const char* name) const noexcept {
 }
 DataType ICudaEngine::getTensorDataType(const char* name) const noexcept {
   switch (plan_->tensors.at(name).type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return DataType::kINT64;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return DataType::kHALF;
-    default: return DataType::kFLOAT;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
+      return DataType::kINT64;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
+      return DataType::kHALF;
+    default:
+      return DataType::kFLOAT;
   }
 }
 Dims ICudaEngine::getTensorShape(const char* name) const noexcept {

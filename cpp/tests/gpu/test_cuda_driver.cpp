@@ -105,6 +105,18 @@ TEST(errors_have_cudas_name) {
   fake_cuda::reset();
 }
 
+TEST(a_driver_that_is_gone_refuses_and_ends_nothing) {
+  fake_cuda::reset();
+  {
+    const auto place = open_cuda_place();
+    const CudaArray array(place->device(), 8, true);
+    fake_cuda::settings().ended = true;
+    CHECK_THROWS_WITH(place->allocate(8), "CUDA_ERROR_INVALID_CONTEXT");
+  }  // what is given back to it is refused too, and nothing is thrown
+  CHECK(!fake_cuda::has_context());
+  fake_cuda::reset();
+}
+
 TEST(a_graph_does_again_what_was_captured) {
   fake_cuda::reset();
   {

@@ -32,8 +32,8 @@ constexpr std::int64_t CAPACITY = 60, CHUNK = 16;
 const std::vector<std::string> BUNDLES{"decomposed17-old"};
 const char* const VERSION = "tensorrt 10.3.0";
 #else
-const std::vector<std::string> BUNDLES{"std24", "std24-evicting", "std24-mixed", "std24-half", "decomposed17",
-                                       "decomposed17-evicting", "decomposed17-mixed", "decomposed17-half"};
+const std::vector<std::string> BUNDLES{"std24",        "std24-evicting",        "std24-mixed",        "std24-half",
+                                       "decomposed17", "decomposed17-evicting", "decomposed17-mixed", "decomposed17-half"};
 const char* const VERSION = "tensorrt 10.16.2";
 #endif
 const std::string ANY = BUNDLES.front();
@@ -194,7 +194,8 @@ TEST(steps_replay_one_graph_and_allocate_nothing) {
     cache.step(1);  // not captured: TensorRT must have run once before
     for (const std::string& done : fake_cuda::done()) CHECK(done != "launch");
     const std::size_t allocations = fake_cuda::counts().allocations;
-    const bool told = name.find("decomposed17-") == 0 && (name.find("evicting") != std::string::npos || name.find("mixed") != std::string::npos);
+    const bool told = name.find("decomposed17-") == 0 &&
+                      (name.find("evicting") != std::string::npos || name.find("mixed") != std::string::npos);
     for (int step = 0; step < 5; ++step) {
       cache.step(2);
       std::vector<std::string> done = fake_cuda::done(), wanted{"launch", "upload", "engine", "download"};
