@@ -1,0 +1,13 @@
+# Run with cmake -P: the symbols that LIBRARY exports are those that HEADER declares.
+execute_process(COMMAND ${NM} -D --defined-only ${LIBRARY} OUTPUT_VARIABLE listing COMMAND_ERROR_IS_FATAL ANY)
+string(REGEX MATCHALL "[^ \n]+\n" exported "${listing}")
+string(REPLACE "\n" "" exported "${exported}")
+file(READ ${HEADER} header)
+string(REGEX MATCHALL "KVEXPORT_API [^(;]*[ *](kvexport_[a-z0-9_]+)\\(" declared "${header}")
+list(TRANSFORM declared REPLACE ".*(kvexport_[a-z0-9_]+)\\($" "\\1")
+list(SORT exported)
+list(SORT declared)
+list(LENGTH declared count)
+if(NOT exported STREQUAL declared OR count LESS 20)
+  message(FATAL_ERROR "exported: ${exported}\ndeclared: ${declared}")
+endif()
