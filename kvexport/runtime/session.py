@@ -277,6 +277,18 @@ class Session:
         with self._guard:
             return Stream(self._loop([prompt], max_new_tokens, _sampling(temperature, top_k, top_p, seed), stop, cache))
 
+    def encode(self, text: str, special: bool = True) -> list[int]:
+        """Token ids of a text.
+
+        Args:
+            special: with the special tokens that the tokenizer puts around a text, as the first one in a cache has them.
+
+        Raises:
+            UsageError: the bundle has no tokenizer, or the text is none.
+        """
+        with self._guard:
+            return self._require_tokenizer().encode(text, special=special)
+
     def turn(self, text: str, *, system: str | None = None, cache: Cache | None = None) -> str:
         """What to feed for a user's turn, by the bundle's chat template; without one, the text itself.
 
