@@ -11,6 +11,6 @@ with kvexport.open(bundle) as session:
         cache = session.load(saved)
     else:
         cache = session.new_cache()
-        session.prefill(session.encode(Path(prompt).read_text(encoding="utf-8")), cache=cache)
+        session.prefill(Path(prompt).read_text(encoding="utf-8"), cache=cache)
         cache.save(saved)
     print(session.generate(question, cache=cache).text)

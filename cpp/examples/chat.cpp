@@ -8,18 +8,20 @@ int main(int argc, char** argv) try {
   if (argc < 2) return std::cerr << "usage: chat BUNDLE [SYSTEM]\n", KVEXPORT_USAGE;
   kvexport::Session session(argv[1]);
   kvexport::Cache cache = session.new_cache();
-  std::cerr << "kvexport " << session.info().engine << ": " << cache.capacity() << " tokens in " << cache.bytes() / 1024 << " KiB\n";
   const std::string system = argc > 2 ? argv[2] : "";
+  std::cerr << session.info().engine << ": " << cache.capacity() << " tokens in " << cache.bytes() / 1024 << " KiB\n";
   for (std::string line; std::cerr << "> ", std::getline(std::cin, line);) {
-    const kvexport::Finish finish = cache.generate(cache.turn(line, system), {}, [](std::int64_t, std::string_view text) {
+    kvexport::Ids turn = cache.turn(line, cache.length() == 0 ? system : "");
+    if (cache.length() + static_cast<std::int64_t>(turn.size()) >= cache.capacity()) {
+      std::cerr << "(the cache is full: a new conversation begins)\n";
+      cache.clear();
+      turn = cache.turn(line, system);
+    }
+    cache.generate(turn, {}, [](std::int64_t, std::string_view text) {
       std::cout << text << std::flush;
       return true;
     });
     std::cout << '\n';
-    if (finish == kvexport::Finish::capacity) {
-      std::cerr << "the cache is full; a new conversation begins\n";
-      cache.clear();
-    }
   }
   return 0;
 } catch (const kvexport::Error& error) {

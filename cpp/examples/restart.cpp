@@ -15,8 +15,8 @@ int main(int argc, char** argv) try {
   kvexport::Cache cache = saved ? session.load(argv[3]) : session.new_cache();
   if (!saved) {
     std::ifstream file(argv[2]);
-    if (!file) return std::cerr << "cannot read " << argv[2] << '\n', KVEXPORT_USAGE;
     const std::string prompt{std::istreambuf_iterator<char>(file), {}};
+    if (!file) return std::cerr << "cannot read " << argv[2] << '\n', KVEXPORT_USAGE;
     cache.prefill(session.encode(prompt));
     cache.save(argv[3]);
   }
@@ -29,4 +29,6 @@ int main(int argc, char** argv) try {
   return 0;
 } catch (const kvexport::Error& error) {
   return std::cerr << error.what() << '\n', error.code();
+} catch (const std::exception& error) {  // of a file
+  return std::cerr << error.what() << '\n', KVEXPORT_USAGE;
 }

@@ -153,8 +153,9 @@ def test_exit_codes_and_words(bundles: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "damaged")
     flip(tmp_path / "damaged")
     for refused in (
-        told(tmp_path / "damaged", "--json"), told(tmp_path / "none"), told(sound, "--provider"), told(sound, "--provider", "rocm"),
-        told(sound, "twice"), told(Path("--json")), told(write_bundle(tmp_path / "bare", make_decoder(dtype=torch.float32))),
+        told(tmp_path / "damaged", "--json"), told(tmp_path / "none"), told(sound, "--provider"), told(sound, "twice"),
+        told(sound, "--provider", "rocm"), told(Path("--json")),
+        told(write_bundle(tmp_path / "bare", make_decoder(dtype=torch.float32))),
     ):  # fmt: skip
         assert refused.returncode == 2 and refused.stderr and not refused.stdout
     for elsewhere in (told(sound, "--provider", "tensorrt"), told(made(tmp_path / "wide", dtype="bfloat16"))):

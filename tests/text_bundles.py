@@ -1,0 +1,51 @@
+"""Tiny random bundles that take text: a tokenizer of bytes with its golden vectors, a chat template, a self-test."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from chat_templates import CHATML
+from decoders import make_decoder
+from proved_bundles import broken
+from tiny_bundles import byte_level_tokenizer, write_bundle
+from tokenizers import Tokenizer
+
+from kvexport.bundle import TOKENIZER_FILE
+from kvexport.decoder import Decoder
+from kvexport.progress import Progress
+from kvexport.text_files import write_text_files
+
+VOCAB = 320
+
+
+def write_text_bundle(
+    path: Path, *, seed: int = 0, layers: int = 2, capacity: int = 512, template: str = CHATML, **options: Any
+) -> Path:  # fmt: skip
+    """A bundle of a random decoder at `path`, as a build would have written its text files; `options` are `write_bundle`'s."""
+    decoder = talkative(make_decoder("gqa", layers=layers, vocab=VOCAB, seed=seed, dtype=torch.float32, max_positions=capacity))
+
+    def add_text(bundle: Path) -> None:
+        checkpoint = Path(folder) / "checkpoint"
+        checkpoint.mkdir()
+        for each in (checkpoint, bundle):
+            (each / TOKENIZER_FILE).write_text(byte_level_tokenizer(VOCAB), encoding="utf-8")
+        (checkpoint / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "chat_template": template}))
+        write_text_files(checkpoint, bundle, capacity=capacity, vocab_size=VOCAB, bos=None, eos=(2,), progress=Progress())
+
+    with TemporaryDirectory() as folder:
+        plain = write_bundle(Path(folder) / "plain", decoder, capacity=capacity, self_test=True, **options)
+        return broken(plain, path, add_text)
+
+
+def talkative(decoder: Decoder) -> Decoder:
+    """One whose likeliest token is always whole, printable characters: a random one says bytes that are no text."""
+    tokenizer, head = Tokenizer.from_str(byte_level_tokenizer(VOCAB)), decoder.head
+    assert head is not None
+    said = [tokenizer.decode([token]) for token in range(VOCAB)]
+    sayable = torch.tensor([text.isprintable() and text != "" and "\ufffd" not in text for text in said])
+    return dataclasses.replace(decoder, head=dataclasses.replace(head, weight=head.weight * sayable[:, None]))
