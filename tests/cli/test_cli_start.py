@@ -20,8 +20,8 @@ from kvexport.cli import main
 from kvexport.errors import BundleError, CannotRunHere, CheckpointError, GateFailed, KvexportError, UsageError
 
 VERBS = (
-    "build", "run", "inspect", "validate", "evaluate", "compress", "calibrate", "analyze", "plan", "lint", "engine", "bench",
-    "targets", "doctor",
+    "build", "run", "inspect", "validate", "self-test", "evaluate", "compress", "calibrate", "analyze", "plan", "lint", "engine",
+    "bench", "targets", "doctor",
 )  # fmt: skip
 _HEAVY = (
     "torch",
@@ -92,7 +92,7 @@ def test_import_control() -> None:
 def test_help_lists_every_verb(capsys: pytest.CaptureFixture[str]) -> None:
     main(["--help"])
     shown = capsys.readouterr().out
-    assert re.findall(r"^  (\w+)", shown.split("Verbs:\n")[1], re.MULTILINE) == list(VERBS)
+    assert re.findall(r"^  ([\w-]+)", shown.split("Verbs:\n")[1], re.MULTILINE) == list(VERBS)
 
 
 @pytest.mark.parametrize("verb", VERBS)
