@@ -49,7 +49,8 @@ def build(kind: str) -> Path:
             launcher = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache",) if shutil.which("ccache") else ()
             options = [*KINDS[kind], *launcher, "-DKVEXPORT_WARNINGS=ON", f"-DONNXRUNTIME_ROOT={runtime}"]
             require("cmake", "-S", CPP, "-B", folder, "-G", "Ninja", *options)
-        require("cmake", "--build", folder, "-j", str(os.cpu_count()))
+        target = ("--target", "fuzzers") if kind == "fuzz" else ()
+        require("cmake", "--build", folder, "-j", str(os.cpu_count()), *target)
     return folder
 
 

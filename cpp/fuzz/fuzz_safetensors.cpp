@@ -1,0 +1,27 @@
+// Headers of tensor files, as part of a whole file: whatever is believed lies within it.
+#include <cstdint>
+#include <cstdlib>
+#include <string_view>
+
+#include "error.hpp"
+#include "safetensors.hpp"
+
+using namespace kvexport::detail;
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  try {
+    const std::string_view file(reinterpret_cast<const char*>(data), size);
+    const TensorHeader header = parse_header(file, size, "fuzz");
+    std::uint64_t end = header.data;
+    for (const TensorEntry& tensor : header.tensors) {
+      if (header.data + tensor.begin != end || tensor.end < tensor.begin) std::abort();
+      end = header.data + tensor.end;
+      std::uint64_t numbers = 1;
+      for (const std::int64_t each : tensor.shape) numbers *= static_cast<std::uint64_t>(each);
+      if (numbers > tensor.bytes()) std::abort();
+    }
+    if (end != size) std::abort();
+  } catch (const Failure&) {
+  }
+  return 0;
+}

@@ -1,0 +1,28 @@
+// self_test.json, of the bundle that the seeds are of: two layers, 40 tokens, a capacity of 64.
+#include <cstdint>
+#include <cstdlib>
+#include <string_view>
+
+#include "error.hpp"
+#include "vectors.hpp"
+
+using namespace kvexport::detail;
+
+extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {
+  static const Manifest manifest = [] {
+    Manifest made;
+    made.vocab_size = 40, made.hidden_size = 32, made.capacity = 64;
+    made.layers = {{2, 8, 8, std::nullopt}, {2, 8, 8, std::nullopt}};
+    return made;
+  }();
+  try {
+    const Vectors vectors = parse_vectors({reinterpret_cast<const char*>(data), size}, manifest, "fuzz");
+    if (vectors.rows.empty() || vectors.prompt < 1 || vectors.tokens.size() > 64) std::abort();
+    for (const Row& row : vectors.rows) {
+      if (row.values.size() != vectors.logit_indices.size() || row.key_norms.size() != 2 || row.value_norms.size() != 2)
+        std::abort();
+    }
+  } catch (const Failure&) {
+  }
+  return 0;
+}
