@@ -10,14 +10,16 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from kvexport.runtime.generation import Generation, Stream
     from kvexport.runtime.interface import DeviceMemory
+    from kvexport.runtime.memory import Memory
+    from kvexport.runtime.opening import open_bundle
     from kvexport.runtime.sequences import Cache
-    from kvexport.runtime.session import Memory, Session, open_bundle
+    from kvexport.runtime.session import Session
 
 __all__ = ["Cache", "DeviceMemory", "Generation", "Memory", "Session", "Stream", "open_bundle"]
 
 _LAZY = {
-    "Cache": "sequences", "DeviceMemory": "interface", "Generation": "generation", "Memory": "session", "Session": "session",
-    "Stream": "generation", "open_bundle": "session",
+    "Cache": "sequences", "DeviceMemory": "interface", "Generation": "generation", "Memory": "memory", "Session": "session",
+    "Stream": "generation", "open_bundle": "opening",
 }  # fmt: skip
 
 

@@ -6,11 +6,8 @@ loop from token to token is in `generation`, and what is kept of sequences in `s
 
 from __future__ import annotations
 
-import dataclasses
 import weakref
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, cast, overload
@@ -18,14 +15,15 @@ from typing import Any, cast, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvexport.bundle import DATA_FILE, Bundle
+from kvexport.bundle import Bundle
 from kvexport.engine.record import manifest_digest
 from kvexport.errors import UsageError
 from kvexport.runtime import saved
 from kvexport.runtime.chat import Chat
 from kvexport.runtime.feeding import Active, Feeder
 from kvexport.runtime.generation import Generation, Stop, Stream, TokenLoop, generate
-from kvexport.runtime.interface import DeviceMemory, Ids, Logits
+from kvexport.runtime.interface import Ids, Logits
+from kvexport.runtime.memory import Memory, memory_of
 from kvexport.runtime.providers import Provider, choose, open_decoder
 from kvexport.runtime.sampling import Sampling
 from kvexport.runtime.sequences import Cache, Guard, Sequences
@@ -35,31 +33,6 @@ from kvexport.runtime.turns import Held
 Prompt = str | Sequence[int]
 Stops = str | Sequence[int | str]
 CHUNK = 128  # tokens of a prompt in one call: as fast as more, and the scores of its attention take half of what 256 take
-
-
-@dataclass(frozen=True)
-class Memory:
-    """KV bytes of a cache.
-
-    Attributes:
-        batch: sequences.
-        capacity, capacity_limit: tokens that each sequence has room for now, and may ever hold.
-        bytes_allocated, bytes_limit: what the cache takes now, and will take at the limit.
-        bytes_per_token: what one token of one sequence takes, with its state in layers that evict.
-        budget: tokens of a sequence that layers hold which evict; None: no layer does.
-        layers: bytes allocated now, layer by layer.
-        device: all that is known of the device's memory; None where the session runs on the CPU.
-    """
-
-    batch: int
-    capacity: int
-    capacity_limit: int
-    bytes_allocated: int
-    bytes_limit: int
-    bytes_per_token: int
-    budget: int | None
-    layers: tuple[int, ...]
-    device: DeviceMemory | None
 
 
 class Session:
@@ -81,7 +54,7 @@ class Session:
         self, bundle: Bundle, *, provider: str | Provider = "auto", threads: int | None = None, chunk: int = CHUNK,
         compress_once: bool = False,
     ) -> None:  # fmt: skip
-        """Load the graph or the engine; hashes nothing (see `open_bundle`).
+        """Load the graph or the engine; hashes nothing (see `kvexport.open`).
 
         Args:
             provider: "cpu", "cuda" or "tensorrt"; "auto": tensorrt if the bundle has an engine that this machine can run,
@@ -313,19 +286,7 @@ class Session:
     def memory(self, cache: Cache | None = None) -> Memory:
         """What a cache takes, and may take (None: the session's own); an engine's has its whole capacity from the start."""
         with self._guard:
-            kv = self._sequences(cache).kv
-            allocated, device = kv.layer_bytes(), self._decoder.device_memory()
-            return Memory(
-                batch=kv.batch,
-                capacity=kv.capacity,
-                capacity_limit=kv.limit,
-                bytes_allocated=sum(allocated),
-                bytes_limit=kv.bytes(kv.limit),
-                bytes_per_token=self.bundle.kv_bytes(1),
-                budget=kv.slots,
-                layers=allocated,
-                device=None if device is None else dataclasses.replace(device, kv=sum(allocated)),
-            )
+            return memory_of(self._sequences(cache).kv, self.bundle, self._decoder.device_memory())
 
     def _begin(self, batch: int, tokens: int = 0) -> Sequences:
         """The session's own cache, empty, which with `compress_once` holds so many tokens of a sequence before any goes."""
@@ -409,38 +370,3 @@ def _batched(prompts: Sequence[Any]) -> Sequence[Any]:
     if len(prompts) == 0:
         raise UsageError("there is no prompt", fix="give at least one token")
     return [prompts] if isinstance(prompts, str) or _is_ids(prompts) else prompts
-
-
-def open_bundle(
-    path: Path | str, *, provider: str = "auto", threads: int | None = None, chunk: int = CHUNK, compress_once: bool = False,
-    verify: bool = True,
-) -> Session:  # fmt: skip
-    """Open a bundle for generation.
-
-    Args:
-        provider, threads, chunk, compress_once: as in `Session`.
-        verify: hash the weights too (an engine's plan, where it is that which runs), while they are loaded; all other
-            files always are.
-
-    Raises:
-        BundleError: no bundle, a damaged one, one of a newer format, or an engine that is damaged or of another bundle.
-        CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
-        UsageError: as `Session`.
-    """
-    bundle = Bundle.open(path)
-    bundle.verify(name for name in bundle.files if name != DATA_FILE)
-    chosen = choose(bundle, provider)
-    with ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(_verify_weights, bundle, chosen) if verify else pool.submit(lambda: None)
-        try:
-            session = Session(bundle, provider=chosen, threads=threads, chunk=chunk, compress_once=compress_once)
-        finally:
-            hashed.result()  # damage explains whatever else went wrong
-    return session
-
-
-def _verify_weights(bundle: Bundle, chosen: Provider) -> None:
-    if chosen.engine is not None:
-        chosen.engine.verify()
-    if chosen.engine is None or not chosen.engine.has_weights:
-        bundle.verify([DATA_FILE])
