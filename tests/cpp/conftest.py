@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import builds
+import bundles as tiny
 import golden as golden_files
 import pytest
 
@@ -21,4 +22,12 @@ def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """What `golden.write` makes."""
     folder = tmp_path_factory.mktemp("golden")
     golden_files.write(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the bundles that `bundles.write_bundles` makes; they are never written to."""
+    folder = tmp_path_factory.mktemp("bundles")
+    tiny.write_bundles(folder)
     return folder

@@ -1,0 +1,41 @@
+"""Tiny bundles that the C++ library is tested on, by name: what cpp/tests reads from KVEXPORT_TEST_BUNDLES.
+
+Run: python tests/cpp/bundles.py FOLDER (with `tests` on PYTHONPATH).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from decoders import make_decoder
+from tiny_bundles import write_bundle
+
+from kvexport.eviction import POLICIES, Eviction
+
+VOCAB, CAPACITY = 40, 600  # three steps of a growing cache
+BUDGET = Eviction("l2-norm", 24, protect_first=2, protect_recent=5)
+LARGE = Eviction("window", 300, protect_first=4)  # more than one step of a growing cache
+STYLES: dict[str, dict[str, Any]] = {"gqa": {}, "bloom": {}, "qwen3": {"kv_heads": 2}, "window": {"window": 9}}
+EVICTING = {f"gqa-{policy}": dataclasses.replace(BUDGET, policy=policy) for policy in POLICIES} | {
+    "gqa-mixed": dataclasses.replace(BUDGET, skip_layers=(0,)), "gqa-large": LARGE,
+    "bloom-evicting": BUDGET, "qwen3-evicting": BUDGET, "window-evicting": BUDGET,
+}  # fmt: skip
+HALF = {"gqa-float16": None, "gqa-float16-evicting": BUDGET}
+NAMES = (*STYLES, *EVICTING, *HALF)
+
+
+def write_bundles(folder: Path) -> None:
+    """Every one of `NAMES`, and `gqa-bfloat16`; float32 but for those that say so, of two layers and 40 tokens."""
+    for name in (*NAMES, "gqa-bfloat16"):
+        style, _, kind = name.partition("-")
+        decoder = make_decoder(style, dtype=torch.float32, max_positions=1024, **STYLES[style])
+        dtype = kind.partition("-")[0] if "float16" in kind else "float32"
+        write_bundle(folder / name, decoder, dtype=dtype, capacity=CAPACITY, eviction=EVICTING.get(name) or HALF.get(name))
+
+
+if __name__ == "__main__":
+    write_bundles(Path(sys.argv[1]).resolve())

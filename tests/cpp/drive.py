@@ -1,0 +1,77 @@
+"""The C++ library at the other end of a pipe: cpp/tests/kvexport_drive.cpp, command by command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from builds import environment
+from numpy.typing import NDArray
+
+
+class Refused(Exception):
+    """An error of the library, with its parts: code, failed, seen, allowed, fix, message."""
+
+    def __init__(self, parts: dict[str, Any]) -> None:
+        super().__init__(parts["message"])
+        self.parts = parts
+
+
+class Drive:
+    """A process with the library in it; a context manager, which holds the process to have ended well."""
+
+    def __init__(self, build: Path) -> None:
+        """`build`: the folder of a build."""
+        self._process = subprocess.Popen(
+            [build / "tests" / "kvexport_drive"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        )
+
+    def __enter__(self) -> Drive:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        code = self._process.wait(timeout=60)
+        assert code == 0, f"exit code {code}: what a sanitizer found is above"
+
+    def __call__(self, do: str, **arguments: Any) -> Any:
+        """One command.
+
+        Raises:
+            Refused: the library refused it.
+        """
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
+        self._process.stdin.flush()
+        line = self._process.stdout.readline()
+        assert line, "the process has ended"
+        said = json.loads(line)
+        if "error" in said:
+            raise Refused(said["error"])
+        assert "wrong" not in said, said["wrong"]
+        return said["ok"]
+
+    def open(self, bundle: Path, session: str = "s", **options: Any) -> Any:
+        """A session with one thread, on the CPU."""
+        return self("open", bundle=str(bundle), session=session, **{"provider": "cpu", **options})
+
+    def new(self, session: str = "s", cache: str = "c", **options: Any) -> Any:
+        return self("new", session=session, cache=cache, **options)
+
+    def prefill(self, ids: list[int], cache: str = "c") -> NDArray[np.float32]:
+        return logits(self("prefill", cache=cache, ids=ids))
+
+    def step(self, token: int, cache: str = "c") -> NDArray[np.float32]:
+        return logits(self("step", cache=cache, id=token))
+
+    def generate(self, ids: list[int], cache: str = "c", **options: Any) -> Any:
+        return self("generate", cache=cache, ids=ids, **options)
+
+
+def logits(text: str) -> NDArray[np.float32]:
+    """As the process tells them."""
+    return np.frombuffer(bytes.fromhex(text), "<f4")
