@@ -142,7 +142,8 @@ TEST(an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds) {
   small.capacity = 21;
   const SelfTestReport report = examined("sound", small);
   require_ok(report);
-  for (const auto& each : json_of(report).at("checks")) CHECK_EQUAL(each.at("rows").get<int>(), 21);
+  const nlohmann::json json = json_of(report);
+  for (const auto& each : json.at("checks")) CHECK_EQUAL(each.at("rows").get<int>(), 21);
 }
 
 TEST(an_engine_that_holds_no_row_is_told) {
