@@ -1,6 +1,7 @@
 // The graph on ONNX Runtime, on the CPU or on CUDA: one call after another, over caches that are bound in place. Knows the
 // graph contract and ONNX Runtime; must not know what tokens mean. On CUDA this was never run: no GPU was at hand.
 #include <algorithm>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
@@ -22,6 +23,11 @@ using ort::require;
 // Tokens by which caches grow. Attention reads all of a buffer, so its layout follows the sequence closely; moving the heads
 // apart at each growth is then 1/STEP of what attention reads between two of them.
 constexpr std::int64_t STEP = 256;
+
+// ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder, unless the environment
+// forbids it before they begin (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows it. At loading, when a program most often
+// has one thread: setenv is not for several.
+__attribute__((constructor)) void forbid_telemetry() { ::setenv("ORT_DISABLE_TELEMETRY", "1", 0); }
 
 ONNXTensorElementDataType element_type(Dtype dtype) {
   switch (dtype) {
