@@ -1,5 +1,8 @@
 #include "bundle.hpp"
 
+#include <filesystem>
+#include <system_error>
+
 #include "error.hpp"
 #include "file.hpp"
 #include "sha256.hpp"
@@ -32,6 +35,9 @@ std::string read_manifest(const std::string& path) {
 Bundle Bundle::open(const std::string& path) {
   Bundle bundle;
   bundle.path = path;
+  std::error_code unknown;  // the folder that the process is in may be gone
+  bundle.folder_ = std::filesystem::absolute(path, unknown).string();
+  if (unknown) bundle.folder_ = path;
   bundle.manifest = parse_manifest(read_manifest(path), path);
   for (const auto& [name, entry] : bundle.manifest.files) {
     const auto size = size_of_file(bundle.file(name));

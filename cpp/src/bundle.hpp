@@ -22,12 +22,16 @@ class Bundle {
   std::string path;
   Manifest manifest;
 
-  std::string file(const std::string& name) const { return path + "/" + name; }
+  // Where a file is, whatever folder the process changes to.
+  std::string file(const std::string& name) const { return folder_ + "/" + name; }
 
   // Hash the named files. Throws Failure that names the first that is not listed, or not as it was written.
   void verify(const std::vector<std::string>& names) const;
   // All of them; `weights`: the largest, decoder.onnx.data, too.
   void verify_all(bool weights) const;
+
+ private:
+  std::string folder_;
 };
 
 }  // namespace kvexport::detail

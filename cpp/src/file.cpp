@@ -1,6 +1,7 @@
 #include "file.hpp"
 
 #include <fcntl.h>
+#include <sys/resource.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -85,6 +86,7 @@ NewFile::~NewFile() {
 
 void NewFile::write(const void* data, std::size_t bytes) {
   const char* at = static_cast<const char*>(data);
+  require_allowed(bytes);
   while (bytes != 0) {
     const ssize_t written = ::write(descriptor_, at, bytes);
     if (written < 0 && errno == EINTR) continue;
@@ -101,6 +103,16 @@ void NewFile::overwrite(const void* data, std::size_t bytes, std::uint64_t offse
     if (written < 0) refuse("written");
     at += written, bytes -= static_cast<std::size_t>(written), offset += static_cast<std::uint64_t>(written);
   }
+}
+
+// Beyond the limit of a process's files the system ends the process where it does not expect the signal.
+void NewFile::require_allowed(std::size_t bytes) const {
+  struct rlimit limit {};
+  if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
+  const off_t written = ::lseek(descriptor_, 0, SEEK_CUR);
+  if (written >= 0 && static_cast<rlim_t>(written) <= limit.rlim_cur && bytes <= limit.rlim_cur - static_cast<rlim_t>(written)) return;
+  errno = EFBIG;
+  refuse("written");
 }
 
 void NewFile::commit() {
@@ -120,6 +132,7 @@ void NewFile::refuse(const char* doing) const {
   const int reason = errno;
   std::string fix;
   if (reason == ENOSPC || reason == EDQUOT) fix = "make room, or write to another disk";
+  if (reason == EFBIG) fix = "allow larger files: ulimit -f unlimited";
   if (reason == EACCES || reason == EPERM || reason == EROFS || reason == ENOENT)
     fix = "write to a folder that exists and that this user may write to";
   throw Failure(Code::cannot_run_here, path_ + " cannot be " + doing + ": " + std::strerror(reason), {}, {}, std::move(fix));

@@ -47,6 +47,7 @@ class NewFile {
   void commit();
 
  private:
+  void require_allowed(std::size_t bytes) const;
   [[noreturn]] void refuse(const char* doing) const;
   std::string path_, temporary_;
   int descriptor_ = -1;
