@@ -57,7 +57,7 @@ def build(kind: str) -> Path:
 def onnxruntime() -> Path:
     """Headers and library."""
     folder = FOLDER / "onnxruntime"
-    made = _run("bash", CPP / "tools" / "fetch_onnxruntime.sh", folder, sys.executable)
+    made = run("bash", CPP / "tools" / "fetch_onnxruntime.sh", folder, sys.executable)
     if made.returncode == 3:
         _lacking(made.stderr)
     assert made.returncode == 0, made.stderr
@@ -66,7 +66,7 @@ def onnxruntime() -> Path:
 
 def require(*command: str | Path, **options: str | Path | dict[str, str]) -> str:
     """What a command says on standard output; it must succeed."""
-    made = _run(*command, **options)
+    made = run(*command, **options)
     assert made.returncode == 0, f"{command}\n{made.stdout[-6000:]}\n{made.stderr[-6000:]}"
     return made.stdout
 
@@ -77,7 +77,7 @@ def environment(**more: str) -> dict[str, str]:
     return {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "LSAN_OPTIONS": leaks, "UBSAN_OPTIONS": "print_stacktrace=1", **more}
 
 
-def _run(*command: str | Path, **options: str | Path | dict[str, str]) -> subprocess.CompletedProcess[str]:
+def run(*command: str | Path, **options: str | Path | dict[str, str]) -> subprocess.CompletedProcess[str]:
     words: Sequence[str] = [str(word) for word in command]
     return subprocess.run(words, capture_output=True, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
