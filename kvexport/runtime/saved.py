@@ -70,8 +70,10 @@ def write(path: Path, digest: str, kv: KvCache, state: State) -> None:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(path)
-    except BaseException:
+    except BaseException as error:
         temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            error.filename = str(path)  # the one that the caller named
         raise
 
 
