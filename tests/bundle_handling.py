@@ -55,10 +55,11 @@ def forbid_writing(folder: Path) -> None:
         each.chmod(each.stat().st_mode & ~0o222)
 
 
-def on_a_full_disk(*command: str | Path, disk: Path, bundle: Path) -> subprocess.CompletedProcess[str]:
+def on_a_full_disk(*command: str | Path, disk: Path, bundle: Path, lines: str = "") -> subprocess.CompletedProcess[str]:
     """Run a command where `disk` is a file system of its own, which holds a copy of the bundle, `disk/b`, and no byte more.
 
-    It has no other folder to write temporary files or settings to. Skips where this user may not make name spaces.
+    It has no other folder to write temporary files or settings to, and reads `lines`. Skips where this user may not make name
+    spaces.
     """
     if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
         pytest.skip("this user may not mount anything")
@@ -72,7 +73,7 @@ def on_a_full_disk(*command: str | Path, disk: Path, bundle: Path) -> subprocess
         TMPDIR=$PWD HOME=$PWD exec "$@"
     """
     words = ["unshare", "-rm", "bash", "-c", script, "bash", disk, bundle, *command]
-    return subprocess.run(list(map(str, words)), capture_output=True, text=True)
+    return subprocess.run(list(map(str, words)), input=lines, capture_output=True, text=True)
 
 
 def python(program: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:

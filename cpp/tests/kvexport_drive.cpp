@@ -2,6 +2,7 @@
 // Knows the public header alone. Logits are told as hexadecimal bytes, so that not a bit is lost.
 #include <kvexport/kvexport.hpp>
 
+#include <filesystem>
 #include <iostream>
 #include <map>
 #include <nlohmann/json.hpp>
@@ -82,6 +83,7 @@ Json of_cache(kvexport::Cache& cache, const std::string& what, const Json& given
 Json answer(const Json& given) {
   const std::string what = given.at("do");
   if (what == "open") return open(given);
+  if (what == "chdir") return std::filesystem::current_path(given.at("folder").get<std::string>()), nullptr;
   if (what == "free") return caches.erase(given.at("cache"));
   if (what == "close") return sessions.erase(given.at("session"));
   if (what == "new" || what == "load") {

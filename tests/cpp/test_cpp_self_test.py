@@ -100,7 +100,7 @@ def test_any_capacity_is_ok(tmp_path: Path) -> None:
     for capacity in (1, 2, 3, 7, 8, 16, 17, 33, 41):
         assert report(made(tmp_path / str(capacity), capacity=capacity))["verdict"] == "ok"
         if capacity > 1:
-            eviction = Eviction("keep-high", 2 + capacity // 2)
+            eviction = Eviction("keep-high", min(capacity, 2 + capacity // 2))
             assert report(made(tmp_path / f"{capacity}e", capacity=capacity, eviction=eviction))["verdict"] == "ok"
 
 
