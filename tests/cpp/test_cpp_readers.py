@@ -14,18 +14,19 @@ from safetensors import safe_open
 from safetensors.numpy import load_file
 
 Built = Callable[[str], Path]
-ELSEWHERE = "test_text"  # wants files that tests/cpp/test_cpp_text.py makes
+ELSEWHERE = "test_text|test_self_test"  # test_cpp_text.py and test_cpp_self_test.py make the files that these want
 
 
 @pytest.fixture(scope="module")
-def given(golden: Path, full_disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+def given(golden: Path, bundles: Path, full_disk: Path | None, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """The files that ctest's programs read, by the environment variables that say where they are."""
     engines = tmp_path_factory.mktemp("engines")
     write_engine_bundles(engines)
     full = {} if full_disk is None else {"KVEXPORT_TEST_FULL_DISK": str(full_disk)}
     written = tmp_path_factory.mktemp("written") / "by_cpp.safetensors"
     return {
-        "KVEXPORT_TEST_GOLDEN": str(golden), "KVEXPORT_TEST_ENGINES": str(engines), "KVEXPORT_TEST_WRITE": str(written), **full,
+        "KVEXPORT_TEST_GOLDEN": str(golden), "KVEXPORT_TEST_BUNDLES": str(bundles), "KVEXPORT_TEST_ENGINES": str(engines),
+        "KVEXPORT_TEST_WRITE": str(written), **full,
     }  # fmt: skip
 
 
