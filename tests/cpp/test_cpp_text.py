@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from genai import genai_library
 from tokenizer_shapes import shapes
 
 from kvexport.progress import Progress
@@ -93,7 +94,7 @@ def test_cpp_gives_what_python_gives(folders: Path, tmp_path: Path) -> None:
     compiler = shutil.which("g++")
     if compiler is None or not Path("/usr/include/nlohmann/json.hpp").exists():
         pytest.skip("no C++ compiler with nlohmann-json")
-    genai = library("onnxruntime_genai", "libonnxruntime-genai.so")
+    genai = genai_library()
     runtime = library("onnxruntime", "capi/libonnxruntime.so.1.*")
     (tmp_path / "libonnxruntime.so.1").symlink_to(runtime)
     program = tmp_path / "test_text"
