@@ -88,8 +88,8 @@ void Buffers::reserve(std::int64_t tokens) {
     if (before > 0) {
       for (std::int64_t head = buffer.heads - 1; head > 0; --head) {
         char* base = static_cast<char*>(buffer.address);
-        std::memmove(base + static_cast<std::size_t>(head * slots) * slot, base + static_cast<std::size_t>(head * before) * slot,
-                     static_cast<std::size_t>(before) * slot);
+        std::memmove(base + static_cast<std::size_t>(head * slots) * slot,
+                     base + static_cast<std::size_t>(head * before) * slot, static_cast<std::size_t>(before) * slot);
       }
     }
     buffer.slots = slots;
@@ -156,8 +156,9 @@ float as_float(const void* bits, Dtype dtype) {
   }
   const int exponent = (half >> 10U) & 0x1f;
   const auto mantissa = static_cast<float>(half & 0x3ffU);
+  using Limits = std::numeric_limits<float>;
   float value = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
-  if (exponent == 0x1f) value = mantissa == 0 ? std::numeric_limits<float>::infinity() : std::numeric_limits<float>::quiet_NaN();
+  if (exponent == 0x1f) value = mantissa == 0 ? Limits::infinity() : Limits::quiet_NaN();
   return (half & 0x8000U) != 0 ? -value : value;
 }
 

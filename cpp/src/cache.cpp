@@ -150,7 +150,8 @@ void Cache::require_ids(const std::int64_t* ids, std::size_t count) const {
   const std::int64_t vocab = session_->manifest().vocab_size;
   const auto* wrong = std::find_if(ids, ids + count, [&](std::int64_t id) { return id < 0 || id >= vocab; });
   if (wrong == ids + count) return;
-  throw Failure(Code::usage, "a token id is outside the vocabulary", std::to_string(*wrong), "0 to " + std::to_string(vocab - 1));
+  throw Failure(Code::usage, "a token id is outside the vocabulary", std::to_string(*wrong),
+                "0 to " + std::to_string(vocab - 1));
 }
 
 void Cache::require_room(std::int64_t tokens, const char* what) const {

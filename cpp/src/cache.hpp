@@ -41,7 +41,7 @@ class Cache {
   void block(std::int64_t slots);
 
   void save(const std::string& file) const;
-  // What a file that `save` or Python wrote holds, into this empty cache. Throws Failure: a damaged file, one of another bundle,
+  // Hold what a file holds that `save` or Python wrote, and nothing else. Throws Failure: a damaged file, one of another bundle,
   // or more tokens than there is room for.
   void load(const std::string& file);
 

@@ -38,7 +38,8 @@ class Evictor {
       return target == other.target && source == other.source && slots == other.slots;
     }
   };
-  void rank(const float* state, std::int64_t tokens, std::int64_t keep, std::int64_t position, std::optional<std::int64_t> window);
+  void rank(const float* state, std::int64_t tokens, std::int64_t keep, std::int64_t position,
+            std::optional<std::int64_t> window);
   void move(const Buffer& buffer, std::int64_t head, std::int64_t heads, const std::vector<Move>& moves) const;
 
   const Manifest& manifest_;

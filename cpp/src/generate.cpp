@@ -64,7 +64,8 @@ class Said {
 
 }  // namespace
 
-Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const GenerateOptions& options, const OnToken& on_token) {
+Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const GenerateOptions& options,
+                const OnToken& on_token) {
   if (options.max_new_tokens < 1) {
     throw Failure(Code::usage, "max_new_tokens is out of range", std::to_string(options.max_new_tokens), "1 or more");
   }

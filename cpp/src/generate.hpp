@@ -29,7 +29,8 @@ using OnToken = std::function<bool(std::int64_t token, std::string_view text)>;
 
 // Feeds the prompt and chosen tokens to the cache; a last token that was chosen and not fed is pending in it. Throws Failure, as
 // Cache::prefill and Sampler do, before anything is fed for whatever can be told before.
-Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const GenerateOptions& options, const OnToken& on_token);
+Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const GenerateOptions& options,
+                const OnToken& on_token);
 
 // Lets text pass until one of some texts appears in it; what may be the beginning of one waits.
 class StopTexts {

@@ -24,6 +24,10 @@ std::vector<std::int64_t> shape_of(const Buffer& buffer, std::int64_t tokens) {
   return {1, buffer.heads, tokens, buffer.width};
 }
 
+char* of_head(const Buffer& buffer, std::int64_t head) {
+  return static_cast<char*>(buffer.address) + static_cast<std::size_t>(head * buffer.slots) * buffer.slot_bytes();
+}
+
 // Wider numbers first, so that all are aligned.
 std::vector<Buffer> in_order(std::vector<Buffer> all) {
   std::stable_sort(all.begin(), all.end(), [](const Buffer& one, const Buffer& other) {
@@ -73,7 +77,8 @@ class StateReader {
     if (!pending.empty()) state.pending = whole("pending", pending.at(0), 0, manifest_.vocab_size - 1);
     if (manifest_.eviction) {
       state.seen = one("seen", state.length, state.length);
-      state.filled = one("filled", 0, std::min(state.length, manifest_.eviction->budget));
+      const std::int64_t most = std::min(state.length, manifest_.eviction->budget);
+      state.filled = one("filled", std::min<std::int64_t>(1, most), most);
     }
     return state;
   }
@@ -120,15 +125,15 @@ void Cache::save(const std::string& file) const {
   }
   Json pending = Json::array();
   if (pending_) pending.push_back(*pending_);
-  Json state{{"lengths", {length_}}, {"last", {last_}}, {"pending", Json::array({pending})}, {"filled", nullptr}, {"seen", nullptr}};
+  Json state{{"lengths", {length_}}, {"last", {last_}}, {"pending", Json::array({pending})}};
+  state["filled"] = nullptr, state["seen"] = nullptr;
   if (manifest.eviction) state["filled"] = {occupancy_.filled}, state["seen"] = {occupancy_.seen};
   TensorWriter writer(file, std::move(tensors), {{"kvexport", KIND}, {"bundle", manifest.digest}, {"state", state.dump()}});
   std::vector<char> row;
   for (const Buffer& buffer : ordered) {
     row.resize(static_cast<std::size_t>(buffer.evicts ? occupancy_.filled : length_) * buffer.slot_bytes());
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
-      const char* start = static_cast<const char*>(buffer.address) + static_cast<std::size_t>(head * buffer.slots) * buffer.slot_bytes();
-      buffers_.place.download(row.data(), start, row.size());
+      buffers_.place.download(row.data(), of_head(buffer, head), row.size());
       buffers_.place.synchronize();
       writer.write(row.data(), row.size());
     }
@@ -164,8 +169,7 @@ void Cache::load(const std::string& file) {
     row.resize(static_cast<std::size_t>(buffer.evicts ? state.filled : state.length) * buffer.slot_bytes());
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       reader.read(entry, row.data(), row.size(), static_cast<std::uint64_t>(head) * row.size());
-      char* start = static_cast<char*>(buffer.address) + static_cast<std::size_t>(head * buffer.slots) * buffer.slot_bytes();
-      buffers_.place.upload(start, row.data(), row.size());
+      buffers_.place.upload(of_head(buffer, head), row.data(), row.size());
       buffers_.place.synchronize();
     }
   }

@@ -1,0 +1,200 @@
+// The C ABI and the C++ header over it: what is NULL, structs of other sizes, threads, callbacks that throw, order of closing.
+#include <kvexport/kvexport.hpp>
+
+#include <array>
+#include <cstring>
+#include <stdexcept>
+#include <thread>
+
+#include "check.hpp"
+
+namespace {
+
+using Error = std::unique_ptr<kvexport_error, void (*)(kvexport_error*)>;
+
+Error error(kvexport_error* made) { return {made, kvexport_error_free}; }
+
+std::string failed(kvexport_error* made) { return kvexport_error_part(error(made).get(), KVEXPORT_FAILED); }
+
+// One that tests/cpp/bundles.py made.
+std::string bundle(const std::string& name) { return check::given("KVEXPORT_TEST_BUNDLES") + "/" + name; }
+
+kvexport::Session opened(const std::string& name) {
+  kvexport::OpenOptions options;
+  options.provider = "cpu", options.threads = 1, options.text_library = "";
+  return kvexport::Session(bundle(name), options);
+}
+
+kvexport::GenerateOptions greedy(std::int64_t tokens) {
+  kvexport::GenerateOptions options;
+  options.max_new_tokens = tokens, options.stop_tokens.emplace();
+  return options;
+}
+
+kvexport::Ids generated(kvexport::Cache& cache, const kvexport::Ids& prompt, std::int64_t tokens) {
+  kvexport::Ids made;
+  cache.generate(prompt, greedy(tokens), [&](std::int64_t token, std::string_view) {
+    made.push_back(token);
+    return true;
+  });
+  return made;
+}
+
+const std::array<const char*, 4> NAMES{"gqa", "gqa-l2-norm", "bloom-evicting", "gqa-float16"};
+
+}  // namespace
+
+TEST(what_is_null_is_refused) {
+  kvexport_session* session = nullptr;
+  kvexport_cache* cache = nullptr;
+  char* text = nullptr;
+  std::int64_t* ids = nullptr;
+  std::size_t count = 0;
+  CHECK_EQUAL(failed(kvexport_open(nullptr, nullptr, &session)), "bundle is NULL");
+  CHECK_EQUAL(failed(kvexport_open("x", nullptr, nullptr)), "session is NULL");
+  CHECK_EQUAL(failed(kvexport_cache_new(nullptr, 0, &cache)), "session is NULL");
+  CHECK_EQUAL(failed(kvexport_cache_load(nullptr, "x", 0, &cache)), "session is NULL");
+  CHECK_EQUAL(failed(kvexport_cache_save(nullptr, "x")), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_cache_clear(nullptr)), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_prefill(nullptr, nullptr, 0, nullptr)), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_step(nullptr, 0, nullptr)), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_generate(nullptr, nullptr, 0, nullptr, nullptr, nullptr, nullptr)), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_encode(nullptr, "x", 1, 1, &ids, &count)), "session is NULL");
+  CHECK_EQUAL(failed(kvexport_decode(nullptr, nullptr, 0, &text, &count)), "session is NULL");
+  CHECK_EQUAL(failed(kvexport_turn(nullptr, "x", nullptr, &ids, &count)), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_session_memory(nullptr, 0, nullptr)), "session is NULL");
+  CHECK_EQUAL(failed(kvexport_self_test(nullptr, &text)), "session is NULL");
+  CHECK(kvexport_session_info(nullptr) == nullptr);
+  CHECK_EQUAL(kvexport_cache_bytes(nullptr), 0U);
+  CHECK_EQUAL(kvexport_cache_length(nullptr), 0);
+  CHECK_EQUAL(kvexport_cache_capacity(nullptr), 0);
+  kvexport_close(nullptr);
+  kvexport_cache_free(nullptr);
+  kvexport_error_free(nullptr);
+  kvexport_ids_free(nullptr);
+  kvexport_text_free(nullptr);
+  CHECK_EQUAL(kvexport_error_code(nullptr), 0);
+  CHECK_EQUAL(std::string(kvexport_error_part(nullptr, KVEXPORT_FIX)), "");
+}
+
+TEST(an_error_has_all_its_parts) {
+  const kvexport_open_options options = kvexport_open_defaults();
+  kvexport_session* session = nullptr;
+  const Error made = error(kvexport_open("/nowhere", &options, &session));
+  CHECK(session == nullptr);
+  CHECK_EQUAL(kvexport_error_code(made.get()), static_cast<int>(KVEXPORT_USAGE));
+  CHECK_EQUAL(std::string(kvexport_error_part(made.get(), KVEXPORT_FIX)), "make one: kvexport build CHECKPOINT -o /nowhere");
+  CHECK_EQUAL(std::string(kvexport_error_part(made.get(), 99)), "");
+  const std::string whole = kvexport_error_part(made.get(), KVEXPORT_MESSAGE);
+  CHECK(whole.find("is no bundle") != std::string::npos && whole.find("\n  fix:     make one") != std::string::npos);
+  CHECK_EQUAL(std::string(kvexport_version()), KVEXPORT_VERSION);
+}
+
+TEST(structs_of_callers_that_know_fewer_members_or_more) {
+  const std::string path = bundle("gqa");
+  struct {
+    kvexport_open_options known = kvexport_open_defaults();
+    std::array<char, 64> unknown{};
+  } later;
+  later.known.size = sizeof later, later.known.threads = 1, later.known.text_library = "";
+  kvexport_session* session = nullptr;
+  CHECK(kvexport_open(path.c_str(), &later.known, &session) == nullptr);
+  const std::unique_ptr<kvexport_session, void (*)(kvexport_session*)> owned(session, kvexport_close);
+
+  kvexport_open_options earlier = kvexport_open_defaults();
+  earlier.size = offsetof(kvexport_open_options, chunk), earlier.chunk = -5, earlier.text_library = nullptr;  // not looked at
+  kvexport_session* other = nullptr;
+  CHECK(kvexport_open(path.c_str(), &earlier, &other) == nullptr);
+  kvexport_close(other);
+  earlier.size = 0;
+  CHECK_EQUAL(failed(kvexport_open(path.c_str(), &earlier, &other)), "a struct's size is not set");
+
+  kvexport_memory memory{};
+  CHECK_EQUAL(failed(kvexport_session_memory(session, 0, &memory)), "a struct's size is not set");
+  std::memset(&memory, 0x7f, sizeof memory);
+  memory.size = offsetof(kvexport_memory, device);
+  CHECK(kvexport_session_memory(session, 10, &memory) == nullptr);
+  CHECK(memory.cache_bytes > 0 && memory.cache_bytes < 10000 && memory.size == offsetof(kvexport_memory, device));
+  CHECK_EQUAL(memory.activations & 0xff, 0x7fU);  // beyond what the caller knows nothing is written
+}
+
+TEST(a_generation_without_options_or_callback) {
+  kvexport::Session session = opened("gqa");
+  kvexport_open_options options = kvexport_open_defaults();
+  options.text_library = "", options.threads = 1;
+  kvexport_session* raw = nullptr;
+  CHECK(kvexport_open(bundle("gqa").c_str(), &options, &raw) == nullptr);
+  kvexport_cache* cache = nullptr;
+  CHECK(kvexport_cache_new(raw, 60, &cache) == nullptr);
+  const std::int64_t ids[] = {1, 2, 3};
+  CHECK_EQUAL(failed(kvexport_prefill(cache, nullptr, 3, nullptr)), "ids is NULL");
+  CHECK(kvexport_generate(cache, ids, 3, nullptr, nullptr, nullptr, nullptr) == nullptr);
+  CHECK(kvexport_cache_length(cache) > 3);
+  kvexport_generate_options wanted = kvexport_generate_defaults();
+  wanted.own_stop_tokens = 0, wanted.stop_token_count = 1;
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)), "stop_tokens is NULL");
+  wanted = kvexport_generate_defaults(), wanted.stop_text_count = 1;
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)), "stop_texts is NULL");
+  kvexport_close(raw);  // the cache keeps the weights
+  CHECK(kvexport_cache_clear(cache) == nullptr);
+  CHECK(kvexport_prefill(cache, ids, 3, nullptr) == nullptr);
+  kvexport_cache_free(cache);
+}
+
+TEST(what_a_callback_throws_comes_out_and_the_cache_goes_on) {
+  kvexport::Session session = opened("gqa");
+  kvexport::Cache cache = session.new_cache(100), other = session.new_cache(100);
+  const kvexport::Ids whole = generated(other, {1, 2, 3}, 10);
+  int told = 0;
+  CHECK_THROWS_WITH(cache.generate({1, 2, 3}, greedy(10), [&](std::int64_t, std::string_view) -> bool {
+    if (++told == 4) throw std::runtime_error("enough");
+    return true;
+  }), "enough");
+  CHECK(generated(cache, {}, 6) == kvexport::Ids(whole.begin() + 4, whole.end()));
+}
+
+TEST(errors_of_the_header_can_be_copied) {
+  kvexport::Session session = opened("gqa");
+  kvexport::Cache cache = session.new_cache(4);
+  try {
+    cache.prefill({1, 99});
+    CHECK(false);
+  } catch (const kvexport::Error& thrown) {
+    const kvexport::Error copy = thrown;
+    CHECK_EQUAL(std::string(copy.seen()), "99");
+    CHECK_EQUAL(std::string(copy.allowed()), "0 to 39");
+    CHECK_EQUAL(copy.code(), static_cast<int>(KVEXPORT_USAGE));
+  }
+}
+
+TEST(two_sessions_and_their_caches_in_threads_of_their_own) {
+  for (const char* name : NAMES) {
+    kvexport::Session one = opened(name), two = opened(name);
+    std::vector<kvexport::Ids> alone, together(6);
+    for (std::int64_t prompt = 0; prompt < 6; ++prompt) {
+      kvexport::Cache cache = one.new_cache();
+      alone.push_back(generated(cache, kvexport::Ids(static_cast<std::size_t>(30 + 40 * prompt), prompt + 1), 60));
+    }
+    std::vector<std::thread> threads;
+    for (std::int64_t prompt = 0; prompt < 6; ++prompt) {
+      threads.emplace_back([&, prompt] {
+        kvexport::Cache cache = (prompt % 2 == 0 ? one : two).new_cache();
+        for (int round = 0; round < 3; ++round) {
+          cache.clear();
+          together[static_cast<std::size_t>(prompt)] =
+              generated(cache, kvexport::Ids(static_cast<std::size_t>(30 + 40 * prompt), prompt + 1), 60);
+        }
+      });
+    }
+    for (std::thread& thread : threads) thread.join();
+    CHECK(alone == together);
+  }
+}
+
+TEST(a_hundred_times_open_and_closed) {
+  for (int round = 0; round < 100; ++round) {
+    kvexport::Session session = opened("gqa-l2-norm");
+    kvexport::Cache cache = session.new_cache(50);
+    CHECK_EQUAL(cache.prefill({1, 2, 3}).vocab_size, 40);
+  }
+}

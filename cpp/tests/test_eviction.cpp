@@ -1,0 +1,212 @@
+// Buffers that grow within their memory, and who goes when a budget is full: against the same done the long way.
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+
+#include "buffers.hpp"
+#include "check.hpp"
+#include "eviction.hpp"
+#include "host_place.hpp"
+
+using namespace kvexport::detail;
+
+namespace {
+
+Manifest manifest_of(Dtype dtype, std::optional<Eviction> eviction = {}, std::optional<std::int64_t> window = {}) {
+  Manifest manifest;
+  manifest.dtype = dtype;
+  manifest.capacity = 1000;
+  manifest.eviction = std::move(eviction);
+  manifest.layers = {{3, 5, 7, window}, {1, 4, 4, window}};
+  return manifest;
+}
+
+Eviction budget(std::int64_t slots, std::int64_t first, std::int64_t recent, std::vector<std::int64_t> skip = {}) {
+  return {"l2-norm", slots, first, recent, std::move(skip)};
+}
+
+float* row(const Buffer& buffer, std::int64_t head, std::int64_t slot) {
+  return static_cast<float*>(buffer.address) + (head * buffer.slots + slot) * buffer.width;
+}
+
+float mark(const Buffer& buffer, std::int64_t head, std::int64_t slot, std::int64_t at) {
+  return static_cast<float>(1 + at + 10 * slot + 10000 * head + 100000 * buffer.layer + 1000000 * static_cast<int>(buffer.which));
+}
+
+// In the order that the graph gives: which slots stay, by sorting all of them.
+std::vector<std::size_t> kept_the_long_way(const std::vector<float>& priorities, std::size_t keep) {
+  std::vector<std::size_t> order(priorities.size());
+  for (std::size_t at = 0; at < order.size(); ++at) order[at] = at;
+  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return priorities[a] > priorities[b]; });
+  std::vector<bool> goes(order.size());
+  for (std::size_t at = 0; at < order.size() - keep; ++at) goes[order[at]] = true;
+  std::vector<std::size_t> kept;
+  std::size_t next = keep;
+  for (std::size_t slot = 0; slot < keep; ++slot) {
+    if (!goes[slot]) {
+      kept.push_back(slot);
+      continue;
+    }
+    while (goes[next]) ++next;
+    kept.push_back(next++);
+  }
+  return kept;
+}
+
+}  // namespace
+
+TEST(heads_move_apart_within_the_same_memory) {
+  HostPlace place;
+  for (const std::vector<std::int64_t>& skip : {std::vector<std::int64_t>{}, {0}}) {
+    const Manifest manifest = manifest_of(Dtype::float32, budget(300, 0, 1, skip));
+    Buffers buffers(manifest, 700, place, 256);
+    CHECK_EQUAL(buffers.bytes, Buffers::bytes_for(manifest, 700));
+    CHECK_EQUAL(buffers.laid_out, 256);
+    std::vector<void*> addresses;
+    for (const Buffer& buffer : buffers.all) {
+      CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(buffer.address) % 256, 0U);
+      CHECK_EQUAL(buffer.most, buffer.evicts ? 300 : 700);
+      addresses.push_back(buffer.address);
+      for (std::int64_t head = 0; head < buffer.heads; ++head)
+        for (std::int64_t slot = 0; slot < buffer.slots; ++slot)
+          for (std::int64_t at = 0; at < buffer.width; ++at) row(buffer, head, slot)[at] = mark(buffer, head, slot, at);
+    }
+    std::int64_t generation = buffers.generation;
+    for (const std::int64_t tokens : {256, 257, 300, 513, 700}) {
+      buffers.reserve(tokens);
+      CHECK(buffers.laid_out >= tokens);
+      for (std::size_t index = 0; index < buffers.all.size(); ++index) {
+        const Buffer& buffer = buffers.all[index];
+        CHECK_EQUAL(buffer.address, addresses[index]);
+        CHECK_EQUAL(buffer.slots, std::min(buffer.most, buffers.laid_out));
+        for (std::int64_t head = 0; head < buffer.heads; ++head)
+          for (std::int64_t slot = 0; slot < buffer.slots; ++slot)
+            for (std::int64_t at = 0; at < buffer.width; ++at)
+              CHECK_EQUAL(row(buffer, head, slot)[at], slot < 256 ? mark(buffer, head, slot, at) : 0.0F);
+      }
+    }
+    // Where all layers evict, nothing grows any more once the budget is laid out.
+    CHECK_EQUAL(buffers.generation - generation, skip.empty() ? 1 : 2);
+    buffers.clear();
+    CHECK_EQUAL(buffers.laid_out, 256);
+    for (const Buffer& buffer : buffers.all) CHECK_EQUAL(row(buffer, 0, 0)[0], 0.0F);
+  }
+}
+
+TEST(a_layout_that_is_full_from_the_start) {
+  HostPlace place;
+  Buffers buffers(manifest_of(Dtype::float16), 10, place, 0);
+  CHECK_EQUAL(buffers.laid_out, 10);
+  CHECK_EQUAL(buffers.bytes, 512U + 512 + 256 + 256);  // 300, 420, 80 and 80 bytes, each from a multiple of 256 on
+  const std::int64_t generation = buffers.generation;
+  buffers.reserve(10);
+  CHECK_EQUAL(buffers.generation, generation);
+}
+
+TEST(more_memory_than_can_be_counted) {
+  Manifest manifest = manifest_of(Dtype::float32);
+  CHECK_THROWS_WITH(Buffers::bytes_for(manifest, std::numeric_limits<std::int64_t>::max()), "not enough memory");
+  manifest.layers[0].num_key_value_heads = std::int64_t{1} << 40;
+  HostPlace place;
+  CHECK_THROWS_WITH(Buffers(manifest, 1 << 20, place, 0), "not enough memory");
+}
+
+TEST(garbage_fills_keys_and_values_of_every_dtype) {
+  HostPlace place;
+  for (const Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+    Buffers buffers(manifest_of(dtype, budget(20, 0, 1)), 600, place, 256);
+    buffers.clear(1000.0F);
+    buffers.reserve(600);
+    for (const Buffer& buffer : buffers.all) {
+      for (std::size_t at = 0; at < buffer.bytes(); at += size_of(buffer.dtype)) {
+        CHECK_EQUAL(as_float(static_cast<const char*>(buffer.address) + at, buffer.dtype), buffer.which == Which::state ? 0.0F : 1000.0F);
+      }
+    }
+  }
+}
+
+TEST(numbers_of_half_the_width) {
+  for (const float value : {1.0F, -2.0F, 0.0F, 1000.0F, 65504.0F, 0.333251953125F}) {
+    const std::uint32_t bits = bits_of(value, Dtype::float16);
+    CHECK_EQUAL(as_float(&bits, Dtype::float16), value);
+  }
+  const auto read = [](std::uint16_t bits) { return as_float(&bits, Dtype::float16); };
+  CHECK_EQUAL(read(0x0001), std::ldexp(1.0F, -24));
+  CHECK_EQUAL(read(0x03ff), std::ldexp(1023.0F, -24));
+  CHECK_EQUAL(read(0xfc00), -std::numeric_limits<float>::infinity());
+  CHECK(std::isnan(read(0x7e00)));
+}
+
+TEST(slots_are_taken_until_there_are_none) {
+  Occupancy occupancy;
+  CHECK_EQUAL(occupancy.take(3, 5, 8), 0);
+  CHECK_EQUAL(occupancy.take(1, 5, 8), 3);
+  CHECK_EQUAL(occupancy.take(1, 5, 8), 4);
+  CHECK_EQUAL(occupancy.take(1, 5, 8), 8);  // none is left: the graph finds one
+  CHECK_EQUAL(occupancy.filled, 5);
+  CHECK_EQUAL(occupancy.seen, 6);
+}
+
+TEST(those_that_go_are_those_that_sorting_finds) {
+  HostPlace place;
+  std::mt19937 random(7);
+  const auto below = [&](std::int64_t end) { return static_cast<std::int64_t>(random() % static_cast<std::uint32_t>(end)); };
+  for (int round = 0; round < 300; ++round) {
+    const std::int64_t slots = 4 + below(40), first = below(3), recent = below(9), position = 100 + below(50);
+    const bool windowed = below(2) == 0;
+    const std::int64_t window = 3 + below(60);
+    const Manifest manifest = manifest_of(Dtype::float32, budget(slots, first, recent),
+                                          windowed ? std::optional<std::int64_t>(window) : std::nullopt);
+    Buffers buffers(manifest, 200, place, 256);
+    buffers.reserve(200);
+    Evictor evictor(manifest, buffers);
+    const std::int64_t tokens = 2 + below(slots - 1), keep = below(tokens + 1);
+    std::vector<std::vector<std::size_t>> wanted;
+    for (const Buffer& buffer : buffers.all) {
+      for (std::int64_t head = 0; head < buffer.heads; ++head) {
+        std::vector<float> priorities;
+        for (std::int64_t slot = 0; slot < tokens; ++slot) {
+          if (buffer.which != Which::state) {
+            for (std::int64_t at = 0; at < buffer.width; ++at) row(buffer, head, slot)[at] = mark(buffer, head, slot, at);
+            continue;
+          }
+          const auto stored = static_cast<float>(1 + below(position + 1));
+          const float score = below(12) == 0 ? std::nanf("") : static_cast<float>(below(5));  // ties, and what has no order
+          row(buffer, head, slot)[0] = score, row(buffer, head, slot)[1] = stored;
+          const auto following = static_cast<float>(position + 1);
+          const auto spared = static_cast<float>(std::max<std::int64_t>(0, std::min(recent, keep - first)));
+          float priority = stored <= following - spared && stored > static_cast<float>(first) ? score : -0x1p100F;
+          if (windowed && stored <= following - static_cast<float>(window)) priority = (0x1p24F - stored) * 0x1p60F;
+          if (stored == following) priority = 0x1p100F;
+          priorities.push_back(std::isnan(priority) ? -std::numeric_limits<float>::infinity() : priority);
+        }
+        if (buffer.which == Which::state) wanted.push_back(kept_the_long_way(priorities, static_cast<std::size_t>(keep)));
+      }
+    }
+    std::vector<std::vector<float>> before;
+    for (const Buffer& buffer : buffers.all) {
+      const auto* values = static_cast<const float*>(buffer.address);
+      before.emplace_back(values, values + buffer.bytes() / sizeof(float));
+    }
+    evictor.shrink(tokens, keep, position);
+    std::size_t of_layer = 0;
+    for (std::size_t index = 0; index < buffers.all.size(); ++index) {
+      const Buffer& buffer = buffers.all[index];
+      for (std::int64_t head = 0; head < buffer.heads; ++head) {
+        const auto& kept = wanted[of_layer + static_cast<std::size_t>(head)];
+        for (std::int64_t slot = 0; slot < keep; ++slot) {
+          const auto from = static_cast<std::int64_t>(kept[static_cast<std::size_t>(slot)]);
+          const float* held = before[index].data() + (head * buffer.slots + from) * buffer.width;
+          CHECK(std::memcmp(row(buffer, head, slot), held, buffer.slot_bytes()) == 0);
+        }
+        for (std::int64_t slot = keep; buffer.which == Which::state && slot < tokens; ++slot) {
+          CHECK_EQUAL(row(buffer, head, slot)[0], 0.0F);
+          CHECK_EQUAL(row(buffer, head, slot)[1], 0.0F);
+        }
+      }
+      if (buffer.which == Which::state) of_layer += static_cast<std::size_t>(buffer.heads);
+    }
+  }
+}

@@ -1,0 +1,238 @@
+"""What the C++ library refuses, in the Python runtime's words; a call that is refused changes nothing."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from bundles import CAPACITY
+from drive import Drive, Refused
+from test_cpp_parity import data_of, opened, tokens
+from tiny_bundles import edit_manifest
+
+from kvexport.errors import KvexportError
+
+
+@pytest.fixture(scope="module")
+def drive(built: Callable[[str], Path]) -> Iterator[Drive]:
+    with Drive(built("sanitized")) as drive:
+        yield drive
+
+
+def parts_of(call: Callable[[], object]) -> dict[str, Any]:
+    with pytest.raises(Refused) as refused:
+        call()
+    return refused.value.parts
+
+
+@pytest.mark.parametrize("name", ["gqa", "gqa-l2-norm"])
+def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bundles: Path) -> None:
+    drive.open(bundles / name)
+    drive.new(capacity=100)
+    drive.new(cache="untouched", capacity=100)
+    for cache in ("c", "untouched"):
+        drive.generate(tokens(80), cache=cache, max_new_tokens=4, stop_tokens=[])
+    for call, failed, seen, allowed in (
+        (lambda: drive.prefill([3, 40]), "a token id is outside the vocabulary", "40", "0 to 39"),
+        (lambda: drive.prefill([-1]), "a token id is outside the vocabulary", "-1", "0 to 39"),
+        (lambda: drive.step(40), "a token id is outside the vocabulary", "40", "0 to 39"),
+        (lambda: drive.prefill(tokens(17)), "the prompt does not fit behind what the cache holds", "101 tokens", "at most 100"),
+        (lambda: drive.generate([1], max_new_tokens=0), "max_new_tokens is out of range", "0", "1 or more"),
+        (lambda: drive.generate([1], top_p=0.0, temperature=1), "top_p is out of range", "0.000000", "above 0, at most 1"),
+        (lambda: drive.generate([1], stop_texts=["x"]), "this session takes and gives token ids only", None, ""),
+        (lambda: drive("turn", cache="c", text="hello"), "this session takes and gives token ids only", None, ""),
+    ):
+        parts = parts_of(call)
+        assert parts["failed"] == failed and seen in (None, parts["seen"]) and parts["allowed"] == allowed
+    assert (drive.prefill(tokens(16)) == drive.prefill(tokens(16), cache="untouched")).all()
+    parts = parts_of(lambda: drive.step(1))
+    assert parts["failed"] == "the cache's capacity is exhausted" and parts["fix"].startswith(
+        "make the cache with a capacity of 101"
+    )
+
+
+def test_an_empty_prompt(drive: Drive, bundles: Path) -> None:
+    drive.open(bundles / "gqa")
+    drive.new()
+    for call in (lambda: drive.prefill([]), lambda: drive.generate([])):
+        parts = parts_of(call)
+        assert (parts["code"], parts["failed"], parts["fix"]) == (2, "a prompt is empty", "give at least one token")
+
+
+@pytest.mark.parametrize("name", ["gqa", "gqa-window", "gqa-large"])
+@pytest.mark.parametrize("capacity", [1, 2, 23, 24, 25, 257])
+def test_small_capacities(capacity: int, name: str, drive: Drive, bundles: Path) -> None:
+    """As far as it goes it is what a large one gives, in proportionally less memory."""
+    drive.open(bundles / name, chunk=8)
+    drive.new(cache="large")
+    small = drive.new(capacity=capacity)
+    assert small["capacity"] == capacity and small["bytes"] == drive("memory", session="s", capacity=capacity)
+    assert (drive.prefill(tokens(capacity)) == drive.prefill(tokens(capacity), cache="large")).all()
+    assert parts_of(lambda: drive.step(1))["failed"] == "the cache's capacity is exhausted"
+    drive("clear", cache="c")
+    for token in tokens(capacity):
+        drive.step(token)
+    assert parts_of(lambda: drive.step(1))["seen"] == f"{capacity + 1} tokens"
+
+
+def test_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
+    drive.open(bundles / "gqa")
+    for capacity in (-1, CAPACITY + 1, 2**62):
+        parts = parts_of(lambda capacity=capacity: drive.new(capacity=capacity))
+        assert parts["code"] == 2 and parts["seen"] == str(capacity) and parts["allowed"].startswith(f"1 to {CAPACITY}")
+    assert drive.new(capacity=CAPACITY)["capacity"] == drive.new()["capacity"] == CAPACITY
+
+
+@pytest.mark.parametrize(
+    ("options", "code", "failed"),
+    [
+        ({"provider": "tpu"}, 2, "there is no such provider"),
+        ({"threads": -1}, 2, "threads is out of range"),
+        ({"chunk": 0}, 2, "chunk is out of range"),
+        ({"provider": "cuda"}, 3, "this ONNX Runtime was built without CUDA"),
+    ],
+)
+def test_options(options: dict[str, Any], code: int, failed: str, drive: Drive, bundles: Path) -> None:
+    parts = parts_of(lambda: drive.open(bundles / "gqa", **options))
+    assert (parts["code"], parts["failed"]) == (code, failed)
+
+
+def test_auto_falls_back_to_the_cpu(drive: Drive, bundles: Path) -> None:
+    info = drive.open(bundles / "gqa", provider="auto")
+    assert info["provider"] == "cpu" and info["engine"].startswith("onnxruntime 1.")
+    assert info["text_missing"] and not info["has_text"]
+
+
+def test_bfloat16_on_the_cpu(drive: Drive, bundles: Path) -> None:
+    parts = parts_of(lambda: drive.open(bundles / "gqa-bfloat16"))
+    with pytest.raises(KvexportError) as refused:
+        opened(bundles / "gqa-bfloat16")
+    assert parts["code"] == 3 and parts["failed"] in str(refused.value) and parts["fix"] in str(refused.value)
+
+
+@pytest.mark.parametrize("file", ["decoder.onnx.data", "decoder.cpu.onnx", "decoder.onnx", "manifest.json"])
+def test_one_byte_flipped(file: str, drive: Drive, bundles: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(bundles / "gqa", tmp_path / "b")
+    content = bytearray((bundle / file).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / file).write_bytes(content)
+    parts = parts_of(lambda: drive.open(bundle))
+    assert parts["code"] == 2 and "build the bundle again" in parts["fix"]
+    if file != "manifest.json":
+        assert parts["failed"].startswith(f"{file} of the bundle")
+    if file == "decoder.onnx.data":
+        drive.open(bundle, verify=False)
+
+
+def test_a_graph_that_is_not_the_manifests(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+    """A bundle whose manifest was written for another graph, with hashes that are right."""
+    bundle = shutil.copytree(bundles / "gqa", tmp_path / "b")
+    other = bundles / "bloom"
+
+    def take(manifest: dict[str, Any]) -> None:
+        theirs = json.loads((other / "manifest.json").read_text())
+        for name in ("decoder.onnx", "decoder.cpu.onnx", "decoder.onnx.data"):
+            shutil.copy(other / name, bundle / name)
+            manifest["files"][name] = theirs["files"][name]
+
+    edit_manifest(bundle, take)
+    parts = parts_of(lambda: drive.open(bundle))
+    assert parts["code"] == 2 and parts["failed"] == "an input of the bundle's graph is not what its manifest says"
+    assert "past_key_values.0.key" in parts["seen"] and "past_key_values.0.key" in parts["allowed"]
+
+
+def test_a_bundle_moved_while_open_and_sessions_side_by_side(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+    bundle = shutil.copytree(bundles / "gqa", tmp_path / "here")
+    for session in ("one", "two"):
+        drive.open(bundle, session=session)
+    bundle = bundle.rename(tmp_path / "there")
+    for session in ("one", "two"):
+        drive.new(session=session, cache=session)
+        drive.prefill(tokens(300), cache=session)
+    drive("close", session="one")  # its cache keeps the weights
+    assert (drive.step(3, cache="one") == drive.step(3, cache="two")).all()
+    drive.open(bundle, session="one")
+    with pytest.raises(Refused, match="is no bundle"):
+        drive.open(tmp_path / "here")
+
+
+def saved(drive: Drive, bundle: Path, path: Path, count: int = 30) -> Path:
+    drive.open(bundle)
+    drive.new()
+    drive.generate(tokens(count), max_new_tokens=3, stop_tokens=[])
+    drive("save", cache="c", file=str(path))
+    return path
+
+
+def changed(path: Path, change: Callable[[dict[str, Any]], object]) -> Path:
+    """Edit a saved cache's header."""
+    content = path.read_bytes()
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    change(header)
+    text = json.dumps(header).encode()
+    path.write_bytes(struct.pack("<Q", len(text)) + text + data_of(path))
+    return path
+
+
+def with_state(**values: object) -> Callable[[dict[str, Any]], None]:
+    def change(header: dict[str, Any]) -> None:
+        state = json.loads(header["__metadata__"]["state"])
+        header["__metadata__"]["state"] = json.dumps({**state, **values})
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda header: header["__metadata__"].update(bundle="0" * 64), "is of another bundle"),
+        (lambda header: header["__metadata__"].update(kvexport="cache 2"), "no cache that this version reads"),
+        (lambda header: header["__metadata__"].update(sha256="0" * 64), "sha256 differs"),
+        (lambda header: header["__metadata__"].update(state="[]"), "state"),
+        (lambda header: header["__metadata__"].update(state="{"), "cannot be read"),
+        (with_state(filled=[20]), "has another past_key_values"),
+        (with_state(filled=[0]), "filled is out of range"),
+        (with_state(lengths=[-1]), "lengths is out of range"),
+        (with_state(lengths=[1 << 60]), "lengths is out of range"),
+        (with_state(lengths=[700], seen=[700]), "more tokens than the cache has room for"),
+        (with_state(lengths=[32, 32], seen=[32, 32]), "holds several sequences"),
+        (with_state(last=[40]), "last is out of range"),
+        (with_state(pending=[[1, 2]]), "pending"),
+        (with_state(pending=[["1"]]), "pending is out of range"),
+        (with_state(filled=[25]), "filled is out of range"),
+        (with_state(seen=[33]), "seen is out of range"),
+        (with_state(filled=None), "without the list filled"),
+    ],
+)
+def test_damaged_caches(
+    change: Callable[[dict[str, Any]], object], said: str, drive: Drive, bundles: Path, tmp_path: Path
+) -> None:
+    path = changed(saved(drive, bundles / "gqa-l2-norm", tmp_path / "cache"), change)
+    parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))
+    assert parts["code"] == 2 and said in parts["message"] and parts["fix"]
+
+
+def test_caches_that_do_not_fit_or_are_not_there(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+    path = saved(drive, bundles / "gqa", tmp_path / "cache")
+    parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path), capacity=32))
+    assert parts["seen"] == "33 tokens" and parts["fix"] == "make the cache with a capacity of 33 or more"
+    assert drive("load", session="s", cache="d", file=str(path), capacity=33)["length"] == 32
+    content = path.read_bytes()
+    for kept in (0, 7, 8, 100, len(content) - 1):
+        path.write_bytes(content[:kept])
+        assert parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))["code"] == 2
+    flipped = bytearray(content)
+    flipped[-1] ^= 1
+    path.write_bytes(flipped)
+    assert "sha256" in parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))["failed"]
+    assert parts_of(lambda: drive("load", session="s", cache="d", file=str(tmp_path / "none")))["code"] == 2
+    assert parts_of(lambda: drive("save", cache="c", file=str(tmp_path / "no" / "folder")))["code"] in (2, 3)
+    with opened(bundles / "gqa") as session:
+        session.prefill([tokens(3), tokens(5)], cache=(two := session.new_cache(batch=2)))
+        two.save(path)
+    assert "holds several sequences" in parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))["failed"]
