@@ -132,6 +132,7 @@ void Cache::save(const std::string& file) const {
   std::vector<char> row;
   for (const Buffer& buffer : ordered) {
     row.resize(static_cast<std::size_t>(buffer.evicts ? occupancy_.filled : length_) * buffer.slot_bytes());
+    if (row.empty()) continue;
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       buffers_.place.download(row.data(), of_head(buffer, head), row.size());
       buffers_.place.synchronize();
@@ -167,6 +168,7 @@ void Cache::load(const std::string& file) {
   for (const Buffer& buffer : buffers_.all) {
     const TensorEntry& entry = *reader.header().find(buffer.past);
     row.resize(static_cast<std::size_t>(buffer.evicts ? state.filled : state.length) * buffer.slot_bytes());
+    if (row.empty()) continue;
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       reader.read(entry, row.data(), row.size(), static_cast<std::uint64_t>(head) * row.size());
       buffers_.place.upload(of_head(buffer, head), row.data(), row.size());
