@@ -40,6 +40,7 @@ Row row_of(const Reader& raw, std::size_t values, const Manifest& manifest) {
 }
 
 std::optional<std::int64_t> slots_of(const Reader& raw, const Manifest& manifest) {
+  (void)raw.any("slots");  // null says that there are none, and nothing says nothing
   const std::optional<std::int64_t> slots = raw.optional_whole("slots");
   if (slots.has_value() != manifest.eviction.has_value()) raw.refuse("slots", "contradicts the manifest's eviction");
   if (!slots) return slots;
