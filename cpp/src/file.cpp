@@ -110,7 +110,7 @@ void NewFile::require_allowed(std::size_t bytes) const {
   struct rlimit limit {};
   if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
   const off_t written = ::lseek(descriptor_, 0, SEEK_CUR);
-  if (written >= 0 && static_cast<rlim_t>(written) <= limit.rlim_cur && bytes <= limit.rlim_cur - static_cast<rlim_t>(written)) return;
+  if (written >= 0 && static_cast<rlim_t>(written) + bytes <= limit.rlim_cur) return;
   errno = EFBIG;
   refuse("written");
 }

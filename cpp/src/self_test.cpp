@@ -107,8 +107,8 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
     return {runs + " is less exact than " + dtype + ", as if it computed in " + less + where,
             otherwise("build the bundle again with --dtype " + less + " if that will do; or else " + COPY)};
   }
-  return {runs + " computes tokens that come at once rightly, and the same tokens one by one wrongly: it does not keep its cache" +
-              (first ? where : "; generating does not repeat itself"),
+  return {runs + " computes tokens that come at once rightly, and the same tokens one by one wrongly: it does not keep its " +
+              "cache" + (first ? where : "; generating does not repeat itself"),
           otherwise("install another version of ONNX Runtime, or run with another --provider")};
 }
 
@@ -130,7 +130,8 @@ SelfTestReport report(const std::string& verdict, std::string said, std::string 
   for (const Check& each : checks) listed.push_back(json_of(each));
   const Ordered json{
       {"verdict", verdict}, {"said", said}, {"fix", fix.empty() ? Ordered() : Ordered(fix)},
-      {"provider", session.engine->provider()}, {"engine", session.engine->version()}, {"dtype", name_of(session.manifest().dtype)},
+      {"provider", session.engine->provider()}, {"engine", session.engine->version()},
+      {"dtype", name_of(session.manifest().dtype)},
       {"tolerance", {{"logits", tolerance.logits}, {"norms", tolerance.norms}, {"tie", tolerance.tie}}},
       {"checks", listed}, {"generated", generated}, {"continuation", continuation}};
   return {verdict == "ok", verdict, json.dump(), std::move(said), std::move(fix)};
@@ -143,14 +144,16 @@ SelfTestReport self_test(const std::shared_ptr<const Session>& session) {
   if (!session->verified && provider != "tensorrt") session->bundle.verify({data_file});
   const Vectors vectors = read_vectors(session->bundle);
   if (session->manifest().files.at(data_file).sha256 == vectors.weights_sha256) return examine(session, vectors);
-  const std::string said = std::string(data_file) + " is not what the self-test was recorded with: the bundle was put together of two";
+  const std::string said =
+      std::string(data_file) + " is not what the self-test was recorded with: the bundle was put together of two";
   return report("weights", said, COPY, *session, vectors.tolerance(provider, session->manifest().dtype));
 }
 
 SelfTestReport examine(const std::shared_ptr<const Session>& session, const Vectors& vectors) {
   const std::string& provider = session->engine->provider();
   const Dtype dtype = session->manifest().dtype;
-  const Tolerance &tolerance = vectors.tolerance(provider, dtype), &less = vectors.tolerance(provider, lower(dtype).value_or(dtype));
+  const Tolerance& tolerance = vectors.tolerance(provider, dtype);
+  const Tolerance& less = vectors.tolerance(provider, lower(dtype).value_or(dtype));
   Runs runs(session, vectors);
   if (runs.tokens <= vectors.first_row) {
     throw Failure(Code::cannot_run_here, "the engine holds too few tokens for the bundle's self-test",

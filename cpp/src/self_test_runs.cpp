@@ -74,7 +74,9 @@ std::vector<Measured> Runs::step_by_step() {
 std::int64_t Runs::generated(std::int64_t most) {
   begin();
   std::vector<Measured> last;
-  for (const Piece& piece : pieces(0, prompt, std::min(longest_, CHUNK))) last = call(vectors_.tokens.data() + piece.first, piece);
+  for (const Piece& piece : pieces(0, prompt, std::min(longest_, CHUNK))) {
+    last = call(vectors_.tokens.data() + piece.first, piece);
+  }
   for (std::int64_t at = prompt; at < prompt + most; ++at) {
     const std::int64_t token = last.back().likeliest;
     if (token != vectors_.tokens[static_cast<std::size_t>(at)]) return at - prompt;
@@ -168,7 +170,8 @@ void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& r
   for (std::int64_t head = 0; head < state.heads; ++head) {
     for (std::int64_t slot = 0; slot < usable; ++slot) {
       float* of = of_slot(head, slot);
-      if (of[STORED] > 0 && of[STORED] <= MOST) of[SCORE] = steady(static_cast<std::int64_t>(of[STORED]), layer * state.heads + head);
+      if (!(of[STORED] > 0 && of[STORED] <= MOST)) continue;
+      of[SCORE] = steady(static_cast<std::int64_t>(of[STORED]), layer * state.heads + head);
     }
   }
   cache_.write_state(state, states);

@@ -46,7 +46,8 @@ struct Vectors {
   }
 };
 
-// `document`: the file, for messages. Throws Failure: a key missing or of another type or range, or what contradicts the manifest.
+// `document`: the file, for messages. Throws Failure: a key missing or of another type or range, or what contradicts the
+// manifest.
 Vectors parse_vectors(std::string_view text, const Manifest& manifest, const std::string& document);
 
 // Those of a bundle. Throws Failure: it has none, or as parse_vectors does.

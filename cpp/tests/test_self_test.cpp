@@ -1,4 +1,4 @@
-// The self-test on bundles of tests/cpp/test_cpp_self_test.py: sound engines are ok, and each kind of fault gets its own verdict.
+// The self-test on bundles of tests/cpp/test_cpp_self_test.py: sound engines are ok, each kind of fault gets its own verdict.
 #include "self_test.hpp"
 
 #include <cmath>
