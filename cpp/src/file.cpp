@@ -6,9 +6,8 @@
 #include <unistd.h>
 
 #include <cerrno>
-#include <cstdio>
-#include <cstdlib>
 #include <cstring>
+#include <random>
 
 #include "error.hpp"
 
@@ -69,13 +68,14 @@ std::string read_file(const std::string& path, std::size_t most) {
   return content;
 }
 
-NewFile::NewFile(const std::string& path) : path_(path), temporary_(path + ".XXXXXX") {
-  descriptor_ = ::mkostemp(temporary_.data(), O_CLOEXEC);
+NewFile::NewFile(const std::string& path) : path_(path) {
+  // Not mkstemp, whose files are their owner's alone: this one is as others that its user makes.
+  std::random_device random;
+  do {
+    temporary_ = path + "." + std::to_string(random()) + ".partial";
+    descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  } while (descriptor_ < 0 && errno == EEXIST);
   if (descriptor_ < 0) refuse("created");
-  // mkostemp's files are their owner's alone; this one is as others that its user makes.
-  const mode_t mask = ::umask(0);
-  ::umask(mask);
-  ::fchmod(descriptor_, 0666 & ~mask);
 }
 
 NewFile::~NewFile() {

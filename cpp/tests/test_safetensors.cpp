@@ -92,6 +92,13 @@ TEST(reads_what_it_wrote) {
   CHECK(read == data().substr(0, 24));
 }
 
+TEST(a_new_file_is_as_others_of_its_user) {
+  const Folder folder;
+  write_three(folder.file("c"));
+  write(folder.file("other"), "");
+  CHECK(std::filesystem::status(folder.file("c")).permissions() == std::filesystem::status(folder.file("other")).permissions());
+}
+
 TEST(one_flipped_bit_of_the_data_is_seen) {
   const Folder folder;
   write_three(folder.file("c"));
