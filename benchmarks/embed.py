@@ -4,7 +4,8 @@ Both run the same bundle to the same depth with the same threads, in rounds that
 the engine's own call from the rest: in C++ by `cpp/bench/step_overhead.cpp`, here by a wrapper of `run_with_iobinding`. Also
 times how long a fresh Python takes until a bundle can be opened. Writes raw times and medians to benchmarks/results/embed.json.
 
-    python benchmarks/embed.py BUNDLE --build build/cpp
+    cmake -S cpp -B build/cpp -DKVEXPORT_BUILD_BENCHMARKS=ON -DONNXRUNTIME_ROOT=... && cmake --build build/cpp
+    python benchmarks/embed.py demo --build build/cpp
 """
 
 from __future__ import annotations
