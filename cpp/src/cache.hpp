@@ -41,8 +41,8 @@ class Cache {
   void block(std::int64_t slots);
 
   void save(const std::string& file) const;
-  // Hold what a file holds that `save` or Python wrote, and nothing else. Throws Failure: a damaged file, one of another bundle,
-  // or more tokens than there is room for.
+  // Hold what a file holds that `save` or Python wrote, and nothing else. Throws Failure: a damaged file, one of another
+  // bundle, or more tokens than there is room for.
   void load(const std::string& file);
 
   const Session& session() const { return *session_; }

@@ -27,8 +27,8 @@ struct GenerateOptions {
 // back, if anything was. False ends the generation.
 using OnToken = std::function<bool(std::int64_t token, std::string_view text)>;
 
-// Feeds the prompt and chosen tokens to the cache; a last token that was chosen and not fed is pending in it. Throws Failure, as
-// Cache::prefill and Sampler do, before anything is fed for whatever can be told before.
+// Feeds the prompt and chosen tokens to the cache; a last token that was chosen and not fed is pending in it. Throws Failure as
+// Cache::prefill and Sampler do, and whatever can be told before anything is fed is told then.
 Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const GenerateOptions& options,
                 const OnToken& on_token);
 

@@ -24,8 +24,8 @@ using ort::require;
 // apart at each growth is then 1/STEP of what attention reads between two of them.
 constexpr std::int64_t STEP = 256;
 
-// ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder, unless the environment
-// forbids it before they begin (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows it. At loading, when a program most often
+// ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder, unless the
+// environment forbids it before they begin (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows it. At loading, when a program most often
 // has one thread: setenv is not for several.
 __attribute__((constructor)) void forbid_telemetry() { ::setenv("ORT_DISABLE_TELEMETRY", "1", 0); }
 
@@ -55,7 +55,8 @@ std::vector<Tensor> promised(const Manifest& manifest, bool inputs) {
   constexpr auto ids = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
   std::vector<Tensor> all;
   if (inputs) {
-    all = {{"input_ids", ids, {-1, -1}}, {"position_ids", ids, {-1, -1}}, {"write_indices", ids, {-1}}, {"logits_index", ids, {-1, -1}}};
+    all = {{"input_ids", ids, {-1, -1}}, {"position_ids", ids, {-1, -1}}, {"write_indices", ids, {-1}},
+           {"logits_index", ids, {-1, -1}}};
   } else {
     all = {{"logits", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {-1, -1, manifest.vocab_size}}};
   }
@@ -77,7 +78,8 @@ std::vector<Tensor> found(const OrtApi& api, const OrtSession* session, bool inp
     require(api, (inputs ? api.SessionGetInputName : api.SessionGetOutputName)(session, index, allocator, &name));
     Tensor tensor{name, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
     require(api, api.AllocatorFree(allocator, name));
-    const auto type = make(api, api.ReleaseTypeInfo, inputs ? api.SessionGetInputTypeInfo : api.SessionGetOutputTypeInfo, session, index);
+    const auto get = inputs ? api.SessionGetInputTypeInfo : api.SessionGetOutputTypeInfo;
+    const auto type = make(api, api.ReleaseTypeInfo, get, session, index);
     const OrtTensorTypeAndShapeInfo* info = nullptr;
     require(api, api.CastTypeInfoToTensorInfo(type.get(), &info));
     if (info != nullptr) {
@@ -177,8 +179,8 @@ class OrtEngine final : public Engine {
       place_->synchronize();  // it has streams of its own
       require(api_, api_.SynchronizeBoundInputs(binding.io.get()));
     }
-    require(api_, api_.RunWithBinding(session_.get(), call.shrink && !on_device() ? shrinking_.get() : nullptr, binding.io.get()),
-            "ONNX Runtime could not run the graph");
+    const OrtRunOptions* options = call.shrink && !on_device() ? shrinking_.get() : nullptr;
+    require(api_, api_.RunWithBinding(session_.get(), options, binding.io.get()), "ONNX Runtime could not run the graph");
     if (on_device()) require(api_, api_.SynchronizeBoundOutputs(binding.io.get()));
     return binding.logits.data();
   }
@@ -207,8 +209,10 @@ class OrtEngine final : public Engine {
     const char* keys[] = {"device_id", "arena_extend_strategy"};
     const char* values[] = {"0", "kSameAsRequested"};
     require(api_, api_.UpdateCUDAProviderOptions(cuda.get(), keys, values, 2));
-    require(api_, api_.SessionOptionsAppendExecutionProvider_CUDA_V2(options, cuda.get()), "ONNX Runtime could not start on the GPU");
-    device_memory_ = make(api_, api_.ReleaseMemoryInfo, api_.CreateMemoryInfo, "Cuda", OrtDeviceAllocator, 0, OrtMemTypeDefault);
+    require(api_, api_.SessionOptionsAppendExecutionProvider_CUDA_V2(options, cuda.get()),
+            "ONNX Runtime could not start on the GPU");
+    device_memory_ =
+        make(api_, api_.ReleaseMemoryInfo, api_.CreateMemoryInfo, "Cuda", OrtDeviceAllocator, 0, OrtMemTypeDefault);
   }
 
   void load(const Bundle& bundle, const OrtSessionOptions* options) {
@@ -231,7 +235,8 @@ class OrtEngine final : public Engine {
 
   Owned<OrtValue> tensor(const OrtMemoryInfo* memory, void* data, std::size_t bytes, const std::vector<std::int64_t>& shape,
                          ONNXTensorElementDataType type) const {
-    return make(api_, api_.ReleaseValue, api_.CreateTensorWithDataAsOrtValue, memory, data, bytes, shape.data(), shape.size(), type);
+    return make(api_, api_.ReleaseValue, api_.CreateTensorWithDataAsOrtValue, memory, data, bytes, shape.data(), shape.size(),
+                type);
   }
 
   // Bind what has another shape than in the call before; a decode step most often binds nothing.
@@ -261,8 +266,8 @@ class OrtEngine final : public Engine {
 
   void bind_tokens(OrtBinding& binding) const {
     const auto bind = [&](const char* name, std::int64_t* values, const std::vector<std::int64_t>& shape) {
-      const auto value = tensor(host_memory_.get(), values, static_cast<std::size_t>(shape.back()) * sizeof(std::int64_t), shape,
-                                ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
+      const std::size_t bytes = static_cast<std::size_t>(shape.back()) * sizeof(std::int64_t);
+      const auto value = tensor(host_memory_.get(), values, bytes, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
       require(api_, api_.BindInput(binding.io.get(), name, value.get()));
     };
     const auto tokens = static_cast<std::int64_t>(binding.input_ids.size());
@@ -288,7 +293,8 @@ class OrtEngine final : public Engine {
 std::unique_ptr<Engine> open_onnxruntime(const Bundle& bundle, const std::string& provider, int threads) {
   if (threads < 0) throw Failure(Code::usage, "threads is out of range", std::to_string(threads), "0 (one a core) or more");
   if (bundle.manifest.dtype == Dtype::bfloat16 && provider == "cpu") {
-    throw Failure(Code::cannot_run_here, "ONNX Runtime has no bfloat16 kernels for the CPU", bundle.path + ", dtype bfloat16", "",
+    throw Failure(Code::cannot_run_here, "ONNX Runtime has no bfloat16 kernels for the CPU",
+                  bundle.path + ", dtype bfloat16", "",
                   "build it with --dtype float32 or float16; `kvexport validate` proves it here all the same, in float32");
   }
   return std::make_unique<OrtEngine>(bundle, provider, threads);

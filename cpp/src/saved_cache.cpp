@@ -1,5 +1,5 @@
-// A cache in one file, which Python reads and writes too: docs/bundle-format.md says what is in it. Everything in a file is
-// checked before the cache is changed.
+// A cache in one file, which Python reads and writes too (kvexport/runtime/saved.py). Everything in a file is checked before
+// the cache is changed.
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>

@@ -85,7 +85,9 @@ std::int64_t Session::capacity_of(std::int64_t capacity) const {
   if (capacity == 0) return most;
   if (capacity > 0 && capacity <= most) return capacity;
   std::string fix = "build the bundle again with --capacity " + std::to_string(capacity) + " or more";
-  if (most < manifest().capacity) fix = "build the engine again with --capacity, at most " + std::to_string(manifest().capacity);
+  if (most < manifest().capacity) {
+    fix = "build the engine again with --capacity, at most " + std::to_string(manifest().capacity);
+  }
   throw Failure(Code::usage, "the capacity of a cache is out of range", std::to_string(capacity),
                 "1 to " + std::to_string(most) + ", or 0 for as many as can be", capacity < 0 ? "" : fix);
 }

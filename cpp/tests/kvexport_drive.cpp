@@ -57,7 +57,8 @@ Json generate(kvexport::Cache& cache, const Json& given) {
   kvexport::Ids tokens;
   std::vector<std::string> pieces;
   std::string rest;
-  const auto finish = cache.generate(given.at("ids").get<kvexport::Ids>(), options, [&](std::int64_t token, std::string_view text) {
+  const kvexport::Ids prompt = given.at("ids");
+  const auto finish = cache.generate(prompt, options, [&](std::int64_t token, std::string_view text) {
     if (token < 0) {
       rest = text;
       return true;

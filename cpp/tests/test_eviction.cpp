@@ -32,7 +32,8 @@ float* row(const Buffer& buffer, std::int64_t head, std::int64_t slot) {
 }
 
 float mark(const Buffer& buffer, std::int64_t head, std::int64_t slot, std::int64_t at) {
-  return static_cast<float>(1 + at + 10 * slot + 10000 * head + 100000 * buffer.layer + 1000000 * static_cast<int>(buffer.which));
+  const std::int64_t of_buffer = 100000 * buffer.layer + 1000000 * static_cast<int>(buffer.which);
+  return static_cast<float>(1 + at + 10 * slot + 10000 * head + of_buffer);
 }
 
 // In the order that the graph gives: which slots stay, by sorting all of them.
@@ -121,7 +122,8 @@ TEST(garbage_fills_keys_and_values_of_every_dtype) {
     buffers.reserve(600);
     for (const Buffer& buffer : buffers.all) {
       for (std::size_t at = 0; at < buffer.bytes(); at += size_of(buffer.dtype)) {
-        CHECK_EQUAL(as_float(static_cast<const char*>(buffer.address) + at, buffer.dtype), buffer.which == Which::state ? 0.0F : 1000.0F);
+        const float wanted = buffer.which == Which::state ? 0.0F : 1000.0F;
+        CHECK_EQUAL(as_float(static_cast<const char*>(buffer.address) + at, buffer.dtype), wanted);
       }
     }
   }

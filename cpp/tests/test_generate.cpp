@@ -12,17 +12,17 @@ using namespace kvexport::detail;
 
 namespace {
 
+using Texts = std::vector<std::string>;
+
 // What is said of pieces, in the order in which it is said.
-std::vector<std::string> said(const std::vector<std::string>& stops, const std::vector<std::string>& pieces, bool* found = nullptr) {
+Texts said(const Texts& stops, const Texts& pieces, bool* found = nullptr) {
   StopTexts until(stops);
-  std::vector<std::string> all;
+  Texts all;
   for (const std::string& piece : pieces) all.push_back(until.add(piece));
   all.push_back(until.end());
   if (found != nullptr) *found = until.found();
   return all;
 }
-
-using Texts = std::vector<std::string>;
 
 }  // namespace
 
@@ -64,7 +64,9 @@ TEST(logits_that_are_not_finite) {
 }
 
 TEST(values_out_of_range) {
-  const auto with = [](double temperature, std::int64_t top_k, double top_p) { return Sampler({temperature, top_k, top_p, {}}); };
+  const auto with = [](double temperature, std::int64_t top_k, double top_p) {
+    return Sampler({temperature, top_k, top_p, {}});
+  };
   CHECK_THROWS_WITH(with(-1, 0, 1), "temperature");
   CHECK_THROWS_WITH(with(std::nan(""), 0, 1), "temperature");
   CHECK_THROWS_WITH(with(1, -1, 1), "top_k");

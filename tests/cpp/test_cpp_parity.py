@@ -12,6 +12,7 @@ from drive import Drive
 
 from kvexport.runtime import Session, open_bundle
 
+pytestmark = pytest.mark.slow
 Built = Callable[[str], Path]
 EVICTS = {*EVICTING, "gqa-float16-evicting"}
 

@@ -17,6 +17,8 @@ from tiny_bundles import edit_manifest
 
 from kvexport.errors import KvexportError
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def drive(built: Callable[[str], Path]) -> Iterator[Drive]:

@@ -17,6 +17,7 @@ from kvexport.eviction import Eviction
 from kvexport.loading import load_decoder
 from kvexport.runtime import open_bundle
 
+pytestmark = pytest.mark.slow
 DEMO = Path(__file__).parents[2] / "models" / "demo"
 PROMPT, NEW, CAPACITY = 40, 200, 512
 DECODERS: dict[str, Callable[[], Decoder]] = {

@@ -1,0 +1,93 @@
+"""What the C++ library says of tokens that it generates, and where a text ends that, against the Python runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from drive import Drive, Refused
+from genai import genai_library
+from text_bundles import write_text_bundle
+
+from kvexport.runtime import Session, open_bundle
+
+pytestmark = pytest.mark.slow
+PROMPT = "Once upon a time there was a café"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text_bundle(tmp_path_factory.mktemp("text") / "b")
+
+
+@pytest.fixture(scope="module")
+def session(bundle: Path) -> Iterator[Session]:
+    with open_bundle(bundle, provider="cpu", threads=1) as session:
+        yield session
+
+
+@pytest.fixture(scope="module")
+def drive(built: Callable[[str], Path], bundle: Path) -> Iterator[Drive]:
+    # Without sanitizers: the library for text is not ours, and is loaded with its own allocations.
+    with Drive(built("release")) as drive:
+        info = drive.open(bundle, text_library=str(genai_library()))
+        assert info["has_text"] and info["has_chat"] and info["text_missing"] == ""
+        yield drive
+
+
+def said(drive: Drive, ids: list[int], **options: Any) -> tuple[str, dict[str, Any]]:
+    made = drive.generate(ids, **options)
+    return "".join([*made["pieces"], made["rest"]]), made
+
+
+def test_the_same_text(drive: Drive, session: Session) -> None:
+    drive.new()
+    ids = drive("encode", session="s", text=PROMPT)
+    wanted = session.generate(PROMPT, max_new_tokens=60, stop=[])
+    text, made = said(drive, ids, max_new_tokens=60, stop_tokens=[])
+    assert text == wanted.text and made["tokens"] == list(wanted.token_ids) and made["finish"] == "length"
+    assert len(made["pieces"]) == 60
+
+
+def test_texts_that_end_it(drive: Drive, session: Session) -> None:
+    """At every place of what would be said, within tokens and across them."""
+    whole = session.generate(PROMPT, max_new_tokens=40, stop=[]).text
+    assert whole is not None and len(whole) > 40
+    ids = drive("encode", session="s", text=PROMPT)
+    for at in range(0, len(whole) - 5, 3):
+        for stops in ([whole[at : at + 5]], ["never said", whole[at + 1 : at + 4], whole[at : at + 2]]):
+            drive.new()
+            wanted = session.generate(PROMPT, max_new_tokens=40, stop=stops)
+            text, made = said(drive, ids, max_new_tokens=40, stop_texts=stops)
+            assert (text, made["tokens"], made["finish"]) == (wanted.text, list(wanted.token_ids), wanted.finish_reason)
+    with pytest.raises(Refused, match="a text to stop at is empty"):
+        drive.generate(ids, stop_texts=[""])
+
+
+def test_a_conversation(drive: Drive, session: Session) -> None:
+    """Turn by turn, each behind the last token of the one before; the second ends at a text."""
+    drive.new()
+    cache = session.new_cache()
+    for text, system, stop in (("hello", "be brief", []), ("and then?", None, ["e"]), ("日本語 🙂", None, [])):
+        turn = session.turn(text, system=system, cache=cache)
+        wanted = session.generate(turn, max_new_tokens=9, stop=stop, cache=cache)
+        ids = drive("turn", cache="c", text=text, **({} if system is None else {"system": system}))
+        made, told = said(drive, ids, max_new_tokens=9, **({"stop_texts": stop} if stop else {"stop_tokens": []}))
+        assert (made, told["tokens"], told["finish"]) == (wanted.text, list(wanted.token_ids), wanted.finish_reason)
+        assert drive("cache", cache="c")["length"] == cache.lengths[0]
+    with pytest.raises(Refused, match="a system prompt belongs at the beginning"):
+        drive("turn", cache="c", text="again", system="be long")
+
+
+def test_without_the_library_token_ids_go_on(built: Callable[[str], Path], bundle: Path) -> None:
+    with Drive(built("sanitized")) as drive:
+        info = drive.open(bundle, text_library="/nowhere/libonnxruntime-genai.so")
+        assert not info["has_text"] and "/nowhere/libonnxruntime-genai.so" in info["text_missing"]
+        drive.new()
+        assert len(drive.generate([1, 2, 3], max_new_tokens=5, stop_tokens=[])["tokens"]) == 5
+        for call in (lambda: drive("encode", session="s", text="x"), lambda: drive("turn", cache="c", text="x")):
+            with pytest.raises(Refused, match="token ids only") as refused:
+                call()
+            assert "/nowhere/libonnxruntime-genai.so" in refused.value.parts["seen"] and refused.value.parts["code"] == 3
