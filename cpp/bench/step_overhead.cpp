@@ -24,14 +24,14 @@ const OrtApiBase* real_base = nullptr;
 
 double since(Clock::time_point start) { return std::chrono::duration<double, std::micro>(Clock::now() - start).count(); }
 
-OrtStatus* timed_run(OrtSession* session, const OrtRunOptions* options, const OrtIoBinding* binding) {
+OrtStatus* ORT_API_CALL timed_run(OrtSession* session, const OrtRunOptions* options, const OrtIoBinding* binding) noexcept {
   const auto start = Clock::now();
   OrtStatus* status = real_api->RunWithBinding(session, options, binding);
   inside += since(start);
   return status;
 }
 
-const OrtApi* timed_get_api(uint32_t version) {
+const OrtApi* ORT_API_CALL timed_get_api(uint32_t version) noexcept {
   real_api = real_base->GetApi(version);
   if (real_api == nullptr) return nullptr;
   timed_api = *real_api;
@@ -47,7 +47,7 @@ void print(const char* name, const std::vector<double>& values) {
 
 }  // namespace
 
-extern "C" __attribute__((visibility("default"))) const OrtApiBase* OrtGetApiBase() noexcept {
+extern "C" __attribute__((visibility("default"))) const OrtApiBase* ORT_API_CALL OrtGetApiBase() noexcept {
   if (real_base == nullptr) {
     real_base = reinterpret_cast<const OrtApiBase* (*)()>(dlsym(RTLD_NEXT, "OrtGetApiBase"))();
     timed_base = *real_base;
