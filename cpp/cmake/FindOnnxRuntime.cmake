@@ -25,8 +25,8 @@ endif()
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(OnnxRuntime
   REQUIRED_VARS ONNXRUNTIME_INCLUDE ONNXRUNTIME_LIBRARY
-  REASON_FAILURE_MESSAGE "pass -DONNXRUNTIME_ROOT=FOLDER, where FOLDER has include/onnxruntime_c_api.h and lib/libonnxruntime.so: \
-an unpacked release of ONNX Runtime 1.28 or later, or what cpp/tools/fetch_onnxruntime.sh FOLDER makes of a Python wheel.")
+  REASON_FAILURE_MESSAGE "pass -DONNXRUNTIME_ROOT=FOLDER, where FOLDER has include/onnxruntime_c_api.h and \
+lib/libonnxruntime.so: an unpacked release of ONNX Runtime 1.28 or later, or what cpp/tools/fetch_onnxruntime.sh FOLDER makes of a Python wheel.")
 if(OnnxRuntime_FOUND AND ONNXRUNTIME_API LESS 21)
   message(FATAL_ERROR "ONNX Runtime's header in ${ONNXRUNTIME_INCLUDE} is of API ${ONNXRUNTIME_API}; 21 or later is needed. "
                       "Pass another -DONNXRUNTIME_ROOT=FOLDER.")

@@ -3,7 +3,8 @@ function(kvexport_flags target)
   target_compile_options(${target} PRIVATE -Wall -Wextra)
   if(KVEXPORT_WARNINGS)
     # GCC's plain -Wshadow also refuses a constructor's parameter that has its member's name; Clang's does not.
-    target_compile_options(${target} PRIVATE -Wpedantic -Wconversion -Werror $<IF:$<CXX_COMPILER_ID:GNU>,-Wshadow=local,-Wshadow>)
+    target_compile_options(${target} PRIVATE -Wpedantic -Wconversion -Werror
+      $<IF:$<CXX_COMPILER_ID:GNU>,-Wshadow=local,-Wshadow>)
   endif()
   if(KVEXPORT_SANITIZE)
     string(REPLACE ";" "," sanitizers "${KVEXPORT_SANITIZE}")

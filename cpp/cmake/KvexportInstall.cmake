@@ -11,10 +11,12 @@ install(TARGETS kvexport EXPORT kvexport)
 install(TARGETS kvexport_self_test)
 install(DIRECTORY ${CMAKE_CURRENT_SOURCE_DIR}/include/kvexport DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
 install(EXPORT kvexport FILE kvexportTargets.cmake NAMESPACE kvexport:: DESTINATION ${package})
-configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/kvexportConfig.cmake.in kvexportConfig.cmake INSTALL_DESTINATION ${package})
+configure_package_config_file(${CMAKE_CURRENT_LIST_DIR}/kvexportConfig.cmake.in kvexportConfig.cmake
+  INSTALL_DESTINATION ${package})
 write_basic_package_version_file(kvexportConfigVersion.cmake COMPATIBILITY SameMinorVersion)
 install(FILES ${CMAKE_CURRENT_BINARY_DIR}/kvexportConfig.cmake ${CMAKE_CURRENT_BINARY_DIR}/kvexportConfigVersion.cmake
   DESTINATION ${package})
 if(NOT BUILD_SHARED_LIBS)
-  install(FILES ${CMAKE_CURRENT_LIST_DIR}/FindOnnxRuntime.cmake ${CMAKE_CURRENT_LIST_DIR}/FindTensorRT.cmake DESTINATION ${package})
+  install(FILES ${CMAKE_CURRENT_LIST_DIR}/FindOnnxRuntime.cmake ${CMAKE_CURRENT_LIST_DIR}/FindTensorRT.cmake
+    DESTINATION ${package})
 endif()
