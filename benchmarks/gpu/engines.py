@@ -64,6 +64,7 @@ def try_engine(part: Part, bundle: Path, *, required: bool, depths: tuple[int, .
     found: dict[str, Any] = {"validation": {bundle.name: validation}}
     found["runs"] = bool(validation)  # exit code 1 with figures: it ran, and gave other numbers
     found["proved"] = ended["exit_code"] == 0
+    found["self_test"] = part.self_test(bundle, "tensorrt", required=required)
     if not found["runs"]:
         return found | {"runtime_said": ended.get("stderr_end", [])}
     with MemoryWatch() as watch:

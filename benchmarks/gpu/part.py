@@ -103,6 +103,9 @@ class Part:
     def validate(self, bundle: Path, provider: str | None = None, required: bool = True) -> list[dict[str, Any]]:
         return self.kvexport("validate", bundle, "--provider", provider or self.settings.provider, required=required)
 
+    def self_test(self, bundle: Path, provider: str | None = None, required: bool = True) -> list[dict[str, Any]]:
+        return self.kvexport("self-test", bundle, "--provider", provider or self.settings.provider, required=required)
+
 
 def summary(milliseconds: Sequence[float]) -> dict[str, Any]:
     """Median and quartiles, and every sample."""

@@ -12,9 +12,10 @@ def work(part: Part) -> None:
     bundles = [part.bundle(heads) for heads in part.settings.kv_heads]
     part.found["bench"] = part.bench(*bundles, depths=part.settings.depths, steps=part.settings.steps)
     if part.argument != "again":
-        part.found["validation"] = {}
+        part.found["validation"], part.found["self_test"] = {}, {}
         for bundle in bundles:
             part.found["validation"][bundle.name] = part.validate(bundle)
+            part.found["self_test"][bundle.name] = part.self_test(bundle)
 
 
 if __name__ == "__main__":
