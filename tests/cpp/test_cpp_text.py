@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import itertools
 import json
-import os
-import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
+from builds import build, environment, require
 from genai import genai_library
 from tokenizer_shapes import shapes
 
@@ -21,8 +18,6 @@ from kvexport.text_files import write_text_files
 
 pytestmark = pytest.mark.slow
 
-CPP = Path(__file__).resolve().parents[2] / "cpp"
-SOURCES = ("chat", "text_file", "genai", "text", "json", "file")
 WORDS = [
     "Once",
     " upon",
@@ -40,14 +35,6 @@ WORDS = [
     "\t",
     "\u3000",
 ]
-
-
-def library(package: str, pattern: str) -> Path:
-    spec = importlib.util.find_spec(package)
-    found = sorted(Path(spec.origin).parent.glob(pattern)) if spec is not None and spec.origin else []
-    if not found:
-        pytest.skip(f"{package} is not installed")
-    return found[0]
 
 
 @pytest.fixture(scope="module")
@@ -90,19 +77,6 @@ def test_golden_vectors_hold_for_what_was_written(folders: Path) -> None:
     assert (folders / "mistral" / "tokenizer.json").read_text() != (folders / "checkpoints/mistral/tokenizer.json").read_text()
 
 
-def test_cpp_gives_what_python_gives(folders: Path, tmp_path: Path) -> None:
-    compiler = shutil.which("g++")
-    if compiler is None or not Path("/usr/include/nlohmann/json.hpp").exists():
-        pytest.skip("no C++ compiler with nlohmann-json")
-    genai = genai_library()
-    runtime = library("onnxruntime", "capi/libonnxruntime.so.1.*")
-    (tmp_path / "libonnxruntime.so.1").symlink_to(runtime)
-    program = tmp_path / "test_text"
-    sources = [str(CPP / "src" / f"{name}.cpp") for name in SOURCES] + [str(CPP / "tests" / "test_text.cpp")]
-    flags = ["-std=c++17", "-O0", "-Wall", "-Wextra", f"-I{CPP / 'src'}", "-Wl,--no-as-needed", f"-Wl,-rpath,{tmp_path}"]
-    build = [compiler, *flags, *sources, str(tmp_path / "libonnxruntime.so.1"), "-ldl", "-pthread", "-o", str(program)]
-    built = subprocess.run(build, capture_output=True, text=True)
-    assert built.returncode == 0, built.stderr
-    environment = {**os.environ, "KVEXPORT_TEST_TEXT": str(folders), "KVEXPORT_TEST_GENAI": str(genai)}
-    ran = subprocess.run([str(program)], env=environment, capture_output=True, text=True)
-    assert ran.returncode == 0 and " 0 failed, 0 skipped" in ran.stdout, ran.stdout + ran.stderr
+def test_cpp_gives_what_python_gives(folders: Path) -> None:
+    given = environment(KVEXPORT_TEST_TEXT=str(folders), KVEXPORT_TEST_GENAI=str(genai_library()))
+    assert " 0 failed, 0 skipped" in require(build("sanitized") / "tests" / "test_text", env=given)
