@@ -18,8 +18,9 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvexport.runtime import Cache, Generation, Session
     from kvexport.runtime import open_bundle as open
+    from kvexport.runtime.self_test import self_test
 
-__all__ = ["Cache", "Generation", "Session", "__version__", "open"]
+__all__ = ["Cache", "Generation", "Session", "__version__", "open", "self_test"]
 
 
 def __getattr__(name: str) -> Any:
@@ -27,6 +28,10 @@ def __getattr__(name: str) -> Any:
         from kvexport.runtime import open_bundle
 
         return open_bundle
+    if name == "self_test":
+        from kvexport.runtime.self_test import self_test
+
+        return self_test
     if name in ("Cache", "Generation", "Session"):
         import kvexport.runtime
 

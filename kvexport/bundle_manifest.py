@@ -150,7 +150,9 @@ def _read(directory: Path) -> tuple[bytes, dict[str, Any]]:
         raw = json.loads(content.decode("utf-8"))
     except (FileNotFoundError, NotADirectoryError) as error:
         remedy = f"make one: kvexport build CHECKPOINT -o {directory}"
-        if (directory / "config.json").is_file():
+        if directory.is_file():
+            remedy = f"name its folder: {directory.parent}"
+        elif (directory / "config.json").is_file():
             remedy = f"it is a checkpoint; make a bundle of it: kvexport build {directory} -o BUNDLE"
         raise BundleError(f"{directory} is no bundle: it has no {MANIFEST_FILE}", fix=remedy) from error
     except (OSError, ValueError, RecursionError) as error:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
+from click.core import ParameterSource
 
 from kvexport.cli.options import provider_option
 from kvexport.errors import UsageError
@@ -50,6 +51,8 @@ def command(
     """
     from kvexport.runtime import open_bundle
 
+    if save_cache is not None:
+        _require_nothing_generated()
     text = _standard_input() if prompt == "-" else prompt
     session = open_bundle(bundle, provider=provider, threads=threads, verify=not no_verify)
     held = None if cache is None else _loaded(session, cache)
@@ -67,6 +70,18 @@ def command(
     click.echo()
     if not quiet:
         click.echo(_summary(stream, session, held, stop), err=True)
+
+
+def _require_nothing_generated() -> None:
+    """
+    Raises:
+        UsageError: with --save-cache an option was given that says how to choose tokens.
+    """
+    context = click.get_current_context()
+    for name in ("temperature", "top_k", "top_p", "seed", "stop"):
+        if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            option = "--" + name.replace("_", "-")
+            raise UsageError("--save-cache generates nothing", seen=option, fix=f"leave {option} out, and give it with --cache")
 
 
 def _loaded(session: Session, path: Path) -> Cache:

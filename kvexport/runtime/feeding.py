@@ -71,11 +71,7 @@ class Feeder:
         lengths, what = counts, "the prompt is longer than the bundle's capacity"
         if held is not None:
             require_whole(held)
-            if len(prompts) != held.kv.batch:
-                raise UsageError(
-                    "the cache holds another number of sequences", seen=f"{len(prompts)} prompts", allowed=held.kv.batch,
-                    fix=f"give each sequence a prompt, or make another cache: session.new_cache(batch={len(prompts)})",
-                )  # fmt: skip
+            require_batch(held, len(prompts))
             counts += [len(tokens) for tokens in held.pending]
             lengths = held.lengths + counts
             if held.lengths.any():
@@ -183,3 +179,15 @@ class Feeder:
     def _compress(self, held: Sequences) -> None:
         if self._compress_once:
             held.kv.compress()
+
+
+def require_batch(held: Sequences, prompts: int) -> None:
+    """
+    Raises:
+        UsageError: another number of prompts than sequences.
+    """
+    if prompts != held.kv.batch:
+        raise UsageError(
+            "the cache holds another number of sequences", seen=f"{prompts} prompts", allowed=held.kv.batch,
+            fix=f"give each sequence a prompt, or make another cache: session.new_cache(batch={prompts})",
+        )  # fmt: skip

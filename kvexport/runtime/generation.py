@@ -6,14 +6,14 @@ Knows when a sequence ends and what it says; the model is behind the sequences t
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 
 from kvexport.errors import UsageError
-from kvexport.runtime.sampling import Sampling
+from kvexport.runtime.sampling import Sampling, is_whole
 from kvexport.runtime.text import StopTexts, TextStream, Tokenizer
 from kvexport.runtime.turns import Held
 
@@ -56,9 +56,19 @@ class Stop:
     texts: tuple[str, ...]
 
     @classmethod
-    def of(cls, stop: str | Sequence[int | str] | None, own: Sequence[int]) -> Stop:
-        """As `Session.generate` takes it; `own` are the model's tokens."""
-        given: Sequence[int | str] = [stop] if isinstance(stop, str) else [] if stop is None else stop
+    def of(cls, stop: str | Sequence[int | str] | None, own: Sequence[int], vocab_size: int) -> Stop:
+        """As `Session.generate` takes it; `own` are the model's tokens.
+
+        Raises:
+            UsageError: neither texts nor token ids of the vocabulary.
+        """
+        given = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        if not isinstance(given, Iterable) or isinstance(given, bytes):
+            raise UsageError("stop is no list", seen=repr(stop)[:80], allowed="token ids and texts")
+        for each in given:
+            if not isinstance(each, str) and not (is_whole(each) and 0 <= each < vocab_size):
+                allowed = f"texts, and token ids from 0 to {vocab_size - 1}"
+                raise UsageError("stop has what no sequence ends with", seen=repr(each)[:80], allowed=allowed)
         texts = tuple(each for each in given if isinstance(each, str))
         tokens = frozenset(int(each) for each in given if not isinstance(each, str))
         return cls(tokens if tokens or (stop is not None and not texts) else frozenset(own), texts)
@@ -106,7 +116,7 @@ class TokenLoop:
         Raises:
             UsageError: max_new_tokens is below 1, or a text to stop at is empty.
         """
-        if max_new_tokens < 1:
+        if not is_whole(max_new_tokens) or max_new_tokens < 1:
             raise UsageError("max_new_tokens is out of range", seen=max_new_tokens, allowed="1 or more")
         self._held, self._prompts, self._sampling = held, prompts, sampling
         self._most, self._stop = max_new_tokens, stop.tokens

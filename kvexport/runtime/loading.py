@@ -13,6 +13,7 @@ from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.graph.contract import LOWERED_FILES
 
 CUDA = "CUDAExecutionProvider"
+MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, and does nothing else until they are there
 
 _TYPES = {
     "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64",
@@ -87,10 +88,10 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     without memory patterns as much as with them.
 
     Raises:
-        UsageError: threads is below 1.
+        UsageError: threads is below 1, or beyond any machine's.
     """
-    if threads is not None and threads < 1:
-        raise UsageError("threads is out of range", seen=threads, allowed="1 or more")
+    if threads is not None and not 1 <= threads <= MOST_THREADS:
+        raise UsageError("threads is out of range", seen=threads, allowed=f"1 to {MOST_THREADS}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1

@@ -29,9 +29,9 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value, allowed, passed in (
             ("temperature", self.temperature, "0 or more", 0 <= self.temperature < np.inf),
-            ("top_k", self.top_k, "1 or more", self.top_k is None or self.top_k >= 1),
+            ("top_k", self.top_k, "a whole number, 1 or more", self.top_k is None or (is_whole(self.top_k) and self.top_k >= 1)),
             ("top_p", self.top_p, "above 0, at most 1", self.top_p is None or 0 < self.top_p <= 1),
-            ("seed", self.seed, "0 or more", self.seed is None or self.seed >= 0),
+            ("seed", self.seed, "a whole number, 0 or more", self.seed is None or (is_whole(self.seed) and self.seed >= 0)),
         ):
             if not passed:
                 raise UsageError(f"{name} is out of range", seen=value, allowed=allowed)
@@ -70,6 +70,11 @@ class Sampling:
             kept = _nucleus(weights, self.top_p * weights.sum())
             tokens, weights = tokens[kept], weights[kept]
         return tokens, weights
+
+
+def is_whole(number: object) -> bool:
+    """Whether it is an integer, Python's or numpy's, and no truth value."""
+    return isinstance(number, (int, np.integer)) and not isinstance(number, bool)
 
 
 def _likeliest(weights: NDArray[np.float64], count: int) -> NDArray[np.int64]:

@@ -53,8 +53,11 @@ def write(path: Path, digest: str, kv: KvCache, state: State) -> None:
     """
     if not path.parent.is_dir():
         raise UsageError("the folder for the cache does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}")
+    path = path.resolve()  # where a link points to
     if path.is_dir():
         raise UsageError("the file for the cache is a folder", seen=path, fix="name a file in it")
+    if path.exists() and not path.is_file():
+        raise UsageError("the file for the cache is a device or a pipe, which would be replaced", seen=path, fix="name a file")
     header = _header(digest, kv, state)
     temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial"
     try:
@@ -88,11 +91,20 @@ def read(path: Path, digest: str, vocab_size: int, like: KvCache) -> tuple[KvCac
         UsageError: no such file, a damaged one, one of another bundle, or sequences that do not fit.
         CannotRunHere: not enough memory.
     """
+    if not _is_file(path):
+        raise UsageError(f"there is no saved cache {path}", fix="name the file that --save-cache wrote")
+    with path.open("rb") as file:
+        return _Reader(path, file, digest, vocab_size, like).read()
+
+
+def _is_file(path: Path) -> bool:
+    """Not of names that none can have, nor of a pipe, which would be waited for."""
     try:
-        with path.open("rb") as file:
-            return _Reader(path, file, digest, vocab_size, like).read()
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
-        raise UsageError(f"there is no saved cache {path}", fix="name the file that --save-cache wrote") from error
+        return path.is_file()
+    except PermissionError:
+        raise
+    except (OSError, ValueError):
+        return False
 
 
 def _header(digest: str, kv: KvCache, state: State) -> bytes:

@@ -17,10 +17,10 @@ from numpy.typing import ArrayLike
 
 from kvexport.bundle import Bundle
 from kvexport.engine.record import manifest_digest
-from kvexport.errors import UsageError
+from kvexport.errors import CannotRunHere, UsageError
 from kvexport.runtime import saved
 from kvexport.runtime.chat import Chat
-from kvexport.runtime.feeding import Active, Feeder
+from kvexport.runtime.feeding import Active, Feeder, require_batch
 from kvexport.runtime.generation import Generation, Stop, Stream, TokenLoop, generate
 from kvexport.runtime.interface import Ids, Logits
 from kvexport.runtime.memory import Memory, memory_of
@@ -133,7 +133,10 @@ class Session:
         _require_batch(batch)
         with self._guard:
             self._require_going_on()
-            return self._cache_of(Sequences.empty(self._own.kv.another(batch)))
+            try:
+                return self._cache_of(Sequences.empty(self._own.kv.another(batch)))
+            except MemoryError as error:
+                raise CannotRunHere("there is not enough memory for so many sequences", seen=batch) from error
 
     def load(self, path: Path | str) -> Cache:
         """The cache that `Cache.save` wrote, of this very bundle; everything is checked before memory is taken.
@@ -231,6 +234,10 @@ class Session:
             UsageError: as `prefill`, a value out of range, or text where the bundle has no tokenizer.
             BundleError: the model's logits are not finite.
         """
+        if not isinstance(prompt, Iterable):
+            raise UsageError(
+                "a prompt is neither text nor token ids", seen=repr(prompt)[:80], allowed="text, token ids, or a list"
+            )
         single = isinstance(prompt, str) or _is_ids(prompt)
         options = max_new_tokens, _sampling(temperature, top_k, top_p, seed), stop, cache
         with self._guard:
@@ -326,10 +333,12 @@ class Session:
     def _loop(
         self, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling, stop: Stops | None, cache: Cache | None
     ) -> TokenLoop:
-        ends = Stop.of(stop, self.bundle.model.eos_token_ids)
+        ends = Stop.of(stop, self.bundle.model.eos_token_ids, self.bundle.model.vocab_size)
         if ends.texts:
             self._require_tokenizer()
-        ids = [self._encode(prompt, cache, row) for row, prompt in enumerate(prompts)]
+        if cache is not None:
+            require_batch(self._sequences(cache), len(prompts))
+        ids = [self._feeder.checked(self._encode(prompt, cache, row)).tolist() for row, prompt in enumerate(prompts)]
         return TokenLoop(Held(self, cache), ids, max_new_tokens, ends, sampling, self._tokenizer)
 
     def _require_tokenizer(self) -> Tokenizer:

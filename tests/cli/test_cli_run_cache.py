@@ -49,3 +49,9 @@ def test_text_ends_before_a_stop(run: Run, said: str) -> None:
 def test_an_empty_stop_is_refused(run: Run, options: tuple[str, ...]) -> None:
     code, out, err = run("--prompt", PROMPT, *options)
     assert (code, out) == (2, "") and "is empty" in err
+
+
+@pytest.mark.parametrize("option", [("--stop", "x"), ("--temperature", "1"), ("--seed", "1")])
+def test_saving_generates_nothing_and_says_so(run: Run, tmp_path: Path, option: tuple[str, str]) -> None:
+    code, out, err = run("--prompt", PROMPT, "--save-cache", str(tmp_path / "c"), *option)
+    assert (code, out) == (2, "") and f"leave {option[0]} out" in err and not (tmp_path / "c").exists()

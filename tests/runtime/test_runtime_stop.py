@@ -103,7 +103,7 @@ def test_tokens_replace_the_models_own_and_texts_do_not(speaking: Session) -> No
         (None, {0}, ()), ([], set(), ()), ([5, 7], {5, 7}, ()), (["x"], {0}, ("x",)), ("xy", {0}, ("xy",)),
         ([5, "x"], {5}, ("x",)),
     ):  # fmt: skip
-        assert Stop.of(stop, own) == Stop(frozenset(tokens), texts)
+        assert Stop.of(stop, own, 10) == Stop(frozenset(tokens), texts)
 
 
 def test_what_is_held_back_is_said_at_the_end(speaking: Session) -> None:

@@ -1,0 +1,92 @@
+"""Arguments that a session cannot use are refused in words, before anything is fed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import kvexport
+from kvexport.errors import CannotRunHere, UsageError
+from kvexport.runtime import Session, open_bundle
+
+Opened = Callable[..., Session]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "options", "said"),
+    [
+        ([-1], {}, "outside the vocabulary"),
+        ([1 << 33], {}, "outside the vocabulary"),
+        ([1.5], {}, "whole numbers"),
+        (None, {}, "neither text nor token ids"),
+        ([1], {"stop": [None]}, "no sequence ends with"),
+        ([1], {"stop": 5}, "stop is no list"),
+        ([1], {"stop": b"x"}, "stop is no list"),
+        ([1], {"stop": [b"x"]}, "no sequence ends with"),
+        ([1], {"stop": [5.5]}, "no sequence ends with"),
+        ([1], {"stop": [True]}, "no sequence ends with"),
+        ([1], {"stop": [-1]}, "no sequence ends with"),
+        ([1], {"stop": [67]}, "no sequence ends with"),
+        ([1], {"max_new_tokens": 1.5}, "max_new_tokens is out of range"),
+        ([1], {"top_k": 1.5}, "top_k is out of range"),
+        ([1], {"seed": 1.5}, "seed is out of range"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(opened: Opened, prompt: Any, options: dict[str, Any], said: str) -> None:
+    session = opened()
+    cache = session.new_cache()
+    with pytest.raises(UsageError, match=said):
+        session.generate(prompt, cache=cache, **options)
+    assert not cache.lengths.any()
+    session.generate([1], max_new_tokens=np.int64(2), stop=[np.int64(5)], cache=cache)  # numpy's numbers are numbers
+    assert cache.lengths.tolist() == [2]
+
+
+def test_streams_refuse_the_same(text_bundle: Path) -> None:
+    session = open_bundle(text_bundle, threads=1)
+    for prompt in ([-1], ["a", "b"], None):
+        with pytest.raises(UsageError):
+            list(session.stream(prompt))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("prompts", [[[1], [2]], [[1], [2], [3]]])
+def test_as_many_prompts_as_sequences(opened: Opened, prompts: list[list[int]]) -> None:
+    session = opened()
+    with pytest.raises(UsageError, match="another number of sequences"):
+        session.generate(prompts, cache=session.new_cache(1))
+
+
+def test_sequences_beyond_memory(opened: Opened) -> None:
+    with pytest.raises(CannotRunHere, match="not enough memory"):
+        opened().new_cache(1 << 40)
+
+
+@pytest.mark.parametrize("threads", [0, 1025, 1_000_000])
+def test_threads_that_no_machine_has(tiny_bundle: Path, threads: int) -> None:
+    with pytest.raises(UsageError, match="threads is out of range"):
+        open_bundle(tiny_bundle, threads=threads)
+
+
+def test_caches_are_files(opened: Opened, tmp_path: Path) -> None:
+    session = opened()
+    cache = session.new_cache()
+    session.prefill([1, 2], cache=cache)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UsageError, match="a device or a pipe"):
+        cache.save(tmp_path / "pipe")
+    for name in ("pipe", "none", "n" * 300, "a\0b", "."):
+        with pytest.raises(UsageError, match="there is no saved cache"):
+            session.load(tmp_path / name)
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    cache.save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink() and session.load(tmp_path / "target").lengths.tolist() == [2]
+
+
+def test_a_manifest_is_no_bundle(tiny_bundle: Path) -> None:
+    with pytest.raises(UsageError, match="name its folder"):
+        kvexport.self_test(tiny_bundle / "manifest.json")
