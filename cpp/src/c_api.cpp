@@ -2,6 +2,7 @@
 #include <kvexport/kvexport.h>
 
 #include <algorithm>
+#include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <memory>
@@ -73,7 +74,17 @@ void require_given(const Pointer* pointer, const char* name) {
 // An array may be NULL only where it is empty.
 template <typename Value>
 void require_array(const Value* values, std::size_t count, const char* name) {
+  constexpr std::size_t most = PTRDIFF_MAX / sizeof(Value);
+  if (count > most) {
+    throw Failure(Code::usage, std::string("the count of ") + name + " is out of range", std::to_string(count),
+                  "at most " + std::to_string(most));
+  }
   if (count != 0) require_given(values, name);
+}
+
+std::string string_of(const char* text, std::size_t length, const char* name) {
+  require_array(text, length, name);
+  return length == 0 ? std::string() : std::string(text, length);
 }
 
 // A struct of the caller, who may know fewer members than this library, or more.
@@ -119,6 +130,12 @@ char* text_of(const std::string& made) {
   return text;
 }
 
+kvexport::detail::Cache& free_of(kvexport_cache* cache) {
+  require_given(cache, "cache");
+  cache->inside.require_free();
+  return cache->inside;
+}
+
 kvexport_info info_of(const kvexport::detail::Session& session) {
   const kvexport::detail::Manifest& manifest = session.manifest();
   kvexport_info info{};
@@ -152,9 +169,9 @@ kvexport::detail::GenerateOptions options_of(const kvexport_generate_options& gi
     if (given.stop_token_count != 0) options.stop_tokens->assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
   }
   require_array(given.stop_texts, given.stop_text_count, "stop_texts");
+  require_array(given.stop_text_lengths, given.stop_text_count, "stop_text_lengths");
   for (std::size_t index = 0; index < given.stop_text_count; ++index) {
-    require_given(given.stop_texts[index], "stop_texts");
-    options.stop_texts.emplace_back(given.stop_texts[index]);
+    options.stop_texts.push_back(string_of(given.stop_texts[index], given.stop_text_lengths[index], "stop_texts"));
   }
   return options;
 }
@@ -228,10 +245,9 @@ kvexport_error* kvexport_encode(const kvexport_session* session, const char* tex
                                 size_t* count) {
   return guarded([&] {
     require_given(session, "session");
-    require_array(text, length, "text");
+    const std::string given = string_of(text, length, "text");
     require_given(ids, "ids");
     require_given(count, "count");
-    const std::string given = length == 0 ? std::string() : std::string(text, length);
     give_ids(session->inside->require_text().encode(given, special != 0), ids, count);
   });
 }
@@ -242,6 +258,7 @@ kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* 
     require_given(session, "session");
     require_array(ids, count, "ids");
     require_given(text, "text");
+    session->inside->require_ids(ids, count);
     const std::string made = session->inside->require_text().decode(count == 0 ? std::vector<std::int64_t>()
                                                                                : std::vector<std::int64_t>(ids, ids + count));
     *text = text_of(made);
@@ -249,15 +266,16 @@ kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* 
   });
 }
 
-kvexport_error* kvexport_turn(const kvexport_cache* cache, const char* text, const char* system, int64_t** ids, size_t* count) {
+kvexport_error* kvexport_turn(const kvexport_cache* cache, const char* text, size_t text_length, const char* system,
+                              size_t system_length, int64_t** ids, size_t* count) {
   return guarded([&] {
     require_given(cache, "cache");
-    require_given(text, "text");
+    const std::string given = string_of(text, text_length, "text");
     require_given(ids, "ids");
     require_given(count, "count");
     std::optional<std::string> before;
-    if (system != nullptr) before = system;
-    give_ids(cache->inside.session().require_text().turn(text, before, cache->inside.empty()), ids, count);
+    if (system != nullptr || system_length != 0) before = string_of(system, system_length, "system");
+    give_ids(cache->inside.session().turn(given, before, cache->inside.empty()), ids, count);
   });
 }
 
@@ -286,16 +304,15 @@ kvexport_error* kvexport_cache_load(kvexport_session* session, const char* file,
 
 kvexport_error* kvexport_cache_save(kvexport_cache* cache, const char* file) {
   return guarded([&] {
-    require_given(cache, "cache");
+    kvexport::detail::Cache& inside = free_of(cache);
     require_given(file, "file");
-    cache->inside.save(file);
+    inside.save(file);
   });
 }
 
 kvexport_error* kvexport_cache_clear(kvexport_cache* cache) {
   return guarded([&] {
-    require_given(cache, "cache");
-    cache->inside.clear();
+    free_of(cache).clear();
   });
 }
 
@@ -309,37 +326,36 @@ int64_t kvexport_cache_capacity(const kvexport_cache* cache) { return cache == n
 
 kvexport_error* kvexport_prefill(kvexport_cache* cache, const int64_t* ids, size_t count, const float** logits) {
   return guarded([&] {
-    require_given(cache, "cache");
+    kvexport::detail::Cache& inside = free_of(cache);
     require_array(ids, count, "ids");
-    const float* made = cache->inside.prefill(ids, count);
+    const float* made = inside.prefill(ids, count);
     if (logits != nullptr) *logits = made;
   });
 }
 
 kvexport_error* kvexport_step(kvexport_cache* cache, int64_t token, const float** logits) {
   return guarded([&] {
-    require_given(cache, "cache");
-    const float* made = cache->inside.step(token);
+    const float* made = free_of(cache).step(token);
     if (logits != nullptr) *logits = made;
   });
 }
 
 kvexport_generate_options kvexport_generate_defaults(void) {
-  return {sizeof(kvexport_generate_options), 128, -1, 0, 1, 0, 0, 1, nullptr, 0, nullptr, 0};
+  return {sizeof(kvexport_generate_options), 128, -1, 0, 1, 0, 0, 1, nullptr, 0, nullptr, nullptr, 0};
 }
 
 kvexport_error* kvexport_generate(kvexport_cache* cache, const int64_t* ids, size_t count,
                                   const kvexport_generate_options* options, kvexport_on_token on_token, void* user,
                                   int* finish) {
   return guarded([&] {
-    require_given(cache, "cache");
+    kvexport::detail::Cache& inside = free_of(cache);
     require_array(ids, count, "ids");
     const auto wanted = options_of(read_struct(options, kvexport_generate_defaults()));
     kvexport::detail::OnToken told;
     if (on_token != nullptr) {
       told = [&](std::int64_t token, std::string_view text) { return on_token(token, text.data(), text.size(), user) == 0; };
     }
-    const auto ended = generate(cache->inside, ids, count, wanted, told);
+    const auto ended = generate(inside, ids, count, wanted, told);
     if (finish != nullptr) *finish = static_cast<int>(ended);
   });
 }

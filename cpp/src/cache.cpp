@@ -1,6 +1,7 @@
 #include "cache.hpp"
 
 #include <algorithm>
+#include <limits>
 #include <numeric>
 
 #include "error.hpp"
@@ -19,8 +20,6 @@ std::int64_t step_of(const Engine& engine, std::int64_t wanted) {
   return wanted == 0 || engine.step() == 0 ? engine.step() : wanted;
 }
 
-std::string tokens_of(std::int64_t count) { return std::to_string(count) + " tokens"; }
-
 }  // namespace
 
 Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step, std::int64_t chunk)
@@ -38,11 +37,10 @@ Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std:
 
 void Cache::require_prefill(const std::int64_t* ids, std::size_t count) const {
   require_whole();
-  require_ids(ids, count);
-  const auto whole = static_cast<std::int64_t>(count) + (pending_ ? 1 : 0);
-  if (whole == 0) throw Failure(Code::usage, "a prompt is empty", "", "", "give at least one token");
-  require_room(length_ + whole, length_ == 0 ? "the prompt is longer than the cache's capacity"
-                                             : "the prompt does not fit behind what the cache holds");
+  if (count == 0 && empty()) throw Failure(Code::usage, "a prompt is empty", "", "", "give at least one token");
+  require_room(with(count), length_ == 0 ? "the prompt is longer than the cache's capacity"
+                                         : "the prompt does not fit behind what the cache holds");
+  session_->require_ids(ids, count);
 }
 
 const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
@@ -52,6 +50,11 @@ const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
     ids_.assign(1, *pending_);
     ids_.insert(ids_.end(), ids, ids + count);
     ids = ids_.data();
+  }
+  if (whole == 0) {
+    const std::int64_t last = last_;
+    --length_;  // `run` counts it again
+    return run(&last, 1, 1, false, true);
   }
   const float* logits = nullptr;
   for (std::int64_t start = 0; start < whole; start += chunk_) {
@@ -64,15 +67,15 @@ const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
 
 const float* Cache::step(std::int64_t token) {
   require_whole();
-  require_ids(&token, 1);
-  require_room(length_ + (pending_ ? 2 : 1), "the cache's capacity is exhausted");
+  session_->require_ids(&token, 1);
+  require_room(with(1), "the cache's capacity is exhausted");
   if (pending_) feed_pending();
   return run(&token, 1, 1, false);
 }
 
 const float* Cache::feed_pending() {
   require_whole();
-  require_room(length_ + 1, "the cache's capacity is exhausted");
+  require_room(with(0), "the cache's capacity is exhausted");
   const float* logits = run(&*pending_, 1, 1, false);
   pending_.reset();
   return logits;
@@ -80,9 +83,9 @@ const float* Cache::feed_pending() {
 
 std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count, std::size_t from) {
   require_whole();
-  require_ids(ids, count);
+  require_room(with(count), "the tokens exceed the cache's capacity");
+  session_->require_ids(ids, count);
   const auto whole = static_cast<std::int64_t>(count), vocab = session_->manifest().vocab_size;
-  require_room(length_ + whole, "the tokens exceed the cache's capacity");
   std::vector<float> scored;
   scored.reserve((count - std::min(count, from)) * static_cast<std::size_t>(vocab));
   for (std::int64_t start = 0; start < whole; start += chunk_) {
@@ -146,38 +149,45 @@ void Cache::require_whole() const {
                 "begin anew: clear the cache");
 }
 
-void Cache::require_ids(const std::int64_t* ids, std::size_t count) const {
-  const std::int64_t vocab = session_->manifest().vocab_size;
-  const auto* wrong = std::find_if(ids, ids + count, [&](std::int64_t id) { return id < 0 || id >= vocab; });
-  if (wrong == ids + count) return;
-  throw Failure(Code::usage, "a token id is outside the vocabulary", std::to_string(*wrong),
-                "0 to " + std::to_string(vocab - 1));
+void Cache::require_free() const {
+  if (!held_) return;
+  throw Failure(Code::usage, "the cache is in the midst of generating", "a call from the callback of its tokens", "",
+                "end the generation first: return false from on_token");
 }
 
-void Cache::require_room(std::int64_t tokens, const char* what) const {
-  if (tokens <= capacity_) return;
+// Where so many cannot be counted, as many as can be.
+std::uint64_t Cache::with(std::size_t more) const {
+  const std::uint64_t held = static_cast<std::uint64_t>(length_) + (pending_ ? 1 : 0), whole = held + more;
+  return whole < held ? std::numeric_limits<std::uint64_t>::max() : whole;
+}
+
+void Cache::require_room(std::uint64_t tokens, const char* what) const {
+  const auto within = [tokens](std::int64_t most) { return tokens <= static_cast<std::uint64_t>(most); };
+  if (within(capacity_)) return;
   const Manifest& manifest = session_->manifest();
-  const std::int64_t most = session_->engine->capacity();
   const auto trained = manifest.max_position_embeddings;
-  std::string fix = "shorten the text: the model was trained for " + std::to_string(trained.value_or(0)) + " positions";
-  if (capacity_ < most) {
-    fix = "make the cache with a capacity of " + std::to_string(std::min(tokens, most)) + " or more";
-  } else if (most < manifest.capacity) {
-    fix = "shorten the text, or build the engine again with --capacity " + std::to_string(std::min(tokens, manifest.capacity)) +
-          " or more";
-  } else if (!trained || manifest.capacity < *trained) {
-    fix = "shorten the text, or build the bundle again with --capacity " + std::to_string(tokens) + " or more";
+  const std::string enough = std::to_string(tokens) + " or more";
+  std::string fix = "shorten the text";
+  if (within(session_->engine->capacity())) {
+    fix = "make the cache with a capacity of " + enough;
+  } else if (within(manifest.capacity)) {
+    fix += ", or build the engine again with --capacity " + enough;
+  } else if (!trained || within(*trained)) {
+    fix += ", or build the bundle again with --capacity " + enough;
+  } else {
+    fix += ": the model was trained for " + std::to_string(*trained) + " positions";
   }
-  throw Failure(Code::usage, what, tokens_of(tokens), "at most " + std::to_string(capacity_), fix);
+  throw Failure(Code::usage, what, std::to_string(tokens) + " tokens", "at most " + std::to_string(capacity_), fix);
 }
 
-// `count` tokens behind those that are held, of which the last `logits` get logits. There is room.
-const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink) {
+// `count` tokens behind those that are held, of which the last `logits` get logits. There is room. `again`: a layer that evicts
+// has seen the one token already.
+const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink, bool again) {
   broken_ = true;  // whatever goes wrong from here on leaves the cache half written
   buffers_.reserve(length_ + count);
   std::iota(positions_.begin(), positions_.begin() + count, length_);
   std::iota(indices_.begin(), indices_.begin() + logits, count - logits);
-  Call call{ids, positions_.data(), count, admit(count), indices_.data(), logits, shrink};
+  Call call{ids, positions_.data(), count, admit(count, again), indices_.data(), logits, shrink};
   const float* made = session_->engine->run(*binding_, call);
   broken_ = false;
   length_ += count;
@@ -186,14 +196,14 @@ const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_
 }
 
 // What `write_index` must say of so many tokens; where layers evict, several make room first.
-std::int64_t Cache::admit(std::int64_t count) {
+std::int64_t Cache::admit(std::int64_t count, bool again) {
   if (!evictor_) return length_;
   const std::int64_t there = std::min(slots(), buffers_.laid_out), usable = there - blocked_;
   if (count > 1 && occupancy_.filled > usable - count) {
     evictor_->shrink(occupancy_.filled, usable - count, occupancy_.seen);
     occupancy_.filled = usable - count;
   }
-  return occupancy_.take(count, usable, there);
+  return again ? occupancy_.last(usable, there) : occupancy_.take(count, usable, there);
 }
 
 std::int64_t Cache::slots() const { return std::min(session_->manifest().eviction->budget, buffers_.capacity); }

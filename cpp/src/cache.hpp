@@ -21,11 +21,11 @@ class Cache {
   // tokens by which it grows, where the engine lets it, and the most of one call; 0: as it is best.
   Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step = 0, std::int64_t chunk = 0);
 
-  // Throws Failure where `prefill` would refuse these tokens: there is none, one is outside the vocabulary, or there is no room
-  // for all of them.
+  // Throws Failure where `prefill` would refuse these tokens: there is none where the cache is empty, one is outside the
+  // vocabulary, or there is no room for all of them.
   void require_prefill(const std::int64_t* ids, std::size_t count) const;
-  // Feed tokens, after one that is pending. Logits [vocab_size] after the last one, until the next call. A call that is
-  // refused leaves the cache as it was.
+  // Feed tokens, after one that is pending. Logits [vocab_size] after the last one, until the next call; where there is none to
+  // feed, the last one that was fed is run again in its place. A call that is refused leaves the cache as it was.
   const float* prefill(const std::int64_t* ids, std::size_t count);
   const float* step(std::int64_t token);
   // As `prefill`, with logits after every token from the one at `from` on [count - from, vocab_size]; nothing may be pending.
@@ -34,6 +34,19 @@ class Cache {
   // Let this token be the next: it is pending, and the next call feeds it first.
   void choose(std::int64_t token) { pending_ = token; }
   const float* feed_pending();
+
+  // A generation's hold on the cache: as long as there is one, no call of a user's may use it.
+  class Hold {
+   public:
+    explicit Hold(Cache& cache) : cache_(cache) { cache_.held_ = true; }
+    ~Hold() { cache_.held_ = false; }
+    Hold(const Hold&) = delete;
+    Hold& operator=(const Hold&) = delete;
+
+   private:
+    Cache& cache_;
+  };
+  void require_free() const;  // throws Failure where there is a Hold
 
   // Empty; keys and values of no token are `fill`, on which no result may depend.
   void clear(float fill = 0.0F);
@@ -62,10 +75,10 @@ class Cache {
 
  private:
   void require_whole() const;
-  void require_ids(const std::int64_t* ids, std::size_t count) const;
-  void require_room(std::int64_t tokens, const char* what) const;
-  const float* run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink);
-  std::int64_t admit(std::int64_t count);
+  void require_room(std::uint64_t tokens, const char* what) const;
+  std::uint64_t with(std::size_t more) const;  // tokens in all
+  const float* run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink, bool again = false);
+  std::int64_t admit(std::int64_t count, bool again);
   std::int64_t slots() const;  // of layers that evict
 
   std::shared_ptr<const Session> session_;  // outlives the rest
@@ -75,7 +88,7 @@ class Cache {
   Occupancy occupancy_;
   std::int64_t blocked_ = 0, length_ = 0, last_ = 0;
   std::optional<std::int64_t> pending_;
-  bool broken_ = false;
+  bool broken_ = false, held_ = false;
   std::vector<std::int64_t> positions_, indices_, ids_;
   std::unique_ptr<Binding> binding_;
 };

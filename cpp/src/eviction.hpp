@@ -18,6 +18,8 @@ struct Occupancy {
   // What `write_index` says of `count` tokens, which are in use from then on. There is room for them, or `count` is 1.
   // `usable`: slots that may be in use; `slots`: how many there are.
   std::int64_t take(std::int64_t count, std::int64_t usable, std::int64_t slots);
+  // The same of the very last token, which comes again: the graph finds its slot, or, while there is room, is told.
+  std::int64_t last(std::int64_t usable, std::int64_t slots) const { return filled >= usable ? slots : filled - 1; }
 };
 
 class Evictor {

@@ -10,6 +10,10 @@ StopTexts::StopTexts(const std::vector<std::string>& texts) : texts_(texts) {
   if (std::find(texts.begin(), texts.end(), std::string()) != texts.end()) {
     throw Failure(Code::usage, "a text to stop at is empty", "", "", "leave it out");
   }
+  for (const std::string& each : texts) {
+    if (each.find('\0') == std::string::npos) continue;
+    throw Failure(Code::usage, "a text to stop at has a NUL character in it", "", "", "leave it out");
+  }
 }
 
 std::string StopTexts::add(const std::string& piece) {
@@ -74,6 +78,7 @@ Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const 
   Sampler sampler(options.sampling);
   cache.require_prefill(ids, count);
   Said said(cache, ids, count, options.stop_texts);
+  const Cache::Hold hold(cache);
   const auto tell = [&](std::int64_t token, const std::string& text) { return !on_token || on_token(token, text); };
   const auto ended = [&](Finish finish) {
     const std::string rest = said.end();

@@ -35,7 +35,7 @@ Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const 
 // Lets text pass until one of some texts appears in it; what may be the beginning of one waits.
 class StopTexts {
  public:
-  explicit StopTexts(const std::vector<std::string>& texts);  // throws Failure: one of them is empty
+  explicit StopTexts(const std::vector<std::string>& texts);  // throws Failure: one of them is empty, or has a NUL
 
   // What may be said now that this came; nothing once a text was found.
   std::string add(const std::string& piece);

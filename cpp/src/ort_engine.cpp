@@ -25,8 +25,8 @@ using ort::require;
 constexpr std::int64_t STEP = 256;
 
 // ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder, unless the
-// environment forbids it before they begin (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows it. At loading, when a program most often
-// has one thread: setenv is not for several.
+// environment forbids it before they begin (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows it. At loading, when a program
+// most often has one thread: setenv is not for several.
 __attribute__((constructor)) void forbid_telemetry() { ::setenv("ORT_DISABLE_TELEMETRY", "1", 0); }
 
 ONNXTensorElementDataType element_type(Dtype dtype) {
@@ -291,7 +291,6 @@ class OrtEngine final : public Engine {
 }  // namespace
 
 std::unique_ptr<Engine> open_onnxruntime(const Bundle& bundle, const std::string& provider, int threads) {
-  if (threads < 0) throw Failure(Code::usage, "threads is out of range", std::to_string(threads), "0 (one a core) or more");
   if (bundle.manifest.dtype == Dtype::bfloat16 && provider == "cpu") {
     throw Failure(Code::cannot_run_here, "ONNX Runtime has no bfloat16 kernels for the CPU",
                   bundle.path + ", dtype bfloat16", "",

@@ -69,6 +69,11 @@ class StateReader {
 
   State read() const {
     if (!raw_.is_object()) throw damaged(file_, "has a state that is no object");
+    for (const auto& [key, value] : raw_.items()) {
+      if (std::find(std::begin(KEYS), std::end(KEYS), key) == std::end(KEYS)) {
+        throw damaged(file_, "has a state with a key that is none of a cache's", shown(key));
+      }
+    }
     State state;
     state.length = one("lengths", 0, MOST);
     state.last = one("last", 0, manifest_.vocab_size - 1);
@@ -79,12 +84,20 @@ class StateReader {
       state.seen = one("seen", state.length, state.length);
       const std::int64_t most = std::min(state.length, manifest_.eviction->budget);
       state.filled = one("filled", std::min<std::int64_t>(1, most), most);
+    } else {
+      for (const char* key : {"filled", "seen"}) {
+        const auto found = raw_.find(key);
+        if (found == raw_.end() || !found->is_null()) {
+          throw damaged(file_, std::string("has a state whose ") + key + " is not null, and the bundle evicts nothing");
+        }
+      }
     }
     return state;
   }
 
  private:
   static constexpr std::int64_t MOST = std::int64_t{1} << 40;
+  static constexpr const char* KEYS[] = {"lengths", "last", "pending", "filled", "seen"};
 
   const Json& list(const char* key) const {
     const auto found = raw_.find(key);
@@ -144,9 +157,12 @@ void Cache::save(const std::string& file) const {
 
 void Cache::load(const std::string& file) {
   const Manifest& manifest = session_->manifest();
+  if (!size_of_file(file)) {
+    throw Failure(Code::usage, "there is no saved cache " + file, "", "", "name the file that a cache was saved to");
+  }
   const TensorReader reader(file);
   const State state = StateReader(reader.header().metadata, file, manifest).read();
-  require_room(state.length + (state.pending ? 1 : 0), "the saved cache holds more tokens than the cache has room for");
+  require_room(static_cast<std::uint64_t>(state.length), "the saved cache holds more tokens than the cache has room for");
   if (reader.header().tensors.size() != buffers_.all.size()) {
     throw damaged(file, "has another number of tensors", std::to_string(reader.header().tensors.size()),
                   std::to_string(buffers_.all.size()));

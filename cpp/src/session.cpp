@@ -1,5 +1,6 @@
 #include "session.hpp"
 
+#include <algorithm>
 #include <exception>
 #include <future>
 #include <utility>
@@ -11,6 +12,7 @@ namespace kvexport::detail {
 namespace {
 
 constexpr std::size_t LARGEST_TEXT = std::size_t{1} << 24;  // bytes of text.json
+constexpr int MOST_THREADS = 1024;
 
 // "auto": an engine of the bundle that fits this machine, else CUDA, else the CPU; a damaged engine is no reason to go on.
 std::unique_ptr<Engine> open_engine(const Bundle& bundle, const OpenOptions& options) {
@@ -35,6 +37,10 @@ std::unique_ptr<Engine> open_engine(const Bundle& bundle, const OpenOptions& opt
 }
 
 Bundle open_bundle(const std::string& path, const OpenOptions& options) {
+  if (options.threads < 0 || options.threads > MOST_THREADS) {
+    throw Failure(Code::usage, "threads is out of range", std::to_string(options.threads),
+                  "0 (one a core) to " + std::to_string(MOST_THREADS));
+  }
   if (options.chunk < 1) throw Failure(Code::usage, "chunk is out of range", std::to_string(options.chunk), "1 or more");
   Bundle bundle = Bundle::open(path);
   bundle.verify_all(false);
@@ -109,7 +115,10 @@ void Session::open_text(const std::string& library) {
       text = std::make_unique<Text>(bundle.path, std::move(file), library);
     } catch (const Failure& failure) {
       if (failure.code != Code::cannot_run_here) throw;
-      text_missing = failure.what();
+      text_missing = failure.failed;
+      if (!failure.seen.empty()) text_missing += ": " + failure.seen;
+      if (!failure.allowed.empty()) text_missing += ", and not " + failure.allowed;
+      text_fix_ = failure.fix;
     }
   }
 }
@@ -117,7 +126,21 @@ void Session::open_text(const std::string& library) {
 const Text& Session::require_text() const {
   if (text) return *text;
   throw Failure(Code::cannot_run_here, "this session takes and gives token ids only", text_missing, "",
-                "call it with token ids, or see that text can be had: docs/embedding.md");
+                text_fix_.empty() ? "call it with token ids, or see that text can be had: docs/embedding.md" : text_fix_);
+}
+
+void Session::require_ids(const std::int64_t* ids, std::size_t count) const {
+  const std::int64_t vocab = manifest().vocab_size;
+  const auto* wrong = std::find_if(ids, ids + count, [&](std::int64_t id) { return id < 0 || id >= vocab; });
+  if (wrong == ids + count) return;
+  throw Failure(Code::usage, "a token id is outside the vocabulary", std::to_string(*wrong),
+                "0 to " + std::to_string(vocab - 1));
+}
+
+std::vector<std::int64_t> Session::turn(const std::string& words, const std::optional<std::string>& system, bool begins) const {
+  std::vector<std::int64_t> ids = require_text().turn(words, system, begins);
+  if (ids.empty() && begins && manifest().bos_token_id) ids.push_back(*manifest().bos_token_id);
+  return ids;
 }
 
 }  // namespace kvexport::detail

@@ -4,7 +4,9 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
+#include <vector>
 
 #include "bundle.hpp"
 #include "engine.hpp"
@@ -33,6 +35,10 @@ class Session {
   // Of a cache that is asked to have room for `capacity` tokens, 0: for as many as can be. Throws Failure: out of range.
   std::int64_t capacity_of(std::int64_t capacity) const;
   std::size_t bytes_of(std::int64_t capacity) const;
+  // Throws Failure: a token id is outside the vocabulary.
+  void require_ids(const std::int64_t* ids, std::size_t count) const;
+  // Text::turn; where that gives no token, a conversation begins with the model's first one, if it has one.
+  std::vector<std::int64_t> turn(const std::string& words, const std::optional<std::string>& system, bool begins) const;
   // Throws Failure where text cannot be had, with the reason.
   const Text& require_text() const;
 
@@ -46,6 +52,7 @@ class Session {
 
  private:
   void open_text(const std::string& library);
+  std::string text_fix_;
 };
 
 }  // namespace kvexport::detail

@@ -3,6 +3,7 @@
 
 #include <array>
 #include <cstring>
+#include <functional>
 #include <stdexcept>
 #include <thread>
 
@@ -61,7 +62,7 @@ TEST(what_is_null_is_refused) {
   CHECK_EQUAL(failed(kvexport_generate(nullptr, nullptr, 0, nullptr, nullptr, nullptr, nullptr)), "cache is NULL");
   CHECK_EQUAL(failed(kvexport_encode(nullptr, "x", 1, 1, &ids, &count)), "session is NULL");
   CHECK_EQUAL(failed(kvexport_decode(nullptr, nullptr, 0, &text, &count)), "session is NULL");
-  CHECK_EQUAL(failed(kvexport_turn(nullptr, "x", nullptr, &ids, &count)), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_turn(nullptr, "x", 1, nullptr, 0, &ids, &count)), "cache is NULL");
   CHECK_EQUAL(failed(kvexport_session_memory(nullptr, 0, nullptr)), "session is NULL");
   CHECK_EQUAL(failed(kvexport_self_test(nullptr, &text)), "session is NULL");
   CHECK(kvexport_session_info(nullptr) == nullptr);
@@ -135,6 +136,9 @@ TEST(a_generation_without_options_or_callback) {
   CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)), "stop_tokens is NULL");
   wanted = kvexport_generate_defaults(), wanted.stop_text_count = 1;
   CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)), "stop_texts is NULL");
+  const char* const text = "x";
+  wanted.stop_texts = &text;
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)), "stop_text_lengths is NULL");
   kvexport_close(raw);  // the cache keeps the weights
   CHECK(kvexport_cache_clear(cache) == nullptr);
   CHECK(kvexport_prefill(cache, ids, 3, nullptr) == nullptr);
@@ -151,6 +155,82 @@ TEST(what_a_callback_throws_comes_out_and_the_cache_goes_on) {
     return true;
   }), "enough");
   CHECK(generated(cache, {}, 6) == kvexport::Ids(whole.begin() + 4, whole.end()));
+}
+
+TEST(a_callback_cannot_use_the_cache_that_generates) {
+  kvexport::Session session = opened("gqa");
+  kvexport::Cache cache = session.new_cache(100), other = session.new_cache(100);
+  const kvexport::Ids whole = generated(other, {1, 2, 3}, 10);
+  const std::function<void()> calls[] = {
+      [&] { cache.step(1); },
+      [&] { cache.prefill({1}); },
+      [&] { cache.generate({1}); },
+      [&] { cache.clear(); },
+      [&] { cache.save("never"); },
+  };
+  kvexport::Ids made;
+  cache.generate({1, 2, 3}, greedy(10), [&](std::int64_t token, std::string_view) {
+    made.push_back(token);
+    for (const auto& call : calls) {
+      try {
+        call();
+        CHECK(false);
+      } catch (const kvexport::Error& refused) {
+        CHECK_EQUAL(std::string(refused.failed()), "the cache is in the midst of generating");
+        CHECK_EQUAL(std::string(refused.fix()), "end the generation first: return false from on_token");
+        CHECK_EQUAL(refused.code(), static_cast<int>(KVEXPORT_USAGE));
+      }
+    }
+    return other.length() > 0;  // another cache may be used
+  });
+  CHECK(made == whole);
+  cache.clear();  // and this one when it has ended, whichever way
+  CHECK_THROWS_WITH(cache.generate({1}, greedy(4), [](std::int64_t, std::string_view) -> bool { throw std::logic_error("x"); }),
+                    "x");
+  cache.clear();
+  CHECK(generated(cache, {1, 2, 3}, 10) == whole);
+}
+
+TEST(counts_that_nothing_holds) {
+  const kvexport::Session session = opened("gqa");
+  kvexport_open_options options = kvexport_open_defaults();
+  options.text_library = "", options.threads = 1;
+  kvexport_session* raw = nullptr;
+  kvexport_cache* cache = nullptr;
+  CHECK(kvexport_open(bundle("gqa").c_str(), &options, &raw) == nullptr);
+  CHECK(kvexport_cache_new(raw, 60, &cache) == nullptr);
+  const std::int64_t id = 1;
+  const float* logits = nullptr;
+  const auto none = static_cast<std::size_t>(-1);
+  const std::string failure = "the count of ids is out of range";
+  for (const std::size_t count : {none, none - 1, none / 2, none / 8}) {
+    CHECK_EQUAL(failed(kvexport_prefill(cache, &id, count, &logits)), failure);
+    CHECK_EQUAL(failed(kvexport_generate(cache, &id, count, nullptr, nullptr, nullptr, nullptr)), failure);
+  }
+  for (const std::size_t count : {none / 32, std::size_t{61}}) {  // refused before an id is looked at
+    const Error refused = error(kvexport_prefill(cache, &id, count, &logits));
+    CHECK_EQUAL(std::string(kvexport_error_part(refused.get(), KVEXPORT_SEEN)), std::to_string(count) + " tokens");
+    CHECK_EQUAL(kvexport_error_code(refused.get()), static_cast<int>(KVEXPORT_USAGE));
+    CHECK(error(kvexport_generate(cache, &id, count, nullptr, nullptr, nullptr, nullptr)) != nullptr);
+  }
+  kvexport_generate_options wanted = kvexport_generate_defaults();
+  wanted.own_stop_tokens = 0, wanted.stop_tokens = &id, wanted.stop_token_count = none;
+  CHECK_EQUAL(failed(kvexport_generate(cache, &id, 1, &wanted, nullptr, nullptr, nullptr)),
+              "the count of stop_tokens is out of range");
+  CHECK(logits == nullptr && kvexport_cache_length(cache) == 0);
+  CHECK(kvexport_prefill(cache, &id, 1, &logits) == nullptr);
+  CHECK(logits != nullptr);
+  kvexport_cache_free(cache);
+  kvexport_close(raw);
+}
+
+TEST(texts_to_stop_at_have_lengths) {
+  kvexport::Session session = opened("gqa");
+  kvexport::Cache cache = session.new_cache(60);
+  kvexport::GenerateOptions options = greedy(4);
+  options.stop_texts = {std::string("a\0b", 3)};
+  CHECK_THROWS_WITH(cache.generate({1}, options), "a text to stop at has a NUL character in it");
+  CHECK_EQUAL(cache.length(), 0);
 }
 
 TEST(errors_of_the_header_can_be_copied) {

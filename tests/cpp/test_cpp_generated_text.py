@@ -10,6 +10,7 @@ import pytest
 from drive import Drive, Refused
 from genai import genai_library
 from text_bundles import write_text_bundle
+from tiny_bundles import edit_manifest
 
 from kvexport.runtime import Session, open_bundle
 
@@ -81,6 +82,50 @@ def test_a_conversation(drive: Drive, session: Session) -> None:
         drive("turn", cache="c", text="again", system="be long")
 
 
+def test_text_with_a_nul_in_it(drive: Drive) -> None:
+    drive.new()
+    for call in (
+        lambda: drive("turn", cache="c", text="a\0b"),
+        lambda: drive("turn", cache="c", text="a", system="b\0c"),
+        lambda: drive.generate([1], stop_texts=["a\0b"]),
+        lambda: drive("encode", session="s", text="\0"),
+    ):
+        with pytest.raises(Refused, match="NUL character") as refused:
+            call()
+        assert refused.value.parts["code"] == 2 and refused.value.parts["fix"]
+
+
+def test_ids_outside_the_vocabulary_are_no_text(drive: Drive, session: Session) -> None:
+    most = session.bundle.model.vocab_size
+    for wrong in (-1, most, 2**32 + 5, -(2**32) + 5, 2**62):
+        with pytest.raises(Refused, match="outside the vocabulary") as refused:
+            drive("decode", session="s", ids=[5, wrong])
+        assert (refused.value.parts["seen"], refused.value.parts["allowed"]) == (str(wrong), f"0 to {most - 1}")
+    assert isinstance(drive("decode", session="s", ids=[0, 5, most - 1]), str)
+
+
+def test_an_empty_text(drive: Drive, session: Session, tmp_path: Path) -> None:
+    """Where a template or special tokens give nothing, the beginning is the model's first token, or there is none."""
+    plain = write_text_bundle(tmp_path / "plain", template="")
+    for bos in (1, None):
+        edit_manifest(plain, lambda raw, bos=bos: raw["model"].update(bos_token_id=bos))
+        drive.open(plain, "plain", text_library=str(genai_library()))
+        drive.new("plain", "p")
+        ids = drive("turn", cache="p", text="")
+        with open_bundle(plain, provider="cpu", threads=1) as python:
+            cache = python.new_cache()
+            assert ids == list(python._encode(python.turn("", cache=cache), cache)), bos
+            if ids:
+                made = python.generate("", max_new_tokens=6, stop=[], cache=cache)
+                assert drive.generate(ids, "p", max_new_tokens=6, stop_tokens=[])["tokens"] == list(made.token_ids)
+                made = python.generate("", max_new_tokens=6, stop=[], cache=cache)
+                ids = drive("turn", cache="p", text="")
+                assert ids == [] and drive.generate(ids, "p", max_new_tokens=6, stop_tokens=[])["tokens"] == list(made.token_ids)
+            else:
+                with pytest.raises(Refused, match="a prompt is empty"):
+                    drive.generate(ids, "p")
+
+
 def test_without_the_library_token_ids_go_on(built: Callable[[str], Path], bundle: Path) -> None:
     with Drive(built("sanitized")) as drive:
         info = drive.open(bundle, text_library="/nowhere/libonnxruntime-genai.so")
@@ -91,3 +136,5 @@ def test_without_the_library_token_ids_go_on(built: Callable[[str], Path], bundl
             with pytest.raises(Refused, match="token ids only") as refused:
                 call()
             assert "/nowhere/libonnxruntime-genai.so" in refused.value.parts["seen"] and refused.value.parts["code"] == 3
+            assert str(refused.value).count("seen:") == str(refused.value).count("fix:") == 1
+            assert "onnxruntime-genai-core==0.18.0" in refused.value.parts["fix"]

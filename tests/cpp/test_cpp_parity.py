@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import CAPACITY, EVICTING, NAMES, VOCAB
-from drive import Drive
+from drive import Drive, Refused
 
 from kvexport.runtime import Session, open_bundle
 
@@ -86,6 +86,37 @@ def test_a_generation_goes_on_where_it_ended(name: str, drive: Drive, bundles: P
                 second = session.generate(more, max_new_tokens=20, stop=[], cache=cache)
                 assert drive.generate(more, max_new_tokens=20, stop_tokens=[])["tokens"] == list(second.token_ids)
             assert drive("cache", cache="c")["length"] == cache.lengths[0]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_more_tokens_go_on_after_the_last(name: str, drive: Drive, bundles: Path) -> None:
+    """Which runs again in its place, wherever that is: in the first step of growth, at a budget, behind it, in a full cache."""
+    drive.open(bundles / name)
+    with opened(bundles / name) as session:
+        for count in (1, 20, 24, 25, 300, CAPACITY):
+            cache = session.new_cache()
+            drive.new()
+            for prompt in (tokens(count), [], []):
+                assert (drive.prefill(prompt) == session.prefill([prompt], cache=cache)[0]).all(), (name, count)
+            assert drive("cache", cache="c")["length"] == cache.lengths[0] == count
+            made = session.generate([], max_new_tokens=5, stop=[], cache=cache)
+            assert drive.generate([], max_new_tokens=5, stop_tokens=[])["tokens"] == list(made.token_ids)
+            assert drive("cache", cache="c")["length"] == cache.lengths[0]
+
+
+@pytest.mark.parametrize("name", ["gqa", "gqa-l2-norm"])
+def test_a_full_cache_with_a_token_that_is_pending(name: str, drive: Drive, bundles: Path, tmp_path: Path) -> None:
+    drive.open(bundles / name)
+    drive.new()
+    assert drive.generate(tokens(CAPACITY - 3), max_new_tokens=60, stop_tokens=[])["finish"] == "capacity"
+    drive("save", cache="c", file=str(tmp_path / "full"))
+    assert drive("load", session="s", cache="d", file=str(tmp_path / "full"))["length"] == CAPACITY
+    drive("save", cache="d", file=str(tmp_path / "again"))
+    assert (tmp_path / "again").read_bytes() == (tmp_path / "full").read_bytes()
+    with pytest.raises(Refused, match="does not fit"):
+        drive.generate([], cache="d")
+    with opened(bundles / name) as session:
+        assert session.load(tmp_path / "full").lengths[0] == CAPACITY
 
 
 def test_stop_tokens_and_reasons(drive: Drive, bundles: Path) -> None:

@@ -76,8 +76,8 @@ KVEXPORT_API kvexport_error* kvexport_encode(const kvexport_session* session, co
 KVEXPORT_API kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* ids, size_t count, char** text,
                                              size_t* length);
 /* `system` may be NULL. */
-KVEXPORT_API kvexport_error* kvexport_turn(const kvexport_cache* cache, const char* text, const char* system, int64_t** ids,
-                                           size_t* count);
+KVEXPORT_API kvexport_error* kvexport_turn(const kvexport_cache* cache, const char* text, size_t text_length,
+                                           const char* system, size_t system_length, int64_t** ids, size_t* count);
 KVEXPORT_API void kvexport_ids_free(int64_t* ids);
 KVEXPORT_API void kvexport_text_free(char* text);
 
@@ -108,12 +108,14 @@ typedef struct {
   const int64_t* stop_tokens;
   size_t stop_token_count;
   const char* const* stop_texts;
+  const size_t* stop_text_lengths;
   size_t stop_text_count;
 } kvexport_generate_options;
 KVEXPORT_API kvexport_generate_options kvexport_generate_defaults(void);
 enum { KVEXPORT_STOP = 0, KVEXPORT_LENGTH = 1, KVEXPORT_CAPACITY = 2, KVEXPORT_CALLBACK = 3 };
 /* Whole characters that `token` completes, often none; at the end once more with token -1, if anything was held back.
- * Without text, length is 0. Anything but 0 ends the generation. */
+ * Without text, length is 0. Anything but 0 ends the generation; until then calls that use the cache are refused, and it must
+ * not be freed. */
 typedef int (*kvexport_on_token)(int64_t token, const char* text, size_t length, void* user);
 KVEXPORT_API kvexport_error* kvexport_generate(kvexport_cache* cache, const int64_t* ids, size_t count,
                                                const kvexport_generate_options* options, kvexport_on_token on_token, void* user,

@@ -84,7 +84,7 @@ struct GenerateOptions {
 
 enum class Finish { stop, length, capacity, callback };
 
-// Logits after one token, in the cache's memory until its next call.
+// After one token, in the cache's memory until its next call.
 struct Logits {
   const float* values;
   std::int64_t vocab_size;
@@ -94,27 +94,28 @@ struct Logits {
 // One conversation: the keys and values of its tokens. Move-only; keeps the session's weights alive.
 class Cache {
  public:
-  // The whole prompt, or what follows what the cache holds; logits after its last token.
+  // The whole prompt, or what follows what the cache holds, which may be nothing; logits after the last token.
   Logits prefill(const Ids& ids) {
-    Logits logits{nullptr, vocab_size_};
-    detail::check(kvexport_prefill(cache_.get(), ids.data(), ids.size(), &logits.values));
-    return logits;
+    const float* values = nullptr;
+    return detail::check(kvexport_prefill(cache_.get(), ids.data(), ids.size(), &values)), Logits{values, vocab_size_};
   }
   Logits step(std::int64_t token) {  // one more token
-    Logits logits{nullptr, vocab_size_};
-    detail::check(kvexport_step(cache_.get(), token, &logits.values));
-    return logits;
+    const float* values = nullptr;
+    return detail::check(kvexport_step(cache_.get(), token, &values)), Logits{values, vocab_size_};
   }
-  // Prefill, then token after token. `on_token` gets each with the characters that it completes, and at the end token -1 with
-  // what was held back, if anything was; false ends it. Its exceptions come out of here. The next call feeds the last token.
+  // Prefill, then token after token. `on_token`, which may not use this cache, gets each with the characters that it completes,
+  // and at the end token -1 with what was held back, if anything was; false ends it. Its exceptions come out of here. The next
+  // call feeds the last token; without ids it just goes on.
   using OnToken = std::function<bool(std::int64_t token, std::string_view text)>;
   Finish generate(const Ids& ids, const GenerateOptions& options = {}, const OnToken& on_token = nullptr) {
     kvexport_generate_options raw = kvexport_generate_defaults();
-    std::vector<const char*> texts(options.stop_texts.size());
-    for (std::size_t i = 0; i < texts.size(); ++i) texts[i] = options.stop_texts[i].c_str();
+    std::vector<const char*> texts;
+    std::vector<std::size_t> sizes;
+    for (const std::string& text : options.stop_texts) texts.push_back(text.data()), sizes.push_back(text.size());
     raw.max_new_tokens = options.max_new_tokens, raw.temperature = options.temperature.value_or(raw.temperature);
     raw.top_k = options.top_k, raw.top_p = options.top_p, raw.seeded = !!options.seed, raw.seed = options.seed.value_or(0);
-    raw.own_stop_tokens = !options.stop_tokens, raw.stop_texts = texts.data(), raw.stop_text_count = texts.size();
+    raw.own_stop_tokens = !options.stop_tokens, raw.stop_texts = texts.data();
+    raw.stop_text_lengths = sizes.data(), raw.stop_text_count = texts.size();
     if (options.stop_tokens) raw.stop_tokens = options.stop_tokens->data(), raw.stop_token_count = options.stop_tokens->size();
     Guarded guarded{on_token, nullptr};
     kvexport_on_token callback = on_token ? &Guarded::call : nullptr;
@@ -123,15 +124,17 @@ class Cache {
     if (guarded.thrown) std::rethrow_exception(guarded.thrown);
     return static_cast<Finish>(finish);
   }
-  // Token ids of a user's turn: in the model's chat template where the bundle has one, else the text itself.
+  // A user's turn: in the model's chat template where the bundle has one, else the text itself; "" may begin too, with BOS.
   Ids turn(const std::string& text, const std::string& system = "") const {
-    const char* first = system.empty() ? nullptr : system.c_str();
-    return detail::ids_of([&](auto... o) { return kvexport_turn(cache_.get(), text.c_str(), first, o...); });
+    const auto call = [&, first = system.empty() ? nullptr : system.data()](auto... o) {
+      return kvexport_turn(cache_.get(), text.data(), text.size(), first, system.size(), o...);
+    };
+    return detail::ids_of(call);
   }
   void save(const std::string& file) { detail::check(kvexport_cache_save(cache_.get(), file.c_str())); }  // see Session::load
   void clear() { detail::check(kvexport_cache_clear(cache_.get())); }              // an empty conversation, in the same memory
   std::size_t bytes() const { return kvexport_cache_bytes(cache_.get()); }         // all that it ever takes
-  std::int64_t length() const { return kvexport_cache_length(cache_.get()); }      // tokens so far
+  std::int64_t length() const { return kvexport_cache_length(cache_.get()); }      // so far; without one not fed yet
   std::int64_t capacity() const { return kvexport_cache_capacity(cache_.get()); }  // tokens at most
 
  private:
@@ -160,8 +163,7 @@ class Session {
     raw.chunk = options.chunk, raw.text_library = options.text_library.c_str();
     session_ = detail::made(kvexport_close, [&](auto out) { return kvexport_open(bundle.c_str(), &raw, out); });
   }
-  // An empty conversation of at most `capacity` tokens; 0: as many as the bundle, or its engine, can hold.
-  Cache new_cache(std::int64_t capacity = 0) {
+  Cache new_cache(std::int64_t capacity = 0) {  // empty, for as many tokens; 0: as many as the bundle, or its engine, can hold
     const auto call = [&](auto out) { return kvexport_cache_new(session_.get(), capacity, out); };
     return {detail::made(kvexport_cache_free, call), info().vocab_size};
   }
@@ -176,18 +178,17 @@ class Session {
   std::string decode(const Ids& ids) const {
     std::size_t length = 0;
     const auto call = [&](auto out) { return kvexport_decode(session_.get(), ids.data(), ids.size(), out, &length); };
-    const auto text = detail::made(kvexport_text_free, call);
-    return std::string(text.get(), length);
+    return {detail::made(kvexport_text_free, call).get(), length};
   }
-  kvexport_memory memory(std::int64_t capacity = 0) const {  // bytes of such a cache, and of the device (kvexport.h)
+  kvexport_memory memory(std::int64_t capacity = 0) const {  // bytes of such a cache, and of the device
     kvexport_memory memory{sizeof(kvexport_memory), 0, "", 0, 0, 0, 0};
     detail::check(kvexport_session_memory(session_.get(), capacity, &memory));
     return memory;
   }
-  // What was opened, and what runs it (kvexport.h); as long as the session lives.
-  const kvexport_info& info() const { return *kvexport_session_info(session_.get()); }
-  // Runs the bundle's reference vectors: whether this machine computes what was validated. Returns the report (JSON); throws
+  const kvexport_info& info() const { return *kvexport_session_info(session_.get()); }  // what was opened, and what runs it
+  // Runs the bundle's reference vectors: does this machine compute what was validated? Returns the report (JSON); throws
   // Error with code KVEXPORT_GATE_FAILED where it does not, saying whether weights, engine, precision or cache are at fault.
+  // Damaged files are KVEXPORT_USAGE, without a verdict; weights that `verify` = false left out are hashed here.
   std::string self_test() const {
     return detail::made(kvexport_text_free, [&](auto out) { return kvexport_self_test(session_.get(), out); }).get();
   }
@@ -195,5 +196,4 @@ class Session {
  private:
   detail::Owned<kvexport_session> session_;
 };
-
 }  // namespace kvexport
