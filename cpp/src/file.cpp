@@ -69,6 +69,10 @@ std::string read_file(const std::string& path, std::size_t most) {
 }
 
 NewFile::NewFile(const std::string& path) : path_(path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
+    throw Failure(Code::usage, path + " cannot be written: it is a folder", {}, {}, "name a file in it");
+  }
   // Not mkstemp, whose files are their owner's alone: this one is as others that its user makes.
   std::random_device random;
   do {
@@ -133,9 +137,10 @@ void NewFile::refuse(const char* doing) const {
   std::string fix;
   if (reason == ENOSPC || reason == EDQUOT) fix = "make room, or write to another disk";
   if (reason == EFBIG) fix = "allow larger files: ulimit -f unlimited";
-  if (reason == EACCES || reason == EPERM || reason == EROFS || reason == ENOENT)
+  if (reason == EACCES || reason == EPERM || reason == EROFS || reason == ENOENT || reason == ENOTDIR)
     fix = "write to a folder that exists and that this user may write to";
-  throw Failure(Code::cannot_run_here, path_ + " cannot be " + doing + ": " + std::strerror(reason), {}, {}, std::move(fix));
+  const Code code = reason == ENOENT || reason == ENOTDIR ? Code::usage : Code::cannot_run_here;
+  throw Failure(code, path_ + " cannot be " + doing + ": " + std::strerror(reason), {}, {}, std::move(fix));
 }
 
 }  // namespace kvexport::detail

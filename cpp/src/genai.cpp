@@ -16,8 +16,8 @@ struct OgaTokenizer;
 struct OgaSequences;
 
 constexpr const char* install =
-    "pip download --no-deps onnxruntime-genai-core and unpack it (or take onnxruntime-genai's release archive), and name its "
-    "libonnxruntime-genai.so: OpenOptions::text_library; token ids need none";
+    "pip download --no-deps onnxruntime-genai-core==0.18.0 and unpack it (or take onnxruntime-genai's release archive 0.18.0), "
+    "and name its libonnxruntime-genai.so: OpenOptions::text_library; token ids need none";
 
 template <typename Function>
 void find(void* handle, const char* name, Function*& function, const std::string& library) {
@@ -113,11 +113,12 @@ GenaiTokenizer::GenaiTokenizer(const std::string& folder, const std::string& lib
 GenaiTokenizer::~GenaiTokenizer() = default;
 
 std::vector<std::int64_t> GenaiTokenizer::encode(const std::string& text) const {
-  if (text.find('\0') != std::string::npos) throw Failure(Code::usage, "the text has a NUL character in it");
+  if (text.find('\0') != std::string::npos)
+    throw Failure(Code::usage, "the text has a NUL character in it", "", "", "leave it out");
   try {
     (void)nlohmann::json(text).dump();
   } catch (const nlohmann::json::type_error&) {
-    throw Failure(Code::usage, "the text is not valid UTF-8");
+    throw Failure(Code::usage, "the text is not valid UTF-8", "", "", "convert it");
   }
   const Library& genai = *library_;
   const std::lock_guard<std::mutex> turn(library_->one_at_a_time);

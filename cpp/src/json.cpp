@@ -58,6 +58,7 @@ bool is_whole(const Json& value) {
 
 Json parse_json(std::string_view text, const std::string& document, const std::string& fix) {
   try {
+    if (text.find('\0') != std::string_view::npos) throw std::invalid_argument("it has a NUL byte");  // to the parser an end
     return Json::parse(text.begin(), text.end(), Limits());
   } catch (const std::exception& error) {
     throw bundle_error(document + " cannot be read: " + error.what(), {}, {}, fix);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <sstream>
 #include <string>
 
 #include "error.hpp"
@@ -14,17 +15,19 @@ namespace {
 // Tokens that are looked at first where a probability must be reached: a large vocabulary is slow to sort.
 constexpr std::size_t FIRST = 1024;
 
-void require(bool passed, const char* name, double seen, const char* allowed) {
+template <typename Number>
+void require(bool passed, const char* name, Number seen, const char* allowed) {
   if (passed) return;
-  std::string text = std::to_string(seen);
-  throw Failure(Code::usage, std::string(name) + " is out of range", std::move(text), allowed);
+  std::ostringstream text;
+  text << seen;
+  throw Failure(Code::usage, std::string(name) + " is out of range", text.str(), allowed);
 }
 
 }  // namespace
 
 Sampler::Sampler(const Sampling& sampling) : sampling_(sampling) {
   require(sampling.temperature >= 0 && std::isfinite(sampling.temperature), "temperature", sampling.temperature, "0 or more");
-  require(sampling.top_k >= 0, "top_k", static_cast<double>(sampling.top_k), "1 or more, or 0 for all");
+  require(sampling.top_k >= 0, "top_k", sampling.top_k, "1 or more, or 0 for all");
   require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p", sampling.top_p, "above 0, at most 1");
   if (sampling.temperature == 0) return;
   if (sampling.seed) {

@@ -41,6 +41,7 @@ TEST(a_text_ends_what_is_said_before_it) {
   CHECK(said({"aab"}, {"aa", "a", "b"}) == (Texts{"", "a", "", ""}));  // a beginning within a beginning
   CHECK(said({"\n\n", "\nUser:"}, {"yes.\n", "User", ": no"}) == (Texts{"yes.", "", "", ""}));
   CHECK_THROWS_WITH(StopTexts({"a", ""}), "a text to stop at is empty");
+  CHECK_THROWS_WITH(StopTexts({std::string("a\0b", 3)}), "NUL");
 }
 
 TEST(the_likeliest_of_equals_is_the_first) {
@@ -69,7 +70,7 @@ TEST(values_out_of_range) {
   };
   CHECK_THROWS_WITH(with(-1, 0, 1), "temperature");
   CHECK_THROWS_WITH(with(std::nan(""), 0, 1), "temperature");
-  CHECK_THROWS_WITH(with(1, -1, 1), "top_k");
+  CHECK_THROWS_WITH(with(1, -1, 1), "top_k is out of range\n  seen:    -1\n");
   CHECK_THROWS_WITH(with(1, 0, 0), "top_p");
   CHECK_THROWS_WITH(with(1, 0, 1.5), "top_p");
 }

@@ -15,7 +15,7 @@ from drive import Drive, Refused
 from test_cpp_parity import data_of, opened, tokens
 from tiny_bundles import edit_manifest
 
-from kvexport.errors import KvexportError
+from kvexport.errors import KvexportError, UsageError
 
 pytestmark = pytest.mark.slow
 
@@ -45,7 +45,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bund
         (lambda: drive.step(40), "a token id is outside the vocabulary", "40", "0 to 39"),
         (lambda: drive.prefill(tokens(17)), "the prompt does not fit behind what the cache holds", "101 tokens", "at most 100"),
         (lambda: drive.generate([1], max_new_tokens=0), "max_new_tokens is out of range", "0", "1 or more"),
-        (lambda: drive.generate([1], top_p=0.0, temperature=1), "top_p is out of range", "0.000000", "above 0, at most 1"),
+        (lambda: drive.generate([1], top_p=0.0, temperature=1), "top_p is out of range", "0", "above 0, at most 1"),
         (lambda: drive.generate([1], stop_texts=["x"]), "this session takes and gives token ids only", None, ""),
         (lambda: drive("turn", cache="c", text="hello"), "this session takes and gives token ids only", None, ""),
     ):
@@ -95,6 +95,8 @@ def test_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
     [
         ({"provider": "tpu"}, 2, "there is no such provider"),
         ({"threads": -1}, 2, "threads is out of range"),
+        ({"threads": 1025}, 2, "threads is out of range"),
+        ({"threads": 1_000_000, "provider": "tensorrt"}, 2, "threads is out of range"),
         ({"chunk": 0}, 2, "chunk is out of range"),
         ({"provider": "cuda"}, 3, "this ONNX Runtime was built without CUDA"),
     ],
@@ -219,11 +221,51 @@ def test_damaged_caches(
     assert parts["code"] == 2 and said in parts["message"] and parts["fix"]
 
 
+def test_headers_that_python_refuses_too(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+    path = saved(drive, bundles / "gqa", tmp_path / "cache")
+    sound = path.read_bytes()
+    length = int.from_bytes(sound[:8], "little")
+
+    def both_refuse(said: str) -> None:
+        parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))
+        assert parts["code"] == 2 and said in parts["message"] and parts["fix"]
+        with opened(bundles / "gqa") as session, pytest.raises(UsageError):
+            session.load(path)
+
+    for values, said in (({"more": 1}, "none of a cache's"), ({"filled": [3]}, "filled is not null"), ({"seen": [32]}, "seen")):
+        path.write_bytes(sound)
+        changed(path, with_state(**values))
+        both_refuse(said)
+    for behind in (b"\0" * 8, b"\0 more {"):
+        path.write_bytes(struct.pack("<Q", length + 8) + sound[8 : 8 + length] + behind + sound[8 + length :])
+        both_refuse("NUL")
+    path.write_bytes(struct.pack("<Q", length + 8) + sound[8 : 8 + length] + b" " * 8 + sound[8 + length :])  # a control
+    assert drive("load", session="s", cache="d", file=str(path))["length"] == 32
+
+
+def test_files_that_cannot_be(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+    saved(drive, bundles / "gqa", tmp_path / "cache")
+    for file, failed in ((".", "it is a folder"), (tmp_path, "it is a folder"), (tmp_path / "no" / "file", "No such file")):
+        parts = parts_of(lambda file=file: drive("save", cache="c", file=str(file)))
+        assert parts["code"] == 2 and failed in parts["failed"] and parts["fix"]
+        parts = parts_of(lambda file=file: drive("load", session="s", cache="d", file=str(file)))
+        assert parts["code"] == 2 and "there is no saved cache" in parts["failed"] and parts["fix"]
+
+
+def test_a_prompt_beyond_the_bundle(drive: Drive, bundles: Path) -> None:
+    """The remedy is one: no cache, nor any bundle of the model, holds what is too long for it."""
+    drive.open(bundles / "gqa")
+    drive.new(capacity=64)
+    assert parts_of(lambda: drive.prefill(tokens(CAPACITY)))["fix"] == f"make the cache with a capacity of {CAPACITY} or more"
+    parts = parts_of(lambda: drive.prefill(tokens(40_000)))
+    assert parts["seen"] == "40000 tokens" and parts["fix"].startswith("shorten the text")
+
+
 def test_caches_that_do_not_fit_or_are_not_there(drive: Drive, bundles: Path, tmp_path: Path) -> None:
     path = saved(drive, bundles / "gqa", tmp_path / "cache")
-    parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path), capacity=32))
-    assert parts["seen"] == "33 tokens" and parts["fix"] == "make the cache with a capacity of 33 or more"
-    assert drive("load", session="s", cache="d", file=str(path), capacity=33)["length"] == 32
+    parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path), capacity=31))
+    assert parts["seen"] == "32 tokens" and parts["fix"] == "make the cache with a capacity of 32 or more"
+    assert drive("load", session="s", cache="d", file=str(path), capacity=32)["length"] == 32  # beside one that is pending
     content = path.read_bytes()
     for kept in (0, 7, 8, 100, len(content) - 1):
         path.write_bytes(content[:kept])
