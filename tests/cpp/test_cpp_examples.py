@@ -100,7 +100,7 @@ def test_mistakes_of_a_restart(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "damaged").write_bytes(b"x" * 100)
     for prompt, cache, reason in (
         ("none", "c", "cannot read"), (".", "c", ""), ("long.txt", "c", "capacity"), ("long.txt", "damaged", "damaged"),
-        ("long.txt", ".", "cannot be read"),
+        ("long.txt", ".", "there is no saved cache"),
     ):  # fmt: skip
         ran = cpp("restart", bundle, tmp_path / prompt, tmp_path / cache, "?")
         assert ran.returncode == 2 and reason in ran.stderr and not ran.stdout, ran
