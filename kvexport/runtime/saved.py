@@ -53,13 +53,13 @@ def write(path: Path, digest: str, kv: KvCache, state: State) -> None:
     """
     if not path.parent.is_dir():
         raise UsageError("the folder for the cache does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}")
-    path = path.resolve()  # where a link points to
     if path.is_dir():
         raise UsageError("the file for the cache is a folder", seen=path, fix="name a file in it")
     if path.exists() and not path.is_file():
         raise UsageError("the file for the cache is a device or a pipe, which would be replaced", seen=path, fix="name a file")
     header = _header(digest, kv, state)
-    temporary = path.parent / f".{path.name}.{os.getpid()}.{threading.get_ident()}.partial"
+    target = path.resolve()  # where a link points to
+    temporary = target.parent / f".{target.name}.{os.getpid()}.{threading.get_ident()}.partial"
     try:
         with temporary.open("xb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
@@ -72,7 +72,7 @@ def write(path: Path, digest: str, kv: KvCache, state: State) -> None:
             file.write(hashed.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(path)
+        temporary.replace(target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
