@@ -191,7 +191,7 @@ def _install(name: str, extra: str, machine: Machine) -> str:
     if machine.jetson is not None and name == "tensorrt":
         return _JETPACK_TENSORRT
     if machine.jetson is not None and name == "onnxruntime-gpu":
-        return "install a wheel made for Jetson (pypi.jetson-ai-lab.io): the one of PyPI has no kernels for it"
+        return "install a wheel made for Jetson (Jetson AI Lab's package index has them): the one of PyPI has no kernels for it"
     return f"pip install 'kvexport[{extra}]'" if extra else "pip install --force-reinstall kvexport"
 
 
