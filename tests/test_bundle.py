@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, write_bundle
+from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, put, write_bundle
 
 from kvexport.bundle import Bundle, new_bundle
 from kvexport.bundle_manifest import FORMAT
@@ -304,38 +304,28 @@ def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
         Bundle.open(bundle)
 
 
-def _set(*path: str | int, to: object) -> Callable[[Raw], None]:
-    def change(raw: Raw) -> None:
-        at: Any = raw
-        for key in path[:-1]:
-            at = at[key]
-        at[path[-1]] = to
-
-    return change
-
-
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (_set("dtype", to="int4"), "dtype"),
-        (_set("dtype", to="float16"), r"graph\.dtype"),
-        (_set("capacity", to=65), r"graph\.capacity"),
-        (_set("capacity", to=0), "capacity"),
-        (_set("capacity", to=True), "capacity"),
-        (_set("capacity", to=64.0), "capacity"),
-        (_set("model", "vocab_size", to=68), r"graph\.vocab_size"),
-        (_set("model", "num_hidden_layers", to=3), "number of layers"),
-        (_set("model", "eos_token_ids", to=[2, "x"]), "eos_token_ids"),
-        (_set("layers", 1, "num_key_value_heads", to=4), r"graph\.inputs"),
-        (_set("layers", 1, "key_head_dim", to=-12), "key_head_dim"),
-        (_set("layers", 0, "measured_error", to=float("nan")), "measured_error"),
-        (_set("graph", "inputs", 0, "name", to="tokens"), r"graph\.inputs"),
-        (_set("graph", "outputs", to=[]), r"graph\.outputs"),
-        (_set("graph", "inputs", to=[3]), "graph"),
-        (_set("graph", "more", to=1), "graph"),
-        (_set("graph", "variant", to="ort"), r"graph\.variant"),
-        (_set("source", "name", to="\x1b[31mred"), r"source\.name"),
-        (_set("files", "decoder.onnx", to=None), "decoder.onnx"),
+        (put("dtype", to="int4"), "dtype"),
+        (put("dtype", to="float16"), r"graph\.dtype"),
+        (put("capacity", to=65), r"graph\.capacity"),
+        (put("capacity", to=0), "capacity"),
+        (put("capacity", to=True), "capacity"),
+        (put("capacity", to=64.0), "capacity"),
+        (put("model", "vocab_size", to=68), r"graph\.vocab_size"),
+        (put("model", "num_hidden_layers", to=3), "number of layers"),
+        (put("model", "eos_token_ids", to=[2, "x"]), "eos_token_ids"),
+        (put("layers", 1, "num_key_value_heads", to=4), r"graph\.inputs"),
+        (put("layers", 1, "key_head_dim", to=-12), "key_head_dim"),
+        (put("layers", 0, "measured_error", to=float("nan")), "measured_error"),
+        (put("graph", "inputs", 0, "name", to="tokens"), r"graph\.inputs"),
+        (put("graph", "outputs", to=[]), r"graph\.outputs"),
+        (put("graph", "inputs", to=[3]), "graph"),
+        (put("graph", "more", to=1), "graph"),
+        (put("graph", "variant", to="ort"), r"graph\.variant"),
+        (put("source", "name", to="\x1b[31mred"), r"source\.name"),
+        (put("files", "decoder.onnx", to=None), "decoder.onnx"),
         (lambda raw: raw["files"].pop("decoder.onnx.data"), r"does not list decoder\.onnx\.data"),
     ],
 )

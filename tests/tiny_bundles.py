@@ -124,6 +124,18 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> N
     (bundle / "manifest.json").write_text(before + hashlib.sha256(text.encode()).hexdigest() + after)
 
 
+def put(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
+    """A change of parsed JSON: what is at this path becomes `to`."""
+
+    def change(raw: dict[str, Any]) -> None:
+        at: Any = raw
+        for key in path[:-1]:
+            at = at[key]
+        at[path[-1]] = to
+
+    return change
+
+
 def decoder_with_fewer_heads(checkpoint: Path, seed: int = 0) -> Decoder:
     """A decoder of four MHA heads whose second layer caches two keys of width 12 and two values of width 16."""
     decoder = load_decoder(checkpoint)

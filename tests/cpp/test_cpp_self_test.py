@@ -15,7 +15,7 @@ import torch
 from builds import build, environment
 from decoders import STYLES, make_decoder
 from proved_bundles import broken
-from tiny_bundles import write_bundle
+from tiny_bundles import put, write_bundle
 
 from kvexport.errors import KvexportError
 from kvexport.eviction import POLICIES, Eviction
@@ -162,24 +162,14 @@ def test_exit_codes_and_words(bundles: Path, tmp_path: Path) -> None:
         assert elsewhere.returncode == 3 and elsewhere.stderr and not elsewhere.stdout
 
 
-def _set(*path: str | int, to: object) -> Callable[[Raw], None]:
-    def change(raw: Raw) -> None:
-        at: Any = raw
-        for key in path[:-1]:
-            at = at[key]
-        at[path[-1]] = to
-
-    return change
-
-
 WRONG = (
-    _set("format", to=2), _set("prompt", to=[]), _set("prompt", 0, to=40), _set("prompt", 0, to=-1), _set("prompt", 0, to=1.0),
-    _set("continuation", to=[1] * 200), _set("continuation", to=None), _set("first_row", to=16), _set("first_row", to=-1),
-    _set("first_row", to=True), _set("logit_indices", to=[]), _set("logit_indices", 0, to=40), _set("slots", to=8),
-    _set("rows", to=[]), _set("rows", 3, to=None), _set("rows", 3, "rms", to=float("nan")), _set("rows", 3, "rms", to="1"),
-    _set("rows", 3, "values", to=[1.0]), _set("rows", 3, "key_norms", to=[1.0]), _set("rows", 3, "likeliest", to=40),
-    _set("rows", 3, "value_norms", 0, to=float("inf")), _set("rows", 3, "margin", to=True), _set("first_row", to=2**80),
-    _set("tolerances", "cpu", to={}), _set("tolerances", "cuda", "float16", "norms", to=None), _set("tolerances", to=[]),
+    put("format", to=2), put("prompt", to=[]), put("prompt", 0, to=40), put("prompt", 0, to=-1), put("prompt", 0, to=1.0),
+    put("continuation", to=[1] * 200), put("continuation", to=None), put("first_row", to=16), put("first_row", to=-1),
+    put("first_row", to=True), put("logit_indices", to=[]), put("logit_indices", 0, to=40), put("slots", to=8),
+    put("rows", to=[]), put("rows", 3, to=None), put("rows", 3, "rms", to=float("nan")), put("rows", 3, "rms", to="1"),
+    put("rows", 3, "values", to=[1.0]), put("rows", 3, "key_norms", to=[1.0]), put("rows", 3, "likeliest", to=40),
+    put("rows", 3, "value_norms", 0, to=float("inf")), put("rows", 3, "margin", to=True), put("first_row", to=2**80),
+    put("tolerances", "cpu", to={}), put("tolerances", "cuda", "float16", "norms", to=None), put("tolerances", to=[]),
     lambda raw: raw.pop("weights_sha256"), lambda raw: raw.pop("slots"), lambda raw: raw.clear(),
 )  # fmt: skip
 
@@ -200,4 +190,4 @@ def test_vectors_that_cannot_be_are_refused(bundles: Path, tmp_path: Path) -> No
     for number, change in enumerate(WRONG):
         refused(str(number), bundles / "sound", change)
     for slots in (None, 10, 41, 17, 1.0):
-        refused(f"slots {slots}", bundles / "evicting", _set("slots", to=slots))
+        refused(f"slots {slots}", bundles / "evicting", put("slots", to=slots))
