@@ -11,6 +11,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import json
+import sys
 from collections.abc import Callable
 from importlib.machinery import ModuleSpec
 from pathlib import Path
@@ -393,3 +394,11 @@ def onnxruntime_on(device: SimulatedDevice, monkeypatch: Any) -> None:
     monkeypatch.setattr(
         "kvexport.runtime.loading._PROVIDERS", {"cpu": ["CPUExecutionProvider"], "cuda": ["CPUExecutionProvider"]}
     )
+
+
+def only_gpu(monkeypatch: Any) -> SimulatedDevice:
+    """The machine's only GPU, for the TensorRT that is installed and for ONNX Runtime's CUDA."""
+    device = SimulatedDevice()
+    onnxruntime_on(device, monkeypatch)
+    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(device))
+    return device

@@ -14,7 +14,7 @@ import pytest
 import torch
 from decoders import make_decoder
 from proved_bundles import export
-from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from simulated_device import SimulatedDevice, add_engine, only_gpu
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.checkpoint import Checkpoint
@@ -64,10 +64,7 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    simulated = SimulatedDevice()
-    onnxruntime_on(simulated, monkeypatch)
-    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
-    return simulated
+    return only_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])

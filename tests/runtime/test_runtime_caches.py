@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from simulated_device import SimulatedDevice, add_engine, only_gpu
 from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, random_decoder, tokens
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
@@ -31,11 +30,8 @@ ENGINES = ("std24", "decomposed17")
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    simulated = SimulatedDevice()
-    onnxruntime_on(simulated, monkeypatch)
-    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
     monkeypatch.setattr("kvexport.runtime.providers._DEVICE_STEP", 16)
-    return simulated
+    return only_gpu(monkeypatch)
 
 
 @pytest.fixture(scope="module")

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from simulated_device import SimulatedDevice, add_engine, only_gpu
 from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, differences, random_decoder, tokens
 from tiny_bundles import write_bundle
 
@@ -30,11 +29,8 @@ SKIPPING = dataclasses.replace(BUDGET, skip_layers=(0,))
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
     """The machine's only GPU, and the TensorRT that is installed; ONNX Runtime's CUDA on the same."""
-    simulated = SimulatedDevice()
-    onnxruntime_on(simulated, monkeypatch)
-    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
     monkeypatch.setattr("kvexport.runtime.providers._DEVICE_STEP", 16)
-    return simulated
+    return only_gpu(monkeypatch)
 
 
 def with_engine(

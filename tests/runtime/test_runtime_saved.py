@@ -8,7 +8,6 @@ import json
 import os
 import shutil
 import struct
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from simulated_device import SimulatedDevice, add_engine, only_gpu
 from test_runtime_evicting import BUDGET, CAPACITY, random_decoder, tokens
 from tiny_bundles import write_bundle
 
@@ -38,10 +37,7 @@ VOCAB = 40
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    simulated = SimulatedDevice()
-    onnxruntime_on(simulated, monkeypatch)
-    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
-    return simulated
+    return only_gpu(monkeypatch)
 
 
 @pytest.fixture(scope="module")

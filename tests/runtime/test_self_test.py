@@ -16,8 +16,9 @@ import pytest
 import torch
 from decoders import STYLES, make_decoder, with_attention
 from proved_bundles import broken
-from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
-from tiny_bundles import decoder_with_fewer_heads, edit_manifest, put, write_bundle
+from simulated_device import SimulatedDevice, add_engine, only_gpu
+from tiny_bundles import decoder_with_fewer_heads, edit_manifest, write_bundle
+from wrong_vectors import WRONG
 
 from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.decoder import Decoder as Model
@@ -156,10 +157,7 @@ def test_a_graph_of_another_bundle_is_not_ok_on_the_cpu(sound: Path, tmp_path: P
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    simulated = SimulatedDevice()
-    onnxruntime_on(simulated, monkeypatch)
-    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
-    return simulated
+    return only_gpu(monkeypatch)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
@@ -378,20 +376,7 @@ def test_a_bundle_without_vectors_is_told(tmp_path: Path) -> None:
         self_test(write_bundle(tmp_path / "b", model(layers=1)))
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        put("format", to=2), put("prompt", to=[]), put("prompt", 0, to=40), put("prompt", 0, to=-1),
-        put("prompt", 0, to=1.0),
-        put("continuation", to=[1] * 200), put("continuation", to=None), put("first_row", to=16), put("first_row", to=-1),
-        put("first_row", to=True), put("logit_indices", to=[]), put("logit_indices", 0, to=40), put("slots", to=8),
-        put("rows", to=[]), put("rows", 3, to=None), put("rows", 3, "rms", to=float("nan")), put("rows", 3, "rms", to="1"),
-        put("rows", 3, "values", to=[1.0]), put("rows", 3, "key_norms", to=[1.0]), put("rows", 3, "likeliest", to=40),
-        put("rows", 3, "value_norms", 0, to=float("inf")), put("rows", 3, "margin", to=True),
-        put("tolerances", "cpu", to={}), put("tolerances", "cuda", "float16", "norms", to=None), put("tolerances", to=[]),
-        lambda raw: raw.pop("weights_sha256"), lambda raw: raw.pop("slots"), lambda raw: raw.clear(),
-    ],
-)  # fmt: skip
+@pytest.mark.parametrize("change", WRONG)
 def test_vectors_that_cannot_be_are_refused(change: Callable[[Raw], object], sound: Path, tmp_path: Path) -> None:
     def damage(bundle: Path) -> None:
         raw = json.loads((bundle / FILE).read_text())

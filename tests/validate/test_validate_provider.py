@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ import pytest
 import torch
 from decoders import make_decoder
 from proved_bundles import broken, edit_graph, export, node_of
-from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from simulated_device import SimulatedDevice, add_engine, only_gpu
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.bundle import GRAPH_FILE
@@ -32,10 +31,7 @@ ALL = ("key", "value", "attention", "residual", "logits")
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    simulated = SimulatedDevice()
-    onnxruntime_on(simulated, monkeypatch)
-    monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
-    return simulated
+    return only_gpu(monkeypatch)
 
 
 @pytest.fixture(scope="module")
