@@ -23,7 +23,6 @@ from kvexport.directory import atomic_directory, require_output
 from kvexport.errors import GateFailed
 from kvexport.eviction import Eviction
 from kvexport.graph import GRAPH_FILE, DecoderWriter, Kept, write_lowered
-from kvexport.hashing import sha256_of
 from kvexport.job import BuildReport, Job, Plan, capacity_of
 from kvexport.overflow import kept_float32
 from kvexport.progress import Progress
@@ -90,7 +89,7 @@ def build(
             report.kept_float32 = kept.names
             progress.note(f"float16 cannot hold all numbers of this model: kept in float32: {', '.join(kept.names)}")
         contract = graph.finish(decoder.final_norm, decoder.head, kept)
-        greedy.save(writer.directory, sha256_of(writer.directory / DATA_FILE))
+        greedy.save(writer.directory, writer.sha256(DATA_FILE))
         write_lowered(writer.directory / GRAPH_FILE, plan.dtype)
         job.checkpoint.copy_tokenizer(writer.directory)
         write_text_files(

@@ -84,6 +84,13 @@ class BundleWriter:
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.sealed = False
+        self._hashed: dict[str, str] = {}
+
+    def sha256(self, name: str) -> str:
+        """Of a file that is whole: it is hashed once, and must not be written to any more."""
+        if name not in self._hashed:
+            self._hashed[name] = sha256_of(self.directory / name)
+        return self._hashed[name]
 
     def seal(self, manifest: Mapping[str, Any]) -> None:
         """Hash every file and write the manifest: the bundle's last file.
@@ -94,7 +101,7 @@ class BundleWriter:
         Raises:
             BundleError: a key is missing, wrong, or contradicts another.
         """
-        files = {file.name: FileEntry(sha256_of(file), file.stat().st_size) for file in self.directory.iterdir()}
+        files = {file.name: FileEntry(self.sha256(file.name), file.stat().st_size) for file in self.directory.iterdir()}
         write_manifest(self.directory, manifest, files)
         self.sealed = True
 
