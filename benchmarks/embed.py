@@ -23,7 +23,7 @@ from typing import Any
 import kvexport
 
 RECORD = Path(__file__).parent / "results" / "embed.json"
-IMPORTS = "import kvexport, kvexport.runtime.session, kvexport.runtime.decoder, onnxruntime, tokenizers"
+IMPORTS = "import kvexport, kvexport.runtime.session, kvexport.runtime.backends.ort, onnxruntime, tokenizers"
 
 
 def main() -> None:

@@ -33,9 +33,9 @@ from records import RESULTS, code_digest, fill, named, record_file, resumed, sav
 
 import kvexport
 from kvexport.calibrate import recipe_for
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
-from kvexport.eviction import POLICIES, Eviction
+from kvexport.eviction.config import POLICIES, Eviction
+from kvexport.model.decoder import Decoder
 
 DEPTHS = (0.0, 0.25, 0.5, 0.75, 1.0)
 TRAINED = Fraction(1)

@@ -16,12 +16,12 @@ from quality_measure import Text
 from tasks import share
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Decoder
-from kvexport.divergence import DivergenceMeter
-from kvexport.evicting import EvictingCache
-from kvexport.eviction import Eviction
-from kvexport.reference import Cache, LayerCache
+from kvexport.eviction.config import Eviction
+from kvexport.eviction.reference_cache import EvictingCache
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder
+from kvexport.model.divergence import DivergenceMeter
+from kvexport.model.reference import Cache, LayerCache
 
 _TOGETHER = 8  # windows of text
 

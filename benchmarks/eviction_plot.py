@@ -14,7 +14,7 @@ from eviction_tasks import TASKS
 from quality_plot import _COLOURS, _TOP, _log_axis, _mark, _svg
 
 from kvexport.analyze.charts import Axis
-from kvexport.eviction import POLICIES
+from kvexport.eviction.config import POLICIES
 
 _LEAST = 1e-4  # nats; less is drawn there
 _WIDE, _HIGH, _SIDE, _BELOW = 300, 200, 62, 78  # pixels

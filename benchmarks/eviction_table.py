@@ -13,7 +13,7 @@ from typing import Any
 from eviction_tasks import TASKS
 from quality_table import _grid as grid
 
-from kvexport.eviction import POLICIES
+from kvexport.eviction.config import POLICIES
 
 Record = dict[str, Any]
 Figures = dict[str, Any]

@@ -14,10 +14,10 @@ from quality_measure import Bench
 from quality_rows import chosen
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import windows as attention_windows
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder
 
 OFFSETS = (0, 256, 512, 1024, 2048)  # of the first token, and the last window of the context
 WINDOWS = 32  # of each text

@@ -19,17 +19,17 @@ from records import code_digest
 from torch import Tensor
 
 import kvexport
-from kvexport import reference
+from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import Moments, Recipe, calibration_windows
 from kvexport.calibrate.text import all_windows, read_text, tokenize
-from kvexport.checkpoint import Checkpoint
 from kvexport.convert import Way, convert
-from kvexport.decoder import Attention, Decoder, tensors_of
-from kvexport.divergence import DivergenceMeter
-from kvexport.layer_report import LayerReport
-from kvexport.loading import load_decoder
+from kvexport.model import reference
+from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.decoder import Attention, Decoder, tensors_of
+from kvexport.model.divergence import DivergenceMeter
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
-from kvexport.validate.cost import original_stream, spread
+from kvexport.validate.evaluate import original_stream, spread
 
 Run = Callable[[Tensor], Tensor]  # token ids [N, S] to the residual stream [N, S, hidden] after the last layer
 

@@ -21,10 +21,10 @@ from pathlib import Path
 from typing import Any
 
 import kvexport
-from kvexport.build import Plan, build
+from kvexport.build.pipeline import Plan, build
 from kvexport.calibrate import recipe_for
+from kvexport.files.resources import resource
 from kvexport.progress import Progress
-from kvexport.resources import resource
 
 RECORD = Path(__file__).parent / "results" / "runtime_costs.json"
 DEPTH, STEPS = 300, 200

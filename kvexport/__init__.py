@@ -18,7 +18,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from kvexport.runtime import Cache, Generation, Session
     from kvexport.runtime import open_bundle as open
-    from kvexport.runtime.self_test import self_test
+    from kvexport.runtime.self_test.verdict import self_test
 
 __all__ = ["Cache", "Generation", "Session", "__version__", "open", "self_test"]
 
@@ -29,7 +29,7 @@ def __getattr__(name: str) -> Any:
 
         return open_bundle
     if name == "self_test":
-        from kvexport.runtime.self_test import self_test
+        from kvexport.runtime.self_test.verdict import self_test
 
         return self_test
     if name in ("Cache", "Generation", "Session"):

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kvexport.calibrate import Moments
 from kvexport.convert import Conversion, Shape, Way, convert, methods_for
-from kvexport.decoder import Decoder
+from kvexport.model.decoder import Decoder
 
 
 def plain(

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvexport.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
-from kvexport.loading import alibi_slopes
+from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
+from kvexport.model.rope import alibi_slopes
 
 STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
 

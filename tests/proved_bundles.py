@@ -16,12 +16,12 @@ from decoders import random_windows
 from numpy.typing import NDArray
 from tiny_bundles import edit_manifest, manifest_of
 
-from kvexport.bundle import MANIFEST_FILE, BundleWriter
+from kvexport.bundle.bundle import MANIFEST_FILE, BundleWriter
 from kvexport.convert import unconverted
-from kvexport.decoder import Decoder
-from kvexport.eviction import Eviction
+from kvexport.eviction.config import Eviction
+from kvexport.files.hashing import sha256_of
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract
-from kvexport.hashing import sha256_of
+from kvexport.model.decoder import Decoder
 from kvexport.validate import TwinRecorder
 
 
@@ -35,7 +35,7 @@ def export(
     capacity: int = 128,
     eviction: Eviction | None = None,
 ) -> GraphContract:
-    """A converted decoder as a bundle at `path`, in the order of `kvexport.build`; its graph's contract."""
+    """A converted decoder as a bundle at `path`, in the order of `kvexport.build.pipeline`; its graph's contract."""
     path.mkdir()
     windows = random_windows(decoder, 6, 48)
     twin = TwinRecorder(decoder, windows, capacity, eviction)

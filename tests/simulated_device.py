@@ -24,10 +24,10 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from kvexport.bundle import Bundle
-from kvexport.engine.record import BuildRecord, PlanFile, Profile, engine_directory, manifest_digest, write_record
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.engine_record import BuildRecord, PlanFile, Profile, engine_directory, manifest_digest, write_record
+from kvexport.bundle.graph_io import BUDGET, CAPACITY, GRAPH_FILE
 from kvexport.graph import lower
-from kvexport.graph.contract import BUDGET, CAPACITY, GRAPH_FILE
 
 CHUNK = 16
 _GARBAGE = 0xFF  # a NaN in every float
@@ -35,7 +35,7 @@ _DTYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)":
 
 
 class SimulatedDevice:
-    """`kvexport.runtime.arrays.Device`, with a record of what was asked of it.
+    """`kvexport.runtime.cache.device_arrays.Device`, with a record of what was asked of it.
 
     Attributes:
         done: names of the operations, in the order in which they were done.
@@ -389,10 +389,10 @@ def add_engine(
 
 def onnxruntime_on(device: SimulatedDevice, monkeypatch: Any) -> None:
     """Let ONNX Runtime's CPU pass for its CUDA, on `device`, whose memory it can reach."""
-    monkeypatch.setattr("kvexport.runtime.cuda.Cuda", lambda: device)
-    monkeypatch.setattr("kvexport.runtime.loading.CUDA", "CPUExecutionProvider")
+    monkeypatch.setattr("kvexport.runtime.backends.cuda.Cuda", lambda: device)
+    monkeypatch.setattr("kvexport.runtime.backends.ort_session.CUDA", "CPUExecutionProvider")
     monkeypatch.setattr(
-        "kvexport.runtime.loading._PROVIDERS", {"cpu": ["CPUExecutionProvider"], "cuda": ["CPUExecutionProvider"]}
+        "kvexport.runtime.backends.ort_session._PROVIDERS", {"cpu": ["CPUExecutionProvider"], "cuda": ["CPUExecutionProvider"]}
     )
 
 

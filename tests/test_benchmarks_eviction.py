@@ -16,9 +16,9 @@ import pytest
 import torch
 from tiny_bundles import byte_level_tokenizer
 
-from kvexport import reference
-from kvexport.eviction import POLICIES, Eviction
-from kvexport.loading import load_decoder
+from kvexport.eviction.config import POLICIES, Eviction
+from kvexport.model import reference
+from kvexport.model.loader import load_decoder
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]

@@ -13,9 +13,9 @@ import torch
 from decoders import make_decoder, random_windows
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Decoder, Layer, Linear
 from kvexport.errors import UsageError
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer, Linear
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 neighbours = importlib.import_module("neighbours")

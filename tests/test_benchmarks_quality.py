@@ -19,8 +19,8 @@ import torch
 from decoders import with_attention
 from tiny_bundles import byte_level_tokenizer
 
-from kvexport import reference
-from kvexport.decoder import Attention
+from kvexport.model import reference
+from kvexport.model.decoder import Attention
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 quality, rows_module, measure, long, table, records = (

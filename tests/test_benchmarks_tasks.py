@@ -15,8 +15,8 @@ import torch
 from decoders import make_decoder
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.errors import UsageError
+from kvexport.model import reference
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 tasks = importlib.import_module("tasks")

@@ -11,11 +11,11 @@ import pytest
 from click.testing import CliRunner, Result
 
 import kvexport
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
 from kvexport.cli import verbs
 from kvexport.errors import GateFailed, KvexportError
 from kvexport.progress import Progress
-from kvexport.runtime.self_test import self_test
+from kvexport.runtime.self_test.verdict import self_test
 from kvexport.validate import validate
 
 FAST = ["--calibration", "random", "--samples", "8", "--length", "24"]
@@ -63,8 +63,8 @@ def test_every_method_makes_a_bundle_whose_cache_is_that_much_smaller(tiny_check
 def test_keeping_all_heads_exports_the_model_as_it_was_trained(tiny_checkpoint: Any, tmp_path: Path) -> None:
     import torch
 
-    from kvexport import reference
-    from kvexport.loading import load_decoder
+    from kvexport.model import reference
+    from kvexport.model.loader import load_decoder
 
     source = tiny_checkpoint("llama")
     report = build(source, tmp_path / "b", "--kv-ratio", "1")
@@ -208,7 +208,7 @@ def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(tiny_checkpoint
 def test_folding_normalised_keys_is_refused_before_any_text_is_sampled(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvexport.job.calibration_windows", lambda *_: pytest.fail("text was sampled"))
+    monkeypatch.setattr("kvexport.build.conversion_job.calibration_windows", lambda *_: pytest.fail("text was sampled"))
     with pytest.raises(KvexportError, match="QK-norm"):
         build(tiny_checkpoint("qwen3"), tmp_path / "b", "--method", "fold")
     assert list(tmp_path.iterdir()) == []
@@ -221,7 +221,7 @@ def test_less_than_any_choice_caches_is_refused_before_any_text_is_sampled(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, str], least: str
 ) -> None:
     source = tiny_checkpoint("llama", num_key_value_heads=4)
-    for module in ("kvexport.job", "kvexport.analyze.analysis"):
+    for module in ("kvexport.build.conversion_job", "kvexport.analyze.analysis"):
         monkeypatch.setattr(f"{module}.calibration_windows", lambda *_: pytest.fail("text was sampled"))
     for verb, output in (("build", "b"), ("analyze", "a.html")):
         result = cli(verb, source, "-o", tmp_path / output, *options)

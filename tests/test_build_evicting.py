@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
 from kvexport.cli import main
-from kvexport.eviction import DEFAULT_FIRST, DEFAULT_POLICY, Eviction, EvictionWish
+from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, Eviction, EvictionWish
 
 Checkpoints = Callable[..., Path]
 Run = Callable[..., tuple[object, str, str]]

@@ -11,18 +11,18 @@ import numpy as np
 import pytest
 import torch
 
-from kvexport import reference
-from kvexport.build import BuildReport, Plan, build, compress
+from kvexport.build.pipeline import BuildReport, Plan, build, compress
 from kvexport.calibrate import recipe_for
 from kvexport.convert import Wish, split
-from kvexport.decoder import Decoder, Layer
 from kvexport.errors import UsageError
 from kvexport.graph import DecoderWriter
-from kvexport.loading import load_decoder
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.runtime import open_bundle
-from kvexport.runtime.self_test import self_test
-from kvexport.validate.cost import divergence_of
+from kvexport.runtime.self_test.verdict import self_test
+from kvexport.validate.evaluate import divergence_of
 
 STEPS = 20  # 16 of them in each of two layers, then 4 end to end, each evaluated and saved
 WINDOWS = 160

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, put, write_bundle
 
-from kvexport.bundle import Bundle, new_bundle
-from kvexport.bundle_manifest import FORMAT
-from kvexport.decoder import Decoder
+from kvexport.bundle.bundle import Bundle, new_bundle
+from kvexport.bundle.manifest import FORMAT
 from kvexport.errors import BundleError, UsageError
 from kvexport.graph import GraphContract
+from kvexport.model.decoder import Decoder
 
 Raw = dict[str, Any]
 
@@ -89,7 +89,7 @@ def test_full_disk_while_files_are_hashed_or_synced_leaves_nothing(
     def full(*anything: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    for where in ("kvexport.bundle.sha256_of", "kvexport.directory.os.fsync"):
+    for where in ("kvexport.bundle.bundle.sha256_of", "kvexport.files.atomic_directory.os.fsync"):
         with monkeypatch.context() as patched:
             patched.setattr(where, full)
             with pytest.raises(OSError, match="No space left"):
@@ -100,7 +100,7 @@ def test_full_disk_while_files_are_hashed_or_synced_leaves_nothing(
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from kvexport.bundle import new_bundle
+from kvexport.bundle.bundle import new_bundle
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 with new_bundle(Path(sys.argv[1])) as writer:
     (writer.directory / "decoder.onnx").write_bytes(bytes(1 << 20))
@@ -357,7 +357,7 @@ def test_directories_that_are_no_bundle_are_told_what_to_do(tiny_checkpoint: Cal
 
 _LEAN = """
 import sys
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
 Bundle.open(sys.argv[1]).verify()
 print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "onnx_ir", "onnxruntime", "transformers"}))
 """

@@ -8,8 +8,8 @@ from pathlib import Path
 import chat_templates
 import pytest
 
-from kvexport.chat import Reduced, reduced_chat
-from kvexport.runtime.chat import Chat
+from kvexport.build.chat_template import Reduced, reduced_chat
+from kvexport.bundle.chat_format import Chat
 
 BY_LENGTH = chat_templates.ZEPHYR.replace("eos_token", "(eos_token if message.content|length < 22 else '')")
 ENDLESS = "{% for a in range(99999) %}{% for m in messages %}{{ m.content }}{% endfor %}{% endfor %}"
@@ -134,7 +134,7 @@ def test_what_cannot_be_reduced_is_a_note(tmp_path: Path, template: object, why:
 
 
 def test_a_template_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvexport.chat_rendering._SECONDS", 2)
+    monkeypatch.setattr("kvexport.build.jinja_sandbox._SECONDS", 2)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     assert "2 seconds" in reduced(tmp_path, loops).notes[0]
 

@@ -18,11 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from kvexport import reference
-from kvexport.checkpoint import Checkpoint, sha256_of
-from kvexport.decoder import Decoder
 from kvexport.errors import CheckpointError, UsageError
-from kvexport.loading import load_decoder
+from kvexport.model import reference
+from kvexport.model.checkpoint import Checkpoint, sha256_of
+from kvexport.model.decoder import Decoder
+from kvexport.model.loader import load_decoder
 
 Make = Callable[..., Path]
 Q = "model.layers.1.self_attn.q_proj.weight"
@@ -509,8 +509,8 @@ _READ_ALL = """
 import contextlib, sys
 import psutil
 import torch, safetensors.torch
-from kvexport.checkpoint import Checkpoint
-from kvexport.loading import load_decoder
+from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.loader import load_decoder
 
 def peak():
     return next(int(line.split()[1]) * 1024 for line in open("/proc/self/status") if line.startswith("VmHWM"))

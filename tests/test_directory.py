@@ -13,9 +13,9 @@ from typing import Any
 
 import pytest
 
-import kvexport.directory
-from kvexport.directory import atomic_directory, require_output
+import kvexport.files.atomic_directory
 from kvexport.errors import UsageError
+from kvexport.files.atomic_directory import atomic_directory, require_output
 
 MARKER = "manifest.json"
 
@@ -124,12 +124,12 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_and_the_next_write_l
 
 
 def _interrupted(stop: int, work: Callable[[], None]) -> bool:
-    """Raise KeyboardInterrupt at the `stop`-th line of kvexport.directory that `work` comes to; whether it came to it."""
+    """Raise KeyboardInterrupt at the `stop`-th line of kvexport.files.atomic_directory that `work` comes to; whether it came to it."""
     count = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:
         nonlocal count
-        if frame.f_code.co_filename != kvexport.directory.__file__:
+        if frame.f_code.co_filename != kvexport.files.atomic_directory.__file__:
             return None
         if event == "line":
             count += 1
@@ -204,7 +204,7 @@ def test_a_missing_parent_is_refused_with_the_remedy(parent: str, tmp_path: Path
 _WRITE = """
 import sys, time
 from pathlib import Path
-from kvexport.directory import atomic_directory
+from kvexport.files.atomic_directory import atomic_directory
 with atomic_directory(Path(sys.argv[1]), marker="manifest.json") as directory:
     (directory / "weights").write_text("half of them")
     print("writing", flush=True)
@@ -246,7 +246,7 @@ def test_patterns_in_a_name_are_taken_literally(tmp_path: Path) -> None:
 _FULL = """
 import resource, sys
 from pathlib import Path
-from kvexport.directory import atomic_directory
+from kvexport.files.atomic_directory import atomic_directory
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 with atomic_directory(Path(sys.argv[1]), marker="manifest.json") as directory:
     (directory / "weights").write_bytes(bytes(1 << 17))

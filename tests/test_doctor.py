@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvexport.devices.targets import load_target
 from kvexport.doctor import Diagnosis, examine
-from kvexport.targets import load_target
 
 EVERYTHING = {
     "numpy": "2.1.0", "tokenizers": "0.21.0", "torch": "2.8.0+cpu", "safetensors": "0.5.0", "transformers": "5.0.0",

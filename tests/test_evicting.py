@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
-from kvexport.evicting import EvictingCache
-from kvexport.eviction import POLICIES, STORED, Eviction, random_offsets, random_scores
-from kvexport.loading import load_decoder
+from kvexport.eviction.config import POLICIES, STORED, Eviction, random_offsets, random_scores
+from kvexport.eviction.reference_cache import EvictingCache
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder
+from kvexport.model.loader import load_decoder
 
 CAPACITY, WIDTH = 64, 3
 

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from kvexport import families as module
 from kvexport.errors import CheckpointError, UsageError
-from kvexport.families import Family, families, family_of, parse_family
-from kvexport.resources import resource
+from kvexport.files.resources import resource
+from kvexport.model import families as module
+from kvexport.model.families import Family, families, family_of, parse_family
 
 SHIPPED = {path.name: path.read_text(encoding="utf-8") for path in sorted(resource("graphs", "families").glob("*.toml"))}
 LLAMA = SHIPPED["llama.toml"]

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from kvexport import reference
-from kvexport.loading import alibi_slopes, load_decoder
+from kvexport.model import reference
+from kvexport.model.loader import alibi_slopes, load_decoder
 
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
 LLAMA3 = {

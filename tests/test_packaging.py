@@ -19,8 +19,8 @@ DATA = {"graphs": "*/*.toml", "calibration": "*.toml", "models": "demo/*"}
 _LOOK = """
 import json
 import kvexport
-from kvexport.families import families
-from kvexport.resources import resource
+from kvexport.model.families import families
+from kvexport.files.resources import resource
 print(json.dumps([kvexport.__file__, sorted(families()), str(resource("graphs", "families"))]))
 """
 
@@ -61,7 +61,7 @@ def test_wheel_holds_every_module_and_data_file(tree: Path, wheel: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     wanted = in_wheel(tree)
-    assert {"kvexport/graphs/families/llama.toml", "kvexport/calibration/self.toml", "kvexport/loading.py"} <= wanted
+    assert {"kvexport/graphs/families/llama.toml", "kvexport/calibration/self.toml", "kvexport/model/loader.py"} <= wanted
     assert names == wanted
 
 

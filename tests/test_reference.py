@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from kvexport import reference
-from kvexport.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
-from kvexport.loading import load_decoder
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
+from kvexport.model.loader import load_decoder
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),

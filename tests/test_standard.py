@@ -11,13 +11,13 @@ import pytest
 import torch
 from conversions import plain
 
-from kvexport import reference
-from kvexport.build import Plan, compress
+from kvexport.build.conversion_job import capacity_of
+from kvexport.build.pipeline import Plan, compress
 from kvexport.calibrate import recipe_for
 from kvexport.convert import Wish
 from kvexport.errors import UsageError
-from kvexport.job import capacity_of
-from kvexport.loading import load_decoder
+from kvexport.model import reference
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 
 RECIPE = recipe_for("random", samples=8, length=24)
@@ -102,7 +102,7 @@ def test_it_can_be_converted_again_and_blooms_repeated_heads_are_found_without_l
 def test_shards_are_written_when_the_model_is_large(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvexport.standard._SHARD_BYTES", 6000)
+    monkeypatch.setattr("kvexport.model.hf_writer._SHARD_BYTES", 6000)
     source = tiny_checkpoint("llama", **MHA)
     compress(source, tmp_path / "out", plan(kv_heads=2), Progress())
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from kvexport.devices.targets import known_targets, load_target, lowering_for, parse_version, tensorrt_version
 from kvexport.errors import UsageError
-from kvexport.targets import known_targets, load_target, lowering_for, parse_version, tensorrt_version
 
 NAMES = {
     "orin-nano-4gb", "orin-nano-4gb-super", "orin-nano-8gb", "orin-nano-8gb-super", "orin-nx-8gb", "orin-nx-16gb",

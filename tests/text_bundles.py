@@ -15,10 +15,10 @@ from proved_bundles import broken
 from tiny_bundles import byte_level_tokenizer, write_bundle
 from tokenizers import Tokenizer
 
-from kvexport.bundle import TOKENIZER_FILE
-from kvexport.decoder import Decoder
+from kvexport.build.text_files import write_text_files
+from kvexport.bundle.bundle import TOKENIZER_FILE
+from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
-from kvexport.text_files import write_text_files
 
 VOCAB = 320
 

@@ -14,16 +14,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kvexport import __version__, reference
-from kvexport.bundle import new_bundle
-from kvexport.decoder import Attention, Decoder, Layer
-from kvexport.eviction import Eviction
+from kvexport import __version__
+from kvexport.bundle.bundle import new_bundle
+from kvexport.bundle.layer_report import LayerReport
+from kvexport.eviction.config import Eviction
+from kvexport.files.hashing import sha256_of
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract, write_lowered
-from kvexport.hashing import sha256_of
-from kvexport.layer_report import LayerReport
-from kvexport.loading import load_decoder
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
-from kvexport.validate.greedy import GreedyRecorder
+from kvexport.validate.self_test_recorder import GreedyRecorder
 
 MERGED = "Once upon a time there was a café; naïve 日本語 and 🙂🙃 smiled. " * 4
 

@@ -166,7 +166,7 @@ class Model:
 
     def cosine_to_twin(self, part: Part) -> float:
         """The least cosine between these logits and those that the bundle's twin recorded, over its tokens."""
-        from kvexport.validate.twin import FILE, read_twin
+        from kvexport.validate.reference_run import FILE, read_twin
 
         bundle = part.bundle(self.kv_heads)
         twin = read_twin(bundle / FILE, int(self.model.config.num_hidden_layers))

@@ -21,13 +21,21 @@ from pathlib import Path
 from typing import Any
 
 from kvexport import __version__
-from kvexport.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from kvexport.bundle.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from kvexport.bundle.engine_record import (
+    PLAN_FILE,
+    BuildRecord,
+    PlanFile,
+    Profile,
+    engine_directory,
+    manifest_digest,
+    write_record,
+)
 from kvexport.engine.destination import Destination
 from kvexport.engine.fitting import fit
 from kvexport.engine.library import load_library
 from kvexport.engine.options import EngineOptions
 from kvexport.engine.plan import _config, layer_counts, parse
-from kvexport.engine.record import PLAN_FILE, BuildRecord, PlanFile, Profile, engine_directory, manifest_digest, write_record
 from kvexport.graph.lint import Parser
 
 _CHUNK = 128

@@ -150,7 +150,7 @@ def main() -> int:
         parser.error("the record of a rehearsal is no result: choose an --output outside benchmarks/results")
     capability = None
     if not arguments.rehearse:
-        from kvexport.engine.machine import find_gpu
+        from kvexport.devices.gpu import find_gpu
 
         gpu = find_gpu()
         if gpu is None:

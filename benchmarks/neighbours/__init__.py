@@ -14,8 +14,8 @@ from functools import partial
 
 from torch import Tensor
 
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Decoder
 
 from .aligned import aligned_mean
 from .fisher import palu_fisher, recalkv_fisher

@@ -16,7 +16,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kvexport.decoder import Attention, Decoder, Layer, Linear
+from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 
 from .grouping import annealed_groups
 from .result import Neighbour, NeighbourLayer, attention_macs, attention_parameters, convert_layers, require_plain_keys, whole

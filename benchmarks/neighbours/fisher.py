@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kvexport import reference
-from kvexport.decoder import Decoder, Layer
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer
 
 from .grouping import group_size
 from .palu import palu_layer

@@ -15,7 +15,7 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from kvexport.decoder import Attention, Decoder, Layer, Linear
+from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 
 from .result import Neighbour, NeighbourLayer, attention_macs, attention_parameters, convert_layers, halves
 from .stream import LayerMoments, Stream, attend_with

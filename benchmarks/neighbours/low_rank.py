@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kvexport.decoder import Attention, Layer, Linear
+from kvexport.model.decoder import Attention, Layer, Linear
 
 from .result import Macs, NeighbourLayer
 from .stream import attend_with

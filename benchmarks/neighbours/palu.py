@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from kvexport.decoder import Decoder, Layer
+from kvexport.model.decoder import Decoder, Layer
 
 from .grouping import adjacent, group_size
 from .low_rank import grouped, rebuilding_layer

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kvexport.decoder import Attention, Decoder, Layer
+from kvexport.model.decoder import Attention, Decoder, Layer
 
 from .grouping import greedy_groups, group_size
 from .low_rank import grouped, rebuilding_layer, whitened

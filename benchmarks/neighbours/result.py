@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvexport.decoder import Attention, Decoder, Layer, tensors_of
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Attention, Decoder, Layer, tensors_of
 
 from .stream import Attend, LayerMoments, Stream
 

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Attention, Decoder, Layer, Linear, Rope
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer, Linear, Rope
 
 _SCORES = 1 << 21  # attention scores held at once, unless a single window has more
 

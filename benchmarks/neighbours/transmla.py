@@ -22,8 +22,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Attention, Decoder, Layer, Linear, Rope
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer, Linear, Rope
 
 from .low_rank import leading
 from .result import Macs, Neighbour, NeighbourLayer, convert_layers, require_plain_keys, whole

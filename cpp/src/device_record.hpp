@@ -1,4 +1,4 @@
-// What was built for a device: engines/*/build.json of a bundle, as kvexport/engine/record.py writes it. Knows the record's
+// What was built for a device: engines/*/build.json of a bundle, as kvexport/bundle/engine_record.py writes it. Knows the record's
 // keys and where an engine lies; neither loads an engine nor knows which device is here.
 #pragma once
 

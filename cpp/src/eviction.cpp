@@ -9,7 +9,7 @@ namespace kvexport::detail {
 
 namespace {
 
-// As kvexport/eviction.py: columns of a slot's state, and priorities that no score reaches.
+// As kvexport/eviction/config.py: columns of a slot's state, and priorities that no score reaches.
 constexpr std::size_t SCORE = 0, STORED = 1, STATE = 2;
 constexpr float NEVER = 0x1p100F, UNSEEN = 0x1p60F, LATEST = 0x1p24F;
 

@@ -1,5 +1,5 @@
 // Layers that hold a budget of tokens: which slots a call may use, and who goes before a prompt's next tokens come. Does what
-// kvexport/runtime/evicting.py does. Knows slots, states and positions; must not know how attention reads them.
+// kvexport/runtime/cache/eviction.py does. Knows slots, states and positions; must not know how attention reads them.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-// A cache in one file, which Python reads and writes too (kvexport/runtime/saved.py). Everything in a file is checked before
+// A cache in one file, which Python reads and writes too (kvexport/runtime/cache/saved_cache.py). Everything in a file is checked before
 // the cache is changed.
 #include <algorithm>
 #include <cmath>

@@ -1,5 +1,5 @@
 // A bundle held against its reference vectors where it runs: does it compute here what its PyTorch twin computed? Does what
-// kvexport/runtime/self_test.py does, step by step, with the same verdicts and words; the algorithm is written there.
+// kvexport/runtime/self_test/verdict.py does, step by step, with the same verdicts and words; the algorithm is written there.
 #pragma once
 
 #include <memory>

@@ -43,7 +43,7 @@ double norm_of_slot(const std::vector<float>& values, const Buffer& buffer, std:
 // Room for so many tokens, and for a rest that stays garbage.
 std::int64_t room_for(std::int64_t tokens, std::int64_t most) { return std::min((tokens + STEP - 1) / STEP * STEP, most); }
 
-// As kvexport.runtime.vectors.steady: scores that no rounding changes. No two tokens of a head have the same.
+// As kvexport.bundle.self_test_file.steady: scores that no rounding changes. No two tokens of a head have the same.
 float steady(std::int64_t stored, std::int64_t head) { return static_cast<float>((7919 * stored + 104729 * head) % 65537); }
 
 }  // namespace

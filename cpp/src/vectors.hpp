@@ -1,5 +1,5 @@
 // A bundle's reference vectors, self_test.json, as typed data: what its PyTorch twin computed when it was built. Knows the
-// file's keys and ranges, as kvexport/runtime/vectors.py does; must not know how anything is held against them.
+// file's keys and ranges, as kvexport/bundle/self_test_file.py does; must not know how anything is held against them.
 #pragma once
 
 #include <array>

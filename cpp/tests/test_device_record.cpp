@@ -1,4 +1,4 @@
-// Engines' records as Python writes them: kvexport/engine/record.py.
+// Engines' records as Python writes them: kvexport/bundle/engine_record.py.
 #include <nlohmann/json.hpp>
 
 #include "check.hpp"

@@ -16,14 +16,14 @@ from kvexport import __version__
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
+from kvexport.build.conversion_job import Plan, capacity_of, note_little_text
+from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import calibration_windows
-from kvexport.checkpoint import Checkpoint
 from kvexport.convert import ConvertedLayer, LayerSurvey, Way, choose, convert, methods_for, require_ratio
-from kvexport.decoder import Decoder
-from kvexport.divergence import Divergence
-from kvexport.job import Plan, capacity_of, note_little_text
-from kvexport.layer_report import LayerReport
-from kvexport.loading import load_decoder
+from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.decoder import Decoder
+from kvexport.model.divergence import Divergence
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 
 TOKENS = 48  # of the window whose maps are kept: they grow with its square

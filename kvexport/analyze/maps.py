@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Attention, Decoder, Layer, Rope
 from kvexport.errors import UsageError
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer, Rope
 
 CODING = (
     "for each layer and head the weights of query 0 on key 0, of query 1 on keys 0 and 1, and so on; "

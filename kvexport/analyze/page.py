@@ -17,7 +17,7 @@ from kvexport import __version__
 from kvexport.analyze.analysis import Analysis, similarity_json
 from kvexport.analyze.sections import Section, sections
 from kvexport.errors import UsageError
-from kvexport.resources import resource
+from kvexport.files.resources import resource
 
 _MARK = '<meta name="generator" content="kvexport analyze'
 

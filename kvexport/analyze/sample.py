@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvexport.calibrate import Recipe, calibration_windows, recipe_for
 from kvexport.calibrate.text import read_text, read_tokenizer, tokenize
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Decoder
 
 _TOKENIZER = "tokenizer.json"
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import windows as attention_windows
-from kvexport.decoder import Attention, Decoder, Layer
-from kvexport.reference import Projected
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer
+from kvexport.model.reference import Projected
 
 SHARES = (0.25, 0.5)  # of the directions: those of arXiv 2406.07056, Fig. 1
 ENERGIES = (0.9, 0.95, 0.99)

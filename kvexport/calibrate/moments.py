@@ -12,9 +12,9 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import windows
-from kvexport.decoder import Attention, Rope
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Rope
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Decoder, Layer
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer
 
 TOKENS = 4096  # of calibration text: a sample, so whoever reads the peaks must leave room above them
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate.moments import Moments
-from kvexport.decoder import Rope
+from kvexport.model.decoder import Rope
 
 
 def over_positions(moments: Moments, rope: Rope, positions: int) -> Moments:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kvexport.errors import UsageError
-from kvexport.resources import resource
+from kvexport.files.resources import resource
 
 if sys.version_info >= (3, 11):
     import tomllib

@@ -13,9 +13,9 @@ import psutil
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Decoder, Layer, tensors_of
 from kvexport.errors import CannotRunHere
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer, tensors_of
 
 _CACHE_BYTES = 1 << 32  # of the windows that are sampled side by side
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from kvexport.calibrate.moments import MOMENT_NAMES, Moments
 from kvexport.calibrate.recipe import Recipe
 from kvexport.errors import UsageError
-from kvexport.hashing import sha256_of
-from kvexport.tensor_files import save_tensors
+from kvexport.files.hashing import sha256_of
+from kvexport.files.safetensors_io import save_tensors
 
 FORMAT = 2  # 1 held moments of rotated keys
 _HEADER, _TOKENS = "statistics.json", "tokens.safetensors"

@@ -11,8 +11,8 @@ from torch import Tensor
 from kvexport.calibrate.recipe import Recipe
 from kvexport.calibrate.sampling import sample_windows
 from kvexport.calibrate.text import read_text, spread_windows, tokenize
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Decoder
 
 
 def calibration_windows(decoder: Decoder, checkpoint: Path, recipe: Recipe, advance: Callable[[], None] = lambda: None) -> Tensor:

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Attention, Layer, Rope
-from kvexport.reference import Projected
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Layer, Rope
+from kvexport.model.reference import Projected
 
 SCORES = 1 << 20  # numbers of attention scores held at once, unless a single row of one window has more
 

@@ -53,8 +53,8 @@ def command(
     next token is not timed.
     """
     from kvexport.bench import Plan, describe, measure, readings
-    from kvexport.bench.machine import peak_host_bytes
     from kvexport.cli.report import PlainConsole
+    from kvexport.devices.telemetry import peak_host_bytes
     from kvexport.runtime import open_bundle
 
     depths = None if depth is None else _depths(depth)
@@ -99,7 +99,7 @@ def _depths(text: str) -> tuple[int, ...]:
 
 def _line(session: Session, result: Result) -> dict[str, Any]:
     from kvexport import __version__
-    from kvexport.engine.record import manifest_digest
+    from kvexport.bundle.engine_record import manifest_digest
 
     bundle = session.bundle
     return {

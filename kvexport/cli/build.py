@@ -40,10 +40,10 @@ def command(
     """
     if (checkpoint is None) != demo:
         raise UsageError("give a CHECKPOINT, or --demo", seen="both" if demo else "neither")
-    from kvexport.build import build
+    from kvexport.build.pipeline import build
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_build
-    from kvexport.resources import resource
+    from kvexport.files.resources import resource
 
     source = resource("models", "demo") if checkpoint is None else checkpoint
     with progress_bar(quiet) as progress:

@@ -25,7 +25,7 @@ def command(
 
     `kvexport build CHECKPOINT --statistics OUTPUT` then gives the same bundle as calibrating anew.
     """
-    from kvexport.build import calibrate
+    from kvexport.build.pipeline import calibrate
     from kvexport.cli.options import progress_bar
 
     with progress_bar(quiet) as progress:

@@ -28,7 +28,7 @@ def command(checkpoint: Path, output: Path, force: bool, as_json: bool, quiet: b
     Any tool that reads Hugging Face checkpoints can use it. Rotary keys lose more this way than in a bundle, where
     they may be projected after rotation: compare the reports.
     """
-    from kvexport.build import compress
+    from kvexport.build.pipeline import compress
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_build
 

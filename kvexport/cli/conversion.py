@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kvexport.bundle_manifest import BYTES
+from kvexport.bundle.manifest import BYTES
 from kvexport.errors import UsageError
-from kvexport.eviction import DEFAULT_FIRST, DEFAULT_POLICY, POLICIES, EvictionWish
+from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, POLICIES, EvictionWish
 
 if TYPE_CHECKING:
-    from kvexport.build import Plan
+    from kvexport.build.pipeline import Plan
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -122,9 +122,9 @@ def plan_from(options: dict[str, Any]) -> Plan:
     Raises:
         UsageError: options that contradict each other or are out of range.
     """
-    from kvexport.build import Plan
+    from kvexport.build.pipeline import Plan
     from kvexport.convert import Wish
-    from kvexport.targets import load_target, lowering_for
+    from kvexport.devices.targets import load_target, lowering_for
 
     sources = [options.pop(name) for name in ("calibration", "samples", "length", "seed")]
     if options.get("statistics") is not None and any(value is not None for value in sources):

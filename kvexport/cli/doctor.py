@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def command(target: str | None, as_json: bool) -> None:
     """Say what is installed, which verbs work here, and what is missing. With --target, exit code 3 if its engine can
     neither be built nor run here."""
+    from kvexport.devices.targets import load_target
     from kvexport.doctor import examine
-    from kvexport.targets import load_target
 
     found = examine(None if target is None else load_target(target))
     if as_json:

@@ -15,7 +15,7 @@ import click
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(bundle: Path, verify: bool, as_json: bool) -> None:
     """Show what BUNDLE holds: heads, widths, method and error of every layer, KV bytes per token, files."""
-    from kvexport.bundle import Bundle
+    from kvexport.bundle.bundle import Bundle
     from kvexport.cli.report import print_bundle
 
     opened = Bundle.open(bundle)

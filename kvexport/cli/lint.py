@@ -23,10 +23,10 @@ def command(bundle: Path, target: str, jetpack: str | None, tensorrt: str | None
 
     Needs no TensorRT. What is only slow, such as attention without a fused kernel, is a note.
     """
-    from kvexport.bundle import GRAPH_FILE, Bundle
+    from kvexport.bundle.bundle import GRAPH_FILE, Bundle
     from kvexport.cli.engine_tables import print_findings
     from kvexport.cli.report import PlainConsole
-    from kvexport.targets import load_target, tensorrt_version
+    from kvexport.devices.targets import load_target, tensorrt_version
 
     device = load_target(target)
     if device.engine == "onnxruntime":

@@ -37,8 +37,8 @@ def command(
     """Say what fits a target, and how fast it is predicted to be. MODEL is a config.json or its folder: no weights are
     needed. For a bundle, also compare the prediction with what its builds and benchmarks measured."""
     from kvexport.cli.plan_tables import print_plan
+    from kvexport.devices.targets import load_target
     from kvexport.plan import plan
-    from kvexport.targets import load_target
 
     eviction = eviction_from({**budget, "evict": None, "protect_first": None, "protect_recent": None})
     device = None if target is None else load_target(target)

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 from kvexport.cli.report import PlainConsole, facts_table, plain_table, size
 
 if TYPE_CHECKING:
-    from kvexport.eviction import Eviction
+    from kvexport.devices.targets import Target
+    from kvexport.eviction.config import Eviction
     from kvexport.plan import Comparison, Plan, Range
-    from kvexport.targets import Target
 
 _PLAN_WIDTH = 140  # where there is no terminal to ask
 

@@ -13,12 +13,12 @@ from rich.table import Table
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from kvexport.build import BuildReport
-    from kvexport.bundle import Bundle
-    from kvexport.divergence import Divergence
-    from kvexport.layer_report import LayerReport
+    from kvexport.build.pipeline import BuildReport
+    from kvexport.bundle.bundle import Bundle
+    from kvexport.bundle.layer_report import LayerReport
+    from kvexport.model.divergence import Divergence
     from kvexport.validate import ValidationReport
-    from kvexport.validate.cost import Evaluation
+    from kvexport.validate.evaluate import Evaluation
 
 _WIDTH = 100  # of tables where there is no terminal to ask
 
@@ -105,8 +105,8 @@ def print_bundle(bundle: Bundle, verified: bool) -> None:
 
 
 def _text(bundle: Bundle) -> str:
-    from kvexport.bundle import TOKENIZER_FILE
-    from kvexport.runtime.chat import Chat
+    from kvexport.bundle.bundle import TOKENIZER_FILE
+    from kvexport.bundle.chat_format import Chat
 
     if TOKENIZER_FILE not in bundle.files:
         return "token ids only"

@@ -12,7 +12,7 @@ from kvexport.cli.options import provider_option
 from kvexport.errors import GateFailed
 
 if TYPE_CHECKING:
-    from kvexport.runtime.self_test import SelfTestReport
+    from kvexport.runtime.self_test.verdict import SelfTestReport
 
 
 @click.command()
@@ -26,7 +26,7 @@ def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
     Needs no more than running it does, and a second or two. Exit code 1 unless the verdict is ok; the others are: weights,
     engine, precision, cache.
     """
-    from kvexport.runtime.self_test import self_test
+    from kvexport.runtime.self_test.verdict import self_test
 
     report = self_test(bundle, provider)
     if as_json:

@@ -14,7 +14,7 @@ import click
 def command(target: str | None, as_json: bool) -> None:
     """List the devices that kvexport knows, or show TARGET, a name or a TOML file, with its sources."""
     from kvexport.cli.plan_tables import print_target, print_targets
-    from kvexport.targets import known_targets, load_target
+    from kvexport.devices.targets import known_targets, load_target
 
     if target is None:
         targets = known_targets()

@@ -1,13 +1,13 @@
 """Conversion: a trained decoder's layers, with fewer KV heads, and what that is predicted and measured to cost."""
 
+from kvexport.bundle.layer_report import LayerReport
 from kvexport.convert.choose import Choice, choose
 from kvexport.convert.groups import Shape, kv_heads_for, trained_shape
 from kvexport.convert.methods import METHOD_NAMES, Method, Way, methods_for
 from kvexport.convert.pipeline import Conversion, ConvertedLayer, convert, measure, unconverted
+from kvexport.convert.request import Wish, fixed_shape, require_ratio, uniform_shape
+from kvexport.convert.sensitivity import LayerSurvey, survey
 from kvexport.convert.streams import split
-from kvexport.convert.survey import LayerSurvey, survey
-from kvexport.convert.wish import Wish, fixed_shape, require_ratio, uniform_shape
-from kvexport.layer_report import LayerReport
 
 __all__ = [
     "METHOD_NAMES",

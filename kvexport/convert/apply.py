@@ -15,7 +15,7 @@ from torch import Tensor
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping
 from kvexport.convert.values import lost_constant
-from kvexport.decoder import Attention, Linear
+from kvexport.model.decoder import Attention, Linear
 
 
 @dataclass(frozen=True)

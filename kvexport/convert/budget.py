@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from kvexport.convert.groups import WIDEST, Shape
 from kvexport.convert.methods import Way
-from kvexport.convert.survey import LayerSurvey
+from kvexport.convert.sensitivity import LayerSurvey
 
 _STEP = 8  # widths that every engine takes are multiples of it
 _NARROWEST = 16

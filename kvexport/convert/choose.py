@@ -15,9 +15,9 @@ from kvexport.convert.budget import Frontier, shapes_for
 from kvexport.convert.groups import trained_shape
 from kvexport.convert.methods import Method, Way
 from kvexport.convert.pipeline import convert
-from kvexport.convert.survey import LayerSurvey, survey
-from kvexport.convert.wish import Wish, fixed_shape, group_sizes, require_ratio
-from kvexport.decoder import Decoder
+from kvexport.convert.request import Wish, fixed_shape, group_sizes, require_ratio
+from kvexport.convert.sensitivity import LayerSurvey, survey
+from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 
 # Of --max-kl that held-out calibration text may lose: text of another kind lost up to 1.6 times what the model's own did, on a

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvexport.decoder import Attention
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Attention
 
 WIDEST = 256  # key or value heads that fused attention kernels take
 _ROUNDED = 0.01  # a ratio may be written with few digits, such as 0.33

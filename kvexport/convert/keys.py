@@ -13,7 +13,7 @@ from kvexport.calibrate import Moments, Rotations
 from kvexport.convert.codes import Code, Codes, optimal_codes, subspace_code
 from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import Grouping
-from kvexport.decoder import Attention
+from kvexport.model.decoder import Attention
 
 
 def query_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:

@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
+from kvexport.convert.code_moments import Met
 from kvexport.convert.groups import Grouping
 from kvexport.convert.keys import cached_frequencies, folding, group_energies, query_weights
 from kvexport.convert.matching import Group
-from kvexport.convert.met import Met
 from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.values import output_weights
-from kvexport.decoder import Attention
+from kvexport.model.decoder import Attention
 
 _ASKED = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of a group, widths whose codes before rotation are made
 _TINY = 1e-12

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from kvexport.calibrate import Moments
 from kvexport.convert import keys, values
 from kvexport.convert.apply import LayerCode
+from kvexport.convert.code_moments import Met
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping, Shape
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, matched_groups, order_of
-from kvexport.convert.met import Met
-from kvexport.decoder import Attention
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Attention
 
 Rule = Callable[[Moments, Attention, Grouping, int, int], Code]  # of one group, at one rank
 

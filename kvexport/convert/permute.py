@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.decoder import Attention, Linear
+from kvexport.model.decoder import Attention, Linear
 
 
 def permuted(attention: Attention, order: Sequence[int]) -> Attention:

@@ -13,19 +13,19 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvexport import reference
+from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import Moments
 from kvexport.convert.apply import apply_code
+from kvexport.convert.code_moments import Met, as_met
 from kvexport.convert.groups import Grouping, trained_shape
-from kvexport.convert.met import Met, as_met
 from kvexport.convert.methods import Way, head_order, layer_code
 from kvexport.convert.permute import permuted
 from kvexport.convert.predict import predicted_error
 from kvexport.convert.streams import Streams, TrainedStream
-from kvexport.decoder import Attention, Decoder, Layer, tensors_of
-from kvexport.divergence import Divergence, DivergenceMeter
 from kvexport.errors import KvexportError
-from kvexport.layer_report import LayerReport
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer, tensors_of
+from kvexport.model.divergence import Divergence, DivergenceMeter
 
 
 @dataclass(frozen=True)

@@ -12,11 +12,11 @@ import math
 import torch
 
 from kvexport.convert.apply import LayerCode
+from kvexport.convert.code_moments import Met
 from kvexport.convert.groups import Grouping
 from kvexport.convert.keys import folding
-from kvexport.convert.met import Met
 from kvexport.convert.values import lost_constant, output_weights
-from kvexport.decoder import Attention
+from kvexport.model.decoder import Attention
 
 
 def predicted_error(met: Met, attention: Attention, grouping: Grouping, code: LayerCode) -> float:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import Moments, MomentsAccumulator
 from kvexport.calibrate import windows as attention_windows
 from kvexport.convert.refit import LeastSquares, refit
-from kvexport.decoder import Decoder, Layer, Linear
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer, Linear
 
 _TINY = torch.finfo(torch.float64).tiny
 

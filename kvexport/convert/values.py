@@ -14,7 +14,7 @@ from kvexport.calibrate import Moments
 from kvexport.convert.codes import Code, Codes, optimal_codes, subspace_code
 from kvexport.convert.groups import Grouping
 from kvexport.convert.keys import mean_code, weight_subspace
-from kvexport.decoder import Attention
+from kvexport.model.decoder import Attention
 
 
 def lost_constant(attention: Attention, grouping: Grouping, codes: Sequence[Code], value_mean: Tensor) -> Tensor:

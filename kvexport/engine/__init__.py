@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from kvexport.bundle.engine_record import BuildRecord, engine_directory, manifest_digest, read_record
 from kvexport.engine.options import EngineOptions
-from kvexport.engine.record import BuildRecord, engine_directory, manifest_digest, read_record
 
 if TYPE_CHECKING:
     from kvexport.engine.build import build_engine

@@ -18,17 +18,8 @@ from typing import Any
 import onnx_ir as ir
 
 from kvexport import __version__
-from kvexport.bundle import DATA_FILE, GRAPH_FILE, Bundle
-from kvexport.directory import atomic_directory
-from kvexport.engine import preflight
-from kvexport.engine.destination import choose_destination
-from kvexport.engine.fitting import Fitted, fit
-from kvexport.engine.library import Library, installed, load_library
-from kvexport.engine.machine import available_memory, find_gpu
-from kvexport.engine.monitor import Watch
-from kvexport.engine.options import EngineOptions
-from kvexport.engine.plan import Plan, build_plan, inspect_plan
-from kvexport.engine.record import (
+from kvexport.bundle.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from kvexport.bundle.engine_record import (
     CACHE_FILE,
     INSPECTOR_FILE,
     PLAN_FILE,
@@ -41,10 +32,19 @@ from kvexport.engine.record import (
     read_record,
     write_record,
 )
+from kvexport.devices.gpu import available_memory, find_gpu
+from kvexport.devices.system import board
+from kvexport.engine import preflight
+from kvexport.engine.destination import choose_destination
+from kvexport.engine.fitting import Fitted, fit
+from kvexport.engine.library import Library, installed, load_library
+from kvexport.engine.monitor import Watch
+from kvexport.engine.options import EngineOptions
+from kvexport.engine.plan import Plan, build_plan, inspect_plan
 from kvexport.errors import BundleError, UsageError
+from kvexport.files.atomic_directory import atomic_directory
 from kvexport.graph.lint import Parser, unfused_attention
 from kvexport.progress import Progress
-from kvexport.system import board
 
 # The most tokens of a call in the decode profile, which is optimised for one. If one were also the most, the engine would
 # lay every matrix out a second time for it: TensorRT-RTX 1.7.1 made 745 MiB of 417 MiB of weights, and makes 422 like this.

@@ -8,9 +8,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from kvexport.engine.machine import Gpu
+from kvexport.devices.gpu import Gpu
+from kvexport.devices.targets import Target, known_targets, load_target
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.targets import Target, known_targets, load_target
 
 _JETSON = ("8.7", "11.0")
 _MODELS = {"nano", "nx", "agx", "super", "t4000", "t5000"}  # words of a board's name that tell targets of one memory apart

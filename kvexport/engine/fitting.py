@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, VARIANT, sized
+from kvexport.bundle.graph_io import BATCH, BUDGET, CAPACITY, VARIANT, sized
 from kvexport.graph.lint import Finding, Parser, lint, refusals
 from kvexport.graph.lowering import lower
 from kvexport.graph.nodes import sizes as shape_of

@@ -13,8 +13,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
+from kvexport.devices.targets import OLDEST_TENSORRT, Version, parse_version
 from kvexport.errors import CannotRunHere
-from kvexport.targets import OLDEST_TENSORRT, Version, parse_version
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 _INSTALL = {

@@ -15,12 +15,12 @@ from typing import Any
 
 import onnx_ir as ir
 
+from kvexport.bundle.engine_record import Profile
+from kvexport.bundle.graph_io import LOGITS, SEQUENCE
 from kvexport.engine.destination import Destination
 from kvexport.engine.library import Library
 from kvexport.engine.options import EngineOptions
-from kvexport.engine.record import Profile
 from kvexport.errors import CannotRunHere
-from kvexport.graph.contract import LOGITS, SEQUENCE
 
 _SHOWN = 3  # of TensorRT's errors in one message
 # What TensorRT's messages mean, and what helps.

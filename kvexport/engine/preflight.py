@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import shutil
 
-from kvexport.bundle import DATA_FILE, Bundle
+from kvexport.bundle.bundle import DATA_FILE, Bundle
+from kvexport.devices.gpu import Gpu, available_memory
 from kvexport.engine.destination import Destination
 from kvexport.engine.fitting import LOWERINGS, Fitted
 from kvexport.engine.library import Library
-from kvexport.engine.machine import Gpu, available_memory
 from kvexport.engine.options import CHUNK, EngineOptions
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.graph.lint import Finding, refusals

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvexport.graph.contract import (
+from kvexport.bundle.graph_io import (
     DATA_FILE,
     GRAPH_FILE,
     LOWERED_FILES,
@@ -23,10 +23,10 @@ from kvexport.graph.contract import (
 )
 
 if TYPE_CHECKING:
+    from kvexport.graph.keep_float32 import Kept
     from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
-    from kvexport.graph.precision import Kept
-    from kvexport.graph.tap import GraphCopy, as_float32, tapped
-    from kvexport.graph.text import render
+    from kvexport.graph.printer import render
+    from kvexport.graph.taps import GraphCopy, as_float32, tapped
     from kvexport.graph.writer import DecoderWriter
 
 __all__ = [
@@ -36,8 +36,8 @@ __all__ = [
 ]  # fmt: skip
 
 _LAZY = {
-    "DecoderWriter": "writer", "GraphCopy": "tap", "as_float32": "tap", "tapped": "tap", "render": "text",
-    "Kept": "precision", "LOWERINGS": "lowering", "lower": "lowering", "lowered_contract": "lowering",
+    "DecoderWriter": "writer", "GraphCopy": "taps", "as_float32": "taps", "tapped": "taps", "render": "printer",
+    "Kept": "keep_float32", "LOWERINGS": "lowering", "lower": "lowering", "lowered_contract": "lowering",
     "write_lowered": "lowering",
 }  # fmt: skip
 

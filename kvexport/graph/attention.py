@@ -1,6 +1,6 @@
 """Attention of one layer over its cache, as nodes: project, normalise, rotate, map, write, attend, project.
 
-Knows `kvexport.reference.head_outputs`, its oracle, in operators that TensorRT's parser imports as native
+Knows `kvexport.model.reference.head_outputs`, its oracle, in operators that TensorRT's parser imports as native
 layers; must not know what stands around it in the layer.
 """
 
@@ -11,13 +11,13 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from kvexport.decoder import Attention, Linear, Norm
+from kvexport.bundle.graph_io import attention_tap, present
 from kvexport.graph.blocks import linear, norm
-from kvexport.graph.contract import attention_tap, present
-from kvexport.graph.evicting import Evicting, EvictingAttention, EvictingCache
+from kvexport.graph.eviction_attention import Evicting, EvictingAttention, EvictingCache
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.graph.rotary import Rotary
+from kvexport.model.decoder import Attention, Linear, Norm
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The parts of a layer that need no cache: linear maps, norms, the MLP.
 
-Knows the mathematics of each (`kvexport.reference` is its oracle) in operators that TensorRT's parser
+Knows the mathematics of each (`kvexport.model.reference` is its oracle) in operators that TensorRT's parser
 imports; must not know where in a decoder a part stands.
 """
 
@@ -9,8 +9,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from kvexport.decoder import Linear, Mlp, Norm
 from kvexport.graph.nodes import NodeBuilder, sizes
+from kvexport.model.decoder import Linear, Mlp, Norm
 
 
 def linear(nodes: NodeBuilder, parameters: Linear, x: ir.Value, at: str, result: str | None = None) -> ir.Value:

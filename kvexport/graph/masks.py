@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from kvexport.graph.contract import BATCH, CAPACITY, SEQUENCE
+from kvexport.bundle.graph_io import BATCH, CAPACITY, SEQUENCE
 from kvexport.graph.nodes import NodeBuilder
 from kvexport.graph.weights import NUMPY_DTYPES, largest
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from kvexport.graph.contract import Shape, TensorSpec
+from kvexport.bundle.graph_io import Shape, TensorSpec
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
 
 _IR_VERSION = 12  # the first that knows opset 24

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from kvexport.decoder import Rope
 from kvexport.graph.nodes import NodeBuilder, sizes
+from kvexport.model.decoder import Rope
 
 
 class Rotary:
@@ -25,7 +25,7 @@ class Rotary:
         self._choices: dict[tuple[int, ...], tuple[ir.Value, ir.Value]] = {}
 
     def rotate(self, x: ir.Value, name: str, frequencies: NDArray[np.int64] | None = None) -> ir.Value:
-        """[batch, heads, sequence, width], rotated as `kvexport.reference.rotate` does.
+        """[batch, heads, sequence, width], rotated as `kvexport.model.reference.rotate` does.
 
         `frequencies` [width/2] says which of the table's frequencies each pair turns with; None: pair i with the i-th.
         """

@@ -10,13 +10,8 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from kvexport.decoder import Embedding, Layer, Limits, Linear, Norm, Rope
-from kvexport.errors import UsageError
-from kvexport.eviction import Eviction
-from kvexport.graph import contract as terms
-from kvexport.graph.attention import AttentionBuilder, Cache, Tokens
-from kvexport.graph.blocks import linear, mlp, norm
-from kvexport.graph.contract import (
+from kvexport.bundle import graph_io as terms
+from kvexport.bundle.graph_io import (
     BATCH,
     LOGITS,
     SEQUENCE,
@@ -25,12 +20,17 @@ from kvexport.graph.contract import (
     attention_residual,
     residual_tap,
 )
-from kvexport.graph.evicting import Evicting, EvictingCache
+from kvexport.errors import UsageError
+from kvexport.eviction.config import Eviction
+from kvexport.graph.attention import AttentionBuilder, Cache, Tokens
+from kvexport.graph.blocks import linear, mlp, norm
+from kvexport.graph.eviction_attention import Evicting, EvictingCache
+from kvexport.graph.keep_float32 import NOTHING, KeepFloat32, Kept
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder
-from kvexport.graph.precision import NOTHING, KeepFloat32, Kept
 from kvexport.graph.rotary import Rotary
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
+from kvexport.model.decoder import Embedding, Layer, Limits, Linear, Norm, Rope
 
 
 class DecoderWriter:

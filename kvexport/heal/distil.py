@@ -19,14 +19,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
 from kvexport.heal.loss import advance, kl_gradient, kl_sum, parts, stream_error, stream_loss
 from kvexport.heal.optimizer import RelativeAdam, batch_of
 from kvexport.heal.report import Healed, HealOptions, HealReport
 from kvexport.heal.state import Counters, digest, load, save
 from kvexport.heal.student import Student, in_dtype
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 
 # Measured on a trained model of 5.9 M parameters: of equal CPU time, layers alone took off most, and a high rate end

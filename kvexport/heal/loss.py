@@ -10,8 +10,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Decoder, Layer, Rope
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer, Rope
 
 _TOKENS = 2048  # of activations held at once, one window at least
 _LOGITS = 1 << 23  # logits held at once, of one model

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Decoder
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from kvexport.errors import UsageError
-from kvexport.tensor_files import save_tensors
+from kvexport.files.safetensors_io import save_tensors
 
 _FORMAT = 1
 _HEADER, _CHECKSUM = "header", "sha256"

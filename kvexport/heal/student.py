@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kvexport import reference
-from kvexport.decoder import Decoder, Layer
 from kvexport.heal.loss import advance, run_layer
 from kvexport.heal.trainable import TrainableAttention, adapt
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer
 
 T = TypeVar("T")
 

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kvexport.decoder import Attention, Linear
 from kvexport.errors import CannotRunHere
+from kvexport.model.decoder import Attention, Linear
 
 _LINEARS = ("q", "k", "v", "o")
 _MAPS = ("key_map", "query_map", "value_map")

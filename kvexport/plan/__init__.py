@@ -2,6 +2,6 @@
 
 from kvexport.plan.compare import Comparison
 from kvexport.plan.memory import PRECISIONS, Memory
-from kvexport.plan.rows import Plan, Range, Row, plan
+from kvexport.plan.planner import Plan, Range, Row, plan
 
 __all__ = ["PRECISIONS", "Comparison", "Memory", "Plan", "Range", "Row", "plan"]

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvexport.devices.targets import Target
 from kvexport.plan.memory import Precision, kv_bytes, memory, weight_bytes
 from kvexport.plan.sizes import Sizes
 from kvexport.plan.speed import DECODE, PREFILL, decode_seconds, prefill_seconds
-from kvexport.targets import Target
 
 _MOST = 1e18  # of what a record may plausibly hold: bytes, tokens, milliseconds
 

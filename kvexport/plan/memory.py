@@ -7,8 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvexport.bundle_manifest import BYTES
-from kvexport.eviction import STATE
+from kvexport.bundle.manifest import BYTES
+from kvexport.eviction.config import STATE
 from kvexport.plan.sizes import Sizes
 
 _GIB = 2**30

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle_manifest import BYTES, REBUILD, Manifest
-from kvexport.checkpoint import read_json
+from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE
+from kvexport.bundle.manifest import BYTES, REBUILD, Manifest
 from kvexport.engine.options import CHUNK
 from kvexport.errors import BundleError, UsageError
-from kvexport.eviction import Eviction
-from kvexport.families import Family, family_of
-from kvexport.graph.contract import DATA_FILE, GRAPH_FILE
-from kvexport.loading import refuse_quantised, sizes_of, whole_number
+from kvexport.eviction.config import Eviction
+from kvexport.model.checkpoint import read_json
+from kvexport.model.config import refuse_quantised, sizes_of, whole_number
+from kvexport.model.families import Family, family_of
 
 _OWN_HEAD = b"\x0bhead.weight"  # an untied head's name in the graph file, with the length that protobuf puts before it
 

@@ -26,9 +26,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from kvexport.devices.targets import Target
 from kvexport.plan.memory import Precision, kv_bytes
 from kvexport.plan.sizes import Sizes
-from kvexport.targets import Target
 
 LAYER_SECONDS = 31e-6
 

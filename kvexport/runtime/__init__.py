@@ -8,17 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from kvexport.runtime.backends.base import DeviceMemory
+    from kvexport.runtime.cache.sequences import Cache
+    from kvexport.runtime.cache.usage import Memory
     from kvexport.runtime.generation import Generation, Stream
-    from kvexport.runtime.interface import DeviceMemory
-    from kvexport.runtime.memory import Memory
     from kvexport.runtime.opening import open_bundle
-    from kvexport.runtime.sequences import Cache
     from kvexport.runtime.session import Session
 
 __all__ = ["Cache", "DeviceMemory", "Generation", "Memory", "Session", "Stream", "open_bundle"]
 
 _LAZY = {
-    "Cache": "sequences", "DeviceMemory": "interface", "Generation": "generation", "Memory": "memory", "Session": "session",
+    "Cache": "cache.sequences", "DeviceMemory": "backends.base", "Generation": "generation", "Memory": "cache.usage", "Session": "session",
     "Stream": "generation", "open_bundle": "opening",
 }  # fmt: skip
 

@@ -13,9 +13,9 @@ from typing import Literal
 import numpy as np
 
 from kvexport.errors import UsageError
+from kvexport.runtime.lease import Held
 from kvexport.runtime.sampling import Sampling, is_whole
-from kvexport.runtime.text import StopTexts, TextStream, Tokenizer
-from kvexport.runtime.turns import Held
+from kvexport.runtime.tokenizer import StopTexts, TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length", "capacity"]
 

@@ -15,20 +15,20 @@ from typing import Any, cast, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from kvexport.bundle import Bundle
-from kvexport.engine.record import manifest_digest
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.chat_format import Chat
+from kvexport.bundle.engine_record import manifest_digest
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.runtime import saved
-from kvexport.runtime.chat import Chat
-from kvexport.runtime.feeding import Active, Feeder, require_batch
+from kvexport.runtime.backends.base import Ids, Logits
+from kvexport.runtime.backends.select import Provider, choose, open_decoder
+from kvexport.runtime.cache import saved_cache as saved
+from kvexport.runtime.cache.sequences import Cache, Guard, Sequences
+from kvexport.runtime.cache.usage import Memory, memory_of
+from kvexport.runtime.feeder import Active, Feeder, require_batch
 from kvexport.runtime.generation import Generation, Stop, Stream, TokenLoop, generate
-from kvexport.runtime.interface import Ids, Logits
-from kvexport.runtime.memory import Memory, memory_of
-from kvexport.runtime.providers import Provider, choose, open_decoder
+from kvexport.runtime.lease import Held
 from kvexport.runtime.sampling import Sampling
-from kvexport.runtime.sequences import Cache, Guard, Sequences
-from kvexport.runtime.text import Tokenizer, Turn, tokenizer_of
-from kvexport.runtime.turns import Held
+from kvexport.runtime.tokenizer import Tokenizer, Turn, tokenizer_of
 
 Prompt = str | Sequence[int]
 Stops = str | Sequence[int | str]

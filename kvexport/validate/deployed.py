@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, KEY, STATE, VALUE, attention_tap, residual_tap
 from kvexport.errors import CannotRunHere
-from kvexport.graph.contract import DATA_FILE, GRAPH_FILE, KEY, STATE, VALUE, attention_tap, residual_tap
 from kvexport.progress import Progress
 from kvexport.validate.layerwise import COMPUTED_IN, GARBAGE, heads_side_by_side
+from kvexport.validate.reference_run import array_name
 from kvexport.validate.slots import TwinSlots
-from kvexport.validate.twin import array_name
 
 if TYPE_CHECKING:
     import onnxruntime
 
-    from kvexport.runtime.interface import Decoder
-    from kvexport.runtime.providers import Provider
+    from kvexport.runtime.backends.base import Decoder
+    from kvexport.runtime.backends.select import Provider
 
 Array = NDArray[np.float32]
 
@@ -49,18 +49,18 @@ def run_deployed(
         slots: the twin's, of layers that evict; the run has as many, and their state before each call.
 
     Returns:
-        `logits` [T, vocab] and of the arrays a layer that `kvexport.validate.twin` names those that the provider
+        `logits` [T, vocab] and of the arrays a layer that `kvexport.validate.reference_run` names those that the provider
         gives, float32.
 
     Raises:
         CannotRunHere: this machine lacks the memory, or a package.
     """
-    from kvexport.runtime.providers import Provider
+    from kvexport.runtime.backends.select import Provider
 
     provider, slots = provider or Provider("cpu"), slots or {}
     budget = next((each.slots for each in slots.values()), None)
     if provider.name == "tensorrt":
-        from kvexport.runtime.tensorrt import TensorRtDecoder
+        from kvexport.runtime.backends.tensorrt import TensorRtDecoder
 
         assert provider.engine is not None and provider.device is not None
         engine = TensorRtDecoder(bundle, provider.engine, provider.device, fill=GARBAGE)
@@ -68,8 +68,8 @@ def run_deployed(
             engine.cache.block(budget)
         return _fed(engine, input_ids, prefill, progress, min(_CHUNK, engine.longest), slots)
     _require_packages()
-    from kvexport.runtime.decoder import OrtDecoder
-    from kvexport.runtime.providers import new_cache
+    from kvexport.runtime.backends.ort import OrtDecoder
+    from kvexport.runtime.backends.select import new_cache
 
     names = {tap(layer): array_name(layer, kind) for layer in range(len(bundle.layers)) for kind, tap in _TAPS.items()}
     session, dtype = _tapped_session(bundle, provider)
@@ -114,7 +114,7 @@ def _fed(
 def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.InferenceSession, str]:
     """A session on a copy with taps of what is deployed, and the dtype that it computes in."""
     from kvexport.graph import as_float32, tapped
-    from kvexport.runtime.loading import graph_file, session_on, session_options
+    from kvexport.runtime.backends.ort_session import graph_file, session_on, session_options
 
     dtype = computed_in(bundle.dtype, provider.name)
     if provider.name == "cpu":

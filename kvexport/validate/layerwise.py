@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.graph.contract import (
+from kvexport.bundle.graph_io import (
     BATCH,
     BUDGET,
     CAPACITY,
@@ -30,10 +30,10 @@ from kvexport.graph.contract import (
     residual_tap,
     sized,
 )
-from kvexport.memory import return_freed
+from kvexport.files.malloc import return_freed
 from kvexport.progress import Progress
+from kvexport.validate.reference_run import array_name
 from kvexport.validate.slots import TwinSlots
-from kvexport.validate.twin import array_name
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -58,9 +58,9 @@ def run_layerwise(
         slots: the twin's, of layers that evict; the run has as many, and their state before each call.
 
     Returns:
-        `logits` [T, vocab] and the arrays of each layer that `kvexport.validate.twin` names, float32.
+        `logits` [T, vocab] and the arrays of each layer that `kvexport.validate.reference_run` names, float32.
     """
-    from kvexport.graph.parts import parts
+    from kvexport.graph.split_layers import parts
 
     tokens, slots = len(input_ids), slots or {}
     budget = next((each.slots for each in slots.values()), None)

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvexport.bundle import Bundle
-from kvexport.eviction import Eviction
-from kvexport.graph.contract import GraphContract
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.graph_io import GraphContract
+from kvexport.eviction.config import Eviction
 from kvexport.progress import Progress
-from kvexport.runtime.providers import choose
+from kvexport.runtime.backends.select import choose
 from kvexport.validate.deployed import computed_in, run_deployed
 from kvexport.validate.layerwise import COMPUTED_IN, run_layerwise
+from kvexport.validate.reference_run import FILE, prefill_of, read_twin
 from kvexport.validate.slots import twin_slots
-from kvexport.validate.twin import FILE, prefill_of, read_twin
 from kvexport.validate.verdict import ValidationReport, judge
 
 

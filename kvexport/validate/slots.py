@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.errors import BundleError
-from kvexport.eviction import SCORE, STATE, STORED, Eviction
+from kvexport.eviction.config import SCORE, STATE, STORED, Eviction
 
 Array = NDArray[np.float32]
 NAMES = ("score", "slot")  # of the twin's arrays of a layer that evicts, each [T, N]

@@ -15,8 +15,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.validate.gates import EXACT, GATES, Difference, Gate, compare, greedy_agreement
+from kvexport.validate.reference_run import KINDS
 from kvexport.validate.slots import NAMES
-from kvexport.validate.twin import KINDS
 
 Array = NDArray[np.float32]
 

@@ -10,11 +10,11 @@ import torch
 from decoders import make_decoder, random_windows
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.analyze import Analysis, Facts, compare
 from kvexport.convert import ConvertedLayer, unconverted
-from kvexport.decoder import Attention, Decoder, Linear
-from kvexport.divergence import DivergenceMeter
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Linear
+from kvexport.model.divergence import DivergenceMeter
 from kvexport.progress import Progress
 
 TOKENS = ("<s>", "Once", " upon", " a", " </script><b>", "\n", "“é”", " time", ",", " there", " was", " &amp;")

@@ -12,10 +12,10 @@ from analyses import mean_pooled
 from decoders import STYLES, make_attention, make_decoder, random_inputs, random_windows
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.analyze.maps import MapRecorder, attention_map, head_places, packed, parse_pairs
-from kvexport.decoder import Attention, Layer, Linear
 from kvexport.errors import UsageError
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Layer, Linear
 
 ORDER = (2, 0, 3, 1)
 

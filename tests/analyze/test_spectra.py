@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.analyze import compare
 from kvexport.analyze.spectra import SecondMoment, SpectraStream, Spectrum
 from kvexport.calibrate import windows as attention_windows
 from kvexport.convert import unconverted
-from kvexport.decoder import Decoder, Layer, LazyLayers
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer, LazyLayers
 from kvexport.progress import Progress
 
 

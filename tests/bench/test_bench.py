@@ -18,11 +18,11 @@ from click.testing import CliRunner, Result
 from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bench import Plan, describe, measure, ratios, readings
-from kvexport.bench.machine import peak_host_bytes
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
 from kvexport.cli import verbs
+from kvexport.devices.telemetry import peak_host_bytes
 from kvexport.errors import UsageError
-from kvexport.eviction import Eviction
+from kvexport.eviction.config import Eviction
 from kvexport.progress import Progress
 from kvexport.runtime import DeviceMemory, Memory, Session, open_bundle
 

@@ -13,8 +13,8 @@ from decoders import make_decoder
 from kvexport.calibrate import calibration_windows, recipe_for
 from kvexport.calibrate.recipe import Recipe
 from kvexport.calibrate.text import all_windows, read_text, spread_windows, tokenize
-from kvexport.decoder import Layer, LazyLayers
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Layer, LazyLayers
 
 WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
 

@@ -11,10 +11,10 @@ import torch
 from decoders import STYLES, make_attention, random_inputs
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import Moments, MomentsAccumulator, windows
 from kvexport.calibrate.moments import MOMENT_NAMES
-from kvexport.decoder import Attention, Linear, Norm, Rope
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Linear, Norm, Rope
 
 Array = np.ndarray[Any, np.dtype[Any]]
 

@@ -11,12 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import Moments, MomentsAccumulator, over_positions, windows
 from kvexport.calibrate import unrotated as uncentred
 from kvexport.calibrate.positions import Rotations
 from kvexport.convert import Shape, Way, convert, methods_for
-from kvexport.decoder import Attention, Decoder, Linear, Rope
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Linear, Rope
 
 
 def random(*size: int, seed: int = 0) -> Tensor:

@@ -11,11 +11,11 @@ import torch
 from decoders import make_decoder
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import sampling, sampling_steps
 from kvexport.calibrate.sampling import sample_windows
-from kvexport.decoder import Decoder, Layer, LazyLayers
 from kvexport.errors import CannotRunHere
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer, LazyLayers
 
 
 def test_windows_are_tokens_that_begin_with_bos() -> None:

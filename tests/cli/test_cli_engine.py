@@ -14,7 +14,7 @@ from decoders import make_decoder
 from tiny_bundles import write_bundle
 
 from kvexport.cli import main
-from kvexport.engine.machine import find_gpu
+from kvexport.devices.gpu import find_gpu
 
 Engine = Callable[..., tuple[object, str, str]]
 without_gpu = pytest.mark.skipif(find_gpu() is not None, reason="this machine has a GPU")

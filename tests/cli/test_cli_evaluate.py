@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
-from kvexport.checkpoint import Checkpoint
 from kvexport.cli import main
-from kvexport.decoder import Linear
-from kvexport.loading import load_decoder
+from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.decoder import Linear
+from kvexport.model.loader import load_decoder
 
 Run = Callable[..., tuple[object, str, str]]
 

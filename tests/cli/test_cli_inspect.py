@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, write_bundle
 
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
 from kvexport.cli import main
-from kvexport.hashing import sha256_of
+from kvexport.files.hashing import sha256_of
 
 
 @pytest.fixture(scope="module")

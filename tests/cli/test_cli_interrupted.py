@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 _HARNESS = """
 import json, os, resource, sys
 from importlib import import_module
-import torch, kvexport.build, kvexport.graph.parts, kvexport.graph.writer
+import torch, kvexport.build.pipeline, kvexport.graph.split_layers, kvexport.graph.writer
 from kvexport.cli import main
 from kvexport.cli.options import BarProgress
 
@@ -115,16 +115,16 @@ def test_a_signal_in_any_stage_leaves_nothing(arguments: list[str], tmp_path: Pa
     stages += [
         {"after": after}
         for after in (
-            "kvexport.checkpoint:Checkpoint.digest",
-            "kvexport.job:load_decoder",
-            "kvexport.build:DecoderWriter",
+            "kvexport.model.checkpoint:Checkpoint.digest",
+            "kvexport.build.conversion_job:load_decoder",
+            "kvexport.build.pipeline:DecoderWriter",
             "kvexport.graph:DecoderWriter.add_layer",
             "kvexport.graph:DecoderWriter.finish",
             "kvexport.validate:TwinRecorder.save",
-            "kvexport.validate.greedy:GreedyRecorder.save",
-            "kvexport.checkpoint:Checkpoint.copy_tokenizer",
-            "kvexport.bundle:BundleWriter.seal",
-            "kvexport.directory:_sync",
+            "kvexport.validate.self_test_recorder:GreedyRecorder.save",
+            "kvexport.model.checkpoint:Checkpoint.copy_tokenizer",
+            "kvexport.bundle.bundle:BundleWriter.seal",
+            "kvexport.files.atomic_directory:_sync",
         )
     ]
     signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -137,7 +137,10 @@ def test_an_interrupted_replacement_leaves_the_old_bundle(arguments: list[str], 
     builds = Builds([*arguments, "--force"], tmp_path / "parent")
     builds.each([{}])
     before = (tmp_path / "parent" / "out" / "manifest.json").read_bytes()
-    cases = [{"nth": 8, "signal": int(signal.SIGINT)}, {"after": "kvexport.directory:_sync", "signal": int(signal.SIGTERM)}]
+    cases = [
+        {"nth": 8, "signal": int(signal.SIGINT)},
+        {"after": "kvexport.files.atomic_directory:_sync", "signal": int(signal.SIGTERM)},
+    ]
     for _, code, _, _, left in builds.each(cases):
         assert (code, left) == (130, ["out"])
         assert (tmp_path / "parent" / "out" / "manifest.json").read_bytes() == before
@@ -176,7 +179,7 @@ def test_a_signal_from_outside_while_it_writes(arguments: list[str], delay: floa
 def test_an_interruption_that_native_code_made_an_error_of_is_still_one() -> None:
     """As safetensors does where the signal arrives while it imports torch."""
     code = (
-        "import os, signal, kvexport.cli as cli, kvexport.targets as targets\n"
+        "import os, signal, kvexport.cli as cli, kvexport.devices.targets as targets\n"
         "def known_targets():\n"
         "    try:\n"
         "        os.kill(os.getpid(), signal.SIGINT)\n"

@@ -14,7 +14,7 @@ from decoders import STYLES, make_decoder
 from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.cli import main
-from kvexport.targets import known_targets, lowering_for, tensorrt_version
+from kvexport.devices.targets import known_targets, lowering_for, tensorrt_version
 
 Lint = Callable[..., tuple[object, str, str]]
 

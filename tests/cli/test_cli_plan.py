@@ -13,7 +13,7 @@ import pytest
 from tiny_bundles import write_bundle
 
 from kvexport.cli import main
-from kvexport.loading import load_decoder
+from kvexport.model.loader import load_decoder
 
 LLAMA = {
     "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,

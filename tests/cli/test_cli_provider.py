@@ -17,11 +17,11 @@ from proved_bundles import export
 from simulated_device import SimulatedDevice, add_engine, only_gpu
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
-from kvexport.checkpoint import Checkpoint
 from kvexport.cli import main
 from kvexport.cli.options import provider_option
-from kvexport.loading import load_decoder
-from kvexport.runtime.providers import PROVIDERS
+from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.loader import load_decoder
+from kvexport.runtime.backends.select import PROVIDERS
 
 Run = Callable[..., tuple[object, str, str]]
 
@@ -120,7 +120,7 @@ def test_validate_says_what_was_compared(run: Run, device: SimulatedDevice) -> N
 
 
 def test_a_wrong_engine_exits_with_1(run: Run, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvexport.runtime.tensorrt.TensorRtDecoder._write_updates", lambda *arguments: None)
+    monkeypatch.setattr("kvexport.runtime.backends.tensorrt.TensorRtDecoder._write_updates", lambda *arguments: None)
     code, out, err = run("validate", "--provider", "tensorrt")
     assert code == 1 and "FAILED" in out and "layers.0.key" in err
 
@@ -149,7 +149,9 @@ def test_missing_onnxruntime_is_named(folder: Path, provider: str) -> None:
 
 def test_an_engine_needs_no_onnxruntime(folder: Path) -> None:
     """The modules that run it import none; the simulated one does, so that here only the imports are looked at."""
-    modules = "session, kvexport.runtime.tensorrt, kvexport.runtime.engines, kvexport.runtime.cuda"
+    modules = (
+        "session, kvexport.runtime.backends.tensorrt, kvexport.runtime.backends.tensorrt_select, kvexport.runtime.backends.cuda"
+    )
     script = (
         f"import sys, kvexport.runtime.{modules}\nassert not {{'onnxruntime', 'onnx', 'onnx_ir', 'torch'}} & set(sys.modules)"
     )

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from kvexport.cli import main
-from kvexport.targets import known_targets, load_target
+from kvexport.devices.targets import known_targets, load_target
 
 Targets = Callable[..., tuple[object, str, str]]
 

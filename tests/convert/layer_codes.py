@@ -7,13 +7,13 @@ from torch import Tensor
 
 from kvexport.calibrate import Moments, MomentsAccumulator, windows
 from kvexport.convert.apply import LayerCode, apply_code
+from kvexport.convert.code_moments import Met, as_met
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping, Shape
-from kvexport.convert.met import Met, as_met
 from kvexport.convert.methods import METHODS, layer_code
 from kvexport.convert.predict import predicted_error
-from kvexport.decoder import Attention, Rope
-from kvexport.reference import linear
+from kvexport.model.decoder import Attention, Rope
+from kvexport.model.reference import linear
 
 
 def met(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Met:

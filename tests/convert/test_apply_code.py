@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kvexport.convert.apply import LayerCode, apply_code
 from kvexport.convert.methods import METHODS, folds, methods_for
-from kvexport.decoder import Attention, Linear, Rope, tensors_of
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Attention, Linear, Rope, tensors_of
 
 EXACT = 1e-4  # codes damp covariances by a millionth
 
@@ -236,7 +236,7 @@ def test_uncentred_svd_a_on_the_caches_is_what_the_layer_computes(style: str) ->
 
 def _with_projected_caches(attention: Attention, rope: Rope | None, x: Tensor, code: LayerCode) -> Tensor:
     from kvexport.calibrate import windows
-    from kvexport.reference import linear
+    from kvexport.model.reference import linear
 
     projected = windows.project(attention, x, rope)
 

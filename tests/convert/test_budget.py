@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kvexport.convert import Shape, Way
 from kvexport.convert.budget import Frontier, Widths, shapes_for
 from kvexport.convert.methods import METHODS, Method
-from kvexport.convert.survey import Curves, LayerSurvey
+from kvexport.convert.sensitivity import Curves, LayerSurvey
 
 ONLINE, FOLD = METHODS["online"], METHODS["fold"]
 

@@ -16,16 +16,16 @@ from hypothesis import strategies as st
 from test_budget import made_up
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import windows
 from kvexport.convert import Choice, Shape, Way, Wish, choose, convert, methods_for
 from kvexport.convert.budget import Frontier, Widths, shapes_for
 from kvexport.convert.choose import MARGIN, _keeping
 from kvexport.convert.methods import METHODS
-from kvexport.decoder import Attention, Decoder, Linear, Rope
 from kvexport.errors import UsageError
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Linear, Rope
 from kvexport.progress import Progress
-from kvexport.validate.cost import divergence_of
+from kvexport.validate.evaluate import divergence_of
 
 choosing = import_module("kvexport.convert.choose")  # the module: the package's own name is the function
 WINDOWS = 40  # of calibration; five are held out

@@ -13,14 +13,14 @@ from conversions import plain
 from decoders import STYLES, make_decoder, random_windows, with_attention
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import Moments, Statistics, recipe_for, save_header, save_moments, windows
 from kvexport.convert import ConvertedLayer, Shape, Way, convert, measure, methods_for, pipeline, unconverted
-from kvexport.convert.met import as_met
+from kvexport.convert.code_moments import as_met
 from kvexport.convert.methods import METHOD_NAMES
 from kvexport.convert.streams import Streams
-from kvexport.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
 from kvexport.errors import KvexportError
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer, LazyLayers, Linear, tensors_of
 
 
 def joined(decoder: Decoder, layers: list[ConvertedLayer]) -> Decoder:

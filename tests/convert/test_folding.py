@@ -12,11 +12,11 @@ from torch import Tensor
 
 from kvexport.calibrate import Rotations
 from kvexport.convert import keys
+from kvexport.convert.code_moments import as_met
 from kvexport.convert.codes import Code
 from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import Grouping
-from kvexport.convert.met import as_met
-from kvexport.decoder import Rope
+from kvexport.model.decoder import Rope
 
 HALF = 4  # pairs of a head
 STYLES = ("llama", "gqa", "bias")

@@ -11,14 +11,14 @@ from decoders import make_attention, random_inputs
 from layer_codes import code_of, converted_by, error, grouping_of, loss, measure, met, output, predicted
 from torch import Tensor
 
-from kvexport import reference
 from kvexport.calibrate import Moments, windows
 from kvexport.convert import keys
 from kvexport.convert.apply import LayerCode, apply_code
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping
 from kvexport.convert.methods import METHODS
-from kvexport.decoder import Attention, Linear, Rope
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Linear, Rope
 
 
 def stacked(x: Tensor, width: int) -> Tensor:

@@ -13,14 +13,14 @@ from torch import Tensor
 from kvexport.calibrate import Moments, Rotations
 from kvexport.convert import keys, values
 from kvexport.convert.apply import LayerCode
+from kvexport.convert.code_moments import Met
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, order_of
-from kvexport.convert.met import Met
 from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.predict import predicted_error
-from kvexport.decoder import Attention, Linear, Rope
+from kvexport.model.decoder import Attention, Linear, Rope
 
 STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
 PARTITIONS: list[list[Group]] = [[(0, 2), (1, 3)], [(0, 3), (1, 2)], [(0, 1, 2, 3)], [(2,), (0,), (3,), (1,)]]

@@ -13,7 +13,7 @@ from layer_codes import output
 
 from kvexport.calibrate import Moments, MomentsAccumulator
 from kvexport.convert.permute import permuted, permuted_moments
-from kvexport.decoder import Attention, Rope, tensors_of
+from kvexport.model.decoder import Attention, Rope, tensors_of
 
 SIZES = {"heads": 6}
 ORDERS = {3: [2, 0, 1], 6: [3, 0, 5, 1, 4, 2]}

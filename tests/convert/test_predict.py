@@ -16,7 +16,7 @@ from kvexport.convert.apply import LayerCode, apply_code
 from kvexport.convert.codes import Code, optimal_codes
 from kvexport.convert.groups import Grouping
 from kvexport.convert.methods import METHODS
-from kvexport.decoder import Attention, Linear, Rope
+from kvexport.model.decoder import Attention, Linear, Rope
 
 STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
 

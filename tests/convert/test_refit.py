@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvexport.convert.refit import _RIDGES, LeastSquares, refit
-from kvexport.decoder import Linear
+from kvexport.model.decoder import Linear
 
 
 def sums(x: Tensor, y: Tensor) -> LeastSquares:

@@ -12,12 +12,12 @@ from test_convert_pipeline import _watched
 from torch import Tensor
 
 from kvexport.convert import Shape, Way, convert, measure, survey
+from kvexport.convert.code_moments import as_met
 from kvexport.convert.losses import LayerLosses
-from kvexport.convert.met import as_met
 from kvexport.convert.methods import METHODS, Method, methods_for
-from kvexport.convert.survey import LayerSurvey
-from kvexport.decoder import Attention, Decoder, Linear
-from kvexport.validate.cost import divergence_of
+from kvexport.convert.sensitivity import LayerSurvey
+from kvexport.model.decoder import Attention, Decoder, Linear
+from kvexport.validate.evaluate import divergence_of
 
 ONLINE, FOLD = (replace(METHODS[name], refit=False) for name in ("online", "fold"))
 SHAPES = [Shape(1, 16, 16), Shape(2, 8, 8), Shape(1, 24, 24), Shape(2, 8, 16), Shape(1, 24, 32)]

@@ -10,7 +10,7 @@ from decoders import make_attention
 
 from kvexport.convert import Shape, Wish, fixed_shape, methods_for, uniform_shape
 from kvexport.convert.budget import Widths
-from kvexport.convert.wish import group_sizes
+from kvexport.convert.request import group_sizes
 from kvexport.errors import UsageError
 
 ATTENTION, _ = make_attention("llama", heads=8)  # eight KV heads of 8

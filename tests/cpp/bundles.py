@@ -14,7 +14,7 @@ import torch
 from decoders import make_decoder
 from tiny_bundles import write_bundle
 
-from kvexport.eviction import POLICIES, Eviction
+from kvexport.eviction.config import POLICIES, Eviction
 
 VOCAB, CAPACITY = 40, 600  # three steps of a growing cache
 BUDGET = Eviction("l2-norm", 24, protect_first=2, protect_recent=5)

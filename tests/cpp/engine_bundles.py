@@ -18,8 +18,8 @@ from decoders import make_decoder
 from simulated_device import add_engine
 from tiny_bundles import write_bundle
 
-from kvexport.engine.record import PLAN_FILE, PlanFile, read_record, write_record
-from kvexport.eviction import Eviction
+from kvexport.bundle.engine_record import PLAN_FILE, PlanFile, read_record, write_record
+from kvexport.eviction.config import Eviction
 from kvexport.graph import lower
 
 CAPACITY, ENGINE_CAPACITY = 64, 60

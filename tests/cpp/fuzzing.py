@@ -22,8 +22,8 @@ import torch
 from decoders import make_decoder
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
+from kvexport.build.text_files import write_text_files
 from kvexport.progress import Progress
-from kvexport.text_files import write_text_files
 
 FUZZERS = ("manifest", "safetensors", "text", "self_test", "device_record")
 _DONE = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)/")

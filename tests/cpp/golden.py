@@ -22,11 +22,11 @@ from decoders import make_decoder
 from safetensors.torch import save_file
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
-from kvexport.bundle_manifest import read_manifest
-from kvexport.engine.record import BuildRecord, PlanFile, Profile
+from kvexport.bundle.engine_record import BuildRecord, PlanFile, Profile
+from kvexport.bundle.graph_io import cache_specs, contract
+from kvexport.bundle.manifest import read_manifest
 from kvexport.errors import BundleError
-from kvexport.eviction import Eviction
-from kvexport.graph.contract import cache_specs, contract
+from kvexport.eviction.config import Eviction
 
 Raw = dict[str, Any]
 Change = Callable[[Raw], object]

@@ -18,11 +18,11 @@ from proved_bundles import broken
 from tiny_bundles import put, write_bundle
 from wrong_vectors import WRONG
 
+from kvexport.bundle.self_test_file import FILE
 from kvexport.errors import KvexportError
-from kvexport.eviction import POLICIES, Eviction
-from kvexport.hashing import sha256_of
-from kvexport.runtime.self_test import self_test
-from kvexport.runtime.vectors import FILE
+from kvexport.eviction.config import POLICIES, Eviction
+from kvexport.files.hashing import sha256_of
+from kvexport.runtime.self_test.verdict import self_test
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ from builds import build, environment, require
 from genai import genai_library
 from tokenizer_shapes import shapes
 
+from kvexport.build.text_files import write_text_files
+from kvexport.bundle.text_file import parse_text
 from kvexport.progress import Progress
-from kvexport.runtime.golden import parse_text
-from kvexport.runtime.text import TextStream, read_tokenizer
-from kvexport.text_files import write_text_files
+from kvexport.runtime.tokenizer import TextStream, read_tokenizer
 
 pytestmark = pytest.mark.slow
 

@@ -11,10 +11,10 @@ from decoders import make_decoder
 from drive import Drive
 from tiny_bundles import write_bundle
 
-from kvexport import reference
-from kvexport.decoder import Decoder
-from kvexport.eviction import Eviction
-from kvexport.loading import load_decoder
+from kvexport.eviction.config import Eviction
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder
+from kvexport.model.loader import load_decoder
 from kvexport.runtime import open_bundle
 
 pytestmark = pytest.mark.slow

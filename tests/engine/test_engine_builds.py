@@ -16,14 +16,14 @@ from proved_bundles import broken, export
 from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport import __version__
-from kvexport.bundle import GRAPH_FILE
+from kvexport.bundle.bundle import GRAPH_FILE
+from kvexport.bundle.engine_record import PLAN_FILE, RECORD_FILE, BuildRecord
 from kvexport.convert.methods import METHODS
+from kvexport.devices.gpu import find_gpu
 from kvexport.engine import EngineOptions, build_engine, engine_directory, manifest_digest, read_record
-from kvexport.engine.machine import find_gpu
 from kvexport.engine.plan import inspect_plan
-from kvexport.engine.record import PLAN_FILE, RECORD_FILE, BuildRecord
 from kvexport.errors import BundleError, CannotRunHere, UsageError
-from kvexport.hashing import sha256_of
+from kvexport.files.hashing import sha256_of
 from kvexport.progress import Progress
 
 pytestmark = pytest.mark.tensorrt
@@ -114,9 +114,9 @@ def test_the_record_says_what_was_built(rtx: Any, tiny: Callable[..., Path]) -> 
 
 def test_the_network_has_the_profiles_and_sizes_of_the_contract(rtx: Any, tiny: Callable[..., Path]) -> None:
     """Of the real network that is built: capacity and batch are fixed, and the two token sizes are not."""
+    from kvexport.bundle.engine_record import Profile
     from kvexport.engine.fitting import fit
     from kvexport.engine.plan import _profile, parse
-    from kvexport.engine.record import Profile
     from kvexport.graph.lint import Parser
 
     bundle = tiny(kv_heads=2)
@@ -249,11 +249,11 @@ def test_what_only_the_parser_finds_wrong_is_its_word(rtx: Any, tiny: Callable[.
 
 def test_the_full_tensorrts_configuration_runs_through_the_same_path(rtx: Any, tiny: Callable[..., Path], tmp_path: Path) -> None:
     """With the module at hand in its place: its timing cache goes out, and in again; the flags are set by name."""
+    from kvexport.bundle.engine_record import Profile
     from kvexport.engine.destination import Destination
     from kvexport.engine.fitting import fit
     from kvexport.engine.monitor import Watch
     from kvexport.engine.plan import _config, build_plan, parse
-    from kvexport.engine.record import Profile
     from kvexport.graph.lint import Parser
 
     bundle = tiny()

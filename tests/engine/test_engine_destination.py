@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from kvexport.devices.gpu import Gpu, available_memory, find_gpu
 from kvexport.engine.destination import Destination, choose_destination
-from kvexport.engine.machine import Gpu, available_memory, find_gpu
 from kvexport.errors import CannotRunHere, KvexportError, UsageError
 
 GIB = 2**30

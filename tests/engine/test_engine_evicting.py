@@ -12,13 +12,13 @@ import torch
 from decoders import STYLES, make_decoder
 from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
-from kvexport.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle.engine_record import BuildRecord
 from kvexport.engine import EngineOptions, build_engine
 from kvexport.engine.fitting import Fitted, fit, freeze
 from kvexport.engine.preflight import require_options
-from kvexport.engine.record import BuildRecord
 from kvexport.errors import UsageError
-from kvexport.eviction import POLICIES, Eviction
+from kvexport.eviction.config import POLICIES, Eviction
 from kvexport.graph.lint import Parser, refusals
 from kvexport.progress import Progress
 

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
+from kvexport.devices.gpu import Gpu
 from kvexport.engine import EngineOptions, preflight
 from kvexport.engine.build import _timing_cache, build_engine
 from kvexport.engine.destination import Destination
 from kvexport.engine.library import Library, load_library
-from kvexport.engine.machine import Gpu
 from kvexport.errors import CannotRunHere, UsageError
 
 AHEAD = Destination("sm86", "tensorrt-rtx", ("8.6",), True)
@@ -145,7 +145,7 @@ def test_a_process_has_one_of_the_engines(rtx: Any, monkeypatch: pytest.MonkeyPa
 def test_a_timing_cache_is_used_again_by_its_own_version_only(tmp_path: Path) -> None:
     from test_engine_record import RECORD
 
-    from kvexport.engine.record import CACHE_FILE, PLAN_FILE, write_record
+    from kvexport.bundle.engine_record import CACHE_FILE, PLAN_FILE, write_record
 
     same = SimpleNamespace(trt=SimpleNamespace(__version__="10.3.0.30"))
     other = SimpleNamespace(trt=SimpleNamespace(__version__="10.16.2.10"))

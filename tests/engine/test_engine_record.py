@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 
+from kvexport.bundle.engine_record import PLAN_FILE, RECORD_FILE, BuildRecord, PlanFile, Profile, write_record
 from kvexport.engine import engine_directory, read_record
-from kvexport.engine.record import PLAN_FILE, RECORD_FILE, BuildRecord, PlanFile, Profile, write_record
 from kvexport.errors import BundleError
 
 RECORD = BuildRecord(

@@ -12,12 +12,12 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
+from kvexport.bundle.graph_io import update
 from kvexport.graph import GRAPH_FILE, DecoderWriter, GraphContract, attention_tap, past, present, residual_tap
-from kvexport.graph.contract import update
-from kvexport.graph.precision import NOTHING, Kept
-from kvexport.loading import alibi_slopes
+from kvexport.graph.keep_float32 import NOTHING, Kept
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
+from kvexport.model.rope import alibi_slopes
 
 HIDDEN, VOCAB = 24, 40
 

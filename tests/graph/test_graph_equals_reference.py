@@ -25,9 +25,9 @@ from graph_decoders import (
     write,
 )  # fmt: skip
 
-from kvexport import reference
-from kvexport.decoder import Linear, Rope
 from kvexport.graph import GRAPH_FILE, as_float32, tapped
+from kvexport.model import reference
+from kvexport.model.decoder import Linear, Rope
 
 ONLINE = Shape(heads=4, kv_heads=2, group=2, key_dim=8)
 DECODERS = {

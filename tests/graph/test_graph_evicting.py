@@ -14,12 +14,12 @@ import torch
 from graph_decoders import BLOOM, LLAMA, QWEN2, VOCAB, Shape, Style, distance, make_decoder, mapped, open_session, slopes_of
 from numpy.typing import NDArray
 
-from kvexport import reference
-from kvexport.decoder import Decoder
-from kvexport.evicting import EvictingCache
-from kvexport.eviction import POLICIES, Eviction
+from kvexport.bundle.graph_io import past, present, sized, update
+from kvexport.eviction.config import POLICIES, Eviction
+from kvexport.eviction.reference_cache import EvictingCache
 from kvexport.graph import DecoderWriter, GraphContract
-from kvexport.graph.contract import past, present, sized, update
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder
 
 GARBAGE = 1e4
 CASES: dict[str, tuple[Style, Sequence[Shape]]] = {

@@ -12,10 +12,10 @@ from decoders import make_decoder, random_windows, with_attention
 from graph_decoders import disagreement, quiet, rounded, write
 
 from kvexport.convert import Shape, Way, convert, methods_for
-from kvexport.decoder import Attention, Decoder
 from kvexport.graph import GRAPH_FILE
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
-from kvexport.graph.tap import tapped
+from kvexport.graph.taps import tapped
+from kvexport.model.decoder import Attention, Decoder
 
 
 def wide(style: str = "llama", *, key_dim: int = 16, value_dim: int = 16, kv_heads: int = 1) -> Decoder:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from graph_decoders import Caller, open_session, write
 
-from kvexport.loading import load_decoder
+from kvexport.model.loader import load_decoder
 
 CHECKPOINTS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-mha": ("llama", {"num_key_value_heads": 4}),

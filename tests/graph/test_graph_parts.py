@@ -24,7 +24,7 @@ from graph_decoders import (
 )
 
 from kvexport.graph import GRAPH_FILE, attention_tap, past, present, residual_tap
-from kvexport.graph.parts import parts
+from kvexport.graph.split_layers import parts
 
 TOKENS = {"position_ids", "write_indices"}
 

@@ -17,14 +17,14 @@ from tiny_bundles import write_bundle
 
 from kvexport.convert import Shape, Way, convert, trained_shape
 from kvexport.convert.methods import METHODS
-from kvexport.decoder import Decoder
 from kvexport.engine import EngineOptions, build_engine
 from kvexport.engine.fitting import freeze
 from kvexport.errors import UsageError
 from kvexport.graph import GRAPH_FILE, past
 from kvexport.graph.lint import Finding, Parser, lint, refusals
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
-from kvexport.graph.tap import tapped
+from kvexport.graph.taps import tapped
+from kvexport.model.decoder import Decoder
 
 KEPT = None  # a layer that is left as it was trained
 Cut = tuple[str, Shape] | None

@@ -14,9 +14,9 @@ import onnxruntime
 import pytest
 from graph_decoders import BLOOM, LLAMA, Shape, make_decoder, quiet, slopes_of, write
 
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
 from kvexport.graph import DATA_FILE, GRAPH_FILE, GraphContract, render
+from kvexport.model.decoder import Decoder
 
 ONLINE = Shape(heads=4, kv_heads=2, group=2, key_dim=8, value_dim=12, value_map=True)
 DECODERS = {

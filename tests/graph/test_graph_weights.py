@@ -15,11 +15,11 @@ import pytest
 import torch
 from graph_decoders import Shape, make_decoder, write
 
-from kvexport.decoder import Decoder, Linear
 from kvexport.errors import UsageError
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter
 from kvexport.graph import weights as weights_module
 from kvexport.graph.weights import WeightFile
+from kvexport.model.decoder import Decoder, Linear
 
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 

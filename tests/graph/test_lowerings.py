@@ -11,13 +11,13 @@ import torch
 from graph_decoders import Shape, disagreement, make_decoder, quiet, rounded, write
 from test_graph_equals_reference import DECODERS
 
-from kvexport.decoder import Decoder
+from kvexport.bundle.graph_io import DATA_FILE, LOWERED_FILES
 from kvexport.errors import BundleError, UsageError
 from kvexport.graph import GRAPH_FILE, GraphContract
-from kvexport.graph.contract import DATA_FILE, LOWERED_FILES
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
 from kvexport.graph.lowering.primitives import OPERATORS, Primitives
-from kvexport.graph.tap import GraphCopy, tapped
+from kvexport.graph.taps import GraphCopy, tapped
+from kvexport.model.decoder import Decoder
 
 LOWERED = [name for name in LOWERINGS if name != "std24"]
 everything = pytest.mark.parametrize(("lowering", "name"), [(each, name) for each in LOWERED for name in DECODERS])

@@ -13,13 +13,13 @@ import pytest
 from graph_decoders import BLOOM, LLAMA, QWEN2, Shape, make_decoder, mapped, quiet, slopes_of
 from test_graph_evicting import CASES, disagreement, write
 
-from kvexport.decoder import Decoder
+from kvexport.bundle.graph_io import present
 from kvexport.errors import BundleError
-from kvexport.eviction import POLICIES, Eviction
+from kvexport.eviction.config import POLICIES, Eviction
 from kvexport.graph import GRAPH_FILE, GraphContract
-from kvexport.graph.contract import present
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
 from kvexport.graph.lowering.primitives import OPERATORS
+from kvexport.model.decoder import Decoder
 
 LOWERED = [name for name in LOWERINGS if name != "std24"]
 EVICTION = Eviction("l2-norm", 9, protect_first=1, protect_recent=3)

@@ -15,14 +15,14 @@ from graph_decoders import LLAMA, QWEN2, VOCAB, Shape, Style, disagreement, make
 from onnx.reference import ReferenceEvaluator
 from test_lowerings import LOWERED
 
+from kvexport.build.float16_overflow import LARGEST, kept_float32
 from kvexport.calibrate import PeakMeter
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
 from kvexport.graph import GRAPH_FILE, Kept, lower, lowered_contract
-from kvexport.graph.parts import parts
-from kvexport.graph.precision import KeepFloat32
-from kvexport.graph.tap import tapped
-from kvexport.overflow import LARGEST, kept_float32
+from kvexport.graph.keep_float32 import KeepFloat32
+from kvexport.graph.split_layers import parts
+from kvexport.graph.taps import tapped
+from kvexport.model.decoder import Decoder
 
 RELU = Style("layer", True, True, False, "relu", "rope", True, True)
 STYLES = {"llama": LLAMA, "qwen2": QWEN2, "layer-norms": RELU}

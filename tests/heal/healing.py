@@ -10,9 +10,9 @@ import torch
 from decoders import make_decoder, random_windows
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.decoder import Attention, Decoder, Layer, Linear
 from kvexport.heal import Healed, HealOptions, heal
+from kvexport.model import reference
+from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 from kvexport.progress import Progress
 
 

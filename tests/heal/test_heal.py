@@ -11,12 +11,12 @@ import torch
 from decoders import STYLES, make_decoder, random_windows, with_attention
 from healing import Job, mapped, mean_kl
 
-from kvexport import reference
-from kvexport.decoder import Decoder, LazyLayers, tensors_of
 from kvexport.errors import UsageError
 from kvexport.heal import HealOptions, heal
 from kvexport.heal.loss import kl_gradient, kl_sum
 from kvexport.heal.student import in_dtype
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, LazyLayers, tensors_of
 from kvexport.progress import Progress
 
 FROZEN = ("attention_norm", "mlp_norm", "mlp")

@@ -9,8 +9,8 @@ import torch
 from decoders import STYLES, random_windows, with_attention
 from healing import Job, disturbed, mapped, mean_kl
 
-from kvexport.decoder import tensors_of
 from kvexport.errors import CannotRunHere
+from kvexport.model.decoder import tensors_of
 
 RANK = 2
 

@@ -13,9 +13,9 @@ import torch
 from decoders import random_windows
 from healing import Job
 
-from kvexport.decoder import tensors_of
 from kvexport.errors import UsageError
 from kvexport.heal import Healed
+from kvexport.model.decoder import tensors_of
 from kvexport.progress import Progress
 
 

@@ -14,17 +14,17 @@ import torch
 from anchors import CONFIGS
 from tiny_bundles import write_bundle
 
-from kvexport.bundle_manifest import Manifest, read_manifest
-from kvexport.decoder import Decoder, Layer
+from kvexport.bundle.manifest import Manifest, read_manifest
+from kvexport.devices.targets import load_target
 from kvexport.engine.options import CHUNK
 from kvexport.errors import UsageError
-from kvexport.eviction import Eviction, EvictionWish
-from kvexport.loading import load_decoder
+from kvexport.eviction.config import Eviction, EvictionWish
+from kvexport.model.decoder import Decoder, Layer
+from kvexport.model.loader import load_decoder
 from kvexport.plan import plan
 from kvexport.plan.memory import kv_bytes, kv_bytes_per_token, largest_context, memory, precision, state_bytes, weight_bytes
 from kvexport.plan.sizes import Cache, Sizes, bundle_sizes
 from kvexport.plan.speed import decode_seconds, prefill_flops, prefill_seconds, step_bytes
-from kvexport.targets import load_target
 
 HALF = precision("float16", "tensorrt")
 MIXED = Sizes(

@@ -11,9 +11,9 @@ import pytest
 from anchors import CONFIGS
 from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
+from kvexport.devices.targets import load_target
 from kvexport.errors import BundleError, UsageError
 from kvexport.plan import plan
-from kvexport.targets import load_target
 
 
 @pytest.fixture

@@ -13,10 +13,10 @@ from anchors import CONFIGS, PARAMETERS
 from conversions import plain
 from tiny_bundles import decoder_with_fewer_heads, write_bundle
 
-from kvexport.bundle_manifest import read_manifest
-from kvexport.decoder import tensors_of
+from kvexport.bundle.manifest import read_manifest
 from kvexport.errors import CheckpointError, UsageError
-from kvexport.loading import load_decoder
+from kvexport.model.decoder import tensors_of
+from kvexport.model.loader import load_decoder
 from kvexport.plan.memory import precision, weight_bytes
 from kvexport.plan.sizes import architecture, bundle_sizes
 

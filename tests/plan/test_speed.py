@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from anchors import CONFIGS, FITTED, HELD_OUT, PREFILL_SECONDS, SLOWER, Anchor
 
+from kvexport.devices.targets import load_target
 from kvexport.plan.memory import precision
 from kvexport.plan.sizes import Sizes, architecture
 from kvexport.plan.speed import (
@@ -21,7 +22,6 @@ from kvexport.plan.speed import (
     prefill_seconds,
     step_bytes,
 )
-from kvexport.targets import load_target
 
 INT4 = precision("int4", "tensorrt")
 

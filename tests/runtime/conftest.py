@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
 
-from kvexport.decoder import Decoder
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
 
 

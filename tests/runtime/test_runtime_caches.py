@@ -15,14 +15,14 @@ from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, random_decode
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
 import kvexport
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
+from kvexport.bundle.bundle import Bundle
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.eviction import Eviction
+from kvexport.eviction.config import Eviction
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Cache, Session, open_bundle
-from kvexport.runtime import tensorrt as runtime
-from kvexport.runtime.cache import KvCache
-from kvexport.runtime.decoder import OrtDecoder
+from kvexport.runtime.backends import tensorrt as runtime
+from kvexport.runtime.backends.ort import OrtDecoder
+from kvexport.runtime.cache.kv_cache import KvCache
 
 BATCHED = ("cpu", "cuda")  # runs several sequences at a time
 ENGINES = ("std24", "decomposed17")
@@ -30,7 +30,7 @@ ENGINES = ("std24", "decomposed17")
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
-    monkeypatch.setattr("kvexport.runtime.providers._DEVICE_STEP", 16)
+    monkeypatch.setattr("kvexport.runtime.backends.select._DEVICE_STEP", 16)
     return only_gpu(monkeypatch)
 
 
@@ -264,7 +264,7 @@ def test_special_tokens_come_once(tmp_path: Path) -> None:
     """Around a text that begins a cache, and not in its midst, nor where a chat template wrote them."""
     from tokenizers import Tokenizer, processors
 
-    from kvexport.runtime.text import Turn
+    from kvexport.runtime.tokenizer import Turn
 
     made = Tokenizer.from_str(byte_level_tokenizer())
     made.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])

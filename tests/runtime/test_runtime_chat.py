@@ -14,15 +14,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_bundles import byte_level_tokenizer
 
-from kvexport.bundle import Bundle
-from kvexport.bundle_manifest import FileEntry
+from kvexport.build.text_files import TEXTS, write_text_files
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.chat_format import Chat
+from kvexport.bundle.manifest import FileEntry
+from kvexport.bundle.text_file import parse_text, text_of
 from kvexport.errors import BundleError, CannotRunHere, UsageError
-from kvexport.hashing import sha256_of
+from kvexport.files.hashing import sha256_of
 from kvexport.progress import Progress
-from kvexport.runtime.chat import Chat
-from kvexport.runtime.golden import parse_text, text_of
-from kvexport.runtime.text import tokenizer_of
-from kvexport.text_files import TEXTS, write_text_files
+from kvexport.runtime.tokenizer import tokenizer_of
 
 CHAT = Chat("<b><u>", ("<b><s>", "</s><u>"), "</u><a>", " ", "</a><u>", strips=True)
 

@@ -10,15 +10,15 @@ import pytest
 from simulated_device import SimulatedDevice, onnxruntime_on
 from tiny_bundles import exact_logits, write_bundle
 
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
-from kvexport.engine.machine import find_gpu
+from kvexport.bundle.bundle import Bundle
+from kvexport.devices.gpu import find_gpu
 from kvexport.errors import CannotRunHere
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
-from kvexport.runtime.arrays import OnDevice, as_float32, from_float, stored_as
-from kvexport.runtime.cache import KvCache
-from kvexport.runtime.interface import TOKEN_INPUTS
-from kvexport.runtime.loading import graph_file, session_on, session_options
+from kvexport.runtime.backends.base import TOKEN_INPUTS
+from kvexport.runtime.backends.ort_session import graph_file, session_on, session_options
+from kvexport.runtime.cache.device_arrays import OnDevice, as_float32, from_float, stored_as
+from kvexport.runtime.cache.kv_cache import KvCache
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
 
@@ -31,7 +31,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
     simulated = SimulatedDevice()
     onnxruntime_on(simulated, monkeypatch)
-    monkeypatch.setattr("kvexport.runtime.providers._DEVICE_STEP", 16)
+    monkeypatch.setattr("kvexport.runtime.backends.select._DEVICE_STEP", 16)
     return simulated
 
 

@@ -14,17 +14,17 @@ from decoders import make_decoder
 from numpy.typing import NDArray
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
 
-from kvexport import reference
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
+from kvexport.bundle.bundle import Bundle
 from kvexport.errors import UsageError
-from kvexport.evicting import EvictingCache
-from kvexport.eviction import POLICIES, SCORE, STORED, Eviction
+from kvexport.eviction.config import POLICIES, SCORE, STORED, Eviction
+from kvexport.eviction.reference_cache import EvictingCache
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
-from kvexport.runtime import evicting as runtime
-from kvexport.runtime.arrays import HOST
-from kvexport.runtime.cache import KvCache
-from kvexport.runtime.loading import graph_file
+from kvexport.runtime.backends.ort_session import graph_file
+from kvexport.runtime.cache.device_arrays import HOST
+from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.cache import eviction as runtime
 
 CAPACITY, VOCAB = 96, 40
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -202,7 +202,7 @@ def test_sequences_that_are_not_active_stay_as_they_are(tmp_path: Path) -> None:
 
 
 def test_buffers_grow_in_steps_up_to_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvexport.runtime.providers.STEP", 32)
+    monkeypatch.setattr("kvexport.runtime.backends.select.STEP", 32)
     decoder, eviction = random_decoder("gqa"), Eviction("l2-norm", 40, 4, 8, skip_layers=(1,))
     session, oracle = opened(tmp_path / "b", decoder, eviction, 90), Oracle(decoder, eviction, 90)
     per_token = 2 * (8 + 8) * 4

@@ -13,14 +13,14 @@ from simulated_device import SimulatedDevice, add_engine, only_gpu
 from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, differences, random_decoder, tokens
 from tiny_bundles import write_bundle
 
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
+from kvexport.bundle.bundle import Bundle
 from kvexport.errors import BundleError, UsageError
-from kvexport.eviction import POLICIES, STORED, Eviction
+from kvexport.eviction.config import POLICIES, STORED, Eviction
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
-from kvexport.runtime import tensorrt as runtime
-from kvexport.runtime.arrays import HOST, Move, OnDevice
-from kvexport.runtime.tensorrt import TensorRtDecoder
+from kvexport.runtime.backends import tensorrt as runtime
+from kvexport.runtime.backends.tensorrt import TensorRtDecoder
+from kvexport.runtime.cache.device_arrays import HOST, Move, OnDevice
 
 LOWERINGS = ("std24", "decomposed17")
 SKIPPING = dataclasses.replace(BUDGET, skip_layers=(0,))
@@ -29,7 +29,7 @@ SKIPPING = dataclasses.replace(BUDGET, skip_layers=(0,))
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
     """The machine's only GPU, and the TensorRT that is installed; ONNX Runtime's CUDA on the same."""
-    monkeypatch.setattr("kvexport.runtime.providers._DEVICE_STEP", 16)
+    monkeypatch.setattr("kvexport.runtime.backends.select._DEVICE_STEP", 16)
     return only_gpu(monkeypatch)
 
 
@@ -170,7 +170,7 @@ def test_an_engine_of_another_budget_is_refused(device: SimulatedDevice, tmp_pat
     other = tmp_path / "other"
     write_bundle(other, decoder, capacity=CAPACITY, eviction=dataclasses.replace(BUDGET, budget=30))
     (bundle / "engines").rename(other / "engines")
-    from kvexport.engine.record import manifest_digest, read_record, write_record
+    from kvexport.bundle.engine_record import manifest_digest, read_record, write_record
 
     folder = other / "engines" / "simulated"
     write_record(folder, dataclasses.replace(read_record(folder), manifest_sha256=manifest_digest(other)))

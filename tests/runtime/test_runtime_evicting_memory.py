@@ -15,17 +15,17 @@ from test_runtime_evicting import Oracle, tokens
 from test_runtime_in_place import _resettable
 from tiny_bundles import write_bundle
 
-from kvexport.bundle import Bundle
-from kvexport.eviction import Eviction
+from kvexport.bundle.bundle import Bundle
+from kvexport.eviction.config import Eviction
 
 SLOTS, BATCH = 4096, 8
 _PEAK = """
 import json, sys
-import numpy as np, onnxruntime, kvexport.runtime.decoder
-from kvexport.bundle import Bundle
-from kvexport.runtime.cache import KvCache
-from kvexport.runtime.decoder import OrtDecoder, _Binding
-from kvexport.runtime.loading import load_graph, session_options
+import numpy as np, onnxruntime, kvexport.runtime.backends.ort
+from kvexport.bundle.bundle import Bundle
+from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.backends.ort import OrtDecoder, _Binding
+from kvexport.runtime.backends.ort_session import load_graph, session_options
 
 path, batch, in_place = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "in place"
 bundle = Bundle.open(path)
@@ -41,7 +41,7 @@ if not in_place:
     class Binding(_Binding):
         def _bind(self, name, *arguments):
             self.binding.bind_output(name) if name.startswith("present") else super()._bind(name, *arguments)
-    kvexport.runtime.decoder._Binding = Binding
+    kvexport.runtime.backends.ort._Binding = Binding
 decoder = OrtDecoder(session, cache)
 
 def kib(what):

@@ -14,7 +14,7 @@ from conversions import plain
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
 from tokenizers import Tokenizer, processors
 
-from kvexport.loading import load_decoder
+from kvexport.model.loader import load_decoder
 from kvexport.runtime import open_bundle
 
 FAMILIES: dict[str, dict[str, Any]] = {

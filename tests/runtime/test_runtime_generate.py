@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
 
-from kvexport.decoder import Decoder
 from kvexport.errors import UsageError
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Generation, Session, open_bundle
 
 Opened = Callable[..., Session]

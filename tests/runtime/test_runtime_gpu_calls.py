@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from kvexport.errors import CannotRunHere
-from kvexport.runtime.cuda import Cuda, _Graph
+from kvexport.runtime.backends.cuda import Cuda, _Graph
 
 
 class _Error(enum.IntEnum):

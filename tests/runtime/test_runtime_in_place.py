@@ -17,18 +17,18 @@ import numpy as np
 import pytest
 from tiny_bundles import write_bundle
 
-from kvexport.bundle import Bundle
-from kvexport.loading import load_decoder
+from kvexport.bundle.bundle import Bundle
+from kvexport.model.loader import load_decoder
 from kvexport.runtime import Session, open_bundle
 
 BATCH, DEPTH = 8, 4096
 _MEASURE = """
 import json, sys
-import numpy as np, onnxruntime, kvexport.runtime.decoder
-from kvexport.bundle import Bundle
-from kvexport.runtime.cache import KvCache
-from kvexport.runtime.decoder import OrtDecoder, _Binding
-from kvexport.runtime.loading import load_graph, session_options
+import numpy as np, onnxruntime, kvexport.runtime.backends.ort
+from kvexport.bundle.bundle import Bundle
+from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.backends.ort import OrtDecoder, _Binding
+from kvexport.runtime.backends.ort_session import load_graph, session_options
 
 path, batch, depth, in_place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "in place"
 bundle = Bundle.open(path)
@@ -39,7 +39,7 @@ if not in_place:
     class Binding(_Binding):
         def _bind(self, name, *arguments):
             self.binding.bind_output(name) if name.startswith("present") else super()._bind(name, *arguments)
-    kvexport.runtime.decoder._Binding = Binding
+    kvexport.runtime.backends.ort._Binding = Binding
 decoder = OrtDecoder(session, cache)
 
 def kib(what):

@@ -13,10 +13,10 @@ import pytest
 from tiny_bundles import edit_manifest, write_bundle
 
 import kvexport
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
+from kvexport.bundle.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere, UsageError
-from kvexport.hashing import sha256_of
+from kvexport.files.hashing import sha256_of
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session
 
 GRAPH = "decoder.cpu.onnx"  # what runs here

@@ -21,14 +21,15 @@ from simulated_device import SimulatedDevice, add_engine, only_gpu
 from test_runtime_evicting import BUDGET, CAPACITY, random_decoder, tokens
 from tiny_bundles import write_bundle
 
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
+from kvexport.bundle.bundle import Bundle
 from kvexport.errors import KvexportError, UsageError
-from kvexport.eviction import Eviction
-from kvexport.runtime import Cache, Session, saved
-from kvexport.runtime.arrays import HOST, OnDevice
-from kvexport.runtime.cache import KvCache
-from kvexport.runtime.evicting import Occupancy
+from kvexport.eviction.config import Eviction
+from kvexport.model.decoder import Decoder
+from kvexport.runtime import Cache, Session
+from kvexport.runtime.cache import saved_cache as saved
+from kvexport.runtime.cache.device_arrays import HOST, OnDevice
+from kvexport.runtime.cache.eviction import Occupancy
+from kvexport.runtime.cache.kv_cache import KvCache
 
 EVICTIONS = {"whole": None, "evicting": BUDGET, "some": Eviction("l2-norm", 24, 2, 5, skip_layers=(1,))}
 whatever_is_held = pytest.mark.parametrize("eviction", EVICTIONS.values(), ids=EVICTIONS.keys())

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from tiny_bundles import exact_logits, write_bundle
 
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
+from kvexport.bundle.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere, UsageError
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
-from kvexport.runtime.cache import KvCache
+from kvexport.runtime.cache.kv_cache import KvCache
 
 Opened = Callable[..., Session]
 CLOSE = {"rtol": 0.0, "atol": 1e-4}  # float32, logits of about 1
@@ -198,7 +198,7 @@ def test_cache_that_memory_cannot_hold(opened: Opened, monkeypatch: pytest.Monke
         return real(shape, dtype)
 
     with monkeypatch.context() as patched:
-        patched.setattr("kvexport.runtime.cache.np.zeros", zeros)
+        patched.setattr("kvexport.runtime.cache.kv_cache.np.zeros", zeros)
         with pytest.raises(CannotRunHere, match="512 tokens"):
             session._decoder.cache.reserve(257)
     alone.prefill(ids)

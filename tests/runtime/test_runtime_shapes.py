@@ -12,14 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvexport import build as building
-from kvexport import job, reference
-from kvexport.bundle import Bundle
+from kvexport.build import pipeline as building
+from kvexport.build import conversion_job as job
+from kvexport.bundle.bundle import Bundle
 from kvexport.calibrate import recipe_for
 from kvexport.convert import Wish
-from kvexport.decoder import Decoder, Layer
 from kvexport.graph import DecoderWriter
-from kvexport.loading import load_decoder
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder, Layer
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.runtime import open_bundle
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvexport.errors import UsageError
 from kvexport.runtime import Session, open_bundle
-from kvexport.runtime.text import StopTexts
+from kvexport.runtime.tokenizer import StopTexts
 
 letters = st.text("abc", max_size=30)
 stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)

@@ -16,14 +16,14 @@ import pytest
 from simulated_device import CHUNK, SimulatedDevice, add_engine, simulated_tensorrt
 from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
 
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
-from kvexport.engine.record import read_record, write_record
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.engine_record import read_record, write_record
 from kvexport.errors import BundleError, CannotRunHere, UsageError
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
-from kvexport.runtime import tensorrt as runtime
-from kvexport.runtime.providers import choose
-from kvexport.runtime.tensorrt import TensorRtDecoder
+from kvexport.runtime.backends import tensorrt as runtime
+from kvexport.runtime.backends.select import choose
+from kvexport.runtime.backends.tensorrt import TensorRtDecoder
 
 CAPACITY = 60
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -53,7 +53,7 @@ def bundles(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Calla
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedDevice]:
     """The machine's only GPU, and the TensorRT that is installed."""
     simulated = SimulatedDevice()
-    monkeypatch.setattr("kvexport.runtime.cuda.Cuda", lambda: simulated)
+    monkeypatch.setattr("kvexport.runtime.backends.cuda.Cuda", lambda: simulated)
     monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
     yield simulated
 

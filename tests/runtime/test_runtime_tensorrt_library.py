@@ -14,8 +14,8 @@ from simulated_device import SimulatedDevice, _Context, _Engine, _RuntimeConfig,
 from tiny_bundles import write_bundle
 
 import kvexport.runtime
-from kvexport.decoder import Decoder
 from kvexport.errors import CannotRunHere
+from kvexport.model.decoder import Decoder
 from kvexport.runtime import open_bundle
 
 pytestmark = pytest.mark.tensorrt
@@ -75,13 +75,13 @@ def test_an_engine_that_does_not_load_says_what_tensorrt_says(
     trt: Any, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A real plan, and TensorRT's real answer where there is no driver."""
+    from kvexport.devices.gpu import find_gpu
     from kvexport.engine.build import build_engine
-    from kvexport.engine.machine import find_gpu
 
     if find_gpu() is not None:
         pytest.skip("there is a GPU")
     bundle = write_bundle(tmp_path / "b", decoder, dtype="float16")
     build_engine(bundle, target="rtx-4090", compute_capabilities=["8.9"])
-    monkeypatch.setattr("kvexport.runtime.cuda.Cuda", lambda: SimulatedDevice(compute_capability="8.9"))
+    monkeypatch.setattr("kvexport.runtime.backends.cuda.Cuda", lambda: SimulatedDevice(compute_capability="8.9"))
     with pytest.raises(CannotRunHere, match=r"TensorRT 1\.\d+[.\d]* cannot load[\s\S]*(CUDA|driver)"):
         open_bundle(bundle, provider="tensorrt")

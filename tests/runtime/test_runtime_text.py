@@ -11,7 +11,7 @@ from tiny_bundles import byte_level_tokenizer
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers
 
-from kvexport.runtime.text import TextStream, Tokenizer
+from kvexport.runtime.tokenizer import TextStream, Tokenizer
 
 
 def sentence_pieces() -> Backend:

@@ -13,8 +13,8 @@ import pytest
 
 from kvexport.errors import UsageError
 from kvexport.runtime import Session, open_bundle
-from kvexport.runtime.decoder import OrtDecoder
-from kvexport.runtime.sequences import Guard
+from kvexport.runtime.backends.ort import OrtDecoder
+from kvexport.runtime.cache.sequences import Guard
 
 PROMPTS = [[5, 9, 33], [1], list(range(40)), [66, 2]]
 Opened = Callable[..., Session]

@@ -20,19 +20,19 @@ from simulated_device import SimulatedDevice, add_engine, only_gpu
 from tiny_bundles import decoder_with_fewer_heads, edit_manifest, write_bundle
 from wrong_vectors import WRONG
 
-from kvexport.bundle import GRAPH_FILE, Bundle
-from kvexport.decoder import Decoder as Model
+from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle.graph_io import KEY, past
+from kvexport.bundle.self_test_file import FILE, read_vectors
 from kvexport.errors import BundleError, CannotRunHere, UsageError
-from kvexport.eviction import POLICIES, SCORE, Eviction
-from kvexport.graph.contract import KEY, past
-from kvexport.hashing import sha256_of
-from kvexport.runtime.arrays import Host
-from kvexport.runtime.cache import KvCache
-from kvexport.runtime.interface import Decoder
-from kvexport.runtime.providers import Provider, new_cache, open_decoder
-from kvexport.runtime.self_test import SelfTestReport, examine, self_test
-from kvexport.runtime.self_test_runs import GARBAGE, STEP
-from kvexport.runtime.vectors import FILE, read_vectors
+from kvexport.eviction.config import POLICIES, SCORE, Eviction
+from kvexport.files.hashing import sha256_of
+from kvexport.model.decoder import Decoder as Model
+from kvexport.runtime.backends.base import Decoder
+from kvexport.runtime.backends.select import Provider, new_cache, open_decoder
+from kvexport.runtime.cache.device_arrays import Host
+from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.self_test.runs import GARBAGE, STEP
+from kvexport.runtime.self_test.verdict import SelfTestReport, examine, self_test
 
 Raw = dict[str, Any]
 EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
@@ -420,7 +420,7 @@ def test_a_bundle_that_cannot_be_written_to_is_tested(sound: Path, tmp_path: Pat
 
 _LEAN = """
 import sys
-from kvexport.runtime.self_test import self_test
+from kvexport.runtime.self_test.verdict import self_test
 assert self_test(sys.argv[1]).verdict == "ok"
 print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "onnx_ir", "transformers"}))
 """

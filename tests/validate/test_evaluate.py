@@ -11,15 +11,15 @@ import pytest
 import torch
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
-from kvexport import reference
 from kvexport.calibrate.text import tokenize
-from kvexport.checkpoint import Checkpoint
-from kvexport.decoder import Decoder, Layer, Linear
 from kvexport.errors import BundleError, UsageError
-from kvexport.loading import load_decoder
+from kvexport.model import reference
+from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.decoder import Decoder, Layer, Linear
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.validate import Evaluation, evaluate
-from kvexport.validate.cost import original_stream, spread
+from kvexport.validate.evaluate import original_stream, spread
 
 TEXT = "Once upon a time there was a small café where naïve people smiled, and then there was not. " * 6
 VOCAB = 300

@@ -13,14 +13,14 @@ from decoders import STYLES, make_decoder
 from tiny_bundles import write_bundle
 from torch import Tensor
 
-from kvexport import reference
-from kvexport.bundle import Bundle
-from kvexport.decoder import Decoder
-from kvexport.eviction import POLICIES, SCORE, STORED, Eviction
-from kvexport.hashing import sha256_of
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.self_test_file import Vectors, read_vectors, steady
+from kvexport.eviction.config import POLICIES, SCORE, STORED, Eviction
+from kvexport.files.hashing import sha256_of
+from kvexport.model import reference
+from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
-from kvexport.runtime.vectors import Vectors, read_vectors, steady
-from kvexport.validate.greedy import CONTINUATION, PROMPT, GreedyRecorder, slots_of
+from kvexport.validate.self_test_recorder import CONTINUATION, PROMPT, GreedyRecorder, slots_of
 
 EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
 

@@ -9,10 +9,10 @@ import pytest
 import torch
 from decoders import make_decoder, random_windows
 
-from kvexport import reference
 from kvexport.errors import BundleError
+from kvexport.model import reference
 from kvexport.validate import TwinRecorder, read_twin
-from kvexport.validate.twin import FILE
+from kvexport.validate.reference_run import FILE
 
 
 def _record(directory: Path, style: str = "gqa", capacity: int = 128) -> None:

@@ -11,7 +11,7 @@ from damages import DAMAGES, SUBTLE_DAMAGES
 from decoders import make_decoder
 from proved_bundles import broken, export
 
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, prove, validate
 

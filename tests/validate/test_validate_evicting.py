@@ -13,13 +13,13 @@ import torch
 from decoders import make_decoder
 from proved_bundles import broken, export
 
-from kvexport import reference
-from kvexport.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.errors import BundleError
-from kvexport.eviction import POLICIES, Eviction
+from kvexport.eviction.config import POLICIES, Eviction
+from kvexport.model import reference
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, prove, validate
-from kvexport.validate.twin import FILE, STEPS, read_twin
+from kvexport.validate.reference_run import FILE, STEPS, read_twin
 
 EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
 SLOTS = 26  # protected ones and 16

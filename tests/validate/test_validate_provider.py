@@ -16,13 +16,13 @@ from proved_bundles import broken, edit_graph, export, node_of
 from simulated_device import SimulatedDevice, add_engine, only_gpu
 from tiny_bundles import byte_level_tokenizer, write_bundle
 
-from kvexport.bundle import GRAPH_FILE
-from kvexport.checkpoint import Checkpoint
+from kvexport.bundle.bundle import GRAPH_FILE
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.graph import write_lowered
-from kvexport.loading import load_decoder
+from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
-from kvexport.runtime.tensorrt import TensorRtDecoder
+from kvexport.runtime.backends.tensorrt import TensorRtDecoder
 from kvexport.validate import ValidationReport, evaluate, validate
 from kvexport.validate.layerwise import GARBAGE
 

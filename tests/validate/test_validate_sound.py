@@ -12,13 +12,13 @@ import torch
 from decoders import make_decoder
 from proved_bundles import export
 
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere
 from kvexport.progress import Progress
 from kvexport.validate import prove, validate
 from kvexport.validate.deployed import run_deployed
 from kvexport.validate.layerwise import run_layerwise
-from kvexport.validate.twin import FILE, STEPS, read_twin
+from kvexport.validate.reference_run import FILE, STEPS, read_twin
 
 METHODS = {
     "llama": ("online", "fold"),
@@ -122,7 +122,7 @@ _PEAK = """
 import sys, resource
 from pathlib import Path
 import onnx_ir, onnxruntime
-from kvexport.bundle import Bundle
+from kvexport.bundle.bundle import Bundle
 from kvexport.progress import Progress
 from kvexport.validate import prove
 

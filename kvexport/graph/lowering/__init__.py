@@ -13,9 +13,7 @@ from pathlib import Path
 import onnx_ir as ir
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from kvexport.bundle_manifest import REBUILD
-from kvexport.errors import BundleError, UsageError
-from kvexport.graph.contract import (
+from kvexport.bundle.graph_io import (
     EVICTING,
     LOWERED_FILES,
     SEQUENCE,
@@ -26,6 +24,8 @@ from kvexport.graph.contract import (
     slots_output,
     update,
 )
+from kvexport.bundle.manifest import REBUILD
+from kvexport.errors import BundleError, UsageError
 from kvexport.graph.lowering.gqa import GroupQueryAttention
 from kvexport.graph.lowering.grouped import GroupedAttention
 from kvexport.graph.lowering.primitives import OPSET, Primitives

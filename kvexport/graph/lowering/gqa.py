@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, SEQUENCE
+from kvexport.bundle.graph_io import BATCH, SEQUENCE
 from kvexport.graph.lowering.grouped import replace
 from kvexport.graph.lowering.sites import Site, attention_sites
 from kvexport.graph.nodes import Nodes, dtype_of, sizes

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import SEQUENCE
+from kvexport.bundle.graph_io import SEQUENCE
 from kvexport.graph.lowering.sites import Site, attention_sites, require_gone
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 from kvexport.graph.weights import largest

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, SEQUENCE
+from kvexport.bundle.graph_io import BATCH, SEQUENCE
 from kvexport.graph.lowering.sites import require_gone
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 

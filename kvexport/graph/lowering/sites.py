@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BUDGET, STATE, present
+from kvexport.bundle.graph_io import BUDGET, STATE, present
 from kvexport.graph.nodes import sizes
 
 

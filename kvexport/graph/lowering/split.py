@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvexport.graph.contract import BATCH, BUDGET, CAPACITY, KEY, SEQUENCE, STATE, VALUE, slots_output, update
+from kvexport.bundle.graph_io import BATCH, BUDGET, CAPACITY, KEY, SEQUENCE, STATE, VALUE, slots_output, update
 from kvexport.graph.lowering.grouped import Memory, bias_of, grouped_attention, replace
 from kvexport.graph.lowering.sites import Site, attention_sites, require_gone, require_sites
 from kvexport.graph.lowering.split_evicting import SlotMasks

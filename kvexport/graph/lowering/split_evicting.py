@@ -1,15 +1,15 @@
 """What the heads of a layer that evicts see where the graph cannot write the cache: old slots, and the new tokens beside them.
 
-Knows how `kvexport.graph.evicting` chooses a slot and makes a mask of the state; must not know how attention is spelled.
+Knows how `kvexport.graph.eviction_attention` chooses a slot and makes a mask of the state; must not know how attention is spelled.
 """
 
 from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvexport.eviction import STORED
-from kvexport.graph.contract import BUDGET, SEQUENCE
-from kvexport.graph.evicting_heads import STATE_DTYPE, row_of
+from kvexport.bundle.graph_io import BUDGET, SEQUENCE
+from kvexport.eviction.config import STORED
+from kvexport.graph.eviction_inputs import STATE_DTYPE, row_of
 from kvexport.graph.lowering.sites import Site
 from kvexport.graph.nodes import Nodes, sizes
 
@@ -29,7 +29,7 @@ class SlotMasks:
             [batch·N, 1, 1, budget + sequence].
 
         Raises:
-            PreconditionError: the mask or the slot is not made as `kvexport.graph.evicting` does.
+            PreconditionError: the mask or the slot is not made as `kvexport.graph.eviction_attention` does.
         """
         past, new, _ = state_write.inputs
         assert past is not None and new is not None

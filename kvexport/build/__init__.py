@@ -1,0 +1,18 @@
+"""The build pipeline: checkpoint to bundle or to a Hugging Face checkpoint. torch is imported on first use."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvexport.build.pipeline import BuildReport, Plan, build, calibrate, compress
+
+__all__ = ["BuildReport", "Plan", "build", "calibrate", "compress"]
+
+
+def __getattr__(name: str) -> Any:
+    if name in __all__:
+        from importlib import import_module
+
+        return getattr(import_module("kvexport.build.pipeline"), name)
+    raise AttributeError(f"module 'kvexport.build' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""Devices: targets as data, and what the operating system and the GPU driver report about this machine."""

@@ -1,0 +1,1 @@
+"""KV cache eviction: policy configuration, and the reference cache in PyTorch."""

@@ -1,0 +1,1 @@
+"""File helpers: atomic output directories, hashing, safetensors files and shipped resources."""

@@ -1,0 +1,1 @@
+"""The neutral decoder: checkpoint reader, families, reference model and Hugging Face writer."""

@@ -1,0 +1,200 @@
+"""A Hugging Face checkpoint as files: config.json and safetensors, one or sharded.
+
+Knows names, dtypes and shapes of tensors and how to read one without keeping its file mapped; must not
+know what any tensor means. Only safetensors is read: a pickle can run code.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kvexport.errors import CheckpointError
+from kvexport.files.hashing import sha256_of
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_INDEX = "model.safetensors.index.json"
+_SINGLE = "model.safetensors"
+_TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
+)  # fmt: skip
+
+
+class Checkpoint:
+    """A directory with `config.json` and safetensors weights.
+
+    Attributes:
+        path: the directory.
+        config: the parsed config.json.
+        files: the safetensors file that holds each tensor.
+
+    Raises (on construction):
+        CheckpointError: not a checkpoint, weights only as pickle, a shard missing or truncated.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not path.is_dir():
+            raise CheckpointError(
+                "the checkpoint is not a directory",
+                seen=path,
+                fix="give the folder that holds config.json (hf download NAME --local-dir FOLDER fetches a model)",
+            )
+        self.config = read_json(path / "config.json")
+        self.files = self._find_tensors()
+        self._readers: dict[Path, Any] = {}
+
+    def _find_tensors(self) -> dict[str, Path]:
+        single, index = self.path / _SINGLE, self.path / _INDEX
+        if single.exists():  # before the index, as transformers does
+            return dict.fromkeys(_open(single).keys(), single)
+        if not index.exists():
+            raise self._no_safetensors()
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{_INDEX} has no weight_map", fix="download the checkpoint again")
+        for shard in weight_map.values():
+            if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
+                raise CheckpointError(f"{_INDEX} names a shard that is no file name", seen=repr(shard))
+        found: dict[str, Path] = {}
+        for shard in sorted(set(weight_map.values())):
+            if not (self.path / shard).is_file():
+                raise CheckpointError(f"shard {shard} of {_INDEX} is not in {self.path}", fix="download the shard")
+            held = set(_open(self.path / shard).keys())
+            for name in sorted(name for name, promised in weight_map.items() if promised == shard and name not in held):
+                raise CheckpointError(
+                    f"shard {shard} lacks tensor {name}, which {_INDEX} promises", fix="download the checkpoint again"
+                )
+            found.update({name: self.path / shard for name in held if weight_map.get(name, shard) == shard})
+        return found
+
+    def _no_safetensors(self) -> CheckpointError:
+        pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
+        if pickles:
+            return CheckpointError(
+                "the checkpoint holds its weights as a pickle, which can run code when read; only safetensors is read",
+                seen=", ".join(pickles),
+                fix='convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+                f"M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\"",
+            )
+        return CheckpointError(
+            f"no weights in {self.path}",
+            seen=", ".join(sorted(p.name for p in self.path.iterdir())),
+            allowed=f"{_SINGLE}, or {_INDEX} with its shards",
+        )
+
+    @contextmanager
+    def reading(self) -> Iterator[None]:
+        """Keep files mapped between reads inside the block, and none after it."""
+        try:
+            yield
+        finally:
+            self._readers.clear()
+
+    def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+        """One tensor as `dtype`, copied out of its file, inside `reading()`.
+
+        Raises:
+            CheckpointError: missing, another shape, not floating point, or not finite.
+        """
+        path = self.files.get(name)
+        if path is None:
+            raise CheckpointError(
+                f"the checkpoint lacks tensor {name}", seen=f"{len(self.files)} tensors in {self.path}",
+                fix="download the checkpoint again, or correct config.json",
+            )  # fmt: skip
+        if path not in self._readers:
+            self._readers[path] = _open(path)
+        view = self._readers[path].get_slice(name)
+        if view.get_dtype() not in _FLOATS:
+            raise CheckpointError(
+                f"tensor {name} has a dtype that cannot be converted",
+                seen=view.get_dtype(),
+                allowed=", ".join(_FLOATS),
+                fix="start from the unquantised checkpoint",
+            )
+        if tuple(view.get_shape()) != shape:
+            raise CheckpointError(
+                f"tensor {name} has a shape that config.json contradicts", seen=tuple(view.get_shape()), allowed=shape,
+                fix="correct config.json (vocab_size, hidden_size, intermediate_size, num_attention_heads, "
+                "num_key_value_heads, head_dim)",
+            )  # fmt: skip
+        tensor = self._readers[path].get_tensor(name).to(dtype, copy=True)
+        if not bool(tensor.isfinite().all()):
+            bad = int((~tensor.isfinite()).sum())
+            raise CheckpointError(
+                f"tensor {name} is not finite", seen=f"{bad} of {tensor.numel()} numbers are NaN or infinite",
+                fix="use a sound checkpoint; float16 overflow in training is a usual cause",
+            )  # fmt: skip
+        return tensor
+
+    def digest(self) -> str:
+        """sha256 over config.json and every weight file: the identity of the source model."""
+        total = hashlib.sha256()
+        for path in [self.path / "config.json", *sorted(set(self.files.values()))]:
+            total.update(sha256_of(path).encode())
+        return total.hexdigest()
+
+    def copy_tokenizer(self, into: Path) -> list[str]:
+        """Copy the tokenizer and generation files that there are; returns their names."""
+        names = [name for name in _TOKENIZER_FILES if (self.path / name).exists()]
+        for name in names:
+            shutil.copyfile(self.path / name, into / name)
+        return names
+
+    def token_ids(self, which: str, vocab_size: int) -> tuple[int, ...]:
+        """`bos_token_id` or `eos_token_id`, from generation_config.json if it says, else config.json.
+
+        Raises:
+            CheckpointError: not token ids of the vocabulary.
+        """
+        generation = self.path / "generation_config.json"
+        said = read_json(generation).get(which) if generation.exists() else None
+        said = self.config.get(which) if said is None else said
+        if said is None:
+            return ()
+        ids = tuple(said) if isinstance(said, list) else (said,)
+        if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
+            raise CheckpointError(
+                f"{which} is not a token id or a list of them", seen=repr(said), allowed=f"0 to {vocab_size - 1}",
+                fix="correct config.json or generation_config.json",
+            )  # fmt: skip
+        return ids
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{path.parent} is no checkpoint: it has no {path.name}", fix="give the folder that holds config.json"
+        ) from error
+    except (ValueError, RecursionError) as error:  # json's own, and int's for a number of 5000 digits
+        raise CheckpointError(f"{path} is not JSON: {error}", fix="download the file again") from error
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be read: {error.strerror}", fix="give the folder that holds config.json") from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path} holds no JSON object", seen=type(found).__name__)
+    return found
+
+
+def _open(path: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(path, framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{path} cannot be read as safetensors: {error}",
+            seen=f"{path.stat().st_size} bytes",
+            fix="download the file again; a truncated download is the usual cause",
+        ) from error

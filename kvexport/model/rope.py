@@ -1,0 +1,87 @@
+"""Rotary frequencies and ALiBi slopes from config.json."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from kvexport.errors import CheckpointError
+from kvexport.model.config import number, whole_number
+from kvexport.model.decoder import Rope
+
+if TYPE_CHECKING:
+    import torch
+
+
+def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
+    """Rotary frequencies of a config, in its old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) form.
+
+    Raises:
+        CheckpointError: a scaling other than default, linear or llama3, one for each kind of layer, or a
+            part of head_dim only.
+    """
+    import torch
+
+    said = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
+        raise CheckpointError("config.json's rotary settings are not one table for all layers", seen=repr(said))
+    outside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}  # where old configs have them
+    said = {key: value for key, value in {**outside, **said}.items() if value is not None}
+    theta = number("rope_theta", said.get("rope_theta", 10000.0))
+    kind = said.get("rope_type", said.get("type", "default"))
+    if number("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
+        raise CheckpointError(
+            "config.json rotates only a part of each head",
+            seen=f"partial_rotary_factor = {said['partial_rotary_factor']}",
+            allowed="partial_rotary_factor = 1",
+        )
+    inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
+    try:
+        if kind == "linear":
+            inv_freq = inv_freq / number("factor", said["factor"])
+        elif kind == "llama3":
+            inv_freq = _llama3_frequencies(inv_freq, said)
+        elif kind != "default":
+            raise CheckpointError(
+                "config.json asks for a rotary scaling that is not known",
+                seen=f"rope_type = {kind!r}",
+                allowed="default, linear, llama3",
+            )
+    except KeyError as error:
+        raise CheckpointError(f"rope_type {kind!r} needs {error.args[0]}, which config.json lacks") from error
+    return Rope(inv_freq)
+
+
+def _llama3_frequencies(inv_freq: torch.Tensor, said: Mapping[str, Any]) -> torch.Tensor:
+    """Llama 3.1's scaling: slow pairs are slowed by `factor`, fast ones kept, those between interpolated.
+
+    The float32 operations and their order are those of transformers, so that the tables agree to the bit.
+    """
+    import torch
+
+    low, high = number("low_freq_factor", said["low_freq_factor"]), number("high_freq_factor", said["high_freq_factor"])
+    factor = number("factor", said["factor"])
+    context = whole_number("original_max_position_embeddings", said["original_max_position_embeddings"])
+    wavelength = 2 * math.pi / inv_freq  # positions per turn
+    is_slow, is_fast = wavelength > context / low, wavelength < context / high
+    slowed = torch.where(is_slow, inv_freq / factor, inv_freq)
+    smooth = (context / wavelength - low) / (high - low)
+    between = (1 - smooth) * slowed / factor + smooth * slowed
+    return torch.where(is_slow | is_fast, slowed, between)
+
+
+def alibi_slopes(num_heads: int, dtype: torch.dtype) -> torch.Tensor:
+    """ALiBi's slope of each head (arXiv 2108.12409, section 3): 2^(-8i/n), interleaved where n is no power of two.
+
+    Powers of a float32 base, as transformers takes them, so that the slopes agree to the bit.
+    """
+    import torch
+
+    def powers(exponent: float, exponents: torch.Tensor) -> torch.Tensor:
+        return torch.pow(torch.tensor(2.0**exponent, dtype=torch.float32), exponents)
+
+    power = 2 ** math.floor(math.log2(num_heads))
+    slopes = powers(-8 / power, torch.arange(1, power + 1, dtype=torch.int32))
+    extra = powers(-4 / power, 1 + 2 * torch.arange(num_heads - power, dtype=torch.int32))
+    return torch.cat((slopes, extra)).to(dtype)

@@ -1,0 +1,164 @@
+"""The GPU through CUDA's runtime: memory, copies, one stream, graphs. Nothing else of kvexport calls it.
+
+Knows `cuda.bindings` and its error codes, which become ours; must not know what is computed. Never run: no GPU was at
+hand. Only what a machine without one answers was tried (cuda-bindings 12.9 and 13.5).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kvexport.errors import CannotRunHere, KvexportError
+
+
+class Cuda:
+    """`kvexport.runtime.cache.device_arrays.Device` on the first CUDA device, with a stream of its own."""
+
+    kind = "cuda"
+
+    def __init__(self) -> None:
+        """
+        Raises:
+            CannotRunHere: no cuda-bindings, no driver, a driver too old for them, or no GPU.
+        """
+        self._cuda = _runtime()
+        _require_device(self._cuda)
+        self._check(*self._cuda.cudaSetDevice(0))
+        properties = self._check(*self._cuda.cudaGetDeviceProperties(0))
+        self.name = properties.name.decode().rstrip("\0") if isinstance(properties.name, bytes) else str(properties.name)
+        self.compute_capability = f"{properties.major}.{properties.minor}"
+        stream = self._check(*self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
+        self.stream = int(stream)
+        weakref.finalize(self, self._cuda.cudaStreamDestroy, stream).atexit = False
+
+    def allocate(self, count: int) -> int:
+        """cudaMalloc aligns to 256 bytes or more."""
+        error, address = self._cuda.cudaMalloc(max(count, 1))
+        if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
+            self._cuda.cudaGetLastError()  # or the next call would fail with it
+            raise MemoryError(f"{count} bytes on {self.name}")
+        return int(self._check(error, address))
+
+    def free(self, address: int) -> None:
+        self._cuda.cudaFree(address)
+
+    def pinned(self, count: int) -> NDArray[np.uint8]:
+        address = int(self._check(*self._cuda.cudaHostAlloc(max(count, 1), self._cuda.cudaHostAllocDefault)))
+        memory = (ctypes.c_uint8 * count).from_address(address)
+        weakref.finalize(memory, self._cuda.cudaFreeHost, address).atexit = False
+        return np.ctypeslib.as_array(memory)
+
+    def clear(self, address: int, count: int) -> None:
+        self._check(*self._cuda.cudaMemsetAsync(address, 0, count, self.stream))
+
+    def upload(self, address: int, source: NDArray[Any]) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._check(*self._cuda.cudaMemcpyAsync(address, source.ctypes.data, source.nbytes, kind, self.stream))
+
+    def download(self, target: NDArray[Any], address: int) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._check(*self._cuda.cudaMemcpyAsync(target.ctypes.data, address, target.nbytes, kind, self.stream))
+
+    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        arguments = (target, target_pitch, source, source_pitch, width, rows, kind, self.stream)
+        self._check(*self._cuda.cudaMemcpy2DAsync(*arguments))
+
+    def synchronize(self) -> None:
+        self._check(*self._cuda.cudaStreamSynchronize(self.stream))
+
+    def capture(self, work: Callable[[], None]) -> _Graph | None:
+        cuda, failed = self._cuda, False
+        self._check(*cuda.cudaStreamBeginCapture(self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        try:
+            work()
+        except KvexportError:
+            failed = True
+        finally:  # also of Ctrl-C: a stream that is captured does nothing else
+            error, graph = cuda.cudaStreamEndCapture(self.stream)
+        executable = None
+        if error == cuda.cudaError_t.cudaSuccess:
+            if not failed:
+                error, executable = cuda.cudaGraphInstantiate(graph, 0)
+            cuda.cudaGraphDestroy(graph)
+        if failed or error != cuda.cudaError_t.cudaSuccess:
+            cuda.cudaGetLastError()
+            return None
+        captured = _Graph(executable)
+        weakref.finalize(captured, cuda.cudaGraphExecDestroy, executable).atexit = False
+        return captured
+
+    def launch(self, graph: _Graph) -> None:
+        self._check(*self._cuda.cudaGraphLaunch(graph.executable, self.stream))
+
+    def memory(self) -> tuple[int, int]:
+        error, free, total = self._cuda.cudaMemGetInfo()
+        self._check(error)
+        return int(free), int(total)
+
+    def _check(self, error: Any, *values: Any) -> Any:
+        """The value of a call that succeeded.
+
+        Raises:
+            CannotRunHere: the call failed.
+        """
+        if error != self._cuda.cudaError_t.cudaSuccess:
+            raise CannotRunHere(f"CUDA failed on {getattr(self, 'name', 'device 0')}", seen=error_text(self._cuda, error))
+        return values[0] if values else None
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A captured graph, destroyed with this object."""
+
+    executable: Any
+
+
+def error_text(cuda: Any, error: Any) -> str:
+    """An error code as CUDA names and explains it."""
+    (_, name), (_, text) = cuda.cudaGetErrorName(error), cuda.cudaGetErrorString(error)
+    return " ".join(part.decode() if isinstance(part, bytes) else str(part) for part in (name, text))
+
+
+def _number(version: int) -> str:
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
+def _runtime() -> Any:
+    try:
+        from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
+    except ImportError as error:
+        raise CannotRunHere(
+            "the GPU is reached through the package cuda-bindings, which is not installed", fix="pip install cuda-bindings"
+        ) from error
+    return runtime
+
+
+def _require_device(cuda: Any) -> None:
+    """
+    Raises:
+        CannotRunHere: there is no GPU, or its driver is too old for these bindings.
+    """
+    error, count = cuda.cudaGetDeviceCount()
+    if error == cuda.cudaError_t.cudaSuccess and count:
+        return
+    if error == cuda.cudaError_t.cudaErrorInsufficientDriver:
+        (_, driver), (_, built) = cuda.cudaDriverGetVersion(), cuda.cudaRuntimeGetVersion()
+        if driver:
+            raise CannotRunHere(
+                "the GPU's driver is older than cuda-bindings", seen=f"a driver for CUDA {_number(driver)}",
+                allowed=f"CUDA {_number(built)}; within one major version older drivers do too, but not on every Jetson",
+                fix=f"pip install 'cuda-bindings<{_number(driver + 10)}'",
+            )  # fmt: skip
+        raise CannotRunHere(
+            "there is no NVIDIA driver on this machine", fix="run on the CPU with --provider cpu, or on a machine with a GPU"
+        )
+    seen = error_text(cuda, error) if error != cuda.cudaError_t.cudaSuccess else "0 devices"
+    raise CannotRunHere("CUDA finds no GPU", seen=seen, fix="run on the CPU with --provider cpu, or on a machine with a GPU")

@@ -1,0 +1,176 @@
+"""The graph on ONNX Runtime: one call after another, over a cache that is bound in place.
+
+Knows the graph contract and ONNX Runtime; must not know what tokens mean, nor which sequence they belong to. Where the
+arrays are, in the host's memory or on a device, is the cache's place.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import onnxruntime
+from numpy.typing import NDArray
+
+from kvexport.runtime.backends.base import TOKEN_INPUTS, DeviceMemory, Ids, Logits
+from kvexport.runtime.cache.device_arrays import ALL_ROWS, ELEMENT_TYPES, HOST, OnDevice, Place, as_float32
+from kvexport.runtime.cache.kv_cache import KvCache
+
+_TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
+
+
+class OrtDecoder:
+    """Runs tokens through the graph; keys and values are written into the cache without being copied.
+
+    Every buffer that a call takes or gives is used again while its shape stays the same, so that a decode step allocates
+    nothing but the graph's own temporary values. On a device, token ids and logits pass through buffers that are
+    allocated once; everything else stays there. On CUDA this was never run: no GPU was at hand.
+
+    Attributes:
+        cache: the buffers in use.
+        longest: the most tokens of a sequence in one call.
+        extra: the further outputs [B, S, width] that the constructor named, from the last call, in float32.
+    """
+
+    longest = sys.maxsize
+
+    def __init__(
+        self, session: onnxruntime.InferenceSession, cache: KvCache, extra_outputs: Sequence[str] = (), *,
+        row_by_row: bool = False, loaded: int = 0,
+    ) -> None:  # fmt: skip
+        """
+        Args:
+            row_by_row: run calls of several tokens one row of the batch after another: GroupQueryAttention takes no
+                batch of them once there is a past. So it is wherever layers evict, or padding would cost tokens.
+            loaded: bytes of the device that loading the graph took.
+        """
+        self._session, self._row_by_row, self._loaded = session, row_by_row, loaded
+        outputs = {value.name: value for value in session.get_outputs()}
+        self._vocab_size = int(outputs["logits"].shape[-1])
+        self._extra = {name: (int(outputs[name].shape[-1]), _TYPES[outputs[name].type]) for name in extra_outputs}
+        self._shrinking = onnxruntime.RunOptions()
+        self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
+        self.extra: dict[str, NDArray[np.float32]] = {}
+        self.use(cache)
+
+    def use(self, cache: KvCache) -> None:
+        """Run on this cache from now on."""
+        self.cache = cache
+
+    def run(
+        self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
+    ) -> Logits:
+        """As `Decoder.run`."""
+        if len(input_ids) > 1:
+            apart, reach = self._apart(positions, lengths)
+        else:
+            apart, reach = lengths is not None and self.cache.slots is not None, int(positions[0, -1])
+        if reach >= self.cache.capacity:
+            self.cache.reserve(reach + 1)
+        if apart:
+            return self._run_rows(input_ids, positions, logits_index, lengths, shrink)
+        return self._call(self._binding(), input_ids, positions, logits_index, shrink)
+
+    def _apart(self, positions: Ids, lengths: Ids | None) -> tuple[bool, int]:
+        """Whether rows run one by one, and the last position that they take."""
+        several = positions.shape[1] > 1
+        apart = several and self._row_by_row if self.cache.slots is None else several or lengths is not None
+        if lengths is not None and (lengths < positions.shape[1]).any() and (positions[:, 0] != positions[0, 0]).any():
+            return True, int(np.where(lengths, positions[:, 0] + lengths, 0).max()) - 1
+        return apart, int(positions.max())
+
+    def device_memory(self) -> DeviceMemory | None:
+        place = self.cache.place
+        if not isinstance(place, OnDevice):
+            return None
+        free, total = place.device.memory()
+        kv = sum(buffer.nbytes for buffer in self.cache.buffers.values())
+        return DeviceMemory(place.device.name, free, total, self._loaded, None, None, kv)
+
+    def _run_rows(
+        self, input_ids: Ids, positions: Ids, logits_index: Ids, lengths: Ids | None, shrink: bool
+    ) -> Logits:  # fmt: skip
+        logits = np.zeros((*logits_index.shape, self._vocab_size), np.float32)
+        for row in range(len(input_ids)):
+            count = input_ids.shape[1] if lengths is None else int(lengths[row])
+            if count:
+                rows = slice(row, row + 1)
+                parts = (input_ids[rows, :count], positions[rows, :count], logits_index[rows])
+                binding = self._binding() if len(input_ids) == 1 else _Binding(self._session, self.cache, row)
+                logits[rows] = self._call(binding, *parts, shrink, row)
+        return logits
+
+    def _binding(self) -> _Binding:
+        if self.cache.bound is None:
+            self.cache.bound = _Binding(self._session, self.cache)
+        bound: _Binding = self.cache.bound
+        return bound
+
+    def _call(
+        self, binding: _Binding, input_ids: Ids, positions: Ids, logits_index: Ids, shrink: bool, row: int | None = None
+    ) -> Logits:
+        indices = self.cache.admit(positions, row)
+        binding.inputs((input_ids, positions, indices, logits_index))
+        logits = binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
+        for name, (width, dtype) in self._extra.items():
+            binding.output(name, (*input_ids.shape, width), dtype, HOST)
+        on_host = self.cache.place is HOST
+        self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and on_host else None)
+        if self._extra:
+            self.extra = {name: as_float32(binding.arrays[name], dtype) for name, (_, dtype) in self._extra.items()}
+        if on_host:
+            return logits
+        binding.binding.synchronize_outputs()
+        return self.cache.place.read(logits)
+
+
+class _Binding:
+    """The graph's inputs and outputs bound to a cache, or to one row of it, and to arrays for all else."""
+
+    def __init__(self, session: onnxruntime.InferenceSession, cache: KvCache, row: int | None = None) -> None:
+        self.binding = session.io_binding()
+        self.arrays: dict[str, Any] = dict(cache.buffers)  # what is bound must stay alive
+        self._place = cache.place
+        for name, buffer in cache.buffers.items():
+            rows, dtype = ALL_ROWS if row is None else cache.rows_of(name, row), cache.dtype_of(name)
+            self._bind(name, buffer, dtype, self._place, rows)
+            self._bind(_present(name), buffer, dtype, self._place, rows)
+
+    def inputs(self, inputs: tuple[Ids, ...]) -> None:
+        """What `TOKEN_INPUTS` names. On a device they are bound for every call: ONNX Runtime copies what an operator wants in
+        the host's memory (of GroupQueryAttention's graph write_indices) when it is bound, and not again."""
+        place, arrays = self._place, self.arrays
+        for name, values in zip(TOKEN_INPUTS, inputs, strict=True):
+            array = arrays.get(name)
+            if array is None or array.shape != values.shape:
+                array = self._array(name, values.shape, "int64", place)
+            place.write(array, values)
+        if place is not HOST:
+            place.synchronize()  # ONNX Runtime has streams of its own
+            for name in TOKEN_INPUTS:
+                self._bind(name, self.arrays[name], "int64", place)
+            self.binding.synchronize_inputs()
+
+    def output(self, name: str, shape: tuple[int, ...], dtype: str, place: Place | None = None) -> Any:
+        return self._array(name, shape, dtype, place or self._place)
+
+    def _array(self, name: str, shape: tuple[int, ...], dtype: str, place: Place) -> Any:
+        """The array that is bound under `name`, made anew only when its shape changes."""
+        array = self.arrays.get(name)
+        if array is None or array.shape != shape:
+            array = self.arrays[name] = place.staged(shape, dtype)
+            self._bind(name, array, dtype, place)
+        return array
+
+    def _bind(self, name: str, array: Any, dtype: str, place: Place, rows: slice = ALL_ROWS) -> None:
+        address, shape = place.address(array, rows)
+        is_input = name in TOKEN_INPUTS or name.startswith("past_key_values.")
+        bind = self.binding.bind_input if is_input else self.binding.bind_output
+        bind(name, place.kind, 0, ELEMENT_TYPES[dtype], shape, address)
+
+
+def _present(past: str) -> str:
+    """The output that is the same buffer as an input."""
+    return past.replace("past_key_values", "present")

@@ -1,0 +1,139 @@
+"""The engines in a bundle, and which of them this machine can run; reads their records and loads none of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.engine_record import ENGINES_FOLDER, PLAN_FILE, RECORD_FILE, BuildRecord, manifest_digest, read_record
+from kvexport.errors import BundleError, CannotRunHere
+from kvexport.files.hashing import sha256_of
+from kvexport.runtime.cache.device_arrays import Device
+
+_MODULES = {
+    "tensorrt": ("tensorrt", "pip install 'kvexport[tensorrt]'"),
+    "tensorrt-rtx": ("tensorrt_rtx", "pip install 'kvexport[rtx]'"),
+}
+
+
+class OtherEngine(BundleError):
+    """The engine for this machine was built from another bundle."""
+
+
+@dataclass(frozen=True)
+class Engine:
+    """An engine that fits this machine.
+
+    Attributes:
+        directory: of its plan and its record.
+        trt: the imported Python package that runs it.
+    """
+
+    directory: Path
+    record: BuildRecord
+    trt: Any
+
+    @property
+    def plan(self) -> Path:
+        return self.directory / PLAN_FILE
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether the plan holds the weights, or takes the bundle's when it is loaded."""
+        return not self.record.options.get("refit")
+
+    def verify(self) -> None:
+        """Hash the plan.
+
+        Raises:
+            BundleError: it is not as it was built.
+        """
+        if sha256_of(self.plan) != self.record.plan.sha256:
+            raise BundleError(f"{self.plan} is not as it was built: its sha256 differs", fix=_rebuild(self.record))
+
+
+def engine_directories(bundle: Bundle) -> list[Path]:
+    """Folders of the bundle's engines, by the names of their targets."""
+    return sorted(record.parent for record in (bundle.path / ENGINES_FOLDER).glob(f"*/{RECORD_FILE}"))
+
+
+def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> Engine:
+    """The first of the bundle's engines, by name, that runs on `device`.
+
+    Args:
+        host_code: take version-compatible plans too: they hold code for the host, which TensorRT would run.
+
+    Raises:
+        OtherEngine: the first that would run was built from another bundle.
+        BundleError: its record is damaged.
+        CannotRunHere: there is none, or none that fits; says what is wrong with each.
+    """
+    reasons = []
+    for directory in engine_directories(bundle):
+        record = read_record(directory)
+        try:
+            _require_fit(record, device)
+            if record.options.get("version_compatible") and not host_code:
+                raise CannotRunHere("holds code for the host, which only --provider tensorrt runs")
+            trt = _library(record)
+        except CannotRunHere as error:
+            reasons.append(f"{record.target} {error.what}")
+            continue
+        if record.manifest_sha256 != manifest_digest(bundle.path):
+            raise OtherEngine(f"the engine {directory} was built from another bundle than this one", fix=_rebuild(record))
+        return Engine(directory, record, trt)
+    raise CannotRunHere(
+        f"the bundle {bundle.path} has no engine that this machine can run", seen="; ".join(reasons) or "no engine",
+        fix=f"build one here: kvexport engine {bundle.path}",
+    )  # fmt: skip
+
+
+def _require_fit(record: BuildRecord, device: Device) -> None:
+    """
+    Raises:
+        CannotRunHere: the plan is for other GPUs, or for several sequences at a time.
+    """
+    here = device.compute_capability
+    later = record.options.get("hardware_compatible") and _numbers(here) >= (8, 0)  # Ampere and after it
+    if here not in record.compute_capability and not later:
+        built = " or ".join(record.compute_capability)
+        raise CannotRunHere(f"was built for compute capability {built}, and {device.name} has {here}")
+    if record.batch != 1:
+        raise CannotRunHere(f"was built for {record.batch} sequences at a time, and the runtime gives an engine one")
+
+
+def _library(record: BuildRecord) -> Any:
+    """The package that runs an engine: plans are bound to the version that built them, unless they say otherwise.
+
+    Raises:
+        CannotRunHere: it is not installed, does not load, or is of another version.
+    """
+    name, install = _MODULES[record.engine]
+    try:
+        trt = import_module(name)
+    except ImportError as error:
+        missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        raise CannotRunHere(
+            f"needs {record.engine} {record.version}, which {'is not installed' if missing else f'does not load: {error}'}",
+            fix=install,
+        ) from error
+    if trt.__version__ != record.version and not _runs_later(record, trt.__version__):
+        raise CannotRunHere(f"was built with {record.engine} {record.version}, here is {trt.__version__}")
+    return trt
+
+
+def _runs_later(record: BuildRecord, version: str) -> bool:
+    """Whether the plan was built version-compatible, and `version` is a later one of the same major."""
+    built, here = _numbers(record.version), _numbers(version)
+    return bool(record.options.get("version_compatible")) and here[:1] == built[:1] and here >= built
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in version.split(".") if part.isdigit())
+
+
+def _rebuild(record: BuildRecord) -> str:
+    return f"build it again: kvexport engine BUNDLE --target {record.target} --force"

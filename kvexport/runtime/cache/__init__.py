@@ -1,0 +1,1 @@
+"""KV caches of a session: buffers, sequences, eviction, and saved caches."""

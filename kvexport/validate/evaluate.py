@@ -1,0 +1,113 @@
+"""What compression cost: a bundle's predictions against the trained model's, on real text.
+
+Knows how to run both over the same windows: the original in the reference, in the memory of one layer, the bundle
+in its own runtime.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kvexport.bundle.bundle import Bundle
+from kvexport.calibrate import windows as attention_windows
+from kvexport.calibrate.text import all_windows, read_text, tokenize
+from kvexport.errors import UsageError
+from kvexport.model import reference
+from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.decoder import Decoder
+from kvexport.model.divergence import Divergence, DivergenceMeter
+from kvexport.model.loader import load_decoder
+from kvexport.progress import Progress
+from kvexport.runtime import open_bundle
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A divergence from the trained model, and the KV bytes that a token takes in both, in the bundle's dtype."""
+
+    divergence: Divergence
+    kv_bytes_per_token: int
+    kv_bytes_per_token_original: int
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values, as `--json` prints them."""
+        sizes = {
+            "kv_bytes_per_token": self.kv_bytes_per_token,
+            "kv_bytes_per_token_original": self.kv_bytes_per_token_original,
+        }
+        return self.divergence.to_json() | sizes
+
+
+def evaluate(
+    bundle: Path, checkpoint: Path, text: Path, progress: Progress, *, length: int = 256, samples: int | None = None,
+    provider: str = "auto",
+) -> Evaluation:  # fmt: skip
+    """Run the trained model and the bundle, teacher-forced, over windows of `length` tokens of a text.
+
+    Args:
+        samples: the most windows to use, spread evenly over the text; None: all.
+        provider: what runs the bundle, as in `kvexport.runtime.Session`.
+
+    Raises:
+        UsageError: the checkpoint and the bundle have different vocabularies, or the text fills no window.
+        BundleError: the bundle is damaged.
+        CannotRunHere: its dtype has no kernels here, or this machine lacks what the provider needs.
+    """
+    source, opened = Checkpoint(checkpoint), Bundle.open(bundle)
+    decoder = load_decoder(source)
+    if decoder.limits.vocab_size != opened.model.vocab_size:
+        raise UsageError(
+            "the checkpoint is not the one that the bundle was made of: their vocabularies differ",
+            seen=f"{decoder.limits.vocab_size} tokens in {checkpoint}",
+            allowed=f"{opened.model.vocab_size} tokens, as in {bundle}",
+            fix=f"give --against the checkpoint '{opened.source.name}'",
+        )
+    if source.digest() != opened.source.sha256:
+        progress.note(
+            f"{checkpoint} is not the checkpoint that the bundle was made of ('{opened.source.name}'): its sha256 differs"
+        )
+    session = open_bundle(bundle, provider=provider)
+    if length > session.capacity:
+        raise UsageError("--length exceeds the bundle's capacity", seen=length, allowed=f"at most {session.capacity}")
+    windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)
+    stream = original_stream(decoder, windows, progress)
+    meter = DivergenceMeter()
+    with progress.stage("Running the bundle", len(windows)), torch.no_grad():
+        for window, x in zip(windows, stream, strict=True):
+            compressed = torch.from_numpy(session.score(window[None].numpy()))
+            meter.add(reference.logits(decoder, x[None]), compressed, window[None])
+            progress.advance()
+    return Evaluation(meter.finish(), opened.kv_bytes_per_token, opened.kv_bytes_per_token_original)
+
+
+def spread(windows: Tensor, samples: int | None) -> Tensor:
+    """At most `samples` of the windows [N, length], evenly spaced."""
+    if samples is None or samples >= len(windows):
+        return windows
+    return windows[torch.linspace(0, len(windows) - 1, samples).round().long()]
+
+
+@torch.no_grad()
+def divergence_of(original: Decoder, converted: Decoder, windows: Tensor) -> Divergence:
+    """How far the converted model's predictions are from the original's on windows [N, length]."""
+    meter, silent = DivergenceMeter(), Progress()
+    streams = (original_stream(decoder, windows, silent) for decoder in (original, converted))
+    for window, ours, theirs in zip(windows, *streams, strict=True):
+        meter.add(reference.logits(original, ours[None]), reference.logits(converted, theirs[None]), window[None])
+    return meter.finish()
+
+
+@torch.no_grad()
+def original_stream(decoder: Decoder, windows: Tensor, progress: Progress) -> Tensor:
+    """The residual stream [N, length, hidden] after the last layer, one layer in memory at a time."""
+    x = reference.embed(decoder.embedding, windows)
+    with progress.stage("Running the original", len(decoder.layers)):
+        for layer in decoder.layers:
+            attention_windows.advance(layer, x, decoder.rope)
+            progress.advance()
+    return x
