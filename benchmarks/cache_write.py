@@ -34,7 +34,9 @@ DEPTHS = (512, 4096, 8192)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=40)
     parser.add_argument("--output", type=Path, default=RECORD)
@@ -46,7 +48,8 @@ def main() -> None:
     for label, (heads, kv_heads, width) in SHAPES.items():
         for depth in DEPTHS:
             steps = {
-                form: step(form, heads, kv_heads, width, depth, arguments.threads) for form in ("slice", "scatter", "concat")
+                form: step(form, heads, kv_heads, width, depth, arguments.threads)
+                for form in ("slice", "scatter", "concat")
             }
             results = {form: run() for form, run in steps.items()}
             for form, result in results.items():
@@ -59,11 +62,16 @@ def main() -> None:
                     times[form].append(1e3 * (time.perf_counter() - start))
             figures = {form: summary(raw) for form, raw in times.items()}
             record["layer_step_ms"][f"{label}, depth {depth}"] = figures
-            print(f"{label}, depth {depth}: " + ", ".join(f"{form} {each['median']} ms" for form, each in figures.items()))
+            print(
+                f"{label}, depth {depth}: "
+                + ", ".join(f"{form} {each['median']} ms" for form, each in figures.items())
+            )
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
-def step(form: str, heads: int, kv_heads: int, width: int, depth: int, threads: int) -> Callable[[], np.ndarray]:
+def step(
+    form: str, heads: int, kv_heads: int, width: int, depth: int, threads: int
+) -> Callable[[], np.ndarray]:
     """One decode step of a layer whose cache holds `depth` tokens; returns the attention output [1, heads, 1, width]."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
@@ -143,17 +151,23 @@ def attention(form: str, heads: int, kv_heads: int, width: int) -> onnx.ModelPro
             op("Concat", [name, f"new_{name}"], f"all_{name}", axis=2)
     rows = op("Reshape", ["query", constant("grouped", [1, kv_heads, -1, width])], "rows")
     scaled = op("Mul", [rows, constant("scale", np.float32(width**-0.5))], "scaled")
-    scores = op("MatMul", [scaled, op("Transpose", [held.format("key")], "turned", perm=[0, 1, 3, 2])], "scores")
+    scores = op(
+        "MatMul", [scaled, op("Transpose", [held.format("key")], "turned", perm=[0, 1, 3, 2])], "scores"
+    )
     if form != "concat":
         scores = op("Add", [scores, "bias"], "biased")
     if form == "slice":
-        fresh = op("MatMul", [scaled, op("Transpose", ["new_key"], "new_turned", perm=[0, 1, 3, 2])], "new_scores")
+        fresh = op(
+            "MatMul", [scaled, op("Transpose", ["new_key"], "new_turned", perm=[0, 1, 3, 2])], "new_scores"
+        )
         scores = op("Concat", [scores, fresh], "all_scores", axis=-1)
     weights = op("Softmax", [scores], "weights", axis=-1)
     if form == "slice":
         last, end, start = constant("last", [-1]), constant("end", [2**63 - 1]), constant("start", [0])
         axis = constant("axis", [3])
-        cached = op("MatMul", [op("Slice", [weights, start, last, axis], "cached_weights"), "value"], "cached")
+        cached = op(
+            "MatMul", [op("Slice", [weights, start, last, axis], "cached_weights"), "value"], "cached"
+        )
         new = op("MatMul", [op("Slice", [weights, last, end, axis], "new_weights"), "new_value"], "new")
         mixed = op("Add", [cached, new], "mixed_rows")
     else:

@@ -23,7 +23,9 @@ RECORD = Path(__file__).parent / "results" / "convert_memory.json"
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("folder", type=Path, help="where to work; needs about 10 GB, and is left empty")
     parser.add_argument("--dtype", default="float16", help="of the bundle")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 256 tokens")
@@ -32,11 +34,22 @@ def main() -> None:
 
     checkpoint, bundle = arguments.folder / "random", arguments.folder / "bundle"
     parameters = write_checkpoint(checkpoint, 22, 2048)
-    command = ["build", str(checkpoint), "-o", str(bundle), "--calibration", "random", "--samples", str(arguments.samples)]
+    command = [
+        "build",
+        str(checkpoint),
+        "-o",
+        str(bundle),
+        "--calibration",
+        "random",
+        "--samples",
+        str(arguments.samples),
+    ]
     command += ["--kv-ratio", "0.5", "--dtype", arguments.dtype, "--json"]
     start = time.perf_counter()
     try:
-        said = subprocess.run([sys.executable, "-m", "kvexport", *command], stdout=subprocess.PIPE, check=True, text=True).stdout
+        said = subprocess.run(
+            [sys.executable, "-m", "kvexport", *command], stdout=subprocess.PIPE, check=True, text=True
+        ).stdout
     finally:
         shutil.rmtree(checkpoint)
         shutil.rmtree(bundle, ignore_errors=True)
@@ -80,14 +93,21 @@ def write_checkpoint(path: Path, layers: int, hidden: int) -> int:
 
     for i in range(layers):
         prefix = f"model.layers.{i}."
-        shapes: dict[str, tuple[int, ...]] = {f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"}
+        shapes: dict[str, tuple[int, ...]] = {
+            f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"
+        }
         shapes |= {f"{prefix}mlp.{name}_proj.weight": (intermediate, hidden) for name in ("gate", "up")}
         shapes |= {f"{prefix}mlp.down_proj.weight": (hidden, intermediate)}
         shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
         shard(f"layer-{i:03d}.safetensors", shapes)
-    shard("embedding.safetensors", {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)})
+    shard(
+        "embedding.safetensors",
+        {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)},
+    )
     shard("head.safetensors", {"lm_head.weight": (vocab, hidden)})
-    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}), encoding="utf-8")
+    (path / "model.safetensors.index.json").write_text(
+        json.dumps({"weight_map": weight_map}), encoding="utf-8"
+    )
     config = {
         "model_type": "llama",
         "architectures": ["LlamaForCausalLM"],

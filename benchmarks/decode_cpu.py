@@ -36,11 +36,24 @@ import kvexport
 RESULTS = Path(__file__).parent / "results"
 DEPTHS, PROMPTS = (512, 8192), (512, 4096)
 SHAPE = {
-    "vocab_size": 8192, "hidden_size": 1024, "num_hidden_layers": 12, "num_attention_heads": 16, "num_key_value_heads": 16,
-    "intermediate_size": 2048, "max_position_embeddings": 16384, "tie_word_embeddings": False, "bos_token_id": 1,
+    "vocab_size": 8192,
+    "hidden_size": 1024,
+    "num_hidden_layers": 12,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "intermediate_size": 2048,
+    "max_position_embeddings": 16384,
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
     "eos_token_id": 2,
-}  # fmt: skip
-SIDES = ("kvexport, 16 KV heads", "genai, 16 KV heads", "kvexport, 4 KV heads", "genai, 4 KV heads", "transformers, 16 KV heads")
+}
+SIDES = (
+    "kvexport, 16 KV heads",
+    "genai, 16 KV heads",
+    "kvexport, 4 KV heads",
+    "genai, 4 KV heads",
+    "transformers, 16 KV heads",
+)
 # stage, tokens, who, whom, and how many times as fast at least
 TARGETS = (
     *(("decode", depth, SIDES[0], SIDES[1], 1.0) for depth in DEPTHS),
@@ -59,11 +72,15 @@ Step = Callable[[], int]  # one more token, the likeliest one
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--repetitions", type=int, default=3, help="of each prefill")
-    parser.add_argument("--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, to try the script")
+    parser.add_argument(
+        "--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, to try the script"
+    )
     parser.add_argument("--work", type=Path, help="keep the models here, and use those that are there")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
@@ -87,7 +104,10 @@ def make_models(work: Path, layers: int) -> None:
 
     def run(*command: str | Path) -> None:
         subprocess.run(
-            [sys.executable, "-m", *map(str, command)], check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+            [sys.executable, "-m", *map(str, command)],
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
         )
 
     work.mkdir(exist_ok=True)
@@ -126,7 +146,9 @@ def tokenizer(checkpoint: Path) -> None:
 
     words = {f"<{index}>": index for index in range(SHAPE["vocab_size"])}
     made = Tokenizer(models.WordLevel(words, unk_token="<0>"))
-    PreTrainedTokenizerFast(tokenizer_object=made, unk_token="<0>", bos_token="<1>", eos_token="<2>").save_pretrained(checkpoint)
+    PreTrainedTokenizerFast(
+        tokenizer_object=made, unk_token="<0>", bos_token="<1>", eos_token="<2>"
+    ).save_pretrained(checkpoint)
 
 
 def open_side(side: str, work: Path, threads: int, more: int) -> tuple[Prefill, Step]:
@@ -159,7 +181,10 @@ def open_genai(path: Path, threads: int, more: int) -> tuple[Prefill, Step]:
 
     config_path = path / "genai_config.json"
     config = json.loads(config_path.read_text())
-    config["model"]["decoder"]["session_options"] |= {"intra_op_num_threads": threads, "inter_op_num_threads": 1}
+    config["model"]["decoder"]["session_options"] |= {
+        "intra_op_num_threads": threads,
+        "inter_op_num_threads": 1,
+    }
     config_path.write_text(json.dumps(config))
     model = genai.Model(str(path))
     current: list[Any] = []
@@ -168,7 +193,9 @@ def open_genai(path: Path, threads: int, more: int) -> tuple[Prefill, Step]:
         current.clear()  # one cache at a time
         options, room = genai.GeneratorParams(model), len(ids) + more
         # its cache has a fixed capacity, which it shares between past and present, as ours
-        options.set_search_options(do_sample=False, max_length=room, min_length=room - 1, past_present_share_buffer=True)
+        options.set_search_options(
+            do_sample=False, max_length=room, min_length=room - 1, past_present_share_buffer=True
+        )
         current.append(genai.Generator(model, options))
         current[0].append_tokens(ids)
         return int(np.asarray(current[0].get_logits())[0, -1].argmax())
@@ -192,9 +219,12 @@ def open_transformers(path: Path, threads: int, more: int) -> tuple[Prefill, Ste
     def call(ids: list[int]) -> int:
         positions = torch.arange(state["length"], state["length"] + len(ids))
         logits = model(
-            torch.tensor([ids]), past_key_values=state["cache"], cache_position=positions, position_ids=positions[None],
+            torch.tensor([ids]),
+            past_key_values=state["cache"],
+            cache_position=positions,
+            position_ids=positions[None],
             logits_to_keep=1,
-        ).logits  # fmt: skip
+        ).logits
         state["length"] += len(ids)
         state["last"] = int(logits[0, -1].argmax())
         return state["last"]
@@ -216,7 +246,9 @@ def measure(work: Path, threads: int, steps: int, repetitions: int) -> dict[str,
     record: dict[str, Any] = {
         "kvexport": kvexport.__version__,
         "machine": f"{platform.machine()}, {threads} threads",
-        "versions": {name: version(name) for name in ("onnxruntime", "onnxruntime-genai", "torch", "transformers")},
+        "versions": {
+            name: version(name) for name in ("onnxruntime", "onnxruntime-genai", "torch", "transformers")
+        },
         "shape": SHAPE,
         "prefill": {},
         "decode": {},
@@ -280,15 +312,23 @@ def shown(figures: dict[str, Any]) -> str:
     return ", ".join(f"{side} {each['median_ms']:.1f} ms" for side, each in figures.items())
 
 
-def target(record: dict[str, Any], stage: str, tokens: int, who: str, whom: str, least: float) -> dict[str, Any]:
+def target(
+    record: dict[str, Any], stage: str, tokens: int, who: str, whom: str, least: float
+) -> dict[str, Any]:
     """How many times as fast `who` is, call by call."""
     figures = record[stage][str(tokens)]
     pairs = zip(figures[who]["raw_ms"], figures[whom]["raw_ms"], strict=True)
     low, median, high = statistics.quantiles([theirs / ours for ours, theirs in pairs], n=4)
     return {
-        "stage": stage, "tokens": tokens, "who": who, "whom": whom, "at_least": least, "times_as_fast": round(median, 3),
-        "quartiles": [round(low, 3), round(high, 3)], "reached": median >= least,
-    }  # fmt: skip
+        "stage": stage,
+        "tokens": tokens,
+        "who": who,
+        "whom": whom,
+        "at_least": least,
+        "times_as_fast": round(median, 3),
+        "quartiles": [round(low, 3), round(high, 3)],
+        "reached": median >= least,
+    }
 
 
 def table(record: dict[str, Any]) -> str:
@@ -299,7 +339,11 @@ def table(record: dict[str, Any]) -> str:
         "brackets; raw times in decode_cpu.json. Not measured: more threads, other processors, lower precision.\n\n"
     )
     columns = [(stage, tokens) for stage in ("prefill", "decode") for tokens in record[stage]]
-    text += "| |" + "".join(f" {stage} {'of' if stage == 'prefill' else 'at'} {tokens} |" for stage, tokens in columns) + "\n"
+    text += (
+        "| |"
+        + "".join(f" {stage} {'of' if stage == 'prefill' else 'at'} {tokens} |" for stage, tokens in columns)
+        + "\n"
+    )
     text += "|---" * (1 + len(columns)) + "|\n"
     for side in SIDES:
         cells = []

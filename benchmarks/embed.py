@@ -27,16 +27,22 @@ IMPORTS = "import kvexport, kvexport.runtime.session, kvexport.runtime.backends.
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("bundle", type=Path, help="the demo bundle: make demo")
-    parser.add_argument("--build", type=Path, required=True, help="of cpp/, with -DKVEXPORT_BUILD_BENCHMARKS=ON")
+    parser.add_argument(
+        "--build", type=Path, required=True, help="of cpp/, with -DKVEXPORT_BUILD_BENCHMARKS=ON"
+    )
     parser.add_argument("--depth", type=int, default=128)
     parser.add_argument("--steps", type=int, default=200, help="in each round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RECORD)
     arguments = parser.parse_args()
-    sides: dict[str, dict[str, list[float]]] = {side: {"step_us": [], "engine_us": []} for side in ("c++", "python")}
+    sides: dict[str, dict[str, list[float]]] = {
+        side: {"step_us": [], "engine_us": []} for side in ("c++", "python")
+    }
     for _ in range(arguments.rounds):
         for side, measure in (("c++", in_cpp), ("python", in_python)):
             for name, values in measure(arguments).items():
@@ -47,7 +53,9 @@ def main() -> None:
         "threads": arguments.threads,
         "depth": arguments.depth,
         "overhead_us": {
-            side: summary([whole - engine for whole, engine in zip(raw["step_us"], raw["engine_us"], strict=True)])
+            side: summary(
+                [whole - engine for whole, engine in zip(raw["step_us"], raw["engine_us"], strict=True)]
+            )
             for side, raw in sides.items()
         },
         "engine_us": {side: summary(raw["engine_us"]) for side, raw in sides.items()},
@@ -56,7 +64,9 @@ def main() -> None:
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for side in sides:
         figures, engine = record["overhead_us"][side], record["engine_us"][side]
-        print(f"{side}: {figures['median']} us a step beside the engine's {engine['median']} (quartiles {figures['quartiles']})")
+        print(
+            f"{side}: {figures['median']} us a step beside the engine's {engine['median']} (quartiles {figures['quartiles']})"
+        )
     print(f"imports: {record['import_seconds']['median']} s")
 
 
@@ -69,7 +79,11 @@ def in_cpp(arguments: argparse.Namespace) -> dict[str, list[float]]:
 def in_python(arguments: argparse.Namespace) -> dict[str, list[float]]:
     """In a process of its own, as the C++ side."""
     numbers = map(str, (arguments.depth, arguments.steps, arguments.threads))
-    command = [sys.executable, "-c", f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import embed; embed.steps()"]
+    command = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path[:0] = [{str(Path(__file__).parent)!r}]; import embed; embed.steps()",
+    ]
     done = subprocess.run([*command, arguments.bundle, *numbers], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
 
@@ -110,7 +124,9 @@ def steps() -> None:
 def importing() -> float:
     """Seconds that a fresh Python takes to import everything that opening a bundle needs."""
     timed = f"import time; start = time.perf_counter()\n{IMPORTS}\nprint(time.perf_counter() - start)"
-    return float(subprocess.run([sys.executable, "-c", timed], check=True, capture_output=True, text=True).stdout)
+    return float(
+        subprocess.run([sys.executable, "-c", timed], check=True, capture_output=True, text=True).stdout
+    )
 
 
 def summary(values: list[float]) -> dict[str, Any]:

@@ -89,24 +89,46 @@ class Protections:
         return tuple(name for name in _PROTECTIONS if policy == "l2-norm" or not name.endswith("-skip"))
 
     def settings(self, shares: Sequence[float]) -> list[Setting]:
-        return [Setting(policy, name, share) for share in shares for policy in POLICIES for name in self.of(policy)]
+        return [
+            Setting(policy, name, share)
+            for share in shares
+            for policy in POLICIES
+            for name in self.of(policy)
+        ]
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--text", action="append", default=[], metavar="NAME=FILE", help="an evaluation text; repeat")
+    parser.add_argument(
+        "--text", action="append", default=[], metavar="NAME=FILE", help="an evaluation text; repeat"
+    )
     parser.add_argument("--passkey-model", type=Path, metavar="FOLDER", help="a checkpoint that can retrieve")
     parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows by name: 'lm l2-norm*' '* 0.5'")
     parser.add_argument("--length", type=int, default=512, help="tokens of the context")
     parser.add_argument("--windows", type=int, default=24, help="the most windows of each text")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.75, 0.9], help="budgets, of the context")
-    parser.add_argument("--kept", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="budgets in retrieval")
+    parser.add_argument(
+        "--shares", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.75, 0.9], help="budgets, of the context"
+    )
+    parser.add_argument(
+        "--kept", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="budgets in retrieval"
+    )
     parser.add_argument("--trials", type=int, default=20, help=f"prompts at each of {len(DEPTHS)} depths")
     parser.add_argument("--recent", type=int, default=32, help="recent tokens protected, where they are")
     parser.add_argument("--first", type=int, default=4, help="first tokens protected, where they are")
-    parser.add_argument("--skip", type=int, nargs="+", default=[0, 1], help="layers that hold everything, where some do")
-    parser.add_argument("--compare-converted", type=Fraction, nargs="*", default=[], metavar="RATIO", help="also fewer KV heads")
+    parser.add_argument(
+        "--skip", type=int, nargs="+", default=[0, 1], help="layers that hold everything, where some do"
+    )
+    parser.add_argument(
+        "--compare-converted",
+        type=Fraction,
+        nargs="*",
+        default=[],
+        metavar="RATIO",
+        help="also fewer KV heads",
+    )
     parser.add_argument("--output", type=Path, default=RESULTS / "eviction", help="without a suffix")
     parser.add_argument("--resume", action="store_true", help="go on with the rows of OUTPUT.json")
     arguments = parser.parse_args(given)
@@ -137,13 +159,17 @@ class Subjects:
         length, texts = arguments.length, named(arguments.text)
         self.context = length
         self.protections = Protections(arguments.recent, arguments.first, arguments.skip)
-        self.benches = {"lm": Bench(arguments.checkpoint, recipe, texts, length, arguments.windows)} if texts else {}
+        self.benches = (
+            {"lm": Bench(arguments.checkpoint, recipe, texts, length, arguments.windows)} if texts else {}
+        )
         self.prompts: dict[str, Prompts] = {}
         if arguments.passkey_model is not None:
             bench = self.benches["retrieval"] = Bench(arguments.passkey_model, recipe, {}, length, 0)
             encode = tasks.encoder(arguments.passkey_model)
             for task in TASKS:
-                self.prompts[task] = prompts_of(encode, task, length, DEPTHS, arguments.trials, seed=1, start=bench.start)
+                self.prompts[task] = prompts_of(
+                    encode, task, length, DEPTHS, arguments.trials, seed=1, start=bench.start
+                )
         self._converted: dict[tuple[str, Fraction], Decoder] = {}
         self._asked: tuple[Any, list[Asked]] | None = None
 
@@ -160,7 +186,10 @@ class Subjects:
     def asked(self, task: str, ratio: Fraction) -> list[Asked]:
         """The task's prompts, read whole; those that were asked last are kept."""
         if self._asked is None or self._asked[0] != (task, ratio):
-            self._asked = (task, ratio), asked_of(self.decoder("retrieval", ratio), self.prompts[task].prompts)
+            self._asked = (
+                (task, ratio),
+                asked_of(self.decoder("retrieval", ratio), self.prompts[task].prompts),
+            )
         return self._asked[1]
 
     def eviction(self, setting: Setting | None) -> Eviction | None:
@@ -171,7 +200,9 @@ class Subjects:
         figures = self._row("lm", setting, ratio)
         return figures | {"texts": language_modelling(decoder, bench.decoder, bench.texts, eviction)}
 
-    def retrieval_figures(self, task: str, protocol: str, setting: Setting | None, ratio: Fraction = TRAINED) -> dict[str, Any]:
+    def retrieval_figures(
+        self, task: str, protocol: str, setting: Setting | None, ratio: Fraction = TRAINED
+    ) -> dict[str, Any]:
         decoder, depths = self.decoder("retrieval", ratio), self.prompts[task].depths
         eviction = self.eviction(setting)
         figures = retrieval(decoder, self.asked(task, ratio), depths, eviction, protocol)
@@ -183,20 +214,29 @@ class Subjects:
         if eviction is not None:
             eviction.require(self.context, len(decoder.layers))
         return {
-            "kind": subject, "heads": str(ratio), "policy": None if setting is None else setting.policy,
-            "protection": None if setting is None else setting.protection, "share": 1.0 if setting is None else setting.share,
-            "held": held(decoder, eviction, self.context, self.benches[subject].decoder), **for_layers,
-        }  # fmt: skip
+            "kind": subject,
+            "heads": str(ratio),
+            "policy": None if setting is None else setting.policy,
+            "protection": None if setting is None else setting.protection,
+            "share": 1.0 if setting is None else setting.share,
+            "held": held(decoder, eviction, self.context, self.benches[subject].decoder),
+            **for_layers,
+        }
 
 
-def rows(subjects: Subjects, arguments: argparse.Namespace) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
+def rows(
+    subjects: Subjects, arguments: argparse.Namespace
+) -> Iterator[tuple[str, Callable[[], dict[str, Any]]]]:
     """Every row by name, in the order of the work."""
     protections = subjects.protections
     if "retrieval" in subjects.benches:
         for task in TASKS:
             for protocol in PROTOCOLS:
                 for setting in protections.settings(arguments.kept):
-                    yield f"{task} {protocol} {setting}", partial(subjects.retrieval_figures, task, protocol, setting)
+                    yield (
+                        f"{task} {protocol} {setting}",
+                        partial(subjects.retrieval_figures, task, protocol, setting),
+                    )
     if "lm" in subjects.benches:
         for setting in protections.settings(arguments.shares):
             yield f"lm {setting}", partial(subjects.lm_figures, setting)
@@ -233,13 +273,26 @@ def begin(subjects: Subjects, arguments: argparse.Namespace) -> dict[str, Any]:
     checkpoints = {name: bench.checkpoint for name, bench in subjects.benches.items()}
     texts = subjects.benches["lm"].texts if "lm" in subjects.benches else {}
     settings = {
-        "models": {name: {"name": each.path.resolve().name, "sha256": each.digest()} for name, each in checkpoints.items()},
+        "models": {
+            name: {"name": each.path.resolve().name, "sha256": each.digest()}
+            for name, each in checkpoints.items()
+        },
         "context": subjects.context,
-        "texts": {name: {"windows": len(each.windows), "sha256": digest(each.windows)} for name, each in texts.items()},
-        "prompts": {name: {"prompts": len(each.prompts), "sha256": told_digest(each)} for name, each in subjects.prompts.items()},
-        "recent": arguments.recent, "first": arguments.first, "skip": arguments.skip,
-        "kvexport": kvexport.__version__, "torch": torch.__version__, "code_sha256": source_digest(),
-    }  # fmt: skip
+        "texts": {
+            name: {"windows": len(each.windows), "sha256": digest(each.windows)}
+            for name, each in texts.items()
+        },
+        "prompts": {
+            name: {"prompts": len(each.prompts), "sha256": told_digest(each)}
+            for name, each in subjects.prompts.items()
+        },
+        "recent": arguments.recent,
+        "first": arguments.first,
+        "skip": arguments.skip,
+        "kvexport": kvexport.__version__,
+        "torch": torch.__version__,
+        "code_sha256": source_digest(),
+    }
     if arguments.resume:
         return resumed(record_file(arguments.output), settings)
     full: dict[str, Any] = {}
@@ -249,7 +302,14 @@ def begin(subjects: Subjects, arguments: argparse.Namespace) -> dict[str, Any]:
         full[task] = subjects.retrieval_figures(task, "once", None)
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
     protections = subjects.protections.told
-    return {"settings": settings, "machine": machine, "protections": protections, "full": full, "rows": {}, "left_out": {}}
+    return {
+        "settings": settings,
+        "machine": machine,
+        "protections": protections,
+        "full": full,
+        "rows": {},
+        "left_out": {},
+    }
 
 
 def told_digest(prompts: Prompts) -> str:
@@ -260,7 +320,10 @@ def told_digest(prompts: Prompts) -> str:
 def source_digest() -> str:
     """sha256 of the code that figures depend on."""
     here, package = Path(__file__).parent, Path(kvexport.__file__).parent
-    files = [package / f"{name}.py" for name in ("decoder", "divergence", "evicting", "eviction", "loading", "reference")]
+    files = [
+        package / f"{name}.py"
+        for name in ("decoder", "divergence", "evicting", "eviction", "loading", "reference")
+    ]
     files.append(here / "eviction_measure.py")
     return code_digest(files)
 

@@ -54,7 +54,10 @@ def language_modelling(
     first = next(iter(texts.values())).windows.shape[1] // 2
     ours = stepwise(decoder, torch.cat([text.windows for text in texts.values()]), first, eviction)
     parts = ours.split([len(text.windows) for text in texts.values()])
-    return {name: _divergence(trained, text, part, first) for (name, text), part in zip(texts.items(), parts, strict=True)}
+    return {
+        name: _divergence(trained, text, part, first)
+        for (name, text), part in zip(texts.items(), parts, strict=True)
+    }
 
 
 def _divergence(trained: Decoder, text: Text, ours: Tensor, first: int) -> dict[str, Any]:
@@ -68,7 +71,12 @@ def _divergence(trained: Decoder, text: Text, ours: Tensor, first: int) -> dict[
         increases.append(found.cross_entropy - found.cross_entropy_original)
     figures, (mean, error) = whole.finish().to_json(), mean_and_error(increases)
     kept = {name: figures[name] for name in ("cross_entropy", "mean_kl", "top1_agreement", "tokens")}
-    return {**kept, "increase": mean, "increase_standard_error": error, "increases": [round(each, 6) for each in increases]}
+    return {
+        **kept,
+        "increase": mean,
+        "increase_standard_error": error,
+        "increases": [round(each, 6) for each in increases],
+    }
 
 
 @torch.no_grad()
@@ -92,9 +100,13 @@ def _stepwise(decoder: Decoder, windows: Tensor, first: int, eviction: Eviction 
         key = reference.map_keys(attention, projected.key_rotated)
         scores = reference.scores(attention, query, key) + reference.visibility(attention, at, at[0], x.dtype)
         if eviction is not None and eviction.evicts(index):
-            gone = leaves(key, eviction, index, attention.window).repeat_interleave(attention.queries_per_kv_head, 1)
+            gone = leaves(key, eviction, index, attention.window).repeat_interleave(
+                attention.queries_per_kv_head, 1
+            )
             scores = scores.masked_fill(at[:, None, :, None] >= gone[:, :, None], -torch.inf)
-        x = x + reference.linear(attention.o, reference.mix(attention, reference.weights(scores), projected.value))
+        x = x + reference.linear(
+            attention.o, reference.mix(attention, reference.weights(scores), projected.value)
+        )
         x = x + reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, x))
     return reference.logits(decoder, x[:, first:])
 
@@ -151,7 +163,9 @@ def asked_of(decoder: Decoder, prompts: Sequence[tuple[list[int], list[int]]]) -
         tokens, answers = (torch.tensor([prompts[row][part] for row in rows]) for part in (0, 1))
         capacity = tokens.shape[1] + answers.shape[1]
         caches = reference.new_cache(decoder.layers, len(rows), capacity, decoder.embedding.weight.dtype)
-        logits = reference.forward(decoder, tokens, positions(len(rows), 0, tokens.shape[1]), caches)[:, -1].clone()
+        logits = reference.forward(decoder, tokens, positions(len(rows), 0, tokens.shape[1]), caches)[
+            :, -1
+        ].clone()
         found.append(Asked(tokens, answers, torch.tensor(rows), caches, logits))
     return found
 
@@ -163,7 +177,11 @@ def _alike(prompts: Sequence[tuple[list[int], list[int]]]) -> Iterator[list[int]
 
 
 def retrieval(
-    decoder: Decoder, asked: Sequence[Asked], depths: Sequence[float], eviction: Eviction | None, protocol: str
+    decoder: Decoder,
+    asked: Sequence[Asked],
+    depths: Sequence[float],
+    eviction: Eviction | None,
+    protocol: str,
 ) -> dict[str, Any]:
     """How often greedy decoding writes the whole answer: the accuracy, its standard error, and by depth of what was hidden."""
     right = torch.zeros(len(depths), dtype=torch.bool)
@@ -171,7 +189,9 @@ def retrieval(
         right[each.rows] = answered(decoder, each, eviction, protocol)
     part, error = share(int(right.sum()), len(depths))
     by_depth = {
-        str(depth): share(*(int(x) for x in (right[[d == depth for d in depths]].sum(), sum(d == depth for d in depths))))[0]
+        str(depth): share(
+            *(int(x) for x in (right[[d == depth for d in depths]].sum(), sum(d == depth for d in depths)))
+        )[0]
         for depth in sorted(set(depths))
     }
     return {"trials": len(depths), "accuracy": part, "standard_error": error, "by_depth": by_depth}
@@ -181,7 +201,11 @@ def retrieval(
 def answered(decoder: Decoder, asked: Asked, eviction: Eviction | None, protocol: str) -> Tensor:
     """Which answers greedy decoding writes, bool [N]: each token of it is the likeliest after those before."""
     count, read = asked.prompts.shape
-    caches, logits = _PROTOCOLS[protocol](decoder, asked, eviction) if eviction is not None else (asked.caches, asked.logits)
+    caches, logits = (
+        _PROTOCOLS[protocol](decoder, asked, eviction)
+        if eviction is not None
+        else (asked.caches, asked.logits)
+    )
     right = torch.ones(count, dtype=torch.bool)
     for at in range(asked.answers.shape[1]):
         right &= logits.argmax(-1) == asked.answers[:, at]
@@ -204,7 +228,15 @@ def _once(decoder: Decoder, asked: Asked, eviction: Eviction) -> tuple[list[Cach
         widths = attention.key_dim, attention.value_dim
         slots = max(read, eviction.budget)
         whole = EvictingCache.empty(
-            count, attention.num_kv_heads, widths, key.dtype, eviction, index, asked.capacity, attention.window, slots
+            count,
+            attention.num_kv_heads,
+            widths,
+            key.dtype,
+            eviction,
+            index,
+            asked.capacity,
+            attention.window,
+            slots,
         )
         whole.write(key, value, positions(count, 0, read))
         caches.append(whole.compressed(torch.full((count,), read)))
@@ -213,11 +245,18 @@ def _once(decoder: Decoder, asked: Asked, eviction: Eviction) -> tuple[list[Cach
 
 def _chunked(decoder: Decoder, asked: Asked, eviction: Eviction) -> tuple[list[Cache], Tensor]:
     count, read = asked.prompts.shape
-    caches = reference.new_cache(decoder.layers, count, asked.capacity, decoder.embedding.weight.dtype, eviction)
+    caches = reference.new_cache(
+        decoder.layers, count, asked.capacity, decoder.embedding.weight.dtype, eviction
+    )
     for start in range(0, read, eviction.chunk):
         stop = min(start + eviction.chunk, read)
-        logits = reference.forward(decoder, asked.prompts[:, start:stop], positions(count, start, stop), caches)
+        logits = reference.forward(
+            decoder, asked.prompts[:, start:stop], positions(count, start, stop), caches
+        )
     return caches, logits[:, -1]
 
 
-_PROTOCOLS: dict[str, Callable[[Decoder, Asked, Eviction], tuple[list[Cache], Tensor]]] = {"once": _once, "chunked": _chunked}
+_PROTOCOLS: dict[str, Callable[[Decoder, Asked, Eviction], tuple[list[Cache], Tensor]]] = {
+    "once": _once,
+    "chunked": _chunked,
+}

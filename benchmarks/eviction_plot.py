@@ -33,7 +33,9 @@ Value = Callable[[Figures], float]
 
 def chart(record: dict[str, Any]) -> str | None:
     """A panel for each text and each task; None before there is anything to draw."""
-    found = [each for each in record["rows"].values() if each["heads"] == "1" and each["protection"] in _STYLES]
+    found = [
+        each for each in record["rows"].values() if each["heads"] == "1" and each["protection"] in _STYLES
+    ]
     language = [each for each in found if each["kind"] == "lm"]
     texts = list(record["settings"]["texts"]) if language else []
     panels: list[list[tuple[str, Axis, list[Figures], Value]]] = [[], [], []]
@@ -71,12 +73,16 @@ def _panel(title: str, y: Axis, rows: Sequence[Figures], value: Value, left: flo
         parts.append(f'<path class="grid" d="M{left} {at:.1f}h{_WIDE}"/>')
         parts.append(f'<text class="soft end" x="{left - 6}" y="{at + 4:.1f}">{y.text(tick)}</text>')
     for tick in x.ticks():
-        parts.append(f'<text class="soft mid" x="{left + x.place(tick) * _WIDE:.1f}" y="{bottom + 16}">{x.text(tick)}</text>')
+        parts.append(
+            f'<text class="soft mid" x="{left + x.place(tick) * _WIDE:.1f}" y="{bottom + 16}">{x.text(tick)}</text>'
+        )
     parts.append(f'<text class="soft mid" x="{left + _WIDE / 2}" y="{bottom + 32}">{x.label}</text>')
     for slot, policy in enumerate(POLICIES):
         for protection, dashes in _STYLES.items():
             line = sorted(
-                (each["held"], value(each)) for each in rows if each["policy"] == policy and each["protection"] == protection
+                (each["held"], value(each))
+                for each in rows
+                if each["policy"] == policy and each["protection"] == protection
             )
             points = [(left + x.place(a) * _WIDE, bottom - y.place(b) * _HIGH) for a, b in line]
             if points:
@@ -97,7 +103,9 @@ def _key() -> list[str]:
     x = 24.0
     for protection, told in _LEGEND.items():
         dashes = _STYLES[protection]
-        parts.append(f'<path fill="none" stroke="#1c2430" stroke-width="2" stroke-dasharray="{dashes}" d="M{x - 8} 38h34"/>')
+        parts.append(
+            f'<path fill="none" stroke="#1c2430" stroke-width="2" stroke-dasharray="{dashes}" d="M{x - 8} 38h34"/>'
+        )
         parts.append(f'<text x="{x + 32}" y="42">{escape(told)}</text>')
         x += 6 * len(told) + 72
     return parts

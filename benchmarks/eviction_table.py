@@ -30,14 +30,18 @@ def markdown(record: Record) -> str:
         f"Models: {models}; PyTorch float32, {record['machine']}. The context is {settings['context']} tokens; budgets are "
         "shares of it, alike in every layer and KV head. Keys keep the rotation of their true position.",
         _full(record),
-        "Policies: which token goes.\n\n" + "\n".join(f"- `{name}`: {what}." for name, what in POLICIES.items()),
-        "Protections.\n\n" + "\n".join(f"- `{name}`: {what}." for name, what in record["protections"].items()),
+        "Policies: which token goes.\n\n"
+        + "\n".join(f"- `{name}`: {what}." for name, what in POLICIES.items()),
+        "Protections.\n\n"
+        + "\n".join(f"- `{name}`: {what}." for name, what in record["protections"].items()),
         *_held(found),
     ]
     trained = _once_each(each for each in found if each["heads"] == "1")
     for text in settings["texts"]:
         rows = [each for each in trained if each["kind"] == "lm"]
-        parts += _section(f"## Language modelling: {text}", rows, lambda each, text=text: _nats(each["texts"][text]))
+        parts += _section(
+            f"## Language modelling: {text}", rows, lambda each, text=text: _nats(each["texts"][text])
+        )
     if settings["texts"]:
         parts.append(
             "Nats per token by which cross-entropy rises over the model with its whole cache, on the second half of every "
@@ -67,7 +71,11 @@ def _full(record: Record) -> str:
     for text, figures in full.get("lm", {}).get("texts", {}).items():
         windows = record["settings"]["texts"][text]["windows"]
         lines.append(
-            [text, f"cross-entropy {figures['cross_entropy']:.4f} nats", f"{windows} windows, {figures['tokens']} predictions"]
+            [
+                text,
+                f"cross-entropy {figures['cross_entropy']:.4f} nats",
+                f"{windows} windows, {figures['tokens']} predictions",
+            ]
         )
     for task in TASKS:
         if task in full:
@@ -81,7 +89,9 @@ def _held(found: Sequence[Figures]) -> list[str]:
     lines = []
     for kind in ("lm", "retrieval"):
         by_share = {
-            each["share"]: each["held"] for each in found if each["kind"] == kind and _skips(each) and each["heads"] == "1"
+            each["share"]: each["held"]
+            for each in found
+            if each["kind"] == kind and _skips(each) and each["heads"] == "1"
         }
         if by_share:
             lines.append([kind, *(f"{by_share[share]:.3f}" if share in by_share else "" for share in shares)])
@@ -94,7 +104,10 @@ def _held(found: Sequence[Figures]) -> list[str]:
 def _once_each(rows: Iterable[Figures]) -> list[Figures]:
     """Without the settings that were measured again to compare heads."""
     return list(
-        {(each["kind"], each.get("task"), each.get("protocol"), _name(each), each["share"]): each for each in rows}.values()
+        {
+            (each["kind"], each.get("task"), each.get("protocol"), _name(each), each["share"]): each
+            for each in rows
+        }.values()
     )
 
 
@@ -109,7 +122,9 @@ def _section(title: str, rows: Sequence[Figures], cell: Callable[[Figures], str]
         return []
     shares = sorted({each["share"] for each in rows}, reverse=True)
     lines = []
-    for policy, protection in sorted(dict.fromkeys(_name(each) for each in rows), key=lambda name: name[1].endswith("-skip")):
+    for policy, protection in sorted(
+        dict.fromkeys(_name(each) for each in rows), key=lambda name: name[1].endswith("-skip")
+    ):
         by_share = {each["share"]: cell(each) for each in rows if _name(each) == (policy, protection)}
         lines.append([policy, protection, *(by_share.get(share, "") for share in shares)])
     return [title, grid(["policy", "protection", *(f"{share:g}" for share in shares)], lines)]
@@ -131,10 +146,14 @@ def measures(record: Record) -> list[tuple[str, Callable[[Figures], bool], Calla
     """Everything that is measured: its name, whether a row is of it, and the row's loss (the lower the better)."""
     found: list[tuple[str, Callable[[Figures], bool], Callable[[Figures], float]]] = []
     for text in record["settings"]["texts"]:
-        found.append((text, lambda each: each["kind"] == "lm", lambda each, text=text: each["texts"][text]["increase"]))
+        found.append(
+            (text, lambda each: each["kind"] == "lm", lambda each, text=text: each["texts"][text]["increase"])
+        )
     for task in TASKS:
         for protocol in PROTOCOLS:
-            found.append((f"{task}, {protocol}", partial(_is_of, task, protocol), lambda each: -each["accuracy"]))
+            found.append(
+                (f"{task}, {protocol}", partial(_is_of, task, protocol), lambda each: -each["accuracy"])
+            )
     return found
 
 
@@ -150,7 +169,9 @@ def difference(record: Record, name: str, better: Figures, worse: Figures) -> tu
         mean = sum(gaps) / len(gaps)
         spread = sum((gap - mean) ** 2 for gap in gaps) / max(1, len(gaps) - 1)
         return mean, math.sqrt(spread / len(gaps))
-    return better["accuracy"] - worse["accuracy"], math.hypot(better["standard_error"], worse["standard_error"])
+    return better["accuracy"] - worse["accuracy"], math.hypot(
+        better["standard_error"], worse["standard_error"]
+    )
 
 
 def winners(record: Record, rows: Sequence[Figures]) -> list[dict[str, Any]]:
@@ -161,13 +182,24 @@ def winners(record: Record, rows: Sequence[Figures]) -> list[dict[str, Any]]:
         for share in sorted({each["share"] for each in mine}, reverse=True):
             best: dict[str, Figures] = {}
             for each in mine:
-                if each["share"] == share and (each["policy"] not in best or loss(each) < loss(best[each["policy"]])):
+                if each["share"] == share and (
+                    each["policy"] not in best or loss(each) < loss(best[each["policy"]])
+                ):
                     best[each["policy"]] = each
             ranked = sorted(best.values(), key=loss)
             if len(ranked) > 1:
                 gap, error = difference(record, name, ranked[0], ranked[1])
                 clear = gap > CLEAR * error
-                found.append({"measure": name, "share": share, "ranked": ranked, "gap": gap, "error": error, "clear": clear})
+                found.append(
+                    {
+                        "measure": name,
+                        "share": share,
+                        "ranked": ranked,
+                        "gap": gap,
+                        "error": error,
+                        "clear": clear,
+                    }
+                )
     return found
 
 
@@ -183,10 +215,19 @@ def _winners(record: Record, rows: Sequence[Figures]) -> list[str]:
 
     for each in found:
         gap = (
-            f"{each['gap']:.4f} ± {each['error']:.4f}" if each["measure"] in texts else f"{each['gap']:.0%} ± {each['error']:.0%}"
+            f"{each['gap']:.4f} ± {each['error']:.4f}"
+            if each["measure"] in texts
+            else f"{each['gap']:.0%} ± {each['error']:.0%}"
         )
         verdict = f"**{each['ranked'][0]['policy']}**, by {gap}" if each["clear"] else f"none: {gap}"
-        lines.append([each["measure"], f"{each['share']:g}", verdict, *(told(each["measure"], row) for row in each["ranked"])])
+        lines.append(
+            [
+                each["measure"],
+                f"{each['share']:g}",
+                verdict,
+                *(told(each["measure"], row) for row in each["ranked"]),
+            ]
+        )
     counts = {
         policy: (
             sum(e["clear"] and e["ranked"][0]["policy"] == policy for e in found),
@@ -194,14 +235,25 @@ def _winners(record: Record, rows: Sequence[Figures]) -> list[str]:
         )
         for policy in POLICIES
     }
-    summary = "; ".join(f"{policy} wins {won} and is last in {lost}" for policy, (won, lost) in counts.items())
-    head = ["", "budget", "wins", *(["best", "second", "third", "fourth"][: max(len(e["ranked"]) for e in found)])]
+    summary = "; ".join(
+        f"{policy} wins {won} and is last in {lost}" for policy, (won, lost) in counts.items()
+    )
+    head = [
+        "",
+        "budget",
+        "wins",
+        *(["best", "second", "third", "fourth"][: max(len(e["ranked"]) for e in found)]),
+    ]
     note = (
         "Each policy with the protection that serves it best, no layer left whole, so that all hold the same bytes. A win is a "
         f"difference to the second of more than {CLEAR:g} standard errors (of the differences window by window, or of two "
         f"shares). Of {len(found)} comparisons: {summary}."
     )
-    return ["## Where each policy wins and loses", note, grid(head, [[*line, *[""] * (len(head) - len(line))] for line in lines])]
+    return [
+        "## Where each policy wins and loses",
+        note,
+        grid(head, [[*line, *[""] * (len(head) - len(line))] for line in lines]),
+    ]
 
 
 # One setting for everything
@@ -211,7 +263,12 @@ def _defaults(rows: Sequence[Figures]) -> list[str]:
     """Every policy with every protection, over all texts and over all tasks."""
     rows = [each for each in rows if each["policy"] is not None]
     kinds: list[tuple[str, Callable[[Figures], bool], Callable[[Figures], float], str]] = [
-        ("nats", lambda e: e["kind"] == "lm", lambda e: _mean(t["increase"] for t in e["texts"].values()), "+.4f"),
+        (
+            "nats",
+            lambda e: e["kind"] == "lm",
+            lambda e: _mean(t["increase"] for t in e["texts"].values()),
+            "+.4f",
+        ),
         *((p, lambda e, p=p: e.get("protocol") == p, lambda e: e["accuracy"], ".0%") for p in PROTOCOLS),
     ]
     names = sorted(dict.fromkeys(_name(each) for each in rows), key=lambda name: name[1].endswith("-skip"))
@@ -222,19 +279,29 @@ def _defaults(rows: Sequence[Figures]) -> list[str]:
     ]
     if not columns:
         return []
-    cells = {name: [[value(e) for e in mine if _name(e) == name] for _, mine, value, _ in columns] for name in names}
-    whole = [max(len(cells[name][at]) for name in names) for at in range(len(columns))]  # tasks that any setting was asked
+    cells = {
+        name: [[value(e) for e in mine if _name(e) == name] for _, mine, value, _ in columns]
+        for name in names
+    }
+    whole = [
+        max(len(cells[name][at]) for name in names) for at in range(len(columns))
+    ]  # tasks that any setting was asked
     lines = []
     for name in names:
         means = [
-            format(_mean(c), column[3]) if len(c) == n else "" for c, column, n in zip(cells[name], columns, whole, strict=True)
+            format(_mean(c), column[3]) if len(c) == n else ""
+            for c, column, n in zip(cells[name], columns, whole, strict=True)
         ]
         lines.append([*name, *means])
     note = (
         "Mean over the texts (nats over the whole cache), and over the tasks (accuracy, by protocol), at each budget; empty "
         "where some are missing."
     )
-    return ["## One setting for everything", note, grid(["policy", "protection", *(column[0] for column in columns)], lines)]
+    return [
+        "## One setting for everything",
+        note,
+        grid(["policy", "protection", *(column[0] for column in columns)], lines),
+    ]
 
 
 def _mean(values: Iterable[float]) -> float:
@@ -251,9 +318,17 @@ def _combined(record: Record, found: Sequence[Figures]) -> list[str]:
         return []
     texts = list(record["settings"]["texts"])
     full = [each | {"held": 1.0} for each in record["full"].values()]
-    named = [f"`{each['policy']} {each['protection']}`" for each in found if each["heads"] != "1" and each["policy"] is not None]
+    named = [
+        f"`{each['policy']} {each['protection']}`"
+        for each in found
+        if each["heads"] != "1" and each["policy"] is not None
+    ]
     wanted = {name.strip("`") for name in named}
-    subjects = [each for each in [*full, *found] if each["policy"] is None or f"{each['policy']} {each['protection']}" in wanted]
+    subjects = [
+        each
+        for each in [*full, *found]
+        if each["policy"] is None or f"{each['policy']} {each['protection']}" in wanted
+    ]
     shares = {each["share"] for each in subjects if each["heads"] != "1"} | {0.5, 0.25, 0.125}
     by_name: dict[tuple[str, str, float], dict[str, str]] = {}
     for each in subjects:
@@ -266,16 +341,25 @@ def _combined(record: Record, found: Sequence[Figures]) -> list[str]:
         else:
             cells |= {each["task"]: f"{each['accuracy']:.0%}", "held by the retriever": f"{each['held']:.3f}"}
     order = sorted(by_name, key=lambda name: (-_ratio(name[0]) * name[2], -_ratio(name[0]), name[1]))
-    columns = [c for c in ("held", *texts, "held by the retriever", *TASKS) if any(c in cells for cells in by_name.values())]
+    columns = [
+        c
+        for c in ("held", *texts, "held by the retriever", *TASKS)
+        if any(c in cells for cells in by_name.values())
+    ]
     lines = [
-        [heads, what, f"{share:g}", *(by_name[heads, what, share].get(c, "") for c in columns)] for heads, what, share in order
+        [heads, what, f"{share:g}", *(by_name[heads, what, share].get(c, "") for c in columns)]
+        for heads, what, share in order
     ]
     note = (
         "Heads: the share of the KV numbers per token that `kvexport build --kv-ratio` leaves (calibrated on the model's own "
         "text, no fine-tuning); held: the share of the trained model's KV numbers at this context. Retrieval by the protocol "
         "`once`."
     )
-    return ["## Fewer heads and fewer tokens, at equal bytes", note, grid(["heads", "eviction", "budget", *columns], lines)]
+    return [
+        "## Fewer heads and fewer tokens, at equal bytes",
+        note,
+        grid(["heads", "eviction", "budget", *columns], lines),
+    ]
 
 
 def _ratio(text: str) -> float:

@@ -65,10 +65,17 @@ class Prompts:
 
 def varied(chance: random.Random) -> str:
     """A sentence with a space after it."""
-    kind, other, thing, second = chance.choice(KINDS), chance.choice(KINDS), chance.choice(THINGS), chance.choice(THINGS)
+    kind, other, thing, second = (
+        chance.choice(KINDS),
+        chance.choice(KINDS),
+        chance.choice(THINGS),
+        chance.choice(THINGS),
+    )
     forms = (
         lambda: f"The {kind} {thing} is near the {other} {second}. ",
-        lambda: f"In {chance.choice(PLACES)} they {chance.choice(VERBS)} the {thing} {chance.choice(WHERE)}. ",
+        lambda: (
+            f"In {chance.choice(PLACES)} they {chance.choice(VERBS)} the {thing} {chance.choice(WHERE)}. "
+        ),
         lambda: f"We {chance.choice(VERBS)} a {kind} {thing} and {chance.choice(VERBS)} the {second}. ",
         lambda: f"There are {chance.choice(COUNTS)} {kind} things in {chance.choice(PLACES)}. ",
         lambda: f"Is the {thing} {kind}? No, the {second} is {other}. ",
@@ -104,7 +111,13 @@ def hide(hay: Sequence[int], needles: Sequence[tuple[float, Sequence[int]]]) -> 
 
 
 def prompts_of(
-    encode: Encode, task: str, length: int, depths: Sequence[float], trials: int, seed: int = 0, start: Sequence[int] = ()
+    encode: Encode,
+    task: str,
+    length: int,
+    depths: Sequence[float],
+    trials: int,
+    seed: int = 0,
+    start: Sequence[int] = (),
 ) -> Prompts:
     """Prompts of `length` tokens, answer included: so many trials at each depth.
 
@@ -116,7 +129,10 @@ def prompts_of(
     if task != "needle":
         cells = passkey_cells(encode, hay, [length], depths, trials, seed=seed, start=start)
         return Prompts(
-            task, length, [each for cell in cells for each in cell.prompts], [d for d in depths for _ in range(trials)]
+            task,
+            length,
+            [each for cell in cells for each in cell.prompts],
+            [d for d in depths for _ in range(trials)],
         )
     chance, ids, found = random.Random(seed), encode(hay), []
     for depth in depths:
@@ -127,7 +143,9 @@ def prompts_of(
             room = length - len(start) - len(asked) - len(answer) - len(needle)
             if not 0 <= room <= len(ids):
                 raise UsageError(
-                    "a needle's prompt cannot be made this long", seen=f"{length} tokens", allowed=f"{length - room} or more"
+                    "a needle's prompt cannot be made this long",
+                    seen=f"{length} tokens",
+                    allowed=f"{length - room} or more",
                 )
             at = chance.randrange(len(ids) - room + 1)
             found.append(([*start, *hide(ids[at : at + room], [(depth, needle)]), *asked], answer))

@@ -33,12 +33,20 @@ from kvexport.errors import UsageError
 
 
 def main(given: Sequence[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("checkpoint", type=Path)
-    parser.add_argument("--text", action="append", required=True, metavar="NAME=FILE", help="an evaluation text; repeat")
+    parser.add_argument(
+        "--text", action="append", required=True, metavar="NAME=FILE", help="an evaluation text; repeat"
+    )
     parser.add_argument("--ratios", type=Fraction, nargs="+", default=[Fraction(1, n) for n in (2, 3, 4, 8)])
-    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows by name, or name and ratio: 'auto*' 'svd-a 1/2'")
-    parser.add_argument("--calibration", default="self", help="self, random, or a text, as `kvexport build` takes it")
+    parser.add_argument(
+        "--only", nargs="+", metavar="PATTERN", help="rows by name, or name and ratio: 'auto*' 'svd-a 1/2'"
+    )
+    parser.add_argument(
+        "--calibration", default="self", help="self, random, or a text, as `kvexport build` takes it"
+    )
     parser.add_argument("--samples", type=int, help="calibration windows")
     parser.add_argument("--calibration-length", type=int, help="tokens in a calibration window")
     parser.add_argument("--length", type=int, default=256, help="tokens in an evaluation window")
@@ -47,7 +55,9 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-kl", type=float, nargs="*", default=[0.005, 0.02, 0.05], metavar="BOUND")
     parser.add_argument("--heal", type=int, metavar="STEPS", help="also healed rows: minutes each")
     parser.add_argument("--mixtures", action="store_true", help="also rows calibrated on other text")
-    parser.add_argument("--calibration-text", action="append", default=[], metavar="NAME=FILE", help="for --mixtures; repeat")
+    parser.add_argument(
+        "--calibration-text", action="append", default=[], metavar="NAME=FILE", help="for --mixtures; repeat"
+    )
     parser.add_argument("--piqa", type=Path, metavar="FOLDER", help="valid.jsonl and valid-labels.lst")
     parser.add_argument("--passkey", type=Path, metavar="FILE", help="a text to hide passkeys in")
     parser.add_argument("--output", type=Path, default=RESULTS / "quality", help="without a suffix")
@@ -99,7 +109,10 @@ def begin(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         "model": {"name": bench.checkpoint.path.resolve().name, "sha256": bench.checkpoint.digest()},
         "calibration": {**bench.recipe.to_json(), "tokens_sha256": digest(bench.calibration())},
         "length": bench.length,
-        "texts": {name: {"windows": len(each.windows), "sha256": digest(each.windows)} for name, each in bench.texts.items()},
+        "texts": {
+            name: {"windows": len(each.windows), "sha256": digest(each.windows)}
+            for name, each in bench.texts.items()
+        },
         "long": arguments.long,
         "piqa": None if bench.piqa is None else len(bench.piqa),
         "passkey": bench.passkey is not None,
@@ -123,13 +136,20 @@ def figures_of(bench: Bench, row: Row, original_tasks: dict[str, Any] | None) ->
     made = row.make(bench)
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor
     figures = {
-        "section": row.section, "name": row.name, "ratio": None if row.ratio is None else str(row.ratio), "what": row.what,
-        **bench.measured(made), "seconds": round(seconds, 1), "processor_seconds": round(processor_seconds, 1),
-    }  # fmt: skip
+        "section": row.section,
+        "name": row.name,
+        "ratio": None if row.ratio is None else str(row.ratio),
+        "what": row.what,
+        **bench.measured(made),
+        "seconds": round(seconds, 1),
+        "processor_seconds": round(processor_seconds, 1),
+    }
     if row.has_tasks and original_tasks is not None:
         figures["tasks"] = bench.task_figures(made.run, original_tasks)
     if "max_kl" in figures:
-        figures["kept"] = {name: each["mean_kl"] <= figures["max_kl"] for name, each in figures["texts"].items()}
+        figures["kept"] = {
+            name: each["mean_kl"] <= figures["max_kl"] for name, each in figures["texts"].items()
+        }
     return figures
 
 
@@ -144,9 +164,12 @@ def told(record: dict[str, Any], key: str) -> str:
         return f"left out: {record['left_out'][key]}"
     figures = record["rows"][key]
     if "kl" in figures:
-        return ", ".join(f"{name} KL {' '.join(f'{kl:.4f}' for kl in found)}" for name, found in figures["kl"].items())
+        return ", ".join(
+            f"{name} KL {' '.join(f'{kl:.4f}' for kl in found)}" for name, found in figures["kl"].items()
+        )
     return (
-        ", ".join(f"{name} KL {each['mean_kl']:.4f}" for name, each in figures["texts"].items()) + f", {figures['seconds']:g} s"
+        ", ".join(f"{name} KL {each['mean_kl']:.4f}" for name, each in figures["texts"].items())
+        + f", {figures['seconds']:g} s"
     )
 
 

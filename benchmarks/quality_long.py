@@ -49,7 +49,11 @@ def offsets(length: int, long: int) -> list[int]:
 
 def lines(length: int, long: int) -> dict[str, tuple[str, int]]:
     """By name, the method and the capacity that its codes are made for."""
-    return {f"online-{length}": ("online", length), f"online-{long}": ("online", long), "fold": ("fold", length)}
+    return {
+        f"online-{length}": ("online", length),
+        f"online-{long}": ("online", long),
+        "fold": ("fold", length),
+    }
 
 
 def curve(bench: Bench, name: str, long: int) -> dict[str, Any]:
@@ -63,7 +67,9 @@ def curve(bench: Bench, name: str, long: int) -> dict[str, Any]:
     """
     decoder, places = bench.decoder, offsets(bench.length, long)
     if decoder.rope is None:
-        raise UsageError("an offset says something of rotary positions only", seen=bench.attention.position, allowed="rope")
+        raise UsageError(
+            "an offset says something of rotary positions only", seen=bench.attention.position, allowed="rope"
+        )
     if name != TRAINED:
         method, capacity = lines(bench.length, long)[name]
         choice = chosen(method, 0.5, capacity)(bench, bench.calibration())

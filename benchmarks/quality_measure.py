@@ -31,7 +31,9 @@ from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.validate.evaluate import original_stream, spread
 
-Run = Callable[[Tensor], Tensor]  # token ids [N, S] to the residual stream [N, S, hidden] after the last layer
+Run = Callable[
+    [Tensor], Tensor
+]  # token ids [N, S] to the residual stream [N, S, hidden] after the last layer
 
 PASSKEY_LENGTHS, PASSKEY_DEPTHS = (256, 512, 1024, 2048, 4096), (0.1, 0.5, 0.9)
 
@@ -92,9 +94,15 @@ class Bench:
     """
 
     def __init__(
-        self, checkpoint: Path, recipe: Recipe, texts: dict[str, Path], length: int, windows: int,
-        piqa: Path | None = None, passkey: Path | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        checkpoint: Path,
+        recipe: Recipe,
+        texts: dict[str, Path],
+        length: int,
+        windows: int,
+        piqa: Path | None = None,
+        passkey: Path | None = None,
+    ) -> None:
         """
         Raises:
             UsageError: the checkpoint, a text or a task cannot be read.
@@ -105,7 +113,9 @@ class Bench:
         self._windows: dict[Recipe, Tensor] = {}
         self.texts: dict[str, Text] = {}
         for name, file in texts.items():
-            tokens = spread(all_windows(tokenize(checkpoint, read_text(file)), length, f"the text {file}"), windows)
+            tokens = spread(
+                all_windows(tokenize(checkpoint, read_text(file)), length, f"the text {file}"), windows
+            )
             self.texts[name] = Text(tokens, original_stream(self.decoder, tokens, Progress()))
         self.piqa = None if piqa is None else tasks.read_piqa(piqa)
         self.passkey = None if passkey is None else self._passkey_cells(read_text(passkey))
@@ -128,9 +138,12 @@ class Bench:
         return self._windows[recipe]
 
     def convert(
-        self, ways: Sequence[Way], capacity: int | None = None, windows: Tensor | None = None,
+        self,
+        ways: Sequence[Way],
+        capacity: int | None = None,
+        windows: Tensor | None = None,
         moments_of: Callable[[int], Moments] | None = None,
-    ) -> tuple[Decoder, list[LayerReport]]:  # fmt: skip
+    ) -> tuple[Decoder, list[LayerReport]]:
         """The converted decoder, and the report of each layer."""
         windows = self.calibration() if windows is None else windows
         layers = list(convert(self.decoder, windows, ways, moments_of, capacity or self.length))
@@ -173,9 +186,13 @@ class Bench:
         found: dict[str, Any] = {}
         if self.piqa is not None:
             encode = tasks.encoder(self.checkpoint.path)
-            found["piqa"] = tasks.piqa(logits, encode, self.piqa, self.start, self.decoder.limits.max_positions)
+            found["piqa"] = tasks.piqa(
+                logits, encode, self.piqa, self.start, self.decoder.limits.max_positions
+            )
         if self.passkey is not None:
-            found["passkey"] = tasks.passkey(logits, self.passkey, None if original is None else original["passkey"])
+            found["passkey"] = tasks.passkey(
+                logits, self.passkey, None if original is None else original["passkey"]
+            )
         return found
 
     def _passkey_cells(self, haystack: str) -> list[tasks.PasskeyCell]:

@@ -29,11 +29,15 @@ def overview(record: dict[str, Any]) -> str | None:
     names = list(dict.fromkeys(each["name"] for each in rows))
     ratios = list(dict.fromkeys(each["ratio"] for each in rows))
     texts = list(record["settings"]["texts"])
-    axis = _log_axis("KL to the original, nats per token", [_kl(each, text) for each in rows for text in texts])
+    axis = _log_axis(
+        "KL to the original, nats per token", [_kl(each, text) for each in rows for text in texts]
+    )
     bottom = _TOP + _ROW * len(names)
     parts = [_key(["KV numbers:", *ratios], 16)]
     for at, name in enumerate(names):
-        parts.append(f'<text class="end" x="{_NAMES - 10}" y="{_TOP + _ROW * (at + 0.5) + 4:.1f}">{escape(name)}</text>')
+        parts.append(
+            f'<text class="end" x="{_NAMES - 10}" y="{_TOP + _ROW * (at + 0.5) + 4:.1f}">{escape(name)}</text>'
+        )
     for panel, text in enumerate(texts):
         left = _NAMES + panel * (_PLOT + _GAP)
         parts.append(f'<text class="title" x="{left}" y="{_TOP - 12}">{escape(text)}</text>')
@@ -55,7 +59,9 @@ def offsets_chart(record: dict[str, Any]) -> str | None:
     texts, height, left_of_all = list(record["settings"]["texts"]), 240, 56
     places = next(iter(lines.values()))["offsets"]
     x = Axis("position of a window's first token", 0, max(places[-1], 1))
-    y = _log_axis("KL, nats per token", [kl for each in lines.values() for kls in each["kl"].values() for kl in kls])
+    y = _log_axis(
+        "KL, nats per token", [kl for each in lines.values() for kls in each["kl"].values() for kl in kls]
+    )
     bottom, parts = _TOP + height, [_key(["", *lines], 16, lines=True)]
     for panel, text in enumerate(texts):
         left = left_of_all + panel * (_PLOT + _GAP + left_of_all)
@@ -98,7 +104,9 @@ def _vertical_grid(axis: Axis, left: float, bottom: float) -> str:
         x = left + axis.place(tick) * _PLOT
         parts.append(f'<path class="grid" d="M{x:.1f} {_TOP}V{bottom}"/>')
         parts.append(f'<text class="soft mid" x="{x:.1f}" y="{bottom + 18}">{axis.text(tick)}</text>')
-    parts.append(f'<text class="soft mid" x="{left + _PLOT / 2}" y="{bottom + 36}">{escape(axis.label)}</text>')
+    parts.append(
+        f'<text class="soft mid" x="{left + _PLOT / 2}" y="{bottom + 36}">{escape(axis.label)}</text>'
+    )
     return "".join(parts)
 
 
@@ -127,5 +135,7 @@ def _mark(x: float, y: float, slot: int) -> str:
 
 def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
     head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
-    page = f'<title>{escape(title)}</title><style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
+    page = (
+        f'<title>{escape(title)}</title><style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
+    )
     return "\n".join([head, page, *parts, "</svg>"]) + "\n"

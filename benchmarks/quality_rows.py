@@ -20,7 +20,18 @@ from quality_measure import Bench, Made
 from torch import Tensor
 
 from kvexport.calibrate import recipe_for
-from kvexport.convert import Choice, Method, Way, Wish, choose, fixed_shape, measure, methods_for, split, uniform_shape
+from kvexport.convert import (
+    Choice,
+    Method,
+    Way,
+    Wish,
+    choose,
+    fixed_shape,
+    measure,
+    methods_for,
+    split,
+    uniform_shape,
+)
 from kvexport.convert.budget import Frontier, shapes_for
 from kvexport.errors import UsageError
 from kvexport.heal import HealOptions, heal
@@ -59,12 +70,20 @@ class Row:
     @property
     def has_tasks(self) -> bool:
         """Whether PIQA and passkeys are asked of it; of neighbours not, since that takes longer than all else together."""
-        return self.section in ("methods", "healed") and self.ratio in (HALF, QUARTER) and self.name not in NEIGHBOURS
+        return (
+            self.section in ("methods", "healed")
+            and self.ratio in (HALF, QUARTER)
+            and self.name not in NEIGHBOURS
+        )
 
 
 def rows(
-    ratios: Sequence[Fraction], long: int, heal_steps: int | None, bounds: Sequence[float], mixtures: dict[str, Path] | None
-) -> Iterator[Row]:  # fmt: skip
+    ratios: Sequence[Fraction],
+    long: int,
+    heal_steps: int | None,
+    bounds: Sequence[float],
+    mixtures: dict[str, Path] | None,
+) -> Iterator[Row]:
     """All rows.
 
     Args:
@@ -79,11 +98,16 @@ def rows(
             for name, (what, make) in _ablations(float(ratio)).items():
                 yield Row("ablations", name, ratio, what, make)
     if heal_steps is not None:
-        for name, ratio, plan in (("auto", QUARTER, chosen("auto", 0.25)), ("fold-plain", HALF, _plain("fold", 0.5))):
+        for name, ratio, plan in (
+            ("auto", QUARTER, chosen("auto", 0.25)),
+            ("fold-plain", HALF, _plain("fold", 0.5)),
+        ):
             what = f"{name} healed, {heal_steps} steps"
             yield Row("healed", f"{name}-healed-{heal_steps}", ratio, what, _healed(plan, heal_steps))
     for bound in bounds:
-        yield Row("max-kl", f"max-kl-{bound:g}", None, f"`kvexport build --max-kl {bound:g}`", _bounded(bound))
+        yield Row(
+            "max-kl", f"max-kl-{bound:g}", None, f"`kvexport build --max-kl {bound:g}`", _bounded(bound)
+        )
     if mixtures is not None:
         for name, (what, windows) in _mixtures(mixtures).items():
             yield Row("mixtures", f"mixture-{name}", HALF, what, _calibrated(windows))
@@ -124,14 +148,28 @@ def _converted(plan: Plan, capacity: int | None = None) -> Make:
 def _methods(ratio: float, long: int) -> dict[str, tuple[str, Make]]:
     found = {
         "auto": ("`kvexport build`, its capacity one window", _converted(chosen("auto", ratio))),
-        f"auto-{long}": (f"`kvexport build --capacity {long}`", _converted(chosen("auto", ratio, long), long)),
-        "auto-free": ("auto, K and V each of its own width", _converted(chosen("auto", ratio, equal_widths=False))),
+        f"auto-{long}": (
+            f"`kvexport build --capacity {long}`",
+            _converted(chosen("auto", ratio, long), long),
+        ),
+        "auto-free": (
+            "auto, K and V each of its own width",
+            _converted(chosen("auto", ratio, equal_widths=False)),
+        ),
         "fold": ("keys folded into W_K, choice of shapes", _converted(chosen("fold", ratio))),
-        "fold-plain": ("keys folded into W_K, a standard checkpoint (`kvexport compress`)", _converted(_plain("fold", ratio))),
-        "online-plain": ("keys projected after rotation, heads of the trained width", _converted(_plain("online", ratio))),
+        "fold-plain": (
+            "keys folded into W_K, a standard checkpoint (`kvexport compress`)",
+            _converted(_plain("fold", ratio)),
+        ),
+        "online-plain": (
+            "keys projected after rotation, heads of the trained width",
+            _converted(_plain("online", ratio)),
+        ),
     }
     found |= {name: ("the paper's (arXiv 2406.07056)", _converted(_plain(name, ratio))) for name in PAPER}
-    return found | {name: ("published, re-implemented in `neighbours`", _published(name, ratio)) for name in NEIGHBOURS}
+    return found | {
+        name: ("published, re-implemented in `neighbours`", _published(name, ratio)) for name in NEIGHBOURS
+    }
 
 
 def _plain(name: str, ratio: float, change: Callable[[Method], Method] = lambda method: method) -> Plan:
@@ -140,7 +178,9 @@ def _plain(name: str, ratio: float, change: Callable[[Method], Method] = lambda 
     def plan(bench: Bench, windows: Tensor) -> Choice:
         methods = methods_for(name, bench.attention)
         shape = uniform_shape(Wish(kv_ratio=ratio), methods, bench.attention)
-        method = dataclasses.replace(methods[0], matched=methods[0].matched and bench.attention.position != "alibi")
+        method = dataclasses.replace(
+            methods[0], matched=methods[0].matched and bench.attention.position != "alibi"
+        )
         return Choice([Way(change(method), shape)] * len(bench.decoder.layers))
 
     return plan
@@ -154,25 +194,44 @@ def _published(name: str, ratio: float) -> Make:
 
 
 def _ablations(ratio: float) -> dict[str, tuple[str, Make]]:
-    def plain(method: Callable[[Method], Method] = lambda method: method, **seen: Callable[[Tensor], Tensor]) -> Make:
+    def plain(
+        method: Callable[[Method], Method] = lambda method: method, **seen: Callable[[Tensor], Tensor]
+    ) -> Make:
         return _seeing(_plain("fold", ratio, method), seen)
 
     found = {
-        "plain-unweighted": ("fold-plain, keys not weighted by queries", plain(query_second=_identity, key_gain=torch.ones_like)),
-        "plain-no-gain": ("fold-plain, key_gain = 1: queries of all heads count alike", plain(key_gain=torch.ones_like)),
+        "plain-unweighted": (
+            "fold-plain, keys not weighted by queries",
+            plain(query_second=_identity, key_gain=torch.ones_like),
+        ),
+        "plain-no-gain": (
+            "fold-plain, key_gain = 1: queries of all heads count alike",
+            plain(key_gain=torch.ones_like),
+        ),
         "plain-uncentred": (
             "fold-plain, values' codes not centred",
             plain(lambda method: dataclasses.replace(method, centred=False), value_mean=torch.zeros_like),
         ),
-        "plain-adjacent": ("fold-plain, adjacent heads share", plain(lambda method: dataclasses.replace(method, matched=False))),
-        "plain-no-refit": ("fold-plain, W_O not refitted", plain(lambda method: dataclasses.replace(method, refit=False))),
+        "plain-adjacent": (
+            "fold-plain, adjacent heads share",
+            plain(lambda method: dataclasses.replace(method, matched=False)),
+        ),
+        "plain-no-refit": (
+            "fold-plain, W_O not refitted",
+            plain(lambda method: dataclasses.replace(method, refit=False)),
+        ),
     }
     for distances in DISTANCES:
         what = f"fold-plain, made for keys up to {distances} tokens back"
         found[f"plain-near-{distances}"] = (what, _converted(_plain("fold", ratio), distances))
     for size in GROUPS:
-        found[f"group-{size}"] = (f"fold, {size} heads share one of the same bytes", _converted(_grouped(size, ratio)))
-    return found | {"auto-uniform": ("auto, as many numbers in every layer", _converted(_uniform_budget(ratio)))}
+        found[f"group-{size}"] = (
+            f"fold, {size} heads share one of the same bytes",
+            _converted(_grouped(size, ratio)),
+        )
+    return found | {
+        "auto-uniform": ("auto, as many numbers in every layer", _converted(_uniform_budget(ratio)))
+    }
 
 
 def _identity(second: Tensor) -> Tensor:
@@ -185,7 +244,9 @@ def _seeing(plan: Plan, changes: dict[str, Callable[[Tensor], Tensor]]) -> Make:
     def make(bench: Bench) -> Made:
         windows = bench.calibration()
         seen = [
-            dataclasses.replace(moments, **{name: change(getattr(moments, name)) for name, change in changes.items()})
+            dataclasses.replace(
+                moments, **{name: change(getattr(moments, name)) for name, change in changes.items()}
+            )
             for moments in measure(bench.decoder, windows)
         ]
         return Made.of(*bench.convert(plan(bench, windows).ways, moments_of=seen.__getitem__))
@@ -221,14 +282,18 @@ def _uniform_budget(ratio: float) -> Plan:
 def _healed(plan: Plan, steps: int) -> Make:
     def make(bench: Bench) -> Made:
         recipe = bench.recipe
-        windows = bench.calibration(dataclasses.replace(recipe, samples=HEAL_SAMPLES) if recipe.source == "self" else recipe)
+        windows = bench.calibration(
+            dataclasses.replace(recipe, samples=HEAL_SAMPLES) if recipe.source == "self" else recipe
+        )
         choice = plan(bench, windows)
         converted, reports = bench.convert(choice.ways, windows=windows)
         seen, held_out = (windows[each] for each in split(len(windows)))
         start = time.process_time()
         healed = heal(bench.decoder, converted, seen, held_out, HealOptions(steps), Progress())
         healing = {**healed.report.to_json(), "processor_seconds": time.process_time() - start}
-        return Made.of(healed.decoder, reports, unhealed=bench.divergences(Made.of(converted).run), healing=healing)
+        return Made.of(
+            healed.decoder, reports, unhealed=bench.divergences(Made.of(converted).run), healing=healing
+        )
 
     return make
 
@@ -237,7 +302,9 @@ def _bounded(bound: float) -> Make:
     def make(bench: Bench) -> Made:
         choice = _choice(bench, bench.calibration(), "auto", Wish(max_kl=bound))
         points = [asdict(point) for point in choice.points]
-        return Made.of(*bench.convert(choice.ways), max_kl=bound, predicted_kl=predicted_kl(choice), points=points)
+        return Made.of(
+            *bench.convert(choice.ways), max_kl=bound, predicted_kl=predicted_kl(choice), points=points
+        )
 
     return make
 
@@ -249,15 +316,22 @@ def _mixtures(texts: dict[str, Path]) -> dict[str, tuple[str, Callable[[Bench], 
     def half_random(bench: Bench) -> Tensor:
         sampled, uniform = _windows(bench, "self", (1.0,)), _windows(bench, "random")
         mixed = torch.cat((sampled[: len(sampled) // 2], uniform[len(sampled) // 2 :]))
-        return mixed[torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))]  # the last are held out
+        return mixed[
+            torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))
+        ]  # the last are held out
 
     found: dict[str, tuple[str, Callable[[Bench], Tensor]]] = {
-        "self": (f"its own text at temperatures {temperatures}, the default", partial(_windows, source="self")),
+        "self": (
+            f"its own text at temperatures {temperatures}, the default",
+            partial(_windows, source="self"),
+        ),
         "self-1": ("its own text at temperature 1", partial(_windows, source="self", temperatures=(1.0,))),
         "random": ("uniformly random tokens", partial(_windows, source="random")),
         "half-random": ("half its own text at temperature 1, half random tokens", half_random),
     }
-    return found | {name: (f"the text {name}", partial(_windows, source=str(file))) for name, file in texts.items()}
+    return found | {
+        name: (f"the text {name}", partial(_windows, source=str(file))) for name, file in texts.items()
+    }
 
 
 def _windows(bench: Bench, source: str, temperatures: tuple[float, ...] | None = None) -> Tensor:
@@ -267,9 +341,11 @@ def _windows(bench: Bench, source: str, temperatures: tuple[float, ...] | None =
     found = bench.calibration(recipe)
     if len(found) < recipe.samples:
         raise UsageError(
-            "the text is too short to calibrate on as many tokens as the others", seen=f"{len(found)} windows",
-            allowed=f"{recipe.samples} of {recipe.length} tokens", fix="give a longer text",
-        )  # fmt: skip
+            "the text is too short to calibrate on as many tokens as the others",
+            seen=f"{len(found)} windows",
+            allowed=f"{recipe.samples} of {recipe.length} tokens",
+            fix="give a longer text",
+        )
     return found
 
 

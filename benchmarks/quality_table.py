@@ -27,14 +27,18 @@ def predictions(record: Record) -> dict[str, Any]:
     """
     found = [each for each in record["rows"].values() if "section" in each]  # the others are curves
     methods = [each for each in found if each["section"] == "methods"]
-    layers = [(each, layer) for each in methods for layer in each.get("layers", ()) if layer["method"] != "none"]
+    layers = [
+        (each, layer) for each in methods for layer in each.get("layers", ()) if layer["method"] != "none"
+    ]
     ratios = sorted({each["ratio"] for each, _ in layers if each["ratio"]}, key=_number, reverse=True)
 
     def errors(ratio: str | None = None) -> dict[str, Any]:
         chosen = [layer for each, layer in layers if ratio is None or each["ratio"] == ratio]
         return _correlation([(layer["predicted_error"], layer["measured_error"]) for layer in chosen])
 
-    choices = [each for each in found if each.get("predicted_kl") is not None and each["section"] != "mixtures"]
+    choices = [
+        each for each in found if each.get("predicted_kl") is not None and each["section"] != "mixtures"
+    ]
     return {
         "layers": errors(),
         "layers_by_ratio": {ratio: errors(ratio) for ratio in ratios},
@@ -157,9 +161,18 @@ _COSTS = ["MACs per cached token", "per new token", "parameters, M"]
 
 def _original(record: Record, texts: Sequence[str]) -> str:
     original = record["original"]
-    head = ["", "KV numbers", *(f"{text}: {name}" for text in texts for name in ("CE", "ppl")), *_COSTS, *_task_names(original)]
+    head = [
+        "",
+        "KV numbers",
+        *(f"{text}: {name}" for text in texts for name in ("CE", "ppl")),
+        *_COSTS,
+        *_task_names(original),
+    ]
     figures = [each for text in texts for each in _quality(original["texts"][text])[1:3]]
-    grid = _grid(head, [["the original", f"{original['kv_numbers']:,}", *figures, *_costs(original), *_tasks(original)]])
+    grid = _grid(
+        head,
+        [["the original", f"{original['kv_numbers']:,}", *figures, *_costs(original), *_tasks(original)]],
+    )
     skipped = original.get("tasks", {}).get("passkey", {}).get("skipped")
     return grid + (f"\n\nPasskey retrieval: {skipped}." if skipped else "")
 
@@ -176,11 +189,18 @@ def _table(found: Sequence[Figures], texts: Sequence[str], original: Figures, ba
     head = ["", "KV numbers", "share", *_quality_names(texts), f"KL / {base}", *_COSTS, "seconds"]
     asked = _task_names(original) if any("tasks" in each for each in found) else []
     lines = [
-        [each["name"], f"{each['kv_numbers']:,}", f"{each['share']:.3f}",
-         *(cell for text in texts for cell in _quality(each["texts"][text])), relative(each), *_costs(each),
-         f"{each['processor_seconds']:.0f}", *(_tasks(each) if asked else [])]
+        [
+            each["name"],
+            f"{each['kv_numbers']:,}",
+            f"{each['share']:.3f}",
+            *(cell for text in texts for cell in _quality(each["texts"][text])),
+            relative(each),
+            *_costs(each),
+            f"{each['processor_seconds']:.0f}",
+            *(_tasks(each) if asked else []),
+        ]
         for each in found
-    ]  # fmt: skip
+    ]
     legend = "\n".join(f"- `{each['name']}`: {each['what']}" for each in found)
     return f"{_grid([*head, *asked], lines)}\n\n{legend}"
 
@@ -197,14 +217,23 @@ def _healed(found: Sequence[Figures], texts: Sequence[str], original: Figures) -
             before, after = each["unhealed"][text], each["texts"][text]
             cells += [f"{before['mean_kl']:.4f}", f"{after['mean_kl']:.4f}", _over(after, before)]
         effort = [str(each["healing"]["steps"]), f"{each['healing']['processor_seconds']:.0f}"]
-        lines.append([f"{each['name']} {each['ratio']}", f"{each['share']:.3f}", *cells, *effort, *_tasks(each)])
+        lines.append(
+            [f"{each['name']} {each['ratio']}", f"{each['share']:.3f}", *cells, *effort, *_tasks(each)]
+        )
     return ["## Healing", _grid([*head, *asked], lines)]
 
 
 def _bounds(found: Sequence[Figures], texts: Sequence[str]) -> list[str]:
     if not found:
         return []
-    head = ["bound", "KV numbers", "share", "predicted KL", *(f"{text}: KL, kept" for text in texts), "seconds"]
+    head = [
+        "bound",
+        "KV numbers",
+        "share",
+        "predicted KL",
+        *(f"{text}: KL, kept" for text in texts),
+        "seconds",
+    ]
     lines = []
     for each in found:
         kept = [f"{each['texts'][t]['mean_kl']:.4f}, {'yes' if each['kept'][t] else '**no**'}" for t in texts]
@@ -250,8 +279,12 @@ def _predictions(found: dict[str, Any]) -> list[str]:
 
     if not found:
         return []
-    lines = [f"- Error of a layer's attention output, all layers, methods and ratios: {told(found['layers'])}."]
-    lines += [f"- The same at {ratio} alone: {told(each)}." for ratio, each in found["layers_by_ratio"].items()]
+    lines = [
+        f"- Error of a layer's attention output, all layers, methods and ratios: {told(found['layers'])}."
+    ]
+    lines += [
+        f"- The same at {ratio} alone: {told(each)}." for ratio, each in found["layers_by_ratio"].items()
+    ]
     lines += [f"- KL of the choices, on {text}: {told(each)}." for text, each in found["choices"].items()]
     return [
         "## Do predictions rank what is measured?",

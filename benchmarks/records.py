@@ -22,9 +22,12 @@ Record = dict[str, Any]
 
 
 def fill(
-    record: Record, work: Mapping[str, Callable[[], dict[str, Any]]], only: Sequence[str] | None,
-    write: Callable[[], None], told: Callable[[str], str],
-) -> None:  # fmt: skip
+    record: Record,
+    work: Mapping[str, Callable[[], dict[str, Any]]],
+    only: Sequence[str] | None,
+    write: Callable[[], None],
+    told: Callable[[str], str],
+) -> None:
     """Measure the rows that the record does not have yet, in the order of the work, and keep them in it.
 
     Args:
@@ -41,7 +44,9 @@ def fill(
             record["rows"][key] = figures()
         except UsageError as error:
             record["left_out"][key] = str(error)
-        record["rows"] = dict(sorted(record["rows"].items(), key=lambda each: order.index(each[0]) if each[0] in order else -1))
+        record["rows"] = dict(
+            sorted(record["rows"].items(), key=lambda each: order.index(each[0]) if each[0] in order else -1)
+        )
         write()
         say(f"{key}: {told(key)}")
 
@@ -73,15 +78,18 @@ def resumed(file: Path, settings: dict[str, Any]) -> Record:
     other = [name for name in settings if found.get(name) != settings[name]]
     if other:
         raise UsageError(
-            f"{file} was measured otherwise, and rows of both are not to be compared", seen=", ".join(other),
+            f"{file} was measured otherwise, and rows of both are not to be compared",
+            seen=", ".join(other),
             fix="give the same arguments as before, or leave --resume out",
-        )  # fmt: skip
+        )
     return record
 
 
 def selected(key: str, patterns: Sequence[str] | None) -> bool:
     """Whether a pattern is of this row, by its name with or without the ratio; no patterns: all rows."""
-    return patterns is None or any(fnmatch(key, each) or fnmatch(key.split(" ")[0], each) for each in patterns)
+    return patterns is None or any(
+        fnmatch(key, each) or fnmatch(key.split(" ")[0], each) for each in patterns
+    )
 
 
 def named(given: Sequence[str]) -> dict[str, Path]:

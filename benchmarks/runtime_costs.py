@@ -31,7 +31,9 @@ DEPTH, STEPS = 300, 200
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--output", type=Path, default=RECORD)
     arguments = parser.parse_args()
@@ -43,7 +45,9 @@ def main() -> None:
     }
     arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     for name, figures in {"kvexport --help, s": record["help_seconds"], **record["decode_step_ms"]}.items():
-        print(f"{name}: median {figures['median']}, quartiles {figures['quartiles']}, {len(figures['raw'])} runs")
+        print(
+            f"{name}: median {figures['median']}, quartiles {figures['quartiles']}, {len(figures['raw'])} runs"
+        )
 
 
 def start_up() -> float:
@@ -58,7 +62,10 @@ def steps(threads: int) -> dict[str, dict[str, Any]]:
         sessions = {}
         for limit in (512, 65536):
             bundle = Path(folder) / str(limit)
-            source, plan = unlimited(Path(folder) / f"model-{limit}", limit), Plan(recipe_for("random"), kv_ratio=1.0)
+            source, plan = (
+                unlimited(Path(folder) / f"model-{limit}", limit),
+                Plan(recipe_for("random"), kv_ratio=1.0),
+            )
             build(source, bundle, plan, Progress(), capacity=limit)
             sessions[limit] = kvexport.open(bundle, threads=threads)
             sessions[limit].prefill([1] * DEPTH)
@@ -77,7 +84,9 @@ def unlimited(folder: Path, positions: int) -> Path:
     for file in resource("models", "demo").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": positions}), encoding="utf-8")
+    (folder / "config.json").write_text(
+        json.dumps(config | {"max_position_embeddings": positions}), encoding="utf-8"
+    )
     return folder
 
 

@@ -105,7 +105,9 @@ def read_piqa(folder: Path) -> list[PiqaItem]:
         UsageError: a file is missing, a line cannot be read, or there are not as many labels as items.
     """
     try:
-        lines = (folder / "valid.jsonl").read_text(encoding="utf-8").split("\n")  # strings may hold all other line breaks
+        lines = (
+            (folder / "valid.jsonl").read_text(encoding="utf-8").split("\n")
+        )  # strings may hold all other line breaks
         labels = [int(line) for line in (folder / "valid-labels.lst").read_text(encoding="utf-8").split()]
         raw = [json.loads(line) for line in lines if line.strip()]
         pairs = zip(raw, labels, strict=True)
@@ -121,7 +123,11 @@ def read_piqa(folder: Path) -> list[PiqaItem]:
 
 
 def piqa(
-    logits: Logits, encode: Encode, items: Sequence[PiqaItem], start: Sequence[int] = (), longest: int | None = None
+    logits: Logits,
+    encode: Encode,
+    items: Sequence[PiqaItem],
+    start: Sequence[int] = (),
+    longest: int | None = None,
 ) -> dict[str, Any]:
     """Accuracy of choosing the solution that is likelier after 'Question: {goal}\\nAnswer:', as is usual for PIQA.
 
@@ -144,7 +150,9 @@ def piqa(
             if longest is not None and len(context) + len(rest) - 1 > longest:
                 truncated.add(at)
                 if len(rest) > longest:
-                    raise UsageError("a PIQA solution exceeds the model's positions", seen=len(rest), allowed=longest)
+                    raise UsageError(
+                        "a PIQA solution exceeds the model's positions", seen=len(rest), allowed=longest
+                    )
                 context = context[len(context) + len(rest) - 1 - longest :]
             sequences.append((context, rest))
     likelihoods = [each.log_likelihood for each in score(logits, sequences)]
@@ -183,9 +191,15 @@ class PasskeyCell:
 
 
 def passkey_cells(
-    encode: Encode, haystack: str, lengths: Sequence[int], depths: Sequence[float], trials: int = 10, digits: int = 5,
-    seed: int = 0, start: Sequence[int] = (),
-) -> list[PasskeyCell]:  # fmt: skip
+    encode: Encode,
+    haystack: str,
+    lengths: Sequence[int],
+    depths: Sequence[float],
+    trials: int = 10,
+    digits: int = 5,
+    seed: int = 0,
+    start: Sequence[int] = (),
+) -> list[PasskeyCell]:
     """Prompts for every length and depth: each trial has its own number and its own stretch of the haystack.
 
     Raises:
@@ -197,7 +211,9 @@ def passkey_cells(
     for length in lengths:
         for depth in depths:
             if not 0 <= depth <= 1:
-                raise UsageError("a passkey depth is out of range", seen=depth, allowed="0 (first) to 1 (last)")
+                raise UsageError(
+                    "a passkey depth is out of range", seen=depth, allowed="0 (first) to 1 (last)"
+                )
             prompts = []
             for _ in range(trials):
                 key = str(chance.randrange(10 ** (digits - 1), 10**digits))
@@ -206,9 +222,10 @@ def passkey_cells(
                 room = length - len(before) - len(needle) - len(asked) - len(answer)
                 if not 0 <= room <= len(hay):
                     raise UsageError(
-                        "a passkey prompt cannot be made this long", seen=f"{length} tokens",
+                        "a passkey prompt cannot be made this long",
+                        seen=f"{length} tokens",
                         allowed=f"{length - room} to {length - room + len(hay)}, by the prompt and the haystack's length",
-                    )  # fmt: skip
+                    )
                 at = chance.randrange(len(hay) - room + 1)
                 cut = at + round(depth * room)
                 prompts.append(([*before, *hay[at:cut], *needle, *hay[cut : at + room], *asked], answer))
@@ -216,7 +233,9 @@ def passkey_cells(
     return cells
 
 
-def passkey(logits: Logits, cells: Sequence[PasskeyCell], original: dict[str, Any] | None = None) -> dict[str, Any]:
+def passkey(
+    logits: Logits, cells: Sequence[PasskeyCell], original: dict[str, Any] | None = None
+) -> dict[str, Any]:
     """How often greedy decoding writes the key.
 
     Args:
@@ -228,7 +247,11 @@ def passkey(logits: Logits, cells: Sequence[PasskeyCell], original: dict[str, An
         standard_error; `not_asked`, the length and depth of cells left out; `skipped`, why there is nothing to
         compare, or None. Without any cell asked the figures are None.
     """
-    able = None if original is None else {(c["length"], c["depth"]) for c in original["cells"] if c["accuracy"] >= ABLE}
+    able = (
+        None
+        if original is None
+        else {(c["length"], c["depth"]) for c in original["cells"] if c["accuracy"] >= ABLE}
+    )
     asked = [cell for cell in cells if able is None or (cell.length, cell.depth) in able]
     rows: list[dict[str, Any]] = []
     for cell in asked:

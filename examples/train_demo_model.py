@@ -92,9 +92,13 @@ def train_tokenizer(stories: list[str]) -> PreTrainedTokenizerFast:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(stories, trainer)
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, model_max_length=LONGEST)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, model_max_length=LONGEST
+    )
 
 
 def pack(stories: list[str], tokenizer: PreTrainedTokenizerFast) -> torch.Tensor:
@@ -236,7 +240,9 @@ def main() -> None:
     model = model.to(torch.float16).float().eval()  # judge what is written
     if args.heldout is not None:
         unseen = pack(read_stories(args.heldout), tokenizer)
-        report |= {f"heldout_{length}": round(evaluate(model, unseen, length), 4) for length in (256, 512, 1024)}
+        report |= {
+            f"heldout_{length}": round(evaluate(model, unseen, length), 4) for length in (256, 512, 1024)
+        }
         model.eval()
     console.print(report)
     print(tell(model, tokenizer, do_sample=False), end="\n\n")

@@ -41,8 +41,15 @@ ROPE_THETA = 500_000.0  # at 10 000 few of the 32 numbers of a key say at 500 to
 STAGES = (96, 192, 384, 640)  # tokens in a window
 TOKENS_PER_STEP, LEARNING_RATE, WARMUP_STEPS, WEIGHT_DECAY = 1920, 3e-3, 100, 0.05
 LOOK_BACK, LOOK_PAIRS, LOOK = (1, 2, 3), 6, 2.4  # tokens, rotary pairs that say so, and the weight of each
-ENOUGH, READY = 0.99, 0.95  # of held-out answers to stop; of a step's answer tokens, on average, to go to the next stage
-CHECKED, TRIALS, DEPTHS = 512, 20, (0.0, 0.25, 0.5, 0.75, 1.0)  # held-out prompts: tokens, for each depth of each task
+ENOUGH, READY = (
+    0.99,
+    0.95,
+)  # of held-out answers to stop; of a step's answer tokens, on average, to go to the next stage
+CHECKED, TRIALS, DEPTHS = (
+    512,
+    20,
+    (0.0, 0.25, 0.5, 0.75, 1.0),
+)  # held-out prompts: tokens, for each depth of each task
 
 console = Console(stderr=True, highlight=False)
 
@@ -54,17 +61,31 @@ def train_tokenizer(seed: int) -> PreTrainedTokenizerFast:
     """A byte-level BPE tokenizer, digits in pairs; its only special token, id 0, begins every window."""
     chance = random.Random(seed)
     numbers = " ".join(map(str, range(100))) + " ".join(f"{number:02}" for number in range(100))
-    things = [form.format(place=place, what=what) for place, what in (best_thing(chance) for _ in range(4000)) for form in TOLD]
+    things = [
+        form.format(place=place, what=what)
+        for place, what in (best_thing(chance) for _ in range(4000))
+        for form in TOLD
+    ]
     bpe = Tokenizer(models.BPE())
     pairs = pre_tokenizers.Split(Regex(r"\d{1,2}"), "isolated")
     bpe.pre_tokenizer = pre_tokenizers.Sequence([pairs, pre_tokenizers.ByteLevel(add_prefix_space=False)])
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator(
-        [haystack("repeated", 20_000, 0), haystack("varied", 100_000, seed), *things, *[numbers, *KEYED] * 500], trainer
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=[END], initial_alphabet=alphabet, show_progress=False
     )
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token=END, eos_token=END, model_max_length=LONGEST)
+    bpe.train_from_iterator(
+        [
+            haystack("repeated", 20_000, 0),
+            haystack("varied", 100_000, seed),
+            *things,
+            *[numbers, *KEYED] * 500,
+        ],
+        trainer,
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END, eos_token=END, model_max_length=LONGEST
+    )
 
 
 class Windows:
@@ -77,7 +98,10 @@ class Windows:
     def window(self, length: int) -> tuple[list[int], list[bool]]:
         """Token ids, and which of them are answers."""
         chance = self.chance
-        kind, hidden_things = chance.choice(("repeated", "varied", "varied")), chance.choice(("key", "place", "both"))
+        kind, hidden_things = (
+            chance.choice(("repeated", "varied", "varied")),
+            chance.choice(("key", "place", "both")),
+        )
         needles, questions = [], []
         if hidden_things != "place":
             key = str(chance.randrange(10_000, 100_000))
@@ -111,7 +135,9 @@ class Windows:
         """As many windows as make one step's tokens."""
         count = TOKENS_PER_STEP // length
         echoes = count // 2
-        pairs = [self.window(length) for _ in range(count - echoes)] + [self.echo(length) for _ in range(echoes)]
+        pairs = [self.window(length) for _ in range(count - echoes)] + [
+            self.echo(length) for _ in range(echoes)
+        ]
         return torch.tensor([ids for ids, _ in pairs]), torch.tensor([answers for _, answers in pairs])
 
 
@@ -185,7 +211,9 @@ def check(model: LlamaForCausalLM, encode: Encode, seed: int, trials: int = TRIA
 # --- training -------------------------------------------------------------------------------
 
 
-def train(model: LlamaForCausalLM, windows: Windows, check_now: Callable[[], dict[str, float]], steps: int) -> bool:
+def train(
+    model: LlamaForCausalLM, windows: Windows, check_now: Callable[[], dict[str, float]], steps: int
+) -> bool:
     """Train in place until `check_now` says enough; whether it did."""
     groups = [
         {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
@@ -198,7 +226,11 @@ def train(model: LlamaForCausalLM, windows: Windows, check_now: Callable[[], dic
         bar = progress.add_task("training", total=steps)
         model.train()
         for step in range(steps):
-            rate = LEARNING_RATE * min(1, (step + 1) / WARMUP_STEPS) * (0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2)
+            rate = (
+                LEARNING_RATE
+                * min(1, (step + 1) / WARMUP_STEPS)
+                * (0.1 + 0.9 * (1 + math.cos(math.pi * step / steps)) / 2)
+            )
             for group in optimizer.param_groups:
                 group["lr"] = rate
             loss, right = loss_of(model, *windows.batch(STAGES[stage]))
@@ -217,7 +249,9 @@ def train(model: LlamaForCausalLM, windows: Windows, check_now: Callable[[], dic
                 stage, lately = stage + 1, 0.0
             elif step - last >= 50 and lately > ENOUGH:
                 found, last = check_now(), step
-                console.print(f"step {step}: " + ", ".join(f"{name} {share:.1%}" for name, share in found.items()))
+                console.print(
+                    f"step {step}: " + ", ".join(f"{name} {share:.1%}" for name, share in found.items())
+                )
                 if min(found.values()) >= ENOUGH:
                     return True
     return False
@@ -226,7 +260,9 @@ def train(model: LlamaForCausalLM, windows: Windows, check_now: Callable[[], dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
-    parser.add_argument("--steps", type=int, default=4000, help=f"at most so many, of {TOKENS_PER_STEP} tokens")
+    parser.add_argument(
+        "--steps", type=int, default=4000, help=f"at most so many, of {TOKENS_PER_STEP} tokens"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -242,7 +278,10 @@ def main() -> None:
     model = build_model(tokenizer)
     console.print(f"{model.num_parameters()} parameters, {len(tokenizer)} tokens")
     enough = train(
-        model, Windows(encode, len(tokenizer), args.seed), lambda: check(model, encode, seed=args.seed + 1000), args.steps
+        model,
+        Windows(encode, len(tokenizer), args.seed),
+        lambda: check(model, encode, seed=args.seed + 1000),
+        args.steps,
     )
     model = model.to(torch.float16).float()  # judge what is written
     found = check(model, encode, seed=args.seed + 2000, trials=2 * TRIALS)

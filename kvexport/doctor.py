@@ -57,7 +57,14 @@ _VERBS: dict[str, tuple[tuple[str, ...], ...]] = {
     "bench": (_RUNNERS,),
     "targets": (),
 }
-_JETPACKS = {"36.3": "6.0", "36.4": "6.1 to 6.2.1", "36.5": "6.2.2", "38.2": "7.0", "38.4": "7.1", "39.2": "7.2"}  # of L4T
+_JETPACKS = {
+    "36.3": "6.0",
+    "36.4": "6.1 to 6.2.1",
+    "36.5": "6.2.2",
+    "38.2": "7.0",
+    "38.4": "7.1",
+    "39.2": "7.2",
+}  # of L4T
 _JETSON_SM = {"orin": "8.7", "thor": "11.0"}
 _JETPACK_TENSORRT = "sudo apt install tensorrt python3-libnvinfer; in a virtual environment, make it with --system-site-packages"
 
@@ -74,7 +81,9 @@ class Package:
     @property
     def usable(self) -> bool:
         """It is there, and no older than its floor."""
-        return self.version is not None and (self.floor is None or _numbers(self.version) >= _numbers(self.floor))
+        return self.version is not None and (
+            self.floor is None or _numbers(self.version) >= _numbers(self.floor)
+        )
 
 
 @dataclass(frozen=True)
@@ -138,7 +147,11 @@ class Diagnosis:
 
 
 def examine(
-    target: Target | None = None, *, root: Path = Path("/"), search: Sequence[str] | None = None, tools: str | None = None
+    target: Target | None = None,
+    *,
+    root: Path = Path("/"),
+    search: Sequence[str] | None = None,
+    tools: str | None = None,
 ) -> Diagnosis:
     """Look at this machine.
 
@@ -151,8 +164,12 @@ def examine(
     from kvexport import __version__
 
     machine = _machine(root, tools)
-    packages = {package.name: package for package in _packages(sys.path if search is None else search, machine)}
-    verbs = tuple(Verb(name, _lacking(_without_gpu(needs, machine), packages)) for name, needs in _VERBS.items())
+    packages = {
+        package.name: package for package in _packages(sys.path if search is None else search, machine)
+    }
+    verbs = tuple(
+        Verb(name, _lacking(_without_gpu(needs, machine), packages)) for name, needs in _VERBS.items()
+    )
     has_runtime = any(packages[name].version is not None for name in _RUNTIMES)
     return Diagnosis(
         kvexport=__version__,
@@ -242,7 +259,11 @@ def _gpus(tools: str | None) -> list[Gpu]:
     program = shutil.which("nvidia-smi", path=tools)
     if program is None:
         return []
-    query = [program, "--query-gpu=name,memory.total,compute_cap,driver_version", "--format=csv,noheader,nounits"]
+    query = [
+        program,
+        "--query-gpu=name,memory.total,compute_cap,driver_version",
+        "--format=csv,noheader,nounits",
+    ]
     try:
         said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
     except (OSError, subprocess.SubprocessError):
@@ -265,7 +286,9 @@ def _without_gpu(needs: Sequence[Sequence[str]], machine: Machine) -> list[list[
 def _lacking(needs: Sequence[Sequence[str]], packages: Mapping[str, Package]) -> dict[str, str]:
     """Of each group of which one is needed and none is usable: its names, and what installs the first."""
     lacking = [group for group in needs if not any(packages[name].usable for name in group)]
-    return {" or ".join(_named(packages[name]) for name in group): packages[group[0]].fix for group in lacking}
+    return {
+        " or ".join(_named(packages[name]) for name in group): packages[group[0]].fix for group in lacking
+    }
 
 
 def _named(package: Package) -> str:
@@ -286,8 +309,15 @@ def _check(target: Target, machine: Machine, packages: Mapping[str, Package]) ->
         seen = ", ".join(f"{gpu.name} has {gpu.sm}" for gpu in machine.gpus) or "no NVIDIA GPU is seen"
         ahead = target.engine == "tensorrt-rtx"
         reasons = reasons if ahead else {}  # what one might install here would not help
-        where = "copy the bundle with its engine to such a machine" if ahead else "copy the bundle there, and use it there"
+        where = (
+            "copy the bundle with its engine to such a machine"
+            if ahead
+            else "copy the bundle there, and use it there"
+        )
         reasons[f"a GPU of compute capability {target.sm} ({seen})"] = where
-        runs, builds = False, builds and ahead  # TensorRT-RTX compiles ahead of time; TensorRT needs the GPU itself
+        runs, builds = (
+            False,
+            builds and ahead,
+        )  # TensorRT-RTX compiles ahead of time; TensorRT needs the GPU itself
     version = _numbers(package.version) if package.usable and package.version else None
     return TargetCheck(target.name, builds, runs, lowering_for(target, version), reasons)

@@ -55,13 +55,18 @@ def forbid_writing(folder: Path) -> None:
         each.chmod(each.stat().st_mode & ~0o222)
 
 
-def on_a_full_disk(*command: str | Path, disk: Path, bundle: Path, lines: str = "") -> subprocess.CompletedProcess[str]:
+def on_a_full_disk(
+    *command: str | Path, disk: Path, bundle: Path, lines: str = ""
+) -> subprocess.CompletedProcess[str]:
     """Run a command where `disk` is a file system of its own, which holds a copy of the bundle, `disk/b`, and no byte more.
 
     It has no other folder to write temporary files or settings to, and reads `lines`. Skips where this user may not make name
     spaces.
     """
-    if not shutil.which("unshare") or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+    if (
+        not shutil.which("unshare")
+        or subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode
+    ):
         pytest.skip("this user may not mount anything")
     size = sum(file.stat().st_size for file in bundle.iterdir()) + (1 << 20)
     script = f"""
@@ -77,4 +82,6 @@ def on_a_full_disk(*command: str | Path, disk: Path, bundle: Path, lines: str = 
 
 
 def python(program: str, *arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, **options)  # type: ignore[call-overload,no-any-return]
+    return subprocess.run(
+        [sys.executable, "-c", program, *map(str, arguments)], capture_output=True, text=True, **options
+    )  # type: ignore[call-overload,no-any-return]

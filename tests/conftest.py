@@ -16,9 +16,16 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 _SIZES: dict[str, Any] = {
-    "vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "max_position_embeddings": 256, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 67,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 _BLOOM_SIZES: dict[str, Any] = {
     "vocab_size": 67, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
@@ -45,7 +52,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     """
     made: dict[str, Path] = {}
 
-    def make(family: str, *, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB", **config: Any) -> Path:
+    def make(
+        family: str, *, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB", **config: Any
+    ) -> Path:
         key = json.dumps([family, dtype, seed, max_shard_size, config], sort_keys=True)
         if key not in made:
             folder = tmp_path_factory.mktemp(family)
@@ -56,7 +65,9 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
     return make
 
 
-def _write(folder: Path, family: str, dtype: str, seed: int, max_shard_size: str, config: Mapping[str, Any]) -> None:
+def _write(
+    folder: Path, family: str, dtype: str, seed: int, max_shard_size: str, config: Mapping[str, Any]
+) -> None:
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 

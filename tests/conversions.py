@@ -13,10 +13,14 @@ from kvexport.model.decoder import Decoder
 
 
 def plain(
-    decoder: Decoder, windows: Tensor, kv_heads: int, method: str, moments_of: Callable[[int], Moments] | None = None,
+    decoder: Decoder,
+    windows: Tensor,
+    kv_heads: int,
+    method: str,
+    moments_of: Callable[[int], Moments] | None = None,
     adjacent: bool = False,
     capacity: int | None = None,
-) -> Conversion:  # fmt: skip
+) -> Conversion:
     """Conversion of every layer to `kv_heads` heads as wide as trained ones, of `adjacent` ones if they keep their places."""
     attention = decoder.layers[0].attention
     chosen = methods_for(method, attention)[0]

@@ -52,7 +52,12 @@ def make_decoder(
 
     def norm(width: int, kind: str = "layer" if bloom else "rms") -> Norm:
         weight, bias = 1 + 0.2 * random(width), 0.2 * random(width)
-        return Norm("layer" if kind == "layer" else "rms", weight.to(dtype), bias.to(dtype) if kind == "layer" else None, 1e-5)
+        return Norm(
+            "layer" if kind == "layer" else "rms",
+            weight.to(dtype),
+            bias.to(dtype) if kind == "layer" else None,
+            1e-5,
+        )
 
     def layer() -> Layer:
         attention = Attention(
@@ -73,7 +78,9 @@ def make_decoder(
         inner = 2 * hidden
         gate = None if bloom else linear(inner, hidden)
         up, down = linear(inner, hidden, bloom), linear(hidden, inner, bloom)
-        return Layer(norm(hidden), attention, norm(hidden), Mlp(gate, up, down, "gelu_tanh" if bloom else "silu"))
+        return Layer(
+            norm(hidden), attention, norm(hidden), Mlp(gate, up, down, "gelu_tanh" if bloom else "silu")
+        )
 
     half = torch.arange(0, head_dim, 2).float() / head_dim
     return Decoder(
@@ -100,7 +107,9 @@ def with_attention(decoder: Decoder, change: Callable[[Attention], Attention]) -
     return dataclasses.replace(decoder, layers=layers)
 
 
-def random_inputs(windows: int, length: int, hidden: int = 32, seed: int = 7, dtype: torch.dtype = torch.float64) -> Tensor:
+def random_inputs(
+    windows: int, length: int, hidden: int = 32, seed: int = 7, dtype: torch.dtype = torch.float64
+) -> Tensor:
     """Normed inputs [windows, length, hidden] whose channels are correlated and of unequal power."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -113,4 +122,6 @@ def random_inputs(windows: int, length: int, hidden: int = 32, seed: int = 7, dt
 
 def random_windows(decoder: Decoder, windows: int, length: int, seed: int = 3) -> Tensor:
     """Token ids [windows, length]."""
-    return torch.randint(decoder.limits.vocab_size, (windows, length), generator=torch.Generator().manual_seed(seed))
+    return torch.randint(
+        decoder.limits.vocab_size, (windows, length), generator=torch.Generator().manual_seed(seed)
+    )

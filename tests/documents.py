@@ -22,7 +22,9 @@ class Block(NamedTuple):
 
 
 def blocks(document: Path) -> list[Block]:
-    found = re.findall(r"^```(sh|python)( board)?\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.M | re.S)
+    found = re.findall(
+        r"^```(sh|python)( board)?\n(.*?)^```", document.read_text(encoding="utf-8"), flags=re.M | re.S
+    )
     return [Block(language, bool(board), text) for language, board, text in found]
 
 
@@ -34,7 +36,9 @@ def links(document: Path) -> list[Path]:
 
 def run(command: list[str], where: Path) -> str:
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-    done = subprocess.run(command, cwd=where, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    done = subprocess.run(
+        command, cwd=where, env=environment, capture_output=True, text=True, stdin=subprocess.DEVNULL
+    )
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-2000:]
     return done.stdout
 

@@ -40,9 +40,14 @@ def export(
     windows = random_windows(decoder, 6, 48)
     twin = TwinRecorder(decoder, windows, capacity, eviction)
     graph = DecoderWriter(
-        path, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope,
+        path,
+        dtype=dtype,
+        capacity=capacity,
+        limits=decoder.limits,
+        embedding=decoder.embedding,
+        rope=decoder.rope,
         eviction=eviction,
-    )  # fmt: skip
+    )
     layers = []
     for converted in unconverted(decoder) if kv_heads is None else plain(decoder, windows, kv_heads, method):
         twin.add_layer(converted.layer)
@@ -61,7 +66,9 @@ def broken(sound: Path, path: Path, damage: Callable[[Path], object]) -> Path:
 
     def rehash(manifest: dict[str, Any]) -> None:
         files = [file for file in path.iterdir() if file.name != MANIFEST_FILE]
-        manifest["files"] = {file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for file in files}
+        manifest["files"] = {
+            file.name: {"sha256": sha256_of(file), "bytes": file.stat().st_size} for file in files
+        }
 
     edit_manifest(path, rehash)
     return path

@@ -25,7 +25,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from kvexport.bundle.bundle import Bundle
-from kvexport.bundle.engine_record import BuildRecord, PlanFile, Profile, engine_directory, manifest_digest, write_record
+from kvexport.bundle.engine_record import (
+    BuildRecord,
+    PlanFile,
+    Profile,
+    engine_directory,
+    manifest_digest,
+    write_record,
+)
 from kvexport.bundle.graph_io import BUDGET, CAPACITY, GRAPH_FILE
 from kvexport.graph import lower
 
@@ -108,7 +115,9 @@ class SimulatedDevice:
 
         self.queue("download", do)
 
-    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+    ) -> None:
         assert width <= min(target_pitch, source_pitch)
 
         def do() -> None:
@@ -202,9 +211,14 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
     module = ModuleType("tensorrt")
     module.__spec__ = ModuleSpec("tensorrt", None)
     module.__dict__.update(
-        __version__=version, Runtime=Runtime, ILogger=_ILogger, ExecutionContextAllocationStrategy=_Strategy,
-        EngineStat=SimpleNamespace(TOTAL_WEIGHTS_SIZE=0), Refitter=Refitter, OnnxParserRefitter=OnnxParserRefitter,
-    )  # fmt: skip
+        __version__=version,
+        Runtime=Runtime,
+        ILogger=_ILogger,
+        ExecutionContextAllocationStrategy=_Strategy,
+        EngineStat=SimpleNamespace(TOTAL_WEIGHTS_SIZE=0),
+        Refitter=Refitter,
+        OnnxParserRefitter=OnnxParserRefitter,
+    )
     return module
 
 
@@ -324,7 +338,10 @@ class _Context:
         assert self.scratch[1] >= self.engine.device_memory_size_v2
         assert not self.device.capturing or self.ran, "the first run of a context cannot be captured"
         self.ran = True
-        addresses, sizes = dict(self.addresses), dict(self.sizes)  # what a captured graph will use, whatever comes later
+        addresses, sizes = (
+            dict(self.addresses),
+            dict(self.sizes),
+        )  # what a captured graph will use, whatever comes later
         self.device.queue("engine", lambda: self._execute(addresses, sizes))
         return True
 
@@ -338,15 +355,21 @@ class _Context:
         start, budget = int(given["write_indices"][0]), engine.plan["budget"]
         if budget is not None:
             assert start <= budget if tokens == 1 else start + tokens <= budget, "a write beyond the budget"
-            start = int(given["position_ids"][0, 0]) if CAPACITY in engine.sizes else 0  # where the other layers write
-        assert start + tokens <= engine.plan["capacity"], "a write beyond the cache, which TensorRT would drop"
+            start = (
+                int(given["position_ids"][0, 0]) if CAPACITY in engine.sizes else 0
+            )  # where the other layers write
+        assert start + tokens <= engine.plan["capacity"], (
+            "a write beyond the cache, which TensorRT would drop"
+        )
         made = engine.session.run(list(engine.outputs), {name: array.copy() for name, array in given.items()})
         for name, values in zip(engine.outputs, made, strict=True):
             self._array(name, addresses, dims)[...] = values
 
     def _array(self, name: str, addresses: dict[str, int], dims: dict[str, int]) -> NDArray[Any]:
         shape = self.engine.shape(name, dims)
-        dtype = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}[self.engine.get_tensor_dtype(name).name]
+        dtype = {"FLOAT": np.float32, "HALF": np.float16, "INT64": np.int64}[
+            self.engine.get_tensor_dtype(name).name
+        ]
         count = int(np.prod(shape)) * np.dtype(dtype).itemsize
         return self.device.at(addresses[name], count).view(dtype).reshape(shape)
 
@@ -369,20 +392,39 @@ def add_engine(
     directory.mkdir(parents=True)
     capacity = capacity or opened.capacity
     plan = {
-        "graph": str(graph or bundle / GRAPH_FILE), "lowering": lowering, "capacity": capacity, "chunk": CHUNK,
+        "graph": str(graph or bundle / GRAPH_FILE),
+        "lowering": lowering,
+        "capacity": capacity,
+        "chunk": CHUNK,
         "budget": None if opened.eviction is None else min(opened.eviction.budget, capacity),
-        "weights": 4096, "stripped": bool(changes.get("options", {}).get("refit")),
-    }  # fmt: skip
+        "weights": 4096,
+        "stripped": bool(changes.get("options", {}).get("refit")),
+    }
     content = json.dumps(plan).encode()
     (directory / "decoder.plan").write_bytes(content)
     values: dict[str, Any] = {
-        "kvexport": "0", "manifest_sha256": manifest_digest(bundle), "target": target, "engine": "tensorrt",
-        "version": "10.16.2", "lowering": lowering, "compute_capability": ("8.7",), "dtype": opened.dtype, "batch": 1,
-        "capacity": plan["capacity"], "chunk": CHUNK,
-        "profiles": (Profile("decode", (1, 1, 2)), Profile("prefill", (1, CHUNK, CHUNK))), "decomposed": (), "options": {},
-        "plan": PlanFile(hashlib.sha256(content).hexdigest(), len(content)), "layers": {}, "weights_bytes": 4096,
-        "activation_bytes": None, "timing_cache_bytes": 0, "peak_host_bytes": 0, "seconds": 0.0,
-    }  # fmt: skip
+        "kvexport": "0",
+        "manifest_sha256": manifest_digest(bundle),
+        "target": target,
+        "engine": "tensorrt",
+        "version": "10.16.2",
+        "lowering": lowering,
+        "compute_capability": ("8.7",),
+        "dtype": opened.dtype,
+        "batch": 1,
+        "capacity": plan["capacity"],
+        "chunk": CHUNK,
+        "profiles": (Profile("decode", (1, 1, 2)), Profile("prefill", (1, CHUNK, CHUNK))),
+        "decomposed": (),
+        "options": {},
+        "plan": PlanFile(hashlib.sha256(content).hexdigest(), len(content)),
+        "layers": {},
+        "weights_bytes": 4096,
+        "activation_bytes": None,
+        "timing_cache_bytes": 0,
+        "peak_host_bytes": 0,
+        "seconds": 0.0,
+    }
     write_record(directory, BuildRecord(**{**values, **changes}))
     return directory
 
@@ -392,7 +434,8 @@ def onnxruntime_on(device: SimulatedDevice, monkeypatch: Any) -> None:
     monkeypatch.setattr("kvexport.runtime.backends.cuda.Cuda", lambda: device)
     monkeypatch.setattr("kvexport.runtime.backends.ort_session.CUDA", "CPUExecutionProvider")
     monkeypatch.setattr(
-        "kvexport.runtime.backends.ort_session._PROVIDERS", {"cpu": ["CPUExecutionProvider"], "cuda": ["CPUExecutionProvider"]}
+        "kvexport.runtime.backends.ort_session._PROVIDERS",
+        {"cpu": ["CPUExecutionProvider"], "cuda": ["CPUExecutionProvider"]},
     )
 
 

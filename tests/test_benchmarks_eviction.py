@@ -25,9 +25,14 @@ sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 eviction, measure, table, hidden, measured_text, training = (
     importlib.import_module(name)
     for name in (
-        "eviction", "eviction_measure", "eviction_table", "eviction_tasks", "quality_measure", "train_passkey_model",
+        "eviction",
+        "eviction_measure",
+        "eviction_table",
+        "eviction_tasks",
+        "quality_measure",
+        "train_passkey_model",
     )
-)  # fmt: skip
+)
 Measure = Callable[..., dict[str, Any]]
 LENGTH, PROMPT = 48, 400
 
@@ -49,9 +54,25 @@ def run(checkpoint: Path, tmp_path: Path) -> Measure:
     text = tmp_path / "text.txt"
     text.write_text("".join(chance.choices("abcdefgh ", k=400)), encoding="utf-8")
 
-    def measured(*arguments: str, length: int = LENGTH, passkey: bool = False, expect: int = 0) -> dict[str, Any]:
-        given = [str(checkpoint), "--length", str(length), "--windows", "3", "--trials", "1", "--recent", "4", "--first", "2",
-                 "--output", str(tmp_path / "out" / "record"), *arguments]  # fmt: skip
+    def measured(
+        *arguments: str, length: int = LENGTH, passkey: bool = False, expect: int = 0
+    ) -> dict[str, Any]:
+        given = [
+            str(checkpoint),
+            "--length",
+            str(length),
+            "--windows",
+            "3",
+            "--trials",
+            "1",
+            "--recent",
+            "4",
+            "--first",
+            "2",
+            "--output",
+            str(tmp_path / "out" / "record"),
+            *arguments,
+        ]
         given += ["--passkey-model", str(checkpoint)] if passkey else ["--text", f"one={text}"]
         if expect:
             with pytest.raises(SystemExit) as stopped:
@@ -66,7 +87,9 @@ def run(checkpoint: Path, tmp_path: Path) -> Measure:
 
 def _text(decoder: Any, length: int = 24, count: int = 3) -> Any:
     windows = torch.randint(0, 67, (count, length), generator=torch.Generator().manual_seed(0))
-    return measured_text.Text(windows, measured_text.original_stream(decoder, windows, measured_text.Progress()))
+    return measured_text.Text(
+        windows, measured_text.original_stream(decoder, windows, measured_text.Progress())
+    )
 
 
 def test_a_budget_of_the_context_costs_nothing_and_less_costs_something(tiny_checkpoint: Any) -> None:
@@ -83,12 +106,17 @@ def test_a_budget_of_the_context_costs_nothing_and_less_costs_something(tiny_che
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom"])
-def test_language_modelling_is_that_of_the_oracle_token_by_token(family: str, policy: str, tiny_checkpoint: Any) -> None:
+def test_language_modelling_is_that_of_the_oracle_token_by_token(
+    family: str, policy: str, tiny_checkpoint: Any
+) -> None:
     config = {"sliding_window": 9} if family == "mistral" else {}
     decoder, evicts = load_decoder(tiny_checkpoint(family, **config)), Eviction(policy, 7, 1, 3, (1,))
     windows = torch.randint(0, 67, (3, 24), generator=torch.Generator().manual_seed(0))
     caches = reference.new_cache(decoder.layers, 3, 24, torch.float32, evicts)
-    steps = [reference.forward(decoder, windows[:, at : at + 1], torch.full((3, 1), at), caches) for at in range(24)]
+    steps = [
+        reference.forward(decoder, windows[:, at : at + 1], torch.full((3, 1), at), caches)
+        for at in range(24)
+    ]
     for first in (2, 12):  # before and after the budget is full
         ours = measure.stepwise(decoder, windows, first, evicts)
         torch.testing.assert_close(ours, torch.cat(steps, 1)[:, first:], rtol=0, atol=1e-4)
@@ -128,7 +156,11 @@ def test_once_compresses_after_the_prompt_and_chunked_within_it(tiny_checkpoint:
     (asked,) = measure.asked_of(decoder, [(prompt[0].tolist(), [1, 2])])
     once, chunked = (make(decoder, asked, policy)[0] for make in (measure._once, measure._chunked))
     for ours, layer in zip(once, chunked, strict=True):
-        assert sorted(ours.positions[0, 0].tolist()) == sorted(layer.positions[0, 0].tolist()) == list(range(22, 30))
+        assert (
+            sorted(ours.positions[0, 0].tolist())
+            == sorted(layer.positions[0, 0].tolist())
+            == list(range(22, 30))
+        )
     for ours, layer, whole in zip(once[1:], chunked[1:], asked.caches[1:], strict=True):
         kept = whole.key[0, 0, ours.positions[0, 0]]
         assert torch.equal(ours.key[0, 0], kept)
@@ -157,7 +189,10 @@ def test_rows_record_what_they_hold_and_what_cannot_be_is_left_out(run: Measure,
     assert rows["lm l2-norm half-first-skip 0.5"]["held"] == pytest.approx((2 + 0.5) / 3)
     assert "no token that may go" in left_out["lm l2-norm recent-first 0.1"]
     report = (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
-    assert all(name in report for name in ("Where each policy wins", "One setting for everything", "Left out", "half-first-skip"))
+    assert all(
+        name in report
+        for name in ("Where each policy wins", "One setting for everything", "Left out", "half-first-skip")
+    )
     ElementTree.fromstring((tmp_path / "out" / "record.svg").read_text(encoding="utf-8"))
     assert str(tmp_path) not in json.dumps(record) + report
 
@@ -172,7 +207,12 @@ def test_resuming_measures_the_rest_and_refuses_other_settings(run: Measure) -> 
 
 
 def test_retrieval_rows_and_fewer_heads(run: Measure, tmp_path: Path) -> None:
-    only = ["passkey once window first*", "needle chunked l2-norm half-first 0.5", "passkey heads 1/2*", "passkey heads 1 *"]
+    only = [
+        "passkey once window first*",
+        "needle chunked l2-norm half-first 0.5",
+        "passkey heads 1/2*",
+        "passkey heads 1 *",
+    ]
     record = run("--kept", "0.5", "--compare-converted", "1/2", "--only", *only, length=PROMPT, passkey=True)
     rows = record["rows"]
     assert rows["needle chunked l2-norm half-first 0.5"]["trials"] == 5
@@ -190,24 +230,42 @@ def test_nothing_to_measure_is_refused(checkpoint: Path) -> None:
 
 def _row(policy: str, increases: list[float], protection: str = "bare") -> dict[str, Any]:
     figures = {"increase": sum(increases) / len(increases), "increases": increases}
-    return {"kind": "lm", "heads": "1", "policy": policy, "protection": protection, "share": 0.5, "texts": {"one": figures}}
+    return {
+        "kind": "lm",
+        "heads": "1",
+        "policy": policy,
+        "protection": protection,
+        "share": 0.5,
+        "texts": {"one": figures},
+    }
 
 
 def test_a_win_is_more_than_chance() -> None:
     record = {"settings": {"texts": {"one": {}}}}
-    clear = [_row("window", [0.1, 0.2, 0.3]), _row("l2-norm", [0.21, 0.29, 0.4]), _row("l2-norm", [0.5, 0.5, 0.5], "recent")]
+    clear = [
+        _row("window", [0.1, 0.2, 0.3]),
+        _row("l2-norm", [0.21, 0.29, 0.4]),
+        _row("l2-norm", [0.5, 0.5, 0.5], "recent"),
+    ]
     (found,) = table.winners(record, clear)
     assert [each["policy"] for each in found["ranked"]] == ["window", "l2-norm"]
     assert found["ranked"][1]["protection"] == "bare"  # the one that serves it best
     assert found["clear"] and found["gap"] == pytest.approx(0.1)
     (found,) = table.winners(record, [_row("window", [0.1, 0.2, 0.3]), _row("l2-norm", [0.5, 0.0, 0.2])])
     assert not found["clear"]
-    assert not table.winners(record, [_row("window", [0.1]), _row("l2-norm", [0.0], "half-first-skip")])  # other bytes
+    assert not table.winners(
+        record, [_row("window", [0.1]), _row("l2-norm", [0.0], "half-first-skip")]
+    )  # other bytes
 
 
 def test_a_mean_is_over_all_tasks_or_none() -> None:
     """Two policies, of which one was asked one task of two; a setting that was measured twice counts once."""
-    asked = [("window", "passkey", 0.4), ("window", "needle", 0.6), ("random", "passkey", 0.8), ("random", "passkey", 0.8)]
+    asked = [
+        ("window", "passkey", 0.4),
+        ("window", "needle", 0.6),
+        ("random", "passkey", 0.8),
+        ("random", "passkey", 0.8),
+    ]
     rows = [
         {
             "kind": "retrieval",
@@ -226,7 +284,9 @@ def test_a_mean_is_over_all_tasks_or_none() -> None:
 
 def test_training_windows_ask_for_what_is_in_them() -> None:
     tokenizer = training.train_tokenizer(0)
-    windows = training.Windows(lambda text: tokenizer.encode(text, add_special_tokens=False), len(tokenizer), 0)
+    windows = training.Windows(
+        lambda text: tokenizer.encode(text, add_special_tokens=False), len(tokenizer), 0
+    )
     for _ in range(20):
         ids, answers = windows.window(192)
         assert len(ids) == len(answers) == 192
@@ -239,8 +299,14 @@ def test_training_windows_ask_for_what_is_in_them() -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode(" 12345")) == ["Ġ", "12", "34", "5"]
 
 
-def test_training_that_falls_short_writes_nothing_and_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "SHAPE", {**training.SHAPE, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16})
+def test_training_that_falls_short_writes_nothing_and_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        training,
+        "SHAPE",
+        {**training.SHAPE, "num_hidden_layers": 1, "hidden_size": 16, "intermediate_size": 16},
+    )
     monkeypatch.setattr(training, "TOKENS_PER_STEP", 192)
     monkeypatch.setattr(training, "TRIALS", 1)
     monkeypatch.setattr(sys, "argv", ["train", "--output", str(tmp_path / "model"), "--steps", "2"])

@@ -43,7 +43,10 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
     before = set(sys.modules)
     yield importlib.import_module
     for name in set(sys.modules) - before:
-        if getattr(sys.modules[name], "__file__", None) and Path(str(sys.modules[name].__file__)).parent == GPU:
+        if (
+            getattr(sys.modules[name], "__file__", None)
+            and Path(str(sys.modules[name].__file__)).parent == GPU
+        ):
             del sys.modules[name]
 
 
@@ -68,7 +71,15 @@ def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
-    ended = _run("--rehearse", "--only", "memory,engine-std24", "--work", tmp_path / "work", "--output", tmp_path / "records")
+    ended = _run(
+        "--rehearse",
+        "--only",
+        "memory,engine-std24",
+        "--work",
+        tmp_path / "work",
+        "--output",
+        tmp_path / "records",
+    )
     assert ended.returncode == 1, ended.stderr
     records = _records(tmp_path / "records")
     assert set(records) == {"memory", "engine-std24"}
@@ -104,28 +115,38 @@ def test_a_process_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path
 
 def test_a_process_that_ends_in_time_leaves_its_code_and_last_words(tmp_path: Path, module: Any) -> None:
     said = "import sys; [print(n) for n in range(100)]; print('why', file=sys.stderr); sys.exit(7)"
-    ended = module("processes").run_limited([sys.executable, "-u", "-c", said], 30, tmp_path / "log", os.environ)
+    ended = module("processes").run_limited(
+        [sys.executable, "-u", "-c", said], 30, tmp_path / "log", os.environ
+    )
     assert (ended.exit_code, ended.timed_out) == (7, False)
     assert ended.last_words[-2:] == ["99", "why"] and len(ended.last_words) == 40
 
 
-def test_the_machine_is_read_from_nvidia_smi(tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machine_is_read_from_nvidia_smi(
+    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     machine = module("machine")
     monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
     fake = tmp_path / "nvidia-smi"
     fake.write_text(
-        "#!/bin/sh\ncase \"$*\" in\n*-lms*) for used in 100 900 300; do echo $used; sleep 0.1; done; exec sleep 60;;\n"
+        '#!/bin/sh\ncase "$*" in\n*-lms*) for used in 100 900 300; do echo $used; sleep 0.1; done; exec sleep 60;;\n'
         "*) echo 'NVIDIA H200, 580.1, 9.0, 143771 MiB';;\nesac\n"
-    )  # fmt: skip
+    )
     fake.chmod(0o755)
     facts = machine.gpu_facts()
-    assert facts["name"] == "NVIDIA H200" and facts["compute_cap"] == "9.0" and facts["memory.total"] == "143771 MiB"
+    assert (
+        facts["name"] == "NVIDIA H200"
+        and facts["compute_cap"] == "9.0"
+        and facts["memory.total"] == "143771 MiB"
+    )
     with machine.MemoryWatch() as watch:
         time.sleep(0.6)
     assert (watch.before, watch.used) == (100 * 2**20, 800 * 2**20)
 
 
-def test_without_nvidia_smi_nothing_is_told(tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_nvidia_smi_nothing_is_told(
+    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     machine = module("machine")
     with machine.MemoryWatch() as watch:
@@ -140,11 +161,15 @@ def test_records_do_not_name_the_folders_of_a_machine(tmp_path: Path, module: An
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_an_unlisted_gpu_is_asked_in_every_way_and_what_happens_is_the_result(tmp_path: Path, module: Any) -> None:
+def test_an_unlisted_gpu_is_asked_in_every_way_and_what_happens_is_the_result(
+    tmp_path: Path, module: Any
+) -> None:
     pytest.importorskip("tensorrt_rtx")
     import dataclasses
 
-    hopper = dataclasses.replace(module("settings").rehearsal(tmp_path), rehearsal=False, compute_capability="9.0")
+    hopper = dataclasses.replace(
+        module("settings").rehearsal(tmp_path), rehearsal=False, compute_capability="9.0"
+    )
     file = hopper.write()
     ended = _run(file, tmp_path / "rtx.result.json", 300, script="part_rtx.py")
     assert ended.returncode == 0, ended.stderr
@@ -170,7 +195,9 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
     """A folder with `work` and `records`, and how the rehearsal ended."""
     pytest.importorskip("tensorrt_rtx")
     folder = tmp_path_factory.mktemp("rehearsal")
-    return folder, _run("--rehearse", "--work", folder / "work", "--output", folder / "records", "--deadline", 1200)
+    return folder, _run(
+        "--rehearse", "--work", folder / "work", "--output", folder / "records", "--deadline", 1200
+    )
 
 
 @pytest.mark.slow
@@ -181,7 +208,11 @@ def test_a_rehearsal_runs_every_part_and_looks_like_nothing_else(rehearsed: Any)
     records = _records(folder / "records")
     assert len(records) == 8
     for record in records.values():
-        assert record["status"] == "ran" and record["rehearsal"] is True and record["settings"]["rehearsal"] is True
+        assert (
+            record["status"] == "ran"
+            and record["rehearsal"] is True
+            and record["settings"]["rehearsal"] is True
+        )
     for name in ("onnxruntime", "onnxruntime-again"):
         lines = records[name]["result"]["bench"]
         assert [line["bundle"] for line in lines] == ["bundle-4", "bundle-1"]
@@ -193,9 +224,13 @@ def test_a_rehearsal_runs_every_part_and_looks_like_nothing_else(rehearsed: Any)
     assert {depth: set(figures) for depth, figures in decode.items()} == {"16": sides, "64": sides}
     for lowering, native in (("std24", "KV_CACHE_UPDATE"), ("decomposed17", "SOFTMAX")):
         result = records[f"engine-{lowering}"]["result"]
-        assert result["build"]["record"]["layers"][native] and result["runs"] is None and "bench" not in result
+        assert (
+            result["build"]["record"]["layers"][native] and result["runs"] is None and "bench" not in result
+        )
     rows = records["memory"]["result"]["rows"]
-    assert [row["kv_heads"] for row in rows] == [4, 1] and all(row["measured"]["total"] is None for row in rows)
+    assert [row["kv_heads"] for row in rows] == [4, 1] and all(
+        row["measured"]["total"] is None for row in rows
+    )
     assert rows[0]["predicted"]["kv"] == 4 * rows[1]["predicted"]["kv"] > 0
     assert "**A rehearsal on the CPU" in ended.stdout
     assert (folder / "records" / "summary.md").read_text() == ended.stdout.removesuffix("\n")
@@ -210,10 +245,14 @@ def test_pytorch_must_run_the_model_that_the_bundle_holds(rehearsed: Any, tmp_pa
     for name in ("checkpoint-4", "checkpoint-1", "bundle-4", "bundle-1"):
         shutil.copytree(folder / "work" / name, tmp_path / "work" / name)
     shutil.copy(folder / "work" / "bundle-4" / "reference.npz", tmp_path / "work" / "bundle-1")
-    ended = _run("--rehearse", "--only", "pytorch", "--work", tmp_path / "work", "--output", tmp_path / "records")
+    ended = _run(
+        "--rehearse", "--only", "pytorch", "--work", tmp_path / "work", "--output", tmp_path / "records"
+    )
     assert ended.returncode == 1
     record = _records(tmp_path / "records")["pytorch"]
-    assert record["status"] == "failed" and "twin of bundle-1 do not run the same model" in record["failures"][0]
+    assert (
+        record["status"] == "failed" and "twin of bundle-1 do not run the same model" in record["failures"][0]
+    )
     assert (
         record["result"]["same_model"]["4"]["least_cosine_of_logits"]
         > 0.999

@@ -21,7 +21,17 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 neighbours = importlib.import_module("neighbours")
 aligned, grouping, kqsvd, low_rank, recalkv, stream, transmla, result, fisher = (
     importlib.import_module(f"neighbours.{name}")
-    for name in ("aligned", "grouping", "kqsvd", "low_rank", "recalkv", "stream", "transmla", "result", "fisher")
+    for name in (
+        "aligned",
+        "grouping",
+        "kqsvd",
+        "low_rank",
+        "recalkv",
+        "stream",
+        "transmla",
+        "result",
+        "fisher",
+    )
 )
 NAMES = tuple(neighbours.NEIGHBOURS)
 HEADS, WIDTH = 8, 8
@@ -76,7 +86,9 @@ def test_at_the_full_budget_nothing_is_lost(name: str, style: str) -> None:
     windows = _windows(decoder)
     made = neighbours.neighbour(name)(decoder, windows, 1.0)
     assert made.kv_numbers_per_token == _numbers(decoder)
-    torch.testing.assert_close(_logits(decoder, made, windows), reference.forward(decoder, windows), rtol=1e-8, atol=1e-8)
+    torch.testing.assert_close(
+        _logits(decoder, made, windows), reference.forward(decoder, windows), rtol=1e-8, atol=1e-8
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -99,7 +111,9 @@ def test_the_decoder_keeps_its_dtype_and_its_weights(name: str) -> None:
     before = [part.weight.clone() for part in (decoder.layers[0].attention.q, decoder.layers[0].attention.k)]
     made = neighbours.neighbour(name)(decoder, _windows(decoder), 0.5)
     assert made.residual_stream(_windows(decoder)).dtype == torch.float32
-    for part, kept in zip((decoder.layers[0].attention.q, decoder.layers[0].attention.k), before, strict=True):
+    for part, kept in zip(
+        (decoder.layers[0].attention.q, decoder.layers[0].attention.k), before, strict=True
+    ):
         assert torch.equal(part.weight, kept) and not part.weight.requires_grad
 
 
@@ -154,7 +168,9 @@ def test_whitening_loses_less_of_the_keys_than_the_weights_alone() -> None:
 
 def test_palu_finds_groups_of_low_rank() -> None:
     def plant(layer: Layer, random: Any) -> Layer:
-        return _with_weights(layer, **{name: torch.cat([random(32, 16) @ random(16, 64) for _ in range(2)]) for name in "kv"})
+        return _with_weights(
+            layer, **{name: torch.cat([random(32, 16) @ random(16, 64) for _ in range(2)]) for name in "kv"}
+        )
 
     decoder = _planted(_decoder(), plant)
     windows = _windows(decoder)
@@ -201,7 +217,9 @@ def test_value_calibration_fits_other_data_than_the_factors_were_made_of() -> No
 
 def test_the_rank_search_gives_ranks_by_information_and_all_of_the_budget() -> None:
     assert fisher.allocate([1.0, 3.0], [100, 100], 40) == pytest.approx([10, 30])
-    assert fisher.allocate([1.0, 1.0, 8.0], [100, 100, 20], 50) == pytest.approx([15, 15, 20])  # a full one overflows
+    assert fisher.allocate([1.0, 1.0, 8.0], [100, 100, 20], 50) == pytest.approx(
+        [15, 15, 20]
+    )  # a full one overflows
     ranks = fisher.rounded([10.6, 30.9, 0.2], [64, 64, 64], [2, 2, 2], 42)
     assert ranks == [5, 15, 1]
     assert fisher.rounded([10.0, 31.9], [64, 64], [2, 1], 42) == [5, 32]
@@ -218,7 +236,9 @@ def test_information_is_the_gradient_of_the_loss() -> None:
     def loss(change: float) -> float:
         weight = decoder.layers[0].attention.v.weight.clone()
         weight[at] += change
-        logits = reference.forward(dataclasses.replace(decoder, layers=[_with_weights(decoder.layers[0], v=weight)]), window)
+        logits = reference.forward(
+            dataclasses.replace(decoder, layers=[_with_weights(decoder.layers[0], v=weight)]), window
+        )
         return float(torch.nn.functional.cross_entropy(logits[0, :-1], window[0, 1:]))
 
     slope = (loss(step) - loss(-step)) / (2 * step)
@@ -268,11 +288,17 @@ def test_rotated_in_all_heads_nothing_is_lost_whatever_turns_them() -> None:
     wanted = stream.attend_with(layer.attention)(x, stream.positions_of(x), decoder.rope)
 
     def made(rotated: int, fold: int, latent: int = 32) -> Tensor:
-        code = transmla.latent_attention(layer.attention, moments, decoder.rope, rotated, fold, rotated + latent)
+        code = transmla.latent_attention(
+            layer.attention, moments, decoder.rope, rotated, fold, rotated + latent
+        )
         return code(x, stream.positions_of(x), None)
 
     torch.testing.assert_close(made(32, 1), wanted)
-    for rotated, fold, latent in ((32, 2, 32), (16, 1, 48), (32, 1, 31)):  # folding, stripping, truncating: none is exact
+    for rotated, fold, latent in (
+        (32, 2, 32),
+        (16, 1, 48),
+        (32, 1, 31),
+    ):  # folding, stripping, truncating: none is exact
         assert (made(rotated, fold, latent) - wanted).abs().max() > 1e-4
 
 
@@ -290,7 +316,9 @@ def test_a_turn_is_orthogonal_and_each_frequency_is_one_of_the_models() -> None:
 def test_transmla_finds_heads_that_are_multiples_of_one() -> None:
     def plant(layer: Layer, random: Any) -> Layer:
         one = random(WIDTH, 64)
-        return _with_weights(layer, k=torch.cat([random(1) * one for _ in range(HEADS)]), v=random(64, 24) @ random(24, 64))
+        return _with_weights(
+            layer, k=torch.cat([random(1) * one for _ in range(HEADS)]), v=random(64, 24) @ random(24, 64)
+        )
 
     decoder = _planted(_decoder(), plant)
     windows = _windows(decoder)
@@ -340,7 +368,9 @@ def test_aligned_merging_finds_turned_copies_and_their_groups(pairs: list[list[i
     side_by_side = grouping.adjacent(HEADS, HEADS // len(pairs))
     wrong = aligned.merged(layer.attention, moments, side_by_side, False)
     x = reference.norm(layer.attention_norm, reference.embed(decoder.embedding, windows))
-    outputs = [stream.attend_with(each)(x, stream.positions_of(x), decoder.rope) for each in (layer.attention, wrong)]
+    outputs = [
+        stream.attend_with(each)(x, stream.positions_of(x), decoder.rope) for each in (layer.attention, wrong)
+    ]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2
 
 
@@ -348,7 +378,9 @@ def test_aligned_heads_lie_closer_to_their_mean_than_unaligned_ones() -> None:
     layer, moments = _first(_decoder())
     cross = aligned.blocks(moments.outputs(layer.attention.v), HEADS)[:4, :4]
     turns = aligned.value_turns(cross)
-    torch.testing.assert_close(turns @ turns.transpose(1, 2), torch.eye(WIDTH, dtype=torch.float64).expand(4, -1, -1))
+    torch.testing.assert_close(
+        turns @ turns.transpose(1, 2), torch.eye(WIDTH, dtype=torch.float64).expand(4, -1, -1)
+    )
     alike = torch.einsum("ide,ijdf,jfe->", turns, cross, turns)
     assert alike > 1.3 * torch.einsum("ijdd->", cross)
     products = aligned.pair_products(aligned.blocks(moments.outputs(layer.attention.k), HEADS)[:4, :4])
@@ -363,7 +395,12 @@ def test_renormalised_heads_are_as_long_as_the_trained_ones() -> None:
     groups = grouping.adjacent(HEADS, 2)
 
     def lengths(renorm: bool) -> Tensor:
-        return aligned.merged(layer.attention, moments, groups, renorm).k.weight.unflatten(0, (4, -1)).flatten(1).norm(dim=1)
+        return (
+            aligned.merged(layer.attention, moments, groups, renorm)
+            .k.weight.unflatten(0, (4, -1))
+            .flatten(1)
+            .norm(dim=1)
+        )
 
     trained = _heads(layer.attention.k.weight).flatten(1).norm(dim=1).unflatten(0, (4, 2)).mean(1)
     torch.testing.assert_close(lengths(True), trained)
@@ -402,13 +439,17 @@ def test_costs_are_those_counted_by_hand() -> None:
     # Palu: two groups of 32 channels, rank 16 for keys and values. L is [32, 16] twice, W_O' [64, 8 heads x 16].
     rebuild, down, output = 2 * 32 * 16, 2 * 2 * 16 * 64, 64 * 8 * 16
     assert counted("palu") == (
-        rebuild + rotation + 64 + 8 * 16, square + rotation + down + output, square + rebuild + down + output,
-    )  # fmt: skip
+        rebuild + rotation + 64 + 8 * 16,
+        square + rotation + down + output,
+        square + rebuild + down + output,
+    )
     # ReCalKV: the same keys; one value latent of 32, W_O' [64, 8 heads x 32].
     output = 64 * 8 * 32
     assert counted("recalkv") == (
-        rebuild + rotation + 64 + 8 * 32, square + rotation + down + output, square + rebuild + down + output,
-    )  # fmt: skip
+        rebuild + rotation + 64 + 8 * 32,
+        square + rotation + down + output,
+        square + rebuild + down + output,
+    )
     # KQ-SVD: 4 numbers a head; W_K whole, W_V and W_O half, a map [8, 4] for each head's keys and queries.
     maps = 2 * 8 * 8 * 4
     assert counted("kq-svd") == (8 * (4 + 4), 3 * square + maps + 2 * rotation, 3 * square + maps)

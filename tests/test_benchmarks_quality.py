@@ -52,9 +52,26 @@ def run(checkpoint: Path, tmp_path: Path) -> Measure:
     texts = [f"{name}={_text(tmp_path / f'{name}.txt', seed)}" for seed, name in enumerate(("one", "two"))]
 
     def measured(*arguments: str, expect: int = 0) -> dict[str, Any]:
-        given = [str(checkpoint), "--text", texts[0], "--text", texts[1], "--length", str(LENGTH), "--windows", "4",
-                 "--samples", "8", "--calibration-length", "32", "--long", str(LONG),
-                 "--output", str(tmp_path / "out" / "record"), *arguments]  # fmt: skip
+        given = [
+            str(checkpoint),
+            "--text",
+            texts[0],
+            "--text",
+            texts[1],
+            "--length",
+            str(LENGTH),
+            "--windows",
+            "4",
+            "--samples",
+            "8",
+            "--calibration-length",
+            "32",
+            "--long",
+            str(LONG),
+            "--output",
+            str(tmp_path / "out" / "record"),
+            *arguments,
+        ]
         if expect:
             with pytest.raises(SystemExit) as stopped:
                 quality.main(given)
@@ -75,10 +92,22 @@ def _kl(record: dict[str, Any], key: str, text: str = "one") -> float:
 
 
 def test_rows_are_complete_and_cache_no_more_than_their_share(run: Measure, tmp_path: Path) -> None:
-    only = ("auto", "auto-free", "fold-plain", "online-plain", "svd-a", "mean-pool", "palu", "kq-svd", "aligned-mean")
+    only = (
+        "auto",
+        "auto-free",
+        "fold-plain",
+        "online-plain",
+        "svd-a",
+        "mean-pool",
+        "palu",
+        "kq-svd",
+        "aligned-mean",
+    )
     record = run("--ratios", "1/2", "1/3", "--only", *only, f"auto-{LONG} 1/2")
     left_out = {f"{name} 1/3" for name in ("fold-plain", "online-plain", "svd-a", "mean-pool")}
-    wanted = [f"{name} 1/2" for name in (only[0], f"auto-{LONG}", *only[1:])] + [f"{name} 1/3" for name in only]
+    wanted = [f"{name} 1/2" for name in (only[0], f"auto-{LONG}", *only[1:])] + [
+        f"{name} 1/3" for name in only
+    ]
     assert set(record["left_out"]) == left_out  # 1/3 of 4 heads is no number of heads
     assert list(record["rows"]) == [key for key in wanted if key not in left_out]
     trained = record["original"]["kv_numbers"]
@@ -87,18 +116,32 @@ def test_rows_are_complete_and_cache_no_more_than_their_share(run: Measure, tmp_
         over, under = map(int, row["ratio"].split("/"))
         assert row["kv_numbers"] <= trained * over / under and row["share"] == row["kv_numbers"] / trained
         for figures in row["texts"].values():
-            assert 0 < figures["mean_kl"] < 20 and 0 < figures["top1_agreement"] <= 1 and figures["tokens"] == 4 * (LENGTH - 1)
+            assert (
+                0 < figures["mean_kl"] < 20
+                and 0 < figures["top1_agreement"] <= 1
+                and figures["tokens"] == 4 * (LENGTH - 1)
+            )
             assert figures["perplexity"] == pytest.approx(math.exp(figures["cross_entropy"]))
         assert (
-            row["macs_per_cached_token"] > 0 and row["macs_per_new_token"] > 0 and row["parameters"] > 0 and row["seconds"] >= 0
+            row["macs_per_cached_token"] > 0
+            and row["macs_per_new_token"] > 0
+            and row["parameters"] > 0
+            and row["seconds"] >= 0
         )
         assert len(row["layers"]) == (0 if row["name"] in ("palu", "kq-svd", "aligned-mean") else 2), key
-        assert sum(each["num_key_value_heads"] * (each["key_head_dim"] + each["value_head_dim"]) for each in row["layers"]) in (
-            0, row["kv_numbers"],
-        )  # fmt: skip
+        assert sum(
+            each["num_key_value_heads"] * (each["key_head_dim"] + each["value_head_dim"])
+            for each in row["layers"]
+        ) in (
+            0,
+            row["kv_numbers"],
+        )
     for name in ("fold-plain", "online-plain", "svd-a", "mean-pool", "palu", "aligned-mean"):
         assert record["rows"][f"{name} 1/2"]["kv_numbers"] == trained / 2
-    assert record["rows"]["palu 1/2"]["macs_per_cached_token"] > record["rows"]["svd-a 1/2"]["macs_per_cached_token"]
+    assert (
+        record["rows"]["palu 1/2"]["macs_per_cached_token"]
+        > record["rows"]["svd-a 1/2"]["macs_per_cached_token"]
+    )
 
     text = (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
     for key, row in record["rows"].items():
@@ -127,7 +170,10 @@ def test_every_ablation_changes_the_model(run: Measure) -> None:
     assert _kl(record, "group-2 1/2") == plain  # the same model
     for name in names - {"fold-plain", "group-2", "plain-near-16"}:  # windows have 16 tokens here
         assert _kl(record, f"{name} 1/2") != pytest.approx(plain, rel=1e-4), name
-    widths = {(each["kv_numbers"], tuple(layer["key_head_dim"] for layer in each["layers"])) for each in record["rows"].values()}
+    widths = {
+        (each["kv_numbers"], tuple(layer["key_head_dim"] for layer in each["layers"]))
+        for each in record["rows"].values()
+    }
     assert {width for _, width in widths} >= {(8, 8), (16, 16)}
     uniform = record["rows"]["auto-uniform 1/2"]["layers"]
     assert {each["num_key_value_heads"] * each["key_head_dim"] for each in uniform} == {16}
@@ -157,7 +203,9 @@ def test_a_killed_run_keeps_its_rows_and_resumes_with_the_rest(
     record = run(*only, "--resume")
     assert made[3:] == ["svd-w", "mean-pool"]
     assert list(record["rows"]) == [f"{n} 1/2" for n in ("online-plain", "svd-a", "svd-w", "mean-pool")]
-    assert {key: record["rows"][key] for key in before["rows"]} == before["rows"] and record["original"] == before["original"]
+    assert {key: record["rows"][key] for key in before["rows"]} == before["rows"] and record[
+        "original"
+    ] == before["original"]
     made.clear()
     assert run(*only, "--resume")["rows"] == record["rows"] and made == []
     run("--ratios", "1/2", "--only", "svd-a")  # without --resume all is measured again
@@ -180,7 +228,9 @@ def test_rows_of_other_settings_are_not_mixed(
     assert "NAME=FILE" in capsys.readouterr().err
 
 
-def test_a_code_of_few_positions_fails_far_away_and_a_folded_one_does_not(run: Measure, tmp_path: Path) -> None:
+def test_a_code_of_few_positions_fails_far_away_and_a_folded_one_does_not(
+    run: Measure, tmp_path: Path
+) -> None:
     record = run("--only", "long-*")
     found = {key: each["kl"]["one"] for key, each in record["rows"].items()}
     assert list(found) == ["long-trained", f"long-online-{LENGTH}", f"long-online-{LONG}", "long-fold"]
@@ -195,7 +245,9 @@ def test_a_code_of_few_positions_fails_far_away_and_a_folded_one_does_not(run: M
 
 
 def test_a_window_at_an_offset_is_run_as_the_reference_runs_it(checkpoint: Path, tmp_path: Path) -> None:
-    bench = measure.Bench(checkpoint, quality.recipe_for("self", 8, 32), {"one": _text(tmp_path / "t.txt", 1)}, LENGTH, 2)
+    bench = measure.Bench(
+        checkpoint, quality.recipe_for("self", 8, 32), {"one": _text(tmp_path / "t.txt", 1)}, LENGTH, 2
+    )
     text = bench.texts["one"]
     torch.testing.assert_close(long.stream_at(bench.decoder, text.windows, 0), text.original)
     choice, offset = long.chosen("online", 0.5)(bench, bench.calibration()), 40
@@ -203,7 +255,9 @@ def test_a_window_at_an_offset_is_run_as_the_reference_runs_it(checkpoint: Path,
     found = long.stream_at(decoder, text.windows, offset)
     width = decoder.layers[0].attention.head_dim
     tables = reference.rotary_tables(decoder.rope, torch.full((1, width), offset), torch.float32)
-    turn = reference.rotate(torch.eye(width)[None, None], tables)[0, 0]  # a code met after a turn is a turned code
+    turn = reference.rotate(torch.eye(width)[None, None], tables)[
+        0, 0
+    ]  # a code met after a turn is a turned code
 
     def turned(attention: Attention) -> Attention:
         key_map = (turn @ attention.key_map.unflatten(1, (-1, width))).flatten(1, 2)
@@ -234,15 +288,31 @@ def test_bounds_mixtures_and_healing(run: Measure, tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(rows_module, "HEAL_SAMPLES", 8)
     train, short = _text(tmp_path / "train.txt", 7, 3000), _text(tmp_path / "short.txt", 8, 60)
     record = run(
-        "--ratios", "1/2", "--max-kl", "0.3", "1e-9", "--mixtures", "--calibration-text", f"train={train}",
-        "--calibration-text", f"short={short}", "--heal", "5", "--only", "max-kl*", "mixture*", "*healed*",
-    )  # fmt: skip
+        "--ratios",
+        "1/2",
+        "--max-kl",
+        "0.3",
+        "1e-9",
+        "--mixtures",
+        "--calibration-text",
+        f"train={train}",
+        "--calibration-text",
+        f"short={short}",
+        "--heal",
+        "5",
+        "--only",
+        "max-kl*",
+        "mixture*",
+        "*healed*",
+    )
     for name, bound in (("max-kl-0.3", 0.3), ("max-kl-1e-09", 1e-9)):
         row = record["rows"][name]
         assert row["kept"] == {text: each["mean_kl"] <= bound for text, each in row["texts"].items()}
     assert record["rows"]["max-kl-0.3"]["share"] < record["rows"]["max-kl-1e-09"]["share"] == 1
     mixtures = [each for each in record["rows"].values() if each["section"] == "mixtures"]
-    assert [each["name"] for each in mixtures] == [f"mixture-{n}" for n in ("self", "self-1", "random", "half-random", "train")]
+    assert [each["name"] for each in mixtures] == [
+        f"mixture-{n}" for n in ("self", "self-1", "random", "half-random", "train")
+    ]
     assert {each["calibration_tokens"] for each in mixtures} == {8 * 32}
     assert len({each["texts"]["one"]["mean_kl"] for each in mixtures}) == 5
     assert "too short" in record["left_out"]["mixture-short 1/2"]
@@ -271,15 +341,24 @@ def test_predictions_count_what_was_converted_only(run: Measure) -> None:
     assert found["layers"]["points"] == sum(
         layer["method"] != "none" for row in record["rows"].values() for layer in row["layers"]
     )
-    assert {ratio: each["points"] for ratio, each in found["layers_by_ratio"].items()}.keys() == {"1/2", "1/4"}
+    assert {ratio: each["points"] for ratio, each in found["layers_by_ratio"].items()}.keys() == {
+        "1/2",
+        "1/4",
+    }
     assert found["choices"]["one"] == {"spearman": None, "points": 2}
 
 
 @pytest.mark.parametrize(
     ("key", "patterns", "wanted"),
-    [("auto 1/2", None, True), ("auto 1/2", ["auto"], True), ("auto-free 1/2", ["auto"], False),
-     ("auto 1/4", ["auto 1/2"], False),
-     ("auto 1/4", ["* 1/4"], True), ("long-fold", ["long-*"], True), ("auto 1/2", [], False)],
-)  # fmt: skip
+    [
+        ("auto 1/2", None, True),
+        ("auto 1/2", ["auto"], True),
+        ("auto-free 1/2", ["auto"], False),
+        ("auto 1/4", ["auto 1/2"], False),
+        ("auto 1/4", ["* 1/4"], True),
+        ("long-fold", ["long-*"], True),
+        ("auto 1/2", [], False),
+    ],
+)
 def test_rows_are_chosen_by_name(key: str, patterns: list[str] | None, wanted: bool) -> None:
     assert records.selected(key, patterns) is wanted

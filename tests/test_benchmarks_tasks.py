@@ -81,7 +81,9 @@ def test_greedy_is_what_decoding_token_by_token_writes() -> None:
     for _ in range(6):
         written.append(int(reference.forward(decoder, torch.tensor([written]))[0, -1].argmax()))
     other = [*written[:-1], (written[-1] + 1) % VOCAB]
-    found = tasks.score(lambda tokens: reference.forward(decoder, tokens), [([5], written[1:]), ([5], other[1:])])
+    found = tasks.score(
+        lambda tokens: reference.forward(decoder, tokens), [([5], written[1:]), ([5], other[1:])]
+    )
     assert [each.greedy for each in found] == [True, False]
 
 
@@ -96,7 +98,9 @@ def test_batches_hold_each_sequence_once_and_few_tokens(monkeypatch: pytest.Monk
     lengths = [3, 60, 7, 100, 7, 20, 1]
     found = tasks.score(logits, [([1] * length, [ord("a")]) for length in lengths])
     assert len(found) == len(lengths) and len({each.log_likelihood for each in found}) == 1
-    assert all(rows == 1 or rows * length <= 64 for rows, length in shapes) and sum(rows for rows, _ in shapes) == len(lengths)
+    assert all(rows == 1 or rows * length <= 64 for rows, length in shapes) and sum(
+        rows for rows, _ in shapes
+    ) == len(lengths)
 
 
 # PIQA
@@ -148,7 +152,9 @@ def test_the_solution_is_cut_where_the_context_ends_even_if_tokens_merge() -> No
 
 def test_piqa_files(tmp_path: Path) -> None:
     lines = [{"goal": f"g {at}", "sol1": "a\u2028b", "sol2": "c"} for at in range(3)]
-    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines))
+    (tmp_path / "valid.jsonl").write_text(
+        "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    )
     (tmp_path / "valid-labels.lst").write_text("0\n1\n0\n")
     read = tasks.read_piqa(tmp_path)
     assert [item.label for item in read] == [0, 1, 0] and read[1].solutions == ("a\u2028b", "c")
@@ -172,7 +178,9 @@ def cells(**given: Any) -> list[Any]:
 
 def test_prompts_have_the_length_asked_for_and_the_key_at_its_depth() -> None:
     made = cells(start=(1,))
-    assert [(cell.length, cell.depth) for cell in made] == [(length, depth) for length in (300, 500) for depth in DEPTHS]
+    assert [(cell.length, cell.depth) for cell in made] == [
+        (length, depth) for length in (300, 500) for depth in DEPTHS
+    ]
     keys = set()
     for cell in made:
         for prompt, answer in cell.prompts:
@@ -198,7 +206,11 @@ def test_a_model_that_cannot_is_the_reason_to_skip() -> None:
     original = tasks.passkey(unigram(**{"7": 9}), cells())
     assert original["accuracy"] == 0.0 and "finds the key in 0% of the trials" in original["skipped"]
     converted = tasks.passkey(copying(), cells(), original)
-    assert converted["skipped"] == original["skipped"] and converted["trials"] == 0 and converted["accuracy"] is None
+    assert (
+        converted["skipped"] == original["skipped"]
+        and converted["trials"] == 0
+        and converted["accuracy"] is None
+    )
     assert len(converted["not_asked"]) == 6 and converted["cells"] == []
 
 
@@ -208,9 +220,13 @@ def test_a_model_that_forgets_fails_where_the_key_is_far() -> None:
     assert [cell["accuracy"] for cell in near["cells"]] == [0.0, 0.0, 1.0] and near["skipped"] is None
     assert near["standard_error"] == pytest.approx(math.sqrt(2 / 9 / 9))
     same = tasks.passkey(copying(), made, original=near)  # only what the original could do is asked
-    assert [cell["depth"] for cell in same["cells"]] == [1.0] and [cell["depth"] for cell in same["not_asked"]] == [0.0, 0.5]
+    assert [cell["depth"] for cell in same["cells"]] == [1.0] and [
+        cell["depth"] for cell in same["not_asked"]
+    ] == [0.0, 0.5]
     lost = tasks.passkey(unigram(), made, original=tasks.passkey(copying(), made))
-    assert lost["accuracy"] == 0.0 and lost["skipped"] is None  # the original could: this is a loss, no reason to skip
+    assert (
+        lost["accuracy"] == 0.0 and lost["skipped"] is None
+    )  # the original could: this is a loss, no reason to skip
 
 
 def test_prompts_that_cannot_be_made_are_refused() -> None:

@@ -35,7 +35,9 @@ def build(checkpoint: Path, output: Path, *options: object) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "qwen2", "qwen3"])
-def test_a_bundle_of_every_family_and_dtype_is_proved(tiny_checkpoint: Any, tmp_path: Path, family: str, dtype: str) -> None:
+def test_a_bundle_of_every_family_and_dtype_is_proved(
+    tiny_checkpoint: Any, tmp_path: Path, family: str, dtype: str
+) -> None:
     report = build(tiny_checkpoint(family), tmp_path / "b", "--kv-ratio", "0.5", "--dtype", dtype)
     assert report["validation"]["failures"] == []
     assert report["kv_bytes_per_token"] * 2 == report["kv_bytes_per_token_original"]
@@ -50,10 +52,14 @@ def test_a_bundle_of_every_family_and_dtype_is_proved(tiny_checkpoint: Any, tmp_
 
 
 @pytest.mark.parametrize("method", ["fold", "online", "svd-a", "svd-w", "mean-pool"])
-def test_every_method_makes_a_bundle_whose_cache_is_that_much_smaller(tiny_checkpoint: Any, tmp_path: Path, method: str) -> None:
+def test_every_method_makes_a_bundle_whose_cache_is_that_much_smaller(
+    tiny_checkpoint: Any, tmp_path: Path, method: str
+) -> None:
     source = tiny_checkpoint("llama", num_key_value_heads=4)
     report = build(source, tmp_path / "b", "--kv-heads", "1", "--method", method)
-    assert [(layer["original_num_key_value_heads"], layer["num_key_value_heads"]) for layer in report["layers"]] == [(4, 1)] * 2
+    assert [
+        (layer["original_num_key_value_heads"], layer["num_key_value_heads"]) for layer in report["layers"]
+    ] == [(4, 1)] * 2
     assert report["layers"][0]["method"] == method
     session = kvexport.open(tmp_path / "b")
     session.prefill([1, 2, 3])
@@ -79,7 +85,9 @@ def test_saved_statistics_give_the_same_bundle_to_the_byte(tiny_checkpoint: Any,
     source = tiny_checkpoint("qwen2")
     build(source, tmp_path / "direct")
     assert cli("calibrate", source, "-o", tmp_path / "statistics", *FAST).exit_code == 0
-    result = cli("build", source, "-o", tmp_path / "reused", "--statistics", tmp_path / "statistics", "--quiet")
+    result = cli(
+        "build", source, "-o", tmp_path / "reused", "--statistics", tmp_path / "statistics", "--quiet"
+    )
     assert result.exit_code == 0
     for name in ("decoder.onnx", "decoder.onnx.data", "reference.npz"):
         assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "reused" / name).read_bytes()
@@ -94,7 +102,9 @@ def test_statistics_of_another_checkpoint_are_refused(tiny_checkpoint: Any, tmp_
     assert not (tmp_path / "b").exists()
 
 
-def test_the_same_seed_gives_the_same_bundle_and_another_does_not(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_the_same_seed_gives_the_same_bundle_and_another_does_not(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
     source = tiny_checkpoint("llama")
     sampled = ["--calibration", "self", "--samples", "6", "--length", "20"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -107,8 +117,18 @@ def test_the_report_is_in_the_bundle_and_says_what_json_said(tiny_checkpoint: An
     report = build(tiny_checkpoint("llama"), tmp_path / "b")
     stored = json.loads((tmp_path / "b" / "report.json").read_text())
     assert stored == report
-    assert {"source", "layers", "parameters", "parameters_original", "divergence", "validation", "seconds"} <= report.keys()
-    assert {"mean_kl", "cross_entropy", "cross_entropy_original", "top1_agreement", "tokens"} <= report["divergence"].keys()
+    assert {
+        "source",
+        "layers",
+        "parameters",
+        "parameters_original",
+        "divergence",
+        "validation",
+        "seconds",
+    } <= report.keys()
+    assert {"mean_kl", "cross_entropy", "cross_entropy_original", "top1_agreement", "tokens"} <= report[
+        "divergence"
+    ].keys()
     assert all({"predicted_error", "measured_error"} <= layer.keys() for layer in report["layers"])
 
 
@@ -118,7 +138,13 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
     told = cli("build", tiny_checkpoint("llama"), "-o", tmp_path / "told", *FAST)
     assert told.stderr.startswith("kvexport: the checkpoint has no tokenizer.json")  # and no progress bar
     assert len(told.stderr.splitlines()) == 1
-    for words in ("2 → 1", "KV cache per token", "predicted error", "measured error", "proved against PyTorch: ok"):
+    for words in (
+        "2 → 1",
+        "KV cache per token",
+        "predicted error",
+        "measured error",
+        "proved against PyTorch: ok",
+    ):
         assert words in told.stdout
 
 
@@ -145,7 +171,9 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
 def test_options_that_cannot_be_met_are_usage_errors_that_say_what_can(
     tiny_checkpoint: Any, tmp_path: Path, options: list[str], says: str
 ) -> None:
-    result = cli("build", tiny_checkpoint("llama", num_key_value_heads=4), "-o", tmp_path / "b", *FAST, *options)
+    result = cli(
+        "build", tiny_checkpoint("llama", num_key_value_heads=4), "-o", tmp_path / "b", *FAST, *options
+    )
     assert isinstance(result.exception, KvexportError)
     assert result.exception.exit_code == 2
     assert says in str(result.exception)
@@ -153,9 +181,12 @@ def test_options_that_cannot_be_met_are_usage_errors_that_say_what_can(
 
 
 @pytest.mark.parametrize(
-    ("text", "says"), [("", "shorter than one window"), ("a few words", "shorter than one window"), (None, "tokenizer.json")]
+    ("text", "says"),
+    [("", "shorter than one window"), ("a few words", "shorter than one window"), (None, "tokenizer.json")],
 )
-def test_calibration_text_that_fills_no_window(tiny_checkpoint: Any, tmp_path: Path, text: str | None, says: str) -> None:
+def test_calibration_text_that_fills_no_window(
+    tiny_checkpoint: Any, tmp_path: Path, text: str | None, says: str
+) -> None:
     source = tiny_checkpoint("llama", vocab_size=320)
     folder = tmp_path / "work"
     folder.mkdir()
@@ -194,7 +225,9 @@ def test_a_graph_that_is_not_its_twin_leaves_no_bundle(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
     source = tiny_checkpoint("llama")
     build(source, tmp_path / "b", "--seed", "1")
     before = (tmp_path / "b" / "manifest.json").read_bytes()
@@ -208,17 +241,24 @@ def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(tiny_checkpoint
 def test_folding_normalised_keys_is_refused_before_any_text_is_sampled(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("kvexport.build.conversion_job.calibration_windows", lambda *_: pytest.fail("text was sampled"))
+    monkeypatch.setattr(
+        "kvexport.build.conversion_job.calibration_windows", lambda *_: pytest.fail("text was sampled")
+    )
     with pytest.raises(KvexportError, match="QK-norm"):
         build(tiny_checkpoint("qwen3"), tmp_path / "b", "--method", "fold")
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("options", "least"), [(("--kv-ratio", "0.2"), "0.25"), (("--group-size", "1"), "1"), (("--kv-head-dim", "256"), "1")]
+    ("options", "least"),
+    [(("--kv-ratio", "0.2"), "0.25"), (("--group-size", "1"), "1"), (("--kv-head-dim", "256"), "1")],
 )
 def test_less_than_any_choice_caches_is_refused_before_any_text_is_sampled(
-    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, str], least: str
+    tiny_checkpoint: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    options: tuple[str, str],
+    least: str,
 ) -> None:
     source = tiny_checkpoint("llama", num_key_value_heads=4)
     for module in ("kvexport.build.conversion_job", "kvexport.analyze.analysis"):
@@ -231,32 +271,60 @@ def test_less_than_any_choice_caches_is_refused_before_any_text_is_sampled(
 
 
 @pytest.mark.parametrize("verb", ["build", "compress", "analyze"])
-def test_one_window_of_text_is_said_to_hold_nothing_out(tiny_checkpoint: Any, tmp_path: Path, verb: str) -> None:
+def test_one_window_of_text_is_said_to_hold_nothing_out(
+    tiny_checkpoint: Any, tmp_path: Path, verb: str
+) -> None:
     for samples, said in ((1, True), (2, False)):
         result = cli(
-            verb, tiny_checkpoint("llama"), "-o", tmp_path / f"{verb}-{samples}", "--kv-heads", 1, "--calibration", "random",
-            "--samples", samples, "--length", 80,
-        )  # fmt: skip
+            verb,
+            tiny_checkpoint("llama"),
+            "-o",
+            tmp_path / f"{verb}-{samples}",
+            "--kv-heads",
+            1,
+            "--calibration",
+            "random",
+            "--samples",
+            samples,
+            "--length",
+            80,
+        )
         assert result.exit_code == 0
         assert ("nothing is held out" in result.stderr) == said
         assert "calibration tokens are few" not in result.stderr
 
 
 def test_demo_and_checkpoint_are_one_or_the_other(tmp_path: Path) -> None:
-    for arguments in (["build", "-o", tmp_path / "b"], ["build", "somewhere", "--demo", "-o", tmp_path / "b"]):
+    for arguments in (
+        ["build", "-o", tmp_path / "b"],
+        ["build", "somewhere", "--demo", "-o", tmp_path / "b"],
+    ):
         result = cli(*arguments)
         assert isinstance(result.exception, KvexportError)
         assert "--demo" in str(result.exception)
 
 
-def test_what_float16_cannot_hold_stays_float32_and_is_said(tiny_checkpoint: Any, edit_checkpoint: Any, tmp_path: Path) -> None:
+def test_what_float16_cannot_hold_stays_float32_and_is_said(
+    tiny_checkpoint: Any, edit_checkpoint: Any, tmp_path: Path
+) -> None:
     def enlarge(tensors: dict[str, Any]) -> None:
         tensors["model.layers.1.mlp.up_proj.weight"] *= 5e4
         tensors["model.layers.1.mlp.down_proj.weight"] *= 1e-3
 
     source = edit_checkpoint(tiny_checkpoint("llama"), tensors=enlarge)
     for ratio in ("1", "0.5"):
-        result = cli("build", source, "-o", tmp_path / ratio, *FAST, "--json", "--dtype", "float16", "--kv-ratio", ratio)
+        result = cli(
+            "build",
+            source,
+            "-o",
+            tmp_path / ratio,
+            *FAST,
+            "--json",
+            "--dtype",
+            "float16",
+            "--kv-ratio",
+            ratio,
+        )
         assert result.exception is None, result.exception
         assert json.loads(result.stdout)["kept_float32"] == ["layers.1.mlp"]
         assert "kept in float32: layers.1.mlp" in result.stderr

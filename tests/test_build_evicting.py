@@ -34,7 +34,9 @@ def kvexport(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 
 
 @pytest.mark.parametrize("method", ["auto", "fold"])
-def test_a_budget_is_built_proved_and_said(method: str, kvexport: Run, tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_a_budget_is_built_proved_and_said(
+    method: str, kvexport: Run, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
     bundle = tmp_path / "bundle"
     options = [
         "--kv-budget",
@@ -48,9 +50,14 @@ def test_a_budget_is_built_proved_and_said(method: str, kvexport: Run, tiny_chec
         "--evict-skip-layers",
         "1, 1",
     ]
-    code, out, err = kvexport("build", tiny_checkpoint("llama"), "-o", bundle, "--method", method, *QUICK, *options)
+    code, out, err = kvexport(
+        "build", tiny_checkpoint("llama"), "-o", bundle, "--method", method, *QUICK, *options
+    )
     assert code == 0, err
-    assert "24 tokens in each KV head (l2-norm, but the first 1 and the last 6 never do); layer 1 holds every token" in out
+    assert (
+        "24 tokens in each KV head (l2-norm, but the first 1 and the last 6 never do); layer 1 holds every token"
+        in out
+    )
     opened = Bundle.open(bundle)
     assert opened.eviction == Eviction("l2-norm", 24, 1, 6, (1,))
     report = json.loads((bundle / "report.json").read_text())
@@ -68,12 +75,21 @@ def test_a_budget_is_built_proved_and_said(method: str, kvexport: Run, tiny_chec
     assert (code, "ok (generated" in out) == (0, True)
 
 
-def test_a_share_of_the_capacity_and_the_defaults(kvexport: Run, tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
-    code, _, err = kvexport("build", tiny_checkpoint("llama"), "-o", tmp_path / "bundle", *QUICK, "--kv-budget", "0.5", "--quiet")
+def test_a_share_of_the_capacity_and_the_defaults(
+    kvexport: Run, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    code, _, err = kvexport(
+        "build", tiny_checkpoint("llama"), "-o", tmp_path / "bundle", *QUICK, "--kv-budget", "0.5", "--quiet"
+    )
     assert code == 0, err
     assert Bundle.open(tmp_path / "bundle").eviction == EvictionWish(32).of(64, 2)
     wished = EvictionWish.parse("0.5").of(64, 2)
-    assert (wished.policy, wished.budget, wished.protect_first, wished.protect_recent) == (DEFAULT_POLICY, 32, DEFAULT_FIRST, 0)
+    assert (wished.policy, wished.budget, wished.protect_first, wished.protect_recent) == (
+        DEFAULT_POLICY,
+        32,
+        DEFAULT_FIRST,
+        0,
+    )
     assert EvictionWish(40, policy="l2-norm").of(64, 2).protect_recent == (40 - DEFAULT_FIRST) // 2
 
 

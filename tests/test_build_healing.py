@@ -62,12 +62,16 @@ def source(tiny_checkpoint: Checkpoints) -> Path:
     return tiny_checkpoint("llama", num_key_value_heads=4)
 
 
-def built(source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **asked: Any) -> tuple[BuildReport, Decoder]:
+def built(
+    source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **asked: Any
+) -> tuple[BuildReport, Decoder]:
     """The report, and the model as its layers were handed to the graph."""
     layers: list[Layer] = []
     original = DecoderWriter.add_layer
     with monkeypatch.context() as patched:
-        patched.setattr(DecoderWriter, "add_layer", lambda self, layer: layers.append(layer) or original(self, layer))
+        patched.setattr(
+            DecoderWriter, "add_layer", lambda self, layer: layers.append(layer) or original(self, layer)
+        )
         report = build(source, output, plan(**asked), Progress(), capacity=64)
     return report, dataclasses.replace(load_decoder(source), layers=layers)
 
@@ -90,12 +94,15 @@ def test_what_is_reported_and_exported_is_the_healed_model(
     for decoder, stated in ((unhealed, plain), (healed, report)):
         assert stated.divergence is not None
         held_out = calibration(source)[split(WINDOWS)[1]]
-        assert divergence_of(trained, decoder, held_out).mean_kl == pytest.approx(stated.divergence.mean_kl, rel=1e-4)
+        assert divergence_of(trained, decoder, held_out).mean_kl == pytest.approx(
+            stated.divergence.mean_kl, rel=1e-4
+        )
     assert divergence_of(trained, healed, windows).mean_kl < divergence_of(trained, unhealed, windows).mean_kl
     scored = open_bundle(tmp_path / "healed", threads=1).score(windows[:1].numpy())
     np.testing.assert_allclose(scored, reference.forward(healed, windows[:1]).numpy(), rtol=0, atol=2e-4)
     assert (
-        float((reference.forward(healed, windows[:1]) - reference.forward(unhealed, windows[:1])).abs().max()) > 1e-2
+        float((reference.forward(healed, windows[:1]) - reference.forward(unhealed, windows[:1])).abs().max())
+        > 1e-2
     )  # a control
     assert self_test(tmp_path / "healed").verdict == "ok"  # it was recorded from the healed layers
     assert report.to_json()["healing"]["kl_after"] == report.healing.kl_after
@@ -145,7 +152,9 @@ def test_a_standard_checkpoint_is_healed_too(source: Path, tmp_path: Path) -> No
         held_out = calibration(source)[split(WINDOWS)[1]]
         read = divergence_of(load_decoder(source), load_decoder(tmp_path / name), held_out)
         assert report.divergence is not None
-        assert read.mean_kl == pytest.approx(report.divergence.mean_kl, rel=1e-3)  # of the checkpoint as it was written
+        assert read.mean_kl == pytest.approx(
+            report.divergence.mean_kl, rel=1e-3
+        )  # of the checkpoint as it was written
         reports[name] = report.divergence.mean_kl
     assert reports["healed"] < reports["plain"]
     assert sorted(each.name for each in tmp_path.iterdir()) == ["healed", "plain"]
@@ -166,7 +175,14 @@ def test_healing_that_makes_no_sense_is_refused_before_any_work(
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_standard_checkpoint_of_bloom_says_that_others_cache_as_much(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+def test_a_standard_checkpoint_of_bloom_says_that_others_cache_as_much(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
     said = Healing()
-    compress(tiny_checkpoint("bloom"), tmp_path / "out", Plan(recipe_for("random", 8, 32), Wish(kv_ratio=0.5), "fold"), said)
+    compress(
+        tiny_checkpoint("bloom"),
+        tmp_path / "out",
+        Plan(recipe_for("random", 8, 32), Wish(kv_ratio=0.5), "fold"),
+        said,
+    )
     assert any("BLOOM" in note for note in said.notes)

@@ -32,7 +32,9 @@ def decoder(tiny_checkpoint: Callable[..., Path]) -> Decoder:
 
 @pytest.fixture(scope="module")
 def sound(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("bundle") / "sound", decoder, tokenizer=byte_level_tokenizer())
+    return write_bundle(
+        tmp_path_factory.mktemp("bundle") / "sound", decoder, tokenizer=byte_level_tokenizer()
+    )
 
 
 @pytest.fixture
@@ -43,9 +45,18 @@ def bundle(sound: Path, tmp_path: Path) -> Path:
 
 def test_reads_what_was_written(sound: Path, decoder: Decoder) -> None:
     bundle = Bundle.open(str(sound))
-    assert bundle.path == sound and bundle.dtype == "float32" and bundle.capacity == 64 and bundle.calibration is None
+    assert (
+        bundle.path == sound
+        and bundle.dtype == "float32"
+        and bundle.capacity == 64
+        and bundle.calibration is None
+    )
     assert bundle.source.model_type == "llama" and bundle.version == "0.1.0"
-    assert bundle.model.vocab_size == 67 and bundle.model.bos_token_id == 1 and bundle.model.eos_token_ids == (2,)
+    assert (
+        bundle.model.vocab_size == 67
+        and bundle.model.bos_token_id == 1
+        and bundle.model.eos_token_ids == (2,)
+    )
     assert [layer.num_key_value_heads for layer in bundle.layers] == [4, 2]
     assert (bundle.layers[1].key_head_dim, bundle.layers[1].value_head_dim) == (12, 16)
     assert bundle.layers[1].predicted_error == 0.25
@@ -58,7 +69,10 @@ def test_kv_bytes_per_token_before_and_after(sound: Path, decoder: Decoder, tmp_
     before, after = 2 * 4 * 2 * 8, 4 * 2 * 8 + 2 * (12 + 16)
     for dtype, size in (("float32", 4), ("float16", 2), ("bfloat16", 2)):
         bundle = Bundle.open(write_bundle(tmp_path / dtype, decoder, dtype=dtype))
-        assert (bundle.kv_bytes_per_token_original, bundle.kv_bytes_per_token) == (size * before, size * after)
+        assert (bundle.kv_bytes_per_token_original, bundle.kv_bytes_per_token) == (
+            size * before,
+            size * after,
+        )
 
 
 def test_same_decoder_gives_the_same_bytes(sound: Path, decoder: Decoder, tmp_path: Path) -> None:
@@ -72,7 +86,12 @@ def test_same_decoder_gives_the_same_bytes(sound: Path, decoder: Decoder, tmp_pa
 
 @pytest.mark.parametrize(
     "failure",
-    [KeyboardInterrupt(), OSError(errno.ENOSPC, "No space left on device"), SystemExit(1), RuntimeError("bug")],
+    [
+        KeyboardInterrupt(),
+        OSError(errno.ENOSPC, "No space left on device"),
+        SystemExit(1),
+        RuntimeError("bug"),
+    ],
     ids=repr,
 )
 def test_any_failure_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
@@ -108,7 +127,9 @@ with new_bundle(Path(sys.argv[1])) as writer:
 
 
 def test_write_that_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", _LIMITED, str(tmp_path / "b")], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", _LIMITED, str(tmp_path / "b")], capture_output=True, text=True
+    )
     assert ran.returncode == 1 and "File too large" in ran.stderr
     assert list(tmp_path.iterdir()) == []
 
@@ -151,7 +172,11 @@ def test_output_that_exists_is_kept_unless_forced(decoder: Decoder, bundle: Path
             shutil.copyfile(bundle / name, writer.directory / name)
         raw = json.loads(before)
         writer.seal({key: raw[key] for key in raw if key not in ("format", "files", "manifest_sha256")})
-    assert sorted(file.name for file in bundle.iterdir()) == ["decoder.onnx", "decoder.onnx.data", "manifest.json"]
+    assert sorted(file.name for file in bundle.iterdir()) == [
+        "decoder.onnx",
+        "decoder.onnx.data",
+        "manifest.json",
+    ]
     assert [file.name for file in bundle.parent.iterdir()] == ["bundle"]
 
 
@@ -229,7 +254,9 @@ def test_another_spacing_of_the_same_values_is_refused(bundle: Path) -> None:
 @pytest.mark.parametrize("seen", [FORMAT + 1, "2", None, 2.0, True])
 def test_other_formats_are_refused_with_the_version_that_wrote_them(bundle: Path, seen: object) -> None:
     edit_manifest(bundle, lambda raw: raw.update(format=seen, kvexport="7.1.0"))
-    with pytest.raises(BundleError, match=r"format[\s\S]*7\.1\.0[\s\S]*allowed: format 2[\s\S]*update kvexport"):
+    with pytest.raises(
+        BundleError, match=r"format[\s\S]*7\.1\.0[\s\S]*allowed: format 2[\s\S]*update kvexport"
+    ):
         Bundle.open(bundle)
 
 
@@ -282,7 +309,9 @@ def test_every_key_is_needed_and_of_its_type(bundle: Path) -> None:
     for path in paths:
         for spoil in (lambda at, key: at.pop(key), lambda at, key: at.update({key: {"nested": []}})):
 
-            def change(raw: Raw, path: tuple[str | int, ...] = path, spoil: Callable[[Any, Any], object] = spoil) -> None:
+            def change(
+                raw: Raw, path: tuple[str | int, ...] = path, spoil: Callable[[Any, Any], object] = spoil
+            ) -> None:
                 at: Any = raw
                 for key in path[:-1]:
                     at = at[key]
@@ -295,7 +324,9 @@ def test_every_key_is_needed_and_of_its_type(bundle: Path) -> None:
                 pytest.fail(f"{path} was not needed")
 
 
-@pytest.mark.parametrize("name", ["../secret", "/etc/passwd", "sub/file", "..", ".", "", "a\\b", "a\nb", "manifest.json", "a\0b"])
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/passwd", "sub/file", "..", ".", "", "a\\b", "a\nb", "manifest.json", "a\0b"]
+)
 def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
     (bundle.parent / "secret").write_text("s")
     entry = {"sha256": "0" * 64, "bytes": 1}
@@ -337,17 +368,28 @@ def test_manifests_that_contradict_themselves(bundle: Path, change: Callable[[Ra
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"{", b"[]", b"7", b"\xff\xfe", b'{"files": {}}', b"[" * 100_000, b'{"format": 2' + b"0" * 5000 + b"}",
-     b" " * (1 << 24) + b"{}"],
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"7",
+        b"\xff\xfe",
+        b'{"files": {}}',
+        b"[" * 100_000,
+        b'{"format": 2' + b"0" * 5000 + b"}",
+        b" " * (1 << 24) + b"{}",
+    ],
     ids=["empty", "cut off", "list", "number", "not UTF-8", "no format", "deep", "long number", "long"],
-)  # fmt: skip
+)
 def test_manifests_that_are_none(bundle: Path, content: bytes) -> None:
     (bundle / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match="manifest of"):
         Bundle.open(bundle)
 
 
-def test_directories_that_are_no_bundle_are_told_what_to_do(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_directories_that_are_no_bundle_are_told_what_to_do(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     with pytest.raises(BundleError, match=r"no manifest\.json[\s\S]*make one"):
         Bundle.open(tmp_path)
     checkpoint = tiny_checkpoint("llama")
@@ -364,5 +406,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "o
 
 
 def test_reading_needs_no_heavy_package(sound: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", _LEAN, str(sound)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", _LEAN, str(sound)], capture_output=True, text=True, check=True
+    )
     assert ran.stdout.strip() == "[]"

@@ -18,17 +18,26 @@ from kvexport.bundle.bundle import FORMAT, Bundle
 from kvexport.errors import BundleError
 
 VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.sampled_from([0, -1, 1, 2, 10**30, 10**400]) | st.floats() | st.text(),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.sampled_from([0, -1, 1, 2, 10**30, 10**400])
+    | st.floats()
+    | st.text(),
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=5,
 )
-NAMES = st.text(max_size=300) | st.sampled_from(["..", "a/b", "\0", "x" * 5000, "decoder.onnx", "manifest.json", "\ud800"])
+NAMES = st.text(max_size=300) | st.sampled_from(
+    ["..", "a/b", "\0", "x" * 5000, "decoder.onnx", "manifest.json", "\ud800"]
+)
 
 
 @pytest.fixture(scope="module")
 def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
-    return write_bundle(tmp_path_factory.mktemp("property") / "tiny", decoder, tokenizer=byte_level_tokenizer())
+    return write_bundle(
+        tmp_path_factory.mktemp("property") / "tiny", decoder, tokenizer=byte_level_tokenizer()
+    )
 
 
 def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -27,7 +27,9 @@ def chat_of(folder: Path, template: str, notes: int = 0) -> Chat:
     assert len(found.notes) == notes, found.notes
     assert all(found.chat.conversation(messages) == text for messages, text in found.golden)
     with_system = any(messages[0]["role"] == "system" for messages, _ in found.golden)
-    assert with_system == (found.chat.begin_system is not None) and len(found.golden) == (7 if with_system else 4)
+    assert with_system == (found.chat.begin_system is not None) and len(found.golden) == (
+        7 if with_system else 4
+    )
     return found.chat
 
 
@@ -35,7 +37,10 @@ def test_chatml_with_a_system_prompt_of_its_own(tmp_path: Path) -> None:
     chat = chat_of(tmp_path, chat_templates.CHATML)
     assert chat.begin == "<|im_start|>system\nYou are a default.<|im_end|>\n<|im_start|>user\n"
     assert chat.begin_system == ("<|im_start|>system\n", "<|im_end|>\n<|im_start|>user\n")
-    assert chat.generate == "<|im_end|>\n<|im_start|>assistant\n" and chat.next == "<|im_end|>\n<|im_start|>user\n"
+    assert (
+        chat.generate == "<|im_end|>\n<|im_start|>assistant\n"
+        and chat.next == "<|im_end|>\n<|im_start|>user\n"
+    )
     assert not chat.strips
 
 
@@ -47,8 +52,13 @@ def test_thinking_blocks_of_past_turns(tmp_path: Path) -> None:
 def test_llama_2(tmp_path: Path) -> None:
     chat = chat_of(tmp_path, chat_templates.LLAMA2)
     assert chat == Chat(
-        "<s>[INST] ", ("<s>[INST] <<SYS>>\n", "\n<</SYS>>\n\n"), " [/INST]", " ", " </s><s>[INST] ", strips=True
-    )  # fmt: skip
+        "<s>[INST] ",
+        ("<s>[INST] <<SYS>>\n", "\n<</SYS>>\n\n"),
+        " [/INST]",
+        " ",
+        " </s><s>[INST] ",
+        strips=True,
+    )
 
 
 def test_llama_3_is_dated_by_a_fixed_rule(tmp_path: Path) -> None:
@@ -99,8 +109,12 @@ def test_where_templates_are(tmp_path: Path) -> None:
 
 
 def test_special_tokens_of_the_older_file(tmp_path: Path) -> None:
-    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<old>", "bos_token": "<begin>"}))
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>", "chat_template": chat_templates.MISTRAL1}))
+    (tmp_path / "special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "<old>", "bos_token": "<begin>"})
+    )
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"eos_token": "</s>", "chat_template": chat_templates.MISTRAL1})
+    )
     chat = reduced_chat(tmp_path).chat
     assert chat is not None and chat.begin.startswith("<begin>") and chat.next.startswith("</s>")
 
@@ -111,7 +125,9 @@ def test_special_tokens_of_the_older_file(tmp_path: Path) -> None:
         pytest.param(chat_templates.PREFILLED, "later messages in another way", id="prefilled"),
         pytest.param("{{ messages[0].content }}", "every message once", id="first-only"),
         pytest.param(chat_templates.ZEPHYR + "{{ messages[-1].content }}", "every message once", id="twice"),
-        pytest.param("{% for m in messages %}{{ m.content|upper }}{% endfor %}", "every message once", id="upper"),
+        pytest.param(
+            "{% for m in messages %}{{ m.content|upper }}{% endfor %}", "every message once", id="upper"
+        ),
         pytest.param(BY_LENGTH, "where a reduced one writes", id="by-length"),
         pytest.param("{% for %}", "TemplateSyntaxError", id="syntax"),
         pytest.param("{{ undefined.attribute }}", "undefined", id="undefined"),
@@ -122,7 +138,7 @@ def test_special_tokens_of_the_older_file(tmp_path: Path) -> None:
         pytest.param(["no", "templates"], None, id="nothing-named"),
         pytest.param(7, "no text", id="number"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_reduced_is_a_note(tmp_path: Path, template: object, why: str | None) -> None:
     found = reduced(tmp_path, template)
     assert found.chat is None and found.golden == ()
@@ -130,7 +146,11 @@ def test_what_cannot_be_reduced_is_a_note(tmp_path: Path, template: object, why:
         assert found.notes == ()
     else:
         (note,) = found.notes
-        assert note.startswith("the chat template cannot be reduced: ") and why in note and "text still works" in note
+        assert (
+            note.startswith("the chat template cannot be reduced: ")
+            and why in note
+            and "text still works" in note
+        )
 
 
 def test_a_template_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +162,8 @@ def test_a_template_that_never_ends(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 @pytest.mark.parametrize("name", ["tokenizer_config.json", "special_tokens_map.json"])
 @pytest.mark.parametrize("content", ["[1]", "{", '{"chat_template": "\\ud800"}'])
 def test_files_that_are_damaged(tmp_path: Path, name: str, content: str) -> None:
-    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": chat_templates.ZEPHYR, "eos_token": "e"}))
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"chat_template": chat_templates.ZEPHYR, "eos_token": "e"})
+    )
     (tmp_path / name).write_text(content)
     assert reduced_chat(tmp_path).chat is None or name == "special_tokens_map.json"

@@ -84,7 +84,12 @@ def test_dtypes_on_disk_are_read_as_float32_exactly(tiny_checkpoint: Make, dtype
 def test_leaves_take_the_dtype_asked_for(llama: Path) -> None:
     decoder = load_decoder(llama, torch.float64)
     layer = decoder.layers[0]
-    leaves = (decoder.embedding.weight, decoder.output.weight, layer.attention.v.weight, layer.mlp_norm.weight)
+    leaves = (
+        decoder.embedding.weight,
+        decoder.output.weight,
+        layer.attention.v.weight,
+        layer.mlp_norm.weight,
+    )
     assert all(leaf.dtype == torch.float64 for leaf in leaves)
 
 
@@ -116,7 +121,9 @@ def test_config_without_kv_heads_is_multi_head(tiny_checkpoint: Make, edit_check
         ({"rope_type": "default", "rope_theta": 10000.0}, {"rope_scaling": None}),
     ],
 )
-def test_old_rotary_settings_equal_new(llama: Path, edit_checkpoint: Make, new: dict[str, Any], old: dict[str, Any]) -> None:
+def test_old_rotary_settings_equal_new(
+    llama: Path, edit_checkpoint: Make, new: dict[str, Any], old: dict[str, Any]
+) -> None:
     old_path = edit_checkpoint(llama, config=old, without=("rope_parameters",))
     assert torch.equal(logits(old_path), logits(edit_checkpoint(llama, config={"rope_parameters": new})))
 
@@ -140,12 +147,17 @@ def test_token_ids(llama: Path, edit_checkpoint: Make) -> None:
 
 def test_digest_and_tokenizer(llama: Path, edit_checkpoint: Make, tmp_path: Path) -> None:
     same, other = edit_checkpoint(llama), edit_checkpoint(llama, tensors=lambda held: held[Q].add_(1))
-    assert Checkpoint(same).digest() == Checkpoint(edit_checkpoint(llama)).digest() != Checkpoint(other).digest()
+    assert (
+        Checkpoint(same).digest() == Checkpoint(edit_checkpoint(llama)).digest() != Checkpoint(other).digest()
+    )
     (same / "tokenizer.json").write_text("{}")
     into = tmp_path / "into"
     into.mkdir()
     assert Checkpoint(same).copy_tokenizer(into) == ["tokenizer.json", "generation_config.json"]
-    assert sha256_of(into / "tokenizer.json") == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    assert (
+        sha256_of(into / "tokenizer.json")
+        == "44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a"
+    )
 
 
 # Tied heads
@@ -153,14 +165,18 @@ def test_digest_and_tokenizer(llama: Path, edit_checkpoint: Make, tmp_path: Path
 
 def test_tied_checkpoint_may_store_its_head(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
     tied = tiny_checkpoint("llama", tie_word_embeddings=True)
-    path = edit_checkpoint(tied, tensors=lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()}))
+    path = edit_checkpoint(
+        tied, tensors=lambda held: held.update({"lm_head.weight": held["model.embed_tokens.weight"].clone()})
+    )
     assert load_decoder(path).head is None
     assert torch.equal(logits(path), logits(tied))
 
 
 def test_tied_checkpoint_with_another_head(llama: Path, edit_checkpoint: Make) -> None:
     """transformers 4 drops the stored head, transformers 5 the tie; neither is a safe guess."""
-    refused(edit_checkpoint(llama, config={"tie_word_embeddings": True}), "lm_head.weight", "tie_word_embeddings")
+    refused(
+        edit_checkpoint(llama, config={"tie_word_embeddings": True}), "lm_head.weight", "tie_word_embeddings"
+    )
 
 
 def test_untied_checkpoint_without_a_head(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
@@ -181,7 +197,9 @@ def test_no_config(tmp_path: Path) -> None:
     refused(tmp_path, "no checkpoint", "config.json")
 
 
-@pytest.mark.parametrize(("text", "said"), [("{", "not JSON"), ("[]", "no JSON object"), ("\xff", "not JSON"), ("", "not JSON")])
+@pytest.mark.parametrize(
+    ("text", "said"), [("{", "not JSON"), ("[]", "no JSON object"), ("\xff", "not JSON"), ("", "not JSON")]
+)
 def test_config_is_no_json(llama: Path, edit_checkpoint: Make, text: str, said: str) -> None:
     path = edit_checkpoint(llama)
     (path / "config.json").write_bytes(text.encode("latin-1"))
@@ -210,7 +228,9 @@ class _Trap:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
-def test_pickle_is_refused_and_not_opened(llama: Path, edit_checkpoint: Make, tmp_path: Path, name: str) -> None:
+def test_pickle_is_refused_and_not_opened(
+    llama: Path, edit_checkpoint: Make, tmp_path: Path, name: str
+) -> None:
     path = edit_checkpoint(llama)
     (path / "model.safetensors").unlink()
     (path / name).write_bytes(pickle.dumps(_Trap(tmp_path / "sprung")))
@@ -237,7 +257,9 @@ def test_truncated_file(llama: Path, edit_checkpoint: Make) -> None:
     path = edit_checkpoint(llama)
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
-    refused(path, "model.safetensors", "cannot be read as safetensors", f"{len(whole) // 2} bytes", "truncated")
+    refused(
+        path, "model.safetensors", "cannot be read as safetensors", f"{len(whole) // 2} bytes", "truncated"
+    )
 
 
 def test_empty_file(llama: Path, edit_checkpoint: Make) -> None:
@@ -248,7 +270,9 @@ def test_empty_file(llama: Path, edit_checkpoint: Make) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_header_is_an_error_of_ours(llama: Path, edit_checkpoint: Make, data: st.DataObject) -> None:
+def test_a_damaged_header_is_an_error_of_ours(
+    llama: Path, edit_checkpoint: Make, data: st.DataObject
+) -> None:
     """Any bytes in place of the header's: read as before, or refused; never another exception."""
     path = edit_checkpoint(llama)
     whole = bytearray((path / "model.safetensors").read_bytes())
@@ -281,13 +305,18 @@ def test_truncated_shard(tiny_checkpoint: Make, tmp_path: Path) -> None:
 def test_index_promises_a_tensor_that_its_shard_lacks(tiny_checkpoint: Make, tmp_path: Path) -> None:
     path, index = sharded_copy(tiny_checkpoint, tmp_path)
     shard = path / index["weight_map"][Q]
-    save_file({name: tensor for name, tensor in load_file(shard).items() if name != Q} or {"x": torch.zeros(1)}, shard)
+    save_file(
+        {name: tensor for name, tensor in load_file(shard).items() if name != Q} or {"x": torch.zeros(1)},
+        shard,
+    )
     refused(path, shard.name, Q, "promises")
 
 
 def test_index_promises_a_tensor_of_another_shard(tiny_checkpoint: Make, tmp_path: Path) -> None:
     path, index = sharded_copy(tiny_checkpoint, tmp_path)
-    index["weight_map"][Q] = next(shard for shard in index["weight_map"].values() if shard != index["weight_map"][Q])
+    index["weight_map"][Q] = next(
+        shard for shard in index["weight_map"].values() if shard != index["weight_map"][Q]
+    )
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
     refused(path, index["weight_map"][Q], Q)
 
@@ -301,7 +330,9 @@ def test_a_shard_may_hold_a_stale_copy(tiny_checkpoint: Make, tmp_path: Path, ll
         assert torch.equal(logits(path), logits(llama))
 
 
-@pytest.mark.parametrize("shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", 3, None, ["a"]])
+@pytest.mark.parametrize(
+    "shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", 3, None, ["a"]]
+)
 def test_index_leads_out_of_the_folder(tiny_checkpoint: Make, tmp_path: Path, shard: object) -> None:
     path, index = sharded_copy(tiny_checkpoint, tmp_path)
     shutil.copyfile(path / index["weight_map"][Q], tmp_path / "model.safetensors")
@@ -321,18 +352,29 @@ def test_index_without_a_map(tiny_checkpoint: Make, tmp_path: Path, text: str) -
 
 
 def test_unknown_family(llama: Path, edit_checkpoint: Make) -> None:
-    error = refused(edit_checkpoint(llama, config={"model_type": "mamba"}), "no family description", "'mamba'", "graphs/families")
+    error = refused(
+        edit_checkpoint(llama, config={"model_type": "mamba"}),
+        "no family description",
+        "'mamba'",
+        "graphs/families",
+    )
     assert error.allowed == "bloom, llama, mistral, qwen2, qwen3"
     refused(edit_checkpoint(llama, without=("model_type",)), "model_type = None")
 
 
 def test_unconsumed_tensor(llama: Path, edit_checkpoint: Make) -> None:
-    path = edit_checkpoint(llama, tensors=lambda held: held.update({"model.layers.0.self_attn.sinks": torch.zeros(4)}))
-    refused(path, "1 tensors of the checkpoint are not known to family 'llama'", "model.layers.0.self_attn.sinks")
+    path = edit_checkpoint(
+        llama, tensors=lambda held: held.update({"model.layers.0.self_attn.sinks": torch.zeros(4)})
+    )
+    refused(
+        path, "1 tensors of the checkpoint are not known to family 'llama'", "model.layers.0.self_attn.sinks"
+    )
 
 
 def test_fewer_layers_in_the_config_than_stored(llama: Path, edit_checkpoint: Make) -> None:
-    refused(edit_checkpoint(llama, config={"num_hidden_layers": 1}), "9 tensors", "model.layers.1.", "config.json")
+    refused(
+        edit_checkpoint(llama, config={"num_hidden_layers": 1}), "9 tensors", "model.layers.1.", "config.json"
+    )
 
 
 def test_more_layers_in_the_config_than_stored(llama: Path, edit_checkpoint: Make) -> None:
@@ -374,8 +416,20 @@ def test_wrong_dtype(llama: Path, edit_checkpoint: Make, dtype: torch.dtype, nam
 
 def test_wrong_number_of_kv_heads(llama: Path, edit_checkpoint: Make) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
-    refused(edit_checkpoint(llama, config={"num_key_value_heads": 1}), name, "(16, 32)", "(8, 32)", "num_key_value_heads")
-    refused(edit_checkpoint(llama, without=("num_key_value_heads",)), name, "(16, 32)", "(32, 32)", "num_key_value_heads")
+    refused(
+        edit_checkpoint(llama, config={"num_key_value_heads": 1}),
+        name,
+        "(16, 32)",
+        "(8, 32)",
+        "num_key_value_heads",
+    )
+    refused(
+        edit_checkpoint(llama, without=("num_key_value_heads",)),
+        name,
+        "(16, 32)",
+        "(32, 32)",
+        "num_key_value_heads",
+    )
     refused(edit_checkpoint(llama, config={"num_key_value_heads": 3}), "does not divide", "3 of 4")
 
 
@@ -404,7 +458,11 @@ def test_numbers_that_are_not_finite(llama: Path, edit_checkpoint: Make, bad: fl
 )
 def test_rotary_scaling_that_is_not_known(llama: Path, edit_checkpoint: Make, rope: dict[str, Any]) -> None:
     kind = next(said for said in rope.values() if said)
-    refused(edit_checkpoint(llama, config=rope), repr(kind.get("rope_type", kind.get("type"))), "default, linear, llama3")
+    refused(
+        edit_checkpoint(llama, config=rope),
+        repr(kind.get("rope_type", kind.get("type"))),
+        "default, linear, llama3",
+    )
 
 
 @pytest.mark.parametrize(
@@ -419,7 +477,9 @@ def test_rotary_scaling_that_is_not_known(llama: Path, edit_checkpoint: Make, ro
         ([1], "not one table"),
     ],
 )
-def test_rotary_settings_that_make_no_sense(llama: Path, edit_checkpoint: Make, rope: object, said: str) -> None:
+def test_rotary_settings_that_make_no_sense(
+    llama: Path, edit_checkpoint: Make, rope: object, said: str
+) -> None:
     refused(edit_checkpoint(llama, config={"rope_parameters": rope}), said)
 
 
@@ -440,7 +500,9 @@ def test_activation_that_is_not_known(llama: Path, edit_checkpoint: Make, act: o
 
 
 def test_bloom_with_its_residual_after_the_norm(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
-    path = edit_checkpoint(tiny_checkpoint("bloom"), config={"apply_residual_connection_post_layernorm": True})
+    path = edit_checkpoint(
+        tiny_checkpoint("bloom"), config={"apply_residual_connection_post_layernorm": True}
+    )
     refused(path, "family 'bloom'", "apply_residual_connection_post_layernorm = True")
 
 
@@ -448,13 +510,17 @@ def test_bloom_with_its_residual_after_the_norm(tiny_checkpoint: Make, edit_chec
 def test_quantised_checkpoint(llama: Path, edit_checkpoint: Make, method: str) -> None:
     """Found before any tensor is looked at."""
     path = edit_checkpoint(
-        llama, config={"quantization_config": {"quant_method": method}}, tensors=lambda held: held.update({Q: torch.zeros(1)})
+        llama,
+        config={"quantization_config": {"quant_method": method}},
+        tensors=lambda held: held.update({Q: torch.zeros(1)}),
     )
     refused(path, "quantised", repr(method), "start from the checkpoint that it was quantised from")
 
 
 @pytest.mark.parametrize("missing", ["sliding_window", "max_window_layers"])
-def test_window_that_the_config_does_not_give(tiny_checkpoint: Make, edit_checkpoint: Make, missing: str) -> None:
+def test_window_that_the_config_does_not_give(
+    tiny_checkpoint: Make, edit_checkpoint: Make, missing: str
+) -> None:
     path = tiny_checkpoint("qwen2", use_sliding_window=True, sliding_window=4)
     refused(edit_checkpoint(path, without=(missing, "layer_types")), f"config.json lacks {missing}")
 
@@ -472,7 +538,9 @@ def test_windows_are_those_of_transformers(tiny_checkpoint: Make, edit_checkpoin
     assert windows(qwen2, **switched, layer_types=None) == [None, 9]
     assert windows(qwen2, **switched, layer_types=["sliding_attention", "full_attention"]) == [9, None]
     for kinds in (["sliding_attention"], ["sliding_attention", "chunked_attention"], "sliding_attention"):
-        refused(edit_checkpoint(qwen2, config={**switched, "layer_types": kinds}), "layer_types", "full_attention")
+        refused(
+            edit_checkpoint(qwen2, config={**switched, "layer_types": kinds}), "layer_types", "full_attention"
+        )
 
 
 @pytest.mark.parametrize(
@@ -534,10 +602,20 @@ def test_layers_do_not_pile_up_in_memory(tmp_path: Path) -> None:
     """After the first of 18 layers (300 MB) the rest add a few at most, and no page of the file stays mapped."""
     hidden, inner, layers = 512, 2048, 18
     config = {
-        "model_type": "llama", "vocab_size": 100, "hidden_size": hidden, "intermediate_size": inner, "num_hidden_layers": layers,
-        "num_attention_heads": 8, "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "tie_word_embeddings": True,
-    }  # fmt: skip
-    shapes = {"self_attn.{}_proj": ("qkvo", (hidden, hidden)), "mlp.{}_proj": (("gate", "up"), (inner, hidden))}
+        "model_type": "llama",
+        "vocab_size": 100,
+        "hidden_size": hidden,
+        "intermediate_size": inner,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 8,
+        "max_position_embeddings": 64,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+    }
+    shapes = {
+        "self_attn.{}_proj": ("qkvo", (hidden, hidden)),
+        "mlp.{}_proj": (("gate", "up"), (inner, hidden)),
+    }
     tensors = {"model.embed_tokens.weight": torch.randn(100, hidden), "model.norm.weight": torch.ones(hidden)}
     for index in range(layers):
         prefix = f"model.layers.{index}."

@@ -47,7 +47,9 @@ def test_it_has_the_permissions_of_any_new_directory(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("x"), KeyboardInterrupt(), SystemExit(1), OSError(errno.ENOSPC, "full")], ids=lambda e: type(e).__name__
+    "error",
+    [ValueError("x"), KeyboardInterrupt(), SystemExit(1), OSError(errno.ENOSPC, "full")],
+    ids=lambda e: type(e).__name__,
 )
 @pytest.mark.parametrize("replacing", [False, True])
 def test_an_exception_leaves_nothing_behind(error: BaseException, replacing: bool, tmp_path: Path) -> None:
@@ -68,9 +70,16 @@ def test_an_exception_leaves_nothing_behind(error: BaseException, replacing: boo
 @pytest.mark.parametrize("call", ["fsync", "rename"])
 @pytest.mark.parametrize("nth", [1, 2, 3])
 @pytest.mark.parametrize("replacing", [False, True])
-@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "broken disk")], ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt(), OSError(errno.EIO, "broken disk")], ids=lambda e: type(e).__name__
+)
 def test_a_failing_call_of_the_last_stage_leaves_the_old_or_the_new(
-    call: str, nth: int, replacing: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: str,
+    nth: int,
+    replacing: bool,
+    error: BaseException,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Every sync and every rename fails once, with the rest of the calls as they are."""
     if replacing:
@@ -217,7 +226,9 @@ def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_
     (tmp_path / ".out2.1.partial").mkdir()
     processes = []
     for _ in range(2):
-        process = subprocess.Popen([sys.executable, "-c", _WRITE, tmp_path / "out"], stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(
+            [sys.executable, "-c", _WRITE, tmp_path / "out"], stdout=subprocess.PIPE, text=True
+        )
         assert process.stdout is not None
         processes.append((process, process.stdout))
         assert process.stdout.readline() == "writing\n"
@@ -228,7 +239,9 @@ def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_
         killed.wait()
         assert len(list(tmp_path.glob(".out.*.partial"))) == 2
         write(tmp_path / "out")
-        assert names(tmp_path) == sorted([".out.notes", f".out.{running.pid}.partial", ".out2.1.partial", "out"])
+        assert names(tmp_path) == sorted(
+            [".out.notes", f".out.{running.pid}.partial", ".out2.1.partial", "out"]
+        )
     finally:
         for process, stdout in processes:
             process.kill()

@@ -15,7 +15,11 @@ DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 @pytest.mark.slow
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda document: document.stem)
 def test_every_block_runs_in_its_order(document: Path, tmp_path: Path) -> None:
-    if "cmake" in document.read_text(encoding="utf-8") and not shutil.which("cmake") and "CI" not in os.environ:
+    if (
+        "cmake" in document.read_text(encoding="utf-8")
+        and not shutil.which("cmake")
+        and "CI" not in os.environ
+    ):
         pytest.skip("there is no cmake")
     checkout = copy_checkout(tmp_path)
     said = [run_block(block, checkout) for block in blocks(document) if not block.board]

@@ -14,9 +14,17 @@ from kvexport.devices.targets import load_target
 from kvexport.doctor import Diagnosis, examine
 
 EVERYTHING = {
-    "numpy": "2.1.0", "tokenizers": "0.21.0", "torch": "2.8.0+cpu", "safetensors": "0.5.0", "transformers": "5.0.0",
-    "onnx": "1.21.0", "onnx_ir": "1.0.1", "tensorrt": "10.3.0", "tensorrt_rtx": "1.7.1.116", "polygraphy": "0.53.6",
-}  # fmt: skip
+    "numpy": "2.1.0",
+    "tokenizers": "0.21.0",
+    "torch": "2.8.0+cpu",
+    "safetensors": "0.5.0",
+    "transformers": "5.0.0",
+    "onnx": "1.21.0",
+    "onnx_ir": "1.0.1",
+    "tensorrt": "10.3.0",
+    "tensorrt_rtx": "1.7.1.116",
+    "polygraphy": "0.53.6",
+}
 
 
 class Computer:
@@ -63,7 +71,12 @@ def lacking(found: Diagnosis) -> dict[str, list[str]]:
 def test_an_empty_computer_lacks_everything(computer: Computer) -> None:
     found = computer.examine()
     assert all(package.version is None and not package.usable for package in found.packages)
-    assert (found.machine.jetson, found.machine.l4t, found.machine.memory, found.machine.gpus) == (None, None, None, ())
+    assert (found.machine.jetson, found.machine.l4t, found.machine.memory, found.machine.gpus) == (
+        None,
+        None,
+        None,
+        (),
+    )
     assert found.providers == ()
     works = {verb.name for verb in found.verbs if not verb.lacks}
     assert works == {"inspect", "plan", "targets"}
@@ -89,10 +102,15 @@ def test_packages_are_found_whatever_their_spelling(computer: Computer) -> None:
 
 def test_tensorrt_may_come_under_its_cuda_version(computer: Computer) -> None:
     computer.install(tensorrt_cu13="11.3.0.99")
-    assert next(package for package in computer.examine().packages if package.name == "tensorrt").version == "11.3.0.99"
+    assert (
+        next(package for package in computer.examine().packages if package.name == "tensorrt").version
+        == "11.3.0.99"
+    )
 
 
-@pytest.mark.parametrize(("version", "usable"), [("2.5.9", False), ("2.6.0", True), ("2.10.1", True), ("1.13", False)])
+@pytest.mark.parametrize(
+    ("version", "usable"), [("2.5.9", False), ("2.6.0", True), ("2.10.1", True), ("1.13", False)]
+)
 def test_a_package_older_than_its_floor_is_not_usable(computer: Computer, version: str, usable: bool) -> None:
     computer.install(torch=version, safetensors="0.5.0")
     found = computer.examine()
@@ -125,20 +143,30 @@ def test_broken_metadata_is_passed_over(computer: Computer) -> None:
 @pytest.mark.parametrize(
     ("model", "release", "l4t", "jetpack", "sm"),
     [
-        ("NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super", "# R36 (release), REVISION: 4.3, GCID: 1", "36.4.3",
-         "6.1 to 6.2.1", "8.7"),
+        (
+            "NVIDIA Jetson Orin Nano Engineering Reference Developer Kit Super",
+            "# R36 (release), REVISION: 4.3, GCID: 1",
+            "36.4.3",
+            "6.1 to 6.2.1",
+            "8.7",
+        ),
         ("NVIDIA Jetson Orin NX", "# R39 (release), REVISION: 2.0", "39.2.0", "7.2", "8.7"),
         ("NVIDIA Jetson AGX Thor Developer Kit", "# R38 (release), REVISION: 2.1", "38.2.1", "7.0", "11.0"),
         ("NVIDIA Jetson AGX Orin", "# R99 (release), REVISION: 9.9", "99.9.9", None, "8.7"),
     ],
-)  # fmt: skip
+)
 def test_a_jetson_is_known_by_its_files(
     computer: Computer, model: str, release: str, l4t: str, jetpack: str | None, sm: str
 ) -> None:
     computer.jetson(model, release)
     computer.file("proc/meminfo", "MemTotal:        7802496 kB\nMemFree: 1 kB\n")
     machine = computer.examine().machine
-    assert (machine.jetson, machine.l4t, machine.jetpack, machine.memory) == (model, l4t, jetpack, 7802496 * 1024)
+    assert (machine.jetson, machine.l4t, machine.jetpack, machine.memory) == (
+        model,
+        l4t,
+        jetpack,
+        7802496 * 1024,
+    )
     assert [(gpu.sm, gpu.memory) for gpu in machine.gpus] == [(sm, None)]
 
 
@@ -178,9 +206,16 @@ def test_a_jetson_is_told_to_take_its_own_packages(computer: Computer) -> None:
 
 
 def test_gpus_are_what_nvidia_smi_lists(computer: Computer) -> None:
-    computer.nvidia_smi('echo "NVIDIA GeForce RTX 4090, 24564, 8.9, 580.82"; echo "NVIDIA Thor, [N/A], 11.0, 580.0"')
+    computer.nvidia_smi(
+        'echo "NVIDIA GeForce RTX 4090, 24564, 8.9, 580.82"; echo "NVIDIA Thor, [N/A], 11.0, 580.0"'
+    )
     first, second = computer.examine().machine.gpus
-    assert (first.name, first.memory, first.sm, first.driver) == ("NVIDIA GeForce RTX 4090", 24564 * 2**20, "8.9", "580.82")
+    assert (first.name, first.memory, first.sm, first.driver) == (
+        "NVIDIA GeForce RTX 4090",
+        24564 * 2**20,
+        "8.9",
+        "580.82",
+    )
     assert (second.sm, second.memory) == ("11.0", None)
 
 
@@ -257,7 +292,9 @@ def test_nothing_heavy_is_imported_to_look() -> None:
         "print(sorted({'torch', 'onnx', 'onnx_ir', 'transformers', 'tensorrt_rtx', 'polygraphy'} & set(sys.modules))); "
         "print(found.providers)"
     )
-    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ}, check=True
+    )
     imported, providers = ran.stdout.splitlines()[-2:]
     assert imported == "[]"
     assert "CPUExecutionProvider" in providers
@@ -265,7 +302,9 @@ def test_nothing_heavy_is_imported_to_look() -> None:
 
 def test_a_runtime_that_does_not_load_has_no_providers(computer: Computer, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
-    (tmp_path / "broken" / "onnxruntime.py").write_text("raise OSError('libcudart.so.13: cannot open shared object file')")
+    (tmp_path / "broken" / "onnxruntime.py").write_text(
+        "raise OSError('libcudart.so.13: cannot open shared object file')"
+    )
     code = "from kvexport.doctor import examine; print(examine().providers)"
     env = {**os.environ, "PYTHONPATH": str(tmp_path / "broken")}
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=env, check=True)

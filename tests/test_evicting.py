@@ -88,7 +88,9 @@ def contents_are_right(cache: EvictingCache, key: Tensor, value: Tensor) -> None
 
 
 @given(evictions(), st.none() | st.integers(2, 8), st.integers(0, 2**16))
-def test_single_tokens_leave_what_the_definition_leaves(eviction: Eviction, window: int | None, seed: int) -> None:
+def test_single_tokens_leave_what_the_definition_leaves(
+    eviction: Eviction, window: int | None, seed: int
+) -> None:
     key, value = tokens(30, seed)
     cache = empty(eviction, window)
     plain = [Plain(eviction, head, window, []) for head in range(2)]
@@ -102,13 +104,17 @@ def test_single_tokens_leave_what_the_definition_leaves(eviction: Eviction, wind
 
 
 @given(evictions(), st.integers(0, 2**16), st.data())
-def test_chunks_find_room_and_protected_tokens_stay(eviction: Eviction, seed: int, data: st.DataObject) -> None:
+def test_chunks_find_room_and_protected_tokens_stay(
+    eviction: Eviction, seed: int, data: st.DataObject
+) -> None:
     key, value = tokens(40, seed)
     cache, start = empty(eviction), 0
     while start < 40:
         count = min(data.draw(st.integers(1, eviction.chunk)), 40 - start)
         slots = cache.write(
-            key[:, :, start : start + count], value[:, :, start : start + count], torch.arange(start, start + count)[None]
+            key[:, :, start : start + count],
+            value[:, :, start : start + count],
+            torch.arange(start, start + count)[None],
         )
         start += count
         for head in range(2):
@@ -117,7 +123,11 @@ def test_chunks_find_room_and_protected_tokens_stay(eviction: Eviction, seed: in
             kept = set(held(cache, head))
             assert kept >= set(range(min(start, eviction.protect_first)))
             if count == 1:  # several may need the room of recent ones
-                assert kept >= set(range(max(0, start - eviction.protect_recent), start)) if len(kept) < eviction.budget else True
+                assert (
+                    kept >= set(range(max(0, start - eviction.protect_recent), start))
+                    if len(kept) < eviction.budget
+                    else True
+                )
     contents_are_right(cache, key, value)
 
 
@@ -130,7 +140,9 @@ def test_compressing_once_keeps_the_best(eviction: Eviction, seed: int) -> None:
     contents_are_right(kept, key, value)
     for head in range(2):
         plain = Plain(eviction, head, None, [])
-        ranked = sorted(range(30), key=lambda at, p=plain, h=head: p.rank((at, float(key[0, h, at].norm())), 30))  # type: ignore[misc]
+        ranked = sorted(
+            range(30), key=lambda at, p=plain, h=head: p.rank((at, float(key[0, h, at].norm())), 30)
+        )  # type: ignore[misc]
         assert held(kept, head) == sorted(ranked[: eviction.budget])
     assert kept.slots == eviction.budget
     assert int(kept.filled) == eviction.budget
@@ -150,7 +162,9 @@ def test_the_last_token_again_takes_its_own_slot() -> None:
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "qwen2", "qwen3"])
-def test_a_budget_that_is_not_exceeded_changes_nothing(family: str, tiny_checkpoint: Callable[..., Path]) -> None:
+def test_a_budget_that_is_not_exceeded_changes_nothing(
+    family: str, tiny_checkpoint: Callable[..., Path]
+) -> None:
     config: dict[str, Any] = {"sliding_window": 5} if family == "mistral" else {}
     decoder = load_decoder(tiny_checkpoint(family, **config), torch.float64)
     ids = torch.randint(0, 67, (2, 12), generator=torch.Generator().manual_seed(3))
@@ -188,7 +202,9 @@ def test_a_window_of_attention_within_the_budget_loses_nothing(tiny_checkpoint: 
 
 def test_layers_that_are_left_alone_hold_everything(tiny_checkpoint: Callable[..., Path]) -> None:
     decoder = load_decoder(tiny_checkpoint("llama"), torch.float64)
-    caches = reference.new_cache(decoder.layers, 1, 20, torch.float64, Eviction("l2-norm", 4, skip_layers=(1,)))
+    caches = reference.new_cache(
+        decoder.layers, 1, 20, torch.float64, Eviction("l2-norm", 4, skip_layers=(1,))
+    )
     assert [cache.key.shape[2] for cache in caches] == [4, 20]
 
 
@@ -197,7 +213,11 @@ def run(decoder: Decoder, ids: Tensor, eviction: Eviction, chunk: int = 1) -> Te
     logits = []
     for start in range(0, ids.shape[1], chunk):
         part = ids[:, start : start + chunk]
-        logits.append(reference.forward(decoder, part, torch.arange(start, start + part.shape[1]).expand(part.shape), caches))
+        logits.append(
+            reference.forward(
+                decoder, part, torch.arange(start, start + part.shape[1]).expand(part.shape), caches
+            )
+        )
     return torch.cat(logits, 1)
 
 

@@ -14,7 +14,10 @@ from kvexport.files.resources import resource
 from kvexport.model import families as module
 from kvexport.model.families import Family, families, family_of, parse_family
 
-SHIPPED = {path.name: path.read_text(encoding="utf-8") for path in sorted(resource("graphs", "families").glob("*.toml"))}
+SHIPPED = {
+    path.name: path.read_text(encoding="utf-8")
+    for path in sorted(resource("graphs", "families").glob("*.toml"))
+}
 LLAMA = SHIPPED["llama.toml"]
 
 
@@ -49,7 +52,9 @@ def test_shipped_description_is_consistent(name: str) -> None:
 
 def test_settings_take_the_first_key_then_the_default() -> None:
     bloom = families()["bloom"]
-    found = bloom.settings({"vocab_size": 9, "n_embed": 8, "n_layer": 3, "num_hidden_layers": 4, "num_attention_heads": 2})
+    found = bloom.settings(
+        {"vocab_size": 9, "n_embed": 8, "n_layer": 3, "num_hidden_layers": 4, "num_attention_heads": 2}
+    )
     sizes = {"vocab_size": 9, "hidden_size": 8, "num_layers": 3, "num_heads": 2}
     assert found == {**sizes, "norm_eps": 1e-5, "tied": True, "activation": "gelu_tanh"}
     with pytest.raises(CheckpointError, match="has no hidden_size or n_embed"):
@@ -64,12 +69,26 @@ def test_null_in_the_config_is_as_if_absent() -> None:
 
 def test_bias_is_fixed_or_named_by_the_config() -> None:
     llama, qwen2 = families()["llama"], families()["qwen2"]
-    assert [llama.has_bias(which, {"attention_bias": True}) for which in ("qkv", "o", "mlp")] == [True, True, False]
-    assert [llama.has_bias(which, {"mlp_bias": True}) for which in ("qkv", "o", "mlp")] == [False, False, True]
-    assert [qwen2.has_bias(which, {"attention_bias": False}) for which in ("qkv", "o", "mlp")] == [True, False, False]
+    assert [llama.has_bias(which, {"attention_bias": True}) for which in ("qkv", "o", "mlp")] == [
+        True,
+        True,
+        False,
+    ]
+    assert [llama.has_bias(which, {"mlp_bias": True}) for which in ("qkv", "o", "mlp")] == [
+        False,
+        False,
+        True,
+    ]
+    assert [qwen2.has_bias(which, {"attention_bias": False}) for which in ("qkv", "o", "mlp")] == [
+        True,
+        False,
+        False,
+    ]
 
 
-@pytest.mark.parametrize("config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "Llama"}])
+@pytest.mark.parametrize(
+    "config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "Llama"}]
+)
 def test_unknown_family(config: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="no family description") as caught:
         family_of(config)
@@ -99,7 +118,11 @@ def test_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch: pytest.
         ('model_types = ["llama", "mistral"]', 'model_types = "llama"', ("model_types", "array of strings")),
         ('model_types = ["llama", "mistral"]', "model_types = [1]", ("model_types", "array of strings")),
         ('model_types = ["llama", "mistral"]', "", ("model_types",)),
-        ('model_types = ["llama", "mistral"]', 'model_types = ["llama"]', ("attention.window.model_types", "mistral")),
+        (
+            'model_types = ["llama", "mistral"]',
+            'model_types = ["llama"]',
+            ("attention.window.model_types", "mistral"),
+        ),
         ('prefixes = [""]', "", ("tensors.prefixes",)),
         ('embedding = "model.embed_tokens"', "embedding = 3", ("tensors.embedding", "string")),
         ('vocab_size = "vocab_size"', "vocab_size = 5", ("config.vocab_size", "array of strings")),
@@ -111,14 +134,22 @@ def test_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch: pytest.
         ('mlp = "mlp_bias"', "", ("[bias]",)),
         ('mlp = "mlp_bias"', "mlp = 1", ("bias.mlp", "1")),
         ('q = "model.layers.{i}.self_attn.q_proj"', "", ("[tensors.layer]", "lacks q")),
-        ('q = "model.layers.{i}.self_attn.q_proj"', 'q = "model.self_attn.q_proj"', ("tensors.layer.q", "{i}")),
+        (
+            'q = "model.layers.{i}.self_attn.q_proj"',
+            'q = "model.self_attn.q_proj"',
+            ("tensors.layer.q", "{i}"),
+        ),
         ('q = "model.layers.{i}.self_attn.q_proj"', 'q = "model.{i}.{j}.q_proj"', ("tensors.layer.q", "{i}")),
         (
             'q = "model.layers.{i}.self_attn.q_proj"',
             'q = "model.layers.{i}.q"\nqkv = "model.{i}.qkv"',
             ("qkv", "[tensors.layer]"),
         ),
-        ('q = "model.layers.{i}.self_attn.q_proj"', 'q = "model.layers.{i}.q"\nq_norm = "model.{i}.n"', ("lacks k_norm",)),
+        (
+            'q = "model.layers.{i}.self_attn.q_proj"',
+            'q = "model.layers.{i}.q"\nq_norm = "model.{i}.n"',
+            ("lacks k_norm",),
+        ),
         ("gated = true", "gated = false", ("gate", "[tensors.layer]")),
         ("[mlp]", "[mpl]\nx = 1\n\n[mlp]", ("unknown key mpl",)),
         ("[mlp]", "[mlp]\nact = 1", ("unknown key mlp.act",)),
@@ -130,7 +161,9 @@ def test_wrong_description(old: str, new: str, said: tuple[str, ...]) -> None:
 
 
 def test_fused_layout_has_as_many_kv_heads() -> None:
-    text = changed('norm_eps = "layer_norm_epsilon"', 'num_kv_heads = "num_kv"\nnorm_eps = "eps"', SHIPPED["bloom.toml"])
+    text = changed(
+        'norm_eps = "layer_norm_epsilon"', 'num_kv_heads = "num_kv"\nnorm_eps = "eps"', SHIPPED["bloom.toml"]
+    )
     refused(text, "config.num_kv_heads", "fused")
 
 
@@ -138,7 +171,8 @@ KEYS = [
     (name, number)
     for name, text in SHIPPED.items()
     for number, line in enumerate(text.splitlines())
-    if re.match(r"\w+ = ", line) and not line.startswith("apply_residual")  # [require] takes any key of config.json
+    if re.match(r"\w+ = ", line)
+    and not line.startswith("apply_residual")  # [require] takes any key of config.json
 ]
 
 

@@ -45,13 +45,20 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("qwen2", {"num_hidden_layers": 3, "max_window_layers": 1, **WINDOW}),
-    ("qwen2", {"num_hidden_layers": 3, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"], **WINDOW}),
+    (
+        "qwen2",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            **WINDOW,
+        },
+    ),
     ("qwen2", {"rope_parameters": LINEAR}),
     ("qwen3", {}),
     ("qwen3", {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 16}),
     ("qwen3", {"attention_bias": True, "rope_parameters": LLAMA3, "head_dim": 16}),
     ("qwen3", {"max_window_layers": 1, **WINDOW}),
-]  # fmt: skip
+]
 
 
 def _name(value: object) -> str:
@@ -59,7 +66,11 @@ def _name(value: object) -> str:
         return value
     assert isinstance(value, dict)
     return (
-        ",".join(f"{key}={said.get('rope_type') if isinstance(said, dict) else said}" for key, said in value.items()) or "plain"
+        ",".join(
+            f"{key}={said.get('rope_type') if isinstance(said, dict) else said}"
+            for key, said in value.items()
+        )
+        or "plain"
     )
 
 
@@ -93,7 +104,9 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> None:
 def their_model(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    sdpa = {} if path.name.startswith("bloom") else {"attn_implementation": "sdpa"}  # BLOOM has eager attention only
+    sdpa = (
+        {} if path.name.startswith("bloom") else {"attn_implementation": "sdpa"}
+    )  # BLOOM has eager attention only
     return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, **sdpa).eval()
 
 
@@ -112,7 +125,9 @@ def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
 
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(("family", "config"), CASES, ids=_name)
-def test_logits_equal_transformers_in_float64(tiny_checkpoint: Callable[..., Path], family: str, config: dict[str, Any]) -> None:
+def test_logits_equal_transformers_in_float64(
+    tiny_checkpoint: Callable[..., Path], family: str, config: dict[str, Any]
+) -> None:
     path = tiny_checkpoint(family, **config)
     ids = token_ids()
     ours = reference.forward(load_decoder(path, torch.float64), ids)
@@ -126,7 +141,11 @@ def test_logits_equal_transformers_in_float64(tiny_checkpoint: Callable[..., Pat
         ("llama", {}, {"rms_norm_eps": 1.1e-6}),
         ("llama", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10001.0}}),
         ("llama", {"num_key_value_heads": 4}, {"hidden_act": "gelu"}),
-        ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}, {"rope_parameters": {**LLAMA3, "high_freq_factor": 4.1}}),
+        (
+            "llama",
+            {"rope_parameters": LLAMA3, "head_dim": 16},
+            {"rope_parameters": {**LLAMA3, "high_freq_factor": 4.1}},
+        ),
         ("llama", {"hidden_act": "gelu"}, {"hidden_act": "gelu_new"}),
         ("mistral", {"sliding_window": 7}, {"sliding_window": 8}),
         ("bloom", {"hidden_size": 36, "n_head": 6}, {"layer_norm_epsilon": 1.1e-5}),
@@ -148,7 +167,9 @@ def test_parity_sees_one_changed_setting(
 
 
 @pytest.mark.usefixtures("wide")
-def test_parity_sees_swapped_kv_heads(tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]) -> None:
+def test_parity_sees_swapped_kv_heads(
+    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
+) -> None:
     path = tiny_checkpoint("llama")
     name = "model.layers.1.self_attn.v_proj.weight"
     swapped = edit_checkpoint(path, tensors=lambda held: held.update({name: held[name].roll(8, 0)}))
@@ -158,7 +179,9 @@ def test_parity_sees_swapped_kv_heads(tiny_checkpoint: Callable[..., Path], edit
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "qwen2", "qwen3"])
-def test_logits_equal_unpatched_transformers_in_float32(tiny_checkpoint: Callable[..., Path], family: str) -> None:
+def test_logits_equal_unpatched_transformers_in_float32(
+    tiny_checkpoint: Callable[..., Path], family: str
+) -> None:
     path = tiny_checkpoint(family)
     ids = token_ids()
     ours = reference.forward(load_decoder(path), ids)
@@ -167,7 +190,9 @@ def test_logits_equal_unpatched_transformers_in_float32(tiny_checkpoint: Callabl
 
 
 @pytest.mark.usefixtures("wide")
-def test_bloom_saved_without_its_prefix(tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]) -> None:
+def test_bloom_saved_without_its_prefix(
+    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
+) -> None:
     path = tiny_checkpoint("bloom")
 
     def rename(held: dict[str, Any]) -> None:

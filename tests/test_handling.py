@@ -95,7 +95,9 @@ def test_read_only(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
             assert session.generate(PROMPT, max_new_tokens=12, stop=[], cache=cache).token_ids == tokens
             cache.save(tmp_path / "c")
             session.load(tmp_path / "c")
-        ran = subprocess.run([sys.executable, "-m", "kvexport", "self-test", bundle], capture_output=True, text=True)
+        ran = subprocess.run(
+            [sys.executable, "-m", "kvexport", "self-test", bundle], capture_output=True, text=True
+        )
         assert ran.returncode == 0, ran.stderr
         assert as_it_is(bundle) == before
     finally:
@@ -124,12 +126,31 @@ def test_a_full_disk(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
     program = _ON_FULL_DISK + "import os\nprint(sorted(os.listdir('.')))"
     ran = on_a_full_disk(sys.executable, "-c", program, disk=disk, bundle=bundle)
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout == f"full\n{tokens}\nNo space left on device saved\n['b', 'rest', 'x']\n" and not ran.stderr
-    command = [sys.executable, "-m", "kvexport", "run", "b", "--provider", "cpu", "--prompt", "hello", "--save-cache", "saved"]
+    assert (
+        ran.stdout == f"full\n{tokens}\nNo space left on device saved\n['b', 'rest', 'x']\n"
+        and not ran.stderr
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "kvexport",
+        "run",
+        "b",
+        "--provider",
+        "cpu",
+        "--prompt",
+        "hello",
+        "--save-cache",
+        "saved",
+    ]
     other = tmp_path / "other"
     other.mkdir()
     ran = on_a_full_disk(*command, disk=other, bundle=bundle)
-    assert ran.returncode == 3 and "the disk is full (No space left on device)" in ran.stderr and "fix:" in ran.stderr
+    assert (
+        ran.returncode == 3
+        and "the disk is full (No space left on device)" in ran.stderr
+        and "fix:" in ran.stderr
+    )
 
 
 _WITH_SMALL_FILES = """
@@ -177,7 +198,14 @@ def test_any_damage_is_refused_naming_the_file(sound: Path, tmp_path: Path) -> N
             kvexport.open(copy, provider="cpu")
             pytest.fail(way)
         assert caught.value.fix, way
-    assert files >= {"manifest.json", "decoder.onnx", "decoder.onnx.data", "decoder.cpu.onnx", "tokenizer.json", "text.json"}
+    assert files >= {
+        "manifest.json",
+        "decoder.onnx",
+        "decoder.onnx.data",
+        "decoder.cpu.onnx",
+        "tokenizer.json",
+        "text.json",
+    }
     generated(sound)  # a control
 
 
@@ -213,7 +241,10 @@ def test_engines_of_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     onnxruntime_on(device, monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(device))
     wrong = {
-        "gpu": ({"compute_capability": ("8.9",)}, r"was built for compute capability 8\.9, and Simulated has 8\.7"),
+        "gpu": (
+            {"compute_capability": ("8.9",)},
+            r"was built for compute capability 8\.9, and Simulated has 8\.7",
+        ),
         "version": ({"version": "10.3.0.30"}, r"was built with tensorrt 10\.3\.0\.30, here is 10\.16\.2"),
         "bundle": ({"manifest_sha256": "0" * 64}, "was built from another bundle"),
     }
@@ -240,7 +271,8 @@ def test_opened_twice_in_one_process(bundle: Path, tokens: Tokens) -> None:
     found: list[Tokens] = []
     with kvexport.open(bundle, provider="cpu") as one, kvexport.open(bundle, provider="cpu") as other:
         threads = [
-            threading.Thread(target=lambda s=session: found.extend(again(s) for _ in range(5))) for session in (one, other)
+            threading.Thread(target=lambda s=session: found.extend(again(s) for _ in range(5)))
+            for session in (one, other)
         ]
         for thread in threads:
             thread.start()
@@ -261,7 +293,9 @@ with kvexport.open(sys.argv[1], provider="cpu", threads=1) as session:
 
 def test_opened_twice_by_two_processes(bundle: Path, tokens: Tokens) -> None:
     command = [sys.executable, "-c", _SEVERAL, bundle]
-    both = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    both = [
+        subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     for process in both:
         assert process.stdout is not None and process.stdin is not None
         assert process.stdout.readline() == "open\n"

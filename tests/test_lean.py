@@ -23,9 +23,26 @@ pytestmark = pytest.mark.slow
 
 __all__ = ["tree", "wheel"]  # fixtures
 ABSENT = (
-    "torch", "transformers", "onnx", "onnx_ir", "onnxscript", "ml_dtypes", "safetensors", "huggingface_hub", "networkx", "psutil",
-    "jinja2", "google.protobuf", "packaging", "polygraphy", "tensorrt", "tensorrt_rtx", "cuda", "pip", "setuptools",
-)  # fmt: skip
+    "torch",
+    "transformers",
+    "onnx",
+    "onnx_ir",
+    "onnxscript",
+    "ml_dtypes",
+    "safetensors",
+    "huggingface_hub",
+    "networkx",
+    "psutil",
+    "jinja2",
+    "google.protobuf",
+    "packaging",
+    "polygraphy",
+    "tensorrt",
+    "tensorrt_rtx",
+    "cuda",
+    "pip",
+    "setuptools",
+)
 MOST_BYTES = 150_000_000
 
 
@@ -62,10 +79,19 @@ class Lean:
 
     def run(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
         ran = subprocess.run(
-            [str(self.python), *map(str, arguments)], cwd=self._folder, capture_output=True, text=True, timeout=300,
+            [str(self.python), *map(str, arguments)],
+            cwd=self._folder,
+            capture_output=True,
+            text=True,
+            timeout=300,
             env={"PATH": "/usr/bin:/bin", "PYTHONDONTWRITEBYTECODE": "1", "OMP_NUM_THREADS": "1"},
-        )  # fmt: skip
-        assert ran.returncode == code and "Traceback" not in ran.stderr, (arguments, ran.returncode, ran.stdout, ran.stderr)
+        )
+        assert ran.returncode == code and "Traceback" not in ran.stderr, (
+            arguments,
+            ran.returncode,
+            ran.stdout,
+            ran.stderr,
+        )
         return ran
 
     def kvexport(self, *arguments: object, code: int = 0) -> subprocess.CompletedProcess[str]:
@@ -87,7 +113,9 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
     checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None)
     folder = tmp_path_factory.mktemp("lean-bundle")
     decoder = decoder_with_fewer_heads(checkpoint)
-    return write_bundle(folder / "text", decoder, capacity=96, tokenizer=byte_level_tokenizer(), self_test=True)
+    return write_bundle(
+        folder / "text", decoder, capacity=96, tokenizer=byte_level_tokenizer(), self_test=True
+    )
 
 
 def test_only_the_runtime_is_there_and_it_is_small(lean: Lean) -> None:
@@ -95,13 +123,17 @@ def test_only_the_runtime_is_there_and_it_is_small(lean: Lean) -> None:
     assert lean.run("-c", look).stdout == "[]\n"
     assert lean.bytes() < MOST_BYTES
     for name in ("numpy", "onnxruntime", "tokenizers"):  # a control of the measure
-        assert sum(each.stat().st_size for each in (lean.site / name).rglob("*") if each.is_file()) > 5_000_000
+        assert (
+            sum(each.stat().st_size for each in (lean.site / name).rglob("*") if each.is_file()) > 5_000_000
+        )
 
 
 def test_pins_are_those_that_the_tests_pass_with() -> None:
     pins, passed = pinned(CHECKOUT / "runtime.txt"), pinned(CHECKOUT / "constraints.txt")
     assert all(passed.get(name, version) == version for name, version in pins.items())
-    assert {"numpy", "click", "rich", "tokenizers", "onnxruntime"} <= pins.keys() <= pins.keys() | passed.keys()
+    assert (
+        {"numpy", "click", "rich", "tokenizers", "onnxruntime"} <= pins.keys() <= pins.keys() | passed.keys()
+    )
 
 
 def test_what_only_reads_a_bundle_or_the_machine(lean: Lean, bundle: Path) -> None:
@@ -124,10 +156,14 @@ def test_bundles_run(lean: Lean, bundle: Path, tmp_path: Path) -> None:
     assert said.startswith("Once upon") and len(said) > len("Once upon\n")
     cache = tmp_path / "cache"
     assert "wrote" in lean.kvexport("run", bundle, "--prompt", "Once upon", "--save-cache", cache).stderr
-    rest = lean.kvexport("run", bundle, "--prompt", "", "--cache", cache, "--max-new-tokens", "8", "--quiet").stdout
+    rest = lean.kvexport(
+        "run", bundle, "--prompt", "", "--cache", cache, "--max-new-tokens", "8", "--quiet"
+    ).stdout
     assert f"Once upon{rest}" == said
     assert json.loads(lean.kvexport("self-test", bundle, "--json").stdout)["verdict"] == "ok"
-    figures = lean.kvexport("bench", bundle, "--prompt-tokens", "16", "--depth", "0", "--new-tokens", "4", "--json").stdout
+    figures = lean.kvexport(
+        "bench", bundle, "--prompt-tokens", "16", "--depth", "0", "--new-tokens", "4", "--json"
+    ).stdout
     assert json.loads(figures.splitlines()[0])
     code = f"""
 import kvexport, sys
@@ -158,8 +194,11 @@ BUILDERS: dict[str, tuple[str, ...]] = {
 @pytest.mark.parametrize("verb", BUILDERS)
 def test_what_builds_names_the_extra_to_install(verb: str, lean: Lean, bundle: Path, tmp_path: Path) -> None:
     named = {
-        "MODEL": CHECKOUT / "models" / "demo", "BUNDLE": bundle, "TEXT": CHECKOUT / "README.md", "PROVED": tmp_path / "proved",
-    }  # fmt: skip
+        "MODEL": CHECKOUT / "models" / "demo",
+        "BUNDLE": bundle,
+        "TEXT": CHECKOUT / "README.md",
+        "PROVED": tmp_path / "proved",
+    }
     if verb == "validate":
         export(named["PROVED"], make_decoder("llama", layers=1))
     ran = lean.kvexport(verb, *(named.get(each, each) for each in BUILDERS[verb]), code=3)

@@ -29,7 +29,9 @@ print(json.dumps([kvexport.__file__, sorted(families()), str(resource("graphs", 
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A copy of the files that git has or would add, so that building leaves nothing in the checkout."""
     listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(listed, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout.split("\0")
+    names = subprocess.run(listed, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout.split(
+        "\0"
+    )
     folder = tmp_path_factory.mktemp("tree")
     for name in filter(None, names):
         if (CHECKOUT / name).is_file():
@@ -41,7 +43,18 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     into = tmp_path_factory.mktemp("wheel")
-    build = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-build-isolation", "--no-index", "-w", str(into), "."]
+    build = [
+        sys.executable,
+        "-m",
+        "pip",
+        "wheel",
+        "--no-deps",
+        "--no-build-isolation",
+        "--no-index",
+        "-w",
+        str(into),
+        ".",
+    ]
     ran = subprocess.run(build, cwd=tree, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stdout + ran.stderr
     (found,) = into.glob("*.whl")
@@ -50,10 +63,16 @@ def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def in_wheel(tree: Path) -> set[str]:
     """What must be in the wheel: every module of the package, and the data files as package data."""
-    wanted = {path.relative_to(tree).as_posix() for path in (tree / "kvexport").rglob("*.py")} | {"kvexport/py.typed"}
+    wanted = {path.relative_to(tree).as_posix() for path in (tree / "kvexport").rglob("*.py")} | {
+        "kvexport/py.typed"
+    }
     wanted |= {f"kvexport/analyze/page.{kind}" for kind in ("css", "js")}
     for folder, pattern in DATA.items():
-        wanted |= {f"kvexport/{path.relative_to(tree).as_posix()}" for path in (tree / folder).glob(pattern) if path.is_file()}
+        wanted |= {
+            f"kvexport/{path.relative_to(tree).as_posix()}"
+            for path in (tree / folder).glob(pattern)
+            if path.is_file()
+        }
     return wanted
 
 
@@ -61,7 +80,11 @@ def test_wheel_holds_every_module_and_data_file(tree: Path, wheel: Path) -> None
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
     wanted = in_wheel(tree)
-    assert {"kvexport/graphs/families/llama.toml", "kvexport/calibration/self.toml", "kvexport/model/loader.py"} <= wanted
+    assert {
+        "kvexport/graphs/families/llama.toml",
+        "kvexport/calibration/self.toml",
+        "kvexport/model/loader.py",
+    } <= wanted
     assert names == wanted
 
 
@@ -70,7 +93,12 @@ def test_wheel_works_without_the_checkout(wheel: Path, tmp_path: Path) -> None:
         archive.extractall(tmp_path / "site")
     look = [sys.executable, "-c", _LOOK]
     ran = subprocess.run(
-        look, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, check=True, capture_output=True, text=True
+        look,
+        cwd=tmp_path,
+        env={"PYTHONPATH": str(tmp_path / "site")},
+        check=True,
+        capture_output=True,
+        text=True,
     )
     where, found, data = json.loads(ran.stdout)
     assert Path(where).is_relative_to(tmp_path) and Path(data).is_relative_to(tmp_path)
@@ -82,19 +110,36 @@ def test_wheel_names_what_it_needs(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         metadata = archive.read(name).decode()
-    needs = [line.removeprefix("Requires-Dist: ") for line in metadata.splitlines() if line.startswith("Requires-Dist: ")]
+    needs = [
+        line.removeprefix("Requires-Dist: ")
+        for line in metadata.splitlines()
+        if line.startswith("Requires-Dist: ")
+    ]
     base = {need.split(">")[0] for need in needs if "extra ==" not in need}
     assert base == {"numpy", "click", "rich", "tokenizers", "tomli"}  # the last one before Python 3.11
-    assert {line.removeprefix("Provides-Extra: ") for line in metadata.splitlines() if line.startswith("Provides-Extra: ")} >= {
-        "convert", "cpu", "dev", "gpu", "rtx", "tensorrt",
-    }  # fmt: skip
+    assert {
+        line.removeprefix("Provides-Extra: ")
+        for line in metadata.splitlines()
+        if line.startswith("Provides-Extra: ")
+    } >= {
+        "convert",
+        "cpu",
+        "dev",
+        "gpu",
+        "rtx",
+        "tensorrt",
+    }
     assert "License-Expression: Apache-2.0" in metadata
     assert any(need.startswith("torch") and '"convert"' in need for need in needs)
 
 
 def test_a_wheel_without_its_data_says_so(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path / "site", [name for name in archive.namelist() if not name.endswith(".toml")])
+        archive.extractall(
+            tmp_path / "site", [name for name in archive.namelist() if not name.endswith(".toml")]
+        )
     look = [sys.executable, "-c", _LOOK]
-    ran = subprocess.run(look, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True)
+    ran = subprocess.run(
+        look, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True
+    )
     assert ran.returncode != 0 and "lacks its data file graphs/families" in ran.stderr

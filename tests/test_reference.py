@@ -72,7 +72,8 @@ def test_chunked_prefill_equals_the_full_pass(decoder: Decoder) -> None:
     cache = reference.new_cache(decoder.layers, batch=2, capacity=ids.shape[1], dtype=torch.float64)
     positions = torch.arange(ids.shape[1]).expand(2, -1)
     chunks = [
-        reference.forward(decoder, ids[:, at], positions[:, at], cache) for at in (slice(0, 4), slice(4, 5), slice(5, None))
+        reference.forward(decoder, ids[:, at], positions[:, at], cache)
+        for at in (slice(0, 4), slice(4, 5), slice(5, None))
     ]
     close(torch.cat(chunks, dim=1), reference.forward(decoder, ids))
 
@@ -103,23 +104,37 @@ def test_key_and_query_maps_act_after_rotation(decoder: Decoder) -> None:
     """One orthogonal matrix for a key head and all of its queries leaves every score as it was."""
 
     def change(attention: Attention) -> Attention:
-        maps = torch.stack([random_rotation(attention.head_dim, head) for head in range(attention.num_kv_heads)])
-        return replace(attention, key_map=maps, query_map=maps.repeat_interleave(attention.queries_per_kv_head, 0))
+        maps = torch.stack(
+            [random_rotation(attention.head_dim, head) for head in range(attention.num_kv_heads)]
+        )
+        return replace(
+            attention, key_map=maps, query_map=maps.repeat_interleave(attention.queries_per_kv_head, 0)
+        )
 
-    close(reference.forward(with_attention(decoder, change), token_ids()), reference.forward(decoder, token_ids()))
+    close(
+        reference.forward(with_attention(decoder, change), token_ids()),
+        reference.forward(decoder, token_ids()),
+    )
 
 
 def test_value_map_takes_values_to_the_width_of_o(decoder: Decoder) -> None:
     def change(attention: Attention) -> Attention:
         kv, width = attention.num_kv_heads, attention.value_dim
-        turns = torch.stack([random_rotation(width, head) for head in range(kv)])  # [Hkv, value_dim, value_dim]
+        turns = torch.stack(
+            [random_rotation(width, head) for head in range(kv)]
+        )  # [Hkv, value_dim, value_dim]
         weight = (turns @ attention.v.weight.unflatten(0, (kv, width))).flatten(0, 1)
         bias = attention.v.bias
         turned = None if bias is None else (turns @ bias.view(kv, width, 1)).flatten()
-        back = turns.repeat_interleave(attention.queries_per_kv_head, 0)  # row v of a head becomes (turn v)ᵀ turn = vᵀ
+        back = turns.repeat_interleave(
+            attention.queries_per_kv_head, 0
+        )  # row v of a head becomes (turn v)ᵀ turn = vᵀ
         return replace(attention, v=Linear(weight, turned), value_map=back)
 
-    close(reference.forward(with_attention(decoder, change), token_ids()), reference.forward(decoder, token_ids()))
+    close(
+        reference.forward(with_attention(decoder, change), token_ids()),
+        reference.forward(decoder, token_ids()),
+    )
 
 
 def test_two_heads_in_one_wide_kv_head(llama: Decoder) -> None:
@@ -140,7 +155,12 @@ def test_two_heads_in_one_wide_kv_head(llama: Decoder) -> None:
 
     wide = with_attention(llama, change)
     attention = wide.layers[0].attention
-    assert (attention.key_heads, attention.key_dim, attention.value_dim, attention.queries_per_kv_head) == (4, 16, 16, 2)
+    assert (attention.key_heads, attention.key_dim, attention.value_dim, attention.queries_per_kv_head) == (
+        4,
+        16,
+        16,
+        2,
+    )
     assert attention.kv_width == llama.layers[0].attention.kv_width == 64
     ids = token_ids()
     cache = reference.new_cache(wide.layers, batch=2, capacity=ids.shape[1], dtype=torch.float64)
@@ -155,7 +175,9 @@ def test_window_sees_the_token_itself_and_those_before(llama: Decoder) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_alibi_keeps_distances_apart_in_half_precision(tiny_checkpoint: Callable[..., Path], dtype: torch.dtype) -> None:
+def test_alibi_keeps_distances_apart_in_half_precision(
+    tiny_checkpoint: Callable[..., Path], dtype: torch.dtype
+) -> None:
     attention = load_decoder(tiny_checkpoint("bloom")).layers[0].attention
     exact = reference.visibility(attention, torch.tensor([[4000]]), torch.arange(4001), dtype=torch.float64)
     half = reference.visibility(attention, torch.tensor([[4000]]), torch.arange(4001), dtype=dtype)
@@ -164,12 +186,16 @@ def test_alibi_keeps_distances_apart_in_half_precision(tiny_checkpoint: Callable
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_runs_in_its_own_dtype(tiny_checkpoint: Callable[..., Path], dtype: torch.dtype) -> None:
+def test_half_precision_runs_in_its_own_dtype(
+    tiny_checkpoint: Callable[..., Path], dtype: torch.dtype
+) -> None:
     half = load_decoder(tiny_checkpoint("llama"), dtype)
     exact = reference.forward(load_decoder(tiny_checkpoint("llama"), torch.float64), token_ids())
     logits = reference.forward(half, token_ids())
     assert logits.dtype == dtype
-    assert float((logits.double() - exact).abs().max() / exact.abs().max()) < (0.02 if dtype == torch.float16 else 0.15)
+    assert float((logits.double() - exact).abs().max() / exact.abs().max()) < (
+        0.02 if dtype == torch.float16 else 0.15
+    )
 
 
 def test_lazy_layers_read_only_what_is_asked() -> None:

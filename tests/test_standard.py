@@ -35,7 +35,9 @@ def converted_logits(checkpoint: Path, method: str, kv_heads: int, tokens: torch
 
     decoder = load_decoder(checkpoint)
     windows = calibration_windows(decoder, checkpoint, RECIPE)
-    made = plain(decoder, windows, kv_heads, method, adjacent=decoder.rope is None, capacity=capacity_of(decoder))
+    made = plain(
+        decoder, windows, kv_heads, method, adjacent=decoder.rope is None, capacity=capacity_of(decoder)
+    )
     layers = [each.layer for each in made]
     return reference.forward(dataclasses.replace(decoder, layers=layers), tokens)
 
@@ -77,7 +79,9 @@ def test_transformers_computes_what_our_decoder_computes(
     assert {layer.num_key_value_heads for layer in report.layers} == {heads // 2}
 
 
-def test_the_config_says_fewer_heads_and_the_cache_of_transformers_shrinks(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_the_config_says_fewer_heads_and_the_cache_of_transformers_shrinks(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
     compress(tiny_checkpoint("mistral", **MHA), tmp_path / "out", plan(kv_heads=1), Progress())
     config = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (config["model_type"], config["num_key_value_heads"]) == ("llama", 1)
@@ -88,14 +92,18 @@ def test_the_config_says_fewer_heads_and_the_cache_of_transformers_shrinks(tiny_
     assert cache.layers[0].keys.shape[1] == 1
 
 
-def test_it_can_be_converted_again_and_blooms_repeated_heads_are_found_without_loss(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_it_can_be_converted_again_and_blooms_repeated_heads_are_found_without_loss(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
     source = tiny_checkpoint("bloom")
     compress(source, tmp_path / "half", plan(kv_heads=2), Progress())
     again = compress(tmp_path / "half", tmp_path / "again", plan(kv_heads=2), Progress())
     assert max(layer.measured_error for layer in again.layers) < 1e-3
     tokens = torch.randint(67, (1, 30), generator=torch.Generator().manual_seed(2))
     assert torch.allclose(
-        transformers_logits(tmp_path / "again", tokens), transformers_logits(tmp_path / "half", tokens), atol=2e-3
+        transformers_logits(tmp_path / "again", tokens),
+        transformers_logits(tmp_path / "half", tokens),
+        atol=2e-3,
     )
 
 
@@ -107,7 +115,9 @@ def test_shards_are_written_when_the_model_is_large(
     compress(source, tmp_path / "out", plan(kv_heads=2), Progress())
     assert len(list((tmp_path / "out").glob("model-*-of-*.safetensors"))) > 2
     tokens = torch.arange(20)[None]
-    assert torch.allclose(transformers_logits(tmp_path / "out", tokens), converted_logits(source, "fold", 2, tokens), atol=1e-4)
+    assert torch.allclose(
+        transformers_logits(tmp_path / "out", tokens), converted_logits(source, "fold", 2, tokens), atol=1e-4
+    )
 
 
 @pytest.mark.parametrize(
@@ -124,14 +134,18 @@ def test_what_is_no_standard_checkpoint_is_refused_before_any_work(
     tiny_checkpoint: Any, tmp_path: Path, family: str, config: dict[str, Any], method: str, says: str
 ) -> None:
     with pytest.raises(UsageError, match=says):
-        compress(tiny_checkpoint(family, **config), tmp_path / "out", plan(method=method, kv_heads=1), Progress())
+        compress(
+            tiny_checkpoint(family, **config), tmp_path / "out", plan(method=method, kv_heads=1), Progress()
+        )
     assert list(tmp_path.iterdir()) == []
 
 
 def test_numbers_that_do_not_fit_float16_are_an_error_that_names_the_tensor(
     tiny_checkpoint: Any, edit_checkpoint: Any, tmp_path: Path
 ) -> None:
-    source = edit_checkpoint(tiny_checkpoint("llama", **MHA), tensors=lambda held: held["model.norm.weight"].fill_(1e5))
+    source = edit_checkpoint(
+        tiny_checkpoint("llama", **MHA), tensors=lambda held: held["model.norm.weight"].fill_(1e5)
+    )
     with pytest.raises(UsageError, match=r"model\.norm\.weight"):
         compress(source, tmp_path / "out", plan(kv_heads=2, dtype="float16"), Progress())
     assert not (tmp_path / "out").exists()

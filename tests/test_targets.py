@@ -10,9 +10,20 @@ from kvexport.devices.targets import known_targets, load_target, lowering_for, p
 from kvexport.errors import UsageError
 
 NAMES = {
-    "orin-nano-4gb", "orin-nano-4gb-super", "orin-nano-8gb", "orin-nano-8gb-super", "orin-nx-8gb", "orin-nx-16gb",
-    "agx-orin-32gb", "agx-orin-64gb", "thor-t4000", "thor-t5000", "rtx-4090", "h200", "cpu",
-}  # fmt: skip
+    "orin-nano-4gb",
+    "orin-nano-4gb-super",
+    "orin-nano-8gb",
+    "orin-nano-8gb-super",
+    "orin-nx-8gb",
+    "orin-nx-16gb",
+    "agx-orin-32gb",
+    "agx-orin-64gb",
+    "thor-t4000",
+    "thor-t5000",
+    "rtx-4090",
+    "h200",
+    "cpu",
+}
 
 GOOD = """
 title = "My board"
@@ -64,7 +75,12 @@ def test_a_shipped_target_is_plausible_and_sourced(name: str) -> None:
     assert 0.4 < target.usable <= 0.9
     assert target.usable_bytes == int(target.memory * target.usable)
     assert 30e9 < target.bandwidth < 10e12
-    assert (target.engine == "onnxruntime") == (target.sm is None) == (target.tensorrt is None) == (target.fp16 is None)
+    assert (
+        (target.engine == "onnxruntime")
+        == (target.sm is None)
+        == (target.tensorrt is None)
+        == (target.fp16 is None)
+    )
     if target.fp16 is not None and target.int8 is not None:
         assert target.int8 >= 1.9 * target.fp16
     assert {"memory_gib", "usable", "bandwidth_gb_s"} <= target.sources.keys()
@@ -91,7 +107,9 @@ def test_a_users_file_works_the_same(write) -> None:  # type: ignore[no-untyped-
 
 def test_a_shipped_file_may_be_copied(write) -> None:  # type: ignore[no-untyped-def]
     shipped = Path(__file__).resolve().parent.parent / "graphs" / "targets" / "cpu.toml"
-    mine = load_target(write(shipped.read_text(encoding="utf-8").replace("memory_gib = 16", "memory_gib = 32"), "mine.toml"))
+    mine = load_target(
+        write(shipped.read_text(encoding="utf-8").replace("memory_gib = 16", "memory_gib = 32"), "mine.toml")
+    )
     assert mine.memory == 2 * load_target("cpu").memory
 
 
@@ -111,7 +129,11 @@ def test_an_unknown_target_names_those_known(name: str) -> None:
         ('title = "My board"', 'title = " "', "title"),
         ('title = "My board"', "title = 3", "title"),
         ('engine = "tensorrt"', 'engine = "openvino"', "engine"),
-        ('engine = "tensorrt"', 'engine = "onnxruntime"', "tensorrt"),  # an engine without TensorRT has no version
+        (
+            'engine = "tensorrt"',
+            'engine = "onnxruntime"',
+            "tensorrt",
+        ),  # an engine without TensorRT has no version
         ('tensorrt = "10.3.0"', "", "sources"),  # the source of a figure that is not there
         ('tensorrt = "10.3.0"', 'tensorrt = "ten"', "tensorrt"),
         ('tensorrt = "10.3.0"', 'tensorrt = "8.6.2"', "too old"),
@@ -173,12 +195,16 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
         load_target(str(tmp_path / "bad.toml"))
 
 
-@pytest.mark.parametrize(("text", "version"), [("10.3", (10, 3)), ("10.3.0.30", (10, 3, 0, 30)), ("11.4.1", (11, 4, 1))])
+@pytest.mark.parametrize(
+    ("text", "version"), [("10.3", (10, 3)), ("10.3.0.30", (10, 3, 0, 30)), ("11.4.1", (11, 4, 1))]
+)
 def test_versions(text: str, version: tuple[int, ...]) -> None:
     assert parse_version(text) == version
 
 
-@pytest.mark.parametrize("text", ["", "10", "10.", "v10.3", "10.3rc1", "10.x", " 10.3", "1" * 5000 + ".1", "١٠.٣"])
+@pytest.mark.parametrize(
+    "text", ["", "10", "10.", "v10.3", "10.3rc1", "10.x", " 10.3", "1" * 5000 + ".1", "١٠.٣"]
+)
 def test_what_is_no_version(text: str) -> None:
     with pytest.raises(UsageError, match="not a version"):
         parse_version(text)
@@ -196,7 +222,12 @@ def test_which_tensorrt_a_target_has() -> None:
 
 def test_a_version_that_a_target_cannot_have_is_refused() -> None:
     nano = load_target("orin-nano-8gb")
-    for arguments in ({"jetpack": "7.0"}, {"jetpack": "5.1"}, {"jetpack": "6.2", "tensorrt": "10.3"}, {"tensorrt": "8.6"}):
+    for arguments in (
+        {"jetpack": "7.0"},
+        {"jetpack": "5.1"},
+        {"jetpack": "6.2", "tensorrt": "10.3"},
+        {"tensorrt": "8.6"},
+    ):
         with pytest.raises(UsageError):
             tensorrt_version(nano, **arguments)
     with pytest.raises(UsageError, match="no Jetson"):
@@ -209,6 +240,15 @@ def test_which_lowering_a_target_imports() -> None:
     nano = load_target("orin-nano-8gb")
     assert lowering_for(nano) == "decomposed17"
     assert lowering_for(nano, (10, 13, 3, 9)) == lowering_for(nano, (10, 14)) == "decomposed17"
-    assert lowering_for(nano, (10, 15)) == lowering_for(nano, (10, 16, 2, 10)) == lowering_for(nano, (11, 0)) == "std24"
-    assert lowering_for(load_target("rtx-4090"), (1, 7)) == lowering_for(load_target("rtx-4090"), None) == "std24"
+    assert (
+        lowering_for(nano, (10, 15))
+        == lowering_for(nano, (10, 16, 2, 10))
+        == lowering_for(nano, (11, 0))
+        == "std24"
+    )
+    assert (
+        lowering_for(load_target("rtx-4090"), (1, 7))
+        == lowering_for(load_target("rtx-4090"), None)
+        == "std24"
+    )
     assert lowering_for(load_target("cpu"), None) == "ort"

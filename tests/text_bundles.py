@@ -25,17 +25,25 @@ VOCAB = 320
 
 def write_text_bundle(
     path: Path, *, seed: int = 0, layers: int = 2, capacity: int = 512, template: str = CHATML, **options: Any
-) -> Path:  # fmt: skip
+) -> Path:
     """A bundle of a random decoder at `path`, as a build would have written its text files; `options` are `write_bundle`'s."""
-    decoder = talkative(make_decoder("gqa", layers=layers, vocab=VOCAB, seed=seed, dtype=torch.float32, max_positions=capacity))
+    decoder = talkative(
+        make_decoder(
+            "gqa", layers=layers, vocab=VOCAB, seed=seed, dtype=torch.float32, max_positions=capacity
+        )
+    )
 
     def add_text(bundle: Path) -> None:
         checkpoint = Path(folder) / "checkpoint"
         checkpoint.mkdir()
         for each in (checkpoint, bundle):
             (each / TOKENIZER_FILE).write_text(byte_level_tokenizer(VOCAB), encoding="utf-8")
-        (checkpoint / "tokenizer_config.json").write_text(json.dumps({"eos_token": "<|end|>", "chat_template": template}))
-        write_text_files(checkpoint, bundle, capacity=capacity, vocab_size=VOCAB, bos=None, eos=(2,), progress=Progress())
+        (checkpoint / "tokenizer_config.json").write_text(
+            json.dumps({"eos_token": "<|end|>", "chat_template": template})
+        )
+        write_text_files(
+            checkpoint, bundle, capacity=capacity, vocab_size=VOCAB, bos=None, eos=(2,), progress=Progress()
+        )
 
     with TemporaryDirectory() as folder:
         plain = write_bundle(Path(folder) / "plain", decoder, capacity=capacity, self_test=True, **options)

@@ -66,17 +66,23 @@ def write_bundle(
     return path
 
 
-def record_self_test(directory: Path, decoder: Decoder, dtype: str, capacity: int, eviction: Eviction | None) -> None:
+def record_self_test(
+    directory: Path, decoder: Decoder, dtype: str, capacity: int, eviction: Eviction | None
+) -> None:
     """Write self_test.json beside the weights of a decoder, with a prompt of random tokens."""
     with TemporaryDirectory() as folder:
-        greedy = GreedyRecorder(decoder, torch.zeros(0, dtype=torch.int64), capacity, eviction, dtype, Path(folder))
+        greedy = GreedyRecorder(
+            decoder, torch.zeros(0, dtype=torch.int64), capacity, eviction, dtype, Path(folder)
+        )
         for layer in decoder.layers:
             greedy.add_layer(layer)
         greedy.record(Progress())
     greedy.save(directory, sha256_of(directory / DATA_FILE))
 
 
-def manifest_of(decoder: Decoder, contract: GraphContract, eviction: Eviction | None = None) -> dict[str, Any]:
+def manifest_of(
+    decoder: Decoder, contract: GraphContract, eviction: Eviction | None = None
+) -> dict[str, Any]:
     return {
         "kvexport": __version__,
         "source": {"name": "tiny", "model_type": "llama", "sha256": "0" * 64},
@@ -167,7 +173,9 @@ def exact_logits(decoder: Decoder, ids: Sequence[int]) -> NDArray[np.float64]:
         if isinstance(tree, torch.Tensor):
             return tree.double() if tree.is_floating_point() else tree
         if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-            return dataclasses.replace(tree, **{f.name: wide(getattr(tree, f.name)) for f in dataclasses.fields(tree)})
+            return dataclasses.replace(
+                tree, **{f.name: wide(getattr(tree, f.name)) for f in dataclasses.fields(tree)}
+            )
         return tree
 
     layers: list[Layer] = [wide(layer) for layer in decoder.layers]
@@ -181,7 +189,9 @@ def exact_logits(decoder: Decoder, ids: Sequence[int]) -> NDArray[np.float64]:
     tokens = torch.tensor([ids])
     cache = reference.new_cache(layers, 1, len(ids), torch.float64)
     with torch.no_grad():
-        logits: NDArray[np.float64] = reference.forward(exact, tokens, torch.arange(len(ids))[None], cache)[0].numpy()
+        logits: NDArray[np.float64] = reference.forward(exact, tokens, torch.arange(len(ids))[None], cache)[
+            0
+        ].numpy()
     return logits
 
 

@@ -31,9 +31,16 @@ def copy_of(bundle: Path, name: str) -> Path:
 def build_rtx(part: Part, bundle: Path, lowering: str) -> dict[str, Any]:
     """As kvexport builds with TensorRT-RTX for the GPU's compute capability, which it refuses where there is no such name."""
     said = part.kvexport(
-        "engine", bundle, "--target", _RTX_TARGET, "--compute-capability", part.settings.compute_capability, "--lowering",
-        lowering, required=False,
-    )  # fmt: skip
+        "engine",
+        bundle,
+        "--target",
+        _RTX_TARGET,
+        "--compute-capability",
+        part.settings.compute_capability,
+        "--lowering",
+        lowering,
+        required=False,
+    )
     if said:
         return {"built": True, "record": said[0]}
     return {"built": False, "messages": part.commands[-1].get("stderr_end", [])}
@@ -43,19 +50,35 @@ def build_way(part: Part, bundle: Path, way: str, lowering: str, limit: float) -
     """As `rtx_way.py` builds, in a process of its own."""
     result = part.settings.work / f"{bundle.name}.way.json"
     script = str(Path(__file__).with_name("rtx_way.py"))
-    command = [sys.executable, script, str(bundle), way, lowering, part.settings.compute_capability, str(result)]
+    command = [
+        sys.executable,
+        script,
+        str(bundle),
+        way,
+        lowering,
+        part.settings.compute_capability,
+        str(result),
+    ]
     result.unlink(missing_ok=True)
     try:
-        ended = subprocess.run(command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, timeout=max(1.0, limit))
+        ended = subprocess.run(
+            command, stdout=sys.stderr, stderr=subprocess.PIPE, text=True, timeout=max(1.0, limit)
+        )
         code, words = ended.returncode, ended.stderr.splitlines()[-12:]
     except subprocess.TimeoutExpired:
         code, words = None, [f"ended after {limit:.0f} seconds"]
-    part.commands.append({"command": f"rtx_way.py {bundle.name} {way} {lowering}", "exit_code": code, "stderr_end": words})
-    found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {"way": way, "built": False}
+    part.commands.append(
+        {"command": f"rtx_way.py {bundle.name} {way} {lowering}", "exit_code": code, "stderr_end": words}
+    )
+    found = (
+        json.loads(result.read_text(encoding="utf-8")) if result.exists() else {"way": way, "built": False}
+    )
     return {**found, "exit_code": code, "stderr_end": words}
 
 
-def try_engine(part: Part, bundle: Path, *, required: bool, depths: tuple[int, ...], steps: int) -> dict[str, Any]:
+def try_engine(
+    part: Part, bundle: Path, *, required: bool, depths: tuple[int, ...], steps: int
+) -> dict[str, Any]:
     """Prove and measure a bundle's engine with kvexport's own runtime; `runs` says whether it could be asked at all."""
     if part.settings.rehearsal:
         return {"runs": None, "not_run": "a rehearsal: the engine was built, and nothing was run"}

@@ -11,13 +11,35 @@ from pathlib import Path
 from typing import Any
 
 _FIELDS = (
-    "name", "driver_version", "compute_cap", "memory.total", "memory.used", "clocks.sm", "clocks.mem", "clocks.max.sm",
-    "clocks.max.mem", "power.draw", "power.limit", "temperature.gpu",
-)  # fmt: skip
+    "name",
+    "driver_version",
+    "compute_cap",
+    "memory.total",
+    "memory.used",
+    "clocks.sm",
+    "clocks.mem",
+    "clocks.max.sm",
+    "clocks.max.mem",
+    "power.draw",
+    "power.limit",
+    "temperature.gpu",
+)
 _PACKAGES = (
-    "numpy", "torch", "triton", "transformers", "onnx", "onnx-ir", "onnxruntime", "onnxruntime-gpu", "tensorrt", "tensorrt-rtx",
-    "tensorrt_rtx_cu13", "polygraphy", "cuda-bindings", "nvidia-ml-py",
-)  # fmt: skip
+    "numpy",
+    "torch",
+    "triton",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "tensorrt_rtx_cu13",
+    "polygraphy",
+    "cuda-bindings",
+    "nvidia-ml-py",
+)
 _ROOT = Path(__file__).resolve().parents[2]
 _EVERY = 100  # milliseconds between two looks at the device's memory
 
@@ -36,7 +58,9 @@ def versions() -> dict[str, str]:
     """Of Python, kvexport's commit, and the installed ones of the packages that matter."""
     found = {"python": platform.python_version()}
     try:
-        asked = subprocess.run(["git", "-C", str(_ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True)
+        asked = subprocess.run(
+            ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
+        )
         if asked.returncode == 0:
             found["commit"] = asked.stdout.strip()
     except OSError:
@@ -51,7 +75,12 @@ def versions() -> dict[str, str]:
 
 def without_paths(text: str, work: Path) -> str:
     """A log with the folders of this machine taken out, since records are published."""
-    for folder, name in ((work, "WORK"), (_ROOT, "REPOSITORY"), (Path(sys.prefix), "PYTHON"), (Path.home(), "HOME")):
+    for folder, name in (
+        (work, "WORK"),
+        (_ROOT, "REPOSITORY"),
+        (Path(sys.prefix), "PYTHON"),
+        (Path.home(), "HOME"),
+    ):
         for spelled in dict.fromkeys((str(folder), str(folder.resolve()))):
             if len(spelled) > 1:
                 text = text.replace(spelled, name)
@@ -69,11 +98,21 @@ class MemoryWatch:
     peak: int | None = None
 
     def __enter__(self) -> MemoryWatch:
-        command = ["nvidia-smi", "-i", "0", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-lms", str(_EVERY)]
+        command = [
+            "nvidia-smi",
+            "-i",
+            "0",
+            "--query-gpu=memory.used",
+            "--format=csv,noheader,nounits",
+            "-lms",
+            str(_EVERY),
+        ]
         self._process: subprocess.Popen[str] | None = None
         seen = threading.Event()
         try:
-            self._process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+            self._process = subprocess.Popen(
+                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+            )
         except OSError:
             return self
         self._reader = threading.Thread(target=self._read, args=(self._process, seen), daemon=True)

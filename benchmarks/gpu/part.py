@@ -55,7 +55,9 @@ class Part:
         self.failures.append(what)
         self.save()
 
-    def kvexport(self, *arguments: str | Path, required: bool = True, threads: int | None = None) -> list[dict[str, Any]]:
+    def kvexport(
+        self, *arguments: str | Path, required: bool = True, threads: int | None = None
+    ) -> list[dict[str, Any]]:
         """The JSON lines that a verb prints with --json; none where it printed none. A failure is the part's if `required`."""
         shown = " ".join(("kvexport", *(each.name if isinstance(each, Path) else each for each in arguments)))
         environment = dict(os.environ) if threads is None else {"OMP_NUM_THREADS": str(threads), **os.environ}
@@ -63,7 +65,11 @@ class Part:
         begin = time.monotonic()
         ended = subprocess.run(command, capture_output=True, text=True, env=environment)
         print(f"$ {shown}\n{ended.stderr}", file=sys.stderr, flush=True)
-        entry: dict[str, Any] = {"command": shown, "exit_code": ended.returncode, "seconds": round(time.monotonic() - begin, 1)}
+        entry: dict[str, Any] = {
+            "command": shown,
+            "exit_code": ended.returncode,
+            "seconds": round(time.monotonic() - begin, 1),
+        }
         if ended.returncode:
             entry["stderr_end"] = ended.stderr.splitlines()[-12:]
         self.commands.append(entry)
@@ -92,19 +98,40 @@ class Part:
             sys.exit(1)
         return path
 
-    def bench(self, *bundles: Path, depths: Sequence[int], steps: int, provider: str | None = None) -> list[dict[str, Any]]:
+    def bench(
+        self, *bundles: Path, depths: Sequence[int], steps: int, provider: str | None = None
+    ) -> list[dict[str, Any]]:
         """`kvexport bench` of one bundle, or of two that take turns."""
         compared = ("--compare", bundles[1]) if len(bundles) > 1 else ()
         return self.kvexport(
-            "bench", bundles[0], *compared, "--provider", provider or self.settings.provider, "-d", ",".join(map(str, depths)),
-            "-n", str(steps), "--repetitions", str(self.settings.repetitions), "-p", str(min(512, max(self.settings.depths))),
-        )  # fmt: skip
+            "bench",
+            bundles[0],
+            *compared,
+            "--provider",
+            provider or self.settings.provider,
+            "-d",
+            ",".join(map(str, depths)),
+            "-n",
+            str(steps),
+            "--repetitions",
+            str(self.settings.repetitions),
+            "-p",
+            str(min(512, max(self.settings.depths))),
+        )
 
-    def validate(self, bundle: Path, provider: str | None = None, required: bool = True) -> list[dict[str, Any]]:
-        return self.kvexport("validate", bundle, "--provider", provider or self.settings.provider, required=required)
+    def validate(
+        self, bundle: Path, provider: str | None = None, required: bool = True
+    ) -> list[dict[str, Any]]:
+        return self.kvexport(
+            "validate", bundle, "--provider", provider or self.settings.provider, required=required
+        )
 
-    def self_test(self, bundle: Path, provider: str | None = None, required: bool = True) -> list[dict[str, Any]]:
-        return self.kvexport("self-test", bundle, "--provider", provider or self.settings.provider, required=required)
+    def self_test(
+        self, bundle: Path, provider: str | None = None, required: bool = True
+    ) -> list[dict[str, Any]]:
+        return self.kvexport(
+            "self-test", bundle, "--provider", provider or self.settings.provider, required=required
+        )
 
 
 def summary(milliseconds: Sequence[float]) -> dict[str, Any]:

@@ -21,7 +21,9 @@ def work(part: Part) -> None:
     builder = builder_here(part)
     part.found |= {"lowering": lowering, "kv_heads": heads, "builder": builder}
     if builder is None:
-        part.found["left_out"] = "no full TensorRT is installed, and TensorRT-RTX ran no engine on this GPU (part rtx)"
+        part.found["left_out"] = (
+            "no full TensorRT is installed, and TensorRT-RTX ran no engine on this GPU (part rtx)"
+        )
         return
     bundle = copy_of(part.bundle(heads), f"engine-{lowering}")
     try:
@@ -30,14 +32,18 @@ def work(part: Part) -> None:
         if not built["built"]:
             part.failed(f"no engine: {' '.join(built.get('messages') or built.get('stderr_end', []))}")
             return
-        part.found |= try_engine(part, bundle, required=True, depths=part.settings.depths, steps=part.settings.steps)
+        part.found |= try_engine(
+            part, bundle, required=True, depths=part.settings.depths, steps=part.settings.steps
+        )
         capacity = str(part.settings.shape["max_position_embeddings"])
         if planned := part.kvexport("plan", bundle, "--context", capacity):
             row = planned[0]["rows"][0]
             part.found["plan"] = {
-                "predicted": row["memory"], "total_bytes": row["total_bytes"], "lowering": planned[0]["lowering"],
+                "predicted": row["memory"],
+                "total_bytes": row["total_bytes"],
+                "lowering": planned[0]["lowering"],
                 "comparisons": planned[0]["comparisons"],
-            }  # fmt: skip
+            }
     finally:
         shutil.rmtree(bundle)  # gigabytes
 
@@ -60,7 +66,11 @@ def builder_here(part: Part) -> str | None:
 def build(part: Part, bundle: Any, builder: str, lowering: str) -> dict[str, Any]:
     if builder == "tensorrt":
         said = part.kvexport("engine", bundle, "--lowering", lowering, required=False)
-        return {"built": bool(said), "record": said[0] if said else None, "messages": part.commands[-1].get("stderr_end", [])}
+        return {
+            "built": bool(said),
+            "record": said[0] if said else None,
+            "messages": part.commands[-1].get("stderr_end", []),
+        }
     if builder == "kvexport":
         return build_rtx(part, bundle, lowering)
     return build_way(part, bundle, builder, lowering, part.left - _TRIALS)

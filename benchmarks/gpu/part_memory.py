@@ -23,14 +23,23 @@ def work(part: Part) -> None:
             with MemoryWatch() as watch:
                 benched = part.bench(bundle, depths=[depth], steps=_STEPS)
             predicted = part.kvexport(
-                "plan", part.settings.checkpoint(heads), "--kv-heads", str(heads), "--dtype", "float16", "--context", str(depth)
+                "plan",
+                part.settings.checkpoint(heads),
+                "--kv-heads",
+                str(heads),
+                "--dtype",
+                "float16",
+                "--context",
+                str(depth),
             )
             if benched and predicted:
                 rows.append(compared(heads, depth, predicted[0]["rows"][0], benched[0], watch))
                 part.save()
 
 
-def compared(kv_heads: int, depth: int, row: dict[str, Any], benched: dict[str, Any], watch: MemoryWatch) -> dict[str, Any]:
+def compared(
+    kv_heads: int, depth: int, row: dict[str, Any], benched: dict[str, Any], watch: MemoryWatch
+) -> dict[str, Any]:
     """Bytes predicted and measured of weights, cache and all; None where the machine does not tell."""
     device = benched["device"]
     measured = {
@@ -41,12 +50,18 @@ def compared(kv_heads: int, depth: int, row: dict[str, Any], benched: dict[str, 
         "host_peak": benched["peak_host_bytes"],
     }
     memory = row["memory"]
-    predicted = {name: memory[name] for name in ("weights", "kv", "activations", "engine")} | {"total": row["total_bytes"]}
+    predicted = {name: memory[name] for name in ("weights", "kv", "activations", "engine")} | {
+        "total": row["total_bytes"]
+    }
     ratio = measured["total"] / predicted["total"] if measured["total"] else None
     return {
-        "kv_heads": kv_heads, "depth": depth, "predicted": predicted, "measured": measured,
-        "total_measured_over_predicted": ratio, "device": device,
-    }  # fmt: skip
+        "kv_heads": kv_heads,
+        "depth": depth,
+        "predicted": predicted,
+        "measured": measured,
+        "total_measured_over_predicted": ratio,
+        "device": device,
+    }
 
 
 if __name__ == "__main__":

@@ -24,7 +24,11 @@ def work(part: Part) -> None:
     settings = part.settings
     with ThreadPoolExecutor(len(settings.kv_heads)) as pool:
         part.found = dict(
-            zip(map(str, settings.kv_heads), pool.map(lambda heads: make(part, heads), settings.kv_heads), strict=True)
+            zip(
+                map(str, settings.kv_heads),
+                pool.map(lambda heads: make(part, heads), settings.kv_heads),
+                strict=True,
+            )
         )
 
 
@@ -37,9 +41,24 @@ def make(part: Part, kv_heads: int) -> dict[str, Any]:
     if not bundle.exists():
         threads = max(1, (os.cpu_count() or 1) // len(part.settings.kv_heads))
         said = part.kvexport(
-            "build", checkpoint, "-o", bundle, "--kv-ratio", "1", "--dtype", "float16", "--calibration", "random", "--samples",
-            "4", "--length", "32", "--capacity", str(part.settings.shape["max_position_embeddings"]), threads=threads,
-        )  # fmt: skip
+            "build",
+            checkpoint,
+            "-o",
+            bundle,
+            "--kv-ratio",
+            "1",
+            "--dtype",
+            "float16",
+            "--calibration",
+            "random",
+            "--samples",
+            "4",
+            "--length",
+            "32",
+            "--capacity",
+            str(part.settings.shape["max_position_embeddings"]),
+            threads=threads,
+        )
         if said:
             made["seconds_by_stage"] = said[0]["seconds"]
             made["kept_float32"] = said[0]["kept_float32"]
@@ -84,15 +103,27 @@ def write_checkpoint(path: Path, shape: dict[str, Any], kv_heads: int) -> int:
         shapes |= {f"{prefix}mlp.down_proj.weight": (hidden, intermediate)}
         shapes |= {f"{prefix}{name}_layernorm.weight": (hidden,) for name in ("input", "post_attention")}
         shard(f"layer-{index:03d}.safetensors", shapes)
-    shard("embedding.safetensors", {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)})
+    shard(
+        "embedding.safetensors",
+        {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)},
+    )
     shard("head.safetensors", {"lm_head.weight": (vocab, hidden)})
     index = {"metadata": {"total_size": 2 * count}, "weight_map": weight_map}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
     config = {
-        **shape, "model_type": "llama", "architectures": ["LlamaForCausalLM"], "num_key_value_heads": kv_heads,
-        "head_dim": _HEAD_DIM, "hidden_act": "silu", "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "tie_word_embeddings": False,
-        "bos_token_id": 1, "eos_token_id": 2, "torch_dtype": "float16",
-    }  # fmt: skip
+        **shape,
+        "model_type": "llama",
+        "architectures": ["LlamaForCausalLM"],
+        "num_key_value_heads": kv_heads,
+        "head_dim": _HEAD_DIM,
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0,
+        "tie_word_embeddings": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "torch_dtype": "float16",
+    }
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     folder.rename(path)
     return count

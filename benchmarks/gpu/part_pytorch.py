@@ -59,13 +59,17 @@ def at_depth(part: Part, models: dict[int, Model], depth: int, longest: float) -
         figures[name] = {"temporary_bytes": model.warmed(model.eager), "cache_bytes": model.cache_bytes}
         sides[name] = model, model.eager
         if part.left < 1.3 * longest + _RESERVE:
-            part.found["compilation"][f"{depth}, {heads} KV heads"] = {"left_out": f"{part.left:.0f} seconds were left"}
+            part.found["compilation"][f"{depth}, {heads} KV heads"] = {
+                "left_out": f"{part.left:.0f} seconds were left"
+            }
             continue
         begin = time.monotonic()
         try:
             call, temporary, how = model.compiled(part.settings.rehearsal)
         except Exception as error:  # whatever the compiler raises
-            part.failed(f"torch.compile at depth {depth}, {heads} KV heads: {type(error).__name__}: {str(error)[:2000]}")
+            part.failed(
+                f"torch.compile at depth {depth}, {heads} KV heads: {type(error).__name__}: {str(error)[:2000]}"
+            )
             continue
         seconds = time.monotonic() - begin
         longest = max(longest, seconds)
@@ -112,7 +116,9 @@ class Model:
         if last_only:
             arguments["logits_to_keep"] = 1
         if self.wants_positions:
-            arguments["cache_position"] = torch.arange(self.length, self.length + ids.shape[1], device=self.device)
+            arguments["cache_position"] = torch.arange(
+                self.length, self.length + ids.shape[1], device=self.device
+            )
         self.length += ids.shape[1]
         return call(**arguments).logits
 
@@ -127,7 +133,10 @@ class Model:
 
     def fill(self, depth: int, more: int) -> None:
         """A cache with `depth` random tokens, and room for `more`."""
-        self.cache, self.length = StaticCache(config=self.model.config, max_cache_len=-(-(depth + more) // 8) * 8), 0
+        self.cache, self.length = (
+            StaticCache(config=self.model.config, max_cache_len=-(-(depth + more) // 8) * 8),
+            0,
+        )
         ids = torch.randint(3, self.vocab, (1, depth), device=self.device)
         for start in range(0, depth, _CHUNK):
             self.run(self.eager, ids[:, start : start + _CHUNK])
@@ -161,7 +170,12 @@ class Model:
         return (
             call,
             temporary,
-            {**options, "fullgraph": refused is None, "fullgraph_refused": refused, "cudagraph_skips": skipped},
+            {
+                **options,
+                "fullgraph": refused is None,
+                "fullgraph_refused": refused,
+                "cudagraph_skips": skipped,
+            },
         )
 
     def cosine_to_twin(self, part: Part) -> float:
@@ -171,7 +185,10 @@ class Model:
         bundle = part.bundle(self.kv_heads)
         twin = read_twin(bundle / FILE, int(self.model.config.num_hidden_layers))
         ids = torch.from_numpy(np.array(twin["input_ids"]))[None].to(self.device)
-        self.cache, self.length = StaticCache(config=self.model.config, max_cache_len=-(-ids.shape[1] // 8) * 8), 0
+        self.cache, self.length = (
+            StaticCache(config=self.model.config, max_cache_len=-(-ids.shape[1] // 8) * 8),
+            0,
+        )
         here = self.run(self.eager, ids, last_only=False)[0].double().cpu()
         there = torch.from_numpy(np.array(twin["logits"])).double()
         return float(torch.nn.functional.cosine_similarity(here, there, dim=1).min())

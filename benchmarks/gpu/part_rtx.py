@@ -20,15 +20,37 @@ def work(part: Part) -> None:
     bundle = part.settings.work / "bundle-demo"
     if not bundle.is_dir():
         part.kvexport(
-            "build", "--demo", "-o", bundle, "--kv-ratio", "0.5", "--dtype", "float16", "--calibration", "random", "--samples",
-            "4", "--length", "32",
-        )  # fmt: skip
+            "build",
+            "--demo",
+            "-o",
+            bundle,
+            "--kv-ratio",
+            "0.5",
+            "--dtype",
+            "float16",
+            "--calibration",
+            "random",
+            "--samples",
+            "4",
+            "--length",
+            "32",
+        )
     if not bundle.is_dir():
         return
     capabilities = known()
     here = part.settings.compute_capability
-    part.found |= {"compute_capability": here, "known": capabilities, "listed": here in capabilities, "ways": {}}
-    for way in ("kvexport", "current", "portable", *([] if here in capabilities else [nearest(here, capabilities)])):
+    part.found |= {
+        "compute_capability": here,
+        "known": capabilities,
+        "listed": here in capabilities,
+        "ways": {},
+    }
+    for way in (
+        "kvexport",
+        "current",
+        "portable",
+        *([] if here in capabilities else [nearest(here, capabilities)]),
+    ):
         copy = copy_of(bundle, f"demo-{way}")
         if way == "kvexport":
             tried = build_rtx(part, copy, _LOWERING)

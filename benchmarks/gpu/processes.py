@@ -36,15 +36,23 @@ class Ended:
 
 
 def run_limited(
-    command: Sequence[str], limit: float, log: Path, environment: Mapping[str, str], stop: threading.Event | None = None
+    command: Sequence[str],
+    limit: float,
+    log: Path,
+    environment: Mapping[str, str],
+    stop: threading.Event | None = None,
 ) -> Ended:
     """Run `command` for `limit` seconds at most, or until `stop`; what it writes goes to the file `log`."""
     begin = time.monotonic()
     with log.open("wb") as file:
         process = subprocess.Popen(
-            list(command), stdin=subprocess.DEVNULL, stdout=file, stderr=subprocess.STDOUT, env=dict(environment),
+            list(command),
+            stdin=subprocess.DEVNULL,
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=dict(environment),
             start_new_session=True,
-        )  # fmt: skip
+        )
         try:
             in_time = _ends(process, begin + limit, stop)
         finally:

@@ -57,17 +57,27 @@ def main() -> None:
     found["messages"] = log.messages
     bundle = Bundle.open(path)
     chunk = min(_CHUNK, bundle.capacity)
-    fitted = fit(path / GRAPH_FILE, Parser(library.engine, library.version), batch=1, capacity=bundle.capacity, lowering=lowering)
+    fitted = fit(
+        path / GRAPH_FILE,
+        Parser(library.engine, library.version),
+        batch=1,
+        capacity=bundle.capacity,
+        lowering=lowering,
+    )
     profiles = (Profile("decode", (1, 1, min(2, chunk))), Profile("prefill", (1, chunk, chunk)))
     begin = time.monotonic()
-    builder, network, _parser = parse(type(library)(library.engine, trt, library.version, log), fitted.model, path / GRAPH_FILE)
+    builder, network, _parser = parse(
+        type(library)(library.engine, trt, library.version, log), fitted.model, path / GRAPH_FILE
+    )
     everywhere = Destination(way, library.engine, (), True)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
         config = _config(library, builder, network, profiles, EngineOptions(), everywhere, b"", None)
     if way != "portable":
         name = "CURRENT" if way == "current" else way
         config.num_compute_capabilities = 1
-        found["capability_taken"] = bool(config.set_compute_capability(getattr(trt.ComputeCapability, name), 0))
+        found["capability_taken"] = bool(
+            config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
+        )
     save()
     serialised = builder.build_serialized_network(network, config)
     found["seconds"] = round(time.monotonic() - begin, 1)
@@ -79,13 +89,28 @@ def main() -> None:
     folder.mkdir(parents=True)
     (folder / PLAN_FILE).write_bytes(view)
     record = BuildRecord(
-        kvexport=__version__, manifest_sha256=manifest_digest(path), target=way, engine=library.engine, version=found["version"],
-        lowering=lowering, compute_capability=(capability,), dtype=bundle.dtype, batch=1, capacity=bundle.capacity, chunk=chunk,
-        profiles=profiles, decomposed=(), options=EngineOptions().recorded(),
-        plan=PlanFile(hashlib.sha256(view).hexdigest(), view.nbytes), layers=layer_counts(network),
-        weights_bytes=bundle.files[DATA_FILE].bytes, activation_bytes=None, timing_cache_bytes=0,
-        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, seconds=found["seconds"],
-    )  # fmt: skip
+        kvexport=__version__,
+        manifest_sha256=manifest_digest(path),
+        target=way,
+        engine=library.engine,
+        version=found["version"],
+        lowering=lowering,
+        compute_capability=(capability,),
+        dtype=bundle.dtype,
+        batch=1,
+        capacity=bundle.capacity,
+        chunk=chunk,
+        profiles=profiles,
+        decomposed=(),
+        options=EngineOptions().recorded(),
+        plan=PlanFile(hashlib.sha256(view).hexdigest(), view.nbytes),
+        layers=layer_counts(network),
+        weights_bytes=bundle.files[DATA_FILE].bytes,
+        activation_bytes=None,
+        timing_cache_bytes=0,
+        peak_host_bytes=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        seconds=found["seconds"],
+    )
     write_record(folder, record)
     found |= {"built": True, "plan_bytes": view.nbytes}
     save()

@@ -61,9 +61,30 @@ STAGES = (
     (Part("onnxruntime", ("part_onnxruntime.py",), 80, "ONNX Runtime on CUDA: is it right, and how fast?"),),
     (Part("pytorch", ("part_pytorch.py",), 160, "PyTorch on the same GPU, eager and compiled: how fast?"),),
     (Part("memory", ("part_memory.py",), 60, "Device memory: what was planned, and what was taken?"),),
-    (Part("engine-std24", ("part_engine.py", "std24"), 110, "A TensorRT engine, std24: is it right, and how fast?"),),
-    (Part("engine-decomposed17", ("part_engine.py", "decomposed17"), 110, "A TensorRT engine, decomposed17: the same"),),
-    (Part("onnxruntime-again", ("part_onnxruntime.py", "again"), 40, "ONNX Runtime once more: did the machine drift?"),),
+    (
+        Part(
+            "engine-std24",
+            ("part_engine.py", "std24"),
+            110,
+            "A TensorRT engine, std24: is it right, and how fast?",
+        ),
+    ),
+    (
+        Part(
+            "engine-decomposed17",
+            ("part_engine.py", "decomposed17"),
+            110,
+            "A TensorRT engine, decomposed17: the same",
+        ),
+    ),
+    (
+        Part(
+            "onnxruntime-again",
+            ("part_onnxruntime.py", "again"),
+            40,
+            "ONNX Runtime once more: did the machine drift?",
+        ),
+    ),
 )
 PARTS = tuple(part for stage in STAGES for part in stage)
 _ALTERNATION = (
@@ -94,29 +115,51 @@ class Run:
         settings, limit = self.settings, min(part.limit, self._until - time.monotonic())
         result = settings.result(part.name)
         result.unlink(missing_ok=True)
-        record: dict[str, Any] = {"part": part.name, "question": part.question, **self._shared, "limit_seconds": round(limit)}
+        record: dict[str, Any] = {
+            "part": part.name,
+            "question": part.question,
+            **self._shared,
+            "limit_seconds": round(limit),
+        }
         if limit < _LEAST:
             record |= {
-                "status": "failed", "exit_code": None, "timed_out": True, "seconds": 0.0, "result": {}, "commands": [],
-                "failures": ["no time was left for it"], "last_words": [],
-            }  # fmt: skip
+                "status": "failed",
+                "exit_code": None,
+                "timed_out": True,
+                "seconds": 0.0,
+                "result": {},
+                "commands": [],
+                "failures": ["no time was left for it"],
+                "last_words": [],
+            }
         else:
             print(f"{part.name}: {part.question}", file=sys.stderr, flush=True)
             script, *told = part.script
             command = [sys.executable, str(HERE / script), str(self._file), str(result), str(limit), *told]
-            ended = run_limited(command, limit, settings.work / f"{part.name}.log", self._environment, self._stop)
+            ended = run_limited(
+                command, limit, settings.work / f"{part.name}.log", self._environment, self._stop
+            )
             found = json.loads(result.read_text(encoding="utf-8")) if result.exists() else {}
             bad = ended.exit_code != 0 or ended.timed_out
             status = "failed" if bad else "left out" if "left_out" in found.get("result", {}) else "ran"
             record |= {
-                "status": status, "exit_code": ended.exit_code, "timed_out": ended.timed_out, "seconds": ended.seconds,
-                "result": found.get("result", {}), "commands": found.get("commands", []), "failures": found.get("failures", []),
+                "status": status,
+                "exit_code": ended.exit_code,
+                "timed_out": ended.timed_out,
+                "seconds": ended.seconds,
+                "result": found.get("result", {}),
+                "commands": found.get("commands", []),
+                "failures": found.get("failures", []),
                 "last_words": ended.last_words if bad else [],
-            }  # fmt: skip
+            }
         record = json.loads(without_paths(json.dumps(record), settings.work))
         self.output.mkdir(parents=True, exist_ok=True)
         (self.output / f"{part.name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"{part.name}: {record['status']}, {record['seconds']:.0f} of {limit:.0f} s", file=sys.stderr, flush=True)
+        print(
+            f"{part.name}: {record['status']}, {record['seconds']:.0f} of {limit:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         return record
 
     def all(self, wanted: set[str]) -> list[dict[str, Any]]:
@@ -135,10 +178,18 @@ class Run:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rehearse", action="store_true", help="tiny, on the CPU: proves this script and no GPU")
-    parser.add_argument("--only", metavar="PART,...", help=f"of {', '.join(part.name for part in PARTS)}; with --work")
-    parser.add_argument("--work", type=Path, help="keep models and logs here, and use the models that are there")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--rehearse", action="store_true", help="tiny, on the CPU: proves this script and no GPU"
+    )
+    parser.add_argument(
+        "--only", metavar="PART,...", help=f"of {', '.join(part.name for part in PARTS)}; with --work"
+    )
+    parser.add_argument(
+        "--work", type=Path, help="keep models and logs here, and use the models that are there"
+    )
     parser.add_argument("--output", type=Path, help="of the records [default: benchmarks/results/gpu]")
     parser.add_argument("--deadline", type=float, default=590, help="seconds for all of it [default: 590]")
     arguments = parser.parse_args()
@@ -154,7 +205,10 @@ def main() -> int:
 
         gpu = find_gpu()
         if gpu is None:
-            print("there is no NVIDIA GPU here (or no driver): nothing was run; try the script with --rehearse", file=sys.stderr)
+            print(
+                "there is no NVIDIA GPU here (or no driver): nothing was run; try the script with --rehearse",
+                file=sys.stderr,
+            )
             return 3
         capability = gpu.compute_capability
 

@@ -9,13 +9,21 @@ from typing import Any
 
 _FILE = "settings.json"
 _REAL: dict[str, Any] = {
-    "vocab_size": 32000, "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+    "vocab_size": 32000,
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 22,
+    "num_attention_heads": 32,
     "max_position_embeddings": 33024,
-}  # fmt: skip
+}
 _TINY: dict[str, Any] = {
-    "vocab_size": 512, "hidden_size": 256, "intermediate_size": 320, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "vocab_size": 512,
+    "hidden_size": 256,
+    "intermediate_size": 320,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
     "max_position_embeddings": 512,
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,9 @@ class Settings:
     def write(self) -> Path:
         """Into the work folder, for the parts."""
         path = self.work / _FILE
-        path.write_text(json.dumps({**asdict(self), "work": str(self.work)}, indent=1) + "\n", encoding="utf-8")
+        path.write_text(
+            json.dumps({**asdict(self), "work": str(self.work)}, indent=1) + "\n", encoding="utf-8"
+        )
         return path
 
     @classmethod
@@ -77,7 +87,9 @@ class Settings:
 def real(work: Path, compute_capability: str) -> Settings:
     """A llama of 1.26 (without compression) and 1.12 (with) billion numbers, float16: decoding is bound by memory."""
     depths = (512, 2048, 8192, 32768)
-    return Settings(work, False, _REAL, (32, 8), depths, (2048, 32768), 64, 5, "cuda", "cuda", compute_capability)
+    return Settings(
+        work, False, _REAL, (32, 8), depths, (2048, 32768), 64, 5, "cuda", "cuda", compute_capability
+    )
 
 
 def rehearsal(work: Path) -> Settings:

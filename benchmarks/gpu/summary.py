@@ -18,9 +18,15 @@ def render(records: Sequence[Record]) -> str:
     if first["rehearsal"]:
         text += ["**A rehearsal on the CPU, at a tiny size: nothing here says anything of a GPU.**", ""]
     facts = first["gpu"] or {}
-    text += ["; ".join([*(f"{name} {value}" for name, value in facts.items()), *map(" ".join, first["versions"].items())]), ""]
+    text += [
+        "; ".join(
+            [*(f"{name} {value}" for name, value in facts.items()), *map(" ".join, first["versions"].items())]
+        ),
+        "",
+    ]
     rows = [
-        (each["part"], each["status"], f"{each['seconds']:.0f} of {each['limit_seconds']:.0f}", _note(each)) for each in records
+        (each["part"], each["status"], f"{each['seconds']:.0f} of {each['limit_seconds']:.0f}", _note(each))
+        for each in records
     ]
     text += table(("part", "outcome", "seconds", ""), rows)
     text += _rtx(results.get("rtx", {}))
@@ -30,7 +36,10 @@ def render(records: Sequence[Record]) -> str:
 
 
 def table(head: Iterable[str], rows: Iterable[Sequence[object]]) -> list[str]:
-    cells = [list(head), *([str(each).replace("|", "\\|").replace("\n", " ") for each in row] for row in rows)]
+    cells = [
+        list(head),
+        *([str(each).replace("|", "\\|").replace("\n", " ") for each in row] for row in rows),
+    ]
     lines = ["| " + " | ".join(row) + " |" for row in cells]
     return [lines[0], "|" + "---|" * len(cells[0]), *lines[1:], ""]
 
@@ -44,7 +53,10 @@ def _note(record: Record) -> str:
     if "left_out" in result:
         return str(result["left_out"])
     validations = [each for found in result.get("validation", {}).values() for each in found]
-    return ", ".join(f"validated on {each['provider']}: greedy agreement {each['greedy_agreement']:.3f}" for each in validations)
+    return ", ".join(
+        f"validated on {each['provider']}: greedy agreement {each['greedy_agreement']:.3f}"
+        for each in validations
+    )
 
 
 def _rtx(result: Record) -> list[str]:
@@ -57,9 +69,16 @@ def _rtx(result: Record) -> list[str]:
         said = [each for some in words for each in some if not each.startswith("WARNING")]
         runs = {True: "yes", False: "no", None: "not tried"}
         rows.append(
-            (way, runs[tried["built"]], tried.get("validity", ""), runs[tried.get("loads")], runs[tried.get("runs")],
-             runs[tried.get("proved")], said[0][:200] if said else "")
-        )  # fmt: skip
+            (
+                way,
+                runs[tried["built"]],
+                tried.get("validity", ""),
+                runs[tried.get("loads")],
+                runs[tried.get("runs")],
+                runs[tried.get("proved")],
+                said[0][:200] if said else "",
+            )
+        )
     head = ("way", "built", "validity", "loads", "runs", "proved", "first error")
     title = f"## TensorRT-RTX, which {listed} compute capability {result['compute_capability']}"
     return [title, "", *table(head, rows)]
@@ -71,18 +90,26 @@ def _decode(results: Mapping[str, Record], settings: Record) -> list[str]:
     for part in ("onnxruntime", "onnxruntime-again"):
         lines = results.get(part, {}).get("bench", [])
         for line, heads in zip(lines, settings["kv_heads"], strict=False):
-            sides[f"kvexport, {line['engine']}, {heads} KV heads{', again' * part.endswith('again')}"] = _points(line)
+            sides[f"kvexport, {line['engine']}, {heads} KV heads{', again' * part.endswith('again')}"] = (
+                _points(line)
+            )
     for part in ("engine-std24", "engine-decomposed17"):
         result = results.get(part, {})
         for line in result.get("bench", []):
-            sides[f"kvexport, {line['engine']}, {result['lowering']}, {result['kv_heads']} KV heads"] = _points(line)
+            sides[f"kvexport, {line['engine']}, {result['lowering']}, {result['kv_heads']} KV heads"] = (
+                _points(line)
+            )
     for depth, figures in results.get("pytorch", {}).get("decode", {}).items():
         for side, figure in figures.items():
             sides.setdefault(f"PyTorch, {side}", {})[depth] = _shown(figure["samples_ms"])
     if not sides:
         return []
     rows = [(side, *(points.get(depth, "") for depth in depths)) for side, points in sides.items()]
-    return ["## A decode step in milliseconds: median (quartiles)", "", *table(("tokens in the cache", *depths), rows)]
+    return [
+        "## A decode step in milliseconds: median (quartiles)",
+        "",
+        *table(("tokens in the cache", *depths), rows),
+    ]
 
 
 def _points(line: Record) -> dict[str, str]:
@@ -99,17 +126,23 @@ def _memory(results: Mapping[str, Record]) -> list[str]:
     for row in results.get("memory", {}).get("rows", []):
         predicted, measured = row["predicted"], row["measured"]
         pairs = (
-            ("weights", predicted["weights"], measured["weights"]), ("KV cache in use", predicted["kv"], measured["kv_in_use"]),
-            ("KV cache allocated", predicted["kv"], measured["kv_allocated"]), ("in all", predicted["total"], measured["total"]),
-        )  # fmt: skip
+            ("weights", predicted["weights"], measured["weights"]),
+            ("KV cache in use", predicted["kv"], measured["kv_in_use"]),
+            ("KV cache allocated", predicted["kv"], measured["kv_allocated"]),
+            ("in all", predicted["total"], measured["total"]),
+        )
         rows += [
-            (f"ONNX Runtime, {row['kv_heads']} KV heads, {row['depth']} tokens", what, *_compared(*pair)) for what, *pair in pairs
+            (f"ONNX Runtime, {row['kv_heads']} KV heads, {row['depth']} tokens", what, *_compared(*pair))
+            for what, *pair in pairs
         ]
     for part in ("engine-std24", "engine-decomposed17"):
         result = results.get(part, {})
         if plan := result.get("plan"):
             what = f"{part}, {result['kv_heads']} KV heads"
-            rows += [(what, each["what"], *_compared(each["predicted"], each["measured"])) for each in plan["comparisons"]]
+            rows += [
+                (what, each["what"], *_compared(each["predicted"], each["measured"]))
+                for each in plan["comparisons"]
+            ]
             rows.append((what, "in all", *_compared(plan["total_bytes"], result.get("device_bytes"))))
     if not rows:
         return []
@@ -119,4 +152,8 @@ def _memory(results: Mapping[str, Record]) -> list[str]:
 
 def _compared(predicted: float, measured: float | None) -> tuple[str, str, str]:
     planned = f"{predicted / 2**20:,.1f}"
-    return (planned, "not told", "") if measured is None else (planned, f"{measured / 2**20:,.1f}", f"{measured / predicted:.2f}")
+    return (
+        (planned, "not told", "")
+        if measured is None
+        else (planned, f"{measured / 2**20:,.1f}", f"{measured / predicted:.2f}")
+    )

@@ -25,7 +25,15 @@ from .recalkv import recalkv
 from .result import Macs, Neighbour, NeighbourLayer, attention_macs, attention_parameters
 from .transmla import transmla
 
-__all__ = ["NEIGHBOURS", "Macs", "Neighbour", "NeighbourLayer", "attention_macs", "attention_parameters", "neighbour"]
+__all__ = [
+    "NEIGHBOURS",
+    "Macs",
+    "Neighbour",
+    "NeighbourLayer",
+    "attention_macs",
+    "attention_parameters",
+    "neighbour",
+]
 
 Convert = Callable[[Decoder, Tensor, float], Neighbour]
 

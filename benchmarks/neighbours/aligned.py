@@ -19,7 +19,15 @@ from torch import Tensor
 from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 
 from .grouping import annealed_groups
-from .result import Neighbour, NeighbourLayer, attention_macs, attention_parameters, convert_layers, require_plain_keys, whole
+from .result import (
+    Neighbour,
+    NeighbourLayer,
+    attention_macs,
+    attention_parameters,
+    convert_layers,
+    require_plain_keys,
+    whole,
+)
 from .stream import LayerMoments, Stream, attend_with, augmented
 
 ROUNDS, ENOUGH = 100, 1e-9
@@ -110,7 +118,9 @@ def key_turns(products: Tensor) -> Tensor:
 def merged(attention: Attention, moments: LayerMoments, groups: list[list[int]], renorm: bool) -> Attention:
     """The attention with one KV head for each group; query heads follow their KV head."""
     heads, width = attention.num_kv_heads, attention.head_dim
-    key, value = (augmented(each).unflatten(0, (heads, width)) for each in (attention.k, attention.v))  # [h, d, hidden + 1]
+    key, value = (
+        augmented(each).unflatten(0, (heads, width)) for each in (attention.k, attention.v)
+    )  # [h, d, hidden + 1]
     query = augmented(attention.q).unflatten(0, (heads, -1, width))  # [h, G, d, hidden + 1]
     output = attention.o.weight.double().unflatten(1, (heads, -1, width))  # [hidden, h, G, d]
     key_products = pair_products(blocks(moments.outputs(attention.k), heads))

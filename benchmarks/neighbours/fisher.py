@@ -39,7 +39,10 @@ def palu_fisher(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighbour
 
 def recalkv_fisher(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighbour:
     """`recalkv` with the paper's rank search."""
-    ranks, converted = iter(searched(decoder, windows, kv_ratio, value_groups=False)), Stream(decoder, windows)
+    ranks, converted = (
+        iter(searched(decoder, windows, kv_ratio, value_groups=False)),
+        Stream(decoder, windows),
+    )
 
     def convert(layer: Layer, moments: LayerMoments, stream: Stream) -> NeighbourLayer:
         return recalkv_layer(layer, moments, converted, *next(ranks))
@@ -50,8 +53,16 @@ def recalkv_fisher(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighb
 def searched(decoder: Decoder, windows: Tensor, kv_ratio: float, value_groups: bool) -> list[tuple[int, int]]:
     """Ranks of one group of each layer's keys, and of its values (`value_groups`), or of all its values."""
     heads = [layer.attention.num_kv_heads for layer in decoder.layers]
-    full = [count * layer.attention.head_dim for count, layer in zip(heads, decoder.layers, strict=True) for _ in range(2)]
-    parts = [part for count in heads for part in (count // group_size(count), count // group_size(count) if value_groups else 1)]
+    full = [
+        count * layer.attention.head_dim
+        for count, layer in zip(heads, decoder.layers, strict=True)
+        for _ in range(2)
+    ]
+    parts = [
+        part
+        for count in heads
+        for part in (count // group_size(count), count // group_size(count) if value_groups else 1)
+    ]
     shares = allocate(fisher(decoder, windows[:WINDOWS]), full, kv_ratio * sum(full))
     ranks = rounded(shares, full, parts, kv_ratio * sum(full))
     return list(zip(ranks[0::2], ranks[1::2], strict=True))
@@ -63,7 +74,10 @@ def fisher(decoder: Decoder, windows: Tensor) -> list[float]:
     for layer in decoder.layers:
         attention = layer.attention
         require_trained(attention)
-        k, v = (dataclasses.replace(each, weight=each.weight.clone().requires_grad_()) for each in (attention.k, attention.v))
+        k, v = (
+            dataclasses.replace(each, weight=each.weight.clone().requires_grad_())
+            for each in (attention.k, attention.v)
+        )
         layers.append(dataclasses.replace(layer, attention=dataclasses.replace(attention, k=k, v=v)))
         weights += [k.weight, v.weight]
     squares = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]

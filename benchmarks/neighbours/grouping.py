@@ -60,7 +60,11 @@ def annealed_groups(similarity: Tensor, size: int, seed: int = 0) -> list[list[i
         groups = [order[at : at + size] for at in range(0, heads, size)]
         now = score(table, groups)
         for swap in range(SWAPS):
-            (a, b), i, j = chance.sample(range(len(groups)), 2), chance.randrange(size), chance.randrange(size)
+            (a, b), i, j = (
+                chance.sample(range(len(groups)), 2),
+                chance.randrange(size),
+                chance.randrange(size),
+            )
             before = score(table, [groups[a], groups[b]])
             groups[a][i], groups[b][j] = groups[b][j], groups[a][i]
             gain = score(table, [groups[a], groups[b]]) - before

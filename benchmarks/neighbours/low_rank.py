@@ -48,7 +48,13 @@ def grouped(weight: Tensor, inputs: Tensor, groups: Sequence[Sequence[int]], wid
 
 
 def rebuilding_layer(
-    layer: Layer, key: Tensor, value: Tensor, key_groups: int, key_rank: int, value_groups: int, value_rank: int
+    layer: Layer,
+    key: Tensor,
+    value: Tensor,
+    key_groups: int,
+    key_rank: int,
+    value_groups: int,
+    value_rank: int,
 ) -> NeighbourLayer:
     """A layer that caches R x and rebuilds keys, as an ordinary one with W = L R for its key and value weights.
 
@@ -62,7 +68,9 @@ def rebuilding_layer(
     changed = dataclasses.replace(
         attention, k=_like(attention.k, key), v=_like(attention.v, value)
     )  # biases stay: a key's is added when it is rebuilt, a value's passes attention unchanged
-    macs, parameters = _costs(attention, key_groups * key_rank, key_rank, value_groups * value_rank, value_rank)
+    macs, parameters = _costs(
+        attention, key_groups * key_rank, key_rank, value_groups * value_rank, value_rank
+    )
     return NeighbourLayer(
         dataclasses.replace(layer, attention=changed),
         attend_with(changed),
@@ -76,7 +84,9 @@ def _like(linear: Linear, weight: Tensor) -> Linear:
     return dataclasses.replace(linear, weight=weight.to(linear.weight))
 
 
-def _costs(attention: Attention, key_latent: int, key_rank: int, value_latent: int, value_rank: int) -> tuple[Macs, int]:
+def _costs(
+    attention: Attention, key_latent: int, key_rank: int, value_latent: int, value_rank: int
+) -> tuple[Macs, int]:
     """MACs and parameters: L of the keys (every head of a group from its latent), R of both, W_O with the values' L in it."""
     hidden, queries = attention.o.weight.shape[0], attention.num_heads * attention.head_dim
     keys = attention.num_kv_heads * attention.head_dim
@@ -87,7 +97,12 @@ def _costs(attention: Attention, key_latent: int, key_rank: int, value_latent: i
         per_cached_token=rebuild + 2 * keys + queries + attention.num_heads * value_rank,
         per_new_token=attention.q.weight.numel() + down + output + 2 * queries,
     )
-    folded = attention.o.bias is not None or attention.v.bias is not None  # the values' bias ends in that of W_O
-    biases = sum(each.bias.numel() for each in (attention.q, attention.k) if each.bias is not None) + hidden * folded
+    folded = (
+        attention.o.bias is not None or attention.v.bias is not None
+    )  # the values' bias ends in that of W_O
+    biases = (
+        sum(each.bias.numel() for each in (attention.q, attention.k) if each.bias is not None)
+        + hidden * folded
+    )
     norms = sum(each.weight.numel() for each in (attention.q_norm, attention.k_norm) if each is not None)
     return macs, attention.q.weight.numel() + rebuild + down + output + biases + norms

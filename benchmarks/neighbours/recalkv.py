@@ -40,7 +40,9 @@ def recalkv(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighbour:
     return Neighbour("recalkv", decoder, convert_layers(decoder, windows, convert), ROUNDING)
 
 
-def recalkv_layer(layer: Layer, moments: LayerMoments, converted: Stream, key_rank: int, value_rank: int) -> NeighbourLayer:
+def recalkv_layer(
+    layer: Layer, moments: LayerMoments, converted: Stream, key_rank: int, value_rank: int
+) -> NeighbourLayer:
     """One layer at these ranks, of a key group and of all values; takes the converted stream past it."""
     attention = layer.attention
     groups = greedy_groups(key_similarity(attention, moments), group_size(attention.num_kv_heads))

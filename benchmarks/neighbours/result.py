@@ -33,8 +33,15 @@ class Macs:
 def attention_macs(attention: Attention) -> Macs:
     """The MACs of an `Attention` as the reference computes it, converted or not."""
     heads = attention.num_heads
-    parts = (attention.q.weight, attention.k.weight, attention.v.weight, attention.o.weight, attention.key_map,
-             attention.query_map, attention.value_map)  # fmt: skip
+    parts = (
+        attention.q.weight,
+        attention.k.weight,
+        attention.v.weight,
+        attention.o.weight,
+        attention.key_map,
+        attention.query_map,
+        attention.value_map,
+    )
     rotated = (heads + attention.key_heads) * attention.head_dim if attention.position == "rope" else 0
     products = sum(part.numel() for part in parts if part is not None)
     return Macs(heads * (attention.key_dim + attention.value_dim), products + 2 * rotated)
@@ -99,7 +106,9 @@ class Neighbour:
     def parameters(self) -> int:
         """Of the whole model as the paper deploys it; a tied head counts once."""
         whole = self.decoder
-        shared = sum(t.numel() for part in (whole.embedding, whole.final_norm, whole.head) for t in tensors_of(part))
+        shared = sum(
+            t.numel() for part in (whole.embedding, whole.final_norm, whole.head) for t in tensors_of(part)
+        )
         layers = [(each.layer.attention_norm, each.layer.mlp_norm, each.layer.mlp) for each in self.layers]
         return (
             shared
@@ -130,7 +139,9 @@ def whole(budget: float) -> int:
     """
     rank = int(budget + 1e-9)
     if rank < 1:
-        raise UsageError("the KV ratio leaves no number to cache", seen=f"{budget:.3f} numbers", fix="raise the ratio")
+        raise UsageError(
+            "the KV ratio leaves no number to cache", seen=f"{budget:.3f} numbers", fix="raise the ratio"
+        )
     return rank
 
 
@@ -146,9 +157,13 @@ def require_trained(attention: Attention) -> None:
         UsageError: the attention does not rotate, or is converted already.
     """
     if attention.position != "rope":
-        raise UsageError("the published neighbours are for rotary positions", seen=attention.position, allowed="rope")
+        raise UsageError(
+            "the published neighbours are for rotary positions", seen=attention.position, allowed="rope"
+        )
     if attention.query_map is not None or attention.key_map is not None or attention.value_map is not None:
-        raise UsageError("the published neighbours convert trained models", seen="a layer that is converted already")
+        raise UsageError(
+            "the published neighbours convert trained models", seen="a layer that is converted already"
+        )
 
 
 def require_plain_keys(attention: Attention, name: str) -> None:
@@ -157,4 +172,6 @@ def require_plain_keys(attention: Attention, name: str) -> None:
         UsageError: a norm stands between W_K and the rotation.
     """
     if attention.q_norm is not None or attention.k_norm is not None:
-        raise UsageError(f"{name} mixes heads before the rotation, which a norm of queries and keys does not allow")
+        raise UsageError(
+            f"{name} mixes heads before the rotation, which a norm of queries and keys does not allow"
+        )

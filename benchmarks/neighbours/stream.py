@@ -79,7 +79,9 @@ class Stream:
             rows = x.double().flatten(0, 1)
             rows = torch.cat((rows, rows.new_ones(len(rows), 1)), dim=1)
             inputs += rows.T @ rows
-            tables = None if self.rope is None else reference.rotary_tables(self.rope, positions_of(x), x.dtype)
+            tables = (
+                None if self.rope is None else reference.rotary_tables(self.rope, positions_of(x), x.dtype)
+            )
             projected = reference.project(attention, x, tables)
             for total, each in ((keys, projected.key_rotated), (queries, projected.query_rotated)):
                 stacked = each.double().transpose(0, 1).flatten(1, 2).unflatten(0, (heads, -1)).flatten(1, 2)

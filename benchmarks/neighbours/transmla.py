@@ -79,7 +79,12 @@ class LatentAttention:
     def parameters(self) -> int:
         linears = (self.trained.q, self.trained.o, self.down)
         biases = sum(each.bias.numel() for each in linears if each.bias is not None)
-        return sum(each.weight.numel() for each in linears) + biases + self.query_map.numel() + self.value_map.numel()
+        return (
+            sum(each.weight.numel() for each in linears)
+            + biases
+            + self.query_map.numel()
+            + self.value_map.numel()
+        )
 
 
 def transmla(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighbour:
@@ -93,7 +98,10 @@ def transmla(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighbour:
         positions = positions_of(x)
         wanted = attend_with(attention)(x, positions, decoder.rope)
         assert decoder.rope is not None
-        made = (latent_attention(attention, moments, decoder.rope, *each, budget) for each in choices(attention, budget))
+        made = (
+            latent_attention(attention, moments, decoder.rope, *each, budget)
+            for each in choices(attention, budget)
+        )
         best = min(made, key=lambda each: float((each(x, positions, None) - wanted).double().square().sum()))
         return NeighbourLayer(layer, best, len(best.down.weight), best.macs, best.parameters)
 
@@ -121,7 +129,9 @@ def rotation(keys: Tensor, heads: int, fold: int, rotated: int, frequencies: Ten
         frequencies: of the trained model, [d/2].
     """
     half = len(frequencies)
-    index = torch.arange(heads * 2 * half).view(heads, 2, half // fold, fold)  # head, x or y, block, frequency in it
+    index = torch.arange(heads * 2 * half).view(
+        heads, 2, half // fold, fold
+    )  # head, x or y, block, frequency in it
     count = heads * fold
     kept = rotated * fold // (2 * half)
     first: list[list[Tensor]] = [[], []]
@@ -152,7 +162,9 @@ def latent_attention(
     power = (joint @ moments.inputs * joint).sum(1).clamp_min(0).sqrt()  # norms of the channels
     some = free.shape[1]
     balance = float(power[:some].mean() / power[some:].mean()) if some else 1.0
-    balance = balance if _NOTHING < balance < 1 / _NOTHING else 1.0  # rounding errors are not to be made as long as values
+    balance = (
+        balance if _NOTHING < balance < 1 / _NOTHING else 1.0
+    )  # rounding errors are not to be made as long as values
     joint[:some] /= balance
     latent = min(budget - rotated, len(joint))
     basis = leading(joint @ moments.inputs @ joint.T, latent)

@@ -61,7 +61,11 @@ class LayerAnalysis:
     @property
     def tightness(self) -> float | None:
         """Predicted error over measured error: 1 where the prediction is exact, more where it is cautious."""
-        return self.report.predicted_error / self.report.measured_error if self.report.measured_error > 0 else None
+        return (
+            self.report.predicted_error / self.report.measured_error
+            if self.report.measured_error > 0
+            else None
+        )
 
 
 @dataclass(frozen=True)
@@ -144,8 +148,14 @@ def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
 
 
 def analyze(
-    checkpoint: Path, plan: Plan, progress: Progress, *, text: Path | None = None, tokens: int = TOKENS, pairs: str | None = None,
-) -> Analysis:  # fmt: skip
+    checkpoint: Path,
+    plan: Plan,
+    progress: Progress,
+    *,
+    text: Path | None = None,
+    tokens: int = TOKENS,
+    pairs: str | None = None,
+) -> Analysis:
     """Measure a checkpoint's cache, convert it, and compare the two models' attention. Nothing is written.
 
     Args:
@@ -189,13 +199,19 @@ def analyze(
     surveyed = None
     if choice.layers:
         surveyed = [_relative_sensitivity(i, layer, choice.ways[i]) for i, layer in enumerate(choice.layers)]
-    return Analysis(facts, tuple(layers), conversion.divergence(), tuple(ids), tuple(texts), maps, tuple(listed), surveyed)
+    return Analysis(
+        facts, tuple(layers), conversion.divergence(), tuple(ids), tuple(texts), maps, tuple(listed), surveyed
+    )
 
 
 def _relative_sensitivity(index: int, layer: LayerSurvey, way: Way) -> Sensitivity:
     """KL per unit of relative error power of the attention output."""
     power = layer.output_power
-    return {"layer": index, "key": power * layer.key_sensitivity[way.method], "value": power * layer.value_sensitivity}
+    return {
+        "layer": index,
+        "key": power * layer.key_sensitivity[way.method],
+        "value": power * layer.value_sensitivity,
+    }
 
 
 def compare(

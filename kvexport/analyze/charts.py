@@ -69,7 +69,9 @@ def from_zero(label: str, values: Sequence[float], *, percent: bool = False) -> 
     return Axis(label, 0.0, math.ceil(high / step - 1e-9) * step, percent=percent)
 
 
-def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line], *, width: int = 480, reference: float | None = None) -> str:
+def line_chart(
+    title: str, x: Axis, y: Axis, lines: Sequence[Line], *, width: int = 480, reference: float | None = None
+) -> str:
     """One chart; `title` is what a screen reader says, `reference` a dashed line across at that y."""
     height = 270
     right, bottom = width - _RIGHT, height - _BOTTOM
@@ -80,22 +82,39 @@ def line_chart(title: str, x: Axis, y: Axis, lines: Sequence[Line], *, width: in
     def py(value: float) -> float:
         return round(bottom - y.place(value) * (bottom - _TOP), 1)
 
-    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">', '<g class="grid">']
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="{escape(title)}">',
+        '<g class="grid">',
+    ]
     parts += [f'<path d="M{_LEFT} {py(tick)}H{right}"/>' for tick in y.ticks()]
     parts.append(f'</g><path class="axis" d="M{_LEFT} {bottom}H{right}"/><g class="ticks">')
-    parts += [f'<text x="{_LEFT - 7}" y="{py(tick) + 4}" text-anchor="end">{y.text(tick)}</text>' for tick in y.ticks()]
-    parts += [f'<text x="{px(tick)}" y="{bottom + 17}" text-anchor="middle">{x.text(tick)}</text>' for tick in x.ticks()]
+    parts += [
+        f'<text x="{_LEFT - 7}" y="{py(tick) + 4}" text-anchor="end">{y.text(tick)}</text>'
+        for tick in y.ticks()
+    ]
+    parts += [
+        f'<text x="{px(tick)}" y="{bottom + 17}" text-anchor="middle">{x.text(tick)}</text>'
+        for tick in x.ticks()
+    ]
     middle = (_TOP + bottom) / 2
-    parts.append(f'<text x="{(_LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x.label)}</text>')
-    parts.append(f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text></g>')
+    parts.append(
+        f'<text x="{(_LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x.label)}</text>'
+    )
+    parts.append(
+        f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text></g>'
+    )
     if reference is not None:
         parts.append(f'<path class="reference" d="M{_LEFT} {py(reference)}H{right}"/>')
     for line in lines:
         places = [(px(a), py(b)) for a, b in line.points]
         of_layer = "" if line.layer is None else f' data-layer="{line.layer}"'
-        parts.append(f'<g class="line s{line.slot}"{of_layer}><path d="M{"L".join(f"{a} {b}" for a, b in places)}"/>')
+        parts.append(
+            f'<g class="line s{line.slot}"{of_layer}><path d="M{"L".join(f"{a} {b}" for a, b in places)}"/>'
+        )
         if line.marks:
-            parts.append('<g class="marks">' + "".join(_MARKS[line.slot].format(x=a, y=b) for a, b in places) + "</g>")
+            parts.append(
+                '<g class="marks">' + "".join(_MARKS[line.slot].format(x=a, y=b) for a, b in places) + "</g>"
+            )
         parts.append("</g>")
     return "".join([*parts, "</svg>"])
 

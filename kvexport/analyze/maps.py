@@ -40,7 +40,9 @@ class AttentionMaps:
 
     def weights(self, query: int, key: int) -> tuple[list[list[float]], list[list[float]]]:
         """The weight of `query` on `key` in both models, by layer and head."""
-        original, compressed = ([each[:, query, key].tolist() for each in side] for side in (self.original, self.compressed))
+        original, compressed = (
+            [each[:, query, key].tolist() for each in side] for side in (self.original, self.compressed)
+        )
         return original, compressed
 
 
@@ -120,11 +122,17 @@ def parse_pairs(said: str, tokens: int) -> list[tuple[int, int]]:
 def _pair(said: str, tokens: int) -> tuple[int, int]:
     parts: Sequence[str] = said.split(":")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
-        raise UsageError("--pairs is no list of positions", seen=repr(said), allowed="QUERY:KEY,QUERY:KEY, such as 12:3,20:4")
+        raise UsageError(
+            "--pairs is no list of positions",
+            seen=repr(said),
+            allowed="QUERY:KEY,QUERY:KEY, such as 12:3,20:4",
+        )
     query, key = int(parts[0]), int(parts[1])
     if not key <= query < tokens:
         raise UsageError(
-            "--pairs names positions where no query sees a key", seen=said,
-            allowed=f"0 <= KEY <= QUERY <= {tokens - 1}, the last of {tokens} tokens", fix="choose others, or raise --tokens",
-        )  # fmt: skip
+            "--pairs names positions where no query sees a key",
+            seen=said,
+            allowed=f"0 <= KEY <= QUERY <= {tokens - 1}, the last of {tokens} tokens",
+            fix="choose others, or raise --tokens",
+        )
     return query, key

@@ -24,7 +24,9 @@ _MARK = '<meta name="generator" content="kvexport analyze'
 
 def render(analysis: Analysis) -> str:
     """The whole page."""
-    style, script = (resource("analyze", name).read_text(encoding="utf-8") for name in ("page.css", "page.js"))
+    style, script = (
+        resource("analyze", name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    )
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'unsafe-inline'; script-src 'sha256-{digest}'"
     title = f"{analysis.facts.name}: KV cache analysis"
@@ -66,13 +68,19 @@ def require_page(path: Path, *, force: bool) -> None:
             that is no page of `kvexport analyze`.
     """
     if not path.parent.is_dir():
-        raise UsageError("the folder for the output does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}")
+        raise UsageError(
+            "the folder for the output does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}"
+        )
     if not path.exists() and not path.is_symlink():
         return
     if not force:
-        raise UsageError(f"the output {path} exists already", fix="choose another --output, or replace it with --force")
+        raise UsageError(
+            f"the output {path} exists already", fix="choose another --output, or replace it with --force"
+        )
     if not path.is_file() or _MARK.encode() not in _beginning(path):
-        raise UsageError(f"the output {path} exists and is no page of kvexport analyze", fix="choose another --output")
+        raise UsageError(
+            f"the output {path} exists and is no page of kvexport analyze", fix="choose another --output"
+        )
 
 
 def _beginning(path: Path) -> bytes:

@@ -20,9 +20,14 @@ _TOKENIZER = "tokenizer.json"
 
 
 def shown_window(
-    decoder: Decoder, checkpoint: Path, text: Path | None, tokens: int, recipe: Recipe, windows: Tensor,
+    decoder: Decoder,
+    checkpoint: Path,
+    text: Path | None,
+    tokens: int,
+    recipe: Recipe,
+    windows: Tensor,
     advance: Callable[[], None],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Token ids [tokens] int64, fewer where the text or the calibration windows have fewer.
 
     The beginning of `text`. Without one, what the model samples at the trained temperature with the seed after the
@@ -42,12 +47,18 @@ def shown_window(
 def _beginning(decoder: Decoder, checkpoint: Path, text: Path, tokens: int) -> Tensor:
     ids = tokenize(checkpoint, read_text(text))[: min(tokens, decoder.limits.max_positions or tokens)]
     if len(ids) < 2:
-        raise UsageError(f"the text {text} is too short for an attention map", seen=f"{len(ids)} tokens", allowed="2 or more")
+        raise UsageError(
+            f"the text {text} is too short for an attention map",
+            seen=f"{len(ids)} tokens",
+            allowed="2 or more",
+        )
     if max(ids) >= decoder.limits.vocab_size:
         raise UsageError(
-            "the tokenizer makes token ids that the model does not have", seen=max(ids),
-            allowed=f"below {decoder.limits.vocab_size}", fix="put the model's own tokenizer.json beside its weights",
-        )  # fmt: skip
+            "the tokenizer makes token ids that the model does not have",
+            seen=max(ids),
+            allowed=f"below {decoder.limits.vocab_size}",
+            fix="put the model's own tokenizer.json beside its weights",
+        )
     return torch.tensor(ids)
 
 

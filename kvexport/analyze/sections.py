@@ -13,7 +13,12 @@ from kvexport.analyze.analysis import Analysis, Sensitivity
 from kvexport.analyze.charts import Axis, Line, from_zero, layer_axis, legend, line_chart
 from kvexport.analyze.spectra import ENERGIES, SHARES, Spectrum
 
-_NAMES = {"key": "keys", "key_before_rope": "keys before RoPE", "key_after_rope": "keys after RoPE", "value": "values"}
+_NAMES = {
+    "key": "keys",
+    "key_before_rope": "keys before RoPE",
+    "key_after_rope": "keys after RoPE",
+    "value": "values",
+}
 _POINTS = 96  # of a spectrum that are drawn
 _FLOOR = 1e-5  # of a singular value over the largest; below it nothing is drawn
 
@@ -52,7 +57,10 @@ def _summary(analysis: Analysis) -> str:
         ("KV cache kept, share of its numbers", f"{analysis.kv_ratio:.4g}"),
         ("method", ", ".join(dict.fromkeys(layer.report.method for layer in analysis.layers))),
         ("mean KL to the original, nats per token", f"{divergence.mean_kl:.5f}"),
-        ("cross-entropy, nats per token", f"{divergence.cross_entropy_original:.4f} → {divergence.cross_entropy:.4f}"),
+        (
+            "cross-entropy, nats per token",
+            f"{divergence.cross_entropy_original:.4f} → {divergence.cross_entropy:.4f}",
+        ),
         ("same likeliest next token", f"{divergence.top1_agreement:.1%}"),
     ]
     listed = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
@@ -66,7 +74,10 @@ def _summary(analysis: Analysis) -> str:
 def _spectra(analysis: Analysis) -> str:
     kinds = list(analysis.layers[0].spectra.spectra)
     names = [_NAMES[kind] for kind in kinds]
-    x, y = Axis("share of the directions", 0, 1, percent=True), Axis("singular value / largest", _FLOOR, 1, log=True)
+    x, y = (
+        Axis("share of the directions", 0, 1, percent=True),
+        Axis("singular value / largest", _FLOOR, 1, log=True),
+    )
     panels = []
     for slot, kind in enumerate(kinds):
         lines = [
@@ -78,14 +89,23 @@ def _spectra(analysis: Analysis) -> str:
     shares = []
     for share in SHARES:
         lines = [
-            Line([(i, layer.spectra.spectra[kind].energy_in(share)) for i, layer in enumerate(analysis.layers)], slot)
+            Line(
+                [
+                    (i, layer.spectra.spectra[kind].energy_in(share))
+                    for i, layer in enumerate(analysis.layers)
+                ],
+                slot,
+            )
             for slot, kind in enumerate(kinds)
         ]
         low = min(value for line in lines for _, value in line.points)
         axis = Axis("share of the energy", max(0.0, int(low * 10 - 0.2) / 10), 1.0, percent=True)
         title = f"Energy in the first {share:.0%} of the directions, by layer"
         shares.append(
-            _figure(line_chart(title, layer_axis(len(analysis.layers)), axis, lines), f"First {share:.0%} of the directions")
+            _figure(
+                line_chart(title, layer_axis(len(analysis.layers)), axis, lines),
+                f"First {share:.0%} of the directions",
+            )
         )
     tokens = f"{analysis.facts.calibration_tokens:,}"
     return (
@@ -120,7 +140,8 @@ def _curve(spectrum: Spectrum) -> list[tuple[float, float]]:
 def _rank_table(analysis: Analysis, kinds: Sequence[str]) -> str:
     groups = [(_NAMES[kind], [f"{share:.0%}" for share in ENERGIES]) for kind in kinds]
     rows = [
-        [str(layer.spectra.spectra[kind].rank_for(share)) for kind in kinds for share in ENERGIES] for layer in analysis.layers
+        [str(layer.spectra.spectra[kind].rank_for(share)) for kind in kinds for share in ENERGIES]
+        for layer in analysis.layers
     ]
     return _table("Effective rank by layer", groups, rows)
 
@@ -136,7 +157,9 @@ def _similarity(analysis: Analysis) -> str:
             row.append(f"{others:.3f}" if heads > 1 else "–")
         rows.append(row)
     canvases = "".join(
-        _figure(_canvas(f"similarity-{kind}", f"Similarity of the heads of {_NAMES[kind]}"), _headed(_NAMES[kind]))
+        _figure(
+            _canvas(f"similarity-{kind}", f"Similarity of the heads of {_NAMES[kind]}"), _headed(_NAMES[kind])
+        )
         for kind in layers[0].spectra.similarity
     )
     return (
@@ -150,7 +173,11 @@ def _similarity(analysis: Analysis) -> str:
             "head’s basis is arbitrary, and turning W_V and W_O of a head together, or the rotary pairs of its W_Q and W_K, "
             "changes that cosine and not the model."
         )
-        + _table("Mean similarity of different heads", [(_NAMES[kind], [""]) for kind in layers[0].spectra.similarity], rows)
+        + _table(
+            "Mean similarity of different heads",
+            [(_NAMES[kind], [""]) for kind in layers[0].spectra.similarity],
+            rows,
+        )
         + _note("Mean over all pairs of different heads of a layer.")
     )
 
@@ -172,7 +199,12 @@ def _sensitivity(records: Sequence[Sensitivity]) -> str:
             "a unit of the attention output’s relative error power, from a trial in which that layer’s keys, or its values, "
             "alone were coded."
         )
-        + _table("Sensitivity by layer", [("keys", [""]), ("values", [""])], rows, [str(each["layer"]) for each in records])
+        + _table(
+            "Sensitivity by layer",
+            [("keys", [""]), ("values", [""])],
+            rows,
+            [str(each["layer"]) for each in records],
+        )
     )
 
 
@@ -182,11 +214,16 @@ def _prediction(analysis: Analysis) -> str:
         Line([(i, each.predicted_error) for i, each in enumerate(reports)], 0),
         Line([(i, each.measured_error) for i, each in enumerate(reports)], 1),
     ]
-    ratios = Line([(i, layer.tightness) for i, layer in enumerate(analysis.layers) if layer.tightness is not None], 2)
+    ratios = Line(
+        [(i, layer.tightness) for i, layer in enumerate(analysis.layers) if layer.tightness is not None], 2
+    )
     error_axis = from_zero("relative error", [value for line in errors for _, value in line.points])
     ratio_axis = from_zero("predicted / measured", [1.0, *(value for _, value in ratios.points)])
-    figures = _figure(line_chart("Predicted and measured error, by layer", layers, error_axis, errors), "Error") + _figure(
-        line_chart("Predicted over measured error, by layer", layers, ratio_axis, [ratios], reference=1.0), "Predicted / measured"
+    figures = _figure(
+        line_chart("Predicted and measured error, by layer", layers, error_axis, errors), "Error"
+    ) + _figure(
+        line_chart("Predicted over measured error, by layer", layers, ratio_axis, [ratios], reference=1.0),
+        "Predicted / measured",
     )
     columns = ["KV heads", "key width", "value width", "method", "predicted", "measured", "ratio", "residual"]
     rows = [
@@ -211,7 +248,9 @@ def _prediction(analysis: Analysis) -> str:
             "is 1 where the prediction is exact (dashed), above 1 where it is cautious."
         )
         + _table("Errors by layer", [(name, [""]) for name in columns], rows)
-        + _note("Residual: error of the residual stream after the layer, with all layers before it converted too.")
+        + _note(
+            "Residual: error of the residual stream after the layer, with all layers before it converted too."
+        )
     )
 
 
@@ -219,10 +258,16 @@ def _attention(analysis: Analysis) -> str:
     heads, count = len(analysis.maps.original[0]), len(analysis.tokens)
     names = (("original", "Original"), ("compressed", "Compressed"), ("difference", "Compressed − original"))
     figures = "".join(
-        _figure(_canvas(f"attention-{name}", f"Attention map, {title.lower()}; arrow keys move the chosen cell"), title)
+        _figure(
+            _canvas(f"attention-{name}", f"Attention map, {title.lower()}; arrow keys move the chosen cell"),
+            title,
+        )
         for name, title in names
     )
-    tokens = "".join(f'<li><span class="at">{i}</span>{escape(_visible(each))}</li>' for i, each in enumerate(analysis.tokens))
+    tokens = "".join(
+        f'<li><span class="at">{i}</span>{escape(_visible(each))}</li>'
+        for i, each in enumerate(analysis.tokens)
+    )
     return (
         '<div class="choices">'
         + _choice("layer", "attention", len(analysis.layers))
@@ -248,23 +293,40 @@ def _pairs(analysis: Analysis) -> str:
     for query, key in analysis.pairs:
         original, compressed = analysis.maps.weights(query, key)
         heads = [(f"head {head}", [""]) for head in range(len(original[0]))]
-        rows = [[f"{a:.3f}<br>{b:.3f}" for a, b in zip(*layer, strict=True)] for layer in zip(original, compressed, strict=True)]
+        rows = [
+            [f"{a:.3f}<br>{b:.3f}" for a, b in zip(*layer, strict=True)]
+            for layer in zip(original, compressed, strict=True)
+        ]
         name = f"{query} “{_visible(analysis.tokens[query])}” on {key} “{_visible(analysis.tokens[key])}”"
-        tables.append(f"<h3>Query {escape(name)}</h3>" + _table(f"Attention weights of query {name}", heads, rows))
-    return "".join(tables) + _note("The weight of the query on the key, by layer and head: original above, compressed below.")
+        tables.append(
+            f"<h3>Query {escape(name)}</h3>" + _table(f"Attention weights of query {name}", heads, rows)
+        )
+    return "".join(tables) + _note(
+        "The weight of the query on the key, by layer and head: original above, compressed below."
+    )
 
 
 def _table(
-    label: str, groups: Sequence[tuple[str, Sequence[str]]], rows: Sequence[Sequence[str]], names: Sequence[str] = ()
+    label: str,
+    groups: Sequence[tuple[str, Sequence[str]]],
+    rows: Sequence[Sequence[str]],
+    names: Sequence[str] = (),
 ) -> str:
     """A table with one row a layer; cells are HTML. Columns stand in groups, of one column where its own name is empty."""
     two = any(len(columns) > 1 for _, columns in groups)
     head = f'<tr><th scope="col" rowspan="{2 if two else 1}">layer</th>'
-    head += "".join(f'<th scope="col" colspan="{len(columns)}">{escape(name)}</th>' for name, columns in groups) + "</tr>"
+    head += (
+        "".join(f'<th scope="col" colspan="{len(columns)}">{escape(name)}</th>' for name, columns in groups)
+        + "</tr>"
+    )
     if two:
         edge = [' class="edge"' if i == 0 else "" for _, columns in groups for i in range(len(columns))]
         each = [column for _, columns in groups for column in columns]
-        head += "<tr>" + "".join(f'<th scope="col"{a}>{escape(b)}</th>' for a, b in zip(edge, each, strict=True)) + "</tr>"
+        head += (
+            "<tr>"
+            + "".join(f'<th scope="col"{a}>{escape(b)}</th>' for a, b in zip(edge, each, strict=True))
+            + "</tr>"
+        )
     else:
         edge = [""] * len(groups)
     body = ""

@@ -106,7 +106,9 @@ class SpectraStream:
         attention, sums = layer.attention, _sums(layer.attention)
         for batch in attention_windows.batches(range(len(self._x)), self._x.shape[1], attention.num_heads):
             x = self._x[batch]
-            projected = attention_windows.project(attention, reference.norm(layer.attention_norm, x), self._rope)
+            projected = attention_windows.project(
+                attention, reference.norm(layer.attention_norm, x), self._rope
+            )
             for name, total in sums.items():
                 total.add(_taken(projected, name))
             x += reference.linear(attention.o, attention_windows.head_outputs(attention, projected))

@@ -20,7 +20,11 @@ from kvexport.runtime.session import Session
 
 _WARM = 3  # steps at each depth before those that count; of a prefill, one call
 _PROMPT, _USUAL = 512, (0, 512, 4096)
-_LOOK, _LOOKS, _AT_REST = 0.01, 200, 0.002  # seconds between looks, how many at most, processor seconds between two of them
+_LOOK, _LOOKS, _AT_REST = (
+    0.01,
+    200,
+    0.002,
+)  # seconds between looks, how many at most, processor seconds between two of them
 
 
 @dataclass(frozen=True)
@@ -72,10 +76,11 @@ class Plan:
                     steps = f", and the {more} tokens that are decoded" if more else ""
                     fewer = f"{option} or -n" if more else option
                     raise UsageError(
-                        f"{option} asks for more tokens than {session.bundle.path} has room for", seen=f"{tokens}{steps}",
+                        f"{option} asks for more tokens than {session.bundle.path} has room for",
+                        seen=f"{tokens}{steps}",
                         allowed=f"{session.capacity} in all",
                         fix=f"choose a smaller {fewer}, or build again with --capacity {tokens + more} or more",
-                    )  # fmt: skip
+                    )
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, with the calls that do not count."""
@@ -164,7 +169,9 @@ class _Turn:
             prefill=tuple(self.prefill),
             decode=tuple(self.decode),
             kv_budget=memory.budget,
-            kv_bytes_planned=sum(self.session.bundle.kv_bytes(int(length)) for length in self.session.lengths),
+            kv_bytes_planned=sum(
+                self.session.bundle.kv_bytes(int(length)) for length in self.session.lengths
+            ),
             kv_bytes_allocated=memory.bytes_allocated,
             device=None if memory.device is None else asdict(memory.device),
             peak_device_bytes=max(self._in_use, default=None),
@@ -239,4 +246,6 @@ def _point(depth: int, tokens: int, seconds: Sequence[float]) -> Point:
     milliseconds = 1000 * np.array(seconds)
     p50, p90, p99 = (float(each) for each in np.percentile(milliseconds, (50, 90, 99)))
     samples = tuple(round(float(each), 4) for each in milliseconds)
-    return Point(depth, tokens, round(p50, 4), round(p90, 4), round(p99, 4), round(1000 * tokens / p50, 2), samples)
+    return Point(
+        depth, tokens, round(p50, 4), round(p90, 4), round(p99, 4), round(1000 * tokens / p50, 2), samples
+    )

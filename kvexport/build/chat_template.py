@@ -16,7 +16,14 @@ from kvexport.build.jinja_sandbox import DATE, Rendered, TemplateFailed, render
 from kvexport.bundle.chat_format import Chat
 
 _TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
-_MARKS = {"S": "kvxsystemq", "U1": "kvxfirstq", "A1": "kvxsecondq", "U2": "kvxthirdq", "A2": "kvxfourthq", "U3": "kvxfifthq"}
+_MARKS = {
+    "S": "kvxsystemq",
+    "U1": "kvxfirstq",
+    "A1": "kvxsecondq",
+    "U2": "kvxthirdq",
+    "A2": "kvxfourthq",
+    "U3": "kvxfifthq",
+}
 _Messages = list[dict[str, str]]
 Golden = tuple[tuple[dict[str, str], ...], str]
 
@@ -37,7 +44,9 @@ def reduced_chat(checkpoint: Path) -> Reduced:
             return Reduced(None, (), ())
         return _reduced(template, special_tokens(checkpoint))
     except (TemplateFailed, ImportError, OSError, ValueError, RecursionError) as error:
-        return Reduced(None, (), (f"the chat template cannot be reduced: {error}; text still works, without it",))
+        return Reduced(
+            None, (), (f"the chat template cannot be reduced: {error}; text still works, without it",)
+        )
 
 
 def _template(checkpoint: Path, config: Mapping[str, Any]) -> str | None:
@@ -101,7 +110,9 @@ def _reduced(template: str, tokens: Mapping[str, str]) -> Reduced:
         held += _require_same(chat, pairs[: count - 1])
     except ValueError as error:
         chat = replace(chat, begin_system=None)
-        notes.append(f"the chat template's system prompt cannot be reduced: {error}; conversations begin without one")
+        notes.append(
+            f"the chat template's system prompt cannot be reduced: {error}; conversations begin without one"
+        )
     if dated:
         notes.append(f"the chat template writes the day's date: the bundle writes {DATE:%d %B %Y}, always")
     return Reduced(chat, tuple(held), tuple(notes))
@@ -146,7 +157,9 @@ def _require_same(chat: Chat, pairs: Sequence[tuple[_Messages, Rendered]]) -> li
                 (i for i, (a, b) in enumerate(zip(mine, rendered.text, strict=False)) if a != b),
                 min(len(mine), len(rendered.text)),
             )
-            raise ValueError(f"it writes {rendered.text[at : at + 40]!r} where a reduced one writes {mine[at : at + 40]!r}")
+            raise ValueError(
+                f"it writes {rendered.text[at : at + 40]!r} where a reduced one writes {mine[at : at + 40]!r}"
+            )
     return [(tuple(messages), rendered.text or "") for messages, rendered in pairs]
 
 
@@ -167,6 +180,13 @@ _WORDS = (
         "A1": "36.",
         "U2": 'And in {{ words }}, "please"?\n\n- one\n- two',
     },
-    {"S": "S", "U1": "日本語で。", "A1": "はい。", "U2": "🙂 <b>ok</b>", "A2": "Good.\nBye.", "U3": "The end"},
+    {
+        "S": "S",
+        "U1": "日本語で。",
+        "A1": "はい。",
+        "U2": "🙂 <b>ok</b>",
+        "A2": "Good.\nBye.",
+        "U3": "The end",
+    },
     {"S": "S", "U1": "  spaces before and after \n", "A1": "Yes.", "U2": "\n\nnew lines\n"},
 )

@@ -129,7 +129,9 @@ class Job:
 
     def __init__(self, path: Path, plan: Plan, progress: Progress) -> None:
         if plan.dtype not in BYTES:
-            raise UsageError("--dtype is not one of those that engines take", seen=plan.dtype, allowed=", ".join(BYTES))
+            raise UsageError(
+                "--dtype is not one of those that engines take", seen=plan.dtype, allowed=", ".join(BYTES)
+            )
         self.seconds: dict[str, float] = {}
         self.plan, self.progress = plan, progress
         self.checkpoint = Checkpoint(path)
@@ -141,14 +143,16 @@ class Job:
         self.compresses = fixed_shape(plan.wish, self.methods, attention) != trained_shape(attention)
         if plan.heal is not None and not self.compresses:
             raise UsageError(
-                "--heal has nothing to heal: every head stays as it was trained", seen=f"--heal {plan.heal}",
+                "--heal has nothing to heal: every head stays as it was trained",
+                seen=f"--heal {plan.heal}",
                 fix="lower --kv-ratio or --kv-heads, or leave --heal out",
-            )  # fmt: skip
+            )
         if plan.heal_lora is not None and plan.heal_lora > self.decoder.limits.hidden_size:
             raise UsageError(
-                "--heal-lora asks for adapters that are larger than the weights", seen=plan.heal_lora,
+                "--heal-lora asks for adapters that are larger than the weights",
+                seen=plan.heal_lora,
                 allowed=f"1 to {self.decoder.limits.hidden_size}, the model's width",
-            )  # fmt: skip
+            )
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
         self.moments_of = None if self.statistics is None else self.statistics.moments
 
@@ -162,7 +166,9 @@ class Job:
         if path.exists():
             read_tokenizer(path)
         else:
-            self.progress.note(f"the checkpoint has no {TOKENIZER_FILE}: the bundle will take and give token ids only")
+            self.progress.note(
+                f"the checkpoint has no {TOKENIZER_FILE}: the bundle will take and give token ids only"
+            )
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
@@ -177,10 +183,15 @@ class Job:
             return self.statistics.windows
         recipe = self.plan.recipe
         steps = sampling_steps(self.decoder, recipe.samples, recipe.length) if recipe.source == "self" else 0
-        with self.timed("text"), self.progress.stage("Sampling calibration text" if steps else "Reading text", steps):
+        with (
+            self.timed("text"),
+            self.progress.stage("Sampling calibration text" if steps else "Reading text", steps),
+        ):
             windows = calibration_windows(self.decoder, self.checkpoint.path, recipe, self.progress.advance)
         if len(windows) < recipe.samples:
-            self.progress.note(f"the calibration text fills {len(windows)} windows of the {recipe.samples} asked for")
+            self.progress.note(
+                f"the calibration text fills {len(windows)} windows of the {recipe.samples} asked for"
+            )
         if self.compresses:
             note_little_text(windows, cached, self.progress)
         return windows
@@ -188,17 +199,22 @@ class Job:
     def calibration(self) -> dict[str, Any]:
         """What the manifest says of calibration."""
         if self.statistics is not None:
-            return {**self.statistics.header["recipe"], "tokens_sha256": self.statistics.header["tokens_sha256"]}
+            return {
+                **self.statistics.header["recipe"],
+                "tokens_sha256": self.statistics.header["tokens_sha256"],
+            }
         return self.plan.recipe.to_json()
 
     def choose(self, windows: Tensor, capacity: int) -> Choice:
         """What each layer is to cache."""
         with self.timed("survey"):
-            return choose(self.decoder, windows, self.plan.wish, self.methods, self.moments_of, capacity, self.progress)
+            return choose(
+                self.decoder, windows, self.plan.wish, self.methods, self.moments_of, capacity, self.progress
+            )
 
     def convert(
         self, windows: Tensor, choice: Choice, take: Callable[[Layer], None], capacity: int, output: Path
-    ) -> BuildReport:  # fmt: skip
+    ) -> BuildReport:
         """Hand every converted layer to `take`, healed if that is asked for, and say what became of all."""
         decoder = self.decoder
         conversion: Conversion | None = None
@@ -209,7 +225,8 @@ class Job:
         reports: list[LayerReport] = []
         kept: list[Layer] = []
         parameters = sum(
-            t.numel() for t in tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
+            t.numel()
+            for t in tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
         )
         with self.timed("convert"), self.progress.stage("Converting layers", len(decoder.layers)):
             for converted in layers:
@@ -222,13 +239,20 @@ class Job:
             divergence = None if conversion is None else conversion.divergence()
         converted_width, frontier = sum(each.kv_width for each in reports), list[FrontierPoint]()
         for point in choice.points:
-            tried = divergence.mean_kl if divergence is not None and point.kv_width == converted_width else point.measured_kl
+            tried = (
+                divergence.mean_kl
+                if divergence is not None and point.kv_width == converted_width
+                else point.measured_kl
+            )
             frontier.append(FrontierPoint(BYTES[self.plan.dtype] * point.kv_width, point.predicted_kl, tried))
         healing = None
         if heals:
             with self.timed("heal"):
                 healed = self._heal(kept, windows, output)
-            healing, divergence = healed.report, divergence_of(decoder, healed.decoder, windows[split(len(windows))[1]])
+            healing, divergence = (
+                healed.report,
+                divergence_of(decoder, healed.decoder, windows[split(len(windows))[1]]),
+            )
             for layer in healed.decoder.layers:
                 take(layer)
         size = BYTES[self.plan.dtype]
@@ -238,7 +262,8 @@ class Job:
             kv_bytes_per_token=size * sum(each.kv_width for each in reports),
             kv_bytes_per_token_original=size * sum(each.original_kv_width for each in reports),
             parameters=parameters,
-            parameters_original=parameters - sum(each.parameters - each.original_parameters for each in reports),
+            parameters_original=parameters
+            - sum(each.parameters - each.original_parameters for each in reports),
             divergence=divergence,
             seconds=self.seconds,
             healing=healing,
@@ -250,7 +275,10 @@ class Job:
         assert self.plan.heal is not None
         seen = windows[split(len(windows))[0]]  # what is held out from it all judges the end
         fitted, watched = (seen[each] for each in split(len(seen)))
-        options, state = HealOptions(self.plan.heal, lora_rank=self.plan.heal_lora), Path(f"{output.resolve()}.healing")
+        options, state = (
+            HealOptions(self.plan.heal, lora_rank=self.plan.heal_lora),
+            Path(f"{output.resolve()}.healing"),
+        )
         converted = replace(self.decoder, layers=layers)
         healed = heal(self.decoder, converted, fitted, watched, options, self.progress, state)
         state.unlink(missing_ok=True)
@@ -265,7 +293,9 @@ def note_little_text(windows: Tensor, cached: int, progress: Progress) -> None:
             "too low, and the loss will be larger than it need be; use more --samples or a larger --length"
         )
     if len(windows) == 1:
-        progress.note("the one calibration window is fitted and judged alike: nothing is held out; use --samples 2 or more")
+        progress.note(
+            "the one calibration window is fitted and judged alike: nothing is held out; use --samples 2 or more"
+        )
 
 
 def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:
@@ -279,7 +309,9 @@ def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:
         return min(most, _DEFAULT_CAPACITY)
     if not 1 <= wanted <= most:
         raise UsageError(
-            "--capacity is out of range", seen=wanted, allowed=f"1 to {most} (the model's max_position_embeddings)",
+            "--capacity is out of range",
+            seen=wanted,
+            allowed=f"1 to {most} (the model's max_position_embeddings)",
             fix="choose a capacity in that range",
-        )  # fmt: skip
+        )
     return wanted

@@ -23,9 +23,11 @@ def kept_float32(peaks: PeakMeter) -> Kept:
     for index, layer in enumerate(peaks.layers):
         if layer.cached > LARGEST:
             raise UsageError(
-                f"float16 cannot hold the keys and values of layer {index}", seen=f"numbers up to {layer.cached:g}",
-                allowed=f"{LARGEST:g}", fix="use --dtype bfloat16 or --dtype float32",
-            )  # fmt: skip
+                f"float16 cannot hold the keys and values of layer {index}",
+                seen=f"numbers up to {layer.cached:g}",
+                allowed=f"{LARGEST:g}",
+                fix="use --dtype bfloat16 or --dtype float32",
+            )
     return Kept(
         stream=max(peaks.embedding, *(layer.residual for layer in peaks.layers)) > limit,
         mlps=frozenset(index for index, layer in enumerate(peaks.layers) if layer.mlp > limit),

@@ -32,7 +32,9 @@ class Rendered:
     error: str | None
 
 
-def render(template: str, tokens: Mapping[str, str], conversations: Sequence[_Messages]) -> tuple[list[Rendered], bool]:
+def render(
+    template: str, tokens: Mapping[str, str], conversations: Sequence[_Messages]
+) -> tuple[list[Rendered], bool]:
     """Each conversation's text up to where the assistant answers, and whether the template asks what day it is.
 
     Args:
@@ -41,11 +43,19 @@ def render(template: str, tokens: Mapping[str, str], conversations: Sequence[_Me
     Raises:
         TemplateFailed: the template cannot be compiled, or takes too much.
     """
-    work = json.dumps({"template": template, "tokens": dict(tokens), "conversations": [list(one) for one in conversations]})
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "PYTHONIOENCODING": "utf-8"}
+    work = json.dumps(
+        {"template": template, "tokens": dict(tokens), "conversations": [list(one) for one in conversations]}
+    )
+    environment = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "PYTHONIOENCODING": "utf-8",
+    }
     command = [sys.executable, "-m", "kvexport.build.jinja_sandbox"]
     try:
-        ran = subprocess.run(command, input=work.encode(), capture_output=True, timeout=_SECONDS, env=environment)
+        ran = subprocess.run(
+            command, input=work.encode(), capture_output=True, timeout=_SECONDS, env=environment
+        )
     except subprocess.TimeoutExpired as error:
         raise TemplateFailed(f"it was not done in {_SECONDS} seconds") from error
     if ran.returncode:
@@ -112,7 +122,9 @@ def _render(template: str, tokens: Mapping[str, str], conversations: Sequence[_M
     rendered: list[tuple[str | None, str | None]] = []
     for messages in conversations:
         try:
-            rendered.append((_bounded(compiled.generate(messages=messages, add_generation_prompt=True, **tokens)), None))
+            rendered.append(
+                (_bounded(compiled.generate(messages=messages, add_generation_prompt=True, **tokens)), None)
+            )
         except Exception as error:  # whatever the template runs into
             rendered.append((None, f"{error}"[:200]))
     return {"rendered": rendered, "dated": dated}

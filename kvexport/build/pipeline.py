@@ -38,7 +38,13 @@ __all__ = ["BuildReport", "Plan", "build", "calibrate", "compress"]
 
 
 def build(
-    checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, capacity: int | None = None, force: bool = False
+    checkpoint: Path,
+    output: Path,
+    plan: Plan,
+    progress: Progress,
+    *,
+    capacity: int | None = None,
+    force: bool = False,
 ) -> BuildReport:
     """Calibrate, convert, export, prove: the bundle at `output` appears whole, or not at all.
 
@@ -87,29 +93,42 @@ def build(
         kept = Kept() if peaks is None else kept_float32(peaks)
         if kept.names:
             report.kept_float32 = kept.names
-            progress.note(f"float16 cannot hold all numbers of this model: kept in float32: {', '.join(kept.names)}")
+            progress.note(
+                f"float16 cannot hold all numbers of this model: kept in float32: {', '.join(kept.names)}"
+            )
         contract = graph.finish(decoder.final_norm, decoder.head, kept)
         greedy.save(writer.directory, writer.sha256(DATA_FILE))
         write_lowered(writer.directory / GRAPH_FILE, plan.dtype)
         job.checkpoint.copy_tokenizer(writer.directory)
         write_text_files(
-            checkpoint, writer.directory, capacity=limit, vocab_size=decoder.limits.vocab_size,
-            bos=decoder.bos_token_id, eos=decoder.eos_token_ids, progress=progress,
-        )  # fmt: skip
+            checkpoint,
+            writer.directory,
+            capacity=limit,
+            vocab_size=decoder.limits.vocab_size,
+            bos=decoder.bos_token_id,
+            eos=decoder.eos_token_ids,
+            progress=progress,
+        )
         with job.timed("prove"):
             report.validation = prove(writer.directory, contract, progress, eviction)
         if report.validation.failures:
-            rounding = f"try --dtype float32: if that passes, rounding to {plan.dtype} is more than this model takes"
+            rounding = (
+                f"try --dtype float32: if that passes, rounding to {plan.dtype} is more than this model takes"
+            )
             raise GateFailed(
                 "the exported graph is not its PyTorch twin:\n" + "\n".join(report.validation.failures),
                 fix=None if plan.dtype == "float32" else rounding,
             )
-        (writer.directory / REPORT_FILE).write_text(json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8")
+        (writer.directory / REPORT_FILE).write_text(
+            json.dumps(report.to_json(), indent=1) + "\n", encoding="utf-8"
+        )
         writer.seal(_manifest(job, limit, eviction, contract, report))
     return report
 
 
-def compress(checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, force: bool = False) -> BuildReport:
+def compress(
+    checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, force: bool = False
+) -> BuildReport:
     """Convert, and write a standard Hugging Face checkpoint.
 
     Raises:
@@ -136,7 +155,9 @@ def compress(checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, 
     return report
 
 
-def calibrate(checkpoint: Path, output: Path, recipe: Recipe, progress: Progress, *, force: bool = False) -> int:
+def calibrate(
+    checkpoint: Path, output: Path, recipe: Recipe, progress: Progress, *, force: bool = False
+) -> int:
     """Write statistics that `build` and `compress` can start from; returns how many tokens were measured."""
     require_output(output, marker="statistics.json", force=force)
     job = Job(checkpoint, Plan(recipe), progress)
@@ -152,7 +173,7 @@ def calibrate(checkpoint: Path, output: Path, recipe: Recipe, progress: Progress
 
 def _manifest(
     job: Job, capacity: int, eviction: Eviction | None, contract: GraphContract, report: BuildReport
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     limits = job.decoder.limits
     return {
         "kvexport": __version__,

@@ -64,7 +64,9 @@ def write_text_files(
     texts = [*TEXTS, *(text for _, text in found.golden)]
     golden = tuple(one for one in (_golden(tokenizer, text) for text in texts) if one is not None)
     if not golden:
-        progress.note(f"{TOKENIZER_FILE} encodes none of the texts that it is checked with; the bundle will not check it")
+        progress.note(
+            f"{TOKENIZER_FILE} encodes none of the texts that it is checked with; the bundle will not check it"
+        )
         return
     made = TextFile(golden, tokenizer.special_ids, found.chat, found.golden)
     _adapt(directory / TOKENIZER_FILE)
@@ -72,7 +74,11 @@ def write_text_files(
         shutil.copyfile(checkpoint / TOKENIZER_FILE, directory / TOKENIZER_FILE)
     _write(directory / TEXT_FILE, made.to_json())
     model = {"type": "llama", "vocab_size": vocab_size, "context_length": capacity, "decoder": {}}
-    ids = {"bos_token_id": bos or 0, "eos_token_id": eos[0] if eos else 0, "pad_token_id": eos[0] if eos else 0}
+    ids = {
+        "bos_token_id": bos or 0,
+        "eos_token_id": eos[0] if eos else 0,
+        "pad_token_id": eos[0] if eos else 0,
+    }
     _write(directory / GENAI_FILE, {"model": {**model, **ids}, "search": {}})
     _write(directory / _CONFIG, _tokenizer_config(checkpoint, directory))
 
@@ -81,7 +87,9 @@ def _golden(tokenizer: Tokenizer, text: str) -> Golden | None:
     try:
         ids, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
         return Golden(text, tuple(ids), tuple(plain), tokenizer.decode(ids))
-    except Exception:  # the only class that tokenizers raises, for a text that a vocabulary without an unknown token lacks
+    except (
+        Exception
+    ):  # the only class that tokenizers raises, for a text that a vocabulary without an unknown token lacks
         return None
 
 
@@ -94,7 +102,11 @@ def _adapt(path: Path) -> None:
     raw = json.loads(path.read_text(encoding="utf-8"))
     before, decoder = raw.get("pre_tokenizer") or {}, raw.get("decoder") or {}
     steps = decoder.get("decoders") or [None]
-    first = before.get("type") == "Metaspace" and before.get("prepend_scheme") == "first" and before.get("split") is False
+    first = (
+        before.get("type") == "Metaspace"
+        and before.get("prepend_scheme") == "first"
+        and before.get("split") is False
+    )
     if first and steps[-1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
         steps[-1] = {"type": "Replace", "pattern": {"Regex": r"\A "}, "content": ""}
         path.write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")

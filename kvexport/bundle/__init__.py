@@ -14,6 +14,14 @@ from kvexport.bundle.bundle import (
 )
 
 __all__ = [
-    "BYTES", "DATA_FILE", "FORMAT", "GRAPH_FILE", "MANIFEST_FILE", "REPORT_FILE", "TOKENIZER_FILE", "Bundle", "BundleWriter",
+    "BYTES",
+    "DATA_FILE",
+    "FORMAT",
+    "GRAPH_FILE",
+    "MANIFEST_FILE",
+    "REPORT_FILE",
+    "TOKENIZER_FILE",
+    "Bundle",
+    "BundleWriter",
     "new_bundle",
-]  # fmt: skip
+]

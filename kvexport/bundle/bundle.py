@@ -31,9 +31,17 @@ REPORT_FILE = "report.json"
 TOKENIZER_FILE = "tokenizer.json"
 
 __all__ = [
-    "BYTES", "DATA_FILE", "FORMAT", "GRAPH_FILE", "MANIFEST_FILE", "REPORT_FILE", "TOKENIZER_FILE", "Bundle", "BundleWriter",
+    "BYTES",
+    "DATA_FILE",
+    "FORMAT",
+    "GRAPH_FILE",
+    "MANIFEST_FILE",
+    "REPORT_FILE",
+    "TOKENIZER_FILE",
+    "Bundle",
+    "BundleWriter",
     "new_bundle",
-]  # fmt: skip
+]
 
 
 @dataclass(frozen=True)
@@ -54,7 +62,9 @@ class Bundle(Manifest):
         sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
         for name, entry in bundle.files.items():
             if name not in sizes:
-                raise BundleError(f"the bundle {path} lacks its file {name}", fix="copy the bundle again, or " + REBUILD)
+                raise BundleError(
+                    f"the bundle {path} lacks its file {name}", fix="copy the bundle again, or " + REBUILD
+                )
             if sizes[name] != entry.bytes:
                 raise BundleError(
                     f"{name} of the bundle {path} has another size than when it was written",
@@ -101,7 +111,10 @@ class BundleWriter:
         Raises:
             BundleError: a key is missing, wrong, or contradicts another.
         """
-        files = {file.name: FileEntry(self.sha256(file.name), file.stat().st_size) for file in self.directory.iterdir()}
+        files = {
+            file.name: FileEntry(self.sha256(file.name), file.stat().st_size)
+            for file in self.directory.iterdir()
+        }
         write_manifest(self.directory, manifest, files)
         self.sealed = True
 

@@ -53,17 +53,19 @@ class Chat:
         if not begins:
             if system is not None:
                 raise UsageError(
-                    "a system prompt belongs at the beginning of a conversation", seen=system[:80],
+                    "a system prompt belongs at the beginning of a conversation",
+                    seen=system[:80],
                     fix="leave it out, or begin a new conversation: session.new_cache()",
-                )  # fmt: skip
+                )
             return self.next + self._said(text) + self.generate
         if system is None:
             return self.begin + self._said(text) + self.generate
         if self.begin_system is None:
             raise UsageError(
-                "the model's chat template takes no system prompt that could be put before a conversation", seen=system[:80],
+                "the model's chat template takes no system prompt that could be put before a conversation",
+                seen=system[:80],
                 fix="leave it out, or put it at the beginning of the user's text",
-            )  # fmt: skip
+            )
         before, after = self.begin_system
         return before + self._said(system) + after + self._said(text) + self.generate
 
@@ -74,7 +76,11 @@ class Chat:
         text = self.turn(first["content"], system, True)
         for message in rest:
             said = message["content"]
-            text += self.answer + self._said(said) if message["role"] == "assistant" else self.turn(said, None, False)
+            text += (
+                self.answer + self._said(said)
+                if message["role"] == "assistant"
+                else self.turn(said, None, False)
+            )
         return text
 
     def _said(self, content: str) -> str:

@@ -18,7 +18,12 @@ from kvexport.errors import BundleError
 FORMAT = 1
 ENGINES = ("tensorrt", "tensorrt-rtx")
 ENGINES_FOLDER = "engines"
-PLAN_FILE, RECORD_FILE, CACHE_FILE, INSPECTOR_FILE = "decoder.plan", "build.json", "timing.cache", "inspector.json"
+PLAN_FILE, RECORD_FILE, CACHE_FILE, INSPECTOR_FILE = (
+    "decoder.plan",
+    "build.json",
+    "timing.cache",
+    "inspector.json",
+)
 _REBUILD = "build the engine again: kvexport engine BUNDLE --force"
 _LARGEST = 1 << 20  # bytes of a record
 
@@ -101,7 +106,9 @@ def manifest_digest(bundle: Path) -> str:
 
 
 def write_record(directory: Path, record: BuildRecord) -> None:
-    (directory / RECORD_FILE).write_text(json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    (directory / RECORD_FILE).write_text(
+        json.dumps(record.to_json(), indent=1, allow_nan=False) + "\n", encoding="utf-8"
+    )
 
 
 def read_record(directory: Path) -> BuildRecord:
@@ -113,17 +120,26 @@ def read_record(directory: Path) -> BuildRecord:
     raw = _read(directory / RECORD_FILE)
     if raw.get("format") != FORMAT:
         seen = f"format {raw.get('format')!r}, written by kvexport {raw.get('kvexport')!r}"
-        raise BundleError(f"the engine {directory} is of another format", seen=seen, allowed=f"format {FORMAT}", fix=_REBUILD)
+        raise BundleError(
+            f"the engine {directory} is of another format",
+            seen=seen,
+            allowed=f"format {FORMAT}",
+            fix=_REBUILD,
+        )
     try:
         record = _parse(raw)
     except (KeyError, TypeError, ValueError, OverflowError) as error:  # the last, of an int made of infinity
-        raise BundleError(f"{RECORD_FILE} of the engine {directory} is damaged: {error}", fix=_REBUILD) from error
+        raise BundleError(
+            f"{RECORD_FILE} of the engine {directory} is damaged: {error}", fix=_REBUILD
+        ) from error
     plan = directory / PLAN_FILE
     size = plan.stat().st_size if plan.is_file() else None
     if size != record.plan.bytes:
         seen = "no such file" if size is None else f"{size} bytes"
         allowed = f"{record.plan.bytes} bytes"
-        raise BundleError(f"{PLAN_FILE} of the engine {directory} is not as built", seen=seen, allowed=allowed, fix=_REBUILD)
+        raise BundleError(
+            f"{PLAN_FILE} of the engine {directory} is not as built", seen=seen, allowed=allowed, fix=_REBUILD
+        )
     return record
 
 
@@ -133,7 +149,9 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError("it is larger than any record")
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        raise BundleError(f"there is no engine in {path.parent}", fix="build one: kvexport engine BUNDLE") from error
+        raise BundleError(
+            f"there is no engine in {path.parent}", fix="build one: kvexport engine BUNDLE"
+        ) from error
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}", fix=_REBUILD) from error
     if not isinstance(raw, dict):
@@ -149,7 +167,9 @@ def _parse(raw: Mapping[str, Any]) -> BuildRecord:
         if field.type == "str":
             sound = isinstance(value, str) and value.isprintable()
         elif field.type in ("int", "float"):
-            sound = isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+            sound = (
+                isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < float("inf")
+            )
             sound = sound and (field.type == "float" or isinstance(value, int))
         else:
             sound = True

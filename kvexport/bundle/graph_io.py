@@ -10,11 +10,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-VARIANT, EVICTING = "std24", "std24-evicting"  # the second where layers hold a budget of tokens (`kvexport.eviction.config`)
+VARIANT, EVICTING = (
+    "std24",
+    "std24-evicting",
+)  # the second where layers hold a budget of tokens (`kvexport.eviction.config`)
 OPSET = 24
 GRAPH_FILE = "decoder.onnx"
 DATA_FILE = "decoder.onnx.data"
-LOWERED_FILES = {"cpu": "decoder.cpu.onnx", "cuda": "decoder.cuda.onnx"}  # by ONNX Runtime's device, with the same data file
+LOWERED_FILES = {
+    "cpu": "decoder.cpu.onnx",
+    "cuda": "decoder.cuda.onnx",
+}  # by ONNX Runtime's device, with the same data file
 
 BATCH, SEQUENCE, LOGITS, CAPACITY, BUDGET = "batch", "sequence", "logits", "capacity", "budget"
 KEY, VALUE, STATE = "key", "value", "state"  # what a layer caches; a state only where it evicts
@@ -95,7 +101,9 @@ class GraphContract:
         """
 
         def specs(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries)
+            return tuple(
+                TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries
+            )
 
         return cls(**{**raw, "inputs": specs(raw["inputs"]), "outputs": specs(raw["outputs"])})
 
@@ -115,7 +123,7 @@ def sized(size: int | str, sizes: Mapping[str, int]) -> int | str:
 
 def cache_specs(
     layer: int, *, kv_heads: int, key_dim: int, value_dim: int, dtype: str, evicts: bool
-) -> tuple[TensorSpec, ...]:  # fmt: skip
+) -> tuple[TensorSpec, ...]:
     """The cache inputs of a layer: key and value, [batch, kv_heads, capacity, width].
 
     Of one that evicts key, value and state, [batch·kv_heads, 1, budget, width]: each head has its own slots. The state is
@@ -123,9 +131,14 @@ def cache_specs(
     """
     widths = {KEY: key_dim, VALUE: value_dim}
     if not evicts:
-        return tuple(TensorSpec(past(layer, which), dtype, (BATCH, kv_heads, CAPACITY, width)) for which, width in widths.items())
+        return tuple(
+            TensorSpec(past(layer, which), dtype, (BATCH, kv_heads, CAPACITY, width))
+            for which, width in widths.items()
+        )
     rows = heads_along_batch(kv_heads)
-    held = [TensorSpec(past(layer, which), dtype, (rows, 1, BUDGET, width)) for which, width in widths.items()]
+    held = [
+        TensorSpec(past(layer, which), dtype, (rows, 1, BUDGET, width)) for which, width in widths.items()
+    ]
     return (*held, TensorSpec(past(layer, STATE), "float32", (rows, 1, BUDGET, 2)))
 
 
@@ -134,7 +147,9 @@ def contract(
 ) -> GraphContract:
     """The contract of a decoder whose layers have the given caches (specs of the past inputs)."""
     presents = [
-        TensorSpec(spec.name.replace("past_key_values", "present"), spec.dtype, spec.shape) for each in caches for spec in each
+        TensorSpec(spec.name.replace("past_key_values", "present"), spec.dtype, spec.shape)
+        for each in caches
+        for spec in each
     ]
     evicts = any(BUDGET in spec.shape for each in caches for spec in each)
     return GraphContract(
@@ -152,7 +167,11 @@ def contract(
 
 TOKEN_INPUTS = (
     TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
-    TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),  # consecutive; a layer that does not evict writes to these slots
-    TensorSpec("write_indices", "int64", (BATCH,)),  # slots in use: the first one written, in layers that evict if there is room
+    TensorSpec(
+        "position_ids", "int64", (BATCH, SEQUENCE)
+    ),  # consecutive; a layer that does not evict writes to these slots
+    TensorSpec(
+        "write_indices", "int64", (BATCH,)
+    ),  # slots in use: the first one written, in layers that evict if there is room
     TensorSpec("logits_index", "int64", (BATCH, LOGITS)),  # which of the sequence's tokens get logits
 )

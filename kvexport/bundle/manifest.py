@@ -101,7 +101,11 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], files: Mapping[
     Raises:
         BundleError: what would be written could not be read again.
     """
-    raw = {"format": FORMAT, **manifest, "files": {name: asdict(entry) for name, entry in sorted(files.items())}}
+    raw = {
+        "format": FORMAT,
+        **manifest,
+        "files": {name: asdict(entry) for name, entry in sorted(files.items())},
+    }
     parse(json.loads(json.dumps(raw)))
     content = (json.dumps({**raw, "manifest_sha256": "0" * 64}, indent=1, allow_nan=False) + "\n").encode()
     content = content.replace(_KEY + b"0" * 64, _KEY + hashlib.sha256(content).hexdigest().encode())
@@ -122,7 +126,9 @@ def read_manifest(directory: Path) -> Manifest:
             f"the bundle {directory} is of a format that this version of kvexport does not read",
             seen=f"format {seen!r}, written by kvexport {raw.get('kvexport', 'of unknown version')!r}",
             allowed=f"format {FORMAT}",
-            fix=REBUILD if older else "update kvexport to that version or later (pip install --upgrade kvexport), or " + REBUILD,
+            fix=REBUILD
+            if older
+            else "update kvexport to that version or later (pip install --upgrade kvexport), or " + REBUILD,
         )
     if not _as_written(content):
         raise BundleError(
@@ -185,7 +191,9 @@ def parse(raw: Mapping[str, Any]) -> Manifest:
         dtype=reader.text("dtype"),
         capacity=reader.positive("capacity"),
         eviction=_eviction(reader),
-        layers=tuple(_layer(_Reader(each, f"layers[{i}].")) for i, each in enumerate(reader.each("layers", dict))),
+        layers=tuple(
+            _layer(_Reader(each, f"layers[{i}].")) for i, each in enumerate(reader.each("layers", dict))
+        ),
         graph=_graph(reader),
         files={name: _file(name, entry) for name, entry in reader.typed("files", dict).items()},
     )
@@ -195,17 +203,23 @@ def parse(raw: Mapping[str, Any]) -> Manifest:
 
 def _require_agreement(manifest: Manifest) -> None:
     if manifest.dtype not in BYTES:
-        raise BundleError("the manifest's dtype is not one that bundles have", seen=manifest.dtype, allowed=", ".join(BYTES))
+        raise BundleError(
+            "the manifest's dtype is not one that bundles have", seen=manifest.dtype, allowed=", ".join(BYTES)
+        )
     if len(manifest.layers) != manifest.model.num_hidden_layers:
         raise BundleError(
             "the manifest describes another number of layers than its num_hidden_layers",
-            seen=len(manifest.layers), allowed=manifest.model.num_hidden_layers, fix=REBUILD,
-        )  # fmt: skip
+            seen=len(manifest.layers),
+            allowed=manifest.model.num_hidden_layers,
+            fix=REBUILD,
+        )
     if manifest.eviction is not None:
         try:
             manifest.eviction.require(manifest.capacity, len(manifest.layers))
         except UsageError as error:
-            raise BundleError(f"the manifest's eviction is impossible: {error.what}", seen=error.seen, fix=REBUILD) from error
+            raise BundleError(
+                f"the manifest's eviction is impossible: {error.what}", seen=error.seen, fix=REBUILD
+            ) from error
     for name in (GRAPH_FILE, DATA_FILE):
         if name not in manifest.files:
             raise BundleError(f"the manifest does not list {name}", fix=REBUILD)
@@ -215,8 +229,10 @@ def _require_agreement(manifest: Manifest) -> None:
         if seen != allowed:
             raise BundleError(
                 f"the manifest's graph.{field.name} contradicts its layers, model, dtype or capacity",
-                seen=seen, allowed=allowed, fix=REBUILD,
-            )  # fmt: skip
+                seen=seen,
+                allowed=allowed,
+                fix=REBUILD,
+            )
 
 
 def contract_of(manifest: Manifest) -> GraphContract:
@@ -224,9 +240,13 @@ def contract_of(manifest: Manifest) -> GraphContract:
 
     def caches(index: int, layer: LayerReport) -> tuple[TensorSpec, ...]:
         return cache_specs(
-            index, kv_heads=layer.num_key_value_heads, key_dim=layer.key_head_dim, value_dim=layer.value_head_dim,
-            dtype=manifest.dtype, evicts=manifest.eviction is not None and manifest.eviction.evicts(index),
-        )  # fmt: skip
+            index,
+            kv_heads=layer.num_key_value_heads,
+            key_dim=layer.key_head_dim,
+            value_dim=layer.value_head_dim,
+            dtype=manifest.dtype,
+            evicts=manifest.eviction is not None and manifest.eviction.evicts(index),
+        )
 
     return contract(
         dtype=manifest.dtype,
@@ -251,9 +271,13 @@ def _eviction(reader: _Reader) -> Eviction | None:
     try:
         return Eviction.from_json(raw)
     except UsageError as error:
-        raise BundleError(f"the manifest's eviction is impossible: {error.what}", seen=error.seen, fix=REBUILD) from error
+        raise BundleError(
+            f"the manifest's eviction is impossible: {error.what}", seen=error.seen, fix=REBUILD
+        ) from error
     except (KeyError, TypeError) as error:
-        raise BundleError(f"the manifest's eviction cannot be read: {error}", seen=repr(raw)[:80], fix=REBUILD) from error
+        raise BundleError(
+            f"the manifest's eviction cannot be read: {error}", seen=repr(raw)[:80], fix=REBUILD
+        ) from error
 
 
 def _layer(reader: _Reader) -> LayerReport:
@@ -262,7 +286,9 @@ def _layer(reader: _Reader) -> LayerReport:
         if field.type == "int":
             found[field.name] = reader.positive(field.name)
         elif field.type == "int | None":
-            found[field.name] = None if reader.typed(field.name, int, optional=True) is None else reader.positive(field.name)
+            found[field.name] = (
+                None if reader.typed(field.name, int, optional=True) is None else reader.positive(field.name)
+            )
         elif field.type == "float":
             found[field.name] = reader.number(field.name)
         else:
@@ -271,9 +297,17 @@ def _layer(reader: _Reader) -> LayerReport:
 
 
 def _file(name: str, entry: object) -> FileEntry:
-    if Path(name).name != name or name in ("", "..") or "\\" in name or not name.isprintable() or name == MANIFEST_FILE:
+    if (
+        Path(name).name != name
+        or name in ("", "..")
+        or "\\" in name
+        or not name.isprintable()
+        or name == MANIFEST_FILE
+    ):
         raise BundleError(
-            "the manifest lists a file that is not one of the bundle's", seen=repr(name), allowed="plain names of files beside it"
+            "the manifest lists a file that is not one of the bundle's",
+            seen=repr(name),
+            allowed="plain names of files beside it",
         )
     reader = _Reader(entry, f"files[{name!r}].")
     return FileEntry(reader.text("sha256"), int(reader.typed("bytes", int)))
@@ -284,7 +318,9 @@ class _Reader:
 
     def __init__(self, raw: object, where: str) -> None:
         if not isinstance(raw, dict):
-            raise BundleError(f"the manifest's {where.rstrip('.')} is not an object", seen=repr(raw)[:80], fix=REBUILD)
+            raise BundleError(
+                f"the manifest's {where.rstrip('.')} is not an object", seen=repr(raw)[:80], fix=REBUILD
+            )
         self._raw, self._where = raw, where
 
     def typed(self, key: str, kind: type | tuple[type, ...], *, optional: bool = False) -> Any:
@@ -325,4 +361,6 @@ class _Reader:
 
     def _refuse(self, key: str, problem: str, allowed: str | None = None) -> NoReturn:
         seen = repr(self._raw.get(key))[:80]
-        raise BundleError(f"the manifest's {self._where}{key} {problem}", seen=seen, allowed=allowed, fix=REBUILD)
+        raise BundleError(
+            f"the manifest's {self._where}{key} {problem}", seen=seen, allowed=allowed, fix=REBUILD
+        )

@@ -25,7 +25,11 @@ FORMAT = 1
 FILE = "self_test.json"
 RANKED_BY_NORM = ("l2-norm", "keep-high")  # policies whose choices rounding can change
 _LARGEST = 1 << 26  # bytes of the file
-_PRIMES = 7919, 104729, 65537  # every score below is a whole number that float32 holds, and no two of one head are alike
+_PRIMES = (
+    7919,
+    104729,
+    65537,
+)  # every score below is a whole number that float32 holds, and no two of one head are alike
 
 
 @dataclass(frozen=True)
@@ -128,9 +132,11 @@ def read_vectors(bundle: Bundle) -> Vectors:
         raw = json.loads(path.read_text(encoding="utf-8"))
         if raw["format"] != FORMAT:
             raise BundleError(
-                f"{path} is of a format that this version of kvexport does not read", seen=f"format {raw['format']!r}",
-                allowed=f"format {FORMAT}", fix="update kvexport (pip install --upgrade kvexport)",
-            )  # fmt: skip
+                f"{path} is of a format that this version of kvexport does not read",
+                seen=f"format {raw['format']!r}",
+                allowed=f"format {FORMAT}",
+                fix="update kvexport (pip install --upgrade kvexport)",
+            )
         return _parsed(raw, bundle)
     except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read: {error}", fix=REBUILD) from error
@@ -145,7 +151,10 @@ def _parsed(raw: Mapping[str, Any], bundle: Bundle) -> Vectors:
         raise ValueError("there is no prompt, no row of it, no logit, or more tokens than the capacity")
     if (slots is None) != (bundle.eviction is None):
         raise ValueError(f"slots is {slots!r}")
-    if bundle.eviction is not None and not bundle.eviction.protected < _whole(slots) <= bundle.eviction.budget:
+    if (
+        bundle.eviction is not None
+        and not bundle.eviction.protected < _whole(slots) <= bundle.eviction.budget
+    ):
         raise ValueError(f"slots is {slots}")
     if slots is not None and len(prompt) > slots:
         raise ValueError("the prompt is longer than the slots")
@@ -161,7 +170,10 @@ def _parsed(raw: Mapping[str, Any], bundle: Bundle) -> Vectors:
 
 def _row(raw: Mapping[str, Any], values: int, layers: int, vocab: int) -> Row:
     (likeliest,) = _ids([raw["likeliest"]], vocab)
-    parts = [_numbers(raw[name], count) for name, count in (("values", values), ("key_norms", layers), ("value_norms", layers))]
+    parts = [
+        _numbers(raw[name], count)
+        for name, count in (("values", values), ("key_norms", layers), ("value_norms", layers))
+    ]
     rms, margin = _numbers([raw["rms"], raw["margin"]], 2)
     return Row(rms, likeliest, margin, *parts)
 

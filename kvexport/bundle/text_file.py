@@ -48,16 +48,26 @@ class TextFile:
         chat = self.chat
         return {
             "format": FORMAT,
-            "golden": [{**vars(one), "ids": list(one.ids), "plain_ids": list(one.plain_ids)} for one in self.golden],
+            "golden": [
+                {**vars(one), "ids": list(one.ids), "plain_ids": list(one.plain_ids)} for one in self.golden
+            ],
             "special_ids": list(self.special_ids),
-            "chat": None if chat is None else {**vars(chat), "begin_system": chat.begin_system and list(chat.begin_system)},
-            "chat_golden": [{"messages": list(messages), "text": text} for messages, text in self.chat_golden],
+            "chat": None
+            if chat is None
+            else {**vars(chat), "begin_system": chat.begin_system and list(chat.begin_system)},
+            "chat_golden": [
+                {"messages": list(messages), "text": text} for messages, text in self.chat_golden
+            ],
         }
 
     def difference(self, tokenizer: Encoder) -> str | None:
         """The first text that this tokenizer encodes or decodes otherwise, and how; None: there is none."""
         for one in self.golden:
-            given = tokenizer.encode(one.text), tokenizer.encode(one.text, special=False), tokenizer.decode(one.ids)
+            given = (
+                tokenizer.encode(one.text),
+                tokenizer.encode(one.text, special=False),
+                tokenizer.decode(one.ids),
+            )
             wanted = list(one.ids), list(one.plain_ids), one.decoded
             for mine, built in zip(given, wanted, strict=True):
                 if mine != built:
@@ -80,7 +90,8 @@ def text_of(bundle: Bundle) -> TextFile | None:
         return parse_text(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, RecursionError) as error:
         raise BundleError(
-            f"{TEXT_FILE} of the bundle {bundle.path} cannot be read: {error}", fix="copy the bundle again, or " + REBUILD
+            f"{TEXT_FILE} of the bundle {bundle.path} cannot be read: {error}",
+            fix="copy the bundle again, or " + REBUILD,
         ) from error
 
 
@@ -108,7 +119,9 @@ def parse_text(raw: object) -> TextFile:
 def _golden(raw: object, name: str) -> Golden:
     one = _keys(raw, name, "text", "ids", "plain_ids", "decoded")
     ids, plain = (tuple(_list(one[key], f"{name}.{key}", _id)) for key in ("ids", "plain_ids"))
-    return Golden(_string(one["text"], f"{name}.text"), ids, plain, _string(one["decoded"], f"{name}.decoded"))
+    return Golden(
+        _string(one["text"], f"{name}.text"), ids, plain, _string(one["decoded"], f"{name}.decoded")
+    )
 
 
 def _chat(raw: object) -> Chat:
@@ -121,7 +134,9 @@ def _chat(raw: object) -> Chat:
         if len(strings) != 2:
             raise ValueError("chat.begin_system is not two strings")
         around = (strings[0], strings[1])
-    begin, generate, answer, following = (_string(one[key], f"chat.{key}") for key in ("begin", "generate", "answer", "next"))
+    begin, generate, answer, following = (
+        _string(one[key], f"chat.{key}") for key in ("begin", "generate", "answer", "next")
+    )
     return Chat(begin, around, generate, answer, following, one["strips"])
 
 

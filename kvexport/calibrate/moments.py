@@ -56,7 +56,11 @@ class MomentsAccumulator:
         self._tokens = 0
         self._key_mean, self._key_second = zeros(keys), zeros(keys, keys)
         self._value_mean, self._value_second = zeros(values), zeros(values, values)
-        self._query_second, self._overlap, self._gain = zeros(heads, width, width), zeros(heads, heads), zeros(heads)
+        self._query_second, self._overlap, self._gain = (
+            zeros(heads, width, width),
+            zeros(heads, heads),
+            zeros(heads),
+        )
         self._output_mean, self._output_power = zeros(hidden), zeros()
         # The metric that W_O puts on one head's output, so that |W_O x|² = xᵀ M x: [H, d, d].
         per_head = attention.o.weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, hidden, d]
@@ -70,7 +74,9 @@ class MomentsAccumulator:
         self._value_mean += _add_second(self._value_second, projected.value)
         queries = projected.query.double().transpose(0, 1).flatten(1, 2)  # [H, B·S, d]
         self._query_second += queries.transpose(1, 2) @ queries
-        output = reference.linear(self._attention.o, windows.head_outputs(self._attention, projected, self._look))
+        output = reference.linear(
+            self._attention.o, windows.head_outputs(self._attention, projected, self._look)
+        )
         self._output_mean += output.double().sum((0, 1))
         self._output_power += output.double().square().sum()
         return output
@@ -83,7 +89,9 @@ class MomentsAccumulator:
         """
         flat = probabilities.flatten(2)  # [B, H, M·N]
         self._overlap += (flat @ flat.transpose(1, 2)).double().sum(0)
-        centred = (value - value.mean(2, keepdim=True)).repeat_interleave(self._attention.queries_per_kv_head, dim=1)
+        centred = (value - value.mean(2, keepdim=True)).repeat_interleave(
+            self._attention.queries_per_kv_head, dim=1
+        )
         metric = self._metric.to(value.dtype)
         measured = centred @ metric  # [B, H, N, d]
         powers = (measured * centred).sum(-1, keepdim=True)  # |W_O v_n|², [B, H, N, 1]

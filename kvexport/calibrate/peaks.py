@@ -50,7 +50,9 @@ class PeakMeter:
             window += reference.linear(layer.attention.o, mixed)
             residual = max(residual, _peak(window))
             normed = reference.norm(layer.mlp_norm, window)
-            first = [reference.linear(each, normed) for each in (layer.mlp.gate, layer.mlp.up) if each is not None]
+            first = [
+                reference.linear(each, normed) for each in (layer.mlp.gate, layer.mlp.up) if each is not None
+            ]
             inner = reference.mlp_inner(layer.mlp, normed)
             update = reference.linear(layer.mlp.down, inner)
             window += update

@@ -43,7 +43,9 @@ class Rotations:
     """
 
     def __init__(self, rope: Rope, positions: int) -> None:
-        angles = torch.arange(positions, dtype=torch.float64)[:, None] * rope.inv_freq.double()  # [positions, d/2]
+        angles = (
+            torch.arange(positions, dtype=torch.float64)[:, None] * rope.inv_freq.double()
+        )  # [positions, d/2]
         self._set(angles, torch.full((positions,), 1 / positions, dtype=torch.float64))
 
     @classmethod
@@ -72,7 +74,7 @@ class Rotations:
 
     def second(
         self, xy: Tensor, rows: Tensor | None = None, columns: Tensor | None = None, inverse: bool = False
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """Of x yᵀ for stacks x [g·2p] and y [h·2q], turned back rather if `inverse`.
 
         `rows` [p] and `columns` [q] say which frequency each pair of x and of y turns with; None: those of a head [d/2].
@@ -84,9 +86,16 @@ class Rotations:
             difference, total = difference.conj(), total.conj()
         p, q = (half if each is None else len(each) for each in (rows, columns))
         blocks = xy.reshape(xy.shape[0] // (2 * p), 2, p, xy.shape[1] // (2 * q), 2, q)
-        first, cross, turned, second = blocks[:, 0, :, :, 0], blocks[:, 0, :, :, 1], blocks[:, 1, :, :, 0], blocks[:, 1, :, :, 1]
+        first, cross, turned, second = (
+            blocks[:, 0, :, :, 0],
+            blocks[:, 0, :, :, 1],
+            blocks[:, 1, :, :, 0],
+            blocks[:, 1, :, :, 1],
+        )
         hermitian = torch.complex(first + second, turned - cross) * difference[:, None]  # E[z z̄]
         plain = torch.complex(first - second, turned + cross) * total[:, None]  # E[z z]
         mean, rest = (hermitian + plain) / 2, (hermitian - plain) / 2
-        found = torch.stack((torch.stack((mean.real, -rest.imag), 3), torch.stack((mean.imag, rest.real), 3)), 1)
+        found = torch.stack(
+            (torch.stack((mean.real, -rest.imag), 3), torch.stack((mean.imag, rest.real), 3)), 1
+        )
         return found.reshape(xy.shape)

@@ -34,11 +34,16 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """The recipe as plain JSON values; the file by its name alone."""
-        found = asdict(self) | {"temperatures": list(self.temperatures), "file": self.file.name if self.file else None}
+        found = asdict(self) | {
+            "temperatures": list(self.temperatures),
+            "file": self.file.name if self.file else None,
+        }
         return {key: value for key, value in found.items() if value not in (None, [])}
 
 
-def recipe_for(calibration: str, samples: int | None = None, length: int | None = None, seed: int | None = None) -> Recipe:
+def recipe_for(
+    calibration: str, samples: int | None = None, length: int | None = None, seed: int | None = None
+) -> Recipe:
     """The recipe that `--calibration` names, 'self', 'random' or a text file, with what the options override.
 
     Raises:
@@ -47,14 +52,26 @@ def recipe_for(calibration: str, samples: int | None = None, length: int | None 
     file = None if calibration in BUILT_IN else Path(calibration)
     if file is not None and not file.is_file():
         raise UsageError(
-            "the calibration text is no file", seen=repr(calibration), allowed="self, random, or a file of text or JSON lines"
+            "the calibration text is no file",
+            seen=repr(calibration),
+            allowed="self, random, or a file of text or JSON lines",
         )
-    raw = tomllib.loads(resource("calibration", f"{'text' if file else calibration}.toml").read_text(encoding="utf-8"))
+    raw = tomllib.loads(
+        resource("calibration", f"{'text' if file else calibration}.toml").read_text(encoding="utf-8")
+    )
     raw["temperatures"] = tuple(raw.get("temperatures", ()))
     overrides = {"samples": samples, "length": length, "seed": seed}
-    recipe = Recipe(**{**raw, **{key: value for key, value in overrides.items() if value is not None}}, file=file)
-    ranges = (("samples", recipe.samples, 1, 2**20), ("length", recipe.length, 2, 2**20), ("seed", recipe.seed, 0, 2**63 - 1))
+    recipe = Recipe(
+        **{**raw, **{key: value for key, value in overrides.items() if value is not None}}, file=file
+    )
+    ranges = (
+        ("samples", recipe.samples, 1, 2**20),
+        ("length", recipe.length, 2, 2**20),
+        ("seed", recipe.seed, 0, 2**63 - 1),
+    )
     for name, value, least, most in ranges:
         if not least <= value <= most:
-            raise UsageError(f"--{name} is out of range", seen=value, allowed=f"a whole number from {least} to {most}")
+            raise UsageError(
+                f"--{name} is out of range", seen=value, allowed=f"a whole number from {least} to {most}"
+            )
     return recipe

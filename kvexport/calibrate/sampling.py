@@ -42,7 +42,10 @@ def sample_windows(
     whole = dataclasses.replace(decoder, layers=list(decoder.layers))
     generator = torch.Generator().manual_seed(seed)
     heat = torch.tensor([temperatures[i % len(temperatures)] for i in range(samples)])
-    parts = [_sample(whole, heat[start : start + batch], length, generator, advance) for start in range(0, samples, batch)]
+    parts = [
+        _sample(whole, heat[start : start + batch], length, generator, advance)
+        for start in range(0, samples, batch)
+    ]
     return torch.cat(parts)[torch.randperm(samples, generator=generator)]
 
 
@@ -61,7 +64,9 @@ def _cache_bytes(layer: Layer, count: int, length: int) -> int:
     return count * length * layer.attention.kv_width * layer.mlp.up.weight.element_size()
 
 
-def _sample(decoder: Decoder, heat: Tensor, length: int, generator: torch.Generator, advance: Callable[[], None]) -> Tensor:
+def _sample(
+    decoder: Decoder, heat: Tensor, length: int, generator: torch.Generator, advance: Callable[[], None]
+) -> Tensor:
     batch = len(heat)
     if decoder.bos_token_id is None:
         tokens = torch.randint(decoder.limits.vocab_size, (batch, 1), generator=generator)

@@ -61,24 +61,32 @@ class Statistics:
             raise UsageError(f"{directory / _HEADER} is no header of calibration statistics", fix=remedy)
         if self.header.get("format") != FORMAT:
             raise UsageError(
-                "the statistics are of a format that this version does not read", seen=self.header.get("format"), allowed=FORMAT,
+                "the statistics are of a format that this version does not read",
+                seen=self.header.get("format"),
+                allowed=FORMAT,
                 fix=remedy,
-            )  # fmt: skip
+            )
         if self.header.get("checkpoint") != checkpoint_sha256:
             raise UsageError(
-                "the statistics belong to another checkpoint", seen=f"sha256 {self.header.get('checkpoint')}",
-                allowed=f"sha256 {checkpoint_sha256}", fix=remedy,
-            )  # fmt: skip
+                "the statistics belong to another checkpoint",
+                seen=f"sha256 {self.header.get('checkpoint')}",
+                allowed=f"sha256 {checkpoint_sha256}",
+                fix=remedy,
+            )
         tokens = self._read(_TOKENS)
         if self.header.get("tokens_sha256") != sha256_of(directory / _TOKENS):
-            raise UsageError(f"{directory / _TOKENS} is not what {_HEADER} describes: damaged or exchanged", fix=remedy)
+            raise UsageError(
+                f"{directory / _TOKENS} is not what {_HEADER} describes: damaged or exchanged", fix=remedy
+            )
         self.windows = tokens["tokens"].long()
 
     def moments(self, index: int) -> Moments:
         """The moments of one layer."""
         found = self._read(_layer_file(index))
         if set(found) != set(MOMENT_NAMES):
-            raise UsageError(f"{self._directory / _layer_file(index)} lacks moments", seen=", ".join(sorted(found)))
+            raise UsageError(
+                f"{self._directory / _layer_file(index)} lacks moments", seen=", ".join(sorted(found))
+            )
         return Moments(**found)
 
     def _read(self, name: str) -> dict[str, Tensor]:
@@ -88,7 +96,9 @@ class Statistics:
         try:
             return load_file(self._directory / name)
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"the statistics file {self._directory / name} cannot be read: {error}") from error
+            raise UsageError(
+                f"the statistics file {self._directory / name} cannot be read: {error}"
+            ) from error
 
 
 def _layer_file(index: int) -> str:

@@ -24,7 +24,8 @@ def read_text(path: Path) -> str:
         raw = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"the text {path} cannot be read: {error}", allowed="UTF-8 text, or JSON lines with a `text` field"
+            f"the text {path} cannot be read: {error}",
+            allowed="UTF-8 text, or JSON lines with a `text` field",
         ) from error
     if path.suffix not in _JSON_LINES:
         return raw
@@ -39,9 +40,10 @@ def _text_field(path: Path, number: int, line: str) -> str:
         text = None
     if not isinstance(text, str):
         raise UsageError(
-            f"{path}, line {number}, is no JSON object with a `text` field that is a string", seen=line[:80],
+            f"{path}, line {number}, is no JSON object with a `text` field that is a string",
+            seen=line[:80],
             fix="write one JSON object a line, or rename a plain text to .txt",
-        )  # fmt: skip
+        )
     return text
 
 
@@ -74,7 +76,9 @@ def read_tokenizer(path: Path) -> Any:
     try:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise UsageError(f"{path} is no tokenizer: {error}", fix="download the model's tokenizer.json again") from error
+        raise UsageError(
+            f"{path} is no tokenizer: {error}", fix="download the model's tokenizer.json again"
+        ) from error
 
 
 def all_windows(ids: list[int], length: int, what: str) -> Tensor:
@@ -86,9 +90,11 @@ def all_windows(ids: list[int], length: int, what: str) -> Tensor:
     count = len(ids) // length
     if not count:
         raise UsageError(
-            f"{what} is shorter than one window", seen=f"{len(ids)} tokens", allowed=f"{length} tokens or more",
+            f"{what} is shorter than one window",
+            seen=f"{len(ids)} tokens",
+            allowed=f"{length} tokens or more",
             fix="use a longer text, or a smaller --length",
-        )  # fmt: skip
+        )
     return torch.tensor(ids[: count * length]).view(count, length)
 
 

@@ -15,7 +15,9 @@ from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder
 
 
-def calibration_windows(decoder: Decoder, checkpoint: Path, recipe: Recipe, advance: Callable[[], None] = lambda: None) -> Tensor:
+def calibration_windows(
+    decoder: Decoder, checkpoint: Path, recipe: Recipe, advance: Callable[[], None] = lambda: None
+) -> Tensor:
     """Windows [N, length] of int64 token ids; N is `recipe.samples`, or fewer where the text has fewer.
 
     Raises:
@@ -25,22 +27,30 @@ def calibration_windows(decoder: Decoder, checkpoint: Path, recipe: Recipe, adva
     limit = decoder.limits.max_positions
     if limit is not None and recipe.length > limit:
         raise UsageError(
-            "--length exceeds the positions that the model was trained for", seen=recipe.length, allowed=f"at most {limit}"
+            "--length exceeds the positions that the model was trained for",
+            seen=recipe.length,
+            allowed=f"at most {limit}",
         )
     if recipe.source == "self":
-        return sample_windows(decoder, recipe.samples, recipe.length, recipe.temperatures, recipe.seed, advance)
+        return sample_windows(
+            decoder, recipe.samples, recipe.length, recipe.temperatures, recipe.seed, advance
+        )
     if recipe.source == "random":
         generator = torch.Generator().manual_seed(recipe.seed)
         return torch.randint(decoder.limits.vocab_size, (recipe.samples, recipe.length), generator=generator)
     assert recipe.file is not None
     ids = tokenize(checkpoint, read_text(recipe.file))
     _require_known(ids, decoder.limits.vocab_size)
-    return spread_windows(ids, recipe.samples, recipe.length, recipe.seed, f"the calibration text {recipe.file}")
+    return spread_windows(
+        ids, recipe.samples, recipe.length, recipe.seed, f"the calibration text {recipe.file}"
+    )
 
 
 def _require_known(ids: list[int], vocab_size: int) -> None:
     if ids and max(ids) >= vocab_size:
         raise UsageError(
-            "the tokenizer makes token ids that the model does not have", seen=max(ids), allowed=f"below {vocab_size}",
+            "the tokenizer makes token ids that the model does not have",
+            seen=max(ids),
+            allowed=f"below {vocab_size}",
             fix="put the model's own tokenizer.json beside its weights",
-        )  # fmt: skip
+        )

@@ -31,14 +31,19 @@ def project(attention: Attention, x: Tensor, rope: Rope | None) -> Projected:
 
 
 def head_outputs(
-    attention: Attention, projected: Projected, look: Callable[[Tensor, Tensor], None] = lambda probabilities, value: None
+    attention: Attention,
+    projected: Projected,
+    look: Callable[[Tensor, Tensor], None] = lambda probabilities, value: None,
 ) -> Tensor:
     """Concatenated head outputs before `o`, [B, S, Hq·width], as `reference.head_outputs` computes them.
 
     `look` is shown each block of rows: probabilities [B, Hq, M, N] over the values [B, Hkv, N, value_dim] of the
     first N positions, all that these rows see.
     """
-    query, key = reference.map_queries(attention, projected.query_rotated), reference.map_keys(attention, projected.key_rotated)
+    query, key = (
+        reference.map_queries(attention, projected.query_rotated),
+        reference.map_keys(attention, projected.key_rotated),
+    )
     windows, heads, length = query.shape[:3]
     positions = _positions(projected.value[:, 0])
     size = max(1, SCORES // (windows * heads * length))
@@ -46,7 +51,9 @@ def head_outputs(
     for start in range(0, length, size):
         rows, seen = slice(start, start + size), slice(0, min(start + size, length))
         bias = reference.visibility(attention, positions[:, rows], torch.arange(seen.stop), query.dtype)
-        probabilities = reference.weights(reference.scores(attention, query[:, :, rows], key[:, :, seen]) + bias)
+        probabilities = reference.weights(
+            reference.scores(attention, query[:, :, rows], key[:, :, seen]) + bias
+        )
         value = projected.value[:, :, seen]
         look(probabilities, value)
         mixed.append(reference.mix(attention, probabilities, value))

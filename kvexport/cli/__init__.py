@@ -83,7 +83,9 @@ def main(arguments: list[str] | None = None) -> None:
         try:
             verbs.main(arguments, prog_name="kvexport", standalone_mode=False)
         except Exception as error:
-            if signalled.any:  # native code on the stack may have turned KeyboardInterrupt into an error of its own
+            if (
+                signalled.any
+            ):  # native code on the stack may have turned KeyboardInterrupt into an error of its own
                 raise KeyboardInterrupt from error
             raise
     except KvexportError as error:
@@ -101,9 +103,14 @@ def main(arguments: list[str] | None = None) -> None:
             raise
         _fail(_missing(error), 3)
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(error):  # torch's own way to say it
+        if not isinstance(error, MemoryError) and "allocate memory" not in str(
+            error
+        ):  # torch's own way to say it
             raise
-        _fail("out of memory\n  fix:     use fewer --samples, a shorter --length, or a machine with more memory", 3)
+        _fail(
+            "out of memory\n  fix:     use fewer --samples, a shorter --length, or a machine with more memory",
+            3,
+        )
     except OSError as error:
         _fail(_refused(error), 3)
 
@@ -123,16 +130,25 @@ def _refused(error: OSError) -> str:
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
         return f"the disk is full ({error.strerror})\n  fix:     free space, or write to another disk"
     where = error.filename or error.filename2
-    remedy = "\n  fix:     make it writable, or write elsewhere" if error.errno in (errno.EROFS, errno.EACCES) else ""
+    remedy = (
+        "\n  fix:     make it writable, or write elsewhere"
+        if error.errno in (errno.EROFS, errno.EACCES)
+        else ""
+    )
     return f"{error.strerror or error}" + (f": {where}" if where else "") + remedy
 
 
 # What brings a package that may be missing: kvexport itself, or one of its extras. All others are what `convert` brings.
 _BASE = ("numpy", "click", "rich", "tokenizers", "tomli")
 _EXTRAS = {
-    "onnxruntime": "cpu", "cuda": "gpu", "pynvml": "gpu", "tensorrt": "tensorrt", "polygraphy": "tensorrt", "tensorrt_rtx": "rtx",
+    "onnxruntime": "cpu",
+    "cuda": "gpu",
+    "pynvml": "gpu",
+    "tensorrt": "tensorrt",
+    "polygraphy": "tensorrt",
+    "tensorrt_rtx": "rtx",
     "peft": "heal",
-}  # fmt: skip
+}
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -13,21 +13,42 @@ from kvexport.cli.conversion import METHODS, cache_options, calibration_options,
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The HTML file to write; it must not exist.")
-@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged.")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The HTML file to write; it must not exist.",
+)
+@click.option(
+    "--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged."
+)
 @cache_options
 @shape_options
 @calibration_options
-@click.option("--text", type=click.Path(path_type=Path), help="Whose attention maps to show [default: text the model samples].")
+@click.option(
+    "--text",
+    type=click.Path(path_type=Path),
+    help="Whose attention maps to show [default: text the model samples].",
+)
 @click.option("--tokens", type=click.IntRange(2, 256), default=48, show_default=True, help="Of that text.")
-@click.option("--pairs", metavar="Q:K,...", help="Query and key positions whose weights to list, such as 12:3,20:4.")
+@click.option(
+    "--pairs", metavar="Q:K,...", help="Query and key positions whose weights to list, such as 12:3,20:4."
+)
 @click.option("--force", is_flag=True, help="Replace the page that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the page's data as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress and no report.")
 def command(
-    checkpoint: Path, output: Path, text: Path | None, tokens: int, pairs: str | None, force: bool, as_json: bool, quiet: bool,
+    checkpoint: Path,
+    output: Path,
+    text: Path | None,
+    tokens: int,
+    pairs: str | None,
+    force: bool,
+    as_json: bool,
+    quiet: bool,
     **options: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Show what CHECKPOINT's cache is like and what a conversion does to it, as one HTML page that loads nothing.
 
     Spectra of keys and values, similarity of heads, predicted and measured errors, attention maps of the original
@@ -48,5 +69,7 @@ def command(
         out = PlainConsole()
         out.print(layer_table(layer.report for layer in found.layers))
         cost = found.divergence
-        out.say(f"\nmean KL to the original: {cost.mean_kl:.5f} nats per token, on {cost.tokens} held-out tokens")
+        out.say(
+            f"\nmean KL to the original: {cost.mean_kl:.5f} nats per token, on {cost.tokens} held-out tokens"
+        )
         out.say(f"wrote {output}")

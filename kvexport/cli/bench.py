@@ -22,18 +22,43 @@ if TYPE_CHECKING:
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--compare", type=click.Path(path_type=Path), metavar="OTHER", help="Another bundle, which takes turns with it.")
 @click.option(
-    "-d", "--depth", metavar="N,...", help="Tokens of the text when decoding begins [default: 0,512,4096 where they fit]."
+    "--compare",
+    type=click.Path(path_type=Path),
+    metavar="OTHER",
+    help="Another bundle, which takes turns with it.",
 )
-@click.option("-p", "--prompt-tokens", type=click.IntRange(min=1), help="Of a prefill [default: 512 where they fit].")
-@click.option("-n", "--new-tokens", type=click.IntRange(min=2), default=64, show_default=True, help="Decoded at each depth.")
-@click.option("--repetitions", type=click.IntRange(min=2), default=5, show_default=True, help="Of the prefill.")
 @click.option(
-    "--seed", type=click.IntRange(min=0), default=0, show_default=True, help="Of the random tokens that fill prompt and cache."
+    "-d",
+    "--depth",
+    metavar="N,...",
+    help="Tokens of the text when decoding begins [default: 0,512,4096 where they fit].",
+)
+@click.option(
+    "-p", "--prompt-tokens", type=click.IntRange(min=1), help="Of a prefill [default: 512 where they fit]."
+)
+@click.option(
+    "-n",
+    "--new-tokens",
+    type=click.IntRange(min=2),
+    default=64,
+    show_default=True,
+    help="Decoded at each depth.",
+)
+@click.option(
+    "--repetitions", type=click.IntRange(min=2), default=5, show_default=True, help="Of the prefill."
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Of the random tokens that fill prompt and cache.",
 )
 @provider_option
-@click.option("--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core].")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core]."
+)
 @click.option(
     "-o",
     "--output",
@@ -43,9 +68,19 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="JSON lines in place of the table.")
 @click.option("--quiet", is_flag=True, help="No progress.")
 def command(
-    bundle: Path, compare: Path | None, depth: str | None, prompt_tokens: int | None, new_tokens: int, repetitions: int,
-    seed: int, provider: str, threads: int | None, output: Path | None, as_json: bool, quiet: bool,
-) -> None:  # fmt: skip
+    bundle: Path,
+    compare: Path | None,
+    depth: str | None,
+    prompt_tokens: int | None,
+    new_tokens: int,
+    repetitions: int,
+    seed: int,
+    provider: str,
+    threads: int | None,
+    output: Path | None,
+    as_json: bool,
+    quiet: bool,
+) -> None:
     """Measure how fast BUNDLE reads a prompt and makes tokens here, and what memory it takes.
 
     Random tokens fill prompt and cache; of a bundle with a budget they may be more than that, up to its capacity. The first
@@ -59,7 +94,9 @@ def command(
 
     depths = None if depth is None else _depths(depth)
     if output is not None and not output.parent.is_dir():
-        raise UsageError("the folder of --output is not there", seen=output.parent, fix=f"mkdir -p {output.parent}")
+        raise UsageError(
+            "the folder of --output is not there", seen=output.parent, fix=f"mkdir -p {output.parent}"
+        )
     paths = [bundle] if compare is None else [bundle, compare]
     sessions = [open_bundle(path, provider=provider, threads=threads) for path in paths]
     plan = Plan.fitting(sessions, prompt_tokens, depths, new_tokens, repetitions, seed)
@@ -77,7 +114,9 @@ def command(
         "turns_with": None if compare is None else [path.name for path in paths],
         "peak_host_bytes": peak_host_bytes(),  # of the process: of both bundles, where two take turns
     }
-    lines = [json.dumps(_line(session, result) | shared) for session, result in zip(sessions, results, strict=True)]
+    lines = [
+        json.dumps(_line(session, result) | shared) for session, result in zip(sessions, results, strict=True)
+    ]
     if as_json:
         click.echo("\n".join(lines))
     else:
@@ -93,7 +132,9 @@ def _depths(text: str) -> tuple[int, ...]:
     except ValueError:
         depths = ()
     if not depths or min(depths) < 0:
-        raise UsageError("-d takes depths", seen=text, allowed="whole numbers from 0 up, with commas between them")
+        raise UsageError(
+            "-d takes depths", seen=text, allowed="whole numbers from 0 up, with commas between them"
+        )
     return depths
 
 
@@ -112,7 +153,9 @@ def _line(session: Session, result: Result) -> dict[str, Any]:
     }
 
 
-def _print(sessions: Sequence[Session], results: Sequence[Result], shared: dict[str, Any], out: PlainConsole) -> None:
+def _print(
+    sessions: Sequence[Session], results: Sequence[Result], shared: dict[str, Any], out: PlainConsole
+) -> None:
     from kvexport.bench import ratios
     from kvexport.cli.report import plain_table, size
 
@@ -140,13 +183,17 @@ def _print(sessions: Sequence[Session], results: Sequence[Result], shared: dict[
             out.say(f"{name}: holds {eviction}")
         if result.device is not None and result.peak_device_bytes is not None:
             device, in_use = result.device["name"], size(result.peak_device_bytes)
-            out.say(f"{name}: at most {in_use} of the memory of {device} in use, by this process and all others")
+            out.say(
+                f"{name}: at most {in_use} of the memory of {device} in use, by this process and all others"
+            )
     if len(results) == 2:
         one, other = names
         for ratio in ratios(*results):
             low, high = ratio["quartiles"]
             at = f"{ratio['stage']} at {ratio['depth']}"
-            out.say(f"{at}: {other} takes {ratio['median']:.2f} times as long as {one} (quartiles {low:.2f} to {high:.2f})")
+            out.say(
+                f"{at}: {other} takes {ratio['median']:.2f} times as long as {one} (quartiles {low:.2f} to {high:.2f})"
+            )
     peak = shared["peak_host_bytes"]
     after = shared["after"]
     told = [
@@ -157,7 +204,10 @@ def _print(sessions: Sequence[Session], results: Sequence[Result], shared: dict[
     ]
     out.say("; ".join(each for each in told if each))
     for gpu in after["gpus"]:
-        shown = [str(gpu["name"]), *(f"{what} {each}" for what, each in gpu.items() if what != "name" and each is not None)]
+        shown = [
+            str(gpu["name"]),
+            *(f"{what} {each}" for what, each in gpu.items() if what != "name" and each is not None),
+        ]
         out.say(", ".join(shown))
 
 

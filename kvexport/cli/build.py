@@ -13,13 +13,25 @@ from kvexport.errors import UsageError
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
-@click.option("--demo", is_flag=True, help="Build the small model that comes with kvexport, instead of CHECKPOINT.")
-@click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The bundle's directory; it must not exist.")
-@click.option("--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged.")
+@click.option(
+    "--demo", is_flag=True, help="Build the small model that comes with kvexport, instead of CHECKPOINT."
+)
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The bundle's directory; it must not exist.",
+)
+@click.option(
+    "--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged."
+)
 @conversion_options
 @shape_options
 @eviction_options
-@click.option("--capacity", type=int, help="Tokens that a sequence may hold [default: the model's, at most 4096].")
+@click.option(
+    "--capacity", type=int, help="Tokens that a sequence may hold [default: the model's, at most 4096]."
+)
 @click.option("--force", is_flag=True, help="Replace the bundle that is there.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.option("--quiet", is_flag=True, help="No progress and no report.")

@@ -13,10 +13,18 @@ from kvexport.cli.conversion import METHODS, conversion_options, plan_from
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @click.option(
-    "-o", "--output", type=click.Path(path_type=Path), required=True, help="The new checkpoint's directory; it must not exist."
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="The new checkpoint's directory; it must not exist.",
 )
 @click.option(
-    "--method", type=click.Choice(METHODS), default="fold", show_default=True, help="How heads are merged; rotary keys must fold."
+    "--method",
+    type=click.Choice(METHODS),
+    default="fold",
+    show_default=True,
+    help="How heads are merged; rotary keys must fold.",
 )
 @conversion_options
 @click.option("--force", is_flag=True, help="Replace the checkpoint that is there.")

@@ -43,27 +43,55 @@ calibration_options = _together(
 
 cache_options = _together(
     click.option("--kv-ratio", type=float, help="Share of the KV cache to keep [default: 0.5]."),
-    click.option("--kv-heads", type=int, help="KV heads to keep in every layer; must divide the model's number."),
+    click.option(
+        "--kv-heads", type=int, help="KV heads to keep in every layer; must divide the model's number."
+    ),
 )
 
 conversion_options = _together(
     cache_options,
     calibration_options,
     click.option(
-        "--statistics", type=click.Path(path_type=Path), help="Saved by `kvexport calibrate`, instead of --calibration."
+        "--statistics",
+        type=click.Path(path_type=Path),
+        help="Saved by `kvexport calibrate`, instead of --calibration.",
     ),
     click.option(
-        "--heal", type=click.IntRange(min=1), metavar="STEPS", help="Distil the attention weights towards the original's logits."
+        "--heal",
+        type=click.IntRange(min=1),
+        metavar="STEPS",
+        help="Distil the attention weights towards the original's logits.",
     ),
-    click.option("--heal-lora", type=click.IntRange(min=1), metavar="RANK", help="Heal with adapters of this rank: less memory."),
-    click.option("--dtype", type=click.Choice(tuple(BYTES)), default="float32", show_default=True, help="Of weights and cache."),
+    click.option(
+        "--heal-lora",
+        type=click.IntRange(min=1),
+        metavar="RANK",
+        help="Heal with adapters of this rank: less memory.",
+    ),
+    click.option(
+        "--dtype",
+        type=click.Choice(tuple(BYTES)),
+        default="float32",
+        show_default=True,
+        help="Of weights and cache.",
+    ),
 )
 
 
 shape_options = _together(
-    click.option("--max-kl", type=float, help="The smallest cache whose mean KL to the original stays below this, in nats."),
-    click.option("--group-size", type=int, help="Trained KV heads that share one [default: each layer's best]."),
-    click.option("--kv-head-dim", type=int, help="Width of cached keys and values, at most 256 [default: each layer's best]."),
+    click.option(
+        "--max-kl",
+        type=float,
+        help="The smallest cache whose mean KL to the original stays below this, in nats.",
+    ),
+    click.option(
+        "--group-size", type=int, help="Trained KV heads that share one [default: each layer's best]."
+    ),
+    click.option(
+        "--kv-head-dim",
+        type=int,
+        help="Width of cached keys and values, at most 256 [default: each layer's best].",
+    ),
     click.option(
         "--target",
         metavar="NAME|FILE",
@@ -74,16 +102,31 @@ shape_options = _together(
 
 eviction_options = _together(
     click.option(
-        "--kv-budget", metavar="TOKENS|SHARE", help="Hold at most so many tokens of a sequence, or that share of the capacity."
+        "--kv-budget",
+        metavar="TOKENS|SHARE",
+        help="Hold at most so many tokens of a sequence, or that share of the capacity.",
     ),
-    click.option("--evict", type=click.Choice(tuple(POLICIES)), help=f"Which token goes [default: {DEFAULT_POLICY}]."),
-    click.option("--protect-first", type=int, metavar="N", help=f"The first tokens never go [default: {DEFAULT_FIRST}]."),
     click.option(
-        "--protect-recent", type=int, metavar="N",
+        "--evict", type=click.Choice(tuple(POLICIES)), help=f"Which token goes [default: {DEFAULT_POLICY}]."
+    ),
+    click.option(
+        "--protect-first",
+        type=int,
+        metavar="N",
+        help=f"The first tokens never go [default: {DEFAULT_FIRST}].",
+    ),
+    click.option(
+        "--protect-recent",
+        type=int,
+        metavar="N",
         help="Nor do the last ones [default: half of the budget behind the first; 0 for --evict window].",
     ),
-    click.option("--evict-skip-layers", metavar="LAYERS", help="Layers that hold every token, such as 0,1 [default: none]."),
-)  # fmt: skip
+    click.option(
+        "--evict-skip-layers",
+        metavar="LAYERS",
+        help="Layers that hold every token, such as 0,1 [default: none].",
+    ),
+)
 
 
 def eviction_from(options: dict[str, Any]) -> EvictionWish | None:
@@ -93,19 +136,28 @@ def eviction_from(options: dict[str, Any]) -> EvictionWish | None:
         UsageError: out of range, or without --kv-budget.
     """
     budget, skipped = options.pop("kv_budget"), options.pop("evict_skip_layers")
-    others = {name: options.pop(option) for option, name in
-              (("evict", "policy"), ("protect_first", "protect_first"), ("protect_recent", "protect_recent"))}  # fmt: skip
+    others = {
+        name: options.pop(option)
+        for option, name in (
+            ("evict", "policy"),
+            ("protect_first", "protect_first"),
+            ("protect_recent", "protect_recent"),
+        )
+    }
     if budget is None:
         if skipped is not None or any(value is not None for value in others.values()):
             raise UsageError(
-                "nothing is evicted without a budget", seen="--evict, --protect-first, --protect-recent or --evict-skip-layers",
+                "nothing is evicted without a budget",
+                seen="--evict, --protect-first, --protect-recent or --evict-skip-layers",
                 fix="add --kv-budget TOKENS",
-            )  # fmt: skip
+            )
         return None
     try:
         layers = () if skipped is None else tuple(sorted({int(each) for each in skipped.split(",")}))
     except ValueError:
-        raise UsageError("--evict-skip-layers is no list of layers", seen=skipped, allowed="numbers such as 0,1") from None
+        raise UsageError(
+            "--evict-skip-layers is no list of layers", seen=skipped, allowed="numbers such as 0,1"
+        ) from None
     return EvictionWish.parse(budget, **others, skip_layers=layers)
 
 
@@ -129,10 +181,14 @@ def plan_from(options: dict[str, Any]) -> Plan:
     sources = [options.pop(name) for name in ("calibration", "samples", "length", "seed")]
     if options.get("statistics") is not None and any(value is not None for value in sources):
         raise UsageError(
-            "--statistics holds its own calibration text", seen="--calibration, --samples, --length or --seed beside it",
+            "--statistics holds its own calibration text",
+            seen="--calibration, --samples, --length or --seed beside it",
             fix="leave those out, or --statistics",
-        )  # fmt: skip
-    wishes = {name: options.pop(name, None) for name in ("kv_heads", "kv_ratio", "max_kl", "group_size", "kv_head_dim")}
+        )
+    wishes = {
+        name: options.pop(name, None)
+        for name in ("kv_heads", "kv_ratio", "max_kl", "group_size", "kv_head_dim")
+    }
     target = options.pop("target", None)
     wish = Wish(**wishes, equal_widths=target is None or lowering_for(load_target(target)) == "std24")
     names = ("method", "statistics", "dtype", "heal", "heal_lora")

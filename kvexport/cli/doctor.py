@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.option("--target", metavar="NAME|FILE", help="Also say whether this target's engine can be built and run here.")
+@click.option(
+    "--target", metavar="NAME|FILE", help="Also say whether this target's engine can be built and run here."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
 def command(target: str | None, as_json: bool) -> None:
     """Say what is installed, which verbs work here, and what is missing. With --target, exit code 3 if its engine can
@@ -75,9 +77,15 @@ def _print(found: Diagnosis) -> None:
 
 def _verdict(check: TargetCheck) -> str:
     if check.lowering == "ort":
-        lines = [f"{check.target}: needs no engine; a bundle {'runs' if check.runs else 'cannot be run'} here (lowering ort)"]
+        lines = [
+            f"{check.target}: needs no engine; a bundle {'runs' if check.runs else 'cannot be run'} here (lowering ort)"
+        ]
         return "\n".join(lines + _reasons(check))
-    able = {(True, True): "can be built and run", (True, False): "can be built, not run", (False, True): "can be run, not built"}
+    able = {
+        (True, True): "can be built and run",
+        (True, False): "can be built, not run",
+        (False, True): "can be run, not built",
+    }
     said = able.get((check.builds, check.runs), "can neither be built nor run")
     lines = [f"{check.target}: an engine {said} here (lowering {check.lowering})"]
     return "\n".join(lines + _reasons(check))

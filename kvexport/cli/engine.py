@@ -13,20 +13,34 @@ from kvexport.errors import CannotRunHere
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--target", help="A device that `kvexport targets` lists, or a TOML file.  [default: this machine]")
 @click.option(
-    "--compute-capability", "compute_capabilities", multiple=True, metavar="X.Y",
+    "--target", help="A device that `kvexport targets` lists, or a TOML file.  [default: this machine]"
+)
+@click.option(
+    "--compute-capability",
+    "compute_capabilities",
+    multiple=True,
+    metavar="X.Y",
     help="Build ahead of time for GPUs of this capability, with TensorRT-RTX; may be given several times.",
-)  # fmt: skip
+)
 @click.option("--capacity", type=int, help="Tokens that a sequence may hold.  [default: the bundle's]")
 @click.option("--chunk", type=int, help="Tokens of a prompt that are read at once, at most.  [default: 128]")
 @click.option("--batch", type=int, default=1, show_default=True, help="Sequences that are decoded at once.")
-@click.option("--workspace", type=int, metavar="MIB", help="Scratch memory of a kernel, at most.  [default: TensorRT's]")
-@click.option("--refit", is_flag=True, help="Leave the weights out of the plan; they are read from the bundle.")
+@click.option(
+    "--workspace", type=int, metavar="MIB", help="Scratch memory of a kernel, at most.  [default: TensorRT's]"
+)
+@click.option(
+    "--refit", is_flag=True, help="Leave the weights out of the plan; they are read from the bundle."
+)
 @click.option("--version-compatible", is_flag=True, help="A plan that later TensorRT versions load too.")
 @click.option("--hardware-compatible", is_flag=True, help="A plan for all desktop GPUs from Ampere on.")
-@click.option("--optimization-level", type=int, metavar="0-5", help="How long TensorRT searches.  [default: TensorRT's]")
-@click.option("--lowering", help="The form of the graph: std24 or decomposed17.  [default: the best that the parser takes]")
+@click.option(
+    "--optimization-level", type=int, metavar="0-5", help="How long TensorRT searches.  [default: TensorRT's]"
+)
+@click.option(
+    "--lowering",
+    help="The form of the graph: std24 or decomposed17.  [default: the best that the parser takes]",
+)
 @click.option("--force", is_flag=True, help="Replace the engine that is there.")
 @click.option("--quiet", is_flag=True, help="No progress and no table.")
 @click.option("--json", "as_json", is_flag=True, help="Print the build's record as one JSON object.")

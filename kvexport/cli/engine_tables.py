@@ -13,7 +13,11 @@ if TYPE_CHECKING:
     from kvexport.engine import BuildRecord
     from kvexport.graph.lint import Finding
 
-_NATIVE = {"KV_CACHE_UPDATE": "cache updates in place", "ATTENTION_INPUT": "attentions", "ROTARY_EMBEDDING": "rotations"}
+_NATIVE = {
+    "KV_CACHE_UPDATE": "cache updates in place",
+    "ATTENTION_INPUT": "attentions",
+    "ROTARY_EMBEDDING": "rotations",
+}
 
 
 def print_engine(record: BuildRecord, bundle: Path) -> None:
@@ -22,14 +26,18 @@ def print_engine(record: BuildRecord, bundle: Path) -> None:
 
     table = facts_table()
     engine = "TensorRT-RTX" if record.engine == "tensorrt-rtx" else "TensorRT"
-    table.add_row("engine", f"{engine} {record.version}, compute capability {', '.join(record.compute_capability)}")
+    table.add_row(
+        "engine", f"{engine} {record.version}, compute capability {', '.join(record.compute_capability)}"
+    )
     table.add_row("graph", f"{record.lowering}, {record.dtype}")
     native = [f"{record.layers[kind]} {words}" for kind, words in _NATIVE.items() if kind in record.layers]
     table.add_row("native layers", ", ".join(native) or "none: built of primitives")
     for profile in record.profiles:
         least, _, most = profile.sequence
         tokens = str(most) if least == most else f"{least} to {most}"
-        table.add_row(f"profile {profile.name}", f"{tokens} tokens a call, sequences of up to {record.capacity}")
+        table.add_row(
+            f"profile {profile.name}", f"{tokens} tokens a call, sequences of up to {record.capacity}"
+        )
     table.add_row("plan", f"{size(record.plan.bytes)} (weights {size(record.weights_bytes)})")
     if record.activation_bytes is not None:
         table.add_row("device memory to run", size(record.activation_bytes))
@@ -46,5 +54,10 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for column in table.columns:
         column.justify = "left"
     for finding in sorted(findings, key=lambda finding: finding.note):
-        table.add_row(finding.node, finding.operator, ("note: " if finding.note else "") + finding.problem, finding.remedy)
+        table.add_row(
+            finding.node,
+            finding.operator,
+            ("note: " if finding.note else "") + finding.problem,
+            finding.remedy,
+        )
     PlainConsole().print(table)

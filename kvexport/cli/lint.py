@@ -15,10 +15,16 @@ from kvexport.errors import CannotRunHere, GateFailed, UsageError
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--target", required=True, help="A device that `kvexport targets` lists, or a TOML file.")
 @click.option("--jetpack", help="The JetPack on it, which says its TensorRT.")
-@click.option("--tensorrt", metavar="VERSION", help="Its TensorRT (or TensorRT-RTX) version.  [default: the target's]")
-@click.option("--lowering", help="Check this form of the graph.  [default: what `kvexport engine` would build]")
+@click.option(
+    "--tensorrt", metavar="VERSION", help="Its TensorRT (or TensorRT-RTX) version.  [default: the target's]"
+)
+@click.option(
+    "--lowering", help="Check this form of the graph.  [default: what `kvexport engine` would build]"
+)
 @click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
-def command(bundle: Path, target: str, jetpack: str | None, tensorrt: str | None, lowering: str | None, as_json: bool) -> None:
+def command(
+    bundle: Path, target: str, jetpack: str | None, tensorrt: str | None, lowering: str | None, as_json: bool
+) -> None:
     """Name what the TensorRT of a target cannot import or build of BUNDLE. Exit code 1 if there is such a thing.
 
     Needs no TensorRT. What is only slow, such as attention without a fused kernel, is a note.
@@ -45,18 +51,28 @@ def command(bundle: Path, target: str, jetpack: str | None, tensorrt: str | None
 
     parser = Parser(device.engine, version)
     budget = None if opened.eviction is None else opened.eviction.budget
-    fitted = fit(bundle / GRAPH_FILE, parser, batch=1, capacity=opened.capacity, budget=budget, lowering=lowering)
+    fitted = fit(
+        bundle / GRAPH_FILE, parser, batch=1, capacity=opened.capacity, budget=budget, lowering=lowering
+    )
     refused = refusals(fitted.findings)
     if as_json:
         said = {"target": device.name, "engine": device.engine, "version": ".".join(map(str, version))}
         findings = [asdict(finding) for finding in fitted.findings]
-        passed_over = {name: [asdict(finding) for finding in found] for name, found in fitted.passed_over.items()}
-        click.echo(json.dumps({**said, "lowering": fitted.lowering, "findings": findings, "passed_over": passed_over}))
+        passed_over = {
+            name: [asdict(finding) for finding in found] for name, found in fitted.passed_over.items()
+        }
+        click.echo(
+            json.dumps(
+                {**said, "lowering": fitted.lowering, "findings": findings, "passed_over": passed_over}
+            )
+        )
     else:
         if fitted.findings:
             print_findings(fitted.findings)
         for name, found in fitted.passed_over.items():
-            PlainConsole().say(f"{name} is passed over: {len(found)} findings (see them with --lowering {name})")
+            PlainConsole().say(
+                f"{name} is passed over: {len(found)} findings (see them with --lowering {name})"
+            )
         if not refused:
             PlainConsole().say(f"{parser} takes the bundle as {fitted.lowering}")
     if refused:

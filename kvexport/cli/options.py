@@ -31,7 +31,12 @@ class BarProgress(Progress):
         from rich.progress import Progress as Bars
 
         self._console, self._quiet = console, quiet
-        columns = (TextColumn("{task.description:<28}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        columns = (
+            TextColumn("{task.description:<28}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+        )
         self._bars = Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
         self._task = self._bars.add_task("", visible=False)
 

@@ -14,16 +14,37 @@ from kvexport.plan.memory import PRECISIONS
 
 @click.command()
 @click.argument("model", type=click.Path(path_type=Path))
-@click.option("--target", metavar="NAME|FILE", help="A device of `kvexport targets`, or a TOML file [default: sizes alone].")
-@click.option("--kv-heads", type=int, multiple=True, help="KV heads to keep; repeatable [default: all, half, a quarter].")
-@click.option("--dtype", type=click.Choice(PRECISIONS), multiple=True, help="Of the weights; repeatable [default: the target's].")
-@click.option("--context", type=click.IntRange(min=1), multiple=True, help="Tokens; repeatable [default: 2048, 8192, 32768].")
+@click.option(
+    "--target",
+    metavar="NAME|FILE",
+    help="A device of `kvexport targets`, or a TOML file [default: sizes alone].",
+)
+@click.option(
+    "--kv-heads",
+    type=int,
+    multiple=True,
+    help="KV heads to keep; repeatable [default: all, half, a quarter].",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(PRECISIONS),
+    multiple=True,
+    help="Of the weights; repeatable [default: the target's].",
+)
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    multiple=True,
+    help="Tokens; repeatable [default: 2048, 8192, 32768].",
+)
 @click.option(
     "--kv-budget",
     metavar="TOKENS|SHARE",
     help="Hold at most so many tokens in each KV head, or that share of the model's longest sequence [default: all].",
 )
-@click.option("--evict-skip-layers", metavar="LAYERS", help="Layers that hold every token, such as 0,1 [default: none].")
+@click.option(
+    "--evict-skip-layers", metavar="LAYERS", help="Layers that hold every token, such as 0,1 [default: none]."
+)
 @click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
 def command(
     model: Path,

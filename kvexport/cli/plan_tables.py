@@ -39,12 +39,18 @@ def print_target(target: Target) -> None:
     figures = {
         "memory_gib": ("memory", size(target.memory)),
         "usable": ("usable", f"{target.usable:.0%}, {size(target.usable_bytes)}"),
-        "bandwidth_gb_s": ("bandwidth", f"{target.bandwidth / 1e9:g} GB/s{', shared with the CPU' * target.unified}"),
+        "bandwidth_gb_s": (
+            "bandwidth",
+            f"{target.bandwidth / 1e9:g} GB/s{', shared with the CPU' * target.unified}",
+        ),
         "fp16_tflops": ("FP16, dense", f"{_tera(target.fp16)} TFLOPS"),
         "int8_tops": ("INT8, dense", f"{_tera(target.int8)} TOPS"),
         "sm": ("compute capability", target.sm or "-"),
         "tensorrt": (target.engine, target.tensorrt or "-"),
-        "jetpacks": ("JetPack", ", ".join(f"{jetpack} has {version}" for jetpack, version in target.jetpacks.items())),
+        "jetpacks": (
+            "JetPack",
+            ", ".join(f"{jetpack} has {version}" for jetpack, version in target.jetpacks.items()),
+        ),
     }
     out = PlainConsole()
     out.say(f"{target.title} ({target.name}), engine {target.engine}")
@@ -58,7 +64,19 @@ def print_target(target: Target) -> None:
 
 def print_plan(plan: Plan) -> None:
     """A row for each precision, number of KV heads and context, and what the figures mean."""
-    table = plain_table("dtype", "KV heads", "context", "weights", "KV", "other", "total", "fits", "longest", "prefill", "decode")
+    table = plain_table(
+        "dtype",
+        "KV heads",
+        "context",
+        "weights",
+        "KV",
+        "other",
+        "total",
+        "fits",
+        "longest",
+        "prefill",
+        "decode",
+    )
     for row in plan.rows:
         table.add_row(
             row.dtype,
@@ -68,7 +86,11 @@ def print_plan(plan: Plan) -> None:
             size(row.memory.kv),
             size(row.memory.activations + row.memory.engine),
             size(row.memory.total),
-            "-" if row.short_bytes is None else f"lacks {size(row.short_bytes)}" if row.short_bytes else "yes",
+            "-"
+            if row.short_bytes is None
+            else f"lacks {size(row.short_bytes)}"
+            if row.short_bytes
+            else "yes",
             "-" if row.largest_context is None else str(row.largest_context),
             _prefill(row.prefill_seconds),
             _decode(row.decode_seconds),
@@ -85,24 +107,38 @@ def print_plan(plan: Plan) -> None:
 
 def _print_notes(plan: Plan, out: PlainConsole) -> None:
     if plan.target is None:
-        out.say("Sizes alone; --target NAME says what fits and how fast it is predicted to be (`kvexport targets` lists them).")
+        out.say(
+            "Sizes alone; --target NAME says what fits and how fast it is predicted to be (`kvexport targets` lists them)."
+        )
     else:
         target = plan.target
         share = f"{target.usable:.0%} of {size(target.memory)}"
-        out.say(f"{target.title}: an application can have {size(target.usable_bytes)} ({share}), lowering {plan.lowering}.")
+        out.say(
+            f"{target.title}: an application can have {size(target.usable_bytes)} ({share}), lowering {plan.lowering}."
+        )
         out.say("Times are an estimate for batch 1: typical, and the band that published figures give.")
         out.say("prefill: a prompt as long as the context; decode: tokens per second after as many tokens.")
         if not target.jetpacks:
-            out.say("Those figures are of Jetson Orin and Thor: for this target the times are an extrapolation.")
-        out.say("longest: the most tokens that fit, no more than the model was trained for. other: activations and engine.")
+            out.say(
+                "Those figures are of Jetson Orin and Thor: for this target the times are an extrapolation."
+            )
+        out.say(
+            "longest: the most tokens that fit, no more than the model was trained for. other: activations and engine."
+        )
         if any(row.prefill_seconds is None for row in plan.rows):
-            out.say(f"No prefill time where the target's file has no arithmetic rate for the precision ({target.name}).")
+            out.say(
+                f"No prefill time where the target's file has no arithmetic rate for the precision ({target.name})."
+            )
     if plan.eviction is not None:
         out.say(_budget(plan.eviction, max(row.memory.kv_state for row in plan.rows)))
     if plan.maps:
-        out.say("Fewer KV heads: weights with the key and query maps of the online method; the folding one has none.")
+        out.say(
+            "Fewer KV heads: weights with the key and query maps of the online method; the folding one has none."
+        )
     if any(row.dtype.startswith("int") for row in plan.rows):
-        out.say("int8 and int4 (weights of the layers alone) are for planning: kvexport writes float32, float16 and bfloat16.")
+        out.say(
+            "int8 and int4 (weights of the layers alone) are for planning: kvexport writes float32, float16 and bfloat16."
+        )
 
 
 def _budget(eviction: Eviction, state: int) -> str:
@@ -118,7 +154,10 @@ def _budget(eviction: Eviction, state: int) -> str:
 def _print_comparisons(comparisons: Sequence[Comparison], out: PlainConsole) -> None:
     table = plain_table("measured in", "what", "predicted", "measured", "ratio")
     for each in comparisons:
-        shown = (size(value) if each.unit == "bytes" else f"{value:.2f} ms" for value in (each.predicted, each.measured))
+        shown = (
+            size(value) if each.unit == "bytes" else f"{value:.2f} ms"
+            for value in (each.predicted, each.measured)
+        )
         table.add_row(each.source, each.what, *shown, f"{each.ratio:.2f}")
     out.print()
     out.print(table)

@@ -66,9 +66,13 @@ def size(count: float) -> str:
 
 def layer_table(layers: Iterable[LayerReport]) -> Table:
     """What became of each layer."""
-    table = plain_table("layer", "KV heads", "width", "method", "predicted error", "measured error", "residual error")
+    table = plain_table(
+        "layer", "KV heads", "width", "method", "predicted error", "measured error", "residual error"
+    )
     for index, layer in enumerate(layers):
-        widths = dict.fromkeys((layer.key_head_dim, layer.value_head_dim))  # once, where keys and values have the same
+        widths = dict.fromkeys(
+            (layer.key_head_dim, layer.value_head_dim)
+        )  # once, where keys and values have the same
         table.add_row(
             str(index),
             f"{layer.original_num_key_value_heads} → {layer.num_key_value_heads}",
@@ -126,10 +130,14 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     out = PlainConsole()
     out.print(layer_table(report.layers))
     summary = plain_table("", "original", output.name)
-    summary.add_row("KV cache per token", size(report.kv_bytes_per_token_original), size(report.kv_bytes_per_token))
+    summary.add_row(
+        "KV cache per token", size(report.kv_bytes_per_token_original), size(report.kv_bytes_per_token)
+    )
     if report.capacity is not None and report.kv_bytes_at_capacity is not None:
         whole = report.kv_bytes_per_token_original * report.capacity
-        summary.add_row(f"KV cache at {report.capacity} tokens", size(whole), size(report.kv_bytes_at_capacity))
+        summary.add_row(
+            f"KV cache at {report.capacity} tokens", size(whole), size(report.kv_bytes_at_capacity)
+        )
     summary.add_row("parameters", f"{report.parameters_original:,}", f"{report.parameters:,}")
     if report.divergence is not None:
         _divergence_rows(summary, report.divergence)
@@ -178,7 +186,11 @@ def print_validation(report: ValidationReport) -> None:
         worst = report.worst(kind)
         passed = not any(d.failed for d in report.differences if d.name.split(".")[-1] == kind)
         table.add_row(
-            worst.name, f"{worst.cosine:.7f}", f"{worst.norm_ratio:.5f}", f"{worst.max_error:.2e}", "ok" if passed else "FAILED"
+            worst.name,
+            f"{worst.cosine:.7f}",
+            f"{worst.norm_ratio:.5f}",
+            f"{worst.max_error:.2e}",
+            "ok" if passed else "FAILED",
         )
     out = PlainConsole()
     out.print(table)
@@ -188,7 +200,9 @@ def print_validation(report: ValidationReport) -> None:
 def print_evaluation(result: Evaluation) -> None:
     """Original and bundle side by side."""
     table = plain_table("", "original", "bundle")
-    table.add_row("KV cache per token", size(result.kv_bytes_per_token_original), size(result.kv_bytes_per_token))
+    table.add_row(
+        "KV cache per token", size(result.kv_bytes_per_token_original), size(result.kv_bytes_per_token)
+    )
     _divergence_rows(table, result.divergence)
     out = PlainConsole()
     out.print(table)
@@ -196,7 +210,11 @@ def print_evaluation(result: Evaluation) -> None:
 
 
 def _divergence_rows(table: Table, divergence: Divergence) -> None:
-    table.add_row("cross-entropy, nats per token", f"{divergence.cross_entropy_original:.4f}", f"{divergence.cross_entropy:.4f}")
+    table.add_row(
+        "cross-entropy, nats per token",
+        f"{divergence.cross_entropy_original:.4f}",
+        f"{divergence.cross_entropy:.4f}",
+    )
     table.add_row("perplexity", f"{divergence.perplexity_original:.3f}", f"{divergence.perplexity:.3f}")
     table.add_row("mean KL to the original, nats per token", "", f"{divergence.mean_kl:.5f}")
     table.add_row("same likeliest next token", "", f"{divergence.top1_agreement:.1%}")

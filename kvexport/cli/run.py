@@ -23,12 +23,26 @@ _NAMES = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, metavar="TEXT", help="What to continue; - reads standard input.")
 @click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
-@click.option("--temperature", type=float, help="0 takes the likeliest token [default: 0, and 1 with --top-k or --top-p].")
+@click.option(
+    "--temperature",
+    type=float,
+    help="0 takes the likeliest token [default: 0, and 1 with --top-k or --top-p].",
+)
 @click.option("--top-k", type=int, help="Draw from the K likeliest tokens.")
 @click.option("--top-p", type=float, help="Draw from the likeliest tokens that reach this probability.")
 @click.option("--seed", type=int, help="Makes drawing repeatable.")
-@click.option("--stop", metavar="TEXT", multiple=True, help="End where this text appears, and leave it out; several times: any.")
-@click.option("--cache", type=click.Path(path_type=Path), metavar="FILE", help="Go on from a cache that --save-cache wrote.")
+@click.option(
+    "--stop",
+    metavar="TEXT",
+    multiple=True,
+    help="End where this text appears, and leave it out; several times: any.",
+)
+@click.option(
+    "--cache",
+    type=click.Path(path_type=Path),
+    metavar="FILE",
+    help="Go on from a cache that --save-cache wrote.",
+)
 @click.option(
     "--save-cache",
     type=click.Path(path_type=Path),
@@ -36,14 +50,27 @@ _NAMES = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
     help="Read the prompt, write the cache to FILE, and generate nothing.",
 )
 @provider_option
-@click.option("--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core].")
+@click.option(
+    "--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core]."
+)
 @click.option("--no-verify", is_flag=True, help="Start without hashing the weights.")
 @click.option("--quiet", is_flag=True, help="The text alone.")
 def command(
-    bundle: Path, prompt: str, max_new_tokens: int, temperature: float | None, top_k: int | None, top_p: float | None,
-    seed: int | None, stop: tuple[str, ...], cache: Path | None, save_cache: Path | None, provider: str, threads: int | None,
-    no_verify: bool, quiet: bool,
-) -> None:  # fmt: skip
+    bundle: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_k: int | None,
+    top_p: float | None,
+    seed: int | None,
+    stop: tuple[str, ...],
+    cache: Path | None,
+    save_cache: Path | None,
+    provider: str,
+    threads: int | None,
+    no_verify: bool,
+    quiet: bool,
+) -> None:
     """Continue a prompt with BUNDLE; the prompt and what follows it go to standard output.
 
     A long beginning that several runs share is read once: --save-cache FILE writes what the model remembers of it, and
@@ -62,9 +89,15 @@ def command(
             click.echo(said, err=True)
         return
     stream = session.stream(
-        text, max_new_tokens=max_new_tokens, temperature=temperature, top_k=top_k, top_p=top_p, seed=seed, stop=stop or None,
+        text,
+        max_new_tokens=max_new_tokens,
+        temperature=temperature,
+        top_k=top_k,
+        top_p=top_p,
+        seed=seed,
+        stop=stop or None,
         cache=held,
-    )  # fmt: skip
+    )
     for piece in chain([text + next(stream, "")], stream):  # a prompt that is refused is not printed
         click.echo(piece, nl=False)  # and flush
     click.echo()
@@ -81,14 +114,20 @@ def _require_nothing_generated() -> None:
     for name in ("temperature", "top_k", "top_p", "seed", "stop"):
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             option = "--" + name.replace("_", "-")
-            raise UsageError("--save-cache generates nothing", seen=option, fix=f"leave {option} out, and give it with --cache")
+            raise UsageError(
+                "--save-cache generates nothing",
+                seen=option,
+                fix=f"leave {option} out, and give it with --cache",
+            )
 
 
 def _loaded(session: Session, path: Path) -> Cache:
     """The one sequence of a saved cache."""
     cache = session.load(path)
     if cache.batch != 1:
-        raise UsageError(f"the cache {path} holds several sequences", seen=cache.batch, allowed=1, fix="load it in Python")
+        raise UsageError(
+            f"the cache {path} holds several sequences", seen=cache.batch, allowed=1, fix="load it in Python"
+        )
     return cache
 
 
@@ -124,8 +163,9 @@ def _summary(stream: Stream, session: Session, cache: Cache | None, stop: tuple[
     assert stream.generation is not None
     ended = {
         "stop": "the model ended, or a --stop text came" if stop else "the model ended",
-        "length": "--max-new-tokens reached", "capacity": "the bundle's capacity reached",
-    }[stream.generation.finish_reason]  # fmt: skip
+        "length": "--max-new-tokens reached",
+        "capacity": "the bundle's capacity reached",
+    }[stream.generation.finish_reason]
     prefill = _speed(stream.timing.prefill_tokens, stream.timing.prefill_seconds)
     decode = _speed(stream.timing.decode_tokens, stream.timing.decode_seconds)
     (length,) = session.lengths if cache is None else cache.lengths

@@ -49,5 +49,7 @@ def _print(report: SelfTestReport) -> None:
         table.add_row("allowed", "", f"{report.tolerance.logits:g}", f"{report.tolerance.norms:g}", "")
         out.print(table)
     told = f"generated {report.generated} of {report.continuation} tokens as PyTorch; "
-    generated = told if report.continuation else ""  # in half precision the first may be a choice that rounding can turn
+    generated = (
+        told if report.continuation else ""
+    )  # in half precision the first may be a choice that rounding can turn
     out.say(f"{report.verdict} ({generated}{report.said})")

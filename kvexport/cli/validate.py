@@ -29,4 +29,6 @@ def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
     elif not quiet:
         print_validation(report)
     if report.failures:
-        raise GateFailed(f"{bundle} is not its PyTorch twin:\n" + "\n".join(report.failures), fix="build the bundle again")
+        raise GateFailed(
+            f"{bundle} is not its PyTorch twin:\n" + "\n".join(report.failures), fix="build the bundle again"
+        )

@@ -26,7 +26,9 @@ class LayerCode:
     values: tuple[Code, ...]
     folds: bool  # the key codes go into W_Q and W_K
     centred: bool  # the mean value is kept exactly, through the output bias
-    frequencies: Tensor | None = None  # of the cached pairs of keys that rotate, [key_dim/2]; None: those of a trained head
+    frequencies: Tensor | None = (
+        None  # of the cached pairs of keys that rotate, [key_dim/2]; None: those of a trained head
+    )
 
 
 def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> Attention:
@@ -34,14 +36,18 @@ def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_
 
     A decoder goes into W_Q or W_O only where that makes the weights no larger: with wide groups it stays a map.
     """
-    converted = replace(attention, num_kv_heads=grouping.kv_heads, **_values(attention, grouping, code, value_mean))
+    converted = replace(
+        attention, num_kv_heads=grouping.kv_heads, **_values(attention, grouping, code, value_mean)
+    )
     dtype = attention.k.weight.dtype
     decoders = _decoders(grouping, code.keys)  # [H, d, r]
     if not code.folds:
         key_map = torch.stack([each.encode for each in code.keys])  # [G, t·d, r]
         return replace(converted, key_map=key_map.to(dtype), query_map=decoders.to(dtype))
     converted = replace(converted, k=_encode(attention.k, [each.encode for each in code.keys]))
-    if code.frequencies is not None or not _folds(attention.q.weight.shape[1], decoders.shape[1], decoders.shape[2]):
+    if code.frequencies is not None or not _folds(
+        attention.q.weight.shape[1], decoders.shape[1], decoders.shape[2]
+    ):
         return replace(converted, query_map=decoders.to(dtype), frequencies=code.frequencies)
     return replace(converted, q=_encode(attention.q, list(decoders)), head_dim=decoders.shape[2])
 
@@ -81,5 +87,7 @@ def _encode(linear: Linear, encoders: list[Tensor]) -> Linear:
     bias = None
     if linear.bias is not None:
         parts = linear.bias.double().unflatten(0, (len(encoders), -1))
-        bias = torch.cat([encoder.T @ part for encoder, part in zip(encoders, parts, strict=True)]).to(linear.bias.dtype)
+        bias = torch.cat([encoder.T @ part for encoder, part in zip(encoders, parts, strict=True)]).to(
+            linear.bias.dtype
+        )
     return Linear(rows.to(linear.weight.dtype), bias)

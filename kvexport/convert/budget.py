@@ -49,7 +49,9 @@ def shapes_for(trained: Shape, sizes: Sequence[int], widths: Widths) -> list[Sha
     for size in sizes:
         heads, allowed = trained.kv_heads // size, widths.of(size, trained.key_dim)
         pairs = ((key, value) for key in allowed for value in ((key,) if widths.equal else allowed))
-        found += [shape for key, value in pairs if (shape := Shape(heads, key, value)).kv_width < trained.kv_width]
+        found += [
+            shape for key, value in pairs if (shape := Shape(heads, key, value)).kv_width < trained.kv_width
+        ]
     return found
 
 
@@ -104,7 +106,9 @@ def _undominated(layer: LayerSurvey, shapes: Sequence[Shape]) -> list[tuple[Way,
     """Ways into these shapes with their predicted KL: none that loses as much as another which caches no more."""
     every = (Way(method, shape) for shape in shapes for method in layer.methods)
     kept: list[tuple[Way, float]] = []
-    for way, kl in sorted(((way, layer.kl(way)) for way in every), key=lambda each: (each[0].shape.kv_width, each[1])):
+    for way, kl in sorted(
+        ((way, layer.kl(way)) for way in every), key=lambda each: (each[0].shape.kv_width, each[1])
+    ):
         if not kept or kl < kept[-1][1]:
             kept.append((way, kl))
     return kept

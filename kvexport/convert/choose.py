@@ -79,12 +79,17 @@ def choose(
     with progress.stage("Surveying layers", count):
         for _ in found:
             progress.advance()
-    allowed = [shapes_for(layer.trained, layer.sizes, wish.widths) if shape is None else [shape] for layer in found.layers]
+    allowed = [
+        shapes_for(layer.trained, layer.sizes, wish.widths) if shape is None else [shape]
+        for layer in found.layers
+    ]
     frontier, tried = Frontier(found.layers, allowed), list[Point]()
     if shape is not None:
         return Choice(frontier.ways(frontier.most), layers=tuple(found.layers))
     if wish.max_kl is None:
-        kv_width = max(int(wish.ratio * frontier.most), frontier.fewest)  # fewer only by rounding: `require_ratio`
+        kv_width = max(
+            int(wish.ratio * frontier.most), frontier.fewest
+        )  # fewer only by rounding: `require_ratio`
     else:
 
         def measured(ways: Sequence[Way]) -> float:
@@ -103,7 +108,9 @@ def choose(
     return Choice(ways, tuple(known[width] for width in sorted(known)), tuple(found.layers))
 
 
-def _keeping(frontier: Frontier, bound: float, measured: Callable[[Sequence[Way]], float]) -> tuple[int, list[Point]]:
+def _keeping(
+    frontier: Frontier, bound: float, measured: Callable[[Sequence[Way]], float]
+) -> tuple[int, list[Point]]:
     """The fewest cached numbers tried whose measured KL keeps the bound, and all that was tried.
 
     Predictions are corrected by what the last try measured. The trained model itself always keeps the bound.

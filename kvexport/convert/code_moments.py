@@ -30,7 +30,9 @@ class Met:
         return replace(self, moments=permuted_moments(self.moments, order))
 
 
-def as_met(before_rotation: bool, moments: Moments, rope: Rope | None, positions: int, window: int | None = None) -> Met:
+def as_met(
+    before_rotation: bool, moments: Moments, rope: Rope | None, positions: int, window: int | None = None
+) -> Met:
     """Moments of unrotated keys and queries as codes before RoPE, or after it, are to meet them at so many positions.
 
     With sliding-window attention, queries see no key further back than `window` tokens.
@@ -38,5 +40,8 @@ def as_met(before_rotation: bool, moments: Moments, rope: Rope | None, positions
     if rope is None:
         return Met(moments)
     if before_rotation:
-        return Met(unrotated(moments), Rotations.by_distance(rope, positions if window is None else min(positions, window)))
+        return Met(
+            unrotated(moments),
+            Rotations.by_distance(rope, positions if window is None else min(positions, window)),
+        )
     return Met(over_positions(moments, rope, positions))

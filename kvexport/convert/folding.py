@@ -85,7 +85,9 @@ class Folding:
         size, half, pairs = len(self._each), self._each.shape[1] // 2, len(self._frequencies)
         roots, weighted = _by_frequency(self._each, self._second)
         vectors = torch.linalg.eigh(weighted).eigenvectors.flip(-1)
-        place = torch.arange(pairs) - torch.searchsorted(self._frequencies, self._frequencies)  # first, second, ... of one
+        place = torch.arange(pairs) - torch.searchsorted(
+            self._frequencies, self._frequencies
+        )  # first, second, ... of one
         mixes = roots[self._frequencies] * vectors[self._frequencies, :, place]  # [P, t]
         encode, at = torch.zeros(size, 2, half, 2, pairs, dtype=torch.float64), torch.arange(pairs)
         encode[:, 0, self._frequencies, 0, at] = encode[:, 1, self._frequencies, 1, at] = mixes.real.T
@@ -106,15 +108,23 @@ def mix_energies(weights: Tensor, second: Tensor) -> Tensor:
 def _by_frequency(weights: Tensor, second: Tensor) -> tuple[Tensor, Tensor]:
     """b, the root of each head's query power [d/2, t], and b E[z zᴴ] b at each frequency [d/2, t, t]."""
     size, half = len(weights), weights.shape[1] // 2
-    pairs = second.view(size, 2, half, size, 2, half).diagonal(dim1=2, dim2=5).movedim(-1, 0)  # [d/2, t, 2, t, 2]
-    hermitian = torch.complex(pairs[:, :, 0, :, 0] + pairs[:, :, 1, :, 1], pairs[:, :, 1, :, 0] - pairs[:, :, 0, :, 1])
+    pairs = (
+        second.view(size, 2, half, size, 2, half).diagonal(dim1=2, dim2=5).movedim(-1, 0)
+    )  # [d/2, t, 2, t, 2]
+    hermitian = torch.complex(
+        pairs[:, :, 0, :, 0] + pairs[:, :, 1, :, 1], pairs[:, :, 1, :, 0] - pairs[:, :, 0, :, 1]
+    )
     power = weights.diagonal(dim1=1, dim2=2).view(size, 2, half).sum(1).T
-    least = torch.where(power.max() > 0, power.max() * 1e-12, torch.ones(()))  # a head that nobody asks still has a code
+    least = torch.where(
+        power.max() > 0, power.max() * 1e-12, torch.ones(())
+    )  # a head that nobody asks still has a code
     b = power.clamp_min(least).sqrt()
     return b, b[:, :, None] * hermitian * b[:, None, :]
 
 
 def _solve(normal: Tensor, wanted: Tensor) -> Tensor:
     scale = normal.diagonal().mean()
-    scale = torch.where(scale > 0, scale, torch.ones_like(scale))  # of keys that are all zero nothing is wanted
+    scale = torch.where(
+        scale > 0, scale, torch.ones_like(scale)
+    )  # of keys that are all zero nothing is wanted
     return torch.linalg.solve(normal + _RIDGE * scale * torch.eye(len(normal), dtype=normal.dtype), wanted)

@@ -51,7 +51,9 @@ class Grouping:
     @classmethod
     def of(cls, attention: Attention, kv_heads: int) -> Grouping:
         """The attention's adjacent KV heads in `kv_heads` groups."""
-        return cls(kv_heads, attention.num_kv_heads // kv_heads, attention.queries_per_kv_head, attention.head_dim)
+        return cls(
+            kv_heads, attention.num_kv_heads // kv_heads, attention.queries_per_kv_head, attention.head_dim
+        )
 
     def rows(self, group: int) -> slice:
         """The group's rows among the trained model's stacked keys or values [h·head_dim]."""
@@ -83,14 +85,17 @@ def kv_heads_for(trained: int, kv_heads: int | None, kv_ratio: float | None) -> 
         nearest = min(possible, key=lambda count: abs(count - ratio * trained))
         if ratio > 1 or not abs(nearest - ratio * trained) < _ROUNDED * nearest:
             raise UsageError(
-                f"no number of KV heads is {ratio:g} of the model's {trained}", seen=f"{ratio * trained:g} heads",
+                f"no number of KV heads is {ratio:g} of the model's {trained}",
+                seen=f"{ratio * trained:g} heads",
                 allowed="--kv-ratio " + ", ".join(f"{count / trained:.4g}" for count in possible),
                 fix="choose a ratio from the list",
-            )  # fmt: skip
+            )
         return nearest
     if kv_heads not in possible:
         raise UsageError(
-            "--kv-heads must divide the model's KV heads, so that all groups are of one size", seen=f"{kv_heads} of {trained}",
-            allowed=", ".join(map(str, possible)), fix="choose a number from the list",
-        )  # fmt: skip
+            "--kv-heads must divide the model's KV heads, so that all groups are of one size",
+            seen=f"{kv_heads} of {trained}",
+            allowed=", ".join(map(str, possible)),
+            fix="choose a number from the list",
+        )
     return kv_heads

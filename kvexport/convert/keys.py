@@ -36,7 +36,9 @@ def online_codes(moments: Moments, grouping: Grouping, group: int) -> Codes:
     Σ (q·δ)² over all pairs is tr(QᵀQ ΔᵀΔ), so S = E[q qᵀ] is exact for equally weighted pairs; the mean of the
     keys shifts all logits of a row alike, which softmax ignores, so the covariance is centred.
     """
-    return optimal_codes(query_weights(moments, grouping, group), moments.key_covariance(grouping.rows(group)))
+    return optimal_codes(
+        query_weights(moments, grouping, group), moments.key_covariance(grouping.rows(group))
+    )
 
 
 def online(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
@@ -45,12 +47,14 @@ def online(moments: Moments, attention: Attention, grouping: Grouping, group: in
 
 def folding(
     moments: Moments, grouping: Grouping, group: int, frequencies: Tensor | None, distances: Rotations
-) -> Folding:  # fmt: skip
+) -> Folding:
     """What codes a group's keys before rotation; the cached pairs turn with `frequencies` [rank/2], None: each of a head once."""
     if frequencies is None:
         frequencies = torch.arange(grouping.head_dim // 2)
     rows = grouping.rows(group)
-    return Folding(member_weights(moments, grouping, group), moments.key_second[rows, rows], frequencies, distances)
+    return Folding(
+        member_weights(moments, grouping, group), moments.key_second[rows, rows], frequencies, distances
+    )
 
 
 def group_energies(moments: Moments, grouping: Grouping, group: int) -> Tensor:
@@ -67,13 +71,19 @@ def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tenso
     """
     if rank == grouping.head_dim:
         return None
-    energies = torch.stack([group_energies(moments, grouping, group) for group in range(grouping.kv_heads)]).sum(0)
-    return (energies.flatten().argsort(descending=True, stable=True)[: rank // 2] // grouping.size).sort().values
+    energies = torch.stack(
+        [group_energies(moments, grouping, group) for group in range(grouping.kv_heads)]
+    ).sum(0)
+    return (
+        (energies.flatten().argsort(descending=True, stable=True)[: rank // 2] // grouping.size).sort().values
+    )
 
 
 def member_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:
     """The blocks of `query_weights`, one for each member of the group: [t, d, d]."""
-    weights = query_weights(moments, grouping, group).view(grouping.size, grouping.head_dim, grouping.size, grouping.head_dim)
+    weights = query_weights(moments, grouping, group).view(
+        grouping.size, grouping.head_dim, grouping.size, grouping.head_dim
+    )
     return weights.diagonal(dim1=0, dim2=2).movedim(-1, 0)
 
 

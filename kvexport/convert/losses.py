@@ -21,7 +21,16 @@ from kvexport.convert.permute import permuted, permuted_moments
 from kvexport.convert.values import output_weights
 from kvexport.model.decoder import Attention
 
-_ASKED = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)  # of a group, widths whose codes before rotation are made
+_ASKED = (
+    1 / 32,
+    1 / 16,
+    1 / 8,
+    3 / 16,
+    1 / 4,
+    3 / 8,
+    1 / 2,
+    3 / 4,
+)  # of a group, widths whose codes before rotation are made
 _TINY = 1e-12
 
 
@@ -64,8 +73,12 @@ class LayerLosses:
         assert self._met.distances is not None
         moments, attention, alone = self._alone(group)
         n, found = alone.size * alone.head_dim, list[tuple[int, float]]()
-        for width in sorted({alone.head_dim, *(2 * round(n * share / 2) for share in _ASKED)} - {0, n}) or [n]:
-            problem = folding(moments, alone, 0, cached_frequencies(moments, alone, width), self._met.distances)
+        for width in sorted({alone.head_dim, *(2 * round(n * share / 2) for share in _ASKED)} - {0, n}) or [
+            n
+        ]:
+            problem = folding(
+                moments, alone, 0, cached_frequencies(moments, alone, width), self._met.distances
+            )
             found = found or [(0, attention.scale**2 * problem.power)]
             found.append((width, attention.scale**2 * problem.loss(problem.code())))
         return _between(found, n)
@@ -102,7 +115,9 @@ def _between(known: Sequence[tuple[int, float]], n: int) -> Tensor:
     """Losses at widths 0 to n, [n + 1], from those of some even widths, 0 the first: geometric between, then straight to 0."""
     widths, losses = np.array([width for width, _ in known]), np.array([loss for _, loss in known])
     least = max(float(losses.max()), _TINY) * _TINY
-    losses = np.minimum.accumulate(np.maximum(losses, least))  # a wider code is made from a narrower one, and loses no more
+    losses = np.minimum.accumulate(
+        np.maximum(losses, least)
+    )  # a wider code is made from a narrower one, and loses no more
     even = np.arange(0, n + 1, 2)
     found = np.exp(np.interp(even, widths, np.log(losses)))
     last = int(widths[-1])

@@ -80,9 +80,10 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
     if name == "fold" and attention.k_norm is not None:
         raise UsageError(
             "keys of this model are normalised between W_K and the cache (QK-norm), so no code folds into the weights",
-            seen="--method fold", allowed=", ".join(m for m in METHOD_NAMES if m != "fold"),
+            seen="--method fold",
+            allowed=", ".join(m for m in METHOD_NAMES if m != "fold"),
             fix="make a bundle: kvexport build --method online",
-        )  # fmt: skip
+        )
     if name not in (BEST, "fold"):
         return (METHODS[name],)
     if attention.position != "rope" or attention.k_norm is not None:
@@ -98,7 +99,9 @@ def head_order(method: Method, met: Met, attention: Attention, shape: Shape) -> 
     losses, size = LayerLosses(met, attention), heads // shape.kv_heads
 
     def loss(group: Group) -> float:
-        key, value = (width * len(group) // size for width in (shape.key_dim, shape.value_dim))  # of part of a group, its share
+        key, value = (
+            width * len(group) // size for width in (shape.key_dim, shape.value_dim)
+        )  # of part of a group, its share
         return float(losses.estimate(method.before_rotation, group)[key] + losses.values(group)[value])
 
     return order_of(matched_groups(heads, size, loss))
@@ -110,7 +113,9 @@ def layer_code(method: Method, met: Met, attention: Attention, grouping: Groupin
     if method.key is None:
         assert met.distances is not None
         frequencies = keys.cached_frequencies(moments, grouping, shape.key_dim)
-        coded = [keys.folding(moments, grouping, group, frequencies, met.distances).code() for group in groups]
+        coded = [
+            keys.folding(moments, grouping, group, frequencies, met.distances).code() for group in groups
+        ]
     else:
         coded = [method.key(moments, attention, grouping, group, shape.key_dim) for group in groups]
     return LayerCode(

@@ -55,9 +55,13 @@ def _query_order(order: Sequence[int], queries: int) -> list[int]:
 
 
 def _rows(linear: Linear, order: Sequence[int]) -> Linear:
-    return Linear(_blocks(linear.weight, order, 0), None if linear.bias is None else _blocks(linear.bias, order, 0))
+    return Linear(
+        _blocks(linear.weight, order, 0), None if linear.bias is None else _blocks(linear.bias, order, 0)
+    )
 
 
 def _blocks(x: Tensor, order: Sequence[int], dim: int) -> Tensor:
     """Equal blocks along `dim` in another order."""
-    return x.unflatten(dim, (len(order), -1)).index_select(dim, torch.tensor(list(order))).flatten(dim, dim + 1)
+    return (
+        x.unflatten(dim, (len(order), -1)).index_select(dim, torch.tensor(list(order))).flatten(dim, dim + 1)
+    )

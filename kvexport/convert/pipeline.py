@@ -71,7 +71,9 @@ class Conversion:
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
         way = self._ways[index]
-        met = as_met(way.method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window)
+        met = as_met(
+            way.method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window
+        )
         converted, report = _convert_layer(layer, self._streams, met, way)
         _require_finite(f"layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)
@@ -82,7 +84,9 @@ class Conversion:
         """How far the converted model is from the trained one on the held-out windows; all layers must be done."""
         meter = DivergenceMeter()
         for trained, converted, windows in self._streams.held_out_pairs(self._windows):
-            meter.add(reference.logits(self._decoder, trained), reference.logits(self._decoder, converted), windows)
+            meter.add(
+                reference.logits(self._decoder, trained), reference.logits(self._decoder, converted), windows
+            )
         return meter.finish()
 
 

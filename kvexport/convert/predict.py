@@ -36,7 +36,9 @@ def predicted_error(met: Met, attention: Attention, grouping: Grouping, code: La
 def _from_logits(met: Met, attention: Attention, grouping: Grouping, code: LayerCode, group: int) -> float:
     moments, rows = met.moments, grouping.rows(group)
     if met.distances is not None:
-        return attention.scale**2 * folding(moments, grouping, group, code.frequencies, met.distances).loss(code.keys[group])
+        return attention.scale**2 * folding(moments, grouping, group, code.frequencies, met.distances).loss(
+            code.keys[group]
+        )
     residual = code.keys[group].residual
     error = residual @ moments.key_covariance(rows) @ residual.T  # Cov(k - k̂) of the stack
     total = 0.0

@@ -66,17 +66,19 @@ def fixed_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> 
         most = trained.kv_heads // heads * attention.head_dim
         if not 1 <= width <= most:
             raise UsageError(
-                "--kv-head-dim is wider than the heads that share it, or no width", seen=width,
+                "--kv-head-dim is wider than the heads that share it, or no width",
+                seen=width,
                 allowed=f"1 to {most} for {trained.kv_heads // heads} heads of {attention.head_dim}",
-            )  # fmt: skip
+            )
         return Shape(heads, width, width)
     if wish.ratio == 1 and wish.max_kl is None:
         for name, value in (("--group-size", wish.group_size), ("--kv-head-dim", wish.kv_head_dim)):
             if value is not None:
                 raise UsageError(
-                    f"--kv-ratio 1 leaves every head as it was trained, and {name} changes them", seen=f"{name} {value}",
+                    f"--kv-ratio 1 leaves every head as it was trained, and {name} changes them",
+                    seen=f"{name} {value}",
                     fix=f"lower --kv-ratio, or leave {name} out",
-                )  # fmt: skip
+                )
         return trained
     if not _leave_choice(methods):
         return Shape(kv_heads_for(trained.kv_heads, None, wish.ratio), attention.head_dim, attention.head_dim)
@@ -97,8 +99,9 @@ def require_ratio(wish: Wish, methods: Sequence[Method], attention: Attention) -
         raise UsageError(
             "no choice of widths caches so little",
             seen=f"--kv-ratio {wish.ratio:g}{'' if wish.kv_ratio is not None else ' (what is kept unless it is given)'}",
-            allowed=f"{fewest / trained.kv_width:.4g} to 1", fix="raise --kv-ratio, or change --group-size or --kv-head-dim",
-        )  # fmt: skip
+            allowed=f"{fewest / trained.kv_width:.4g} to 1",
+            fix="raise --kv-ratio, or change --group-size or --kv-head-dim",
+        )
 
 
 def uniform_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> Shape:
@@ -107,15 +110,22 @@ def uniform_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -
     Raises:
         UsageError: as `fixed_shape`, and where the wish asks for other shapes.
     """
-    for name, value in (("--max-kl", wish.max_kl), ("--group-size", wish.group_size), ("--kv-head-dim", wish.kv_head_dim)):
+    for name, value in (
+        ("--max-kl", wish.max_kl),
+        ("--group-size", wish.group_size),
+        ("--kv-head-dim", wish.kv_head_dim),
+    ):
         if value is not None:
             raise UsageError(
-                f"{name} asks for shapes that a standard checkpoint cannot say", seen=value,
+                f"{name} asks for shapes that a standard checkpoint cannot say",
+                seen=value,
                 fix="use --kv-heads or --kv-ratio, or make a bundle: kvexport build CHECKPOINT -o BUNDLE",
-            )  # fmt: skip
+            )
     shape = fixed_shape(wish, methods, attention)
     if shape is None:
-        return Shape(kv_heads_for(attention.num_kv_heads, None, wish.ratio), attention.head_dim, attention.head_dim)
+        return Shape(
+            kv_heads_for(attention.num_kv_heads, None, wish.ratio), attention.head_dim, attention.head_dim
+        )
     return shape
 
 
@@ -124,7 +134,11 @@ def group_sizes(wish: Wish, attention: Attention) -> list[int]:
     heads, width = attention.num_kv_heads, attention.head_dim
     if wish.group_size is not None:
         return [wish.group_size]
-    return [size for size in range(1, heads + 1) if heads % size == 0 and (size == 1 or size * width <= _LARGEST_STACK)]
+    return [
+        size
+        for size in range(1, heads + 1)
+        if heads % size == 0 and (size == 1 or size * width <= _LARGEST_STACK)
+    ]
 
 
 def _leave_choice(methods: Sequence[Method]) -> bool:
@@ -133,9 +147,12 @@ def _leave_choice(methods: Sequence[Method]) -> bool:
 
 def _refuse_contradictions(wish: Wish, methods: Sequence[Method], attention: Attention) -> None:
     said = {
-        "--kv-heads": wish.kv_heads, "--kv-ratio": wish.kv_ratio, "--max-kl": wish.max_kl, "--group-size": wish.group_size,
+        "--kv-heads": wish.kv_heads,
+        "--kv-ratio": wish.kv_ratio,
+        "--max-kl": wish.max_kl,
+        "--group-size": wish.group_size,
         "--kv-head-dim": wish.kv_head_dim,
-    }  # fmt: skip
+    }
     given = [name for name, value in said.items() if value is not None]
 
     def refuse(these: Sequence[str], why: str) -> None:
@@ -146,36 +163,58 @@ def _refuse_contradictions(wish: Wish, methods: Sequence[Method], attention: Att
         refuse(pair, "each says by itself how much is cached")
     refuse(("--kv-heads", "--group-size"), "one follows from the other")
     for name in ("--kv-ratio", "--max-kl"):
-        refuse(("--group-size", "--kv-head-dim", name), "group size and width together say how much is cached")
+        refuse(
+            ("--group-size", "--kv-head-dim", name), "group size and width together say how much is cached"
+        )
     trained = attention.num_kv_heads
     if wish.group_size is not None and (wish.group_size < 1 or trained % wish.group_size):
         divisors = ", ".join(str(size) for size in range(1, trained + 1) if trained % size == 0)
-        raise UsageError("--group-size must divide the model's KV heads", seen=wish.group_size, allowed=divisors)
+        raise UsageError(
+            "--group-size must divide the model's KV heads", seen=wish.group_size, allowed=divisors
+        )
     if wish.kv_ratio is not None and not 0 < wish.kv_ratio <= 1:
         raise UsageError("--kv-ratio is no share", seen=wish.kv_ratio, allowed="above 0, at most 1")
     if wish.max_kl is not None and not 0 < wish.max_kl < float("inf"):
         raise UsageError("--max-kl is no bound", seen=wish.max_kl, allowed="above 0, in nats per token")
     if wish.kv_head_dim is not None and not 1 <= wish.kv_head_dim <= WIDEST:
         raise UsageError(
-            "--kv-head-dim is out of range", seen=wish.kv_head_dim, allowed=f"1 to {WIDEST}, what fused attention takes"
+            "--kv-head-dim is out of range",
+            seen=wish.kv_head_dim,
+            allowed=f"1 to {WIDEST}, what fused attention takes",
         )
     for name in ("--max-kl", "--group-size"):
         if name in given and not _leave_choice(methods):
             raise UsageError(
-                f"{name} needs a method that knows its loss beforehand", seen=f"--method {methods[0].name}",
-                allowed="--method auto, online, fold", fix="use --kv-heads or --kv-ratio",
-            )  # fmt: skip
+                f"{name} needs a method that knows its loss beforehand",
+                seen=f"--method {methods[0].name}",
+                allowed="--method auto, online, fold",
+                fix="use --kv-heads or --kv-ratio",
+            )
     if any(method.before_rotation for method in methods) and (wish.kv_head_dim or 0) % 2:
         raise UsageError(
-            "rotary pairs need an even --kv-head-dim", seen=wish.kv_head_dim, allowed="even widths", fix="or use --method online"
+            "rotary pairs need an even --kv-head-dim",
+            seen=wish.kv_head_dim,
+            allowed="even widths",
+            fix="or use --method online",
         )
-    if not _leave_choice(methods) and methods[0].before_rotation and wish.kv_head_dim not in (None, attention.head_dim):
+    if (
+        not _leave_choice(methods)
+        and methods[0].before_rotation
+        and wish.kv_head_dim not in (None, attention.head_dim)
+    ):
         raise UsageError(
-            f"--method {methods[0].name} keeps the trained width", seen=f"--kv-head-dim {wish.kv_head_dim}",
-            allowed=attention.head_dim, fix="leave --kv-head-dim out, or use --method online",
-        )  # fmt: skip
-    if not _leave_choice(methods) and wish.kv_heads is None and wish.kv_head_dim not in (None, attention.head_dim):
+            f"--method {methods[0].name} keeps the trained width",
+            seen=f"--kv-head-dim {wish.kv_head_dim}",
+            allowed=attention.head_dim,
+            fix="leave --kv-head-dim out, or use --method online",
+        )
+    if (
+        not _leave_choice(methods)
+        and wish.kv_heads is None
+        and wish.kv_head_dim not in (None, attention.head_dim)
+    ):
         raise UsageError(
             f"--method {methods[0].name} does not choose how many heads of another width to keep",
-            seen=f"--kv-head-dim {wish.kv_head_dim}", fix="add --kv-heads, or use --method online",
-        )  # fmt: skip
+            seen=f"--kv-head-dim {wish.kv_head_dim}",
+            fix="add --kv-heads, or use --method online",
+        )

@@ -107,8 +107,12 @@ class Survey:
         self._stream = TrainedStream(decoder, windows)
         seen = self._stream.seen
         self._tried = windows[torch.linspace(0, len(seen) - 1, min(_WINDOWS, len(seen))).round().long()]
-        self._forks = [reference.embed(decoder.embedding, self._tried)]  # the trained stream, then each layer's trials'
-        self._found: list[tuple[LayerSurvey, list[float]]] = []  # without sensitivities, and what the trials are to lose
+        self._forks = [
+            reference.embed(decoder.embedding, self._tried)
+        ]  # the trained stream, then each layer's trials'
+        self._found: list[
+            tuple[LayerSurvey, list[float]]
+        ] = []  # without sensitivities, and what the trials are to lose
         self.layers: list[LayerSurvey] = []
 
     def __iter__(self) -> Iterator[None]:
@@ -128,7 +132,9 @@ class Survey:
         curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
         size_tried = self._size_tried(layer.attention)
         for method in self._methods:
-            met = as_met(method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window)
+            met = as_met(
+                method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window
+            )
             losses = LayerLosses(met, layer.attention)
             for size in self._sizes:
                 groups = self._groups(method, losses, layer.attention, size)
@@ -141,7 +147,9 @@ class Survey:
         lost = [max(loss, least) for loss in (trials[0].value_loss, *(each.key_loss for each in trials))]
         shape, power = trained_shape(layer.attention), float(moments.output_power)
         self._found.append((LayerSurvey(shape, self._sizes, curves, power, {}, 0.0), lost))
-        disturbed = [self._past(each, self._forks[0]) for each in (trials[0].values, *(each.keys for each in trials))]
+        disturbed = [
+            self._past(each, self._forks[0]) for each in (trials[0].values, *(each.keys for each in trials))
+        ]
         self._forks = [self._past(layer, fork) for fork in self._forks] + disturbed
         self._stream.advance(layer)
 
@@ -151,7 +159,9 @@ class Survey:
 
     def _size_tried(self, attention: Attention) -> int:
         """The largest group whose width in a trial an engine could take."""
-        return max((size for size in self._sizes if self._rank(size, attention) <= WIDEST), default=self._sizes[0])
+        return max(
+            (size for size in self._sizes if self._rank(size, attention) <= WIDEST), default=self._sizes[0]
+        )
 
     def _groups(self, method: Method, losses: LayerLosses, attention: Attention, size: int) -> list[Group]:
         def loss(group: Group) -> float:
@@ -160,14 +170,18 @@ class Survey:
 
         return matched_groups(attention.num_kv_heads, size, loss)
 
-    def _trial(self, layer: Layer, met: Met, method: Method, groups: Sequence[Group], curves: Curves) -> _Trial:
+    def _trial(
+        self, layer: Layer, met: Met, method: Method, groups: Sequence[Group], curves: Curves
+    ) -> _Trial:
         order = order_of(groups)
         attention, met = permuted(layer.attention, order), met.permuted(order)
         grouping = Grouping.of(attention, len(groups))
         n = grouping.size * grouping.head_dim
         rank = min(self._rank(grouping.size, attention), WIDEST)
         code = layer_code(method, met, attention, grouping, Shape(grouping.kv_heads, rank, rank))
-        exact = (Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)),) * grouping.kv_heads
+        exact = (
+            Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)),
+        ) * grouping.kv_heads
 
         def coded(code: LayerCode) -> Layer:
             return replace(layer, attention=apply_code(attention, grouping, code, met.moments.value_mean))

@@ -17,7 +17,9 @@ from kvexport.convert.keys import mean_code, weight_subspace
 from kvexport.model.decoder import Attention
 
 
-def lost_constant(attention: Attention, grouping: Grouping, codes: Sequence[Code], value_mean: Tensor) -> Tensor:
+def lost_constant(
+    attention: Attention, grouping: Grouping, codes: Sequence[Code], value_mean: Tensor
+) -> Tensor:
     """W_O (v̄ - v̂) at the mean value [h·head_dim]: what the codes of all groups leave of it, [hidden] float64.
 
     Attention rows sum to one, so this is the same for every token.
@@ -29,7 +31,10 @@ def lost_constant(attention: Attention, grouping: Grouping, codes: Sequence[Code
 
 def output_weights(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Tensor:
     """S of a group's stacked values, [n, n]: Σ_qq' ρ_qq' W_Oᵀ W_O', ρ how alike two heads attend."""
-    heads, (size, queries, width) = grouping.query_heads(group), (grouping.size, grouping.queries, grouping.head_dim)
+    heads, (size, queries, width) = (
+        grouping.query_heads(group),
+        (grouping.size, grouping.queries, grouping.head_dim),
+    )
     span = slice(heads.start, heads.stop)
     outputs = attention.o.weight[:, heads.start * width : heads.stop * width].double()  # [hidden, t·q·d]
     full = (outputs.T @ outputs).view(len(heads), width, len(heads), width)

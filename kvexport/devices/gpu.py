@@ -29,7 +29,9 @@ def find_gpu() -> Gpu | None:
     device, name, memory = ctypes.c_int(), ctypes.create_string_buffer(256), ctypes.c_size_t()
     if cuda.cuInit(0) or cuda.cuDeviceGet(ctypes.byref(device), 0):
         return None
-    if cuda.cuDeviceGetName(name, len(name), device) or cuda.cuDeviceTotalMem_v2(ctypes.byref(memory), device):
+    if cuda.cuDeviceGetName(name, len(name), device) or cuda.cuDeviceTotalMem_v2(
+        ctypes.byref(memory), device
+    ):
         return None
 
     def attribute(number: int) -> int:

@@ -24,7 +24,10 @@ else:
 Version = tuple[int, ...]
 
 OLDEST_TENSORRT: Version = (10, 3)
-_STD24_TENSORRT: Version = (10, 15)  # the first whose parser has RotaryEmbedding, RMSNormalization and TensorScatter
+_STD24_TENSORRT: Version = (
+    10,
+    15,
+)  # the first whose parser has RotaryEmbedding, RMSNormalization and TensorScatter
 _ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 _VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})+")
 _GB, _TERA = 1e9, 1e12
@@ -107,7 +110,9 @@ def parse_version(text: str) -> Version:
         UsageError: it is none.
     """
     if not _VERSION.fullmatch(text):
-        raise UsageError("not a version", seen=repr(text), allowed="numbers and points, such as 10.3 or 10.3.0.30")
+        raise UsageError(
+            "not a version", seen=repr(text), allowed="numbers and points, such as 10.3 or 10.3.0.30"
+        )
     return tuple(map(int, text.split(".")))
 
 
@@ -118,7 +123,9 @@ def tensorrt_version(target: Target, *, jetpack: str | None = None, tensorrt: st
         UsageError: both are named, the target has no TensorRT or no such JetPack, or the version is too old.
     """
     if target.tensorrt is None:
-        raise UsageError(f"target {target.name} runs on {target.engine} and has no TensorRT", fix="choose another --target")
+        raise UsageError(
+            f"target {target.name} runs on {target.engine} and has no TensorRT", fix="choose another --target"
+        )
     if jetpack is not None and tensorrt is not None:
         raise UsageError(
             "JetPack and TensorRT are both named, and each says the version",
@@ -136,7 +143,9 @@ def tensorrt_version(target: Target, *, jetpack: str | None = None, tensorrt: st
         return parse_version(target.jetpacks[jetpack])
     version = parse_version(tensorrt if tensorrt is not None else target.tensorrt)
     if target.engine == "tensorrt" and version < OLDEST_TENSORRT:
-        raise UsageError("this TensorRT is too old for any lowering", seen=tensorrt, allowed="10.3 or later (JetPack 6.1)")
+        raise UsageError(
+            "this TensorRT is too old for any lowering", seen=tensorrt, allowed="10.3 or later (JetPack 6.1)"
+        )
     return version
 
 
@@ -150,7 +159,10 @@ def lowering_for(target: Target, version: Version | None = None) -> str:
 
 
 def _shipped() -> dict[str, Path]:
-    return {path.stem: path for path in sorted(resource("graphs", "targets").glob("*.toml"), key=lambda path: path.stem)}
+    return {
+        path.stem: path
+        for path in sorted(resource("graphs", "targets").glob("*.toml"), key=lambda path: path.stem)
+    }
 
 
 @dataclass(frozen=True)
@@ -170,7 +182,8 @@ def _positive(allowed: str, *, optional: bool = False) -> _Key:
 
 def _versions(table: dict[str, Any]) -> bool:
     return all(
-        isinstance(value, str) and _VERSION.fullmatch(f"{key}") and _VERSION.fullmatch(value) for key, value in table.items()
+        isinstance(value, str) and _VERSION.fullmatch(f"{key}") and _VERSION.fullmatch(value)
+        for key, value in table.items()
     )
 
 
@@ -178,18 +191,30 @@ _KEYS = {
     "title": _Key(str, "a name for people", lambda value: bool(value.strip()) and value.isprintable()),
     "engine": _Key(str, ", ".join(_ENGINES), lambda value: value in _ENGINES),
     "sm": _Key(
-        str, 'a compute capability such as "8.7"', lambda value: bool(re.fullmatch(r"[0-9]{1,3}\.[0-9]", value)), True, True
+        str,
+        'a compute capability such as "8.7"',
+        lambda value: bool(re.fullmatch(r"[0-9]{1,3}\.[0-9]", value)),
+        True,
+        True,
     ),
     "memory_gib": _positive("GiB in all, 0.001 to 10^9"),
-    "usable": _Key((int, float), "a share of the memory, 0.001 to 1", lambda value: _LEAST <= value <= 1, figure=True),
+    "usable": _Key(
+        (int, float), "a share of the memory, 0.001 to 1", lambda value: _LEAST <= value <= 1, figure=True
+    ),
     "bandwidth_gb_s": _positive("10^9 bytes per second, 0.001 to 10^9"),
     "fp16_tflops": _positive("10^12 dense operations per second, 0.001 to 10^9", optional=True),
     "int8_tops": _positive("10^12 dense operations per second, 0.001 to 10^9", optional=True),
     "unified": _Key(bool, "true or false", lambda value: True),
-    "jetpacks": _Key(dict, 'JetPack versions with their TensorRT, such as "6.2" = "10.3.0.30"', _versions, True, True),
-    "tensorrt": _Key(str, 'a version such as "10.3.0.30"', lambda value: bool(_VERSION.fullmatch(value)), True, True),
+    "jetpacks": _Key(
+        dict, 'JetPack versions with their TensorRT, such as "6.2" = "10.3.0.30"', _versions, True, True
+    ),
+    "tensorrt": _Key(
+        str, 'a version such as "10.3.0.30"', lambda value: bool(_VERSION.fullmatch(value)), True, True
+    ),
     "sources": _Key(
-        dict, "text for each figure", lambda table: all(isinstance(said, str) and said.strip() for said in table.values())
+        dict,
+        "text for each figure",
+        lambda table: all(isinstance(said, str) and said.strip() for said in table.values()),
     ),
 }
 
@@ -197,7 +222,11 @@ _KEYS = {
 def _read(path: Path) -> Target:
     try:
         raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # tomllib's own, and int's for a number of 5000 digits
+    except (
+        OSError,
+        ValueError,
+        RecursionError,
+    ) as error:  # tomllib's own, and int's for a number of 5000 digits
         raise UsageError(f"the target file {path.name} cannot be read: {error}") from error
     _require_keys(raw, path.name)
     figures = {name for name, key in _KEYS.items() if key.figure and name in raw}
@@ -245,9 +274,15 @@ def _require_agreement(raw: Mapping[str, Any], where: str) -> None:
         allowed = "a version" if tensorrt else f"no such key with engine {raw['engine']}"
         raise UsageError(f"{where}: tensorrt contradicts the engine", seen=repr(version), allowed=allowed)
     if tensorrt and sm is None:
-        raise UsageError(f"{where} lacks the key sm, which engine {raw['engine']} needs", allowed=_KEYS["sm"].allowed)
+        raise UsageError(
+            f"{where} lacks the key sm, which engine {raw['engine']} needs", allowed=_KEYS["sm"].allowed
+        )
     if raw["engine"] == "tensorrt":
-        for name in ["tensorrt"] * bool(version) + [f"jetpacks.{jetpack}" for jetpack in raw.get("jetpacks", {})]:
+        for name in ["tensorrt"] * bool(version) + [
+            f"jetpacks.{jetpack}" for jetpack in raw.get("jetpacks", {})
+        ]:
             said = version if name == "tensorrt" else raw["jetpacks"][name.removeprefix("jetpacks.")]
             if parse_version(str(said)) < OLDEST_TENSORRT:
-                raise UsageError(f"{where}: {name} is too old for any lowering", seen=said, allowed="10.3 or later")
+                raise UsageError(
+                    f"{where}: {name} is too old for any lowering", seen=said, allowed="10.3 or later"
+                )

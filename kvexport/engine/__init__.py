@@ -14,7 +14,14 @@ from kvexport.engine.options import EngineOptions
 if TYPE_CHECKING:
     from kvexport.engine.build import build_engine
 
-__all__ = ["BuildRecord", "EngineOptions", "build_engine", "engine_directory", "manifest_digest", "read_record"]
+__all__ = [
+    "BuildRecord",
+    "EngineOptions",
+    "build_engine",
+    "engine_directory",
+    "manifest_digest",
+    "read_record",
+]
 
 
 def __getattr__(name: str) -> Any:

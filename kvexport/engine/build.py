@@ -80,10 +80,14 @@ def build_engine(
     bundle = Bundle.open(path)
     capacity, chunk = preflight.require_options(options, bundle)
     gpu = find_gpu()
-    destination = choose_destination(target, compute_capabilities, gpu=gpu, board=board() or "", installed=installed())
+    destination = choose_destination(
+        target, compute_capabilities, gpu=gpu, board=board() or "", installed=installed()
+    )
     directory = engine_directory(path, destination.name)
     if directory.exists() and not (directory / RECORD_FILE).is_file():
-        raise UsageError(f"{directory} is there and is no engine: it has no {RECORD_FILE}", fix=f"rm -r {directory}")
+        raise UsageError(
+            f"{directory} is there and is no engine: it has no {RECORD_FILE}", fix=f"rm -r {directory}"
+        )
     if directory.exists() and not force:
         raise UsageError(f"the engine {directory} exists already", fix="replace it with --force")
     library = load_library(destination.engine)
@@ -92,7 +96,14 @@ def build_engine(
     bundle.verify((GRAPH_FILE, DATA_FILE))
     parser = Parser(library.engine, library.version)
     budget = None if bundle.eviction is None else min(bundle.eviction.budget, capacity)
-    fitted = fit(path / GRAPH_FILE, parser, batch=options.batch, capacity=capacity, budget=budget, lowering=options.lowering)
+    fitted = fit(
+        path / GRAPH_FILE,
+        parser,
+        batch=options.batch,
+        capacity=capacity,
+        budget=budget,
+        lowering=options.lowering,
+    )
     preflight.require_operators(fitted, library)
     decomposed = _allow_decomposition(fitted, parser)
     _say_what_differs(fitted, decomposed, progress)
@@ -103,7 +114,9 @@ def build_engine(
         cache = _timing_cache(directory, library)
         begin = time.monotonic()
         plan: Plan = watch.run(
-            lambda: build_plan(library, fitted.model, path / GRAPH_FILE, profiles, options, destination, cache, watch.monitor)
+            lambda: build_plan(
+                library, fitted.model, path / GRAPH_FILE, profiles, options, destination, cache, watch.monitor
+            )
         )
         seconds = time.monotonic() - begin
         for warning in dict.fromkeys(library.log.warnings):
@@ -114,7 +127,9 @@ def build_engine(
         loads = gpu is not None and not destination.ahead and available_memory() > 2 * size.bytes
         inspected = inspect_plan(library, plan.serialised) if loads else None
         if inspected is not None:
-            (folder / INSPECTOR_FILE).write_text(json.dumps(inspected.layers, indent=1) + "\n", encoding="utf-8")
+            (folder / INSPECTOR_FILE).write_text(
+                json.dumps(inspected.layers, indent=1) + "\n", encoding="utf-8"
+            )
         record = BuildRecord(
             kvexport=__version__,
             manifest_sha256=manifest_digest(path),
@@ -180,7 +195,11 @@ def _timing_cache(directory: Path, library: Library) -> bytes:
     """What an earlier build by the same version measured; empty where there is none."""
     file = directory / CACHE_FILE
     try:
-        return file.read_bytes() if file.is_file() and read_record(directory).version == library.trt.__version__ else b""
+        return (
+            file.read_bytes()
+            if file.is_file() and read_record(directory).version == library.trt.__version__
+            else b""
+        )
     except BundleError:
         return b""
 

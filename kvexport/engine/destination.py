@@ -13,7 +13,14 @@ from kvexport.devices.targets import Target, known_targets, load_target
 from kvexport.errors import CannotRunHere, UsageError
 
 _JETSON = ("8.7", "11.0")
-_MODELS = {"nano", "nx", "agx", "super", "t4000", "t5000"}  # words of a board's name that tell targets of one memory apart
+_MODELS = {
+    "nano",
+    "nx",
+    "agx",
+    "super",
+    "t4000",
+    "t5000",
+}  # words of a board's name that tell targets of one memory apart
 _NEAR = 0.2  # a GPU shows some less memory than its board is sold with
 
 
@@ -63,24 +70,29 @@ def choose_destination(
     if capabilities or gpu is None:
         if "tensorrt-rtx" not in installed:
             raise CannotRunHere(
-                "TensorRT builds only on the GPU that will run the engine, and here is none" if gpu is None else
-                "only TensorRT-RTX builds for a --compute-capability, and it is not installed",
+                "TensorRT builds only on the GPU that will run the engine, and here is none"
+                if gpu is None
+                else "only TensorRT-RTX builds for a --compute-capability, and it is not installed",
                 fix="run this on the device, or build for a desktop GPU: pip install 'kvexport[rtx]'",
-            )  # fmt: skip
+            )
         if not capabilities:
             raise UsageError(
                 "there is no GPU here that says what to build for",
                 fix="name it: --target rtx-4090, or --compute-capability 8.6 (more than once for several)",
             )
         name = "-".join(f"sm{each.replace('.', '')}" for each in capabilities)
-        return Destination(name, "tensorrt-rtx", capabilities, gpu is None or gpu.compute_capability not in capabilities)
+        return Destination(
+            name, "tensorrt-rtx", capabilities, gpu is None or gpu.compute_capability not in capabilities
+        )
     engine = "tensorrt" if "tensorrt" in installed else "tensorrt-rtx"
     return Destination(_name_of(engine, gpu, board), engine, (gpu.compute_capability,), False)
 
 
 def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -> Destination:
     if target.engine == "onnxruntime":
-        raise UsageError(f"target {target.name} runs on ONNX Runtime, which needs no engine", fix="choose another --target")
+        raise UsageError(
+            f"target {target.name} runs on ONNX Runtime, which needs no engine", fix="choose another --target"
+        )
     assert target.sm is not None
     if target.engine == "tensorrt-rtx":
         wanted = capabilities or (target.sm,)
@@ -91,7 +103,9 @@ def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -
                 allowed=f"{target.sm}, and others beside it",
                 fix=f"leave out --target, or add --compute-capability {target.sm}",
             )
-        return Destination(target.name, target.engine, wanted, gpu is None or gpu.compute_capability not in wanted)
+        return Destination(
+            target.name, target.engine, wanted, gpu is None or gpu.compute_capability not in wanted
+        )
     if capabilities:
         raise UsageError(
             f"TensorRT, the engine of target {target.name}, builds for the GPU at hand only",
@@ -109,8 +123,17 @@ def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -
 
 def _name_of(engine: str, gpu: Gpu, board: str) -> str:
     """The shipped target that this machine is, or its compute capability where it is none."""
-    alike = [target for target in known_targets() if target.engine == engine and target.sm == gpu.compute_capability]
+    alike = [
+        target
+        for target in known_targets()
+        if target.engine == engine and target.sm == gpu.compute_capability
+    ]
     close = [target for target in alike if abs(gpu.memory / target.memory - 1) < _NEAR]
     said = _MODELS & set(board.lower().split())
-    close.sort(key=lambda target: (len(said ^ _MODELS & set(target.name.split("-"))), abs(gpu.memory / target.memory - 1)))
+    close.sort(
+        key=lambda target: (
+            len(said ^ _MODELS & set(target.name.split("-"))),
+            abs(gpu.memory / target.memory - 1),
+        )
+    )
     return close[0].name if close else f"sm{gpu.compute_capability.replace('.', '')}"

@@ -37,7 +37,13 @@ class Fitted:
 
 
 def fit(
-    graph: Path, parser: Parser, *, batch: int, capacity: int, budget: int | None = None, lowering: str | None = None
+    graph: Path,
+    parser: Parser,
+    *,
+    batch: int,
+    capacity: int,
+    budget: int | None = None,
+    lowering: str | None = None,
 ) -> Fitted:
     """The best lowering of which `parser` refuses nothing, or the one named.
 

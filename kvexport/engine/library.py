@@ -39,7 +39,9 @@ class Library:
     def compute_capabilities(self) -> tuple[str, ...]:
         """Those that it builds for ahead of time, such as "8.6"; none for the full TensorRT."""
         names = getattr(self.trt, "ComputeCapability", None) if self.engine == "tensorrt-rtx" else None
-        numbers = [name.removeprefix("SM") for name in getattr(names, "__members__", ()) if name.startswith("SM")]
+        numbers = [
+            name.removeprefix("SM") for name in getattr(names, "__members__", ()) if name.startswith("SM")
+        ]
         return tuple(f"{number[:-1]}.{number[-1]}" for number in sorted(numbers, key=int))
 
     def __str__(self) -> str:
@@ -64,16 +66,24 @@ def load_library(engine: str) -> Library:
             import_module("polygraphy.backend.trt")
     except ModuleNotFoundError as error:
         fix = _INSTALL[engine] if error.name == MODULES[engine] else f"pip install {error.name}"
-        raise CannotRunHere(f"{error.name} is not installed, and building with {engine} needs it", fix=fix) from error
+        raise CannotRunHere(
+            f"{error.name} is not installed, and building with {engine} needs it", fix=fix
+        ) from error
     except (ImportError, OSError) as error:
-        raise CannotRunHere(f"{MODULES[engine]} is installed but does not load", seen=error, fix=_INSTALL[engine]) from error
+        raise CannotRunHere(
+            f"{MODULES[engine]} is installed but does not load", seen=error, fix=_INSTALL[engine]
+        ) from error
     if (engine == "tensorrt-rtx") != config.USE_TENSORRT_RTX:
         raise CannotRunHere(
-            "polygraphy serves one engine in a process, and here it is the other one", seen=engine, fix="build in another process"
+            "polygraphy serves one engine in a process, and here it is the other one",
+            seen=engine,
+            fix="build in another process",
         )
     version = parse_version(trt.__version__.split("+")[0])
     if engine == "tensorrt" and version < OLDEST_TENSORRT:
-        raise CannotRunHere("this TensorRT is too old", seen=trt.__version__, allowed="10.3 or later (JetPack 6.1)")
+        raise CannotRunHere(
+            "this TensorRT is too old", seen=trt.__version__, allowed="10.3 or later (JetPack 6.1)"
+        )
     return Library(engine, trt, version, _log(engine, trt))
 
 

@@ -20,7 +20,9 @@ class Watch:
         self.monitor = _monitor(trt, self)
         self.cancelled = threading.Event()
         self._progress = progress
-        self._phases: list[tuple[str, bool, ExitStack]] = []  # from the whole build inwards; whether it is shown
+        self._phases: list[
+            tuple[str, bool, ExitStack]
+        ] = []  # from the whole build inwards; whether it is shown
         self._lock = threading.Lock()
 
     def run(self, work: Any) -> Any:
@@ -48,7 +50,9 @@ class Watch:
             self.cancelled.set()
 
         with _handled_by(interrupt):
-            before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)  # the new thread and TensorRT's never hear them
+            before = signal.pthread_sigmask(
+                signal.SIG_BLOCK, _INTERRUPTS
+            )  # the new thread and TensorRT's never hear them
             threading.Thread(target=target, name="engine build", daemon=True).start()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             ended.wait()

@@ -36,4 +36,8 @@ class EngineOptions:
 
     def recorded(self) -> dict[str, Any]:
         """Those that build.json does not already say."""
-        return {name: value for name, value in asdict(self).items() if name not in ("batch", "capacity", "chunk", "lowering")}
+        return {
+            name: value
+            for name, value in asdict(self).items()
+            if name not in ("batch", "capacity", "chunk", "lowering")
+        }

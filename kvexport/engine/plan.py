@@ -94,7 +94,9 @@ def parse(library: Library, model: ir.Model, path: Path) -> tuple[Any, Any, Any]
     trt = library.trt
     builder = trt.Builder(library.log)
     flags = trt.NetworkDefinitionCreationFlag
-    network = builder.create_network(1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0)
+    network = builder.create_network(
+        1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
+    )
     trt.init_libnvinfer_plugins(library.log, "")
     parser = trt.OnnxParser(network, library.log)
     if not parser.parse(ir.to_proto(model).SerializeToString(), str(path)):
@@ -122,7 +124,11 @@ def inspect_plan(library: Library, serialised: Any) -> Inspected | None:
     if engine is None:
         return None
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
-    size = engine.device_memory_size_v2 if hasattr(engine, "device_memory_size_v2") else engine.device_memory_size
+    size = (
+        engine.device_memory_size_v2
+        if hasattr(engine, "device_memory_size_v2")
+        else engine.device_memory_size
+    )
     return Inspected(json.loads(text), int(size))
 
 
@@ -165,9 +171,13 @@ def _config(
     if hasattr(trt.BuilderFlag, "TF32"):
         config.clear_flag(trt.BuilderFlag.TF32)  # float32 is what the graph says
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)  # TensorRT-RTX: or a step may allocate, and not be captured
+        config.set_flag(
+            trt.BuilderFlag.REQUIRE_USER_ALLOCATION
+        )  # TensorRT-RTX: or a step may allocate, and not be captured
     if options.refit:
-        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # with the bundle's weights only, which costs no speed
+        config.set_flag(
+            trt.BuilderFlag.REFIT_IDENTICAL
+        )  # with the bundle's weights only, which costs no speed
     return config
 
 
@@ -182,7 +192,10 @@ def _profile(network: Any, profile: Profile) -> Any:
             continue
         names = [tensor.get_dimension_name(axis) for axis in range(len(tensor.shape))]
         ranges = {SEQUENCE: (least, typical, most), LOGITS: (1, 1, most)}
-        sizes = [ranges[name] if size == -1 else (size,) * 3 for name, size in zip(names, tuple(tensor.shape), strict=True)]
+        sizes = [
+            ranges[name] if size == -1 else (size,) * 3
+            for name, size in zip(names, tuple(tensor.shape), strict=True)
+        ]
         shapes.add(tensor.name, *(tuple(size[which] for size in sizes) for which in range(3)))
     return shapes
 
@@ -190,5 +203,8 @@ def _profile(network: Any, profile: Profile) -> Any:
 def _failed(library: Library, what: str, error: Exception | None = None) -> CannotRunHere:
     said = list(dict.fromkeys(library.log.errors)) or [str(error)]
     text = " ".join(said).lower()
-    fix = next((remedy for words, remedy in _REMEDIES.items() if words in text), "`kvexport lint` shows what this version lacks")
+    fix = next(
+        (remedy for words, remedy in _REMEDIES.items() if words in text),
+        "`kvexport lint` shows what this version lacks",
+    )
     return CannotRunHere(f"{library} {what}", seen="\n           ".join(said[:_SHOWN]), fix=fix)

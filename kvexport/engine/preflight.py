@@ -52,12 +52,18 @@ def require_options(options: EngineOptions, bundle: Bundle) -> tuple[int, int]:
     most = capacity if eviction is None else min(capacity, eviction.chunk)
     chunk = min(CHUNK, most) if options.chunk is None else options.chunk
     if not 1 <= chunk <= most:
-        what = "the chunk does not fit the capacity" if most == capacity else "the chunk does not fit the bundle's --kv-budget"
+        what = (
+            "the chunk does not fit the capacity"
+            if most == capacity
+            else "the chunk does not fit the bundle's --kv-budget"
+        )
         raise UsageError(what, seen=chunk, allowed=f"1 to {most}")
     if options.batch < 1:
         raise UsageError("the batch is empty", seen=options.batch, allowed="1 sequence or more")
     if options.workspace is not None and options.workspace < 1:
-        raise UsageError("the workspace is out of range", seen=f"{options.workspace} MiB", allowed="1 MiB or more")
+        raise UsageError(
+            "the workspace is out of range", seen=f"{options.workspace} MiB", allowed="1 MiB or more"
+        )
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise UsageError("no such optimisation level", seen=options.optimization_level, allowed="0 to 5")
     if options.lowering is not None and options.lowering not in LOWERINGS:
@@ -81,13 +87,19 @@ def require_engine(options: EngineOptions, destination: Destination, library: Li
                     allowed=", ".join(known),
                     fix="on a Jetson or a data centre GPU install the full TensorRT, and build there",
                 )
-        for asked, what in ((options.version_compatible, "version"), (options.hardware_compatible, "hardware")):
+        for asked, what in (
+            (options.version_compatible, "version"),
+            (options.hardware_compatible, "hardware"),
+        ):
             if asked:
                 fix = f"leave out --{what}-compatible; several --compute-capability make one plan for several GPUs"
-                raise UsageError(f"{library} has no {what}-compatible plans", allowed="TensorRT 10.3 or later", fix=fix)
+                raise UsageError(
+                    f"{library} has no {what}-compatible plans", allowed="TensorRT 10.3 or later", fix=fix
+                )
         if options.refit and destination.ahead:
             raise CannotRunHere(
-                f"{library} builds plans without weights on the GPU only", fix="leave out --refit, or build there"
+                f"{library} builds plans without weights on the GPU only",
+                fix="leave out --refit, or build there",
             )
     elif options.hardware_compatible and destination.jetson:
         raise UsageError(
@@ -120,13 +132,18 @@ def require_room(bundle: Bundle, options: EngineOptions, destination: Destinatio
             fix="choose a smaller model or a GPU with more memory; `kvexport plan` says what fits",
         )
     can_refit = not options.refit and not (destination.ahead and destination.engine == "tensorrt-rtx")
-    needed, free = (0 if options.refit else _IN_PLAN * weights) + _KERNELS, shutil.disk_usage(bundle.path).free
+    needed, free = (
+        (0 if options.refit else _IN_PLAN * weights) + _KERNELS,
+        shutil.disk_usage(bundle.path).free,
+    )
     if free < needed:
         raise CannotRunHere(
             f"too little disk is free for the plan in {bundle.path}",
             seen=f"{free / _MIB:.0f} MiB free",
             allowed=f"{needed / _MIB:.0f} MiB",
-            fix="free space, or leave the weights out of the plan with --refit" if can_refit else "free space",
+            fix="free space, or leave the weights out of the plan with --refit"
+            if can_refit
+            else "free space",
         )
 
 
@@ -141,7 +158,9 @@ def require_operators(fitted: Fitted, library: Library) -> None:
         raise UsageError(
             f"{library} does not take the graph lowered to {fitted.lowering}",
             seen=sentences(refused),
-            fix="leave out --lowering" if fitted.lowering != LOWERINGS[-1] else "`kvexport lint` shows all of it",
+            fix="leave out --lowering"
+            if fitted.lowering != LOWERINGS[-1]
+            else "`kvexport lint` shows all of it",
         )
 
 

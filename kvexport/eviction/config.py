@@ -23,7 +23,10 @@ POLICIES = {
     "random": "any token",
 }
 DEFAULT_POLICY, DEFAULT_FIRST = "window", 4
-SCORE, STORED = 0, 1  # columns of a slot's state: what it is ranked by, and the position of its token + 1 (0: empty)
+SCORE, STORED = (
+    0,
+    1,
+)  # columns of a slot's state: what it is ranked by, and the position of its token + 1 (0: empty)
 STATE = 2
 # Priorities. No score reaches those of tokens that no query sees any more, the earlier the higher; all are exact in float32.
 NEVER, UNSEEN, LATEST = 2.0**100, 2.0**60, 2.0**24
@@ -53,16 +56,22 @@ class Eviction:
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise UsageError("there is no such policy of eviction", seen=self.policy, allowed=", ".join(POLICIES))
-        for option, count in (("--protect-first", self.protect_first), ("--protect-recent", self.protect_recent)):
+            raise UsageError(
+                "there is no such policy of eviction", seen=self.policy, allowed=", ".join(POLICIES)
+            )
+        for option, count in (
+            ("--protect-first", self.protect_first),
+            ("--protect-recent", self.protect_recent),
+        ):
             if count < 0:
                 raise UsageError(f"{option} is out of range", seen=count, allowed="0 tokens or more")
         if self.budget <= self.protected:
             raise UsageError(
-                "--kv-budget leaves no token that may go", seen=f"{self.budget} tokens",
+                "--kv-budget leaves no token that may go",
+                seen=f"{self.budget} tokens",
                 allowed=f"more than the {self.protected} of --protect-first and of --protect-recent, which counts the newest",
                 fix="raise --kv-budget, or lower --protect-first or --protect-recent",
-            )  # fmt: skip
+            )
 
     @property
     def protected(self) -> int:
@@ -93,33 +102,48 @@ class Eviction:
         """
         if capacity > MOST_POSITIONS:
             raise UsageError(
-                "a cache that evicts cannot count as many positions", seen=capacity, allowed=f"at most {MOST_POSITIONS}",
+                "a cache that evicts cannot count as many positions",
+                seen=capacity,
+                allowed=f"at most {MOST_POSITIONS}",
                 fix=f"--capacity {MOST_POSITIONS}",
-            )  # fmt: skip
+            )
         if self.budget > capacity:
             raise UsageError(
-                "--kv-budget is larger than the capacity, so that nothing would ever go", seen=f"{self.budget} tokens",
-                allowed=f"{self.protected + 1} to {capacity}", fix="lower --kv-budget, raise --capacity, or leave it out",
-            )  # fmt: skip
+                "--kv-budget is larger than the capacity, so that nothing would ever go",
+                seen=f"{self.budget} tokens",
+                allowed=f"{self.protected + 1} to {capacity}",
+                fix="lower --kv-budget, raise --capacity, or leave it out",
+            )
         wrong = [layer for layer in self.skip_layers if not 0 <= layer < num_layers]
         if wrong:
             raise UsageError(
-                "--evict-skip-layers names a layer that the model does not have", seen=wrong[0], allowed=f"0 to {num_layers - 1}"
+                "--evict-skip-layers names a layer that the model does not have",
+                seen=wrong[0],
+                allowed=f"0 to {num_layers - 1}",
             )
         if len(set(self.skip_layers)) == num_layers:
             raise UsageError(
-                "--evict-skip-layers names every layer, so that nothing would ever go", seen=f"{num_layers} layers",
+                "--evict-skip-layers names every layer, so that nothing would ever go",
+                seen=f"{num_layers} layers",
                 fix="leave --kv-budget out",
-            )  # fmt: skip
+            )
 
     def __str__(self) -> str:
         """For people: what each KV head holds, and what goes."""
-        spared = [text for count, text in ((self.protect_first, f"the first {self.protect_first}"),
-                                           (self.protect_recent, f"the last {self.protect_recent}")) if count]  # fmt: skip
+        spared = [
+            text
+            for count, text in (
+                (self.protect_first, f"the first {self.protect_first}"),
+                (self.protect_recent, f"the last {self.protect_recent}"),
+            )
+            if count
+        ]
         kept = f", but {' and '.join(spared)} never do" if spared else ""
         named = ", ".join(map(str, self.skip_layers))
         skipped = (
-            f"; {f'layer {named} holds' if len(self.skip_layers) == 1 else f'layers {named} hold'} every token" if named else ""
+            f"; {f'layer {named} holds' if len(self.skip_layers) == 1 else f'layers {named} hold'} every token"
+            if named
+            else ""
         )
         return f"{self.budget} tokens in each KV head ({self.policy}{kept}){skipped}"
 
@@ -137,7 +161,10 @@ class Eviction:
         """
         numbers = {name: raw[name] for name in ("budget", "protect_first", "protect_recent")}
         skipped = raw["skip_layers"]
-        if not all(type(each) is int for each in (*numbers.values(), *skipped)) or raw.keys() - cls.__dataclass_fields__.keys():
+        if (
+            not all(type(each) is int for each in (*numbers.values(), *skipped))
+            or raw.keys() - cls.__dataclass_fields__.keys()
+        ):
             raise TypeError("eviction has values that are not whole numbers, or unknown keys")
         return cls(str(raw["policy"]), **numbers, skip_layers=tuple(skipped))
 
@@ -171,9 +198,10 @@ class EvictionWish:
                 raise ValueError
         except ValueError:
             raise UsageError(
-                "--kv-budget is no number of tokens", seen=budget,
+                "--kv-budget is no number of tokens",
+                seen=budget,
                 allowed="a whole number from 1 on, or a share of the capacity from 0.0 to 1.0, such as 0.5",
-            ) from None  # fmt: skip
+            ) from None
         return cls(number, share, **others)
 
     def of(self, capacity: int, num_layers: int) -> Eviction:

@@ -11,7 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from kvexport.eviction.config import LATER, LATEST, NEVER, SCORE, STATE, STORED, UNSEEN, Eviction, random_offsets, random_scores
+from kvexport.eviction.config import (
+    LATER,
+    LATEST,
+    NEVER,
+    SCORE,
+    STATE,
+    STORED,
+    UNSEEN,
+    Eviction,
+    random_offsets,
+    random_scores,
+)
 
 
 @dataclass
@@ -38,14 +49,24 @@ class EvictingCache:
 
     @classmethod
     def empty(
-        cls, batch: int, heads: int, widths: tuple[int, int], dtype: torch.dtype, eviction: Eviction, layer: int, capacity: int,
-        window: int | None = None, slots: int | None = None,
-    ) -> EvictingCache:  # fmt: skip
+        cls,
+        batch: int,
+        heads: int,
+        widths: tuple[int, int],
+        dtype: torch.dtype,
+        eviction: Eviction,
+        layer: int,
+        capacity: int,
+        window: int | None = None,
+        slots: int | None = None,
+    ) -> EvictingCache:
         """Nothing in it; `slots` of them, or the budget."""
         count, precise = slots or eviction.budget, torch.promote_types(dtype, torch.float32)
         key, value = (torch.zeros(batch, heads, count, width, dtype=dtype) for width in widths)
         state = torch.zeros(batch, heads, count, STATE, dtype=precise)
-        return cls(key, value, state, torch.zeros(batch, dtype=torch.int64), eviction, layer, capacity, window)
+        return cls(
+            key, value, state, torch.zeros(batch, dtype=torch.int64), eviction, layer, capacity, window
+        )
 
     @property
     def slots(self) -> int:
@@ -72,7 +93,9 @@ class EvictingCache:
         if count == 1:
             full = (self.filled + 1 > self.slots)[:, None, None]
             slots = torch.where(full, self.priorities(positions[:, 0]).argmax(-1, keepdim=True), slots)
-        state = torch.stack((self.scores(key, positions), (positions + 1)[:, None].expand(batch, heads, count)), -1)
+        state = torch.stack(
+            (self.scores(key, positions), (positions + 1)[:, None].expand(batch, heads, count)), -1
+        )
         for held, new in ((self.key, key), (self.value, value), (self.state, state.to(self.state))):
             held.scatter_(2, slots[..., None].expand_as(new), new)
         self.filled = (self.filled + count).clamp(max=self.slots)
@@ -102,7 +125,9 @@ class EvictingCache:
         evictable = (stored <= next_stored - recent) & (stored > self.eviction.protect_first)
         priorities = torch.where(evictable, self.state[..., SCORE], -NEVER)
         if self.window is not None:
-            priorities = torch.where(stored <= next_stored - self.window, (LATEST - stored) * UNSEEN, priorities)
+            priorities = torch.where(
+                stored <= next_stored - self.window, (LATEST - stored) * UNSEEN, priorities
+            )
         return torch.where(stored == next_stored, NEVER, priorities)
 
     def make_room(self, count: int, positions: Tensor) -> None:
@@ -115,11 +140,15 @@ class EvictingCache:
 
     def compressed(self, positions: Tensor) -> EvictingCache:
         """A copy in slots of the budget, before tokens at `positions` [B] come: the paper's way, all that goes at once."""
-        kept = replace(self, **{name: getattr(self, name).clone() for name in ("key", "value", "state", "filled")})
+        kept = replace(
+            self, **{name: getattr(self, name).clone() for name in ("key", "value", "state", "filled")}
+        )
         budget = min(self.eviction.budget, self.slots)
         for row in range(len(self.filled)):
             kept._shrink(row, budget, positions)
-        kept.key, kept.value, kept.state = (each[:, :, :budget] for each in (kept.key, kept.value, kept.state))
+        kept.key, kept.value, kept.state = (
+            each[:, :, :budget] for each in (kept.key, kept.value, kept.state)
+        )
         return kept
 
     def _shrink(self, row: int, keep: int, positions: Tensor) -> None:
@@ -128,7 +157,9 @@ class EvictingCache:
         if filled <= keep:
             return
         recent = max(0, min(self.eviction.protect_recent, keep - self.eviction.protect_first))
-        ranked = self.priorities(positions, recent)[row, :, :filled].argsort(dim=-1, descending=True, stable=True)
+        ranked = self.priorities(positions, recent)[row, :, :filled].argsort(
+            dim=-1, descending=True, stable=True
+        )
         goes = torch.zeros(ranked.shape, dtype=torch.bool).scatter(1, ranked[:, : filled - keep], True)
         slots = torch.arange(filled).expand_as(ranked)
         kept = slots[:, :keep].clone()

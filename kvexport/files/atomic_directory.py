@@ -61,14 +61,19 @@ def require_output(path: Path, *, marker: str, force: bool) -> None:
         UsageError: `path` exists, or its parent does not.
     """
     if not path.parent.is_dir():
-        raise UsageError("the folder for the output does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}")
+        raise UsageError(
+            "the folder for the output does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}"
+        )
     if not path.exists() and not path.is_symlink():
         return
     if not force:
-        raise UsageError(f"the output {path} exists already", fix="choose another --output, or replace it with --force")
+        raise UsageError(
+            f"the output {path} exists already", fix="choose another --output, or replace it with --force"
+        )
     if not (path / marker).is_file():
         raise UsageError(
-            f"the output {path} exists and is not what would replace it (it has no {marker})", fix="choose another --output"
+            f"the output {path} exists and is not what would replace it (it has no {marker})",
+            fix="choose another --output",
         )
 
 

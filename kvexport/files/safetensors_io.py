@@ -22,6 +22,8 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     from safetensors.torch import save_file
 
     try:
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"})
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
+        )
     except SafetensorError as error:  # its only cause for tensors that are sound: the system refused a write
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

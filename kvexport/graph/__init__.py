@@ -30,16 +30,40 @@ if TYPE_CHECKING:
     from kvexport.graph.writer import DecoderWriter
 
 __all__ = [
-    "DATA_FILE", "GRAPH_FILE", "LOWERED_FILES", "LOWERINGS", "DecoderWriter", "GraphContract", "GraphCopy", "Kept",
-    "TensorSpec", "as_float32", "attention_tap", "lower", "lowered_contract", "past", "present", "render", "residual_tap",
-    "tapped", "update", "write_lowered",
-]  # fmt: skip
+    "DATA_FILE",
+    "GRAPH_FILE",
+    "LOWERED_FILES",
+    "LOWERINGS",
+    "DecoderWriter",
+    "GraphContract",
+    "GraphCopy",
+    "Kept",
+    "TensorSpec",
+    "as_float32",
+    "attention_tap",
+    "lower",
+    "lowered_contract",
+    "past",
+    "present",
+    "render",
+    "residual_tap",
+    "tapped",
+    "update",
+    "write_lowered",
+]
 
 _LAZY = {
-    "DecoderWriter": "writer", "GraphCopy": "taps", "as_float32": "taps", "tapped": "taps", "render": "printer",
-    "Kept": "keep_float32", "LOWERINGS": "lowering", "lower": "lowering", "lowered_contract": "lowering",
+    "DecoderWriter": "writer",
+    "GraphCopy": "taps",
+    "as_float32": "taps",
+    "tapped": "taps",
+    "render": "printer",
+    "Kept": "keep_float32",
+    "LOWERINGS": "lowering",
+    "lower": "lowering",
+    "lowered_contract": "lowering",
     "write_lowered": "lowering",
-}  # fmt: skip
+}
 
 
 def __getattr__(name: str) -> Any:

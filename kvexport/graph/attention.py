@@ -71,19 +71,30 @@ class AttentionBuilder:
 
     def _heads(self, which: str, parameters: Linear, count: int, x: ir.Value) -> ir.Value:
         """[batch, sequence, hidden] to [batch, sequence, count, width]."""
-        flat, width = linear(self._nodes, parameters, x, f"{self._name}.{which}"), parameters.weight.shape[0] // count
+        flat, width = (
+            linear(self._nodes, parameters, x, f"{self._name}.{which}"),
+            parameters.weight.shape[0] // count,
+        )
         shape = (*sizes(flat)[:2], count, width)
         return self._nodes.op(
-            "Reshape", flat, self._nodes.integers(0, 0, count, width), name=f"{self._name}.{which}.heads", shape=shape
+            "Reshape",
+            flat,
+            self._nodes.integers(0, 0, count, width),
+            name=f"{self._name}.{which}.heads",
+            shape=shape,
         )
 
     def _by_head(self, which: str, x: ir.Value) -> ir.Value:
         """[batch, sequence, count, width] to [batch, count, sequence, width]."""
         batch, sequence, count, width = sizes(x)
         shape = (batch, count, sequence, width)
-        return self._nodes.op("Transpose", x, name=f"{self._name}.{which}.by_head", shape=shape, perm=[0, 2, 1, 3])
+        return self._nodes.op(
+            "Transpose", x, name=f"{self._name}.{which}.by_head", shape=shape, perm=[0, 2, 1, 3]
+        )
 
-    def _positioned(self, which: str, parameters: Linear, count: int, norm_of: Norm | None, x: ir.Value) -> ir.Value:
+    def _positioned(
+        self, which: str, parameters: Linear, count: int, norm_of: Norm | None, x: ir.Value
+    ) -> ir.Value:
         """Queries or keys before any map that follows rotation, normalised and rotated: [batch, count, sequence, width]."""
         heads = self._heads(which, parameters, count, x)
         if norm_of is not None:
@@ -115,27 +126,37 @@ class AttentionBuilder:
         kv_heads, group = attention.num_kv_heads, attention.key_heads // attention.num_kv_heads
         if group > 1:
             to = nodes.integers(0, kv_heads, group, -1, attention.head_dim)
-            key = nodes.op("Reshape", key, to, name=f"{name}.groups", shape=(batch, kv_heads, group, sequence, width))
+            key = nodes.op(
+                "Reshape", key, to, name=f"{name}.groups", shape=(batch, kv_heads, group, sequence, width)
+            )
             turned = (batch, kv_heads, sequence, group, width)
             key = nodes.op("Transpose", key, name=f"{name}.by_group", shape=turned, perm=[0, 1, 3, 2, 4])
             joined = group * attention.head_dim
             to = nodes.integers(0, 0, 0, joined)
-            key = nodes.op("Reshape", key, to, name=f"{name}.joined", shape=(batch, kv_heads, sequence, joined))
-        key_map = nodes.weight(f"{self._name}.key_map", np.asarray(attention.key_map))  # [kv_heads, t·head_dim, key_dim]
+            key = nodes.op(
+                "Reshape", key, to, name=f"{name}.joined", shape=(batch, kv_heads, sequence, joined)
+            )
+        key_map = nodes.weight(
+            f"{self._name}.key_map", np.asarray(attention.key_map)
+        )  # [kv_heads, t·head_dim, key_dim]
         shape = (batch, kv_heads, sequence, attention.key_dim)
         return nodes.op("MatMul", key, key_map, name=f"{name}.mapped", shape=shape)
 
     def _write(self, which: str, cache: ir.Value, new: ir.Value) -> ir.Value:
         """The cache with `new` in its slots: the same buffer, where the caller binds input and output to one."""
         inputs = (cache, new, self._tokens.write_indices)
-        return self._nodes.op("TensorScatter", *inputs, name=present(self._index, which), axis=-2, mode="linear")
+        return self._nodes.op(
+            "TensorScatter", *inputs, name=present(self._index, which), axis=-2, mode="linear"
+        )
 
     def _mask(self) -> ir.Value:
         attention, masks = self._attention, self._tokens.masks
         assert masks is not None
         if attention.alibi_slopes is None:
             return masks.visible(attention.window)
-        return masks.bias(attention.window, np.asarray(attention.alibi_slopes).astype(np.float32), f"{self._name}.alibi")
+        return masks.bias(
+            attention.window, np.asarray(attention.alibi_slopes).astype(np.float32), f"{self._name}.alibi"
+        )
 
     def _join(self, mixed: ir.Value) -> ir.Value:
         """[batch, heads, sequence, width] to [batch, sequence, heads·width]."""

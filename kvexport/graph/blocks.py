@@ -13,7 +13,9 @@ from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.model.decoder import Linear, Mlp, Norm
 
 
-def linear(nodes: NodeBuilder, parameters: Linear, x: ir.Value, at: str, result: str | None = None) -> ir.Value:
+def linear(
+    nodes: NodeBuilder, parameters: Linear, x: ir.Value, at: str, result: str | None = None
+) -> ir.Value:
     """x [..., in] · weight [in, out] + bias; the weight is called `at`.weight, the value `result` (default: `at`)."""
     name, shape = result or at, (*sizes(x)[:-1], parameters.weight.shape[0])
     weight = nodes.weight(f"{at}.weight", np.asarray(parameters.weight).T)

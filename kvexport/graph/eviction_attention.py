@@ -37,21 +37,31 @@ class EvictingAttention:
         self._shared, self._nodes, self._index, self._attention = shared, shared.nodes, index, attention
         self._name, self._rows = name, heads_along_batch(attention.num_kv_heads)
 
-    def add(self, query: ir.Value, key: ir.Value, value: ir.Value, cache: EvictingCache) -> tuple[ir.Value, EvictingCache]:
+    def add(
+        self, query: ir.Value, key: ir.Value, value: ir.Value, cache: EvictingCache
+    ) -> tuple[ir.Value, EvictingCache]:
         """Mapped queries [batch, H, sequence, key_dim] and new keys and values [batch, N, sequence, ...] to head outputs
         [batch, H, sequence, value_dim] and the written cache."""
         attention, nodes, name = self._attention, self._nodes, self._name
         heads = self._shared.heads(attention.num_kv_heads, cache.state)
-        key, value = (self._folded(new, 1, f"{name}.{which}.new") for which, new in ((KEY, key), (VALUE, value)))
+        key, value = (
+            self._folded(new, 1, f"{name}.{which}.new") for which, new in ((KEY, key), (VALUE, value))
+        )
         slot = self._slot(heads, cache.state)
-        parts = ((KEY, cache.key, key), (VALUE, cache.value, value), (STATE, cache.state, self._new_state(heads, key)))
+        parts = (
+            (KEY, cache.key, key),
+            (VALUE, cache.value, value),
+            (STATE, cache.state, self._new_state(heads, key)),
+        )
         written = EvictingCache(*(self._write(which, old, new, slot) for which, old, new in parts))
         mask = self._mask(heads, written.state)
         if attention.queries_per_kv_head == 1:
             return self._by_head(query, written, mask), written
         query = self._folded(query, attention.queries_per_kv_head, f"{name}.query")
         inputs, shape = (query, written.key, written.value, mask), (*sizes(query)[:3], attention.value_dim)
-        mixed = nodes.op("Attention", *inputs, name=f"{name}.by_group.mixed", shape=shape, scale=attention.scale)
+        mixed = nodes.op(
+            "Attention", *inputs, name=f"{name}.by_group.mixed", shape=shape, scale=attention.scale
+        )
         to = nodes.integers(-1, attention.num_heads, 0, attention.value_dim)
         shape = (BATCH, attention.num_heads, SEQUENCE, attention.value_dim)
         return nodes.op("Reshape", mixed, to, name=f"{name}.mixed", shape=shape), written
@@ -66,7 +76,9 @@ class EvictingAttention:
 
     def _write(self, which: str, cache: ir.Value, new: ir.Value, slot: ir.Value) -> ir.Value:
         name, dtype = present(self._index, which), dtype_of(cache)
-        return self._nodes.op("TensorScatter", cache, new, slot, name=name, axis=-2, mode="linear", dtype=dtype)
+        return self._nodes.op(
+            "TensorScatter", cache, new, slot, name=name, axis=-2, mode="linear", dtype=dtype
+        )
 
     def _folded(self, x: ir.Value, each: int, name: str) -> ir.Value:
         """[batch, N·each, sequence, width] to [batch·N, each, sequence, width]."""
@@ -101,7 +113,9 @@ class EvictingAttention:
         wide = key if nodes.dtype == STATE_DTYPE else nodes.cast(key, STATE_DTYPE, f"{name}.key")
         square = nodes.op("Mul", wide, wide, name=f"{name}.square", dtype=STATE_DTYPE)
         axes = nodes.integers(-1)
-        total = nodes.op("ReduceSum", square, axes, name=f"{name}.sum", shape=shape, dtype=STATE_DTYPE, keepdims=1)
+        total = nodes.op(
+            "ReduceSum", square, axes, name=f"{name}.sum", shape=shape, dtype=STATE_DTYPE, keepdims=1
+        )
         norm = nodes.op("Sqrt", total, name=f"{name}.norm", dtype=STATE_DTYPE)
         return nodes.op("Mul", norm, heads.later, name=name, dtype=STATE_DTYPE)
 
@@ -112,21 +126,39 @@ class EvictingAttention:
         wide = key if nodes.dtype == STATE_DTYPE else nodes.cast(key, STATE_DTYPE, f"{name}.key")
         none = nodes.op("Mul", wide, zero, name=f"{name}.none", dtype=STATE_DTYPE)
         axes, shape = nodes.integers(-1), sizes(score)
-        total = nodes.op("ReduceSum", none, axes, name=f"{name}.nothing", shape=shape, dtype=STATE_DTYPE, keepdims=1)
+        total = nodes.op(
+            "ReduceSum", none, axes, name=f"{name}.nothing", shape=shape, dtype=STATE_DTYPE, keepdims=1
+        )
         return nodes.op("Add", score, total, name=name, dtype=STATE_DTYPE)
 
     def _chances(self, name: str, shape: tuple[int | str, ...]) -> ir.Value:
         nodes, shared, count = self._nodes, self._shared, self._attention.num_kv_heads
         offsets = random_offsets(self._index, count, shared.capacity)
         row = nodes.op(
-            "Unsqueeze", shared.positions, nodes.integers(1), name=f"{name}.positions", shape=(BATCH, 1, SEQUENCE), dtype="int64"
+            "Unsqueeze",
+            shared.positions,
+            nodes.integers(1),
+            name=f"{name}.positions",
+            shape=(BATCH, 1, SEQUENCE),
+            dtype="int64",
         )
         begins = nodes.constant(f"{name}.offsets", offsets[None, :, None])
         at = nodes.op("Add", row, begins, name=f"{name}.at", shape=(BATCH, count, SEQUENCE), dtype="int64")
         numbers = nodes.constant("evict.chances", random_scores(shared.capacity))
-        drawn = nodes.op("Gather", numbers, at, name=f"{name}.drawn", shape=sizes(at), dtype=STATE_DTYPE, axis=0)
-        drawn = nodes.op("Unsqueeze", drawn, nodes.integers(3), name=f"{name}.column", shape=(*sizes(at), 1), dtype=STATE_DTYPE)
-        return nodes.op("Reshape", drawn, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE)
+        drawn = nodes.op(
+            "Gather", numbers, at, name=f"{name}.drawn", shape=sizes(at), dtype=STATE_DTYPE, axis=0
+        )
+        drawn = nodes.op(
+            "Unsqueeze",
+            drawn,
+            nodes.integers(3),
+            name=f"{name}.column",
+            shape=(*sizes(at), 1),
+            dtype=STATE_DTYPE,
+        )
+        return nodes.op(
+            "Reshape", drawn, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE
+        )
 
     def _slot(self, heads: Heads, state: ir.Value) -> ir.Value:
         """The slot of the first new token, int64 [batch·N]: after those in use, or where the highest priority is.
@@ -143,32 +175,56 @@ class EvictingAttention:
             return nodes.number(f"evict.{label}", value, STATE_DTYPE)
 
         score, stored = (
-            row_of(nodes, state, which, f"{name}.{label}") for which, label in ((SCORE, "score"), (STORED, "stored"))
+            row_of(nodes, state, which, f"{name}.{label}")
+            for which, label in ((SCORE, "score"), (STORED, "stored"))
         )
-        recent = nodes.op("Sub", heads.first, number("recent", eviction.protect_recent), name=f"{name}.recent", dtype=STATE_DTYPE)
+        recent = nodes.op(
+            "Sub",
+            heads.first,
+            number("recent", eviction.protect_recent),
+            name=f"{name}.recent",
+            dtype=STATE_DTYPE,
+        )
         old = op("LessOrEqual", stored, recent, name=f"{name}.old")
         late = op("Greater", stored, number("sinks", eviction.protect_first), name=f"{name}.late")
         evictable = op("And", old, late, name=f"{name}.evictable")
-        ranks = op("Where", evictable, score, number("spared", -NEVER), name=f"{name}.ranks", dtype=STATE_DTYPE)
+        ranks = op(
+            "Where", evictable, score, number("spared", -NEVER), name=f"{name}.ranks", dtype=STATE_DTYPE
+        )
         if self._attention.window is not None:
             window = number(f"window_{self._attention.window}", self._attention.window)
             edge = nodes.op("Sub", heads.first, window, name=f"{name}.edge", dtype=STATE_DTYPE)
             unseen = op("LessOrEqual", stored, edge, name=f"{name}.unseen")
             age = op("Sub", number("latest", LATEST), stored, name=f"{name}.age", dtype=STATE_DTYPE)
-            before = op("Mul", age, number("before_all", UNSEEN), name=f"{name}.before_all", dtype=STATE_DTYPE)
+            before = op(
+                "Mul", age, number("before_all", UNSEEN), name=f"{name}.before_all", dtype=STATE_DTYPE
+            )
             ranks = op("Where", unseen, before, ranks, name=f"{name}.ranks.unseen", dtype=STATE_DTYPE)
         same = op("Equal", stored, heads.first, name=f"{name}.same")
-        ranks = op("Where", same, number("again", NEVER), ranks, name=f"{name}.ranks.again", dtype=STATE_DTYPE)
+        ranks = op(
+            "Where", same, number("again", NEVER), ranks, name=f"{name}.ranks.again", dtype=STATE_DTYPE
+        )
         row = (self._rows, 1, 1, 1)
-        highest = nodes.op("ArgMax", ranks, name=f"{name}.highest", shape=row, dtype="int64", axis=3, keepdims=1)
+        highest = nodes.op(
+            "ArgMax", ranks, name=f"{name}.highest", shape=row, dtype="int64", axis=3, keepdims=1
+        )
         taken = nodes.cast(highest, STATE_DTYPE, f"{name}.taken")
-        chosen = nodes.op("Where", heads.has_room, heads.filled, taken, name=f"{name}.chosen", shape=row, dtype=STATE_DTYPE)
-        flat = nodes.op("Reshape", chosen, nodes.integers(-1), name=f"{name}.flat", shape=(self._rows,), dtype=STATE_DTYPE)
+        chosen = nodes.op(
+            "Where", heads.has_room, heads.filled, taken, name=f"{name}.chosen", shape=row, dtype=STATE_DTYPE
+        )
+        flat = nodes.op(
+            "Reshape", chosen, nodes.integers(-1), name=f"{name}.flat", shape=(self._rows,), dtype=STATE_DTYPE
+        )
         return nodes.cast(flat, "int64", name)
 
     def _mask(self, heads: Heads, state: ir.Value) -> ir.Value:
         """Bool [batch·N, 1, sequence, slots], or ALiBi's bias [batch·N, H/N, sequence, slots]."""
-        nodes, name, window, shape = self._nodes, f"{self._name}.mask", self._attention.window, (self._rows, 1, SEQUENCE, BUDGET)
+        nodes, name, window, shape = (
+            self._nodes,
+            f"{self._name}.mask",
+            self._attention.window,
+            (self._rows, 1, SEQUENCE, BUDGET),
+        )
         stored = row_of(nodes, state, STORED, f"{name}.held")
         zero = nodes.number("evict.zero", 0.0, STATE_DTYPE)
         taken = nodes.op("Greater", stored, zero, name=f"{name}.taken", dtype="bool")
@@ -178,16 +234,26 @@ class EvictingAttention:
             width = nodes.number(f"evict.window_{window}", window, STATE_DTYPE)
             edge = nodes.op("Sub", heads.stored, width, name=f"{name}.edge", dtype=STATE_DTYPE)
             seen = nodes.op("Greater", stored, edge, name=f"{name}.in_window", shape=shape, dtype="bool")
-            visible = nodes.op("And", visible, seen, name=f"{name}.visible_in_window", shape=shape, dtype="bool")
+            visible = nodes.op(
+                "And", visible, seen, name=f"{name}.visible_in_window", shape=shape, dtype="bool"
+            )
         if self._attention.alibi_slopes is None:
             return visible
         each = self._attention.queries_per_kv_head
-        slopes = np.asarray(self._attention.alibi_slopes).astype(np.float32).reshape(self._attention.num_kv_heads, each)
+        slopes = (
+            np.asarray(self._attention.alibi_slopes)
+            .astype(np.float32)
+            .reshape(self._attention.num_kv_heads, each)
+        )
         slope = self._shared.along_heads(slopes, (-1, each, 1, 1), f"{name}.slopes")
-        distance = nodes.op("Sub", stored, heads.stored, name=f"{name}.distance", shape=shape, dtype=STATE_DTYPE)
+        distance = nodes.op(
+            "Sub", stored, heads.stored, name=f"{name}.distance", shape=shape, dtype=STATE_DTYPE
+        )
         shape = (self._rows, each, SEQUENCE, BUDGET)
         bias = nodes.op("Mul", distance, slope, name=f"{name}.alibi", shape=shape, dtype=STATE_DTYPE)
         if nodes.dtype != STATE_DTYPE:
             bias = nodes.cast(bias, nodes.dtype, f"{name}.alibi.{nodes.dtype}")
-        lowest = nodes.constant("mask.hidden", np.array(-largest(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype]))
+        lowest = nodes.constant(
+            "mask.hidden", np.array(-largest(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype])
+        )
         return nodes.op("Where", visible, bias, lowest, name=f"{name}.bias", shape=shape)

@@ -25,14 +25,21 @@ class Heads:
     first: ir.Value  # [batch·N, 1, 1, 1], the first one's
     filled: ir.Value  # [batch·N, 1, 1, 1], slots in use before this call
     has_room: ir.Value  # bool [batch·N, 1, 1, 1], whether those are not all
-    later: ir.Value | None  # [batch·N, 1, sequence, 1], what norms are multiplied with; None: the policy has none
+    later: (
+        ir.Value | None
+    )  # [batch·N, 1, sequence, 1], what norms are multiplied with; None: the policy has none
 
 
 class Evicting:
     """What the layers of a decoder share: positions, slots in use, numbers of chance."""
 
     def __init__(
-        self, nodes: NodeBuilder, eviction: Eviction, capacity: int, positions: ir.Value, write_indices: ir.Value
+        self,
+        nodes: NodeBuilder,
+        eviction: Eviction,
+        capacity: int,
+        positions: ir.Value,
+        write_indices: ir.Value,
     ) -> None:
         """
         Args:
@@ -54,13 +61,19 @@ class Evicting:
         nodes, name, rows = self.nodes, f"evict.{count}_heads", heads_along_batch(count)
         one = nodes.op("Add", self.positions, nodes.integer(1), name=f"{name}.next", dtype="int64")
         shape = (BATCH, 1, SEQUENCE, 1)
-        column = nodes.op("Unsqueeze", one, nodes.integers(1, 3), name=f"{name}.column", shape=shape, dtype="int64")
+        column = nodes.op(
+            "Unsqueeze", one, nodes.integers(1, 3), name=f"{name}.column", shape=shape, dtype="int64"
+        )
         stored = self._along(column, count, f"{name}.stored")
         rows_of_one = (rows, 1, 1, 1)
         begin, end, axis = (nodes.integers(each) for each in (0, 1, 2))
-        first = nodes.op("Slice", stored, begin, end, axis, name=f"{name}.first", shape=rows_of_one, dtype=STATE_DTYPE)
+        first = nodes.op(
+            "Slice", stored, begin, end, axis, name=f"{name}.first", shape=rows_of_one, dtype=STATE_DTYPE
+        )
         axes = nodes.integers(1, 2, 3)
-        used = nodes.op("Unsqueeze", self._write_indices, axes, name=f"{name}.used", shape=(BATCH, 1, 1, 1), dtype="int64")
+        used = nodes.op(
+            "Unsqueeze", self._write_indices, axes, name=f"{name}.used", shape=(BATCH, 1, 1, 1), dtype="int64"
+        )
         filled = self._along(used, count, f"{name}.filled")
         has_room = nodes.op("Less", filled, self._slots(state, name), name=f"{name}.has_room", dtype="bool")
         later = self._later(stored, name) if self.eviction.policy in ("l2-norm", "keep-high") else None
@@ -74,13 +87,27 @@ class Evicting:
         there = nodes.op("GreaterOrEqual", stored, zero, name=f"{name}.there", dtype="bool")
         each = nodes.cast(there, STATE_DTYPE, f"{name}.each_slot")
         shape, axes = (sizes(state)[0], 1, 1, 1), nodes.integers(3)
-        return nodes.op("ReduceSum", each, axes, name=f"{name}.slots", shape=shape, dtype=STATE_DTYPE, keepdims=1)
+        return nodes.op(
+            "ReduceSum", each, axes, name=f"{name}.slots", shape=shape, dtype=STATE_DTYPE, keepdims=1
+        )
 
     def _later(self, stored: ir.Value, name: str) -> ir.Value:
         """1 - later, or -(1 + later)."""
         nodes, sign = self.nodes, -1.0 if self.eviction.policy == "l2-norm" else 1.0
-        later = nodes.op("Mul", stored, nodes.number("evict.step", LATER, STATE_DTYPE), name=f"{name}.later", dtype=STATE_DTYPE)
-        later = nodes.op("Add", later, nodes.number("evict.sign", sign, STATE_DTYPE), name=f"{name}.signed", dtype=STATE_DTYPE)
+        later = nodes.op(
+            "Mul",
+            stored,
+            nodes.number("evict.step", LATER, STATE_DTYPE),
+            name=f"{name}.later",
+            dtype=STATE_DTYPE,
+        )
+        later = nodes.op(
+            "Add",
+            later,
+            nodes.number("evict.sign", sign, STATE_DTYPE),
+            name=f"{name}.signed",
+            dtype=STATE_DTYPE,
+        )
         return nodes.op("Neg", later, name=f"{name}.factor", dtype=STATE_DTYPE)
 
     def along_heads(self, values: np.ndarray, shape: tuple[int, ...], name: str) -> ir.Value:
@@ -90,22 +117,37 @@ class Evicting:
         zero = nodes.op("Sub", self._write_indices, self._write_indices, name=f"{name}.zero", dtype="int64")
         zero = nodes.cast(zero, STATE_DTYPE, f"{name}.zero.{STATE_DTYPE}")
         axes = nodes.integers(*range(1, values.ndim + 1))
-        column = nodes.op("Unsqueeze", zero, axes, name=f"{name}.column", shape=(BATCH, 1, *ones), dtype=STATE_DTYPE)
+        column = nodes.op(
+            "Unsqueeze", zero, axes, name=f"{name}.column", shape=(BATCH, 1, *ones), dtype=STATE_DTYPE
+        )
         whole = nodes.op(
-            "Add", column, nodes.constant(f"{name}.values", values[None]), name=f"{name}.each", shape=(BATCH, *values.shape),
+            "Add",
+            column,
+            nodes.constant(f"{name}.values", values[None]),
+            name=f"{name}.each",
+            shape=(BATCH, *values.shape),
             dtype=STATE_DTYPE,
-        )  # fmt: skip
+        )
         rows = heads_along_batch(count)
-        return nodes.op("Reshape", whole, nodes.integers(*shape), name=name, shape=(rows, *shape[1:]), dtype=STATE_DTYPE)
+        return nodes.op(
+            "Reshape", whole, nodes.integers(*shape), name=name, shape=(rows, *shape[1:]), dtype=STATE_DTYPE
+        )
 
     def _along(self, x: ir.Value, count: int, name: str) -> ir.Value:
         """x int64 [batch, 1, n, 1], the same for every head, as float32 [batch·N, 1, n, 1]."""
         nodes, (_, _, length, _) = self.nodes, sizes(x)
-        wide, zeros = nodes.cast(x, STATE_DTYPE, f"{name}.{STATE_DTYPE}"), np.zeros((1, count, 1, 1), STATE_DTYPE)
+        wide, zeros = (
+            nodes.cast(x, STATE_DTYPE, f"{name}.{STATE_DTYPE}"),
+            np.zeros((1, count, 1, 1), STATE_DTYPE),
+        )
         heads = nodes.constant(f"{name}.heads", zeros)
-        spread = nodes.op("Add", wide, heads, name=f"{name}.each", shape=(BATCH, count, length, 1), dtype=STATE_DTYPE)
+        spread = nodes.op(
+            "Add", wide, heads, name=f"{name}.each", shape=(BATCH, count, length, 1), dtype=STATE_DTYPE
+        )
         shape = (heads_along_batch(count), 1, length, 1)
-        return nodes.op("Reshape", spread, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE)
+        return nodes.op(
+            "Reshape", spread, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE
+        )
 
 
 def row_of(nodes: Nodes, state: ir.Value, which: int, name: str) -> ir.Value:
@@ -116,6 +158,8 @@ def row_of(nodes: Nodes, state: ir.Value, which: int, name: str) -> ir.Value:
     """
     begin, end, axis = (nodes.integers(each) for each in (which, which + 1, 3))
     rows, _, slots, _ = sizes(state)
-    column = nodes.op("Slice", state, begin, end, axis, name=f"{name}.column", shape=(rows, 1, slots, 1), dtype=STATE_DTYPE)
+    column = nodes.op(
+        "Slice", state, begin, end, axis, name=f"{name}.column", shape=(rows, 1, slots, 1), dtype=STATE_DTYPE
+    )
     to = nodes.integers(0, 1, 1, -1)
     return nodes.op("Reshape", column, to, name=name, shape=(rows, 1, 1, slots), dtype=STATE_DTYPE)

@@ -32,7 +32,9 @@ class Kept:
     @property
     def names(self) -> list[str]:
         """For people: the stream, and nodes as the graph calls them."""
-        return (["residual stream"] if self.stream else []) + [f"layers.{layer}.mlp" for layer in sorted(self.mlps)]
+        return (["residual stream"] if self.stream else []) + [
+            f"layers.{layer}.mlp" for layer in sorted(self.mlps)
+        ]
 
     def covers(self, node: str) -> bool:
         """Whether the node of this name is concerned."""
@@ -55,7 +57,10 @@ class KeepFloat32(ir.passes.InPlacePass):
 
     def __init__(self, kept: Kept, dtype: str) -> None:
         self._kept, self._dtype = kept, dtype
-        self._needed = {*(f"layers.{layer}.mlp.down" for layer in kept.mlps), *(["final_norm"] if kept.stream else [])}
+        self._needed = {
+            *(f"layers.{layer}.mlp.down" for layer in kept.mlps),
+            *(["final_norm"] if kept.stream else []),
+        }
 
     def requires(self, model: ir.Model) -> None:
         if missing := self._needed - {node.name for node in model.graph}:
@@ -74,7 +79,9 @@ class KeepFloat32(ir.passes.InPlacePass):
             readers = [(use.node, use.idx) for use in output.uses() if use.node not in kept]
             if readers:
                 first = next(each for each in model.graph if any(each is reader for reader, _ in readers))
-                narrow = Nodes(model.graph, self._dtype, before=first).cast(output, self._dtype, f"{output.name}.{self._dtype}")
+                narrow = Nodes(model.graph, self._dtype, before=first).cast(
+                    output, self._dtype, f"{output.name}.{self._dtype}"
+                )
                 for reader, index in readers:
                     reader.replace_input_with(index, narrow)
         return ir.passes.PassResult(model, bool(kept))

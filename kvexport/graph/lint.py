@@ -20,7 +20,10 @@ def lint(model: ir.Model, parser: Parser) -> list[Finding]:
 
     The sizes that an engine fixes (batch, capacity) must be fixed already, or they are found to be open.
     """
-    return [*_opset(model, parser), *(finding for node in _nodes(model) for finding in _node(node, model, parser))]
+    return [
+        *_opset(model, parser),
+        *(finding for node in _nodes(model) for finding in _node(node, model, parser)),
+    ]
 
 
 def refusals(findings: Sequence[Finding]) -> list[Finding]:
@@ -40,14 +43,25 @@ def _nodes(model: ir.Model) -> Iterator[ir.Node]:
 def _opset(model: ir.Model, parser: Parser) -> Iterator[Finding]:
     newest, opset = newest_opset(parser), model.opset_imports.get("", 0)
     if newest is not None and opset > newest:
-        yield Finding("", "", f"the graph is of opset {opset}, and {parser} reads {newest} at most", "--lowering decomposed17")
+        yield Finding(
+            "",
+            "",
+            f"the graph is of opset {opset}, and {parser} reads {newest} at most",
+            "--lowering decomposed17",
+        )
 
 
 def _node(node: ir.Node, model: ir.Model, parser: Parser) -> Iterator[Finding]:
     said = [*operator(node, parser), *dtype(node, parser)]
     if not said and not node.domain:
-        said = [*_declared(node, model, parser), *(RULES[node.op_type](node, parser) if node.op_type in RULES else ())]
-    name, kind = node.name or str(node.outputs[0].name), f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        said = [
+            *_declared(node, model, parser),
+            *(RULES[node.op_type](node, parser) if node.op_type in RULES else ()),
+        ]
+    name, kind = (
+        node.name or str(node.outputs[0].name),
+        f"{node.domain}.{node.op_type}" if node.domain else node.op_type,
+    )
     yield from (Finding(name, kind, *each) for each in said)
     if not said:
         yield from (Finding(name, kind, *each, note=True) for each in unfused(node, parser))

@@ -31,16 +31,31 @@ _NAMES = """
 """
 _BY_10_3 = frozenset(_NAMES.split())
 _ADDED: dict[str, Version] = {
-    "BlackmanWindow": (10, 4), "HammingWindow": (10, 4), "HannWindow": (10, 4), "STFT": (10, 5), "Attention": (10, 14),
-    "RotaryEmbedding": (10, 15), "RMSNormalization": (10, 15), "TensorScatter": (10, 15), "Swish": (11, 0),
-}  # fmt: skip
-_LOWERED = frozenset({"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"})  # what decomposed17 has none of
+    "BlackmanWindow": (10, 4),
+    "HammingWindow": (10, 4),
+    "HannWindow": (10, 4),
+    "STFT": (10, 5),
+    "Attention": (10, 14),
+    "RotaryEmbedding": (10, 15),
+    "RMSNormalization": (10, 15),
+    "TensorScatter": (10, 15),
+    "Swish": (11, 0),
+}
+_LOWERED = frozenset(
+    {"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"}
+)  # what decomposed17 has none of
 _RTX_LACKS = frozenset({"DeformConv"})
 _RTX_HAS = frozenset({"CausalConvWithState", "LinearAttention"})
 
 # Newest opset that a version reads: 10.6 and 10.11 took over ONNX 1.17 and 1.18; 10.15 and 11 say theirs. What 10.3 reads
 # is written nowhere that we found (its ONNX is between 1.14 and 1.17, opsets 19 to 22): 20 is remembered, not tried.
-_OPSETS: tuple[tuple[Version, int], ...] = (((11, 0), 25), ((10, 15), 24), ((10, 11), 23), ((10, 6), 22), ((10, 3), 20))
+_OPSETS: tuple[tuple[Version, int], ...] = (
+    ((11, 0), 25),
+    ((10, 15), 24),
+    ((10, 11), 23),
+    ((10, 6), 22),
+    ((10, 3), 20),
+)
 
 _CACHE_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FUSED_DTYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -84,14 +99,21 @@ Rule = Callable[[ir.Node, Parser], Said]
 
 def newest_opset(parser: Parser) -> int | None:
     """The newest opset that it reads; None where none is known to be too new."""
-    return None if parser.rtx else next((opset for since, opset in _OPSETS if parser.version >= since), _OPSETS[-1][1])
+    return (
+        None
+        if parser.rtx
+        else next((opset for since, opset in _OPSETS if parser.version >= since), _OPSETS[-1][1])
+    )
 
 
 def operator(node: ir.Node, parser: Parser) -> Said:
     """It has no importer for the operator."""
     name = node.op_type
     if node.domain:  # the parser goes by the name alone, and may take it for the default domain's operator
-        yield f"no importer for operators of the domain {node.domain}", "use the default domain's operators, or a lowering"
+        yield (
+            f"no importer for operators of the domain {node.domain}",
+            "use the default domain's operators, or a lowering",
+        )
     elif parser.rtx:
         if name in _RTX_LACKS or not (name in _BY_10_3 or name in _ADDED or name in _RTX_HAS):
             yield "no TensorRT-RTX imports it", "build it from other operators"
@@ -139,11 +161,17 @@ def attention(node: ir.Node, parser: Parser) -> Said:
     if not parser.rtx:
         for name, tensor in (("Q", query), ("K", key), ("V", value), ("attn_mask", mask)):
             if tensor is not None and tensor.shape is not None and len(tensor.shape) != 4:
-                yield f"{name} has {len(tensor.shape)} dimensions, and TensorRT takes 4", "reshape it to 4 dimensions"
+                yield (
+                    f"{name} has {len(tensor.shape)} dimensions, and TensorRT takes 4",
+                    "reshape it to 4 dimensions",
+                )
         if _number(node, "qk_matmul_output_mode", 0):
             yield "qk_matmul_output_mode", "leave it out"
     if mask is not None and query is not None and mask.dtype not in (None, ir.DataType.BOOL, query.dtype):
-        yield f"the mask is {_name(mask)} and the query {_name(query)}", "give the mask the query's dtype, or bool"
+        yield (
+            f"the mask is {_name(mask)} and the query {_name(query)}",
+            "give the mask the query's dtype, or bool",
+        )
     heads, kv_heads = _size(query, 1, 4), _size(key, 1, 4)
     if heads and kv_heads and heads % kv_heads:
         yield f"{heads} query heads are no multiple of {kv_heads} KV heads", _DECOMPOSED
@@ -164,9 +192,15 @@ def unfused(node: ir.Node, parser: Parser) -> Said:
     query = node.inputs[0]
     width = _size(query, 3, 4)
     if _size(query, 1, 4) == 1:
-        yield "no fused attention kernel for a single head", "it is decomposed; two heads and more have fused kernels"
+        yield (
+            "no fused attention kernel for a single head",
+            "it is decomposed; two heads and more have fused kernels",
+        )
     elif query is not None and query.dtype not in (None, *_FUSED_DTYPES):
-        yield f"no fused attention kernel takes {_name(query)}", "it is decomposed; FLOAT16 and BFLOAT16 have fused kernels"
+        yield (
+            f"no fused attention kernel takes {_name(query)}",
+            "it is decomposed; FLOAT16 and BFLOAT16 have fused kernels",
+        )
     elif width and (width % 8 or not 16 <= width <= 256):
         yield (
             f"no fused attention kernel for heads of {width} and one token",
@@ -183,7 +217,12 @@ def rotary(node: ir.Node, parser: Parser) -> Said:
     """`RotaryEmbedding` whose tables or positions have the wrong dtype."""
     x, *rest = node.inputs
     for table in rest[:2]:
-        if table is not None and x is not None and table.dtype != x.dtype and None not in (table.dtype, x.dtype):
+        if (
+            table is not None
+            and x is not None
+            and table.dtype != x.dtype
+            and None not in (table.dtype, x.dtype)
+        ):
             yield f"the table {table.name} is {_name(table)} and the input {_name(x)}", "give both one dtype"
     positions = rest[2] if len(rest) > 2 else None
     if not parser.rtx and positions is not None and positions.dtype not in (None, ir.DataType.INT64):
@@ -199,11 +238,17 @@ def tensor_scatter(node: ir.Node, parser: Parser) -> Said:
     if mode is not None and mode.as_string() != "linear":
         yield f"mode {mode.as_string()}", "use mode linear"
     if rank not in (None, 4):
-        yield f"the cache has {rank} dimensions, and TensorRT takes 4", "make it [batch, heads, capacity, width]"
+        yield (
+            f"the cache has {rank} dimensions, and TensorRT takes 4",
+            "make it [batch, heads, capacity, width]",
+        )
     elif axis not in (-2, 2):
         yield f"it writes along axis {axis}", "make the cache [batch, heads, capacity, width], and axis -2"
     elif cache.shape is not None and not isinstance(cache.shape[2], int):
-        yield f"the cache {cache.name} has a capacity that is not fixed", "fix it before parsing (`kvexport engine` does)"
+        yield (
+            f"the cache {cache.name} has a capacity that is not fixed",
+            "fix it before parsing (`kvexport engine` does)",
+        )
     if cache.dtype not in (None, *_CACHE_DTYPES):
         yield f"the cache is {_name(cache)}", "use FLOAT, FLOAT16 or BFLOAT16"
     if not cache.is_graph_input():
@@ -249,9 +294,17 @@ def layer_norm(node: ir.Node, parser: Parser) -> Said:
 
 
 _REDUCTIONS = (
-    "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd",
-    "ReduceSum", "ReduceSumSquare",
-)  # fmt: skip
+    "ReduceL1",
+    "ReduceL2",
+    "ReduceLogSum",
+    "ReduceLogSumExp",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "ReduceProd",
+    "ReduceSum",
+    "ReduceSumSquare",
+)
 RULES: dict[str, Rule] = {
     "Attention": attention,
     "RotaryEmbedding": rotary,

@@ -26,11 +26,15 @@ class Masks:
         self._biases: dict[tuple[int | None, bytes], ir.Value] = {}
         self._relative: ir.Value | None = None
         shape = nodes.op("Shape", cache, name="mask.cache_shape", shape=(4,), dtype="int64")
-        capacity = nodes.op("Gather", shape, nodes.integer(2), name="mask.capacity", shape=(), dtype="int64", axis=0)
+        capacity = nodes.op(
+            "Gather", shape, nodes.integer(2), name="mask.capacity", shape=(), dtype="int64", axis=0
+        )
         slots = (nodes.integer(0), capacity, nodes.integer(1))
         self._slots = nodes.op("Range", *slots, name="mask.slots", shape=(CAPACITY,), dtype="int64")
         axes = nodes.integers(1, 3)
-        self._positions = nodes.op("Unsqueeze", positions, axes, name="mask.positions", shape=_COLUMN, dtype="int64")
+        self._positions = nodes.op(
+            "Unsqueeze", positions, axes, name="mask.positions", shape=_COLUMN, dtype="int64"
+        )
 
     def visible(self, window: int | None) -> ir.Value:
         """Bool [batch, 1, sequence, capacity]: position - window < slot <= position."""
@@ -49,7 +53,9 @@ class Masks:
             return self._biases[key]
         nodes, shape, visible = self._nodes, (BATCH, len(slopes), SEQUENCE, CAPACITY), self.visible(window)
         slope = nodes.constant(f"{name}.slopes", slopes.reshape(-1, 1, 1))
-        lowest = nodes.constant("mask.hidden", np.array(-largest(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype]))
+        lowest = nodes.constant(
+            "mask.hidden", np.array(-largest(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype])
+        )
         bias = nodes.op("Mul", self._distance(), slope, name=f"{name}.float32", shape=shape, dtype="float32")
         if nodes.dtype != "float32":
             bias = nodes.cast(bias, nodes.dtype, f"{name}.{nodes.dtype}")
@@ -57,7 +63,9 @@ class Masks:
         return self._biases[key]
 
     def _causal(self) -> ir.Value:
-        return self._nodes.op("LessOrEqual", self._slots, self._positions, name="mask.causal", shape=_FULL, dtype="bool")
+        return self._nodes.op(
+            "LessOrEqual", self._slots, self._positions, name="mask.causal", shape=_FULL, dtype="bool"
+        )
 
     def _windowed(self, window: int) -> ir.Value:
         nodes, name, causal = self._nodes, f"mask.window_{window}", self.visible(None)
@@ -68,6 +76,8 @@ class Masks:
     def _distance(self) -> ir.Value:
         if self._relative is None:
             nodes = self._nodes
-            relative = nodes.op("Sub", self._slots, self._positions, name="mask.relative", shape=_FULL, dtype="int64")
+            relative = nodes.op(
+                "Sub", self._slots, self._positions, name="mask.relative", shape=_FULL, dtype="int64"
+            )
             self._relative = nodes.cast(relative, "float32", "mask.relative.float32")
         return self._relative

@@ -75,7 +75,9 @@ class Nodes:
     def constant(self, name: str, values: NDArray[Any]) -> ir.Value:
         """A small initializer inside the graph; the same name is the same constant."""
         found = self._graph.initializers.get(name)
-        return found if found is not None else self._register(name, ir.Tensor(values, name=name), values.shape)
+        return (
+            found if found is not None else self._register(name, ir.Tensor(values, name=name), values.shape)
+        )
 
     def integer(self, value: int) -> ir.Value:
         """A constant int64 scalar, called by its value."""
@@ -96,7 +98,9 @@ class Nodes:
             self._graph.insert_before(self._before, node)
 
     def _register(self, name: str, tensor: ir.TensorProtocol, shape: tuple[int, ...]) -> ir.Value:
-        value = ir.Value(name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor)
+        value = ir.Value(
+            name=name, type=ir.TensorType(tensor.dtype), shape=ir.Shape(shape), const_value=tensor
+        )
         self._graph.register_initializer(value)
         return value
 

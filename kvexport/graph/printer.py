@@ -20,7 +20,9 @@ def render(path: Path) -> str:
 
 def _lines(model: ir.Model) -> Iterator[str]:
     graph = model.graph
-    opsets = ", ".join(f"{domain or 'default'} {version}" for domain, version in sorted(model.opset_imports.items()))
+    opsets = ", ".join(
+        f"{domain or 'default'} {version}" for domain, version in sorted(model.opset_imports.items())
+    )
     yield f"graph {graph.name}: opset {opsets}; ir {model.ir_version}"
     yield from _section("inputs", (_typed(value) for value in graph.inputs))
     yield from _section("initializers", (_initializer(value) for value in graph.initializers.values()))
@@ -52,7 +54,9 @@ def _node(node: ir.Node) -> str:
     inputs = ", ".join("" if value is None else str(value.name) for value in node.inputs)
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     label = "" if node.name == node.outputs[0].name else f" as {node.name}"
-    attributes = "".join(f" {name}={_attribute(attribute)}" for name, attribute in sorted(node.attributes.items()))
+    attributes = "".join(
+        f" {name}={_attribute(attribute)}" for name, attribute in sorted(node.attributes.items())
+    )
     return f"{outputs} = {operator}({inputs}){attributes}{label}"
 
 

@@ -46,17 +46,25 @@ class Rotary:
             label, (batch, sequence) = f"rope.choice{len(self._choices)}", sizes(self._positions)
             if not self._rows:
                 shape = (batch, sequence, sizes(self._tables[0])[1])
-                self._rows = [self._nodes.op("Gather", table, self._positions, name=f"{table.name}.rows", shape=shape, axis=0)
-                              for table in self._tables]  # fmt: skip
+                self._rows = [
+                    self._nodes.op(
+                        "Gather", table, self._positions, name=f"{table.name}.rows", shape=shape, axis=0
+                    )
+                    for table in self._tables
+                ]
             columns = self._nodes.integers(*key)
             shape = (batch, sequence, len(key))
-            cos, sin = (self._nodes.op("Gather", rows, columns, name=f"{label}.{part}", shape=shape, axis=2)
-                        for rows, part in zip(self._rows, ("cos", "sin"), strict=True))  # fmt: skip
+            cos, sin = (
+                self._nodes.op("Gather", rows, columns, name=f"{label}.{part}", shape=shape, axis=2)
+                for rows, part in zip(self._rows, ("cos", "sin"), strict=True)
+            )
             self._choices[key] = cos, sin
         return self._choices[key]
 
     def _table(self, name: str, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> ir.Value:
         """Angles are float32 products, as trained models see them, whatever the graph's dtype is."""
         positions = np.arange(self._capacity, dtype=np.float32)
-        angles = positions[:, None] * np.asarray(self._rope.inv_freq).astype(np.float32)  # [capacity, head_dim/2]
+        angles = positions[:, None] * np.asarray(self._rope.inv_freq).astype(
+            np.float32
+        )  # [capacity, head_dim/2]
         return self._nodes.weight(name, function(angles))

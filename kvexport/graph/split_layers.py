@@ -11,7 +11,15 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from kvexport.bundle.graph_io import KEY, STATE, VALUE, attention_residual, attention_tap, present, residual_tap
+from kvexport.bundle.graph_io import (
+    KEY,
+    STATE,
+    VALUE,
+    attention_residual,
+    attention_tap,
+    present,
+    residual_tap,
+)
 from kvexport.graph.taps import GraphCopy, serialised, widen
 
 
@@ -29,7 +37,9 @@ def parts(path: Path, num_layers: int, *, in_float32: bool) -> Iterator[GraphCop
     stream, outputs = _embedded(whole), {value.name for value in whole.outputs}
     yield _part(path, None, [stream], in_float32)
     for layer in range(num_layers):
-        caches = [name for name in (present(layer, which) for which in (KEY, VALUE, STATE)) if name in outputs]
+        caches = [
+            name for name in (present(layer, which) for which in (KEY, VALUE, STATE)) if name in outputs
+        ]
         yield _part(path, stream, [attention_tap(layer), residual_tap(layer), *caches], in_float32)
         stream = residual_tap(layer)
     yield _part(path, stream, ["logits"], in_float32)
@@ -45,7 +55,11 @@ def _embedded(graph: ir.Graph) -> str:
 def _before_casts(value: ir.Value | None) -> str:
     assert value is not None and value.name is not None
     producer = value.producer()
-    return _before_casts(producer.inputs[0]) if producer is not None and producer.op_type == "Cast" else value.name
+    return (
+        _before_casts(producer.inputs[0])
+        if producer is not None and producer.op_type == "Cast"
+        else value.name
+    )
 
 
 def _part(path: Path, entry: str | None, exits: list[str], in_float32: bool) -> GraphCopy:

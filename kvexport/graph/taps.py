@@ -100,7 +100,9 @@ def _add_taps(graph: ir.Graph) -> None:
 
 def _stand_in(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     """The same tensor declared float32; its data is never read, since the session is given an array for it."""
-    return ir.ExternalTensor(tensor.location, 0, 4 * tensor.size, ir.DataType.FLOAT, shape=tensor.shape, name=tensor.name or "")
+    return ir.ExternalTensor(
+        tensor.location, 0, 4 * tensor.size, ir.DataType.FLOAT, shape=tensor.shape, name=tensor.name or ""
+    )
 
 
 def serialised(model: ir.Model) -> bytes:

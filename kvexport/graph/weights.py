@@ -71,7 +71,9 @@ class WeightFile:
         if -limit <= low and high <= limit:  # false for NaN, too
             return
         if not np.isfinite(block).all():
-            raise UsageError(f"tensor {name} is not finite", seen="NaN or infinity", fix="use a sound checkpoint")
+            raise UsageError(
+                f"tensor {name} is not finite", seen="NaN or infinity", fix="use a sound checkpoint"
+            )
         raise UsageError(
             f"{self._dtype} cannot hold tensor {name}",
             seen=f"numbers from {low:g} to {high:g}",

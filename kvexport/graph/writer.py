@@ -41,9 +41,16 @@ class DecoderWriter:
     """
 
     def __init__(
-        self, directory: Path, *, dtype: str, capacity: int, limits: Limits, embedding: Embedding, rope: Rope | None,
+        self,
+        directory: Path,
+        *,
+        dtype: str,
+        capacity: int,
+        limits: Limits,
+        embedding: Embedding,
+        rope: Rope | None,
         eviction: Eviction | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Start the graph and write the embedding.
 
         Args:
@@ -62,19 +69,29 @@ class DecoderWriter:
             raise UsageError("the capacity must hold a token", seen=capacity, allowed="1 or more")
         self._path = directory / terms.GRAPH_FILE
         self._capacity, self._limits = capacity, limits
-        self._nodes = nodes = NodeBuilder("decoder", terms.OPSET, dtype, WeightFile(directory / terms.DATA_FILE, dtype))
+        self._nodes = nodes = NodeBuilder(
+            "decoder", terms.OPSET, dtype, WeightFile(directory / terms.DATA_FILE, dtype)
+        )
         inputs = {spec.name: nodes.input(spec) for spec in terms.TOKEN_INPUTS}
         self._positions, self._write_indices = inputs["position_ids"], inputs["write_indices"]
         self._logits_index = inputs["logits_index"]
         self._rotary = None if rope is None else Rotary(nodes, self._positions, rope, capacity)
         self._eviction = eviction
-        self._evicting = None if eviction is None else Evicting(nodes, eviction, capacity, self._positions, self._write_indices)
-        self._masks: Masks | None = None  # made with the first layer that needs them: its cache tells the capacity
+        self._evicting = (
+            None
+            if eviction is None
+            else Evicting(nodes, eviction, capacity, self._positions, self._write_indices)
+        )
+        self._masks: Masks | None = (
+            None  # made with the first layer that needs them: its cache tells the capacity
+        )
         self._caches: list[tuple[TensorSpec, ...]] = []
         self._written: list[ir.Value] = []
         self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
         stream = (BATCH, SEQUENCE, limits.hidden_size)
-        self._x = nodes.op("Gather", self._embedding, inputs["input_ids"], name="embedding", shape=stream, axis=0)
+        self._x = nodes.op(
+            "Gather", self._embedding, inputs["input_ids"], name="embedding", shape=stream, axis=0
+        )
         if embedding.norm is not None:
             self._x = norm(nodes, embedding.norm, self._x, "embedding_norm")
 
@@ -87,21 +104,36 @@ class DecoderWriter:
         nodes, index, attention = self._nodes, len(self._caches), layer.attention
         evicts = self._eviction is not None and self._eviction.evicts(index)
         specs = terms.cache_specs(
-            index, kv_heads=attention.num_kv_heads, key_dim=attention.key_dim, value_dim=attention.value_dim, dtype=nodes.dtype,
+            index,
+            kv_heads=attention.num_kv_heads,
+            key_dim=attention.key_dim,
+            value_dim=attention.value_dim,
+            dtype=nodes.dtype,
             evicts=evicts,
-        )  # fmt: skip
+        )
         inputs = [nodes.input(spec) for spec in specs]
         if not evicts and self._masks is None:
             self._masks = Masks(nodes, self._positions, inputs[0])
             if self._eviction is not None:  # write_indices are of the slots of layers that evict
                 first = nodes.integer(0)
                 self._write_indices = nodes.op(
-                    "Gather", self._positions, first, name="first_position", shape=(BATCH,), dtype="int64", axis=1
+                    "Gather",
+                    self._positions,
+                    first,
+                    name="first_position",
+                    shape=(BATCH,),
+                    dtype="int64",
+                    axis=1,
                 )
         past = EvictingCache(*inputs) if evicts else Cache(*inputs)
-        name, tokens = f"layers.{index}", Tokens(self._write_indices, self._masks, self._evicting, self._rotary)
+        name, tokens = (
+            f"layers.{index}",
+            Tokens(self._write_indices, self._masks, self._evicting, self._rotary),
+        )
         builder = AttentionBuilder(nodes, index, attention, tokens)
-        attended, written = builder.add(norm(nodes, layer.attention_norm, self._x, f"{name}.attention_norm"), past)
+        attended, written = builder.add(
+            norm(nodes, layer.attention_norm, self._x, f"{name}.attention_norm"), past
+        )
         x = nodes.op("Add", self._x, attended, name=attention_residual(index))
         update = mlp(nodes, layer.mlp, norm(nodes, layer.mlp_norm, x, f"{name}.mlp_norm"), f"{name}.mlp")
         self._x = nodes.op("Add", x, update, name=residual_tap(index))
@@ -138,7 +170,9 @@ class DecoderWriter:
         """The chosen tokens' logits, float32 [batch, logits, vocab]."""
         nodes, index = self._nodes, self._logits_index
         shape = (BATCH, LOGITS, 1)
-        index = nodes.op("Unsqueeze", index, nodes.integers(2), name="logits.index", shape=shape, dtype="int64")
+        index = nodes.op(
+            "Unsqueeze", index, nodes.integers(2), name="logits.index", shape=shape, dtype="int64"
+        )
         shape = (BATCH, LOGITS, self._limits.hidden_size)
         x = nodes.op("GatherND", self._x, index, name="logits.chosen", shape=shape, batch_dims=1)
         x = norm(nodes, final_norm, x, "final_norm")
@@ -149,8 +183,12 @@ class DecoderWriter:
     def _tied_head(self, x: ir.Value, name: str) -> ir.Value:
         """x [batch, logits, hidden] · embeddingᵀ. Only Gemm takes the embedding as it lies, and only rows."""
         nodes, vocab, hidden = self._nodes, self._limits.vocab_size, self._limits.hidden_size
-        x = nodes.op("Reshape", x, nodes.integers(-1, hidden), name="head.rows", shape=("batch*logits", hidden))
+        x = nodes.op(
+            "Reshape", x, nodes.integers(-1, hidden), name="head.rows", shape=("batch*logits", hidden)
+        )
         x = nodes.op("Gemm", x, self._embedding, name="head.product", shape=("batch*logits", vocab), transB=1)
         lead = nodes.op("Shape", self._logits_index, name="head.lead", shape=(2,), dtype="int64")
-        to = nodes.op("Concat", lead, nodes.integers(vocab), name="head.shape", shape=(3,), dtype="int64", axis=0)
+        to = nodes.op(
+            "Concat", lead, nodes.integers(vocab), name="head.shape", shape=(3,), dtype="int64", axis=0
+        )
         return nodes.op("Reshape", x, to, name=name, shape=(BATCH, LOGITS, vocab))

@@ -39,9 +39,14 @@ _TINY = torch.finfo(torch.float32).tiny
 
 
 def heal(
-    original: Decoder, converted: Decoder, windows: Tensor, held_out: Tensor, options: HealOptions, progress: Progress,
+    original: Decoder,
+    converted: Decoder,
+    windows: Tensor,
+    held_out: Tensor,
+    options: HealOptions,
+    progress: Progress,
     state: Path | None = None,
-) -> Healed:  # fmt: skip
+) -> Healed:
     """Train the attention weights of `converted` towards the original's predictions on `windows`.
 
     Args:
@@ -57,15 +62,23 @@ def heal(
     """
     for name, given in (("to heal on", windows), ("held out", held_out)):
         if given.numel() == 0:
-            raise UsageError(f"there are no windows {name}", seen=tuple(given.shape), fix="use more --samples")
+            raise UsageError(
+                f"there are no windows {name}", seen=tuple(given.shape), fix="use more --samples"
+            )
     return _Job(original, converted, windows, held_out, options, progress, state).run()
 
 
 class _Job:
     def __init__(
-        self, original: Decoder, converted: Decoder, windows: Tensor, held_out: Tensor, options: HealOptions,
-        progress: Progress, state: Path | None,
-    ) -> None:  # fmt: skip
+        self,
+        original: Decoder,
+        converted: Decoder,
+        windows: Tensor,
+        held_out: Tensor,
+        options: HealOptions,
+        progress: Progress,
+        state: Path | None,
+    ) -> None:
         self.started = time.perf_counter()
         self.original, self.converted, self.windows, self.held_out = original, converted, windows, held_out
         self.options, self.progress, self.state = options, progress, state
@@ -80,7 +93,11 @@ class _Job:
 
     def run(self) -> Healed:
         self._resume()
-        left = self.layerwise_steps * (len(self.student) - self.counters.layers) + self.steps - self.counters.steps
+        left = (
+            self.layerwise_steps * (len(self.student) - self.counters.layers)
+            + self.steps
+            - self.counters.steps
+        )
         with self.progress.stage("Healing", left):
             teacher, held_out, before = self._layer_by_layer()
             if not self.counters.curve:
@@ -96,7 +113,9 @@ class _Job:
         On the way, each layer is healed that is still to be healed on its own.
         """
         rope, unfinished = self.original.rope, self.layerwise_steps > 0 and not self.counters.curve
-        teacher, held_out = (reference.embed(self.student.ends.embedding, ids) for ids in (self.windows, self.held_out))
+        teacher, held_out = (
+            reference.embed(self.student.ends.embedding, ids) for ids in (self.windows, self.held_out)
+        )
         given, ours = held_out.clone(), (teacher.clone(), held_out.clone()) if unfinished else ()
         for index, original in enumerate(self.original.layers):
             layer = in_dtype(original, torch.float32)
@@ -160,7 +179,9 @@ class _Job:
             counters.best_step = step
             _put([parameter.detach() for parameter in self.parameters], self.best)
         elif counters.steps == 0:
-            _put(self.best, self.parameters)  # layers that gained each on its own lost together: start from what was given
+            _put(
+                self.best, self.parameters
+            )  # layers that gained each on its own lost together: start from what was given
         counters.curve.append((step, kl))
         self._save()
         return True
@@ -171,13 +192,22 @@ class _Job:
 
     def _finish(self, held_out: Tensor, before: float) -> Healed:
         _put(self.best, self.parameters)
-        after, step, healed = min(kl for _, kl in self.counters.curve), self.counters.best_step, self.student.decoder()
-        if self.converted.layers[0].attention.q.weight.dtype not in (torch.float32, torch.float64):  # rounding may cost it all
+        after, step, healed = (
+            min(kl for _, kl in self.counters.curve),
+            self.counters.best_step,
+            self.student.decoder(),
+        )
+        if self.converted.layers[0].attention.q.weight.dtype not in (
+            torch.float32,
+            torch.float64,
+        ):  # rounding may cost it all
             layers = [in_dtype(layer, torch.float32) for layer in healed.layers]
             after = self._kl(held_out, self.student.held_out_stream(self.held_out, layers))
         if not (step and after < before):
             healed, after, step = self.converted, before, 0
-        self.progress.note(f"healing took the held-out KL from {before:.5f} to {after:.5f}, best at step {step}")
+        self.progress.note(
+            f"healing took the held-out KL from {before:.5f} to {after:.5f}, best at step {step}"
+        )
         report = HealReport(
             steps=self.layerwise_steps + self.counters.steps,
             best_step=step,

@@ -65,7 +65,9 @@ def kl_gradient(original: Decoder, teacher: Tensor, student: Tensor) -> Tensor:
 def kl_sum(original: Decoder, teacher: Tensor, student: Tensor) -> float:
     """Σ KL(original ‖ converted) over all positions, nats; arguments as in `kl_gradient`."""
     theirs, ours = teacher.flatten(0, 1), student.flatten(0, 1)
-    return sum(float(_kl(original, theirs[rows], ours[rows]).double().sum()) for rows in _rows(original, len(ours)))
+    return sum(
+        float(_kl(original, theirs[rows], ours[rows]).double().sum()) for rows in _rows(original, len(ours))
+    )
 
 
 def _kl(original: Decoder, teacher: Tensor, student: Tensor) -> Tensor:

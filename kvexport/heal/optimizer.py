@@ -20,12 +20,16 @@ _CLIP = 1.0  # the largest norm of all gradients together
 class RelativeAdam:
     """Adam (Kingma & Ba 2015, algorithm 1); at step t a tensor moves by rate(t) times its RMS, or less."""
 
-    def __init__(self, scaled: Iterable[tuple[nn.Parameter, float]], learning_rate: float, steps: int) -> None:
+    def __init__(
+        self, scaled: Iterable[tuple[nn.Parameter, float]], learning_rate: float, steps: int
+    ) -> None:
         pairs = list(scaled)
         self.parameters = [parameter for parameter, _ in pairs]
         self._scales = [rms for _, rms in pairs]
         self._rate, self._steps = learning_rate, steps
-        self._adam = torch.optim.Adam([{"params": [parameter]} for parameter in self.parameters], betas=_BETAS)
+        self._adam = torch.optim.Adam(
+            [{"params": [parameter]} for parameter in self.parameters], betas=_BETAS
+        )
 
     def step(self, step: int) -> None:
         """Move by the gradients, and clear them; `step` counts from 0."""
@@ -48,7 +52,11 @@ class RelativeAdam:
     def load(self, first: list[Tensor], second: list[Tensor], steps: int) -> None:
         """Go on after `steps` steps from saved moments."""
         for parameter, mean, square in zip(self.parameters, first, second, strict=True):
-            self._adam.state[parameter] = {"step": torch.tensor(float(steps)), "exp_avg": mean, "exp_avg_sq": square}
+            self._adam.state[parameter] = {
+                "step": torch.tensor(float(steps)),
+                "exp_avg": mean,
+                "exp_avg_sq": square,
+            }
 
 
 def schedule(step: int, steps: int) -> float:

@@ -32,7 +32,9 @@ class HealOptions:
 
     def __post_init__(self) -> None:
         _require("steps", self.steps, self.steps >= 1, "1 or more")
-        _require("rank of the adapters", self.lora_rank, self.lora_rank is None or self.lora_rank >= 1, "1 or more")
+        _require(
+            "rank of the adapters", self.lora_rank, self.lora_rank is None or self.lora_rank >= 1, "1 or more"
+        )
         _require("batch", self.batch, self.batch >= 1, "1 or more windows")
         _require("learning rate", self.learning_rate, self.learning_rate > 0, "above 0")
 

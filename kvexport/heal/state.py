@@ -40,7 +40,9 @@ def save(path: Path, job: str, counters: Counters, tensors: dict[str, list[Tenso
         OSError: the disk is full, or will not be written.
     """
     header = json.dumps({"format": _FORMAT, "job": job, "counters": asdict(counters)}).encode()
-    named = {f"{name}.{at}": each.detach() for name, group in tensors.items() for at, each in enumerate(group)}
+    named = {
+        f"{name}.{at}": each.detach() for name, group in tensors.items() for at, each in enumerate(group)
+    }
     named[_HEADER] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     named[_CHECKSUM] = _checksum(named)
     partial = path.with_name(f".{path.name}.partial")
@@ -70,7 +72,9 @@ def load(path: Path, job: str, tensors: dict[str, list[Tensor]]) -> Counters | N
     if not sound:
         raise _refused(path, "is damaged", "its checksum differs")
     if (header.get("format"), header.get("job")) != (_FORMAT, job):
-        raise _refused(path, "belongs to another job: another checkpoint, conversion, text or options", header.get("job"))
+        raise _refused(
+            path, "belongs to another job: another checkpoint, conversion, text or options", header.get("job")
+        )
     with torch.no_grad():
         for name, group in tensors.items():
             for at, each in enumerate(group):
@@ -112,6 +116,7 @@ def _checksum(named: dict[str, Tensor]) -> Tensor:
 
 def _refused(path: Path, what: str, seen: object) -> UsageError:
     return UsageError(
-        f"the state of healing in {path} {what}", seen=seen,
+        f"the state of healing in {path} {what}",
+        seen=seen,
         fix="to go on with it, give the same inputs and options as before; to start over, delete the file",
-    )  # fmt: skip
+    )

@@ -75,7 +75,9 @@ class Student:
 def in_dtype(part: T, dtype: torch.dtype) -> T:
     """The same tree of dataclasses with every floating-point tensor in `dtype`, detached."""
     if is_dataclass(part) and not isinstance(part, type):
-        return replace(part, **{field.name: in_dtype(getattr(part, field.name), dtype) for field in fields(part)})
+        return replace(
+            part, **{field.name: in_dtype(getattr(part, field.name), dtype) for field in fields(part)}
+        )
     if isinstance(part, Tensor) and part.is_floating_point():
         return part.detach().to(dtype)  # type: ignore[return-value]
     return part

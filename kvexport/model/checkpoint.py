@@ -25,8 +25,12 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "generation_config.json", "chat_template.jinja",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "chat_template.jinja",
+)
 
 
 class Checkpoint:
@@ -68,11 +72,16 @@ class Checkpoint:
         found: dict[str, Path] = {}
         for shard in sorted(set(weight_map.values())):
             if not (self.path / shard).is_file():
-                raise CheckpointError(f"shard {shard} of {_INDEX} is not in {self.path}", fix="download the shard")
-            held = set(_open(self.path / shard).keys())
-            for name in sorted(name for name, promised in weight_map.items() if promised == shard and name not in held):
                 raise CheckpointError(
-                    f"shard {shard} lacks tensor {name}, which {_INDEX} promises", fix="download the checkpoint again"
+                    f"shard {shard} of {_INDEX} is not in {self.path}", fix="download the shard"
+                )
+            held = set(_open(self.path / shard).keys())
+            for name in sorted(
+                name for name, promised in weight_map.items() if promised == shard and name not in held
+            ):
+                raise CheckpointError(
+                    f"shard {shard} lacks tensor {name}, which {_INDEX} promises",
+                    fix="download the checkpoint again",
                 )
             found.update({name: self.path / shard for name in held if weight_map.get(name, shard) == shard})
         return found
@@ -109,9 +118,10 @@ class Checkpoint:
         path = self.files.get(name)
         if path is None:
             raise CheckpointError(
-                f"the checkpoint lacks tensor {name}", seen=f"{len(self.files)} tensors in {self.path}",
+                f"the checkpoint lacks tensor {name}",
+                seen=f"{len(self.files)} tensors in {self.path}",
                 fix="download the checkpoint again, or correct config.json",
-            )  # fmt: skip
+            )
         if path not in self._readers:
             self._readers[path] = _open(path)
         view = self._readers[path].get_slice(name)
@@ -124,17 +134,20 @@ class Checkpoint:
             )
         if tuple(view.get_shape()) != shape:
             raise CheckpointError(
-                f"tensor {name} has a shape that config.json contradicts", seen=tuple(view.get_shape()), allowed=shape,
+                f"tensor {name} has a shape that config.json contradicts",
+                seen=tuple(view.get_shape()),
+                allowed=shape,
                 fix="correct config.json (vocab_size, hidden_size, intermediate_size, num_attention_heads, "
                 "num_key_value_heads, head_dim)",
-            )  # fmt: skip
+            )
         tensor = self._readers[path].get_tensor(name).to(dtype, copy=True)
         if not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                f"tensor {name} is not finite", seen=f"{bad} of {tensor.numel()} numbers are NaN or infinite",
+                f"tensor {name} is not finite",
+                seen=f"{bad} of {tensor.numel()} numbers are NaN or infinite",
                 fix="use a sound checkpoint; float16 overflow in training is a usual cause",
-            )  # fmt: skip
+            )
         return tensor
 
     def digest(self) -> str:
@@ -165,9 +178,11 @@ class Checkpoint:
         ids = tuple(said) if isinstance(said, list) else (said,)
         if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
             raise CheckpointError(
-                f"{which} is not a token id or a list of them", seen=repr(said), allowed=f"0 to {vocab_size - 1}",
+                f"{which} is not a token id or a list of them",
+                seen=repr(said),
+                allowed=f"0 to {vocab_size - 1}",
                 fix="correct config.json or generation_config.json",
-            )  # fmt: skip
+            )
         return ids
 
 
@@ -176,12 +191,15 @@ def read_json(path: Path) -> Mapping[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path.parent} is no checkpoint: it has no {path.name}", fix="give the folder that holds config.json"
+            f"{path.parent} is no checkpoint: it has no {path.name}",
+            fix="give the folder that holds config.json",
         ) from error
     except (ValueError, RecursionError) as error:  # json's own, and int's for a number of 5000 digits
         raise CheckpointError(f"{path} is not JSON: {error}", fix="download the file again") from error
     except OSError as error:
-        raise CheckpointError(f"{path} cannot be read: {error.strerror}", fix="give the folder that holds config.json") from error
+        raise CheckpointError(
+            f"{path} cannot be read: {error.strerror}", fix="give the folder that holds config.json"
+        ) from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path} holds no JSON object", seen=type(found).__name__)
     return found

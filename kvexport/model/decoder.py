@@ -70,8 +70,12 @@ class Attention:
     q_norm: Norm | None = None  # [head_dim], before rotation
     k_norm: Norm | None = None  # [head_dim], before rotation
     key_map: Tensor | None = None  # [num_kv_heads, t·head_dim, key_dim], after rotation
-    query_map: Tensor | None = None  # [num_heads, head_dim, key_dim], after rotation, or before it with `frequencies`
-    frequencies: Tensor | None = None  # int64 [key_dim/2], of the decoder's rotary pairs, one for each cached pair
+    query_map: Tensor | None = (
+        None  # [num_heads, head_dim, key_dim], after rotation, or before it with `frequencies`
+    )
+    frequencies: Tensor | None = (
+        None  # int64 [key_dim/2], of the decoder's rotary pairs, one for each cached pair
+    )
     value_map: Tensor | None = None  # [num_heads, value_dim, width]
     alibi_slopes: Tensor | None = None  # [num_heads]
     window: int | None = None  # a query at position p sees positions p - window < n <= p

@@ -81,7 +81,9 @@ class Family:
             if value is not None:
                 found[name] = value
             elif name in _REQUIRED_CONFIG and name not in found:
-                raise CheckpointError(f"config.json has no {' or '.join(keys)}", fix="restore the model's own config.json")
+                raise CheckpointError(
+                    f"config.json has no {' or '.join(keys)}", fix="restore the model's own config.json"
+                )
         return found
 
     def has_bias(self, which: str, config: Mapping[str, Any]) -> bool:
@@ -110,10 +112,14 @@ def parse_family(text: str, where: str) -> Family:
         raise UsageError(f"{where}: neither [config] nor [defaults] has {name}")
     layout = reader.choice("attention.layout", _CHOICES["attention.layout"])
     if layout != "split" and "num_kv_heads" in config:
-        raise UsageError(f"{where}: config.num_kv_heads cannot go with the fused layout, which has as many of each head")
+        raise UsageError(
+            f"{where}: config.num_kv_heads cannot go with the fused layout, which has as many of each head"
+        )
     gated = reader.typed("mlp.gated", bool)
     layer = {name: reader.typed(f"tensors.layer.{name}", str) for name in reader.table("tensors.layer")}
-    wanted = {"attention_norm", "mlp_norm", "o", "up", "down"} | ({"qkv"} if layout != "split" else {"q", "k", "v"})
+    wanted = {"attention_norm", "mlp_norm", "o", "up", "down"} | (
+        {"qkv"} if layout != "split" else {"q", "k", "v"}
+    )
     wanted |= {"gate"} if gated else set()
     wanted |= {"q_norm", "k_norm"} if {"q_norm", "k_norm"} & layer.keys() else set()  # both or neither
     reader.only("tensors.layer", layer, wanted | {"q_norm", "k_norm"})
@@ -121,10 +127,16 @@ def parse_family(text: str, where: str) -> Family:
         raise UsageError(f"{where}: [tensors.layer] lacks {name}", allowed=", ".join(sorted(wanted)))
     for name, template in layer.items():
         if template.replace("{i}", "").count("{") or template.count("{i}") != 1:
-            raise UsageError(f"{where}: tensors.layer.{name} must hold {{i}}, the layer's number, once", seen=template)
+            raise UsageError(
+                f"{where}: tensors.layer.{name} must hold {{i}}, the layer's number, once", seen=template
+            )
     window = None
     if reader.table("attention.window", optional=True):
-        reader.only("attention.window", reader.table("attention.window"), {"model_types", "size", "enabled", "first_layer"})
+        reader.only(
+            "attention.window",
+            reader.table("attention.window"),
+            {"model_types", "size", "enabled", "first_layer"},
+        )
         window = Window(
             model_types=reader.strings("attention.window.model_types"),
             size=reader.typed("attention.window.size", str),
@@ -132,13 +144,17 @@ def parse_family(text: str, where: str) -> Family:
             first_layer=reader.typed("attention.window.first_layer", str, optional=True),
         )
         for name in sorted(set(window.model_types) - set(model_types)):
-            raise UsageError(f"{where}: attention.window.model_types has a type that model_types lacks", seen=name)
+            raise UsageError(
+                f"{where}: attention.window.model_types has a type that model_types lacks", seen=name
+            )
     bias = reader.table("bias")
     if set(bias) != {"qkv", "o", "mlp"}:
         raise UsageError(f"{where}: [bias] must say qkv, o and mlp", seen=", ".join(bias))
     for name, said in bias.items():
         if not isinstance(said, (bool, str)):
-            raise UsageError(f"{where}: bias.{name} must be true, false or a key of config.json", seen=repr(said))
+            raise UsageError(
+                f"{where}: bias.{name} must be true, false or a key of config.json", seen=repr(said)
+            )
     family = Family(
         name=Path(where).stem,
         model_types=model_types,
@@ -198,12 +214,16 @@ class _Reader:
     def choice(self, path: str, allowed: tuple[str, ...]) -> str:
         found = self.typed(path, str)
         if found not in allowed:
-            raise UsageError(f"{self._where}: {path} is not one of those known", seen=found, allowed=", ".join(allowed))
+            raise UsageError(
+                f"{self._where}: {path} is not one of those known", seen=found, allowed=", ".join(allowed)
+            )
         return str(found)
 
     def only(self, path: str, table: Mapping[str, Any], allowed: set[str]) -> None:
         for key in sorted(table.keys() - allowed):
-            raise UsageError(f"{self._where}: [{path}] has an unknown key", seen=key, allowed=", ".join(sorted(allowed)))
+            raise UsageError(
+                f"{self._where}: [{path}] has an unknown key", seen=key, allowed=", ".join(sorted(allowed))
+            )
 
     def all_read(self) -> None:
         def walk(table: Mapping[str, Any], prefix: str) -> None:
@@ -214,7 +234,9 @@ class _Reader:
                 if isinstance(value, dict) and any(read.startswith(path + ".") for read in self._read):
                     walk(value, path + ".")
                 else:
-                    raise UsageError(f"{self._where}: unknown key {path}", allowed=", ".join(sorted(self._read)))
+                    raise UsageError(
+                        f"{self._where}: unknown key {path}", allowed=", ".join(sorted(self._read))
+                    )
 
         walk(self._raw, "")
 
@@ -231,7 +253,9 @@ def families() -> Mapping[str, Family]:
         family = parse_family(path.read_text(encoding="utf-8"), path.name)
         for model_type in family.model_types:
             if model_type in found:
-                raise UsageError(f"{path.name} and {found[model_type].name}.toml both cover model_type {model_type}")
+                raise UsageError(
+                    f"{path.name} and {found[model_type].name}.toml both cover model_type {model_type}"
+                )
             found[model_type] = family
     return found
 

@@ -21,7 +21,14 @@ from kvexport.files.safetensors_io import save_tensors
 from kvexport.model.decoder import Attention, Decoder, Layer, Linear, Norm
 
 _SHARD_BYTES = 1 << 30
-_LLAMA_DROPS = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "quantization_config", "auto_map")
+_LLAMA_DROPS = (
+    "sliding_window",
+    "use_sliding_window",
+    "max_window_layers",
+    "layer_types",
+    "quantization_config",
+    "auto_map",
+)
 
 
 def require_standard(decoder: Decoder, method: str, compressing: bool) -> None:
@@ -33,7 +40,11 @@ def require_standard(decoder: Decoder, method: str, compressing: bool) -> None:
     attention = decoder.layers[0].attention
     if attention.k_norm is not None and compressing:
         reason = "keys of this model are normalised after W_K (QK-norm), so fewer KV heads do not fold into its weights"
-        raise UsageError(reason, seen=f"--method {method}", fix="make a bundle instead: kvexport build CHECKPOINT -o BUNDLE")
+        raise UsageError(
+            reason,
+            seen=f"--method {method}",
+            fix="make a bundle instead: kvexport build CHECKPOINT -o BUNDLE",
+        )
     if attention.position == "rope" and method not in ("fold", "mean-pool"):
         raise UsageError(
             "with rotary keys this method projects after rotation, which no standard checkpoint can say",
@@ -51,7 +62,9 @@ def require_standard(decoder: Decoder, method: str, compressing: bool) -> None:
 class StandardWriter:
     """Writes config.json and safetensors shards of at most 1 GiB into a directory, layer by layer."""
 
-    def __init__(self, directory: Path, decoder: Decoder, source_config: Mapping[str, Any], dtype: torch.dtype) -> None:
+    def __init__(
+        self, directory: Path, decoder: Decoder, source_config: Mapping[str, Any], dtype: torch.dtype
+    ) -> None:
         self._directory, self._decoder, self._source, self._dtype = directory, decoder, source_config, dtype
         self._pending: dict[str, Tensor] = {}
         self._written: list[tuple[str, list[str], int]] = []  # file, its tensors, its bytes
@@ -61,7 +74,10 @@ class StandardWriter:
         self._mlp_bias = False
         self._bloom = decoder.rope is None
         embedding = decoder.embedding
-        self._add("transformer.word_embeddings.weight" if self._bloom else "model.embed_tokens.weight", embedding.weight)
+        self._add(
+            "transformer.word_embeddings.weight" if self._bloom else "model.embed_tokens.weight",
+            embedding.weight,
+        )
         if embedding.norm is not None:
             self._norm("transformer.word_embeddings_layernorm", embedding.norm)
 
@@ -134,7 +150,9 @@ class StandardWriter:
         stored = tensor.to(self._dtype).contiguous()
         if not bool(stored.isfinite().all()):
             raise UsageError(
-                f"{name} does not fit {self._dtype}", seen=f"{float(tensor.abs().max()):g}", fix="use --dtype bfloat16 or float32"
+                f"{name} does not fit {self._dtype}",
+                seen=f"{float(tensor.abs().max()):g}",
+                fix="use --dtype bfloat16 or float32",
             )
         size = stored.numel() * stored.element_size()
         if self._pending_bytes and self._pending_bytes + size > _SHARD_BYTES:
@@ -160,7 +178,10 @@ class StandardWriter:
             name = f"model-{at:05d}-of-{count:05d}.safetensors"
             (self._directory / file).rename(self._directory / name)
             weight_map.update(dict.fromkeys(tensors, name))
-        index = {"metadata": {"total_size": sum(size for _, _, size in self._written)}, "weight_map": weight_map}
+        index = {
+            "metadata": {"total_size": sum(size for _, _, size in self._written)},
+            "weight_map": weight_map,
+        }
         text = json.dumps(index, indent=2) + "\n"
         (self._directory / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 

@@ -62,7 +62,9 @@ class _Loader:
             head = None
             if not self._tied:
                 head = self._head()
-            elif f"{names.head}.weight" in self._checkpoint.files and not self._head().weight.equal(embedding.weight):
+            elif f"{names.head}.weight" in self._checkpoint.files and not self._head().weight.equal(
+                embedding.weight
+            ):
                 raise CheckpointError(
                     f"config.json says that the head is the embedding (tied), but {names.head}.weight holds other numbers",
                     fix="set tie_word_embeddings to false in config.json if the model has its own head, else remove the tensor",
@@ -94,7 +96,9 @@ class _Loader:
                     q=q,
                     k=k,
                     v=v,
-                    o=self._linear(name["o"], sizes.hidden, heads_width, self._family.has_bias("o", self._config)),
+                    o=self._linear(
+                        name["o"], sizes.hidden, heads_width, self._family.has_bias("o", self._config)
+                    ),
                     num_heads=sizes.heads,
                     num_kv_heads=sizes.kv_heads,
                     head_dim=sizes.head_dim,
@@ -102,12 +106,16 @@ class _Loader:
                     position="rope" if self._family.position == "rope" else "alibi",
                     q_norm=self._norm(name["q_norm"], sizes.head_dim) if has_qk_norm else None,
                     k_norm=self._norm(name["k_norm"], sizes.head_dim) if has_qk_norm else None,
-                    alibi_slopes=alibi_slopes(sizes.heads, self._dtype) if self._family.position == "alibi" else None,
+                    alibi_slopes=alibi_slopes(sizes.heads, self._dtype)
+                    if self._family.position == "alibi"
+                    else None,
                     window=self._windows[index],
                 ),
                 mlp_norm=self._norm(name["mlp_norm"], sizes.hidden),
                 mlp=Mlp(
-                    gate=self._linear(name["gate"], inner, sizes.hidden, mlp_bias) if self._family.gated else None,
+                    gate=self._linear(name["gate"], inner, sizes.hidden, mlp_bias)
+                    if self._family.gated
+                    else None,
                     up=self._linear(name["up"], inner, sizes.hidden, mlp_bias),
                     down=self._linear(name["down"], sizes.hidden, inner, mlp_bias),
                     activation=self._activation,
@@ -120,7 +128,9 @@ class _Loader:
             rows = {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
             q, k, v = (self._linear(name[n], rows[n] * sizes.head_dim, sizes.hidden, bias) for n in "qkv")
             return q, k, v
-        fused = self._linear(name["qkv"], 3 * sizes.heads * sizes.head_dim, sizes.hidden, bias)  # [heads, 3, head_dim]
+        fused = self._linear(
+            name["qkv"], 3 * sizes.heads * sizes.head_dim, sizes.hidden, bias
+        )  # [heads, 3, head_dim]
         weight = fused.weight.view(sizes.heads, 3, sizes.head_dim, sizes.hidden)
         vector = None if fused.bias is None else fused.bias.view(sizes.heads, 3, sizes.head_dim)
 
@@ -138,7 +148,10 @@ class _Loader:
         return self._checkpoint.tensor(self._prefix + name, shape, self._dtype)
 
     def _linear(self, name: str, out: int, into: int, bias: bool) -> Linear:
-        return Linear(self._tensor(name + ".weight", (out, into)), self._tensor(name + ".bias", (out,)) if bias else None)
+        return Linear(
+            self._tensor(name + ".weight", (out, into)),
+            self._tensor(name + ".bias", (out,)) if bias else None,
+        )
 
     def _norm(self, name: str, width: int) -> Norm:
         is_layer = self._family.norm_kind == "layer"
@@ -161,8 +174,12 @@ class _Loader:
         if described.first_layer is not None:
             kinds = self._config.get("layer_types")
             if kinds is None:
-                windowed = index >= whole_number(described.first_layer, self._said(described.first_layer), least=0)
-            elif isinstance(kinds, list) and len(kinds) == self._sizes.layers and kinds[index] in _LAYER_KINDS:
+                windowed = index >= whole_number(
+                    described.first_layer, self._said(described.first_layer), least=0
+                )
+            elif (
+                isinstance(kinds, list) and len(kinds) == self._sizes.layers and kinds[index] in _LAYER_KINDS
+            ):
                 windowed = kinds[index] == "sliding_attention"
             else:
                 raise CheckpointError(

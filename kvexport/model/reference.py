@@ -30,7 +30,9 @@ def norm(parameters: Norm, x: Tensor) -> Tensor:
         return parameters.weight * normed.to(x.dtype)
     assert parameters.bias is not None
     shape = (x.shape[-1],)
-    return F.layer_norm(wide, shape, parameters.weight.to(wide), parameters.bias.to(wide), parameters.eps).to(x.dtype)
+    return F.layer_norm(wide, shape, parameters.weight.to(wide), parameters.bias.to(wide), parameters.eps).to(
+        x.dtype
+    )
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -104,14 +106,20 @@ def project(attention: Attention, x: Tensor, tables: tuple[Tensor, Tensor] | Non
 
 def map_queries(attention: Attention, query: Tensor) -> Tensor:
     """Rotated queries [B, Hq, S, head_dim] to the width of the cached keys."""
-    return query if attention.query_map is None or attention.frequencies is not None else query @ attention.query_map
+    return (
+        query
+        if attention.query_map is None or attention.frequencies is not None
+        else query @ attention.query_map
+    )
 
 
 def map_keys(attention: Attention, key: Tensor) -> Tensor:
     """Rotated keys [B, key_heads, S, head_dim] to what is cached, [B, Hkv, S, key_dim]."""
     if attention.key_map is None:
         return key
-    grouped = key.unflatten(1, (attention.num_kv_heads, -1)).transpose(2, 3).flatten(3)  # [B, Hkv, S, t·head_dim]
+    grouped = (
+        key.unflatten(1, (attention.num_kv_heads, -1)).transpose(2, 3).flatten(3)
+    )  # [B, Hkv, S, t·head_dim]
     return grouped @ attention.key_map
 
 
@@ -203,10 +211,16 @@ def head_outputs(
         cache.write(key, projected.value, positions)
         all_keys, all_values, held = cache.key, cache.value, cache.positions
     bias = visibility(attention, positions, held, x.dtype)
-    return mix(attention, weights(scores(attention, query, all_keys) + bias), all_values), key, projected.value
+    return (
+        mix(attention, weights(scores(attention, query, all_keys) + bias), all_values),
+        key,
+        projected.value,
+    )
 
 
-def run_layer(layer: Layer, x: Tensor, positions: Tensor, rope: Rope | None, cache: Cache | None = None) -> LayerTaps:
+def run_layer(
+    layer: Layer, x: Tensor, positions: Tensor, rope: Rope | None, cache: Cache | None = None
+) -> LayerTaps:
     """One layer on the residual stream `x` [B, S, hidden]; see `head_outputs` for positions and cache."""
     mixed, key, value = head_outputs(layer.attention, norm(layer.attention_norm, x), positions, rope, cache)
     attended = linear(layer.attention.o, mixed)
@@ -232,7 +246,9 @@ def new_cache(
     def new(index: int, attention: Attention) -> Cache:
         heads, widths = attention.num_kv_heads, (attention.key_dim, attention.value_dim)
         if eviction is not None and eviction.evicts(index):
-            return EvictingCache.empty(batch, heads, widths, dtype, eviction, index, capacity, attention.window)
+            return EvictingCache.empty(
+                batch, heads, widths, dtype, eviction, index, capacity, attention.window
+            )
         return LayerCache(*(torch.zeros(batch, heads, capacity, width, dtype=dtype) for width in widths))
 
     return [new(index, layer.attention) for index, layer in enumerate(layers)]

@@ -25,8 +25,12 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
 
     said = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
-        raise CheckpointError("config.json's rotary settings are not one table for all layers", seen=repr(said))
-    outside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}  # where old configs have them
+        raise CheckpointError(
+            "config.json's rotary settings are not one table for all layers", seen=repr(said)
+        )
+    outside = {
+        key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")
+    }  # where old configs have them
     said = {key: value for key, value in {**outside, **said}.items() if value is not None}
     theta = number("rope_theta", said.get("rope_theta", 10000.0))
     kind = said.get("rope_type", said.get("type", "default"))
@@ -60,7 +64,10 @@ def _llama3_frequencies(inv_freq: torch.Tensor, said: Mapping[str, Any]) -> torc
     """
     import torch
 
-    low, high = number("low_freq_factor", said["low_freq_factor"]), number("high_freq_factor", said["high_freq_factor"])
+    low, high = (
+        number("low_freq_factor", said["low_freq_factor"]),
+        number("high_freq_factor", said["high_freq_factor"]),
+    )
     factor = number("factor", said["factor"])
     context = whole_number("original_max_position_embeddings", said["original_max_position_embeddings"])
     wavelength = 2 * math.pi / inv_freq  # positions per turn

@@ -48,7 +48,9 @@ def compare(bundle: Path, sizes: Sizes, stored: Precision, target: Target | None
     if target is not None:
         for path in sorted(bundle.glob("bench/*.json")):
             for record in _objects(path):
-                if record.get("target", target.name) == target.name and _may_be_of(target, record.get("provider")):
+                if record.get("target", target.name) == target.name and _may_be_of(
+                    target, record.get("provider")
+                ):
                     found += _of_benchmark(path.name, record, sizes, stored, target)
     return tuple(found)
 
@@ -69,7 +71,11 @@ def _objects(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _number(value: object) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _MOST else None
+    return (
+        float(value)
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _MOST
+        else None
+    )
 
 
 def _may_be_of(target: Target, provider: object) -> bool:
@@ -101,7 +107,9 @@ def _of_build(source: str, record: dict[str, Any], sizes: Sizes, stored: Precisi
             yield Comparison(source, what, "bytes", predicted, measured)
 
 
-def _of_benchmark(source: str, record: dict[str, Any], sizes: Sizes, stored: Precision, target: Target) -> Iterator[Comparison]:
+def _of_benchmark(
+    source: str, record: dict[str, Any], sizes: Sizes, stored: Precision, target: Target
+) -> Iterator[Comparison]:
     for stage, depth, milliseconds in _points(record, None):
         if stage == "decode":
             seconds: float | None = decode_seconds(sizes, stored, target, depth, DECODE.typical)

@@ -13,7 +13,9 @@ from kvexport.plan.sizes import Sizes
 
 _GIB = 2**30
 # CUDA's context with TensorRT's libraries: commonly seen, published by nobody. ONNX Runtime on a CPU needs less.
-_SLOT_BYTES = STATE * BYTES["float32"]  # of the state that each KV head of a layer that evicts keeps of a token
+_SLOT_BYTES = (
+    STATE * BYTES["float32"]
+)  # of the state that each KV head of a layer that evicts keeps of a token
 _ENGINE_BYTES = {"tensorrt": _GIB // 2, "tensorrt-rtx": _GIB // 2, "onnxruntime": _GIB // 8}
 
 
@@ -45,7 +47,13 @@ PRECISIONS = ("float32", "float16", "bfloat16", "int8", "int4")
 
 def precision(name: str, engine: str) -> Precision:
     """A precision as `engine` runs it: with weights of 8 or 4 bits, ONNX Runtime on a CPU keeps the rest in float32."""
-    bits, group = {"float32": (32, 0), "float16": (16, 0), "bfloat16": (16, 0), "int8": (8, 0), "int4": (4, 128)}[name]
+    bits, group = {
+        "float32": (32, 0),
+        "float16": (16, 0),
+        "bfloat16": (16, 0),
+        "int8": (8, 0),
+        "int4": (4, 128),
+    }[name]
     wide = bits == 32 or (bits < 16 and engine == "onnxruntime")
     return Precision(name, bits, group, 4 if wide else 2)
 
@@ -82,7 +90,9 @@ def kv_bytes_per_token(sizes: Sizes, stored: Precision) -> int:
 
 def kv_bytes(sizes: Sizes, stored: Precision, tokens: int) -> int:
     """Bytes of the cache of a sequence of so many tokens, with the state of each slot where layers evict."""
-    numbers = sum(sizes.held(layer, tokens) * cache.heads * cache.width for layer, cache in enumerate(sizes.caches))
+    numbers = sum(
+        sizes.held(layer, tokens) * cache.heads * cache.width for layer, cache in enumerate(sizes.caches)
+    )
     return numbers * stored.other + state_bytes(sizes, tokens)
 
 
@@ -92,7 +102,9 @@ def state_bytes(sizes: Sizes, tokens: int) -> int:
     return sum(sizes.held(layer, tokens) * cache.heads * _SLOT_BYTES for layer, cache in caches)
 
 
-def memory(sizes: Sizes, stored: Precision, context: int, *, engine: str, lowering: str, chunk: int | None = None) -> Memory:
+def memory(
+    sizes: Sizes, stored: Precision, context: int, *, engine: str, lowering: str, chunk: int | None = None
+) -> Memory:
     """What a sequence of `context` tokens needs, its prompt computed `chunk` tokens at a time (None: as the runtime does).
 
     Activations are an estimate: the residual stream and what the widest part of one layer holds at once, for a chunk;

@@ -121,17 +121,19 @@ def plan(
     if (model / MANIFEST_FILE).is_file():
         if kv_heads or dtypes:
             raise UsageError(
-                "a bundle has its KV heads and dtype already", seen="--kv-heads or --dtype",
+                "a bundle has its KV heads and dtype already",
+                seen="--kv-heads or --dtype",
                 fix="leave them out, or plan for the checkpoint",
-            )  # fmt: skip
+            )
         manifest = read_manifest(model)
         if eviction is not None:
             built = manifest.eviction
             raise UsageError(
-                "what a bundle evicts was settled when it was built", seen="--kv-budget",
+                "what a bundle evicts was settled when it was built",
+                seen="--kv-budget",
                 allowed="every token is held" if built is None else f"{built.budget} tokens in each KV head",
                 fix="leave it out, or make another bundle: kvexport build CHECKPOINT -o BUNDLE --kv-budget TOKENS",
-            )  # fmt: skip
+            )
         variants = [bundle_sizes(model, manifest)]
         stored = [precision(manifest.dtype, engine)]
         comparisons = compare(model, variants[0], stored[0], target)
@@ -150,7 +152,9 @@ def plan(
         for length in lengths
     ]
     maps = any(sizes.maps for sizes in variants)
-    return Plan(model.resolve().name, target, budget, lowering, maps, variants[0].eviction, tuple(rows), comparisons)
+    return Plan(
+        model.resolve().name, target, budget, lowering, maps, variants[0].eviction, tuple(rows), comparisons
+    )
 
 
 def _within(sizes: Sizes, wish: EvictionWish | None) -> Sizes:
@@ -160,8 +164,10 @@ def _within(sizes: Sizes, wish: EvictionWish | None) -> Sizes:
     if wish.of_capacity and sizes.max_positions is None:
         raise UsageError(
             "--kv-budget is a share of the model's positions, and nothing bounds those of this one",
-            seen=wish.budget, allowed="a number of tokens", fix="--kv-budget TOKENS",
-        )  # fmt: skip
+            seen=wish.budget,
+            allowed="a number of tokens",
+            fix="--kv-budget TOKENS",
+        )
     most = min(sizes.max_positions or MOST_POSITIONS, MOST_POSITIONS)
     try:
         return replace(sizes, eviction=wish.of(most, sizes.layers), max_positions=most)
@@ -176,19 +182,33 @@ def _shares(counts: list[int]) -> list[int]:
 
 
 def _dtypes(engine: str) -> tuple[str, ...]:
-    return ("float32" if engine == "onnxruntime" else "float16", *(name for name in PRECISIONS if name.startswith("int")))
+    return (
+        "float32" if engine == "onnxruntime" else "float16",
+        *(name for name in PRECISIONS if name.startswith("int")),
+    )
 
 
 def _contexts(asked: Sequence[int], most: int | None) -> list[int]:
     for context in asked:
         if most is not None and context > most:
-            raise UsageError("--context is more than a sequence of this model may hold", seen=context, allowed=f"1 to {most}")
+            raise UsageError(
+                "--context is more than a sequence of this model may hold",
+                seen=context,
+                allowed=f"1 to {most}",
+            )
     default = [context for context in _CONTEXTS if most is None or context <= most]
     return list(dict.fromkeys(asked)) or default or [most or 1]
 
 
 def _row(
-    sizes: Sizes, stored: Precision, context: int, target: Target | None, budget: int | None, *, engine: str, lowering: str
+    sizes: Sizes,
+    stored: Precision,
+    context: int,
+    target: Target | None,
+    budget: int | None,
+    *,
+    engine: str,
+    lowering: str,
 ) -> Row:
     needed = memory(sizes, stored, context, engine=engine, lowering=lowering)
     return Row(
@@ -197,7 +217,9 @@ def _row(
         parameters=sizes.parameters,
         memory=needed,
         kv_bytes_per_token=kv_bytes_per_token(sizes, stored),
-        largest_context=None if budget is None else largest_context(sizes, stored, budget, engine=engine, lowering=lowering),
+        largest_context=None
+        if budget is None
+        else largest_context(sizes, stored, budget, engine=engine, lowering=lowering),
         short_bytes=None if budget is None else max(0, needed.total - budget),
         prefill_seconds=None if target is None else predicted_prefill(sizes, stored, target, context),
         decode_seconds=None if target is None else predicted_decode(sizes, stored, target, context),
@@ -206,13 +228,18 @@ def _row(
 
 def predicted_decode(sizes: Sizes, stored: Precision, target: Target, depth: int) -> Range:
     """Seconds of a decode step after `depth` tokens."""
-    return Range(*(decode_seconds(sizes, stored, target, depth, efficiency) for efficiency in _fastest_first(DECODE)))
+    return Range(
+        *(decode_seconds(sizes, stored, target, depth, efficiency) for efficiency in _fastest_first(DECODE))
+    )
 
 
 def predicted_prefill(sizes: Sizes, stored: Precision, target: Target, tokens: int) -> Range | None:
     """Seconds of a prompt of `tokens`; None where the target's file has no rate for it."""
     efficiencies = zip(_fastest_first(PREFILL), _fastest_first(DECODE), strict=True)
-    found = [prefill_seconds(sizes, stored, target, tokens, efficiency, reading) for efficiency, reading in efficiencies]
+    found = [
+        prefill_seconds(sizes, stored, target, tokens, efficiency, reading)
+        for efficiency, reading in efficiencies
+    ]
     seconds = [each for each in found if each is not None]
     return Range(*seconds) if seconds else None
 

@@ -128,13 +128,19 @@ class Architecture:
         """
         if kv_heads not in self.kv_head_counts:
             raise UsageError(
-                "--kv-heads must divide the model's KV heads", seen=f"{kv_heads} of {self.kv_heads}",
-                allowed=", ".join(map(str, self.kv_head_counts)), fix="choose a number from the list",
-            )  # fmt: skip
+                "--kv-heads must divide the model's KV heads",
+                seen=f"{kv_heads} of {self.kv_heads}",
+                allowed=", ".join(map(str, self.kv_head_counts)),
+                fix="choose a number from the list",
+            )
         family, hidden, dim, inner = self.family, self.hidden, self.head_dim, self.intermediate
         converted = kv_heads != self.kv_heads
         maps = converted and family.position == "rope"
-        queries, keys, values = self.num_heads * dim, (self.kv_heads if maps else kv_heads) * dim, kv_heads * dim
+        queries, keys, values = (
+            self.num_heads * dim,
+            (self.kv_heads if maps else kv_heads) * dim,
+            kv_heads * dim,
+        )
         qkv_rows, mlp_rows = queries + keys + values, (2 if family.gated else 1) * inner
         matrices = (qkv_rows + queries + mlp_rows + inner) * hidden
         rows = qkv_rows + hidden + mlp_rows + hidden
@@ -142,7 +148,9 @@ class Architecture:
         small = 2 * norm * hidden
         small += 2 * norm * dim if "q_norm" in family.layer else 0
         small += qkv_rows if family.has_bias("qkv", self.config) else 0
-        small += hidden if converted or family.has_bias("o", self.config) else 0  # what the mean value loses is a bias
+        small += (
+            hidden if converted or family.has_bias("o", self.config) else 0
+        )  # what the mean value loses is a bias
         small += mlp_rows + hidden if family.has_bias("mlp", self.config) else 0
         small += (self.kv_heads + self.num_heads) * dim * dim if maps else 0
         norms_outside = norm * hidden * (1 if family.embedding_norm is None else 2)
@@ -196,7 +204,9 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
         BundleError: its graph is missing.
     """
     if not (path / GRAPH_FILE).is_file():
-        raise BundleError(f"the bundle {path} lacks its file {GRAPH_FILE}", fix="copy the bundle again, or " + REBUILD)
+        raise BundleError(
+            f"the bundle {path} lacks its file {GRAPH_FILE}", fix="copy the bundle again, or " + REBUILD
+        )
     model, layers = manifest.model, manifest.layers
     numbers = manifest.files[DATA_FILE].bytes // BYTES[manifest.dtype]
     embedding = model.vocab_size * model.hidden_size
@@ -214,6 +224,8 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
         embedding=embedding,
         head=head,
         mlp_width=max(0, mlp) // (len(layers) * model.hidden_size),
-        caches=tuple(Cache(layer.num_key_value_heads, layer.key_head_dim + layer.value_head_dim) for layer in layers),
+        caches=tuple(
+            Cache(layer.num_key_value_heads, layer.key_head_dim + layer.value_head_dim) for layer in layers
+        ),
         eviction=manifest.eviction,
     )

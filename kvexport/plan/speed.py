@@ -68,7 +68,14 @@ def prefill_flops(sizes: Sizes, tokens: int) -> int:
 
 
 def prefill_seconds(
-    sizes: Sizes, stored: Precision, target: Target, tokens: int, efficiency: float, reading: float, *, chunk: int | None = None
+    sizes: Sizes,
+    stored: Precision,
+    target: Target,
+    tokens: int,
+    efficiency: float,
+    reading: float,
+    *,
+    chunk: int | None = None,
 ) -> float | None:
     """Seconds of a prompt of `tokens`, batch 1; None where the target's file has no rate for it.
 

@@ -18,9 +18,14 @@ if TYPE_CHECKING:
 __all__ = ["Cache", "DeviceMemory", "Generation", "Memory", "Session", "Stream", "open_bundle"]
 
 _LAZY = {
-    "Cache": "cache.sequences", "DeviceMemory": "backends.base", "Generation": "generation", "Memory": "cache.usage", "Session": "session",
-    "Stream": "generation", "open_bundle": "opening",
-}  # fmt: skip
+    "Cache": "cache.sequences",
+    "DeviceMemory": "backends.base",
+    "Generation": "generation",
+    "Memory": "cache.usage",
+    "Session": "session",
+    "Stream": "generation",
+    "open_bundle": "opening",
+}
 
 
 def __getattr__(name: str) -> Any:

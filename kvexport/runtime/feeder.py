@@ -51,13 +51,16 @@ class Feeder:
             ids = ids.astype(np.int64)
         if ids.ndim != dimensions or ids.dtype.kind not in "iu":
             raise UsageError(
-                "token ids are whole numbers in rows of one length", seen=f"{ids.dtype} of {ids.ndim} dimensions",
+                "token ids are whole numbers in rows of one length",
+                seen=f"{ids.dtype} of {ids.ndim} dimensions",
                 allowed=f"integers of {dimensions}",
-            )  # fmt: skip
+            )
         flat = ids.ravel().tolist()  # of so few numbers Python finds the least sooner than numpy
         if flat and not 0 <= min(flat) <= max(flat) < self._vocab:
             wrong = next(token for token in flat if not 0 <= token < self._vocab)
-            raise UsageError("a token id is outside the vocabulary", seen=wrong, allowed=f"0 to {self._vocab - 1}")
+            raise UsageError(
+                "a token id is outside the vocabulary", seen=wrong, allowed=f"0 to {self._vocab - 1}"
+            )
         return ids.astype(np.int64, copy=False)
 
     def counted(self, held: Sequences | None, prompts: Sequence[Ids]) -> Ids:
@@ -88,7 +91,9 @@ class Feeder:
         Args:
             counts: as `counted`.
         """
-        rows = [np.array([*tokens, *row], np.int64) for tokens, row in zip(held.pending, prompts, strict=True)]
+        rows = [
+            np.array([*tokens, *row], np.int64) for tokens, row in zip(held.pending, prompts, strict=True)
+        ]
         padded = np.zeros((len(rows), counts.max()), np.int64)
         for padding, row in zip(padded, rows, strict=True):
             padding[: len(row)] = row
@@ -117,7 +122,9 @@ class Feeder:
         """As `Session.step`, what is pending first."""
         ids = self.checked(token_ids)
         if len(ids) != held.kv.batch:
-            raise UsageError("step takes one token for each sequence", seen=f"{len(ids)} tokens", allowed=held.kv.batch)
+            raise UsageError(
+                "step takes one token for each sequence", seen=f"{len(ids)} tokens", allowed=held.kv.batch
+            )
         if any(held.pending):
             waiting = np.array([bool(tokens) for tokens in held.pending])
             if active is not None:
@@ -155,7 +162,9 @@ class Feeder:
             if self._compress_once and not active.all():
                 counts = active.astype(np.int64)
         reach = max(lengths.tolist())
-        logits = self._call(held, reach, ids[:, None], start[:, None], np.zeros((len(ids), 1), np.int64), counts, False)
+        logits = self._call(
+            held, reach, ids[:, None], start[:, None], np.zeros((len(ids), 1), np.int64), counts, False
+        )
         held.lengths, held.last = lengths, ids
         return logits[:, 0].copy()
 
@@ -163,13 +172,22 @@ class Feeder:
         held.kv.require_room(tokens, "the bundle's capacity is exhausted")
 
     def _call(
-        self, held: Sequences, reach: int, ids: Ids, positions: Ids, logits_index: Ids, lengths: Ids | None, shrink: bool
-    ) -> Logits:  # fmt: skip
+        self,
+        held: Sequences,
+        reach: int,
+        ids: Ids,
+        positions: Ids,
+        logits_index: Ids,
+        lengths: Ids | None,
+        shrink: bool,
+    ) -> Logits:
         """As `Decoder.run`; no sequence is longer than `reach` afterwards."""
         require_whole(held)
         if self.decoder.cache is not held.kv:
             self.decoder.use(held.kv)
-        held.kv.reserve(reach)  # where there is no room, nothing was done; whatever fails later leaves the cache half written
+        held.kv.reserve(
+            reach
+        )  # where there is no room, nothing was done; whatever fails later leaves the cache half written
         held.broken = True
         logits = self.decoder.run(ids, positions, logits_index, lengths=lengths, shrink=shrink)
         held.broken = False
@@ -188,6 +206,8 @@ def require_batch(held: Sequences, prompts: int) -> None:
     """
     if prompts != held.kv.batch:
         raise UsageError(
-            "the cache holds another number of sequences", seen=f"{prompts} prompts", allowed=held.kv.batch,
+            "the cache holds another number of sequences",
+            seen=f"{prompts} prompts",
+            allowed=held.kv.batch,
             fix=f"give each sequence a prompt, or make another cache: session.new_cache(batch={prompts})",
-        )  # fmt: skip
+        )

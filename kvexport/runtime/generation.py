@@ -108,9 +108,14 @@ class TokenLoop:
     """
 
     def __init__(
-        self, held: Held, prompts: Sequence[Sequence[int]], max_new_tokens: int, stop: Stop, sampling: Sampling,
+        self,
+        held: Held,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        stop: Stop,
+        sampling: Sampling,
         tokenizer: Tokenizer | None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Nothing is run yet. Without a tokenizer there is no text, nor one to stop at.
 
         Raises:

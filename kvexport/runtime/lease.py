@@ -53,7 +53,9 @@ class Held:
     def before(self, row: int) -> list[int]:
         """The tokens that came last in a sequence, two at most, which is what decoding the next ones must see."""
         held = self._sequences
-        return [] if self._cache is None or not held.lengths[row] else [int(held.last[row]), *held.pending[row]]
+        return (
+            [] if self._cache is None or not held.lengths[row] else [int(held.last[row]), *held.pending[row]]
+        )
 
     def choose(self, row: int, token: int) -> None:
         """Let this token be the next of a sequence: it is pending."""
@@ -70,7 +72,10 @@ class Held:
             return logits
 
     def _require_untouched(self) -> None:
-        if self._session._sequences(self._cache) is not self._sequences or self._sequences.changes != self._changes:
+        if (
+            self._session._sequences(self._cache) is not self._sequences
+            or self._sequences.changes != self._changes
+        ):
             raise UsageError(
                 "another call has used the sequences that this generation goes on with",
                 fix="give each conversation a cache of its own: cache=session.new_cache()",

@@ -11,9 +11,14 @@ from kvexport.runtime.session import CHUNK, Session
 
 
 def open_bundle(
-    path: Path | str, *, provider: str = "auto", threads: int | None = None, chunk: int = CHUNK, compress_once: bool = False,
+    path: Path | str,
+    *,
+    provider: str = "auto",
+    threads: int | None = None,
+    chunk: int = CHUNK,
+    compress_once: bool = False,
     verify: bool = True,
-) -> Session:  # fmt: skip
+) -> Session:
     """Open a bundle for generation.
 
     Args:
@@ -32,7 +37,9 @@ def open_bundle(
     with ThreadPoolExecutor(1) as pool:
         hashed = pool.submit(_verify_weights, bundle, chosen) if verify else pool.submit(lambda: None)
         try:
-            session = Session(bundle, provider=chosen, threads=threads, chunk=chunk, compress_once=compress_once)
+            session = Session(
+                bundle, provider=chosen, threads=threads, chunk=chunk, compress_once=compress_once
+            )
         finally:
             hashed.result()  # damage explains whatever else went wrong
     return session

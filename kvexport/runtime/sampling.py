@@ -29,9 +29,19 @@ class Sampling:
     def __post_init__(self) -> None:
         for name, value, allowed, passed in (
             ("temperature", self.temperature, "0 or more", 0 <= self.temperature < np.inf),
-            ("top_k", self.top_k, "a whole number, 1 or more", self.top_k is None or (is_whole(self.top_k) and self.top_k >= 1)),
+            (
+                "top_k",
+                self.top_k,
+                "a whole number, 1 or more",
+                self.top_k is None or (is_whole(self.top_k) and self.top_k >= 1),
+            ),
             ("top_p", self.top_p, "above 0, at most 1", self.top_p is None or 0 < self.top_p <= 1),
-            ("seed", self.seed, "a whole number, 0 or more", self.seed is None or (is_whole(self.seed) and self.seed >= 0)),
+            (
+                "seed",
+                self.seed,
+                "a whole number, 0 or more",
+                self.seed is None or (is_whole(self.seed) and self.seed >= 0),
+            ),
         ):
             if not passed:
                 raise UsageError(f"{name} is out of range", seen=value, allowed=allowed)
@@ -49,9 +59,10 @@ class Sampling:
         likeliest = int(logits.argmax())
         if not np.isfinite(logits[likeliest]):  # argmax finds a NaN, if there is one
             raise BundleError(
-                "the model's logits are not finite", seen=logits[likeliest],
+                "the model's logits are not finite",
+                seen=logits[likeliest],
                 fix="where the bundle's dtype is float16, build it with --dtype float32: a value of this model overflows",
-            )  # fmt: skip
+            )
         if self.temperature == 0:
             return likeliest
         tokens, weights = self._candidates(logits.astype(np.float64))
@@ -86,8 +97,12 @@ def _likeliest(weights: NDArray[np.float64], count: int) -> NDArray[np.int64]:
 
 def _nucleus(weights: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
     """Indices of the fewest largest weights that sum to `mass`, the largest first."""
-    likeliest = _likeliest(weights, min(_FIRST, len(weights)))  # most often enough: a large vocabulary is slow to sort
+    likeliest = _likeliest(
+        weights, min(_FIRST, len(weights))
+    )  # most often enough: a large vocabulary is slow to sort
     if weights[likeliest].sum() < mass:
-        negligible = (weights.sum() - mass) / len(weights)  # all that weigh no more than this make up less than the rest
+        negligible = (weights.sum() - mass) / len(
+            weights
+        )  # all that weigh no more than this make up less than the rest
         likeliest = _likeliest(weights, max(1, int((weights > negligible).sum())))
     return likeliest[: int(weights[likeliest].cumsum().searchsorted(mass)) + 1]

@@ -51,9 +51,14 @@ class Session:
     """
 
     def __init__(
-        self, bundle: Bundle, *, provider: str | Provider = "auto", threads: int | None = None, chunk: int = CHUNK,
+        self,
+        bundle: Bundle,
+        *,
+        provider: str | Provider = "auto",
+        threads: int | None = None,
+        chunk: int = CHUNK,
         compress_once: bool = False,
-    ) -> None:  # fmt: skip
+    ) -> None:
         """Load the graph or the engine; hashes nothing (see `kvexport.open`).
 
         Args:
@@ -80,8 +85,9 @@ class Session:
         if compress_once and chosen.name == "tensorrt":
             raise UsageError(
                 "an engine's cache has the size of the budget from the start, and cannot hold a longer prompt whole",
-                seen="compress_once", fix="leave it out, or run without the engine: --provider cuda or cpu",
-            )  # fmt: skip
+                seen="compress_once",
+                fix="leave it out, or run without the engine: --provider cuda or cpu",
+            )
         self.bundle, self.provider, self._compress_once = bundle, chosen.name, compress_once
         self._guard, self._caches = Guard(), weakref.WeakSet[Cache]()
         self._digest = manifest_digest(bundle.path)
@@ -95,7 +101,9 @@ class Session:
         with self._guard:
             return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.close()
 
     def close(self) -> None:
@@ -151,8 +159,11 @@ class Session:
             return self._cache_of(Sequences(kv, state.lengths, state.last, state.pending))
 
     def prefill(
-        self, prompts: str | list[str] | Sequence[Sequence[int]] | Sequence[int], *, cache: Cache | None = None
-    ) -> Logits:  # fmt: skip
+        self,
+        prompts: str | list[str] | Sequence[Sequence[int]] | Sequence[int],
+        *,
+        cache: Cache | None = None,
+    ) -> Logits:
         """Feed prompts of any lengths, token ids or text; returns the logits [B, vocab] after each one's last token.
 
         Args:
@@ -165,11 +176,15 @@ class Session:
         with self._guard:
             held = None if cache is None else self._sequences(cache)
             given = _batched(prompts) if cache is None or len(prompts) else [prompts]
-            rows = [self._feeder.checked(self._encode(prompt, cache, row)) for row, prompt in enumerate(given)]
+            rows = [
+                self._feeder.checked(self._encode(prompt, cache, row)) for row, prompt in enumerate(given)
+            ]
             counts = self._feeder.counted(held, rows)
             return self._feeder.prefill(held or self._begin(len(rows), int(counts.max())), rows, counts)
 
-    def step(self, token_ids: ArrayLike, active: Active | None = None, *, cache: Cache | None = None) -> Logits:
+    def step(
+        self, token_ids: ArrayLike, active: Active | None = None, *, cache: Cache | None = None
+    ) -> Logits:
         """One more token [B] for every sequence; returns the logits [B, vocab] after it.
 
         Sequences that are not `active` [B] stay as they are: whatever their token here, their last one is run again
@@ -203,20 +218,42 @@ class Session:
 
     @overload
     def generate(
-        self, prompt: str | Sequence[int], *, max_new_tokens: int = ..., temperature: float | None = ..., top_k: int | None = ...,
-        top_p: float | None = ..., seed: int | None = ..., stop: Stops | None = ..., cache: Cache | None = ...,
-    ) -> Generation: ...  # fmt: skip
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stop: Stops | None = ...,
+        cache: Cache | None = ...,
+    ) -> Generation: ...
     @overload
     def generate(
-        self, prompt: list[str] | Sequence[Sequence[int]], *, max_new_tokens: int = ..., temperature: float | None = ...,
-        top_k: int | None = ..., top_p: float | None = ..., seed: int | None = ..., stop: Stops | None = ...,
+        self,
+        prompt: list[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = ...,
+        temperature: float | None = ...,
+        top_k: int | None = ...,
+        top_p: float | None = ...,
+        seed: int | None = ...,
+        stop: Stops | None = ...,
         cache: Cache | None = ...,
-    ) -> list[Generation]: ...  # fmt: skip
+    ) -> list[Generation]: ...
     def generate(
-        self, prompt: Prompt | list[str] | Sequence[Sequence[int]], *, max_new_tokens: int = 128,
-        temperature: float | None = None, top_k: int | None = None, top_p: float | None = None, seed: int | None = None,
-        stop: Stops | None = None, cache: Cache | None = None,
-    ) -> Generation | list[Generation]:  # fmt: skip
+        self,
+        prompt: Prompt | list[str] | Sequence[Sequence[int]],
+        *,
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Stops | None = None,
+        cache: Cache | None = None,
+    ) -> Generation | list[Generation]:
         """Generate after a prompt, text or token ids; or after each of several, all at once.
 
         Args:
@@ -236,7 +273,9 @@ class Session:
         """
         if not isinstance(prompt, Iterable):
             raise UsageError(
-                "a prompt is neither text nor token ids", seen=repr(prompt)[:80], allowed="text, token ids, or a list"
+                "a prompt is neither text nor token ids",
+                seen=repr(prompt)[:80],
+                allowed="text, token ids, or a list",
             )
         single = isinstance(prompt, str) or _is_ids(prompt)
         options = max_new_tokens, _sampling(temperature, top_k, top_p, seed), stop, cache
@@ -245,9 +284,17 @@ class Session:
         return made[0] if single else made
 
     def stream(
-        self, prompt: Prompt, *, max_new_tokens: int = 128, temperature: float | None = None, top_k: int | None = None,
-        top_p: float | None = None, seed: int | None = None, stop: Stops | None = None, cache: Cache | None = None,
-    ) -> Stream:  # fmt: skip
+        self,
+        prompt: Prompt,
+        *,
+        max_new_tokens: int = 128,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        seed: int | None = None,
+        stop: Stops | None = None,
+        cache: Cache | None = None,
+    ) -> Stream:
         """The text of `generate`, with its arguments, piece by piece as it is made; one that is left early can be gone on with.
 
         Raises:
@@ -255,7 +302,9 @@ class Session:
         """
         self._require_tokenizer()
         with self._guard:
-            return Stream(self._loop([prompt], max_new_tokens, _sampling(temperature, top_k, top_p, seed), stop, cache))
+            return Stream(
+                self._loop([prompt], max_new_tokens, _sampling(temperature, top_k, top_p, seed), stop, cache)
+            )
 
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text.
@@ -286,8 +335,9 @@ class Session:
         if system is not None:
             raise UsageError(
                 f"the bundle {self.bundle.path} has no chat template, so that there is no place for a system text",
-                seen=system[:80], fix="put it at the beginning of the first text",
-            )  # fmt: skip
+                seen=system[:80],
+                fix="put it at the beginning of the first text",
+            )
         return text
 
     def memory(self, cache: Cache | None = None) -> Memory:
@@ -326,19 +376,28 @@ class Session:
     def _require_going_on(self) -> None:
         if self._compress_once:
             raise UsageError(
-                "a session that compresses a prompt once cannot go on with another cache", seen="compress_once",
+                "a session that compresses a prompt once cannot go on with another cache",
+                seen="compress_once",
                 fix="leave compress_once out",
-            )  # fmt: skip
+            )
 
     def _loop(
-        self, prompts: Sequence[Prompt], max_new_tokens: int, sampling: Sampling, stop: Stops | None, cache: Cache | None
+        self,
+        prompts: Sequence[Prompt],
+        max_new_tokens: int,
+        sampling: Sampling,
+        stop: Stops | None,
+        cache: Cache | None,
     ) -> TokenLoop:
         ends = Stop.of(stop, self.bundle.model.eos_token_ids, self.bundle.model.vocab_size)
         if ends.texts:
             self._require_tokenizer()
         if cache is not None:
             require_batch(self._sequences(cache), len(prompts))
-        ids = [self._feeder.checked(self._encode(prompt, cache, row)).tolist() for row, prompt in enumerate(prompts)]
+        ids = [
+            self._feeder.checked(self._encode(prompt, cache, row)).tolist()
+            for row, prompt in enumerate(prompts)
+        ]
         return TokenLoop(Held(self, cache), ids, max_new_tokens, ends, sampling, self._tokenizer)
 
     def _require_tokenizer(self) -> Tokenizer:
@@ -357,7 +416,9 @@ class Session:
         if held is not None and row < held.kv.batch and not held.begins(row):
             return tokenizer.encode(prompt, special=False)
         bos = self.bundle.model.bos_token_id
-        return tokenizer.encode(prompt, special=not isinstance(prompt, Turn)) or ([] if bos is None else [bos])
+        return tokenizer.encode(prompt, special=not isinstance(prompt, Turn)) or (
+            [] if bos is None else [bos]
+        )
 
 
 def _require_batch(batch: int) -> None:
@@ -365,7 +426,9 @@ def _require_batch(batch: int) -> None:
         raise UsageError("the batch is empty", seen=batch, allowed="1 sequence or more")
 
 
-def _sampling(temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None) -> Sampling:
+def _sampling(
+    temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+) -> Sampling:
     if temperature is None:
         temperature = 0.0 if top_k is None and top_p is None else 1.0
     return Sampling(temperature, top_k, top_p, seed)

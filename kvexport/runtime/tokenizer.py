@@ -84,7 +84,9 @@ class Tokenizer:
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
-            raise UsageError("the prompt is not valid text", seen=repr(text[error.start : error.end])) from error
+            raise UsageError(
+                "the prompt is not valid text", seen=repr(text[error.start : error.end])
+            ) from error
         return list(self._backend.encode(text, add_special_tokens=special).ids)
 
     def decode(self, ids: Sequence[int]) -> str:
@@ -168,4 +170,6 @@ class StopTexts:
     def _begun(self, text: str) -> int:
         """Characters at the end of a text that may begin one of those to stop at."""
         longest = min(len(text), max(map(len, self._texts), default=1) - 1)
-        return next((n for n in range(longest, 0, -1) if any(each.startswith(text[-n:]) for each in self._texts)), 0)
+        return next(
+            (n for n in range(longest, 0, -1) if any(each.startswith(text[-n:]) for each in self._texts)), 0
+        )

@@ -11,7 +11,16 @@ from kvexport.validate.verdict import ValidationReport, judge
 if TYPE_CHECKING:
     from kvexport.validate.evaluate import Evaluation, evaluate
 
-__all__ = ["Evaluation", "TwinRecorder", "ValidationReport", "evaluate", "judge", "prove", "read_twin", "validate"]
+__all__ = [
+    "Evaluation",
+    "TwinRecorder",
+    "ValidationReport",
+    "evaluate",
+    "judge",
+    "prove",
+    "read_twin",
+    "validate",
+]
 
 
 def __getattr__(name: str) -> Any:

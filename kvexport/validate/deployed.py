@@ -37,9 +37,13 @@ _PACKAGES = ("onnx_ir", "onnxruntime", "psutil")
 
 
 def run_deployed(
-    bundle: Bundle, input_ids: NDArray[np.int64], prefill: int, progress: Progress, provider: Provider | None = None,
+    bundle: Bundle,
+    input_ids: NDArray[np.int64],
+    prefill: int,
+    progress: Progress,
+    provider: Provider | None = None,
     slots: Mapping[int, TwinSlots] | None = None,
-) -> dict[str, Array]:  # fmt: skip
+) -> dict[str, Array]:
     """Feed `input_ids` [T] to the bundle: `prefill` of them in chunks, the others one by one.
 
     On ONNX Runtime the graph is a copy with taps of the very file that is deployed on `provider` (None: on the CPU). An
@@ -71,11 +75,23 @@ def run_deployed(
     from kvexport.runtime.backends.ort import OrtDecoder
     from kvexport.runtime.backends.select import new_cache
 
-    names = {tap(layer): array_name(layer, kind) for layer in range(len(bundle.layers)) for kind, tap in _TAPS.items()}
+    names = {
+        tap(layer): array_name(layer, kind)
+        for layer in range(len(bundle.layers))
+        for kind, tap in _TAPS.items()
+    }
     session, dtype = _tapped_session(bundle, provider)
     cache = new_cache(bundle, provider, dtype, fill=GARBAGE, step=_GROWTH, slots=budget)
     decoder = OrtDecoder(session, cache, extra_outputs=list(names))
-    return _fed(decoder, input_ids, prefill, progress, _CHUNK, slots, lambda: {names[tap]: decoder.extra[tap] for tap in names})
+    return _fed(
+        decoder,
+        input_ids,
+        prefill,
+        progress,
+        _CHUNK,
+        slots,
+        lambda: {names[tap]: decoder.extra[tap] for tap in names},
+    )
 
 
 def computed_in(dtype: str, provider: str) -> str:
@@ -84,9 +100,14 @@ def computed_in(dtype: str, provider: str) -> str:
 
 
 def _fed(
-    decoder: Decoder, input_ids: NDArray[np.int64], prefill: int, progress: Progress, chunk: int,
-    slots: Mapping[int, TwinSlots], taps: Callable[[], dict[str, Array]] = dict,
-) -> dict[str, Array]:  # fmt: skip
+    decoder: Decoder,
+    input_ids: NDArray[np.int64],
+    prefill: int,
+    progress: Progress,
+    chunk: int,
+    slots: Mapping[int, TwinSlots],
+    taps: Callable[[], dict[str, Array]] = dict,
+) -> dict[str, Array]:
     """What the decoder gives: logits, what `taps` [1, S, hidden] are after a call, and what it left in the cache."""
     tokens, cache = len(input_ids), decoder.cache
     pieces: dict[str, list[Array]] = {}
@@ -106,7 +127,9 @@ def _fed(
             progress.advance()
     measured = {name: np.concatenate(each) for name, each in pieces.items()}
     for layer in range(cache.num_layers):
-        for which, buffer in () if layer in slots else zip((KEY, VALUE), cache.layer_in_float32(layer), strict=True):
+        for which, buffer in (
+            () if layer in slots else zip((KEY, VALUE), cache.layer_in_float32(layer), strict=True)
+        ):
             measured[array_name(layer, which)] = heads_side_by_side(buffer, tokens)
     return measured
 
@@ -126,7 +149,9 @@ def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.Inf
     options = session_options(None)
     if provider.name == "cpu":
         return _loaded(lambda: copy.session(options)), dtype
-    options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(copy.folder.resolve()))
+    options.add_session_config_entry(
+        "session.model_external_initializers_file_folder_path", str(copy.folder.resolve())
+    )
     return _loaded(lambda: session_on(provider.name, copy.model, options)), dtype
 
 

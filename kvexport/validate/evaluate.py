@@ -44,9 +44,15 @@ class Evaluation:
 
 
 def evaluate(
-    bundle: Path, checkpoint: Path, text: Path, progress: Progress, *, length: int = 256, samples: int | None = None,
+    bundle: Path,
+    checkpoint: Path,
+    text: Path,
+    progress: Progress,
+    *,
+    length: int = 256,
+    samples: int | None = None,
     provider: str = "auto",
-) -> Evaluation:  # fmt: skip
+) -> Evaluation:
     """Run the trained model and the bundle, teacher-forced, over windows of `length` tokens of a text.
 
     Args:
@@ -73,7 +79,9 @@ def evaluate(
         )
     session = open_bundle(bundle, provider=provider)
     if length > session.capacity:
-        raise UsageError("--length exceeds the bundle's capacity", seen=length, allowed=f"at most {session.capacity}")
+        raise UsageError(
+            "--length exceeds the bundle's capacity", seen=length, allowed=f"at most {session.capacity}"
+        )
     windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)
     stream = original_stream(decoder, windows, progress)
     meter = DivergenceMeter()
@@ -98,7 +106,9 @@ def divergence_of(original: Decoder, converted: Decoder, windows: Tensor) -> Div
     meter, silent = DivergenceMeter(), Progress()
     streams = (original_stream(decoder, windows, silent) for decoder in (original, converted))
     for window, ours, theirs in zip(windows, *streams, strict=True):
-        meter.add(reference.logits(original, ours[None]), reference.logits(converted, theirs[None]), window[None])
+        meter.add(
+            reference.logits(original, ours[None]), reference.logits(converted, theirs[None]), window[None]
+        )
     return meter.finish()
 
 

@@ -71,7 +71,9 @@ def compare(name: str, measured: Array, reference: Array, gate: Gate) -> Differe
         "norm_ratio": abs(ratio - 1) <= gate.norm_ratio,
         "max_error": error <= gate.max_error,
     }
-    return Difference(name, cosine, ratio, error, tuple(check for check, passed in checks.items() if not passed))
+    return Difference(
+        name, cosine, ratio, error, tuple(check for check, passed in checks.items() if not passed)
+    )
 
 
 def greedy_agreement(measured: Array, reference: Array, gate: Gate) -> float:

@@ -41,15 +41,23 @@ if TYPE_CHECKING:
 Array = NDArray[np.float32]
 Call = dict[str, NDArray[Any]]  # what is known of one call so far: values of the graph by name
 
-COMPUTED_IN = {"float32": "float32", "float16": "float16", "bfloat16": "float32"}  # what ONNX Runtime's CPU has kernels for
+COMPUTED_IN = {
+    "float32": "float32",
+    "float16": "float16",
+    "bfloat16": "float32",
+}  # what ONNX Runtime's CPU has kernels for
 GARBAGE = 100.0  # what slots of the cache hold before they are written
 _SPARE = 16  # slots that no token is written to
 
 
 def run_layerwise(
-    directory: Path, contract: GraphContract, input_ids: NDArray[np.int64], prefill: int, progress: Progress,
+    directory: Path,
+    contract: GraphContract,
+    input_ids: NDArray[np.int64],
+    prefill: int,
+    progress: Progress,
     slots: Mapping[int, TwinSlots] | None = None,
-) -> dict[str, Array]:  # fmt: skip
+) -> dict[str, Array]:
     """Feed `input_ids` [T] to decoder.onnx in `directory`: `prefill` of them at once, the others one by one.
 
     The weights of one part are in memory at a time. A bfloat16 graph computes in float32, on the same weights.
@@ -80,18 +88,25 @@ def run_layerwise(
         caches[names[STATE]].update_inplace(slots[layer].state(stops[call])[:, None])
 
     with progress.stage("Proving the graph", contract.num_layers + 2):
-        for index, part in enumerate(parts(directory / GRAPH_FILE, contract.num_layers, in_float32=dtype != contract.dtype)):
+        for index, part in enumerate(
+            parts(directory / GRAPH_FILE, contract.num_layers, in_float32=dtype != contract.dtype)
+        ):
             layer = index - 1  # the first part is the embedding
             look = partial(after, layer=layer) if layer in slots else None
             _run_part(part.session(_options()), calls, caches, look)
             del part  # before the next one is made
             return_freed()
             progress.advance()
-    measured = {"logits": _joined(calls, "logits"), **{name: np.concatenate(rows) for name, rows in seen.items()}}
+    measured = {
+        "logits": _joined(calls, "logits"),
+        **{name: np.concatenate(rows) for name, rows in seen.items()},
+    }
     for layer in range(contract.num_layers):
         if layer not in slots:
             for which in (KEY, VALUE):
-                measured[array_name(layer, which)] = heads_side_by_side(caches[past(layer, which)].numpy(), tokens)
+                measured[array_name(layer, which)] = heads_side_by_side(
+                    caches[past(layer, which)].numpy(), tokens
+                )
         measured[array_name(layer, "attention")] = _joined(calls, attention_tap(layer))
         measured[array_name(layer, "residual")] = _joined(calls, residual_tap(layer))
     return measured
@@ -113,7 +128,9 @@ def _call(ids: NDArray[np.int64], start: int, budget: int | None) -> Call:
     }
 
 
-def _caches(contract: GraphContract, dtype: str, slots: int, budget: int | None) -> dict[str, onnxruntime.OrtValue]:
+def _caches(
+    contract: GraphContract, dtype: str, slots: int, budget: int | None
+) -> dict[str, onnxruntime.OrtValue]:
     """Buffers by the name of the input, nothing written yet."""
     from onnxruntime import OrtValue
 
@@ -129,12 +146,16 @@ def _caches(contract: GraphContract, dtype: str, slots: int, budget: int | None)
 
 
 def _run_part(
-    session: onnxruntime.InferenceSession, calls: list[Call], caches: dict[str, onnxruntime.OrtValue],
+    session: onnxruntime.InferenceSession,
+    calls: list[Call],
+    caches: dict[str, onnxruntime.OrtValue],
     after: Callable[[int], None] | None,
-) -> None:  # fmt: skip
+) -> None:
     """Run every call through one part, and `after` each; what it gives is added to the call, or written to the cache in place."""
     inputs = [value.name for value in session.get_inputs()]
-    written = {value.name: value.name.replace("present", "past_key_values") for value in session.get_outputs()}
+    written = {
+        value.name: value.name.replace("present", "past_key_values") for value in session.get_outputs()
+    }
     given = [name for name, cache in written.items() if cache not in caches]
     for index, call in enumerate(calls):
         binding = session.io_binding()

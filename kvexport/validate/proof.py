@@ -20,7 +20,9 @@ from kvexport.validate.slots import twin_slots
 from kvexport.validate.verdict import ValidationReport, judge
 
 
-def prove(directory: Path, contract: GraphContract, progress: Progress, eviction: Eviction | None = None) -> ValidationReport:
+def prove(
+    directory: Path, contract: GraphContract, progress: Progress, eviction: Eviction | None = None
+) -> ValidationReport:
     """Compare the graph in `directory` with the twin recorded beside it, one layer in memory at a time.
 
     Raises:
@@ -29,7 +31,9 @@ def prove(directory: Path, contract: GraphContract, progress: Progress, eviction
     twin = read_twin(directory / FILE, contract.num_layers, eviction)
     ids = twin["input_ids"]
     prefill = prefill_of(len(ids), eviction)
-    measured = run_layerwise(directory, contract, ids, prefill, progress, twin_slots(twin, eviction, contract.num_layers))
+    measured = run_layerwise(
+        directory, contract, ids, prefill, progress, twin_slots(twin, eviction, contract.num_layers)
+    )
     return judge(contract.dtype, COMPUTED_IN[contract.dtype], measured, twin, prefill)
 
 
@@ -51,7 +55,10 @@ def validate(path: Path, progress: Progress, provider: str = "auto") -> Validati
         chosen.engine.verify()
     twin = read_twin(path / FILE, len(bundle.layers), bundle.eviction)
     ids = twin["input_ids"]
-    prefill, slots = prefill_of(len(ids), bundle.eviction), twin_slots(twin, bundle.eviction, len(bundle.layers))
+    prefill, slots = (
+        prefill_of(len(ids), bundle.eviction),
+        twin_slots(twin, bundle.eviction, len(bundle.layers)),
+    )
     measured = run_deployed(bundle, ids, prefill, progress, chosen, slots)
     shown = {name: array for name, array in twin.items() if name == "input_ids" or name in measured}
     return judge(bundle.dtype, computed_in(bundle.dtype, chosen.name), measured, shown, prefill, chosen.name)

@@ -39,15 +39,21 @@ class TwinRecorder:
     layers that evict it is as long as it takes to do so, in fewer slots than the budget.
     """
 
-    def __init__(self, decoder: Decoder, token_ids: Tensor, capacity: int, eviction: Eviction | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, token_ids: Tensor, capacity: int, eviction: Eviction | None = None
+    ) -> None:
         import torch
 
         from kvexport.model import reference
 
         self._reference = reference
         self._decoder = decoder
-        wanted = PREFILL + STEPS if eviction is None else max(PREFILL + STEPS, eviction.proof_slots + _EVICTED)
-        filler = torch.randint(decoder.limits.vocab_size, (wanted,), generator=torch.Generator().manual_seed(0))
+        wanted = (
+            PREFILL + STEPS if eviction is None else max(PREFILL + STEPS, eviction.proof_slots + _EVICTED)
+        )
+        filler = torch.randint(
+            decoder.limits.vocab_size, (wanted,), generator=torch.Generator().manual_seed(0)
+        )
         self._ids = torch.cat((token_ids.flatten(), filler))[: min(wanted, capacity)][None]  # [1, T]
         self._eviction, self._capacity = eviction, capacity
         self._x = reference.embed(decoder.embedding, self._ids)
@@ -67,7 +73,9 @@ class TwinRecorder:
         heads = {"key": taps.key, "value": taps.value}  # [1, Hkv, T, width]
         flat = {"attention": taps.attention, "residual": taps.residual}  # [1, T, hidden]
         for kind, tensor in heads.items():
-            self._arrays[array_name(self._layers, kind)] = tensor[0].float().transpose(0, 1).flatten(1).numpy()
+            self._arrays[array_name(self._layers, kind)] = (
+                tensor[0].float().transpose(0, 1).flatten(1).numpy()
+            )
         for kind, tensor in flat.items():
             self._arrays[array_name(self._layers, kind)] = tensor[0].float().numpy()
         self._layers += 1
@@ -82,22 +90,33 @@ class TwinRecorder:
         attention = layer.attention
         widths, tokens = (attention.key_dim, attention.value_dim), self._ids.shape[1]
         cache = EvictingCache.empty(
-            1, attention.num_kv_heads, widths, self._x.dtype, eviction, self._layers, self._capacity, attention.window,
+            1,
+            attention.num_kv_heads,
+            widths,
+            self._x.dtype,
+            eviction,
+            self._layers,
+            self._capacity,
+            attention.window,
             eviction.proof_slots,
-        )  # fmt: skip
+        )
         seen: list[LayerTaps] = []
         kept: dict[str, list[Tensor]] = {name: [] for name in NAMES}
         starts = [0, *range(prefill_of(tokens, eviction), tokens)]
         for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
             positions = torch.arange(start, stop)[None]
-            seen.append(self._reference.run_layer(layer, self._x[:, start:stop], positions, self._decoder.rope, cache))
+            seen.append(
+                self._reference.run_layer(layer, self._x[:, start:stop], positions, self._decoder.rope, cache)
+            )
             slot = (cache.positions[0, :, None] == positions[0, :, None]).int().argmax(-1)  # [N, n]
             kept["slot"].append(slot.T)
             kept["score"].append(cache.state[0, ..., SCORE].gather(1, slot).T)
         for name, parts in kept.items():
             self._arrays[array_name(self._layers, name)] = torch.cat(parts).float().numpy()
         key, value = (torch.cat([getattr(each, which) for each in seen], 2) for which in ("key", "value"))
-        attended, residual = (torch.cat([getattr(each, which) for each in seen], 1) for which in ("attention", "residual"))
+        attended, residual = (
+            torch.cat([getattr(each, which) for each in seen], 1) for which in ("attention", "residual")
+        )
         return type(seen[0])(key, value, attended, residual)
 
     def save(self, directory: Path) -> None:
@@ -135,10 +154,16 @@ def read_twin(path: Path, num_layers: int, eviction: Eviction | None = None) -> 
             arrays = dict(file)
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
         raise BundleError(f"{path} cannot be read: {error}", fix="build the bundle again") from error
-    kinds = {layer: (*KINDS, *NAMES) if eviction is not None and eviction.evicts(layer) else KINDS for layer in range(num_layers)}
+    kinds = {
+        layer: (*KINDS, *NAMES) if eviction is not None and eviction.evicts(layer) else KINDS
+        for layer in range(num_layers)
+    }
     wanted = {"input_ids", "logits"} | {array_name(layer, kind) for layer in kinds for kind in kinds[layer]}
     if set(arrays) != wanted:
         raise BundleError(
-            f"{path} is incomplete", seen=f"{len(arrays)} arrays", allowed=len(wanted), fix="build the bundle again"
+            f"{path} is incomplete",
+            seen=f"{len(arrays)} arrays",
+            allowed=len(wanted),
+            fix="build the bundle again",
         )
     return arrays

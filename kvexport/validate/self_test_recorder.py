@@ -55,8 +55,14 @@ class GreedyRecorder:
     """
 
     def __init__(
-        self, decoder: Decoder, token_ids: Tensor, capacity: int, eviction: Eviction | None, dtype: str, folder: Path
-    ) -> None:  # fmt: skip
+        self,
+        decoder: Decoder,
+        token_ids: Tensor,
+        capacity: int,
+        eviction: Eviction | None,
+        dtype: str,
+        folder: Path,
+    ) -> None:
         """
         Args:
             dtype: of the bundle.
@@ -75,7 +81,9 @@ class GreedyRecorder:
         self._ids: list[int] = torch.cat((token_ids.flatten(), filler))[:prompt].tolist()
         self._prompt = prompt
         self._first_row = max(0, prompt - PROMPT)
-        self._indices = sorted(np.random.default_rng(0).choice(vocab, min(_LOGITS, vocab), replace=False).tolist())
+        self._indices = sorted(
+            np.random.default_rng(0).choice(vocab, min(_LOGITS, vocab), replace=False).tolist()
+        )
         self._caches: list[reference.Cache] = []
         self._rows: list[Row] = []
 
@@ -85,11 +93,20 @@ class GreedyRecorder:
         cache: reference.Cache
         if self._eviction is not None and self._eviction.evicts(len(self._caches)):
             cache = EvictingCache.empty(
-                1, attention.num_kv_heads, widths, torch.float32, self._eviction, len(self._caches), self._capacity,
-                attention.window, self._slots,
-            )  # fmt: skip
+                1,
+                attention.num_kv_heads,
+                widths,
+                torch.float32,
+                self._eviction,
+                len(self._caches),
+                self._capacity,
+                attention.window,
+                self._slots,
+            )
         else:
-            cache = reference.LayerCache(*(torch.zeros(1, attention.num_kv_heads, tokens, width) for width in widths))
+            cache = reference.LayerCache(
+                *(torch.zeros(1, attention.num_kv_heads, tokens, width) for width in widths)
+            )
         torch.save(_in(layer, self._dtype), self._file(len(self._caches)))
         self._caches.append(cache)
 
@@ -106,7 +123,9 @@ class GreedyRecorder:
         """Write self_test.json, once it is recorded."""
         prompt, continuation = tuple(self._ids[: self._prompt]), tuple(self._ids[self._prompt :])
         rows, indices = tuple(self._rows), tuple(self._indices)
-        vectors = Vectors(weights_sha256, self._slots, prompt, continuation, self._first_row, indices, rows, TOLERANCES)
+        vectors = Vectors(
+            weights_sha256, self._slots, prompt, continuation, self._first_row, indices, rows, TOLERANCES
+        )
         write_vectors(directory, vectors)
 
     def _fed(self, ids: Sequence[int], progress: Progress) -> Tensor:
@@ -162,7 +181,9 @@ def _in(part: Any, dtype: torch.dtype) -> Any:
     """
     if is_dataclass(part) and not isinstance(part, type):
         kept = {each.name: getattr(part, each.name) for each in fields(part)}
-        return replace(part, **{name: _in(value, dtype) for name, value in kept.items() if name != "alibi_slopes"})
+        return replace(
+            part, **{name: _in(value, dtype) for name, value in kept.items() if name != "alibi_slopes"}
+        )
     if isinstance(part, Tensor) and part.is_floating_point():
         part = part.detach().to(dtype)
         return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()

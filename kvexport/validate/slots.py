@@ -52,14 +52,20 @@ class TwinSlots:
             says that they are, -1 where it has none of that position.
         """
         heads, where = np.arange(len(self._state)), self._slot[start:stop]  # [n, N]
-        rows = {name: cache[heads, where].astype(np.float32) for name, cache in caches.items()}  # [n, N, width]
-        stored = caches["state"][None, :, :, STORED] == np.arange(start + 1, stop + 1)[:, None, None]  # [n, N, slots]
+        rows = {
+            name: cache[heads, where].astype(np.float32) for name, cache in caches.items()
+        }  # [n, N, width]
+        stored = (
+            caches["state"][None, :, :, STORED] == np.arange(start + 1, stop + 1)[:, None, None]
+        )  # [n, N, slots]
         slot = np.where(stored.any(2), stored.argmax(2), -1).astype(np.float32)
         side_by_side = {name: rows[name].reshape(stop - start, -1) for name in ("key", "value")}
         return {**side_by_side, "score": rows["state"][..., SCORE], "slot": slot}
 
 
-def twin_slots(twin: Mapping[str, NDArray[Any]], eviction: Eviction | None, num_layers: int) -> dict[int, TwinSlots]:
+def twin_slots(
+    twin: Mapping[str, NDArray[Any]], eviction: Eviction | None, num_layers: int
+) -> dict[int, TwinSlots]:
     """Of the layers that evict, by their index.
 
     Raises:
@@ -71,9 +77,10 @@ def twin_slots(twin: Mapping[str, NDArray[Any]], eviction: Eviction | None, num_
         if eviction.evicts(layer) and twin[f"layers.{layer}.slot"].max() >= eviction.proof_slots:
             raise BundleError(
                 "the bundle's reference was recorded with another budget than its manifest says",
-                seen=f"slot {int(twin[f'layers.{layer}.slot'].max())} of layer {layer}", allowed=f"below {eviction.proof_slots}",
+                seen=f"slot {int(twin[f'layers.{layer}.slot'].max())} of layer {layer}",
+                allowed=f"below {eviction.proof_slots}",
                 fix="build the bundle again",
-            )  # fmt: skip
+            )
     return {
         layer: TwinSlots(twin[f"layers.{layer}.score"], twin[f"layers.{layer}.slot"], eviction.proof_slots)
         for layer in range(num_layers)

@@ -54,7 +54,9 @@ class ValidationReport:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values, as `--json` prints them; a figure that is no number is null."""
         raw = asdict(self) | {"compared": list(self.compared)}
-        raw["differences"] = [{k: None if v != v else v for k, v in each.items()} for each in raw["differences"]]
+        raw["differences"] = [
+            {k: None if v != v else v for k, v in each.items()} for each in raw["differences"]
+        ]
         return raw
 
     def worst(self, kind: str) -> Difference:
@@ -63,7 +65,12 @@ class ValidationReport:
 
 
 def judge(
-    dtype: str, computed_in: str, measured: Mapping[str, Array], twin: Mapping[str, Array], prefill: int, provider: str = "cpu"
+    dtype: str,
+    computed_in: str,
+    measured: Mapping[str, Array],
+    twin: Mapping[str, Array],
+    prefill: int,
+    provider: str = "cpu",
 ) -> ValidationReport:
     """Compare measured arrays with the twin's of the same names, under the gates of `dtype`; slots must be the very same.
 
@@ -72,7 +79,9 @@ def judge(
     """
     gate = GATES[dtype]
     names = [name for name in twin if name != "input_ids"]
-    differences = tuple(compare(name, measured[name], twin[name], EXACT if name.endswith(".slot") else gate) for name in names)
+    differences = tuple(
+        compare(name, measured[name], twin[name], EXACT if name.endswith(".slot") else gate) for name in names
+    )
     agreement = greedy_agreement(measured["logits"], twin["logits"], gate)
     failures = [
         f"{d.name}: {check} {getattr(d, check):.6g}, allowed {_allowed(EXACT if d.name.endswith('.slot') else gate, check)}"
@@ -93,4 +102,8 @@ def _likeness(difference: Difference) -> float:
 
 def _allowed(gate: Gate, check: str) -> str:
     bound = getattr(gate, check)
-    return f"1 ± {bound:g}" if check == "norm_ratio" else f"at {'least' if check == 'cosine' else 'most'} {bound:g}"
+    return (
+        f"1 ± {bound:g}"
+        if check == "norm_ratio"
+        else f"at {'least' if check == 'cosine' else 'most'} {bound:g}"
+    )

@@ -17,7 +17,20 @@ from kvexport.model.decoder import Attention, Decoder, Linear
 from kvexport.model.divergence import DivergenceMeter
 from kvexport.progress import Progress
 
-TOKENS = ("<s>", "Once", " upon", " a", " </script><b>", "\n", "“é”", " time", ",", " there", " was", " &amp;")
+TOKENS = (
+    "<s>",
+    "Once",
+    " upon",
+    " a",
+    " </script><b>",
+    "\n",
+    "“é”",
+    " time",
+    ",",
+    " there",
+    " was",
+    " &amp;",
+)
 
 
 def mean_pooled(attention: Attention) -> Attention:
@@ -29,21 +42,33 @@ def mean_pooled(attention: Attention) -> Attention:
 
         return Linear(halve(linear.weight), None if linear.bias is None else halve(linear.bias))
 
-    return dataclasses.replace(attention, k=mean(attention.k), v=mean(attention.v), num_kv_heads=attention.num_kv_heads // 2)
+    return dataclasses.replace(
+        attention, k=mean(attention.k), v=mean(attention.v), num_kv_heads=attention.num_kv_heads // 2
+    )
 
 
 def conversion(decoder: Decoder) -> Iterator[ConvertedLayer]:
     for each in unconverted(decoder):
         attention = mean_pooled(each.layer.attention)
         report = dataclasses.replace(
-            each.report, method="mean-pool", num_key_value_heads=attention.num_kv_heads,
-            predicted_error=0.2 + 0.1 * each.index, measured_error=0.25, residual_error=0.03,
-        )  # fmt: skip
-        yield dataclasses.replace(each, layer=dataclasses.replace(each.layer, attention=attention), report=report)
+            each.report,
+            method="mean-pool",
+            num_key_value_heads=attention.num_kv_heads,
+            predicted_error=0.2 + 0.1 * each.index,
+            measured_error=0.25,
+            residual_error=0.03,
+        )
+        yield dataclasses.replace(
+            each, layer=dataclasses.replace(each.layer, attention=attention), report=report
+        )
 
 
 def analysis_of(
-    style: str = "llama", *, tokens: Sequence[str] = TOKENS, pairs: Sequence[tuple[int, int]] = (), **more: Any
+    style: str = "llama",
+    *,
+    tokens: Sequence[str] = TOKENS,
+    pairs: Sequence[tuple[int, int]] = (),
+    **more: Any,
 ) -> Analysis:
     """An analysis of three layers, four heads, and a window of `tokens`."""
     decoder = make_decoder(style, layers=3)
@@ -55,7 +80,16 @@ def analysis_of(
     meter.add(logits, logits + torch.linspace(0, 0.1, logits.shape[-1]), windows)
     first = decoder.layers[0].attention
     facts = Facts(
-        "tiny <model>", "llama", 3, first.num_heads, first.num_kv_heads, first.head_dim, {"source": "random"}, windows.numel()
+        "tiny <model>",
+        "llama",
+        3,
+        first.num_heads,
+        first.num_kv_heads,
+        first.head_dim,
+        {"source": "random"},
+        windows.numel(),
     )
-    found = Analysis(facts, tuple(layers), meter.finish(), tuple(window.tolist()), tuple(tokens), maps, tuple(pairs))
+    found = Analysis(
+        facts, tuple(layers), meter.finish(), tuple(window.tolist()), tuple(tokens), maps, tuple(pairs)
+    )
     return dataclasses.replace(found, **more)

@@ -17,9 +17,17 @@ from typing import Any
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _FLAGS = (
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-)  # fmt: skip
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--disable-dev-shm-usage",
+    "--remote-debugging-pipe",
+)
 _SECONDS = 60
 
 
@@ -42,7 +50,10 @@ class Browser:
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         self._calls += 1
         said = {"id": self._calls, "method": method, "params": parameters}
-        os.write(self._write, json.dumps(said | ({"sessionId": self._session} if self._session else {})).encode() + b"\0")
+        os.write(
+            self._write,
+            json.dumps(said | ({"sessionId": self._session} if self._session else {})).encode() + b"\0",
+        )
         while True:
             answer = self._receive()
             if answer.get("id") != self._calls:
@@ -96,10 +107,20 @@ class Browser:
 
     def requests(self) -> list[str]:
         """Every address that the page asked for since `open`, its own among them."""
-        return [event["params"]["request"]["url"] for event in self.events if event["method"] == "Network.requestWillBeSent"]
+        return [
+            event["params"]["request"]["url"]
+            for event in self.events
+            if event["method"] == "Network.requestWillBeSent"
+        ]
 
     def resize(self, width: int, height: int = 900, *, dark: bool = False) -> None:
-        self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1, mobile=False)
+        self.call(
+            "Emulation.setDeviceMetricsOverride",
+            width=width,
+            height=height,
+            deviceScaleFactor=1,
+            mobile=False,
+        )
         scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
         self.call("Emulation.setEmulatedMedia", features=[scheme])
 
@@ -119,9 +140,12 @@ def browsing(program: str, profile: Path) -> Iterator[Browser]:
         os.dup2(fcntl.fcntl(reads, fcntl.F_DUPFD, 10), 3), os.dup2(fcntl.fcntl(writes, fcntl.F_DUPFD, 10), 4)
 
     process = subprocess.Popen(
-        [program, *_FLAGS, f"--user-data-dir={profile}"], preexec_fn=pipes, close_fds=False, stdout=subprocess.DEVNULL,
+        [program, *_FLAGS, f"--user-data-dir={profile}"],
+        preexec_fn=pipes,
+        close_fds=False,
+        stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    )
     os.close(reads), os.close(writes)
     try:
         yield Browser(our_write, our_read)

@@ -33,7 +33,9 @@ def test_maps_are_attention_pair_by_pair(style: str) -> None:
             seen = [n for n in range(m + 1) if attention.window is None or m - n < attention.window]
             slope = 0.0 if attention.alibi_slopes is None else float(attention.alibi_slopes[head])
             shared = key[head // attention.queries_per_kv_head]
-            powers = [math.exp(attention.scale * float(query[head, m] @ shared[n]) - slope * (m - n)) for n in seen]
+            powers = [
+                math.exp(attention.scale * float(query[head, m] @ shared[n]) - slope * (m - n)) for n in seen
+            ]
             wanted = torch.zeros(9, dtype=torch.float64)
             wanted[seen] = torch.tensor(powers, dtype=torch.float64) / sum(powers)
             torch.testing.assert_close(found[head, m], wanted)
@@ -64,7 +66,9 @@ def test_both_models_run_on_their_own_stream_and_heads_are_the_trained_ones() ->
         wanted = attention_map(layer.attention, reference.norm(layer.attention_norm, x), decoder.rope)[0]
         torch.testing.assert_close(original, wanted)
         torch.testing.assert_close(compressed, wanted)
-        moved = attention_map(reordered(layer).attention, reference.norm(layer.attention_norm, x), decoder.rope)[0]
+        moved = attention_map(
+            reordered(layer).attention, reference.norm(layer.attention_norm, x), decoder.rope
+        )[0]
         assert not torch.allclose(moved, wanted, atol=0.01)  # so the order was put right
         x = reference.run_layer(layer, x, torch.arange(10)[None], decoder.rope).residual
     assert max(max(heads) for heads in maps.distance()) < 1e-12
@@ -99,7 +103,10 @@ def test_heads_are_found_again_after_a_code_and_a_change_of_order(width: int) ->
 
 def unpacked(text: str, tokens: int) -> Tensor:
     codes = list(base64.b64decode(text))
-    rows = [[(codes[m * (m + 1) // 2 + n] / 255) ** 2 if n <= m else 0.0 for n in range(tokens)] for m in range(tokens)]
+    rows = [
+        [(codes[m * (m + 1) // 2 + n] / 255) ** 2 if n <= m else 0.0 for n in range(tokens)]
+        for m in range(tokens)
+    ]
     return torch.tensor(rows, dtype=torch.float64)
 
 
@@ -116,7 +123,8 @@ def test_pairs_are_read() -> None:
 
 
 @pytest.mark.parametrize(
-    "said", ["", "3", "3:", ":3", "3:4:5", "a:1", "4;1", "-1:-2", "4.0:1", "³:1", "1:2", "21:0", "9" * 40 + ":1"]
+    "said",
+    ["", "3", "3:", ":3", "3:4:5", "a:1", "4;1", "-1:-2", "4.0:1", "³:1", "1:2", "21:0", "9" * 40 + ":1"],
 )
 def test_pairs_that_are_none_are_refused(said: str) -> None:
     with pytest.raises(UsageError, match="--pairs"):

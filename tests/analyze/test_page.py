@@ -68,13 +68,18 @@ def test_sections_are_there_only_where_something_was_measured() -> None:
     both = Elements(render(analysis_of(pairs=[(3, 1), (5, 5)], sensitivity=records)))
     assert {"sensitivity", "pairs"} <= both.ids()
     found = analysis_of()
-    kept = [dataclasses.replace(layer.report, predicted_error=0.0, measured_error=0.0) for layer in found.layers]
-    layers = tuple(LayerAnalysis(layer.spectra, report) for layer, report in zip(found.layers, kept, strict=True))
+    kept = [
+        dataclasses.replace(layer.report, predicted_error=0.0, measured_error=0.0) for layer in found.layers
+    ]
+    layers = tuple(
+        LayerAnalysis(layer.spectra, report) for layer, report in zip(found.layers, kept, strict=True)
+    )
     assert "prediction" not in Elements(render(dataclasses.replace(found, layers=layers))).ids()
 
 
 @pytest.mark.parametrize(
-    ("style", "named"), [("bloom", ["keys", "values"]), ("qwen3", ["keys before RoPE", "keys after RoPE", "values"])]
+    ("style", "named"),
+    [("bloom", ["keys", "values"]), ("qwen3", ["keys before RoPE", "keys after RoPE", "values"])],
 )
 def test_keys_are_shown_before_and_after_rotation_where_there_is_one(style: str, named: list[str]) -> None:
     said = Elements(render(analysis_of(style)))
@@ -113,7 +118,8 @@ def test_a_model_of_32_layers_and_32_heads_stays_below_six_megabytes() -> None:
     values = torch.linspace(1, 1e-4, 4096, dtype=torch.float64)
     similarity = torch.rand(32, 32, generator=generator)
     spectra = LayerSpectra(
-        dict.fromkeys(small.layers[0].spectra.spectra, Spectrum(values)), {"key": similarity, "value": similarity}
+        dict.fromkeys(small.layers[0].spectra.spectra, Spectrum(values)),
+        {"key": similarity, "value": similarity},
     )
     layers = (LayerAnalysis(spectra, small.layers[0].report),) * 32
     page = render(dataclasses.replace(small, layers=layers, maps=AttentionMaps((maps,) * 32, (maps,) * 32)))
@@ -153,7 +159,9 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
 
 
 def test_charts_place_their_points() -> None:
-    chart = line_chart("a & b", layer_axis(3), Axis("error", 0, 1), [Line([(0, 0), (1, 0.5), (2, 1)], 1)], reference=0.5)
+    chart = line_chart(
+        "a & b", layer_axis(3), Axis("error", 0, 1), [Line([(0, 0), (1, 0.5), (2, 1)], 1)], reference=0.5
+    )
     assert 'aria-label="a &amp; b"' in chart
     places = re.findall(r"([\d.]+) ([\d.]+)", re.search(r'class="line s1"><path d="M([^"]+)"', chart)[1])  # type: ignore[index]
     xs, ys = ([float(place[i]) for place in places] for i in (0, 1))

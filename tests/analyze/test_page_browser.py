@@ -65,7 +65,9 @@ def pixel(browser: Browser, canvas: str, size: int, row: int, column: int) -> li
     return browser.run(_PIXEL % (canvas, size, column, row))
 
 
-def test_it_runs_from_a_file_and_asks_for_nothing_else(browser: Browser, show: Show, analysis: Analysis) -> None:
+def test_it_runs_from_a_file_and_asks_for_nothing_else(
+    browser: Browser, show: Show, analysis: Analysis
+) -> None:
     show(render(analysis))
     assert browser.errors() == []
     assert [Path(address).name for address in browser.requests()] == ["page.html"]
@@ -73,23 +75,34 @@ def test_it_runs_from_a_file_and_asks_for_nothing_else(browser: Browser, show: S
     assert browser.run("document.querySelectorAll('#spectra-lines .chosen').length") == 3
 
 
-def test_choosing_a_layer_redraws_everything_that_shows_one(browser: Browser, show: Show, analysis: Analysis) -> None:
+def test_choosing_a_layer_redraws_everything_that_shows_one(
+    browser: Browser, show: Show, analysis: Analysis
+) -> None:
     show(render(analysis))
     before = browser.run("document.getElementById('attention-original').toDataURL()")
     similar = browser.run("document.getElementById('similarity-key').toDataURL()")
     browser.run("document.getElementById('spectra-layer').focus()")
     browser.press("ArrowDown")
     browser.press("ArrowDown")
-    assert browser.run("Array.from(document.querySelectorAll('[data-choice=layer]'), each => each.value)") == ["2"] * 3
-    chosen = browser.run("Array.from(document.querySelectorAll('#spectra-lines .chosen'), each => each.dataset.layer)")
+    assert (
+        browser.run("Array.from(document.querySelectorAll('[data-choice=layer]'), each => each.value)")
+        == ["2"] * 3
+    )
+    chosen = browser.run(
+        "Array.from(document.querySelectorAll('#spectra-lines .chosen'), each => each.dataset.layer)"
+    )
     assert chosen == ["2"] * 3
     assert browser.run("document.getElementById('attention-original').toDataURL()") != before
     assert browser.run("document.getElementById('similarity-key').toDataURL()") != similar
     last = len(TOKENS) - 1
-    assert readout(analysis, 2, 0, last, 0) in browser.run("document.getElementById('attention-readout').textContent")
+    assert readout(analysis, 2, 0, last, 0) in browser.run(
+        "document.getElementById('attention-readout').textContent"
+    )
     browser.run("document.getElementById('attention-head').focus()")
     browser.press("ArrowDown")
-    assert readout(analysis, 2, 1, last, 0) in browser.run("document.getElementById('attention-readout').textContent")
+    assert readout(analysis, 2, 1, last, 0) in browser.run(
+        "document.getElementById('attention-readout').textContent"
+    )
     wanted = f"rows differ by {analysis.maps.distance()[2][1]:.4f} "
     assert wanted in browser.run("document.getElementById('attention-distance').textContent")
     assert browser.errors() == []
@@ -117,7 +130,9 @@ def test_keys_and_pointer_move_the_chosen_cell(browser: Browser, show: Show, ana
     assert readout(analysis, 0, 0, last - 1, 2) in said
     assert browser.run("document.querySelector('.is-key').textContent") == "2·upon"
     browser.run("document.getElementById('similarity-value').scrollIntoView()")
-    box = browser.run("(box => [box.x, box.y, box.width])(document.getElementById('similarity-value').getBoundingClientRect())")
+    box = browser.run(
+        "(box => [box.x, box.y, box.width])(document.getElementById('similarity-value').getBoundingClientRect())"
+    )
     at = {"x": box[0] + box[2] * 0.6, "y": box[1] + box[2] * 0.3}  # of 4 heads: column 2, row 1
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", **at)
     matrix = analysis.layers[0].spectra.similarity
@@ -137,7 +152,9 @@ def test_it_follows_light_and_dark(browser: Browser, show: Show, analysis: Analy
     size = len(TOKENS)  # query 0 sees key 0 alone, so there is no difference
     light = sum(pixel(browser, "attention-difference", size, 0, 0)[:3])
     browser.resize(1280, dark=True)
-    browser.run("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))")  # until it is redrawn
+    browser.run(
+        "new Promise(done => requestAnimationFrame(() => requestAnimationFrame(() => done())))"
+    )  # until it is redrawn
     assert browser.run("getComputedStyle(document.body).backgroundColor") == "rgb(18, 22, 28)"
     assert sum(pixel(browser, "attention-difference", size, 0, 0)[:3]) < light
     assert browser.errors() == []
@@ -146,7 +163,11 @@ def test_it_follows_light_and_dark(browser: Browser, show: Show, analysis: Analy
 def test_the_checks_see_a_broken_page(browser: Browser, show: Show, analysis: Analysis) -> None:
     """Negative controls: broken data, a script that the policy does not name, and a page that loads something."""
     page = render(analysis)
-    show(page.replace('<script type="application/json" id="data">{', '<script type="application/json" id="data">'))
+    show(
+        page.replace(
+            '<script type="application/json" id="data">{', '<script type="application/json" id="data">'
+        )
+    )
     assert any("JSON" in error or "Uncaught" in error for error in browser.errors())
     show(page.replace("drawAll();\n</script>", "drawAll(); \n</script>"))
     assert any("Content Security Policy" in error for error in browser.errors())

@@ -30,11 +30,15 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def show(folder: Path) -> Show:
-    def call(text: str | None = None, tokens: int = 8, source: str = "random", vocab: int = 300, **sizes: int) -> Tensor:
+    def call(
+        text: str | None = None, tokens: int = 8, source: str = "random", vocab: int = 300, **sizes: int
+    ) -> Tensor:
         decoder = make_decoder(vocab=vocab, dtype=torch.float32, **sizes)
         file = None if text is None else folder / text
         windows = torch.arange(40).view(4, 10)
-        return shown_window(decoder, folder, file, tokens, recipe_for(source, 4, 10, 5), windows, lambda: None)
+        return shown_window(
+            decoder, folder, file, tokens, recipe_for(source, 4, 10, 5), windows, lambda: None
+        )
 
     return call
 

@@ -45,7 +45,9 @@ def caches(decoder: Decoder, windows: Tensor) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("scores", [attention_windows.SCORES, 1])  # all windows at once, and one at a time
 @pytest.mark.parametrize("style", STYLES)
-def test_spectra_are_the_singular_values_of_the_real_cache(style: str, scores: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spectra_are_the_singular_values_of_the_real_cache(
+    style: str, scores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(attention_windows, "SCORES", scores)
     decoder = make_decoder(style)
     windows = random_windows(decoder, 5, 12)
@@ -55,7 +57,9 @@ def test_spectra_are_the_singular_values_of_the_real_cache(style: str, scores: i
         assert measured.spectra.keys() == cache.keys()
         for name, held in cache.items():
             wanted = torch.linalg.svdvals(held)
-            torch.testing.assert_close(measured.spectra[name].values, wanted, rtol=1e-9, atol=1e-7 * float(wanted[0]))
+            torch.testing.assert_close(
+                measured.spectra[name].values, wanted, rtol=1e-9, atol=1e-7 * float(wanted[0])
+            )
 
 
 def test_rotation_is_seen() -> None:
@@ -125,7 +129,9 @@ def test_cka_is_what_the_paper_says() -> None:
 def test_the_cosine_of_heads_does_see_rotation_and_cka_a_stretch() -> None:
     """Why it is CKA: a head and its own rotated copy are one thing to the model. And CKA is not blind to all maps."""
     head = random_heads(3, 1)[0]
-    rotation = torch.linalg.qr(torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)).Q
+    rotation = torch.linalg.qr(
+        torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    ).Q
     copy = head @ rotation
     cosine = float((head * copy).sum() / head.norm() / copy.norm())
     assert abs(cosine) < 0.9

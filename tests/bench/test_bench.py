@@ -29,7 +29,9 @@ from kvexport.runtime import DeviceMemory, Memory, Session, open_bundle
 
 @pytest.fixture(scope="module")
 def bundle(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, max_position_embeddings=1024))
+    decoder = decoder_with_fewer_heads(
+        tiny_checkpoint("llama", num_key_value_heads=4, max_position_embeddings=1024)
+    )
     return write_bundle(tmp_path_factory.mktemp("bench") / "tiny", decoder, capacity=600)
 
 
@@ -68,7 +70,10 @@ def test_prefill_and_decode_are_measured_apart_at_the_depths_asked_for(bundle: P
     assert calls[4:11] == [("", "step", depth) for depth in range(7)]
     assert calls[11:] == [("", "prefill", 40), *(("", "step", depth) for depth in range(40, 47))]
     assert [(point.depth, point.tokens, len(point.samples_ms)) for point in result.prefill] == [(16, 16, 3)]
-    assert [(point.depth, point.tokens, len(point.samples_ms)) for point in result.decode] == [(0, 1, 4), (40, 1, 4)]
+    assert [(point.depth, point.tokens, len(point.samples_ms)) for point in result.decode] == [
+        (0, 1, 4),
+        (40, 1, 4),
+    ]
     for point in (*result.prefill, *result.decode):
         assert 0 < point.p50_ms <= point.p90_ms <= point.p99_ms <= max(point.samples_ms) + 1e-3
         assert point.tokens_per_second == pytest.approx(1000 * point.tokens / point.p50_ms, rel=1e-3)
@@ -128,13 +133,23 @@ def test_kv_bytes_are_those_of_the_deepest_point(bundle: Path) -> None:
     session = open_bundle(bundle, threads=1)
     (result,) = measure([session], Plan(8, (0, 300), 5, 1, 0), Progress())
     assert result.kv_bytes_planned == (300 + 3 + 5) * session.bundle.kv_bytes_per_token
-    assert result.kv_bytes_allocated == session.memory().bytes_allocated == 512 * session.bundle.kv_bytes_per_token
+    assert (
+        result.kv_bytes_allocated
+        == session.memory().bytes_allocated
+        == 512 * session.bundle.kv_bytes_per_token
+    )
     assert result.device is None and result.peak_device_bytes is None
 
 
-def test_depths_beyond_the_budget_of_a_bundle_that_evicts(bundle: Path, tiny_checkpoint: Any, tmp_path: Path) -> None:
-    decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, max_position_embeddings=1024))
-    evicting = write_bundle(tmp_path / "b", decoder, capacity=600, eviction=Eviction("window", 32, protect_first=4))
+def test_depths_beyond_the_budget_of_a_bundle_that_evicts(
+    bundle: Path, tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    decoder = decoder_with_fewer_heads(
+        tiny_checkpoint("llama", num_key_value_heads=4, max_position_embeddings=1024)
+    )
+    evicting = write_bundle(
+        tmp_path / "b", decoder, capacity=600, eviction=Eviction("window", 32, protect_first=4)
+    )
     asked = ("-d", "8,500", "-n", 4, "-p", 64, "--repetitions", 2)
     bounded, (whole,) = lines(evicting, *asked)[0], lines(bundle, *asked)
     assert [point["depth"] for point in bounded["decode"]] == [8, 500]
@@ -142,7 +157,9 @@ def test_depths_beyond_the_budget_of_a_bundle_that_evicts(bundle: Path, tiny_che
     assert bounded["kv_bytes_planned"] == bounded["kv_bytes_allocated"] == Bundle.open(evicting).kv_bytes(507)
     assert bounded["kv_bytes_planned"] < whole["kv_bytes_planned"] / 10
     said = bench(evicting, *asked).stdout
-    assert re.search(r"b: holds 32 tokens in each KV head \(window, but the first 4 never do\)", " ".join(said.split()))
+    assert re.search(
+        r"b: holds 32 tokens in each KV head \(window, but the first 4 never do\)", " ".join(said.split())
+    )
     assert "holds" not in bench(bundle, *asked).stdout
     with pytest.raises(UsageError, match="600 in all"):
         lines(evicting, "-d", 598)
@@ -188,7 +205,9 @@ def test_more_than_the_capacity_is_refused_before_anything_runs(
     result = bench(bundle, option, tokens, "-n", steps)
     assert f"choose a smaller {smaller}, or" in str(result.exception)
     assert isinstance(result.exception, UsageError)
-    assert f"{option} asks for more tokens than" in str(result.exception) and "--capacity" in str(result.exception)
+    assert f"{option} asks for more tokens than" in str(result.exception) and "--capacity" in str(
+        result.exception
+    )
 
 
 def test_a_seed_that_numpy_does_not_take_is_wrong_usage(bundle: Path) -> None:
@@ -207,7 +226,9 @@ def test_a_line_says_what_ran_where_and_how(bundle: Path, tmp_path: Path) -> Non
     assert [json.loads(each)["bundle"] for each in output.read_text().splitlines()] == ["tiny", "tiny"]
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert line["manifest_sha256"] == manifest["manifest_sha256"]
-    assert line["provider"] == "cpu" and line["engine"].startswith("onnxruntime ") and line["dtype"] == "float32"
+    assert (
+        line["provider"] == "cpu" and line["engine"].startswith("onnxruntime ") and line["dtype"] == "float32"
+    )
     settings = {"prompt": 8, "depths": [8], "steps": 4, "repetitions": 2, "seed": 0}
     assert line["settings"] == {**settings, "uncounted": {"prefill": 1, "decode": 3}} and line["threads"] == 1
     assert datetime.fromisoformat(line["started"]).tzinfo is not None
@@ -222,7 +243,9 @@ def test_an_output_without_a_folder_is_refused_before_anything_runs(
     assert isinstance(result.exception, UsageError) and "mkdir -p" in str(result.exception)
 
 
-def test_an_interrupted_run_writes_nothing(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_writes_nothing(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
@@ -250,7 +273,12 @@ def test_the_table_shows_the_figures_and_how_two_compare(bundle: Path, tmp_path:
     shutil.copytree(bundle, other)
     result = bench(bundle, "--compare", other, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
     assert result.exception is None
-    assert re.findall(r"^(tiny|other)\s+(?:prefill|decode)", result.stdout, re.MULTILINE) == ["tiny", "tiny", "other", "other"]
+    assert re.findall(r"^(tiny|other)\s+(?:prefill|decode)", result.stdout, re.MULTILINE) == [
+        "tiny",
+        "tiny",
+        "other",
+        "other",
+    ]
     assert re.search(r"decode at 8: other takes \d+\.\d\d times as long as tiny \(quartiles", result.stdout)
     assert "allocated" in result.stdout and "peak memory" in result.stdout
     assert "not counted: the first 1 prefill, and 3 steps at each depth" in result.stdout
@@ -265,9 +293,11 @@ def test_two_bundles_of_one_name_are_told_apart(bundle: Path, tmp_path: Path) ->
 
 def test_the_table_shows_what_the_machine_tells(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     told = {
-        "temperature_c": {"cpu-thermal": 48.5}, "clock_mhz": {"17000000.gpu": 1020.0}, "cpu_governor": {},
+        "temperature_c": {"cpu-thermal": 48.5},
+        "clock_mhz": {"17000000.gpu": 1020.0},
+        "cpu_governor": {},
         "gpus": [{"name": "a GPU", "power_w": 12.5, "sm_clock_mhz": None}],
-    }  # fmt: skip
+    }
     monkeypatch.setattr("kvexport.bench.readings", lambda: told)
     result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
     assert "cpu-thermal 48 °C; 17000000.gpu 1,020 MHz" in result.stdout
@@ -343,9 +373,13 @@ class Nvml(types.ModuleType):
 
     def __getattr__(self, name: str) -> Any:
         answers = {
-            "nvmlInit": None, "nvmlShutdown": None, "nvmlDeviceGetCount": 2, "nvmlDeviceGetTemperature": 61,
-            "nvmlDeviceGetPowerUsage": 215500, "nvmlDeviceGetEnforcedPowerLimit": 450000,
-        }  # fmt: skip
+            "nvmlInit": None,
+            "nvmlShutdown": None,
+            "nvmlDeviceGetCount": 2,
+            "nvmlDeviceGetTemperature": 61,
+            "nvmlDeviceGetPowerUsage": 215500,
+            "nvmlDeviceGetEnforcedPowerLimit": 450000,
+        }
 
         def call(*arguments: Any) -> Any:
             if name == self._fails:
@@ -365,13 +399,19 @@ def test_gpus_tell_what_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setitem(sys.modules, "pynvml", Nvml())
     desktop, jetson = readings(tmp_path)["gpus"]
     assert desktop == {
-        "name": "a desktop's", "sm_clock_mhz": 2520, "memory_clock_mhz": 10501, "temperature_c": 61, "power_w": 215.5,
+        "name": "a desktop's",
+        "sm_clock_mhz": 2520,
+        "memory_clock_mhz": 10501,
+        "temperature_c": 61,
+        "power_w": 215.5,
         "power_limit_w": 450.0,
-    }  # fmt: skip
+    }
     assert jetson == {**dict.fromkeys(desktop), "name": "a Jetson's"}
 
 
 @pytest.mark.parametrize("fails", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"])
-def test_no_gpu_is_found_where_nvml_finds_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str) -> None:
+def test_no_gpu_is_found_where_nvml_finds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+) -> None:
     monkeypatch.setitem(sys.modules, "pynvml", Nvml(fails))
     assert readings(tmp_path)["gpus"] == []

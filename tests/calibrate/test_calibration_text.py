@@ -22,8 +22,17 @@ WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
 def write_tokenizer(folder: Path, **extra: object) -> Path:
     """A checkpoint folder whose tokenizer.json maps w0 .. w29 to 1 .. 30."""
     model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(WORDS)}, "unk_token": "[UNK]"}
-    whole = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-             "pre_tokenizer": {"type": "Whitespace"}, "post_processor": None, "decoder": None, "model": model}  # fmt: skip
+    whole = {
+        "version": "1.0",
+        "truncation": None,
+        "padding": None,
+        "added_tokens": [],
+        "normalizer": None,
+        "pre_tokenizer": {"type": "Whitespace"},
+        "post_processor": None,
+        "decoder": None,
+        "model": model,
+    }
     (folder / "tokenizer.json").write_text(json.dumps(whole | extra), encoding="utf-8")
     return folder
 
@@ -62,7 +71,8 @@ def test_options_override_and_none_does_not() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), [("samples", 0), ("samples", -4), ("length", 1), ("seed", -1), ("seed", 2**63), ("samples", 2**70)]
+    ("name", "value"),
+    [("samples", 0), ("samples", -4), ("length", 1), ("seed", -1), ("seed", 2**63), ("samples", 2**70)],
 )
 def test_options_out_of_range_are_refused(name: str, value: int) -> None:
     with pytest.raises(UsageError, match=f"--{name} is out of range") as refusal:
@@ -142,15 +152,28 @@ def test_a_tokenizer_that_truncates_and_pads_does_neither_here(tmp_path: Path) -
     folder = write_tokenizer(
         tmp_path,
         truncation={"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
-        padding={"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0,
-                 "pad_token": "[UNK]"},
-    )  # fmt: skip
+        padding={
+            "strategy": {"Fixed": 64},
+            "direction": "Right",
+            "pad_to_multiple_of": None,
+            "pad_id": 0,
+            "pad_type_id": 0,
+            "pad_token": "[UNK]",
+        },
+    )
     assert len(tokenize(folder, words(20))) == 20
 
 
 def test_special_tokens_are_not_added(tmp_path: Path) -> None:
-    special = {"id": 5, "content": "w4", "single_word": False, "lstrip": False, "rstrip": False, "normalized": False,
-               "special": True}  # fmt: skip
+    special = {
+        "id": 5,
+        "content": "w4",
+        "single_word": False,
+        "lstrip": False,
+        "rstrip": False,
+        "normalized": False,
+        "special": True,
+    }
     template = {
         "type": "TemplateProcessing",
         "single": [{"SpecialToken": {"id": "w4", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
@@ -205,7 +228,9 @@ def test_windows_are_drawn_by_seed_over_the_whole_text() -> None:
 def test_calibration_windows_of_a_file(tmp_path: Path) -> None:
     decoder, file = make_decoder(), tmp_path / "a.txt"
     file.write_text(words(100))
-    windows = calibration_windows(decoder, write_tokenizer(tmp_path), recipe_for(str(file), samples=4, length=8))
+    windows = calibration_windows(
+        decoder, write_tokenizer(tmp_path), recipe_for(str(file), samples=4, length=8)
+    )
     assert windows.shape == (4, 8)
     assert windows.dtype == torch.int64
     assert torch.equal(windows[:, :-1] % 30 + 1, windows[:, 1:])  # consecutive words
@@ -223,7 +248,9 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text(words(100))
     with pytest.raises(UsageError, match="ids that the model does not have") as refusal:
-        calibration_windows(make_decoder(vocab=20), write_tokenizer(tmp_path), recipe_for(str(file), length=8))
+        calibration_windows(
+            make_decoder(vocab=20), write_tokenizer(tmp_path), recipe_for(str(file), length=8)
+        )
     assert "below 20" in str(refusal.value)
 
 
@@ -257,7 +284,9 @@ def test_random_windows_are_uniform_by_seed_and_read_no_layer(tmp_path: Path) ->
 def test_self_windows_come_from_the_model(tmp_path: Path) -> None:
     decoder = make_decoder(dtype=torch.float32)
     calls: list[None] = []
-    windows = calibration_windows(decoder, tmp_path, recipe_for("self", samples=3, length=6), lambda: calls.append(None))
+    windows = calibration_windows(
+        decoder, tmp_path, recipe_for("self", samples=3, length=6), lambda: calls.append(None)
+    )
     assert windows.shape == (3, 6)
     assert (windows[:, 0] == decoder.bos_token_id).all()
     assert len(calls) == 5

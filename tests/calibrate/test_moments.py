@@ -45,7 +45,9 @@ def _turn(x: Array, position: int, rope: Rope | None) -> Array:
     return np.concatenate((z.real, z.imag))
 
 
-def _rows(attention: Attention, rope: Rope | None, window: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
+def _rows(
+    attention: Attention, rope: Rope | None, window: Array
+) -> Iterator[tuple[Array, Array, Array, Array]]:
     """For each token: its queries [H, d] and keys [h, d] before rotation, values [h, d] and attention rows [H, m + 1]."""
     d, heads, kv_heads = attention.head_dim, attention.num_heads, attention.num_kv_heads
     keys: list[Array] = []
@@ -74,10 +76,14 @@ def brute_force(attention: Attention, rope: Rope | None, x: Array) -> dict[str, 
     w_o = attention.o.weight.numpy()
     n_keys = attention.num_kv_heads * d
     total: dict[str, Any] = {
-        "key_mean": np.zeros(n_keys), "key_second": np.zeros((n_keys, n_keys)), "query_second": np.zeros((heads, d, d)),
-        "value_mean": np.zeros(n_keys), "value_second": np.zeros((n_keys, n_keys)),
-        "overlap": np.zeros((heads, heads)), "key_gain": np.zeros(heads),
-    }  # fmt: skip
+        "key_mean": np.zeros(n_keys),
+        "key_second": np.zeros((n_keys, n_keys)),
+        "query_second": np.zeros((heads, d, d)),
+        "value_mean": np.zeros(n_keys),
+        "value_second": np.zeros((n_keys, n_keys)),
+        "overlap": np.zeros((heads, heads)),
+        "key_gain": np.zeros(heads),
+    }
     outputs = []
     for window in x:
         values: list[Array] = []
@@ -120,7 +126,9 @@ def test_moments_equal_loops_over_every_token(style: str, sizes: dict[str, Any])
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_moments_do_not_depend_on_batches_or_on_blocks_of_rows(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_moments_do_not_depend_on_batches_or_on_blocks_of_rows(
+    style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attention, rope = make_attention(style)
     x = random_inputs(4, 11)
     whole = moments_of(attention, rope, x)
@@ -133,7 +141,9 @@ def test_moments_do_not_depend_on_batches_or_on_blocks_of_rows(style: str, monke
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_add_returns_the_attention_output_of_the_reference(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_add_returns_the_attention_output_of_the_reference(
+    style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     attention, rope = make_attention(style)
     x = random_inputs(2, 12)
     positions = torch.arange(12).expand(2, 12)
@@ -148,9 +158,13 @@ def test_covariances_are_blocks_of_the_moments() -> None:
     x = random_inputs(3, 10)
     found, rows = moments_of(attention, rope, x), slice(8, 24)
     values = (reference.linear(attention.v, x)).flatten(0, 1)[:, rows]
-    torch.testing.assert_close(found.value_covariance(rows), torch.cov(values.T, correction=0), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(
+        found.value_covariance(rows), torch.cov(values.T, correction=0), rtol=1e-10, atol=1e-13
+    )
     stacked = windows.project(attention, x, rope).key.transpose(1, 2).flatten(2).flatten(0, 1)[:, rows]
-    torch.testing.assert_close(found.key_covariance(rows), torch.cov(stacked.T, correction=0), rtol=1e-10, atol=1e-13)
+    torch.testing.assert_close(
+        found.key_covariance(rows), torch.cov(stacked.T, correction=0), rtol=1e-10, atol=1e-13
+    )
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -175,11 +189,15 @@ def _to_float32(value: Any) -> Any:
 
 def test_a_batch_of_constant_values_has_no_gain() -> None:
     attention, rope = make_attention("bias")
-    constant = Attention(**{**vars(attention), "v": Linear(torch.zeros_like(attention.v.weight), attention.v.bias)})
+    constant = Attention(
+        **{**vars(attention), "v": Linear(torch.zeros_like(attention.v.weight), attention.v.bias)}
+    )
     assert float(moments_of(constant, rope, random_inputs(2, 9)).key_gain.max()) < 1e-25
 
 
-def test_memory_does_not_grow_with_batches_nor_with_the_square_of_a_window(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_memory_does_not_grow_with_batches_nor_with_the_square_of_a_window(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     """Largest block that `head_outputs` makes, and what the accumulator holds."""
     attention, rope = make_attention("llama")
     accumulator = MomentsAccumulator(attention)
@@ -214,4 +232,6 @@ def test_batches_cover_every_window_once() -> None:
     for count, length, heads in ((96, 256, 32), (5, 16, 4), (1, 4096, 32), (7, 2048, 8)):
         slices = list(windows.batches(range(2, count + 2), length, heads))
         assert [i for each in slices for i in range(each.start, each.stop)] == list(range(2, count + 2))
-        assert all((s.stop - s.start) * heads * length**2 <= windows.SCORES or s.stop - s.start == 1 for s in slices)
+        assert all(
+            (s.stop - s.start) * heads * length**2 <= windows.SCORES or s.stop - s.start == 1 for s in slices
+        )

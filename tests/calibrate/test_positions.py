@@ -33,10 +33,15 @@ def turned(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
 
 @settings(max_examples=40, deadline=None)
 @given(
-    st.integers(1, 80), st.lists(st.floats(0, 3.25, width=32), min_size=1, max_size=4), st.integers(1, 3), st.integers(1, 3),
+    st.integers(1, 80),
+    st.lists(st.floats(0, 3.25, width=32), min_size=1, max_size=4),
+    st.integers(1, 3),
+    st.integers(1, 3),
     st.integers(0, 1000),
-)  # fmt: skip
-def test_averages_are_those_of_samples_at_every_position(positions: int, angles: list[float], g: int, h: int, seed: int) -> None:
+)
+def test_averages_are_those_of_samples_at_every_position(
+    positions: int, angles: list[float], g: int, h: int, seed: int
+) -> None:
     inv_freq = torch.tensor(angles)
     x, y = random(5, g * 2 * len(angles), seed=seed), random(5, h * 2 * len(angles), seed=seed + 1)
     at = [(turned(x, inv_freq, n), turned(y, inv_freq, n)) for n in range(positions)]
@@ -60,17 +65,23 @@ def test_moments_over_positions_are_those_of_keys_and_queries_placed_there(style
     x = random_inputs(3, 12)
     moments = unrotated(attention, rope, x)
     found, projected = over_positions(moments, rope, 50), windows.project(attention, x, rope)
-    keys, queries = (each.transpose(1, 2).flatten(2).flatten(0, 1) for each in (projected.key, projected.query))
+    keys, queries = (
+        each.transpose(1, 2).flatten(2).flatten(0, 1) for each in (projected.key, projected.query)
+    )
     placed = [tuple(turned(each, rope.inv_freq, n) for each in (keys, queries)) for n in range(50)]
     rows = torch.cat([key for key, _ in placed])
     torch.testing.assert_close(found.key_mean, rows.mean(0), rtol=0, atol=1e-12)
     torch.testing.assert_close(found.key_second, rows.T @ rows / len(rows), rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.key_covariance(slice(8, 16)), torch.cov(rows[:, 8:16].T, correction=0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        found.key_covariance(slice(8, 16)), torch.cov(rows[:, 8:16].T, correction=0), rtol=0, atol=1e-12
+    )
     for head, second in enumerate(found.query_second):
         own = torch.cat([query for _, query in placed])[:, 8 * head : 8 * head + 8]
         torch.testing.assert_close(second, own.T @ own / len(own), rtol=0, atol=1e-12)
     changed = {
-        field.name for field in fields(Moments) if not torch.equal(getattr(found, field.name), getattr(moments, field.name))
+        field.name
+        for field in fields(Moments)
+        if not torch.equal(getattr(found, field.name), getattr(moments, field.name))
     }
     assert changed == {"key_mean", "key_second", "query_second"}
 
@@ -86,7 +97,9 @@ def test_logits_over_distances_are_those_of_keys_turned_back_with_octaves_alike(
     weights = 1 / (1 + torch.arange(16, dtype=torch.float64))
     powers = torch.stack([(queries @ turned(keys, rope.inv_freq, -n).T).square().mean() for n in range(16)])
     rows = slice(8, 16)
-    found = (moments.query_second[1] * Rotations.by_distance(rope, 16).second(moments.key_second[rows, rows])).sum()
+    found = (
+        moments.query_second[1] * Rotations.by_distance(rope, 16).second(moments.key_second[rows, rows])
+    ).sum()
     assert float(found) == pytest.approx(float((weights * powers).sum() / weights.sum()), rel=1e-10)
     assert float(moments.key_mean.abs().max()) == 0
 
@@ -102,7 +115,10 @@ def test_pairs_may_turn_with_frequencies_of_their_own_and_back() -> None:
         return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
 
     for sign, inverse in ((1, False), (-1, True)):
-        every = [turn(inv_freq[rows], sign * n) @ xy @ torch.block_diag(*[turn(inv_freq, sign * n)] * 2).T for n in range(9)]
+        every = [
+            turn(inv_freq[rows], sign * n) @ xy @ torch.block_diag(*[turn(inv_freq, sign * n)] * 2).T
+            for n in range(9)
+        ]
         found = Rotations(rope, 9).second(xy, rows, inverse=inverse)
         torch.testing.assert_close(found, torch.stack(every).mean(0), rtol=0, atol=1e-12)
         swapped = Rotations(rope, 9).second(xy.T.contiguous(), columns=rows, inverse=inverse)
@@ -115,10 +131,14 @@ def test_one_position_changes_nothing_and_more_of_them_forget_the_mean() -> None
     moments = unrotated(attention, rope, random_inputs(3, 12))
     once = over_positions(moments, rope, 1)
     for field in fields(Moments):
-        torch.testing.assert_close(getattr(once, field.name), getattr(moments, field.name), rtol=0, atol=1e-14)
+        torch.testing.assert_close(
+            getattr(once, field.name), getattr(moments, field.name), rtol=0, atol=1e-14
+        )
     many = over_positions(moments, rope, 200_000)
     assert float(many.key_mean.norm()) < 0.01 * float(moments.key_mean.norm())
-    assert float(many.key_second.trace()) == pytest.approx(float(moments.key_second.trace()), rel=1e-12)  # turns keep norms
+    assert float(many.key_second.trace()) == pytest.approx(
+        float(moments.key_second.trace()), rel=1e-12
+    )  # turns keep norms
 
 
 # The claim: calibrated at 256 positions, held at 4096.
@@ -170,7 +190,9 @@ def errors(far: tuple[Decoder, Tensor], method: str, capacity: int) -> tuple[flo
 def far() -> tuple[Decoder, Tensor]:
     decoder = with_slow_keys()
     fresh = random_windows(decoder, 1, CALIBRATED, seed=9)
-    return decoder, reference.norm(decoder.layers[0].attention_norm, reference.embed(decoder.embedding, fresh))
+    return decoder, reference.norm(
+        decoder.layers[0].attention_norm, reference.embed(decoder.embedding, fresh)
+    )
 
 
 def test_the_trained_model_does_not_see_where_a_text_stands(far: tuple[Decoder, Tensor]) -> None:
@@ -194,6 +216,8 @@ def test_a_basis_made_for_the_256_positions_alone_does_not(far: tuple[Decoder, T
 
 
 @pytest.mark.parametrize("capacity", [CALIBRATED, DEPLOYED])
-def test_a_folded_key_holds_everywhere_whatever_the_capacity(far: tuple[Decoder, Tensor], capacity: int) -> None:
+def test_a_folded_key_holds_everywhere_whatever_the_capacity(
+    far: tuple[Decoder, Tensor], capacity: int
+) -> None:
     near, there = errors(far, "fold", capacity)
     assert there == pytest.approx(near, rel=1e-2)

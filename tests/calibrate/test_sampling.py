@@ -53,7 +53,9 @@ def test_progress_advances_as_often_as_promised(monkeypatch: pytest.MonkeyPatch)
 def _constant_logits(decoder: Decoder, logits: Tensor) -> Decoder:
     """A decoder that predicts `logits` whatever it reads: no layers, and a final norm that gives one constant vector."""
     assert decoder.head is not None
-    final_norm = dataclasses.replace(decoder.final_norm, kind="layer", weight=torch.zeros(32), bias=torch.eye(32)[0])
+    final_norm = dataclasses.replace(
+        decoder.final_norm, kind="layer", weight=torch.zeros(32), bias=torch.eye(32)[0]
+    )
     head = dataclasses.replace(decoder.head, weight=torch.nn.functional.pad(logits[:, None], (0, 31)))
     return dataclasses.replace(decoder, final_norm=final_norm, head=head)
 
@@ -63,8 +65,18 @@ def test_temperatures_scale_the_logits_and_are_shared_out_evenly() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
     decoder = _constant_logits(make_decoder(vocab=5, layers=1, dtype=torch.float32), logits)
     for heat in (0.5, 2.0):
-        assert _chi_square(sample_windows(decoder, 16, 80, (heat,), seed=3)[:, 1:], torch.softmax(logits / heat, 0)) < 20
-        assert _chi_square(sample_windows(decoder, 16, 80, (1.7 * heat,), seed=3)[:, 1:], torch.softmax(logits / heat, 0)) > 50
+        assert (
+            _chi_square(
+                sample_windows(decoder, 16, 80, (heat,), seed=3)[:, 1:], torch.softmax(logits / heat, 0)
+            )
+            < 20
+        )
+        assert (
+            _chi_square(
+                sample_windows(decoder, 16, 80, (1.7 * heat,), seed=3)[:, 1:], torch.softmax(logits / heat, 0)
+            )
+            > 50
+        )
     mixed = sample_windows(decoder, 8, 80, (0.5, 2.0), seed=3)[:, 1:]
     cool, hot = torch.softmax(logits / 0.5, 0), torch.softmax(logits / 2.0, 0)
     sides = [_chi_square(row, cool) < _chi_square(row, hot) for row in mixed]

@@ -30,13 +30,24 @@ def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 @pytest.fixture
 def run(folder: Path, tmp_path: Path) -> Run:
     def call(*options: object) -> None:
-        given = [folder / "checkpoint", "-o", tmp_path / "page.html", "--samples", 8, "--length", 24, *options]
+        given = [
+            folder / "checkpoint",
+            "-o",
+            tmp_path / "page.html",
+            "--samples",
+            8,
+            "--length",
+            24,
+            *options,
+        ]
         command.main([str(each) for each in given], standalone_mode=False)
 
     return call
 
 
-def test_page_and_json_are_of_one_analysis(run: Run, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_page_and_json_are_of_one_analysis(
+    run: Run, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("--json", "--pairs", "12:3,7:7", "--tokens", 16, "--kv-ratio", 0.25, "--text", folder / "text.txt")
     data: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert data["model"]["name"] == "checkpoint"
@@ -53,7 +64,9 @@ def test_page_and_json_are_of_one_analysis(run: Run, folder: Path, tmp_path: Pat
     assert f"{data['divergence']['mean_kl']:.5f}" in page
 
 
-def test_the_report_is_for_people_unless_quiet(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_report_is_for_people_unless_quiet(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("--tokens", 8)
     out = capsys.readouterr().out
     assert "measured error" in out and f"wrote {tmp_path / 'page.html'}" in out
@@ -61,7 +74,9 @@ def test_the_report_is_for_people_unless_quiet(run: Run, tmp_path: Path, capsys:
     assert capsys.readouterr() == ("", "")
 
 
-def test_keeping_every_head_is_an_analysis_of_the_model_alone(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_keeping_every_head_is_an_analysis_of_the_model_alone(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     run("--json", "--kv-ratio", 1, "--tokens", 8, "--calibration", "random")
     data = json.loads(capsys.readouterr().out)
     assert data["divergence"]["mean_kl"] == 0
@@ -80,7 +95,9 @@ def test_keeping_every_head_is_an_analysis_of_the_model_alone(run: Run, capsys: 
         (["--calibration", "absent.txt"], "no file"),
     ],
 )
-def test_what_cannot_be_used_is_refused_and_nothing_is_written(run: Run, tmp_path: Path, options: list[str], said: str) -> None:
+def test_what_cannot_be_used_is_refused_and_nothing_is_written(
+    run: Run, tmp_path: Path, options: list[str], said: str
+) -> None:
     with pytest.raises(UsageError, match=said):
         run(*options)
     assert list(tmp_path.iterdir()) == []

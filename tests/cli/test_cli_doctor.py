@@ -63,7 +63,9 @@ def test_json_holds_the_same(doctor: Doctor) -> None:
     assert raw["target"] is None
 
 
-def test_a_gpu_is_shown_where_the_tool_lists_one(doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_is_shown_where_the_tool_lists_one(
+    doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program = tmp_path / "nvidia-smi"
     program.write_text('#!/bin/sh\necho "NVIDIA H200, 143771, 9.0, 570.1"\n')
     program.chmod(0o755)

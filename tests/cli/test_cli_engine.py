@@ -45,7 +45,9 @@ def engine(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.tensorrt
 def test_people_and_programs_are_told_the_same(engine: Engine, bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
-    code, out, err = engine(bundle, "--compute-capability", "8.6", "--compute-capability", "8.9", "--chunk", 8)
+    code, out, err = engine(
+        bundle, "--compute-capability", "8.6", "--compute-capability", "8.9", "--chunk", 8
+    )
     assert (code, err) == (0, "")
     text = " ".join(out.split())
     assert "compute capability 8.6, 8.9" in text and "std24, float16" in text
@@ -63,7 +65,9 @@ def test_people_and_programs_are_told_the_same(engine: Engine, bundle: Path) -> 
 def test_tensorrts_errors_are_ours_and_nothing_else_is_said(bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx")
     arguments = ["--compute-capability", "8.6", "--workspace", "1", "--chunk", "64"]
-    ran = subprocess.run([sys.executable, "-m", "kvexport", "engine", bundle, *arguments], capture_output=True, text=True)
+    ran = subprocess.run(
+        [sys.executable, "-m", "kvexport", "engine", bundle, *arguments], capture_output=True, text=True
+    )
     assert (ran.returncode, ran.stdout) == (3, "")
     assert "cannot build this engine" in ran.stderr and "within workspace limit" in ran.stderr
     assert "fix:     raise or leave out --workspace" in ran.stderr and "Traceback" not in ran.stderr
@@ -121,14 +125,18 @@ def test_without_tensorrt_it_says_what_to_install(bundle: Path) -> None:
 @pytest.mark.parametrize("verb", ["engine", "lint"])
 def test_what_lowers_graphs_is_named_where_it_is_missing(verb: str, bundle: Path) -> None:
     hidden = "import sys; sys.modules.update({'onnx_ir': None})"
-    script = f"{hidden}; from kvexport.cli import main; main([{verb!r}, {str(bundle)!r}, '--target', 'rtx-4090'])"
+    script = (
+        f"{hidden}; from kvexport.cli import main; main([{verb!r}, {str(bundle)!r}, '--target', 'rtx-4090'])"
+    )
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 3 and "onnx_ir" in ran.stderr and "pip install" in ran.stderr, ran.stderr
     assert "convert" not in ran.stderr  # which would bring torch to the device
 
 
 def test_reading_a_record_imports_no_graph_package() -> None:
-    found = "[name for name in ('onnx', 'onnx_ir', 'polygraphy', 'tensorrt_rtx', 'torch') if name in sys.modules]"
+    found = (
+        "[name for name in ('onnx', 'onnx_ir', 'polygraphy', 'tensorrt_rtx', 'torch') if name in sys.modules]"
+    )
     script = f"from kvexport.engine import read_record, engine_directory; import sys; print({found})"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert ran.stdout.strip() == "[]"

@@ -42,7 +42,15 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Mo
 
     def call(*options: str, bundle: str = "bundle", text: str = "text.txt") -> tuple[object, str, str]:
         code: object = 0
-        given = [folder / bundle, "--against", folder / "checkpoint", "--text", folder / text, "--length", "24"]
+        given = [
+            folder / bundle,
+            "--against",
+            folder / "checkpoint",
+            "--text",
+            folder / text,
+            "--length",
+            "24",
+        ]
         try:
             main(["evaluate", *map(str, given), *options])
         except SystemExit as ended:
@@ -56,11 +64,20 @@ def test_json_has_the_figures(run: Run) -> None:
     code, out, err = run("--json")
     found = json.loads(out)
     assert code == 0
-    assert "sha256 differs" in err  # this bundle's manifest names another checkpoint, which is said but no error
+    assert (
+        "sha256 differs" in err
+    )  # this bundle's manifest names another checkpoint, which is said but no error
     assert found.keys() >= {
-        "mean_kl", "cross_entropy", "cross_entropy_original", "perplexity", "perplexity_original", "top1_agreement",
-        "kv_bytes_per_token", "kv_bytes_per_token_original", "tokens",
-    }  # fmt: skip
+        "mean_kl",
+        "cross_entropy",
+        "cross_entropy_original",
+        "perplexity",
+        "perplexity_original",
+        "top1_agreement",
+        "kv_bytes_per_token",
+        "kv_bytes_per_token_original",
+        "tokens",
+    }
     assert found["mean_kl"] > 0 and 0 < found["top1_agreement"] <= 1 and found["tokens"] % 23 == 0
     assert found["kv_bytes_per_token"] == found["kv_bytes_per_token_original"] == 512
 

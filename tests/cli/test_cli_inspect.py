@@ -23,7 +23,9 @@ from kvexport.files.hashing import sha256_of
 def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two layers: four heads as trained, and two whose keys are 12 and values 16 wide."""
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320))
-    return write_bundle(tmp_path_factory.mktemp("inspect") / "tiny", decoder, capacity=96, tokenizer=byte_level_tokenizer())
+    return write_bundle(
+        tmp_path_factory.mktemp("inspect") / "tiny", decoder, capacity=96, tokenizer=byte_level_tokenizer()
+    )
 
 
 @pytest.fixture
@@ -33,7 +35,9 @@ def copied(bundle: Path, tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def inspect(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[object, str, str]]:
+def inspect(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., tuple[object, str, str]]:
     """`inspect(*arguments) -> exit code, standard output, standard error`."""
     monkeypatch.setattr("signal.signal", lambda *arguments: None)  # the process's handlers stay pytest's
 
@@ -80,7 +84,9 @@ def test_json_is_one_object_with_every_figure(inspect: Inspect, bundle: Path) ->
     code, out, err = inspect(bundle, "--json")
     assert (code, err) == (0, "")
     said = json.loads(out)
-    assert said["verified"] is False and json.loads(inspect(bundle, "--json", "--verify")[1])["verified"] is True
+    assert (
+        said["verified"] is False and json.loads(inspect(bundle, "--json", "--verify")[1])["verified"] is True
+    )
     assert said["path"] == str(bundle)
     assert (said["kv_bytes_per_token"], said["kv_bytes_per_token_original"]) == (480, 512)
     assert said["layers"][1]["num_key_value_heads"] == 2
@@ -90,7 +96,9 @@ def test_json_is_one_object_with_every_figure(inspect: Inspect, bundle: Path) ->
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "tokenizer.json", "manifest.json"])
 @pytest.mark.parametrize("where", [0.0, 0.3, 0.6, 0.999])
-def test_one_flipped_byte_is_found_in_any_file(inspect: Inspect, copied: Path, name: str, where: float) -> None:
+def test_one_flipped_byte_is_found_in_any_file(
+    inspect: Inspect, copied: Path, name: str, where: float
+) -> None:
     data = bytearray((copied / name).read_bytes())
     at = int(len(data) * where)
     data[at] ^= 1
@@ -128,8 +136,18 @@ def test_a_file_that_is_not_as_it_was_is_found_at_once(inspect: Inspect, copied:
 
 def test_chat_template(inspect: Inspect, copied: Path) -> None:
     around: list[str] | None
-    for around, said in ((["<s>", "</s>"], "text chat template"), (None, "text chat template without a system prompt")):
-        chat = {"begin": "<", "begin_system": around, "generate": ">", "answer": "", "next": ";", "strips": False}
+    for around, said in (
+        (["<s>", "</s>"], "text chat template"),
+        (None, "text chat template without a system prompt"),
+    ):
+        chat = {
+            "begin": "<",
+            "begin_system": around,
+            "generate": ">",
+            "answer": "",
+            "next": ";",
+            "strips": False,
+        }
         golden = [{"text": "a", "ids": [1], "plain_ids": [1], "decoded": "a"}]
         raw = {"format": 1, "golden": golden, "special_ids": [], "chat": chat, "chat_golden": []}
         (copied / "text.json").write_text(json.dumps(raw))
@@ -152,7 +170,9 @@ def test_a_newer_format_names_versions_and_the_remedy(inspect: Inspect, copied: 
     edit_manifest(copied, lambda raw: raw.update(format=3, kvexport="7.0.0"))
     code, out, err = inspect(copied)
     assert (code, out) == (2, "")
-    assert "format 3" in err and "7.0.0" in err and "format 2" in err and "pip install --upgrade kvexport" in err
+    assert (
+        "format 3" in err and "7.0.0" in err and "format 2" in err and "pip install --upgrade kvexport" in err
+    )
 
 
 def test_what_is_no_bundle(inspect: Inspect, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
@@ -177,7 +197,9 @@ def test_no_figure_is_cut_off_whatever_the_width(bundle: Path, columns: str) -> 
     """Without a terminal tables are as wide as they need to be; a narrow terminal breaks what does not fit."""
     command = [sys.executable, "-m", "kvexport", "inspect", str(bundle)]
     for terminal in ({}, {"FORCE_COLOR": "1", "TERM": "dumb"}):
-        ran = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns, **terminal})
+        ran = subprocess.run(
+            command, capture_output=True, text=True, env={**os.environ, "COLUMNS": columns, **terminal}
+        )
         assert ran.returncode == 0
         assert "…" not in ran.stdout
         if not terminal:
@@ -187,7 +209,9 @@ def test_no_figure_is_cut_off_whatever_the_width(bundle: Path, columns: str) -> 
 def test_a_reader_that_has_gone_ends_it_quietly(bundle: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
-    ran = subprocess.run([sys.executable, "-m", "kvexport", "inspect", bundle], stdout=writer, stderr=subprocess.PIPE)
+    ran = subprocess.run(
+        [sys.executable, "-m", "kvexport", "inspect", bundle], stdout=writer, stderr=subprocess.PIPE
+    )
     os.close(writer)
     assert (ran.returncode, ran.stderr) == (141, b"")
 

@@ -83,14 +83,18 @@ class Builds:
         """Of each case: the case, exit code, signs of progress, standard error, names left in the output's folder."""
         process = subprocess.Popen(
             [sys.executable, "-c", _HARNESS, json.dumps([self._arguments, cases])],
-            stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-        )  # fmt: skip
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
         assert process.stdin is not None and process.stdout is not None
         found = []
         with process:
             for case in cases:
                 code, seen, errors = json.loads(process.stdout.readline())
-                found.append((case, code, seen, errors, sorted(entry.name for entry in self._parent.iterdir())))
+                found.append(
+                    (case, code, seen, errors, sorted(entry.name for entry in self._parent.iterdir()))
+                )
                 process.stdin.write("\n")
                 process.stdin.flush()
         assert process.returncode == 0
@@ -102,7 +106,17 @@ def arguments(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> list[str]
     """`kvexport build` of a tiny checkpoint whose every stage takes a few steps."""
     checkpoint = tiny_checkpoint("llama", num_key_value_heads=4)
     (tmp_path / "parent").mkdir()
-    return ["build", str(checkpoint), "-o", str(tmp_path / "parent" / "out"), "--samples", "4", "--length", "8", "--quiet"]
+    return [
+        "build",
+        str(checkpoint),
+        "-o",
+        str(tmp_path / "parent" / "out"),
+        "--samples",
+        "4",
+        "--length",
+        "8",
+        "--quiet",
+    ]
 
 
 def test_a_signal_in_any_stage_leaves_nothing(arguments: list[str], tmp_path: Path) -> None:
@@ -156,7 +170,9 @@ def test_a_full_disk_in_any_stage_leaves_nothing(arguments: list[str], tmp_path:
     for case, code, _, errors, left in builds.each([{"limit": limit} for limit in limits]):
         assert (code, left) == (3, []), (case, errors)
         assert "the disk is full" in errors and "fix:" in errors and "Traceback" not in errors
-    ((_, code, _, errors, left),) = builds.each([{"limit": sizes[-1]}])  # a control: with the last byte, it is built
+    ((_, code, _, errors, left),) = builds.each(
+        [{"limit": sizes[-1]}]
+    )  # a control: with the last byte, it is built
     assert (code, errors, left) == (0, "", ["out"])
 
 

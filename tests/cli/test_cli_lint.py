@@ -57,12 +57,18 @@ def test_each_target_gets_a_lowering_that_it_takes(target: object, lint: Lint, b
         assert said["version"] == ".".join(map(str, version))
 
 
-def test_the_standard_form_on_tensorrt_10_3_lists_everything_that_is_missing(lint: Lint, bundle: Path) -> None:
-    code, out, err = lint(bundle, "--target", "orin-nano-8gb", "--jetpack", "6.2", "--lowering", "std24", "--json")
+def test_the_standard_form_on_tensorrt_10_3_lists_everything_that_is_missing(
+    lint: Lint, bundle: Path
+) -> None:
+    code, out, err = lint(
+        bundle, "--target", "orin-nano-8gb", "--jetpack", "6.2", "--lowering", "std24", "--json"
+    )
     findings = json.loads(out)["findings"]
     assert code == 1 and "leave out --lowering" in err
-    counts = {operator: sum(finding["operator"] == operator for finding in findings) for operator in
-              ("", "Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter")}  # fmt: skip
+    counts = {
+        operator: sum(finding["operator"] == operator for finding in findings)
+        for operator in ("", "Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter")
+    }
     assert counts == {"": 1, "Attention": 2, "RotaryEmbedding": 4, "RMSNormalization": 5, "TensorScatter": 4}
     assert sum(counts.values()) == len(findings)
     by_name = {finding["node"]: finding for finding in findings}
@@ -80,8 +86,12 @@ def test_the_table_names_nodes_versions_and_remedies(lint: Lint, bundle: Path) -
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
-def test_every_family_is_clean_where_it_should_be(style: str, lowering: str, lint: Lint, tmp_path: Path) -> None:
-    bundle = write_bundle(tmp_path / "b", make_decoder(style, head_dim=16, dtype=torch.float32), dtype="bfloat16")
+def test_every_family_is_clean_where_it_should_be(
+    style: str, lowering: str, lint: Lint, tmp_path: Path
+) -> None:
+    bundle = write_bundle(
+        tmp_path / "b", make_decoder(style, head_dim=16, dtype=torch.float32), dtype="bfloat16"
+    )
     version = {"std24": "10.15", "decomposed17": "10.3"}[lowering]
     code, out, _ = lint(bundle, "--target", "orin-nx-16gb", "--tensorrt", version, "--lowering", lowering)
     assert (code, out) == (0, f"TensorRT {version} takes the bundle as {lowering}\n")
@@ -93,21 +103,29 @@ def test_notes_are_no_failure(lint: Lint, tmp_path: Path) -> None:
     assert code == 0 and "note: no fused attention" in " ".join(out.split())
 
 
-def test_a_lowering_that_is_passed_over_is_said(lint: Lint, tmp_path: Path, tiny_checkpoint: Callable[..., Path]) -> None:
+def test_a_lowering_that_is_passed_over_is_said(
+    lint: Lint, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+) -> None:
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
     bundle = write_bundle(tmp_path / "b", decoder, dtype="float16")
     code, out, _ = lint(bundle, "--target", "rtx-4090")
     assert code == 0 and "as decomposed17" in out and "std24 is passed over: 1 findings" in out
     code, out, _ = lint(bundle, "--target", "rtx-4090", "--lowering", "std24", "--json")
     (finding,) = [finding for finding in json.loads(out)["findings"] if not finding["note"]]
-    assert code == 1 and finding["node"] == "layers.1.attention.mixed" and "keys are 12 wide and values 16" in finding["problem"]
+    assert (
+        code == 1
+        and finding["node"] == "layers.1.attention.mixed"
+        and "keys are 12 wide and values 16" in finding["problem"]
+    )
 
 
 def test_contrib_operators_are_refused(lint: Lint, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b", make_decoder(head_dim=16, dtype=torch.float32), dtype="float16")
     code, out, _ = lint(bundle, "--target", "orin-nano-8gb", "--lowering", "ort-cuda", "--json")
     assert code == 1
-    assert {"com.microsoft.GroupQueryAttention"} <= {finding["operator"] for finding in json.loads(out)["findings"]}
+    assert {"com.microsoft.GroupQueryAttention"} <= {
+        finding["operator"] for finding in json.loads(out)["findings"]
+    }
 
 
 @pytest.mark.parametrize(

@@ -46,21 +46,40 @@ def test_defaults_that_help_names_are_those_of_the_recipe(plan: Callable[..., An
     recipe = recipe_for("self")
     assert defaults == {name: str(getattr(recipe, name)) for name in ("samples", "length", "seed")}
     made = plan()
-    assert made.recipe == recipe and made.dtype == "float32" and made.statistics is made.heal is None and made.wish == Wish()
+    assert (
+        made.recipe == recipe
+        and made.dtype == "float32"
+        and made.statistics is made.heal is None
+        and made.wish == Wish()
+    )
 
 
 @pytest.mark.parametrize("source", BUILT_IN)
 def test_options_reach_the_plan(plan: Callable[..., Any], source: str) -> None:
     made = plan(
-        "--calibration", source, "--samples", "3", "--length", "9", "--seed", "5", "--kv-heads", "2", "--dtype", "float16",
-        "--method", "fold",
-    )  # fmt: skip
+        "--calibration",
+        source,
+        "--samples",
+        "3",
+        "--length",
+        "9",
+        "--seed",
+        "5",
+        "--kv-heads",
+        "2",
+        "--dtype",
+        "float16",
+        "--method",
+        "fold",
+    )
     recipe = made.recipe
     assert (recipe.source, recipe.samples, recipe.length, recipe.seed) == (source, 3, 9, 5)
     assert (made.wish.kv_heads, made.dtype, made.method) == (2, "float16", "fold")
 
 
-@pytest.mark.parametrize("option", [("--calibration", "random"), ("--samples", "1"), ("--length", "8"), ("--seed", "0")])
+@pytest.mark.parametrize(
+    "option", [("--calibration", "random"), ("--samples", "1"), ("--length", "8"), ("--seed", "0")]
+)
 def test_statistics_hold_their_own_text(plan: Callable[..., Any], option: tuple[str, str]) -> None:
     with pytest.raises(UsageError, match="--statistics holds its own"):
         plan("--statistics", "saved", *option)
@@ -127,7 +146,14 @@ def test_a_long_line_is_left_to_the_terminal(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize(
     ("count", "shown"),
-    [(0, "0 B"), (1023, "1023 B"), (1024, "1.0 KiB"), (1536, "1.5 KiB"), (5 << 20, "5.0 MiB"), (3 << 40, "3072.0 GiB")],
+    [
+        (0, "0 B"),
+        (1023, "1023 B"),
+        (1024, "1.0 KiB"),
+        (1536, "1.5 KiB"),
+        (5 << 20, "5.0 MiB"),
+        (3 << 40, "3072.0 GiB"),
+    ],
 )
 def test_sizes(count: int, shown: str) -> None:
     assert size(count) == shown

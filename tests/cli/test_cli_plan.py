@@ -16,9 +16,16 @@ from kvexport.cli import main
 from kvexport.model.loader import load_decoder
 
 LLAMA = {
-    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
-    "intermediate_size": 11008, "vocab_size": 32000, "max_position_embeddings": 4096, "rms_norm_eps": 1e-5,
-}  # fmt: skip
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "intermediate_size": 11008,
+    "vocab_size": 32000,
+    "max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-5,
+}
 Plan = Callable[..., tuple[object, str, str]]
 
 
@@ -149,7 +156,13 @@ def test_a_build_is_shown_beside_the_prediction(plan: Plan, tiny_checkpoint: Any
 
 @pytest.mark.parametrize(
     "wrong",
-    [("--target", "toaster"), ("--kv-heads", "5"), ("--dtype", "fp8"), ("--context", "0"), ("--context", "4097")],
+    [
+        ("--target", "toaster"),
+        ("--kv-heads", "5"),
+        ("--dtype", "fp8"),
+        ("--context", "0"),
+        ("--context", "4097"),
+    ],
 )
 def test_a_wrong_option_is_a_usage_error(plan: Plan, llama: Path, wrong: tuple[str, str]) -> None:
     code, shown, said = plan(llama, *wrong)

@@ -30,9 +30,14 @@ Run = Callable[..., tuple[object, str, str]]
 def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """checkpoint, text.txt, and two bundles with engines: `text` of the checkpoint, `proved` with a twin."""
     folder = tmp_path_factory.mktemp("provider")
-    shutil.copytree(tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None), folder / "checkpoint")
+    shutil.copytree(
+        tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None),
+        folder / "checkpoint",
+    )
     (folder / "checkpoint" / "tokenizer.json").write_text(byte_level_tokenizer(), encoding="utf-8")
-    (folder / "text.txt").write_text("Once upon a time there was a cafe; everyone in it smiled. " * 8, encoding="utf-8")
+    (folder / "text.txt").write_text(
+        "Once upon a time there was a cafe; everyone in it smiled. " * 8, encoding="utf-8"
+    )
     decoder = load_decoder(Checkpoint(folder / "checkpoint"))
     add_engine(write_bundle(folder / "text", decoder, tokenizer=byte_level_tokenizer()))
     export(folder / "proved", make_decoder("llama", dtype=torch.float32))
@@ -46,7 +51,15 @@ def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
     arguments = {
         "run": [folder / "text", "--prompt", "Once", "--max-new-tokens", "6"],
         "validate": [folder / "proved"],
-        "evaluate": [folder / "text", "--against", folder / "checkpoint", "--text", folder / "text.txt", "--length", "24"],
+        "evaluate": [
+            folder / "text",
+            "--against",
+            folder / "checkpoint",
+            "--text",
+            folder / "text.txt",
+            "--length",
+            "24",
+        ],
     }
 
     def call(verb: str, *options: str) -> tuple[object, str, str]:
@@ -75,14 +88,24 @@ def test_without_the_hardware_every_verb_exits_with_3_and_the_reason(verb: str, 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine may have the hardware")
     code, out, err = run(verb, "--provider", "tensorrt")
-    assert (code, out) == (3, "") and re.search(r"cuda-bindings|no NVIDIA driver|finds no GPU", err) and "fix:" in err
+    assert (
+        (code, out) == (3, "")
+        and re.search(r"cuda-bindings|no NVIDIA driver|finds no GPU", err)
+        and "fix:" in err
+    )
     code, out, err = run(verb, "--provider", "cuda")
-    assert (code, out) == (3, "") and "this ONNX Runtime was built without CUDA" in err and "kvexport[gpu]" in err
+    assert (
+        (code, out) == (3, "")
+        and "this ONNX Runtime was built without CUDA" in err
+        and "kvexport[gpu]" in err
+    )
 
 
 @pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])
 def test_auto_goes_on_with_the_cpu(verb: str, run: Run) -> None:
-    assert run(verb, "--provider", "auto") == run(verb, "--provider", "cpu") or verb == "run"  # which tells speeds
+    assert (
+        run(verb, "--provider", "auto") == run(verb, "--provider", "cpu") or verb == "run"
+    )  # which tells speeds
     assert run(verb)[0] == 0
 
 
@@ -119,14 +142,21 @@ def test_validate_says_what_was_compared(run: Run, device: SimulatedDevice) -> N
     assert "on cpu" not in run("validate", "--provider", "cpu")[1]
 
 
-def test_a_wrong_engine_exits_with_1(run: Run, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvexport.runtime.backends.tensorrt.TensorRtDecoder._write_updates", lambda *arguments: None)
+def test_a_wrong_engine_exits_with_1(
+    run: Run, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "kvexport.runtime.backends.tensorrt.TensorRtDecoder._write_updates", lambda *arguments: None
+    )
     code, out, err = run("validate", "--provider", "tensorrt")
     assert code == 1 and "FAILED" in out and "layers.0.key" in err
 
 
 def test_evaluate_runs_on_the_engine(run: Run, device: SimulatedDevice) -> None:
-    found = {provider: json.loads(run("evaluate", "--provider", provider, "--json")[1]) for provider in ("cpu", "tensorrt")}
+    found = {
+        provider: json.loads(run("evaluate", "--provider", provider, "--json")[1])
+        for provider in ("cpu", "tensorrt")
+    }
     assert "engine" in device.done
     assert found["tensorrt"]["cross_entropy"] == pytest.approx(found["cpu"]["cross_entropy"], abs=1e-4)
 
@@ -144,15 +174,13 @@ main(["run", sys.argv[1], "--prompt", "Once", "--provider", sys.argv[2]])
 def test_missing_onnxruntime_is_named(folder: Path, provider: str) -> None:
     command = [sys.executable, "-c", _WITHOUT_ONNXRUNTIME, str(folder / "text"), provider]
     ran = subprocess.run(command, capture_output=True, text=True)
-    assert ran.returncode == 3 and "onnxruntime is not installed" in ran.stderr and "kvexport[cpu]" in ran.stderr
+    assert (
+        ran.returncode == 3 and "onnxruntime is not installed" in ran.stderr and "kvexport[cpu]" in ran.stderr
+    )
 
 
 def test_an_engine_needs_no_onnxruntime(folder: Path) -> None:
     """The modules that run it import none; the simulated one does, so that here only the imports are looked at."""
-    modules = (
-        "session, kvexport.runtime.backends.tensorrt, kvexport.runtime.backends.tensorrt_select, kvexport.runtime.backends.cuda"
-    )
-    script = (
-        f"import sys, kvexport.runtime.{modules}\nassert not {{'onnxruntime', 'onnx', 'onnx_ir', 'torch'}} & set(sys.modules)"
-    )
+    modules = "session, kvexport.runtime.backends.tensorrt, kvexport.runtime.backends.tensorrt_select, kvexport.runtime.backends.cuda"
+    script = f"import sys, kvexport.runtime.{modules}\nassert not {{'onnxruntime', 'onnx', 'onnx_ir', 'torch'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

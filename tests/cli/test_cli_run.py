@@ -26,7 +26,9 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
     """A bundle with a tokenizer and no token that ends a text; its capacity is 96 tokens."""
     checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None)
     decoder = decoder_with_fewer_heads(checkpoint)
-    return write_bundle(tmp_path_factory.mktemp("run") / "text", decoder, capacity=96, tokenizer=byte_level_tokenizer())
+    return write_bundle(
+        tmp_path_factory.mktemp("run") / "text", decoder, capacity=96, tokenizer=byte_level_tokenizer()
+    )
 
 
 @pytest.fixture
@@ -36,7 +38,9 @@ def said(bundle: Path) -> str:
 
 
 @pytest.fixture
-def run(bundle: Path, capsysbinary: pytest.CaptureFixture[bytes]) -> Iterator[Callable[..., tuple[object, str, str]]]:
+def run(
+    bundle: Path, capsysbinary: pytest.CaptureFixture[bytes]
+) -> Iterator[Callable[..., tuple[object, str, str]]]:
     """`run(*options) -> exit code, standard output, standard error` of `kvexport run` on the bundle."""
 
     def call(*options: str) -> tuple[object, str, str]:
@@ -95,7 +99,9 @@ def test_only_the_last_line_break_is_left_out(run: Run, monkeypatch: pytest.Monk
 
 
 def test_sampling_options(run: Run, said: str) -> None:
-    first, again, other = (run("--prompt", PROMPT, "--temperature", "1.5", "--seed", seed)[1] for seed in ("1", "1", "2"))
+    first, again, other = (
+        run("--prompt", PROMPT, "--temperature", "1.5", "--seed", seed)[1] for seed in ("1", "1", "2")
+    )
     assert first == again != other
     assert run("--prompt", PROMPT, "--top-k", "1")[1] == f"{PROMPT}{said}\n"
 
@@ -123,7 +129,9 @@ def test_top_k_and_top_p_draw_unless_told_to_be_greedy(run: Run, said: str, opti
         (("--prompt", "a" * 500), "the prompt is longer than the bundle's capacity"),
         (("--prompt", "\udcff"), "the prompt is not valid text"),
     ],
-    ids=lambda value: "" if isinstance(value, str) else "-".join(value)[:20].encode("ascii", "replace").decode(),
+    ids=lambda value: (
+        "" if isinstance(value, str) else "-".join(value)[:20].encode("ascii", "replace").decode()
+    ),
 )
 def test_a_wrong_value_is_2_and_prints_no_text(run: Run, options: tuple[str, ...], said: str) -> None:
     code, out, err = run("--prompt", PROMPT, *options)
@@ -159,7 +167,9 @@ def test_no_bundle(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_a_bundle_without_tokenizer(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "ids", decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4)))
+    path = write_bundle(
+        tmp_path / "ids", decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
+    )
     ran = shell(path, "--prompt", "x")
     assert (ran.returncode, ran.stdout) == (2, "")
     assert "has no tokenizer" in ran.stderr

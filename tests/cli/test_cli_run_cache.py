@@ -15,7 +15,12 @@ __all__ = ["bundle", "run", "said"]  # fixtures
 def test_a_prompt_is_read_once_and_gone_on_from(run: Run, said: str, tmp_path: Path) -> None:
     file = str(tmp_path / "c")
     code, out, err = run("--prompt", PROMPT, "--save-cache", file)
-    assert (code, out) == (0, "") and err.startswith(f"kvexport: wrote {file}: ") and "tokens, " in err and err.endswith("KiB\n")
+    assert (
+        (code, out) == (0, "")
+        and err.startswith(f"kvexport: wrote {file}: ")
+        and "tokens, " in err
+        and err.endswith("KiB\n")
+    )
     assert run("--prompt", "", "--cache", file, "--quiet") == (0, f"{said}\n", "")
     code, out, err = run("--prompt", "", "--cache", file)
     assert "prefill 0 tokens, decode 23 tokens at " in err and "KV cache" in err

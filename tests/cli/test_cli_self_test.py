@@ -35,7 +35,9 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_bundle(tmp_path_factory.mktemp("sound") / "b", make_decoder(dtype=torch.float32), self_test=True)
+    return write_bundle(
+        tmp_path_factory.mktemp("sound") / "b", make_decoder(dtype=torch.float32), self_test=True
+    )
 
 
 @pytest.fixture(scope="module")
@@ -109,6 +111,8 @@ def test_no_bundle_a_damaged_one_and_no_hardware(run: Run, sound: Path, tmp_path
     assert (code, out) == (2, "") and "not as it was written" in err
     code, out, err = run(sound, "--provider", "tensorrt")
     assert (code, out) == (3, "")
-    half = write_bundle(tmp_path / "half", make_decoder(layers=1, dtype=torch.float32), dtype="bfloat16", self_test=True)
+    half = write_bundle(
+        tmp_path / "half", make_decoder(layers=1, dtype=torch.float32), dtype="bfloat16", self_test=True
+    )
     code, out, err = run(half)
     assert (code, out) == (3, "") and "bfloat16" in err

@@ -20,9 +20,22 @@ from kvexport.cli import main
 from kvexport.errors import BundleError, CannotRunHere, CheckpointError, GateFailed, KvexportError, UsageError
 
 VERBS = (
-    "build", "run", "inspect", "validate", "self-test", "evaluate", "compress", "calibrate", "analyze", "plan", "lint", "engine",
-    "bench", "targets", "doctor",
-)  # fmt: skip
+    "build",
+    "run",
+    "inspect",
+    "validate",
+    "self-test",
+    "evaluate",
+    "compress",
+    "calibrate",
+    "analyze",
+    "plan",
+    "lint",
+    "engine",
+    "bench",
+    "targets",
+    "doctor",
+)
 _HEAVY = (
     "torch",
     "transformers",
@@ -117,7 +130,9 @@ def test_module_and_version() -> None:
         (["run", "bundle", "--prompt", "x", "--max-new-tokens", "many"], "many"),
     ],
 )
-def test_wrong_usage_is_2_and_says_why(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_is_2_and_says_why(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert ends(arguments) == 2
     captured = capsys.readouterr()
     assert said in captured.err
@@ -141,17 +156,29 @@ def test_wrong_usage_is_2_and_says_why(arguments: list[str], said: str, capsys: 
             3,
             "the disk is full (No space left on device)\n  fix:     free space",
         ),
-        (OSError(errno.EROFS, "Read-only file system", "/there"), 3, "system: /there\n  fix:     make it writable"),
+        (
+            OSError(errno.EROFS, "Read-only file system", "/there"),
+            3,
+            "system: /there\n  fix:     make it writable",
+        ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 3, "Disk quota exceeded"),
         (OSError(errno.EFBIG, "File too large"), 3, "File too large"),
         (PermissionError(errno.EACCES, "Permission denied", "/there"), 3, "Permission denied: /there"),
         (ModuleNotFoundError("No module named 'torch'", name="torch"), 3, "pip install 'kvexport[convert]'"),
-        (ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"), 3, "pip install 'kvexport[cpu]'"),
+        (
+            ModuleNotFoundError("No module named 'onnxruntime'", name="onnxruntime"),
+            3,
+            "pip install 'kvexport[cpu]'",
+        ),
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else "",
 )
 def test_every_error_has_its_exit_code_and_no_traceback(
-    error: BaseException, code: int, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    error: BaseException,
+    code: int,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     fail_with(error, monkeypatch)
     assert ends(["run"]) == code
@@ -199,7 +226,9 @@ def test_a_signal_ends_with_130(name: str) -> None:
 
 
 def test_nohup_is_respected() -> None:
-    ran = run_python("import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)" + _SIGNALLED.format(name="SIGHUP"))
+    ran = run_python(
+        "import signal\nsignal.signal(signal.SIGHUP, signal.SIG_IGN)" + _SIGNALLED.format(name="SIGHUP")
+    )
     assert (ran.returncode, ran.stdout) == (0, "went on\n")
 
 
@@ -221,7 +250,9 @@ main({arguments})
         (["build", "--demo", "-o", "out"], "onnx_ir", "convert"),
     ],
 )
-def test_a_missing_package_names_the_extra(arguments: list[str], missing: str, extra: str, tmp_path: Path) -> None:
+def test_a_missing_package_names_the_extra(
+    arguments: list[str], missing: str, extra: str, tmp_path: Path
+) -> None:
     ran = run_python(_WITHOUT.format(missing=missing, arguments=arguments), cwd=tmp_path)
     assert ran.returncode == 3
     assert f"fix:     pip install 'kvexport[{extra}]'" in ran.stderr

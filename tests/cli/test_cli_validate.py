@@ -67,7 +67,11 @@ def test_json_is_one_object_for_sound_and_wrong(run: Run, tmp_path: Path) -> Non
         report = json.loads(out)
         assert code == wanted == bool(report["failures"])
         assert (report["prefill"], report["steps"], report["dtype"]) == (32, 64, "float32")
-        assert [each["name"] for each in report["differences"]][:3] == ["logits", "layers.0.key", "layers.0.value"]
+        assert [each["name"] for each in report["differences"]][:3] == [
+            "logits",
+            "layers.0.key",
+            "layers.0.value",
+        ]
         assert {"cosine", "norm_ratio", "max_error", "failed"} <= report["differences"][0].keys()
         assert {"greedy_agreement", "gate", "computed_in"} <= report.keys()
 

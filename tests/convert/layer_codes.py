@@ -28,7 +28,9 @@ def measure(attention: Attention, rope: Rope | None, x: Tensor, method: str = "o
     return met(attention, rope, x, method).moments
 
 
-def predicted(attention: Attention, rope: Rope | None, x: Tensor, method: str, kv_heads: int, code: LayerCode) -> float:
+def predicted(
+    attention: Attention, rope: Rope | None, x: Tensor, method: str, kv_heads: int, code: LayerCode
+) -> float:
     """The predicted error of a code that `method` made, or could have."""
     return predicted_error(met(attention, rope, x, method), attention, grouping_of(attention, kv_heads), code)
 
@@ -44,16 +46,21 @@ def plain_shape(attention: Attention, kv_heads: int) -> Shape:
 
 def code_of(
     method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int, shape: Shape | None = None
-) -> tuple[Moments, LayerCode]:  # fmt: skip
+) -> tuple[Moments, LayerCode]:
     if rope is None and method == "fold":
         method = "online"  # as `methods_for` has it
-    found, shape = met(attention, rope, x, method), plain_shape(attention, kv_heads) if shape is None else shape
-    return found.moments, layer_code(METHODS[method], found, attention, grouping_of(attention, kv_heads), shape)
+    found, shape = (
+        met(attention, rope, x, method),
+        plain_shape(attention, kv_heads) if shape is None else shape,
+    )
+    return found.moments, layer_code(
+        METHODS[method], found, attention, grouping_of(attention, kv_heads), shape
+    )
 
 
 def converted_by(
     method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int, shape: Shape | None = None
-) -> Attention:  # fmt: skip
+) -> Attention:
     """The layer after `method`, adjacent heads sharing, without refit, calibrated on `x` [B, S, hidden]."""
     moments, code = code_of(method, attention, rope, x, kv_heads, shape)
     return apply_code(attention, grouping_of(attention, kv_heads), code, moments.value_mean)

@@ -35,7 +35,7 @@ def shared(attention: Attention, kv_heads: int, *, keys: str, seed: int = 0) -> 
             k[group, member] = k[group, 0] if keys == "equal" else other @ k[group, 0]
     return replace(
         attention, k=Linear(k.flatten(0, 2), attention.k.bias), v=Linear(v.flatten(0, 2), attention.v.bias)
-    )  # fmt: skip
+    )
 
 
 def without_key_bias(attention: Attention) -> Attention:
@@ -60,9 +60,16 @@ SIZES: list[tuple[str, dict[str, Any], int]] = [
 
 @pytest.mark.parametrize(
     ("style", "sizes", "kv_heads", "method"),
-    [(*sizes, method) for sizes in SIZES for method in ("online", "fold") if (sizes[0], method) != ("qwen3", "fold")],
+    [
+        (*sizes, method)
+        for sizes in SIZES
+        for method in ("online", "fold")
+        if (sizes[0], method) != ("qwen3", "fold")
+    ],
 )
-def test_heads_of_one_subspace_share_one_head_without_loss(style: str, sizes: dict[str, Any], kv_heads: int, method: str) -> None:
+def test_heads_of_one_subspace_share_one_head_without_loss(
+    style: str, sizes: dict[str, Any], kv_heads: int, method: str
+) -> None:
     attention, rope = make_attention(style, **sizes)
     attention = shared(attention, kv_heads, keys="mixed" if style == "bloom" else "equal")
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
@@ -98,7 +105,10 @@ def test_nothing_is_shared_where_nothing_alike_exists(style: str, method: str) -
     if attention.k_norm is not None and method == "fold":
         return
     x = random_inputs(4, 24)
-    assert error(converted_by(method, attention, rope, x, attention.num_kv_heads // 2), attention, rope, x) > 1e-2
+    assert (
+        error(converted_by(method, attention, rope, x, attention.num_kv_heads // 2), attention, rope, x)
+        > 1e-2
+    )
 
 
 def test_constant_values_lose_nothing_when_centred() -> None:
@@ -108,8 +118,12 @@ def test_constant_values_lose_nothing_when_centred() -> None:
     x = random_inputs(2, 12)
     wanted = output(attention, rope, x)
     for method in ("online", "fold"):
-        torch.testing.assert_close(output(converted_by(method, attention, rope, x, 2), rope, x), wanted, rtol=0, atol=1e-12)
-    assert float((output(converted_by("mean-pool", attention, rope, x, 2), rope, x) - wanted).abs().max()) > 1e-2
+        torch.testing.assert_close(
+            output(converted_by(method, attention, rope, x, 2), rope, x), wanted, rtol=0, atol=1e-12
+        )
+    assert (
+        float((output(converted_by("mean-pool", attention, rope, x, 2), rope, x) - wanted).abs().max()) > 1e-2
+    )
 
 
 # What a converted layer is made of
@@ -117,7 +131,9 @@ def test_constant_values_lose_nothing_when_centred() -> None:
 
 @pytest.mark.parametrize(("style", "sizes", "kv_heads"), SIZES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cache_shrinks_by_the_group(style: str, sizes: dict[str, Any], kv_heads: int, method: str) -> None:
+def test_the_cache_shrinks_by_the_group(
+    style: str, sizes: dict[str, Any], kv_heads: int, method: str
+) -> None:
     attention, rope = make_attention(style, **sizes)
     if attention.k_norm is not None and method == "fold":
         return
@@ -231,7 +247,9 @@ def test_uncentred_svd_a_on_the_caches_is_what_the_layer_computes(style: str) ->
     x = random_inputs(3, 16)
     _, code = code_of("svd-a", attention, rope, x, kv_heads)
     converted = converted_by("svd-a", attention, rope, x, kv_heads)
-    torch.testing.assert_close(output(converted, rope, x), _with_projected_caches(attention, rope, x, code), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        output(converted, rope, x), _with_projected_caches(attention, rope, x, code), rtol=0, atol=1e-12
+    )
 
 
 def _with_projected_caches(attention: Attention, rope: Rope | None, x: Tensor, code: LayerCode) -> Tensor:
@@ -242,10 +260,14 @@ def _with_projected_caches(attention: Attention, rope: Rope | None, x: Tensor, c
 
     def through(cached: Tensor, codes: Any) -> Tensor:  # [B, h, S, d]
         groups = cached.unflatten(1, (len(codes), -1)).transpose(2, 3).flatten(3)  # [B, G, S, t·d]
-        back = torch.stack([groups[:, g] @ each.encode @ each.decode.T for g, each in enumerate(codes)], dim=1)
+        back = torch.stack(
+            [groups[:, g] @ each.encode @ each.decode.T for g, each in enumerate(codes)], dim=1
+        )
         return back.unflatten(3, (-1, attention.head_dim)).transpose(2, 3).flatten(1, 2)
 
     changed = replace(
-        projected, key_rotated=through(projected.key_rotated, code.keys), value=through(projected.value, code.values)
+        projected,
+        key_rotated=through(projected.key_rotated, code.keys),
+        value=through(projected.value, code.values),
     )
     return linear(attention.o, windows.head_outputs(attention, changed))

@@ -20,7 +20,9 @@ from kvexport.convert.sensitivity import Curves, LayerSurvey
 ONLINE, FOLD = METHODS["online"], METHODS["fold"]
 
 
-def made_up(seed: int, heads: int, width: int, methods: Sequence[Method], falling: bool = True) -> LayerSurvey:
+def made_up(
+    seed: int, heads: int, width: int, methods: Sequence[Method], falling: bool = True
+) -> LayerSurvey:
     """A survey of random losses: falling with width as real ones do, or any."""
     generator = torch.Generator().manual_seed(seed)
     sizes = tuple(size for size in range(1, heads + 1) if heads % size == 0)
@@ -33,7 +35,11 @@ def made_up(seed: int, heads: int, width: int, methods: Sequence[Method], fallin
     return LayerSurvey(
         trained=Shape(heads, width, width),
         sizes=sizes,
-        curves={(method, size): Curves(curve(size * width), curve(size * width)) for method in methods for size in sizes},
+        curves={
+            (method, size): Curves(curve(size * width), curve(size * width))
+            for method in methods
+            for size in sizes
+        },
         output_power=1.0,
         key_sensitivity={method: float(torch.rand((), generator=generator)) * 10 for method in methods},
         value_sensitivity=float(torch.rand((), generator=generator)) * 10,
@@ -84,8 +90,12 @@ def test_no_choice_within_a_budget_is_predicted_to_lose_less(
         assert frontier.kl(budget) == pytest.approx(least, rel=1e-12, abs=1e-12)
         ways = frontier.ways(budget)
         assert sum(way.shape.kv_width for way in ways) <= budget
-        assert sum(layer.kl(way) for layer, way in zip(layers, ways, strict=True)) == pytest.approx(least, rel=1e-12, abs=1e-12)
-        assert all(way.shape in shapes and way.method in methods for way, shapes in zip(ways, allowed, strict=True))
+        assert sum(layer.kl(way) for layer, way in zip(layers, ways, strict=True)) == pytest.approx(
+            least, rel=1e-12, abs=1e-12
+        )
+        assert all(
+            way.shape in shapes and way.method in methods for way, shapes in zip(ways, allowed, strict=True)
+        )
         bound = least * (1 + 1e-9) + 1e-12
         assert frontier.cheapest(bound) == widths[kls <= bound].min() <= budget
 
@@ -98,7 +108,8 @@ def test_greed_loses_more_than_the_solution() -> None:
         allowed = [shapes_for(layer.trained, layer.sizes, Widths()) for layer in layers]
         frontier = Frontier(layers, allowed)
         alone = sum(
-            Frontier([layer], [shapes]).kl(layer.trained.kv_width // 2) for layer, shapes in zip(layers, allowed, strict=True)
+            Frontier([layer], [shapes]).kl(layer.trained.kv_width // 2)
+            for layer, shapes in zip(layers, allowed, strict=True)
         )
         worse += alone > frontier.kl(frontier.most // 2) * 1.05
     assert worse >= 8
@@ -120,16 +131,22 @@ def test_each_layer_gets_the_method_that_is_predicted_to_lose_less() -> None:
     chosen = [way.method for way in Frontier(layers, allowed).ways(8 * 64)]
     assert {ONLINE, FOLD} == set(chosen)
     for layer, method in zip(layers, chosen, strict=True):
-        assert layer.kl(Way(method, Shape(2, 8, 8))) == min(layer.kl(Way(each, Shape(2, 8, 8))) for each in (ONLINE, FOLD))
+        assert layer.kl(Way(method, Shape(2, 8, 8))) == min(
+            layer.kl(Way(each, Shape(2, 8, 8))) for each in (ONLINE, FOLD)
+        )
 
 
 def test_layers_of_many_shapes_share_one_budget() -> None:
     """One layer is worth ten times another: it keeps more."""
     first, second = made_up(3, 4, 16, (ONLINE,)), made_up(3, 4, 16, (ONLINE,))
     loud = LayerSurvey(
-        second.trained, second.sizes, second.curves, 1.0, {ONLINE: 100 * second.key_sensitivity[ONLINE]},
+        second.trained,
+        second.sizes,
+        second.curves,
+        1.0,
+        {ONLINE: 100 * second.key_sensitivity[ONLINE]},
         100 * second.value_sensitivity,
-    )  # fmt: skip
+    )
     frontier = Frontier([first, loud], [shapes_for(first.trained, first.sizes, Widths())] * 2)
     quiet, heard = frontier.ways(frontier.most // 2)
     assert heard.shape.kv_width > quiet.shape.kv_width
@@ -165,13 +182,17 @@ def test_widths_are_those_of_fused_attention(size: int, head_dim: int) -> None:
 @pytest.mark.parametrize("heads", [2, 6])
 def test_shapes_are_all_that_cache_less_and_the_trained_one(heads: int) -> None:
     layer = made_up(0, heads, 16, (ONLINE,))
-    equal, free = shapes_for(layer.trained, layer.sizes, Widths()), shapes_for(layer.trained, layer.sizes, Widths(equal=False))
+    equal, free = (
+        shapes_for(layer.trained, layer.sizes, Widths()),
+        shapes_for(layer.trained, layer.sizes, Widths(equal=False)),
+    )
     widths = [16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96]
     wanted = {
         Shape(heads // size, key, value)
-        for size in layer.sizes for key, value in product(widths, widths)
+        for size in layer.sizes
+        for key, value in product(widths, widths)
         if max(key, value) <= size * 16 and heads // size * (key + value) < 2 * heads * 16
-    }  # fmt: skip
+    }
     assert set(free) == wanted | {layer.trained} and len(free) == len(set(free))
     assert set(equal) == {shape for shape in wanted if shape.key_dim == shape.value_dim} | {layer.trained}
     assert equal[0] == free[0] == layer.trained
@@ -180,7 +201,11 @@ def test_shapes_are_all_that_cache_less_and_the_trained_one(heads: int) -> None:
 
 def test_one_width_alone_leaves_the_number_of_heads() -> None:
     layer = made_up(0, 8, 16, (ONLINE,))
-    assert shapes_for(layer.trained, layer.sizes, Widths(only=32)) == [Shape(8, 16, 16), Shape(2, 32, 32), Shape(1, 32, 32)]
+    assert shapes_for(layer.trained, layer.sizes, Widths(only=32)) == [
+        Shape(8, 16, 16),
+        Shape(2, 32, 32),
+        Shape(1, 32, 32),
+    ]
 
 
 def test_no_head_is_wider_than_kernels_take() -> None:

@@ -48,7 +48,9 @@ def measured(decoder: Decoder, choice: Choice) -> tuple[float, float]:
     """Mean KL on the calibration windows that are held out, and on other text."""
     conversion = convert(decoder, random_windows(decoder, WINDOWS, 24), choice.ways)
     converted = replace(decoder, layers=[each.layer for each in conversion])
-    return conversion.divergence().mean_kl, divergence_of(decoder, converted, random_windows(decoder, 24, 24, seed=9)).mean_kl
+    return conversion.divergence().mean_kl, divergence_of(
+        decoder, converted, random_windows(decoder, 24, 24, seed=9)
+    ).mean_kl
 
 
 # A bound on the loss
@@ -64,7 +66,9 @@ def test_a_bound_is_kept_and_a_tighter_one_caches_more(style: str) -> None:
         held_out, fresh = measured(decoder, choice)
         assert held_out <= MARGIN * bound
         assert fresh <= bound
-        tried = {point.kv_width: point.measured_kl for point in choice.points if point.measured_kl is not None}
+        tried = {
+            point.kv_width: point.measured_kl for point in choice.points if point.measured_kl is not None
+        }
         assert tried[cached(choice)] == pytest.approx(held_out, rel=1e-6)
         widths.append(cached(choice))
     assert all(looser <= tighter for looser, tighter in pairwise(widths)) and widths[0] < widths[-1]
@@ -82,11 +86,15 @@ def test_a_bound_is_kept_where_predictions_promise_too_much(monkeypatch: pytest.
         def __iter__(self) -> Any:
             yield from self.found
             for each in self.found.layers:
-                each.key_sensitivity.update({method: 0.02 * value for method, value in each.key_sensitivity.items()})
+                each.key_sensitivity.update(
+                    {method: 0.02 * value for method, value in each.key_sensitivity.items()}
+                )
 
         @property
         def layers(self) -> Any:
-            return [replace(each, value_sensitivity=0.02 * each.value_sensitivity) for each in self.found.layers]
+            return [
+                replace(each, value_sensitivity=0.02 * each.value_sensitivity) for each in self.found.layers
+            ]
 
     honest = chosen(decoder, Wish(max_kl=0.01))
     monkeypatch.setattr(choosing, "survey", Rosy)
@@ -104,9 +112,12 @@ def test_a_bound_that_nothing_keeps_leaves_the_trained_model() -> None:
 
 @settings(max_examples=50, deadline=None)
 @given(
-    st.lists(st.integers(0, 10**6), min_size=1, max_size=3), st.floats(0.05, 20), st.floats(0, 0.5), st.floats(1e-3, 30),
+    st.lists(st.integers(0, 10**6), min_size=1, max_size=3),
+    st.floats(0.05, 20),
+    st.floats(0, 0.5),
+    st.floats(1e-3, 30),
     st.integers(0, 1000),
-)  # fmt: skip
+)
 def test_what_is_kept_was_measured_to_keep_the_bound(
     seeds: list[int], factor: float, noise: float, bound: float, seed: int
 ) -> None:
@@ -150,7 +161,11 @@ def test_more_freedom_is_predicted_to_lose_less() -> None:
 
     for ratio in (0.3, 0.45):
         free, equal = predicted(kv_ratio=ratio, equal_widths=False), predicted(kv_ratio=ratio)
-        assert free <= equal <= min(predicted(kv_ratio=ratio, group_size=4), predicted(kv_ratio=ratio, kv_head_dim=16))
+        assert (
+            free
+            <= equal
+            <= min(predicted(kv_ratio=ratio, group_size=4), predicted(kv_ratio=ratio, kv_head_dim=16))
+        )
         gained.append(free / equal)
     assert min(gained) < 0.98
 
@@ -177,7 +192,9 @@ def test_a_share_that_no_width_meets_is_refused_with_those_that_can_be() -> None
         chosen(decoder_of(), Wish(kv_ratio=0.05))
     assert caught.value.exit_code == 2
     said = str(caught.value)
-    assert "--kv-ratio 0.05" in said and "0.25 to 1" in said  # one head of 16 for keys, one for values: 32 of 128
+    assert (
+        "--kv-ratio 0.05" in said and "0.25 to 1" in said
+    )  # one head of 16 for keys, one for values: 32 of 128
     assert cached(chosen(decoder_of(), Wish(kv_ratio=0.25))) == 3 * 32
 
 
@@ -200,7 +217,9 @@ def test_one_shape_and_one_method_are_not_surveyed(method: str, monkeypatch: pyt
     monkeypatch.setattr(choosing, "survey", lambda *arguments: pytest.fail("surveyed"))
     choice = chosen(decoder_of(), Wish(kv_heads=2), method)
     assert choice == Choice([Way(METHODS[method], Shape(2, 16, 16))] * 3)
-    assert [way.shape for way in chosen(decoder_of(), Wish(kv_ratio=1), "auto").ways] == [Shape(4, 16, 16)] * 3
+    assert [way.shape for way in chosen(decoder_of(), Wish(kv_ratio=1), "auto").ways] == [
+        Shape(4, 16, 16)
+    ] * 3
     with pytest.raises(pytest.fail.Exception, match="surveyed"):  # a control
         chosen(decoder_of(), Wish(kv_heads=2), "auto")
 
@@ -227,7 +246,9 @@ def with_a_layer_for_each_method() -> Decoder:
         return Linear((linear.weight.view(4, 2, 4, 32) * (1 - 0.9 * slow)[:, None]).reshape(32, 32))
 
     first, second = (layer.attention for layer in decoder.layers)
-    first = replace(first, q=one_direction(first.q), k=one_direction(first.k, (2 * random(4, 2, 4) * slow).flatten()))
+    first = replace(
+        first, q=one_direction(first.q), k=one_direction(first.k, (2 * random(4, 2, 4) * slow).flatten())
+    )
     changed = [first, replace(second, k=one_frequency(second.k))]
     layers = [replace(layer, attention=each) for layer, each in zip(decoder.layers, changed, strict=True)]
     return replace(decoder, layers=layers, rope=Rope(torch.tensor([1.0, 2e-3, 1.2e-3, 6e-4])))
@@ -237,7 +258,9 @@ def names(choice: Choice) -> list[str]:
     return [way.method.name for way in choice.ways]
 
 
-@pytest.mark.parametrize("wish", [Wish(kv_heads=1), Wish(group_size=4, kv_head_dim=8)], ids=["heads", "group and width"])
+@pytest.mark.parametrize(
+    "wish", [Wish(kv_heads=1), Wish(group_size=4, kv_head_dim=8)], ids=["heads", "group and width"]
+)
 def test_each_layer_gets_the_method_that_is_predicted_to_lose_less(wish: Wish) -> None:
     choice = chosen(with_a_layer_for_each_method(), wish, "auto", 4096)
     assert names(choice) == ["fold", "online"]
@@ -253,7 +276,9 @@ def test_capacity_moves_the_choice() -> None:
     for capacity, method in ((24, "online"), (4096, "fold"), (None, "online")):  # None: that of the windows
         choice = chosen(decoder, Wish(group_size=4, kv_head_dim=4), "auto", capacity)
         assert names(choice)[0] == method
-        best, other = sorted(choice.layers[0].kl(Way(each, Shape(1, 4, 4))) for each in choice.layers[0].methods)
+        best, other = sorted(
+            choice.layers[0].kl(Way(each, Shape(1, 4, 4))) for each in choice.layers[0].methods
+        )
         assert best < 0.99 * other
 
 
@@ -274,7 +299,9 @@ def test_the_method_that_was_chosen_is_measured_to_be_better_over_the_capacity()
         attention = next(convert(decoder, tokens, [way] * 2, capacity=capacity)).layer.attention
         offsets = range(0, capacity - 23, max(1, (capacity - 24) // 7))
         return float(
-            torch.stack([(output(attention, at) - output(layer.attention, at)).square().mean() for at in offsets]).mean()
+            torch.stack(
+                [(output(attention, at) - output(layer.attention, at)).square().mean() for at in offsets]
+            ).mean()
         )
 
     assert lost("fold", 4096) < 0.7 * lost("online", 4096)

@@ -9,12 +9,23 @@ from hypothesis import strategies as st
 from layer_codes import loss
 from torch import Tensor
 
-from kvexport.convert.codes import Code, damped, leading_eigenvectors, optimal_codes, orthonormal, subspace_code
+from kvexport.convert.codes import (
+    Code,
+    damped,
+    leading_eigenvectors,
+    optimal_codes,
+    orthonormal,
+    subspace_code,
+)
 
-sizes = st.tuples(st.integers(2, 12), st.integers(1, 12), st.integers(0, 10**6)).filter(lambda each: each[1] <= each[0])
+sizes = st.tuples(st.integers(2, 12), st.integers(1, 12), st.integers(0, 10**6)).filter(
+    lambda each: each[1] <= each[0]
+)
 
 
-def random_second_moment(n: int, generator: torch.Generator, rank: int | None = None, decay: float = 2.0) -> Tensor:
+def random_second_moment(
+    n: int, generator: torch.Generator, rank: int | None = None, decay: float = 2.0
+) -> Tensor:
     """Positive semidefinite [n, n], its eigenvalues spread over `decay` powers of ten."""
     rank = n if rank is None else rank
     factor = torch.randn(n, rank, generator=generator, dtype=torch.float64) * torch.logspace(
@@ -105,7 +116,10 @@ def test_the_gauge_is_orthonormal_and_changes_nothing(drawn: tuple[int, int, int
 def test_what_varies_in_few_directions_is_kept_whole(drawn: tuple[int, int, int]) -> None:
     n, rank, seed = drawn
     generator = torch.Generator().manual_seed(seed)
-    sensitivity, covariance = random_second_moment(n, generator), random_second_moment(n, generator, rank=rank, decay=1.0)
+    sensitivity, covariance = (
+        random_second_moment(n, generator),
+        random_second_moment(n, generator, rank=rank, decay=1.0),
+    )
     code = optimal_code(sensitivity, covariance, rank)
     assert loss(code, sensitivity, covariance) <= 1e-8 * float((sensitivity * covariance).sum())
 
@@ -113,7 +127,9 @@ def test_what_varies_in_few_directions_is_kept_whole(drawn: tuple[int, int, int]
 @pytest.mark.parametrize("sensitivity", ["zero", "rank one", "negative by rounding", "whole"])
 @pytest.mark.parametrize("covariance", ["zero", "rank one", "whole"])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_degenerate_moments_give_finite_codes_of_ordinary_size(sensitivity: str, covariance: str, scale: float) -> None:
+def test_degenerate_moments_give_finite_codes_of_ordinary_size(
+    sensitivity: str, covariance: str, scale: float
+) -> None:
     generator = torch.Generator().manual_seed(0)
     made = {
         "zero": torch.zeros(6, 6, dtype=torch.float64),
@@ -133,7 +149,9 @@ def test_damping_gives_full_rank_and_leaves_the_rest() -> None:
     matrix = torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64))
     assert torch.linalg.matrix_rank(damped(matrix)) == 2
     torch.testing.assert_close(damped(matrix), matrix, rtol=0, atol=2e-6)
-    torch.testing.assert_close(damped(torch.zeros(2, 2, dtype=torch.float64)), torch.eye(2, dtype=torch.float64))
+    torch.testing.assert_close(
+        damped(torch.zeros(2, 2, dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
+    )
 
 
 def test_leading_eigenvectors_of_many_hermitian_matrices() -> None:
@@ -157,7 +175,9 @@ def test_the_spectrum_says_what_every_rank_loses(drawn: tuple[int, int, int]) ->
     everything = float((sensitivity * covariance).sum())
     assert float(codes.losses[0]) == pytest.approx(everything, rel=1e-4)
     assert float(codes.losses[n]) == 0
-    assert loss(codes.code(rank), sensitivity, covariance) == pytest.approx(float(codes.losses[rank]), abs=1e-5 * everything)
+    assert loss(codes.code(rank), sensitivity, covariance) == pytest.approx(
+        float(codes.losses[rank]), abs=1e-5 * everything
+    )
 
 
 @settings(max_examples=30, deadline=None)

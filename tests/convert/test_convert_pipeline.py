@@ -69,10 +69,14 @@ def test_every_method_converts_every_kind_and_reports_what_it_lost(style: str, m
         assert 0 < report.predicted_error < 2
     converted = joined(decoder, layers)
     held_out = tokens[14:]
-    assert layers[-1].report.residual_error == pytest.approx(residual_error(decoder, converted, held_out), rel=1e-9)
+    assert layers[-1].report.residual_error == pytest.approx(
+        residual_error(decoder, converted, held_out), rel=1e-9
+    )
     divergence = conversion.divergence()
     assert divergence.tokens == held_out[:, 1:].numel()
-    original, compressed = (reference.forward(model, held_out).log_softmax(-1) for model in (decoder, converted))
+    original, compressed = (
+        reference.forward(model, held_out).log_softmax(-1) for model in (decoder, converted)
+    )
     kl = (original.exp() * (original - compressed)).sum(-1)[:, :-1].mean()
     assert divergence.mean_kl == pytest.approx(float(kl), rel=1e-4)
     assert divergence.mean_kl > 0
@@ -87,7 +91,11 @@ def test_measured_error_is_that_of_the_attention_alone(style: str) -> None:
         taps: list[reference.LayerTaps] = []
         reference.forward(decoder, tokens[7:], taps=taps)
         wanted = taps[each.index].attention
-        x = reference.embed(decoder.embedding, tokens[7:]) if each.index == 0 else taps[each.index - 1].residual
+        x = (
+            reference.embed(decoder.embedding, tokens[7:])
+            if each.index == 0
+            else taps[each.index - 1].residual
+        )
         found = reference.run_layer(each.layer, x, torch.arange(16)[None], decoder.rope).attention
         error = (found - wanted).norm() / (wanted - wanted.mean((0, 1))).norm()
         assert each.report.measured_error == pytest.approx(float(error), rel=1e-9)
@@ -138,11 +146,20 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
             way = Way(methods_for("fold", decoder.layers[1].attention)[0], Shape(4, 8, 8))
             alone = pipeline._convert_layer(decoder.layers[1], streams, met, way)[0]
         together = layers[1].layer
-        assert torch.equal(together.attention.k.weight, alone.attention.k.weight)  # the trained model's moments in both
-        moved.append(float((together.attention.o.weight - alone.attention.o.weight).norm() / alone.attention.o.weight.norm()))
+        assert torch.equal(
+            together.attention.k.weight, alone.attention.k.weight
+        )  # the trained model's moments in both
+        moved.append(
+            float(
+                (together.attention.o.weight - alone.attention.o.weight).norm()
+                / alone.attention.o.weight.norm()
+            )
+        )
         if decoder is lossy:
             apart = dataclasses.replace(decoder, layers=[layers[0].layer, alone])
-            assert residual_error(decoder, joined(decoder, layers), fresh) < residual_error(decoder, apart, fresh)
+            assert residual_error(decoder, joined(decoder, layers), fresh) < residual_error(
+                decoder, apart, fresh
+            )
     assert moved[0] > 0.01
     assert moved[1] < 1e-4
 
@@ -182,7 +199,9 @@ def test_measure_yields_the_moments_that_conversion_takes(monkeypatch: pytest.Mo
     decoder = make_decoder("gqa")
     tokens, taken = random_windows(decoder, 9, 12), []
     original = Streams.measure
-    monkeypatch.setattr(Streams, "measure", lambda self, layer: taken.append(original(self, layer)) or taken[-1])
+    monkeypatch.setattr(
+        Streams, "measure", lambda self, layer: taken.append(original(self, layer)) or taken[-1]
+    )
     list(plain(decoder, tokens, 1, "online"))
     for found, wanted in zip(measure(decoder, tokens), taken, strict=True):
         assert same(found, wanted)
@@ -199,7 +218,9 @@ def test_conversion_is_deterministic() -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_conversion_does_not_depend_on_how_attention_is_batched(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conversion_does_not_depend_on_how_attention_is_batched(
+    style: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     decoder = make_decoder(style)
     tokens, kv_heads = random_windows(decoder, 10, 16), decoder.layers[0].attention.num_kv_heads // 2
     whole = list(plain(decoder, tokens, kv_heads, "online"))
@@ -208,7 +229,9 @@ def test_conversion_does_not_depend_on_how_attention_is_batched(style: str, monk
     for a, b in zip(whole, in_blocks, strict=True):
         assert b.report.residual_error == pytest.approx(a.report.residual_error, rel=1e-6)
         assert b.report.predicted_error == pytest.approx(a.report.predicted_error, rel=1e-9)
-        torch.testing.assert_close(b.layer.attention.o.weight, a.layer.attention.o.weight, rtol=1e-6, atol=1e-8)
+        torch.testing.assert_close(
+            b.layer.attention.o.weight, a.layer.attention.o.weight, rtol=1e-6, atol=1e-8
+        )
 
 
 # Few tokens, dead heads, and what is not finite
@@ -228,7 +251,11 @@ def test_hardly_any_tokens_still_convert(style: str, method: str, count: int, le
         assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
         assert max(float(t.abs().max()) for t in tensors_of(each.layer.attention)) < 1e3
         report = each.report
-        assert torch.tensor([report.predicted_error, report.measured_error, report.residual_error]).isfinite().all()
+        assert (
+            torch.tensor([report.predicted_error, report.measured_error, report.residual_error])
+            .isfinite()
+            .all()
+        )
     assert torch.tensor(conversion.divergence().mean_kl).isfinite()
     fresh = reference.forward(joined(decoder, layers), random_windows(decoder, 4, 30, seed=5))
     assert bool(fresh.isfinite().all())
@@ -260,7 +287,9 @@ def test_heads_that_do_nothing_still_convert(method: str, part: str) -> None:
 
 def test_overflow_is_named_with_its_layer() -> None:
     decoder = make_decoder("llama", layers=3, dtype=torch.float32)
-    big = dataclasses.replace(decoder.layers[1].attention, v=Linear(decoder.layers[1].attention.v.weight * 1e38))
+    big = dataclasses.replace(
+        decoder.layers[1].attention, v=Linear(decoder.layers[1].attention.v.weight * 1e38)
+    )
     layers = [decoder.layers[0], dataclasses.replace(decoder.layers[1], attention=big), decoder.layers[2]]
     broken = dataclasses.replace(decoder, layers=layers)
     tokens = random_windows(decoder, 4, 12)
@@ -312,7 +341,9 @@ def test_one_layer_is_alive_at_a_time(what: str) -> None:
     elif what == "unconverted":
         made = map(_forget, unconverted(lazy))
     else:
-        way = Way(methods_for("online", decoder.layers[0].attention)[0], Shape(2 if what == "convert" else 4, 8, 8))
+        way = Way(
+            methods_for("online", decoder.layers[0].attention)[0], Shape(2 if what == "convert" else 4, 8, 8)
+        )
         made = map(_forget, convert(lazy, tokens, [way] * 4))
     assert list(made) == [None] * 4
     assert counts == [0, 0, 0, 0]
@@ -334,7 +365,12 @@ def test_streams_are_what_is_held_between_layers() -> None:
 
 def test_the_last_eighth_is_held_out_and_a_single_window_judges_itself() -> None:
     decoder = make_decoder("llama", layers=1)
-    for count, seen, held_out in ((1, [0], [0]), (2, [0], [1]), (8, list(range(7)), [7]), (17, list(range(15)), [15, 16])):
+    for count, seen, held_out in (
+        (1, [0], [0]),
+        (2, [0], [1]),
+        (8, list(range(7)), [7]),
+        (17, list(range(15)), [15, 16]),
+    ):
         streams = Streams(decoder, random_windows(decoder, count, 4))
         assert list(streams.seen) == seen
         assert list(streams.held_out) == held_out

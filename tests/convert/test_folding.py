@@ -31,10 +31,18 @@ CHOICES = {
 class Case:
     """One group of all four heads of a random layer."""
 
-    def __init__(self, style: str = "llama", seed: int = 0, frequencies: str = "several", distances: int = 24) -> None:
-        attention, rope = make_attention(style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0)
+    def __init__(
+        self, style: str = "llama", seed: int = 0, frequencies: str = "several", distances: int = 24
+    ) -> None:
+        attention, rope = make_attention(
+            style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0
+        )
         assert rope is not None
-        self.inv_freq, self.frequencies, self.count = rope.inv_freq.double(), torch.tensor(CHOICES[frequencies]), distances
+        self.inv_freq, self.frequencies, self.count = (
+            rope.inv_freq.double(),
+            torch.tensor(CHOICES[frequencies]),
+            distances,
+        )
         self.moments = met(attention, rope, random_inputs(4, 24, seed=seed), "fold").moments
         self.weights = keys.member_weights(self.moments, Grouping.of(attention, 1), 0)
         self.distances = Rotations.by_distance(rope, distances)
@@ -60,7 +68,9 @@ class Case:
                 wanted = torch.zeros(8, 32, dtype=torch.float64)
                 wanted[:, rows] = own
                 error = wanted - decode[rows] @ cached @ encode.T
-                total = total + weight * (self.weights[head] * (error @ self.moments.key_second @ error.T)).sum()
+                total = (
+                    total + weight * (self.weights[head] * (error @ self.moments.key_second @ error.T)).sum()
+                )
         return total
 
 
@@ -83,7 +93,11 @@ def test_each_half_step_is_where_the_gradient_vanishes(style: str, side: str) ->
     case, problem = Case(style), Case(style).problem()
     start = problem._start()
     decode = problem._decode(start)
-    found = {"encode": start, "decode": decode.T} if side == "decode" else {"encode": problem._encode(decode), "decode": decode.T}
+    found = (
+        {"encode": start, "decode": decode.T}
+        if side == "decode"
+        else {"encode": problem._encode(decode), "decode": decode.T}
+    )
     sizes = []
     for free in (found[side], start):
         part = free.clone().requires_grad_()
@@ -96,7 +110,9 @@ def test_each_half_step_is_where_the_gradient_vanishes(style: str, side: str) ->
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("frequencies", ["one each", "several", "some"])
 @pytest.mark.parametrize("seed", range(2))
-def test_no_half_step_raises_the_loss_and_the_rounds_made_come_near_the_end(style: str, frequencies: str, seed: int) -> None:
+def test_no_half_step_raises_the_loss_and_the_rounds_made_come_near_the_end(
+    style: str, frequencies: str, seed: int
+) -> None:
     case, losses = Case(style, seed, frequencies), list[float]()
     problem = case.problem()
     encode = problem._start()
@@ -125,12 +141,17 @@ def test_where_phases_average_out_the_start_is_the_optimum_already(style: str) -
     start = problem._start()
     made, closed = problem.loss(problem.code()), problem.loss(Code(start, problem._decode(start).T))
     assert 0.98 * closed < made <= closed * (1 + 1e-9)
-    assert closed == pytest.approx(float(mix_energies(case.weights, case.moments.key_second)[:, 1:].sum()), rel=0.02)
+    assert closed == pytest.approx(
+        float(mix_energies(case.weights, case.moments.key_second)[:, 1:].sum()), rel=0.02
+    )
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_a_code_made_for_near_distances_fails_far_and_one_for_all_holds(style: str) -> None:
-    near, far = Case(style, frequencies="one each", distances=2), Case(style, frequencies="one each", distances=4096)
+    near, far = (
+        Case(style, frequencies="one each", distances=2),
+        Case(style, frequencies="one each", distances=4096),
+    )
     for_near, for_all = near.problem().code(), far.problem().code()
     assert near.problem().loss(for_near) < 0.8 * near.problem().loss(for_all)
     assert far.problem().loss(for_all) < 0.8 * far.problem().loss(for_near)

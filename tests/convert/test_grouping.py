@@ -38,7 +38,9 @@ def test_half_is_the_default() -> None:
     assert "--kv-ratio 0.3333, 1" in str(refusal.value)
 
 
-@pytest.mark.parametrize("ratio", [0.4, 0.0, -0.5, 1.001, 1.5, 2.0, float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize(
+    "ratio", [0.4, 0.0, -0.5, 1.001, 1.5, 2.0, float("nan"), float("inf"), -float("inf")]
+)
 def test_a_ratio_that_cannot_be_met_lists_those_that_can(ratio: float) -> None:
     with pytest.raises(UsageError, match="no number of KV heads is") as refusal:
         kv_heads_for(12, None, ratio)
@@ -58,8 +60,12 @@ def test_number_and_ratio_together_are_refused() -> None:
             kv_heads_for(8, kv_heads, ratio)
 
 
-@pytest.mark.parametrize(("kv_heads", "size", "queries", "width"), [(2, 3, 1, 8), (4, 2, 4, 16), (1, 6, 2, 4), (8, 1, 1, 2)])
-def test_groups_are_adjacent_and_cover_every_head_once(kv_heads: int, size: int, queries: int, width: int) -> None:
+@pytest.mark.parametrize(
+    ("kv_heads", "size", "queries", "width"), [(2, 3, 1, 8), (4, 2, 4, 16), (1, 6, 2, 4), (8, 1, 1, 2)]
+)
+def test_groups_are_adjacent_and_cover_every_head_once(
+    kv_heads: int, size: int, queries: int, width: int
+) -> None:
     grouping = Grouping(kv_heads, size, queries, width)
     rows = [i for group in range(kv_heads) for i in range(1000)[grouping.rows(group)]]
     assert rows == list(range(kv_heads * size * width))

@@ -40,9 +40,15 @@ def test_mean_pool_commutes_with_rotation_at_every_position_and_the_others_need_
     z = torch.randn(len(positions), 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
     def distance(code: Code) -> float:
-        return float((rotated(z, 8, positions, rope) @ code.encode - rotated(z @ code.encode, 8, positions, rope)).abs().max())
+        return float(
+            (rotated(z, 8, positions, rope) @ code.encode - rotated(z @ code.encode, 8, positions, rope))
+            .abs()
+            .max()
+        )
 
-    codes = {method: code_of(method, attention, rope, x, 2)[1].keys for method in ("mean-pool", "online", "fold")}
+    codes = {
+        method: code_of(method, attention, rope, x, 2)[1].keys for method in ("mean-pool", "online", "fold")
+    }
     for group in range(grouping.kv_heads):
         assert distance(codes["mean-pool"][group]) < 1e-12
         assert min(distance(codes["online"][group]), distance(codes["fold"][group])) > 1e-2
@@ -82,7 +88,9 @@ def test_folded_weights_give_the_logits_of_a_code_that_commutes_applied_after_ro
 def logits(layer: Attention, rope: Rope | None, x: Tensor) -> Tensor:
     projected = windows.project(layer, x, rope)
     return reference.scores(
-        layer, reference.map_queries(layer, projected.query_rotated), reference.map_keys(layer, projected.key_rotated)
+        layer,
+        reference.map_queries(layer, projected.query_rotated),
+        reference.map_keys(layer, projected.key_rotated),
     )
 
 
@@ -193,7 +201,9 @@ def test_the_unrestricted_code_loses_least_under_its_own_loss(style: str) -> Non
     grouping = grouping_of(attention, attention.num_kv_heads // 2)
     for group in range(grouping.kv_heads):
         losses = {
-            name: key_loss(moments, grouping, method.key(moments, attention, grouping, group, grouping.head_dim), group)
+            name: key_loss(
+                moments, grouping, method.key(moments, attention, grouping, group, grouping.head_dim), group
+            )
             for name, method in METHODS.items()
             if method.key is not None  # what is coded before rotation has no code after it
         }
@@ -276,8 +286,10 @@ def test_svd_a_is_the_svd_of_the_cached_keys_and_values() -> None:
     assert rope is not None
     x = random_inputs(3, 16)
     projected = windows.project(attention, x, rope)
-    everywhere = [reference.rotate(projected.key, reference.rotary_tables(rope, torch.full((3, 16), n), torch.float64))
-                  for n in range(16)]  # fmt: skip
+    everywhere = [
+        reference.rotate(projected.key, reference.rotary_tables(rope, torch.full((3, 16), n), torch.float64))
+        for n in range(16)
+    ]
     keys_rotated = torch.cat(everywhere)
     _, code = code_of("svd-a", attention, rope, x, 2)
     for group in range(2):

@@ -27,17 +27,23 @@ PARTITIONS: list[list[Group]] = [[(0, 2), (1, 3)], [(0, 3), (1, 2)], [(0, 1, 2, 
 
 
 def layer(style: str, method: str, seed: int = 0) -> tuple[Attention, Met]:
-    attention, rope = make_attention(style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0)
+    attention, rope = make_attention(
+        style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0
+    )
     return attention, met(attention, rope, random_inputs(4, 24, seed=seed), method)
 
 
-def grouped(attention: Attention, moments: Moments, groups: list[Group]) -> tuple[Attention, Moments, Grouping]:
+def grouped(
+    attention: Attention, moments: Moments, groups: list[Group]
+) -> tuple[Attention, Moments, Grouping]:
     """The layer with the groups' heads side by side."""
     order = order_of(groups)
     return permuted(attention, order), permuted_moments(moments, order), Grouping.of(attention, len(groups))
 
 
-def lost_by(moments: Moments, attention: Attention, grouping: Grouping, key: tuple[Code, ...], value: tuple[Code, ...]) -> float:
+def lost_by(
+    moments: Moments, attention: Attention, grouping: Grouping, key: tuple[Code, ...], value: tuple[Code, ...]
+) -> float:
     """E|Δo|² by `predict`'s formula."""
     code = LayerCode(key, value, folds=False, centred=True)
     return predicted_error(Met(moments), attention, grouping, code) ** 2 * float(moments.output_power)
@@ -55,11 +61,16 @@ def test_losses_are_those_of_the_optimal_code_of_each_width(style: str, groups: 
     for width in {1, 3, n // 2, n - 1, n}:
         key = tuple(keys.online(moved, placed, grouping, group, width) for group in each)
         value = tuple(values.weighted(moved, placed, grouping, group, width) for group in each)
-        found = {"keys": lost_by(moved, placed, grouping, key, exact), "values": lost_by(moved, placed, grouping, exact, value)}
+        found = {
+            "keys": lost_by(moved, placed, grouping, key, exact),
+            "values": lost_by(moved, placed, grouping, exact, value),
+        }
         for which, curve in said.items():
             assert isinstance(curve, Tensor) and curve.shape == (n + 1,) and curve.dtype == torch.float64
             whole = float(curve[0])
-            assert found[which] == pytest.approx(float(curve[width]), rel=1e-6, abs=2e-5 * whole)  # codes damp by a millionth
+            assert found[which] == pytest.approx(
+                float(curve[width]), rel=1e-6, abs=2e-5 * whole
+            )  # codes damp by a millionth
             assert width > n // 2 or found[which] > 2e-4 * whole  # far above what is taken as equal
 
 
@@ -70,13 +81,18 @@ def test_nothing_cached_loses_all_that_varies(style: str) -> None:
     losses, grouping, moments = LayerLosses(seen, attention), Grouping.of(attention, 4), seen.moments
     for head in range(4):
         lost = sum(
-            float(moments.key_gain[q] * (moments.query_second[q] * moments.key_covariance(grouping.rows(head))).sum())
+            float(
+                moments.key_gain[q]
+                * (moments.query_second[q] * moments.key_covariance(grouping.rows(head))).sum()
+            )
             for q in grouping.query_heads(head)
         )
         assert float(losses.keys((head,))[0]) == pytest.approx(lost * attention.scale**2, rel=1e-9)
         weights = values.output_weights(moments, attention, grouping, head)
         covariance = moments.value_covariance(grouping.rows(head))
-        assert float(losses.values((head,))[0]) == pytest.approx(float((weights * covariance).sum()), rel=1e-9)
+        assert float(losses.values((head,))[0]) == pytest.approx(
+            float((weights * covariance).sum()), rel=1e-9
+        )
 
 
 APART = Rope(
@@ -91,14 +107,19 @@ def test_folded_losses_are_estimated_as_those_of_phases_averaged(style: str, gro
     attention, seen = layer(style, "fold")
     said, n = LayerLosses(seen, attention).estimate(True, group), 8 * len(group)
     rest = [head for head in range(4) if head not in group]
-    moved, grouping = seen.permuted([*group, *rest]).moments, Grouping(1, len(group), attention.queries_per_kv_head, 8)
+    moved, grouping = (
+        seen.permuted([*group, *rest]).moments,
+        Grouping(1, len(group), attention.queries_per_kv_head, 8),
+    )
     assert said.shape == (n + 1,)
     for width in (2, 6, 8, 10, n - 2):
         frequencies = keys.cached_frequencies(moved, grouping, width)
         problem = keys.folding(moved, grouping, 0, frequencies, Rotations(APART, POSITIONS))
         lost = problem.loss(problem.code()) * attention.scale**2
         assert lost == pytest.approx(float(said[width]), rel=0.02)
-        assert float(said[width - 1]) == float(said[width - 2]) or width - 2 == 8  # an odd width has no use for one number
+        assert (
+            float(said[width - 1]) == float(said[width - 2]) or width - 2 == 8
+        )  # an odd width has no use for one number
     assert float(said[n]) == 0 < float(said[n - 2])
 
 
@@ -113,7 +134,9 @@ def test_curves_of_folded_keys_are_those_of_their_codes_and_below_the_estimate(s
     for width in (4, 8, 16, 24):
         frequencies = keys.cached_frequencies(seen.moments, grouping, width)
         problem = keys.folding(seen.moments, grouping, 0, frequencies, seen.distances)
-        assert float(curve[width]) == pytest.approx(attention.scale**2 * problem.loss(problem.code()), rel=1e-9)
+        assert float(curve[width]) == pytest.approx(
+            attention.scale**2 * problem.loss(problem.code()), rel=1e-9
+        )
         assert curve[width] < 0.95 * estimate[width]
     for below, width, above in ((4, 6, 8), (8, 10, 16), (16, 20, 24), (24, 28, 32)):
         assert curve[above] < curve[width] < curve[below]
@@ -132,7 +155,9 @@ def test_more_width_never_loses_more_and_full_width_loses_nothing(style: str, gr
         )
         for curve in curves:
             steps = curve.diff()
-            if method == "fold" and len(group) > 1:  # a head as wide as a trained one has each frequency once, the best or not
+            if (
+                method == "fold" and len(group) > 1
+            ):  # a head as wide as a trained one has each frequency once, the best or not
                 assert curve[8] >= curve[10]
                 steps = torch.cat((curve[:8].diff(), curve[9:].diff()))
             assert bool((steps <= 1e-12 * curve[0]).all())
@@ -145,7 +170,9 @@ def test_heads_that_are_alike_lose_nothing_together() -> None:
     k, v = (each.weight.clone().view(4, 8, -1) for each in (attention.k, attention.v))
     k[3], v[3] = k[1], v[1]
     twins = replace(attention, k=Linear(k.flatten(0, 1)), v=Linear(v.flatten(0, 1)))
-    online, fold = (LayerLosses(met(twins, rope, random_inputs(4, 24), method), twins) for method in ("online", "fold"))
+    online, fold = (
+        LayerLosses(met(twins, rope, random_inputs(4, 24), method), twins) for method in ("online", "fold")
+    )
     for curve in (online.keys, online.values, fold.folded_keys):
         assert float(curve((1, 3))[8]) < 1e-9 * float(curve((1, 3))[0])
         assert float(curve((0, 2))[8]) > 1e-2 * float(curve((0, 2))[0])

@@ -50,7 +50,11 @@ def is_partition(groups: list[Group], heads: int, size: int) -> bool:
 
 def test_partitions_are_counted_right() -> None:
     """Of the tests' own brute force: 5·3·1 matchings of six, 7·5·3·1 of eight, 10 splits of six into threes."""
-    assert [sum(1 for _ in partitions(tuple(range(n)), size)) for n, size in ((6, 2), (8, 2), (6, 3))] == [15, 105, 10]
+    assert [sum(1 for _ in partitions(tuple(range(n)), size)) for n, size in ((6, 2), (8, 2), (6, 3))] == [
+        15,
+        105,
+        10,
+    ]
 
 
 @settings(max_examples=60, deadline=None)
@@ -59,7 +63,9 @@ def test_pairs_are_matched_exactly(heads: int, seed: int, kind: str) -> None:
     loss = random_loss(seed, kind)
     found = matched_groups(heads, 2, loss)
     assert is_partition(found, heads, 2)
-    assert total(found, loss) == pytest.approx(min(total(each, loss) for each in partitions(tuple(range(heads)), 2)), rel=1e-12)
+    assert total(found, loss) == pytest.approx(
+        min(total(each, loss) for each in partitions(tuple(range(heads)), 2)), rel=1e-12
+    )
 
 
 def test_taking_the_best_pair_first_is_not_exact() -> None:
@@ -75,7 +81,9 @@ SIZES = [(8, 4), (12, 4), (16, 8), (6, 3), (9, 3), (12, 3), (12, 6), (10, 5)]
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from(SIZES), st.integers(0, 10**6), st.sampled_from(["uniform", "line"]))
-def test_larger_groups_are_a_partition_and_never_worse_than_adjacent_ones(drawn: tuple[int, int], seed: int, kind: str) -> None:
+def test_larger_groups_are_a_partition_and_never_worse_than_adjacent_ones(
+    drawn: tuple[int, int], seed: int, kind: str
+) -> None:
     heads, size = drawn
     loss = random_loss(seed, kind)
     found = matched_groups(heads, size, loss)

@@ -34,7 +34,9 @@ def measured(attention: Attention, rope: Rope | None) -> Moments:
 def test_the_output_stays_as_it_was(style: str) -> None:
     attention, rope, order = layer(style)
     x = random_inputs(2, 12)
-    torch.testing.assert_close(output(permuted(attention, order), rope, x), output(attention, rope, x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        output(permuted(attention, order), rope, x), output(attention, rope, x), rtol=0, atol=1e-12
+    )
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "o"])
@@ -49,9 +51,14 @@ def test_a_part_left_behind_is_seen(part: str) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_permuted_moments_are_those_measured_of_the_permuted_layer(style: str) -> None:
     attention, rope, order = layer(style)
-    found, wanted = permuted_moments(measured(attention, rope), order), measured(permuted(attention, order), rope)
+    found, wanted = (
+        permuted_moments(measured(attention, rope), order),
+        measured(permuted(attention, order), rope),
+    )
     for field in fields(Moments):
-        torch.testing.assert_close(getattr(found, field.name), getattr(wanted, field.name), rtol=1e-11, atol=1e-13)
+        torch.testing.assert_close(
+            getattr(found, field.name), getattr(wanted, field.name), rtol=1e-11, atol=1e-13
+        )
     per_head = {field.name for field in fields(Moments)} - {"tokens", "output_power"}
     before = measured(attention, rope)
     assert all(not torch.equal(getattr(before, name), getattr(found, name)) for name in per_head)  # a control
@@ -66,4 +73,7 @@ def test_orders_compose_and_the_reverse_undoes_them(order: list[int], style: str
         (permuted(permuted(attention, order), back), attention),
         (permuted_moments(permuted_moments(moments, order), back), moments),
     ):
-        assert all(torch.equal(a, b) for a, b in zip(tensors_of(there_and_back), tensors_of(given_first), strict=True))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(tensors_of(there_and_back), tensors_of(given_first), strict=True)
+        )

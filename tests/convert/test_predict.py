@@ -21,15 +21,21 @@ from kvexport.model.decoder import Attention, Linear, Rope
 STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
 
 
-def nearly_whole(moments: Moments, attention: Attention, grouping: Grouping, which: str, rank: int) -> LayerCode:
+def nearly_whole(
+    moments: Moments, attention: Attention, grouping: Grouping, which: str, rank: int
+) -> LayerCode:
     """The optimal codes of `rank` for the keys or for the values; the other kept whole. The rank may be up to t·d."""
     n = grouping.size * grouping.head_dim
-    found: dict[str, tuple[Code, ...]] = dict.fromkeys(("keys", "values"), (identity_code(n),) * grouping.kv_heads)
+    found: dict[str, tuple[Code, ...]] = dict.fromkeys(
+        ("keys", "values"), (identity_code(n),) * grouping.kv_heads
+    )
 
     def code(group: int) -> Code:
         rows = grouping.rows(group)
         if which == "keys":
-            return optimal_codes(keys.query_weights(moments, grouping, group), moments.key_covariance(rows)).code(rank)
+            return optimal_codes(
+                keys.query_weights(moments, grouping, group), moments.key_covariance(rows)
+            ).code(rank)
         weights = values.output_weights(moments, attention, grouping, group)
         return optimal_codes(weights, moments.value_covariance(rows)).code(rank)
 
@@ -52,7 +58,9 @@ def test_small_errors_are_predicted_within_a_factor(style: str, which: str, seed
     attention, rope = make_attention(style, seed=seed, sharpness=2.0)
     x = random_inputs(12, 32, seed=seed)
     kv_heads = attention.num_kv_heads // 2
-    code = nearly_whole(measure(attention, rope, x), attention, grouping_of(attention, kv_heads), which, rank=12)
+    code = nearly_whole(
+        measure(attention, rope, x), attention, grouping_of(attention, kv_heads), which, rank=12
+    )
     foretold, measured = predicted_and_measured(attention, rope, x, code, kv_heads)
     assert 1e-4 < measured < 0.2
     assert 1 / 1.5 < foretold / measured < 1.5

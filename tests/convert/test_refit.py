@@ -25,7 +25,9 @@ def loss(o: Linear, x: Tensor, y: Tensor) -> float:
 class Problem:
     """Tokens x, targets y = W x + b + noise, and a W_O that is off."""
 
-    def __init__(self, seed: int, tokens: int = 60, into: int = 12, out: int = 5, noise: float = 0.3, off: float = 0.5) -> None:
+    def __init__(
+        self, seed: int, tokens: int = 60, into: int = 12, out: int = 5, noise: float = 0.3, off: float = 0.5
+    ) -> None:
         self.generator = torch.Generator().manual_seed(seed)
         self.mixing, self.offset = self.random(into, into), 3 * self.random(into)
         self.weight, self.bias, self.noise = self.random(out, into), self.random(out), noise
@@ -66,7 +68,9 @@ def test_the_refit_is_the_best_of_the_closed_forms(seed: int) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 10**6), st.integers(2, 40), st.sampled_from([0.0, 0.3, 30.0]), st.sampled_from([0.0, 0.5]))
+@given(
+    st.integers(0, 10**6), st.integers(2, 40), st.sampled_from([0.0, 0.3, 30.0]), st.sampled_from([0.0, 0.5])
+)
 def test_the_refit_never_costs_on_held_out_tokens(seed: int, tokens: int, noise: float, off: float) -> None:
     """With fewer tokens than inputs, targets of noise, or a W_O that was right already."""
     problem = Problem(seed, tokens=tokens, noise=noise, off=off)
@@ -98,7 +102,9 @@ def test_w_o_without_bias_gets_one() -> None:
 def test_w_o_is_recovered_from_exact_heads() -> None:
     problem = Problem(2, tokens=500, noise=0.0)
     found = problem.refit()
-    assert loss(found, problem.held_x, problem.held_y) < 1e-4 * loss(problem.o, problem.held_x, problem.held_y)
+    assert loss(found, problem.held_x, problem.held_y) < 1e-4 * loss(
+        problem.o, problem.held_x, problem.held_y
+    )
 
 
 def test_the_dtype_is_kept() -> None:
@@ -124,7 +130,9 @@ def test_loss_is_the_squared_error_less_a_constant() -> None:
     moments = sums(problem.x, problem.y)
     variance = float(problem.y.var(0, correction=0).sum())
     for o in (problem.o, Linear(problem.weight, problem.bias)):
-        assert moments.loss(o.weight, o.bias) + variance == pytest.approx(loss(o, problem.x, problem.y), rel=1e-9)
+        assert moments.loss(o.weight, o.bias) + variance == pytest.approx(
+            loss(o, problem.x, problem.y), rel=1e-9
+        )
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2])

@@ -68,7 +68,9 @@ def test_sensitivity_times_loss_is_what_one_layer_alone_is_measured_to_lose(styl
             assert 1 / 2.5 < predicted / found < 2.5
             pairs.append((predicted, found))
     assert spearman(pairs) > 0.9
-    assert max(found for _, found in pairs) > 5 * min(found for _, found in pairs)  # there is something to predict
+    assert max(found for _, found in pairs) > 5 * min(
+        found for _, found in pairs
+    )  # there is something to predict
 
 
 def test_another_models_survey_predicts_nothing() -> None:
@@ -91,7 +93,9 @@ def test_more_numbers_are_predicted_to_lose_less() -> None:
         for method in layer.methods:
             widths = [layer.kl(Way(method, Shape(1, width, width))) for width in (10, 16, 20, 24, 30)]
             assert all(wider < narrower for narrower, wider in pairwise(widths))
-        assert layer.kl(Way(ONLINE, Shape(2, 8, 8))) > layer.kl(Way(ONLINE, Shape(1, 16, 16)))  # wider groups, equal bytes
+        assert layer.kl(Way(ONLINE, Shape(2, 8, 8))) > layer.kl(
+            Way(ONLINE, Shape(1, 16, 16))
+        )  # wider groups, equal bytes
 
 
 def test_curves_are_the_losses_of_the_heads_that_were_matched() -> None:
@@ -108,8 +112,13 @@ def test_curves_are_the_losses_of_the_heads_that_were_matched() -> None:
         pairs = layer.curves[method, 2]
         matchings = [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 3), (1, 2)]]
 
-        def estimated(groups: list[tuple[int, int]], method: Method = method, losses: LayerLosses = losses) -> float:
-            return sum(float(losses.estimate(method.before_rotation, each)[8] + losses.values(each)[8]) for each in groups)
+        def estimated(
+            groups: list[tuple[int, int]], method: Method = method, losses: LayerLosses = losses
+        ) -> float:
+            return sum(
+                float(losses.estimate(method.before_rotation, each)[8] + losses.values(each)[8])
+                for each in groups
+            )
 
         best = min(matchings, key=estimated)
         lost = sum(float(of_keys(each)[8] + losses.values(each)[8]) for each in best)
@@ -124,7 +133,9 @@ def test_a_layer_that_the_logits_do_not_hear_has_no_sensitivity() -> None:
     decoder = decoder_of("llama", layers=2)
 
     def deaf(weight: Tensor) -> Tensor:
-        weight = 1e3 * weight.clone()  # with so large an ε a norm is a constant, and channels do not meet in it
+        weight = (
+            1e3 * weight.clone()
+        )  # with so large an ε a norm is a constant, and channels do not meet in it
         weight[16:] = 0
         return weight
 
@@ -169,18 +180,24 @@ def test_saved_moments_give_the_same_survey() -> None:
     decoder = decoder_of("gqa")
     tokens = random_windows(decoder, 9, 24)
     saved = list(measure(decoder, tokens))
-    for found, wanted in zip(surveyed(decoder, tokens, moments_of=saved.__getitem__), surveyed(decoder, tokens), strict=True):
+    for found, wanted in zip(
+        surveyed(decoder, tokens, moments_of=saved.__getitem__), surveyed(decoder, tokens), strict=True
+    ):
         assert replace(found, curves={}) == replace(wanted, curves={})
         assert found.curves.keys() == wanted.curves.keys()
         for key, curves in found.curves.items():
-            assert torch.equal(curves.keys, wanted.curves[key].keys) and torch.equal(curves.values, wanted.curves[key].values)
+            assert torch.equal(curves.keys, wanted.curves[key].keys) and torch.equal(
+                curves.values, wanted.curves[key].values
+            )
 
 
 def test_a_longer_capacity_costs_online_keys_and_not_folded_ones() -> None:
     decoder = decoder_of("llama", layers=1)
     (near,), (far,) = (surveyed(decoder, capacity=capacity) for capacity in (24, 4096))
     assert float(far.curves[ONLINE, 4].keys[16]) > 1.2 * float(near.curves[ONLINE, 4].keys[16])
-    by_fold, by_online = (float(far.curves[method, 4].keys[16] / near.curves[method, 4].keys[16]) for method in (FOLD, ONLINE))
+    by_fold, by_online = (
+        float(far.curves[method, 4].keys[16] / near.curves[method, 4].keys[16]) for method in (FOLD, ONLINE)
+    )
     assert by_fold < by_online
     assert torch.equal(far.curves[ONLINE, 4].values, near.curves[ONLINE, 4].values)
     (unsaid,) = surveyed(decoder)

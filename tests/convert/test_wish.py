@@ -97,7 +97,9 @@ def test_methods_that_predict_nothing_get_heads_as_wide_as_trained_ones(method: 
     for asked in ({"max_kl": 0.1}, {"group_size": 4}, {"group_size": 4, "kv_head_dim": 16}):
         said = refusal(method, **asked)
         assert f"--method {method}" in said and "auto, online, fold" in said
-    assert "--kv-head-dim 16" in refusal(method, kv_head_dim=16)  # how many heads, then? it must not be passed over
+    assert "--kv-head-dim 16" in refusal(
+        method, kv_head_dim=16
+    )  # how many heads, then? it must not be passed over
 
 
 def test_the_papers_method_takes_a_width_beside_a_number_of_heads() -> None:
@@ -120,11 +122,19 @@ def test_the_papers_method_takes_a_width_beside_a_number_of_heads() -> None:
         ({"max_kl": float("nan")}, ("--max-kl is no bound", "above 0")),
         ({"kv_head_dim": 0}, ("--kv-head-dim is out of range", "1 to 256")),
         ({"kv_head_dim": 257}, ("--kv-head-dim is out of range", "1 to 256")),
-        ({"kv_heads": 4, "kv_head_dim": 17}, ("wider than the heads that share it", "1 to 16 for 2 heads of 8")),
-        ({"group_size": 2, "kv_head_dim": 32}, ("wider than the heads that share it", "1 to 16 for 2 heads of 8")),
+        (
+            {"kv_heads": 4, "kv_head_dim": 17},
+            ("wider than the heads that share it", "1 to 16 for 2 heads of 8"),
+        ),
+        (
+            {"group_size": 2, "kv_head_dim": 32},
+            ("wider than the heads that share it", "1 to 16 for 2 heads of 8"),
+        ),
     ],
 )
-def test_what_is_out_of_range_is_refused_with_what_is_allowed(asked: dict[str, Any], words: tuple[str, ...]) -> None:
+def test_what_is_out_of_range_is_refused_with_what_is_allowed(
+    asked: dict[str, Any], words: tuple[str, ...]
+) -> None:
     said = refusal(**asked)
     assert all(word in said for word in words)
 
@@ -134,7 +144,9 @@ def test_odd_widths_are_for_keys_that_are_projected_after_rotation() -> None:
     for method in ("fold", "auto"):
         assert "even" in refusal(method, kv_heads=2, kv_head_dim=15)
     without, _ = make_attention("bloom")
-    assert fixed_shape(Wish(kv_heads=2, kv_head_dim=15), methods_for("fold", without), without) == Shape(2, 15, 15)
+    assert fixed_shape(Wish(kv_heads=2, kv_head_dim=15), methods_for("fold", without), without) == Shape(
+        2, 15, 15
+    )
 
 
 def test_half_is_asked_for_where_nothing_is() -> None:

@@ -18,14 +18,23 @@ ROOT = Path(__file__).parents[2]
 CPP = ROOT / "cpp"
 FOLDER = ROOT / "build" / "tests"  # git-ignored
 KINDS: dict[str, tuple[str, ...]] = {
-    "sanitized": ("-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1", "-DKVEXPORT_SANITIZE=address;undefined"),
+    "sanitized": (
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
+        "-DKVEXPORT_SANITIZE=address;undefined",
+    ),
     "release": ("-DCMAKE_BUILD_TYPE=Release",),
     "fuzz": (
-        "-DCMAKE_BUILD_TYPE=Debug", "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1", "-DKVEXPORT_SANITIZE=address;undefined",
-        "-DCMAKE_C_COMPILER=clang", "-DCMAKE_CXX_COMPILER=clang++", "-DKVEXPORT_FUZZ=ON", "-DKVEXPORT_BUILD_TESTS=OFF",
+        "-DCMAKE_BUILD_TYPE=Debug",
+        "-DCMAKE_CXX_FLAGS_DEBUG=-O1 -g1",
+        "-DKVEXPORT_SANITIZE=address;undefined",
+        "-DCMAKE_C_COMPILER=clang",
+        "-DCMAKE_CXX_COMPILER=clang++",
+        "-DKVEXPORT_FUZZ=ON",
+        "-DKVEXPORT_BUILD_TESTS=OFF",
         "-DKVEXPORT_BUILD_EXAMPLES=OFF",
     ),
-}  # fmt: skip
+}
 _HEADERS = "#include <nlohmann/json.hpp>\n#include <openssl/evp.h>\n"
 _INSTALL = "apt-get install cmake ninja-build g++ nlohmann-json3-dev libssl-dev"
 
@@ -39,7 +48,9 @@ def build(kind: str) -> Path:
     for tool in ("cmake", "ninja", "clang++" if kind == "fuzz" else "c++"):
         if shutil.which(tool) is None:
             _lacking(f"there is no {tool} here ({_INSTALL}{' clang' if kind == 'fuzz' else ''})")
-    probe = subprocess.run(["c++", "-std=c++17", "-E", "-x", "c++", "-"], input=_HEADERS, capture_output=True, text=True)
+    probe = subprocess.run(
+        ["c++", "-std=c++17", "-E", "-x", "c++", "-"], input=_HEADERS, capture_output=True, text=True
+    )
     if probe.returncode:
         _lacking(f"headers are missing ({_INSTALL}): {probe.stderr.splitlines()[0]}")
     folder = FOLDER / kind

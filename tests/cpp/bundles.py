@@ -19,11 +19,19 @@ from kvexport.eviction.config import POLICIES, Eviction
 VOCAB, CAPACITY = 40, 600  # three steps of a growing cache
 BUDGET = Eviction("l2-norm", 24, protect_first=2, protect_recent=5)
 LARGE = Eviction("window", 300, protect_first=4)  # more than one step of a growing cache
-STYLES: dict[str, dict[str, Any]] = {"gqa": {}, "bloom": {}, "qwen3": {"kv_heads": 2}, "window": {"window": 9}}
+STYLES: dict[str, dict[str, Any]] = {
+    "gqa": {},
+    "bloom": {},
+    "qwen3": {"kv_heads": 2},
+    "window": {"window": 9},
+}
 EVICTING = {f"gqa-{policy}": dataclasses.replace(BUDGET, policy=policy) for policy in POLICIES} | {
-    "gqa-mixed": dataclasses.replace(BUDGET, skip_layers=(0,)), "gqa-large": LARGE,
-    "bloom-evicting": BUDGET, "qwen3-evicting": BUDGET, "window-evicting": BUDGET,
-}  # fmt: skip
+    "gqa-mixed": dataclasses.replace(BUDGET, skip_layers=(0,)),
+    "gqa-large": LARGE,
+    "bloom-evicting": BUDGET,
+    "qwen3-evicting": BUDGET,
+    "window-evicting": BUDGET,
+}
 HALF = {"gqa-float16": None, "gqa-float16-evicting": BUDGET}
 NAMES = (*STYLES, *EVICTING, *HALF)
 
@@ -34,7 +42,13 @@ def write_bundles(folder: Path) -> None:
         style, _, kind = name.partition("-")
         decoder = make_decoder(style, dtype=torch.float32, max_positions=1024, **STYLES[style])
         dtype = kind.partition("-")[0] if "float16" in kind else "float32"
-        write_bundle(folder / name, decoder, dtype=dtype, capacity=CAPACITY, eviction=EVICTING.get(name) or HALF.get(name))
+        write_bundle(
+            folder / name,
+            decoder,
+            dtype=dtype,
+            capacity=CAPACITY,
+            eviction=EVICTING.get(name) or HALF.get(name),
+        )
 
 
 if __name__ == "__main__":

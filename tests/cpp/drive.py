@@ -26,7 +26,11 @@ class Drive:
     def __init__(self, build: Path) -> None:
         """`build`: the folder of a build."""
         self._process = subprocess.Popen(
-            [build / "tests" / "kvexport_drive"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+            [build / "tests" / "kvexport_drive"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
         )
 
     def __enter__(self) -> Drive:

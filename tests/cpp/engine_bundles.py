@@ -32,14 +32,21 @@ def write_engine_bundles(folder: Path) -> None:
     (one layer evicts), `-half` in float16, and `-old` for TensorRT 10.3."""
     decoder = make_decoder("gqa", dtype=torch.float32)
     kinds: dict[str, dict[str, Any]] = {
-        "": {}, "-evicting": {"eviction": BUDGET}, "-mixed": {"eviction": dataclasses.replace(BUDGET, skip_layers=(0,))},
+        "": {},
+        "-evicting": {"eviction": BUDGET},
+        "-mixed": {"eviction": dataclasses.replace(BUDGET, skip_layers=(0,))},
         "-half": {"dtype": "float16"},
-    }  # fmt: skip
+    }
     for lowering in ("std24", "decomposed17"):
         for kind, options in kinds.items():
             bundle = write_bundle(folder / (lowering + kind), decoder, capacity=CAPACITY, **options)
             _add(bundle, lowering, folder / "graphs")
-    _add(write_bundle(folder / "decomposed17-old", decoder, capacity=CAPACITY), "decomposed17", folder / "graphs", version=OLD)
+    _add(
+        write_bundle(folder / "decomposed17-old", decoder, capacity=CAPACITY),
+        "decomposed17",
+        folder / "graphs",
+        version=OLD,
+    )
 
 
 def _add(bundle: Path, lowering: str, graphs: Path, **changes: Any) -> None:

@@ -55,7 +55,9 @@ def write_seeds(folder: Path) -> None:
         text.mkdir()
         shutil.copy(checkpoint / "tokenizer.json", text)
         (checkpoint / "tokenizer_config.json").write_text(json.dumps(config))
-        write_text_files(checkpoint, text, capacity=64, vocab_size=320, bos=None, eos=(0,), progress=Progress())
+        write_text_files(
+            checkpoint, text, capacity=64, vocab_size=320, bos=None, eos=(0,), progress=Progress()
+        )
         shutil.copy(text / "text.json", folder / "text" / name)
     shutil.rmtree(made)
 
@@ -69,22 +71,36 @@ def fuzz(name: str, seconds: int, corpus: Path, *, seed: int = 1) -> dict[str, A
     program = builds.build("fuzz") / "fuzz" / f"fuzz_{name}"
     with tempfile.TemporaryDirectory() as found:
         options = {
-            "max_total_time": seconds, "max_len": 1 << 16, "rss_limit_mb": 2048, "timeout": 10, "seed": seed,
-            "dict": builds.CPP / "fuzz" / "bundle.dict", "artifact_prefix": f"{found}/", "print_final_stats": 1,
-        }  # fmt: skip
+            "max_total_time": seconds,
+            "max_len": 1 << 16,
+            "rss_limit_mb": 2048,
+            "timeout": 10,
+            "seed": seed,
+            "dict": builds.CPP / "fuzz" / "bundle.dict",
+            "artifact_prefix": f"{found}/",
+            "print_final_stats": 1,
+        }
         ran = subprocess.run(
             [str(program), *(f"-{key}={value}" for key, value in options.items()), str(corpus)],
-            capture_output=True, text=True, errors="replace", env=builds.environment(),
-        )  # fmt: skip
+            capture_output=True,
+            text=True,
+            errors="replace",
+            env=builds.environment(),
+        )
         crashes = {file.name: file.read_bytes().hex() for file in Path(found).iterdir()}
     assert ran.returncode == 0 and not crashes, f"{name}: {crashes}\n{ran.stderr[-5000:]}"
     done = _DONE.search(ran.stderr)
     assert done is not None, ran.stderr[-2000:]
     executions, edges, features, corpus_size = map(int, done.groups())
     return {
-        "fuzzer": name, "seconds": seconds, "executions": executions, "coverage_edges": edges, "features": features,
-        "corpus": corpus_size, "crashes": len(crashes),
-    }  # fmt: skip
+        "fuzzer": name,
+        "seconds": seconds,
+        "executions": executions,
+        "coverage_edges": edges,
+        "features": features,
+        "corpus": corpus_size,
+        "crashes": len(crashes),
+    }
 
 
 def main(seconds: int, record: Path, names: list[str]) -> None:
@@ -95,8 +111,10 @@ def main(seconds: int, record: Path, names: list[str]) -> None:
     compiler = builds.require("clang++", "--version").splitlines()[0]
     described = {
         "what": "libFuzzer on the readers of the C++ library, with AddressSanitizer and UndefinedBehaviorSanitizer",
-        "compiler": compiler, "machine": platform.machine(), "runs": runs,
-    }  # fmt: skip
+        "compiler": compiler,
+        "machine": platform.machine(),
+        "runs": runs,
+    }
     record.write_text(json.dumps(described, indent=1) + "\n")
 
 

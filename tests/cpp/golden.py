@@ -102,7 +102,10 @@ def _manifests(raw: Raw) -> Iterator[tuple[str, bytes]]:
     yield "digest in capitals", whole[:-70] + whole[-70:].upper()
     yield "another digest", whole[:-5] + b'0"}'
     yield "one space more", whole.replace(b": ", b":  ", 1)
-    yield "without digest", json.dumps({key: value for key, value in raw.items() if key != "manifest_sha256"}).encode()
+    yield (
+        "without digest",
+        json.dumps({key: value for key, value in raw.items() if key != "manifest_sha256"}).encode(),
+    )
     yield from _NONE.items()
     for at, (said, change) in enumerate(_changes(raw)):
         changed = copy.deepcopy(raw)
@@ -111,13 +114,28 @@ def _manifests(raw: Raw) -> Iterator[tuple[str, bytes]]:
 
 
 _RECORD = BuildRecord(
-    kvexport="0.1.0", manifest_sha256="0" * 64, target="desk", engine="tensorrt", version="10.16.1.11", lowering="std24",
-    compute_capability=("8.7", "8.9"), dtype="float16", batch=1, capacity=60, chunk=16,
-    profiles=(Profile("decode", (1, 1, 1)), Profile("prefill", (1, 16, 16))), decomposed=(),
+    kvexport="0.1.0",
+    manifest_sha256="0" * 64,
+    target="desk",
+    engine="tensorrt",
+    version="10.16.1.11",
+    lowering="std24",
+    compute_capability=("8.7", "8.9"),
+    dtype="float16",
+    batch=1,
+    capacity=60,
+    chunk=16,
+    profiles=(Profile("decode", (1, 1, 1)), Profile("prefill", (1, 16, 16))),
+    decomposed=(),
     options={"workspace": None, "refit": True, "version_compatible": False, "hardware_compatible": True},
-    plan=PlanFile(hashlib.sha256(b"abc").hexdigest(), 3), layers={"Attention": 2}, weights_bytes=1000, activation_bytes=None,
-    timing_cache_bytes=0, peak_host_bytes=1 << 20, seconds=1.5,
-)  # fmt: skip
+    plan=PlanFile(hashlib.sha256(b"abc").hexdigest(), 3),
+    layers={"Attention": 2},
+    weights_bytes=1000,
+    activation_bytes=None,
+    timing_cache_bytes=0,
+    peak_host_bytes=1 << 20,
+    seconds=1.5,
+)
 _HARMFUL: dict[str, Change] = {
     "heads": lambda raw: raw["layers"][0].update(num_key_value_heads=2**61),
     "width": lambda raw: raw["layers"][1].update(key_head_dim=2**60),
@@ -131,25 +149,43 @@ def _with_its_contract(raw: Raw) -> Raw:
     """Somebody who means harm also makes the graph agree."""
     caches = [
         cache_specs(
-            index, kv_heads=layer["num_key_value_heads"], key_dim=layer["key_head_dim"], value_dim=layer["value_head_dim"],
-            dtype=raw["dtype"], evicts=False,
+            index,
+            kv_heads=layer["num_key_value_heads"],
+            key_dim=layer["key_head_dim"],
+            value_dim=layer["value_head_dim"],
+            dtype=raw["dtype"],
+            evicts=False,
         )
         for index, layer in enumerate(raw["layers"])
-    ]  # fmt: skip
+    ]
     model = raw["model"]
     graph = contract(
-        dtype=raw["dtype"], capacity=raw["capacity"], vocab_size=model["vocab_size"], hidden_size=model["hidden_size"],
+        dtype=raw["dtype"],
+        capacity=raw["capacity"],
+        vocab_size=model["vocab_size"],
+        hidden_size=model["hidden_size"],
         caches=caches,
-    )  # fmt: skip
+    )
     return {**raw, "graph": graph.to_json()}
 
 
 _NONE = {
-    "empty": b"", "cut off": b"{", "list": b"[]", "number": b"7", "not UTF-8": b"\xff\xfe", "no format": b'{"files": {}}',
-    "deep": b"[" * 100_000, "long number": b'{"format": 2' + b"0" * 5000 + b"}", "newer": b'{"format": 9, "all": "else"}',
-    "older": b'{"format": 1}', "text format": b'{"format": "2", "kvexport": "7.1.0"}', "real format": b'{"format": 2.0}',
-    "true format": b'{"format": true}', "null format": b'{"format": null}', "more behind": b'{"format": 2} {}',
-}  # fmt: skip
+    "empty": b"",
+    "cut off": b"{",
+    "list": b"[]",
+    "number": b"7",
+    "not UTF-8": b"\xff\xfe",
+    "no format": b'{"files": {}}',
+    "deep": b"[" * 100_000,
+    "long number": b'{"format": 2' + b"0" * 5000 + b"}",
+    "newer": b'{"format": 9, "all": "else"}',
+    "older": b'{"format": 1}',
+    "text format": b'{"format": "2", "kvexport": "7.1.0"}',
+    "real format": b'{"format": 2.0}',
+    "true format": b'{"format": true}',
+    "null format": b'{"format": null}',
+    "more behind": b'{"format": 2} {}',
+}
 
 
 def _changes(raw: Raw) -> Iterator[tuple[str, Change]]:
@@ -160,7 +196,9 @@ def _changes(raw: Raw) -> Iterator[tuple[str, Change]]:
         for value in (None, True, "x", -1, 0, 2**62, 1e308, 0.5, {"nested": []}, []):
             yield (
                 f"{name} {json.dumps(value).strip('{}')}",
-                lambda raw, path=path, value=value: _at(raw, path[:-1]).update({path[-1]: copy.deepcopy(value)}),
+                lambda raw, path=path, value=value: _at(raw, path[:-1]).update(
+                    {path[-1]: copy.deepcopy(value)}
+                ),
             )
     for name in _NAMES:
         entry = {"sha256": "0" * 64, "bytes": 1}
@@ -177,17 +215,39 @@ def _changes(raw: Raw) -> Iterator[tuple[str, Change]]:
     yield "eos of text", lambda raw: raw["model"].update(eos_token_ids=[2, "x"])
     yield "eos of halves", lambda raw: raw["model"].update(eos_token_ids=[2.5])
     for budget in (
-        {"budget": 64}, {"budget": 65}, {"budget": 7}, {"budget": 8}, {"protect_first": 2**61}, {"protect_recent": 2**61},
-        {"skip_layers": [0, 1]}, {"skip_layers": [2]}, {"skip_layers": [-1]}, {"policy": "oldest"}, {"more": 1},
-    ):  # fmt: skip
-        sound = {"policy": "window", "budget": 24, "protect_first": 2, "protect_recent": 5, "skip_layers": [1]}
-        yield f"eviction {next(iter(budget))}", lambda raw, budget=budget, sound=sound: raw.update(eviction={**sound, **budget})
+        {"budget": 64},
+        {"budget": 65},
+        {"budget": 7},
+        {"budget": 8},
+        {"protect_first": 2**61},
+        {"protect_recent": 2**61},
+        {"skip_layers": [0, 1]},
+        {"skip_layers": [2]},
+        {"skip_layers": [-1]},
+        {"policy": "oldest"},
+        {"more": 1},
+    ):
+        sound = {
+            "policy": "window",
+            "budget": 24,
+            "protect_first": 2,
+            "protect_recent": 5,
+            "skip_layers": [1],
+        }
+        yield (
+            f"eviction {next(iter(budget))}",
+            lambda raw, budget=budget, sound=sound: raw.update(eviction={**sound, **budget}),
+        )
 
 
 def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     """Every key, of lists' first items."""
     if isinstance(raw, dict):
-        named = [(*path, key) for key in raw if key != "manifest_sha256" and not (path == ("files",) and key != "decoder.onnx")]
+        named = [
+            (*path, key)
+            for key in raw
+            if key != "manifest_sha256" and not (path == ("files",) and key != "decoder.onnx")
+        ]
         return [each for one in named for each in (one, *_paths(_at(raw, one[-1:]), one))]
     if isinstance(raw, list) and raw and isinstance(raw[0], dict):
         return _paths(raw[0], (*path, 0))

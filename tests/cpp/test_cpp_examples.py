@@ -38,7 +38,9 @@ def cpp(name: str, *arguments: object, lines: list[str] | None = None, text: boo
 
 
 def python(name: str, *arguments: object, lines: list[str] | None = None) -> Ran[str]:
-    return _run([sys.executable, ROOT / "examples" / name, *arguments], lines, {**os.environ, "PYTHONPATH": str(ROOT)})
+    return _run(
+        [sys.executable, ROOT / "examples" / name, *arguments], lines, {**os.environ, "PYTHONPATH": str(ROOT)}
+    )
 
 
 def _run(command: list[object], lines: list[str] | None, environment: dict[str, str]) -> Ran[str]:
@@ -53,7 +55,11 @@ def said(ran: Ran[str]) -> str:
 
 
 def test_they_are_short() -> None:
-    for path, most in ((ROOT / "cpp/examples/chat.cpp", 30), (ROOT / "examples/chat.py", 16), (ROOT / "examples/restart.py", 16)):
+    for path, most in (
+        (ROOT / "cpp/examples/chat.cpp", 30),
+        (ROOT / "examples/chat.py", 16),
+        (ROOT / "examples/restart.py", 16),
+    ):
         assert len(path.read_text().splitlines()) <= most
 
 
@@ -73,7 +79,10 @@ def test_a_chat_is_one_conversation(bundle: Path) -> None:
 
 
 def test_a_chat_goes_on_when_its_cache_is_full(bundle: Path) -> None:
-    for answers in (said(python("chat.py", bundle, lines=LINES * 5)), said(ran := cpp("chat", bundle, lines=LINES * 5))):
+    for answers in (
+        said(python("chat.py", bundle, lines=LINES * 5)),
+        said(ran := cpp("chat", bundle, lines=LINES * 5)),
+    ):
         assert answers.count("\n") >= 15
     assert "a new conversation begins" in ran.stderr
 
@@ -99,9 +108,12 @@ def test_mistakes_of_a_restart(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 2000)
     (tmp_path / "damaged").write_bytes(b"x" * 100)
     for prompt, cache, reason in (
-        ("none", "c", "cannot read"), (".", "c", ""), ("long.txt", "c", "capacity"), ("long.txt", "damaged", "damaged"),
+        ("none", "c", "cannot read"),
+        (".", "c", ""),
+        ("long.txt", "c", "capacity"),
+        ("long.txt", "damaged", "damaged"),
         ("long.txt", ".", "there is no saved cache"),
-    ):  # fmt: skip
+    ):
         ran = cpp("restart", bundle, tmp_path / prompt, tmp_path / cache, "?")
         assert ran.returncode == 2 and reason in ran.stderr and not ran.stdout, ran
         assert not (tmp_path / "c").exists()
@@ -129,9 +141,17 @@ def test_a_robot_stays_within_its_bytes(bundle: Path) -> None:
 
 def test_a_robot_refuses_to_begin(bundle: Path, tmp_path: Path) -> None:
     for arguments in (
-        ("abc", "xyz"), ("0", "100"), ("-5", "100"), ("48", "-1"), ("1e3", "5"), ("48", ""), ("9" * 40, "5"), ("48kb", "5"),
-        ("48",), (),
-    ):  # fmt: skip
+        ("abc", "xyz"),
+        ("0", "100"),
+        ("-5", "100"),
+        ("48", "-1"),
+        ("1e3", "5"),
+        ("48", ""),
+        ("9" * 40, "5"),
+        ("48kb", "5"),
+        ("48",),
+        (),
+    ):
         ran = cpp("robot", bundle, *arguments)
         assert ran.returncode == 2 and ran.stderr.startswith("usage: robot"), ran
     deep = write_text_bundle(tmp_path / "deep", layers=4)

@@ -62,7 +62,11 @@ def test_texts_that_end_it(drive: Drive, session: Session) -> None:
             drive.new()
             wanted = session.generate(PROMPT, max_new_tokens=40, stop=stops)
             text, made = said(drive, ids, max_new_tokens=40, stop_texts=stops)
-            assert (text, made["tokens"], made["finish"]) == (wanted.text, list(wanted.token_ids), wanted.finish_reason)
+            assert (text, made["tokens"], made["finish"]) == (
+                wanted.text,
+                list(wanted.token_ids),
+                wanted.finish_reason,
+            )
     with pytest.raises(Refused, match="a text to stop at is empty"):
         drive.generate(ids, stop_texts=[""])
 
@@ -71,12 +75,22 @@ def test_a_conversation(drive: Drive, session: Session) -> None:
     """Turn by turn, each behind the last token of the one before; the second ends at a text."""
     drive.new()
     cache = session.new_cache()
-    for text, system, stop in (("hello", "be brief", []), ("and then?", None, ["e"]), ("日本語 🙂", None, [])):
+    for text, system, stop in (
+        ("hello", "be brief", []),
+        ("and then?", None, ["e"]),
+        ("日本語 🙂", None, []),
+    ):
         turn = session.turn(text, system=system, cache=cache)
         wanted = session.generate(turn, max_new_tokens=9, stop=stop, cache=cache)
         ids = drive("turn", cache="c", text=text, **({} if system is None else {"system": system}))
-        made, told = said(drive, ids, max_new_tokens=9, **({"stop_texts": stop} if stop else {"stop_tokens": []}))
-        assert (made, told["tokens"], told["finish"]) == (wanted.text, list(wanted.token_ids), wanted.finish_reason)
+        made, told = said(
+            drive, ids, max_new_tokens=9, **({"stop_texts": stop} if stop else {"stop_tokens": []})
+        )
+        assert (made, told["tokens"], told["finish"]) == (
+            wanted.text,
+            list(wanted.token_ids),
+            wanted.finish_reason,
+        )
         assert drive("cache", cache="c")["length"] == cache.lengths[0]
     with pytest.raises(Refused, match="a system prompt belongs at the beginning"):
         drive("turn", cache="c", text="again", system="be long")
@@ -100,7 +114,10 @@ def test_ids_outside_the_vocabulary_are_no_text(drive: Drive, session: Session) 
     for wrong in (-1, most, 2**32 + 5, -(2**32) + 5, 2**62):
         with pytest.raises(Refused, match="outside the vocabulary") as refused:
             drive("decode", session="s", ids=[5, wrong])
-        assert (refused.value.parts["seen"], refused.value.parts["allowed"]) == (str(wrong), f"0 to {most - 1}")
+        assert (refused.value.parts["seen"], refused.value.parts["allowed"]) == (
+            str(wrong),
+            f"0 to {most - 1}",
+        )
     assert isinstance(drive("decode", session="s", ids=[0, 5, most - 1]), str)
 
 
@@ -114,13 +131,21 @@ def test_an_empty_text(drive: Drive, tmp_path: Path) -> None:
         ids = drive("turn", cache="p", text="")
         with open_bundle(plain, provider="cpu", threads=1) as python:
             cache = python.new_cache()
-            assert ids == list(python._encode(python.turn("", cache=cache), cache)) == ([] if bos is None else [bos])
+            assert (
+                ids
+                == list(python._encode(python.turn("", cache=cache), cache))
+                == ([] if bos is None else [bos])
+            )
             if ids:
                 made = python.generate("", max_new_tokens=6, stop=[], cache=cache)
-                assert drive.generate(ids, "p", max_new_tokens=6, stop_tokens=[])["tokens"] == list(made.token_ids)
+                assert drive.generate(ids, "p", max_new_tokens=6, stop_tokens=[])["tokens"] == list(
+                    made.token_ids
+                )
                 made = python.generate("", max_new_tokens=6, stop=[], cache=cache)
                 ids = drive("turn", cache="p", text="")
-                assert ids == [] and drive.generate(ids, "p", max_new_tokens=6, stop_tokens=[])["tokens"] == list(made.token_ids)
+                assert ids == [] and drive.generate(ids, "p", max_new_tokens=6, stop_tokens=[])[
+                    "tokens"
+                ] == list(made.token_ids)
             else:
                 with pytest.raises(Refused, match="a prompt is empty"):
                     drive.generate(ids, "p")
@@ -132,9 +157,15 @@ def test_without_the_library_token_ids_go_on(built: Callable[[str], Path], bundl
         assert not info["has_text"] and "/nowhere/libonnxruntime-genai.so" in info["text_missing"]
         drive.new()
         assert len(drive.generate([1, 2, 3], max_new_tokens=5, stop_tokens=[])["tokens"]) == 5
-        for call in (lambda: drive("encode", session="s", text="x"), lambda: drive("turn", cache="c", text="x")):
+        for call in (
+            lambda: drive("encode", session="s", text="x"),
+            lambda: drive("turn", cache="c", text="x"),
+        ):
             with pytest.raises(Refused, match="token ids only") as refused:
                 call()
-            assert "/nowhere/libonnxruntime-genai.so" in refused.value.parts["seen"] and refused.value.parts["code"] == 3
+            assert (
+                "/nowhere/libonnxruntime-genai.so" in refused.value.parts["seen"]
+                and refused.value.parts["code"] == 3
+            )
             assert str(refused.value).count("seen:") == str(refused.value).count("fix:") == 1
             assert "onnxruntime-genai-core==0.18.0" in refused.value.parts["fix"]

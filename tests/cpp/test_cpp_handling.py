@@ -116,10 +116,12 @@ def test_read_only(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
 
 def script(bundle: str, file: str) -> str:
     commands = (
-        {"do": "open", "bundle": bundle, "session": "s", "provider": "cpu"}, {"do": "new", "session": "s", "cache": "c"},
-        {"do": "generate", "cache": "c", "ids": PROMPT, **FULL}, {"do": "self_test", "session": "s"},
+        {"do": "open", "bundle": bundle, "session": "s", "provider": "cpu"},
+        {"do": "new", "session": "s", "cache": "c"},
+        {"do": "generate", "cache": "c", "ids": PROMPT, **FULL},
+        {"do": "self_test", "session": "s"},
         {"do": "save", "cache": "c", "file": file},
-    )  # fmt: skip
+    )
     return "".join(json.dumps(each) + "\n" for each in commands)
 
 
@@ -129,7 +131,12 @@ def required(ran: subprocess.CompletedProcess[str], tokens: list[int], reason: s
     _, _, made, test, saved, *rest = ran.stdout.splitlines()
     assert json.loads(made)["ok"]["tokens"] == tokens and json.loads(test)["ok"]["verdict"] == "ok"
     error = json.loads(saved)["error"]
-    assert error["code"] == 3 and reason in error["failed"] and "saved cannot be written" in error["failed"] and error["fix"]
+    assert (
+        error["code"] == 3
+        and reason in error["failed"]
+        and "saved cannot be written" in error["failed"]
+        and error["fix"]
+    )
     return " ".join(rest)
 
 
@@ -146,9 +153,12 @@ def test_no_room_for_a_file(bundle: Path, tokens: list[int], tmp_path: Path) -> 
     (tmp_path / "out").mkdir()
     program, limit = build("release") / "tests" / "kvexport_drive", (1000, 1000)
     ran = subprocess.run(
-        [program], input=script(str(bundle), str(tmp_path / "out" / "saved")), capture_output=True, text=True,
+        [program],
+        input=script(str(bundle), str(tmp_path / "out" / "saved")),
+        capture_output=True,
+        text=True,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit),
-    )  # fmt: skip
+    )
     required(ran, tokens, "File too large")
     assert not list((tmp_path / "out").iterdir())
 
@@ -158,7 +168,9 @@ def test_nothing_is_written_to_the_users_folder_nor_sent(bundle: Path, tmp_path:
     hidden = ("CI", "ORT_", "GITHUB_", "TF_BUILD", "BUILD_", "XDG_", "JENKINS_")
     plain = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
     program = build("release") / "kvexport_self_test"
-    ran = subprocess.run([program, bundle], capture_output=True, text=True, env={**plain, "HOME": str(tmp_path / "home")})
+    ran = subprocess.run(
+        [program, bundle], capture_output=True, text=True, env={**plain, "HOME": str(tmp_path / "home")}
+    )
     assert ran.returncode == 0, ran.stderr
     assert not list((tmp_path / "home").rglob("*"))
 
@@ -227,7 +239,10 @@ def test_opened_twice_by_two_processes(bundle: Path, tokens: list[int]) -> None:
     with drive() as one, drive() as other, ThreadPoolExecutor(2) as pool:
         for process in (one, other):
             process.open(bundle)
-        made = [pool.submit(lambda process=process: [again(process) for _ in range(20)]) for process in (one, other)]
+        made = [
+            pool.submit(lambda process=process: [again(process) for _ in range(20)])
+            for process in (one, other)
+        ]
         assert all(each.result() == [tokens] * 20 for each in made)
 
 

@@ -87,7 +87,10 @@ def test_the_package_holds_no_path_of_this_machine(installed: Path) -> None:
 
 
 def test_the_headers_are_the_documentation(installed: Path) -> None:
-    assert sorted(file.name for file in (installed / "include" / "kvexport").iterdir()) == ["kvexport.h", "kvexport.hpp"]
+    assert sorted(file.name for file in (installed / "include" / "kvexport").iterdir()) == [
+        "kvexport.h",
+        "kvexport.hpp",
+    ]
     assert len((installed / "include" / "kvexport" / "kvexport.hpp").read_text().splitlines()) < 200
 
 
@@ -101,7 +104,12 @@ def test_a_static_library_brings_what_it_needs(built: Built, golden: Path, tmp_p
     built("release")  # its compiler's cache serves this one
     root = f"-DONNXRUNTIME_ROOT={onnxruntime()}"
     launcher = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache",) if shutil.which("ccache") else ()
-    options = ("-DBUILD_SHARED_LIBS=OFF", "-DKVEXPORT_BUILD_TESTS=OFF", "-DKVEXPORT_BUILD_EXAMPLES=OFF", "-DKVEXPORT_WARNINGS=ON")
+    options = (
+        "-DBUILD_SHARED_LIBS=OFF",
+        "-DKVEXPORT_BUILD_TESTS=OFF",
+        "-DKVEXPORT_BUILD_EXAMPLES=OFF",
+        "-DKVEXPORT_WARNINGS=ON",
+    )
     require("cmake", "-S", CPP, "-B", tmp_path / "static", "-G", "Ninja", root, *options, *launcher)
     require("cmake", "--build", tmp_path / "static", "-j", str(os.cpu_count()))
     require("cmake", "--install", tmp_path / "static", "--prefix", tmp_path / "tree")
@@ -113,7 +121,10 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     for options, said in (
         (["-DONNXRUNTIME_ROOT=/nowhere"], "pass -DONNXRUNTIME_ROOT=FOLDER"),
         ([f"-DONNXRUNTIME_ROOT={onnxruntime()}", "-DKVEXPORT_TENSORRT=ON"], "Pass -DTENSORRT_ROOT=FOLDER"),
-        ([f"-DONNXRUNTIME_ROOT={onnxruntime()}", "-DKVEXPORT_FUZZ=ON", "-DCMAKE_CXX_COMPILER=g++"], "libFuzzer comes with Clang"),
+        (
+            [f"-DONNXRUNTIME_ROOT={onnxruntime()}", "-DKVEXPORT_FUZZ=ON", "-DCMAKE_CXX_COMPILER=g++"],
+            "libFuzzer comes with Clang",
+        ),
     ):
         ran = run("cmake", "-S", CPP, "-B", tmp_path / str(len(said)), "-G", "Ninja", *options)
         assert ran.returncode != 0 and said in " ".join(ran.stderr.split()), ran.stderr

@@ -17,12 +17,20 @@ TIMES = 100
 def left(program: Path, *words: str | Path) -> tuple[int, str]:
     """Valgrind's exit code (9 where it found an error or a leak), and what it said."""
     if shutil.which("valgrind") is None:
-        (pytest.fail if os.environ.get("CI") else pytest.skip)("there is no valgrind here (apt-get install valgrind)")
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(
+            "there is no valgrind here (apt-get install valgrind)"
+        )
     suppressions = f"--suppressions={CPP / 'tests' / 'valgrind.supp'}"
     ran = run(
-        "valgrind", "--leak-check=full", "--errors-for-leak-kinds=definite,indirect,possible", "--error-exitcode=9", suppressions,
-        program, *words, env=environment(),
-    )  # fmt: skip
+        "valgrind",
+        "--leak-check=full",
+        "--errors-for-leak-kinds=definite,indirect,possible",
+        "--error-exitcode=9",
+        suppressions,
+        program,
+        *words,
+        env=environment(),
+    )
     return ran.returncode, ran.stderr
 
 

@@ -75,7 +75,9 @@ def test_a_generation_goes_on_where_it_ended(name: str, drive: Drive, bundles: P
             cache = session.new_cache()
             drive.new()
             first = session.generate(tokens(30), max_new_tokens=20, stop=[], cache=cache)
-            assert drive.generate(tokens(30), max_new_tokens=20, stop_tokens=[])["tokens"] == list(first.token_ids)
+            assert drive.generate(tokens(30), max_new_tokens=20, stop_tokens=[])["tokens"] == list(
+                first.token_ids
+            )
             assert drive("cache", cache="c")["length"] == cache.lengths[0] == 49
             if follow == "prefill":
                 assert (drive.prefill(tokens(5, 1)) == session.prefill(tokens(5, 1), cache=cache)[0]).all()
@@ -84,7 +86,9 @@ def test_a_generation_goes_on_where_it_ended(name: str, drive: Drive, bundles: P
             else:
                 more = tokens(6, 2) if follow == "generate" else []
                 second = session.generate(more, max_new_tokens=20, stop=[], cache=cache)
-                assert drive.generate(more, max_new_tokens=20, stop_tokens=[])["tokens"] == list(second.token_ids)
+                assert drive.generate(more, max_new_tokens=20, stop_tokens=[])["tokens"] == list(
+                    second.token_ids
+                )
             assert drive("cache", cache="c")["length"] == cache.lengths[0]
 
 
@@ -97,7 +101,10 @@ def test_no_more_tokens_go_on_after_the_last(name: str, drive: Drive, bundles: P
             cache = session.new_cache()
             drive.new()
             for prompt in (tokens(count), [], []):
-                assert (drive.prefill(prompt) == session.prefill([prompt], cache=cache)[0]).all(), (name, count)
+                assert (drive.prefill(prompt) == session.prefill([prompt], cache=cache)[0]).all(), (
+                    name,
+                    count,
+                )
             assert drive("cache", cache="c")["length"] == cache.lengths[0] == count
             made = session.generate([], max_new_tokens=5, stop=[], cache=cache)
             assert drive.generate([], max_new_tokens=5, stop_tokens=[])["tokens"] == list(made.token_ids)
@@ -105,7 +112,9 @@ def test_no_more_tokens_go_on_after_the_last(name: str, drive: Drive, bundles: P
 
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-l2-norm"])
-def test_a_full_cache_with_a_token_that_is_pending(name: str, drive: Drive, bundles: Path, tmp_path: Path) -> None:
+def test_a_full_cache_with_a_token_that_is_pending(
+    name: str, drive: Drive, bundles: Path, tmp_path: Path
+) -> None:
     drive.open(bundles / name)
     drive.new()
     assert drive.generate(tokens(CAPACITY - 3), max_new_tokens=60, stop_tokens=[])["finish"] == "capacity"
@@ -160,11 +169,16 @@ def test_draws_are_repeatable_and_lie_among_the_likeliest(drive: Drive, bundles:
     likeliest = set(np.argsort(-first)[:5].tolist())
     for seed in range(20):
         drive.new()
-        assert drive.generate(tokens(20), max_new_tokens=1, stop_tokens=[], top_k=5, seed=seed)["tokens"][0] in likeliest
+        assert (
+            drive.generate(tokens(20), max_new_tokens=1, stop_tokens=[], top_k=5, seed=seed)["tokens"][0]
+            in likeliest
+        )
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_caches_saved_by_one_and_loaded_by_the_other(name: str, drive: Drive, bundles: Path, tmp_path: Path) -> None:
+def test_caches_saved_by_one_and_loaded_by_the_other(
+    name: str, drive: Drive, bundles: Path, tmp_path: Path
+) -> None:
     """The files are the same but for the order of JSON keys; what follows is the same, bit by bit."""
     drive.open(bundles / name)
     with opened(bundles / name) as session:
@@ -203,4 +217,6 @@ def test_a_cleared_cache_is_a_new_one(name: str, drive: Drive, bundles: Path) ->
         assert (drive.prefill(tokens(270, 1)) == session.prefill(tokens(270, 1))[0]).all()
         assert (drive.step(5) == session.step([5])[0]).all()
         assert drive("cache", cache="c") == {"length": 271, "capacity": CAPACITY, "bytes": size}
-        assert session.memory().bytes_limit <= size < session.memory().bytes_limit + 256 * 6  # each buffer begins at 256 bytes
+        assert (
+            session.memory().bytes_limit <= size < session.memory().bytes_limit + 256 * 6
+        )  # each buffer begins at 256 bytes

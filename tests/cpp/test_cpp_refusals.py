@@ -43,11 +43,31 @@ def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bund
         (lambda: drive.prefill([3, 40]), "a token id is outside the vocabulary", "40", "0 to 39"),
         (lambda: drive.prefill([-1]), "a token id is outside the vocabulary", "-1", "0 to 39"),
         (lambda: drive.step(40), "a token id is outside the vocabulary", "40", "0 to 39"),
-        (lambda: drive.prefill(tokens(17)), "the prompt does not fit behind what the cache holds", "101 tokens", "at most 100"),
+        (
+            lambda: drive.prefill(tokens(17)),
+            "the prompt does not fit behind what the cache holds",
+            "101 tokens",
+            "at most 100",
+        ),
         (lambda: drive.generate([1], max_new_tokens=0), "max_new_tokens is out of range", "0", "1 or more"),
-        (lambda: drive.generate([1], top_p=0.0, temperature=1), "top_p is out of range", "0", "above 0, at most 1"),
-        (lambda: drive.generate([1], stop_texts=["x"]), "this session takes and gives token ids only", None, ""),
-        (lambda: drive("turn", cache="c", text="hello"), "this session takes and gives token ids only", None, ""),
+        (
+            lambda: drive.generate([1], top_p=0.0, temperature=1),
+            "top_p is out of range",
+            "0",
+            "above 0, at most 1",
+        ),
+        (
+            lambda: drive.generate([1], stop_texts=["x"]),
+            "this session takes and gives token ids only",
+            None,
+            "",
+        ),
+        (
+            lambda: drive("turn", cache="c", text="hello"),
+            "this session takes and gives token ids only",
+            None,
+            "",
+        ),
     ):
         parts = parts_of(call)
         assert parts["failed"] == failed and seen in (None, parts["seen"]) and parts["allowed"] == allowed
@@ -63,7 +83,11 @@ def test_an_empty_prompt(drive: Drive, bundles: Path) -> None:
     drive.new()
     for call in (lambda: drive.prefill([]), lambda: drive.generate([])):
         parts = parts_of(call)
-        assert (parts["code"], parts["failed"], parts["fix"]) == (2, "a prompt is empty", "give at least one token")
+        assert (parts["code"], parts["failed"], parts["fix"]) == (
+            2,
+            "a prompt is empty",
+            "give at least one token",
+        )
 
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-window", "gqa-large"])
@@ -86,7 +110,11 @@ def test_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
     drive.open(bundles / "gqa")
     for capacity in (-1, CAPACITY + 1, 2**62):
         parts = parts_of(lambda capacity=capacity: drive.new(capacity=capacity))
-        assert parts["code"] == 2 and parts["seen"] == str(capacity) and parts["allowed"].startswith(f"1 to {CAPACITY}")
+        assert (
+            parts["code"] == 2
+            and parts["seen"] == str(capacity)
+            and parts["allowed"].startswith(f"1 to {CAPACITY}")
+        )
     assert drive.new(capacity=CAPACITY)["capacity"] == drive.new()["capacity"] == CAPACITY
 
 
@@ -146,11 +174,16 @@ def test_a_graph_that_is_not_the_manifests(drive: Drive, bundles: Path, tmp_path
 
     edit_manifest(bundle, take)
     parts = parts_of(lambda: drive.open(bundle))
-    assert parts["code"] == 2 and parts["failed"] == "an input of the bundle's graph is not what its manifest says"
+    assert (
+        parts["code"] == 2
+        and parts["failed"] == "an input of the bundle's graph is not what its manifest says"
+    )
     assert "past_key_values.0.key" in parts["seen"] and "past_key_values.0.key" in parts["allowed"]
 
 
-def test_a_bundle_moved_while_open_and_sessions_side_by_side(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+def test_a_bundle_moved_while_open_and_sessions_side_by_side(
+    drive: Drive, bundles: Path, tmp_path: Path
+) -> None:
     bundle = shutil.copytree(bundles / "gqa", tmp_path / "here")
     for session in ("one", "two"):
         drive.open(bundle, session=session)
@@ -195,7 +228,10 @@ def with_state(**values: object) -> Callable[[dict[str, Any]], None]:
     ("change", "said"),
     [
         (lambda header: header["__metadata__"].update(bundle="0" * 64), "is of another bundle"),
-        (lambda header: header["__metadata__"].update(kvexport="cache 2"), "no cache that this version reads"),
+        (
+            lambda header: header["__metadata__"].update(kvexport="cache 2"),
+            "no cache that this version reads",
+        ),
         (lambda header: header["__metadata__"].update(sha256="0" * 64), "sha256 differs"),
         (lambda header: header["__metadata__"].update(state="[]"), "state"),
         (lambda header: header["__metadata__"].update(state="{"), "cannot be read"),
@@ -232,20 +268,30 @@ def test_headers_that_python_refuses_too(drive: Drive, bundles: Path, tmp_path: 
         with opened(bundles / "gqa") as session, pytest.raises(UsageError):
             session.load(path)
 
-    for values, said in (({"more": 1}, "none of a cache's"), ({"filled": [3]}, "filled is not null"), ({"seen": [32]}, "seen")):
+    for values, said in (
+        ({"more": 1}, "none of a cache's"),
+        ({"filled": [3]}, "filled is not null"),
+        ({"seen": [32]}, "seen"),
+    ):
         path.write_bytes(sound)
         changed(path, with_state(**values))
         both_refuse(said)
     for behind in (b"\0" * 8, b"\0 more {"):
         path.write_bytes(struct.pack("<Q", length + 8) + sound[8 : 8 + length] + behind + sound[8 + length :])
         both_refuse("NUL")
-    path.write_bytes(struct.pack("<Q", length + 8) + sound[8 : 8 + length] + b" " * 8 + sound[8 + length :])  # a control
+    path.write_bytes(
+        struct.pack("<Q", length + 8) + sound[8 : 8 + length] + b" " * 8 + sound[8 + length :]
+    )  # a control
     assert drive("load", session="s", cache="d", file=str(path))["length"] == 32
 
 
 def test_files_that_cannot_be(drive: Drive, bundles: Path, tmp_path: Path) -> None:
     saved(drive, bundles / "gqa", tmp_path / "cache")
-    for file, failed in ((".", "it is a folder"), (tmp_path, "it is a folder"), (tmp_path / "no" / "file", "No such file")):
+    for file, failed in (
+        (".", "it is a folder"),
+        (tmp_path, "it is a folder"),
+        (tmp_path / "no" / "file", "No such file"),
+    ):
         parts = parts_of(lambda file=file: drive("save", cache="c", file=str(file)))
         assert parts["code"] == 2 and failed in parts["failed"] and parts["fix"]
         parts = parts_of(lambda file=file: drive("load", session="s", cache="d", file=str(file)))
@@ -256,7 +302,10 @@ def test_a_prompt_beyond_the_bundle(drive: Drive, bundles: Path) -> None:
     """The remedy is one: no cache, nor any bundle of the model, holds what is too long for it."""
     drive.open(bundles / "gqa")
     drive.new(capacity=64)
-    assert parts_of(lambda: drive.prefill(tokens(CAPACITY)))["fix"] == f"make the cache with a capacity of {CAPACITY} or more"
+    assert (
+        parts_of(lambda: drive.prefill(tokens(CAPACITY)))["fix"]
+        == f"make the cache with a capacity of {CAPACITY} or more"
+    )
     parts = parts_of(lambda: drive.prefill(tokens(40_000)))
     assert parts["seen"] == "40000 tokens" and parts["fix"].startswith("shorten the text")
 
@@ -265,7 +314,9 @@ def test_caches_that_do_not_fit_or_are_not_there(drive: Drive, bundles: Path, tm
     path = saved(drive, bundles / "gqa", tmp_path / "cache")
     parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path), capacity=31))
     assert parts["seen"] == "32 tokens" and parts["fix"] == "make the cache with a capacity of 32 or more"
-    assert drive("load", session="s", cache="d", file=str(path), capacity=32)["length"] == 32  # beside one that is pending
+    assert (
+        drive("load", session="s", cache="d", file=str(path), capacity=32)["length"] == 32
+    )  # beside one that is pending
     content = path.read_bytes()
     for kept in (0, 7, 8, 100, len(content) - 1):
         path.write_bytes(content[:kept])
@@ -279,4 +330,7 @@ def test_caches_that_do_not_fit_or_are_not_there(drive: Drive, bundles: Path, tm
     with opened(bundles / "gqa") as session:
         session.prefill([tokens(3), tokens(5)], cache=(two := session.new_cache(batch=2)))
         two.save(path)
-    assert "holds several sequences" in parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))["failed"]
+    assert (
+        "holds several sequences"
+        in parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))["failed"]
+    )

@@ -75,7 +75,9 @@ def report(bundle: Path) -> Raw:
 
 def test_verdicts_on_faulty_engines(bundles: Path) -> None:
     program = build("sanitized") / "tests" / "test_self_test"
-    ran = subprocess.run([program], env=environment(KVEXPORT_TEST_SELF_TEST=str(bundles)), capture_output=True, text=True)
+    ran = subprocess.run(
+        [program], env=environment(KVEXPORT_TEST_SELF_TEST=str(bundles)), capture_output=True, text=True
+    )
     assert ran.returncode == 0 and " 0 failed, 0 skipped" in ran.stdout, ran.stdout + ran.stderr
 
 
@@ -91,7 +93,11 @@ def test_sound_bundles_are_ok(style: str, dtype: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_sound_bundles_that_evict_are_ok(policy: str, tmp_path: Path) -> None:
-    for style, dtype, skipped in (("gqa", "float32", ()), ("bloom", "float16", (0,)), ("window", "float32", ())):
+    for style, dtype, skipped in (
+        ("gqa", "float32", ()),
+        ("bloom", "float16", (0,)),
+        ("window", "float32", ()),
+    ):
         eviction = Eviction(policy, 40, protect_first=2, protect_recent=8, skip_layers=skipped)
         found = report(made(tmp_path / style, style, dtype=dtype, eviction=eviction))
         assert found["verdict"] == "ok" and [check["rows"] for check in found["checks"]] == [16, 40]
@@ -102,7 +108,10 @@ def test_any_capacity_is_ok(tmp_path: Path) -> None:
         assert report(made(tmp_path / str(capacity), capacity=capacity))["verdict"] == "ok"
         if capacity > 1:
             eviction = Eviction("keep-high", min(capacity, 2 + capacity // 2))
-            assert report(made(tmp_path / f"{capacity}e", capacity=capacity, eviction=eviction))["verdict"] == "ok"
+            assert (
+                report(made(tmp_path / f"{capacity}e", capacity=capacity, eviction=eviction))["verdict"]
+                == "ok"
+            )
 
 
 def flip(bundle: Path) -> None:
@@ -133,7 +142,9 @@ def test_damaged_bundles_get_the_verdict_of_python(bundles: Path, tmp_path: Path
     sound, cases = bundles / "sound", iter(range(100))
 
     def found(*changes: Callable[[Path], object], of: Path = sound) -> Raw:
-        return report(broken(of, tmp_path / str(next(cases)), lambda bundle: [change(bundle) for change in changes]))
+        return report(
+            broken(of, tmp_path / str(next(cases)), lambda bundle: [change(bundle) for change in changes])
+        )
 
     assert found()["verdict"] == "ok"  # a control
     assert found(flip)["checks"] == []
@@ -150,14 +161,23 @@ def test_exit_codes_and_words(bundles: Path, tmp_path: Path) -> None:
     ran = told(sound)
     assert ran.returncode == 0 and ran.stdout.startswith("ok: onnxruntime ")
     wrong = told(broken(sound, tmp_path / "wrong", lambda bundle: (flip(bundle), vouch(bundle))))
-    assert wrong.returncode == 1 and "weights: onnxruntime " in wrong.stderr and "fix:" in wrong.stderr and not wrong.stdout
+    assert (
+        wrong.returncode == 1
+        and "weights: onnxruntime " in wrong.stderr
+        and "fix:" in wrong.stderr
+        and not wrong.stdout
+    )
     shutil.copytree(sound, tmp_path / "damaged")
     flip(tmp_path / "damaged")
     for refused in (
-        told(tmp_path / "damaged", "--json"), told(tmp_path / "none"), told(sound, "--provider"), told(sound, "twice"),
-        told(sound, "--provider", "rocm"), told(Path("--json")),
+        told(tmp_path / "damaged", "--json"),
+        told(tmp_path / "none"),
+        told(sound, "--provider"),
+        told(sound, "twice"),
+        told(sound, "--provider", "rocm"),
+        told(Path("--json")),
         told(write_bundle(tmp_path / "bare", make_decoder(dtype=torch.float32))),
-    ):  # fmt: skip
+    ):
         assert refused.returncode == 2 and refused.stderr and not refused.stdout
     for elsewhere in (told(sound, "--provider", "tensorrt"), told(made(tmp_path / "wide", dtype="bfloat16"))):
         assert elsewhere.returncode == 3 and elsewhere.stderr and not elsewhere.stdout
@@ -174,7 +194,9 @@ def test_vectors_that_cannot_be_are_refused(bundles: Path, tmp_path: Path) -> No
         with pytest.raises(KvexportError):
             self_test(bundle)
         ran = told(bundle)
-        assert ran.returncode == 2 and FILE in ran.stderr and "build the bundle again" in ran.stderr, ran.stderr
+        assert ran.returncode == 2 and FILE in ran.stderr and "build the bundle again" in ran.stderr, (
+            ran.stderr
+        )
 
     for number, change in enumerate(WRONG):
         refused(str(number), bundles / "sound", change)

@@ -47,7 +47,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
             each.mkdir(parents=True)
             (each / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         (checkpoint / "tokenizer_config.json").write_text(json.dumps(config), encoding="utf-8")
-        write_text_files(checkpoint, folder, capacity=64, vocab_size=1000, bos=None, eos=(0,), progress=Progress())
+        write_text_files(
+            checkpoint, folder, capacity=64, vocab_size=1000, bos=None, eos=(0,), progress=Progress()
+        )
         (folder / "vectors.json").write_text(json.dumps(vectors(folder)), encoding="utf-8")
     return top
 
@@ -63,7 +65,13 @@ def vectors(folder: Path) -> list[dict[str, object]]:
         if "\ufffd" in tokenizer.decode(ids[:1]):  # a prompt that ends within a character
             continue
         made.append(
-            {"text": text, "ids": ids, "plain": tokenizer.encode(text, special=False), "pieces": pieces, "number": number}
+            {
+                "text": text,
+                "ids": ids,
+                "plain": tokenizer.encode(text, special=False),
+                "pieces": pieces,
+                "number": number,
+            }
         )
     return made
 
@@ -74,7 +82,9 @@ def test_golden_vectors_hold_for_what_was_written(folders: Path) -> None:
         found = parse_text(json.loads((folders / name / "text.json").read_text(encoding="utf-8")))
         assert found.difference(read_tokenizer(folders / name)) is None
         assert found.difference(read_tokenizer(folders / "checkpoints" / name)) is None
-    assert (folders / "mistral" / "tokenizer.json").read_text() != (folders / "checkpoints/mistral/tokenizer.json").read_text()
+    assert (folders / "mistral" / "tokenizer.json").read_text() != (
+        folders / "checkpoints/mistral/tokenizer.json"
+    ).read_text()
 
 
 def test_cpp_gives_what_python_gives(folders: Path) -> None:

@@ -49,10 +49,14 @@ def greedy(decoder: Decoder, eviction: Eviction | None, prompt: Sequence[int]) -
 
 @pytest.mark.parametrize("eviction", [None, EVICTION], ids=["whole", "evicting"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_two_hundred_tokens(name: str, eviction: Eviction | None, built: Callable[[str], Path], tmp_path: Path) -> None:
+def test_two_hundred_tokens(
+    name: str, eviction: Eviction | None, built: Callable[[str], Path], tmp_path: Path
+) -> None:
     decoder = DECODERS[name]()
     bundle = write_bundle(tmp_path / "b", decoder, capacity=CAPACITY, eviction=eviction)
-    prompt = torch.randint(0, decoder.limits.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(5)).tolist()
+    prompt = torch.randint(
+        0, decoder.limits.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(5)
+    ).tolist()
     with open_bundle(bundle, provider="cpu", threads=1) as session:
         by_python = session.generate(prompt, max_new_tokens=NEW, stop=[]).token_ids
     with Drive(built("sanitized")) as drive:

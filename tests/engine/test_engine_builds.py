@@ -30,7 +30,9 @@ pytestmark = pytest.mark.tensorrt
 
 SMS = ("8.6", "8.9", "12.0")
 NATIVE = ("KV_CACHE_UPDATE", "ATTENTION_INPUT", "ATTENTION_OUTPUT", "ROTARY_EMBEDDING")
-METHOD_STYLES = [(style, method) for style in STYLES for method in METHODS if (style, method) != ("qwen3", "fold")]
+METHOD_STYLES = [
+    (style, method) for style in STYLES for method in METHODS if (style, method) != ("qwen3", "fold")
+]
 
 
 class Notes(Progress):
@@ -48,7 +50,9 @@ class Notes(Progress):
 
 
 def built(bundle: Path, progress: Progress | None = None, **options: Any) -> BuildRecord:
-    return build_engine(bundle, EngineOptions(chunk=16, **options), compute_capabilities=SMS, progress=progress)
+    return build_engine(
+        bundle, EngineOptions(chunk=16, **options), compute_capabilities=SMS, progress=progress
+    )
 
 
 def native(record: BuildRecord) -> list[int]:
@@ -83,7 +87,9 @@ def test_the_lowering_for_older_versions_builds_too(style: str, rtx: Any, tiny: 
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize(("style", "method"), METHOD_STYLES)
-def test_every_method_builds(style: str, method: str, dtype: str, lowering: str, rtx: Any, tmp_path: Path) -> None:
+def test_every_method_builds(
+    style: str, method: str, dtype: str, lowering: str, rtx: Any, tmp_path: Path
+) -> None:
     """For SM86, SM89 and SM120 at once; keys projected after rotation, folded, pooled; in both half precisions."""
     decoder = make_decoder(style, kv_heads=4, head_dim=16, dtype=torch.float32)
     export(tmp_path / "bundle", decoder, dtype=dtype, kv_heads=2, method=method, capacity=64)
@@ -101,9 +107,16 @@ def test_the_record_says_what_was_built(rtx: Any, tiny: Callable[..., Path]) -> 
     plan = folder / PLAN_FILE
     assert (record.plan.sha256, record.plan.bytes) == (sha256_of(plan), plan.stat().st_size)
     assert (record.kvexport, record.manifest_sha256) == (__version__, manifest_digest(bundle))
-    assert (record.engine, record.version, record.compute_capability) == ("tensorrt-rtx", rtx.trt.__version__, ("8.9",))
+    assert (record.engine, record.version, record.compute_capability) == (
+        "tensorrt-rtx",
+        rtx.trt.__version__,
+        ("8.9",),
+    )
     assert (record.dtype, record.batch, record.capacity, record.chunk) == ("bfloat16", 2, 40, 8)
-    assert [(profile.name, profile.sequence) for profile in record.profiles] == [("decode", (1, 1, 2)), ("prefill", (1, 8, 8))]
+    assert [(profile.name, profile.sequence) for profile in record.profiles] == [
+        ("decode", (1, 1, 2)),
+        ("prefill", (1, 8, 8)),
+    ]
     assert record.weights_bytes == (bundle / "decoder.onnx.data").stat().st_size
     assert record.peak_host_bytes > record.plan.bytes and record.seconds > 0
     if find_gpu() is None:
@@ -122,7 +135,9 @@ def test_the_network_has_the_profiles_and_sizes_of_the_contract(rtx: Any, tiny: 
     bundle = tiny(kv_heads=2)
     fitted = fit(bundle / GRAPH_FILE, Parser(rtx.engine, rtx.version), batch=1, capacity=48)
     _, network, _parser = parse(rtx, fitted.model, bundle / GRAPH_FILE)
-    shapes = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    shapes = {
+        tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))
+    }
     assert shapes["input_ids"] == shapes["position_ids"] == shapes["logits_index"] == (1, -1)
     assert shapes["write_indices"] == (1,) and shapes["past_key_values.1.value"] == (1, 2, 48, 16)
     profile = _profile(network, Profile("prefill", (1, 8, 16)))
@@ -142,7 +157,13 @@ def test_the_network_has_the_profiles_and_sizes_of_the_contract(rtx: Any, tiny: 
     ],
 )
 def test_attention_that_has_no_kernel_is_decomposed_and_said(
-    style: str, width: int, dtype: str, expected: tuple[str, int], words: str, rtx: Any, tiny: Callable[..., Path]
+    style: str,
+    width: int,
+    dtype: str,
+    expected: tuple[str, int],
+    words: str,
+    rtx: Any,
+    tiny: Callable[..., Path],
 ) -> None:
     notes = Notes()
     record = built(tiny(style, dtype=dtype, head_dim=width), notes)
@@ -166,7 +187,9 @@ def test_the_same_unmarked_does_not_build(
     assert not (bundle / "engines").exists()
 
 
-def test_widths_that_differ_take_the_other_lowering(rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_widths_that_differ_take_the_other_lowering(
+    rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     """Keys of 12 and values of 16: TensorRT's own attention has one width."""
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16")
@@ -210,7 +233,11 @@ def test_options_reach_tensorrt(rtx: Any, tiny: Callable[..., Path], monkeypatch
     seen: list[Any] = []
     original = plan._config
     monkeypatch.setattr(plan, "_config", lambda *arguments: seen.append(original(*arguments)) or seen[0])
-    build_engine(tiny(), EngineOptions(workspace=256, optimization_level=1, chunk=8), compute_capabilities=("8.6", "12.0"))
+    build_engine(
+        tiny(),
+        EngineOptions(workspace=256, optimization_level=1, chunk=8),
+        compute_capabilities=("8.6", "12.0"),
+    )
     (config,), trt = seen, rtx.trt
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 256 << 20
     assert config.num_optimization_profiles == 2
@@ -231,7 +258,9 @@ def test_a_damaged_bundle_is_not_built(damage: str, rtx: Any, tiny: Callable[...
     assert not (bundle / "engines").exists()
 
 
-def test_what_only_the_parser_finds_wrong_is_its_word(rtx: Any, tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_what_only_the_parser_finds_wrong_is_its_word(
+    rtx: Any, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     """A damage that hashes and lint do not see."""
 
     def transpose(path: Path) -> None:
@@ -247,7 +276,9 @@ def test_what_only_the_parser_finds_wrong_is_its_word(rtx: Any, tiny: Callable[.
     assert not (bundle / "engines").exists()
 
 
-def test_the_full_tensorrts_configuration_runs_through_the_same_path(rtx: Any, tiny: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_full_tensorrts_configuration_runs_through_the_same_path(
+    rtx: Any, tiny: Callable[..., Path], tmp_path: Path
+) -> None:
     """With the module at hand in its place: its timing cache goes out, and in again; the flags are set by name."""
     from kvexport.bundle.engine_record import Profile
     from kvexport.engine.destination import Destination
@@ -264,12 +295,19 @@ def test_the_full_tensorrts_configuration_runs_through_the_same_path(rtx: Any, t
     cache = b""
     for _ in range(2):
         monitor = Watch(library.trt, Progress()).monitor
-        plan = build_plan(library, fitted.model, bundle / GRAPH_FILE, profiles, EngineOptions(), orin, cache, monitor)
+        plan = build_plan(
+            library, fitted.model, bundle / GRAPH_FILE, profiles, EngineOptions(), orin, cache, monitor
+        )
         assert plan.timing_cache and plan.layers["KV_CACHE_UPDATE"] == 4
         cache = plan.timing_cache
     options = EngineOptions(refit=True, version_compatible=True)
     builder, network, _parser = parse(library, fitted.model, bundle / GRAPH_FILE)
-    config, flags = _config(library, builder, network, profiles, options, orin, b"", monitor), rtx.trt.BuilderFlag
-    assert all(config.get_flag(flag) for flag in (flags.STRIP_PLAN, flags.REFIT_IDENTICAL, flags.VERSION_COMPATIBLE))
+    config, flags = (
+        _config(library, builder, network, profiles, options, orin, b"", monitor),
+        rtx.trt.BuilderFlag,
+    )
+    assert all(
+        config.get_flag(flag) for flag in (flags.STRIP_PLAN, flags.REFIT_IDENTICAL, flags.VERSION_COMPATIBLE)
+    )
     assert config.max_aux_streams == 0
     assert config.get_flag(flags.REQUIRE_USER_ALLOCATION)  # which TensorRT-RTX alone has

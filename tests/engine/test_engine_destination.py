@@ -39,16 +39,32 @@ def test_this_machine(gpu: Gpu, board: str, name: str) -> None:
     ("target", "capabilities", "gpu", "installed", "expected"),
     [
         (None, ("8.6",), None, ONLY_RTX, Destination("sm86", "tensorrt-rtx", ("8.6",), True)),
-        (None, ("8.6", "12.0", "8.6"), None, BOTH, Destination("sm86-sm120", "tensorrt-rtx", ("8.6", "12.0"), True)),
+        (
+            None,
+            ("8.6", "12.0", "8.6"),
+            None,
+            BOTH,
+            Destination("sm86-sm120", "tensorrt-rtx", ("8.6", "12.0"), True),
+        ),
         (None, ("8.9",), RTX, BOTH, Destination("sm89", "tensorrt-rtx", ("8.9",), False)),
         (None, (), RTX, ONLY_RTX, Destination("rtx-4090", "tensorrt-rtx", ("8.9",), False)),
         ("rtx-4090", (), None, ONLY_RTX, Destination("rtx-4090", "tensorrt-rtx", ("8.9",), True)),
-        ("rtx-4090", ("8.6", "8.9"), RTX, ONLY_RTX, Destination("rtx-4090", "tensorrt-rtx", ("8.6", "8.9"), False)),
+        (
+            "rtx-4090",
+            ("8.6", "8.9"),
+            RTX,
+            ONLY_RTX,
+            Destination("rtx-4090", "tensorrt-rtx", ("8.6", "8.9"), False),
+        ),
         ("orin-nano-8gb", (), NANO, FULL, Destination("orin-nano-8gb", "tensorrt", ("8.7",), False)),
     ],
 )
 def test_what_was_asked_for(
-    target: str | None, capabilities: tuple[str, ...], gpu: Gpu | None, installed: list[str], expected: Destination
+    target: str | None,
+    capabilities: tuple[str, ...],
+    gpu: Gpu | None,
+    installed: list[str],
+    expected: Destination,
 ) -> None:
     assert choose_destination(target, capabilities, gpu=gpu, board="", installed=installed) == expected
 

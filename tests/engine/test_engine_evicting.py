@@ -33,7 +33,12 @@ def evicting(tmp_path: Path) -> Callable[..., Path]:
     """`evicting(style="llama", eviction=EVICTION, dtype="float16", capacity=64, **sizes)`: two layers of four heads of 16."""
 
     def make(
-        style: str = "llama", eviction: Eviction = EVICTION, *, dtype: str = "float16", capacity: int = 64, **sizes: Any
+        style: str = "llama",
+        eviction: Eviction = EVICTION,
+        *,
+        dtype: str = "float16",
+        capacity: int = 64,
+        **sizes: Any,
     ) -> Path:
         decoder = make_decoder(style, dtype=torch.float32, **{"head_dim": 16, **sizes})
         return write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=capacity, eviction=eviction)
@@ -66,7 +71,9 @@ def test_the_lowering_for_older_versions_builds_too(rtx: Any, evicting: Callable
 
 
 @pytest.mark.tensorrt
-def test_layers_that_are_left_alone_are_native_beside_the_others(rtx: Any, evicting: Callable[..., Path]) -> None:
+def test_layers_that_are_left_alone_are_native_beside_the_others(
+    rtx: Any, evicting: Callable[..., Path]
+) -> None:
     eviction = Eviction("l2-norm", 32, protect_recent=4, skip_layers=(0,))
     assert native(built(evicting(eviction=eviction, kv_heads=2))) == [5, 2]
 
@@ -85,7 +92,9 @@ def test_large_budgets_and_batches_build(lowering: str, rtx: Any, evicting: Call
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("style", STYLES)
-def test_every_style_and_policy_builds(style: str, policy: str, lowering: str, rtx: Any, evicting: Callable[..., Path]) -> None:
+def test_every_style_and_policy_builds(
+    style: str, policy: str, lowering: str, rtx: Any, evicting: Callable[..., Path]
+) -> None:
     """Of float16 or, of every other style, bfloat16."""
     dtype = ("float16", "bfloat16")[list(STYLES).index(style) % 2]
     bundle = evicting(style, Eviction(policy, 32, protect_first=1, protect_recent=4), dtype=dtype, kv_heads=2)
@@ -114,7 +123,12 @@ class Notes(Progress):
     ],
 )
 def test_what_has_no_kernel_is_lowered_or_decomposed_and_said(
-    sizes: dict[str, int], dtype: str, expected: tuple[str, int], words: str, rtx: Any, evicting: Callable[..., Path]
+    sizes: dict[str, int],
+    dtype: str,
+    expected: tuple[str, int],
+    words: str,
+    rtx: Any,
+    evicting: Callable[..., Path],
 ) -> None:
     notes = Notes()
     bundle = evicting(dtype=dtype, **sizes)
@@ -125,7 +139,9 @@ def test_what_has_no_kernel_is_lowered_or_decomposed_and_said(
 
 
 @pytest.mark.tensorrt
-def test_widths_that_differ_take_the_other_lowering(rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_widths_that_differ_take_the_other_lowering(
+    rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     """Keys of 12 and values of 16: compression of heads and eviction in one bundle."""
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16", eviction=EVICTION)
@@ -142,9 +158,16 @@ def test_the_network_has_the_sizes_of_the_budget(rtx: Any, evicting: Callable[..
     bundle = evicting(kv_heads=2)
     fitted = fit(bundle / GRAPH_FILE, Parser(rtx.engine, rtx.version), batch=3, capacity=48, budget=20)
     _, network, _parser = parse(rtx, fitted.model, bundle / GRAPH_FILE)
-    shapes = {tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))}
+    shapes = {
+        tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))
+    }
     assert shapes["input_ids"] == (3, -1) and shapes["write_indices"] == (3,)
-    assert shapes["past_key_values.1.value"] == (6, 1, 20, 16) and shapes["past_key_values.1.state"] == (6, 1, 20, 2)
+    assert shapes["past_key_values.1.value"] == (6, 1, 20, 16) and shapes["past_key_values.1.state"] == (
+        6,
+        1,
+        20,
+        2,
+    )
 
 
 def fitted(bundle: Path, parser: Parser, lowering: str | None = None, budget: int | None = 32) -> Fitted:
@@ -152,7 +175,9 @@ def fitted(bundle: Path, parser: Parser, lowering: str | None = None, budget: in
 
 
 @pytest.mark.parametrize("version", [(10, 3), (10, 13)])
-def test_older_versions_get_the_other_lowering(version: tuple[int, int], evicting: Callable[..., Path]) -> None:
+def test_older_versions_get_the_other_lowering(
+    version: tuple[int, int], evicting: Callable[..., Path]
+) -> None:
     found = fitted(evicting(kv_heads=2), Parser("tensorrt", version))
     assert found.lowering == "decomposed17" and refusals(found.findings) == []
     assert any("TensorScatter" in finding.operator for finding in found.passed_over["std24"])

@@ -20,7 +20,9 @@ def command(bundle: Path, *options: str) -> list[str]:
     return [sys.executable, "-m", "kvexport", "engine", str(bundle), "--compute-capability", "8.6", *options]
 
 
-@pytest.mark.parametrize("delay", [0.0, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "delay", [0.0, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_build_and_leaves_nothing(
     delay: float, number: signal.Signals, rtx: Any, tiny: Callable[..., Path]
@@ -48,5 +50,7 @@ def test_a_full_disk_leaves_nothing(rtx: Any, tiny: Callable[..., Path]) -> None
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
         ran = subprocess.run(command(bundle), capture_output=True, text=True, preexec_fn=full)
-        assert ran.returncode == 3 and "the disk is full" in ran.stderr and "Traceback" not in ran.stderr, ran.stderr
+        assert ran.returncode == 3 and "the disk is full" in ran.stderr and "Traceback" not in ran.stderr, (
+            ran.stderr
+        )
         assert sorted(bundle.iterdir()) == before

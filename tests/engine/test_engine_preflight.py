@@ -26,7 +26,9 @@ MIB = 2**20
 
 
 def library(engine: str, *names: str) -> Library:
-    trt = SimpleNamespace(__version__="11.4.0", ComputeCapability=SimpleNamespace(__members__=dict.fromkeys(names)))
+    trt = SimpleNamespace(
+        __version__="11.4.0", ComputeCapability=SimpleNamespace(__members__=dict.fromkeys(names))
+    )
     return Library(engine, trt, (11, 4, 0), None)
 
 
@@ -47,11 +49,18 @@ def test_defaults_come_from_the_bundle(bundle: Bundle) -> None:
 @pytest.mark.parametrize(
     ("options", "allowed"),
     [
-        ({"capacity": 201}, "1 to 200"), ({"capacity": 0}, "1 to 200"), ({"chunk": 0}, "1 to 200"), ({"chunk": 201}, "1 to 200"),
-        ({"chunk": 51, "capacity": 50}, "1 to 50"), ({"batch": 0}, "1 sequence"), ({"workspace": 0}, "1 MiB"),
-        ({"optimization_level": 6}, "0 to 5"), ({"optimization_level": -1}, "0 to 5"), ({"lowering": "ort-cpu"}, "decomposed17"),
+        ({"capacity": 201}, "1 to 200"),
+        ({"capacity": 0}, "1 to 200"),
+        ({"chunk": 0}, "1 to 200"),
+        ({"chunk": 201}, "1 to 200"),
+        ({"chunk": 51, "capacity": 50}, "1 to 50"),
+        ({"batch": 0}, "1 sequence"),
+        ({"workspace": 0}, "1 MiB"),
+        ({"optimization_level": 6}, "0 to 5"),
+        ({"optimization_level": -1}, "0 to 5"),
+        ({"lowering": "ort-cpu"}, "decomposed17"),
     ],
-)  # fmt: skip
+)
 def test_options_out_of_range(options: dict[str, Any], allowed: str, bundle: Bundle) -> None:
     with pytest.raises(UsageError) as caught:
         preflight.require_options(EngineOptions(**options), bundle)
@@ -68,7 +77,9 @@ def test_options_out_of_range(options: dict[str, Any], allowed: str, bundle: Bun
         ({"hardware_compatible": True}, ORIN, FULL, "8.7"),
     ],
 )
-def test_what_the_engine_does_not_have(options: dict[str, Any], destination: Destination, engine: Library, words: str) -> None:
+def test_what_the_engine_does_not_have(
+    options: dict[str, Any], destination: Destination, engine: Library, words: str
+) -> None:
     with pytest.raises((UsageError, CannotRunHere)) as caught:
         preflight.require_engine(EngineOptions(**options), destination, engine)
     assert words in str(caught.value)
@@ -117,11 +128,15 @@ def test_weights_that_do_not_fit_the_gpu(bundle: Bundle) -> None:
     small = Gpu("GeForce", "9.0", preflight.weights_bytes(bundle) - 1, False)
     with pytest.raises(CannotRunHere, match="do not fit GeForce"):
         preflight.require_room(bundle, EngineOptions(), DESKTOP, small)
-    preflight.require_room(bundle, EngineOptions(), DESKTOP, dataclasses.replace(small, memory=small.memory + 1))
+    preflight.require_room(
+        bundle, EngineOptions(), DESKTOP, dataclasses.replace(small, memory=small.memory + 1)
+    )
     preflight.require_room(bundle, EngineOptions(), AHEAD, small)  # which is not where it will run
 
 
-def test_nothing_is_begun_where_preflight_refuses(rtx: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_begun_where_preflight_refuses(
+    rtx: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     bundle = tiny()
     monkeypatch.setattr(preflight, "available_memory", lambda: 0)
     with pytest.raises(CannotRunHere, match="too little memory"):

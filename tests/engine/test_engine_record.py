@@ -14,12 +14,28 @@ from kvexport.engine import engine_directory, read_record
 from kvexport.errors import BundleError
 
 RECORD = BuildRecord(
-    kvexport="1.0", manifest_sha256="0" * 64, target="orin-nano-8gb", engine="tensorrt", version="10.3.0.30",
-    lowering="decomposed17", compute_capability=("8.7",), dtype="float16", batch=1, capacity=64, chunk=16,
-    profiles=(Profile("decode", (1, 1, 1)), Profile("prefill", (1, 16, 16))), decomposed=(), options={"refit": False},
-    plan=PlanFile("1" * 64, 4), layers={"MATRIX_MULTIPLY": 7}, weights_bytes=100, activation_bytes=10, timing_cache_bytes=0,
-    peak_host_bytes=1000, seconds=1.5,
-)  # fmt: skip
+    kvexport="1.0",
+    manifest_sha256="0" * 64,
+    target="orin-nano-8gb",
+    engine="tensorrt",
+    version="10.3.0.30",
+    lowering="decomposed17",
+    compute_capability=("8.7",),
+    dtype="float16",
+    batch=1,
+    capacity=64,
+    chunk=16,
+    profiles=(Profile("decode", (1, 1, 1)), Profile("prefill", (1, 16, 16))),
+    decomposed=(),
+    options={"refit": False},
+    plan=PlanFile("1" * 64, 4),
+    layers={"MATRIX_MULTIPLY": 7},
+    weights_bytes=100,
+    activation_bytes=10,
+    timing_cache_bytes=0,
+    peak_host_bytes=1000,
+    seconds=1.5,
+)
 
 
 @pytest.fixture
@@ -52,15 +68,35 @@ def test_what_is_no_record(text: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     ("key", "value"),
     [
-        ("format", 2), ("format", None), ("kvexport", 1), ("capacity", "64"), ("capacity", 0), ("capacity", -1), ("batch", True),
-        ("chunk", 1.5), ("seconds", "1"), ("profiles", []), ("profiles", [{"name": "decode"}]), ("profiles", None),
-        ("profiles", [{"name": "decode", "sequence": [2, 1, 1]}]), ("profiles", [{"name": "decode", "sequence": [0, 1, 1]}]),
-        ("compute_capability", "8.7"), ("compute_capability", [8.7]), ("decomposed", [1]), ("plan", {}), ("layers", 1),
-        ("options", 1), ("activation_bytes", "1"), ("engine", "tensor\x1brt"), ("engine", "antigravity"), ("engine", ""),
+        ("format", 2),
+        ("format", None),
+        ("kvexport", 1),
+        ("capacity", "64"),
+        ("capacity", 0),
+        ("capacity", -1),
+        ("batch", True),
+        ("chunk", 1.5),
+        ("seconds", "1"),
+        ("profiles", []),
+        ("profiles", [{"name": "decode"}]),
+        ("profiles", None),
+        ("profiles", [{"name": "decode", "sequence": [2, 1, 1]}]),
+        ("profiles", [{"name": "decode", "sequence": [0, 1, 1]}]),
+        ("compute_capability", "8.7"),
+        ("compute_capability", [8.7]),
+        ("decomposed", [1]),
+        ("plan", {}),
+        ("layers", 1),
+        ("options", 1),
+        ("activation_bytes", "1"),
+        ("engine", "tensor\x1brt"),
+        ("engine", "antigravity"),
+        ("engine", ""),
         ("layers", {"CAST": float("inf")}),
-        ("plan", {"sha256": "1", "bytes": float("inf")}), ("profiles", [{"name": "decode", "sequence": [1, 1, float("inf")]}]),
+        ("plan", {"sha256": "1", "bytes": float("inf")}),
+        ("profiles", [{"name": "decode", "sequence": [1, 1, float("inf")]}]),
     ],
-)  # fmt: skip
+)
 def test_damage_is_refused(key: str, value: Any, folder: Path) -> None:
     raw = json.loads((folder / RECORD_FILE).read_text())
     (folder / RECORD_FILE).write_text(json.dumps({**raw, key: value}))
@@ -77,7 +113,9 @@ def test_no_key_may_be_missing(key: str, folder: Path) -> None:
         read_record(folder)
 
 
-@pytest.mark.parametrize("damage", [Path.unlink, lambda plan: plan.write_bytes(b"pla"), lambda plan: plan.write_bytes(b"plans")])
+@pytest.mark.parametrize(
+    "damage", [Path.unlink, lambda plan: plan.write_bytes(b"pla"), lambda plan: plan.write_bytes(b"plans")]
+)
 def test_a_plan_of_another_size_is_refused(damage: Callable[[Path], object], folder: Path) -> None:
     damage(folder / PLAN_FILE)
     with pytest.raises(BundleError, match="not as built"):

@@ -13,7 +13,15 @@ import torch
 from torch import Tensor
 
 from kvexport.bundle.graph_io import update
-from kvexport.graph import GRAPH_FILE, DecoderWriter, GraphContract, attention_tap, past, present, residual_tap
+from kvexport.graph import (
+    GRAPH_FILE,
+    DecoderWriter,
+    GraphContract,
+    attention_tap,
+    past,
+    present,
+    residual_tap,
+)
 from kvexport.graph.keep_float32 import NOTHING, Kept
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
@@ -109,7 +117,9 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
 
     half = torch.arange(0, shapes[0].head_dim, 2).float() / shapes[0].head_dim
     return Decoder(
-        embedding=Embedding(torch.randn(VOCAB, HIDDEN, generator=generator), norm(HIDDEN) if style.embedding_norm else None),
+        embedding=Embedding(
+            torch.randn(VOCAB, HIDDEN, generator=generator), norm(HIDDEN) if style.embedding_norm else None
+        ),
         layers=[layer(shape) for shape in shapes],
         final_norm=norm(HIDDEN),
         head=None if style.tied else linear(VOCAB, HIDDEN, False),
@@ -118,10 +128,17 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
     )
 
 
-def write(decoder: Decoder, directory: Path, dtype: str = "float32", capacity: int = 64, kept: Kept = NOTHING) -> GraphContract:
+def write(
+    decoder: Decoder, directory: Path, dtype: str = "float32", capacity: int = 64, kept: Kept = NOTHING
+) -> GraphContract:
     directory.mkdir(exist_ok=True)
     writer = DecoderWriter(
-        directory, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope
+        directory,
+        dtype=dtype,
+        capacity=capacity,
+        limits=decoder.limits,
+        embedding=decoder.embedding,
+        rope=decoder.rope,
     )
     for layer in decoder.layers:
         writer.add_layer(layer)
@@ -129,7 +146,9 @@ def write(decoder: Decoder, directory: Path, dtype: str = "float32", capacity: i
 
 
 def open_session(directory: Path, threads: int = 1) -> onnxruntime.InferenceSession:
-    return onnxruntime.InferenceSession(directory / GRAPH_FILE, quiet(threads), providers=["CPUExecutionProvider"])
+    return onnxruntime.InferenceSession(
+        directory / GRAPH_FILE, quiet(threads), providers=["CPUExecutionProvider"]
+    )
 
 
 def quiet(threads: int = 1) -> onnxruntime.SessionOptions:
@@ -153,7 +172,8 @@ def mapped(tree: Any, leaf: Callable[[Tensor], Tensor]) -> Any:
 def rounded(decoder: Decoder, dtype: torch.dtype) -> Decoder:
     """Weights as a file of `dtype` holds them, in float32; frequencies stay, since tables are made of the exact ones."""
     return dataclasses.replace(
-        mapped(decoder, lambda leaf: leaf.to(dtype).float() if leaf.is_floating_point() else leaf), rope=decoder.rope
+        mapped(decoder, lambda leaf: leaf.to(dtype).float() if leaf.is_floating_point() else leaf),
+        rope=decoder.rope,
     )
 
 
@@ -161,17 +181,29 @@ class Caller:
     """Calls a session as a runtime does: caches of `slots` filled with `fill`, chunk after chunk."""
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, contract: GraphContract, batch: int, slots: int, fill: float = 0.0
+        self,
+        session: onnxruntime.InferenceSession,
+        contract: GraphContract,
+        batch: int,
+        slots: int,
+        fill: float = 0.0,
     ) -> None:
         self._session = session
         self._apart = contract.variant.startswith(
             "ort-"
         )  # GroupQueryAttention takes several tokens with a past from one row only
         self._outputs = [output.name for output in session.get_outputs()]
-        dtypes = {entry.name: np.float16 if entry.type == "tensor(float16)" else np.float32 for entry in session.get_inputs()}
+        dtypes = {
+            entry.name: np.float16 if entry.type == "tensor(float16)" else np.float32
+            for entry in session.get_inputs()
+        }
         sizes = {"batch": batch, "capacity": slots}
         self.caches = {
-            spec.name: np.full([size if isinstance(size, int) else sizes[size] for size in spec.shape], fill, dtypes[spec.name])
+            spec.name: np.full(
+                [size if isinstance(size, int) else sizes[size] for size in spec.shape],
+                fill,
+                dtypes[spec.name],
+            )
             for spec in contract.inputs
             if spec.name.startswith("past_key_values")
         }
@@ -187,7 +219,11 @@ class Caller:
             "write_indices": first,
             "logits_index": np.tile(np.arange(length), (batch, 1)),
         }
-        found = self._run_apart(feeds) if self._apart and batch > 1 and length > 1 else self._run(feeds, self.caches)
+        found = (
+            self._run_apart(feeds)
+            if self._apart and batch > 1 and length > 1
+            else self._run(feeds, self.caches)
+        )
         for layer in range(self._layers):
             for which in ("key", "value"):
                 if update(layer, which) in found:
@@ -239,7 +275,9 @@ def disagreement(
     Right-padded prompts of `lengths` are read in `chunks`, then each row decodes `steps` tokens at its own depth.
     """
     batch = len(lengths)
-    tokens = torch.randint(0, VOCAB, (batch, max(lengths) + steps), generator=torch.Generator().manual_seed(seed))
+    tokens = torch.randint(
+        0, VOCAB, (batch, max(lengths) + steps), generator=torch.Generator().manual_seed(seed)
+    )
     graph = Caller(session, contract, batch, slots, fill)
     oracle = reference.new_cache(list(decoder.layers), batch, slots, torch.float32)
     worst = 0.0
@@ -270,5 +308,7 @@ def disagreement(
         for index, cache in enumerate(oracle):
             for which, wanted in (("key", cache.key), ("value", cache.value)):
                 used = slice(0, length + steps)
-                worst = max(worst, distance(graph.caches[past(index, which)][row, :, used], wanted[row, :, used]))
+                worst = max(
+                    worst, distance(graph.caches[past(index, which)][row, :, used], wanted[row, :, used])
+                )
     return worst

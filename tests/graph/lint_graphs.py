@@ -14,7 +14,13 @@ from onnx import TensorProto, helper
 from kvexport.graph.lint import Parser
 
 F16, F32, BF16, F64 = TensorProto.FLOAT16, TensorProto.FLOAT, TensorProto.BFLOAT16, TensorProto.DOUBLE
-I64, I32, I8, U8, I16 = TensorProto.INT64, TensorProto.INT32, TensorProto.INT8, TensorProto.UINT8, TensorProto.INT16
+I64, I32, I8, U8, I16 = (
+    TensorProto.INT64,
+    TensorProto.INT32,
+    TensorProto.INT8,
+    TensorProto.UINT8,
+    TensorProto.INT16,
+)
 BOOL, I4, U4 = TensorProto.BOOL, TensorProto.INT4, TensorProto.UINT4
 Typed = tuple[str, int, Sequence[Any] | None]
 
@@ -33,11 +39,15 @@ def graph(
     imports = [helper.make_opsetid("", opset)]
     imports += [helper.make_opsetid(domain, 1) for domain in sorted({node.domain for node in nodes} - {""})]
     typed = [[helper.make_tensor_value_info(*each) for each in values] for values in (inputs, outputs)]
-    model = helper.make_model(helper.make_graph(nodes, "g", *typed, list(constants)), opset_imports=imports, ir_version=12)
+    model = helper.make_model(
+        helper.make_graph(nodes, "g", *typed, list(constants)), opset_imports=imports, ir_version=12
+    )
     return ir.from_proto(onnx.shape_inference.infer_shapes(model))
 
 
-def one(op: str, dtype: int = F16, *, opset: int = 24, domain: str = "", outputs: int = 1, **attributes: Any) -> ir.Model:
+def one(
+    op: str, dtype: int = F16, *, opset: int = 24, domain: str = "", outputs: int = 1, **attributes: Any
+) -> ir.Model:
     """A graph of one operator of one input."""
     names = ["y", "z", "w"][:outputs]
     node = helper.make_node(op, ["x"], names, name="node", domain=domain, **attributes)
@@ -58,7 +68,15 @@ def attention(
     **attributes: Any,
 ) -> ir.Model:
     inputs: list[Typed] = [("q", dtype, q), ("k", dtype, k), ("v", dtype, v or k)]
-    names = ["q", "k", "v", "mask" if mask else "", "past_k" if past else "", "past_v" if past else "", "lengths"]
+    names = [
+        "q",
+        "k",
+        "v",
+        "mask" if mask else "",
+        "past_k" if past else "",
+        "past_v" if past else "",
+        "lengths",
+    ]
     if mask:
         inputs.append(("mask", mask_dtype, mask))
     if past:
@@ -67,13 +85,22 @@ def attention(
         inputs.append(("lengths", I64, (1,)))
     results = ["y", "present_k", "present_v", "products"][:outputs]
     node = helper.make_node(
-        "Attention", names if lengths else names[:6] if past else names[:4], results, name="node", **attributes
+        "Attention",
+        names if lengths else names[:6] if past else names[:4],
+        results,
+        name="node",
+        **attributes,
     )
     return graph([node], inputs, [(name, dtype, None) for name in results])
 
 
 def rotary(table: int = F16, positions: int = I64) -> ir.Model:
-    inputs: list[Typed] = [("x", F16, (1, 4, 2, 16)), ("cos", table, (32, 8)), ("sin", table, (32, 8)), ("at", positions, (1, 2))]
+    inputs: list[Typed] = [
+        ("x", F16, (1, 4, 2, 16)),
+        ("cos", table, (32, 8)),
+        ("sin", table, (32, 8)),
+        ("at", positions, (1, 2)),
+    ]
     node = helper.make_node("RotaryEmbedding", ["x", "cos", "sin", "at"], ["y"], name="node")
     return graph([node], inputs, [("y", F16, None)])
 
@@ -88,7 +115,11 @@ def scatter(
     is_input: bool = True,
     is_output: bool = True,
 ) -> ir.Model:
-    nodes = [helper.make_node("TensorScatter", ["cache", "new", "at"], ["written"], name="node", axis=axis, mode=mode)]
+    nodes = [
+        helper.make_node(
+            "TensorScatter", ["cache", "new", "at"], ["written"], name="node", axis=axis, mode=mode
+        )
+    ]
     inputs: list[Typed] = [("cache", dtype, cache), ("new", dtype, new), ("at", I64, (1,))]
     outputs: list[Typed] = [("written", dtype, None)]
     if not is_input:
@@ -100,7 +131,9 @@ def scatter(
     return graph(nodes, inputs, outputs)
 
 
-def dequantised(dtype: int = I8, point: int | None = None, block: int | None = None, scale: int = F16) -> ir.Model:
+def dequantised(
+    dtype: int = I8, point: int | None = None, block: int | None = None, scale: int = F16
+) -> ir.Model:
     shape = (64, 32)
     scales = (32,) if block is None else (64 // block, 32)
     constants = [
@@ -111,7 +144,9 @@ def dequantised(dtype: int = I8, point: int | None = None, block: int | None = N
         constants.append(helper.make_tensor("point", dtype, scales, [point] * int(np.prod(scales))))
     attributes = {"axis": 1} if block is None else {"axis": 0, "block_size": block}
     nodes = [
-        helper.make_node("DequantizeLinear", [constant.name for constant in constants], ["d"], name="node", **attributes),
+        helper.make_node(
+            "DequantizeLinear", [constant.name for constant in constants], ["d"], name="node", **attributes
+        ),
         helper.make_node("MatMul", ["x", "d"], ["y"], name="product"),
     ]
     return graph(nodes, [("x", scale, (1, 4, 64))], [("y", scale, None)], constants)
@@ -142,7 +177,9 @@ def axes(op: str, constant: bool) -> ir.Model:
 
 def scatter_nd(reduction: str) -> ir.Model:
     node = helper.make_node("ScatterND", ["x", "at", "new"], ["y"], name="node", reduction=reduction)
-    return graph([node], [("x", F16, (4, 16)), ("at", I64, (2, 1)), ("new", F16, (2, 16))], [("y", F16, None)])
+    return graph(
+        [node], [("x", F16, (4, 16)), ("at", I64, (2, 1)), ("new", F16, (2, 16))], [("y", F16, None)]
+    )
 
 
 def layer_norm(outputs: int) -> ir.Model:
@@ -186,7 +223,9 @@ RTX_CASES = {
     "attention, heads that do not divide": case("5 query heads", attention, (1, 5, 2, 16)),
     "attention, heads of 12": case("heads of 12 with a bool mask", attention, (1, 4, 2, 12), (1, 2, 32, 12)),
     "attention, heads of 36": case("heads of 36 with a bool mask", attention, (1, 4, 2, 36), (1, 2, 32, 36)),
-    "attention, heads of 36, additive mask": case(None, attention, (1, 4, 2, 36), (1, 2, 32, 36), mask_dtype=F16),
+    "attention, heads of 36, additive mask": case(
+        None, attention, (1, 4, 2, 36), (1, 2, 32, 36), mask_dtype=F16
+    ),
     "attention, heads of 36, no mask": case(None, attention, (1, 4, 2, 36), (1, 2, 32, 36), mask=None),
     "rotary": case(None, rotary),
     "rotary, tables of another dtype": case("table cos is FLOAT", rotary, F32),
@@ -217,8 +256,11 @@ RTX_CASES = {
     "quantise, zero point 3": case("not constantly zero", quantised, 3),
     "top 3840": case(None, top_k, 3840),
     "top 3841": case("K is 3841", top_k, 3841),
-    **{f"{op}, {what}": case(problem, axes, op, what == "constant")
-       for op in ("Squeeze", "ReduceSum") for what, problem in (("constant", None), ("axes given", "axes are not constant"))},
+    **{
+        f"{op}, {what}": case(problem, axes, op, what == "constant")
+        for op in ("Squeeze", "ReduceSum")
+        for what, problem in (("constant", None), ("axes given", "axes are not constant"))
+    },
     "scatter_nd": case(None, scatter_nd, "none"),
     "scatter_nd, add": case("reduction add", scatter_nd, "add"),
     "layer norm": case(None, layer_norm, 1),
@@ -232,7 +274,7 @@ RTX_CASES = {
     "uint8 to Cast": case(None, one, "Cast", U8, to=U8),
     "float64": case(None, one, "Relu", F64),
     "opset 26": case(None, one, "Relu", opset=26),
-}  # fmt: skip
+}
 
 # What TensorRT-RTX takes and builds only where it may be decomposed: no fused kernel exists.
 UNFUSED = {
@@ -243,7 +285,9 @@ UNFUSED = {
     },
     "a single head": case("a single head", attention, (4, 1, 2, 64), (4, 1, 32, 64), mask=(4, 1, 2, 32)),
     "a single head of float32": case("a single head", attention, (1, 1, 2, 16), (1, 1, 32, 16), dtype=F32),
-    "heads of 36, one token": case("heads of 36", attention, (1, 4, 1, 36), (1, 2, 32, 36), mask=(1, 1, 1, 32), mask_dtype=F16),
+    "heads of 36, one token": case(
+        "heads of 36", attention, (1, 4, 1, 36), (1, 2, 32, 36), mask=(1, 1, 1, 32), mask_dtype=F16
+    ),
     "heads of 36, no mask": case("heads of 36", attention, (1, 4, 1, 36), (1, 2, 32, 36), mask=None),
 }
 
@@ -254,7 +298,9 @@ WRONG = {
 }
 
 # What other versions refuse, by their documents: no parser at hand can confirm it, and TensorRT-RTX takes all of these.
-T103, T1013, T1014, T1016 = (Parser("tensorrt", version) for version in ((10, 3, 0), (10, 13, 3), (10, 14), (10, 16, 2)))
+T103, T1013, T1014, T1016 = (
+    Parser("tensorrt", version) for version in ((10, 3, 0), (10, 13, 3), (10, 14), (10, 16, 2))
+)
 T11 = Parser("tensorrt", (11, 4, 1))
 OLDER_CASES: dict[str, tuple[Parser, Parser | None, Case]] = {  # refused by the first, taken by the second
     "Attention": (T1013, T1016, case("TensorRT 10.14", attention)),

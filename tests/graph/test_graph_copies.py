@@ -8,14 +8,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graph_decoders import BLOOM, VOCAB, Caller, Shape, disagreement, make_decoder, open_session, quiet, rounded, slopes_of, write
+from graph_decoders import (
+    BLOOM,
+    VOCAB,
+    Caller,
+    Shape,
+    disagreement,
+    make_decoder,
+    open_session,
+    quiet,
+    rounded,
+    slopes_of,
+    write,
+)
 
 from kvexport.graph import DATA_FILE, GRAPH_FILE, as_float32, attention_tap, residual_tap, tapped
 
 DECODER = make_decoder([Shape(kv_heads=2), Shape()])
 
 
-def test_taps_come_after_the_outputs_and_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_taps_come_after_the_outputs_and_change_no_bit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     contract = write(DECODER, tmp_path / "bundle")
     before = {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
     monkeypatch.chdir(tmp_path)
@@ -24,7 +38,9 @@ def test_taps_come_after_the_outputs_and_change_no_bit(tmp_path: Path, monkeypat
     taps = [name for layer in (0, 1) for name in (attention_tap(layer), residual_tap(layer))]
     assert names == [spec.name for spec in contract.outputs] + taps
     ids = torch.randint(0, VOCAB, (2, 5))
-    with_taps, without = (Caller(which, contract, 2, 8)(ids, [0, 0]) for which in (session, open_session(tmp_path / "bundle")))
+    with_taps, without = (
+        Caller(which, contract, 2, 8)(ids, [0, 0]) for which in (session, open_session(tmp_path / "bundle"))
+    )
     np.testing.assert_array_equal(with_taps["logits"], without["logits"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()} == before
 
@@ -36,7 +52,9 @@ def test_float32_copy_needs_no_file_and_lives_as_long_as_its_session(dtype: str,
     for path in tmp_path.iterdir():
         path.unlink()
     gc.collect()
-    trash = [np.full((size, 24), np.nan, dtype=np.float32) for size in range(200)]  # where freed weights would be
+    trash = [
+        np.full((size, 24), np.nan, dtype=np.float32) for size in range(200)
+    ]  # where freed weights would be
     assert disagreement(rounded(DECODER, getattr(torch, dtype)), session, contract) < 1e-2
     assert len(trash) == 200
 
@@ -46,7 +64,9 @@ def test_float32_copy_of_alibi_is_exact_on_the_rounded_weights(tmp_path: Path) -
     contract = write(decoder, tmp_path, "float16")
     copy = as_float32(tmp_path / GRAPH_FILE, taps=True)
     assert disagreement(rounded(decoder, torch.float16), copy.session(quiet()), contract) < 5e-6
-    assert disagreement(decoder, copy.session(quiet()), contract) > 5e-5  # so the comparison sees the rounding
+    assert (
+        disagreement(decoder, copy.session(quiet()), contract) > 5e-5
+    )  # so the comparison sees the rounding
 
 
 def test_a_float32_graph_is_copied_as_it_is(tmp_path: Path) -> None:

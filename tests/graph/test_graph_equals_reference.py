@@ -23,7 +23,7 @@ from graph_decoders import (
     rounded,
     slopes_of,
     write,
-)  # fmt: skip
+)
 
 from kvexport.graph import GRAPH_FILE, as_float32, tapped
 from kvexport.model import reference
@@ -33,23 +33,35 @@ ONLINE = Shape(heads=4, kv_heads=2, group=2, key_dim=8)
 DECODERS = {
     "llama-mha": make_decoder([Shape(), Shape()]),
     "llama-mha-16": make_decoder([Shape(head_dim=16)] * 2),
-    "llama-gqa-tied": make_decoder([Shape(kv_heads=2), Shape(kv_heads=1)], dataclasses.replace(LLAMA, tied=True)),
-    "mistral-window": make_decoder([Shape(kv_heads=2, window=3), Shape(kv_heads=2), Shape(kv_heads=2, window=3)]),
+    "llama-gqa-tied": make_decoder(
+        [Shape(kv_heads=2), Shape(kv_heads=1)], dataclasses.replace(LLAMA, tied=True)
+    ),
+    "mistral-window": make_decoder(
+        [Shape(kv_heads=2, window=3), Shape(kv_heads=2), Shape(kv_heads=2, window=3)]
+    ),
     "qwen2": make_decoder([Shape(kv_heads=2), Shape(kv_heads=2)], QWEN2),
     "qwen3": make_decoder([Shape(kv_heads=2, qk_norm=True), Shape(kv_heads=2, qk_norm=True)]),
     "bloom": make_decoder([Shape(slopes=slopes_of(4))] * 2, BLOOM),
-    "bloom-6-heads": make_decoder([Shape(6, 6, slopes=slopes_of(6)), Shape(6, 2, slopes=slopes_of(6)[::-1])], BLOOM),
+    "bloom-6-heads": make_decoder(
+        [Shape(6, 6, slopes=slopes_of(6)), Shape(6, 2, slopes=slopes_of(6)[::-1])], BLOOM
+    ),
     "bloom-window": make_decoder([Shape(slopes=slopes_of(4), window=4), Shape(slopes=slopes_of(4))], BLOOM),
     "gelu": make_decoder([Shape()], Style(gated=False, activation="gelu", other_bias=True)),
     "relu": make_decoder([Shape()], Style(gated=False, activation="relu")),
     "online": make_decoder([ONLINE, ONLINE]),
     "online-one-to-one": make_decoder([Shape(key_dim=4), Shape()]),
-    "online-wide": make_decoder([Shape(8, 1, group=8, key_dim=32, value_dim=24), Shape(8, 2, group=4, key_dim=16)]),
+    "online-wide": make_decoder(
+        [Shape(8, 1, group=8, key_dim=32, value_dim=24), Shape(8, 2, group=4, key_dim=16)]
+    ),
     "online-qk-norm": make_decoder([dataclasses.replace(ONLINE, qk_norm=True, window=6)] * 2),
     "online-alibi": make_decoder([dataclasses.replace(ONLINE, slopes=slopes_of(4))] * 2, BLOOM),
-    "value-map": make_decoder([Shape(kv_heads=1, value_dim=16, value_map=True), Shape(kv_heads=2, value_dim=4, value_map=True)]),
-    "mixed-layers": make_decoder([Shape(), dataclasses.replace(ONLINE, value_dim=12, value_map=True), Shape(kv_heads=1)]),
-}  # fmt: skip
+    "value-map": make_decoder(
+        [Shape(kv_heads=1, value_dim=16, value_map=True), Shape(kv_heads=2, value_dim=4, value_map=True)]
+    ),
+    "mixed-layers": make_decoder(
+        [Shape(), dataclasses.replace(ONLINE, value_dim=12, value_map=True), Shape(kv_heads=1)]
+    ),
+}
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -67,7 +79,9 @@ def test_float16_equals_the_oracle_on_the_same_weights(name: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_bfloat16_in_float32_arithmetic_equals_the_oracle_on_the_same_weights(name: str, tmp_path: Path) -> None:
+def test_bfloat16_in_float32_arithmetic_equals_the_oracle_on_the_same_weights(
+    name: str, tmp_path: Path
+) -> None:
     contract = write(DECODERS[name], tmp_path, "bfloat16")
     session = as_float32(tmp_path / GRAPH_FILE, taps=True).session(quiet())
     tolerance = 5e-6 if DECODERS[name].rope is None else 1e-2  # the graph's rotary tables are rounded, too
@@ -79,7 +93,9 @@ def test_padded_and_chunked_prompts_equal_each_prompt_alone(tmp_path: Path) -> N
     contract = write(decoder, tmp_path)
     tokens = torch.randint(0, VOCAB, (2, 9))
     caller = Caller(open_session(tmp_path), contract, 2, 12)
-    pieces = [caller(tokens[:, start:stop], [start] * 2)["logits"] for start, stop in ((0, 2), (2, 8), (8, 9))]
+    pieces = [
+        caller(tokens[:, start:stop], [start] * 2)["logits"] for start, stop in ((0, 2), (2, 8), (8, 9))
+    ]
     for row, length in enumerate((9, 5)):
         alone = reference.forward(decoder, tokens[row : row + 1, :length])
         np.testing.assert_allclose(np.concatenate(pieces, axis=1)[row, :length], alone[0], rtol=0, atol=1e-5)
@@ -131,9 +147,11 @@ def test_logits_index_chooses_tokens(tmp_path: Path) -> None:
     ids = torch.randint(0, VOCAB, (2, 6))
     caller = Caller(session, contract, 2, 8)
     feeds = {
-        "input_ids": ids.numpy(), "position_ids": np.tile(np.arange(6), (2, 1)),
-        "write_indices": np.zeros(2, np.int64), "logits_index": np.array([[5], [2]]),
-    }  # fmt: skip
+        "input_ids": ids.numpy(),
+        "position_ids": np.tile(np.arange(6), (2, 1)),
+        "write_indices": np.zeros(2, np.int64),
+        "logits_index": np.array([[5], [2]]),
+    }
     chosen = session.run(["logits"], {**feeds, **caller.caches})[0]
     everything = reference.forward(decoder, ids)
     assert chosen.shape == (2, 1, VOCAB)

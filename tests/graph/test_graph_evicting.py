@@ -11,7 +11,19 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from graph_decoders import BLOOM, LLAMA, QWEN2, VOCAB, Shape, Style, distance, make_decoder, mapped, open_session, slopes_of
+from graph_decoders import (
+    BLOOM,
+    LLAMA,
+    QWEN2,
+    VOCAB,
+    Shape,
+    Style,
+    distance,
+    make_decoder,
+    mapped,
+    open_session,
+    slopes_of,
+)
 from numpy.typing import NDArray
 
 from kvexport.bundle.graph_io import past, present, sized, update
@@ -35,12 +47,19 @@ CASES: dict[str, tuple[Style, Sequence[Shape]]] = {
 }
 
 
-def write(decoder: Decoder, directory: Path, eviction: Eviction, dtype: str = "float32", capacity: int = 64) -> GraphContract:
+def write(
+    decoder: Decoder, directory: Path, eviction: Eviction, dtype: str = "float32", capacity: int = 64
+) -> GraphContract:
     directory.mkdir(exist_ok=True)
     writer = DecoderWriter(
-        directory, dtype=dtype, capacity=capacity, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope,
+        directory,
+        dtype=dtype,
+        capacity=capacity,
+        limits=decoder.limits,
+        embedding=decoder.embedding,
+        rope=decoder.rope,
         eviction=eviction,
-    )  # fmt: skip
+    )
     for layer in decoder.layers:
         writer.add_layer(layer)
     return writer.finish(decoder.final_norm, decoder.head)
@@ -49,16 +68,23 @@ def write(decoder: Decoder, directory: Path, eviction: Eviction, dtype: str = "f
 class Caller:
     """Calls a session with one kind of cache after another, as a runtime does, without binding."""
 
-    def __init__(self, session: onnxruntime.InferenceSession, contract: GraphContract, batch: int, budget: int) -> None:
+    def __init__(
+        self, session: onnxruntime.InferenceSession, contract: GraphContract, batch: int, budget: int
+    ) -> None:
         self._session, self._outputs = session, [output.name for output in session.get_outputs()]
-        dtypes = {entry.name: np.float16 if entry.type == "tensor(float16)" else np.float32 for entry in session.get_inputs()}
+        dtypes = {
+            entry.name: np.float16 if entry.type == "tensor(float16)" else np.float32
+            for entry in session.get_inputs()
+        }
         sizes = {"batch": batch, "capacity": contract.capacity, "budget": budget}
 
         self.caches: dict[str, NDArray[np.floating]] = {}
         for spec in contract.inputs:
             if spec.name.startswith("past_key_values"):
                 fill = 0.0 if spec.name.endswith("state") else GARBAGE
-                self.caches[spec.name] = np.full([int(sized(each, sizes)) for each in spec.shape], fill, dtypes[spec.name])
+                self.caches[spec.name] = np.full(
+                    [int(sized(each, sizes)) for each in spec.shape], fill, dtypes[spec.name]
+                )
 
     def __call__(self, ids: torch.Tensor, start: Sequence[int], filled: Sequence[int]) -> NDArray[np.float32]:
         first = np.array(start, dtype=np.int64)
@@ -83,9 +109,14 @@ class Caller:
 
 
 def disagreement(
-    decoder: Decoder, session: onnxruntime.InferenceSession, contract: GraphContract, eviction: Eviction,
-    prompts: Sequence[int] = (5, 5), steps: int = 25, seed: int = 1,
-) -> float:  # fmt: skip
+    decoder: Decoder,
+    session: onnxruntime.InferenceSession,
+    contract: GraphContract,
+    eviction: Eviction,
+    prompts: Sequence[int] = (5, 5),
+    steps: int = 25,
+    seed: int = 1,
+) -> float:
     """Largest relative distance of a graph to the oracle, of logits and of all that is cached, slot by slot, after every call."""
     batch, prompt = len(prompts), max(prompts)
     tokens = torch.randint(0, VOCAB, (batch, prompt + steps), generator=torch.Generator().manual_seed(seed))
@@ -129,7 +160,10 @@ def test_rows_of_unequal_length_fill_and_evict_each_at_its_own_time(tmp_path: Pa
 
 
 def test_layers_that_are_left_alone_keep_their_form(tmp_path: Path) -> None:
-    decoder, eviction = make_decoder([Shape(4, 2)] * 3), Eviction("l2-norm", 8, protect_recent=2, skip_layers=(0, 2))
+    decoder, eviction = (
+        make_decoder([Shape(4, 2)] * 3),
+        Eviction("l2-norm", 8, protect_recent=2, skip_layers=(0, 2)),
+    )
     contract = write(decoder, tmp_path, eviction)
     shapes = {spec.name: spec.shape for spec in contract.inputs}
     assert shapes[past(0, "key")] == ("batch", 2, "capacity", 8)
@@ -140,10 +174,15 @@ def test_layers_that_are_left_alone_keep_their_form(tmp_path: Path) -> None:
     assert disagreement(decoder, open_session(tmp_path), contract, eviction) < 5e-6
 
 
-@pytest.mark.parametrize("change", [{"protect_recent": 2}, {"protect_first": 0}, {"policy": "keep-high"}, {"skip_layers": (1,)}])
+@pytest.mark.parametrize(
+    "change", [{"protect_recent": 2}, {"protect_first": 0}, {"policy": "keep-high"}, {"skip_layers": (1,)}]
+)
 def test_another_eviction_is_told_apart(change: dict[str, object], tmp_path: Path) -> None:
     """Negative control: a graph of another policy or protection is not the oracle of this one."""
-    decoder, eviction = make_decoder([Shape(4, 2), Shape(4, 2)]), Eviction("l2-norm", 9, protect_first=2, protect_recent=4)
+    decoder, eviction = (
+        make_decoder([Shape(4, 2), Shape(4, 2)]),
+        Eviction("l2-norm", 9, protect_first=2, protect_recent=4),
+    )
     other = dataclasses.replace(eviction, **change)  # type: ignore[arg-type]
     contract = write(decoder, tmp_path, other)
     if change == {"skip_layers": (1,)}:
@@ -155,9 +194,12 @@ def test_another_eviction_is_told_apart(change: dict[str, object], tmp_path: Pat
 
 def test_float16_keeps_scores_and_positions_in_float32(tmp_path: Path) -> None:
     decoder = mapped(
-        make_decoder([Shape(4, 2), Shape(4, 2)]), lambda leaf: leaf.half().float() if leaf.is_floating_point() else leaf
+        make_decoder([Shape(4, 2), Shape(4, 2)]),
+        lambda leaf: leaf.half().float() if leaf.is_floating_point() else leaf,
     )
-    eviction = Eviction("window", 9, protect_first=1)  # of norms that float16 rounds another slot may be the highest
+    eviction = Eviction(
+        "window", 9, protect_first=1
+    )  # of norms that float16 rounds another slot may be the highest
     contract = write(decoder, tmp_path, eviction, dtype="float16")
     assert {spec.dtype for spec in contract.inputs if spec.name.endswith("state")} == {"float32"}
     assert disagreement(decoder, open_session(tmp_path), contract, eviction) < 2e-2

@@ -34,14 +34,21 @@ CASES = {
     "gqa": wide("gqa"),
     "two groups": wide(kv_heads=2, key_dim=12, value_dim=12),
 }
-everything = pytest.mark.parametrize(("lowering", "name"), [(each, name) for each in LOWERINGS for name in CASES])
+everything = pytest.mark.parametrize(
+    ("lowering", "name"), [(each, name) for each in LOWERINGS for name in CASES]
+)
 
 
 @everything
 def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> None:
     contract, path = write(CASES[name], tmp_path), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
-    assert disagreement(CASES[name], tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0) < 5e-6
+    assert (
+        disagreement(
+            CASES[name], tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0
+        )
+        < 5e-6
+    )
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
@@ -66,11 +73,15 @@ def test_the_wrong_frequency_is_seen(tmp_path: Path) -> None:
 
 def test_rows_are_chosen_once_for_layers_that_turn_alike(tmp_path: Path) -> None:
     first, second = (layer.attention for layer in CASES["wide"].layers)
-    alike = with_attention(CASES["wide"], lambda each: dataclasses.replace(each, frequencies=first.frequencies))
+    alike = with_attention(
+        CASES["wide"], lambda each: dataclasses.replace(each, frequencies=first.frequencies)
+    )
     counts = []
     for decoder, name in ((alike, "alike"), (CASES["wide"], "own")):
         write(decoder, tmp_path / name)
         graph = ir.load(tmp_path / name / GRAPH_FILE).graph
-        counts.append(sum(node.op_type == "Gather" and node.outputs[0].name.startswith("rope.choice") for node in graph))
+        counts.append(
+            sum(node.op_type == "Gather" and node.outputs[0].name.startswith("rope.choice") for node in graph)
+        )
     own = 1 if torch.equal(first.frequencies, second.frequencies) else 2
     assert counts == [2, 2 * own]

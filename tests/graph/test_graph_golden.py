@@ -17,15 +17,20 @@ FAMILIES = {
     "mistral": (make_decoder([Shape(kv_heads=2, window=16)] * 2), "float16"),
     "bloom": (make_decoder([Shape(slopes=slopes_of(4))] * 2, BLOOM), "float16"),
     "qwen2": (make_decoder([Shape(kv_heads=2)] * 2, QWEN2), "bfloat16"),
-    "qwen3": (make_decoder([Shape(kv_heads=2, qk_norm=True)] * 2, dataclasses.replace(LLAMA, tied=True)), "float32"),
-    "llama_online": (
-        make_decoder([
-            Shape(kv_heads=1, group=4, key_dim=16, value_dim=16, value_map=True),
-            Shape(kv_heads=2, group=2, key_dim=8, value_dim=8),
-        ]),
+    "qwen3": (
+        make_decoder([Shape(kv_heads=2, qk_norm=True)] * 2, dataclasses.replace(LLAMA, tied=True)),
         "float32",
     ),
-}  # fmt: skip
+    "llama_online": (
+        make_decoder(
+            [
+                Shape(kv_heads=1, group=4, key_dim=16, value_dim=16, value_map=True),
+                Shape(kv_heads=2, group=2, key_dim=8, value_dim=8),
+            ]
+        ),
+        "float32",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", FAMILIES)

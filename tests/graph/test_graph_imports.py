@@ -11,7 +11,10 @@ import pytest
 @pytest.mark.parametrize(
     ("statement", "absent"),
     [
-        ("from kvexport.graph import GraphContract, past, present", ("onnx", "onnx_ir", "torch", "onnxruntime", "ml_dtypes")),
+        (
+            "from kvexport.graph import GraphContract, past, present",
+            ("onnx", "onnx_ir", "torch", "onnxruntime", "ml_dtypes"),
+        ),
         ("from kvexport.graph import DecoderWriter, render", ("torch", "onnxruntime", "transformers")),
         ("from kvexport.graph import as_float32, tapped", ("torch", "transformers")),
     ],

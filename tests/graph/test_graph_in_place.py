@@ -12,7 +12,9 @@ from graph_decoders import BLOOM, LLAMA, Shape, Style, make_decoder, slopes_of, 
 from kvexport.graph import GRAPH_FILE, GraphContract
 
 
-def _steps(session: onnxruntime.InferenceSession, contract: GraphContract, bound: bool) -> list[tuple[int, int]]:
+def _steps(
+    session: onnxruntime.InferenceSession, contract: GraphContract, bound: bool
+) -> list[tuple[int, int]]:
     """Three single-token steps; the addresses of each past and present, when bound."""
     sizes = {"batch": 1, "capacity": 8}
     caches = {
@@ -24,9 +26,11 @@ def _steps(session: onnxruntime.InferenceSession, contract: GraphContract, bound
     }
     for step in range(3):
         tokens = {
-            "input_ids": np.array([[step]]), "position_ids": np.array([[step]]),
-            "write_indices": np.array([step]), "logits_index": np.array([[0]]),
-        }  # fmt: skip
+            "input_ids": np.array([[step]]),
+            "position_ids": np.array([[step]]),
+            "write_indices": np.array([step]),
+            "logits_index": np.array([[0]]),
+        }
         binding = session.io_binding()
         for name, value in tokens.items():
             binding.bind_cpu_input(name, value)
@@ -43,7 +47,9 @@ def _steps(session: onnxruntime.InferenceSession, contract: GraphContract, bound
 
 @pytest.mark.parametrize("style", [LLAMA, BLOOM], ids=["llama", "bloom"])
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_bound_caches_are_written_in_place(style: Style, dtype: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_bound_caches_are_written_in_place(
+    style: Style, dtype: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     shape = Shape(slopes=slopes_of(4)) if style is BLOOM else Shape(kv_heads=2, group=2, key_dim=8)
     contract = write(make_decoder([shape] * 2, style), tmp_path, dtype)
     options = onnxruntime.SessionOptions()

@@ -33,7 +33,10 @@ def test_graph_gives_the_logits_of_transformers(name: str, tiny_checkpoint: Any,
     contract = write(load_decoder(checkpoint), tmp_path)
     caller = Caller(open_session(tmp_path), contract, 2, 14)
     tokens = torch.randint(0, contract.vocab_size, (2, 12), generator=torch.Generator().manual_seed(0))
-    pieces = [caller(tokens[:, start:stop], [start] * 2)["logits"] for start, stop in ((0, 7), (7, 10), (10, 11), (11, 12))]
+    pieces = [
+        caller(tokens[:, start:stop], [start] * 2)["logits"]
+        for start, stop in ((0, 7), (7, 10), (10, 11), (11, 12))
+    ]
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float64, attn_implementation="eager")
     with torch.no_grad():
         wanted = model(tokens).logits.numpy()

@@ -42,18 +42,32 @@ def test_a_part_has_the_inputs_outputs_and_weights_that_it_needs(tmp_path: Path)
     write(make_decoder([Shape(kv_heads=2), Shape(), Shape()]), tmp_path)
     embedding, *layers, head = _models(tmp_path, 3)
     assert (_names(embedding.graph.input), _names(embedding.graph.output)) == (["input_ids"], ["embedding"])
-    assert (set(_names(head.graph.input)), _names(head.graph.output)) == ({residual_tap(2), "logits_index"}, ["logits"])
+    assert (set(_names(head.graph.input)), _names(head.graph.output)) == (
+        {residual_tap(2), "logits_index"},
+        ["logits"],
+    )
     for index, layer in enumerate(layers):
         stream = residual_tap(index - 1) if index else "embedding"
-        caches = {past(index, "key"), past(index, "value"), past(0, "key")}  # the mask asks for the first one's shape
+        caches = {
+            past(index, "key"),
+            past(index, "value"),
+            past(0, "key"),
+        }  # the mask asks for the first one's shape
         assert set(_names(layer.graph.input)) == TOKENS | {stream} | caches
         outputs = [attention_tap(index), residual_tap(index), present(index, "key"), present(index, "value")]
         assert _names(layer.graph.output) == outputs
         weights = {name for name in _names(layer.graph.initializer) if not name.startswith("int64")}
-        assert all(name.startswith((f"layers.{index}.", "rope.")) for name in weights) and len(weights) == 2 + 7 + 2
-    external = sum(bool(weight.external_data) for part in (embedding, *layers, head) for weight in part.graph.initializer)
+        assert (
+            all(name.startswith((f"layers.{index}.", "rope.")) for name in weights)
+            and len(weights) == 2 + 7 + 2
+        )
+    external = sum(
+        bool(weight.external_data) for part in (embedding, *layers, head) for weight in part.graph.initializer
+    )
     whole = onnx.load(tmp_path / GRAPH_FILE, load_external_data=False)
-    assert external == sum(bool(weight.external_data) for weight in whole.graph.initializer) + 2 * 2  # tables, twice more
+    assert (
+        external == sum(bool(weight.external_data) for weight in whole.graph.initializer) + 2 * 2
+    )  # tables, twice more
 
 
 @pytest.mark.parametrize(
@@ -64,7 +78,9 @@ def test_a_part_has_the_inputs_outputs_and_weights_that_it_needs(tmp_path: Path)
         pytest.param(BLOOM, Shape(slopes=slopes_of(4)), "float32", id="bloom"),
     ],
 )
-def test_parts_one_after_another_are_the_whole(style: Style, shape: Shape, dtype: str, tmp_path: Path) -> None:
+def test_parts_one_after_another_are_the_whole(
+    style: Style, shape: Shape, dtype: str, tmp_path: Path
+) -> None:
     contract = write(make_decoder([shape] * 2, style), tmp_path, dtype)
     whole = Caller(open_session(tmp_path), contract, 2, 12)
     ids = torch.randint(0, VOCAB, (2, 6))
@@ -85,10 +101,18 @@ def test_parts_one_after_another_are_the_whole(style: Style, shape: Shape, dtype
 def test_a_float32_part_widens_its_own_weights_only(tmp_path: Path) -> None:
     write(make_decoder([Shape(), Shape()]), tmp_path, "bfloat16")
     for index, part in enumerate(parts(tmp_path / GRAPH_FILE, 2, in_float32=True)):
-        names = {"embedding.weight"} if index == 0 else {"final_norm.weight", "head.weight"} if index == 3 else set(part.weights)
+        names = (
+            {"embedding.weight"}
+            if index == 0
+            else {"final_norm.weight", "head.weight"}
+            if index == 3
+            else set(part.weights)
+        )
         assert set(part.weights) == names
         assert all(name.startswith(("rope.", f"layers.{index - 1}.")) for name in names) or index in (0, 3)
         model = onnx.load_model_from_string(part.model)
         narrow = onnx.TensorProto.BFLOAT16
-        assert all(value.type.tensor_type.elem_type != narrow for value in (*model.graph.input, *model.graph.output))
+        assert all(
+            value.type.tensor_type.elem_type != narrow for value in (*model.graph.input, *model.graph.output)
+        )
         assert all(weight.data_type != narrow for weight in model.graph.initializer)

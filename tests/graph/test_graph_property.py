@@ -75,5 +75,7 @@ def test_graph_equals_the_oracle(
         contract = write(decoder, Path(folder))
         session = open_session(Path(folder))
         slots = max(lengths) + steps + spare
-        found = disagreement(decoder, session, contract, lengths=lengths, chunks=chunks, steps=steps, slots=slots, fill=100.0)
+        found = disagreement(
+            decoder, session, contract, lengths=lengths, chunks=chunks, steps=steps, slots=slots, fill=100.0
+        )
     assert found < 1e-5

@@ -31,18 +31,28 @@ Cut = tuple[str, Shape] | None
 
 CASES: dict[str, tuple[str, list[Cut]]] = {
     "wide": ("llama", [("online", Shape(1, 16, 16)), ("online", Shape(2, 12, 12))]),
-    "wider than all heads together but one": ("bias", [("online", Shape(1, 24, 24)), ("online", Shape(1, 31, 31))]),
+    "wider than all heads together but one": (
+        "bias",
+        [("online", Shape(1, 24, 24)), ("online", Shape(1, 31, 31))],
+    ),
     "keys wider than values": ("llama", [("online", Shape(1, 24, 8)), ("fold", Shape(1, 24, 8))]),
     "values wider than keys": ("bias", [("online", Shape(1, 8, 24)), ("fold", Shape(2, 6, 16))]),
     "narrower than trained": ("llama", [("online", Shape(4, 5, 3)), ("fold", Shape(4, 4, 8))]),
-    "every method": ("llama", [
-        ("fold", Shape(2, 8, 8)), KEPT, ("online", Shape(1, 16, 16)), ("mean-pool", Shape(1, 8, 8)), ("svd-a", Shape(2, 12, 12)),
-    ]),
+    "every method": (
+        "llama",
+        [
+            ("fold", Shape(2, 8, 8)),
+            KEPT,
+            ("online", Shape(1, 16, 16)),
+            ("mean-pool", Shape(1, 8, 8)),
+            ("svd-a", Shape(2, 12, 12)),
+        ],
+    ),
     "shared heads": ("gqa", [("online", Shape(1, 24, 16)), KEPT, ("fold", Shape(2, 12, 12))]),
     "normalised keys": ("qwen3", [("online", Shape(1, 16, 24)), KEPT, ("online", Shape(2, 8, 8))]),
     "no rotation": ("bloom", [("online", Shape(1, 16, 16)), ("online", Shape(2, 12, 8)), KEPT]),
     "window": ("window", [("online", Shape(1, 16, 16)), ("fold", Shape(1, 16, 24))]),
-}  # fmt: skip
+}
 
 
 def cases(*names: str) -> pytest.MarkDecorator:
@@ -62,8 +72,12 @@ def cut(name: str) -> Decoder:
 
 def converted(decoder: Decoder, cuts: list[Cut]) -> Decoder:
     trained = trained_shape(decoder.layers[0].attention)
-    ways = [Way(METHODS["online"], trained) if each is None else Way(METHODS[each[0]], each[1]) for each in cuts]
-    return dataclasses.replace(decoder, layers=[each.layer for each in convert(decoder, random_windows(decoder, 8, 24), ways)])
+    ways = [
+        Way(METHODS["online"], trained) if each is None else Way(METHODS[each[0]], each[1]) for each in cuts
+    ]
+    return dataclasses.replace(
+        decoder, layers=[each.layer for each in convert(decoder, random_windows(decoder, 8, 24), ways)]
+    )
 
 
 def shapes(decoder: Decoder) -> list[Shape]:
@@ -83,7 +97,10 @@ def test_conversion_gives_every_layer_its_own_shape(name: str) -> None:
 def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> None:
     contract, path = write(cut(name), tmp_path), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
-    assert disagreement(cut(name), tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0) < 5e-6
+    assert (
+        disagreement(cut(name), tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0)
+        < 5e-6
+    )
 
 
 @cases("wide", "values wider than keys", "every method", "shared heads", "no rotation")
@@ -98,14 +115,23 @@ def test_and_in_float16_on_the_same_weights(lowering: str, name: str, tmp_path: 
 @pytest.mark.parametrize("part", ["key_map", "query_map", "value_map", "scale"])
 def test_a_map_of_another_layer_is_seen(part: str, lowering: str, tmp_path: Path) -> None:
     """The negative control: two layers of one shape, and one leaf in the wrong place; or the scale of the wide head."""
-    decoder = converted(make_decoder("llama", layers=2, sharpness=2.0, dtype=torch.float32), [("online", Shape(1, 16, 16))] * 2)
+    decoder = converted(
+        make_decoder("llama", layers=2, sharpness=2.0, dtype=torch.float32),
+        [("online", Shape(1, 16, 16))] * 2,
+    )
     first, second = decoder.layers
     value = 16**-0.5 if part == "scale" else getattr(second.attention, part)
     assert value is not None
     wrong = dataclasses.replace(first, attention=dataclasses.replace(first.attention, **{part: value}))
-    contract, path = write(dataclasses.replace(decoder, layers=[wrong, second]), tmp_path), tmp_path / "lowered.onnx"
+    contract, path = (
+        write(dataclasses.replace(decoder, layers=[wrong, second]), tmp_path),
+        tmp_path / "lowered.onnx",
+    )
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
-    assert disagreement(decoder, tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0) > 1e-2
+    assert (
+        disagreement(decoder, tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0)
+        > 1e-2
+    )
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,12 +139,17 @@ def test_the_contract_and_the_graph_have_caches_of_these_shapes(name: str, tmp_p
     contract = write(cut(name), tmp_path)
     model = onnx.load(tmp_path / GRAPH_FILE, load_external_data=False)
     written = {
-        value.name: tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim) for value in model.graph.input
+        value.name: tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
+        for value in model.graph.input
     }
     said = {spec.name: spec.shape for spec in contract.inputs}
     for layer, shape in enumerate(wanted_shapes(name)):
         for which, width in (("key", shape.key_dim), ("value", shape.value_dim)):
-            assert said[past(layer, which)] == written[past(layer, which)] == ("batch", shape.kv_heads, "capacity", width)
+            assert (
+                said[past(layer, which)]
+                == written[past(layer, which)]
+                == ("batch", shape.kv_heads, "capacity", width)
+            )
 
 
 # What TensorRT's own attention takes
@@ -150,10 +181,14 @@ def test_only_the_layer_of_unequal_widths_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["wide", "every method"])
-def test_equal_widths_are_not_refused_and_multiples_of_8_from_16_on_are_fused(name: str, tmp_path: Path) -> None:
+def test_equal_widths_are_not_refused_and_multiples_of_8_from_16_on_are_fused(
+    name: str, tmp_path: Path
+) -> None:
     decoder = cut(name)
     notes = said_of(decoder, tmp_path, "std24")
-    unpadded = [i for i, shape in enumerate(shapes(decoder)) if shape.key_dim == 12]  # a bool mask with padding
+    unpadded = [
+        i for i, shape in enumerate(shapes(decoder)) if shape.key_dim == 12
+    ]  # a bool mask with padding
     assert [int(finding.node.split(".")[1]) for finding in refusals(notes)] == unpadded
     unfused = [i for i, shape in enumerate(shapes(decoder)) if shape.key_dim < 12]
     assert [int(finding.node.split(".")[1]) for finding in notes if finding.note] == unfused
@@ -162,7 +197,9 @@ def test_equal_widths_are_not_refused_and_multiples_of_8_from_16_on_are_fused(na
 
 def wide_decoder(*cuts: Cut) -> Decoder:
     """Eight KV heads of 32, so that one cached head may be 256 wide."""
-    decoder = make_decoder("llama", layers=len(cuts), heads=8, head_dim=32, dtype=torch.float32, max_positions=64)
+    decoder = make_decoder(
+        "llama", layers=len(cuts), heads=8, head_dim=32, dtype=torch.float32, max_positions=64
+    )
     return converted(decoder, list(cuts))
 
 
@@ -177,11 +214,17 @@ def rtx() -> Any:
 @pytest.mark.slow
 @pytest.mark.tensorrt
 def test_the_real_builder_fuses_heads_of_128_and_of_256(rtx: Any, tmp_path: Path) -> None:
-    decoder = wide_decoder(("online", Shape(2, 128, 128)), ("online", Shape(1, 256, 256)), ("fold", Shape(2, 128, 128)))
+    decoder = wide_decoder(
+        ("online", Shape(2, 128, 128)), ("online", Shape(1, 256, 256)), ("fold", Shape(2, 128, 128))
+    )
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16")
     record = build_engine(bundle, EngineOptions(chunk=16), compute_capabilities=("8.9",))
     assert (record.lowering, record.decomposed) == ("std24", ())
-    assert [record.layers[name] for name in ("KV_CACHE_UPDATE", "ATTENTION_INPUT", "ATTENTION_OUTPUT")] == [6, 3, 3]
+    assert [record.layers[name] for name in ("KV_CACHE_UPDATE", "ATTENTION_INPUT", "ATTENTION_OUTPUT")] == [
+        6,
+        3,
+        3,
+    ]
 
 
 @pytest.mark.tensorrt
@@ -190,4 +233,7 @@ def test_the_real_builder_takes_unequal_widths_in_the_other_lowering_alone(rtx: 
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16")
     with pytest.raises(UsageError, match="keys are 256 wide and values 128"):
         build_engine(bundle, EngineOptions(chunk=16, lowering="std24"), compute_capabilities=("8.9",))
-    assert build_engine(bundle, EngineOptions(chunk=16), compute_capabilities=("8.9",)).lowering == "decomposed17"
+    assert (
+        build_engine(bundle, EngineOptions(chunk=16), compute_capabilities=("8.9",)).lowering
+        == "decomposed17"
+    )

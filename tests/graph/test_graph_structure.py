@@ -25,7 +25,9 @@ DECODERS = {
     "bloom": make_decoder([Shape(6, 6, slopes=slopes_of(6))] * 2, BLOOM),
 }
 DTYPES = ("float32", "float16", "bfloat16")
-everything = pytest.mark.parametrize(("name", "dtype"), [(name, dtype) for name in DECODERS for dtype in DTYPES])
+everything = pytest.mark.parametrize(
+    ("name", "dtype"), [(name, dtype) for name in DECODERS for dtype in DTYPES]
+)
 
 
 @everything
@@ -66,7 +68,11 @@ def test_no_node_is_repeated(name: str, dtype: str, tmp_path: Path) -> None:
     write(DECODERS[name], tmp_path, dtype)
     model = onnx.load(tmp_path / GRAPH_FILE, load_external_data=False)
     seen = Counter(
-        (node.op_type, tuple(node.input), tuple(attribute.SerializeToString() for attribute in node.attribute))
+        (
+            node.op_type,
+            tuple(node.input),
+            tuple(attribute.SerializeToString() for attribute in node.attribute),
+        )
         for node in model.graph.node
     )
     assert max(seen.values()) == 1
@@ -80,13 +86,17 @@ def test_declared_shapes_and_dtypes_are_those_of_a_run(name: str, tmp_path: Path
     model.graph.outputs.extend(value for value in values if value not in model.graph.outputs)
     sizes = {"batch": 2, "sequence": 3, "logits": 4, "capacity": 7, "batch*logits": 8}
     feeds = {
-        spec.name: np.zeros([sizes[size] if isinstance(size, str) else size for size in spec.shape], spec.dtype)
+        spec.name: np.zeros(
+            [sizes[size] if isinstance(size, str) else size for size in spec.shape], spec.dtype
+        )
         for spec in contract.inputs
     }
     options = quiet()
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(tmp_path))
     session = onnxruntime.InferenceSession(ir.to_proto(model).SerializeToString(), options)
-    found = dict(zip([output.name for output in session.get_outputs()], session.run(None, feeds), strict=True))
+    found = dict(
+        zip([output.name for output in session.get_outputs()], session.run(None, feeds), strict=True)
+    )
     assert len(found) == len(values)
     for value in values:
         assert value.name is not None and value.shape is not None and value.dtype is not None
@@ -112,7 +122,12 @@ def test_the_contract_is_what_the_file_says(name: str, dtype: str, tmp_path: Pat
 
 def test_layers_that_see_the_same_share_one_mask(tmp_path: Path) -> None:
     slopes = slopes_of(4)
-    shapes = [Shape(slopes=slopes), Shape(slopes=slopes[::-1]), Shape(slopes=slopes), Shape(slopes=slopes, window=3)]
+    shapes = [
+        Shape(slopes=slopes),
+        Shape(slopes=slopes[::-1]),
+        Shape(slopes=slopes),
+        Shape(slopes=slopes, window=3),
+    ]
     write(make_decoder(shapes, BLOOM), tmp_path)
     text = render(tmp_path / GRAPH_FILE)
     assert [text.count(f"{op}(") for op in ("Where", "LessOrEqual", "Greater", "Range")] == [3, 1, 1, 1]
@@ -133,7 +148,9 @@ def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
     for tied in (False, True):
         folder = tmp_path / str(tied)
         write(make_decoder([Shape()], dataclasses.replace(LLAMA, tied=tied)), folder)
-        sizes[tied] = sum(value.const_value.nbytes for value in ir.load(folder / GRAPH_FILE).graph.initializers.values())  # type: ignore[union-attr]
+        sizes[tied] = sum(
+            value.const_value.nbytes for value in ir.load(folder / GRAPH_FILE).graph.initializers.values()
+        )  # type: ignore[union-attr]
     embedding = 4 * make_decoder([Shape()]).embedding.weight.numel()
     assert abs(sizes[False] - sizes[True] - embedding) < 100  # shapes of the reshapes around Gemm
 

@@ -26,7 +26,9 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [64, 1 << 24])
-def test_weights_are_rounded_to_nearest_whatever_the_block(dtype: str, block: int, tmp_path: Path, monkeypatch) -> None:
+def test_weights_are_rounded_to_nearest_whatever_the_block(
+    dtype: str, block: int, tmp_path: Path, monkeypatch
+) -> None:
     monkeypatch.setattr(weights_module, "_BLOCK", block)
     decoder = make_decoder([Shape(kv_heads=2)])
     write(decoder, tmp_path, dtype)
@@ -73,7 +75,9 @@ def _with_bad_weight(value: float) -> Decoder:
     weight = layer.attention.v.weight.clone()
     weight[3, 2] = value
     attention = dataclasses.replace(layer.attention, v=Linear(weight))
-    return dataclasses.replace(decoder, layers=[decoder.layers[0], dataclasses.replace(layer, attention=attention)])
+    return dataclasses.replace(
+        decoder, layers=[decoder.layers[0], dataclasses.replace(layer, attention=attention)]
+    )
 
 
 @pytest.mark.parametrize(
@@ -86,7 +90,9 @@ def _with_bad_weight(value: float) -> Decoder:
         (float("-inf"), "float16", "is not finite"),
     ],
 )
-def test_a_weight_that_does_not_fit_is_refused_by_name(value: float, dtype: str, said: str, tmp_path: Path) -> None:
+def test_a_weight_that_does_not_fit_is_refused_by_name(
+    value: float, dtype: str, said: str, tmp_path: Path
+) -> None:
     with pytest.raises(UsageError, match=said):
         write(_with_bad_weight(value), tmp_path, dtype)
 
@@ -99,7 +105,12 @@ def test_the_largest_weights_that_fit_are_taken(value: float, dtype: str, tmp_pa
 def test_the_writer_keeps_no_layer(tmp_path: Path) -> None:
     decoder = make_decoder([Shape()])
     writer = DecoderWriter(
-        tmp_path, dtype="float32", capacity=8, limits=decoder.limits, embedding=decoder.embedding, rope=decoder.rope
+        tmp_path,
+        dtype="float32",
+        capacity=8,
+        limits=decoder.limits,
+        embedding=decoder.embedding,
+        rope=decoder.rope,
     )
     layer = make_decoder([Shape()]).layers[0]
     leaf = weakref.ref(layer.mlp.down.weight)

@@ -37,7 +37,10 @@ def builds(library: Any, model: ir.Model) -> bool:
     profile = builder.create_optimization_profile()
     for tensor in map(network.get_input, range(network.num_inputs)):
         if -1 in tuple(tensor.shape):
-            profile.set_shape(tensor.name, *([size if size > 0 else some for size in tuple(tensor.shape)] for some in (1, 1, 2)))
+            profile.set_shape(
+                tensor.name,
+                *([size if size > 0 else some for size in tuple(tensor.shape)] for some in (1, 1, 2)),
+            )
     config.add_optimization_profile(profile)
     return builder.build_serialized_network(network, config) is not None
 
@@ -92,7 +95,9 @@ def test_the_real_builder_has_a_fused_kernel_where_there_is_no_note(width: int, 
 def test_rules_of_other_versions_which_no_parser_at_hand_can_confirm(name: str) -> None:
     refusing, taking, case = OLDER_CASES[name]
     assert case.problem is not None
-    assert any(case.problem in finding.problem + finding.remedy for finding in refusals(lint(case.make(), refusing)))
+    assert any(
+        case.problem in finding.problem + finding.remedy for finding in refusals(lint(case.make(), refusing))
+    )
     if taking is not None:
         assert refusals(lint(case.make(), taking)) == []
 
@@ -132,24 +137,30 @@ def test_every_rule_has_a_graph_that_breaks_it() -> None:
     for case in RTX_CASES.values():
         if case.problem is not None:
             broken |= {node.op_type for node in case.make().graph if node.name == "node"}
-    reductions = {name for name in RULES if name.startswith("Reduce")} | {"Unsqueeze"}  # one rule for all of them
+    reductions = {name for name in RULES if name.startswith("Reduce")} | {
+        "Unsqueeze"
+    }  # one rule for all of them
     assert RULES.keys() - reductions <= broken
 
 
 def test_nodes_of_subgraphs_are_looked_at() -> None:
     inner = onnx.helper.make_graph(
-        [onnx.helper.make_node("BitwiseNot", ["x"], ["y"], name="inside")], "inner", [],
+        [onnx.helper.make_node("BitwiseNot", ["x"], ["y"], name="inside")],
+        "inner",
+        [],
         [onnx.helper.make_tensor_value_info("y", onnx.TensorProto.INT32, (4,))],
-    )  # fmt: skip
+    )
     node = onnx.helper.make_node("If", ["which"], ["z"], name="outside", then_branch=inner, else_branch=inner)
     typed = onnx.helper.make_tensor_value_info
     model = onnx.helper.make_model(
         onnx.helper.make_graph(
-            [node], "g", [typed("which", onnx.TensorProto.BOOL, ()), typed("x", onnx.TensorProto.INT32, (4,))],
+            [node],
+            "g",
+            [typed("which", onnx.TensorProto.BOOL, ()), typed("x", onnx.TensorProto.INT32, (4,))],
             [typed("z", onnx.TensorProto.INT32, (4,))],
         ),
         opset_imports=[onnx.helper.make_opsetid("", 24)],
-    )  # fmt: skip
+    )
     assert {finding.node for finding in lint(ir.from_proto(model), RTX)} == {"inside"}
 
 

@@ -20,10 +20,14 @@ from kvexport.graph.taps import GraphCopy, tapped
 from kvexport.model.decoder import Decoder
 
 LOWERED = [name for name in LOWERINGS if name != "std24"]
-everything = pytest.mark.parametrize(("lowering", "name"), [(each, name) for each in LOWERED for name in DECODERS])
+everything = pytest.mark.parametrize(
+    ("lowering", "name"), [(each, name) for each in LOWERED for name in DECODERS]
+)
 
 
-def lowered(decoder: Decoder, directory: Path, lowering: str, dtype: str = "float32") -> tuple[GraphCopy, GraphContract]:
+def lowered(
+    decoder: Decoder, directory: Path, lowering: str, dtype: str = "float32"
+) -> tuple[GraphCopy, GraphContract]:
     contract = write(decoder, directory, dtype)
     path = directory / "lowered.onnx"
     ir.save(lower(directory / GRAPH_FILE, lowering), path)
@@ -39,11 +43,15 @@ def test_float32_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> 
 @everything
 def test_float16_equals_the_oracle_on_the_same_weights(lowering: str, name: str, tmp_path: Path) -> None:
     copy, contract = lowered(DECODERS[name], tmp_path, lowering, "float16")
-    assert disagreement(rounded(DECODERS[name], torch.float16), copy.session(quiet()), contract, fill=3.0) < 5e-3
+    assert (
+        disagreement(rounded(DECODERS[name], torch.float16), copy.session(quiet()), contract, fill=3.0) < 5e-3
+    )
 
 
 @everything
-def test_the_graph_is_sound_and_takes_and_gives_what_its_contract_says(lowering: str, name: str, tmp_path: Path) -> None:
+def test_the_graph_is_sound_and_takes_and_gives_what_its_contract_says(
+    lowering: str, name: str, tmp_path: Path
+) -> None:
     _, contract = lowered(DECODERS[name], tmp_path, lowering)
     model = onnx.load(tmp_path / "lowered.onnx", load_external_data=False)
     if lowering == "decomposed17":
@@ -52,7 +60,9 @@ def test_the_graph_is_sound_and_takes_and_gives_what_its_contract_says(lowering:
         for value, spec in zip(values, specs, strict=True):
             shape = tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
             assert (value.name, shape) == (spec.name, spec.shape)
-    assert (tmp_path / DATA_FILE).stat().st_size == (write_again(DECODERS[name], tmp_path / "again") / DATA_FILE).stat().st_size
+    assert (tmp_path / DATA_FILE).stat().st_size == (
+        write_again(DECODERS[name], tmp_path / "again") / DATA_FILE
+    ).stat().st_size
 
 
 def write_again(decoder: Decoder, directory: Path) -> Path:
@@ -74,14 +84,21 @@ def test_decomposed17_is_opset_17_and_expands_no_key_to_the_query_heads(name: st
             for value in node.outputs:
                 assert value.shape is not None
                 sizes = [d if isinstance(d, int) else d.value for d in value.shape]
-                expanded = len(sizes) == 4 and sizes[1] == layer.attention.num_heads and sizes[2] == "capacity"
-                assert not expanded, f"{value.name} of layer {index} is as large as the keys of all query heads"
+                expanded = (
+                    len(sizes) == 4 and sizes[1] == layer.attention.num_heads and sizes[2] == "capacity"
+                )
+                assert not expanded, (
+                    f"{value.name} of layer {index} is as large as the keys of all query heads"
+                )
 
 
 def test_the_same_graph_is_lowered_to_the_same_bytes(tmp_path: Path) -> None:
     write(DECODERS["online"], tmp_path)
     for lowering in LOWERED:
-        first, second = (ir.to_proto(lower(tmp_path / GRAPH_FILE, lowering)).SerializeToString(deterministic=True) for _ in "ab")
+        first, second = (
+            ir.to_proto(lower(tmp_path / GRAPH_FILE, lowering)).SerializeToString(deterministic=True)
+            for _ in "ab"
+        )
         assert first == second
 
 
@@ -100,10 +117,14 @@ def test_onnx_runtime_gets_the_fastest_form_for_each_layer(tmp_path: Path) -> No
 def test_rotation_goes_into_group_query_attention(tmp_path: Path) -> None:
     def rotations(decoder: Decoder) -> int:
         write(decoder, tmp_path)
-        return sum(node.op_type == "RotaryEmbedding" for node in lower(tmp_path / GRAPH_FILE, "ort-cuda").graph)
+        return sum(
+            node.op_type == "RotaryEmbedding" for node in lower(tmp_path / GRAPH_FILE, "ort-cuda").graph
+        )
 
     assert rotations(DECODERS["llama-mha-16"]) == 0
-    assert rotations(DECODERS["llama-mha"]) == 4  # of width 8, which the operator attends to but does not rotate
+    assert (
+        rotations(DECODERS["llama-mha"]) == 4
+    )  # of width 8, which the operator attends to but does not rotate
     assert rotations(DECODERS["online"]) == 4  # rotated before they are mapped
 
 
@@ -112,7 +133,9 @@ def test_what_onnx_runtime_runs_is_written_beside_the_graph(dtype: str, device: 
     write(DECODERS["llama-mha"], tmp_path, dtype)
     before = (tmp_path / DATA_FILE).read_bytes()
     write_lowered(tmp_path / GRAPH_FILE, dtype)
-    assert sorted(file.name for file in tmp_path.iterdir()) == sorted([GRAPH_FILE, DATA_FILE, LOWERED_FILES[device]])
+    assert sorted(file.name for file in tmp_path.iterdir()) == sorted(
+        [GRAPH_FILE, DATA_FILE, LOWERED_FILES[device]]
+    )
     assert (tmp_path / DATA_FILE).read_bytes() == before
 
 
@@ -155,7 +178,9 @@ def test_a_mask_that_shows_stale_slots_is_caught(lowering: str, tmp_path: Path) 
         node.op_type = "Add"
     ir.save(model, tmp_path / "damaged.onnx")
     contract = lowered_contract(write(decoder, tmp_path), lowering)
-    assert disagreement(decoder, tapped(tmp_path / "damaged.onnx").session(quiet()), contract, fill=3.0) > 1e-2
+    assert (
+        disagreement(decoder, tapped(tmp_path / "damaged.onnx").session(quiet()), contract, fill=3.0) > 1e-2
+    )
 
 
 def test_numbers_of_a_hidden_slot_never_reach_the_result(tmp_path: Path) -> None:
@@ -163,6 +188,6 @@ def test_numbers_of_a_hidden_slot_never_reach_the_result(tmp_path: Path) -> None
     for lowering in LOWERED:
         copy, contract = lowered(DECODERS["llama-gqa-tied"], tmp_path, lowering)
         session = copy.session(quiet())
-        assert {disagreement(DECODERS["llama-gqa-tied"], session, contract, fill=fill) for fill in (0.0, 1e4)} == {
-            disagreement(DECODERS["llama-gqa-tied"], session, contract, fill=-7.0)
-        }
+        assert {
+            disagreement(DECODERS["llama-gqa-tied"], session, contract, fill=fill) for fill in (0.0, 1e4)
+        } == {disagreement(DECODERS["llama-gqa-tied"], session, contract, fill=-7.0)}

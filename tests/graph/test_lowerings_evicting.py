@@ -49,7 +49,9 @@ def test_equals_the_oracle_token_for_token(case: str, lowering: str, tmp_path: P
 
 @every_lowering
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_equals_the_oracle_where_some_layers_evict_nothing(policy: str, lowering: str, tmp_path: Path) -> None:
+def test_every_policy_equals_the_oracle_where_some_layers_evict_nothing(
+    policy: str, lowering: str, tmp_path: Path
+) -> None:
     """In rows of unequal length, each of which fills and evicts at its own time."""
     decoder = make_decoder([Shape(4, 2), Shape(4, 4), Shape(4, 2)])
     eviction = Eviction(policy, 8, protect_recent=2, skip_layers=(1,))
@@ -60,7 +62,8 @@ def test_every_policy_equals_the_oracle_where_some_layers_evict_nothing(policy: 
 @every_lowering
 def test_float16_equals_the_oracle_where_no_rounding_changes_who_goes(lowering: str, tmp_path: Path) -> None:
     decoder = mapped(
-        make_decoder([Shape(4, 2), Shape(4, 4)]), lambda leaf: leaf.half().float() if leaf.is_floating_point() else leaf
+        make_decoder([Shape(4, 2), Shape(4, 4)]),
+        lambda leaf: leaf.half().float() if leaf.is_floating_point() else leaf,
     )
     eviction = Eviction("window", 9, protect_first=1)
     assert disagreement(decoder, *lowered(decoder, tmp_path, lowering, eviction, "float16"), eviction) < 2e-2
@@ -81,7 +84,9 @@ def test_takes_and_gives_what_its_contract_says(lowering: str, tmp_path: Path) -
 
 def test_what_decomposed17_gives_is_of_the_new_tokens_alone(tmp_path: Path) -> None:
     decoder = make_decoder([Shape(4, 2), Shape(4, 4)])
-    contract = lowered_contract(write(decoder, tmp_path, dataclasses.replace(EVICTION, skip_layers=(1,))), "decomposed17")
+    contract = lowered_contract(
+        write(decoder, tmp_path, dataclasses.replace(EVICTION, skip_layers=(1,))), "decomposed17"
+    )
     assert [(spec.name, spec.dtype, spec.shape) for spec in contract.outputs[1:]] == [
         ("update.0.key", "float32", ("batch*2", 1, "sequence", 8)),
         ("update.0.value", "float32", ("batch*2", 1, "sequence", 8)),
@@ -108,7 +113,9 @@ def test_onnx_runtime_gets_the_fastest_form_for_each_layer(tmp_path: Path) -> No
     write(make_decoder(shapes), tmp_path, dataclasses.replace(EVICTION, skip_layers=(0,)))
     for lowering, attentions, products in (("ort-cpu", 0, 2), ("ort-cuda", 1, 1)):
         of = [node.op_type for node in lower(tmp_path / GRAPH_FILE, lowering).graph]
-        assert of.count("GroupQueryAttention") == 1 and of.count("TensorScatter") == 6  # the caches that evict, in place
+        assert (
+            of.count("GroupQueryAttention") == 1 and of.count("TensorScatter") == 6
+        )  # the caches that evict, in place
         assert (of.count("Attention"), of.count("Softmax")) == (attentions, products)
 
 
@@ -138,7 +145,9 @@ def test_a_cache_without_its_state_is_refused(tmp_path: Path) -> None:
         lower(tmp_path / "other.onnx", "decomposed17")
 
 
-def steps(session: onnxruntime.InferenceSession, contract: GraphContract, bound: bool, budget: int = 4) -> list[list[int]]:
+def steps(
+    session: onnxruntime.InferenceSession, contract: GraphContract, bound: bool, budget: int = 4
+) -> list[list[int]]:
     """Six tokens into bound or unbound buffers: of each head of each buffer, how many slots were written."""
     sizes = {"batch": 1, "capacity": 16, "budget": budget, "batch*2": 2, "batch*4": 4}
     caches = {
@@ -150,7 +159,12 @@ def steps(session: onnxruntime.InferenceSession, contract: GraphContract, bound:
     }
     inputs = {entry.name for entry in session.get_inputs()}
     for step in range(6):
-        tokens = {"input_ids": [[step]], "position_ids": [[step]], "write_indices": [min(step, budget)], "logits_index": [[0]]}
+        tokens = {
+            "input_ids": [[step]],
+            "position_ids": [[step]],
+            "write_indices": [min(step, budget)],
+            "logits_index": [[0]],
+        }
         binding = session.io_binding()
         for name in inputs & set(tokens):
             binding.bind_cpu_input(name, np.array(tokens[name]))

@@ -11,7 +11,18 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from graph_decoders import LLAMA, QWEN2, VOCAB, Shape, Style, disagreement, make_decoder, quiet, rounded, write
+from graph_decoders import (
+    LLAMA,
+    QWEN2,
+    VOCAB,
+    Shape,
+    Style,
+    disagreement,
+    make_decoder,
+    quiet,
+    rounded,
+    write,
+)
 from onnx.reference import ReferenceEvaluator
 from test_lowerings import LOWERED
 
@@ -36,7 +47,11 @@ def with_large_mlp(decoder: Decoder, up: float, down: float) -> Decoder:
         up=dataclasses.replace(mlp.up, weight=mlp.up.weight * up),
         down=dataclasses.replace(mlp.down, weight=mlp.down.weight * down),
     )
-    layers = [decoder.layers[0], dataclasses.replace(decoder.layers[1], mlp=larger), *list(decoder.layers)[2:]]
+    layers = [
+        decoder.layers[0],
+        dataclasses.replace(decoder.layers[1], mlp=larger),
+        *list(decoder.layers)[2:],
+    ]
     return dataclasses.replace(decoder, layers=layers)
 
 
@@ -47,7 +62,10 @@ def kept_of(decoder: Decoder) -> Kept:
     return kept_float32(meter)
 
 
-CASES = {"product": (6e4, 1e-4, Kept(mlps=frozenset({1}))), "stream": (1e3, 1e3, Kept(stream=True, mlps=frozenset({1})))}
+CASES = {
+    "product": (6e4, 1e-4, Kept(mlps=frozenset({1}))),
+    "stream": (1e3, 1e3, Kept(stream=True, mlps=frozenset({1}))),
+}
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -64,7 +82,9 @@ def test_calibration_finds_what_overflows(style: str, case: str) -> None:
 @pytest.mark.parametrize("style", STYLES)
 def test_what_is_kept_equals_the_oracle(style: str, case: str, lowering: str, tmp_path: Path) -> None:
     up, down, kept = CASES[case]
-    decoder = rounded(with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16)
+    decoder = rounded(
+        with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16
+    )
     contract = lowered_contract(write(decoder, tmp_path, "float16", kept=kept), lowering)
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), tmp_path / "lowered.onnx")
     assert disagreement(decoder, tapped(tmp_path / "lowered.onnx").session(quiet()), contract) < 1e-2
@@ -82,7 +102,10 @@ class RoundsEveryNode:
 
     def get_inputs(self) -> list[SimpleNamespace]:
         types = {onnx.TensorProto.FLOAT16: "tensor(float16)"}
-        return [SimpleNamespace(name=v.name, type=types.get(v.type.tensor_type.elem_type)) for v in self._model.graph.input]
+        return [
+            SimpleNamespace(name=v.name, type=types.get(v.type.tensor_type.elem_type))
+            for v in self._model.graph.input
+        ]
 
     def run(self, names: None, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
         with np.errstate(over="ignore", invalid="ignore"):
@@ -93,7 +116,9 @@ class RoundsEveryNode:
 @pytest.mark.parametrize("style", STYLES)
 def test_float16_arithmetic_overflows_unless_they_are_kept(style: str, case: str, tmp_path: Path) -> None:
     up, down, kept = CASES[case]
-    decoder = rounded(with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16)
+    decoder = rounded(
+        with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16
+    )
     for keep, sound in ((kept, True), (Kept(), False)):
         contract = lowered_contract(write(decoder, tmp_path, "float16", kept=keep), "decomposed17")
         ir.save(lower(tmp_path / GRAPH_FILE, "decomposed17"), tmp_path / "lowered.onnx")
@@ -103,11 +128,25 @@ def test_float16_arithmetic_overflows_unless_they_are_kept(style: str, case: str
 
 def test_only_what_is_named_is_float32(tmp_path: Path) -> None:
     write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Kept(mlps=frozenset({1})))
-    values = {value.name: value.dtype for node in ir.load(tmp_path / GRAPH_FILE).graph for value in node.outputs}
-    assert values["layers.1.mlp.down"] == values["layers.1.mlp.gated"] == values["layers.1.mlp.up"] == ir.DataType.FLOAT
-    assert values["layers.1.residual"] == values["layers.0.mlp.down"] == values["layers.1.mlp_norm"] == ir.DataType.FLOAT16
+    values = {
+        value.name: value.dtype for node in ir.load(tmp_path / GRAPH_FILE).graph for value in node.outputs
+    }
+    assert (
+        values["layers.1.mlp.down"]
+        == values["layers.1.mlp.gated"]
+        == values["layers.1.mlp.up"]
+        == ir.DataType.FLOAT
+    )
+    assert (
+        values["layers.1.residual"]
+        == values["layers.0.mlp.down"]
+        == values["layers.1.mlp_norm"]
+        == ir.DataType.FLOAT16
+    )
     initializers = ir.load(tmp_path / GRAPH_FILE).graph.initializers.values()
-    assert {value.dtype for value in initializers if value.name and "weight" in value.name} == {ir.DataType.FLOAT16}
+    assert {value.dtype for value in initializers if value.name and "weight" in value.name} == {
+        ir.DataType.FLOAT16
+    }
 
 
 def test_parts_of_a_graph_with_a_float32_stream_can_be_run_apart(tmp_path: Path) -> None:
@@ -119,7 +158,9 @@ def test_parts_of_a_graph_with_a_float32_stream_can_be_run_apart(tmp_path: Path)
 def test_a_cache_that_float16_cannot_hold_is_refused() -> None:
     decoder = make_decoder([Shape()])
     attention = decoder.layers[0].attention
-    large = dataclasses.replace(attention, v=dataclasses.replace(attention.v, weight=attention.v.weight * LARGEST))
+    large = dataclasses.replace(
+        attention, v=dataclasses.replace(attention.v, weight=attention.v.weight * LARGEST)
+    )
     decoder = dataclasses.replace(decoder, layers=[dataclasses.replace(decoder.layers[0], attention=large)])
     with pytest.raises(UsageError, match="keys and values of layer 0"):
         kept_of(decoder)

@@ -26,7 +26,9 @@ def disturbed(decoder: Decoder, amount: float = 0.3, seed: int = 5, rank: int | 
     def noisy(linear: Linear) -> Linear:
         weight, (out, into) = linear.weight.double(), linear.weight.shape
         noise = random(out, into) if rank is None else random(out, rank) @ random(rank, into) / rank**0.5
-        return replace(linear, weight=(weight + amount * weight.square().mean().sqrt() * noise).to(linear.weight.dtype))
+        return replace(
+            linear, weight=(weight + amount * weight.square().mean().sqrt() * noise).to(linear.weight.dtype)
+        )
 
     def change(layer: Layer) -> Layer:
         a = layer.attention
@@ -40,7 +42,9 @@ def mapped(attention: Attention, key_dim: int = 6, value_dim: int = 5, seed: int
     generator = torch.Generator().manual_seed(seed)
 
     def random(*size: int) -> Tensor:
-        return (torch.randn(*size, generator=generator, dtype=torch.float64) / size[-2] ** 0.5).to(attention.q.weight.dtype)
+        return (torch.randn(*size, generator=generator, dtype=torch.float64) / size[-2] ** 0.5).to(
+            attention.q.weight.dtype
+        )
 
     groups, d, heads = attention.num_kv_heads // 2, attention.head_dim, attention.num_heads
     return replace(
@@ -68,6 +72,10 @@ class Job:
         self.windows = random_windows(self.original, 24, 12)
         self.held_out = random_windows(self.original, 8, 12, seed=9)
 
-    def heal(self, steps: int = 40, state: Path | None = None, progress: Progress | None = None, **options: Any) -> Healed:
+    def heal(
+        self, steps: int = 40, state: Path | None = None, progress: Progress | None = None, **options: Any
+    ) -> Healed:
         made = HealOptions(**{"steps": steps, "batch": 4, **options})
-        return heal(self.original, self.converted, self.windows, self.held_out, made, progress or Progress(), state)
+        return heal(
+            self.original, self.converted, self.windows, self.held_out, made, progress or Progress(), state
+        )

@@ -42,11 +42,15 @@ def test_attention_alone_is_trained_and_comes_nearer_to_the_original(style: str)
         assert all(same(getattr(before, part), getattr(after, part)) for part in FROZEN)
         norms = (after.attention.q_norm, after.attention.k_norm, after.attention.alibi_slopes)
         assert same(norms, (before.attention.q_norm, before.attention.k_norm, before.attention.alibi_slopes))
-        assert not any(same(getattr(before.attention, name), getattr(after.attention, name)) for name in "qkvo")
+        assert not any(
+            same(getattr(before.attention, name), getattr(after.attention, name)) for name in "qkvo"
+        )
     for part in ("embedding", "final_norm", "head"):
         assert getattr(healed.decoder, part) is getattr(job.converted, part)
     kept = [tensor for layer in job.converted.layers for tensor in tensors_of(layer)]
-    assert all(torch.equal(a, b) for a, b in zip(given, kept, strict=True))  # the caller's own are not touched
+    assert all(
+        torch.equal(a, b) for a, b in zip(given, kept, strict=True)
+    )  # the caller's own are not touched
 
 
 @pytest.mark.parametrize("style", ["llama", "qwen3", "bias"])
@@ -107,12 +111,20 @@ def test_the_report_says_what_was_done() -> None:
     job = Job()
     healed = job.heal(40)
     report, attention = healed.report, job.original.layers[0].attention
-    each = sum(tensor.numel() for linear in (attention.q, attention.k, attention.v, attention.o) for tensor in tensors_of(linear))
+    each = sum(
+        tensor.numel()
+        for linear in (attention.q, attention.k, attention.v, attention.o)
+        for tensor in tensors_of(linear)
+    )
     assert report.trained_numbers == len(job.original.layers) * each
     assert report.steps == 40 and report.seconds > 0
     steps = [step for step, _ in report.curve]
     assert steps[:2] == [0, 32] and steps[-1] == 40 and steps == sorted(set(steps))
-    assert report.curve[0][1] == report.kl_before == pytest.approx(mean_kl(job.original, job.converted, job.held_out), rel=1e-4)
+    assert (
+        report.curve[0][1]
+        == report.kl_before
+        == pytest.approx(mean_kl(job.original, job.converted, job.held_out), rel=1e-4)
+    )
     assert dict(report.curve)[report.best_step] == report.kl_after == min(kl for _, kl in report.curve)
     assert report.kl_after == pytest.approx(mean_kl(job.original, healed.decoder, job.held_out), rel=1e-4)
     said = json.loads(json.dumps(report.to_json()))
@@ -132,10 +144,14 @@ def test_logits_alone_lower_the_loss(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("logits_at_once", [1 << 23, 40 * 5])
-def test_the_gradient_is_that_of_the_kl_by_the_book(monkeypatch: pytest.MonkeyPatch, logits_at_once: int) -> None:
+def test_the_gradient_is_that_of_the_kl_by_the_book(
+    monkeypatch: pytest.MonkeyPatch, logits_at_once: int
+) -> None:
     monkeypatch.setattr("kvexport.heal.loss._LOGITS", logits_at_once)
     decoder = make_decoder("bloom")
-    teacher, student = torch.randn(2, 3, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    teacher, student = torch.randn(
+        2, 3, 7, 32, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
+    )
     leaf = student.clone().requires_grad_()
     p, q = (reference.logits(decoder, x).softmax(-1) for x in (teacher, leaf))
     expected = (p * (p / q).log()).sum()
@@ -201,9 +217,15 @@ def test_progress_is_told_of_every_step() -> None:
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"steps": 0}, {"steps": 5, "lora_rank": 0}, {"steps": 5, "batch": 0}, {"steps": 5, "learning_rate": 0.0},
-              {"steps": 5, "learning_rate": math.nan}]
-)  # fmt: skip
+    "wrong",
+    [
+        {"steps": 0},
+        {"steps": 5, "lora_rank": 0},
+        {"steps": 5, "batch": 0},
+        {"steps": 5, "learning_rate": 0.0},
+        {"steps": 5, "learning_rate": math.nan},
+    ],
+)
 def test_options_out_of_range_are_refused(wrong: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="of healing cannot be used"):
         HealOptions(**wrong)  # type: ignore[arg-type]

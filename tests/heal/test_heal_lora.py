@@ -31,7 +31,9 @@ def test_adapters_come_nearer_to_the_original(style: str) -> None:
     fresh = random_windows(job.original, 8, 12, seed=21)
     healed = job.heal(60, lora_rank=2 * RANK)
     assert mean_kl(job.original, healed.decoder, fresh) < 0.8 * mean_kl(job.original, job.converted, fresh)
-    assert healed.report.kl_after == pytest.approx(mean_kl(job.original, healed.decoder, job.held_out), rel=1e-4)
+    assert healed.report.kl_after == pytest.approx(
+        mean_kl(job.original, healed.decoder, job.held_out), rel=1e-4
+    )
 
 
 def test_what_is_merged_has_the_rank_of_the_adapters() -> None:

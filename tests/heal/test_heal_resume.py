@@ -42,7 +42,9 @@ def assert_same(a: Healed, b: Healed) -> None:
 
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
-@pytest.mark.parametrize("step", [3, 18, 34, 36])  # 16 steps in each of two layers, then 4 end to end, evaluated at each
+@pytest.mark.parametrize(
+    "step", [3, 18, 34, 36]
+)  # 16 steps in each of two layers, then 4 end to end, evaluated at each
 def test_a_killed_job_goes_on_to_the_same_bits(tmp_path: Path, step: int, lora_rank: int | None) -> None:
     if lora_rank is not None:
         pytest.importorskip("peft")
@@ -71,7 +73,9 @@ def test_a_finished_job_is_not_done_again(tmp_path: Path) -> None:
     job, state = Job(), tmp_path / "state"
     done = job.heal(20, state)
     assert_same(job.heal(20, state, KilledAt(1)), done)
-    assert [path.name for path in tmp_path.iterdir()] == ["state"]  # the caller deletes it; nothing else is left
+    assert [path.name for path in tmp_path.iterdir()] == [
+        "state"
+    ]  # the caller deletes it; nothing else is left
 
 
 def test_a_process_killed_outright_leaves_a_state_that_can_be_used(tmp_path: Path) -> None:
@@ -93,7 +97,9 @@ def test_a_process_killed_outright_leaves_a_state_that_can_be_used(tmp_path: Pat
     """
     state = tmp_path / "state"
     paths = f"import sys; sys.path[:0] = {sys.path!r}\n"
-    killed = subprocess.run([sys.executable, "-c", paths + textwrap.dedent(script), str(state)], timeout=120, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", paths + textwrap.dedent(script), str(state)], timeout=120, check=False
+    )
     assert killed.returncode == -9
     assert_same(Job().heal(20, state), Job().heal(20))
 
@@ -115,7 +121,9 @@ def other_conversion(job: Job) -> None:
     weight = layer.attention.o.weight.clone()
     weight[0, 0] += 1e-6 * weight[0, 0]
     attention = replace(layer.attention, o=replace(layer.attention.o, weight=weight))
-    job.converted = replace(job.converted, layers=[job.converted.layers[0], replace(layer, attention=attention)])
+    job.converted = replace(
+        job.converted, layers=[job.converted.layers[0], replace(layer, attention=attention)]
+    )
 
 
 def other_windows(job: Job) -> None:
@@ -136,7 +144,9 @@ def test_a_state_of_another_job_is_refused(interrupted: tuple[Job, Path], change
 
 
 @pytest.mark.parametrize("options", [{"steps": 21}, {"seed": 1}, {"batch": 3}, {"learning_rate": 0.01}])
-def test_a_state_of_other_options_is_refused(interrupted: tuple[Job, Path], options: dict[str, float]) -> None:
+def test_a_state_of_other_options_is_refused(
+    interrupted: tuple[Job, Path], options: dict[str, float]
+) -> None:
     job, state = interrupted
     with pytest.raises(UsageError, match="belongs to another job"):
         job.heal(state=state, **{"steps": 20, **options})  # type: ignore[arg-type]
@@ -147,7 +157,13 @@ def test_a_damaged_state_is_refused(interrupted: tuple[Job, Path]) -> None:
     sound = state.read_bytes()
     spoiled = bytearray(sound)
     spoiled[-5] ^= 1
-    for damaged in (sound[: len(sound) // 2], b"", b"not a state", bytes(spoiled), sound[:200] + b"?" + sound[201:]):
+    for damaged in (
+        sound[: len(sound) // 2],
+        b"",
+        b"not a state",
+        bytes(spoiled),
+        sound[:200] + b"?" + sound[201:],
+    ):
         state.write_bytes(damaged)
         with pytest.raises(UsageError, match="is damaged") as refused:
             job.heal(20, state)

@@ -5,12 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-_QWEN3 = {"model_type": "qwen3", "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "hidden_act": "silu",
-          "rms_norm_eps": 1e-6, "max_position_embeddings": 40960}  # fmt: skip
+_QWEN3 = {
+    "model_type": "qwen3",
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 151936,
+    "hidden_act": "silu",
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+}
 _LLAMA = {"model_type": "llama", "hidden_act": "silu", "rms_norm_eps": 1e-5}
 
 
-def _config(base: dict[str, Any], hidden: int, layers: int, heads: int, inner: int, tied: bool, **more: int) -> dict[str, Any]:
+def _config(
+    base: dict[str, Any], hidden: int, layers: int, heads: int, inner: int, tied: bool, **more: int
+) -> dict[str, Any]:
     return {
         **base,
         "hidden_size": hidden,
@@ -28,19 +37,50 @@ CONFIGS = {
     "Qwen3-4B": _config(_QWEN3, 2560, 36, 32, 9728, True),
     "Qwen3-8B": _config(_QWEN3, 4096, 36, 32, 12288, False),
     "Llama-2-7B": _config(
-        _LLAMA, 4096, 32, 32, 11008, False, num_key_value_heads=32, vocab_size=32000, max_position_embeddings=4096
+        _LLAMA,
+        4096,
+        32,
+        32,
+        11008,
+        False,
+        num_key_value_heads=32,
+        vocab_size=32000,
+        max_position_embeddings=4096,
     ),
     "Llama-3.1-8B": _config(
-        _LLAMA, 4096, 32, 32, 14336, False, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072
+        _LLAMA,
+        4096,
+        32,
+        32,
+        14336,
+        False,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
     ),
     "Llama-3.2-3B": _config(
-        _LLAMA, 3072, 28, 24, 8192, True, num_key_value_heads=8, vocab_size=128256, max_position_embeddings=131072
+        _LLAMA,
+        3072,
+        28,
+        24,
+        8192,
+        True,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
     ),
     "Qwen2.5-7B": _config(
-        {**_LLAMA, "model_type": "qwen2"}, 3584, 28, 28, 18944, False, num_key_value_heads=4, vocab_size=152064,
+        {**_LLAMA, "model_type": "qwen2"},
+        3584,
+        28,
+        28,
+        18944,
+        False,
+        num_key_value_heads=4,
+        vocab_size=152064,
         max_position_embeddings=32768,
     ),
-}  # fmt: skip
+}
 PARAMETERS = {  # as their model cards and their safetensors files give them
     "Qwen3-0.6B": 596_049_920,
     "Qwen3-1.7B": 1_720_574_976,
@@ -93,4 +133,8 @@ SLOWER = [  # of 2023, without a fused 4-bit kernel for this GPU
     Anchor("Llama-2-7B", "agx-orin-64gb", 128, 15.9, "exllama"),
     Anchor("Llama-2-7B", "agx-orin-64gb", 128, 13.4, "AutoGPTQ"),
 ]
-PREFILL_SECONDS = {"agx-orin-64gb": 1.384, "orin-nx-16gb": 2.944, "thor-t5000": 0.663}  # Qwen3-8B, 2048 tokens
+PREFILL_SECONDS = {
+    "agx-orin-64gb": 1.384,
+    "orin-nx-16gb": 2.944,
+    "thor-t5000": 0.663,
+}  # Qwen3-8B, 2048 tokens

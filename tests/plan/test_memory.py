@@ -14,9 +14,18 @@ from kvexport.plan.memory import kv_bytes_per_token, largest_context, memory, pr
 from kvexport.plan.sizes import Cache, Sizes, architecture
 
 SMALL = Sizes(
-    num_heads=4, hidden=32, vocab=100, max_positions=None, matrices=12_800, rows=400, small=70, embedding=3200, head=0,
-    mlp_width=96, caches=(Cache(2, 16), Cache(2, 16)),
-)  # fmt: skip
+    num_heads=4,
+    hidden=32,
+    vocab=100,
+    max_positions=None,
+    matrices=12_800,
+    rows=400,
+    small=70,
+    embedding=3200,
+    head=0,
+    mlp_width=96,
+    caches=(Cache(2, 16), Cache(2, 16)),
+)
 
 
 @pytest.fixture
@@ -33,17 +42,23 @@ def test_weights_by_hand() -> None:
     assert weight_bytes(SMALL, precision("int8", "tensorrt")) == 12_800 + 2 * 400 + 2 * rest
     assert weight_bytes(SMALL, precision("int4", "tensorrt")) == 6_400 + 2 * 100 + 2 * rest
     assert weight_bytes(SMALL, precision("int4", "onnxruntime")) == 6_400 + 4 * 100 + 4 * rest
-    assert weight_bytes(replace(SMALL, head=3200), precision("float16", "tensorrt")) == 2 * (12_800 + rest + 3200)
+    assert weight_bytes(replace(SMALL, head=3200), precision("float16", "tensorrt")) == 2 * (
+        12_800 + rest + 3200
+    )
 
 
 def test_llama_2_7b_caches_half_a_mebibyte_a_token(llama: Sizes) -> None:
     assert kv_bytes_per_token(llama, precision("float16", "tensorrt")) == 2**19
-    assert memory(llama, precision("float16", "tensorrt"), 2048, engine="tensorrt", lowering="std24").kv == 2**30
+    assert (
+        memory(llama, precision("float16", "tensorrt"), 2048, engine="tensorrt", lowering="std24").kv == 2**30
+    )
 
 
 def test_scores_take_memory_where_attention_is_not_fused(llama: Sizes) -> None:
     half = precision("float16", "tensorrt")
-    fused, apart = (memory(llama, half, 4096, engine="tensorrt", lowering=name) for name in ("std24", "decomposed17"))
+    fused, apart = (
+        memory(llama, half, 4096, engine="tensorrt", lowering=name) for name in ("std24", "decomposed17")
+    )
     assert apart.activations - fused.activations == 2 * CHUNK * 4096 * (2 * 32 - 1)
     assert (apart.weights, apart.kv, apart.engine) == (fused.weights, fused.kv, fused.engine)
     smaller = memory(llama, half, 4096, engine="tensorrt", lowering="decomposed17", chunk=CHUNK // 4)
@@ -63,8 +78,16 @@ def test_the_longest_context_fits_and_the_next_does_not(llama: Sizes, lowering: 
 
 
 def test_no_context_is_longer_than_the_model_was_trained_for(llama: Sizes) -> None:
-    assert largest_context(llama, precision("int4", "tensorrt"), 2**40, engine="tensorrt", lowering="std24") == 4096
+    assert (
+        largest_context(llama, precision("int4", "tensorrt"), 2**40, engine="tensorrt", lowering="std24")
+        == 4096
+    )
 
 
 def test_what_does_not_fit_at_all_has_no_context(llama: Sizes) -> None:
-    assert largest_context(llama, precision("float16", "tensorrt"), 4 * 2**30, engine="tensorrt", lowering="std24") == 0
+    assert (
+        largest_context(
+            llama, precision("float16", "tensorrt"), 4 * 2**30, engine="tensorrt", lowering="std24"
+        )
+        == 0
+    )

@@ -22,15 +22,32 @@ from kvexport.eviction.config import Eviction, EvictionWish
 from kvexport.model.decoder import Decoder, Layer
 from kvexport.model.loader import load_decoder
 from kvexport.plan import plan
-from kvexport.plan.memory import kv_bytes, kv_bytes_per_token, largest_context, memory, precision, state_bytes, weight_bytes
+from kvexport.plan.memory import (
+    kv_bytes,
+    kv_bytes_per_token,
+    largest_context,
+    memory,
+    precision,
+    state_bytes,
+    weight_bytes,
+)
 from kvexport.plan.sizes import Cache, Sizes, bundle_sizes
 from kvexport.plan.speed import decode_seconds, prefill_flops, prefill_seconds, step_bytes
 
 HALF = precision("float16", "tensorrt")
 MIXED = Sizes(
-    num_heads=4, hidden=32, vocab=100, max_positions=1000, matrices=12_800, rows=400, small=70, embedding=3200, head=0,
-    mlp_width=96, caches=(Cache(4, 16), Cache(1, 48), Cache(2, 28)),
-)  # fmt: skip
+    num_heads=4,
+    hidden=32,
+    vocab=100,
+    max_positions=1000,
+    matrices=12_800,
+    rows=400,
+    small=70,
+    embedding=3200,
+    head=0,
+    mlp_width=96,
+    caches=(Cache(4, 16), Cache(1, 48), Cache(2, 28)),
+)
 EVICTING = replace(MIXED, eviction=Eviction("window", 40, protect_first=4, skip_layers=(1,)))
 
 
@@ -45,7 +62,10 @@ def llama(tmp_path: Path) -> Path:
 def test_the_cache_by_hand() -> None:
     """The first and last layer hold 40 tokens, the second all; 8 bytes of state a slot and KV head, whatever the dtype."""
     assert kv_bytes(EVICTING, HALF, 100) == 2 * (40 * 4 * 16 + 100 * 48 + 40 * 2 * 28) + 8 * 40 * (4 + 2)
-    assert kv_bytes(EVICTING, precision("float32", "tensorrt"), 100) == 2 * kv_bytes(EVICTING, HALF, 100) - 8 * 40 * 6
+    assert (
+        kv_bytes(EVICTING, precision("float32", "tensorrt"), 100)
+        == 2 * kv_bytes(EVICTING, HALF, 100) - 8 * 40 * 6
+    )
     assert kv_bytes(EVICTING, HALF, 7) == 7 * (2 * (4 * 16 + 48 + 2 * 28) + 8 * (4 + 2))
     assert state_bytes(EVICTING, 100) == state_bytes(EVICTING, 40) == 8 * 40 * 6
     assert kv_bytes(MIXED, HALF, 100) == 100 * kv_bytes_per_token(MIXED, HALF) == 100 * 2 * 168
@@ -64,14 +84,20 @@ def test_activations_go_by_slots() -> None:
     wide = 2 * 32 + max(96, (4 + 1) * 48)  # of the second layer
 
     def activations(sizes: Sizes, context: int, lowering: str) -> int:
-        return memory(sizes, HALF, context, engine="tensorrt", lowering=lowering).activations - 4 * sizes.vocab
+        return (
+            memory(sizes, HALF, context, engine="tensorrt", lowering=lowering).activations - 4 * sizes.vocab
+        )
 
     chunk = (40 - 4) // 4
     assert activations(EVICTING, 100, "std24") == 2 * chunk * (wide + 4 * 40)
     assert activations(EVICTING, 500, "std24") == 2 * chunk * (wide + 500)
     assert activations(EVICTING, 100, "decomposed17") == 2 * chunk * (wide + 8 * 100)
     every = replace(EVICTING, eviction=Eviction("window", 40, protect_first=4))
-    assert activations(every, 100, "decomposed17") == activations(every, 900, "decomposed17") == 2 * chunk * (wide + 8 * 40)
+    assert (
+        activations(every, 100, "decomposed17")
+        == activations(every, 900, "decomposed17")
+        == 2 * chunk * (wide + 8 * 40)
+    )
     assert activations(MIXED, 900, "decomposed17") == 2 * CHUNK * (wide + 8 * 900)
 
 
@@ -132,7 +158,9 @@ def wide_layer(layer: Layer, heads: int, key_dim: int, value_dim: int, seed: int
 @pytest.fixture
 def decoder(tiny_checkpoint: Callable[..., Path]) -> Decoder:
     """Layers of four heads as trained, one of 32 and 20, and two of 14 and 18 numbers."""
-    decoder = load_decoder(tiny_checkpoint("llama", num_key_value_heads=4, num_hidden_layers=3, vocab_size=320))
+    decoder = load_decoder(
+        tiny_checkpoint("llama", num_key_value_heads=4, num_hidden_layers=3, vocab_size=320)
+    )
     layers = list(decoder.layers)
     layers[1], layers[2] = wide_layer(layers[1], 1, 32, 20, 1), wide_layer(layers[2], 2, 14, 18, 2)
     return dataclasses.replace(decoder, layers=layers)
@@ -146,11 +174,20 @@ def planned(path: Path) -> tuple[Sizes, Manifest]:
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize(
     "eviction",
-    [None, Eviction("window", 24, protect_first=4), Eviction("l2-norm", 24, 2, 5, (0, 2)), Eviction("random", 96, 0, 0, (1,))],
+    [
+        None,
+        Eviction("window", 24, protect_first=4),
+        Eviction("l2-norm", 24, 2, 5, (0, 2)),
+        Eviction("random", 96, 0, 0, (1,)),
+    ],
     ids=["none", "window", "skipping", "at capacity"],
 )
-def test_a_bundles_bytes_are_its_manifests(decoder: Decoder, tmp_path: Path, dtype: str, eviction: Eviction | None) -> None:
-    sizes, manifest = planned(write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=96, eviction=eviction))
+def test_a_bundles_bytes_are_its_manifests(
+    decoder: Decoder, tmp_path: Path, dtype: str, eviction: Eviction | None
+) -> None:
+    sizes, manifest = planned(
+        write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=96, eviction=eviction)
+    )
     stored = precision(dtype, "tensorrt")
     assert [cache.heads * cache.width for cache in sizes.caches] == [4 * 16, 52, 2 * 32]
     assert kv_bytes_per_token(sizes, stored) == manifest.kv_bytes_per_token
@@ -169,7 +206,9 @@ def test_a_bundles_bytes_are_its_manifests(decoder: Decoder, tmp_path: Path, dty
 
 def test_a_bundle_is_planned_with_its_own_budget(decoder: Decoder, tmp_path: Path) -> None:
     eviction = Eviction("l2-norm", 24, 2, 5, (0, 2))
-    found = plan(write_bundle(tmp_path / "bundle", decoder, capacity=96, eviction=eviction), load_target("cpu"))
+    found = plan(
+        write_bundle(tmp_path / "bundle", decoder, capacity=96, eviction=eviction), load_target("cpu")
+    )
     assert found.eviction == eviction
     assert found.to_json()["eviction"] == eviction.to_json()
     (row,) = found.rows
@@ -183,24 +222,40 @@ def test_a_bundle_takes_no_other_budget(decoder: Decoder, tmp_path: Path, evicti
     path = write_bundle(tmp_path / "bundle", decoder, eviction=eviction)
     with pytest.raises(UsageError, match="kvexport build CHECKPOINT -o BUNDLE --kv-budget") as raised:
         plan(path, None, eviction=EvictionWish(16))
-    assert raised.value.allowed == ("every token is held" if eviction is None else "24 tokens in each KV head")
+    assert raised.value.allowed == (
+        "every token is held" if eviction is None else "24 tokens in each KV head"
+    )
 
 
-def test_an_engine_of_a_bundle_that_evicts_is_compared_with_the_same_bytes(decoder: Decoder, tmp_path: Path) -> None:
-    path = write_bundle(tmp_path / "bundle", decoder, dtype="float16", capacity=96, eviction=Eviction("window", 24, 4))
+def test_an_engine_of_a_bundle_that_evicts_is_compared_with_the_same_bytes(
+    decoder: Decoder, tmp_path: Path
+) -> None:
+    path = write_bundle(
+        tmp_path / "bundle", decoder, dtype="float16", capacity=96, eviction=Eviction("window", 24, 4)
+    )
     folder = path / "engines" / "rtx-4090"
     folder.mkdir(parents=True)
-    built = {"engine": "tensorrt-rtx", "lowering": "std24", "capacity": 96, "plan": {"bytes": 80_000}, "activation_bytes": 50_000}
+    built = {
+        "engine": "tensorrt-rtx",
+        "lowering": "std24",
+        "capacity": 96,
+        "plan": {"bytes": 80_000},
+        "activation_bytes": 50_000,
+    }
     (folder / "build.json").write_text(json.dumps(built))
     (path / "bench").mkdir()
-    (path / "bench" / "one.json").write_text(json.dumps({"decode": [{"depth": depth, "p50_ms": 1} for depth in (24, 90)]}))
+    (path / "bench" / "one.json").write_text(
+        json.dumps({"decode": [{"depth": depth, "p50_ms": 1} for depth in (24, 90)]})
+    )
     found = plan(path, load_target("rtx-4090"))
     compared, (row,) = {each.what: each for each in found.comparisons}, found.rows
     held = 2 * 24 * (64 + 52 + 64) + 8 * 24 * 7
     assert (row.memory.kv, read_manifest(path).kv_bytes(96)) == (held, held)
     assert compared["device memory"].measured == 80_000 + 50_000 + held
     assert compared["device memory"].predicted == row.memory.weights + row.memory.activations + held
-    assert compared["activations"].predicted == row.memory.activations  # five tokens at once, as the runtime does
+    assert (
+        compared["activations"].predicted == row.memory.activations
+    )  # five tokens at once, as the runtime does
     assert compared["decode, 90 tokens"].predicted == compared["decode, 24 tokens"].predicted
 
 
@@ -216,7 +271,9 @@ def test_a_share_is_of_the_models_positions(llama: Path) -> None:
         assert rows[heads, 4096].memory.kv == 2 * 4096 * token + 30 * 1024 * (token + heads * 8)
         assert rows[heads, 4096].memory.kv_state == 30 * 1024 * heads * 8
         assert rows[heads, 4096].kv_bytes_per_token == 32 * token
-    asked = plan(llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[4096], eviction=EvictionWish(1024))
+    asked = plan(
+        llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[4096], eviction=EvictionWish(1024)
+    )
     assert asked.rows[0].memory.kv == 32 * 1024 * 32 * (512 + 8)
     without = plan(llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[4096])
     assert (without.eviction, without.to_json()["eviction"]) == (None, None)
@@ -226,7 +283,11 @@ def test_a_share_is_of_the_models_positions(llama: Path) -> None:
 def test_a_budget_lets_a_longer_context_fit(llama: Path) -> None:
     def longest(eviction: EvictionWish | None) -> int | None:
         target = load_target("orin-nano-8gb-super")
-        return plan(llama, target, kv_heads=[4], dtypes=["int4"], contexts=[512], eviction=eviction).rows[0].largest_context
+        return (
+            plan(llama, target, kv_heads=[4], dtypes=["int4"], contexts=[512], eviction=eviction)
+            .rows[0]
+            .largest_context
+        )
 
     whole, held = longest(None), longest(EvictionWish(256))
     assert whole is not None
@@ -238,7 +299,9 @@ def test_without_a_bound_there_is_no_share_of_it(tiny_checkpoint: Callable[..., 
     with pytest.raises(UsageError, match="nothing bounds those"):
         plan(bloom, None, eviction=EvictionWish.parse("0.5"))
     rows = plan(bloom, load_target("h200"), eviction=EvictionWish(64)).rows
-    assert {row.largest_context for row in rows} == {2**19}  # the most positions that a cache with a budget counts
+    assert {row.largest_context for row in rows} == {
+        2**19
+    }  # the most positions that a cache with a budget counts
 
 
 def test_a_model_of_more_positions_than_can_be_counted_is_planned_as_far(llama: Path) -> None:

@@ -33,14 +33,19 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 def test_rows_are_every_dtype_head_count_and_context(qwen: Path) -> None:
     found = plan(qwen, load_target("orin-nano-8gb"))
     seen = [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows]
-    assert seen == [(d, k, c) for d in ("float16", "int8", "int4") for k in (8, 4, 2) for c in (2048, 8192, 32768)]
+    assert seen == [
+        (d, k, c) for d in ("float16", "int8", "int4") for k in (8, 4, 2) for c in (2048, 8192, 32768)
+    ]
     assert (found.model, found.lowering, found.maps) == ("Qwen3-4B", "decomposed17", True)
     assert plan(qwen, load_target("cpu")).rows[0].dtype == "float32"
 
 
 def test_rows_are_those_asked_for(qwen: Path) -> None:
     found = plan(qwen, load_target("h200"), kv_heads=[1], dtypes=["bfloat16"], contexts=[100, 200])
-    assert [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows] == [("bfloat16", 1, 100), ("bfloat16", 1, 200)]
+    assert [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows] == [
+        ("bfloat16", 1, 100),
+        ("bfloat16", 1, 200),
+    ]
 
 
 def test_what_fits_an_8_gb_board_and_what_does_not(qwen: Path) -> None:
@@ -60,7 +65,12 @@ def test_what_fits_an_8_gb_board_and_what_does_not(qwen: Path) -> None:
 def test_without_a_target_there_are_sizes_alone(qwen: Path) -> None:
     for row in plan(qwen, None).rows:
         assert row.memory.total > 0
-        assert (row.largest_context, row.short_bytes, row.prefill_seconds, row.decode_seconds) == (None, None, None, None)
+        assert (row.largest_context, row.short_bytes, row.prefill_seconds, row.decode_seconds) == (
+            None,
+            None,
+            None,
+            None,
+        )
         assert row.to_json()["fits"] is None
 
 
@@ -79,7 +89,11 @@ def test_a_context_beyond_the_model_is_refused(qwen: Path) -> None:
 
 def test_a_short_model_is_planned_at_its_own_length(tiny_checkpoint: Callable[..., Path]) -> None:
     assert {row.memory.context for row in plan(tiny_checkpoint("llama"), None).rows} == {256}
-    assert {row.memory.context for row in plan(tiny_checkpoint("bloom"), None).rows} == {2048, 8192, 32768}  # ALiBi: no bound
+    assert {row.memory.context for row in plan(tiny_checkpoint("bloom"), None).rows} == {
+        2048,
+        8192,
+        32768,
+    }  # ALiBi: no bound
 
 
 def test_without_rotation_there_are_no_maps(tiny_checkpoint: Callable[..., Path]) -> None:
@@ -107,9 +121,16 @@ def test_a_damaged_manifest_is_refused(bundle: Path) -> None:
 
 def record(bundle: Path, target: str = "rtx-4090", **changes: Any) -> Path:
     built = {
-        "format": 1, "engine": "tensorrt-rtx", "lowering": "std24", "capacity": 96, "chunk": 32, "weights_bytes": 60_000,
-        "plan": {"sha256": "0", "bytes": 80_000}, "activation_bytes": 50_000, **changes,
-    }  # fmt: skip
+        "format": 1,
+        "engine": "tensorrt-rtx",
+        "lowering": "std24",
+        "capacity": 96,
+        "chunk": 32,
+        "weights_bytes": 60_000,
+        "plan": {"sha256": "0", "bytes": 80_000},
+        "activation_bytes": 50_000,
+        **changes,
+    }
     folder = bundle / "engines" / target
     folder.mkdir(parents=True)
     (folder / "build.json").write_text(json.dumps(built, indent=1))
@@ -128,7 +149,10 @@ def test_a_build_is_compared_with_its_prediction(bundle: Path) -> None:
     assert compared["activations"].measured == 50_000
     assert compared["activations"].predicted < row.memory.activations  # a chunk of 32 tokens, not of 96
     assert compared["device memory"].measured == 80_000 + 50_000 + row.memory.kv
-    assert compared["device memory"].predicted == row.memory.weights + row.memory.kv + compared["activations"].predicted
+    assert (
+        compared["device memory"].predicted
+        == row.memory.weights + row.memory.kv + compared["activations"].predicted
+    )
     assert {each.source for each in found.comparisons} == {"rtx-4090/build.json"}
 
 
@@ -144,7 +168,9 @@ def test_what_cannot_be_compared_is_not(bundle: Path) -> None:
     assert [each.what for each in plan(bundle, None).comparisons] == ["weights", "plan"]
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", "[1]", "null", '{"engine": 3}', '{"engine": "tensorrt"}', "\x00", "9" * 5000])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", "[1]", "null", '{"engine": 3}', '{"engine": "tensorrt"}', "\x00", "9" * 5000]
+)
 def test_a_record_that_is_not_understood_is_passed_over(bundle: Path, text: str) -> None:
     record(bundle).write_text(text)
     assert plan(bundle, None).comparisons == ()
@@ -153,7 +179,10 @@ def test_a_record_that_is_not_understood_is_passed_over(bundle: Path, text: str)
 def test_a_benchmark_is_compared_with_its_prediction(bundle: Path) -> None:
     (bundle / "bench").mkdir()
     lines = [
-        {"decode": [{"depth": 0, "p50_ms": 1.5}, {"depth": 64, "p50_ms": 2.5}], "prefill": {"depth": 32, "p50_ms": 4}},
+        {
+            "decode": [{"depth": 0, "p50_ms": 1.5}, {"depth": 64, "p50_ms": 2.5}],
+            "prefill": {"depth": 32, "p50_ms": 4},
+        },
         {"target": "h200", "decode": {"depth": 0, "p50_ms": 99}},  # of another target
         {"decode": {"depth": 0, "p50_ms": "slow"}},
     ]
@@ -170,7 +199,9 @@ def test_a_benchmark_is_compared_with_its_prediction(bundle: Path) -> None:
     assert plan(bundle, None).comparisons == ()
 
 
-@pytest.mark.parametrize(("provider", "compared"), [("cpu", "cpu"), ("cuda", "orin-nano-8gb"), ("tensorrt", "orin-nano-8gb")])
+@pytest.mark.parametrize(
+    ("provider", "compared"), [("cpu", "cpu"), ("cuda", "orin-nano-8gb"), ("tensorrt", "orin-nano-8gb")]
+)
 def test_a_benchmark_of_a_cpu_is_not_one_of_a_gpu(bundle: Path, provider: str, compared: str) -> None:
     (bundle / "bench").mkdir()
     line = {"provider": provider, "decode": [{"depth": 0, "p50_ms": 1.5}]}
@@ -181,7 +212,14 @@ def test_a_benchmark_of_a_cpu_is_not_one_of_a_gpu(bundle: Path, provider: str, c
 
 @pytest.mark.parametrize("absurd", [10**400, 1e300, float("inf"), float("nan"), 0, -1, True])
 def test_an_absurd_figure_is_passed_over(bundle: Path, absurd: float) -> None:
-    record(bundle, capacity=absurd, chunk=absurd, weights_bytes=absurd, activation_bytes=absurd, plan={"bytes": absurd})
+    record(
+        bundle,
+        capacity=absurd,
+        chunk=absurd,
+        weights_bytes=absurd,
+        activation_bytes=absurd,
+        plan={"bytes": absurd},
+    )
     (bundle / "bench").mkdir()
     points = [{"depth": absurd, "p50_ms": 1.5}, {"depth": 0, "p50_ms": absurd}]
     (bundle / "bench" / "one.json").write_text(json.dumps({"decode": points}))
@@ -203,5 +241,7 @@ def test_a_plan_is_json(bundle: Path) -> None:
     assert raw["estimate"] is True
     (row,) = raw["rows"]
     assert row["fits"] is True
-    assert row["total_bytes"] == sum(row["memory"][part] for part in ("weights", "kv", "activations", "engine"))
+    assert row["total_bytes"] == sum(
+        row["memory"][part] for part in ("weights", "kv", "activations", "engine")
+    )
     assert len(raw["comparisons"]) == 4

@@ -22,7 +22,10 @@ from kvexport.plan.sizes import architecture, bundle_sizes
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
-    ("llama", {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4}),
+    (
+        "llama",
+        {"tie_word_embeddings": True, "attention_bias": True, "mlp_bias": True, "num_key_value_heads": 4},
+    ),
     ("mistral", {"head_dim": 16}),
     ("qwen2", {}),
     ("qwen3", {"num_key_value_heads": 4}),
@@ -48,11 +51,15 @@ def held(decoder: Any, layers: Any) -> int:
     """Numbers in a decoder's tensors; ALiBi's slopes and rotary frequencies are constants, not weights."""
     outside = tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
     slopes = [layer.attention.alibi_slopes for layer in layers if layer.attention.alibi_slopes is not None]
-    return sum(t.numel() for t in outside + [t for layer in layers for t in tensors_of(layer)]) - sum(s.numel() for s in slopes)
+    return sum(t.numel() for t in outside + [t for layer in layers for t in tensors_of(layer)]) - sum(
+        s.numel() for s in slopes
+    )
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
-def test_parameters_are_those_of_the_checkpoint(tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]) -> None:
+def test_parameters_are_those_of_the_checkpoint(
+    tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]
+) -> None:
     path = tiny_checkpoint(family, **config)
     decoder, trained = load_decoder(path), architecture(path)
     sizes = trained.sizes(trained.kv_heads)
@@ -62,7 +69,9 @@ def test_parameters_are_those_of_the_checkpoint(tiny_checkpoint: TinyCheckpoint,
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
-def test_parameters_are_those_that_conversion_makes(tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]) -> None:
+def test_parameters_are_those_that_conversion_makes(
+    tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]
+) -> None:
     path = tiny_checkpoint(family, **config)
     decoder, trained = load_decoder(path), architecture(path)
     windows = torch.randint(0, 60, (16, 24), generator=torch.Generator().manual_seed(0))
@@ -96,7 +105,9 @@ def test_kv_heads_must_divide(tiny_checkpoint: TinyCheckpoint, kv_heads: int) ->
         {"quantization_config": {"quant_method": "awq"}},
     ],
 )
-def test_a_config_that_build_would_refuse_is_refused(tiny_checkpoint: TinyCheckpoint, edit_checkpoint: Any, change: dict) -> None:
+def test_a_config_that_build_would_refuse_is_refused(
+    tiny_checkpoint: TinyCheckpoint, edit_checkpoint: Any, change: dict
+) -> None:
     with pytest.raises(CheckpointError):
         architecture(edit_checkpoint(tiny_checkpoint("llama"), change))
 
@@ -107,7 +118,9 @@ def test_without_a_config_there_is_no_plan(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_bundles_weights_are_those_of_its_file(tiny_checkpoint: TinyCheckpoint, tmp_path: Path, tied: bool) -> None:
+def test_a_bundles_weights_are_those_of_its_file(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, tied: bool
+) -> None:
     checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, tie_word_embeddings=tied, vocab_size=320)
     path = write_bundle(tmp_path / "bundle", decoder_with_fewer_heads(checkpoint), dtype="float16")
     manifest = read_manifest(path)
@@ -120,7 +133,9 @@ def test_a_bundles_weights_are_those_of_its_file(tiny_checkpoint: TinyCheckpoint
 
 def test_a_bundle_is_as_large_as_was_planned(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     """The file's alignment and the rotary tables are all that the plan from config.json does not know."""
-    path = tiny_checkpoint("llama", hidden_size=128, intermediate_size=256, vocab_size=2048, num_hidden_layers=3)
+    path = tiny_checkpoint(
+        "llama", hidden_size=128, intermediate_size=256, vocab_size=2048, num_hidden_layers=3
+    )
     bundle = write_bundle(tmp_path / "bundle", load_decoder(path), dtype="float32")
     planned = weight_bytes(architecture(path).sizes(2), precision("float32", "onnxruntime"))
     written = read_manifest(bundle).files["decoder.onnx.data"].bytes

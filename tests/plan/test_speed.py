@@ -38,11 +38,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sizes]:
 
 
 def predicted(anchor: Anchor, models: dict[str, Sizes], efficiency: float) -> float:
-    return 1 / decode_seconds(models[anchor.model], INT4, load_target(anchor.target), anchor.depth, efficiency)
+    return 1 / decode_seconds(
+        models[anchor.model], INT4, load_target(anchor.target), anchor.depth, efficiency
+    )
 
 
 @pytest.mark.parametrize("anchor", FITTED + HELD_OUT, ids=str)
-def test_a_published_decode_figure_is_predicted_within_25_percent(anchor: Anchor, models: dict[str, Sizes]) -> None:
+def test_a_published_decode_figure_is_predicted_within_25_percent(
+    anchor: Anchor, models: dict[str, Sizes]
+) -> None:
     assert predicted(anchor, models, DECODE.typical) == pytest.approx(anchor.tokens_per_second, rel=0.25)
 
 
@@ -90,14 +94,17 @@ def test_the_band_is_what_the_figures_imply(models: dict[str, Sizes]) -> None:
 
 def test_prefill_efficiency_is_what_the_figures_imply(models: dict[str, Sizes]) -> None:
     flops = prefill_flops(models["Qwen3-8B"], 2048)
-    implied = [flops / seconds / (load_target(name).fp16 or math.nan) for name, seconds in PREFILL_SECONDS.items()]
+    implied = [
+        flops / seconds / (load_target(name).fp16 or math.nan) for name, seconds in PREFILL_SECONDS.items()
+    ]
     assert min(implied) == pytest.approx(PREFILL.low, abs=0.005)
     assert max(implied) == pytest.approx(PREFILL.high, abs=0.005)
     assert math.prod(implied) ** (1 / 3) == pytest.approx(PREFILL.typical, abs=0.005)
     for name, seconds in PREFILL_SECONDS.items():
         target = load_target(name)
         slow, fast = (
-            prefill_seconds(models["Qwen3-8B"], INT4, target, 2048, efficiency, DECODE.typical, chunk=2048) or 0
+            prefill_seconds(models["Qwen3-8B"], INT4, target, 2048, efficiency, DECODE.typical, chunk=2048)
+            or 0
             for efficiency in (PREFILL.low, PREFILL.high)
         )
         assert 0.99 * fast <= seconds <= 1.01 * slow
@@ -114,7 +121,8 @@ def test_fewer_kv_heads_help_more_the_longer_the_context(models: dict[str, Sizes
     whole, quarter = (architecture(tmp_path).sizes(count) for count in (32, 8))
     agx = load_target("agx-orin-64gb")
     gains = [
-        decode_seconds(whole, INT4, agx, depth, DECODE.typical) / decode_seconds(quarter, INT4, agx, depth, DECODE.typical)
+        decode_seconds(whole, INT4, agx, depth, DECODE.typical)
+        / decode_seconds(quarter, INT4, agx, depth, DECODE.typical)
         for depth in (0, 1024, 4096)
     ]
     assert gains[0] < 1.1  # less to read even then: W_V shrinks
@@ -139,7 +147,8 @@ def test_prefill_is_never_faster_than_reading_the_weights_once(models: dict[str,
 def test_small_chunks_read_the_weights_again(models: dict[str, Sizes]) -> None:
     thor, sizes = load_target("thor-t5000"), models["Qwen3-8B"]
     whole, pieces = (
-        prefill_seconds(sizes, INT4, thor, 2048, PREFILL.high, DECODE.typical, chunk=chunk) or 0 for chunk in (2048, 64)
+        prefill_seconds(sizes, INT4, thor, 2048, PREFILL.high, DECODE.typical, chunk=chunk) or 0
+        for chunk in (2048, 64)
     )
     assert pieces == pytest.approx(32 * decode_seconds(sizes, INT4, thor, 0, DECODE.typical))
     assert pieces > 3 * whole
@@ -147,5 +156,9 @@ def test_small_chunks_read_the_weights_again(models: dict[str, Sizes]) -> None:
 
 def test_prefill_is_not_guessed_without_a_rate(models: dict[str, Sizes]) -> None:
     sizes = models["Qwen3-0.6B"]
-    assert prefill_seconds(sizes, precision("float32", "onnxruntime"), load_target("cpu"), 512, 0.5, 0.5) is None
-    assert prefill_seconds(sizes, precision("float32", "tensorrt"), load_target("h200"), 512, 0.5, 0.5) is None
+    assert (
+        prefill_seconds(sizes, precision("float32", "onnxruntime"), load_target("cpu"), 512, 0.5, 0.5) is None
+    )
+    assert (
+        prefill_seconds(sizes, precision("float32", "tensorrt"), load_target("h200"), 512, 0.5, 0.5) is None
+    )

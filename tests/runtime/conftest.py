@@ -15,7 +15,9 @@ from kvexport.runtime import Session, open_bundle
 @pytest.fixture(scope="session")
 def decoder(tiny_checkpoint: Callable[..., Path]) -> Decoder:
     """Two layers, of which the second caches half as many heads."""
-    return decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, max_position_embeddings=1024))
+    return decoder_with_fewer_heads(
+        tiny_checkpoint("llama", num_key_value_heads=4, max_position_embeddings=1024)
+    )
 
 
 @pytest.fixture(scope="session")
@@ -28,7 +30,12 @@ def tiny_bundle(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> P
 def text_bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """320 tokens of byte-level BPE, a capacity of 64; token 0 ends a text."""
     checkpoint = tiny_checkpoint(
-        "llama", num_key_value_heads=4, vocab_size=320, max_position_embeddings=1024, bos_token_id=None, eos_token_id=0
+        "llama",
+        num_key_value_heads=4,
+        vocab_size=320,
+        max_position_embeddings=1024,
+        bos_token_id=None,
+        eos_token_id=0,
     )
     made = decoder_with_fewer_heads(checkpoint)
     return write_bundle(tmp_path_factory.mktemp("bundles") / "text", made, tokenizer=byte_level_tokenizer())

@@ -61,7 +61,9 @@ Opened = Callable[..., Session]
 
 @pytest.fixture
 def opened(bundles: Callable[..., Path], device: SimulatedDevice) -> Opened:
-    def session(kind: str, eviction: Eviction | None = None, dtype: str = "float32", **options: Any) -> Session:
+    def session(
+        kind: str, eviction: Eviction | None = None, dtype: str = "float32", **options: Any
+    ) -> Session:
         provider = "tensorrt" if kind in ENGINES else kind
         return Session(Bundle.open(bundles(kind, eviction, dtype)), provider=provider, threads=1, **options)
 
@@ -79,11 +81,16 @@ Pieces = Sequence[Sequence[int]]
 def fed(session: Session, cache: Cache, pieces: Pieces) -> NDArray[np.float32]:
     """The logits after each piece: one token is a step, several are a prompt."""
     return np.array(
-        [session.step(each, cache=cache)[0] if len(each) == 1 else session.prefill(each, cache=cache)[0] for each in pieces]
+        [
+            session.step(each, cache=cache)[0] if len(each) == 1 else session.prefill(each, cache=cache)[0]
+            for each in pieces
+        ]
     )
 
 
-def wanted(decoder: Decoder, eviction: Eviction | None, pieces: Pieces, chunk: int | None = None) -> NDArray[np.float32]:
+def wanted(
+    decoder: Decoder, eviction: Eviction | None, pieces: Pieces, chunk: int | None = None
+) -> NDArray[np.float32]:
     """The same by the oracle, which reads each piece in the runtime's chunks."""
     oracle = Oracle(decoder, eviction, chunk=chunk)
     return np.array([oracle.read(each)[-1] for each in pieces])
@@ -96,21 +103,23 @@ PIECES = [tokens(n, seed=n) for n in (11, 1, 7, 1, 1, 30, 1, 2, 1)]
 @whatever_is_held
 def test_prompts_in_pieces_equal_the_oracle(
     kind: str, eviction: Eviction | None, opened: Opened, decoder: Decoder
-) -> None:  # fmt: skip
+) -> None:
     session = opened(kind, eviction)
     cache = session.new_cache()
     np.testing.assert_allclose(fed(session, cache, PIECES), wanted(decoder, eviction, PIECES), **CLOSE)
     assert cache.lengths.tolist() == [sum(map(len, PIECES))]
     cache.clear()
     assert cache.lengths.tolist() == [0]
-    np.testing.assert_allclose(fed(session, cache, PIECES[2:]), wanted(decoder, eviction, PIECES[2:]), **CLOSE)
+    np.testing.assert_allclose(
+        fed(session, cache, PIECES[2:]), wanted(decoder, eviction, PIECES[2:]), **CLOSE
+    )
 
 
 @everywhere
 @whatever_is_held
 def test_conversations_that_take_turns_are_each_as_if_alone(
     kind: str, eviction: Eviction | None, opened: Opened, decoder: Decoder
-) -> None:  # fmt: skip
+) -> None:
     """Three caches and the session's own, piece by piece in turn."""
     session = opened(kind, eviction)
     pieces = [[tokens(n, seed=10 * row + n) for n in (9, 1, 1, 20, 1, 1, 1)] for row in range(3)]
@@ -125,7 +134,9 @@ def test_conversations_that_take_turns_are_each_as_if_alone(
             stepped = session.step([own[8 + turn]])
     for row, each in enumerate(pieces):
         np.testing.assert_allclose(found[row], wanted(decoder, eviction, each), **CLOSE)
-    np.testing.assert_allclose(stepped[0], wanted(decoder, eviction, [own[:8], *([token] for token in own[8:])])[-1], **CLOSE)
+    np.testing.assert_allclose(
+        stepped[0], wanted(decoder, eviction, [own[:8], *([token] for token in own[8:])])[-1], **CLOSE
+    )
     assert session.lengths.tolist() == [14]
 
 
@@ -134,9 +145,12 @@ def test_conversations_that_take_turns_are_each_as_if_alone(
 @pytest.mark.parametrize("chunk", [128, 4, 1])
 def test_rows_of_different_lengths_go_on(
     kind: str, eviction: Eviction | None, chunk: int, opened: Opened, decoder: Decoder
-) -> None:  # fmt: skip
+) -> None:
     session = opened(kind, eviction, chunk=chunk)
-    rows = [[tokens(n, seed=100 * row + n) for n in lengths] for row, lengths in enumerate(((3, 40, 1), (60, 1, 6), (17, 9, 30)))]
+    rows = [
+        [tokens(n, seed=100 * row + n) for n in lengths]
+        for row, lengths in enumerate(((3, 40, 1), (60, 1, 6), (17, 9, 30)))
+    ]
     cache = session.new_cache(batch=3)
     found = [session.prefill([row[piece] for row in rows], cache=cache) for piece in range(3)]
     stepped = session.step([1, 2, 3], cache=cache)
@@ -151,7 +165,7 @@ def test_rows_of_different_lengths_go_on(
 @pytest.mark.parametrize("lowered", [True, False])
 def test_padding_of_one_row_does_not_reach_beyond_the_capacity(
     kind: str, lowered: bool, opened: Opened, decoder: Decoder
-) -> None:  # fmt: skip
+) -> None:
     """A row that is nearly full beside one with a long prompt, on graphs that take rows together and that do not."""
     session = opened(kind)
     assert isinstance(session._decoder, OrtDecoder)
@@ -181,7 +195,9 @@ def test_a_cache_takes_no_more_than_its_longest_row_needs(kind: str, opened: Ope
 
 @everywhere
 @whatever_is_held
-def test_generation_in_two_halves_is_generation_at_once(kind: str, eviction: Eviction | None, opened: Opened) -> None:
+def test_generation_in_two_halves_is_generation_at_once(
+    kind: str, eviction: Eviction | None, opened: Opened
+) -> None:
     session, prompt = opened(kind, eviction), tokens(20)
     at_once = session.generate(prompt, max_new_tokens=24, stop=[])
     cache = session.new_cache()
@@ -193,7 +209,9 @@ def test_generation_in_two_halves_is_generation_at_once(kind: str, eviction: Evi
     stepped = session.step([5], cache=cache)  # after what is pending
     other = session.new_cache()
     np.testing.assert_allclose(
-        session.prefill([*prompt, *at_once.token_ids, 5], cache=other), stepped, atol=1e-5 if eviction is None else 9
+        session.prefill([*prompt, *at_once.token_ids, 5], cache=other),
+        stepped,
+        atol=1e-5 if eviction is None else 9,
     )
     assert cache.lengths.tolist() == other.lengths.tolist() == [45]
 
@@ -221,7 +239,9 @@ def test_an_empty_prompt_goes_on_after_the_last_token(kind: str, opened: Opened)
     logits = session.prefill(prompt, cache=cache)
     np.testing.assert_allclose(session.prefill([], cache=cache), logits, **CLOSE)
     made = session.generate([], max_new_tokens=5, stop=[], cache=cache)
-    assert made.token_ids == session.generate(prompt, max_new_tokens=5, stop=[]).token_ids and cache.lengths.tolist() == [35]
+    assert made.token_ids == session.generate(
+        prompt, max_new_tokens=5, stop=[]
+    ).token_ids and cache.lengths.tolist() == [35]
     cache.clear()
     with pytest.raises(UsageError, match="a prompt is empty"):
         session.prefill([], cache=cache)
@@ -243,12 +263,16 @@ def test_inactive_rows_keep_what_is_pending(opened: Opened) -> None:
     assert cache.lengths.tolist() == [9, 10]
     found = session.step([6, 6], cache=cache)
     for row, more in enumerate(([4, 6], [6])):
-        np.testing.assert_allclose(found[row], session.prefill([*prompts[row], *made[row].token_ids, *more])[0], **CLOSE)
+        np.testing.assert_allclose(
+            found[row], session.prefill([*prompts[row], *made[row].token_ids, *more])[0], **CLOSE
+        )
 
 
 def test_text_goes_on_as_text(tmp_path: Path) -> None:
     decoder = random_decoder("gqa", vocab=320)
-    session = open_bundle(write_bundle(tmp_path / "b", decoder, capacity=200, tokenizer=byte_level_tokenizer()), threads=1)
+    session = open_bundle(
+        write_bundle(tmp_path / "b", decoder, capacity=200, tokenizer=byte_level_tokenizer()), threads=1
+    )
     whole = session.generate("Once upon a time", max_new_tokens=24, stop=[])
     cache = session.new_cache()
     texts = [session.generate("Once upon a time", max_new_tokens=10, stop=[], cache=cache).text]
@@ -269,7 +293,9 @@ def test_special_tokens_come_once(tmp_path: Path) -> None:
     made = Tokenizer.from_str(byte_level_tokenizer())
     made.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
     decoder = random_decoder("gqa", vocab=320)
-    session = open_bundle(write_bundle(tmp_path / "b", decoder, capacity=64, tokenizer=made.to_str()), threads=1)
+    session = open_bundle(
+        write_bundle(tmp_path / "b", decoder, capacity=64, tokenizer=made.to_str()), threads=1
+    )
     plain = made.encode("abc", add_special_tokens=False).ids
     cache = session.new_cache()
     for text, more in (("abc", 1), ("abc", 0), (Turn("abc"), 0)):
@@ -334,7 +360,7 @@ def test_an_engine_refuses_caches_of_other_batches(kind: str, opened: Opened) ->
 @whatever_is_held
 def test_a_call_that_is_broken_off_is_not_gone_on_with(
     eviction: Eviction | None, opened: Opened, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     session = opened("cpu", eviction)
     cache, other = session.new_cache(), session.new_cache()
     session.prefill(tokens(20), cache=cache)
@@ -347,15 +373,25 @@ def test_a_call_that_is_broken_off_is_not_gone_on_with(
         patched.setattr(OrtDecoder, "_call", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.step([1], cache=cache)
-    for call in (lambda: session.step([1], cache=cache), lambda: session.prefill([1], cache=cache), lambda: cache.save("x")):
+    for call in (
+        lambda: session.step([1], cache=cache),
+        lambda: session.prefill([1], cache=cache),
+        lambda: cache.save("x"),
+    ):
         with pytest.raises(UsageError, match=r"broken off[\s\S]*cache\.clear\(\)"):
             call()
-    np.testing.assert_allclose(session.step([1], cache=other)[0], wanted(decoder, eviction, [tokens(20), [1]])[-1], **CLOSE)
+    np.testing.assert_allclose(
+        session.step([1], cache=other)[0], wanted(decoder, eviction, [tokens(20), [1]])[-1], **CLOSE
+    )
     cache.clear()
-    np.testing.assert_allclose(session.prefill(tokens(20), cache=cache)[0], wanted(decoder, eviction, [tokens(20)])[0], **CLOSE)
+    np.testing.assert_allclose(
+        session.prefill(tokens(20), cache=cache)[0], wanted(decoder, eviction, [tokens(20)])[0], **CLOSE
+    )
 
 
-def test_without_memory_what_was_fed_is_still_there(opened: Opened, device: SimulatedDevice, decoder: Decoder) -> None:
+def test_without_memory_what_was_fed_is_still_there(
+    opened: Opened, device: SimulatedDevice, decoder: Decoder
+) -> None:
     session = opened("cuda")
     cache = session.new_cache()
     session.prefill(tokens(16), cache=cache)
@@ -363,7 +399,9 @@ def test_without_memory_what_was_fed_is_still_there(opened: Opened, device: Simu
     with pytest.raises(CannotRunHere, match="not enough memory"):
         session.step([1], cache=cache)
     device.total = 1 << 30
-    np.testing.assert_allclose(session.step([1], cache=cache)[0], wanted(decoder, None, [tokens(16), [1]])[-1], **CLOSE)
+    np.testing.assert_allclose(
+        session.step([1], cache=cache)[0], wanted(decoder, None, [tokens(16), [1]])[-1], **CLOSE
+    )
 
 
 # Memory, and the end.
@@ -392,18 +430,30 @@ def test_memory_is_given_back(kind: str, opened: Opened, device: SimulatedDevice
 
 
 @everywhere
-def test_after_close_every_call_says_so(kind: str, opened: Opened, device: SimulatedDevice, tmp_path: Path) -> None:
+def test_after_close_every_call_says_so(
+    kind: str, opened: Opened, device: SimulatedDevice, tmp_path: Path
+) -> None:
     with opened(kind) as session:
         cache = session.new_cache()
         session.prefill(tokens(5), cache=cache)
     calls: dict[str, Callable[[], object]] = {
-        "prefill": lambda: session.prefill([1]), "step": lambda: session.step([1]), "score": lambda: session.score([[1]]),
-        "generate": lambda: session.generate([1]), "new_cache": session.new_cache, "reset": session.reset,
-        "memory": session.memory, "load": lambda: session.load(tmp_path / "x"), "turn": lambda: session.turn("x"),
-        "lengths": lambda: session.lengths, "save": lambda: cache.save(tmp_path / "x"), "clear": cache.clear,
-        "cache.lengths": lambda: cache.lengths, "cache.bytes": lambda: cache.bytes, "with": session.__enter__,
+        "prefill": lambda: session.prefill([1]),
+        "step": lambda: session.step([1]),
+        "score": lambda: session.score([[1]]),
+        "generate": lambda: session.generate([1]),
+        "new_cache": session.new_cache,
+        "reset": session.reset,
+        "memory": session.memory,
+        "load": lambda: session.load(tmp_path / "x"),
+        "turn": lambda: session.turn("x"),
+        "lengths": lambda: session.lengths,
+        "save": lambda: cache.save(tmp_path / "x"),
+        "clear": cache.clear,
+        "cache.lengths": lambda: cache.lengths,
+        "cache.bytes": lambda: cache.bytes,
+        "with": session.__enter__,
         "going on": lambda: session.step([1], cache=cache),
-    }  # fmt: skip
+    }
     for name, call in calls.items():
         with pytest.raises(UsageError, match=r"the session is closed[\s\S]*kvexport\.open"):
             call()
@@ -478,7 +528,9 @@ def _from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         OrtDecoder,
         "run",
-        lambda self, ids, positions, *rest, **options: real(self, ids, positions - positions[:, :1], *rest, **options),
+        lambda self, ids, positions, *rest, **options: real(
+            self, ids, positions - positions[:, :1], *rest, **options
+        ),
     )
 
 
@@ -526,11 +578,19 @@ def _graph_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "fault"),
-    [("cpu", _from_the_beginning), ("cpu", _one_cache_for_all), ("cpu", _binding_of_another),
-     *((kind, fault) for kind in ENGINES for fault in (_prompts_to_another, _graph_of_another))],
-)  # fmt: skip
+    [
+        ("cpu", _from_the_beginning),
+        ("cpu", _one_cache_for_all),
+        ("cpu", _binding_of_another),
+        *((kind, fault) for kind in ENGINES for fault in (_prompts_to_another, _graph_of_another)),
+    ],
+)
 def test_wrong_runtimes_are_seen(
-    kind: str, fault: Callable[[pytest.MonkeyPatch], None], opened: Opened, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    fault: Callable[[pytest.MonkeyPatch], None],
+    opened: Opened,
+    decoder: Decoder,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     fault(monkeypatch)
     session = opened(kind)

@@ -70,12 +70,20 @@ def test_system_prompts_that_cannot_be() -> None:
 
 
 def test_conversation_has_what_the_assistant_writes_of_itself() -> None:
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    talk = [
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+        {"role": "user", "content": "c"},
+    ]
     assert CHAT.conversation(talk) == "<b><u>a</u><a> b</a><u>c</u><a>"
 
 
 def test_written_and_read_again(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
-    config = {"tokenizer_class": "BloomTokenizerFast", "eos_token": "<|end|>", "chat_template": chat_templates.CHATML}
+    config = {
+        "tokenizer_class": "BloomTokenizerFast",
+        "eos_token": "<|end|>",
+        "chat_template": chat_templates.CHATML,
+    }
     assert written(tmp_path, byte_level_tokenizer(), config) == []
     found = text_of(bundle())
     assert found is not None and found.chat == Chat.of(bundle()) and found.chat is not None
@@ -133,7 +141,14 @@ def sound() -> dict[str, Any]:
         "format": 1,
         "golden": [{"text": "a", "ids": [1, 2], "plain_ids": [2], "decoded": "a"}],
         "special_ids": [1],
-        "chat": {"begin": "<", "begin_system": ["(", ")"], "generate": ">", "answer": "", "next": ";", "strips": False},
+        "chat": {
+            "begin": "<",
+            "begin_system": ["(", ")"],
+            "generate": ">",
+            "answer": "",
+            "next": ";",
+            "strips": False,
+        },
         "chat_golden": [{"messages": talk, "text": "<a>"}],
     }
 
@@ -195,7 +210,9 @@ def test_damaged_text_file_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"1" * 5000, b"null"])
-def test_text_file_that_is_no_json_is_refused(tmp_path: Path, bundle: Callable[[], Bundle], content: bytes) -> None:
+def test_text_file_that_is_no_json_is_refused(
+    tmp_path: Path, bundle: Callable[[], Bundle], content: bytes
+) -> None:
     (tmp_path / "text.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"text\.json"):
         text_of(bundle())

@@ -71,7 +71,13 @@ def test_inputs_that_are_copied_when_they_are_bound(
     copies: list[np.ndarray] = []
 
     def bind_input(
-        self: onnxruntime.IOBinding, name: str, kind: str, number: int, dtype: int, shape: tuple[int, ...], address: int
+        self: onnxruntime.IOBinding,
+        name: str,
+        kind: str,
+        number: int,
+        dtype: int,
+        shape: tuple[int, ...],
+        address: int,
     ) -> None:
         if name in TOKEN_INPUTS:
             copies.append(device.at(address, 8 * int(np.prod(shape))).copy())
@@ -164,7 +170,9 @@ def test_bfloat16_is_kept_as_its_bits() -> None:
     values = np.array([0.0, 1.5, -3.25, 100.0, 1e-30, np.inf], np.float32)
     bits = values.astype(ml_dtypes.bfloat16).view(np.uint16)
     assert stored_as("bfloat16") == np.uint16
-    np.testing.assert_array_equal(as_float32(bits, "bfloat16"), values.astype(ml_dtypes.bfloat16).astype(np.float32))
+    np.testing.assert_array_equal(
+        as_float32(bits, "bfloat16"), values.astype(ml_dtypes.bfloat16).astype(np.float32)
+    )
     assert from_float(100.0, "bfloat16") == bits[3]
     copy = as_float32(values, "float32")
     copy[0] = 1

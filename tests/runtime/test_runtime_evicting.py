@@ -22,9 +22,9 @@ from kvexport.model import reference
 from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime.backends.ort_session import graph_file
+from kvexport.runtime.cache import eviction as runtime
 from kvexport.runtime.cache.device_arrays import HOST
 from kvexport.runtime.cache.kv_cache import KvCache
-from kvexport.runtime.cache import eviction as runtime
 
 CAPACITY, VOCAB = 96, 40
 CLOSE = {"rtol": 0.0, "atol": 1e-5}
@@ -40,19 +40,28 @@ def random_decoder(style: str, **sizes: Any) -> Decoder:
 
 
 def opened(
-    path: Path, decoder: Decoder, eviction: Eviction, capacity: int = CAPACITY, lowered: bool = True, **options: Any
+    path: Path,
+    decoder: Decoder,
+    eviction: Eviction,
+    capacity: int = CAPACITY,
+    lowered: bool = True,
+    **options: Any,
 ) -> Session:
     """A session on a new bundle."""
     bundle = Bundle.open(write_bundle(path, decoder, capacity=capacity, eviction=eviction))
     if not lowered:
-        bundle = dataclasses.replace(bundle, files={name: each for name, each in bundle.files.items() if "cpu" not in name})
+        bundle = dataclasses.replace(
+            bundle, files={name: each for name, each in bundle.files.items() if "cpu" not in name}
+        )
     return Session(bundle, threads=1, provider="cpu", **options)
 
 
 class Oracle:
     """One sequence in the oracle's cache, its prompt read in chunks as the runtime does."""
 
-    def __init__(self, decoder: Decoder, eviction: Eviction | None, capacity: int = CAPACITY, chunk: int | None = None) -> None:
+    def __init__(
+        self, decoder: Decoder, eviction: Eviction | None, capacity: int = CAPACITY, chunk: int | None = None
+    ) -> None:
         self._decoder, self._chunk = decoder, chunk or (eviction.chunk if eviction else capacity)
         self.cache = reference.new_cache(list(decoder.layers), 1, capacity, torch.float32, eviction)
         self.seen = 0
@@ -69,7 +78,9 @@ class Oracle:
         positions = torch.arange(self.seen, self.seen + len(ids))[None]
         self.seen += len(ids)
         with torch.no_grad():
-            logits: NDArray[np.float32] = reference.forward(self._decoder, torch.tensor([ids]), positions, self.cache)[0].numpy()
+            logits: NDArray[np.float32] = reference.forward(
+                self._decoder, torch.tensor([ids]), positions, self.cache
+            )[0].numpy()
         return logits
 
 
@@ -96,7 +107,9 @@ def test_prompts_in_chunks_and_steps_equal_the_oracle(policy: str, case: str, tm
     decoder, eviction = CASES[case](), dataclasses.replace(BUDGET, policy=policy)
     session = opened(tmp_path / "b", decoder, eviction)
     assert differences(session, Oracle(decoder, eviction)) < 1e-5
-    assert session.lengths.tolist() == [90] and session.memory().bytes_allocated == session.memory().bytes_limit
+    assert (
+        session.lengths.tolist() == [90] and session.memory().bytes_allocated == session.memory().bytes_limit
+    )
 
 
 @pytest.mark.parametrize("first", [0, 3])
@@ -106,7 +119,9 @@ def test_protected_tokens(first: int, recent: int, tmp_path: Path) -> None:
     assert differences(opened(tmp_path / "b", decoder, eviction), Oracle(decoder, eviction)) < 1e-5
 
 
-def test_converted_heads_and_layers_that_are_left_alone(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_converted_heads_and_layers_that_are_left_alone(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=VOCAB, num_hidden_layers=3)
     decoder = decoder_with_fewer_heads(checkpoint)
     for skipped in ((), (0,), (1,), (2, 0)):
@@ -117,19 +132,24 @@ def test_converted_heads_and_layers_that_are_left_alone(tiny_checkpoint: Callabl
         widths = [(4, 16), (2, 28), (4, 16)]  # heads, and numbers of one in keys and values
         states = [0 if layer in skipped else 2 for layer in range(3)]
         assert session.memory().layers == tuple(
-            slots * heads * (width + state) * 4 for slots, (heads, width), state in zip(held, widths, states, strict=True)
+            slots * heads * (width + state) * 4
+            for slots, (heads, width), state in zip(held, widths, states, strict=True)
         )
 
 
 @pytest.mark.parametrize("lowered", [True, False])
 @pytest.mark.parametrize("style", ["llama", "gqa"])
-def test_the_standard_graph_and_the_one_lowered_for_the_cpu(style: str, lowered: bool, tmp_path: Path) -> None:
+def test_the_standard_graph_and_the_one_lowered_for_the_cpu(
+    style: str, lowered: bool, tmp_path: Path
+) -> None:
     """Of heads of their own, those of the layer that is left alone are GroupQueryAttention there."""
     decoder, eviction = random_decoder(style), dataclasses.replace(BUDGET, skip_layers=(1,))
     session = opened(tmp_path / "b", decoder, eviction, lowered=lowered)
     assert graph_file(session.bundle, "cpu") == ("decoder.cpu.onnx" if lowered else "decoder.onnx")
     if lowered:
-        assert (b"GroupQueryAttention" in (tmp_path / "b" / "decoder.cpu.onnx").read_bytes()) == (style == "llama")
+        assert (b"GroupQueryAttention" in (tmp_path / "b" / "decoder.cpu.onnx").read_bytes()) == (
+            style == "llama"
+        )
     assert differences(session, Oracle(decoder, eviction)) < 1e-5
     prompts = [tokens(50, seed=1), tokens(7, seed=2)]
     found = session.prefill(prompts), session.step([5, 6])
@@ -140,7 +160,9 @@ def test_the_standard_graph_and_the_one_lowered_for_the_cpu(style: str, lowered:
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunks_are_those_asked_for_and_never_more_than_room_can_be_made_for(chunk: int, tmp_path: Path) -> None:
+def test_chunks_are_those_asked_for_and_never_more_than_room_can_be_made_for(
+    chunk: int, tmp_path: Path
+) -> None:
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET, chunk=chunk)
     assert BUDGET.chunk == 5
@@ -197,7 +219,9 @@ def test_sequences_that_are_not_active_stay_as_they_are(tmp_path: Path) -> None:
         alone.step(token)
     other = Oracle(decoder, BUDGET)
     for token in tokens(30, seed=1):
-        np.testing.assert_allclose(session.step([0, token], np.array([False, True]))[1], other.step(token), **CLOSE)
+        np.testing.assert_allclose(
+            session.step([0, token], np.array([False, True]))[1], other.step(token), **CLOSE
+        )
     np.testing.assert_allclose(session.step([3, 3])[0], alone.step(3), **CLOSE)
 
 
@@ -235,7 +259,9 @@ def test_where_all_layers_evict_nothing_grows_beyond_the_budget(tmp_path: Path) 
 
 def test_texts_are_longer_than_the_budget_and_end_at_the_capacity(tmp_path: Path) -> None:
     decoder = random_decoder("gqa", vocab=320)
-    bundle = write_bundle(tmp_path / "b", decoder, capacity=CAPACITY, eviction=BUDGET, tokenizer=byte_level_tokenizer())
+    bundle = write_bundle(
+        tmp_path / "b", decoder, capacity=CAPACITY, eviction=BUDGET, tokenizer=byte_level_tokenizer()
+    )
     session, oracle = open_bundle(bundle, threads=1), Oracle(decoder, BUDGET)
     prompt = tokens(50)
     logits, made = oracle.read(prompt)[-1], []
@@ -275,7 +301,9 @@ def test_a_prompt_that_is_compressed_once(policy: str, tmp_path: Path) -> None:
             np.testing.assert_allclose(logits[row], wanted, **CLOSE)
     scored = session.score([prompts[0], prompts[0]])
     np.testing.assert_allclose(scored[1], Oracle(decoder, None).read(prompts[0]), **CLOSE)
-    np.testing.assert_allclose(session.step([7, 8])[1], _compressed(decoder, eviction, prompts[0]).step(8), **CLOSE)
+    np.testing.assert_allclose(
+        session.step([7, 8])[1], _compressed(decoder, eviction, prompts[0]).step(8), **CLOSE
+    )
     session.reset()
     plain = Oracle(decoder, eviction)
     for token in tokens(40):
@@ -290,11 +318,21 @@ def _compressed(decoder: Decoder, eviction: Eviction, prompt: Sequence[int]) -> 
         if eviction.evicts(index):
             widths = attention.key_dim, attention.value_dim
             oracle.cache[index] = EvictingCache.empty(
-                1, attention.num_kv_heads, widths, torch.float32, eviction, index, CAPACITY, attention.window, CAPACITY
+                1,
+                attention.num_kv_heads,
+                widths,
+                torch.float32,
+                eviction,
+                index,
+                CAPACITY,
+                attention.window,
+                CAPACITY,
             )
     oracle.read(prompt)
     next_one = torch.tensor([len(prompt)])
-    oracle.cache = [each.compressed(next_one) if isinstance(each, EvictingCache) else each for each in oracle.cache]
+    oracle.cache = [
+        each.compressed(next_one) if isinstance(each, EvictingCache) else each for each in oracle.cache
+    ]
     return oracle
 
 
@@ -338,7 +376,9 @@ def _drops_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
 def _no_window(monkeypatch: pytest.MonkeyPatch) -> None:
     real = runtime.Ranking.kept
     monkeypatch.setattr(
-        runtime.Ranking, "kept", lambda self, *arguments: real(dataclasses.replace(self, window=None), *arguments)
+        runtime.Ranking,
+        "kept",
+        lambda self, *arguments: real(dataclasses.replace(self, window=None), *arguments),
     )
 
 
@@ -355,7 +395,9 @@ def _keeps_the_freed(monkeypatch: pytest.MonkeyPatch) -> None:
 def _never_full(monkeypatch: pytest.MonkeyPatch) -> None:
     """The last slot is overwritten, whatever ranks highest."""
     real = runtime.Occupancy.take
-    monkeypatch.setattr(runtime.Occupancy, "take", lambda self, *arguments: np.minimum(real(self, *arguments), 23))
+    monkeypatch.setattr(
+        runtime.Occupancy, "take", lambda self, *arguments: np.minimum(real(self, *arguments), 23)
+    )
 
 
 @pytest.mark.parametrize("fault", [_stays, _values_stay, _drops_the_first, _no_window, _never_full])
@@ -402,15 +444,23 @@ def test_room_is_made_as_the_oracle_makes_it(window: int | None, seed: int) -> N
     state = random_state(random, heads, filled, slots)
     key, value = (random.random((heads, slots, width), np.float32) for width in (4, 6))
     oracle = EvictingCache(
-        torch.tensor(key)[None], torch.tensor(value)[None], torch.tensor(state)[None], torch.tensor([filled]), eviction, 0,
-        CAPACITY, window,
-    )  # fmt: skip
+        torch.tensor(key)[None],
+        torch.tensor(value)[None],
+        torch.tensor(state)[None],
+        torch.tensor([filled]),
+        eviction,
+        0,
+        CAPACITY,
+        window,
+    )
     oracle._shrink(0, keep, torch.tensor([position]))
     # In the middle of a batch, whose other sequences stay as they are.
     caches = tuple(np.repeat(each[None], 3, 0).reshape(9, 1, slots, -1) for each in (key, value, state))
     assert len(caches) == 3
     runtime.make_room(HOST, caches, slice(3, 6), runtime.Ranking(eviction, window), filled, keep, position)
-    for found, wanted, before in zip(caches, (oracle.key, oracle.value, oracle.state), (key, value, state), strict=True):
+    for found, wanted, before in zip(
+        caches, (oracle.key, oracle.value, oracle.state), (key, value, state), strict=True
+    ):
         np.testing.assert_array_equal(found[3:6, 0, :keep], wanted[0, :, :keep])
         np.testing.assert_array_equal(found[[0, 1, 2, 6, 7, 8], 0], np.concatenate((before, before)))
     np.testing.assert_array_equal(caches[2][3:6, 0], oracle.state[0])
@@ -459,7 +509,10 @@ def test_blocked_slots_are_neither_seen_nor_taken(tmp_path: Path) -> None:
         session._decoder.use(cache)
         oracle, ids = Oracle(decoder, dataclasses.replace(BUDGET, budget=12), chunk=3), tokens(60)
         wanted = np.concatenate((oracle.read(ids[:30]), np.array([oracle.step(token) for token in ids[30:]])))
-        for start, stop in [*((start, start + 3) for start in range(0, 30, 3)), *((each, each + 1) for each in range(30, 60))]:
+        for start, stop in [
+            *((start, start + 3) for start in range(0, 30, 3)),
+            *((each, each + 1) for each in range(30, 60)),
+        ]:
             here = np.arange(stop - start)[None]
             found = session._decoder.run(np.array([ids[start:stop]]), start + here, here)
             np.testing.assert_allclose(found[0], wanted[start:stop], **CLOSE)

@@ -34,7 +34,12 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
 
 
 def with_engine(
-    path: Path, decoder: Decoder, eviction: Eviction, lowering: str, dtype: str = "float32", capacity: int | None = None
+    path: Path,
+    decoder: Decoder,
+    eviction: Eviction,
+    lowering: str,
+    dtype: str = "float32",
+    capacity: int | None = None,
 ) -> Path:
     bundle = write_bundle(path, decoder, dtype=dtype, capacity=CAPACITY, eviction=eviction)
     add_engine(bundle, lowering=lowering, capacity=capacity)
@@ -65,13 +70,20 @@ def test_engines_equal_the_oracle(lowering: str, style: str, device: SimulatedDe
         eviction = dataclasses.replace(BUDGET, policy=policy, skip_layers=skipped)
         session = opened(with_engine(tmp_path / policy, decoder, eviction, lowering), decoder)
         assert differences(session, Oracle(decoder, eviction)) < 1e-5
-    assert differences(session, Oracle(decoder, eviction), prompt=3, steps=40) < 1e-5  # anew, after a first text
+    assert (
+        differences(session, Oracle(decoder, eviction), prompt=3, steps=40) < 1e-5
+    )  # anew, after a first text
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_what_an_engine_keeps_is_what_the_oracle_keeps(lowering: str, device: SimulatedDevice, tmp_path: Path) -> None:
+def test_what_an_engine_keeps_is_what_the_oracle_keeps(
+    lowering: str, device: SimulatedDevice, tmp_path: Path
+) -> None:
     decoder = random_decoder("gqa")
-    session, oracle = opened(with_engine(tmp_path / "b", decoder, BUDGET, lowering), decoder), Oracle(decoder, BUDGET)
+    session, oracle = (
+        opened(with_engine(tmp_path / "b", decoder, BUDGET, lowering), decoder),
+        Oracle(decoder, BUDGET),
+    )
     differences(session, oracle)
     for layer, cache in enumerate(oracle.cache):
         for found, wanted in zip(session._decoder.cache.layer(layer), (cache.key, cache.value), strict=True):
@@ -80,7 +92,9 @@ def test_what_an_engine_keeps_is_what_the_oracle_keeps(lowering: str, device: Si
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_float16_caches_keep_a_state_of_float32(lowering: str, device: SimulatedDevice, tmp_path: Path) -> None:
+def test_float16_caches_keep_a_state_of_float32(
+    lowering: str, device: SimulatedDevice, tmp_path: Path
+) -> None:
     decoder, eviction = random_decoder("gqa"), dataclasses.replace(BUDGET, policy="window")
     session = opened(with_engine(tmp_path / "b", decoder, eviction, lowering, dtype="float16"), decoder)
     assert differences(session, Oracle(decoder, eviction)) < 0.05
@@ -89,9 +103,13 @@ def test_float16_caches_keep_a_state_of_float32(lowering: str, device: Simulated
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_steps_replay_one_graph_and_allocate_nothing(lowering: str, device: SimulatedDevice, tmp_path: Path) -> None:
+def test_steps_replay_one_graph_and_allocate_nothing(
+    lowering: str, device: SimulatedDevice, tmp_path: Path
+) -> None:
     """Of what is given apart, the slots come down with the logits; as many copies as heads go to slots of their own."""
-    session = opened(with_engine(tmp_path / "b", random_decoder("gqa"), SKIPPING, lowering), random_decoder("gqa"))
+    session = opened(
+        with_engine(tmp_path / "b", random_decoder("gqa"), SKIPPING, lowering), random_decoder("gqa")
+    )
     session.prefill(tokens(10))
     session.step([1])
     allocations = device.allocations
@@ -101,7 +119,14 @@ def test_steps_replay_one_graph_and_allocate_nothing(lowering: str, device: Simu
         session.step([token])
         copies = device.done.count("copy_rows")
         told = ["download"] * (lowering == "decomposed17")
-        assert device.done == ["launch", *["upload"] * 4, "engine", "download", *told, *["copy_rows"] * copies]
+        assert device.done == [
+            "launch",
+            *["upload"] * 4,
+            "engine",
+            "download",
+            *told,
+            *["copy_rows"] * copies,
+        ]
         assert copies in ((0,) if lowering == "std24" else (5, 8))  # 2, and 3 for both heads or for each
         assert lowering == "std24" or token > 12 or copies == 5
     session.prefill(tokens(60))
@@ -111,7 +136,9 @@ def test_steps_replay_one_graph_and_allocate_nothing(lowering: str, device: Simu
 
 
 def test_caches_and_states_are_bound_at_one_address(device: SimulatedDevice, tmp_path: Path) -> None:
-    decoder = made(opened(with_engine(tmp_path / "b", random_decoder("gqa"), BUDGET, "std24"), random_decoder("gqa")))
+    decoder = made(
+        opened(with_engine(tmp_path / "b", random_decoder("gqa"), BUDGET, "std24"), random_decoder("gqa"))
+    )
     assert len(decoder.cache.buffers) == 2 * 3
     for calls in (decoder._decode, decoder._prefill):
         for name, buffer in decoder.cache.buffers.items():
@@ -151,7 +178,10 @@ def test_blocked_slots_of_an_engine(lowering: str, device: SimulatedDevice, tmp_
         engine.cache.block(14)
         oracle, ids = Oracle(decoder, dataclasses.replace(BUDGET, budget=14), chunk=3), tokens(60)
         wanted = np.concatenate((oracle.read(ids[:30]), np.array([oracle.step(token) for token in ids[30:]])))
-        for start, stop in [*((start, start + 3) for start in range(0, 30, 3)), *((each, each + 1) for each in range(30, 60))]:
+        for start, stop in [
+            *((start, start + 3) for start in range(0, 30, 3)),
+            *((each, each + 1) for each in range(30, 60)),
+        ]:
             here = np.arange(stop - start)[None]
             found = engine.run(np.array([ids[start:stop]]), start + here, here)
             np.testing.assert_allclose(found[0], wanted[start:stop], **CLOSE)
@@ -185,7 +215,9 @@ def test_an_engine_of_another_budget_is_refused(device: SimulatedDevice, tmp_pat
 def test_cuda_equals_the_oracle(style: str, device: SimulatedDevice, tmp_path: Path) -> None:
     decoder = STYLES[style]()
     for eviction in (BUDGET, SKIPPING):
-        bundle = write_bundle(tmp_path / str(eviction.skip_layers), decoder, capacity=CAPACITY, eviction=eviction)
+        bundle = write_bundle(
+            tmp_path / str(eviction.skip_layers), decoder, capacity=CAPACITY, eviction=eviction
+        )
         session = opened(bundle, decoder, "cuda")
         assert session.provider == "cuda" and differences(session, Oracle(decoder, eviction)) < 1e-5
 
@@ -204,7 +236,9 @@ def test_batches_on_cuda_equal_those_on_the_cpu(device: SimulatedDevice, tmp_pat
 
 def test_a_step_on_cuda_allocates_nothing_and_moves_nothing(device: SimulatedDevice, tmp_path: Path) -> None:
     session = opened(
-        write_bundle(tmp_path / "b", random_decoder("gqa"), capacity=CAPACITY, eviction=BUDGET), random_decoder("gqa"), "cuda"
+        write_bundle(tmp_path / "b", random_decoder("gqa"), capacity=CAPACITY, eviction=BUDGET),
+        random_decoder("gqa"),
+        "cuda",
     )
     session.prefill(tokens(30))
     session.step([1])
@@ -263,7 +297,10 @@ def _no_state(monkeypatch: pytest.MonkeyPatch) -> None:
     real = TensorRtDecoder._write_updates
 
     def write(self: Any, start: int, count: int) -> None:
-        updates, self._updates = self._updates, {n: a for n, a in self._updates.items() if not n.endswith("state")}
+        updates, self._updates = (
+            self._updates,
+            {n: a for n, a in self._updates.items() if not n.endswith("state")},
+        )
         real(self, start, count)
         self._updates = updates
 
@@ -272,12 +309,19 @@ def _no_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _slots_moved_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
     real = OnDevice.move
-    monkeypatch.setattr(OnDevice, "move", lambda self, array, moves: real(self, array, [m._replace(rows=1) for m in moves][:1]))
+    monkeypatch.setattr(
+        OnDevice,
+        "move",
+        lambda self, array, moves: real(self, array, [m._replace(rows=1) for m in moves][:1]),
+    )
 
 
 @pytest.mark.parametrize("fault", [_all_to_one_slot, _stale_slots, _no_state, _slots_moved_wrongly])
 def test_wrong_runtimes_are_seen(
-    fault: Callable[[pytest.MonkeyPatch], None], device: SimulatedDevice, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    fault: Callable[[pytest.MonkeyPatch], None],
+    device: SimulatedDevice,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     decoder = random_decoder("gqa")
     bundle = with_engine(tmp_path / "b", decoder, BUDGET, "decomposed17")

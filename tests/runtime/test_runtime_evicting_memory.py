@@ -83,17 +83,26 @@ print(json.dumps(seen))
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One layer of four KV heads of 64 under eight query heads: 2 KiB of keys and values a token, 32 bytes of state."""
-    decoder = make_decoder("gqa", layers=1, heads=8, kv_heads=4, head_dim=64, dtype=torch.float32, max_positions=1 << 16)
+    decoder = make_decoder(
+        "gqa", layers=1, heads=8, kv_heads=4, head_dim=64, dtype=torch.float32, max_positions=1 << 16
+    )
     path = tmp_path_factory.mktemp("wide") / "b"
     return write_bundle(path, decoder, capacity=2 * SLOTS, eviction=Eviction("l2-norm", SLOTS, 2, 8))
 
 
 def _peak(bundle: Path, how: str) -> tuple[dict[str, object], str]:
-    ran = subprocess.run([sys.executable, "-c", _PEAK, str(bundle), str(BATCH), how], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", _PEAK, str(bundle), str(BATCH), how],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     return json.loads(ran.stdout), ran.stderr
 
 
-@pytest.mark.skipif(not _resettable(), reason="this system does not let a process reset its peak resident memory")
+@pytest.mark.skipif(
+    not _resettable(), reason="this system does not let a process reset its peak resident memory"
+)
 def test_the_peak_of_a_step_is_free_of_the_cache(wide: Path) -> None:
     found, said = _peak(wide, "in place")
     copied, complaint = _peak(wide, "copied")
@@ -111,7 +120,15 @@ def test_the_peak_of_a_step_is_free_of_the_cache(wide: Path) -> None:
 def _run(bundle: Path, ids: list[int], every: int, folder: Path) -> tuple[list[int], list[int], np.ndarray]:
     """Bytes that the cache takes and that are resident after each thousand steps, and the logits after each of `every`."""
     np.save(folder / "ids.npy", np.array(ids))
-    command = [sys.executable, "-c", _STEPS, str(bundle), str(folder / "ids.npy"), str(every), str(folder / "logits.npy")]
+    command = [
+        sys.executable,
+        "-c",
+        _STEPS,
+        str(bundle),
+        str(folder / "ids.npy"),
+        str(every),
+        str(folder / "logits.npy"),
+    ]
     found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
     allocated, resident = zip(*found, strict=True)
     return list(allocated), list(resident), np.load(folder / "logits.npy")
@@ -126,7 +143,9 @@ def test_ten_thousand_steps_with_a_budget_of_256(tmp_path: Path) -> None:
     ids = tokens(steps)
     allocated, resident, logits = _run(bundle, ids, every, tmp_path)
     assert allocated == [Bundle.open(bundle).kv_bytes(16384)] * 10 == [256 * 2 * 2 * (16 + 2) * 4] * 10
-    assert max(resident) - resident[0] < 512 << 10  # of which nothing is the cache's: it stays what it was, by its own account
+    assert (
+        max(resident) - resident[0] < 512 << 10
+    )  # of which nothing is the cache's: it stays what it was, by its own account
     oracle = Oracle(decoder, eviction, 16384)
     wanted = np.stack([oracle.step(token) for token in ids])[every - 1 :: every]
     np.testing.assert_allclose(logits, wanted, rtol=0.0, atol=1e-5)

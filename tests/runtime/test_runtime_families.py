@@ -29,22 +29,33 @@ LENGTHS = (11, 4, 23)
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_equals_the_oracle(family: str, dtype: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_a_family_equals_the_oracle(
+    family: str, dtype: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     decoder = load_decoder(tiny_checkpoint(family, **FAMILIES[family]))
-    session = open_bundle(write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=40), threads=1, chunk=8)
+    session = open_bundle(
+        write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=40), threads=1, chunk=8
+    )
     random = np.random.default_rng(0)
     texts = [random.integers(0, 67, length + 6).tolist() for length in LENGTHS]
     wanted = [exact_logits(decoder, text) for text in texts]
     close = 1e-4 if dtype == "float32" else 0.06 * max(np.abs(each).max() for each in wanted)
     np.testing.assert_allclose(session.score([texts[2]])[0], wanted[2], rtol=0, atol=close)
     found = [session.prefill([text[:length] for text, length in zip(texts, LENGTHS, strict=True)])]
-    found += [session.step([text[length + step] for text, length in zip(texts, LENGTHS, strict=True)]) for step in range(6)]
+    found += [
+        session.step([text[length + step] for text, length in zip(texts, LENGTHS, strict=True)])
+        for step in range(6)
+    ]
     for row, length in enumerate(LENGTHS):
-        np.testing.assert_allclose([each[row] for each in found], wanted[row][length - 1 :], rtol=0, atol=close)
+        np.testing.assert_allclose(
+            [each[row] for each in found], wanted[row][length - 1 :], rtol=0, atol=close
+        )
 
 
 @pytest.mark.parametrize("method", ["online", "fold", "mean-pool"])
-def test_converted_heads_equal_the_oracle(method: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_converted_heads_equal_the_oracle(
+    method: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     """What `convert` makes, run by the runtime: half the KV heads."""
     decoder = load_decoder(tiny_checkpoint("llama", num_key_value_heads=4))
     windows = torch.randint(0, 67, (8, 16), generator=torch.Generator().manual_seed(0))
@@ -60,11 +71,15 @@ def test_converted_heads_equal_the_oracle(method: str, tiny_checkpoint: Callable
     assert all(layer.num_key_value_heads == 2 for layer in session.bundle.layers)
 
 
-def test_the_first_token_that_a_tokenizer_adds_is_honoured(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_the_first_token_that_a_tokenizer_adds_is_honoured(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320))
     plain = Tokenizer.from_str(byte_level_tokenizer())
     adding = Tokenizer.from_str(plain.to_str())
-    adding.post_processor = processors.TemplateProcessing(single="<|end|> $A", special_tokens=[("<|end|>", 0)])
+    adding.post_processor = processors.TemplateProcessing(
+        single="<|end|> $A", special_tokens=[("<|end|>", 0)]
+    )
     ids = plain.encode("Once upon").ids
     with_first, without = (
         open_bundle(write_bundle(tmp_path / name, decoder, tokenizer=tokenizer.to_str()), threads=1)

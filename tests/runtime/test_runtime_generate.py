@@ -37,7 +37,9 @@ def test_batch_generates_what_each_prompt_does_alone(opened: Opened) -> None:
         assert isinstance(together, list) and len(together) == 3
         assert together[0] == opened().generate(prompts[0], max_new_tokens=12, stop=(), **options)
         if not options:
-            assert together[1:] == [opened().generate(each, max_new_tokens=12, stop=()) for each in prompts[1:]]
+            assert together[1:] == [
+                opened().generate(each, max_new_tokens=12, stop=()) for each in prompts[1:]
+            ]
 
 
 def test_same_prompt_twice_draws_differently(opened: Opened) -> None:
@@ -80,7 +82,9 @@ def test_stop_token_ends_a_sequence_and_the_others_go_on(opened: Opened) -> None
 
 def test_models_own_stop_tokens_are_the_default(decoder: Decoder, opened: Opened, tmp_path: Path) -> None:
     end = opened().generate([5, 9, 33], max_new_tokens=9, stop=()).token_ids[-1]
-    bundle = write_bundle(tmp_path / "ends", decoder, change=lambda manifest: manifest["model"].update(eos_token_ids=[66, end]))
+    bundle = write_bundle(
+        tmp_path / "ends", decoder, change=lambda manifest: manifest["model"].update(eos_token_ids=[66, end])
+    )
     made = open_bundle(bundle, threads=1).generate([5, 9, 33], max_new_tokens=9)
     assert made.finish_reason == "stop" and end not in made.token_ids
 
@@ -135,9 +139,15 @@ def test_bundle_without_tokenizer_speaks_ids_only(opened: Opened) -> None:
         session.stream([1, 2])
 
 
-def test_empty_text_begins_with_the_models_first_token(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, bos_token_id=7))
-    session = open_bundle(write_bundle(tmp_path / "bos", decoder, tokenizer=byte_level_tokenizer()), threads=1)
+def test_empty_text_begins_with_the_models_first_token(
+    tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    decoder = decoder_with_fewer_heads(
+        tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, bos_token_id=7)
+    )
+    session = open_bundle(
+        write_bundle(tmp_path / "bos", decoder, tokenizer=byte_level_tokenizer()), threads=1
+    )
     made = session.generate("", max_new_tokens=5)
     assert made.token_ids == session.generate([7], max_new_tokens=5).token_ids and made.prompt_tokens == 1
 
@@ -152,10 +162,18 @@ def test_prompts_that_are_nothing(speaking: Session) -> None:
 
 @pytest.mark.parametrize(
     "options",
-    [{"max_new_tokens": 0}, {"temperature": -0.1}, {"temperature": float("nan")}, {"temperature": float("inf")}, {"top_k": 0},
-     {"top_p": 0.0}, {"top_p": 1.5}, {"seed": -1}],
+    [
+        {"max_new_tokens": 0},
+        {"temperature": -0.1},
+        {"temperature": float("nan")},
+        {"temperature": float("inf")},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"seed": -1},
+    ],
     ids=str,
-)  # fmt: skip
+)
 def test_options_out_of_range(opened: Opened, options: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="out of range"):
         opened().generate([1], **options)

@@ -29,7 +29,9 @@ class Runtime(ModuleType):
 
     cudaError_t = _Error
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
-    cudaMemcpyKind = SimpleNamespace(cudaMemcpyHostToDevice="H2D", cudaMemcpyDeviceToHost="D2H", cudaMemcpyDeviceToDevice="D2D")
+    cudaMemcpyKind = SimpleNamespace(
+        cudaMemcpyHostToDevice="H2D", cudaMemcpyDeviceToHost="D2H", cudaMemcpyDeviceToDevice="D2D"
+    )
     cudaStreamCaptureMode = SimpleNamespace(cudaStreamCaptureModeThreadLocal="thread")
 
     def __init__(self) -> None:
@@ -37,11 +39,16 @@ class Runtime(ModuleType):
         self.calls: list[tuple[Any, ...]] = []
         self.failing: dict[str, _Error] = {}
         self.answers: dict[str, tuple[Any, ...]] = {
-            "cudaGetDeviceCount": (1,), "cudaDriverGetVersion": (12060,), "cudaRuntimeGetVersion": (13050,),
-            "cudaGetDeviceProperties": (SimpleNamespace(name=b"Orin", major=8, minor=7),), "cudaStreamCreateWithFlags": (7,),
-            "cudaMalloc": (4096,), "cudaMemGetInfo": (1000, 2000), "cudaStreamEndCapture": ("graph",),
+            "cudaGetDeviceCount": (1,),
+            "cudaDriverGetVersion": (12060,),
+            "cudaRuntimeGetVersion": (13050,),
+            "cudaGetDeviceProperties": (SimpleNamespace(name=b"Orin", major=8, minor=7),),
+            "cudaStreamCreateWithFlags": (7,),
+            "cudaMalloc": (4096,),
+            "cudaMemGetInfo": (1000, 2000),
+            "cudaStreamEndCapture": ("graph",),
             "cudaGraphInstantiate": ("executable",),
-        }  # fmt: skip
+        }
         self.host = (ctypes.c_uint8 * 64)()
 
     def __getattr__(self, name: str) -> Any:
@@ -112,9 +119,13 @@ def test_graphs_are_captured_and_launched(runtime: Runtime) -> None:
     graph = device.capture(device.synchronize)
     device.launch(graph)
     assert [call[0] for call in runtime.calls] == [
-        "cudaStreamBeginCapture", "cudaStreamSynchronize", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy",
+        "cudaStreamBeginCapture",
+        "cudaStreamSynchronize",
+        "cudaStreamEndCapture",
+        "cudaGraphInstantiate",
+        "cudaGraphDestroy",
         "cudaGraphLaunch",
-    ]  # fmt: skip
+    ]
     assert runtime.calls[-1] == ("cudaGraphLaunch", "executable", 7)
     del graph
     assert runtime.calls[-1] == ("cudaGraphExecDestroy", "executable")
@@ -144,7 +155,10 @@ def test_what_cannot_be_captured_ends_the_capture_and_says_none(runtime: Runtime
 
 def test_errors_become_ours(runtime: Runtime) -> None:
     device = Cuda()
-    runtime.failing = {"cudaMalloc": _Error.cudaErrorMemoryAllocation, "cudaStreamSynchronize": _Error.cudaErrorLaunchFailure}
+    runtime.failing = {
+        "cudaMalloc": _Error.cudaErrorMemoryAllocation,
+        "cudaStreamSynchronize": _Error.cudaErrorLaunchFailure,
+    }
     with pytest.raises(MemoryError, match="100 bytes on Orin"):
         device.allocate(100)
     with pytest.raises(CannotRunHere, match=r"CUDA failed on Orin[\s\S]*cudaErrorLaunchFailure"):
@@ -155,11 +169,22 @@ def test_errors_become_ours(runtime: Runtime) -> None:
 def test_every_call_is_checked(runtime: Runtime, call: str) -> None:
     device, array = Cuda(), np.zeros(1)
     calls = {
-        "upload": lambda: device.upload(1, array), "download": lambda: device.download(array, 1),
-        "clear": lambda: device.clear(1, 1), "copy_rows": lambda: device.copy_rows(1, 1, 1, 1, 1, 1),
-        "launch": lambda: device.launch(_Graph("graph")), "memory": device.memory, "pinned": lambda: device.pinned(8),
-    }  # fmt: skip
-    names = ("cudaMemcpyAsync", "cudaMemsetAsync", "cudaMemcpy2DAsync", "cudaGraphLaunch", "cudaMemGetInfo", "cudaHostAlloc")
+        "upload": lambda: device.upload(1, array),
+        "download": lambda: device.download(array, 1),
+        "clear": lambda: device.clear(1, 1),
+        "copy_rows": lambda: device.copy_rows(1, 1, 1, 1, 1, 1),
+        "launch": lambda: device.launch(_Graph("graph")),
+        "memory": device.memory,
+        "pinned": lambda: device.pinned(8),
+    }
+    names = (
+        "cudaMemcpyAsync",
+        "cudaMemsetAsync",
+        "cudaMemcpy2DAsync",
+        "cudaGraphLaunch",
+        "cudaMemGetInfo",
+        "cudaHostAlloc",
+    )
     runtime.failing = dict.fromkeys(names, _Error.cudaErrorLaunchFailure)
     with pytest.raises(CannotRunHere, match="cudaErrorLaunchFailure"):
         calls[call]()
@@ -169,7 +194,11 @@ def test_every_call_is_checked(runtime: Runtime, call: str) -> None:
     ("error", "answers", "said"),
     [
         (_Error.cudaErrorInsufficientDriver, {"cudaDriverGetVersion": (0,)}, "no NVIDIA driver"),
-        (_Error.cudaErrorInsufficientDriver, {}, r"CUDA 12\.6[\s\S]*CUDA 13[\s\S]*pip install 'cuda-bindings<12\.7'"),
+        (
+            _Error.cudaErrorInsufficientDriver,
+            {},
+            r"CUDA 12\.6[\s\S]*CUDA 13[\s\S]*pip install 'cuda-bindings<12\.7'",
+        ),
         (_Error.cudaErrorNoDevice, {}, r"finds no GPU[\s\S]*cudaErrorNoDevice"),
         (_Error.cudaSuccess, {"cudaGetDeviceCount": (0,)}, r"finds no GPU[\s\S]*0 devices"),
     ],
@@ -197,9 +226,16 @@ def test_the_real_bindings_take_these_calls() -> None:
     device: Any = object.__new__(Cuda)
     device._cuda, device.stream, device.name, array = real, 7, "none", np.zeros(4)
     for call in (
-        lambda: device.allocate(8), lambda: device.upload(1, array), lambda: device.download(array, 1),
-        lambda: device.clear(1, 8), lambda: device.copy_rows(1, 2, 3, 4, 5, 6), device.synchronize, device.memory,
-        lambda: device.pinned(8), lambda: device.capture(lambda: None), lambda: device.launch(_Graph(real.cudaGraphExec_t(0))),
-    ):  # fmt: skip
+        lambda: device.allocate(8),
+        lambda: device.upload(1, array),
+        lambda: device.download(array, 1),
+        lambda: device.clear(1, 8),
+        lambda: device.copy_rows(1, 2, 3, 4, 5, 6),
+        device.synchronize,
+        device.memory,
+        lambda: device.pinned(8),
+        lambda: device.capture(lambda: None),
+        lambda: device.launch(_Graph(real.cudaGraphExec_t(0))),
+    ):
         with pytest.raises(CannotRunHere, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
             call()

@@ -63,10 +63,17 @@ def _resettable() -> bool:
 
 
 @pytest.fixture(scope="module")
-def wide_bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], Path]:
+def wide_bundle(
+    tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[int], Path]:
     """`wide_bundle(capacity)`: one layer of four KV heads of 64 under eight query heads, 2 KiB of cache a token."""
     checkpoint = tiny_checkpoint(
-        "llama", num_hidden_layers=1, head_dim=64, num_attention_heads=8, num_key_value_heads=4, max_position_embeddings=1 << 17
+        "llama",
+        num_hidden_layers=1,
+        head_dim=64,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=1 << 17,
     )
     folder = tmp_path_factory.mktemp("wide")
     made: dict[int, Path] = {}
@@ -85,7 +92,9 @@ def _measure(bundle: Path, how: str) -> tuple[dict[str, int], str]:
     return json.loads(ran.stdout), ran.stderr
 
 
-@pytest.mark.skipif(not _resettable(), reason="this system does not let a process reset its peak resident memory")
+@pytest.mark.skipif(
+    not _resettable(), reason="this system does not let a process reset its peak resident memory"
+)
 def test_peak_of_a_step_is_free_of_cache_and_capacity(wide_bundle: Callable[[int], Path]) -> None:
     exact, said = _measure(wide_bundle(DEPTH), "in place")
     roomy, _ = _measure(wide_bundle(1 << 16), "in place")

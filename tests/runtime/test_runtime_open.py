@@ -33,7 +33,9 @@ def _copy(bundle: Path, into: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.cpu.onnx", "decoder.onnx.data", "tokenizer.json"])
-def test_one_flipped_byte_is_found_before_anything_is_generated(text_bundle: Path, tmp_path: Path, name: str) -> None:
+def test_one_flipped_byte_is_found_before_anything_is_generated(
+    text_bundle: Path, tmp_path: Path, name: str
+) -> None:
     bundle = _copy(text_bundle, tmp_path / "b")
     _flip(bundle / name)
     with pytest.raises(BundleError, match=f"{name} of the bundle .* its sha256 differs"):
@@ -93,7 +95,9 @@ def test_weights_outside_the_bundle_are_never_read(tiny_bundle: Path, tmp_path: 
                 entry.value = "../elsewhere"
     (bundle / GRAPH).write_bytes(model.SerializeToString())
     file = bundle / GRAPH
-    edit_manifest(bundle, lambda raw: raw["files"][GRAPH].update(sha256=sha256_of(file), bytes=file.stat().st_size))
+    edit_manifest(
+        bundle, lambda raw: raw["files"][GRAPH].update(sha256=sha256_of(file), bytes=file.stat().st_size)
+    )
     with pytest.raises(CannotRunHere, match="cannot load the graph"):
         kvexport.open(bundle)
 
@@ -116,10 +120,16 @@ def test_truncation_and_padding_of_the_training_run_are_ignored(text_bundle: Pat
     backend.enable_truncation(2)
     backend.enable_padding(length=50)
     backend.save(str(file))
-    edit_manifest(bundle, lambda raw: raw["files"]["tokenizer.json"].update(sha256=sha256_of(file), bytes=file.stat().st_size))
+    edit_manifest(
+        bundle,
+        lambda raw: raw["files"]["tokenizer.json"].update(sha256=sha256_of(file), bytes=file.stat().st_size),
+    )
     prompt = "Once upon a time there was"
     plain = kvexport.open(text_bundle, threads=1).generate(prompt, max_new_tokens=3)
-    assert kvexport.open(bundle, threads=1).generate(prompt, max_new_tokens=3) == plain and plain.prompt_tokens > 2
+    assert (
+        kvexport.open(bundle, threads=1).generate(prompt, max_new_tokens=3) == plain
+        and plain.prompt_tokens > 2
+    )
 
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
@@ -140,11 +150,23 @@ print(json.dumps([[m for m in first if m == "onnxruntime"], sorted(loaded), made
 
 
 def test_runtime_needs_nothing_but_numpy_onnxruntime_and_tokenizers(text_bundle: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", _LEAN, str(text_bundle)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", _LEAN, str(text_bundle)], capture_output=True, text=True, check=True
+    )
     early, loaded, text = json.loads(ran.stdout)
     assert early == [] and isinstance(text, str)
     assert {"numpy", "onnxruntime", "tokenizers"} <= set(loaded)
-    heavy = {"torch", "transformers", "onnx", "onnx_ir", "onnxscript", "safetensors", "ml_dtypes", "rich", "click"}
+    heavy = {
+        "torch",
+        "transformers",
+        "onnx",
+        "onnx_ir",
+        "onnxscript",
+        "safetensors",
+        "ml_dtypes",
+        "rich",
+        "click",
+    }
     assert not heavy & set(loaded)
 
 
@@ -161,7 +183,9 @@ except CannotRunHere as error:
 
 
 def test_missing_onnxruntime_is_named(tiny_bundle: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", _BLOCKED, str(tiny_bundle)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", _BLOCKED, str(tiny_bundle)], capture_output=True, text=True, check=True
+    )
     assert "onnxruntime is not installed" in ran.stdout and "kvexport[cpu]" in ran.stdout
 
 

@@ -37,13 +37,17 @@ Opened = Callable[..., Session]
         ([1], {"seed": 1.5}, "seed is out of range"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(opened: Opened, prompt: Any, options: dict[str, Any], said: str) -> None:
+def test_what_cannot_be_generated_is_refused(
+    opened: Opened, prompt: Any, options: dict[str, Any], said: str
+) -> None:
     session = opened()
     cache = session.new_cache()
     with pytest.raises(UsageError, match=said):
         session.generate(prompt, cache=cache, **options)
     assert not cache.lengths.any()
-    session.generate([1], max_new_tokens=np.int64(2), stop=[np.int64(5)], cache=cache)  # numpy's numbers are numbers
+    session.generate(
+        [1], max_new_tokens=np.int64(2), stop=[np.int64(5)], cache=cache
+    )  # numpy's numbers are numbers
     assert cache.lengths.tolist() == [2]
 
 

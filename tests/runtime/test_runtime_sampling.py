@@ -15,7 +15,9 @@ def shares(logits: list[float], draws: int = 4000, **options: float) -> np.ndarr
     """How often each token is drawn."""
     sampling, generator = Sampling(**options), np.random.default_rng(0)  # type: ignore[arg-type]
     array = np.array(logits, np.float32)
-    return np.bincount([sampling.choose(array, generator) for _ in range(draws)], minlength=len(logits)) / draws
+    return (
+        np.bincount([sampling.choose(array, generator) for _ in range(draws)], minlength=len(logits)) / draws
+    )
 
 
 def softmax(logits: list[float]) -> np.ndarray:
@@ -39,8 +41,20 @@ def test_top_k_keeps_the_likeliest() -> None:
 
 def test_top_p_keeps_the_smallest_set_that_reaches_it() -> None:
     probabilities = softmax(LOGITS)  # 0.079, 0.582, 0.004, 0.353, 0.029 or so
-    assert (shares(LOGITS, temperature=1.0, top_p=probabilities[1] - 0.01) > 0).tolist() == [False, True, False, False, False]
-    assert (shares(LOGITS, temperature=1.0, top_p=probabilities[1] + 0.01) > 0).tolist() == [False, True, False, True, False]
+    assert (shares(LOGITS, temperature=1.0, top_p=probabilities[1] - 0.01) > 0).tolist() == [
+        False,
+        True,
+        False,
+        False,
+        False,
+    ]
+    assert (shares(LOGITS, temperature=1.0, top_p=probabilities[1] + 0.01) > 0).tolist() == [
+        False,
+        True,
+        False,
+        True,
+        False,
+    ]
     assert (shares(LOGITS, temperature=1.0, top_p=1.0) > 0).all()
 
 
@@ -62,7 +76,9 @@ def test_equal_logits_are_cut_at_top_k_all_the_same() -> None:
     st.integers(1, 60),
     st.floats(0.01, 1),
 )
-def test_draws_lie_in_the_set_that_sorting_everything_gives(logits: list[float], temperature: float, k: int, p: float) -> None:
+def test_draws_lie_in_the_set_that_sorting_everything_gives(
+    logits: list[float], temperature: float, k: int, p: float
+) -> None:
     array = np.array(logits, np.float32)
     order = np.argsort(-array, kind="stable")[:k]
     probabilities = softmax((array[order].astype(float) / temperature).tolist())
@@ -73,7 +89,11 @@ def test_draws_lie_in_the_set_that_sorting_everything_gives(logits: list[float],
 
 
 def test_extremes() -> None:
-    assert (shares([-np.inf, 0.0, -np.inf], draws=50, temperature=1.0, top_k=2) > 0).tolist() == [False, True, False]
+    assert (shares([-np.inf, 0.0, -np.inf], draws=50, temperature=1.0, top_k=2) > 0).tolist() == [
+        False,
+        True,
+        False,
+    ]
     assert shares([0.0, 80.0], draws=50, temperature=1e-6)[1] == 1
     assert shares([5.0], draws=5, temperature=1.0, top_k=9, top_p=0.1)[0] == 1
 
@@ -93,4 +113,6 @@ def test_nucleus_is_what_sorting_everything_gives(size: int, spread: float) -> N
     order = np.argsort(-weights, kind="stable")
     for share in (0.01, 0.5, 0.9, 0.999):
         mass = share * weights.sum()
-        np.testing.assert_array_equal(_nucleus(weights, mass), order[: int(weights[order].cumsum().searchsorted(mass)) + 1])
+        np.testing.assert_array_equal(
+            _nucleus(weights, mass), order[: int(weights[order].cumsum().searchsorted(mass)) + 1]
+        )

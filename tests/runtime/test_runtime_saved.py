@@ -54,7 +54,9 @@ def bundles(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Calla
     def bundle(eviction: Eviction | None = None, dtype: str = "float32") -> Path:
         if (eviction, dtype) not in made:
             path = tmp_path_factory.mktemp("saved") / "b"
-            made[eviction, dtype] = write_bundle(path, decoder, capacity=CAPACITY, eviction=eviction, dtype=dtype)
+            made[eviction, dtype] = write_bundle(
+                path, decoder, capacity=CAPACITY, eviction=eviction, dtype=dtype
+            )
             add_engine(path)
         return made[eviction, dtype]
 
@@ -81,7 +83,9 @@ def following(session: Session, cache: Cache) -> list[Any]:
 
 @whatever_is_held
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_saved_cache_goes_on_to_the_last_bit(eviction: Eviction | None, dtype: str, opened: Opened, tmp_path: Path) -> None:
+def test_a_saved_cache_goes_on_to_the_last_bit(
+    eviction: Eviction | None, dtype: str, opened: Opened, tmp_path: Path
+) -> None:
     session = opened(eviction, dtype)
     cache = session.new_cache(batch=3)
     session.generate([tokens(n, seed=n) for n in (40, 3, 17)], max_new_tokens=5, stop=[], cache=cache)
@@ -118,13 +122,17 @@ def test_an_empty_cache_and_one_that_was_cleared(opened: Opened, tmp_path: Path)
             cache.save(tmp_path / "c")
             loaded = session.load(tmp_path / "c")
             assert loaded.lengths.tolist() == [0, 0] and loaded.bytes == 0
-            np.testing.assert_array_equal(session.prefill([[1, 2], [3]], cache=loaded), session.prefill([[1, 2], [3]]))
+            np.testing.assert_array_equal(
+                session.prefill([[1, 2], [3]], cache=loaded), session.prefill([[1, 2], [3]])
+            )
             session.prefill([[1], [2]], cache=cache)
             cache.clear()
 
 
 @whatever_is_held
-def test_the_file_is_safetensors_as_the_contract_has_it(eviction: Eviction | None, opened: Opened, tmp_path: Path) -> None:
+def test_the_file_is_safetensors_as_the_contract_has_it(
+    eviction: Eviction | None, opened: Opened, tmp_path: Path
+) -> None:
     session = opened(eviction, "float16")
     cache = session.new_cache(batch=2)
     session.generate([tokens(40), tokens(5)], max_new_tokens=2, stop=[], cache=cache)
@@ -133,12 +141,17 @@ def test_the_file_is_safetensors_as_the_contract_has_it(eviction: Eviction | Non
         metadata, names = file.metadata(), list(file.keys())
         tensors = {name: file.get_tensor(name) for name in names}
     assert metadata.keys() == {"kvexport", "bundle", "sha256", "state"} and metadata["kvexport"] == "cache 1"
-    assert metadata["bundle"] == json.loads((session.bundle.path / "manifest.json").read_text())["manifest_sha256"]
+    assert (
+        metadata["bundle"]
+        == json.loads((session.bundle.path / "manifest.json").read_text())["manifest_sha256"]
+    )
     whole = (tmp_path / "c").read_bytes()
     assert hashlib.sha256(whole[8 + int.from_bytes(whole[:8], "little") :]).hexdigest() == metadata["sha256"]
     state = json.loads(metadata["state"])
     assert state["lengths"] == [41, 6] and [len(each) for each in state["pending"]] == [1, 1]
-    assert state["filled"] == (None if eviction is None else [24, 6]) and state["seen"] == (None if eviction is None else [41, 6])
+    assert state["filled"] == (None if eviction is None else [24, 6]) and state["seen"] == (
+        None if eviction is None else [41, 6]
+    )
     for layer in range(2):
         evicts = eviction is not None and eviction.evicts(layer)
         key = tensors[f"past_key_values.{layer}.key"]
@@ -154,7 +167,12 @@ def test_the_file_is_safetensors_as_the_contract_has_it(eviction: Eviction | Non
 @pytest.mark.parametrize("there", [False, True])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 def test_every_dtype_keeps_its_bits(
-    dtype: str, there: bool, decoder: Decoder, device: SimulatedDevice, bundles: Callable[..., Path], tmp_path: Path
+    dtype: str,
+    there: bool,
+    decoder: Decoder,
+    device: SimulatedDevice,
+    bundles: Callable[..., Path],
+    tmp_path: Path,
 ) -> None:
     """Of bfloat16, which the CPU has no kernels of, the buffers alone."""
     bundle = Bundle.open(bundles(BUDGET, dtype))
@@ -172,7 +190,8 @@ def test_every_dtype_keeps_its_bits(
     assert read.occupancy is not None and read.occupancy.filled.tolist() == [24, 3]
     for name in kv.names:
         one, two = (
-            each.place.read(each.buffers[name]).reshape(2, -1, *each.buffers[name].shape[2:]).copy() for each in (kv, read)
+            each.place.read(each.buffers[name]).reshape(2, -1, *each.buffers[name].shape[2:]).copy()
+            for each in (kv, read)
         )
         one[1, :, 3:] = 0
         np.testing.assert_array_equal(one, two)
@@ -190,7 +209,9 @@ def written(opened: Opened, tmp_path: Path) -> tuple[Session, Path]:
     return session, tmp_path / "c"
 
 
-def edited(path: Path, change: Callable[[dict[str, Any]], object], data: Callable[[bytes], bytes] = bytes) -> Path:
+def edited(
+    path: Path, change: Callable[[dict[str, Any]], object], data: Callable[[bytes], bytes] = bytes
+) -> Path:
     """A file whose header and data somebody changed who also corrects the data's digest, but for one that is given."""
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
@@ -252,10 +273,19 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no offsets": (lambda h: h[KEY].update(data_offsets=[0]), "where it is"),
     "offsets real": (lambda h: h[KEY].update(data_offsets=[0.0, 3072.0]), "where it is"),
     "extent": (lambda h: h[KEY].update(data_offsets=[0, 8]), "extent"),
-    "overlap": (lambda h: h[KEY].update(data_offsets=[each + 4 for each in h[KEY]["data_offsets"]]), "gap or an overlap"),
-    "beyond": (lambda h: h[KEY].update(data_offsets=[each + 10**9 for each in h[KEY]["data_offsets"]]), "gap or an overlap"),
-    "before": (lambda h: h[KEY].update(data_offsets=[each - 10**9 for each in h[KEY]["data_offsets"]]), "gap or an overlap"),
-}  # fmt: skip
+    "overlap": (
+        lambda h: h[KEY].update(data_offsets=[each + 4 for each in h[KEY]["data_offsets"]]),
+        "gap or an overlap",
+    ),
+    "beyond": (
+        lambda h: h[KEY].update(data_offsets=[each + 10**9 for each in h[KEY]["data_offsets"]]),
+        "gap or an overlap",
+    ),
+    "before": (
+        lambda h: h[KEY].update(data_offsets=[each - 10**9 for each in h[KEY]["data_offsets"]]),
+        "gap or an overlap",
+    ),
+}
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -273,11 +303,17 @@ def test_files_that_are_cut_or_have_more(written: tuple[Session, Path]) -> None:
     session, path = written
     whole = path.read_bytes()
     for content, said in (
-        (b"", "header"), (whole[:7], "header"), (whole[:100], "header"), (whole[:-1], "not all of its data"),
-        (whole + b"\0", "not all of its data"), (struct.pack("<Q", 2**63) + whole[8:], "header"),
-        (struct.pack("<Q", 4) + b"\xff\xff\xff\xff", "header cannot be read"), (struct.pack("<Q", 2) + b"[]", "not an object"),
-        (struct.pack("<Q", 14) + b'{"a":1,"a":2} ', "comes twice"), (struct.pack("<Q", 10**5) + b"[" * 10**5, "cannot be read"),
-    ):  # fmt: skip
+        (b"", "header"),
+        (whole[:7], "header"),
+        (whole[:100], "header"),
+        (whole[:-1], "not all of its data"),
+        (whole + b"\0", "not all of its data"),
+        (struct.pack("<Q", 2**63) + whole[8:], "header"),
+        (struct.pack("<Q", 4) + b"\xff\xff\xff\xff", "header cannot be read"),
+        (struct.pack("<Q", 2) + b"[]", "not an object"),
+        (struct.pack("<Q", 14) + b'{"a":1,"a":2} ', "comes twice"),
+        (struct.pack("<Q", 10**5) + b"[" * 10**5, "cannot be read"),
+    ):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=said):
             session.load(path)
@@ -285,7 +321,9 @@ def test_files_that_are_cut_or_have_more(written: tuple[Session, Path]) -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_one_byte_flipped_anywhere(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, decoder: Decoder) -> None:
+def test_one_byte_flipped_anywhere(
+    data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, decoder: Decoder
+) -> None:
     session, path = _once(tmp_path_factory, decoder)
     whole = bytearray(path.read_bytes())
     at = data.draw(st.integers(0, len(whole) - 1))
@@ -306,7 +344,9 @@ _MADE: list[tuple[Session, Path]] = []
 def _once(factory: pytest.TempPathFactory, decoder: Decoder) -> tuple[Session, Path]:
     if not _MADE:
         folder = factory.mktemp("flipped")
-        session = Session(Bundle.open(write_bundle(folder / "b", decoder, capacity=CAPACITY, eviction=BUDGET)), threads=1)
+        session = Session(
+            Bundle.open(write_bundle(folder / "b", decoder, capacity=CAPACITY, eviction=BUDGET)), threads=1
+        )
         cache = session.new_cache(batch=2)
         session.prefill([tokens(30), tokens(4)], cache=cache)
         cache.save(folder / "c")
@@ -317,7 +357,9 @@ def _once(factory: pytest.TempPathFactory, decoder: Decoder) -> tuple[Session, P
 def test_a_cache_of_another_bundle_is_refused(opened: Opened, written: tuple[Session, Path]) -> None:
     _, path = written
     for session in (opened(), opened(BUDGET, "float16")):
-        with pytest.raises(UsageError, match=r"of another bundle[\s\S]*run the bundle that it was saved with"):
+        with pytest.raises(
+            UsageError, match=r"of another bundle[\s\S]*run the bundle that it was saved with"
+        ):
             session.load(path)
 
 
@@ -329,7 +371,9 @@ def test_an_engine_that_is_smaller_or_of_one_sequence(
     shutil.copytree(session.bundle.path, copy, ignore=shutil.ignore_patterns("engines"))
     add_engine(copy, capacity=25)
     small = Session(Bundle.open(copy), provider="tensorrt")
-    with pytest.raises(UsageError, match=r"more than there is room for[\s\S]*30 tokens[\s\S]*engine again with --capacity 30"):
+    with pytest.raises(
+        UsageError, match=r"more than there is room for[\s\S]*30 tokens[\s\S]*engine again with --capacity 30"
+    ):
         small.load(path)
     cache = session.new_cache(batch=2)
     session.prefill([[1], [2]], cache=cache)
@@ -352,7 +396,7 @@ def test_places_where_nothing_is_or_can_be(opened: Opened, tmp_path: Path) -> No
 
 def test_a_write_that_fails_leaves_what_was_there(
     written: tuple[Session, Path], monkeypatch: pytest.MonkeyPatch
-) -> None:  # fmt: skip
+) -> None:
     session, path = written
     before, cache = path.read_bytes(), session.new_cache()
     session.prefill([1, 2, 3], cache=cache)

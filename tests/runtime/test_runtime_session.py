@@ -143,7 +143,7 @@ def test_memory_says_what_is_allocated(opened: Opened) -> None:
         ([["a"]], "whole numbers"),
         ([1] * 601, "601 tokens"),
     ],
-)  # fmt: skip
+)
 def test_prompts_that_cannot_be_read(opened: Opened, prompts: list[object], said: str) -> None:
     session = opened()
     session.prefill([4, 5])
@@ -155,7 +155,13 @@ def test_prompts_that_cannot_be_read(opened: Opened, prompts: list[object], said
 def test_refused_steps_change_nothing(opened: Opened) -> None:
     session = opened()
     session.prefill([tokens(600), tokens(3)])
-    for ids, said in (([1], "2"), ([1, 2, 3], "2"), ([1, 67], "vocabulary"), ([-1, 1], "vocabulary"), ([1, 1], "601 tokens")):
+    for ids, said in (
+        ([1], "2"),
+        ([1, 2, 3], "2"),
+        ([1, 67], "vocabulary"),
+        ([-1, 1], "vocabulary"),
+        ([1, 1], "601 tokens"),
+    ):
         with pytest.raises(UsageError, match=said):
             session.step(ids)
     assert session.lengths.tolist() == [600, 3]
@@ -167,7 +173,9 @@ def test_score_refuses_what_is_no_batch(opened: Opened) -> None:
             opened().score(ids)
 
 
-def test_too_long_prompt_names_the_option_that_helps(decoder: Decoder, tiny_bundle: Path, tmp_path: Path) -> None:
+def test_too_long_prompt_names_the_option_that_helps(
+    decoder: Decoder, tiny_bundle: Path, tmp_path: Path
+) -> None:
     session = open_bundle(tiny_bundle, threads=1)  # the model was trained for 1024 positions
     with pytest.raises(UsageError, match="--capacity 700"):
         session.prefill([1] * 700)

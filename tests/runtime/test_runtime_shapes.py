@@ -12,8 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvexport.build import pipeline as building
 from kvexport.build import conversion_job as job
+from kvexport.build import pipeline as building
 from kvexport.bundle.bundle import Bundle
 from kvexport.calibrate import recipe_for
 from kvexport.convert import Wish
@@ -30,11 +30,13 @@ PROMPTS = [[5, 9, 33], [1], list(range(20))]
 
 def built(
     checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, **plan: Any
-) -> tuple[building.BuildReport, Decoder]:  # fmt: skip
+) -> tuple[building.BuildReport, Decoder]:
     """The report, and the converted model as its layers were handed to the graph."""
     layers: list[Layer] = []
     original = DecoderWriter.add_layer
-    monkeypatch.setattr(DecoderWriter, "add_layer", lambda self, layer: layers.append(layer) or original(self, layer))
+    monkeypatch.setattr(
+        DecoderWriter, "add_layer", lambda self, layer: layers.append(layer) or original(self, layer)
+    )
     made = building.Plan(recipe_for("random", 16, 24), **plan)
     report = building.build(checkpoint, bundle, made, Progress(), capacity=64)
     return report, dataclasses.replace(load_decoder(checkpoint), layers=layers)
@@ -63,14 +65,22 @@ def greedy(decoder: Decoder, prompt: list[int], steps: int) -> tuple[int, ...]:
     ids=["equal widths", "unequal widths", "folded", "normalised keys"],
 )
 def test_a_built_bundle_generates_what_the_converted_model_does(
-    family: str, plan: dict[str, Any], tiny_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    family: str,
+    plan: dict[str, Any],
+    tiny_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     report, decoder = built(tiny_checkpoint(family, **SIZES), tmp_path / "b", monkeypatch, **plan)
-    shapes = [(layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim) for layer in report.layers]
+    shapes = [
+        (layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim) for layer in report.layers
+    ]
     assert len(set(shapes)) > 1, "all layers of one shape: no test of mixed ones"
     assert max(max(key, value) for _, key, value in shapes) > 8  # wider than a trained head
     session = open_bundle(tmp_path / "b", threads=1)
-    assert [(each.num_key_value_heads, each.key_head_dim, each.value_head_dim) for each in session.bundle.layers] == shapes
+    assert [
+        (each.num_key_value_heads, each.key_head_dim, each.value_head_dim) for each in session.bundle.layers
+    ] == shapes
     wanted = [greedy(decoder, prompt, 10) for prompt in PROMPTS]
     assert [made.token_ids for made in session.generate(PROMPTS, max_new_tokens=10, stop=())] == wanted
     for prompt, tokens in zip(PROMPTS, wanted, strict=True):
@@ -81,11 +91,16 @@ def test_a_built_bundle_generates_what_the_converted_model_does(
     assert session.memory().bytes_per_token == report.kv_bytes_per_token == per_token
     assert list(Bundle.open(tmp_path / "b").layers) == report.layers
     trained = load_decoder(tiny_checkpoint(family, **SIZES))
-    assert [greedy(trained, prompt, 10) for prompt in PROMPTS] != wanted  # a control: conversion changed something
+    assert [
+        greedy(trained, prompt, 10) for prompt in PROMPTS
+    ] != wanted  # a control: conversion changed something
 
 
 def test_auto_gives_layers_of_either_method_to_one_bundle(
-    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_checkpoint: Callable[..., Path],
+    edit_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A model in which one layer's keys fold without loss, and whose other layers are left to the survey."""
     ways = job.choose
@@ -98,8 +113,13 @@ def test_auto_gives_layers_of_either_method_to_one_bundle(
         return dataclasses.replace(found, ways=mixed)
 
     monkeypatch.setattr(job, "choose", either)
-    report, decoder = built(tiny_checkpoint("llama", **SIZES), tmp_path / "b", monkeypatch, wish=Wish(kv_ratio=0.4))
+    report, decoder = built(
+        tiny_checkpoint("llama", **SIZES), tmp_path / "b", monkeypatch, wish=Wish(kv_ratio=0.4)
+    )
     assert [layer.method for layer in report.layers] == ["fold", "online"] * 2
-    assert torch.is_tensor(decoder.layers[0].attention.frequencies) and decoder.layers[1].attention.frequencies is None
+    assert (
+        torch.is_tensor(decoder.layers[0].attention.frequencies)
+        and decoder.layers[1].attention.frequencies is None
+    )
     made = open_bundle(tmp_path / "b", threads=1).generate(PROMPTS, max_new_tokens=10, stop=())
     assert [each.token_ids for each in made] == [greedy(decoder, prompt, 10) for prompt in PROMPTS]

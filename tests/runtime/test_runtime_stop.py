@@ -70,7 +70,10 @@ def test_generated_text_ends_before_the_stop(speaking: Session) -> None:
             made = speaking.generate("Once upon", seed=seed, stop=[stop], **OPTIONS)
             stream = speaking.stream("Once upon", seed=seed, stop=[stop, "never there"], **OPTIONS)
             pieces = list(stream)
-            assert made.text == free.text[: free.text.index(stop)] == "".join(pieces) and made.finish_reason == "stop"
+            assert (
+                made.text == free.text[: free.text.index(stop)] == "".join(pieces)
+                and made.finish_reason == "stop"
+            )
             assert stream.generation == made and all(pieces)
             # The tokens are those up to the one that completed it, and not one more was run.
             assert free.token_ids[: len(made.token_ids)] == made.token_ids
@@ -85,8 +88,10 @@ def test_rows_of_a_batch_stop_for_themselves(speaking: Session) -> None:
     prompts = ["Once upon", "naïve 日本", "a"]
     free = speaking.generate(prompts, max_new_tokens=30, temperature=0.9, seed=1)
     stop = next(
-        free[0].text[at : at + 2] for at in range(4, 30) if free[0].text and "\ufffd" not in free[0].text[at : at + 2]
-    )  # fmt: skip
+        free[0].text[at : at + 2]
+        for at in range(4, 30)
+        if free[0].text and "\ufffd" not in free[0].text[at : at + 2]
+    )
     made = speaking.generate(prompts, stop=[stop], max_new_tokens=30, temperature=0.9, seed=1)
     assert made[0].finish_reason == "stop" and made[0].text is not None and stop not in made[0].text
     for one, other in zip(made, free, strict=True):
@@ -100,9 +105,13 @@ def test_tokens_replace_the_models_own_and_texts_do_not(speaking: Session) -> No
     from kvexport.runtime.generation import Stop
 
     for stop, tokens, texts in (
-        (None, {0}, ()), ([], set(), ()), ([5, 7], {5, 7}, ()), (["x"], {0}, ("x",)), ("xy", {0}, ("xy",)),
+        (None, {0}, ()),
+        ([], set(), ()),
+        ([5, 7], {5, 7}, ()),
+        (["x"], {0}, ("x",)),
+        ("xy", {0}, ("xy",)),
         ([5, "x"], {5}, ("x",)),
-    ):  # fmt: skip
+    ):
         assert Stop.of(stop, own, 10) == Stop(frozenset(tokens), texts)
 
 

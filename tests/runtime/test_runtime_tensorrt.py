@@ -98,8 +98,10 @@ def test_score_equals_the_oracle(bundle: Path, device: SimulatedDevice, decoder:
 
 def test_text_is_that_of_the_cpu(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, device: SimulatedDevice
-) -> None:  # fmt: skip
-    made = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None))
+) -> None:
+    made = decoder_with_fewer_heads(
+        tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None)
+    )
     bundle = write_bundle(tmp_path / "text", made, tokenizer=byte_level_tokenizer())
     add_engine(bundle)
     assert open_bundle(bundle).provider == "tensorrt"  # "auto" takes the engine
@@ -141,7 +143,9 @@ def test_steps_replay_one_graph_and_allocate_nothing(bundle: Path, device: Simul
     assert (device.allocations, _addresses(session)) == (allocations, addresses)
 
 
-def test_without_capture_it_runs_all_the_same(bundle: Path, device: SimulatedDevice, decoder: Decoder) -> None:
+def test_without_capture_it_runs_all_the_same(
+    bundle: Path, device: SimulatedDevice, decoder: Decoder
+) -> None:
     device.capturable = False
     assert _wrong(_opened(bundle), decoder) < 1e-4
     assert "launch" not in device.done
@@ -165,7 +169,12 @@ def test_memory_is_the_engines_and_the_drivers(bundle: Path, device: SimulatedDe
     assert memory.bytes_allocated == memory.bytes_limit == CAPACITY * per_token
     found = memory.device
     assert found is not None and found.name == "Simulated"
-    assert (found.weights, found.loaded, found.activations, found.kv) == (4096, 4096, 5000, CAPACITY * per_token)
+    assert (found.weights, found.loaded, found.activations, found.kv) == (
+        4096,
+        4096,
+        5000,
+        CAPACITY * per_token,
+    )
     assert found.free == found.total - device.used and device.used > 4096 + 5000 + found.kv
 
 
@@ -193,9 +202,19 @@ def _not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     real = runtime._Calls.__init__
 
     def elsewhere(
-        self: Any, context: Any, place: Any, log: Any, vocab: int, bound: dict[str, int], told: Any, **options: Any
+        self: Any,
+        context: Any,
+        place: Any,
+        log: Any,
+        vocab: int,
+        bound: dict[str, int],
+        told: Any,
+        **options: Any,
     ) -> None:
-        apart = {name: place.device.allocate(1 << 16) if "present" in name else address for name, address in bound.items()}
+        apart = {
+            name: place.device.allocate(1 << 16) if "present" in name else address
+            for name, address in bound.items()
+        }
         real(self, context, place, log, vocab, apart, told, **options)
 
     monkeypatch.setattr(runtime._Calls, "__init__", elsewhere)
@@ -207,14 +226,22 @@ def _no_writes(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _one_slot_late(monkeypatch: pytest.MonkeyPatch) -> None:
     real = TensorRtDecoder._write_updates
-    monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda self, start, count: real(self, start + 1, count))
+    monkeypatch.setattr(
+        TensorRtDecoder, "_write_updates", lambda self, start, count: real(self, start + 1, count)
+    )
 
 
 def _one_head_less(monkeypatch: pytest.MonkeyPatch) -> None:
     real = SimulatedDevice.copy_rows
 
     def copy(
-        self: SimulatedDevice, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+        self: SimulatedDevice,
+        target: int,
+        target_pitch: int,
+        source: int,
+        source_pitch: int,
+        width: int,
+        rows: int,
     ) -> None:
         real(self, target, target_pitch, source, source_pitch, width, rows - 1)
 
@@ -243,14 +270,20 @@ def _stale_positions(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
 )
 def test_wrong_runtimes_are_seen(
-    lowering: str, fault: Callable[[pytest.MonkeyPatch], None], bundles: Callable[[str], Path], device: SimulatedDevice,
-    decoder: Decoder, monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
+    lowering: str,
+    fault: Callable[[pytest.MonkeyPatch], None],
+    bundles: Callable[[str], Path],
+    device: SimulatedDevice,
+    decoder: Decoder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     fault(monkeypatch)
     assert _wrong(_opened(bundles(lowering)), decoder) > 1e-2
 
 
-def test_wrong_profile_is_refused(bundle: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_profile_is_refused(
+    bundle: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session = _opened(bundle)
     made = _engine_decoder(session)
     made._prefill = made._decode
@@ -289,7 +322,10 @@ def test_rtx_compiles_the_decode_step_before_it_is_captured(bundle: Path, device
         if strategies is not None:
             module.DynamicShapesKernelSpecializationStrategy = strategies  # type: ignore[attr-defined]
         made = _engine_decoder(_opened(bundle))
-        found = [calls.context.config.dynamic_shapes_kernel_specialization_strategy for calls in (made._decode, made._prefill)]
+        found = [
+            calls.context.config.dynamic_shapes_kernel_specialization_strategy
+            for calls in (made._decode, made._prefill)
+        ]
         assert found == [wanted, "LAZY"]
 
 
@@ -306,7 +342,9 @@ def test_the_log_outlives_the_decoder_that_came_first(bundle: Path, device: Simu
 # Which engine, and why not.
 
 
-def test_engines_that_do_not_fit_are_each_named(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
+def test_engines_that_do_not_fit_are_each_named(
+    decoder: Decoder, tmp_path: Path, device: SimulatedDevice
+) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
     with pytest.raises(CannotRunHere, match=r"no engine that this machine can run[\s\S]*kvexport engine"):
         _opened(bundle)
@@ -326,7 +364,9 @@ def test_engines_that_do_not_fit_are_each_named(decoder: Decoder, tmp_path: Path
     assert _opened(bundle).provider == "tensorrt"
 
 
-def test_version_compatible_and_hardware_compatible_plans(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
+def test_version_compatible_and_hardware_compatible_plans(
+    decoder: Decoder, tmp_path: Path, device: SimulatedDevice
+) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
     folder = add_engine(bundle, version="10.3.0", options={"version_compatible": True})
     assert _opened(bundle).provider == "tensorrt"
@@ -362,7 +402,9 @@ def test_damaged_plans(decoder: Decoder, tmp_path: Path, device: SimulatedDevice
         open_bundle(bundle, provider="tensorrt", verify=False)
 
 
-def test_weights_are_hashed_only_where_they_are_read(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
+def test_weights_are_hashed_only_where_they_are_read(
+    decoder: Decoder, tmp_path: Path, device: SimulatedDevice
+) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
     add_engine(bundle)
     data = bundle / "decoder.onnx.data"

@@ -27,8 +27,14 @@ def trt() -> Any:
 
 
 def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
-    for simulated, real in ((_Engine, trt.ICudaEngine), (_Context, trt.IExecutionContext), (_RuntimeConfig, trt.IRuntimeConfig)):
-        public = {name for name in vars(simulated) if not name.startswith("_")} - {"shape"}  # the simulation's own
+    for simulated, real in (
+        (_Engine, trt.ICudaEngine),
+        (_Context, trt.IExecutionContext),
+        (_RuntimeConfig, trt.IRuntimeConfig),
+    ):
+        public = {name for name in vars(simulated) if not name.startswith("_")} - {
+            "shape"
+        }  # the simulation's own
         assert public and {name for name in public if not hasattr(real, name)} == set()
     assert hasattr(trt.ICudaEngine, "get_aliased_input_tensor")
     stands_in = simulated_tensorrt(SimulatedDevice())
@@ -43,12 +49,18 @@ def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
 def test_everything_that_the_runtime_calls_is_there(trt: Any) -> None:
     """By name, from the runtime's own text."""
     folder = Path(kvexport.runtime.__file__).parent
-    text = "".join((folder / name).read_text(encoding="utf-8") for name in ("tensorrt.py", "engine_loading.py"))
+    text = "".join(
+        (folder / name).read_text(encoding="utf-8") for name in ("tensorrt.py", "engine_loading.py")
+    )
     for pattern, real in (
-        (r"(?:loaded|_engine)\.([a-z_0-9]+)", trt.ICudaEngine), (r"context\.([a-z_0-9]+)\(", trt.IExecutionContext),
-        (r"refitter\.([a-z_0-9]+)\(", trt.Refitter), (r"_trt\.([A-Z]\w+)", trt), (r"engine\.trt\.([A-Z]\w+)", trt),
-        (r"(?<!kvexport\.)runtime\.([a-z_]+)", trt.Runtime), (r"config\.([a-z_]+)", trt.IRuntimeConfig),
-    ):  # fmt: skip
+        (r"(?:loaded|_engine)\.([a-z_0-9]+)", trt.ICudaEngine),
+        (r"context\.([a-z_0-9]+)\(", trt.IExecutionContext),
+        (r"refitter\.([a-z_0-9]+)\(", trt.Refitter),
+        (r"_trt\.([A-Z]\w+)", trt),
+        (r"engine\.trt\.([A-Z]\w+)", trt),
+        (r"(?<!kvexport\.)runtime\.([a-z_]+)", trt.Runtime),
+        (r"config\.([a-z_]+)", trt.IRuntimeConfig),
+    ):
         names = set(re.findall(pattern, text))
         assert names and {name for name in names if not hasattr(real, name)} == set(), pattern
 
@@ -61,7 +73,10 @@ def test_no_input_or_output_must_be_in_the_hosts_memory(trt: Any, lowering: str,
     from kvexport.engine.plan import parse
     from kvexport.graph import lower
 
-    graph = write_bundle(tmp_path / "b", make_decoder("llama", dtype=torch.float32), dtype="float16") / "decoder.onnx"
+    graph = (
+        write_bundle(tmp_path / "b", make_decoder("llama", dtype=torch.float32), dtype="float16")
+        / "decoder.onnx"
+    )
     model = lower(graph, lowering)
     freeze(model, {"batch": 1, "capacity": 64})
     _, network, _ = parse(load_library("tensorrt-rtx"), model, graph)
@@ -82,6 +97,8 @@ def test_an_engine_that_does_not_load_says_what_tensorrt_says(
         pytest.skip("there is a GPU")
     bundle = write_bundle(tmp_path / "b", decoder, dtype="float16")
     build_engine(bundle, target="rtx-4090", compute_capabilities=["8.9"])
-    monkeypatch.setattr("kvexport.runtime.backends.cuda.Cuda", lambda: SimulatedDevice(compute_capability="8.9"))
+    monkeypatch.setattr(
+        "kvexport.runtime.backends.cuda.Cuda", lambda: SimulatedDevice(compute_capability="8.9")
+    )
     with pytest.raises(CannotRunHere, match=r"TensorRT 1\.\d+[.\d]* cannot load[\s\S]*(CUDA|driver)"):
         open_bundle(bundle, provider="tensorrt")

@@ -18,7 +18,9 @@ def sentence_pieces() -> Backend:
     """Words with a leading mark, special tokens, and bytes for all else, as Llama 2 decodes them."""
     words = ["▁Once", "▁upon", "▁a", "▁time", "▁", "a", "é", ",", "s", "ing"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
-    backend = Backend(models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True))
+    backend = Backend(
+        models.BPE(vocab={piece: i for i, piece in enumerate(pieces)}, merges=[], byte_fallback=True)
+    )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     backend.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
@@ -40,7 +42,11 @@ def byte_ids(text: str) -> list[int]:
     return [3 + byte for byte in text.encode()]
 
 
-BACKENDS = {"bytes": Backend.from_str(byte_level_tokenizer()), "sentencepiece": sentence_pieces(), "metaspace": metaspace()}
+BACKENDS = {
+    "bytes": Backend.from_str(byte_level_tokenizer()),
+    "sentencepiece": sentence_pieces(),
+    "metaspace": metaspace(),
+}
 
 
 def streamed(tokenizer: Tokenizer, prompt: list[int], ids: list[int]) -> list[str]:
@@ -75,7 +81,9 @@ def test_pieces_of_words_and_characters_in_bytes_make_the_whole_text(data: st.Da
     tokenizer = Tokenizer(backend)
     words = st.integers(backend.token_to_id("▁Once"), backend.get_vocab_size() - 1).map(lambda token: [token])
     characters = st.sampled_from("aéß日🙂\u0301").map(byte_ids)
-    texts = st.lists(st.one_of(words, characters, characters), max_size=30).map(lambda parts: list(itertools.chain(*parts)))
+    texts = st.lists(st.one_of(words, characters, characters), max_size=30).map(
+        lambda parts: list(itertools.chain(*parts))
+    )
     prompt, ids = data.draw(texts), data.draw(texts)
     pieces = streamed(tokenizer, [1, *prompt], ids)
     assert not any(map(torn, pieces))
@@ -118,4 +126,7 @@ def test_prompt_that_ends_within_a_character() -> None:
 
 def test_special_tokens_are_not_said() -> None:
     tokenizer = Tokenizer(BACKENDS["bytes"])
-    assert "".join(streamed(tokenizer, [], [*tokenizer.encode("Once"), 0, *tokenizer.encode(" upon")])) == "Once upon"
+    assert (
+        "".join(streamed(tokenizer, [], [*tokenizer.encode("Once"), 0, *tokenizer.encode(" upon")]))
+        == "Once upon"
+    )

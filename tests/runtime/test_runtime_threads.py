@@ -36,7 +36,9 @@ def test_generations_without_a_cache_take_turns(opened: Opened) -> None:
     session = opened()
     alone = [session.generate(prompt, max_new_tokens=15, stop=[]) for prompt in PROMPTS]
     for _ in range(3):
-        found = together(*(lambda p=prompt: session.generate(p, max_new_tokens=15, stop=[]) for prompt in PROMPTS))  # type: ignore[misc]
+        found = together(
+            *(lambda p=prompt: session.generate(p, max_new_tokens=15, stop=[]) for prompt in PROMPTS)
+        )  # type: ignore[misc]
         assert found == alone
 
 
@@ -90,9 +92,11 @@ def test_a_stream_whose_sequences_another_call_used_says_so(text_bundle: Path, w
     session = open_bundle(text_bundle, threads=1)
     cache = session.new_cache() if with_cache else None
     for come_between in (
-        lambda: session.prefill("abc", cache=cache), lambda: session.generate("abc", max_new_tokens=2, cache=cache),
-        lambda: session.step([1], cache=cache), lambda: cache.clear() if cache is not None else session.reset(),
-    ):  # fmt: skip
+        lambda: session.prefill("abc", cache=cache),
+        lambda: session.generate("abc", max_new_tokens=2, cache=cache),
+        lambda: session.step([1], cache=cache),
+        lambda: cache.clear() if cache is not None else session.reset(),
+    ):
         stream = session.stream("Once upon", max_new_tokens=30, stop=[], cache=cache)
         next(stream)
         come_between()
@@ -117,7 +121,9 @@ def test_a_stream_that_is_left_can_be_gone_on_with(text_bundle: Path) -> None:
     assert (*done, *rest.token_ids) == whole.token_ids
 
 
-def test_close_waits_for_the_call_that_is_going_on(text_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_close_waits_for_the_call_that_is_going_on(
+    text_bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     session, inside, leave = open_bundle(text_bundle, threads=1), threading.Event(), threading.Event()
     real = OrtDecoder.run
 

@@ -55,12 +55,17 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def evicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return made(tmp_path_factory.mktemp("evicting") / "b", eviction=dataclasses.replace(EVICTION, policy="window"))
+    return made(
+        tmp_path_factory.mktemp("evicting") / "b", eviction=dataclasses.replace(EVICTION, policy="window")
+    )
 
 
 def require_ok(report: SelfTestReport) -> None:
     assert (report.verdict, report.fix) == ("ok", None), report.said
-    assert [check.first for check in report.checks] == [None, None] and report.generated == report.continuation
+    assert [check.first for check in report.checks] == [
+        None,
+        None,
+    ] and report.generated == report.continuation
 
 
 # Sound bundles
@@ -71,7 +76,11 @@ def require_ok(report: SelfTestReport) -> None:
 def test_sound_bundles_are_ok(style: str, dtype: str, tmp_path: Path) -> None:
     report = self_test(made(tmp_path / "b", model(style), dtype=dtype))
     require_ok(report)
-    assert (report.provider, report.dtype, [check.rows for check in report.checks]) == ("cpu", dtype, [40, 40])
+    assert (report.provider, report.dtype, [check.rows for check in report.checks]) == (
+        "cpu",
+        dtype,
+        [40, 40],
+    )
     for check in report.checks:  # a tenth of what is allowed
         assert 10 * check.logits < report.tolerance.logits and 10 * check.norms < report.tolerance.norms
     assert report.continuation == 24 or dtype == "float16"
@@ -88,7 +97,11 @@ def test_sound_bundles_that_evict_are_ok(policy: str, dtype: str, tmp_path: Path
 
 
 def test_projected_keys_are_ok(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
-    require_ok(self_test(made(tmp_path / "b", decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4)))))
+    require_ok(
+        self_test(
+            made(tmp_path / "b", decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4)))
+        )
+    )
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 5, 8, 17, 30])
@@ -96,7 +109,9 @@ def test_any_capacity_is_ok(capacity: int, tmp_path: Path) -> None:
     require_ok(self_test(made(tmp_path / "b", model(layers=1), capacity=capacity)))
     if capacity > 1:
         eviction = Eviction("keep-high", min(capacity, 2 + capacity // 2))
-        require_ok(self_test(made(tmp_path / "evicting", model(layers=1), capacity=capacity, eviction=eviction)))
+        require_ok(
+            self_test(made(tmp_path / "evicting", model(layers=1), capacity=capacity, eviction=eviction))
+        )
 
 
 def test_bfloat16_has_no_kernels_here(tmp_path: Path) -> None:
@@ -135,7 +150,10 @@ def test_weights_that_the_manifest_vouches_for_and_the_vectors_do_not(sound: Pat
 
 def test_vectors_of_another_bundle(sound: Path, tmp_path: Path) -> None:
     other = made(tmp_path / "other", model(seed=1))
-    assert self_test(broken(sound, tmp_path / "b", lambda b: shutil.copy(other / FILE, b / FILE))).verdict == "weights"
+    assert (
+        self_test(broken(sound, tmp_path / "b", lambda b: shutil.copy(other / FILE, b / FILE))).verdict
+        == "weights"
+    )
 
 
 def test_weights_that_all_vouch_for_and_that_compute_otherwise(sound: Path, tmp_path: Path) -> None:
@@ -146,9 +164,13 @@ def test_weights_that_all_vouch_for_and_that_compute_otherwise(sound: Path, tmp_
 
 def test_a_graph_of_another_bundle_is_not_ok_on_the_cpu(sound: Path, tmp_path: Path) -> None:
     """Its weights are the same, and right: it attends otherwise."""
-    other = made(tmp_path / "other", with_attention(model(), lambda each: dataclasses.replace(each, scale=1.0)))
+    other = made(
+        tmp_path / "other", with_attention(model(), lambda each: dataclasses.replace(each, scale=1.0))
+    )
     report = self_test(broken(sound, tmp_path / "b", lambda b: shutil.copy(other / "decoder.cpu.onnx", b)))
-    assert report.verdict == "weights" and report.checks[0].first is not None and report.checks[0].first.row == 1
+    assert (
+        report.verdict == "weights" and report.checks[0].first is not None and report.checks[0].first.row == 1
+    )
     assert report.fix is not None and "kvexport validate" in report.fix
 
 
@@ -163,7 +185,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
 @pytest.mark.parametrize("evicts", [False, True])
-def test_engines_are_ok(lowering: str, dtype: str, evicts: bool, device: SimulatedDevice, tmp_path: Path) -> None:
+def test_engines_are_ok(
+    lowering: str, dtype: str, evicts: bool, device: SimulatedDevice, tmp_path: Path
+) -> None:
     eviction = dataclasses.replace(EVICTION, skip_layers=(0,)) if evicts else None
     bundle = made(tmp_path / "b", dtype=dtype, eviction=eviction)
     add_engine(bundle, lowering=lowering, capacity=60)
@@ -174,7 +198,9 @@ def test_engines_are_ok(lowering: str, dtype: str, evicts: bool, device: Simulat
     assert device.done.count("engine") > 24
 
 
-def test_an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
+def test_an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds(
+    device: SimulatedDevice, sound: Path, tmp_path: Path
+) -> None:
     bundle = broken(sound, tmp_path / "b", lambda b: None)
     add_engine(bundle, capacity=21)
     report = self_test(bundle)
@@ -219,14 +245,18 @@ def test_a_damaged_plan_is_damage(device: SimulatedDevice, sound: Path, tmp_path
         self_test(bundle)
 
 
-def test_weights_that_are_in_the_plan_are_not_read(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
+def test_weights_that_are_in_the_plan_are_not_read(
+    device: SimulatedDevice, sound: Path, tmp_path: Path
+) -> None:
     """The simulated engine does read them: what counts is that nobody hashed the file that a real one has no need of."""
     bundle = broken(sound, tmp_path / "b", lambda b: None)
     add_engine(bundle)
     hashed: list[str] = []
     original = Bundle.verify
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Bundle, "verify", lambda self, names: hashed.extend(names := list(names)) or original(self, names))
+        patch.setattr(
+            Bundle, "verify", lambda self, names: hashed.extend(names := list(names)) or original(self, names)
+        )
         require_ok(self_test(bundle))
         assert "decoder.onnx.data" not in hashed and FILE in hashed
         require_ok(self_test(bundle, "cpu"))
@@ -266,7 +296,9 @@ class Wrapped:
         return logits
 
 
-def examined(path: Path, after: Callable[[KvCache, int, int], None] = lambda *arguments: None) -> SelfTestReport:
+def examined(
+    path: Path, after: Callable[[KvCache, int, int], None] = lambda *arguments: None
+) -> SelfTestReport:
     bundle = Bundle.open(path)
     decoder = open_decoder(bundle, CPU)
     decoder.use(new_cache(bundle, CPU, bundle.dtype, fill=GARBAGE, step=STEP))
@@ -305,7 +337,9 @@ def test_writes_one_slot_off(sound: Path) -> None:
 def test_ignored_write_indices(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call writes from the first slot on, as the first one should."""
     original = KvCache.admit
-    monkeypatch.setattr(KvCache, "admit", lambda self, positions, row=None: 0 * original(self, positions, row))
+    monkeypatch.setattr(
+        KvCache, "admit", lambda self, positions, row=None: 0 * original(self, positions, row)
+    )
     require_cache(self_test(sound))
 
 
@@ -356,7 +390,11 @@ def test_scores_that_are_no_norms(tmp_path: Path) -> None:
         cache.set_state(1, state)
 
     report = examined(bundle, swap)
-    assert report.verdict == "weights" and report.checks[0].first is not None and report.checks[0].first.part == "score"
+    assert (
+        report.verdict == "weights"
+        and report.checks[0].first is not None
+        and report.checks[0].first.part == "score"
+    )
 
 
 def test_numbers_that_are_none(sound: Path) -> None:
@@ -377,7 +415,9 @@ def test_a_bundle_without_vectors_is_told(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_vectors_that_cannot_be_are_refused(change: Callable[[Raw], object], sound: Path, tmp_path: Path) -> None:
+def test_vectors_that_cannot_be_are_refused(
+    change: Callable[[Raw], object], sound: Path, tmp_path: Path
+) -> None:
     def damage(bundle: Path) -> None:
         raw = json.loads((bundle / FILE).read_text())
         change(raw)
@@ -427,5 +467,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "o
 
 
 def test_the_run_needs_no_heavy_package(sound: Path) -> None:
-    ran = subprocess.run([sys.executable, "-c", _LEAN, str(sound)], capture_output=True, text=True, check=True)
+    ran = subprocess.run(
+        [sys.executable, "-c", _LEAN, str(sound)], capture_output=True, text=True, check=True
+    )
     assert ran.stdout.strip() == "[]"

@@ -35,9 +35,12 @@ def rotary_base(base: float) -> Callable[[Path], None]:
 
     def damage(bundle: Path) -> None:
         for name, function in (("rope.cos", np.cos), ("rope.sin", np.sin)):
-            edit_weight(name, lambda table, function=function: np.copyto(table, function(angles(table)).astype(table.dtype)))(
-                bundle
-            )
+            edit_weight(
+                name,
+                lambda table, function=function: np.copyto(
+                    table, function(angles(table)).astype(table.dtype)
+                ),
+            )(bundle)
 
     return damage
 
@@ -90,10 +93,19 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "swapped value heads": (edit_weight("layers.0.attention.v.weight", swap_heads), "layers.0.value"),
     "one stale slot": (edit_graph(see_beyond(1)), "layers.0.attention"),
     "a stale suffix": (edit_graph(see_beyond(1000)), "layers.0.attention"),
-    "wrong softmax scale": (edit_graph(set_attribute("layers.1.attention.mixed", "scale", 1.0)), "layers.1.attention"),
-    "wrong norm epsilon": (edit_graph(set_attribute("layers.0.mlp_norm", "epsilon", 1.0)), "layers.0.residual"),
+    "wrong softmax scale": (
+        edit_graph(set_attribute("layers.1.attention.mixed", "scale", 1.0)),
+        "layers.1.attention",
+    ),
+    "wrong norm epsilon": (
+        edit_graph(set_attribute("layers.0.mlp_norm", "epsilon", 1.0)),
+        "layers.0.residual",
+    ),
     "dropped residual": (edit_graph(drop_residual("layers.1.residual")), "layers.1.residual"),
-    "dropped attention residual": (edit_graph(drop_residual("layers.1.attention_residual")), "layers.1.residual"),
+    "dropped attention residual": (
+        edit_graph(drop_residual("layers.1.attention_residual")),
+        "layers.1.residual",
+    ),
     "not a number": (edit_weight("final_norm.weight", _nan), "logits"),
 }
 
@@ -111,5 +123,8 @@ SUBTLE_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
         edit_graph(set_attribute("layers.1.attention.mixed", "scale", 1.01 * HEAD_DIM**-0.5)),
         "layers.1.attention",
     ),
-    "norm epsilon of another model": (edit_graph(set_attribute("layers.0.mlp_norm", "epsilon", 1e-3)), "layers.0.residual"),
+    "norm epsilon of another model": (
+        edit_graph(set_attribute("layers.0.mlp_norm", "epsilon", 1e-3)),
+        "layers.0.residual",
+    ),
 }

@@ -48,8 +48,12 @@ def _damaged(decoder: Decoder) -> Decoder:
     return dataclasses.replace(decoder, layers=[weaker(layer) for layer in decoder.layers])
 
 
-def _evaluated(decoder: Decoder, path: Path, checkpoint: Path, text: Path, dtype: str = "float32", **options: int) -> Evaluation:
-    return evaluate(write_bundle(path, decoder, dtype=dtype), checkpoint, text, Progress(), **{"length": 24, **options})
+def _evaluated(
+    decoder: Decoder, path: Path, checkpoint: Path, text: Path, dtype: str = "float32", **options: int
+) -> Evaluation:
+    return evaluate(
+        write_bundle(path, decoder, dtype=dtype), checkpoint, text, Progress(), **{"length": 24, **options}
+    )
 
 
 def test_an_identical_model_costs_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
@@ -59,13 +63,17 @@ def test_an_identical_model_costs_nothing(checkpoint: Path, text: Path, tmp_path
     assert found.kv_bytes_per_token == found.kv_bytes_per_token_original == 2 * 2 * 4 * 8 * 4
 
 
-def test_a_damaged_model_costs_what_a_direct_computation_says(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_a_damaged_model_costs_what_a_direct_computation_says(
+    checkpoint: Path, text: Path, tmp_path: Path
+) -> None:
     trained = load_decoder(Checkpoint(checkpoint))
     damaged = _damaged(trained)
     found = _evaluated(damaged, tmp_path / "bundle", checkpoint, text).divergence
     ids = tokenize(checkpoint, TEXT)
     windows = torch.tensor(ids[: len(ids) // 24 * 24]).view(-1, 24)
-    p, q = (reference.forward(model, windows)[:, :-1].double().log_softmax(-1) for model in (trained, damaged))
+    p, q = (
+        reference.forward(model, windows)[:, :-1].double().log_softmax(-1) for model in (trained, damaged)
+    )
     targets = windows[:, 1:, None]
     assert found.mean_kl > 1e-3
     assert found.mean_kl == pytest.approx(float((p.exp() * (p - q)).sum(-1).mean()), rel=1e-4)
@@ -77,7 +85,14 @@ def test_a_damaged_model_costs_what_a_direct_computation_says(checkpoint: Path, 
 
 
 def test_kv_bytes_are_in_the_bundles_dtype(checkpoint: Path, text: Path, tmp_path: Path) -> None:
-    found = _evaluated(load_decoder(Checkpoint(checkpoint)), tmp_path / "bundle", checkpoint, text, dtype="float16", samples=2)
+    found = _evaluated(
+        load_decoder(Checkpoint(checkpoint)),
+        tmp_path / "bundle",
+        checkpoint,
+        text,
+        dtype="float16",
+        samples=2,
+    )
     assert found.kv_bytes_per_token == found.kv_bytes_per_token_original == 2 * 2 * 4 * 8 * 2
     assert 0 < found.divergence.mean_kl < 1e-4
     assert found.divergence.tokens == 2 * 23
@@ -93,7 +108,9 @@ def test_the_original_runs_layer_by_layer_as_a_whole(checkpoint: Path) -> None:
 
 def test_spread_takes_windows_evenly() -> None:
     windows = torch.arange(10)[:, None].expand(10, 3)
-    assert spread(windows, None) is windows and spread(windows, 10) is windows and spread(windows, 99) is windows
+    assert (
+        spread(windows, None) is windows and spread(windows, 10) is windows and spread(windows, 99) is windows
+    )
     assert spread(windows, 4)[:, 0].tolist() == [0, 3, 6, 9]
     assert spread(windows, 1)[:, 0].tolist() == [0]
 
@@ -103,7 +120,9 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint: Path, text: P
     limits = dataclasses.replace(decoder.limits, vocab_size=VOCAB - 1)
     embedding = dataclasses.replace(decoder.embedding, weight=decoder.embedding.weight[:-1])
     assert decoder.head is not None
-    other = dataclasses.replace(decoder, limits=limits, embedding=embedding, head=Linear(decoder.head.weight[:-1]))
+    other = dataclasses.replace(
+        decoder, limits=limits, embedding=embedding, head=Linear(decoder.head.weight[:-1])
+    )
     with pytest.raises(UsageError, match="vocabularies differ"):
         _evaluated(other, tmp_path / "bundle", checkpoint, text)
 

@@ -48,8 +48,14 @@ def test_rows_are_those_of_the_reference(style: str, dtype: str, tmp_path: Path)
     vectors = recorded(tmp_path / "b", decoder, dtype=dtype)
     layers = [rounded(layer, getattr(torch, dtype)) for layer in decoder.layers]
     taps: list[reference.LayerTaps] = []
-    logits = reference.forward(dataclasses.replace(decoder, layers=layers), torch.from_numpy(vectors.tokens)[None], taps=taps)[0]
-    assert (len(vectors.prompt), len(vectors.continuation), len(vectors.rows)) == (PROMPT, CONTINUATION, PROMPT + CONTINUATION)
+    logits = reference.forward(
+        dataclasses.replace(decoder, layers=layers), torch.from_numpy(vectors.tokens)[None], taps=taps
+    )[0]
+    assert (len(vectors.prompt), len(vectors.continuation), len(vectors.rows)) == (
+        PROMPT,
+        CONTINUATION,
+        PROMPT + CONTINUATION,
+    )
     assert vectors.slots is None and vectors.first_row == 0 and len(set(vectors.logit_indices)) == 16
     for at, (row, wanted) in enumerate(zip(vectors.rows, logits, strict=True)):
         best = wanted.topk(2)
@@ -73,7 +79,11 @@ def test_where_layers_evict_the_steps_do(policy: str, tmp_path: Path) -> None:
     """The rows are the full attention's until the slots are taken, and others after that."""
     decoder = make_decoder("gqa", dtype=torch.float32)
     vectors = recorded(tmp_path / "b", decoder, eviction=dataclasses.replace(EVICTION, policy=policy))
-    assert vectors.slots == EVICTION.proof_slots == 26 and len(vectors.prompt) == 18 and len(vectors.continuation) == 24
+    assert (
+        vectors.slots == EVICTION.proof_slots == 26
+        and len(vectors.prompt) == 18
+        and len(vectors.continuation) == 24
+    )
     assert vectors.first_row == 2 and len(vectors.rows) == 40
     logits = reference.forward(decoder, torch.from_numpy(vectors.tokens)[None])[0]
     wrong = [
@@ -129,7 +139,10 @@ def test_steps_are_said(tmp_path: Path) -> None:
 
     progress = Counting()
     greedy.record(progress)
-    assert progress.told == ("Recording the self-test", progress.done) and progress.done == (1 + CONTINUATION) * 2
+    assert (
+        progress.told == ("Recording the self-test", progress.done)
+        and progress.done == (1 + CONTINUATION) * 2
+    )
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 4, 7, 16, 29, 39, 40, 41, 100])

@@ -69,7 +69,9 @@ def test_subtle_damage_fails_in_float32(name: str, sound: Sound, tmp_path: Path)
 
 
 def test_a_damage_that_is_none_passes(sound: Sound, tmp_path: Path) -> None:
-    assert validate(broken(sound("float32"), tmp_path / "copy", lambda bundle: None), Progress()).failures == ()
+    assert (
+        validate(broken(sound("float32"), tmp_path / "copy", lambda bundle: None), Progress()).failures == ()
+    )
 
 
 @pytest.mark.parametrize("name", ["swapped key heads", "a stale suffix", "wrong rotary base"])
@@ -77,4 +79,6 @@ def test_damage_of_a_converted_bundle_fails(name: str, tmp_path: Path) -> None:
     """Keys are projected after rotation here."""
     export(tmp_path / "sound", make_decoder("llama", dtype=torch.float32), kv_heads=2, method="online")
     damage, where = DAMAGES[name]
-    _require_failure_at(validate(broken(tmp_path / "sound", tmp_path / "broken", damage), Progress()), where, 100)
+    _require_failure_at(
+        validate(broken(tmp_path / "sound", tmp_path / "broken", damage), Progress()), where, 100
+    )

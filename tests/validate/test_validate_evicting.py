@@ -60,10 +60,15 @@ def test_the_twin_is_the_reference_in_fewer_slots(tmp_path: Path) -> None:
     bundle = exported(tmp_path / "bundle")
     twin = read_twin(bundle / FILE, 2, EVICTION)
     decoder = make_decoder("llama", dtype=torch.float32)
-    caches = reference.new_cache(decoder.layers, 1, 128, torch.float32, dataclasses.replace(EVICTION, budget=SLOTS))
+    caches = reference.new_cache(
+        decoder.layers, 1, 128, torch.float32, dataclasses.replace(EVICTION, budget=SLOTS)
+    )
     ids = torch.from_numpy(twin["input_ids"])[None]
     logits = [reference.forward(decoder, ids[:, :SLOTS], torch.arange(SLOTS)[None], caches)]
-    logits += [reference.forward(decoder, ids[:, at : at + 1], torch.tensor([[at]]), caches) for at in range(SLOTS, ids.shape[1])]
+    logits += [
+        reference.forward(decoder, ids[:, at : at + 1], torch.tensor([[at]]), caches)
+        for at in range(SLOTS, ids.shape[1])
+    ]
     np.testing.assert_allclose(twin["logits"], torch.cat(logits, 1)[0], atol=1e-5)
     evicted = twin["layers.0.slot"][SLOTS:]
     assert len(np.unique(evicted)) > 8  # heads and steps choose slots of their own
@@ -82,7 +87,9 @@ def test_a_graph_that_evicts_otherwise_fails(name: str, tmp_path: Path) -> None:
     change, where = CHANGES[name]
     sound = exported(tmp_path / "sound")
     other = exported(tmp_path / "other", dataclasses.replace(EVICTION, **change))
-    bundle = broken(sound, tmp_path / "broken", lambda path: shutil.copy(other / GRAPH_FILE, path / GRAPH_FILE))
+    bundle = broken(
+        sound, tmp_path / "broken", lambda path: shutil.copy(other / GRAPH_FILE, path / GRAPH_FILE)
+    )
     for report in (proved(bundle), validate(bundle, Progress())):
         assert any(failure.startswith(where) for failure in report.failures)
 
@@ -108,7 +115,9 @@ def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
         ({"more": 1}, "cannot be read"),
     ],
 )
-def test_a_manifest_whose_eviction_cannot_be_is_told(change: dict[str, Any], says: str, tmp_path: Path) -> None:
+def test_a_manifest_whose_eviction_cannot_be_is_told(
+    change: dict[str, Any], says: str, tmp_path: Path
+) -> None:
     from tiny_bundles import edit_manifest
 
     bundle = exported(tmp_path / "bundle")
@@ -132,7 +141,9 @@ def test_a_twin_of_a_larger_budget_is_told(tmp_path: Path) -> None:
 
 def test_bytes_are_heads_times_width_times_budget(tmp_path: Path) -> None:
     bundle = Bundle.open(
-        exported(tmp_path / "bundle", dataclasses.replace(EVICTION, skip_layers=(0,)), kv_heads=2, dtype="float16")
+        exported(
+            tmp_path / "bundle", dataclasses.replace(EVICTION, skip_layers=(0,)), kv_heads=2, dtype="float16"
+        )
     )
     (kept, evicting) = bundle.layers
     numbers = kept.kv_width * 100 + evicting.kv_width * 40

@@ -18,7 +18,9 @@ GATE = Gate(cosine=0.99, norm_ratio=0.05, max_error=0.5, agreement=0.9, tie=0.01
 REFERENCE = np.random.default_rng(0).standard_normal((12, 64)).astype(np.float32)
 
 
-def _edited(edit: Callable[[NDArray[np.float32]], object], reference: NDArray[np.float32] = REFERENCE) -> NDArray[np.float32]:
+def _edited(
+    edit: Callable[[NDArray[np.float32]], object], reference: NDArray[np.float32] = REFERENCE
+) -> NDArray[np.float32]:
     copy = reference.copy()
     edit(copy)
     return copy
@@ -95,7 +97,9 @@ def test_logits_that_are_not_finite_agree_with_nothing(value: float) -> None:
     assert greedy_agreement(logits, REFERENCE, GATE) == 11 / 12
 
 
-def _judged(edit: Callable[[NDArray[np.float32]], object], name: str, dtype: str = "float32") -> ValidationReport:
+def _judged(
+    edit: Callable[[NDArray[np.float32]], object], name: str, dtype: str = "float32"
+) -> ValidationReport:
     twin = {"input_ids": np.arange(12), "logits": REFERENCE, "layers.0.key": REFERENCE}
     return judge(dtype, dtype, {**twin, name: _edited(edit)}, twin, 1)
 
@@ -128,9 +132,16 @@ def test_the_report_as_json_has_null_for_what_is_no_number() -> None:
 
 
 def test_the_worst_of_a_kind_is_the_least_alike_and_nothing_is_worse_than_no_number() -> None:
-    twin = {"input_ids": np.arange(12), "logits": REFERENCE, **{f"layers.{layer}.key": REFERENCE for layer in range(3)}}
+    twin = {
+        "input_ids": np.arange(12),
+        "logits": REFERENCE,
+        **{f"layers.{layer}.key": REFERENCE for layer in range(3)},
+    }
     noisy = _edited(lambda x: np.add(x, 0.1, out=x))
-    assert judge("float32", "float32", {**twin, "layers.1.key": noisy}, twin, 1).worst("key").name == "layers.1.key"
+    assert (
+        judge("float32", "float32", {**twin, "layers.1.key": noisy}, twin, 1).worst("key").name
+        == "layers.1.key"
+    )
     broken = {**twin, "layers.1.key": noisy, "layers.2.key": REFERENCE * np.nan}
     assert judge("float32", "float32", broken, twin, 1).worst("key").name == "layers.2.key"
 
@@ -138,5 +149,9 @@ def test_the_worst_of_a_kind_is_the_least_alike_and_nothing_is_worse_than_no_num
 def test_gates_grow_with_the_rounding_of_their_dtype() -> None:
     order = [GATES[dtype] for dtype in ("float32", "float16", "bfloat16")]
     for tight, wide in pairwise(order):
-        assert tight.cosine > wide.cosine and tight.norm_ratio < wide.norm_ratio and tight.max_error < wide.max_error
+        assert (
+            tight.cosine > wide.cosine
+            and tight.norm_ratio < wide.norm_ratio
+            and tight.max_error < wide.max_error
+        )
         assert tight.agreement >= wide.agreement and tight.tie < wide.tie

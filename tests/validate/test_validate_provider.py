@@ -43,7 +43,11 @@ def proved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     def bundle(dtype: str) -> Path:
         if dtype not in made:
             export(folder / f"plain-{dtype}", make_decoder("llama", dtype=torch.float32), dtype=dtype)
-            made[dtype] = broken(folder / f"plain-{dtype}", folder / dtype, lambda path: write_lowered(path / GRAPH_FILE, dtype))
+            made[dtype] = broken(
+                folder / f"plain-{dtype}",
+                folder / dtype,
+                lambda path: write_lowered(path / GRAPH_FILE, dtype),
+            )
         return made[dtype]
 
     return bundle
@@ -69,16 +73,22 @@ def _lowered(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def test_the_graph_that_is_deployed_is_the_one_validated(proved: Callable[[str], Path], tmp_path: Path) -> None:
+def test_the_graph_that_is_deployed_is_the_one_validated(
+    proved: Callable[[str], Path], tmp_path: Path
+) -> None:
     sound = _validated(proved("float32"), "cpu")
     assert sound.failures == () and (sound.provider, sound.compared) == ("cpu", ALL)
     lowered = broken(proved("float32"), tmp_path / "lowered", _lowered("decoder.cpu.onnx"))
     assert any(line.startswith("layers.1.attention") for line in _validated(lowered, "cpu").failures)
     standard = edit_graph(lambda graph: _wrong_scale(node_of(graph, "layers.1.attention.mixed")))
-    assert _validated(broken(proved("float32"), tmp_path / "standard", standard), "cpu").failures == ()  # it does not run here
+    assert (
+        _validated(broken(proved("float32"), tmp_path / "standard", standard), "cpu").failures == ()
+    )  # it does not run here
 
 
-def test_on_a_device_every_layer_is_compared(proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice) -> None:
+def test_on_a_device_every_layer_is_compared(
+    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+) -> None:
     for dtype in ("float32", "float16"):
         report = _validated(proved(dtype), "cuda")
         assert report.failures == () and (report.provider, report.compared) == ("cuda", ALL)
@@ -117,7 +127,9 @@ def test_wrong_engines_fail(proved: Callable[[str], Path], tmp_path: Path, devic
     folder.rmdir()
     add_engine(bundle, graph=other / GRAPH_FILE)
     failures = _validated(bundle, "tensorrt").failures
-    assert any(line.startswith("layers.1.key") for line in failures) and any(line.startswith("logits") for line in failures)
+    assert any(line.startswith("layers.1.key") for line in failures) and any(
+        line.startswith("logits") for line in failures
+    )
     assert not any(line.startswith("layers.0.key") for line in failures)  # made before the wrong scale
 
 
@@ -128,7 +140,9 @@ def test_a_runtime_that_writes_no_cache_fails(
     add_engine(bundle, lowering="decomposed17")
     monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda *arguments: None)
     failures = _validated(bundle, "tensorrt").failures
-    assert any(line.startswith("layers.0.key") for line in failures) and any(line.startswith("logits") for line in failures)
+    assert any(line.startswith("layers.0.key") for line in failures) and any(
+        line.startswith("logits") for line in failures
+    )
 
 
 def test_an_engine_sees_garbage_beyond_what_was_written(
@@ -149,7 +163,9 @@ def test_an_engine_sees_garbage_beyond_what_was_written(
         assert (buffer[:, :, 96:] == GARBAGE).all() and (buffer[:, :, :96] != GARBAGE).all()
 
 
-def test_a_plan_is_hashed_first(proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice) -> None:
+def test_a_plan_is_hashed_first(
+    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+) -> None:
     bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
     plan = add_engine(bundle) / "decoder.plan"
     plan.write_bytes(plan.read_bytes()[::-1])
@@ -159,7 +175,7 @@ def test_a_plan_is_hashed_first(proved: Callable[[str], Path], tmp_path: Path, d
 
 def test_an_engine_too_short_for_the_twin_says_so(
     proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
-) -> None:  # fmt: skip
+) -> None:
     bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
     add_engine(bundle, capacity=50)
     with pytest.raises(UsageError, match=r"engine again with --capacity"):
@@ -178,7 +194,11 @@ def test_no_such_provider_and_no_such_hardware(proved: Callable[[str], Path]) ->
 def test_evaluation_on_an_engine_is_that_on_the_cpu(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, device: SimulatedDevice
 ) -> None:
-    checkpoint = Path(shutil.copytree(tiny_checkpoint("llama", vocab_size=320, num_key_value_heads=4), tmp_path / "checkpoint"))
+    checkpoint = Path(
+        shutil.copytree(
+            tiny_checkpoint("llama", vocab_size=320, num_key_value_heads=4), tmp_path / "checkpoint"
+        )
+    )
     (checkpoint / "tokenizer.json").write_text(byte_level_tokenizer(320), encoding="utf-8")
     text = tmp_path / "text.txt"
     text.write_text("Once upon a time there was a cafe; everyone in it smiled. " * 20, encoding="utf-8")

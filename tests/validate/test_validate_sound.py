@@ -42,7 +42,10 @@ def test_a_sound_bundle_passes(style: str, method: str, dtype: str, tmp_path: Pa
     decoder = make_decoder(style, dtype=torch.float32)
     kv_heads = decoder.layers[0].attention.num_kv_heads // 2
     contract = export(tmp_path / "bundle", decoder, dtype=dtype, kv_heads=kv_heads, method=method)
-    for report in (prove(tmp_path / "bundle", contract, Progress()), validate(tmp_path / "bundle", Progress())):
+    for report in (
+        prove(tmp_path / "bundle", contract, Progress()),
+        validate(tmp_path / "bundle", Progress()),
+    ):
         assert report.failures == ()
         assert (report.prefill, report.steps) == (32, STEPS)
         assert (report.dtype, report.computed_in) == (dtype, "float32" if dtype == "bfloat16" else dtype)
@@ -68,7 +71,10 @@ def test_layer_by_layer_is_the_whole_graph(dtype: str, tmp_path: Path) -> None:
 
 def test_a_capacity_below_the_twins_usual_length(tmp_path: Path) -> None:
     contract = export(tmp_path / "bundle", make_decoder("llama", dtype=torch.float32), capacity=20)
-    for report in (prove(tmp_path / "bundle", contract, Progress()), validate(tmp_path / "bundle", Progress())):
+    for report in (
+        prove(tmp_path / "bundle", contract, Progress()),
+        validate(tmp_path / "bundle", Progress()),
+    ):
         assert report.failures == () and (report.prefill, report.steps) == (6, 14)
 
 
@@ -89,7 +95,9 @@ def test_a_twin_of_another_model_is_told(tmp_path: Path) -> None:
         prove(tmp_path / "bundle", contract, Progress())
 
 
-def test_a_bundle_larger_than_memory_is_refused_with_what_it_needs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_bundle_larger_than_memory_is_refused_with_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import psutil
 
     export(tmp_path / "bundle", make_decoder("llama", dtype=torch.float32))
@@ -102,7 +110,9 @@ def test_a_bundle_larger_than_memory_is_refused_with_what_it_needs(tmp_path: Pat
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     export(tmp_path / "bundle", make_decoder("llama", dtype=torch.float32))
-    monkeypatch.setattr("kvexport.validate.deployed.find_spec", lambda name: None if name == "psutil" else name)
+    monkeypatch.setattr(
+        "kvexport.validate.deployed.find_spec", lambda name: None if name == "psutil" else name
+    )
     with pytest.raises(CannotRunHere, match="pip install 'kvexport") as refused:
         validate(tmp_path / "bundle", Progress())
     assert refused.value.seen == "no psutil"
@@ -139,5 +149,7 @@ def test_proving_takes_the_memory_of_one_layer(dtype: str, allowed: int, tmp_pat
     """A layer is 16 MB in float32 and there are ten; ONNX Runtime itself takes some 25."""
     decoder = make_decoder("llama", layers=10, heads=8, head_dim=80, hidden=640, dtype=torch.float32)
     export(tmp_path / "bundle", decoder, dtype=dtype)
-    found = subprocess.run([sys.executable, "-c", _PEAK, tmp_path / "bundle"], check=True, capture_output=True, text=True)
+    found = subprocess.run(
+        [sys.executable, "-c", _PEAK, tmp_path / "bundle"], check=True, capture_output=True, text=True
+    )
     assert int(found.stdout) < allowed

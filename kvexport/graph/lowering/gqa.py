@@ -48,11 +48,16 @@ class GroupQueryAttention(ir.passes.InPlacePass):
             if node.op_type != "GroupQueryAttention":
                 continue
             caches = zip(node.inputs[3:5], node.outputs[1:3], strict=True)
-            if not all(past is not None and past.is_graph_input() and present.is_graph_output() for past, present in caches):
+            if not all(
+                past is not None and past.is_graph_input() and present.is_graph_output()
+                for past, present in caches
+            ):
                 raise ir.passes.PostconditionError(f"the caches of {node.name} are not the graph's own")
 
     def _takes(self, site: Site) -> bool:
-        plain = site.mask.name == "mask.causal" and site.key_dim == site.value_dim and site.key_dim % _WIDTH == 0
+        plain = (
+            site.mask.name == "mask.causal" and site.key_dim == site.value_dim and site.key_dim % _WIDTH == 0
+        )
         return plain and (not self._only_unshared or site.heads == site.kv_heads)
 
 
@@ -76,18 +81,33 @@ def _lower(model: ir.Model, site: Site) -> None:
     lengths = _lengths(model, nodes, site.write_indices)
     flat = ir.Shape((BATCH, SEQUENCE, site.heads * site.value_dim))
     mixed = ir.Value(name=f"{name}.flat", type=site.query.type, shape=flat)
-    attributes = {"num_heads": site.heads, "kv_num_heads": site.kv_heads, "scale": site.scale, "do_rotary": int(bool(tables))}
+    attributes = {
+        "num_heads": site.heads,
+        "kv_num_heads": site.kv_heads,
+        "scale": site.scale,
+        "do_rotary": int(bool(tables)),
+    }
     node = ir.node(
         "GroupQueryAttention",
         [*inputs, past_key, past_value, *lengths, *tables],
-        attributes, domain=DOMAIN, name=f"{name}.shared",
-        outputs=[mixed, *(ir.Value(name=cache.name, type=cache.type, shape=cache.shape) for cache in (site.key, site.value))],
-    )  # fmt: skip
+        attributes,
+        domain=DOMAIN,
+        name=f"{name}.shared",
+        outputs=[
+            mixed,
+            *(
+                ir.Value(name=cache.name, type=cache.type, shape=cache.shape)
+                for cache in (site.key, site.value)
+            ),
+        ],
+    )
     graph.insert_before(site.node, node)
     writes = [site.key_write, site.value_write]
     by_token = nodes.integers(0, 0, site.heads, site.value_dim)
     batch, heads, sequence, width = sizes(site.node.outputs[0])
-    apart = nodes.op("Reshape", mixed, by_token, name=f"{name}.by_token", shape=(batch, sequence, heads, width))
+    apart = nodes.op(
+        "Reshape", mixed, by_token, name=f"{name}.by_token", shape=(batch, sequence, heads, width)
+    )
     turned = (batch, heads, sequence, width)
     by_head = nodes.op("Transpose", apart, name=f"{name}.by_head", shape=turned, perm=[0, 2, 1, 3])
     replace(model, site, by_head)
@@ -106,13 +126,24 @@ def _flat(nodes: Nodes, value: ir.Value) -> ir.Value:
         apart = turn.inputs[0]
     else:
         apart = nodes.op(
-            "Transpose", value, name=f"{value.name}.by_token", shape=(batch, sequence, heads, width), perm=[0, 2, 1, 3]
+            "Transpose",
+            value,
+            name=f"{value.name}.by_token",
+            shape=(batch, sequence, heads, width),
+            perm=[0, 2, 1, 3],
         )
     whole = apart.producer()
-    if whole is not None and whole.op_type == "Reshape" and whole.inputs[0] is not None and len(sizes(whole.inputs[0])) == 3:
+    if (
+        whole is not None
+        and whole.op_type == "Reshape"
+        and whole.inputs[0] is not None
+        and len(sizes(whole.inputs[0])) == 3
+    ):
         return whole.inputs[0]
     shape = (batch, sequence, heads * width)
-    return nodes.op("Reshape", apart, nodes.integers(0, 0, heads * width), name=f"{value.name}.flat", shape=shape)
+    return nodes.op(
+        "Reshape", apart, nodes.integers(0, 0, heads * width), name=f"{value.name}.flat", shape=shape
+    )
 
 
 def _join(nodes: Nodes, by_head: ir.Value, flat: ir.Value) -> None:

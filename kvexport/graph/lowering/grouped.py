@@ -41,11 +41,17 @@ class GroupedAttention(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         sites = attention_sites(model)
         chosen = [
-            site for site in sites if not self._only_evicting or (site.state_write is not None and site.heads > site.kv_heads)
+            site
+            for site in sites
+            if not self._only_evicting or (site.state_write is not None and site.heads > site.kv_heads)
         ]
         for site in chosen:
             nodes = Nodes(model.graph, dtype_of(site.query), before=site.node)
-            replace(model, site, grouped_attention(nodes, site, [Memory(site.key, site.value)], bias_of(nodes, site)))
+            replace(
+                model,
+                site,
+                grouped_attention(nodes, site, [Memory(site.key, site.value)], bias_of(nodes, site)),
+            )
         return ir.passes.PassResult(model, bool(chosen))
 
     def ensures(self, model: ir.Model) -> None:
@@ -61,23 +67,37 @@ def grouped_attention(nodes: Nodes, site: Site, memories: Sequence[Memory], bias
     name, batch, heads, kv_heads = stem(site), sizes(site.query)[0], site.heads, site.kv_heads
     slots = sizes(bias)[3]
     rows = SEQUENCE if heads == kv_heads else f"{heads // kv_heads}*{SEQUENCE}"
-    scaled = nodes.op("Mul", site.query, nodes.number(f"scale({site.scale:.9g})", site.scale), name=f"{name}.q.scaled")
-    query = _regrouped(nodes, scaled, kv_heads, (batch, kv_heads, rows, site.key_dim), f"{name}.q.grouped", heads)
+    scaled = nodes.op(
+        "Mul", site.query, nodes.number(f"scale({site.scale:.9g})", site.scale), name=f"{name}.q.scaled"
+    )
+    query = _regrouped(
+        nodes, scaled, kv_heads, (batch, kv_heads, rows, site.key_dim), f"{name}.q.grouped", heads
+    )
     parts = [_scores(nodes, query, memory.key, f"{name}.scores.{i}") for i, memory in enumerate(memories)]
     scores = parts[0]
     if len(parts) > 1:
-        scores = nodes.op("Concat", *parts, name=f"{name}.scores", shape=(batch, kv_heads, rows, slots), axis=-1)
-    scores = _regrouped(nodes, scores, heads, (batch, heads, SEQUENCE, slots), f"{name}.scores.by_head", kv_heads)
+        scores = nodes.op(
+            "Concat", *parts, name=f"{name}.scores", shape=(batch, kv_heads, rows, slots), axis=-1
+        )
+    scores = _regrouped(
+        nodes, scores, heads, (batch, heads, SEQUENCE, slots), f"{name}.scores.by_head", kv_heads
+    )
     biased = nodes.op("Add", scores, bias, name=f"{name}.scores.biased")
     weights = nodes.op("Softmax", biased, name=f"{name}.weights", axis=-1)
-    weights = _regrouped(nodes, weights, kv_heads, (batch, kv_heads, rows, slots), f"{name}.weights.grouped", heads)
+    weights = _regrouped(
+        nodes, weights, kv_heads, (batch, kv_heads, rows, slots), f"{name}.weights.grouped", heads
+    )
     shape = (batch, kv_heads, rows, site.value_dim)
     mixed = None
-    for index, (part, memory) in enumerate(zip(_apart(nodes, weights, memories, name), memories, strict=True)):
+    for index, (part, memory) in enumerate(
+        zip(_apart(nodes, weights, memories, name), memories, strict=True)
+    ):
         product = nodes.op("MatMul", part, memory.value, name=f"{name}.mixed.{index}", shape=shape)
         mixed = product if mixed is None else nodes.op("Add", mixed, product, name=f"{name}.mixed.sum")
     assert mixed is not None
-    return _regrouped(nodes, mixed, heads, (batch, heads, SEQUENCE, site.value_dim), f"{name}.mixed.by_head", kv_heads)
+    return _regrouped(
+        nodes, mixed, heads, (batch, heads, SEQUENCE, site.value_dim), f"{name}.mixed.by_head", kv_heads
+    )
 
 
 def bias_of(nodes: Nodes, site: Site) -> ir.Value:
@@ -87,7 +107,9 @@ def bias_of(nodes: Nodes, site: Site) -> ir.Value:
     """
     if not site.biased:
         name = f"{site.mask.name}.bias"
-        known = next((use.node.outputs[0] for use in site.mask.uses() if use.node.outputs[0].name == name), None)
+        known = next(
+            (use.node.outputs[0] for use in site.mask.uses() if use.node.outputs[0].name == name), None
+        )
         if known is not None:
             return known
         seen, hidden = nodes.number("mask.seen", 0.0), nodes.number("mask.unseen", -largest(nodes.dtype) / 2)
@@ -110,7 +132,9 @@ def replace(model: ir.Model, site: Site, mixed: ir.Value) -> None:
 def _scores(nodes: Nodes, query: ir.Value, key: ir.Value, name: str) -> ir.Value:
     """[batch, N, rows, key_dim] · keysᵀ. ONNX Runtime fuses the transposition into the product; TensorRT, too."""
     batch, kv_heads, slots, width = sizes(key)
-    turned = nodes.op("Transpose", key, name=f"{name}.keys", shape=(batch, kv_heads, width, slots), perm=[0, 1, 3, 2])
+    turned = nodes.op(
+        "Transpose", key, name=f"{name}.keys", shape=(batch, kv_heads, width, slots), perm=[0, 1, 3, 2]
+    )
     return nodes.op("MatMul", query, turned, name=name, shape=(*sizes(query)[:3], slots))
 
 
@@ -120,21 +144,39 @@ def _apart(nodes: Nodes, weights: ir.Value, memories: Sequence[Memory], name: st
         return [weights]
     first, second = memories  # a cache and what is new
     shape = nodes.op("Shape", first.key, name=f"{name}.cache_shape", shape=(4,), dtype="int64")
-    edge = nodes.op("Gather", shape, nodes.integers(2), name=f"{name}.slots", shape=(1,), dtype="int64", axis=0)
+    edge = nodes.op(
+        "Gather", shape, nodes.integers(2), name=f"{name}.slots", shape=(1,), dtype="int64", axis=0
+    )
     lead, axes = sizes(weights)[:3], nodes.integers(3)
     last = nodes.integers(2**63 - 1)
     return [
-        nodes.op("Slice", weights, start, stop, axes, name=f"{name}.weights.{i}", shape=(*lead, sizes(memory.key)[2]))
+        nodes.op(
+            "Slice",
+            weights,
+            start,
+            stop,
+            axes,
+            name=f"{name}.weights.{i}",
+            shape=(*lead, sizes(memory.key)[2]),
+        )
         for i, (memory, start, stop) in enumerate(((first, nodes.integers(0), edge), (second, edge, last)))
     ]
 
 
-def _regrouped(nodes: Nodes, x: ir.Value, to: int, shape: tuple[int | str, ...], name: str, of: int) -> ir.Value:
+def _regrouped(
+    nodes: Nodes, x: ir.Value, to: int, shape: tuple[int | str, ...], name: str, of: int
+) -> ir.Value:
     """[batch, of, rows, n] as [batch, to, rows', n]: the same numbers in the same order."""
     if to == of:
         return x
     width = shape[3]
-    return nodes.op("Reshape", x, nodes.integers(0, to, -1, width if isinstance(width, int) else 0), name=name, shape=shape)
+    return nodes.op(
+        "Reshape",
+        x,
+        nodes.integers(0, to, -1, width if isinstance(width, int) else 0),
+        name=name,
+        shape=shape,
+    )
 
 
 def stem(site: Site) -> str:

@@ -18,10 +18,45 @@ OPSET = 17
 _IR_VERSION = 8  # the one of opset 17's own time
 # What a lowered graph may consist of; none of these changed its meaning between opset 17 and 24.
 OPERATORS = frozenset(
-    {"Add", "And", "ArgMax", "Cast", "Concat", "Div", "Equal", "Erf", "Gather", "GatherND", "Gemm", "Greater", "GreaterOrEqual",
-     "LayerNormalization", "Less", "LessOrEqual", "MatMul", "Mul", "Neg", "Not", "Range", "ReduceMean", "ReduceSum", "Relu",
-     "Reshape", "Shape", "Sigmoid", "Slice", "Softmax", "Split", "Sqrt", "Sub", "Tanh", "Transpose", "Unsqueeze", "Where"}
-)  # fmt: skip
+    {
+        "Add",
+        "And",
+        "ArgMax",
+        "Cast",
+        "Concat",
+        "Div",
+        "Equal",
+        "Erf",
+        "Gather",
+        "GatherND",
+        "Gemm",
+        "Greater",
+        "GreaterOrEqual",
+        "LayerNormalization",
+        "Less",
+        "LessOrEqual",
+        "MatMul",
+        "Mul",
+        "Neg",
+        "Not",
+        "Range",
+        "ReduceMean",
+        "ReduceSum",
+        "Relu",
+        "Reshape",
+        "Shape",
+        "Sigmoid",
+        "Slice",
+        "Softmax",
+        "Split",
+        "Sqrt",
+        "Sub",
+        "Tanh",
+        "Transpose",
+        "Unsqueeze",
+        "Where",
+    }
+)
 
 
 class Primitives(ir.passes.InPlacePass):
@@ -33,13 +68,17 @@ class Primitives(ir.passes.InPlacePass):
     def requires(self, model: ir.Model) -> None:
         for node in model.graph:
             if node.op_type == "RotaryEmbedding" and node.attributes:
-                raise ir.passes.PreconditionError(f"{node.name} rotates in another way than halves of whole heads")
+                raise ir.passes.PreconditionError(
+                    f"{node.name} rotates in another way than halves of whole heads"
+                )
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         rotary = _Rotary()
         spellings: dict[str, Callable[[Nodes, ir.Node], ir.Value]] = {
-            "RMSNormalization": _rms_norm, "RotaryEmbedding": rotary.spell, "Gelu": _gelu,
-        }  # fmt: skip
+            "RMSNormalization": _rms_norm,
+            "RotaryEmbedding": rotary.spell,
+            "Gelu": _gelu,
+        }
         for node in [node for node in model.graph if node.op_type in spellings]:
             (old,) = node.outputs
             new = spellings[node.op_type](Nodes(model.graph, dtype_of(old), before=node), node)
@@ -70,7 +109,9 @@ def _rms_norm(nodes: Nodes, node: ir.Node) -> ir.Value:
     wide = x if nodes.dtype == "float32" else nodes.cast(x, "float32", f"{name}.float32")
     mean = (*sizes(x)[:-1], 1)
     square = nodes.op("Mul", wide, wide, name=f"{name}.square", dtype="float32")
-    mean_square = nodes.op("ReduceMean", square, name=f"{name}.mean_square", shape=mean, dtype="float32", axes=[-1], keepdims=1)
+    mean_square = nodes.op(
+        "ReduceMean", square, name=f"{name}.mean_square", shape=mean, dtype="float32", axes=[-1], keepdims=1
+    )
     epsilon = node.attributes["epsilon"].as_float()
     epsilon_value = nodes.number(f"epsilon({epsilon:.9g})", epsilon, "float32")
     variance = nodes.op("Add", mean_square, epsilon_value, name=f"{name}.variance", dtype="float32")
@@ -91,8 +132,10 @@ class _Rotary:
         (x, cos, sin, *positions), name = _inputs(node), node.outputs[0].name
         c, s = (self._gathered(nodes, table, positions) for table in (cos, sin))
         a, b = nodes.split(x, (f"{name}.a", f"{name}.b"), axis=3)
-        products = [nodes.op("Mul", left, right, name=f"{name}.{label}") for label, left, right in
-                    (("a_cos", a, c), ("b_sin", b, s), ("b_cos", b, c), ("a_sin", a, s))]  # fmt: skip
+        products = [
+            nodes.op("Mul", left, right, name=f"{name}.{label}")
+            for label, left, right in (("a_cos", a, c), ("b_sin", b, s), ("b_cos", b, c), ("a_sin", a, s))
+        ]
         real = nodes.op("Sub", products[0], products[1], name=f"{name}.real")
         imaginary = nodes.op("Add", products[2], products[3], name=f"{name}.imaginary")
         return nodes.op("Concat", real, imaginary, name=f"{name}.joined", shape=sizes(x), axis=-1)
@@ -106,7 +149,9 @@ class _Rotary:
                 shape: tuple[int | str, ...] = (BATCH, SEQUENCE, width)
                 rows = nodes.op("Gather", table, *positions, name=f"{table.name}.taken", shape=shape, axis=0)
             shape = (BATCH, 1, SEQUENCE, width)
-            self._rows[table.name] = nodes.op("Unsqueeze", rows, nodes.integers(1), name=f"{table.name}.by_head", shape=shape)
+            self._rows[table.name] = nodes.op(
+                "Unsqueeze", rows, nodes.integers(1), name=f"{table.name}.by_head", shape=shape
+            )
         return self._rows[table.name]
 
 
@@ -119,7 +164,9 @@ def _gelu(nodes: Nodes, node: ir.Node) -> ir.Value:
         bent = nodes.op("Mul", square, nodes.number("gelu.cubic", 0.044715), name=f"{name}.cubic")
         factor = nodes.op("Add", bent, one, name=f"{name}.factor")
         inner = nodes.op("Mul", x, factor, name=f"{name}.bent")
-        inner = nodes.op("Mul", inner, nodes.number("gelu.tanh_scale", math.sqrt(2 / math.pi)), name=f"{name}.inner")
+        inner = nodes.op(
+            "Mul", inner, nodes.number("gelu.tanh_scale", math.sqrt(2 / math.pi)), name=f"{name}.inner"
+        )
         step = nodes.op("Tanh", inner, name=f"{name}.tanh")
     else:
         inner = nodes.op("Mul", x, nodes.number("gelu.erf_scale", math.sqrt(0.5)), name=f"{name}.inner")

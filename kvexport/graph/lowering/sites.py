@@ -78,9 +78,15 @@ class Site:
         """
         if BUDGET not in sizes(self.key_write.outputs[0]):
             return None
-        found = [use.node for use in self.write_indices.uses() if use.node.outputs[0].name == present(self.layer, STATE)]
+        found = [
+            use.node
+            for use in self.write_indices.uses()
+            if use.node.outputs[0].name == present(self.layer, STATE)
+        ]
         if len(found) != 1 or found[0].op_type != "TensorScatter":
-            raise ir.passes.PreconditionError(f"{self.node.name} attends to a budget of slots that have no state")
+            raise ir.passes.PreconditionError(
+                f"{self.node.name} attends to a budget of slots that have no state"
+            )
         return found[0]
 
     @property
@@ -121,7 +127,12 @@ def require_gone(model: ir.Model, *op_types: str) -> None:
 
 def _site(node: ir.Node) -> Site:
     inputs = [value for value in node.inputs if value is not None]
-    if len(inputs) != 4 or len(node.outputs) != 1 or "scale" not in node.attributes or node.attributes.keys() - {"scale"}:
+    if (
+        len(inputs) != 4
+        or len(node.outputs) != 1
+        or "scale" not in node.attributes
+        or node.attributes.keys() - {"scale"}
+    ):
         raise ir.passes.PreconditionError(f"Attention {node.name} is not of the standard form")
     query, key, value, mask = inputs
     for cache in (key, value):
@@ -133,7 +144,12 @@ def _writer(cache: ir.Value) -> ir.Node:
     node = cache.producer()
     if node is not None and node.op_type == "Reshape":
         node = _input(node, 0).producer()
-    if node is None or node.op_type != "TensorScatter" or node.inputs[0] is None or not node.inputs[0].is_graph_input():
+    if (
+        node is None
+        or node.op_type != "TensorScatter"
+        or node.inputs[0] is None
+        or not node.inputs[0].is_graph_input()
+    ):
         raise ir.passes.PreconditionError(f"{cache.name} is not a cache that a TensorScatter wrote")
     return node
 

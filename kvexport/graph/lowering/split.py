@@ -9,7 +9,17 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from kvexport.bundle.graph_io import BATCH, BUDGET, CAPACITY, KEY, SEQUENCE, STATE, VALUE, slots_output, update
+from kvexport.bundle.graph_io import (
+    BATCH,
+    BUDGET,
+    CAPACITY,
+    KEY,
+    SEQUENCE,
+    STATE,
+    VALUE,
+    slots_output,
+    update,
+)
 from kvexport.graph.lowering.grouped import Memory, bias_of, grouped_attention, replace
 from kvexport.graph.lowering.sites import Site, attention_sites, require_gone, require_sites
 from kvexport.graph.lowering.split_evicting import SlotMasks
@@ -55,12 +65,21 @@ class SplitCache(ir.passes.InPlacePass):
 def _split(model: ir.Model, site: Site, state_write: ir.Node | None) -> None:
     """Attend to the old cache and to the new tokens; give what the writes would have written."""
     graph, nodes = model.graph, Nodes(model.graph, dtype_of(site.query), before=site.node)
-    writes = {KEY: site.key_write, VALUE: site.value_write} | ({} if state_write is None else {STATE: state_write})
+    writes = {KEY: site.key_write, VALUE: site.value_write} | (
+        {} if state_write is None else {STATE: state_write}
+    )
     layer, slot = site.layer, site.write_indices
-    parts = [[_as_read(nodes, read, write, part) for read, write in ((site.key, writes[KEY]), (site.value, writes[VALUE]))]
-             for part in (0, 1)]  # fmt: skip
+    parts = [
+        [
+            _as_read(nodes, read, write, part)
+            for read, write in ((site.key, writes[KEY]), (site.value, writes[VALUE]))
+        ]
+        for part in (0, 1)
+    ]
     reshapes = [value.producer() for value in (site.key, site.value)]
-    replace(model, site, grouped_attention(nodes, site, [Memory(*part) for part in parts], bias_of(nodes, site)))
+    replace(
+        model, site, grouped_attention(nodes, site, [Memory(*part) for part in parts], bias_of(nodes, site))
+    )
     for node in reshapes:
         if node is not None and node.op_type == "Reshape":
             graph.remove(node, safe=True)
@@ -117,7 +136,9 @@ def _see_new_tokens(model: ir.Model, write_indices: ir.Value) -> None:
     cached = nodes.op("Where", written, slots, nodes.integer(_NEVER), name="mask.cached", shape=row)
     shape = (BATCH, 1, 1, SEQUENCE)
     new = nodes.op("Unsqueeze", inputs["position_ids"], nodes.integers(1, 2), name="mask.new", shape=shape)
-    joined = nodes.op("Concat", cached, new, name="mask.all", shape=(BATCH, 1, 1, f"{CAPACITY}+{SEQUENCE}"), axis=-1)
+    joined = nodes.op(
+        "Concat", cached, new, name="mask.all", shape=(BATCH, 1, 1, f"{CAPACITY}+{SEQUENCE}"), axis=-1
+    )
     for node in users:
         for index, value in enumerate(node.inputs):
             if value is slots and node is not written.producer():

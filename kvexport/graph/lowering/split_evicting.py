@@ -41,8 +41,12 @@ class SlotMasks:
         stored = row_of(nodes, past, STORED, f"{name}.old")
         chosen, filled = _slot(site)
         numbers = self._numbered(nodes, past)
-        other = nodes.op("Not", nodes.op("Equal", numbers, chosen, name=f"{name}.written", shape=shape, dtype="bool"),
-                         name=f"{name}.not_written", dtype="bool")  # fmt: skip
+        other = nodes.op(
+            "Not",
+            nodes.op("Equal", numbers, chosen, name=f"{name}.written", shape=shape, dtype="bool"),
+            name=f"{name}.not_written",
+            dtype="bool",
+        )
         used = nodes.op("Less", numbers, filled, name=f"{name}.used", shape=shape, dtype="bool")
         stays = nodes.op("And", used, other, name=f"{name}.stays", dtype="bool")
         empty = nodes.number("evict.zero", 0.0)
@@ -58,11 +62,19 @@ class SlotMasks:
         """0, 1, ... of the slots, [1, 1, 1, budget]; once for all layers."""
         if self._numbers is None:
             shape = nodes.op("Shape", state, name="evict.state_shape", shape=(4,), dtype="int64")
-            count = nodes.op("Gather", shape, nodes.integer(2), name="evict.slots", shape=(), dtype="int64", axis=0)
+            count = nodes.op(
+                "Gather", shape, nodes.integer(2), name="evict.slots", shape=(), dtype="int64", axis=0
+            )
             limits = (nodes.integer(0), count, nodes.integer(1))
             each = nodes.op("Range", *limits, name="evict.each_slot", shape=(BUDGET,), dtype="int64")
-            each = nodes.op("Unsqueeze", each, nodes.integers(0, 1, 2), name="evict.numbers.int64", shape=(1, 1, 1, BUDGET),
-                            dtype="int64")  # fmt: skip
+            each = nodes.op(
+                "Unsqueeze",
+                each,
+                nodes.integers(0, 1, 2),
+                name="evict.numbers.int64",
+                shape=(1, 1, 1, BUDGET),
+                dtype="int64",
+            )
             self._numbers = nodes.cast(each, STATE_DTYPE, "evict.numbers")
         return self._numbers
 
@@ -84,7 +96,9 @@ def _slot(site: Site) -> tuple[ir.Value, ir.Value]:
     node = site.write_indices.producer()
     for op_type in ("Cast", "Reshape"):
         if node is None or node.op_type != op_type or node.inputs[0] is None:
-            raise ir.passes.PreconditionError(f"{site.write_indices.name} is not a slot that is chosen by rank")
+            raise ir.passes.PreconditionError(
+                f"{site.write_indices.name} is not a slot that is chosen by rank"
+            )
         node = node.inputs[0].producer()
     if node is None or node.op_type != "Where" or node.inputs[1] is None:
         raise ir.passes.PreconditionError(f"{site.write_indices.name} is not a slot that is chosen by rank")

@@ -17,7 +17,9 @@ from kvexport.runtime.cache.kv_cache import KvCache
 Ids = NDArray[np.int64]
 Logits = NDArray[np.float32]
 
-TOKEN_INPUTS = tuple(spec.name for spec in contract.TOKEN_INPUTS)  # input_ids, position_ids, write_indices, logits_index
+TOKEN_INPUTS = tuple(
+    spec.name for spec in contract.TOKEN_INPUTS
+)  # input_ids, position_ids, write_indices, logits_index
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,13 @@ class Decoder(Protocol):
         """
 
     def run(
-        self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
+        self,
+        input_ids: Ids,
+        positions: Ids,
+        logits_index: Ids,
+        *,
+        lengths: Ids | None = None,
+        shrink: bool = False,
     ) -> Logits:
         """Logits [B, L, vocab] of tokens [B, S] at consecutive `positions` [B, S], for those that `logits_index` [B, L] names.
 

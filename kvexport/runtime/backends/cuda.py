@@ -32,7 +32,11 @@ class Cuda:
         _require_device(self._cuda)
         self._check(*self._cuda.cudaSetDevice(0))
         properties = self._check(*self._cuda.cudaGetDeviceProperties(0))
-        self.name = properties.name.decode().rstrip("\0") if isinstance(properties.name, bytes) else str(properties.name)
+        self.name = (
+            properties.name.decode().rstrip("\0")
+            if isinstance(properties.name, bytes)
+            else str(properties.name)
+        )
         self.compute_capability = f"{properties.major}.{properties.minor}"
         stream = self._check(*self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
         self.stream = int(stream)
@@ -60,13 +64,19 @@ class Cuda:
 
     def upload(self, address: int, source: NDArray[Any]) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._check(*self._cuda.cudaMemcpyAsync(address, source.ctypes.data, source.nbytes, kind, self.stream))
+        self._check(
+            *self._cuda.cudaMemcpyAsync(address, source.ctypes.data, source.nbytes, kind, self.stream)
+        )
 
     def download(self, target: NDArray[Any], address: int) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._check(*self._cuda.cudaMemcpyAsync(target.ctypes.data, address, target.nbytes, kind, self.stream))
+        self._check(
+            *self._cuda.cudaMemcpyAsync(target.ctypes.data, address, target.nbytes, kind, self.stream)
+        )
 
-    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+    ) -> None:
         kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         arguments = (target, target_pitch, source, source_pitch, width, rows, kind, self.stream)
         self._check(*self._cuda.cudaMemcpy2DAsync(*arguments))
@@ -76,7 +86,11 @@ class Cuda:
 
     def capture(self, work: Callable[[], None]) -> _Graph | None:
         cuda, failed = self._cuda, False
-        self._check(*cuda.cudaStreamBeginCapture(self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal))
+        self._check(
+            *cuda.cudaStreamBeginCapture(
+                self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
+            )
+        )
         try:
             work()
         except KvexportError:
@@ -110,7 +124,9 @@ class Cuda:
             CannotRunHere: the call failed.
         """
         if error != self._cuda.cudaError_t.cudaSuccess:
-            raise CannotRunHere(f"CUDA failed on {getattr(self, 'name', 'device 0')}", seen=error_text(self._cuda, error))
+            raise CannotRunHere(
+                f"CUDA failed on {getattr(self, 'name', 'device 0')}", seen=error_text(self._cuda, error)
+            )
         return values[0] if values else None
 
 
@@ -136,7 +152,8 @@ def _runtime() -> Any:
         from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise CannotRunHere(
-            "the GPU is reached through the package cuda-bindings, which is not installed", fix="pip install cuda-bindings"
+            "the GPU is reached through the package cuda-bindings, which is not installed",
+            fix="pip install cuda-bindings",
         ) from error
     return runtime
 
@@ -153,12 +170,16 @@ def _require_device(cuda: Any) -> None:
         (_, driver), (_, built) = cuda.cudaDriverGetVersion(), cuda.cudaRuntimeGetVersion()
         if driver:
             raise CannotRunHere(
-                "the GPU's driver is older than cuda-bindings", seen=f"a driver for CUDA {_number(driver)}",
+                "the GPU's driver is older than cuda-bindings",
+                seen=f"a driver for CUDA {_number(driver)}",
                 allowed=f"CUDA {_number(built)}; within one major version older drivers do too, but not on every Jetson",
                 fix=f"pip install 'cuda-bindings<{_number(driver + 10)}'",
-            )  # fmt: skip
+            )
         raise CannotRunHere(
-            "there is no NVIDIA driver on this machine", fix="run on the CPU with --provider cpu, or on a machine with a GPU"
+            "there is no NVIDIA driver on this machine",
+            fix="run on the CPU with --provider cpu, or on a machine with a GPU",
         )
     seen = error_text(cuda, error) if error != cuda.cudaError_t.cudaSuccess else "0 devices"
-    raise CannotRunHere("CUDA finds no GPU", seen=seen, fix="run on the CPU with --provider cpu, or on a machine with a GPU")
+    raise CannotRunHere(
+        "CUDA finds no GPU", seen=seen, fix="run on the CPU with --provider cpu, or on a machine with a GPU"
+    )

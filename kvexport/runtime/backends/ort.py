@@ -37,9 +37,14 @@ class OrtDecoder:
     longest = sys.maxsize
 
     def __init__(
-        self, session: onnxruntime.InferenceSession, cache: KvCache, extra_outputs: Sequence[str] = (), *,
-        row_by_row: bool = False, loaded: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        session: onnxruntime.InferenceSession,
+        cache: KvCache,
+        extra_outputs: Sequence[str] = (),
+        *,
+        row_by_row: bool = False,
+        loaded: int = 0,
+    ) -> None:
         """
         Args:
             row_by_row: run calls of several tokens one row of the batch after another: GroupQueryAttention takes no
@@ -49,7 +54,9 @@ class OrtDecoder:
         self._session, self._row_by_row, self._loaded = session, row_by_row, loaded
         outputs = {value.name: value for value in session.get_outputs()}
         self._vocab_size = int(outputs["logits"].shape[-1])
-        self._extra = {name: (int(outputs[name].shape[-1]), _TYPES[outputs[name].type]) for name in extra_outputs}
+        self._extra = {
+            name: (int(outputs[name].shape[-1]), _TYPES[outputs[name].type]) for name in extra_outputs
+        }
         self._shrinking = onnxruntime.RunOptions()
         self._shrinking.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
         self.extra: dict[str, NDArray[np.float32]] = {}
@@ -60,7 +67,13 @@ class OrtDecoder:
         self.cache = cache
 
     def run(
-        self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
+        self,
+        input_ids: Ids,
+        positions: Ids,
+        logits_index: Ids,
+        *,
+        lengths: Ids | None = None,
+        shrink: bool = False,
     ) -> Logits:
         """As `Decoder.run`."""
         if len(input_ids) > 1:
@@ -77,7 +90,11 @@ class OrtDecoder:
         """Whether rows run one by one, and the last position that they take."""
         several = positions.shape[1] > 1
         apart = several and self._row_by_row if self.cache.slots is None else several or lengths is not None
-        if lengths is not None and (lengths < positions.shape[1]).any() and (positions[:, 0] != positions[0, 0]).any():
+        if (
+            lengths is not None
+            and (lengths < positions.shape[1]).any()
+            and (positions[:, 0] != positions[0, 0]).any()
+        ):
             return True, int(np.where(lengths, positions[:, 0] + lengths, 0).max()) - 1
         return apart, int(positions.max())
 
@@ -91,7 +108,7 @@ class OrtDecoder:
 
     def _run_rows(
         self, input_ids: Ids, positions: Ids, logits_index: Ids, lengths: Ids | None, shrink: bool
-    ) -> Logits:  # fmt: skip
+    ) -> Logits:
         logits = np.zeros((*logits_index.shape, self._vocab_size), np.float32)
         for row in range(len(input_ids)):
             count = input_ids.shape[1] if lengths is None else int(lengths[row])
@@ -109,7 +126,13 @@ class OrtDecoder:
         return bound
 
     def _call(
-        self, binding: _Binding, input_ids: Ids, positions: Ids, logits_index: Ids, shrink: bool, row: int | None = None
+        self,
+        binding: _Binding,
+        input_ids: Ids,
+        positions: Ids,
+        logits_index: Ids,
+        shrink: bool,
+        row: int | None = None,
     ) -> Logits:
         indices = self.cache.admit(positions, row)
         binding.inputs((input_ids, positions, indices, logits_index))
@@ -119,7 +142,9 @@ class OrtDecoder:
         on_host = self.cache.place is HOST
         self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and on_host else None)
         if self._extra:
-            self.extra = {name: as_float32(binding.arrays[name], dtype) for name, (_, dtype) in self._extra.items()}
+            self.extra = {
+                name: as_float32(binding.arrays[name], dtype) for name, (_, dtype) in self._extra.items()
+            }
         if on_host:
             return logits
         binding.binding.synchronize_outputs()

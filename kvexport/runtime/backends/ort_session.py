@@ -16,8 +16,11 @@ CUDA = "CUDAExecutionProvider"
 MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, and does nothing else until they are there
 
 _TYPES = {
-    "tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16", "tensor(int64)": "int64",
-}  # fmt: skip
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(int64)": "int64",
+}
 # kSameAsRequested: the arena would else grow to the next power of two, and take memory that the cache needs.
 _PROVIDERS: dict[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
@@ -31,7 +34,9 @@ def graph_file(bundle: Bundle, kind: str) -> str:
     return lowered if lowered in bundle.files else GRAPH_FILE
 
 
-def load_graph(bundle: Bundle, options: onnxruntime.SessionOptions, kind: str = "cpu") -> onnxruntime.InferenceSession:
+def load_graph(
+    bundle: Bundle, options: onnxruntime.SessionOptions, kind: str = "cpu"
+) -> onnxruntime.InferenceSession:
     """The bundle's graph for `kind`, "cpu" or "cuda".
 
     Raises:
@@ -40,9 +45,10 @@ def load_graph(bundle: Bundle, options: onnxruntime.SessionOptions, kind: str = 
     """
     if bundle.dtype == "bfloat16" and kind == "cpu":
         raise CannotRunHere(
-            "ONNX Runtime has no bfloat16 kernels for the CPU", seen=f"{bundle.path}, dtype bfloat16",
+            "ONNX Runtime has no bfloat16 kernels for the CPU",
+            seen=f"{bundle.path}, dtype bfloat16",
             fix="build it with --dtype float32 or float16; `kvexport validate` proves it here all the same, in float32",
-        )  # fmt: skip
+        )
     try:
         session = session_on(kind, str(bundle.path / graph_file(bundle, kind)), options)
     except CannotRunHere:
@@ -58,7 +64,9 @@ def load_graph(bundle: Bundle, options: onnxruntime.SessionOptions, kind: str = 
     return session
 
 
-def session_on(kind: str, model: str | bytes, options: onnxruntime.SessionOptions) -> onnxruntime.InferenceSession:
+def session_on(
+    kind: str, model: str | bytes, options: onnxruntime.SessionOptions
+) -> onnxruntime.InferenceSession:
     """A session on the CPU or on CUDA, where it would else fall back to the CPU and say so in a warning only.
 
     Raises:
@@ -70,9 +78,10 @@ def session_on(kind: str, model: str | bytes, options: onnxruntime.SessionOption
     session = onnxruntime.InferenceSession(model, options, providers=_PROVIDERS[kind])
     if kind == "cuda" and CUDA not in session.get_providers():
         raise CannotRunHere(
-            "ONNX Runtime could not start on the GPU", seen=f"{', '.join(session.get_providers())} alone",
+            "ONNX Runtime could not start on the GPU",
+            seen=f"{', '.join(session.get_providers())} alone",
             fix="pip install 'kvexport[gpu]'; what failed to load is in the warning above",
-        )  # fmt: skip
+        )
     return session
 
 
@@ -106,7 +115,11 @@ def _require_contract(session: onnxruntime.InferenceSession, bundle: Bundle) -> 
         seen = [(value.name, _TYPES.get(value.type, value.type), tuple(value.shape)) for value in found]
         allowed = [(spec.name, spec.dtype, spec.shape) for spec in promised]
         if len(seen) != len(allowed):
-            raise BundleError(f"the bundle's graph has another number of {kind}s", seen=len(seen), allowed=len(allowed))
+            raise BundleError(
+                f"the bundle's graph has another number of {kind}s", seen=len(seen), allowed=len(allowed)
+            )
         for one, other in zip(seen, allowed, strict=True):
             if one != other:
-                raise BundleError(f"an {kind} of the bundle's graph is not what its manifest says", seen=one, allowed=other)
+                raise BundleError(
+                    f"an {kind} of the bundle's graph is not what its manifest says", seen=one, allowed=other
+                )

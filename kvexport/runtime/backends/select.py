@@ -95,12 +95,20 @@ def open_decoder(bundle: Bundle, provider: Provider, *, threads: int | None = No
 
 
 def new_cache(
-    bundle: Bundle, provider: Provider, dtype: str, *, fill: float = 0.0, step: int | None = None, slots: int | None = None
+    bundle: Bundle,
+    provider: Provider,
+    dtype: str,
+    *,
+    fill: float = 0.0,
+    step: int | None = None,
+    slots: int | None = None,
 ) -> KvCache:
     """A cache for one sequence on ONNX Runtime, where the provider computes; as `KvCache`."""
     if provider.device is None:
         return KvCache(bundle, 1, dtype, fill=fill, step=step or STEP, slots=slots)
-    return KvCache(bundle, 1, dtype, fill=fill, step=step or _DEVICE_STEP, slots=slots, place=OnDevice(provider.device))
+    return KvCache(
+        bundle, 1, dtype, fill=fill, step=step or _DEVICE_STEP, slots=slots, place=OnDevice(provider.device)
+    )
 
 
 def require_onnxruntime() -> None:
@@ -125,10 +133,11 @@ def _cuda() -> Provider:
 
     if CUDA not in onnxruntime.get_available_providers():
         raise CannotRunHere(
-            "this ONNX Runtime was built without CUDA", seen=f"onnxruntime {onnxruntime.__version__} "
+            "this ONNX Runtime was built without CUDA",
+            seen=f"onnxruntime {onnxruntime.__version__} "
             f"with {', '.join(onnxruntime.get_available_providers())}",
             fix="pip uninstall onnxruntime && pip install 'kvexport[gpu]'; or run on the CPU with --provider cpu",
-        )  # fmt: skip
+        )
     return Provider("cuda", Cuda())
 
 

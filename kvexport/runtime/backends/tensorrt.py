@@ -43,8 +43,14 @@ class EngineCache(KvCache):
     def __init__(self, bundle: Bundle, engine: Engine, place: OnDevice, fill: float) -> None:
         record = engine.record
         super().__init__(
-            bundle, record.batch, record.dtype, fill=fill, step=record.capacity, limit=record.capacity, place=place
-        )  # fmt: skip
+            bundle,
+            record.batch,
+            record.dtype,
+            fill=fill,
+            step=record.capacity,
+            limit=record.capacity,
+            place=place,
+        )
         self._engine = engine
         self.reserve(record.capacity)
 
@@ -76,9 +82,11 @@ class EngineCache(KvCache):
     def _require_batch(self, batch: int) -> None:
         if batch != self.batch:
             raise UsageError(
-                "the engine runs another number of sequences at a time", seen=batch, allowed=self.batch,
+                "the engine runs another number of sequences at a time",
+                seen=batch,
+                allowed=self.batch,
                 fix="give prompts one by one, or run without the engine: --provider cuda or cpu",
-            )  # fmt: skip
+            )
 
 
 class TensorRtDecoder:
@@ -114,7 +122,11 @@ class TensorRtDecoder:
         self._vocab = bundle.model.vocab_size
         with _within_memory():
             self.cache: KvCache = EngineCache(bundle, engine, place, fill)
-            self._updates = {} if in_place else {name: self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
+            self._updates = (
+                {}
+                if in_place
+                else {name: self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
+            )
             self._slots = {} if in_place else self._slots_of_heads(place)
             size = int(self._engine.device_memory_size_v2)  # of the profile that needs the most
             self._scratch = DeviceArray(device, (max(size, 1),), "uint8")
@@ -136,7 +148,13 @@ class TensorRtDecoder:
         self._prefill.bind(self._addresses(cache))
 
     def run(
-        self, input_ids: Ids, positions: Ids, logits_index: Ids, *, lengths: Ids | None = None, shrink: bool = False
+        self,
+        input_ids: Ids,
+        positions: Ids,
+        logits_index: Ids,
+        *,
+        lengths: Ids | None = None,
+        shrink: bool = False,
     ) -> Logits:
         """As `Decoder.run`."""
         start, stop = int(positions[0, 0]), int(positions[0, -1]) + 1
@@ -158,9 +176,16 @@ class TensorRtDecoder:
         context, config = self._context(profile)
         assert isinstance(cache.place, OnDevice)
         return _Calls(
-            context, cache.place, self._log, self._vocab, self._addresses(cache), tuple(self._slots.values()),
-            longest=1 if profile == DECODE else self.longest, captures=profile == DECODE, config=config,
-        )  # fmt: skip
+            context,
+            cache.place,
+            self._log,
+            self._vocab,
+            self._addresses(cache),
+            tuple(self._slots.values()),
+            longest=1 if profile == DECODE else self.longest,
+            captures=profile == DECODE,
+            config=config,
+        )
 
     def _addresses(self, cache: KvCache) -> dict[str, int]:
         """Of all that a context takes and gives but tokens and logits, by name."""
@@ -184,7 +209,9 @@ class TensorRtDecoder:
         if profile == DECODE and hasattr(self._trt, "DynamicShapesKernelSpecializationStrategy"):
             config = self._engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(how)
-            config.dynamic_shapes_kernel_specialization_strategy = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            config.dynamic_shapes_kernel_specialization_strategy = (
+                self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            )
         context = self._engine.create_execution_context(how if config is None else config)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
             raise failure(self._log, "TensorRT cannot make an execution context")
@@ -200,7 +227,10 @@ class TensorRtDecoder:
             rows, heads, capacity, width = buffer.shape
             slot = width * stored_as(buffer.dtype).itemsize
             for first, number, target in self._targets(layer, rows * heads, start):
-                to, given = buffer.address + (first * capacity + target) * slot, new.address + first * count * slot
+                to, given = (
+                    buffer.address + (first * capacity + target) * slot,
+                    new.address + first * count * slot,
+                )
                 self._device.copy_rows(to, capacity * slot, given, count * slot, count * slot, number)
 
     def _targets(self, layer: int, heads: int, start: int) -> Iterator[tuple[int, int, int]]:
@@ -217,7 +247,11 @@ class TensorRtDecoder:
 
     def _slots_of_heads(self, place: OnDevice) -> dict[int, DeviceArray]:
         """Where the graph says which slots it chose, of each layer that evicts."""
-        states = {layer_and_which(name)[0]: buffer for name, buffer in self.cache.buffers.items() if name.endswith(STATE)}
+        states = {
+            layer_and_which(name)[0]: buffer
+            for name, buffer in self.cache.buffers.items()
+            if name.endswith(STATE)
+        }
         return {layer: place.staged(state.shape[:1], "int64") for layer, state in states.items()}
 
     def _slice_of(self, buffer: DeviceArray) -> DeviceArray:
@@ -235,9 +269,10 @@ def _within_memory() -> Iterator[None]:
         yield
     except MemoryError as error:
         raise CannotRunHere(
-            "there is not enough device memory for the engine's cache and activations", seen=str(error),
+            "there is not enough device memory for the engine's cache and activations",
+            seen=str(error),
             fix="build the engine again with a smaller --capacity or --chunk, or hold fewer caches",
-        ) from error  # fmt: skip
+        ) from error
 
 
 class _Calls:
@@ -249,9 +284,18 @@ class _Calls:
     """
 
     def __init__(
-        self, context: Any, place: OnDevice, log: Any, vocab: int, bound: dict[str, int], told: Sequence[DeviceArray], *,
-        longest: int, captures: bool, config: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        context: Any,
+        place: OnDevice,
+        log: Any,
+        vocab: int,
+        bound: dict[str, int],
+        told: Sequence[DeviceArray],
+        *,
+        longest: int,
+        captures: bool,
+        config: Any = None,
+    ) -> None:
         """
         Args:
             bound: addresses of what is not made here, by name.
@@ -259,7 +303,13 @@ class _Calls:
             config: of the context, which must live as long.
         """
         self._config = config
-        self.context, self._place, self._device, self._log, self._vocab = context, place, place.device, log, vocab
+        self.context, self._place, self._device, self._log, self._vocab = (
+            context,
+            place,
+            place.device,
+            log,
+            vocab,
+        )
         self._captures, self._told = captures, told
         self._graph: Any | None = None
         self._counts = 0, 0  # tokens, logits

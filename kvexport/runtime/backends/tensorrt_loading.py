@@ -10,7 +10,17 @@ from functools import cache
 from typing import Any, NoReturn
 
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle
-from kvexport.bundle.graph_io import BATCH, BUDGET, CAPACITY, STATE, past, present, sized, slots_output, update
+from kvexport.bundle.graph_io import (
+    BATCH,
+    BUDGET,
+    CAPACITY,
+    STATE,
+    past,
+    present,
+    sized,
+    slots_output,
+    update,
+)
 from kvexport.errors import BundleError, CannotRunHere
 from kvexport.runtime.backends.base import TOKEN_INPUTS
 from kvexport.runtime.backends.tensorrt_select import Engine
@@ -49,9 +59,10 @@ def refit(loaded: Any, engine: Engine, bundle: Bundle, log: Any) -> None:
     read = engine.trt.OnnxParserRefitter(refitter, log).refit_from_bytes(graph, str(path))
     if not read or not refitter.refit_cuda_engine():
         raise CannotRunHere(
-            "TensorRT cannot put the bundle's weights into the engine", seen=log.last(),
+            "TensorRT cannot put the bundle's weights into the engine",
+            seen=log.last(),
             fix="build it again, whole: kvexport engine BUNDLE --force",
-        )  # fmt: skip
+        )
 
 
 def require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool) -> None:
@@ -87,7 +98,10 @@ def require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool
         for output, cache in given.items():
             if loaded.get_aliased_input_tensor(output) != cache:
                 _refuse(
-                    engine, "does not write the cache in place", loaded.get_aliased_input_tensor(output), f"{output} is {cache}"
+                    engine,
+                    "does not write the cache in place",
+                    loaded.get_aliased_input_tensor(output),
+                    f"{output} is {cache}",
                 )
 
 

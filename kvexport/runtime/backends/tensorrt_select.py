@@ -8,7 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from kvexport.bundle.bundle import Bundle
-from kvexport.bundle.engine_record import ENGINES_FOLDER, PLAN_FILE, RECORD_FILE, BuildRecord, manifest_digest, read_record
+from kvexport.bundle.engine_record import (
+    ENGINES_FOLDER,
+    PLAN_FILE,
+    RECORD_FILE,
+    BuildRecord,
+    manifest_digest,
+    read_record,
+)
 from kvexport.errors import BundleError, CannotRunHere
 from kvexport.files.hashing import sha256_of
 from kvexport.runtime.cache.device_arrays import Device
@@ -52,7 +59,9 @@ class Engine:
             BundleError: it is not as it was built.
         """
         if sha256_of(self.plan) != self.record.plan.sha256:
-            raise BundleError(f"{self.plan} is not as it was built: its sha256 differs", fix=_rebuild(self.record))
+            raise BundleError(
+                f"{self.plan} is not as it was built: its sha256 differs", fix=_rebuild(self.record)
+            )
 
 
 def engine_directories(bundle: Bundle) -> list[Path]:
@@ -83,12 +92,15 @@ def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> En
             reasons.append(f"{record.target} {error.what}")
             continue
         if record.manifest_sha256 != manifest_digest(bundle.path):
-            raise OtherEngine(f"the engine {directory} was built from another bundle than this one", fix=_rebuild(record))
+            raise OtherEngine(
+                f"the engine {directory} was built from another bundle than this one", fix=_rebuild(record)
+            )
         return Engine(directory, record, trt)
     raise CannotRunHere(
-        f"the bundle {bundle.path} has no engine that this machine can run", seen="; ".join(reasons) or "no engine",
+        f"the bundle {bundle.path} has no engine that this machine can run",
+        seen="; ".join(reasons) or "no engine",
         fix=f"build one here: kvexport engine {bundle.path}",
-    )  # fmt: skip
+    )
 
 
 def _require_fit(record: BuildRecord, device: Device) -> None:
@@ -102,7 +114,9 @@ def _require_fit(record: BuildRecord, device: Device) -> None:
         built = " or ".join(record.compute_capability)
         raise CannotRunHere(f"was built for compute capability {built}, and {device.name} has {here}")
     if record.batch != 1:
-        raise CannotRunHere(f"was built for {record.batch} sequences at a time, and the runtime gives an engine one")
+        raise CannotRunHere(
+            f"was built for {record.batch} sequences at a time, and the runtime gives an engine one"
+        )
 
 
 def _library(record: BuildRecord) -> Any:

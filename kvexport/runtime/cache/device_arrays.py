@@ -84,7 +84,9 @@ class Device(Protocol):
 
     def download(self, target: NDArray[Any], address: int) -> None: ...
 
-    def copy_rows(self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int) -> None:
+    def copy_rows(
+        self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
+    ) -> None:
         """Copy `rows` rows of `width` bytes, whose beginnings are `pitch` bytes apart, from device to device."""
 
     def synchronize(self) -> None:
@@ -149,7 +151,9 @@ class Host:
 
     def move(self, array: NDArray[Any], moves: Sequence[Move]) -> None:
         for row, rows, target, source, count in moves:
-            array[row : row + rows, :, target : target + count] = array[row : row + rows, :, source : source + count]
+            array[row : row + rows, :, target : target + count] = array[
+                row : row + rows, :, source : source + count
+            ]
 
     def address(self, array: NDArray[Any], rows: slice = ALL_ROWS) -> tuple[int, Shape]:
         """Where an array, or some rows of it, begin, and their shape."""
@@ -210,7 +214,9 @@ class OnDevice:
         batch, heads, _, width = source.shape
         slot = width * stored_as(source.dtype).itemsize
         pitches = [slot * array.shape[2] for array in (target, source)]
-        self.device.copy_rows(target.address, pitches[0], source.address, pitches[1], slots * slot, batch * heads)
+        self.device.copy_rows(
+            target.address, pitches[0], source.address, pitches[1], slots * slot, batch * heads
+        )
         self.device.synchronize()  # before the source is freed
 
     def move(self, array: DeviceArray, moves: Sequence[Move]) -> None:
@@ -220,7 +226,9 @@ class OnDevice:
         for row, rows, target, source, count in moves:
             first = array.address + row * heads * slots * slot
             pitch = slots * slot
-            self.device.copy_rows(first + target * slot, pitch, first + source * slot, pitch, count * slot, rows * heads)
+            self.device.copy_rows(
+                first + target * slot, pitch, first + source * slot, pitch, count * slot, rows * heads
+            )
 
     def address(self, array: DeviceArray, rows: slice = ALL_ROWS) -> tuple[int, Shape]:
         return array.view(rows)

@@ -40,8 +40,12 @@ class Occupancy:
             usable: slots that may be in use; `slots` is how many there are.
         """
         again = first == self.seen[rows] - 1
-        assert ((first == self.seen[rows]) | again).all(), "tokens come one after another, or the last one again"
-        assert count == 1 or ((self.filled[rows] + count <= usable).all() and not again.any()), "no room for several tokens"
+        assert ((first == self.seen[rows]) | again).all(), (
+            "tokens come one after another, or the last one again"
+        )
+        assert count == 1 or ((self.filled[rows] + count <= usable).all() and not again.any()), (
+            "no room for several tokens"
+        )
         full = self.filled[rows] >= usable
         indices = np.where(full, slots, self.filled[rows] - again)
         self.filled[rows] = np.minimum(self.filled[rows] + count * ~again, usable)
@@ -68,7 +72,9 @@ class Ranking:
         goes = np.zeros((heads, tokens), np.bool_)
         np.put_along_axis(goes, ranked[:, : tokens - keep], True, axis=1)
         kept = np.tile(np.arange(keep), (heads, 1))
-        kept[goes[:, :keep]] = np.tile(np.arange(keep, tokens), (heads, 1))[~goes[:, keep:]]  # as many in every head
+        kept[goes[:, :keep]] = np.tile(np.arange(keep, tokens), (heads, 1))[
+            ~goes[:, keep:]
+        ]  # as many in every head
         return kept
 
     def _priorities(self, state: State, position: int, recent: int) -> State:
@@ -83,7 +89,13 @@ class Ranking:
 
 
 def make_room(
-    place: Place, caches: tuple[Any, Any, Any], rows: slice, ranking: Ranking, tokens: int, keep: int, position: int
+    place: Place,
+    caches: tuple[Any, Any, Any],
+    rows: slice,
+    ranking: Ranking,
+    tokens: int,
+    keep: int,
+    position: int,
 ) -> None:
     """Let a sequence's tokens in one layer go until `keep` of `tokens` are left; they move to the first slots.
 

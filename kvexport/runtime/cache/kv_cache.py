@@ -36,7 +36,11 @@ class _Buffer:
     evicts: bool
 
     def shape(self, batch: int, slots: int) -> tuple[int, ...]:
-        return (batch * self.heads, 1, slots, self.width) if self.evicts else (batch, self.heads, slots, self.width)
+        return (
+            (batch * self.heads, 1, slots, self.width)
+            if self.evicts
+            else (batch, self.heads, slots, self.width)
+        )
 
     def bytes(self, batch: int, slots: int) -> int:
         return batch * self.heads * slots * self.width * stored_as(self.dtype).itemsize
@@ -59,9 +63,17 @@ class KvCache:
     """
 
     def __init__(
-        self, bundle: Bundle, batch: int, dtype: str, *, fill: float = 0.0, step: int = STEP, limit: int | None = None,
-        place: Place = HOST, slots: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        bundle: Bundle,
+        batch: int,
+        dtype: str,
+        *,
+        fill: float = 0.0,
+        step: int = STEP,
+        limit: int | None = None,
+        place: Place = HOST,
+        slots: int | None = None,
+    ) -> None:
         """Nothing is allocated before `reserve`.
 
         Args:
@@ -71,7 +83,13 @@ class KvCache:
             limit: None: the bundle's capacity.
             slots: of layers that evict. None: the bundle's budget.
         """
-        self._bundle, self.dtype, self._fill, self._step, self.num_layers = bundle, dtype, fill, step, len(bundle.layers)
+        self._bundle, self.dtype, self._fill, self._step, self.num_layers = (
+            bundle,
+            dtype,
+            fill,
+            step,
+            len(bundle.layers),
+        )
         self._specs: dict[str, _Buffer] = {}
         self._rankings: dict[int, Ranking] = {}  # of the layers that evict
         eviction = bundle.eviction
@@ -83,7 +101,9 @@ class KvCache:
                 parts[contract.STATE] = STATE, "float32"
                 self._rankings[index] = Ranking(eviction, layer.window)
             for which, (width, kind) in parts.items():
-                self._specs[past(index, which)] = _Buffer(index, layer.num_key_value_heads, width, kind, evicts)
+                self._specs[past(index, which)] = _Buffer(
+                    index, layer.num_key_value_heads, width, kind, evicts
+                )
         self.batch = batch
         self.capacity = 0
         self.limit = bundle.capacity if limit is None else limit
@@ -101,9 +121,15 @@ class KvCache:
     def another(self, batch: int, slots: int | None = None) -> KvCache:
         """A cache of the same kind beside this one; `slots` as in `fresh`."""
         return KvCache(
-            self._bundle, batch, self.dtype, fill=self._fill, step=self._step, limit=self.limit, place=self.place,
+            self._bundle,
+            batch,
+            self.dtype,
+            fill=self._fill,
+            step=self._step,
+            limit=self.limit,
+            place=self.place,
             slots=slots or self.slots,
-        )  # fmt: skip
+        )
 
     def reserve(self, tokens: int) -> None:
         """Make room for `tokens` tokens; what was written is copied, one buffer at a time.
@@ -118,7 +144,9 @@ class KvCache:
         capacity = min(-(-tokens // self._step) * self._step, self.limit)
         for name, spec in self._specs.items():
             self._resize(name, spec, self._held(spec, capacity))
-        all_full = len(self._rankings) == self.num_layers and self.slots is not None and capacity >= self.slots
+        all_full = (
+            len(self._rankings) == self.num_layers and self.slots is not None and capacity >= self.slots
+        )
         self.capacity = self.limit if all_full else capacity
 
     def require_room(self, tokens: int, what: str) -> None:
@@ -276,7 +304,15 @@ class KvCache:
             return
         for layer, ranking in self._rankings.items():
             key, value, state = (self.buffers[past(layer, which)] for which in (KEY, VALUE, contract.STATE))
-            make_room(self.place, (key, value, state), self.rows_of(past(layer, KEY), row), ranking, filled, keep, seen)
+            make_room(
+                self.place,
+                (key, value, state),
+                self.rows_of(past(layer, KEY), row),
+                ranking,
+                filled,
+                keep,
+                seen,
+            )
         self._rows.filled[row] = keep
 
     def _resize(self, name: str, spec: _Buffer, slots: int) -> None:
@@ -294,9 +330,10 @@ class KvCache:
             fresh: Any = self.place.zeros(shape, spec.dtype)
         except MemoryError as error:
             raise CannotRunHere(
-                "there is not enough memory for the KV cache", seen=f"{self.bytes(slots)} bytes for {slots} tokens, "
-                f"{self.batch} sequences", fix="run fewer or shorter sequences",
-            ) from error  # fmt: skip
+                "there is not enough memory for the KV cache",
+                seen=f"{self.bytes(slots)} bytes for {slots} tokens, {self.batch} sequences",
+                fix="run fewer or shorter sequences",
+            ) from error
         if self._fill and not name.endswith(contract.STATE):
             self.place.write(fresh, np.full(shape, from_float(self._fill, self.dtype)))
         if old is not None:

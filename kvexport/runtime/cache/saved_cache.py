@@ -52,11 +52,17 @@ def write(path: Path, digest: str, kv: KvCache, state: State) -> None:
         OSError: the disk is full, or will not be written.
     """
     if not path.parent.is_dir():
-        raise UsageError("the folder for the cache does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}")
+        raise UsageError(
+            "the folder for the cache does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}"
+        )
     if path.is_dir():
         raise UsageError("the file for the cache is a folder", seen=path, fix="name a file in it")
     if path.exists() and not path.is_file():
-        raise UsageError("the file for the cache is a device or a pipe, which would be replaced", seen=path, fix="name a file")
+        raise UsageError(
+            "the file for the cache is a device or a pipe, which would be replaced",
+            seen=path,
+            fix="name a file",
+        )
     header = _header(digest, kv, state)
     target = path.resolve()  # where a link points to
     temporary = target.parent / f".{target.name}.{os.getpid()}.{threading.get_ident()}.partial"
@@ -111,13 +117,15 @@ def _header(digest: str, kv: KvCache, state: State) -> bytes:
     """The JSON at the file's beginning, as long as a multiple of 8; the data's digest is not known yet."""
     occupancy = kv.occupancy
     told = {
-        "lengths": state.lengths.tolist(), "last": state.last.tolist(), "pending": state.pending,
+        "lengths": state.lengths.tolist(),
+        "last": state.last.tolist(),
+        "pending": state.pending,
         "filled": None if occupancy is None else occupancy.filled.tolist(),
         "seen": None if occupancy is None else occupancy.seen.tolist(),
-    }  # fmt: skip
+    }
     header: dict[str, Any] = {
         "__metadata__": {"kvexport": KIND, "bundle": digest, "sha256": "0" * 64, "state": json.dumps(told)}
-    }  # fmt: skip
+    }
     for name, spec in _layout(kv, state.lengths, _most(occupancy)).items():
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [spec.start, spec.stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
@@ -179,9 +187,11 @@ class _Reader:
             self._refuse("it is no saved cache", seen=repr(metadata)[:80])
         if metadata.get("bundle") != self._digest:
             raise UsageError(
-                f"the cache {self._path} is of another bundle", seen=repr(metadata.get("bundle"))[:80], allowed=self._digest,
+                f"the cache {self._path} is of another bundle",
+                seen=repr(metadata.get("bundle"))[:80],
+                allowed=self._digest,
                 fix="run the bundle that it was saved with, or " + _AGAIN,
-            )  # fmt: skip
+            )
         state, occupancy = self._state(metadata.get("state"))
         wanted = _layout(self._like, state.lengths, _most(occupancy))
         self._require_layout(header, wanted)
@@ -199,7 +209,10 @@ class _Reader:
         beginning = self._file.read(8)
         length = int.from_bytes(beginning, "little")
         if len(beginning) < 8 or length > min(self._size - 8, _LARGEST):
-            self._refuse("its header is longer than the file, or than any cache's", seen=f"{length} of {self._size} bytes")
+            self._refuse(
+                "its header is longer than the file, or than any cache's",
+                seen=f"{length} of {self._size} bytes",
+            )
         self._data = 8 + length
         try:
             header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_once)
@@ -222,10 +235,16 @@ class _Reader:
             self._refuse("what it says of its sequences is not what this bundle needs", seen=repr(raw)[:80])
         batch = len(raw["lengths"]) if isinstance(raw["lengths"], list) else 0
         lengths = self._numbers(raw, "lengths", batch, None)
-        self._like.require_room(int(lengths.max(initial=0)), f"the cache {self._path} holds more than there is room for")
+        self._like.require_room(
+            int(lengths.max(initial=0)), f"the cache {self._path} holds more than there is room for"
+        )
         last = self._numbers(raw, "last", batch, self._vocab)
         pending = raw["pending"]
-        if not isinstance(pending, list) or len(pending) != batch or not all(isinstance(each, list) for each in pending):
+        if (
+            not isinstance(pending, list)
+            or len(pending) != batch
+            or not all(isinstance(each, list) for each in pending)
+        ):
             self._refuse("its pending tokens are not lists, one for each sequence", seen=repr(pending)[:80])
         for each in pending:
             self._numbers({"pending": each}, "pending", min(len(each), 1), self._vocab)
@@ -234,11 +253,16 @@ class _Reader:
             filled, seen = (self._numbers(raw, name, batch, None) for name in counted)
             slots = self._like.slots
             assert slots is not None
-            if (seen != lengths).any() or (filled > np.minimum(lengths, slots)).any() or ((filled == 0) != (lengths == 0)).any():
+            if (
+                (seen != lengths).any()
+                or (filled > np.minimum(lengths, slots)).any()
+                or ((filled == 0) != (lengths == 0)).any()
+            ):
                 self._refuse(
                     "its slots in use contradict its lengths, or are more than there are",
-                    seen=f"{filled.tolist()} of {lengths.tolist()} tokens", allowed=f"at most {slots}",
-                )  # fmt: skip
+                    seen=f"{filled.tolist()} of {lengths.tolist()} tokens",
+                    allowed=f"at most {slots}",
+                )
             occupancy = Occupancy(filled, seen)
         return State(lengths, last, pending), occupancy
 
@@ -248,7 +272,9 @@ class _Reader:
             self._refuse(f"its {name} are not one number for each sequence", seen=repr(values)[:80])
         wrong = [value for value in values if type(value) is not int or not 0 <= value < most]
         if wrong:
-            self._refuse(f"its {name} hold what cannot be", seen=repr(wrong[0])[:80], allowed=f"0 to {most - 1}")
+            self._refuse(
+                f"its {name} hold what cannot be", seen=repr(wrong[0])[:80], allowed=f"0 to {most - 1}"
+            )
         return np.array(values, np.int64)
 
     def _require_layout(self, header: Mapping[str, Any], wanted: Mapping[str, _Tensor]) -> None:
@@ -261,21 +287,40 @@ class _Reader:
             if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
                 self._refuse(f"{name} is not described as a tensor", seen=repr(entry)[:80])
             if (entry["dtype"], entry["shape"]) != (tensor.dtype, tensor.shape):
-                seen, allowed = f"{entry['dtype']!r} {entry['shape']!r}"[:80], f"{tensor.dtype!r} {tensor.shape}"
-                self._refuse(f"{name} has another dtype or shape than the sequences need", seen=seen, allowed=allowed)
+                seen, allowed = (
+                    f"{entry['dtype']!r} {entry['shape']!r}"[:80],
+                    f"{tensor.dtype!r} {tensor.shape}",
+                )
+                self._refuse(
+                    f"{name} has another dtype or shape than the sequences need", seen=seen, allowed=allowed
+                )
             offsets = entry["data_offsets"]
-            if not isinstance(offsets, list) or len(offsets) != 2 or not all(type(each) is int for each in offsets):
+            if (
+                not isinstance(offsets, list)
+                or len(offsets) != 2
+                or not all(type(each) is int for each in offsets)
+            ):
                 self._refuse(f"{name} does not say where it is", seen=repr(offsets)[:80])
             if offsets[1] - offsets[0] != tensor.stop - tensor.start:
-                self._refuse(f"{name} has another extent than its shape", seen=offsets, allowed=tensor.stop - tensor.start)
+                self._refuse(
+                    f"{name} has another extent than its shape",
+                    seen=offsets,
+                    allowed=tensor.stop - tensor.start,
+                )
             spans.append((*offsets, name))
         end = 0
         for start, stop, name in sorted(spans):
             if start != end:
-                self._refuse(f"there is a gap or an overlap before {name}", seen=f"byte {start}", allowed=f"byte {end}")
+                self._refuse(
+                    f"there is a gap or an overlap before {name}", seen=f"byte {start}", allowed=f"byte {end}"
+                )
             end = stop
         if end != self._size - self._data:
-            self._refuse("its tensors are not all of its data", seen=f"{self._size - self._data} bytes", allowed=f"{end} bytes")
+            self._refuse(
+                "its tensors are not all of its data",
+                seen=f"{self._size - self._data} bytes",
+                allowed=f"{end} bytes",
+            )
         self._begins = {name: self._data + start for start, _, name in spans}
 
     def _require_digest(self, promised: object) -> None:
@@ -284,7 +329,11 @@ class _Reader:
         for piece in _pieces(self._file):
             hashed.update(piece)
         if promised != hashed.hexdigest():
-            self._refuse("its data is not as it was written: its sha256 differs", seen=hashed.hexdigest(), allowed=promised)
+            self._refuse(
+                "its data is not as it was written: its sha256 differs",
+                seen=hashed.hexdigest(),
+                allowed=promised,
+            )
 
     def _fill(self, kv: KvCache, name: str, tensor: _Tensor) -> None:
         """Put a tensor into the first slots of its buffer."""
@@ -297,7 +346,9 @@ class _Reader:
         kv.place.carry(staged, kv.buffers[name], values.shape[2])
 
     def _refuse(self, what: str, *, seen: object = None, allowed: object = None) -> NoReturn:
-        raise UsageError(f"the cache {self._path} cannot be read: {what}", seen=seen, allowed=allowed, fix=_AGAIN)
+        raise UsageError(
+            f"the cache {self._path} cannot be read: {what}", seen=seen, allowed=allowed, fix=_AGAIN
+        )
 
 
 def _pieces(file: BinaryIO) -> Iterator[bytes]:

@@ -41,7 +41,9 @@ class Sequences:
 
     @classmethod
     def empty(cls, kv: KvCache) -> Sequences:
-        return cls(kv, np.zeros(kv.batch, np.int64), np.zeros(kv.batch, np.int64), [[] for _ in range(kv.batch)])
+        return cls(
+            kv, np.zeros(kv.batch, np.int64), np.zeros(kv.batch, np.int64), [[] for _ in range(kv.batch)]
+        )
 
     def begins(self, row: int) -> bool:
         """Whether a sequence has no token yet."""
@@ -65,7 +67,9 @@ class Guard:
             self.lock.release()
             raise UsageError("the session is closed", fix="open the bundle again: kvexport.open(BUNDLE)")
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.lock.release()
 
 

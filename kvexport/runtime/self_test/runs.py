@@ -51,7 +51,9 @@ class Runs:
         self.tokens = vectors.tokens[: decoder.cache.limit]
         self.prompt = min(len(vectors.prompt), len(self.tokens))
         eviction = bundle.eviction
-        self._evicting = [layer for layer in range(len(bundle.layers)) if eviction is not None and eviction.evicts(layer)]
+        self._evicting = [
+            layer for layer in range(len(bundle.layers)) if eviction is not None and eviction.evicts(layer)
+        ]
         self._policy = "" if eviction is None else eviction.policy
 
     def fed(self, pieces: Sequence[range]) -> list[Measured]:
@@ -64,7 +66,10 @@ class Runs:
             if layer not in self._evicting:
                 key, value = (heads[0] for heads in cache.layer_in_float32(layer))  # [N, slots, width]
                 for row, measured in enumerate(rows, self._vectors.first_row):
-                    measured.key_norms[layer], measured.value_norms[layer] = _norm(key[:, row]), _norm(value[:, row])
+                    measured.key_norms[layer], measured.value_norms[layer] = (
+                        _norm(key[:, row]),
+                        _norm(value[:, row]),
+                    )
         return rows
 
     def generated(self, most: int) -> int:
@@ -120,7 +125,9 @@ class Runs:
     def _measured(self, logits: NDArray[np.float32]) -> Measured:
         wide, layers = logits.astype(np.float64), len(self._bundle.layers)
         rms, values = math.sqrt(np.mean(wide**2)), wide[list(self._vectors.logit_indices)]
-        return Measured(rms, int(logits.argmax()), values, np.zeros(layers), np.zeros(layers), np.zeros(layers))
+        return Measured(
+            rms, int(logits.argmax()), values, np.zeros(layers), np.zeros(layers), np.zeros(layers)
+        )
 
     def _score_error(self, scores: NDArray[np.float32], keys: NDArray[np.float32], row: int) -> float:
         """The largest relative error of the scores [N] that a token's keys [N, width] were given."""

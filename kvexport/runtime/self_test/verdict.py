@@ -67,7 +67,9 @@ class Check:
     first: Where | None
 
     def within(self, tolerance: Tolerance) -> bool:
-        return self.logits <= tolerance.logits and self.norms <= tolerance.norms and self.choice <= tolerance.tie
+        return (
+            self.logits <= tolerance.logits and self.norms <= tolerance.norms and self.choice <= tolerance.tie
+        )
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,10 @@ class SelfTestReport:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is not a number is null."""
         raw = asdict(self)
-        raw["checks"] = [{key: None if value == math.inf else value for key, value in each.items()} for each in raw["checks"]]
+        raw["checks"] = [
+            {key: None if value == math.inf else value for key, value in each.items()}
+            for each in raw["checks"]
+        ]
         return raw
 
 
@@ -142,16 +147,20 @@ def examine(bundle: Bundle, vectors: Vectors, decoder: Decoder, provider: Provid
     runs = Runs(bundle, vectors, decoder)
     if len(runs.tokens) <= vectors.first_row:
         raise CannotRunHere(
-            "the engine holds too few tokens for the bundle's self-test", seen=f"a capacity of {len(runs.tokens)}",
-            allowed=f"{vectors.first_row + 1} or more", fix=f"kvexport engine BUNDLE --capacity {len(vectors.tokens)} --force",
-        )  # fmt: skip
+            "the engine holds too few tokens for the bundle's self-test",
+            seen=f"a capacity of {len(runs.tokens)}",
+            allowed=f"{vectors.first_row + 1} or more",
+            fix=f"kvexport engine BUNDLE --capacity {len(vectors.tokens)} --force",
+        )
     prompt, tokens = runs.prompt, len(runs.tokens)
     whole = tokens if vectors.slots is None else prompt
     at_once = check("at once", runs.fed(pieces_of(0, whole, decoder.longest)), vectors, tolerance)
     steps = [*pieces_of(0, prompt, min(decoder.longest, CHUNK)), *pieces_of(prompt, tokens, 1)]
     step_by_step = check("step by step", runs.fed(steps), vectors, tolerance)
     sure = 0
-    while prompt + sure < tokens and not _nearly(vectors.rows[prompt + sure - 1 - vectors.first_row], tolerance):
+    while prompt + sure < tokens and not _nearly(
+        vectors.rows[prompt + sure - 1 - vectors.first_row], tolerance
+    ):
         sure += 1
     generated = runs.generated(sure)
     checks = at_once, step_by_step
@@ -167,7 +176,7 @@ def examine(bundle: Bundle, vectors: Vectors, decoder: Decoder, provider: Provid
     said, fix = _sentences(verdict, bundle, provider, at_once.first or step_by_step.first)
     return SelfTestReport(
         verdict, said, fix, provider.name, provider.version, bundle.dtype, tolerance, checks, generated, sure
-    )  # fmt: skip
+    )
 
 
 def check(name: str, rows: Sequence[Measured], vectors: Vectors, tolerance: Tolerance) -> Check:
@@ -210,10 +219,16 @@ def _apart(number: float, twin: float) -> float:
 _COPY = "copy the bundle again as a whole, or build it again: kvexport build CHECKPOINT -o BUNDLE"
 
 
-def _sentences(verdict: str, bundle: Bundle, provider: Provider, first: Where | None) -> tuple[str, str | None]:
+def _sentences(
+    verdict: str, bundle: Bundle, provider: Provider, first: Where | None
+) -> tuple[str, str | None]:
     """What is wrong, and what to do."""
     engine = provider.engine
-    rebuilt = "" if engine is None else f"build the engine again: kvexport engine BUNDLE --target {engine.record.target} --force"
+    rebuilt = (
+        ""
+        if engine is None
+        else f"build the engine again: kvexport engine BUNDLE --target {engine.record.target} --force"
+    )
     runs, where = f"{provider.version} on {provider.name}", f"; first wrong: {first}"
     if verdict == "ok":
         return f"{runs} computes what PyTorch computed when the bundle was built", None
@@ -228,7 +243,11 @@ def _sentences(verdict: str, bundle: Bundle, provider: Provider, first: Where | 
         )
     if verdict == "precision":
         less = f"{runs} is less exact than {bundle.dtype}, as if it computed in {_LOWER[bundle.dtype]}{where}"
-        return less, rebuilt or f"build the bundle again with --dtype {_LOWER[bundle.dtype]} if that will do; or else {_COPY}"
+        return (
+            less,
+            rebuilt
+            or f"build the bundle again with --dtype {_LOWER[bundle.dtype]} if that will do; or else {_COPY}",
+        )
     what = f"{runs} computes tokens that come at once rightly, and the same tokens one by one wrongly: it does not keep its cache"
     return what + (where if first else "; generating does not repeat itself"), (
         rebuilt or "install another version of ONNX Runtime, or run with another --provider"
