@@ -144,8 +144,8 @@ def prompts_of(
             if not 0 <= room <= len(ids):
                 raise UsageError(
                     "a needle's prompt cannot be made this long",
-                    seen=f"{length} tokens",
-                    allowed=f"{length - room} or more",
+                    got=f"{length} tokens",
+                    expected=f"{length - room} or more",
                 )
             at = chance.randrange(len(ids) - room + 1)
             found.append(([*start, *hide(ids[at : at + room], [(depth, needle)]), *asked], answer))

@@ -68,7 +68,7 @@ def curve(bench: Bench, name: str, long: int) -> dict[str, Any]:
     decoder, places = bench.decoder, offsets(bench.length, long)
     if decoder.rope is None:
         raise UsageError(
-            "an offset says something of rotary positions only", seen=bench.attention.position, allowed="rope"
+            "an offset says something of rotary positions only", got=bench.attention.position, expected="rope"
         )
     if name != TRAINED:
         method, capacity = lines(bench.length, long)[name]

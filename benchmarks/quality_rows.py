@@ -342,8 +342,8 @@ def _windows(bench: Bench, source: str, temperatures: tuple[float, ...] | None =
     if len(found) < recipe.samples:
         raise UsageError(
             "the text is too short to calibrate on as many tokens as the others",
-            seen=f"{len(found)} windows",
-            allowed=f"{recipe.samples} of {recipe.length} tokens",
+            got=f"{len(found)} windows",
+            expected=f"{recipe.samples} of {recipe.length} tokens",
             fix="give a longer text",
         )
     return found

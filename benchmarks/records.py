@@ -79,7 +79,7 @@ def resumed(file: Path, settings: dict[str, Any]) -> Record:
     if other:
         raise UsageError(
             f"{file} was measured otherwise, and rows of both are not to be compared",
-            seen=", ".join(other),
+            got=", ".join(other),
             fix="give the same arguments as before, or leave --resume out",
         )
     return record
@@ -101,7 +101,7 @@ def named(given: Sequence[str]) -> dict[str, Path]:
     pairs = [each.partition("=") for each in given]
     for said, (name, _, file) in zip(given, pairs, strict=True):
         if not name or not file:
-            raise UsageError("a text needs a name", seen=said, allowed="NAME=FILE")
+            raise UsageError("a text needs a name", got=said, expected="NAME=FILE")
     return {name: Path(file) for name, _, file in pairs}
 
 

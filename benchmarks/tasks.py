@@ -117,7 +117,7 @@ def read_piqa(folder: Path) -> list[PiqaItem]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(
             f"{folder} holds no PIQA items: {error}",
-            allowed="valid.jsonl (goal, sol1, sol2) and valid-labels.lst with as many lines of 0 or 1",
+            expected="valid.jsonl (goal, sol1, sol2) and valid-labels.lst with as many lines of 0 or 1",
         ) from error
     return items
 
@@ -151,7 +151,7 @@ def piqa(
                 truncated.add(at)
                 if len(rest) > longest:
                     raise UsageError(
-                        "a PIQA solution exceeds the model's positions", seen=len(rest), allowed=longest
+                        "a PIQA solution exceeds the model's positions", got=len(rest), expected=longest
                     )
                 context = context[len(context) + len(rest) - 1 - longest :]
             sequences.append((context, rest))
@@ -212,7 +212,7 @@ def passkey_cells(
         for depth in depths:
             if not 0 <= depth <= 1:
                 raise UsageError(
-                    "a passkey depth is out of range", seen=depth, allowed="0 (first) to 1 (last)"
+                    "a passkey depth is out of range", got=depth, expected="0 (first) to 1 (last)"
                 )
             prompts = []
             for _ in range(trials):
@@ -223,8 +223,8 @@ def passkey_cells(
                 if not 0 <= room <= len(hay):
                     raise UsageError(
                         "a passkey prompt cannot be made this long",
-                        seen=f"{length} tokens",
-                        allowed=f"{length - room} to {length - room + len(hay)}, by the prompt and the haystack's length",
+                        got=f"{length} tokens",
+                        expected=f"{length - room} to {length - room + len(hay)}, by the prompt and the haystack's length",
                     )
                 at = chance.randrange(len(hay) - room + 1)
                 cut = at + round(depth * room)

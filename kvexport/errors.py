@@ -1,57 +1,54 @@
-"""The errors kvexport raises on purpose, and the exit code of each; knows nothing of what raises them."""
+"""Errors raised on purpose, and the exit code of each."""
 
 from __future__ import annotations
 
 
 class KvexportError(Exception):
-    """A failure with a cause that the user can act on.
+    """A failure that the user can act on.
 
-    The message is made of what failed (and where), the value seen, the values allowed, and the command
-    or option that fixes it; the command line prints it without a traceback and exits with `exit_code`.
+    The message has up to four lines: what must be (and where), what was got, what was expected, and the command or
+    option that fixes it. The command line prints the message without a traceback and exits with `exit_code`.
+
+    Attributes:
+        what: the first line.
+        got: the value that was found; None if the message has none.
+        expected: the values that are allowed; None if the message has none.
+        fix: how to fix it; None if the message has none.
     """
 
     exit_code = 2
 
     def __init__(
-        self,
-        what: str,
-        *,
-        seen: object = None,
-        allowed: object = None,
-        fix: str | None = None,
+        self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
     ) -> None:
-        self.what, self.seen, self.allowed, self.fix = what, seen, allowed, fix
-        lines = [what]
-        if seen is not None:
-            lines.append(f"  seen:    {seen}")
-        if allowed is not None:
-            lines.append(f"  allowed: {allowed}")
-        if fix is not None:
-            lines.append(f"  fix:     {fix}")
-        super().__init__("\n".join(lines))
+        self.what, self.got, self.expected, self.fix = what, got, expected, fix
+        labelled = (("got:", got), ("expected:", expected), ("fix:", fix))
+        super().__init__(
+            "\n".join([what, *(f"  {label:<9} {text}" for label, text in labelled if text is not None)])
+        )
 
 
 class GateFailed(KvexportError):
-    """A measured value is outside its gate."""
+    """A measured value exceeds its gate."""
 
     exit_code = 1
 
 
 class UsageError(KvexportError):
-    """An option, an argument or an input file that cannot be used."""
+    """An option, an argument or an input file is invalid."""
 
     exit_code = 2
 
 
 class CheckpointError(UsageError):
-    """The checkpoint cannot be read as a decoder of a known family."""
+    """The checkpoint is not a readable decoder of a supported family."""
 
 
 class BundleError(UsageError):
-    """The bundle is damaged, incomplete, or of a format that this version does not read."""
+    """The bundle is damaged, incomplete, or of an unsupported format version."""
 
 
 class CannotRunHere(KvexportError):
-    """This machine lacks the memory, disk, package or hardware for what was asked."""
+    """This machine lacks the memory, disk space, package or hardware that the request needs."""
 
     exit_code = 3

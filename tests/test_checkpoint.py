@@ -358,7 +358,7 @@ def test_unknown_family(llama: Path, edit_checkpoint: Make) -> None:
         "'mamba'",
         "graphs/families",
     )
-    assert error.allowed == "bloom, llama, mistral, qwen2, qwen3"
+    assert error.expected == "bloom, llama, mistral, qwen2, qwen3"
     refused(edit_checkpoint(llama, without=("model_type",)), "model_type = None")
 
 

@@ -56,5 +56,5 @@ def neighbour(name: str) -> Convert:
         UsageError: no such method; on conversion, a model that the method is not for, or a budget below one number.
     """
     if name not in NEIGHBOURS:
-        raise UsageError("no such neighbour", seen=name, allowed=", ".join(NEIGHBOURS))
+        raise UsageError("no such neighbour", got=name, expected=", ".join(NEIGHBOURS))
     return NEIGHBOURS[name]

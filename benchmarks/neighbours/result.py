@@ -140,7 +140,7 @@ def whole(budget: float) -> int:
     rank = int(budget + 1e-9)
     if rank < 1:
         raise UsageError(
-            "the KV ratio leaves no number to cache", seen=f"{budget:.3f} numbers", fix="raise the ratio"
+            "the KV ratio leaves no number to cache", got=f"{budget:.3f} numbers", fix="raise the ratio"
         )
     return rank
 
@@ -158,11 +158,11 @@ def require_trained(attention: Attention) -> None:
     """
     if attention.position != "rope":
         raise UsageError(
-            "the published neighbours are for rotary positions", seen=attention.position, allowed="rope"
+            "the published neighbours are for rotary positions", got=attention.position, expected="rope"
         )
     if attention.query_map is not None or attention.key_map is not None or attention.value_map is not None:
         raise UsageError(
-            "the published neighbours convert trained models", seen="a layer that is converted already"
+            "the published neighbours convert trained models", got="a layer that is converted already"
         )
 
 

@@ -124,15 +124,15 @@ def _pair(said: str, tokens: int) -> tuple[int, int]:
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise UsageError(
             "--pairs is no list of positions",
-            seen=repr(said),
-            allowed="QUERY:KEY,QUERY:KEY, such as 12:3,20:4",
+            got=repr(said),
+            expected="QUERY:KEY,QUERY:KEY, such as 12:3,20:4",
         )
     query, key = int(parts[0]), int(parts[1])
     if not key <= query < tokens:
         raise UsageError(
             "--pairs names positions where no query sees a key",
-            seen=said,
-            allowed=f"0 <= KEY <= QUERY <= {tokens - 1}, the last of {tokens} tokens",
+            got=said,
+            expected=f"0 <= KEY <= QUERY <= {tokens - 1}, the last of {tokens} tokens",
             fix="choose others, or raise --tokens",
         )
     return query, key

@@ -49,14 +49,14 @@ def _beginning(decoder: Decoder, checkpoint: Path, text: Path, tokens: int) -> T
     if len(ids) < 2:
         raise UsageError(
             f"the text {text} is too short for an attention map",
-            seen=f"{len(ids)} tokens",
-            allowed="2 or more",
+            got=f"{len(ids)} tokens",
+            expected="2 or more",
         )
     if max(ids) >= decoder.limits.vocab_size:
         raise UsageError(
             "the tokenizer makes token ids that the model does not have",
-            seen=max(ids),
-            allowed=f"below {decoder.limits.vocab_size}",
+            got=max(ids),
+            expected=f"below {decoder.limits.vocab_size}",
             fix="put the model's own tokenizer.json beside its weights",
         )
     return torch.tensor(ids)

@@ -77,8 +77,8 @@ class Plan:
                     fewer = f"{option} or -n" if more else option
                     raise UsageError(
                         f"{option} asks for more tokens than {session.bundle.path} has room for",
-                        seen=f"{tokens}{steps}",
-                        allowed=f"{session.capacity} in all",
+                        got=f"{tokens}{steps}",
+                        expected=f"{session.capacity} in all",
                         fix=f"choose a smaller {fewer}, or build again with --capacity {tokens + more} or more",
                     )
 

@@ -130,7 +130,7 @@ class Job:
     def __init__(self, path: Path, plan: Plan, progress: Progress) -> None:
         if plan.dtype not in BYTES:
             raise UsageError(
-                "--dtype is not one of those that engines take", seen=plan.dtype, allowed=", ".join(BYTES)
+                "--dtype is not one of those that engines take", got=plan.dtype, expected=", ".join(BYTES)
             )
         self.seconds: dict[str, float] = {}
         self.plan, self.progress = plan, progress
@@ -144,14 +144,14 @@ class Job:
         if plan.heal is not None and not self.compresses:
             raise UsageError(
                 "--heal has nothing to heal: every head stays as it was trained",
-                seen=f"--heal {plan.heal}",
+                got=f"--heal {plan.heal}",
                 fix="lower --kv-ratio or --kv-heads, or leave --heal out",
             )
         if plan.heal_lora is not None and plan.heal_lora > self.decoder.limits.hidden_size:
             raise UsageError(
                 "--heal-lora asks for adapters that are larger than the weights",
-                seen=plan.heal_lora,
-                allowed=f"1 to {self.decoder.limits.hidden_size}, the model's width",
+                got=plan.heal_lora,
+                expected=f"1 to {self.decoder.limits.hidden_size}, the model's width",
             )
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
         self.moments_of = None if self.statistics is None else self.statistics.moments
@@ -310,8 +310,8 @@ def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:
     if not 1 <= wanted <= most:
         raise UsageError(
             "--capacity is out of range",
-            seen=wanted,
-            allowed=f"1 to {most} (the model's max_position_embeddings)",
+            got=wanted,
+            expected=f"1 to {most} (the model's max_position_embeddings)",
             fix="choose a capacity in that range",
         )
     return wanted

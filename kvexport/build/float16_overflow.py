@@ -24,8 +24,8 @@ def kept_float32(peaks: PeakMeter) -> Kept:
         if layer.cached > LARGEST:
             raise UsageError(
                 f"float16 cannot hold the keys and values of layer {index}",
-                seen=f"numbers up to {layer.cached:g}",
-                allowed=f"{LARGEST:g}",
+                got=f"numbers up to {layer.cached:g}",
+                expected=f"{LARGEST:g}",
                 fix="use --dtype bfloat16 or --dtype float32",
             )
     return Kept(

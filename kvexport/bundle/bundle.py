@@ -68,8 +68,8 @@ class Bundle(Manifest):
             if sizes[name] != entry.bytes:
                 raise BundleError(
                     f"{name} of the bundle {path} has another size than when it was written",
-                    seen=f"{sizes[name]} bytes",
-                    allowed=f"{entry.bytes} bytes",
+                    got=f"{sizes[name]} bytes",
+                    expected=f"{entry.bytes} bytes",
                     fix="copy the bundle again, or " + REBUILD,
                 )
         return bundle

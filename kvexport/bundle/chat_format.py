@@ -54,7 +54,7 @@ class Chat:
             if system is not None:
                 raise UsageError(
                     "a system prompt belongs at the beginning of a conversation",
-                    seen=system[:80],
+                    got=system[:80],
                     fix="leave it out, or begin a new conversation: session.new_cache()",
                 )
             return self.next + self._said(text) + self.generate
@@ -63,7 +63,7 @@ class Chat:
         if self.begin_system is None:
             raise UsageError(
                 "the model's chat template takes no system prompt that could be put before a conversation",
-                seen=system[:80],
+                got=system[:80],
                 fix="leave it out, or put it at the beginning of the user's text",
             )
         before, after = self.begin_system

@@ -122,8 +122,8 @@ def read_record(directory: Path) -> BuildRecord:
         seen = f"format {raw.get('format')!r}, written by kvexport {raw.get('kvexport')!r}"
         raise BundleError(
             f"the engine {directory} is of another format",
-            seen=seen,
-            allowed=f"format {FORMAT}",
+            got=seen,
+            expected=f"format {FORMAT}",
             fix=_REBUILD,
         )
     try:
@@ -138,7 +138,7 @@ def read_record(directory: Path) -> BuildRecord:
         seen = "no such file" if size is None else f"{size} bytes"
         allowed = f"{record.plan.bytes} bytes"
         raise BundleError(
-            f"{PLAN_FILE} of the engine {directory} is not as built", seen=seen, allowed=allowed, fix=_REBUILD
+            f"{PLAN_FILE} of the engine {directory} is not as built", got=seen, expected=allowed, fix=_REBUILD
         )
     return record
 

@@ -124,8 +124,8 @@ def read_manifest(directory: Path) -> Manifest:
         older = type(seen) is int and seen < FORMAT
         raise BundleError(
             f"the bundle {directory} is of a format that this version of kvexport does not read",
-            seen=f"format {seen!r}, written by kvexport {raw.get('kvexport', 'of unknown version')!r}",
-            allowed=f"format {FORMAT}",
+            got=f"format {seen!r}, written by kvexport {raw.get('kvexport', 'of unknown version')!r}",
+            expected=f"format {FORMAT}",
             fix=REBUILD
             if older
             else "update kvexport to that version or later (pip install --upgrade kvexport), or " + REBUILD,
@@ -204,13 +204,13 @@ def parse(raw: Mapping[str, Any]) -> Manifest:
 def _require_agreement(manifest: Manifest) -> None:
     if manifest.dtype not in BYTES:
         raise BundleError(
-            "the manifest's dtype is not one that bundles have", seen=manifest.dtype, allowed=", ".join(BYTES)
+            "the manifest's dtype is not one that bundles have", got=manifest.dtype, expected=", ".join(BYTES)
         )
     if len(manifest.layers) != manifest.model.num_hidden_layers:
         raise BundleError(
             "the manifest describes another number of layers than its num_hidden_layers",
-            seen=len(manifest.layers),
-            allowed=manifest.model.num_hidden_layers,
+            got=len(manifest.layers),
+            expected=manifest.model.num_hidden_layers,
             fix=REBUILD,
         )
     if manifest.eviction is not None:
@@ -218,7 +218,7 @@ def _require_agreement(manifest: Manifest) -> None:
             manifest.eviction.require(manifest.capacity, len(manifest.layers))
         except UsageError as error:
             raise BundleError(
-                f"the manifest's eviction is impossible: {error.what}", seen=error.seen, fix=REBUILD
+                f"the manifest's eviction is impossible: {error.what}", got=error.got, fix=REBUILD
             ) from error
     for name in (GRAPH_FILE, DATA_FILE):
         if name not in manifest.files:
@@ -229,8 +229,8 @@ def _require_agreement(manifest: Manifest) -> None:
         if seen != allowed:
             raise BundleError(
                 f"the manifest's graph.{field.name} contradicts its layers, model, dtype or capacity",
-                seen=seen,
-                allowed=allowed,
+                got=seen,
+                expected=allowed,
                 fix=REBUILD,
             )
 
@@ -272,11 +272,11 @@ def _eviction(reader: _Reader) -> Eviction | None:
         return Eviction.from_json(raw)
     except UsageError as error:
         raise BundleError(
-            f"the manifest's eviction is impossible: {error.what}", seen=error.seen, fix=REBUILD
+            f"the manifest's eviction is impossible: {error.what}", got=error.got, fix=REBUILD
         ) from error
     except (KeyError, TypeError) as error:
         raise BundleError(
-            f"the manifest's eviction cannot be read: {error}", seen=repr(raw)[:80], fix=REBUILD
+            f"the manifest's eviction cannot be read: {error}", got=repr(raw)[:80], fix=REBUILD
         ) from error
 
 
@@ -306,8 +306,8 @@ def _file(name: str, entry: object) -> FileEntry:
     ):
         raise BundleError(
             "the manifest lists a file that is not one of the bundle's",
-            seen=repr(name),
-            allowed="plain names of files beside it",
+            got=repr(name),
+            expected="plain names of files beside it",
         )
     reader = _Reader(entry, f"files[{name!r}].")
     return FileEntry(reader.text("sha256"), int(reader.typed("bytes", int)))
@@ -319,7 +319,7 @@ class _Reader:
     def __init__(self, raw: object, where: str) -> None:
         if not isinstance(raw, dict):
             raise BundleError(
-                f"the manifest's {where.rstrip('.')} is not an object", seen=repr(raw)[:80], fix=REBUILD
+                f"the manifest's {where.rstrip('.')} is not an object", got=repr(raw)[:80], fix=REBUILD
             )
         self._raw, self._where = raw, where
 
@@ -341,13 +341,13 @@ class _Reader:
     def positive(self, key: str) -> int:
         found = int(self.typed(key, int))
         if found < 1:
-            self._refuse(key, "is impossible", allowed="1 or more")
+            self._refuse(key, "is impossible", expected="1 or more")
         return found
 
     def number(self, key: str) -> float:
         found = self.typed(key, (int, float))
         if not abs(found) <= sys.float_info.max:
-            self._refuse(key, "is impossible", allowed="a finite number")
+            self._refuse(key, "is impossible", expected="a finite number")
         return float(found)
 
     def each(self, key: str, kind: type) -> list[Any]:
@@ -359,8 +359,8 @@ class _Reader:
     def table(self, key: str) -> _Reader:
         return _Reader(self._raw.get(key), f"{self._where}{key}.")
 
-    def _refuse(self, key: str, problem: str, allowed: str | None = None) -> NoReturn:
-        seen = repr(self._raw.get(key))[:80]
+    def _refuse(self, key: str, problem: str, expected: str | None = None) -> NoReturn:
+        got = repr(self._raw.get(key))[:80]
         raise BundleError(
-            f"the manifest's {self._where}{key} {problem}", seen=seen, allowed=allowed, fix=REBUILD
+            f"the manifest's {self._where}{key} {problem}", got=got, expected=expected, fix=REBUILD
         )

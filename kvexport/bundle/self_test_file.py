@@ -133,8 +133,8 @@ def read_vectors(bundle: Bundle) -> Vectors:
         if raw["format"] != FORMAT:
             raise BundleError(
                 f"{path} is of a format that this version of kvexport does not read",
-                seen=f"format {raw['format']!r}",
-                allowed=f"format {FORMAT}",
+                got=f"format {raw['format']!r}",
+                expected=f"format {FORMAT}",
                 fix="update kvexport (pip install --upgrade kvexport)",
             )
         return _parsed(raw, bundle)

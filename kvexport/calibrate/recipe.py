@@ -53,8 +53,8 @@ def recipe_for(
     if file is not None and not file.is_file():
         raise UsageError(
             "the calibration text is no file",
-            seen=repr(calibration),
-            allowed="self, random, or a file of text or JSON lines",
+            got=repr(calibration),
+            expected="self, random, or a file of text or JSON lines",
         )
     raw = tomllib.loads(
         resource("calibration", f"{'text' if file else calibration}.toml").read_text(encoding="utf-8")
@@ -72,6 +72,6 @@ def recipe_for(
     for name, value, least, most in ranges:
         if not least <= value <= most:
             raise UsageError(
-                f"--{name} is out of range", seen=value, allowed=f"a whole number from {least} to {most}"
+                f"--{name} is out of range", got=value, expected=f"a whole number from {least} to {most}"
             )
     return recipe

@@ -89,7 +89,7 @@ def _require_memory(layer: Layer, count: int, batch: int, length: int) -> None:
     if needed > free:
         raise CannotRunHere(
             "the model does not fit in memory as a whole, which sampling its own text needs",
-            seen=f"{free / 2**30:.1f} GiB free",
-            allowed=f"{needed / 2**30:.1f} GiB or more",
+            got=f"{free / 2**30:.1f} GiB free",
+            expected=f"{needed / 2**30:.1f} GiB or more",
             fix="use --calibration random (one layer in memory at a time), or --calibration FILE",
         )

@@ -62,15 +62,15 @@ class Statistics:
         if self.header.get("format") != FORMAT:
             raise UsageError(
                 "the statistics are of a format that this version does not read",
-                seen=self.header.get("format"),
-                allowed=FORMAT,
+                got=self.header.get("format"),
+                expected=FORMAT,
                 fix=remedy,
             )
         if self.header.get("checkpoint") != checkpoint_sha256:
             raise UsageError(
                 "the statistics belong to another checkpoint",
-                seen=f"sha256 {self.header.get('checkpoint')}",
-                allowed=f"sha256 {checkpoint_sha256}",
+                got=f"sha256 {self.header.get('checkpoint')}",
+                expected=f"sha256 {checkpoint_sha256}",
                 fix=remedy,
             )
         tokens = self._read(_TOKENS)
@@ -85,7 +85,7 @@ class Statistics:
         found = self._read(_layer_file(index))
         if set(found) != set(MOMENT_NAMES):
             raise UsageError(
-                f"{self._directory / _layer_file(index)} lacks moments", seen=", ".join(sorted(found))
+                f"{self._directory / _layer_file(index)} lacks moments", got=", ".join(sorted(found))
             )
         return Moments(**found)
 

@@ -25,7 +25,7 @@ def read_text(path: Path) -> str:
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
             f"the text {path} cannot be read: {error}",
-            allowed="UTF-8 text, or JSON lines with a `text` field",
+            expected="UTF-8 text, or JSON lines with a `text` field",
         ) from error
     if path.suffix not in _JSON_LINES:
         return raw
@@ -41,7 +41,7 @@ def _text_field(path: Path, number: int, line: str) -> str:
     if not isinstance(text, str):
         raise UsageError(
             f"{path}, line {number}, is no JSON object with a `text` field that is a string",
-            seen=line[:80],
+            got=line[:80],
             fix="write one JSON object a line, or rename a plain text to .txt",
         )
     return text
@@ -91,8 +91,8 @@ def all_windows(ids: list[int], length: int, what: str) -> Tensor:
     if not count:
         raise UsageError(
             f"{what} is shorter than one window",
-            seen=f"{len(ids)} tokens",
-            allowed=f"{length} tokens or more",
+            got=f"{len(ids)} tokens",
+            expected=f"{length} tokens or more",
             fix="use a longer text, or a smaller --length",
         )
     return torch.tensor(ids[: count * length]).view(count, length)

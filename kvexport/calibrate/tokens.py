@@ -28,8 +28,8 @@ def calibration_windows(
     if limit is not None and recipe.length > limit:
         raise UsageError(
             "--length exceeds the positions that the model was trained for",
-            seen=recipe.length,
-            allowed=f"at most {limit}",
+            got=recipe.length,
+            expected=f"at most {limit}",
         )
     if recipe.source == "self":
         return sample_windows(
@@ -50,7 +50,7 @@ def _require_known(ids: list[int], vocab_size: int) -> None:
     if ids and max(ids) >= vocab_size:
         raise UsageError(
             "the tokenizer makes token ids that the model does not have",
-            seen=max(ids),
-            allowed=f"below {vocab_size}",
+            got=max(ids),
+            expected=f"below {vocab_size}",
             fix="put the model's own tokenizer.json beside its weights",
         )

@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> None:
         ):  # torch's own way to say it
             raise
         _fail(
-            "out of memory\n  fix:     use fewer --samples, a shorter --length, or a machine with more memory",
+            "out of memory\n  fix:      use fewer --samples, a shorter --length, or a machine with more memory",
             3,
         )
     except OSError as error:
@@ -128,10 +128,10 @@ class _Signalled:
 def _refused(error: OSError) -> str:
     """What the operating system refused, and what may help."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full ({error.strerror})\n  fix:     free space, or write to another disk"
+        return f"the disk is full ({error.strerror})\n  fix:      free space, or write to another disk"
     where = error.filename or error.filename2
     remedy = (
-        "\n  fix:     make it writable, or write elsewhere"
+        "\n  fix:      make it writable, or write elsewhere"
         if error.errno in (errno.EROFS, errno.EACCES)
         else ""
     )
@@ -154,7 +154,7 @@ _EXTRAS = {
 def _missing(error: ModuleNotFoundError) -> str:
     name = str(error.name).partition(".")[0]
     wanted = "kvexport" if name in _BASE else f"'kvexport[{_EXTRAS.get(name, 'convert')}]'"
-    return f"the package {name} is not installed\n  fix:     pip install {wanted}"
+    return f"the package {name} is not installed\n  fix:      pip install {wanted}"
 
 
 def _fail(message: str, code: int) -> None:

@@ -95,7 +95,7 @@ def command(
     depths = None if depth is None else _depths(depth)
     if output is not None and not output.parent.is_dir():
         raise UsageError(
-            "the folder of --output is not there", seen=output.parent, fix=f"mkdir -p {output.parent}"
+            "the folder of --output is not there", got=output.parent, fix=f"mkdir -p {output.parent}"
         )
     paths = [bundle] if compare is None else [bundle, compare]
     sessions = [open_bundle(path, provider=provider, threads=threads) for path in paths]
@@ -133,7 +133,7 @@ def _depths(text: str) -> tuple[int, ...]:
         depths = ()
     if not depths or min(depths) < 0:
         raise UsageError(
-            "-d takes depths", seen=text, allowed="whole numbers from 0 up, with commas between them"
+            "-d takes depths", got=text, expected="whole numbers from 0 up, with commas between them"
         )
     return depths
 

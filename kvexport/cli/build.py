@@ -51,7 +51,7 @@ def command(
     if any step fails.
     """
     if (checkpoint is None) != demo:
-        raise UsageError("give a CHECKPOINT, or --demo", seen="both" if demo else "neither")
+        raise UsageError("give a CHECKPOINT, or --demo", got="both" if demo else "neither")
     from kvexport.build.pipeline import build
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_build

@@ -148,7 +148,7 @@ def eviction_from(options: dict[str, Any]) -> EvictionWish | None:
         if skipped is not None or any(value is not None for value in others.values()):
             raise UsageError(
                 "nothing is evicted without a budget",
-                seen="--evict, --protect-first, --protect-recent or --evict-skip-layers",
+                got="--evict, --protect-first, --protect-recent or --evict-skip-layers",
                 fix="add --kv-budget TOKENS",
             )
         return None
@@ -156,7 +156,7 @@ def eviction_from(options: dict[str, Any]) -> EvictionWish | None:
         layers = () if skipped is None else tuple(sorted({int(each) for each in skipped.split(",")}))
     except ValueError:
         raise UsageError(
-            "--evict-skip-layers is no list of layers", seen=skipped, allowed="numbers such as 0,1"
+            "--evict-skip-layers is no list of layers", got=skipped, expected="numbers such as 0,1"
         ) from None
     return EvictionWish.parse(budget, **others, skip_layers=layers)
 
@@ -182,7 +182,7 @@ def plan_from(options: dict[str, Any]) -> Plan:
     if options.get("statistics") is not None and any(value is not None for value in sources):
         raise UsageError(
             "--statistics holds its own calibration text",
-            seen="--calibration, --samples, --length or --seed beside it",
+            got="--calibration, --samples, --length or --seed beside it",
             fix="leave those out, or --statistics",
         )
     wishes = {
@@ -196,7 +196,7 @@ def plan_from(options: dict[str, Any]) -> Plan:
     if "kv_budget" in options:
         rest["eviction"] = eviction_from(options)
     if rest.get("heal_lora") is not None and rest["heal"] is None:
-        raise UsageError("--heal-lora says how to heal", seen="no --heal", fix="add --heal STEPS")
+        raise UsageError("--heal-lora says how to heal", got="no --heal", fix="add --heal STEPS")
     if rest.get("heal") is not None and sources[0] in (None, "self") and sources[1] is None:
         sources[1] = _HEAL_SAMPLES
     assert not options, f"options that nobody took: {options}"

@@ -33,7 +33,7 @@ def command(target: str | None, as_json: bool) -> None:
     if check is not None and not (check.builds or check.runs):
         raise CannotRunHere(
             f"an engine for {check.target} can neither be built nor run here",
-            seen="it lacks " + "; ".join(check.reasons),
+            got="it lacks " + "; ".join(check.reasons),
             fix="; ".join(dict.fromkeys(check.reasons.values())),
         )
 

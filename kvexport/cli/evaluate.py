@@ -49,10 +49,10 @@ def command(
 ) -> None:
     """Measure what compression cost: BUNDLE's predictions against the trained model's on a text."""
     if max_kl is not None and not 0 <= max_kl < math.inf:
-        raise UsageError("--max-kl is no bound", seen=max_kl, allowed="0 or more, in nats per token")
+        raise UsageError("--max-kl is no bound", got=max_kl, expected="0 or more, in nats per token")
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_evaluation
-    from kvexport.validate import evaluate
+    from kvexport.validate.evaluate import evaluate
 
     with progress_bar(quiet) as progress:
         result = evaluate(
@@ -66,6 +66,6 @@ def command(
     if max_kl is not None and not kl <= max_kl:
         raise GateFailed(
             "the bundle is farther from the original than --max-kl allows",
-            seen=f"{kl:.6g}",
-            allowed=f"at most {max_kl:g}",
+            got=f"{kl:.6g}",
+            expected=f"at most {max_kl:g}",
         )

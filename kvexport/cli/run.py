@@ -116,7 +116,7 @@ def _require_nothing_generated() -> None:
             option = "--" + name.replace("_", "-")
             raise UsageError(
                 "--save-cache generates nothing",
-                seen=option,
+                got=option,
                 fix=f"leave {option} out, and give it with --cache",
             )
 
@@ -126,7 +126,7 @@ def _loaded(session: Session, path: Path) -> Cache:
     cache = session.load(path)
     if cache.batch != 1:
         raise UsageError(
-            f"the cache {path} holds several sequences", seen=cache.batch, allowed=1, fix="load it in Python"
+            f"the cache {path} holds several sequences", got=cache.batch, expected=1, fix="load it in Python"
         )
     return cache
 
@@ -151,7 +151,7 @@ def _standard_input() -> str:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            "standard input is not UTF-8 text", seen=f"byte {error.object[error.start]:#04x} at {error.start}"
+            "standard input is not UTF-8 text", got=f"byte {error.object[error.start]:#04x} at {error.start}"
         ) from error
     return text.removesuffix("\n").removesuffix("\r")
 

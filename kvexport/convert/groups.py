@@ -86,16 +86,16 @@ def kv_heads_for(trained: int, kv_heads: int | None, kv_ratio: float | None) -> 
         if ratio > 1 or not abs(nearest - ratio * trained) < _ROUNDED * nearest:
             raise UsageError(
                 f"no number of KV heads is {ratio:g} of the model's {trained}",
-                seen=f"{ratio * trained:g} heads",
-                allowed="--kv-ratio " + ", ".join(f"{count / trained:.4g}" for count in possible),
+                got=f"{ratio * trained:g} heads",
+                expected="--kv-ratio " + ", ".join(f"{count / trained:.4g}" for count in possible),
                 fix="choose a ratio from the list",
             )
         return nearest
     if kv_heads not in possible:
         raise UsageError(
             "--kv-heads must divide the model's KV heads, so that all groups are of one size",
-            seen=f"{kv_heads} of {trained}",
-            allowed=", ".join(map(str, possible)),
+            got=f"{kv_heads} of {trained}",
+            expected=", ".join(map(str, possible)),
             fix="choose a number from the list",
         )
     return kv_heads

@@ -76,12 +76,12 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
         UsageError: no such method, or 'fold' for keys that are normalised after W_K.
     """
     if name not in METHOD_NAMES:
-        raise UsageError("no such conversion method", seen=name, allowed=", ".join(METHOD_NAMES))
+        raise UsageError("no such conversion method", got=name, expected=", ".join(METHOD_NAMES))
     if name == "fold" and attention.k_norm is not None:
         raise UsageError(
             "keys of this model are normalised between W_K and the cache (QK-norm), so no code folds into the weights",
-            seen="--method fold",
-            allowed=", ".join(m for m in METHOD_NAMES if m != "fold"),
+            got="--method fold",
+            expected=", ".join(m for m in METHOD_NAMES if m != "fold"),
             fix="make a bundle: kvexport build --method online",
         )
     if name not in (BEST, "fold"):

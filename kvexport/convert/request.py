@@ -67,8 +67,8 @@ def fixed_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> 
         if not 1 <= width <= most:
             raise UsageError(
                 "--kv-head-dim is wider than the heads that share it, or no width",
-                seen=width,
-                allowed=f"1 to {most} for {trained.kv_heads // heads} heads of {attention.head_dim}",
+                got=width,
+                expected=f"1 to {most} for {trained.kv_heads // heads} heads of {attention.head_dim}",
             )
         return Shape(heads, width, width)
     if wish.ratio == 1 and wish.max_kl is None:
@@ -76,7 +76,7 @@ def fixed_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -> 
             if value is not None:
                 raise UsageError(
                     f"--kv-ratio 1 leaves every head as it was trained, and {name} changes them",
-                    seen=f"{name} {value}",
+                    got=f"{name} {value}",
                     fix=f"lower --kv-ratio, or leave {name} out",
                 )
         return trained
@@ -98,8 +98,8 @@ def require_ratio(wish: Wish, methods: Sequence[Method], attention: Attention) -
     if wish.ratio * trained.kv_width < fewest:
         raise UsageError(
             "no choice of widths caches so little",
-            seen=f"--kv-ratio {wish.ratio:g}{'' if wish.kv_ratio is not None else ' (what is kept unless it is given)'}",
-            allowed=f"{fewest / trained.kv_width:.4g} to 1",
+            got=f"--kv-ratio {wish.ratio:g}{'' if wish.kv_ratio is not None else ' (what is kept unless it is given)'}",
+            expected=f"{fewest / trained.kv_width:.4g} to 1",
             fix="raise --kv-ratio, or change --group-size or --kv-head-dim",
         )
 
@@ -118,7 +118,7 @@ def uniform_shape(wish: Wish, methods: Sequence[Method], attention: Attention) -
         if value is not None:
             raise UsageError(
                 f"{name} asks for shapes that a standard checkpoint cannot say",
-                seen=value,
+                got=value,
                 fix="use --kv-heads or --kv-ratio, or make a bundle: kvexport build CHECKPOINT -o BUNDLE",
             )
     shape = fixed_shape(wish, methods, attention)
@@ -170,31 +170,31 @@ def _refuse_contradictions(wish: Wish, methods: Sequence[Method], attention: Att
     if wish.group_size is not None and (wish.group_size < 1 or trained % wish.group_size):
         divisors = ", ".join(str(size) for size in range(1, trained + 1) if trained % size == 0)
         raise UsageError(
-            "--group-size must divide the model's KV heads", seen=wish.group_size, allowed=divisors
+            "--group-size must divide the model's KV heads", got=wish.group_size, expected=divisors
         )
     if wish.kv_ratio is not None and not 0 < wish.kv_ratio <= 1:
-        raise UsageError("--kv-ratio is no share", seen=wish.kv_ratio, allowed="above 0, at most 1")
+        raise UsageError("--kv-ratio is no share", got=wish.kv_ratio, expected="above 0, at most 1")
     if wish.max_kl is not None and not 0 < wish.max_kl < float("inf"):
-        raise UsageError("--max-kl is no bound", seen=wish.max_kl, allowed="above 0, in nats per token")
+        raise UsageError("--max-kl is no bound", got=wish.max_kl, expected="above 0, in nats per token")
     if wish.kv_head_dim is not None and not 1 <= wish.kv_head_dim <= WIDEST:
         raise UsageError(
             "--kv-head-dim is out of range",
-            seen=wish.kv_head_dim,
-            allowed=f"1 to {WIDEST}, what fused attention takes",
+            got=wish.kv_head_dim,
+            expected=f"1 to {WIDEST}, what fused attention takes",
         )
     for name in ("--max-kl", "--group-size"):
         if name in given and not _leave_choice(methods):
             raise UsageError(
                 f"{name} needs a method that knows its loss beforehand",
-                seen=f"--method {methods[0].name}",
-                allowed="--method auto, online, fold",
+                got=f"--method {methods[0].name}",
+                expected="--method auto, online, fold",
                 fix="use --kv-heads or --kv-ratio",
             )
     if any(method.before_rotation for method in methods) and (wish.kv_head_dim or 0) % 2:
         raise UsageError(
             "rotary pairs need an even --kv-head-dim",
-            seen=wish.kv_head_dim,
-            allowed="even widths",
+            got=wish.kv_head_dim,
+            expected="even widths",
             fix="or use --method online",
         )
     if (
@@ -204,8 +204,8 @@ def _refuse_contradictions(wish: Wish, methods: Sequence[Method], attention: Att
     ):
         raise UsageError(
             f"--method {methods[0].name} keeps the trained width",
-            seen=f"--kv-head-dim {wish.kv_head_dim}",
-            allowed=attention.head_dim,
+            got=f"--kv-head-dim {wish.kv_head_dim}",
+            expected=attention.head_dim,
             fix="leave --kv-head-dim out, or use --method online",
         )
     if (
@@ -215,6 +215,6 @@ def _refuse_contradictions(wish: Wish, methods: Sequence[Method], attention: Att
     ):
         raise UsageError(
             f"--method {methods[0].name} does not choose how many heads of another width to keep",
-            seen=f"--kv-head-dim {wish.kv_head_dim}",
+            got=f"--kv-head-dim {wish.kv_head_dim}",
             fix="add --kv-heads, or use --method online",
         )

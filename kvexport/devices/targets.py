@@ -88,8 +88,8 @@ def load_target(name_or_path: str) -> Target:
         return _read(path)
     raise UsageError(
         "no such target",
-        seen=repr(name_or_path),
-        allowed=f"{', '.join(shipped)}, or the path of a TOML file",
+        got=repr(name_or_path),
+        expected=f"{', '.join(shipped)}, or the path of a TOML file",
         fix="`kvexport targets` lists those known; a TOML file with the same keys (--target my-board.toml) works the same",
     )
 
@@ -111,7 +111,7 @@ def parse_version(text: str) -> Version:
     """
     if not _VERSION.fullmatch(text):
         raise UsageError(
-            "not a version", seen=repr(text), allowed="numbers and points, such as 10.3 or 10.3.0.30"
+            "not a version", got=repr(text), expected="numbers and points, such as 10.3 or 10.3.0.30"
         )
     return tuple(map(int, text.split(".")))
 
@@ -129,22 +129,22 @@ def tensorrt_version(target: Target, *, jetpack: str | None = None, tensorrt: st
     if jetpack is not None and tensorrt is not None:
         raise UsageError(
             "JetPack and TensorRT are both named, and each says the version",
-            seen=f"JetPack {jetpack}, TensorRT {tensorrt}",
+            got=f"JetPack {jetpack}, TensorRT {tensorrt}",
             fix="give one of them",
         )
     if jetpack is not None:
         if jetpack not in target.jetpacks:
             raise UsageError(
                 f"no TensorRT version is known for this JetPack on target {target.name}",
-                seen=jetpack,
-                allowed=", ".join(target.jetpacks) or "none: it is no Jetson",
+                got=jetpack,
+                expected=", ".join(target.jetpacks) or "none: it is no Jetson",
                 fix="name the version itself, such as --tensorrt 10.3.0",
             )
         return parse_version(target.jetpacks[jetpack])
     version = parse_version(tensorrt if tensorrt is not None else target.tensorrt)
     if target.engine == "tensorrt" and version < OLDEST_TENSORRT:
         raise UsageError(
-            "this TensorRT is too old for any lowering", seen=tensorrt, allowed="10.3 or later (JetPack 6.1)"
+            "this TensorRT is too old for any lowering", got=tensorrt, expected="10.3 or later (JetPack 6.1)"
         )
     return version
 
@@ -233,8 +233,8 @@ def _read(path: Path) -> Target:
     if raw["sources"].keys() != figures:
         raise UsageError(
             f"{path.name}: [sources] must say where each figure is from, and nothing else",
-            seen=", ".join(sorted(raw["sources"])) or "nothing",
-            allowed=", ".join(sorted(figures)),
+            got=", ".join(sorted(raw["sources"])) or "nothing",
+            expected=", ".join(sorted(figures)),
         )
     _require_agreement(raw, path.name)
     return Target(
@@ -256,26 +256,26 @@ def _read(path: Path) -> Target:
 
 def _require_keys(raw: Mapping[str, Any], where: str) -> None:
     for name in sorted(raw.keys() - _KEYS.keys()):
-        raise UsageError(f"{where} has an unknown key", seen=name, allowed=", ".join(_KEYS))
+        raise UsageError(f"{where} has an unknown key", got=name, expected=", ".join(_KEYS))
     for name, key in _KEYS.items():
         if name not in raw:
             if key.optional:
                 continue
-            raise UsageError(f"{where} lacks the key {name}", allowed=key.allowed)
+            raise UsageError(f"{where} lacks the key {name}", expected=key.allowed)
         value = raw[name]
         typed = isinstance(value, key.kind) and (key.kind is bool or not isinstance(value, bool))
         if not typed or not key.holds(value):
-            raise UsageError(f"{where}: {name} is wrong", seen=repr(value), allowed=key.allowed)
+            raise UsageError(f"{where}: {name} is wrong", got=repr(value), expected=key.allowed)
 
 
 def _require_agreement(raw: Mapping[str, Any], where: str) -> None:
     tensorrt, sm, version = raw["engine"] != "onnxruntime", raw.get("sm"), raw.get("tensorrt")
     if tensorrt != (version is not None):
         allowed = "a version" if tensorrt else f"no such key with engine {raw['engine']}"
-        raise UsageError(f"{where}: tensorrt contradicts the engine", seen=repr(version), allowed=allowed)
+        raise UsageError(f"{where}: tensorrt contradicts the engine", got=repr(version), expected=allowed)
     if tensorrt and sm is None:
         raise UsageError(
-            f"{where} lacks the key sm, which engine {raw['engine']} needs", allowed=_KEYS["sm"].allowed
+            f"{where} lacks the key sm, which engine {raw['engine']} needs", expected=_KEYS["sm"].allowed
         )
     if raw["engine"] == "tensorrt":
         for name in ["tensorrt"] * bool(version) + [
@@ -284,5 +284,5 @@ def _require_agreement(raw: Mapping[str, Any], where: str) -> None:
             said = version if name == "tensorrt" else raw["jetpacks"][name.removeprefix("jetpacks.")]
             if parse_version(str(said)) < OLDEST_TENSORRT:
                 raise UsageError(
-                    f"{where}: {name} is too old for any lowering", seen=said, allowed="10.3 or later"
+                    f"{where}: {name} is too old for any lowering", got=said, expected="10.3 or later"
                 )

@@ -99,8 +99,8 @@ def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -
         if target.sm not in wanted:
             raise UsageError(
                 f"an engine for other GPUs than its own is none for target {target.name}",
-                seen=f"--compute-capability {', '.join(wanted)}",
-                allowed=f"{target.sm}, and others beside it",
+                got=f"--compute-capability {', '.join(wanted)}",
+                expected=f"{target.sm}, and others beside it",
                 fix=f"leave out --target, or add --compute-capability {target.sm}",
             )
         return Destination(
@@ -114,8 +114,8 @@ def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -
     if gpu is None or gpu.compute_capability != target.sm:
         raise CannotRunHere(
             f"TensorRT builds only on the GPU that will run the engine: {target.title}",
-            seen="no GPU" if gpu is None else f"{gpu.name}, compute capability {gpu.compute_capability}",
-            allowed=f"compute capability {target.sm}",
+            got="no GPU" if gpu is None else f"{gpu.name}, compute capability {gpu.compute_capability}",
+            expected=f"compute capability {target.sm}",
             fix="copy the bundle to the device, and run `kvexport engine` there; `kvexport lint` checks it here",
         )
     return Destination(target.name, target.engine, (target.sm,), False)

@@ -71,18 +71,18 @@ def load_library(engine: str) -> Library:
         ) from error
     except (ImportError, OSError) as error:
         raise CannotRunHere(
-            f"{MODULES[engine]} is installed but does not load", seen=error, fix=_INSTALL[engine]
+            f"{MODULES[engine]} is installed but does not load", got=error, fix=_INSTALL[engine]
         ) from error
     if (engine == "tensorrt-rtx") != config.USE_TENSORRT_RTX:
         raise CannotRunHere(
             "polygraphy serves one engine in a process, and here it is the other one",
-            seen=engine,
+            got=engine,
             fix="build in another process",
         )
     version = parse_version(trt.__version__.split("+")[0])
     if engine == "tensorrt" and version < OLDEST_TENSORRT:
         raise CannotRunHere(
-            "this TensorRT is too old", seen=trt.__version__, allowed="10.3 or later (JetPack 6.1)"
+            "this TensorRT is too old", got=trt.__version__, expected="10.3 or later (JetPack 6.1)"
         )
     return Library(engine, trt, version, _log(engine, trt))
 

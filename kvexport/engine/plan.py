@@ -207,4 +207,4 @@ def _failed(library: Library, what: str, error: Exception | None = None) -> Cann
         (remedy for words, remedy in _REMEDIES.items() if words in text),
         "`kvexport lint` shows what this version lacks",
     )
-    return CannotRunHere(f"{library} {what}", seen="\n           ".join(said[:_SHOWN]), fix=fix)
+    return CannotRunHere(f"{library} {what}", got="\n           ".join(said[:_SHOWN]), fix=fix)

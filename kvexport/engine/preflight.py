@@ -36,16 +36,16 @@ def require_options(options: EngineOptions, bundle: Bundle) -> tuple[int, int]:
     if not 1 <= capacity <= bundle.capacity:
         raise UsageError(
             "the capacity is not one that the bundle has",
-            seen=capacity,
-            allowed=f"1 to {bundle.capacity}",
+            got=capacity,
+            expected=f"1 to {bundle.capacity}",
             fix="leave out --capacity, or build the bundle again with a larger one",
         )
     eviction = bundle.eviction
     if eviction is not None and capacity <= eviction.protected:
         raise UsageError(
             "the capacity leaves no token that may go",
-            seen=capacity,
-            allowed=f"{eviction.protected + 1} to {bundle.capacity}: {eviction.protected} are protected",
+            got=capacity,
+            expected=f"{eviction.protected + 1} to {bundle.capacity}: {eviction.protected} are protected",
             fix="leave out --capacity, or raise it",
         )
     # A runtime reads no more of a prompt at once than layers that evict have room made for.
@@ -57,17 +57,17 @@ def require_options(options: EngineOptions, bundle: Bundle) -> tuple[int, int]:
             if most == capacity
             else "the chunk does not fit the bundle's --kv-budget"
         )
-        raise UsageError(what, seen=chunk, allowed=f"1 to {most}")
+        raise UsageError(what, got=chunk, expected=f"1 to {most}")
     if options.batch < 1:
-        raise UsageError("the batch is empty", seen=options.batch, allowed="1 sequence or more")
+        raise UsageError("the batch is empty", got=options.batch, expected="1 sequence or more")
     if options.workspace is not None and options.workspace < 1:
         raise UsageError(
-            "the workspace is out of range", seen=f"{options.workspace} MiB", allowed="1 MiB or more"
+            "the workspace is out of range", got=f"{options.workspace} MiB", expected="1 MiB or more"
         )
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
-        raise UsageError("no such optimisation level", seen=options.optimization_level, allowed="0 to 5")
+        raise UsageError("no such optimisation level", got=options.optimization_level, expected="0 to 5")
     if options.lowering is not None and options.lowering not in LOWERINGS:
-        raise UsageError("no lowering for TensorRT", seen=options.lowering, allowed=", ".join(LOWERINGS))
+        raise UsageError("no lowering for TensorRT", got=options.lowering, expected=", ".join(LOWERINGS))
     return capacity, chunk
 
 
@@ -83,8 +83,8 @@ def require_engine(options: EngineOptions, destination: Destination, library: Li
             if capability not in known:
                 raise UsageError(
                     f"{library} does not build for this GPU",
-                    seen=f"compute capability {capability}",
-                    allowed=", ".join(known),
+                    got=f"compute capability {capability}",
+                    expected=", ".join(known),
                     fix="on a Jetson or a data centre GPU install the full TensorRT, and build there",
                 )
         for asked, what in (
@@ -94,7 +94,7 @@ def require_engine(options: EngineOptions, destination: Destination, library: Li
             if asked:
                 fix = f"leave out --{what}-compatible; several --compute-capability make one plan for several GPUs"
                 raise UsageError(
-                    f"{library} has no {what}-compatible plans", allowed="TensorRT 10.3 or later", fix=fix
+                    f"{library} has no {what}-compatible plans", expected="TensorRT 10.3 or later", fix=fix
                 )
         if options.refit and destination.ahead:
             raise CannotRunHere(
@@ -104,7 +104,7 @@ def require_engine(options: EngineOptions, destination: Destination, library: Li
     elif options.hardware_compatible and destination.jetson:
         raise UsageError(
             "TensorRT has hardware-compatible plans for desktop GPUs only",
-            seen=f"compute capability {', '.join(destination.compute_capabilities)}",
+            got=f"compute capability {', '.join(destination.compute_capabilities)}",
             fix="leave out --hardware-compatible",
         )
 
@@ -120,15 +120,15 @@ def require_room(bundle: Bundle, options: EngineOptions, destination: Destinatio
     if free < needed:
         raise CannotRunHere(
             "too little memory is free to build this engine",
-            seen=f"{free / _MIB:.0f} MiB free",
-            allowed=f"{needed / _MIB:.0f} MiB: {_COPIES} times the weights ({weights / _MIB:.0f} MiB), and TensorRT itself",
+            got=f"{free / _MIB:.0f} MiB free",
+            expected=f"{needed / _MIB:.0f} MiB: {_COPIES} times the weights ({weights / _MIB:.0f} MiB), and TensorRT itself",
             fix="stop other programs (a desktop: sudo init 3), add swap, or build on a machine of the same GPU with more memory",
         )
     if gpu is not None and not destination.ahead and not gpu.unified and gpu.memory < weights:
         raise CannotRunHere(
             f"the weights do not fit {gpu.name}",
-            seen=f"{weights / _MIB:.0f} MiB of weights",
-            allowed=f"{gpu.memory / _MIB:.0f} MiB in all",
+            got=f"{weights / _MIB:.0f} MiB of weights",
+            expected=f"{gpu.memory / _MIB:.0f} MiB in all",
             fix="choose a smaller model or a GPU with more memory; `kvexport plan` says what fits",
         )
     can_refit = not options.refit and not (destination.ahead and destination.engine == "tensorrt-rtx")
@@ -139,8 +139,8 @@ def require_room(bundle: Bundle, options: EngineOptions, destination: Destinatio
     if free < needed:
         raise CannotRunHere(
             f"too little disk is free for the plan in {bundle.path}",
-            seen=f"{free / _MIB:.0f} MiB free",
-            allowed=f"{needed / _MIB:.0f} MiB",
+            got=f"{free / _MIB:.0f} MiB free",
+            expected=f"{needed / _MIB:.0f} MiB",
             fix="free space, or leave the weights out of the plan with --refit"
             if can_refit
             else "free space",
@@ -157,7 +157,7 @@ def require_operators(fitted: Fitted, library: Library) -> None:
     if refused:
         raise UsageError(
             f"{library} does not take the graph lowered to {fitted.lowering}",
-            seen=sentences(refused),
+            got=sentences(refused),
             fix="leave out --lowering"
             if fitted.lowering != LOWERINGS[-1]
             else "`kvexport lint` shows all of it",

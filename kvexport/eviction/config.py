@@ -57,19 +57,19 @@ class Eviction:
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
             raise UsageError(
-                "there is no such policy of eviction", seen=self.policy, allowed=", ".join(POLICIES)
+                "there is no such policy of eviction", got=self.policy, expected=", ".join(POLICIES)
             )
         for option, count in (
             ("--protect-first", self.protect_first),
             ("--protect-recent", self.protect_recent),
         ):
             if count < 0:
-                raise UsageError(f"{option} is out of range", seen=count, allowed="0 tokens or more")
+                raise UsageError(f"{option} is out of range", got=count, expected="0 tokens or more")
         if self.budget <= self.protected:
             raise UsageError(
                 "--kv-budget leaves no token that may go",
-                seen=f"{self.budget} tokens",
-                allowed=f"more than the {self.protected} of --protect-first and of --protect-recent, which counts the newest",
+                got=f"{self.budget} tokens",
+                expected=f"more than the {self.protected} of --protect-first and of --protect-recent, which counts the newest",
                 fix="raise --kv-budget, or lower --protect-first or --protect-recent",
             )
 
@@ -103,28 +103,28 @@ class Eviction:
         if capacity > MOST_POSITIONS:
             raise UsageError(
                 "a cache that evicts cannot count as many positions",
-                seen=capacity,
-                allowed=f"at most {MOST_POSITIONS}",
+                got=capacity,
+                expected=f"at most {MOST_POSITIONS}",
                 fix=f"--capacity {MOST_POSITIONS}",
             )
         if self.budget > capacity:
             raise UsageError(
                 "--kv-budget is larger than the capacity, so that nothing would ever go",
-                seen=f"{self.budget} tokens",
-                allowed=f"{self.protected + 1} to {capacity}",
+                got=f"{self.budget} tokens",
+                expected=f"{self.protected + 1} to {capacity}",
                 fix="lower --kv-budget, raise --capacity, or leave it out",
             )
         wrong = [layer for layer in self.skip_layers if not 0 <= layer < num_layers]
         if wrong:
             raise UsageError(
                 "--evict-skip-layers names a layer that the model does not have",
-                seen=wrong[0],
-                allowed=f"0 to {num_layers - 1}",
+                got=wrong[0],
+                expected=f"0 to {num_layers - 1}",
             )
         if len(set(self.skip_layers)) == num_layers:
             raise UsageError(
                 "--evict-skip-layers names every layer, so that nothing would ever go",
-                seen=f"{num_layers} layers",
+                got=f"{num_layers} layers",
                 fix="leave --kv-budget out",
             )
 
@@ -199,8 +199,8 @@ class EvictionWish:
         except ValueError:
             raise UsageError(
                 "--kv-budget is no number of tokens",
-                seen=budget,
-                allowed="a whole number from 1 on, or a share of the capacity from 0.0 to 1.0, such as 0.5",
+                got=budget,
+                expected="a whole number from 1 on, or a share of the capacity from 0.0 to 1.0, such as 0.5",
             ) from None
         return cls(number, share, **others)
 

@@ -62,7 +62,7 @@ def require_output(path: Path, *, marker: str, force: bool) -> None:
     """
     if not path.parent.is_dir():
         raise UsageError(
-            "the folder for the output does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}"
+            "the folder for the output does not exist", got=path.parent, fix=f"mkdir -p {path.parent}"
         )
     if not path.exists() and not path.is_symlink():
         return

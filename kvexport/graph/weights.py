@@ -72,11 +72,11 @@ class WeightFile:
             return
         if not np.isfinite(block).all():
             raise UsageError(
-                f"tensor {name} is not finite", seen="NaN or infinity", fix="use a sound checkpoint"
+                f"tensor {name} is not finite", got="NaN or infinity", fix="use a sound checkpoint"
             )
         raise UsageError(
             f"{self._dtype} cannot hold tensor {name}",
-            seen=f"numbers from {low:g} to {high:g}",
-            allowed=f"-{limit:g} to {limit:g}",
+            got=f"numbers from {low:g} to {high:g}",
+            expected=f"-{limit:g} to {limit:g}",
             fix="use --dtype bfloat16 or --dtype float32",
         )

@@ -64,9 +64,9 @@ class DecoderWriter:
             UsageError: dtype or capacity is not allowed, or a weight does not fit the dtype.
         """
         if dtype not in NUMPY_DTYPES:
-            raise UsageError("a graph cannot have this dtype", seen=dtype, allowed=", ".join(NUMPY_DTYPES))
+            raise UsageError("a graph cannot have this dtype", got=dtype, expected=", ".join(NUMPY_DTYPES))
         if capacity < 1:
-            raise UsageError("the capacity must hold a token", seen=capacity, allowed="1 or more")
+            raise UsageError("the capacity must hold a token", got=capacity, expected="1 or more")
         self._path = directory / terms.GRAPH_FILE
         self._capacity, self._limits = capacity, limits
         self._nodes = nodes = NodeBuilder(

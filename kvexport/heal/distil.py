@@ -62,9 +62,7 @@ def heal(
     """
     for name, given in (("to heal on", windows), ("held out", held_out)):
         if given.numel() == 0:
-            raise UsageError(
-                f"there are no windows {name}", seen=tuple(given.shape), fix="use more --samples"
-            )
+            raise UsageError(f"there are no windows {name}", got=tuple(given.shape), fix="use more --samples")
     return _Job(original, converted, windows, held_out, options, progress, state).run()
 
 

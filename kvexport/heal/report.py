@@ -41,7 +41,7 @@ class HealOptions:
 
 def _require(name: str, seen: object, holds: bool, allowed: str) -> None:
     if not holds:
-        raise UsageError(f"the {name} of healing cannot be used", seen=seen, allowed=allowed)
+        raise UsageError(f"the {name} of healing cannot be used", got=seen, expected=allowed)
 
 
 @dataclass(frozen=True)

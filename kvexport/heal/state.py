@@ -117,6 +117,6 @@ def _checksum(named: dict[str, Tensor]) -> Tensor:
 def _refused(path: Path, what: str, seen: object) -> UsageError:
     return UsageError(
         f"the state of healing in {path} {what}",
-        seen=seen,
+        got=seen,
         fix="to go on with it, give the same inputs and options as before; to start over, delete the file",
     )

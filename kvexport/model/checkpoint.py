@@ -50,7 +50,7 @@ class Checkpoint:
         if not path.is_dir():
             raise CheckpointError(
                 "the checkpoint is not a directory",
-                seen=path,
+                got=path,
                 fix="give the folder that holds config.json (hf download NAME --local-dir FOLDER fetches a model)",
             )
         self.config = read_json(path / "config.json")
@@ -68,7 +68,7 @@ class Checkpoint:
             raise CheckpointError(f"{_INDEX} has no weight_map", fix="download the checkpoint again")
         for shard in weight_map.values():
             if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
-                raise CheckpointError(f"{_INDEX} names a shard that is no file name", seen=repr(shard))
+                raise CheckpointError(f"{_INDEX} names a shard that is no file name", got=repr(shard))
         found: dict[str, Path] = {}
         for shard in sorted(set(weight_map.values())):
             if not (self.path / shard).is_file():
@@ -91,14 +91,14 @@ class Checkpoint:
         if pickles:
             return CheckpointError(
                 "the checkpoint holds its weights as a pickle, which can run code when read; only safetensors is read",
-                seen=", ".join(pickles),
+                got=", ".join(pickles),
                 fix='convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
                 f"M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\"",
             )
         return CheckpointError(
             f"no weights in {self.path}",
-            seen=", ".join(sorted(p.name for p in self.path.iterdir())),
-            allowed=f"{_SINGLE}, or {_INDEX} with its shards",
+            got=", ".join(sorted(p.name for p in self.path.iterdir())),
+            expected=f"{_SINGLE}, or {_INDEX} with its shards",
         )
 
     @contextmanager
@@ -119,7 +119,7 @@ class Checkpoint:
         if path is None:
             raise CheckpointError(
                 f"the checkpoint lacks tensor {name}",
-                seen=f"{len(self.files)} tensors in {self.path}",
+                got=f"{len(self.files)} tensors in {self.path}",
                 fix="download the checkpoint again, or correct config.json",
             )
         if path not in self._readers:
@@ -128,15 +128,15 @@ class Checkpoint:
         if view.get_dtype() not in _FLOATS:
             raise CheckpointError(
                 f"tensor {name} has a dtype that cannot be converted",
-                seen=view.get_dtype(),
-                allowed=", ".join(_FLOATS),
+                got=view.get_dtype(),
+                expected=", ".join(_FLOATS),
                 fix="start from the unquantised checkpoint",
             )
         if tuple(view.get_shape()) != shape:
             raise CheckpointError(
                 f"tensor {name} has a shape that config.json contradicts",
-                seen=tuple(view.get_shape()),
-                allowed=shape,
+                got=tuple(view.get_shape()),
+                expected=shape,
                 fix="correct config.json (vocab_size, hidden_size, intermediate_size, num_attention_heads, "
                 "num_key_value_heads, head_dim)",
             )
@@ -145,7 +145,7 @@ class Checkpoint:
             bad = int((~tensor.isfinite()).sum())
             raise CheckpointError(
                 f"tensor {name} is not finite",
-                seen=f"{bad} of {tensor.numel()} numbers are NaN or infinite",
+                got=f"{bad} of {tensor.numel()} numbers are NaN or infinite",
                 fix="use a sound checkpoint; float16 overflow in training is a usual cause",
             )
         return tensor
@@ -179,8 +179,8 @@ class Checkpoint:
         if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
             raise CheckpointError(
                 f"{which} is not a token id or a list of them",
-                seen=repr(said),
-                allowed=f"0 to {vocab_size - 1}",
+                got=repr(said),
+                expected=f"0 to {vocab_size - 1}",
                 fix="correct config.json or generation_config.json",
             )
         return ids
@@ -201,7 +201,7 @@ def read_json(path: Path) -> Mapping[str, Any]:
             f"{path} cannot be read: {error.strerror}", fix="give the folder that holds config.json"
         ) from error
     if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object", seen=type(found).__name__)
+        raise CheckpointError(f"{path} holds no JSON object", got=type(found).__name__)
     return found
 
 
@@ -213,6 +213,6 @@ def _open(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} cannot be read as safetensors: {error}",
-            seen=f"{path.stat().st_size} bytes",
+            got=f"{path.stat().st_size} bytes",
             fix="download the file again; a truncated download is the usual cause",
         ) from error

@@ -36,8 +36,8 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise CheckpointError(
             f"config.json gives an impossible {name}",
-            seen=f"{value!r:.60}",
-            allowed=f"a whole number from {least} to {_MOST}",
+            got=f"{value!r:.60}",
+            expected=f"a whole number from {least} to {_MOST}",
         )
     return value
 
@@ -47,7 +47,7 @@ def number(name: str, value: object) -> float:
         isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300
     ):  # an int may be beyond any float
         raise CheckpointError(
-            f"config.json gives an impossible {name}", seen=repr(value), allowed="a number above 0"
+            f"config.json gives an impossible {name}", got=repr(value), expected="a number above 0"
         )
     return float(value)
 
@@ -56,8 +56,8 @@ def activation_of(said: object) -> Activation:
     if not isinstance(said, str) or said not in _ACTIVATIONS:
         raise CheckpointError(
             "config.json names an activation that is not known",
-            seen=repr(said),
-            allowed=", ".join(_ACTIVATIONS),
+            got=repr(said),
+            expected=", ".join(_ACTIVATIONS),
         )
     return _ACTIVATIONS[said]
 
@@ -68,8 +68,8 @@ def refuse_quantised(config: Mapping[str, Any]) -> None:
         method = said.get("quant_method") if isinstance(said, dict) else said
         raise CheckpointError(
             "the checkpoint is quantised (config.json has quantization_config)",
-            seen=f"quant_method = {method!r}",
-            allowed="weights in float32, float16 or bfloat16",
+            got=f"quant_method = {method!r}",
+            expected="weights in float32, float16 or bfloat16",
             fix="start from the checkpoint that it was quantised from; kvexport compresses first and quantises after",
         )
 
@@ -91,14 +91,14 @@ def sizes_of(settings: Mapping[str, Any], rotated: bool) -> ConfigSizes:
     if heads % kv_heads:
         raise CheckpointError(
             "num_key_value_heads does not divide num_attention_heads",
-            seen=f"{kv_heads} of {heads}",
+            got=f"{kv_heads} of {heads}",
             fix="correct config.json",
         )
     if head_dim < 1 or (rotated and head_dim % 2):
         raise CheckpointError(
             "config.json gives an impossible head_dim",
-            seen=head_dim,
-            allowed="an even number" if rotated else "1 or more",
+            got=head_dim,
+            expected="an even number" if rotated else "1 or more",
         )
     return ConfigSizes(
         settings["vocab_size"],

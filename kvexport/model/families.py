@@ -72,8 +72,8 @@ class Family:
             if config.get(key, value) != value:
                 raise CheckpointError(
                     f"config.json sets {key}, which family '{self.name}' does not cover",
-                    seen=f"{key} = {config[key]!r}",
-                    allowed=f"{key} = {value!r}",
+                    got=f"{key} = {config[key]!r}",
+                    expected=f"{key} = {value!r}",
                 )
         found = dict(self.defaults)
         for name, keys in self.config.items():
@@ -124,11 +124,11 @@ def parse_family(text: str, where: str) -> Family:
     wanted |= {"q_norm", "k_norm"} if {"q_norm", "k_norm"} & layer.keys() else set()  # both or neither
     reader.only("tensors.layer", layer, wanted | {"q_norm", "k_norm"})
     for name in sorted(wanted - layer.keys()):
-        raise UsageError(f"{where}: [tensors.layer] lacks {name}", allowed=", ".join(sorted(wanted)))
+        raise UsageError(f"{where}: [tensors.layer] lacks {name}", expected=", ".join(sorted(wanted)))
     for name, template in layer.items():
         if template.replace("{i}", "").count("{") or template.count("{i}") != 1:
             raise UsageError(
-                f"{where}: tensors.layer.{name} must hold {{i}}, the layer's number, once", seen=template
+                f"{where}: tensors.layer.{name} must hold {{i}}, the layer's number, once", got=template
             )
     window = None
     if reader.table("attention.window", optional=True):
@@ -145,15 +145,15 @@ def parse_family(text: str, where: str) -> Family:
         )
         for name in sorted(set(window.model_types) - set(model_types)):
             raise UsageError(
-                f"{where}: attention.window.model_types has a type that model_types lacks", seen=name
+                f"{where}: attention.window.model_types has a type that model_types lacks", got=name
             )
     bias = reader.table("bias")
     if set(bias) != {"qkv", "o", "mlp"}:
-        raise UsageError(f"{where}: [bias] must say qkv, o and mlp", seen=", ".join(bias))
+        raise UsageError(f"{where}: [bias] must say qkv, o and mlp", got=", ".join(bias))
     for name, said in bias.items():
         if not isinstance(said, (bool, str)):
             raise UsageError(
-                f"{where}: bias.{name} must be true, false or a key of config.json", seen=repr(said)
+                f"{where}: bias.{name} must be true, false or a key of config.json", got=repr(said)
             )
     family = Family(
         name=Path(where).stem,
@@ -197,7 +197,7 @@ class _Reader:
         if found is None and optional:
             return None
         if not isinstance(found, kind):
-            raise UsageError(f"{self._where}: {path} must be a {_TOML_NAMES[kind]}", seen=repr(found))
+            raise UsageError(f"{self._where}: {path} must be a {_TOML_NAMES[kind]}", got=repr(found))
         return found
 
     def strings(self, path: str, one: bool = False) -> tuple[str, ...]:
@@ -205,7 +205,7 @@ class _Reader:
         found = self._find(path)
         found = [found] if one and isinstance(found, str) else found
         if not isinstance(found, list) or not all(isinstance(item, str) for item in found):
-            raise UsageError(f"{self._where}: {path} must be an array of strings", seen=repr(found))
+            raise UsageError(f"{self._where}: {path} must be an array of strings", got=repr(found))
         return tuple(found)
 
     def table(self, path: str, optional: bool = False) -> dict[str, Any]:
@@ -215,14 +215,14 @@ class _Reader:
         found = self.typed(path, str)
         if found not in allowed:
             raise UsageError(
-                f"{self._where}: {path} is not one of those known", seen=found, allowed=", ".join(allowed)
+                f"{self._where}: {path} is not one of those known", got=found, expected=", ".join(allowed)
             )
         return str(found)
 
     def only(self, path: str, table: Mapping[str, Any], allowed: set[str]) -> None:
         for key in sorted(table.keys() - allowed):
             raise UsageError(
-                f"{self._where}: [{path}] has an unknown key", seen=key, allowed=", ".join(sorted(allowed))
+                f"{self._where}: [{path}] has an unknown key", got=key, expected=", ".join(sorted(allowed))
             )
 
     def all_read(self) -> None:
@@ -235,7 +235,7 @@ class _Reader:
                     walk(value, path + ".")
                 else:
                     raise UsageError(
-                        f"{self._where}: unknown key {path}", allowed=", ".join(sorted(self._read))
+                        f"{self._where}: unknown key {path}", expected=", ".join(sorted(self._read))
                     )
 
         walk(self._raw, "")
@@ -271,8 +271,8 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if found is None:
         raise CheckpointError(
             "no family description covers this checkpoint",
-            seen=f"model_type = {model_type!r}",
-            allowed=", ".join(sorted(families())),
+            got=f"model_type = {model_type!r}",
+            expected=", ".join(sorted(families())),
             fix="describe the family in one new file under graphs/families/",
         )
     return found

@@ -42,14 +42,14 @@ def require_standard(decoder: Decoder, method: str, compressing: bool) -> None:
         reason = "keys of this model are normalised after W_K (QK-norm), so fewer KV heads do not fold into its weights"
         raise UsageError(
             reason,
-            seen=f"--method {method}",
+            got=f"--method {method}",
             fix="make a bundle instead: kvexport build CHECKPOINT -o BUNDLE",
         )
     if attention.position == "rope" and method not in ("fold", "mean-pool"):
         raise UsageError(
             "with rotary keys this method projects after rotation, which no standard checkpoint can say",
-            seen=f"--method {method}",
-            allowed="fold, mean-pool",
+            got=f"--method {method}",
+            expected="fold, mean-pool",
             fix="use --method fold, or make a bundle: kvexport build CHECKPOINT -o BUNDLE",
         )
     if attention.position == "rope" and any(layer.attention.window is not None for layer in decoder.layers):
@@ -151,7 +151,7 @@ class StandardWriter:
         if not bool(stored.isfinite().all()):
             raise UsageError(
                 f"{name} does not fit {self._dtype}",
-                seen=f"{float(tensor.abs().max()):g}",
+                got=f"{float(tensor.abs().max()):g}",
                 fix="use --dtype bfloat16 or float32",
             )
         size = stored.numel() * stored.element_size()

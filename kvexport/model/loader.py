@@ -184,8 +184,8 @@ class _Loader:
             else:
                 raise CheckpointError(
                     "config.json's layer_types is not understood",
-                    seen=repr(kinds),
-                    allowed=f"a list of {self._sizes.layers}, each {' or '.join(_LAYER_KINDS)}",
+                    got=repr(kinds),
+                    expected=f"a list of {self._sizes.layers}, each {' or '.join(_LAYER_KINDS)}",
                 )
             if not windowed:
                 return None
@@ -208,7 +208,7 @@ class _Loader:
                 return prefix
         raise CheckpointError(
             f"the checkpoint lacks its embedding, tensor {self._family.prefixes[0]}{self._family.embedding}.weight",
-            seen=", ".join(sorted(self._checkpoint.files)[:3]) + ", ...",
+            got=", ".join(sorted(self._checkpoint.files)[:3]) + ", ...",
             fix=f"check that config.json's model_type ({self._config.get('model_type')}) is right",
         )
 
@@ -226,14 +226,14 @@ class _Loader:
         if extra:
             raise CheckpointError(
                 f"{len(extra)} tensors of the checkpoint are not known to family '{self._family.name}', so it is not that model",
-                seen=", ".join(extra[:5]) + (", ..." if len(extra) > 5 else ""),
+                got=", ".join(extra[:5]) + (", ..." if len(extra) > 5 else ""),
                 fix="correct config.json, or describe the family in one new file under graphs/families/",
             )
         missing = sorted(expected - self._checkpoint.files.keys())
         if missing:
             raise CheckpointError(
                 f"the checkpoint lacks {len(missing)} tensors that config.json promises",
-                seen="no " + ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""),
+                got="no " + ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""),
                 fix="download the checkpoint again, or correct config.json",
             )
 

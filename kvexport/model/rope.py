@@ -26,7 +26,7 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
     said = config.get("rope_scaling") or config.get("rope_parameters") or {}
     if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
         raise CheckpointError(
-            "config.json's rotary settings are not one table for all layers", seen=repr(said)
+            "config.json's rotary settings are not one table for all layers", got=repr(said)
         )
     outside = {
         key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")
@@ -37,8 +37,8 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
     if number("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError(
             "config.json rotates only a part of each head",
-            seen=f"partial_rotary_factor = {said['partial_rotary_factor']}",
-            allowed="partial_rotary_factor = 1",
+            got=f"partial_rotary_factor = {said['partial_rotary_factor']}",
+            expected="partial_rotary_factor = 1",
         )
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     try:
@@ -49,8 +49,8 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
         elif kind != "default":
             raise CheckpointError(
                 "config.json asks for a rotary scaling that is not known",
-                seen=f"rope_type = {kind!r}",
-                allowed="default, linear, llama3",
+                got=f"rope_type = {kind!r}",
+                expected="default, linear, llama3",
             )
     except KeyError as error:
         raise CheckpointError(f"rope_type {kind!r} needs {error.args[0]}, which config.json lacks") from error

@@ -122,7 +122,7 @@ def plan(
         if kv_heads or dtypes:
             raise UsageError(
                 "a bundle has its KV heads and dtype already",
-                seen="--kv-heads or --dtype",
+                got="--kv-heads or --dtype",
                 fix="leave them out, or plan for the checkpoint",
             )
         manifest = read_manifest(model)
@@ -130,8 +130,8 @@ def plan(
             built = manifest.eviction
             raise UsageError(
                 "what a bundle evicts was settled when it was built",
-                seen="--kv-budget",
-                allowed="every token is held" if built is None else f"{built.budget} tokens in each KV head",
+                got="--kv-budget",
+                expected="every token is held" if built is None else f"{built.budget} tokens in each KV head",
                 fix="leave it out, or make another bundle: kvexport build CHECKPOINT -o BUNDLE --kv-budget TOKENS",
             )
         variants = [bundle_sizes(model, manifest)]
@@ -164,8 +164,8 @@ def _within(sizes: Sizes, wish: EvictionWish | None) -> Sizes:
     if wish.of_capacity and sizes.max_positions is None:
         raise UsageError(
             "--kv-budget is a share of the model's positions, and nothing bounds those of this one",
-            seen=wish.budget,
-            allowed="a number of tokens",
+            got=wish.budget,
+            expected="a number of tokens",
             fix="--kv-budget TOKENS",
         )
     most = min(sizes.max_positions or MOST_POSITIONS, MOST_POSITIONS)
@@ -173,7 +173,7 @@ def _within(sizes: Sizes, wish: EvictionWish | None) -> Sizes:
         return replace(sizes, eviction=wish.of(most, sizes.layers), max_positions=most)
     except UsageError as error:  # its remedies are options of `kvexport build`
         fix = "choose another --kv-budget or --evict-skip-layers, or leave them out"
-        raise UsageError(error.what, seen=error.seen, allowed=error.allowed, fix=fix) from error
+        raise UsageError(error.what, got=error.got, expected=error.expected, fix=fix) from error
 
 
 def _shares(counts: list[int]) -> list[int]:
@@ -193,8 +193,8 @@ def _contexts(asked: Sequence[int], most: int | None) -> list[int]:
         if most is not None and context > most:
             raise UsageError(
                 "--context is more than a sequence of this model may hold",
-                seen=context,
-                allowed=f"1 to {most}",
+                got=context,
+                expected=f"1 to {most}",
             )
     default = [context for context in _CONTEXTS if most is None or context <= most]
     return list(dict.fromkeys(asked)) or default or [most or 1]

@@ -129,8 +129,8 @@ class Architecture:
         if kv_heads not in self.kv_head_counts:
             raise UsageError(
                 "--kv-heads must divide the model's KV heads",
-                seen=f"{kv_heads} of {self.kv_heads}",
-                allowed=", ".join(map(str, self.kv_head_counts)),
+                got=f"{kv_heads} of {self.kv_heads}",
+                expected=", ".join(map(str, self.kv_head_counts)),
                 fix="choose a number from the list",
             )
         family, hidden, dim, inner = self.family, self.hidden, self.head_dim, self.intermediate

@@ -52,14 +52,14 @@ class Feeder:
         if ids.ndim != dimensions or ids.dtype.kind not in "iu":
             raise UsageError(
                 "token ids are whole numbers in rows of one length",
-                seen=f"{ids.dtype} of {ids.ndim} dimensions",
-                allowed=f"integers of {dimensions}",
+                got=f"{ids.dtype} of {ids.ndim} dimensions",
+                expected=f"integers of {dimensions}",
             )
         flat = ids.ravel().tolist()  # of so few numbers Python finds the least sooner than numpy
         if flat and not 0 <= min(flat) <= max(flat) < self._vocab:
             wrong = next(token for token in flat if not 0 <= token < self._vocab)
             raise UsageError(
-                "a token id is outside the vocabulary", seen=wrong, allowed=f"0 to {self._vocab - 1}"
+                "a token id is outside the vocabulary", got=wrong, expected=f"0 to {self._vocab - 1}"
             )
         return ids.astype(np.int64, copy=False)
 
@@ -123,7 +123,7 @@ class Feeder:
         ids = self.checked(token_ids)
         if len(ids) != held.kv.batch:
             raise UsageError(
-                "step takes one token for each sequence", seen=f"{len(ids)} tokens", allowed=held.kv.batch
+                "step takes one token for each sequence", got=f"{len(ids)} tokens", expected=held.kv.batch
             )
         if any(held.pending):
             waiting = np.array([bool(tokens) for tokens in held.pending])
@@ -207,7 +207,7 @@ def require_batch(held: Sequences, prompts: int) -> None:
     if prompts != held.kv.batch:
         raise UsageError(
             "the cache holds another number of sequences",
-            seen=f"{prompts} prompts",
-            allowed=held.kv.batch,
+            got=f"{prompts} prompts",
+            expected=held.kv.batch,
             fix=f"give each sequence a prompt, or make another cache: session.new_cache(batch={prompts})",
         )

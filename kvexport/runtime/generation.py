@@ -64,11 +64,11 @@ class Stop:
         """
         given = [stop] if isinstance(stop, str) else [] if stop is None else stop
         if not isinstance(given, Iterable) or isinstance(given, bytes):
-            raise UsageError("stop is no list", seen=repr(stop)[:80], allowed="token ids and texts")
+            raise UsageError("stop is no list", got=repr(stop)[:80], expected="token ids and texts")
         for each in given:
             if not isinstance(each, str) and not (is_whole(each) and 0 <= each < vocab_size):
                 allowed = f"texts, and token ids from 0 to {vocab_size - 1}"
-                raise UsageError("stop has what no sequence ends with", seen=repr(each)[:80], allowed=allowed)
+                raise UsageError("stop has what no sequence ends with", got=repr(each)[:80], expected=allowed)
         texts = tuple(each for each in given if isinstance(each, str))
         tokens = frozenset(int(each) for each in given if not isinstance(each, str))
         return cls(tokens if tokens or (stop is not None and not texts) else frozenset(own), texts)
@@ -122,7 +122,7 @@ class TokenLoop:
             UsageError: max_new_tokens is below 1, or a text to stop at is empty.
         """
         if not is_whole(max_new_tokens) or max_new_tokens < 1:
-            raise UsageError("max_new_tokens is out of range", seen=max_new_tokens, allowed="1 or more")
+            raise UsageError("max_new_tokens is out of range", got=max_new_tokens, expected="1 or more")
         self._held, self._prompts, self._sampling = held, prompts, sampling
         self._most, self._stop = max_new_tokens, stop.tokens
         self._said = [

@@ -44,7 +44,7 @@ class Sampling:
             ),
         ):
             if not passed:
-                raise UsageError(f"{name} is out of range", seen=value, allowed=allowed)
+                raise UsageError(f"{name} is out of range", got=value, expected=allowed)
 
     def generators(self, rows: int) -> list[np.random.Generator]:
         """One source of randomness a row, so that a row draws the same whatever is beside it."""
@@ -60,7 +60,7 @@ class Sampling:
         if not np.isfinite(logits[likeliest]):  # argmax finds a NaN, if there is one
             raise BundleError(
                 "the model's logits are not finite",
-                seen=logits[likeliest],
+                got=logits[likeliest],
                 fix="where the bundle's dtype is float16, build it with --dtype float32: a value of this model overflows",
             )
         if self.temperature == 0:

@@ -75,7 +75,7 @@ class Session:
             UsageError: a value out of range, or `compress_once` of what cannot.
         """
         if chunk < 1:
-            raise UsageError("chunk is out of range", seen=chunk, allowed="1 or more")
+            raise UsageError("chunk is out of range", got=chunk, expected="1 or more")
         if compress_once and bundle.eviction is None:
             raise UsageError(
                 f"the bundle {bundle.path} has no budget to bring a prompt within",
@@ -85,7 +85,7 @@ class Session:
         if compress_once and chosen.name == "tensorrt":
             raise UsageError(
                 "an engine's cache has the size of the budget from the start, and cannot hold a longer prompt whole",
-                seen="compress_once",
+                got="compress_once",
                 fix="leave it out, or run without the engine: --provider cuda or cpu",
             )
         self.bundle, self.provider, self._compress_once = bundle, chosen.name, compress_once
@@ -144,7 +144,7 @@ class Session:
             try:
                 return self._cache_of(Sequences.empty(self._own.kv.another(batch)))
             except MemoryError as error:
-                raise CannotRunHere("there is not enough memory for so many sequences", seen=batch) from error
+                raise CannotRunHere("there is not enough memory for so many sequences", got=batch) from error
 
     def load(self, path: Path | str) -> Cache:
         """The cache that `Cache.save` wrote, of this very bundle; everything is checked before memory is taken.
@@ -212,7 +212,7 @@ class Session:
         with self._guard:
             ids = self._feeder.checked(token_ids, dimensions=2)
             if ids.size == 0:
-                raise UsageError("there is no token to score", seen=f"shape {ids.shape}")
+                raise UsageError("there is no token to score", got=f"shape {ids.shape}")
             self._own.kv.require_room(ids.shape[1], "the tokens exceed the bundle's capacity")
             return self._feeder.score(self._begin(len(ids), ids.shape[1]), ids)
 
@@ -274,8 +274,8 @@ class Session:
         if not isinstance(prompt, Iterable):
             raise UsageError(
                 "a prompt is neither text nor token ids",
-                seen=repr(prompt)[:80],
-                allowed="text, token ids, or a list",
+                got=repr(prompt)[:80],
+                expected="text, token ids, or a list",
             )
         single = isinstance(prompt, str) or _is_ids(prompt)
         options = max_new_tokens, _sampling(temperature, top_k, top_p, seed), stop, cache
@@ -335,7 +335,7 @@ class Session:
         if system is not None:
             raise UsageError(
                 f"the bundle {self.bundle.path} has no chat template, so that there is no place for a system text",
-                seen=system[:80],
+                got=system[:80],
                 fix="put it at the beginning of the first text",
             )
         return text
@@ -377,7 +377,7 @@ class Session:
         if self._compress_once:
             raise UsageError(
                 "a session that compresses a prompt once cannot go on with another cache",
-                seen="compress_once",
+                got="compress_once",
                 fix="leave compress_once out",
             )
 
@@ -423,7 +423,7 @@ class Session:
 
 def _require_batch(batch: int) -> None:
     if batch < 1:
-        raise UsageError("the batch is empty", seen=batch, allowed="1 sequence or more")
+        raise UsageError("the batch is empty", got=batch, expected="1 sequence or more")
 
 
 def _sampling(

@@ -31,7 +31,7 @@ def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
 
         raise CannotRunHere(
             f"the tokenizer of the bundle {bundle.path} gives other token ids here than where the bundle was built",
-            seen=f"{differs} (tokenizers {tokenizers.__version__})",
+            got=f"{differs} (tokenizers {tokenizers.__version__})",
             fix="install the version of tokenizers that the bundle was built with, or build the bundle again with this one",
         )
     return tokenizer
@@ -85,7 +85,7 @@ class Tokenizer:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
             raise UsageError(
-                "the prompt is not valid text", seen=repr(text[error.start : error.end])
+                "the prompt is not valid text", got=repr(text[error.start : error.end])
             ) from error
         return list(self._backend.encode(text, add_special_tokens=special).ids)
 
@@ -149,7 +149,7 @@ class StopTexts:
             UsageError: one of them is empty.
         """
         if "" in texts:
-            raise UsageError("a text to stop at is empty", seen=repr(list(texts)), fix="leave it out")
+            raise UsageError("a text to stop at is empty", got=repr(list(texts)), fix="leave it out")
         self._texts, self._waiting, self.found = tuple(texts), "", False
 
     def add(self, piece: str) -> str:

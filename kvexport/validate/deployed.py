@@ -165,8 +165,8 @@ def _loaded(load: Callable[[], onnxruntime.InferenceSession]) -> onnxruntime.Inf
     except Exception as error:  # ONNX Runtime's own exceptions have no other base
         raise CannotRunHere(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the bundle's graph",
-            seen=str(error).splitlines()[0],
-            allowed="onnxruntime 1.28 or later",
+            got=str(error).splitlines()[0],
+            expected="onnxruntime 1.28 or later",
             fix="pip install --upgrade onnxruntime",
         ) from error
 
@@ -176,7 +176,7 @@ def _require_packages() -> None:
     if missing:
         raise CannotRunHere(
             "validation reads the graph, which needs packages that are not installed",
-            seen=f"no {', '.join(missing)}",
+            got=f"no {', '.join(missing)}",
             fix="pip install 'kvexport[convert,cpu]'",
         )
 
@@ -189,7 +189,7 @@ def _require_memory(bundle: Bundle) -> None:
     if needed > free:
         raise CannotRunHere(
             f"the bundle {bundle.path} does not fit in memory as a whole",
-            seen=f"{free / 2**30:.2f} GiB free",
-            allowed=f"{needed / 2**30:.2f} GiB or more",
+            got=f"{free / 2**30:.2f} GiB free",
+            expected=f"{needed / 2**30:.2f} GiB or more",
             fix="validate on a machine with more memory; the build that made it proved it layer by layer",
         )

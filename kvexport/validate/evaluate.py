@@ -69,8 +69,8 @@ def evaluate(
     if decoder.limits.vocab_size != opened.model.vocab_size:
         raise UsageError(
             "the checkpoint is not the one that the bundle was made of: their vocabularies differ",
-            seen=f"{decoder.limits.vocab_size} tokens in {checkpoint}",
-            allowed=f"{opened.model.vocab_size} tokens, as in {bundle}",
+            got=f"{decoder.limits.vocab_size} tokens in {checkpoint}",
+            expected=f"{opened.model.vocab_size} tokens, as in {bundle}",
             fix=f"give --against the checkpoint '{opened.source.name}'",
         )
     if source.digest() != opened.source.sha256:
@@ -80,7 +80,7 @@ def evaluate(
     session = open_bundle(bundle, provider=provider)
     if length > session.capacity:
         raise UsageError(
-            "--length exceeds the bundle's capacity", seen=length, allowed=f"at most {session.capacity}"
+            "--length exceeds the bundle's capacity", got=length, expected=f"at most {session.capacity}"
         )
     windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)
     stream = original_stream(decoder, windows, progress)

@@ -162,8 +162,8 @@ def read_twin(path: Path, num_layers: int, eviction: Eviction | None = None) -> 
     if set(arrays) != wanted:
         raise BundleError(
             f"{path} is incomplete",
-            seen=f"{len(arrays)} arrays",
-            allowed=len(wanted),
+            got=f"{len(arrays)} arrays",
+            expected=len(wanted),
             fix="build the bundle again",
         )
     return arrays

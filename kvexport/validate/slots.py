@@ -77,8 +77,8 @@ def twin_slots(
         if eviction.evicts(layer) and twin[f"layers.{layer}.slot"].max() >= eviction.proof_slots:
             raise BundleError(
                 "the bundle's reference was recorded with another budget than its manifest says",
-                seen=f"slot {int(twin[f'layers.{layer}.slot'].max())} of layer {layer}",
-                allowed=f"below {eviction.proof_slots}",
+                got=f"slot {int(twin[f'layers.{layer}.slot'].max())} of layer {layer}",
+                expected=f"below {eviction.proof_slots}",
                 fix="build the bundle again",
             )
     return {

@@ -70,7 +70,7 @@ def test_tensorrts_errors_are_ours_and_nothing_else_is_said(bundle: Path) -> Non
     )
     assert (ran.returncode, ran.stdout) == (3, "")
     assert "cannot build this engine" in ran.stderr and "within workspace limit" in ran.stderr
-    assert "fix:     raise or leave out --workspace" in ran.stderr and "Traceback" not in ran.stderr
+    assert "fix:      raise or leave out --workspace" in ran.stderr and "Traceback" not in ran.stderr
     assert not (bundle / "engines").exists()
 
 
@@ -105,7 +105,7 @@ def test_this_machine_does_not_say_what_to_build_for(engine: Engine, bundle: Pat
 def test_what_is_no_engine_is_not_replaced(force: list[str], engine: Engine, bundle: Path) -> None:
     (bundle / "engines" / "rtx-4090").mkdir(parents=True)
     code, out, err = engine(bundle, "--target", "rtx-4090", *force)
-    assert (code, out) == (2, "") and f"fix:     rm -r {bundle / 'engines' / 'rtx-4090'}" in err
+    assert (code, out) == (2, "") and f"fix:      rm -r {bundle / 'engines' / 'rtx-4090'}" in err
     assert (bundle / "engines" / "rtx-4090").is_dir()
 
 

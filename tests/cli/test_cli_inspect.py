@@ -131,7 +131,7 @@ def test_a_file_that_is_not_as_it_was_is_found_at_once(inspect: Inspect, copied:
     assert (code, out) == (2, "")
     assert "decoder.onnx.data" in err
     if damage in ("longer", "shorter"):
-        assert f"allowed: {len(data)} bytes" in err
+        assert f"expected: {len(data)} bytes" in err
 
 
 def test_chat_template(inspect: Inspect, copied: Path) -> None:

@@ -119,11 +119,11 @@ def test_top_k_and_top_p_draw_unless_told_to_be_greedy(run: Run, said: str, opti
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (("--temperature", "-1"), "temperature is out of range\n  seen:    -1"),
-        (("--temperature", "nan"), "temperature is out of range\n  seen:    nan"),
-        (("--top-k", "0"), "top_k is out of range\n  seen:    0"),
-        (("--top-p", "1.5"), "top_p is out of range\n  seen:    1.5"),
-        (("--seed", "-4"), "seed is out of range\n  seen:    -4"),
+        (("--temperature", "-1"), "temperature is out of range\n  got:      -1"),
+        (("--temperature", "nan"), "temperature is out of range\n  got:      nan"),
+        (("--top-k", "0"), "top_k is out of range\n  got:      0"),
+        (("--top-p", "1.5"), "top_p is out of range\n  got:      1.5"),
+        (("--seed", "-4"), "seed is out of range\n  got:      -4"),
         (("--max-new-tokens", "0"), "--max-new-tokens"),
         (("--threads", "0"), "--threads"),
         (("--prompt", "a" * 500), "the prompt is longer than the bundle's capacity"),
@@ -143,7 +143,7 @@ def test_a_prompt_beyond_the_capacity_says_both_numbers(run: Run, bundle: Path) 
     tokens = len(open_bundle(bundle)._encode("é?" * 100))
     _, _, err = run("--prompt", "é?" * 100)
     assert tokens > 96
-    assert f"seen:    {tokens} tokens\n  allowed: at most 96\n" in err
+    assert f"got:      {tokens} tokens\n  expected: at most 96\n" in err
 
 
 def test_capacity_ends_a_text(run: Run) -> None:

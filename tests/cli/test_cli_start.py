@@ -142,11 +142,11 @@ def test_wrong_usage_is_2_and_says_why(
 @pytest.mark.parametrize(
     ("error", "code", "said"),
     [
-        (KvexportError("odd", seen=1), 2, "kvexport: odd\n  seen:    1\n"),
-        (GateFailed("too far", allowed="less"), 1, "kvexport: too far\n  allowed: less\n"),
+        (KvexportError("odd", got=1), 2, "kvexport: odd\n  got:      1\n"),
+        (GateFailed("too far", expected="less"), 1, "kvexport: too far\n  expected: less\n"),
         (UsageError("wrong"), 2, "kvexport: wrong\n"),
         (CheckpointError("no checkpoint"), 2, "kvexport: no checkpoint\n"),
-        (BundleError("damaged", fix="copy it again"), 2, "kvexport: damaged\n  fix:     copy it again\n"),
+        (BundleError("damaged", fix="copy it again"), 2, "kvexport: damaged\n  fix:      copy it again\n"),
         (CannotRunHere("no memory"), 3, "kvexport: no memory\n"),
         (KeyboardInterrupt(), 130, "interrupted"),
         (click.exceptions.Abort(), 130, "interrupted"),
@@ -154,12 +154,12 @@ def test_wrong_usage_is_2_and_says_why(
         (
             OSError(errno.ENOSPC, "No space left on device"),
             3,
-            "the disk is full (No space left on device)\n  fix:     free space",
+            "the disk is full (No space left on device)\n  fix:      free space",
         ),
         (
             OSError(errno.EROFS, "Read-only file system", "/there"),
             3,
-            "system: /there\n  fix:     make it writable",
+            "system: /there\n  fix:      make it writable",
         ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 3, "Disk quota exceeded"),
         (OSError(errno.EFBIG, "File too large"), 3, "File too large"),
@@ -255,6 +255,6 @@ def test_a_missing_package_names_the_extra(
 ) -> None:
     ran = run_python(_WITHOUT.format(missing=missing, arguments=arguments), cwd=tmp_path)
     assert ran.returncode == 3
-    assert f"fix:     pip install 'kvexport[{extra}]'" in ran.stderr
+    assert f"fix:      pip install 'kvexport[{extra}]'" in ran.stderr
     assert missing in ran.stderr and "Traceback" not in ran.stderr
     assert not list(tmp_path.iterdir())

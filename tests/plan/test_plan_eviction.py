@@ -222,7 +222,7 @@ def test_a_bundle_takes_no_other_budget(decoder: Decoder, tmp_path: Path, evicti
     path = write_bundle(tmp_path / "bundle", decoder, eviction=eviction)
     with pytest.raises(UsageError, match="kvexport build CHECKPOINT -o BUNDLE --kv-budget") as raised:
         plan(path, None, eviction=EvictionWish(16))
-    assert raised.value.allowed == (
+    assert raised.value.expected == (
         "every token is held" if eviction is None else "24 tokens in each KV head"
     )
 

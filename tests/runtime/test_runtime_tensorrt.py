@@ -181,7 +181,7 @@ def test_memory_is_the_engines_and_the_drivers(bundle: Path, device: SimulatedDe
 def test_more_than_one_sequence_is_refused(bundle: Path, device: SimulatedDevice) -> None:
     session = _opened(bundle)
     session.prefill([1, 2])
-    with pytest.raises(UsageError, match=r"another number of sequences[\s\S]*seen:    2[\s\S]*allowed: 1"):
+    with pytest.raises(UsageError, match=r"another number of sequences[\s\S]*got:      2[\s\S]*expected: 1"):
         session.prefill([[1], [2]])
 
 

@@ -18,8 +18,7 @@ from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder, Layer, Linear
 from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
-from kvexport.validate import Evaluation, evaluate
-from kvexport.validate.evaluate import original_stream, spread
+from kvexport.validate.evaluate import Evaluation, evaluate, original_stream, spread
 
 TEXT = "Once upon a time there was a small café where naïve people smiled, and then there was not. " * 6
 VOCAB = 300

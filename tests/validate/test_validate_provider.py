@@ -23,7 +23,8 @@ from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.runtime.backends.tensorrt import TensorRtDecoder
-from kvexport.validate import ValidationReport, evaluate, validate
+from kvexport.validate import ValidationReport, validate
+from kvexport.validate.evaluate import evaluate
 from kvexport.validate.layerwise import GARBAGE
 
 ALL = ("key", "value", "attention", "residual", "logits")

@@ -105,7 +105,7 @@ def test_a_bundle_larger_than_memory_is_refused_with_what_it_needs(
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     with pytest.raises(CannotRunHere, match="does not fit in memory") as refused:
         validate(tmp_path / "bundle", Progress())
-    assert "GiB free" in str(refused.value.seen) and "GiB or more" in str(refused.value.allowed)
+    assert "GiB free" in str(refused.value.got) and "GiB or more" in str(refused.value.expected)
 
 
 def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -115,7 +115,7 @@ def test_a_missing_package_is_named_with_its_extra(tmp_path: Path, monkeypatch: 
     )
     with pytest.raises(CannotRunHere, match="pip install 'kvexport") as refused:
         validate(tmp_path / "bundle", Progress())
-    assert refused.value.seen == "no psutil"
+    assert refused.value.got == "no psutil"
 
 
 def test_proving_imports_no_torch(tmp_path: Path) -> None:

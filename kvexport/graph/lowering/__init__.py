@@ -97,4 +97,4 @@ def write_lowered(graph: Path, dtype: str) -> None:
 
 def _require_known(name: str) -> None:
     if name not in LOWERINGS:
-        raise UsageError("no such lowering", seen=name, allowed=", ".join(LOWERINGS))
+        raise UsageError("no such lowering", got=name, expected=", ".join(LOWERINGS))

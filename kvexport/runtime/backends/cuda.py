@@ -125,7 +125,7 @@ class Cuda:
         """
         if error != self._cuda.cudaError_t.cudaSuccess:
             raise CannotRunHere(
-                f"CUDA failed on {getattr(self, 'name', 'device 0')}", seen=error_text(self._cuda, error)
+                f"CUDA failed on {getattr(self, 'name', 'device 0')}", got=error_text(self._cuda, error)
             )
         return values[0] if values else None
 
@@ -171,8 +171,8 @@ def _require_device(cuda: Any) -> None:
         if driver:
             raise CannotRunHere(
                 "the GPU's driver is older than cuda-bindings",
-                seen=f"a driver for CUDA {_number(driver)}",
-                allowed=f"CUDA {_number(built)}; within one major version older drivers do too, but not on every Jetson",
+                got=f"a driver for CUDA {_number(driver)}",
+                expected=f"CUDA {_number(built)}; within one major version older drivers do too, but not on every Jetson",
                 fix=f"pip install 'cuda-bindings<{_number(driver + 10)}'",
             )
         raise CannotRunHere(
@@ -181,5 +181,5 @@ def _require_device(cuda: Any) -> None:
         )
     seen = error_text(cuda, error) if error != cuda.cudaError_t.cudaSuccess else "0 devices"
     raise CannotRunHere(
-        "CUDA finds no GPU", seen=seen, fix="run on the CPU with --provider cpu, or on a machine with a GPU"
+        "CUDA finds no GPU", got=seen, fix="run on the CPU with --provider cpu, or on a machine with a GPU"
     )

@@ -46,7 +46,7 @@ def load_graph(
     if bundle.dtype == "bfloat16" and kind == "cpu":
         raise CannotRunHere(
             "ONNX Runtime has no bfloat16 kernels for the CPU",
-            seen=f"{bundle.path}, dtype bfloat16",
+            got=f"{bundle.path}, dtype bfloat16",
             fix="build it with --dtype float32 or float16; `kvexport validate` proves it here all the same, in float32",
         )
     try:
@@ -56,8 +56,8 @@ def load_graph(
     except Exception as error:  # ONNX Runtime's own exceptions have no other base
         raise CannotRunHere(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the graph of the bundle {bundle.path}",
-            seen=str(error).splitlines()[0],
-            allowed="onnxruntime 1.28 or later, and a sound bundle",
+            got=str(error).splitlines()[0],
+            expected="onnxruntime 1.28 or later, and a sound bundle",
             fix=f"pip install --upgrade onnxruntime; check the bundle with: kvexport inspect --verify {bundle.path}",
         ) from error
     _require_contract(session, bundle)
@@ -79,7 +79,7 @@ def session_on(
     if kind == "cuda" and CUDA not in session.get_providers():
         raise CannotRunHere(
             "ONNX Runtime could not start on the GPU",
-            seen=f"{', '.join(session.get_providers())} alone",
+            got=f"{', '.join(session.get_providers())} alone",
             fix="pip install 'kvexport[gpu]'; what failed to load is in the warning above",
         )
     return session
@@ -100,7 +100,7 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
         UsageError: threads is below 1, or beyond any machine's.
     """
     if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError("threads is out of range", seen=threads, allowed=f"1 to {MOST_THREADS}")
+        raise UsageError("threads is out of range", got=threads, expected=f"1 to {MOST_THREADS}")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -116,10 +116,10 @@ def _require_contract(session: onnxruntime.InferenceSession, bundle: Bundle) -> 
         allowed = [(spec.name, spec.dtype, spec.shape) for spec in promised]
         if len(seen) != len(allowed):
             raise BundleError(
-                f"the bundle's graph has another number of {kind}s", seen=len(seen), allowed=len(allowed)
+                f"the bundle's graph has another number of {kind}s", got=len(seen), expected=len(allowed)
             )
         for one, other in zip(seen, allowed, strict=True):
             if one != other:
                 raise BundleError(
-                    f"an {kind} of the bundle's graph is not what its manifest says", seen=one, allowed=other
+                    f"an {kind} of the bundle's graph is not what its manifest says", got=one, expected=other
                 )

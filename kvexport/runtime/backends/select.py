@@ -48,7 +48,7 @@ def choose(bundle: Bundle, wanted: str) -> Provider:
         BundleError: the bundle's engine for this machine is damaged, or of another bundle.
     """
     if wanted not in PROVIDERS:
-        raise UsageError("there is no such provider", seen=wanted, allowed=", ".join(PROVIDERS))
+        raise UsageError("there is no such provider", got=wanted, expected=", ".join(PROVIDERS))
     if wanted == "tensorrt":
         return _tensorrt(bundle)
     if wanted == "cuda":
@@ -134,7 +134,7 @@ def _cuda() -> Provider:
     if CUDA not in onnxruntime.get_available_providers():
         raise CannotRunHere(
             "this ONNX Runtime was built without CUDA",
-            seen=f"onnxruntime {onnxruntime.__version__} "
+            got=f"onnxruntime {onnxruntime.__version__} "
             f"with {', '.join(onnxruntime.get_available_providers())}",
             fix="pip uninstall onnxruntime && pip install 'kvexport[gpu]'; or run on the CPU with --provider cpu",
         )

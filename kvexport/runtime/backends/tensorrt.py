@@ -83,8 +83,8 @@ class EngineCache(KvCache):
         if batch != self.batch:
             raise UsageError(
                 "the engine runs another number of sequences at a time",
-                seen=batch,
-                allowed=self.batch,
+                got=batch,
+                expected=self.batch,
                 fix="give prompts one by one, or run without the engine: --provider cuda or cpu",
             )
 
@@ -270,7 +270,7 @@ def _within_memory() -> Iterator[None]:
     except MemoryError as error:
         raise CannotRunHere(
             "there is not enough device memory for the engine's cache and activations",
-            seen=str(error),
+            got=str(error),
             fix="build the engine again with a smaller --capacity or --chunk, or hold fewer caches",
         ) from error
 

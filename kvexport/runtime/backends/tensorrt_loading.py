@@ -37,7 +37,7 @@ def load_engine(engine: Engine, runtime: Any, log: Any) -> Any:
         loaded = runtime.deserialize_cuda_engine(plan)
     if loaded is None:
         version = engine.trt.__version__
-        raise CannotRunHere(f"TensorRT {version} cannot load {engine.plan}", seen=log.last(), fix=_REBUILD)
+        raise CannotRunHere(f"TensorRT {version} cannot load {engine.plan}", got=log.last(), fix=_REBUILD)
     return loaded
 
 
@@ -60,7 +60,7 @@ def refit(loaded: Any, engine: Engine, bundle: Bundle, log: Any) -> None:
     if not read or not refitter.refit_cuda_engine():
         raise CannotRunHere(
             "TensorRT cannot put the bundle's weights into the engine",
-            seen=log.last(),
+            got=log.last(),
             fix="build it again, whole: kvexport engine BUNDLE --force",
         )
 
@@ -106,11 +106,11 @@ def require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool
 
 
 def failure(log: Any, what: str) -> CannotRunHere:
-    return CannotRunHere(what, seen=log.last(), fix=_REBUILD)
+    return CannotRunHere(what, got=log.last(), fix=_REBUILD)
 
 
-def _refuse(engine: Engine, what: str, seen: object, allowed: object) -> NoReturn:
-    raise BundleError(f"the engine {engine.directory} {what}", seen=seen, allowed=allowed, fix=_REBUILD)
+def _refuse(engine: Engine, what: str, got: object, expected: object) -> NoReturn:
+    raise BundleError(f"the engine {engine.directory} {what}", got=got, expected=expected, fix=_REBUILD)
 
 
 def layer_and_which(name: str) -> tuple[int, str]:

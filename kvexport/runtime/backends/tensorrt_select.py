@@ -98,7 +98,7 @@ def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> En
         return Engine(directory, record, trt)
     raise CannotRunHere(
         f"the bundle {bundle.path} has no engine that this machine can run",
-        seen="; ".join(reasons) or "no engine",
+        got="; ".join(reasons) or "no engine",
         fix=f"build one here: kvexport engine {bundle.path}",
     )
 

@@ -163,7 +163,7 @@ class KvCache:
             remedy = f"shorten the text, or build the engine again with --capacity {min(tokens, bundle.capacity)} or more"
         elif trained is None or bundle.capacity < trained:
             remedy = f"shorten the text, or build the bundle again with --capacity {tokens} or more"
-        raise UsageError(what, seen=f"{tokens} tokens", allowed=f"at most {self.limit}", fix=remedy)
+        raise UsageError(what, got=f"{tokens} tokens", expected=f"at most {self.limit}", fix=remedy)
 
     def admit(self, positions: Ints, row: int | None = None) -> Ints:
         """What `write_indices` must say of a call of tokens at consecutive `positions` [B, S], whose room is reserved.
@@ -331,7 +331,7 @@ class KvCache:
         except MemoryError as error:
             raise CannotRunHere(
                 "there is not enough memory for the KV cache",
-                seen=f"{self.bytes(slots)} bytes for {slots} tokens, {self.batch} sequences",
+                got=f"{self.bytes(slots)} bytes for {slots} tokens, {self.batch} sequences",
                 fix="run fewer or shorter sequences",
             ) from error
         if self._fill and not name.endswith(contract.STATE):

@@ -53,14 +53,14 @@ def write(path: Path, digest: str, kv: KvCache, state: State) -> None:
     """
     if not path.parent.is_dir():
         raise UsageError(
-            "the folder for the cache does not exist", seen=path.parent, fix=f"mkdir -p {path.parent}"
+            "the folder for the cache does not exist", got=path.parent, fix=f"mkdir -p {path.parent}"
         )
     if path.is_dir():
-        raise UsageError("the file for the cache is a folder", seen=path, fix="name a file in it")
+        raise UsageError("the file for the cache is a folder", got=path, fix="name a file in it")
     if path.exists() and not path.is_file():
         raise UsageError(
             "the file for the cache is a device or a pipe, which would be replaced",
-            seen=path,
+            got=path,
             fix="name a file",
         )
     header = _header(digest, kv, state)
@@ -184,12 +184,12 @@ class _Reader:
         header = self._header()
         metadata = header.pop("__metadata__", None)
         if not isinstance(metadata, dict) or metadata.get("kvexport") != KIND:
-            self._refuse("it is no saved cache", seen=repr(metadata)[:80])
+            self._refuse("it is no saved cache", got=repr(metadata)[:80])
         if metadata.get("bundle") != self._digest:
             raise UsageError(
                 f"the cache {self._path} is of another bundle",
-                seen=repr(metadata.get("bundle"))[:80],
-                allowed=self._digest,
+                got=repr(metadata.get("bundle"))[:80],
+                expected=self._digest,
                 fix="run the bundle that it was saved with, or " + _AGAIN,
             )
         state, occupancy = self._state(metadata.get("state"))
@@ -211,7 +211,7 @@ class _Reader:
         if len(beginning) < 8 or length > min(self._size - 8, _LARGEST):
             self._refuse(
                 "its header is longer than the file, or than any cache's",
-                seen=f"{length} of {self._size} bytes",
+                got=f"{length} of {self._size} bytes",
             )
         self._data = 8 + length
         try:
@@ -219,7 +219,7 @@ class _Reader:
         except (ValueError, RecursionError) as error:
             self._refuse(f"its header cannot be read: {error}")
         if not isinstance(header, dict):
-            self._refuse("its header is not an object", seen=repr(header)[:80])
+            self._refuse("its header is not an object", got=repr(header)[:80])
         return header
 
     def _state(self, text: object) -> tuple[State, Occupancy | None]:
@@ -232,7 +232,7 @@ class _Reader:
         counted = ("filled", "seen") if evicts else ()
         whole = isinstance(raw, dict) and raw.keys() == {"lengths", "last", "pending", "filled", "seen"}
         if not whole or any(raw[name] is not None for name in {"filled", "seen"} - set(counted)):
-            self._refuse("what it says of its sequences is not what this bundle needs", seen=repr(raw)[:80])
+            self._refuse("what it says of its sequences is not what this bundle needs", got=repr(raw)[:80])
         batch = len(raw["lengths"]) if isinstance(raw["lengths"], list) else 0
         lengths = self._numbers(raw, "lengths", batch, None)
         self._like.require_room(
@@ -245,7 +245,7 @@ class _Reader:
             or len(pending) != batch
             or not all(isinstance(each, list) for each in pending)
         ):
-            self._refuse("its pending tokens are not lists, one for each sequence", seen=repr(pending)[:80])
+            self._refuse("its pending tokens are not lists, one for each sequence", got=repr(pending)[:80])
         for each in pending:
             self._numbers({"pending": each}, "pending", min(len(each), 1), self._vocab)
         occupancy = None
@@ -260,8 +260,8 @@ class _Reader:
             ):
                 self._refuse(
                     "its slots in use contradict its lengths, or are more than there are",
-                    seen=f"{filled.tolist()} of {lengths.tolist()} tokens",
-                    allowed=f"at most {slots}",
+                    got=f"{filled.tolist()} of {lengths.tolist()} tokens",
+                    expected=f"at most {slots}",
                 )
             occupancy = Occupancy(filled, seen)
         return State(lengths, last, pending), occupancy
@@ -269,30 +269,30 @@ class _Reader:
     def _numbers(self, raw: Mapping[str, Any], name: str, count: int, below: int | None) -> Ids:
         values, most = raw[name], (1 << 62) if below is None else below
         if not isinstance(values, list) or len(values) != count or (name == "lengths" and not count):
-            self._refuse(f"its {name} are not one number for each sequence", seen=repr(values)[:80])
+            self._refuse(f"its {name} are not one number for each sequence", got=repr(values)[:80])
         wrong = [value for value in values if type(value) is not int or not 0 <= value < most]
         if wrong:
             self._refuse(
-                f"its {name} hold what cannot be", seen=repr(wrong[0])[:80], allowed=f"0 to {most - 1}"
+                f"its {name} hold what cannot be", got=repr(wrong[0])[:80], expected=f"0 to {most - 1}"
             )
         return np.array(values, np.int64)
 
     def _require_layout(self, header: Mapping[str, Any], wanted: Mapping[str, _Tensor]) -> None:
         if header.keys() != wanted.keys():
             odd = sorted(header.keys() ^ wanted.keys())
-            self._refuse("it holds other tensors than this bundle's cache", seen=repr(odd[0])[:80])
+            self._refuse("it holds other tensors than this bundle's cache", got=repr(odd[0])[:80])
         spans = []
         for name, tensor in wanted.items():
             entry = header[name]
             if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-                self._refuse(f"{name} is not described as a tensor", seen=repr(entry)[:80])
+                self._refuse(f"{name} is not described as a tensor", got=repr(entry)[:80])
             if (entry["dtype"], entry["shape"]) != (tensor.dtype, tensor.shape):
                 seen, allowed = (
                     f"{entry['dtype']!r} {entry['shape']!r}"[:80],
                     f"{tensor.dtype!r} {tensor.shape}",
                 )
                 self._refuse(
-                    f"{name} has another dtype or shape than the sequences need", seen=seen, allowed=allowed
+                    f"{name} has another dtype or shape than the sequences need", got=seen, expected=allowed
                 )
             offsets = entry["data_offsets"]
             if (
@@ -300,26 +300,26 @@ class _Reader:
                 or len(offsets) != 2
                 or not all(type(each) is int for each in offsets)
             ):
-                self._refuse(f"{name} does not say where it is", seen=repr(offsets)[:80])
+                self._refuse(f"{name} does not say where it is", got=repr(offsets)[:80])
             if offsets[1] - offsets[0] != tensor.stop - tensor.start:
                 self._refuse(
                     f"{name} has another extent than its shape",
-                    seen=offsets,
-                    allowed=tensor.stop - tensor.start,
+                    got=offsets,
+                    expected=tensor.stop - tensor.start,
                 )
             spans.append((*offsets, name))
         end = 0
         for start, stop, name in sorted(spans):
             if start != end:
                 self._refuse(
-                    f"there is a gap or an overlap before {name}", seen=f"byte {start}", allowed=f"byte {end}"
+                    f"there is a gap or an overlap before {name}", got=f"byte {start}", expected=f"byte {end}"
                 )
             end = stop
         if end != self._size - self._data:
             self._refuse(
                 "its tensors are not all of its data",
-                seen=f"{self._size - self._data} bytes",
-                allowed=f"{end} bytes",
+                got=f"{self._size - self._data} bytes",
+                expected=f"{end} bytes",
             )
         self._begins = {name: self._data + start for start, _, name in spans}
 
@@ -331,8 +331,8 @@ class _Reader:
         if promised != hashed.hexdigest():
             self._refuse(
                 "its data is not as it was written: its sha256 differs",
-                seen=hashed.hexdigest(),
-                allowed=promised,
+                got=hashed.hexdigest(),
+                expected=promised,
             )
 
     def _fill(self, kv: KvCache, name: str, tensor: _Tensor) -> None:
@@ -345,9 +345,9 @@ class _Reader:
         kv.place.write(staged, values)
         kv.place.carry(staged, kv.buffers[name], values.shape[2])
 
-    def _refuse(self, what: str, *, seen: object = None, allowed: object = None) -> NoReturn:
+    def _refuse(self, what: str, *, got: object = None, expected: object = None) -> NoReturn:
         raise UsageError(
-            f"the cache {self._path} cannot be read: {what}", seen=seen, allowed=allowed, fix=_AGAIN
+            f"the cache {self._path} cannot be read: {what}", got=got, expected=expected, fix=_AGAIN
         )
 
 

@@ -148,8 +148,8 @@ def examine(bundle: Bundle, vectors: Vectors, decoder: Decoder, provider: Provid
     if len(runs.tokens) <= vectors.first_row:
         raise CannotRunHere(
             "the engine holds too few tokens for the bundle's self-test",
-            seen=f"a capacity of {len(runs.tokens)}",
-            allowed=f"{vectors.first_row + 1} or more",
+            got=f"a capacity of {len(runs.tokens)}",
+            expected=f"{vectors.first_row + 1} or more",
             fix=f"kvexport engine BUNDLE --capacity {len(vectors.tokens)} --force",
         )
     prompt, tokens = runs.prompt, len(runs.tokens)
