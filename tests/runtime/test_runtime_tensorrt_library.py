@@ -50,7 +50,8 @@ def test_everything_that_the_runtime_calls_is_there(trt: Any) -> None:
     """By name, from the runtime's own text."""
     folder = Path(kvexport.runtime.__file__).parent
     text = "".join(
-        (folder / name).read_text(encoding="utf-8") for name in ("tensorrt.py", "engine_loading.py")
+        (folder / name).read_text(encoding="utf-8")
+        for name in ("backends/tensorrt.py", "backends/tensorrt_loading.py")
     )
     for pattern, real in (
         (r"(?:loaded|_engine)\.([a-z_0-9]+)", trt.ICudaEngine),
