@@ -180,7 +180,7 @@ class Subjects:
             return bench.decoder
         if (subject, ratio) not in self._converted:
             choice = chosen("auto", float(ratio))(bench, bench.calibration())
-            self._converted[subject, ratio] = bench.convert(choice.ways)[0]
+            self._converted[subject, ratio] = bench.convert(choice.layer_plans)[0]
         return self._converted[subject, ratio]
 
     def asked(self, task: str, ratio: Fraction) -> list[Asked]:
@@ -322,7 +322,16 @@ def source_digest() -> str:
     here, package = Path(__file__).parent, Path(kvexport.__file__).parent
     files = [
         package / f"{name}.py"
-        for name in ("decoder", "divergence", "evicting", "eviction", "loading", "reference")
+        for name in (
+            "model/decoder",
+            "model/divergence",
+            "model/loader",
+            "model/rope",
+            "model/config",
+            "model/reference",
+            "eviction/config",
+            "eviction/reference_cache",
+        )
     ]
     files.append(here / "eviction_measure.py")
     return code_digest(files)

@@ -73,7 +73,7 @@ def curve(bench: Bench, name: str, long: int) -> dict[str, Any]:
     if name != TRAINED:
         method, capacity = lines(bench.length, long)[name]
         choice = chosen(method, 0.5, capacity)(bench, bench.calibration())
-        decoder, _ = bench.convert(choice.ways, capacity)
+        decoder, _ = bench.convert(choice.layer_plans, capacity)
     found: dict[str, list[float]] = {text: [] for text in bench.texts}
     for offset in places:
         for text, figures in bench.divergences(partial(stream_at, decoder, offset=offset), WINDOWS).items():

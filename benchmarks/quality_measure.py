@@ -22,7 +22,7 @@ import kvexport
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import Moments, Recipe, calibration_windows
 from kvexport.calibrate.text import all_windows, read_text, tokenize
-from kvexport.convert import Way, convert
+from kvexport.convert import LayerPlan, convert
 from kvexport.model import reference
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Attention, Decoder, tensors_of
@@ -139,14 +139,14 @@ class Bench:
 
     def convert(
         self,
-        ways: Sequence[Way],
+        layer_plans: Sequence[LayerPlan],
         capacity: int | None = None,
         windows: Tensor | None = None,
         moments_of: Callable[[int], Moments] | None = None,
     ) -> tuple[Decoder, list[LayerReport]]:
         """The converted decoder, and the report of each layer."""
         windows = self.calibration() if windows is None else windows
-        layers = list(convert(self.decoder, windows, ways, moments_of, capacity or self.length))
+        layers = list(convert(self.decoder, windows, layer_plans, moments_of, capacity or self.length))
         converted = dataclasses.replace(self.decoder, layers=[each.layer for each in layers])
         return converted, [each.report for each in layers]
 
@@ -186,9 +186,7 @@ class Bench:
         found: dict[str, Any] = {}
         if self.piqa is not None:
             encode = tasks.encoder(self.checkpoint.path)
-            found["piqa"] = tasks.piqa(
-                logits, encode, self.piqa, self.start, self.decoder.limits.max_positions
-            )
+            found["piqa"] = tasks.piqa(logits, encode, self.piqa, self.start, self.decoder.dims.max_positions)
         if self.passkey is not None:
             found["passkey"] = tasks.passkey(
                 logits, self.passkey, None if original is None else original["passkey"]
@@ -196,7 +194,7 @@ class Bench:
         return found
 
     def _passkey_cells(self, haystack: str) -> list[tasks.PasskeyCell]:
-        most = self.decoder.limits.max_positions or max(PASSKEY_LENGTHS)
+        most = self.decoder.dims.max_positions or max(PASSKEY_LENGTHS)
         lengths = [length for length in PASSKEY_LENGTHS if length <= most]
         encode = tasks.encoder(self.checkpoint.path)
         return tasks.passkey_cells(encode, haystack, lengths, PASSKEY_DEPTHS, start=self.start)
@@ -211,8 +209,7 @@ def source_digest() -> str:
     """sha256 of the code that figures depend on."""
     here = Path(__file__).parent
     package = Path(kvexport.__file__).parent
-    folders = [*(package / name for name in ("calibrate", "convert", "heal")), here / "neighbours"]
-    files = [package / f"{name}.py" for name in ("decoder", "divergence", "loading", "reference")]
-    files += [file for folder in folders for file in sorted(folder.rglob("*.py"))]
+    folders = [*(package / name for name in ("calibrate", "convert", "heal", "model")), here / "neighbours"]
+    files = [file for folder in folders for file in sorted(folder.rglob("*.py"))]
     files += [here / f"{name}.py" for name in ("quality_long", "quality_measure", "quality_rows", "tasks")]
     return code_digest(files)

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from kvexport.calibrate import recipe_for
 from kvexport.convert import (
-    Choice,
+    CompressionPlan,
+    CompressionRequest,
+    LayerPlan,
     Method,
-    Way,
-    Wish,
     choose,
     fixed_shape,
     measure,
@@ -44,7 +44,7 @@ GROUPS = (2, 4, 8)
 DISTANCES = (1, 16, 4096)
 
 Make = Callable[[Bench], Made]
-Plan = Callable[[Bench, Tensor], Choice]  # for a model and its calibration windows
+Plan = Callable[[Bench, Tensor], CompressionPlan]  # for a model and its calibration windows
 
 
 @dataclass(frozen=True)
@@ -116,28 +116,32 @@ def rows(
 def chosen(method: str, ratio: float, capacity: int | None = None, equal_widths: bool = True) -> Plan:
     """As `kvexport build --kv-ratio` chooses."""
 
-    def plan(bench: Bench, windows: Tensor) -> Choice:
-        return _choice(bench, windows, method, Wish(kv_ratio=ratio, equal_widths=equal_widths), capacity)
+    def plan(bench: Bench, windows: Tensor) -> CompressionPlan:
+        return _choice(
+            bench, windows, method, CompressionRequest(kv_ratio=ratio, equal_widths=equal_widths), capacity
+        )
 
     return plan
 
 
-def _choice(bench: Bench, windows: Tensor, method: str, wish: Wish, capacity: int | None = None) -> Choice:
+def _choice(
+    bench: Bench, windows: Tensor, method: str, request: CompressionRequest, capacity: int | None = None
+) -> CompressionPlan:
     methods = methods_for(method, bench.attention)
-    return choose(bench.decoder, windows, wish, methods, None, capacity or bench.length, Progress())
+    return choose(bench.decoder, windows, request, methods, None, capacity or bench.length, Progress())
 
 
-def predicted_kl(choice: Choice) -> float | None:
+def predicted_kl(choice: CompressionPlan) -> float | None:
     """Mean KL in nats per token as the survey predicts it; None where none was made."""
     if not choice.layers:
         return None
-    return sum(layer.kl(way) for layer, way in zip(choice.layers, choice.ways, strict=True))
+    return sum(layer.kl(way) for layer, way in zip(choice.layers, choice.layer_plans, strict=True))
 
 
 def _converted(plan: Plan, capacity: int | None = None) -> Make:
     def make(bench: Bench) -> Made:
         choice = plan(bench, bench.calibration())
-        return Made.of(*bench.convert(choice.ways, capacity), predicted_kl=predicted_kl(choice))
+        return Made.of(*bench.convert(choice.layer_plans, capacity), predicted_kl=predicted_kl(choice))
 
     return make
 
@@ -175,13 +179,13 @@ def _methods(ratio: float, long: int) -> dict[str, tuple[str, Make]]:
 def _plain(name: str, ratio: float, change: Callable[[Method], Method] = lambda method: method) -> Plan:
     """Heads as wide as trained ones, as many in every layer."""
 
-    def plan(bench: Bench, windows: Tensor) -> Choice:
+    def plan(bench: Bench, windows: Tensor) -> CompressionPlan:
         methods = methods_for(name, bench.attention)
-        shape = uniform_shape(Wish(kv_ratio=ratio), methods, bench.attention)
+        shape = uniform_shape(CompressionRequest(kv_ratio=ratio), methods, bench.attention)
         method = dataclasses.replace(
             methods[0], matched=methods[0].matched and bench.attention.position != "alibi"
         )
-        return Choice([Way(change(method), shape)] * len(bench.decoder.layers))
+        return CompressionPlan([LayerPlan(change(method), shape)] * len(bench.decoder.layers))
 
     return plan
 
@@ -249,29 +253,31 @@ def _seeing(plan: Plan, changes: dict[str, Callable[[Tensor], Tensor]]) -> Make:
             )
             for moments in measure(bench.decoder, windows)
         ]
-        return Made.of(*bench.convert(plan(bench, windows).ways, moments_of=seen.__getitem__))
+        return Made.of(*bench.convert(plan(bench, windows).layer_plans, moments_of=seen.__getitem__))
 
     return make
 
 
 def _grouped(size: int, ratio: float) -> Plan:
-    def plan(bench: Bench, windows: Tensor) -> Choice:
+    def plan(bench: Bench, windows: Tensor) -> CompressionPlan:
         (method,) = methods_for("fold", bench.attention)
-        wish = Wish(group_size=size, kv_head_dim=int(ratio * size * bench.attention.head_dim))
-        shape = fixed_shape(wish, (method,), bench.attention)
+        request = CompressionRequest(
+            group_size=size, kv_head_dim=int(ratio * size * bench.attention.head_dim)
+        )
+        shape = fixed_shape(request, (method,), bench.attention)
         assert shape is not None
-        return Choice([Way(method, shape)] * len(bench.decoder.layers))
+        return CompressionPlan([LayerPlan(method, shape)] * len(bench.decoder.layers))
 
     return plan
 
 
 def _uniform_budget(ratio: float) -> Plan:
-    def plan(bench: Bench, windows: Tensor) -> Choice:
-        surveyed, ways = chosen("auto", ratio)(bench, windows).layers, list[Way]()
+    def plan(bench: Bench, windows: Tensor) -> CompressionPlan:
+        surveyed, layer_plans = chosen("auto", ratio)(bench, windows).layers, list[LayerPlan]()
         for layer in surveyed:
-            allowed = shapes_for(layer.trained, layer.sizes, Wish().widths)
-            ways += Frontier([layer], [allowed]).ways(int(ratio * layer.trained.kv_width))
-        return Choice(ways, layers=surveyed)
+            allowed = shapes_for(layer.trained, layer.sizes, CompressionRequest().widths)
+            layer_plans += Frontier([layer], [allowed]).layer_plans(int(ratio * layer.trained.kv_width))
+        return CompressionPlan(layer_plans, layers=surveyed)
 
     return plan
 
@@ -286,7 +292,7 @@ def _healed(plan: Plan, steps: int) -> Make:
             dataclasses.replace(recipe, samples=HEAL_SAMPLES) if recipe.source == "self" else recipe
         )
         choice = plan(bench, windows)
-        converted, reports = bench.convert(choice.ways, windows=windows)
+        converted, reports = bench.convert(choice.layer_plans, windows=windows)
         seen, held_out = (windows[each] for each in split(len(windows)))
         start = time.process_time()
         healed = heal(bench.decoder, converted, seen, held_out, HealOptions(steps), Progress())
@@ -300,10 +306,10 @@ def _healed(plan: Plan, steps: int) -> Make:
 
 def _bounded(bound: float) -> Make:
     def make(bench: Bench) -> Made:
-        choice = _choice(bench, bench.calibration(), "auto", Wish(max_kl=bound))
+        choice = _choice(bench, bench.calibration(), "auto", CompressionRequest(max_kl=bound))
         points = [asdict(point) for point in choice.points]
         return Made.of(
-            *bench.convert(choice.ways), max_kl=bound, predicted_kl=predicted_kl(choice), points=points
+            *bench.convert(choice.layer_plans), max_kl=bound, predicted_kl=predicted_kl(choice), points=points
         )
 
     return make
@@ -353,7 +359,7 @@ def _calibrated(windows: Callable[[Bench], Tensor]) -> Make:
     def make(bench: Bench) -> Made:
         tokens = windows(bench)
         choice = chosen("auto", 0.5)(bench, tokens)
-        made = bench.convert(choice.ways, windows=tokens)
+        made = bench.convert(choice.layer_plans, windows=tokens)
         return Made.of(*made, predicted_kl=predicted_kl(choice), calibration_tokens=tokens.numel())
 
     return make

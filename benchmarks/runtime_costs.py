@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import kvexport
-from kvexport.build.pipeline import Plan, build
+from kvexport.build.pipeline import BuildOptions, build
 from kvexport.calibrate import recipe_for
 from kvexport.files.resources import resource
 from kvexport.progress import Progress
@@ -64,7 +64,7 @@ def steps(threads: int) -> dict[str, dict[str, Any]]:
             bundle = Path(folder) / str(limit)
             source, plan = (
                 unlimited(Path(folder) / f"model-{limit}", limit),
-                Plan(recipe_for("random"), kv_ratio=1.0),
+                BuildOptions(recipe_for("random"), kv_ratio=1.0),
             )
             build(source, bundle, plan, Progress(), capacity=limit)
             sessions[limit] = kvexport.open(bundle, threads=threads)

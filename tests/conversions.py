@@ -8,7 +8,7 @@ from collections.abc import Callable
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.convert import Conversion, Shape, Way, convert, methods_for
+from kvexport.convert import Conversion, KVShape, LayerPlan, convert, methods_for
 from kvexport.model.decoder import Decoder
 
 
@@ -26,5 +26,5 @@ def plain(
     chosen = methods_for(method, attention)[0]
     if adjacent:
         chosen = dataclasses.replace(chosen, matched=False)
-    way = Way(chosen, Shape(kv_heads, attention.head_dim, attention.head_dim))
+    way = LayerPlan(chosen, KVShape(kv_heads, attention.head_dim, attention.head_dim))
     return convert(decoder, windows, [way] * len(decoder.layers), moments_of, capacity)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
+from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Linear, Mlp, ModelDims, Norm, Rope
 from kvexport.model.rope import alibi_slopes
 
 STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
@@ -89,7 +89,7 @@ def make_decoder(
         final_norm=norm(hidden),
         head=None if bloom else linear(vocab, hidden),
         rope=None if bloom else Rope(1 / theta**half),
-        limits=Limits(vocab, hidden, max_positions),
+        dims=ModelDims(vocab, hidden, max_positions),
         bos_token_id=1,
         eos_token_ids=(2,),
     )
@@ -123,5 +123,5 @@ def random_inputs(
 def random_windows(decoder: Decoder, windows: int, length: int, seed: int = 3) -> Tensor:
     """Token ids [windows, length]."""
     return torch.randint(
-        decoder.limits.vocab_size, (windows, length), generator=torch.Generator().manual_seed(seed)
+        decoder.dims.vocab_size, (windows, length), generator=torch.Generator().manual_seed(seed)
     )

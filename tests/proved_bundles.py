@@ -22,7 +22,7 @@ from kvexport.eviction.config import Eviction
 from kvexport.files.hashing import sha256_of
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract
 from kvexport.model.decoder import Decoder
-from kvexport.validate import TwinRecorder
+from kvexport.validate import ReferenceRecorder
 
 
 def export(
@@ -38,12 +38,12 @@ def export(
     """A converted decoder as a bundle at `path`, in the order of `kvexport.build.pipeline`; its graph's contract."""
     path.mkdir()
     windows = random_windows(decoder, 6, 48)
-    twin = TwinRecorder(decoder, windows, capacity, eviction)
+    twin = ReferenceRecorder(decoder, windows, capacity, eviction)
     graph = DecoderWriter(
         path,
         dtype=dtype,
         capacity=capacity,
-        limits=decoder.limits,
+        dims=decoder.dims,
         embedding=decoder.embedding,
         rope=decoder.rope,
         eviction=eviction,

@@ -175,13 +175,15 @@ def test_an_unlisted_gpu_is_asked_in_every_way_and_what_happens_is_the_result(
     assert ended.returncode == 0, ended.stderr
     found = json.loads((tmp_path / "rtx.result.json").read_text())["result"]
     assert found["listed"] is False and found["runs_as"] == []
-    ways = found["ways"]
-    assert list(ways) == ["kvexport", "current", "portable", "SM89"]
-    assert ways["kvexport"]["messages"][0].startswith("kvexport: ")  # refused, and why
+    layer_plans = found["ways"]
+    assert list(layer_plans) == ["kvexport", "current", "portable", "SM89"]
+    assert layer_plans["kvexport"]["messages"][0].startswith("kvexport: ")  # refused, and why
     for way in ("portable", "SM89"):  # TensorRT-RTX builds them here, and there is nothing to load them on
-        assert ways[way]["built"] and not ways[way]["loads"] and ways[way]["runs"] is False
-        assert any(message.startswith("ERROR") for message in ways[way]["messages"])
-        assert ways[way]["runtime_said"]
+        assert (
+            layer_plans[way]["built"] and not layer_plans[way]["loads"] and layer_plans[way]["runs"] is False
+        )
+        assert any(message.startswith("ERROR") for message in layer_plans[way]["messages"])
+        assert layer_plans[way]["runtime_said"]
     bundle = tmp_path / "bundle-1"
     bundle.mkdir()
     ended = _run(file, tmp_path / "engine.result.json", 300, "std24", script="part_engine.py")

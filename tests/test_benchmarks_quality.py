@@ -251,7 +251,7 @@ def test_a_window_at_an_offset_is_run_as_the_reference_runs_it(checkpoint: Path,
     text = bench.texts["one"]
     torch.testing.assert_close(long.stream_at(bench.decoder, text.windows, 0), text.original)
     choice, offset = long.chosen("online", 0.5)(bench, bench.calibration()), 40
-    decoder, _ = bench.convert(choice.ways)
+    decoder, _ = bench.convert(choice.layer_plans)
     found = long.stream_at(decoder, text.windows, offset)
     width = decoder.layers[0].attention.head_dim
     tables = reference.rotary_tables(decoder.rope, torch.full((1, width), offset), torch.float32)

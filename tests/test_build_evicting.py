@@ -10,7 +10,7 @@ import pytest
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.cli import main
-from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, Eviction, EvictionWish
+from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, Eviction, EvictionRequest
 
 Checkpoints = Callable[..., Path]
 Run = Callable[..., tuple[object, str, str]]
@@ -82,15 +82,15 @@ def test_a_share_of_the_capacity_and_the_defaults(
         "build", tiny_checkpoint("llama"), "-o", tmp_path / "bundle", *QUICK, "--kv-budget", "0.5", "--quiet"
     )
     assert code == 0, err
-    assert Bundle.open(tmp_path / "bundle").eviction == EvictionWish(32).of(64, 2)
-    wished = EvictionWish.parse("0.5").of(64, 2)
+    assert Bundle.open(tmp_path / "bundle").eviction == EvictionRequest(32).of(64, 2)
+    wished = EvictionRequest.parse("0.5").of(64, 2)
     assert (wished.policy, wished.budget, wished.protect_first, wished.protect_recent) == (
         DEFAULT_POLICY,
         32,
         DEFAULT_FIRST,
         0,
     )
-    assert EvictionWish(40, policy="l2-norm").of(64, 2).protect_recent == (40 - DEFAULT_FIRST) // 2
+    assert EvictionRequest(40, policy="l2-norm").of(64, 2).protect_recent == (40 - DEFAULT_FIRST) // 2
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 import torch
 
-from kvexport.build.pipeline import BuildReport, Plan, build, compress
+from kvexport.build.pipeline import BuildOptions, BuildReport, build, compress
 from kvexport.calibrate import recipe_for
-from kvexport.convert import Wish, split
+from kvexport.convert import CompressionRequest, split
 from kvexport.errors import UsageError
 from kvexport.graph import DecoderWriter
 from kvexport.model import reference
@@ -53,8 +53,10 @@ class Healing(Progress):
             raise Killed
 
 
-def plan(**asked: Any) -> Plan:
-    return Plan(recipe_for("random", WINDOWS, 24), Wish(kv_heads=2), **{"method": "online", **asked})
+def plan(**asked: Any) -> BuildOptions:
+    return BuildOptions(
+        recipe_for("random", WINDOWS, 24), CompressionRequest(kv_heads=2), **{"method": "online", **asked}
+    )
 
 
 @pytest.fixture
@@ -163,12 +165,20 @@ def test_a_standard_checkpoint_is_healed_too(source: Path, tmp_path: Path) -> No
 @pytest.mark.parametrize(
     ("plan", "says"),
     [
-        (Plan(recipe_for("random", 4, 32), Wish(kv_ratio=1.0), heal=5), "nothing to heal"),
-        (Plan(recipe_for("random", 4, 32), Wish(kv_ratio=0.5), heal=5, heal_lora=10**6), "--heal-lora"),
+        (
+            BuildOptions(recipe_for("random", 4, 32), CompressionRequest(kv_ratio=1.0), heal=5),
+            "nothing to heal",
+        ),
+        (
+            BuildOptions(
+                recipe_for("random", 4, 32), CompressionRequest(kv_ratio=0.5), heal=5, heal_lora=10**6
+            ),
+            "--heal-lora",
+        ),
     ],
 )
 def test_healing_that_makes_no_sense_is_refused_before_any_work(
-    plan: Plan, says: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+    plan: BuildOptions, says: str, tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=says):
         build(tiny_checkpoint("llama"), tmp_path / "bundle", plan, Progress())
@@ -182,7 +192,7 @@ def test_a_standard_checkpoint_of_bloom_says_that_others_cache_as_much(
     compress(
         tiny_checkpoint("bloom"),
         tmp_path / "out",
-        Plan(recipe_for("random", 8, 32), Wish(kv_ratio=0.5), "fold"),
+        BuildOptions(recipe_for("random", 8, 32), CompressionRequest(kv_ratio=0.5), "fold"),
         said,
     )
     assert any("BLOOM" in note for note in said.notes)

@@ -86,7 +86,7 @@ def test_taps_show_what_was_cached(decoder: Decoder) -> None:
     assert len(taps) == len(decoder.layers)
     for tap, held in zip(taps, cache, strict=True):
         assert torch.equal(tap.key, held.key) and torch.equal(tap.value, held.value)
-        assert tap.attention.shape == tap.residual.shape == (*ids.shape, decoder.limits.hidden_size)
+        assert tap.attention.shape == tap.residual.shape == (*ids.shape, decoder.dims.hidden_size)
     close(reference.logits(decoder, taps[-1].residual), reference.forward(decoder, ids))
 
 

@@ -12,9 +12,9 @@ import torch
 from conversions import plain
 
 from kvexport.build.conversion_job import capacity_of
-from kvexport.build.pipeline import Plan, compress
+from kvexport.build.pipeline import BuildOptions, compress
 from kvexport.calibrate import recipe_for
-from kvexport.convert import Wish
+from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError
 from kvexport.model import reference
 from kvexport.model.loader import load_decoder
@@ -24,9 +24,9 @@ RECIPE = recipe_for("random", samples=8, length=24)
 MHA = {"num_key_value_heads": 4}
 
 
-def plan(**options: Any) -> Plan:
-    wish = Wish(kv_heads=options.pop("kv_heads", None))
-    return Plan(RECIPE, wish, **{"method": "fold", **options})
+def plan(**options: Any) -> BuildOptions:
+    request = CompressionRequest(kv_heads=options.pop("kv_heads", None))
+    return BuildOptions(RECIPE, request, **{"method": "fold", **options})
 
 
 def converted_logits(checkpoint: Path, method: str, kv_heads: int, tokens: torch.Tensor) -> torch.Tensor:

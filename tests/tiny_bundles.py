@@ -24,7 +24,7 @@ from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer
 from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
-from kvexport.validate.self_test_recorder import GreedyRecorder
+from kvexport.validate.self_test_recorder import SelfTestRecorder
 
 MERGED = "Once upon a time there was a café; naïve 日本語 and 🙂🙃 smiled. " * 4
 
@@ -47,7 +47,7 @@ def write_bundle(
             writer.directory,
             dtype=dtype,
             capacity=capacity,
-            limits=decoder.limits,
+            dims=decoder.dims,
             embedding=decoder.embedding,
             rope=decoder.rope,
             eviction=eviction,
@@ -71,7 +71,7 @@ def record_self_test(
 ) -> None:
     """Write self_test.json beside the weights of a decoder, with a prompt of random tokens."""
     with TemporaryDirectory() as folder:
-        greedy = GreedyRecorder(
+        greedy = SelfTestRecorder(
             decoder, torch.zeros(0, dtype=torch.int64), capacity, eviction, dtype, Path(folder)
         )
         for layer in decoder.layers:
@@ -88,10 +88,10 @@ def manifest_of(
         "source": {"name": "tiny", "model_type": "llama", "sha256": "0" * 64},
         "calibration": None,
         "model": {
-            "vocab_size": decoder.limits.vocab_size,
-            "hidden_size": decoder.limits.hidden_size,
+            "vocab_size": decoder.dims.vocab_size,
+            "hidden_size": decoder.dims.hidden_size,
             "num_hidden_layers": len(decoder.layers),
-            "max_position_embeddings": decoder.limits.max_positions,
+            "max_position_embeddings": decoder.dims.max_positions,
             "bos_token_id": decoder.bos_token_id,
             "eos_token_ids": list(decoder.eos_token_ids),
         },
@@ -153,7 +153,7 @@ def decoder_with_fewer_heads(checkpoint: Path, seed: int = 0) -> Decoder:
     def random(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator) / size[-2] ** 0.5
 
-    width, hidden = attention.head_dim, decoder.limits.hidden_size
+    width, hidden = attention.head_dim, decoder.dims.hidden_size
     online = dataclasses.replace(
         attention,
         num_kv_heads=2,

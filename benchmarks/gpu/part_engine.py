@@ -59,8 +59,8 @@ def builder_here(part: Part) -> str | None:
     rtx = part.settings.result("rtx")
     if not rtx.exists():
         return None
-    ways = json.loads(rtx.read_text(encoding="utf-8"))["result"].get("runs_as") or [None]
-    return ways[0]
+    layer_plans = json.loads(rtx.read_text(encoding="utf-8"))["result"].get("runs_as") or [None]
+    return layer_plans[0]
 
 
 def build(part: Part, bundle: Any, builder: str, lowering: str) -> dict[str, Any]:

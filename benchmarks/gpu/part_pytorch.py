@@ -180,10 +180,10 @@ class Model:
 
     def cosine_to_twin(self, part: Part) -> float:
         """The least cosine between these logits and those that the bundle's twin recorded, over its tokens."""
-        from kvexport.validate.reference_run import FILE, read_twin
+        from kvexport.validate.reference_run import FILE, read_reference
 
         bundle = part.bundle(self.kv_heads)
-        twin = read_twin(bundle / FILE, int(self.model.config.num_hidden_layers))
+        twin = read_reference(bundle / FILE, int(self.model.config.num_hidden_layers))
         ids = torch.from_numpy(np.array(twin["input_ids"]))[None].to(self.device)
         self.cache, self.length = (
             StaticCache(config=self.model.config, max_cache_len=-(-ids.shape[1] // 8) * 8),

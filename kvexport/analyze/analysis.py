@@ -16,10 +16,18 @@ from kvexport import __version__
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
-from kvexport.build.conversion_job import Plan, capacity_of, note_little_text
+from kvexport.build.conversion_job import BuildOptions, capacity_of, note_little_text
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import calibration_windows
-from kvexport.convert import ConvertedLayer, LayerSurvey, Way, choose, convert, methods_for, require_ratio
+from kvexport.convert import (
+    ConvertedLayer,
+    LayerPlan,
+    LayerSensitivity,
+    choose,
+    convert,
+    methods_for,
+    require_ratio,
+)
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder
 from kvexport.model.divergence import Divergence
@@ -149,7 +157,7 @@ def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
 
 def analyze(
     checkpoint: Path,
-    plan: Plan,
+    plan: BuildOptions,
     progress: Progress,
     *,
     text: Path | None = None,
@@ -171,7 +179,7 @@ def analyze(
     decoder = load_decoder(source)
     attention = decoder.layers[0].attention
     methods = methods_for(plan.method, attention)
-    require_ratio(plan.wish, methods, attention)  # before any work
+    require_ratio(plan.request, methods, attention)  # before any work
     if pairs is not None:
         parse_pairs(pairs, tokens)  # before any work
     sampled = recipe.source == "self"
@@ -192,19 +200,21 @@ def analyze(
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
     limit = capacity_of(decoder)
-    choice = choose(decoder, windows, plan.wish, methods, None, limit, progress)
-    conversion = convert(decoder, windows, choice.ways, capacity=limit)
+    choice = choose(decoder, windows, plan.request, methods, None, limit, progress)
+    conversion = convert(decoder, windows, choice.layer_plans, capacity=limit)
     layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
     surveyed = None
     if choice.layers:
-        surveyed = [_relative_sensitivity(i, layer, choice.ways[i]) for i, layer in enumerate(choice.layers)]
+        surveyed = [
+            _relative_sensitivity(i, layer, choice.layer_plans[i]) for i, layer in enumerate(choice.layers)
+        ]
     return Analysis(
         facts, tuple(layers), conversion.divergence(), tuple(ids), tuple(texts), maps, tuple(listed), surveyed
     )
 
 
-def _relative_sensitivity(index: int, layer: LayerSurvey, way: Way) -> Sensitivity:
+def _relative_sensitivity(index: int, layer: LayerSensitivity, way: LayerPlan) -> Sensitivity:
     """KL per unit of relative error power of the attention output."""
     power = layer.output_power
     return {

@@ -45,18 +45,18 @@ def shown_window(
 
 
 def _beginning(decoder: Decoder, checkpoint: Path, text: Path, tokens: int) -> Tensor:
-    ids = tokenize(checkpoint, read_text(text))[: min(tokens, decoder.limits.max_positions or tokens)]
+    ids = tokenize(checkpoint, read_text(text))[: min(tokens, decoder.dims.max_positions or tokens)]
     if len(ids) < 2:
         raise UsageError(
             f"the text {text} is too short for an attention map",
             got=f"{len(ids)} tokens",
             expected="2 or more",
         )
-    if max(ids) >= decoder.limits.vocab_size:
+    if max(ids) >= decoder.dims.vocab_size:
         raise UsageError(
             "the tokenizer makes token ids that the model does not have",
             got=max(ids),
-            expected=f"below {decoder.limits.vocab_size}",
+            expected=f"below {decoder.dims.vocab_size}",
             fix="put the model's own tokenizer.json beside its weights",
         )
     return torch.tensor(ids)

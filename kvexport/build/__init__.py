@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvexport.build.pipeline import BuildReport, Plan, build, calibrate, compress
+    from kvexport.build.pipeline import BuildOptions, BuildReport, build, calibrate, compress
 
-__all__ = ["BuildReport", "Plan", "build", "calibrate", "compress"]
+__all__ = ["BuildOptions", "BuildReport", "build", "calibrate", "compress"]
 
 
 def __getattr__(name: str) -> Any:

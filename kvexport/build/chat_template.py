@@ -25,13 +25,13 @@ _MARKS = {
     "U3": "kvxfifthq",
 }
 _Messages = list[dict[str, str]]
-Golden = tuple[tuple[dict[str, str], ...], str]
+TokenizerSample = tuple[tuple[dict[str, str], ...], str]
 
 
 @dataclass(frozen=True)
 class Reduced:
     chat: Chat | None
-    golden: tuple[Golden, ...]  # conversations, and the template's text of each
+    golden: tuple[TokenizerSample, ...]  # conversations, and the template's text of each
     notes: tuple[str, ...]  # what the user should know
 
 
@@ -142,7 +142,7 @@ def _around_system(chat: Chat, rendered: Rendered) -> tuple[str, str] | None:
     return (before, after) if found and first else None
 
 
-def _require_same(chat: Chat, pairs: Sequence[tuple[_Messages, Rendered]]) -> list[Golden]:
+def _require_same(chat: Chat, pairs: Sequence[tuple[_Messages, Rendered]]) -> list[TokenizerSample]:
     """The conversations with their text, which the reduced form gives as the template does.
 
     Raises:

@@ -18,11 +18,11 @@ from kvexport.bundle.bundle import BYTES, TOKENIZER_FILE
 from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.convert import (
-    Choice,
+    CompressionPlan,
+    CompressionRequest,
     Conversion,
     ConvertedLayer,
     LayerReport,
-    Wish,
     choose,
     convert,
     fixed_shape,
@@ -32,7 +32,7 @@ from kvexport.convert import (
     unconverted,
 )
 from kvexport.errors import UsageError
-from kvexport.eviction.config import Eviction, EvictionWish
+from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.files.malloc import return_freed
 from kvexport.heal import Healed, HealOptions, HealReport, heal
 from kvexport.model.checkpoint import Checkpoint
@@ -47,12 +47,12 @@ _DEFAULT_CAPACITY = 4096  # where the model's own limit is larger, or it has non
 
 
 @dataclass(frozen=True)
-class Plan:
+class BuildOptions:
     """What to make of a checkpoint.
 
     Attributes:
         method: a name of `METHOD_NAMES`.
-        wish: how much is to be cached.
+        request: how much is to be cached.
         recipe: where calibration text comes from, unless `statistics` (saved by `calibrate`) are given.
         dtype: of weights and cache in what is written.
         eviction: how the cache stays within a budget of tokens; None: it holds all.
@@ -61,11 +61,11 @@ class Plan:
     """
 
     recipe: Recipe
-    wish: Wish = field(default_factory=Wish)
+    request: CompressionRequest = field(default_factory=CompressionRequest)
     method: str = "auto"
     statistics: Path | None = None
     dtype: str = "float32"
-    eviction: EvictionWish | None = None
+    eviction: EvictionRequest | None = None
     heal: int | None = None
     heal_lora: int | None = None
 
@@ -127,7 +127,7 @@ class BuildReport:
 class Job:
     """One checkpoint on its way through the stations, with the clock of each stage."""
 
-    def __init__(self, path: Path, plan: Plan, progress: Progress) -> None:
+    def __init__(self, path: Path, plan: BuildOptions, progress: Progress) -> None:
         if plan.dtype not in BYTES:
             raise UsageError(
                 "--dtype is not one of those that engines take", got=plan.dtype, expected=", ".join(BYTES)
@@ -140,18 +140,18 @@ class Job:
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
         self.methods = methods_for(plan.method, attention)
-        self.compresses = fixed_shape(plan.wish, self.methods, attention) != trained_shape(attention)
+        self.compresses = fixed_shape(plan.request, self.methods, attention) != trained_shape(attention)
         if plan.heal is not None and not self.compresses:
             raise UsageError(
                 "--heal has nothing to heal: every head stays as it was trained",
                 got=f"--heal {plan.heal}",
                 fix="lower --kv-ratio or --kv-heads, or leave --heal out",
             )
-        if plan.heal_lora is not None and plan.heal_lora > self.decoder.limits.hidden_size:
+        if plan.heal_lora is not None and plan.heal_lora > self.decoder.dims.hidden_size:
             raise UsageError(
                 "--heal-lora asks for adapters that are larger than the weights",
                 got=plan.heal_lora,
-                expected=f"1 to {self.decoder.limits.hidden_size}, the model's width",
+                expected=f"1 to {self.decoder.dims.hidden_size}, the model's width",
             )
         self.statistics = None if plan.statistics is None else Statistics(plan.statistics, self.digest)
         self.moments_of = None if self.statistics is None else self.statistics.moments
@@ -205,22 +205,33 @@ class Job:
             }
         return self.plan.recipe.to_json()
 
-    def choose(self, windows: Tensor, capacity: int) -> Choice:
+    def choose(self, windows: Tensor, capacity: int) -> CompressionPlan:
         """What each layer is to cache."""
         with self.timed("survey"):
             return choose(
-                self.decoder, windows, self.plan.wish, self.methods, self.moments_of, capacity, self.progress
+                self.decoder,
+                windows,
+                self.plan.request,
+                self.methods,
+                self.moments_of,
+                capacity,
+                self.progress,
             )
 
     def convert(
-        self, windows: Tensor, choice: Choice, take: Callable[[Layer], None], capacity: int, output: Path
+        self,
+        windows: Tensor,
+        choice: CompressionPlan,
+        take: Callable[[Layer], None],
+        capacity: int,
+        output: Path,
     ) -> BuildReport:
         """Hand every converted layer to `take`, healed if that is asked for, and say what became of all."""
         decoder = self.decoder
         conversion: Conversion | None = None
         layers: Iterator[ConvertedLayer] = unconverted(decoder)
         if self.compresses:
-            layers = conversion = convert(decoder, windows, choice.ways, self.moments_of, capacity)
+            layers = conversion = convert(decoder, windows, choice.layer_plans, self.moments_of, capacity)
         heals = self.plan.heal is not None and conversion is not None
         reports: list[LayerReport] = []
         kept: list[Layer] = []
@@ -304,7 +315,7 @@ def capacity_of(decoder: Decoder, wanted: int | None = None) -> int:
     Raises:
         UsageError: more than the model has positions for, or none.
     """
-    most = decoder.limits.max_positions or wanted or _DEFAULT_CAPACITY
+    most = decoder.dims.max_positions or wanted or _DEFAULT_CAPACITY
     if wanted is None:
         return min(most, _DEFAULT_CAPACITY)
     if not 1 <= wanted <= most:

@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from kvexport.calibrate.peaks import PeakMeter
 from kvexport.errors import UsageError
-from kvexport.graph import Kept
+from kvexport.graph import Float32Exceptions
 
 LARGEST = 65504.0
 _ROOM = 4  # calibration is a sample: what comes this close to the largest number counts as beyond it
 
 
-def kept_float32(peaks: PeakMeter) -> Kept:
+def float32_exceptions(peaks: PeakMeter) -> Float32Exceptions:
     """What float16 cannot be trusted to hold.
 
     Raises:
@@ -28,7 +28,7 @@ def kept_float32(peaks: PeakMeter) -> Kept:
                 expected=f"{LARGEST:g}",
                 fix="use --dtype bfloat16 or --dtype float32",
             )
-    return Kept(
+    return Float32Exceptions(
         stream=max(peaks.embedding, *(layer.residual for layer in peaks.layers)) > limit,
         mlps=frozenset(index for index, layer in enumerate(peaks.layers) if layer.mlp > limit),
     )

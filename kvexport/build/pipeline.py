@@ -14,33 +14,33 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from kvexport import __version__
-from kvexport.build.conversion_job import BuildReport, Job, Plan, capacity_of
-from kvexport.build.float16_overflow import kept_float32
+from kvexport.build.conversion_job import BuildOptions, BuildReport, Job, capacity_of
+from kvexport.build.float16_overflow import float32_exceptions
 from kvexport.build.text_files import write_text_files
 from kvexport.bundle.bundle import DATA_FILE, REPORT_FILE, new_bundle
 from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import PeakMeter, Recipe, save_header, save_moments
-from kvexport.convert import Choice, Way, measure, require_ratio, trained_shape, uniform_shape
+from kvexport.convert import CompressionPlan, LayerPlan, measure, require_ratio, trained_shape, uniform_shape
 from kvexport.errors import GateFailed
 from kvexport.eviction.config import Eviction
 from kvexport.files.atomic_directory import atomic_directory, require_output
-from kvexport.graph import GRAPH_FILE, DecoderWriter, Kept, write_lowered
+from kvexport.graph import GRAPH_FILE, DecoderWriter, Float32Exceptions, write_lowered
 from kvexport.model.decoder import Layer
-from kvexport.model.hf_writer import StandardWriter, require_standard
+from kvexport.model.hf_writer import HFCheckpointWriter, require_hf_checkpoint
 from kvexport.progress import Progress
-from kvexport.validate import TwinRecorder, prove
-from kvexport.validate.self_test_recorder import GreedyRecorder
+from kvexport.validate import ReferenceRecorder, prove
+from kvexport.validate.self_test_recorder import SelfTestRecorder
 
 if TYPE_CHECKING:
     from kvexport.graph import GraphContract
 
-__all__ = ["BuildReport", "Plan", "build", "calibrate", "compress"]
+__all__ = ["BuildOptions", "BuildReport", "build", "calibrate", "compress"]
 
 
 def build(
     checkpoint: Path,
     output: Path,
-    plan: Plan,
+    plan: BuildOptions,
     progress: Progress,
     *,
     capacity: int | None = None,
@@ -55,18 +55,18 @@ def build(
     """
     with new_bundle(output, force=force) as writer:
         job = Job(checkpoint, plan, progress)
-        require_ratio(plan.wish, job.methods, job.decoder.layers[0].attention)
+        require_ratio(plan.request, job.methods, job.decoder.layers[0].attention)
         job.check_tokenizer()
         decoder, limit = job.decoder, capacity_of(job.decoder, capacity)
         eviction = None if plan.eviction is None else plan.eviction.of(limit, len(decoder.layers))
         windows = job.windows()
         choice = job.choose(windows, limit)
-        twin = TwinRecorder(decoder, windows, limit, eviction)
+        twin = ReferenceRecorder(decoder, windows, limit, eviction)
         graph = DecoderWriter(
             writer.directory,
             dtype=plan.dtype,
             capacity=limit,
-            limits=decoder.limits,
+            dims=decoder.dims,
             embedding=decoder.embedding,
             rope=decoder.rope,
             eviction=eviction,
@@ -75,7 +75,7 @@ def build(
         peaks = PeakMeter(decoder, windows) if plan.dtype == "float16" else None
 
         with TemporaryDirectory(dir=writer.directory, prefix="layers.") as laid_aside:
-            greedy = GreedyRecorder(decoder, windows, limit, eviction, plan.dtype, Path(laid_aside))
+            greedy = SelfTestRecorder(decoder, windows, limit, eviction, plan.dtype, Path(laid_aside))
 
             def take(layer: Layer) -> None:
                 twin.add_layer(layer)
@@ -90,7 +90,7 @@ def build(
         report.eviction, report.capacity = eviction, limit
         report.kv_bytes_at_capacity = kv_bytes(report.layers, plan.dtype, eviction, limit)
         twin.save(writer.directory)
-        kept = Kept() if peaks is None else kept_float32(peaks)
+        kept = Float32Exceptions() if peaks is None else float32_exceptions(peaks)
         if kept.names:
             report.kept_float32 = kept.names
             progress.note(
@@ -104,7 +104,7 @@ def build(
             checkpoint,
             writer.directory,
             capacity=limit,
-            vocab_size=decoder.limits.vocab_size,
+            vocab_size=decoder.dims.vocab_size,
             bos=decoder.bos_token_id,
             eos=decoder.eos_token_ids,
             progress=progress,
@@ -127,7 +127,7 @@ def build(
 
 
 def compress(
-    checkpoint: Path, output: Path, plan: Plan, progress: Progress, *, force: bool = False
+    checkpoint: Path, output: Path, plan: BuildOptions, progress: Progress, *, force: bool = False
 ) -> BuildReport:
     """Convert, and write a standard Hugging Face checkpoint.
 
@@ -136,10 +136,10 @@ def compress(
     """
     require_output(output, marker="config.json", force=force)
     job = Job(checkpoint, plan, progress)
-    shape = uniform_shape(plan.wish, job.methods, job.decoder.layers[0].attention)
-    require_standard(job.decoder, plan.method, shape != trained_shape(job.decoder.layers[0].attention))
+    shape = uniform_shape(plan.request, job.methods, job.decoder.layers[0].attention)
+    require_hf_checkpoint(job.decoder, plan.method, shape != trained_shape(job.decoder.layers[0].attention))
     with atomic_directory(output, marker="config.json", force=force) as directory:
-        writer = StandardWriter(directory, job.decoder, job.checkpoint.config, getattr(torch, plan.dtype))
+        writer = HFCheckpointWriter(directory, job.decoder, job.checkpoint.config, getattr(torch, plan.dtype))
         method = job.methods[0]
         if job.decoder.layers[0].attention.position == "alibi":
             if job.compresses:
@@ -148,7 +148,7 @@ def compress(
                     "it serves, so that other programs cache as much as before; a bundle of `kvexport build` caches less"
                 )
             method = replace(method, matched=False)  # heads stay where their slopes are
-        choice = Choice([Way(method, shape)] * len(job.decoder.layers))
+        choice = CompressionPlan([LayerPlan(method, shape)] * len(job.decoder.layers))
         report = job.convert(job.windows(), choice, writer.add_layer, capacity_of(job.decoder), output)
         writer.finish()
         job.checkpoint.copy_tokenizer(directory)
@@ -160,7 +160,7 @@ def calibrate(
 ) -> int:
     """Write statistics that `build` and `compress` can start from; returns how many tokens were measured."""
     require_output(output, marker="statistics.json", force=force)
-    job = Job(checkpoint, Plan(recipe), progress)
+    job = Job(checkpoint, BuildOptions(recipe), progress)
     with atomic_directory(output, marker="statistics.json", force=force) as directory:
         windows = job.windows()
         save_header(directory, job.digest, recipe, windows)
@@ -174,7 +174,7 @@ def calibrate(
 def _manifest(
     job: Job, capacity: int, eviction: Eviction | None, contract: GraphContract, report: BuildReport
 ) -> dict[str, Any]:
-    limits = job.decoder.limits
+    dims = job.decoder.dims
     return {
         "kvexport": __version__,
         "source": {
@@ -184,10 +184,10 @@ def _manifest(
         },
         "calibration": job.calibration() if job.compresses else None,
         "model": {
-            "vocab_size": limits.vocab_size,
-            "hidden_size": limits.hidden_size,
+            "vocab_size": dims.vocab_size,
+            "hidden_size": dims.hidden_size,
             "num_hidden_layers": len(report.layers),
-            "max_position_embeddings": limits.max_positions,
+            "max_position_embeddings": dims.max_positions,
             "bos_token_id": job.decoder.bos_token_id,
             "eos_token_ids": list(job.decoder.eos_token_ids),
         },

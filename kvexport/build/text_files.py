@@ -13,7 +13,7 @@ from typing import Any
 
 from kvexport.build.chat_template import reduced_chat, special_tokens
 from kvexport.bundle.bundle import TOKENIZER_FILE
-from kvexport.bundle.text_file import TEXT_FILE, Golden, TextFile
+from kvexport.bundle.text_file import TEXT_FILE, TextFile, TokenizerSample
 from kvexport.progress import Progress
 from kvexport.runtime.tokenizer import Tokenizer, read_tokenizer
 
@@ -83,10 +83,10 @@ def write_text_files(
     _write(directory / _CONFIG, _tokenizer_config(checkpoint, directory))
 
 
-def _golden(tokenizer: Tokenizer, text: str) -> Golden | None:
+def _golden(tokenizer: Tokenizer, text: str) -> TokenizerSample | None:
     try:
         ids, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
-        return Golden(text, tuple(ids), tuple(plain), tokenizer.decode(ids))
+        return TokenizerSample(text, tuple(ids), tuple(plain), tokenizer.decode(ids))
     except (
         Exception
     ):  # the only class that tokenizers raises, for a text that a vocabulary without an unknown token lacks

@@ -68,7 +68,7 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
-class Vectors:
+class ReferenceOutputs:
     """What the PyTorch twin computed.
 
     Attributes:
@@ -114,11 +114,11 @@ def steady(layer: int, state: NDArray[Any]) -> NDArray[Any]:
     return ranked
 
 
-def write_vectors(directory: Path, vectors: Vectors) -> None:
+def write_reference_outputs(directory: Path, vectors: ReferenceOutputs) -> None:
     (directory / FILE).write_text(json.dumps(vectors.to_json(), allow_nan=False) + "\n", encoding="utf-8")
 
 
-def read_vectors(bundle: Bundle) -> Vectors:
+def read_reference_outputs(bundle: Bundle) -> ReferenceOutputs:
     """
     Raises:
         BundleError: none, or they are damaged, of another format, or contradict the manifest.
@@ -142,7 +142,7 @@ def read_vectors(bundle: Bundle) -> Vectors:
         raise BundleError(f"{path} cannot be read: {error}", fix=REBUILD) from error
 
 
-def _parsed(raw: Mapping[str, Any], bundle: Bundle) -> Vectors:
+def _parsed(raw: Mapping[str, Any], bundle: Bundle) -> ReferenceOutputs:
     vocab, layers = bundle.model.vocab_size, len(bundle.layers)
     prompt, continuation = _ids(raw["prompt"], vocab), _ids(raw["continuation"], vocab)
     indices, first, slots = _ids(raw["logit_indices"], vocab), _whole(raw["first_row"]), raw["slots"]
@@ -165,7 +165,9 @@ def _parsed(raw: Mapping[str, Any], bundle: Bundle) -> Vectors:
         provider: {dtype: _tolerance(raw["tolerances"][provider][dtype]) for dtype in BYTES}
         for provider in ("cpu", "cuda", "tensorrt")
     }
-    return Vectors(str(raw["weights_sha256"]), slots, prompt, continuation, first, indices, rows, tolerances)
+    return ReferenceOutputs(
+        str(raw["weights_sha256"]), slots, prompt, continuation, first, indices, rows, tolerances
+    )
 
 
 def _row(raw: Mapping[str, Any], values: int, layers: int, vocab: int) -> Row:

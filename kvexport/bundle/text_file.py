@@ -28,7 +28,7 @@ class Encoder(Protocol):
 
 
 @dataclass(frozen=True)
-class Golden:
+class TokenizerSample:
     """A text, its token ids with and without the tokenizer's special tokens around it, and those decoded."""
 
     text: str
@@ -39,7 +39,7 @@ class Golden:
 
 @dataclass(frozen=True)
 class TextFile:
-    golden: tuple[Golden, ...]
+    golden: tuple[TokenizerSample, ...]
     special_ids: tuple[int, ...]  # tokens that decoding leaves out
     chat: Chat | None
     chat_golden: tuple[tuple[tuple[dict[str, str], ...], str], ...]  # messages, and the text of them
@@ -116,10 +116,10 @@ def parse_text(raw: object) -> TextFile:
     return TextFile(tuple(golden), special, chat, tuple(conversations))
 
 
-def _golden(raw: object, name: str) -> Golden:
+def _golden(raw: object, name: str) -> TokenizerSample:
     one = _keys(raw, name, "text", "ids", "plain_ids", "decoded")
     ids, plain = (tuple(_list(one[key], f"{name}.{key}", _id)) for key in ("ids", "plain_ids"))
-    return Golden(
+    return TokenizerSample(
         _string(one["text"], f"{name}.text"), ids, plain, _string(one["decoded"], f"{name}.decoded")
     )
 

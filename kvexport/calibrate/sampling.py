@@ -69,7 +69,7 @@ def _sample(
 ) -> Tensor:
     batch = len(heat)
     if decoder.bos_token_id is None:
-        tokens = torch.randint(decoder.limits.vocab_size, (batch, 1), generator=generator)
+        tokens = torch.randint(decoder.dims.vocab_size, (batch, 1), generator=generator)
     else:
         tokens = torch.full((batch, 1), decoder.bos_token_id)
     cache = reference.new_cache(decoder.layers, batch, length, decoder.embedding.weight.dtype)

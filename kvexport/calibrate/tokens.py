@@ -24,7 +24,7 @@ def calibration_windows(
         UsageError: the text is empty, shorter than one window, or the length exceeds the model's positions.
         CannotRunHere: 'self', and the model does not fit in memory.
     """
-    limit = decoder.limits.max_positions
+    limit = decoder.dims.max_positions
     if limit is not None and recipe.length > limit:
         raise UsageError(
             "--length exceeds the positions that the model was trained for",
@@ -37,10 +37,10 @@ def calibration_windows(
         )
     if recipe.source == "random":
         generator = torch.Generator().manual_seed(recipe.seed)
-        return torch.randint(decoder.limits.vocab_size, (recipe.samples, recipe.length), generator=generator)
+        return torch.randint(decoder.dims.vocab_size, (recipe.samples, recipe.length), generator=generator)
     assert recipe.file is not None
     ids = tokenize(checkpoint, read_text(recipe.file))
-    _require_known(ids, decoder.limits.vocab_size)
+    _require_known(ids, decoder.dims.vocab_size)
     return spread_windows(
         ids, recipe.samples, recipe.length, recipe.seed, f"the calibration text {recipe.file}"
     )

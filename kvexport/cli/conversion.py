@@ -10,10 +10,10 @@ import click
 
 from kvexport.bundle.manifest import BYTES
 from kvexport.errors import UsageError
-from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, POLICIES, EvictionWish
+from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, POLICIES, EvictionRequest
 
 if TYPE_CHECKING:
-    from kvexport.build.pipeline import Plan
+    from kvexport.build.pipeline import BuildOptions
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -129,7 +129,7 @@ eviction_options = _together(
 )
 
 
-def eviction_from(options: dict[str, Any]) -> EvictionWish | None:
+def eviction_from(options: dict[str, Any]) -> EvictionRequest | None:
     """What the eviction options mean; takes them out of `options`.
 
     Raises:
@@ -158,7 +158,7 @@ def eviction_from(options: dict[str, Any]) -> EvictionWish | None:
         raise UsageError(
             "--evict-skip-layers is no list of layers", got=skipped, expected="numbers such as 0,1"
         ) from None
-    return EvictionWish.parse(budget, **others, skip_layers=layers)
+    return EvictionRequest.parse(budget, **others, skip_layers=layers)
 
 
 def recipe_from(calibration: str | None, samples: int | None, length: int | None, seed: int | None) -> Recipe:
@@ -168,14 +168,14 @@ def recipe_from(calibration: str | None, samples: int | None, length: int | None
     return recipe_for("self" if calibration is None else calibration, samples, length, seed)
 
 
-def plan_from(options: dict[str, Any]) -> Plan:
+def plan_from(options: dict[str, Any]) -> BuildOptions:
     """The plan that the conversion options mean; takes them out of `options`.
 
     Raises:
         UsageError: options that contradict each other or are out of range.
     """
-    from kvexport.build.pipeline import Plan
-    from kvexport.convert import Wish
+    from kvexport.build.pipeline import BuildOptions
+    from kvexport.convert import CompressionRequest
     from kvexport.devices.targets import load_target, lowering_for
 
     sources = [options.pop(name) for name in ("calibration", "samples", "length", "seed")]
@@ -190,7 +190,9 @@ def plan_from(options: dict[str, Any]) -> Plan:
         for name in ("kv_heads", "kv_ratio", "max_kl", "group_size", "kv_head_dim")
     }
     target = options.pop("target", None)
-    wish = Wish(**wishes, equal_widths=target is None or lowering_for(load_target(target)) == "std24")
+    request = CompressionRequest(
+        **wishes, equal_widths=target is None or lowering_for(load_target(target)) == "std24"
+    )
     names = ("method", "statistics", "dtype", "heal", "heal_lora")
     rest = {name: options.pop(name) for name in names if name in options}
     if "kv_budget" in options:
@@ -200,4 +202,4 @@ def plan_from(options: dict[str, Any]) -> Plan:
     if rest.get("heal") is not None and sources[0] in (None, "self") and sources[1] is None:
         sources[1] = _HEAL_SAMPLES
     assert not options, f"options that nobody took: {options}"
-    return Plan(recipe_from(*sources), wish, **rest)
+    return BuildOptions(recipe_from(*sources), request, **rest)

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.convert.groups import WIDEST, Shape
-from kvexport.convert.methods import Way
-from kvexport.convert.sensitivity import LayerSurvey
+from kvexport.convert.groups import WIDEST, KVShape
+from kvexport.convert.methods import LayerPlan
+from kvexport.convert.sensitivity import LayerSensitivity
 
 _STEP = 8  # widths that every engine takes are multiples of it
 _NARROWEST = 16
@@ -43,14 +43,14 @@ class Widths:
         return list(range(-(-least // step) * step, min(n, WIDEST) + 1, step))
 
 
-def shapes_for(trained: Shape, sizes: Sequence[int], widths: Widths) -> list[Shape]:
+def shapes_for(trained: KVShape, sizes: Sequence[int], widths: Widths) -> list[KVShape]:
     """What a layer may cache in groups of these sizes, its trained shape included; fewer numbers than that in all others."""
     found = [trained]
     for size in sizes:
         heads, allowed = trained.kv_heads // size, widths.of(size, trained.key_dim)
         pairs = ((key, value) for key in allowed for value in ((key,) if widths.equal else allowed))
         found += [
-            shape for key, value in pairs if (shape := Shape(heads, key, value)).kv_width < trained.kv_width
+            shape for key, value in pairs if (shape := KVShape(heads, key, value)).kv_width < trained.kv_width
         ]
     return found
 
@@ -58,7 +58,7 @@ def shapes_for(trained: Shape, sizes: Sequence[int], widths: Widths) -> list[Sha
 class Frontier:
     """The least predicted KL for every number of cached numbers per token, and the ways that have it."""
 
-    def __init__(self, layers: Sequence[LayerSurvey], allowed: Sequence[Sequence[Shape]]) -> None:
+    def __init__(self, layers: Sequence[LayerSensitivity], allowed: Sequence[Sequence[KVShape]]) -> None:
         """`allowed` are the shapes that each layer may take."""
         self._options = [_undominated(layer, shapes) for layer, shapes in zip(layers, allowed, strict=True)]
         every = [way.shape.kv_width for options in self._options for way, _ in options]
@@ -88,7 +88,7 @@ class Frontier:
         """Least predicted KL, nats per token, with at most `kv_width` numbers cached per token in all layers."""
         return float(self._least[min(kv_width, self.most) // self._unit])
 
-    def ways(self, kv_width: int) -> list[Way]:
+    def layer_plans(self, kv_width: int) -> list[LayerPlan]:
         """The ways that have it, layer by layer."""
         at, found = min(kv_width, self.most) // self._unit, []
         for options, taken in zip(reversed(self._options), reversed(self._taken), strict=True):
@@ -102,10 +102,10 @@ class Frontier:
         return int((self._least <= kl).argmax()) * self._unit
 
 
-def _undominated(layer: LayerSurvey, shapes: Sequence[Shape]) -> list[tuple[Way, float]]:
+def _undominated(layer: LayerSensitivity, shapes: Sequence[KVShape]) -> list[tuple[LayerPlan, float]]:
     """Ways into these shapes with their predicted KL: none that loses as much as another which caches no more."""
-    every = (Way(method, shape) for shape in shapes for method in layer.methods)
-    kept: list[tuple[Way, float]] = []
+    every = (LayerPlan(method, shape) for shape in shapes for method in layer.methods)
+    kept: list[tuple[LayerPlan, float]] = []
     for way, kl in sorted(
         ((way, layer.kl(way)) for way in every), key=lambda each: (each[0].shape.kv_width, each[1])
     ):

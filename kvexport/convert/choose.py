@@ -1,4 +1,4 @@
-"""The ways that meet a wish: surveyed, solved for, and where a bound on the loss is asked, tried until it is kept.
+"""The ways that meet a request: surveyed, solved for, and where a bound on the loss is asked, tried until it is kept.
 
 Knows the order of survey, solution and trial; the mathematics is elsewhere.
 """
@@ -13,10 +13,10 @@ from torch import Tensor
 from kvexport.calibrate import Moments
 from kvexport.convert.budget import Frontier, shapes_for
 from kvexport.convert.groups import trained_shape
-from kvexport.convert.methods import Method, Way
+from kvexport.convert.methods import LayerPlan, Method
 from kvexport.convert.pipeline import convert
-from kvexport.convert.request import Wish, fixed_shape, group_sizes, require_ratio
-from kvexport.convert.sensitivity import LayerSurvey, survey
+from kvexport.convert.request import CompressionRequest, fixed_shape, group_sizes, require_ratio
+from kvexport.convert.sensitivity import LayerSensitivity, survey
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 
@@ -44,34 +44,34 @@ class Point:
 
 
 @dataclass(frozen=True)
-class Choice:
+class CompressionPlan:
     """How each layer is to be converted, and what the choice was made from; no points and layers where none was left."""
 
-    ways: list[Way]
+    layer_plans: list[LayerPlan]
     points: tuple[Point, ...] = ()
-    layers: tuple[LayerSurvey, ...] = ()
+    layers: tuple[LayerSensitivity, ...] = ()
 
 
 def choose(
     decoder: Decoder,
     windows: Tensor,
-    wish: Wish,
+    request: CompressionRequest,
     methods: Sequence[Method],
     moments_of: Callable[[int], Moments] | None,
     capacity: int | None,
     progress: Progress,
-) -> Choice:
-    """The ways with the least predicted KL that the wish allows, or the cheapest that keep its bound.
+) -> CompressionPlan:
+    """The ways with the least predicted KL that the request allows, or the cheapest that keep its bound.
 
     Raises:
-        UsageError: the wish contradicts itself or cannot be met.
+        UsageError: the request contradicts itself or cannot be met.
     """
     count, attention = len(decoder.layers), decoder.layers[0].attention
-    require_ratio(wish, methods, attention)
-    trained, shape = trained_shape(attention), fixed_shape(wish, methods, attention)
+    require_ratio(request, methods, attention)
+    trained, shape = trained_shape(attention), fixed_shape(request, methods, attention)
     if shape is not None and (len(methods) == 1 or shape == trained):
-        return Choice([Way(methods[0], shape)] * count)
-    sizes, ratio = group_sizes(wish, attention), wish.ratio
+        return CompressionPlan([LayerPlan(methods[0], shape)] * count)
+    sizes, ratio = group_sizes(request, attention), request.ratio
     if shape is not None:
         sizes, ratio = [trained.kv_heads // shape.kv_heads], shape.kv_width / trained.kv_width
     del attention  # its layer need not stay in memory
@@ -80,36 +80,36 @@ def choose(
         for _ in found:
             progress.advance()
     allowed = [
-        shapes_for(layer.trained, layer.sizes, wish.widths) if shape is None else [shape]
+        shapes_for(layer.trained, layer.sizes, request.widths) if shape is None else [shape]
         for layer in found.layers
     ]
     frontier, tried = Frontier(found.layers, allowed), list[Point]()
     if shape is not None:
-        return Choice(frontier.ways(frontier.most), layers=tuple(found.layers))
-    if wish.max_kl is None:
+        return CompressionPlan(frontier.layer_plans(frontier.most), layers=tuple(found.layers))
+    if request.max_kl is None:
         kv_width = max(
-            int(wish.ratio * frontier.most), frontier.fewest
+            int(request.ratio * frontier.most), frontier.fewest
         )  # fewer only by rounding: `require_ratio`
     else:
 
-        def measured(ways: Sequence[Way]) -> float:
-            conversion = convert(decoder, windows, ways, moments_of, capacity)
+        def measured(layer_plans: Sequence[LayerPlan]) -> float:
+            conversion = convert(decoder, windows, layer_plans, moments_of, capacity)
             with progress.stage("Trying a conversion", count):
                 for _ in conversion:
                     progress.advance()
             return conversion.divergence().mean_kl
 
-        kv_width, tried = _keeping(frontier, wish.max_kl * MARGIN, measured)
-    ways = frontier.ways(kv_width)
+        kv_width, tried = _keeping(frontier, request.max_kl * MARGIN, measured)
+    layer_plans = frontier.layer_plans(kv_width)
     shown = [frontier.most * eighths // _SHOWN for eighths in range(1, _SHOWN + 1)]
-    shown.append(sum(way.shape.kv_width for way in ways))
+    shown.append(sum(way.shape.kv_width for way in layer_plans))
     points = [Point(width, frontier.kl(width)) for width in shown if width >= frontier.fewest]
     known = {point.kv_width: point for point in (*points, *tried)}
-    return Choice(ways, tuple(known[width] for width in sorted(known)), tuple(found.layers))
+    return CompressionPlan(layer_plans, tuple(known[width] for width in sorted(known)), tuple(found.layers))
 
 
 def _keeping(
-    frontier: Frontier, bound: float, measured: Callable[[Sequence[Way]], float]
+    frontier: Frontier, bound: float, measured: Callable[[Sequence[LayerPlan]], float]
 ) -> tuple[int, list[Point]]:
     """The fewest cached numbers tried whose measured KL keeps the bound, and all that was tried.
 
@@ -123,9 +123,9 @@ def _keeping(
             kv_width = (worst + best) // 2
         if kv_width >= best / _NEAR:
             break
-        ways = frontier.ways(kv_width)
-        kv_width = sum(way.shape.kv_width for way in ways)  # what is left over buys nothing
-        predicted, found = frontier.kl(kv_width), measured(ways)
+        layer_plans = frontier.layer_plans(kv_width)
+        kv_width = sum(way.shape.kv_width for way in layer_plans)  # what is left over buys nothing
+        predicted, found = frontier.kl(kv_width), measured(layer_plans)
         tried.append(Point(kv_width, predicted, found))
         scale = found / predicted if predicted > 0 else 1.0
         if found <= bound:

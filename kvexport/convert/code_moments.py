@@ -14,7 +14,7 @@ from kvexport.model.decoder import Rope
 
 
 @dataclass(frozen=True)
-class Met:
+class CodeMoments:
     """What codes are made from.
 
     Attributes:
@@ -25,23 +25,23 @@ class Met:
     moments: Moments
     distances: Rotations | None = None
 
-    def permuted(self, order: Sequence[int]) -> Met:
+    def permuted(self, order: Sequence[int]) -> CodeMoments:
         """Of the layer with its KV heads in that order."""
         return replace(self, moments=permuted_moments(self.moments, order))
 
 
-def as_met(
+def code_moments(
     before_rotation: bool, moments: Moments, rope: Rope | None, positions: int, window: int | None = None
-) -> Met:
+) -> CodeMoments:
     """Moments of unrotated keys and queries as codes before RoPE, or after it, are to meet them at so many positions.
 
     With sliding-window attention, queries see no key further back than `window` tokens.
     """
     if rope is None:
-        return Met(moments)
+        return CodeMoments(moments)
     if before_rotation:
-        return Met(
+        return CodeMoments(
             unrotated(moments),
             Rotations.by_distance(rope, positions if window is None else min(positions, window)),
         )
-    return Met(over_positions(moments, rope, positions))
+    return CodeMoments(over_positions(moments, rope, positions))

@@ -16,7 +16,7 @@ _ROUNDED = 0.01  # a ratio may be written with few digits, such as 0.33
 
 
 @dataclass(frozen=True)
-class Shape:
+class KVShape:
     """What one layer caches: so many KV heads, of keys and values so wide."""
 
     kv_heads: int
@@ -29,9 +29,9 @@ class Shape:
         return self.kv_heads * (self.key_dim + self.value_dim)
 
 
-def trained_shape(attention: Attention) -> Shape:
+def trained_shape(attention: Attention) -> KVShape:
     """What the layer caches now."""
-    return Shape(attention.num_kv_heads, attention.key_dim, attention.value_dim)
+    return KVShape(attention.num_kv_heads, attention.key_dim, attention.value_dim)
 
 
 @dataclass(frozen=True)

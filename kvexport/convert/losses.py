@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.convert.code_moments import Met
+from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.groups import Grouping
 from kvexport.convert.keys import cached_frequencies, folding, group_energies, query_weights
 from kvexport.convert.matching import Group
@@ -37,7 +37,7 @@ _TINY = 1e-12
 class LayerLosses:
     """The losses of one unconverted layer's heads."""
 
-    def __init__(self, met: Met, attention: Attention) -> None:
+    def __init__(self, met: CodeMoments, attention: Attention) -> None:
         self._met, self._attention = met, attention
         moments = met.moments
         each = Grouping.of(attention, attention.num_kv_heads)

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from kvexport.calibrate import Moments
 from kvexport.convert import keys, values
 from kvexport.convert.apply import LayerCode
-from kvexport.convert.code_moments import Met
+from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.codes import Code
-from kvexport.convert.groups import Grouping, Shape
+from kvexport.convert.groups import Grouping, KVShape
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, matched_groups, order_of
 from kvexport.errors import UsageError
@@ -57,11 +57,11 @@ METHOD_NAMES = (BEST, *METHODS)
 
 
 @dataclass(frozen=True)
-class Way:
+class LayerPlan:
     """How one layer is converted."""
 
     method: Method
-    shape: Shape
+    shape: KVShape
 
 
 def folds(method: Method, attention: Attention) -> bool:
@@ -91,7 +91,7 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
     return (METHODS["online"], METHODS["fold"]) if name == BEST else (METHODS["fold"],)
 
 
-def head_order(method: Method, met: Met, attention: Attention, shape: Shape) -> list[int]:
+def head_order(method: Method, met: CodeMoments, attention: Attention, shape: KVShape) -> list[int]:
     """The order of KV heads in which adjacent ones are to share, by the predicted loss of keys and values together."""
     heads = attention.num_kv_heads
     if not method.matched:
@@ -107,7 +107,9 @@ def head_order(method: Method, met: Met, attention: Attention, shape: Shape) -> 
     return order_of(matched_groups(heads, size, loss))
 
 
-def layer_code(method: Method, met: Met, attention: Attention, grouping: Grouping, shape: Shape) -> LayerCode:
+def layer_code(
+    method: Method, met: CodeMoments, attention: Attention, grouping: Grouping, shape: KVShape
+) -> LayerCode:
     """The method's codes for all groups of one layer."""
     moments, groups, frequencies = met.moments, range(grouping.kv_heads), None
     if method.key is None:

@@ -16,9 +16,9 @@ from torch import Tensor
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import Moments
 from kvexport.convert.apply import apply_code
-from kvexport.convert.code_moments import Met, as_met
+from kvexport.convert.code_moments import CodeMoments, code_moments
 from kvexport.convert.groups import Grouping, trained_shape
-from kvexport.convert.methods import Way, head_order, layer_code
+from kvexport.convert.methods import LayerPlan, head_order, layer_code
 from kvexport.convert.permute import permuted
 from kvexport.convert.predict import predicted_error
 from kvexport.convert.streams import Streams, TrainedStream
@@ -42,11 +42,11 @@ class Conversion:
         self,
         decoder: Decoder,
         windows: Tensor,
-        ways: Sequence[Way],
+        layer_plans: Sequence[LayerPlan],
         moments_of: Callable[[int], Moments] | None,
         capacity: int | None,
     ) -> None:
-        self._decoder, self._windows, self._ways, self._moments_of = decoder, windows, ways, moments_of
+        self._decoder, self._windows, self._ways, self._moments_of = decoder, windows, layer_plans, moments_of
         self._positions = windows.shape[1] if capacity is None else capacity
         self._streams = Streams(decoder, windows)
         self._layers = self._run()
@@ -71,7 +71,7 @@ class Conversion:
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
         way = self._ways[index]
-        met = as_met(
+        met = code_moments(
             way.method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window
         )
         converted, report = _convert_layer(layer, self._streams, met, way)
@@ -93,7 +93,7 @@ class Conversion:
 def convert(
     decoder: Decoder,
     windows: Tensor,
-    ways: Sequence[Way],
+    layer_plans: Sequence[LayerPlan],
     moments_of: Callable[[int], Moments] | None = None,
     capacity: int | None = None,
 ) -> Conversion:
@@ -107,7 +107,7 @@ def convert(
         capacity: tokens that a sequence may hold: codes of rotated keys are made for all of its positions [that many as
             a window has].
     """
-    return Conversion(decoder, windows, ways, moments_of, capacity)
+    return Conversion(decoder, windows, layer_plans, moments_of, capacity)
 
 
 def measure(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
@@ -155,7 +155,9 @@ def _kept(attention: Attention) -> LayerReport:
     )
 
 
-def _convert_layer(layer: Layer, streams: Streams, met: Met, way: Way) -> tuple[Layer, LayerReport]:
+def _convert_layer(
+    layer: Layer, streams: Streams, met: CodeMoments, way: LayerPlan
+) -> tuple[Layer, LayerReport]:
     trained, method, shape = layer.attention, way.method, way.shape
     if shape == trained_shape(trained):
         return layer, _kept(trained)

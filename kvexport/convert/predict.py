@@ -12,14 +12,14 @@ import math
 import torch
 
 from kvexport.convert.apply import LayerCode
-from kvexport.convert.code_moments import Met
+from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.groups import Grouping
 from kvexport.convert.keys import folding
 from kvexport.convert.values import lost_constant, output_weights
 from kvexport.model.decoder import Attention
 
 
-def predicted_error(met: Met, attention: Attention, grouping: Grouping, code: LayerCode) -> float:
+def predicted_error(met: CodeMoments, attention: Attention, grouping: Grouping, code: LayerCode) -> float:
     """Predicted relative error of the attention output, √(E|Δo|² / E|o - ō|²), before any refit."""
     moments, lost = met.moments, 0.0
     for group in range(grouping.kv_heads):
@@ -33,7 +33,9 @@ def predicted_error(met: Met, attention: Attention, grouping: Grouping, code: La
     return math.sqrt(max(lost, 0.0) / max(float(moments.output_power), torch.finfo(torch.float64).tiny))
 
 
-def _from_logits(met: Met, attention: Attention, grouping: Grouping, code: LayerCode, group: int) -> float:
+def _from_logits(
+    met: CodeMoments, attention: Attention, grouping: Grouping, code: LayerCode, group: int
+) -> float:
     moments, rows = met.moments, grouping.rows(group)
     if met.distances is not None:
         return attention.scale**2 * folding(moments, grouping, group, code.frequencies, met.distances).loss(

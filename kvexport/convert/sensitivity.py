@@ -17,12 +17,12 @@ from torch import Tensor
 from kvexport.calibrate import Moments
 from kvexport.calibrate import windows as attention_windows
 from kvexport.convert.apply import LayerCode, apply_code
-from kvexport.convert.code_moments import Met, as_met
+from kvexport.convert.code_moments import CodeMoments, code_moments
 from kvexport.convert.codes import Code
-from kvexport.convert.groups import WIDEST, Grouping, Shape, trained_shape
+from kvexport.convert.groups import WIDEST, Grouping, KVShape, trained_shape
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, matched_groups, order_of
-from kvexport.convert.methods import Method, Way, layer_code
+from kvexport.convert.methods import LayerPlan, Method, layer_code
 from kvexport.convert.permute import permuted
 from kvexport.convert.streams import TrainedStream
 from kvexport.model import reference
@@ -45,7 +45,7 @@ class Curves:
 
 
 @dataclass(frozen=True)
-class LayerSurvey:
+class LayerSensitivity:
     """What one layer could lose.
 
     Attributes:
@@ -57,7 +57,7 @@ class LayerSurvey:
         value_sensitivity: through values.
     """
 
-    trained: Shape
+    trained: KVShape
     sizes: tuple[int, ...]
     curves: dict[tuple[Method, int], Curves]
     output_power: float
@@ -68,7 +68,7 @@ class LayerSurvey:
     def methods(self) -> tuple[Method, ...]:
         return tuple(self.key_sensitivity)
 
-    def kl(self, way: Way) -> float:
+    def kl(self, way: LayerPlan) -> float:
         """Predicted mean KL, nats per token, of this layer alone converted that way."""
         shape = way.shape
         if shape == self.trained:
@@ -88,7 +88,7 @@ class _Trial:
     value_loss: float
 
 
-class Survey:
+class SensitivityAnalysis:
     """An iterator over the decoder's layers: `survey` describes it. `layers` is complete when it has ended."""
 
     @torch.no_grad()
@@ -111,9 +111,9 @@ class Survey:
             reference.embed(decoder.embedding, self._tried)
         ]  # the trained stream, then each layer's trials'
         self._found: list[
-            tuple[LayerSurvey, list[float]]
+            tuple[LayerSensitivity, list[float]]
         ] = []  # without sensitivities, and what the trials are to lose
-        self.layers: list[LayerSurvey] = []
+        self.layers: list[LayerSensitivity] = []
 
     def __iter__(self) -> Iterator[None]:
         for index in range(len(self._decoder.layers)):
@@ -132,7 +132,7 @@ class Survey:
         curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
         size_tried = self._size_tried(layer.attention)
         for method in self._methods:
-            met = as_met(
+            met = code_moments(
                 method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window
             )
             losses = LayerLosses(met, layer.attention)
@@ -146,7 +146,7 @@ class Survey:
         least = _TINY * float(moments.output_power)
         lost = [max(loss, least) for loss in (trials[0].value_loss, *(each.key_loss for each in trials))]
         shape, power = trained_shape(layer.attention), float(moments.output_power)
-        self._found.append((LayerSurvey(shape, self._sizes, curves, power, {}, 0.0), lost))
+        self._found.append((LayerSensitivity(shape, self._sizes, curves, power, {}, 0.0), lost))
         disturbed = [
             self._past(each, self._forks[0]) for each in (trials[0].values, *(each.keys for each in trials))
         ]
@@ -171,14 +171,14 @@ class Survey:
         return matched_groups(attention.num_kv_heads, size, loss)
 
     def _trial(
-        self, layer: Layer, met: Met, method: Method, groups: Sequence[Group], curves: Curves
+        self, layer: Layer, met: CodeMoments, method: Method, groups: Sequence[Group], curves: Curves
     ) -> _Trial:
         order = order_of(groups)
         attention, met = permuted(layer.attention, order), met.permuted(order)
         grouping = Grouping.of(attention, len(groups))
         n = grouping.size * grouping.head_dim
         rank = min(self._rank(grouping.size, attention), WIDEST)
-        code = layer_code(method, met, attention, grouping, Shape(grouping.kv_heads, rank, rank))
+        code = layer_code(method, met, attention, grouping, KVShape(grouping.kv_heads, rank, rank))
         exact = (
             Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)),
         ) * grouping.kv_heads
@@ -229,7 +229,7 @@ def survey(
     ratio: float,
     moments_of: Callable[[int], Moments] | None = None,
     capacity: int | None = None,
-) -> Survey:
+) -> SensitivityAnalysis:
     """Measure every layer, each when asked for.
 
     Args:
@@ -238,7 +238,7 @@ def survey(
         ratio: share of the KV bytes that trials keep, and that heads are matched for.
         windows, moments_of, capacity: as `convert` takes them.
     """
-    return Survey(decoder, windows, methods, sizes, ratio, moments_of, capacity)
+    return SensitivityAnalysis(decoder, windows, methods, sizes, ratio, moments_of, capacity)
 
 
 def sum_of(parts: Iterator[Tensor]) -> Tensor:

@@ -170,7 +170,7 @@ class Eviction:
 
 
 @dataclass(frozen=True)
-class EvictionWish:
+class EvictionRequest:
     """What `kvexport build` is asked for; what is None is as measured best (benchmarks/results/eviction.md).
 
     Attributes:
@@ -185,7 +185,7 @@ class EvictionWish:
     skip_layers: tuple[int, ...] = ()
 
     @classmethod
-    def parse(cls, budget: str, **others: Any) -> EvictionWish:
+    def parse(cls, budget: str, **others: Any) -> EvictionRequest:
         """`budget` as people write it: 256, or 0.5 for half of the capacity.
 
         Raises:

@@ -23,7 +23,7 @@ from kvexport.bundle.graph_io import (
 )
 
 if TYPE_CHECKING:
-    from kvexport.graph.keep_float32 import Kept
+    from kvexport.graph.keep_float32 import Float32Exceptions
     from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
     from kvexport.graph.printer import render
     from kvexport.graph.taps import GraphCopy, as_float32, tapped
@@ -35,9 +35,9 @@ __all__ = [
     "LOWERED_FILES",
     "LOWERINGS",
     "DecoderWriter",
+    "Float32Exceptions",
     "GraphContract",
     "GraphCopy",
-    "Kept",
     "TensorSpec",
     "as_float32",
     "attention_tap",
@@ -58,7 +58,7 @@ _LAZY = {
     "as_float32": "taps",
     "tapped": "taps",
     "render": "printer",
-    "Kept": "keep_float32",
+    "Float32Exceptions": "keep_float32",
     "LOWERINGS": "lowering",
     "lower": "lowering",
     "lowered_contract": "lowering",

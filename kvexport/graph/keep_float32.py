@@ -18,7 +18,7 @@ _WIDE = "float32"
 
 
 @dataclass(frozen=True)
-class Kept:
+class Float32Exceptions:
     """What is computed in float32.
 
     Attributes:
@@ -48,14 +48,14 @@ class Kept:
         return self.stream and node in (attention_residual(layer), residual_tap(layer), *norms)
 
 
-NOTHING = Kept()
+NOTHING = Float32Exceptions()
 
 
 class KeepFloat32(ir.passes.InPlacePass):
     """Pre-condition: what is kept is in the graph. Post-condition: each of its nodes gives float32, and what reads one
     without being kept reads it in the graph's dtype."""
 
-    def __init__(self, kept: Kept, dtype: str) -> None:
+    def __init__(self, kept: Float32Exceptions, dtype: str) -> None:
         self._kept, self._dtype = kept, dtype
         self._needed = {
             *(f"layers.{layer}.mlp.down" for layer in kept.mlps),

@@ -25,12 +25,12 @@ from kvexport.eviction.config import Eviction
 from kvexport.graph.attention import AttentionBuilder, Cache, Tokens
 from kvexport.graph.blocks import linear, mlp, norm
 from kvexport.graph.eviction_attention import Evicting, EvictingCache
-from kvexport.graph.keep_float32 import NOTHING, KeepFloat32, Kept
+from kvexport.graph.keep_float32 import NOTHING, Float32Exceptions, KeepFloat32
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder
 from kvexport.graph.rotary import Rotary
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
-from kvexport.model.decoder import Embedding, Layer, Limits, Linear, Norm, Rope
+from kvexport.model.decoder import Embedding, Layer, Linear, ModelDims, Norm, Rope
 
 
 class DecoderWriter:
@@ -46,7 +46,7 @@ class DecoderWriter:
         *,
         dtype: str,
         capacity: int,
-        limits: Limits,
+        dims: ModelDims,
         embedding: Embedding,
         rope: Rope | None,
         eviction: Eviction | None = None,
@@ -68,7 +68,7 @@ class DecoderWriter:
         if capacity < 1:
             raise UsageError("the capacity must hold a token", got=capacity, expected="1 or more")
         self._path = directory / terms.GRAPH_FILE
-        self._capacity, self._limits = capacity, limits
+        self._capacity, self._limits = capacity, dims
         self._nodes = nodes = NodeBuilder(
             "decoder", terms.OPSET, dtype, WeightFile(directory / terms.DATA_FILE, dtype)
         )
@@ -88,7 +88,7 @@ class DecoderWriter:
         self._caches: list[tuple[TensorSpec, ...]] = []
         self._written: list[ir.Value] = []
         self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
-        stream = (BATCH, SEQUENCE, limits.hidden_size)
+        stream = (BATCH, SEQUENCE, dims.hidden_size)
         self._x = nodes.op(
             "Gather", self._embedding, inputs["input_ids"], name="embedding", shape=stream, axis=0
         )
@@ -140,7 +140,9 @@ class DecoderWriter:
         self._caches.append(specs)
         self._written += vars(written).values()
 
-    def finish(self, final_norm: Norm, head: Linear | None, kept: Kept = NOTHING) -> GraphContract:
+    def finish(
+        self, final_norm: Norm, head: Linear | None, kept: Float32Exceptions = NOTHING
+    ) -> GraphContract:
         """Append the head (None: the embedding's own weight), write decoder.onnx and say what it takes and gives.
 
         Args:

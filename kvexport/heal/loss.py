@@ -78,5 +78,5 @@ def _kl(original: Decoder, teacher: Tensor, student: Tensor) -> Tensor:
 
 
 def _rows(original: Decoder, count: int) -> Sequence[slice]:
-    size = max(1, _LOGITS // original.limits.vocab_size)
+    size = max(1, _LOGITS // original.dims.vocab_size)
     return [slice(at, min(at + size, count)) for at in range(0, count, size)]

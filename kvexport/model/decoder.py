@@ -135,7 +135,7 @@ class Embedding:
 
 
 @dataclass(frozen=True)
-class Limits:
+class ModelDims:
     """Sizes that no layer can change."""
 
     vocab_size: int
@@ -176,7 +176,7 @@ class Decoder:
     final_norm: Norm
     head: Linear | None  # [vocab, hidden]
     rope: Rope | None
-    limits: Limits
+    dims: ModelDims
     bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = field(default=())
 

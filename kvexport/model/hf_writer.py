@@ -31,7 +31,7 @@ _LLAMA_DROPS = (
 )
 
 
-def require_standard(decoder: Decoder, method: str, compressing: bool) -> None:
+def require_hf_checkpoint(decoder: Decoder, method: str, compressing: bool) -> None:
     """Refuse, before any work, what cannot become a standard checkpoint.
 
     Raises:
@@ -59,7 +59,7 @@ def require_standard(decoder: Decoder, method: str, compressing: bool) -> None:
         )
 
 
-class StandardWriter:
+class HFCheckpointWriter:
     """Writes config.json and safetensors shards of at most 1 GiB into a directory, layer by layer."""
 
     def __init__(

@@ -15,7 +15,17 @@ from typing import TYPE_CHECKING, Any
 from kvexport.errors import CheckpointError
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.config import activation_of, number, refuse_quantised, sizes_of, whole_number
-from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, LazyLayers, Limits, Linear, Mlp, Norm
+from kvexport.model.decoder import (
+    Attention,
+    Decoder,
+    Embedding,
+    Layer,
+    LazyLayers,
+    Linear,
+    Mlp,
+    ModelDims,
+    Norm,
+)
 from kvexport.model.families import Family, family_of
 from kvexport.model.rope import alibi_slopes, rope_of
 
@@ -77,7 +87,7 @@ class _Loader:
             final_norm=final_norm,
             head=head,
             rope=self._rope,
-            limits=Limits(sizes.vocab, sizes.hidden, sizes.max_positions),
+            dims=ModelDims(sizes.vocab, sizes.hidden, sizes.max_positions),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=self._checkpoint.token_ids("eos_token_id", sizes.vocab),
         )

@@ -13,7 +13,7 @@ from typing import Any
 from kvexport.bundle.manifest import MANIFEST_FILE, read_manifest
 from kvexport.devices.targets import Target, lowering_for
 from kvexport.errors import UsageError
-from kvexport.eviction.config import MOST_POSITIONS, Eviction, EvictionWish
+from kvexport.eviction.config import MOST_POSITIONS, Eviction, EvictionRequest
 from kvexport.plan.compare import Comparison, compare
 from kvexport.plan.memory import (
     PRECISIONS,
@@ -103,7 +103,7 @@ def plan(
     kv_heads: Sequence[int] = (),
     dtypes: Sequence[str] = (),
     contexts: Sequence[int] = (),
-    eviction: EvictionWish | None = None,
+    eviction: EvictionRequest | None = None,
 ) -> Plan:
     """Plan a checkpoint (from its config.json alone) or a bundle (from its manifest) for `target`.
 
@@ -157,20 +157,20 @@ def plan(
     )
 
 
-def _within(sizes: Sizes, wish: EvictionWish | None) -> Sizes:
+def _within(sizes: Sizes, request: EvictionRequest | None) -> Sizes:
     """The model with a budget of tokens, and as many positions as can be counted with one."""
-    if wish is None:
+    if request is None:
         return sizes
-    if wish.of_capacity and sizes.max_positions is None:
+    if request.of_capacity and sizes.max_positions is None:
         raise UsageError(
             "--kv-budget is a share of the model's positions, and nothing bounds those of this one",
-            got=wish.budget,
+            got=request.budget,
             expected="a number of tokens",
             fix="--kv-budget TOKENS",
         )
     most = min(sizes.max_positions or MOST_POSITIONS, MOST_POSITIONS)
     try:
-        return replace(sizes, eviction=wish.of(most, sizes.layers), max_positions=most)
+        return replace(sizes, eviction=request.of(most, sizes.layers), max_positions=most)
     except UsageError as error:  # its remedies are options of `kvexport build`
         fix = "choose another --kv-budget or --evict-skip-layers, or leave them out"
         raise UsageError(error.what, got=error.got, expected=error.expected, fix=fix) from error

@@ -18,7 +18,7 @@ from kvexport.runtime.cache.sequences import Sequences, require_whole
 Active = NDArray[np.bool_]
 
 
-class Feeder:
+class PromptRunner:
     """Feeds tokens to a decoder.
 
     Attributes:

@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from kvexport.errors import UsageError
-from kvexport.runtime.lease import Held
+from kvexport.runtime.lease import SequenceLease
 from kvexport.runtime.sampling import Sampling, is_whole
 from kvexport.runtime.tokenizer import StopTexts, TextStream, Tokenizer
 
@@ -109,7 +109,7 @@ class TokenLoop:
 
     def __init__(
         self,
-        held: Held,
+        held: SequenceLease,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         stop: Stop,

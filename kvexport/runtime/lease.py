@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from kvexport.runtime.session import Session
 
 
-class Held:
+class SequenceLease:
     """The sequences of a cache, or of the session's own, between the calls of one generation.
 
     Attributes:

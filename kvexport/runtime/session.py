@@ -22,11 +22,11 @@ from kvexport.errors import CannotRunHere, UsageError
 from kvexport.runtime.backends.base import Ids, Logits
 from kvexport.runtime.backends.select import Provider, choose, open_decoder
 from kvexport.runtime.cache import saved_cache as saved
-from kvexport.runtime.cache.sequences import Cache, Guard, Sequences
+from kvexport.runtime.cache.sequences import Cache, Sequences, SessionLock
 from kvexport.runtime.cache.usage import Memory, memory_of
-from kvexport.runtime.feeder import Active, Feeder, require_batch
+from kvexport.runtime.feeder import Active, PromptRunner, require_batch
 from kvexport.runtime.generation import Generation, Stop, Stream, TokenLoop, generate
-from kvexport.runtime.lease import Held
+from kvexport.runtime.lease import SequenceLease
 from kvexport.runtime.sampling import Sampling
 from kvexport.runtime.tokenizer import Tokenizer, Turn, tokenizer_of
 
@@ -89,10 +89,10 @@ class Session:
                 fix="leave it out, or run without the engine: --provider cuda or cpu",
             )
         self.bundle, self.provider, self._compress_once = bundle, chosen.name, compress_once
-        self._guard, self._caches = Guard(), weakref.WeakSet[Cache]()
+        self._guard, self._caches = SessionLock(), weakref.WeakSet[Cache]()
         self._digest = manifest_digest(bundle.path)
         self._decoder = open_decoder(bundle, chosen, threads=threads)
-        self._feeder = Feeder(bundle, self._decoder, chunk, compress_once=compress_once)
+        self._feeder = PromptRunner(bundle, self._decoder, chunk, compress_once=compress_once)
         self.engine, self.capacity = chosen.version, self._decoder.cache.limit
         self._tokenizer, self._chat = tokenizer_of(bundle), Chat.of(bundle)
         self._own = Sequences.empty(self._decoder.cache)
@@ -398,7 +398,7 @@ class Session:
             self._feeder.checked(self._encode(prompt, cache, row)).tolist()
             for row, prompt in enumerate(prompts)
         ]
-        return TokenLoop(Held(self, cache), ids, max_new_tokens, ends, sampling, self._tokenizer)
+        return TokenLoop(SequenceLease(self, cache), ids, max_new_tokens, ends, sampling, self._tokenizer)
 
     def _require_tokenizer(self) -> Tokenizer:
         if self._tokenizer is None:

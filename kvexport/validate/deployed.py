@@ -18,7 +18,7 @@ from kvexport.errors import CannotRunHere
 from kvexport.progress import Progress
 from kvexport.validate.layerwise import COMPUTED_IN, GARBAGE, heads_side_by_side
 from kvexport.validate.reference_run import array_name
-from kvexport.validate.slots import TwinSlots
+from kvexport.validate.slots import ReferenceSlots
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -42,7 +42,7 @@ def run_deployed(
     prefill: int,
     progress: Progress,
     provider: Provider | None = None,
-    slots: Mapping[int, TwinSlots] | None = None,
+    slots: Mapping[int, ReferenceSlots] | None = None,
 ) -> dict[str, Array]:
     """Feed `input_ids` [T] to the bundle: `prefill` of them in chunks, the others one by one.
 
@@ -105,7 +105,7 @@ def _fed(
     prefill: int,
     progress: Progress,
     chunk: int,
-    slots: Mapping[int, TwinSlots],
+    slots: Mapping[int, ReferenceSlots],
     taps: Callable[[], dict[str, Array]] = dict,
 ) -> dict[str, Array]:
     """What the decoder gives: logits, what `taps` [1, S, hidden] are after a call, and what it left in the cache."""

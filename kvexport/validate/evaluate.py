@@ -66,10 +66,10 @@ def evaluate(
     """
     source, opened = Checkpoint(checkpoint), Bundle.open(bundle)
     decoder = load_decoder(source)
-    if decoder.limits.vocab_size != opened.model.vocab_size:
+    if decoder.dims.vocab_size != opened.model.vocab_size:
         raise UsageError(
             "the checkpoint is not the one that the bundle was made of: their vocabularies differ",
-            got=f"{decoder.limits.vocab_size} tokens in {checkpoint}",
+            got=f"{decoder.dims.vocab_size} tokens in {checkpoint}",
             expected=f"{opened.model.vocab_size} tokens, as in {bundle}",
             fix=f"give --against the checkpoint '{opened.source.name}'",
         )

@@ -33,7 +33,7 @@ from kvexport.bundle.graph_io import (
 from kvexport.files.malloc import return_freed
 from kvexport.progress import Progress
 from kvexport.validate.reference_run import array_name
-from kvexport.validate.slots import TwinSlots
+from kvexport.validate.slots import ReferenceSlots
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -56,7 +56,7 @@ def run_layerwise(
     input_ids: NDArray[np.int64],
     prefill: int,
     progress: Progress,
-    slots: Mapping[int, TwinSlots] | None = None,
+    slots: Mapping[int, ReferenceSlots] | None = None,
 ) -> dict[str, Array]:
     """Feed `input_ids` [T] to decoder.onnx in `directory`: `prefill` of them at once, the others one by one.
 

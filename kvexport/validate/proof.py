@@ -15,8 +15,8 @@ from kvexport.progress import Progress
 from kvexport.runtime.backends.select import choose
 from kvexport.validate.deployed import computed_in, run_deployed
 from kvexport.validate.layerwise import COMPUTED_IN, run_layerwise
-from kvexport.validate.reference_run import FILE, prefill_of, read_twin
-from kvexport.validate.slots import twin_slots
+from kvexport.validate.reference_run import FILE, prefill_of, read_reference
+from kvexport.validate.slots import reference_slots
 from kvexport.validate.verdict import ValidationReport, judge
 
 
@@ -28,11 +28,11 @@ def prove(
     Raises:
         BundleError: what the twin recorded is unreadable or incomplete.
     """
-    twin = read_twin(directory / FILE, contract.num_layers, eviction)
+    twin = read_reference(directory / FILE, contract.num_layers, eviction)
     ids = twin["input_ids"]
     prefill = prefill_of(len(ids), eviction)
     measured = run_layerwise(
-        directory, contract, ids, prefill, progress, twin_slots(twin, eviction, contract.num_layers)
+        directory, contract, ids, prefill, progress, reference_slots(twin, eviction, contract.num_layers)
     )
     return judge(contract.dtype, COMPUTED_IN[contract.dtype], measured, twin, prefill)
 
@@ -53,11 +53,11 @@ def validate(path: Path, progress: Progress, provider: str = "auto") -> Validati
     chosen = choose(bundle, provider)
     if chosen.engine is not None:
         chosen.engine.verify()
-    twin = read_twin(path / FILE, len(bundle.layers), bundle.eviction)
+    twin = read_reference(path / FILE, len(bundle.layers), bundle.eviction)
     ids = twin["input_ids"]
     prefill, slots = (
         prefill_of(len(ids), bundle.eviction),
-        twin_slots(twin, bundle.eviction, len(bundle.layers)),
+        reference_slots(twin, bundle.eviction, len(bundle.layers)),
     )
     measured = run_deployed(bundle, ids, prefill, progress, chosen, slots)
     shown = {name: array for name, array in twin.items() if name == "input_ids" or name in measured}

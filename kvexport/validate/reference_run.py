@@ -32,7 +32,7 @@ KINDS = ("key", "value", "attention", "residual")
 _EVICTED = 48  # tokens beyond the slots that a proof runs in
 
 
-class TwinRecorder:
+class ReferenceRecorder:
     """Runs converted layers, as they pass, on one sequence and keeps what validation compares.
 
     The sequence is the first PREFILL + STEPS of `token_ids`, filled up with random ones, or as many as `capacity` holds. Of
@@ -51,9 +51,7 @@ class TwinRecorder:
         wanted = (
             PREFILL + STEPS if eviction is None else max(PREFILL + STEPS, eviction.proof_slots + _EVICTED)
         )
-        filler = torch.randint(
-            decoder.limits.vocab_size, (wanted,), generator=torch.Generator().manual_seed(0)
-        )
+        filler = torch.randint(decoder.dims.vocab_size, (wanted,), generator=torch.Generator().manual_seed(0))
         self._ids = torch.cat((token_ids.flatten(), filler))[: min(wanted, capacity)][None]  # [1, T]
         self._eviction, self._capacity = eviction, capacity
         self._x = reference.embed(decoder.embedding, self._ids)
@@ -143,7 +141,9 @@ def prefill_of(tokens: int, eviction: Eviction | None) -> int:
     return max(1, min(most, tokens // 3))
 
 
-def read_twin(path: Path, num_layers: int, eviction: Eviction | None = None) -> Mapping[str, NDArray[Any]]:
+def read_reference(
+    path: Path, num_layers: int, eviction: Eviction | None = None
+) -> Mapping[str, NDArray[Any]]:
     """The recorded arrays: `input_ids` [T] int64, `logits` [T, vocab] and four arrays a layer, six of one that evicts, float32.
 
     Raises:

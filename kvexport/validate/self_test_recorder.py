@@ -17,7 +17,14 @@ import torch
 from torch import Tensor
 
 from kvexport.bundle.manifest import BYTES
-from kvexport.bundle.self_test_file import RANKED_BY_NORM, Row, Tolerance, Vectors, steady, write_vectors
+from kvexport.bundle.self_test_file import (
+    RANKED_BY_NORM,
+    ReferenceOutputs,
+    Row,
+    Tolerance,
+    steady,
+    write_reference_outputs,
+)
 from kvexport.eviction.config import Eviction
 from kvexport.eviction.reference_cache import EvictingCache
 from kvexport.model import reference
@@ -47,7 +54,7 @@ TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
 }
 
 
-class GreedyRecorder:
+class SelfTestRecorder:
     """Takes converted layers as they pass, and runs them greedily once all have.
 
     The prompt is the first tokens of `token_ids`, filled up with random ones; with its continuation it is as long as `capacity`
@@ -76,7 +83,7 @@ class GreedyRecorder:
         if self._slots is not None:
             prompt = max(1, self._slots - _FILLED)
         self._steps = min(CONTINUATION, capacity - prompt)
-        vocab = decoder.limits.vocab_size
+        vocab = decoder.dims.vocab_size
         filler = torch.randint(vocab, (prompt,), generator=torch.Generator().manual_seed(0))
         self._ids: list[int] = torch.cat((token_ids.flatten(), filler))[:prompt].tolist()
         self._prompt = prompt
@@ -123,10 +130,10 @@ class GreedyRecorder:
         """Write self_test.json, once it is recorded."""
         prompt, continuation = tuple(self._ids[: self._prompt]), tuple(self._ids[self._prompt :])
         rows, indices = tuple(self._rows), tuple(self._indices)
-        vectors = Vectors(
+        vectors = ReferenceOutputs(
             weights_sha256, self._slots, prompt, continuation, self._first_row, indices, rows, TOLERANCES
         )
-        write_vectors(directory, vectors)
+        write_reference_outputs(directory, vectors)
 
     def _fed(self, ids: Sequence[int], progress: Progress) -> Tensor:
         """Logits [vocab] after the last of `ids`, which follow all that was fed; their rows are kept."""

@@ -20,7 +20,7 @@ Array = NDArray[np.float32]
 NAMES = ("score", "slot")  # of the twin's arrays of a layer that evicts, each [T, N]
 
 
-class TwinSlots:
+class ReferenceSlots:
     """One layer: `score` [T, N] and `slot` [T, N] of every token in each of N KV heads, among `slots` slots."""
 
     def __init__(self, score: Array, slot: NDArray[Any], slots: int) -> None:
@@ -63,9 +63,9 @@ class TwinSlots:
         return {**side_by_side, "score": rows["state"][..., SCORE], "slot": slot}
 
 
-def twin_slots(
+def reference_slots(
     twin: Mapping[str, NDArray[Any]], eviction: Eviction | None, num_layers: int
-) -> dict[int, TwinSlots]:
+) -> dict[int, ReferenceSlots]:
     """Of the layers that evict, by their index.
 
     Raises:
@@ -82,7 +82,9 @@ def twin_slots(
                 fix="build the bundle again",
             )
     return {
-        layer: TwinSlots(twin[f"layers.{layer}.score"], twin[f"layers.{layer}.slot"], eviction.proof_slots)
+        layer: ReferenceSlots(
+            twin[f"layers.{layer}.score"], twin[f"layers.{layer}.slot"], eviction.proof_slots
+        )
         for layer in range(num_layers)
         if eviction.evicts(layer)
     }

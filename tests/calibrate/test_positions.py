@@ -14,7 +14,7 @@ from torch import Tensor
 from kvexport.calibrate import Moments, MomentsAccumulator, over_positions, windows
 from kvexport.calibrate import unrotated as uncentred
 from kvexport.calibrate.positions import Rotations
-from kvexport.convert import Shape, Way, convert, methods_for
+from kvexport.convert import KVShape, LayerPlan, convert, methods_for
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Linear, Rope
 
@@ -175,7 +175,7 @@ def errors(far: tuple[Decoder, Tensor], method: str, capacity: int) -> tuple[flo
     """Relative errors of the converted attention near the start and at the far end of 4096 positions."""
     decoder, x = far
     attention, tokens = decoder.layers[0].attention, random_windows(decoder, 4, CALIBRATED)
-    way = Way(methods_for(method, attention)[0], Shape(1, 4 if method == "online" else 8, 32))
+    way = LayerPlan(methods_for(method, attention)[0], KVShape(1, 4 if method == "online" else 8, 32))
     (converted,) = convert(decoder, tokens, [way], capacity=capacity)
 
     def error(offset: int) -> float:

@@ -24,7 +24,7 @@ def test_windows_are_tokens_that_begin_with_bos() -> None:
     assert windows.shape == (5, 12)
     assert windows.dtype == torch.int64
     assert (windows[:, 0] == decoder.bos_token_id).all()
-    assert 0 <= int(windows.min()) <= int(windows.max()) < decoder.limits.vocab_size
+    assert 0 <= int(windows.min()) <= int(windows.max()) < decoder.dims.vocab_size
 
 
 def test_without_bos_windows_begin_at_random() -> None:

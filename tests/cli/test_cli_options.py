@@ -16,7 +16,7 @@ from kvexport.calibrate.recipe import BUILT_IN, recipe_for
 from kvexport.cli.conversion import METHODS, conversion_options, plan_from
 from kvexport.cli.options import BarProgress, progress_bar
 from kvexport.cli.report import PlainConsole, size
-from kvexport.convert import METHOD_NAMES, Wish
+from kvexport.convert import METHOD_NAMES, CompressionRequest
 from kvexport.errors import UsageError
 
 
@@ -50,7 +50,7 @@ def test_defaults_that_help_names_are_those_of_the_recipe(plan: Callable[..., An
         made.recipe == recipe
         and made.dtype == "float32"
         and made.statistics is made.heal is None
-        and made.wish == Wish()
+        and made.request == CompressionRequest()
     )
 
 
@@ -74,7 +74,7 @@ def test_options_reach_the_plan(plan: Callable[..., Any], source: str) -> None:
     )
     recipe = made.recipe
     assert (recipe.source, recipe.samples, recipe.length, recipe.seed) == (source, 3, 9, 5)
-    assert (made.wish.kv_heads, made.dtype, made.method) == (2, "float16", "fold")
+    assert (made.request.kv_heads, made.dtype, made.method) == (2, "float16", "fold")
 
 
 @pytest.mark.parametrize(

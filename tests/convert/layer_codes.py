@@ -7,20 +7,20 @@ from torch import Tensor
 
 from kvexport.calibrate import Moments, MomentsAccumulator, windows
 from kvexport.convert.apply import LayerCode, apply_code
-from kvexport.convert.code_moments import Met, as_met
+from kvexport.convert.code_moments import CodeMoments, code_moments
 from kvexport.convert.codes import Code
-from kvexport.convert.groups import Grouping, Shape
+from kvexport.convert.groups import Grouping, KVShape
 from kvexport.convert.methods import METHODS, layer_code
 from kvexport.convert.predict import predicted_error
 from kvexport.model.decoder import Attention, Rope
 from kvexport.model.reference import linear
 
 
-def met(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Met:
+def met(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> CodeMoments:
     """What `method` makes its codes from, for the positions of `x`."""
     accumulator = MomentsAccumulator(attention)
     accumulator.add(x, rope)
-    return as_met(METHODS[method].before_rotation, accumulator.finish(), rope, x.shape[1])
+    return code_moments(METHODS[method].before_rotation, accumulator.finish(), rope, x.shape[1])
 
 
 def measure(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Moments:
@@ -39,13 +39,18 @@ def grouping_of(attention: Attention, kv_heads: int) -> Grouping:
     return Grouping.of(attention, kv_heads)
 
 
-def plain_shape(attention: Attention, kv_heads: int) -> Shape:
+def plain_shape(attention: Attention, kv_heads: int) -> KVShape:
     """Heads as wide as trained ones."""
-    return Shape(kv_heads, attention.head_dim, attention.head_dim)
+    return KVShape(kv_heads, attention.head_dim, attention.head_dim)
 
 
 def code_of(
-    method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int, shape: Shape | None = None
+    method: str,
+    attention: Attention,
+    rope: Rope | None,
+    x: Tensor,
+    kv_heads: int,
+    shape: KVShape | None = None,
 ) -> tuple[Moments, LayerCode]:
     if rope is None and method == "fold":
         method = "online"  # as `methods_for` has it
@@ -59,7 +64,12 @@ def code_of(
 
 
 def converted_by(
-    method: str, attention: Attention, rope: Rope | None, x: Tensor, kv_heads: int, shape: Shape | None = None
+    method: str,
+    attention: Attention,
+    rope: Rope | None,
+    x: Tensor,
+    kv_heads: int,
+    shape: KVShape | None = None,
 ) -> Attention:
     """The layer after `method`, adjacent heads sharing, without refit, calibrated on `x` [B, S, hidden]."""
     moments, code = code_of(method, attention, rope, x, kv_heads, shape)

@@ -12,17 +12,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from kvexport.convert import Shape, Way
+from kvexport.convert import KVShape, LayerPlan
 from kvexport.convert.budget import Frontier, Widths, shapes_for
 from kvexport.convert.methods import METHODS, Method
-from kvexport.convert.sensitivity import Curves, LayerSurvey
+from kvexport.convert.sensitivity import Curves, LayerSensitivity
 
 ONLINE, FOLD = METHODS["online"], METHODS["fold"]
 
 
 def made_up(
     seed: int, heads: int, width: int, methods: Sequence[Method], falling: bool = True
-) -> LayerSurvey:
+) -> LayerSensitivity:
     """A survey of random losses: falling with width as real ones do, or any."""
     generator = torch.Generator().manual_seed(seed)
     sizes = tuple(size for size in range(1, heads + 1) if heads % size == 0)
@@ -32,8 +32,8 @@ def made_up(
         ends = torch.cat((steps.cumsum(0).flip(0), torch.zeros(1, dtype=torch.float64)))
         return ends if falling else torch.rand(n + 1, generator=generator, dtype=torch.float64)
 
-    return LayerSurvey(
-        trained=Shape(heads, width, width),
+    return LayerSensitivity(
+        trained=KVShape(heads, width, width),
         sizes=sizes,
         curves={
             (method, size): Curves(curve(size * width), curve(size * width))
@@ -47,15 +47,15 @@ def made_up(
 
 
 def every_choice(
-    layers: Sequence[LayerSurvey], allowed: Sequence[Sequence[Shape]]
+    layers: Sequence[LayerSensitivity], allowed: Sequence[Sequence[KVShape]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
     """Cached numbers and predicted KL of each way to convert all layers."""
-    ways = [
-        [Way(method, shape) for method in layer.methods for shape in shapes]
+    layer_plans = [
+        [LayerPlan(method, shape) for method in layer.methods for shape in shapes]
         for layer, shapes in zip(layers, allowed, strict=True)
     ]
     widths, kls = np.zeros(1, np.int64), np.zeros(1)
-    for layer, options in zip(layers, ways, strict=True):
+    for layer, options in zip(layers, layer_plans, strict=True):
         widths = np.add.outer(widths, [way.shape.kv_width for way in options]).ravel()
         kls = np.add.outer(kls, [layer.kl(way) for way in options]).ravel()
     return widths, kls
@@ -88,13 +88,14 @@ def test_no_choice_within_a_budget_is_predicted_to_lose_less(
             continue
         least = kls[widths <= budget].min()
         assert frontier.kl(budget) == pytest.approx(least, rel=1e-12, abs=1e-12)
-        ways = frontier.ways(budget)
-        assert sum(way.shape.kv_width for way in ways) <= budget
-        assert sum(layer.kl(way) for layer, way in zip(layers, ways, strict=True)) == pytest.approx(
+        layer_plans = frontier.layer_plans(budget)
+        assert sum(way.shape.kv_width for way in layer_plans) <= budget
+        assert sum(layer.kl(way) for layer, way in zip(layers, layer_plans, strict=True)) == pytest.approx(
             least, rel=1e-12, abs=1e-12
         )
         assert all(
-            way.shape in shapes and way.method in methods for way, shapes in zip(ways, allowed, strict=True)
+            way.shape in shapes and way.method in methods
+            for way, shapes in zip(layer_plans, allowed, strict=True)
         )
         bound = least * (1 + 1e-9) + 1e-12
         assert frontier.cheapest(bound) == widths[kls <= bound].min() <= budget
@@ -120,26 +121,26 @@ def test_all_of_the_cache_is_the_trained_model_and_costs_nothing() -> None:
     frontier = Frontier(layers, [shapes_for(layer.trained, layer.sizes, Widths()) for layer in layers])
     for budget in (frontier.most, 2 * frontier.most):
         assert frontier.kl(budget) == 0.0
-        assert [way.shape for way in frontier.ways(budget)] == [layer.trained for layer in layers]
+        assert [way.shape for way in frontier.layer_plans(budget)] == [layer.trained for layer in layers]
     assert frontier.cheapest(0.0) == frontier.most
     assert frontier.cheapest(1e9) == frontier.fewest
 
 
 def test_each_layer_gets_the_method_that_is_predicted_to_lose_less() -> None:
     layers = [made_up(seed, 4, 8, (ONLINE, FOLD)) for seed in range(8)]
-    allowed = [[Shape(2, 8, 8)]] * 8
-    chosen = [way.method for way in Frontier(layers, allowed).ways(8 * 64)]
+    allowed = [[KVShape(2, 8, 8)]] * 8
+    chosen = [way.method for way in Frontier(layers, allowed).layer_plans(8 * 64)]
     assert {ONLINE, FOLD} == set(chosen)
     for layer, method in zip(layers, chosen, strict=True):
-        assert layer.kl(Way(method, Shape(2, 8, 8))) == min(
-            layer.kl(Way(each, Shape(2, 8, 8))) for each in (ONLINE, FOLD)
+        assert layer.kl(LayerPlan(method, KVShape(2, 8, 8))) == min(
+            layer.kl(LayerPlan(each, KVShape(2, 8, 8))) for each in (ONLINE, FOLD)
         )
 
 
 def test_layers_of_many_shapes_share_one_budget() -> None:
     """One layer is worth ten times another: it keeps more."""
     first, second = made_up(3, 4, 16, (ONLINE,)), made_up(3, 4, 16, (ONLINE,))
-    loud = LayerSurvey(
+    loud = LayerSensitivity(
         second.trained,
         second.sizes,
         second.curves,
@@ -148,7 +149,7 @@ def test_layers_of_many_shapes_share_one_budget() -> None:
         100 * second.value_sensitivity,
     )
     frontier = Frontier([first, loud], [shapes_for(first.trained, first.sizes, Widths())] * 2)
-    quiet, heard = frontier.ways(frontier.most // 2)
+    quiet, heard = frontier.layer_plans(frontier.most // 2)
     assert heard.shape.kv_width > quiet.shape.kv_width
 
 
@@ -188,7 +189,7 @@ def test_shapes_are_all_that_cache_less_and_the_trained_one(heads: int) -> None:
     )
     widths = [16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96]
     wanted = {
-        Shape(heads // size, key, value)
+        KVShape(heads // size, key, value)
         for size in layer.sizes
         for key, value in product(widths, widths)
         if max(key, value) <= size * 16 and heads // size * (key + value) < 2 * heads * 16
@@ -202,9 +203,9 @@ def test_shapes_are_all_that_cache_less_and_the_trained_one(heads: int) -> None:
 def test_one_width_alone_leaves_the_number_of_heads() -> None:
     layer = made_up(0, 8, 16, (ONLINE,))
     assert shapes_for(layer.trained, layer.sizes, Widths(only=32)) == [
-        Shape(8, 16, 16),
-        Shape(2, 32, 32),
-        Shape(1, 32, 32),
+        KVShape(8, 16, 16),
+        KVShape(2, 32, 32),
+        KVShape(1, 32, 32),
     ]
 
 

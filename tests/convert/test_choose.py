@@ -17,7 +17,15 @@ from test_budget import made_up
 from torch import Tensor
 
 from kvexport.calibrate import windows
-from kvexport.convert import Choice, Shape, Way, Wish, choose, convert, methods_for
+from kvexport.convert import (
+    CompressionPlan,
+    CompressionRequest,
+    KVShape,
+    LayerPlan,
+    choose,
+    convert,
+    methods_for,
+)
 from kvexport.convert.budget import Frontier, Widths, shapes_for
 from kvexport.convert.choose import MARGIN, _keeping
 from kvexport.convert.methods import METHODS
@@ -35,18 +43,20 @@ def decoder_of(style: str = "llama") -> Decoder:
     return make_decoder(style, layers=3, sharpness=2.0, head_dim=16, dtype=torch.float32)
 
 
-def chosen(decoder: Decoder, wish: Wish, method: str = "online", capacity: int | None = None) -> Choice:
+def chosen(
+    decoder: Decoder, request: CompressionRequest, method: str = "online", capacity: int | None = None
+) -> CompressionPlan:
     tokens, attention = random_windows(decoder, WINDOWS, 24), decoder.layers[0].attention
-    return choose(decoder, tokens, wish, methods_for(method, attention), None, capacity, Progress())
+    return choose(decoder, tokens, request, methods_for(method, attention), None, capacity, Progress())
 
 
-def cached(choice: Choice) -> int:
-    return sum(way.shape.kv_width for way in choice.ways)
+def cached(choice: CompressionPlan) -> int:
+    return sum(way.shape.kv_width for way in choice.layer_plans)
 
 
-def measured(decoder: Decoder, choice: Choice) -> tuple[float, float]:
+def measured(decoder: Decoder, choice: CompressionPlan) -> tuple[float, float]:
     """Mean KL on the calibration windows that are held out, and on other text."""
-    conversion = convert(decoder, random_windows(decoder, WINDOWS, 24), choice.ways)
+    conversion = convert(decoder, random_windows(decoder, WINDOWS, 24), choice.layer_plans)
     converted = replace(decoder, layers=[each.layer for each in conversion])
     return conversion.divergence().mean_kl, divergence_of(
         decoder, converted, random_windows(decoder, 24, 24, seed=9)
@@ -62,7 +72,7 @@ BOUNDS = (0.1, 0.03, 0.01, 0.003)
 def test_a_bound_is_kept_and_a_tighter_one_caches_more(style: str) -> None:
     decoder, widths = decoder_of(style), []
     for bound in BOUNDS:
-        choice = chosen(decoder, Wish(max_kl=bound))
+        choice = chosen(decoder, CompressionRequest(max_kl=bound))
         held_out, fresh = measured(decoder, choice)
         assert held_out <= MARGIN * bound
         assert fresh <= bound
@@ -96,9 +106,9 @@ def test_a_bound_is_kept_where_predictions_promise_too_much(monkeypatch: pytest.
                 replace(each, value_sensitivity=0.02 * each.value_sensitivity) for each in self.found.layers
             ]
 
-    honest = chosen(decoder, Wish(max_kl=0.01))
+    honest = chosen(decoder, CompressionRequest(max_kl=0.01))
     monkeypatch.setattr(choosing, "survey", Rosy)
-    choice = chosen(decoder, Wish(max_kl=0.01))
+    choice = chosen(decoder, CompressionRequest(max_kl=0.01))
     tried = [point for point in choice.points if point.measured_kl is not None]
     assert max(point.measured_kl or 0 for point in tried) > 0.01  # what was believed first was wrong
     assert measured(decoder, choice)[0] <= MARGIN * 0.01
@@ -106,8 +116,8 @@ def test_a_bound_is_kept_where_predictions_promise_too_much(monkeypatch: pytest.
 
 
 def test_a_bound_that_nothing_keeps_leaves_the_trained_model() -> None:
-    choice = chosen(decoder_of(), Wish(max_kl=1e-9))
-    assert [way.shape for way in choice.ways] == [Shape(4, 16, 16)] * 3
+    choice = chosen(decoder_of(), CompressionRequest(max_kl=1e-9))
+    assert [way.shape for way in choice.layer_plans] == [KVShape(4, 16, 16)] * 3
 
 
 @settings(max_examples=50, deadline=None)
@@ -126,10 +136,10 @@ def test_what_is_kept_was_measured_to_keep_the_bound(
     frontier = Frontier(layers, [shapes_for(layer.trained, layer.sizes, Widths()) for layer in layers])
     generator, found = torch.Generator().manual_seed(seed), dict[int, float]()
 
-    def measure(ways: Sequence[Way]) -> float:
-        predicted = sum(layer.kl(way) for layer, way in zip(layers, ways, strict=True))
+    def measure(layer_plans: Sequence[LayerPlan]) -> float:
+        predicted = sum(layer.kl(way) for layer, way in zip(layers, layer_plans, strict=True))
         kl = predicted * factor * (1 + noise * float(torch.rand((), generator=generator)))
-        found[sum(way.shape.kv_width for way in ways)] = kl
+        found[sum(way.shape.kv_width for way in layer_plans)] = kl
         return kl
 
     kept, tried = _keeping(frontier, bound, measure)
@@ -145,9 +155,9 @@ def test_what_is_kept_was_measured_to_keep_the_bound(
 
 @pytest.mark.parametrize("ratio", [0.26, 0.37, 0.5, 0.9])
 def test_a_share_is_not_exceeded_and_most_of_it_is_used(ratio: float) -> None:
-    choice = chosen(decoder_of(), Wish(kv_ratio=ratio))
+    choice = chosen(decoder_of(), CompressionRequest(kv_ratio=ratio))
     assert 0.85 * ratio < cached(choice) / (3 * 128) <= ratio
-    assert all(way.shape.key_dim == way.shape.value_dim for way in choice.ways)
+    assert all(way.shape.key_dim == way.shape.value_dim for way in choice.layer_plans)
     assert len(choice.layers) == 3
 
 
@@ -156,8 +166,8 @@ def test_more_freedom_is_predicted_to_lose_less() -> None:
     decoder, gained = decoder_of(), []
 
     def predicted(**asked: Any) -> float:
-        choice = chosen(decoder, Wish(**asked))
-        return sum(layer.kl(way) for layer, way in zip(choice.layers, choice.ways, strict=True))
+        choice = chosen(decoder, CompressionRequest(**asked))
+        return sum(layer.kl(way) for layer, way in zip(choice.layers, choice.layer_plans, strict=True))
 
     for ratio in (0.3, 0.45):
         free, equal = predicted(kv_ratio=ratio, equal_widths=False), predicted(kv_ratio=ratio)
@@ -172,41 +182,45 @@ def test_more_freedom_is_predicted_to_lose_less() -> None:
 
 def test_a_width_or_a_group_size_binds_all_that_is_converted() -> None:
     decoder = decoder_of()
-    assert {way.shape.key_dim for way in chosen(decoder, Wish(kv_head_dim=32)).ways} == {32}
-    assert {way.shape.kv_heads for way in chosen(decoder, Wish(group_size=2)).ways} == {2}
+    assert {way.shape.key_dim for way in chosen(decoder, CompressionRequest(kv_head_dim=32)).layer_plans} == {
+        32
+    }
+    assert {way.shape.kv_heads for way in chosen(decoder, CompressionRequest(group_size=2)).layer_plans} == {
+        2
+    }
 
 
 @pytest.mark.parametrize(("heads", "ratio"), [(8, 0.8), (12, 0.8), (16, 0.5)])
 def test_groups_of_any_size_may_be_wider_than_what_they_grow_from(heads: int, ratio: float) -> None:
     """Eight heads are matched as pairs of pairs of pairs; the width of all of them is more than a pair has."""
     decoder = make_decoder("llama", layers=1, heads=heads, head_dim=4, dtype=torch.float32)
-    choice = chosen(decoder, Wish(kv_ratio=ratio))
+    choice = chosen(decoder, CompressionRequest(kv_ratio=ratio))
     assert 0.8 * ratio < cached(choice) / (heads * 8) <= ratio
-    way = Way(METHODS["online"], Shape(2, 2 * heads - 4, 2 * heads - 4))
+    way = LayerPlan(METHODS["online"], KVShape(2, 2 * heads - 4, 2 * heads - 4))
     (converted,) = convert(decoder, random_windows(decoder, 8, 24), [way])
     assert converted.report.measured_error < 0.3
 
 
 def test_a_share_that_no_width_meets_is_refused_with_those_that_can_be() -> None:
     with pytest.raises(UsageError) as caught:
-        chosen(decoder_of(), Wish(kv_ratio=0.05))
+        chosen(decoder_of(), CompressionRequest(kv_ratio=0.05))
     assert caught.value.exit_code == 2
     said = str(caught.value)
     assert (
         "--kv-ratio 0.05" in said and "0.25 to 1" in said
     )  # one head of 16 for keys, one for values: 32 of 128
-    assert cached(chosen(decoder_of(), Wish(kv_ratio=0.25))) == 3 * 32
+    assert cached(chosen(decoder_of(), CompressionRequest(kv_ratio=0.25))) == 3 * 32
 
 
 def test_points_of_the_frontier_fall_and_hold_what_was_chosen() -> None:
-    for wish in (Wish(), Wish(max_kl=0.02)):
-        choice = chosen(decoder_of(), wish)
+    for request in (CompressionRequest(), CompressionRequest(max_kl=0.02)):
+        choice = chosen(decoder_of(), request)
         widths = [point.kv_width for point in choice.points]
         assert widths == sorted(set(widths)) and widths[-1] == 3 * 128 and len(widths) >= 7
         assert all(more.predicted_kl <= less.predicted_kl for less, more in pairwise(choice.points))
         assert choice.points[-1].predicted_kl == 0.0
         assert cached(choice) in widths
-        assert any(point.measured_kl is not None for point in choice.points) == (wish.max_kl is not None)
+        assert any(point.measured_kl is not None for point in choice.points) == (request.max_kl is not None)
 
 
 # Fixed shapes, and the method of each layer
@@ -215,13 +229,13 @@ def test_points_of_the_frontier_fall_and_hold_what_was_chosen() -> None:
 @pytest.mark.parametrize("method", ["online", "fold", "svd-a", "mean-pool"])
 def test_one_shape_and_one_method_are_not_surveyed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choosing, "survey", lambda *arguments: pytest.fail("surveyed"))
-    choice = chosen(decoder_of(), Wish(kv_heads=2), method)
-    assert choice == Choice([Way(METHODS[method], Shape(2, 16, 16))] * 3)
-    assert [way.shape for way in chosen(decoder_of(), Wish(kv_ratio=1), "auto").ways] == [
-        Shape(4, 16, 16)
-    ] * 3
+    choice = chosen(decoder_of(), CompressionRequest(kv_heads=2), method)
+    assert choice == CompressionPlan([LayerPlan(METHODS[method], KVShape(2, 16, 16))] * 3)
+    assert [
+        way.shape for way in chosen(decoder_of(), CompressionRequest(kv_ratio=1), "auto").layer_plans
+    ] == [KVShape(4, 16, 16)] * 3
     with pytest.raises(pytest.fail.Exception, match="surveyed"):  # a control
-        chosen(decoder_of(), Wish(kv_heads=2), "auto")
+        chosen(decoder_of(), CompressionRequest(kv_heads=2), "auto")
 
 
 def with_a_layer_for_each_method() -> Decoder:
@@ -254,18 +268,20 @@ def with_a_layer_for_each_method() -> Decoder:
     return replace(decoder, layers=layers, rope=Rope(torch.tensor([1.0, 2e-3, 1.2e-3, 6e-4])))
 
 
-def names(choice: Choice) -> list[str]:
-    return [way.method.name for way in choice.ways]
+def names(choice: CompressionPlan) -> list[str]:
+    return [way.method.name for way in choice.layer_plans]
 
 
 @pytest.mark.parametrize(
-    "wish", [Wish(kv_heads=1), Wish(group_size=4, kv_head_dim=8)], ids=["heads", "group and width"]
+    "compression",
+    [CompressionRequest(kv_heads=1), CompressionRequest(group_size=4, kv_head_dim=8)],
+    ids=["heads", "group and width"],
 )
-def test_each_layer_gets_the_method_that_is_predicted_to_lose_less(wish: Wish) -> None:
-    choice = chosen(with_a_layer_for_each_method(), wish, "auto", 4096)
+def test_each_layer_gets_the_method_that_is_predicted_to_lose_less(compression: CompressionRequest) -> None:
+    choice = chosen(with_a_layer_for_each_method(), compression, "auto", 4096)
     assert names(choice) == ["fold", "online"]
-    assert {way.shape for way in choice.ways} == {Shape(1, 8, 8)}
-    for layer, way in zip(choice.layers, choice.ways, strict=True):
+    assert {way.shape for way in choice.layer_plans} == {KVShape(1, 8, 8)}
+    for layer, way in zip(choice.layers, choice.layer_plans, strict=True):
         assert layer.kl(way) == min(layer.kl(replace(way, method=each)) for each in layer.methods)
     assert choice.points == ()
 
@@ -274,10 +290,10 @@ def test_capacity_moves_the_choice() -> None:
     """At 24 positions the slow pairs stand still: a code made there has the four numbers, and the mean key for nothing."""
     decoder = with_a_layer_for_each_method()
     for capacity, method in ((24, "online"), (4096, "fold"), (None, "online")):  # None: that of the windows
-        choice = chosen(decoder, Wish(group_size=4, kv_head_dim=4), "auto", capacity)
+        choice = chosen(decoder, CompressionRequest(group_size=4, kv_head_dim=4), "auto", capacity)
         assert names(choice)[0] == method
         best, other = sorted(
-            choice.layers[0].kl(Way(each, Shape(1, 4, 4))) for each in choice.layers[0].methods
+            choice.layers[0].kl(LayerPlan(each, KVShape(1, 4, 4))) for each in choice.layers[0].methods
         )
         assert best < 0.99 * other
 
@@ -295,7 +311,7 @@ def test_the_method_that_was_chosen_is_measured_to_be_better_over_the_capacity()
         return reference.linear(attention.o, windows.head_outputs(attention, projected))
 
     def lost(method: str, capacity: int) -> float:
-        way = Way(replace(METHODS[method], refit=False), Shape(1, 4, 32))  # values whole
+        way = LayerPlan(replace(METHODS[method], refit=False), KVShape(1, 4, 32))  # values whole
         attention = next(convert(decoder, tokens, [way] * 2, capacity=capacity)).layer.attention
         offsets = range(0, capacity - 23, max(1, (capacity - 24) // 7))
         return float(
@@ -310,4 +326,4 @@ def test_the_method_that_was_chosen_is_measured_to_be_better_over_the_capacity()
 
 @pytest.mark.parametrize("style", ["bloom", "qwen3"])
 def test_where_keys_do_not_fold_through_rotation_auto_is_online(style: str) -> None:
-    assert set(names(chosen(decoder_of(style), Wish(kv_heads=2), "auto"))) == {"online"}
+    assert set(names(chosen(decoder_of(style), CompressionRequest(kv_heads=2), "auto"))) == {"online"}

@@ -14,8 +14,17 @@ from decoders import STYLES, make_decoder, random_windows, with_attention
 from torch import Tensor
 
 from kvexport.calibrate import Moments, Statistics, recipe_for, save_header, save_moments, windows
-from kvexport.convert import ConvertedLayer, Shape, Way, convert, measure, methods_for, pipeline, unconverted
-from kvexport.convert.code_moments import as_met
+from kvexport.convert import (
+    ConvertedLayer,
+    KVShape,
+    LayerPlan,
+    convert,
+    measure,
+    methods_for,
+    pipeline,
+    unconverted,
+)
+from kvexport.convert.code_moments import code_moments
 from kvexport.convert.methods import METHOD_NAMES
 from kvexport.convert.streams import Streams
 from kvexport.errors import KvexportError
@@ -142,8 +151,8 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
             streams.attend(decoder.layers[0])
             streams.advance_both(decoder.layers[0], decoder.layers[0])
             assert decoder.rope is not None
-            met = as_met(True, streams.measure(decoder.layers[1]), decoder.rope, 32)
-            way = Way(methods_for("fold", decoder.layers[1].attention)[0], Shape(4, 8, 8))
+            met = code_moments(True, streams.measure(decoder.layers[1]), decoder.rope, 32)
+            way = LayerPlan(methods_for("fold", decoder.layers[1].attention)[0], KVShape(4, 8, 8))
             alone = pipeline._convert_layer(decoder.layers[1], streams, met, way)[0]
         together = layers[1].layer
         assert torch.equal(
@@ -341,8 +350,9 @@ def test_one_layer_is_alive_at_a_time(what: str) -> None:
     elif what == "unconverted":
         made = map(_forget, unconverted(lazy))
     else:
-        way = Way(
-            methods_for("online", decoder.layers[0].attention)[0], Shape(2 if what == "convert" else 4, 8, 8)
+        way = LayerPlan(
+            methods_for("online", decoder.layers[0].attention)[0],
+            KVShape(2 if what == "convert" else 4, 8, 8),
         )
         made = map(_forget, convert(lazy, tokens, [way] * 4))
     assert list(made) == [None] * 4
@@ -360,7 +370,7 @@ def test_streams_are_what_is_held_between_layers() -> None:
     conversion = plain(decoder, tokens, 2, "online")
     next(conversion)
     held = [each for each in vars(conversion._streams).values() if isinstance(each, Tensor)]
-    assert sum(each.numel() for each in held) == 3 * tokens.numel() * decoder.limits.hidden_size
+    assert sum(each.numel() for each in held) == 3 * tokens.numel() * decoder.dims.hidden_size
 
 
 def test_the_last_eighth_is_held_out_and_a_single_window_judges_itself() -> None:

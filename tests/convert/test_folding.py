@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kvexport.calibrate import Rotations
 from kvexport.convert import keys
-from kvexport.convert.code_moments import as_met
+from kvexport.convert.code_moments import code_moments
 from kvexport.convert.codes import Code
 from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import Grouping
@@ -173,7 +173,7 @@ def test_keys_that_a_sliding_window_hides_are_not_coded_for() -> None:
     moments = met(attention, rope, random_inputs(4, 24), "fold").moments
 
     def code(positions: int, window: int | None) -> Code:
-        seen = as_met(True, moments, rope, positions, window)
+        seen = code_moments(True, moments, rope, positions, window)
         assert seen.distances is not None
         return keys.folding(seen.moments, Grouping.of(attention, 1), 0, None, seen.distances).code()
 

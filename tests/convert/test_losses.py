@@ -13,7 +13,7 @@ from torch import Tensor
 from kvexport.calibrate import Moments, Rotations
 from kvexport.convert import keys, values
 from kvexport.convert.apply import LayerCode
-from kvexport.convert.code_moments import Met
+from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping
 from kvexport.convert.losses import LayerLosses
@@ -26,7 +26,7 @@ STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
 PARTITIONS: list[list[Group]] = [[(0, 2), (1, 3)], [(0, 3), (1, 2)], [(0, 1, 2, 3)], [(2,), (0,), (3,), (1,)]]
 
 
-def layer(style: str, method: str, seed: int = 0) -> tuple[Attention, Met]:
+def layer(style: str, method: str, seed: int = 0) -> tuple[Attention, CodeMoments]:
     attention, rope = make_attention(
         style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0
     )
@@ -46,7 +46,7 @@ def lost_by(
 ) -> float:
     """E|Δo|² by `predict`'s formula."""
     code = LayerCode(key, value, folds=False, centred=True)
-    return predicted_error(Met(moments), attention, grouping, code) ** 2 * float(moments.output_power)
+    return predicted_error(CodeMoments(moments), attention, grouping, code) ** 2 * float(moments.output_power)
 
 
 @pytest.mark.parametrize("style", STYLES)

@@ -11,16 +11,16 @@ from decoders import make_decoder, random_windows, with_attention
 from test_convert_pipeline import _watched
 from torch import Tensor
 
-from kvexport.convert import Shape, Way, convert, measure, survey
-from kvexport.convert.code_moments import as_met
+from kvexport.convert import KVShape, LayerPlan, convert, measure, survey
+from kvexport.convert.code_moments import code_moments
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.methods import METHODS, Method, methods_for
-from kvexport.convert.sensitivity import LayerSurvey
+from kvexport.convert.sensitivity import LayerSensitivity
 from kvexport.model.decoder import Attention, Decoder, Linear
 from kvexport.validate.evaluate import divergence_of
 
 ONLINE, FOLD = (replace(METHODS[name], refit=False) for name in ("online", "fold"))
-SHAPES = [Shape(1, 16, 16), Shape(2, 8, 8), Shape(1, 24, 24), Shape(2, 8, 16), Shape(1, 24, 32)]
+SHAPES = [KVShape(1, 16, 16), KVShape(2, 8, 8), KVShape(1, 24, 24), KVShape(2, 8, 16), KVShape(1, 24, 32)]
 
 
 def decoder_of(style: str, **sizes: int) -> Decoder:
@@ -32,7 +32,7 @@ def methods_of(decoder: Decoder) -> list[Method]:
     return [replace(each, refit=False) for each in methods_for("auto", decoder.layers[0].attention)]
 
 
-def surveyed(decoder: Decoder, tokens: Tensor | None = None, **options: object) -> list[LayerSurvey]:
+def surveyed(decoder: Decoder, tokens: Tensor | None = None, **options: object) -> list[LayerSensitivity]:
     tokens = random_windows(decoder, 16, 24) if tokens is None else tokens
     found = survey(decoder, tokens, methods_of(decoder), [1, 2, 4], 0.5, **options)  # type: ignore[arg-type]
     for _ in found:
@@ -40,11 +40,13 @@ def surveyed(decoder: Decoder, tokens: Tensor | None = None, **options: object) 
     return found.layers
 
 
-def measured(decoder: Decoder, index: int, way: Way) -> float:
+def measured(decoder: Decoder, index: int, way: LayerPlan) -> float:
     """Mean KL on fresh text with that layer converted and no other."""
-    tokens, trained = random_windows(decoder, 16, 24), Shape(4, 8, 8)
-    ways = [way if each == index else replace(way, shape=trained) for each in range(len(decoder.layers))]
-    converted = replace(decoder, layers=[each.layer for each in convert(decoder, tokens, ways)])
+    tokens, trained = random_windows(decoder, 16, 24), KVShape(4, 8, 8)
+    layer_plans = [
+        way if each == index else replace(way, shape=trained) for each in range(len(decoder.layers))
+    ]
+    converted = replace(decoder, layers=[each.layer for each in convert(decoder, tokens, layer_plans)])
     return divergence_of(decoder, converted, random_windows(decoder, 16, 24, seed=9)).mean_kl
 
 
@@ -62,7 +64,7 @@ def test_sensitivity_times_loss_is_what_one_layer_alone_is_measured_to_lose(styl
     """Within a factor of 2.5 at every width, and in nearly the same order over layers, methods and shapes."""
     decoder, pairs = decoder_of(style), []
     for index, layer in enumerate(surveyed(decoder)):
-        for way in (Way(method, shape) for method in layer.methods for shape in SHAPES):
+        for way in (LayerPlan(method, shape) for method in layer.methods for shape in SHAPES):
             predicted, found = layer.kl(way), measured(decoder, index, way)
             assert found > 1e-6
             assert 1 / 2.5 < predicted / found < 2.5
@@ -77,24 +79,26 @@ def test_another_models_survey_predicts_nothing() -> None:
     """The negative control: the same layers and losses, with an output that the logits hear ten times less of."""
     decoder = decoder_of("llama", layers=2)
     quiet = with_attention(decoder, lambda each: replace(each, o=Linear(0.3 * each.o.weight)))
-    way = Way(ONLINE, Shape(2, 8, 8))
+    way = LayerPlan(ONLINE, KVShape(2, 8, 8))
     assert surveyed(decoder)[0].kl(way) > 4 * measured(quiet, 0, way)
 
 
 def test_what_is_kept_whole_loses_nothing() -> None:
     for layer in surveyed(decoder_of("llama")):
-        assert layer.trained == Shape(4, 8, 8)
-        assert layer.kl(Way(ONLINE, layer.trained)) == layer.kl(Way(FOLD, layer.trained)) == 0.0
-        assert layer.kl(Way(ONLINE, Shape(1, 32, 32))) < 1e-6 * layer.kl(Way(ONLINE, Shape(1, 16, 16)))
+        assert layer.trained == KVShape(4, 8, 8)
+        assert layer.kl(LayerPlan(ONLINE, layer.trained)) == layer.kl(LayerPlan(FOLD, layer.trained)) == 0.0
+        assert layer.kl(LayerPlan(ONLINE, KVShape(1, 32, 32))) < 1e-6 * layer.kl(
+            LayerPlan(ONLINE, KVShape(1, 16, 16))
+        )
 
 
 def test_more_numbers_are_predicted_to_lose_less() -> None:
     for layer in surveyed(decoder_of("llama")):
         for method in layer.methods:
-            widths = [layer.kl(Way(method, Shape(1, width, width))) for width in (10, 16, 20, 24, 30)]
+            widths = [layer.kl(LayerPlan(method, KVShape(1, width, width))) for width in (10, 16, 20, 24, 30)]
             assert all(wider < narrower for narrower, wider in pairwise(widths))
-        assert layer.kl(Way(ONLINE, Shape(2, 8, 8))) > layer.kl(
-            Way(ONLINE, Shape(1, 16, 16))
+        assert layer.kl(LayerPlan(ONLINE, KVShape(2, 8, 8))) > layer.kl(
+            LayerPlan(ONLINE, KVShape(1, 16, 16))
         )  # wider groups, equal bytes
 
 
@@ -104,7 +108,7 @@ def test_curves_are_the_losses_of_the_heads_that_were_matched() -> None:
     (layer,), tokens = surveyed(decoder), random_windows(decoder, 16, 24)
     (moments,), attention = measure(decoder, tokens), decoder.layers[0].attention
     for method in (ONLINE, FOLD):
-        losses = LayerLosses(as_met(method.before_rotation, moments, decoder.rope, 24), attention)
+        losses = LayerLosses(code_moments(method.before_rotation, moments, decoder.rope, 24), attention)
         curves, everything = layer.curves[method, 4], (0, 1, 2, 3)
         of_keys = losses.folded_keys if method is FOLD else losses.keys
         torch.testing.assert_close(curves.keys, of_keys(everything), rtol=1e-9, atol=1e-15)
@@ -158,8 +162,10 @@ def test_a_layer_without_an_output_has_nothing_to_lose(part: str) -> None:
     last = decoder.layers[1]
     dead = replace(last.attention, **{part: Linear(torch.zeros_like(getattr(last.attention, part).weight))})
     alive, silent = surveyed(replace(decoder, layers=[decoder.layers[0], replace(last, attention=dead)]))
-    assert silent.kl(Way(ONLINE, Shape(1, 8, 8))) == silent.kl(Way(FOLD, Shape(1, 8, 8))) == 0.0
-    assert alive.kl(Way(ONLINE, Shape(1, 8, 8))) > 0
+    assert (
+        silent.kl(LayerPlan(ONLINE, KVShape(1, 8, 8))) == silent.kl(LayerPlan(FOLD, KVShape(1, 8, 8))) == 0.0
+    )
+    assert alive.kl(LayerPlan(ONLINE, KVShape(1, 8, 8))) > 0
 
 
 def test_heads_that_ignore_their_logits_are_not_sensitive_through_keys() -> None:
@@ -169,7 +175,7 @@ def test_heads_that_ignore_their_logits_are_not_sensitive_through_keys() -> None
         return replace(attention, q=Linear(1e-3 * attention.q.weight))
 
     (flat,), (sharp,) = surveyed(with_attention(decoder, uniform)), surveyed(decoder)
-    way = Way(ONLINE, Shape(4, 4, 8))
+    way = LayerPlan(ONLINE, KVShape(4, 4, 8))
     assert flat.kl(way) < 1e-4 * sharp.kl(way)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from decoders import make_attention
 
-from kvexport.convert import Shape, Wish, fixed_shape, methods_for, uniform_shape
+from kvexport.convert import CompressionRequest, KVShape, fixed_shape, methods_for, uniform_shape
 from kvexport.convert.budget import Widths
 from kvexport.convert.request import group_sizes
 from kvexport.errors import UsageError
@@ -27,8 +27,8 @@ def option(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def shape_of(method: str = "online", **asked: Any) -> Shape | None:
-    return fixed_shape(Wish(**asked), methods_for(method, ATTENTION), ATTENTION)
+def shape_of(method: str = "online", **asked: Any) -> KVShape | None:
+    return fixed_shape(CompressionRequest(**asked), methods_for(method, ATTENTION), ATTENTION)
 
 
 def refusal(method: str = "online", **asked: Any) -> str:
@@ -62,16 +62,16 @@ def test_there_are_sets_of_both_kinds() -> None:
 @pytest.mark.parametrize(
     ("asked", "expected"),
     [
-        ({"kv_heads": 4}, Shape(4, 8, 8)),
-        ({"kv_heads": 1}, Shape(1, 8, 8)),
-        ({"kv_heads": 8}, Shape(8, 8, 8)),
-        ({"kv_heads": 2, "kv_head_dim": 16}, Shape(2, 16, 16)),
-        ({"kv_heads": 1, "kv_head_dim": 64}, Shape(1, 64, 64)),
-        ({"kv_heads": 8, "kv_head_dim": 4}, Shape(8, 4, 4)),
-        ({"group_size": 4, "kv_head_dim": 16}, Shape(2, 16, 16)),
-        ({"group_size": 8, "kv_head_dim": 32}, Shape(1, 32, 32)),
-        ({"group_size": 1, "kv_head_dim": 6}, Shape(8, 6, 6)),
-        ({"kv_ratio": 1}, Shape(8, 8, 8)),
+        ({"kv_heads": 4}, KVShape(4, 8, 8)),
+        ({"kv_heads": 1}, KVShape(1, 8, 8)),
+        ({"kv_heads": 8}, KVShape(8, 8, 8)),
+        ({"kv_heads": 2, "kv_head_dim": 16}, KVShape(2, 16, 16)),
+        ({"kv_heads": 1, "kv_head_dim": 64}, KVShape(1, 64, 64)),
+        ({"kv_heads": 8, "kv_head_dim": 4}, KVShape(8, 4, 4)),
+        ({"group_size": 4, "kv_head_dim": 16}, KVShape(2, 16, 16)),
+        ({"group_size": 8, "kv_head_dim": 32}, KVShape(1, 32, 32)),
+        ({"group_size": 1, "kv_head_dim": 6}, KVShape(8, 6, 6)),
+        ({"kv_ratio": 1}, KVShape(8, 8, 8)),
         ({}, None),
         ({"kv_ratio": 0.3}, None),
         ({"max_kl": 0.1}, None),
@@ -82,17 +82,17 @@ def test_there_are_sets_of_both_kinds() -> None:
     ],
 )
 @pytest.mark.parametrize("method", ["auto", "online", "fold"])
-def test_shapes_that_options_mean(method: str, asked: dict[str, Any], expected: Shape | None) -> None:
+def test_shapes_that_options_mean(method: str, asked: dict[str, Any], expected: KVShape | None) -> None:
     assert shape_of(method, **asked) == expected
 
 
 @pytest.mark.parametrize("method", ["svd-a", "svd-w", "mean-pool"])
 def test_methods_that_predict_nothing_get_heads_as_wide_as_trained_ones(method: str) -> None:
-    assert shape_of(method) == Shape(4, 8, 8)
-    assert shape_of(method, kv_ratio=0.25) == Shape(2, 8, 8)
-    assert shape_of(method, kv_heads=1) == Shape(1, 8, 8)
-    assert shape_of(method, kv_ratio=1) == Shape(8, 8, 8)
-    assert shape_of(method, kv_heads=2, kv_head_dim=8) == Shape(2, 8, 8)
+    assert shape_of(method) == KVShape(4, 8, 8)
+    assert shape_of(method, kv_ratio=0.25) == KVShape(2, 8, 8)
+    assert shape_of(method, kv_heads=1) == KVShape(1, 8, 8)
+    assert shape_of(method, kv_ratio=1) == KVShape(8, 8, 8)
+    assert shape_of(method, kv_heads=2, kv_head_dim=8) == KVShape(2, 8, 8)
     assert "0.125, 0.25, 0.5, 1" in refusal(method, kv_ratio=0.4)
     for asked in ({"max_kl": 0.1}, {"group_size": 4}, {"group_size": 4, "kv_head_dim": 16}):
         said = refusal(method, **asked)
@@ -103,7 +103,7 @@ def test_methods_that_predict_nothing_get_heads_as_wide_as_trained_ones(method: 
 
 
 def test_the_papers_method_takes_a_width_beside_a_number_of_heads() -> None:
-    assert shape_of("svd-a", kv_heads=2, kv_head_dim=16) == Shape(2, 16, 16)
+    assert shape_of("svd-a", kv_heads=2, kv_head_dim=16) == KVShape(2, 16, 16)
     assert "keeps the trained width" in refusal("mean-pool", kv_heads=2, kv_head_dim=16)
 
 
@@ -140,41 +140,41 @@ def test_what_is_out_of_range_is_refused_with_what_is_allowed(
 
 
 def test_odd_widths_are_for_keys_that_are_projected_after_rotation() -> None:
-    assert shape_of("online", kv_heads=2, kv_head_dim=15) == Shape(2, 15, 15)
+    assert shape_of("online", kv_heads=2, kv_head_dim=15) == KVShape(2, 15, 15)
     for method in ("fold", "auto"):
         assert "even" in refusal(method, kv_heads=2, kv_head_dim=15)
     without, _ = make_attention("bloom")
-    assert fixed_shape(Wish(kv_heads=2, kv_head_dim=15), methods_for("fold", without), without) == Shape(
-        2, 15, 15
-    )
+    assert fixed_shape(
+        CompressionRequest(kv_heads=2, kv_head_dim=15), methods_for("fold", without), without
+    ) == KVShape(2, 15, 15)
 
 
 def test_half_is_asked_for_where_nothing_is() -> None:
-    assert Wish().ratio == 0.5
-    assert Wish(kv_ratio=0.25).ratio == 0.25
+    assert CompressionRequest().ratio == 0.5
+    assert CompressionRequest(kv_ratio=0.25).ratio == 0.25
 
 
 def test_widths_are_free_or_one_equal_or_not() -> None:
-    assert Wish().widths == Widths(equal=True, only=None)
-    assert Wish(kv_head_dim=64, equal_widths=False).widths == Widths(equal=False, only=64)
+    assert CompressionRequest().widths == Widths(equal=True, only=None)
+    assert CompressionRequest(kv_head_dim=64, equal_widths=False).widths == Widths(equal=False, only=64)
 
 
 def test_group_sizes_are_divisors_that_eigenvalue_problems_can_have() -> None:
-    assert group_sizes(Wish(), ATTENTION) == [1, 2, 4, 8]
-    assert group_sizes(Wish(group_size=4), ATTENTION) == [4]
+    assert group_sizes(CompressionRequest(), ATTENTION) == [1, 2, 4, 8]
+    assert group_sizes(CompressionRequest(group_size=4), ATTENTION) == [4]
     wide, _ = make_attention("llama", heads=8, head_dim=512, hidden=8)
-    assert group_sizes(Wish(), wide) == [1, 2, 4]  # 8 · 512 numbers are more than 2048
+    assert group_sizes(CompressionRequest(), wide) == [1, 2, 4]  # 8 · 512 numbers are more than 2048
     six, _ = make_attention("llama", heads=6)
-    assert group_sizes(Wish(), six) == [1, 2, 3, 6]
+    assert group_sizes(CompressionRequest(), six) == [1, 2, 3, 6]
 
 
 def test_a_standard_checkpoint_has_one_shape() -> None:
-    def uniform(method: str = "fold", **asked: Any) -> Shape:
-        return uniform_shape(Wish(**asked), methods_for(method, ATTENTION), ATTENTION)
+    def uniform(method: str = "fold", **asked: Any) -> KVShape:
+        return uniform_shape(CompressionRequest(**asked), methods_for(method, ATTENTION), ATTENTION)
 
-    assert uniform() == uniform(kv_ratio=0.5) == uniform(kv_heads=4) == Shape(4, 8, 8)
-    assert uniform("mean-pool", kv_ratio=0.25) == Shape(2, 8, 8)
-    assert uniform(kv_ratio=1) == Shape(8, 8, 8)
+    assert uniform() == uniform(kv_ratio=0.5) == uniform(kv_heads=4) == KVShape(4, 8, 8)
+    assert uniform("mean-pool", kv_ratio=0.25) == KVShape(2, 8, 8)
+    assert uniform(kv_ratio=1) == KVShape(8, 8, 8)
     for asked in ({"kv_ratio": 0.4}, {"kv_heads": 3}, {"kv_heads": 2, "kv_ratio": 0.25}):
         with pytest.raises(UsageError):
             uniform(**asked)

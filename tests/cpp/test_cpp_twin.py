@@ -55,7 +55,7 @@ def test_two_hundred_tokens(
     decoder = DECODERS[name]()
     bundle = write_bundle(tmp_path / "b", decoder, capacity=CAPACITY, eviction=eviction)
     prompt = torch.randint(
-        0, decoder.limits.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(5)
+        0, decoder.dims.vocab_size, (PROMPT,), generator=torch.Generator().manual_seed(5)
     ).tolist()
     with open_bundle(bundle, provider="cpu", threads=1) as session:
         by_python = session.generate(prompt, max_new_tokens=NEW, stop=[]).token_ids

@@ -22,9 +22,9 @@ from kvexport.graph import (
     present,
     residual_tap,
 )
-from kvexport.graph.keep_float32 import NOTHING, Kept
+from kvexport.graph.keep_float32 import NOTHING, Float32Exceptions
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Limits, Linear, Mlp, Norm, Rope
+from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Linear, Mlp, ModelDims, Norm, Rope
 from kvexport.model.rope import alibi_slopes
 
 HIDDEN, VOCAB = 24, 40
@@ -124,19 +124,23 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
         final_norm=norm(HIDDEN),
         head=None if style.tied else linear(VOCAB, HIDDEN, False),
         rope=Rope(1 / 10000**half) if style.position == "rope" else None,
-        limits=Limits(VOCAB, HIDDEN, 64),
+        dims=ModelDims(VOCAB, HIDDEN, 64),
     )
 
 
 def write(
-    decoder: Decoder, directory: Path, dtype: str = "float32", capacity: int = 64, kept: Kept = NOTHING
+    decoder: Decoder,
+    directory: Path,
+    dtype: str = "float32",
+    capacity: int = 64,
+    kept: Float32Exceptions = NOTHING,
 ) -> GraphContract:
     directory.mkdir(exist_ok=True)
     writer = DecoderWriter(
         directory,
         dtype=dtype,
         capacity=capacity,
-        limits=decoder.limits,
+        dims=decoder.dims,
         embedding=decoder.embedding,
         rope=decoder.rope,
     )

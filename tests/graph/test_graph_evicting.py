@@ -55,7 +55,7 @@ def write(
         directory,
         dtype=dtype,
         capacity=capacity,
-        limits=decoder.limits,
+        dims=decoder.dims,
         embedding=decoder.embedding,
         rope=decoder.rope,
         eviction=eviction,

@@ -11,7 +11,7 @@ import torch
 from decoders import make_decoder, random_windows, with_attention
 from graph_decoders import disagreement, quiet, rounded, write
 
-from kvexport.convert import Shape, Way, convert, methods_for
+from kvexport.convert import KVShape, LayerPlan, convert, methods_for
 from kvexport.graph import GRAPH_FILE
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
 from kvexport.graph.taps import tapped
@@ -21,7 +21,9 @@ from kvexport.model.decoder import Attention, Decoder
 def wide(style: str = "llama", *, key_dim: int = 16, value_dim: int = 16, kv_heads: int = 1) -> Decoder:
     """Two layers whose folded keys have several pairs of one frequency."""
     decoder = make_decoder(style, layers=2, sharpness=2.0, dtype=torch.float32)
-    way = Way(methods_for("fold", decoder.layers[0].attention)[0], Shape(kv_heads, key_dim, value_dim))
+    way = LayerPlan(
+        methods_for("fold", decoder.layers[0].attention)[0], KVShape(kv_heads, key_dim, value_dim)
+    )
     layers = [each.layer for each in convert(decoder, random_windows(decoder, 16, 24), [way] * 2)]
     assert all(layer.attention.frequencies is not None for layer in layers)
     return dataclasses.replace(decoder, layers=layers)

@@ -15,7 +15,7 @@ from decoders import make_decoder, random_windows
 from graph_decoders import disagreement, quiet, rounded, write
 from tiny_bundles import write_bundle
 
-from kvexport.convert import Shape, Way, convert, trained_shape
+from kvexport.convert import KVShape, LayerPlan, convert, trained_shape
 from kvexport.convert.methods import METHODS
 from kvexport.engine import EngineOptions, build_engine
 from kvexport.engine.fitting import freeze
@@ -27,31 +27,31 @@ from kvexport.graph.taps import tapped
 from kvexport.model.decoder import Decoder
 
 KEPT = None  # a layer that is left as it was trained
-Cut = tuple[str, Shape] | None
+Cut = tuple[str, KVShape] | None
 
 CASES: dict[str, tuple[str, list[Cut]]] = {
-    "wide": ("llama", [("online", Shape(1, 16, 16)), ("online", Shape(2, 12, 12))]),
+    "wide": ("llama", [("online", KVShape(1, 16, 16)), ("online", KVShape(2, 12, 12))]),
     "wider than all heads together but one": (
         "bias",
-        [("online", Shape(1, 24, 24)), ("online", Shape(1, 31, 31))],
+        [("online", KVShape(1, 24, 24)), ("online", KVShape(1, 31, 31))],
     ),
-    "keys wider than values": ("llama", [("online", Shape(1, 24, 8)), ("fold", Shape(1, 24, 8))]),
-    "values wider than keys": ("bias", [("online", Shape(1, 8, 24)), ("fold", Shape(2, 6, 16))]),
-    "narrower than trained": ("llama", [("online", Shape(4, 5, 3)), ("fold", Shape(4, 4, 8))]),
+    "keys wider than values": ("llama", [("online", KVShape(1, 24, 8)), ("fold", KVShape(1, 24, 8))]),
+    "values wider than keys": ("bias", [("online", KVShape(1, 8, 24)), ("fold", KVShape(2, 6, 16))]),
+    "narrower than trained": ("llama", [("online", KVShape(4, 5, 3)), ("fold", KVShape(4, 4, 8))]),
     "every method": (
         "llama",
         [
-            ("fold", Shape(2, 8, 8)),
+            ("fold", KVShape(2, 8, 8)),
             KEPT,
-            ("online", Shape(1, 16, 16)),
-            ("mean-pool", Shape(1, 8, 8)),
-            ("svd-a", Shape(2, 12, 12)),
+            ("online", KVShape(1, 16, 16)),
+            ("mean-pool", KVShape(1, 8, 8)),
+            ("svd-a", KVShape(2, 12, 12)),
         ],
     ),
-    "shared heads": ("gqa", [("online", Shape(1, 24, 16)), KEPT, ("fold", Shape(2, 12, 12))]),
-    "normalised keys": ("qwen3", [("online", Shape(1, 16, 24)), KEPT, ("online", Shape(2, 8, 8))]),
-    "no rotation": ("bloom", [("online", Shape(1, 16, 16)), ("online", Shape(2, 12, 8)), KEPT]),
-    "window": ("window", [("online", Shape(1, 16, 16)), ("fold", Shape(1, 16, 24))]),
+    "shared heads": ("gqa", [("online", KVShape(1, 24, 16)), KEPT, ("fold", KVShape(2, 12, 12))]),
+    "normalised keys": ("qwen3", [("online", KVShape(1, 16, 24)), KEPT, ("online", KVShape(2, 8, 8))]),
+    "no rotation": ("bloom", [("online", KVShape(1, 16, 16)), ("online", KVShape(2, 12, 8)), KEPT]),
+    "window": ("window", [("online", KVShape(1, 16, 16)), ("fold", KVShape(1, 16, 24))]),
 }
 
 
@@ -72,20 +72,21 @@ def cut(name: str) -> Decoder:
 
 def converted(decoder: Decoder, cuts: list[Cut]) -> Decoder:
     trained = trained_shape(decoder.layers[0].attention)
-    ways = [
-        Way(METHODS["online"], trained) if each is None else Way(METHODS[each[0]], each[1]) for each in cuts
+    layer_plans = [
+        LayerPlan(METHODS["online"], trained) if each is None else LayerPlan(METHODS[each[0]], each[1])
+        for each in cuts
     ]
     return dataclasses.replace(
-        decoder, layers=[each.layer for each in convert(decoder, random_windows(decoder, 8, 24), ways)]
+        decoder, layers=[each.layer for each in convert(decoder, random_windows(decoder, 8, 24), layer_plans)]
     )
 
 
-def shapes(decoder: Decoder) -> list[Shape]:
+def shapes(decoder: Decoder) -> list[KVShape]:
     return [trained_shape(layer.attention) for layer in decoder.layers]
 
 
-def wanted_shapes(name: str) -> list[Shape]:
-    return [Shape(4, 8, 8) if each is None else each[1] for each in CASES[name][1]]
+def wanted_shapes(name: str) -> list[KVShape]:
+    return [KVShape(4, 8, 8) if each is None else each[1] for each in CASES[name][1]]
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -117,7 +118,7 @@ def test_a_map_of_another_layer_is_seen(part: str, lowering: str, tmp_path: Path
     """The negative control: two layers of one shape, and one leaf in the wrong place; or the scale of the wide head."""
     decoder = converted(
         make_decoder("llama", layers=2, sharpness=2.0, dtype=torch.float32),
-        [("online", Shape(1, 16, 16))] * 2,
+        [("online", KVShape(1, 16, 16))] * 2,
     )
     first, second = decoder.layers
     value = 16**-0.5 if part == "scale" else getattr(second.attention, part)
@@ -215,7 +216,7 @@ def rtx() -> Any:
 @pytest.mark.tensorrt
 def test_the_real_builder_fuses_heads_of_128_and_of_256(rtx: Any, tmp_path: Path) -> None:
     decoder = wide_decoder(
-        ("online", Shape(2, 128, 128)), ("online", Shape(1, 256, 256)), ("fold", Shape(2, 128, 128))
+        ("online", KVShape(2, 128, 128)), ("online", KVShape(1, 256, 256)), ("fold", KVShape(2, 128, 128))
     )
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16")
     record = build_engine(bundle, EngineOptions(chunk=16), compute_capabilities=("8.9",))
@@ -229,7 +230,7 @@ def test_the_real_builder_fuses_heads_of_128_and_of_256(rtx: Any, tmp_path: Path
 
 @pytest.mark.tensorrt
 def test_the_real_builder_takes_unequal_widths_in_the_other_lowering_alone(rtx: Any, tmp_path: Path) -> None:
-    decoder = wide_decoder(("online", Shape(1, 256, 128)), ("fold", Shape(2, 64, 96)))
+    decoder = wide_decoder(("online", KVShape(1, 256, 128)), ("fold", KVShape(2, 64, 96)))
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16")
     with pytest.raises(UsageError, match="keys are 256 wide and values 128"):
         build_engine(bundle, EngineOptions(chunk=16, lowering="std24"), compute_capabilities=("8.9",))

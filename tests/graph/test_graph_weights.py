@@ -108,7 +108,7 @@ def test_the_writer_keeps_no_layer(tmp_path: Path) -> None:
         tmp_path,
         dtype="float32",
         capacity=8,
-        limits=decoder.limits,
+        dims=decoder.dims,
         embedding=decoder.embedding,
         rope=decoder.rope,
     )

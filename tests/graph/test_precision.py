@@ -26,10 +26,10 @@ from graph_decoders import (
 from onnx.reference import ReferenceEvaluator
 from test_lowerings import LOWERED
 
-from kvexport.build.float16_overflow import LARGEST, kept_float32
+from kvexport.build.float16_overflow import LARGEST, float32_exceptions
 from kvexport.calibrate import PeakMeter
 from kvexport.errors import UsageError
-from kvexport.graph import GRAPH_FILE, Kept, lower, lowered_contract
+from kvexport.graph import GRAPH_FILE, Float32Exceptions, lower, lowered_contract
 from kvexport.graph.keep_float32 import KeepFloat32
 from kvexport.graph.split_layers import parts
 from kvexport.graph.taps import tapped
@@ -55,16 +55,16 @@ def with_large_mlp(decoder: Decoder, up: float, down: float) -> Decoder:
     return dataclasses.replace(decoder, layers=layers)
 
 
-def kept_of(decoder: Decoder) -> Kept:
+def kept_of(decoder: Decoder) -> Float32Exceptions:
     meter = PeakMeter(decoder, torch.randint(0, VOCAB, (4, 24), generator=torch.Generator().manual_seed(1)))
     for layer in decoder.layers:
         meter.add_layer(layer)
-    return kept_float32(meter)
+    return float32_exceptions(meter)
 
 
 CASES = {
-    "product": (6e4, 1e-4, Kept(mlps=frozenset({1}))),
-    "stream": (1e3, 1e3, Kept(stream=True, mlps=frozenset({1}))),
+    "product": (6e4, 1e-4, Float32Exceptions(mlps=frozenset({1}))),
+    "stream": (1e3, 1e3, Float32Exceptions(stream=True, mlps=frozenset({1}))),
 }
 
 
@@ -73,7 +73,7 @@ CASES = {
 def test_calibration_finds_what_overflows(style: str, case: str) -> None:
     up, down, wanted = CASES[case]
     plain = make_decoder([Shape(kv_heads=2)] * 3, STYLES[style])
-    assert kept_of(plain) == Kept()
+    assert kept_of(plain) == Float32Exceptions()
     assert kept_of(with_large_mlp(plain, up, down)) == wanted
 
 
@@ -119,7 +119,7 @@ def test_float16_arithmetic_overflows_unless_they_are_kept(style: str, case: str
     decoder = rounded(
         with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16
     )
-    for keep, sound in ((kept, True), (Kept(), False)):
+    for keep, sound in ((kept, True), (Float32Exceptions(), False)):
         contract = lowered_contract(write(decoder, tmp_path, "float16", kept=keep), "decomposed17")
         ir.save(lower(tmp_path / GRAPH_FILE, "decomposed17"), tmp_path / "lowered.onnx")
         found = disagreement(decoder, RoundsEveryNode(tmp_path / "lowered.onnx"), contract)  # type: ignore[arg-type]
@@ -127,7 +127,7 @@ def test_float16_arithmetic_overflows_unless_they_are_kept(style: str, case: str
 
 
 def test_only_what_is_named_is_float32(tmp_path: Path) -> None:
-    write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Kept(mlps=frozenset({1})))
+    write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Float32Exceptions(mlps=frozenset({1})))
     values = {
         value.name: value.dtype for node in ir.load(tmp_path / GRAPH_FILE).graph for value in node.outputs
     }
@@ -150,7 +150,7 @@ def test_only_what_is_named_is_float32(tmp_path: Path) -> None:
 
 
 def test_parts_of_a_graph_with_a_float32_stream_can_be_run_apart(tmp_path: Path) -> None:
-    write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Kept(stream=True))
+    write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Float32Exceptions(stream=True))
     for part in parts(tmp_path / GRAPH_FILE, 2, in_float32=False):
         part.session(quiet())
 
@@ -170,4 +170,4 @@ def test_what_is_not_there_cannot_be_kept(tmp_path: Path) -> None:
     write(make_decoder([Shape()]), tmp_path, "float16")
     model = ir.load(tmp_path / GRAPH_FILE)
     with pytest.raises(ir.passes.PreconditionError, match=r"layers\.5\.mlp\.down"):
-        KeepFloat32(Kept(mlps=frozenset({5})), "float16")(model)
+        KeepFloat32(Float32Exceptions(mlps=frozenset({5})), "float16")(model)

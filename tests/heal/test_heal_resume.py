@@ -113,7 +113,7 @@ def interrupted(tmp_path: Path) -> tuple[Job, Path]:
 
 
 def other_original(job: Job) -> None:
-    job.original = replace(job.original, limits=replace(job.original.limits, max_positions=99))
+    job.original = replace(job.original, dims=replace(job.original.dims, max_positions=99))
 
 
 def other_conversion(job: Job) -> None:

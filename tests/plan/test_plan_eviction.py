@@ -18,7 +18,7 @@ from kvexport.bundle.manifest import Manifest, read_manifest
 from kvexport.devices.targets import load_target
 from kvexport.engine.options import CHUNK
 from kvexport.errors import UsageError
-from kvexport.eviction.config import Eviction, EvictionWish
+from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.model.decoder import Decoder, Layer
 from kvexport.model.loader import load_decoder
 from kvexport.plan import plan
@@ -221,7 +221,7 @@ def test_a_bundle_is_planned_with_its_own_budget(decoder: Decoder, tmp_path: Pat
 def test_a_bundle_takes_no_other_budget(decoder: Decoder, tmp_path: Path, eviction: Eviction | None) -> None:
     path = write_bundle(tmp_path / "bundle", decoder, eviction=eviction)
     with pytest.raises(UsageError, match="kvexport build CHECKPOINT -o BUNDLE --kv-budget") as raised:
-        plan(path, None, eviction=EvictionWish(16))
+        plan(path, None, eviction=EvictionRequest(16))
     assert raised.value.expected == (
         "every token is held" if eviction is None else "24 tokens in each KV head"
     )
@@ -260,8 +260,10 @@ def test_an_engine_of_a_bundle_that_evicts_is_compared_with_the_same_bytes(
 
 
 def test_a_share_is_of_the_models_positions(llama: Path) -> None:
-    wish = EvictionWish.parse("0.25", skip_layers=(0, 31))
-    found = plan(llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[512, 4096], eviction=wish)
+    eviction = EvictionRequest.parse("0.25", skip_layers=(0, 31))
+    found = plan(
+        llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[512, 4096], eviction=eviction
+    )
     assert found.eviction is not None
     assert (found.eviction.budget, found.eviction.skip_layers) == (1024, (0, 31))
     rows = {(row.kv_heads, row.memory.context): row for row in found.rows}
@@ -272,7 +274,7 @@ def test_a_share_is_of_the_models_positions(llama: Path) -> None:
         assert rows[heads, 4096].memory.kv_state == 30 * 1024 * heads * 8
         assert rows[heads, 4096].kv_bytes_per_token == 32 * token
     asked = plan(
-        llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[4096], eviction=EvictionWish(1024)
+        llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[4096], eviction=EvictionRequest(1024)
     )
     assert asked.rows[0].memory.kv == 32 * 1024 * 32 * (512 + 8)
     without = plan(llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[4096])
@@ -281,7 +283,7 @@ def test_a_share_is_of_the_models_positions(llama: Path) -> None:
 
 
 def test_a_budget_lets_a_longer_context_fit(llama: Path) -> None:
-    def longest(eviction: EvictionWish | None) -> int | None:
+    def longest(eviction: EvictionRequest | None) -> int | None:
         target = load_target("orin-nano-8gb-super")
         return (
             plan(llama, target, kv_heads=[4], dtypes=["int4"], contexts=[512], eviction=eviction)
@@ -289,7 +291,7 @@ def test_a_budget_lets_a_longer_context_fit(llama: Path) -> None:
             .largest_context
         )
 
-    whole, held = longest(None), longest(EvictionWish(256))
+    whole, held = longest(None), longest(EvictionRequest(256))
     assert whole is not None
     assert 256 < whole < 4096 == held
 
@@ -297,8 +299,8 @@ def test_a_budget_lets_a_longer_context_fit(llama: Path) -> None:
 def test_without_a_bound_there_is_no_share_of_it(tiny_checkpoint: Callable[..., Path]) -> None:
     bloom = tiny_checkpoint("bloom")
     with pytest.raises(UsageError, match="nothing bounds those"):
-        plan(bloom, None, eviction=EvictionWish.parse("0.5"))
-    rows = plan(bloom, load_target("h200"), eviction=EvictionWish(64)).rows
+        plan(bloom, None, eviction=EvictionRequest.parse("0.5"))
+    rows = plan(bloom, load_target("h200"), eviction=EvictionRequest(64)).rows
     assert {row.largest_context for row in rows} == {
         2**19
     }  # the most positions that a cache with a budget counts
@@ -307,22 +309,22 @@ def test_without_a_bound_there_is_no_share_of_it(tiny_checkpoint: Callable[..., 
 def test_a_model_of_more_positions_than_can_be_counted_is_planned_as_far(llama: Path) -> None:
     config: dict[str, Any] = {**CONFIGS["Llama-2-7B"], "max_position_embeddings": 10**6}
     (llama / "config.json").write_text(json.dumps(config))
-    assert plan(llama, None, contexts=[2**19], eviction=EvictionWish(64)).rows
+    assert plan(llama, None, contexts=[2**19], eviction=EvictionRequest(64)).rows
     assert plan(llama, None, contexts=[10**6]).rows
     with pytest.raises(UsageError, match="more than a sequence"):
-        plan(llama, None, contexts=[2**19 + 1], eviction=EvictionWish(64))
+        plan(llama, None, contexts=[2**19 + 1], eviction=EvictionRequest(64))
 
 
 @pytest.mark.parametrize(
-    ("wish", "what"),
+    ("eviction", "what"),
     [
-        (EvictionWish(4097), "larger than the capacity"),
-        (EvictionWish(3), "leaves no token"),
-        (EvictionWish(64, skip_layers=(32,)), "does not have"),
-        (EvictionWish(64, skip_layers=tuple(range(32))), "every layer"),
+        (EvictionRequest(4097), "larger than the capacity"),
+        (EvictionRequest(3), "leaves no token"),
+        (EvictionRequest(64, skip_layers=(32,)), "does not have"),
+        (EvictionRequest(64, skip_layers=tuple(range(32))), "every layer"),
     ],
 )
-def test_an_impossible_budget_is_refused(llama: Path, wish: EvictionWish, what: str) -> None:
+def test_an_impossible_budget_is_refused(llama: Path, eviction: EvictionRequest, what: str) -> None:
     with pytest.raises(UsageError, match=what) as raised:
-        plan(llama, None, eviction=wish)
+        plan(llama, None, eviction=eviction)
     assert "--capacity" not in str(raised.value.fix)  # that is an option of `kvexport build`

@@ -16,7 +16,7 @@ from kvexport.build import conversion_job as job
 from kvexport.build import pipeline as building
 from kvexport.bundle.bundle import Bundle
 from kvexport.calibrate import recipe_for
-from kvexport.convert import Wish
+from kvexport.convert import CompressionRequest
 from kvexport.graph import DecoderWriter
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer
@@ -37,7 +37,7 @@ def built(
     monkeypatch.setattr(
         DecoderWriter, "add_layer", lambda self, layer: layers.append(layer) or original(self, layer)
     )
-    made = building.Plan(recipe_for("random", 16, 24), **plan)
+    made = building.BuildOptions(recipe_for("random", 16, 24), **plan)
     report = building.build(checkpoint, bundle, made, Progress(), capacity=64)
     return report, dataclasses.replace(load_decoder(checkpoint), layers=layers)
 
@@ -57,10 +57,10 @@ def greedy(decoder: Decoder, prompt: list[int], steps: int) -> tuple[int, ...]:
 @pytest.mark.parametrize(
     ("family", "plan"),
     [
-        ("llama", {"wish": Wish(kv_ratio=0.4)}),
-        ("llama", {"wish": Wish(kv_ratio=0.4, equal_widths=False)}),
-        ("qwen2", {"wish": Wish(kv_ratio=0.6, equal_widths=False), "method": "fold"}),
-        ("qwen3", {"wish": Wish(kv_ratio=0.45)}),
+        ("llama", {"request": CompressionRequest(kv_ratio=0.4)}),
+        ("llama", {"request": CompressionRequest(kv_ratio=0.4, equal_widths=False)}),
+        ("qwen2", {"request": CompressionRequest(kv_ratio=0.6, equal_widths=False), "method": "fold"}),
+        ("qwen3", {"request": CompressionRequest(kv_ratio=0.45)}),
     ],
     ids=["equal widths", "unequal widths", "folded", "normalised keys"],
 )
@@ -103,18 +103,24 @@ def test_auto_gives_layers_of_either_method_to_one_bundle(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A model in which one layer's keys fold without loss, and whose other layers are left to the survey."""
-    ways = job.choose
+    layer_plans = job.choose
 
     def either(*arguments: Any) -> Any:
         """What `choose` says, with every second layer folded."""
-        found = ways(*arguments)
+        found = layer_plans(*arguments)
         fold, online = (next(m for m in arguments[3] if m.name == name) for name in ("fold", "online"))
-        mixed = [dataclasses.replace(way, method=(fold, online)[at % 2]) for at, way in enumerate(found.ways)]
-        return dataclasses.replace(found, ways=mixed)
+        mixed = [
+            dataclasses.replace(way, method=(fold, online)[at % 2])
+            for at, way in enumerate(found.layer_plans)
+        ]
+        return dataclasses.replace(found, layer_plans=mixed)
 
     monkeypatch.setattr(job, "choose", either)
     report, decoder = built(
-        tiny_checkpoint("llama", **SIZES), tmp_path / "b", monkeypatch, wish=Wish(kv_ratio=0.4)
+        tiny_checkpoint("llama", **SIZES),
+        tmp_path / "b",
+        monkeypatch,
+        request=CompressionRequest(kv_ratio=0.4),
     )
     assert [layer.method for layer in report.layers] == ["fold", "online"] * 2
     assert (

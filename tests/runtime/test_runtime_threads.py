@@ -14,7 +14,7 @@ import pytest
 from kvexport.errors import UsageError
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime.backends.ort import OrtDecoder
-from kvexport.runtime.cache.sequences import Guard
+from kvexport.runtime.cache.sequences import SessionLock
 
 PROMPTS = [[5, 9, 33], [1], list(range(40)), [66, 2]]
 Opened = Callable[..., Session]
@@ -81,8 +81,8 @@ def test_what_calls_take_turns_by_is_needed(opened: Opened, monkeypatch: pytest.
     calls = [lambda c=cache: [session.step([1], cache=c) for _ in range(5)] for cache in caches]  # type: ignore[misc]
     together(*calls)
     assert most[0] == 1
-    monkeypatch.setattr(Guard, "__enter__", lambda self: None)
-    monkeypatch.setattr(Guard, "__exit__", lambda self, *arguments: None)
+    monkeypatch.setattr(SessionLock, "__enter__", lambda self: None)
+    monkeypatch.setattr(SessionLock, "__exit__", lambda self, *arguments: None)
     together(*calls)
     assert most[0] == 2
 

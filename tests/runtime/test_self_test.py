@@ -22,7 +22,7 @@ from wrong_vectors import WRONG
 
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.graph_io import KEY, past
-from kvexport.bundle.self_test_file import FILE, read_vectors
+from kvexport.bundle.self_test_file import FILE, read_reference_outputs
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.eviction.config import POLICIES, SCORE, Eviction
 from kvexport.files.hashing import sha256_of
@@ -273,9 +273,9 @@ def test_float32_computed_in_float16(evicts: bool, tmp_path: Path) -> None:
     half = Bundle.open(made(tmp_path / "half", dtype="float16", eviction=eviction))
     decoder = open_decoder(half, CPU)
     decoder.use(new_cache(half, CPU, "float16", fill=GARBAGE, step=STEP))
-    report = examine(bundle, read_vectors(bundle), decoder, CPU)
+    report = examine(bundle, read_reference_outputs(bundle), decoder, CPU)
     assert report.verdict == "precision" and "float16" in report.said and report.fix is not None
-    require_ok(examine(half, read_vectors(half), decoder, CPU))  # a control
+    require_ok(examine(half, read_reference_outputs(half), decoder, CPU))  # a control
 
 
 # Cache
@@ -302,7 +302,7 @@ def examined(
     bundle = Bundle.open(path)
     decoder = open_decoder(bundle, CPU)
     decoder.use(new_cache(bundle, CPU, bundle.dtype, fill=GARBAGE, step=STEP))
-    return examine(bundle, read_vectors(bundle), Wrapped(decoder, after), CPU)  # type: ignore[arg-type]
+    return examine(bundle, read_reference_outputs(bundle), Wrapped(decoder, after), CPU)  # type: ignore[arg-type]
 
 
 def require_cache(report: SelfTestReport) -> None:

@@ -116,11 +116,11 @@ def test_spread_takes_windows_evenly() -> None:
 
 def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     decoder = load_decoder(Checkpoint(checkpoint))
-    limits = dataclasses.replace(decoder.limits, vocab_size=VOCAB - 1)
+    dims = dataclasses.replace(decoder.dims, vocab_size=VOCAB - 1)
     embedding = dataclasses.replace(decoder.embedding, weight=decoder.embedding.weight[:-1])
     assert decoder.head is not None
     other = dataclasses.replace(
-        decoder, limits=limits, embedding=embedding, head=Linear(decoder.head.weight[:-1])
+        decoder, dims=dims, embedding=embedding, head=Linear(decoder.head.weight[:-1])
     )
     with pytest.raises(UsageError, match="vocabularies differ"):
         _evaluated(other, tmp_path / "bundle", checkpoint, text)

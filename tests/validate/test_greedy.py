@@ -14,19 +14,19 @@ from tiny_bundles import write_bundle
 from torch import Tensor
 
 from kvexport.bundle.bundle import Bundle
-from kvexport.bundle.self_test_file import Vectors, read_vectors, steady
+from kvexport.bundle.self_test_file import ReferenceOutputs, read_reference_outputs, steady
 from kvexport.eviction.config import POLICIES, SCORE, STORED, Eviction
 from kvexport.files.hashing import sha256_of
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
-from kvexport.validate.self_test_recorder import CONTINUATION, PROMPT, GreedyRecorder, slots_of
+from kvexport.validate.self_test_recorder import CONTINUATION, PROMPT, SelfTestRecorder, slots_of
 
 EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
 
 
-def recorded(path: Path, decoder: Decoder, **options: Any) -> Vectors:
-    return read_vectors(Bundle.open(write_bundle(path, decoder, self_test=True, **options)))
+def recorded(path: Path, decoder: Decoder, **options: Any) -> ReferenceOutputs:
+    return read_reference_outputs(Bundle.open(write_bundle(path, decoder, self_test=True, **options)))
 
 
 def rounded(part: Any, dtype: torch.dtype) -> Any:
@@ -96,7 +96,7 @@ def test_where_layers_evict_the_steps_do(policy: str, tmp_path: Path) -> None:
 def test_prompts_are_the_first_tokens_given(tmp_path: Path) -> None:
     decoder = make_decoder(dtype=torch.float32)
     for given in (torch.arange(30).reshape(2, 15), torch.arange(3)):
-        greedy = GreedyRecorder(decoder, given, 64, None, "float32", tmp_path)
+        greedy = SelfTestRecorder(decoder, given, 64, None, "float32", tmp_path)
         for layer in decoder.layers:
             greedy.add_layer(layer)
         greedy.record(Progress())
@@ -113,16 +113,16 @@ def test_what_is_laid_aside_is_no_larger_than_the_layer(tmp_path: Path) -> None:
     viewing = dataclasses.replace(layer, attention=dataclasses.replace(layer.attention, o=o))
     sizes = {}
     for dtype in ("float32", "float16"):
-        GreedyRecorder(decoder, torch.arange(3), 64, None, dtype, tmp_path).add_layer(viewing)
+        SelfTestRecorder(decoder, torch.arange(3), 64, None, dtype, tmp_path).add_layer(viewing)
         sizes[dtype] = (tmp_path / "0.pt").stat().st_size
-    GreedyRecorder(decoder, torch.arange(3), 64, None, "float32", tmp_path).add_layer(layer)
+    SelfTestRecorder(decoder, torch.arange(3), 64, None, "float32", tmp_path).add_layer(layer)
     assert sizes["float32"] == pytest.approx((tmp_path / "0.pt").stat().st_size, rel=0.02)
     assert sizes["float16"] < 0.6 * sizes["float32"]
 
 
 def test_steps_are_said(tmp_path: Path) -> None:
     decoder = make_decoder(dtype=torch.float32)
-    greedy = GreedyRecorder(decoder, torch.arange(20), 64, None, "float32", tmp_path)
+    greedy = SelfTestRecorder(decoder, torch.arange(20), 64, None, "float32", tmp_path)
     for layer in decoder.layers:
         greedy.add_layer(layer)
 
@@ -148,13 +148,13 @@ def test_steps_are_said(tmp_path: Path) -> None:
 @pytest.mark.parametrize("capacity", [1, 2, 3, 4, 7, 16, 29, 39, 40, 41, 100])
 def test_any_capacity_has_a_test(capacity: int, tmp_path: Path) -> None:
     decoder = make_decoder(layers=1, dtype=torch.float32)
-    greedy = GreedyRecorder(decoder, torch.arange(50), capacity, None, "float32", tmp_path)
+    greedy = SelfTestRecorder(decoder, torch.arange(50), capacity, None, "float32", tmp_path)
     assert greedy._prompt >= 1 and greedy._prompt + greedy._steps == min(capacity, 40)
     for budget in range(2, capacity + 1):
         eviction = Eviction("window", budget)
         slots = slots_of(eviction, capacity)
         assert eviction.protected < slots <= budget
-        greedy = GreedyRecorder(decoder, torch.arange(50), capacity, eviction, "float32", tmp_path)
+        greedy = SelfTestRecorder(decoder, torch.arange(50), capacity, eviction, "float32", tmp_path)
         assert 1 <= greedy._prompt <= slots and greedy._prompt + greedy._steps <= capacity
         assert greedy._prompt + greedy._steps > slots or capacity == 2  # some token goes
 

@@ -11,13 +11,13 @@ from decoders import make_decoder, random_windows
 
 from kvexport.errors import BundleError
 from kvexport.model import reference
-from kvexport.validate import TwinRecorder, read_twin
+from kvexport.validate import ReferenceRecorder, read_reference
 from kvexport.validate.reference_run import FILE
 
 
 def _record(directory: Path, style: str = "gqa", capacity: int = 128) -> None:
     decoder = make_decoder(style, dtype=torch.float32)
-    twin = TwinRecorder(decoder, random_windows(decoder, 3, 40), capacity)
+    twin = ReferenceRecorder(decoder, random_windows(decoder, 3, 40), capacity)
     for layer in decoder.layers:
         twin.add_layer(layer)
     twin.save(directory)
@@ -26,7 +26,7 @@ def _record(directory: Path, style: str = "gqa", capacity: int = 128) -> None:
 @pytest.mark.parametrize(("style", "capacity"), [("gqa", 128), ("bloom", 128), ("window", 50)])
 def test_the_twin_is_the_reference(style: str, capacity: int, tmp_path: Path) -> None:
     _record(tmp_path, style, capacity)
-    twin = read_twin(tmp_path / FILE, 2)
+    twin = read_reference(tmp_path / FILE, 2)
     decoder = make_decoder(style, dtype=torch.float32)
     ids = random_windows(decoder, 3, 40).flatten()[: min(96, capacity)]
     taps: list[reference.LayerTaps] = []
@@ -56,11 +56,11 @@ def test_an_unreadable_record_is_told(damage: str, tmp_path: Path) -> None:
     else:
         np.savez(path, logits=np.array([object()]))
     with pytest.raises(BundleError, match="cannot be read"):
-        read_twin(path, 2)
+        read_reference(path, 2)
 
 
 @pytest.mark.parametrize("layers", [1, 3])
 def test_a_record_of_another_number_of_layers_is_told(layers: int, tmp_path: Path) -> None:
     _record(tmp_path)
     with pytest.raises(BundleError, match="incomplete"):
-        read_twin(tmp_path / FILE, layers)
+        read_reference(tmp_path / FILE, layers)

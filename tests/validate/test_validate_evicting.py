@@ -19,7 +19,7 @@ from kvexport.eviction.config import POLICIES, Eviction
 from kvexport.model import reference
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, prove, validate
-from kvexport.validate.reference_run import FILE, STEPS, read_twin
+from kvexport.validate.reference_run import FILE, STEPS, read_reference
 
 EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
 SLOTS = 26  # protected ones and 16
@@ -58,7 +58,7 @@ def test_every_policy_with_converted_heads_and_layers_left_alone(policy: str, tm
 
 def test_the_twin_is_the_reference_in_fewer_slots(tmp_path: Path) -> None:
     bundle = exported(tmp_path / "bundle")
-    twin = read_twin(bundle / FILE, 2, EVICTION)
+    twin = read_reference(bundle / FILE, 2, EVICTION)
     decoder = make_decoder("llama", dtype=torch.float32)
     caches = reference.new_cache(
         decoder.layers, 1, 128, torch.float32, dataclasses.replace(EVICTION, budget=SLOTS)

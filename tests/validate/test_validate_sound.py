@@ -18,7 +18,7 @@ from kvexport.progress import Progress
 from kvexport.validate import prove, validate
 from kvexport.validate.deployed import run_deployed
 from kvexport.validate.layerwise import run_layerwise
-from kvexport.validate.reference_run import FILE, STEPS, read_twin
+from kvexport.validate.reference_run import FILE, STEPS, read_reference
 
 METHODS = {
     "llama": ("online", "fold"),
@@ -60,7 +60,7 @@ def test_a_sound_bundle_passes(style: str, method: str, dtype: str, tmp_path: Pa
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_layer_by_layer_is_the_whole_graph(dtype: str, tmp_path: Path) -> None:
     contract = export(tmp_path / "bundle", make_decoder("bias", dtype=torch.float32), dtype=dtype, kv_heads=2)
-    twin = read_twin(tmp_path / "bundle" / FILE, 2)
+    twin = read_reference(tmp_path / "bundle" / FILE, 2)
     layerwise = run_layerwise(tmp_path / "bundle", contract, twin["input_ids"], 32, Progress())
     deployed = run_deployed(Bundle.open(tmp_path / "bundle"), twin["input_ids"], 32, Progress())
     assert layerwise.keys() == deployed.keys() == twin.keys() - {"input_ids"}

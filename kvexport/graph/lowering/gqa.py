@@ -9,7 +9,7 @@ import onnx_ir as ir
 
 from kvexport.bundle.graph_io import BATCH, SEQUENCE
 from kvexport.graph.lowering.grouped import replace
-from kvexport.graph.lowering.sites import Site, attention_sites
+from kvexport.graph.lowering.sites import AttentionMatch, attention_sites
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
 DOMAIN = "com.microsoft"
@@ -54,14 +54,14 @@ class GroupQueryAttention(ir.passes.InPlacePass):
             ):
                 raise ir.passes.PostconditionError(f"the caches of {node.name} are not the graph's own")
 
-    def _takes(self, site: Site) -> bool:
+    def _takes(self, site: AttentionMatch) -> bool:
         plain = (
             site.mask.name == "mask.causal" and site.key_dim == site.value_dim and site.key_dim % _WIDTH == 0
         )
         return plain and (not self._only_unshared or site.heads == site.kv_heads)
 
 
-def _lower(model: ir.Model, site: Site) -> None:
+def _lower(model: ir.Model, site: AttentionMatch) -> None:
     graph = model.graph
     dtype = dtype_of(site.query)
     name = str(site.node.outputs[0].name)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import SEQUENCE
-from kvexport.graph.lowering.sites import Site, attention_sites, require_gone
+from kvexport.graph.lowering.sites import AttentionMatch, attention_sites, require_gone
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 from kvexport.graph.weights import largest
 
@@ -59,7 +59,9 @@ class GroupedAttention(ir.passes.InPlacePass):
             require_gone(model, "Attention")
 
 
-def grouped_attention(nodes: Nodes, site: Site, memories: Sequence[Memory], bias: ir.Value) -> ir.Value:
+def grouped_attention(
+    nodes: Nodes, site: AttentionMatch, memories: Sequence[Memory], bias: ir.Value
+) -> ir.Value:
     """Softmax(scale · Q Kᵀ + bias) V over the slots of all `memories`, one after another: [batch, H, sequence, value_dim].
 
     `bias` is [batch, 1 or H, sequence, slots of all].
@@ -100,7 +102,7 @@ def grouped_attention(nodes: Nodes, site: Site, memories: Sequence[Memory], bias
     )
 
 
-def bias_of(nodes: Nodes, site: Site) -> ir.Value:
+def bias_of(nodes: Nodes, site: AttentionMatch) -> ir.Value:
     """What is added to the site's scores: its own bias, or 0 where its mask is true; made once for all that share it.
 
     A hidden slot gets half of the lowest number, so that the sum with any score stays finite.
@@ -117,7 +119,7 @@ def bias_of(nodes: Nodes, site: Site) -> ir.Value:
     return site.mask
 
 
-def replace(model: ir.Model, site: Site, mixed: ir.Value) -> None:
+def replace(model: ir.Model, site: AttentionMatch, mixed: ir.Value) -> None:
     """Take the site's Attention out; `mixed` is read in its place, under its name."""
     (old,) = site.node.outputs
     ir.convenience.replace_all_uses_with(old, mixed)
@@ -179,7 +181,7 @@ def _regrouped(
     )
 
 
-def stem(site: Site) -> str:
+def stem(site: AttentionMatch) -> str:
     """What the names of a site's nodes begin with."""
     name = site.node.outputs[0].name
     assert name is not None

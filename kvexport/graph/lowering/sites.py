@@ -14,7 +14,7 @@ from kvexport.graph.nodes import sizes
 
 
 @dataclass(frozen=True)
-class Site:
+class AttentionMatch:
     """One layer's attention; H query heads, N KV heads, G = H / N.
 
     Where the layer evicts, `batch` is batch·N, H is G and N is 1; but for heads of their own (G = 1), which lie as always.
@@ -95,7 +95,7 @@ class Site:
         return self.mask.dtype != ir.DataType.BOOL
 
 
-def attention_sites(model: ir.Model) -> list[Site]:
+def attention_sites(model: ir.Model) -> list[AttentionMatch]:
     """Every Attention of the graph, in order.
 
     Raises:
@@ -125,7 +125,7 @@ def require_gone(model: ir.Model, *op_types: str) -> None:
             raise ir.passes.PostconditionError(f"{node.op_type} {node.name} is still in the graph")
 
 
-def _site(node: ir.Node) -> Site:
+def _site(node: ir.Node) -> AttentionMatch:
     inputs = [value for value in node.inputs if value is not None]
     if (
         len(inputs) != 4
@@ -137,7 +137,7 @@ def _site(node: ir.Node) -> Site:
     query, key, value, mask = inputs
     for cache in (key, value):
         _writer(cache)
-    return Site(node, query, key, value, mask, node.attributes["scale"].as_float())
+    return AttentionMatch(node, query, key, value, mask, node.attributes["scale"].as_float())
 
 
 def _writer(cache: ir.Value) -> ir.Node:

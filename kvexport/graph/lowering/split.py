@@ -21,7 +21,7 @@ from kvexport.bundle.graph_io import (
     update,
 )
 from kvexport.graph.lowering.grouped import Memory, bias_of, grouped_attention, replace
-from kvexport.graph.lowering.sites import Site, attention_sites, require_gone, require_sites
+from kvexport.graph.lowering.sites import AttentionMatch, attention_sites, require_gone, require_sites
 from kvexport.graph.lowering.split_evicting import SlotMasks
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
@@ -62,7 +62,7 @@ class SplitCache(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"output {output.name} still has the cache's size")
 
 
-def _split(model: ir.Model, site: Site, state_write: ir.Node | None) -> None:
+def _split(model: ir.Model, site: AttentionMatch, state_write: ir.Node | None) -> None:
     """Attend to the old cache and to the new tokens; give what the writes would have written."""
     graph, nodes = model.graph, Nodes(model.graph, dtype_of(site.query), before=site.node)
     writes = {KEY: site.key_write, VALUE: site.value_write} | (

@@ -10,7 +10,7 @@ import onnx_ir as ir
 from kvexport.bundle.graph_io import BUDGET, SEQUENCE
 from kvexport.eviction.config import STORED
 from kvexport.graph.eviction_inputs import STATE_DTYPE, row_of
-from kvexport.graph.lowering.sites import Site
+from kvexport.graph.lowering.sites import AttentionMatch
 from kvexport.graph.nodes import Nodes, sizes
 
 
@@ -21,7 +21,7 @@ class SlotMasks:
         self._graph = model.graph
         self._numbers: ir.Value | None = None
 
-    def see_new_tokens(self, site: Site, state_write: ir.Node) -> ir.Value:
+    def see_new_tokens(self, site: AttentionMatch, state_write: ir.Node) -> ir.Value:
         """Let the site's mask be made of the positions in the old slots and then of the new ones, not of the written state.
 
         Returns:
@@ -91,7 +91,7 @@ def _held(state_write: ir.Node) -> tuple[ir.Node, ir.Node]:
     return nodes[0], nodes[1]
 
 
-def _slot(site: Site) -> tuple[ir.Value, ir.Value]:
+def _slot(site: AttentionMatch) -> tuple[ir.Value, ir.Value]:
     """The slot of the first new token, and the slots in use before it, both float32 [batch·N, 1, 1, 1]."""
     node = site.write_indices.producer()
     for op_type in ("Cast", "Reshape"):

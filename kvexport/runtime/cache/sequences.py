@@ -55,7 +55,7 @@ class Sequences:
         self.__dict__.update(vars(Sequences.empty(self.kv)), changes=self.changes + 1)
 
 
-class Guard:
+class SessionLock:
     """Lets one thread in at a time, and none once its session is closed."""
 
     def __init__(self) -> None:
@@ -82,7 +82,7 @@ class Cache:
         sequences: the runtime's own; no caller needs it.
     """
 
-    def __init__(self, guard: Guard, sequences: Sequences, digest: str) -> None:
+    def __init__(self, guard: SessionLock, sequences: Sequences, digest: str) -> None:
         """
         Args:
             digest: the `manifest_sha256` of the bundle.

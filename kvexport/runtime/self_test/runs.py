@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.graph_io import STATE
-from kvexport.bundle.self_test_file import RANKED_BY_NORM, Vectors, steady
+from kvexport.bundle.self_test_file import RANKED_BY_NORM, ReferenceOutputs, steady
 from kvexport.eviction.config import LATER, SCORE, STORED
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.cache.device_arrays import from_float
@@ -46,7 +46,7 @@ class Runs:
         prompt: how many of them are the prompt.
     """
 
-    def __init__(self, bundle: Bundle, vectors: Vectors, decoder: Decoder) -> None:
+    def __init__(self, bundle: Bundle, vectors: ReferenceOutputs, decoder: Decoder) -> None:
         self._bundle, self._vectors, self._decoder = bundle, vectors, decoder
         self.tokens = vectors.tokens[: decoder.cache.limit]
         self.prompt = min(len(vectors.prompt), len(self.tokens))

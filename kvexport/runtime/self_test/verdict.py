@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from kvexport.bundle.bundle import DATA_FILE, Bundle
-from kvexport.bundle.self_test_file import Row, Tolerance, Vectors, read_vectors
+from kvexport.bundle.self_test_file import ReferenceOutputs, Row, Tolerance, read_reference_outputs
 from kvexport.errors import CannotRunHere
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.backends.select import Provider, choose, new_cache, open_decoder
@@ -117,7 +117,7 @@ def self_test(path: Path | str, provider: str = "auto") -> SelfTestReport:
     """
     bundle = Bundle.open(path)
     bundle.verify(name for name in bundle.files if name != DATA_FILE)
-    vectors = read_vectors(bundle)
+    vectors = read_reference_outputs(bundle)
     try:
         chosen = choose(bundle, provider)
     except OtherEngine as error:
@@ -137,7 +137,9 @@ def self_test(path: Path | str, provider: str = "auto") -> SelfTestReport:
     return examine(bundle, vectors, decoder, chosen)
 
 
-def examine(bundle: Bundle, vectors: Vectors, decoder: Decoder, provider: Provider) -> SelfTestReport:
+def examine(
+    bundle: Bundle, vectors: ReferenceOutputs, decoder: Decoder, provider: Provider
+) -> SelfTestReport:
     """The self-test from its second step on; `decoder` has a cache that grows, or one of a fixed size.
 
     Raises:
@@ -179,7 +181,7 @@ def examine(bundle: Bundle, vectors: Vectors, decoder: Decoder, provider: Provid
     )
 
 
-def check(name: str, rows: Sequence[Measured], vectors: Vectors, tolerance: Tolerance) -> Check:
+def check(name: str, rows: Sequence[Measured], vectors: ReferenceOutputs, tolerance: Tolerance) -> Check:
     """Rows from the vectors' first one on against theirs."""
     worst_logits, worst_norms, worst_choice = 0.0, 0.0, 0.0
     first: Where | None = None
