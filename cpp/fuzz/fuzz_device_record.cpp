@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "device_record.hpp"
-#include "error.hpp"
+#include "bundle/device_record.hpp"
+#include "bundle/error.hpp"
 
 using namespace kvexport::detail;
 

@@ -3,10 +3,10 @@
 #include <cstdlib>
 #include <string>
 
-#include "buffers.hpp"
-#include "error.hpp"
-#include "manifest.hpp"
-#include "sha256.hpp"
+#include "runtime/buffers.hpp"
+#include "bundle/error.hpp"
+#include "bundle/manifest.hpp"
+#include "bundle/sha256.hpp"
 
 using namespace kvexport::detail;
 

@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "error.hpp"
-#include "safetensors.hpp"
+#include "bundle/error.hpp"
+#include "bundle/safetensors.hpp"
 
 using namespace kvexport::detail;
 

@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "error.hpp"
-#include "vectors.hpp"
+#include "bundle/error.hpp"
+#include "bundle/self_test_file.hpp"
 
 using namespace kvexport::detail;
 

@@ -3,8 +3,8 @@
 #include <cstdlib>
 #include <string_view>
 
-#include "error.hpp"
-#include "text_file.hpp"
+#include "bundle/error.hpp"
+#include "bundle/text_file.hpp"
 
 using namespace kvexport::detail;
 

@@ -2,11 +2,11 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include "bundle.hpp"
+#include "bundle/bundle.hpp"
 #include "check.hpp"
-#include "error.hpp"
+#include "bundle/error.hpp"
 #include "files.hpp"
-#include "sha256.hpp"
+#include "bundle/sha256.hpp"
 
 using namespace kvexport::detail;
 

@@ -2,10 +2,10 @@
 #include <nlohmann/json.hpp>
 
 #include "check.hpp"
-#include "device_record.hpp"
-#include "error.hpp"
+#include "bundle/device_record.hpp"
+#include "bundle/error.hpp"
 #include "files.hpp"
-#include "json.hpp"
+#include "bundle/json.hpp"
 
 using namespace kvexport::detail;
 

@@ -5,10 +5,10 @@
 #include <limits>
 #include <random>
 
-#include "buffers.hpp"
+#include "runtime/buffers.hpp"
 #include "check.hpp"
-#include "eviction.hpp"
-#include "host_place.hpp"
+#include "runtime/eviction.hpp"
+#include "runtime/host_place.hpp"
 
 using namespace kvexport::detail;
 

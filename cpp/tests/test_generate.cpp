@@ -4,9 +4,9 @@
 #include <set>
 
 #include "check.hpp"
-#include "error.hpp"
-#include "generate.hpp"
-#include "sampling.hpp"
+#include "bundle/error.hpp"
+#include "runtime/generate.hpp"
+#include "runtime/sampling.hpp"
 
 using namespace kvexport::detail;
 

@@ -3,10 +3,10 @@
 #include <random>
 
 #include "check.hpp"
-#include "error.hpp"
+#include "bundle/error.hpp"
 #include "files.hpp"
-#include "json.hpp"
-#include "manifest.hpp"
+#include "bundle/json.hpp"
+#include "bundle/manifest.hpp"
 
 using namespace kvexport::detail;
 

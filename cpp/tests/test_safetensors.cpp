@@ -6,9 +6,9 @@
 #include <random>
 
 #include "check.hpp"
-#include "error.hpp"
+#include "bundle/error.hpp"
 #include "files.hpp"
-#include "safetensors.hpp"
+#include "bundle/safetensors.hpp"
 
 using namespace kvexport::detail;
 

@@ -1,5 +1,5 @@
 // The self-test on bundles of tests/cpp/test_cpp_self_test.py: sound engines are ok, each kind of fault gets its own verdict.
-#include "self_test.hpp"
+#include "runtime/self_test.hpp"
 
 #include <cmath>
 #include <cstring>
@@ -10,8 +10,8 @@
 #include <vector>
 
 #include "check.hpp"
-#include "error.hpp"
-#include "file.hpp"
+#include "bundle/error.hpp"
+#include "bundle/file.hpp"
 
 using namespace kvexport::detail;
 

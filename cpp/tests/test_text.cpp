@@ -5,10 +5,10 @@
 #include <thread>
 
 #include "check.hpp"
-#include "error.hpp"
-#include "file.hpp"
-#include "json.hpp"
-#include "text.hpp"
+#include "bundle/error.hpp"
+#include "bundle/file.hpp"
+#include "bundle/json.hpp"
+#include "text/text.hpp"
 
 using namespace kvexport::detail;
 

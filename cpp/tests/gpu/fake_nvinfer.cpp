@@ -18,7 +18,7 @@
 #include <vector>
 
 #include "fake_cuda.hpp"
-#include "ort_api.hpp"
+#include "engines/ort_api.hpp"
 
 namespace ort = kvexport::detail::ort;
 using nlohmann::json;

@@ -6,8 +6,8 @@
 #include <vector>
 
 #include "../check.hpp"
-#include "cuda_driver.hpp"
-#include "error.hpp"
+#include "engines/cuda_driver.hpp"
+#include "bundle/error.hpp"
 #include "fake_cuda.hpp"
 
 using namespace kvexport::detail;

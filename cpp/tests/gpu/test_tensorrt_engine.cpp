@@ -15,10 +15,10 @@
 #include <vector>
 
 #include "../check.hpp"
-#include "cache.hpp"
+#include "runtime/cache.hpp"
 #include "fake_cuda.hpp"
-#include "session.hpp"
-#include "sha256.hpp"
+#include "runtime/session.hpp"
+#include "bundle/sha256.hpp"
 
 using namespace kvexport::detail;
 namespace fs = std::filesystem;

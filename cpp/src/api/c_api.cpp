@@ -1,0 +1,374 @@
+// The C ABI over Session, Cache and generate. Nothing is thrown through it: every function that can fail catches all there is.
+#include <kvexport/kvexport.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <optional>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "runtime/cache.hpp"
+#include "bundle/error.hpp"
+#include "runtime/generate.hpp"
+#include "runtime/self_test.hpp"
+#include "runtime/session.hpp"
+
+using kvexport::detail::Code;
+using kvexport::detail::Failure;
+
+struct kvexport_error {
+  const Failure* failure;  // null: there was no memory to say what
+};
+
+struct kvexport_session {
+  std::shared_ptr<const kvexport::detail::Session> inside;
+  kvexport_info info;
+};
+
+struct kvexport_cache {
+  kvexport::detail::Cache inside;
+};
+
+namespace {
+
+const kvexport_error OUT_OF_MEMORY{nullptr};
+constexpr const char* NO_MEMORY = "there is not enough memory";
+
+kvexport_error* error_of(const Failure& failure) noexcept {
+  try {
+    auto kept = std::make_unique<const Failure>(failure);
+    return new kvexport_error{kept.release()};
+  } catch (...) {
+    return const_cast<kvexport_error*>(&OUT_OF_MEMORY);
+  }
+}
+
+template <typename Body>
+kvexport_error* guarded(Body body) noexcept {
+  try {
+    try {
+      body();
+      return nullptr;
+    } catch (const Failure& failure) {
+      return error_of(failure);
+    } catch (const std::bad_alloc&) {
+      return const_cast<kvexport_error*>(&OUT_OF_MEMORY);
+    } catch (const std::exception& other) {
+      return error_of(Failure(Code::cannot_run_here, "something went wrong inside kvexport", other.what()));
+    }
+  } catch (...) {
+    return const_cast<kvexport_error*>(&OUT_OF_MEMORY);
+  }
+}
+
+template <typename Pointer>
+void require_given(const Pointer* pointer, const char* name) {
+  if (pointer == nullptr) throw Failure(Code::usage, std::string(name) + " is NULL", "NULL", "a pointer");
+}
+
+// An array may be NULL only where it is empty.
+template <typename Value>
+void require_array(const Value* values, std::size_t count, const char* name) {
+  constexpr std::size_t most = PTRDIFF_MAX / sizeof(Value);
+  if (count > most) {
+    throw Failure(Code::usage, std::string("the count of ") + name + " is out of range", std::to_string(count),
+                  "at most " + std::to_string(most));
+  }
+  if (count != 0) require_given(values, name);
+}
+
+std::string string_of(const char* text, std::size_t length, const char* name) {
+  require_array(text, length, name);
+  return length == 0 ? std::string() : std::string(text, length);
+}
+
+// A struct of the caller, who may know fewer members than this library, or more.
+template <typename Struct>
+Struct read_struct(const Struct* given, Struct defaults) {
+  if (given == nullptr) return defaults;
+  std::size_t size = 0;
+  std::memcpy(&size, given, sizeof size);
+  if (size < sizeof size) {
+    throw Failure(Code::usage, "a struct's size is not set", std::to_string(size), std::to_string(sizeof(Struct)),
+                  "take the struct from its _defaults function");
+  }
+  std::memcpy(&defaults, given, std::min(size, sizeof(Struct)));
+  return defaults;
+}
+
+template <typename Struct>
+void write_struct(Struct* target, Struct values, const char* name) {
+  require_given(target, name);
+  if (target->size < sizeof target->size) {
+    throw Failure(Code::usage, "a struct's size is not set", std::to_string(target->size), std::to_string(sizeof(Struct)),
+                  std::string(name) + "->size = sizeof *" + name);
+  }
+  values.size = target->size;
+  std::memcpy(target, &values, std::min(target->size, sizeof(Struct)));
+}
+
+void* allocated(std::size_t bytes) {
+  void* memory = std::malloc(std::max<std::size_t>(bytes, 1));
+  if (memory == nullptr) throw std::bad_alloc();
+  return memory;
+}
+
+void give_ids(const std::vector<std::int64_t>& made, std::int64_t** ids, std::size_t* count) {
+  *ids = static_cast<std::int64_t*>(allocated(made.size() * sizeof(std::int64_t)));
+  std::copy(made.begin(), made.end(), *ids);
+  *count = made.size();
+}
+
+char* text_of(const std::string& made) {
+  auto* text = static_cast<char*>(allocated(made.size() + 1));
+  std::memcpy(text, made.c_str(), made.size() + 1);
+  return text;
+}
+
+kvexport::detail::Cache& free_of(kvexport_cache* cache) {
+  require_given(cache, "cache");
+  cache->inside.require_free();
+  return cache->inside;
+}
+
+kvexport_info info_of(const kvexport::detail::Session& session) {
+  const kvexport::detail::Manifest& manifest = session.manifest();
+  kvexport_info info{};
+  info.source = manifest.source_name.c_str();
+  info.dtype = name_of(manifest.dtype);
+  info.provider = session.engine->provider().c_str();
+  info.engine = session.engine->version().c_str();
+  info.vocab_size = manifest.vocab_size;
+  info.capacity = session.engine->capacity();
+  info.budget = manifest.eviction ? std::min(manifest.eviction->budget, info.capacity) : 0;
+  info.bos_token_id = manifest.bos_token_id.value_or(-1);
+  info.eos_token_ids = manifest.eos_token_ids.data();
+  info.eos_token_count = manifest.eos_token_ids.size();
+  info.has_text = session.text ? 1 : 0;
+  info.has_chat = session.text && session.text->chat() ? 1 : 0;
+  info.text_missing = session.text_missing.c_str();
+  return info;
+}
+
+kvexport::detail::GenerateOptions options_of(const kvexport_generate_options& given) {
+  kvexport::detail::GenerateOptions options;
+  options.max_new_tokens = given.max_new_tokens;
+  options.sampling.temperature = given.temperature;
+  if (given.temperature < 0) options.sampling.temperature = given.top_k > 0 || given.top_p < 1 ? 1 : 0;
+  options.sampling.top_k = given.top_k;
+  options.sampling.top_p = given.top_p;
+  if (given.seeded != 0) options.sampling.seed = given.seed;
+  if (given.own_stop_tokens == 0) {
+    require_array(given.stop_tokens, given.stop_token_count, "stop_tokens");
+    options.stop_tokens.emplace();
+    if (given.stop_token_count != 0) options.stop_tokens->assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
+  }
+  require_array(given.stop_texts, given.stop_text_count, "stop_texts");
+  require_array(given.stop_text_lengths, given.stop_text_count, "stop_text_lengths");
+  for (std::size_t index = 0; index < given.stop_text_count; ++index) {
+    options.stop_texts.push_back(string_of(given.stop_texts[index], given.stop_text_lengths[index], "stop_texts"));
+  }
+  return options;
+}
+
+}  // namespace
+
+extern "C" {
+
+int kvexport_error_code(const kvexport_error* error) {
+  if (error == nullptr) return 0;
+  return static_cast<int>(error->failure == nullptr ? Code::cannot_run_here : error->failure->code);
+}
+
+const char* kvexport_error_part(const kvexport_error* error, int part) {
+  if (error == nullptr) return "";
+  if (error->failure == nullptr) return part == KVEXPORT_MESSAGE || part == KVEXPORT_FAILED ? NO_MEMORY : "";
+  const Failure& failure = *error->failure;
+  switch (part) {
+    case KVEXPORT_MESSAGE: return failure.what();
+    case KVEXPORT_FAILED: return failure.failed.c_str();
+    case KVEXPORT_SEEN: return failure.seen.c_str();
+    case KVEXPORT_ALLOWED: return failure.allowed.c_str();
+    case KVEXPORT_FIX: return failure.fix.c_str();
+    default: return "";
+  }
+}
+
+void kvexport_error_free(kvexport_error* error) {
+  if (error == nullptr || error == &OUT_OF_MEMORY) return;
+  delete error->failure;
+  delete error;
+}
+
+const char* kvexport_version(void) { return KVEXPORT_VERSION; }
+
+kvexport_open_options kvexport_open_defaults(void) {
+  return {sizeof(kvexport_open_options), "auto", 0, 1, 128, "libonnxruntime-genai.so"};
+}
+
+kvexport_error* kvexport_open(const char* bundle, const kvexport_open_options* options, kvexport_session** session) {
+  return guarded([&] {
+    require_given(bundle, "bundle");
+    require_given(session, "session");
+    const kvexport_open_options given = read_struct(options, kvexport_open_defaults());
+    require_given(given.provider, "provider");
+    require_given(given.text_library, "text_library");
+    const kvexport::detail::OpenOptions wanted{given.provider, given.threads, given.verify != 0, given.chunk,
+                                               given.text_library};
+    auto inside = std::make_shared<const kvexport::detail::Session>(bundle, wanted);
+    const kvexport_info info = info_of(*inside);
+    *session = new kvexport_session{std::move(inside), info};
+  });
+}
+
+void kvexport_close(kvexport_session* session) { delete session; }
+
+const kvexport_info* kvexport_session_info(const kvexport_session* session) {
+  return session == nullptr ? nullptr : &session->info;
+}
+
+kvexport_error* kvexport_session_memory(const kvexport_session* session, int64_t capacity, kvexport_memory* memory) {
+  return guarded([&] {
+    require_given(session, "session");
+    const kvexport::detail::DeviceMemory device = session->inside->engine->device_memory();
+    write_struct(memory, {0, session->inside->bytes_of(capacity), session->inside->device.c_str(), device.free, device.total,
+                          device.weights, device.activations}, "memory");
+  });
+}
+
+kvexport_error* kvexport_encode(const kvexport_session* session, const char* text, size_t length, int special, int64_t** ids,
+                                size_t* count) {
+  return guarded([&] {
+    require_given(session, "session");
+    const std::string given = string_of(text, length, "text");
+    require_given(ids, "ids");
+    require_given(count, "count");
+    give_ids(session->inside->require_text().encode(given, special != 0), ids, count);
+  });
+}
+
+kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* ids, size_t count, char** text,
+                                size_t* length) {
+  return guarded([&] {
+    require_given(session, "session");
+    require_array(ids, count, "ids");
+    require_given(text, "text");
+    session->inside->require_ids(ids, count);
+    const std::string made = session->inside->require_text().decode(count == 0 ? std::vector<std::int64_t>()
+                                                                               : std::vector<std::int64_t>(ids, ids + count));
+    *text = text_of(made);
+    if (length != nullptr) *length = made.size();
+  });
+}
+
+kvexport_error* kvexport_turn(const kvexport_cache* cache, const char* text, size_t text_length, const char* system,
+                              size_t system_length, int64_t** ids, size_t* count) {
+  return guarded([&] {
+    require_given(cache, "cache");
+    const std::string given = string_of(text, text_length, "text");
+    require_given(ids, "ids");
+    require_given(count, "count");
+    std::optional<std::string> before;
+    if (system != nullptr || system_length != 0) before = string_of(system, system_length, "system");
+    give_ids(cache->inside.session().turn(given, before, cache->inside.empty()), ids, count);
+  });
+}
+
+void kvexport_ids_free(int64_t* ids) { std::free(ids); }
+
+void kvexport_text_free(char* text) { std::free(text); }
+
+kvexport_error* kvexport_cache_new(kvexport_session* session, int64_t capacity, kvexport_cache** cache) {
+  return guarded([&] {
+    require_given(session, "session");
+    require_given(cache, "cache");
+    *cache = new kvexport_cache{{session->inside, capacity}};
+  });
+}
+
+kvexport_error* kvexport_cache_load(kvexport_session* session, const char* file, int64_t capacity, kvexport_cache** cache) {
+  return guarded([&] {
+    require_given(session, "session");
+    require_given(file, "file");
+    require_given(cache, "cache");
+    std::unique_ptr<kvexport_cache> made(new kvexport_cache{{session->inside, capacity}});
+    made->inside.load(file);
+    *cache = made.release();
+  });
+}
+
+kvexport_error* kvexport_cache_save(kvexport_cache* cache, const char* file) {
+  return guarded([&] {
+    kvexport::detail::Cache& inside = free_of(cache);
+    require_given(file, "file");
+    inside.save(file);
+  });
+}
+
+kvexport_error* kvexport_cache_clear(kvexport_cache* cache) {
+  return guarded([&] {
+    free_of(cache).clear();
+  });
+}
+
+void kvexport_cache_free(kvexport_cache* cache) { delete cache; }
+
+size_t kvexport_cache_bytes(const kvexport_cache* cache) { return cache == nullptr ? 0 : cache->inside.bytes(); }
+
+int64_t kvexport_cache_length(const kvexport_cache* cache) { return cache == nullptr ? 0 : cache->inside.length(); }
+
+int64_t kvexport_cache_capacity(const kvexport_cache* cache) { return cache == nullptr ? 0 : cache->inside.capacity(); }
+
+kvexport_error* kvexport_prefill(kvexport_cache* cache, const int64_t* ids, size_t count, const float** logits) {
+  return guarded([&] {
+    kvexport::detail::Cache& inside = free_of(cache);
+    require_array(ids, count, "ids");
+    const float* made = inside.prefill(ids, count);
+    if (logits != nullptr) *logits = made;
+  });
+}
+
+kvexport_error* kvexport_step(kvexport_cache* cache, int64_t token, const float** logits) {
+  return guarded([&] {
+    const float* made = free_of(cache).step(token);
+    if (logits != nullptr) *logits = made;
+  });
+}
+
+kvexport_generate_options kvexport_generate_defaults(void) {
+  return {sizeof(kvexport_generate_options), 128, -1, 0, 1, 0, 0, 1, nullptr, 0, nullptr, nullptr, 0};
+}
+
+kvexport_error* kvexport_generate(kvexport_cache* cache, const int64_t* ids, size_t count,
+                                  const kvexport_generate_options* options, kvexport_on_token on_token, void* user,
+                                  int* finish) {
+  return guarded([&] {
+    kvexport::detail::Cache& inside = free_of(cache);
+    require_array(ids, count, "ids");
+    const auto wanted = options_of(read_struct(options, kvexport_generate_defaults()));
+    kvexport::detail::OnToken told;
+    if (on_token != nullptr) {
+      told = [&](std::int64_t token, std::string_view text) { return on_token(token, text.data(), text.size(), user) == 0; };
+    }
+    const auto ended = generate(inside, ids, count, wanted, told);
+    if (finish != nullptr) *finish = static_cast<int>(ended);
+  });
+}
+
+kvexport_error* kvexport_self_test(const kvexport_session* session, char** report) {
+  return guarded([&] {
+    require_given(session, "session");
+    require_given(report, "report");
+    *report = nullptr;
+    const kvexport::detail::SelfTestReport made = self_test(session->inside);
+    *report = text_of(made.json);
+    if (!made.ok) throw Failure(Code::gate_failed, made.verdict + ": " + made.said, "", "", made.fix);
+  });
+}
+
+}  // extern "C"

@@ -1,0 +1,146 @@
+#include "bundle/file.hpp"
+
+#include <fcntl.h>
+#include <sys/resource.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <cstring>
+#include <random>
+
+#include "bundle/error.hpp"
+
+namespace kvexport::detail {
+
+namespace {
+
+// With access to the file; the remedy depends on the reason.
+Failure cannot_read(const std::string& path, int reason) {
+  std::string fix;
+  if (reason == EACCES || reason == EPERM) fix = "let this user read it: chmod a+r " + path;
+  return {Code::usage, path + " cannot be read: " + std::strerror(reason), {}, {}, std::move(fix)};
+}
+
+}  // namespace
+
+File::File(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+  if (descriptor_ < 0) throw cannot_read(path, errno);
+  struct stat status {};
+  const int reason = ::fstat(descriptor_, &status) != 0 ? errno : S_ISDIR(status.st_mode) ? EISDIR : 0;
+  if (reason != 0 || !S_ISREG(status.st_mode)) {
+    ::close(descriptor_);
+    if (reason != 0) throw cannot_read(path, reason);
+    throw Failure(Code::usage, path + " cannot be read: it is no plain file");
+  }
+  size_ = static_cast<std::uint64_t>(status.st_size);
+}
+
+File::~File() { ::close(descriptor_); }
+
+void File::read(void* target, std::size_t bytes, std::uint64_t offset) const {
+  char* at = static_cast<char*>(target);
+  while (bytes != 0) {
+    const ssize_t found = ::pread(descriptor_, at, bytes, static_cast<off_t>(offset));
+    if (found < 0 && errno == EINTR) continue;
+    if (found < 0) throw cannot_read(path_, errno);
+    if (found == 0)
+      throw Failure(Code::usage,
+                    path_ + " ended while it was read: it is shorter than " + std::to_string(offset + bytes) + " bytes");
+    at += found, bytes -= static_cast<std::size_t>(found), offset += static_cast<std::uint64_t>(found);
+  }
+}
+
+std::optional<std::uint64_t> size_of_file(const std::string& path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) != 0 || !S_ISREG(status.st_mode)) return std::nullopt;
+  return static_cast<std::uint64_t>(status.st_size);
+}
+
+std::string read_file(const std::string& path, std::size_t most) {
+  const File file(path);
+  if (file.size() > most) {
+    throw Failure(Code::usage, path + " is larger than any such file", std::to_string(file.size()) + " bytes",
+                  "at most " + std::to_string(most) + " bytes");
+  }
+  std::string content(static_cast<std::size_t>(file.size()), '\0');
+  file.read(content.data(), content.size(), 0);
+  return content;
+}
+
+NewFile::NewFile(const std::string& path) : path_(path) {
+  struct stat status {};
+  if (::stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
+    throw Failure(Code::usage, path + " cannot be written: it is a folder", {}, {}, "name a file in it");
+  }
+  // Not mkstemp, whose files are their owner's alone: this one is as others that its user makes.
+  std::random_device random;
+  do {
+    temporary_ = path + "." + std::to_string(random()) + ".partial";
+    descriptor_ = ::open(temporary_.c_str(), O_WRONLY | O_CREAT | O_EXCL | O_CLOEXEC, 0666);
+  } while (descriptor_ < 0 && errno == EEXIST);
+  if (descriptor_ < 0) refuse("created");
+}
+
+NewFile::~NewFile() {
+  if (descriptor_ < 0) return;
+  ::close(descriptor_);
+  ::unlink(temporary_.c_str());
+}
+
+void NewFile::write(const void* data, std::size_t bytes) {
+  const char* at = static_cast<const char*>(data);
+  require_allowed(bytes);
+  while (bytes != 0) {
+    const ssize_t written = ::write(descriptor_, at, bytes);
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) refuse("written");
+    at += written, bytes -= static_cast<std::size_t>(written);
+  }
+}
+
+void NewFile::overwrite(const void* data, std::size_t bytes, std::uint64_t offset) {
+  const char* at = static_cast<const char*>(data);
+  while (bytes != 0) {
+    const ssize_t written = ::pwrite(descriptor_, at, bytes, static_cast<off_t>(offset));
+    if (written < 0 && errno == EINTR) continue;
+    if (written < 0) refuse("written");
+    at += written, bytes -= static_cast<std::size_t>(written), offset += static_cast<std::uint64_t>(written);
+  }
+}
+
+// Beyond the limit of a process's files the system ends the process where it does not expect the signal.
+void NewFile::require_allowed(std::size_t bytes) const {
+  struct rlimit limit {};
+  if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
+  const off_t written = ::lseek(descriptor_, 0, SEEK_CUR);
+  if (written >= 0 && static_cast<rlim_t>(written) + bytes <= limit.rlim_cur) return;
+  errno = EFBIG;
+  refuse("written");
+}
+
+void NewFile::commit() {
+  if (::fsync(descriptor_) != 0) refuse("written");
+  const int closed = ::close(descriptor_);
+  const int reason = errno;
+  descriptor_ = -1;
+  if (closed != 0 || ::rename(temporary_.c_str(), path_.c_str()) != 0) {
+    const int renamed = closed != 0 ? reason : errno;
+    ::unlink(temporary_.c_str());
+    errno = renamed;
+    refuse("written");
+  }
+}
+
+void NewFile::refuse(const char* doing) const {
+  const int reason = errno;
+  std::string fix;
+  if (reason == ENOSPC || reason == EDQUOT) fix = "make room, or write to another disk";
+  if (reason == EFBIG) fix = "allow larger files: ulimit -f unlimited";
+  if (reason == EACCES || reason == EPERM || reason == EROFS || reason == ENOENT || reason == ENOTDIR)
+    fix = "write to a folder that exists and that this user may write to";
+  const Code code = reason == ENOENT || reason == ENOTDIR ? Code::usage : Code::cannot_run_here;
+  throw Failure(code, path_ + " cannot be " + doing + ": " + std::strerror(reason), {}, {}, std::move(fix));
+}
+
+}  // namespace kvexport::detail

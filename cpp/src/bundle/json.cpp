@@ -1,0 +1,213 @@
+#include "bundle/json.hpp"
+
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <set>
+#include <utility>
+
+#include "bundle/error.hpp"
+
+namespace kvexport::detail {
+
+namespace {
+
+constexpr int deepest = 64;
+constexpr const char* wrong_type = "is missing or of the wrong type";
+
+// Throws instead of answering: what is refused is not built up first.
+class Limits {
+ public:
+  bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
+    if (event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start) {
+      if (depth >= deepest) throw std::length_error("it is nested deeper than " + std::to_string(deepest));
+      if (event == Json::parse_event_t::object_start) keys_.emplace_back();
+    } else if (event == Json::parse_event_t::object_end) {
+      keys_.pop_back();
+    } else if (event == Json::parse_event_t::key) {
+      if (!keys_.back().insert(parsed.get_ref<const std::string&>()).second)
+        throw std::invalid_argument("it has a key twice: " + shown(parsed));
+    }
+    return true;
+  }
+
+ private:
+  std::vector<std::set<std::string>> keys_;  // of the objects that are open
+};
+
+// The next character of sound UTF-8.
+char32_t next_character(std::string_view text, std::size_t& at) {
+  const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(i < text.size() ? text[i] : 0); };
+  const unsigned char first = byte(at);
+  const std::size_t more = first < 0x80 ? 0 : first < 0xE0 ? 1 : first < 0xF0 ? 2 : 3;
+  char32_t character = more == 0 ? first : first & (0x3FU >> more);
+  for (std::size_t i = 1; i <= more; ++i) character = character << 6 | (byte(at + i) & 0x3FU);
+  at += more + 1;
+  return character;
+}
+
+// Of a key, within a message.
+std::string named(const std::string& key) { return printable(key) ? key : shown(Json(key)); }
+
+bool is_whole(const Json& value) {
+  return value.is_number_integer() &&
+         (!value.is_number_unsigned() || value.get<std::uint64_t>() <= std::uint64_t{std::numeric_limits<std::int64_t>::max()});
+}
+
+}  // namespace
+
+Json parse_json(std::string_view text, const std::string& document, const std::string& fix) {
+  try {
+    if (text.find('\0') != std::string_view::npos) throw std::invalid_argument("it has a NUL byte");  // to the parser an end
+    return Json::parse(text.begin(), text.end(), Limits());
+  } catch (const std::exception& error) {
+    throw bundle_error(document + " cannot be read: " + error.what(), {}, {}, fix);
+  }
+}
+
+std::string shown(const Json& value) {
+  std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
+  if (text.size() > 80) text.resize(80);
+  return text;
+}
+
+bool printable(std::string_view text) {
+  for (std::size_t at = 0; at < text.size();) {
+    const char32_t c = next_character(text, at);
+    const bool formats = c == 0xAD || (c >= 0x200B && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) ||
+                         (c >= 0x2060 && c <= 0x206F) || c == 0xFEFF || (c >= 0xFFF9 && c <= 0xFFFB) || c >= 0xE0000;
+    if (c < 0x20 || (c >= 0x7F && c <= 0xA0) || formats) return false;
+  }
+  return true;
+}
+
+Reader::Reader(const Json& raw, std::string document, std::string where, std::string fix)
+    : raw_(&raw), document_(std::move(document)), where_(std::move(where)), fix_(std::move(fix)) {
+  if (raw.is_object()) return;
+  const std::string at = where_.empty() ? document_ : document_ + "'s " + where_.substr(0, where_.size() - 1);
+  throw bundle_error(at + " is not an object", shown(raw), {}, fix_);
+}
+
+bool Reader::has(const std::string& key) const {
+  const auto found = raw_->find(key);
+  return found != raw_->end() && !found->is_null();
+}
+
+const Json& Reader::any(const std::string& key) const {
+  const auto found = raw_->find(key);
+  if (found == raw_->end()) refuse(key, wrong_type);
+  return *found;
+}
+
+Reader Reader::table(const std::string& key) const {
+  static const Json none;
+  const auto found = raw_->find(key);
+  return {found == raw_->end() ? none : *found, document_, where_ + named(key) + ".", fix_};
+}
+
+Reader Reader::entry(const std::string& key) const {
+  return {any(key), document_, (where_.empty() ? where_ : where_.substr(0, where_.size() - 1)) + "['" + named(key) + "'].",
+          fix_};
+}
+
+std::string Reader::any_text(const std::string& key) const {
+  const Json& found = any(key);
+  if (!found.is_string()) refuse(key, wrong_type);
+  return found.get<std::string>();
+}
+
+std::string Reader::text(const std::string& key) const {
+  std::string found = any_text(key);
+  if (!printable(found)) refuse(key, "has characters that cannot be shown");
+  return found;
+}
+
+std::int64_t Reader::whole(const std::string& key) const {
+  const Json& found = any(key);
+  if (!is_whole(found)) refuse(key, wrong_type);
+  return found.get<std::int64_t>();
+}
+
+std::int64_t Reader::positive(const std::string& key) const {
+  const std::int64_t found = whole(key);
+  if (found < 1) refuse(key, "is impossible", "1 or more");
+  return found;
+}
+
+double Reader::number(const std::string& key) const {
+  const Json& found = any(key);
+  if (!found.is_number()) refuse(key, wrong_type);
+  const double value = found.get<double>();
+  if (!std::isfinite(value)) refuse(key, "is impossible", "a finite number");
+  return value;
+}
+
+bool Reader::truth(const std::string& key) const {
+  const Json& found = any(key);
+  if (!found.is_boolean()) refuse(key, wrong_type);
+  return found.get<bool>();
+}
+
+std::optional<std::int64_t> Reader::optional_whole(const std::string& key) const {
+  return has(key) ? std::optional(whole(key)) : std::nullopt;
+}
+
+std::optional<std::int64_t> Reader::optional_positive(const std::string& key) const {
+  return has(key) ? std::optional(positive(key)) : std::nullopt;
+}
+
+const Json& Reader::list(const std::string& key) const {
+  const Json& found = any(key);
+  if (!found.is_array()) refuse(key, wrong_type);
+  return found;
+}
+
+std::vector<Reader> Reader::each(const std::string& key) const {
+  std::vector<Reader> found;
+  for (const Json& item : list(key)) {
+    if (!item.is_object()) refuse(key, "is not a list of objects");
+    found.emplace_back(item, document_, where_ + key + "[" + std::to_string(found.size()) + "].", fix_);
+  }
+  return found;
+}
+
+std::vector<std::int64_t> Reader::wholes(const std::string& key) const {
+  std::vector<std::int64_t> found;
+  for (const Json& item : list(key)) {
+    if (!is_whole(item)) refuse(key, "is not a list of whole numbers");
+    found.push_back(item.get<std::int64_t>());
+  }
+  return found;
+}
+
+std::vector<double> Reader::numbers(const std::string& key) const {
+  std::vector<double> found;
+  for (const Json& item : list(key)) {
+    if (!item.is_number() || !std::isfinite(item.get<double>())) refuse(key, "is not a list of finite numbers");
+    found.push_back(item.get<double>());
+  }
+  return found;
+}
+
+std::vector<std::string> Reader::texts(const std::string& key) const {
+  std::vector<std::string> found;
+  for (const Json& item : list(key)) {
+    if (!item.is_string()) refuse(key, "is not a list of texts");
+    found.push_back(item.get<std::string>());
+  }
+  return found;
+}
+
+std::vector<std::string> Reader::keys() const {
+  std::vector<std::string> found;
+  for (const auto& [key, value] : raw_->items()) found.push_back(key);
+  return found;
+}
+
+void Reader::refuse(const std::string& key, const std::string& problem, const std::string& allowed) const {
+  const auto found = raw_->find(key);
+  throw bundle_error(document_ + "'s " + where_ + named(key) + " " + problem, found == raw_->end() ? "nothing" : shown(*found),
+                     allowed, fix_);
+}
+
+}  // namespace kvexport::detail

@@ -1,0 +1,105 @@
+#include "bundle/self_test_file.hpp"
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+
+#include "bundle/error.hpp"
+#include "bundle/file.hpp"
+#include "bundle/json.hpp"
+
+namespace kvexport::detail {
+
+namespace {
+
+constexpr const char* FILE_NAME = "self_test.json";
+constexpr const char* REBUILD = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE";
+constexpr std::int64_t FORMAT = 1;
+constexpr std::size_t LARGEST = std::size_t{1} << 26;  // bytes of the file
+
+std::vector<std::int64_t> ids(const Reader& raw, const char* key, std::int64_t vocab_size) {
+  std::vector<std::int64_t> found = raw.wholes(key);
+  const bool within = std::all_of(found.begin(), found.end(), [&](std::int64_t id) { return id >= 0 && id < vocab_size; });
+  if (!within) raw.refuse(key, "is not token ids", "0 to " + std::to_string(vocab_size - 1));
+  return found;
+}
+
+std::vector<double> numbers(const Reader& raw, const char* key, std::size_t count) {
+  std::vector<double> found = raw.numbers(key);
+  if (found.size() != count) raw.refuse(key, "has another length", std::to_string(count) + " numbers");
+  return found;
+}
+
+Row row_of(const Reader& raw, std::size_t values, const Manifest& manifest) {
+  const std::size_t layers = manifest.layers.size();
+  Row row;
+  row.rms = raw.number("rms"), row.margin = raw.number("margin"), row.likeliest = raw.whole("likeliest");
+  if (row.likeliest < 0 || row.likeliest >= manifest.vocab_size) raw.refuse("likeliest", "is no token id");
+  row.values = numbers(raw, "values", values);
+  row.key_norms = numbers(raw, "key_norms", layers), row.value_norms = numbers(raw, "value_norms", layers);
+  return row;
+}
+
+std::optional<std::int64_t> slots_of(const Reader& raw, const Manifest& manifest) {
+  (void)raw.any("slots");  // null says that there are none, and nothing says nothing
+  const std::optional<std::int64_t> slots = raw.optional_whole("slots");
+  if (slots.has_value() != manifest.eviction.has_value()) raw.refuse("slots", "contradicts the manifest's eviction");
+  if (!slots) return slots;
+  const Eviction& eviction = *manifest.eviction;
+  const std::int64_t least = eviction.protect_first + std::max<std::int64_t>(1, eviction.protect_recent) + 1;
+  if (*slots < least || *slots > eviction.budget) {
+    raw.refuse("slots", "is out of range", std::to_string(least) + " to " + std::to_string(eviction.budget));
+  }
+  return slots;
+}
+
+}  // namespace
+
+Vectors parse_vectors(std::string_view text, const Manifest& manifest, const std::string& document) {
+  const Json json = parse_json(text, document, REBUILD);
+  const Reader raw(json, document, {}, REBUILD);
+  if (raw.whole("format") != FORMAT) {
+    throw bundle_error(document + " is of a format that this version of kvexport does not read",
+                       "format " + std::to_string(raw.whole("format")), "format " + std::to_string(FORMAT),
+                       "update kvexport, or " + std::string(REBUILD));
+  }
+  Vectors vectors;
+  vectors.weights_sha256 = raw.text("weights_sha256");
+  vectors.tokens = ids(raw, "prompt", manifest.vocab_size);
+  vectors.prompt = static_cast<std::int64_t>(vectors.tokens.size());
+  if (vectors.tokens.empty()) raw.refuse("prompt", "is empty");
+  const std::vector<std::int64_t> continuation = ids(raw, "continuation", manifest.vocab_size);
+  vectors.tokens.insert(vectors.tokens.end(), continuation.begin(), continuation.end());
+  const auto tokens = static_cast<std::int64_t>(vectors.tokens.size());
+  if (tokens > manifest.capacity) {
+    raw.refuse("continuation", "makes more tokens than the capacity", std::to_string(manifest.capacity) + " with the prompt");
+  }
+  vectors.first_row = raw.whole("first_row");
+  if (vectors.first_row < 0 || vectors.first_row >= vectors.prompt) raw.refuse("first_row", "is no row of the prompt");
+  vectors.logit_indices = ids(raw, "logit_indices", manifest.vocab_size);
+  if (vectors.logit_indices.empty()) raw.refuse("logit_indices", "is empty");
+  vectors.slots = slots_of(raw, manifest);
+  if (vectors.slots && vectors.prompt > *vectors.slots) raw.refuse("prompt", "is longer than the slots");
+  for (const Reader& each : raw.each("rows")) vectors.rows.push_back(row_of(each, vectors.logit_indices.size(), manifest));
+  if (static_cast<std::int64_t>(vectors.rows.size()) != tokens - vectors.first_row) {
+    raw.refuse("rows", "has another length", std::to_string(tokens - vectors.first_row) + " rows");
+  }
+  const Reader tolerances = raw.table("tolerances");
+  for (const char* provider : {"cpu", "cuda", "tensorrt"}) {
+    const Reader of_provider = tolerances.table(provider);
+    for (const Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
+      const Reader each = of_provider.table(name_of(dtype));
+      vectors.tolerances[provider][static_cast<std::size_t>(dtype)] = {each.number("logits"), each.number("norms"),
+                                                                       each.number("tie")};
+    }
+  }
+  return vectors;
+}
+
+Vectors read_vectors(const Bundle& bundle) {
+  if (!bundle.manifest.has(FILE_NAME)) {
+    throw bundle_error("the bundle " + bundle.path + " has no " + FILE_NAME, {}, {}, REBUILD);
+  }
+  return parse_vectors(read_file(bundle.file(FILE_NAME), LARGEST), bundle.manifest, bundle.file(FILE_NAME));
+}
+
+}  // namespace kvexport::detail

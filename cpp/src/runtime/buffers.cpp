@@ -1,0 +1,165 @@
+#include "runtime/buffers.hpp"
+
+#include <algorithm>
+#include <cassert>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "bundle/error.hpp"
+
+namespace kvexport::detail {
+
+namespace {
+
+constexpr std::size_t ALIGNMENT = 256;
+
+std::size_t product(std::initializer_list<std::int64_t> factors) {
+  std::size_t whole = 1;
+  for (std::int64_t factor : factors) {
+    if (factor != 0 && whole > std::numeric_limits<std::size_t>::max() / 4 / static_cast<std::size_t>(factor)) {
+      throw Failure(Code::cannot_run_here, "there is not enough memory for the KV cache", "more bytes than can be counted", "",
+                    "make caches of a smaller capacity");
+    }
+    whole *= static_cast<std::size_t>(factor);
+  }
+  return whole;
+}
+
+std::size_t most_bytes(const Buffer& buffer) {
+  const std::size_t bytes = product({buffer.heads, buffer.most, static_cast<std::int64_t>(buffer.slot_bytes())});
+  return bytes + (ALIGNMENT - bytes % ALIGNMENT) % ALIGNMENT;
+}
+
+std::size_t sum(const std::vector<Buffer>& all) {
+  std::size_t bytes = 0;
+  for (const Buffer& buffer : all) bytes += most_bytes(buffer);
+  return bytes;
+}
+
+}  // namespace
+
+std::vector<Buffer> buffers_of(const Manifest& manifest, std::int64_t capacity) {
+  std::vector<Buffer> all;
+  for (std::size_t index = 0; index < manifest.layers.size(); ++index) {
+    const Layer& layer = manifest.layers[index];
+    const bool evicts = manifest.evicts(static_cast<std::int64_t>(index));
+    const auto add = [&](Which which, const char* name, std::int64_t width, Dtype dtype) {
+      const std::string end = "." + std::to_string(index) + "." + name;
+      const std::int64_t most = evicts ? std::min(manifest.eviction->budget, capacity) : capacity;
+      all.push_back({"past_key_values" + end, "present" + end, static_cast<int>(index), which, dtype, evicts,
+                     layer.num_key_value_heads, width, most});
+    };
+    add(Which::key, "key", layer.key_head_dim, manifest.dtype);
+    add(Which::value, "value", layer.value_head_dim, manifest.dtype);
+    if (evicts) add(Which::state, "state", 2, Dtype::float32);
+  }
+  return all;
+}
+
+Buffers::Buffers(const Manifest& manifest, std::int64_t capacity, Place& place, std::int64_t step)
+    : all(buffers_of(manifest, capacity)),
+      capacity(capacity),
+      bytes(sum(all)),
+      place(place),
+      step_(step == 0 ? capacity : step),
+      all_evict_(std::all_of(all.begin(), all.end(), [](const Buffer& buffer) { return buffer.evicts; })),
+      budget_(manifest.eviction ? manifest.eviction->budget : 0),
+      memory_(place.allocate(bytes), Release{&place}) {
+  assert(step == 0 || place.is_host());
+  std::size_t offset = 0;
+  for (Buffer& buffer : all) {
+    buffer.address = static_cast<char*>(memory_.get()) + offset;
+    offset += most_bytes(buffer);
+  }
+  reserve(1);
+}
+
+std::size_t Buffers::bytes_for(const Manifest& manifest, std::int64_t capacity) { return sum(buffers_of(manifest, capacity)); }
+
+void Buffers::reserve(std::int64_t tokens) {
+  assert(tokens <= capacity);
+  if (tokens <= laid_out) return;
+  const std::int64_t room = tokens > capacity - step_ ? capacity : (tokens + step_ - 1) / step_ * step_;
+  for (Buffer& buffer : all) {
+    const std::int64_t slots = std::min(room, buffer.most), before = buffer.slots;
+    if (slots == before) continue;
+    const std::size_t slot = buffer.slot_bytes();
+    if (before > 0) {
+      for (std::int64_t head = buffer.heads - 1; head > 0; --head) {
+        char* base = static_cast<char*>(buffer.address);
+        std::memmove(base + static_cast<std::size_t>(head * slots) * slot,
+                     base + static_cast<std::size_t>(head * before) * slot, static_cast<std::size_t>(before) * slot);
+      }
+    }
+    buffer.slots = slots;
+    blank(buffer, before, slots - before);
+  }
+  laid_out = all_evict_ && room >= budget_ ? capacity : room;
+  ++generation;
+}
+
+void Buffers::clear(float fill) {
+  fill_ = fill;
+  laid_out = 0;
+  for (Buffer& buffer : all) buffer.slots = 0;
+  reserve(1);
+}
+
+void Buffers::blank(const Buffer& buffer, std::int64_t first, std::int64_t slots) {
+  const std::size_t slot = buffer.slot_bytes(), bytes_of_head = static_cast<std::size_t>(slots) * slot;
+  std::vector<char> pattern;
+  if (fill_ != 0.0F && buffer.which != Which::state) {
+    const std::uint32_t bits = bits_of(fill_, buffer.dtype);
+    pattern.resize(bytes_of_head);
+    for (std::size_t at = 0; at < pattern.size(); at += size_of(buffer.dtype)) {
+      std::memcpy(pattern.data() + at, &bits, size_of(buffer.dtype));  // little-endian, as all that we run on
+    }
+  }
+  for (std::int64_t head = 0; head < buffer.heads; ++head) {
+    char* start = static_cast<char*>(buffer.address) + static_cast<std::size_t>(head * buffer.slots + first) * slot;
+    if (pattern.empty()) {
+      place.clear(start, bytes_of_head);
+    } else {
+      place.upload(start, pattern.data(), bytes_of_head);
+    }
+  }
+  place.synchronize();  // before the pattern is gone
+}
+
+std::uint32_t bits_of(float value, Dtype dtype) {
+  std::uint32_t bits = 0;
+  std::memcpy(&bits, &value, sizeof bits);
+  if (dtype == Dtype::float32) return bits;
+  if (dtype == Dtype::bfloat16) return bits >> 16U;
+  if (value == 0.0F) return bits >> 16U;
+  int exponent = 0;
+  const float fraction = std::frexp(std::fabs(value), &exponent);
+  assert(exponent > -14 && exponent <= 16 && "a normal number of float16");
+  const auto mantissa = static_cast<std::uint32_t>(std::ldexp(fraction, 11)) & 0x3ffU;
+  return ((bits >> 16U) & 0x8000U) | (static_cast<std::uint32_t>(exponent + 14) << 10U) | mantissa;
+}
+
+float as_float(const void* bits, Dtype dtype) {
+  if (dtype == Dtype::float32) {
+    float value = 0;
+    std::memcpy(&value, bits, sizeof value);
+    return value;
+  }
+  std::uint16_t half = 0;
+  std::memcpy(&half, bits, sizeof half);
+  if (dtype == Dtype::bfloat16) {
+    const std::uint32_t wide = static_cast<std::uint32_t>(half) << 16U;
+    float value = 0;
+    std::memcpy(&value, &wide, sizeof value);
+    return value;
+  }
+  const int exponent = (half >> 10U) & 0x1f;
+  const auto mantissa = static_cast<float>(half & 0x3ffU);
+  using Limits = std::numeric_limits<float>;
+  float value = exponent == 0 ? std::ldexp(mantissa, -24) : std::ldexp(mantissa + 1024, exponent - 25);
+  if (exponent == 0x1f) value = mantissa == 0 ? Limits::infinity() : Limits::quiet_NaN();
+  return (half & 0x8000U) != 0 ? -value : value;
+}
+
+}  // namespace kvexport::detail

@@ -1,0 +1,211 @@
+#include "runtime/cache.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <numeric>
+
+#include "bundle/error.hpp"
+
+namespace kvexport::detail {
+
+namespace {
+
+std::int64_t chunk_of(const Session& session, std::int64_t wanted) {
+  const auto& eviction = session.manifest().eviction;
+  const std::int64_t chunk = std::min(wanted == 0 ? session.chunk : wanted, session.engine->longest());
+  return eviction ? std::min(chunk, eviction->chunk()) : chunk;
+}
+
+std::int64_t step_of(const Engine& engine, std::int64_t wanted) {
+  return wanted == 0 || engine.step() == 0 ? engine.step() : wanted;
+}
+
+}  // namespace
+
+Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step, std::int64_t chunk)
+    : session_(std::move(session)),
+      capacity_(session_->capacity_of(capacity)),
+      most_chunk_(std::min(chunk_of(*session_, chunk), capacity_)),
+      chunk_(most_chunk_),
+      buffers_(session_->manifest(), session_->engine->fixed() ? session_->engine->capacity() : capacity_,
+               session_->engine->place(), step_of(*session_->engine, step)),
+      positions_(static_cast<std::size_t>(chunk_)),
+      indices_(static_cast<std::size_t>(chunk_)),
+      binding_(session_->engine->bind(buffers_)) {
+  if (session_->manifest().eviction) evictor_.emplace(session_->manifest(), buffers_);
+}
+
+void Cache::require_prefill(const std::int64_t* ids, std::size_t count) const {
+  require_whole();
+  if (count == 0 && empty()) throw Failure(Code::usage, "a prompt is empty", "", "", "give at least one token");
+  require_room(with(count), length_ == 0 ? "the prompt is longer than the cache's capacity"
+                                         : "the prompt does not fit behind what the cache holds");
+  session_->require_ids(ids, count);
+}
+
+const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
+  require_prefill(ids, count);
+  const auto whole = static_cast<std::int64_t>(count) + (pending_ ? 1 : 0);
+  if (pending_) {
+    ids_.assign(1, *pending_);
+    ids_.insert(ids_.end(), ids, ids + count);
+    ids = ids_.data();
+  }
+  if (whole == 0) {
+    const std::int64_t last = last_;
+    --length_;  // `run` counts it again
+    return run(&last, 1, 1, false, true);
+  }
+  const float* logits = nullptr;
+  for (std::int64_t start = 0; start < whole; start += chunk_) {
+    const std::int64_t here = std::min(chunk_, whole - start);
+    logits = run(ids + start, here, 1, start + here == whole);
+    pending_.reset();
+  }
+  return logits;
+}
+
+const float* Cache::step(std::int64_t token) {
+  require_whole();
+  session_->require_ids(&token, 1);
+  require_room(with(1), "the cache's capacity is exhausted");
+  if (pending_) feed_pending();
+  return run(&token, 1, 1, false);
+}
+
+const float* Cache::feed_pending() {
+  require_whole();
+  require_room(with(0), "the cache's capacity is exhausted");
+  const float* logits = run(&*pending_, 1, 1, false);
+  pending_.reset();
+  return logits;
+}
+
+std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count, std::size_t from) {
+  require_whole();
+  require_room(with(count), "the tokens exceed the cache's capacity");
+  session_->require_ids(ids, count);
+  const auto whole = static_cast<std::int64_t>(count), vocab = session_->manifest().vocab_size;
+  std::vector<float> scored;
+  scored.reserve((count - std::min(count, from)) * static_cast<std::size_t>(vocab));
+  for (std::int64_t start = 0; start < whole; start += chunk_) {
+    const std::int64_t here = std::min(chunk_, whole - start);
+    const std::int64_t wanted = std::min(here, start + here - static_cast<std::int64_t>(std::min(count, from)));
+    const float* logits = run(ids + start, here, std::max<std::int64_t>(1, wanted), start + here == whole);
+    if (wanted > 0) scored.insert(scored.end(), logits, logits + wanted * vocab);
+  }
+  return scored;
+}
+
+void Cache::clear(float fill) {
+  buffers_.clear(fill);
+  occupancy_ = {};
+  blocked_ = length_ = last_ = 0;
+  chunk_ = most_chunk_;
+  pending_.reset();
+  broken_ = false;
+}
+
+void Cache::block(std::int64_t slots) {
+  if (!evictor_) return;
+  buffers_.reserve(this->slots());
+  blocked_ = this->slots() - slots;
+  chunk_ = std::min(chunk_, slots);
+  evictor_->block(slots);
+}
+
+std::vector<std::int64_t> Cache::last() const {
+  std::vector<std::int64_t> ids;
+  if (length_ > 0) ids.push_back(last_);
+  if (pending_) ids.push_back(*pending_);
+  return ids;
+}
+
+const Buffer* Cache::buffer(int layer, Which which) const {
+  const auto found = std::find_if(buffers_.all.begin(), buffers_.all.end(),
+                                  [&](const Buffer& each) { return each.layer == layer && each.which == which; });
+  return found == buffers_.all.end() ? nullptr : &*found;
+}
+
+std::vector<float> Cache::read(const Buffer& buffer) const {
+  std::vector<char> bytes(buffer.bytes());
+  buffers_.place.download(bytes.data(), buffer.address, bytes.size());
+  buffers_.place.synchronize();
+  std::vector<float> values(bytes.size() / size_of(buffer.dtype));
+  for (std::size_t at = 0; at < values.size(); ++at) {
+    values[at] = as_float(bytes.data() + at * size_of(buffer.dtype), buffer.dtype);
+  }
+  return values;
+}
+
+void Cache::write_state(const Buffer& state, const std::vector<float>& values) {
+  buffers_.place.upload(state.address, values.data(), state.bytes());
+  buffers_.place.synchronize();
+}
+
+void Cache::require_whole() const {
+  if (!broken_) return;
+  throw Failure(Code::usage, "a call on this cache was broken off in its midst, so that what it holds is not known", "", "",
+                "begin anew: clear the cache");
+}
+
+void Cache::require_free() const {
+  if (!held_) return;
+  throw Failure(Code::usage, "the cache is in the midst of generating", "a call from the callback of its tokens", "",
+                "end the generation first: return false from on_token");
+}
+
+// Where so many cannot be counted, as many as can be.
+std::uint64_t Cache::with(std::size_t more) const {
+  const std::uint64_t held = static_cast<std::uint64_t>(length_) + (pending_ ? 1 : 0), whole = held + more;
+  return whole < held ? std::numeric_limits<std::uint64_t>::max() : whole;
+}
+
+void Cache::require_room(std::uint64_t tokens, const char* what) const {
+  const auto within = [tokens](std::int64_t most) { return tokens <= static_cast<std::uint64_t>(most); };
+  if (within(capacity_)) return;
+  const Manifest& manifest = session_->manifest();
+  const auto trained = manifest.max_position_embeddings;
+  const std::string enough = std::to_string(tokens) + " or more";
+  std::string fix = "shorten the text";
+  if (within(session_->engine->capacity())) {
+    fix = "make the cache with a capacity of " + enough;
+  } else if (within(manifest.capacity)) {
+    fix += ", or build the engine again with --capacity " + enough;
+  } else if (!trained || within(*trained)) {
+    fix += ", or build the bundle again with --capacity " + enough;
+  } else {
+    fix += ": the model was trained for " + std::to_string(*trained) + " positions";
+  }
+  throw Failure(Code::usage, what, std::to_string(tokens) + " tokens", "at most " + std::to_string(capacity_), fix);
+}
+
+// `count` tokens behind those that are held, of which the last `logits` get logits. There is room. `again`: a layer that evicts
+// has seen the one token already.
+const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink, bool again) {
+  broken_ = true;  // whatever goes wrong from here on leaves the cache half written
+  buffers_.reserve(length_ + count);
+  std::iota(positions_.begin(), positions_.begin() + count, length_);
+  std::iota(indices_.begin(), indices_.begin() + logits, count - logits);
+  Call call{ids, positions_.data(), count, admit(count, again), indices_.data(), logits, shrink};
+  const float* made = session_->engine->run(*binding_, call);
+  broken_ = false;
+  length_ += count;
+  last_ = ids[count - 1];
+  return made;
+}
+
+// What `write_index` must say of so many tokens; where layers evict, several make room first.
+std::int64_t Cache::admit(std::int64_t count, bool again) {
+  if (!evictor_) return length_;
+  const std::int64_t there = std::min(slots(), buffers_.laid_out), usable = there - blocked_;
+  if (count > 1 && occupancy_.filled > usable - count) {
+    evictor_->shrink(occupancy_.filled, usable - count, occupancy_.seen);
+    occupancy_.filled = usable - count;
+  }
+  return again ? occupancy_.last(usable, there) : occupancy_.take(count, usable, there);
+}
+
+std::int64_t Cache::slots() const { return std::min(session_->manifest().eviction->budget, buffers_.capacity); }
+
+}  // namespace kvexport::detail

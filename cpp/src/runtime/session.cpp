@@ -1,0 +1,146 @@
+#include "runtime/session.hpp"
+
+#include <algorithm>
+#include <exception>
+#include <future>
+#include <utility>
+
+#include "bundle/file.hpp"
+
+namespace kvexport::detail {
+
+namespace {
+
+constexpr std::size_t LARGEST_TEXT = std::size_t{1} << 24;  // bytes of text.json
+constexpr int MOST_THREADS = 1024;
+
+// "auto": an engine of the bundle that fits this machine, else CUDA, else the CPU; a damaged engine is no reason to go on.
+std::unique_ptr<Engine> open_engine(const Bundle& bundle, const OpenOptions& options) {
+  const std::string& provider = options.provider;
+  if (provider == "tensorrt") return open_tensorrt(bundle, options.verify);
+  if (provider == "cpu" || provider == "cuda") return open_onnxruntime(bundle, provider, options.threads);
+  if (provider != "auto") {
+    throw Failure(Code::usage, "there is no such provider", provider, "auto, cpu, cuda, tensorrt");
+  }
+  const auto tried = [](auto open) -> std::unique_ptr<Engine> {
+    try {
+      return open();
+    } catch (const Failure& failure) {
+      if (failure.code != Code::cannot_run_here) throw;
+      return nullptr;
+    }
+  };
+  std::unique_ptr<Engine> engine;
+  if (has_engine(bundle)) engine = tried([&] { return open_tensorrt(bundle, options.verify); });
+  if (!engine) engine = tried([&] { return open_onnxruntime(bundle, "cuda", options.threads); });
+  return engine ? std::move(engine) : open_onnxruntime(bundle, "cpu", options.threads);
+}
+
+Bundle open_bundle(const std::string& path, const OpenOptions& options) {
+  if (options.threads < 0 || options.threads > MOST_THREADS) {
+    throw Failure(Code::usage, "threads is out of range", std::to_string(options.threads),
+                  "0 (one a core) to " + std::to_string(MOST_THREADS));
+  }
+  if (options.chunk < 1) throw Failure(Code::usage, "chunk is out of range", std::to_string(options.chunk), "1 or more");
+  Bundle bundle = Bundle::open(path);
+  bundle.verify_all(false);
+  return bundle;
+}
+
+// The weights are hashed while they are loaded; damage explains whatever else went wrong. An engine of TensorRT has its own.
+std::unique_ptr<Engine> load(const Bundle& bundle, const OpenOptions& options) {
+  const bool own = options.provider == "tensorrt" || (options.provider == "auto" && has_engine(bundle));
+  const auto verify = [&bundle] { bundle.verify({data_file}); };
+  std::future<void> hashed;
+  if (options.verify && !own) hashed = std::async(std::launch::async, verify);
+  std::unique_ptr<Engine> engine;
+  std::exception_ptr failed;
+  try {
+    engine = open_engine(bundle, options);
+  } catch (...) {
+    failed = std::current_exception();
+  }
+  if (hashed.valid()) hashed.get();
+  if (failed) std::rethrow_exception(failed);
+  if (options.verify && own && engine->provider() != "tensorrt") verify();
+  return engine;
+}
+
+}  // namespace
+
+Session::Session(const std::string& path, const OpenOptions& options)
+    : bundle(open_bundle(path, options)),
+      engine(load(bundle, options)),
+      chunk(options.chunk),
+      verified(options.verify),
+      device(engine->device_memory().name) {
+  open_text(options.text_library);
+}
+
+Session::Session(Bundle opened, std::unique_ptr<Engine> made)
+    : bundle(std::move(opened)),
+      engine(std::move(made)),
+      chunk(OpenOptions().chunk),
+      verified(true),
+      device(engine->device_memory().name) {
+  open_text("");
+}
+
+std::int64_t Session::capacity_of(std::int64_t capacity) const {
+  const std::int64_t most = engine->capacity();
+  if (capacity == 0) return most;
+  if (capacity > 0 && capacity <= most) return capacity;
+  std::string fix = "build the bundle again with --capacity " + std::to_string(capacity) + " or more";
+  if (most < manifest().capacity) {
+    fix = "build the engine again with --capacity, at most " + std::to_string(manifest().capacity);
+  }
+  throw Failure(Code::usage, "the capacity of a cache is out of range", std::to_string(capacity),
+                "1 to " + std::to_string(most) + ", or 0 for as many as can be", capacity < 0 ? "" : fix);
+}
+
+std::size_t Session::bytes_of(std::int64_t capacity) const {
+  const std::int64_t asked = capacity_of(capacity);
+  return Buffers::bytes_for(manifest(), engine->fixed() ? engine->capacity() : asked);
+}
+
+// Token ids go on working where the library for text cannot be had.
+void Session::open_text(const std::string& library) {
+  if (!manifest().has(text_file)) {
+    text_missing = "the bundle " + bundle.path + " has no tokenizer";
+  } else if (library.empty()) {
+    text_missing = "it was opened without a library for text";
+  } else {
+    TextFile file = parse_text(read_file(bundle.file(text_file), LARGEST_TEXT));
+    try {
+      text = std::make_unique<Text>(bundle.path, std::move(file), library);
+    } catch (const Failure& failure) {
+      if (failure.code != Code::cannot_run_here) throw;
+      text_missing = failure.failed;
+      if (!failure.seen.empty()) text_missing += ": " + failure.seen;
+      if (!failure.allowed.empty()) text_missing += ", and not " + failure.allowed;
+      text_fix_ = failure.fix;
+    }
+  }
+}
+
+const Text& Session::require_text() const {
+  if (text) return *text;
+  throw Failure(Code::cannot_run_here, "this session takes and gives token ids only", text_missing, "",
+                text_fix_.empty() ? "call it with token ids, or see that text can be had: docs/embedding.md" : text_fix_);
+}
+
+void Session::require_ids(const std::int64_t* ids, std::size_t count) const {
+  const std::int64_t vocab = manifest().vocab_size;
+  const auto* wrong = std::find_if(ids, ids + count, [&](std::int64_t id) { return id < 0 || id >= vocab; });
+  if (wrong == ids + count) return;
+  throw Failure(Code::usage, "a token id is outside the vocabulary", std::to_string(*wrong),
+                "0 to " + std::to_string(vocab - 1));
+}
+
+std::vector<std::int64_t> Session::turn(const std::string& words, const std::optional<std::string>& system, bool begins) const {
+  std::vector<std::int64_t> ids = require_text().turn(words, system, begins);
+  if (ids.empty() && begins && manifest().bos_token_id) ids.push_back(*manifest().bos_token_id);
+  return ids;
+}
+
+}  // namespace kvexport::detail
