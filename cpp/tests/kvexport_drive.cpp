@@ -111,8 +111,8 @@ int main() {
     try {
       said["ok"] = answer(Json::parse(line));
     } catch (const kvexport::Error& error) {
-      said["error"] = {{"code", error.code()}, {"failed", error.failed()}, {"seen", error.seen()},
-                       {"allowed", error.allowed()}, {"fix", error.fix()}, {"message", error.what()}};
+      said["error"] = {{"code", error.code()}, {"failed", error.failed()}, {"got", error.got()},
+                       {"expected", error.expected()}, {"fix", error.fix()}, {"message", error.what()}};
     } catch (const std::exception& error) {
       said["wrong"] = error.what();
     }

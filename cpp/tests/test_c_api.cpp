@@ -87,7 +87,7 @@ TEST(an_error_has_all_its_parts) {
   CHECK_EQUAL(std::string(kvexport_error_part(made.get(), KVEXPORT_FIX)), "make one: kvexport build CHECKPOINT -o /nowhere");
   CHECK_EQUAL(std::string(kvexport_error_part(made.get(), 99)), "");
   const std::string whole = kvexport_error_part(made.get(), KVEXPORT_MESSAGE);
-  CHECK(whole.find("is no bundle") != std::string::npos && whole.find("\n  fix:     make one") != std::string::npos);
+  CHECK(whole.find("is no bundle") != std::string::npos && whole.find("\n  fix:      make one") != std::string::npos);
   CHECK_EQUAL(std::string(kvexport_version()), KVEXPORT_VERSION);
 }
 
@@ -209,7 +209,7 @@ TEST(counts_that_nothing_holds) {
   }
   for (const std::size_t count : {none / 32, std::size_t{61}}) {  // refused before an id is looked at
     const Error refused = error(kvexport_prefill(cache, &id, count, &logits));
-    CHECK_EQUAL(std::string(kvexport_error_part(refused.get(), KVEXPORT_SEEN)), std::to_string(count) + " tokens");
+    CHECK_EQUAL(std::string(kvexport_error_part(refused.get(), KVEXPORT_GOT)), std::to_string(count) + " tokens");
     CHECK_EQUAL(kvexport_error_code(refused.get()), static_cast<int>(KVEXPORT_USAGE));
     CHECK(error(kvexport_generate(cache, &id, count, nullptr, nullptr, nullptr, nullptr)) != nullptr);
   }
@@ -241,8 +241,8 @@ TEST(errors_of_the_header_can_be_copied) {
     CHECK(false);
   } catch (const kvexport::Error& thrown) {
     const kvexport::Error copy = thrown;
-    CHECK_EQUAL(std::string(copy.seen()), "99");
-    CHECK_EQUAL(std::string(copy.allowed()), "0 to 39");
+    CHECK_EQUAL(std::string(copy.got()), "99");
+    CHECK_EQUAL(std::string(copy.expected()), "0 to 39");
     CHECK_EQUAL(copy.code(), static_cast<int>(KVEXPORT_USAGE));
   }
 }

@@ -70,7 +70,7 @@ TEST(values_out_of_range) {
   };
   CHECK_THROWS_WITH(with(-1, 0, 1), "temperature");
   CHECK_THROWS_WITH(with(std::nan(""), 0, 1), "temperature");
-  CHECK_THROWS_WITH(with(1, -1, 1), "top_k is out of range\n  seen:    -1\n");
+  CHECK_THROWS_WITH(with(1, -1, 1), "top_k is out of range\n  got:      -1\n");
   CHECK_THROWS_WITH(with(1, 0, 0), "top_p");
   CHECK_THROWS_WITH(with(1, 0, 1.5), "top_p");
 }

@@ -12,7 +12,7 @@ package=libonnxruntime-dev
 
 fail() {  # CODE MESSAGE [FIX]
     echo "fetch_onnxruntime.sh: $2" >&2
-    [ $# -lt 3 ] || echo "  fix:     $3" >&2
+    [ $# -lt 3 ] || echo "  fix:      $3" >&2
     exit "$1"
 }
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 class Refused(Exception):
-    """An error of the library, with its parts: code, failed, seen, allowed, fix, message."""
+    """An error of the library, with its parts: code, failed, got, expected, fix, message."""
 
     def __init__(self, parts: dict[str, Any]) -> None:
         super().__init__(parts["message"])

@@ -114,7 +114,7 @@ def test_ids_outside_the_vocabulary_are_no_text(drive: Drive, session: Session) 
     for wrong in (-1, most, 2**32 + 5, -(2**32) + 5, 2**62):
         with pytest.raises(Refused, match="outside the vocabulary") as refused:
             drive("decode", session="s", ids=[5, wrong])
-        assert (refused.value.parts["seen"], refused.value.parts["allowed"]) == (
+        assert (refused.value.parts["got"], refused.value.parts["expected"]) == (
             str(wrong),
             f"0 to {most - 1}",
         )
@@ -164,7 +164,7 @@ def test_without_the_library_token_ids_go_on(built: Callable[[str], Path], bundl
             with pytest.raises(Refused, match="token ids only") as refused:
                 call()
             assert (
-                "/nowhere/libonnxruntime-genai.so" in refused.value.parts["seen"]
+                "/nowhere/libonnxruntime-genai.so" in refused.value.parts["got"]
                 and refused.value.parts["code"] == 3
             )
             assert str(refused.value).count("got:") == str(refused.value).count("fix:") == 1

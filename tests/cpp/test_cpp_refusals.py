@@ -39,7 +39,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bund
     drive.new(cache="untouched", capacity=100)
     for cache in ("c", "untouched"):
         drive.generate(tokens(80), cache=cache, max_new_tokens=4, stop_tokens=[])
-    for call, failed, seen, allowed in (
+    for call, failed, got, expected in (
         (lambda: drive.prefill([3, 40]), "a token id is outside the vocabulary", "40", "0 to 39"),
         (lambda: drive.prefill([-1]), "a token id is outside the vocabulary", "-1", "0 to 39"),
         (lambda: drive.step(40), "a token id is outside the vocabulary", "40", "0 to 39"),
@@ -70,7 +70,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bund
         ),
     ):
         parts = parts_of(call)
-        assert parts["failed"] == failed and seen in (None, parts["seen"]) and parts["allowed"] == allowed
+        assert parts["failed"] == failed and got in (None, parts["got"]) and parts["expected"] == expected
     assert (drive.prefill(tokens(16)) == drive.prefill(tokens(16), cache="untouched")).all()
     parts = parts_of(lambda: drive.step(1))
     assert parts["failed"] == "the cache's capacity is exhausted" and parts["fix"].startswith(
@@ -112,8 +112,8 @@ def test_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
         parts = parts_of(lambda capacity=capacity: drive.new(capacity=capacity))
         assert (
             parts["code"] == 2
-            and parts["seen"] == str(capacity)
-            and parts["allowed"].startswith(f"1 to {CAPACITY}")
+            and parts["got"] == str(capacity)
+            and parts["expected"].startswith(f"1 to {CAPACITY}")
         )
     assert drive.new(capacity=CAPACITY)["capacity"] == drive.new()["capacity"] == CAPACITY
 
@@ -178,7 +178,7 @@ def test_a_graph_that_is_not_the_manifests(drive: Drive, bundles: Path, tmp_path
         parts["code"] == 2
         and parts["failed"] == "an input of the bundle's graph is not what its manifest says"
     )
-    assert "past_key_values.0.key" in parts["seen"] and "past_key_values.0.key" in parts["allowed"]
+    assert "past_key_values.0.key" in parts["got"] and "past_key_values.0.key" in parts["expected"]
 
 
 def test_a_bundle_moved_while_open_and_sessions_side_by_side(
@@ -307,13 +307,13 @@ def test_a_prompt_beyond_the_bundle(drive: Drive, bundles: Path) -> None:
         == f"make the cache with a capacity of {CAPACITY} or more"
     )
     parts = parts_of(lambda: drive.prefill(tokens(40_000)))
-    assert parts["seen"] == "40000 tokens" and parts["fix"].startswith("shorten the text")
+    assert parts["got"] == "40000 tokens" and parts["fix"].startswith("shorten the text")
 
 
 def test_caches_that_do_not_fit_or_are_not_there(drive: Drive, bundles: Path, tmp_path: Path) -> None:
     path = saved(drive, bundles / "gqa", tmp_path / "cache")
     parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path), capacity=31))
-    assert parts["seen"] == "32 tokens" and parts["fix"] == "make the cache with a capacity of 32 or more"
+    assert parts["got"] == "32 tokens" and parts["fix"] == "make the cache with a capacity of 32 or more"
     assert (
         drive("load", session="s", cache="d", file=str(path), capacity=32)["length"] == 32
     )  # beside one that is pending

@@ -29,7 +29,7 @@ typedef struct kvexport_cache kvexport_cache;
 /* Of an error: as the exit codes of the command line. */
 enum { KVEXPORT_GATE_FAILED = 1, KVEXPORT_USAGE = 2, KVEXPORT_CANNOT_RUN_HERE = 3 };
 /* Parts of an error; a part that there is not is "". */
-enum { KVEXPORT_MESSAGE = 0, KVEXPORT_FAILED = 1, KVEXPORT_SEEN = 2, KVEXPORT_ALLOWED = 3, KVEXPORT_FIX = 4 };
+enum { KVEXPORT_MESSAGE = 0, KVEXPORT_FAILED = 1, KVEXPORT_GOT = 2, KVEXPORT_EXPECTED = 3, KVEXPORT_FIX = 4 };
 KVEXPORT_API int kvexport_error_code(const kvexport_error* error);
 KVEXPORT_API const char* kvexport_error_part(const kvexport_error* error, int part);
 KVEXPORT_API void kvexport_error_free(kvexport_error* error);

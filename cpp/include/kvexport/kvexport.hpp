@@ -27,14 +27,14 @@
 namespace kvexport {
 using Ids = std::vector<std::int64_t>;
 
-// What failed, the value seen, the values allowed, the command or option that helps; what() has all of them.
+// What failed, the value that was found, the values that are allowed, and how to fix it; what() has all of them.
 class Error : public std::exception {
  public:
   explicit Error(kvexport_error* error) : error_(error, kvexport_error_free) {}
   int code() const { return kvexport_error_code(error_.get()); }  // KVEXPORT_USAGE, ...
   const char* failed() const { return kvexport_error_part(error_.get(), KVEXPORT_FAILED); }
-  const char* seen() const { return kvexport_error_part(error_.get(), KVEXPORT_SEEN); }
-  const char* allowed() const { return kvexport_error_part(error_.get(), KVEXPORT_ALLOWED); }
+  const char* got() const { return kvexport_error_part(error_.get(), KVEXPORT_GOT); }
+  const char* expected() const { return kvexport_error_part(error_.get(), KVEXPORT_EXPECTED); }
   const char* fix() const { return kvexport_error_part(error_.get(), KVEXPORT_FIX); }
   const char* what() const noexcept override { return kvexport_error_part(error_.get(), KVEXPORT_MESSAGE); }
 

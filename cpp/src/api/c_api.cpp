@@ -192,8 +192,8 @@ const char* kvexport_error_part(const kvexport_error* error, int part) {
   switch (part) {
     case KVEXPORT_MESSAGE: return failure.what();
     case KVEXPORT_FAILED: return failure.failed.c_str();
-    case KVEXPORT_SEEN: return failure.seen.c_str();
-    case KVEXPORT_ALLOWED: return failure.allowed.c_str();
+    case KVEXPORT_GOT: return failure.got.c_str();
+    case KVEXPORT_EXPECTED: return failure.expected.c_str();
     case KVEXPORT_FIX: return failure.fix.c_str();
     default: return "";
   }

@@ -25,7 +25,7 @@ std::string read_manifest(const std::string& path) {
   try {
     return read_file(file, largest_manifest);
   } catch (const Failure& failure) {
-    throw bundle_error("the manifest of " + path + " cannot be read: " + failure.failed, failure.seen, failure.allowed,
+    throw bundle_error("the manifest of " + path + " cannot be read: " + failure.failed, failure.got, failure.expected,
                        failure.fix);
   }
 }

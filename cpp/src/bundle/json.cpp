@@ -204,10 +204,10 @@ std::vector<std::string> Reader::keys() const {
   return found;
 }
 
-void Reader::refuse(const std::string& key, const std::string& problem, const std::string& allowed) const {
+void Reader::refuse(const std::string& key, const std::string& problem, const std::string& expected) const {
   const auto found = raw_->find(key);
   throw bundle_error(document_ + "'s " + where_ + named(key) + " " + problem, found == raw_->end() ? "nothing" : shown(*found),
-                     allowed, fix_);
+                     expected, fix_);
 }
 
 }  // namespace kvexport::detail

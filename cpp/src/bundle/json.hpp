@@ -47,7 +47,7 @@ class Reader {
   std::vector<std::string> texts(const std::string& key) const;  // as any_text
   std::vector<std::string> keys() const;
 
-  [[noreturn]] void refuse(const std::string& key, const std::string& problem, const std::string& allowed = {}) const;
+  [[noreturn]] void refuse(const std::string& key, const std::string& problem, const std::string& expected = {}) const;
 
  private:
   const Json& list(const std::string& key) const;

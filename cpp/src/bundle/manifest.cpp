@@ -24,8 +24,8 @@ constexpr std::pair<const char*, Dtype> dtypes[] = {
     {"float32", Dtype::float32}, {"float16", Dtype::float16}, {"bfloat16", Dtype::bfloat16}};
 constexpr const char* policies[] = {"l2-norm", "window", "keep-high", "random"};
 
-Failure contradicts(const std::string& problem, const std::string& seen = {}, const std::string& allowed = {}) {
-  return bundle_error(problem, seen, allowed, rebuild);
+Failure contradicts(const std::string& problem, const std::string& got = {}, const std::string& expected = {}) {
+  return bundle_error(problem, got, expected, rebuild);
 }
 
 // The digest that the manifest gives of its own bytes, or "" where they do not have it: its digits count as zeros.
@@ -43,12 +43,12 @@ std::string digest_of(std::string_view text) {
 }
 
 Failure other_format(const Json& raw, const std::string& where) {
-  const Json& seen = raw.at("format");
+  const Json& got = raw.at("format");
   const auto written = raw.find("kvexport");
-  const bool older = seen.is_number_integer() && seen < format;
+  const bool older = got.is_number_integer() && got < format;
   return bundle_error(
       "the bundle " + where + " is of a format that this version of kvexport does not read",
-      "format " + shown(seen) + ", written by kvexport " + (written == raw.end() ? "of unknown version" : shown(*written)),
+      "format " + shown(got) + ", written by kvexport " + (written == raw.end() ? "of unknown version" : shown(*written)),
       "format " + std::to_string(format),
       older ? rebuild : std::string("update kvexport to that version or later, or ") + rebuild);
 }
@@ -91,8 +91,8 @@ std::map<std::string, FileEntry> files_of(const Reader& manifest) {
   return files;
 }
 
-Failure impossible(const std::string& problem, const std::string& seen) {
-  return contradicts("the manifest's eviction is impossible: " + problem, seen);
+Failure impossible(const std::string& problem, const std::string& got) {
+  return contradicts("the manifest's eviction is impossible: " + problem, got);
 }
 
 Eviction eviction_of(const Reader& raw) {
@@ -175,14 +175,14 @@ Json promised(const Manifest& manifest) {
 
 void require_graph(const Manifest& manifest, const Reader& reader) {
   const Reader graph = reader.table("graph");
-  const Json expected = promised(manifest);
+  const Json promised_graph = promised(manifest);
   for (const std::string& key : graph.keys()) {
-    if (!expected.contains(key)) graph.refuse(key, "is not known");
+    if (!promised_graph.contains(key)) graph.refuse(key, "is not known");
   }
-  for (const auto& [key, allowed] : expected.items()) {
-    if (graph.any(key) != allowed) {
+  for (const auto& [key, value] : promised_graph.items()) {
+    if (graph.any(key) != value) {
       throw contradicts("the manifest's graph." + key + " contradicts its layers, model, dtype or capacity",
-                        shown(graph.any(key)), shown(allowed));
+                        shown(graph.any(key)), shown(value));
     }
   }
 }

@@ -20,9 +20,9 @@ constexpr std::pair<const char*, std::uint64_t> dtypes[] = {{"F64", 8}, {"I64", 
                                                             {"U32", 4}, {"F16", 2}, {"BF16", 2}, {"I16", 2}, {"U16", 2},
                                                             {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
 
-Failure damaged(const std::string& where, const std::string& problem, const std::string& seen = {},
-                const std::string& allowed = {}) {
-  return {Code::usage, where + " is no sound safetensors file: " + problem, seen, allowed, "write it again"};
+Failure damaged(const std::string& where, const std::string& problem, const std::string& got = {},
+                const std::string& expected = {}) {
+  return {Code::usage, where + " is no sound safetensors file: " + problem, got, expected, "write it again"};
 }
 
 std::uint64_t little_endian(std::string_view bytes) {

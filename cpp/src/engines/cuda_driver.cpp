@@ -135,8 +135,8 @@ CudaDevice::CudaDevice(const char* library) : driver_(std::make_unique<CudaDrive
   int error = driver_->init(0);
   if (error == success) error = driver_->device_get(&device_, 0);
   if (error != success) {
-    const std::string seen = error == no_device ? "0 devices" : text_of(error);
-    throw Failure(Code::cannot_run_here, "CUDA finds no GPU", seen, "", elsewhere);
+    const std::string got = error == no_device ? "0 devices" : text_of(error);
+    throw Failure(Code::cannot_run_here, "CUDA finds no GPU", got, "", elsewhere);
   }
   require(driver_->context_retain(&context_, device_), "cuDevicePrimaryCtxRetain");
   try {

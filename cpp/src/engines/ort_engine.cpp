@@ -97,15 +97,15 @@ std::vector<Tensor> found(const OrtApi& api, const OrtSession* session, bool inp
 void require_contract(const OrtApi& api, const OrtSession* session, const Manifest& manifest) {
   for (const bool inputs : {true, false}) {
     const std::string kind = inputs ? "input" : "output";
-    const std::vector<Tensor> seen = found(api, session, inputs), allowed = promised(manifest, inputs);
-    if (seen.size() != allowed.size()) {
-      throw bundle_error("the bundle's graph has another number of " + kind + "s", std::to_string(seen.size()),
-                         std::to_string(allowed.size()));
+    const std::vector<Tensor> got = found(api, session, inputs), expected = promised(manifest, inputs);
+    if (got.size() != expected.size()) {
+      throw bundle_error("the bundle's graph has another number of " + kind + "s", std::to_string(got.size()),
+                         std::to_string(expected.size()));
     }
-    for (std::size_t index = 0; index < seen.size(); ++index) {
-      if (seen[index].text() != allowed[index].text()) {
-        throw bundle_error("an " + kind + " of the bundle's graph is not what its manifest says", seen[index].text(),
-                           allowed[index].text());
+    for (std::size_t index = 0; index < got.size(); ++index) {
+      if (got[index].text() != expected[index].text()) {
+        throw bundle_error("an " + kind + " of the bundle's graph is not what its manifest says", got[index].text(),
+                           expected[index].text());
       }
     }
   }

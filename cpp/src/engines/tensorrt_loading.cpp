@@ -116,9 +116,9 @@ std::optional<std::string> aliased_input(const Engine&, const char*, long) {
   return std::nullopt;
 }
 
-[[noreturn]] void refuse(const DeviceRecord& record, const std::string& what, const std::string& seen,
-                         const std::string& allowed) {
-  throw bundle_error("the engine " + record.directory + " " + what, seen, allowed, rebuild);
+[[noreturn]] void refuse(const DeviceRecord& record, const std::string& what, const std::string& got,
+                         const std::string& expected) {
+  throw bundle_error("the engine " + record.directory + " " + what, got, expected, rebuild);
 }
 
 }  // namespace
@@ -198,8 +198,8 @@ void require_contract(const LoadedEngine& loaded, const DeviceRecord& record, co
              tensor.output + " is " + name);
   }
   const auto require_type = [&](const std::string& name, const char* type) {
-    const std::string seen = type_of(engine.getTensorDataType(name.c_str()));
-    if (seen != type) refuse(record, "has another type of " + name, seen, type);
+    const std::string got = type_of(engine.getTensorDataType(name.c_str()));
+    if (got != type) refuse(record, "has another type of " + name, got, type);
   };
   for (const char* name : TOKEN_INPUTS) require_type(name, "int64");
   require_type("logits", "float32");

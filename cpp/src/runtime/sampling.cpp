@@ -16,11 +16,11 @@ namespace {
 constexpr std::size_t FIRST = 1024;
 
 template <typename Number>
-void require(bool passed, const char* name, Number seen, const char* allowed) {
+void require(bool passed, const char* name, Number got, const char* expected) {
   if (passed) return;
   std::ostringstream text;
-  text << seen;
-  throw Failure(Code::usage, std::string(name) + " is out of range", text.str(), allowed);
+  text << got;
+  throw Failure(Code::usage, std::string(name) + " is out of range", text.str(), expected);
 }
 
 }  // namespace

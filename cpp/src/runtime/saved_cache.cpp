@@ -42,8 +42,8 @@ std::string text_of(const std::vector<std::int64_t>& shape) {
   return "[" + text + "]";
 }
 
-Failure damaged(const std::string& file, const std::string& what, std::string seen = {}, std::string allowed = {}) {
-  return {Code::usage, "the saved cache " + file + " " + what, std::move(seen), std::move(allowed),
+Failure damaged(const std::string& file, const std::string& what, std::string got = {}, std::string expected = {}) {
+  return {Code::usage, "the saved cache " + file + " " + what, std::move(got), std::move(expected),
           "save it again, or begin with an empty cache"};
 }
 
@@ -113,10 +113,10 @@ class StateReader {
     return whole(key, list(key).at(0), least, most);
   }
   std::int64_t whole(const char* key, const Json& value, std::int64_t least, std::int64_t most) const {
-    const std::string allowed = std::to_string(least) + " to " + std::to_string(most);
+    const std::string expected = std::to_string(least) + " to " + std::to_string(most);
     if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<std::uint64_t>() > MOST) ||
         value.get<std::int64_t>() < least || value.get<std::int64_t>() > most) {
-      throw damaged(file_, std::string("has a state whose ") + key + " is out of range", shown(value), allowed);
+      throw damaged(file_, std::string("has a state whose ") + key + " is out of range", shown(value), expected);
     }
     return value.get<std::int64_t>();
   }

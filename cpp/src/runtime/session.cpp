@@ -116,8 +116,8 @@ void Session::open_text(const std::string& library) {
     } catch (const Failure& failure) {
       if (failure.code != Code::cannot_run_here) throw;
       text_missing = failure.failed;
-      if (!failure.seen.empty()) text_missing += ": " + failure.seen;
-      if (!failure.allowed.empty()) text_missing += ", and not " + failure.allowed;
+      if (!failure.got.empty()) text_missing += ": " + failure.got;
+      if (!failure.expected.empty()) text_missing += ", and not " + failure.expected;
       text_fix_ = failure.fix;
     }
   }

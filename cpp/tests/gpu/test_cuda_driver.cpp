@@ -50,7 +50,7 @@ TEST(no_driver_no_device_and_an_old_driver_are_told_apart) {
   CHECK_THROWS_WITH(CudaDevice("libno-such-driver.so.1"), "libno-such-driver.so.1");
   CHECK_THROWS_WITH(CudaDevice("libm.so.6"), "it has no cuInit");
   fake_cuda::settings().devices = 0;
-  CHECK_THROWS_WITH(CudaDevice(), "CUDA finds no GPU\n  seen:    0 devices");
+  CHECK_THROWS_WITH(CudaDevice(), "CUDA finds no GPU\n  got:      0 devices");
   require_nothing_left();
 }
 
@@ -89,7 +89,7 @@ TEST(too_little_memory_says_how_much_there_is) {
   {
     const auto place = open_cuda_place();
     CHECK_THROWS_WITH(place->allocate(1001), "there is not enough memory on Simulated 0");
-    CHECK_THROWS_WITH(place->allocate(1001), "1001 bytes more\n  allowed: 1000 bytes are free of 1000");
+    CHECK_THROWS_WITH(place->allocate(1001), "1001 bytes more\n  expected: 1000 bytes are free of 1000");
     void* fits = place->allocate(1000);
     place->release(fits);
   }
@@ -101,7 +101,7 @@ TEST(errors_have_cudas_name) {
   const auto place = open_cuda_place();
   char beyond[16];
   place->clear(beyond, 16);  // not the device's
-  CHECK_THROWS_WITH(place->synchronize(), "CUDA failed on Simulated 0\n  seen:    CUDA_ERROR_ILLEGAL_ADDRESS");
+  CHECK_THROWS_WITH(place->synchronize(), "CUDA failed on Simulated 0\n  got:      CUDA_ERROR_ILLEGAL_ADDRESS");
   fake_cuda::reset();
 }
 

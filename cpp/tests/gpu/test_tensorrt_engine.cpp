@@ -364,7 +364,7 @@ TEST(engines_that_do_not_fit_are_each_named) {
   fs::copy(engines(ANY) + "/engines/simulated", bundle.engine(), fs::copy_options::recursive);
   CHECK(opened(bundle.path) != nullptr);  // the second one
   fs::remove_all(bundle.path / "engines");
-  CHECK(has(refused(bundle.path), "has no engine that this machine can run\n  seen:    no engine"));
+  CHECK(has(refused(bundle.path), "has no engine that this machine can run\n  got:      no engine"));
 }
 
 TEST(damaged_plans) {
@@ -393,7 +393,7 @@ TEST(engines_that_are_not_as_recorded) {
   CHECK(has(refusal({{"capacity", 50}}, {}), "has another past_key_values.0.key"));
   CHECK(has(refusal({{"capacity", 50}}, {}), "60, "));
   CHECK(has(refusal({{"lowering", ANY == "std24" ? "decomposed17" : "std24"}}, {}), "takes or gives other tensors"));
-  CHECK(has(refusal({}, {{"on_host", "logits"}}), "wants a tensor in the host's memory\n  seen:    logits"));
+  CHECK(has(refusal({}, {{"on_host", "logits"}}), "wants a tensor in the host's memory\n  got:      logits"));
 #ifndef FAKE_TENSORRT_OLD
   CHECK(has(refusal({}, {{"apart", "present.1.value"}}), "does not write the cache in place"));
 #endif
