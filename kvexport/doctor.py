@@ -161,7 +161,7 @@ def examine(
         search: folders of installed packages; default `sys.path`.
         tools: folders of programs, as in PATH, which is the default.
     """
-    from kvexport import __version__
+    from kvexport.version import __version__
 
     machine = _machine(root, tools)
     packages = {

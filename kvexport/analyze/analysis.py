@@ -12,7 +12,6 @@ from typing import Any, TypedDict
 
 from torch import Tensor
 
-from kvexport import __version__
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
@@ -33,6 +32,7 @@ from kvexport.model.decoder import Decoder
 from kvexport.model.divergence import Divergence
 from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
+from kvexport.version import __version__
 
 TOKENS = 48  # of the window whose maps are kept: they grow with its square
 

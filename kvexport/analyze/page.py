@@ -13,11 +13,11 @@ import os
 from html import escape
 from pathlib import Path
 
-from kvexport import __version__
 from kvexport.analyze.analysis import Analysis, similarity_json
 from kvexport.analyze.sections import Section, sections
 from kvexport.errors import UsageError
 from kvexport.files.resources import resource
+from kvexport.version import __version__
 
 _MARK = '<meta name="generator" content="kvexport analyze'
 

@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from kvexport import __version__
 from kvexport.build.conversion_job import BuildOptions, BuildReport, Job, capacity_of
 from kvexport.build.float16_overflow import float32_exceptions
 from kvexport.build.text_files import write_text_files
@@ -30,6 +29,7 @@ from kvexport.model.hf_writer import HFCheckpointWriter, require_hf_checkpoint
 from kvexport.progress import Progress
 from kvexport.validate import ReferenceRecorder, prove
 from kvexport.validate.self_test_recorder import SelfTestRecorder
+from kvexport.version import __version__
 
 if TYPE_CHECKING:
     from kvexport.graph import GraphContract

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from kvexport.errors import UsageError
-
-if TYPE_CHECKING:
-    from kvexport.bundle.bundle import Bundle
 
 
 @dataclass(frozen=True)
@@ -31,18 +27,6 @@ class Chat:
     answer: str
     next: str
     strips: bool
-
-    @staticmethod
-    def of(bundle: Bundle) -> Chat | None:
-        """The bundle's, if it has one.
-
-        Raises:
-            BundleError: text.json is damaged.
-        """
-        from kvexport.bundle.text_file import text_of
-
-        found = text_of(bundle)
-        return None if found is None else found.chat
 
     def turn(self, text: str, system: str | None, begins: bool) -> str:
         """What to feed for a user's turn, up to where the assistant's begins; `begins`: it is the conversation's first.

@@ -75,8 +75,8 @@ class TextFile:
         return None
 
 
-def text_of(bundle: Bundle) -> TextFile | None:
-    """What the bundle says of its text, if it says it.
+def read_text_file(bundle: Bundle) -> TextFile | None:
+    """Read text.json; None if the bundle has none.
 
     Raises:
         BundleError: text.json is damaged, or its chat's strings do not give the text of its conversations.

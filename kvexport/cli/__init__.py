@@ -13,8 +13,8 @@ from typing import Any
 
 import click
 
-from kvexport import __version__
 from kvexport.errors import KvexportError
+from kvexport.version import __version__
 
 # What `kvexport --help` says of each verb, so that it need not be imported to say it.
 _VERBS = {

@@ -139,8 +139,8 @@ def _depths(text: str) -> tuple[int, ...]:
 
 
 def _line(session: Session, result: Result) -> dict[str, Any]:
-    from kvexport import __version__
     from kvexport.bundle.engine_record import manifest_digest
+    from kvexport.version import __version__
 
     bundle = session.bundle
     return {

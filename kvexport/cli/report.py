@@ -110,11 +110,12 @@ def print_bundle(bundle: Bundle, verified: bool) -> None:
 
 def _text(bundle: Bundle) -> str:
     from kvexport.bundle.bundle import TOKENIZER_FILE
-    from kvexport.bundle.chat_format import Chat
+    from kvexport.bundle.text_file import read_text_file
 
     if TOKENIZER_FILE not in bundle.files:
         return "token ids only"
-    chat = Chat.of(bundle)
+    text = read_text_file(bundle)
+    chat = None if text is None else text.chat
     if chat is None:
         return "no chat template"
     return "chat template" if chat.begin_system is not None else "chat template without a system prompt"

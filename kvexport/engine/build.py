@@ -17,7 +17,6 @@ from typing import Any
 
 import onnx_ir as ir
 
-from kvexport import __version__
 from kvexport.bundle.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import (
     CACHE_FILE,
@@ -45,6 +44,7 @@ from kvexport.errors import BundleError, UsageError
 from kvexport.files.atomic_directory import atomic_directory
 from kvexport.graph.lint import Parser, unfused_attention
 from kvexport.progress import Progress
+from kvexport.version import __version__
 
 # The most tokens of a call in the decode profile, which is optimised for one. If one were also the most, the engine would
 # lay every matrix out a second time for it: TensorRT-RTX 1.7.1 made 745 MiB of 417 MiB of weights, and makes 422 like this.

@@ -151,7 +151,7 @@ class DecoderWriter:
         Raises:
             UsageError: a weight does not fit the dtype.
         """
-        from kvexport import __version__
+        from kvexport.version import __version__
 
         nodes = self._nodes
         for value in (self._logits(final_norm, head), *self._written):

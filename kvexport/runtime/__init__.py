@@ -8,18 +8,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvexport.runtime.backends.base import DeviceMemory
     from kvexport.runtime.cache.sequences import Cache
     from kvexport.runtime.cache.usage import Memory
     from kvexport.runtime.generation import Generation, Stream
     from kvexport.runtime.opening import open_bundle
     from kvexport.runtime.session import Session
+    from kvexport.runtime.types import DeviceMemory
 
 __all__ = ["Cache", "DeviceMemory", "Generation", "Memory", "Session", "Stream", "open_bundle"]
 
 _LAZY = {
     "Cache": "cache.sequences",
-    "DeviceMemory": "backends.base",
+    "DeviceMemory": "types",
     "Generation": "generation",
     "Memory": "cache.usage",
     "Session": "session",

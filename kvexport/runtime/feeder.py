@@ -12,8 +12,9 @@ from numpy.typing import ArrayLike, NDArray
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import UsageError
-from kvexport.runtime.backends.base import Decoder, Ids, Logits
+from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.cache.sequences import Sequences, require_whole
+from kvexport.runtime.types import Ids, Logits
 
 Active = NDArray[np.bool_]
 

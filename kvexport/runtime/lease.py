@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from kvexport.errors import UsageError
-from kvexport.runtime.backends.base import Logits
 from kvexport.runtime.cache.sequences import Cache
 from kvexport.runtime.feeder import Active
+from kvexport.runtime.types import Logits
 
 if TYPE_CHECKING:
     from kvexport.runtime.session import Session

@@ -16,10 +16,9 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from kvexport.bundle.bundle import Bundle
-from kvexport.bundle.chat_format import Chat
 from kvexport.bundle.engine_record import manifest_digest
+from kvexport.bundle.text_file import read_text_file
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.runtime.backends.base import Ids, Logits
 from kvexport.runtime.backends.select import Provider, choose, open_decoder
 from kvexport.runtime.cache import saved_cache as saved
 from kvexport.runtime.cache.sequences import Cache, Sequences, SessionLock
@@ -29,6 +28,7 @@ from kvexport.runtime.generation import Generation, Stop, Stream, TokenLoop, gen
 from kvexport.runtime.lease import SequenceLease
 from kvexport.runtime.sampling import Sampling
 from kvexport.runtime.tokenizer import Tokenizer, Turn, tokenizer_of
+from kvexport.runtime.types import Ids, Logits
 
 Prompt = str | Sequence[int]
 Stops = str | Sequence[int | str]
@@ -94,7 +94,9 @@ class Session:
         self._decoder = open_decoder(bundle, chosen, threads=threads)
         self._feeder = PromptRunner(bundle, self._decoder, chunk, compress_once=compress_once)
         self.engine, self.capacity = chosen.version, self._decoder.cache.limit
-        self._tokenizer, self._chat = tokenizer_of(bundle), Chat.of(bundle)
+        text = read_text_file(bundle)
+        self._tokenizer = tokenizer_of(bundle, text)
+        self._chat = None if text is None else text.chat
         self._own = Sequences.empty(self._decoder.cache)
 
     def __enter__(self) -> Session:

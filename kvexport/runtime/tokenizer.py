@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kvexport.bundle.bundle import TOKENIZER_FILE, Bundle
-from kvexport.bundle.text_file import text_of
+from kvexport.bundle.text_file import TextFile
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 
 _INCOMPLETE = "\ufffd"  # what a tokenizer decodes the first bytes of a longer character to
@@ -15,7 +15,7 @@ _CONTEXT = 8  # tokens before the new ones that decoding must see to space them 
 _LONGEST = 4  # tokens of one character, where each holds a byte
 
 
-def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
+def tokenizer_of(bundle: Bundle, text: TextFile | None) -> Tokenizer | None:
     """The bundle's tokenizer, if it has one, and if it gives the token ids that it gave when the bundle was built.
 
     Raises:
@@ -24,8 +24,8 @@ def tokenizer_of(bundle: Bundle) -> Tokenizer | None:
     """
     if TOKENIZER_FILE not in bundle.files:
         return None
-    tokenizer, said = read_tokenizer(bundle.path), text_of(bundle)
-    differs = None if said is None else said.difference(tokenizer)
+    tokenizer = read_tokenizer(bundle.path)
+    differs = None if text is None else text.difference(tokenizer)
     if differs is not None:
         import tokenizers
 

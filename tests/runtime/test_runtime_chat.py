@@ -18,7 +18,7 @@ from kvexport.build.text_files import TEXTS, write_text_files
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.chat_format import Chat
 from kvexport.bundle.manifest import FileEntry
-from kvexport.bundle.text_file import parse_text, text_of
+from kvexport.bundle.text_file import parse_text, read_text_file
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.files.hashing import sha256_of
 from kvexport.progress import Progress
@@ -85,12 +85,12 @@ def test_written_and_read_again(tmp_path: Path, bundle: Callable[[], Bundle]) ->
         "chat_template": chat_templates.CHATML,
     }
     assert written(tmp_path, byte_level_tokenizer(), config) == []
-    found = text_of(bundle())
-    assert found is not None and found.chat == Chat.of(bundle()) and found.chat is not None
+    found = read_text_file(bundle())
+    assert found is not None and found.chat is not None
     assert [one.text for one in found.golden[: len(TEXTS)]] == list(TEXTS)
     assert {text for _, text in found.chat_golden} == {one.text for one in found.golden[len(TEXTS) :]}
     assert found.special_ids == (0,)
-    tokenizer = tokenizer_of(bundle())
+    tokenizer = tokenizer_of(bundle(), read_text_file(bundle()))
     assert tokenizer is not None and found.difference(tokenizer) is None
     assert json.loads((tmp_path / "genai_config.json").read_text())["model"]["eos_token_id"] == 0
     known = json.loads((tmp_path / "tokenizer_config.json").read_text())
@@ -100,12 +100,12 @@ def test_written_and_read_again(tmp_path: Path, bundle: Callable[[], Bundle]) ->
 
 def test_what_a_template_lacks_is_noted(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
     (note,) = written(tmp_path, byte_level_tokenizer(), {"chat_template": "{{ 1 }}"})
-    assert "cannot be reduced" in note and Chat.of(bundle()) is None
+    assert "cannot be reduced" in note and read_text_file(bundle()).chat is None
 
 
 def test_no_tokenizer_no_files(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
     write_text_files(tmp_path, tmp_path, capacity=64, vocab_size=320, bos=None, eos=(), progress=Progress())
-    assert list(tmp_path.iterdir()) == [] and text_of(bundle()) is None and Chat.of(bundle()) is None
+    assert list(tmp_path.iterdir()) == [] and read_text_file(bundle()) is None
 
 
 def test_sentencepiece_like_tokenizer_has_the_class_that_genai_reads_it_with(tmp_path: Path) -> None:
@@ -117,12 +117,12 @@ def test_sentencepiece_like_tokenizer_has_the_class_that_genai_reads_it_with(tmp
 
 def test_tokenizer_that_gives_other_ids_is_refused(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
     written(tmp_path, byte_level_tokenizer())
-    assert tokenizer_of(bundle()) is not None
+    assert tokenizer_of(bundle(), read_text_file(bundle())) is not None
     other = json.loads(byte_level_tokenizer())
     other["model"]["merges"] = other["model"]["merges"][1:]
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
     with pytest.raises(CannotRunHere, match="other token ids") as caught:
-        tokenizer_of(bundle())
+        tokenizer_of(bundle(), read_text_file(bundle()))
     assert "tokenizers " in str(caught.value) and "Once upon" in str(caught.value)
 
 
@@ -132,7 +132,7 @@ def test_tokenizer_that_decodes_otherwise_is_refused(tmp_path: Path, bundle: Cal
     raw["decoder"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
     with pytest.raises(CannotRunHere, match="other token ids"):
-        tokenizer_of(bundle())
+        tokenizer_of(bundle(), read_text_file(bundle()))
 
 
 def sound() -> dict[str, Any]:
@@ -205,7 +205,7 @@ def test_damaged_text_file_is_refused(
     edit(raw)
     (tmp_path / "text.json").write_text(json.dumps(raw))
     with pytest.raises(BundleError, match=r"text\.json") as caught:
-        text_of(bundle())
+        read_text_file(bundle())
     assert named in str(caught.value)
 
 
@@ -215,7 +215,7 @@ def test_text_file_that_is_no_json_is_refused(
 ) -> None:
     (tmp_path / "text.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"text\.json"):
-        text_of(bundle())
+        read_text_file(bundle())
 
 
 JSON = st.recursive(

@@ -5,43 +5,15 @@ Knows no engine, so that a session needs none but the one it runs on.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
-
-import numpy as np
-from numpy.typing import NDArray
 
 from kvexport.bundle import graph_io as contract
 from kvexport.runtime.cache.kv_cache import KvCache
-
-Ids = NDArray[np.int64]
-Logits = NDArray[np.float32]
+from kvexport.runtime.types import DeviceMemory, Ids, Logits
 
 TOKEN_INPUTS = tuple(
     spec.name for spec in contract.TOKEN_INPUTS
 )  # input_ids, position_ids, write_indices, logits_index
-
-
-@dataclass(frozen=True)
-class DeviceMemory:
-    """Bytes of a device, as far as the engine and the driver tell.
-
-    Attributes:
-        name: of the device.
-        free, total: of all its memory, as the driver says now.
-        loaded: by how much less was free once the graph or engine was loaded.
-        weights: of the engine; None where it does not tell.
-        activations: temporary values of a call, allocated once; None where ONNX Runtime allocates them as it goes.
-        kv: the cache.
-    """
-
-    name: str
-    free: int
-    total: int
-    loaded: int
-    weights: int | None
-    activations: int | None
-    kv: int
 
 
 class Decoder(Protocol):

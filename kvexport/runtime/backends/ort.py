@@ -14,9 +14,10 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from kvexport.runtime.backends.base import TOKEN_INPUTS, DeviceMemory, Ids, Logits
+from kvexport.runtime.backends.base import TOKEN_INPUTS
 from kvexport.runtime.cache.device_arrays import ALL_ROWS, ELEMENT_TYPES, HOST, OnDevice, Place, as_float32
 from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.types import DeviceMemory, Ids, Logits
 
 _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bfloat16)": "bfloat16"}
 

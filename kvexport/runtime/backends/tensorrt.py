@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.graph_io import STATE, present, slots_output, update
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.runtime.backends.base import TOKEN_INPUTS, DeviceMemory, Ids, Logits
+from kvexport.runtime.backends.base import TOKEN_INPUTS
 from kvexport.runtime.backends.tensorrt_loading import (
     engine_log,
     failure,
@@ -33,6 +33,7 @@ from kvexport.runtime.backends.tensorrt_loading import (
 from kvexport.runtime.backends.tensorrt_select import Engine
 from kvexport.runtime.cache.device_arrays import Device, DeviceArray, OnDevice, stored_as
 from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.types import DeviceMemory, Ids, Logits
 
 DECODE, PREFILL = 0, 1  # profiles
 

@@ -19,10 +19,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.errors import UsageError
-from kvexport.runtime.backends.base import Ids
 from kvexport.runtime.cache.device_arrays import stored_as
 from kvexport.runtime.cache.eviction import Occupancy
 from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.types import Ids
 
 KIND = "cache 1"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}

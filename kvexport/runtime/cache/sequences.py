@@ -14,9 +14,9 @@ from types import TracebackType
 import numpy as np
 
 from kvexport.errors import UsageError
-from kvexport.runtime.backends.base import Ids
 from kvexport.runtime.cache import saved_cache as saved
 from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.types import Ids
 
 
 @dataclass

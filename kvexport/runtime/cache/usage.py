@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from kvexport.bundle.bundle import Bundle
-from kvexport.runtime.backends.base import DeviceMemory
 from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.types import DeviceMemory
 
 
 @dataclass(frozen=True)

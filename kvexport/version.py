@@ -1,0 +1,3 @@
+"""Version of kvexport, for Python and C++."""
+
+__version__ = "0.1.0"
