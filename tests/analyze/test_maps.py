@@ -8,8 +8,8 @@ import math
 
 import pytest
 import torch
-from analyses import mean_pooled
-from decoders import STYLES, make_attention, make_decoder, random_inputs, random_windows
+from support.analyses import mean_pooled
+from support.decoders import STYLES, make_attention, make_decoder, random_inputs, random_windows
 from torch import Tensor
 
 from kvexport.analyze.maps import MapRecorder, attention_map, head_places, packed, parse_pairs

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from analyses import analysis_of
+from support.analyses import analysis_of
 
 from kvexport.analyze import LayerAnalysis, render, require_page, save
 from kvexport.analyze.charts import Axis, Line, from_zero, layer_axis, line_chart

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from analyses import TOKENS, analysis_of
-from browser import NAMES, Browser, browsing, find_browser
+from support.analyses import TOKENS, analysis_of
+from support.browser import NAMES, Browser, browsing, find_browser
 
 from kvexport.analyze import Analysis, render
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import make_decoder
-from tiny_bundles import byte_level_tokenizer
+from support.decoders import make_decoder
+from support.tiny_bundles import byte_level_tokenizer
 from torch import Tensor
 
 from kvexport.analyze.sample import shown_window, token_texts

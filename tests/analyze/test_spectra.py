@@ -7,9 +7,9 @@ import weakref
 
 import pytest
 import torch
-from decoders import STYLES, make_decoder, random_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoders import STYLES, make_decoder, random_windows
 from torch import Tensor
 
 from kvexport.analyze import compare

@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner, Result
-from tiny_bundles import decoder_with_fewer_heads, write_bundle
+from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bench import Plan, describe, measure, ratios, readings
 from kvexport.bundle.bundle import Bundle

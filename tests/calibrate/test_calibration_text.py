@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import make_decoder
+from support.decoders import make_decoder
 
 from kvexport.calibrate import calibration_windows, recipe_for
 from kvexport.calibrate.recipe import Recipe

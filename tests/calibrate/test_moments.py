@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import STYLES, make_attention, random_inputs
+from support.decoders import STYLES, make_attention, random_inputs
 from torch import Tensor
 
 from kvexport.calibrate import Moments, MomentsAccumulator, windows

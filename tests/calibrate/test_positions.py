@@ -6,9 +6,9 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from decoders import make_attention, make_decoder, random_inputs, random_windows, with_attention
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoders import make_attention, make_decoder, random_inputs, random_windows, with_attention
 from torch import Tensor
 
 from kvexport.calibrate import Moments, MomentsAccumulator, over_positions, windows

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from decoders import make_decoder
+from support.decoders import make_decoder
 from torch import Tensor
 
 from kvexport.calibrate import sampling, sampling_steps

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import make_attention, random_inputs
+from support.decoders import make_attention, random_inputs
 
 from kvexport.calibrate import Moments, MomentsAccumulator, Statistics, recipe_for, save_header, save_moments
 from kvexport.calibrate.moments import MOMENT_NAMES

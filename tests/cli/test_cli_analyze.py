@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bundles import byte_level_tokenizer
+from support.tiny_bundles import byte_level_tokenizer
 
 from kvexport.cli.analyze import command
 from kvexport.errors import UsageError

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import make_decoder
-from tiny_bundles import write_bundle
+from support.decoders import make_decoder
+from support.tiny_bundles import write_bundle
 
 from kvexport.cli import main
 from kvexport.devices.gpu import find_gpu

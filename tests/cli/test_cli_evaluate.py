@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_bundles import byte_level_tokenizer, write_bundle
+from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.cli import main
 from kvexport.model.checkpoint import Checkpoint

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import STYLES, make_decoder
-from tiny_bundles import decoder_with_fewer_heads, write_bundle
+from support.decoders import STYLES, make_decoder
+from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.cli import main
 from kvexport.devices.targets import known_targets, lowering_for, tensorrt_version

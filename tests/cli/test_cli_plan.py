@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_bundles import write_bundle
+from support.tiny_bundles import write_bundle
 
 from kvexport.cli import main
 from kvexport.model.loader import load_decoder

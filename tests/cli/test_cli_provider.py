@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import make_decoder
-from proved_bundles import export
-from simulated_device import SimulatedDevice, add_engine, only_gpu
-from tiny_bundles import byte_level_tokenizer, write_bundle
+from support.decoders import make_decoder
+from support.proved_bundles import export
+from support.simulated_device import SimulatedDevice, add_engine, only_gpu
+from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.cli import main
 from kvexport.cli.options import provider_option

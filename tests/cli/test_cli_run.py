@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
+from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
 
 from kvexport.cli import main
 from kvexport.runtime import open_bundle

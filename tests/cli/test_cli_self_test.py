@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import make_decoder
-from proved_bundles import broken
-from tiny_bundles import write_bundle
+from support.decoders import make_decoder
+from support.proved_bundles import broken
+from support.tiny_bundles import write_bundle
 
 from kvexport.cli import main
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import make_decoder
-from proved_bundles import broken, edit_graph, export, node_of
+from support.decoders import make_decoder
+from support.proved_bundles import broken, edit_graph, export, node_of
 
 from kvexport.cli import main
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import make_attention, random_inputs
-from layer_codes import code_of, converted_by, error, grouping_of, identity_code, measure, output
+from support.decoders import make_attention, random_inputs
+from support.layer_codes import code_of, converted_by, error, grouping_of, identity_code, measure, output
 from torch import Tensor
 
 from kvexport.convert.apply import LayerCode, apply_code

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import make_decoder, random_windows
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.decoders import make_decoder, random_windows
 from test_budget import made_up
 from torch import Tensor
 

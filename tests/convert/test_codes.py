@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_codes import loss
+from support.layer_codes import loss
 from torch import Tensor
 
 from kvexport.convert.codes import (

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversions import plain
-from decoders import STYLES, make_decoder, random_windows, with_attention
+from support.conversions import plain
+from support.decoders import STYLES, make_decoder, random_windows, with_attention
 from torch import Tensor
 
 from kvexport.calibrate import Moments, Statistics, recipe_for, save_header, save_moments, windows

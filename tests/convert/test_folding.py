@@ -6,8 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from decoders import make_attention, random_inputs
-from layer_codes import met
+from support.decoders import make_attention, random_inputs
+from support.layer_codes import met
 from torch import Tensor
 
 from kvexport.calibrate import Rotations

@@ -7,8 +7,18 @@ from itertools import pairwise
 
 import pytest
 import torch
-from decoders import make_attention, random_inputs
-from layer_codes import code_of, converted_by, error, grouping_of, loss, measure, met, output, predicted
+from support.decoders import make_attention, random_inputs
+from support.layer_codes import (
+    code_of,
+    converted_by,
+    error,
+    grouping_of,
+    loss,
+    measure,
+    met,
+    output,
+    predicted,
+)
 from torch import Tensor
 
 from kvexport.calibrate import Moments, windows

@@ -6,8 +6,8 @@ from dataclasses import replace
 
 import pytest
 import torch
-from decoders import make_attention, random_inputs
-from layer_codes import identity_code, met
+from support.decoders import make_attention, random_inputs
+from support.layer_codes import identity_code, met
 from torch import Tensor
 
 from kvexport.calibrate import Moments, Rotations

@@ -6,10 +6,10 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from decoders import STYLES, make_attention, random_inputs
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from layer_codes import output
+from support.decoders import STYLES, make_attention, random_inputs
+from support.layer_codes import output
 
 from kvexport.calibrate import Moments, MomentsAccumulator
 from kvexport.convert.permute import permuted, permuted_moments

@@ -7,7 +7,7 @@ from itertools import pairwise
 
 import pytest
 import torch
-from decoders import make_decoder, random_windows, with_attention
+from support.decoders import make_decoder, random_windows, with_attention
 from test_convert_pipeline import _watched
 from torch import Tensor
 

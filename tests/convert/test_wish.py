@@ -6,7 +6,7 @@ from itertools import combinations
 from typing import Any
 
 import pytest
-from decoders import make_attention
+from support.decoders import make_attention
 
 from kvexport.convert import CompressionRequest, KVShape, fixed_shape, methods_for, uniform_shape
 from kvexport.convert.budget import Widths

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoders import make_decoder
-from tiny_bundles import write_bundle
+from support.decoders import make_decoder
+from support.tiny_bundles import write_bundle
 
 from kvexport.eviction.config import POLICIES, Eviction
 

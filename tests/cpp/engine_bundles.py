@@ -14,9 +14,9 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
-from decoders import make_decoder
-from simulated_device import add_engine
-from tiny_bundles import write_bundle
+from support.decoders import make_decoder
+from support.simulated_device import add_engine
+from support.tiny_bundles import write_bundle
 
 from kvexport.bundle.engine_record import PLAN_FILE, PlanFile, read_record, write_record
 from kvexport.eviction.config import Eviction

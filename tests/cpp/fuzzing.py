@@ -19,8 +19,8 @@ from typing import Any
 import builds
 import golden
 import torch
-from decoders import make_decoder
-from tiny_bundles import byte_level_tokenizer, write_bundle
+from support.decoders import make_decoder
+from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.build.text_files import write_text_files
 from kvexport.progress import Progress

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoders import make_decoder
 from safetensors.torch import save_file
-from tiny_bundles import byte_level_tokenizer, write_bundle
+from support.decoders import make_decoder
+from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.bundle.engine_record import BuildRecord, PlanFile, Profile
 from kvexport.bundle.graph_io import cache_specs, contract

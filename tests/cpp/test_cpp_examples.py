@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from builds import ROOT, build
 from genai import genai_library
-from proved_bundles import broken
+from support.proved_bundles import broken
+from support.text_bundles import write_text_bundle
 from test_cpp_self_test import flip, vouch
-from text_bundles import write_text_bundle
 
 import kvexport
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from drive import Drive, Refused
 from genai import genai_library
-from text_bundles import write_text_bundle
-from tiny_bundles import edit_manifest
+from support.text_bundles import write_text_bundle
+from support.tiny_bundles import edit_manifest
 
 from kvexport.runtime import Session, open_bundle
 

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 from builds import build
-from bundle_handling import PROMPT, STRANGE, as_it_is, damaged, forbid_writing, on_a_full_disk
 from drive import Drive, Refused
-from simulated_device import add_engine
+from support.bundle_handling import PROMPT, STRANGE, as_it_is, damaged, forbid_writing, on_a_full_disk
+from support.simulated_device import add_engine
+from support.text_bundles import write_text_bundle
 from test_handling import generated as python_generated
-from text_bundles import write_text_bundle
 
 pytestmark = pytest.mark.slow
 

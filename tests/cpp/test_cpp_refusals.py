@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from bundles import CAPACITY
 from drive import Drive, Refused
+from support.tiny_bundles import edit_manifest
 from test_cpp_parity import data_of, opened, tokens
-from tiny_bundles import edit_manifest
 
 from kvexport.errors import KvexportError, UsageError
 

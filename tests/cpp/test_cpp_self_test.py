@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 from builds import build, environment
-from decoders import STYLES, make_decoder
-from proved_bundles import broken
-from tiny_bundles import put, write_bundle
-from wrong_vectors import WRONG
+from support.decoders import STYLES, make_decoder
+from support.proved_bundles import broken
+from support.tiny_bundles import put, write_bundle
+from support.wrong_vectors import WRONG
 
 from kvexport.bundle.self_test_file import FILE
 from kvexport.errors import KvexportError

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from builds import build, environment, require
 from genai import genai_library
-from tokenizer_shapes import shapes
+from support.tokenizer_shapes import shapes
 
 from kvexport.build.text_files import write_text_files
 from kvexport.bundle.text_file import parse_text

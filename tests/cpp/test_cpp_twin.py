@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import make_decoder
 from drive import Drive
-from tiny_bundles import write_bundle
+from support.decoders import make_decoder
+from support.tiny_bundles import write_bundle
 
 from kvexport.eviction.config import Eviction
 from kvexport.model import reference

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import make_decoder
-from tiny_bundles import write_bundle
+from support.decoders import make_decoder
+from support.tiny_bundles import write_bundle
 
 
 @pytest.fixture(scope="session")

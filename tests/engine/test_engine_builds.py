@@ -11,9 +11,9 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import STYLES, make_decoder
-from proved_bundles import broken, export
-from tiny_bundles import decoder_with_fewer_heads, write_bundle
+from support.decoders import STYLES, make_decoder
+from support.proved_bundles import broken, export
+from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport import __version__
 from kvexport.bundle.bundle import GRAPH_FILE

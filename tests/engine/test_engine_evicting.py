@@ -9,8 +9,8 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import STYLES, make_decoder
-from tiny_bundles import decoder_with_fewer_heads, write_bundle
+from support.decoders import STYLES, make_decoder
+from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import BuildRecord

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from graph_decoders import (
+from support.graph_decoders import (
     BLOOM,
     VOCAB,
     Caller,

@@ -11,7 +11,8 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from graph_decoders import (
+from numpy.typing import NDArray
+from support.graph_decoders import (
     BLOOM,
     LLAMA,
     QWEN2,
@@ -24,7 +25,6 @@ from graph_decoders import (
     open_session,
     slopes_of,
 )
-from numpy.typing import NDArray
 
 from kvexport.bundle.graph_io import past, present, sized, update
 from kvexport.eviction.config import POLICIES, Eviction

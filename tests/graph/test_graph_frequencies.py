@@ -8,8 +8,8 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import make_decoder, random_windows, with_attention
-from graph_decoders import disagreement, quiet, rounded, write
+from support.decoders import make_decoder, random_windows, with_attention
+from support.graph_decoders import disagreement, quiet, rounded, write
 
 from kvexport.convert import KVShape, LayerPlan, convert, methods_for
 from kvexport.graph import GRAPH_FILE

@@ -7,11 +7,11 @@ import os
 from pathlib import Path
 
 import pytest
-from graph_decoders import BLOOM, LLAMA, QWEN2, Shape, make_decoder, slopes_of, write
+from support.graph_decoders import BLOOM, LLAMA, QWEN2, Shape, make_decoder, slopes_of, write
 
 from kvexport.graph import GRAPH_FILE, render
 
-GOLDEN = Path(__file__).resolve().parent.parent / "golden"
+GOLDEN = Path(__file__).resolve().parent / "golden"
 FAMILIES = {
     "llama": (make_decoder([Shape(kv_heads=2)] * 2), "float32"),
     "mistral": (make_decoder([Shape(kv_heads=2, window=16)] * 2), "float16"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from graph_decoders import BLOOM, LLAMA, Shape, Style, make_decoder, slopes_of, write
+from support.graph_decoders import BLOOM, LLAMA, Shape, Style, make_decoder, slopes_of, write
 
 from kvexport.graph import GRAPH_FILE, GraphContract
 

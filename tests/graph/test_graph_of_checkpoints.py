@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from graph_decoders import Caller, open_session, write
+from support.graph_decoders import Caller, open_session, write
 
 from kvexport.model.loader import load_decoder
 

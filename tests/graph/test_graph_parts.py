@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from graph_decoders import (
+from support.graph_decoders import (
     BLOOM,
     LLAMA,
     VOCAB,

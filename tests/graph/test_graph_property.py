@@ -7,9 +7,9 @@ import tempfile
 from pathlib import Path
 
 import pytest
-from graph_decoders import LLAMA, Shape, Style, disagreement, make_decoder, open_session, write
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.graph_decoders import LLAMA, Shape, Style, disagreement, make_decoder, open_session, write
 
 EVEN = st.integers(1, 6).map(lambda half: 2 * half)
 

@@ -11,9 +11,9 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import make_decoder, random_windows
-from graph_decoders import disagreement, quiet, rounded, write
-from tiny_bundles import write_bundle
+from support.decoders import make_decoder, random_windows
+from support.graph_decoders import disagreement, quiet, rounded, write
+from support.tiny_bundles import write_bundle
 
 from kvexport.convert import KVShape, LayerPlan, convert, trained_shape
 from kvexport.convert.methods import METHODS

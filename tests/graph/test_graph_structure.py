@@ -12,7 +12,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from graph_decoders import BLOOM, LLAMA, Shape, make_decoder, quiet, slopes_of, write
+from support.graph_decoders import BLOOM, LLAMA, Shape, make_decoder, quiet, slopes_of, write
 
 from kvexport.errors import UsageError
 from kvexport.graph import DATA_FILE, GRAPH_FILE, GraphContract, render

@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
-from graph_decoders import Shape, make_decoder, write
+from support.graph_decoders import Shape, make_decoder, write
 
 from kvexport.errors import UsageError
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter

@@ -9,7 +9,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
-from lint_graphs import OLDER_CASES, RTX, RTX_CASES, UNFUSED, WRONG, attention, one
+from support.lint_graphs import OLDER_CASES, RTX, RTX_CASES, UNFUSED, WRONG, attention, one
 
 from kvexport.graph.lint import Parser, lint, refusals, unfused_attention
 from kvexport.graph.lint_rules import RULES, operator

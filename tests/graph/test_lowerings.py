@@ -8,7 +8,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from graph_decoders import Shape, disagreement, make_decoder, quiet, rounded, write
+from support.graph_decoders import Shape, disagreement, make_decoder, quiet, rounded, write
 from test_graph_equals_reference import DECODERS
 
 from kvexport.bundle.graph_io import DATA_FILE, LOWERED_FILES

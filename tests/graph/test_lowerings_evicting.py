@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from graph_decoders import BLOOM, LLAMA, QWEN2, Shape, make_decoder, mapped, quiet, slopes_of
+from support.graph_decoders import BLOOM, LLAMA, QWEN2, Shape, make_decoder, mapped, quiet, slopes_of
 from test_graph_evicting import CASES, disagreement, write
 
 from kvexport.bundle.graph_io import present

@@ -11,7 +11,8 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
-from graph_decoders import (
+from onnx.reference import ReferenceEvaluator
+from support.graph_decoders import (
     LLAMA,
     QWEN2,
     VOCAB,
@@ -23,7 +24,6 @@ from graph_decoders import (
     rounded,
     write,
 )
-from onnx.reference import ReferenceEvaluator
 from test_lowerings import LOWERED
 
 from kvexport.build.float16_overflow import LARGEST, float32_exceptions

@@ -8,8 +8,8 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
-from decoders import STYLES, make_decoder, random_windows, with_attention
-from healing import Job, mapped, mean_kl
+from support.decoders import STYLES, make_decoder, random_windows, with_attention
+from support.healing import Job, mapped, mean_kl
 
 from kvexport.errors import UsageError
 from kvexport.heal import HealOptions, heal

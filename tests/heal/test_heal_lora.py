@@ -6,8 +6,8 @@ import sys
 
 import pytest
 import torch
-from decoders import STYLES, random_windows, with_attention
-from healing import Job, disturbed, mapped, mean_kl
+from support.decoders import STYLES, random_windows, with_attention
+from support.healing import Job, disturbed, mapped, mean_kl
 
 from kvexport.errors import CannotRunHere
 from kvexport.model.decoder import tensors_of

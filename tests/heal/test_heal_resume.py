@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from decoders import random_windows
-from healing import Job
+from support.decoders import random_windows
+from support.healing import Job
 
 from kvexport.errors import UsageError
 from kvexport.heal import Healed
@@ -83,7 +83,7 @@ def test_a_process_killed_outright_leaves_a_state_that_can_be_used(tmp_path: Pat
     script = """
         import os, signal, sys
         from pathlib import Path
-        from healing import Job
+        from support.healing import Job
         from kvexport.progress import Progress
 
         class Kill(Progress):

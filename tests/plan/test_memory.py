@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from anchors import CONFIGS
+from support.anchors import CONFIGS
 
 from kvexport.engine.options import CHUNK
 from kvexport.plan.memory import kv_bytes_per_token, largest_context, memory, precision, weight_bytes

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from anchors import CONFIGS
-from tiny_bundles import write_bundle
+from support.anchors import CONFIGS
+from support.tiny_bundles import write_bundle
 
 from kvexport.bundle.manifest import Manifest, read_manifest
 from kvexport.devices.targets import load_target

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from anchors import CONFIGS
-from tiny_bundles import decoder_with_fewer_heads, write_bundle
+from support.anchors import CONFIGS
+from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.devices.targets import load_target
 from kvexport.errors import BundleError, UsageError

@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from anchors import CONFIGS, PARAMETERS
-from conversions import plain
-from tiny_bundles import decoder_with_fewer_heads, write_bundle
+from support.anchors import CONFIGS, PARAMETERS
+from support.conversions import plain
+from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bundle.manifest import read_manifest
 from kvexport.errors import CheckpointError, UsageError

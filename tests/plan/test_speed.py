@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from anchors import CONFIGS, FITTED, HELD_OUT, PREFILL_SECONDS, SLOWER, Anchor
+from support.anchors import CONFIGS, FITTED, HELD_OUT, PREFILL_SECONDS, SLOWER, Anchor
 
 from kvexport.devices.targets import load_target
 from kvexport.plan.memory import precision

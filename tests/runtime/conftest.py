@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
+from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
 
 from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle

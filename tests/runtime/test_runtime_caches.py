@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 from numpy.typing import NDArray
-from simulated_device import SimulatedDevice, add_engine, only_gpu
+from support.simulated_device import SimulatedDevice, add_engine, only_gpu
+from support.tiny_bundles import byte_level_tokenizer, write_bundle
 from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, random_decoder, tokens
-from tiny_bundles import byte_level_tokenizer, write_bundle
 
 import kvexport
 from kvexport.bundle.bundle import Bundle

@@ -8,11 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import chat_templates
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_bundles import byte_level_tokenizer
+from support import chat_templates
+from support.tiny_bundles import byte_level_tokenizer
 
 from kvexport.build.text_files import TEXTS, write_text_files
 from kvexport.bundle.bundle import Bundle

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
-from simulated_device import SimulatedDevice, onnxruntime_on
-from tiny_bundles import exact_logits, write_bundle
+from support.simulated_device import SimulatedDevice, onnxruntime_on
+from support.tiny_bundles import exact_logits, write_bundle
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.devices.gpu import find_gpu

@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import make_decoder
 from numpy.typing import NDArray
-from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
+from support.decoders import make_decoder
+from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import UsageError

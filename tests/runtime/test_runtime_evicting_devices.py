@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated_device import SimulatedDevice, add_engine, only_gpu
+from support.simulated_device import SimulatedDevice, add_engine, only_gpu
+from support.tiny_bundles import write_bundle
 from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, differences, random_decoder, tokens
-from tiny_bundles import write_bundle
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import BundleError, UsageError

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decoders import make_decoder
+from support.decoders import make_decoder
+from support.tiny_bundles import write_bundle
 from test_runtime_evicting import Oracle, tokens
 from test_runtime_in_place import _resettable
-from tiny_bundles import write_bundle
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.eviction.config import Eviction

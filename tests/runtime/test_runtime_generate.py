@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
+from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
 
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder

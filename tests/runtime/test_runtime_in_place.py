@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bundles import write_bundle
+from support.tiny_bundles import write_bundle
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.model.loader import load_decoder

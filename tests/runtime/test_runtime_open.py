@@ -10,7 +10,7 @@ from pathlib import Path
 
 import onnxruntime
 import pytest
-from tiny_bundles import edit_manifest, write_bundle
+from support.tiny_bundles import edit_manifest, write_bundle
 
 import kvexport
 from kvexport.bundle.bundle import Bundle

@@ -17,9 +17,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
-from simulated_device import SimulatedDevice, add_engine, only_gpu
+from support.simulated_device import SimulatedDevice, add_engine, only_gpu
+from support.tiny_bundles import write_bundle
 from test_runtime_evicting import BUDGET, CAPACITY, random_decoder, tokens
-from tiny_bundles import write_bundle
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import KvexportError, UsageError

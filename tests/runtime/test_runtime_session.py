@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny_bundles import exact_logits, write_bundle
+from support.tiny_bundles import exact_logits, write_bundle
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere, UsageError

@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-from simulated_device import CHUNK, SimulatedDevice, add_engine, simulated_tensorrt
-from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
+from support.simulated_device import CHUNK, SimulatedDevice, add_engine, simulated_tensorrt
+from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.engine_record import read_record, write_record

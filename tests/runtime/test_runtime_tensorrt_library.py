@@ -9,9 +9,9 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import make_decoder
-from simulated_device import SimulatedDevice, _Context, _Engine, _RuntimeConfig, simulated_tensorrt
-from tiny_bundles import write_bundle
+from support.decoders import make_decoder
+from support.simulated_device import SimulatedDevice, _Context, _Engine, _RuntimeConfig, simulated_tensorrt
+from support.tiny_bundles import write_bundle
 
 import kvexport.runtime
 from kvexport.errors import CannotRunHere

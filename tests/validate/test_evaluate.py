@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_bundles import byte_level_tokenizer, write_bundle
+from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.calibrate.text import tokenize
 from kvexport.errors import BundleError, UsageError

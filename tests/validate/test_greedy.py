@@ -9,8 +9,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import STYLES, make_decoder
-from tiny_bundles import write_bundle
+from support.decoders import STYLES, make_decoder
+from support.tiny_bundles import write_bundle
 from torch import Tensor
 
 from kvexport.bundle.bundle import Bundle

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decoders import make_decoder, random_windows
+from support.decoders import make_decoder, random_windows
 
 from kvexport.errors import BundleError
 from kvexport.model import reference

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from damages import DAMAGES, SUBTLE_DAMAGES
-from decoders import make_decoder
-from proved_bundles import broken, export
+from support.damages import DAMAGES, SUBTLE_DAMAGES
+from support.decoders import make_decoder
+from support.proved_bundles import broken, export
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.progress import Progress

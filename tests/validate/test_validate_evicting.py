@@ -10,8 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from decoders import make_decoder
-from proved_bundles import broken, export
+from support.decoders import make_decoder
+from support.proved_bundles import broken, export
 
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.errors import BundleError
@@ -118,7 +118,7 @@ def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
 def test_a_manifest_whose_eviction_cannot_be_is_told(
     change: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
-    from tiny_bundles import edit_manifest
+    from support.tiny_bundles import edit_manifest
 
     bundle = exported(tmp_path / "bundle")
     edit_manifest(bundle, lambda manifest: manifest["eviction"].update(change))
@@ -130,7 +130,7 @@ def test_a_manifest_whose_eviction_cannot_be_is_told(
 
 
 def test_a_twin_of_a_larger_budget_is_told(tmp_path: Path) -> None:
-    from tiny_bundles import edit_manifest
+    from support.tiny_bundles import edit_manifest
 
     bundle = exported(tmp_path / "bundle")
     edit_manifest(bundle, lambda manifest: manifest["eviction"].update(budget=12))

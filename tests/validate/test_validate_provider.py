@@ -11,10 +11,10 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
-from decoders import make_decoder
-from proved_bundles import broken, edit_graph, export, node_of
-from simulated_device import SimulatedDevice, add_engine, only_gpu
-from tiny_bundles import byte_level_tokenizer, write_bundle
+from support.decoders import make_decoder
+from support.proved_bundles import broken, edit_graph, export, node_of
+from support.simulated_device import SimulatedDevice, add_engine, only_gpu
+from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.bundle.bundle import GRAPH_FILE
 from kvexport.errors import BundleError, CannotRunHere, UsageError

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from decoders import make_decoder
-from proved_bundles import export
+from support.decoders import make_decoder
+from support.proved_bundles import export
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere

@@ -14,10 +14,10 @@ from importlib.metadata import distribution
 from pathlib import Path
 
 import pytest
-from decoders import make_decoder
-from proved_bundles import export
+from support.decoders import make_decoder
+from support.proved_bundles import export
+from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
 from test_packaging import CHECKOUT, tree, wheel
-from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
 
 pytestmark = pytest.mark.slow
 

@@ -14,7 +14,13 @@ from typing import Any
 
 import numpy as np
 import pytest
-from tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, put, write_bundle
+from support.tiny_bundles import (
+    byte_level_tokenizer,
+    decoder_with_fewer_heads,
+    edit_manifest,
+    put,
+    write_bundle,
+)
 
 from kvexport.bundle.bundle import Bundle, new_bundle
 from kvexport.bundle.manifest import FORMAT

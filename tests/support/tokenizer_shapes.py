@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import chat_templates
 from tokenizers import (
     AddedToken,
     Regex,
@@ -17,6 +16,8 @@ from tokenizers import (
     processors,
     trainers,
 )
+
+from support import chat_templates
 
 TEXT = [
     "Once upon a time there was a café; naïve people said: \"It's fine, we'll go, they're OK\".\n\nThe end.  Two  spaces.\n",

@@ -14,13 +14,13 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from tiny_bundles import byte_level_tokenizer
+from support.tiny_bundles import byte_level_tokenizer
 
 from kvexport.eviction.config import POLICIES, Eviction
 from kvexport.model import reference
 from kvexport.model.loader import load_decoder
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 eviction, measure, table, hidden, measured_text, training = (
     importlib.import_module(name)

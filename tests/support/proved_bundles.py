@@ -11,10 +11,7 @@ from typing import Any
 import ml_dtypes  # noqa: F401  teaches numpy bfloat16
 import numpy as np
 import onnx_ir as ir
-from conversions import plain
-from decoders import random_windows
 from numpy.typing import NDArray
-from tiny_bundles import edit_manifest, manifest_of
 
 from kvexport.bundle.bundle import MANIFEST_FILE, BundleWriter
 from kvexport.convert import unconverted
@@ -23,6 +20,9 @@ from kvexport.files.hashing import sha256_of
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract
 from kvexport.model.decoder import Decoder
 from kvexport.validate import ReferenceRecorder
+from support.conversions import plain
+from support.decoders import random_windows
+from support.tiny_bundles import edit_manifest, manifest_of
 
 
 def export(

@@ -13,7 +13,7 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-CHECKOUT = Path(__file__).resolve().parent.parent
+CHECKOUT = Path(__file__).resolve().parent.parent.parent
 DATA = {"graphs": "*/*.toml", "calibration": "*.toml", "models": "demo/*"}
 
 _LOOK = """

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from conversions import plain
+from support.conversions import plain
 
 from kvexport.build.conversion_job import capacity_of
 from kvexport.build.pipeline import BuildOptions, compress

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from decoders import make_decoder, random_windows
 from torch import Tensor
 
 from kvexport.analyze import Analysis, Facts, compare
@@ -16,6 +15,7 @@ from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Linear
 from kvexport.model.divergence import DivergenceMeter
 from kvexport.progress import Progress
+from support.decoders import make_decoder, random_windows
 
 TOKENS = (
     "<s>",

@@ -9,16 +9,16 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
-from chat_templates import CHATML
-from decoders import make_decoder
-from proved_bundles import broken
-from tiny_bundles import byte_level_tokenizer, write_bundle
 from tokenizers import Tokenizer
 
 from kvexport.build.text_files import write_text_files
 from kvexport.bundle.bundle import TOKENIZER_FILE
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
+from support.chat_templates import CHATML
+from support.decoders import make_decoder
+from support.proved_bundles import broken
+from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
 VOCAB = 320
 

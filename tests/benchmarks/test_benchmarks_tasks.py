@@ -12,13 +12,13 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import make_decoder
+from support.decoders import make_decoder
 from torch import Tensor
 
 from kvexport.errors import UsageError
 from kvexport.model import reference
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 tasks = importlib.import_module("tasks")
 
 VOCAB = 128

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from decoders import make_decoder, random_windows
 from torch import Tensor
 
 from kvexport.heal import Healed, HealOptions, heal
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 from kvexport.progress import Progress
+from support.decoders import make_decoder, random_windows
 
 
 def disturbed(decoder: Decoder, amount: float = 0.3, seed: int = 5, rank: int | None = None) -> Decoder:

@@ -193,7 +193,7 @@ def test_calibration_text_that_fills_no_window(
     if text is not None:
         import shutil
 
-        from tiny_bundles import byte_level_tokenizer
+        from support.tiny_bundles import byte_level_tokenizer
 
         copy = tmp_path / "checkpoint"
         shutil.copytree(source, copy)

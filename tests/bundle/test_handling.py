@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from bundle_handling import PROMPT, STRANGE, as_it_is, damaged, forbid_writing, on_a_full_disk, python
-from decoders import make_decoder
-from simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
-from text_bundles import write_text_bundle
-from tiny_bundles import write_bundle
+from support.bundle_handling import PROMPT, STRANGE, as_it_is, damaged, forbid_writing, on_a_full_disk, python
+from support.decoders import make_decoder
+from support.simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
+from support.text_bundles import write_text_bundle
+from support.tiny_bundles import write_bundle
 
 import kvexport
 from kvexport.errors import BundleError, CannotRunHere, UsageError

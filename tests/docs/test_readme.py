@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from documents import ROOT, blocks, copy_checkout, links, run, run_block
+from support.documents import ROOT, blocks, copy_checkout, links, run, run_block
 
 README = ROOT / "README.md"
 SET_UP = ("make demo", "make test")

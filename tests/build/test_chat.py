@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import chat_templates
 import pytest
+from support import chat_templates
 
 from kvexport.build.chat_template import Reduced, reduced_chat
 from kvexport.bundle.chat_format import Chat

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
-from proved_bundles import edit_graph, edit_weight, node_of
+
+from support.proved_bundles import edit_graph, edit_weight, node_of
 
 HEAD_DIM = 8
 _TOP_EXPONENT_BIT = {2: np.uint16(1 << 14), 4: np.uint32(1 << 30)}  # by bytes of a number

@@ -16,13 +16,13 @@ from xml.etree import ElementTree
 
 import pytest
 import torch
-from decoders import with_attention
-from tiny_bundles import byte_level_tokenizer
+from support.decoders import with_attention
+from support.tiny_bundles import byte_level_tokenizer
 
 from kvexport.model import reference
 from kvexport.model.decoder import Attention
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 quality, rows_module, measure, long, table, records = (
     importlib.import_module(name)
     for name in ("quality", "quality_rows", "quality_measure", "quality_long", "quality_table", "records")

@@ -106,7 +106,7 @@ def test_a_users_file_works_the_same(write) -> None:  # type: ignore[no-untyped-
 
 
 def test_a_shipped_file_may_be_copied(write) -> None:  # type: ignore[no-untyped-def]
-    shipped = Path(__file__).resolve().parent.parent / "graphs" / "targets" / "cpu.toml"
+    shipped = Path(__file__).resolve().parent.parent.parent / "graphs" / "targets" / "cpu.toml"
     mine = load_target(
         write(shipped.read_text(encoding="utf-8").replace("memory_gib = 16", "memory_gib = 32"), "mine.toml")
     )

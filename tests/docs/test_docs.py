@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from documents import ROOT, blocks, copy_checkout, links, run_block
+from support.documents import ROOT, blocks, copy_checkout, links, run_block
 
 DOCUMENTS = sorted((ROOT / "docs").glob("*.md"))
 

@@ -10,14 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from decoders import make_decoder, random_windows
+from support.decoders import make_decoder, random_windows
 from torch import Tensor
 
 from kvexport.errors import UsageError
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, Linear
 
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 neighbours = importlib.import_module("neighbours")
 aligned, grouping, kqsvd, low_rank, recalkv, stream, transmla, result, fisher = (
     importlib.import_module(f"neighbours.{name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tiny_bundles import put
+from support.tiny_bundles import put
 
 WRONG = (
     put("format", to=2),

@@ -1,0 +1,1 @@
+"""Helpers that several tests share: small decoders, checkpoints, bundles and simulated devices."""
