@@ -1,10 +1,12 @@
-// Time of a decode step, and of ONNX Runtime's own call within it: what is between is ours.   step_overhead BUNDLE DEPTH STEPS THREADS
+// Time of a decode step, and of ONNX Runtime's own call within it: what is between is ours.   step_overhead
+// BUNDLE DEPTH STEPS THREADS
 //
-// The library finds ONNX Runtime through OrtGetApiBase. This program defines that name too, so that the library gets our table:
-// ONNX Runtime's, but with a clock around RunWithBinding. Prints one JSON object: two arrays of microseconds.
+// The library finds ONNX Runtime through OrtGetApiBase. This program defines that name too, so that the
+// library gets our table: ONNX Runtime's, but with a clock around RunWithBinding. Prints one JSON object: two
+// arrays of microseconds.
 #include <dlfcn.h>
-#include <kvexport/kvexport.hpp>
 #include <onnxruntime_c_api.h>
+#include <kvexport/kvexport.hpp>
 
 #include <chrono>
 #include <cstdlib>
@@ -22,9 +24,12 @@ const OrtApi* real_api = nullptr;
 OrtApiBase timed_base;
 const OrtApiBase* real_base = nullptr;
 
-double since(Clock::time_point start) { return std::chrono::duration<double, std::micro>(Clock::now() - start).count(); }
+double since(Clock::time_point start) {
+  return std::chrono::duration<double, std::micro>(Clock::now() - start).count();
+}
 
-OrtStatus* ORT_API_CALL timed_run(OrtSession* session, const OrtRunOptions* options, const OrtIoBinding* binding) noexcept {
+OrtStatus* ORT_API_CALL timed_run(OrtSession* session, const OrtRunOptions* options,
+                                  const OrtIoBinding* binding) noexcept {
   const auto start = Clock::now();
   OrtStatus* status = real_api->RunWithBinding(session, options, binding);
   inside += since(start);

@@ -9,7 +9,8 @@ int main(int argc, char** argv) try {
   kvexport::Session session(argv[1]);
   kvexport::Cache cache = session.new_cache();
   const std::string system = argc > 2 ? argv[2] : "";
-  std::cerr << session.info().engine << ": " << cache.capacity() << " tokens in " << cache.bytes() / 1024 << " KiB\n";
+  std::cerr << session.info().engine << ": " << cache.capacity() << " tokens in " << cache.bytes() / 1024
+            << " KiB\n";
   for (std::string line; std::cerr << "> ", std::getline(std::cin, line);) {
     kvexport::Ids turn = cache.turn(line, cache.length() == 0 ? system : "");
     if (cache.length() + static_cast<std::int64_t>(turn.size()) >= cache.capacity()) {

@@ -1,4 +1,5 @@
-// A long prompt is prefilled once: the first run saves its cache, later ones, after a restart too, begin with it.
+// A long prompt is prefilled once: the first run saves its cache, later ones, after a restart too, begin with
+// it.
 //   restart BUNDLE PROMPT_FILE CACHE_FILE QUESTION
 #include <kvexport/kvexport.hpp>
 
@@ -9,7 +10,8 @@
 #include <string>
 
 int main(int argc, char** argv) try {
-  if (argc != 5) return std::cerr << "usage: restart BUNDLE PROMPT_FILE CACHE_FILE QUESTION\n", KVEXPORT_USAGE;
+  if (argc != 5)
+    return std::cerr << "usage: restart BUNDLE PROMPT_FILE CACHE_FILE QUESTION\n", KVEXPORT_USAGE;
   kvexport::Session session(argv[1]);
   const bool saved = std::filesystem::exists(argv[3]);
   kvexport::Cache cache = saved ? session.load(argv[3]) : session.new_cache();

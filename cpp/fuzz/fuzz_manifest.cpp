@@ -1,12 +1,13 @@
-// Manifests. The digest is corrected first, as whoever means harm would: otherwise nothing behind it were ever read.
+// Manifests. The digest is corrected first, as whoever means harm would: otherwise nothing behind it were
+// ever read.
 #include <cstdint>
 #include <cstdlib>
 #include <string>
 
-#include "runtime/buffers.hpp"
 #include "bundle/error.hpp"
 #include "bundle/manifest.hpp"
 #include "bundle/sha256.hpp"
+#include "runtime/buffers.hpp"
 
 using namespace kvexport::detail;
 
@@ -30,9 +31,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
   const std::string text = sealed({reinterpret_cast<const char*>(data), size});
   try {
     const Manifest manifest = parse_manifest(text, "fuzz");
-    require(!manifest.layers.empty() && manifest.capacity > 0 && manifest.has("decoder.onnx") && manifest.digest.size() == 64);
-    if (manifest.eviction) require(manifest.eviction->chunk() >= 1 && manifest.eviction->proof_slots() <= manifest.capacity);
-    require(Buffers::bytes_for(manifest, manifest.capacity) > 0);  // with sizes that were found to be countable
+    require(!manifest.layers.empty() && manifest.capacity > 0 && manifest.has("decoder.onnx") &&
+            manifest.digest.size() == 64);
+    if (manifest.eviction)
+      require(manifest.eviction->chunk() >= 1 && manifest.eviction->self_test_slots() <= manifest.capacity);
+    require(Buffers::bytes_for(manifest, manifest.capacity) >
+            0);  // with sizes that were found to be countable
   } catch (const Failure&) {
   }
   return 0;

@@ -16,10 +16,12 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
     return made;
   }();
   try {
-    const Vectors vectors = parse_vectors({reinterpret_cast<const char*>(data), size}, manifest, "fuzz");
-    if (vectors.rows.empty() || vectors.prompt < 1 || vectors.tokens.size() > 64) std::abort();
-    for (const Row& row : vectors.rows) {
-      if (row.values.size() != vectors.logit_indices.size() || row.key_norms.size() != 2 || row.value_norms.size() != 2)
+    const ReferenceOutputs reference =
+        parse_reference_outputs({reinterpret_cast<const char*>(data), size}, manifest, "fuzz");
+    if (reference.rows.empty() || reference.prompt < 1 || reference.tokens.size() > 64) std::abort();
+    for (const Row& row : reference.rows) {
+      if (row.values.size() != reference.logit_indices.size() || row.key_norms.size() != 2 ||
+          row.value_norms.size() != 2)
         std::abort();
     }
   } catch (const Failure&) {

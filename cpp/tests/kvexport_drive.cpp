@@ -1,5 +1,6 @@
-// The library under the tests of Python (tests/cpp): commands as lines of JSON on standard input, answers as lines of JSON.
-// Knows the public header alone. Logits are told as hexadecimal bytes, so that not a bit is lost.
+// The library under the tests of Python (tests/cpp): commands as lines of JSON on standard input, answers as
+// lines of JSON. Knows the public header alone. Logits are told as hexadecimal bytes, so that not a bit is
+// lost.
 #include <kvexport/kvexport.hpp>
 
 #include <filesystem>
@@ -34,9 +35,16 @@ Json open(const Json& given) {
   options.text_library = given.value("text_library", std::string());
   kvexport::Session session(given.at("bundle").get<std::string>(), options);
   const kvexport_info& info = session.info();
-  Json told{{"source", info.source}, {"dtype", info.dtype}, {"provider", info.provider}, {"engine", info.engine},
-            {"vocab_size", info.vocab_size}, {"capacity", info.capacity}, {"budget", info.budget},
-            {"bos_token_id", info.bos_token_id}, {"has_text", info.has_text != 0}, {"has_chat", info.has_chat != 0},
+  Json told{{"source", info.source},
+            {"dtype", info.dtype},
+            {"provider", info.provider},
+            {"engine", info.engine},
+            {"vocab_size", info.vocab_size},
+            {"capacity", info.capacity},
+            {"budget", info.budget},
+            {"bos_token_id", info.bos_token_id},
+            {"has_text", info.has_text != 0},
+            {"has_chat", info.has_chat != 0},
             {"text_missing", info.text_missing},
             {"eos_token_ids", kvexport::Ids(info.eos_token_ids, info.eos_token_ids + info.eos_token_count)}};
   sessions.erase(given.at("session"));
@@ -53,7 +61,8 @@ Json generate(kvexport::Cache& cache, const Json& given) {
   if (given.contains("seed")) options.seed = given.at("seed").get<std::uint64_t>();
   if (given.contains("stop_tokens")) options.stop_tokens = given.at("stop_tokens").get<kvexport::Ids>();
   options.stop_texts = given.value("stop_texts", options.stop_texts);
-  const std::size_t patience = given.value("patience", std::size_t{1} << 30U);  // tokens after which the callback ends it
+  const std::size_t patience =
+      given.value("patience", std::size_t{1} << 30U);  // tokens after which the callback ends it
   kvexport::Ids tokens;
   std::vector<std::string> pieces;
   std::string rest;
@@ -68,7 +77,8 @@ Json generate(kvexport::Cache& cache, const Json& given) {
     return tokens.size() < patience;
   });
   constexpr const char* names[] = {"stop", "length", "capacity", "callback"};
-  return {{"tokens", tokens}, {"pieces", pieces}, {"rest", rest}, {"finish", names[static_cast<int>(finish)]}};
+  return {
+      {"tokens", tokens}, {"pieces", pieces}, {"rest", rest}, {"finish", names[static_cast<int>(finish)]}};
 }
 
 Json of_cache(kvexport::Cache& cache, const std::string& what, const Json& given) {
@@ -111,8 +121,8 @@ int main() {
     try {
       said["ok"] = answer(Json::parse(line));
     } catch (const kvexport::Error& error) {
-      said["error"] = {{"code", error.code()}, {"failed", error.failed()}, {"got", error.got()},
-                       {"expected", error.expected()}, {"fix", error.fix()}, {"message", error.what()}};
+      said["error"] = {{"code", error.code()},         {"failed", error.failed()}, {"got", error.got()},
+                       {"expected", error.expected()}, {"fix", error.fix()},       {"message", error.what()}};
     } catch (const std::exception& error) {
       said["wrong"] = error.what();
     }

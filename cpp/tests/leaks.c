@@ -1,5 +1,6 @@
-/* A bundle is opened, run, saved, loaded, refused and closed, so many times, through the C ABI alone: what valgrind watches.
- * With "leak" the last session is not closed, which must be found.   leaks BUNDLE CACHE_FILE TIMES [leak] */
+/* A bundle is opened, run, saved, loaded, refused and closed, so many times, through the C ABI alone: what
+ * valgrind watches. With "leak" the last session is not closed, which must be found.   leaks BUNDLE
+ * CACHE_FILE TIMES [leak] */
 #include <kvexport/kvexport.h>
 #include <stdio.h>
 #include <stdlib.h>

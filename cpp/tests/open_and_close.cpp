@@ -1,5 +1,5 @@
-// For valgrind: opens a bundle, runs it in a cache and closes both, again and again.   open_and_close BUNDLE TIMES TEXT_LIBRARY
-// [leak] With `leak` the last cache is forgotten, which must be found.
+// For valgrind: opens a bundle, runs it in a cache and closes both, again and again.   open_and_close BUNDLE
+// TIMES TEXT_LIBRARY [leak] With `leak` the last cache is forgotten, which must be found.
 #include <kvexport/kvexport.h>
 
 #include <cstdio>

@@ -3,10 +3,10 @@
 #include <unistd.h>
 
 #include "bundle/bundle.hpp"
-#include "check.hpp"
 #include "bundle/error.hpp"
-#include "files.hpp"
 #include "bundle/sha256.hpp"
+#include "check.hpp"
+#include "files.hpp"
 
 using namespace kvexport::detail;
 
@@ -15,15 +15,17 @@ namespace {
 // To spoil.
 class Copy : public Folder {
  public:
-  Copy() { std::filesystem::copy(check::golden("tiny"), path, std::filesystem::copy_options::recursive); }
+  Copy() {
+    std::filesystem::copy(check::reader_file("tiny"), path, std::filesystem::copy_options::recursive);
+  }
 };
 
 }  // namespace
 
 TEST(opens_and_verifies) {
-  const Bundle bundle = Bundle::open(check::golden("tiny"));
+  const Bundle bundle = Bundle::open(check::reader_file("tiny"));
   CHECK_EQUAL(bundle.manifest.layers.size(), 2U);
-  CHECK_EQUAL(bundle.file("a"), check::golden("tiny") + "/a");
+  CHECK_EQUAL(bundle.file("a"), check::reader_file("tiny") + "/a");
   bundle.verify_all(true);
   bundle.verify({});
   CHECK_THROWS_WITH(bundle.verify({"other"}), "does not list other");
@@ -37,7 +39,8 @@ TEST(one_flipped_bit_is_named) {
     spoiled[spoiled.size() / 2] ^= 4;
     write(copy.file(name), spoiled);
     const Bundle bundle = Bundle::open(copy.path);  // its size is right
-    CHECK_THROWS_WITH(bundle.verify_all(true), name + " of the bundle " + copy.path + " is not as it was written");
+    CHECK_THROWS_WITH(bundle.verify_all(true),
+                      name + " of the bundle " + copy.path + " is not as it was written");
     if (name == data_file) bundle.verify_all(false);
     write(copy.file(name), whole);
     bundle.verify_all(true);
@@ -74,7 +77,7 @@ TEST(folders_that_are_no_bundle_are_told_what_to_do) {
 
 TEST(a_bundle_may_be_read_only_moved_and_linked_to) {
   const Folder folder;
-  std::filesystem::copy(check::golden("tiny"), folder.file("first"));
+  std::filesystem::copy(check::reader_file("tiny"), folder.file("first"));
   std::filesystem::rename(folder.file("first"), folder.file("second one"));
   std::filesystem::create_directory_symlink("second one", folder.file("link"));
   ::chmod(folder.file("second one").c_str(), 0500);

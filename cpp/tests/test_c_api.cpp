@@ -1,4 +1,5 @@
-// The C ABI and the C++ header over it: what is NULL, structs of other sizes, threads, callbacks that throw, order of closing.
+// The C ABI and the C++ header over it: what is NULL, structs of other sizes, threads, callbacks that throw,
+// order of closing.
 #include <kvexport/kvexport.hpp>
 
 #include <array>
@@ -59,7 +60,8 @@ TEST(what_is_null_is_refused) {
   CHECK_EQUAL(failed(kvexport_cache_clear(nullptr)), "cache is NULL");
   CHECK_EQUAL(failed(kvexport_prefill(nullptr, nullptr, 0, nullptr)), "cache is NULL");
   CHECK_EQUAL(failed(kvexport_step(nullptr, 0, nullptr)), "cache is NULL");
-  CHECK_EQUAL(failed(kvexport_generate(nullptr, nullptr, 0, nullptr, nullptr, nullptr, nullptr)), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_generate(nullptr, nullptr, 0, nullptr, nullptr, nullptr, nullptr)),
+              "cache is NULL");
   CHECK_EQUAL(failed(kvexport_encode(nullptr, "x", 1, 1, &ids, &count)), "session is NULL");
   CHECK_EQUAL(failed(kvexport_decode(nullptr, nullptr, 0, &text, &count)), "session is NULL");
   CHECK_EQUAL(failed(kvexport_turn(nullptr, "x", 1, nullptr, 0, &ids, &count)), "cache is NULL");
@@ -84,10 +86,12 @@ TEST(an_error_has_all_its_parts) {
   const Error made = error(kvexport_open("/nowhere", &options, &session));
   CHECK(session == nullptr);
   CHECK_EQUAL(kvexport_error_code(made.get()), static_cast<int>(KVEXPORT_USAGE));
-  CHECK_EQUAL(std::string(kvexport_error_part(made.get(), KVEXPORT_FIX)), "make one: kvexport build CHECKPOINT -o /nowhere");
+  CHECK_EQUAL(std::string(kvexport_error_part(made.get(), KVEXPORT_FIX)),
+              "make one: kvexport build CHECKPOINT -o /nowhere");
   CHECK_EQUAL(std::string(kvexport_error_part(made.get(), 99)), "");
   const std::string whole = kvexport_error_part(made.get(), KVEXPORT_MESSAGE);
-  CHECK(whole.find("is no bundle") != std::string::npos && whole.find("\n  fix:      make one") != std::string::npos);
+  CHECK(whole.find("is no bundle") != std::string::npos &&
+        whole.find("\n  fix:      make one") != std::string::npos);
   CHECK_EQUAL(std::string(kvexport_version()), KVEXPORT_VERSION);
 }
 
@@ -103,7 +107,8 @@ TEST(structs_of_callers_that_know_fewer_members_or_more) {
   const std::unique_ptr<kvexport_session, void (*)(kvexport_session*)> owned(session, kvexport_close);
 
   kvexport_open_options earlier = kvexport_open_defaults();
-  earlier.size = offsetof(kvexport_open_options, chunk), earlier.chunk = -5, earlier.text_library = nullptr;  // not looked at
+  earlier.size = offsetof(kvexport_open_options, chunk), earlier.chunk = -5,
+  earlier.text_library = nullptr;  // not looked at
   kvexport_session* other = nullptr;
   CHECK(kvexport_open(path.c_str(), &earlier, &other) == nullptr);
   kvexport_close(other);
@@ -115,7 +120,8 @@ TEST(structs_of_callers_that_know_fewer_members_or_more) {
   std::memset(&memory, 0x7f, sizeof memory);
   memory.size = offsetof(kvexport_memory, device);
   CHECK(kvexport_session_memory(session, 10, &memory) == nullptr);
-  CHECK(memory.cache_bytes > 0 && memory.cache_bytes < 10000 && memory.size == offsetof(kvexport_memory, device));
+  CHECK(memory.cache_bytes > 0 && memory.cache_bytes < 10000 &&
+        memory.size == offsetof(kvexport_memory, device));
   CHECK_EQUAL(memory.activations & 0xff, 0x7fU);  // beyond what the caller knows nothing is written
 }
 
@@ -133,12 +139,15 @@ TEST(a_generation_without_options_or_callback) {
   CHECK(kvexport_cache_length(cache) > 3);
   kvexport_generate_options wanted = kvexport_generate_defaults();
   wanted.own_stop_tokens = 0, wanted.stop_token_count = 1;
-  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)), "stop_tokens is NULL");
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
+              "stop_tokens is NULL");
   wanted = kvexport_generate_defaults(), wanted.stop_text_count = 1;
-  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)), "stop_texts is NULL");
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
+              "stop_texts is NULL");
   const char* const text = "x";
   wanted.stop_texts = &text;
-  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)), "stop_text_lengths is NULL");
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
+              "stop_text_lengths is NULL");
   kvexport_close(raw);  // the cache keeps the weights
   CHECK(kvexport_cache_clear(cache) == nullptr);
   CHECK(kvexport_prefill(cache, ids, 3, nullptr) == nullptr);
@@ -150,10 +159,12 @@ TEST(what_a_callback_throws_comes_out_and_the_cache_goes_on) {
   kvexport::Cache cache = session.new_cache(100), other = session.new_cache(100);
   const kvexport::Ids whole = generated(other, {1, 2, 3}, 10);
   int told = 0;
-  CHECK_THROWS_WITH(cache.generate({1, 2, 3}, greedy(10), [&](std::int64_t, std::string_view) -> bool {
-    if (++told == 4) throw std::runtime_error("enough");
-    return true;
-  }), "enough");
+  CHECK_THROWS_WITH(cache.generate({1, 2, 3}, greedy(10),
+                                   [&](std::int64_t, std::string_view) -> bool {
+                                     if (++told == 4) throw std::runtime_error("enough");
+                                     return true;
+                                   }),
+                    "enough");
   CHECK(generated(cache, {}, 6) == kvexport::Ids(whole.begin() + 4, whole.end()));
 }
 
@@ -162,11 +173,8 @@ TEST(a_callback_cannot_use_the_cache_that_generates) {
   kvexport::Cache cache = session.new_cache(100), other = session.new_cache(100);
   const kvexport::Ids whole = generated(other, {1, 2, 3}, 10);
   const std::function<void()> calls[] = {
-      [&] { cache.step(1); },
-      [&] { cache.prefill({1}); },
-      [&] { cache.generate({1}); },
-      [&] { cache.clear(); },
-      [&] { cache.save("never"); },
+      [&] { cache.step(1); }, [&] { cache.prefill({1}); },  [&] { cache.generate({1}); },
+      [&] { cache.clear(); }, [&] { cache.save("never"); },
   };
   kvexport::Ids made;
   cache.generate({1, 2, 3}, greedy(10), [&](std::int64_t token, std::string_view) {
@@ -185,8 +193,10 @@ TEST(a_callback_cannot_use_the_cache_that_generates) {
   });
   CHECK(made == whole);
   cache.clear();  // and this one when it has ended, whichever way
-  CHECK_THROWS_WITH(cache.generate({1}, greedy(4), [](std::int64_t, std::string_view) -> bool { throw std::logic_error("x"); }),
-                    "x");
+  CHECK_THROWS_WITH(
+      cache.generate({1}, greedy(4),
+                     [](std::int64_t, std::string_view) -> bool { throw std::logic_error("x"); }),
+      "x");
   cache.clear();
   CHECK(generated(cache, {1, 2, 3}, 10) == whole);
 }
@@ -209,7 +219,8 @@ TEST(counts_that_nothing_holds) {
   }
   for (const std::size_t count : {none / 32, std::size_t{61}}) {  // refused before an id is looked at
     const Error refused = error(kvexport_prefill(cache, &id, count, &logits));
-    CHECK_EQUAL(std::string(kvexport_error_part(refused.get(), KVEXPORT_GOT)), std::to_string(count) + " tokens");
+    CHECK_EQUAL(std::string(kvexport_error_part(refused.get(), KVEXPORT_GOT)),
+                std::to_string(count) + " tokens");
     CHECK_EQUAL(kvexport_error_code(refused.get()), static_cast<int>(KVEXPORT_USAGE));
     CHECK(error(kvexport_generate(cache, &id, count, nullptr, nullptr, nullptr, nullptr)) != nullptr);
   }
@@ -253,7 +264,8 @@ TEST(two_sessions_and_their_caches_in_threads_of_their_own) {
     std::vector<kvexport::Ids> alone, together(6);
     for (std::int64_t prompt = 0; prompt < 6; ++prompt) {
       kvexport::Cache cache = one.new_cache();
-      alone.push_back(generated(cache, kvexport::Ids(static_cast<std::size_t>(30 + 40 * prompt), prompt + 1), 60));
+      alone.push_back(
+          generated(cache, kvexport::Ids(static_cast<std::size_t>(30 + 40 * prompt), prompt + 1), 60));
     }
     std::vector<std::thread> threads;
     for (std::int64_t prompt = 0; prompt < 6; ++prompt) {

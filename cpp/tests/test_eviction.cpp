@@ -1,20 +1,22 @@
-// Buffers that grow within their memory, and who goes when a budget is full: against the same done the long way.
+// Buffers that grow within their memory, and who goes when a budget is full: against the same done the long
+// way.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <limits>
 #include <random>
 
-#include "runtime/buffers.hpp"
 #include "check.hpp"
+#include "runtime/buffers.hpp"
 #include "runtime/eviction.hpp"
-#include "runtime/host_place.hpp"
+#include "runtime/host_storage.hpp"
 
 using namespace kvexport::detail;
 
 namespace {
 
-Manifest manifest_of(Dtype dtype, std::optional<Eviction> eviction = {}, std::optional<std::int64_t> window = {}) {
+Manifest manifest_of(Dtype dtype, std::optional<Eviction> eviction = {},
+                     std::optional<std::int64_t> window = {}) {
   Manifest manifest;
   manifest.dtype = dtype;
   manifest.capacity = 1000;
@@ -23,7 +25,8 @@ Manifest manifest_of(Dtype dtype, std::optional<Eviction> eviction = {}, std::op
   return manifest;
 }
 
-Eviction budget(std::int64_t slots, std::int64_t first, std::int64_t recent, std::vector<std::int64_t> skip = {}) {
+Eviction budget(std::int64_t slots, std::int64_t first, std::int64_t recent,
+                std::vector<std::int64_t> skip = {}) {
   return {"l2-norm", slots, first, recent, std::move(skip)};
 }
 
@@ -40,7 +43,8 @@ float mark(const Buffer& buffer, std::int64_t head, std::int64_t slot, std::int6
 std::vector<std::size_t> kept_the_long_way(const std::vector<float>& priorities, std::size_t keep) {
   std::vector<std::size_t> order(priorities.size());
   for (std::size_t at = 0; at < order.size(); ++at) order[at] = at;
-  std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return priorities[a] > priorities[b]; });
+  std::stable_sort(order.begin(), order.end(),
+                   [&](std::size_t a, std::size_t b) { return priorities[a] > priorities[b]; });
   std::vector<bool> goes(order.size());
   for (std::size_t at = 0; at < order.size() - keep; ++at) goes[order[at]] = true;
   std::vector<std::size_t> kept;
@@ -59,10 +63,10 @@ std::vector<std::size_t> kept_the_long_way(const std::vector<float>& priorities,
 }  // namespace
 
 TEST(heads_move_apart_within_the_same_memory) {
-  HostPlace place;
+  HostStorage storage;
   for (const std::vector<std::int64_t>& skip : {std::vector<std::int64_t>{}, {0}}) {
     const Manifest manifest = manifest_of(Dtype::float32, budget(300, 0, 1, skip));
-    Buffers buffers(manifest, 700, place, 256);
+    Buffers buffers(manifest, 700, storage, 256);
     CHECK_EQUAL(buffers.bytes, Buffers::bytes_for(manifest, 700));
     CHECK_EQUAL(buffers.laid_out, 256);
     std::vector<void*> addresses;
@@ -72,7 +76,8 @@ TEST(heads_move_apart_within_the_same_memory) {
       addresses.push_back(buffer.address);
       for (std::int64_t head = 0; head < buffer.heads; ++head)
         for (std::int64_t slot = 0; slot < buffer.slots; ++slot)
-          for (std::int64_t at = 0; at < buffer.width; ++at) row(buffer, head, slot)[at] = mark(buffer, head, slot, at);
+          for (std::int64_t at = 0; at < buffer.width; ++at)
+            row(buffer, head, slot)[at] = mark(buffer, head, slot, at);
     }
     std::int64_t generation = buffers.generation;
     for (const std::int64_t tokens : {256, 257, 300, 513, 700}) {
@@ -97,10 +102,11 @@ TEST(heads_move_apart_within_the_same_memory) {
 }
 
 TEST(a_layout_that_is_full_from_the_start) {
-  HostPlace place;
-  Buffers buffers(manifest_of(Dtype::float16), 10, place, 0);
+  HostStorage storage;
+  Buffers buffers(manifest_of(Dtype::float16), 10, storage, 0);
   CHECK_EQUAL(buffers.laid_out, 10);
-  CHECK_EQUAL(buffers.bytes, 512U + 512 + 256 + 256);  // 300, 420, 80 and 80 bytes, each from a multiple of 256 on
+  CHECK_EQUAL(buffers.bytes,
+              512U + 512 + 256 + 256);  // 300, 420, 80 and 80 bytes, each from a multiple of 256 on
   const std::int64_t generation = buffers.generation;
   buffers.reserve(10);
   CHECK_EQUAL(buffers.generation, generation);
@@ -108,16 +114,17 @@ TEST(a_layout_that_is_full_from_the_start) {
 
 TEST(more_memory_than_can_be_counted) {
   Manifest manifest = manifest_of(Dtype::float32);
-  CHECK_THROWS_WITH(Buffers::bytes_for(manifest, std::numeric_limits<std::int64_t>::max()), "not enough memory");
+  CHECK_THROWS_WITH(Buffers::bytes_for(manifest, std::numeric_limits<std::int64_t>::max()),
+                    "not enough memory");
   manifest.layers[0].num_key_value_heads = std::int64_t{1} << 40;
-  HostPlace place;
-  CHECK_THROWS_WITH(Buffers(manifest, 1 << 20, place, 0), "not enough memory");
+  HostStorage storage;
+  CHECK_THROWS_WITH(Buffers(manifest, 1 << 20, storage, 0), "not enough memory");
 }
 
 TEST(garbage_fills_keys_and_values_of_every_dtype) {
-  HostPlace place;
+  HostStorage storage;
   for (const Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
-    Buffers buffers(manifest_of(dtype, budget(20, 0, 1)), 600, place, 256);
+    Buffers buffers(manifest_of(dtype, budget(20, 0, 1)), 600, storage, 256);
     buffers.clear(1000.0F);
     buffers.reserve(600);
     for (const Buffer& buffer : buffers.all) {
@@ -152,16 +159,18 @@ TEST(slots_are_taken_until_there_are_none) {
 }
 
 TEST(those_that_go_are_those_that_sorting_finds) {
-  HostPlace place;
+  HostStorage storage;
   std::mt19937 random(7);
-  const auto below = [&](std::int64_t end) { return static_cast<std::int64_t>(random() % static_cast<std::uint32_t>(end)); };
+  const auto below = [&](std::int64_t end) {
+    return static_cast<std::int64_t>(random() % static_cast<std::uint32_t>(end));
+  };
   for (int round = 0; round < 300; ++round) {
     const std::int64_t slots = 4 + below(40), first = below(3), recent = below(9), position = 100 + below(50);
     const bool windowed = below(2) == 0;
     const std::int64_t window = 3 + below(60);
     const Manifest manifest = manifest_of(Dtype::float32, budget(slots, first, recent),
                                           windowed ? std::optional<std::int64_t>(window) : std::nullopt);
-    Buffers buffers(manifest, 200, place, 256);
+    Buffers buffers(manifest, 200, storage, 256);
     buffers.reserve(200);
     Evictor evictor(manifest, buffers);
     const std::int64_t tokens = 2 + below(slots - 1), keep = below(tokens + 1);
@@ -171,20 +180,27 @@ TEST(those_that_go_are_those_that_sorting_finds) {
         std::vector<float> priorities;
         for (std::int64_t slot = 0; slot < tokens; ++slot) {
           if (buffer.which != Which::state) {
-            for (std::int64_t at = 0; at < buffer.width; ++at) row(buffer, head, slot)[at] = mark(buffer, head, slot, at);
+            for (std::int64_t at = 0; at < buffer.width; ++at)
+              row(buffer, head, slot)[at] = mark(buffer, head, slot, at);
             continue;
           }
-          const auto stored = static_cast<float>(1 + below(position + 1));
-          const float score = below(12) == 0 ? std::nanf("") : static_cast<float>(below(5));  // ties, and what has no order
-          row(buffer, head, slot)[0] = score, row(buffer, head, slot)[1] = stored;
+          const auto position_plus_one = static_cast<float>(1 + below(position + 1));
+          const float score =
+              below(12) == 0 ? std::nanf("") : static_cast<float>(below(5));  // ties, and what has no order
+          row(buffer, head, slot)[0] = score, row(buffer, head, slot)[1] = position_plus_one;
           const auto following = static_cast<float>(position + 1);
           const auto spared = static_cast<float>(std::max<std::int64_t>(0, std::min(recent, keep - first)));
-          float priority = stored <= following - spared && stored > static_cast<float>(first) ? score : -0x1p100F;
-          if (windowed && stored <= following - static_cast<float>(window)) priority = (0x1p24F - stored) * 0x1p60F;
-          if (stored == following) priority = 0x1p100F;
+          float priority =
+              position_plus_one <= following - spared && position_plus_one > static_cast<float>(first)
+                  ? score
+                  : -0x1p100F;
+          if (windowed && position_plus_one <= following - static_cast<float>(window))
+            priority = (0x1p24F - position_plus_one) * 0x1p60F;
+          if (position_plus_one == following) priority = 0x1p100F;
           priorities.push_back(std::isnan(priority) ? -std::numeric_limits<float>::infinity() : priority);
         }
-        if (buffer.which == Which::state) wanted.push_back(kept_the_long_way(priorities, static_cast<std::size_t>(keep)));
+        if (buffer.which == Which::state)
+          wanted.push_back(kept_the_long_way(priorities, static_cast<std::size_t>(keep)));
       }
     }
     std::vector<std::vector<float>> before;

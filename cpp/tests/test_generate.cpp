@@ -3,8 +3,8 @@
 #include <limits>
 #include <set>
 
-#include "check.hpp"
 #include "bundle/error.hpp"
+#include "check.hpp"
 #include "runtime/generate.hpp"
 #include "runtime/sampling.hpp"
 
@@ -36,8 +36,8 @@ TEST(a_text_ends_what_is_said_before_it) {
   CHECK(found);
   CHECK(said({"END"}, {"one EN", "ough"}, &found) == (Texts{"one ", "ENough", ""}));
   CHECK(!found);
-  CHECK(said({"END"}, {"one E"}) == (Texts{"one ", "E"}));          // what waited is said at the end
-  CHECK(said({"b", "abc"}, {"xab"}) == (Texts{"xa", ""}));          // the one that appears first
+  CHECK(said({"END"}, {"one E"}) == (Texts{"one ", "E"}));             // what waited is said at the end
+  CHECK(said({"b", "abc"}, {"xab"}) == (Texts{"xa", ""}));             // the one that appears first
   CHECK(said({"aab"}, {"aa", "a", "b"}) == (Texts{"", "a", "", ""}));  // a beginning within a beginning
   CHECK(said({"\n\n", "\nUser:"}, {"yes.\n", "User", ": no"}) == (Texts{"yes.", "", "", ""}));
   CHECK_THROWS_WITH(StopTexts({"a", ""}), "a text to stop at is empty");
@@ -51,7 +51,8 @@ TEST(the_likeliest_of_equals_is_the_first) {
 }
 
 TEST(logits_that_are_not_finite) {
-  for (const float wrong : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+  for (const float wrong :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     for (const double temperature : {0.0, 1.0}) {
       Sampling sampling;
       sampling.temperature = temperature;
@@ -80,7 +81,8 @@ TEST(draws_follow_the_probabilities) {
   const auto counts = [&](std::int64_t top_k, double top_p) {
     Sampler sampler({1, top_k, top_p, 11});
     std::vector<double> counted(4);
-    for (int draw = 0; draw < 20000; ++draw) counted[static_cast<std::size_t>(sampler.choose(logits, 4))] += 1.0 / 20000;
+    for (int draw = 0; draw < 20000; ++draw)
+      counted[static_cast<std::size_t>(sampler.choose(logits, 4))] += 1.0 / 20000;
     return counted;
   };
   const auto close = [](const std::vector<double>& seen, const std::vector<double>& wanted) {

@@ -1,18 +1,19 @@
-// Manifests: what Python reads is read, what it refuses is refused in the same words, and nothing else is believed.
+// Manifests: what Python reads is read, what it refuses is refused in the same words, and nothing else is
+// believed.
 #include <nlohmann/json.hpp>
 #include <random>
 
-#include "check.hpp"
 #include "bundle/error.hpp"
-#include "files.hpp"
 #include "bundle/json.hpp"
 #include "bundle/manifest.hpp"
+#include "check.hpp"
+#include "files.hpp"
 
 using namespace kvexport::detail;
 
 namespace {
 
-std::string sound() { return contents(check::golden("tiny/manifest.json")); }
+std::string sound() { return contents(check::reader_file("tiny/manifest.json")); }
 
 std::string said(const std::string& manifest, const std::string& where) {
   try {
@@ -28,9 +29,11 @@ std::string comparable(std::string text) {
   const auto cut = [&](const std::string& mark, std::size_t keep) {
     if (text.compare(0, mark.size(), mark) == 0) text.resize(keep);
   };
-  for (const std::string mark : {"the manifest of BUNDLE cannot be read", "the manifest's graph", "the manifest's eviction"})
+  for (const std::string mark :
+       {"the manifest of BUNDLE cannot be read", "the manifest's graph", "the manifest's eviction"})
     cut(mark, mark.size());
-  for (const std::string mark : {" is not a list of", " is not an object", " is missing or of the wrong type"}) {
+  for (const std::string mark :
+       {" is not a list of", " is not an object", " is missing or of the wrong type"}) {
     if (const std::size_t at = text.find(mark); at != std::string::npos) text.resize(at);
   }
   return text;
@@ -53,26 +56,30 @@ TEST(reads_what_python_wrote) {
   CHECK_EQUAL(manifest.layers.size(), 2U);
   CHECK_EQUAL(manifest.layers[1].num_key_value_heads, 2);
   CHECK_EQUAL(manifest.layers[1].key_head_dim, 8);
-  CHECK(manifest.has("decoder.onnx.data") && manifest.has("tokenizer.json") && !manifest.has("manifest.json"));
+  CHECK(manifest.has("decoder.onnx.data") && manifest.has("tokenizer.json") &&
+        !manifest.has("manifest.json"));
 }
 
 TEST(reads_an_eviction) {
-  const Manifest manifest = parse_manifest(contents(check::golden("evicting/manifest.json")), "evicting");
+  const Manifest manifest =
+      parse_manifest(contents(check::reader_file("evicting/manifest.json")), "evicting");
   const Eviction& eviction = manifest.eviction.value();
   CHECK_EQUAL(eviction.policy, "l2-norm");
   CHECK(manifest.evicts(0) && !manifest.evicts(1));
   CHECK_EQUAL(eviction.chunk(), 5);
-  CHECK_EQUAL(eviction.proof_slots(), 23);
+  CHECK_EQUAL(eviction.self_test_slots(), 23);
 }
 
 TEST(says_what_python_says) {
   std::size_t cases = 0, accepted = 0;
-  for (const auto& entry : std::filesystem::directory_iterator(check::golden("manifests"))) {
+  for (const auto& entry : std::filesystem::directory_iterator(check::reader_file("manifests"))) {
     const std::string name = entry.path().filename().string(), folder = entry.path().string();
-    const std::string python = contents(folder + "/said.txt"), here = said(contents(folder + "/manifest.json"), "BUNDLE");
+    const std::string python = contents(folder + "/said.txt"),
+                      here = said(contents(folder + "/manifest.json"), "BUNDLE");
     ++cases, accepted += here == "accepted";
     if (python == "accepted" && name.find("bytes -1") != std::string::npos) {
-      CHECK(here.find("bytes is impossible") != std::string::npos);  // Python finds out when it looks at the file
+      CHECK(here.find("bytes is impossible") !=
+            std::string::npos);  // Python finds out when it looks at the file
     } else if (comparable(here) != comparable(python)) {
       check::fail(__FILE__, __LINE__, name + "\n here:   " + here + "\n python: " + python);
     }
@@ -92,12 +99,14 @@ TEST(no_flipped_bit_is_believed) {
 
 TEST(no_part_is_believed) {
   const std::string whole = sound();
-  for (std::size_t size = 0; size + 2 < whole.size(); size += 7) CHECK(said(whole.substr(0, size), "BUNDLE") != "accepted");
+  for (std::size_t size = 0; size + 2 < whole.size(); size += 7)
+    CHECK(said(whole.substr(0, size), "BUNDLE") != "accepted");
 }
 
 TEST(failures_name_the_remedy) {
   CHECK_THROWS_WITH(parse_manifest(R"({"format": 1})", "b"), "build the bundle again: kvexport build");
-  CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "kvexport": "9.0"})", "b"), "written by kvexport \"9.0\"");
+  CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "kvexport": "9.0"})", "b"),
+                    "written by kvexport \"9.0\"");
   CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "kvexport": "9.0"})", "b"), "update kvexport");
   CHECK_THROWS_WITH(parse_manifest(R"({"format": 2, "files": {}})", "b"), "its sha256 differs");
 }
@@ -121,21 +130,23 @@ TEST(deep_nesting_is_refused) {
 }
 
 TEST(what_is_no_json_is_refused) {
-  for (const char* text : {"", "NaN", "[Infinity]", "{\"a\": 1e999}", "[1,]", "// a\n1", "\"\xC3\"", "\"\xED\xA0\x80\"", "1 2"})
+  for (const char* text :
+       {"", "NaN", "[Infinity]", "{\"a\": 1e999}", "[1,]", "// a\n1", "\"\xC3\"", "\"\xED\xA0\x80\"", "1 2"})
     CHECK_THROWS_WITH(parse_json(text, "x"), "x cannot be read");
 }
 
 TEST(what_is_shown_is_short_and_plain) {
-  CHECK_EQUAL(shown("\x1b[31m\xC3\xA9"), "\"\\u001b[31m\\u00e9\"");
-  CHECK_EQUAL(shown(std::string(1000, 'x')).size(), 80U);
+  CHECK_EQUAL(for_message("\x1b[31m\xC3\xA9"), "\"\\u001b[31m\\u00e9\"");
+  CHECK_EQUAL(for_message(std::string(1000, 'x')).size(), 80U);
   CHECK(printable("caf\xC3\xA9 \xE6\x97\xA5 \xF0\x9F\x99\x82") && printable(""));
-  for (const char* text : {"\x1b[31m", "a\nb", "\x7F", "\xC2\x85", "\xE2\x80\xAE", "\xE2\x80\xA8", "\xEF\xBB\xBF"})
+  for (const char* text :
+       {"\x1b[31m", "a\nb", "\x7F", "\xC2\x85", "\xE2\x80\xAE", "\xE2\x80\xA8", "\xEF\xBB\xBF"})
     CHECK(!printable(text));
 }
 
 TEST(sizes_that_no_memory_has_are_refused) {
   for (const char* name : {"heads", "width", "capacity", "layers", "vocabulary"}) {
-    const std::string harmful = contents(check::golden("harmful") + "/" + name + ".json");
+    const std::string harmful = contents(check::reader_file("harmful") + "/" + name + ".json");
     CHECK_THROWS_WITH(parse_manifest(harmful, "b"), "a larger model or cache than any machine holds");
   }
 }

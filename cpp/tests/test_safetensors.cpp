@@ -1,14 +1,15 @@
-// Files of tensors: Python's are read, ours are Python's to read (tests/cpp/test_cpp_readers.py), and no damage is believed.
+// Files of tensors: Python's are read, ours are Python's to read (tests/cpp/test_cpp_readers.py), and no
+// damage is believed.
 #include <sys/resource.h>
 
 #include <csignal>
 #include <cstring>
 #include <random>
 
-#include "check.hpp"
 #include "bundle/error.hpp"
-#include "files.hpp"
 #include "bundle/safetensors.hpp"
+#include "check.hpp"
+#include "files.hpp"
 
 using namespace kvexport::detail;
 
@@ -26,11 +27,13 @@ TensorHeader parsed(const std::string& header, std::size_t data) {
 }
 
 std::string one(const std::string& dtype, const std::string& shape, const std::string& offsets) {
-  return R"({"a": {"dtype": ")" + dtype + R"(", "shape": )" + shape + R"(, "data_offsets": )" + offsets + "}}";
+  return R"({"a": {"dtype": ")" + dtype + R"(", "shape": )" + shape + R"(, "data_offsets": )" + offsets +
+         "}}";
 }
 
-const std::vector<TensorEntry> three{
-    {"past.0.key", "F32", {1, 2, 3}, 0, 0}, {"past.0.value", "F16", {1, 2}, 0, 0}, {"none", "BF16", {0, 4}, 0, 0}};
+const std::vector<TensorEntry> three{{"past.0.key", "F32", {1, 2, 3}, 0, 0},
+                                     {"past.0.value", "F16", {1, 2}, 0, 0},
+                                     {"none", "BF16", {0, 4}, 0, 0}};
 
 // Of `three`: 28 bytes.
 std::string data() {
@@ -44,7 +47,8 @@ std::string data() {
 }
 
 void write_three(const std::string& path,
-                 const Metadata& metadata = {{"kvexport", "test"}, {"state", R"({"sha256":"0", "x": "é"})"}}) {
+                 const Metadata& metadata = {{"kvexport", "test"},
+                                             {"state", R"({"sha256":"0", "x": "é"})"}}) {
   TensorWriter writer(path, three, metadata);
   const std::string bytes = data();
   writer.write(bytes.data(), 5);
@@ -54,14 +58,15 @@ void write_three(const std::string& path,
 
 std::vector<std::string> listing(const std::string& folder) {
   std::vector<std::string> names;
-  for (const auto& entry : std::filesystem::directory_iterator(folder)) names.push_back(entry.path().filename().string());
+  for (const auto& entry : std::filesystem::directory_iterator(folder))
+    names.push_back(entry.path().filename().string());
   return names;
 }
 
 }  // namespace
 
 TEST(reads_what_python_wrote) {
-  const TensorReader file(check::golden("sound.safetensors"));
+  const TensorReader file(check::reader_file("sound.safetensors"));
   CHECK_EQUAL(file.header().tensors.size(), 5U);
   CHECK_EQUAL(file.header().metadata.at("text"), "quoted \"é\" \n");
   const TensorEntry* f32 = file.header().find("f32");
@@ -96,7 +101,8 @@ TEST(a_new_file_is_as_others_of_its_user) {
   const Folder folder;
   write_three(folder.file("c"));
   write(folder.file("other"), "");
-  CHECK(std::filesystem::status(folder.file("c")).permissions() == std::filesystem::status(folder.file("other")).permissions());
+  CHECK(std::filesystem::status(folder.file("c")).permissions() ==
+        std::filesystem::status(folder.file("other")).permissions());
 }
 
 TEST(one_flipped_bit_of_the_data_is_seen) {
@@ -178,7 +184,9 @@ TEST(a_file_that_is_not_there_says_so) {
 TEST(what_is_not_committed_leaves_nothing) {
   const Folder folder;
   write(folder.file("c"), "before");
-  { TensorWriter writer(folder.file("c"), three, {}); }
+  {
+    TensorWriter writer(folder.file("c"), three, {});
+  }
   try {
     TensorWriter writer(folder.file("c"), three, {});
     writer.write("1234", 4);

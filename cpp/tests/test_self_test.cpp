@@ -1,4 +1,5 @@
-// The self-test on bundles of tests/cpp/test_cpp_self_test.py: sound engines are ok, each kind of fault gets its own verdict.
+// The self-test on bundles of tests/cpp/test_cpp_self_test.py: sound engines are ok, each kind of fault gets
+// its own verdict.
 #include "runtime/self_test.hpp"
 
 #include <cmath>
@@ -9,9 +10,9 @@
 #include <utility>
 #include <vector>
 
-#include "check.hpp"
 #include "bundle/error.hpp"
 #include "bundle/file.hpp"
+#include "check.hpp"
 
 using namespace kvexport::detail;
 
@@ -19,29 +20,37 @@ namespace {
 
 const float GARBAGE = 1000;
 
-Bundle opened(const std::string& name) { return Bundle::open(check::given("KVEXPORT_TEST_SELF_TEST") + "/" + name); }
+Bundle opened(const std::string& name) {
+  return Bundle::open(check::given("KVEXPORT_TEST_SELF_TEST") + "/" + name);
+}
 
 // What a faulty engine does: to a call before it, to the buffers and logits after it.
 struct Fault {
   std::function<void(Call&, Buffers&)> before;
   std::function<void(const Call&, Buffers&, std::vector<float>&)> after;
   std::string provider = "cpu";
-  std::int64_t capacity = 0, longest = 0;  // 0: as the engine's
+  std::int64_t capacity = 0, max_tokens_per_call = 0;  // 0: as the engine's
 };
 
 class Faulty final : public Engine {
  public:
   Faulty(const Bundle& bundle, Fault fault)
-      : inner_(open_onnxruntime(bundle, "cpu", 1)), fault_(std::move(fault)), vocab_(bundle.manifest.vocab_size) {}
+      : inner_(open_onnxruntime(bundle, "cpu", 1)),
+        fault_(std::move(fault)),
+        vocab_(bundle.manifest.vocab_size) {}
 
   const std::string& provider() const override { return fault_.provider; }
   const std::string& version() const override { return inner_->version(); }
   Dtype computes_in() const override { return inner_->computes_in(); }
-  Place& place() override { return inner_->place(); }
-  std::int64_t longest() const override { return fault_.longest == 0 ? inner_->longest() : fault_.longest; }
-  std::int64_t capacity() const override { return fault_.capacity == 0 ? inner_->capacity() : fault_.capacity; }
-  bool fixed() const override { return fault_.capacity != 0; }
-  std::int64_t step() const override { return fixed() ? 0 : inner_->step(); }
+  Storage& storage() override { return inner_->storage(); }
+  std::int64_t max_tokens_per_call() const override {
+    return fault_.max_tokens_per_call == 0 ? inner_->max_tokens_per_call() : fault_.max_tokens_per_call;
+  }
+  std::int64_t capacity() const override {
+    return fault_.capacity == 0 ? inner_->capacity() : fault_.capacity;
+  }
+  bool has_fixed_capacity() const override { return fault_.capacity != 0; }
+  std::int64_t growth_step() const override { return has_fixed_capacity() ? 0 : inner_->growth_step(); }
 
   std::unique_ptr<Binding> bind(Buffers& buffers) override {
     auto bound = std::make_unique<Bound>();
@@ -104,11 +113,13 @@ float* slot_of(const Buffer& buffer, std::int64_t head, std::int64_t slot) {
 }
 
 void fill_slot(const Buffer& buffer, std::int64_t slot, float value) {
-  for (std::int64_t head = 0; head < buffer.heads; ++head) std::fill_n(slot_of(buffer, head, slot), buffer.width, value);
+  for (std::int64_t head = 0; head < buffer.heads; ++head)
+    std::fill_n(slot_of(buffer, head, slot), buffer.width, value);
 }
 
 // The first of a layer's states.
-void change_states(Buffers& buffers, int layer, const std::function<void(float& score, float& stored)>& change) {
+void change_states(Buffers& buffers, int layer,
+                   const std::function<void(float& score, float& position_plus_one)>& change) {
   for (const Buffer& buffer : buffers.all) {
     if (buffer.layer != layer || buffer.which != Which::state) continue;
     for (std::int64_t slot = 0; slot < buffer.heads * buffer.slots; ++slot) {
@@ -126,14 +137,15 @@ float rounded(float value) {  // as bfloat16 has it
 }  // namespace
 
 TEST(sound_bundles_are_ok) {
-  for (const char* name : {"sound", "evicting", "ranked", "half", "bloom", "qwen3", "tiny"}) require_ok(examined(name));
+  for (const char* name : {"sound", "evicting", "ranked", "half", "bloom", "qwen3", "tiny"})
+    require_ok(examined(name));
 }
 
 TEST(other_engines_of_sound_bundles_are_ok) {
   for (const char* name : {"sound", "evicting", "ranked", "half"}) {
-    Fault fixed;
-    fixed.provider = "tensorrt", fixed.capacity = 60, fixed.longest = 5;
-    require_ok(examined(name, fixed));
+    Fault fixed_size;
+    fixed_size.provider = "tensorrt", fixed_size.capacity = 60, fixed_size.max_tokens_per_call = 5;
+    require_ok(examined(name, fixed_size));
   }
 }
 
@@ -153,9 +165,9 @@ TEST(an_engine_that_holds_no_row_is_told) {
 }
 
 TEST(vectors_of_another_bundle) {
-  const std::shared_ptr<const Session> session = std::make_shared<const Session>(
-      opened("sound"), std::make_unique<Faulty>(opened("sound"), Fault{}));
-  require_verdict(examine(session, read_vectors(opened("other"))), "weights");
+  const std::shared_ptr<const Session> session =
+      std::make_shared<const Session>(opened("sound"), std::make_unique<Faulty>(opened("sound"), Fault{}));
+  require_verdict(compare_outputs(session, read_reference_outputs(opened("other"))), "weights");
 }
 
 TEST(an_engine_that_computes_otherwise) {
@@ -181,7 +193,8 @@ TEST(less_precision) {
       if (buffer.which == Which::state) continue;
       const std::int64_t stop = std::min(call.write_index + call.tokens, buffer.slots);
       for (std::int64_t head = 0; head < buffer.heads; ++head) {
-        for (float* at = slot_of(buffer, head, std::min(call.write_index, stop)); at != slot_of(buffer, head, stop); ++at) {
+        for (float* at = slot_of(buffer, head, std::min(call.write_index, stop));
+             at != slot_of(buffer, head, stop); ++at) {
           *at = rounded(*at);
         }
       }
@@ -211,7 +224,8 @@ TEST(writes_one_slot_off) {
     if (call.tokens != 1) return;
     for (const Buffer& buffer : buffers.all) {
       for (std::int64_t head = 0; head < buffer.heads; ++head) {
-        std::copy_n(slot_of(buffer, head, call.write_index), buffer.width, slot_of(buffer, head, call.write_index - 1));
+        std::copy_n(slot_of(buffer, head, call.write_index), buffer.width,
+                    slot_of(buffer, head, call.write_index - 1));
       }
       fill_slot(buffer, call.write_index, GARBAGE);
     }
@@ -248,7 +262,9 @@ TEST(slots_that_are_chosen_wrongly) {
 TEST(a_state_that_says_nothing) {
   Fault forgets;
   forgets.after = [](const Call& call, Buffers& buffers, std::vector<float>&) {
-    if (call.tokens == 1) change_states(buffers, 0, [](float& score, float& stored) { score = stored = 0; });
+    if (call.tokens == 1)
+      change_states(buffers, 0,
+                    [](float& score, float& position_plus_one) { score = position_plus_one = 0; });
   };
   require_cache(examined("evicting", forgets));
 }
@@ -284,8 +300,9 @@ TEST(numbers_that_are_none) {
     Fault spoils;
     spoils.after = [](const Call&, Buffers& buffers, std::vector<float>& logits) {
       logits.back() = std::numeric_limits<float>::quiet_NaN();
-      for (std::int64_t slot = 0; slot < buffers.all[0].slots; ++slot) fill_slot(buffers.all[0], slot, std::nanf(""));
-      change_states(buffers, 0, [](float&, float& stored) { stored = std::nanf(""); });
+      for (std::int64_t slot = 0; slot < buffers.all[0].slots; ++slot)
+        fill_slot(buffers.all[0], slot, std::nanf(""));
+      change_states(buffers, 0, [](float&, float& position_plus_one) { position_plus_one = std::nanf(""); });
     };
     const SelfTestReport report = examined(name, spoils);
     CHECK(!report.ok);
@@ -297,10 +314,12 @@ TEST(numbers_that_are_none) {
 TEST(files_that_are_no_vectors) {
   const Bundle bundle = opened("sound");
   const std::string sound = read_file(bundle.file("self_test.json"), 1 << 24);
-  parse_vectors(sound, bundle.manifest, "it");  // a control
+  parse_reference_outputs(sound, bundle.manifest, "it");  // a control
   for (std::size_t length = 0; length + 2 < sound.size(); length += 97) {
-    CHECK_THROWS_WITH(parse_vectors(sound.substr(0, length), bundle.manifest, "the vectors"), "the vectors");
+    CHECK_THROWS_WITH(parse_reference_outputs(sound.substr(0, length), bundle.manifest, "the vectors"),
+                      "the vectors");
   }
-  CHECK_THROWS_WITH(parse_vectors(sound, opened("evicting").manifest, "the vectors"), "slots");
-  CHECK_THROWS_WITH(parse_vectors(std::string(100000, '['), bundle.manifest, "the vectors"), "the vectors");
+  CHECK_THROWS_WITH(parse_reference_outputs(sound, opened("evicting").manifest, "the vectors"), "slots");
+  CHECK_THROWS_WITH(parse_reference_outputs(std::string(100000, '['), bundle.manifest, "the vectors"),
+                    "the vectors");
 }

@@ -1,13 +1,14 @@
-// Chat turns and text.json by themselves; tokenizers against what Python made of the same texts, in the folders that
-// tests/cpp/test_cpp_text.py makes (KVEXPORT_TEST_TEXT), with the library that KVEXPORT_TEST_GENAI names.
+// Chat turns and text.json by themselves; tokenizers against what Python made of the same texts, in the
+// folders that tests/cpp/test_cpp_text.py makes (KVEXPORT_TEST_TEXT), with the library that
+// KVEXPORT_TEST_GENAI names.
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <thread>
 
-#include "check.hpp"
 #include "bundle/error.hpp"
 #include "bundle/file.hpp"
 #include "bundle/json.hpp"
+#include "check.hpp"
 #include "text/text.hpp"
 
 using namespace kvexport::detail;
@@ -38,32 +39,39 @@ std::string changed(const std::string& pointer, const Json& value) {
 
 std::string folder(const std::string& name) { return check::given("KVEXPORT_TEST_TEXT") + "/" + name; }
 
-TextFile file_of(const std::string& name) { return parse_text(read_file(folder(name) + "/" + text_file, 1 << 24)); }
+TextFile file_of(const std::string& name) {
+  return parse_text(read_file(folder(name) + "/" + text_file, 1 << 24));
+}
 
-Text text_of(const std::string& name) { return {folder(name), file_of(name), check::given("KVEXPORT_TEST_GENAI")}; }
+Text text_of(const std::string& name) {
+  return {folder(name), file_of(name), check::given("KVEXPORT_TEST_GENAI")};
+}
 
 std::string joined(const Ids& ids) {
-  return std::accumulate(ids.begin(), ids.end(), std::string(),
-                         [](const std::string& text, std::int64_t id) { return text + " " + std::to_string(id); });
+  return std::accumulate(ids.begin(), ids.end(), std::string(), [](const std::string& text, std::int64_t id) {
+    return text + " " + std::to_string(id);
+  });
 }
 
 }  // namespace
 
 TEST(turns) {
-  const Chat chat{"<b><u>", std::pair<std::string, std::string>("<b><s>", "</s><u>"), "</u><a>", " ", "</a><u>", true};
+  const Chat chat{
+      "<b><u>", std::pair<std::string, std::string>("<b><s>", "</s><u>"), "</u><a>", " ", "</a><u>", true};
   CHECK_EQUAL(chat.turn(" hello\n", {}, true), "<b><u>hello</u><a>");
   CHECK_EQUAL(chat.turn("hello", "be kind ", true), "<b><s>be kind</s><u>hello</u><a>");
   CHECK_EQUAL(chat.turn("\u00a0\u2003more\x1f", {}, false), "</a><u>more</u><a>");
   CHECK_EQUAL(chat.turn(" \t\n", {}, false), "</a><u></u><a>");
   CHECK_THROWS_WITH(chat.turn("more", "be kind", false), "at the beginning");
-  CHECK_THROWS_WITH((Chat{"<b>", {}, "", "", "", false}.turn("hello", "be kind", true)), "takes no system prompt");
+  CHECK_THROWS_WITH((Chat{"<b>", {}, "", "", "", false}.turn("hello", "be kind", true)),
+                    "takes no system prompt");
 }
 
 TEST(text_file_is_read) {
   const TextFile file = parse_text(sound().dump());
   CHECK(file.before == Ids{1} && file.after == Ids{9});
   CHECK(file.special_ids == (Ids{1, 9}));
-  CHECK(file.golden.size() == 2 && file.chat && file.chat->begin_system->second == "}");
+  CHECK(file.samples.size() == 2 && file.chat && file.chat->begin_system->second == "}");
   Json none = sound();
   none["chat"] = nullptr, none["chat_golden"] = Json::array();
   CHECK(!parse_text(none.dump()).chat);
@@ -108,7 +116,8 @@ TEST(damaged_text_files_are_refused) {
     }
     CHECK_EQUAL(said.substr(0, 9), "text.json");
   }
-  for (const char* raw : {"", "{", "[]", "null", "\xff", "{\"format\": 1}"}) CHECK_THROWS_WITH(parse_text(raw), "text.json");
+  for (const char* raw : {"", "{", "[]", "null", "\xff", "{\"format\": 1}"})
+    CHECK_THROWS_WITH(parse_text(raw), "text.json");
 }
 
 TEST(ids_are_those_of_python) {
@@ -139,9 +148,9 @@ TEST(streams_are_those_of_python) {
 TEST(chat_turns_are_those_of_the_template) {
   const Text text = text_of("qwen");
   const Ids ids = text.turn("Hi", {}, true);
-  CHECK(ids ==
-        text.encode("<|im_start|>system\nYou are a default.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
-                    false));
+  CHECK(ids == text.encode("<|im_start|>system\nYou are a "
+                           "default.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
+                           false));
   CHECK(ids[0] == 1);  // <|im_start|>, one token
 }
 
@@ -162,19 +171,23 @@ TEST(a_stream_gets_past_bytes_that_are_no_character) {
 TEST(other_ids_than_the_builds_are_refused) {
   const std::string library = check::given("KVEXPORT_TEST_GENAI");
   TextFile other = file_of("gpt2");
-  ++other.golden[3].plain_ids.back();
-  CHECK_THROWS_WITH(Text(folder("gpt2"), other, library), "otherwise than the tokenizer that the bundle was built with");
+  ++other.samples[3].plain_ids.back();
+  CHECK_THROWS_WITH(Text(folder("gpt2"), other, library),
+                    "otherwise than the tokenizer that the bundle was built with");
   other = file_of("gpt2");
-  other.golden[2].decoded += "x";
-  CHECK_THROWS_WITH(Text(folder("gpt2"), other, library), "otherwise than the tokenizer that the bundle was built with");
+  other.samples[2].decoded += "x";
+  CHECK_THROWS_WITH(Text(folder("gpt2"), other, library),
+                    "otherwise than the tokenizer that the bundle was built with");
   CHECK_THROWS_WITH(text_of("bloom"), "onnxruntime-genai cannot read the bundle's tokenizer");
 }
 
 TEST(a_missing_library_is_a_failure_with_a_remedy) {
   folder("");
   CHECK_THROWS_WITH(Text(folder("gpt2"), file_of("gpt2"), "libkvexport-none.so"), "onnxruntime-genai-core");
-  CHECK_THROWS_WITH(Text(folder("gpt2"), file_of("gpt2"), "libm.so.6"), "it has no OgaCreateTokenizerFromPath");
-  CHECK_THROWS_WITH(Text(folder("none"), file_of("gpt2"), check::given("KVEXPORT_TEST_GENAI")), "cannot read");
+  CHECK_THROWS_WITH(Text(folder("gpt2"), file_of("gpt2"), "libm.so.6"),
+                    "it has no OgaCreateTokenizerFromPath");
+  CHECK_THROWS_WITH(Text(folder("none"), file_of("gpt2"), check::given("KVEXPORT_TEST_GENAI")),
+                    "cannot read");
 }
 
 TEST(text_that_is_none_is_refused) {
@@ -191,7 +204,8 @@ TEST(threads_take_turns) {
   std::vector<std::thread> threads;
   for (int& one : same)
     threads.emplace_back([&] {
-      for (int i = 0; i < 50; ++i) one = one && text.encode("Once upon a time", true) == wanted && !text.decode(wanted).empty();
+      for (int i = 0; i < 50; ++i)
+        one = one && text.encode("Once upon a time", true) == wanted && !text.decode(wanted).empty();
     });
   for (std::thread& thread : threads) thread.join();
   CHECK_EQUAL(std::accumulate(same.begin(), same.end(), 0), 4);

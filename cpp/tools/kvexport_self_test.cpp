@@ -1,5 +1,6 @@
-// kvexport_self_test: whether this machine computes what was validated.   kvexport_self_test BUNDLE [--provider NAME] [--json]
-// Exit codes as the command line's: 0 ok, 1 it does not, 2 usage, 3 it cannot be run here. Knows the C ABI alone.
+// kvexport_self_test: whether this machine computes what was validated.   kvexport_self_test BUNDLE
+// [--provider NAME] [--json] Exit codes as the command line's: 0 ok, 1 it does not, 2 usage, 3 it cannot be
+// run here. Knows the C ABI alone.
 #include <kvexport/kvexport.h>
 
 #include <cstdio>
@@ -43,7 +44,8 @@ int main(int argc, char** argv) {
   if (bundle == nullptr) return usage();
 
   kvexport_session* opened = nullptr;
-  if (const Error error{kvexport_open(bundle, &options, &opened), kvexport_error_free}; error) return told(error);
+  if (const Error error{kvexport_open(bundle, &options, &opened), kvexport_error_free}; error)
+    return told(error);
   const Session session(opened, kvexport_close);
   const kvexport_info& info = *kvexport_session_info(session.get());
   char* written = nullptr;
@@ -51,6 +53,7 @@ int main(int argc, char** argv) {
   const Text report(written, kvexport_text_free);
   if (json && report) std::puts(report.get());
   if (failed) return told(failed);
-  if (!json) std::printf("ok: %s computes what was validated (%s, %s)\n", info.engine, info.source, info.dtype);
+  if (!json)
+    std::printf("ok: %s computes what was validated (%s, %s)\n", info.engine, info.source, info.dtype);
   return 0;
 }

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import builds
 import bundles as tiny
-import golden as golden_files
 import pytest
+import reader_files as reader_file_writer
 
 
 @pytest.fixture(scope="session")
@@ -18,10 +18,10 @@ def built() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def golden(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `golden.write` makes."""
-    folder = tmp_path_factory.mktemp("golden")
-    golden_files.write(folder)
+def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What `reader_files.write` makes."""
+    folder = tmp_path_factory.mktemp("reader_files")
+    reader_file_writer.write(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import builds
-import golden
+import reader_files
 import torch
 from support.decoders import make_decoder
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
@@ -25,7 +25,7 @@ from support.tiny_bundles import byte_level_tokenizer, write_bundle
 from kvexport.build.text_files import write_text_files
 from kvexport.progress import Progress
 
-FUZZERS = ("manifest", "safetensors", "text", "self_test", "device_record")
+FUZZERS = ("manifest", "safetensors", "text", "self_test", "engine_record")
 _DONE = re.compile(r"#(\d+)\s+DONE\s+cov: (\d+) ft: (\d+) corp: (\d+)/")
 _CHAT = (
     "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -39,14 +39,14 @@ def write_seeds(folder: Path) -> None:
         (folder / name).mkdir(parents=True)
     made = folder / "made"
     made.mkdir()
-    golden.write(made)
+    reader_files.write(made)
     decoder = make_decoder("gqa", dtype=torch.float32)
     tested = write_bundle(made / "tested", decoder, self_test=True)
     shutil.copy(tested / "self_test.json", folder / "self_test" / "sound")
     for name in ("tiny", "evicting"):
         shutil.copy(made / name / "manifest.json", folder / "manifest" / name)
     shutil.copy(made / "sound.safetensors", folder / "safetensors" / "sound")
-    shutil.copy(made / "engines.json", folder / "device_record" / "sound")
+    shutil.copy(made / "engines.json", folder / "engine_record" / "sound")
     checkpoint = made / "checkpoint"
     checkpoint.mkdir()
     (checkpoint / "tokenizer.json").write_text(byte_level_tokenizer(), encoding="utf-8")

@@ -71,9 +71,9 @@ def application(folder: Path, tree: Path, *options: str) -> Path:
     return made
 
 
-def test_an_application_needs_the_library_alone(installed: Path, golden: Path, tmp_path: Path) -> None:
+def test_an_application_needs_the_library_alone(installed: Path, reader_files: Path, tmp_path: Path) -> None:
     made = application(tmp_path, installed, *(f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in _HIDDEN))
-    version, token, size = require(made / "application", golden / "tiny", env=environment()).split()
+    version, token, size = require(made / "application", reader_files / "tiny", env=environment()).split()
     assert version == "0.1.0" and 0 <= int(token) < 40 and int(size) >= 2 * 2 * 2 * 8 * 32 * 4
     assert require(made / "in_c", "/nowhere").startswith("/nowhere is no bundle")
 
@@ -100,7 +100,7 @@ def test_the_self_test_runs_where_it_was_moved_to(installed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_static_library_brings_what_it_needs(built: Built, golden: Path, tmp_path: Path) -> None:
+def test_a_static_library_brings_what_it_needs(built: Built, reader_files: Path, tmp_path: Path) -> None:
     built("release")  # its compiler's cache serves this one
     root = f"-DONNXRUNTIME_ROOT={onnxruntime()}"
     launcher = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache",) if shutil.which("ccache") else ()
@@ -114,7 +114,7 @@ def test_a_static_library_brings_what_it_needs(built: Built, golden: Path, tmp_p
     require("cmake", "--build", tmp_path / "static", "-j", str(os.cpu_count()))
     require("cmake", "--install", tmp_path / "static", "--prefix", tmp_path / "tree")
     made = application(tmp_path, tmp_path / "tree", root)
-    assert require(made / "application", golden / "tiny", env=environment()).startswith("0.1.0 ")
+    assert require(made / "application", reader_files / "tiny", env=environment()).startswith("0.1.0 ")
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:

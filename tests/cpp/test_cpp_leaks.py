@@ -34,11 +34,11 @@ def left(program: Path, *words: str | Path) -> tuple[int, str]:
     return ran.returncode, ran.stderr
 
 
-def test_a_hundred_open_and_close_leave_nothing(built: Callable[[str], Path], golden: Path) -> None:
-    code, said = left(built("release") / "tests" / "open_and_close", golden / "tiny", str(TIMES), "")
+def test_a_hundred_open_and_close_leave_nothing(built: Callable[[str], Path], reader_files: Path) -> None:
+    code, said = left(built("release") / "tests" / "open_and_close", reader_files / "tiny", str(TIMES), "")
     assert code == 0 and "in use at exit: 0 bytes in 0 blocks" in said, said[-4000:]
 
 
-def test_a_forgotten_cache_is_found(built: Callable[[str], Path], golden: Path) -> None:
-    code, said = left(built("release") / "tests" / "open_and_close", golden / "tiny", "1", "", "leak")
+def test_a_forgotten_cache_is_found(built: Callable[[str], Path], reader_files: Path) -> None:
+    code, said = left(built("release") / "tests" / "open_and_close", reader_files / "tiny", "1", "", "leak")
     assert code == 9 and "definitely lost: 0 bytes" not in said, said[-4000:]

@@ -21,7 +21,7 @@ ELSEWHERE = (
 
 @pytest.fixture(scope="module")
 def given(
-    golden: Path, bundles: Path, full_disk: Path | None, tmp_path_factory: pytest.TempPathFactory
+    reader_files: Path, bundles: Path, full_disk: Path | None, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
     """The files that ctest's programs read, by the environment variables that say where they are."""
     engines = tmp_path_factory.mktemp("engines")
@@ -29,7 +29,7 @@ def given(
     full = {} if full_disk is None else {"KVEXPORT_TEST_FULL_DISK": str(full_disk)}
     written = tmp_path_factory.mktemp("written") / "by_cpp.safetensors"
     return {
-        "KVEXPORT_TEST_GOLDEN": str(golden),
+        "KVEXPORT_TEST_FILES": str(reader_files),
         "KVEXPORT_TEST_BUNDLES": str(bundles),
         "KVEXPORT_TEST_ENGINES": str(engines),
         "KVEXPORT_TEST_WRITE": str(written),

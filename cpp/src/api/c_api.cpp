@@ -1,4 +1,5 @@
-// The C ABI over Session, Cache and generate. Nothing is thrown through it: every function that can fail catches all there is.
+// The C ABI over Session, Cache and generate. Nothing is thrown through it: every function that can fail
+// catches all there is.
 #include <kvexport/kvexport.h>
 
 #include <algorithm>
@@ -12,8 +13,8 @@
 #include <utility>
 #include <vector>
 
-#include "runtime/cache.hpp"
 #include "bundle/error.hpp"
+#include "runtime/cache.hpp"
 #include "runtime/generate.hpp"
 #include "runtime/self_test.hpp"
 #include "runtime/session.hpp"
@@ -76,8 +77,8 @@ template <typename Value>
 void require_array(const Value* values, std::size_t count, const char* name) {
   constexpr std::size_t most = PTRDIFF_MAX / sizeof(Value);
   if (count > most) {
-    throw Failure(Code::usage, std::string("the count of ") + name + " is out of range", std::to_string(count),
-                  "at most " + std::to_string(most));
+    throw Failure(Code::usage, std::string("the count of ") + name + " is out of range",
+                  std::to_string(count), "at most " + std::to_string(most));
   }
   if (count != 0) require_given(values, name);
 }
@@ -94,8 +95,8 @@ Struct read_struct(const Struct* given, Struct defaults) {
   std::size_t size = 0;
   std::memcpy(&size, given, sizeof size);
   if (size < sizeof size) {
-    throw Failure(Code::usage, "a struct's size is not set", std::to_string(size), std::to_string(sizeof(Struct)),
-                  "take the struct from its _defaults function");
+    throw Failure(Code::usage, "a struct's size is not set", std::to_string(size),
+                  std::to_string(sizeof(Struct)), "take the struct from its _defaults function");
   }
   std::memcpy(&defaults, given, std::min(size, sizeof(Struct)));
   return defaults;
@@ -105,8 +106,8 @@ template <typename Struct>
 void write_struct(Struct* target, Struct values, const char* name) {
   require_given(target, name);
   if (target->size < sizeof target->size) {
-    throw Failure(Code::usage, "a struct's size is not set", std::to_string(target->size), std::to_string(sizeof(Struct)),
-                  std::string(name) + "->size = sizeof *" + name);
+    throw Failure(Code::usage, "a struct's size is not set", std::to_string(target->size),
+                  std::to_string(sizeof(Struct)), std::string(name) + "->size = sizeof *" + name);
   }
   values.size = target->size;
   std::memcpy(target, &values, std::min(target->size, sizeof(Struct)));
@@ -132,7 +133,7 @@ char* text_of(const std::string& made) {
 
 kvexport::detail::Cache& free_of(kvexport_cache* cache) {
   require_given(cache, "cache");
-  cache->inside.require_free();
+  cache->inside.require_not_leased();
   return cache->inside;
 }
 
@@ -166,12 +167,14 @@ kvexport::detail::GenerateOptions options_of(const kvexport_generate_options& gi
   if (given.own_stop_tokens == 0) {
     require_array(given.stop_tokens, given.stop_token_count, "stop_tokens");
     options.stop_tokens.emplace();
-    if (given.stop_token_count != 0) options.stop_tokens->assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
+    if (given.stop_token_count != 0)
+      options.stop_tokens->assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
   }
   require_array(given.stop_texts, given.stop_text_count, "stop_texts");
   require_array(given.stop_text_lengths, given.stop_text_count, "stop_text_lengths");
   for (std::size_t index = 0; index < given.stop_text_count; ++index) {
-    options.stop_texts.push_back(string_of(given.stop_texts[index], given.stop_text_lengths[index], "stop_texts"));
+    options.stop_texts.push_back(
+        string_of(given.stop_texts[index], given.stop_text_lengths[index], "stop_texts"));
   }
   return options;
 }
@@ -211,7 +214,8 @@ kvexport_open_options kvexport_open_defaults(void) {
   return {sizeof(kvexport_open_options), "auto", 0, 1, 128, "libonnxruntime-genai.so"};
 }
 
-kvexport_error* kvexport_open(const char* bundle, const kvexport_open_options* options, kvexport_session** session) {
+kvexport_error* kvexport_open(const char* bundle, const kvexport_open_options* options,
+                              kvexport_session** session) {
   return guarded([&] {
     require_given(bundle, "bundle");
     require_given(session, "session");
@@ -232,17 +236,20 @@ const kvexport_info* kvexport_session_info(const kvexport_session* session) {
   return session == nullptr ? nullptr : &session->info;
 }
 
-kvexport_error* kvexport_session_memory(const kvexport_session* session, int64_t capacity, kvexport_memory* memory) {
+kvexport_error* kvexport_session_memory(const kvexport_session* session, int64_t capacity,
+                                        kvexport_memory* memory) {
   return guarded([&] {
     require_given(session, "session");
     const kvexport::detail::DeviceMemory device = session->inside->engine->device_memory();
-    write_struct(memory, {0, session->inside->bytes_of(capacity), session->inside->device.c_str(), device.free, device.total,
-                          device.weights, device.activations}, "memory");
+    write_struct(memory,
+                 {0, session->inside->bytes_of(capacity), session->inside->device.c_str(), device.free,
+                  device.total, device.weights, device.activations},
+                 "memory");
   });
 }
 
-kvexport_error* kvexport_encode(const kvexport_session* session, const char* text, size_t length, int special, int64_t** ids,
-                                size_t* count) {
+kvexport_error* kvexport_encode(const kvexport_session* session, const char* text, size_t length, int special,
+                                int64_t** ids, size_t* count) {
   return guarded([&] {
     require_given(session, "session");
     const std::string given = string_of(text, length, "text");
@@ -252,22 +259,22 @@ kvexport_error* kvexport_encode(const kvexport_session* session, const char* tex
   });
 }
 
-kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* ids, size_t count, char** text,
-                                size_t* length) {
+kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* ids, size_t count,
+                                char** text, size_t* length) {
   return guarded([&] {
     require_given(session, "session");
     require_array(ids, count, "ids");
     require_given(text, "text");
     session->inside->require_ids(ids, count);
-    const std::string made = session->inside->require_text().decode(count == 0 ? std::vector<std::int64_t>()
-                                                                               : std::vector<std::int64_t>(ids, ids + count));
+    const std::string made = session->inside->require_text().decode(
+        count == 0 ? std::vector<std::int64_t>() : std::vector<std::int64_t>(ids, ids + count));
     *text = text_of(made);
     if (length != nullptr) *length = made.size();
   });
 }
 
-kvexport_error* kvexport_turn(const kvexport_cache* cache, const char* text, size_t text_length, const char* system,
-                              size_t system_length, int64_t** ids, size_t* count) {
+kvexport_error* kvexport_turn(const kvexport_cache* cache, const char* text, size_t text_length,
+                              const char* system, size_t system_length, int64_t** ids, size_t* count) {
   return guarded([&] {
     require_given(cache, "cache");
     const std::string given = string_of(text, text_length, "text");
@@ -291,7 +298,8 @@ kvexport_error* kvexport_cache_new(kvexport_session* session, int64_t capacity, 
   });
 }
 
-kvexport_error* kvexport_cache_load(kvexport_session* session, const char* file, int64_t capacity, kvexport_cache** cache) {
+kvexport_error* kvexport_cache_load(kvexport_session* session, const char* file, int64_t capacity,
+                                    kvexport_cache** cache) {
   return guarded([&] {
     require_given(session, "session");
     require_given(file, "file");
@@ -311,20 +319,25 @@ kvexport_error* kvexport_cache_save(kvexport_cache* cache, const char* file) {
 }
 
 kvexport_error* kvexport_cache_clear(kvexport_cache* cache) {
-  return guarded([&] {
-    free_of(cache).clear();
-  });
+  return guarded([&] { free_of(cache).clear(); });
 }
 
 void kvexport_cache_free(kvexport_cache* cache) { delete cache; }
 
-size_t kvexport_cache_bytes(const kvexport_cache* cache) { return cache == nullptr ? 0 : cache->inside.bytes(); }
+size_t kvexport_cache_bytes(const kvexport_cache* cache) {
+  return cache == nullptr ? 0 : cache->inside.bytes();
+}
 
-int64_t kvexport_cache_length(const kvexport_cache* cache) { return cache == nullptr ? 0 : cache->inside.length(); }
+int64_t kvexport_cache_length(const kvexport_cache* cache) {
+  return cache == nullptr ? 0 : cache->inside.length();
+}
 
-int64_t kvexport_cache_capacity(const kvexport_cache* cache) { return cache == nullptr ? 0 : cache->inside.capacity(); }
+int64_t kvexport_cache_capacity(const kvexport_cache* cache) {
+  return cache == nullptr ? 0 : cache->inside.capacity();
+}
 
-kvexport_error* kvexport_prefill(kvexport_cache* cache, const int64_t* ids, size_t count, const float** logits) {
+kvexport_error* kvexport_prefill(kvexport_cache* cache, const int64_t* ids, size_t count,
+                                 const float** logits) {
   return guarded([&] {
     kvexport::detail::Cache& inside = free_of(cache);
     require_array(ids, count, "ids");
@@ -345,15 +358,17 @@ kvexport_generate_options kvexport_generate_defaults(void) {
 }
 
 kvexport_error* kvexport_generate(kvexport_cache* cache, const int64_t* ids, size_t count,
-                                  const kvexport_generate_options* options, kvexport_on_token on_token, void* user,
-                                  int* finish) {
+                                  const kvexport_generate_options* options, kvexport_on_token on_token,
+                                  void* user, int* finish) {
   return guarded([&] {
     kvexport::detail::Cache& inside = free_of(cache);
     require_array(ids, count, "ids");
     const auto wanted = options_of(read_struct(options, kvexport_generate_defaults()));
     kvexport::detail::OnToken told;
     if (on_token != nullptr) {
-      told = [&](std::int64_t token, std::string_view text) { return on_token(token, text.data(), text.size(), user) == 0; };
+      told = [&](std::int64_t token, std::string_view text) {
+        return on_token(token, text.data(), text.size(), user) == 0;
+      };
     }
     const auto ended = generate(inside, ids, count, wanted, told);
     if (finish != nullptr) *finish = static_cast<int>(ended);

@@ -12,7 +12,8 @@ namespace kvexport::detail {
 namespace {
 
 constexpr std::size_t largest_manifest = std::size_t{1} << 24;
-constexpr const char* copy_again = "copy the bundle again, or build the bundle again: kvexport build CHECKPOINT -o BUNDLE";
+constexpr const char* copy_again =
+    "copy the bundle again, or build the bundle again: kvexport build CHECKPOINT -o BUNDLE";
 
 std::string read_manifest(const std::string& path) {
   const std::string file = path + "/" + manifest_file;
@@ -25,8 +26,8 @@ std::string read_manifest(const std::string& path) {
   try {
     return read_file(file, largest_manifest);
   } catch (const Failure& failure) {
-    throw bundle_error("the manifest of " + path + " cannot be read: " + failure.failed, failure.got, failure.expected,
-                       failure.fix);
+    throw bundle_error("the manifest of " + path + " cannot be read: " + failure.failed, failure.got,
+                       failure.expected, failure.fix);
   }
 }
 
@@ -44,7 +45,8 @@ Bundle Bundle::open(const std::string& path) {
     if (!size) throw bundle_error("the bundle " + path + " lacks its file " + name, {}, {}, copy_again);
     if (*size != entry.bytes) {
       throw bundle_error(name + " of the bundle " + path + " has another size than when it was written",
-                         std::to_string(*size) + " bytes", std::to_string(entry.bytes) + " bytes", copy_again);
+                         std::to_string(*size) + " bytes", std::to_string(entry.bytes) + " bytes",
+                         copy_again);
     }
   }
   return bundle;
@@ -53,9 +55,11 @@ Bundle Bundle::open(const std::string& path) {
 void Bundle::verify(const std::vector<std::string>& names) const {
   for (const std::string& name : names) {
     const auto listed = manifest.files.find(name);
-    if (listed == manifest.files.end()) throw bundle_error("the manifest of the bundle " + path + " does not list " + name);
+    if (listed == manifest.files.end())
+      throw bundle_error("the manifest of the bundle " + path + " does not list " + name);
     if (sha256_of_file(file(name)) != listed->second.sha256) {
-      throw bundle_error(name + " of the bundle " + path + " is not as it was written: its sha256 differs", {}, {}, copy_again);
+      throw bundle_error(name + " of the bundle " + path + " is not as it was written: its sha256 differs",
+                         {}, {}, copy_again);
     }
   }
 }

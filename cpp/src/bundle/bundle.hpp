@@ -1,5 +1,6 @@
-// The bundle: a directory with a manifest and the files that it lists. Knows which files there are, their sizes and hashes;
-// what the manifest says is in manifest.hpp, what is in the files is others' matter. Executes nothing, writes nothing.
+// The bundle: a directory with a manifest and the files that it lists. Knows which files there are, their
+// sizes and hashes; what the manifest says is in manifest.hpp, what is in the files is others' matter.
+// Executes nothing, writes nothing.
 #pragma once
 
 #include <string>

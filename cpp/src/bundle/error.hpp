@@ -1,5 +1,5 @@
-// The one kind of exception inside the library: what failed, the value it got, the values it expected, and how to fix it.
-// The C ABI turns it into a kvexport_error; nothing else is thrown on purpose.
+// The one kind of exception inside the library: what failed, the value it got, the values it expected, and
+// how to fix it. The C ABI turns it into a kvexport_error; nothing else is thrown on purpose.
 #pragma once
 
 #include <exception>
@@ -13,8 +13,13 @@ enum class Code { gate_failed = 1, usage = 2, cannot_run_here = 3 };
 
 class Failure : public std::exception {
  public:
-  Failure(Code code, std::string failed, std::string got = {}, std::string expected = {}, std::string fix = {})
-      : code(code), failed(std::move(failed)), got(std::move(got)), expected(std::move(expected)), fix(std::move(fix)) {
+  Failure(Code code, std::string failed, std::string got = {}, std::string expected = {},
+          std::string fix = {})
+      : code(code),
+        failed(std::move(failed)),
+        got(std::move(got)),
+        expected(std::move(expected)),
+        fix(std::move(fix)) {
     message_ = this->failed;
     if (!this->got.empty()) message_ += "\n  got:      " + this->got;
     if (!this->expected.empty()) message_ += "\n  expected: " + this->expected;
@@ -32,7 +37,8 @@ class Failure : public std::exception {
 };
 
 // The bundle is damaged, incomplete, or of a format that this version does not read.
-inline Failure bundle_error(std::string failed, std::string got = {}, std::string expected = {}, std::string fix = {}) {
+inline Failure bundle_error(std::string failed, std::string got = {}, std::string expected = {},
+                            std::string fix = {}) {
   if (fix.empty()) fix = "copy the bundle again, or build it again: kvexport build CHECKPOINT -o BUNDLE";
   return {Code::usage, std::move(failed), std::move(got), std::move(expected), std::move(fix)};
 }

@@ -24,9 +24,10 @@ Failure cannot_read(const std::string& path, int reason) {
 
 }  // namespace
 
-File::File(const std::string& path) : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
+File::File(const std::string& path)
+    : path_(path), descriptor_(::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK)) {
   if (descriptor_ < 0) throw cannot_read(path, errno);
-  struct stat status {};
+  struct stat status{};
   const int reason = ::fstat(descriptor_, &status) != 0 ? errno : S_ISDIR(status.st_mode) ? EISDIR : 0;
   if (reason != 0 || !S_ISREG(status.st_mode)) {
     ::close(descriptor_);
@@ -45,14 +46,14 @@ void File::read(void* target, std::size_t bytes, std::uint64_t offset) const {
     if (found < 0 && errno == EINTR) continue;
     if (found < 0) throw cannot_read(path_, errno);
     if (found == 0)
-      throw Failure(Code::usage,
-                    path_ + " ended while it was read: it is shorter than " + std::to_string(offset + bytes) + " bytes");
+      throw Failure(Code::usage, path_ + " ended while it was read: it is shorter than " +
+                                     std::to_string(offset + bytes) + " bytes");
     at += found, bytes -= static_cast<std::size_t>(found), offset += static_cast<std::uint64_t>(found);
   }
 }
 
 std::optional<std::uint64_t> size_of_file(const std::string& path) {
-  struct stat status {};
+  struct stat status{};
   if (::stat(path.c_str(), &status) != 0 || !S_ISREG(status.st_mode)) return std::nullopt;
   return static_cast<std::uint64_t>(status.st_size);
 }
@@ -69,7 +70,7 @@ std::string read_file(const std::string& path, std::size_t most) {
 }
 
 NewFile::NewFile(const std::string& path) : path_(path) {
-  struct stat status {};
+  struct stat status{};
   if (::stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
     throw Failure(Code::usage, path + " cannot be written: it is a folder", {}, {}, "name a file in it");
   }
@@ -111,7 +112,7 @@ void NewFile::overwrite(const void* data, std::size_t bytes, std::uint64_t offse
 
 // Beyond the limit of a process's files the system ends the process where it does not expect the signal.
 void NewFile::require_allowed(std::size_t bytes) const {
-  struct rlimit limit {};
+  struct rlimit limit{};
   if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;
   const off_t written = ::lseek(descriptor_, 0, SEEK_CUR);
   if (written >= 0 && static_cast<rlim_t>(written) + bytes <= limit.rlim_cur) return;

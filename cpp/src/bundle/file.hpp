@@ -1,5 +1,5 @@
-// Files as this library reads and writes them: whole, or in ranges; no larger than expected; new ones appear whole or not at
-// all. Knows nothing of what is in them.
+// Files as this library reads and writes them: whole, or in ranges; no larger than expected; new ones appear
+// whole or not at all. Knows nothing of what is in them.
 #pragma once
 
 #include <cstddef>
@@ -9,7 +9,8 @@
 
 namespace kvexport::detail {
 
-// A file opened for reading. Throws Failure (usage) with the system's reason where it is none or cannot be read.
+// A file opened for reading. Throws Failure (usage) with the system's reason where it is none or cannot be
+// read.
 class File {
  public:
   explicit File(const std::string& path);
@@ -33,8 +34,8 @@ std::optional<std::uint64_t> size_of_file(const std::string& path);
 // The whole file, of at most `most` bytes.
 std::string read_file(const std::string& path, std::size_t most);
 
-// A temporary sibling of `path` that `commit` renames to it, and that is removed without. Throws Failure (cannot_run_here)
-// with the system's reason, such as a full disk.
+// A temporary sibling of `path` that `commit` renames to it, and that is removed without. Throws Failure
+// (cannot_run_here) with the system's reason, such as a full disk.
 class NewFile {
  public:
   explicit NewFile(const std::string& path);
@@ -43,7 +44,8 @@ class NewFile {
   NewFile& operator=(const NewFile&) = delete;
 
   void write(const void* data, std::size_t bytes);
-  void overwrite(const void* data, std::size_t bytes, std::uint64_t offset);  // bytes that were written before
+  void overwrite(const void* data, std::size_t bytes,
+                 std::uint64_t offset);  // bytes that were written before
   void commit();
 
  private:

@@ -16,7 +16,7 @@ constexpr int deepest = 64;
 constexpr const char* wrong_type = "is missing or of the wrong type";
 
 // Throws instead of answering: what is refused is not built up first.
-class Limits {
+class ParseLimits {
  public:
   bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
     if (event == Json::parse_event_t::object_start || event == Json::parse_event_t::array_start) {
@@ -26,7 +26,7 @@ class Limits {
       keys_.pop_back();
     } else if (event == Json::parse_event_t::key) {
       if (!keys_.back().insert(parsed.get_ref<const std::string&>()).second)
-        throw std::invalid_argument("it has a key twice: " + shown(parsed));
+        throw std::invalid_argument("it has a key twice: " + for_message(parsed));
     }
     return true;
   }
@@ -47,25 +47,27 @@ char32_t next_character(std::string_view text, std::size_t& at) {
 }
 
 // Of a key, within a message.
-std::string named(const std::string& key) { return printable(key) ? key : shown(Json(key)); }
+std::string named(const std::string& key) { return printable(key) ? key : for_message(Json(key)); }
 
-bool is_whole(const Json& value) {
+bool is_integer(const Json& value) {
   return value.is_number_integer() &&
-         (!value.is_number_unsigned() || value.get<std::uint64_t>() <= std::uint64_t{std::numeric_limits<std::int64_t>::max()});
+         (!value.is_number_unsigned() ||
+          value.get<std::uint64_t>() <= std::uint64_t{std::numeric_limits<std::int64_t>::max()});
 }
 
 }  // namespace
 
 Json parse_json(std::string_view text, const std::string& document, const std::string& fix) {
   try {
-    if (text.find('\0') != std::string_view::npos) throw std::invalid_argument("it has a NUL byte");  // to the parser an end
-    return Json::parse(text.begin(), text.end(), Limits());
+    if (text.find('\0') != std::string_view::npos)
+      throw std::invalid_argument("it has a NUL byte");  // to the parser an end
+    return Json::parse(text.begin(), text.end(), ParseLimits());
   } catch (const std::exception& error) {
     throw bundle_error(document + " cannot be read: " + error.what(), {}, {}, fix);
   }
 }
 
-std::string shown(const Json& value) {
+std::string for_message(const Json& value) {
   std::string text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
   if (text.size() > 80) text.resize(80);
   return text;
@@ -75,7 +77,8 @@ bool printable(std::string_view text) {
   for (std::size_t at = 0; at < text.size();) {
     const char32_t c = next_character(text, at);
     const bool formats = c == 0xAD || (c >= 0x200B && c <= 0x200F) || (c >= 0x2028 && c <= 0x202E) ||
-                         (c >= 0x2060 && c <= 0x206F) || c == 0xFEFF || (c >= 0xFFF9 && c <= 0xFFFB) || c >= 0xE0000;
+                         (c >= 0x2060 && c <= 0x206F) || c == 0xFEFF || (c >= 0xFFF9 && c <= 0xFFFB) ||
+                         c >= 0xE0000;
     if (c < 0x20 || (c >= 0x7F && c <= 0xA0) || formats) return false;
   }
   return true;
@@ -85,7 +88,7 @@ Reader::Reader(const Json& raw, std::string document, std::string where, std::st
     : raw_(&raw), document_(std::move(document)), where_(std::move(where)), fix_(std::move(fix)) {
   if (raw.is_object()) return;
   const std::string at = where_.empty() ? document_ : document_ + "'s " + where_.substr(0, where_.size() - 1);
-  throw bundle_error(at + " is not an object", shown(raw), {}, fix_);
+  throw bundle_error(at + " is not an object", for_message(raw), {}, fix_);
 }
 
 bool Reader::has(const std::string& key) const {
@@ -93,88 +96,88 @@ bool Reader::has(const std::string& key) const {
   return found != raw_->end() && !found->is_null();
 }
 
-const Json& Reader::any(const std::string& key) const {
+const Json& Reader::value(const std::string& key) const {
   const auto found = raw_->find(key);
-  if (found == raw_->end()) refuse(key, wrong_type);
+  if (found == raw_->end()) fail(key, wrong_type);
   return *found;
 }
 
-Reader Reader::table(const std::string& key) const {
+Reader Reader::object(const std::string& key) const {
   static const Json none;
   const auto found = raw_->find(key);
   return {found == raw_->end() ? none : *found, document_, where_ + named(key) + ".", fix_};
 }
 
 Reader Reader::entry(const std::string& key) const {
-  return {any(key), document_, (where_.empty() ? where_ : where_.substr(0, where_.size() - 1)) + "['" + named(key) + "'].",
-          fix_};
+  return {value(key), document_,
+          (where_.empty() ? where_ : where_.substr(0, where_.size() - 1)) + "['" + named(key) + "'].", fix_};
 }
 
-std::string Reader::any_text(const std::string& key) const {
-  const Json& found = any(key);
-  if (!found.is_string()) refuse(key, wrong_type);
+std::string Reader::string(const std::string& key) const {
+  const Json& found = value(key);
+  if (!found.is_string()) fail(key, wrong_type);
   return found.get<std::string>();
 }
 
-std::string Reader::text(const std::string& key) const {
-  std::string found = any_text(key);
-  if (!printable(found)) refuse(key, "has characters that cannot be shown");
+std::string Reader::printable_string(const std::string& key) const {
+  std::string found = string(key);
+  if (!printable(found)) fail(key, "has characters that cannot be shown");
   return found;
 }
 
-std::int64_t Reader::whole(const std::string& key) const {
-  const Json& found = any(key);
-  if (!is_whole(found)) refuse(key, wrong_type);
+std::int64_t Reader::integer(const std::string& key) const {
+  const Json& found = value(key);
+  if (!is_integer(found)) fail(key, wrong_type);
   return found.get<std::int64_t>();
 }
 
-std::int64_t Reader::positive(const std::string& key) const {
-  const std::int64_t found = whole(key);
-  if (found < 1) refuse(key, "is impossible", "1 or more");
+std::int64_t Reader::positive_integer(const std::string& key) const {
+  const std::int64_t found = integer(key);
+  if (found < 1) fail(key, "is impossible", "1 or more");
   return found;
 }
 
 double Reader::number(const std::string& key) const {
-  const Json& found = any(key);
-  if (!found.is_number()) refuse(key, wrong_type);
+  const Json& found = value(key);
+  if (!found.is_number()) fail(key, wrong_type);
   const double value = found.get<double>();
-  if (!std::isfinite(value)) refuse(key, "is impossible", "a finite number");
+  if (!std::isfinite(value)) fail(key, "is impossible", "a finite number");
   return value;
 }
 
-bool Reader::truth(const std::string& key) const {
-  const Json& found = any(key);
-  if (!found.is_boolean()) refuse(key, wrong_type);
+bool Reader::boolean(const std::string& key) const {
+  const Json& found = value(key);
+  if (!found.is_boolean()) fail(key, wrong_type);
   return found.get<bool>();
 }
 
-std::optional<std::int64_t> Reader::optional_whole(const std::string& key) const {
-  return has(key) ? std::optional(whole(key)) : std::nullopt;
+std::optional<std::int64_t> Reader::optional_integer(const std::string& key) const {
+  return has(key) ? std::optional(integer(key)) : std::nullopt;
 }
 
-std::optional<std::int64_t> Reader::optional_positive(const std::string& key) const {
-  return has(key) ? std::optional(positive(key)) : std::nullopt;
+std::optional<std::int64_t> Reader::optional_positive_integer(const std::string& key) const {
+  return has(key) ? std::optional(positive_integer(key)) : std::nullopt;
 }
 
-const Json& Reader::list(const std::string& key) const {
-  const Json& found = any(key);
-  if (!found.is_array()) refuse(key, wrong_type);
+const Json& Reader::array(const std::string& key) const {
+  const Json& found = value(key);
+  if (!found.is_array()) fail(key, wrong_type);
   return found;
 }
 
-std::vector<Reader> Reader::each(const std::string& key) const {
+std::vector<Reader> Reader::objects(const std::string& key) const {
   std::vector<Reader> found;
-  for (const Json& item : list(key)) {
-    if (!item.is_object()) refuse(key, "is not a list of objects");
+  for (const Json& item : array(key)) {
+    if (!item.is_object()) fail(key, "is not a list of objects");
     found.emplace_back(item, document_, where_ + key + "[" + std::to_string(found.size()) + "].", fix_);
   }
   return found;
 }
 
-std::vector<std::int64_t> Reader::wholes(const std::string& key) const {
+std::vector<std::int64_t> Reader::integers(const std::string& key) const {
   std::vector<std::int64_t> found;
-  for (const Json& item : list(key)) {
-    if (!is_whole(item)) refuse(key, "is not a list of whole numbers");
+  for (const Json& item : array(key)) {
+    if (!is_integer(item)) fail(key, "is not a list of whole numbers");
     found.push_back(item.get<std::int64_t>());
   }
   return found;
@@ -182,17 +185,17 @@ std::vector<std::int64_t> Reader::wholes(const std::string& key) const {
 
 std::vector<double> Reader::numbers(const std::string& key) const {
   std::vector<double> found;
-  for (const Json& item : list(key)) {
-    if (!item.is_number() || !std::isfinite(item.get<double>())) refuse(key, "is not a list of finite numbers");
+  for (const Json& item : array(key)) {
+    if (!item.is_number() || !std::isfinite(item.get<double>())) fail(key, "is not a list of finite numbers");
     found.push_back(item.get<double>());
   }
   return found;
 }
 
-std::vector<std::string> Reader::texts(const std::string& key) const {
+std::vector<std::string> Reader::strings(const std::string& key) const {
   std::vector<std::string> found;
-  for (const Json& item : list(key)) {
-    if (!item.is_string()) refuse(key, "is not a list of texts");
+  for (const Json& item : array(key)) {
+    if (!item.is_string()) fail(key, "is not a list of texts");
     found.push_back(item.get<std::string>());
   }
   return found;
@@ -204,10 +207,10 @@ std::vector<std::string> Reader::keys() const {
   return found;
 }
 
-void Reader::refuse(const std::string& key, const std::string& problem, const std::string& expected) const {
+void Reader::fail(const std::string& key, const std::string& problem, const std::string& expected) const {
   const auto found = raw_->find(key);
-  throw bundle_error(document_ + "'s " + where_ + named(key) + " " + problem, found == raw_->end() ? "nothing" : shown(*found),
-                     expected, fix_);
+  throw bundle_error(document_ + "'s " + where_ + named(key) + " " + problem,
+                     found == raw_->end() ? "nothing" : for_message(*found), expected, fix_);
 }
 
 }  // namespace kvexport::detail

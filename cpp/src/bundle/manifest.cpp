@@ -24,11 +24,13 @@ constexpr std::pair<const char*, Dtype> dtypes[] = {
     {"float32", Dtype::float32}, {"float16", Dtype::float16}, {"bfloat16", Dtype::bfloat16}};
 constexpr const char* policies[] = {"l2-norm", "window", "keep-high", "random"};
 
-Failure contradicts(const std::string& problem, const std::string& got = {}, const std::string& expected = {}) {
+Failure contradicts(const std::string& problem, const std::string& got = {},
+                    const std::string& expected = {}) {
   return bundle_error(problem, got, expected, rebuild);
 }
 
-// The digest that the manifest gives of its own bytes, or "" where they do not have it: its digits count as zeros.
+// The digest that the manifest gives of its own bytes, or "" where they do not have it: its digits count as
+// zeros.
 std::string digest_of(std::string_view text) {
   const std::size_t key = text.find(digest_key);
   if (key == std::string_view::npos || text.find(digest_key, key + 1) != std::string_view::npos) return {};
@@ -48,21 +50,23 @@ Failure other_format(const Json& raw, const std::string& where) {
   const bool older = got.is_number_integer() && got < format;
   return bundle_error(
       "the bundle " + where + " is of a format that this version of kvexport does not read",
-      "format " + shown(got) + ", written by kvexport " + (written == raw.end() ? "of unknown version" : shown(*written)),
+      "format " + for_message(got) + ", written by kvexport " +
+          (written == raw.end() ? "of unknown version" : for_message(*written)),
       "format " + std::to_string(format),
       older ? rebuild : std::string("update kvexport to that version or later, or ") + rebuild);
 }
 
 Layer layer_of(const Reader& raw) {
   Layer layer;
-  raw.text("method");
-  for (const char* key : {"num_attention_heads", "original_num_key_value_heads", "original_head_dim"}) raw.positive(key);
-  layer.num_key_value_heads = raw.positive("num_key_value_heads");
-  layer.key_head_dim = raw.positive("key_head_dim");
-  layer.value_head_dim = raw.positive("value_head_dim");
+  raw.printable_string("method");
+  for (const char* key : {"num_attention_heads", "original_num_key_value_heads", "original_head_dim"})
+    raw.positive_integer(key);
+  layer.num_key_value_heads = raw.positive_integer("num_key_value_heads");
+  layer.key_head_dim = raw.positive_integer("key_head_dim");
+  layer.value_head_dim = raw.positive_integer("value_head_dim");
   for (const char* key : {"predicted_error", "measured_error", "residual_error"}) raw.number(key);
-  for (const char* key : {"parameters", "original_parameters"}) raw.positive(key);
-  layer.window = raw.optional_positive("window");
+  for (const char* key : {"parameters", "original_parameters"}) raw.positive_integer(key);
+  layer.window = raw.optional_positive_integer("window");
   return layer;
 }
 
@@ -72,17 +76,17 @@ bool plain(const std::string& name) {
 }
 
 std::map<std::string, FileEntry> files_of(const Reader& manifest) {
-  const Reader raw = manifest.table("files");
+  const Reader raw = manifest.object("files");
   std::map<std::string, FileEntry> files;
   for (const std::string& name : raw.keys()) {
     if (!plain(name)) {
-      throw bundle_error("the manifest lists a file that is not one of the bundle's", shown(Json(name)),
+      throw bundle_error("the manifest lists a file that is not one of the bundle's", for_message(Json(name)),
                          "plain names of files beside it");
     }
     const Reader entry = raw.entry(name);
-    const std::string sha256 = entry.text("sha256");
-    const std::int64_t bytes = entry.whole("bytes");
-    if (bytes < 0) entry.refuse("bytes", "is impossible", "0 or more");
+    const std::string sha256 = entry.printable_string("sha256");
+    const std::int64_t bytes = entry.integer("bytes");
+    if (bytes < 0) entry.fail("bytes", "is impossible", "0 or more");
     files[name] = {sha256, static_cast<std::uint64_t>(bytes)};
   }
   for (const char* name : {graph_file, data_file}) {
@@ -99,16 +103,17 @@ Eviction eviction_of(const Reader& raw) {
   Eviction eviction;
   const std::set<std::string> known{"policy", "budget", "protect_first", "protect_recent", "skip_layers"};
   for (const std::string& key : raw.keys()) {
-    if (known.count(key) == 0) raw.refuse(key, "is not known");
+    if (known.count(key) == 0) raw.fail(key, "is not known");
   }
-  eviction.policy = raw.text("policy");
-  eviction.budget = raw.whole("budget");
-  eviction.protect_first = raw.whole("protect_first");
-  eviction.protect_recent = raw.whole("protect_recent");
-  eviction.skip_layers = raw.wholes("skip_layers");
+  eviction.policy = raw.printable_string("policy");
+  eviction.budget = raw.integer("budget");
+  eviction.protect_first = raw.integer("protect_first");
+  eviction.protect_recent = raw.integer("protect_recent");
+  eviction.skip_layers = raw.integers("skip_layers");
   if (std::find(std::begin(policies), std::end(policies), eviction.policy) == std::end(policies))
     throw impossible("there is no such policy of eviction", eviction.policy);
-  if (eviction.protect_first < 0) throw impossible("--protect-first is out of range", std::to_string(eviction.protect_first));
+  if (eviction.protect_first < 0)
+    throw impossible("--protect-first is out of range", std::to_string(eviction.protect_first));
   if (eviction.protect_recent < 0)
     throw impossible("--protect-recent is out of range", std::to_string(eviction.protect_recent));
   // Differences of numbers that were found small enough: sums might overflow.
@@ -127,7 +132,8 @@ void require_fit(const Eviction& eviction, std::int64_t capacity, std::int64_t n
   }
   for (const std::int64_t layer : eviction.skip_layers) {
     if (layer < 0 || layer >= num_layers)
-      throw impossible("--evict-skip-layers names a layer that the model does not have", std::to_string(layer));
+      throw impossible("--evict-skip-layers names a layer that the model does not have",
+                       std::to_string(layer));
   }
   const std::set<std::int64_t> skipped(eviction.skip_layers.begin(), eviction.skip_layers.end());
   if (static_cast<std::int64_t>(skipped.size()) == num_layers)
@@ -142,9 +148,10 @@ Json tensor(const std::string& name, const std::string& dtype, Json shape) {
 // What the graph must take and give, by everything else that the manifest says.
 Json promised(const Manifest& manifest) {
   const std::string dtype = name_of(manifest.dtype);
-  Json inputs = Json::array(
-      {tensor("input_ids", "int64", {"batch", "sequence"}), tensor("position_ids", "int64", {"batch", "sequence"}),
-       tensor("write_indices", "int64", Json::array({"batch"})), tensor("logits_index", "int64", {"batch", "logits"})});
+  Json inputs = Json::array({tensor("input_ids", "int64", {"batch", "sequence"}),
+                             tensor("position_ids", "int64", {"batch", "sequence"}),
+                             tensor("write_indices", "int64", Json::array({"batch"})),
+                             tensor("logits_index", "int64", {"batch", "logits"})});
   Json outputs = Json::array({tensor("logits", "float32", {"batch", "logits", manifest.vocab_size})});
   bool any_evicts = false;
   for (std::size_t i = 0; i < manifest.layers.size(); ++i) {
@@ -153,8 +160,9 @@ Json promised(const Manifest& manifest) {
     any_evicts = any_evicts || evicts;
     const auto cached = [&](const char* which, const std::string& of, std::int64_t width) {
       const std::string name = "." + std::to_string(i) + "." + which;
-      const Json shape = evicts ? Json::array({"batch*" + std::to_string(layer.num_key_value_heads), 1, "budget", width})
-                                : Json::array({"batch", layer.num_key_value_heads, "capacity", width});
+      const Json shape =
+          evicts ? Json::array({"batch*" + std::to_string(layer.num_key_value_heads), 1, "budget", width})
+                 : Json::array({"batch", layer.num_key_value_heads, "capacity", width});
       inputs.push_back(tensor("past_key_values" + name, of, shape));
       outputs.push_back(tensor("present" + name, of, shape));
     };
@@ -174,15 +182,15 @@ Json promised(const Manifest& manifest) {
 }
 
 void require_graph(const Manifest& manifest, const Reader& reader) {
-  const Reader graph = reader.table("graph");
+  const Reader graph = reader.object("graph");
   const Json promised_graph = promised(manifest);
   for (const std::string& key : graph.keys()) {
-    if (!promised_graph.contains(key)) graph.refuse(key, "is not known");
+    if (!promised_graph.contains(key)) graph.fail(key, "is not known");
   }
   for (const auto& [key, value] : promised_graph.items()) {
-    if (graph.any(key) != value) {
+    if (graph.value(key) != value) {
       throw contradicts("the manifest's graph." + key + " contradicts its layers, model, dtype or capacity",
-                        shown(graph.any(key)), shown(value));
+                        for_message(graph.value(key)), for_message(value));
     }
   }
 }
@@ -195,11 +203,12 @@ void require_countable(const Manifest& manifest) {
               manifest.capacity <= std::numeric_limits<std::int32_t>::max();
   for (const Layer& layer : manifest.layers) {
     std::int64_t bytes = 0;
-    const bool counted =
-        !__builtin_add_overflow(layer.key_head_dim, layer.value_head_dim, &bytes) &&
-        !__builtin_add_overflow(bytes, 2, &bytes) &&  // the state, where it evicts
-        !__builtin_mul_overflow(bytes, layer.num_key_value_heads, &bytes) && !__builtin_mul_overflow(bytes, 4, &bytes) &&
-        !__builtin_mul_overflow(bytes, manifest.capacity, &bytes) && !__builtin_add_overflow(total, bytes, &total);
+    const bool counted = !__builtin_add_overflow(layer.key_head_dim, layer.value_head_dim, &bytes) &&
+                         !__builtin_add_overflow(bytes, 2, &bytes) &&  // the state, where it evicts
+                         !__builtin_mul_overflow(bytes, layer.num_key_value_heads, &bytes) &&
+                         !__builtin_mul_overflow(bytes, 4, &bytes) &&
+                         !__builtin_mul_overflow(bytes, manifest.capacity, &bytes) &&
+                         !__builtin_add_overflow(total, bytes, &total);
     fits = fits && counted && total <= most;
   }
   if (!fits) throw contradicts("the manifest describes a larger model or cache than any machine holds");
@@ -222,47 +231,51 @@ bool Eviction::evicts(std::int64_t layer) const {
 
 std::int64_t Eviction::chunk() const { return std::max<std::int64_t>(1, (budget - protect_first) / 4); }
 
-std::int64_t Eviction::proof_slots() const {
+std::int64_t Eviction::self_test_slots() const {
   return std::min(budget, protect_first + std::max<std::int64_t>(1, protect_recent) + 16);
 }
 
 Manifest parse_manifest(std::string_view text, const std::string& where) {
   const Json raw = parse_json(text, "the manifest of " + where, rebuild);
-  if (!raw.is_object() || !raw.contains("format")) throw contradicts("the manifest of " + where + " is not a bundle's");
+  if (!raw.is_object() || !raw.contains("format"))
+    throw contradicts("the manifest of " + where + " is not a bundle's");
   if (!raw["format"].is_number_integer() || raw["format"] != format) throw other_format(raw, where);
   Manifest manifest;
   manifest.digest = digest_of(text);
   if (manifest.digest.empty()) {
-    throw bundle_error(std::string(manifest_file) + " of the bundle " + where + " is not as it was written: its sha256 differs",
+    throw bundle_error(std::string(manifest_file) + " of the bundle " + where +
+                           " is not as it was written: its sha256 differs",
                        {}, {}, std::string("copy the bundle again, or ") + rebuild);
   }
 
   const Reader reader(raw, "the manifest", "", rebuild);
-  const Reader model = reader.table("model"), source = reader.table("source");
-  manifest.version = reader.text("kvexport");
-  manifest.source_name = source.text("name");
-  for (const char* key : {"model_type", "sha256"}) source.text(key);
-  if (reader.has("calibration")) reader.table("calibration");
-  manifest.vocab_size = model.positive("vocab_size");
-  manifest.hidden_size = model.positive("hidden_size");
-  const std::int64_t num_layers = model.positive("num_hidden_layers");
-  manifest.max_position_embeddings = model.optional_whole("max_position_embeddings");
-  manifest.bos_token_id = model.optional_whole("bos_token_id");
-  manifest.eos_token_ids = model.wholes("eos_token_ids");
-  const std::string dtype = reader.text("dtype");
-  manifest.capacity = reader.positive("capacity");
-  if (reader.has("eviction")) manifest.eviction = eviction_of(reader.table("eviction"));
-  for (const Reader& layer : reader.each("layers")) manifest.layers.push_back(layer_of(layer));
+  const Reader model = reader.object("model"), source = reader.object("source");
+  manifest.version = reader.printable_string("kvexport");
+  manifest.source_name = source.printable_string("name");
+  for (const char* key : {"model_type", "sha256"}) source.printable_string(key);
+  if (reader.has("calibration")) reader.object("calibration");
+  manifest.vocab_size = model.positive_integer("vocab_size");
+  manifest.hidden_size = model.positive_integer("hidden_size");
+  const std::int64_t num_layers = model.positive_integer("num_hidden_layers");
+  manifest.max_position_embeddings = model.optional_integer("max_position_embeddings");
+  manifest.bos_token_id = model.optional_integer("bos_token_id");
+  manifest.eos_token_ids = model.integers("eos_token_ids");
+  const std::string dtype = reader.printable_string("dtype");
+  manifest.capacity = reader.positive_integer("capacity");
+  if (reader.has("eviction")) manifest.eviction = eviction_of(reader.object("eviction"));
+  for (const Reader& layer : reader.objects("layers")) manifest.layers.push_back(layer_of(layer));
   manifest.files = files_of(reader);
 
-  const auto known = std::find_if(std::begin(dtypes), std::end(dtypes), [&](const auto& each) { return each.first == dtype; });
+  const auto known = std::find_if(std::begin(dtypes), std::end(dtypes),
+                                  [&](const auto& each) { return each.first == dtype; });
   if (known == std::end(dtypes))
-    throw bundle_error("the manifest's dtype is not one that bundles have", dtype, "float32, float16, bfloat16");
+    throw bundle_error("the manifest's dtype is not one that bundles have", dtype,
+                       "float32, float16, bfloat16");
   manifest.dtype = known->second;
   const auto described = static_cast<std::int64_t>(manifest.layers.size());
   if (described != num_layers) {
-    throw contradicts("the manifest describes another number of layers than its num_hidden_layers", std::to_string(described),
-                      std::to_string(num_layers));
+    throw contradicts("the manifest describes another number of layers than its num_hidden_layers",
+                      std::to_string(described), std::to_string(num_layers));
   }
   if (manifest.eviction) require_fit(*manifest.eviction, manifest.capacity, num_layers);
   require_graph(manifest, reader);

@@ -1,5 +1,5 @@
-// What a bundle's manifest says, as typed data: read from its bytes and checked. Opens no other file, allocates nothing
-// that the bytes do not justify.
+// What a bundle's manifest says, as typed data: read from its bytes and checked. Opens no other file,
+// allocates nothing that the bytes do not justify.
 #pragma once
 
 #include <cstddef>
@@ -22,8 +22,8 @@ struct Eviction {
   std::vector<std::int64_t> skip_layers;
 
   bool evicts(std::int64_t layer) const;
-  std::int64_t chunk() const;        // the most tokens of a prompt that are read at once
-  std::int64_t proof_slots() const;  // slots that self-tests run in
+  std::int64_t chunk() const;            // the most tokens of a prompt that are read at once
+  std::int64_t self_test_slots() const;  // slots that self-tests run in
 };
 
 struct Layer {
@@ -51,8 +51,8 @@ struct Manifest {
   bool has(const std::string& file) const { return files.count(file) != 0; }
 };
 
-// `text`: manifest.json's bytes. `where`: the bundle, for messages. Throws Failure: another format, a digest that does not
-// match, a key missing or of the wrong type or range, parts that contradict each other.
+// `text`: manifest.json's bytes. `where`: the bundle, for messages. Throws Failure: another format, a digest
+// that does not match, a key missing or of the wrong type or range, parts that contradict each other.
 Manifest parse_manifest(std::string_view text, const std::string& where);
 
 }  // namespace kvexport::detail

@@ -16,9 +16,9 @@ constexpr std::uint64_t prefix = 8;  // bytes of the header's length, little-end
 constexpr std::uint64_t largest_header = std::uint64_t{1} << 24;
 constexpr std::size_t digest_digits = 64;
 constexpr const char* metadata_key = "__metadata__";
-constexpr std::pair<const char*, std::uint64_t> dtypes[] = {{"F64", 8}, {"I64", 8}, {"U64", 8},  {"F32", 4}, {"I32", 4},
-                                                            {"U32", 4}, {"F16", 2}, {"BF16", 2}, {"I16", 2}, {"U16", 2},
-                                                            {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
+constexpr std::pair<const char*, std::uint64_t> dtypes[] = {
+    {"F64", 8},  {"I64", 8}, {"U64", 8}, {"F32", 4}, {"I32", 4}, {"U32", 4}, {"F16", 2},
+    {"BF16", 2}, {"I16", 2}, {"U16", 2}, {"I8", 1},  {"U8", 1},  {"BOOL", 1}};
 
 Failure damaged(const std::string& where, const std::string& problem, const std::string& got = {},
                 const std::string& expected = {}) {
@@ -33,27 +33,30 @@ std::uint64_t little_endian(std::string_view bytes) {
 
 // Bytes of a tensor, or nothing where its dtype is not known or they cannot be counted.
 std::uint64_t bytes_of(const TensorEntry& tensor, const std::string& where) {
-  const auto known =
-      std::find_if(std::begin(dtypes), std::end(dtypes), [&](const auto& each) { return each.first == tensor.dtype; });
+  const auto known = std::find_if(std::begin(dtypes), std::end(dtypes),
+                                  [&](const auto& each) { return each.first == tensor.dtype; });
   if (known == std::end(dtypes))
-    throw damaged(where, "the dtype of " + shown(tensor.name) + " is not known", shown(tensor.dtype));
+    throw damaged(where, "the dtype of " + for_message(tensor.name) + " is not known",
+                  for_message(tensor.dtype));
   std::uint64_t bytes = known->second;
   for (const std::int64_t size : tensor.shape) {
     if (size < 0 || __builtin_mul_overflow(bytes, static_cast<std::uint64_t>(size), &bytes))
-      throw damaged(where, "the shape of " + shown(tensor.name) + " is impossible", std::to_string(size));
+      throw damaged(where, "the shape of " + for_message(tensor.name) + " is impossible",
+                    std::to_string(size));
   }
   return bytes;
 }
 
 TensorEntry entry_of(const std::string& name, const Reader& raw, const std::string& where) {
-  TensorEntry tensor{name, raw.any_text("dtype"), raw.wholes("shape"), 0, 0};
-  const std::vector<std::int64_t> offsets = raw.wholes("data_offsets");
-  if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0]) raw.refuse("data_offsets", "are no beginning and end");
+  TensorEntry tensor{name, raw.string("dtype"), raw.integers("shape"), 0, 0};
+  const std::vector<std::int64_t> offsets = raw.integers("data_offsets");
+  if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0])
+    raw.fail("data_offsets", "are no beginning and end");
   tensor.begin = static_cast<std::uint64_t>(offsets[0]), tensor.end = static_cast<std::uint64_t>(offsets[1]);
   const std::uint64_t bytes = bytes_of(tensor, where);
   if (bytes != tensor.bytes()) {
-    throw damaged(where, "the shape of " + shown(name) + " is not that of its data", std::to_string(tensor.bytes()) + " bytes",
-                  std::to_string(bytes) + " bytes");
+    throw damaged(where, "the shape of " + for_message(name) + " is not that of its data",
+                  std::to_string(tensor.bytes()) + " bytes", std::to_string(bytes) + " bytes");
   }
   return tensor;
 }
@@ -61,7 +64,8 @@ TensorEntry entry_of(const std::string& name, const Reader& raw, const std::stri
 }  // namespace
 
 const TensorEntry* TensorHeader::find(const std::string& name) const {
-  const auto found = std::find_if(tensors.begin(), tensors.end(), [&](const TensorEntry& each) { return each.name == name; });
+  const auto found = std::find_if(tensors.begin(), tensors.end(),
+                                  [&](const TensorEntry& each) { return each.name == name; });
   return found == tensors.end() ? nullptr : &*found;
 }
 
@@ -80,7 +84,8 @@ TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const
   TensorHeader header;
   header.data = header_bytes(start, file_size, where);
   if (start.size() < header.data) throw damaged(where, "its header is cut off");
-  const Json raw = parse_json(start.substr(prefix, header.data - prefix), "the header of " + where, "write it again");
+  const Json raw =
+      parse_json(start.substr(prefix, header.data - prefix), "the header of " + where, "write it again");
   const Reader reader(raw, "the header of " + where, "", "write it again");
   for (const std::string& name : reader.keys()) {
     const Reader entry = reader.entry(name);
@@ -88,19 +93,20 @@ TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const
       header.tensors.push_back(entry_of(name, entry, where));
       continue;
     }
-    for (const std::string& key : entry.keys()) header.metadata[key] = entry.any_text(key);
+    for (const std::string& key : entry.keys()) header.metadata[key] = entry.string(key);
   }
   std::sort(header.tensors.begin(), header.tensors.end(), [](const auto& left, const auto& right) {
     return std::pair(left.begin, left.end) < std::pair(right.begin, right.end);
   });
   std::uint64_t end = 0;
   for (const TensorEntry& tensor : header.tensors) {
-    if (tensor.begin != end) throw damaged(where, "its tensors overlap or leave a hole, at " + shown(tensor.name));
+    if (tensor.begin != end)
+      throw damaged(where, "its tensors overlap or leave a hole, at " + for_message(tensor.name));
     end = tensor.end;
   }
   if (end != file_size - header.data) {
-    throw damaged(where, "its data is not what its header describes", std::to_string(file_size - header.data) + " bytes",
-                  std::to_string(end) + " bytes");
+    throw damaged(where, "its data is not what its header describes",
+                  std::to_string(file_size - header.data) + " bytes", std::to_string(end) + " bytes");
   }
   return header;
 }
@@ -119,18 +125,21 @@ void TensorReader::verify() const {
     throw damaged(path_, "its data is not as it was written: its sha256 differs");
 }
 
-void TensorReader::read(const TensorEntry& tensor, void* target, std::size_t bytes, std::uint64_t offset) const {
+void TensorReader::read(const TensorEntry& tensor, void* target, std::size_t bytes,
+                        std::uint64_t offset) const {
   file_.read(target, bytes, header_.data + tensor.begin + offset);
 }
 
-TensorWriter::TensorWriter(const std::string& path, std::vector<TensorEntry> tensors, Metadata metadata) : file_(path) {
+TensorWriter::TensorWriter(const std::string& path, std::vector<TensorEntry> tensors, Metadata metadata)
+    : file_(path) {
   metadata["sha256"] = std::string(digest_digits, '0');  // known when the data was written
   nlohmann::ordered_json header;
   header[metadata_key] = metadata;
   for (TensorEntry& tensor : tensors) {
     tensor.begin = left_;
     left_ += bytes_of(tensor, path);
-    header[tensor.name] = {{"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {tensor.begin, left_}}};
+    header[tensor.name] = {
+        {"dtype", tensor.dtype}, {"shape", tensor.shape}, {"data_offsets", {tensor.begin, left_}}};
   }
   std::string text = header.dump();
   text.resize((text.size() + prefix - 1) / prefix * prefix, ' ');

@@ -1,5 +1,6 @@
-// Files of named tensors in the safetensors format: read with everything checked before anything is allocated, written as a
-// stream. Knows types, shapes and offsets, not what the tensors are. The sha256 of the data is in the metadata, as "sha256".
+// Files of named tensors in the safetensors format: read with everything checked before anything is
+// allocated, written as a stream. Knows types, shapes and offsets, not what the tensors are. The sha256 of
+// the data is in the metadata, as "sha256".
 #pragma once
 
 #include <cstdint>
@@ -31,12 +32,13 @@ struct TensorHeader {
   const TensorEntry* find(const std::string& name) const;  // nullptr: not there
 };
 
-// `start`: the file's first bytes, with the whole header (see `header_bytes`); `file_size`: of the file. `where`: for messages.
-// Throws Failure (usage): a header that is cut off, too long or no JSON; an unknown dtype; a shape that is not its bytes;
-// tensors that overlap, leave holes, or do not end where the file does.
+// `start`: the file's first bytes, with the whole header (see `header_bytes`); `file_size`: of the file.
+// `where`: for messages. Throws Failure (usage): a header that is cut off, too long or no JSON; an unknown
+// dtype; a shape that is not its bytes; tensors that overlap, leave holes, or do not end where the file does.
 TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const std::string& where);
 
-// How many of the file's first bytes are the length and the header, from the first 8 of them; Failure as above.
+// How many of the file's first bytes are the length and the header, from the first 8 of them; Failure as
+// above.
 std::uint64_t header_bytes(std::string_view start, std::uint64_t file_size, const std::string& where);
 
 class TensorReader {
@@ -54,8 +56,9 @@ class TensorReader {
   TensorHeader header_;
 };
 
-// `tensors`: names, dtypes and shapes; their data follows in that order, in pieces of any size. The file appears at `path` with
-// `commit`, whole, and not at all without. Throws Failure (cannot_run_here), as of a full disk, from each.
+// `tensors`: names, dtypes and shapes; their data follows in that order, in pieces of any size. The file
+// appears at `path` with `commit`, whole, and not at all without. Throws Failure (cannot_run_here), as of a
+// full disk, from each.
 class TensorWriter {
  public:
   TensorWriter(const std::string& path, std::vector<TensorEntry> tensors, Metadata metadata);

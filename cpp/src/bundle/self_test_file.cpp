@@ -17,89 +17,96 @@ constexpr std::int64_t FORMAT = 1;
 constexpr std::size_t LARGEST = std::size_t{1} << 26;  // bytes of the file
 
 std::vector<std::int64_t> ids(const Reader& raw, const char* key, std::int64_t vocab_size) {
-  std::vector<std::int64_t> found = raw.wholes(key);
-  const bool within = std::all_of(found.begin(), found.end(), [&](std::int64_t id) { return id >= 0 && id < vocab_size; });
-  if (!within) raw.refuse(key, "is not token ids", "0 to " + std::to_string(vocab_size - 1));
+  std::vector<std::int64_t> found = raw.integers(key);
+  const bool within =
+      std::all_of(found.begin(), found.end(), [&](std::int64_t id) { return id >= 0 && id < vocab_size; });
+  if (!within) raw.fail(key, "is not token ids", "0 to " + std::to_string(vocab_size - 1));
   return found;
 }
 
 std::vector<double> numbers(const Reader& raw, const char* key, std::size_t count) {
   std::vector<double> found = raw.numbers(key);
-  if (found.size() != count) raw.refuse(key, "has another length", std::to_string(count) + " numbers");
+  if (found.size() != count) raw.fail(key, "has another length", std::to_string(count) + " numbers");
   return found;
 }
 
 Row row_of(const Reader& raw, std::size_t values, const Manifest& manifest) {
   const std::size_t layers = manifest.layers.size();
   Row row;
-  row.rms = raw.number("rms"), row.margin = raw.number("margin"), row.likeliest = raw.whole("likeliest");
-  if (row.likeliest < 0 || row.likeliest >= manifest.vocab_size) raw.refuse("likeliest", "is no token id");
+  row.rms = raw.number("rms"), row.margin = raw.number("margin"), row.likeliest = raw.integer("likeliest");
+  if (row.likeliest < 0 || row.likeliest >= manifest.vocab_size) raw.fail("likeliest", "is no token id");
   row.values = numbers(raw, "values", values);
   row.key_norms = numbers(raw, "key_norms", layers), row.value_norms = numbers(raw, "value_norms", layers);
   return row;
 }
 
 std::optional<std::int64_t> slots_of(const Reader& raw, const Manifest& manifest) {
-  (void)raw.any("slots");  // null says that there are none, and nothing says nothing
-  const std::optional<std::int64_t> slots = raw.optional_whole("slots");
-  if (slots.has_value() != manifest.eviction.has_value()) raw.refuse("slots", "contradicts the manifest's eviction");
+  (void)raw.value("slots");  // null says that there are none, and nothing says nothing
+  const std::optional<std::int64_t> slots = raw.optional_integer("slots");
+  if (slots.has_value() != manifest.eviction.has_value())
+    raw.fail("slots", "contradicts the manifest's eviction");
   if (!slots) return slots;
   const Eviction& eviction = *manifest.eviction;
   const std::int64_t least = eviction.protect_first + std::max<std::int64_t>(1, eviction.protect_recent) + 1;
   if (*slots < least || *slots > eviction.budget) {
-    raw.refuse("slots", "is out of range", std::to_string(least) + " to " + std::to_string(eviction.budget));
+    raw.fail("slots", "is out of range", std::to_string(least) + " to " + std::to_string(eviction.budget));
   }
   return slots;
 }
 
 }  // namespace
 
-Vectors parse_vectors(std::string_view text, const Manifest& manifest, const std::string& document) {
+ReferenceOutputs parse_reference_outputs(std::string_view text, const Manifest& manifest,
+                                         const std::string& document) {
   const Json json = parse_json(text, document, REBUILD);
   const Reader raw(json, document, {}, REBUILD);
-  if (raw.whole("format") != FORMAT) {
+  if (raw.integer("format") != FORMAT) {
     throw bundle_error(document + " is of a format that this version of kvexport does not read",
-                       "format " + std::to_string(raw.whole("format")), "format " + std::to_string(FORMAT),
+                       "format " + std::to_string(raw.integer("format")), "format " + std::to_string(FORMAT),
                        "update kvexport, or " + std::string(REBUILD));
   }
-  Vectors vectors;
-  vectors.weights_sha256 = raw.text("weights_sha256");
-  vectors.tokens = ids(raw, "prompt", manifest.vocab_size);
-  vectors.prompt = static_cast<std::int64_t>(vectors.tokens.size());
-  if (vectors.tokens.empty()) raw.refuse("prompt", "is empty");
+  ReferenceOutputs reference;
+  reference.weights_sha256 = raw.printable_string("weights_sha256");
+  reference.tokens = ids(raw, "prompt", manifest.vocab_size);
+  reference.prompt = static_cast<std::int64_t>(reference.tokens.size());
+  if (reference.tokens.empty()) raw.fail("prompt", "is empty");
   const std::vector<std::int64_t> continuation = ids(raw, "continuation", manifest.vocab_size);
-  vectors.tokens.insert(vectors.tokens.end(), continuation.begin(), continuation.end());
-  const auto tokens = static_cast<std::int64_t>(vectors.tokens.size());
+  reference.tokens.insert(reference.tokens.end(), continuation.begin(), continuation.end());
+  const auto tokens = static_cast<std::int64_t>(reference.tokens.size());
   if (tokens > manifest.capacity) {
-    raw.refuse("continuation", "makes more tokens than the capacity", std::to_string(manifest.capacity) + " with the prompt");
+    raw.fail("continuation", "makes more tokens than the capacity",
+             std::to_string(manifest.capacity) + " with the prompt");
   }
-  vectors.first_row = raw.whole("first_row");
-  if (vectors.first_row < 0 || vectors.first_row >= vectors.prompt) raw.refuse("first_row", "is no row of the prompt");
-  vectors.logit_indices = ids(raw, "logit_indices", manifest.vocab_size);
-  if (vectors.logit_indices.empty()) raw.refuse("logit_indices", "is empty");
-  vectors.slots = slots_of(raw, manifest);
-  if (vectors.slots && vectors.prompt > *vectors.slots) raw.refuse("prompt", "is longer than the slots");
-  for (const Reader& each : raw.each("rows")) vectors.rows.push_back(row_of(each, vectors.logit_indices.size(), manifest));
-  if (static_cast<std::int64_t>(vectors.rows.size()) != tokens - vectors.first_row) {
-    raw.refuse("rows", "has another length", std::to_string(tokens - vectors.first_row) + " rows");
+  reference.first_row = raw.integer("first_row");
+  if (reference.first_row < 0 || reference.first_row >= reference.prompt)
+    raw.fail("first_row", "is no row of the prompt");
+  reference.logit_indices = ids(raw, "logit_indices", manifest.vocab_size);
+  if (reference.logit_indices.empty()) raw.fail("logit_indices", "is empty");
+  reference.slots = slots_of(raw, manifest);
+  if (reference.slots && reference.prompt > *reference.slots) raw.fail("prompt", "is longer than the slots");
+  for (const Reader& each : raw.objects("rows"))
+    reference.rows.push_back(row_of(each, reference.logit_indices.size(), manifest));
+  if (static_cast<std::int64_t>(reference.rows.size()) != tokens - reference.first_row) {
+    raw.fail("rows", "has another length", std::to_string(tokens - reference.first_row) + " rows");
   }
-  const Reader tolerances = raw.table("tolerances");
+  const Reader tolerances = raw.object("tolerances");
   for (const char* provider : {"cpu", "cuda", "tensorrt"}) {
-    const Reader of_provider = tolerances.table(provider);
+    const Reader of_provider = tolerances.object(provider);
     for (const Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
-      const Reader each = of_provider.table(name_of(dtype));
-      vectors.tolerances[provider][static_cast<std::size_t>(dtype)] = {each.number("logits"), each.number("norms"),
-                                                                       each.number("tie")};
+      const Reader each = of_provider.object(name_of(dtype));
+      reference.tolerances[provider][static_cast<std::size_t>(dtype)] = {
+          each.number("logits"), each.number("norms"), each.number("tie")};
     }
   }
-  return vectors;
+  return reference;
 }
 
-Vectors read_vectors(const Bundle& bundle) {
+ReferenceOutputs read_reference_outputs(const Bundle& bundle) {
   if (!bundle.manifest.has(FILE_NAME)) {
     throw bundle_error("the bundle " + bundle.path + " has no " + FILE_NAME, {}, {}, REBUILD);
   }
-  return parse_vectors(read_file(bundle.file(FILE_NAME), LARGEST), bundle.manifest, bundle.file(FILE_NAME));
+  return parse_reference_outputs(read_file(bundle.file(FILE_NAME), LARGEST), bundle.manifest,
+                                 bundle.file(FILE_NAME));
 }
 
 }  // namespace kvexport::detail

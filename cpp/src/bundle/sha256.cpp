@@ -13,7 +13,8 @@ namespace kvexport::detail {
 namespace {
 
 void require(int done) {
-  if (done != 1) throw Failure(Code::cannot_run_here, "sha256 cannot be computed: OpenSSL's libcrypto refuses it");
+  if (done != 1)
+    throw Failure(Code::cannot_run_here, "sha256 cannot be computed: OpenSSL's libcrypto refuses it");
 }
 
 }  // namespace
@@ -24,7 +25,9 @@ Sha256::Sha256() : context_(EVP_MD_CTX_new()) {
   require(context_ != nullptr && EVP_DigestInit_ex(context_.get(), EVP_sha256(), nullptr) == 1);
 }
 
-void Sha256::update(const void* data, std::size_t bytes) { require(EVP_DigestUpdate(context_.get(), data, bytes)); }
+void Sha256::update(const void* data, std::size_t bytes) {
+  require(EVP_DigestUpdate(context_.get(), data, bytes));
+}
 
 std::string Sha256::hex() {
   unsigned char digest[EVP_MAX_MD_SIZE];

@@ -12,54 +12,56 @@ namespace {
 using Ids = std::vector<std::int64_t>;
 
 Ids token_ids(const Reader& raw, const std::string& key) {
-  Ids ids = raw.wholes(key);
+  Ids ids = raw.integers(key);
   for (const std::int64_t id : ids)
-    if (id < 0 || id > INT32_MAX) raw.refuse(key, "holds what is no token id");
+    if (id < 0 || id > INT32_MAX) raw.fail(key, "holds what is no token id");
   return ids;
 }
 
 Chat chat_of(const Reader& raw) {
   Chat chat;
-  chat.begin = raw.any_text("begin");
-  if (raw.any("begin_system").is_array()) {
-    const std::vector<std::string> around = raw.texts("begin_system");
-    if (around.size() != 2) raw.refuse("begin_system", "is not two texts");
+  chat.begin = raw.string("begin");
+  if (raw.value("begin_system").is_array()) {
+    const std::vector<std::string> around = raw.strings("begin_system");
+    if (around.size() != 2) raw.fail("begin_system", "is not two texts");
     chat.begin_system = {around[0], around[1]};
-  } else if (!raw.any("begin_system").is_null()) {
-    raw.refuse("begin_system", "is neither null nor two texts");
+  } else if (!raw.value("begin_system").is_null()) {
+    raw.fail("begin_system", "is neither null nor two texts");
   }
-  chat.generate = raw.any_text("generate");
-  chat.answer = raw.any_text("answer");
-  chat.next = raw.any_text("next");
-  chat.strips = raw.truth("strips");
+  chat.generate = raw.string("generate");
+  chat.answer = raw.string("answer");
+  chat.next = raw.string("next");
+  chat.strips = raw.boolean("strips");
   return chat;
 }
 
 std::vector<Message> messages_of(const Reader& raw) {
   std::vector<Message> messages;
-  for (const Reader& each : raw.each("messages")) messages.push_back({each.any_text("role"), each.any_text("content")});
+  for (const Reader& each : raw.objects("messages"))
+    messages.push_back({each.string("role"), each.string("content")});
   const std::size_t first = !messages.empty() && messages[0].role == "system" ? 1 : 0;
   bool sound = (messages.size() - first) % 2 == 1;
   for (std::size_t i = first; i < messages.size(); ++i)
     sound = sound && messages[i].role == ((i - first) % 2 == 0 ? "user" : "assistant");
-  if (!sound) raw.refuse("messages", "is no conversation that a user ends");
+  if (!sound) raw.fail("messages", "is no conversation that a user ends");
   return messages;
 }
 
 // What stands around the plain ids of every text.
 void find_special(TextFile& file, const Reader& raw) {
-  const auto told =
-      std::find_if(file.golden.begin(), file.golden.end(), [](const Golden& one) { return !one.plain_ids.empty(); });
-  if (told == file.golden.end()) raw.refuse("golden", "holds no text that has tokens");
-  const auto found = std::search(told->ids.begin(), told->ids.end(), told->plain_ids.begin(), told->plain_ids.end());
-  if (found == told->ids.end()) raw.refuse("golden", "has ids that do not hold their plain_ids");
+  const auto told = std::find_if(file.samples.begin(), file.samples.end(),
+                                 [](const TokenizerSample& one) { return !one.plain_ids.empty(); });
+  if (told == file.samples.end()) raw.fail("golden", "holds no text that has tokens");
+  const auto found =
+      std::search(told->ids.begin(), told->ids.end(), told->plain_ids.begin(), told->plain_ids.end());
+  if (found == told->ids.end()) raw.fail("golden", "has ids that do not hold their plain_ids");
   file.before.assign(told->ids.begin(), found);
   file.after.assign(found + static_cast<std::ptrdiff_t>(told->plain_ids.size()), told->ids.end());
-  for (const Golden& one : file.golden) {
+  for (const TokenizerSample& one : file.samples) {
     Ids whole = file.before;
     whole.insert(whole.end(), one.plain_ids.begin(), one.plain_ids.end());
     whole.insert(whole.end(), file.after.begin(), file.after.end());
-    if (whole != one.ids) raw.refuse("golden", "has special tokens that differ from text to text");
+    if (whole != one.ids) raw.fail("golden", "has special tokens that differ from text to text");
   }
 }
 
@@ -68,20 +70,21 @@ void find_special(TextFile& file, const Reader& raw) {
 TextFile parse_text(std::string_view text) {
   const Json json = parse_json(text, text_file);
   const Reader raw(json, text_file);
-  if (raw.whole("format") != 1) raw.refuse("format", "is not 1");
+  if (raw.integer("format") != 1) raw.fail("format", "is not 1");
   TextFile file;
-  for (const Reader& one : raw.each("golden"))
-    file.golden.push_back({one.any_text("text"), token_ids(one, "ids"), token_ids(one, "plain_ids"), one.any_text("decoded")});
+  for (const Reader& one : raw.objects("golden"))
+    file.samples.push_back(
+        {one.string("text"), token_ids(one, "ids"), token_ids(one, "plain_ids"), one.string("decoded")});
   file.special_ids = token_ids(raw, "special_ids");
   std::sort(file.special_ids.begin(), file.special_ids.end());
   find_special(file, raw);
-  if (!raw.any("chat").is_null()) file.chat = chat_of(raw.table("chat"));
-  for (const Reader& one : raw.each("chat_golden")) {
+  if (!raw.value("chat").is_null()) file.chat = chat_of(raw.object("chat"));
+  for (const Reader& one : raw.objects("chat_golden")) {
     const std::vector<Message> messages = messages_of(one);
     if (messages[0].role == "system" && !(file.chat && file.chat->begin_system))
-      one.refuse("messages", "has a system prompt, and the chat takes none");
-    if (!file.chat || file.chat->conversation(messages) != one.any_text("text"))
-      one.refuse("text", "is not what the chat's strings give");
+      one.fail("messages", "has a system prompt, and the chat takes none");
+    if (!file.chat || file.chat->conversation(messages) != one.string("text"))
+      one.fail("text", "is not what the chat's strings give");
   }
   return file;
 }

@@ -1,5 +1,5 @@
-// libcuda's functions by hand-written declarations, and what CudaDevice makes of them. The numbers are those of the public
-// cuda.h, which never change.
+// libcuda's functions by hand-written declarations, and what CudaDevice makes of them. The numbers are those
+// of the public cuda.h, which never change.
 #include "engines/cuda_driver.hpp"
 
 #include <dlfcn.h>
@@ -21,7 +21,8 @@ using Address = std::uint64_t;  // CUdeviceptr
 constexpr int success = 0, out_of_memory = 2, no_device = 100;
 constexpr int capability_major = 75, capability_minor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 constexpr unsigned stream_non_blocking = 1;
-constexpr int capture_thread_local = 1, on_device = 2;  // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CU_MEMORYTYPE_DEVICE
+constexpr int capture_thread_local = 1,
+              on_device = 2;  // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CU_MEMORYTYPE_DEVICE
 
 struct Copy2D {  // CUDA_MEMCPY2D
   std::size_t source_x = 0, source_y = 0;
@@ -51,8 +52,8 @@ struct CudaDriver {
     handle = dlopen(library, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (handle == nullptr) {
       const char* reason = dlerror();
-      throw Failure(Code::cannot_run_here, "there is no NVIDIA driver on this machine", reason == nullptr ? library : reason,
-                    "", elsewhere);
+      throw Failure(Code::cannot_run_here, "there is no NVIDIA driver on this machine",
+                    reason == nullptr ? library : reason, "", elsewhere);
     }
     try {
       find(init, "cuInit");
@@ -97,7 +98,8 @@ struct CudaDriver {
     function = reinterpret_cast<Function>(dlsym(handle, symbol));
     if (function == nullptr)
       throw Failure(Code::cannot_run_here, "the NVIDIA driver is too old", std::string("it has no ") + symbol,
-                    "a driver for CUDA 11.4 or later", "update the driver, or run on the CPU (provider \"cpu\")");
+                    "a driver for CUDA 11.4 or later",
+                    "update the driver, or run on the CPU (provider \"cpu\")");
   }
 
   void* handle;
@@ -148,7 +150,7 @@ CudaDevice::CudaDevice(const char* library) : driver_(std::make_unique<CudaDrive
 }
 
 void CudaDevice::open_device() {
-  Turn turn(*this);
+  ContextLock lock(*this);
   char name[256] = "";
   require(driver_->device_name(name, sizeof name - 1, device_), "cuDeviceGetName");
   int major = 0, minor = 0;
@@ -161,23 +163,24 @@ void CudaDevice::open_device() {
 
 CudaDevice::~CudaDevice() {
   {
-    Turn turn(*this);
+    ContextLock lock(*this);
     driver_->stream_destroy(stream_);
   }
   driver_->context_release(device_);
 }
 
-CudaDevice::Turn::Turn(CudaDevice& device) noexcept : device_(device), lock_(device.mutex_) {
-  if (device_.turns_++ == 0) device_.entered_ = device_.driver_->context_push(device_.context_) == success;
+CudaDevice::ContextLock::ContextLock(CudaDevice& device) noexcept : device_(device), lock_(device.mutex_) {
+  if (device_.lock_depth_++ == 0)
+    device_.context_pushed_ = device_.driver_->context_push(device_.context_) == success;
 }
 
-CudaDevice::Turn::~Turn() {
+CudaDevice::ContextLock::~ContextLock() {
   CUctx_st* popped = nullptr;
-  if (--device_.turns_ == 0 && device_.entered_) device_.driver_->context_pop(&popped);
+  if (--device_.lock_depth_ == 0 && device_.context_pushed_) device_.driver_->context_pop(&popped);
 }
 
 DeviceMemory CudaDevice::memory() {
-  Turn turn(*this);
+  ContextLock lock(*this);
   DeviceMemory memory;
   memory.name = name_;
   require(driver_->memory_info(&memory.free, &memory.total), "cuMemGetInfo");
@@ -185,13 +188,14 @@ DeviceMemory CudaDevice::memory() {
 }
 
 void* CudaDevice::allocate(std::size_t bytes) {
-  Turn turn(*this);
+  ContextLock lock(*this);
   Address address = 0;
   const int error = driver_->allocate(&address, std::max<std::size_t>(bytes, 1));
   if (error == out_of_memory) {
     std::size_t free = 0, total = 0;
     driver_->memory_info(&free, &total);
-    throw Failure(Code::cannot_run_here, "there is not enough memory on " + name_, std::to_string(bytes) + " bytes more",
+    throw Failure(Code::cannot_run_here, "there is not enough memory on " + name_,
+                  std::to_string(bytes) + " bytes more",
                   std::to_string(free) + " bytes are free of " + std::to_string(total),
                   "end other programs on the GPU, use caches of a smaller capacity, or fewer of them");
   }
@@ -200,44 +204,44 @@ void* CudaDevice::allocate(std::size_t bytes) {
 }
 
 void CudaDevice::release(void* address) noexcept {
-  Turn turn(*this);
+  ContextLock lock(*this);
   driver_->release(number(address));
 }
 
 void* CudaDevice::allocate_pinned(std::size_t bytes) {
-  Turn turn(*this);
+  ContextLock lock(*this);
   void* address = nullptr;
   require(driver_->allocate_host(&address, std::max<std::size_t>(bytes, 1), 0), "cuMemHostAlloc");
   return address;
 }
 
 void CudaDevice::release_pinned(void* address) noexcept {
-  Turn turn(*this);
+  ContextLock lock(*this);
   driver_->release_host(address);
 }
 
 void CudaDevice::clear(void* address, std::size_t bytes) {
   if (bytes == 0) return;
-  Turn turn(*this);
+  ContextLock lock(*this);
   require(driver_->set_bytes(number(address), 0, bytes, stream_), "cuMemsetD8Async");
 }
 
 void CudaDevice::upload(void* target, const void* host, std::size_t bytes) {
   if (bytes == 0) return;
-  Turn turn(*this);
+  ContextLock lock(*this);
   require(driver_->to_device(number(target), host, bytes, stream_), "cuMemcpyHtoDAsync");
 }
 
 void CudaDevice::download(void* host, const void* source, std::size_t bytes) {
   if (bytes == 0) return;
-  Turn turn(*this);
+  ContextLock lock(*this);
   require(driver_->to_host(host, number(source), bytes, stream_), "cuMemcpyDtoHAsync");
 }
 
-void CudaDevice::copy_rows(void* target, std::size_t target_pitch, const void* source, std::size_t source_pitch,
-                           std::size_t width, std::size_t rows) {
+void CudaDevice::copy_rows(void* target, std::size_t target_pitch, const void* source,
+                           std::size_t source_pitch, std::size_t width, std::size_t rows) {
   if (width == 0 || rows == 0) return;
-  Turn turn(*this);
+  ContextLock lock(*this);
   Copy2D copy;
   copy.source = number(source), copy.source_pitch = source_pitch;
   copy.target = number(target), copy.target_pitch = target_pitch;
@@ -246,12 +250,12 @@ void CudaDevice::copy_rows(void* target, std::size_t target_pitch, const void* s
 }
 
 void CudaDevice::synchronize() {
-  Turn turn(*this);
+  ContextLock lock(*this);
   require(driver_->stream_synchronize(stream_), "cuStreamSynchronize");
 }
 
 std::unique_ptr<CudaDevice::Graph> CudaDevice::capture(const std::function<void()>& work) {
-  Turn turn(*this);
+  ContextLock lock(*this);
   require(driver_->capture_begin(stream_, capture_thread_local), "cuStreamBeginCapture");
   bool failed = false;
   CUgraph_st* graph = nullptr;
@@ -271,32 +275,34 @@ std::unique_ptr<CudaDevice::Graph> CudaDevice::capture(const std::function<void(
 }
 
 CudaDevice::Graph::~Graph() {
-  Turn turn(device_);
+  ContextLock lock(device_);
   device_.driver_->graph_exec_destroy(executable_);
 }
 
 void CudaDevice::launch(const Graph& graph) {
-  Turn turn(*this);
+  ContextLock lock(*this);
   require(driver_->graph_launch(graph.executable_, stream_), "cuGraphLaunch");
 }
 
 void CudaDevice::require(int error, const char* call) {
   if (error == success) return;
-  throw Failure(Code::cannot_run_here, "CUDA failed on " + name_, text_of(error) + " (" + call + ")", "",
-                "see whether the GPU works (nvidia-smi; on a Jetson tegrastats), or " + std::string(elsewhere));
+  throw Failure(
+      Code::cannot_run_here, "CUDA failed on " + name_, text_of(error) + " (" + call + ")", "",
+      "see whether the GPU works (nvidia-smi; on a Jetson tegrastats), or " + std::string(elsewhere));
 }
 
 std::string CudaDevice::text_of(int error) const {
   const char *name = nullptr, *text = nullptr;
   driver_->error_name(error, &name);
   driver_->error_string(error, &text);
-  return std::string(name == nullptr ? "error " + std::to_string(error) : name) + " " + (text == nullptr ? "" : text);
+  return std::string(name == nullptr ? "error " + std::to_string(error) : name) + " " +
+         (text == nullptr ? "" : text);
 }
 
-CudaArray::CudaArray(CudaDevice& device, std::size_t bytes, bool staged)
+CudaArray::CudaArray(CudaDevice& device, std::size_t bytes, bool pinned)
     : device_(device), bytes_(bytes), address_(device.allocate(bytes)) {
   try {
-    if (staged) host_ = device_.allocate_pinned(bytes);
+    if (pinned) host_ = device_.allocate_pinned(bytes);
   } catch (...) {
     device_.release(address_);
     throw;
@@ -308,7 +314,7 @@ CudaArray::~CudaArray() {
   if (host_ != nullptr) device_.release_pinned(host_);
 }
 
-void* CudaPlace::allocate(std::size_t bytes) {
+void* CudaStorage::allocate(std::size_t bytes) {
   void* address = device_->allocate(bytes);
   try {
     device_->clear(address, bytes);
@@ -319,6 +325,8 @@ void* CudaPlace::allocate(std::size_t bytes) {
   return address;
 }
 
-std::unique_ptr<CudaPlace> open_cuda_place() { return std::make_unique<CudaPlace>(std::make_shared<CudaDevice>()); }
+std::unique_ptr<CudaStorage> open_cuda_storage() {
+  return std::make_unique<CudaStorage>(std::make_shared<CudaDevice>());
+}
 
 }  // namespace kvexport::detail

@@ -1,8 +1,9 @@
-// The first GPU through CUDA's driver API: memory, copies, one stream, graphs. libcuda.so.1 is opened at run time, so that no
-// CUDA header is needed to build and no driver to load this library. Knows bytes and addresses; must not know what is computed.
+// The first GPU through CUDA's driver API: memory, copies, one stream, graphs. libcuda.so.1 is opened at run
+// time, so that no CUDA header is needed to build and no driver to load this library. Knows bytes and
+// addresses; must not know what is computed.
 //
-// It has not been run on a GPU: none was at hand. Its tests run it on a driver that is simulated in the host's memory
-// (tests/fake_cuda.cpp); names and signatures are those of the public cuda.h since CUDA 11.4.
+// It has not been run on a GPU: none was at hand. Its tests run it on a driver that is simulated in the
+// host's memory (tests/fake_cuda.cpp); names and signatures are those of the public cuda.h since CUDA 11.4.
 #pragma once
 
 #include <cstddef>
@@ -11,7 +12,7 @@
 #include <mutex>
 #include <string>
 
-#include "runtime/place.hpp"
+#include "runtime/storage.hpp"
 
 // As cuda.h and cuda_runtime_api.h call what their handles point to: a CUstream is a cudaStream_t.
 struct CUctx_st;
@@ -22,8 +23,9 @@ namespace kvexport::detail {
 
 struct CudaDriver;  // libcuda's functions
 
-// The device, its primary context and a stream of our own. Every call but those of memory is queued on the stream, in order.
-// Any thread may call; all throw Failure (cannot_run_here) with CUDA's own words, but for those that are noexcept.
+// The device, its primary context and a stream of our own. Every call but those of memory is queued on the
+// stream, in order. Any thread may call; all throw Failure (cannot_run_here) with CUDA's own words, but for
+// those that are noexcept.
 class CudaDevice {
  public:
   // Throws Failure: no driver, one too old, or no GPU.
@@ -32,15 +34,16 @@ class CudaDevice {
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
 
-  // While it lives, the device's context is current in this thread, as CUDA's runtime inside an engine wants it, and other
-  // threads wait before they queue anything: nothing of theirs is captured into a graph of ours. May be nested. A context that
-  // cannot be entered is what the calls then refuse; at the end of a process it may be gone before us.
-  class Turn {
+  // While it lives, the device's context is current in this thread, as CUDA's runtime inside an engine wants
+  // it, and other threads wait before they queue anything: nothing of theirs is captured into a graph of
+  // ours. May be nested. A context that cannot be entered is what the calls then refuse; at the end of a
+  // process it may be gone before us.
+  class ContextLock {
    public:
-    explicit Turn(CudaDevice& device) noexcept;
-    ~Turn();
-    Turn(const Turn&) = delete;
-    Turn& operator=(const Turn&) = delete;
+    explicit ContextLock(CudaDevice& device) noexcept;
+    ~ContextLock();
+    ContextLock(const ContextLock&) = delete;
+    ContextLock& operator=(const ContextLock&) = delete;
 
    private:
     CudaDevice& device_;
@@ -54,17 +57,19 @@ class CudaDevice {
 
   void* allocate(std::size_t bytes);  // aligned to 256 bytes or more
   void release(void* address) noexcept;
-  void* allocate_pinned(std::size_t bytes);  // the host's, which copies to and from the device need not wait for
+  void* allocate_pinned(
+      std::size_t bytes);  // the host's, which copies to and from the device need not wait for
   void release_pinned(void* address) noexcept;
 
   void clear(void* address, std::size_t bytes);
   void upload(void* target, const void* host, std::size_t bytes);
   void download(void* host, const void* source, std::size_t bytes);
-  void copy_rows(void* target, std::size_t target_pitch, const void* source, std::size_t source_pitch, std::size_t width,
-                 std::size_t rows);
+  void copy_rows(void* target, std::size_t target_pitch, const void* source, std::size_t source_pitch,
+                 std::size_t width, std::size_t rows);
   void synchronize();
 
-  // What `work` queues, as a graph to launch again and again, without doing it; none where it cannot be captured.
+  // What `work` queues, as a graph to launch again and again, without doing it; none where it cannot be
+  // captured.
   class Graph {
    public:
     Graph(CudaDevice& device, CUgraphExec_st* executable) : device_(device), executable_(executable) {}
@@ -91,14 +96,14 @@ class CudaDevice {
   CUctx_st* context_ = nullptr;
   CUstream_st* stream_ = nullptr;
   std::recursive_mutex mutex_;
-  int turns_ = 0;         // of the thread that holds the mutex
-  bool entered_ = false;  // the context, by the first of them
+  int lock_depth_ = 0;           // of the thread that holds the mutex
+  bool context_pushed_ = false;  // the context, by the first of them
 };
 
 // Device memory, and where it is staged a pinned copy in the host's, given back with this object.
 class CudaArray {
  public:
-  CudaArray(CudaDevice& device, std::size_t bytes, bool staged);
+  CudaArray(CudaDevice& device, std::size_t bytes, bool pinned);
   ~CudaArray();
   CudaArray(const CudaArray&) = delete;
   CudaArray& operator=(const CudaArray&) = delete;
@@ -117,17 +122,21 @@ class CudaArray {
   void* host_ = nullptr;
 };
 
-class CudaPlace final : public Place {
+class CudaStorage final : public Storage {
  public:
-  explicit CudaPlace(std::shared_ptr<CudaDevice> device) : device_(std::move(device)) {}
+  explicit CudaStorage(std::shared_ptr<CudaDevice> device) : device_(std::move(device)) {}
 
   void* allocate(std::size_t bytes) override;
   void release(void* address) noexcept override { device_->release(address); }
   void clear(void* address, std::size_t bytes) override { device_->clear(address, bytes); }
-  void upload(void* target, const void* host, std::size_t bytes) override { device_->upload(target, host, bytes); }
-  void download(void* host, const void* source, std::size_t bytes) override { device_->download(host, source, bytes); }
-  void copy_rows(void* target, std::size_t target_pitch, const void* source, std::size_t source_pitch, std::size_t width,
-                 std::size_t rows) override {
+  void upload(void* target, const void* host, std::size_t bytes) override {
+    device_->upload(target, host, bytes);
+  }
+  void download(void* host, const void* source, std::size_t bytes) override {
+    device_->download(host, source, bytes);
+  }
+  void copy_rows(void* target, std::size_t target_pitch, const void* source, std::size_t source_pitch,
+                 std::size_t width, std::size_t rows) override {
     device_->copy_rows(target, target_pitch, source, source_pitch, width, rows);
   }
   void synchronize() override { device_->synchronize(); }
@@ -140,6 +149,6 @@ class CudaPlace final : public Place {
 };
 
 // The first GPU's memory; throws as CudaDevice does.
-std::unique_ptr<CudaPlace> open_cuda_place();
+std::unique_ptr<CudaStorage> open_cuda_storage();
 
 }  // namespace kvexport::detail

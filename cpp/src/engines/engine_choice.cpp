@@ -4,8 +4,8 @@
 #include <sstream>
 #include <vector>
 
-#include "engines/engine.hpp"
 #include "bundle/error.hpp"
+#include "engines/engine.hpp"
 
 namespace kvexport::detail {
 
@@ -25,7 +25,8 @@ std::vector<long> numbers(const std::string& version) {
 bool same_version(const std::string& built, const std::string& here) {
   const std::vector<long> left = numbers(built), right = numbers(here);
   const std::size_t common = std::min(left.size(), right.size());
-  return common >= 3 && std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(common), right.begin());
+  return common >= 3 &&
+         std::equal(left.begin(), left.begin() + static_cast<std::ptrdiff_t>(common), right.begin());
 }
 
 std::string joined(const std::vector<std::string>& parts, const char* between) {
@@ -35,21 +36,28 @@ std::string joined(const std::vector<std::string>& parts, const char* between) {
 }
 
 // Why the plan does not run here, or "".
-std::string misfit(const DeviceRecord& record, const std::string& gpu, const std::string& capability,
+std::string misfit(const BuildRecord& record, const std::string& gpu, const std::string& capability,
                    const EngineLibrary& library) {
   const std::vector<std::string>& built = record.compute_capability;
-  const bool later = record.hardware_compatible && numbers(capability) >= std::vector<long>{8, 0};  // Ampere and after it
+  const bool later =
+      record.hardware_compatible && numbers(capability) >= std::vector<long>{8, 0};  // Ampere and after it
   if (std::find(built.begin(), built.end(), capability) == built.end() && !later)
-    return "was built for compute capability " + joined(built, " or ") + ", and " + gpu + " has " + capability;
+    return "was built for compute capability " + joined(built, " or ") + ", and " + gpu + " has " +
+           capability;
   if (record.batch != 1)
-    return "was built for " + std::to_string(record.batch) + " sequences at a time, and the runtime gives an engine one";
+    return "was built for " + std::to_string(record.batch) +
+           " sequences at a time, and the runtime gives an engine one";
   if (record.engine != library.name)
-    return "needs " + record.engine + " " + record.version + ", and this libkvexport was built with " + library.name;
-  // Of a later version only a version-compatible plan runs; but that holds code for the host, which TensorRT would run.
+    return "needs " + record.engine + " " + record.version + ", and this libkvexport was built with " +
+           library.name;
+  // Of a later version only a version-compatible plan runs; but that holds code for the host, which TensorRT
+  // would run.
   if (!same_version(record.version, library.version))
     return "was built with " + record.engine + " " + record.version + ", here is " + library.version;
-  if (record.version_compatible) return "holds code for the host (--version-compatible), which the C++ library does not run";
-  if (record.refit) return "was built without its weights (--refit), which takes TensorRT's parser to put in: build it whole";
+  if (record.version_compatible)
+    return "holds code for the host (--version-compatible), which the C++ library does not run";
+  if (record.refit)
+    return "was built without its weights (--refit), which takes TensorRT's parser to put in: build it whole";
   return "";
 }
 
@@ -57,11 +65,11 @@ std::string misfit(const DeviceRecord& record, const std::string& gpu, const std
 
 bool has_engine(const Bundle& bundle) { return !engine_directories(bundle).empty(); }
 
-DeviceRecord choose_engine(const Bundle& bundle, const std::string& gpu, const std::string& compute_capability,
-                           const EngineLibrary& library) {
+BuildRecord choose_engine(const Bundle& bundle, const std::string& gpu, const std::string& compute_capability,
+                          const EngineLibrary& library) {
   std::vector<std::string> reasons;
   for (const std::string& directory : engine_directories(bundle)) {
-    DeviceRecord record = read_record(directory);
+    BuildRecord record = read_record(directory);
     const std::string reason = misfit(record, gpu, compute_capability, library);
     if (!reason.empty()) {
       reasons.push_back(record.target + " " + reason);
@@ -72,8 +80,10 @@ DeviceRecord choose_engine(const Bundle& bundle, const std::string& gpu, const s
                          "build it again: kvexport engine BUNDLE --target " + record.target + " --force");
     return record;
   }
-  throw Failure(Code::cannot_run_here, "the bundle " + bundle.path + " has no engine that this machine can run",
-                reasons.empty() ? "no engine" : joined(reasons, "; "), "", "build one here: kvexport engine " + bundle.path);
+  throw Failure(Code::cannot_run_here,
+                "the bundle " + bundle.path + " has no engine that this machine can run",
+                reasons.empty() ? "no engine" : joined(reasons, "; "), "",
+                "build one here: kvexport engine " + bundle.path);
 }
 
 }  // namespace kvexport::detail

@@ -1,13 +1,14 @@
 // What stands for tensorrt_engine.cpp where TensorRT's headers were not found.
 #ifndef KVEXPORT_HAS_TENSORRT
 
-#include "engines/engine.hpp"
 #include "bundle/error.hpp"
+#include "engines/engine.hpp"
 
 namespace kvexport::detail {
 
 std::unique_ptr<Engine> open_tensorrt(const Bundle&, bool) {
-  throw Failure(Code::cannot_run_here, "this libkvexport was built without TensorRT", "", "provider \"cpu\" or \"cuda\"",
+  throw Failure(Code::cannot_run_here, "this libkvexport was built without TensorRT", "",
+                "provider \"cpu\" or \"cuda\"",
                 "build it where NvInfer.h is: cmake -DKVEXPORT_TENSORRT=ON -DTENSORRT_ROOT=FOLDER");
 }
 

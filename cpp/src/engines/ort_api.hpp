@@ -11,12 +11,13 @@
 
 namespace kvexport::detail::ort {
 
-// ONNX Runtime's table of functions, which it keeps for good. Throws Failure: the library is older than the headers.
+// ONNX Runtime's table of functions, which it keeps for good. Throws Failure: the library is older than the
+// headers.
 inline const OrtApi& api() {
   const OrtApi* found = OrtGetApiBase()->GetApi(ORT_API_VERSION);
   if (found == nullptr) {
-    throw Failure(Code::cannot_run_here, "ONNX Runtime is too old", OrtGetApiBase()->GetVersionString(), "1.28 or later",
-                  "put a newer libonnxruntime.so.1 where this one was found");
+    throw Failure(Code::cannot_run_here, "ONNX Runtime is too old", OrtGetApiBase()->GetVersionString(),
+                  "1.28 or later", "put a newer libonnxruntime.so.1 where this one was found");
   }
   return *found;
 }
@@ -29,9 +30,11 @@ inline std::string refusal(const OrtApi& api, OrtStatus* status) {
   return said.empty() ? "no reason given" : said;
 }
 
-inline void require(const OrtApi& api, OrtStatus* status, const char* failed = "ONNX Runtime refused a call") {
+inline void require(const OrtApi& api, OrtStatus* status,
+                    const char* failed = "ONNX Runtime refused a call") {
   if (status == nullptr) return;
-  throw Failure(Code::cannot_run_here, failed, refusal(api, status), "onnxruntime 1.28 or later, and a sound bundle",
+  throw Failure(Code::cannot_run_here, failed, refusal(api, status),
+                "onnxruntime 1.28 or later, and a sound bundle",
                 "check the bundle with: kvexport inspect --verify BUNDLE");
 }
 
@@ -40,7 +43,8 @@ using Owned = std::unique_ptr<Object, void(ORT_API_CALL*)(Object*)>;
 
 // What a function of the table makes as its last argument.
 template <typename Object, typename Function, typename... Arguments>
-Owned<Object> make(const OrtApi& api, void(ORT_API_CALL* release)(Object*), Function function, Arguments&&... arguments) {
+Owned<Object> make(const OrtApi& api, void(ORT_API_CALL* release)(Object*), Function function,
+                   Arguments&&... arguments) {
   Object* made = nullptr;
   require(api, function(std::forward<Arguments>(arguments)..., &made));
   return Owned<Object>(made, release);

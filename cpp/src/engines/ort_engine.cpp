@@ -1,16 +1,17 @@
-// The graph on ONNX Runtime, on the CPU or on CUDA: one call after another, over caches that are bound in place. Knows the
-// graph contract and ONNX Runtime; must not know what tokens mean. On CUDA this was never run: no GPU was at hand.
+// The graph on ONNX Runtime, on the CPU or on CUDA: one call after another, over caches that are bound in
+// place. Knows the graph contract and ONNX Runtime; must not know what tokens mean. On CUDA this was never
+// run: no GPU was at hand.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
 #include <limits>
 
 #include "bundle/bundle.hpp"
+#include "bundle/error.hpp"
 #include "engines/cuda_driver.hpp"
 #include "engines/engine.hpp"
-#include "bundle/error.hpp"
-#include "runtime/host_place.hpp"
 #include "engines/ort_api.hpp"
+#include "runtime/host_storage.hpp"
 
 namespace kvexport::detail {
 
@@ -20,13 +21,13 @@ using ort::make;
 using ort::Owned;
 using ort::require;
 
-// Tokens by which caches grow. Attention reads all of a buffer, so its layout follows the sequence closely; moving the heads
-// apart at each growth is then 1/STEP of what attention reads between two of them.
+// Tokens by which caches grow. Attention reads all of a buffer, so its layout follows the sequence closely;
+// moving the heads apart at each growth is then 1/STEP of what attention reads between two of them.
 constexpr std::int64_t STEP = 256;
 
-// ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder, unless the
-// environment forbids it before they begin (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows it. At loading, when a program
-// most often has one thread: setenv is not for several.
+// ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder,
+// unless the environment forbids it before they begin (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows
+// it. At loading, when a program most often has one thread: setenv is not for several.
 __attribute__((constructor)) void forbid_telemetry() { ::setenv("ORT_DISABLE_TELEMETRY", "1", 0); }
 
 ONNXTensorElementDataType element_type(Dtype dtype) {
@@ -55,7 +56,9 @@ std::vector<Tensor> promised(const Manifest& manifest, bool inputs) {
   constexpr auto ids = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
   std::vector<Tensor> all;
   if (inputs) {
-    all = {{"input_ids", ids, {-1, -1}}, {"position_ids", ids, {-1, -1}}, {"write_indices", ids, {-1}},
+    all = {{"input_ids", ids, {-1, -1}},
+           {"position_ids", ids, {-1, -1}},
+           {"write_indices", ids, {-1}},
            {"logits_index", ids, {-1, -1}}};
   } else {
     all = {{"logits", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {-1, -1, manifest.vocab_size}}};
@@ -71,11 +74,13 @@ std::vector<Tensor> found(const OrtApi& api, const OrtSession* session, bool inp
   OrtAllocator* allocator = nullptr;
   require(api, api.GetAllocatorWithDefaultOptions(&allocator));
   std::size_t count = 0;
-  require(api, inputs ? api.SessionGetInputCount(session, &count) : api.SessionGetOutputCount(session, &count));
+  require(api,
+          inputs ? api.SessionGetInputCount(session, &count) : api.SessionGetOutputCount(session, &count));
   std::vector<Tensor> all;
   for (std::size_t index = 0; index < count; ++index) {
     char* name = nullptr;
-    require(api, (inputs ? api.SessionGetInputName : api.SessionGetOutputName)(session, index, allocator, &name));
+    require(api,
+            (inputs ? api.SessionGetInputName : api.SessionGetOutputName)(session, index, allocator, &name));
     Tensor tensor{name, ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED, {}};
     require(api, api.AllocatorFree(allocator, name));
     const auto get = inputs ? api.SessionGetInputTypeInfo : api.SessionGetOutputTypeInfo;
@@ -104,8 +109,8 @@ void require_contract(const OrtApi& api, const OrtSession* session, const Manife
     }
     for (std::size_t index = 0; index < got.size(); ++index) {
       if (got[index].text() != expected[index].text()) {
-        throw bundle_error("an " + kind + " of the bundle's graph is not what its manifest says", got[index].text(),
-                           expected[index].text());
+        throw bundle_error("an " + kind + " of the bundle's graph is not what its manifest says",
+                           got[index].text(), expected[index].text());
       }
     }
   }
@@ -130,20 +135,25 @@ struct OrtBinding final : Binding {
 class OrtEngine final : public Engine {
  public:
   OrtEngine(const Bundle& bundle, const std::string& provider, int threads)
-      : api_(ort::api()), manifest_(bundle.manifest), provider_(provider),
+      : api_(ort::api()),
+        manifest_(bundle.manifest),
+        provider_(provider),
         version_(std::string("onnxruntime ") + OrtGetApiBase()->GetVersionString()) {
-    env_ = make(api_, api_.ReleaseEnv, api_.CreateEnvWithCustomLogger, silent, nullptr, ORT_LOGGING_LEVEL_FATAL, "kvexport");
+    env_ = make(api_, api_.ReleaseEnv, api_.CreateEnvWithCustomLogger, silent, nullptr,
+                ORT_LOGGING_LEVEL_FATAL, "kvexport");
     auto options = make(api_, api_.ReleaseSessionOptions, api_.CreateSessionOptions);
     require(api_, api_.SetIntraOpNumThreads(options.get(), threads));
     require(api_, api_.SetInterOpNumThreads(options.get(), 1));
     require(api_, api_.SetUserLoggingFunction(options.get(), silent, nullptr));
-    host_memory_ = make(api_, api_.ReleaseMemoryInfo, api_.CreateCpuMemoryInfo, OrtDeviceAllocator, OrtMemTypeDefault);
+    host_memory_ =
+        make(api_, api_.ReleaseMemoryInfo, api_.CreateCpuMemoryInfo, OrtDeviceAllocator, OrtMemTypeDefault);
     shrinking_ = make(api_, api_.ReleaseRunOptions, api_.CreateRunOptions);
     if (on_device()) {
       open_cuda(options.get());
     } else {
-      place_ = std::make_unique<HostPlace>();
-      require(api_, api_.AddRunConfigEntry(shrinking_.get(), "memory.enable_memory_arena_shrinkage", "cpu:0"));
+      storage_ = std::make_unique<HostStorage>();
+      require(api_,
+              api_.AddRunConfigEntry(shrinking_.get(), "memory.enable_memory_arena_shrinkage", "cpu:0"));
     }
     load(bundle, options.get());
   }
@@ -151,13 +161,13 @@ class OrtEngine final : public Engine {
   const std::string& provider() const override { return provider_; }
   const std::string& version() const override { return version_; }
   Dtype computes_in() const override { return manifest_.dtype; }
-  Place& place() override { return *place_; }
-  std::int64_t longest() const override { return std::numeric_limits<std::int64_t>::max(); }
+  Storage& storage() override { return *storage_; }
+  std::int64_t max_tokens_per_call() const override { return std::numeric_limits<std::int64_t>::max(); }
   std::int64_t capacity() const override { return manifest_.capacity; }
-  bool fixed() const override { return false; }
-  std::int64_t step() const override { return on_device() ? 0 : STEP; }
+  bool has_fixed_capacity() const override { return false; }
+  std::int64_t growth_step() const override { return on_device() ? 0 : STEP; }
   DeviceMemory device_memory() const override {
-    DeviceMemory memory = place_->device_memory();
+    DeviceMemory memory = storage_->device_memory();
     memory.weights = loaded_;
     return memory;
   }
@@ -176,11 +186,12 @@ class OrtEngine final : public Engine {
     if (on_device()) {
       // ONNX Runtime copies what is bound from the host's memory when it is bound, and not again.
       bind_tokens(binding);
-      place_->synchronize();  // it has streams of its own
+      storage_->synchronize();  // it has streams of its own
       require(api_, api_.SynchronizeBoundInputs(binding.io.get()));
     }
     const OrtRunOptions* options = call.shrink && !on_device() ? shrinking_.get() : nullptr;
-    require(api_, api_.RunWithBinding(session_.get(), options, binding.io.get()), "ONNX Runtime could not run the graph");
+    require(api_, api_.RunWithBinding(session_.get(), options, binding.io.get()),
+            "ONNX Runtime could not run the graph");
     if (on_device()) require(api_, api_.SynchronizeBoundOutputs(binding.io.get()));
     return binding.logits.data();
   }
@@ -200,10 +211,12 @@ class OrtEngine final : public Engine {
     }
     require(api_, api_.ReleaseAvailableProviders(names, count));
     if (!has_cuda) {
-      throw Failure(Code::cannot_run_here, "this ONNX Runtime was built without CUDA", version_ + " with " + available, "",
-                    "put a libonnxruntime.so.1 that was built with CUDA in its place, or open with provider \"cpu\"");
+      throw Failure(
+          Code::cannot_run_here, "this ONNX Runtime was built without CUDA", version_ + " with " + available,
+          "",
+          "put a libonnxruntime.so.1 that was built with CUDA in its place, or open with provider \"cpu\"");
     }
-    place_ = open_cuda_place();
+    storage_ = open_cuda_storage();
     auto cuda = make(api_, api_.ReleaseCUDAProviderOptions, api_.CreateCUDAProviderOptions);
     // kSameAsRequested: the arena would else grow to the next power of two, and take memory that caches need.
     const char* keys[] = {"device_id", "arena_extend_strategy"};
@@ -211,32 +224,33 @@ class OrtEngine final : public Engine {
     require(api_, api_.UpdateCUDAProviderOptions(cuda.get(), keys, values, 2));
     require(api_, api_.SessionOptionsAppendExecutionProvider_CUDA_V2(options, cuda.get()),
             "ONNX Runtime could not start on the GPU");
-    device_memory_ =
-        make(api_, api_.ReleaseMemoryInfo, api_.CreateMemoryInfo, "Cuda", OrtDeviceAllocator, 0, OrtMemTypeDefault);
+    device_memory_ = make(api_, api_.ReleaseMemoryInfo, api_.CreateMemoryInfo, "Cuda", OrtDeviceAllocator, 0,
+                          OrtMemTypeDefault);
   }
 
   void load(const Bundle& bundle, const OrtSessionOptions* options) {
     const std::string lowered = "decoder." + provider_ + ".onnx";
     const std::string path = bundle.path + "/" + (manifest_.has(lowered) ? lowered : "decoder.onnx");
-    const std::size_t free = place_->device_memory().free;
+    const std::size_t free = storage_->device_memory().free;
     OrtSession* session = nullptr;
     OrtStatus* status = api_.CreateSession(env_.get(), path.c_str(), options, &session);
     if (status != nullptr) {
       const std::string said = ort::refusal(api_, status);
-      throw Failure(Code::cannot_run_here, version_ + " cannot load the graph of the bundle " + bundle.path,
-                    said.substr(0, said.find('\n')), "onnxruntime 1.28 or later, and a sound bundle",
-                    "use a newer ONNX Runtime; check the bundle with: kvexport inspect --verify " + bundle.path);
+      throw Failure(
+          Code::cannot_run_here, version_ + " cannot load the graph of the bundle " + bundle.path,
+          said.substr(0, said.find('\n')), "onnxruntime 1.28 or later, and a sound bundle",
+          "use a newer ONNX Runtime; check the bundle with: kvexport inspect --verify " + bundle.path);
     }
     session_ = Owned<OrtSession>(session, api_.ReleaseSession);
-    const std::size_t left = place_->device_memory().free;
+    const std::size_t left = storage_->device_memory().free;
     loaded_ = free > left ? free - left : 0;
     require_contract(api_, session, manifest_);
   }
 
-  Owned<OrtValue> tensor(const OrtMemoryInfo* memory, void* data, std::size_t bytes, const std::vector<std::int64_t>& shape,
-                         ONNXTensorElementDataType type) const {
-    return make(api_, api_.ReleaseValue, api_.CreateTensorWithDataAsOrtValue, memory, data, bytes, shape.data(), shape.size(),
-                type);
+  Owned<OrtValue> tensor(const OrtMemoryInfo* memory, void* data, std::size_t bytes,
+                         const std::vector<std::int64_t>& shape, ONNXTensorElementDataType type) const {
+    return make(api_, api_.ReleaseValue, api_.CreateTensorWithDataAsOrtValue, memory, data, bytes,
+                shape.data(), shape.size(), type);
   }
 
   // Bind what has another shape than in the call before; a decode step most often binds nothing.
@@ -244,7 +258,8 @@ class OrtEngine final : public Engine {
     if (binding.generation != binding.buffers.generation) {
       const OrtMemoryInfo* memory = on_device() ? device_memory_.get() : host_memory_.get();
       for (const Buffer& buffer : binding.buffers.all) {
-        const auto value = tensor(memory, buffer.address, buffer.bytes(), buffer.shape(), element_type(buffer.dtype));
+        const auto value =
+            tensor(memory, buffer.address, buffer.bytes(), buffer.shape(), element_type(buffer.dtype));
         require(api_, api_.BindInput(binding.io.get(), buffer.past.c_str(), value.get()));
         require(api_, api_.BindOutput(binding.io.get(), buffer.present.c_str(), value.get()));
       }
@@ -258,8 +273,9 @@ class OrtEngine final : public Engine {
       binding.logits.resize(rows * static_cast<std::size_t>(manifest_.vocab_size));
     }
     bind_tokens(binding);
-    const auto value = tensor(host_memory_.get(), binding.logits.data(), binding.logits.size() * sizeof(float),
-                              {1, call.logits, manifest_.vocab_size}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
+    const auto value =
+        tensor(host_memory_.get(), binding.logits.data(), binding.logits.size() * sizeof(float),
+               {1, call.logits, manifest_.vocab_size}, ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT);
     require(api_, api_.BindOutput(binding.io.get(), "logits", value.get()));
     binding.tokens = call.tokens, binding.rows = call.logits;
   }
@@ -267,14 +283,16 @@ class OrtEngine final : public Engine {
   void bind_tokens(OrtBinding& binding) const {
     const auto bind = [&](const char* name, std::int64_t* values, const std::vector<std::int64_t>& shape) {
       const std::size_t bytes = static_cast<std::size_t>(shape.back()) * sizeof(std::int64_t);
-      const auto value = tensor(host_memory_.get(), values, bytes, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
+      const auto value =
+          tensor(host_memory_.get(), values, bytes, shape, ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64);
       require(api_, api_.BindInput(binding.io.get(), name, value.get()));
     };
     const auto tokens = static_cast<std::int64_t>(binding.input_ids.size());
     bind("input_ids", binding.input_ids.data(), {1, tokens});
     bind("position_ids", binding.position_ids.data(), {1, tokens});
     bind("write_indices", &binding.write_index, {1});
-    bind("logits_index", binding.logits_index.data(), {1, static_cast<std::int64_t>(binding.logits_index.size())});
+    bind("logits_index", binding.logits_index.data(),
+         {1, static_cast<std::int64_t>(binding.logits_index.size())});
   }
 
   const OrtApi& api_;
@@ -283,7 +301,7 @@ class OrtEngine final : public Engine {
   Owned<OrtEnv> env_{nullptr, nullptr};
   Owned<OrtMemoryInfo> host_memory_{nullptr, nullptr}, device_memory_{nullptr, nullptr};
   Owned<OrtRunOptions> shrinking_{nullptr, nullptr};
-  std::unique_ptr<Place> place_;
+  std::unique_ptr<Storage> storage_;
   Owned<OrtSession> session_{nullptr, nullptr};
   std::size_t loaded_ = 0;
 };
@@ -294,7 +312,8 @@ std::unique_ptr<Engine> open_onnxruntime(const Bundle& bundle, const std::string
   if (bundle.manifest.dtype == Dtype::bfloat16 && provider == "cpu") {
     throw Failure(Code::cannot_run_here, "ONNX Runtime has no bfloat16 kernels for the CPU",
                   bundle.path + ", dtype bfloat16", "",
-                  "build it with --dtype float32 or float16; `kvexport validate` proves it here all the same, in float32");
+                  "build it with --dtype float32 or float16; `kvexport validate` proves it here all the "
+                  "same, in float32");
   }
   return std::make_unique<OrtEngine>(bundle, provider, threads);
 }

@@ -1,10 +1,11 @@
-// A bundle's TensorRT engine: decode and prefill as two execution contexts of every cache, over one scratch memory. Knows how
-// TensorRT is called (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an engine's graph has: std24 writes the
-// cache in place, decomposed17 gives what is new, which is copied into it after the call: to the slots that it names where
-// layers evict, else to those of the positions. Must not know what tokens mean.
+// A bundle's TensorRT engine: decode and prefill as two execution contexts of every cache, over one scratch
+// memory. Knows how TensorRT is called (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an
+// engine's graph has: std24 writes the cache in place, decomposed17 gives what is new, which is copied into
+// it after the call: to the slots that it names where layers evict, else to those of the positions. Must not
+// know what tokens mean.
 //
-// It has not been run on a GPU: none was at hand. Its tests (tests/gpu) run it on a TensorRT and a driver that are simulated in
-// the host's memory and compute the bundle's graph on ONNX Runtime.
+// It has not been run on a GPU: none was at hand. Its tests (tests/gpu) run it on a TensorRT and a driver
+// that are simulated in the host's memory and compute the bundle's graph on ONNX Runtime.
 #ifdef KVEXPORT_HAS_TENSORRT
 
 #include <algorithm>
@@ -14,9 +15,9 @@
 #include <utility>
 
 #include "bundle/bundle.hpp"
+#include "bundle/sha256.hpp"
 #include "engines/cuda_driver.hpp"
 #include "engines/engine.hpp"
-#include "bundle/sha256.hpp"
 #include "engines/tensorrt_loading.hpp"
 
 namespace kvexport::detail {
@@ -46,7 +47,8 @@ std::int64_t weights_of(const Engine&, long) {
 
 // TensorRT-RTX may still be compiling kernels, and says so; TensorRT wants to have run once, which it has.
 template <typename Context>
-auto can_be_captured(Context& context, CUstream_st* stream, int) -> decltype(context.isStreamCapturable(stream)) {
+auto can_be_captured(Context& context, CUstream_st* stream, int)
+    -> decltype(context.isStreamCapturable(stream)) {
   return context.isStreamCapturable(stream);
 }
 template <typename Context>
@@ -69,20 +71,22 @@ struct Updates {
   std::map<int, std::size_t> slots_offsets;    // in `slots`, by layer
 };
 
-// Calls of one profile: its context, and the arrays that they take and give but the caches. Nothing is allocated from call to
-// call, but for more logits than ever before. Once a decode step has run, the upload, the engine and the downloads are one CUDA
-// graph; copies into the cache stay outside, since their target changes with every step.
+// Calls of one profile: its context, and the arrays that they take and give but the caches. Nothing is
+// allocated from call to call, but for more logits than ever before. Once a decode step has run, the upload,
+// the engine and the downloads are one CUDA graph; copies into the cache stay outside, since their target
+// changes with every step.
 class Calls {
  public:
   // `addresses`: of what is not made here, by name.
-  Calls(const LoadedEngine& loaded, CudaDevice& device, Context context, const CudaArray* told, std::int64_t vocab,
-        std::int64_t longest, bool captures, const std::map<std::string, void*>& addresses)
+  Calls(const LoadedEngine& loaded, CudaDevice& device, Context context, const CudaArray* told,
+        std::int64_t vocab, std::int64_t max_tokens_per_call, bool captures,
+        const std::map<std::string, void*>& addresses)
       : loaded_(loaded),
         device_(device),
         context_(std::move(context)),
         told_(told),
         vocab_(static_cast<std::size_t>(vocab)),
-        room_(aligned(static_cast<std::size_t>(longest) * sizeof(std::int64_t))),
+        room_(aligned(static_cast<std::size_t>(max_tokens_per_call) * sizeof(std::int64_t))),
         captures_(captures),
         inputs_(device, room_ * std::size(TOKEN_INPUTS), true) {
     for (const auto& [name, address] : addresses) bind(name, address);
@@ -115,12 +119,14 @@ class Calls {
 
  private:
   void stage(std::size_t input, const std::int64_t* values, std::int64_t count) {
-    std::memcpy(at(inputs_.host<char>(), input * room_), values, static_cast<std::size_t>(count) * sizeof *values);
+    std::memcpy(at(inputs_.host<char>(), input * room_), values,
+                static_cast<std::size_t>(count) * sizeof *values);
   }
 
   void queue() {
     device_.upload(inputs_.address(), inputs_.host<char>(), inputs_.bytes());
-    if (!context_.context->enqueueV3(device_.stream())) throw loaded_.failure("TensorRT failed to run the engine");
+    if (!context_.context->enqueueV3(device_.stream()))
+      throw loaded_.failure("TensorRT failed to run the engine");
     device_.download(logits_->host<char>(), logits_->address(),
                      static_cast<std::size_t>(logits_count_) * vocab_ * sizeof(float));
     if (told_ != nullptr) device_.download(told_->host<char>(), told_->address(), told_->bytes());
@@ -129,7 +135,8 @@ class Calls {
   void resize(std::int64_t tokens, std::int64_t logits) {
     if (tokens == tokens_ && logits == logits_count_) return;
     tokens_ = 0;  // until all of it is done
-    for (const auto& [name, count] : {std::pair{"input_ids", tokens}, {"position_ids", tokens}, {"logits_index", logits}}) {
+    for (const auto& [name, count] :
+         {std::pair{"input_ids", tokens}, {"position_ids", tokens}, {"logits_index", logits}}) {
       nvinfer1::Dims shape{};
       shape.nbDims = 2, shape.d[0] = 1, shape.d[1] = count;
       if (!context_.context->setInputShape(name, shape))
@@ -161,12 +168,13 @@ class Calls {
   std::unique_ptr<CudaDevice::Graph> graph_;  // goes before what it uses
 };
 
-// A cache has contexts of its own: a captured graph is of one context and of one cache's addresses, and nothing may be changed
-// in a context that graphs were captured from (TensorRT's developer guide, "CUDA Graphs").
+// A cache has contexts of its own: a captured graph is of one context and of one cache's addresses, and
+// nothing may be changed in a context that graphs were captured from (TensorRT's developer guide, "CUDA
+// Graphs").
 struct TensorRtBinding final : Binding {
   TensorRtBinding(const Buffers& buffers, CudaDevice& device) : buffers(buffers), device(device) {}
   ~TensorRtBinding() override {
-    const CudaDevice::Turn turn(device);
+    const CudaDevice::ContextLock lock(device);
     prefill.reset(), decode.reset();
   }
   const Buffers& buffers;
@@ -176,31 +184,35 @@ struct TensorRtBinding final : Binding {
 
 class TensorRtEngine final : public Engine {
  public:
-  TensorRtEngine(const Bundle& bundle, std::shared_ptr<CudaDevice> device, DeviceRecord record)
-      : manifest_(bundle.manifest), device_(std::move(device)), place_(device_), record_(std::move(record)) {
-    const CudaDevice::Turn turn(*device_);
+  TensorRtEngine(const Bundle& bundle, std::shared_ptr<CudaDevice> device, BuildRecord record)
+      : manifest_(bundle.manifest),
+        device_(std::move(device)),
+        storage_(device_),
+        record_(std::move(record)) {
+    const CudaDevice::ContextLock lock(*device_);
     loaded_ = load_engine(record_);
     require_contract(loaded_, record_, manifest_);
     const EngineLibrary library = tensorrt_library();
     version_ = library.name + " " + library.version;
     // Of the profile that needs the most.
     const std::int64_t scratch = loaded_.engine->getDeviceMemorySizeV2();
-    scratch_ = std::make_unique<CudaArray>(*device_, static_cast<std::size_t>(std::max<std::int64_t>(scratch, 1)), false);
+    scratch_ = std::make_unique<CudaArray>(
+        *device_, static_cast<std::size_t>(std::max<std::int64_t>(scratch, 1)), false);
     if (!writes_in_place(record_)) make_updates();
   }
   ~TensorRtEngine() override {
-    const CudaDevice::Turn turn(*device_);
+    const CudaDevice::ContextLock lock(*device_);
     loaded_.engine.reset(), loaded_.runtime.reset();
   }
 
   const std::string& provider() const override { return provider_; }
   const std::string& version() const override { return version_; }
   Dtype computes_in() const override { return manifest_.dtype; }
-  Place& place() override { return place_; }
-  std::int64_t longest() const override { return record_.chunk; }
+  Storage& storage() override { return storage_; }
+  std::int64_t max_tokens_per_call() const override { return record_.chunk; }
   std::int64_t capacity() const override { return record_.capacity; }
-  bool fixed() const override { return true; }
-  std::int64_t step() const override { return 0; }
+  bool has_fixed_capacity() const override { return true; }
+  std::int64_t growth_step() const override { return 0; }
 
   DeviceMemory device_memory() const override {
     DeviceMemory memory = device_->memory();
@@ -211,7 +223,7 @@ class TensorRtEngine final : public Engine {
 
   std::unique_ptr<Binding> bind(Buffers& buffers) override {
     assert(buffers.capacity == record_.capacity && buffers.laid_out == record_.capacity);
-    const CudaDevice::Turn turn(*device_);
+    const CudaDevice::ContextLock lock(*device_);
     std::map<std::string, void*> addresses;
     for (const Buffer& buffer : buffers.all) {
       addresses[buffer.past] = buffer.address;
@@ -224,9 +236,9 @@ class TensorRtEngine final : public Engine {
     for (const auto& [layer, offset] : updates_.slots_offsets)
       addresses[slots_of(layer)] = at(updates_.slots->address(), offset);
     auto binding = std::make_unique<TensorRtBinding>(buffers, *device_);
-    const auto calls = [&](int profile, std::int64_t longest, bool captures) {
-      return std::make_unique<Calls>(loaded_, *device_, context(profile), updates_.slots.get(), manifest_.vocab_size, longest,
-                                     captures, addresses);
+    const auto calls = [&](int profile, std::int64_t max_tokens_per_call, bool captures) {
+      return std::make_unique<Calls>(loaded_, *device_, context(profile), updates_.slots.get(),
+                                     manifest_.vocab_size, max_tokens_per_call, captures, addresses);
     };
     binding->decode = calls(DECODE, 1, true);
     binding->prefill = calls(PREFILL, record_.chunk, false);
@@ -236,11 +248,13 @@ class TensorRtEngine final : public Engine {
   const float* run(Binding& binding, const Call& call) override {
     auto& bound = static_cast<TensorRtBinding&>(binding);
     const std::int64_t start = call.position_ids[0], stop = start + call.tokens;
-    if (call.tokens < 1 || call.tokens > record_.chunk || start < 0 || stop > record_.capacity)  // TensorRT would say nothing
-      throw Failure(Code::usage, "the engine's capacity is exhausted", std::to_string(stop) + " tokens",
-                    "at most " + std::to_string(record_.capacity) + ", " + std::to_string(record_.chunk) + " at a time",
-                    "shorten the text, or build the engine again: kvexport engine BUNDLE --capacity TOKENS --force");
-    const CudaDevice::Turn turn(*device_);
+    if (call.tokens < 1 || call.tokens > record_.chunk || start < 0 ||
+        stop > record_.capacity)  // TensorRT would say nothing
+      throw Failure(
+          Code::usage, "the engine's capacity is exhausted", std::to_string(stop) + " tokens",
+          "at most " + std::to_string(record_.capacity) + ", " + std::to_string(record_.chunk) + " at a time",
+          "shorten the text, or build the engine again: kvexport engine BUNDLE --capacity TOKENS --force");
+    const CudaDevice::ContextLock lock(*device_);
     Calls& calls = call.tokens == 1 && call.logits == 1 ? *bound.decode : *bound.prefill;
     return calls.run(call, [&] {
       if (!writes_in_place(record_)) write_updates(bound.buffers, start, call.tokens);
@@ -267,12 +281,13 @@ class TensorRtEngine final : public Engine {
     Context made;
     const auto strategy = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 #ifdef TRT_MAJOR_RTX
-    // Kernels are compiled for a size when it first comes. For the decode step that shall be at once: a graph that was captured
-    // before would keep the slower ones. Prompts have many sizes, and do not wait.
+    // Kernels are compiled for a size when it first comes. For the decode step that shall be at once: a graph
+    // that was captured before would keep the slower ones. Prompts have many sizes, and do not wait.
     made.config.reset(loaded_.engine->createRuntimeConfig());
     made.config->setExecutionContextAllocationStrategy(strategy);
     if (profile == DECODE)
-      made.config->setDynamicShapesKernelSpecializationStrategy(nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
+      made.config->setDynamicShapesKernelSpecializationStrategy(
+          nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
     made.context.reset(loaded_.engine->createExecutionContext(made.config.get()));
 #else
     made.context.reset(loaded_.engine->createExecutionContext(strategy));
@@ -284,22 +299,27 @@ class TensorRtEngine final : public Engine {
     return made;
   }
 
-  // Copy what the graph gave of `count` new tokens to the cache, in the stream's order: of a layer that evicts to the slots
-  // that it named, neighbouring heads of one slot together, of others to those from `start` on.
+  // Copy what the graph gave of `count` new tokens to the cache, in the stream's order: of a layer that
+  // evicts to the slots that it named, neighbouring heads of one slot together, of others to those from
+  // `start` on.
   void write_updates(const Buffers& buffers, std::int64_t start, std::int64_t count) {
     for (const Buffer& buffer : buffers.all) {
       const char* given = at(updates_.memory->address(), updates_.offsets.at(buffer.past));
       const std::int64_t* slots = nullptr;
       if (buffer.evicts)
-        slots = reinterpret_cast<std::int64_t*>(at(updates_.slots->host<char>(), updates_.slots_offsets.at(buffer.layer)));
+        slots = reinterpret_cast<std::int64_t*>(
+            at(updates_.slots->host<char>(), updates_.slots_offsets.at(buffer.layer)));
       const std::size_t slot = buffer.slot_bytes();
-      const auto pitch = static_cast<std::size_t>(buffer.slots) * slot, run = static_cast<std::size_t>(count) * slot;
+      const auto pitch = static_cast<std::size_t>(buffer.slots) * slot,
+                 run = static_cast<std::size_t>(count) * slot;
       for (std::int64_t first = 0, next = 0; first < buffer.heads; first = next) {
         const std::int64_t target = slots == nullptr ? start : slots[first];
         for (next = first + 1; next < buffer.heads && (slots == nullptr || slots[next] == target);) ++next;
         if (target < 0 || target + count > buffer.slots)
-          throw loaded_.failure("the engine names a slot that there is not: " + std::to_string(target) + " of " + buffer.past);
-        char* to = at(buffer.address, static_cast<std::size_t>(first) * pitch + static_cast<std::size_t>(target) * slot);
+          throw loaded_.failure("the engine names a slot that there is not: " + std::to_string(target) +
+                                " of " + buffer.past);
+        char* to = at(buffer.address,
+                      static_cast<std::size_t>(first) * pitch + static_cast<std::size_t>(target) * slot);
         device_->copy_rows(to, pitch, given + static_cast<std::size_t>(first) * run, run, run,
                            static_cast<std::size_t>(next - first));
       }
@@ -309,8 +329,8 @@ class TensorRtEngine final : public Engine {
   const std::string provider_ = "tensorrt";
   const Manifest manifest_;
   std::shared_ptr<CudaDevice> device_;
-  CudaPlace place_;
-  DeviceRecord record_;
+  CudaStorage storage_;
+  BuildRecord record_;
   std::string version_;
   LoadedEngine loaded_;
   std::unique_ptr<CudaArray> scratch_;
@@ -321,7 +341,8 @@ class TensorRtEngine final : public Engine {
 
 std::unique_ptr<Engine> open_tensorrt(const Bundle& bundle, bool verify) {
   auto device = std::make_shared<CudaDevice>();
-  DeviceRecord record = choose_engine(bundle, device->name(), device->compute_capability(), tensorrt_library());
+  BuildRecord record =
+      choose_engine(bundle, device->name(), device->compute_capability(), tensorrt_library());
   if (verify) record.verify();
   return std::make_unique<TensorRtEngine>(bundle, std::move(device), std::move(record));
 }

@@ -40,7 +40,7 @@ class MappedFile {
  public:
   explicit MappedFile(const std::string& path) {
     const int file = open(path.c_str(), O_RDONLY | O_CLOEXEC);
-    struct stat status {};
+    struct stat status{};
     if (file >= 0 && fstat(file, &status) == 0 && status.st_size > 0) {
       size_ = static_cast<std::size_t>(status.st_size);
       data_ = mmap(nullptr, size_, PROT_READ, MAP_PRIVATE, file, 0);
@@ -61,8 +61,8 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-// TensorRT keeps the first log for as long as any runtime lives, whoever else has let go of it: so all share one, which goes
-// with the last of them.
+// TensorRT keeps the first log for as long as any runtime lives, whoever else has let go of it: so all share
+// one, which goes with the last of them.
 std::shared_ptr<TensorRtLog> shared_log() {
   static std::mutex mutex;
   static std::weak_ptr<TensorRtLog> kept;
@@ -72,11 +72,12 @@ std::shared_ptr<TensorRtLog> shared_log() {
   return log;
 }
 
-std::map<std::string, Tensor> caches_of(const Manifest& manifest, const DeviceRecord& record) {
+std::map<std::string, Tensor> caches_of(const Manifest& manifest, const BuildRecord& record) {
   std::map<std::string, Tensor> caches;
   for (Buffer& buffer : buffers_of(manifest, record.capacity)) {
     buffer.slots = buffer.most;
-    caches[buffer.past] = {buffer.dtype, buffer.shape(), writes_in_place(record) ? buffer.present : update_of(buffer.past)};
+    caches[buffer.past] = {buffer.dtype, buffer.shape(),
+                           writes_in_place(record) ? buffer.present : update_of(buffer.past)};
   }
   return caches;
 }
@@ -84,27 +85,24 @@ std::map<std::string, Tensor> caches_of(const Manifest& manifest, const DeviceRe
 // "" of a type that none of our tensors has.
 std::string type_of(nvinfer1::DataType type) {
   switch (type) {
-    case nvinfer1::DataType::kFLOAT:
-      return "float32";
-    case nvinfer1::DataType::kHALF:
-      return "float16";
-    case nvinfer1::DataType::kBF16:
-      return "bfloat16";
-    case nvinfer1::DataType::kINT64:
-      return "int64";
-    default:
-      return "";
+    case nvinfer1::DataType::kFLOAT: return "float32";
+    case nvinfer1::DataType::kHALF: return "float16";
+    case nvinfer1::DataType::kBF16: return "bfloat16";
+    case nvinfer1::DataType::kINT64: return "int64";
+    default: return "";
   }
 }
 
-std::string shown(const nvinfer1::ICudaEngine& engine, const std::string& name) {
+std::string for_message(const nvinfer1::ICudaEngine& engine, const std::string& name) {
   const nvinfer1::Dims dims = engine.getTensorShape(name.c_str());
   std::string sizes;
-  for (int axis = 0; axis < dims.nbDims; ++axis) sizes += (axis == 0 ? "" : ", ") + std::to_string(dims.d[axis]);
+  for (int axis = 0; axis < dims.nbDims; ++axis)
+    sizes += (axis == 0 ? "" : ", ") + std::to_string(dims.d[axis]);
   return type_of(engine.getTensorDataType(name.c_str())) + " [" + sizes + "]";
 }
 
-// The input that an output is the same memory as, "" where it is none; nothing before 10.15, which cannot be asked.
+// The input that an output is the same memory as, "" where it is none; nothing before 10.15, which cannot be
+// asked.
 template <typename Engine>
 auto aliased_input(const Engine& engine, const char* output, int)
     -> decltype(engine.getAliasedInputTensor(output), std::optional<std::string>()) {
@@ -116,7 +114,7 @@ std::optional<std::string> aliased_input(const Engine&, const char*, long) {
   return std::nullopt;
 }
 
-[[noreturn]] void refuse(const DeviceRecord& record, const std::string& what, const std::string& got,
+[[noreturn]] void refuse(const BuildRecord& record, const std::string& what, const std::string& got,
                          const std::string& expected) {
   throw bundle_error("the engine " + record.directory + " " + what, got, expected, rebuild);
 }
@@ -137,12 +135,14 @@ std::string TensorRtLog::last() const {
   return last_;
 }
 
-Failure LoadedEngine::failure(const std::string& what) const { return {Code::cannot_run_here, what, log->last(), "", rebuild}; }
+Failure LoadedEngine::failure(const std::string& what) const {
+  return {Code::cannot_run_here, what, log->last(), "", rebuild};
+}
 
 EngineLibrary tensorrt_library() {
   const int version = getInferLibVersion();
-  const std::string number =
-      std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) + "." + std::to_string(version % 100);
+  const std::string number = std::to_string(version / 10000) + "." + std::to_string(version / 100 % 100) +
+                             "." + std::to_string(version % 100);
 #ifdef TRT_MAJOR_RTX
   return {"tensorrt-rtx", number};
 #else
@@ -150,7 +150,7 @@ EngineLibrary tensorrt_library() {
 #endif
 }
 
-LoadedEngine load_engine(const DeviceRecord& record) {
+LoadedEngine load_engine(const BuildRecord& record) {
   LoadedEngine loaded;
   loaded.log = shared_log();
   loaded.runtime.reset(nvinfer1::createInferRuntime(*loaded.log));
@@ -164,7 +164,7 @@ LoadedEngine load_engine(const DeviceRecord& record) {
   return loaded;
 }
 
-void require_contract(const LoadedEngine& loaded, const DeviceRecord& record, const Manifest& manifest) {
+void require_contract(const LoadedEngine& loaded, const BuildRecord& record, const Manifest& manifest) {
   const nvinfer1::ICudaEngine& engine = *loaded.engine;
   const std::map<std::string, Tensor> caches = caches_of(manifest, record);
   std::set<std::string> promised(std::begin(TOKEN_INPUTS), std::end(TOKEN_INPUTS));
@@ -172,29 +172,35 @@ void require_contract(const LoadedEngine& loaded, const DeviceRecord& record, co
   for (const auto& [name, tensor] : caches) promised.insert({name, tensor.output});
   if (!writes_in_place(record)) {
     for (std::size_t layer = 0; layer < manifest.layers.size(); ++layer)
-      if (manifest.evicts(static_cast<std::int64_t>(layer))) promised.insert(slots_of(static_cast<int>(layer)));
+      if (manifest.evicts(static_cast<std::int64_t>(layer)))
+        promised.insert(slots_of(static_cast<int>(layer)));
   }
   std::set<std::string> names;
   for (int index = 0; index < engine.getNbIOTensors(); ++index) names.insert(engine.getIOTensorName(index));
   if (names != promised) {
     std::vector<std::string> other;
-    std::set_symmetric_difference(names.begin(), names.end(), promised.begin(), promised.end(), std::back_inserter(other));
-    refuse(record, "takes or gives other tensors", other.front(), "those of its lowering, " + record.lowering);
+    std::set_symmetric_difference(names.begin(), names.end(), promised.begin(), promised.end(),
+                                  std::back_inserter(other));
+    refuse(record, "takes or gives other tensors", other.front(),
+           "those of its lowering, " + record.lowering);
   }
   for (const std::string& name : names) {
     const char* raw = name.c_str();
     if (engine.getTensorLocation(raw) != nvinfer1::TensorLocation::kDEVICE)
       refuse(record, "wants a tensor in the host's memory", name, "all on the device");
     const bool input = engine.getTensorIOMode(raw) == nvinfer1::TensorIOMode::kINPUT;
-    const bool token = std::find(std::begin(TOKEN_INPUTS), std::end(TOKEN_INPUTS), name) != std::end(TOKEN_INPUTS);
+    const bool token =
+        std::find(std::begin(TOKEN_INPUTS), std::end(TOKEN_INPUTS), name) != std::end(TOKEN_INPUTS);
     if (input != (token || caches.count(name) != 0)) refuse(record, "has an input for an output", name, "");
   }
   for (const auto& [name, tensor] : caches) {
-    if (shown(engine, name) != tensor.text()) refuse(record, "has another " + name, shown(engine, name), tensor.text());
+    if (for_message(engine, name) != tensor.text())
+      refuse(record, "has another " + name, for_message(engine, name), tensor.text());
     if (!writes_in_place(record)) continue;
     const std::optional<std::string> input = aliased_input(engine, tensor.output.c_str(), 0);
     if (input && *input != name)
-      refuse(record, "does not write the cache in place", input->empty() ? tensor.output + " is memory of its own" : *input,
+      refuse(record, "does not write the cache in place",
+             input->empty() ? tensor.output + " is memory of its own" : *input,
              tensor.output + " is " + name);
   }
   const auto require_type = [&](const std::string& name, const char* type) {

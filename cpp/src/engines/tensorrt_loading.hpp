@@ -1,5 +1,5 @@
-// A plan becomes a TensorRT engine, and is held against its record and the bundle before anything is bound. Knows TensorRT's
-// runtime (10.3 to 11.x and TensorRT-RTX); must not know how an engine is called.
+// A plan becomes a TensorRT engine, and is held against its record and the bundle before anything is bound.
+// Knows TensorRT's runtime (10.3 to 11.x and TensorRT-RTX); must not know how an engine is called.
 //
 // It has not been run on a GPU: see tensorrt_engine.cpp.
 #pragma once
@@ -10,9 +10,9 @@
 #include <mutex>
 #include <string>
 
-#include "engines/engine_choice.hpp"
 #include "bundle/error.hpp"
 #include "bundle/manifest.hpp"
+#include "engines/engine_choice.hpp"
 
 namespace kvexport::detail {
 
@@ -40,18 +40,19 @@ struct LoadedEngine {
 EngineLibrary tensorrt_library();
 
 // Throws Failure: TensorRT cannot load the plan.
-LoadedEngine load_engine(const DeviceRecord& record);
+LoadedEngine load_engine(const BuildRecord& record);
 
 // Throws Failure: the engine takes or gives other tensors than its record and the bundle say.
-void require_contract(const LoadedEngine& loaded, const DeviceRecord& record, const Manifest& manifest);
+void require_contract(const LoadedEngine& loaded, const BuildRecord& record, const Manifest& manifest);
 
 // As the graph's inputs are called, in the order of Call.
 constexpr const char* TOKEN_INPUTS[] = {"input_ids", "position_ids", "write_indices", "logits_index"};
 
 // Whether the graph writes the cache in place (std24), or gives what is new (decomposed17).
-inline bool writes_in_place(const DeviceRecord& record) { return record.lowering != "decomposed17"; }
+inline bool writes_in_place(const BuildRecord& record) { return record.lowering != "decomposed17"; }
 
-// Names of outputs of a graph that does not, by the names of the caches: "update.3.key" of "past_key_values.3.key".
+// Names of outputs of a graph that does not, by the names of the caches: "update.3.key" of
+// "past_key_values.3.key".
 inline std::string update_of(const std::string& past) { return "update" + past.substr(past.find('.')); }
 inline std::string slots_of(int layer) { return "slots." + std::to_string(layer); }
 

@@ -17,9 +17,10 @@ constexpr std::size_t ALIGNMENT = 256;
 std::size_t product(std::initializer_list<std::int64_t> factors) {
   std::size_t whole = 1;
   for (std::int64_t factor : factors) {
-    if (factor != 0 && whole > std::numeric_limits<std::size_t>::max() / 4 / static_cast<std::size_t>(factor)) {
-      throw Failure(Code::cannot_run_here, "there is not enough memory for the KV cache", "more bytes than can be counted", "",
-                    "make caches of a smaller capacity");
+    if (factor != 0 &&
+        whole > std::numeric_limits<std::size_t>::max() / 4 / static_cast<std::size_t>(factor)) {
+      throw Failure(Code::cannot_run_here, "there is not enough memory for the KV cache",
+                    "more bytes than can be counted", "", "make caches of a smaller capacity");
     }
     whole *= static_cast<std::size_t>(factor);
   }
@@ -27,7 +28,8 @@ std::size_t product(std::initializer_list<std::int64_t> factors) {
 }
 
 std::size_t most_bytes(const Buffer& buffer) {
-  const std::size_t bytes = product({buffer.heads, buffer.most, static_cast<std::int64_t>(buffer.slot_bytes())});
+  const std::size_t bytes =
+      product({buffer.heads, buffer.most, static_cast<std::int64_t>(buffer.slot_bytes())});
   return bytes + (ALIGNMENT - bytes % ALIGNMENT) % ALIGNMENT;
 }
 
@@ -57,16 +59,16 @@ std::vector<Buffer> buffers_of(const Manifest& manifest, std::int64_t capacity) 
   return all;
 }
 
-Buffers::Buffers(const Manifest& manifest, std::int64_t capacity, Place& place, std::int64_t step)
+Buffers::Buffers(const Manifest& manifest, std::int64_t capacity, Storage& storage, std::int64_t step)
     : all(buffers_of(manifest, capacity)),
       capacity(capacity),
       bytes(sum(all)),
-      place(place),
+      storage(storage),
       step_(step == 0 ? capacity : step),
       all_evict_(std::all_of(all.begin(), all.end(), [](const Buffer& buffer) { return buffer.evicts; })),
       budget_(manifest.eviction ? manifest.eviction->budget : 0),
-      memory_(place.allocate(bytes), Release{&place}) {
-  assert(step == 0 || place.is_host());
+      memory_(storage.allocate(bytes), Release{&storage}) {
+  assert(step == 0 || storage.is_host());
   std::size_t offset = 0;
   for (Buffer& buffer : all) {
     buffer.address = static_cast<char*>(memory_.get()) + offset;
@@ -75,7 +77,9 @@ Buffers::Buffers(const Manifest& manifest, std::int64_t capacity, Place& place, 
   reserve(1);
 }
 
-std::size_t Buffers::bytes_for(const Manifest& manifest, std::int64_t capacity) { return sum(buffers_of(manifest, capacity)); }
+std::size_t Buffers::bytes_for(const Manifest& manifest, std::int64_t capacity) {
+  return sum(buffers_of(manifest, capacity));
+}
 
 void Buffers::reserve(std::int64_t tokens) {
   assert(tokens <= capacity);
@@ -89,7 +93,8 @@ void Buffers::reserve(std::int64_t tokens) {
       for (std::int64_t head = buffer.heads - 1; head > 0; --head) {
         char* base = static_cast<char*>(buffer.address);
         std::memmove(base + static_cast<std::size_t>(head * slots) * slot,
-                     base + static_cast<std::size_t>(head * before) * slot, static_cast<std::size_t>(before) * slot);
+                     base + static_cast<std::size_t>(head * before) * slot,
+                     static_cast<std::size_t>(before) * slot);
       }
     }
     buffer.slots = slots;
@@ -117,14 +122,15 @@ void Buffers::blank(const Buffer& buffer, std::int64_t first, std::int64_t slots
     }
   }
   for (std::int64_t head = 0; head < buffer.heads; ++head) {
-    char* start = static_cast<char*>(buffer.address) + static_cast<std::size_t>(head * buffer.slots + first) * slot;
+    char* start =
+        static_cast<char*>(buffer.address) + static_cast<std::size_t>(head * buffer.slots + first) * slot;
     if (pattern.empty()) {
-      place.clear(start, bytes_of_head);
+      storage.clear(start, bytes_of_head);
     } else {
-      place.upload(start, pattern.data(), bytes_of_head);
+      storage.upload(start, pattern.data(), bytes_of_head);
     }
   }
-  place.synchronize();  // before the pattern is gone
+  storage.synchronize();  // before the pattern is gone
 }
 
 std::uint32_t bits_of(float value, Dtype dtype) {

@@ -1,6 +1,6 @@
-// The cache of one sequence as an engine sees it: buffers by the names of the graph's inputs, in memory that is
-// allocated once. Knows shapes and bytes; what is written to the buffers, and who goes when a budget is full, is in
-// `Occupancy` and `Evictor` (eviction.hpp) and in `Cache` (cache.hpp).
+// The cache of one sequence as an engine sees it: buffers by the names of the graph's inputs, in memory that
+// is allocated once. Knows shapes and bytes; what is written to the buffers, and who goes when a budget is
+// full, is in `Occupancy` and `Evictor` (eviction.hpp) and in `Cache` (cache.hpp).
 #pragma once
 
 #include <cstdint>
@@ -9,13 +9,14 @@
 #include <vector>
 
 #include "bundle/manifest.hpp"
-#include "runtime/place.hpp"
+#include "runtime/storage.hpp"
 
 namespace kvexport::detail {
 
 enum class Which { key, value, state };
 
-// One buffer: [1, heads, slots, width], or [heads, 1, slots, width] where its layer evicts: the same bytes either way.
+// One buffer: [1, heads, slots, width], or [heads, 1, slots, width] where its layer evicts: the same bytes
+// either way.
 struct Buffer {
   std::string past, present;  // names of the graph's input and of the output that is the same memory
   int layer;
@@ -30,7 +31,8 @@ struct Buffer {
   std::size_t slot_bytes() const { return static_cast<std::size_t>(width) * size_of(dtype); }
   std::size_t bytes() const { return static_cast<std::size_t>(heads * slots) * slot_bytes(); }
   std::vector<std::int64_t> shape() const {
-    return evicts ? std::vector<std::int64_t>{heads, 1, slots, width} : std::vector<std::int64_t>{1, heads, slots, width};
+    return evicts ? std::vector<std::int64_t>{heads, 1, slots, width}
+                  : std::vector<std::int64_t>{1, heads, slots, width};
   }
 };
 
@@ -39,20 +41,22 @@ std::vector<Buffer> buffers_of(const Manifest& manifest, std::int64_t capacity);
 
 class Buffers {
  public:
-  // Memory for `capacity` tokens of one sequence (layers that evict: at most the budget), all of it allocated here.
-  // `step`: tokens by which the layout grows towards it, which only memory of the host may; 0: it has its full size from
-  // the start. Throws Failure: not enough memory.
-  Buffers(const Manifest& manifest, std::int64_t capacity, Place& place, std::int64_t step);
+  // Memory for `capacity` tokens of one sequence (layers that evict: at most the budget), all of it allocated
+  // here. `step`: tokens by which the layout grows towards it, which only memory of the host may; 0: it has
+  // its full size from the start. Throws Failure: not enough memory.
+  Buffers(const Manifest& manifest, std::int64_t capacity, Storage& storage, std::int64_t step);
   Buffers(const Buffers&) = delete;
   Buffers& operator=(const Buffers&) = delete;
 
   // What these would allocate. Throws Failure: more bytes than can be counted.
   static std::size_t bytes_for(const Manifest& manifest, std::int64_t capacity);
 
-  // Make the layout have room for `tokens` tokens (<= capacity), keeping what is held: heads move apart, within the same
-  // memory, from the last one on. New slots are empty. Every change of a shape raises `generation`.
+  // Make the layout have room for `tokens` tokens (<= capacity), keeping what is held: heads move apart,
+  // within the same memory, from the last one on. New slots are empty. Every change of a shape raises
+  // `generation`.
   void reserve(std::int64_t tokens);
-  // Empty, and in the smallest layout: zeros, in keys and values the number `fill`, on which no result may depend.
+  // Empty, and in the smallest layout: zeros, in keys and values the number `fill`, on which no result may
+  // depend.
   void clear(float fill = 0.0F);
 
   std::vector<Buffer> all;    // as buffers_of gives them
@@ -60,7 +64,7 @@ class Buffers {
   std::int64_t laid_out = 0;  // tokens that the layout has room for now
   std::int64_t generation = 0;
   std::size_t bytes = 0;  // allocated
-  Place& place;
+  Storage& storage;
 
  private:
   void blank(const Buffer& buffer, std::int64_t first, std::int64_t slots);
@@ -70,8 +74,8 @@ class Buffers {
   std::int64_t budget_;
   float fill_ = 0.0F;
   struct Release {
-    Place* place;
-    void operator()(void* address) const noexcept { place->release(address); }
+    Storage* storage;
+    void operator()(void* address) const noexcept { storage->release(address); }
   };
   std::unique_ptr<void, Release> memory_;
 };

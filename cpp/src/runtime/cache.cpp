@@ -12,23 +12,26 @@ namespace {
 
 std::int64_t chunk_of(const Session& session, std::int64_t wanted) {
   const auto& eviction = session.manifest().eviction;
-  const std::int64_t chunk = std::min(wanted == 0 ? session.chunk : wanted, session.engine->longest());
+  const std::int64_t chunk =
+      std::min(wanted == 0 ? session.chunk : wanted, session.engine->max_tokens_per_call());
   return eviction ? std::min(chunk, eviction->chunk()) : chunk;
 }
 
 std::int64_t step_of(const Engine& engine, std::int64_t wanted) {
-  return wanted == 0 || engine.step() == 0 ? engine.step() : wanted;
+  return wanted == 0 || engine.growth_step() == 0 ? engine.growth_step() : wanted;
 }
 
 }  // namespace
 
-Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step, std::int64_t chunk)
+Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step,
+             std::int64_t chunk)
     : session_(std::move(session)),
       capacity_(session_->capacity_of(capacity)),
       most_chunk_(std::min(chunk_of(*session_, chunk), capacity_)),
       chunk_(most_chunk_),
-      buffers_(session_->manifest(), session_->engine->fixed() ? session_->engine->capacity() : capacity_,
-               session_->engine->place(), step_of(*session_->engine, step)),
+      buffers_(session_->manifest(),
+               session_->engine->has_fixed_capacity() ? session_->engine->capacity() : capacity_,
+               session_->engine->storage(), step_of(*session_->engine, step)),
       positions_(static_cast<std::size_t>(chunk_)),
       indices_(static_cast<std::size_t>(chunk_)),
       binding_(session_->engine->bind(buffers_)) {
@@ -37,7 +40,8 @@ Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std:
 
 void Cache::require_prefill(const std::int64_t* ids, std::size_t count) const {
   require_whole();
-  if (count == 0 && empty()) throw Failure(Code::usage, "a prompt is empty", "", "", "give at least one token");
+  if (count == 0 && empty())
+    throw Failure(Code::usage, "a prompt is empty", "", "", "give at least one token");
   require_room(with(count), length_ == 0 ? "the prompt is longer than the cache's capacity"
                                          : "the prompt does not fit behind what the cache holds");
   session_->require_ids(ids, count);
@@ -90,7 +94,8 @@ std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count, std:
   scored.reserve((count - std::min(count, from)) * static_cast<std::size_t>(vocab));
   for (std::int64_t start = 0; start < whole; start += chunk_) {
     const std::int64_t here = std::min(chunk_, whole - start);
-    const std::int64_t wanted = std::min(here, start + here - static_cast<std::int64_t>(std::min(count, from)));
+    const std::int64_t wanted =
+        std::min(here, start + here - static_cast<std::int64_t>(std::min(count, from)));
     const float* logits = run(ids + start, here, std::max<std::int64_t>(1, wanted), start + here == whole);
     if (wanted > 0) scored.insert(scored.end(), logits, logits + wanted * vocab);
   }
@@ -122,15 +127,16 @@ std::vector<std::int64_t> Cache::last() const {
 }
 
 const Buffer* Cache::buffer(int layer, Which which) const {
-  const auto found = std::find_if(buffers_.all.begin(), buffers_.all.end(),
-                                  [&](const Buffer& each) { return each.layer == layer && each.which == which; });
+  const auto found = std::find_if(buffers_.all.begin(), buffers_.all.end(), [&](const Buffer& each) {
+    return each.layer == layer && each.which == which;
+  });
   return found == buffers_.all.end() ? nullptr : &*found;
 }
 
 std::vector<float> Cache::read(const Buffer& buffer) const {
   std::vector<char> bytes(buffer.bytes());
-  buffers_.place.download(bytes.data(), buffer.address, bytes.size());
-  buffers_.place.synchronize();
+  buffers_.storage.download(bytes.data(), buffer.address, bytes.size());
+  buffers_.storage.synchronize();
   std::vector<float> values(bytes.size() / size_of(buffer.dtype));
   for (std::size_t at = 0; at < values.size(); ++at) {
     values[at] = as_float(bytes.data() + at * size_of(buffer.dtype), buffer.dtype);
@@ -139,19 +145,21 @@ std::vector<float> Cache::read(const Buffer& buffer) const {
 }
 
 void Cache::write_state(const Buffer& state, const std::vector<float>& values) {
-  buffers_.place.upload(state.address, values.data(), state.bytes());
-  buffers_.place.synchronize();
+  buffers_.storage.upload(state.address, values.data(), state.bytes());
+  buffers_.storage.synchronize();
 }
 
 void Cache::require_whole() const {
   if (!broken_) return;
-  throw Failure(Code::usage, "a call on this cache was broken off in its midst, so that what it holds is not known", "", "",
-                "begin anew: clear the cache");
+  throw Failure(Code::usage,
+                "a call on this cache was broken off in its midst, so that what it holds is not known", "",
+                "", "begin anew: clear the cache");
 }
 
-void Cache::require_free() const {
-  if (!held_) return;
-  throw Failure(Code::usage, "the cache is in the midst of generating", "a call from the callback of its tokens", "",
+void Cache::require_not_leased() const {
+  if (!leased_) return;
+  throw Failure(Code::usage, "the cache is in the midst of generating",
+                "a call from the callback of its tokens", "",
                 "end the generation first: return false from on_token");
 }
 
@@ -177,12 +185,14 @@ void Cache::require_room(std::uint64_t tokens, const char* what) const {
   } else {
     fix += ": the model was trained for " + std::to_string(*trained) + " positions";
   }
-  throw Failure(Code::usage, what, std::to_string(tokens) + " tokens", "at most " + std::to_string(capacity_), fix);
+  throw Failure(Code::usage, what, std::to_string(tokens) + " tokens", "at most " + std::to_string(capacity_),
+                fix);
 }
 
-// `count` tokens behind those that are held, of which the last `logits` get logits. There is room. `again`: a layer that evicts
-// has seen the one token already.
-const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink, bool again) {
+// `count` tokens behind those that are held, of which the last `logits` get logits. There is room. `again`: a
+// layer that evicts has seen the one token already.
+const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink,
+                        bool again) {
   broken_ = true;  // whatever goes wrong from here on leaves the cache half written
   buffers_.reserve(length_ + count);
   std::iota(positions_.begin(), positions_.begin() + count, length_);
@@ -206,6 +216,8 @@ std::int64_t Cache::admit(std::int64_t count, bool again) {
   return again ? occupancy_.last(usable, there) : occupancy_.take(count, usable, there);
 }
 
-std::int64_t Cache::slots() const { return std::min(session_->manifest().eviction->budget, buffers_.capacity); }
+std::int64_t Cache::slots() const {
+  return std::min(session_->manifest().eviction->budget, buffers_.capacity);
+}
 
 }  // namespace kvexport::detail

@@ -10,8 +10,8 @@ namespace kvexport::detail {
 namespace {
 
 // As kvexport/eviction/config.py: columns of a slot's state, and priorities that no score reaches.
-constexpr std::size_t SCORE = 0, STORED = 1, STATE = 2;
-constexpr float NEVER = 0x1p100F, UNSEEN = 0x1p60F, LATEST = 0x1p24F;
+constexpr std::size_t SCORE = 0, POSITION_PLUS_ONE = 1, STATE_WIDTH = 2;
+constexpr float NEVER = 0x1p100F, OUT_OF_WINDOW = 0x1p60F, LATEST = 0x1p24F;
 
 }  // namespace
 
@@ -31,7 +31,7 @@ Evictor::Evictor(const Manifest& manifest, Buffers& buffers) : manifest_(manifes
     slots = buffer.most;
   }
   const auto most = static_cast<std::size_t>(slots);
-  state_.resize(static_cast<std::size_t>(heads) * most * STATE);
+  state_.resize(static_cast<std::size_t>(heads) * most * STATE_WIDTH);
   priorities_.resize(most);
   ranked_.resize(most);
   goes_.resize(most);
@@ -40,18 +40,18 @@ Evictor::Evictor(const Manifest& manifest, Buffers& buffers) : manifest_(manifes
 }
 
 void Evictor::shrink(std::int64_t tokens, std::int64_t keep, std::int64_t position) {
-  Place& place = buffers_.place;
+  Storage& storage = buffers_.storage;
   for (std::size_t at = 0; at < buffers_.all.size(); ++at) {
     const Buffer& state = buffers_.all[at];
     if (state.which != Which::state) continue;
     const Buffer &key = buffers_.all[at - 2], &value = buffers_.all[at - 1];
     const std::optional<std::int64_t> window = manifest_.layers[static_cast<std::size_t>(state.layer)].window;
-    place.download(state_.data(), state.address, state.bytes());
-    place.synchronize();
+    storage.download(state_.data(), state.address, state.bytes());
+    storage.synchronize();
     last_.clear();
     std::int64_t first = 0;  // of the heads whose moves are `last_`: neighbours that move alike move together
     for (std::int64_t head = 0; head < state.heads; ++head) {
-      float* of_head = state_.data() + static_cast<std::size_t>(head * state.slots) * STATE;
+      float* of_head = state_.data() + static_cast<std::size_t>(head * state.slots) * STATE_WIDTH;
       rank(of_head, tokens, keep, position, window);
       if (head > 0 && moves_ != last_) {
         for (const Buffer* moved : {&key, &value}) move(*moved, first, head - first, last_);
@@ -59,19 +59,21 @@ void Evictor::shrink(std::int64_t tokens, std::int64_t keep, std::int64_t positi
       }
       std::swap(moves_, last_);
       for (const Move& each : last_) {
-        std::copy_n(of_head + static_cast<std::size_t>(each.source) * STATE, static_cast<std::size_t>(each.slots) * STATE,
-                    of_head + static_cast<std::size_t>(each.target) * STATE);
+        std::copy_n(of_head + static_cast<std::size_t>(each.source) * STATE_WIDTH,
+                    static_cast<std::size_t>(each.slots) * STATE_WIDTH,
+                    of_head + static_cast<std::size_t>(each.target) * STATE_WIDTH);
       }
-      std::fill(of_head + static_cast<std::size_t>(keep) * STATE, of_head + static_cast<std::size_t>(tokens) * STATE, 0.0F);
+      std::fill(of_head + static_cast<std::size_t>(keep) * STATE_WIDTH,
+                of_head + static_cast<std::size_t>(tokens) * STATE_WIDTH, 0.0F);
     }
     for (const Buffer* moved : {&key, &value}) move(*moved, first, state.heads - first, last_);
-    place.upload(state.address, state_.data(), state.bytes());
-    place.synchronize();  // before the next layer's is read
+    storage.upload(state.address, state_.data(), state.bytes());
+    storage.synchronize();  // before the next layer's is read
   }
 }
 
-// Into `moves_`: as few as make the first `keep` slots hold the tokens that stay. Those either keep their slot or come from one
-// beyond all of them, so that no move reads what another wrote.
+// Into `moves_`: as few as make the first `keep` slots hold the tokens that stay. Those either keep their
+// slot or come from one beyond all of them, so that no move reads what another wrote.
 void Evictor::rank(const float* state, std::int64_t tokens, std::int64_t keep, std::int64_t position,
                    std::optional<std::int64_t> window) {
   const Eviction& eviction = *manifest_.eviction;
@@ -81,21 +83,27 @@ void Evictor::rank(const float* state, std::int64_t tokens, std::int64_t keep, s
   const auto first = static_cast<float>(eviction.protect_first);
   const auto count = static_cast<std::size_t>(tokens);
   for (std::size_t slot = 0; slot < count; ++slot) {
-    const float score = state[slot * STATE + SCORE], stored = state[slot * STATE + STORED];
-    float priority = stored <= following - recent && stored > first ? score : -NEVER;
-    if (window && stored <= following - static_cast<float>(*window)) priority = (LATEST - stored) * UNSEEN;
-    if (stored == following) priority = NEVER;
-    if (!(priority == priority)) priority = -std::numeric_limits<float>::infinity();  // a NaN, which has no order
+    const float score = state[slot * STATE_WIDTH + SCORE],
+                position_plus_one = state[slot * STATE_WIDTH + POSITION_PLUS_ONE];
+    float priority = position_plus_one <= following - recent && position_plus_one > first ? score : -NEVER;
+    if (window && position_plus_one <= following - static_cast<float>(*window))
+      priority = (LATEST - position_plus_one) * OUT_OF_WINDOW;
+    if (position_plus_one == following) priority = NEVER;
+    if (!(priority == priority))
+      priority = -std::numeric_limits<float>::infinity();  // a NaN, which has no order
     priorities_[slot] = priority;
   }
   const auto ranked = ranked_.begin();
   std::iota(ranked, ranked + tokens, 0);
-  std::nth_element(ranked, ranked + (tokens - keep), ranked + tokens, [this](std::int64_t one, std::int64_t other) {
-    const float left = priorities_[static_cast<std::size_t>(one)], right = priorities_[static_cast<std::size_t>(other)];
-    return left != right ? left > right : one < other;
-  });
+  std::nth_element(ranked, ranked + (tokens - keep), ranked + tokens,
+                   [this](std::int64_t one, std::int64_t other) {
+                     const float left = priorities_[static_cast<std::size_t>(one)],
+                                 right = priorities_[static_cast<std::size_t>(other)];
+                     return left != right ? left > right : one < other;
+                   });
   std::fill_n(goes_.begin(), tokens, char{0});
-  std::for_each(ranked, ranked + (tokens - keep), [this](std::int64_t slot) { goes_[static_cast<std::size_t>(slot)] = 1; });
+  std::for_each(ranked, ranked + (tokens - keep),
+                [this](std::int64_t slot) { goes_[static_cast<std::size_t>(slot)] = 1; });
   moves_.clear();
   std::int64_t source = keep;
   for (std::int64_t target = 0; target < keep; ++target) {
@@ -111,13 +119,14 @@ void Evictor::rank(const float* state, std::int64_t tokens, std::int64_t keep, s
   }
 }
 
-void Evictor::move(const Buffer& buffer, std::int64_t head, std::int64_t heads, const std::vector<Move>& moves) const {
+void Evictor::move(const Buffer& buffer, std::int64_t head, std::int64_t heads,
+                   const std::vector<Move>& moves) const {
   const std::size_t slot = buffer.slot_bytes(), pitch = static_cast<std::size_t>(buffer.slots) * slot;
   char* base = static_cast<char*>(buffer.address) + static_cast<std::size_t>(head) * pitch;
   for (const Move& each : moves) {
-    buffers_.place.copy_rows(base + static_cast<std::size_t>(each.target) * slot, pitch,
-                             base + static_cast<std::size_t>(each.source) * slot, pitch,
-                             static_cast<std::size_t>(each.slots) * slot, static_cast<std::size_t>(heads));
+    buffers_.storage.copy_rows(base + static_cast<std::size_t>(each.target) * slot, pitch,
+                               base + static_cast<std::size_t>(each.source) * slot, pitch,
+                               static_cast<std::size_t>(each.slots) * slot, static_cast<std::size_t>(heads));
   }
 }
 
@@ -127,13 +136,13 @@ void Evictor::block(std::int64_t slots) {
     std::fill(state_.begin(), state_.end(), 0.0F);
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       for (std::int64_t slot = slots; slot < buffer.slots; ++slot) {
-        float* state = state_.data() + static_cast<std::size_t>(head * buffer.slots + slot) * STATE;
+        float* state = state_.data() + static_cast<std::size_t>(head * buffer.slots + slot) * STATE_WIDTH;
         state[SCORE] = -NEVER;
-        state[STORED] = LATEST;
+        state[POSITION_PLUS_ONE] = LATEST;
       }
     }
-    buffers_.place.upload(buffer.address, state_.data(), buffer.bytes());
-    buffers_.place.synchronize();
+    buffers_.storage.upload(buffer.address, state_.data(), buffer.bytes());
+    buffers_.storage.synchronize();
   }
 }
 

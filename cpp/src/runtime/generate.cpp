@@ -42,9 +42,10 @@ std::size_t StopTexts::begun(const std::string& text) const {
 namespace {
 
 // What is said, token by token; nothing without a library for text.
-class Said {
+class TextOutput {
  public:
-  Said(const Cache& cache, const std::int64_t* ids, std::size_t count, const std::vector<std::string>& stop_texts)
+  TextOutput(const Cache& cache, const std::int64_t* ids, std::size_t count,
+             const std::vector<std::string>& stop_texts)
       : until_(stop_texts) {
     const Text* text = stop_texts.empty() ? cache.session().text.get() : &cache.session().require_text();
     if (text == nullptr) return;
@@ -71,15 +72,19 @@ class Said {
 Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const GenerateOptions& options,
                 const OnToken& on_token) {
   if (options.max_new_tokens < 1) {
-    throw Failure(Code::usage, "max_new_tokens is out of range", std::to_string(options.max_new_tokens), "1 or more");
+    throw Failure(Code::usage, "max_new_tokens is out of range", std::to_string(options.max_new_tokens),
+                  "1 or more");
   }
   const Manifest& manifest = cache.session().manifest();
-  const std::vector<std::int64_t>& stops = options.stop_tokens ? *options.stop_tokens : manifest.eos_token_ids;
+  const std::vector<std::int64_t>& stops =
+      options.stop_tokens ? *options.stop_tokens : manifest.eos_token_ids;
   Sampler sampler(options.sampling);
   cache.require_prefill(ids, count);
-  Said said(cache, ids, count, options.stop_texts);
-  const Cache::Hold hold(cache);
-  const auto tell = [&](std::int64_t token, const std::string& text) { return !on_token || on_token(token, text); };
+  TextOutput said(cache, ids, count, options.stop_texts);
+  const Cache::Lease lease(cache);
+  const auto tell = [&](std::int64_t token, const std::string& text) {
+    return !on_token || on_token(token, text);
+  };
   const auto ended = [&](Finish finish) {
     const std::string rest = said.end();
     if (!rest.empty()) tell(-1, rest);

@@ -26,7 +26,8 @@ void require(bool passed, const char* name, Number got, const char* expected) {
 }  // namespace
 
 Sampler::Sampler(const Sampling& sampling) : sampling_(sampling) {
-  require(sampling.temperature >= 0 && std::isfinite(sampling.temperature), "temperature", sampling.temperature, "0 or more");
+  require(sampling.temperature >= 0 && std::isfinite(sampling.temperature), "temperature",
+          sampling.temperature, "0 or more");
   require(sampling.top_k >= 0, "top_k", sampling.top_k, "1 or more, or 0 for all");
   require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p", sampling.top_p, "above 0, at most 1");
   if (sampling.temperature == 0) return;
@@ -46,8 +47,10 @@ std::int64_t Sampler::choose(const float* logits, std::int64_t vocab_size) {
     if (logits[token] > logits[likeliest]) likeliest = token;
   }
   if (!finite || !std::isfinite(logits[likeliest])) {
-    throw Failure(Code::usage, "the model's logits are not finite", finite ? std::to_string(logits[likeliest]) : "nan", "",
-                  "where the bundle's dtype is float16, build it with --dtype float32: a value of this model overflows");
+    throw Failure(Code::usage, "the model's logits are not finite",
+                  finite ? std::to_string(logits[likeliest]) : "nan", "",
+                  "where the bundle's dtype is float16, build it with --dtype float32: a value of this model "
+                  "overflows");
   }
   if (sampling_.temperature == 0) return likeliest;
   return draw(logits, static_cast<std::size_t>(vocab_size), logits[likeliest]);
@@ -60,7 +63,8 @@ std::int64_t Sampler::draw(const float* logits, std::size_t vocab_size, double l
                  [&](float logit) { return std::exp((logit - largest) / sampling_.temperature); });
   std::iota(tokens_.begin(), tokens_.end(), 0);
   const auto likelier = [this](std::int64_t one, std::int64_t other) {
-    const double left = weights_[static_cast<std::size_t>(one)], right = weights_[static_cast<std::size_t>(other)];
+    const double left = weights_[static_cast<std::size_t>(one)],
+                 right = weights_[static_cast<std::size_t>(other)];
     return left != right ? left > right : one < other;
   };
   const auto weight = [this](std::size_t at) { return weights_[static_cast<std::size_t>(tokens_[at])]; };

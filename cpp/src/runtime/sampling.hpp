@@ -1,5 +1,6 @@
-// Choosing the next token from logits, as kvexport/runtime/sampling.py does, with another source of randomness: the same seed
-// draws the same tokens each time, but not those that Python draws. Knows probabilities, nothing of models or text.
+// Choosing the next token from logits, as kvexport/runtime/sampling.py does, with another source of
+// randomness: the same seed draws the same tokens each time, but not those that Python draws. Knows
+// probabilities, nothing of models or text.
 #pragma once
 
 #include <cstdint>
@@ -10,9 +11,9 @@
 namespace kvexport::detail {
 
 struct Sampling {
-  double temperature = 0;            // 0: the likeliest token; above it tokens are drawn
-  std::int64_t top_k = 0;            // draw from the K likeliest; 0: from all
-  double top_p = 1;                  // and of those from the fewest likeliest that reach this probability
+  double temperature = 0;             // 0: the likeliest token; above it tokens are drawn
+  std::int64_t top_k = 0;             // draw from the K likeliest; 0: from all
+  double top_p = 1;                   // and of those from the fewest likeliest that reach this probability
   std::optional<std::uint64_t> seed;  // none: another one each time
 };
 

@@ -1,12 +1,12 @@
-// A cache in one file, which Python reads and writes too (kvexport/runtime/cache/saved_cache.py). Everything in a file is checked before
-// the cache is changed.
+// A cache in one file, which Python reads and writes too (kvexport/runtime/cache/saved_cache.py). Everything
+// in a file is checked before the cache is changed.
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
-#include "runtime/cache.hpp"
 #include "bundle/json.hpp"
 #include "bundle/safetensors.hpp"
+#include "runtime/cache.hpp"
 
 namespace kvexport::detail {
 
@@ -25,7 +25,8 @@ std::vector<std::int64_t> shape_of(const Buffer& buffer, std::int64_t tokens) {
 }
 
 char* of_head(const Buffer& buffer, std::int64_t head) {
-  return static_cast<char*>(buffer.address) + static_cast<std::size_t>(head * buffer.slots) * buffer.slot_bytes();
+  return static_cast<char*>(buffer.address) +
+         static_cast<std::size_t>(head * buffer.slots) * buffer.slot_bytes();
 }
 
 // Wider numbers first, so that all are aligned.
@@ -42,7 +43,8 @@ std::string text_of(const std::vector<std::int64_t>& shape) {
   return "[" + text + "]";
 }
 
-Failure damaged(const std::string& file, const std::string& what, std::string got = {}, std::string expected = {}) {
+Failure damaged(const std::string& file, const std::string& what, std::string got = {},
+                std::string expected = {}) {
   return {Code::usage, "the saved cache " + file + " " + what, std::move(got), std::move(expected),
           "save it again, or begin with an empty cache"};
 }
@@ -54,31 +56,36 @@ struct State {
 
 class StateReader {
  public:
-  StateReader(const Metadata& metadata, const std::string& file, const Manifest& manifest) : file_(file), manifest_(manifest) {
+  StateReader(const Metadata& metadata, const std::string& file, const Manifest& manifest)
+      : file_(file), manifest_(manifest) {
     const auto find = [&](const char* key) {
       const auto found = metadata.find(key);
       return found == metadata.end() ? std::string() : found->second;
     };
-    if (find("kvexport") != KIND) throw damaged(file, "is no cache that this version reads", find("kvexport"), KIND);
+    if (find("kvexport") != KIND)
+      throw damaged(file, "is no cache that this version reads", find("kvexport"), KIND);
     if (find("bundle") != manifest.digest) {
-      throw Failure(Code::usage, "the saved cache " + file + " is of another bundle", "manifest_sha256 " + find("bundle"),
-                    manifest.digest, "load it with the bundle that it was saved with, or begin with an empty cache");
+      throw Failure(Code::usage, "the saved cache " + file + " is of another bundle",
+                    "manifest_sha256 " + find("bundle"), manifest.digest,
+                    "load it with the bundle that it was saved with, or begin with an empty cache");
     }
-    raw_ = parse_json(find("state"), "the state of the saved cache " + file, "save it again, or begin with an empty cache");
+    raw_ = parse_json(find("state"), "the state of the saved cache " + file,
+                      "save it again, or begin with an empty cache");
   }
 
   State read() const {
     if (!raw_.is_object()) throw damaged(file_, "has a state that is no object");
     for (const auto& [key, value] : raw_.items()) {
       if (std::find(std::begin(KEYS), std::end(KEYS), key) == std::end(KEYS)) {
-        throw damaged(file_, "has a state with a key that is none of a cache's", shown(key));
+        throw damaged(file_, "has a state with a key that is none of a cache's", for_message(key));
       }
     }
     State state;
     state.length = one("lengths", 0, MOST);
     state.last = one("last", 0, manifest_.vocab_size - 1);
     const Json& pending = list("pending").at(0);
-    if (!pending.is_array() || pending.size() > 1) throw damaged(file_, "has pending tokens that are no list of at most one");
+    if (!pending.is_array() || pending.size() > 1)
+      throw damaged(file_, "has pending tokens that are no list of at most one");
     if (!pending.empty()) state.pending = whole("pending", pending.at(0), 0, manifest_.vocab_size - 1);
     if (manifest_.eviction) {
       state.seen = one("seen", state.length, state.length);
@@ -88,7 +95,8 @@ class StateReader {
       for (const char* key : {"filled", "seen"}) {
         const auto found = raw_.find(key);
         if (found == raw_.end() || !found->is_null()) {
-          throw damaged(file_, std::string("has a state whose ") + key + " is not null, and the bundle evicts nothing");
+          throw damaged(
+              file_, std::string("has a state whose ") + key + " is not null, and the bundle evicts nothing");
         }
       }
     }
@@ -105,7 +113,8 @@ class StateReader {
       throw damaged(file_, std::string("has a state without the list ") + key);
     }
     if (found->size() != 1) {
-      throw damaged(file_, "holds several sequences, which this library does not take", std::to_string(found->size()), "1");
+      throw damaged(file_, "holds several sequences, which this library does not take",
+                    std::to_string(found->size()), "1");
     }
     return *found;
   }
@@ -116,7 +125,8 @@ class StateReader {
     const std::string expected = std::to_string(least) + " to " + std::to_string(most);
     if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<std::uint64_t>() > MOST) ||
         value.get<std::int64_t>() < least || value.get<std::int64_t>() > most) {
-      throw damaged(file_, std::string("has a state whose ") + key + " is out of range", shown(value), expected);
+      throw damaged(file_, std::string("has a state whose ") + key + " is out of range", for_message(value),
+                    expected);
     }
     return value.get<std::int64_t>();
   }
@@ -134,21 +144,23 @@ void Cache::save(const std::string& file) const {
   std::vector<TensorEntry> tensors;
   const std::vector<Buffer> ordered = in_order(buffers_.all);
   for (const Buffer& buffer : ordered) {
-    tensors.push_back({buffer.past, stored_as(buffer.dtype), shape_of(buffer, buffer.evicts ? occupancy_.filled : length_)});
+    tensors.push_back({buffer.past, stored_as(buffer.dtype),
+                       shape_of(buffer, buffer.evicts ? occupancy_.filled : length_)});
   }
   Json pending = Json::array();
   if (pending_) pending.push_back(*pending_);
   Json state{{"lengths", {length_}}, {"last", {last_}}, {"pending", Json::array({pending})}};
   state["filled"] = nullptr, state["seen"] = nullptr;
   if (manifest.eviction) state["filled"] = {occupancy_.filled}, state["seen"] = {occupancy_.seen};
-  TensorWriter writer(file, std::move(tensors), {{"kvexport", KIND}, {"bundle", manifest.digest}, {"state", state.dump()}});
+  TensorWriter writer(file, std::move(tensors),
+                      {{"kvexport", KIND}, {"bundle", manifest.digest}, {"state", state.dump()}});
   std::vector<char> row;
   for (const Buffer& buffer : ordered) {
     row.resize(static_cast<std::size_t>(buffer.evicts ? occupancy_.filled : length_) * buffer.slot_bytes());
     if (row.empty()) continue;
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
-      buffers_.place.download(row.data(), of_head(buffer, head), row.size());
-      buffers_.place.synchronize();
+      buffers_.storage.download(row.data(), of_head(buffer, head), row.size());
+      buffers_.storage.synchronize();
       writer.write(row.data(), row.size());
     }
   }
@@ -158,11 +170,13 @@ void Cache::save(const std::string& file) const {
 void Cache::load(const std::string& file) {
   const Manifest& manifest = session_->manifest();
   if (!size_of_file(file)) {
-    throw Failure(Code::usage, "there is no saved cache " + file, "", "", "name the file that a cache was saved to");
+    throw Failure(Code::usage, "there is no saved cache " + file, "", "",
+                  "name the file that a cache was saved to");
   }
   const TensorReader reader(file);
   const State state = StateReader(reader.header().metadata, file, manifest).read();
-  require_room(static_cast<std::uint64_t>(state.length), "the saved cache holds more tokens than the cache has room for");
+  require_room(static_cast<std::uint64_t>(state.length),
+               "the saved cache holds more tokens than the cache has room for");
   if (reader.header().tensors.size() != buffers_.all.size()) {
     throw damaged(file, "has another number of tensors", std::to_string(reader.header().tensors.size()),
                   std::to_string(buffers_.all.size()));
@@ -172,7 +186,8 @@ void Cache::load(const std::string& file) {
     const auto shape = shape_of(buffer, buffer.evicts ? state.filled : state.length);
     if (entry == nullptr) throw damaged(file, "lacks the tensor " + buffer.past);
     if (entry->dtype != stored_as(buffer.dtype) || entry->shape != shape) {
-      throw damaged(file, "has another " + buffer.past + " than its state says", entry->dtype + " " + text_of(entry->shape),
+      throw damaged(file, "has another " + buffer.past + " than its state says",
+                    entry->dtype + " " + text_of(entry->shape),
                     stored_as(buffer.dtype) + (" " + text_of(shape)));
     }
   }
@@ -187,8 +202,8 @@ void Cache::load(const std::string& file) {
     if (row.empty()) continue;
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       reader.read(entry, row.data(), row.size(), static_cast<std::uint64_t>(head) * row.size());
-      buffers_.place.upload(of_head(buffer, head), row.data(), row.size());
-      buffers_.place.synchronize();
+      buffers_.storage.upload(of_head(buffer, head), row.data(), row.size());
+      buffers_.storage.synchronize();
     }
   }
   occupancy_ = {state.filled, state.seen};

@@ -15,16 +15,18 @@ namespace {
 
 using Ordered = nlohmann::ordered_json;
 
-constexpr const char* COPY = "copy the bundle again as a whole, or build it again: kvexport build CHECKPOINT -o BUNDLE";
+constexpr const char* COPY =
+    "copy the bundle again as a whole, or build it again: kvexport build CHECKPOINT -o BUNDLE";
 
 // Where a run first went wrong: a row, and the layer and its part, or "logits" or "choice".
-struct Spot {
+struct Location {
   std::int64_t row;
   std::optional<std::size_t> layer;
   const char* part;
 
   std::string text() const {
-    return "token " + std::to_string(row) + ", " + part + (layer ? " of layer " + std::to_string(*layer) : "");
+    return "token " + std::to_string(row) + ", " + part +
+           (layer ? " of layer " + std::to_string(*layer) : "");
   }
 };
 
@@ -33,49 +35,52 @@ struct Check {
   const char* name;
   std::size_t rows = 0;
   double logits = 0, norms = 0, choice = 0;
-  std::optional<Spot> first;
+  std::optional<Location> first;
 
   bool within(const Tolerance& tolerance) const {
     return logits <= tolerance.logits && norms <= tolerance.norms && choice <= tolerance.tie;
   }
 };
 
-double apart(double number, double twin) { return std::fabs(number - twin) / std::max(twin, SELF_TEST_FLOOR); }
+double apart(double number, double reference_row) {
+  return std::fabs(number - reference_row) / std::max(reference_row, SELF_TEST_FLOOR);
+}
 
 // Whether another token is nearly as likely as the twin's.
-bool nearly(const Row& twin, const Tolerance& tolerance) {
-  return twin.margin / std::max(twin.rms, SELF_TEST_FLOOR) <= tolerance.tie;
+bool nearly(const Row& reference_row, const Tolerance& tolerance) {
+  return reference_row.margin / std::max(reference_row.rms, SELF_TEST_FLOOR) <= tolerance.tie;
 }
 
 // Rows from the vectors' first one on against theirs.
-Check check(const char* name, const std::vector<Measured>& rows, const Vectors& vectors, const Tolerance& tolerance) {
+Check check(const char* name, const std::vector<Measured>& rows, const ReferenceOutputs& reference,
+            const Tolerance& tolerance) {
   Check found{name, rows.size(), 0, 0, 0, {}};
   const auto wrong = [&](std::int64_t row, std::optional<std::size_t> layer, const char* part) {
-    if (!found.first) found.first = Spot{row, layer, part};
+    if (!found.first) found.first = Location{row, layer, part};
   };
   for (std::size_t at = 0; at < rows.size(); ++at) {
     const Measured& row = rows[at];
-    const Row& twin = vectors.rows[at];
-    const std::int64_t token = vectors.first_row + static_cast<std::int64_t>(at);
-    for (std::size_t layer = 0; layer < twin.key_norms.size(); ++layer) {
+    const Row& reference_row = reference.rows[at];
+    const std::int64_t token = reference.first_row + static_cast<std::int64_t>(at);
+    for (std::size_t layer = 0; layer < reference_row.key_norms.size(); ++layer) {
       const auto part = [&](const char* which, double error) {
         found.norms = larger(found.norms, error);
         if (!(error <= tolerance.norms)) wrong(token, layer, which);
       };
-      part("key", apart(row.key_norms[layer], twin.key_norms[layer]));
-      part("value", apart(row.value_norms[layer], twin.value_norms[layer]));
+      part("key", apart(row.key_norms[layer], reference_row.key_norms[layer]));
+      part("value", apart(row.value_norms[layer], reference_row.value_norms[layer]));
       part("score", row.scores[layer]);
     }
-    const double scale = std::max(twin.rms, SELF_TEST_FLOOR);
-    double error = apart(row.rms, twin.rms);
-    for (std::size_t index = 0; index < twin.values.size(); ++index) {
-      error = larger(error, std::fabs(row.values[index] - twin.values[index]) / scale);
+    const double scale = std::max(reference_row.rms, SELF_TEST_FLOOR);
+    double error = apart(row.rms, reference_row.rms);
+    for (std::size_t index = 0; index < reference_row.values.size(); ++index) {
+      error = larger(error, std::fabs(row.values[index] - reference_row.values[index]) / scale);
     }
     found.logits = larger(found.logits, error);
     if (!(error <= tolerance.logits)) wrong(token, std::nullopt, "logits");
-    if (row.likeliest == twin.likeliest) continue;
-    found.choice = larger(found.choice, twin.margin / scale);
-    if (!nearly(twin, tolerance)) wrong(token, std::nullopt, "choice");
+    if (row.likeliest == reference_row.likeliest) continue;
+    found.choice = larger(found.choice, reference_row.margin / scale);
+    if (!nearly(reference_row, tolerance)) wrong(token, std::nullopt, "choice");
   }
   return found;
 }
@@ -87,14 +92,20 @@ std::optional<Dtype> lower(Dtype dtype) {
 }
 
 // What is wrong, and what to do.
-std::array<std::string, 2> sentences(const std::string& verdict, const Session& session, const std::optional<Spot>& first) {
+std::array<std::string, 2> sentences(const std::string& verdict, const Session& session,
+                                     const std::optional<Location>& first) {
   const std::string &provider = session.engine->provider(), &version = session.engine->version();
-  const std::string rebuilt = provider == "tensorrt" ? "build the engine again: kvexport engine BUNDLE --force" : "";
-  const std::string runs = version + " on " + provider, where = first ? "; first wrong: " + first->text() : "";
+  const std::string rebuilt =
+      provider == "tensorrt" ? "build the engine again: kvexport engine BUNDLE --force" : "";
+  const std::string runs = version + " on " + provider,
+                    where = first ? "; first wrong: " + first->text() : "";
   const auto otherwise = [&](const std::string& remedy) { return rebuilt.empty() ? remedy : rebuilt; };
   if (verdict == "ok") return {runs + " computes what PyTorch computed when the bundle was built", ""};
   if (verdict == "weights") {
-    return {runs + " computes other numbers than PyTorch did: the bundle's files are of two bundles, or were changed" + where,
+    return {runs +
+                " computes other numbers than PyTorch did: the bundle's files are of two bundles, or were "
+                "changed" +
+                where,
             std::string(COPY) + "; to see where it is wrong: kvexport validate BUNDLE --provider cpu"};
   }
   if (verdict == "engine") {
@@ -103,11 +114,14 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
                 otherwise("update ONNX Runtime, or run with --provider cpu")};
   }
   if (verdict == "precision") {
-    const std::string dtype = name_of(session.manifest().dtype), less = name_of(*lower(session.manifest().dtype));
+    const std::string dtype = name_of(session.manifest().dtype),
+                      less = name_of(*lower(session.manifest().dtype));
     return {runs + " is less exact than " + dtype + ", as if it computed in " + less + where,
             otherwise("build the bundle again with --dtype " + less + " if that will do; or else " + COPY)};
   }
-  return {runs + " computes tokens that come at once rightly, and the same tokens one by one wrongly: it does not keep its " +
+  return {runs +
+              " computes tokens that come at once rightly, and the same tokens one by one wrongly: it does "
+              "not keep its " +
               "cache" + (first ? where : "; generating does not repeat itself"),
           otherwise("install another version of ONNX Runtime, or run with another --provider")};
 }
@@ -115,25 +129,35 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
 Ordered json_of(const Check& check) {
   Ordered first;
   if (check.first) {
-    const Spot& spot = *check.first;
-    first = {{"row", spot.row}, {"layer", spot.layer ? Ordered(*spot.layer) : Ordered()}, {"part", spot.part}};
+    const Location& spot = *check.first;
+    first = {
+        {"row", spot.row}, {"layer", spot.layer ? Ordered(*spot.layer) : Ordered()}, {"part", spot.part}};
   }
   const auto number = [](double error) { return std::isfinite(error) ? Ordered(error) : Ordered(); };
-  return {{"name", check.name}, {"rows", check.rows}, {"logits", number(check.logits)}, {"norms", number(check.norms)},
-          {"choice", number(check.choice)}, {"first", first}};
+  return {{"name", check.name},
+          {"rows", check.rows},
+          {"logits", number(check.logits)},
+          {"norms", number(check.norms)},
+          {"choice", number(check.choice)},
+          {"first", first}};
 }
 
 SelfTestReport report(const std::string& verdict, std::string said, std::string fix, const Session& session,
-                      const Tolerance& tolerance, const std::vector<Check>& checks = {}, std::int64_t generated = 0,
-                      std::int64_t continuation = 0) {
+                      const Tolerance& tolerance, const std::vector<Check>& checks = {},
+                      std::int64_t generated = 0, std::int64_t continuation = 0) {
   Ordered listed = Ordered::array();
   for (const Check& each : checks) listed.push_back(json_of(each));
   const Ordered json{
-      {"verdict", verdict}, {"said", said}, {"fix", fix.empty() ? Ordered() : Ordered(fix)},
-      {"provider", session.engine->provider()}, {"engine", session.engine->version()},
+      {"verdict", verdict},
+      {"said", said},
+      {"fix", fix.empty() ? Ordered() : Ordered(fix)},
+      {"provider", session.engine->provider()},
+      {"engine", session.engine->version()},
       {"dtype", name_of(session.manifest().dtype)},
       {"tolerance", {{"logits", tolerance.logits}, {"norms", tolerance.norms}, {"tie", tolerance.tie}}},
-      {"checks", listed}, {"generated", generated}, {"continuation", continuation}};
+      {"checks", listed},
+      {"generated", generated},
+      {"continuation", continuation}};
   return {verdict == "ok", verdict, json.dump(), std::move(said), std::move(fix)};
 }
 
@@ -142,29 +166,36 @@ SelfTestReport report(const std::string& verdict, std::string said, std::string 
 SelfTestReport self_test(const std::shared_ptr<const Session>& session) {
   const std::string& provider = session->engine->provider();
   if (!session->verified && provider != "tensorrt") session->bundle.verify({data_file});
-  const Vectors vectors = read_vectors(session->bundle);
-  if (session->manifest().files.at(data_file).sha256 == vectors.weights_sha256) return examine(session, vectors);
-  const std::string said =
-      std::string(data_file) + " is not what the self-test was recorded with: the bundle was put together of two";
-  return report("weights", said, COPY, *session, vectors.tolerance(provider, session->manifest().dtype));
+  const ReferenceOutputs reference = read_reference_outputs(session->bundle);
+  if (session->manifest().files.at(data_file).sha256 == reference.weights_sha256)
+    return compare_outputs(session, reference);
+  const std::string said = std::string(data_file) +
+                           " is not what the self-test was recorded with: the bundle was put together of two";
+  return report("weights", said, COPY, *session, reference.tolerance(provider, session->manifest().dtype));
 }
 
-SelfTestReport examine(const std::shared_ptr<const Session>& session, const Vectors& vectors) {
+SelfTestReport compare_outputs(const std::shared_ptr<const Session>& session,
+                               const ReferenceOutputs& reference) {
   const std::string& provider = session->engine->provider();
   const Dtype dtype = session->manifest().dtype;
-  const Tolerance& tolerance = vectors.tolerance(provider, dtype);
-  const Tolerance& less = vectors.tolerance(provider, lower(dtype).value_or(dtype));
-  Runs runs(session, vectors);
-  if (runs.tokens <= vectors.first_row) {
-    throw Failure(Code::cannot_run_here, "the engine holds too few tokens for the bundle's self-test",
-                  "a capacity of " + std::to_string(runs.tokens), std::to_string(vectors.first_row + 1) + " or more",
-                  "kvexport engine BUNDLE --capacity " + std::to_string(vectors.tokens.size()) + " --force");
+  const Tolerance& tolerance = reference.tolerance(provider, dtype);
+  const Tolerance& less = reference.tolerance(provider, lower(dtype).value_or(dtype));
+  Runs runs(session, reference);
+  if (runs.tokens <= reference.first_row) {
+    throw Failure(
+        Code::cannot_run_here, "the engine holds too few tokens for the bundle's self-test",
+        "a capacity of " + std::to_string(runs.tokens), std::to_string(reference.first_row + 1) + " or more",
+        "kvexport engine BUNDLE --capacity " + std::to_string(reference.tokens.size()) + " --force");
   }
-  const Check at_once = check("at once", runs.at_once(), vectors, tolerance);
-  const Check step_by_step = check("step by step", runs.step_by_step(), vectors, tolerance);
+  const Check at_once = check("at once", runs.at_once(), reference, tolerance);
+  const Check step_by_step = check("step by step", runs.step_by_step(), reference, tolerance);
   std::int64_t sure = 0;
-  const auto chosen_by = [&](std::int64_t token) { return static_cast<std::size_t>(token - 1 - vectors.first_row); };
-  while (runs.prompt + sure < runs.tokens && !nearly(vectors.rows[chosen_by(runs.prompt + sure)], tolerance)) ++sure;
+  const auto chosen_by = [&](std::int64_t token) {
+    return static_cast<std::size_t>(token - 1 - reference.first_row);
+  };
+  while (runs.prompt + sure < runs.tokens &&
+         !nearly(reference.rows[chosen_by(runs.prompt + sure)], tolerance))
+    ++sure;
   const std::int64_t generated = runs.generated(sure);
   std::string verdict = provider == "cpu" ? "weights" : "engine";
   if (at_once.within(tolerance)) {
@@ -173,7 +204,8 @@ SelfTestReport examine(const std::shared_ptr<const Session>& session, const Vect
     verdict = "precision";
   }
   auto [said, fix] = sentences(verdict, *session, at_once.first ? at_once.first : step_by_step.first);
-  return report(verdict, std::move(said), std::move(fix), *session, tolerance, {at_once, step_by_step}, generated, sure);
+  return report(verdict, std::move(said), std::move(fix), *session, tolerance, {at_once, step_by_step},
+                generated, sure);
 }
 
 }  // namespace kvexport::detail

@@ -11,7 +11,7 @@ namespace {
 
 constexpr float GARBAGE = 1000;
 constexpr std::int64_t STEP = 16, CHUNK = 7;  // tokens: both take several rounds in so few
-constexpr std::size_t SCORE = 0, STORED = 1, STATE = 2;
+constexpr std::size_t SCORE = 0, POSITION_PLUS_ONE = 1, STATE_WIDTH = 2;
 constexpr float MOST = 0x1p24F;    // no position is larger
 constexpr double LATER = 0x1p-20;  // of a norm, for every position that a token is later
 
@@ -27,7 +27,8 @@ std::vector<Piece> pieces(std::int64_t start, std::int64_t stop, std::int64_t mo
 // Adds the squares of some numbers.
 double squares(const float* numbers, std::int64_t count) {
   double sum = 0;
-  for (std::int64_t at = 0; at < count; ++at) sum += static_cast<double>(numbers[at]) * static_cast<double>(numbers[at]);
+  for (std::int64_t at = 0; at < count; ++at)
+    sum += static_cast<double>(numbers[at]) * static_cast<double>(numbers[at]);
   return sum;
 }
 
@@ -41,10 +42,15 @@ double norm_of_slot(const std::vector<float>& values, const Buffer& buffer, std:
 }
 
 // Room for so many tokens, and for a rest that stays garbage.
-std::int64_t room_for(std::int64_t tokens, std::int64_t most) { return std::min((tokens + STEP - 1) / STEP * STEP, most); }
+std::int64_t room_for(std::int64_t tokens, std::int64_t most) {
+  return std::min((tokens + STEP - 1) / STEP * STEP, most);
+}
 
-// As kvexport.bundle.self_test_file.steady: scores that no rounding changes. No two tokens of a head have the same.
-float steady(std::int64_t stored, std::int64_t head) { return static_cast<float>((7919 * stored + 104729 * head) % 65537); }
+// As kvexport.bundle.self_test_file.steady: scores that no rounding changes. No two tokens of a head have the
+// same.
+float steady(std::int64_t position_plus_one, std::int64_t head) {
+  return static_cast<float>((7919 * position_plus_one + 104729 * head) % 65537);
+}
 
 }  // namespace
 
@@ -52,20 +58,22 @@ double larger(double worst, double error) {
   return std::isfinite(error) ? std::max(worst, error) : std::numeric_limits<double>::infinity();
 }
 
-Runs::Runs(const std::shared_ptr<const Session>& session, const Vectors& vectors)
-    : tokens(std::min(static_cast<std::int64_t>(vectors.tokens.size()), session->engine->capacity())),
-      prompt(std::min(vectors.prompt, tokens)),
-      vectors_(vectors),
+Runs::Runs(const std::shared_ptr<const Session>& session, const ReferenceOutputs& reference)
+    : tokens(std::min(static_cast<std::int64_t>(reference.tokens.size()), session->engine->capacity())),
+      prompt(std::min(reference.prompt, tokens)),
+      reference_(reference),
       manifest_(session->manifest()),
-      longest_(session->engine->longest()),
+      max_tokens_per_call_(session->engine->max_tokens_per_call()),
       ranked_by_norm_(manifest_.eviction &&
                       (manifest_.eviction->policy == "l2-norm" || manifest_.eviction->policy == "keep-high")),
-      cache_(session, room_for(tokens, session->engine->capacity()), STEP, longest_) {}
+      cache_(session, room_for(tokens, session->engine->capacity()), STEP, max_tokens_per_call_) {}
 
-std::vector<Measured> Runs::at_once() { return fed(pieces(0, vectors_.slots ? prompt : tokens, longest_)); }
+std::vector<Measured> Runs::at_once() {
+  return fed(pieces(0, reference_.slots ? prompt : tokens, max_tokens_per_call_));
+}
 
 std::vector<Measured> Runs::step_by_step() {
-  std::vector<Piece> all = pieces(0, prompt, std::min(longest_, CHUNK));
+  std::vector<Piece> all = pieces(0, prompt, std::min(max_tokens_per_call_, CHUNK));
   const std::vector<Piece> single = pieces(prompt, tokens, 1);
   all.insert(all.end(), single.begin(), single.end());
   return fed(all);
@@ -74,12 +82,12 @@ std::vector<Measured> Runs::step_by_step() {
 std::int64_t Runs::generated(std::int64_t most) {
   begin();
   std::vector<Measured> last;
-  for (const Piece& piece : pieces(0, prompt, std::min(longest_, CHUNK))) {
-    last = call(vectors_.tokens.data() + piece.first, piece);
+  for (const Piece& piece : pieces(0, prompt, std::min(max_tokens_per_call_, CHUNK))) {
+    last = call(reference_.tokens.data() + piece.first, piece);
   }
   for (std::int64_t at = prompt; at < prompt + most; ++at) {
     const std::int64_t token = last.back().likeliest;
-    if (token != vectors_.tokens[static_cast<std::size_t>(at)]) return at - prompt;
+    if (token != reference_.tokens[static_cast<std::size_t>(at)]) return at - prompt;
     last = call(&token, {at, at + 1});
   }
   return most;
@@ -87,10 +95,10 @@ std::int64_t Runs::generated(std::int64_t most) {
 
 void Runs::begin() {
   cache_.clear(GARBAGE);
-  for (int layer = 0; vectors_.slots && layer < static_cast<int>(manifest_.layers.size()); ++layer) {
+  for (int layer = 0; reference_.slots && layer < static_cast<int>(manifest_.layers.size()); ++layer) {
     const Buffer* state = cache_.buffer(layer, Which::state);
     if (state == nullptr) continue;
-    if (state->most > *vectors_.slots) cache_.block(*vectors_.slots);
+    if (state->most > *reference_.slots) cache_.block(*reference_.slots);
     return;
   }
 }
@@ -99,7 +107,7 @@ std::vector<Measured> Runs::fed(const std::vector<Piece>& pieces) {
   begin();
   std::vector<Measured> rows;
   for (const Piece& piece : pieces) {
-    for (Measured& row : call(vectors_.tokens.data() + piece.first, piece)) rows.push_back(std::move(row));
+    for (Measured& row : call(reference_.tokens.data() + piece.first, piece)) rows.push_back(std::move(row));
   }
   for (int layer = 0; layer < static_cast<int>(manifest_.layers.size()); ++layer) {
     if (manifest_.evicts(layer)) continue;
@@ -107,8 +115,9 @@ std::vector<Measured> Runs::fed(const std::vector<Piece>& pieces) {
     const std::vector<float> keys = cache_.read(key), values = cache_.read(value);
     const auto at = static_cast<std::size_t>(layer);
     for (std::size_t row = 0; row < rows.size(); ++row) {
-      const std::int64_t slot = vectors_.first_row + static_cast<std::int64_t>(row);
-      rows[row].key_norms[at] = norm_of_slot(keys, key, slot), rows[row].value_norms[at] = norm_of_slot(values, value, slot);
+      const std::int64_t slot = reference_.first_row + static_cast<std::int64_t>(row);
+      rows[row].key_norms[at] = norm_of_slot(keys, key, slot),
+      rows[row].value_norms[at] = norm_of_slot(values, value, slot);
     }
   }
   return rows;
@@ -116,11 +125,13 @@ std::vector<Measured> Runs::fed(const std::vector<Piece>& pieces) {
 
 // The rows that are of interest, of layers that do not evict without their norms.
 std::vector<Measured> Runs::call(const std::int64_t* ids, Piece piece) {
-  const std::int64_t count = piece.second - piece.first, first = std::max(piece.first, vectors_.first_row);
+  const std::int64_t count = piece.second - piece.first, first = std::max(piece.first, reference_.first_row);
   const std::int64_t from = std::min(first - piece.first, count);
-  const std::vector<float> logits = cache_.score(ids, static_cast<std::size_t>(count), static_cast<std::size_t>(from));
+  const std::vector<float> logits =
+      cache_.score(ids, static_cast<std::size_t>(count), static_cast<std::size_t>(from));
   std::vector<Measured> rows;
-  for (std::int64_t row = 0; row < count - from; ++row) rows.push_back(measured(logits.data() + row * manifest_.vocab_size));
+  for (std::int64_t row = 0; row < count - from; ++row)
+    rows.push_back(measured(logits.data() + row * manifest_.vocab_size));
   for (int layer = 0; layer < static_cast<int>(manifest_.layers.size()); ++layer) {
     if (manifest_.evicts(layer)) read_evicting(layer, first, rows);
   }
@@ -134,20 +145,21 @@ Measured Runs::measured(const float* logits) const {
   for (std::int64_t token = 1; token < vocab && !std::isnan(logits[row.likeliest]); ++token) {
     if (logits[token] > logits[row.likeliest] || std::isnan(logits[token])) row.likeliest = token;
   }
-  for (const std::int64_t index : vectors_.logit_indices) row.values.push_back(logits[index]);
+  for (const std::int64_t index : reference_.logit_indices) row.values.push_back(logits[index]);
   return row;
 }
 
-// Norms and scores of the tokens from position `first` on, wherever their states say that they are; then steady scores.
+// Norms and scores of the tokens from position `first` on, wherever their states say that they are; then
+// steady scores.
 void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& rows) {
   const Buffer &state = *cache_.buffer(layer, Which::state), &key = *cache_.buffer(layer, Which::key),
                &value = *cache_.buffer(layer, Which::value);
   std::vector<float> states = cache_.read(state);
   const std::vector<float> keys = cache_.read(key), values = cache_.read(value);
   const auto at = static_cast<std::size_t>(layer);
-  const std::int64_t usable = state.most > *vectors_.slots ? *vectors_.slots : state.slots;
+  const std::int64_t usable = state.most > *reference_.slots ? *reference_.slots : state.slots;
   const auto of_slot = [&](std::int64_t head, std::int64_t slot) {
-    return states.data() + (head * state.slots + slot) * static_cast<std::int64_t>(STATE);
+    return states.data() + (head * state.slots + slot) * static_cast<std::int64_t>(STATE_WIDTH);
   };
   for (std::size_t row = 0; row < rows.size(); ++row) {
     const std::int64_t position = first + static_cast<std::int64_t>(row);
@@ -155,13 +167,14 @@ void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& r
     for (std::int64_t head = 0; head < state.heads; ++head) {
       std::int64_t found = 0, slot = 0;
       for (std::int64_t each = 0; each < usable; ++each) {
-        if (of_slot(head, each)[STORED] == static_cast<float>(position + 1)) ++found, slot = each;
+        if (of_slot(head, each)[POSITION_PLUS_ONE] == static_cast<float>(position + 1)) ++found, slot = each;
       }
       const float* its_key = keys.data() + (head * key.slots + slot) * key.width;
       const double lost = found == 1 ? 0 : std::numeric_limits<double>::quiet_NaN();
       key_sum += squares(its_key, key.width) + lost;
       value_sum += squares(values.data() + (head * value.slots + slot) * value.width, value.width) + lost;
-      if (ranked_by_norm_ && found == 1) worst = larger(worst, score_error(of_slot(head, slot)[SCORE], its_key, key, position));
+      if (ranked_by_norm_ && found == 1)
+        worst = larger(worst, score_error(of_slot(head, slot)[SCORE], its_key, key, position));
     }
     rows[row].key_norms[at] = std::sqrt(key_sum), rows[row].value_norms[at] = std::sqrt(value_sum);
     if (!std::isnan(key_sum)) rows[row].scores[at] = worst;
@@ -170,8 +183,8 @@ void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& r
   for (std::int64_t head = 0; head < state.heads; ++head) {
     for (std::int64_t slot = 0; slot < usable; ++slot) {
       float* of = of_slot(head, slot);
-      if (!(of[STORED] > 0 && of[STORED] <= MOST)) continue;
-      of[SCORE] = steady(static_cast<std::int64_t>(of[STORED]), layer * state.heads + head);
+      if (!(of[POSITION_PLUS_ONE] > 0 && of[POSITION_PLUS_ONE] <= MOST)) continue;
+      of[SCORE] = steady(static_cast<std::int64_t>(of[POSITION_PLUS_ONE]), layer * state.heads + head);
     }
   }
   cache_.write_state(state, states);

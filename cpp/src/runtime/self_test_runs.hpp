@@ -1,5 +1,5 @@
-// Tokens of a self-test, run in a cache that is empty but for garbage, and what each of them leaves there. Knows caches and
-// states; what the numbers ought to be is for self_test.cpp to know.
+// Tokens of a self-test, run in a cache that is empty but for garbage, and what each of them leaves there.
+// Knows caches and states; what the numbers ought to be is for self_test.cpp to know.
 #pragma once
 
 #include <cstdint>
@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "bundle/self_test_file.hpp"
 #include "runtime/cache.hpp"
 #include "runtime/session.hpp"
-#include "bundle/self_test_file.hpp"
 
 namespace kvexport::detail {
 
@@ -26,13 +26,15 @@ struct Measured {
 // The larger of two; infinite where the error is not a number.
 double larger(double worst, double error);
 
-using Piece = std::pair<std::int64_t, std::int64_t>;  // tokens of one call: the first, and the one behind the last
+using Piece =
+    std::pair<std::int64_t, std::int64_t>;  // tokens of one call: the first, and the one behind the last
 
 class Runs {
  public:
-  Runs(const std::shared_ptr<const Session>& session, const Vectors& vectors);
+  Runs(const std::shared_ptr<const Session>& session, const ReferenceOutputs& reference);
 
-  // Rows from the first one on, of everything at once: where layers evict, of the prompt alone, which fits their slots.
+  // Rows from the first one on, of everything at once: where layers evict, of the prompt alone, which fits
+  // their slots.
   std::vector<Measured> at_once();
   // Rows of the prompt in short calls, and then of token by token, whatever is the likeliest.
   std::vector<Measured> step_by_step();
@@ -50,9 +52,9 @@ class Runs {
   void read_evicting(int layer, std::int64_t first, std::vector<Measured>& rows);
   double score_error(float score, const float* key, const Buffer& keys, std::int64_t row) const;
 
-  const Vectors& vectors_;
+  const ReferenceOutputs& reference_;
   const Manifest& manifest_;
-  const std::int64_t longest_;
+  const std::int64_t max_tokens_per_call_;
   const bool ranked_by_norm_;
   Cache cache_;
 };

@@ -14,7 +14,8 @@ namespace {
 constexpr std::size_t LARGEST_TEXT = std::size_t{1} << 24;  // bytes of text.json
 constexpr int MOST_THREADS = 1024;
 
-// "auto": an engine of the bundle that fits this machine, else CUDA, else the CPU; a damaged engine is no reason to go on.
+// "auto": an engine of the bundle that fits this machine, else CUDA, else the CPU; a damaged engine is no
+// reason to go on.
 std::unique_ptr<Engine> open_engine(const Bundle& bundle, const OpenOptions& options) {
   const std::string& provider = options.provider;
   if (provider == "tensorrt") return open_tensorrt(bundle, options.verify);
@@ -41,13 +42,15 @@ Bundle open_bundle(const std::string& path, const OpenOptions& options) {
     throw Failure(Code::usage, "threads is out of range", std::to_string(options.threads),
                   "0 (one a core) to " + std::to_string(MOST_THREADS));
   }
-  if (options.chunk < 1) throw Failure(Code::usage, "chunk is out of range", std::to_string(options.chunk), "1 or more");
+  if (options.chunk < 1)
+    throw Failure(Code::usage, "chunk is out of range", std::to_string(options.chunk), "1 or more");
   Bundle bundle = Bundle::open(path);
   bundle.verify_all(false);
   return bundle;
 }
 
-// The weights are hashed while they are loaded; damage explains whatever else went wrong. An engine of TensorRT has its own.
+// The weights are hashed while they are loaded; damage explains whatever else went wrong. An engine of
+// TensorRT has its own.
 std::unique_ptr<Engine> load(const Bundle& bundle, const OpenOptions& options) {
   const bool own = options.provider == "tensorrt" || (options.provider == "auto" && has_engine(bundle));
   const auto verify = [&bundle] { bundle.verify({data_file}); };
@@ -100,7 +103,7 @@ std::int64_t Session::capacity_of(std::int64_t capacity) const {
 
 std::size_t Session::bytes_of(std::int64_t capacity) const {
   const std::int64_t asked = capacity_of(capacity);
-  return Buffers::bytes_for(manifest(), engine->fixed() ? engine->capacity() : asked);
+  return Buffers::bytes_for(manifest(), engine->has_fixed_capacity() ? engine->capacity() : asked);
 }
 
 // Token ids go on working where the library for text cannot be had.
@@ -126,7 +129,8 @@ void Session::open_text(const std::string& library) {
 const Text& Session::require_text() const {
   if (text) return *text;
   throw Failure(Code::cannot_run_here, "this session takes and gives token ids only", text_missing, "",
-                text_fix_.empty() ? "call it with token ids, or see that text can be had: docs/embedding.md" : text_fix_);
+                text_fix_.empty() ? "call it with token ids, or see that text can be had: docs/embedding.md"
+                                  : text_fix_);
 }
 
 void Session::require_ids(const std::int64_t* ids, std::size_t count) const {
@@ -137,7 +141,8 @@ void Session::require_ids(const std::int64_t* ids, std::size_t count) const {
                 "0 to " + std::to_string(vocab - 1));
 }
 
-std::vector<std::int64_t> Session::turn(const std::string& words, const std::optional<std::string>& system, bool begins) const {
+std::vector<std::int64_t> Session::turn(const std::string& words, const std::optional<std::string>& system,
+                                        bool begins) const {
   std::vector<std::int64_t> ids = require_text().turn(words, system, begins);
   if (ids.empty() && begins && manifest().bos_token_id) ids.push_back(*manifest().bos_token_id);
   return ids;

@@ -33,7 +33,9 @@ std::string_view stripped(std::string_view text) {
 
 }  // namespace
 
-std::string Chat::said(const std::string& content) const { return strips ? std::string(stripped(content)) : content; }
+std::string Chat::said(const std::string& content) const {
+  return strips ? std::string(stripped(content)) : content;
+}
 
 std::string Chat::turn(const std::string& text, const std::optional<std::string>& system, bool begins) const {
   if (!begins) {
@@ -44,8 +46,9 @@ std::string Chat::turn(const std::string& text, const std::optional<std::string>
   }
   if (!system) return begin + said(text) + generate;
   if (!begin_system)
-    throw Failure(Code::usage, "the model's chat template takes no system prompt that could be put before a conversation", "",
-                  "", "leave it out, or put it at the beginning of the user's text");
+    throw Failure(Code::usage,
+                  "the model's chat template takes no system prompt that could be put before a conversation",
+                  "", "", "leave it out, or put it at the beginning of the user's text");
   return begin_system->first + said(*system) + begin_system->second + said(text) + generate;
 }
 
@@ -55,7 +58,8 @@ std::string Chat::conversation(const std::vector<Message>& messages) const {
   if (messages.at(0).role == "system") system = messages[at++].content;
   std::string text = turn(messages.at(at++).content, system, true);
   for (; at < messages.size(); ++at)
-    text += messages[at].role == "assistant" ? answer + said(messages[at].content) : turn(messages[at].content, {}, false);
+    text += messages[at].role == "assistant" ? answer + said(messages[at].content)
+                                             : turn(messages[at].content, {}, false);
   return text;
 }
 

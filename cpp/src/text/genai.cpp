@@ -16,15 +16,17 @@ struct OgaTokenizer;
 struct OgaSequences;
 
 constexpr const char* install =
-    "pip download --no-deps onnxruntime-genai-core==0.18.0 and unpack it (or take onnxruntime-genai's release archive 0.18.0), "
+    "pip download --no-deps onnxruntime-genai-core==0.18.0 and unpack it (or take onnxruntime-genai's "
+    "release archive 0.18.0), "
     "and name its libonnxruntime-genai.so: OpenOptions::text_library; token ids need none";
 
 template <typename Function>
 void find(void* handle, const char* name, Function*& function, const std::string& library) {
   function = reinterpret_cast<Function*>(dlsym(handle, name));
   if (function == nullptr)
-    throw Failure(Code::cannot_run_here, library + " is no onnxruntime-genai that this library knows: it has no " + name, "",
-                  "", install);
+    throw Failure(Code::cannot_run_here,
+                  library + " is no onnxruntime-genai that this library knows: it has no " + name, "", "",
+                  install);
 }
 
 // It ends the process where it finds no ONNX Runtime when it is opened, so that is made sure of before.
@@ -34,8 +36,10 @@ void require_onnxruntime() {
       dlclose(found);
       return;
     }
-  throw Failure(Code::cannot_run_here, "the tokenizer's library wants ONNX Runtime under the name libonnxruntime.so.1", "", "",
-                "link the program with the shared libonnxruntime.so.1, or leave text out: OpenOptions::text_library = \"\"");
+  throw Failure(Code::cannot_run_here,
+                "the tokenizer's library wants ONNX Runtime under the name libonnxruntime.so.1", "", "",
+                "link the program with the shared libonnxruntime.so.1, or leave text out: "
+                "OpenOptions::text_library = \"\"");
 }
 
 }  // namespace
@@ -43,7 +47,7 @@ void require_onnxruntime() {
 struct GenaiTokenizer::Library {
   void* handle = nullptr;
   OgaTokenizer* tokenizer = nullptr;
-  std::mutex one_at_a_time;  // its API is not thread-safe
+  std::mutex mutex;  // its API is not thread-safe
 
   OgaResult* (*create)(const char*, OgaTokenizer**) = nullptr;
   void (*destroy)(OgaTokenizer*) = nullptr;
@@ -64,8 +68,8 @@ struct GenaiTokenizer::Library {
     handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (handle == nullptr) {
       const char* reason = dlerror();
-      throw Failure(Code::cannot_run_here, "the tokenizer's library cannot be opened", reason == nullptr ? library : reason, "",
-                    install);
+      throw Failure(Code::cannot_run_here, "the tokenizer's library cannot be opened",
+                    reason == nullptr ? library : reason, "", install);
     }
     try {
       find(handle, "OgaCreateTokenizerFromPath", create, library);
@@ -121,7 +125,7 @@ std::vector<std::int64_t> GenaiTokenizer::encode(const std::string& text) const 
     throw Failure(Code::usage, "the text is not valid UTF-8", "", "", "convert it");
   }
   const Library& genai = *library_;
-  const std::lock_guard<std::mutex> turn(library_->one_at_a_time);
+  const std::lock_guard<std::mutex> lock(library_->mutex);
   OgaSequences* made = nullptr;
   genai.require(genai.create_sequences(&made), "encode text");
   const std::unique_ptr<OgaSequences, void (*)(OgaSequences*)> sequences(made, genai.destroy_sequences);
@@ -135,7 +139,7 @@ std::string GenaiTokenizer::decode(const std::vector<std::int64_t>& ids) const {
   if (ids.empty()) return {};
   const std::vector<std::int32_t> narrow(ids.begin(), ids.end());
   const Library& genai = *library_;
-  const std::lock_guard<std::mutex> turn(library_->one_at_a_time);
+  const std::lock_guard<std::mutex> lock(library_->mutex);
   const char* made = nullptr;
   genai.require(genai.decode(genai.tokenizer, narrow.data(), narrow.size(), &made), "decode token ids");
   const std::unique_ptr<const char, void (*)(const char*)> text(made, genai.destroy_string);

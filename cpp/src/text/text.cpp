@@ -13,10 +13,11 @@ namespace {
 
 using Ids = std::vector<std::int64_t>;
 
-constexpr std::string_view incomplete = "\ufffd";  // what the first bytes of a longer character are decoded to
+constexpr std::string_view incomplete =
+    "\ufffd";  // what the first bytes of a longer character are decoded to
 constexpr std::string_view space_mark = "\u2581";  // of sentencepiece
-constexpr std::size_t context = 8;                 // tokens before the new ones that decoding must see to space them right
-constexpr std::size_t longest = 4;                 // tokens of one character, where each holds a byte
+constexpr std::size_t context = 8;  // tokens before the new ones that decoding must see to space them right
+constexpr std::size_t longest = 4;  // tokens of one character, where each holds a byte
 
 template <typename List>
 List rest(typename List::const_iterator from, const List& list) {
@@ -24,7 +25,8 @@ List rest(typename List::const_iterator from, const List& list) {
 }
 
 std::string whole_part(std::string text) {
-  while (text.size() >= incomplete.size() && std::string_view(text).substr(text.size() - incomplete.size()) == incomplete)
+  while (text.size() >= incomplete.size() &&
+         std::string_view(text).substr(text.size() - incomplete.size()) == incomplete)
     text.resize(text.size() - incomplete.size());
   return text;
 }
@@ -39,23 +41,26 @@ std::string after(const std::string& text, std::size_t bytes) {
 
 Text::Text(const std::string& folder, TextFile file, const std::string& library)
     : file_(std::move(file)), tokenizer_(folder, library) {
-  const Golden& first = file_.golden[0];
+  const TokenizerSample& first = file_.samples[0];
   drops_space_ = without_special(first.ids) == " " + first.decoded;
-  adds_space_ = tokenizer_.encode(first.text) != first.plain_ids && tokenizer_.encode(" " + first.text) == first.plain_ids;
-  require_golden();
+  adds_space_ = tokenizer_.encode(first.text) != first.plain_ids &&
+                tokenizer_.encode(" " + first.text) == first.plain_ids;
+  require_samples();
 }
 
-void Text::require_golden() const {
-  const auto refuse = [](const Golden& one, const auto& given, const auto& wanted) {
+void Text::require_samples() const {
+  const auto refuse = [](const TokenizerSample& one, const auto& given, const auto& wanted) {
     const auto pair = std::mismatch(given.begin(), given.end(), wanted.begin(), wanted.end());
-    throw Failure(Code::cannot_run_here,
-                  "onnxruntime-genai takes text apart otherwise than the tokenizer that the bundle was built with",
-                  "after " + std::to_string(pair.first - given.begin()) + " that agree, " + shown(rest(pair.first, given)),
-                  shown(rest(pair.second, wanted)) + ", for the text " + shown(one.text),
-                  "use token ids (tokenise with the Python package, or a tokenizer of your own), or another version of "
-                  "onnxruntime-genai");
+    throw Failure(
+        Code::cannot_run_here,
+        "onnxruntime-genai takes text apart otherwise than the tokenizer that the bundle was built with",
+        "after " + std::to_string(pair.first - given.begin()) + " that agree, " +
+            for_message(rest(pair.first, given)),
+        for_message(rest(pair.second, wanted)) + ", for the text " + for_message(one.text),
+        "use token ids (tokenise with the Python package, or a tokenizer of your own), or another version of "
+        "onnxruntime-genai");
   };
-  for (const Golden& one : file_.golden) {
+  for (const TokenizerSample& one : file_.samples) {
     if (const Ids ids = encode(one.text, false); ids != one.plain_ids) refuse(one, ids, one.plain_ids);
     if (const std::string text = decode(one.ids); text != one.decoded) refuse(one, text, one.decoded);
   }
@@ -77,7 +82,8 @@ Ids Text::encode(const std::string& text, bool special) const {
 }
 
 std::string Text::without_special(Ids ids) const {
-  ids.erase(std::remove_if(ids.begin(), ids.end(), [this](std::int64_t id) { return is_special(id); }), ids.end());
+  ids.erase(std::remove_if(ids.begin(), ids.end(), [this](std::int64_t id) { return is_special(id); }),
+            ids.end());
   return tokenizer_.decode(ids);
 }
 
@@ -98,8 +104,8 @@ std::string Text::decoded(const Ids& ids) const {
 Ids Text::turn(const std::string& text, const std::optional<std::string>& system, bool begins) const {
   if (file_.chat) return encode(file_.chat->turn(text, system, begins), false);
   if (system)
-    throw Failure(Code::usage, "the bundle has no chat template, which could say where a system prompt goes", "", "",
-                  "put it at the beginning of the text");
+    throw Failure(Code::usage, "the bundle has no chat template, which could say where a system prompt goes",
+                  "", "", "put it at the beginning of the text");
   return encode(text, begins);
 }
 

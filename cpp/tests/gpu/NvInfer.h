@@ -1,5 +1,6 @@
-// A test double of TensorRT's header: those of its names that tensorrt_*.cpp use, as the public interface of TensorRT 10.3 to
-// 11.x has them. Only tests see it; fake_nvinfer.cpp is the library behind it. FAKE_TENSORRT_OLD leaves out what 10.3 lacks.
+// A test double of TensorRT's header: those of its names that tensorrt_*.cpp use, as the public interface of
+// TensorRT 10.3 to 11.x has them. Only tests see it; fake_nvinfer.cpp is the library behind it.
+// FAKE_TENSORRT_OLD leaves out what 10.3 lacks.
 #pragma once
 
 #include <cstddef>
@@ -11,10 +12,22 @@ using cudaStream_t = CUstream_st*;
 
 namespace nvinfer1 {
 
-enum class DataType : std::int32_t { kFLOAT = 0, kHALF = 1, kINT8 = 2, kINT32 = 3, kBOOL = 4, kBF16 = 7, kINT64 = 8 };
+enum class DataType : std::int32_t {
+  kFLOAT = 0,
+  kHALF = 1,
+  kINT8 = 2,
+  kINT32 = 3,
+  kBOOL = 4,
+  kBF16 = 7,
+  kINT64 = 8
+};
 enum class TensorLocation : std::int32_t { kDEVICE = 0, kHOST = 1 };
 enum class TensorIOMode : std::int32_t { kNONE = 0, kINPUT = 1, kOUTPUT = 2 };
-enum class ExecutionContextAllocationStrategy : std::int32_t { kSTATIC = 0, kON_PROFILE_CHANGE = 1, kUSER_MANAGED = 2 };
+enum class ExecutionContextAllocationStrategy : std::int32_t {
+  kSTATIC = 0,
+  kON_PROFILE_CHANGE = 1,
+  kUSER_MANAGED = 2
+};
 #ifndef FAKE_TENSORRT_OLD
 enum class EngineStat : std::int32_t { kTOTAL_WEIGHTS_SIZE = 0, kSTRIPPED_WEIGHTS_SIZE = 1 };
 #endif
@@ -26,7 +39,13 @@ struct Dims {
 
 class ILogger {
  public:
-  enum class Severity : std::int32_t { kINTERNAL_ERROR = 0, kERROR = 1, kWARNING = 2, kINFO = 3, kVERBOSE = 4 };
+  enum class Severity : std::int32_t {
+    kINTERNAL_ERROR = 0,
+    kERROR = 1,
+    kWARNING = 2,
+    kINFO = 3,
+    kVERBOSE = 4
+  };
   virtual void log(Severity severity, const char* message) noexcept = 0;
   virtual ~ILogger() = default;
 };

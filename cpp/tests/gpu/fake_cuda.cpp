@@ -1,6 +1,7 @@
-// libcuda.so.1 for tests: device memory is the host's, at addresses that anyone who keeps to the rules may use; what is queued
-// is done only when somebody waits for it. It is strict where a real driver is silent: it breaks the stream at memory that was
-// never allocated or is freed, at calls without a current context, and at work that a capture does not allow.
+// libcuda.so.1 for tests: device memory is the host's, at addresses that anyone who keeps to the rules may
+// use; what is queued is done only when somebody waits for it. It is strict where a real driver is silent: it
+// breaks the stream at memory that was never allocated or is freed, at calls without a current context, and
+// at work that a capture does not allow.
 #include "fake_cuda.hpp"
 
 #include <cstdint>
@@ -101,8 +102,10 @@ bool unsafe() {
 }
 
 void copy(void* target, const void* source, std::size_t bytes, bool target_on_device, bool source_on_device) {
-  if (target_on_device && !inside(target, bytes)) return break_with("a copy to memory that is not the device's");
-  if (source_on_device && !inside(source, bytes)) return break_with("a copy from memory that is not the device's");
+  if (target_on_device && !inside(target, bytes))
+    return break_with("a copy to memory that is not the device's");
+  if (source_on_device && !inside(source, bytes))
+    return break_with("a copy from memory that is not the device's");
   std::memcpy(target, source, bytes);
 }
 
@@ -138,7 +141,8 @@ bool capturing(CUstream_st* stream) { return stream->capturing; }
 bool has_context() { return !contexts.empty(); }
 void enqueue(CUstream_st* stream, const std::string& name, std::function<void()> work) {
   const Lock lock(mutex);
-  if (queue(stream, name.c_str(), std::move(work)) != success) break_with("work without a stream or a context");
+  if (queue(stream, name.c_str(), std::move(work)) != success)
+    break_with("work without a stream or a context");
 }
 void break_stream(const std::string& reason) { break_with(reason); }
 
@@ -283,8 +287,8 @@ CUDA cuMemcpy2DAsync_v2(const CUDA_MEMCPY2D* given, CUstream_st* stream) {
   if (rows.width > rows.source_pitch || rows.width > rows.target_pitch) return invalid_value;
   return queue(stream, "copy_rows", [=] {
     for (std::size_t row = 0; row < rows.height; ++row)
-      copy(pointer(rows.target + row * rows.target_pitch), pointer(rows.source + row * rows.source_pitch), rows.width, true,
-           true);
+      copy(pointer(rows.target + row * rows.target_pitch), pointer(rows.source + row * rows.source_pitch),
+           rows.width, true, true);
   });
 }
 CUDA cuStreamCreate(CUstream_st** stream, unsigned flags) {
@@ -361,15 +365,16 @@ CUDA cuGraphDestroy(CUgraph_st* graph) {
   return success;
 }
 CUDA cuGetErrorName(int error, const char** name) {
-  static const std::map<int, const char*> names{{success, "CUDA_SUCCESS"},
-                                                {invalid_value, "CUDA_ERROR_INVALID_VALUE"},
-                                                {out_of_memory, "CUDA_ERROR_OUT_OF_MEMORY"},
-                                                {not_initialized, "CUDA_ERROR_NOT_INITIALIZED"},
-                                                {no_device, "CUDA_ERROR_NO_DEVICE"},
-                                                {invalid_context, "CUDA_ERROR_INVALID_CONTEXT"},
-                                                {illegal_address, "CUDA_ERROR_ILLEGAL_ADDRESS"},
-                                                {capture_unsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
-                                                {capture_invalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"}};
+  static const std::map<int, const char*> names{
+      {success, "CUDA_SUCCESS"},
+      {invalid_value, "CUDA_ERROR_INVALID_VALUE"},
+      {out_of_memory, "CUDA_ERROR_OUT_OF_MEMORY"},
+      {not_initialized, "CUDA_ERROR_NOT_INITIALIZED"},
+      {no_device, "CUDA_ERROR_NO_DEVICE"},
+      {invalid_context, "CUDA_ERROR_INVALID_CONTEXT"},
+      {illegal_address, "CUDA_ERROR_ILLEGAL_ADDRESS"},
+      {capture_unsupported, "CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED"},
+      {capture_invalidated, "CUDA_ERROR_STREAM_CAPTURE_INVALIDATED"}};
   const auto found = names.find(error);
   *name = found == names.end() ? nullptr : found->second;
   return found == names.end() ? invalid_value : success;

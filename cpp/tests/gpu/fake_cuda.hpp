@@ -1,4 +1,5 @@
-// What tests and the simulated TensorRT ask of the simulated driver (fake_cuda.cpp), beside CUDA's own functions.
+// What tests and the simulated TensorRT ask of the simulated driver (fake_cuda.cpp), beside CUDA's own
+// functions.
 #pragma once
 
 #include <cstddef>
@@ -28,14 +29,15 @@ Counts counts();
 // Names of the operations, in the order in which they were done; asking empties it.
 std::vector<std::string> done();
 
-// Leave out the operation of this index, counted from 0, of every graph that is launched; -1: none. A wrong driver, for
-// negative controls.
+// Leave out the operation of this index, counted from 0, of every graph that is launched; -1: none. A wrong
+// driver, for negative controls.
 void leave_out(int operation);
 
 // What broke a rule of CUDA's, as the error that the stream then gives says nothing of it.
 std::string broken();
 
-// For the simulated TensorRT. All but `enqueue` are false, and break the stream, where `bytes` are not all in one allocation.
+// For the simulated TensorRT. All but `enqueue` are false, and break the stream, where `bytes` are not all in
+// one allocation.
 bool is_memory(const void* address, std::size_t bytes);
 bool capturing(CUstream_st* stream);
 bool has_context();

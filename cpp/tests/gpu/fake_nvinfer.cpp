@@ -1,8 +1,8 @@
-// A TensorRT for tests: its engine runs a bundle's lowered graph on ONNX Runtime's CPU, on whatever its addresses hold, when
-// the simulated driver comes to it. It is strict where the real one is silent: it breaks the stream at memory that is not the
-// device's, at sizes outside the profile, at writes beyond the cache, at a context without its scratch memory, and at a first
-// run that is captured. A plan is JSON (tests/cpp/engine_bundles.py): the graph, its capacity, and what a builder would have
-// fixed.
+// A TensorRT for tests: its engine runs a bundle's lowered graph on ONNX Runtime's CPU, on whatever its
+// addresses hold, when the simulated driver comes to it. It is strict where the real one is silent: it breaks
+// the stream at memory that is not the device's, at sizes outside the profile, at writes beyond the cache, at
+// a context without its scratch memory, and at a first run that is captured. A plan is JSON
+// (tests/cpp/engine_bundles.py): the graph, its capacity, and what a builder would have fixed.
 #include <NvInfer.h>
 
 #include <algorithm>
@@ -17,8 +17,8 @@
 #include <utility>
 #include <vector>
 
-#include "fake_cuda.hpp"
 #include "engines/ort_api.hpp"
+#include "fake_cuda.hpp"
 
 namespace ort = kvexport::detail::ort;
 using nlohmann::json;
@@ -34,12 +34,9 @@ struct Tensor {
 
 std::size_t width_of(ONNXTensorElementDataType type) {
   switch (type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
-      return 8;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-      return 2;
-    default:
-      return 4;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return 8;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return 2;
+    default: return 4;
   }
 }
 
@@ -66,10 +63,11 @@ struct ICudaEngine::Plan {
     const std::string model{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
     const auto options = ort::make(api, api.ReleaseSessionOptions, api.CreateSessionOptions);
     ort::require(api, api.SetIntraOpNumThreads(options.get(), 1));
-    ort::require(api, api.AddSessionConfigEntry(options.get(), "session.model_external_initializers_file_folder_path",
-                                                graph.substr(0, graph.rfind('/')).c_str()));
-    session =
-        ort::make(api, api.ReleaseSession, api.CreateSessionFromArray, env.get(), model.data(), model.size(), options.get());
+    ort::require(
+        api, api.AddSessionConfigEntry(options.get(), "session.model_external_initializers_file_folder_path",
+                                       graph.substr(0, graph.rfind('/')).c_str()));
+    session = ort::make(api, api.ReleaseSession, api.CreateSessionFromArray, env.get(), model.data(),
+                        model.size(), options.get());
     read(true), read(false);
   }
   ~Plan() { fake_cuda::give_memory(weights); }
@@ -83,10 +81,12 @@ struct ICudaEngine::Plan {
     ort::require(api, (inputs ? api.SessionGetInputCount : api.SessionGetOutputCount)(session.get(), &count));
     for (std::size_t index = 0; index < count; ++index) {
       char* name = nullptr;
-      ort::require(api, (inputs ? api.SessionGetInputName : api.SessionGetOutputName)(session.get(), index, allocator, &name));
+      ort::require(api, (inputs ? api.SessionGetInputName : api.SessionGetOutputName)(session.get(), index,
+                                                                                      allocator, &name));
       order.emplace_back(name);
       ort::require(api, api.AllocatorFree(allocator, name));
-      const auto type = ort::make(api, api.ReleaseTypeInfo, inputs ? api.SessionGetInputTypeInfo : api.SessionGetOutputTypeInfo,
+      const auto type = ort::make(api, api.ReleaseTypeInfo,
+                                  inputs ? api.SessionGetInputTypeInfo : api.SessionGetOutputTypeInfo,
                                   session.get(), index);
       const OrtTensorTypeAndShapeInfo* info = nullptr;
       ort::require(api, api.CastTypeInfoToTensorInfo(type.get(), &info));
@@ -140,7 +140,8 @@ struct IExecutionContext::State {
   bool ran = false;
 };
 
-void ICudaEngine::Plan::run(const std::map<std::string, void*>& addresses, std::int64_t tokens, std::int64_t logits) const {
+void ICudaEngine::Plan::run(const std::map<std::string, void*>& addresses, std::int64_t tokens,
+                            std::int64_t logits) const {
   const std::map<std::string, std::int64_t> sizes{{"sequence", tokens}, {"logits", logits}};
   std::vector<const char*> inputs, outputs;
   std::vector<std::vector<char>> copies;  // of the inputs, so that outputs are written after all were read
@@ -160,14 +161,15 @@ void ICudaEngine::Plan::run(const std::map<std::string, void*>& addresses, std::
     inputs.push_back(name.c_str());
     const char* from = static_cast<const char*>(addresses.at(name));
     copies.emplace_back(from, from + count);
-    owned.push_back(ort::make(api, api.ReleaseValue, api.CreateTensorWithDataAsOrtValue, memory.get(), copies.back().data(),
-                              count, dims.data(), dims.size(), tensors.at(name).type));
+    owned.push_back(ort::make(api, api.ReleaseValue, api.CreateTensorWithDataAsOrtValue, memory.get(),
+                              copies.back().data(), count, dims.data(), dims.size(), tensors.at(name).type));
   }
   const auto first = [&](const char* name) { return *static_cast<const std::int64_t*>(addresses.at(name)); };
   std::int64_t start = first("write_indices");
   if (!content.at("budget").is_null()) {
     const std::int64_t budget = content.at("budget");
-    if (tokens == 1 ? start > budget : start + tokens > budget) return fake_cuda::break_stream("a write beyond the budget");
+    if (tokens == 1 ? start > budget : start + tokens > budget)
+      return fake_cuda::break_stream("a write beyond the budget");
     start = leaves("capacity") ? first("position_ids") : 0;  // where the other layers write
   }
   if (start < 0 || start + tokens > content.at("capacity").get<std::int64_t>())
@@ -175,8 +177,8 @@ void ICudaEngine::Plan::run(const std::map<std::string, void*>& addresses, std::
   std::vector<const OrtValue*> given;
   for (const auto& value : owned) given.push_back(value.get());
   std::vector<OrtValue*> made(outputs.size(), nullptr);
-  ort::require(api, api.Run(session.get(), nullptr, inputs.data(), given.data(), given.size(), outputs.data(), outputs.size(),
-                            made.data()));
+  ort::require(api, api.Run(session.get(), nullptr, inputs.data(), given.data(), given.size(), outputs.data(),
+                            outputs.size(), made.data()));
   for (std::size_t index = 0; index < made.size(); ++index) {
     const ort::Owned<OrtValue> value(made[index], api.ReleaseValue);
     void* data = nullptr;
@@ -208,7 +210,8 @@ bool IExecutionContext::setInputShape(const char* name, const Dims& dims) noexce
 }
 
 bool IExecutionContext::setTensorAddress(const char* name, void* data) noexcept {
-  if (reinterpret_cast<std::uintptr_t>(data) % 256 != 0 || state_->plan->tensors.count(name) == 0) return false;
+  if (reinterpret_cast<std::uintptr_t>(data) % 256 != 0 || state_->plan->tensors.count(name) == 0)
+    return false;
   state_->addresses[name] = data;
   return true;
 }
@@ -225,30 +228,35 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
   if (state.scratch == nullptr || state.scratch_bytes < wanted) return refuse("there is no scratch memory");
   if (state.addresses.size() != state.plan->tensors.size()) return refuse("a tensor has no address");
   const auto& counts = state.counts;
-  if (counts.count("input_ids") == 0 || counts.count("position_ids") == 0 || counts.count("logits_index") == 0)
+  if (counts.count("input_ids") == 0 || counts.count("position_ids") == 0 ||
+      counts.count("logits_index") == 0)
     return refuse("an input has no shape");
   if (counts.at("input_ids") != counts.at("position_ids")) return refuse("inputs contradict each other");
-  if (fake_cuda::capturing(stream) && !state.ran) return refuse("the first run of a context cannot be captured");
+  if (fake_cuda::capturing(stream) && !state.ran)
+    return refuse("the first run of a context cannot be captured");
   state.ran = true;
   // What a captured graph will use, whatever comes later.
   const std::int64_t tokens = counts.at("input_ids"), logits = counts.at("logits_index");
-  fake_cuda::enqueue(stream, "engine",
-                     [plan = state.plan, addresses = state.addresses, scratch = state.scratch, wanted, tokens, logits] {
-                       if (!fake_cuda::is_memory(scratch, static_cast<std::size_t>(wanted)))
-                         return fake_cuda::break_stream("scratch memory is gone");
-                       std::memset(scratch, 0xff, static_cast<std::size_t>(wanted));
-                       try {
-                         plan->run(addresses, tokens, logits);
-                       } catch (const std::exception& error) {
-                         fake_cuda::break_stream(error.what());
-                       }
-                     });
+  fake_cuda::enqueue(
+      stream, "engine",
+      [plan = state.plan, addresses = state.addresses, scratch = state.scratch, wanted, tokens, logits] {
+        if (!fake_cuda::is_memory(scratch, static_cast<std::size_t>(wanted)))
+          return fake_cuda::break_stream("scratch memory is gone");
+        std::memset(scratch, 0xff, static_cast<std::size_t>(wanted));
+        try {
+          plan->run(addresses, tokens, logits);
+        } catch (const std::exception& error) {
+          fake_cuda::break_stream(error.what());
+        }
+      });
   return true;
 }
 
 ICudaEngine::ICudaEngine(std::shared_ptr<Plan> plan) : plan_(std::move(plan)) {}
 ICudaEngine::~ICudaEngine() noexcept = default;
-std::int32_t ICudaEngine::getNbIOTensors() const noexcept { return static_cast<std::int32_t>(plan_->order.size()); }
+std::int32_t ICudaEngine::getNbIOTensors() const noexcept {
+  return static_cast<std::int32_t>(plan_->order.size());
+}
 const char* ICudaEngine::getIOTensorName(std::int32_t index) const noexcept {
   return plan_->order.at(static_cast<std::size_t>(index)).c_str();
 }
@@ -260,12 +268,9 @@ TensorLocation ICudaEngine::getTensorLocation(const char* name) const noexcept {
 }
 DataType ICudaEngine::getTensorDataType(const char* name) const noexcept {
   switch (plan_->tensors.at(name).type) {
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64:
-      return DataType::kINT64;
-    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16:
-      return DataType::kHALF;
-    default:
-      return DataType::kFLOAT;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64: return DataType::kINT64;
+    case ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT16: return DataType::kHALF;
+    default: return DataType::kFLOAT;
   }
 }
 Dims ICudaEngine::getTensorShape(const char* name) const noexcept {
@@ -273,9 +278,12 @@ Dims ICudaEngine::getTensorShape(const char* name) const noexcept {
   for (std::int64_t size : plan_->shape(name, {})) dims.d[dims.nbDims++] = size;
   return dims;
 }
-std::int64_t ICudaEngine::getDeviceMemorySizeV2() const noexcept { return plan_->content.value("scratch", std::int64_t{5000}); }
+std::int64_t ICudaEngine::getDeviceMemorySizeV2() const noexcept {
+  return plan_->content.value("scratch", std::int64_t{5000});
+}
 IExecutionContext* ICudaEngine::createExecutionContext(ExecutionContextAllocationStrategy strategy) noexcept {
-  if (strategy != ExecutionContextAllocationStrategy::kUSER_MANAGED || !fake_cuda::has_context()) return nullptr;
+  if (strategy != ExecutionContextAllocationStrategy::kUSER_MANAGED || !fake_cuda::has_context())
+    return nullptr;
   return new IExecutionContext(*this);
 }
 #ifndef FAKE_TENSORRT_OLD
@@ -296,7 +304,8 @@ ICudaEngine* IRuntime::deserializeCudaEngine(const void* blob, std::size_t size)
     if (!fake_cuda::has_context()) throw std::runtime_error("no context is current");
     return new ICudaEngine(std::make_shared<ICudaEngine::Plan>(json::parse(text, text + size)));
   } catch (const std::exception& error) {
-    logger_.log(ILogger::Severity::kERROR, (std::string("magic tag does not match: ") + error.what()).c_str());
+    logger_.log(ILogger::Severity::kERROR,
+                (std::string("magic tag does not match: ") + error.what()).c_str());
     logger_.log(ILogger::Severity::kWARNING, "not an error");
     return nullptr;
   }

@@ -1,4 +1,5 @@
-// The CUDA device on a simulated driver: right bytes, in order; errors as CUDA says them; nothing left behind.
+// The CUDA device on a simulated driver: right bytes, in order; errors as CUDA says them; nothing left
+// behind.
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -6,8 +7,8 @@
 #include <vector>
 
 #include "../check.hpp"
-#include "engines/cuda_driver.hpp"
 #include "bundle/error.hpp"
+#include "engines/cuda_driver.hpp"
 #include "fake_cuda.hpp"
 
 using namespace kvexport::detail;
@@ -57,28 +58,28 @@ TEST(no_driver_no_device_and_an_old_driver_are_told_apart) {
 TEST(memory_is_zeroed_copied_and_moved_in_order) {
   fake_cuda::reset();
   {
-    const auto place = open_cuda_place();
-    CHECK(!place->is_host());
-    auto* memory = static_cast<unsigned char*>(place->allocate(48));
+    const auto storage = open_cuda_storage();
+    CHECK(!storage->is_host());
+    auto* memory = static_cast<unsigned char*>(storage->allocate(48));
     CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(memory) % 256, std::uintptr_t{0});
     std::vector<unsigned char> seen(48, 7);
-    place->download(seen.data(), memory, 48);
+    storage->download(seen.data(), memory, 48);
     CHECK_EQUAL(seen[0], 7);  // queued, not done: a control of the simulation
-    place->synchronize();
+    storage->synchronize();
     CHECK(seen == std::vector<unsigned char>(48, 0));
     const std::vector<unsigned char> bytes = counted(24);
-    place->upload(memory, bytes.data(), 24);
-    place->copy_rows(memory + 24, 8, memory, 6, 6, 3);  // three rows of 6 bytes, now 8 apart
-    place->clear(memory, 2);
-    place->download(seen.data(), memory, 48);
-    place->synchronize();
+    storage->upload(memory, bytes.data(), 24);
+    storage->copy_rows(memory + 24, 8, memory, 6, 6, 3);  // three rows of 6 bytes, now 8 apart
+    storage->clear(memory, 2);
+    storage->download(seen.data(), memory, 48);
+    storage->synchronize();
     CHECK(seen[0] == 0 && seen[1] == 0 && seen[2] == 3);
     for (std::size_t row = 0; row < 3; ++row) {
       CHECK(std::memcmp(seen.data() + 24 + row * 8, bytes.data() + row * 6, 6) == 0);
       CHECK(seen[24 + row * 8 + 6] == 0 && seen[24 + row * 8 + 7] == 0);
     }
-    CHECK_EQUAL(place->device_memory().free, (std::size_t{1} << 30) - 48);
-    place->release(memory);
+    CHECK_EQUAL(storage->device_memory().free, (std::size_t{1} << 30) - 48);
+    storage->release(memory);
   }
   require_nothing_left();
 }
@@ -87,31 +88,32 @@ TEST(too_little_memory_says_how_much_there_is) {
   fake_cuda::reset();
   fake_cuda::settings().total = 1000;
   {
-    const auto place = open_cuda_place();
-    CHECK_THROWS_WITH(place->allocate(1001), "there is not enough memory on Simulated 0");
-    CHECK_THROWS_WITH(place->allocate(1001), "1001 bytes more\n  expected: 1000 bytes are free of 1000");
-    void* fits = place->allocate(1000);
-    place->release(fits);
+    const auto storage = open_cuda_storage();
+    CHECK_THROWS_WITH(storage->allocate(1001), "there is not enough memory on Simulated 0");
+    CHECK_THROWS_WITH(storage->allocate(1001), "1001 bytes more\n  expected: 1000 bytes are free of 1000");
+    void* fits = storage->allocate(1000);
+    storage->release(fits);
   }
   require_nothing_left();
 }
 
 TEST(errors_have_cudas_name) {
   fake_cuda::reset();
-  const auto place = open_cuda_place();
+  const auto storage = open_cuda_storage();
   char beyond[16];
-  place->clear(beyond, 16);  // not the device's
-  CHECK_THROWS_WITH(place->synchronize(), "CUDA failed on Simulated 0\n  got:      CUDA_ERROR_ILLEGAL_ADDRESS");
+  storage->clear(beyond, 16);  // not the device's
+  CHECK_THROWS_WITH(storage->synchronize(),
+                    "CUDA failed on Simulated 0\n  got:      CUDA_ERROR_ILLEGAL_ADDRESS");
   fake_cuda::reset();
 }
 
 TEST(a_driver_that_is_gone_refuses_and_ends_nothing) {
   fake_cuda::reset();
   {
-    const auto place = open_cuda_place();
-    const CudaArray array(place->device(), 8, true);
+    const auto storage = open_cuda_storage();
+    const CudaArray array(storage->device(), 8, true);
     fake_cuda::settings().ended = true;
-    CHECK_THROWS_WITH(place->allocate(8), "CUDA_ERROR_INVALID_CONTEXT");
+    CHECK_THROWS_WITH(storage->allocate(8), "CUDA_ERROR_INVALID_CONTEXT");
   }  // what is given back to it is refused too, and nothing is thrown
   CHECK(!fake_cuda::has_context());
   fake_cuda::reset();
@@ -168,7 +170,7 @@ TEST(the_callers_context_stays_current) {
     CudaDevice device;
     const CudaArray array(device, 64, true);
     device.clear(array.address(), 64);
-    const CudaDevice::Turn turn(device);
+    const CudaDevice::ContextLock lock(device);
     device.synchronize();
   }
   void* current = nullptr;

@@ -1,6 +1,6 @@
-// TensorRT engines on a simulated GPU, of TensorRT 10.16 and (compiled with FAKE_TENSORRT_OLD) of 10.3: the CPU's answers, in
-// place, nothing allocated from step to step, nothing beyond the cache, and which engine runs and why not.
-// KVEXPORT_TEST_ENGINES: what tests/cpp/engine_bundles.py wrote.
+// TensorRT engines on a simulated GPU, of TensorRT 10.16 and (compiled with FAKE_TENSORRT_OLD) of 10.3: the
+// CPU's answers, in place, nothing allocated from step to step, nothing beyond the cache, and which engine
+// runs and why not. KVEXPORT_TEST_ENGINES: what tests/cpp/engine_bundles.py wrote.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -15,10 +15,10 @@
 #include <vector>
 
 #include "../check.hpp"
-#include "runtime/cache.hpp"
-#include "fake_cuda.hpp"
-#include "runtime/session.hpp"
 #include "bundle/sha256.hpp"
+#include "fake_cuda.hpp"
+#include "runtime/cache.hpp"
+#include "runtime/session.hpp"
 
 using namespace kvexport::detail;
 namespace fs = std::filesystem;
@@ -32,15 +32,17 @@ constexpr std::int64_t CAPACITY = 60, CHUNK = 16;
 const std::vector<std::string> BUNDLES{"decomposed17-old"};
 const char* const VERSION = "tensorrt 10.3.0";
 #else
-const std::vector<std::string> BUNDLES{"std24",        "std24-evicting",        "std24-mixed",        "std24-half",
-                                       "decomposed17", "decomposed17-evicting", "decomposed17-mixed", "decomposed17-half"};
+const std::vector<std::string> BUNDLES{
+    "std24",        "std24-evicting",        "std24-mixed",        "std24-half",
+    "decomposed17", "decomposed17-evicting", "decomposed17-mixed", "decomposed17-half"};
 const char* const VERSION = "tensorrt 10.16.2";
 #endif
 const std::string ANY = BUNDLES.front();
 
 std::string engines(const std::string& name) { return check::given("KVEXPORT_TEST_ENGINES") + "/" + name; }
 
-std::shared_ptr<Session> opened(const std::string& path, const char* provider = "tensorrt", bool verify = true) {
+std::shared_ptr<Session> opened(const std::string& path, const char* provider = "tensorrt",
+                                bool verify = true) {
   OpenOptions options;
   options.provider = provider, options.threads = 1, options.verify = verify;
   return std::make_shared<Session>(path, options);
@@ -48,14 +50,16 @@ std::shared_ptr<Session> opened(const std::string& path, const char* provider = 
 
 std::vector<std::int64_t> tokens(std::size_t count, std::int64_t vocab, std::uint32_t seed = 1) {
   std::vector<std::int64_t> ids(count);
-  for (std::int64_t& id : ids) id = static_cast<std::int64_t>((seed = seed * 1664525U + 1013904223U) >> 8U) % vocab;
+  for (std::int64_t& id : ids)
+    id = static_cast<std::int64_t>((seed = seed * 1664525U + 1013904223U) >> 8U) % vocab;
   return ids;
 }
 
 using Rows = std::vector<std::vector<float>>;
 
 // Logits after a prompt of several chunks and after each of ten steps.
-Rows rows_of(Cache& cache, std::uint32_t seed = 1, std::size_t prompt = 2 * CHUNK + 5, std::size_t steps = 10) {
+Rows rows_of(Cache& cache, std::uint32_t seed = 1, std::size_t prompt = 2 * CHUNK + 5,
+             std::size_t steps = 10) {
   const std::int64_t vocab = cache.session().manifest().vocab_size;
   const std::vector<std::int64_t> ids = tokens(prompt + steps, vocab, seed);
   Rows rows;
@@ -159,7 +163,8 @@ TEST(every_row_of_a_prompt_equals_the_cpu) {
     fake_cuda::reset();
     Cache here(opened(engines(name)), 0), there(opened(engines(name), "cpu"), CAPACITY);
     const std::vector<std::int64_t> ids = tokens(CAPACITY, here.session().manifest().vocab_size);
-    CHECK(difference({here.score(ids.data(), ids.size())}, {there.score(ids.data(), ids.size())}) < close_to(name));
+    CHECK(difference({here.score(ids.data(), ids.size())}, {there.score(ids.data(), ids.size())}) <
+          close_to(name));
   }
 }
 
@@ -178,7 +183,8 @@ TEST(what_the_cache_holds_is_what_the_cpus_holds) {
         for (std::int64_t head = 0; head < left->heads; ++head)
           for (std::int64_t at = 0; at < std::min(left->slots, right->slots) * left->width; ++at)
             CHECK(std::fabs(held[static_cast<std::size_t>(head * left->slots * left->width + at)] -
-                            wanted[static_cast<std::size_t>(head * right->slots * right->width + at)]) < 1e-4F);
+                            wanted[static_cast<std::size_t>(head * right->slots * right->width + at)]) <
+                  1e-4F);
       }
     }
   }
@@ -290,10 +296,11 @@ TEST(nothing_is_written_beyond_the_engines_capacity) {
   cache.prefill(ids.data(), CAPACITY);
   CHECK_THROWS_WITH(cache.step(1), "capacity is exhausted");
   // The engine's own bound, whatever the cache let through.
-  Buffers buffers(session->manifest(), CAPACITY, session->engine->place(), 0);
+  Buffers buffers(session->manifest(), CAPACITY, session->engine->storage(), 0);
   const auto binding = session->engine->bind(buffers);
   const std::int64_t id = 1, last = CAPACITY, index = 0;
-  CHECK_THROWS_WITH(session->engine->run(*binding, {&id, &last, 1, last, &index, 1}), "the engine's capacity is exhausted");
+  CHECK_THROWS_WITH(session->engine->run(*binding, {&id, &last, 1, last, &index, 1}),
+                    "the engine's capacity is exhausted");
   CHECK_EQUAL(fake_cuda::broken(), std::string());
 }
 
@@ -392,7 +399,8 @@ TEST(engines_that_are_not_as_recorded) {
   };
   CHECK(has(refusal({{"capacity", 50}}, {}), "has another past_key_values.0.key"));
   CHECK(has(refusal({{"capacity", 50}}, {}), "60, "));
-  CHECK(has(refusal({{"lowering", ANY == "std24" ? "decomposed17" : "std24"}}, {}), "takes or gives other tensors"));
+  CHECK(has(refusal({{"lowering", ANY == "std24" ? "decomposed17" : "std24"}}, {}),
+            "takes or gives other tensors"));
   CHECK(has(refusal({}, {{"on_host", "logits"}}), "wants a tensor in the host's memory\n  got:      logits"));
 #ifndef FAKE_TENSORRT_OLD
   CHECK(has(refusal({}, {{"apart", "present.1.value"}}), "does not write the cache in place"));

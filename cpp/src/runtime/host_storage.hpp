@@ -1,11 +1,11 @@
 // The host's memory as a Place. Knows nothing of what is in it.
 #pragma once
 
-#include "runtime/place.hpp"
+#include "runtime/storage.hpp"
 
 namespace kvexport::detail {
 
-class HostPlace : public Place {
+class HostStorage : public Storage {
  public:
   // Every page is touched, so that memory which is short is missed here and not in the middle of a sentence.
   void* allocate(std::size_t bytes) override;
@@ -13,8 +13,8 @@ class HostPlace : public Place {
   void clear(void* address, std::size_t bytes) override;
   void upload(void* target, const void* host, std::size_t bytes) override;
   void download(void* host, const void* source, std::size_t bytes) override;
-  void copy_rows(void* target, std::size_t target_pitch, const void* source, std::size_t source_pitch, std::size_t width,
-                 std::size_t rows) override;
+  void copy_rows(void* target, std::size_t target_pitch, const void* source, std::size_t source_pitch,
+                 std::size_t width, std::size_t rows) override;
   void synchronize() override {}
   bool is_host() const noexcept override { return true; }
 };

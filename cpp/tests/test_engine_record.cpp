@@ -1,17 +1,17 @@
 // Engines' records as Python writes them: kvexport/bundle/engine_record.py.
 #include <nlohmann/json.hpp>
 
-#include "check.hpp"
-#include "bundle/device_record.hpp"
+#include "bundle/engine_record.hpp"
 #include "bundle/error.hpp"
-#include "files.hpp"
 #include "bundle/json.hpp"
+#include "check.hpp"
+#include "files.hpp"
 
 using namespace kvexport::detail;
 
 namespace {
 
-Json sound() { return Json::parse(contents(check::golden("engines.json"))); }
+Json sound() { return Json::parse(contents(check::reader_file("engines.json"))); }
 
 std::string changed(const char* key, const Json& value) {
   Json raw = sound();
@@ -22,7 +22,7 @@ std::string changed(const char* key, const Json& value) {
 }  // namespace
 
 TEST(reads_what_python_wrote) {
-  const DeviceRecord record = parse_record(sound().dump(), "/b/engines/desk");
+  const BuildRecord record = parse_record(sound().dump(), "/b/engines/desk");
   CHECK_EQUAL(record.target, "desk");
   CHECK_EQUAL(record.engine, "tensorrt");
   CHECK_EQUAL(record.version, "10.16.1.11");
@@ -43,7 +43,8 @@ TEST(every_key_is_needed_and_of_its_type) {
     without.erase(key);
     if (key == "activation_bytes" || key == "format") continue;
     CHECK_THROWS_WITH(parse_record(without.dump(), "e"), "build the engine again");
-    CHECK_THROWS_WITH(parse_record(changed(key.c_str(), Json::array({Json::array()})), "e"), "build the engine again");
+    CHECK_THROWS_WITH(parse_record(changed(key.c_str(), Json::array({Json::array()})), "e"),
+                      "build the engine again");
     CHECK_THROWS_WITH(parse_record(changed(key.c_str(), -1), "e"), "build the engine again");
   }
 }
@@ -64,12 +65,15 @@ TEST(what_cannot_be_is_refused) {
 
 TEST(engines_of_a_bundle_are_found_by_name) {
   const Folder folder;
-  std::filesystem::copy(check::golden("tiny"), folder.path);
+  std::filesystem::copy(check::reader_file("tiny"), folder.path);
   const Bundle bundle = Bundle::open(folder.path);
   CHECK(engine_directories(bundle).empty());
-  for (const char* name : {"orin", "desk", "empty"}) std::filesystem::create_directories(folder.file("engines/") + name);
-  for (const char* name : {"orin", "desk"}) write(folder.file("engines/") + name + "/build.json", sound().dump());
-  CHECK(engine_directories(bundle) == (std::vector<std::string>{folder.file("engines/desk"), folder.file("engines/orin")}));
+  for (const char* name : {"orin", "desk", "empty"})
+    std::filesystem::create_directories(folder.file("engines/") + name);
+  for (const char* name : {"orin", "desk"})
+    write(folder.file("engines/") + name + "/build.json", sound().dump());
+  CHECK(engine_directories(bundle) ==
+        (std::vector<std::string>{folder.file("engines/desk"), folder.file("engines/orin")}));
 
   const std::string directory = folder.file("engines/desk");
   CHECK_THROWS_WITH(read_record(directory), "no such file");

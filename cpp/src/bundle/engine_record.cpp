@@ -1,4 +1,4 @@
-#include "bundle/device_record.hpp"
+#include "bundle/engine_record.hpp"
 
 #include <dirent.h>
 
@@ -23,23 +23,25 @@ constexpr const char* record_file = "build.json";
 constexpr const char* rebuild = "build the engine again: kvexport engine BUNDLE --force";
 
 std::uint64_t size(const Reader& reader, const std::string& key, std::int64_t least = 0) {
-  const std::int64_t found = reader.whole(key);
-  if (found < least) reader.refuse(key, "is impossible", std::to_string(least) + " or more");
+  const std::int64_t found = reader.integer(key);
+  if (found < least) reader.fail(key, "is impossible", std::to_string(least) + " or more");
   return static_cast<std::uint64_t>(found);
 }
 
 Profile profile_of(const Reader& reader) {
-  const std::vector<std::int64_t> sequence = reader.wholes("sequence");
+  const std::vector<std::int64_t> sequence = reader.integers("sequence");
   if (sequence.size() != 3 || sequence[0] < 1 || sequence[1] < sequence[0] || sequence[2] < sequence[1])
-    reader.refuse("sequence", "is impossible", "least, typical and most, from 1 on");
-  return {reader.text("name"), sequence[0], sequence[1], sequence[2]};
+    reader.fail("sequence", "is impossible", "least, typical and most, from 1 on");
+  return {reader.printable_string("name"), sequence[0], sequence[1], sequence[2]};
 }
 
-bool option(const Reader& options, const std::string& key) { return options.has(key) && options.truth(key); }
+bool option(const Reader& options, const std::string& key) {
+  return options.has(key) && options.boolean(key);
+}
 
 }  // namespace
 
-void DeviceRecord::verify() const {
+void BuildRecord::verify() const {
   if (sha256_of_file(plan) == plan_sha256) return;
   throw bundle_error(plan + " is not as it was built: its sha256 differs", {}, {},
                      "build it again: kvexport engine BUNDLE --target " + target + " --force");
@@ -57,60 +59,60 @@ std::vector<std::string> engine_directories(const Bundle& bundle) {
   return found;
 }
 
-DeviceRecord parse_record(std::string_view text, const std::string& directory) {
+BuildRecord parse_record(std::string_view text, const std::string& directory) {
   const std::string document = std::string(record_file) + " of the engine " + directory;
   const Json raw = parse_json(text, document, rebuild);
   const Reader reader(raw, document, "", rebuild);
   if (!reader.has("format") || !raw["format"].is_number_integer() || raw["format"] != format) {
-    throw bundle_error(
-        "the engine " + directory + " is of another format",
-        "format " + shown(raw.value("format", Json())) + ", written by kvexport " + shown(raw.value("kvexport", Json())),
-        "format " + std::to_string(format), rebuild);
+    throw bundle_error("the engine " + directory + " is of another format",
+                       "format " + for_message(raw.value("format", Json())) + ", written by kvexport " +
+                           for_message(raw.value("kvexport", Json())),
+                       "format " + std::to_string(format), rebuild);
   }
-  DeviceRecord record;
+  BuildRecord record;
   record.directory = directory;
   record.plan = directory + "/" + plan_file;
-  record.kvexport = reader.text("kvexport");
-  record.manifest_sha256 = reader.text("manifest_sha256");
-  record.target = reader.text("target");
-  record.engine = reader.text("engine");
+  record.kvexport = reader.printable_string("kvexport");
+  record.manifest_sha256 = reader.printable_string("manifest_sha256");
+  record.target = reader.printable_string("target");
+  record.engine = reader.printable_string("engine");
   if (record.engine != "tensorrt" && record.engine != "tensorrt-rtx")
-    reader.refuse("engine", "is not known", "tensorrt, tensorrt-rtx");
-  record.version = reader.text("version");
-  record.lowering = reader.text("lowering");
-  record.dtype = reader.text("dtype");
-  record.compute_capability = reader.texts("compute_capability");
-  reader.texts("decomposed");
-  record.batch = reader.positive("batch");
-  record.capacity = reader.positive("capacity");
-  record.chunk = reader.positive("chunk");
-  for (const Reader& profile : reader.each("profiles")) record.profiles.push_back(profile_of(profile));
-  if (record.profiles.empty()) reader.refuse("profiles", "is empty");
-  const Reader options = reader.table("options"), plan = reader.table("plan");
+    reader.fail("engine", "is not known", "tensorrt, tensorrt-rtx");
+  record.version = reader.printable_string("version");
+  record.lowering = reader.printable_string("lowering");
+  record.dtype = reader.printable_string("dtype");
+  record.compute_capability = reader.strings("compute_capability");
+  reader.strings("decomposed");
+  record.batch = reader.positive_integer("batch");
+  record.capacity = reader.positive_integer("capacity");
+  record.chunk = reader.positive_integer("chunk");
+  for (const Reader& profile : reader.objects("profiles")) record.profiles.push_back(profile_of(profile));
+  if (record.profiles.empty()) reader.fail("profiles", "is empty");
+  const Reader options = reader.object("options"), plan = reader.object("plan");
   record.refit = option(options, "refit");
   record.version_compatible = option(options, "version_compatible");
   record.hardware_compatible = option(options, "hardware_compatible");
-  record.plan_sha256 = plan.text("sha256");
+  record.plan_sha256 = plan.printable_string("sha256");
   record.plan_bytes = size(plan, "bytes");
   record.weights_bytes = size(reader, "weights_bytes");
   if (reader.has("activation_bytes")) record.activation_bytes = size(reader, "activation_bytes");
   for (const char* key : {"timing_cache_bytes", "peak_host_bytes"}) size(reader, key);
-  if (reader.number("seconds") < 0) reader.refuse("seconds", "is impossible", "0 or more");
-  const Reader layers = reader.table("layers");
-  for (const std::string& kind : layers.keys()) layers.whole(kind);
+  if (reader.number("seconds") < 0) reader.fail("seconds", "is impossible", "0 or more");
+  const Reader layers = reader.object("layers");
+  for (const std::string& kind : layers.keys()) layers.integer(kind);
   return record;
 }
 
-DeviceRecord read_record(const std::string& directory) {
+BuildRecord read_record(const std::string& directory) {
   const std::string file = directory + "/" + record_file;
   if (!size_of_file(file))
     throw bundle_error("there is no engine in " + directory, {}, {}, "build one: kvexport engine BUNDLE");
-  DeviceRecord record = parse_record(read_file(file, largest), directory);
+  BuildRecord record = parse_record(read_file(file, largest), directory);
   const auto found = size_of_file(record.plan);
   if (found != record.plan_bytes) {
     throw bundle_error(std::string(plan_file) + " of the engine " + directory + " is not as built",
-                       found ? std::to_string(*found) + " bytes" : "no such file", std::to_string(record.plan_bytes) + " bytes",
-                       rebuild);
+                       found ? std::to_string(*found) + " bytes" : "no such file",
+                       std::to_string(record.plan_bytes) + " bytes", rebuild);
   }
   return record;
 }

@@ -1,4 +1,5 @@
-// Where memory is: the host's, or a GPU's behind the same few calls. Knows bytes and addresses, not what they mean.
+// Where memory is: the host's, or a GPU's behind the same few calls. Knows bytes and addresses, not what they
+// mean.
 #pragma once
 
 #include <cstddef>
@@ -12,11 +13,12 @@ struct DeviceMemory {
   std::size_t free = 0, total = 0, weights = 0, activations = 0;
 };
 
-class Place {
+class Storage {
  public:
-  virtual ~Place() = default;
+  virtual ~Storage() = default;
 
-  // Zeroed, aligned to 256 bytes. Throws Failure (cannot_run_here) where there is not enough, saying how many bytes.
+  // Zeroed, aligned to 256 bytes. Throws Failure (cannot_run_here) where there is not enough, saying how many
+  // bytes.
   virtual void* allocate(std::size_t bytes) = 0;
   virtual void release(void* address) noexcept = 0;
 

@@ -1,5 +1,6 @@
-// What was built for a device: engines/*/build.json of a bundle, as kvexport/bundle/engine_record.py writes it. Knows the record's
-// keys and where an engine lies; neither loads an engine nor knows which device is here.
+// What was built for a device: engines/*/build.json of a bundle, as kvexport/bundle/engine_record.py writes
+// it. Knows the record's keys and where an engine lies; neither loads an engine nor knows which device is
+// here.
 #pragma once
 
 #include <cstdint>
@@ -16,7 +17,7 @@ struct Profile {
   std::int64_t least = 0, typical = 0, most = 0;  // tokens of a call
 };
 
-struct DeviceRecord {
+struct BuildRecord {
   std::string directory, plan;  // paths
   std::string target, engine;   // engine: "tensorrt" or "tensorrt-rtx"
   std::string version;          // of its library, such as "10.3.0.30"
@@ -36,11 +37,11 @@ struct DeviceRecord {
 // Folders of the bundle's engines, by name.
 std::vector<std::string> engine_directories(const Bundle& bundle);
 
-// The record in an engine's folder; the plan is there in its size (it is not hashed). Throws Failure: no engine, another
-// format, a damaged record, a plan that is missing or of another size.
-DeviceRecord read_record(const std::string& directory);
+// The record in an engine's folder; the plan is there in its size (it is not hashed). Throws Failure: no
+// engine, another format, a damaged record, a plan that is missing or of another size.
+BuildRecord read_record(const std::string& directory);
 
 // The record alone, from its bytes.
-DeviceRecord parse_record(std::string_view text, const std::string& directory);
+BuildRecord parse_record(std::string_view text, const std::string& directory);
 
 }  // namespace kvexport::detail
