@@ -1,9 +1,11 @@
-// Time of a decode step, and of ONNX Runtime's own call within it: what is between is ours.   step_overhead
-// BUNDLE DEPTH STEPS THREADS
+// Measures the time of a decode step and the part of it that ONNX Runtime takes; the difference is the
+// overhead of this library.
 //
-// The library finds ONNX Runtime through OrtGetApiBase. This program defines that name too, so that the
-// library gets our table: ONNX Runtime's, but with a clock around RunWithBinding. Prints one JSON object: two
-// arrays of microseconds.
+//   step_overhead BUNDLE DEPTH STEPS THREADS
+//
+// The library obtains ONNX Runtime through OrtGetApiBase. This program defines that symbol too, and returns
+// ONNX Runtime's function table with a timed RunWithBinding. Prints one JSON object with two arrays in
+// microseconds.
 #include <dlfcn.h>
 #include <onnxruntime_c_api.h>
 #include <kvexport/kvexport.hpp>
@@ -18,7 +20,7 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double inside = 0;  // microseconds in RunWithBinding during the current step
+double inside = 0;  // microseconds in RunWithBinding in the current step
 OrtApi timed_api;
 const OrtApi* real_api = nullptr;
 OrtApiBase timed_base;
@@ -71,7 +73,7 @@ int main(int argc, char** argv) try {
   cache.prefill(kvexport::Ids(static_cast<std::size_t>(depth), 1));
   std::vector<double> whole, engine;
   std::int64_t token = 1;
-  for (std::int64_t step = -8; step < steps; ++step) {  // the first ones do not count
+  for (std::int64_t step = -8; step < steps; ++step) {  // 8 warm-up steps
     inside = 0;
     const auto start = Clock::now();
     const kvexport::Logits logits = cache.step(token);

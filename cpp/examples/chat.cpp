@@ -1,4 +1,4 @@
-// A chat in a terminal: one conversation, whose memory is taken at the start.   chat BUNDLE [SYSTEM]
+// A chat in a terminal: one conversation, in memory allocated at the start. Usage: chat BUNDLE [SYSTEM]
 #include <kvexport/kvexport.hpp>
 
 #include <iostream>

@@ -1,5 +1,4 @@
-// A long prompt is prefilled once: the first run saves its cache, later ones, after a restart too, begin with
-// it.
+// Prefills a long prompt once: the first run saves its cache; later runs load it, also after a restart.
 //   restart BUNDLE PROMPT_FILE CACHE_FILE QUESTION
 #include <kvexport/kvexport.hpp>
 
@@ -31,6 +30,6 @@ int main(int argc, char** argv) try {
   return 0;
 } catch (const kvexport::Error& error) {
   return std::cerr << error.what() << '\n', error.code();
-} catch (const std::exception& error) {  // of a file
+} catch (const std::exception& error) {  // e.g. of a file
   return std::cerr << error.what() << '\n', KVEXPORT_USAGE;
 }

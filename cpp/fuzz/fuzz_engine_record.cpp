@@ -1,4 +1,4 @@
-// build.json of an engine.
+// Fuzzes the parser of engine records (build.json).
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>

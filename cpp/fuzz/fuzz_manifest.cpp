@@ -1,5 +1,5 @@
-// Manifests. The digest is corrected first, as whoever means harm would: otherwise nothing behind it were
-// ever read.
+// Fuzzes the manifest parser. The digest is corrected first, since a wrong one would hide the rest of the
+// parser.
 #include <cstdint>
 #include <cstdlib>
 #include <string>
@@ -35,8 +35,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
             manifest.digest.size() == 64);
     if (manifest.eviction)
       require(manifest.eviction->chunk() >= 1 && manifest.eviction->self_test_slots() <= manifest.capacity);
-    require(Buffers::bytes_for(manifest, manifest.capacity) >
-            0);  // with sizes that were found to be countable
+    require(Buffers::bytes_for(manifest, manifest.capacity) > 0);  // sizes must be countable
   } catch (const Failure&) {
   }
   return 0;

@@ -1,4 +1,4 @@
-// Headers of tensor files, as part of a whole file: whatever is believed lies within it.
+// Fuzzes the safetensors header parser: in an accepted file all tensors lie within the file.
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>

@@ -1,4 +1,5 @@
-// self_test.json, of the bundle that the seeds are of: two layers, 40 tokens, a capacity of 64.
+// Fuzzes the parser of self_test.json, with the manifest of the seeds' bundle: two layers, 40 tokens,
+// capacity 64.
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>

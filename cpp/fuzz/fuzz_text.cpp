@@ -1,4 +1,4 @@
-// text.json: golden vectors and the chat's strings, which must give the conversations of the same file.
+// Fuzzes the parser of text.json: tokenizer samples, chat strings and sample conversations.
 #include <cstdint>
 #include <cstdlib>
 #include <string_view>

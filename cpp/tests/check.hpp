@@ -1,5 +1,6 @@
-// A test file's frame: TEST(name) { CHECK(...); }, and the main that runs them (those alone whose names are
-// given). One test file, one program. A failed check ends its test, not the others; a skipped test says why.
+// A small test framework: TEST(name) { CHECK(...); }, and a main that runs all tests, or those named as
+// arguments. Each test file is one program. A failed check ends its test only; a skipped test prints the
+// reason.
 #pragma once
 
 #include <cstdio>
@@ -56,18 +57,17 @@ void throws_with(Call call, const std::string& part, const char* text, const cha
   fail(file, line, std::string(text) + " did not throw, and should have said: " + part);
 }
 
-// A folder that the caller of the tests made (an environment variable says where); without it the test is
-// skipped.
+// The path in an environment variable, set by the caller; without it the test is skipped.
 inline std::string given(const char* variable) {
   const char* found = std::getenv(variable);
   if (found == nullptr || *found == '\0') throw Skipped{std::string(variable) + " is not set"};
   return found;
 }
 
-// A file or folder that tests/cpp/reader_files.py made, by its name there.
+// A file or directory written by tests/cpp/reader_files.py.
 inline std::string reader_file(const std::string& name) { return given("KVEXPORT_TEST_FILES") + "/" + name; }
 
-// 0: all passed; 1: one failed; 77: all were skipped.
+// Exit code: 0 all passed, 1 some failed, 77 all skipped.
 inline int run(int count, char** names) {
   std::size_t failed = 0, skipped = 0, ran = 0;
   for (const Test& test : tests()) {

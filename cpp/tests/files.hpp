@@ -1,4 +1,4 @@
-// Files and folders for tests.
+// Files and directories for tests.
 #pragma once
 
 #include <cstdlib>
@@ -22,7 +22,7 @@ inline void write(const std::string& path, const std::string& content) {
   if (!file.flush()) throw std::runtime_error(path + " cannot be written");
 }
 
-// An empty folder that goes when it goes out of scope.
+// An empty directory, removed by the destructor.
 class Folder {
  public:
   explicit Folder(const std::string& parent = std::filesystem::temp_directory_path().string()) {

@@ -1,6 +1,6 @@
-// The library under the tests of Python (tests/cpp): commands as lines of JSON on standard input, answers as
-// lines of JSON. Knows the public header alone. Logits are told as hexadecimal bytes, so that not a bit is
-// lost.
+// Runs the library for the Python tests in tests/cpp: one JSON command per line on standard input, one JSON
+// answer per line on standard output. Uses the public header only. Logits are printed as hexadecimal bytes,
+// to compare them bit by bit.
 #include <kvexport/kvexport.hpp>
 
 #include <filesystem>
@@ -61,8 +61,8 @@ Json generate(kvexport::Cache& cache, const Json& given) {
   if (given.contains("seed")) options.seed = given.at("seed").get<std::uint64_t>();
   if (given.contains("stop_tokens")) options.stop_tokens = given.at("stop_tokens").get<kvexport::Ids>();
   options.stop_texts = given.value("stop_texts", options.stop_texts);
-  const std::size_t patience =
-      given.value("patience", std::size_t{1} << 30U);  // tokens after which the callback ends it
+  const std::size_t patience = given.value(
+      "patience", std::size_t{1} << 30U);  // the callback ends the generation after as many tokens
   kvexport::Ids tokens;
   std::vector<std::string> pieces;
   std::string rest;

@@ -1,5 +1,6 @@
-// For valgrind: opens a bundle, runs it in a cache and closes both, again and again.   open_and_close BUNDLE
-// TIMES TEXT_LIBRARY [leak] With `leak` the last cache is forgotten, which must be found.
+// For valgrind: opens a bundle, generates and closes it, repeatedly. With `leak` the last cache is not freed,
+// which valgrind must report.
+//   open_and_close BUNDLE TIMES TEXT_LIBRARY [leak]
 #include <kvexport/kvexport.h>
 
 #include <cstdio>
@@ -29,7 +30,7 @@ int main(int count, char** words) {
     generate.max_new_tokens = 2;
     int finish = 0;
     require(kvexport_generate(cache, ids, 3, &generate, nullptr, nullptr, &finish));
-    kvexport_close(session);  // before the cache, which keeps what it needs
+    kvexport_close(session);  // before the cache, which shares the session's data
     if (left > 1 || count < 5) kvexport_cache_free(cache);
     kvexport_error* refused = kvexport_open("/nowhere", &options, &session);
     if (refused == nullptr) return 2;

@@ -1,4 +1,4 @@
-// Bundles on disk: every file in its size, hashes on demand, and what is said of a folder that is none.
+// Bundles on disk: sizes, hashes, and messages for directories that are not bundles.
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -12,7 +12,7 @@ using namespace kvexport::detail;
 
 namespace {
 
-// To spoil.
+// A copy that a test may damage.
 class Copy : public Folder {
  public:
   Copy() {
@@ -31,14 +31,14 @@ TEST(opens_and_verifies) {
   CHECK_THROWS_WITH(bundle.verify({"other"}), "does not list other");
 }
 
-TEST(one_flipped_bit_is_named) {
+TEST(a_changed_bit_is_reported_with_the_file_name) {
   const Copy copy;
   for (const std::string name : {"decoder.onnx", "decoder.onnx.data", "tokenizer.json"}) {
     const std::string whole = contents(copy.file(name));
     std::string spoiled = whole;
     spoiled[spoiled.size() / 2] ^= 4;
     write(copy.file(name), spoiled);
-    const Bundle bundle = Bundle::open(copy.path);  // its size is right
+    const Bundle bundle = Bundle::open(copy.path);  // the size is unchanged
     CHECK_THROWS_WITH(bundle.verify_all(true),
                       name + " of the bundle " + copy.path + " is not as it was written");
     if (name == data_file) bundle.verify_all(false);
@@ -47,7 +47,7 @@ TEST(one_flipped_bit_is_named) {
   }
 }
 
-TEST(missing_shorter_and_longer_files_are_named) {
+TEST(missing_truncated_and_extended_files_are_reported) {
   const Copy copy;
   for (const std::string name : {"decoder.onnx", "decoder.onnx.data", "tokenizer.json"}) {
     const std::string whole = contents(copy.file(name));
@@ -65,7 +65,7 @@ TEST(missing_shorter_and_longer_files_are_named) {
   Bundle::open(copy.path);
 }
 
-TEST(folders_that_are_no_bundle_are_told_what_to_do) {
+TEST(directories_that_are_not_bundles_get_a_fix) {
   const Folder folder;
   CHECK_THROWS_WITH(Bundle::open(folder.path), "make one: kvexport build CHECKPOINT -o " + folder.path);
   CHECK_THROWS_WITH(Bundle::open("/nowhere"), "/nowhere is no bundle: it has no manifest.json");
@@ -75,7 +75,7 @@ TEST(folders_that_are_no_bundle_are_told_what_to_do) {
   CHECK_THROWS_WITH(Bundle::open(folder.path), "larger than any such file");
 }
 
-TEST(a_bundle_may_be_read_only_moved_and_linked_to) {
+TEST(opens_read_only_moved_and_linked_bundles) {
   const Folder folder;
   std::filesystem::copy(check::reader_file("tiny"), folder.file("first"));
   std::filesystem::rename(folder.file("first"), folder.file("second one"));
@@ -86,14 +86,14 @@ TEST(a_bundle_may_be_read_only_moved_and_linked_to) {
   ::chmod(folder.file("second one").c_str(), 0700);
 }
 
-TEST(a_file_that_may_not_be_read_says_so) {
+TEST(reports_missing_read_permission) {
   if (::geteuid() == 0) throw check::Skipped{"root may read everything"};
   const Copy copy;
   ::chmod(copy.file("decoder.onnx").c_str(), 0);
   CHECK_THROWS_WITH(Bundle::open(copy.path).verify_all(true), "Permission denied");
 }
 
-TEST(sha256_of_known_texts) {
+TEST(sha256_matches_known_digests) {
   CHECK_EQUAL(sha256_of(""), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
   CHECK_EQUAL(sha256_of("abc"), "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad");
   const Folder folder;

@@ -1,4 +1,4 @@
-// The C ABI and the C++ header over it: what is NULL, structs of other sizes, threads, callbacks that throw,
+// The C API and the C++ header: NULL arguments, structs of other sizes, threads, exceptions from callbacks,
 // order of closing.
 #include <kvexport/kvexport.hpp>
 
@@ -18,7 +18,7 @@ Error error(kvexport_error* made) { return {made, kvexport_error_free}; }
 
 std::string failed(kvexport_error* made) { return kvexport_error_part(error(made).get(), KVEXPORT_FAILED); }
 
-// One that tests/cpp/bundles.py made.
+// A bundle written by tests/cpp/bundles.py.
 std::string bundle(const std::string& name) { return check::given("KVEXPORT_TEST_BUNDLES") + "/" + name; }
 
 kvexport::Session opened(const std::string& name) {
@@ -46,7 +46,7 @@ const std::array<const char*, 4> NAMES{"gqa", "gqa-l2-norm", "bloom-evicting", "
 
 }  // namespace
 
-TEST(what_is_null_is_refused) {
+TEST(refuses_null_arguments) {
   kvexport_session* session = nullptr;
   kvexport_cache* cache = nullptr;
   char* text = nullptr;
@@ -80,7 +80,7 @@ TEST(what_is_null_is_refused) {
   CHECK_EQUAL(std::string(kvexport_error_part(nullptr, KVEXPORT_FIX)), "");
 }
 
-TEST(an_error_has_all_its_parts) {
+TEST(an_error_has_all_parts) {
   const kvexport_open_options options = kvexport_open_defaults();
   kvexport_session* session = nullptr;
   const Error made = error(kvexport_open("/nowhere", &options, &session));
@@ -95,7 +95,7 @@ TEST(an_error_has_all_its_parts) {
   CHECK_EQUAL(std::string(kvexport_version()), KVEXPORT_VERSION);
 }
 
-TEST(structs_of_callers_that_know_fewer_members_or_more) {
+TEST(accepts_structs_of_other_versions) {
   const std::string path = bundle("gqa");
   struct {
     kvexport_open_options known = kvexport_open_defaults();
@@ -108,7 +108,7 @@ TEST(structs_of_callers_that_know_fewer_members_or_more) {
 
   kvexport_open_options earlier = kvexport_open_defaults();
   earlier.size = offsetof(kvexport_open_options, chunk), earlier.chunk = -5,
-  earlier.text_library = nullptr;  // not looked at
+  earlier.text_library = nullptr;  // behind the struct's size, so ignored
   kvexport_session* other = nullptr;
   CHECK(kvexport_open(path.c_str(), &earlier, &other) == nullptr);
   kvexport_close(other);
@@ -122,10 +122,10 @@ TEST(structs_of_callers_that_know_fewer_members_or_more) {
   CHECK(kvexport_session_memory(session, 10, &memory) == nullptr);
   CHECK(memory.cache_bytes > 0 && memory.cache_bytes < 10000 &&
         memory.size == offsetof(kvexport_memory, device));
-  CHECK_EQUAL(memory.activations & 0xff, 0x7fU);  // beyond what the caller knows nothing is written
+  CHECK_EQUAL(memory.activations & 0xff, 0x7fU);  // unchanged behind the caller's size
 }
 
-TEST(a_generation_without_options_or_callback) {
+TEST(generates_without_options_or_callback) {
   kvexport::Session session = opened("gqa");
   kvexport_open_options options = kvexport_open_defaults();
   options.text_library = "", options.threads = 1;
@@ -148,13 +148,13 @@ TEST(a_generation_without_options_or_callback) {
   wanted.stop_texts = &text;
   CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
               "stop_text_lengths is NULL");
-  kvexport_close(raw);  // the cache keeps the weights
+  kvexport_close(raw);  // the cache shares the weights
   CHECK(kvexport_cache_clear(cache) == nullptr);
   CHECK(kvexport_prefill(cache, ids, 3, nullptr) == nullptr);
   kvexport_cache_free(cache);
 }
 
-TEST(what_a_callback_throws_comes_out_and_the_cache_goes_on) {
+TEST(an_exception_of_a_callback_is_rethrown_and_the_cache_stays_usable) {
   kvexport::Session session = opened("gqa");
   kvexport::Cache cache = session.new_cache(100), other = session.new_cache(100);
   const kvexport::Ids whole = generated(other, {1, 2, 3}, 10);
@@ -168,7 +168,7 @@ TEST(what_a_callback_throws_comes_out_and_the_cache_goes_on) {
   CHECK(generated(cache, {}, 6) == kvexport::Ids(whole.begin() + 4, whole.end()));
 }
 
-TEST(a_callback_cannot_use_the_cache_that_generates) {
+TEST(a_callback_cannot_use_the_generating_cache) {
   kvexport::Session session = opened("gqa");
   kvexport::Cache cache = session.new_cache(100), other = session.new_cache(100);
   const kvexport::Ids whole = generated(other, {1, 2, 3}, 10);
@@ -189,10 +189,10 @@ TEST(a_callback_cannot_use_the_cache_that_generates) {
         CHECK_EQUAL(refused.code(), static_cast<int>(KVEXPORT_USAGE));
       }
     }
-    return other.length() > 0;  // another cache may be used
+    return other.length() > 0;  // other caches may be used
   });
   CHECK(made == whole);
-  cache.clear();  // and this one when it has ended, whichever way
+  cache.clear();  // and the same cache after the generation, however it ended
   CHECK_THROWS_WITH(
       cache.generate({1}, greedy(4),
                      [](std::int64_t, std::string_view) -> bool { throw std::logic_error("x"); }),
@@ -201,7 +201,7 @@ TEST(a_callback_cannot_use_the_cache_that_generates) {
   CHECK(generated(cache, {1, 2, 3}, 10) == whole);
 }
 
-TEST(counts_that_nothing_holds) {
+TEST(refuses_impossible_counts) {
   const kvexport::Session session = opened("gqa");
   kvexport_open_options options = kvexport_open_defaults();
   options.text_library = "", options.threads = 1;
@@ -217,7 +217,7 @@ TEST(counts_that_nothing_holds) {
     CHECK_EQUAL(failed(kvexport_prefill(cache, &id, count, &logits)), failure);
     CHECK_EQUAL(failed(kvexport_generate(cache, &id, count, nullptr, nullptr, nullptr, nullptr)), failure);
   }
-  for (const std::size_t count : {none / 32, std::size_t{61}}) {  // refused before an id is looked at
+  for (const std::size_t count : {none / 32, std::size_t{61}}) {  // refused before the ids are read
     const Error refused = error(kvexport_prefill(cache, &id, count, &logits));
     CHECK_EQUAL(std::string(kvexport_error_part(refused.get(), KVEXPORT_GOT)),
                 std::to_string(count) + " tokens");
@@ -235,7 +235,7 @@ TEST(counts_that_nothing_holds) {
   kvexport_close(raw);
 }
 
-TEST(texts_to_stop_at_have_lengths) {
+TEST(stop_texts_have_lengths) {
   kvexport::Session session = opened("gqa");
   kvexport::Cache cache = session.new_cache(60);
   kvexport::GenerateOptions options = greedy(4);
@@ -244,7 +244,7 @@ TEST(texts_to_stop_at_have_lengths) {
   CHECK_EQUAL(cache.length(), 0);
 }
 
-TEST(errors_of_the_header_can_be_copied) {
+TEST(errors_can_be_copied) {
   kvexport::Session session = opened("gqa");
   kvexport::Cache cache = session.new_cache(4);
   try {
@@ -258,7 +258,7 @@ TEST(errors_of_the_header_can_be_copied) {
   }
 }
 
-TEST(two_sessions_and_their_caches_in_threads_of_their_own) {
+TEST(two_sessions_run_in_parallel_threads) {
   for (const char* name : NAMES) {
     kvexport::Session one = opened(name), two = opened(name);
     std::vector<kvexport::Ids> alone, together(6);
@@ -283,7 +283,7 @@ TEST(two_sessions_and_their_caches_in_threads_of_their_own) {
   }
 }
 
-TEST(a_hundred_times_open_and_closed) {
+TEST(opens_and_closes_a_hundred_times) {
   for (int round = 0; round < 100; ++round) {
     kvexport::Session session = opened("gqa-l2-norm");
     kvexport::Cache cache = session.new_cache(50);

@@ -1,4 +1,4 @@
-// Engines' records as Python writes them: kvexport/bundle/engine_record.py.
+// Engine records as kvexport/bundle/engine_record.py writes them.
 #include <nlohmann/json.hpp>
 
 #include "bundle/engine_record.hpp"
@@ -21,7 +21,7 @@ std::string changed(const char* key, const Json& value) {
 
 }  // namespace
 
-TEST(reads_what_python_wrote) {
+TEST(reads_records_of_python) {
   const BuildRecord record = parse_record(sound().dump(), "/b/engines/desk");
   CHECK_EQUAL(record.target, "desk");
   CHECK_EQUAL(record.engine, "tensorrt");
@@ -36,7 +36,7 @@ TEST(reads_what_python_wrote) {
   CHECK(!record.activation_bytes);
 }
 
-TEST(every_key_is_needed_and_of_its_type) {
+TEST(refuses_missing_keys_and_wrong_types) {
   const Json whole = sound();
   for (const auto& [key, value] : whole.items()) {
     Json without = whole;
@@ -49,7 +49,7 @@ TEST(every_key_is_needed_and_of_its_type) {
   }
 }
 
-TEST(what_cannot_be_is_refused) {
+TEST(refuses_invalid_values) {
   CHECK_THROWS_WITH(parse_record(changed("format", 2), "e"), "the engine e is of another format");
   CHECK_THROWS_WITH(parse_record("{}", "e"), "of another format");
   CHECK_THROWS_WITH(parse_record("[]", "e"), "is not an object");
@@ -63,7 +63,7 @@ TEST(what_cannot_be_is_refused) {
   }
 }
 
-TEST(engines_of_a_bundle_are_found_by_name) {
+TEST(lists_engines_by_name) {
   const Folder folder;
   std::filesystem::copy(check::reader_file("tiny"), folder.path);
   const Bundle bundle = Bundle::open(folder.path);

@@ -1,5 +1,4 @@
-// Buffers that grow within their memory, and who goes when a budget is full: against the same done the long
-// way.
+// Growth of buffers within their memory, and eviction, compared with simple implementations.
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -39,7 +38,7 @@ float mark(const Buffer& buffer, std::int64_t head, std::int64_t slot, std::int6
   return static_cast<float>(1 + at + 10 * slot + 10000 * head + of_buffer);
 }
 
-// In the order that the graph gives: which slots stay, by sorting all of them.
+// The slots that remain, in the graph's order, by sorting all slots.
 std::vector<std::size_t> kept_the_long_way(const std::vector<float>& priorities, std::size_t keep) {
   std::vector<std::size_t> order(priorities.size());
   for (std::size_t at = 0; at < order.size(); ++at) order[at] = at;
@@ -62,7 +61,7 @@ std::vector<std::size_t> kept_the_long_way(const std::vector<float>& priorities,
 
 }  // namespace
 
-TEST(heads_move_apart_within_the_same_memory) {
+TEST(growth_moves_heads_within_the_same_memory) {
   HostStorage storage;
   for (const std::vector<std::int64_t>& skip : {std::vector<std::int64_t>{}, {0}}) {
     const Manifest manifest = manifest_of(Dtype::float32, budget(300, 0, 1, skip));
@@ -93,7 +92,7 @@ TEST(heads_move_apart_within_the_same_memory) {
               CHECK_EQUAL(row(buffer, head, slot)[at], slot < 256 ? mark(buffer, head, slot, at) : 0.0F);
       }
     }
-    // Where all layers evict, nothing grows any more once the budget is laid out.
+    // If all layers evict, the layout stops growing at the budget.
     CHECK_EQUAL(buffers.generation - generation, skip.empty() ? 1 : 2);
     buffers.clear();
     CHECK_EQUAL(buffers.laid_out, 256);
@@ -101,18 +100,18 @@ TEST(heads_move_apart_within_the_same_memory) {
   }
 }
 
-TEST(a_layout_that_is_full_from_the_start) {
+TEST(a_layout_without_growth_has_full_size) {
   HostStorage storage;
   Buffers buffers(manifest_of(Dtype::float16), 10, storage, 0);
   CHECK_EQUAL(buffers.laid_out, 10);
   CHECK_EQUAL(buffers.bytes,
-              512U + 512 + 256 + 256);  // 300, 420, 80 and 80 bytes, each from a multiple of 256 on
+              512U + 512 + 256 + 256);  // 300, 420, 80 and 80 bytes, aligned to 256
   const std::int64_t generation = buffers.generation;
   buffers.reserve(10);
   CHECK_EQUAL(buffers.generation, generation);
 }
 
-TEST(more_memory_than_can_be_counted) {
+TEST(refuses_sizes_that_overflow) {
   Manifest manifest = manifest_of(Dtype::float32);
   CHECK_THROWS_WITH(Buffers::bytes_for(manifest, std::numeric_limits<std::int64_t>::max()),
                     "not enough memory");
@@ -121,7 +120,7 @@ TEST(more_memory_than_can_be_counted) {
   CHECK_THROWS_WITH(Buffers(manifest, 1 << 20, storage, 0), "not enough memory");
 }
 
-TEST(garbage_fills_keys_and_values_of_every_dtype) {
+TEST(fills_keys_and_values_of_every_dtype) {
   HostStorage storage;
   for (const Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
     Buffers buffers(manifest_of(dtype, budget(20, 0, 1)), 600, storage, 256);
@@ -136,7 +135,7 @@ TEST(garbage_fills_keys_and_values_of_every_dtype) {
   }
 }
 
-TEST(numbers_of_half_the_width) {
+TEST(converts_float16) {
   for (const float value : {1.0F, -2.0F, 0.0F, 1000.0F, 65504.0F, 0.333251953125F}) {
     const std::uint32_t bits = bits_of(value, Dtype::float16);
     CHECK_EQUAL(as_float(&bits, Dtype::float16), value);
@@ -148,17 +147,17 @@ TEST(numbers_of_half_the_width) {
   CHECK(std::isnan(read(0x7e00)));
 }
 
-TEST(slots_are_taken_until_there_are_none) {
+TEST(takes_slots_until_the_budget_is_full) {
   Occupancy occupancy;
   CHECK_EQUAL(occupancy.take(3, 5, 8), 0);
   CHECK_EQUAL(occupancy.take(1, 5, 8), 3);
   CHECK_EQUAL(occupancy.take(1, 5, 8), 4);
-  CHECK_EQUAL(occupancy.take(1, 5, 8), 8);  // none is left: the graph finds one
+  CHECK_EQUAL(occupancy.take(1, 5, 8), 8);  // none is free: the graph evicts a token
   CHECK_EQUAL(occupancy.filled, 5);
   CHECK_EQUAL(occupancy.seen, 6);
 }
 
-TEST(those_that_go_are_those_that_sorting_finds) {
+TEST(evicts_the_tokens_that_a_full_sort_selects) {
   HostStorage storage;
   std::mt19937 random(7);
   const auto below = [&](std::int64_t end) {
@@ -185,8 +184,7 @@ TEST(those_that_go_are_those_that_sorting_finds) {
             continue;
           }
           const auto position_plus_one = static_cast<float>(1 + below(position + 1));
-          const float score =
-              below(12) == 0 ? std::nanf("") : static_cast<float>(below(5));  // ties, and what has no order
+          const float score = below(12) == 0 ? std::nanf("") : static_cast<float>(below(5));  // ties, and NaN
           row(buffer, head, slot)[0] = score, row(buffer, head, slot)[1] = position_plus_one;
           const auto following = static_cast<float>(position + 1);
           const auto spared = static_cast<float>(std::max<std::int64_t>(0, std::min(recent, keep - first)));

@@ -1,4 +1,4 @@
-// Texts that end a generation, and tokens that are drawn; no model.
+// Stop texts and sampling, without a model.
 #include <cmath>
 #include <limits>
 #include <set>
@@ -14,7 +14,7 @@ namespace {
 
 using Texts = std::vector<std::string>;
 
-// What is said of pieces, in the order in which it is said.
+// The output for each piece of text, and at the end.
 Texts said(const Texts& stops, const Texts& pieces, bool* found = nullptr) {
   StopTexts until(stops);
   Texts all;
@@ -26,31 +26,30 @@ Texts said(const Texts& stops, const Texts& pieces, bool* found = nullptr) {
 
 }  // namespace
 
-TEST(text_passes_where_nothing_is_to_stop_it) {
-  CHECK(said({}, {"a", "", "bc"}) == (Texts{"a", "", "bc", ""}));
-}
+TEST(text_passes_without_stop_texts) { CHECK(said({}, {"a", "", "bc"}) == (Texts{"a", "", "bc", ""})); }
 
-TEST(a_text_ends_what_is_said_before_it) {
+TEST(a_stop_text_ends_the_output) {
   bool found = false;
   CHECK(said({"END"}, {"one EN", "D two", "three"}, &found) == (Texts{"one ", "", "", ""}));
   CHECK(found);
   CHECK(said({"END"}, {"one EN", "ough"}, &found) == (Texts{"one ", "ENough", ""}));
   CHECK(!found);
-  CHECK(said({"END"}, {"one E"}) == (Texts{"one ", "E"}));             // what waited is said at the end
-  CHECK(said({"b", "abc"}, {"xab"}) == (Texts{"xa", ""}));             // the one that appears first
-  CHECK(said({"aab"}, {"aa", "a", "b"}) == (Texts{"", "a", "", ""}));  // a beginning within a beginning
+  CHECK(said({"END"}, {"one E"}) == (Texts{"one ", "E"}));  // text that was held back is output at the end
+  CHECK(said({"b", "abc"}, {"xab"}) == (Texts{"xa", ""}));  // the one that occurs first
+  CHECK(said({"aab"}, {"aa", "a", "b"}) ==
+        (Texts{"", "a", "", ""}));  // a possible start within a possible start
   CHECK(said({"\n\n", "\nUser:"}, {"yes.\n", "User", ": no"}) == (Texts{"yes.", "", "", ""}));
   CHECK_THROWS_WITH(StopTexts({"a", ""}), "a text to stop at is empty");
   CHECK_THROWS_WITH(StopTexts({std::string("a\0b", 3)}), "NUL");
 }
 
-TEST(the_likeliest_of_equals_is_the_first) {
+TEST(the_first_of_equal_largest_logits_is_chosen) {
   Sampler greedy{Sampling{}};
   const float logits[] = {1, 3, 2, 3};
   CHECK_EQUAL(greedy.choose(logits, 4), 1);
 }
 
-TEST(logits_that_are_not_finite) {
+TEST(refuses_logits_that_are_not_finite) {
   for (const float wrong :
        {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     for (const double temperature : {0.0, 1.0}) {
@@ -61,11 +60,12 @@ TEST(logits_that_are_not_finite) {
       CHECK_THROWS_WITH(sampler.choose(logits, 3), "not finite");
     }
   }
-  const float some[] = {-std::numeric_limits<float>::infinity(), 0};  // a token that is ruled out is no error
+  const float some[] = {-std::numeric_limits<float>::infinity(),
+                        0};  // -infinity excludes a token and is no error
   CHECK_EQUAL(Sampler(Sampling{}).choose(some, 2), 1);
 }
 
-TEST(values_out_of_range) {
+TEST(refuses_values_out_of_range) {
   const auto with = [](double temperature, std::int64_t top_k, double top_p) {
     return Sampler({temperature, top_k, top_p, {}});
   };
@@ -76,7 +76,7 @@ TEST(values_out_of_range) {
   CHECK_THROWS_WITH(with(1, 0, 1.5), "top_p");
 }
 
-TEST(draws_follow_the_probabilities) {
+TEST(samples_follow_the_probabilities) {
   const float logits[] = {std::log(0.1F), std::log(0.2F), std::log(0.3F), std::log(0.4F)};
   const auto counts = [&](std::int64_t top_k, double top_p) {
     Sampler sampler({1, top_k, top_p, 11});
@@ -95,8 +95,8 @@ TEST(draws_follow_the_probabilities) {
   close(counts(3, 0.8), {0, 2.0 / 9, 3.0 / 9, 4.0 / 9});
 }
 
-TEST(a_probability_that_takes_many_tokens) {
-  std::vector<float> logits(5000);  // alike but for a slope, so that most of them are needed
+TEST(top_p_with_many_tokens) {
+  std::vector<float> logits(5000);  // almost equal, so that most of them are needed
   for (std::size_t at = 0; at < logits.size(); ++at) logits[at] = -1e-5F * static_cast<float>(at);
   Sampler sampler({1, 0, 0.9, 3});
   std::int64_t largest = 0;

@@ -1,5 +1,4 @@
-// Manifests: what Python reads is read, what it refuses is refused in the same words, and nothing else is
-// believed.
+// Manifests are accepted or refused as by Python, with the same message, and damage is always detected.
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -24,7 +23,7 @@ std::string said(const std::string& manifest, const std::string& where) {
   return "accepted";
 }
 
-// As far as the two languages can say the same: parts that name Python's types are cut off.
+// Removes the parts of a message that name Python types.
 std::string comparable(std::string text) {
   const auto cut = [&](const std::string& mark, std::size_t keep) {
     if (text.compare(0, mark.size(), mark) == 0) text.resize(keep);
@@ -41,7 +40,7 @@ std::string comparable(std::string text) {
 
 }  // namespace
 
-TEST(reads_what_python_wrote) {
+TEST(reads_manifests_of_python) {
   const Manifest manifest = parse_manifest(sound(), "tiny");
   CHECK_EQUAL(manifest.source_name, "tiny");
   CHECK_EQUAL(manifest.version, KVEXPORT_VERSION);
@@ -60,7 +59,7 @@ TEST(reads_what_python_wrote) {
         !manifest.has("manifest.json"));
 }
 
-TEST(reads_an_eviction) {
+TEST(reads_eviction) {
   const Manifest manifest =
       parse_manifest(contents(check::reader_file("evicting/manifest.json")), "evicting");
   const Eviction& eviction = manifest.eviction.value();
@@ -70,7 +69,7 @@ TEST(reads_an_eviction) {
   CHECK_EQUAL(eviction.self_test_slots(), 23);
 }
 
-TEST(says_what_python_says) {
+TEST(messages_equal_those_of_python) {
   std::size_t cases = 0, accepted = 0;
   for (const auto& entry : std::filesystem::directory_iterator(check::reader_file("manifests"))) {
     const std::string name = entry.path().filename().string(), folder = entry.path().string();
@@ -79,7 +78,7 @@ TEST(says_what_python_says) {
     ++cases, accepted += here == "accepted";
     if (python == "accepted" && name.find("bytes -1") != std::string::npos) {
       CHECK(here.find("bytes is impossible") !=
-            std::string::npos);  // Python finds out when it looks at the file
+            std::string::npos);  // Python reports it when it checks the file's size
     } else if (comparable(here) != comparable(python)) {
       check::fail(__FILE__, __LINE__, name + "\n here:   " + here + "\n python: " + python);
     }
@@ -87,7 +86,7 @@ TEST(says_what_python_says) {
   CHECK(cases > 1000 && accepted > 50 && accepted < cases / 2);
 }
 
-TEST(no_flipped_bit_is_believed) {
+TEST(detects_every_changed_bit) {
   const std::string whole = sound();
   std::mt19937 random(0);
   for (int i = 0; i < 2000; ++i) {
@@ -97,13 +96,13 @@ TEST(no_flipped_bit_is_believed) {
   }
 }
 
-TEST(no_part_is_believed) {
+TEST(detects_every_truncation) {
   const std::string whole = sound();
   for (std::size_t size = 0; size + 2 < whole.size(); size += 7)
     CHECK(said(whole.substr(0, size), "BUNDLE") != "accepted");
 }
 
-TEST(failures_name_the_remedy) {
+TEST(failures_have_a_fix) {
   CHECK_THROWS_WITH(parse_manifest(R"({"format": 1})", "b"), "build the bundle again: kvexport build");
   CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "kvexport": "9.0"})", "b"),
                     "written by kvexport \"9.0\"");
@@ -111,7 +110,7 @@ TEST(failures_name_the_remedy) {
   CHECK_THROWS_WITH(parse_manifest(R"({"format": 2, "files": {}})", "b"), "its sha256 differs");
 }
 
-TEST(a_key_twice_is_refused) {
+TEST(refuses_duplicate_keys) {
   std::string twice = sound();
   twice.insert(twice.find('{') + 1, "\"format\": 2, ");
   CHECK_THROWS_WITH(parse_manifest(twice, "b"), "a key twice: \"format\"");
@@ -119,7 +118,7 @@ TEST(a_key_twice_is_refused) {
   CHECK_EQUAL(parse_json(R"([{"a": 1}, {"a": {"a": 2}}])", "x").size(), 2U);
 }
 
-TEST(deep_nesting_is_refused) {
+TEST(refuses_deep_nesting) {
   const auto nested = [](std::size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
   parse_json(nested(64), "x");
   CHECK_THROWS_WITH(parse_json(nested(65), "x"), "nested deeper than 64");
@@ -129,13 +128,13 @@ TEST(deep_nesting_is_refused) {
   CHECK_THROWS_WITH(parse_json(objects, "x"), "nested deeper than 64");
 }
 
-TEST(what_is_no_json_is_refused) {
+TEST(refuses_invalid_json) {
   for (const char* text :
        {"", "NaN", "[Infinity]", "{\"a\": 1e999}", "[1,]", "// a\n1", "\"\xC3\"", "\"\xED\xA0\x80\"", "1 2"})
     CHECK_THROWS_WITH(parse_json(text, "x"), "x cannot be read");
 }
 
-TEST(what_is_shown_is_short_and_plain) {
+TEST(values_in_messages_are_short_ascii) {
   CHECK_EQUAL(for_message("\x1b[31m\xC3\xA9"), "\"\\u001b[31m\\u00e9\"");
   CHECK_EQUAL(for_message(std::string(1000, 'x')).size(), 80U);
   CHECK(printable("caf\xC3\xA9 \xE6\x97\xA5 \xF0\x9F\x99\x82") && printable(""));
@@ -144,7 +143,7 @@ TEST(what_is_shown_is_short_and_plain) {
     CHECK(!printable(text));
 }
 
-TEST(sizes_that_no_memory_has_are_refused) {
+TEST(refuses_sizes_beyond_any_memory) {
   for (const char* name : {"heads", "width", "capacity", "layers", "vocabulary"}) {
     const std::string harmful = contents(check::reader_file("harmful") + "/" + name + ".json");
     CHECK_THROWS_WITH(parse_manifest(harmful, "b"), "a larger model or cache than any machine holds");

@@ -1,5 +1,5 @@
-// Files of tensors: Python's are read, ours are Python's to read (tests/cpp/test_cpp_readers.py), and no
-// damage is believed.
+// Safetensors files: Python's are read, Python reads those written here (tests/cpp/test_cpp_readers.py), and
+// damage is always detected.
 #include <sys/resource.h>
 
 #include <csignal>
@@ -35,7 +35,7 @@ const std::vector<TensorEntry> three{{"past.0.key", "F32", {1, 2, 3}, 0, 0},
                                      {"past.0.value", "F16", {1, 2}, 0, 0},
                                      {"none", "BF16", {0, 4}, 0, 0}};
 
-// Of `three`: 28 bytes.
+// The data of `three`, 28 bytes.
 std::string data() {
   std::string bytes(28, '\0');
   for (std::size_t i = 0; i < 6; ++i) {
@@ -65,7 +65,7 @@ std::vector<std::string> listing(const std::string& folder) {
 
 }  // namespace
 
-TEST(reads_what_python_wrote) {
+TEST(reads_files_of_python) {
   const TensorReader file(check::reader_file("sound.safetensors"));
   CHECK_EQUAL(file.header().tensors.size(), 5U);
   CHECK_EQUAL(file.header().metadata.at("text"), "quoted \"é\" \n");
@@ -80,10 +80,10 @@ TEST(reads_what_python_wrote) {
   CHECK(bf16 != nullptr && bf16->dtype == "BF16" && bf16->bytes() == 4);
   CHECK(file.header().find("i64")->shape.empty() && file.header().find("none")->bytes() == 0);
   CHECK(file.header().find("other") == nullptr);
-  CHECK_THROWS_WITH(file.verify(), "its sha256 differs");  // Python's library writes none
+  CHECK_THROWS_WITH(file.verify(), "its sha256 differs");  // the safetensors library writes no hash
 }
 
-TEST(reads_what_it_wrote) {
+TEST(reads_its_own_files) {
   const Folder folder;
   write_three(folder.file("c"));
   CHECK_EQUAL(listing(folder.path).size(), 1U);
@@ -97,7 +97,7 @@ TEST(reads_what_it_wrote) {
   CHECK(read == data().substr(0, 24));
 }
 
-TEST(a_new_file_is_as_others_of_its_user) {
+TEST(new_files_have_default_permissions) {
   const Folder folder;
   write_three(folder.file("c"));
   write(folder.file("other"), "");
@@ -105,7 +105,7 @@ TEST(a_new_file_is_as_others_of_its_user) {
         std::filesystem::status(folder.file("other")).permissions());
 }
 
-TEST(one_flipped_bit_of_the_data_is_seen) {
+TEST(detects_every_changed_bit_of_the_data) {
   const Folder folder;
   write_three(folder.file("c"));
   const std::string whole = contents(folder.file("c"));
@@ -117,7 +117,7 @@ TEST(one_flipped_bit_of_the_data_is_seen) {
   }
 }
 
-TEST(parts_of_a_file_are_refused) {
+TEST(refuses_truncated_files) {
   const Folder folder;
   write_three(folder.file("c"));
   const std::string whole = contents(folder.file("c"));
@@ -129,7 +129,7 @@ TEST(parts_of_a_file_are_refused) {
   CHECK_THROWS_WITH(TensorReader(folder.file("c")), "its data is not what its header describes");
 }
 
-TEST(damaged_headers_end_in_a_failure_and_nothing_else) {
+TEST(damaged_headers_throw_failure_only) {
   const Folder folder;
   write_three(folder.file("c"));
   const std::string whole = contents(folder.file("c"));
@@ -140,7 +140,7 @@ TEST(damaged_headers_end_in_a_failure_and_nothing_else) {
     for (int flips = 0; flips < 1 + i % 3; ++flips)
       spoiled[random() % (whole.size() - 28)] ^= static_cast<char>(1 << random() % 8);
     try {
-      parse_header(spoiled, spoiled.size(), "x");  // another name, or another metadata, is as good
+      parse_header(spoiled, spoiled.size(), "x");  // a changed name or metadata is valid
     } catch (const Failure&) {
       ++refused;
     }
@@ -148,7 +148,7 @@ TEST(damaged_headers_end_in_a_failure_and_nothing_else) {
   CHECK(refused > 2500);
 }
 
-TEST(impossible_headers_are_refused) {
+TEST(refuses_invalid_headers) {
   CHECK_EQUAL(parsed(one("F32", "[2, 3]", "[0, 24]"), 24).tensors.at(0).bytes(), 24U);
   CHECK_EQUAL(parsed("{}", 0).tensors.size(), 0U);
   CHECK_THROWS_WITH(parsed(one("F32", "[2, 3]", "[0, 20]"), 20), "is not that of its data");
@@ -175,13 +175,13 @@ TEST(impossible_headers_are_refused) {
   CHECK_THROWS_WITH(parse_header(with_length(std::string(100, ' ')).substr(0, 50), 108, "x"), "cut off");
 }
 
-TEST(a_file_that_is_not_there_says_so) {
+TEST(reports_missing_files) {
   CHECK_THROWS_WITH(TensorReader("/nowhere/c"), "/nowhere/c cannot be read: No such file");
   CHECK_THROWS_WITH(TensorReader("/"), "cannot be read: Is a directory");
   CHECK_THROWS_WITH(TensorReader("/dev/zero"), "no plain file");
 }
 
-TEST(what_is_not_committed_leaves_nothing) {
+TEST(an_uncommitted_file_is_removed) {
   const Folder folder;
   write(folder.file("c"), "before");
   {
@@ -198,7 +198,7 @@ TEST(what_is_not_committed_leaves_nothing) {
   CHECK_EQUAL(contents(folder.file("c")), "before");
 }
 
-TEST(a_refused_write_leaves_nothing_and_says_why) {
+TEST(a_failed_write_leaves_no_file) {
   const Folder folder;
   std::signal(SIGXFSZ, SIG_IGN);
   rlimit before{};
@@ -221,7 +221,7 @@ TEST(a_refused_write_leaves_nothing_and_says_why) {
   CHECK_THROWS_WITH(TensorWriter(folder.file("no/c"), {}, {}), "write to a folder that exists");
 }
 
-TEST(a_full_disk_leaves_nothing_and_says_so) {
+TEST(a_full_disk_leaves_no_file) {
   const Folder folder(check::given("KVEXPORT_TEST_FULL_DISK"));
   try {
     TensorWriter writer(folder.file("c"), {{"a", "U8", {8 << 20}, 0, 0}}, {});
@@ -236,4 +236,4 @@ TEST(a_full_disk_leaves_nothing_and_says_so) {
   CHECK(listing(folder.path).empty());
 }
 
-TEST(writes_for_python) { write_three(check::given("KVEXPORT_TEST_WRITE")); }
+TEST(writes_a_file_for_python) { write_three(check::given("KVEXPORT_TEST_WRITE")); }

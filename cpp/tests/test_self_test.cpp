@@ -1,5 +1,5 @@
-// The self-test on bundles of tests/cpp/test_cpp_self_test.py: sound engines are ok, each kind of fault gets
-// its own verdict.
+// The self-test on bundles written by tests/cpp/test_cpp_self_test.py: correct engines pass, and each kind of
+// fault gets its verdict.
 #include "runtime/self_test.hpp"
 
 #include <cmath>
@@ -24,12 +24,12 @@ Bundle opened(const std::string& name) {
   return Bundle::open(check::given("KVEXPORT_TEST_SELF_TEST") + "/" + name);
 }
 
-// What a faulty engine does: to a call before it, to the buffers and logits after it.
+// A fault of an engine: changes a call before it runs, or the buffers and logits after it.
 struct Fault {
   std::function<void(Call&, Buffers&)> before;
   std::function<void(const Call&, Buffers&, std::vector<float>&)> after;
   std::string provider = "cpu";
-  std::int64_t capacity = 0, max_tokens_per_call = 0;  // 0: as the engine's
+  std::int64_t capacity = 0, max_tokens_per_call = 0;  // 0: as the wrapped engine
 };
 
 class Faulty final : public Engine {
@@ -78,7 +78,7 @@ class Faulty final : public Engine {
   std::int64_t vocab_;
 };
 
-// A bundle's vectors on an engine that runs another bundle's graph, or its own, with a fault.
+// Tests a bundle on an engine that runs the graph of the bundle, or of another one, with a fault.
 SelfTestReport examined(const std::string& name, Fault fault = {}, const std::string& runs = "") {
   Bundle bundle = opened(name);
   auto engine = std::make_unique<Faulty>(opened(runs.empty() ? name : runs), std::move(fault));
@@ -107,7 +107,7 @@ void require_cache(const SelfTestReport& report) {
   CHECK(json_of(report).at("checks").at(0).at("first").is_null());
 }
 
-// Numbers of a slot, of one head.
+// The values of one head in a slot.
 float* slot_of(const Buffer& buffer, std::int64_t head, std::int64_t slot) {
   return static_cast<float*>(buffer.address) + (head * buffer.slots + slot) * buffer.width;
 }
@@ -117,31 +117,31 @@ void fill_slot(const Buffer& buffer, std::int64_t slot, float value) {
     std::fill_n(slot_of(buffer, head, slot), buffer.width, value);
 }
 
-// The first of a layer's states.
+// Changes the score and position of every token in the states of a layer.
 void change_states(Buffers& buffers, int layer,
                    const std::function<void(float& score, float& position_plus_one)>& change) {
   for (const Buffer& buffer : buffers.all) {
     if (buffer.layer != layer || buffer.which != Which::state) continue;
     for (std::int64_t slot = 0; slot < buffer.heads * buffer.slots; ++slot) {
       float* state = static_cast<float*>(buffer.address) + 2 * slot;
-      if (state[1] > 0 && state[1] < 0x1p24F) change(state[0], state[1]);  // none that is empty or blocked
+      if (state[1] > 0 && state[1] < 0x1p24F) change(state[0], state[1]);  // not in empty or blocked slots
     }
   }
 }
 
-float rounded(float value) {  // as bfloat16 has it
+float rounded(float value) {  // to bfloat16
   const std::uint32_t bits = bits_of(value, Dtype::bfloat16);
   return as_float(&bits, Dtype::bfloat16);
 }
 
 }  // namespace
 
-TEST(sound_bundles_are_ok) {
+TEST(undamaged_bundles_pass) {
   for (const char* name : {"sound", "evicting", "ranked", "half", "bloom", "qwen3", "tiny"})
     require_ok(examined(name));
 }
 
-TEST(other_engines_of_sound_bundles_are_ok) {
+TEST(engines_with_fixed_capacity_pass) {
   for (const char* name : {"sound", "evicting", "ranked", "half"}) {
     Fault fixed_size;
     fixed_size.provider = "tensorrt", fixed_size.capacity = 60, fixed_size.max_tokens_per_call = 5;
@@ -149,7 +149,7 @@ TEST(other_engines_of_sound_bundles_are_ok) {
   }
 }
 
-TEST(an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds) {
+TEST(a_smaller_engine_runs_as_many_tokens_as_fit) {
   Fault small;
   small.capacity = 21;
   const SelfTestReport report = examined("sound", small);
@@ -158,19 +158,19 @@ TEST(an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds) {
   for (const auto& each : json.at("checks")) CHECK_EQUAL(each.at("rows").get<int>(), 21);
 }
 
-TEST(an_engine_that_holds_no_row_is_told) {
+TEST(reports_an_engine_too_small_for_the_test) {
   Fault small;
   small.capacity = 8;
   CHECK_THROWS_WITH(examined("long", small), "too few tokens");
 }
 
-TEST(vectors_of_another_bundle) {
+TEST(reference_outputs_of_another_bundle_fail) {
   const std::shared_ptr<const Session> session =
       std::make_shared<const Session>(opened("sound"), std::make_unique<Faulty>(opened("sound"), Fault{}));
   require_verdict(compare_outputs(session, read_reference_outputs(opened("other"))), "weights");
 }
 
-TEST(an_engine_that_computes_otherwise) {
+TEST(an_engine_with_wrong_results_fails) {
   for (const auto& [name, other] : {std::pair("sound", "other"), std::pair("evicting", "other-evicting")}) {
     for (const char* provider : {"cuda", "tensorrt"}) {
       Fault elsewhere;
@@ -181,11 +181,11 @@ TEST(an_engine_that_computes_otherwise) {
       CHECK(report.fix.find("--provider cpu") != std::string::npos);
       require_ok(examined(name, elsewhere));
     }
-    require_verdict(examined(name, {}, other), "weights");  // on the CPU nothing but the bundle can be wrong
+    require_verdict(examined(name, {}, other), "weights");  // on the CPU only the bundle can be wrong
   }
 }
 
-TEST(less_precision) {
+TEST(lower_precision_is_reported) {
   Fault rounds;
   rounds.after = [](const Call& call, Buffers& buffers, std::vector<float>& logits) {
     for (float& value : logits) value = rounded(value);
@@ -205,7 +205,7 @@ TEST(less_precision) {
   CHECK(report.said.find("less exact than float32, as if it computed in float16") != std::string::npos);
 }
 
-TEST(a_dropped_write) {
+TEST(a_dropped_cache_write_is_reported) {
   Fault drops;
   drops.after = [](const Call& call, Buffers& buffers, std::vector<float>&) {
     if (call.tokens != 1 || *call.position_ids != 20) return;
@@ -218,7 +218,7 @@ TEST(a_dropped_write) {
   CHECK(report.said.find("first wrong: token 2") != std::string::npos);
 }
 
-TEST(writes_one_slot_off) {
+TEST(a_write_to_the_wrong_slot_is_reported) {
   Fault shifts;
   shifts.after = [](const Call& call, Buffers& buffers, std::vector<float>&) {
     if (call.tokens != 1) return;
@@ -233,13 +233,13 @@ TEST(writes_one_slot_off) {
   require_cache(examined("sound", shifts));
 }
 
-TEST(ignored_write_indices) {
+TEST(ignored_write_indices_are_reported) {
   Fault ignores;
   ignores.before = [](Call& call, Buffers&) { call.write_index = 0; };
   require_cache(examined("sound", ignores));
 }
 
-TEST(growth_that_forgets_what_was_held) {
+TEST(loss_of_contents_on_growth_is_reported) {
   Fault forgets;
   auto grown = std::make_shared<std::int64_t>(0);
   forgets.before = [grown](Call& call, Buffers& buffers) {
@@ -251,15 +251,15 @@ TEST(growth_that_forgets_what_was_held) {
   require_cache(examined("sound", forgets));
 }
 
-TEST(slots_that_are_chosen_wrongly) {
+TEST(a_wrong_choice_of_slots_is_reported) {
   Fault chooses;
   chooses.after = [](const Call&, Buffers& buffers, std::vector<float>&) {
-    change_states(buffers, 1, [](float& score, float&) { score = -score; });  // the newest goes first
+    change_states(buffers, 1, [](float& score, float&) { score = -score; });  // evicts the newest token first
   };
   require_cache(examined("evicting", chooses));
 }
 
-TEST(a_state_that_says_nothing) {
+TEST(an_empty_state_is_reported) {
   Fault forgets;
   forgets.after = [](const Call& call, Buffers& buffers, std::vector<float>&) {
     if (call.tokens == 1)
@@ -269,7 +269,7 @@ TEST(a_state_that_says_nothing) {
   require_cache(examined("evicting", forgets));
 }
 
-TEST(scores_that_are_no_norms) {
+TEST(wrong_eviction_scores_are_reported) {
   Fault scales;
   scales.after = [](const Call&, Buffers& buffers, std::vector<float>&) {
     change_states(buffers, 1, [](float& score, float&) { score *= 1.5F; });
@@ -279,7 +279,7 @@ TEST(scores_that_are_no_norms) {
   CHECK_EQUAL(json_of(report).at("checks").at(0).at("first").at("part").get<std::string>(), "score");
 }
 
-TEST(what_an_earlier_text_left) {  // right twice, and wrong when it comes to generating
+TEST(remains_of_an_earlier_text_are_reported) {  // correct in the first two runs, wrong when generating
   Fault spoils;
   auto begun = std::make_shared<int>(0);
   spoils.after = [begun](const Call& call, Buffers& buffers, std::vector<float>&) {
@@ -295,7 +295,7 @@ TEST(what_an_earlier_text_left) {  // right twice, and wrong when it comes to ge
   CHECK(report.said.find("generating does not repeat itself") != std::string::npos);
 }
 
-TEST(numbers_that_are_none) {
+TEST(nan_is_reported) {
   for (const char* name : {"sound", "evicting", "ranked"}) {
     Fault spoils;
     spoils.after = [](const Call&, Buffers& buffers, std::vector<float>& logits) {
@@ -311,10 +311,10 @@ TEST(numbers_that_are_none) {
   }
 }
 
-TEST(files_that_are_no_vectors) {
+TEST(refuses_invalid_self_test_files) {
   const Bundle bundle = opened("sound");
   const std::string sound = read_file(bundle.file("self_test.json"), 1 << 24);
-  parse_reference_outputs(sound, bundle.manifest, "it");  // a control
+  parse_reference_outputs(sound, bundle.manifest, "it");  // the undamaged file is accepted
   for (std::size_t length = 0; length + 2 < sound.size(); length += 97) {
     CHECK_THROWS_WITH(parse_reference_outputs(sound.substr(0, length), bundle.manifest, "the vectors"),
                       "the vectors");

@@ -1,6 +1,5 @@
-// Chat turns and text.json by themselves; tokenizers against what Python made of the same texts, in the
-// folders that tests/cpp/test_cpp_text.py makes (KVEXPORT_TEST_TEXT), with the library that
-// KVEXPORT_TEST_GENAI names.
+// Chat turns and text.json alone; tokenizers compared with Python on the files of tests/cpp/test_cpp_text.py
+// (KVEXPORT_TEST_TEXT), with the library in KVEXPORT_TEST_GENAI.
 #include <nlohmann/json.hpp>
 #include <numeric>
 #include <thread>
@@ -55,7 +54,7 @@ std::string joined(const Ids& ids) {
 
 }  // namespace
 
-TEST(turns) {
+TEST(formats_chat_turns) {
   const Chat chat{
       "<b><u>", std::pair<std::string, std::string>("<b><s>", "</s><u>"), "</u><a>", " ", "</a><u>", true};
   CHECK_EQUAL(chat.turn(" hello\n", {}, true), "<b><u>hello</u><a>");
@@ -67,7 +66,7 @@ TEST(turns) {
                     "takes no system prompt");
 }
 
-TEST(text_file_is_read) {
+TEST(reads_text_files) {
   const TextFile file = parse_text(sound().dump());
   CHECK(file.before == Ids{1} && file.after == Ids{9});
   CHECK(file.special_ids == (Ids{1, 9}));
@@ -77,7 +76,7 @@ TEST(text_file_is_read) {
   CHECK(!parse_text(none.dump()).chat);
 }
 
-TEST(damaged_text_files_are_refused) {
+TEST(refuses_damaged_text_files) {
   const std::vector<std::pair<std::string, Json>> damage = {{"/format", 2},
                                                             {"/format", "1"},
                                                             {"/golden", Json::array()},
@@ -120,7 +119,7 @@ TEST(damaged_text_files_are_refused) {
     CHECK_THROWS_WITH(parse_text(raw), "text.json");
 }
 
-TEST(ids_are_those_of_python) {
+TEST(token_ids_equal_those_of_python) {
   for (const std::string& name : agree) {
     const Text text = text_of(name);
     for (const Json& one : Json::parse(read_file(folder(name) + "/vectors.json", 1 << 26))) {
@@ -131,7 +130,7 @@ TEST(ids_are_those_of_python) {
   }
 }
 
-TEST(streams_are_those_of_python) {
+TEST(streamed_text_equals_that_of_python) {
   for (const std::string& name : agree) {
     const Text text = text_of(name);
     for (const Json& one : Json::parse(read_file(folder(name) + "/vectors.json", 1 << 26))) {
@@ -145,16 +144,16 @@ TEST(streams_are_those_of_python) {
   }
 }
 
-TEST(chat_turns_are_those_of_the_template) {
+TEST(chat_turns_follow_the_template) {
   const Text text = text_of("qwen");
   const Ids ids = text.turn("Hi", {}, true);
   CHECK(ids == text.encode("<|im_start|>system\nYou are a "
                            "default.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n",
                            false));
-  CHECK(ids[0] == 1);  // <|im_start|>, one token
+  CHECK(ids[0] == 1);  // <|im_start|> is one token
 }
 
-TEST(a_stream_gets_past_bytes_that_are_no_character) {
+TEST(a_stream_continues_after_invalid_bytes) {
   const Text text = text_of("llama2");
   const auto byte = [](int value) { return std::int64_t{3} + value; };
   TextStream stream(text, {1});
@@ -164,11 +163,11 @@ TEST(a_stream_gets_past_bytes_that_are_no_character) {
   said += stream.end();
   CHECK_EQUAL(said, "\ufffdabcdef");
   CHECK_EQUAL(text.decode({byte('x'), byte(0xe6), byte('y')}), "x\ufffdy");
-  CHECK_EQUAL(text.decode({1, 2}), "");  // special tokens alone
+  CHECK_EQUAL(text.decode({1, 2}), "");  // only special tokens
   CHECK_EQUAL(text.decode({}), "");
 }
 
-TEST(other_ids_than_the_builds_are_refused) {
+TEST(refuses_a_tokenizer_with_other_ids) {
   const std::string library = check::given("KVEXPORT_TEST_GENAI");
   TextFile other = file_of("gpt2");
   ++other.samples[3].plain_ids.back();
@@ -181,7 +180,7 @@ TEST(other_ids_than_the_builds_are_refused) {
   CHECK_THROWS_WITH(text_of("bloom"), "onnxruntime-genai cannot read the bundle's tokenizer");
 }
 
-TEST(a_missing_library_is_a_failure_with_a_remedy) {
+TEST(a_missing_library_is_reported_with_a_fix) {
   folder("");
   CHECK_THROWS_WITH(Text(folder("gpt2"), file_of("gpt2"), "libkvexport-none.so"), "onnxruntime-genai-core");
   CHECK_THROWS_WITH(Text(folder("gpt2"), file_of("gpt2"), "libm.so.6"),
@@ -190,14 +189,14 @@ TEST(a_missing_library_is_a_failure_with_a_remedy) {
                     "cannot read");
 }
 
-TEST(text_that_is_none_is_refused) {
+TEST(refuses_invalid_text) {
   const Text text = text_of("gpt2");
   CHECK_THROWS_WITH(text.encode("a\xff", true), "UTF-8");
   CHECK_THROWS_WITH(text.encode(std::string("a\0b", 3), true), "NUL");
   CHECK(text.encode("", false).empty());
 }
 
-TEST(threads_take_turns) {
+TEST(is_thread_safe) {
   const Text text = text_of("qwen");
   const Ids wanted = text.encode("Once upon a time", true);
   std::vector<int> same(4, 1);
@@ -211,6 +210,6 @@ TEST(threads_take_turns) {
   CHECK_EQUAL(std::accumulate(same.begin(), same.end(), 0), 4);
 }
 
-TEST(a_hundred_times_open_and_closed) {
+TEST(opens_and_closes_a_hundred_times) {
   for (int i = 0; i < 100; ++i) text_of("gpt2");
 }

@@ -1,6 +1,8 @@
-// kvexport_self_test: whether this machine computes what was validated.   kvexport_self_test BUNDLE
-// [--provider NAME] [--json] Exit codes as the command line's: 0 ok, 1 it does not, 2 usage, 3 it cannot be
-// run here. Knows the C ABI alone.
+// Command-line self-test: checks that this machine computes the bundle's reference outputs.
+//
+//   kvexport_self_test BUNDLE [--provider NAME] [--json]
+//
+// Exit codes: 0 ok, 1 the outputs differ, 2 usage or damaged files, 3 this machine lacks what the test needs.
 #include <kvexport/kvexport.h>
 
 #include <cstdio>

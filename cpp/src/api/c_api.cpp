@@ -1,5 +1,5 @@
-// The C ABI over Session, Cache and generate. Nothing is thrown through it: every function that can fail
-// catches all there is.
+// The C API on top of Session, Cache and generate. No exception leaves it: every function that can fail
+// catches all of them.
 #include <kvexport/kvexport.h>
 
 #include <algorithm>
@@ -23,7 +23,7 @@ using kvexport::detail::Code;
 using kvexport::detail::Failure;
 
 struct kvexport_error {
-  const Failure* failure;  // null: there was no memory to say what
+  const Failure* failure;  // null: out of memory
 };
 
 struct kvexport_session {
@@ -72,7 +72,7 @@ void require_given(const Pointer* pointer, const char* name) {
   if (pointer == nullptr) throw Failure(Code::usage, std::string(name) + " is NULL", "NULL", "a pointer");
 }
 
-// An array may be NULL only where it is empty.
+// An array may be NULL only if it is empty.
 template <typename Value>
 void require_array(const Value* values, std::size_t count, const char* name) {
   constexpr std::size_t most = PTRDIFF_MAX / sizeof(Value);
@@ -88,7 +88,7 @@ std::string string_of(const char* text, std::size_t length, const char* name) {
   return length == 0 ? std::string() : std::string(text, length);
 }
 
-// A struct of the caller, who may know fewer members than this library, or more.
+// Reads a struct of the caller, whose version may have fewer or more members than this library's.
 template <typename Struct>
 Struct read_struct(const Struct* given, Struct defaults) {
   if (given == nullptr) return defaults;

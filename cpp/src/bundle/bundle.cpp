@@ -36,7 +36,7 @@ std::string read_manifest(const std::string& path) {
 Bundle Bundle::open(const std::string& path) {
   Bundle bundle;
   bundle.path = path;
-  std::error_code unknown;  // the folder that the process is in may be gone
+  std::error_code unknown;  // set if the current directory was deleted; the given path is then used as it is
   bundle.folder_ = std::filesystem::absolute(path, unknown).string();
   if (unknown) bundle.folder_ = path;
   bundle.manifest = parse_manifest(read_manifest(path), path);

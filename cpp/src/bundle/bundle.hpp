@@ -1,6 +1,6 @@
-// The bundle: a directory with a manifest and the files that it lists. Knows which files there are, their
-// sizes and hashes; what the manifest says is in manifest.hpp, what is in the files is others' matter.
-// Executes nothing, writes nothing.
+// The bundle: a directory with a manifest and the files that the manifest lists. Checks that the files exist,
+// their sizes and their hashes. The manifest itself is parsed in manifest.hpp. Nothing in a bundle is
+// executed, and nothing is written to it.
 #pragma once
 
 #include <string>
@@ -16,19 +16,21 @@ inline constexpr const char* data_file = "decoder.onnx.data";  // the weights
 
 class Bundle {
  public:
-  // The manifest is read and checked, and every file is there in its size; none is hashed (see `verify`).
-  // Throws Failure: no bundle, another format, a damaged manifest, a file missing or of another size.
+  // Opens a bundle: reads and checks the manifest, and checks that every listed file exists and has the
+  // listed size. Hashes no file (see `verify`). Throws Failure if there is no bundle, its format is not
+  // supported, the manifest is damaged, or a file is missing or has a different size.
   static Bundle open(const std::string& path);
 
   std::string path;
   Manifest manifest;
 
-  // Where a file is, whatever folder the process changes to.
+  // Absolute path of a file of the bundle; it stays valid if the process changes its current directory.
   std::string file(const std::string& name) const { return folder_ + "/" + name; }
 
-  // Hash the named files. Throws Failure that names the first that is not listed, or not as it was written.
+  // Hashes the named files. Throws Failure for the first one that the manifest does not list or whose hash
+  // differs.
   void verify(const std::vector<std::string>& names) const;
-  // All of them; `weights`: the largest, decoder.onnx.data, too.
+  // Hashes every file. `weights`: include decoder.onnx.data, the largest one.
   void verify_all(bool weights) const;
 
  private:

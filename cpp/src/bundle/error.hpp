@@ -1,5 +1,5 @@
-// The one kind of exception inside the library: what failed, the value it got, the values it expected, and
-// how to fix it. The C ABI turns it into a kvexport_error; nothing else is thrown on purpose.
+// The exception type of the library: what failed, what was got, what was expected, and how to fix it, as
+// kvexport/errors.py. The C API converts it to a kvexport_error.
 #pragma once
 
 #include <exception>
@@ -8,7 +8,7 @@
 
 namespace kvexport::detail {
 
-// As the exit codes of the command line.
+// Equal to the exit codes of the command line.
 enum class Code { gate_failed = 1, usage = 2, cannot_run_here = 3 };
 
 class Failure : public std::exception {
@@ -26,7 +26,7 @@ class Failure : public std::exception {
     if (!this->fix.empty()) message_ += "\n  fix:      " + this->fix;
   }
 
-  // All parts, one a line.
+  // The whole message: each part on its own line.
   const char* what() const noexcept override { return message_.c_str(); }
 
   Code code;
@@ -36,7 +36,7 @@ class Failure : public std::exception {
   std::string message_;
 };
 
-// The bundle is damaged, incomplete, or of a format that this version does not read.
+// The bundle is damaged, incomplete, or of an unsupported format version.
 inline Failure bundle_error(std::string failed, std::string got = {}, std::string expected = {},
                             std::string fix = {}) {
   if (fix.empty()) fix = "copy the bundle again, or build it again: kvexport build CHECKPOINT -o BUNDLE";

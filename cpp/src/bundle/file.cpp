@@ -15,7 +15,7 @@ namespace kvexport::detail {
 
 namespace {
 
-// With access to the file; the remedy depends on the reason.
+// The fix depends on the reason.
 Failure cannot_read(const std::string& path, int reason) {
   std::string fix;
   if (reason == EACCES || reason == EPERM) fix = "let this user read it: chmod a+r " + path;
@@ -74,7 +74,7 @@ NewFile::NewFile(const std::string& path) : path_(path) {
   if (::stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
     throw Failure(Code::usage, path + " cannot be written: it is a folder", {}, {}, "name a file in it");
   }
-  // Not mkstemp, whose files are their owner's alone: this one is as others that its user makes.
+  // mkstemp would create a file that only its owner may read; this one gets the user's default permissions.
   std::random_device random;
   do {
     temporary_ = path + "." + std::to_string(random()) + ".partial";
@@ -110,7 +110,7 @@ void NewFile::overwrite(const void* data, std::size_t bytes, std::uint64_t offse
   }
 }
 
-// Beyond the limit of a process's files the system ends the process where it does not expect the signal.
+// Checks the process's file size limit first: a write beyond it would end the process with SIGXFSZ.
 void NewFile::require_allowed(std::size_t bytes) const {
   struct rlimit limit{};
   if (::getrlimit(RLIMIT_FSIZE, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return;

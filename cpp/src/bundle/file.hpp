@@ -1,5 +1,5 @@
-// Files as this library reads and writes them: whole, or in ranges; no larger than expected; new ones appear
-// whole or not at all. Knows nothing of what is in them.
+// Reading and writing of files. Reads are bounded by an expected size; a new file appears only when it is
+// complete.
 #pragma once
 
 #include <cstddef>
@@ -9,8 +9,8 @@
 
 namespace kvexport::detail {
 
-// A file opened for reading. Throws Failure (usage) with the system's reason where it is none or cannot be
-// read.
+// A file open for reading. The constructor throws Failure (usage) with the system's reason if it is not a
+// regular file or cannot be read.
 class File {
  public:
   explicit File(const std::string& path);
@@ -19,7 +19,7 @@ class File {
   File& operator=(const File&) = delete;
 
   std::uint64_t size() const { return size_; }
-  // All of `bytes`, from `offset` on; Failure where the file ends before.
+  // Reads exactly `bytes` bytes from `offset` on. Throws Failure if the file ends earlier.
   void read(void* target, std::size_t bytes, std::uint64_t offset) const;
 
  private:
@@ -28,14 +28,14 @@ class File {
   std::uint64_t size_ = 0;
 };
 
-// Size of a plain file (links are followed), or nothing where there is none.
+// Size in bytes of a regular file (links are followed); nothing if there is none.
 std::optional<std::uint64_t> size_of_file(const std::string& path);
 
-// The whole file, of at most `most` bytes.
+// Reads a whole file. Throws Failure (usage) if it is larger than `most` bytes or cannot be read.
 std::string read_file(const std::string& path, std::size_t most);
 
-// A temporary sibling of `path` that `commit` renames to it, and that is removed without. Throws Failure
-// (cannot_run_here) with the system's reason, such as a full disk.
+// A temporary file beside `path`. `commit` renames it to `path`; without `commit` it is removed. Every call
+// throws Failure with the system's reason, e.g. a full disk.
 class NewFile {
  public:
   explicit NewFile(const std::string& path);
@@ -45,7 +45,7 @@ class NewFile {
 
   void write(const void* data, std::size_t bytes);
   void overwrite(const void* data, std::size_t bytes,
-                 std::uint64_t offset);  // bytes that were written before
+                 std::uint64_t offset);  // replaces bytes that were written before
   void commit();
 
  private:

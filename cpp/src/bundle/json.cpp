@@ -15,7 +15,8 @@ namespace {
 constexpr int deepest = 64;
 constexpr const char* wrong_type = "is missing or of the wrong type";
 
-// Throws instead of answering: what is refused is not built up first.
+// Callback of the JSON parser. It throws at the first violation, so that a hostile document is not built in
+// memory.
 class ParseLimits {
  public:
   bool operator()(int depth, Json::parse_event_t event, Json& parsed) {
@@ -32,10 +33,10 @@ class ParseLimits {
   }
 
  private:
-  std::vector<std::set<std::string>> keys_;  // of the objects that are open
+  std::vector<std::set<std::string>> keys_;  // keys of the objects that are open
 };
 
-// The next character of sound UTF-8.
+// Decodes one code point of valid UTF-8 and advances `at` behind it.
 char32_t next_character(std::string_view text, std::size_t& at) {
   const auto byte = [&](std::size_t i) { return static_cast<unsigned char>(i < text.size() ? text[i] : 0); };
   const unsigned char first = byte(at);
@@ -46,7 +47,7 @@ char32_t next_character(std::string_view text, std::size_t& at) {
   return character;
 }
 
-// Of a key, within a message.
+// A key, escaped if a terminal could not show it.
 std::string named(const std::string& key) { return printable(key) ? key : for_message(Json(key)); }
 
 bool is_integer(const Json& value) {
@@ -60,7 +61,7 @@ bool is_integer(const Json& value) {
 Json parse_json(std::string_view text, const std::string& document, const std::string& fix) {
   try {
     if (text.find('\0') != std::string_view::npos)
-      throw std::invalid_argument("it has a NUL byte");  // to the parser an end
+      throw std::invalid_argument("it has a NUL byte");  // the parser would take it for the end
     return Json::parse(text.begin(), text.end(), ParseLimits());
   } catch (const std::exception& error) {
     throw bundle_error(document + " cannot be read: " + error.what(), {}, {}, fix);

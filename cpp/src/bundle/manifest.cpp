@@ -18,7 +18,8 @@ constexpr std::int64_t format = 2;
 constexpr const char* rebuild = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE";
 constexpr std::string_view digest_key = "\"manifest_sha256\": \"";
 constexpr std::size_t digest_digits = 64;
-constexpr std::int64_t most_positions = 1 << 19;  // that a cache which evicts can count
+constexpr std::int64_t most_positions =
+    1 << 19;  // highest capacity with eviction, as kvexport/eviction/config.py
 constexpr std::int64_t opset = 24;
 constexpr std::pair<const char*, Dtype> dtypes[] = {
     {"float32", Dtype::float32}, {"float16", Dtype::float16}, {"bfloat16", Dtype::bfloat16}};
@@ -29,8 +30,7 @@ Failure contradicts(const std::string& problem, const std::string& got = {},
   return bundle_error(problem, got, expected, rebuild);
 }
 
-// The digest that the manifest gives of its own bytes, or "" where they do not have it: its digits count as
-// zeros.
+// The manifest's own digest, computed with its 64 digits replaced by zeros; "" if it does not match.
 std::string digest_of(std::string_view text) {
   const std::size_t key = text.find(digest_key);
   if (key == std::string_view::npos || text.find(digest_key, key + 1) != std::string_view::npos) return {};
@@ -116,7 +116,7 @@ Eviction eviction_of(const Reader& raw) {
     throw impossible("--protect-first is out of range", std::to_string(eviction.protect_first));
   if (eviction.protect_recent < 0)
     throw impossible("--protect-recent is out of range", std::to_string(eviction.protect_recent));
-  // Differences of numbers that were found small enough: sums might overflow.
+  // Subtracts numbers that were checked above, since a sum could overflow.
   if (eviction.budget <= eviction.protect_first ||
       eviction.budget - eviction.protect_first <= std::max<std::int64_t>(1, eviction.protect_recent))
     throw impossible("--kv-budget leaves no token that may go", std::to_string(eviction.budget) + " tokens");
@@ -145,7 +145,7 @@ Json tensor(const std::string& name, const std::string& dtype, Json shape) {
   return {{"name", name}, {"dtype", dtype}, {"shape", std::move(shape)}};
 }
 
-// What the graph must take and give, by everything else that the manifest says.
+// The "graph" object that follows from the rest of the manifest.
 Json promised(const Manifest& manifest) {
   const std::string dtype = name_of(manifest.dtype);
   Json inputs = Json::array({tensor("input_ids", "int64", {"batch", "sequence"}),
@@ -195,7 +195,7 @@ void require_graph(const Manifest& manifest, const Reader& reader) {
   }
 }
 
-// Every size that is later computed of the manifest stays far below what a size can be.
+// Bounds all sizes that are computed from the manifest, so that none of them can overflow.
 void require_countable(const Manifest& manifest) {
   constexpr std::int64_t most = std::numeric_limits<std::int64_t>::max() / 64;
   std::int64_t total = 0;
@@ -204,7 +204,7 @@ void require_countable(const Manifest& manifest) {
   for (const Layer& layer : manifest.layers) {
     std::int64_t bytes = 0;
     const bool counted = !__builtin_add_overflow(layer.key_head_dim, layer.value_head_dim, &bytes) &&
-                         !__builtin_add_overflow(bytes, 2, &bytes) &&  // the state, where it evicts
+                         !__builtin_add_overflow(bytes, 2, &bytes) &&  // the eviction state
                          !__builtin_mul_overflow(bytes, layer.num_key_value_heads, &bytes) &&
                          !__builtin_mul_overflow(bytes, 4, &bytes) &&
                          !__builtin_mul_overflow(bytes, manifest.capacity, &bytes) &&

@@ -1,5 +1,5 @@
-// What a bundle's manifest says, as typed data: read from its bytes and checked. Opens no other file,
-// allocates nothing that the bytes do not justify.
+// A bundle's manifest as typed data, checked while it is parsed. Opens no other file, and allocates no more
+// memory than the manifest's own size justifies.
 #pragma once
 
 #include <cstddef>
@@ -17,18 +17,18 @@ std::size_t size_of(Dtype dtype);
 const char* name_of(Dtype dtype);
 
 struct Eviction {
-  std::string policy;  // "l2-norm", "window", "keep-high", "random"
+  std::string policy;  // "l2-norm", "window", "keep-high" or "random"
   std::int64_t budget = 0, protect_first = 0, protect_recent = 0;
   std::vector<std::int64_t> skip_layers;
 
   bool evicts(std::int64_t layer) const;
-  std::int64_t chunk() const;            // the most tokens of a prompt that are read at once
-  std::int64_t self_test_slots() const;  // slots that self-tests run in
+  std::int64_t chunk() const;            // largest number of prompt tokens in one call
+  std::int64_t self_test_slots() const;  // slots that self-tests use
 };
 
 struct Layer {
   std::int64_t num_key_value_heads = 0, key_head_dim = 0, value_head_dim = 0;
-  std::optional<std::int64_t> window;  // of its attention
+  std::optional<std::int64_t> window;  // attention window in tokens; none: full attention
 };
 
 struct FileEntry {
@@ -37,7 +37,7 @@ struct FileEntry {
 };
 
 struct Manifest {
-  std::string version, source_name, digest;  // digest: manifest_sha256
+  std::string version, source_name, digest;  // digest: the value of manifest_sha256
   std::int64_t vocab_size = 0, hidden_size = 0;
   std::optional<std::int64_t> max_position_embeddings, bos_token_id;
   std::vector<std::int64_t> eos_token_ids;
@@ -51,8 +51,9 @@ struct Manifest {
   bool has(const std::string& file) const { return files.count(file) != 0; }
 };
 
-// `text`: manifest.json's bytes. `where`: the bundle, for messages. Throws Failure: another format, a digest
-// that does not match, a key missing or of the wrong type or range, parts that contradict each other.
+// Parses the content of manifest.json. `where`: path of the bundle, for messages. Throws Failure if the
+// format is not supported, the digest does not match, a key is missing or has another type or range, or parts
+// contradict each other.
 Manifest parse_manifest(std::string_view text, const std::string& where);
 
 }  // namespace kvexport::detail

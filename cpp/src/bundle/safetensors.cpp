@@ -12,7 +12,7 @@ namespace kvexport::detail {
 
 namespace {
 
-constexpr std::uint64_t prefix = 8;  // bytes of the header's length, little-endian
+constexpr std::uint64_t prefix = 8;  // the length of the header, 8 bytes little-endian
 constexpr std::uint64_t largest_header = std::uint64_t{1} << 24;
 constexpr std::size_t digest_digits = 64;
 constexpr const char* metadata_key = "__metadata__";
@@ -31,7 +31,7 @@ std::uint64_t little_endian(std::string_view bytes) {
   return value;
 }
 
-// Bytes of a tensor, or nothing where its dtype is not known or they cannot be counted.
+// Size of a tensor's data in bytes. Throws Failure if the dtype is unknown or the size overflows.
 std::uint64_t bytes_of(const TensorEntry& tensor, const std::string& where) {
   const auto known = std::find_if(std::begin(dtypes), std::end(dtypes),
                                   [&](const auto& each) { return each.first == tensor.dtype; });
@@ -132,7 +132,7 @@ void TensorReader::read(const TensorEntry& tensor, void* target, std::size_t byt
 
 TensorWriter::TensorWriter(const std::string& path, std::vector<TensorEntry> tensors, Metadata metadata)
     : file_(path) {
-  metadata["sha256"] = std::string(digest_digits, '0');  // known when the data was written
+  metadata["sha256"] = std::string(digest_digits, '0');  // a placeholder that `commit` overwrites
   nlohmann::ordered_json header;
   header[metadata_key] = metadata;
   for (TensorEntry& tensor : tensors) {

@@ -1,6 +1,5 @@
-// Files of named tensors in the safetensors format: read with everything checked before anything is
-// allocated, written as a stream. Knows types, shapes and offsets, not what the tensors are. The sha256 of
-// the data is in the metadata, as "sha256".
+// Files in the safetensors format. Reading checks the whole header before it allocates memory for tensors;
+// writing streams the data. The metadata key "sha256" holds the hash of the data section.
 #pragma once
 
 #include <cstdint>
@@ -15,9 +14,9 @@
 namespace kvexport::detail {
 
 struct TensorEntry {
-  std::string name, dtype;  // dtype as the format calls it: "F32", "F16", "BF16", "I64", ...
+  std::string name, dtype;  // dtype by its name in the format: "F32", "F16", "BF16", "I64", ...
   std::vector<std::int64_t> shape;
-  std::uint64_t begin = 0, end = 0;  // bytes in the data section
+  std::uint64_t begin = 0, end = 0;  // byte range in the data section
 
   std::uint64_t bytes() const { return end - begin; }
 };
@@ -27,27 +26,29 @@ using Metadata = std::map<std::string, std::string>;
 struct TensorHeader {
   Metadata metadata;
   std::vector<TensorEntry> tensors;  // in the order of their data
-  std::uint64_t data = 0;            // where in the file the data section begins
+  std::uint64_t data = 0;            // offset of the data section in the file
 
-  const TensorEntry* find(const std::string& name) const;  // nullptr: not there
+  const TensorEntry* find(const std::string& name) const;  // nullptr if there is none
 };
 
-// `start`: the file's first bytes, with the whole header (see `header_bytes`); `file_size`: of the file.
-// `where`: for messages. Throws Failure (usage): a header that is cut off, too long or no JSON; an unknown
-// dtype; a shape that is not its bytes; tensors that overlap, leave holes, or do not end where the file does.
+// Parses the header. `start`: the first bytes of the file, at least as many as `header_bytes` returns;
+// `file_size`: size of the whole file; `where`: path for messages. Throws Failure (usage) if the header is
+// truncated, too long or not JSON, a dtype is unknown, an entry has an unknown key, a shape does not match
+// its number of bytes, or the tensors overlap, leave gaps, or do not end at the end of the file.
 TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const std::string& where);
 
-// How many of the file's first bytes are the length and the header, from the first 8 of them; Failure as
-// above.
+// Number of bytes of the length prefix and the header, from the first 8 bytes of the file. Throws Failure as
+// parse_header does.
 std::uint64_t header_bytes(std::string_view start, std::uint64_t file_size, const std::string& where);
 
 class TensorReader {
  public:
-  explicit TensorReader(const std::string& path);  // reads and checks the header alone
+  explicit TensorReader(const std::string& path);  // reads and checks the header only
 
   const TensorHeader& header() const { return header_; }
-  void verify() const;  // Failure: the data is not what the metadata's sha256 says, or there is none
-  // `bytes` of a tensor's data, from its byte `offset` on; both within it.
+  void verify() const;  // Checks the hash of the data. Throws Failure if it differs from the metadata's
+                        // sha256 or there is none.
+  // Reads `bytes` bytes of a tensor's data from byte `offset` on; the range must lie within the tensor.
   void read(const TensorEntry& tensor, void* target, std::size_t bytes, std::uint64_t offset = 0) const;
 
  private:
@@ -56,9 +57,9 @@ class TensorReader {
   TensorHeader header_;
 };
 
-// `tensors`: names, dtypes and shapes; their data follows in that order, in pieces of any size. The file
-// appears at `path` with `commit`, whole, and not at all without. Throws Failure (cannot_run_here), as of a
-// full disk, from each.
+// Writes a file. `tensors`: names, dtypes and shapes; the data follows in this order, in pieces of any size.
+// The file appears at `path` when `commit` is called. Every call throws Failure (cannot_run_here) if writing
+// fails, e.g. on a full disk.
 class TensorWriter {
  public:
   TensorWriter(const std::string& path, std::vector<TensorEntry> tensors, Metadata metadata);

@@ -14,7 +14,7 @@ namespace {
 constexpr const char* FILE_NAME = "self_test.json";
 constexpr const char* REBUILD = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE";
 constexpr std::int64_t FORMAT = 1;
-constexpr std::size_t LARGEST = std::size_t{1} << 26;  // bytes of the file
+constexpr std::size_t LARGEST = std::size_t{1} << 26;  // size limit of the file in bytes
 
 std::vector<std::int64_t> ids(const Reader& raw, const char* key, std::int64_t vocab_size) {
   std::vector<std::int64_t> found = raw.integers(key);
@@ -41,7 +41,7 @@ Row row_of(const Reader& raw, std::size_t values, const Manifest& manifest) {
 }
 
 std::optional<std::int64_t> slots_of(const Reader& raw, const Manifest& manifest) {
-  (void)raw.value("slots");  // null says that there are none, and nothing says nothing
+  (void)raw.value("slots");  // the key must be present, null included
   const std::optional<std::int64_t> slots = raw.optional_integer("slots");
   if (slots.has_value() != manifest.eviction.has_value())
     raw.fail("slots", "contradicts the manifest's eviction");

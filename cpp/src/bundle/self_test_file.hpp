@@ -1,6 +1,5 @@
-// A bundle's reference vectors, self_test.json, as typed data: what its PyTorch twin computed when it was
-// built. Knows the file's keys and ranges, as kvexport/bundle/self_test_file.py does; must not know how
-// anything is held against them.
+// A bundle's self-test file, self_test.json, as typed data: the reference outputs of the PyTorch model,
+// recorded at build time. Same keys and ranges as kvexport/bundle/self_test_file.py.
 #pragma once
 
 #include <array>
@@ -16,31 +15,29 @@
 
 namespace kvexport::detail {
 
-// What one token leaves: row r, after token r of prompt and continuation was fed.
+// Reference outputs of one token. Row r belongs to token r of the prompt and its continuation.
 struct Row {
   double rms = 0;              // root mean square of its logits over the whole vocabulary
-  std::int64_t likeliest = 0;  // the token of the largest
-  double margin = 0;           // by which that is larger than the second
-  std::vector<double> values;  // logits of Vectors::logit_indices
+  std::int64_t likeliest = 0;  // the token with the largest logit
+  double margin = 0;           // difference between the two largest logits
+  std::vector<double> values;  // logits at ReferenceOutputs::logit_indices
   std::vector<double> key_norms,
-      value_norms;  // of the token's key and value in each layer, all KV heads together
+      value_norms;  // L2 norms per layer, over all KV heads
 };
 
-// How far a sound runtime may be from the twin.
+// Largest deviation from the reference outputs that a correct runtime may have.
 struct Tolerance {
-  double logits =
-      0;  // largest error of a logit, and of the root mean square of all, in units of the row's rms
-  double norms = 0;  // largest |norm / the twin's - 1| of a key or value
-  double tie = 0;    // margin / rms below which another token may be the likeliest
+  double logits = 0;  // error of a logit and of the rms, in units of the row's rms
+  double norms = 0;   // |norm / reference norm - 1| of a key or value
+  double tie = 0;     // margin / rms below which another token may be the most likely one
 };
 
 struct ReferenceOutputs {
-  std::string weights_sha256;         // of decoder.onnx.data as built
-  std::optional<std::int64_t> slots;  // that layers which evict have in this test; none: no layer evicts
-  std::vector<std::int64_t> tokens;   // the prompt, and what the twin chose after it, each the likeliest
-  std::int64_t prompt = 0;            // how many of them are the prompt: 1 or more
-  std::int64_t first_row =
-      0;  // the row that `rows` begin with, one of the prompt's; they end with the last token's
+  std::string weights_sha256;         // of decoder.onnx.data at build time
+  std::optional<std::int64_t> slots;  // slots of evicting layers in this test; none if no layer evicts
+  std::vector<std::int64_t> tokens;   // the prompt, then the reference's greedy continuation
+  std::int64_t prompt = 0;            // number of prompt tokens, at least 1
+  std::int64_t first_row = 0;         // token of rows[0], within the prompt; rows end with the last token
   std::vector<std::int64_t> logit_indices;
   std::vector<Row> rows;
   std::map<std::string, std::array<Tolerance, 3>>
@@ -51,12 +48,12 @@ struct ReferenceOutputs {
   }
 };
 
-// `document`: the file, for messages. Throws Failure: a key missing or of another type or range, or what
-// contradicts the manifest.
+// Parses the content of the file. `document`: its name in messages. Throws Failure if a key is missing or has
+// another type or range, or if the file contradicts the manifest.
 ReferenceOutputs parse_reference_outputs(std::string_view text, const Manifest& manifest,
                                          const std::string& document);
 
-// Those of a bundle. Throws Failure: it has none, or as parse_vectors does.
+// Reads the file of a bundle. Throws Failure if the bundle has none, and as parse_reference_outputs does.
 ReferenceOutputs read_reference_outputs(const Bundle& bundle);
 
 }  // namespace kvexport::detail

@@ -1,4 +1,4 @@
-// sha256, by OpenSSL. Knows bytes and files, not what they are.
+// SHA-256 by OpenSSL.
 #pragma once
 
 #include <cstddef>
@@ -13,9 +13,9 @@ namespace kvexport::detail {
 
 class Sha256 {
  public:
-  Sha256();  // throws Failure (cannot_run_here): libcrypto gives none
+  Sha256();  // throws Failure (cannot_run_here) if libcrypto does not provide SHA-256
   void update(const void* data, std::size_t bytes);
-  std::string hex();  // 64 digits; once
+  std::string hex();  // 64 hexadecimal digits; may be called once
 
  private:
   struct Free {
@@ -26,7 +26,7 @@ class Sha256 {
 
 std::string sha256_of(std::string_view bytes);
 
-// Of a file from byte `from` on, read in pieces. Throws Failure (usage) where it cannot be read.
+// Hash of a file from byte `from` on, read in pieces. Throws Failure (usage) if it cannot be read.
 std::string sha256_of_file(const std::string& path, std::uint64_t from = 0);
 
 }  // namespace kvexport::detail

@@ -47,7 +47,7 @@ std::vector<Message> messages_of(const Reader& raw) {
   return messages;
 }
 
-// What stands around the plain ids of every text.
+// Finds the special tokens before and after the plain ids, which must be the same in every sample.
 void find_special(TextFile& file, const Reader& raw) {
   const auto told = std::find_if(file.samples.begin(), file.samples.end(),
                                  [](const TokenizerSample& one) { return !one.plain_ids.empty(); });

@@ -1,5 +1,4 @@
-// text.json of a bundle: what its tokenizer and chat template gave when it was built, as typed data. Read
-// from its bytes and checked; knows no tokenizer.
+// A bundle's text.json as typed data: tokenizer samples and chat strings, recorded at build time.
 #pragma once
 
 #include <cstdint>
@@ -12,8 +11,7 @@
 
 namespace kvexport::detail {
 
-// A text, its token ids with and without the tokenizer's special tokens around it, and those decoded without
-// them.
+// A text, its token ids with and without the tokenizer's special tokens, and the ids decoded without them.
 struct TokenizerSample {
   std::string text;
   std::vector<std::int64_t> ids, plain_ids;
@@ -22,15 +20,16 @@ struct TokenizerSample {
 
 struct TextFile {
   std::vector<TokenizerSample> samples;     // at least one
-  std::vector<std::int64_t> special_ids;    // tokens that decoding leaves out; ascending
-  std::vector<std::int64_t> before, after;  // the special tokens that are put around every text
+  std::vector<std::int64_t> special_ids;    // tokens that decoding omits, ascending
+  std::vector<std::int64_t> before, after;  // special tokens around every text
   std::optional<Chat> chat;
 };
 
 inline constexpr const char* text_file = "text.json";
 
-// Throws Failure (bundle_error): a value is missing, of another type or range, or contradicts another; so
-// where the chat's strings do not give the text of the conversations that the file holds.
+// Parses the content of text.json. Throws Failure (bundle_error) if a value is missing, has another type or
+// range, or contradicts another one, and if the chat strings do not produce the text of the file's own
+// conversations.
 TextFile parse_text(std::string_view text);
 
 }  // namespace kvexport::detail

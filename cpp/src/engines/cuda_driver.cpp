@@ -1,5 +1,5 @@
-// libcuda's functions by hand-written declarations, and what CudaDevice makes of them. The numbers are those
-// of the public cuda.h, which never change.
+// Hand-written declarations of libcuda's functions, and CudaDevice on top of them. Constants are those of the
+// public cuda.h; they are part of CUDA's stable ABI.
 #include "engines/cuda_driver.hpp"
 
 #include <dlfcn.h>
@@ -48,7 +48,7 @@ constexpr const char* elsewhere = "run on the CPU (provider \"cpu\"), or on a ma
 
 struct CudaDriver {
   explicit CudaDriver(const char* library) {
-    // Never unloaded: the driver's own threads may outlive the last call.
+    // Never unloaded: threads of the driver may outlive the last call.
     handle = dlopen(library, RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (handle == nullptr) {
       const char* reason = dlerror();
@@ -263,7 +263,7 @@ std::unique_ptr<CudaDevice::Graph> CudaDevice::capture(const std::function<void(
     work();
   } catch (const Failure&) {
     failed = true;
-  } catch (...) {  // a stream that is captured does nothing else
+  } catch (...) {  // ends the capture, since a capturing stream cannot be used otherwise
     if (driver_->capture_end(stream_, &graph) == success) driver_->graph_destroy(graph);
     throw;
   }

@@ -1,9 +1,8 @@
-// The first GPU through CUDA's driver API: memory, copies, one stream, graphs. libcuda.so.1 is opened at run
-// time, so that no CUDA header is needed to build and no driver to load this library. Knows bytes and
-// addresses; must not know what is computed.
+// The first GPU through CUDA's driver API: memory, copies, one stream, and graphs. libcuda.so.1 is opened at
+// run time: building needs no CUDA headers, and loading this library needs no driver.
 //
-// It has not been run on a GPU: none was at hand. Its tests run it on a driver that is simulated in the
-// host's memory (tests/fake_cuda.cpp); names and signatures are those of the public cuda.h since CUDA 11.4.
+// Not yet run on a GPU. The tests run it on a driver that is simulated in host memory
+// (tests/gpu/fake_cuda.cpp). Names and signatures are those of the public cuda.h since CUDA 11.4.
 #pragma once
 
 #include <cstddef>
@@ -14,30 +13,30 @@
 
 #include "runtime/storage.hpp"
 
-// As cuda.h and cuda_runtime_api.h call what their handles point to: a CUstream is a cudaStream_t.
+// The handle types of cuda.h and cuda_runtime_api.h; a CUstream is a cudaStream_t.
 struct CUctx_st;
 struct CUgraphExec_st;
 struct CUstream_st;
 
 namespace kvexport::detail {
 
-struct CudaDriver;  // libcuda's functions
+struct CudaDriver;  // function table of libcuda
 
-// The device, its primary context and a stream of our own. Every call but those of memory is queued on the
-// stream, in order. Any thread may call; all throw Failure (cannot_run_here) with CUDA's own words, but for
-// those that are noexcept.
+// The device, its primary context and one stream. All calls but those that allocate or release memory are
+// queued on the stream, in order. Usable from any thread. All calls throw Failure (cannot_run_here) with
+// CUDA's message, except those that are noexcept.
 class CudaDevice {
  public:
-  // Throws Failure: no driver, one too old, or no GPU.
+  // Throws Failure if there is no driver, it is too old, or there is no GPU.
   explicit CudaDevice(const char* library = "libcuda.so.1");
   ~CudaDevice();
   CudaDevice(const CudaDevice&) = delete;
   CudaDevice& operator=(const CudaDevice&) = delete;
 
-  // While it lives, the device's context is current in this thread, as CUDA's runtime inside an engine wants
-  // it, and other threads wait before they queue anything: nothing of theirs is captured into a graph of
-  // ours. May be nested. A context that cannot be entered is what the calls then refuse; at the end of a
-  // process it may be gone before us.
+  // Locks the device for this thread and makes its context current, as the CUDA runtime inside an engine
+  // requires. Other threads wait, so that none of their work is captured into a graph of this thread. May be
+  // nested. If the context cannot be made current, e.g. at the end of the process, the calls made under the
+  // lock fail.
   class ContextLock {
    public:
     explicit ContextLock(CudaDevice& device) noexcept;
@@ -51,14 +50,13 @@ class CudaDevice {
   };
 
   const std::string& name() const { return name_; }
-  const std::string& compute_capability() const { return compute_capability_; }  // such as "8.7"
+  const std::string& compute_capability() const { return compute_capability_; }  // e.g. "8.7"
   CUstream_st* stream() const { return stream_; }
-  DeviceMemory memory();  // free and total, as the driver says now
+  DeviceMemory memory();  // free and total bytes, as the driver reports them now
 
   void* allocate(std::size_t bytes);  // aligned to 256 bytes or more
   void release(void* address) noexcept;
-  void* allocate_pinned(
-      std::size_t bytes);  // the host's, which copies to and from the device need not wait for
+  void* allocate_pinned(std::size_t bytes);  // page-locked host memory, for asynchronous copies
   void release_pinned(void* address) noexcept;
 
   void clear(void* address, std::size_t bytes);
@@ -68,8 +66,7 @@ class CudaDevice {
                  std::size_t width, std::size_t rows);
   void synchronize();
 
-  // What `work` queues, as a graph to launch again and again, without doing it; none where it cannot be
-  // captured.
+  // Captures the calls that `work` makes into a graph without running them. Null if they cannot be captured.
   class Graph {
    public:
     Graph(CudaDevice& device, CUgraphExec_st* executable) : device_(device), executable_(executable) {}
@@ -97,10 +94,10 @@ class CudaDevice {
   CUstream_st* stream_ = nullptr;
   std::recursive_mutex mutex_;
   int lock_depth_ = 0;           // of the thread that holds the mutex
-  bool context_pushed_ = false;  // the context, by the first of them
+  bool context_pushed_ = false;  // whether the outermost lock made the context current
 };
 
-// Device memory, and where it is staged a pinned copy in the host's, given back with this object.
+// Device memory, and optionally a pinned buffer of the same size in host memory.
 class CudaArray {
  public:
   CudaArray(CudaDevice& device, std::size_t bytes, bool pinned);
@@ -148,7 +145,7 @@ class CudaStorage final : public Storage {
   std::shared_ptr<CudaDevice> device_;
 };
 
-// The first GPU's memory; throws as CudaDevice does.
+// Memory of the first GPU. Throws as CudaDevice does.
 std::unique_ptr<CudaStorage> open_cuda_storage();
 
 }  // namespace kvexport::detail

@@ -21,7 +21,7 @@ std::vector<long> numbers(const std::string& version) {
   return parts;
 }
 
-// A library tells three numbers of its version, a record may have a fourth: TensorRT compares that itself.
+// Compares the parts that both have, at least three: the library reports three, a record may have four.
 bool same_version(const std::string& built, const std::string& here) {
   const std::vector<long> left = numbers(built), right = numbers(here);
   const std::size_t common = std::min(left.size(), right.size());
@@ -35,12 +35,12 @@ std::string joined(const std::vector<std::string>& parts, const char* between) {
   return whole;
 }
 
-// Why the plan does not run here, or "".
+// Why the plan cannot run on this machine; "" if it can.
 std::string misfit(const BuildRecord& record, const std::string& gpu, const std::string& capability,
                    const EngineLibrary& library) {
   const std::vector<std::string>& built = record.compute_capability;
   const bool later =
-      record.hardware_compatible && numbers(capability) >= std::vector<long>{8, 0};  // Ampere and after it
+      record.hardware_compatible && numbers(capability) >= std::vector<long>{8, 0};  // Ampere or later
   if (std::find(built.begin(), built.end(), capability) == built.end() && !later)
     return "was built for compute capability " + joined(built, " or ") + ", and " + gpu + " has " +
            capability;
@@ -50,8 +50,7 @@ std::string misfit(const BuildRecord& record, const std::string& gpu, const std:
   if (record.engine != library.name)
     return "needs " + record.engine + " " + record.version + ", and this libkvexport was built with " +
            library.name;
-  // Of a later version only a version-compatible plan runs; but that holds code for the host, which TensorRT
-  // would run.
+  // A later version runs only version-compatible plans, and those contain host code, which is refused below.
   if (!same_version(record.version, library.version))
     return "was built with " + record.engine + " " + record.version + ", here is " + library.version;
   if (record.version_compatible)

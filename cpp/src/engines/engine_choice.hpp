@@ -1,5 +1,4 @@
-// The engines in a bundle, and which of them this machine can run; reads their records and loads none of
-// them. Knows no TensorRT.
+// Selection of an engine of the bundle that runs on this machine, from the engines' records.
 #pragma once
 
 #include <string>
@@ -9,14 +8,14 @@
 
 namespace kvexport::detail {
 
-// What this library was built with: plans are bound to the version that built them.
+// The TensorRT library of this build. A plan runs only with the version that built it.
 struct EngineLibrary {
-  std::string name, version;  // "tensorrt" or "tensorrt-rtx"; "10.3.0"
+  std::string name, version;  // "tensorrt" or "tensorrt-rtx"; e.g. "10.3.0"
 };
 
-// The first of the bundle's engines, by the names of their folders, that runs on a GPU of this name and
-// compute capability. Its plan is not hashed. Throws Failure: there is none, or none that fits, with what is
-// wrong with each; the first that would run was built from another bundle; a record is damaged.
+// The first engine, in the order of directory names, that runs on a GPU with this name and compute
+// capability. The plan is not hashed. Throws Failure if there is none, with the reason for each engine; if
+// the chosen engine was built from another bundle; or if a record is damaged.
 BuildRecord choose_engine(const Bundle& bundle, const std::string& gpu, const std::string& compute_capability,
                           const EngineLibrary& library);
 

@@ -1,4 +1,4 @@
-// What stands for tensorrt_engine.cpp where TensorRT's headers were not found.
+// Replaces tensorrt_engine.cpp in builds without TensorRT.
 #ifndef KVEXPORT_HAS_TENSORRT
 
 #include "bundle/error.hpp"

@@ -1,4 +1,4 @@
-// ONNX Runtime's C API with owners and exceptions: what it refuses becomes a Failure. Knows no graph.
+// ONNX Runtime's C API with owning pointers, and with errors as Failure.
 #pragma once
 
 #include <onnxruntime_c_api.h>
@@ -11,8 +11,8 @@
 
 namespace kvexport::detail::ort {
 
-// ONNX Runtime's table of functions, which it keeps for good. Throws Failure: the library is older than the
-// headers.
+// ONNX Runtime's function table, which is valid for the whole process. Throws Failure if the library is older
+// than the headers.
 inline const OrtApi& api() {
   const OrtApi* found = OrtGetApiBase()->GetApi(ORT_API_VERSION);
   if (found == nullptr) {
@@ -22,7 +22,7 @@ inline const OrtApi& api() {
   return *found;
 }
 
-// What ONNX Runtime said of a call, or "" where it succeeded.
+// The error message of a call; "" if it succeeded.
 inline std::string refusal(const OrtApi& api, OrtStatus* status) {
   if (status == nullptr) return {};
   const std::unique_ptr<OrtStatus, decltype(api.ReleaseStatus)> owned(status, api.ReleaseStatus);
@@ -41,7 +41,7 @@ inline void require(const OrtApi& api, OrtStatus* status,
 template <typename Object>
 using Owned = std::unique_ptr<Object, void(ORT_API_CALL*)(Object*)>;
 
-// What a function of the table makes as its last argument.
+// Calls a function that creates an object in its last argument.
 template <typename Object, typename Function, typename... Arguments>
 Owned<Object> make(const OrtApi& api, void(ORT_API_CALL* release)(Object*), Function function,
                    Arguments&&... arguments) {

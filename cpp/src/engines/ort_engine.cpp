@@ -1,6 +1,5 @@
-// The graph on ONNX Runtime, on the CPU or on CUDA: one call after another, over caches that are bound in
-// place. Knows the graph contract and ONNX Runtime; must not know what tokens mean. On CUDA this was never
-// run: no GPU was at hand.
+// The graph on ONNX Runtime, on the CPU or on CUDA, with caches bound in place. The CUDA path has not yet
+// been run on a GPU.
 #include <algorithm>
 #include <cstdlib>
 #include <cstring>
@@ -21,13 +20,13 @@ using ort::make;
 using ort::Owned;
 using ort::require;
 
-// Tokens by which caches grow. Attention reads all of a buffer, so its layout follows the sequence closely;
-// moving the heads apart at each growth is then 1/STEP of what attention reads between two of them.
+// Number of tokens by which caches grow. Attention reads the whole buffer, so the layout must follow the
+// length closely; moving the heads at each growth costs 1/STEP of what attention reads in between.
 constexpr std::int64_t STEP = 256;
 
-// ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder,
-// unless the environment forbids it before they begin (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows
-// it. At loading, when a program most often has one thread: setenv is not for several.
+// ONNX Runtime packages since 1.29 send usage data and store some in the user's home directory, unless the
+// environment forbids it before the library starts (its docs/Privacy.md). ORT_DISABLE_TELEMETRY=0 allows it.
+// Set when this library is loaded, since setenv is not safe once there are several threads.
 __attribute__((constructor)) void forbid_telemetry() { ::setenv("ORT_DISABLE_TELEMETRY", "1", 0); }
 
 ONNXTensorElementDataType element_type(Dtype dtype) {
@@ -38,7 +37,7 @@ ONNXTensorElementDataType element_type(Dtype dtype) {
   }
 }
 
-struct Tensor {  // as the manifest says, or the graph; -1: a size that the caller chooses
+struct Tensor {  // -1 in `shape`: any size
   std::string name;
   ONNXTensorElementDataType type;
   std::vector<std::int64_t> shape;
@@ -116,7 +115,7 @@ void require_contract(const OrtApi& api, const OrtSession* session, const Manife
   }
 }
 
-// ONNX Runtime's errors come as statuses; what it logs beside them must not go to the application's terminal.
+// Errors are returned as statuses; the log must not reach the application's terminal.
 void ORT_API_CALL silent(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
 
 struct OrtBinding final : Binding {
@@ -125,7 +124,7 @@ struct OrtBinding final : Binding {
 
   const OrtApi& api;
   Buffers& buffers;
-  std::int64_t generation = -1, tokens = 0, rows = 0;  // that are bound; 0: none are
+  std::int64_t generation = -1, tokens = 0, rows = 0;  // of the current bindings; 0: none
   std::vector<std::int64_t> input_ids, position_ids, logits_index;
   std::int64_t write_index = 0;
   std::vector<float> logits;
@@ -184,9 +183,10 @@ class OrtEngine final : public Engine {
     std::copy_n(call.logits_index, call.logits, binding.logits_index.data());
     binding.write_index = call.write_index;
     if (on_device()) {
-      // ONNX Runtime copies what is bound from the host's memory when it is bound, and not again.
+      // ONNX Runtime copies bound host memory to the device when it is bound, so it is bound again for each
+      // call.
       bind_tokens(binding);
-      storage_->synchronize();  // it has streams of its own
+      storage_->synchronize();  // ONNX Runtime uses its own streams
       require(api_, api_.SynchronizeBoundInputs(binding.io.get()));
     }
     const OrtRunOptions* options = call.shrink && !on_device() ? shrinking_.get() : nullptr;
@@ -218,7 +218,8 @@ class OrtEngine final : public Engine {
     }
     storage_ = open_cuda_storage();
     auto cuda = make(api_, api_.ReleaseCUDAProviderOptions, api_.CreateCUDAProviderOptions);
-    // kSameAsRequested: the arena would else grow to the next power of two, and take memory that caches need.
+    // kSameAsRequested: the default rounds the arena up to a power of two, which takes memory that caches
+    // need.
     const char* keys[] = {"device_id", "arena_extend_strategy"};
     const char* values[] = {"0", "kSameAsRequested"};
     require(api_, api_.UpdateCUDAProviderOptions(cuda.get(), keys, values, 2));
@@ -253,7 +254,7 @@ class OrtEngine final : public Engine {
                 shape.data(), shape.size(), type);
   }
 
-  // Bind what has another shape than in the call before; a decode step most often binds nothing.
+  // Binds arrays whose shape changed since the last call; most decode steps bind nothing.
   void shape(OrtBinding& binding, const Call& call) {
     if (binding.generation != binding.buffers.generation) {
       const OrtMemoryInfo* memory = on_device() ? device_memory_.get() : host_memory_.get();

@@ -1,11 +1,11 @@
-// A bundle's TensorRT engine: decode and prefill as two execution contexts of every cache, over one scratch
-// memory. Knows how TensorRT is called (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an
-// engine's graph has: std24 writes the cache in place, decomposed17 gives what is new, which is copied into
-// it after the call: to the slots that it names where layers evict, else to those of the positions. Must not
-// know what tokens mean.
+// A TensorRT engine of the bundle (TensorRT 10.3 to 11.x and TensorRT-RTX). Each cache has two execution
+// contexts, for decode and prefill, which share one scratch memory. The graph has one of two forms: std24
+// writes the cache in place; decomposed17 outputs the new keys and values, which are copied into the cache
+// after the call, into the slots that the graph names if layers evict, else into the slots of their
+// positions.
 //
-// It has not been run on a GPU: none was at hand. Its tests (tests/gpu) run it on a TensorRT and a driver
-// that are simulated in the host's memory and compute the bundle's graph on ONNX Runtime.
+// Not yet run on a GPU. The tests (tests/gpu) run it on a TensorRT and a driver that are simulated in host
+// memory and compute the graph with ONNX Runtime.
 #ifdef KVEXPORT_HAS_TENSORRT
 
 #include <algorithm>
@@ -24,14 +24,14 @@ namespace kvexport::detail {
 
 namespace {
 
-constexpr int DECODE = 0, PREFILL = 1;  // profiles
+constexpr int DECODE = 0, PREFILL = 1;  // optimization profiles
 constexpr std::size_t ALIGNMENT = 256;
 
 std::size_t aligned(std::size_t bytes) { return (bytes + ALIGNMENT - 1) / ALIGNMENT * ALIGNMENT; }
 
 char* at(void* address, std::size_t offset) { return static_cast<char*>(address) + offset; }
 
-// Bytes of the engine's weights; 0 of versions that do not tell.
+// Bytes of the engine's weights; 0 if this TensorRT version does not report them.
 template <typename Engine, typename Stat>
 std::int64_t first_stat(const Engine& engine, std::int64_t (Engine::*read)(Stat) const noexcept) {
   return (engine.*read)(static_cast<Stat>(0));  // EngineStat::kTOTAL_WEIGHTS_SIZE
@@ -45,7 +45,7 @@ std::int64_t weights_of(const Engine&, long) {
   return 0;
 }
 
-// TensorRT-RTX may still be compiling kernels, and says so; TensorRT wants to have run once, which it has.
+// TensorRT-RTX reports whether its kernels are compiled. TensorRT requires one run before, which there was.
 template <typename Context>
 auto can_be_captured(Context& context, CUstream_st* stream, int)
     -> decltype(context.isStreamCapturable(stream)) {
@@ -56,7 +56,7 @@ bool can_be_captured(Context&, CUstream_st*, long) {
   return true;
 }
 
-// A context, and what it was made of.
+// An execution context and its configuration.
 struct Context {
 #ifdef TRT_MAJOR_RTX
   std::unique_ptr<nvinfer1::IRuntimeConfig> config;
@@ -64,20 +64,20 @@ struct Context {
   std::unique_ptr<nvinfer1::IExecutionContext> context;
 };
 
-// What a graph that cannot write the cache gives, in memory that the caches share: they take turns.
+// Outputs of a graph that does not write the cache. All caches share this memory, since calls are serialized.
 struct Updates {
-  std::unique_ptr<CudaArray> memory, slots;    // slots: int64, which the host reads
-  std::map<std::string, std::size_t> offsets;  // in `memory`, by the name of the cache
-  std::map<int, std::size_t> slots_offsets;    // in `slots`, by layer
+  std::unique_ptr<CudaArray> memory, slots;    // slots: int64, read by the host
+  std::map<std::string, std::size_t> offsets;  // offsets in `memory`, by cache input name
+  std::map<int, std::size_t> slots_offsets;    // offsets in `slots`, by layer
 };
 
-// Calls of one profile: its context, and the arrays that they take and give but the caches. Nothing is
-// allocated from call to call, but for more logits than ever before. Once a decode step has run, the upload,
-// the engine and the downloads are one CUDA graph; copies into the cache stay outside, since their target
-// changes with every step.
+// Calls of one profile: its context and all arrays but the caches. A call allocates memory only if it returns
+// more logits than any call before. After the first decode step, the upload, the engine and the downloads are
+// captured as a CUDA graph. Copies into the cache are not captured, since their target changes with every
+// step.
 class Calls {
  public:
-  // `addresses`: of what is not made here, by name.
+  // `addresses`: memory of the other tensors, by name.
   Calls(const LoadedEngine& loaded, CudaDevice& device, Context context, const CudaArray* told,
         std::int64_t vocab, std::int64_t max_tokens_per_call, bool captures,
         const std::map<std::string, void*>& addresses)
@@ -94,7 +94,7 @@ class Calls {
       bind(TOKEN_INPUTS[index], at(inputs_.address(), index * room_));
   }
 
-  // `after` queues what follows the engine.
+  // `after` queues work behind the engine.
   template <typename After>
   const float* run(const Call& call, After after) {
     resize(call.tokens, call.logits);
@@ -134,7 +134,7 @@ class Calls {
 
   void resize(std::int64_t tokens, std::int64_t logits) {
     if (tokens == tokens_ && logits == logits_count_) return;
-    tokens_ = 0;  // until all of it is done
+    tokens_ = 0;  // invalid until all steps succeeded
     for (const auto& [name, count] :
          {std::pair{"input_ids", tokens}, {"position_ids", tokens}, {"logits_index", logits}}) {
       nvinfer1::Dims shape{};
@@ -144,7 +144,7 @@ class Calls {
     }
     const std::size_t bytes = static_cast<std::size_t>(logits) * vocab_ * sizeof(float);
     if (logits_ == nullptr || logits_->bytes() < bytes) {
-      logits_.reset();  // before more is allocated
+      logits_.reset();  // released before the larger one is allocated
       logits_ = std::make_unique<CudaArray>(device_, bytes, true);
       bind("logits", logits_->address());
     }
@@ -159,18 +159,17 @@ class Calls {
   const LoadedEngine& loaded_;
   CudaDevice& device_;
   Context context_;
-  const CudaArray* told_;  // what the host reads after a call, beside the logits
+  const CudaArray* told_;  // slots that the host reads after the call; null if there are none
   std::size_t vocab_, room_;
   bool captures_;
-  CudaArray inputs_;  // one after another, each `room_` bytes
+  CudaArray inputs_;  // all token inputs, `room_` bytes each
   std::unique_ptr<CudaArray> logits_;
   std::int64_t tokens_ = 0, logits_count_ = 0;
-  std::unique_ptr<CudaDevice::Graph> graph_;  // goes before what it uses
+  std::unique_ptr<CudaDevice::Graph> graph_;  // destroyed before the arrays that it uses
 };
 
-// A cache has contexts of its own: a captured graph is of one context and of one cache's addresses, and
-// nothing may be changed in a context that graphs were captured from (TensorRT's developer guide, "CUDA
-// Graphs").
+// Contexts belong to one cache: a captured graph contains the addresses of one cache, and a context must not
+// be changed after a graph was captured from it (TensorRT developer guide, "CUDA Graphs").
 struct TensorRtBinding final : Binding {
   TensorRtBinding(const Buffers& buffers, CudaDevice& device) : buffers(buffers), device(device) {}
   ~TensorRtBinding() override {
@@ -194,7 +193,7 @@ class TensorRtEngine final : public Engine {
     require_contract(loaded_, record_, manifest_);
     const EngineLibrary library = tensorrt_library();
     version_ = library.name + " " + library.version;
-    // Of the profile that needs the most.
+    // the maximum over all profiles
     const std::int64_t scratch = loaded_.engine->getDeviceMemorySizeV2();
     scratch_ = std::make_unique<CudaArray>(
         *device_, static_cast<std::size_t>(std::max<std::int64_t>(scratch, 1)), false);
@@ -249,7 +248,7 @@ class TensorRtEngine final : public Engine {
     auto& bound = static_cast<TensorRtBinding&>(binding);
     const std::int64_t start = call.position_ids[0], stop = start + call.tokens;
     if (call.tokens < 1 || call.tokens > record_.chunk || start < 0 ||
-        stop > record_.capacity)  // TensorRT would say nothing
+        stop > record_.capacity)  // TensorRT does not check this
       throw Failure(
           Code::usage, "the engine's capacity is exhausted", std::to_string(stop) + " tokens",
           "at most " + std::to_string(record_.capacity) + ", " + std::to_string(record_.chunk) + " at a time",
@@ -276,13 +275,13 @@ class TensorRtEngine final : public Engine {
     if (slots_bytes > 0) updates_.slots = std::make_unique<CudaArray>(*device_, slots_bytes, true);
   }
 
-  // A new execution context on one profile, over the scratch memory that all share.
+  // Creates an execution context for one profile, on the shared scratch memory.
   Context context(int profile) {
     Context made;
     const auto strategy = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 #ifdef TRT_MAJOR_RTX
-    // Kernels are compiled for a size when it first comes. For the decode step that shall be at once: a graph
-    // that was captured before would keep the slower ones. Prompts have many sizes, and do not wait.
+    // TensorRT-RTX compiles kernels for a shape when it first occurs. The decode step waits for them, because
+    // a captured graph would keep the slower fallback kernels. Prompts, which have many lengths, do not wait.
     made.config.reset(loaded_.engine->createRuntimeConfig());
     made.config->setExecutionContextAllocationStrategy(strategy);
     if (profile == DECODE)
@@ -299,9 +298,9 @@ class TensorRtEngine final : public Engine {
     return made;
   }
 
-  // Copy what the graph gave of `count` new tokens to the cache, in the stream's order: of a layer that
-  // evicts to the slots that it named, neighbouring heads of one slot together, of others to those from
-  // `start` on.
+  // Queues copies of `count` new tokens from the graph's outputs into the cache. In a layer that evicts they
+  // go to the slots that the graph named, consecutive heads with the same slot in one copy; in other layers
+  // to the slots from `start` on.
   void write_updates(const Buffers& buffers, std::int64_t start, std::int64_t count) {
     for (const Buffer& buffer : buffers.all) {
       const char* given = at(updates_.memory->address(), updates_.offsets.at(buffer.past));

@@ -27,7 +27,7 @@ constexpr const char* rebuild = "build it again: kvexport engine BUNDLE --force"
 struct Tensor {
   Dtype dtype;
   std::vector<std::int64_t> shape;
-  std::string output;  // present.{i}.key, which is the same memory, or update.{i}.key
+  std::string output;  // present.{i}.key, which shares the memory, or update.{i}.key
   std::string text() const {
     std::string sizes;
     for (std::int64_t size : shape) sizes += (sizes.empty() ? "" : ", ") + std::to_string(size);
@@ -35,7 +35,7 @@ struct Tensor {
   }
 };
 
-// A plan need not be in memory twice.
+// A read-only mapping, so that the plan is not copied into memory.
 class MappedFile {
  public:
   explicit MappedFile(const std::string& path) {
@@ -61,8 +61,8 @@ class MappedFile {
   std::size_t size_ = 0;
 };
 
-// TensorRT keeps the first log for as long as any runtime lives, whoever else has let go of it: so all share
-// one, which goes with the last of them.
+// TensorRT keeps the first logger while any runtime exists, so all sessions share one logger, which lives as
+// long as the last of them.
 std::shared_ptr<TensorRtLog> shared_log() {
   static std::mutex mutex;
   static std::weak_ptr<TensorRtLog> kept;
@@ -82,7 +82,7 @@ std::map<std::string, Tensor> caches_of(const Manifest& manifest, const BuildRec
   return caches;
 }
 
-// "" of a type that none of our tensors has.
+// "" for a type that no tensor of a bundle has.
 std::string type_of(nvinfer1::DataType type) {
   switch (type) {
     case nvinfer1::DataType::kFLOAT: return "float32";
@@ -101,8 +101,8 @@ std::string for_message(const nvinfer1::ICudaEngine& engine, const std::string& 
   return type_of(engine.getTensorDataType(name.c_str())) + " [" + sizes + "]";
 }
 
-// The input that an output is the same memory as, "" where it is none; nothing before 10.15, which cannot be
-// asked.
+// The input whose memory an output shares, "" if none; no value before TensorRT 10.15, which cannot report
+// it.
 template <typename Engine>
 auto aliased_input(const Engine& engine, const char* output, int)
     -> decltype(engine.getAliasedInputTensor(output), std::optional<std::string>()) {
@@ -126,7 +126,7 @@ void TensorRtLog::log(Severity severity, const char* message) noexcept {
   try {
     const std::lock_guard<std::mutex> lock(mutex_);
     last_ = message;
-  } catch (...) {  // no memory for a message
+  } catch (...) {  // out of memory: the message is dropped
   }
 }
 

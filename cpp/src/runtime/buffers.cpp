@@ -118,7 +118,8 @@ void Buffers::blank(const Buffer& buffer, std::int64_t first, std::int64_t slots
     const std::uint32_t bits = bits_of(fill_, buffer.dtype);
     pattern.resize(bytes_of_head);
     for (std::size_t at = 0; at < pattern.size(); at += size_of(buffer.dtype)) {
-      std::memcpy(pattern.data() + at, &bits, size_of(buffer.dtype));  // little-endian, as all that we run on
+      std::memcpy(pattern.data() + at, &bits,
+                  size_of(buffer.dtype));  // little-endian, as every supported processor
     }
   }
   for (std::int64_t head = 0; head < buffer.heads; ++head) {
@@ -130,7 +131,7 @@ void Buffers::blank(const Buffer& buffer, std::int64_t first, std::int64_t slots
       storage.upload(start, pattern.data(), bytes_of_head);
     }
   }
-  storage.synchronize();  // before the pattern is gone
+  storage.synchronize();  // the copies above read `pattern`
 }
 
 std::uint32_t bits_of(float value, Dtype dtype) {

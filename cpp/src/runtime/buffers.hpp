@@ -1,6 +1,6 @@
-// The cache of one sequence as an engine sees it: buffers by the names of the graph's inputs, in memory that
-// is allocated once. Knows shapes and bytes; what is written to the buffers, and who goes when a budget is
-// full, is in `Occupancy` and `Evictor` (eviction.hpp) and in `Cache` (cache.hpp).
+// The KV cache buffers of one sequence: one buffer for each cache input of the graph, in memory that is
+// allocated once. Shapes and sizes only; slots are assigned by `Occupancy` and `Evictor` (eviction.hpp), and
+// tokens are counted by `Cache` (cache.hpp).
 #pragma once
 
 #include <cstdint>
@@ -15,17 +15,17 @@ namespace kvexport::detail {
 
 enum class Which { key, value, state };
 
-// One buffer: [1, heads, slots, width], or [heads, 1, slots, width] where its layer evicts: the same bytes
-// either way.
+// One buffer. Its shape is [1, heads, slots, width], or [heads, 1, slots, width] if its layer evicts; both
+// have the same memory layout.
 struct Buffer {
-  std::string past, present;  // names of the graph's input and of the output that is the same memory
+  std::string past, present;  // names of the graph's input and output that share the memory
   int layer;
   Which which;
   Dtype dtype;  // float32 for a state
   bool evicts;
   std::int64_t heads, width;
-  std::int64_t most;       // slots that there is memory for
-  std::int64_t slots = 0;  // slots of each head now; the buffer's layout follows it
+  std::int64_t most;       // slots that memory is allocated for
+  std::int64_t slots = 0;  // slots per head in the present layout
   void* address = nullptr;
 
   std::size_t slot_bytes() const { return static_cast<std::size_t>(width) * size_of(dtype); }
@@ -36,34 +36,35 @@ struct Buffer {
   }
 };
 
-// Of a cache of `capacity` tokens; layer by layer: key, value and, where it evicts, state. No memory yet.
+// The buffers of a cache of `capacity` tokens, without memory. Order: layer by layer; key, value and, if the
+// layer evicts, state.
 std::vector<Buffer> buffers_of(const Manifest& manifest, std::int64_t capacity);
 
 class Buffers {
  public:
-  // Memory for `capacity` tokens of one sequence (layers that evict: at most the budget), all of it allocated
-  // here. `step`: tokens by which the layout grows towards it, which only memory of the host may; 0: it has
-  // its full size from the start. Throws Failure: not enough memory.
+  // Allocates memory for `capacity` tokens of one sequence (at most the budget in layers that evict). `step`:
+  // number of tokens by which the layout grows, which requires host memory; 0: the layout has its full size
+  // from the start. Throws Failure if there is not enough memory.
   Buffers(const Manifest& manifest, std::int64_t capacity, Storage& storage, std::int64_t step);
   Buffers(const Buffers&) = delete;
   Buffers& operator=(const Buffers&) = delete;
 
-  // What these would allocate. Throws Failure: more bytes than can be counted.
+  // Bytes that the constructor would allocate. Throws Failure if the number overflows.
   static std::size_t bytes_for(const Manifest& manifest, std::int64_t capacity);
 
-  // Make the layout have room for `tokens` tokens (<= capacity), keeping what is held: heads move apart,
-  // within the same memory, from the last one on. New slots are empty. Every change of a shape raises
+  // Grows the layout to at least `tokens` tokens (<= capacity) and keeps the contents: the heads are moved
+  // apart within the same memory, the last one first. New slots are empty. Every change of a shape increments
   // `generation`.
   void reserve(std::int64_t tokens);
-  // Empty, and in the smallest layout: zeros, in keys and values the number `fill`, on which no result may
-  // depend.
+  // Empties the buffers and returns to the smallest layout. Keys and values are set to `fill`, states to 0.
+  // Results must not depend on `fill`.
   void clear(float fill = 0.0F);
 
-  std::vector<Buffer> all;    // as buffers_of gives them
-  std::int64_t capacity;      // tokens of the sequence, at most
-  std::int64_t laid_out = 0;  // tokens that the layout has room for now
+  std::vector<Buffer> all;    // in the order of buffers_of
+  std::int64_t capacity;      // largest number of tokens of the sequence
+  std::int64_t laid_out = 0;  // tokens that the present layout has room for
   std::int64_t generation = 0;
-  std::size_t bytes = 0;  // allocated
+  std::size_t bytes = 0;  // size of the allocation
   Storage& storage;
 
  private:
@@ -80,7 +81,7 @@ class Buffers {
   std::unique_ptr<void, Release> memory_;
 };
 
-// A number as so many bytes of `dtype`, and back.
+// Conversion between float32 and the bits of `dtype`.
 std::uint32_t bits_of(float value, Dtype dtype);
 float as_float(const void* bits, Dtype dtype);
 

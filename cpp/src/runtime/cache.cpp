@@ -57,7 +57,7 @@ const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
   }
   if (whole == 0) {
     const std::int64_t last = last_;
-    --length_;  // `run` counts it again
+    --length_;  // `run` adds 1 again
     return run(&last, 1, 1, false, true);
   }
   const float* logits = nullptr;
@@ -163,7 +163,7 @@ void Cache::require_not_leased() const {
                 "end the generation first: return false from on_token");
 }
 
-// Where so many cannot be counted, as many as can be.
+// Length of the sequence with `more` further tokens, saturated.
 std::uint64_t Cache::with(std::size_t more) const {
   const std::uint64_t held = static_cast<std::uint64_t>(length_) + (pending_ ? 1 : 0), whole = held + more;
   return whole < held ? std::numeric_limits<std::uint64_t>::max() : whole;
@@ -189,11 +189,11 @@ void Cache::require_room(std::uint64_t tokens, const char* what) const {
                 fix);
 }
 
-// `count` tokens behind those that are held, of which the last `logits` get logits. There is room. `again`: a
-// layer that evicts has seen the one token already.
+// Runs `count` tokens after those in the cache; the last `logits` of them get logits. The caller has checked
+// that there is room. `again`: the token is the last one of the cache, which is run a second time.
 const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink,
                         bool again) {
-  broken_ = true;  // whatever goes wrong from here on leaves the cache half written
+  broken_ = true;  // an exception from here on leaves the contents undefined
   buffers_.reserve(length_ + count);
   std::iota(positions_.begin(), positions_.begin() + count, length_);
   std::iota(indices_.begin(), indices_.begin() + logits, count - logits);
@@ -205,7 +205,8 @@ const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_
   return made;
 }
 
-// What `write_index` must say of so many tokens; where layers evict, several make room first.
+// Assigns slots to `count` tokens and returns their write index. With eviction, several tokens at once first
+// make room for themselves.
 std::int64_t Cache::admit(std::int64_t count, bool again) {
   if (!evictor_) return length_;
   const std::int64_t there = std::min(slots(), buffers_.laid_out), usable = there - blocked_;

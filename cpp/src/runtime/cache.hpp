@@ -1,5 +1,4 @@
-// One conversation: the keys and values of its tokens, and the calls that add to them. Knows lengths, bounds
-// and chunks; what runs the tokens is an Engine, and what they mean is for others to know.
+// The KV cache of one conversation: lengths, bounds and chunks. The tokens are run by an Engine.
 #pragma once
 
 #include <cstdint>
@@ -17,29 +16,29 @@ namespace kvexport::detail {
 
 class Cache {
  public:
-  // Empty, with room for `capacity` tokens, 0: for as many as can be. All of its memory is allocated here.
-  // Self-tests name the tokens by which it grows, where the engine lets it, and the most of one call; 0: as
-  // it is best.
+  // An empty cache for `capacity` tokens; 0: as many as the session allows. Allocates all of its memory.
+  // `step` and `chunk` are set by self-tests: the number of tokens by which the cache grows, if the engine
+  // allows it, and the largest number of tokens in one call; 0: the defaults.
   Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step = 0,
         std::int64_t chunk = 0);
 
-  // Throws Failure where `prefill` would refuse these tokens: there is none where the cache is empty, one is
-  // outside the vocabulary, or there is no room for all of them.
+  // Checks the arguments of `prefill`. Throws Failure if there are no tokens and the cache is empty, a token
+  // is outside the vocabulary, or the tokens do not fit.
   void require_prefill(const std::int64_t* ids, std::size_t count) const;
-  // Feed tokens, after one that is pending. Logits [vocab_size] after the last one, until the next call;
-  // where there is none to feed, the last one that was fed is run again in its place. A call that is refused
-  // leaves the cache as it was.
+  // Runs tokens, after the pending token if there is one. Returns the logits [vocab_size] after the last
+  // token; they are valid until the next call. Without new tokens, the last token is run again in its place.
+  // If the arguments are invalid, Failure is thrown and the cache is unchanged.
   const float* prefill(const std::int64_t* ids, std::size_t count);
   const float* step(std::int64_t token);
-  // As `prefill`, with logits after every token from the one at `from` on [count - from, vocab_size]; nothing
-  // may be pending.
+  // As `prefill`, but returns the logits after every token from index `from` on, [count - from, vocab_size].
+  // There must be no pending token.
   std::vector<float> score(const std::int64_t* ids, std::size_t count, std::size_t from = 0);
 
-  // Let this token be the next: it is pending, and the next call feeds it first.
+  // Sets the pending token, which the next call runs first.
   void choose(std::int64_t token) { pending_ = token; }
   const float* feed_pending();
 
-  // A generation's hold on the cache: as long as there is one, no call of a user's may use it.
+  // Reserves the cache for a generation. While a lease exists, user calls on the cache are refused.
   class Lease {
    public:
     explicit Lease(Cache& cache) : cache_(cache) { cache_.leased_ = true; }
@@ -50,47 +49,46 @@ class Cache {
    private:
     Cache& cache_;
   };
-  void require_not_leased() const;  // throws Failure where there is a Hold
+  void require_not_leased() const;  // throws Failure if there is a lease
 
-  // Empty; keys and values of no token are `fill`, on which no result may depend.
+  // Empties the cache. Keys and values are set to `fill`; results must not depend on it.
   void clear(float fill = 0.0F);
-  // Leave so many slots to layers that evict, until the cache is cleared. The cache is empty.
+  // Restricts layers that evict to `slots` slots until the cache is cleared. The cache must be empty.
   void block(std::int64_t slots);
 
   void save(const std::string& file) const;
-  // Hold what a file holds that `save` or Python wrote, and nothing else. Throws Failure: a damaged file, one
-  // of another bundle, or more tokens than there is room for.
+  // Replaces the contents by those of a file that `save` or Python wrote. Throws Failure if the file is
+  // damaged or belongs to another bundle, or if its tokens do not fit.
   void load(const std::string& file);
 
   const Session& session() const { return *session_; }
-  std::int64_t length() const { return length_; }  // tokens that were fed
+  std::int64_t length() const { return length_; }  // tokens that were run
   std::int64_t capacity() const { return capacity_; }
   std::size_t bytes() const { return buffers_.bytes; }
   std::optional<std::int64_t> pending() const { return pending_; }
   bool empty() const { return length_ == 0 && !pending_; }
-  std::vector<std::int64_t> last()
-      const;  // the tokens that came last, two at most: what decoding the next ones must see
+  std::vector<std::int64_t> last() const;  // the last one or two tokens, as context for decoding text
 
-  // A layer's keys, values or state; null where it has none.
+  // Keys, values or state of a layer; null if the layer has none.
   const Buffer* buffer(int layer, Which which) const;
-  // A copy of a buffer in float32, [heads, slots, width].
+  // The contents of a buffer as float32, [heads, slots, width].
   std::vector<float> read(const Buffer& buffer) const;
-  // Let a layer's state be this, [heads, slots, 2].
+  // Replaces the state of a layer, [heads, slots, 2].
   void write_state(const Buffer& state, const std::vector<float>& values);
 
  private:
   void require_whole() const;
   void require_room(std::uint64_t tokens, const char* what) const;
-  std::uint64_t with(std::size_t more) const;  // tokens in all
+  std::uint64_t with(std::size_t more) const;  // length including pending and new tokens
   const float* run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink,
                    bool again = false);
   std::int64_t admit(std::int64_t count, bool again);
   std::int64_t slots() const;  // of layers that evict
 
-  std::shared_ptr<const Session> session_;  // outlives the rest
+  std::shared_ptr<const Session> session_;  // must outlive the other members
   std::int64_t capacity_, most_chunk_, chunk_;
   Buffers buffers_;
-  std::optional<Evictor> evictor_;  // where layers evict
+  std::optional<Evictor> evictor_;  // only if layers evict
   Occupancy occupancy_;
   std::int64_t blocked_ = 0, length_ = 0, last_ = 0;
   std::optional<std::int64_t> pending_;

@@ -9,7 +9,7 @@ namespace kvexport::detail {
 
 namespace {
 
-// As kvexport/eviction/config.py: columns of a slot's state, and priorities that no score reaches.
+// Columns of a slot's state, and priorities outside the range of scores, as in kvexport/eviction/config.py.
 constexpr std::size_t SCORE = 0, POSITION_PLUS_ONE = 1, STATE_WIDTH = 2;
 constexpr float NEVER = 0x1p100F, OUT_OF_WINDOW = 0x1p60F, LATEST = 0x1p24F;
 
@@ -49,7 +49,8 @@ void Evictor::shrink(std::int64_t tokens, std::int64_t keep, std::int64_t positi
     storage.download(state_.data(), state.address, state.bytes());
     storage.synchronize();
     last_.clear();
-    std::int64_t first = 0;  // of the heads whose moves are `last_`: neighbours that move alike move together
+    std::int64_t first =
+        0;  // first head with the moves `last_`; consecutive heads with equal moves are moved together
     for (std::int64_t head = 0; head < state.heads; ++head) {
       float* of_head = state_.data() + static_cast<std::size_t>(head * state.slots) * STATE_WIDTH;
       rank(of_head, tokens, keep, position, window);
@@ -68,12 +69,13 @@ void Evictor::shrink(std::int64_t tokens, std::int64_t keep, std::int64_t positi
     }
     for (const Buffer* moved : {&key, &value}) move(*moved, first, state.heads - first, last_);
     storage.upload(state.address, state_.data(), state.bytes());
-    storage.synchronize();  // before the next layer's is read
+    storage.synchronize();  // `state_` is reused by the next layer
   }
 }
 
-// Into `moves_`: as few as make the first `keep` slots hold the tokens that stay. Those either keep their
-// slot or come from one beyond all of them, so that no move reads what another wrote.
+// Fills `moves_` with the fewest moves that bring the remaining tokens to the first `keep` slots. A token
+// stays in its slot or comes from a slot behind the first `keep`, so no move overwrites the source of
+// another.
 void Evictor::rank(const float* state, std::int64_t tokens, std::int64_t keep, std::int64_t position,
                    std::optional<std::int64_t> window) {
   const Eviction& eviction = *manifest_.eviction;
@@ -89,8 +91,7 @@ void Evictor::rank(const float* state, std::int64_t tokens, std::int64_t keep, s
     if (window && position_plus_one <= following - static_cast<float>(*window))
       priority = (LATEST - position_plus_one) * OUT_OF_WINDOW;
     if (position_plus_one == following) priority = NEVER;
-    if (!(priority == priority))
-      priority = -std::numeric_limits<float>::infinity();  // a NaN, which has no order
+    if (!(priority == priority)) priority = -std::numeric_limits<float>::infinity();  // NaN is not ordered
     priorities_[slot] = priority;
   }
   const auto ranked = ranked_.begin();

@@ -1,6 +1,5 @@
-// Layers that hold a budget of tokens: which slots a call may use, and who goes before a prompt's next tokens
-// come. Does what kvexport/runtime/cache/eviction.py does. Knows slots, states and positions; must not know
-// how attention reads them.
+// Layers with a token budget: which slots a call writes, and which tokens are evicted before a chunk of a
+// prompt is run. Same algorithm as kvexport/runtime/cache/eviction.py.
 #pragma once
 
 #include <cstdint>
@@ -12,16 +11,14 @@
 
 namespace kvexport::detail {
 
-// How many slots of the sequence are in use, alike in all heads and layers that evict, and how many tokens it
-// had.
+// Number of slots in use, equal in all heads of all layers that evict, and number of tokens that were run.
 struct Occupancy {
   std::int64_t filled = 0, seen = 0;
 
-  // What `write_index` says of `count` tokens, which are in use from then on. There is room for them, or
-  // `count` is 1. `usable`: slots that may be in use; `slots`: how many there are.
+  // Takes slots for `count` tokens and returns the graph's write index for them. They fit, or `count` is 1.
+  // `usable`: slots that may be used; `slots`: slots of the layout.
   std::int64_t take(std::int64_t count, std::int64_t usable, std::int64_t slots);
-  // The same of the very last token, which comes again: the graph finds its slot, or, while there is room, is
-  // told.
+  // Write index for running the last token again. In a full cache the graph finds its slot itself.
   std::int64_t last(std::int64_t usable, std::int64_t slots) const {
     return filled >= usable ? slots : filled - 1;
   }
@@ -31,11 +28,11 @@ class Evictor {
  public:
   Evictor(const Manifest& manifest, Buffers& buffers);
 
-  // Let tokens go in every layer that evicts until `keep` of `tokens` are left, before one at `position`
-  // comes; they move to the first slots.
+  // Evicts tokens in every layer that evicts until `keep` of `tokens` remain, before a token at `position` is
+  // run; the remaining ones are moved to the first slots.
   void shrink(std::int64_t tokens, std::int64_t keep, std::int64_t position);
-  // Leave `slots` slots to layers that evict: the others look taken, by tokens of the future, which nothing
-  // sees and which never go. The buffers are empty.
+  // Restricts the layers that evict to `slots` slots: the other slots are marked as tokens of future
+  // positions, which are never attended to and never evicted. The buffers must be empty.
   void block(std::int64_t slots);
 
  private:
@@ -52,7 +49,7 @@ class Evictor {
 
   const Manifest& manifest_;
   Buffers& buffers_;
-  // Of one layer or head, allocated once.
+  // Working memory for one layer or head, allocated once.
   std::vector<float> state_, priorities_;
   std::vector<std::int64_t> ranked_;
   std::vector<char> goes_;

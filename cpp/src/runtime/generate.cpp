@@ -28,7 +28,7 @@ std::string StopTexts::add(const std::string& piece) {
   return text;
 }
 
-// Bytes at the end of a text that may begin one of those to stop at.
+// Number of bytes at the end of the text that could be the start of a stop text.
 std::size_t StopTexts::begun(const std::string& text) const {
   std::size_t longest = 0;
   for (const std::string& each : texts_) {
@@ -41,7 +41,7 @@ std::size_t StopTexts::begun(const std::string& text) const {
 
 namespace {
 
-// What is said, token by token; nothing without a library for text.
+// Text of the generated tokens; empty if the session has no tokenizer.
 class TextOutput {
  public:
   TextOutput(const Cache& cache, const std::int64_t* ids, std::size_t count,

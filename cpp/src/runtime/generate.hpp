@@ -1,5 +1,4 @@
-// Tokens after a prompt: chosen, fed back, said as text, and stopped for a reason, as
-// kvexport/runtime/generation.py does.
+// Generation after a prompt: sampling, text output and stop conditions, as kvexport/runtime/generation.py.
 #pragma once
 
 #include <cstdint>
@@ -14,36 +13,34 @@
 
 namespace kvexport::detail {
 
-// Why it ended: a stop token or text came, so many tokens as were asked for, no room in the cache, or the
-// callback said so.
+// Why a generation ended: a stop token or stop text, max_new_tokens, a full cache, or the callback.
 enum class Finish { stop, length, capacity, callback };
 
 struct GenerateOptions {
   std::int64_t max_new_tokens = 128;
   Sampling sampling;
-  std::optional<std::vector<std::int64_t>> stop_tokens;  // none: the model's own
+  std::optional<std::vector<std::int64_t>> stop_tokens;  // none: the model's EOS tokens
   std::vector<std::string> stop_texts;
 };
 
-// A new token with the whole characters that it completes ("" without a library for text), and at the end -1
-// with what was held back, if anything was. False ends the generation.
+// Called with each new token and the text that it completes ("" if the session has no tokenizer); at the end
+// once with token -1 if text was held back. Return false to end the generation.
 using OnToken = std::function<bool(std::int64_t token, std::string_view text)>;
 
-// Feeds the prompt and chosen tokens to the cache; a last token that was chosen and not fed is pending in it.
-// Throws Failure as Cache::prefill and Sampler do, and whatever can be told before anything is fed is told
-// then.
+// Runs the prompt and the generated tokens on the cache. The last generated token stays pending in it. Throws
+// Failure as Cache::prefill and Sampler do; invalid arguments are reported before any token is run.
 Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const GenerateOptions& options,
                 const OnToken& on_token);
 
-// Lets text pass until one of some texts appears in it; what may be the beginning of one waits.
+// Passes text through until a stop text appears. Text that could be the start of a stop text is held back.
 class StopTexts {
  public:
   explicit StopTexts(
-      const std::vector<std::string>& texts);  // throws Failure: one of them is empty, or has a NUL
+      const std::vector<std::string>& texts);  // throws Failure if a text is empty or contains NUL
 
-  // What may be said now that this came; nothing once a text was found.
+  // Adds text and returns what can be output now; nothing after a stop text was found.
   std::string add(const std::string& piece);
-  // What waited, where no text was found.
+  // The text that was held back, if no stop text was found.
   std::string end() const { return found_ ? std::string() : waiting_; }
   bool found() const { return found_; }
 

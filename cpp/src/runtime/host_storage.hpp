@@ -1,4 +1,4 @@
-// The host's memory as a Place. Knows nothing of what is in it.
+// Memory of the host.
 #pragma once
 
 #include "runtime/storage.hpp"
@@ -7,7 +7,7 @@ namespace kvexport::detail {
 
 class HostStorage : public Storage {
  public:
-  // Every page is touched, so that memory which is short is missed here and not in the middle of a sentence.
+  // Writes to every page, so that a lack of memory shows here and not during generation.
   void* allocate(std::size_t bytes) override;
   void release(void* address) noexcept override;
   void clear(void* address, std::size_t bytes) override;

@@ -12,7 +12,7 @@ namespace kvexport::detail {
 
 namespace {
 
-// Tokens that are looked at first where a probability must be reached: a large vocabulary is slow to sort.
+// Number of most likely tokens that are sorted first for top_p; sorting a whole large vocabulary is slow.
 constexpr std::size_t FIRST = 1024;
 
 template <typename Number>

@@ -1,6 +1,5 @@
-// Choosing the next token from logits, as kvexport/runtime/sampling.py does, with another source of
-// randomness: the same seed draws the same tokens each time, but not those that Python draws. Knows
-// probabilities, nothing of models or text.
+// Selection of the next token from logits, as kvexport/runtime/sampling.py. Random numbers differ from
+// Python's: the same seed gives the same tokens in every run, but other tokens than in Python.
 #pragma once
 
 #include <cstdint>
@@ -11,18 +10,19 @@
 namespace kvexport::detail {
 
 struct Sampling {
-  double temperature = 0;             // 0: the likeliest token; above it tokens are drawn
-  std::int64_t top_k = 0;             // draw from the K likeliest; 0: from all
-  double top_p = 1;                   // and of those from the fewest likeliest that reach this probability
-  std::optional<std::uint64_t> seed;  // none: another one each time
+  double temperature = 0;             // 0: greedy
+  std::int64_t top_k = 0;             // sample from the K most likely tokens; 0: all
+  double top_p = 1;                   // sample from the fewest most likely tokens that reach this probability
+  std::optional<std::uint64_t> seed;  // none: a random seed
 };
 
 class Sampler {
  public:
-  // Throws Failure (usage): a value is out of range.
+  // Throws Failure (usage) if a value is out of range.
   explicit Sampler(const Sampling& sampling);
 
-  // Of `vocab_size` logits; of equally likely ones the first. Throws Failure: a logit is not finite.
+  // Selects from `vocab_size` logits; of equal largest ones the first. Throws Failure if the logits are not
+  // finite.
   std::int64_t choose(const float* logits, std::int64_t vocab_size);
 
  private:

@@ -1,5 +1,5 @@
-// A cache in one file, which Python reads and writes too (kvexport/runtime/cache/saved_cache.py). Everything
-// in a file is checked before the cache is changed.
+// A cache in a file, in the format of kvexport/runtime/cache/saved_cache.py. A file is checked completely
+// before the cache is changed.
 #include <algorithm>
 #include <cmath>
 #include <nlohmann/json.hpp>
@@ -18,7 +18,7 @@ const char* stored_as(Dtype dtype) {
   return dtype == Dtype::float32 ? "F32" : dtype == Dtype::float16 ? "F16" : "BF16";
 }
 
-// Of as much of a buffer as holds `tokens` tokens.
+// Shape of the first `tokens` slots of a buffer.
 std::vector<std::int64_t> shape_of(const Buffer& buffer, std::int64_t tokens) {
   if (buffer.evicts) return {buffer.heads, 1, tokens, buffer.width};
   return {1, buffer.heads, tokens, buffer.width};
@@ -29,7 +29,7 @@ char* of_head(const Buffer& buffer, std::int64_t head) {
          static_cast<std::size_t>(head * buffer.slots) * buffer.slot_bytes();
 }
 
-// Wider numbers first, so that all are aligned.
+// Larger element sizes first, so that all tensors are aligned.
 std::vector<Buffer> in_order(std::vector<Buffer> all) {
   std::stable_sort(all.begin(), all.end(), [](const Buffer& one, const Buffer& other) {
     return size_of(one.dtype) > size_of(other.dtype);
@@ -193,7 +193,7 @@ void Cache::load(const std::string& file) {
   }
   reader.verify();
   clear();
-  broken_ = true;  // until all of it was read
+  broken_ = true;  // until everything is read
   buffers_.reserve(std::max<std::int64_t>(1, state.length));
   std::vector<char> row;
   for (const Buffer& buffer : buffers_.all) {

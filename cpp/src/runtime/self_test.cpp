@@ -18,7 +18,7 @@ using Ordered = nlohmann::ordered_json;
 constexpr const char* COPY =
     "copy the bundle again as a whole, or build it again: kvexport build CHECKPOINT -o BUNDLE";
 
-// Where a run first went wrong: a row, and the layer and its part, or "logits" or "choice".
+// Where a run first exceeds the tolerance: the row, and the part of a layer, or "logits" or "choice".
 struct Location {
   std::int64_t row;
   std::optional<std::size_t> layer;
@@ -30,7 +30,7 @@ struct Location {
   }
 };
 
-// One run's errors; `first`: where one first exceeds the tolerance.
+// Largest errors of one run; `first`: where an error first exceeds the tolerance.
 struct Check {
   const char* name;
   std::size_t rows = 0;
@@ -46,12 +46,12 @@ double apart(double number, double reference_row) {
   return std::fabs(number - reference_row) / std::max(reference_row, SELF_TEST_FLOOR);
 }
 
-// Whether another token is nearly as likely as the twin's.
+// Whether the reference's two most likely tokens are too close to tell which one a correct runtime chooses.
 bool nearly(const Row& reference_row, const Tolerance& tolerance) {
   return reference_row.margin / std::max(reference_row.rms, SELF_TEST_FLOOR) <= tolerance.tie;
 }
 
-// Rows from the vectors' first one on against theirs.
+// Compares rows with those of the reference, from the first one on.
 Check check(const char* name, const std::vector<Measured>& rows, const ReferenceOutputs& reference,
             const Tolerance& tolerance) {
   Check found{name, rows.size(), 0, 0, 0, {}};
@@ -91,7 +91,7 @@ std::optional<Dtype> lower(Dtype dtype) {
   return std::nullopt;
 }
 
-// What is wrong, and what to do.
+// The verdict as a sentence, and the fix.
 std::array<std::string, 2> sentences(const std::string& verdict, const Session& session,
                                      const std::optional<Location>& first) {
   const std::string &provider = session.engine->provider(), &version = session.engine->version();

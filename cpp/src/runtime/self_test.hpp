@@ -1,6 +1,5 @@
-// A bundle held against its reference vectors where it runs: does it compute here what its PyTorch twin
-// computed? Does what kvexport/runtime/self_test/verdict.py does, step by step, with the same verdicts and
-// words; the algorithm is written there.
+// The self-test: compares this machine's results with the bundle's reference outputs. Same steps, verdicts
+// and messages as kvexport/runtime/self_test/verdict.py, where the algorithm is described.
 #pragma once
 
 #include <memory>
@@ -15,15 +14,15 @@ struct SelfTestReport {
   bool ok = false;
   std::string verdict;    // "ok", "weights", "engine", "precision" or "cache"
   std::string json;       // as `kvexport self-test --json` prints it
-  std::string said, fix;  // the verdict as a sentence; where it is not ok, what to do
+  std::string said, fix;  // the verdict as a sentence; how to fix it, "" if the verdict is ok
 };
 
-// Of an opened bundle, in a cache of its own; hashes the weights where they were not when it was opened.
-// Throws Failure: the bundle has no vectors, or its files are damaged; not enough memory; an engine that
-// holds none of the vectors' rows.
+// Tests an open bundle, in a cache of its own. Hashes the weights if they were not hashed when the bundle was
+// opened. Throws Failure if the bundle has no reference outputs or damaged files, there is not enough memory,
+// or the engine's capacity is too small for the test.
 SelfTestReport self_test(const std::shared_ptr<const Session>& session);
 
-// From its second step on: the numbers alone.
+// The second step of the self-test: compares numbers only, no hashes.
 SelfTestReport compare_outputs(const std::shared_ptr<const Session>& session,
                                const ReferenceOutputs& reference);
 

@@ -10,10 +10,11 @@ namespace kvexport::detail {
 namespace {
 
 constexpr float GARBAGE = 1000;
-constexpr std::int64_t STEP = 16, CHUNK = 7;  // tokens: both take several rounds in so few
+constexpr std::int64_t STEP = 16,
+                       CHUNK = 7;  // tokens; small, so that few tokens need several growth steps and chunks
 constexpr std::size_t SCORE = 0, POSITION_PLUS_ONE = 1, STATE_WIDTH = 2;
-constexpr float MOST = 0x1p24F;    // no position is larger
-constexpr double LATER = 0x1p-20;  // of a norm, for every position that a token is later
+constexpr float MOST = 0x1p24F;    // positions are smaller
+constexpr double LATER = 0x1p-20;  // relative change of a score per position
 
 std::vector<Piece> pieces(std::int64_t start, std::int64_t stop, std::int64_t most) {
   std::vector<Piece> all;
@@ -24,7 +25,7 @@ std::vector<Piece> pieces(std::int64_t start, std::int64_t stop, std::int64_t mo
   return all;
 }
 
-// Adds the squares of some numbers.
+// Sum of squares.
 double squares(const float* numbers, std::int64_t count) {
   double sum = 0;
   for (std::int64_t at = 0; at < count; ++at)
@@ -32,7 +33,7 @@ double squares(const float* numbers, std::int64_t count) {
   return sum;
 }
 
-// A row's norm where nothing evicts: its slot is its position.
+// L2 norm of a key or value in a layer that does not evict, where the slot is the position.
 double norm_of_slot(const std::vector<float>& values, const Buffer& buffer, std::int64_t slot) {
   double sum = 0;
   for (std::int64_t head = 0; head < buffer.heads; ++head) {
@@ -41,13 +42,13 @@ double norm_of_slot(const std::vector<float>& values, const Buffer& buffer, std:
   return std::sqrt(sum);
 }
 
-// Room for so many tokens, and for a rest that stays garbage.
+// Capacity for `tokens` tokens, with some slots that stay unused.
 std::int64_t room_for(std::int64_t tokens, std::int64_t most) {
   return std::min((tokens + STEP - 1) / STEP * STEP, most);
 }
 
-// As kvexport.bundle.self_test_file.steady: scores that no rounding changes. No two tokens of a head have the
-// same.
+// Scores that rounding does not change, different for all tokens of a head; as
+// kvexport.bundle.self_test_file.steady.
 float steady(std::int64_t position_plus_one, std::int64_t head) {
   return static_cast<float>((7919 * position_plus_one + 104729 * head) % 65537);
 }
@@ -123,7 +124,8 @@ std::vector<Measured> Runs::fed(const std::vector<Piece>& pieces) {
   return rows;
 }
 
-// The rows that are of interest, of layers that do not evict without their norms.
+// Runs one call. Rows before the first reference row are omitted; norms of layers that do not evict are
+// filled in later.
 std::vector<Measured> Runs::call(const std::int64_t* ids, Piece piece) {
   const std::int64_t count = piece.second - piece.first, first = std::max(piece.first, reference_.first_row);
   const std::int64_t from = std::min(first - piece.first, count);
@@ -149,8 +151,8 @@ Measured Runs::measured(const float* logits) const {
   return row;
 }
 
-// Norms and scores of the tokens from position `first` on, wherever their states say that they are; then
-// steady scores.
+// Reads norms and scores of the tokens from position `first` on from the slots that their states name, then
+// replaces the scores by steady ones.
 void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& rows) {
   const Buffer &state = *cache_.buffer(layer, Which::state), &key = *cache_.buffer(layer, Which::key),
                &value = *cache_.buffer(layer, Which::value);
@@ -190,7 +192,7 @@ void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& r
   cache_.write_state(state, states);
 }
 
-// The relative error of the score that a token's key was given.
+// Relative error of the score of a key.
 double Runs::score_error(float score, const float* key, const Buffer& keys, std::int64_t row) const {
   const double norm = std::sqrt(squares(key, keys.width)), later = static_cast<double>(row + 1) * LATER;
   const double wanted = manifest_.eviction->policy == "l2-norm" ? norm * (1 - later) : -norm * (1 + later);

@@ -1,5 +1,5 @@
-// Tokens of a self-test, run in a cache that is empty but for garbage, and what each of them leaves there.
-// Knows caches and states; what the numbers ought to be is for self_test.cpp to know.
+// The runs of a self-test: tokens in a cache filled with garbage, and the numbers that each token leaves in
+// it. They are compared with the reference in self_test.cpp.
 #pragma once
 
 #include <cstdint>
@@ -14,35 +14,34 @@
 
 namespace kvexport::detail {
 
-inline constexpr double SELF_TEST_FLOOR = 1e-6;  // norms and logits below it are as good as none
+inline constexpr double SELF_TEST_FLOOR = 1e-6;  // lower bound of norms and logits in relative errors
 
-// A row as it is here; `scores` is the error of each layer's scores, 0 where they are not norms.
+// Measured numbers of one row. `scores`: error of the eviction score in each layer, 0 if the policy does not
+// rank by norm.
 struct Measured {
   double rms = 0;
   std::int64_t likeliest = 0;
   std::vector<double> values, key_norms, value_norms, scores;
 };
 
-// The larger of two; infinite where the error is not a number.
+// The larger one; infinity if the error is not finite.
 double larger(double worst, double error);
 
-using Piece =
-    std::pair<std::int64_t, std::int64_t>;  // tokens of one call: the first, and the one behind the last
+using Piece = std::pair<std::int64_t, std::int64_t>;  // tokens of one call: first, and one past the last
 
 class Runs {
  public:
   Runs(const std::shared_ptr<const Session>& session, const ReferenceOutputs& reference);
 
-  // Rows from the first one on, of everything at once: where layers evict, of the prompt alone, which fits
-  // their slots.
+  // All tokens in as few calls as possible; if layers evict, the prompt only, which fits their slots.
   std::vector<Measured> at_once();
-  // Rows of the prompt in short calls, and then of token by token, whatever is the likeliest.
+  // The prompt in short calls, then the continuation token by token.
   std::vector<Measured> step_by_step();
-  // How many of the continuation's first `most` tokens come, each the likeliest after those before it.
+  // Generates greedily. Returns how many of the first `most` tokens of the continuation are reproduced.
   std::int64_t generated(std::int64_t most);
 
-  const std::int64_t tokens;  // of prompt and continuation, as many as the engine takes
-  const std::int64_t prompt;  // how many of them are the prompt
+  const std::int64_t tokens;  // tokens of prompt and continuation that fit the engine
+  const std::int64_t prompt;  // prompt tokens among them
 
  private:
   void begin();

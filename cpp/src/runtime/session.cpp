@@ -11,11 +11,11 @@ namespace kvexport::detail {
 
 namespace {
 
-constexpr std::size_t LARGEST_TEXT = std::size_t{1} << 24;  // bytes of text.json
+constexpr std::size_t LARGEST_TEXT = std::size_t{1} << 24;  // size limit of text.json in bytes
 constexpr int MOST_THREADS = 1024;
 
-// "auto": an engine of the bundle that fits this machine, else CUDA, else the CPU; a damaged engine is no
-// reason to go on.
+// For "auto": a TensorRT engine of the bundle if one fits this machine, else CUDA, else the CPU. A damaged
+// engine is an error, not a reason to use another provider.
 std::unique_ptr<Engine> open_engine(const Bundle& bundle, const OpenOptions& options) {
   const std::string& provider = options.provider;
   if (provider == "tensorrt") return open_tensorrt(bundle, options.verify);
@@ -49,8 +49,8 @@ Bundle open_bundle(const std::string& path, const OpenOptions& options) {
   return bundle;
 }
 
-// The weights are hashed while they are loaded; damage explains whatever else went wrong. An engine of
-// TensorRT has its own.
+// Hashes the weights while they are loaded; a damaged file is reported rather than the failure it causes. A
+// TensorRT engine contains its own weights.
 std::unique_ptr<Engine> load(const Bundle& bundle, const OpenOptions& options) {
   const bool own = options.provider == "tensorrt" || (options.provider == "auto" && has_engine(bundle));
   const auto verify = [&bundle] { bundle.verify({data_file}); };
@@ -106,7 +106,7 @@ std::size_t Session::bytes_of(std::int64_t capacity) const {
   return Buffers::bytes_for(manifest(), engine->has_fixed_capacity() ? engine->capacity() : asked);
 }
 
-// Token ids go on working where the library for text cannot be had.
+// A missing tokenizer library is not an error: the session then works with token ids.
 void Session::open_text(const std::string& library) {
   if (!manifest().has(text_file)) {
     text_missing = "the bundle " + bundle.path + " has no tokenizer";

@@ -1,5 +1,5 @@
-// An opened bundle: its files checked, its graph or engine loaded, its tokenizer where there is one. What
-// caches share; nothing in it changes once it is open, so that any thread may use it.
+// An open bundle: verified files, a loaded graph or engine, and a tokenizer if there is one. Shared by
+// caches; immutable, and usable from any thread.
 #pragma once
 
 #include <cstdint>
@@ -18,41 +18,41 @@ namespace kvexport::detail {
 
 struct OpenOptions {
   std::string provider = "auto";  // or "cpu", "cuda", "tensorrt"
-  int threads = 0;                // of one operator on the CPU; 0: one a core
-  bool verify = true;             // hash the weights too (an engine's plan, where it is that which runs)
-  std::int64_t chunk =
-      128;  // the most tokens of a prompt in one call; an engine may take fewer, and layers that evict do
+  int threads = 0;                // CPU threads per operator; 0: one per core
+  bool verify = true;             // hash the weights, or the plan if a TensorRT engine is used
+  std::int64_t chunk = 128;  // largest number of prompt tokens per call; engines and eviction may lower it
   std::string text_library;  // "": token ids only
 };
 
 class Session {
  public:
-  // Throws Failure: no bundle, a damaged one, an option out of range, or this machine lacks what the provider
-  // needs.
+  // Throws Failure if there is no bundle or it is damaged, an option is out of range, or this machine lacks
+  // what the provider needs.
   Session(const std::string& path, const OpenOptions& options);
-  // Of a bundle whose files are checked, on any engine; token ids only.
+  // For a bundle whose files are already verified, and any engine; token ids only.
   Session(Bundle bundle, std::unique_ptr<Engine> engine);
 
   const Manifest& manifest() const { return bundle.manifest; }
-  // Of a cache that is asked to have room for `capacity` tokens, 0: for as many as can be. Throws Failure:
-  // out of range.
+  // Capacity of a cache for which `capacity` is requested; 0: the largest. Throws Failure if it is out of
+  // range.
   std::int64_t capacity_of(std::int64_t capacity) const;
   std::size_t bytes_of(std::int64_t capacity) const;
-  // Throws Failure: a token id is outside the vocabulary.
+  // Throws Failure if a token id is outside the vocabulary.
   void require_ids(const std::int64_t* ids, std::size_t count) const;
-  // Text::turn; where that gives no token, a conversation begins with the model's first one, if it has one.
+  // As Text::turn; if that gives no tokens at the start of a conversation, the BOS token, if the model has
+  // one.
   std::vector<std::int64_t> turn(const std::string& words, const std::optional<std::string>& system,
                                  bool begins) const;
-  // Throws Failure where text cannot be had, with the reason.
+  // Throws Failure if the session has no tokenizer, with the reason.
   const Text& require_text() const;
 
   const Bundle bundle;
   const std::unique_ptr<Engine> engine;
   const std::int64_t chunk;
-  const bool verified;  // what runs was hashed
+  const bool verified;  // the weights that run were hashed
   std::unique_ptr<const Text> text;
-  std::string text_missing;  // why there is no text, where there is none
-  const std::string device;  // its name, "" on the CPU
+  std::string text_missing;  // why there is no tokenizer; "" if there is one
+  const std::string device;  // name of the GPU, "" on the CPU
 
  private:
   void open_text(const std::string& library);

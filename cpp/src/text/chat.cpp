@@ -8,7 +8,7 @@
 namespace kvexport::detail {
 namespace {
 
-// As Python's str.strip takes it.
+// Characters that Python's str.strip removes.
 constexpr std::array<std::string_view, 29> white = {
     "\t",     "\n",     "\v",     "\f",     "\r",     "\x1c",   "\x1d",   "\x1e",   "\x1f",   " ",
     "\u0085", "\u00a0", "\u1680", "\u2000", "\u2001", "\u2002", "\u2003", "\u2004", "\u2005", "\u2006",

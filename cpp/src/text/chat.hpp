@@ -1,5 +1,4 @@
-// A chat template's reduced form: the strings around what people and the model say. Knows no Jinja and no
-// tokens.
+// A chat template in the form of constant strings around the messages.
 #pragma once
 
 #include <optional>
@@ -13,21 +12,21 @@ struct Message {
   std::string role, content;
 };
 
-// A conversation is its beginning, then user, `generate`, `answer`, assistant, `next`, user, `generate`, and
-// so on.
+// A conversation is `begin`, user, `generate`, `answer`, assistant, `next`, user, `generate`, and so on.
 struct Chat {
-  std::string begin;  // before the first user's turn without a system prompt
+  std::string begin;  // before the first user message if there is no system prompt
   std::optional<std::pair<std::string, std::string>>
-      begin_system;  // around one, in its place; none: the template takes none
+      begin_system;  // around the system prompt, replaces `begin`; none: not supported
   std::string generate, answer,
-      next;             // `answer`: what the assistant itself is to write before its words, never fed
-  bool strips = false;  // contents lose the white space at both ends first
+      next;             // `answer`: before an answer in the history; the model generates it itself
+  bool strips = false;  // contents are stripped of white space at both ends
 
-  // What to feed for a user's turn, up to where the assistant answers; `begins`: it is the conversation's
-  // first. Throws Failure (usage): a system prompt later than that, or with a template that takes none.
+  // Text of a user's turn, up to the point where the assistant answers. `begins`: first turn of the
+  // conversation. Throws Failure (usage) if there is a system prompt in a later turn, or the template takes
+  // none.
   std::string turn(const std::string& text, const std::optional<std::string>& system, bool begins) const;
 
-  // The same of a whole conversation, whose last message is a user's.
+  // Text of a whole conversation, which ends with a user's message.
   std::string conversation(const std::vector<Message>& messages) const;
 
  private:

@@ -10,7 +10,7 @@
 namespace kvexport::detail {
 namespace {
 
-// The C API as onnxruntime-genai's ort_genai_c.h has it; its objects are opaque.
+// Declarations from onnxruntime-genai's ort_genai_c.h; the types are opaque.
 struct OgaResult;
 struct OgaTokenizer;
 struct OgaSequences;
@@ -29,7 +29,7 @@ void find(void* handle, const char* name, Function*& function, const std::string
                   install);
 }
 
-// It ends the process where it finds no ONNX Runtime when it is opened, so that is made sure of before.
+// onnxruntime-genai ends the process if it finds no ONNX Runtime when it is opened, so check that first.
 void require_onnxruntime() {
   for (const char* name : {"libonnxruntime.so.1", "libonnxruntime.so"})
     if (void* found = dlopen(name, RTLD_NOW | RTLD_NOLOAD); found != nullptr) {
@@ -47,7 +47,7 @@ void require_onnxruntime() {
 struct GenaiTokenizer::Library {
   void* handle = nullptr;
   OgaTokenizer* tokenizer = nullptr;
-  std::mutex mutex;  // its API is not thread-safe
+  std::mutex mutex;  // the API is not thread-safe
 
   OgaResult* (*create)(const char*, OgaTokenizer**) = nullptr;
   void (*destroy)(OgaTokenizer*) = nullptr;
@@ -64,7 +64,7 @@ struct GenaiTokenizer::Library {
 
   explicit Library(const std::string& library) {
     require_onnxruntime();
-    // It is never closed: ONNX Runtime, which it holds, does not survive being opened again.
+    // Never unloaded: ONNX Runtime, which it loads, cannot be opened a second time.
     handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (handle == nullptr) {
       const char* reason = dlerror();

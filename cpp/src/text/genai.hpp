@@ -1,5 +1,5 @@
-// A bundle's tokenizer through libonnxruntime-genai, opened at run time: its C API, of which nothing is
-// needed to build. Knows that library and its ways; what the right ids are is told by text.json, not here.
+// A bundle's tokenizer through the C API of libonnxruntime-genai, which is opened at run time. Building needs
+// none of its files.
 #pragma once
 
 #include <cstdint>
@@ -11,19 +11,18 @@ namespace kvexport::detail {
 
 class GenaiTokenizer {
  public:
-  // `folder`: with tokenizer.json, tokenizer_config.json and genai_config.json. `library`: a name that the
-  // dynamic linker finds, or a path. Throws Failure (cannot_run_here): the library is not there, is none, or
-  // cannot read this tokenizer.
+  // `folder`: directory with tokenizer.json, tokenizer_config.json and genai_config.json. `library`: name or
+  // path for dlopen. Throws Failure (cannot_run_here) if the library is missing or has another API, or cannot
+  // read the tokenizer.
   GenaiTokenizer(const std::string& folder, const std::string& library);
   ~GenaiTokenizer();
   GenaiTokenizer(const GenaiTokenizer&) = delete;
   GenaiTokenizer& operator=(const GenaiTokenizer&) = delete;
 
-  // Any thread may call these, one at a time inside. Without the special tokens that the tokenizer puts
-  // around a text; those that are written in it are recognised. Throws Failure (usage) for what is no UTF-8
-  // or has a NUL, which ends a C string.
+  // Thread-safe. Adds no special tokens; special tokens in the text are recognized. Throws Failure (usage) if
+  // the text is not UTF-8 or contains NUL, which ends a C string.
   std::vector<std::int64_t> encode(const std::string& text) const;
-  // With the text of special tokens left out; an incomplete character is U+FFFD.
+  // Omits special tokens; an incomplete character is U+FFFD.
   std::string decode(const std::vector<std::int64_t>& ids) const;
 
  private:

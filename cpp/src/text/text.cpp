@@ -13,11 +13,10 @@ namespace {
 
 using Ids = std::vector<std::int64_t>;
 
-constexpr std::string_view incomplete =
-    "\ufffd";  // what the first bytes of a longer character are decoded to
+constexpr std::string_view incomplete = "\ufffd";  // decoding of an incomplete character
 constexpr std::string_view space_mark = "\u2581";  // of sentencepiece
-constexpr std::size_t context = 8;  // tokens before the new ones that decoding must see to space them right
-constexpr std::size_t longest = 4;  // tokens of one character, where each holds a byte
+constexpr std::size_t context = 8;  // tokens before the new ones that decoding needs for correct spaces
+constexpr std::size_t longest = 4;  // tokens per character, if each token is one byte
 
 template <typename List>
 List rest(typename List::const_iterator from, const List& list) {
@@ -31,7 +30,7 @@ std::string whole_part(std::string text) {
   return text;
 }
 
-// What follows the first `bytes` of a text; where those end within a character, what follows it.
+// The text behind the first `bytes` bytes; if they end within a character, the text behind that character.
 std::string after(const std::string& text, std::size_t bytes) {
   while (bytes < text.size() && (static_cast<unsigned char>(text[bytes]) & 0xc0) == 0x80) ++bytes;
   return bytes < text.size() ? text.substr(bytes) : std::string();
@@ -90,7 +89,7 @@ std::string Text::without_special(Ids ids) const {
 std::string Text::decode(const Ids& ids) const {
   std::string text = decoded(ids);
   if (whole_part(text) == text) return text;
-  TextStream stream(*this, {});  // gets past bytes that are no character
+  TextStream stream(*this, {});  // handles invalid bytes
   text.clear();
   for (const std::int64_t id : ids) text += stream.add(id);
   return text + stream.end();
@@ -133,7 +132,7 @@ std::string TextStream::end() {
   return ids_.size() == grown_ ? piece : piece + after(text_->decoded(ids_), told_.size());
 }
 
-// Bytes that no character has, which the tokenizer decodes nothing after: begin behind the first of them.
+// Skips an invalid byte: the tokenizer decodes nothing after it, so decoding restarts behind it.
 std::string TextStream::skip() {
   ids_.erase(ids_.begin(), ids_.begin() + static_cast<std::ptrdiff_t>(grown_) + 1);
   told_.clear();
@@ -152,7 +151,7 @@ std::string TextStream::grow() {
   return piece;
 }
 
-// At a character's end: drop tokens that no later one needs to be decoded with, if there are enough of them.
+// Called at the end of a character. Drops tokens that are no longer needed as context.
 void TextStream::forget() {
   if (ids_.size() - boundary_ >= context) {
     ids_.erase(ids_.begin(), ids_.begin() + static_cast<std::ptrdiff_t>(boundary_));

@@ -1,6 +1,6 @@
-// A test double of TensorRT's header: those of its names that tensorrt_*.cpp use, as the public interface of
-// TensorRT 10.3 to 11.x has them. Only tests see it; fake_nvinfer.cpp is the library behind it.
-// FAKE_TENSORRT_OLD leaves out what 10.3 lacks.
+// A test double of TensorRT's header, with the declarations that tensorrt_*.cpp use, as in the public
+// interface of TensorRT 10.3 to 11.x; implemented in fake_nvinfer.cpp. FAKE_TENSORRT_OLD removes what 10.3
+// lacks.
 #pragma once
 
 #include <cstddef>

@@ -1,7 +1,6 @@
-// libcuda.so.1 for tests: device memory is the host's, at addresses that anyone who keeps to the rules may
-// use; what is queued is done only when somebody waits for it. It is strict where a real driver is silent: it
-// breaks the stream at memory that was never allocated or is freed, at calls without a current context, and
-// at work that a capture does not allow.
+// A simulated libcuda.so.1. Device memory is host memory, and queued work runs only when it is waited for. It
+// is stricter than a real driver: the stream fails on memory that was not allocated or is freed, on calls
+// without a current context, and on work that must not be captured.
 #include "fake_cuda.hpp"
 
 #include <cstdint>
@@ -93,7 +92,7 @@ int queue(CUstream_st* stream, const char* name, std::function<void()> work) {
   return success;
 }
 
-// What no stream may be captured during, from the same thread.
+// Calls that invalidate a capture by the same thread.
 bool unsafe() {
   for (CUstream_st* stream : streams) {
     if (stream->capturing) return stream->invalidated = true;
@@ -149,14 +148,14 @@ void break_stream(const std::string& reason) { break_with(reason); }
 void* take_memory(std::size_t bytes) {
   if (fake.counts.used + bytes > fake.settings.total) return nullptr;
   void* address = std::aligned_alloc(256, (bytes + 255) / 256 * 256);
-  std::memset(address, 0xff, bytes);  // a NaN in every float
+  std::memset(address, 0xff, bytes);  // NaN in every float
   fake.memory[reinterpret_cast<std::uintptr_t>(address)] = bytes;
   fake.counts.used += bytes;
   return address;
 }
 
 void give_memory(void* address) {
-  for (CUstream_st* stream : streams) work_off(*stream);  // as the driver does
+  for (CUstream_st* stream : streams) work_off(*stream);  // as a real driver
   const auto found = fake.memory.find(reinterpret_cast<std::uintptr_t>(address));
   if (found == fake.memory.end()) return break_with("memory is freed that is not the device's");
   fake.counts.used -= found->second;
@@ -266,7 +265,7 @@ CUDA cuMemcpyDtoHAsync_v2(void* target, std::uint64_t source, std::size_t bytes,
   return queue(stream, "download", [=] { copy(target, pointer(source), bytes, false, true); });
 }
 
-struct CUDA_MEMCPY2D {  // as cuda.h has it
+struct CUDA_MEMCPY2D {  // as in cuda.h
   std::size_t source_x, source_y;
   unsigned source_type;
   const void* source_host;

@@ -1,5 +1,4 @@
-// What tests and the simulated TensorRT ask of the simulated driver (fake_cuda.cpp), beside CUDA's own
-// functions.
+// Control of the simulated driver (fake_cuda.cpp), for tests and for the simulated TensorRT.
 #pragma once
 
 #include <cstddef>
@@ -14,30 +13,29 @@ namespace fake_cuda {
 struct Settings {
   std::size_t total = std::size_t{1} << 30;
   int devices = 1, major = 8, minor = 7;
-  bool capturable = true, ended = false;  // ended: the process is, and the driver is gone before its callers
+  bool capturable = true, ended = false;  // ended: the driver is shut down, as at the end of a process
 };
 
 struct Counts {
   std::size_t used = 0, allocations = 0, contexts = 0, streams = 0, graphs = 0, pinned = 0;
 };
 
-// As of a machine that was just started; `settings` may be changed afterwards too.
+// Resets everything to the state of a new process. `settings` may be changed afterwards.
 void reset();
 Settings& settings();
 Counts counts();
 
-// Names of the operations, in the order in which they were done; asking empties it.
+// Names of the operations since the last call, in the order in which they ran.
 std::vector<std::string> done();
 
-// Leave out the operation of this index, counted from 0, of every graph that is launched; -1: none. A wrong
-// driver, for negative controls.
+// Skips the operation with this index in every launched graph; -1: none. Simulates a wrong driver, to prove
+// that tests detect it.
 void leave_out(int operation);
 
-// What broke a rule of CUDA's, as the error that the stream then gives says nothing of it.
+// The rule that was violated; the stream's error code does not tell.
 std::string broken();
 
-// For the simulated TensorRT. All but `enqueue` are false, and break the stream, where `bytes` are not all in
-// one allocation.
+// For the simulated TensorRT. `is_memory`: whether all `bytes` lie in one allocation of the device.
 bool is_memory(const void* address, std::size_t bytes);
 bool capturing(CUstream_st* stream);
 bool has_context();

@@ -1,8 +1,8 @@
-// A TensorRT for tests: its engine runs a bundle's lowered graph on ONNX Runtime's CPU, on whatever its
-// addresses hold, when the simulated driver comes to it. It is strict where the real one is silent: it breaks
-// the stream at memory that is not the device's, at sizes outside the profile, at writes beyond the cache, at
-// a context without its scratch memory, and at a first run that is captured. A plan is JSON
-// (tests/cpp/engine_bundles.py): the graph, its capacity, and what a builder would have fixed.
+// A simulated TensorRT. Its engine runs the lowered graph of a bundle with ONNX Runtime on the CPU, on the
+// memory at the bound addresses, when the simulated driver runs the queued work. It is stricter than the real
+// one: the stream fails on memory outside the device, sizes outside the profile, writes outside the cache, a
+// context without scratch memory, and capture of the first run. A plan is a JSON file
+// (tests/cpp/engine_bundles.py) with the graph, its capacity, and what a builder would fix.
 #include <NvInfer.h>
 
 #include <algorithm>
@@ -29,7 +29,7 @@ struct Tensor {
   bool input = false;
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
   std::vector<std::int64_t> sizes;
-  std::vector<std::string> names;  // of sizes that are left, "" of others
+  std::vector<std::string> names;  // names of symbolic sizes, "" for constant ones
 };
 
 std::size_t width_of(ONNXTensorElementDataType type) {
@@ -103,7 +103,7 @@ struct ICudaEngine::Plan {
     }
   }
 
-  // -1: a size that is not known yet.
+  // -1: not known yet
   std::vector<std::int64_t> shape(const std::string& name, std::map<std::string, std::int64_t> sizes) const {
     sizes["capacity"] = content.at("capacity");
     if (!content.at("budget").is_null()) sizes["budget"] = content.at("budget");
@@ -112,7 +112,7 @@ struct ICudaEngine::Plan {
     for (std::size_t axis = 0; axis < shape.size(); ++axis) {
       const std::string& symbol = tensor.names[axis];
       if (symbol.empty()) continue;
-      if (symbol.rfind("batch", 0) == 0) {  // of one sequence
+      if (symbol.rfind("batch", 0) == 0) {  // one sequence
         shape[axis] = symbol.size() > 6 ? std::stol(symbol.substr(6)) : 1;
       } else {
         shape[axis] = sizes.count(symbol) == 0 ? -1 : sizes[symbol];
@@ -121,7 +121,7 @@ struct ICudaEngine::Plan {
     return shape;
   }
 
-  bool leaves(const std::string& size) const {  // whether some tensor has it
+  bool leaves(const std::string& size) const {  // whether a tensor has this symbolic size
     return std::any_of(tensors.begin(), tensors.end(), [&](const auto& each) {
       return std::count(each.second.names.begin(), each.second.names.end(), size) != 0;
     });
@@ -144,7 +144,7 @@ void ICudaEngine::Plan::run(const std::map<std::string, void*>& addresses, std::
                             std::int64_t logits) const {
   const std::map<std::string, std::int64_t> sizes{{"sequence", tokens}, {"logits", logits}};
   std::vector<const char*> inputs, outputs;
-  std::vector<std::vector<char>> copies;  // of the inputs, so that outputs are written after all were read
+  std::vector<std::vector<char>> copies;  // copies of the inputs, since outputs overwrite them
   std::vector<ort::Owned<OrtValue>> owned;
   std::map<std::string, std::size_t> bytes;
   for (const std::string& name : order) {
@@ -170,7 +170,7 @@ void ICudaEngine::Plan::run(const std::map<std::string, void*>& addresses, std::
     const std::int64_t budget = content.at("budget");
     if (tokens == 1 ? start > budget : start + tokens > budget)
       return fake_cuda::break_stream("a write beyond the budget");
-    start = leaves("capacity") ? first("position_ids") : 0;  // where the other layers write
+    start = leaves("capacity") ? first("position_ids") : 0;  // position of the write in the other layers
   }
   if (start < 0 || start + tokens > content.at("capacity").get<std::int64_t>())
     return fake_cuda::break_stream("a write beyond the cache, which TensorRT would drop");
@@ -235,7 +235,7 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
   if (fake_cuda::capturing(stream) && !state.ran)
     return refuse("the first run of a context cannot be captured");
   state.ran = true;
-  // What a captured graph will use, whatever comes later.
+  // the sizes that a captured graph keeps
   const std::int64_t tokens = counts.at("input_ids"), logits = counts.at("logits_index");
   fake_cuda::enqueue(
       stream, "engine",

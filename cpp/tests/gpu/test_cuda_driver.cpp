@@ -1,5 +1,4 @@
-// The CUDA device on a simulated driver: right bytes, in order; errors as CUDA says them; nothing left
-// behind.
+// CudaDevice on the simulated driver: contents, order, error messages, and release of everything.
 #include <cstring>
 #include <numeric>
 #include <string>
@@ -33,7 +32,7 @@ void require_nothing_left() {
 
 }  // namespace
 
-TEST(device_is_named_and_given_back) {
+TEST(reads_and_releases_the_device) {
   fake_cuda::reset();
   {
     CudaDevice device;
@@ -45,7 +44,7 @@ TEST(device_is_named_and_given_back) {
   require_nothing_left();
 }
 
-TEST(no_driver_no_device_and_an_old_driver_are_told_apart) {
+TEST(distinguishes_no_driver_no_device_and_an_old_driver) {
   fake_cuda::reset();
   CHECK_THROWS_WITH(CudaDevice("libno-such-driver.so.1"), "there is no NVIDIA driver on this machine");
   CHECK_THROWS_WITH(CudaDevice("libno-such-driver.so.1"), "libno-such-driver.so.1");
@@ -55,7 +54,7 @@ TEST(no_driver_no_device_and_an_old_driver_are_told_apart) {
   require_nothing_left();
 }
 
-TEST(memory_is_zeroed_copied_and_moved_in_order) {
+TEST(memory_operations_run_in_order) {
   fake_cuda::reset();
   {
     const auto storage = open_cuda_storage();
@@ -64,12 +63,12 @@ TEST(memory_is_zeroed_copied_and_moved_in_order) {
     CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(memory) % 256, std::uintptr_t{0});
     std::vector<unsigned char> seen(48, 7);
     storage->download(seen.data(), memory, 48);
-    CHECK_EQUAL(seen[0], 7);  // queued, not done: a control of the simulation
+    CHECK_EQUAL(seen[0], 7);  // queued but not run, which proves that the simulation is asynchronous
     storage->synchronize();
     CHECK(seen == std::vector<unsigned char>(48, 0));
     const std::vector<unsigned char> bytes = counted(24);
     storage->upload(memory, bytes.data(), 24);
-    storage->copy_rows(memory + 24, 8, memory, 6, 6, 3);  // three rows of 6 bytes, now 8 apart
+    storage->copy_rows(memory + 24, 8, memory, 6, 6, 3);  // three rows of 6 bytes, 8 bytes apart
     storage->clear(memory, 2);
     storage->download(seen.data(), memory, 48);
     storage->synchronize();
@@ -84,7 +83,7 @@ TEST(memory_is_zeroed_copied_and_moved_in_order) {
   require_nothing_left();
 }
 
-TEST(too_little_memory_says_how_much_there_is) {
+TEST(out_of_memory_reports_free_and_total_bytes) {
   fake_cuda::reset();
   fake_cuda::settings().total = 1000;
   {
@@ -97,29 +96,29 @@ TEST(too_little_memory_says_how_much_there_is) {
   require_nothing_left();
 }
 
-TEST(errors_have_cudas_name) {
+TEST(errors_include_the_cuda_error_name) {
   fake_cuda::reset();
   const auto storage = open_cuda_storage();
   char beyond[16];
-  storage->clear(beyond, 16);  // not the device's
+  storage->clear(beyond, 16);  // host memory
   CHECK_THROWS_WITH(storage->synchronize(),
                     "CUDA failed on Simulated 0\n  got:      CUDA_ERROR_ILLEGAL_ADDRESS");
   fake_cuda::reset();
 }
 
-TEST(a_driver_that_is_gone_refuses_and_ends_nothing) {
+TEST(a_shut_down_driver_causes_errors_only) {
   fake_cuda::reset();
   {
     const auto storage = open_cuda_storage();
     const CudaArray array(storage->device(), 8, true);
     fake_cuda::settings().ended = true;
     CHECK_THROWS_WITH(storage->allocate(8), "CUDA_ERROR_INVALID_CONTEXT");
-  }  // what is given back to it is refused too, and nothing is thrown
+  }  // release fails too, and throws nothing
   CHECK(!fake_cuda::has_context());
   fake_cuda::reset();
 }
 
-TEST(a_graph_does_again_what_was_captured) {
+TEST(a_graph_repeats_the_captured_work) {
   fake_cuda::reset();
   {
     CudaDevice device;
@@ -145,7 +144,7 @@ TEST(a_graph_does_again_what_was_captured) {
   require_nothing_left();
 }
 
-TEST(what_cannot_be_captured_is_no_graph_and_the_stream_goes_on) {
+TEST(a_failed_capture_leaves_the_stream_usable) {
   fake_cuda::reset();
   {
     CudaDevice device;
@@ -162,7 +161,7 @@ TEST(what_cannot_be_captured_is_no_graph_and_the_stream_goes_on) {
   require_nothing_left();
 }
 
-TEST(the_callers_context_stays_current) {
+TEST(the_context_of_the_caller_stays_current) {
   fake_cuda::reset();
   char callers;
   cuCtxPushCurrent_v2(&callers);
@@ -179,7 +178,7 @@ TEST(the_callers_context_stays_current) {
   require_nothing_left();
 }
 
-TEST(a_thread_waits_while_another_captures) {
+TEST(threads_wait_during_a_capture) {
   fake_cuda::reset();
   {
     CudaDevice device;
@@ -193,7 +192,7 @@ TEST(a_thread_waits_while_another_captures) {
     other.join();
     CHECK(graph != nullptr);
     device.synchronize();
-    CHECK_EQUAL(fake_cuda::done().size(), std::size_t{1});  // the other thread's, which is not in the graph
+    CHECK_EQUAL(fake_cuda::done().size(), std::size_t{1});  // of the other thread, not captured
     device.launch(*graph);
     device.synchronize();
     CHECK_EQUAL(fake_cuda::done().size(), std::size_t{2});

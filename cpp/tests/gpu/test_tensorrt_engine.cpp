@@ -1,6 +1,6 @@
-// TensorRT engines on a simulated GPU, of TensorRT 10.16 and (compiled with FAKE_TENSORRT_OLD) of 10.3: the
-// CPU's answers, in place, nothing allocated from step to step, nothing beyond the cache, and which engine
-// runs and why not. KVEXPORT_TEST_ENGINES: what tests/cpp/engine_bundles.py wrote.
+// TensorRT engines on a simulated GPU, for TensorRT 10.16 and (compiled with FAKE_TENSORRT_OLD) 10.3: results
+// equal those of the CPU, steps allocate nothing, writes stay within the cache, and the right engine is
+// chosen. KVEXPORT_TEST_ENGINES: directory written by tests/cpp/engine_bundles.py.
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
@@ -57,7 +57,7 @@ std::vector<std::int64_t> tokens(std::size_t count, std::int64_t vocab, std::uin
 
 using Rows = std::vector<std::vector<float>>;
 
-// Logits after a prompt of several chunks and after each of ten steps.
+// Logits after a prompt of several chunks, and after each of ten steps.
 Rows rows_of(Cache& cache, std::uint32_t seed = 1, std::size_t prompt = 2 * CHUNK + 5,
              std::size_t steps = 10) {
   const std::int64_t vocab = cache.session().manifest().vocab_size;
@@ -92,7 +92,7 @@ void require_nothing_left() {
   CHECK_EQUAL(fake_cuda::broken(), std::string());
 }
 
-// A bundle that a test may change, removed with this object.
+// A copy of a bundle that a test may change, removed by the destructor.
 class Copy {
  public:
   explicit Copy(const std::string& name) {
@@ -106,7 +106,7 @@ class Copy {
   Copy& operator=(const Copy&) = delete;
 
   fs::path engine() const { return path / "engines/simulated"; }
-  // Change the record, or the plan and with it the record.
+  // Changes the record, or the plan and its hash in the record.
   void record(const json& changes) const {
     json content = json::parse(std::ifstream(engine() / "build.json"));
     content.merge_patch(changes);
@@ -122,7 +122,7 @@ class Copy {
   fs::path path;
 };
 
-// What `session` refuses, whole.
+// The message with which opening fails.
 std::string refused(const fs::path& path, bool verify = true) {
   try {
     opened(path, "tensorrt", verify);
@@ -140,7 +140,7 @@ bool has(const std::string& text, const std::string& part) {
 
 }  // namespace
 
-TEST(prefill_and_steps_equal_the_cpu) {
+TEST(prefill_and_decode_equal_the_cpu) {
   for (const std::string& name : BUNDLES) {
     fake_cuda::reset();
     const Rows wanted = on_cpu(engines(name));
@@ -151,7 +151,7 @@ TEST(prefill_and_steps_equal_the_cpu) {
       Cache cache(session, 0);
       CHECK_EQUAL(cache.capacity(), CAPACITY);
       CHECK(difference(rows_of(cache), wanted) < close_to(name));
-      cache.clear(1000.0F);  // and anew, in slots of garbage
+      cache.clear(1000.0F);  // again, with garbage in empty slots
       CHECK(difference(rows_of(cache), wanted) < close_to(name));
     }
     require_nothing_left();
@@ -168,7 +168,7 @@ TEST(every_row_of_a_prompt_equals_the_cpu) {
   }
 }
 
-TEST(what_the_cache_holds_is_what_the_cpus_holds) {
+TEST(cache_contents_equal_those_on_the_cpu) {
   for (const std::string& name : BUNDLES) {
     if (name.find("half") != std::string::npos) continue;
     fake_cuda::reset();
@@ -190,14 +190,14 @@ TEST(what_the_cache_holds_is_what_the_cpus_holds) {
   }
 }
 
-TEST(steps_replay_one_graph_and_allocate_nothing) {
+TEST(decode_replays_one_graph_and_allocates_nothing) {
   for (const std::string& name : BUNDLES) {
     fake_cuda::reset();
     Cache cache(opened(engines(name)), 0);
     const std::vector<std::int64_t> ids = tokens(5, cache.session().manifest().vocab_size);
     cache.prefill(ids.data(), ids.size());
     fake_cuda::done();
-    cache.step(1);  // not captured: TensorRT must have run once before
+    cache.step(1);  // TensorRT must run once before a capture
     for (const std::string& done : fake_cuda::done()) CHECK(done != "launch");
     const std::size_t allocations = fake_cuda::counts().allocations;
     const bool told = name.find("decomposed17-") == 0 &&
@@ -209,7 +209,7 @@ TEST(steps_replay_one_graph_and_allocate_nothing) {
       CHECK(std::equal(wanted.begin(), wanted.end(), done.begin()));
       const auto writes = static_cast<std::size_t>(std::count(done.begin(), done.end(), "copy_rows"));
       CHECK_EQUAL(writes + wanted.size(), done.size());
-      CHECK(name.find("std24") == 0 ? writes == 0 : writes >= 4);  // two a layer
+      CHECK(name.find("std24") == 0 ? writes == 0 : writes >= 4);  // two per layer
     }
     cache.clear();
     rows_of(cache);
@@ -217,7 +217,7 @@ TEST(steps_replay_one_graph_and_allocate_nothing) {
   }
 }
 
-TEST(without_capture_it_runs_all_the_same) {
+TEST(runs_without_graph_capture) {
   fake_cuda::reset();
   fake_cuda::settings().capturable = false;
   Cache cache(opened(engines(ANY)), 0);
@@ -225,7 +225,7 @@ TEST(without_capture_it_runs_all_the_same) {
   for (const std::string& done : fake_cuda::done()) CHECK(done != "launch");
 }
 
-TEST(a_replay_that_leaves_something_out_is_seen) {  // a control of all that is compared here
+TEST(comparisons_detect_an_incomplete_replay) {  // proves that the comparisons detect faults
   for (int operation : {0, 1, 2}) {
     fake_cuda::reset();
     fake_cuda::leave_out(operation);
@@ -234,7 +234,7 @@ TEST(a_replay_that_leaves_something_out_is_seen) {  // a control of all that is 
   }
 }
 
-TEST(conversations_do_not_meet) {
+TEST(conversations_are_independent) {
   for (const std::string& name : BUNDLES) {
     fake_cuda::reset();
     {
@@ -245,7 +245,7 @@ TEST(conversations_do_not_meet) {
       const std::vector<std::int64_t> left = tokens(47, vocab, 3), right = tokens(47, vocab, 4);
       one.prefill(left.data(), 37), two.prefill(right.data(), 37);
       Rows of_one{first[0]}, of_two{second[0]};
-      for (std::size_t index = 37; index < 47; ++index) {  // in turns
+      for (std::size_t index = 37; index < 47; ++index) {  // alternately
         const float* logits = one.step(left[index]);
         of_one.emplace_back(logits, logits + vocab);
         logits = two.step(right[index]);
@@ -254,7 +254,7 @@ TEST(conversations_do_not_meet) {
       CHECK(difference(of_one, first) < close_to(name) && difference(of_two, second) < close_to(name));
       one.clear(), two.clear();
       Rows found;
-      std::thread other([&] { found = rows_of(one, 3); });  // at once
+      std::thread other([&] { found = rows_of(one, 3); });  // at the same time
       CHECK(difference(rows_of(two, 4), second) < close_to(name));
       other.join();
       CHECK(difference(found, first) < close_to(name));
@@ -263,7 +263,7 @@ TEST(conversations_do_not_meet) {
   }
 }
 
-TEST(a_cache_outlives_what_the_application_let_go_of) {
+TEST(a_cache_outlives_session_and_other_caches) {
   fake_cuda::reset();
   {
     std::unique_ptr<Cache> second;
@@ -278,7 +278,7 @@ TEST(a_cache_outlives_what_the_application_let_go_of) {
   require_nothing_left();
 }
 
-TEST(the_log_outlives_the_session_that_came_first) {
+TEST(the_log_outlives_the_first_session) {
   fake_cuda::reset();
   auto first = opened(engines(ANY));
   const auto second = opened(engines(ANY));
@@ -287,7 +287,7 @@ TEST(the_log_outlives_the_session_that_came_first) {
   cache.step(1);
 }
 
-TEST(nothing_is_written_beyond_the_engines_capacity) {
+TEST(never_writes_beyond_the_capacity) {
   fake_cuda::reset();
   const auto session = opened(engines(ANY));
   Cache cache(session, 0);
@@ -295,7 +295,7 @@ TEST(nothing_is_written_beyond_the_engines_capacity) {
   CHECK_THROWS_WITH(cache.prefill(ids.data(), ids.size()), "at most 60");
   cache.prefill(ids.data(), CAPACITY);
   CHECK_THROWS_WITH(cache.step(1), "capacity is exhausted");
-  // The engine's own bound, whatever the cache let through.
+  // The bound of the engine itself.
   Buffers buffers(session->manifest(), CAPACITY, session->engine->storage(), 0);
   const auto binding = session->engine->bind(buffers);
   const std::int64_t id = 1, last = CAPACITY, index = 0;
@@ -304,14 +304,14 @@ TEST(nothing_is_written_beyond_the_engines_capacity) {
   CHECK_EQUAL(fake_cuda::broken(), std::string());
 }
 
-TEST(memory_is_the_engines_and_the_drivers) {
+TEST(reports_memory_of_engine_and_driver) {
   fake_cuda::reset();
   const auto session = opened(engines(ANY));
   const DeviceMemory memory = session->engine->device_memory();
   CHECK_EQUAL(memory.name, std::string("Simulated 0"));
   CHECK_EQUAL(memory.activations, std::size_t{5000});
 #ifdef FAKE_TENSORRT_OLD
-  CHECK_EQUAL(memory.weights, std::size_t{0});  // not told
+  CHECK_EQUAL(memory.weights, std::size_t{0});  // not reported
 #else
   CHECK_EQUAL(memory.weights, std::size_t{4096});
 #endif
@@ -321,7 +321,7 @@ TEST(memory_is_the_engines_and_the_drivers) {
   CHECK(fake_cuda::counts().used >= used + cache.bytes());
 }
 
-TEST(too_little_device_memory_says_so_and_leaves_nothing) {
+TEST(out_of_memory_is_reported_and_releases_everything) {
   for (std::size_t total = 3000; total < 200000; total += 15000) {
     fake_cuda::reset();
     fake_cuda::settings().total = total;
@@ -336,7 +336,7 @@ TEST(too_little_device_memory_says_so_and_leaves_nothing) {
   }
 }
 
-TEST(auto_takes_an_engine_that_fits_and_goes_on_where_there_is_none) {
+TEST(auto_selects_a_fitting_engine_or_falls_back) {
   fake_cuda::reset();
   CHECK_EQUAL(opened(engines(ANY), "auto")->engine->provider(), std::string("tensorrt"));
   fake_cuda::settings().devices = 0;
@@ -347,7 +347,7 @@ TEST(auto_takes_an_engine_that_fits_and_goes_on_where_there_is_none) {
   CHECK_EQUAL(opened(engines(ANY), "auto")->engine->provider(), std::string("cpu"));
 }
 
-TEST(engines_that_do_not_fit_are_each_named) {
+TEST(lists_why_each_engine_does_not_fit) {
   fake_cuda::reset();
   const Copy bundle(ANY);
   const auto refusal = [&](const json& change) {
@@ -369,12 +369,12 @@ TEST(engines_that_do_not_fit_are_each_named) {
   fs::rename(bundle.engine(), bundle.path / "engines/first");
   CHECK(has(refused(bundle.path), "first was built for 2 sequences"));
   fs::copy(engines(ANY) + "/engines/simulated", bundle.engine(), fs::copy_options::recursive);
-  CHECK(opened(bundle.path) != nullptr);  // the second one
+  CHECK(opened(bundle.path) != nullptr);  // the second engine
   fs::remove_all(bundle.path / "engines");
   CHECK(has(refused(bundle.path), "has no engine that this machine can run\n  got:      no engine"));
 }
 
-TEST(damaged_plans) {
+TEST(refuses_damaged_plans) {
   fake_cuda::reset();
   const Copy bundle(ANY);
   std::string plan;
@@ -389,7 +389,7 @@ TEST(damaged_plans) {
   require_nothing_left();
 }
 
-TEST(engines_that_are_not_as_recorded) {
+TEST(refuses_engines_that_contradict_their_record) {
   fake_cuda::reset();
   const auto refusal = [](const json& record, const json& plan) {
     const Copy changed(ANY);
