@@ -7,7 +7,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 KVEXPORT := $(VENV)/bin/kvexport
 
-.PHONY: demo test clean
+.PHONY: demo test docs clean
 
 demo: $(VENV)/ready
 	$(KVEXPORT) build --demo -o demo --force
@@ -18,6 +18,7 @@ test: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
+	$(VENV)/bin/mkdocs build --quiet --strict
 	$(VENV)/bin/python -m pytest -q
 
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
@@ -25,6 +26,10 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".[dev]"
 	touch $@
+
+# The documentation as a site, build/site/index.html; a warning is an error.
+docs: $(VENV)/ready
+	$(VENV)/bin/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) demo build

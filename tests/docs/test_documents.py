@@ -1,0 +1,98 @@
+"""Every command block of the README and of the documentation runs as a reader types it, and prints what the page shows."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.documents import README, ROOT, blocks, copy_checkout, follow, links, missing_output, pages
+
+SET_UP = ("make demo", "make test")
+ACTIVATE = ". .venv/bin/activate"
+TUTORIAL = ROOT / "docs" / "tutorial.md"
+DOCUMENTS = [*pages(), ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
+RUN = [page for page in pages() if any(block.language != "text" and not block.board for block in blocks(page))]
+
+
+def _name(document: Path) -> str:
+    return document.stem
+
+
+class Reader:
+    """Someone who follows the README and the tutorial in a checkout, then other pages."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.checkout = checkout
+        self.outputs: dict[Path, dict[str, str]] = {}
+
+    def follow(self, document: Path) -> dict[str, str]:
+        """The output of each block; a page that was followed is not followed again."""
+        if document not in self.outputs:
+            for earlier in (README, TUTORIAL):
+                if earlier != document and document != README:
+                    self.follow(earlier)
+            before = "" if document == README else ACTIVATE
+            # `make test` runs this test.
+            self.outputs[document] = follow(document, self.checkout, before, skip=SET_UP[1:])
+        return self.outputs[document]
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
+    return Reader(copy_checkout(tmp_path_factory.mktemp("checkout")))
+
+
+def test_the_readme_opens_with_the_two_commands() -> None:
+    commands = [block.text.strip() for block in blocks(README) if block.language == "sh"]
+    assert commands[:2] == list(SET_UP)
+    assert "make test" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_readme_says_how_to_get_the_command() -> None:
+    assert ACTIVATE in [block.text.strip() for block in blocks(README)]
+    assert any("pip install '.[convert,cpu]'" in block.text for block in blocks(README))
+
+
+def test_the_readme_fits_on_a_few_screens() -> None:
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 120
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("document", RUN, ids=_name)
+def test_every_block_runs_and_prints_what_the_page_shows(document: Path, reader: Reader) -> None:
+    if (
+        "cmake" in document.read_text(encoding="utf-8")
+        and not shutil.which("cmake")
+        and "CI" not in os.environ
+    ):
+        pytest.skip("cmake is not installed")
+    outputs = reader.follow(document)
+    assert missing_output(document, outputs) == []
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
+def test_linked_files_exist(document: Path) -> None:
+    for target in links(document):
+        assert target.exists(), target
+
+
+def test_only_what_needs_a_board_or_an_index_is_left_out() -> None:
+    marks = ("nvpmodel", "--system-site-packages", "pip install")
+    for document in pages():
+        for block in blocks(document):
+            if block.board:
+                assert any(mark in block.text for mark in marks), block.text
+
+
+def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
+    mkdocs = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
+    built = subprocess.run(mkdocs, cwd=ROOT, capture_output=True, text=True)
+    assert built.returncode == 0, built.stderr
+    for page in tmp_path.rglob("*.html"):
+        text = page.read_text(encoding="utf-8")
+        for attribute in ('src="http', 'src="//', '<link rel="stylesheet" href="http'):
+            assert attribute not in text, (page.name, attribute)
