@@ -18,7 +18,7 @@ test: $(VENV)/ready
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-cache
-	$(VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 	$(VENV)/bin/python -m pytest -q
 
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
@@ -29,7 +29,7 @@ $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 
 # The documentation as a site, build/site/index.html; a warning is an error.
 docs: $(VENV)/ready
-	$(VENV)/bin/mkdocs build --quiet --strict
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 
 clean:
 	rm -rf $(VENV) demo build

@@ -18,6 +18,9 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 COPIES = "source"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
+CODE = re.compile(r"`[^`\n]*`")
+TABLE_ROW = re.compile(r"^\|.*$", re.MULTILINE)
+BOARD = re.compile(r"^```sh board$", re.MULTILINE)  # marks blocks that the tests cannot run
 FORMULA = re.compile(r'<(span|div) class="arithmatex">\\([(\[])(.*?)\\[)\]]</\1>', re.DOTALL)
 
 
@@ -50,14 +53,16 @@ def on_files(files: Files, config: Any) -> Files:
 
 
 def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str:
-    """Point links into the repository to the copies in the site."""
+    """Point links into the repository to the copies in the site; drop marks that are for the tests."""
     depth = len(PurePosixPath(page.file.src_uri).parent.parts)
 
     def rewritten(match: re.Match[str]) -> str:
         path = repository_path(page.file.src_uri, match[1])
         return "../" * depth + site_path(path) + (match[2] or "")
 
-    return LINK.sub(rewritten, markdown)
+    markdown = BOARD.sub("```sh", LINK.sub(rewritten, markdown))
+    # GitHub wants pipes in the code of a table escaped, Python-Markdown does not.
+    return TABLE_ROW.sub(lambda row: CODE.sub(lambda code: code[0].replace(r"\|", "|"), row[0]), markdown)
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:

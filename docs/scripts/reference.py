@@ -48,7 +48,7 @@ def commands_page() -> str:
         table(
             ("command", "use"),
             [
-                (f"[`{name}`](#kvexport-{name})", escaped(command.get_short_help_str(200)))
+                (f"[`{name}`](#kvexport-{name})", escaped(command.get_short_help_str(300)))
                 for name, command in commands
                 if command is not None
             ],
@@ -74,8 +74,10 @@ def command_parts(command: click.Command, context: click.Context) -> Iterator[st
         yield escaped(" ".join(paragraph.split()))
     yield f"```text\n{' '.join([str(context.info_name), *command.collect_usage_pieces(context)])}\n```"
     records = [param.get_help_record(context) for param in command.get_params(context)]
-    rows = [(f"`{option}`", escaped(" ".join(text.split()))) for option, text in filter(None, records)]
-    yield table(("option", "meaning"), [(option.replace("|", r"\|"), text) for option, text in rows])
+    yield table(
+        ("option", "meaning"),
+        [(code(option), escaped(" ".join(text.split()))) for option, text in filter(None, records) if text],
+    )
 
 
 # --- the Python interface
@@ -130,7 +132,6 @@ def class_parts(name: str, cls: type, variable: str = "", constructor: bool = Tr
         yield table(("attribute", "meaning"), [(f"`{each}`", text) for each, text in attributes.items()])
     yield from section_parts(sections)
     if constructor and not is_data and "__init__" in vars(cls):
-        yield f"### {name}()"
         yield from callable_parts(name, cls.__init__, skip=1)
     for member, value in vars(cls).items():
         if member.startswith("_"):
@@ -168,13 +169,20 @@ def callable_parts(name: str, function: Callable[..., Any], skip: int = 0) -> It
 
 def signature_text(name: str, signature: inspect.Signature, skip: int) -> str:
     """A signature in one line, or with an argument a line."""
-    parameters = list(signature.parameters.values())[skip:]
-    bare = str(signature.replace(parameters=parameters)).replace("'", "")
-    if len(name + bare) <= _WIDEST:
-        return name + bare
-    inside, _, result = bare.rpartition(")")
-    arguments = re.split(r", (?=\*(?:,|$)|\w+(?::|=|$|,))", inside[1:])
-    return f"{name}(\n    " + ",\n    ".join(arguments) + f",\n){result}"
+    arguments, starred = list[str](), False
+    for parameter in list(signature.parameters.values())[skip:]:
+        if parameter.kind is parameter.KEYWORD_ONLY and not starred:
+            arguments.append("*")
+            starred = True
+        default = "" if parameter.default is parameter.empty else f" = {parameter.default!r}"
+        arguments.append(f"{parameter.name}: {parameter.annotation}{default}")
+    result = (
+        ""
+        if signature.return_annotation in (signature.empty, "None")
+        else f" -> {signature.return_annotation}"
+    )
+    line = f"{name}({', '.join(arguments)}){result}"
+    return line if len(line) <= _WIDEST else f"{name}(\n    " + ",\n    ".join(arguments) + f",\n){result}"
 
 
 def section_parts(sections: dict[str, list[tuple[str, str]]]) -> Iterator[str]:
@@ -196,14 +204,20 @@ def errors_parts(errors: ModuleType) -> Iterator[str]:
     text, sections = parsed(inspect.getdoc(errors.KvexportError) or "")
     yield from text
     yield from section_parts(sections)
-    rows = [
-        (f"`{name}`", f"`{cls.__bases__[0].__name__}`", str(cls.exit_code), " ".join(inspect.getdoc(cls) or "").split())
-        for name, cls in vars(errors).items()
-        if inspect.isclass(cls) and issubclass(cls, errors.KvexportError)
+    classes = [
+        cls for cls in vars(errors).values() if inspect.isclass(cls) and issubclass(cls, errors.KvexportError)
     ]
     yield table(
         ("error", "kind of", "exit code", "meaning"),
-        [(name, base, code_, parsed(inspect.getdoc(getattr(errors, name.strip("`"))) or "")[0][0]) for name, base, code_, _ in rows],
+        [
+            (
+                code(cls.__name__),
+                code(cls.__base__.__name__),
+                str(cls.exit_code),
+                parsed(inspect.getdoc(cls) or "")[0][0],
+            )
+            for cls in classes
+        ],
     )
 
 
@@ -247,7 +261,7 @@ def escaped(text: str) -> str:
     """Text in which Markdown reads nothing but code between backticks."""
     parts = text.split("`")
     for index in range(0, len(parts), 2):
-        parts[index] = re.sub(r"([*_<|\[\]])", r"\\\1", parts[index])
+        parts[index] = re.sub(r"([*<|])", r"\\\1", parts[index])
     for index in range(1, len(parts), 2):
         parts[index] = parts[index].replace("|", r"\|")
     return "`".join(parts)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.documents import README, ROOT, blocks, copy_checkout, follow, links, missing_output, pages
@@ -15,7 +18,9 @@ SET_UP = ("make demo", "make test")
 ACTIVATE = ". .venv/bin/activate"
 TUTORIAL = ROOT / "docs" / "tutorial.md"
 DOCUMENTS = [*pages(), ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md"]
-RUN = [page for page in pages() if any(block.language != "text" and not block.board for block in blocks(page))]
+RUN = [
+    page for page in pages() if any(block.language != "text" and not block.board for block in blocks(page))
+]
 
 
 def _name(document: Path) -> str:
@@ -36,8 +41,7 @@ class Reader:
                 if earlier != document and document != README:
                     self.follow(earlier)
             before = "" if document == README else ACTIVATE
-            # `make test` runs this test.
-            self.outputs[document] = follow(document, self.checkout, before, skip=SET_UP[1:])
+            self.outputs[document] = follow(document, self.checkout, before, skip="make test")  # it runs this
         return self.outputs[document]
 
 
@@ -47,13 +51,13 @@ def reader(tmp_path_factory: pytest.TempPathFactory) -> Reader:
 
 
 def test_the_readme_opens_with_the_two_commands() -> None:
-    commands = [block.text.strip() for block in blocks(README) if block.language == "sh"]
+    commands = [block.command for block in blocks(README) if block.language == "sh"]
     assert commands[:2] == list(SET_UP)
     assert "make test" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_readme_says_how_to_get_the_command() -> None:
-    assert ACTIVATE in [block.text.strip() for block in blocks(README)]
+    assert ACTIVATE in [block.command for block in blocks(README)]
     assert any("pip install '.[convert,cpu]'" in block.text for block in blocks(README))
 
 
@@ -81,11 +85,53 @@ def test_linked_files_exist(document: Path) -> None:
 
 
 def test_only_what_needs_a_board_or_an_index_is_left_out() -> None:
-    marks = ("nvpmodel", "--system-site-packages", "pip install")
+    marks = ("nvpmodel", "--system-site-packages", "pip install", "pip wheel")
     for document in pages():
         for block in blocks(document):
             if block.board:
                 assert any(mark in block.text for mark in marks), block.text
+
+
+def test_generated_pages_are_up_to_date(script: Any) -> None:
+    for name, text in script.pages().items():
+        page = (ROOT / "docs" / name).read_text(encoding="utf-8")
+        assert page == text, f"docs/{name} is out of date; run: python docs/scripts/reference.py"
+
+
+@pytest.fixture
+def script() -> Any:
+    """docs/scripts/reference.py as a module."""
+    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "scripts" / "reference.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.slow
+def test_the_bundle_format_page_names_every_key(reader: Reader) -> None:
+    reader.follow(ROOT / "docs" / "tensorrt.md")
+    page = (ROOT / "docs" / "bundle-format.md").read_text(encoding="utf-8")
+    bundles = [reader.checkout / name for name in ("half", "bounded", "half16")]
+    documents = [
+        bundle / name for bundle in bundles for name in ("manifest.json", "text.json", "self_test.json")
+    ]
+    documents += bundles[-1].glob("engines/*/build.json")
+    for document in documents:
+        for key in keys(json.loads(document.read_text(encoding="utf-8"))):
+            assert f"`{key}`" in page, f"{key} of {document.name}"
+
+
+def keys(value: object, free: tuple[str, ...] = ("files", "layers", "tolerances")) -> set[str]:
+    """Keys of a JSON value at any depth; objects under `free` have keys that are no part of the format."""
+    if isinstance(value, list):
+        return set().union(*map(keys, value)) if value else set()
+    if not isinstance(value, dict):
+        return set()
+    inside = [
+        each.values() if name in free and isinstance(each, dict) else [each] for name, each in value.items()
+    ]
+    return set(value).union(*(keys(each) for part in inside for each in part))
 
 
 def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:

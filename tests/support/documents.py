@@ -28,6 +28,11 @@ class Block(NamedTuple):
     board: bool
     text: str
 
+    @property
+    def command(self) -> str:
+        """The first command of the block, without its comment."""
+        return self.text.partition("\n")[0].partition("#")[0].strip()
+
 
 def blocks(document: Path) -> list[Block]:
     """The sh, python and text blocks of a document, in order."""
@@ -64,27 +69,27 @@ def copy_checkout(folder: Path) -> Path:
     environment = folder / ".venv"
     environment.mkdir()
     for part in Path(sys.prefix).iterdir():
-        (environment / part.name).unlink(missing_ok=True)
-        (environment / part.name).symlink_to(part)
-    (environment / "ready").unlink(missing_ok=True)
-    (environment / "ready").touch()  # newer than what make compares it with
+        if part.name != "ready":
+            (environment / part.name).symlink_to(part)
+    (environment / "ready").touch()  # newer than the files that make compares it with
     return folder
 
 
-def follow(document: Path, checkout: Path, before: str = "", skip: tuple[str, ...] = ()) -> dict[str, str]:
+def follow(document: Path, checkout: Path, before: str = "", skip: str | None = None) -> dict[str, str]:
     """Run the blocks of a document in one shell at the top of a checkout, as a reader types them.
 
     Args:
         before: commands of other documents that the reader has typed in this shell.
-        skip: blocks that are not run, besides those that need a board or an index.
+        skip: command whose block is not run; nor are those that need a board or an index.
 
     Returns:
         The output of each block by its text, standard error included.
     """
     run = [
-        block for block in blocks(document)
-        if block.language != "text" and not block.board and block.text.strip() not in skip
-    ]  # fmt: skip
+        block
+        for block in blocks(document)
+        if block.language != "text" and not block.board and block.command != skip
+    ]
     script = ["set -eo pipefail", before]
     for index, block in enumerate(run):
         script.append(f"printf '\\n{_MARK}{index}\\n'")
