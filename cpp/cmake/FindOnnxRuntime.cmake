@@ -1,8 +1,7 @@
-# OnnxRuntime::OnnxRuntime: the C API's header and the library, from ONNXRUNTIME_ROOT or the system.
-# ONNXRUNTIME_ROOT may be an official release archive, a prefix with Debian's layout, what cpp/tools/fetch_onnxruntime.sh made,
-# or for the library alone (with ONNXRUNTIME_INCLUDE) the `capi` folder of the Python wheel, whose library has a version behind
-# its name.
-set(ONNXRUNTIME_ROOT "$ENV{ONNXRUNTIME_ROOT}" CACHE PATH "ONNX Runtime: the folder with its include and lib")
+# Defines OnnxRuntime::OnnxRuntime: the library and the headers of its C API, from ONNXRUNTIME_ROOT or the system.
+# ONNXRUNTIME_ROOT may be an unpacked release archive, a prefix with Debian's layout, or the output of
+# cpp/tools/fetch_onnxruntime.sh; with ONNXRUNTIME_INCLUDE also the `capi` directory of the Python package.
+set(ONNXRUNTIME_ROOT "$ENV{ONNXRUNTIME_ROOT}" CACHE PATH "Folder with the include and lib directories of ONNX Runtime")
 
 find_path(ONNXRUNTIME_INCLUDE onnxruntime_c_api.h
   HINTS ${ONNXRUNTIME_ROOT}
@@ -26,10 +25,11 @@ include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(OnnxRuntime
   REQUIRED_VARS ONNXRUNTIME_INCLUDE ONNXRUNTIME_LIBRARY
   REASON_FAILURE_MESSAGE "pass -DONNXRUNTIME_ROOT=FOLDER, where FOLDER has include/onnxruntime_c_api.h and \
-lib/libonnxruntime.so: an unpacked release of ONNX Runtime 1.28 or later, or what cpp/tools/fetch_onnxruntime.sh FOLDER makes of a Python wheel.")
+lib/libonnxruntime.so: an unpacked release archive of ONNX Runtime 1.28 or later, or the output of \
+cpp/tools/fetch_onnxruntime.sh FOLDER.")
 if(OnnxRuntime_FOUND AND ONNXRUNTIME_API LESS 21)
-  message(FATAL_ERROR "ONNX Runtime's header in ${ONNXRUNTIME_INCLUDE} is of API ${ONNXRUNTIME_API}; 21 or later is needed. "
-                      "Pass another -DONNXRUNTIME_ROOT=FOLDER.")
+  message(FATAL_ERROR "The ONNX Runtime headers in ${ONNXRUNTIME_INCLUDE} must have API version 21 or later, got "
+                      "${ONNXRUNTIME_API}. Pass another -DONNXRUNTIME_ROOT=FOLDER.")
 endif()
 if(OnnxRuntime_FOUND AND NOT TARGET OnnxRuntime::OnnxRuntime)
   add_library(OnnxRuntime::OnnxRuntime SHARED IMPORTED)

@@ -1,6 +1,6 @@
-# TensorRT::TensorRT: NvInfer.h, libnvinfer, and the CUDA headers that NvInfer.h includes. From TENSORRT_ROOT (and CUDA_HOME) or
-# the system, as JetPack and the SDK install them.
-set(TENSORRT_ROOT "$ENV{TENSORRT_ROOT}" CACHE PATH "TensorRT: the folder with its include and lib")
+# Defines TensorRT::TensorRT: libnvinfer, NvInfer.h and the CUDA headers that it includes, from TENSORRT_ROOT and CUDA_HOME
+# or the system directories of JetPack and the SDK.
+set(TENSORRT_ROOT "$ENV{TENSORRT_ROOT}" CACHE PATH "Folder with the include and lib directories of TensorRT")
 set(arch ${CMAKE_SYSTEM_PROCESSOR}-linux-gnu)
 
 find_path(TENSORRT_INCLUDE NvInfer.h HINTS ${TENSORRT_ROOT} PATH_SUFFIXES include include/${arch})

@@ -1,8 +1,8 @@
-# Compiler options of everything that is built here; nothing of it reaches who uses the library.
+# Compiler options of all targets here. They are private, so applications are not affected.
 function(kvexport_flags target)
   target_compile_options(${target} PRIVATE -Wall -Wextra)
   if(KVEXPORT_WARNINGS)
-    # GCC's plain -Wshadow also refuses a constructor's parameter that has its member's name; Clang's does not.
+    # GCC's -Wshadow also warns about constructor parameters with the name of a member; Clang's does not.
     target_compile_options(${target} PRIVATE -Wpedantic -Wconversion -Werror
       $<IF:$<CXX_COMPILER_ID:GNU>,-Wshadow=local,-Wshadow>)
   endif()

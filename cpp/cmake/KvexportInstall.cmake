@@ -1,5 +1,5 @@
-# What is installed: the two headers, the library, kvexport_self_test, and the package that find_package(kvexport) reads, which
-# holds no path of this machine. ONNX Runtime is looked for beside the library, then where it was when this was built.
+# Installs the headers, the library, kvexport_self_test, and a relocatable package for find_package(kvexport). At run time
+# ONNX Runtime is searched for beside the library, then where it was at build time.
 include(CMakePackageConfigHelpers)
 
 set(package ${CMAKE_INSTALL_LIBDIR}/cmake/kvexport)

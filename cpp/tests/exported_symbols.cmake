@@ -1,4 +1,4 @@
-# Run with cmake -P: the symbols that LIBRARY exports are those that HEADER declares.
+# Run with cmake -P: checks that LIBRARY exports exactly the symbols that HEADER declares.
 execute_process(COMMAND ${NM} -D --defined-only ${LIBRARY} OUTPUT_VARIABLE listing COMMAND_ERROR_IS_FATAL ANY)
 string(REGEX MATCHALL "[^ \n]+\n" exported "${listing}")
 string(REPLACE "\n" "" exported "${exported}")

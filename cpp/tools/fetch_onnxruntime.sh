@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# fetch_onnxruntime.sh OUT [PYTHON]: makes OUT/include and OUT/lib for -DONNXRUNTIME_ROOT=OUT, without root.
+# Usage: fetch_onnxruntime.sh OUT [PYTHON]
+# Creates OUT/include and OUT/lib for -DONNXRUNTIME_ROOT=OUT, without root privileges.
 #
-# The library is the one of PYTHON's onnxruntime package, under the name that programs look for. Its headers are in no Python
-# package: they are taken from Debian 13's libonnxruntime-dev, which is unpacked and not installed, by a private configuration
-# of apt made from this machine's own sources. On other systems unpack a release archive of ONNX Runtime instead.
-# Does nothing where it is done already. Exit code 2: called wrongly; 3: cannot be done here.
+# The library is copied from PYTHON's onnxruntime package. The Python package has no headers: they are taken from Debian 13's
+# libonnxruntime-dev, which is downloaded with a private apt configuration and unpacked, not installed. On other systems
+# unpack a release archive of ONNX Runtime instead.
+# Does nothing if OUT is up to date. Exit codes: 2 usage, 3 not possible on this machine.
 set -euo pipefail
 
 suite=trixie
@@ -16,11 +17,11 @@ fail() {  # CODE MESSAGE [FIX]
     exit "$1"
 }
 
-[ $# -ge 1 ] && [ $# -le 2 ] || fail 2 "needs a folder to write to" "$0 OUT [PYTHON]"
+[ $# -ge 1 ] && [ $# -le 2 ] || fail 2 "the output folder must be given" "$0 OUT [PYTHON]"
 out=$1
 python=${2:-python3}
 archive="unpack a release archive of ONNX Runtime 1.28 or later, and pass its folder: -DONNXRUNTIME_ROOT=FOLDER"
-mkdir -p "$out/include" "$out/lib" || fail 3 "$out cannot be made"
+mkdir -p "$out/include" "$out/lib" || fail 3 "$out cannot be created"
 
 # --- the library -----------------------------------------------------------------------------------------------------------
 capi=$("$python" -c '
@@ -39,20 +40,20 @@ if ! cmp -s "$library" "$copy"; then
 fi
 ln -sf "$(basename "$library")" "$out/lib/libonnxruntime.so.1"
 ln -sf libonnxruntime.so.1 "$out/lib/libonnxruntime.so"
-for provider in "$capi"/libonnxruntime_providers_*.so; do  # it looks for them beside itself
+for provider in "$capi"/libonnxruntime_providers_*.so; do  # loaded from the same directory
     [ ! -e "$provider" ] || cmp -s "$provider" "$out/lib/$(basename "$provider")" || cp -L "$provider" "$out/lib/"
 done
 
 # --- the headers -----------------------------------------------------------------------------------------------------------
 [ ! -f "$out/include/onnxruntime_c_api.h" ] || exit 0
 for tool in apt-get dpkg-deb; do
-    command -v $tool >/dev/null || fail 3 "the headers come from Debian's $package, and there is no $tool here" "$archive"
+    command -v $tool >/dev/null || fail 3 "the headers come from Debian's $package, which needs $tool" "$archive"
 done
 id=$(. /etc/os-release && echo "${ID:-}") codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-[ "$id" = debian ] || fail 3 "the headers come from Debian's $package, and this is ${id:-unknown}" "$archive"
+[ "$id" = debian ] || fail 3 "the headers come from Debian's $package, and this system is ${id:-unknown}" "$archive"
 mirror=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' \
     | awk -v release="$codename" '$1 == release && $2 == "main" { print $3; exit }')
-[ -n "$mirror" ] || fail 3 "apt's sources name no mirror of Debian $codename" "$archive"
+[ -n "$mirror" ] || fail 3 "the apt sources have no mirror of Debian $codename" "$archive"
 signed=
 keys=/usr/share/keyrings/debian-archive-keyring.gpg
 [ ! -r $keys ] || signed="[signed-by=$keys] "
@@ -80,10 +81,10 @@ Acquire::Retries "3";
 CONF
 cd "$work"
 { apt-get -q -c "$work/apt.conf" update && apt-get -q -c "$work/apt.conf" download "$package"; } >"$work/log" 2>&1 \
-    || { tail -n 5 "$work/log" >&2; fail 3 "$package of Debian $suite cannot be fetched" "$archive"; }
+    || { tail -n 5 "$work/log" >&2; fail 3 "$package of Debian $suite cannot be downloaded" "$archive"; }
 dpkg-deb -x "$work"/${package}_*.deb "$work/unpacked"
 headers=$(dirname "$(find "$work/unpacked" -name onnxruntime_c_api.h | head -n 1)")
 [ -n "$headers" ] && [ "$headers" != . ] || fail 3 "$package has no onnxruntime_c_api.h" "$archive"
 cd - >/dev/null
 find "$headers" -maxdepth 1 -name '*.h' ! -name onnxruntime_c_api.h -exec cp {} "$out/include/" \;
-cp "$headers/onnxruntime_c_api.h" "$out/include/"  # last: what a second run looks for
+cp "$headers/onnxruntime_c_api.h" "$out/include/"  # last: its presence marks completion

@@ -69,7 +69,9 @@ def test_ctest_passes(kind: str, built: Built, given: dict[str, str]) -> None:
 
 
 def test_python_reads_what_cpp_wrote(built: Built, given: dict[str, str]) -> None:
-    require(built("release") / "tests" / "test_safetensors", "writes_a_file_for_python", env=environment(**given))
+    require(
+        built("release") / "tests" / "test_safetensors", "writes_a_file_for_python", env=environment(**given)
+    )
     path = Path(given["KVEXPORT_TEST_WRITE"])
     tensors = load_file(path)
     assert (
