@@ -37,7 +37,7 @@ def pages() -> dict[str, str]:
 def commands_page() -> str:
     """All commands with their options, as `--help` shows them."""
     group = command_group()
-    context = click.Context(group, info_name="kvexport")
+    context = group.context_class(group, info_name="kvexport", **group.context_settings)
     parts = [
         "# Commands",
         "This page is generated from the command line's own help (`docs/scripts/reference.py`). Exit codes are in the "
@@ -56,7 +56,7 @@ def commands_page() -> str:
     )
     for name, command in commands:
         if command is not None:
-            parts += command_parts(command, click.Context(command, info_name=f"kvexport {name}"))
+            parts += command_parts(command, group.context_class(command, info_name=name, parent=context))
     return "\n\n".join(parts) + "\n"
 
 
@@ -69,10 +69,10 @@ def command_group() -> click.Group:
 
 def command_parts(command: click.Command, context: click.Context) -> Iterator[str]:
     """A command's heading, help, usage and options."""
-    yield f"## {context.info_name}"
+    yield f"## {context.command_path}"
     for paragraph in inspect.cleandoc(command.help or "").replace("\b\n", "").split("\n\n"):
         yield escaped(" ".join(paragraph.split()))
-    yield f"```text\n{' '.join([str(context.info_name), *command.collect_usage_pieces(context)])}\n```"
+    yield f"```text\n{' '.join([context.command_path, *command.collect_usage_pieces(context)])}\n```"
     records = [param.get_help_record(context) for param in command.get_params(context)]
     yield table(
         ("option", "meaning"),
