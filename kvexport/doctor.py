@@ -18,8 +18,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kvexport.devices.capabilities import OLDEST_TENSORRT
 from kvexport.devices.system import board, l4t_release, total_memory
-from kvexport.devices.targets import OLDEST_TENSORRT, Target, lowering_for
+from kvexport.devices.targets import Target, lowering_for
 
 # Each package, the extra that brings it ("" is the base install), and other names that it is distributed under.
 _PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {

@@ -84,6 +84,6 @@ def command(
 
 def _same(lowering: str) -> bool:
     """Whether no other lowering is left to try."""
-    from kvexport.engine.fitting import LOWERINGS
+    from kvexport.devices.capabilities import TENSORRT_LOWERINGS
 
-    return lowering == LOWERINGS[-1]
+    return lowering == TENSORRT_LOWERINGS[-1]

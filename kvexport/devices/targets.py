@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvexport.devices.capabilities import OLDEST_TENSORRT, Version, capabilities_of
 from kvexport.errors import UsageError
 from kvexport.files.resources import resource
 
@@ -21,13 +22,6 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
-Version = tuple[int, ...]
-
-OLDEST_TENSORRT: Version = (10, 3)
-_STD24_TENSORRT: Version = (
-    10,
-    15,
-)  # the first whose parser has RotaryEmbedding, RMSNormalization and TensorScatter
 _ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime")
 _VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})+")
 _GB, _TERA = 1e9, 1e12
@@ -150,12 +144,17 @@ def tensorrt_version(target: Target, *, jetpack: str | None = None, tensorrt: st
 
 
 def lowering_for(target: Target, version: Version | None = None) -> str:
-    """The lowering that `target` imports: "std24", "decomposed17" or "ort"; without `version`, for the one it assumes."""
-    if target.engine == "onnxruntime":
-        return "ort"
-    if target.engine == "tensorrt-rtx":
-        return "std24"
-    return "std24" if (version or tensorrt_version(target)) >= _STD24_TENSORRT else "decomposed17"
+    """The best lowering that a target imports.
+
+    Args:
+        version: of its TensorRT; None: the version that `tensorrt_version` assumes.
+
+    Returns:
+        "std24", "decomposed17" or "ort".
+    """
+    if target.engine == "tensorrt":
+        version = version or tensorrt_version(target)
+    return capabilities_of(target.engine, version).lowering
 
 
 def _shipped() -> dict[str, Path]:

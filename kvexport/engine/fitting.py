@@ -11,12 +11,11 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from kvexport.bundle.graph_io import BATCH, BUDGET, CAPACITY, VARIANT, sized
+from kvexport.bundle.graph_io import BATCH, BUDGET, CAPACITY, sized
+from kvexport.devices.capabilities import TENSORRT_LOWERINGS
 from kvexport.graph.lint import Finding, Parser, lint, refusals
 from kvexport.graph.lowering import lower
 from kvexport.graph.nodes import sizes as shape_of
-
-LOWERINGS = (VARIANT, "decomposed17")  # those meant for TensorRT, best first
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def fit(
     """
     sizes = {BATCH: batch, CAPACITY: capacity} | ({} if budget is None else {BUDGET: budget})
     passed_over: dict[str, list[Finding]] = {}
-    for name in LOWERINGS if lowering is None else (lowering,):
+    for name in TENSORRT_LOWERINGS if lowering is None else (lowering,):
         model = lower(graph, name)
         freeze(model, sizes)
         findings = lint(model, parser)

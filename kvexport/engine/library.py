@@ -13,7 +13,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from kvexport.devices.targets import OLDEST_TENSORRT, Version, parse_version
+from kvexport.devices.capabilities import OLDEST_TENSORRT, Version
+from kvexport.devices.targets import parse_version
 from kvexport.errors import CannotRunHere
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}

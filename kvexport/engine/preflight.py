@@ -8,9 +8,10 @@ from __future__ import annotations
 import shutil
 
 from kvexport.bundle.bundle import DATA_FILE, Bundle
+from kvexport.devices.capabilities import TENSORRT_LOWERINGS
 from kvexport.devices.gpu import Gpu, available_memory
 from kvexport.engine.destination import Destination
-from kvexport.engine.fitting import LOWERINGS, Fitted
+from kvexport.engine.fitting import Fitted
 from kvexport.engine.library import Library
 from kvexport.engine.options import CHUNK, EngineOptions
 from kvexport.errors import CannotRunHere, UsageError
@@ -66,8 +67,10 @@ def require_options(options: EngineOptions, bundle: Bundle) -> tuple[int, int]:
         )
     if options.optimization_level is not None and not 0 <= options.optimization_level <= 5:
         raise UsageError("no such optimisation level", got=options.optimization_level, expected="0 to 5")
-    if options.lowering is not None and options.lowering not in LOWERINGS:
-        raise UsageError("no lowering for TensorRT", got=options.lowering, expected=", ".join(LOWERINGS))
+    if options.lowering is not None and options.lowering not in TENSORRT_LOWERINGS:
+        raise UsageError(
+            "no lowering for TensorRT", got=options.lowering, expected=", ".join(TENSORRT_LOWERINGS)
+        )
     return capacity, chunk
 
 
@@ -159,7 +162,7 @@ def require_operators(fitted: Fitted, library: Library) -> None:
             f"{library} does not take the graph lowered to {fitted.lowering}",
             got=sentences(refused),
             fix="leave out --lowering"
-            if fitted.lowering != LOWERINGS[-1]
+            if fitted.lowering != TENSORRT_LOWERINGS[-1]
             else "`kvexport lint` shows all of it",
         )
 

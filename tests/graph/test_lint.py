@@ -12,7 +12,7 @@ import pytest
 from support.lint_graphs import OLDER_CASES, RTX, RTX_CASES, UNFUSED, WRONG, attention, one
 
 from kvexport.graph.lint import Parser, lint, refusals, unfused_attention
-from kvexport.graph.lint_rules import RULES, operator
+from kvexport.graph.lint_rules import RULES, check_operator
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_the_table_of_operators_is_the_real_parsers(rtx: Any) -> None:
     names = sorted({schema.name for schema in onnx.defs.get_all_schemas() if schema.domain == ""})
     assert len(names) > 180
     for name in names:
-        refused = any(operator(ir.node(name, []), RTX))
+        refused = any(check_operator(ir.node(name, []), RTX))
         assert refused == (not parser.supports_operator(name)), name
 
 
