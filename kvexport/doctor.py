@@ -9,8 +9,6 @@ from __future__ import annotations
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +16,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from kvexport.devices import gpu as probe
 from kvexport.devices.capabilities import OLDEST_TENSORRT
 from kvexport.devices.system import board, l4t_release, total_memory
 from kvexport.devices.targets import Target, lowering_for
@@ -152,7 +151,7 @@ def examine(
     *,
     root: Path = Path("/"),
     search: Sequence[str] | None = None,
-    tools: str | None = None,
+    gpus: Sequence[probe.Gpu] | None = None,
 ) -> Diagnosis:
     """Look at this machine.
 
@@ -160,11 +159,11 @@ def examine(
         target: also say whether its engine can be built and run here.
         root: where the system's files are (`etc/nv_tegra_release`, `proc/...`).
         search: folders of installed packages; default `sys.path`.
-        tools: folders of programs, as in PATH, which is the default.
+        gpus: the GPUs of this machine; default: those that the driver reports.
     """
     from kvexport.version import __version__
 
-    machine = _machine(root, tools)
+    machine = _machine(root, probe.find_gpus() if gpus is None else gpus)
     packages = {
         package.name: package for package in _packages(sys.path if search is None else search, machine)
     }
@@ -236,11 +235,14 @@ def _providers() -> tuple[str, ...]:
         return ()
 
 
-def _machine(root: Path, tools: str | None) -> Machine:
+def _machine(root: Path, found: Sequence[probe.Gpu]) -> Machine:
     jetson, l4t = board(root), l4t_release(root)
     if l4t is None and (jetson is None or "jetson" not in jetson.lower()):
         jetson = None  # another board with a device tree
-    gpus = _gpus(tools)
+    gpus = [
+        Gpu(each.name, None if each.unified else each.memory, each.compute_capability, each.driver)
+        for each in found
+    ]
     if not gpus and jetson is not None:
         gpus = [Gpu(jetson, None, sm, None) for name, sm in _JETSON_SM.items() if name in jetson.lower()]
     return Machine(
@@ -253,29 +255,6 @@ def _machine(root: Path, tools: str | None) -> Machine:
         jetpack=_JETPACKS.get(".".join(l4t.split(".")[:2])) if l4t else None,
         gpus=tuple(gpus),
     )
-
-
-def _gpus(tools: str | None) -> list[Gpu]:
-    """What nvidia-smi lists; nothing where it is not there, or fails because the driver is not."""
-    program = shutil.which("nvidia-smi", path=tools)
-    if program is None:
-        return []
-    query = [
-        program,
-        "--query-gpu=name,memory.total,compute_cap,driver_version",
-        "--format=csv,noheader,nounits",
-    ]
-    try:
-        said = subprocess.run(query, capture_output=True, text=True, timeout=20, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return []
-    found = []
-    for line in said.splitlines():
-        fields = [field.strip() for field in line.split(",")]
-        if len(fields) == 4:
-            name, mebibytes, sm, driver = fields
-            found.append(Gpu(name, int(mebibytes) * 2**20 if mebibytes.isdigit() else None, sm, driver))
-    return found
 
 
 def _without_gpu(needs: Sequence[Sequence[str]], machine: Machine) -> list[list[str]]:

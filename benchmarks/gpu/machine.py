@@ -1,4 +1,4 @@
-"""What the machine says of itself: its GPU through nvidia-smi, the versions of the packages that run, memory over time."""
+"""Describe this machine for a record: its GPU, the versions of packages, GPU memory over time."""
 
 from __future__ import annotations
 
@@ -6,24 +6,14 @@ import platform
 import subprocess
 import sys
 import threading
+from contextlib import ExitStack
+from dataclasses import asdict
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-_FIELDS = (
-    "name",
-    "driver_version",
-    "compute_cap",
-    "memory.total",
-    "memory.used",
-    "clocks.sm",
-    "clocks.mem",
-    "clocks.max.sm",
-    "clocks.max.mem",
-    "power.draw",
-    "power.limit",
-    "temperature.gpu",
-)
+from kvexport.devices.gpu import find_gpu, memory_reader, read_gpus
+
 _PACKAGES = (
     "numpy",
     "torch",
@@ -41,17 +31,16 @@ _PACKAGES = (
     "nvidia-ml-py",
 )
 _ROOT = Path(__file__).resolve().parents[2]
-_EVERY = 100  # milliseconds between two looks at the device's memory
+_INTERVAL = 0.1  # seconds between two readings of the GPU's memory
 
 
-def gpu_facts() -> dict[str, str] | None:
-    """What nvidia-smi says of the first GPU, with its units; None where it cannot be asked."""
-    command = ["nvidia-smi", "-i", "0", f"--query-gpu={','.join(_FIELDS)}", "--format=csv,noheader"]
-    try:
-        said = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
+def describe_gpu() -> dict[str, Any] | None:
+    """The first GPU by the driver, with its clocks, temperature and power; None without one."""
+    gpu = find_gpu()
+    if gpu is None:
         return None
-    return dict(zip(_FIELDS, (each.strip() for each in said.strip().split(",")), strict=False))
+    reading = next(iter(read_gpus()), None)
+    return {**(asdict(reading) if reading is not None else {}), **asdict(gpu)}
 
 
 def versions() -> dict[str, str]:
@@ -88,55 +77,36 @@ def without_paths(text: str, work: Path) -> str:
 
 
 class MemoryWatch:
-    """How much of the first GPU's memory all processes hold while this is open; None where nvidia-smi does not say.
+    """Sample the memory in use on the first GPU, by all processes, while this is open.
 
     Attributes:
-        before, peak: bytes when it was opened, and the most seen, looking every 100 ms.
+        before: bytes in use when it was opened; None if NVML does not report it.
+        peak: the most bytes seen, reading every 100 ms; None likewise.
     """
 
     before: int | None = None
     peak: int | None = None
 
     def __enter__(self) -> MemoryWatch:
-        command = [
-            "nvidia-smi",
-            "-i",
-            "0",
-            "--query-gpu=memory.used",
-            "--format=csv,noheader,nounits",
-            "-lms",
-            str(_EVERY),
-        ]
-        self._process: subprocess.Popen[str] | None = None
-        seen = threading.Event()
-        try:
-            self._process = subprocess.Popen(
-                command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
-            )
-        except OSError:
-            return self
-        self._reader = threading.Thread(target=self._read, args=(self._process, seen), daemon=True)
-        self._reader.start()
-        seen.wait(10)  # for the first look, before what is watched begins
+        self._resources = ExitStack()
+        self._read = self._resources.enter_context(memory_reader())
+        self._stop = threading.Event()
+        self.before = self.peak = self._read()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
         return self
 
-    def _read(self, process: subprocess.Popen[str], seen: threading.Event) -> None:
-        assert process.stdout is not None
-        for line in process.stdout:
-            if line.strip().isdigit():
-                used = int(line) * 2**20
-                self.before = used if self.before is None else self.before
+    def _sample(self) -> None:
+        while not self._stop.wait(_INTERVAL):
+            if (used := self._read()) is not None:
                 self.peak = max(self.peak or 0, used)
-            seen.set()
-        seen.set()
 
-    def __exit__(self, *error: Any) -> None:
-        if self._process is not None:
-            self._process.terminate()
-            self._process.wait()
-            self._reader.join()
+    def __exit__(self, *error: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        self._resources.close()
 
     @property
     def used(self) -> int | None:
-        """By how much more was held at the peak than before: what the watched process took, if nothing else ran."""
+        """Peak minus the start, in bytes: what the measured process took, if no other process used the GPU."""
         return None if self.peak is None or self.before is None else self.peak - self.before

@@ -27,10 +27,12 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))  # kvexport need not be installed
 
-from machine import gpu_facts, versions, without_paths  # noqa: E402
+from machine import describe_gpu, versions, without_paths  # noqa: E402
 from processes import run_limited  # noqa: E402
 from settings import Settings, real, rehearsal  # noqa: E402
 from summary import render  # noqa: E402
+
+from kvexport.devices.gpu import find_gpu  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 REHEARSED = ROOT / "build" / "gpu-rehearsal"
@@ -102,7 +104,7 @@ class Run:
         self._shared: dict[str, Any] = {
             "rehearsal": settings.rehearsal,
             "begun": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            "gpu": gpu_facts(),
+            "gpu": describe_gpu(),
             "versions": versions(),
             "settings": settings.described(),
             "alternation": _ALTERNATION,
@@ -201,8 +203,6 @@ def main() -> int:
         parser.error("the record of a rehearsal is no result: choose an --output outside benchmarks/results")
     capability = None
     if not arguments.rehearse:
-        from kvexport.devices.gpu import find_gpu
-
         gpu = find_gpu()
         if gpu is None:
             print(

@@ -143,7 +143,6 @@ _BASE = ("numpy", "click", "rich", "tokenizers", "tomli")
 _EXTRAS = {
     "onnxruntime": "cpu",
     "cuda": "gpu",
-    "pynvml": "gpu",
     "tensorrt": "tensorrt",
     "polygraphy": "tensorrt",
     "tensorrt_rtx": "rtx",

@@ -31,8 +31,8 @@ from kvexport.bundle.engine_record import (
     read_record,
     write_record,
 )
-from kvexport.devices.gpu import available_memory, find_gpu
-from kvexport.devices.system import board
+from kvexport.devices.gpu import find_gpu
+from kvexport.devices.system import available_memory, board
 from kvexport.engine import preflight
 from kvexport.engine.destination import choose_destination
 from kvexport.engine.fitting import Fitted, fit

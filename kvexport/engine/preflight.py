@@ -9,7 +9,8 @@ import shutil
 
 from kvexport.bundle.bundle import DATA_FILE, Bundle
 from kvexport.devices.capabilities import TENSORRT_LOWERINGS
-from kvexport.devices.gpu import Gpu, available_memory
+from kvexport.devices.gpu import Gpu
+from kvexport.devices.system import available_memory
 from kvexport.engine.destination import Destination
 from kvexport.engine.fitting import Fitted
 from kvexport.engine.library import Library

@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 import sys
-import types
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any, ClassVar
 
 import pytest
 from click.testing import CliRunner, Result
+from support.simulated_gpus import SimulatedGpu, simulate_gpus
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bench import Plan, describe, measure, ratios, readings
@@ -352,8 +352,8 @@ def test_a_power_mode_without_a_name_keeps_its_number(jetson: Path) -> None:
     assert describe(jetson)["power_mode"] == "2"
 
 
-def test_what_a_machine_does_not_tell_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", None)  # as if it were not installed
+def test_what_a_machine_does_not_report_is_null(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_gpus(monkeypatch)
     described = describe(tmp_path)
     assert {name for name, value in described.items() if value is not None} == {"architecture", "cpus"}
     assert {"processor", "memory_bytes", "board", "l4t", "power_mode"} < described.keys()
@@ -361,42 +361,20 @@ def test_what_a_machine_does_not_tell_is_null(tmp_path: Path, monkeypatch: pytes
     assert peak_host_bytes(tmp_path) is None
 
 
-class Nvml(types.ModuleType):
-    """NVML with two GPUs: one that tells everything, and one, as a Jetson's, that tells its name alone."""
-
-    NVMLError = type("NVMLError", (Exception,), {})
-    NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
-
-    def __init__(self, fails: str = "") -> None:
-        super().__init__("pynvml")
-        self._fails = fails
-
-    def __getattr__(self, name: str) -> Any:
-        answers = {
-            "nvmlInit": None,
-            "nvmlShutdown": None,
-            "nvmlDeviceGetCount": 2,
-            "nvmlDeviceGetTemperature": 61,
-            "nvmlDeviceGetPowerUsage": 215500,
-            "nvmlDeviceGetEnforcedPowerLimit": 450000,
-        }
-
-        def call(*arguments: Any) -> Any:
-            if name == self._fails:
-                raise self.NVMLError(name)
-            if name == "nvmlDeviceGetHandleByIndex":
-                return arguments[0]
-            if name == "nvmlDeviceGetName":
-                return ("a desktop's", "a Jetson's")[arguments[0]]
-            if arguments and arguments[0] == 1:
-                raise self.NVMLError("Not Supported")
-            return {1: 2520, 2: 10501}[arguments[1]] if name == "nvmlDeviceGetClockInfo" else answers[name]
-
-        return call
-
-
-def test_gpus_tell_what_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+def test_readings_hold_what_each_gpu_reports(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One GPU that reports everything, and one, as a Jetson's, that reports its name alone."""
+    simulate_gpus(
+        monkeypatch,
+        SimulatedGpu(
+            "a desktop's",
+            sm_clock_mhz=2520,
+            memory_clock_mhz=10501,
+            temperature_c=61,
+            power_mw=215500,
+            power_limit_mw=450000,
+        ),
+        SimulatedGpu("a Jetson's"),
+    )
     desktop, jetson = readings(tmp_path)["gpus"]
     assert desktop == {
         "name": "a desktop's",
@@ -409,9 +387,9 @@ def test_gpus_tell_what_they_can(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert jetson == {**dict.fromkeys(desktop), "name": "a Jetson's"}
 
 
-@pytest.mark.parametrize("fails", ["nvmlInit", "nvmlDeviceGetCount", "nvmlDeviceGetHandleByIndex"])
-def test_no_gpu_is_found_where_nvml_finds_none(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails: str
+@pytest.mark.parametrize("failing", ["nvmlInit_v2", "nvmlDeviceGetCount_v2", "nvmlDeviceGetHandleByIndex_v2"])
+def test_readings_hold_no_gpu_if_nvml_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, "pynvml", Nvml(fails))
+    simulate_gpus(monkeypatch, SimulatedGpu(), failing=[failing])
     assert readings(tmp_path)["gpus"] == []

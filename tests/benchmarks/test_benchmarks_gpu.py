@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.simulated_gpus import SimulatedGpu, simulate_gpus
 
 ROOT = Path(__file__).resolve().parents[2]
 GPU = ROOT / "benchmarks" / "gpu"
@@ -122,36 +123,30 @@ def test_a_process_that_ends_in_time_leaves_its_code_and_last_words(tmp_path: Pa
     assert ended.last_words[-2:] == ["99", "why"] and len(ended.last_words) == 40
 
 
-def test_the_machine_is_read_from_nvidia_smi(
-    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    machine = module("machine")
-    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text(
-        '#!/bin/sh\ncase "$*" in\n*-lms*) for used in 100 900 300; do echo $used; sleep 0.1; done; exec sleep 60;;\n'
-        "*) echo 'NVIDIA H200, 580.1, 9.0, 143771 MiB';;\nesac\n"
+def test_describes_the_gpu_and_watches_its_memory(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_gpus(
+        monkeypatch,
+        SimulatedGpu("NVIDIA H200", "9.0", 143771 * 2**20, temperature_c=40, memory_used=(100, 900, 300)),
     )
-    fake.chmod(0o755)
-    facts = machine.gpu_facts()
+    machine = module("machine")
+    facts = machine.describe_gpu()
     assert (
         facts["name"] == "NVIDIA H200"
-        and facts["compute_cap"] == "9.0"
-        and facts["memory.total"] == "143771 MiB"
+        and facts["compute_capability"] == "9.0"
+        and facts["memory"] == 143771 * 2**20
+        and facts["temperature_c"] == 40
     )
     with machine.MemoryWatch() as watch:
         time.sleep(0.6)
     assert (watch.before, watch.used) == (100 * 2**20, 800 * 2**20)
 
 
-def test_without_nvidia_smi_nothing_is_told(
-    tmp_path: Path, module: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("PATH", str(tmp_path))
+def test_without_a_gpu_the_description_is_none(module: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_gpus(monkeypatch)
     machine = module("machine")
     with machine.MemoryWatch() as watch:
         pass
-    assert machine.gpu_facts() is None and watch.used is None and "python" in machine.versions()
+    assert machine.describe_gpu() is None and watch.used is None and "python" in machine.versions()
 
 
 def test_records_do_not_name_the_folders_of_a_machine(tmp_path: Path, module: Any) -> None:

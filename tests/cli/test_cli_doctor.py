@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.simulated_gpus import SimulatedGpu, simulate_gpus
 
 from kvexport import __version__
 from kvexport.cli import main
@@ -63,13 +64,8 @@ def test_json_holds_the_same(doctor: Doctor) -> None:
     assert raw["target"] is None
 
 
-def test_a_gpu_is_shown_where_the_tool_lists_one(
-    doctor: Doctor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    program = tmp_path / "nvidia-smi"
-    program.write_text('#!/bin/sh\necho "NVIDIA H200, 143771, 9.0, 570.1"\n')
-    program.chmod(0o755)
-    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+def test_shows_the_gpu(doctor: Doctor, monkeypatch: pytest.MonkeyPatch) -> None:
+    simulate_gpus(monkeypatch, SimulatedGpu("NVIDIA H200", "9.0"), driver="570.1")
     shown = doctor()[1]
     assert "NVIDIA H200, SM 9.0" in shown
     assert "570.1" in shown

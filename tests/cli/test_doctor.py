@@ -9,7 +9,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from support.simulated_gpus import SimulatedGpu, simulate_gpus
 
+from kvexport.devices.gpu import Gpu
 from kvexport.devices.targets import load_target
 from kvexport.doctor import Diagnosis, examine
 
@@ -25,15 +27,18 @@ EVERYTHING = {
     "tensorrt_rtx": "1.7.1.116",
     "polygraphy": "0.53.6",
 }
+RTX_4090 = Gpu("NVIDIA GeForce RTX 4090", "8.9", 24564 * 2**20, unified=False, driver="580.82")
+H200 = Gpu("NVIDIA H200", "9.0", 143771 * 2**20, unified=False, driver="570.1")
 
 
 class Computer:
-    """A folder with a system's files, installed packages and programs."""
+    """A folder with a system's files and installed packages, and a list of GPUs."""
 
     def __init__(self, folder: Path) -> None:
-        self.root, self.site, self.tools = folder / "root", folder / "site-packages", folder / "bin"
-        for each in (self.root, self.site, self.tools):
+        self.root, self.site = folder / "root", folder / "site-packages"
+        for each in (self.root, self.site):
             each.mkdir()
+        self.gpus: list[Gpu] = []
 
     def file(self, path: str, text: str) -> None:
         (self.root / path).parent.mkdir(parents=True, exist_ok=True)
@@ -45,18 +50,13 @@ class Computer:
             folder.mkdir()
             (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
 
-    def nvidia_smi(self, script: str) -> None:
-        program = self.tools / "nvidia-smi"
-        program.write_text(f"#!/bin/sh\n{script}\n")
-        program.chmod(0o755)
-
     def jetson(self, model: str, release: str) -> None:
         self.file("proc/device-tree/model", model + "\0")
         self.file("etc/nv_tegra_release", release + "\n")
 
     def examine(self, target: str | None = None) -> Diagnosis:
         found = None if target is None else load_target(target)
-        return examine(found, root=self.root, search=[str(self.site)], tools=str(self.tools))
+        return examine(found, root=self.root, search=[str(self.site)], gpus=self.gpus)
 
 
 @pytest.fixture
@@ -205,11 +205,14 @@ def test_a_jetson_is_told_to_take_its_own_packages(computer: Computer) -> None:
     assert fixes["polygraphy"] == "pip install 'kvexport[tensorrt]'"
 
 
-def test_gpus_are_what_nvidia_smi_lists(computer: Computer) -> None:
-    computer.nvidia_smi(
-        'echo "NVIDIA GeForce RTX 4090, 24564, 8.9, 580.82"; echo "NVIDIA Thor, [N/A], 11.0, 580.0"'
+def test_reports_the_gpus_of_the_driver(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    simulate_gpus(
+        monkeypatch,
+        SimulatedGpu(),
+        SimulatedGpu("NVIDIA Thor", "11.0", 131072 * 2**20, unified=True),
+        driver="580.82",
     )
-    first, second = computer.examine().machine.gpus
+    first, second = examine(root=tmp_path, search=[]).machine.gpus
     assert (first.name, first.memory, first.sm, first.driver) == (
         "NVIDIA GeForce RTX 4090",
         24564 * 2**20,
@@ -219,10 +222,12 @@ def test_gpus_are_what_nvidia_smi_lists(computer: Computer) -> None:
     assert (second.sm, second.memory) == ("11.0", None)
 
 
-@pytest.mark.parametrize("script", ["echo no devices; exit 9", "echo what is this", "exit 0"])
-def test_a_failing_nvidia_smi_lists_none(computer: Computer, script: str) -> None:
-    computer.nvidia_smi(script)
-    assert computer.examine().machine.gpus == ()
+@pytest.mark.parametrize("failing", ["cuInit", "cuDeviceGetCount", "cuDeviceGetName"])
+def test_a_failing_driver_reports_no_gpu(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, failing: str
+) -> None:
+    simulate_gpus(monkeypatch, SimulatedGpu(), failing=[failing])
+    assert examine(root=tmp_path, search=[]).machine.gpus == ()
 
 
 def test_tensorrt_rtx_builds_without_a_gpu_and_does_not_run(computer: Computer) -> None:
@@ -230,7 +235,7 @@ def test_tensorrt_rtx_builds_without_a_gpu_and_does_not_run(computer: Computer) 
     check = computer.examine("rtx-4090").target
     assert check is not None
     assert (check.builds, check.runs) == (True, False)
-    computer.nvidia_smi('echo "NVIDIA GeForce RTX 4090, 24564, 8.9, 580.82"')
+    computer.gpus = [RTX_4090]
     check = computer.examine("rtx-4090").target
     assert check is not None
     assert (check.builds, check.runs, dict(check.reasons)) == (True, True, {})
@@ -240,7 +245,7 @@ def test_what_would_not_help_here_is_not_advised(computer: Computer) -> None:
     check = computer.examine("h200").target
     assert check is not None
     assert [reason.partition(" (")[0] for reason in check.reasons] == ["a GPU of compute capability 9.0"]
-    computer.nvidia_smi('echo "NVIDIA H200, 143771, 9.0, 570.1"')
+    computer.gpus = [H200]
     check = computer.examine("h200").target
     assert check is not None and "tensorrt" in check.reasons
 
@@ -252,7 +257,7 @@ def test_tensorrt_does_nothing_without_a_gpu(computer: Computer) -> None:
     assert (found.target.builds, found.target.runs) == (False, False)
     assert lacking(found)["engine"] == ["tensorrt-rtx"]
     assert "run" in lacking(found)
-    computer.nvidia_smi('echo "NVIDIA H200, 143771, 9.0, 570.1"')
+    computer.gpus = [H200]
     found = computer.examine("h200")
     assert found.target is not None
     assert (found.target.builds, found.target.runs) == (True, True)
@@ -261,7 +266,7 @@ def test_tensorrt_does_nothing_without_a_gpu(computer: Computer) -> None:
 
 def test_an_engine_may_run_where_it_cannot_be_built(computer: Computer) -> None:
     computer.install(tensorrt="10.16.2")
-    computer.nvidia_smi('echo "NVIDIA H200, 143771, 9.0, 570.1"')
+    computer.gpus = [H200]
     check = computer.examine("h200").target
     assert check is not None
     assert (check.builds, check.runs) == (False, True)

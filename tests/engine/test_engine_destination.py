@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from kvexport.devices.gpu import Gpu, available_memory, find_gpu
+from kvexport.devices.gpu import Gpu, find_gpu
+from kvexport.devices.system import available_memory
 from kvexport.engine.destination import Destination, choose_destination
 from kvexport.errors import CannotRunHere, KvexportError, UsageError
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from support.simulated_gpus import SimulatedGpu, simulate_gpus
 
 from kvexport.errors import CannotRunHere
 from kvexport.runtime.backends.cuda import Cuda, _Graph
@@ -42,7 +43,6 @@ class Runtime(ModuleType):
             "cudaGetDeviceCount": (1,),
             "cudaDriverGetVersion": (12060,),
             "cudaRuntimeGetVersion": (13050,),
-            "cudaGetDeviceProperties": (SimpleNamespace(name=b"Orin", major=8, minor=7),),
             "cudaStreamCreateWithFlags": (7,),
             "cudaMalloc": (4096,),
             "cudaMemGetInfo": (1000, 2000),
@@ -70,6 +70,7 @@ class Runtime(ModuleType):
 
 @pytest.fixture
 def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
+    simulate_gpus(monkeypatch, SimulatedGpu("Orin", "8.7"))
     made = Runtime()
     package, bindings = ModuleType("cuda"), ModuleType("cuda.bindings")
     bindings.runtime = made  # type: ignore[attr-defined]

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from kvexport.devices.gpu import find_gpu
 from kvexport.errors import CannotRunHere, KvexportError
 
 
@@ -31,13 +32,10 @@ class Cuda:
         self._cuda = _runtime()
         _require_device(self._cuda)
         self._check(*self._cuda.cudaSetDevice(0))
-        properties = self._check(*self._cuda.cudaGetDeviceProperties(0))
-        self.name = (
-            properties.name.decode().rstrip("\0")
-            if isinstance(properties.name, bytes)
-            else str(properties.name)
-        )
-        self.compute_capability = f"{properties.major}.{properties.minor}"
+        gpu = find_gpu()
+        if gpu is None:
+            raise _no_gpu("the driver describes no device")
+        self.name, self.compute_capability = gpu.name, gpu.compute_capability
         stream = self._check(*self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
         self.stream = int(stream)
         weakref.finalize(self, self._cuda.cudaStreamDestroy, stream).atexit = False
@@ -179,7 +177,10 @@ def _require_device(cuda: Any) -> None:
             "there is no NVIDIA driver on this machine",
             fix="run on the CPU with --provider cpu, or on a machine with a GPU",
         )
-    seen = error_text(cuda, error) if error != cuda.cudaError_t.cudaSuccess else "0 devices"
-    raise CannotRunHere(
-        "CUDA finds no GPU", got=seen, fix="run on the CPU with --provider cpu, or on a machine with a GPU"
+    raise _no_gpu(error_text(cuda, error) if error != cuda.cudaError_t.cudaSuccess else "0 devices")
+
+
+def _no_gpu(got: str) -> CannotRunHere:
+    return CannotRunHere(
+        "CUDA finds no GPU", got=got, fix="run on the CPU with --provider cpu, or on a machine with a GPU"
     )
