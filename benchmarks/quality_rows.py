@@ -25,11 +25,11 @@ from kvexport.convert import (
     CompressionRequest,
     LayerPlan,
     Method,
-    choose,
     fixed_shape,
-    measure,
+    measure_moments,
     methods_for,
-    split,
+    plan_compression,
+    split_windows,
     uniform_shape,
 )
 from kvexport.convert.budget import Frontier, shapes_for
@@ -128,7 +128,9 @@ def _choice(
     bench: Bench, windows: Tensor, method: str, request: CompressionRequest, capacity: int | None = None
 ) -> CompressionPlan:
     methods = methods_for(method, bench.attention)
-    return choose(bench.decoder, windows, request, methods, None, capacity or bench.length, Progress())
+    return plan_compression(
+        bench.decoder, windows, request, methods, None, capacity or bench.length, Progress()
+    )
 
 
 def predicted_kl(choice: CompressionPlan) -> float | None:
@@ -251,7 +253,7 @@ def _seeing(plan: Plan, changes: dict[str, Callable[[Tensor], Tensor]]) -> Make:
             dataclasses.replace(
                 moments, **{name: change(getattr(moments, name)) for name, change in changes.items()}
             )
-            for moments in measure(bench.decoder, windows)
+            for moments in measure_moments(bench.decoder, windows)
         ]
         return Made.of(*bench.convert(plan(bench, windows).layer_plans, moments_of=seen.__getitem__))
 
@@ -293,7 +295,7 @@ def _healed(plan: Plan, steps: int) -> Make:
         )
         choice = plan(bench, windows)
         converted, reports = bench.convert(choice.layer_plans, windows=windows)
-        seen, held_out = (windows[each] for each in split(len(windows)))
+        seen, held_out = (windows[each] for each in split_windows(len(windows)))
         start = time.process_time()
         healed = heal(bench.decoder, converted, seen, held_out, HealOptions(steps), Progress())
         healing = {**healed.report.to_json(), "processor_seconds": time.process_time() - start}

@@ -22,9 +22,9 @@ from kvexport.convert import (
     ConvertedLayer,
     LayerPlan,
     LayerSensitivity,
-    choose,
     convert,
     methods_for,
+    plan_compression,
     require_ratio,
 )
 from kvexport.model.checkpoint import Checkpoint
@@ -200,7 +200,7 @@ def analyze(
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
     limit = capacity_of(decoder)
-    choice = choose(decoder, windows, plan.request, methods, None, limit, progress)
+    choice = plan_compression(decoder, windows, plan.request, methods, None, limit, progress)
     conversion = convert(decoder, windows, choice.layer_plans, capacity=limit)
     layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)

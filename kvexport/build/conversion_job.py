@@ -23,13 +23,13 @@ from kvexport.convert import (
     Conversion,
     ConvertedLayer,
     LayerReport,
-    choose,
     convert,
     fixed_shape,
     methods_for,
-    split,
+    plan_compression,
+    split_windows,
     trained_shape,
-    unconverted,
+    unconverted_layers,
 )
 from kvexport.errors import UsageError
 from kvexport.eviction.config import Eviction, EvictionRequest
@@ -205,10 +205,10 @@ class Job:
             }
         return self.plan.recipe.to_json()
 
-    def choose(self, windows: Tensor, capacity: int) -> CompressionPlan:
+    def plan_compression(self, windows: Tensor, capacity: int) -> CompressionPlan:
         """What each layer is to cache."""
         with self.timed("survey"):
-            return choose(
+            return plan_compression(
                 self.decoder,
                 windows,
                 self.plan.request,
@@ -229,7 +229,7 @@ class Job:
         """Hand every converted layer to `take`, healed if that is asked for, and say what became of all."""
         decoder = self.decoder
         conversion: Conversion | None = None
-        layers: Iterator[ConvertedLayer] = unconverted(decoder)
+        layers: Iterator[ConvertedLayer] = unconverted_layers(decoder)
         if self.compresses:
             layers = conversion = convert(decoder, windows, choice.layer_plans, self.moments_of, capacity)
         heals = self.plan.heal is not None and conversion is not None
@@ -262,7 +262,7 @@ class Job:
                 healed = self._heal(kept, windows, output)
             healing, divergence = (
                 healed.report,
-                divergence_of(decoder, healed.decoder, windows[split(len(windows))[1]]),
+                divergence_of(decoder, healed.decoder, windows[split_windows(len(windows))[1]]),
             )
             for layer in healed.decoder.layers:
                 take(layer)
@@ -284,8 +284,8 @@ class Job:
     def _heal(self, layers: list[Layer], windows: Tensor, output: Path) -> Healed:
         """The converted layers healed; work that a kill ended is taken up again from beside the output."""
         assert self.plan.heal is not None
-        seen = windows[split(len(windows))[0]]  # what is held out from it all judges the end
-        fitted, watched = (seen[each] for each in split(len(seen)))
+        seen = windows[split_windows(len(windows))[0]]  # what is held out from it all judges the end
+        fitted, watched = (seen[each] for each in split_windows(len(seen)))
         options, state = (
             HealOptions(self.plan.heal, lora_rank=self.plan.heal_lora),
             Path(f"{output.resolve()}.healing"),

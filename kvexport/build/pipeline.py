@@ -19,7 +19,14 @@ from kvexport.build.text_files import write_text_files
 from kvexport.bundle.bundle import DATA_FILE, REPORT_FILE, new_bundle
 from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import PeakMeter, Recipe, save_header, save_moments
-from kvexport.convert import CompressionPlan, LayerPlan, measure, require_ratio, trained_shape, uniform_shape
+from kvexport.convert import (
+    CompressionPlan,
+    LayerPlan,
+    measure_moments,
+    require_ratio,
+    trained_shape,
+    uniform_shape,
+)
 from kvexport.errors import GateFailed
 from kvexport.eviction.config import Eviction
 from kvexport.files.atomic_directory import atomic_directory, require_output
@@ -60,7 +67,7 @@ def build(
         decoder, limit = job.decoder, capacity_of(job.decoder, capacity)
         eviction = None if plan.eviction is None else plan.eviction.of(limit, len(decoder.layers))
         windows = job.windows()
-        choice = job.choose(windows, limit)
+        choice = job.plan_compression(windows, limit)
         twin = ReferenceRecorder(decoder, windows, limit, eviction)
         graph = DecoderWriter(
             writer.directory,
@@ -165,7 +172,7 @@ def calibrate(
         windows = job.windows()
         save_header(directory, job.digest, recipe, windows)
         with progress.stage("Measuring layers", len(job.decoder.layers)):
-            for index, moments in enumerate(measure(job.decoder, windows)):
+            for index, moments in enumerate(measure_moments(job.decoder, windows)):
                 save_moments(directory, index, moments)
                 progress.advance()
     return windows.numel()

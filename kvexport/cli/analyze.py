@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from kvexport.cli.conversion import METHODS, cache_options, calibration_options, plan_from, shape_options
+from kvexport.cli.conversion import cache_options, calibration_options, plan_from, shape_options
+from kvexport.convert.method_names import BEST, METHOD_NAMES, method_help
 
 
 @click.command()
@@ -21,7 +22,7 @@ from kvexport.cli.conversion import METHODS, cache_options, calibration_options,
     help="The HTML file to write; it must not exist.",
 )
 @click.option(
-    "--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged."
+    "--method", type=click.Choice(METHOD_NAMES), default=BEST, show_default=True, help=method_help()
 )
 @cache_options
 @shape_options

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from kvexport.cli.conversion import METHODS, conversion_options, eviction_options, plan_from, shape_options
+from kvexport.cli.conversion import conversion_options, eviction_options, plan_from, shape_options
+from kvexport.convert.method_names import BEST, METHOD_NAMES, method_help
 from kvexport.errors import UsageError
 
 
@@ -24,7 +25,7 @@ from kvexport.errors import UsageError
     help="The bundle's directory; it must not exist.",
 )
 @click.option(
-    "--method", type=click.Choice(METHODS), default="auto", show_default=True, help="How heads are merged."
+    "--method", type=click.Choice(METHOD_NAMES), default=BEST, show_default=True, help=method_help()
 )
 @conversion_options
 @shape_options

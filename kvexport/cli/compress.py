@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from kvexport.cli.conversion import METHODS, conversion_options, plan_from
+from kvexport.cli.conversion import conversion_options, plan_from
+from kvexport.convert.method_names import METHOD_NAMES, method_help
 
 
 @click.command()
@@ -21,10 +22,10 @@ from kvexport.cli.conversion import METHODS, conversion_options, plan_from
 )
 @click.option(
     "--method",
-    type=click.Choice(METHODS),
+    type=click.Choice(METHOD_NAMES),
     default="fold",
     show_default=True,
-    help="How heads are merged; rotary keys must fold.",
+    help=f"{method_help()} Keys with RoPE need a method that folds into the weights: fold or mean-pool.",
 )
 @conversion_options
 @click.option("--force", is_flag=True, help="Replace the checkpoint that is there.")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 _HEAL_SAMPLES = 192  # windows of its own text that a model is healed on, unless --samples says otherwise
-METHODS = ("auto", "online", "fold", "svd-a", "svd-w", "mean-pool")
 
 
 def _together(*options: Callable[[F], F]) -> Callable[[F], F]:

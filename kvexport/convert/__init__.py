@@ -1,13 +1,29 @@
-"""Conversion: a trained decoder's layers, with fewer KV heads, and what that is predicted and measured to cost."""
+"""Compression of a trained decoder's KV heads, without training; predicted and measured loss per layer.
 
-from kvexport.bundle.layer_report import LayerReport
-from kvexport.convert.choose import CompressionPlan, choose
-from kvexport.convert.groups import KVShape, kv_heads_for, trained_shape
-from kvexport.convert.methods import METHOD_NAMES, LayerPlan, Method, methods_for
-from kvexport.convert.pipeline import Conversion, ConvertedLayer, convert, measure, unconverted
-from kvexport.convert.request import CompressionRequest, fixed_shape, require_ratio, uniform_shape
-from kvexport.convert.sensitivity import LayerSensitivity, survey
-from kvexport.convert.streams import split
+Names are imported on first use, because most of them need torch and the command line reads `method_names` alone.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from kvexport.bundle.layer_report import LayerReport
+    from kvexport.convert.compression_plan import CompressionPlan, plan_compression
+    from kvexport.convert.groups import KVShape, kv_heads_for, trained_shape
+    from kvexport.convert.method_names import METHOD_NAMES
+    from kvexport.convert.methods import LayerPlan, Method, methods_for
+    from kvexport.convert.pipeline import (
+        Conversion,
+        ConvertedLayer,
+        convert,
+        measure_moments,
+        unconverted_layers,
+    )
+    from kvexport.convert.request import CompressionRequest, fixed_shape, require_ratio, uniform_shape
+    from kvexport.convert.sensitivity import LayerSensitivity, analyze_sensitivity
+    from kvexport.convert.streams import split_windows
 
 __all__ = [
     "METHOD_NAMES",
@@ -20,16 +36,47 @@ __all__ = [
     "LayerReport",
     "LayerSensitivity",
     "Method",
-    "choose",
+    "analyze_sensitivity",
     "convert",
     "fixed_shape",
     "kv_heads_for",
-    "measure",
+    "measure_moments",
     "methods_for",
+    "plan_compression",
     "require_ratio",
-    "split",
-    "survey",
+    "split_windows",
     "trained_shape",
-    "unconverted",
+    "unconverted_layers",
     "uniform_shape",
 ]
+
+_MODULES = {
+    "METHOD_NAMES": "kvexport.convert.method_names",
+    "CompressionPlan": "kvexport.convert.compression_plan",
+    "CompressionRequest": "kvexport.convert.request",
+    "Conversion": "kvexport.convert.pipeline",
+    "ConvertedLayer": "kvexport.convert.pipeline",
+    "KVShape": "kvexport.convert.groups",
+    "LayerPlan": "kvexport.convert.methods",
+    "LayerReport": "kvexport.bundle.layer_report",
+    "LayerSensitivity": "kvexport.convert.sensitivity",
+    "Method": "kvexport.convert.methods",
+    "analyze_sensitivity": "kvexport.convert.sensitivity",
+    "convert": "kvexport.convert.pipeline",
+    "fixed_shape": "kvexport.convert.request",
+    "kv_heads_for": "kvexport.convert.groups",
+    "measure_moments": "kvexport.convert.pipeline",
+    "methods_for": "kvexport.convert.methods",
+    "plan_compression": "kvexport.convert.compression_plan",
+    "require_ratio": "kvexport.convert.request",
+    "split_windows": "kvexport.convert.streams",
+    "trained_shape": "kvexport.convert.groups",
+    "unconverted_layers": "kvexport.convert.pipeline",
+    "uniform_shape": "kvexport.convert.request",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module 'kvexport.convert' has no attribute {name!r}")
+    return getattr(import_module(_MODULES[name]), name)

@@ -61,7 +61,7 @@ class Frontier:
     def __init__(self, layers: Sequence[LayerSensitivity], allowed: Sequence[Sequence[KVShape]]) -> None:
         """`allowed` are the shapes that each layer may take."""
         self._options = [_undominated(layer, shapes) for layer, shapes in zip(layers, allowed, strict=True)]
-        every = [way.shape.kv_width for options in self._options for way, _ in options]
+        every = [layer_plan.shape.kv_width for options in self._options for layer_plan, _ in options]
         self._unit = math.gcd(*every)
         self.most = sum(layer.trained.kv_width for layer in layers)
         size = self.most // self._unit + 1
@@ -69,8 +69,8 @@ class Frontier:
         self._taken: list[NDArray[np.int16]] = []
         for options in self._options:
             extended, taken = np.full(size, np.inf), np.zeros(size, np.int16)
-            for index, (way, kl) in enumerate(options):
-                cost = way.shape.kv_width // self._unit
+            for index, (layer_plan, kl) in enumerate(options):
+                cost = layer_plan.shape.kv_width // self._unit
                 shifted = least[: size - cost] + kl
                 better = shifted < extended[cost:]
                 extended[cost:][better] = shifted[better]
@@ -92,9 +92,9 @@ class Frontier:
         """The ways that have it, layer by layer."""
         at, found = min(kv_width, self.most) // self._unit, []
         for options, taken in zip(reversed(self._options), reversed(self._taken), strict=True):
-            way, _ = options[taken[at]]
-            found.append(way)
-            at -= way.shape.kv_width // self._unit
+            layer_plan, _ = options[taken[at]]
+            found.append(layer_plan)
+            at -= layer_plan.shape.kv_width // self._unit
         return found[::-1]
 
     def cheapest(self, kl: float) -> int:
@@ -106,9 +106,10 @@ def _undominated(layer: LayerSensitivity, shapes: Sequence[KVShape]) -> list[tup
     """Ways into these shapes with their predicted KL: none that loses as much as another which caches no more."""
     every = (LayerPlan(method, shape) for shape in shapes for method in layer.methods)
     kept: list[tuple[LayerPlan, float]] = []
-    for way, kl in sorted(
-        ((way, layer.kl(way)) for way in every), key=lambda each: (each[0].shape.kv_width, each[1])
+    for layer_plan, kl in sorted(
+        ((layer_plan, layer.kl(layer_plan)) for layer_plan in every),
+        key=lambda each: (each[0].shape.kv_width, each[1]),
     ):
         if not kept or kl < kept[-1][1]:
-            kept.append((way, kl))
+            kept.append((layer_plan, kl))
     return kept

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from kvexport.calibrate import Moments, Rotations, over_positions, unrotated
-from kvexport.convert.permute import permuted_moments
+from kvexport.convert.permute import permute_moments
 from kvexport.model.decoder import Rope
 
 
@@ -25,12 +25,12 @@ class CodeMoments:
     moments: Moments
     distances: Rotations | None = None
 
-    def permuted(self, order: Sequence[int]) -> CodeMoments:
+    def permute_heads(self, order: Sequence[int]) -> CodeMoments:
         """Of the layer with its KV heads in that order."""
-        return replace(self, moments=permuted_moments(self.moments, order))
+        return replace(self, moments=permute_moments(self.moments, order))
 
 
-def code_moments(
+def make_code_moments(
     before_rotation: bool, moments: Moments, rope: Rope | None, positions: int, window: int | None = None
 ) -> CodeMoments:
     """Moments of unrotated keys and queries as codes before RoPE, or after it, are to meet them at so many positions.

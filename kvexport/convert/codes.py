@@ -42,7 +42,7 @@ class Codes:
 
     def code(self, rank: int) -> Code:
         """The code of one rank, in the orthonormal gauge."""
-        return orthonormal(Code(self.encode[:, :rank], self.decode[:, :rank]))
+        return orthonormalize(Code(self.encode[:, :rank], self.decode[:, :rank]))
 
     @property
     def losses(self) -> Tensor:
@@ -56,15 +56,15 @@ def optimal_codes(sensitivity: Tensor, covariance: Tensor) -> Codes:
     With B = S^½ and the eigenvectors P_r of B C B to its r largest eigenvalues, E = B P_r and U = B⁻¹ P_r
     (Eckart-Young on B C^½). E and U are unique up to an invertible r x r.
     """
-    values, vectors = torch.linalg.eigh(damped(sensitivity))
+    values, vectors = torch.linalg.eigh(add_damping(sensitivity))
     root = values.clamp_min(values.max() * 1e-12).sqrt()
     b, b_inverse = vectors * root @ vectors.T, vectors / root @ vectors.T
-    found = torch.linalg.eigh(b @ damped(covariance) @ b)
+    found = torch.linalg.eigh(b @ add_damping(covariance) @ b)
     vectors = found.eigenvectors.flip(-1)
     return Codes(b @ vectors, b_inverse @ vectors, found.eigenvalues.flip(-1).clamp_min(0))
 
 
-def orthonormal(code: Code) -> Code:
+def orthonormalize(code: Code) -> Code:
     """The same ẑ from a decoder with orthonormal columns.
 
     What is cached then has the norm of the ẑ that it stands for, and queries pass through the decoder without growing.
@@ -84,7 +84,7 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
     return torch.linalg.eigh(symmetric).eigenvectors[..., -rank:].flip(-1)
 
 
-def damped(matrix: Tensor) -> Tensor:
+def add_damping(matrix: Tensor) -> Tensor:
     """The matrix with a millionth of its mean diagonal added, so that it has full rank; zero becomes the identity."""
     scale = float(matrix.diagonal().mean())
     identity = torch.eye(len(matrix), dtype=matrix.dtype)

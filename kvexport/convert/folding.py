@@ -61,9 +61,9 @@ class Folding:
     def loss(self, code: Code) -> float:
         """What a code loses: E of the squared error of logits, weighted as S is."""
         encode, decode = code.encode, code.decode.T
-        met = decode @ self._weights
-        crossed = (met * self._distances.second(encode.T @ self._second, self._frequencies)).sum()
-        return self.power - float(2 * crossed - ((met @ decode.T) * self._cached(encode)).sum())
+        code_moments = decode @ self._weights
+        crossed = (code_moments * self._distances.second(encode.T @ self._second, self._frequencies)).sum()
+        return self.power - float(2 * crossed - ((code_moments @ decode.T) * self._cached(encode)).sum())
 
     def _cached(self, encode: Tensor) -> Tensor:
         """E[c cᵀ] as queries see it, [2P, 2P]."""
@@ -76,9 +76,11 @@ class Folding:
 
     def _encode(self, decode: Tensor) -> Tensor:
         """The best E [t·d, 2P] for given D [2P, t·d]."""
-        met = decode @ self._weights
-        asked = self._distances.second(met @ decode.T, self._frequencies, self._frequencies, inverse=True)
-        return _solve(asked, self._distances.second(met, self._frequencies, inverse=True)).T
+        code_moments = decode @ self._weights
+        asked = self._distances.second(
+            code_moments @ decode.T, self._frequencies, self._frequencies, inverse=True
+        )
+        return _solve(asked, self._distances.second(code_moments, self._frequencies, inverse=True)).T
 
     def _start(self) -> Tensor:
         """E of the best complex mixes of heads, phases averaged, [t·d, 2P]."""

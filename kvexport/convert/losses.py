@@ -17,7 +17,7 @@ from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.groups import Grouping
 from kvexport.convert.keys import cached_frequencies, folding, group_energies, query_weights
 from kvexport.convert.matching import Group
-from kvexport.convert.permute import permuted, permuted_moments
+from kvexport.convert.permute import permute_heads, permute_moments
 from kvexport.convert.values import output_weights
 from kvexport.model.decoder import Attention
 
@@ -37,9 +37,9 @@ _TINY = 1e-12
 class LayerLosses:
     """The losses of one unconverted layer's heads."""
 
-    def __init__(self, met: CodeMoments, attention: Attention) -> None:
-        self._met, self._attention = met, attention
-        moments = met.moments
+    def __init__(self, code_moments: CodeMoments, attention: Attention) -> None:
+        self._met, self._attention = code_moments, attention
+        moments = code_moments.moments
         each = Grouping.of(attention, attention.num_kv_heads)
         roots = []
         for head in range(each.kv_heads):
@@ -103,7 +103,7 @@ class LayerLosses:
         order = [*group, *others]
         attention = self._attention
         alone = Grouping(1, len(group), attention.queries_per_kv_head, attention.head_dim)
-        return permuted_moments(self._met.moments, order), permuted(attention, order), alone
+        return permute_moments(self._met.moments, order), permute_heads(attention, order), alone
 
 
 def _tails(ascending: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ _PROPOSALS = 256  # swaps that are tried
 _WARM = 0.02  # of the loss at the start: how much worse a swap may first be and still be likely taken
 
 
-def matched_groups(heads: int, size: int, loss: Loss) -> list[Group]:
+def match_heads(heads: int, size: int, loss: Loss) -> list[Group]:
     """The partition of `heads` heads into groups of `size` whose losses have the least sum found.
 
     Exact for pairs. `size` must divide `heads`. Deterministic.

@@ -15,7 +15,8 @@ from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping, KVShape
 from kvexport.convert.losses import LayerLosses
-from kvexport.convert.matching import Group, matched_groups, order_of
+from kvexport.convert.matching import Group, match_heads, order_of
+from kvexport.convert.method_names import BEST, METHOD_NAMES
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Attention
 
@@ -52,8 +53,6 @@ METHODS = {
         Method("mean-pool", keys.mean_pool, values.mean_pool, before_rotation=True),
     )
 }
-BEST = "auto"  # each layer's better one of `online` and `fold`
-METHOD_NAMES = (BEST, *METHODS)
 
 
 @dataclass(frozen=True)
@@ -91,12 +90,12 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
     return (METHODS["online"], METHODS["fold"]) if name == BEST else (METHODS["fold"],)
 
 
-def head_order(method: Method, met: CodeMoments, attention: Attention, shape: KVShape) -> list[int]:
+def head_order(method: Method, code_moments: CodeMoments, attention: Attention, shape: KVShape) -> list[int]:
     """The order of KV heads in which adjacent ones are to share, by the predicted loss of keys and values together."""
     heads = attention.num_kv_heads
     if not method.matched:
         return list(range(heads))
-    losses, size = LayerLosses(met, attention), heads // shape.kv_heads
+    losses, size = LayerLosses(code_moments, attention), heads // shape.kv_heads
 
     def loss(group: Group) -> float:
         key, value = (
@@ -104,19 +103,20 @@ def head_order(method: Method, met: CodeMoments, attention: Attention, shape: KV
         )  # of part of a group, its share
         return float(losses.estimate(method.before_rotation, group)[key] + losses.values(group)[value])
 
-    return order_of(matched_groups(heads, size, loss))
+    return order_of(match_heads(heads, size, loss))
 
 
 def layer_code(
-    method: Method, met: CodeMoments, attention: Attention, grouping: Grouping, shape: KVShape
+    method: Method, code_moments: CodeMoments, attention: Attention, grouping: Grouping, shape: KVShape
 ) -> LayerCode:
     """The method's codes for all groups of one layer."""
-    moments, groups, frequencies = met.moments, range(grouping.kv_heads), None
+    moments, groups, frequencies = code_moments.moments, range(grouping.kv_heads), None
     if method.key is None:
-        assert met.distances is not None
+        assert code_moments.distances is not None
         frequencies = keys.cached_frequencies(moments, grouping, shape.key_dim)
         coded = [
-            keys.folding(moments, grouping, group, frequencies, met.distances).code() for group in groups
+            keys.folding(moments, grouping, group, frequencies, code_moments.distances).code()
+            for group in groups
         ]
     else:
         coded = [method.key(moments, attention, grouping, group, shape.key_dim) for group in groups]

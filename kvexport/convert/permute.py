@@ -15,7 +15,7 @@ from kvexport.calibrate import Moments
 from kvexport.model.decoder import Attention, Linear
 
 
-def permuted(attention: Attention, order: Sequence[int]) -> Attention:
+def permute_heads(attention: Attention, order: Sequence[int]) -> Attention:
     """The unconverted layer with KV head `order[i]`, and the queries that share it, in place i."""
     queries = _query_order(order, attention.queries_per_kv_head)
     slopes = attention.alibi_slopes
@@ -29,7 +29,7 @@ def permuted(attention: Attention, order: Sequence[int]) -> Attention:
     )
 
 
-def permuted_moments(moments: Moments, order: Sequence[int]) -> Moments:
+def permute_moments(moments: Moments, order: Sequence[int]) -> Moments:
     """The moments of the layer with its heads in that order."""
     kv_heads = len(order)
     queries = _query_order(order, len(moments.key_gain) // kv_heads)

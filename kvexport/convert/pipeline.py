@@ -16,11 +16,11 @@ from torch import Tensor
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import Moments
 from kvexport.convert.apply import apply_code
-from kvexport.convert.code_moments import CodeMoments, code_moments
+from kvexport.convert.code_moments import CodeMoments, make_code_moments
 from kvexport.convert.groups import Grouping, trained_shape
 from kvexport.convert.methods import LayerPlan, head_order, layer_code
-from kvexport.convert.permute import permuted
-from kvexport.convert.predict import predicted_error
+from kvexport.convert.permute import permute_heads
+from kvexport.convert.predict import predict_error
 from kvexport.convert.streams import Streams, TrainedStream
 from kvexport.errors import KvexportError
 from kvexport.model import reference
@@ -46,7 +46,12 @@ class Conversion:
         moments_of: Callable[[int], Moments] | None,
         capacity: int | None,
     ) -> None:
-        self._decoder, self._windows, self._ways, self._moments_of = decoder, windows, layer_plans, moments_of
+        self._decoder, self._windows, self._layer_plans, self._moments_of = (
+            decoder,
+            windows,
+            layer_plans,
+            moments_of,
+        )
         self._positions = windows.shape[1] if capacity is None else capacity
         self._streams = Streams(decoder, windows)
         self._layers = self._run()
@@ -70,11 +75,15 @@ class Conversion:
             self._streams.attend(layer)
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
-        way = self._ways[index]
-        met = code_moments(
-            way.method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window
+        layer_plan = self._layer_plans[index]
+        code_moments = make_code_moments(
+            layer_plan.method.before_rotation,
+            moments,
+            self._decoder.rope,
+            self._positions,
+            layer.attention.window,
         )
-        converted, report = _convert_layer(layer, self._streams, met, way)
+        converted, report = _convert_layer(layer, self._streams, code_moments, layer_plan)
         _require_finite(f"layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)
         return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
@@ -110,7 +119,7 @@ def convert(
     return Conversion(decoder, windows, layer_plans, moments_of, capacity)
 
 
-def measure(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
+def measure_moments(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
     """The moments of each layer of the trained model, without converting any (`kvexport calibrate`)."""
     stream = TrainedStream(decoder, windows)
     for index in range(len(decoder.layers)):
@@ -125,7 +134,7 @@ def _measure_layer(index: int, layer: Layer, stream: TrainedStream) -> Moments:
     return moments
 
 
-def unconverted(decoder: Decoder) -> Iterator[ConvertedLayer]:
+def unconverted_layers(decoder: Decoder) -> Iterator[ConvertedLayer]:
     """The decoder's own layers, for what is exported as it was trained."""
     for index in range(len(decoder.layers)):
         yield _left_as_it_is(index, decoder.layers[index])
@@ -156,17 +165,19 @@ def _kept(attention: Attention) -> LayerReport:
 
 
 def _convert_layer(
-    layer: Layer, streams: Streams, met: CodeMoments, way: LayerPlan
+    layer: Layer, streams: Streams, code_moments: CodeMoments, layer_plan: LayerPlan
 ) -> tuple[Layer, LayerReport]:
-    trained, method, shape = layer.attention, way.method, way.shape
+    trained, method, shape = layer.attention, layer_plan.method, layer_plan.shape
     if shape == trained_shape(trained):
         return layer, _kept(trained)
-    order = head_order(method, met, trained, shape)
-    attention, met = permuted(trained, order), met.permuted(order)
+    order = head_order(method, code_moments, trained, shape)
+    attention, code_moments = permute_heads(trained, order), code_moments.permute_heads(order)
     grouping = Grouping.of(attention, shape.kv_heads)
-    code = layer_code(method, met, attention, grouping, shape)
-    predicted = predicted_error(met, attention, grouping, code)
-    converted = replace(layer, attention=apply_code(attention, grouping, code, met.moments.value_mean))
+    code = layer_code(method, code_moments, attention, grouping, shape)
+    predicted = predict_error(code_moments, attention, grouping, code)
+    converted = replace(
+        layer, attention=apply_code(attention, grouping, code, code_moments.moments.value_mean)
+    )
     measured = streams.attention_error(converted)
     if method.refit:
         converted = replace(layer, attention=replace(converted.attention, o=streams.refit(converted)))

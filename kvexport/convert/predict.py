@@ -19,12 +19,14 @@ from kvexport.convert.values import lost_constant, output_weights
 from kvexport.model.decoder import Attention
 
 
-def predicted_error(met: CodeMoments, attention: Attention, grouping: Grouping, code: LayerCode) -> float:
+def predict_error(
+    code_moments: CodeMoments, attention: Attention, grouping: Grouping, code: LayerCode
+) -> float:
     """Predicted relative error of the attention output, √(E|Δo|² / E|o - ō|²), before any refit."""
-    moments, lost = met.moments, 0.0
+    moments, lost = code_moments.moments, 0.0
     for group in range(grouping.kv_heads):
         rows = grouping.rows(group)
-        lost += _from_logits(met, attention, grouping, code, group)
+        lost += _from_logits(code_moments, attention, grouping, code, group)
         residual = code.values[group].residual
         covariance = residual @ moments.value_covariance(rows) @ residual.T
         lost += float((output_weights(moments, attention, grouping, group) * covariance).sum())
@@ -34,13 +36,13 @@ def predicted_error(met: CodeMoments, attention: Attention, grouping: Grouping, 
 
 
 def _from_logits(
-    met: CodeMoments, attention: Attention, grouping: Grouping, code: LayerCode, group: int
+    code_moments: CodeMoments, attention: Attention, grouping: Grouping, code: LayerCode, group: int
 ) -> float:
-    moments, rows = met.moments, grouping.rows(group)
-    if met.distances is not None:
-        return attention.scale**2 * folding(moments, grouping, group, code.frequencies, met.distances).loss(
-            code.keys[group]
-        )
+    moments, rows = code_moments.moments, grouping.rows(group)
+    if code_moments.distances is not None:
+        return attention.scale**2 * folding(
+            moments, grouping, group, code.frequencies, code_moments.distances
+        ).loss(code.keys[group])
     residual = code.keys[group].residual
     error = residual @ moments.key_covariance(rows) @ residual.T  # Cov(k - k̂) of the stack
     total = 0.0

@@ -1,7 +1,7 @@
 """What a user asks of conversion, as shapes: KV heads, a share of the cache, a bound on the loss, widths.
 
 Knows the options' names and which of them contradict each other; the choice among shapes is made in `budget`, from what
-`survey` has measured. Runs no model by itself.
+`analyze_sensitivity` has measured. Runs no model by itself.
 """
 
 from __future__ import annotations

@@ -17,13 +17,13 @@ from torch import Tensor
 from kvexport.calibrate import Moments
 from kvexport.calibrate import windows as attention_windows
 from kvexport.convert.apply import LayerCode, apply_code
-from kvexport.convert.code_moments import CodeMoments, code_moments
+from kvexport.convert.code_moments import CodeMoments, make_code_moments
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import WIDEST, Grouping, KVShape, trained_shape
 from kvexport.convert.losses import LayerLosses
-from kvexport.convert.matching import Group, matched_groups, order_of
+from kvexport.convert.matching import Group, match_heads, order_of
 from kvexport.convert.methods import LayerPlan, Method, layer_code
-from kvexport.convert.permute import permuted
+from kvexport.convert.permute import permute_heads
 from kvexport.convert.streams import TrainedStream
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer
@@ -68,13 +68,13 @@ class LayerSensitivity:
     def methods(self) -> tuple[Method, ...]:
         return tuple(self.key_sensitivity)
 
-    def kl(self, way: LayerPlan) -> float:
+    def kl(self, layer_plan: LayerPlan) -> float:
         """Predicted mean KL, nats per token, of this layer alone converted that way."""
-        shape = way.shape
+        shape = layer_plan.shape
         if shape == self.trained:
             return 0.0
-        curves = self.curves[way.method, self.trained.kv_heads // shape.kv_heads]
-        lost_to_keys = self.key_sensitivity[way.method] * curves.keys[shape.key_dim]
+        curves = self.curves[layer_plan.method, self.trained.kv_heads // shape.kv_heads]
+        lost_to_keys = self.key_sensitivity[layer_plan.method] * curves.keys[shape.key_dim]
         return float(lost_to_keys + self.value_sensitivity * curves.values[shape.value_dim])
 
 
@@ -89,7 +89,7 @@ class _Trial:
 
 
 class SensitivityAnalysis:
-    """An iterator over the decoder's layers: `survey` describes it. `layers` is complete when it has ended."""
+    """An iterator over the decoder's layers: `analyze_sensitivity` describes it. `layers` is complete when it has ended."""
 
     @torch.no_grad()
     def __init__(
@@ -105,8 +105,8 @@ class SensitivityAnalysis:
         self._decoder, self._methods, self._sizes, self._ratio = decoder, methods, tuple(sizes), ratio
         self._moments_of, self._positions = moments_of, windows.shape[1] if capacity is None else capacity
         self._stream = TrainedStream(decoder, windows)
-        seen = self._stream.seen
-        self._tried = windows[torch.linspace(0, len(seen) - 1, min(_WINDOWS, len(seen))).round().long()]
+        train = self._stream.train
+        self._tried = windows[torch.linspace(0, len(train) - 1, min(_WINDOWS, len(train))).round().long()]
         self._forks = [
             reference.embed(decoder.embedding, self._tried)
         ]  # the trained stream, then each layer's trials'
@@ -132,17 +132,17 @@ class SensitivityAnalysis:
         curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
         size_tried = self._size_tried(layer.attention)
         for method in self._methods:
-            met = code_moments(
+            code_moments = make_code_moments(
                 method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window
             )
-            losses = LayerLosses(met, layer.attention)
+            losses = LayerLosses(code_moments, layer.attention)
             for size in self._sizes:
                 groups = self._groups(method, losses, layer.attention, size)
                 of_keys = losses.folded_keys if method.key is None else losses.keys
                 found = Curves(sum_of(map(of_keys, groups)), sum_of(map(losses.values, groups)))
                 curves[method, size] = found
                 if size == size_tried:
-                    trials.append(self._trial(layer, met, method, groups, found))
+                    trials.append(self._trial(layer, code_moments, method, groups, found))
         least = _TINY * float(moments.output_power)
         lost = [max(loss, least) for loss in (trials[0].value_loss, *(each.key_loss for each in trials))]
         shape, power = trained_shape(layer.attention), float(moments.output_power)
@@ -168,23 +168,25 @@ class SensitivityAnalysis:
             width = self._rank(size, attention) * len(group) // size  # of part of a group, its share
             return float(losses.estimate(method.before_rotation, group)[width] + losses.values(group)[width])
 
-        return matched_groups(attention.num_kv_heads, size, loss)
+        return match_heads(attention.num_kv_heads, size, loss)
 
     def _trial(
-        self, layer: Layer, met: CodeMoments, method: Method, groups: Sequence[Group], curves: Curves
+        self, layer: Layer, code_moments: CodeMoments, method: Method, groups: Sequence[Group], curves: Curves
     ) -> _Trial:
         order = order_of(groups)
-        attention, met = permuted(layer.attention, order), met.permuted(order)
+        attention, code_moments = permute_heads(layer.attention, order), code_moments.permute_heads(order)
         grouping = Grouping.of(attention, len(groups))
         n = grouping.size * grouping.head_dim
         rank = min(self._rank(grouping.size, attention), WIDEST)
-        code = layer_code(method, met, attention, grouping, KVShape(grouping.kv_heads, rank, rank))
+        code = layer_code(method, code_moments, attention, grouping, KVShape(grouping.kv_heads, rank, rank))
         exact = (
             Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)),
         ) * grouping.kv_heads
 
         def coded(code: LayerCode) -> Layer:
-            return replace(layer, attention=apply_code(attention, grouping, code, met.moments.value_mean))
+            return replace(
+                layer, attention=apply_code(attention, grouping, code, code_moments.moments.value_mean)
+            )
 
         return _Trial(
             keys=coded(replace(code, values=exact)),
@@ -221,7 +223,7 @@ def _sensitivity(kl: float, loss: float) -> float:
     return kl / loss if loss > 0 else 0.0  # a layer whose attention gives nothing has nothing to lose
 
 
-def survey(
+def analyze_sensitivity(
     decoder: Decoder,
     windows: Tensor,
     methods: Sequence[Method],

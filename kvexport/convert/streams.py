@@ -21,7 +21,7 @@ from kvexport.model.decoder import Decoder, Layer, Linear
 _TINY = torch.finfo(torch.float64).tiny
 
 
-def split(count: int) -> tuple[range, range]:
+def split_windows(count: int) -> tuple[range, range]:
     """Which of `count` windows are seen and which held out: the last eighth, at least one; of a single window, that one."""
     fitted = count - max(1, count // 8) if count > 1 else count
     return range(fitted), range(fitted if count > 1 else 0, count)
@@ -40,7 +40,7 @@ class TrainedStream:
         self._rope = decoder.rope
         self._trained = reference.embed(decoder.embedding, windows)
         self._attended = torch.empty_like(self._trained)
-        self.seen, self.held_out = split(len(windows))
+        self.train, self.held_out = split_windows(len(windows))
 
     def measure(self, layer: Layer) -> Moments:
         """Pass the layer's attention, taking its moments over the windows seen."""
@@ -51,7 +51,7 @@ class TrainedStream:
     def attend(self, layer: Layer, accumulator: MomentsAccumulator | None = None) -> None:
         """Pass the layer's attention: its outputs are kept, and `accumulator` is shown the windows seen."""
         for batch in self._all(layer):
-            if accumulator is not None and batch.start in self.seen:
+            if accumulator is not None and batch.start in self.train:
                 normed = reference.norm(layer.attention_norm, self._trained[batch])
                 self._attended[batch] = accumulator.add(normed, self._rope)
             else:
@@ -66,8 +66,8 @@ class TrainedStream:
 
     def _all(self, layer: Layer) -> Iterator[slice]:
         """Batches of every window, none of both kinds."""
-        yield from self._batches(layer, self.seen)
-        if self.held_out.start == self.seen.stop:
+        yield from self._batches(layer, self.train)
+        if self.held_out.start == self.train.stop:
             yield from self._batches(layer, self.held_out)
 
     def _batches(self, layer: Layer, windows: range) -> Iterator[slice]:
@@ -103,12 +103,12 @@ class Streams(TrainedStream):
     def refit(self, converted: Layer) -> Linear:
         """W_O fitted so that the converted stream after attention comes close to the trained one."""
         out, into = converted.attention.o.weight.shape
-        seen, held_out = LeastSquares(into, out), LeastSquares(into, out)
-        for sums, windows in ((seen, self.seen), (held_out, self.held_out)):
+        train, held_out = LeastSquares(into, out), LeastSquares(into, out)
+        for sums, windows in ((train, self.train), (held_out, self.held_out)):
             for batch in self._batches(converted, windows):
                 wanted = self._trained[batch] + self._attended[batch] - self._converted[batch]
                 sums.add(self._heads(converted, self._converted[batch]), wanted)
-        return refit(converted.attention.o, seen, held_out)
+        return refit(converted.attention.o, train, held_out)
 
     def advance_both(self, layer: Layer, converted: Layer) -> float:
         """Both streams past the layer; returns the relative error of the converted one on held-out windows."""

@@ -15,7 +15,7 @@ from torch import Tensor
 from kvexport.analyze import compare
 from kvexport.analyze.spectra import SecondMoment, SpectraStream, Spectrum
 from kvexport.calibrate import windows as attention_windows
-from kvexport.convert import unconverted
+from kvexport.convert import unconverted_layers
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, LazyLayers
 from kvexport.progress import Progress
@@ -153,5 +153,5 @@ def test_one_layer_is_read_at_a_time() -> None:
         return layer
 
     lazy = Decoder(**{**vars(decoder), "layers": LazyLayers(4, read)})
-    compare(lazy, random_windows(decoder, 2, 8), unconverted(lazy), torch.arange(6), Progress())
+    compare(lazy, random_windows(decoder, 2, 8), unconverted_layers(lazy), torch.arange(6), Progress())
     assert max(held) == 1  # the converted twin

@@ -13,7 +13,7 @@ import torch
 
 from kvexport.build.pipeline import BuildOptions, BuildReport, build, compress
 from kvexport.calibrate import recipe_for
-from kvexport.convert import CompressionRequest, split
+from kvexport.convert import CompressionRequest, split_windows
 from kvexport.errors import UsageError
 from kvexport.graph import DecoderWriter
 from kvexport.model import reference
@@ -95,7 +95,7 @@ def test_what_is_reported_and_exported_is_the_healed_model(
     windows = torch.from_numpy(np.random.default_rng(1).integers(0, 67, (64, 24)))
     for decoder, stated in ((unhealed, plain), (healed, report)):
         assert stated.divergence is not None
-        held_out = calibration(source)[split(WINDOWS)[1]]
+        held_out = calibration(source)[split_windows(WINDOWS)[1]]
         assert divergence_of(trained, decoder, held_out).mean_kl == pytest.approx(
             stated.divergence.mean_kl, rel=1e-4
         )
@@ -151,7 +151,7 @@ def test_a_standard_checkpoint_is_healed_too(source: Path, tmp_path: Path) -> No
     reports = {}
     for name, asked in (("plain", {}), ("healed", {"heal": STEPS})):
         report = compress(source, tmp_path / name, plan(method="fold", **asked), Progress())
-        held_out = calibration(source)[split(WINDOWS)[1]]
+        held_out = calibration(source)[split_windows(WINDOWS)[1]]
         read = divergence_of(load_decoder(source), load_decoder(tmp_path / name), held_out)
         assert report.divergence is not None
         assert read.mean_kl == pytest.approx(

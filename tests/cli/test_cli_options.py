@@ -13,15 +13,11 @@ import pytest
 from click.testing import CliRunner
 
 from kvexport.calibrate.recipe import BUILT_IN, recipe_for
-from kvexport.cli.conversion import METHODS, conversion_options, plan_from
+from kvexport.cli.conversion import conversion_options, plan_from
 from kvexport.cli.options import BarProgress, progress_bar
 from kvexport.cli.report import PlainConsole, size
-from kvexport.convert import METHOD_NAMES, CompressionRequest
+from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError
-
-
-def test_choices_are_those_that_the_stations_take() -> None:
-    assert set(METHODS) == set(METHOD_NAMES) and METHODS[0] == "auto"
 
 
 @pytest.fixture

@@ -56,8 +56,8 @@ def every_choice(
     ]
     widths, kls = np.zeros(1, np.int64), np.zeros(1)
     for layer, options in zip(layers, layer_plans, strict=True):
-        widths = np.add.outer(widths, [way.shape.kv_width for way in options]).ravel()
-        kls = np.add.outer(kls, [layer.kl(way) for way in options]).ravel()
+        widths = np.add.outer(widths, [layer_plan.shape.kv_width for layer_plan in options]).ravel()
+        kls = np.add.outer(kls, [layer.kl(layer_plan) for layer_plan in options]).ravel()
     return widths, kls
 
 
@@ -89,13 +89,13 @@ def test_no_choice_within_a_budget_is_predicted_to_lose_less(
         least = kls[widths <= budget].min()
         assert frontier.kl(budget) == pytest.approx(least, rel=1e-12, abs=1e-12)
         layer_plans = frontier.layer_plans(budget)
-        assert sum(way.shape.kv_width for way in layer_plans) <= budget
-        assert sum(layer.kl(way) for layer, way in zip(layers, layer_plans, strict=True)) == pytest.approx(
-            least, rel=1e-12, abs=1e-12
-        )
+        assert sum(layer_plan.shape.kv_width for layer_plan in layer_plans) <= budget
+        assert sum(
+            layer.kl(layer_plan) for layer, layer_plan in zip(layers, layer_plans, strict=True)
+        ) == pytest.approx(least, rel=1e-12, abs=1e-12)
         assert all(
-            way.shape in shapes and way.method in methods
-            for way, shapes in zip(layer_plans, allowed, strict=True)
+            layer_plan.shape in shapes and layer_plan.method in methods
+            for layer_plan, shapes in zip(layer_plans, allowed, strict=True)
         )
         bound = least * (1 + 1e-9) + 1e-12
         assert frontier.cheapest(bound) == widths[kls <= bound].min() <= budget
@@ -121,7 +121,9 @@ def test_all_of_the_cache_is_the_trained_model_and_costs_nothing() -> None:
     frontier = Frontier(layers, [shapes_for(layer.trained, layer.sizes, Widths()) for layer in layers])
     for budget in (frontier.most, 2 * frontier.most):
         assert frontier.kl(budget) == 0.0
-        assert [way.shape for way in frontier.layer_plans(budget)] == [layer.trained for layer in layers]
+        assert [layer_plan.shape for layer_plan in frontier.layer_plans(budget)] == [
+            layer.trained for layer in layers
+        ]
     assert frontier.cheapest(0.0) == frontier.most
     assert frontier.cheapest(1e9) == frontier.fewest
 
@@ -129,7 +131,7 @@ def test_all_of_the_cache_is_the_trained_model_and_costs_nothing() -> None:
 def test_each_layer_gets_the_method_that_is_predicted_to_lose_less() -> None:
     layers = [made_up(seed, 4, 8, (ONLINE, FOLD)) for seed in range(8)]
     allowed = [[KVShape(2, 8, 8)]] * 8
-    chosen = [way.method for way in Frontier(layers, allowed).layer_plans(8 * 64)]
+    chosen = [layer_plan.method for layer_plan in Frontier(layers, allowed).layer_plans(8 * 64)]
     assert {ONLINE, FOLD} == set(chosen)
     for layer, method in zip(layers, chosen, strict=True):
         assert layer.kl(LayerPlan(method, KVShape(2, 8, 8))) == min(

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from kvexport.convert.codes import (
     Code,
-    damped,
+    add_damping,
     leading_eigenvectors,
     optimal_codes,
-    orthonormal,
+    orthonormalize,
     subspace_code,
 )
 
@@ -103,7 +103,7 @@ def test_the_gauge_is_orthonormal_and_changes_nothing(drawn: tuple[int, int, int
     n, rank, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     encode, decode = (torch.randn(n, rank, generator=generator, dtype=torch.float64) for _ in range(2))
-    gauged = orthonormal(Code(encode, decode))
+    gauged = orthonormalize(Code(encode, decode))
     identity = torch.eye(rank, dtype=torch.float64)
     torch.testing.assert_close(gauged.decode.T @ gauged.decode, identity, rtol=0, atol=1e-12)
     torch.testing.assert_close(gauged.decode @ gauged.encode.T, decode @ encode.T, rtol=1e-10, atol=1e-10)
@@ -147,10 +147,10 @@ def test_degenerate_moments_give_finite_codes_of_ordinary_size(
 
 def test_damping_gives_full_rank_and_leaves_the_rest() -> None:
     matrix = torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64))
-    assert torch.linalg.matrix_rank(damped(matrix)) == 2
-    torch.testing.assert_close(damped(matrix), matrix, rtol=0, atol=2e-6)
+    assert torch.linalg.matrix_rank(add_damping(matrix)) == 2
+    torch.testing.assert_close(add_damping(matrix), matrix, rtol=0, atol=2e-6)
     torch.testing.assert_close(
-        damped(torch.zeros(2, 2, dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
+        add_damping(torch.zeros(2, 2, dtype=torch.float64)), torch.eye(2, dtype=torch.float64)
     )
 
 

@@ -19,12 +19,12 @@ from kvexport.convert import (
     KVShape,
     LayerPlan,
     convert,
-    measure,
+    measure_moments,
     methods_for,
     pipeline,
-    unconverted,
+    unconverted_layers,
 )
-from kvexport.convert.code_moments import code_moments
+from kvexport.convert.code_moments import make_code_moments
 from kvexport.convert.methods import METHOD_NAMES
 from kvexport.convert.streams import Streams
 from kvexport.errors import KvexportError
@@ -125,7 +125,7 @@ def test_all_kv_heads_kept_changes_nothing() -> None:
 
 def test_unconverted_layers_are_the_decoders_own() -> None:
     decoder = make_decoder("gqa")
-    layers = list(unconverted(decoder))
+    layers = list(unconverted_layers(decoder))
     assert all(each.layer is trained for each, trained in zip(layers, decoder.layers, strict=True))
     assert [each.index for each in layers] == [0, 1]
     assert {each.report.method for each in layers} == {"none"}
@@ -151,9 +151,9 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
             streams.attend(decoder.layers[0])
             streams.advance_both(decoder.layers[0], decoder.layers[0])
             assert decoder.rope is not None
-            met = code_moments(True, streams.measure(decoder.layers[1]), decoder.rope, 32)
-            way = LayerPlan(methods_for("fold", decoder.layers[1].attention)[0], KVShape(4, 8, 8))
-            alone = pipeline._convert_layer(decoder.layers[1], streams, met, way)[0]
+            code_moments = make_code_moments(True, streams.measure(decoder.layers[1]), decoder.rope, 32)
+            layer_plan = LayerPlan(methods_for("fold", decoder.layers[1].attention)[0], KVShape(4, 8, 8))
+            alone = pipeline._convert_layer(decoder.layers[1], streams, code_moments, layer_plan)[0]
         together = layers[1].layer
         assert torch.equal(
             together.attention.k.weight, alone.attention.k.weight
@@ -194,7 +194,7 @@ def test_saved_statistics_give_the_same_weights_to_the_bit(
     decoder = make_decoder(style, dtype=torch.float32)
     tokens, kv_heads = random_windows(decoder, 9, 24), decoder.layers[0].attention.num_kv_heads // 2
     save_header(tmp_path, "digest", recipe_for("random"), tokens)
-    for index, moments in enumerate(measure(decoder, tokens)):
+    for index, moments in enumerate(measure_moments(decoder, tokens)):
         save_moments(tmp_path, index, moments)
     saved = Statistics(tmp_path, "digest")
     direct = list(plain(decoder, tokens, kv_heads, "online"))
@@ -212,7 +212,7 @@ def test_measure_yields_the_moments_that_conversion_takes(monkeypatch: pytest.Mo
         Streams, "measure", lambda self, layer: taken.append(original(self, layer)) or taken[-1]
     )
     list(plain(decoder, tokens, 1, "online"))
-    for found, wanted in zip(measure(decoder, tokens), taken, strict=True):
+    for found, wanted in zip(measure_moments(decoder, tokens), taken, strict=True):
         assert same(found, wanted)
         assert int(found.tokens) == 8 * 12  # the last eighth is held out
 
@@ -307,13 +307,13 @@ def test_overflow_is_named_with_its_layer() -> None:
     with pytest.raises(KvexportError, match=r"calibration moments of layer 1: not all numbers are finite"):
         next(conversion)
     with pytest.raises(KvexportError, match="calibration moments of layer 1"):
-        list(measure(broken, tokens))
+        list(measure_moments(broken, tokens))
 
 
 def test_damaged_saved_moments_are_named_with_their_layer() -> None:
     decoder = make_decoder("llama")
     tokens = random_windows(decoder, 4, 12)
-    moments = list(measure(decoder, tokens))
+    moments = list(measure_moments(decoder, tokens))
     moments[1].key_second[0, 0] = torch.nan
     conversion = plain(decoder, tokens, 2, "online", moments.__getitem__)
     next(conversion)
@@ -346,15 +346,15 @@ def test_one_layer_is_alive_at_a_time(what: str) -> None:
     lazy, counts = _watched(decoder)
     tokens = random_windows(decoder, 4, 8)
     if what == "measure":
-        made = map(_forget, measure(lazy, tokens))
+        made = map(_forget, measure_moments(lazy, tokens))
     elif what == "unconverted":
-        made = map(_forget, unconverted(lazy))
+        made = map(_forget, unconverted_layers(lazy))
     else:
-        way = LayerPlan(
+        layer_plan = LayerPlan(
             methods_for("online", decoder.layers[0].attention)[0],
             KVShape(2 if what == "convert" else 4, 8, 8),
         )
-        made = map(_forget, convert(lazy, tokens, [way] * 4))
+        made = map(_forget, convert(lazy, tokens, [layer_plan] * 4))
     assert list(made) == [None] * 4
     assert counts == [0, 0, 0, 0]
 

@@ -7,12 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 from support.decoders import make_attention, random_inputs
-from support.layer_codes import met
+from support.layer_codes import code_moments
 from torch import Tensor
 
 from kvexport.calibrate import Rotations
 from kvexport.convert import keys
-from kvexport.convert.code_moments import code_moments
+from kvexport.convert.code_moments import make_code_moments
 from kvexport.convert.codes import Code
 from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import Grouping
@@ -43,7 +43,7 @@ class Case:
             torch.tensor(CHOICES[frequencies]),
             distances,
         )
-        self.moments = met(attention, rope, random_inputs(4, 24, seed=seed), "fold").moments
+        self.moments = code_moments(attention, rope, random_inputs(4, 24, seed=seed), "fold").moments
         self.weights = keys.member_weights(self.moments, Grouping.of(attention, 1), 0)
         self.distances = Rotations.by_distance(rope, distances)
 
@@ -170,10 +170,10 @@ def test_heads_that_nobody_asks_do_not_stop_it() -> None:
 
 def test_keys_that_a_sliding_window_hides_are_not_coded_for() -> None:
     attention, rope = make_attention("window")
-    moments = met(attention, rope, random_inputs(4, 24), "fold").moments
+    moments = code_moments(attention, rope, random_inputs(4, 24), "fold").moments
 
     def code(positions: int, window: int | None) -> Code:
-        seen = code_moments(True, moments, rope, positions, window)
+        seen = make_code_moments(True, moments, rope, positions, window)
         assert seen.distances is not None
         return keys.folding(seen.moments, Grouping.of(attention, 1), 0, None, seen.distances).code()
 

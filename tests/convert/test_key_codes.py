@@ -9,13 +9,13 @@ import pytest
 import torch
 from support.decoders import make_attention, random_inputs
 from support.layer_codes import (
+    code_moments,
     code_of,
     converted_by,
     error,
     grouping_of,
     loss,
     measure,
-    met,
     output,
     predicted,
 )
@@ -164,7 +164,7 @@ def procrustes(moments: Moments, grouping: Grouping, group: int) -> Code:
 @pytest.mark.parametrize("seed", range(4))
 def test_fold_beats_procrustes_alignment_which_beats_the_mean(style: str, seed: int) -> None:
     attention, rope = make_attention(style, seed=seed)
-    seen = met(attention, rope, random_inputs(4, 32, seed=seed), "fold")
+    seen = code_moments(attention, rope, random_inputs(4, 32, seed=seed), "fold")
     grouping = grouping_of(attention, attention.num_kv_heads // 2)
     total = dict.fromkeys(("fold", "aligned", "mean"), 0.0)
     assert seen.distances is not None
@@ -182,7 +182,7 @@ def test_fold_beats_procrustes_alignment_which_beats_the_mean(style: str, seed: 
 
 def test_more_cached_pairs_lose_less_and_all_of_them_nothing() -> None:
     attention, rope = make_attention("llama", heads=8)
-    seen, grouping = met(attention, rope, random_inputs(4, 32), "fold"), grouping_of(attention, 2)
+    seen, grouping = code_moments(attention, rope, random_inputs(4, 32), "fold"), grouping_of(attention, 2)
     losses = []
     assert seen.distances is not None
     for width in (8, 12, 16, 24, 32):

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from support.decoders import make_attention, random_inputs
-from support.layer_codes import identity_code, met
+from support.layer_codes import code_moments, identity_code
 from torch import Tensor
 
 from kvexport.calibrate import Moments, Rotations
@@ -18,8 +18,8 @@ from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, order_of
-from kvexport.convert.permute import permuted, permuted_moments
-from kvexport.convert.predict import predicted_error
+from kvexport.convert.permute import permute_heads, permute_moments
+from kvexport.convert.predict import predict_error
 from kvexport.model.decoder import Attention, Linear, Rope
 
 STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
@@ -30,7 +30,7 @@ def layer(style: str, method: str, seed: int = 0) -> tuple[Attention, CodeMoment
     attention, rope = make_attention(
         style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0
     )
-    return attention, met(attention, rope, random_inputs(4, 24, seed=seed), method)
+    return attention, code_moments(attention, rope, random_inputs(4, 24, seed=seed), method)
 
 
 def grouped(
@@ -38,7 +38,11 @@ def grouped(
 ) -> tuple[Attention, Moments, Grouping]:
     """The layer with the groups' heads side by side."""
     order = order_of(groups)
-    return permuted(attention, order), permuted_moments(moments, order), Grouping.of(attention, len(groups))
+    return (
+        permute_heads(attention, order),
+        permute_moments(moments, order),
+        Grouping.of(attention, len(groups)),
+    )
 
 
 def lost_by(
@@ -46,7 +50,7 @@ def lost_by(
 ) -> float:
     """E|Δo|² by `predict`'s formula."""
     code = LayerCode(key, value, folds=False, centred=True)
-    return predicted_error(CodeMoments(moments), attention, grouping, code) ** 2 * float(moments.output_power)
+    return predict_error(CodeMoments(moments), attention, grouping, code) ** 2 * float(moments.output_power)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -108,7 +112,7 @@ def test_folded_losses_are_estimated_as_those_of_phases_averaged(style: str, gro
     said, n = LayerLosses(seen, attention).estimate(True, group), 8 * len(group)
     rest = [head for head in range(4) if head not in group]
     moved, grouping = (
-        seen.permuted([*group, *rest]).moments,
+        seen.permute_heads([*group, *rest]).moments,
         Grouping(1, len(group), attention.queries_per_kv_head, 8),
     )
     assert said.shape == (n + 1,)
@@ -171,7 +175,8 @@ def test_heads_that_are_alike_lose_nothing_together() -> None:
     k[3], v[3] = k[1], v[1]
     twins = replace(attention, k=Linear(k.flatten(0, 1)), v=Linear(v.flatten(0, 1)))
     online, fold = (
-        LayerLosses(met(twins, rope, random_inputs(4, 24), method), twins) for method in ("online", "fold")
+        LayerLosses(code_moments(twins, rope, random_inputs(4, 24), method), twins)
+        for method in ("online", "fold")
     )
     for curve in (online.keys, online.values, fold.folded_keys):
         assert float(curve((1, 3))[8]) < 1e-9 * float(curve((1, 3))[0])
@@ -182,5 +187,5 @@ def test_heads_that_are_alike_lose_nothing_together() -> None:
 def test_heads_of_one_pair_alone_have_a_curve() -> None:
     """There is no width between nothing and everything."""
     attention, rope = make_attention("llama", heads=4, kv_heads=4, head_dim=2)
-    losses = LayerLosses(met(attention, rope, random_inputs(4, 24), "fold"), attention)
+    losses = LayerLosses(code_moments(attention, rope, random_inputs(4, 24), "fold"), attention)
     assert losses.folded_keys((0,)).shape == (3,)

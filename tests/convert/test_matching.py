@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kvexport.convert.matching import Group, Loss, matched_groups, order_of
+from kvexport.convert.matching import Group, Loss, match_heads, order_of
 
 
 def partitions(heads: tuple[int, ...], size: int) -> Iterator[list[Group]]:
@@ -61,7 +61,7 @@ def test_partitions_are_counted_right() -> None:
 @given(st.sampled_from([4, 6, 8]), st.integers(0, 10**6), st.sampled_from(["uniform", "line"]))
 def test_pairs_are_matched_exactly(heads: int, seed: int, kind: str) -> None:
     loss = random_loss(seed, kind)
-    found = matched_groups(heads, 2, loss)
+    found = match_heads(heads, 2, loss)
     assert is_partition(found, heads, 2)
     assert total(found, loss) == pytest.approx(
         min(total(each, loss) for each in partitions(tuple(range(heads)), 2)), rel=1e-12
@@ -71,7 +71,7 @@ def test_pairs_are_matched_exactly(heads: int, seed: int, kind: str) -> None:
 def test_taking_the_best_pair_first_is_not_exact() -> None:
     """A control: losses for which greed ends worse, so that the test above can fail."""
     close = {(0, 1): 0.0, (2, 3): 9.0, (0, 2): 1.0, (1, 3): 1.0, (0, 3): 5.0, (1, 2): 5.0}
-    found = matched_groups(4, 2, close.__getitem__)
+    found = match_heads(4, 2, close.__getitem__)
     assert found == [(0, 2), (1, 3)]
     assert close[0, 1] + close[2, 3] > total(found, close.__getitem__)
 
@@ -86,7 +86,7 @@ def test_larger_groups_are_a_partition_and_never_worse_than_adjacent_ones(
 ) -> None:
     heads, size = drawn
     loss = random_loss(seed, kind)
-    found = matched_groups(heads, size, loss)
+    found = match_heads(heads, size, loss)
     assert is_partition(found, heads, size)
     assert total(found, loss) <= total(adjacent(heads, size), loss) + 1e-12
 
@@ -97,7 +97,7 @@ def test_larger_groups_come_close_to_the_best_there_is(heads: int, size: int) ->
     found = best = plain = 0.0
     for seed in range(20):
         loss = random_loss(seed, "line")
-        found += total(matched_groups(heads, size, loss), loss)
+        found += total(match_heads(heads, size, loss), loss)
         plain += total(adjacent(heads, size), loss)
         best += min(total(each, loss) for each in partitions(tuple(range(heads)), size))
     assert found < 1.02 * best
@@ -117,16 +117,16 @@ def test_planted_groups_are_found(heads: int, size: int, seed: int) -> None:
         apart = sum(of[a] != of[b] for a, b in combinations(group, 2))
         return apart + 0.1 * random.Random(f"{seed} {group}").random()
 
-    assert matched_groups(heads, size, loss) == planted
+    assert match_heads(heads, size, loss) == planted
 
 
 @pytest.mark.parametrize(("heads", "size"), [(8, 2), (12, 4), (12, 3)])
 def test_the_same_losses_give_the_same_groups(heads: int, size: int) -> None:
     before = random.getstate()
-    first, second = (matched_groups(heads, size, random_loss(5)) for _ in range(2))
+    first, second = (match_heads(heads, size, random_loss(5)) for _ in range(2))
     assert first == second
     assert random.getstate() == before  # nor is the caller's generator touched
-    assert first != matched_groups(heads, size, random_loss(6))
+    assert first != match_heads(heads, size, random_loss(6))
 
 
 @pytest.mark.parametrize("size", [1, 6])
@@ -134,7 +134,7 @@ def test_where_there_is_nothing_to_match_no_loss_is_asked(size: int) -> None:
     def loss(group: Group) -> float:
         raise AssertionError
 
-    assert matched_groups(6, size, loss) == adjacent(6, size)
+    assert match_heads(6, size, loss) == adjacent(6, size)
 
 
 def test_losses_are_asked_once_a_group_in_ascending_order() -> None:
@@ -144,11 +144,11 @@ def test_losses_are_asked_once_a_group_in_ascending_order() -> None:
         asked.append(group)
         return random_loss(0)(group)
 
-    matched_groups(12, 4, loss)
+    match_heads(12, 4, loss)
     assert len(asked) == len(set(asked))
     assert all(list(group) == sorted(set(group)) for group in asked)
 
 
 @pytest.mark.parametrize("size", [2, 3, 4])
 def test_losses_that_are_all_alike_are_no_trouble(size: int) -> None:
-    assert is_partition(matched_groups(12, size, lambda group: 0.0), 12, size)
+    assert is_partition(match_heads(12, size, lambda group: 0.0), 12, size)

@@ -12,7 +12,7 @@ from support.decoders import STYLES, make_attention, random_inputs
 from support.layer_codes import output
 
 from kvexport.calibrate import Moments, MomentsAccumulator
-from kvexport.convert.permute import permuted, permuted_moments
+from kvexport.convert.permute import permute_heads, permute_moments
 from kvexport.model.decoder import Attention, Rope, tensors_of
 
 SIZES = {"heads": 6}
@@ -35,7 +35,7 @@ def test_the_output_stays_as_it_was(style: str) -> None:
     attention, rope, order = layer(style)
     x = random_inputs(2, 12)
     torch.testing.assert_close(
-        output(permuted(attention, order), rope, x), output(attention, rope, x), rtol=0, atol=1e-12
+        output(permute_heads(attention, order), rope, x), output(attention, rope, x), rtol=0, atol=1e-12
     )
 
 
@@ -44,7 +44,7 @@ def test_a_part_left_behind_is_seen(part: str) -> None:
     """The negative control: one weight in the old order."""
     attention, rope, order = layer("gqa")
     x = random_inputs(2, 12)
-    wrong = replace(permuted(attention, order), **{part: getattr(attention, part)})
+    wrong = replace(permute_heads(attention, order), **{part: getattr(attention, part)})
     assert float((output(wrong, rope, x) - output(attention, rope, x)).abs().max()) > 0.1
 
 
@@ -52,8 +52,8 @@ def test_a_part_left_behind_is_seen(part: str) -> None:
 def test_permuted_moments_are_those_measured_of_the_permuted_layer(style: str) -> None:
     attention, rope, order = layer(style)
     found, wanted = (
-        permuted_moments(measured(attention, rope), order),
-        measured(permuted(attention, order), rope),
+        permute_moments(measured(attention, rope), order),
+        measured(permute_heads(attention, order), rope),
     )
     for field in fields(Moments):
         torch.testing.assert_close(
@@ -70,8 +70,8 @@ def test_orders_compose_and_the_reverse_undoes_them(order: list[int], style: str
     attention, rope = make_attention(style)
     moments, back = measured(attention, rope), [order.index(head) for head in range(4)]
     for there_and_back, given_first in (
-        (permuted(permuted(attention, order), back), attention),
-        (permuted_moments(permuted_moments(moments, order), back), moments),
+        (permute_heads(permute_heads(attention, order), back), attention),
+        (permute_moments(permute_moments(moments, order), back), moments),
     ):
         assert all(
             torch.equal(a, b)

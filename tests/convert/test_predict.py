@@ -7,7 +7,16 @@ from dataclasses import replace
 import pytest
 import torch
 from support.decoders import make_attention, random_inputs
-from support.layer_codes import code_of, error, grouping_of, identity_code, measure, met, output, predicted
+from support.layer_codes import (
+    code_moments,
+    code_of,
+    error,
+    grouping_of,
+    identity_code,
+    measure,
+    output,
+    predicted,
+)
 from torch import Tensor
 
 from kvexport.calibrate import Moments
@@ -46,7 +55,7 @@ def nearly_whole(
 def predicted_and_measured(
     attention: Attention, rope: Rope | None, x: Tensor, code: LayerCode, kv_heads: int, method: str = "online"
 ) -> tuple[float, float]:
-    value_mean = met(attention, rope, x).moments.value_mean
+    value_mean = code_moments(attention, rope, x).moments.value_mean
     converted = apply_code(attention, grouping_of(attention, kv_heads), code, value_mean)
     return predicted(attention, rope, x, method, kv_heads, code), error(converted, attention, rope, x)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvexport.analyze import Analysis, Facts, compare
-from kvexport.convert import ConvertedLayer, unconverted
+from kvexport.convert import ConvertedLayer, unconverted_layers
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Linear
 from kvexport.model.divergence import DivergenceMeter
@@ -48,7 +48,7 @@ def mean_pooled(attention: Attention) -> Attention:
 
 
 def conversion(decoder: Decoder) -> Iterator[ConvertedLayer]:
-    for each in unconverted(decoder):
+    for each in unconverted_layers(decoder):
         attention = mean_pooled(each.layer.attention)
         report = dataclasses.replace(
             each.report,

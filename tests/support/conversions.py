@@ -26,5 +26,5 @@ def plain(
     chosen = methods_for(method, attention)[0]
     if adjacent:
         chosen = dataclasses.replace(chosen, matched=False)
-    way = LayerPlan(chosen, KVShape(kv_heads, attention.head_dim, attention.head_dim))
-    return convert(decoder, windows, [way] * len(decoder.layers), moments_of, capacity)
+    layer_plan = LayerPlan(chosen, KVShape(kv_heads, attention.head_dim, attention.head_dim))
+    return convert(decoder, windows, [layer_plan] * len(decoder.layers), moments_of, capacity)

@@ -7,32 +7,34 @@ from torch import Tensor
 
 from kvexport.calibrate import Moments, MomentsAccumulator, windows
 from kvexport.convert.apply import LayerCode, apply_code
-from kvexport.convert.code_moments import CodeMoments, code_moments
+from kvexport.convert.code_moments import CodeMoments, make_code_moments
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping, KVShape
 from kvexport.convert.methods import METHODS, layer_code
-from kvexport.convert.predict import predicted_error
+from kvexport.convert.predict import predict_error
 from kvexport.model.decoder import Attention, Rope
 from kvexport.model.reference import linear
 
 
-def met(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> CodeMoments:
+def code_moments(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> CodeMoments:
     """What `method` makes its codes from, for the positions of `x`."""
     accumulator = MomentsAccumulator(attention)
     accumulator.add(x, rope)
-    return code_moments(METHODS[method].before_rotation, accumulator.finish(), rope, x.shape[1])
+    return make_code_moments(METHODS[method].before_rotation, accumulator.finish(), rope, x.shape[1])
 
 
 def measure(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Moments:
     """The moments that `method` takes."""
-    return met(attention, rope, x, method).moments
+    return code_moments(attention, rope, x, method).moments
 
 
 def predicted(
     attention: Attention, rope: Rope | None, x: Tensor, method: str, kv_heads: int, code: LayerCode
 ) -> float:
     """The predicted error of a code that `method` made, or could have."""
-    return predicted_error(met(attention, rope, x, method), attention, grouping_of(attention, kv_heads), code)
+    return predict_error(
+        code_moments(attention, rope, x, method), attention, grouping_of(attention, kv_heads), code
+    )
 
 
 def grouping_of(attention: Attention, kv_heads: int) -> Grouping:
@@ -55,7 +57,7 @@ def code_of(
     if rope is None and method == "fold":
         method = "online"  # as `methods_for` has it
     found, shape = (
-        met(attention, rope, x, method),
+        code_moments(attention, rope, x, method),
         plain_shape(attention, kv_heads) if shape is None else shape,
     )
     return found.moments, layer_code(

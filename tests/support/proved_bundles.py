@@ -14,7 +14,7 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 
 from kvexport.bundle.bundle import MANIFEST_FILE, BundleWriter
-from kvexport.convert import unconverted
+from kvexport.convert import unconverted_layers
 from kvexport.eviction.config import Eviction
 from kvexport.files.hashing import sha256_of
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract
@@ -49,7 +49,9 @@ def export(
         eviction=eviction,
     )
     layers = []
-    for converted in unconverted(decoder) if kv_heads is None else plain(decoder, windows, kv_heads, method):
+    for converted in (
+        unconverted_layers(decoder) if kv_heads is None else plain(decoder, windows, kv_heads, method)
+    ):
         twin.add_layer(converted.layer)
         graph.add_layer(converted.layer)
         layers.append(converted.layer)

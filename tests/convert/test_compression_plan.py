@@ -22,12 +22,12 @@ from kvexport.convert import (
     CompressionRequest,
     KVShape,
     LayerPlan,
-    choose,
     convert,
     methods_for,
+    plan_compression,
 )
 from kvexport.convert.budget import Frontier, Widths, shapes_for
-from kvexport.convert.choose import MARGIN, _keeping
+from kvexport.convert.compression_plan import MARGIN, _keeping
 from kvexport.convert.methods import METHODS
 from kvexport.errors import UsageError
 from kvexport.model import reference
@@ -35,7 +35,9 @@ from kvexport.model.decoder import Attention, Decoder, Linear, Rope
 from kvexport.progress import Progress
 from kvexport.validate.evaluate import divergence_of
 
-choosing = import_module("kvexport.convert.choose")  # the module: the package's own name is the function
+choosing = import_module(
+    "kvexport.convert.compression_plan"
+)  # the module: the package's own name is the function
 WINDOWS = 40  # of calibration; five are held out
 
 
@@ -47,11 +49,13 @@ def chosen(
     decoder: Decoder, request: CompressionRequest, method: str = "online", capacity: int | None = None
 ) -> CompressionPlan:
     tokens, attention = random_windows(decoder, WINDOWS, 24), decoder.layers[0].attention
-    return choose(decoder, tokens, request, methods_for(method, attention), None, capacity, Progress())
+    return plan_compression(
+        decoder, tokens, request, methods_for(method, attention), None, capacity, Progress()
+    )
 
 
 def cached(choice: CompressionPlan) -> int:
-    return sum(way.shape.kv_width for way in choice.layer_plans)
+    return sum(layer_plan.shape.kv_width for layer_plan in choice.layer_plans)
 
 
 def measured(decoder: Decoder, choice: CompressionPlan) -> tuple[float, float]:
@@ -87,7 +91,7 @@ def test_a_bound_is_kept_and_a_tighter_one_caches_more(style: str) -> None:
 
 def test_a_bound_is_kept_where_predictions_promise_too_much(monkeypatch: pytest.MonkeyPatch) -> None:
     """The survey made blind: the bound is kept all the same, because what is chosen was tried."""
-    decoder, original = decoder_of(), choosing.survey
+    decoder, original = decoder_of(), choosing.analyze_sensitivity
 
     class Rosy:
         def __init__(self, *arguments: Any, **options: Any) -> None:
@@ -107,7 +111,7 @@ def test_a_bound_is_kept_where_predictions_promise_too_much(monkeypatch: pytest.
             ]
 
     honest = chosen(decoder, CompressionRequest(max_kl=0.01))
-    monkeypatch.setattr(choosing, "survey", Rosy)
+    monkeypatch.setattr(choosing, "analyze_sensitivity", Rosy)
     choice = chosen(decoder, CompressionRequest(max_kl=0.01))
     tried = [point for point in choice.points if point.measured_kl is not None]
     assert max(point.measured_kl or 0 for point in tried) > 0.01  # what was believed first was wrong
@@ -117,7 +121,7 @@ def test_a_bound_is_kept_where_predictions_promise_too_much(monkeypatch: pytest.
 
 def test_a_bound_that_nothing_keeps_leaves_the_trained_model() -> None:
     choice = chosen(decoder_of(), CompressionRequest(max_kl=1e-9))
-    assert [way.shape for way in choice.layer_plans] == [KVShape(4, 16, 16)] * 3
+    assert [layer_plan.shape for layer_plan in choice.layer_plans] == [KVShape(4, 16, 16)] * 3
 
 
 @settings(max_examples=50, deadline=None)
@@ -137,9 +141,9 @@ def test_what_is_kept_was_measured_to_keep_the_bound(
     generator, found = torch.Generator().manual_seed(seed), dict[int, float]()
 
     def measure(layer_plans: Sequence[LayerPlan]) -> float:
-        predicted = sum(layer.kl(way) for layer, way in zip(layers, layer_plans, strict=True))
+        predicted = sum(layer.kl(layer_plan) for layer, layer_plan in zip(layers, layer_plans, strict=True))
         kl = predicted * factor * (1 + noise * float(torch.rand((), generator=generator)))
-        found[sum(way.shape.kv_width for way in layer_plans)] = kl
+        found[sum(layer_plan.shape.kv_width for layer_plan in layer_plans)] = kl
         return kl
 
     kept, tried = _keeping(frontier, bound, measure)
@@ -157,7 +161,7 @@ def test_what_is_kept_was_measured_to_keep_the_bound(
 def test_a_share_is_not_exceeded_and_most_of_it_is_used(ratio: float) -> None:
     choice = chosen(decoder_of(), CompressionRequest(kv_ratio=ratio))
     assert 0.85 * ratio < cached(choice) / (3 * 128) <= ratio
-    assert all(way.shape.key_dim == way.shape.value_dim for way in choice.layer_plans)
+    assert all(layer_plan.shape.key_dim == layer_plan.shape.value_dim for layer_plan in choice.layer_plans)
     assert len(choice.layers) == 3
 
 
@@ -167,7 +171,9 @@ def test_more_freedom_is_predicted_to_lose_less() -> None:
 
     def predicted(**asked: Any) -> float:
         choice = chosen(decoder, CompressionRequest(**asked))
-        return sum(layer.kl(way) for layer, way in zip(choice.layers, choice.layer_plans, strict=True))
+        return sum(
+            layer.kl(layer_plan) for layer, layer_plan in zip(choice.layers, choice.layer_plans, strict=True)
+        )
 
     for ratio in (0.3, 0.45):
         free, equal = predicted(kv_ratio=ratio, equal_widths=False), predicted(kv_ratio=ratio)
@@ -182,12 +188,14 @@ def test_more_freedom_is_predicted_to_lose_less() -> None:
 
 def test_a_width_or_a_group_size_binds_all_that_is_converted() -> None:
     decoder = decoder_of()
-    assert {way.shape.key_dim for way in chosen(decoder, CompressionRequest(kv_head_dim=32)).layer_plans} == {
-        32
-    }
-    assert {way.shape.kv_heads for way in chosen(decoder, CompressionRequest(group_size=2)).layer_plans} == {
-        2
-    }
+    assert {
+        layer_plan.shape.key_dim
+        for layer_plan in chosen(decoder, CompressionRequest(kv_head_dim=32)).layer_plans
+    } == {32}
+    assert {
+        layer_plan.shape.kv_heads
+        for layer_plan in chosen(decoder, CompressionRequest(group_size=2)).layer_plans
+    } == {2}
 
 
 @pytest.mark.parametrize(("heads", "ratio"), [(8, 0.8), (12, 0.8), (16, 0.5)])
@@ -196,8 +204,8 @@ def test_groups_of_any_size_may_be_wider_than_what_they_grow_from(heads: int, ra
     decoder = make_decoder("llama", layers=1, heads=heads, head_dim=4, dtype=torch.float32)
     choice = chosen(decoder, CompressionRequest(kv_ratio=ratio))
     assert 0.8 * ratio < cached(choice) / (heads * 8) <= ratio
-    way = LayerPlan(METHODS["online"], KVShape(2, 2 * heads - 4, 2 * heads - 4))
-    (converted,) = convert(decoder, random_windows(decoder, 8, 24), [way])
+    layer_plan = LayerPlan(METHODS["online"], KVShape(2, 2 * heads - 4, 2 * heads - 4))
+    (converted,) = convert(decoder, random_windows(decoder, 8, 24), [layer_plan])
     assert converted.report.measured_error < 0.3
 
 
@@ -228,11 +236,12 @@ def test_points_of_the_frontier_fall_and_hold_what_was_chosen() -> None:
 
 @pytest.mark.parametrize("method", ["online", "fold", "svd-a", "mean-pool"])
 def test_one_shape_and_one_method_are_not_surveyed(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choosing, "survey", lambda *arguments: pytest.fail("surveyed"))
+    monkeypatch.setattr(choosing, "analyze_sensitivity", lambda *arguments: pytest.fail("surveyed"))
     choice = chosen(decoder_of(), CompressionRequest(kv_heads=2), method)
     assert choice == CompressionPlan([LayerPlan(METHODS[method], KVShape(2, 16, 16))] * 3)
     assert [
-        way.shape for way in chosen(decoder_of(), CompressionRequest(kv_ratio=1), "auto").layer_plans
+        layer_plan.shape
+        for layer_plan in chosen(decoder_of(), CompressionRequest(kv_ratio=1), "auto").layer_plans
     ] == [KVShape(4, 16, 16)] * 3
     with pytest.raises(pytest.fail.Exception, match="surveyed"):  # a control
         chosen(decoder_of(), CompressionRequest(kv_heads=2), "auto")
@@ -269,7 +278,7 @@ def with_a_layer_for_each_method() -> Decoder:
 
 
 def names(choice: CompressionPlan) -> list[str]:
-    return [way.method.name for way in choice.layer_plans]
+    return [layer_plan.method.name for layer_plan in choice.layer_plans]
 
 
 @pytest.mark.parametrize(
@@ -280,9 +289,11 @@ def names(choice: CompressionPlan) -> list[str]:
 def test_each_layer_gets_the_method_that_is_predicted_to_lose_less(compression: CompressionRequest) -> None:
     choice = chosen(with_a_layer_for_each_method(), compression, "auto", 4096)
     assert names(choice) == ["fold", "online"]
-    assert {way.shape for way in choice.layer_plans} == {KVShape(1, 8, 8)}
-    for layer, way in zip(choice.layers, choice.layer_plans, strict=True):
-        assert layer.kl(way) == min(layer.kl(replace(way, method=each)) for each in layer.methods)
+    assert {layer_plan.shape for layer_plan in choice.layer_plans} == {KVShape(1, 8, 8)}
+    for layer, layer_plan in zip(choice.layers, choice.layer_plans, strict=True):
+        assert layer.kl(layer_plan) == min(
+            layer.kl(replace(layer_plan, method=each)) for each in layer.methods
+        )
     assert choice.points == ()
 
 
@@ -311,8 +322,8 @@ def test_the_method_that_was_chosen_is_measured_to_be_better_over_the_capacity()
         return reference.linear(attention.o, windows.head_outputs(attention, projected))
 
     def lost(method: str, capacity: int) -> float:
-        way = LayerPlan(replace(METHODS[method], refit=False), KVShape(1, 4, 32))  # values whole
-        attention = next(convert(decoder, tokens, [way] * 2, capacity=capacity)).layer.attention
+        layer_plan = LayerPlan(replace(METHODS[method], refit=False), KVShape(1, 4, 32))  # values whole
+        attention = next(convert(decoder, tokens, [layer_plan] * 2, capacity=capacity)).layer.attention
         offsets = range(0, capacity - 23, max(1, (capacity - 24) // 7))
         return float(
             torch.stack(

@@ -16,7 +16,7 @@ from kvexport.convert.groups import trained_shape
 from kvexport.convert.methods import LayerPlan, Method
 from kvexport.convert.pipeline import convert
 from kvexport.convert.request import CompressionRequest, fixed_shape, group_sizes, require_ratio
-from kvexport.convert.sensitivity import LayerSensitivity, survey
+from kvexport.convert.sensitivity import LayerSensitivity, analyze_sensitivity
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 
@@ -52,7 +52,7 @@ class CompressionPlan:
     layers: tuple[LayerSensitivity, ...] = ()
 
 
-def choose(
+def plan_compression(
     decoder: Decoder,
     windows: Tensor,
     request: CompressionRequest,
@@ -75,7 +75,7 @@ def choose(
     if shape is not None:
         sizes, ratio = [trained.kv_heads // shape.kv_heads], shape.kv_width / trained.kv_width
     del attention  # its layer need not stay in memory
-    found = survey(decoder, windows, methods, sizes, ratio, moments_of, capacity)
+    found = analyze_sensitivity(decoder, windows, methods, sizes, ratio, moments_of, capacity)
     with progress.stage("Surveying layers", count):
         for _ in found:
             progress.advance()
@@ -102,7 +102,7 @@ def choose(
         kv_width, tried = _keeping(frontier, request.max_kl * MARGIN, measured)
     layer_plans = frontier.layer_plans(kv_width)
     shown = [frontier.most * eighths // _SHOWN for eighths in range(1, _SHOWN + 1)]
-    shown.append(sum(way.shape.kv_width for way in layer_plans))
+    shown.append(sum(layer_plan.shape.kv_width for layer_plan in layer_plans))
     points = [Point(width, frontier.kl(width)) for width in shown if width >= frontier.fewest]
     known = {point.kv_width: point for point in (*points, *tried)}
     return CompressionPlan(layer_plans, tuple(known[width] for width in sorted(known)), tuple(found.layers))
@@ -124,7 +124,9 @@ def _keeping(
         if kv_width >= best / _NEAR:
             break
         layer_plans = frontier.layer_plans(kv_width)
-        kv_width = sum(way.shape.kv_width for way in layer_plans)  # what is left over buys nothing
+        kv_width = sum(
+            layer_plan.shape.kv_width for layer_plan in layer_plans
+        )  # what is left over buys nothing
         predicted, found = frontier.kl(kv_width), measured(layer_plans)
         tried.append(Point(kv_width, predicted, found))
         scale = found / predicted if predicted > 0 else 1.0

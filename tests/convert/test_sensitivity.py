@@ -11,8 +11,8 @@ from support.decoders import make_decoder, random_windows, with_attention
 from test_convert_pipeline import _watched
 from torch import Tensor
 
-from kvexport.convert import KVShape, LayerPlan, convert, measure, survey
-from kvexport.convert.code_moments import code_moments
+from kvexport.convert import KVShape, LayerPlan, analyze_sensitivity, convert, measure_moments
+from kvexport.convert.code_moments import make_code_moments
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.methods import METHODS, Method, methods_for
 from kvexport.convert.sensitivity import LayerSensitivity
@@ -34,17 +34,18 @@ def methods_of(decoder: Decoder) -> list[Method]:
 
 def surveyed(decoder: Decoder, tokens: Tensor | None = None, **options: object) -> list[LayerSensitivity]:
     tokens = random_windows(decoder, 16, 24) if tokens is None else tokens
-    found = survey(decoder, tokens, methods_of(decoder), [1, 2, 4], 0.5, **options)  # type: ignore[arg-type]
+    found = analyze_sensitivity(decoder, tokens, methods_of(decoder), [1, 2, 4], 0.5, **options)  # type: ignore[arg-type]
     for _ in found:
         pass
     return found.layers
 
 
-def measured(decoder: Decoder, index: int, way: LayerPlan) -> float:
+def measured(decoder: Decoder, index: int, layer_plan: LayerPlan) -> float:
     """Mean KL on fresh text with that layer converted and no other."""
     tokens, trained = random_windows(decoder, 16, 24), KVShape(4, 8, 8)
     layer_plans = [
-        way if each == index else replace(way, shape=trained) for each in range(len(decoder.layers))
+        layer_plan if each == index else replace(layer_plan, shape=trained)
+        for each in range(len(decoder.layers))
     ]
     converted = replace(decoder, layers=[each.layer for each in convert(decoder, tokens, layer_plans)])
     return divergence_of(decoder, converted, random_windows(decoder, 16, 24, seed=9)).mean_kl
@@ -64,8 +65,8 @@ def test_sensitivity_times_loss_is_what_one_layer_alone_is_measured_to_lose(styl
     """Within a factor of 2.5 at every width, and in nearly the same order over layers, methods and shapes."""
     decoder, pairs = decoder_of(style), []
     for index, layer in enumerate(surveyed(decoder)):
-        for way in (LayerPlan(method, shape) for method in layer.methods for shape in SHAPES):
-            predicted, found = layer.kl(way), measured(decoder, index, way)
+        for layer_plan in (LayerPlan(method, shape) for method in layer.methods for shape in SHAPES):
+            predicted, found = layer.kl(layer_plan), measured(decoder, index, layer_plan)
             assert found > 1e-6
             assert 1 / 2.5 < predicted / found < 2.5
             pairs.append((predicted, found))
@@ -79,8 +80,8 @@ def test_another_models_survey_predicts_nothing() -> None:
     """The negative control: the same layers and losses, with an output that the logits hear ten times less of."""
     decoder = decoder_of("llama", layers=2)
     quiet = with_attention(decoder, lambda each: replace(each, o=Linear(0.3 * each.o.weight)))
-    way = LayerPlan(ONLINE, KVShape(2, 8, 8))
-    assert surveyed(decoder)[0].kl(way) > 4 * measured(quiet, 0, way)
+    layer_plan = LayerPlan(ONLINE, KVShape(2, 8, 8))
+    assert surveyed(decoder)[0].kl(layer_plan) > 4 * measured(quiet, 0, layer_plan)
 
 
 def test_what_is_kept_whole_loses_nothing() -> None:
@@ -106,9 +107,9 @@ def test_curves_are_the_losses_of_the_heads_that_were_matched() -> None:
     """Of all four heads there is one group only; of pairs, no partition loses less at the ratio they were matched for."""
     decoder = decoder_of("llama", layers=1)
     (layer,), tokens = surveyed(decoder), random_windows(decoder, 16, 24)
-    (moments,), attention = measure(decoder, tokens), decoder.layers[0].attention
+    (moments,), attention = measure_moments(decoder, tokens), decoder.layers[0].attention
     for method in (ONLINE, FOLD):
-        losses = LayerLosses(code_moments(method.before_rotation, moments, decoder.rope, 24), attention)
+        losses = LayerLosses(make_code_moments(method.before_rotation, moments, decoder.rope, 24), attention)
         curves, everything = layer.curves[method, 4], (0, 1, 2, 3)
         of_keys = losses.folded_keys if method is FOLD else losses.keys
         torch.testing.assert_close(curves.keys, of_keys(everything), rtol=1e-9, atol=1e-15)
@@ -175,8 +176,8 @@ def test_heads_that_ignore_their_logits_are_not_sensitive_through_keys() -> None
         return replace(attention, q=Linear(1e-3 * attention.q.weight))
 
     (flat,), (sharp,) = surveyed(with_attention(decoder, uniform)), surveyed(decoder)
-    way = LayerPlan(ONLINE, KVShape(4, 4, 8))
-    assert flat.kl(way) < 1e-4 * sharp.kl(way)
+    layer_plan = LayerPlan(ONLINE, KVShape(4, 4, 8))
+    assert flat.kl(layer_plan) < 1e-4 * sharp.kl(layer_plan)
 
 
 # Saved moments, capacity, memory
@@ -185,7 +186,7 @@ def test_heads_that_ignore_their_logits_are_not_sensitive_through_keys() -> None
 def test_saved_moments_give_the_same_survey() -> None:
     decoder = decoder_of("gqa")
     tokens = random_windows(decoder, 9, 24)
-    saved = list(measure(decoder, tokens))
+    saved = list(measure_moments(decoder, tokens))
     for found, wanted in zip(
         surveyed(decoder, tokens, moments_of=saved.__getitem__), surveyed(decoder, tokens), strict=True
     ):
@@ -212,7 +213,7 @@ def test_a_longer_capacity_costs_online_keys_and_not_folded_ones() -> None:
 
 def test_one_layer_is_alive_at_a_time() -> None:
     lazy, counts = _watched(make_decoder("llama", layers=4))
-    found = survey(lazy, random_windows(lazy, 4, 8), [ONLINE, FOLD], [1, 2, 4], 0.5)
+    found = analyze_sensitivity(lazy, random_windows(lazy, 4, 8), [ONLINE, FOLD], [1, 2, 4], 0.5)
     assert sum(1 for _ in found) == 4
     assert counts == [0, 0, 0, 0]
     assert len(found.layers) == 4
