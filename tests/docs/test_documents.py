@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +93,27 @@ def test_only_what_needs_a_board_or_an_index_is_left_out() -> None:
         for block in blocks(document):
             if block.board:
                 assert any(mark in block.text for mark in marks), block.text
+
+
+def test_troubleshooting_quotes_messages_of_the_code() -> None:
+    page = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = re.findall(r"^\| `([^`]+)` \|", page.partition("## Installation")[2], flags=re.M)
+    assert len(quoted) > 60
+    known = "\n".join(messages()) + (ROOT / "Makefile").read_text(encoding="utf-8")
+    missing = [each for each in quoted if each not in known]
+    assert missing == ["kvexport: command not found"]  # the shell's
+
+
+def messages() -> Iterator[str]:
+    """Strings of the package; three dots stand for each value that is put into one."""
+    for module in (ROOT / "kvexport").rglob("*.py"):
+        for node in ast.walk(ast.parse(module.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(
+                    str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values
+                )
 
 
 def test_generated_pages_are_up_to_date(script: Any) -> None:
