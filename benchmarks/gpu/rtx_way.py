@@ -28,7 +28,6 @@ from kvexport.bundle.engine_record import (
     PlanFile,
     Profile,
     engine_directory,
-    manifest_digest,
     write_record,
 )
 from kvexport.engine.destination import Destination
@@ -90,7 +89,7 @@ def main() -> None:
     (folder / PLAN_FILE).write_bytes(view)
     record = BuildRecord(
         kvexport=__version__,
-        manifest_sha256=manifest_digest(path),
+        manifest_sha256=bundle.digest,
         target=way,
         engine=library.engine,
         version=found["version"],

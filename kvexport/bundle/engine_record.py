@@ -12,7 +12,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle.manifest import MANIFEST_FILE
 from kvexport.errors import BundleError
 
 FORMAT = 1
@@ -48,7 +47,7 @@ class BuildRecord:
 
     Attributes:
         kvexport: version that built it.
-        manifest_sha256: of the manifest of the bundle it was built from (`manifest_digest`).
+        manifest_sha256: digest of the bundle it was built from (`Bundle.digest`).
         target: the name of its folder in `engines`.
         engine: "tensorrt" or "tensorrt-rtx".
         version: of that engine's library, such as "10.3.0.30".
@@ -98,11 +97,6 @@ class BuildRecord:
 def engine_directory(bundle: Path, target: str) -> Path:
     """Where the engine of a bundle for a target lies, whether or not it is there."""
     return bundle / ENGINES_FOLDER / target
-
-
-def manifest_digest(bundle: Path) -> str:
-    """The sha256 that a bundle's manifest gives of itself; the bundle was opened, and so checked."""
-    return str(json.loads((bundle / MANIFEST_FILE).read_text(encoding="utf-8"))["manifest_sha256"])
 
 
 def write_record(directory: Path, record: BuildRecord) -> None:

@@ -59,6 +59,7 @@ class Manifest:
     """A manifest whose parts have the right types and agree with each other."""
 
     version: str  # of the kvexport that wrote it
+    digest: str  # sha256 that the manifest gives of itself
     source: Source
     calibration: Mapping[str, Any] | None  # None: nothing was converted
     model: Model
@@ -106,7 +107,7 @@ def write_manifest(directory: Path, manifest: Mapping[str, Any], files: Mapping[
         **manifest,
         "files": {name: asdict(entry) for name, entry in sorted(files.items())},
     }
-    parse(json.loads(json.dumps(raw)))
+    parse(json.loads(json.dumps({**raw, "manifest_sha256": "0" * 64})))
     content = (json.dumps({**raw, "manifest_sha256": "0" * 64}, indent=1, allow_nan=False) + "\n").encode()
     content = content.replace(_KEY + b"0" * 64, _KEY + hashlib.sha256(content).hexdigest().encode())
     (directory / MANIFEST_FILE).write_bytes(content)
@@ -178,6 +179,7 @@ def parse(raw: Mapping[str, Any]) -> Manifest:
     model, source = reader.table("model"), reader.table("source")
     manifest = Manifest(
         version=reader.text("kvexport"),
+        digest=reader.text("manifest_sha256"),
         source=Source(source.text("name"), source.text("model_type"), source.text("sha256")),
         calibration=reader.typed("calibration", dict, optional=True),
         model=Model(

@@ -139,14 +139,13 @@ def _depths(text: str) -> tuple[int, ...]:
 
 
 def _line(session: Session, result: Result) -> dict[str, Any]:
-    from kvexport.bundle.engine_record import manifest_digest
     from kvexport.version import __version__
 
     bundle = session.bundle
     return {
         "kvexport": __version__,
         "bundle": bundle.path.name,
-        "manifest_sha256": manifest_digest(bundle.path),
+        "manifest_sha256": bundle.digest,
         "dtype": bundle.dtype,
         "engine": session.engine,
         **result.to_json(),

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from kvexport.bundle.engine_record import BuildRecord, engine_directory, manifest_digest, read_record
+from kvexport.bundle.engine_record import BuildRecord, engine_directory, read_record
 from kvexport.engine.options import EngineOptions
 
 if TYPE_CHECKING:
@@ -19,7 +19,6 @@ __all__ = [
     "EngineOptions",
     "build_engine",
     "engine_directory",
-    "manifest_digest",
     "read_record",
 ]
 

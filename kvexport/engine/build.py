@@ -27,7 +27,6 @@ from kvexport.bundle.engine_record import (
     PlanFile,
     Profile,
     engine_directory,
-    manifest_digest,
     read_record,
     write_record,
 )
@@ -132,7 +131,7 @@ def build_engine(
             )
         record = BuildRecord(
             kvexport=__version__,
-            manifest_sha256=manifest_digest(path),
+            manifest_sha256=bundle.digest,
             target=destination.name,
             engine=library.engine,
             version=str(library.trt.__version__),

@@ -126,7 +126,7 @@ class TokenLoop:
         self._held, self._prompts, self._sampling = held, prompts, sampling
         self._most, self._stop = max_new_tokens, stop.tokens
         self._said = [
-            None if tokenizer is None else _Said(tokenizer, [*held.before(row), *prompt], stop.texts)
+            None if tokenizer is None else _Said(tokenizer, [*held.context(row), *prompt], stop.texts)
             for row, prompt in enumerate(prompts)
         ]
         self.tokens: list[list[int]] = [[] for _ in prompts]

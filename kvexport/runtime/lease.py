@@ -1,82 +1,95 @@
-"""One generation's hold on a session's sequences: its own from one call to the next, or it is refused.
-
-Knows threads and what was left behind; must not know what tokens mean.
-"""
+"""The lease of one generation on its sequences: they must not change between its calls."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+
+import numpy as np
 
 from kvexport.errors import UsageError
 from kvexport.runtime.cache.sequences import Cache
-from kvexport.runtime.feeder import Active
+from kvexport.runtime.core import SessionCore
+from kvexport.runtime.prompt_runner import Active
 from kvexport.runtime.types import Logits
-
-if TYPE_CHECKING:
-    from kvexport.runtime.session import Session
 
 
 class SequenceLease:
-    """The sequences of a cache, or of the session's own, between the calls of one generation.
+    """The sequences of a cache, or the session's own, for one generation.
 
     Attributes:
-        capacity: the most tokens that a sequence may ever have.
+        capacity: the largest number of tokens of a sequence.
     """
 
-    def __init__(self, session: Session, cache: Cache | None) -> None:
-        """Nothing is run yet; a cache must stay as it is until `prefill`.
+    def __init__(self, core: SessionCore, cache: Cache | None) -> None:
+        """Nothing is run yet. The sequences of a cache must not change until `prefill`.
 
         Raises:
-            UsageError: the cache is another session's.
+            UsageError: the cache belongs to another session.
         """
-        self._session, self._cache = session, cache
-        self._sequences = session._sequences(cache)
+        self._core, self._cache = core, cache
+        self._sequences = core.sequences(cache)
         self._changes = self._sequences.changes
-        self.capacity = session.capacity
+        self.capacity = core.capacity
 
     def length(self, row: int) -> int:
-        """Tokens of a sequence that were fed."""
+        """Tokens of a sequence that were run."""
         return int(self._sequences.lengths[row])
 
     def prefill(self, prompts: Sequence[Sequence[int]]) -> tuple[Logits, int]:
-        """As `Session.prefill`; returns the logits and how many tokens were fed."""
-        with self._session._guard:
+        """Run a prompt for each sequence; without a cache, from the start.
+
+        Returns:
+            Logits [B, vocab] after the last token of each, and the number of tokens that were run.
+
+        Raises:
+            UsageError: as `Session.prefill`, or another call has changed the sequences.
+        """
+        with self._core.lock:
             if self._cache is not None:
-                self._require_untouched()
+                self._require_unchanged()
             before = 0 if self._cache is None else int(self._sequences.lengths.sum())
-            logits = self._session.prefill(prompts, cache=self._cache)
-            self._sequences = self._session._sequences(self._cache)
+            logits = self._core.prefill([np.array(each, np.int64) for each in prompts], self._cache)
+            self._sequences = self._core.sequences(self._cache)
             self._changes = self._sequences.changes
             return logits, int(self._sequences.lengths.sum()) - before
 
-    def before(self, row: int) -> list[int]:
-        """The tokens that came last in a sequence, two at most, which is what decoding the next ones must see."""
-        held = self._sequences
-        return (
-            [] if self._cache is None or not held.lengths[row] else [int(held.last[row]), *held.pending[row]]
-        )
+    def context(self, row: int) -> list[int]:
+        """The last one or two tokens of a sequence, as context for decoding the text that follows."""
+        sequences = self._sequences
+        if self._cache is None or not sequences.lengths[row]:
+            return []
+        return [int(sequences.last[row]), *sequences.pending[row]]
 
     def choose(self, row: int, token: int) -> None:
-        """Let this token be the next of a sequence: it is pending."""
-        with self._session._guard:
-            self._require_untouched()
+        """Make a token the pending one of a sequence.
+
+        Raises:
+            UsageError: another call has changed the sequences.
+        """
+        with self._core.lock:
+            self._require_unchanged()
             self._sequences.pending[row] = [token]
 
     def advance(self, active: Active) -> Logits:
-        """Feed what is pending in the `active` sequences [B]; returns the logits [B, vocab]."""
-        with self._session._guard:
-            self._require_untouched()
-            logits = self._session._feeder.feed_pending(self._sequences, active)
+        """Run the pending tokens of the `active` sequences [B]; returns the logits [B, vocab].
+
+        Raises:
+            UsageError: another call has changed the sequences.
+        """
+        with self._core.lock:
+            self._require_unchanged()
+            logits = self._core.runner.run_pending(self._sequences, active)
             self._changes = self._sequences.changes
             return logits
 
-    def _require_untouched(self) -> None:
-        if (
-            self._session._sequences(self._cache) is not self._sequences
-            or self._sequences.changes != self._changes
-        ):
+    def _require_unchanged(self) -> None:
+        """
+        Raises:
+            UsageError: another call has changed the sequences.
+        """
+        sequences = self._core.sequences(self._cache)
+        if sequences is not self._sequences or sequences.changes != self._changes:
             raise UsageError(
-                "another call has used the sequences that this generation goes on with",
-                fix="give each conversation a cache of its own: cache=session.new_cache()",
+                "the sequences of a generation must not be changed by another call until it ends",
+                fix="give each conversation its own cache: cache=session.new_cache()",
             )

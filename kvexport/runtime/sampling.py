@@ -46,6 +46,15 @@ class Sampling:
             if not passed:
                 raise UsageError(f"{name} is out of range", got=value, expected=allowed)
 
+    @classmethod
+    def of(
+        cls, temperature: float | None, top_k: int | None, top_p: float | None, seed: int | None
+    ) -> Sampling:
+        """As `Session.generate` takes the arguments: a temperature of None is 1 with `top_k` or `top_p`, else 0."""
+        if temperature is None:
+            temperature = 0.0 if top_k is None and top_p is None else 1.0
+        return cls(temperature, top_k, top_p, seed)
+
     def generators(self, rows: int) -> list[np.random.Generator]:
         """One source of randomness a row, so that a row draws the same whatever is beside it."""
         return [np.random.default_rng(seed) for seed in np.random.SeedSequence(self.seed).spawn(rows)]

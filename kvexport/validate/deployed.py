@@ -70,7 +70,7 @@ def run_deployed(
         engine = TensorRtDecoder(bundle, provider.engine, provider.device, fill=GARBAGE)
         if budget is not None:
             engine.cache.block(budget)
-        return _fed(engine, input_ids, prefill, progress, min(_CHUNK, engine.longest), slots)
+        return _fed(engine, input_ids, prefill, progress, min(_CHUNK, engine.max_tokens_per_call), slots)
     _require_packages()
     from kvexport.runtime.backends.ort import OrtDecoder
     from kvexport.runtime.backends.select import new_cache

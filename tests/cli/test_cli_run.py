@@ -126,7 +126,7 @@ def test_top_k_and_top_p_draw_unless_told_to_be_greedy(run: Run, said: str, opti
         (("--seed", "-4"), "seed is out of range\n  got:      -4"),
         (("--max-new-tokens", "0"), "--max-new-tokens"),
         (("--threads", "0"), "--threads"),
-        (("--prompt", "a" * 500), "the prompt is longer than the bundle's capacity"),
+        (("--prompt", "a" * 500), "the prompt must fit the capacity"),
         (("--prompt", "\udcff"), "the prompt is not valid text"),
     ],
     ids=lambda value: (
@@ -172,7 +172,7 @@ def test_a_bundle_without_tokenizer(tiny_checkpoint: Callable[..., Path], tmp_pa
     )
     ran = shell(path, "--prompt", "x")
     assert (ran.returncode, ran.stdout) == (2, "")
-    assert "has no tokenizer" in ran.stderr
+    assert "must have a tokenizer" in ran.stderr
 
 
 def shell(bundle: Path, *options: str, **more: object) -> subprocess.CompletedProcess[str]:

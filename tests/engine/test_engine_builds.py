@@ -16,11 +16,11 @@ from support.proved_bundles import broken, export
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport import __version__
-from kvexport.bundle.bundle import GRAPH_FILE
+from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import PLAN_FILE, RECORD_FILE, BuildRecord
 from kvexport.convert.methods import METHODS
 from kvexport.devices.gpu import find_gpu
-from kvexport.engine import EngineOptions, build_engine, engine_directory, manifest_digest, read_record
+from kvexport.engine import EngineOptions, build_engine, engine_directory, read_record
 from kvexport.engine.plan import inspect_plan
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.files.hashing import sha256_of
@@ -106,7 +106,7 @@ def test_the_record_says_what_was_built(rtx: Any, tiny: Callable[..., Path]) -> 
     assert read_record(folder) == record
     plan = folder / PLAN_FILE
     assert (record.plan.sha256, record.plan.bytes) == (sha256_of(plan), plan.stat().st_size)
-    assert (record.kvexport, record.manifest_sha256) == (__version__, manifest_digest(bundle))
+    assert (record.kvexport, record.manifest_sha256) == (__version__, Bundle.open(bundle).digest)
     assert (record.engine, record.version, record.compute_capability) == (
         "tensorrt-rtx",
         rtx.trt.__version__,

@@ -168,8 +168,8 @@ def test_padding_of_one_row_does_not_reach_beyond_the_capacity(
 ) -> None:
     """A row that is nearly full beside one with a long prompt, on graphs that take rows together and that do not."""
     session = opened(kind)
-    assert isinstance(session._decoder, OrtDecoder)
-    session._decoder._row_by_row = lowered
+    assert isinstance(session.core.decoder, OrtDecoder)
+    session.core.decoder._row_by_row = lowered
     cache, long, short = session.new_cache(batch=2), tokens(90, seed=1), tokens(4, seed=2)
     for row, first in enumerate((long, short)):  # one by one, which every graph can
         for token in first:
@@ -243,7 +243,7 @@ def test_an_empty_prompt_goes_on_after_the_last_token(kind: str, opened: Opened)
         prompt, max_new_tokens=5, stop=[]
     ).token_ids and cache.lengths.tolist() == [35]
     cache.clear()
-    with pytest.raises(UsageError, match="a prompt is empty"):
+    with pytest.raises(UsageError, match="a prompt must not be empty"):
         session.prefill([], cache=cache)
 
 
@@ -280,7 +280,7 @@ def test_text_goes_on_as_text(tmp_path: Path) -> None:
     if "\ufffd" not in "".join(map(str, texts)):
         assert "".join(map(str, texts)) == whole.text
     assert session.turn("hello", cache=cache) == "hello"  # no chat template
-    with pytest.raises(UsageError, match="no chat template"):
+    with pytest.raises(UsageError, match="must have a chat template"):
         session.turn("hello", system="be kind")
 
 
@@ -316,15 +316,15 @@ def test_what_does_not_fit_a_cache_is_refused(opened: Opened) -> None:
     session.prefill([tokens(90), tokens(4)], cache=cache)
     before = session.step([1, 1], np.array([False, False]), cache=cache)
     for refused, said in (
-        (lambda: session.prefill(tokens(3), cache=cache), "another number of sequences"),
+        (lambda: session.prefill(tokens(3), cache=cache), "one prompt for each sequence"),
         (lambda: session.generate([[1]] * 3, cache=cache), r"session\.new_cache\(batch=3\)"),
-        (lambda: session.prefill([tokens(7), [1]], cache=cache), "does not fit behind"),
+        (lambda: session.prefill([tokens(7), [1]], cache=cache), "must fit behind"),
         (lambda: session.step([1], cache=cache), "one token for each"),
-        (lambda: other.step([1, 1], cache=cache), "another session's"),
-        (lambda: other.memory(cache), "another session's"),
-        (lambda: other.stream([1], cache=cache), "no tokenizer"),
-        (lambda: session.new_cache(batch=0), "batch is empty"),
-        (lambda: session.prefill([[1], [99]], cache=cache), "outside the vocabulary"),
+        (lambda: other.step([1, 1], cache=cache), "must belong to this session"),
+        (lambda: other.memory(cache), "must belong to this session"),
+        (lambda: other.stream([1], cache=cache), "must have a tokenizer"),
+        (lambda: session.new_cache(batch=0), "batch must be at least 1"),
+        (lambda: session.prefill([[1], [99]], cache=cache), "inside the vocabulary"),
     ):
         with pytest.raises(UsageError, match=said):
             refused()
@@ -340,7 +340,7 @@ def test_pending_tokens_are_counted_before_any_is_fed(opened: Opened) -> None:
         session.prefill([1, 2], cache=cache)
     assert cache.lengths.tolist() == [CAPACITY - 1]
     session.prefill([], cache=cache)
-    with pytest.raises(UsageError, match="capacity is exhausted"):
+    with pytest.raises(UsageError, match="must fit the capacity"):
         session.step([1], cache=cache)
 
 
@@ -378,7 +378,7 @@ def test_a_call_that_is_broken_off_is_not_gone_on_with(
         lambda: session.prefill([1], cache=cache),
         lambda: cache.save("x"),
     ):
-        with pytest.raises(UsageError, match=r"broken off[\s\S]*cache\.clear\(\)"):
+        with pytest.raises(UsageError, match=r"failed midway[\s\S]*cache\.clear\(\)"):
             call()
     np.testing.assert_allclose(
         session.step([1], cache=other)[0], wanted(decoder, eviction, [tokens(20), [1]])[-1], **CLOSE

@@ -121,12 +121,12 @@ def test_a_step_allocates_nothing_and_moves_no_cache(half: Path, device: Simulat
     session.prefill(tokens(5))
     session.step([1])
     allocations = device.allocations
-    addresses = [buffer.address for buffer in session._decoder.cache.buffers.values()]
+    addresses = [buffer.address for buffer in session.core.decoder.cache.buffers.values()]
     device.done.clear()
     for _ in range(5):
         session.step([2])
     assert device.allocations == allocations
-    assert [buffer.address for buffer in session._decoder.cache.buffers.values()] == addresses
+    assert [buffer.address for buffer in session.core.decoder.cache.buffers.values()] == addresses
     assert device.done == [*["upload"] * 4, "download"] * 5
 
 
@@ -202,10 +202,10 @@ def test_rows_are_run_alone_and_without_their_padding(tiny_bundle: Path) -> None
     session = open_bundle(tiny_bundle, provider="cpu", chunk=4)
     prompts = [tokens(3), tokens(8, seed=1)]
     prefilled = session.prefill(prompts)
-    key, _ = session._decoder.cache.layer(0)
+    key, _ = session.core.decoder.cache.layer(0)
     assert (key[0, :, 3:] == 0).all() and (key[0, :, :3] != 0).any(axis=-1).all()
     assert (key[1, :, 8:] == 0).all() and (key[1, :, :8] != 0).any(axis=-1).all()
-    session._decoder._row_by_row = False  # type: ignore[attr-defined]
+    session.core.decoder._row_by_row = False  # type: ignore[attr-defined]
     with pytest.raises(Exception, match="batch_size must be 1"):
         session.prefill(prompts)
     assert np.isfinite(prefilled).all()

@@ -248,11 +248,11 @@ def test_where_all_layers_evict_nothing_grows_beyond_the_budget(tmp_path: Path) 
     memory = session.memory()
     assert (memory.capacity, memory.capacity_limit) == (CAPACITY, CAPACITY)
     assert memory.bytes_allocated == memory.bytes_limit == Bundle.open(session.bundle.path).kv_bytes(CAPACITY)
-    addresses = [buffer.ctypes.data for buffer in session._decoder.cache.buffers.values()]
+    addresses = [buffer.ctypes.data for buffer in session.core.decoder.cache.buffers.values()]
     for token in tokens(CAPACITY - 5):
         session.step([token])
     assert session.memory() == memory
-    assert [buffer.ctypes.data for buffer in session._decoder.cache.buffers.values()] == addresses
+    assert [buffer.ctypes.data for buffer in session.core.decoder.cache.buffers.values()] == addresses
     with pytest.raises(UsageError, match="97 tokens"):
         session.step([1])
 
@@ -418,8 +418,8 @@ def test_a_state_that_is_not_cleared_is_seen(tmp_path: Path, monkeypatch: pytest
         if broken:
             _keeps_the_freed(monkeypatch)
         session.prefill(tokens(24))
-        session._decoder.cache._shrink(0, 15)
-        assert session._decoder.cache.state(0)[:, 15:].any() == broken
+        session.core.decoder.cache._shrink(0, 15)
+        assert session.core.decoder.cache.state(0)[:, 15:].any() == broken
 
 
 # Who goes, against the oracle itself.
@@ -478,9 +478,9 @@ def test_tokens_out_of_order_are_refused(tmp_path: Path) -> None:
     session.prefill(tokens(5))
     for position in (3, 6):
         with pytest.raises(AssertionError, match="one after another"):
-            session._decoder.run(np.array([[1]]), np.array([[position]]), np.array([[0]]))
+            session.core.decoder.run(np.array([[1]]), np.array([[position]]), np.array([[0]]))
     with pytest.raises(AssertionError, match="more tokens at once"):
-        session._decoder.run(np.ones((1, 30), np.int64), np.arange(5, 35)[None], np.array([[0]]))
+        session.core.decoder.run(np.ones((1, 30), np.int64), np.arange(5, 35)[None], np.array([[0]]))
 
 
 # What validation needs.
@@ -490,10 +490,10 @@ def test_fewer_slots_than_the_budget(tmp_path: Path) -> None:
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET)
     cache = KvCache(session.bundle, 1, "float32", slots=12, step=5, fill=1e4)
-    session._decoder.use(cache)
+    session.core.decoder.use(cache)
     oracle = Oracle(decoder, dataclasses.replace(BUDGET, budget=12))
     for position, token in enumerate(tokens(40)):
-        found = session._decoder.run(np.array([[token]]), np.array([[position]]), np.array([[0]]))
+        found = session.core.decoder.run(np.array([[token]]), np.array([[position]]), np.array([[0]]))
         np.testing.assert_allclose(found[0, 0], oracle.step(token), **CLOSE)
     assert cache.state(0).shape == (2, 12, 2) and cache.layer(0)[0].shape == (1, 2, 12, 8)
     assert cache.fresh(2).slots == 12
@@ -506,7 +506,7 @@ def test_blocked_slots_are_neither_seen_nor_taken(tmp_path: Path) -> None:
         cache = KvCache(session.bundle, 1, "float32", fill=1e4)
         cache.block(12)
         assert cache.layer(0)[0].shape[2] == 24
-        session._decoder.use(cache)
+        session.core.decoder.use(cache)
         oracle, ids = Oracle(decoder, dataclasses.replace(BUDGET, budget=12), chunk=3), tokens(60)
         wanted = np.concatenate((oracle.read(ids[:30]), np.array([oracle.step(token) for token in ids[30:]])))
         for start, stop in [
@@ -514,7 +514,7 @@ def test_blocked_slots_are_neither_seen_nor_taken(tmp_path: Path) -> None:
             *((each, each + 1) for each in range(30, 60)),
         ]:
             here = np.arange(stop - start)[None]
-            found = session._decoder.run(np.array([ids[start:stop]]), start + here, here)
+            found = session.core.decoder.run(np.array([ids[start:stop]]), start + here, here)
             np.testing.assert_allclose(found[0], wanted[start:stop], **CLOSE)
         layer = oracle.cache[0]
         assert isinstance(layer, EvictingCache)
@@ -526,7 +526,7 @@ def test_a_state_can_be_read_and_put_in(tmp_path: Path) -> None:
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET)
     session.prefill([tokens(24, seed=1), tokens(24, seed=2)])
-    cache = session._decoder.cache
+    cache = session.core.decoder.cache
     state = cache.state(1)
     np.testing.assert_array_equal(np.sort(state[..., STORED]), np.tile(np.arange(1, 25), (2, 1)))
     other = state.copy()

@@ -51,8 +51,8 @@ def opened(bundle: Path, decoder: Decoder, provider: str = "tensorrt", **options
 
 
 def made(session: Session) -> TensorRtDecoder:
-    assert isinstance(session._decoder, TensorRtDecoder)
-    return session._decoder
+    assert isinstance(session.core.decoder, TensorRtDecoder)
+    return session.core.decoder
 
 
 STYLES: dict[str, Callable[[], Decoder]] = {
@@ -86,9 +86,11 @@ def test_what_an_engine_keeps_is_what_the_oracle_keeps(
     )
     differences(session, oracle)
     for layer, cache in enumerate(oracle.cache):
-        for found, wanted in zip(session._decoder.cache.layer(layer), (cache.key, cache.value), strict=True):
+        for found, wanted in zip(
+            session.core.decoder.cache.layer(layer), (cache.key, cache.value), strict=True
+        ):
             np.testing.assert_allclose(found, wanted, **CLOSE)
-        np.testing.assert_allclose(session._decoder.cache.state(layer), cache.state[0], **CLOSE)  # type: ignore[union-attr]
+        np.testing.assert_allclose(session.core.decoder.cache.state(layer), cache.state[0], **CLOSE)  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
@@ -98,7 +100,7 @@ def test_float16_caches_keep_a_state_of_float32(
     decoder, eviction = random_decoder("gqa"), dataclasses.replace(BUDGET, policy="window")
     session = opened(with_engine(tmp_path / "b", decoder, eviction, lowering, dtype="float16"), decoder)
     assert differences(session, Oracle(decoder, eviction)) < 0.05
-    stored = session._decoder.cache.state(1)[..., STORED]
+    stored = session.core.decoder.cache.state(1)[..., STORED]
     assert sorted(stored[0]) == [1, 2, *range(69, 91)] and (np.sort(stored[0]) == np.sort(stored[1])).all()
 
 
@@ -113,7 +115,7 @@ def test_steps_replay_one_graph_and_allocate_nothing(
     session.prefill(tokens(10))
     session.step([1])
     allocations = device.allocations
-    addresses = [buffer.address for buffer in session._decoder.cache.buffers.values()]
+    addresses = [buffer.address for buffer in session.core.decoder.cache.buffers.values()]
     for token in range(40):
         device.done.clear()
         session.step([token])
@@ -131,7 +133,7 @@ def test_steps_replay_one_graph_and_allocate_nothing(
         assert lowering == "std24" or token > 12 or copies == 5
     session.prefill(tokens(60))
     session.step([2])
-    assert [buffer.address for buffer in session._decoder.cache.buffers.values()] == addresses
+    assert [buffer.address for buffer in session.core.decoder.cache.buffers.values()] == addresses
     assert device.allocations == allocations
 
 
@@ -189,7 +191,7 @@ def test_blocked_slots_of_an_engine(lowering: str, device: SimulatedDevice, tmp_
 
 def test_engines_do_not_compress_once(device: SimulatedDevice, tmp_path: Path) -> None:
     bundle = with_engine(tmp_path / "b", random_decoder("gqa"), BUDGET, "std24")
-    with pytest.raises(UsageError, match=r"size of the budget from the start[\s\S]*--provider cuda or cpu"):
+    with pytest.raises(UsageError, match=r"has the size of the budget[\s\S]*--provider cuda or cpu"):
         open_bundle(bundle, provider="tensorrt", compress_once=True)
     assert open_bundle(bundle, provider="cpu", compress_once=True).provider == "cpu"
 
@@ -200,10 +202,10 @@ def test_an_engine_of_another_budget_is_refused(device: SimulatedDevice, tmp_pat
     other = tmp_path / "other"
     write_bundle(other, decoder, capacity=CAPACITY, eviction=dataclasses.replace(BUDGET, budget=30))
     (bundle / "engines").rename(other / "engines")
-    from kvexport.bundle.engine_record import manifest_digest, read_record, write_record
+    from kvexport.bundle.engine_record import read_record, write_record
 
     folder = other / "engines" / "simulated"
-    write_record(folder, dataclasses.replace(read_record(folder), manifest_sha256=manifest_digest(other)))
+    write_record(folder, dataclasses.replace(read_record(folder), manifest_sha256=Bundle.open(other).digest))
     with pytest.raises(BundleError, match=r"another past_key_values\.0\.key"):
         open_bundle(other, provider="tensorrt")
 
@@ -243,13 +245,13 @@ def test_a_step_on_cuda_allocates_nothing_and_moves_nothing(device: SimulatedDev
     session.prefill(tokens(30))
     session.step([1])
     allocations = device.allocations
-    addresses = [buffer.address for buffer in session._decoder.cache.buffers.values()]
+    addresses = [buffer.address for buffer in session.core.decoder.cache.buffers.values()]
     device.done.clear()
     for _ in range(5):
         session.step([2])
     assert device.done == [*["upload"] * 4, "download"] * 5
     assert device.allocations == allocations
-    assert [buffer.address for buffer in session._decoder.cache.buffers.values()] == addresses
+    assert [buffer.address for buffer in session.core.decoder.cache.buffers.values()] == addresses
 
 
 def test_moves_on_a_device_are_those_on_the_host(device: SimulatedDevice) -> None:

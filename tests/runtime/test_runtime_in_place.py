@@ -144,7 +144,7 @@ def test_old_buffers_are_gone_when_the_cache_has_grown(wide_bundle: Callable[[in
 
 
 def _addresses(session: Session) -> list[int]:
-    return [buffer.ctypes.data for buffer in session._decoder.cache.buffers.values()]
+    return [buffer.ctypes.data for buffer in session.core.decoder.cache.buffers.values()]
 
 
 def test_cache_is_what_its_bytes_say(wide_bundle: Callable[[int], Path]) -> None:
@@ -155,6 +155,6 @@ def test_cache_is_what_its_bytes_say(wide_bundle: Callable[[int], Path]) -> None
     assert (
         session.memory().bytes_allocated
         == 2 * 256 * 2048
-        == sum(buffer.nbytes for buffer in session._decoder.cache.buffers.values())
+        == sum(buffer.nbytes for buffer in session.core.decoder.cache.buffers.values())
     )
-    assert all(buffer.dtype == np.float32 for buffer in session._decoder.cache.buffers.values())
+    assert all(buffer.dtype == np.float32 for buffer in session.core.decoder.cache.buffers.values())

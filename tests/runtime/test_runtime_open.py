@@ -197,6 +197,6 @@ def test_session_takes_an_opened_bundle(tiny_bundle: Path) -> None:
 
 def test_session_runs_on_the_cpu_with_the_threads_asked_for(tiny_bundle: Path) -> None:
     session = kvexport.open(tiny_bundle, threads=1)
-    runtime: onnxruntime.InferenceSession = session._decoder._session
+    runtime: onnxruntime.InferenceSession = session.core.decoder._session
     assert runtime.get_providers() == ["CPUExecutionProvider"]
     assert runtime.get_session_options().intra_op_num_threads == 1

@@ -20,10 +20,10 @@ Opened = Callable[..., Session]
 @pytest.mark.parametrize(
     ("prompt", "options", "said"),
     [
-        ([-1], {}, "outside the vocabulary"),
-        ([1 << 33], {}, "outside the vocabulary"),
-        ([1.5], {}, "whole numbers"),
-        (None, {}, "neither text nor token ids"),
+        ([-1], {}, "inside the vocabulary"),
+        ([1 << 33], {}, "inside the vocabulary"),
+        ([1.5], {}, "must be integers"),
+        (None, {}, "must be text, token ids"),
         ([1], {"stop": [None]}, "no sequence ends with"),
         ([1], {"stop": 5}, "stop is no list"),
         ([1], {"stop": b"x"}, "stop is no list"),
@@ -61,7 +61,7 @@ def test_streams_refuse_the_same(text_bundle: Path) -> None:
 @pytest.mark.parametrize("prompts", [[[1], [2]], [[1], [2], [3]]])
 def test_as_many_prompts_as_sequences(opened: Opened, prompts: list[list[int]]) -> None:
     session = opened()
-    with pytest.raises(UsageError, match="another number of sequences"):
+    with pytest.raises(UsageError, match="one prompt for each sequence"):
         session.generate(prompts, cache=session.new_cache(1))
 
 

@@ -183,7 +183,7 @@ def test_every_dtype_keeps_its_bits(
         kind = kv.place.read(buffer).dtype
         kv.place.write(buffer, random.integers(0, 200, buffer.shape).astype(kind))
     kv.occupy(Occupancy(np.array([24, 3]), np.array([30, 3])))
-    state = saved.State(np.array([30, 3]), np.array([1, 2]), [[], [7]])
+    state = saved.SavedState(np.array([30, 3]), np.array([1, 2]), [[], [7]])
     saved.write(tmp_path / "c", "0" * 64, kv, state)
     read, found = saved.read(tmp_path / "c", "0" * 64, VOCAB, kv)
     assert (found.lengths.tolist(), found.last.tolist(), found.pending) == ([30, 3], [1, 2], [[], [7]])

@@ -133,14 +133,14 @@ def test_memory_says_what_is_allocated(opened: Opened) -> None:
 @pytest.mark.parametrize(
     ("prompts", "said"),
     [
-        ([], "no prompt"),
+        ([], "at least one prompt"),
         ([[]], "empty"),
         ([[1], []], "empty"),
-        ([3, 67], "outside the vocabulary"),
-        ([[3], [-1]], "outside the vocabulary"),
-        ([2**70], "whole numbers"),
-        ([[1.5]], "whole numbers"),
-        ([["a"]], "whole numbers"),
+        ([3, 67], "inside the vocabulary"),
+        ([[3], [-1]], "inside the vocabulary"),
+        ([2**70], "must be integers"),
+        ([[1.5]], "must be integers"),
+        ([["a"]], "must be integers"),
         ([1] * 601, "601 tokens"),
     ],
 )
@@ -185,10 +185,10 @@ def test_too_long_prompt_names_the_option_that_helps(
 
 
 def test_options_out_of_range(tiny_bundle: Path) -> None:
-    for options in ({"threads": 0}, {"chunk": 0}):
-        with pytest.raises(UsageError, match="out of range"):
+    for options, message in (({"threads": 0}, "threads"), ({"chunk": 0}, "chunk must be at least 1")):
+        with pytest.raises(UsageError, match=message):
             Session(Bundle.open(tiny_bundle), **options)
-    with pytest.raises(UsageError, match="empty"):
+    with pytest.raises(UsageError, match="batch must be at least 1"):
         Session(Bundle.open(tiny_bundle), threads=1).reset(0)
 
 
@@ -208,7 +208,7 @@ def test_cache_that_memory_cannot_hold(opened: Opened, monkeypatch: pytest.Monke
     with monkeypatch.context() as patched:
         patched.setattr("kvexport.runtime.cache.kv_cache.np.zeros", zeros)
         with pytest.raises(CannotRunHere, match="512 tokens"):
-            session._decoder.cache.reserve(257)
+            session.core.decoder.cache.reserve(257)
     alone.prefill(ids)
     np.testing.assert_allclose(session.step([1]), alone.step([1]), **CLOSE)
     assert session.memory().capacity == 512
@@ -234,7 +234,7 @@ def test_new_slots_hold_zeros_or_the_fill(tiny_bundle: Path) -> None:
 def test_logits_that_are_not_finite_are_an_error(tiny_bundle: Path) -> None:
     session = open_bundle(tiny_bundle, threads=1)
     session.prefill([1, 2, 3])
-    session._decoder.cache.layer(0)[1][...] = np.nan
+    session.core.decoder.cache.layer(0)[1][...] = np.nan
     broken = session.step([1])
     assert np.isnan(broken).all()
     from kvexport.runtime.sampling import Sampling

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from kvexport.errors import UsageError
 from kvexport.runtime import Session, open_bundle
-from kvexport.runtime.tokenizer import StopTexts
+from kvexport.runtime.tokenizer import StopTexts, read_tokenizer
 
 letters = st.text("abc", max_size=30)
 stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
@@ -77,8 +77,8 @@ def test_generated_text_ends_before_the_stop(speaking: Session) -> None:
             assert stream.generation == made and all(pieces)
             # The tokens are those up to the one that completed it, and not one more was run.
             assert free.token_ids[: len(made.token_ids)] == made.token_ids
-            assert stop in speaking._tokenizer.decode(made.token_ids)  # type: ignore[union-attr]
-            assert stop not in speaking._tokenizer.decode(made.token_ids[:-1])  # type: ignore[union-attr]
+            assert stop in read_tokenizer(speaking.bundle.path).decode(made.token_ids)
+            assert stop not in read_tokenizer(speaking.bundle.path).decode(made.token_ids[:-1])
             assert speaking.lengths.tolist() == [made.prompt_tokens + len(made.token_ids) - 1]
             seen += 1
     assert seen > 8
@@ -126,5 +126,5 @@ def test_what_is_held_back_is_said_at_the_end(speaking: Session) -> None:
 def test_stops_that_cannot_be(speaking: Session, opened: Callable[..., Session]) -> None:
     with pytest.raises(UsageError, match="is empty"):
         speaking.generate("a", stop=["x", ""])
-    with pytest.raises(UsageError, match="no tokenizer"):
+    with pytest.raises(UsageError, match="must have a tokenizer"):
         opened().generate([1], stop=["x"])

@@ -68,12 +68,12 @@ def _opened(bundle: Path) -> Session:
 
 
 def _addresses(session: Session) -> list[int]:
-    return [buffer.address for buffer in session._decoder.cache.buffers.values()]
+    return [buffer.address for buffer in session.core.decoder.cache.buffers.values()]
 
 
 def _engine_decoder(session: Session) -> TensorRtDecoder:
-    assert isinstance(session._decoder, TensorRtDecoder)
-    return session._decoder
+    assert isinstance(session.core.decoder, TensorRtDecoder)
+    return session.core.decoder
 
 
 def _wrong(session: Session, decoder: Decoder) -> float:
@@ -188,7 +188,7 @@ def test_more_than_one_sequence_is_refused(bundle: Path, device: SimulatedDevice
 def test_a_nan_of_the_last_text_does_not_haunt_the_next(bundle: Path, device: SimulatedDevice) -> None:
     session = _opened(bundle)
     sound = session.prefill([1, 2, 3])
-    for buffer in session._decoder.cache.buffers.values():
+    for buffer in session.core.decoder.cache.buffers.values():
         device.at(buffer.address, buffer.nbytes)[...] = 0xFF
     assert np.isnan(session.step([1])).all()
     np.testing.assert_array_equal(session.prefill([1, 2, 3]), sound)
@@ -456,7 +456,7 @@ def test_engine_that_is_not_as_recorded(
 def test_engine_that_does_not_write_in_place(
     bundles: Callable[[str], Path], device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("simulated_device._Engine._aliased", lambda self, name: None)
+    monkeypatch.setattr("support.simulated_device._Engine._aliased", lambda self, name: None)
     with pytest.raises(BundleError, match="does not write the cache in place"):
         _opened(bundles("std24"))
     monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(device, aliasing=False))

@@ -14,7 +14,7 @@ import pytest
 from kvexport.errors import UsageError
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime.backends.ort import OrtDecoder
-from kvexport.runtime.cache.sequences import SessionLock
+from kvexport.runtime.lock import SessionLock
 
 PROMPTS = [[5, 9, 33], [1], list(range(40)), [66, 2]]
 Opened = Callable[..., Session]
@@ -100,7 +100,9 @@ def test_a_stream_whose_sequences_another_call_used_says_so(text_bundle: Path, w
         stream = session.stream("Once upon", max_new_tokens=30, stop=[], cache=cache)
         next(stream)
         come_between()
-        with pytest.raises(UsageError, match=r"another call has used[\s\S]*session\.new_cache\(\)"):
+        with pytest.raises(
+            UsageError, match=r"must not be changed by another call[\s\S]*session\.new_cache\(\)"
+        ):
             list(stream)
     stream = session.stream("Once upon", max_new_tokens=30, stop=[])
     next(stream)

@@ -30,7 +30,6 @@ from kvexport.bundle.engine_record import (
     PlanFile,
     Profile,
     engine_directory,
-    manifest_digest,
     write_record,
 )
 from kvexport.bundle.graph_io import BUDGET, CAPACITY, GRAPH_FILE
@@ -404,7 +403,7 @@ def add_engine(
     (directory / "decoder.plan").write_bytes(content)
     values: dict[str, Any] = {
         "kvexport": "0",
-        "manifest_sha256": manifest_digest(bundle),
+        "manifest_sha256": opened.digest,
         "target": target,
         "engine": "tensorrt",
         "version": "10.16.2",

@@ -21,13 +21,13 @@ class Decoder(Protocol):
 
     Attributes:
         cache: the buffers in use.
-        longest: the most tokens of a sequence in one call.
+        max_tokens_per_call: the largest number of tokens of a sequence in one call.
     """
 
     cache: KvCache
 
     @property
-    def longest(self) -> int: ...
+    def max_tokens_per_call(self) -> int: ...
 
     def use(self, cache: KvCache) -> None:
         """Run on this cache from now on; it is one that `cache.fresh` or `cache.another` gave.

@@ -31,11 +31,11 @@ class OrtDecoder:
 
     Attributes:
         cache: the buffers in use.
-        longest: the most tokens of a sequence in one call.
+        max_tokens_per_call: the largest number of tokens of a sequence in one call.
         extra: the further outputs [B, S, width] that the constructor named, from the last call, in float32.
     """
 
-    longest = sys.maxsize
+    max_tokens_per_call = sys.maxsize
 
     def __init__(
         self,

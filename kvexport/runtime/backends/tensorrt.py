@@ -95,7 +95,7 @@ class TensorRtDecoder:
 
     Attributes:
         cache: the one in use, of the engine's capacity.
-        longest: the engine's chunk.
+        max_tokens_per_call: the engine's chunk.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, device: Device, *, fill: float = 0.0) -> None:
@@ -119,7 +119,7 @@ class TensorRtDecoder:
         self._trt = engine.trt
         in_place = engine.record.lowering != "decomposed17"
         require_contract(self._engine, engine, bundle, in_place)
-        self.longest = engine.record.chunk
+        self.max_tokens_per_call = engine.record.chunk
         self._vocab = bundle.model.vocab_size
         with _within_memory():
             self.cache: KvCache = EngineCache(bundle, engine, place, fill)
@@ -183,7 +183,7 @@ class TensorRtDecoder:
             self._vocab,
             self._addresses(cache),
             tuple(self._slots.values()),
-            longest=1 if profile == DECODE else self.longest,
+            longest=1 if profile == DECODE else self.max_tokens_per_call,
             captures=profile == DECODE,
             config=config,
         )
@@ -257,7 +257,7 @@ class TensorRtDecoder:
 
     def _slice_of(self, buffer: DeviceArray) -> DeviceArray:
         batch, heads, _, width = buffer.shape
-        return DeviceArray(self._device, (batch, heads, self.longest, width), buffer.dtype)
+        return DeviceArray(self._device, (batch, heads, self.max_tokens_per_call, width), buffer.dtype)
 
 
 @contextmanager

@@ -13,7 +13,6 @@ from kvexport.bundle.engine_record import (
     PLAN_FILE,
     RECORD_FILE,
     BuildRecord,
-    manifest_digest,
     read_record,
 )
 from kvexport.errors import BundleError, CannotRunHere
@@ -91,7 +90,7 @@ def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> En
         except CannotRunHere as error:
             reasons.append(f"{record.target} {error.what}")
             continue
-        if record.manifest_sha256 != manifest_digest(bundle.path):
+        if record.manifest_sha256 != bundle.digest:
             raise OtherEngine(
                 f"the engine {directory} was built from another bundle than this one", fix=_rebuild(record)
             )

@@ -33,7 +33,7 @@ _AGAIN = "save it again: kvexport run BUNDLE --prompt TEXT --save-cache FILE"
 
 
 @dataclass(frozen=True)
-class State:
+class SavedState:
     """Where each sequence was: lengths [B], last tokens [B], and tokens that are pending, at most one of each."""
 
     lengths: Ids
@@ -41,7 +41,7 @@ class State:
     pending: list[list[int]]
 
 
-def write(path: Path, digest: str, kv: KvCache, state: State) -> None:
+def write(path: Path, digest: str, kv: KvCache, state: SavedState) -> None:
     """Write a cache under a temporary name beside `path`, and give it that name when it is whole.
 
     Args:
@@ -86,7 +86,7 @@ def write(path: Path, digest: str, kv: KvCache, state: State) -> None:
         raise
 
 
-def read(path: Path, digest: str, vocab_size: int, like: KvCache) -> tuple[KvCache, State]:
+def read(path: Path, digest: str, vocab_size: int, like: KvCache) -> tuple[KvCache, SavedState]:
     """Read what `write` wrote.
 
     Args:
@@ -113,7 +113,7 @@ def _is_file(path: Path) -> bool:
         return False
 
 
-def _header(digest: str, kv: KvCache, state: State) -> bytes:
+def _header(digest: str, kv: KvCache, state: SavedState) -> bytes:
     """The JSON at the file's beginning, as long as a multiple of 8; the data's digest is not known yet."""
     occupancy = kv.occupancy
     told = {
@@ -180,7 +180,7 @@ class _Reader:
         self._path, self._file, self._digest, self._vocab, self._like = path, file, digest, vocab_size, like
         self._size = os.fstat(file.fileno()).st_size
 
-    def read(self) -> tuple[KvCache, State]:
+    def read(self) -> tuple[KvCache, SavedState]:
         header = self._header()
         metadata = header.pop("__metadata__", None)
         if not isinstance(metadata, dict) or metadata.get("kvexport") != KIND:
@@ -222,7 +222,7 @@ class _Reader:
             self._refuse("its header is not an object", got=repr(header)[:80])
         return header
 
-    def _state(self, text: object) -> tuple[State, Occupancy | None]:
+    def _state(self, text: object) -> tuple[SavedState, Occupancy | None]:
         """What the metadata say of the sequences, each number within its range."""
         try:
             raw = json.loads(text if isinstance(text, str) else "", object_pairs_hook=_once)
@@ -264,7 +264,7 @@ class _Reader:
                     expected=f"at most {slots}",
                 )
             occupancy = Occupancy(filled, seen)
-        return State(lengths, last, pending), occupancy
+        return SavedState(lengths, last, pending), occupancy
 
     def _numbers(self, raw: Mapping[str, Any], name: str, count: int, below: int | None) -> Ids:
         values, most = raw[name], (1 << 62) if below is None else below

@@ -1,35 +1,31 @@
-"""Sequences that go on from call to call: what is kept of them besides their keys and values, and who may use them when.
-
-Knows lengths, last tokens and threads; must not know how tokens are run, nor what they mean.
-"""
+"""The sequences of a cache between calls: lengths, last and pending tokens; and the public `Cache`."""
 
 from __future__ import annotations
 
 import weakref
 from dataclasses import dataclass
 from pathlib import Path
-from threading import RLock
-from types import TracebackType
 
 import numpy as np
 
 from kvexport.errors import UsageError
-from kvexport.runtime.cache import saved_cache as saved
+from kvexport.runtime.cache import saved_cache
 from kvexport.runtime.cache.kv_cache import KvCache
+from kvexport.runtime.lock import SessionLock
 from kvexport.runtime.types import Ids
 
 
 @dataclass
 class Sequences:
-    """A batch of sequences in a cache.
+    """A batch of sequences in a KV cache.
 
     Attributes:
         kv: their keys and values.
-        lengths: tokens of each that were fed [B].
+        lengths: tokens of each that were run [B].
         last: the last of them [B].
-        pending: tokens of each that were chosen but not fed yet, at most one; the next call feeds them first.
-        changes: how often tokens were fed, so that whoever goes on can tell whether somebody else came between.
-        broken: a call was broken off in its midst, so that what the cache holds is not known.
+        pending: tokens of each that were generated but not run yet, at most one; the next call runs them first.
+        changes: number of calls that ran tokens, by which a lease detects the calls of others.
+        undefined: a call failed midway and left the cache half written.
     """
 
     kv: KvCache
@@ -37,101 +33,90 @@ class Sequences:
     last: Ids
     pending: list[list[int]]
     changes: int = 0
-    broken: bool = False
+    undefined: bool = False
 
     @classmethod
     def empty(cls, kv: KvCache) -> Sequences:
+        """Empty sequences, as many as the cache's batch."""
         return cls(
             kv, np.zeros(kv.batch, np.int64), np.zeros(kv.batch, np.int64), [[] for _ in range(kv.batch)]
         )
 
-    def begins(self, row: int) -> bool:
-        """Whether a sequence has no token yet."""
+    def is_empty(self, row: int) -> bool:
+        """Whether a sequence has no token, pending ones included."""
         return not self.lengths[row] and not self.pending[row]
 
     def clear(self) -> None:
-        """Forget every token."""
+        """Remove every token."""
         self.kv.clear()
         self.__dict__.update(vars(Sequences.empty(self.kv)), changes=self.changes + 1)
 
 
-class SessionLock:
-    """Lets one thread in at a time, and none once its session is closed."""
-
-    def __init__(self) -> None:
-        self.lock, self.closed = RLock(), False
-
-    def __enter__(self) -> None:
-        self.lock.acquire()
-        if self.closed:
-            self.lock.release()
-            raise UsageError("the session is closed", fix="open the bundle again: kvexport.open(BUNDLE)")
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.lock.release()
-
-
 class Cache:
-    """Sequences over the weights of a session, beside its own; calls with `cache=` go on with them (`Session.new_cache`).
+    """Sequences beside a session's own, over the same weights: one conversation, or a batch of them.
 
-    Its memory is given back when nothing refers to it any more, or when its session is closed.
+    Created by `Session.new_cache` and `Session.load`; calls with `cache=` continue its sequences. Its memory is released
+    when the object is garbage-collected or the session is closed.
 
     Attributes:
-        sequences: the runtime's own; no caller needs it.
+        sequences: internal state; not part of the public API.
     """
 
-    def __init__(self, guard: SessionLock, sequences: Sequences, digest: str) -> None:
+    def __init__(self, lock: SessionLock, sequences: Sequences, digest: str) -> None:
         """
         Args:
-            digest: the `manifest_sha256` of the bundle.
+            lock: the session's.
+            digest: of the bundle, for `save`.
         """
-        self.sequences, self._guard, self._digest = sequences, guard, digest
+        self.sequences, self._lock, self._digest = sequences, lock, digest
         weakref.finalize(self, sequences.kv.release).atexit = False
 
     @property
     def batch(self) -> int:
-        """How many sequences."""
+        """Number of sequences."""
         return self.sequences.kv.batch
 
     @property
     def lengths(self) -> Ids:
-        """Tokens of each sequence [B], but for one that was generated last and is fed first by the next call; a copy."""
-        with self._guard:
+        """Tokens of each sequence that were run, int64 [B], a copy. The pending token of a generation is not counted."""
+        with self._lock:
             return self.sequences.lengths.copy()
 
     @property
     def bytes(self) -> int:
-        """Allocated now."""
-        with self._guard:
+        """Bytes allocated now for keys, values and eviction state."""
+        with self._lock:
             return sum(self.sequences.kv.layer_bytes())
 
     def clear(self) -> None:
-        """Forget all tokens. On ONNX Runtime the memory is given back; an engine's cache keeps it."""
-        with self._guard:
+        """Remove all tokens. ONNX Runtime's caches release their memory; an engine's cache keeps it."""
+        with self._lock:
             self.sequences.clear()
 
     def save(self, path: Path | str) -> None:
-        """Write what the cache holds to a file, which `Session.load` reads; it appears whole, in place of one that was there.
+        """Write the sequences to a file, which `Session.load` reads; a file of that name is replaced atomically.
+
+        Args:
+            path: of the file, in an existing folder.
 
         Raises:
-            UsageError: the folder does not exist, or a call on this cache was broken off.
-            OSError: the disk is full, or will not be written.
+            UsageError: the folder does not exist, or a call on this cache failed midway.
+            OSError: the disk is full, or the file cannot be written.
         """
-        with self._guard:
-            require_whole(self.sequences)
-            held = self.sequences
-            saved.write(Path(path), self._digest, held.kv, saved.State(held.lengths, held.last, held.pending))
+        with self._lock:
+            require_defined(self.sequences)
+            sequences = self.sequences
+            state = saved_cache.SavedState(sequences.lengths, sequences.last, sequences.pending)
+            saved_cache.write(Path(path), self._digest, sequences.kv, state)
 
 
-def require_whole(sequences: Sequences) -> None:
+def require_defined(sequences: Sequences) -> None:
     """
     Raises:
-        UsageError: a call was broken off in its midst.
+        UsageError: a call failed midway.
     """
-    if sequences.broken:
+    if sequences.undefined:
         raise UsageError(
-            "a call on this cache was broken off in its midst, so that what it holds is not known",
-            fix="begin anew: cache.clear(), or session.reset() for the session's own",
+            "a previous call failed midway; the cache contents are undefined",
+            fix="call cache.clear() or load a saved cache; for the session's own cache: session.reset()",
         )

@@ -76,7 +76,7 @@ class Runs:
         """How many of the continuation's first `most` tokens come, each the likeliest after those before it."""
         cache = self._begin()
         measured: list[Measured] = []
-        for piece in pieces_of(0, self.prompt, min(self._decoder.longest, CHUNK)):
+        for piece in pieces_of(0, self.prompt, min(self._decoder.max_tokens_per_call, CHUNK)):
             measured = self._call(cache, self.tokens[piece.start : piece.stop], piece.start) or measured
         for at in range(self.prompt, self.prompt + most):
             token = measured[-1].likeliest

@@ -156,8 +156,8 @@ def examine(
         )
     prompt, tokens = runs.prompt, len(runs.tokens)
     whole = tokens if vectors.slots is None else prompt
-    at_once = check("at once", runs.fed(pieces_of(0, whole, decoder.longest)), vectors, tolerance)
-    steps = [*pieces_of(0, prompt, min(decoder.longest, CHUNK)), *pieces_of(prompt, tokens, 1)]
+    at_once = check("at once", runs.fed(pieces_of(0, whole, decoder.max_tokens_per_call)), vectors, tolerance)
+    steps = [*pieces_of(0, prompt, min(decoder.max_tokens_per_call, CHUNK)), *pieces_of(prompt, tokens, 1)]
     step_by_step = check("step by step", runs.fed(steps), vectors, tolerance)
     sure = 0
     while prompt + sure < tokens and not _nearly(

@@ -1,0 +1,92 @@
+"""Prompts of a session: text or token ids, one or several, formatted by the chat template and tokenized."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import numpy as np
+
+from kvexport.bundle.bundle import Bundle
+from kvexport.bundle.text_file import read_text_file
+from kvexport.errors import UsageError
+from kvexport.runtime.tokenizer import Tokenizer, Turn, tokenizer_of
+
+Prompt = str | Sequence[int]
+
+
+class PromptEncoder:
+    """The tokenizer and the chat template of a bundle.
+
+    Attributes:
+        tokenizer: None if the bundle has none.
+    """
+
+    def __init__(self, bundle: Bundle) -> None:
+        """
+        Raises:
+            BundleError: tokenizer.json or text.json cannot be read.
+            CannotRunHere: the installed `tokenizers` gives other token ids than the one of the build.
+        """
+        text = read_text_file(bundle)
+        self._path, self._bos = bundle.path, bundle.model.bos_token_id
+        self._chat = None if text is None else text.chat
+        self.tokenizer = tokenizer_of(bundle, text)
+
+    def require_tokenizer(self) -> Tokenizer:
+        """
+        Raises:
+            UsageError: the bundle has no tokenizer.
+        """
+        if self.tokenizer is None:
+            raise UsageError(
+                f"the bundle {self._path} must have a tokenizer for text",
+                fix="pass token ids, or add tokenizer.json to the checkpoint and build again",
+            )
+        return self.tokenizer
+
+    def encode(self, prompt: Prompt, *, starts: bool) -> Sequence[int]:
+        """Token ids of a prompt; `starts`: of the first prompt of a sequence, which gets the start's special tokens.
+
+        Raises:
+            UsageError: the bundle has no tokenizer, or the text has an unpaired surrogate.
+        """
+        if not isinstance(prompt, str):
+            return prompt
+        tokenizer = self.require_tokenizer()
+        if not starts:
+            return tokenizer.encode(prompt, special=False)
+        ids = tokenizer.encode(prompt, special=not isinstance(prompt, Turn))
+        return ids or ([] if self._bos is None else [self._bos])
+
+    def turn(self, text: str, system: str | None, *, starts: bool) -> str:
+        """A user message as the chat template formats it; the text itself without a template.
+
+        Raises:
+            UsageError: a system prompt where it cannot be used.
+        """
+        if self._chat is not None:
+            return Turn(self._chat.turn(text, system, starts))
+        if system is not None:
+            raise UsageError(
+                f"the bundle {self._path} must have a chat template for a system prompt",
+                got=system[:80],
+                fix="put it at the beginning of the first message",
+            )
+        return text
+
+
+def is_ids(prompt: object) -> bool:
+    """Whether it is a sequence of token ids."""
+    return isinstance(prompt, Iterable) and all(isinstance(each, (int, np.integer)) for each in prompt)
+
+
+def batched(prompts: Sequence[Any]) -> Sequence[Any]:
+    """A list of prompts, of one or of several.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if len(prompts) == 0:
+        raise UsageError("there must be at least one prompt", fix="give at least one token")
+    return [prompts] if isinstance(prompts, str) or is_ids(prompts) else prompts
