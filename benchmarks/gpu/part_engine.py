@@ -50,11 +50,11 @@ def work(part: Part) -> None:
 
 def builder_here(part: Part) -> str | None:
     """ "tensorrt", or a way of TensorRT-RTX; None where nothing that is installed runs here."""
-    from kvexport.engine.library import installed
+    from kvexport.engine.library import installed_engines
 
     if part.settings.rehearsal:
         return "kvexport"
-    if "tensorrt" in installed():
+    if "tensorrt" in installed_engines():
         return "tensorrt"
     rtx = part.settings.result("rtx")
     if not rtx.exists():

@@ -31,10 +31,10 @@ from kvexport.bundle.engine_record import (
     write_record,
 )
 from kvexport.engine.destination import Destination
-from kvexport.engine.fitting import fit
+from kvexport.engine.engine_graph import prepare_graph
 from kvexport.engine.library import load_library
 from kvexport.engine.options import EngineOptions
-from kvexport.engine.plan import _config, layer_counts, parse
+from kvexport.engine.plan import count_layers, create_config, parse
 from kvexport.graph.lint import Parser
 
 _CHUNK = 128
@@ -56,7 +56,7 @@ def main() -> None:
     found["messages"] = log.messages
     bundle = Bundle.open(path)
     chunk = min(_CHUNK, bundle.capacity)
-    fitted = fit(
+    fitted = prepare_graph(
         path / GRAPH_FILE,
         Parser(library.engine, library.version),
         batch=1,
@@ -70,7 +70,7 @@ def main() -> None:
     )
     everywhere = Destination(way, library.engine, (), True)
     with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
-        config = _config(library, builder, network, profiles, EngineOptions(), everywhere, b"", None)
+        config = create_config(library, builder, network, profiles, EngineOptions(), everywhere, b"", None)
     if way != "portable":
         name = "CURRENT" if way == "current" else way
         config.num_compute_capabilities = 1
@@ -78,12 +78,12 @@ def main() -> None:
             config.set_compute_capability(getattr(trt.ComputeCapability, name), 0)
         )
     save()
-    serialised = builder.build_serialized_network(network, config)
+    serialized = builder.build_serialized_network(network, config)
     found["seconds"] = round(time.monotonic() - begin, 1)
-    if serialised is None:
+    if serialized is None:
         save()
         sys.exit(1)
-    view = memoryview(serialised)
+    view = memoryview(serialized)
     folder = engine_directory(path, way)
     folder.mkdir(parents=True)
     (folder / PLAN_FILE).write_bytes(view)
@@ -101,9 +101,9 @@ def main() -> None:
         chunk=chunk,
         profiles=profiles,
         decomposed=(),
-        options=EngineOptions().recorded(),
+        options=EngineOptions().to_record(),
         plan=PlanFile(hashlib.sha256(view).hexdigest(), view.nbytes),
-        layers=layer_counts(network),
+        layers=count_layers(network),
         weights_bytes=bundle.files[DATA_FILE].bytes,
         activation_bytes=None,
         timing_cache_bytes=0,
@@ -115,13 +115,13 @@ def main() -> None:
     save()
     runtime = trt.Runtime(log)
     if hasattr(runtime, "get_engine_validity"):
-        validity, why = runtime.get_engine_validity(serialised)
+        validity, why = runtime.get_engine_validity(serialized)
         found["validity"] = str(validity).rpartition(".")[2]
         found["invalid_because"] = [
             name for name, bit in trt.EngineInvalidityDiagnostics.__members__.items() if int(bit) & int(why)
         ]
     save()
-    found["loads"] = runtime.deserialize_cuda_engine(serialised) is not None
+    found["loads"] = runtime.deserialize_cuda_engine(serialized) is not None
     save()
 
 

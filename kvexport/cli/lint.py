@@ -44,32 +44,28 @@ def command(
     opened = Bundle.open(bundle)
     opened.verify((GRAPH_FILE,))
     try:
-        from kvexport.engine.fitting import fit
+        from kvexport.engine.engine_graph import prepare_graph
         from kvexport.graph.lint import Parser, refusals
     except ModuleNotFoundError as error:
         raise CannotRunHere(f"lint needs the package {error.name}", fix="pip install onnx onnx-ir") from error
 
     parser = Parser(device.engine, version)
     budget = None if opened.eviction is None else opened.eviction.budget
-    fitted = fit(
+    fitted = prepare_graph(
         bundle / GRAPH_FILE, parser, batch=1, capacity=opened.capacity, budget=budget, lowering=lowering
     )
     refused = refusals(fitted.findings)
     if as_json:
         said = {"target": device.name, "engine": device.engine, "version": ".".join(map(str, version))}
         findings = [asdict(finding) for finding in fitted.findings]
-        passed_over = {
-            name: [asdict(finding) for finding in found] for name, found in fitted.passed_over.items()
-        }
+        rejected = {name: [asdict(finding) for finding in found] for name, found in fitted.rejected.items()}
         click.echo(
-            json.dumps(
-                {**said, "lowering": fitted.lowering, "findings": findings, "passed_over": passed_over}
-            )
+            json.dumps({**said, "lowering": fitted.lowering, "findings": findings, "passed_over": rejected})
         )
     else:
         if fitted.findings:
             print_findings(fitted.findings)
-        for name, found in fitted.passed_over.items():
+        for name, found in fitted.rejected.items():
             PlainConsole().say(
                 f"{name} is passed over: {len(found)} findings (see them with --lowering {name})"
             )

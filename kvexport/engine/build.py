@@ -34,14 +34,14 @@ from kvexport.devices.gpu import find_gpu
 from kvexport.devices.system import available_memory, board
 from kvexport.engine import preflight
 from kvexport.engine.destination import choose_destination
-from kvexport.engine.fitting import Fitted, fit
-from kvexport.engine.library import Library, installed, load_library
-from kvexport.engine.monitor import Watch
+from kvexport.engine.engine_graph import EngineGraph, prepare_graph
+from kvexport.engine.library import TensorRTLibrary, installed_engines, load_library
+from kvexport.engine.monitor import BuildMonitor
 from kvexport.engine.options import EngineOptions
-from kvexport.engine.plan import Plan, build_plan, inspect_plan
+from kvexport.engine.plan import EnginePlan, build_plan, inspect_plan
 from kvexport.errors import BundleError, UsageError
 from kvexport.files.atomic_directory import atomic_directory
-from kvexport.graph.lint import Parser, unfused_attention
+from kvexport.graph.lint import Parser, find_unfused_attention
 from kvexport.progress import Progress
 from kvexport.version import __version__
 
@@ -80,7 +80,7 @@ def build_engine(
     capacity, chunk = preflight.require_options(options, bundle)
     gpu = find_gpu()
     destination = choose_destination(
-        target, compute_capabilities, gpu=gpu, board=board() or "", installed=installed()
+        target, compute_capabilities, gpu=gpu, board=board() or "", installed=installed_engines()
     )
     directory = engine_directory(path, destination.name)
     if directory.exists() and not (directory / RECORD_FILE).is_file():
@@ -95,7 +95,7 @@ def build_engine(
     bundle.verify((GRAPH_FILE, DATA_FILE))
     parser = Parser(library.engine, library.version)
     budget = None if bundle.eviction is None else min(bundle.eviction.budget, capacity)
-    fitted = fit(
+    fitted = prepare_graph(
         path / GRAPH_FILE,
         parser,
         batch=options.batch,
@@ -108,11 +108,11 @@ def build_engine(
     _say_what_differs(fitted, decomposed, progress)
 
     with _engine_folder(directory, force) as folder:
-        watch = Watch(library.trt, progress)
+        watch = BuildMonitor(library.trt, progress)
         profiles = (Profile("decode", (1, 1, min(_DECODE, chunk))), Profile("prefill", (1, chunk, chunk)))
         cache = _timing_cache(directory, library)
         begin = time.monotonic()
-        plan: Plan = watch.run(
+        plan: EnginePlan = watch.run(
             lambda: build_plan(
                 library, fitted.model, path / GRAPH_FILE, profiles, options, destination, cache, watch.monitor
             )
@@ -120,11 +120,11 @@ def build_engine(
         seconds = time.monotonic() - begin
         for warning in dict.fromkeys(library.log.warnings):
             progress.note(warning)
-        size = _write(folder / PLAN_FILE, plan.serialised)
+        size = _write(folder / PLAN_FILE, plan.serialized)
         if plan.timing_cache:
             (folder / CACHE_FILE).write_bytes(plan.timing_cache)
         loads = gpu is not None and not destination.ahead and available_memory() > 2 * size.bytes
-        inspected = inspect_plan(library, plan.serialised) if loads else None
+        inspected = inspect_plan(library, plan.serialized) if loads else None
         if inspected is not None:
             (folder / INSPECTOR_FILE).write_text(
                 json.dumps(inspected.layers, indent=1) + "\n", encoding="utf-8"
@@ -143,7 +143,7 @@ def build_engine(
             chunk=chunk,
             profiles=profiles,
             decomposed=decomposed,
-            options=options.recorded(),
+            options=options.to_record(),
             plan=size,
             layers=plan.layers,
             weights_bytes=preflight.weights_bytes(bundle),
@@ -156,17 +156,17 @@ def build_engine(
     return record
 
 
-def _allow_decomposition(fitted: Fitted, parser: Parser) -> tuple[str, ...]:
+def _allow_decomposition(fitted: EngineGraph, parser: Parser) -> tuple[str, ...]:
     """Let TensorRT spell out the attention that no fused kernel computes. The others are not marked: that they build is how
     TensorRT says that it has the kernel. The attribute is no ONNX, and stays in memory."""
-    nodes = unfused_attention(fitted.model, parser)
+    nodes = find_unfused_attention(fitted.model, parser)
     for node in nodes:
         node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
     return tuple(str(node.name) for node in nodes)
 
 
-def _say_what_differs(fitted: Fitted, decomposed: tuple[str, ...], progress: Progress) -> None:
-    for name, findings in fitted.passed_over.items():
+def _say_what_differs(fitted: EngineGraph, decomposed: tuple[str, ...], progress: Progress) -> None:
+    for name, findings in fitted.rejected.items():
         problems = Counter(finding.problem for finding in findings)
         said = "; ".join(f"{problem} ({count} nodes)" for problem, count in problems.most_common(3))
         progress.note(f"the graph is lowered to {fitted.lowering}, since {name} is refused: {said}")
@@ -190,7 +190,7 @@ def _engine_folder(directory: Path, force: bool) -> Iterator[Path]:
         raise
 
 
-def _timing_cache(directory: Path, library: Library) -> bytes:
+def _timing_cache(directory: Path, library: TensorRTLibrary) -> bytes:
     """What an earlier build by the same version measured; empty where there is none."""
     file = directory / CACHE_FILE
     try:
@@ -203,7 +203,7 @@ def _timing_cache(directory: Path, library: Library) -> bytes:
         return b""
 
 
-def _write(path: Path, serialised: Any) -> PlanFile:
-    view = memoryview(serialised)
+def _write(path: Path, serialized: Any) -> PlanFile:
+    view = memoryview(serialized)
     path.write_bytes(view)
     return PlanFile(hashlib.sha256(view).hexdigest(), view.nbytes)

@@ -28,7 +28,7 @@ _MATTERS = ("could not be allocated", "not enough memory", "insufficient memory"
 
 
 @dataclass(frozen=True)
-class Library:
+class TensorRTLibrary:
     """An imported TensorRT: its module, which of the two it is, its version, and its log."""
 
     engine: str
@@ -49,12 +49,12 @@ class Library:
         return f"{'TensorRT-RTX' if self.engine == 'tensorrt-rtx' else 'TensorRT'} {self.trt.__version__}"
 
 
-def installed() -> list[str]:
+def installed_engines() -> list[str]:
     """The engines whose Python package is there, without importing it."""
     return [engine for engine, module in MODULES.items() if find_spec(module) is not None]
 
 
-def load_library(engine: str) -> Library:
+def load_library(engine: str) -> TensorRTLibrary:
     """Import an engine's package, and polygraphy with it; a process can have one of the two engines.
 
     Raises:
@@ -85,7 +85,7 @@ def load_library(engine: str) -> Library:
         raise CannotRunHere(
             "this TensorRT is too old", got=trt.__version__, expected="10.3 or later (JetPack 6.1)"
         )
-    return Library(engine, trt, version, _log(engine, trt))
+    return TensorRTLibrary(engine, trt, version, _log(engine, trt))
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from kvexport.progress import Progress
 _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
-class Watch:
+class BuildMonitor:
     """One build that shows its progress and can be stopped between two of TensorRT's steps."""
 
     def __init__(self, trt: Any, progress: Progress) -> None:
@@ -107,7 +107,7 @@ def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
             signal.signal(number, known)
 
 
-def _monitor(trt: Any, watch: Watch) -> Any:
+def _monitor(trt: Any, watch: BuildMonitor) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """TensorRT cannot take an exception from here: one that progress raises stops the build."""
 

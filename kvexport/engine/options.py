@@ -34,7 +34,7 @@ class EngineOptions:
     optimization_level: int | None = None
     lowering: str | None = None
 
-    def recorded(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Those that build.json does not already say."""
         return {
             name: value

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from kvexport.bundle.engine_record import Profile
 from kvexport.bundle.graph_io import LOGITS, SEQUENCE
 from kvexport.engine.destination import Destination
-from kvexport.engine.library import Library
+from kvexport.engine.library import TensorRTLibrary
 from kvexport.engine.options import EngineOptions
 from kvexport.errors import CannotRunHere
 
@@ -32,16 +32,16 @@ _REMEDIES = {
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """A serialised engine, the parsed network's layers by type, and what was measured for the next build."""
 
-    serialised: Any  # a buffer
+    serialized: Any  # a buffer
     layers: dict[str, int]
     timing_cache: bytes
 
 
 @dataclass(frozen=True)
-class Inspected:
+class PlanInspection:
     """What only a loaded engine says."""
 
     layers: Any
@@ -49,7 +49,7 @@ class Inspected:
 
 
 def build_plan(
-    library: Library,
+    library: TensorRTLibrary,
     model: ir.Model,
     path: Path,
     profiles: Sequence[Profile],
@@ -57,7 +57,7 @@ def build_plan(
     destination: Destination,
     timing_cache: bytes,
     monitor: Any,
-) -> Plan:
+) -> EnginePlan:
     """Parse and build.
 
     Args:
@@ -77,15 +77,19 @@ def build_plan(
     builder, network, parser = parse(library, model, path)
     try:
         with G_LOGGER.verbosity(G_LOGGER.CRITICAL + 1):
-            config = _config(library, builder, network, profiles, options, destination, timing_cache, monitor)
-            serialised = engine_bytes_from_network((builder, network, parser), config=config)
+            config = create_config(
+                library, builder, network, profiles, options, destination, timing_cache, monitor
+            )
+            serialized = engine_bytes_from_network((builder, network, parser), config=config)
     except PolygraphyException as error:
         raise _failed(library, "cannot build this engine", error) from error
     measured = config.get_timing_cache() if library.engine == "tensorrt" else None
-    return Plan(serialised, layer_counts(network), b"" if measured is None else bytes(measured.serialize()))
+    return EnginePlan(
+        serialized, count_layers(network), b"" if measured is None else bytes(measured.serialize())
+    )
 
 
-def parse(library: Library, model: ir.Model, path: Path) -> tuple[Any, Any, Any]:
+def parse(library: TensorRTLibrary, model: ir.Model, path: Path) -> tuple[Any, Any, Any]:
     """Builder, network and parser: the weights stay in their file until TensorRT reads them.
 
     Raises:
@@ -108,19 +112,19 @@ def parse(library: Library, model: ir.Model, path: Path) -> tuple[Any, Any, Any]
     return builder, network, parser
 
 
-def layer_counts(network: Any) -> dict[str, int]:
+def count_layers(network: Any) -> dict[str, int]:
     """Layers of a network by TensorRT's name of their type, such as KV_CACHE_UPDATE."""
     names = (str(network.get_layer(index).type).rpartition(".")[2] for index in range(network.num_layers))
     return dict(sorted(Counter(names).items()))
 
 
-def inspect_plan(library: Library, serialised: Any) -> Inspected | None:
+def inspect_plan(library: TensorRTLibrary, serialized: Any) -> PlanInspection | None:
     """Load the plan on the GPU at hand; None where it does not load."""
     trt = library.trt
     runtime = trt.Runtime(library.log)
     if hasattr(runtime, "engine_host_code_allowed"):
         runtime.engine_host_code_allowed = True  # of version-compatible plans, which we built ourselves
-    engine = runtime.deserialize_cuda_engine(serialised)
+    engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
         return None
     text = engine.create_engine_inspector().get_engine_information(trt.LayerInformationFormat.JSON)
@@ -129,11 +133,11 @@ def inspect_plan(library: Library, serialised: Any) -> Inspected | None:
         if hasattr(engine, "device_memory_size_v2")
         else engine.device_memory_size
     )
-    return Inspected(json.loads(text), int(size))
+    return PlanInspection(json.loads(text), int(size))
 
 
-def _config(
-    library: Library,
+def create_config(
+    library: TensorRTLibrary,
     builder: Any,
     network: Any,
     profiles: Sequence[Profile],
@@ -146,7 +150,7 @@ def _config(
 
     trt = library.trt
     common: dict[str, Any] = {
-        "profiles": [_profile(network, profile) for profile in profiles],
+        "profiles": [create_profile(network, profile) for profile in profiles],
         "progress_monitor": monitor,
         "strip_plan": options.refit,
         "builder_optimization_level": options.optimization_level,
@@ -181,7 +185,7 @@ def _config(
     return config
 
 
-def _profile(network: Any, profile: Profile) -> Any:
+def create_profile(network: Any, profile: Profile) -> Any:
     """Shapes of the inputs whose sizes are left: the tokens of a call, and those that get logits, from 1 to as many."""
     from polygraphy.backend.trt import Profile as Shapes
 
@@ -200,7 +204,7 @@ def _profile(network: Any, profile: Profile) -> Any:
     return shapes
 
 
-def _failed(library: Library, what: str, error: Exception | None = None) -> CannotRunHere:
+def _failed(library: TensorRTLibrary, what: str, error: Exception | None = None) -> CannotRunHere:
     said = list(dict.fromkeys(library.log.errors)) or [str(error)]
     text = " ".join(said).lower()
     fix = next(

@@ -12,8 +12,8 @@ from kvexport.devices.capabilities import TENSORRT_LOWERINGS
 from kvexport.devices.gpu import Gpu
 from kvexport.devices.system import available_memory
 from kvexport.engine.destination import Destination
-from kvexport.engine.fitting import Fitted
-from kvexport.engine.library import Library
+from kvexport.engine.engine_graph import EngineGraph
+from kvexport.engine.library import TensorRTLibrary
 from kvexport.engine.options import CHUNK, EngineOptions
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.graph.lint import Finding, refusals
@@ -75,7 +75,7 @@ def require_options(options: EngineOptions, bundle: Bundle) -> tuple[int, int]:
     return capacity, chunk
 
 
-def require_engine(options: EngineOptions, destination: Destination, library: Library) -> None:
+def require_engine(options: EngineOptions, destination: Destination, library: TensorRTLibrary) -> None:
     """The installed engine builds for that GPU, and has what the options ask for.
 
     Raises:
@@ -151,7 +151,7 @@ def require_room(bundle: Bundle, options: EngineOptions, destination: Destinatio
         )
 
 
-def require_operators(fitted: Fitted, library: Library) -> None:
+def require_operators(fitted: EngineGraph, library: TensorRTLibrary) -> None:
     """The parser imports every operator as it stands.
 
     Raises:

@@ -1,7 +1,7 @@
 """The graph station: a neutral decoder becomes one standard ONNX graph (opset 24, default domain only).
 
 The front door: writing (`DecoderWriter`), the contract that a caller needs (`GraphContract`), lowerings for engines
-(`lower`), a textual rendering (`render`), and in-memory copies for validation (`tapped`, `as_float32`). Knows no torch and no
+(`lower`), a textual rendering (`render`), and in-memory copies for validation (`with_taps`, `as_float32`). Knows no torch and no
 Hugging Face; onnx packages are imported when a name that needs them is first used.
 """
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from kvexport.graph.keep_float32 import Float32Exceptions
     from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
     from kvexport.graph.printer import render
-    from kvexport.graph.taps import GraphCopy, as_float32, tapped
+    from kvexport.graph.taps import GraphCopy, as_float32, with_taps
     from kvexport.graph.writer import DecoderWriter
 
 __all__ = [
@@ -47,8 +47,8 @@ __all__ = [
     "present",
     "render",
     "residual_tap",
-    "tapped",
     "update",
+    "with_taps",
     "write_lowered",
 ]
 
@@ -56,7 +56,7 @@ _LAZY = {
     "DecoderWriter": "writer",
     "GraphCopy": "taps",
     "as_float32": "taps",
-    "tapped": "taps",
+    "with_taps": "taps",
     "render": "printer",
     "Float32Exceptions": "keep_float32",
     "LOWERINGS": "lowering",

@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from kvexport.bundle.graph_io import attention_tap, present
 from kvexport.graph.blocks import linear, norm
-from kvexport.graph.eviction_attention import Evicting, EvictingAttention, EvictingCache
+from kvexport.graph.eviction_attention import EvictionAttentionBuilder, EvictionCacheValues, EvictionInputs
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.graph.rotary import Rotary
@@ -21,17 +21,17 @@ from kvexport.model.decoder import Attention, Linear, Norm
 
 
 @dataclass(frozen=True)
-class Tokens:
+class SharedInputs:
     """What the layers share: where the new tokens are written, what they see, how they are rotated."""
 
     write_indices: ir.Value  # [batch], of layers that do not evict
     masks: Masks | None  # of those
-    evicting: Evicting | None  # of the others
+    evicting: EvictionInputs | None  # of the others
     rotary: Rotary | None
 
 
 @dataclass(frozen=True)
-class Cache:
+class CacheValues:
     """Keys [batch, kv_heads, capacity, key_dim] and values [batch, kv_heads, capacity, value_dim] of a layer."""
 
     key: ir.Value
@@ -41,11 +41,13 @@ class Cache:
 class AttentionBuilder:
     """Writes the attention of layer `index`."""
 
-    def __init__(self, nodes: NodeBuilder, index: int, attention: Attention, tokens: Tokens) -> None:
+    def __init__(self, nodes: NodeBuilder, index: int, attention: Attention, tokens: SharedInputs) -> None:
         self._nodes, self._index, self._attention, self._tokens = nodes, index, attention, tokens
         self._name = f"layers.{index}.attention"
 
-    def add(self, x: ir.Value, cache: Cache | EvictingCache) -> tuple[ir.Value, Cache | EvictingCache]:
+    def add(
+        self, x: ir.Value, cache: CacheValues | EvictionCacheValues
+    ) -> tuple[ir.Value, CacheValues | EvictionCacheValues]:
         """Normed input [batch, sequence, hidden] to what attention adds to the residual stream, and the written cache."""
         attention, nodes, name = self._attention, self._nodes, self._name
         query = self._positioned("q", attention.q, attention.num_heads, attention.q_norm, x)
@@ -53,13 +55,15 @@ class AttentionBuilder:
             query = self._map_queries(query)
         key = self._map_keys(self._positioned("k", attention.k, attention.key_heads, attention.k_norm, x))
         value = self._by_head("v", self._heads("v", attention.v, attention.num_kv_heads, x))
-        written: Cache | EvictingCache
-        if isinstance(cache, EvictingCache):
+        written: CacheValues | EvictionCacheValues
+        if isinstance(cache, EvictionCacheValues):
             assert self._tokens.evicting is not None
-            evicting = EvictingAttention(self._tokens.evicting, self._index, attention, name)
+            evicting = EvictionAttentionBuilder(self._tokens.evicting, self._index, attention, name)
             mixed, written = evicting.add(query, key, value, cache)
         else:
-            written = Cache(self._write("key", cache.key, key), self._write("value", cache.value, value))
+            written = CacheValues(
+                self._write("key", cache.key, key), self._write("value", cache.value, value)
+            )
             shape = (*sizes(query)[:3], attention.value_dim)
             inputs = (query, written.key, written.value, self._mask())
             mixed = nodes.op("Attention", *inputs, name=f"{name}.mixed", shape=shape, scale=attention.scale)

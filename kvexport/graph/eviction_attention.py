@@ -13,16 +13,16 @@ import onnx_ir as ir
 
 from kvexport.bundle.graph_io import BATCH, BUDGET, KEY, SEQUENCE, STATE, VALUE, heads_along_batch, present
 from kvexport.eviction.config import LATEST, NEVER, SCORE, STORED, UNSEEN, random_offsets, random_scores
-from kvexport.graph.eviction_inputs import STATE_DTYPE, Evicting, Heads, row_of
+from kvexport.graph.eviction_inputs import STATE_DTYPE, EvictionInputs, HeadInputs, row_of
 from kvexport.graph.nodes import dtype_of, sizes
 from kvexport.graph.weights import NUMPY_DTYPES, largest
 from kvexport.model.decoder import Attention
 
-__all__ = ["Evicting", "EvictingAttention", "EvictingCache"]
+__all__ = ["EvictionAttentionBuilder", "EvictionCacheValues", "EvictionInputs"]
 
 
 @dataclass(frozen=True)
-class EvictingCache:
+class EvictionCacheValues:
     """What a layer holds: [batch·N, 1, slots, key_dim], [.., value_dim], and the state of each slot [.., 2] (`Eviction`)."""
 
     key: ir.Value
@@ -30,16 +30,16 @@ class EvictingCache:
     state: ir.Value
 
 
-class EvictingAttention:
+class EvictionAttentionBuilder:
     """Writes the cache and the attention of layer `index`, between projections and output."""
 
-    def __init__(self, shared: Evicting, index: int, attention: Attention, name: str) -> None:
+    def __init__(self, shared: EvictionInputs, index: int, attention: Attention, name: str) -> None:
         self._shared, self._nodes, self._index, self._attention = shared, shared.nodes, index, attention
         self._name, self._rows = name, heads_along_batch(attention.num_kv_heads)
 
     def add(
-        self, query: ir.Value, key: ir.Value, value: ir.Value, cache: EvictingCache
-    ) -> tuple[ir.Value, EvictingCache]:
+        self, query: ir.Value, key: ir.Value, value: ir.Value, cache: EvictionCacheValues
+    ) -> tuple[ir.Value, EvictionCacheValues]:
         """Mapped queries [batch, H, sequence, key_dim] and new keys and values [batch, N, sequence, ...] to head outputs
         [batch, H, sequence, value_dim] and the written cache."""
         attention, nodes, name = self._attention, self._nodes, self._name
@@ -53,7 +53,7 @@ class EvictingAttention:
             (VALUE, cache.value, value),
             (STATE, cache.state, self._new_state(heads, key)),
         )
-        written = EvictingCache(*(self._write(which, old, new, slot) for which, old, new in parts))
+        written = EvictionCacheValues(*(self._write(which, old, new, slot) for which, old, new in parts))
         mask = self._mask(heads, written.state)
         if attention.queries_per_kv_head == 1:
             return self._by_head(query, written, mask), written
@@ -66,7 +66,7 @@ class EvictingAttention:
         shape = (BATCH, attention.num_heads, SEQUENCE, attention.value_dim)
         return nodes.op("Reshape", mixed, to, name=f"{name}.mixed", shape=shape), written
 
-    def _by_head(self, query: ir.Value, cache: EvictingCache, mask: ir.Value) -> ir.Value:
+    def _by_head(self, query: ir.Value, cache: EvictionCacheValues, mask: ir.Value) -> ir.Value:
         """Attention of heads of their own, side by side again: TensorRT has no fused kernel for a single head."""
         nodes, name, attention = self._nodes, self._name, self._attention
         parts = ((KEY, cache.key), (VALUE, cache.value), ("mask", mask))
@@ -93,14 +93,14 @@ class EvictingAttention:
         to, shape = self._nodes.integers(-1, heads, 0, 0), (BATCH, heads, *sizes(x)[2:])
         return self._nodes.op("Reshape", x, to, name=name, shape=shape, dtype=dtype_of(x))
 
-    def _new_state(self, heads: Heads, key: ir.Value) -> ir.Value:
+    def _new_state(self, heads: HeadInputs, key: ir.Value) -> ir.Value:
         """Of the new tokens, [batch·N, 1, sequence, 2]."""
         nodes, shape = self._nodes, (self._rows, 1, SEQUENCE, 2)
         columns = {SCORE: self._scores(heads, key), STORED: heads.stored}
         ordered, name = [columns[each] for each in sorted(columns)], f"{self._name}.state.new"
         return nodes.op("Concat", *ordered, name=name, shape=shape, dtype=STATE_DTYPE, axis=-1)
 
-    def _scores(self, heads: Heads, key: ir.Value) -> ir.Value:
+    def _scores(self, heads: HeadInputs, key: ir.Value) -> ir.Value:
         """[batch·N, 1, sequence, 1]."""
         nodes, policy = self._nodes, self._shared.eviction.policy
         name, shape = f"{self._name}.score", (self._rows, 1, SEQUENCE, 1)
@@ -160,7 +160,7 @@ class EvictingAttention:
             "Reshape", drawn, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE
         )
 
-    def _slot(self, heads: Heads, state: ir.Value) -> ir.Value:
+    def _slot(self, heads: HeadInputs, state: ir.Value) -> ir.Value:
         """The slot of the first new token, int64 [batch·N]: after those in use, or where the highest priority is.
 
         Several tokens are written from there on: whoever calls the graph with them has made room for all.
@@ -217,7 +217,7 @@ class EvictingAttention:
         )
         return nodes.cast(flat, "int64", name)
 
-    def _mask(self, heads: Heads, state: ir.Value) -> ir.Value:
+    def _mask(self, heads: HeadInputs, state: ir.Value) -> ir.Value:
         """Bool [batch·N, 1, sequence, slots], or ALiBi's bias [batch·N, H/N, sequence, slots]."""
         nodes, name, window, shape = (
             self._nodes,

@@ -18,7 +18,7 @@ STATE_DTYPE = "float32"
 
 
 @dataclass(frozen=True)
-class Heads:
+class HeadInputs:
     """What layers of N KV heads share, once for each head of the batch; all float32 but `has_room`."""
 
     stored: ir.Value  # [batch·N, 1, sequence, 1], the new tokens' positions + 1
@@ -30,7 +30,7 @@ class Heads:
     )  # [batch·N, 1, sequence, 1], what norms are multiplied with; None: the policy has none
 
 
-class Evicting:
+class EvictionInputs:
     """What the layers of a decoder share: positions, slots in use, numbers of chance."""
 
     def __init__(
@@ -49,15 +49,15 @@ class Evicting:
         """
         self.nodes, self.eviction, self.capacity = nodes, eviction, capacity
         self.positions, self._write_indices = positions, write_indices
-        self._shared: dict[int, Heads] = {}
+        self._shared: dict[int, HeadInputs] = {}
 
-    def heads(self, count: int, state: ir.Value) -> Heads:
+    def heads(self, count: int, state: ir.Value) -> HeadInputs:
         """For layers of `count` KV heads; `state` is of any of them."""
         if count not in self._shared:
             self._shared[count] = self._make(count, state)
         return self._shared[count]
 
-    def _make(self, count: int, state: ir.Value) -> Heads:
+    def _make(self, count: int, state: ir.Value) -> HeadInputs:
         nodes, name, rows = self.nodes, f"evict.{count}_heads", heads_along_batch(count)
         one = nodes.op("Add", self.positions, nodes.integer(1), name=f"{name}.next", dtype="int64")
         shape = (BATCH, 1, SEQUENCE, 1)
@@ -77,7 +77,7 @@ class Evicting:
         filled = self._along(used, count, f"{name}.filled")
         has_room = nodes.op("Less", filled, self._slots(state, name), name=f"{name}.has_room", dtype="bool")
         later = self._later(stored, name) if self.eviction.policy in ("l2-norm", "keep-high") else None
-        return Heads(stored, first, filled, has_room, later)
+        return HeadInputs(stored, first, filled, has_room, later)
 
     def _slots(self, state: ir.Value, name: str) -> ir.Value:
         """How many slots there are, [batch·N, 1, 1, 1], counted: of a Shape TensorRT-RTX 1.7.1 dies of a segmentation fault."""

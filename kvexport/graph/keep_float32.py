@@ -48,18 +48,18 @@ class Float32Exceptions:
         return self.stream and node in (attention_residual(layer), residual_tap(layer), *norms)
 
 
-NOTHING = Float32Exceptions()
+NO_EXCEPTIONS = Float32Exceptions()
 
 
 class KeepFloat32(ir.passes.InPlacePass):
     """Pre-condition: what is kept is in the graph. Post-condition: each of its nodes gives float32, and what reads one
     without being kept reads it in the graph's dtype."""
 
-    def __init__(self, kept: Float32Exceptions, dtype: str) -> None:
-        self._kept, self._dtype = kept, dtype
+    def __init__(self, exceptions: Float32Exceptions, dtype: str) -> None:
+        self._exceptions, self._dtype = exceptions, dtype
         self._needed = {
-            *(f"layers.{layer}.mlp.down" for layer in kept.mlps),
-            *(["final_norm"] if kept.stream else []),
+            *(f"layers.{layer}.mlp.down" for layer in exceptions.mlps),
+            *(["final_norm"] if exceptions.stream else []),
         }
 
     def requires(self, model: ir.Model) -> None:
@@ -67,16 +67,16 @@ class KeepFloat32(ir.passes.InPlacePass):
             raise ir.passes.PreconditionError(f"the graph has no node {', '.join(sorted(missing))}")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        kept = self._nodes(model)
-        for node in kept:
+        wide_nodes = self._nodes(model)
+        for node in wide_nodes:
             before = Nodes(model.graph, _WIDE, before=node)
             for index, value in enumerate(node.inputs):
                 if value is not None and dtype_of(value) == self._dtype:
                     node.replace_input_with(index, before.cast(value, _WIDE, f"{node.name}.{index}.{_WIDE}"))
             node.outputs[0].dtype = ir.DataType.FLOAT
-        for node in kept:
+        for node in wide_nodes:
             (output,) = node.outputs
-            readers = [(use.node, use.idx) for use in output.uses() if use.node not in kept]
+            readers = [(use.node, use.idx) for use in output.uses() if use.node not in wide_nodes]
             if readers:
                 first = next(each for each in model.graph if any(each is reader for reader, _ in readers))
                 narrow = Nodes(model.graph, self._dtype, before=first).cast(
@@ -84,7 +84,7 @@ class KeepFloat32(ir.passes.InPlacePass):
                 )
                 for reader, index in readers:
                     reader.replace_input_with(index, narrow)
-        return ir.passes.PassResult(model, bool(kept))
+        return ir.passes.PassResult(model, bool(wide_nodes))
 
     def ensures(self, model: ir.Model) -> None:
         for node in self._nodes(model):
@@ -92,4 +92,8 @@ class KeepFloat32(ir.passes.InPlacePass):
                 raise ir.passes.PostconditionError(f"{node.name} gives {dtype_of(node.outputs[0])}")
 
     def _nodes(self, model: ir.Model) -> list[ir.Node]:
-        return [node for node in model.graph if node.op_type != "Cast" and self._kept.covers(node.name or "")]
+        return [
+            node
+            for node in model.graph
+            if node.op_type != "Cast" and self._exceptions.covers(node.name or "")
+        ]

@@ -19,7 +19,7 @@ from kvexport.graph.lint_rules import (
     check_operator,
 )
 
-__all__ = ["Finding", "Parser", "lint", "refusals", "unfused_attention"]
+__all__ = ["Finding", "Parser", "find_unfused_attention", "lint", "refusals"]
 
 
 def lint(model: ir.Model, parser: Parser) -> list[Finding]:
@@ -38,7 +38,7 @@ def refusals(findings: Sequence[Finding]) -> list[Finding]:
     return [finding for finding in findings if not finding.note]
 
 
-def unfused_attention(model: ir.Model, parser: Parser) -> list[ir.Node]:
+def find_unfused_attention(model: ir.Model, parser: Parser) -> list[ir.Node]:
     """Attention nodes that no fused kernel computes: they build only with the attribute TRT_decomposable."""
     return [node for node in _nodes(model) if any(check_fused_kernel(node, parser))]
 

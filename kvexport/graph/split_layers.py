@@ -20,10 +20,10 @@ from kvexport.bundle.graph_io import (
     present,
     residual_tap,
 )
-from kvexport.graph.taps import GraphCopy, serialised, widen
+from kvexport.graph.taps import GraphCopy, serialize, widen
 
 
-def parts(path: Path, num_layers: int, *, in_float32: bool) -> Iterator[GraphCopy]:
+def split_layers(path: Path, num_layers: int, *, in_float32: bool) -> Iterator[GraphCopy]:
     """The graph at `path` as num_layers + 2 graphs, each made when asked for, with only the weights that it needs.
 
     A part takes the residual stream under the name that the part before gave it, and those inputs of the whole
@@ -69,4 +69,4 @@ def _part(path: Path, entry: str | None, exits: list[str], in_float32: bool) -> 
     for value in [value for value in graph.inputs if not value.uses()]:
         graph.inputs.remove(value)
     weights = widen(graph) if in_float32 else {}
-    return GraphCopy(serialised(ir.Model(graph, ir_version=whole.ir_version)), path.parent, weights)
+    return GraphCopy(serialize(ir.Model(graph, ir_version=whole.ir_version)), path.parent, weights)

@@ -45,11 +45,11 @@ class GraphCopy:
         return session
 
 
-def tapped(path: Path) -> GraphCopy:
+def with_taps(path: Path) -> GraphCopy:
     """The graph at `path`, with each layer's attention output and residual stream as further outputs, layer by layer."""
     model = ir.load(path)
     _add_taps(model.graph)
-    return GraphCopy(serialised(model), path.parent)
+    return GraphCopy(serialize(model), path.parent)
 
 
 def as_float32(path: Path, *, taps: bool = False) -> GraphCopy:
@@ -62,7 +62,7 @@ def as_float32(path: Path, *, taps: bool = False) -> GraphCopy:
     if taps:
         _add_taps(model.graph)
     weights = widen(model.graph)
-    return GraphCopy(serialised(model), path.parent, weights)
+    return GraphCopy(serialize(model), path.parent, weights)
 
 
 def widen(graph: ir.Graph) -> dict[str, NDArray[np.float32]]:
@@ -105,5 +105,5 @@ def _stand_in(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
     )
 
 
-def serialised(model: ir.Model) -> bytes:
+def serialize(model: ir.Model) -> bytes:
     return ir.to_proto(model).SerializeToString(deterministic=True)

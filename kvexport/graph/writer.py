@@ -22,10 +22,10 @@ from kvexport.bundle.graph_io import (
 )
 from kvexport.errors import UsageError
 from kvexport.eviction.config import Eviction
-from kvexport.graph.attention import AttentionBuilder, Cache, Tokens
+from kvexport.graph.attention import AttentionBuilder, CacheValues, SharedInputs
 from kvexport.graph.blocks import linear, mlp, norm
-from kvexport.graph.eviction_attention import Evicting, EvictingCache
-from kvexport.graph.keep_float32 import NOTHING, Float32Exceptions, KeepFloat32
+from kvexport.graph.eviction_attention import EvictionCacheValues, EvictionInputs
+from kvexport.graph.keep_float32 import NO_EXCEPTIONS, Float32Exceptions, KeepFloat32
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder
 from kvexport.graph.rotary import Rotary
@@ -80,7 +80,7 @@ class DecoderWriter:
         self._evicting = (
             None
             if eviction is None
-            else Evicting(nodes, eviction, capacity, self._positions, self._write_indices)
+            else EvictionInputs(nodes, eviction, capacity, self._positions, self._write_indices)
         )
         self._masks: Masks | None = (
             None  # made with the first layer that needs them: its cache tells the capacity
@@ -125,10 +125,10 @@ class DecoderWriter:
                     dtype="int64",
                     axis=1,
                 )
-        past = EvictingCache(*inputs) if evicts else Cache(*inputs)
+        past = EvictionCacheValues(*inputs) if evicts else CacheValues(*inputs)
         name, tokens = (
             f"layers.{index}",
-            Tokens(self._write_indices, self._masks, self._evicting, self._rotary),
+            SharedInputs(self._write_indices, self._masks, self._evicting, self._rotary),
         )
         builder = AttentionBuilder(nodes, index, attention, tokens)
         attended, written = builder.add(
@@ -141,7 +141,7 @@ class DecoderWriter:
         self._written += vars(written).values()
 
     def finish(
-        self, final_norm: Norm, head: Linear | None, kept: Float32Exceptions = NOTHING
+        self, final_norm: Norm, head: Linear | None, exceptions: Float32Exceptions = NO_EXCEPTIONS
     ) -> GraphContract:
         """Append the head (None: the embedding's own weight), write decoder.onnx and say what it takes and gives.
 
@@ -157,8 +157,8 @@ class DecoderWriter:
         for value in (self._logits(final_norm, head), *self._written):
             nodes.output(value)
         model = nodes.model(f"kvexport {__version__}")
-        if kept.names:
-            model = KeepFloat32(kept, nodes.dtype)(model).model
+        if exceptions.names:
+            model = KeepFloat32(exceptions, nodes.dtype)(model).model
         ir.save(model, self._path)
         return terms.contract(
             dtype=nodes.dtype,

@@ -136,7 +136,7 @@ def _fed(
 
 def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.InferenceSession, str]:
     """A session on a copy with taps of what is deployed, and the dtype that it computes in."""
-    from kvexport.graph import as_float32, tapped
+    from kvexport.graph import as_float32, with_taps
     from kvexport.runtime.backends.ort_session import graph_file, session_on, session_options
 
     dtype = computed_in(bundle.dtype, provider.name)
@@ -145,7 +145,7 @@ def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.Inf
     if dtype != bundle.dtype:
         copy = as_float32(bundle.path / GRAPH_FILE, taps=True)
     else:
-        copy = tapped(bundle.path / graph_file(bundle, provider.name))
+        copy = with_taps(bundle.path / graph_file(bundle, provider.name))
     options = session_options(None)
     if provider.name == "cpu":
         return _loaded(lambda: copy.session(options)), dtype

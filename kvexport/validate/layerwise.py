@@ -68,7 +68,7 @@ def run_layerwise(
     Returns:
         `logits` [T, vocab] and the arrays of each layer that `kvexport.validate.reference_run` names, float32.
     """
-    from kvexport.graph.split_layers import parts
+    from kvexport.graph.split_layers import split_layers
 
     tokens, slots = len(input_ids), slots or {}
     budget = next((each.slots for each in slots.values()), None)
@@ -89,7 +89,7 @@ def run_layerwise(
 
     with progress.stage("Proving the graph", contract.num_layers + 2):
         for index, part in enumerate(
-            parts(directory / GRAPH_FILE, contract.num_layers, in_float32=dtype != contract.dtype)
+            split_layers(directory / GRAPH_FILE, contract.num_layers, in_float32=dtype != contract.dtype)
         ):
             layer = index - 1  # the first part is the embedding
             look = partial(after, layer=layer) if layer in slots else None

@@ -128,19 +128,19 @@ def test_the_record_says_what_was_built(rtx: Any, tiny: Callable[..., Path]) -> 
 def test_the_network_has_the_profiles_and_sizes_of_the_contract(rtx: Any, tiny: Callable[..., Path]) -> None:
     """Of the real network that is built: capacity and batch are fixed, and the two token sizes are not."""
     from kvexport.bundle.engine_record import Profile
-    from kvexport.engine.fitting import fit
-    from kvexport.engine.plan import _profile, parse
+    from kvexport.engine.engine_graph import prepare_graph
+    from kvexport.engine.plan import create_profile, parse
     from kvexport.graph.lint import Parser
 
     bundle = tiny(kv_heads=2)
-    fitted = fit(bundle / GRAPH_FILE, Parser(rtx.engine, rtx.version), batch=1, capacity=48)
+    fitted = prepare_graph(bundle / GRAPH_FILE, Parser(rtx.engine, rtx.version), batch=1, capacity=48)
     _, network, _parser = parse(rtx, fitted.model, bundle / GRAPH_FILE)
     shapes = {
         tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))
     }
     assert shapes["input_ids"] == shapes["position_ids"] == shapes["logits_index"] == (1, -1)
     assert shapes["write_indices"] == (1,) and shapes["past_key_values.1.value"] == (1, 2, 48, 16)
-    profile = _profile(network, Profile("prefill", (1, 8, 16)))
+    profile = create_profile(network, Profile("prefill", (1, 8, 16)))
     assert set(profile) == {"input_ids", "position_ids", "logits_index"}
     assert list(profile["input_ids"]) == [(1, 1), (1, 8), (1, 16)]
     assert list(profile["logits_index"]) == [(1, 1), (1, 1), (1, 16)]
@@ -177,7 +177,7 @@ def test_the_same_unmarked_does_not_build(
     width: int, rtx: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The negative control of a build without a mark: it fails where there is no kernel."""
-    monkeypatch.setattr("kvexport.engine.build.unfused_attention", lambda *arguments: [])
+    monkeypatch.setattr("kvexport.engine.build.find_unfused_attention", lambda *arguments: [])
     monkeypatch.setattr("kvexport.engine.preflight.require_operators", lambda *arguments: None)
     bundle = tiny(head_dim=width)
     with pytest.raises(CannotRunHere) as caught:
@@ -231,7 +231,7 @@ def test_options_reach_tensorrt(rtx: Any, tiny: Callable[..., Path], monkeypatch
     import kvexport.engine.plan as plan
 
     seen: list[Any] = []
-    original = plan._config
+    original = plan.create_config
     monkeypatch.setattr(plan, "_config", lambda *arguments: seen.append(original(*arguments)) or seen[0])
     build_engine(
         tiny(),
@@ -282,19 +282,19 @@ def test_the_full_tensorrts_configuration_runs_through_the_same_path(
     """With the module at hand in its place: its timing cache goes out, and in again; the flags are set by name."""
     from kvexport.bundle.engine_record import Profile
     from kvexport.engine.destination import Destination
-    from kvexport.engine.fitting import fit
-    from kvexport.engine.monitor import Watch
-    from kvexport.engine.plan import _config, build_plan, parse
+    from kvexport.engine.engine_graph import prepare_graph
+    from kvexport.engine.monitor import BuildMonitor
+    from kvexport.engine.plan import build_plan, create_config, parse
     from kvexport.graph.lint import Parser
 
     bundle = tiny()
     library = dataclasses.replace(rtx, engine="tensorrt")
     orin = Destination("orin-nano-8gb", "tensorrt", ("8.7",), False)
-    fitted = fit(bundle / GRAPH_FILE, Parser("tensorrt", (11, 4)), batch=1, capacity=64)
+    fitted = prepare_graph(bundle / GRAPH_FILE, Parser("tensorrt", (11, 4)), batch=1, capacity=64)
     profiles = (Profile("decode", (1, 1, 1)), Profile("prefill", (1, 8, 8)))
     cache = b""
     for _ in range(2):
-        monitor = Watch(library.trt, Progress()).monitor
+        monitor = BuildMonitor(library.trt, Progress()).monitor
         plan = build_plan(
             library, fitted.model, bundle / GRAPH_FILE, profiles, EngineOptions(), orin, cache, monitor
         )
@@ -303,7 +303,7 @@ def test_the_full_tensorrts_configuration_runs_through_the_same_path(
     options = EngineOptions(refit=True, version_compatible=True)
     builder, network, _parser = parse(library, fitted.model, bundle / GRAPH_FILE)
     config, flags = (
-        _config(library, builder, network, profiles, options, orin, b"", monitor),
+        create_config(library, builder, network, profiles, options, orin, b"", monitor),
         rtx.trt.BuilderFlag,
     )
     assert all(

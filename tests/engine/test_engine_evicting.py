@@ -16,7 +16,7 @@ from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import BuildRecord
 from kvexport.engine import EngineOptions, build_engine
-from kvexport.engine.fitting import Fitted, fit, freeze
+from kvexport.engine.engine_graph import EngineGraph, fix_sizes, prepare_graph
 from kvexport.engine.preflight import require_options
 from kvexport.errors import UsageError
 from kvexport.eviction.config import POLICIES, Eviction
@@ -157,7 +157,9 @@ def test_the_network_has_the_sizes_of_the_budget(rtx: Any, evicting: Callable[..
     from kvexport.engine.plan import parse
 
     bundle = evicting(kv_heads=2)
-    fitted = fit(bundle / GRAPH_FILE, Parser(rtx.engine, rtx.version), batch=3, capacity=48, budget=20)
+    fitted = prepare_graph(
+        bundle / GRAPH_FILE, Parser(rtx.engine, rtx.version), batch=3, capacity=48, budget=20
+    )
     _, network, _parser = parse(rtx, fitted.model, bundle / GRAPH_FILE)
     shapes = {
         tensor.name: tuple(tensor.shape) for tensor in map(network.get_input, range(network.num_inputs))
@@ -171,8 +173,8 @@ def test_the_network_has_the_sizes_of_the_budget(rtx: Any, evicting: Callable[..
     )
 
 
-def fitted(bundle: Path, parser: Parser, lowering: str | None = None, budget: int | None = 32) -> Fitted:
-    return fit(bundle / GRAPH_FILE, parser, batch=1, capacity=64, budget=budget, lowering=lowering)
+def fitted(bundle: Path, parser: Parser, lowering: str | None = None, budget: int | None = 32) -> EngineGraph:
+    return prepare_graph(bundle / GRAPH_FILE, parser, batch=1, capacity=64, budget=budget, lowering=lowering)
 
 
 @pytest.mark.parametrize("version", [(10, 3), (10, 13)])
@@ -181,7 +183,7 @@ def test_older_versions_get_the_other_lowering(
 ) -> None:
     found = fitted(evicting(kv_heads=2), Parser("tensorrt", version))
     assert found.lowering == "decomposed17" and refusals(found.findings) == []
-    assert any("TensorScatter" in finding.operator for finding in found.passed_over["std24"])
+    assert any("TensorScatter" in finding.operator for finding in found.rejected["std24"])
 
 
 def test_a_budget_that_is_not_fixed_is_found(evicting: Callable[..., Path]) -> None:
@@ -196,7 +198,7 @@ def test_a_budget_that_is_not_fixed_is_found(evicting: Callable[..., Path]) -> N
 
 def test_every_input_of_the_cache_gets_its_size(evicting: Callable[..., Path]) -> None:
     model = ir.load(evicting(kv_heads=2) / GRAPH_FILE)
-    freeze(model, {"batch": 3, "budget": 20})
+    fix_sizes(model, {"batch": 3, "budget": 20})
     shapes = {value.name: value.shape for value in model.graph.inputs}
     assert shapes["past_key_values.0.state"] == (6, 1, 20, 2) and shapes["input_ids"] == (3, "sequence")
 

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from kvexport.engine.monitor import Watch
+from kvexport.engine.monitor import BuildMonitor
 from kvexport.progress import Progress
 
 TRT = SimpleNamespace(IProgressMonitor=object)
@@ -35,7 +35,7 @@ class Story(Progress):
 
 def test_phases_nest_and_those_of_other_threads_are_left_out() -> None:
     story = Story()
-    watch = Watch(TRT, story)
+    watch = BuildMonitor(TRT, story)
 
     def work() -> str:
         monitor = watch.monitor
@@ -55,7 +55,7 @@ def test_phases_nest_and_those_of_other_threads_are_left_out() -> None:
 
 
 def test_an_error_of_the_build_is_raised_here() -> None:
-    watch = Watch(TRT, Progress())
+    watch = BuildMonitor(TRT, Progress())
 
     def work() -> None:
         raise ValueError("from the other thread")
@@ -69,7 +69,7 @@ def test_progress_that_fails_stops_the_build() -> None:
         def advance(self) -> None:
             raise OSError("the terminal has gone")
 
-    watch = Watch(TRT, Broken())
+    watch = BuildMonitor(TRT, Broken())
 
     def work() -> bool:
         watch.monitor.phase_start("build", None, 2)
@@ -79,7 +79,7 @@ def test_progress_that_fails_stops_the_build() -> None:
 
 
 def test_an_interrupt_is_raised_once_the_build_has_stopped() -> None:
-    watch = Watch(TRT, Progress())
+    watch = BuildMonitor(TRT, Progress())
     stopped = threading.Event()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
 

@@ -16,7 +16,7 @@ from kvexport.devices.gpu import Gpu
 from kvexport.engine import EngineOptions, preflight
 from kvexport.engine.build import _timing_cache, build_engine
 from kvexport.engine.destination import Destination
-from kvexport.engine.library import Library, load_library
+from kvexport.engine.library import TensorRTLibrary, load_library
 from kvexport.errors import CannotRunHere, UsageError
 
 AHEAD = Destination("sm86", "tensorrt-rtx", ("8.6",), True)
@@ -25,11 +25,11 @@ DESKTOP = Destination("h200", "tensorrt", ("9.0",), False)
 MIB = 2**20
 
 
-def library(engine: str, *names: str) -> Library:
+def library(engine: str, *names: str) -> TensorRTLibrary:
     trt = SimpleNamespace(
         __version__="11.4.0", ComputeCapability=SimpleNamespace(__members__=dict.fromkeys(names))
     )
-    return Library(engine, trt, (11, 4, 0), None)
+    return TensorRTLibrary(engine, trt, (11, 4, 0), None)
 
 
 RTX = library("tensorrt-rtx", "NONE", "CURRENT", "SM120", "SM75", "SM86")
@@ -78,7 +78,7 @@ def test_options_out_of_range(options: dict[str, Any], allowed: str, bundle: Bun
     ],
 )
 def test_what_the_engine_does_not_have(
-    options: dict[str, Any], destination: Destination, engine: Library, words: str
+    options: dict[str, Any], destination: Destination, engine: TensorRTLibrary, words: str
 ) -> None:
     with pytest.raises((UsageError, CannotRunHere)) as caught:
         preflight.require_engine(EngineOptions(**options), destination, engine)
@@ -94,7 +94,9 @@ def test_what_the_engine_does_not_have(
         ({"hardware_compatible": True}, DESKTOP, FULL),
     ],
 )
-def test_what_the_engine_has(options: dict[str, Any], destination: Destination, engine: Library) -> None:
+def test_what_the_engine_has(
+    options: dict[str, Any], destination: Destination, engine: TensorRTLibrary
+) -> None:
     preflight.require_engine(EngineOptions(**options), destination, engine)
 
 

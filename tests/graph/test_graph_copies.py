@@ -22,7 +22,7 @@ from support.graph_decoders import (
     write,
 )
 
-from kvexport.graph import DATA_FILE, GRAPH_FILE, as_float32, attention_tap, residual_tap, tapped
+from kvexport.graph import DATA_FILE, GRAPH_FILE, as_float32, attention_tap, residual_tap, with_taps
 
 DECODER = make_decoder([Shape(kv_heads=2), Shape()])
 
@@ -33,15 +33,15 @@ def test_taps_come_after_the_outputs_and_change_no_bit(
     contract = write(DECODER, tmp_path / "bundle")
     before = {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
     monkeypatch.chdir(tmp_path)
-    session = tapped(Path("bundle") / GRAPH_FILE).session(quiet())  # a relative path, from another folder
+    session = with_taps(Path("bundle") / GRAPH_FILE).session(quiet())  # a relative path, from another folder
     names = [output.name for output in session.get_outputs()]
     taps = [name for layer in (0, 1) for name in (attention_tap(layer), residual_tap(layer))]
     assert names == [spec.name for spec in contract.outputs] + taps
     ids = torch.randint(0, VOCAB, (2, 5))
-    with_taps, without = (
+    tapped, untapped = (
         Caller(which, contract, 2, 8)(ids, [0, 0]) for which in (session, open_session(tmp_path / "bundle"))
     )
-    np.testing.assert_array_equal(with_taps["logits"], without["logits"])
+    np.testing.assert_array_equal(tapped["logits"], untapped["logits"])
     assert {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()} == before
 
 
@@ -72,7 +72,7 @@ def test_float32_copy_of_alibi_is_exact_on_the_rounded_weights(tmp_path: Path) -
 def test_a_float32_graph_is_copied_as_it_is(tmp_path: Path) -> None:
     contract = write(DECODER, tmp_path)
     copy = as_float32(tmp_path / GRAPH_FILE, taps=True)
-    assert not copy.weights and copy.model == tapped(tmp_path / GRAPH_FILE).model
+    assert not copy.weights and copy.model == with_taps(tmp_path / GRAPH_FILE).model
     assert disagreement(DECODER, copy.session(quiet()), contract) < 5e-6
 
 

@@ -25,7 +25,7 @@ from support.graph_decoders import (
     write,
 )
 
-from kvexport.graph import GRAPH_FILE, as_float32, tapped
+from kvexport.graph import GRAPH_FILE, as_float32, with_taps
 from kvexport.model import reference
 from kvexport.model.decoder import Linear, Rope
 
@@ -67,14 +67,14 @@ DECODERS = {
 @pytest.mark.parametrize("name", DECODERS)
 def test_float32_equals_the_oracle(name: str, tmp_path: Path) -> None:
     contract = write(DECODERS[name], tmp_path)
-    session = tapped(tmp_path / GRAPH_FILE).session(quiet())
+    session = with_taps(tmp_path / GRAPH_FILE).session(quiet())
     assert disagreement(DECODERS[name], session, contract) < 5e-6
 
 
 @pytest.mark.parametrize("name", DECODERS)
 def test_float16_equals_the_oracle_on_the_same_weights(name: str, tmp_path: Path) -> None:
     contract = write(DECODERS[name], tmp_path, "float16")
-    session = tapped(tmp_path / GRAPH_FILE).session(quiet())
+    session = with_taps(tmp_path / GRAPH_FILE).session(quiet())
     assert disagreement(rounded(DECODERS[name], torch.float16), session, contract) < 5e-3
 
 

@@ -14,7 +14,7 @@ from support.graph_decoders import disagreement, quiet, rounded, write
 from kvexport.convert import KVShape, LayerPlan, convert, methods_for
 from kvexport.graph import GRAPH_FILE
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
-from kvexport.graph.taps import tapped
+from kvexport.graph.taps import with_taps
 from kvexport.model.decoder import Attention, Decoder
 
 
@@ -47,7 +47,7 @@ def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Pa
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
     assert (
         disagreement(
-            CASES[name], tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0
+            CASES[name], with_taps(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0
         )
         < 5e-6
     )
@@ -57,7 +57,7 @@ def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Pa
 def test_and_in_float16_on_the_same_weights(lowering: str, tmp_path: Path) -> None:
     contract, path = write(CASES["wide"], tmp_path, "float16"), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
-    session, decoder = tapped(path).session(quiet()), rounded(CASES["wide"], torch.float16)
+    session, decoder = with_taps(path).session(quiet()), rounded(CASES["wide"], torch.float16)
     assert disagreement(decoder, session, lowered_contract(contract, lowering), fill=3.0) < 5e-3
 
 
@@ -69,7 +69,7 @@ def test_the_wrong_frequency_is_seen(tmp_path: Path) -> None:
         return dataclasses.replace(attention, frequencies=attention.frequencies.roll(1))
 
     contract = write(with_attention(CASES["wide"], shifted), tmp_path)
-    found = disagreement(CASES["wide"], tapped(tmp_path / GRAPH_FILE).session(quiet()), contract, fill=3.0)
+    found = disagreement(CASES["wide"], with_taps(tmp_path / GRAPH_FILE).session(quiet()), contract, fill=3.0)
     assert found > 1e-2
 
 

@@ -16,7 +16,7 @@ import pytest
             ("onnx", "onnx_ir", "torch", "onnxruntime", "ml_dtypes"),
         ),
         ("from kvexport.graph import DecoderWriter, render", ("torch", "onnxruntime", "transformers")),
-        ("from kvexport.graph import as_float32, tapped", ("torch", "transformers")),
+        ("from kvexport.graph import as_float32, with_taps", ("torch", "transformers")),
     ],
 )
 def test_imports_stay_lean(statement: str, absent: tuple[str, ...]) -> None:

@@ -24,13 +24,13 @@ from support.graph_decoders import (
 )
 
 from kvexport.graph import GRAPH_FILE, attention_tap, past, present, residual_tap
-from kvexport.graph.split_layers import parts
+from kvexport.graph.split_layers import split_layers
 
 TOKENS = {"position_ids", "write_indices"}
 
 
 def _models(directory: Path, layers: int, in_float32: bool = False) -> list[onnx.ModelProto]:
-    found = parts(directory / GRAPH_FILE, layers, in_float32=in_float32)
+    found = split_layers(directory / GRAPH_FILE, layers, in_float32=in_float32)
     return [onnx.load_model_from_string(part.model) for part in found]
 
 
@@ -88,7 +88,7 @@ def test_parts_one_after_another_are_the_whole(
     values = {**Caller(open_session(tmp_path), contract, 2, 12).caches, "input_ids": ids.numpy()}
     values |= {"position_ids": np.array([[0], [2]]) + np.arange(6), "write_indices": np.array([0, 2])}
     values["logits_index"] = np.tile(np.arange(6), (2, 1))
-    for part in parts(tmp_path / GRAPH_FILE, 2, in_float32=False):
+    for part in split_layers(tmp_path / GRAPH_FILE, 2, in_float32=False):
         session = part.session(quiet())
         outputs = _names(session.get_outputs())
         given = session.run(outputs, {name: values[name] for name in _names(session.get_inputs())})
@@ -100,7 +100,7 @@ def test_parts_one_after_another_are_the_whole(
 
 def test_a_float32_part_widens_its_own_weights_only(tmp_path: Path) -> None:
     write(make_decoder([Shape(), Shape()]), tmp_path, "bfloat16")
-    for index, part in enumerate(parts(tmp_path / GRAPH_FILE, 2, in_float32=True)):
+    for index, part in enumerate(split_layers(tmp_path / GRAPH_FILE, 2, in_float32=True)):
         names = (
             {"embedding.weight"}
             if index == 0

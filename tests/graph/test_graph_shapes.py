@@ -18,12 +18,12 @@ from support.tiny_bundles import write_bundle
 from kvexport.convert import KVShape, LayerPlan, convert, trained_shape
 from kvexport.convert.methods import METHODS
 from kvexport.engine import EngineOptions, build_engine
-from kvexport.engine.fitting import freeze
+from kvexport.engine.engine_graph import fix_sizes
 from kvexport.errors import UsageError
 from kvexport.graph import GRAPH_FILE, past
 from kvexport.graph.lint import Finding, Parser, lint, refusals
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
-from kvexport.graph.taps import tapped
+from kvexport.graph.taps import with_taps
 from kvexport.model.decoder import Decoder
 
 KEPT = None  # a layer that is left as it was trained
@@ -99,7 +99,9 @@ def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Pa
     contract, path = write(cut(name), tmp_path), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
     assert (
-        disagreement(cut(name), tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0)
+        disagreement(
+            cut(name), with_taps(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0
+        )
         < 5e-6
     )
 
@@ -108,7 +110,7 @@ def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Pa
 def test_and_in_float16_on_the_same_weights(lowering: str, name: str, tmp_path: Path) -> None:
     contract, path = write(cut(name), tmp_path, "float16"), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
-    session, decoder = tapped(path).session(quiet()), rounded(cut(name), torch.float16)
+    session, decoder = with_taps(path).session(quiet()), rounded(cut(name), torch.float16)
     assert disagreement(decoder, session, lowered_contract(contract, lowering), fill=3.0) < 5e-3
 
 
@@ -130,7 +132,9 @@ def test_a_map_of_another_layer_is_seen(part: str, lowering: str, tmp_path: Path
     )
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
     assert (
-        disagreement(decoder, tapped(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0)
+        disagreement(
+            decoder, with_taps(path).session(quiet()), lowered_contract(contract, lowering), fill=3.0
+        )
         > 1e-2
     )
 
@@ -161,7 +165,7 @@ RTX = Parser("tensorrt-rtx", (1, 7, 1))
 def said_of(decoder: Decoder, directory: Path, lowering: str, dtype: str = "float16") -> list[Finding]:
     write(decoder, directory, dtype)
     model = lower(directory / GRAPH_FILE, lowering)
-    freeze(model, {"batch": 1, "capacity": 64})
+    fix_sizes(model, {"batch": 1, "capacity": 64})
     return lint(model, RTX)
 
 

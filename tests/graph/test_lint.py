@@ -11,7 +11,7 @@ import onnx_ir as ir
 import pytest
 from support.lint_graphs import OLDER_CASES, RTX, RTX_CASES, UNFUSED, WRONG, attention, one
 
-from kvexport.graph.lint import Parser, lint, refusals, unfused_attention
+from kvexport.graph.lint import Parser, find_unfused_attention, lint, refusals
 from kvexport.graph.lint_rules import RULES, check_operator
 
 
@@ -68,7 +68,7 @@ def test_attention_without_a_fused_kernel_is_a_note(name: str) -> None:
     case = UNFUSED[name]
     (finding,) = lint(case.make(), RTX)
     assert finding.note and case.problem is not None and case.problem in finding.problem
-    assert [node.name for node in unfused_attention(case.make(), RTX)] == ["node"]
+    assert [node.name for node in find_unfused_attention(case.make(), RTX)] == ["node"]
 
 
 @pytest.mark.tensorrt
@@ -76,7 +76,7 @@ def test_attention_without_a_fused_kernel_is_a_note(name: str) -> None:
 def test_the_real_builder_takes_it_only_where_it_may_be_decomposed(name: str, rtx: Any) -> None:
     model = UNFUSED[name].make()
     assert not builds(rtx, model)
-    for node in unfused_attention(model, RTX):
+    for node in find_unfused_attention(model, RTX):
         node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
     assert builds(rtx, model)
 
@@ -173,7 +173,7 @@ def test_an_unnamed_node_is_called_by_its_output() -> None:
 
 def test_lint_needs_no_nvidia_package() -> None:
     found = "[name for name in sys.modules if name.split('.')[0] in ('tensorrt', 'tensorrt_rtx', 'polygraphy', 'torch')]"
-    script = f"import kvexport.graph.lint, kvexport.engine.fitting, sys; print({found})"
+    script = f"import kvexport.graph.lint, kvexport.engine.engine_graph, sys; print({found})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 

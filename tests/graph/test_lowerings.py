@@ -16,7 +16,7 @@ from kvexport.errors import BundleError, UsageError
 from kvexport.graph import GRAPH_FILE, GraphContract
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
 from kvexport.graph.lowering.primitives import OPERATORS, Primitives
-from kvexport.graph.taps import GraphCopy, tapped
+from kvexport.graph.taps import GraphCopy, with_taps
 from kvexport.model.decoder import Decoder
 
 LOWERED = [name for name in LOWERINGS if name != "std24"]
@@ -31,7 +31,7 @@ def lowered(
     contract = write(decoder, directory, dtype)
     path = directory / "lowered.onnx"
     ir.save(lower(directory / GRAPH_FILE, lowering), path)
-    return tapped(path), lowered_contract(contract, lowering)
+    return with_taps(path), lowered_contract(contract, lowering)
 
 
 @everything
@@ -179,7 +179,8 @@ def test_a_mask_that_shows_stale_slots_is_caught(lowering: str, tmp_path: Path) 
     ir.save(model, tmp_path / "damaged.onnx")
     contract = lowered_contract(write(decoder, tmp_path), lowering)
     assert (
-        disagreement(decoder, tapped(tmp_path / "damaged.onnx").session(quiet()), contract, fill=3.0) > 1e-2
+        disagreement(decoder, with_taps(tmp_path / "damaged.onnx").session(quiet()), contract, fill=3.0)
+        > 1e-2
     )
 
 

@@ -31,8 +31,8 @@ from kvexport.calibrate import PeakMeter
 from kvexport.errors import UsageError
 from kvexport.graph import GRAPH_FILE, Float32Exceptions, lower, lowered_contract
 from kvexport.graph.keep_float32 import KeepFloat32
-from kvexport.graph.split_layers import parts
-from kvexport.graph.taps import tapped
+from kvexport.graph.split_layers import split_layers
+from kvexport.graph.taps import with_taps
 from kvexport.model.decoder import Decoder
 
 RELU = Style("layer", True, True, False, "relu", "rope", True, True)
@@ -81,13 +81,13 @@ def test_calibration_finds_what_overflows(style: str, case: str) -> None:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("style", STYLES)
 def test_what_is_kept_equals_the_oracle(style: str, case: str, lowering: str, tmp_path: Path) -> None:
-    up, down, kept = CASES[case]
+    up, down, exceptions = CASES[case]
     decoder = rounded(
         with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16
     )
-    contract = lowered_contract(write(decoder, tmp_path, "float16", kept=kept), lowering)
+    contract = lowered_contract(write(decoder, tmp_path, "float16", exceptions=exceptions), lowering)
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), tmp_path / "lowered.onnx")
-    assert disagreement(decoder, tapped(tmp_path / "lowered.onnx").session(quiet()), contract) < 1e-2
+    assert disagreement(decoder, with_taps(tmp_path / "lowered.onnx").session(quiet()), contract) < 1e-2
 
 
 class RoundsEveryNode:
@@ -115,19 +115,19 @@ class RoundsEveryNode:
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("style", STYLES)
 def test_float16_arithmetic_overflows_unless_they_are_kept(style: str, case: str, tmp_path: Path) -> None:
-    up, down, kept = CASES[case]
+    up, down, exceptions = CASES[case]
     decoder = rounded(
         with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16
     )
-    for keep, sound in ((kept, True), (Float32Exceptions(), False)):
-        contract = lowered_contract(write(decoder, tmp_path, "float16", kept=keep), "decomposed17")
+    for keep, sound in ((exceptions, True), (Float32Exceptions(), False)):
+        contract = lowered_contract(write(decoder, tmp_path, "float16", exceptions=keep), "decomposed17")
         ir.save(lower(tmp_path / GRAPH_FILE, "decomposed17"), tmp_path / "lowered.onnx")
         found = disagreement(decoder, RoundsEveryNode(tmp_path / "lowered.onnx"), contract)  # type: ignore[arg-type]
         assert (found < 2e-2) is sound, found
 
 
 def test_only_what_is_named_is_float32(tmp_path: Path) -> None:
-    write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Float32Exceptions(mlps=frozenset({1})))
+    write(make_decoder([Shape()] * 2), tmp_path, "float16", exceptions=Float32Exceptions(mlps=frozenset({1})))
     values = {
         value.name: value.dtype for node in ir.load(tmp_path / GRAPH_FILE).graph for value in node.outputs
     }
@@ -150,8 +150,8 @@ def test_only_what_is_named_is_float32(tmp_path: Path) -> None:
 
 
 def test_parts_of_a_graph_with_a_float32_stream_can_be_run_apart(tmp_path: Path) -> None:
-    write(make_decoder([Shape()] * 2), tmp_path, "float16", kept=Float32Exceptions(stream=True))
-    for part in parts(tmp_path / GRAPH_FILE, 2, in_float32=False):
+    write(make_decoder([Shape()] * 2), tmp_path, "float16", exceptions=Float32Exceptions(stream=True))
+    for part in split_layers(tmp_path / GRAPH_FILE, 2, in_float32=False):
         part.session(quiet())
 
 

@@ -69,7 +69,7 @@ def test_everything_that_the_runtime_calls_is_there(trt: Any) -> None:
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
 def test_no_input_or_output_must_be_in_the_hosts_memory(trt: Any, lowering: str, tmp_path: Path) -> None:
     """TensorRT wants tensors that shapes are computed from on the host; ours are all on the device."""
-    from kvexport.engine.fitting import freeze
+    from kvexport.engine.engine_graph import fix_sizes
     from kvexport.engine.library import load_library
     from kvexport.engine.plan import parse
     from kvexport.graph import lower
@@ -79,7 +79,7 @@ def test_no_input_or_output_must_be_in_the_hosts_memory(trt: Any, lowering: str,
         / "decoder.onnx"
     )
     model = lower(graph, lowering)
-    freeze(model, {"batch": 1, "capacity": 64})
+    fix_sizes(model, {"batch": 1, "capacity": 64})
     _, network, _ = parse(load_library("tensorrt-rtx"), model, graph)
     tensors = [network.get_input(index) for index in range(network.num_inputs)]
     tensors += [network.get_output(index) for index in range(network.num_outputs)]

@@ -22,7 +22,7 @@ from kvexport.graph import (
     present,
     residual_tap,
 )
-from kvexport.graph.keep_float32 import NOTHING, Float32Exceptions
+from kvexport.graph.keep_float32 import NO_EXCEPTIONS, Float32Exceptions
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Linear, Mlp, ModelDims, Norm, Rope
 from kvexport.model.rope import alibi_slopes
@@ -133,7 +133,7 @@ def write(
     directory: Path,
     dtype: str = "float32",
     capacity: int = 64,
-    kept: Float32Exceptions = NOTHING,
+    exceptions: Float32Exceptions = NO_EXCEPTIONS,
 ) -> GraphContract:
     directory.mkdir(exist_ok=True)
     writer = DecoderWriter(
@@ -146,7 +146,7 @@ def write(
     )
     for layer in decoder.layers:
         writer.add_layer(layer)
-    return writer.finish(decoder.final_norm, decoder.head, kept)
+    return writer.finish(decoder.final_norm, decoder.head, exceptions)
 
 
 def open_session(directory: Path, threads: int = 1) -> onnxruntime.InferenceSession:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import BATCH, SEQUENCE
-from kvexport.graph.lowering.grouped import replace
-from kvexport.graph.lowering.sites import AttentionMatch, attention_sites
+from kvexport.graph.lowering.grouped import replace_attention
+from kvexport.graph.lowering.matches import AttentionMatch, find_attention
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
 DOMAIN = "com.microsoft"
@@ -33,12 +33,12 @@ class GroupQueryAttention(ir.passes.InPlacePass):
         self._only_unshared = only_unshared
 
     def requires(self, model: ir.Model) -> None:
-        attention_sites(model)
+        find_attention(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        chosen = [site for site in attention_sites(model) if self._takes(site)]
-        for site in chosen:
-            _lower(model, site)
+        chosen = [match for match in find_attention(model) if self._takes(match)]
+        for match in chosen:
+            _lower(model, match)
         if chosen:
             model.opset_imports[DOMAIN] = 1
         return ir.passes.PassResult(model, bool(chosen))
@@ -54,37 +54,39 @@ class GroupQueryAttention(ir.passes.InPlacePass):
             ):
                 raise ir.passes.PostconditionError(f"the caches of {node.name} are not the graph's own")
 
-    def _takes(self, site: AttentionMatch) -> bool:
+    def _takes(self, match: AttentionMatch) -> bool:
         plain = (
-            site.mask.name == "mask.causal" and site.key_dim == site.value_dim and site.key_dim % _WIDTH == 0
+            match.mask.name == "mask.causal"
+            and match.key_dim == match.value_dim
+            and match.key_dim % _WIDTH == 0
         )
-        return plain and (not self._only_unshared or site.heads == site.kv_heads)
+        return plain and (not self._only_unshared or match.heads == match.kv_heads)
 
 
-def _lower(model: ir.Model, site: AttentionMatch) -> None:
+def _lower(model: ir.Model, match: AttentionMatch) -> None:
     graph = model.graph
-    dtype = dtype_of(site.query)
-    name = str(site.node.outputs[0].name)
-    nodes = Nodes(graph, dtype, before=site.node)
-    new_key, new_value = site.key_write.inputs[1], site.value_write.inputs[1]
-    past_key, past_value = site.key_write.inputs[0], site.value_write.inputs[0]
+    dtype = dtype_of(match.query)
+    name = str(match.node.outputs[0].name)
+    nodes = Nodes(graph, dtype, before=match.node)
+    new_key, new_value = match.key_write.inputs[1], match.value_write.inputs[1]
+    past_key, past_value = match.key_write.inputs[0], match.value_write.inputs[0]
     assert new_key and new_value and past_key and past_value
-    query, key, tables = site.query, new_key, []
+    query, key, tables = match.query, new_key, []
     rotations = [value.producer() for value in (query, key)]
     rotated = all(  # by whole tables; GroupQueryAttention takes no rows chosen from them
         node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 4 for node in rotations
     )
-    if rotated and site.key_dim % _ROTATES == 0:
+    if rotated and match.key_dim % _ROTATES == 0:
         (query, cos, sin, _), (key, *_) = (node.inputs for node in rotations if node is not None)  # type: ignore[assignment]
         tables = [cos, sin]
     inputs = [_flat(nodes, value) for value in (query, key, new_value)]
-    lengths = _lengths(model, nodes, site.write_indices)
-    flat = ir.Shape((BATCH, SEQUENCE, site.heads * site.value_dim))
-    mixed = ir.Value(name=f"{name}.flat", type=site.query.type, shape=flat)
+    lengths = _lengths(model, nodes, match.write_indices)
+    flat = ir.Shape((BATCH, SEQUENCE, match.heads * match.value_dim))
+    mixed = ir.Value(name=f"{name}.flat", type=match.query.type, shape=flat)
     attributes = {
-        "num_heads": site.heads,
-        "kv_num_heads": site.kv_heads,
-        "scale": site.scale,
+        "num_heads": match.heads,
+        "kv_num_heads": match.kv_heads,
+        "scale": match.scale,
         "do_rotary": int(bool(tables)),
     }
     node = ir.node(
@@ -97,20 +99,20 @@ def _lower(model: ir.Model, site: AttentionMatch) -> None:
             mixed,
             *(
                 ir.Value(name=cache.name, type=cache.type, shape=cache.shape)
-                for cache in (site.key, site.value)
+                for cache in (match.key, match.value)
             ),
         ],
     )
-    graph.insert_before(site.node, node)
-    writes = [site.key_write, site.value_write]
-    by_token = nodes.integers(0, 0, site.heads, site.value_dim)
-    batch, heads, sequence, width = sizes(site.node.outputs[0])
+    graph.insert_before(match.node, node)
+    writes = [match.key_write, match.value_write]
+    by_token = nodes.integers(0, 0, match.heads, match.value_dim)
+    batch, heads, sequence, width = sizes(match.node.outputs[0])
     apart = nodes.op(
         "Reshape", mixed, by_token, name=f"{name}.by_token", shape=(batch, sequence, heads, width)
     )
     turned = (batch, heads, sequence, width)
     by_head = nodes.op("Transpose", apart, name=f"{name}.by_head", shape=turned, perm=[0, 2, 1, 3])
-    replace(model, site, by_head)
+    replace_attention(model, match, by_head)
     _join(nodes, by_head, mixed)
     for write, new in zip(writes, node.outputs[1:], strict=True):
         graph.outputs[graph.outputs.index(write.outputs[0])] = new

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import SEQUENCE
-from kvexport.graph.lowering.sites import AttentionMatch, attention_sites, require_gone
+from kvexport.graph.lowering.matches import AttentionMatch, find_attention, require_removed
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 from kvexport.graph.weights import largest
 
 
 @dataclass(frozen=True)
-class Memory:
+class KeyValues:
     """Keys and values of some slots: [batch, N, slots, key_dim] and [batch, N, slots, value_dim]."""
 
     key: ir.Value
@@ -36,46 +36,48 @@ class GroupedAttention(ir.passes.InPlacePass):
         self._only_evicting = only_evicting
 
     def requires(self, model: ir.Model) -> None:
-        attention_sites(model)
+        find_attention(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        sites = attention_sites(model)
+        matches = find_attention(model)
         chosen = [
-            site
-            for site in sites
-            if not self._only_evicting or (site.state_write is not None and site.heads > site.kv_heads)
+            match
+            for match in matches
+            if not self._only_evicting or (match.state_write is not None and match.heads > match.kv_heads)
         ]
-        for site in chosen:
-            nodes = Nodes(model.graph, dtype_of(site.query), before=site.node)
-            replace(
+        for match in chosen:
+            nodes = Nodes(model.graph, dtype_of(match.query), before=match.node)
+            replace_attention(
                 model,
-                site,
-                grouped_attention(nodes, site, [Memory(site.key, site.value)], bias_of(nodes, site)),
+                match,
+                grouped_attention(
+                    nodes, match, [KeyValues(match.key, match.value)], attention_bias(nodes, match)
+                ),
             )
         return ir.passes.PassResult(model, bool(chosen))
 
     def ensures(self, model: ir.Model) -> None:
         if not self._only_evicting:
-            require_gone(model, "Attention")
+            require_removed(model, "Attention")
 
 
 def grouped_attention(
-    nodes: Nodes, site: AttentionMatch, memories: Sequence[Memory], bias: ir.Value
+    nodes: Nodes, match: AttentionMatch, segments: Sequence[KeyValues], bias: ir.Value
 ) -> ir.Value:
-    """Softmax(scale · Q Kᵀ + bias) V over the slots of all `memories`, one after another: [batch, H, sequence, value_dim].
+    """Softmax(scale · Q Kᵀ + bias) V over the slots of all `segments`, one after another: [batch, H, sequence, value_dim].
 
     `bias` is [batch, 1 or H, sequence, slots of all].
     """
-    name, batch, heads, kv_heads = stem(site), sizes(site.query)[0], site.heads, site.kv_heads
+    name, batch, heads, kv_heads = name_prefix(match), sizes(match.query)[0], match.heads, match.kv_heads
     slots = sizes(bias)[3]
     rows = SEQUENCE if heads == kv_heads else f"{heads // kv_heads}*{SEQUENCE}"
     scaled = nodes.op(
-        "Mul", site.query, nodes.number(f"scale({site.scale:.9g})", site.scale), name=f"{name}.q.scaled"
+        "Mul", match.query, nodes.number(f"scale({match.scale:.9g})", match.scale), name=f"{name}.q.scaled"
     )
     query = _regrouped(
-        nodes, scaled, kv_heads, (batch, kv_heads, rows, site.key_dim), f"{name}.q.grouped", heads
+        nodes, scaled, kv_heads, (batch, kv_heads, rows, match.key_dim), f"{name}.q.grouped", heads
     )
-    parts = [_scores(nodes, query, memory.key, f"{name}.scores.{i}") for i, memory in enumerate(memories)]
+    parts = [_scores(nodes, query, segment.key, f"{name}.scores.{i}") for i, segment in enumerate(segments)]
     scores = parts[0]
     if len(parts) > 1:
         scores = nodes.op(
@@ -89,42 +91,42 @@ def grouped_attention(
     weights = _regrouped(
         nodes, weights, kv_heads, (batch, kv_heads, rows, slots), f"{name}.weights.grouped", heads
     )
-    shape = (batch, kv_heads, rows, site.value_dim)
+    shape = (batch, kv_heads, rows, match.value_dim)
     mixed = None
-    for index, (part, memory) in enumerate(
-        zip(_apart(nodes, weights, memories, name), memories, strict=True)
+    for index, (part, segment) in enumerate(
+        zip(_apart(nodes, weights, segments, name), segments, strict=True)
     ):
-        product = nodes.op("MatMul", part, memory.value, name=f"{name}.mixed.{index}", shape=shape)
+        product = nodes.op("MatMul", part, segment.value, name=f"{name}.mixed.{index}", shape=shape)
         mixed = product if mixed is None else nodes.op("Add", mixed, product, name=f"{name}.mixed.sum")
     assert mixed is not None
     return _regrouped(
-        nodes, mixed, heads, (batch, heads, SEQUENCE, site.value_dim), f"{name}.mixed.by_head", kv_heads
+        nodes, mixed, heads, (batch, heads, SEQUENCE, match.value_dim), f"{name}.mixed.by_head", kv_heads
     )
 
 
-def bias_of(nodes: Nodes, site: AttentionMatch) -> ir.Value:
+def attention_bias(nodes: Nodes, match: AttentionMatch) -> ir.Value:
     """What is added to the site's scores: its own bias, or 0 where its mask is true; made once for all that share it.
 
     A hidden slot gets half of the lowest number, so that the sum with any score stays finite.
     """
-    if not site.biased:
-        name = f"{site.mask.name}.bias"
+    if not match.biased:
+        name = f"{match.mask.name}.bias"
         known = next(
-            (use.node.outputs[0] for use in site.mask.uses() if use.node.outputs[0].name == name), None
+            (use.node.outputs[0] for use in match.mask.uses() if use.node.outputs[0].name == name), None
         )
         if known is not None:
             return known
         seen, hidden = nodes.number("mask.seen", 0.0), nodes.number("mask.unseen", -largest(nodes.dtype) / 2)
-        return nodes.op("Where", site.mask, seen, hidden, name=name, shape=sizes(site.mask))
-    return site.mask
+        return nodes.op("Where", match.mask, seen, hidden, name=name, shape=sizes(match.mask))
+    return match.mask
 
 
-def replace(model: ir.Model, site: AttentionMatch, mixed: ir.Value) -> None:
+def replace_attention(model: ir.Model, match: AttentionMatch, mixed: ir.Value) -> None:
     """Take the site's Attention out; `mixed` is read in its place, under its name."""
-    (old,) = site.node.outputs
+    (old,) = match.node.outputs
     ir.convenience.replace_all_uses_with(old, mixed)
     name = old.name
-    model.graph.remove(site.node, safe=True)
+    model.graph.remove(match.node, safe=True)
     mixed.name = name
     producer = mixed.producer()
     assert producer is not None
@@ -140,11 +142,11 @@ def _scores(nodes: Nodes, query: ir.Value, key: ir.Value, name: str) -> ir.Value
     return nodes.op("MatMul", query, turned, name=name, shape=(*sizes(query)[:3], slots))
 
 
-def _apart(nodes: Nodes, weights: ir.Value, memories: Sequence[Memory], name: str) -> list[ir.Value]:
+def _apart(nodes: Nodes, weights: ir.Value, segments: Sequence[KeyValues], name: str) -> list[ir.Value]:
     """The weights of each memory's slots."""
-    if len(memories) == 1:
+    if len(segments) == 1:
         return [weights]
-    first, second = memories  # a cache and what is new
+    first, second = segments  # a cache and what is new
     shape = nodes.op("Shape", first.key, name=f"{name}.cache_shape", shape=(4,), dtype="int64")
     edge = nodes.op(
         "Gather", shape, nodes.integers(2), name=f"{name}.slots", shape=(1,), dtype="int64", axis=0
@@ -159,9 +161,9 @@ def _apart(nodes: Nodes, weights: ir.Value, memories: Sequence[Memory], name: st
             stop,
             axes,
             name=f"{name}.weights.{i}",
-            shape=(*lead, sizes(memory.key)[2]),
+            shape=(*lead, sizes(segment.key)[2]),
         )
-        for i, (memory, start, stop) in enumerate(((first, nodes.integers(0), edge), (second, edge, last)))
+        for i, (segment, start, stop) in enumerate(((first, nodes.integers(0), edge), (second, edge, last)))
     ]
 
 
@@ -181,8 +183,8 @@ def _regrouped(
     )
 
 
-def stem(site: AttentionMatch) -> str:
+def name_prefix(match: AttentionMatch) -> str:
     """What the names of a site's nodes begin with."""
-    name = site.node.outputs[0].name
+    name = match.node.outputs[0].name
     assert name is not None
     return name.removesuffix(".mixed")

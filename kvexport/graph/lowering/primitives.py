@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import BATCH, SEQUENCE
-from kvexport.graph.lowering.sites import require_gone
+from kvexport.graph.lowering.matches import require_removed
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
 OPSET = 17
@@ -91,7 +91,7 @@ class Primitives(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, True)
 
     def ensures(self, model: ir.Model) -> None:
-        require_gone(model, *sorted({node.op_type for node in model.graph} - OPERATORS))
+        require_removed(model, *sorted({node.op_type for node in model.graph} - OPERATORS))
         for node in model.graph:
             if node.domain:
                 raise ir.passes.PostconditionError(f"{node.name} is of the domain {node.domain}")

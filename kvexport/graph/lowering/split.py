@@ -20,8 +20,8 @@ from kvexport.bundle.graph_io import (
     slots_output,
     update,
 )
-from kvexport.graph.lowering.grouped import Memory, bias_of, grouped_attention, replace
-from kvexport.graph.lowering.sites import AttentionMatch, attention_sites, require_gone, require_sites
+from kvexport.graph.lowering.grouped import KeyValues, attention_bias, grouped_attention, replace_attention
+from kvexport.graph.lowering.matches import AttentionMatch, find_attention, require_attention, require_removed
 from kvexport.graph.lowering.split_evicting import SlotMasks
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
@@ -38,47 +38,49 @@ class SplitCache(ir.passes.InPlacePass):
     """
 
     def requires(self, model: ir.Model) -> None:
-        require_sites(model)
-        if any(site.state_write is None for site in attention_sites(model)):
+        require_attention(model)
+        if any(match.state_write is None for match in find_attention(model)):
             _slots(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        sites = attention_sites(model)
-        held = [site for site in sites if site.state_write is None]
+        matches = find_attention(model)
+        held = [match for match in matches if match.state_write is None]
         if held:
             _see_new_tokens(model, held[0].write_indices)
         masks = SlotMasks(model)
-        for site in sites:
-            state_write = site.state_write
+        for match in matches:
+            state_write = match.state_write
             if state_write is not None:
-                widen(masks.see_new_tokens(site, state_write), BUDGET)
-            _split(model, site, state_write)
+                widen(masks.see_new_tokens(match, state_write), BUDGET)
+            _split(model, match, state_write)
         return ir.passes.PassResult(model, True)
 
     def ensures(self, model: ir.Model) -> None:
-        require_gone(model, "Attention", "TensorScatter")
+        require_removed(model, "Attention", "TensorScatter")
         for output in model.graph.outputs:
             if {CAPACITY, BUDGET} & set(sizes(output)):
                 raise ir.passes.PostconditionError(f"output {output.name} still has the cache's size")
 
 
-def _split(model: ir.Model, site: AttentionMatch, state_write: ir.Node | None) -> None:
+def _split(model: ir.Model, match: AttentionMatch, state_write: ir.Node | None) -> None:
     """Attend to the old cache and to the new tokens; give what the writes would have written."""
-    graph, nodes = model.graph, Nodes(model.graph, dtype_of(site.query), before=site.node)
-    writes = {KEY: site.key_write, VALUE: site.value_write} | (
+    graph, nodes = model.graph, Nodes(model.graph, dtype_of(match.query), before=match.node)
+    writes = {KEY: match.key_write, VALUE: match.value_write} | (
         {} if state_write is None else {STATE: state_write}
     )
-    layer, slot = site.layer, site.write_indices
+    layer, slot = match.layer, match.write_indices
     parts = [
         [
             _as_read(nodes, read, write, part)
-            for read, write in ((site.key, writes[KEY]), (site.value, writes[VALUE]))
+            for read, write in ((match.key, writes[KEY]), (match.value, writes[VALUE]))
         ]
         for part in (0, 1)
     ]
-    reshapes = [value.producer() for value in (site.key, site.value)]
-    replace(
-        model, site, grouped_attention(nodes, site, [Memory(*part) for part in parts], bias_of(nodes, site))
+    reshapes = [value.producer() for value in (match.key, match.value)]
+    replace_attention(
+        model,
+        match,
+        grouped_attention(nodes, match, [KeyValues(*part) for part in parts], attention_bias(nodes, match)),
     )
     for node in reshapes:
         if node is not None and node.op_type == "Reshape":

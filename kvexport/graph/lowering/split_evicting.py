@@ -10,7 +10,7 @@ import onnx_ir as ir
 from kvexport.bundle.graph_io import BUDGET, SEQUENCE
 from kvexport.eviction.config import STORED
 from kvexport.graph.eviction_inputs import STATE_DTYPE, row_of
-from kvexport.graph.lowering.sites import AttentionMatch
+from kvexport.graph.lowering.matches import AttentionMatch
 from kvexport.graph.nodes import Nodes, sizes
 
 
@@ -21,7 +21,7 @@ class SlotMasks:
         self._graph = model.graph
         self._numbers: ir.Value | None = None
 
-    def see_new_tokens(self, site: AttentionMatch, state_write: ir.Node) -> ir.Value:
+    def see_new_tokens(self, match: AttentionMatch, state_write: ir.Node) -> ir.Value:
         """Let the site's mask be made of the positions in the old slots and then of the new ones, not of the written state.
 
         Returns:
@@ -39,7 +39,7 @@ class SlotMasks:
         rows, _, _, _ = sizes(past)
         shape = (rows, 1, 1, BUDGET)
         stored = row_of(nodes, past, STORED, f"{name}.old")
-        chosen, filled = _slot(site)
+        chosen, filled = _slot(match)
         numbers = self._numbered(nodes, past)
         other = nodes.op(
             "Not",
@@ -91,15 +91,15 @@ def _held(state_write: ir.Node) -> tuple[ir.Node, ir.Node]:
     return nodes[0], nodes[1]
 
 
-def _slot(site: AttentionMatch) -> tuple[ir.Value, ir.Value]:
+def _slot(match: AttentionMatch) -> tuple[ir.Value, ir.Value]:
     """The slot of the first new token, and the slots in use before it, both float32 [batch·N, 1, 1, 1]."""
-    node = site.write_indices.producer()
+    node = match.write_indices.producer()
     for op_type in ("Cast", "Reshape"):
         if node is None or node.op_type != op_type or node.inputs[0] is None:
             raise ir.passes.PreconditionError(
-                f"{site.write_indices.name} is not a slot that is chosen by rank"
+                f"{match.write_indices.name} is not a slot that is chosen by rank"
             )
         node = node.inputs[0].producer()
     if node is None or node.op_type != "Where" or node.inputs[1] is None:
-        raise ir.passes.PreconditionError(f"{site.write_indices.name} is not a slot that is chosen by rank")
+        raise ir.passes.PreconditionError(f"{match.write_indices.name} is not a slot that is chosen by rank")
     return node.outputs[0], node.inputs[1]

@@ -19,7 +19,7 @@ from kvexport.graph.nodes import sizes as shape_of
 
 
 @dataclass(frozen=True)
-class Fitted:
+class EngineGraph:
     """A graph for one parser.
 
     Attributes:
@@ -32,10 +32,10 @@ class Fitted:
     lowering: str
     model: ir.Model
     findings: list[Finding]
-    passed_over: Mapping[str, list[Finding]]
+    rejected: Mapping[str, list[Finding]]
 
 
-def fit(
+def prepare_graph(
     graph: Path,
     parser: Parser,
     *,
@@ -43,7 +43,7 @@ def fit(
     capacity: int,
     budget: int | None = None,
     lowering: str | None = None,
-) -> Fitted:
+) -> EngineGraph:
     """The best lowering of which `parser` refuses nothing, or the one named.
 
     Args:
@@ -55,19 +55,19 @@ def fit(
         BundleError: the graph is not of the form that `DecoderWriter` writes.
     """
     sizes = {BATCH: batch, CAPACITY: capacity} | ({} if budget is None else {BUDGET: budget})
-    passed_over: dict[str, list[Finding]] = {}
+    rejected: dict[str, list[Finding]] = {}
     for name in TENSORRT_LOWERINGS if lowering is None else (lowering,):
         model = lower(graph, name)
-        freeze(model, sizes)
+        fix_sizes(model, sizes)
         findings = lint(model, parser)
         if not refusals(findings):
             break
-        passed_over[name] = refusals(findings)
-    passed_over.pop(name, None)
-    return Fitted(name, model, findings, passed_over)
+        rejected[name] = refusals(findings)
+    rejected.pop(name, None)
+    return EngineGraph(name, model, findings, rejected)
 
 
-def freeze(model: ir.Model, sizes: Mapping[str, int]) -> None:
+def fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
     """Give the named dimensions of the graph's inputs, and products of one with a number, their sizes, in place.
 
     TensorRT infers the rest.

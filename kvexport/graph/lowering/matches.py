@@ -95,7 +95,7 @@ class AttentionMatch:
         return self.mask.dtype != ir.DataType.BOOL
 
 
-def attention_sites(model: ir.Model) -> list[AttentionMatch]:
+def find_attention(model: ir.Model) -> list[AttentionMatch]:
     """Every Attention of the graph, in order.
 
     Raises:
@@ -104,17 +104,17 @@ def attention_sites(model: ir.Model) -> list[AttentionMatch]:
     return [_site(node) for node in model.graph if node.op_type == "Attention" and node.domain == ""]
 
 
-def require_sites(model: ir.Model) -> None:
+def require_attention(model: ir.Model) -> None:
     """The pre-condition of whatever replaces attention.
 
     Raises:
         PreconditionError: there is none, or one is not of the standard form.
     """
-    if not attention_sites(model):
+    if not find_attention(model):
         raise ir.passes.PreconditionError("the graph has no Attention")
 
 
-def require_gone(model: ir.Model, *op_types: str) -> None:
+def require_removed(model: ir.Model, *op_types: str) -> None:
     """A post-condition: no node of these types is left in the default domain.
 
     Raises:
