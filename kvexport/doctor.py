@@ -20,6 +20,7 @@ from kvexport.devices import gpu as probe
 from kvexport.devices.capabilities import OLDEST_TENSORRT
 from kvexport.devices.system import board, l4t_release, total_memory
 from kvexport.devices.targets import Target, lowering_for
+from kvexport.devices.versions import release_of
 
 # Each package, the extra that brings it ("" is the base install), and other names that it is distributed under.
 _PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -82,7 +83,7 @@ class Package:
     def usable(self) -> bool:
         """It is there, and no older than its floor."""
         return self.version is not None and (
-            self.floor is None or _numbers(self.version) >= _numbers(self.floor)
+            self.floor is None or release_of(self.version) >= release_of(self.floor)
         )
 
 
@@ -179,11 +180,6 @@ def examine(
         verbs=verbs,
         target=None if target is None else _check(target, machine, packages),
     )
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    found = re.match(r"\d+(\.\d+)*", version)
-    return tuple(map(int, found.group().split("."))) if found else ()
 
 
 def _packages(search: Sequence[str], machine: Machine) -> list[Package]:
@@ -299,5 +295,5 @@ def _check(target: Target, machine: Machine, packages: Mapping[str, Package]) ->
             False,
             builds and ahead,
         )  # TensorRT-RTX compiles ahead of time; TensorRT needs the GPU itself
-    version = _numbers(package.version) if package.usable and package.version else None
+    version = release_of(package.version) if package.usable and package.version else None
     return TargetCheck(target.name, builds, runs, lowering_for(target, version), reasons)

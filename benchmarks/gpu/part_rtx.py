@@ -6,10 +6,10 @@ if it cannot ask. Messages are TensorRT-RTX's own, word by word.
 
 from __future__ import annotations
 
-from typing import Any
-
 from engines import build_rtx, build_way, copy_of, try_engine
 from part import Part, run
+
+from kvexport.devices.versions import parse_version
 
 _LOWERING = "std24"
 _LIMIT = 60.0  # seconds of a build
@@ -73,11 +73,8 @@ def known() -> list[str]:
 def nearest(here: str, capabilities: list[str]) -> str:
     """Its name of the highest one below the GPU's, or of the lowest: SM89 for 9.0."""
 
-    def numbers(capability: str) -> tuple[int, ...]:
-        return tuple(map(int, capability.split(".")))
-
-    below: list[Any] = [each for each in capabilities if numbers(each) < numbers(here)]
-    chosen = max(below, key=numbers) if below else min(capabilities, key=numbers)
+    below = [each for each in capabilities if parse_version(each) < parse_version(here)]
+    chosen = max(below, key=parse_version) if below else min(capabilities, key=parse_version)
     return f"SM{chosen.replace('.', '')}"
 
 

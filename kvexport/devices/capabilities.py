@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-Version = tuple[int, ...]
+from kvexport.devices.versions import Version
 
 TENSORRT_LOWERINGS = ("std24", "decomposed17")  # the forms of the graph meant for TensorRT, best first
 

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvexport.devices.capabilities import OLDEST_TENSORRT, Version, capabilities_of
+from kvexport.devices.capabilities import OLDEST_TENSORRT, capabilities_of
+from kvexport.devices.versions import Version, is_version, parse_version
 from kvexport.errors import UsageError
 from kvexport.files.resources import resource
 
@@ -23,7 +24,6 @@ else:
     import tomli as tomllib
 
 _ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime")
-_VERSION = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})+")
 _GB, _TERA = 1e9, 1e12
 _LEAST, _MOST = 1e-3, 1e9  # of any figure: no device is beyond, and arithmetic stays finite
 
@@ -97,19 +97,6 @@ def known_targets() -> list[Target]:
     return [_read(path) for path in _shipped().values()]
 
 
-def parse_version(text: str) -> Version:
-    """Numbers of a version such as "10.3.0.30".
-
-    Raises:
-        UsageError: it is none.
-    """
-    if not _VERSION.fullmatch(text):
-        raise UsageError(
-            "not a version", got=repr(text), expected="numbers and points, such as 10.3 or 10.3.0.30"
-        )
-    return tuple(map(int, text.split(".")))
-
-
 def tensorrt_version(target: Target, *, jetpack: str | None = None, tensorrt: str | None = None) -> Version:
     """The TensorRT version of `target`: the one named, the one that `jetpack` carries, or the one assumed.
 
@@ -181,8 +168,7 @@ def _positive(allowed: str, *, optional: bool = False) -> _Key:
 
 def _versions(table: dict[str, Any]) -> bool:
     return all(
-        isinstance(value, str) and _VERSION.fullmatch(f"{key}") and _VERSION.fullmatch(value)
-        for key, value in table.items()
+        isinstance(value, str) and is_version(f"{key}") and is_version(value) for key, value in table.items()
     )
 
 
@@ -207,9 +193,7 @@ _KEYS = {
     "jetpacks": _Key(
         dict, 'JetPack versions with their TensorRT, such as "6.2" = "10.3.0.30"', _versions, True, True
     ),
-    "tensorrt": _Key(
-        str, 'a version such as "10.3.0.30"', lambda value: bool(_VERSION.fullmatch(value)), True, True
-    ),
+    "tensorrt": _Key(str, 'a version such as "10.3.0.30"', is_version, True, True),
     "sources": _Key(
         dict,
         "text for each figure",

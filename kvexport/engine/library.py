@@ -13,8 +13,8 @@ from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
-from kvexport.devices.capabilities import OLDEST_TENSORRT, Version
-from kvexport.devices.targets import parse_version
+from kvexport.devices.capabilities import OLDEST_TENSORRT
+from kvexport.devices.versions import Version, release_of
 from kvexport.errors import CannotRunHere
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
@@ -80,7 +80,7 @@ def load_library(engine: str) -> TensorRTLibrary:
             got=engine,
             fix="build in another process",
         )
-    version = parse_version(trt.__version__.split("+")[0])
+    version = release_of(trt.__version__)
     if engine == "tensorrt" and version < OLDEST_TENSORRT:
         raise CannotRunHere(
             "this TensorRT is too old", got=trt.__version__, expected="10.3 or later (JetPack 6.1)"

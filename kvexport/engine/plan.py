@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from kvexport.bundle.engine_record import Profile
 from kvexport.bundle.graph_io import LOGITS, SEQUENCE
+from kvexport.devices.versions import parse_version
 from kvexport.engine.destination import Destination
 from kvexport.engine.library import TensorRTLibrary
 from kvexport.engine.options import EngineOptions
@@ -161,7 +162,7 @@ def create_config(
     if library.engine == "tensorrt-rtx":
         from polygraphy.backend.tensorrt_rtx import CreateConfigRTX
 
-        pairs = [tuple(map(int, capability.split("."))) for capability in destination.compute_capabilities]
+        pairs = [parse_version(capability) for capability in destination.compute_capabilities]
         config = CreateConfigRTX(compute_capabilities=pairs, **common)(builder, network)
     else:
         level = trt.HardwareCompatibilityLevel.AMPERE_PLUS if options.hardware_compatible else None

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from kvexport.devices.capabilities import EngineCapabilities, Version, capabilities_of, first_tensorrt_with
+from kvexport.devices.capabilities import EngineCapabilities, capabilities_of, first_tensorrt_with
+from kvexport.devices.versions import Version
 
 _CACHE_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FUSED_DTYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)

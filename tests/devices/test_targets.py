@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from kvexport.devices.targets import known_targets, load_target, lowering_for, parse_version, tensorrt_version
+from kvexport.devices.targets import known_targets, load_target, lowering_for, tensorrt_version
 from kvexport.errors import UsageError
 
 NAMES = {
@@ -193,21 +193,6 @@ def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"bad\.toml cannot be read"):
         load_target(str(tmp_path / "bad.toml"))
-
-
-@pytest.mark.parametrize(
-    ("text", "version"), [("10.3", (10, 3)), ("10.3.0.30", (10, 3, 0, 30)), ("11.4.1", (11, 4, 1))]
-)
-def test_versions(text: str, version: tuple[int, ...]) -> None:
-    assert parse_version(text) == version
-
-
-@pytest.mark.parametrize(
-    "text", ["", "10", "10.", "v10.3", "10.3rc1", "10.x", " 10.3", "1" * 5000 + ".1", "١٠.٣"]
-)
-def test_what_is_no_version(text: str) -> None:
-    with pytest.raises(UsageError, match="not a version"):
-        parse_version(text)
 
 
 def test_which_tensorrt_a_target_has() -> None:

@@ -15,6 +15,7 @@ from kvexport.bundle.engine_record import (
     BuildRecord,
     read_record,
 )
+from kvexport.devices.versions import release_of
 from kvexport.errors import BundleError, CannotRunHere
 from kvexport.files.hashing import sha256_of
 from kvexport.runtime.cache.device_arrays import Device
@@ -108,7 +109,7 @@ def _require_fit(record: BuildRecord, device: Device) -> None:
         CannotRunHere: the plan is for other GPUs, or for several sequences at a time.
     """
     here = device.compute_capability
-    later = record.options.get("hardware_compatible") and _numbers(here) >= (8, 0)  # Ampere and after it
+    later = record.options.get("hardware_compatible") and release_of(here) >= (8, 0)  # Ampere and after it
     if here not in record.compute_capability and not later:
         built = " or ".join(record.compute_capability)
         raise CannotRunHere(f"was built for compute capability {built}, and {device.name} has {here}")
@@ -140,12 +141,8 @@ def _library(record: BuildRecord) -> Any:
 
 def _runs_later(record: BuildRecord, version: str) -> bool:
     """Whether the plan was built version-compatible, and `version` is a later one of the same major."""
-    built, here = _numbers(record.version), _numbers(version)
+    built, here = release_of(record.version), release_of(version)
     return bool(record.options.get("version_compatible")) and here[:1] == built[:1] and here >= built
-
-
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in version.split(".") if part.isdigit())
 
 
 def _rebuild(record: BuildRecord) -> str:
