@@ -72,7 +72,7 @@ TEST(directories_that_are_not_bundles_get_a_fix) {
   write(folder.file("config.json"), "{}");
   CHECK_THROWS_WITH(Bundle::open(folder.path), "it is a checkpoint; make a bundle of it");
   write(folder.file("manifest.json"), std::string((1 << 24) + 1, ' '));
-  CHECK_THROWS_WITH(Bundle::open(folder.path), "larger than any such file");
+  CHECK_THROWS_WITH(Bundle::open(folder.path), "must be at most 16777216 bytes");
 }
 
 TEST(opens_read_only_moved_and_linked_bundles) {

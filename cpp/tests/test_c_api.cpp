@@ -52,21 +52,21 @@ TEST(refuses_null_arguments) {
   char* text = nullptr;
   std::int64_t* ids = nullptr;
   std::size_t count = 0;
-  CHECK_EQUAL(failed(kvexport_open(nullptr, nullptr, &session)), "bundle is NULL");
-  CHECK_EQUAL(failed(kvexport_open("x", nullptr, nullptr)), "session is NULL");
-  CHECK_EQUAL(failed(kvexport_cache_new(nullptr, 0, &cache)), "session is NULL");
-  CHECK_EQUAL(failed(kvexport_cache_load(nullptr, "x", 0, &cache)), "session is NULL");
-  CHECK_EQUAL(failed(kvexport_cache_save(nullptr, "x")), "cache is NULL");
-  CHECK_EQUAL(failed(kvexport_cache_clear(nullptr)), "cache is NULL");
-  CHECK_EQUAL(failed(kvexport_prefill(nullptr, nullptr, 0, nullptr)), "cache is NULL");
-  CHECK_EQUAL(failed(kvexport_step(nullptr, 0, nullptr)), "cache is NULL");
+  CHECK_EQUAL(failed(kvexport_open(nullptr, nullptr, &session)), "bundle must not be NULL");
+  CHECK_EQUAL(failed(kvexport_open("x", nullptr, nullptr)), "session must not be NULL");
+  CHECK_EQUAL(failed(kvexport_cache_new(nullptr, 0, &cache)), "session must not be NULL");
+  CHECK_EQUAL(failed(kvexport_cache_load(nullptr, "x", 0, &cache)), "session must not be NULL");
+  CHECK_EQUAL(failed(kvexport_cache_save(nullptr, "x")), "cache must not be NULL");
+  CHECK_EQUAL(failed(kvexport_cache_clear(nullptr)), "cache must not be NULL");
+  CHECK_EQUAL(failed(kvexport_prefill(nullptr, nullptr, 0, nullptr)), "cache must not be NULL");
+  CHECK_EQUAL(failed(kvexport_step(nullptr, 0, nullptr)), "cache must not be NULL");
   CHECK_EQUAL(failed(kvexport_generate(nullptr, nullptr, 0, nullptr, nullptr, nullptr, nullptr)),
-              "cache is NULL");
-  CHECK_EQUAL(failed(kvexport_encode(nullptr, "x", 1, 1, &ids, &count)), "session is NULL");
-  CHECK_EQUAL(failed(kvexport_decode(nullptr, nullptr, 0, &text, &count)), "session is NULL");
-  CHECK_EQUAL(failed(kvexport_turn(nullptr, "x", 1, nullptr, 0, &ids, &count)), "cache is NULL");
-  CHECK_EQUAL(failed(kvexport_session_memory(nullptr, 0, nullptr)), "session is NULL");
-  CHECK_EQUAL(failed(kvexport_self_test(nullptr, &text)), "session is NULL");
+              "cache must not be NULL");
+  CHECK_EQUAL(failed(kvexport_encode(nullptr, "x", 1, 1, &ids, &count)), "session must not be NULL");
+  CHECK_EQUAL(failed(kvexport_decode(nullptr, nullptr, 0, &text, &count)), "session must not be NULL");
+  CHECK_EQUAL(failed(kvexport_turn(nullptr, "x", 1, nullptr, 0, &ids, &count)), "cache must not be NULL");
+  CHECK_EQUAL(failed(kvexport_session_memory(nullptr, 0, nullptr)), "session must not be NULL");
+  CHECK_EQUAL(failed(kvexport_self_test(nullptr, &text)), "session must not be NULL");
   CHECK(kvexport_session_info(nullptr) == nullptr);
   CHECK_EQUAL(kvexport_cache_bytes(nullptr), 0U);
   CHECK_EQUAL(kvexport_cache_length(nullptr), 0);
@@ -113,10 +113,10 @@ TEST(accepts_structs_of_other_versions) {
   CHECK(kvexport_open(path.c_str(), &earlier, &other) == nullptr);
   kvexport_close(other);
   earlier.size = 0;
-  CHECK_EQUAL(failed(kvexport_open(path.c_str(), &earlier, &other)), "a struct's size is not set");
+  CHECK_EQUAL(failed(kvexport_open(path.c_str(), &earlier, &other)), "the struct's size must be set");
 
   kvexport_memory memory{};
-  CHECK_EQUAL(failed(kvexport_session_memory(session, 0, &memory)), "a struct's size is not set");
+  CHECK_EQUAL(failed(kvexport_session_memory(session, 0, &memory)), "the struct's size must be set");
   std::memset(&memory, 0x7f, sizeof memory);
   memory.size = offsetof(kvexport_memory, device);
   CHECK(kvexport_session_memory(session, 10, &memory) == nullptr);
@@ -134,20 +134,20 @@ TEST(generates_without_options_or_callback) {
   kvexport_cache* cache = nullptr;
   CHECK(kvexport_cache_new(raw, 60, &cache) == nullptr);
   const std::int64_t ids[] = {1, 2, 3};
-  CHECK_EQUAL(failed(kvexport_prefill(cache, nullptr, 3, nullptr)), "ids is NULL");
+  CHECK_EQUAL(failed(kvexport_prefill(cache, nullptr, 3, nullptr)), "ids must not be NULL");
   CHECK(kvexport_generate(cache, ids, 3, nullptr, nullptr, nullptr, nullptr) == nullptr);
   CHECK(kvexport_cache_length(cache) > 3);
   kvexport_generate_options wanted = kvexport_generate_defaults();
   wanted.own_stop_tokens = 0, wanted.stop_token_count = 1;
   CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
-              "stop_tokens is NULL");
+              "stop_tokens must not be NULL");
   wanted = kvexport_generate_defaults(), wanted.stop_text_count = 1;
   CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
-              "stop_texts is NULL");
+              "stop_texts must not be NULL");
   const char* const text = "x";
   wanted.stop_texts = &text;
   CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
-              "stop_text_lengths is NULL");
+              "stop_text_lengths must not be NULL");
   kvexport_close(raw);  // the cache shares the weights
   CHECK(kvexport_cache_clear(cache) == nullptr);
   CHECK(kvexport_prefill(cache, ids, 3, nullptr) == nullptr);
@@ -184,7 +184,8 @@ TEST(a_callback_cannot_use_the_generating_cache) {
         call();
         CHECK(false);
       } catch (const kvexport::Error& refused) {
-        CHECK_EQUAL(std::string(refused.failed()), "the cache is in the midst of generating");
+        CHECK_EQUAL(std::string(refused.failed()),
+                    "the cache must not be used by another call while it generates");
         CHECK_EQUAL(std::string(refused.fix()), "end the generation first: return false from on_token");
         CHECK_EQUAL(refused.code(), static_cast<int>(KVEXPORT_USAGE));
       }
@@ -212,7 +213,8 @@ TEST(refuses_impossible_counts) {
   const std::int64_t id = 1;
   const float* logits = nullptr;
   const auto none = static_cast<std::size_t>(-1);
-  const std::string failure = "the count of ids is out of range";
+  const std::string failure =
+      "the count of ids must be at most " + std::to_string(PTRDIFF_MAX / sizeof(std::int64_t));
   for (const std::size_t count : {none, none - 1, none / 2, none / 8}) {
     CHECK_EQUAL(failed(kvexport_prefill(cache, &id, count, &logits)), failure);
     CHECK_EQUAL(failed(kvexport_generate(cache, &id, count, nullptr, nullptr, nullptr, nullptr)), failure);
@@ -226,8 +228,9 @@ TEST(refuses_impossible_counts) {
   }
   kvexport_generate_options wanted = kvexport_generate_defaults();
   wanted.own_stop_tokens = 0, wanted.stop_tokens = &id, wanted.stop_token_count = none;
-  CHECK_EQUAL(failed(kvexport_generate(cache, &id, 1, &wanted, nullptr, nullptr, nullptr)),
-              "the count of stop_tokens is out of range");
+  CHECK_EQUAL(
+      failed(kvexport_generate(cache, &id, 1, &wanted, nullptr, nullptr, nullptr)),
+      "the count of stop_tokens must be at most " + std::to_string(PTRDIFF_MAX / sizeof(std::int64_t)));
   CHECK(logits == nullptr && kvexport_cache_length(cache) == 0);
   CHECK(kvexport_prefill(cache, &id, 1, &logits) == nullptr);
   CHECK(logits != nullptr);
@@ -240,7 +243,7 @@ TEST(stop_texts_have_lengths) {
   kvexport::Cache cache = session.new_cache(60);
   kvexport::GenerateOptions options = greedy(4);
   options.stop_texts = {std::string("a\0b", 3)};
-  CHECK_THROWS_WITH(cache.generate({1}, options), "a text to stop at has a NUL character in it");
+  CHECK_THROWS_WITH(cache.generate({1}, options), "a text to stop at must not contain a NUL character");
   CHECK_EQUAL(cache.length(), 0);
 }
 

@@ -30,7 +30,7 @@ TEST(reads_records_of_python) {
   CHECK(record.compute_capability == (std::vector<std::string>{"8.7", "8.9"}));
   CHECK_EQUAL(record.capacity, 60);
   CHECK_EQUAL(record.profiles.size(), 2U);
-  CHECK_EQUAL(record.profiles[1].most, 16);
+  CHECK_EQUAL(record.profiles[1].maximum, 16);
   CHECK(record.refit && !record.version_compatible && record.hardware_compatible);
   CHECK_EQUAL(record.plan_bytes, 3U);
   CHECK(!record.activation_bytes);

@@ -39,7 +39,7 @@ float mark(const Buffer& buffer, std::int64_t head, std::int64_t slot, std::int6
 }
 
 // The slots that remain, in the graph's order, by sorting all slots.
-std::vector<std::size_t> kept_the_long_way(const std::vector<float>& priorities, std::size_t keep) {
+std::vector<std::size_t> kept_by_full_sort(const std::vector<float>& priorities, std::size_t keep) {
   std::vector<std::size_t> order(priorities.size());
   for (std::size_t at = 0; at < order.size(); ++at) order[at] = at;
   std::stable_sort(order.begin(), order.end(),
@@ -67,7 +67,7 @@ TEST(growth_moves_heads_within_the_same_memory) {
     const Manifest manifest = manifest_of(Dtype::float32, budget(300, 0, 1, skip));
     Buffers buffers(manifest, 700, storage, 256);
     CHECK_EQUAL(buffers.bytes, Buffers::bytes_for(manifest, 700));
-    CHECK_EQUAL(buffers.laid_out, 256);
+    CHECK_EQUAL(buffers.layout_tokens, 256);
     std::vector<void*> addresses;
     for (const Buffer& buffer : buffers.all) {
       CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(buffer.address) % 256, 0U);
@@ -81,11 +81,11 @@ TEST(growth_moves_heads_within_the_same_memory) {
     std::int64_t generation = buffers.generation;
     for (const std::int64_t tokens : {256, 257, 300, 513, 700}) {
       buffers.reserve(tokens);
-      CHECK(buffers.laid_out >= tokens);
+      CHECK(buffers.layout_tokens >= tokens);
       for (std::size_t index = 0; index < buffers.all.size(); ++index) {
         const Buffer& buffer = buffers.all[index];
         CHECK_EQUAL(buffer.address, addresses[index]);
-        CHECK_EQUAL(buffer.slots, std::min(buffer.most, buffers.laid_out));
+        CHECK_EQUAL(buffer.slots, std::min(buffer.most, buffers.layout_tokens));
         for (std::int64_t head = 0; head < buffer.heads; ++head)
           for (std::int64_t slot = 0; slot < buffer.slots; ++slot)
             for (std::int64_t at = 0; at < buffer.width; ++at)
@@ -95,7 +95,7 @@ TEST(growth_moves_heads_within_the_same_memory) {
     // If all layers evict, the layout stops growing at the budget.
     CHECK_EQUAL(buffers.generation - generation, skip.empty() ? 1 : 2);
     buffers.clear();
-    CHECK_EQUAL(buffers.laid_out, 256);
+    CHECK_EQUAL(buffers.layout_tokens, 256);
     for (const Buffer& buffer : buffers.all) CHECK_EQUAL(row(buffer, 0, 0)[0], 0.0F);
   }
 }
@@ -103,7 +103,7 @@ TEST(growth_moves_heads_within_the_same_memory) {
 TEST(a_layout_without_growth_has_full_size) {
   HostStorage storage;
   Buffers buffers(manifest_of(Dtype::float16), 10, storage, 0);
-  CHECK_EQUAL(buffers.laid_out, 10);
+  CHECK_EQUAL(buffers.layout_tokens, 10);
   CHECK_EQUAL(buffers.bytes,
               512U + 512 + 256 + 256);  // 300, 420, 80 and 80 bytes, aligned to 256
   const std::int64_t generation = buffers.generation;
@@ -198,7 +198,7 @@ TEST(evicts_the_tokens_that_a_full_sort_selects) {
           priorities.push_back(std::isnan(priority) ? -std::numeric_limits<float>::infinity() : priority);
         }
         if (buffer.which == Which::state)
-          wanted.push_back(kept_the_long_way(priorities, static_cast<std::size_t>(keep)));
+          wanted.push_back(kept_by_full_sort(priorities, static_cast<std::size_t>(keep)));
       }
     }
     std::vector<std::vector<float>> before;

@@ -39,7 +39,7 @@ TEST(a_stop_text_ends_the_output) {
   CHECK(said({"aab"}, {"aa", "a", "b"}) ==
         (Texts{"", "a", "", ""}));  // a possible start within a possible start
   CHECK(said({"\n\n", "\nUser:"}, {"yes.\n", "User", ": no"}) == (Texts{"yes.", "", "", ""}));
-  CHECK_THROWS_WITH(StopTexts({"a", ""}), "a text to stop at is empty");
+  CHECK_THROWS_WITH(StopTexts({"a", ""}), "a stop text must not be empty");
   CHECK_THROWS_WITH(StopTexts({std::string("a\0b", 3)}), "NUL");
 }
 
@@ -57,7 +57,7 @@ TEST(refuses_logits_that_are_not_finite) {
       sampling.temperature = temperature;
       Sampler sampler(sampling);
       const float logits[] = {1, wrong, 2};
-      CHECK_THROWS_WITH(sampler.choose(logits, 3), "not finite");
+      CHECK_THROWS_WITH(sampler.choose(logits, 3), "must be finite");
     }
   }
   const float some[] = {-std::numeric_limits<float>::infinity(),
@@ -71,7 +71,7 @@ TEST(refuses_values_out_of_range) {
   };
   CHECK_THROWS_WITH(with(-1, 0, 1), "temperature");
   CHECK_THROWS_WITH(with(std::nan(""), 0, 1), "temperature");
-  CHECK_THROWS_WITH(with(1, -1, 1), "top_k is out of range\n  got:      -1\n");
+  CHECK_THROWS_WITH(with(1, -1, 1), "top_k must be 1 or more, or 0 for all\n  got:      -1");
   CHECK_THROWS_WITH(with(1, 0, 0), "top_p");
   CHECK_THROWS_WITH(with(1, 0, 1.5), "top_p");
 }

@@ -113,8 +113,8 @@ TEST(failures_have_a_fix) {
 TEST(refuses_duplicate_keys) {
   std::string twice = sound();
   twice.insert(twice.find('{') + 1, "\"format\": 2, ");
-  CHECK_THROWS_WITH(parse_manifest(twice, "b"), "a key twice: \"format\"");
-  CHECK_THROWS_WITH(parse_json(R"({"a": {"b": 1, "b": 2}})", "x"), "a key twice: \"b\"");
+  CHECK_THROWS_WITH(parse_manifest(twice, "b"), "a duplicate key: \"format\"");
+  CHECK_THROWS_WITH(parse_json(R"({"a": {"b": 1, "b": 2}})", "x"), "a duplicate key: \"b\"");
   CHECK_EQUAL(parse_json(R"([{"a": 1}, {"a": {"a": 2}}])", "x").size(), 2U);
 }
 

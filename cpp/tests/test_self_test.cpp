@@ -88,7 +88,7 @@ SelfTestReport examined(const std::string& name, Fault fault = {}, const std::st
 nlohmann::json json_of(const SelfTestReport& report) { return nlohmann::json::parse(report.json); }
 
 void require_ok(const SelfTestReport& report) {
-  CHECK_EQUAL(report.said.find("computes what PyTorch computed") != std::string::npos, true);
+  CHECK_EQUAL(report.message.find("computes what PyTorch computed") != std::string::npos, true);
   CHECK_EQUAL(report.verdict, "ok");
   CHECK(report.ok && report.fix.empty());
   const nlohmann::json json = json_of(report);
@@ -177,7 +177,7 @@ TEST(an_engine_with_wrong_results_fails) {
       elsewhere.provider = provider;
       const SelfTestReport report = examined(name, elsewhere, other);
       require_verdict(report, "engine");
-      CHECK(report.said.find("first wrong: token") != std::string::npos);
+      CHECK(report.message.find("first wrong: token") != std::string::npos);
       CHECK(report.fix.find("--provider cpu") != std::string::npos);
       require_ok(examined(name, elsewhere));
     }
@@ -202,7 +202,7 @@ TEST(lower_precision_is_reported) {
   };
   const SelfTestReport report = examined("sound", rounds);
   require_verdict(report, "precision");
-  CHECK(report.said.find("less exact than float32, as if it computed in float16") != std::string::npos);
+  CHECK(report.message.find("less exact than float32, as if it computed in float16") != std::string::npos);
 }
 
 TEST(a_dropped_cache_write_is_reported) {
@@ -215,7 +215,7 @@ TEST(a_dropped_cache_write_is_reported) {
   };
   const SelfTestReport report = examined("sound", drops);
   require_cache(report);
-  CHECK(report.said.find("first wrong: token 2") != std::string::npos);
+  CHECK(report.message.find("first wrong: token 2") != std::string::npos);
 }
 
 TEST(a_write_to_the_wrong_slot_is_reported) {
@@ -292,7 +292,7 @@ TEST(remains_of_an_earlier_text_are_reported) {  // correct in the first two run
   const SelfTestReport report = examined("sound", spoils);
   require_cache(report);
   CHECK(json_of(report).at("checks").at(1).at("first").is_null());
-  CHECK(report.said.find("generating does not repeat itself") != std::string::npos);
+  CHECK(report.message.find("generating does not repeat itself") != std::string::npos);
 }
 
 TEST(nan_is_reported) {

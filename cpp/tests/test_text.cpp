@@ -61,9 +61,9 @@ TEST(formats_chat_turns) {
   CHECK_EQUAL(chat.turn("hello", "be kind ", true), "<b><s>be kind</s><u>hello</u><a>");
   CHECK_EQUAL(chat.turn("\u00a0\u2003more\x1f", {}, false), "</a><u>more</u><a>");
   CHECK_EQUAL(chat.turn(" \t\n", {}, false), "</a><u></u><a>");
-  CHECK_THROWS_WITH(chat.turn("more", "be kind", false), "at the beginning");
+  CHECK_THROWS_WITH(chat.turn("more", "be kind", false), "in the first turn");
   CHECK_THROWS_WITH((Chat{"<b>", {}, "", "", "", false}.turn("hello", "be kind", true)),
-                    "takes no system prompt");
+                    "must support a system prompt");
 }
 
 TEST(reads_text_files) {
@@ -172,11 +172,11 @@ TEST(refuses_a_tokenizer_with_other_ids) {
   TextFile other = file_of("gpt2");
   ++other.samples[3].plain_ids.back();
   CHECK_THROWS_WITH(Text(folder("gpt2"), other, library),
-                    "otherwise than the tokenizer that the bundle was built with");
+                    "must give the same tokens as the tokenizer that the bundle was built with");
   other = file_of("gpt2");
   other.samples[2].decoded += "x";
   CHECK_THROWS_WITH(Text(folder("gpt2"), other, library),
-                    "otherwise than the tokenizer that the bundle was built with");
+                    "must give the same tokens as the tokenizer that the bundle was built with");
   CHECK_THROWS_WITH(text_of("bloom"), "onnxruntime-genai cannot read the bundle's tokenizer");
 }
 

@@ -122,7 +122,7 @@ def test_a_full_cache_with_a_token_that_is_pending(
     assert drive("load", session="s", cache="d", file=str(tmp_path / "full"))["length"] == CAPACITY
     drive("save", cache="d", file=str(tmp_path / "again"))
     assert (tmp_path / "again").read_bytes() == (tmp_path / "full").read_bytes()
-    with pytest.raises(Refused, match="does not fit"):
+    with pytest.raises(Refused, match="must fit"):
         drive.generate([], cache="d")
     with opened(bundles / name) as session:
         assert session.load(tmp_path / "full").lengths[0] == CAPACITY

@@ -40,31 +40,31 @@ def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bund
     for cache in ("c", "untouched"):
         drive.generate(tokens(80), cache=cache, max_new_tokens=4, stop_tokens=[])
     for call, failed, got, expected in (
-        (lambda: drive.prefill([3, 40]), "a token id is outside the vocabulary", "40", "0 to 39"),
-        (lambda: drive.prefill([-1]), "a token id is outside the vocabulary", "-1", "0 to 39"),
-        (lambda: drive.step(40), "a token id is outside the vocabulary", "40", "0 to 39"),
+        (lambda: drive.prefill([3, 40]), "token ids must be inside the vocabulary", "40", "0 to 39"),
+        (lambda: drive.prefill([-1]), "token ids must be inside the vocabulary", "-1", "0 to 39"),
+        (lambda: drive.step(40), "token ids must be inside the vocabulary", "40", "0 to 39"),
         (
             lambda: drive.prefill(tokens(17)),
-            "the prompt does not fit behind what the cache holds",
+            "the prompt must fit behind the tokens in the cache",
             "101 tokens",
             "at most 100",
         ),
-        (lambda: drive.generate([1], max_new_tokens=0), "max_new_tokens is out of range", "0", "1 or more"),
+        (lambda: drive.generate([1], max_new_tokens=0), "max_new_tokens must be at least 1", "0", ""),
         (
             lambda: drive.generate([1], top_p=0.0, temperature=1),
-            "top_p is out of range",
+            "top_p must be above 0 and at most 1",
             "0",
-            "above 0, at most 1",
+            "",
         ),
         (
             lambda: drive.generate([1], stop_texts=["x"]),
-            "this session takes and gives token ids only",
+            "this session must have a tokenizer for text",
             None,
             "",
         ),
         (
             lambda: drive("turn", cache="c", text="hello"),
-            "this session takes and gives token ids only",
+            "this session must have a tokenizer for text",
             None,
             "",
         ),
@@ -73,7 +73,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bund
         assert parts["failed"] == failed and got in (None, parts["got"]) and parts["expected"] == expected
     assert (drive.prefill(tokens(16)) == drive.prefill(tokens(16), cache="untouched")).all()
     parts = parts_of(lambda: drive.step(1))
-    assert parts["failed"] == "the cache's capacity is exhausted" and parts["fix"].startswith(
+    assert parts["failed"] == "the token must fit the capacity" and parts["fix"].startswith(
         "make the cache with a capacity of 101"
     )
 
@@ -85,7 +85,7 @@ def test_an_empty_prompt(drive: Drive, bundles: Path) -> None:
         parts = parts_of(call)
         assert (parts["code"], parts["failed"], parts["fix"]) == (
             2,
-            "a prompt is empty",
+            "a prompt must not be empty",
             "give at least one token",
         )
 
@@ -99,7 +99,7 @@ def test_small_capacities(capacity: int, name: str, drive: Drive, bundles: Path)
     small = drive.new(capacity=capacity)
     assert small["capacity"] == capacity and small["bytes"] == drive("memory", session="s", capacity=capacity)
     assert (drive.prefill(tokens(capacity)) == drive.prefill(tokens(capacity), cache="large")).all()
-    assert parts_of(lambda: drive.step(1))["failed"] == "the cache's capacity is exhausted"
+    assert parts_of(lambda: drive.step(1))["failed"] == "the token must fit the capacity"
     drive("clear", cache="c")
     for token in tokens(capacity):
         drive.step(token)
@@ -113,7 +113,7 @@ def test_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
         assert (
             parts["code"] == 2
             and parts["got"] == str(capacity)
-            and parts["expected"].startswith(f"1 to {CAPACITY}")
+            and f"must be 1 to {CAPACITY}" in parts["failed"]
         )
     assert drive.new(capacity=CAPACITY)["capacity"] == drive.new()["capacity"] == CAPACITY
 
@@ -121,11 +121,11 @@ def test_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "code", "failed"),
     [
-        ({"provider": "tpu"}, 2, "there is no such provider"),
-        ({"threads": -1}, 2, "threads is out of range"),
-        ({"threads": 1025}, 2, "threads is out of range"),
-        ({"threads": 1_000_000, "provider": "tensorrt"}, 2, "threads is out of range"),
-        ({"chunk": 0}, 2, "chunk is out of range"),
+        ({"provider": "tpu"}, 2, "the provider must be auto, cpu, cuda or tensorrt"),
+        ({"threads": -1}, 2, "threads must be 0 (one per core) to 1024"),
+        ({"threads": 1025}, 2, "threads must be 0 (one per core) to 1024"),
+        ({"threads": 1_000_000, "provider": "tensorrt"}, 2, "threads must be 0 (one per core) to 1024"),
+        ({"chunk": 0}, 2, "chunk must be at least 1"),
         ({"provider": "cuda"}, 3, "this ONNX Runtime was built without CUDA"),
     ],
 )
@@ -230,23 +230,23 @@ def with_state(**values: object) -> Callable[[dict[str, Any]], None]:
         (lambda header: header["__metadata__"].update(bundle="0" * 64), "is of another bundle"),
         (
             lambda header: header["__metadata__"].update(kvexport="cache 2"),
-            "no cache that this version reads",
+            "its format is not supported",
         ),
         (lambda header: header["__metadata__"].update(sha256="0" * 64), "sha256 differs"),
         (lambda header: header["__metadata__"].update(state="[]"), "state"),
         (lambda header: header["__metadata__"].update(state="{"), "cannot be read"),
-        (with_state(filled=[20]), "has another past_key_values"),
+        (with_state(filled=[20]), "does not match its state"),
         (with_state(filled=[0]), "filled is out of range"),
         (with_state(lengths=[-1]), "lengths is out of range"),
         (with_state(lengths=[1 << 60]), "lengths is out of range"),
-        (with_state(lengths=[700], seen=[700]), "more tokens than the cache has room for"),
-        (with_state(lengths=[32, 32], seen=[32, 32]), "holds several sequences"),
+        (with_state(lengths=[700], seen=[700]), "more tokens than fit into the cache"),
+        (with_state(lengths=[32, 32], seen=[32, 32]), "must hold one sequence"),
         (with_state(last=[40]), "last is out of range"),
         (with_state(pending=[[1, 2]]), "pending"),
         (with_state(pending=[["1"]]), "pending is out of range"),
         (with_state(filled=[25]), "filled is out of range"),
         (with_state(seen=[33]), "seen is out of range"),
-        (with_state(filled=None), "without the list filled"),
+        (with_state(filled=None), "its filled must be a list"),
     ],
 )
 def test_damaged_caches(
@@ -257,32 +257,54 @@ def test_damaged_caches(
     assert parts["code"] == 2 and said in parts["message"] and parts["fix"]
 
 
-def test_headers_that_python_refuses_too(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("gqa", with_state(more=1), "unknown key"),
+        ("gqa", with_state(filled=[3]), "filled must be null"),
+        ("gqa", with_state(seen=[32]), "seen must be null"),
+        (
+            "gqa",
+            lambda header: header["past_key_values.0.key"].update(strides=[1, 1, 1, 1]),
+            "strides is not known",
+        ),
+        ("gqa-l2-norm", with_state(filled=[25]), "filled is out of range"),
+        ("gqa-l2-norm", with_state(lengths=[24], seen=[24], filled=[25]), "filled is out of range"),
+    ],
+)
+def test_python_and_cpp_refuse_a_changed_header(
+    name: str,
+    change: Callable[[dict[str, Any]], object],
+    message: str,
+    drive: Drive,
+    bundles: Path,
+    tmp_path: Path,
+) -> None:
+    path = changed(saved(drive, bundles / name, tmp_path / "cache"), change)
+    require_both_refuse(path, bundles / name, message, drive)
+
+
+def test_python_and_cpp_refuse_padding_other_than_spaces(drive: Drive, bundles: Path, tmp_path: Path) -> None:
     path = saved(drive, bundles / "gqa", tmp_path / "cache")
-    sound = path.read_bytes()
-    length = int.from_bytes(sound[:8], "little")
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
 
-    def both_refuse(said: str) -> None:
-        parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))
-        assert parts["code"] == 2 and said in parts["message"] and parts["fix"]
-        with opened(bundles / "gqa") as session, pytest.raises(UsageError):
-            session.load(path)
+    def write_padded(padding: bytes) -> None:
+        header = struct.pack("<Q", length + 8) + content[8 : 8 + length]
+        path.write_bytes(header + padding + content[8 + length :])
 
-    for values, said in (
-        ({"more": 1}, "none of a cache's"),
-        ({"filled": [3]}, "filled is not null"),
-        ({"seen": [32]}, "seen"),
-    ):
-        path.write_bytes(sound)
-        changed(path, with_state(**values))
-        both_refuse(said)
-    for behind in (b"\0" * 8, b"\0 more {"):
-        path.write_bytes(struct.pack("<Q", length + 8) + sound[8 : 8 + length] + behind + sound[8 + length :])
-        both_refuse("NUL")
-    path.write_bytes(
-        struct.pack("<Q", length + 8) + sound[8 : 8 + length] + b" " * 8 + sound[8 + length :]
-    )  # a control
+    for padding in (b"\0" * 8, b"\0 more {"):
+        write_padded(padding)
+        require_both_refuse(path, bundles / "gqa", "NUL", drive)
+    write_padded(b" " * 8)  # accepted
     assert drive("load", session="s", cache="d", file=str(path))["length"] == 32
+
+
+def require_both_refuse(path: Path, bundle: Path, message: str, drive: Drive) -> None:
+    parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))
+    assert parts["code"] == 2 and message in parts["message"] and parts["fix"]
+    with opened(bundle) as session, pytest.raises(UsageError):
+        session.load(path)
 
 
 def test_files_that_cannot_be(drive: Drive, bundles: Path, tmp_path: Path) -> None:
@@ -331,6 +353,6 @@ def test_caches_that_do_not_fit_or_are_not_there(drive: Drive, bundles: Path, tm
         session.prefill([tokens(3), tokens(5)], cache=(two := session.new_cache(batch=2)))
         two.save(path)
     assert (
-        "holds several sequences"
+        "must hold one sequence"
         in parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))["failed"]
     )

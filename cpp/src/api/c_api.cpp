@@ -27,30 +27,30 @@ struct kvexport_error {
 };
 
 struct kvexport_session {
-  std::shared_ptr<const kvexport::detail::Session> inside;
+  std::shared_ptr<const kvexport::detail::Session> impl;
   kvexport_info info;
 };
 
 struct kvexport_cache {
-  kvexport::detail::Cache inside;
+  kvexport::detail::Cache impl;
 };
 
 namespace {
 
 const kvexport_error OUT_OF_MEMORY{nullptr};
-constexpr const char* NO_MEMORY = "there is not enough memory";
+constexpr const char* OUT_OF_MEMORY_MESSAGE = "this machine must have enough free memory for the call";
 
 kvexport_error* error_of(const Failure& failure) noexcept {
   try {
-    auto kept = std::make_unique<const Failure>(failure);
-    return new kvexport_error{kept.release()};
+    auto copy = std::make_unique<const Failure>(failure);
+    return new kvexport_error{copy.release()};
   } catch (...) {
     return const_cast<kvexport_error*>(&OUT_OF_MEMORY);
   }
 }
 
 template <typename Body>
-kvexport_error* guarded(Body body) noexcept {
+kvexport_error* catch_errors(Body body) noexcept {
   try {
     try {
       body();
@@ -60,7 +60,7 @@ kvexport_error* guarded(Body body) noexcept {
     } catch (const std::bad_alloc&) {
       return const_cast<kvexport_error*>(&OUT_OF_MEMORY);
     } catch (const std::exception& other) {
-      return error_of(Failure(Code::cannot_run_here, "something went wrong inside kvexport", other.what()));
+      return error_of(Failure(Code::cannot_run_here, "an internal error occurred in kvexport", other.what()));
     }
   } catch (...) {
     return const_cast<kvexport_error*>(&OUT_OF_MEMORY);
@@ -68,8 +68,8 @@ kvexport_error* guarded(Body body) noexcept {
 }
 
 template <typename Pointer>
-void require_given(const Pointer* pointer, const char* name) {
-  if (pointer == nullptr) throw Failure(Code::usage, std::string(name) + " is NULL", "NULL", "a pointer");
+void require_not_null(const Pointer* pointer, const char* name) {
+  if (pointer == nullptr) throw Failure(Code::usage, std::string(name) + " must not be NULL");
 }
 
 // An array may be NULL only if it is empty.
@@ -77,10 +77,11 @@ template <typename Value>
 void require_array(const Value* values, std::size_t count, const char* name) {
   constexpr std::size_t most = PTRDIFF_MAX / sizeof(Value);
   if (count > most) {
-    throw Failure(Code::usage, std::string("the count of ") + name + " is out of range",
+    throw Failure(Code::usage,
+                  std::string("the count of ") + name + " must be at most " + std::to_string(most),
                   std::to_string(count), "at most " + std::to_string(most));
   }
-  if (count != 0) require_given(values, name);
+  if (count != 0) require_not_null(values, name);
 }
 
 std::string string_of(const char* text, std::size_t length, const char* name) {
@@ -90,51 +91,51 @@ std::string string_of(const char* text, std::size_t length, const char* name) {
 
 // Reads a struct of the caller, whose version may have fewer or more members than this library's.
 template <typename Struct>
-Struct read_struct(const Struct* given, Struct defaults) {
-  if (given == nullptr) return defaults;
+Struct read_struct(const Struct* source, Struct defaults) {
+  if (source == nullptr) return defaults;
   std::size_t size = 0;
-  std::memcpy(&size, given, sizeof size);
+  std::memcpy(&size, source, sizeof size);
   if (size < sizeof size) {
-    throw Failure(Code::usage, "a struct's size is not set", std::to_string(size),
-                  std::to_string(sizeof(Struct)), "take the struct from its _defaults function");
+    throw Failure(Code::usage, "the struct's size must be set", std::to_string(size),
+                  std::to_string(sizeof(Struct)), "get the struct from its _defaults function");
   }
-  std::memcpy(&defaults, given, std::min(size, sizeof(Struct)));
+  std::memcpy(&defaults, source, std::min(size, sizeof(Struct)));
   return defaults;
 }
 
 template <typename Struct>
 void write_struct(Struct* target, Struct values, const char* name) {
-  require_given(target, name);
+  require_not_null(target, name);
   if (target->size < sizeof target->size) {
-    throw Failure(Code::usage, "a struct's size is not set", std::to_string(target->size),
+    throw Failure(Code::usage, "the struct's size must be set", std::to_string(target->size),
                   std::to_string(sizeof(Struct)), std::string(name) + "->size = sizeof *" + name);
   }
   values.size = target->size;
   std::memcpy(target, &values, std::min(target->size, sizeof(Struct)));
 }
 
-void* allocated(std::size_t bytes) {
+void* allocate(std::size_t bytes) {
   void* memory = std::malloc(std::max<std::size_t>(bytes, 1));
   if (memory == nullptr) throw std::bad_alloc();
   return memory;
 }
 
-void give_ids(const std::vector<std::int64_t>& made, std::int64_t** ids, std::size_t* count) {
-  *ids = static_cast<std::int64_t*>(allocated(made.size() * sizeof(std::int64_t)));
-  std::copy(made.begin(), made.end(), *ids);
-  *count = made.size();
+void return_ids(const std::vector<std::int64_t>& source, std::int64_t** ids, std::size_t* count) {
+  *ids = static_cast<std::int64_t*>(allocate(source.size() * sizeof(std::int64_t)));
+  std::copy(source.begin(), source.end(), *ids);
+  *count = source.size();
 }
 
-char* text_of(const std::string& made) {
-  auto* text = static_cast<char*>(allocated(made.size() + 1));
-  std::memcpy(text, made.c_str(), made.size() + 1);
+char* copy_text(const std::string& source) {
+  auto* text = static_cast<char*>(allocate(source.size() + 1));
+  std::memcpy(text, source.c_str(), source.size() + 1);
   return text;
 }
 
-kvexport::detail::Cache& free_of(kvexport_cache* cache) {
-  require_given(cache, "cache");
-  cache->inside.require_not_leased();
-  return cache->inside;
+kvexport::detail::Cache& require_unleased(kvexport_cache* cache) {
+  require_not_null(cache, "cache");
+  cache->impl.require_not_leased();
+  return cache->impl;
 }
 
 kvexport_info info_of(const kvexport::detail::Session& session) {
@@ -156,25 +157,25 @@ kvexport_info info_of(const kvexport::detail::Session& session) {
   return info;
 }
 
-kvexport::detail::GenerateOptions options_of(const kvexport_generate_options& given) {
+kvexport::detail::GenerateOptions options_of(const kvexport_generate_options& raw) {
   kvexport::detail::GenerateOptions options;
-  options.max_new_tokens = given.max_new_tokens;
-  options.sampling.temperature = given.temperature;
-  if (given.temperature < 0) options.sampling.temperature = given.top_k > 0 || given.top_p < 1 ? 1 : 0;
-  options.sampling.top_k = given.top_k;
-  options.sampling.top_p = given.top_p;
-  if (given.seeded != 0) options.sampling.seed = given.seed;
-  if (given.own_stop_tokens == 0) {
-    require_array(given.stop_tokens, given.stop_token_count, "stop_tokens");
+  options.max_new_tokens = raw.max_new_tokens;
+  options.sampling.temperature = raw.temperature;
+  if (raw.temperature < 0) options.sampling.temperature = raw.top_k > 0 || raw.top_p < 1 ? 1 : 0;
+  options.sampling.top_k = raw.top_k;
+  options.sampling.top_p = raw.top_p;
+  if (raw.seeded != 0) options.sampling.seed = raw.seed;
+  if (raw.own_stop_tokens == 0) {
+    require_array(raw.stop_tokens, raw.stop_token_count, "stop_tokens");
     options.stop_tokens.emplace();
-    if (given.stop_token_count != 0)
-      options.stop_tokens->assign(given.stop_tokens, given.stop_tokens + given.stop_token_count);
+    if (raw.stop_token_count != 0)
+      options.stop_tokens->assign(raw.stop_tokens, raw.stop_tokens + raw.stop_token_count);
   }
-  require_array(given.stop_texts, given.stop_text_count, "stop_texts");
-  require_array(given.stop_text_lengths, given.stop_text_count, "stop_text_lengths");
-  for (std::size_t index = 0; index < given.stop_text_count; ++index) {
+  require_array(raw.stop_texts, raw.stop_text_count, "stop_texts");
+  require_array(raw.stop_text_lengths, raw.stop_text_count, "stop_text_lengths");
+  for (std::size_t index = 0; index < raw.stop_text_count; ++index) {
     options.stop_texts.push_back(
-        string_of(given.stop_texts[index], given.stop_text_lengths[index], "stop_texts"));
+        string_of(raw.stop_texts[index], raw.stop_text_lengths[index], "stop_texts"));
   }
   return options;
 }
@@ -190,7 +191,8 @@ int kvexport_error_code(const kvexport_error* error) {
 
 const char* kvexport_error_part(const kvexport_error* error, int part) {
   if (error == nullptr) return "";
-  if (error->failure == nullptr) return part == KVEXPORT_MESSAGE || part == KVEXPORT_FAILED ? NO_MEMORY : "";
+  if (error->failure == nullptr)
+    return part == KVEXPORT_MESSAGE || part == KVEXPORT_FAILED ? OUT_OF_MEMORY_MESSAGE : "";
   const Failure& failure = *error->failure;
   switch (part) {
     case KVEXPORT_MESSAGE: return failure.what();
@@ -216,17 +218,17 @@ kvexport_open_options kvexport_open_defaults(void) {
 
 kvexport_error* kvexport_open(const char* bundle, const kvexport_open_options* options,
                               kvexport_session** session) {
-  return guarded([&] {
-    require_given(bundle, "bundle");
-    require_given(session, "session");
-    const kvexport_open_options given = read_struct(options, kvexport_open_defaults());
-    require_given(given.provider, "provider");
-    require_given(given.text_library, "text_library");
-    const kvexport::detail::OpenOptions wanted{given.provider, given.threads, given.verify != 0, given.chunk,
-                                               given.text_library};
-    auto inside = std::make_shared<const kvexport::detail::Session>(bundle, wanted);
-    const kvexport_info info = info_of(*inside);
-    *session = new kvexport_session{std::move(inside), info};
+  return catch_errors([&] {
+    require_not_null(bundle, "bundle");
+    require_not_null(session, "session");
+    const kvexport_open_options raw = read_struct(options, kvexport_open_defaults());
+    require_not_null(raw.provider, "provider");
+    require_not_null(raw.text_library, "text_library");
+    const kvexport::detail::OpenOptions parsed{raw.provider, raw.threads, raw.verify != 0, raw.chunk,
+                                               raw.text_library};
+    auto impl = std::make_shared<const kvexport::detail::Session>(bundle, parsed);
+    const kvexport_info info = info_of(*impl);
+    *session = new kvexport_session{std::move(impl), info};
   });
 }
 
@@ -238,11 +240,11 @@ const kvexport_info* kvexport_session_info(const kvexport_session* session) {
 
 kvexport_error* kvexport_session_memory(const kvexport_session* session, int64_t capacity,
                                         kvexport_memory* memory) {
-  return guarded([&] {
-    require_given(session, "session");
-    const kvexport::detail::DeviceMemory device = session->inside->engine->device_memory();
+  return catch_errors([&] {
+    require_not_null(session, "session");
+    const kvexport::detail::DeviceMemory device = session->impl->engine->device_memory();
     write_struct(memory,
-                 {0, session->inside->bytes_of(capacity), session->inside->device.c_str(), device.free,
+                 {0, session->impl->bytes_of(capacity), session->impl->device.c_str(), device.free,
                   device.total, device.weights, device.activations},
                  "memory");
   });
@@ -250,39 +252,39 @@ kvexport_error* kvexport_session_memory(const kvexport_session* session, int64_t
 
 kvexport_error* kvexport_encode(const kvexport_session* session, const char* text, size_t length, int special,
                                 int64_t** ids, size_t* count) {
-  return guarded([&] {
-    require_given(session, "session");
-    const std::string given = string_of(text, length, "text");
-    require_given(ids, "ids");
-    require_given(count, "count");
-    give_ids(session->inside->require_text().encode(given, special != 0), ids, count);
+  return catch_errors([&] {
+    require_not_null(session, "session");
+    const std::string input = string_of(text, length, "text");
+    require_not_null(ids, "ids");
+    require_not_null(count, "count");
+    return_ids(session->impl->require_text().encode(input, special != 0), ids, count);
   });
 }
 
 kvexport_error* kvexport_decode(const kvexport_session* session, const int64_t* ids, size_t count,
                                 char** text, size_t* length) {
-  return guarded([&] {
-    require_given(session, "session");
+  return catch_errors([&] {
+    require_not_null(session, "session");
     require_array(ids, count, "ids");
-    require_given(text, "text");
-    session->inside->require_ids(ids, count);
-    const std::string made = session->inside->require_text().decode(
+    require_not_null(text, "text");
+    session->impl->require_ids(ids, count);
+    const std::string decoded = session->impl->require_text().decode(
         count == 0 ? std::vector<std::int64_t>() : std::vector<std::int64_t>(ids, ids + count));
-    *text = text_of(made);
-    if (length != nullptr) *length = made.size();
+    *text = copy_text(decoded);
+    if (length != nullptr) *length = decoded.size();
   });
 }
 
 kvexport_error* kvexport_turn(const kvexport_cache* cache, const char* text, size_t text_length,
                               const char* system, size_t system_length, int64_t** ids, size_t* count) {
-  return guarded([&] {
-    require_given(cache, "cache");
-    const std::string given = string_of(text, text_length, "text");
-    require_given(ids, "ids");
-    require_given(count, "count");
-    std::optional<std::string> before;
-    if (system != nullptr || system_length != 0) before = string_of(system, system_length, "system");
-    give_ids(cache->inside.session().turn(given, before, cache->inside.empty()), ids, count);
+  return catch_errors([&] {
+    require_not_null(cache, "cache");
+    const std::string input = string_of(text, text_length, "text");
+    require_not_null(ids, "ids");
+    require_not_null(count, "count");
+    std::optional<std::string> system_prompt;
+    if (system != nullptr || system_length != 0) system_prompt = string_of(system, system_length, "system");
+    return_ids(cache->impl.session().turn(input, system_prompt, cache->impl.empty()), ids, count);
   });
 }
 
@@ -291,65 +293,65 @@ void kvexport_ids_free(int64_t* ids) { std::free(ids); }
 void kvexport_text_free(char* text) { std::free(text); }
 
 kvexport_error* kvexport_cache_new(kvexport_session* session, int64_t capacity, kvexport_cache** cache) {
-  return guarded([&] {
-    require_given(session, "session");
-    require_given(cache, "cache");
-    *cache = new kvexport_cache{{session->inside, capacity}};
+  return catch_errors([&] {
+    require_not_null(session, "session");
+    require_not_null(cache, "cache");
+    *cache = new kvexport_cache{{session->impl, capacity}};
   });
 }
 
 kvexport_error* kvexport_cache_load(kvexport_session* session, const char* file, int64_t capacity,
                                     kvexport_cache** cache) {
-  return guarded([&] {
-    require_given(session, "session");
-    require_given(file, "file");
-    require_given(cache, "cache");
-    std::unique_ptr<kvexport_cache> made(new kvexport_cache{{session->inside, capacity}});
-    made->inside.load(file);
-    *cache = made.release();
+  return catch_errors([&] {
+    require_not_null(session, "session");
+    require_not_null(file, "file");
+    require_not_null(cache, "cache");
+    std::unique_ptr<kvexport_cache> loaded(new kvexport_cache{{session->impl, capacity}});
+    loaded->impl.load(file);
+    *cache = loaded.release();
   });
 }
 
 kvexport_error* kvexport_cache_save(kvexport_cache* cache, const char* file) {
-  return guarded([&] {
-    kvexport::detail::Cache& inside = free_of(cache);
-    require_given(file, "file");
-    inside.save(file);
+  return catch_errors([&] {
+    kvexport::detail::Cache& impl = require_unleased(cache);
+    require_not_null(file, "file");
+    impl.save(file);
   });
 }
 
 kvexport_error* kvexport_cache_clear(kvexport_cache* cache) {
-  return guarded([&] { free_of(cache).clear(); });
+  return catch_errors([&] { require_unleased(cache).clear(); });
 }
 
 void kvexport_cache_free(kvexport_cache* cache) { delete cache; }
 
 size_t kvexport_cache_bytes(const kvexport_cache* cache) {
-  return cache == nullptr ? 0 : cache->inside.bytes();
+  return cache == nullptr ? 0 : cache->impl.bytes();
 }
 
 int64_t kvexport_cache_length(const kvexport_cache* cache) {
-  return cache == nullptr ? 0 : cache->inside.length();
+  return cache == nullptr ? 0 : cache->impl.length();
 }
 
 int64_t kvexport_cache_capacity(const kvexport_cache* cache) {
-  return cache == nullptr ? 0 : cache->inside.capacity();
+  return cache == nullptr ? 0 : cache->impl.capacity();
 }
 
 kvexport_error* kvexport_prefill(kvexport_cache* cache, const int64_t* ids, size_t count,
                                  const float** logits) {
-  return guarded([&] {
-    kvexport::detail::Cache& inside = free_of(cache);
+  return catch_errors([&] {
+    kvexport::detail::Cache& impl = require_unleased(cache);
     require_array(ids, count, "ids");
-    const float* made = inside.prefill(ids, count);
-    if (logits != nullptr) *logits = made;
+    const float* values = impl.prefill(ids, count);
+    if (logits != nullptr) *logits = values;
   });
 }
 
 kvexport_error* kvexport_step(kvexport_cache* cache, int64_t token, const float** logits) {
-  return guarded([&] {
-    const float* made = free_of(cache).step(token);
-    if (logits != nullptr) *logits = made;
+  return catch_errors([&] {
+    const float* values = require_unleased(cache).step(token);
+    if (logits != nullptr) *logits = values;
   });
 }
 
@@ -360,29 +362,30 @@ kvexport_generate_options kvexport_generate_defaults(void) {
 kvexport_error* kvexport_generate(kvexport_cache* cache, const int64_t* ids, size_t count,
                                   const kvexport_generate_options* options, kvexport_on_token on_token,
                                   void* user, int* finish) {
-  return guarded([&] {
-    kvexport::detail::Cache& inside = free_of(cache);
+  return catch_errors([&] {
+    kvexport::detail::Cache& impl = require_unleased(cache);
     require_array(ids, count, "ids");
-    const auto wanted = options_of(read_struct(options, kvexport_generate_defaults()));
-    kvexport::detail::OnToken told;
+    const auto parsed = options_of(read_struct(options, kvexport_generate_defaults()));
+    kvexport::detail::OnToken callback;
     if (on_token != nullptr) {
-      told = [&](std::int64_t token, std::string_view text) {
+      callback = [&](std::int64_t token, std::string_view text) {
         return on_token(token, text.data(), text.size(), user) == 0;
       };
     }
-    const auto ended = generate(inside, ids, count, wanted, told);
-    if (finish != nullptr) *finish = static_cast<int>(ended);
+    const auto reason = generate(impl, ids, count, parsed, callback);
+    if (finish != nullptr) *finish = static_cast<int>(reason);
   });
 }
 
 kvexport_error* kvexport_self_test(const kvexport_session* session, char** report) {
-  return guarded([&] {
-    require_given(session, "session");
-    require_given(report, "report");
+  return catch_errors([&] {
+    require_not_null(session, "session");
+    require_not_null(report, "report");
     *report = nullptr;
-    const kvexport::detail::SelfTestReport made = self_test(session->inside);
-    *report = text_of(made.json);
-    if (!made.ok) throw Failure(Code::gate_failed, made.verdict + ": " + made.said, "", "", made.fix);
+    const kvexport::detail::SelfTestReport result = self_test(session->impl);
+    *report = copy_text(result.json);
+    if (!result.ok)
+      throw Failure(Code::gate_failed, result.verdict + ": " + result.message, "", "", result.fix);
   });
 }
 

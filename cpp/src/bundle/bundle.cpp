@@ -36,9 +36,9 @@ std::string read_manifest(const std::string& path) {
 Bundle Bundle::open(const std::string& path) {
   Bundle bundle;
   bundle.path = path;
-  std::error_code unknown;  // set if the current directory was deleted; the given path is then used as it is
-  bundle.folder_ = std::filesystem::absolute(path, unknown).string();
-  if (unknown) bundle.folder_ = path;
+  std::error_code error;  // set if the current directory was deleted; the given path is then used as it is
+  bundle.folder_ = std::filesystem::absolute(path, error).string();
+  if (error) bundle.folder_ = path;
   bundle.manifest = parse_manifest(read_manifest(path), path);
   for (const auto& [name, entry] : bundle.manifest.files) {
     const auto size = size_of_file(bundle.file(name));

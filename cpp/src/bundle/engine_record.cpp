@@ -22,10 +22,10 @@ constexpr const char* plan_file = "decoder.plan";
 constexpr const char* record_file = "build.json";
 constexpr const char* rebuild = "build the engine again: kvexport engine BUNDLE --force";
 
-std::uint64_t size(const Reader& reader, const std::string& key, std::int64_t least = 0) {
-  const std::int64_t found = reader.integer(key);
-  if (found < least) reader.fail(key, "is impossible", std::to_string(least) + " or more");
-  return static_cast<std::uint64_t>(found);
+std::uint64_t size(const Reader& reader, const std::string& key, std::int64_t minimum = 0) {
+  const std::int64_t value = reader.integer(key);
+  if (value < minimum) reader.fail(key, "is impossible", std::to_string(minimum) + " or more");
+  return static_cast<std::uint64_t>(value);
 }
 
 Profile profile_of(const Reader& reader) {
@@ -49,14 +49,15 @@ void BuildRecord::verify() const {
 
 std::vector<std::string> engine_directories(const Bundle& bundle) {
   const std::string folder = bundle.file(engines_folder);
-  std::vector<std::string> found;
+  std::vector<std::string> directories;
   const std::unique_ptr<DIR, int (*)(DIR*)> listing(::opendir(folder.c_str()), ::closedir);
   while (const dirent* entry = listing ? ::readdir(listing.get()) : nullptr) {
     const std::string directory = folder + "/" + entry->d_name;
-    if (entry->d_name[0] != '.' && size_of_file(directory + "/" + record_file)) found.push_back(directory);
+    if (entry->d_name[0] != '.' && size_of_file(directory + "/" + record_file))
+      directories.push_back(directory);
   }
-  std::sort(found.begin(), found.end());
-  return found;
+  std::sort(directories.begin(), directories.end());
+  return directories;
 }
 
 BuildRecord parse_record(std::string_view text, const std::string& directory) {
@@ -108,10 +109,10 @@ BuildRecord read_record(const std::string& directory) {
   if (!size_of_file(file))
     throw bundle_error("there is no engine in " + directory, {}, {}, "build one: kvexport engine BUNDLE");
   BuildRecord record = parse_record(read_file(file, largest), directory);
-  const auto found = size_of_file(record.plan);
-  if (found != record.plan_bytes) {
+  const auto size = size_of_file(record.plan);
+  if (size != record.plan_bytes) {
     throw bundle_error(std::string(plan_file) + " of the engine " + directory + " is not as built",
-                       found ? std::to_string(*found) + " bytes" : "no such file",
+                       size ? std::to_string(*size) + " bytes" : "no such file",
                        std::to_string(record.plan_bytes) + " bytes", rebuild);
   }
   return record;

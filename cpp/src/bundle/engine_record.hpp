@@ -13,7 +13,7 @@ namespace kvexport::detail {
 
 struct Profile {
   std::string name;
-  std::int64_t least = 0, typical = 0, most = 0;  // tokens in one call: minimum, optimum, maximum
+  std::int64_t minimum = 0, optimum = 0, maximum = 0;  // tokens in one call: minimum, optimum, maximum
 };
 
 struct BuildRecord {

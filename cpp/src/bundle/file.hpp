@@ -49,8 +49,8 @@ class NewFile {
   void commit();
 
  private:
-  void require_allowed(std::size_t bytes) const;
-  [[noreturn]] void refuse(const char* doing) const;
+  void require_below_size_limit(std::size_t bytes) const;
+  [[noreturn]] void fail(const char* doing) const;
   std::string path_, temporary_;
   int descriptor_ = -1;
 };

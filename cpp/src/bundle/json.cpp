@@ -27,7 +27,7 @@ class ParseLimits {
       keys_.pop_back();
     } else if (event == Json::parse_event_t::key) {
       if (!keys_.back().insert(parsed.get_ref<const std::string&>()).second)
-        throw std::invalid_argument("it has a key twice: " + for_message(parsed));
+        throw std::invalid_argument("it has a duplicate key: " + for_message(parsed));
     }
     return true;
   }
@@ -48,7 +48,7 @@ char32_t next_character(std::string_view text, std::size_t& at) {
 }
 
 // A key, escaped if a terminal could not show it.
-std::string named(const std::string& key) { return printable(key) ? key : for_message(Json(key)); }
+std::string key_for_message(const std::string& key) { return printable(key) ? key : for_message(Json(key)); }
 
 bool is_integer(const Json& value) {
   return value.is_number_integer() &&
@@ -61,7 +61,7 @@ bool is_integer(const Json& value) {
 Json parse_json(std::string_view text, const std::string& document, const std::string& fix) {
   try {
     if (text.find('\0') != std::string_view::npos)
-      throw std::invalid_argument("it has a NUL byte");  // the parser would take it for the end
+      throw std::invalid_argument("it contains a NUL byte");  // the parser would take it for the end
     return Json::parse(text.begin(), text.end(), ParseLimits());
   } catch (const std::exception& error) {
     throw bundle_error(document + " cannot be read: " + error.what(), {}, {}, fix);
@@ -93,63 +93,65 @@ Reader::Reader(const Json& raw, std::string document, std::string where, std::st
 }
 
 bool Reader::has(const std::string& key) const {
-  const auto found = raw_->find(key);
-  return found != raw_->end() && !found->is_null();
+  const auto item = raw_->find(key);
+  return item != raw_->end() && !item->is_null();
 }
 
 const Json& Reader::value(const std::string& key) const {
-  const auto found = raw_->find(key);
-  if (found == raw_->end()) fail(key, wrong_type);
-  return *found;
+  const auto item = raw_->find(key);
+  if (item == raw_->end()) fail(key, wrong_type);
+  return *item;
 }
 
 Reader Reader::object(const std::string& key) const {
   static const Json none;
-  const auto found = raw_->find(key);
-  return {found == raw_->end() ? none : *found, document_, where_ + named(key) + ".", fix_};
+  const auto item = raw_->find(key);
+  return {item == raw_->end() ? none : *item, document_, where_ + key_for_message(key) + ".", fix_};
 }
 
 Reader Reader::entry(const std::string& key) const {
-  return {value(key), document_,
-          (where_.empty() ? where_ : where_.substr(0, where_.size() - 1)) + "['" + named(key) + "'].", fix_};
+  return {
+      value(key), document_,
+      (where_.empty() ? where_ : where_.substr(0, where_.size() - 1)) + "['" + key_for_message(key) + "'].",
+      fix_};
 }
 
 std::string Reader::string(const std::string& key) const {
-  const Json& found = value(key);
-  if (!found.is_string()) fail(key, wrong_type);
-  return found.get<std::string>();
+  const Json& item = value(key);
+  if (!item.is_string()) fail(key, wrong_type);
+  return item.get<std::string>();
 }
 
 std::string Reader::printable_string(const std::string& key) const {
-  std::string found = string(key);
-  if (!printable(found)) fail(key, "has characters that cannot be shown");
-  return found;
+  std::string item = string(key);
+  if (!printable(item)) fail(key, "has characters that cannot be shown");
+  return item;
 }
 
 std::int64_t Reader::integer(const std::string& key) const {
-  const Json& found = value(key);
-  if (!is_integer(found)) fail(key, wrong_type);
-  return found.get<std::int64_t>();
+  const Json& item = value(key);
+  if (!is_integer(item)) fail(key, wrong_type);
+  return item.get<std::int64_t>();
 }
 
 std::int64_t Reader::positive_integer(const std::string& key) const {
-  const std::int64_t found = integer(key);
-  if (found < 1) fail(key, "is impossible", "1 or more");
-  return found;
+  const std::int64_t item = integer(key);
+  if (item < 1) fail(key, "is impossible", "1 or more");
+  return item;
 }
 
 double Reader::number(const std::string& key) const {
-  const Json& found = value(key);
-  if (!found.is_number()) fail(key, wrong_type);
-  const double value = found.get<double>();
+  const Json& item = value(key);
+  if (!item.is_number()) fail(key, wrong_type);
+  const double value = item.get<double>();
   if (!std::isfinite(value)) fail(key, "is impossible", "a finite number");
   return value;
 }
 
 bool Reader::boolean(const std::string& key) const {
-  const Json& found = value(key);
-  if (!found.is_boolean()) fail(key, wrong_type);
-  return found.get<bool>();
+  const Json& item = value(key);
+  if (!item.is_boolean()) fail(key, wrong_type);
+  return item.get<bool>();
 }
 
 std::optional<std::int64_t> Reader::optional_integer(const std::string& key) const {
@@ -161,57 +163,57 @@ std::optional<std::int64_t> Reader::optional_positive_integer(const std::string&
 }
 
 const Json& Reader::array(const std::string& key) const {
-  const Json& found = value(key);
-  if (!found.is_array()) fail(key, wrong_type);
-  return found;
+  const Json& item = value(key);
+  if (!item.is_array()) fail(key, wrong_type);
+  return item;
 }
 
 std::vector<Reader> Reader::objects(const std::string& key) const {
-  std::vector<Reader> found;
+  std::vector<Reader> items;
   for (const Json& item : array(key)) {
     if (!item.is_object()) fail(key, "is not a list of objects");
-    found.emplace_back(item, document_, where_ + key + "[" + std::to_string(found.size()) + "].", fix_);
+    items.emplace_back(item, document_, where_ + key + "[" + std::to_string(items.size()) + "].", fix_);
   }
-  return found;
+  return items;
 }
 
 std::vector<std::int64_t> Reader::integers(const std::string& key) const {
-  std::vector<std::int64_t> found;
+  std::vector<std::int64_t> items;
   for (const Json& item : array(key)) {
     if (!is_integer(item)) fail(key, "is not a list of whole numbers");
-    found.push_back(item.get<std::int64_t>());
+    items.push_back(item.get<std::int64_t>());
   }
-  return found;
+  return items;
 }
 
 std::vector<double> Reader::numbers(const std::string& key) const {
-  std::vector<double> found;
+  std::vector<double> items;
   for (const Json& item : array(key)) {
     if (!item.is_number() || !std::isfinite(item.get<double>())) fail(key, "is not a list of finite numbers");
-    found.push_back(item.get<double>());
+    items.push_back(item.get<double>());
   }
-  return found;
+  return items;
 }
 
 std::vector<std::string> Reader::strings(const std::string& key) const {
-  std::vector<std::string> found;
+  std::vector<std::string> items;
   for (const Json& item : array(key)) {
     if (!item.is_string()) fail(key, "is not a list of texts");
-    found.push_back(item.get<std::string>());
+    items.push_back(item.get<std::string>());
   }
-  return found;
+  return items;
 }
 
 std::vector<std::string> Reader::keys() const {
-  std::vector<std::string> found;
-  for (const auto& [key, value] : raw_->items()) found.push_back(key);
-  return found;
+  std::vector<std::string> items;
+  for (const auto& [key, value] : raw_->items()) items.push_back(key);
+  return items;
 }
 
 void Reader::fail(const std::string& key, const std::string& problem, const std::string& expected) const {
-  const auto found = raw_->find(key);
-  throw bundle_error(document_ + "'s " + where_ + named(key) + " " + problem,
-                     found == raw_->end() ? "nothing" : for_message(*found), expected, fix_);
+  const auto item = raw_->find(key);
+  throw bundle_error(document_ + "'s " + where_ + key_for_message(key) + " " + problem,
+                     item == raw_->end() ? "nothing" : for_message(*item), expected, fix_);
 }
 
 }  // namespace kvexport::detail

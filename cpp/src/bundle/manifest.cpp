@@ -25,8 +25,8 @@ constexpr std::pair<const char*, Dtype> dtypes[] = {
     {"float32", Dtype::float32}, {"float16", Dtype::float16}, {"bfloat16", Dtype::bfloat16}};
 constexpr const char* policies[] = {"l2-norm", "window", "keep-high", "random"};
 
-Failure contradicts(const std::string& problem, const std::string& got = {},
-                    const std::string& expected = {}) {
+Failure inconsistent(const std::string& problem, const std::string& got = {},
+                     const std::string& expected = {}) {
   return bundle_error(problem, got, expected, rebuild);
 }
 
@@ -36,12 +36,12 @@ std::string digest_of(std::string_view text) {
   if (key == std::string_view::npos || text.find(digest_key, key + 1) != std::string_view::npos) return {};
   const std::size_t at = key + digest_key.size();
   if (text.size() <= at + digest_digits || text[at + digest_digits] != '"') return {};
-  const std::string given(text.substr(at, digest_digits));
+  const std::string stored_digest(text.substr(at, digest_digits));
   Sha256 digest;
   digest.update(text.data(), at);
   digest.update(std::string(digest_digits, '0').data(), digest_digits);
   digest.update(text.data() + at + digest_digits, text.size() - at - digest_digits);
-  return digest.hex() == given ? given : std::string();
+  return digest.hex() == stored_digest ? stored_digest : std::string();
 }
 
 Failure other_format(const Json& raw, const std::string& where) {
@@ -70,7 +70,7 @@ Layer layer_of(const Reader& raw) {
   return layer;
 }
 
-bool plain(const std::string& name) {
+bool is_plain_file_name(const std::string& name) {
   return !name.empty() && name != "." && name != ".." && name != manifest_file &&
          name.find_first_of("/\\") == std::string::npos && printable(name);
 }
@@ -79,7 +79,7 @@ std::map<std::string, FileEntry> files_of(const Reader& manifest) {
   const Reader raw = manifest.object("files");
   std::map<std::string, FileEntry> files;
   for (const std::string& name : raw.keys()) {
-    if (!plain(name)) {
+    if (!is_plain_file_name(name)) {
       throw bundle_error("the manifest lists a file that is not one of the bundle's", for_message(Json(name)),
                          "plain names of files beside it");
     }
@@ -90,20 +90,20 @@ std::map<std::string, FileEntry> files_of(const Reader& manifest) {
     files[name] = {sha256, static_cast<std::uint64_t>(bytes)};
   }
   for (const char* name : {graph_file, data_file}) {
-    if (files.count(name) == 0) throw contradicts(std::string("the manifest does not list ") + name);
+    if (files.count(name) == 0) throw inconsistent(std::string("the manifest does not list ") + name);
   }
   return files;
 }
 
-Failure impossible(const std::string& problem, const std::string& got) {
-  return contradicts("the manifest's eviction is impossible: " + problem, got);
+Failure eviction_error(const std::string& problem, const std::string& got) {
+  return inconsistent("the manifest's eviction is impossible: " + problem, got);
 }
 
 Eviction eviction_of(const Reader& raw) {
   Eviction eviction;
-  const std::set<std::string> known{"policy", "budget", "protect_first", "protect_recent", "skip_layers"};
+  const std::set<std::string> match{"policy", "budget", "protect_first", "protect_recent", "skip_layers"};
   for (const std::string& key : raw.keys()) {
-    if (known.count(key) == 0) raw.fail(key, "is not known");
+    if (match.count(key) == 0) raw.fail(key, "is not known");
   }
   eviction.policy = raw.printable_string("policy");
   eviction.budget = raw.integer("budget");
@@ -111,34 +111,35 @@ Eviction eviction_of(const Reader& raw) {
   eviction.protect_recent = raw.integer("protect_recent");
   eviction.skip_layers = raw.integers("skip_layers");
   if (std::find(std::begin(policies), std::end(policies), eviction.policy) == std::end(policies))
-    throw impossible("there is no such policy of eviction", eviction.policy);
+    throw eviction_error("there is no such policy of eviction", eviction.policy);
   if (eviction.protect_first < 0)
-    throw impossible("--protect-first is out of range", std::to_string(eviction.protect_first));
+    throw eviction_error("--protect-first is out of range", std::to_string(eviction.protect_first));
   if (eviction.protect_recent < 0)
-    throw impossible("--protect-recent is out of range", std::to_string(eviction.protect_recent));
+    throw eviction_error("--protect-recent is out of range", std::to_string(eviction.protect_recent));
   // Subtracts numbers that were checked above, since a sum could overflow.
   if (eviction.budget <= eviction.protect_first ||
       eviction.budget - eviction.protect_first <= std::max<std::int64_t>(1, eviction.protect_recent))
-    throw impossible("--kv-budget leaves no token that may go", std::to_string(eviction.budget) + " tokens");
+    throw eviction_error("--kv-budget leaves no token that may go",
+                         std::to_string(eviction.budget) + " tokens");
   return eviction;
 }
 
 void require_fit(const Eviction& eviction, std::int64_t capacity, std::int64_t num_layers) {
   if (capacity > most_positions)
-    throw impossible("a cache that evicts cannot count as many positions", std::to_string(capacity));
+    throw eviction_error("a cache that evicts cannot count as many positions", std::to_string(capacity));
   if (eviction.budget > capacity) {
-    throw impossible("--kv-budget is larger than the capacity, so that nothing would ever go",
-                     std::to_string(eviction.budget) + " tokens");
+    throw eviction_error("--kv-budget is larger than the capacity, so that nothing would ever go",
+                         std::to_string(eviction.budget) + " tokens");
   }
   for (const std::int64_t layer : eviction.skip_layers) {
     if (layer < 0 || layer >= num_layers)
-      throw impossible("--evict-skip-layers names a layer that the model does not have",
-                       std::to_string(layer));
+      throw eviction_error("--evict-skip-layers names a layer that the model does not have",
+                           std::to_string(layer));
   }
   const std::set<std::int64_t> skipped(eviction.skip_layers.begin(), eviction.skip_layers.end());
   if (static_cast<std::int64_t>(skipped.size()) == num_layers)
-    throw impossible("--evict-skip-layers names every layer, so that nothing would ever go",
-                     std::to_string(num_layers) + " layers");
+    throw eviction_error("--evict-skip-layers names every layer, so that nothing would ever go",
+                         std::to_string(num_layers) + " layers");
 }
 
 Json tensor(const std::string& name, const std::string& dtype, Json shape) {
@@ -189,8 +190,8 @@ void require_graph(const Manifest& manifest, const Reader& reader) {
   }
   for (const auto& [key, value] : promised_graph.items()) {
     if (graph.value(key) != value) {
-      throw contradicts("the manifest's graph." + key + " contradicts its layers, model, dtype or capacity",
-                        for_message(graph.value(key)), for_message(value));
+      throw inconsistent("the manifest's graph." + key + " contradicts its layers, model, dtype or capacity",
+                         for_message(graph.value(key)), for_message(value));
     }
   }
 }
@@ -211,7 +212,7 @@ void require_countable(const Manifest& manifest) {
                          !__builtin_add_overflow(total, bytes, &total);
     fits = fits && counted && total <= most;
   }
-  if (!fits) throw contradicts("the manifest describes a larger model or cache than any machine holds");
+  if (!fits) throw inconsistent("the manifest describes a larger model or cache than any machine holds");
 }
 
 }  // namespace
@@ -219,8 +220,8 @@ void require_countable(const Manifest& manifest) {
 std::size_t size_of(Dtype dtype) { return dtype == Dtype::float32 ? 4 : 2; }
 
 const char* name_of(Dtype dtype) {
-  for (const auto& [name, known] : dtypes) {
-    if (known == dtype) return name;
+  for (const auto& [name, match] : dtypes) {
+    if (match == dtype) return name;
   }
   return "";
 }
@@ -238,7 +239,7 @@ std::int64_t Eviction::self_test_slots() const {
 Manifest parse_manifest(std::string_view text, const std::string& where) {
   const Json raw = parse_json(text, "the manifest of " + where, rebuild);
   if (!raw.is_object() || !raw.contains("format"))
-    throw contradicts("the manifest of " + where + " is not a bundle's");
+    throw inconsistent("the manifest of " + where + " is not a bundle's");
   if (!raw["format"].is_number_integer() || raw["format"] != format) throw other_format(raw, where);
   Manifest manifest;
   manifest.digest = digest_of(text);
@@ -266,16 +267,16 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
   for (const Reader& layer : reader.objects("layers")) manifest.layers.push_back(layer_of(layer));
   manifest.files = files_of(reader);
 
-  const auto known = std::find_if(std::begin(dtypes), std::end(dtypes),
+  const auto match = std::find_if(std::begin(dtypes), std::end(dtypes),
                                   [&](const auto& each) { return each.first == dtype; });
-  if (known == std::end(dtypes))
+  if (match == std::end(dtypes))
     throw bundle_error("the manifest's dtype is not one that bundles have", dtype,
                        "float32, float16, bfloat16");
-  manifest.dtype = known->second;
-  const auto described = static_cast<std::int64_t>(manifest.layers.size());
-  if (described != num_layers) {
-    throw contradicts("the manifest describes another number of layers than its num_hidden_layers",
-                      std::to_string(described), std::to_string(num_layers));
+  manifest.dtype = match->second;
+  const auto num_described = static_cast<std::int64_t>(manifest.layers.size());
+  if (num_described != num_layers) {
+    throw inconsistent("the manifest describes another number of layers than its num_hidden_layers",
+                       std::to_string(num_described), std::to_string(num_layers));
   }
   if (manifest.eviction) require_fit(*manifest.eviction, manifest.capacity, num_layers);
   require_graph(manifest, reader);

@@ -22,7 +22,8 @@ constexpr std::pair<const char*, std::uint64_t> dtypes[] = {
 
 Failure damaged(const std::string& where, const std::string& problem, const std::string& got = {},
                 const std::string& expected = {}) {
-  return {Code::usage, where + " is no sound safetensors file: " + problem, got, expected, "write it again"};
+  return {Code::usage, where + " must be a valid safetensors file: " + problem, got, expected,
+          "write it again"};
 }
 
 std::uint64_t little_endian(std::string_view bytes) {
@@ -36,26 +37,30 @@ std::uint64_t bytes_of(const TensorEntry& tensor, const std::string& where) {
   const auto known = std::find_if(std::begin(dtypes), std::end(dtypes),
                                   [&](const auto& each) { return each.first == tensor.dtype; });
   if (known == std::end(dtypes))
-    throw damaged(where, "the dtype of " + for_message(tensor.name) + " is not known",
+    throw damaged(where, "the dtype of " + for_message(tensor.name) + " is not supported",
                   for_message(tensor.dtype));
   std::uint64_t bytes = known->second;
   for (const std::int64_t size : tensor.shape) {
     if (size < 0 || __builtin_mul_overflow(bytes, static_cast<std::uint64_t>(size), &bytes))
-      throw damaged(where, "the shape of " + for_message(tensor.name) + " is impossible",
+      throw damaged(where, "the shape of " + for_message(tensor.name) + " is not valid",
                     std::to_string(size));
   }
   return bytes;
 }
 
 TensorEntry entry_of(const std::string& name, const Reader& raw, const std::string& where) {
+  for (const std::string& key : raw.keys()) {
+    if (key != "dtype" && key != "shape" && key != "data_offsets")
+      raw.fail(key, "is not known", "dtype, shape, data_offsets");
+  }
   TensorEntry tensor{name, raw.string("dtype"), raw.integers("shape"), 0, 0};
   const std::vector<std::int64_t> offsets = raw.integers("data_offsets");
   if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0])
-    raw.fail("data_offsets", "are no beginning and end");
+    raw.fail("data_offsets", "must be a start and an end");
   tensor.begin = static_cast<std::uint64_t>(offsets[0]), tensor.end = static_cast<std::uint64_t>(offsets[1]);
   const std::uint64_t bytes = bytes_of(tensor, where);
   if (bytes != tensor.bytes()) {
-    throw damaged(where, "the shape of " + for_message(name) + " is not that of its data",
+    throw damaged(where, "the shape of " + for_message(name) + " does not match the size of its data",
                   std::to_string(tensor.bytes()) + " bytes", std::to_string(bytes) + " bytes");
   }
   return tensor;
@@ -64,9 +69,9 @@ TensorEntry entry_of(const std::string& name, const Reader& raw, const std::stri
 }  // namespace
 
 const TensorEntry* TensorHeader::find(const std::string& name) const {
-  const auto found = std::find_if(tensors.begin(), tensors.end(),
+  const auto match = std::find_if(tensors.begin(), tensors.end(),
                                   [&](const TensorEntry& each) { return each.name == name; });
-  return found == tensors.end() ? nullptr : &*found;
+  return match == tensors.end() ? nullptr : &*match;
 }
 
 std::uint64_t header_bytes(std::string_view start, std::uint64_t file_size, const std::string& where) {
@@ -74,7 +79,7 @@ std::uint64_t header_bytes(std::string_view start, std::uint64_t file_size, cons
     throw damaged(where, "it is too short", std::to_string(file_size) + " bytes");
   const std::uint64_t length = little_endian(start);
   if (length > largest_header || length > file_size - prefix) {
-    throw damaged(where, "its header is longer than it can be", std::to_string(length) + " bytes",
+    throw damaged(where, "its header is too long", std::to_string(length) + " bytes",
                   "at most " + std::to_string(std::min(largest_header, file_size - prefix)) + " bytes");
   }
   return prefix + length;
@@ -83,7 +88,7 @@ std::uint64_t header_bytes(std::string_view start, std::uint64_t file_size, cons
 TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const std::string& where) {
   TensorHeader header;
   header.data = header_bytes(start, file_size, where);
-  if (start.size() < header.data) throw damaged(where, "its header is cut off");
+  if (start.size() < header.data) throw damaged(where, "its header is truncated");
   const Json raw =
       parse_json(start.substr(prefix, header.data - prefix), "the header of " + where, "write it again");
   const Reader reader(raw, "the header of " + where, "", "write it again");
@@ -101,11 +106,11 @@ TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const
   std::uint64_t end = 0;
   for (const TensorEntry& tensor : header.tensors) {
     if (tensor.begin != end)
-      throw damaged(where, "its tensors overlap or leave a hole, at " + for_message(tensor.name));
+      throw damaged(where, "its tensors overlap or leave a gap, at " + for_message(tensor.name));
     end = tensor.end;
   }
   if (end != file_size - header.data) {
-    throw damaged(where, "its data is not what its header describes",
+    throw damaged(where, "the size of its data differs from its header",
                   std::to_string(file_size - header.data) + " bytes", std::to_string(end) + " bytes");
   }
   return header;
@@ -120,9 +125,9 @@ TensorReader::TensorReader(const std::string& path) : path_(path), file_(path) {
 }
 
 void TensorReader::verify() const {
-  const auto given = header_.metadata.find("sha256");
-  if (given == header_.metadata.end() || given->second != sha256_of_file(path_, header_.data))
-    throw damaged(path_, "its data is not as it was written: its sha256 differs");
+  const auto digest = header_.metadata.find("sha256");
+  if (digest == header_.metadata.end() || digest->second != sha256_of_file(path_, header_.data))
+    throw damaged(path_, "its data was changed: its sha256 differs");
 }
 
 void TensorReader::read(const TensorEntry& tensor, void* target, std::size_t bytes,

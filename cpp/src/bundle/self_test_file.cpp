@@ -17,17 +17,17 @@ constexpr std::int64_t FORMAT = 1;
 constexpr std::size_t LARGEST = std::size_t{1} << 26;  // size limit of the file in bytes
 
 std::vector<std::int64_t> ids(const Reader& raw, const char* key, std::int64_t vocab_size) {
-  std::vector<std::int64_t> found = raw.integers(key);
+  std::vector<std::int64_t> values = raw.integers(key);
   const bool within =
-      std::all_of(found.begin(), found.end(), [&](std::int64_t id) { return id >= 0 && id < vocab_size; });
+      std::all_of(values.begin(), values.end(), [&](std::int64_t id) { return id >= 0 && id < vocab_size; });
   if (!within) raw.fail(key, "is not token ids", "0 to " + std::to_string(vocab_size - 1));
-  return found;
+  return values;
 }
 
 std::vector<double> numbers(const Reader& raw, const char* key, std::size_t count) {
-  std::vector<double> found = raw.numbers(key);
-  if (found.size() != count) raw.fail(key, "has another length", std::to_string(count) + " numbers");
-  return found;
+  std::vector<double> values = raw.numbers(key);
+  if (values.size() != count) raw.fail(key, "has another length", std::to_string(count) + " numbers");
+  return values;
 }
 
 Row row_of(const Reader& raw, std::size_t values, const Manifest& manifest) {
@@ -47,9 +47,10 @@ std::optional<std::int64_t> slots_of(const Reader& raw, const Manifest& manifest
     raw.fail("slots", "contradicts the manifest's eviction");
   if (!slots) return slots;
   const Eviction& eviction = *manifest.eviction;
-  const std::int64_t least = eviction.protect_first + std::max<std::int64_t>(1, eviction.protect_recent) + 1;
-  if (*slots < least || *slots > eviction.budget) {
-    raw.fail("slots", "is out of range", std::to_string(least) + " to " + std::to_string(eviction.budget));
+  const std::int64_t minimum =
+      eviction.protect_first + std::max<std::int64_t>(1, eviction.protect_recent) + 1;
+  if (*slots < minimum || *slots > eviction.budget) {
+    raw.fail("slots", "is out of range", std::to_string(minimum) + " to " + std::to_string(eviction.budget));
   }
   return slots;
 }

@@ -12,9 +12,8 @@ namespace kvexport::detail {
 
 namespace {
 
-void require(int done) {
-  if (done != 1)
-    throw Failure(Code::cannot_run_here, "sha256 cannot be computed: OpenSSL's libcrypto refuses it");
+void require(int status) {
+  if (status != 1) throw Failure(Code::cannot_run_here, "OpenSSL's libcrypto must provide SHA-256");
 }
 
 }  // namespace
@@ -34,12 +33,12 @@ std::string Sha256::hex() {
   unsigned int size = 0;
   require(EVP_DigestFinal_ex(context_.get(), digest, &size));
   static const char digits[] = "0123456789abcdef";
-  std::string found;
+  std::string digits_of_hash;
   for (unsigned int i = 0; i < size; ++i) {
-    found += digits[digest[i] >> 4];
-    found += digits[digest[i] & 15];
+    digits_of_hash += digits[digest[i] >> 4];
+    digits_of_hash += digits[digest[i] & 15];
   }
-  return found;
+  return digits_of_hash;
 }
 
 std::string sha256_of(std::string_view bytes) {

@@ -48,20 +48,20 @@ std::vector<Message> messages_of(const Reader& raw) {
 }
 
 // Finds the special tokens before and after the plain ids, which must be the same in every sample.
-void find_special(TextFile& file, const Reader& raw) {
-  const auto told = std::find_if(file.samples.begin(), file.samples.end(),
-                                 [](const TokenizerSample& one) { return !one.plain_ids.empty(); });
-  if (told == file.samples.end()) raw.fail("golden", "holds no text that has tokens");
-  const auto found =
-      std::search(told->ids.begin(), told->ids.end(), told->plain_ids.begin(), told->plain_ids.end());
-  if (found == told->ids.end()) raw.fail("golden", "has ids that do not hold their plain_ids");
-  file.before.assign(told->ids.begin(), found);
-  file.after.assign(found + static_cast<std::ptrdiff_t>(told->plain_ids.size()), told->ids.end());
+void find_special_tokens(TextFile& file, const Reader& raw) {
+  const auto sample = std::find_if(file.samples.begin(), file.samples.end(),
+                                   [](const TokenizerSample& one) { return !one.plain_ids.empty(); });
+  if (sample == file.samples.end()) raw.fail("golden", "holds no text that has tokens");
+  const auto start =
+      std::search(sample->ids.begin(), sample->ids.end(), sample->plain_ids.begin(), sample->plain_ids.end());
+  if (start == sample->ids.end()) raw.fail("golden", "has ids that do not hold their plain_ids");
+  file.before.assign(sample->ids.begin(), start);
+  file.after.assign(start + static_cast<std::ptrdiff_t>(sample->plain_ids.size()), sample->ids.end());
   for (const TokenizerSample& one : file.samples) {
-    Ids whole = file.before;
-    whole.insert(whole.end(), one.plain_ids.begin(), one.plain_ids.end());
-    whole.insert(whole.end(), file.after.begin(), file.after.end());
-    if (whole != one.ids) raw.fail("golden", "has special tokens that differ from text to text");
+    Ids expected = file.before;
+    expected.insert(expected.end(), one.plain_ids.begin(), one.plain_ids.end());
+    expected.insert(expected.end(), file.after.begin(), file.after.end());
+    if (expected != one.ids) raw.fail("golden", "has special tokens that differ from text to text");
   }
 }
 
@@ -77,7 +77,7 @@ TextFile parse_text(std::string_view text) {
         {one.string("text"), token_ids(one, "ids"), token_ids(one, "plain_ids"), one.string("decoded")});
   file.special_ids = token_ids(raw, "special_ids");
   std::sort(file.special_ids.begin(), file.special_ids.end());
-  find_special(file, raw);
+  find_special_tokens(file, raw);
   if (!raw.value("chat").is_null()) file.chat = chat_of(raw.object("chat"));
   for (const Reader& one : raw.objects("chat_golden")) {
     const std::vector<Message> messages = messages_of(one);

@@ -42,7 +42,7 @@ struct Copy2D {  // CUDA_MEMCPY2D
 
 Address number(const void* address) { return reinterpret_cast<std::uintptr_t>(address); }
 
-constexpr const char* elsewhere = "run on the CPU (provider \"cpu\"), or on a machine with an NVIDIA GPU";
+constexpr const char* other_device = "use provider \"cpu\", or a machine with an NVIDIA GPU";
 
 }  // namespace
 
@@ -53,7 +53,7 @@ struct CudaDriver {
     if (handle == nullptr) {
       const char* reason = dlerror();
       throw Failure(Code::cannot_run_here, "there is no NVIDIA driver on this machine",
-                    reason == nullptr ? library : reason, "", elsewhere);
+                    reason == nullptr ? library : reason, "", other_device);
     }
     try {
       find(init, "cuInit");
@@ -97,9 +97,9 @@ struct CudaDriver {
   void find(Function& function, const char* symbol) {
     function = reinterpret_cast<Function>(dlsym(handle, symbol));
     if (function == nullptr)
-      throw Failure(Code::cannot_run_here, "the NVIDIA driver is too old", std::string("it has no ") + symbol,
-                    "a driver for CUDA 11.4 or later",
-                    "update the driver, or run on the CPU (provider \"cpu\")");
+      throw Failure(Code::cannot_run_here, "the NVIDIA driver must support CUDA 11.4 or later",
+                    std::string("it has no ") + symbol, "a driver for CUDA 11.4 or later",
+                    "update the driver, or use provider \"cpu\"");
   }
 
   void* handle;
@@ -138,7 +138,7 @@ CudaDevice::CudaDevice(const char* library) : driver_(std::make_unique<CudaDrive
   if (error == success) error = driver_->device_get(&device_, 0);
   if (error != success) {
     const std::string got = error == no_device ? "0 devices" : text_of(error);
-    throw Failure(Code::cannot_run_here, "CUDA finds no GPU", got, "", elsewhere);
+    throw Failure(Code::cannot_run_here, "CUDA finds no GPU", got, "", other_device);
   }
   require(driver_->context_retain(&context_, device_), "cuDevicePrimaryCtxRetain");
   try {
@@ -194,10 +194,10 @@ void* CudaDevice::allocate(std::size_t bytes) {
   if (error == out_of_memory) {
     std::size_t free = 0, total = 0;
     driver_->memory_info(&free, &total);
-    throw Failure(Code::cannot_run_here, "there is not enough memory on " + name_,
-                  std::to_string(bytes) + " bytes more",
-                  std::to_string(free) + " bytes are free of " + std::to_string(total),
-                  "end other programs on the GPU, use caches of a smaller capacity, or fewer of them");
+    throw Failure(Code::cannot_run_here,
+                  name_ + " must have " + std::to_string(bytes) + " bytes of free memory",
+                  std::to_string(free) + " of " + std::to_string(total) + " bytes are free", "",
+                  "close other programs that use the GPU, or use fewer or smaller caches");
   }
   require(error, "cuMemAlloc");
   return reinterpret_cast<void*>(static_cast<std::uintptr_t>(address));
@@ -286,9 +286,8 @@ void CudaDevice::launch(const Graph& graph) {
 
 void CudaDevice::require(int error, const char* call) {
   if (error == success) return;
-  throw Failure(
-      Code::cannot_run_here, "CUDA failed on " + name_, text_of(error) + " (" + call + ")", "",
-      "see whether the GPU works (nvidia-smi; on a Jetson tegrastats), or " + std::string(elsewhere));
+  throw Failure(Code::cannot_run_here, "CUDA failed on " + name_, text_of(error) + " (" + call + ")", "",
+                "check the GPU with nvidia-smi (on a Jetson: tegrastats), or " + std::string(other_device));
 }
 
 std::string CudaDevice::text_of(int error) const {

@@ -36,8 +36,8 @@ std::string joined(const std::vector<std::string>& parts, const char* between) {
 }
 
 // Why the plan cannot run on this machine; "" if it can.
-std::string misfit(const BuildRecord& record, const std::string& gpu, const std::string& capability,
-                   const EngineLibrary& library) {
+std::string reason_not_to_run(const BuildRecord& record, const std::string& gpu,
+                              const std::string& capability, const EngineLibrary& library) {
   const std::vector<std::string>& built = record.compute_capability;
   const bool later =
       record.hardware_compatible && numbers(capability) >= std::vector<long>{8, 0};  // Ampere or later
@@ -48,15 +48,15 @@ std::string misfit(const BuildRecord& record, const std::string& gpu, const std:
     return "was built for " + std::to_string(record.batch) +
            " sequences at a time, and the runtime gives an engine one";
   if (record.engine != library.name)
-    return "needs " + record.engine + " " + record.version + ", and this libkvexport was built with " +
+    return "needs " + record.engine + " " + record.version + "; this libkvexport was built with " +
            library.name;
   // A later version runs only version-compatible plans, and those contain host code, which is refused below.
   if (!same_version(record.version, library.version))
     return "was built with " + record.engine + " " + record.version + ", here is " + library.version;
   if (record.version_compatible)
-    return "holds code for the host (--version-compatible), which the C++ library does not run";
+    return "contains host code (--version-compatible), which the C++ library does not run";
   if (record.refit)
-    return "was built without its weights (--refit), which takes TensorRT's parser to put in: build it whole";
+    return "was built without weights (--refit), which requires TensorRT's parser: build it without --refit";
   return "";
 }
 
@@ -69,7 +69,7 @@ BuildRecord choose_engine(const Bundle& bundle, const std::string& gpu, const st
   std::vector<std::string> reasons;
   for (const std::string& directory : engine_directories(bundle)) {
     BuildRecord record = read_record(directory);
-    const std::string reason = misfit(record, gpu, compute_capability, library);
+    const std::string reason = reason_not_to_run(record, gpu, compute_capability, library);
     if (!reason.empty()) {
       reasons.push_back(record.target + " " + reason);
       continue;

@@ -7,9 +7,9 @@
 namespace kvexport::detail {
 
 std::unique_ptr<Engine> open_tensorrt(const Bundle&, bool) {
-  throw Failure(Code::cannot_run_here, "this libkvexport was built without TensorRT", "",
+  throw Failure(Code::cannot_run_here, "libkvexport must be built with TensorRT for this provider", "",
                 "provider \"cpu\" or \"cuda\"",
-                "build it where NvInfer.h is: cmake -DKVEXPORT_TENSORRT=ON -DTENSORRT_ROOT=FOLDER");
+                "build it again: cmake -DKVEXPORT_TENSORRT=ON -DTENSORRT_ROOT=FOLDER");
 }
 
 }  // namespace kvexport::detail

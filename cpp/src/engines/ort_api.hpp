@@ -14,28 +14,29 @@ namespace kvexport::detail::ort {
 // ONNX Runtime's function table, which is valid for the whole process. Throws Failure if the library is older
 // than the headers.
 inline const OrtApi& api() {
-  const OrtApi* found = OrtGetApiBase()->GetApi(ORT_API_VERSION);
-  if (found == nullptr) {
-    throw Failure(Code::cannot_run_here, "ONNX Runtime is too old", OrtGetApiBase()->GetVersionString(),
-                  "1.28 or later", "put a newer libonnxruntime.so.1 where this one was found");
+  const OrtApi* table = OrtGetApiBase()->GetApi(ORT_API_VERSION);
+  if (table == nullptr) {
+    throw Failure(Code::cannot_run_here, "ONNX Runtime must be version 1.28 or later",
+                  OrtGetApiBase()->GetVersionString(), "1.28 or later",
+                  "replace libonnxruntime.so.1 by a newer one");
   }
-  return *found;
+  return *table;
 }
 
 // The error message of a call; "" if it succeeded.
-inline std::string refusal(const OrtApi& api, OrtStatus* status) {
+inline std::string error_message(const OrtApi& api, OrtStatus* status) {
   if (status == nullptr) return {};
   const std::unique_ptr<OrtStatus, decltype(api.ReleaseStatus)> owned(status, api.ReleaseStatus);
-  const std::string said = api.GetErrorMessage(status);
-  return said.empty() ? "no reason given" : said;
+  const std::string message = api.GetErrorMessage(status);
+  return message.empty() ? "no reason given" : message;
 }
 
 inline void require(const OrtApi& api, OrtStatus* status,
-                    const char* failed = "ONNX Runtime refused a call") {
+                    const char* failed = "a call of ONNX Runtime failed") {
   if (status == nullptr) return;
-  throw Failure(Code::cannot_run_here, failed, refusal(api, status),
+  throw Failure(Code::cannot_run_here, failed, error_message(api, status),
                 "onnxruntime 1.28 or later, and a sound bundle",
-                "check the bundle with: kvexport inspect --verify BUNDLE");
+                "check the bundle: kvexport inspect --verify BUNDLE");
 }
 
 template <typename Object>
@@ -45,9 +46,9 @@ using Owned = std::unique_ptr<Object, void(ORT_API_CALL*)(Object*)>;
 template <typename Object, typename Function, typename... Arguments>
 Owned<Object> make(const OrtApi& api, void(ORT_API_CALL* release)(Object*), Function function,
                    Arguments&&... arguments) {
-  Object* made = nullptr;
-  require(api, function(std::forward<Arguments>(arguments)..., &made));
-  return Owned<Object>(made, release);
+  Object* object = nullptr;
+  require(api, function(std::forward<Arguments>(arguments)..., &object));
+  return Owned<Object>(object, release);
 }
 
 }  // namespace kvexport::detail::ort

@@ -51,7 +51,7 @@ struct Tensor {  // -1 in `shape`: any size
   }
 };
 
-std::vector<Tensor> promised(const Manifest& manifest, bool inputs) {
+std::vector<Tensor> expected_tensors(const Manifest& manifest, bool inputs) {
   constexpr auto ids = ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
   std::vector<Tensor> all;
   if (inputs) {
@@ -69,7 +69,7 @@ std::vector<Tensor> promised(const Manifest& manifest, bool inputs) {
   return all;
 }
 
-std::vector<Tensor> found(const OrtApi& api, const OrtSession* session, bool inputs) {
+std::vector<Tensor> tensors_of(const OrtApi& api, const OrtSession* session, bool inputs) {
   OrtAllocator* allocator = nullptr;
   require(api, api.GetAllocatorWithDefaultOptions(&allocator));
   std::size_t count = 0;
@@ -101,7 +101,8 @@ std::vector<Tensor> found(const OrtApi& api, const OrtSession* session, bool inp
 void require_contract(const OrtApi& api, const OrtSession* session, const Manifest& manifest) {
   for (const bool inputs : {true, false}) {
     const std::string kind = inputs ? "input" : "output";
-    const std::vector<Tensor> got = found(api, session, inputs), expected = promised(manifest, inputs);
+    const std::vector<Tensor> got = tensors_of(api, session, inputs),
+                              expected = expected_tensors(manifest, inputs);
     if (got.size() != expected.size()) {
       throw bundle_error("the bundle's graph has another number of " + kind + "s", std::to_string(got.size()),
                          std::to_string(expected.size()));
@@ -116,7 +117,7 @@ void require_contract(const OrtApi& api, const OrtSession* session, const Manife
 }
 
 // Errors are returned as statuses; the log must not reach the application's terminal.
-void ORT_API_CALL silent(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
+void ORT_API_CALL ignore_log(void*, OrtLoggingLevel, const char*, const char*, const char*, const char*) {}
 
 struct OrtBinding final : Binding {
   OrtBinding(const OrtApi& api, OrtSession* session, Buffers& buffers)
@@ -138,12 +139,12 @@ class OrtEngine final : public Engine {
         manifest_(bundle.manifest),
         provider_(provider),
         version_(std::string("onnxruntime ") + OrtGetApiBase()->GetVersionString()) {
-    env_ = make(api_, api_.ReleaseEnv, api_.CreateEnvWithCustomLogger, silent, nullptr,
+    env_ = make(api_, api_.ReleaseEnv, api_.CreateEnvWithCustomLogger, ignore_log, nullptr,
                 ORT_LOGGING_LEVEL_FATAL, "kvexport");
     auto options = make(api_, api_.ReleaseSessionOptions, api_.CreateSessionOptions);
     require(api_, api_.SetIntraOpNumThreads(options.get(), threads));
     require(api_, api_.SetInterOpNumThreads(options.get(), 1));
-    require(api_, api_.SetUserLoggingFunction(options.get(), silent, nullptr));
+    require(api_, api_.SetUserLoggingFunction(options.get(), ignore_log, nullptr));
     host_memory_ =
         make(api_, api_.ReleaseMemoryInfo, api_.CreateCpuMemoryInfo, OrtDeviceAllocator, OrtMemTypeDefault);
     shrinking_ = make(api_, api_.ReleaseRunOptions, api_.CreateRunOptions);
@@ -167,7 +168,7 @@ class OrtEngine final : public Engine {
   std::int64_t growth_step() const override { return on_device() ? 0 : STEP; }
   DeviceMemory device_memory() const override {
     DeviceMemory memory = storage_->device_memory();
-    memory.weights = loaded_;
+    memory.weights = weights_bytes_;
     return memory;
   }
 
@@ -191,7 +192,7 @@ class OrtEngine final : public Engine {
     }
     const OrtRunOptions* options = call.shrink && !on_device() ? shrinking_.get() : nullptr;
     require(api_, api_.RunWithBinding(session_.get(), options, binding.io.get()),
-            "ONNX Runtime could not run the graph");
+            "ONNX Runtime failed to run the graph");
     if (on_device()) require(api_, api_.SynchronizeBoundOutputs(binding.io.get()));
     return binding.logits.data();
   }
@@ -211,10 +212,9 @@ class OrtEngine final : public Engine {
     }
     require(api_, api_.ReleaseAvailableProviders(names, count));
     if (!has_cuda) {
-      throw Failure(
-          Code::cannot_run_here, "this ONNX Runtime was built without CUDA", version_ + " with " + available,
-          "",
-          "put a libonnxruntime.so.1 that was built with CUDA in its place, or open with provider \"cpu\"");
+      throw Failure(Code::cannot_run_here, "this ONNX Runtime was built without CUDA",
+                    version_ + " with " + available, "",
+                    "replace libonnxruntime.so.1 by one that was built with CUDA, or use provider \"cpu\"");
     }
     storage_ = open_cuda_storage();
     auto cuda = make(api_, api_.ReleaseCUDAProviderOptions, api_.CreateCUDAProviderOptions);
@@ -236,15 +236,14 @@ class OrtEngine final : public Engine {
     OrtSession* session = nullptr;
     OrtStatus* status = api_.CreateSession(env_.get(), path.c_str(), options, &session);
     if (status != nullptr) {
-      const std::string said = ort::refusal(api_, status);
-      throw Failure(
-          Code::cannot_run_here, version_ + " cannot load the graph of the bundle " + bundle.path,
-          said.substr(0, said.find('\n')), "onnxruntime 1.28 or later, and a sound bundle",
-          "use a newer ONNX Runtime; check the bundle with: kvexport inspect --verify " + bundle.path);
+      const std::string message = ort::error_message(api_, status);
+      throw Failure(Code::cannot_run_here, version_ + " cannot load the graph of the bundle " + bundle.path,
+                    message.substr(0, message.find('\n')), "onnxruntime 1.28 or later, and a sound bundle",
+                    "use a newer ONNX Runtime; check the bundle: kvexport inspect --verify " + bundle.path);
     }
     session_ = Owned<OrtSession>(session, api_.ReleaseSession);
     const std::size_t left = storage_->device_memory().free;
-    loaded_ = free > left ? free - left : 0;
+    weights_bytes_ = free > left ? free - left : 0;
     require_contract(api_, session, manifest_);
   }
 
@@ -304,7 +303,7 @@ class OrtEngine final : public Engine {
   Owned<OrtRunOptions> shrinking_{nullptr, nullptr};
   std::unique_ptr<Storage> storage_;
   Owned<OrtSession> session_{nullptr, nullptr};
-  std::size_t loaded_ = 0;
+  std::size_t weights_bytes_ = 0;
 };
 
 }  // namespace

@@ -78,13 +78,13 @@ struct Updates {
 class Calls {
  public:
   // `addresses`: memory of the other tensors, by name.
-  Calls(const LoadedEngine& loaded, CudaDevice& device, Context context, const CudaArray* told,
+  Calls(const LoadedEngine& loaded, CudaDevice& device, Context context, const CudaArray* host_output,
         std::int64_t vocab, std::int64_t max_tokens_per_call, bool captures,
         const std::map<std::string, void*>& addresses)
       : loaded_(loaded),
         device_(device),
         context_(std::move(context)),
-        told_(told),
+        host_output_(host_output),
         vocab_(static_cast<std::size_t>(vocab)),
         room_(aligned(static_cast<std::size_t>(max_tokens_per_call) * sizeof(std::int64_t))),
         captures_(captures),
@@ -107,7 +107,7 @@ class Calls {
     } else {
       device_.launch(*graph_);
     }
-    if (told_ != nullptr) device_.synchronize();
+    if (host_output_ != nullptr) device_.synchronize();
     after();
     device_.synchronize();
     if (captures_ && graph_ == nullptr && can_be_captured(*context_.context, device_.stream(), 0)) {
@@ -129,7 +129,8 @@ class Calls {
       throw loaded_.failure("TensorRT failed to run the engine");
     device_.download(logits_->host<char>(), logits_->address(),
                      static_cast<std::size_t>(logits_count_) * vocab_ * sizeof(float));
-    if (told_ != nullptr) device_.download(told_->host<char>(), told_->address(), told_->bytes());
+    if (host_output_ != nullptr)
+      device_.download(host_output_->host<char>(), host_output_->address(), host_output_->bytes());
   }
 
   void resize(std::int64_t tokens, std::int64_t logits) {
@@ -159,7 +160,7 @@ class Calls {
   const LoadedEngine& loaded_;
   CudaDevice& device_;
   Context context_;
-  const CudaArray* told_;  // slots that the host reads after the call; null if there are none
+  const CudaArray* host_output_;  // slots that the host reads after the call; null if there are none
   std::size_t vocab_, room_;
   bool captures_;
   CudaArray inputs_;  // all token inputs, `room_` bytes each
@@ -221,7 +222,7 @@ class TensorRtEngine final : public Engine {
   }
 
   std::unique_ptr<Binding> bind(Buffers& buffers) override {
-    assert(buffers.capacity == record_.capacity && buffers.laid_out == record_.capacity);
+    assert(buffers.capacity == record_.capacity && buffers.layout_tokens == record_.capacity);
     const CudaDevice::ContextLock lock(*device_);
     std::map<std::string, void*> addresses;
     for (const Buffer& buffer : buffers.all) {
@@ -250,7 +251,7 @@ class TensorRtEngine final : public Engine {
     if (call.tokens < 1 || call.tokens > record_.chunk || start < 0 ||
         stop > record_.capacity)  // TensorRT does not check this
       throw Failure(
-          Code::usage, "the engine's capacity is exhausted", std::to_string(stop) + " tokens",
+          Code::usage, "the tokens must fit the engine's capacity", std::to_string(stop) + " tokens",
           "at most " + std::to_string(record_.capacity) + ", " + std::to_string(record_.chunk) + " at a time",
           "shorten the text, or build the engine again: kvexport engine BUNDLE --capacity TOKENS --force");
     const CudaDevice::ContextLock lock(*device_);
@@ -277,25 +278,25 @@ class TensorRtEngine final : public Engine {
 
   // Creates an execution context for one profile, on the shared scratch memory.
   Context context(int profile) {
-    Context made;
+    Context result;
     const auto strategy = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 #ifdef TRT_MAJOR_RTX
     // TensorRT-RTX compiles kernels for a shape when it first occurs. The decode step waits for them, because
     // a captured graph would keep the slower fallback kernels. Prompts, which have many lengths, do not wait.
-    made.config.reset(loaded_.engine->createRuntimeConfig());
-    made.config->setExecutionContextAllocationStrategy(strategy);
+    result.config.reset(loaded_.engine->createRuntimeConfig());
+    result.config->setExecutionContextAllocationStrategy(strategy);
     if (profile == DECODE)
-      made.config->setDynamicShapesKernelSpecializationStrategy(
+      result.config->setDynamicShapesKernelSpecializationStrategy(
           nvinfer1::DynamicShapesKernelSpecializationStrategy::kEAGER);
-    made.context.reset(loaded_.engine->createExecutionContext(made.config.get()));
+    result.context.reset(loaded_.engine->createExecutionContext(result.config.get()));
 #else
-    made.context.reset(loaded_.engine->createExecutionContext(strategy));
+    result.context.reset(loaded_.engine->createExecutionContext(strategy));
 #endif
-    if (made.context == nullptr || !made.context->setOptimizationProfileAsync(profile, device_->stream()))
+    if (result.context == nullptr || !result.context->setOptimizationProfileAsync(profile, device_->stream()))
       throw loaded_.failure("TensorRT cannot make an execution context");
     device_->synchronize();
-    made.context->setDeviceMemoryV2(scratch_->address(), static_cast<std::int64_t>(scratch_->bytes()));
-    return made;
+    result.context->setDeviceMemoryV2(scratch_->address(), static_cast<std::int64_t>(scratch_->bytes()));
+    return result;
   }
 
   // Queues copies of `count` new tokens from the graph's outputs into the cache. In a layer that evicts they
@@ -303,7 +304,7 @@ class TensorRtEngine final : public Engine {
   // to the slots from `start` on.
   void write_updates(const Buffers& buffers, std::int64_t start, std::int64_t count) {
     for (const Buffer& buffer : buffers.all) {
-      const char* given = at(updates_.memory->address(), updates_.offsets.at(buffer.past));
+      const char* source = at(updates_.memory->address(), updates_.offsets.at(buffer.past));
       const std::int64_t* slots = nullptr;
       if (buffer.evicts)
         slots = reinterpret_cast<std::int64_t*>(
@@ -315,11 +316,11 @@ class TensorRtEngine final : public Engine {
         const std::int64_t target = slots == nullptr ? start : slots[first];
         for (next = first + 1; next < buffer.heads && (slots == nullptr || slots[next] == target);) ++next;
         if (target < 0 || target + count > buffer.slots)
-          throw loaded_.failure("the engine names a slot that there is not: " + std::to_string(target) +
+          throw loaded_.failure("the engine returned a slot that does not exist: " + std::to_string(target) +
                                 " of " + buffer.past);
         char* to = at(buffer.address,
                       static_cast<std::size_t>(first) * pitch + static_cast<std::size_t>(target) * slot);
-        device_->copy_rows(to, pitch, given + static_cast<std::size_t>(first) * run, run, run,
+        device_->copy_rows(to, pitch, source + static_cast<std::size_t>(first) * run, run, run,
                            static_cast<std::size_t>(next - first));
       }
     }

@@ -65,10 +65,10 @@ class MappedFile {
 // long as the last of them.
 std::shared_ptr<TensorRtLog> shared_log() {
   static std::mutex mutex;
-  static std::weak_ptr<TensorRtLog> kept;
+  static std::weak_ptr<TensorRtLog> weak_log;
   const std::lock_guard<std::mutex> lock(mutex);
-  std::shared_ptr<TensorRtLog> log = kept.lock();
-  if (log == nullptr) kept = log = std::make_shared<TensorRtLog>();
+  std::shared_ptr<TensorRtLog> log = weak_log.lock();
+  if (log == nullptr) weak_log = log = std::make_shared<TensorRtLog>();
   return log;
 }
 
@@ -154,7 +154,7 @@ LoadedEngine load_engine(const BuildRecord& record) {
   LoadedEngine loaded;
   loaded.log = shared_log();
   loaded.runtime.reset(nvinfer1::createInferRuntime(*loaded.log));
-  if (loaded.runtime == nullptr) throw loaded.failure("TensorRT does not start");
+  if (loaded.runtime == nullptr) throw loaded.failure("TensorRT failed to start");
   const MappedFile plan(record.plan);
   loaded.engine.reset(loaded.runtime->deserializeCudaEngine(plan.data(), plan.size()));
   if (loaded.engine == nullptr) {
@@ -167,22 +167,22 @@ LoadedEngine load_engine(const BuildRecord& record) {
 void require_contract(const LoadedEngine& loaded, const BuildRecord& record, const Manifest& manifest) {
   const nvinfer1::ICudaEngine& engine = *loaded.engine;
   const std::map<std::string, Tensor> caches = caches_of(manifest, record);
-  std::set<std::string> promised(std::begin(TOKEN_INPUTS), std::end(TOKEN_INPUTS));
-  promised.insert("logits");
-  for (const auto& [name, tensor] : caches) promised.insert({name, tensor.output});
+  std::set<std::string> expected_names(std::begin(TOKEN_INPUTS), std::end(TOKEN_INPUTS));
+  expected_names.insert("logits");
+  for (const auto& [name, tensor] : caches) expected_names.insert({name, tensor.output});
   if (!writes_in_place(record)) {
     for (std::size_t layer = 0; layer < manifest.layers.size(); ++layer)
       if (manifest.evicts(static_cast<std::int64_t>(layer)))
-        promised.insert(slots_of(static_cast<int>(layer)));
+        expected_names.insert(slots_of(static_cast<int>(layer)));
   }
   std::set<std::string> names;
   for (int index = 0; index < engine.getNbIOTensors(); ++index) names.insert(engine.getIOTensorName(index));
-  if (names != promised) {
+  if (names != expected_names) {
     std::vector<std::string> other;
-    std::set_symmetric_difference(names.begin(), names.end(), promised.begin(), promised.end(),
+    std::set_symmetric_difference(names.begin(), names.end(), expected_names.begin(), expected_names.end(),
                                   std::back_inserter(other));
     refuse(record, "takes or gives other tensors", other.front(),
-           "those of its lowering, " + record.lowering);
+           "the tensors of its lowering, " + record.lowering);
   }
   for (const std::string& name : names) {
     const char* raw = name.c_str();
@@ -191,7 +191,8 @@ void require_contract(const LoadedEngine& loaded, const BuildRecord& record, con
     const bool input = engine.getTensorIOMode(raw) == nvinfer1::TensorIOMode::kINPUT;
     const bool token =
         std::find(std::begin(TOKEN_INPUTS), std::end(TOKEN_INPUTS), name) != std::end(TOKEN_INPUTS);
-    if (input != (token || caches.count(name) != 0)) refuse(record, "has an input for an output", name, "");
+    if (input != (token || caches.count(name) != 0))
+      refuse(record, "has an input where an output is expected", name, "");
   }
   for (const auto& [name, tensor] : caches) {
     if (for_message(engine, name) != tensor.text())
@@ -200,8 +201,8 @@ void require_contract(const LoadedEngine& loaded, const BuildRecord& record, con
     const std::optional<std::string> input = aliased_input(engine, tensor.output.c_str(), 0);
     if (input && *input != name)
       refuse(record, "does not write the cache in place",
-             input->empty() ? tensor.output + " is memory of its own" : *input,
-             tensor.output + " is " + name);
+             input->empty() ? tensor.output + " has its own memory" : *input,
+             tensor.output + " shares the memory of " + name);
   }
   const auto require_type = [&](const std::string& name, const char* type) {
     const std::string got = type_of(engine.getTensorDataType(name.c_str()));

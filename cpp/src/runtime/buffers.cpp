@@ -20,7 +20,7 @@ std::size_t product(std::initializer_list<std::int64_t> factors) {
     if (factor != 0 &&
         whole > std::numeric_limits<std::size_t>::max() / 4 / static_cast<std::size_t>(factor)) {
       throw Failure(Code::cannot_run_here, "there is not enough memory for the KV cache",
-                    "more bytes than can be counted", "", "make caches of a smaller capacity");
+                    "a size that overflows", "", "use a smaller cache capacity");
     }
     whole *= static_cast<std::size_t>(factor);
   }
@@ -83,7 +83,7 @@ std::size_t Buffers::bytes_for(const Manifest& manifest, std::int64_t capacity) 
 
 void Buffers::reserve(std::int64_t tokens) {
   assert(tokens <= capacity);
-  if (tokens <= laid_out) return;
+  if (tokens <= layout_tokens) return;
   const std::int64_t room = tokens > capacity - step_ ? capacity : (tokens + step_ - 1) / step_ * step_;
   for (Buffer& buffer : all) {
     const std::int64_t slots = std::min(room, buffer.most), before = buffer.slots;
@@ -98,20 +98,20 @@ void Buffers::reserve(std::int64_t tokens) {
       }
     }
     buffer.slots = slots;
-    blank(buffer, before, slots - before);
+    fill_empty(buffer, before, slots - before);
   }
-  laid_out = all_evict_ && room >= budget_ ? capacity : room;
+  layout_tokens = all_evict_ && room >= budget_ ? capacity : room;
   ++generation;
 }
 
 void Buffers::clear(float fill) {
   fill_ = fill;
-  laid_out = 0;
+  layout_tokens = 0;
   for (Buffer& buffer : all) buffer.slots = 0;
   reserve(1);
 }
 
-void Buffers::blank(const Buffer& buffer, std::int64_t first, std::int64_t slots) {
+void Buffers::fill_empty(const Buffer& buffer, std::int64_t first, std::int64_t slots) {
   const std::size_t slot = buffer.slot_bytes(), bytes_of_head = static_cast<std::size_t>(slots) * slot;
   std::vector<char> pattern;
   if (fill_ != 0.0F && buffer.which != Which::state) {

@@ -60,15 +60,15 @@ class Buffers {
   // Results must not depend on `fill`.
   void clear(float fill = 0.0F);
 
-  std::vector<Buffer> all;    // in the order of buffers_of
-  std::int64_t capacity;      // largest number of tokens of the sequence
-  std::int64_t laid_out = 0;  // tokens that the present layout has room for
+  std::vector<Buffer> all;         // in the order of buffers_of
+  std::int64_t capacity;           // largest number of tokens of the sequence
+  std::int64_t layout_tokens = 0;  // tokens that the present layout has room for
   std::int64_t generation = 0;
   std::size_t bytes = 0;  // size of the allocation
   Storage& storage;
 
  private:
-  void blank(const Buffer& buffer, std::int64_t first, std::int64_t slots);
+  void fill_empty(const Buffer& buffer, std::int64_t first, std::int64_t slots);
 
   std::int64_t step_;
   bool all_evict_;

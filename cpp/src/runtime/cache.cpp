@@ -10,15 +10,15 @@ namespace kvexport::detail {
 
 namespace {
 
-std::int64_t chunk_of(const Session& session, std::int64_t wanted) {
+std::int64_t chunk_of(const Session& session, std::int64_t requested) {
   const auto& eviction = session.manifest().eviction;
   const std::int64_t chunk =
-      std::min(wanted == 0 ? session.chunk : wanted, session.engine->max_tokens_per_call());
+      std::min(requested == 0 ? session.chunk : requested, session.engine->max_tokens_per_call());
   return eviction ? std::min(chunk, eviction->chunk()) : chunk;
 }
 
-std::int64_t step_of(const Engine& engine, std::int64_t wanted) {
-  return wanted == 0 || engine.growth_step() == 0 ? engine.growth_step() : wanted;
+std::int64_t growth_step_of(const Engine& engine, std::int64_t requested) {
+  return requested == 0 || engine.growth_step() == 0 ? engine.growth_step() : requested;
 }
 
 }  // namespace
@@ -31,7 +31,7 @@ Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std:
       chunk_(most_chunk_),
       buffers_(session_->manifest(),
                session_->engine->has_fixed_capacity() ? session_->engine->capacity() : capacity_,
-               session_->engine->storage(), step_of(*session_->engine, step)),
+               session_->engine->storage(), growth_step_of(*session_->engine, step)),
       positions_(static_cast<std::size_t>(chunk_)),
       indices_(static_cast<std::size_t>(chunk_)),
       binding_(session_->engine->bind(buffers_)) {
@@ -39,11 +39,11 @@ Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std:
 }
 
 void Cache::require_prefill(const std::int64_t* ids, std::size_t count) const {
-  require_whole();
+  require_intact();
   if (count == 0 && empty())
-    throw Failure(Code::usage, "a prompt is empty", "", "", "give at least one token");
-  require_room(with(count), length_ == 0 ? "the prompt is longer than the cache's capacity"
-                                         : "the prompt does not fit behind what the cache holds");
+    throw Failure(Code::usage, "a prompt must not be empty", "", "", "give at least one token");
+  require_room(length_with(count), length_ == 0 ? "the prompt must fit the capacity"
+                                                : "the prompt must fit behind the tokens in the cache");
   session_->require_ids(ids, count);
 }
 
@@ -70,34 +70,33 @@ const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
 }
 
 const float* Cache::step(std::int64_t token) {
-  require_whole();
+  require_intact();
   session_->require_ids(&token, 1);
-  require_room(with(1), "the cache's capacity is exhausted");
+  require_room(length_with(1), "the token must fit the capacity");
   if (pending_) feed_pending();
   return run(&token, 1, 1, false);
 }
 
 const float* Cache::feed_pending() {
-  require_whole();
-  require_room(with(0), "the cache's capacity is exhausted");
+  require_intact();
+  require_room(length_with(0), "the token must fit the capacity");
   const float* logits = run(&*pending_, 1, 1, false);
   pending_.reset();
   return logits;
 }
 
 std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count, std::size_t from) {
-  require_whole();
-  require_room(with(count), "the tokens exceed the cache's capacity");
+  require_intact();
+  require_room(length_with(count), "the tokens must fit the capacity");
   session_->require_ids(ids, count);
   const auto whole = static_cast<std::int64_t>(count), vocab = session_->manifest().vocab_size;
   std::vector<float> scored;
   scored.reserve((count - std::min(count, from)) * static_cast<std::size_t>(vocab));
   for (std::int64_t start = 0; start < whole; start += chunk_) {
     const std::int64_t here = std::min(chunk_, whole - start);
-    const std::int64_t wanted =
-        std::min(here, start + here - static_cast<std::int64_t>(std::min(count, from)));
-    const float* logits = run(ids + start, here, std::max<std::int64_t>(1, wanted), start + here == whole);
-    if (wanted > 0) scored.insert(scored.end(), logits, logits + wanted * vocab);
+    const std::int64_t rows = std::min(here, start + here - static_cast<std::int64_t>(std::min(count, from)));
+    const float* logits = run(ids + start, here, std::max<std::int64_t>(1, rows), start + here == whole);
+    if (rows > 0) scored.insert(scored.end(), logits, logits + rows * vocab);
   }
   return scored;
 }
@@ -127,10 +126,10 @@ std::vector<std::int64_t> Cache::last() const {
 }
 
 const Buffer* Cache::buffer(int layer, Which which) const {
-  const auto found = std::find_if(buffers_.all.begin(), buffers_.all.end(), [&](const Buffer& each) {
+  const auto match = std::find_if(buffers_.all.begin(), buffers_.all.end(), [&](const Buffer& each) {
     return each.layer == layer && each.which == which;
   });
-  return found == buffers_.all.end() ? nullptr : &*found;
+  return match == buffers_.all.end() ? nullptr : &*match;
 }
 
 std::vector<float> Cache::read(const Buffer& buffer) const {
@@ -149,24 +148,23 @@ void Cache::write_state(const Buffer& state, const std::vector<float>& values) {
   buffers_.storage.synchronize();
 }
 
-void Cache::require_whole() const {
+void Cache::require_intact() const {
   if (!broken_) return;
-  throw Failure(Code::usage,
-                "a call on this cache was broken off in its midst, so that what it holds is not known", "",
-                "", "begin anew: clear the cache");
+  throw Failure(Code::usage, "a previous call failed midway; the cache contents are undefined", "", "",
+                "clear the cache or load a saved one");
 }
 
 void Cache::require_not_leased() const {
   if (!leased_) return;
-  throw Failure(Code::usage, "the cache is in the midst of generating",
-                "a call from the callback of its tokens", "",
-                "end the generation first: return false from on_token");
+  throw Failure(Code::usage, "the cache must not be used by another call while it generates",
+                "a call from on_token", "", "end the generation first: return false from on_token");
 }
 
 // Length of the sequence with `more` further tokens, saturated.
-std::uint64_t Cache::with(std::size_t more) const {
-  const std::uint64_t held = static_cast<std::uint64_t>(length_) + (pending_ ? 1 : 0), whole = held + more;
-  return whole < held ? std::numeric_limits<std::uint64_t>::max() : whole;
+std::uint64_t Cache::length_with(std::size_t more) const {
+  const std::uint64_t current = static_cast<std::uint64_t>(length_) + (pending_ ? 1 : 0),
+                      whole = current + more;
+  return whole < current ? std::numeric_limits<std::uint64_t>::max() : whole;
 }
 
 void Cache::require_room(std::uint64_t tokens, const char* what) const {
@@ -198,18 +196,18 @@ const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_
   std::iota(positions_.begin(), positions_.begin() + count, length_);
   std::iota(indices_.begin(), indices_.begin() + logits, count - logits);
   Call call{ids, positions_.data(), count, admit(count, again), indices_.data(), logits, shrink};
-  const float* made = session_->engine->run(*binding_, call);
+  const float* result = session_->engine->run(*binding_, call);
   broken_ = false;
   length_ += count;
   last_ = ids[count - 1];
-  return made;
+  return result;
 }
 
 // Assigns slots to `count` tokens and returns their write index. With eviction, several tokens at once first
 // make room for themselves.
 std::int64_t Cache::admit(std::int64_t count, bool again) {
   if (!evictor_) return length_;
-  const std::int64_t there = std::min(slots(), buffers_.laid_out), usable = there - blocked_;
+  const std::int64_t there = std::min(slots(), buffers_.layout_tokens), usable = there - blocked_;
   if (count > 1 && occupancy_.filled > usable - count) {
     evictor_->shrink(occupancy_.filled, usable - count, occupancy_.seen);
     occupancy_.filled = usable - count;

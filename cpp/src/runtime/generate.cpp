@@ -8,28 +8,28 @@ namespace kvexport::detail {
 
 StopTexts::StopTexts(const std::vector<std::string>& texts) : texts_(texts) {
   if (std::find(texts.begin(), texts.end(), std::string()) != texts.end()) {
-    throw Failure(Code::usage, "a text to stop at is empty", "", "", "leave it out");
+    throw Failure(Code::usage, "a stop text must not be empty", "", "", "leave it out");
   }
   for (const std::string& each : texts) {
     if (each.find('\0') == std::string::npos) continue;
-    throw Failure(Code::usage, "a text to stop at has a NUL character in it", "", "", "leave it out");
+    throw Failure(Code::usage, "a stop text must not contain a NUL character", "", "", "remove it");
   }
 }
 
 std::string StopTexts::add(const std::string& piece) {
   if (found_) return {};
   std::string text = waiting_ + piece;
-  std::size_t certain = std::string::npos;
-  for (const std::string& each : texts_) certain = std::min(certain, text.find(each));
-  found_ = certain != std::string::npos;
-  if (!found_) certain = text.size() - begun(text);
-  waiting_ = text.substr(certain);
-  text.resize(certain);
+  std::size_t output_end = std::string::npos;
+  for (const std::string& each : texts_) output_end = std::min(output_end, text.find(each));
+  found_ = output_end != std::string::npos;
+  if (!found_) output_end = text.size() - possible_start(text);
+  waiting_ = text.substr(output_end);
+  text.resize(output_end);
   return text;
 }
 
 // Number of bytes at the end of the text that could be the start of a stop text.
-std::size_t StopTexts::begun(const std::string& text) const {
+std::size_t StopTexts::possible_start(const std::string& text) const {
   std::size_t longest = 0;
   for (const std::string& each : texts_) {
     for (std::size_t bytes = std::min(text.size(), each.size() - 1); bytes > longest; --bytes) {
@@ -46,7 +46,7 @@ class TextOutput {
  public:
   TextOutput(const Cache& cache, const std::int64_t* ids, std::size_t count,
              const std::vector<std::string>& stop_texts)
-      : until_(stop_texts) {
+      : stop_texts_(stop_texts) {
     const Text* text = stop_texts.empty() ? cache.session().text.get() : &cache.session().require_text();
     if (text == nullptr) return;
     std::vector<std::int64_t> before = cache.last();
@@ -54,17 +54,19 @@ class TextOutput {
     stream_.emplace(*text, before);
   }
 
-  std::string add(std::int64_t token) { return stream_ ? until_.add(stream_->add(token)) : std::string(); }
+  std::string add(std::int64_t token) {
+    return stream_ ? stop_texts_.add(stream_->add(token)) : std::string();
+  }
   std::string end() {
     if (!stream_) return {};
-    std::string said = until_.add(stream_->end());
-    return said + until_.end();
+    std::string text = stop_texts_.add(stream_->end());
+    return text + stop_texts_.end();
   }
-  bool stopped() const { return until_.found(); }
+  bool stopped() const { return stop_texts_.found(); }
 
  private:
   std::optional<TextStream> stream_;
-  StopTexts until_;
+  StopTexts stop_texts_;
 };
 
 }  // namespace
@@ -72,34 +74,33 @@ class TextOutput {
 Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const GenerateOptions& options,
                 const OnToken& on_token) {
   if (options.max_new_tokens < 1) {
-    throw Failure(Code::usage, "max_new_tokens is out of range", std::to_string(options.max_new_tokens),
-                  "1 or more");
+    throw Failure(Code::usage, "max_new_tokens must be at least 1", std::to_string(options.max_new_tokens));
   }
   const Manifest& manifest = cache.session().manifest();
   const std::vector<std::int64_t>& stops =
       options.stop_tokens ? *options.stop_tokens : manifest.eos_token_ids;
   Sampler sampler(options.sampling);
   cache.require_prefill(ids, count);
-  TextOutput said(cache, ids, count, options.stop_texts);
+  TextOutput output(cache, ids, count, options.stop_texts);
   const Cache::Lease lease(cache);
-  const auto tell = [&](std::int64_t token, const std::string& text) {
+  const auto emit = [&](std::int64_t token, const std::string& text) {
     return !on_token || on_token(token, text);
   };
-  const auto ended = [&](Finish finish) {
-    const std::string rest = said.end();
-    if (!rest.empty()) tell(-1, rest);
+  const auto finish_with = [&](Finish finish) {
+    const std::string rest = output.end();
+    if (!rest.empty()) emit(-1, rest);
     return finish;
   };
 
   const float* logits = cache.prefill(ids, count);
-  for (std::int64_t made = 1;; ++made) {
+  for (std::int64_t generated = 1;; ++generated) {
     const std::int64_t token = sampler.choose(logits, manifest.vocab_size);
-    if (std::find(stops.begin(), stops.end(), token) != stops.end()) return ended(Finish::stop);
+    if (std::find(stops.begin(), stops.end(), token) != stops.end()) return finish_with(Finish::stop);
     cache.choose(token);
-    if (!tell(token, said.add(token))) return Finish::callback;
-    if (said.stopped()) return Finish::stop;
-    if (made == options.max_new_tokens) return ended(Finish::length);
-    if (cache.length() == cache.capacity()) return ended(Finish::capacity);
+    if (!emit(token, output.add(token))) return Finish::callback;
+    if (output.stopped()) return Finish::stop;
+    if (generated == options.max_new_tokens) return finish_with(Finish::length);
+    if (cache.length() == cache.capacity()) return finish_with(Finish::capacity);
     logits = cache.feed_pending();
   }
 }

@@ -45,7 +45,7 @@ class StopTexts {
   bool found() const { return found_; }
 
  private:
-  std::size_t begun(const std::string& text) const;
+  std::size_t possible_start(const std::string& text) const;
 
   const std::vector<std::string>& texts_;
   std::string waiting_;

@@ -17,7 +17,7 @@ void* HostStorage::allocate(std::size_t bytes) {
   void* address = whole < bytes ? nullptr : std::aligned_alloc(ALIGNMENT, whole == 0 ? ALIGNMENT : whole);
   if (address == nullptr) {
     throw Failure(Code::cannot_run_here, "there is not enough memory for the KV cache",
-                  std::to_string(bytes) + " bytes", "", "make caches of a smaller capacity");
+                  std::to_string(bytes) + " bytes", "", "use a smaller cache capacity");
   }
   std::memset(address, 0, whole);
   return address;

@@ -16,11 +16,11 @@ namespace {
 constexpr std::size_t FIRST = 1024;
 
 template <typename Number>
-void require(bool passed, const char* name, Number got, const char* expected) {
-  if (passed) return;
+void require(bool valid, const char* name, Number got, const char* expected) {
+  if (valid) return;
   std::ostringstream text;
   text << got;
-  throw Failure(Code::usage, std::string(name) + " is out of range", text.str(), expected);
+  throw Failure(Code::usage, std::string(name) + " must be " + expected, text.str());
 }
 
 }  // namespace
@@ -29,7 +29,7 @@ Sampler::Sampler(const Sampling& sampling) : sampling_(sampling) {
   require(sampling.temperature >= 0 && std::isfinite(sampling.temperature), "temperature",
           sampling.temperature, "0 or more");
   require(sampling.top_k >= 0, "top_k", sampling.top_k, "1 or more, or 0 for all");
-  require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p", sampling.top_p, "above 0, at most 1");
+  require(sampling.top_p > 0 && sampling.top_p <= 1, "top_p", sampling.top_p, "above 0 and at most 1");
   if (sampling.temperature == 0) return;
   if (sampling.seed) {
     random_.seed(*sampling.seed);
@@ -47,16 +47,16 @@ std::int64_t Sampler::choose(const float* logits, std::int64_t vocab_size) {
     if (logits[token] > logits[likeliest]) likeliest = token;
   }
   if (!finite || !std::isfinite(logits[likeliest])) {
-    throw Failure(Code::usage, "the model's logits are not finite",
+    throw Failure(Code::usage, "the model's logits must be finite",
                   finite ? std::to_string(logits[likeliest]) : "nan", "",
-                  "where the bundle's dtype is float16, build it with --dtype float32: a value of this model "
+                  "if the bundle's dtype is float16, build it with --dtype float32: a value of this model "
                   "overflows");
   }
   if (sampling_.temperature == 0) return likeliest;
-  return draw(logits, static_cast<std::size_t>(vocab_size), logits[likeliest]);
+  return sample(logits, static_cast<std::size_t>(vocab_size), logits[likeliest]);
 }
 
-std::int64_t Sampler::draw(const float* logits, std::size_t vocab_size, double largest) {
+std::int64_t Sampler::sample(const float* logits, std::size_t vocab_size, double largest) {
   weights_.resize(vocab_size);
   tokens_.resize(vocab_size);
   std::transform(logits, logits + vocab_size, weights_.begin(),
@@ -72,24 +72,24 @@ std::int64_t Sampler::draw(const float* logits, std::size_t vocab_size, double l
   if (sampling_.top_k > 0) count = std::min(count, static_cast<std::size_t>(sampling_.top_k));
   const auto end = [&] { return tokens_.begin() + static_cast<std::ptrdiff_t>(count); };
   if (count < vocab_size) std::nth_element(tokens_.begin(), end(), tokens_.end(), likelier);
-  double whole = 0;
-  for (std::size_t at = 0; at < count; ++at) whole += weight(at);
+  double total = 0;
+  for (std::size_t at = 0; at < count; ++at) total += weight(at);
   if (sampling_.top_p < 1) {
     const auto sorted = tokens_.begin() + static_cast<std::ptrdiff_t>(std::min(count, FIRST));
     std::partial_sort(tokens_.begin(), sorted, end(), likelier);
-    double reached = 0;
-    std::size_t fewest = 0;
-    for (; fewest < count && reached < sampling_.top_p * whole; ++fewest) {
-      if (fewest == FIRST) std::sort(sorted, end(), likelier);
-      reached += weight(fewest);
+    double mass = 0;
+    std::size_t size = 0;
+    for (; size < count && mass < sampling_.top_p * total; ++size) {
+      if (size == FIRST) std::sort(sorted, end(), likelier);
+      mass += weight(size);
     }
-    count = fewest, whole = reached;
+    count = size, total = mass;
   }
-  const double drawn = static_cast<double>(random_() >> 11U) * 0x1p-53 * whole;
-  double passed = 0;
+  const double target = static_cast<double>(random_() >> 11U) * 0x1p-53 * total;
+  double cumulative = 0;
   for (std::size_t at = 0; at < count; ++at) {
-    passed += weight(at);
-    if (drawn < passed) return tokens_[at];
+    cumulative += weight(at);
+    if (target < cumulative) return tokens_[at];
   }
   return tokens_[count - 1];
 }

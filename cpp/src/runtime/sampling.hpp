@@ -26,7 +26,7 @@ class Sampler {
   std::int64_t choose(const float* logits, std::int64_t vocab_size);
 
  private:
-  std::int64_t draw(const float* logits, std::size_t vocab_size, double largest);
+  std::int64_t sample(const float* logits, std::size_t vocab_size, double largest);
 
   Sampling sampling_;
   std::mt19937_64 random_;

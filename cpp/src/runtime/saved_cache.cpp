@@ -31,8 +31,8 @@ char* of_head(const Buffer& buffer, std::int64_t head) {
 
 // Larger element sizes first, so that all tensors are aligned.
 std::vector<Buffer> in_order(std::vector<Buffer> all) {
-  std::stable_sort(all.begin(), all.end(), [](const Buffer& one, const Buffer& other) {
-    return size_of(one.dtype) > size_of(other.dtype);
+  std::stable_sort(all.begin(), all.end(), [](const Buffer& integer_of, const Buffer& other) {
+    return size_of(integer_of.dtype) > size_of(other.dtype);
   });
   return all;
 }
@@ -43,10 +43,12 @@ std::string text_of(const std::vector<std::int64_t>& shape) {
   return "[" + text + "]";
 }
 
-Failure damaged(const std::string& file, const std::string& what, std::string got = {},
+constexpr const char* SAVE_AGAIN = "save it again, or start with an empty cache";
+
+Failure damaged(const std::string& file, const std::string& problem, std::string got = {},
                 std::string expected = {}) {
-  return {Code::usage, "the saved cache " + file + " " + what, std::move(got), std::move(expected),
-          "save it again, or begin with an empty cache"};
+  return {Code::usage, "the saved cache " + file + " cannot be read: " + problem, std::move(got),
+          std::move(expected), SAVE_AGAIN};
 }
 
 struct State {
@@ -59,44 +61,43 @@ class StateReader {
   StateReader(const Metadata& metadata, const std::string& file, const Manifest& manifest)
       : file_(file), manifest_(manifest) {
     const auto find = [&](const char* key) {
-      const auto found = metadata.find(key);
-      return found == metadata.end() ? std::string() : found->second;
+      const auto item = metadata.find(key);
+      return item == metadata.end() ? std::string() : item->second;
     };
-    if (find("kvexport") != KIND)
-      throw damaged(file, "is no cache that this version reads", find("kvexport"), KIND);
+    if (find("kvexport") != KIND) throw damaged(file, "its format is not supported", find("kvexport"), KIND);
     if (find("bundle") != manifest.digest) {
       throw Failure(Code::usage, "the saved cache " + file + " is of another bundle",
                     "manifest_sha256 " + find("bundle"), manifest.digest,
-                    "load it with the bundle that it was saved with, or begin with an empty cache");
+                    "load it with the bundle that it was saved with, or start with an empty cache");
     }
-    raw_ = parse_json(find("state"), "the state of the saved cache " + file,
-                      "save it again, or begin with an empty cache");
+    raw_ = parse_json(find("state"), "the state of the saved cache " + file, SAVE_AGAIN);
   }
 
-  State read() const {
-    if (!raw_.is_object()) throw damaged(file_, "has a state that is no object");
+  // `slots`: slots of layers that evict.
+  State read(std::int64_t slots) const {
+    if (!raw_.is_object()) throw damaged(file_, "its state must be an object");
     for (const auto& [key, value] : raw_.items()) {
       if (std::find(std::begin(KEYS), std::end(KEYS), key) == std::end(KEYS)) {
-        throw damaged(file_, "has a state with a key that is none of a cache's", for_message(key));
+        throw damaged(file_, "its state has an unknown key", for_message(key));
       }
     }
     State state;
-    state.length = one("lengths", 0, MOST);
-    state.last = one("last", 0, manifest_.vocab_size - 1);
+    state.length = integer_of("lengths", 0, MOST);
+    state.last = integer_of("last", 0, manifest_.vocab_size - 1);
     const Json& pending = list("pending").at(0);
     if (!pending.is_array() || pending.size() > 1)
-      throw damaged(file_, "has pending tokens that are no list of at most one");
-    if (!pending.empty()) state.pending = whole("pending", pending.at(0), 0, manifest_.vocab_size - 1);
+      throw damaged(file_, "its pending tokens must be a list of at most one token");
+    if (!pending.empty())
+      state.pending = checked_integer("pending", pending.at(0), 0, manifest_.vocab_size - 1);
     if (manifest_.eviction) {
-      state.seen = one("seen", state.length, state.length);
-      const std::int64_t most = std::min(state.length, manifest_.eviction->budget);
-      state.filled = one("filled", std::min<std::int64_t>(1, most), most);
+      state.seen = integer_of("seen", state.length, state.length);
+      const std::int64_t maximum = std::min(state.length, slots);
+      state.filled = integer_of("filled", std::min<std::int64_t>(1, maximum), maximum);
     } else {
       for (const char* key : {"filled", "seen"}) {
-        const auto found = raw_.find(key);
-        if (found == raw_.end() || !found->is_null()) {
-          throw damaged(
-              file_, std::string("has a state whose ") + key + " is not null, and the bundle evicts nothing");
+        const auto item = raw_.find(key);
+        if (item == raw_.end() || !item->is_null()) {
+          throw damaged(file_, std::string("its ") + key + " must be null, because no layer evicts");
         }
       }
     }
@@ -108,25 +109,24 @@ class StateReader {
   static constexpr const char* KEYS[] = {"lengths", "last", "pending", "filled", "seen"};
 
   const Json& list(const char* key) const {
-    const auto found = raw_.find(key);
-    if (found == raw_.end() || !found->is_array() || found->empty()) {
-      throw damaged(file_, std::string("has a state without the list ") + key);
+    const auto item = raw_.find(key);
+    if (item == raw_.end() || !item->is_array() || item->empty()) {
+      throw damaged(file_, std::string("its ") + key + " must be a list with one entry per sequence");
     }
-    if (found->size() != 1) {
-      throw damaged(file_, "holds several sequences, which this library does not take",
-                    std::to_string(found->size()), "1");
+    if (item->size() != 1) {
+      throw damaged(file_, "it must hold one sequence", std::to_string(item->size()), "1");
     }
-    return *found;
+    return *item;
   }
-  std::int64_t one(const char* key, std::int64_t least, std::int64_t most) const {
-    return whole(key, list(key).at(0), least, most);
+  std::int64_t integer_of(const char* key, std::int64_t minimum, std::int64_t maximum) const {
+    return checked_integer(key, list(key).at(0), minimum, maximum);
   }
-  std::int64_t whole(const char* key, const Json& value, std::int64_t least, std::int64_t most) const {
-    const std::string expected = std::to_string(least) + " to " + std::to_string(most);
+  std::int64_t checked_integer(const char* key, const Json& value, std::int64_t minimum,
+                               std::int64_t maximum) const {
+    const std::string expected = std::to_string(minimum) + " to " + std::to_string(maximum);
     if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<std::uint64_t>() > MOST) ||
-        value.get<std::int64_t>() < least || value.get<std::int64_t>() > most) {
-      throw damaged(file_, std::string("has a state whose ") + key + " is out of range", for_message(value),
-                    expected);
+        value.get<std::int64_t>() < minimum || value.get<std::int64_t>() > maximum) {
+      throw damaged(file_, std::string("its ") + key + " is out of range", for_message(value), expected);
     }
     return value.get<std::int64_t>();
   }
@@ -139,7 +139,7 @@ class StateReader {
 }  // namespace
 
 void Cache::save(const std::string& file) const {
-  require_whole();
+  require_intact();
   const Manifest& manifest = session_->manifest();
   std::vector<TensorEntry> tensors;
   const std::vector<Buffer> ordered = in_order(buffers_.all);
@@ -171,22 +171,24 @@ void Cache::load(const std::string& file) {
   const Manifest& manifest = session_->manifest();
   if (!size_of_file(file)) {
     throw Failure(Code::usage, "there is no saved cache " + file, "", "",
-                  "name the file that a cache was saved to");
+                  "name a file that was written by saving a cache");
   }
   const TensorReader reader(file);
-  const State state = StateReader(reader.header().metadata, file, manifest).read();
+  const std::int64_t slots =
+      manifest.eviction ? std::min(manifest.eviction->budget, session_->engine->capacity()) : 0;
+  const State state = StateReader(reader.header().metadata, file, manifest).read(slots);
   require_room(static_cast<std::uint64_t>(state.length),
-               "the saved cache holds more tokens than the cache has room for");
+               "the saved cache has more tokens than fit into the cache");
   if (reader.header().tensors.size() != buffers_.all.size()) {
-    throw damaged(file, "has another number of tensors", std::to_string(reader.header().tensors.size()),
+    throw damaged(file, "the number of its tensors is wrong", std::to_string(reader.header().tensors.size()),
                   std::to_string(buffers_.all.size()));
   }
   for (const Buffer& buffer : buffers_.all) {
     const TensorEntry* entry = reader.header().find(buffer.past);
     const auto shape = shape_of(buffer, buffer.evicts ? state.filled : state.length);
-    if (entry == nullptr) throw damaged(file, "lacks the tensor " + buffer.past);
+    if (entry == nullptr) throw damaged(file, "the tensor " + buffer.past + " is missing");
     if (entry->dtype != stored_as(buffer.dtype) || entry->shape != shape) {
-      throw damaged(file, "has another " + buffer.past + " than its state says",
+      throw damaged(file, "the tensor " + buffer.past + " does not match its state",
                     entry->dtype + " " + text_of(entry->shape),
                     stored_as(buffer.dtype) + (" " + text_of(shape)));
     }

@@ -42,21 +42,21 @@ struct Check {
   }
 };
 
-double apart(double number, double reference_row) {
+double relative_error(double number, double reference_row) {
   return std::fabs(number - reference_row) / std::max(reference_row, SELF_TEST_FLOOR);
 }
 
 // Whether the reference's two most likely tokens are too close to tell which one a correct runtime chooses.
-bool nearly(const Row& reference_row, const Tolerance& tolerance) {
+bool is_tie(const Row& reference_row, const Tolerance& tolerance) {
   return reference_row.margin / std::max(reference_row.rms, SELF_TEST_FLOOR) <= tolerance.tie;
 }
 
 // Compares rows with those of the reference, from the first one on.
 Check check(const char* name, const std::vector<Measured>& rows, const ReferenceOutputs& reference,
             const Tolerance& tolerance) {
-  Check found{name, rows.size(), 0, 0, 0, {}};
+  Check result{name, rows.size(), 0, 0, 0, {}};
   const auto wrong = [&](std::int64_t row, std::optional<std::size_t> layer, const char* part) {
-    if (!found.first) found.first = Location{row, layer, part};
+    if (!result.first) result.first = Location{row, layer, part};
   };
   for (std::size_t at = 0; at < rows.size(); ++at) {
     const Measured& row = rows[at];
@@ -64,25 +64,25 @@ Check check(const char* name, const std::vector<Measured>& rows, const Reference
     const std::int64_t token = reference.first_row + static_cast<std::int64_t>(at);
     for (std::size_t layer = 0; layer < reference_row.key_norms.size(); ++layer) {
       const auto part = [&](const char* which, double error) {
-        found.norms = larger(found.norms, error);
+        result.norms = larger(result.norms, error);
         if (!(error <= tolerance.norms)) wrong(token, layer, which);
       };
-      part("key", apart(row.key_norms[layer], reference_row.key_norms[layer]));
-      part("value", apart(row.value_norms[layer], reference_row.value_norms[layer]));
+      part("key", relative_error(row.key_norms[layer], reference_row.key_norms[layer]));
+      part("value", relative_error(row.value_norms[layer], reference_row.value_norms[layer]));
       part("score", row.scores[layer]);
     }
     const double scale = std::max(reference_row.rms, SELF_TEST_FLOOR);
-    double error = apart(row.rms, reference_row.rms);
+    double error = relative_error(row.rms, reference_row.rms);
     for (std::size_t index = 0; index < reference_row.values.size(); ++index) {
       error = larger(error, std::fabs(row.values[index] - reference_row.values[index]) / scale);
     }
-    found.logits = larger(found.logits, error);
+    result.logits = larger(result.logits, error);
     if (!(error <= tolerance.logits)) wrong(token, std::nullopt, "logits");
     if (row.likeliest == reference_row.likeliest) continue;
-    found.choice = larger(found.choice, reference_row.margin / scale);
-    if (!nearly(reference_row, tolerance)) wrong(token, std::nullopt, "choice");
+    result.choice = larger(result.choice, reference_row.margin / scale);
+    if (!is_tie(reference_row, tolerance)) wrong(token, std::nullopt, "choice");
   }
-  return found;
+  return result;
 }
 
 std::optional<Dtype> lower(Dtype dtype) {
@@ -115,9 +115,10 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
   }
   if (verdict == "precision") {
     const std::string dtype = name_of(session.manifest().dtype),
-                      less = name_of(*lower(session.manifest().dtype));
-    return {runs + " is less exact than " + dtype + ", as if it computed in " + less + where,
-            otherwise("build the bundle again with --dtype " + less + " if that will do; or else " + COPY)};
+                      lower_tolerance = name_of(*lower(session.manifest().dtype));
+    return {runs + " is less exact than " + dtype + ", as if it computed in " + lower_tolerance + where,
+            otherwise("build the bundle again with --dtype " + lower_tolerance +
+                      " if that will do; or else " + COPY)};
   }
   return {runs +
               " computes tokens that come at once rightly, and the same tokens one by one wrongly: it does "
@@ -129,9 +130,10 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
 Ordered json_of(const Check& check) {
   Ordered first;
   if (check.first) {
-    const Location& spot = *check.first;
-    first = {
-        {"row", spot.row}, {"layer", spot.layer ? Ordered(*spot.layer) : Ordered()}, {"part", spot.part}};
+    const Location& location = *check.first;
+    first = {{"row", location.row},
+             {"layer", location.layer ? Ordered(*location.layer) : Ordered()},
+             {"part", location.part}};
   }
   const auto number = [](double error) { return std::isfinite(error) ? Ordered(error) : Ordered(); };
   return {{"name", check.name},
@@ -142,14 +144,15 @@ Ordered json_of(const Check& check) {
           {"first", first}};
 }
 
-SelfTestReport report(const std::string& verdict, std::string said, std::string fix, const Session& session,
-                      const Tolerance& tolerance, const std::vector<Check>& checks = {},
-                      std::int64_t generated = 0, std::int64_t continuation = 0) {
+SelfTestReport report(const std::string& verdict, std::string message, std::string fix,
+                      const Session& session, const Tolerance& tolerance,
+                      const std::vector<Check>& checks = {}, std::int64_t generated = 0,
+                      std::int64_t continuation = 0) {
   Ordered listed = Ordered::array();
   for (const Check& each : checks) listed.push_back(json_of(each));
   const Ordered json{
       {"verdict", verdict},
-      {"said", said},
+      {"said", message},
       {"fix", fix.empty() ? Ordered() : Ordered(fix)},
       {"provider", session.engine->provider()},
       {"engine", session.engine->version()},
@@ -158,7 +161,7 @@ SelfTestReport report(const std::string& verdict, std::string said, std::string 
       {"checks", listed},
       {"generated", generated},
       {"continuation", continuation}};
-  return {verdict == "ok", verdict, json.dump(), std::move(said), std::move(fix)};
+  return {verdict == "ok", verdict, json.dump(), std::move(message), std::move(fix)};
 }
 
 }  // namespace
@@ -169,9 +172,10 @@ SelfTestReport self_test(const std::shared_ptr<const Session>& session) {
   const ReferenceOutputs reference = read_reference_outputs(session->bundle);
   if (session->manifest().files.at(data_file).sha256 == reference.weights_sha256)
     return compare_outputs(session, reference);
-  const std::string said = std::string(data_file) +
-                           " is not what the self-test was recorded with: the bundle was put together of two";
-  return report("weights", said, COPY, *session, reference.tolerance(provider, session->manifest().dtype));
+  const std::string message =
+      std::string(data_file) +
+      " is not what the self-test was recorded with: the bundle was put together of two";
+  return report("weights", message, COPY, *session, reference.tolerance(provider, session->manifest().dtype));
 }
 
 SelfTestReport compare_outputs(const std::shared_ptr<const Session>& session,
@@ -179,7 +183,7 @@ SelfTestReport compare_outputs(const std::shared_ptr<const Session>& session,
   const std::string& provider = session->engine->provider();
   const Dtype dtype = session->manifest().dtype;
   const Tolerance& tolerance = reference.tolerance(provider, dtype);
-  const Tolerance& less = reference.tolerance(provider, lower(dtype).value_or(dtype));
+  const Tolerance& lower_tolerance = reference.tolerance(provider, lower(dtype).value_or(dtype));
   Runs runs(session, reference);
   if (runs.tokens <= reference.first_row) {
     throw Failure(
@@ -189,23 +193,23 @@ SelfTestReport compare_outputs(const std::shared_ptr<const Session>& session,
   }
   const Check at_once = check("at once", runs.at_once(), reference, tolerance);
   const Check step_by_step = check("step by step", runs.step_by_step(), reference, tolerance);
-  std::int64_t sure = 0;
+  std::int64_t reproducible = 0;
   const auto chosen_by = [&](std::int64_t token) {
     return static_cast<std::size_t>(token - 1 - reference.first_row);
   };
-  while (runs.prompt + sure < runs.tokens &&
-         !nearly(reference.rows[chosen_by(runs.prompt + sure)], tolerance))
-    ++sure;
-  const std::int64_t generated = runs.generated(sure);
+  while (runs.prompt + reproducible < runs.tokens &&
+         !is_tie(reference.rows[chosen_by(runs.prompt + reproducible)], tolerance))
+    ++reproducible;
+  const std::int64_t generated = runs.generated(reproducible);
   std::string verdict = provider == "cpu" ? "weights" : "engine";
   if (at_once.within(tolerance)) {
-    verdict = step_by_step.within(tolerance) && generated == sure ? "ok" : "cache";
-  } else if (at_once.within(less) && step_by_step.within(less)) {
+    verdict = step_by_step.within(tolerance) && generated == reproducible ? "ok" : "cache";
+  } else if (at_once.within(lower_tolerance) && step_by_step.within(lower_tolerance)) {
     verdict = "precision";
   }
-  auto [said, fix] = sentences(verdict, *session, at_once.first ? at_once.first : step_by_step.first);
-  return report(verdict, std::move(said), std::move(fix), *session, tolerance, {at_once, step_by_step},
-                generated, sure);
+  auto [message, fix] = sentences(verdict, *session, at_once.first ? at_once.first : step_by_step.first);
+  return report(verdict, std::move(message), std::move(fix), *session, tolerance, {at_once, step_by_step},
+                generated, reproducible);
 }
 
 }  // namespace kvexport::detail

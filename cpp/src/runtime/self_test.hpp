@@ -12,9 +12,9 @@ namespace kvexport::detail {
 
 struct SelfTestReport {
   bool ok = false;
-  std::string verdict;    // "ok", "weights", "engine", "precision" or "cache"
-  std::string json;       // as `kvexport self-test --json` prints it
-  std::string said, fix;  // the verdict as a sentence; how to fix it, "" if the verdict is ok
+  std::string verdict;       // "ok", "weights", "engine", "precision" or "cache"
+  std::string json;          // as `kvexport self-test --json` prints it
+  std::string message, fix;  // the verdict as a sentence; how to fix it, "" if the verdict is ok
 };
 
 // Tests an open bundle, in a cache of its own. Hashes the weights if they were not hashed when the bundle was

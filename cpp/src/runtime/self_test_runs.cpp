@@ -70,14 +70,14 @@ Runs::Runs(const std::shared_ptr<const Session>& session, const ReferenceOutputs
       cache_(session, room_for(tokens, session->engine->capacity()), STEP, max_tokens_per_call_) {}
 
 std::vector<Measured> Runs::at_once() {
-  return fed(pieces(0, reference_.slots ? prompt : tokens, max_tokens_per_call_));
+  return run_pieces(pieces(0, reference_.slots ? prompt : tokens, max_tokens_per_call_));
 }
 
 std::vector<Measured> Runs::step_by_step() {
   std::vector<Piece> all = pieces(0, prompt, std::min(max_tokens_per_call_, CHUNK));
   const std::vector<Piece> single = pieces(prompt, tokens, 1);
   all.insert(all.end(), single.begin(), single.end());
-  return fed(all);
+  return run_pieces(all);
 }
 
 std::int64_t Runs::generated(std::int64_t most) {
@@ -104,7 +104,7 @@ void Runs::begin() {
   }
 }
 
-std::vector<Measured> Runs::fed(const std::vector<Piece>& pieces) {
+std::vector<Measured> Runs::run_pieces(const std::vector<Piece>& pieces) {
   begin();
   std::vector<Measured> rows;
   for (const Piece& piece : pieces) {
@@ -167,15 +167,17 @@ void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& r
     const std::int64_t position = first + static_cast<std::int64_t>(row);
     double key_sum = 0, value_sum = 0, worst = 0;
     for (std::int64_t head = 0; head < state.heads; ++head) {
-      std::int64_t found = 0, slot = 0;
+      std::int64_t matches = 0, slot = 0;
       for (std::int64_t each = 0; each < usable; ++each) {
-        if (of_slot(head, each)[POSITION_PLUS_ONE] == static_cast<float>(position + 1)) ++found, slot = each;
+        if (of_slot(head, each)[POSITION_PLUS_ONE] == static_cast<float>(position + 1))
+          ++matches, slot = each;
       }
       const float* its_key = keys.data() + (head * key.slots + slot) * key.width;
-      const double lost = found == 1 ? 0 : std::numeric_limits<double>::quiet_NaN();
-      key_sum += squares(its_key, key.width) + lost;
-      value_sum += squares(values.data() + (head * value.slots + slot) * value.width, value.width) + lost;
-      if (ranked_by_norm_ && found == 1)
+      const double nan_if_lost = matches == 1 ? 0 : std::numeric_limits<double>::quiet_NaN();
+      key_sum += squares(its_key, key.width) + nan_if_lost;
+      value_sum +=
+          squares(values.data() + (head * value.slots + slot) * value.width, value.width) + nan_if_lost;
+      if (ranked_by_norm_ && matches == 1)
         worst = larger(worst, score_error(of_slot(head, slot)[SCORE], its_key, key, position));
     }
     rows[row].key_norms[at] = std::sqrt(key_sum), rows[row].value_norms[at] = std::sqrt(value_sum);
@@ -195,8 +197,8 @@ void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& r
 // Relative error of the score of a key.
 double Runs::score_error(float score, const float* key, const Buffer& keys, std::int64_t row) const {
   const double norm = std::sqrt(squares(key, keys.width)), later = static_cast<double>(row + 1) * LATER;
-  const double wanted = manifest_.eviction->policy == "l2-norm" ? norm * (1 - later) : -norm * (1 + later);
-  return std::fabs(static_cast<double>(score) - wanted) / std::max(std::fabs(wanted), SELF_TEST_FLOOR);
+  const double expected = manifest_.eviction->policy == "l2-norm" ? norm * (1 - later) : -norm * (1 + later);
+  return std::fabs(static_cast<double>(score) - expected) / std::max(std::fabs(expected), SELF_TEST_FLOOR);
 }
 
 }  // namespace kvexport::detail

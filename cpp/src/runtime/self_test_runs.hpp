@@ -45,7 +45,7 @@ class Runs {
 
  private:
   void begin();
-  std::vector<Measured> fed(const std::vector<Piece>& pieces);
+  std::vector<Measured> run_pieces(const std::vector<Piece>& pieces);
   std::vector<Measured> call(const std::int64_t* ids, Piece piece);
   Measured measured(const float* logits) const;
   void read_evicting(int layer, std::int64_t first, std::vector<Measured>& rows);

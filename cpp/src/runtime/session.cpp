@@ -12,7 +12,7 @@ namespace kvexport::detail {
 namespace {
 
 constexpr std::size_t LARGEST_TEXT = std::size_t{1} << 24;  // size limit of text.json in bytes
-constexpr int MOST_THREADS = 1024;
+constexpr int MAX_THREADS = 1024;
 
 // For "auto": a TensorRT engine of the bundle if one fits this machine, else CUDA, else the CPU. A damaged
 // engine is an error, not a reason to use another provider.
@@ -21,9 +21,9 @@ std::unique_ptr<Engine> open_engine(const Bundle& bundle, const OpenOptions& opt
   if (provider == "tensorrt") return open_tensorrt(bundle, options.verify);
   if (provider == "cpu" || provider == "cuda") return open_onnxruntime(bundle, provider, options.threads);
   if (provider != "auto") {
-    throw Failure(Code::usage, "there is no such provider", provider, "auto, cpu, cuda, tensorrt");
+    throw Failure(Code::usage, "the provider must be auto, cpu, cuda or tensorrt", provider);
   }
-  const auto tried = [](auto open) -> std::unique_ptr<Engine> {
+  const auto open_if_available = [](auto open) -> std::unique_ptr<Engine> {
     try {
       return open();
     } catch (const Failure& failure) {
@@ -32,18 +32,18 @@ std::unique_ptr<Engine> open_engine(const Bundle& bundle, const OpenOptions& opt
     }
   };
   std::unique_ptr<Engine> engine;
-  if (has_engine(bundle)) engine = tried([&] { return open_tensorrt(bundle, options.verify); });
-  if (!engine) engine = tried([&] { return open_onnxruntime(bundle, "cuda", options.threads); });
+  if (has_engine(bundle)) engine = open_if_available([&] { return open_tensorrt(bundle, options.verify); });
+  if (!engine) engine = open_if_available([&] { return open_onnxruntime(bundle, "cuda", options.threads); });
   return engine ? std::move(engine) : open_onnxruntime(bundle, "cpu", options.threads);
 }
 
 Bundle open_bundle(const std::string& path, const OpenOptions& options) {
-  if (options.threads < 0 || options.threads > MOST_THREADS) {
-    throw Failure(Code::usage, "threads is out of range", std::to_string(options.threads),
-                  "0 (one a core) to " + std::to_string(MOST_THREADS));
+  if (options.threads < 0 || options.threads > MAX_THREADS) {
+    throw Failure(Code::usage, "threads must be 0 (one per core) to " + std::to_string(MAX_THREADS),
+                  std::to_string(options.threads));
   }
   if (options.chunk < 1)
-    throw Failure(Code::usage, "chunk is out of range", std::to_string(options.chunk), "1 or more");
+    throw Failure(Code::usage, "chunk must be at least 1", std::to_string(options.chunk));
   Bundle bundle = Bundle::open(path);
   bundle.verify_all(false);
   return bundle;
@@ -54,17 +54,17 @@ Bundle open_bundle(const std::string& path, const OpenOptions& options) {
 std::unique_ptr<Engine> load(const Bundle& bundle, const OpenOptions& options) {
   const bool own = options.provider == "tensorrt" || (options.provider == "auto" && has_engine(bundle));
   const auto verify = [&bundle] { bundle.verify({data_file}); };
-  std::future<void> hashed;
-  if (options.verify && !own) hashed = std::async(std::launch::async, verify);
+  std::future<void> hash_result;
+  if (options.verify && !own) hash_result = std::async(std::launch::async, verify);
   std::unique_ptr<Engine> engine;
-  std::exception_ptr failed;
+  std::exception_ptr exception;
   try {
     engine = open_engine(bundle, options);
   } catch (...) {
-    failed = std::current_exception();
+    exception = std::current_exception();
   }
-  if (hashed.valid()) hashed.get();
-  if (failed) std::rethrow_exception(failed);
+  if (hash_result.valid()) hash_result.get();
+  if (exception) std::rethrow_exception(exception);
   if (options.verify && own && engine->provider() != "tensorrt") verify();
   return engine;
 }
@@ -80,9 +80,9 @@ Session::Session(const std::string& path, const OpenOptions& options)
   open_text(options.text_library);
 }
 
-Session::Session(Bundle opened, std::unique_ptr<Engine> made)
-    : bundle(std::move(opened)),
-      engine(std::move(made)),
+Session::Session(Bundle verified_bundle, std::unique_ptr<Engine> loaded_engine)
+    : bundle(std::move(verified_bundle)),
+      engine(std::move(loaded_engine)),
       chunk(OpenOptions().chunk),
       verified(true),
       device(engine->device_memory().name) {
@@ -90,20 +90,21 @@ Session::Session(Bundle opened, std::unique_ptr<Engine> made)
 }
 
 std::int64_t Session::capacity_of(std::int64_t capacity) const {
-  const std::int64_t most = engine->capacity();
-  if (capacity == 0) return most;
-  if (capacity > 0 && capacity <= most) return capacity;
+  const std::int64_t maximum = engine->capacity();
+  if (capacity == 0) return maximum;
+  if (capacity > 0 && capacity <= maximum) return capacity;
   std::string fix = "build the bundle again with --capacity " + std::to_string(capacity) + " or more";
-  if (most < manifest().capacity) {
+  if (maximum < manifest().capacity) {
     fix = "build the engine again with --capacity, at most " + std::to_string(manifest().capacity);
   }
-  throw Failure(Code::usage, "the capacity of a cache is out of range", std::to_string(capacity),
-                "1 to " + std::to_string(most) + ", or 0 for as many as can be", capacity < 0 ? "" : fix);
+  throw Failure(Code::usage,
+                "the capacity of a cache must be 1 to " + std::to_string(maximum) + ", or 0 for the largest",
+                std::to_string(capacity), "", capacity < 0 ? "" : fix);
 }
 
 std::size_t Session::bytes_of(std::int64_t capacity) const {
-  const std::int64_t asked = capacity_of(capacity);
-  return Buffers::bytes_for(manifest(), engine->has_fixed_capacity() ? engine->capacity() : asked);
+  const std::int64_t tokens = capacity_of(capacity);
+  return Buffers::bytes_for(manifest(), engine->has_fixed_capacity() ? engine->capacity() : tokens);
 }
 
 // A missing tokenizer library is not an error: the session then works with token ids.
@@ -111,7 +112,7 @@ void Session::open_text(const std::string& library) {
   if (!manifest().has(text_file)) {
     text_missing = "the bundle " + bundle.path + " has no tokenizer";
   } else if (library.empty()) {
-    text_missing = "it was opened without a library for text";
+    text_missing = "the session was opened without a text library";
   } else {
     TextFile file = parse_text(read_file(bundle.file(text_file), LARGEST_TEXT));
     try {
@@ -120,7 +121,7 @@ void Session::open_text(const std::string& library) {
       if (failure.code != Code::cannot_run_here) throw;
       text_missing = failure.failed;
       if (!failure.got.empty()) text_missing += ": " + failure.got;
-      if (!failure.expected.empty()) text_missing += ", and not " + failure.expected;
+      if (!failure.expected.empty()) text_missing += ", expected " + failure.expected;
       text_fix_ = failure.fix;
     }
   }
@@ -128,16 +129,15 @@ void Session::open_text(const std::string& library) {
 
 const Text& Session::require_text() const {
   if (text) return *text;
-  throw Failure(Code::cannot_run_here, "this session takes and gives token ids only", text_missing, "",
-                text_fix_.empty() ? "call it with token ids, or see that text can be had: docs/embedding.md"
-                                  : text_fix_);
+  throw Failure(Code::cannot_run_here, "this session must have a tokenizer for text", text_missing, "",
+                text_fix_.empty() ? "use token ids, or provide a tokenizer: docs/embedding.md" : text_fix_);
 }
 
 void Session::require_ids(const std::int64_t* ids, std::size_t count) const {
   const std::int64_t vocab = manifest().vocab_size;
   const auto* wrong = std::find_if(ids, ids + count, [&](std::int64_t id) { return id < 0 || id >= vocab; });
   if (wrong == ids + count) return;
-  throw Failure(Code::usage, "a token id is outside the vocabulary", std::to_string(*wrong),
+  throw Failure(Code::usage, "token ids must be inside the vocabulary", std::to_string(*wrong),
                 "0 to " + std::to_string(vocab - 1));
 }
 

@@ -33,23 +33,22 @@ std::string_view stripped(std::string_view text) {
 
 }  // namespace
 
-std::string Chat::said(const std::string& content) const {
+std::string Chat::content_text(const std::string& content) const {
   return strips ? std::string(stripped(content)) : content;
 }
 
 std::string Chat::turn(const std::string& text, const std::optional<std::string>& system, bool begins) const {
   if (!begins) {
     if (system)
-      throw Failure(Code::usage, "a system prompt belongs at the beginning of a conversation", "", "",
-                    "leave it out, or begin a new conversation in another cache");
-    return next + said(text) + generate;
+      throw Failure(Code::usage, "a system prompt must be in the first turn of a conversation", "", "",
+                    "leave it out, or start a new conversation in another cache");
+    return next + content_text(text) + generate;
   }
-  if (!system) return begin + said(text) + generate;
+  if (!system) return begin + content_text(text) + generate;
   if (!begin_system)
-    throw Failure(Code::usage,
-                  "the model's chat template takes no system prompt that could be put before a conversation",
-                  "", "", "leave it out, or put it at the beginning of the user's text");
-  return begin_system->first + said(*system) + begin_system->second + said(text) + generate;
+    throw Failure(Code::usage, "the chat template must support a system prompt before the conversation", "",
+                  "", "leave it out, or put it at the start of the user's text");
+  return begin_system->first + content_text(*system) + begin_system->second + content_text(text) + generate;
 }
 
 std::string Chat::conversation(const std::vector<Message>& messages) const {
@@ -58,7 +57,7 @@ std::string Chat::conversation(const std::vector<Message>& messages) const {
   if (messages.at(0).role == "system") system = messages[at++].content;
   std::string text = turn(messages.at(at++).content, system, true);
   for (; at < messages.size(); ++at)
-    text += messages[at].role == "assistant" ? answer + said(messages[at].content)
+    text += messages[at].role == "assistant" ? answer + content_text(messages[at].content)
                                              : turn(messages[at].content, {}, false);
   return text;
 }

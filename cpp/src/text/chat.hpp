@@ -30,7 +30,7 @@ struct Chat {
   std::string conversation(const std::vector<Message>& messages) const;
 
  private:
-  std::string said(const std::string& content) const;
+  std::string content_text(const std::string& content) const;
 };
 
 }  // namespace kvexport::detail

@@ -25,19 +25,19 @@ void find(void* handle, const char* name, Function*& function, const std::string
   function = reinterpret_cast<Function*>(dlsym(handle, name));
   if (function == nullptr)
     throw Failure(Code::cannot_run_here,
-                  library + " is no onnxruntime-genai that this library knows: it has no " + name, "", "",
+                  library + " must be a supported version of onnxruntime-genai: it has no " + name, "", "",
                   install);
 }
 
 // onnxruntime-genai ends the process if it finds no ONNX Runtime when it is opened, so check that first.
 void require_onnxruntime() {
   for (const char* name : {"libonnxruntime.so.1", "libonnxruntime.so"})
-    if (void* found = dlopen(name, RTLD_NOW | RTLD_NOLOAD); found != nullptr) {
-      dlclose(found);
+    if (void* loaded = dlopen(name, RTLD_NOW | RTLD_NOLOAD); loaded != nullptr) {
+      dlclose(loaded);
       return;
     }
   throw Failure(Code::cannot_run_here,
-                "the tokenizer's library wants ONNX Runtime under the name libonnxruntime.so.1", "", "",
+                "the tokenizer library requires the shared library libonnxruntime.so.1", "", "",
                 "link the program with the shared libonnxruntime.so.1, or leave text out: "
                 "OpenOptions::text_library = \"\"");
 }
@@ -68,7 +68,7 @@ struct GenaiTokenizer::Library {
     handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL | RTLD_NODELETE);
     if (handle == nullptr) {
       const char* reason = dlerror();
-      throw Failure(Code::cannot_run_here, "the tokenizer's library cannot be opened",
+      throw Failure(Code::cannot_run_here, "the tokenizer library cannot be opened",
                     reason == nullptr ? library : reason, "", install);
     }
     try {
@@ -97,8 +97,8 @@ struct GenaiTokenizer::Library {
 
   void require(OgaResult* result, const char* doing) const {
     if (result == nullptr) return;
-    const char* said = result_error(result);
-    const std::string reason = said == nullptr ? "" : said;
+    const char* message = result_error(result);
+    const std::string reason = message == nullptr ? "" : message;
     destroy_result(result);
     throw Failure(Code::cannot_run_here, std::string("onnxruntime-genai cannot ") + doing, reason, "",
                   "use token ids, which need no tokenizer");
@@ -118,20 +118,20 @@ GenaiTokenizer::~GenaiTokenizer() = default;
 
 std::vector<std::int64_t> GenaiTokenizer::encode(const std::string& text) const {
   if (text.find('\0') != std::string::npos)
-    throw Failure(Code::usage, "the text has a NUL character in it", "", "", "leave it out");
+    throw Failure(Code::usage, "the text must not contain a NUL character", "", "", "remove it");
   try {
     (void)nlohmann::json(text).dump();
   } catch (const nlohmann::json::type_error&) {
-    throw Failure(Code::usage, "the text is not valid UTF-8", "", "", "convert it");
+    throw Failure(Code::usage, "the text must be valid UTF-8", "", "", "convert it to UTF-8");
   }
   const Library& genai = *library_;
   const std::lock_guard<std::mutex> lock(library_->mutex);
-  OgaSequences* made = nullptr;
-  genai.require(genai.create_sequences(&made), "encode text");
-  const std::unique_ptr<OgaSequences, void (*)(OgaSequences*)> sequences(made, genai.destroy_sequences);
-  genai.require(genai.encode(genai.tokenizer, text.c_str(), made), "encode text");
-  const std::size_t count = genai.sequence_count(made, 0);
-  const std::int32_t* ids = genai.sequence_data(made, 0);
+  OgaSequences* raw = nullptr;
+  genai.require(genai.create_sequences(&raw), "encode text");
+  const std::unique_ptr<OgaSequences, void (*)(OgaSequences*)> sequences(raw, genai.destroy_sequences);
+  genai.require(genai.encode(genai.tokenizer, text.c_str(), raw), "encode text");
+  const std::size_t count = genai.sequence_count(raw, 0);
+  const std::int32_t* ids = genai.sequence_data(raw, 0);
   return {ids, ids + count};
 }
 
@@ -140,9 +140,9 @@ std::string GenaiTokenizer::decode(const std::vector<std::int64_t>& ids) const {
   const std::vector<std::int32_t> narrow(ids.begin(), ids.end());
   const Library& genai = *library_;
   const std::lock_guard<std::mutex> lock(library_->mutex);
-  const char* made = nullptr;
-  genai.require(genai.decode(genai.tokenizer, narrow.data(), narrow.size(), &made), "decode token ids");
-  const std::unique_ptr<const char, void (*)(const char*)> text(made, genai.destroy_string);
+  const char* raw = nullptr;
+  genai.require(genai.decode(genai.tokenizer, narrow.data(), narrow.size(), &raw), "decode token ids");
+  const std::unique_ptr<const char, void (*)(const char*)> text(raw, genai.destroy_string);
   return text ? std::string(text.get()) : std::string();
 }
 

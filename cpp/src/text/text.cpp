@@ -48,15 +48,15 @@ Text::Text(const std::string& folder, TextFile file, const std::string& library)
 }
 
 void Text::require_samples() const {
-  const auto refuse = [](const TokenizerSample& one, const auto& given, const auto& wanted) {
-    const auto pair = std::mismatch(given.begin(), given.end(), wanted.begin(), wanted.end());
+  const auto refuse = [](const TokenizerSample& one, const auto& actual, const auto& expected) {
+    const auto pair = std::mismatch(actual.begin(), actual.end(), expected.begin(), expected.end());
     throw Failure(
         Code::cannot_run_here,
-        "onnxruntime-genai takes text apart otherwise than the tokenizer that the bundle was built with",
-        "after " + std::to_string(pair.first - given.begin()) + " that agree, " +
-            for_message(rest(pair.first, given)),
-        for_message(rest(pair.second, wanted)) + ", for the text " + for_message(one.text),
-        "use token ids (tokenise with the Python package, or a tokenizer of your own), or another version of "
+        "onnxruntime-genai must give the same tokens as the tokenizer that the bundle was built with",
+        "after " + std::to_string(pair.first - actual.begin()) + " that agree, " +
+            for_message(rest(pair.first, actual)),
+        for_message(rest(pair.second, expected)) + ", for the text " + for_message(one.text),
+        "use token ids from the Python package or another tokenizer, or another version of "
         "onnxruntime-genai");
   };
   for (const TokenizerSample& one : file_.samples) {
@@ -103,8 +103,8 @@ std::string Text::decoded(const Ids& ids) const {
 Ids Text::turn(const std::string& text, const std::optional<std::string>& system, bool begins) const {
   if (file_.chat) return encode(file_.chat->turn(text, system, begins), false);
   if (system)
-    throw Failure(Code::usage, "the bundle has no chat template, which could say where a system prompt goes",
-                  "", "", "put it at the beginning of the text");
+    throw Failure(Code::usage, "a system prompt requires a chat template, which the bundle does not have", "",
+                  "", "put it at the start of the text");
   return encode(text, begins);
 }
 
@@ -113,40 +113,40 @@ TextStream::TextStream(const Text& text, const Ids& prompt) : text_(&text) {
   for (std::size_t back = 0; back < longest && back <= first; ++back) {
     ids_.assign(prompt.begin() + static_cast<std::ptrdiff_t>(first - back), prompt.end());
     const std::string decoded = text_->decoded(ids_);
-    told_ = whole_part(decoded);
+    output_ = whole_part(decoded);
     if (decoded.compare(0, incomplete.size(), incomplete) != 0) break;
   }
-  grown_ = ids_.size();
+  output_tokens_ = ids_.size();
 }
 
 std::string TextStream::add(std::int64_t token) {
   if (text_->is_special(token)) return {};
   ids_.push_back(token);
   const std::string piece = grow();
-  return ids_.size() - grown_ <= longest ? piece : piece + skip();
+  return ids_.size() - output_tokens_ <= longest ? piece : piece + skip();
 }
 
 std::string TextStream::end() {
   std::string piece;
-  while (ids_.size() - grown_ > 1) piece += skip();
-  return ids_.size() == grown_ ? piece : piece + after(text_->decoded(ids_), told_.size());
+  while (ids_.size() - output_tokens_ > 1) piece += skip();
+  return ids_.size() == output_tokens_ ? piece : piece + after(text_->decoded(ids_), output_.size());
 }
 
 // Skips an invalid byte: the tokenizer decodes nothing after it, so decoding restarts behind it.
 std::string TextStream::skip() {
-  ids_.erase(ids_.begin(), ids_.begin() + static_cast<std::ptrdiff_t>(grown_) + 1);
-  told_.clear();
-  boundary_ = grown_ = 0;
+  ids_.erase(ids_.begin(), ids_.begin() + static_cast<std::ptrdiff_t>(output_tokens_) + 1);
+  output_.clear();
+  boundary_ = output_tokens_ = 0;
   return std::string(incomplete) + grow();
 }
 
 std::string TextStream::grow() {
   const std::string text = text_->decoded(ids_), whole = whole_part(text);
-  if (whole == text) grown_ = ids_.size();
-  if (whole.size() <= told_.size()) return {};
-  const std::string piece = after(whole, told_.size());
-  told_ = whole;
-  grown_ = std::max(grown_, ids_.size() - 1);
+  if (whole == text) output_tokens_ = ids_.size();
+  if (whole.size() <= output_.size()) return {};
+  const std::string piece = after(whole, output_.size());
+  output_ = whole;
+  output_tokens_ = std::max(output_tokens_, ids_.size() - 1);
   if (whole == text) forget();
   return piece;
 }
@@ -155,8 +155,8 @@ std::string TextStream::grow() {
 void TextStream::forget() {
   if (ids_.size() - boundary_ >= context) {
     ids_.erase(ids_.begin(), ids_.begin() + static_cast<std::ptrdiff_t>(boundary_));
-    told_ = text_->decoded(ids_);
-    boundary_ = grown_ = ids_.size();
+    output_ = text_->decoded(ids_);
+    boundary_ = output_tokens_ = ids_.size();
   } else if (boundary_ == 0) {
     boundary_ = ids_.size();
   }

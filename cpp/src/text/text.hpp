@@ -60,8 +60,8 @@ class TextStream {
   void forget();
   const Text* text_;
   std::vector<std::int64_t> ids_;  // the last tokens, from the start of a character on
-  std::string told_;               // the part of their text that was output
-  std::size_t grown_ = 0;          // number of tokens at the last output
+  std::string output_;             // the part of their text that was output
+  std::size_t output_tokens_ = 0;  // number of tokens at the last output
   std::size_t boundary_ = 0;       // number of tokens at the last end of a character
 };
 

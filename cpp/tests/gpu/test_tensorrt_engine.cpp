@@ -294,13 +294,13 @@ TEST(never_writes_beyond_the_capacity) {
   const std::vector<std::int64_t> ids = tokens(CAPACITY + 1, session->manifest().vocab_size);
   CHECK_THROWS_WITH(cache.prefill(ids.data(), ids.size()), "at most 60");
   cache.prefill(ids.data(), CAPACITY);
-  CHECK_THROWS_WITH(cache.step(1), "capacity is exhausted");
+  CHECK_THROWS_WITH(cache.step(1), "must fit the capacity");
   // The bound of the engine itself.
   Buffers buffers(session->manifest(), CAPACITY, session->engine->storage(), 0);
   const auto binding = session->engine->bind(buffers);
   const std::int64_t id = 1, last = CAPACITY, index = 0;
   CHECK_THROWS_WITH(session->engine->run(*binding, {&id, &last, 1, last, &index, 1}),
-                    "the engine's capacity is exhausted");
+                    "the tokens must fit the engine's capacity");
   CHECK_EQUAL(fake_cuda::broken(), std::string());
 }
 
@@ -360,8 +360,8 @@ TEST(lists_why_each_engine_does_not_fit) {
   CHECK(has(refusal({{"version", "9.9.9"}}), "simulated was built with tensorrt 9.9.9, here is 10."));
   CHECK(has(refusal({{"engine", "tensorrt-rtx"}}), "simulated needs tensorrt-rtx"));
   CHECK(has(refusal({{"batch", 2}}), "simulated was built for 2 sequences"));
-  CHECK(has(refusal({{"options", {{"refit", true}}}}), "without its weights"));
-  CHECK(has(refusal({{"options", {{"version_compatible", true}}}}), "holds code for the host"));
+  CHECK(has(refusal({{"options", {{"refit", true}}}}), "without weights"));
+  CHECK(has(refusal({{"options", {{"version_compatible", true}}}}), "contains host code"));
   CHECK(has(refusal({{"manifest_sha256", std::string(64, '0')}}), "was built from another bundle"));
   bundle.record({{"compute_capability", {"8.6"}}, {"options", {{"hardware_compatible", true}}}});
   CHECK(opened(bundle.path) != nullptr);
