@@ -1,17 +1,28 @@
-"""Errors raised on purpose, and the exit code of each."""
+"""Exceptions that a user can act on, their text, and the exit code of each."""
 
 from __future__ import annotations
+
+
+def error_text(problem: str, *, got: object = None, expected: object = None, fix: str | None = None) -> str:
+    """Format an error: the problem on the first line, then one labelled entry for each value that is given.
+
+    Further lines of a value are indented to where its first line begins.
+    """
+    labels = (("got:", got), ("expected:", expected), ("fix:", fix))
+    entries = (f"  {label:<9} {value}" for label, value in labels if value is not None)
+    return "\n".join([problem, *(entry.replace("\n", f"\n{'':<12}") for entry in entries)])
 
 
 class KvexportError(Exception):
     """A failure that the user can act on.
 
-    The message has up to four lines: what must be (and where), what was got, what was expected, and the command or
-    option that fixes it. The command line prints the message without a traceback and exits with `exit_code`.
+    The message has up to four lines: what must be true (and where), the value that was got, the values that are
+    allowed, and the command or option that fixes it. The command line prints the message without a traceback and
+    exits with `exit_code`.
 
     Attributes:
         what: the first line.
-        got: the value that was found; None if the message has none.
+        got: the rejected value; None if the message has none.
         expected: the values that are allowed; None if the message has none.
         fix: how to fix it; None if the message has none.
     """
@@ -22,10 +33,7 @@ class KvexportError(Exception):
         self, what: str, *, got: object = None, expected: object = None, fix: str | None = None
     ) -> None:
         self.what, self.got, self.expected, self.fix = what, got, expected, fix
-        labelled = (("got:", got), ("expected:", expected), ("fix:", fix))
-        super().__init__(
-            "\n".join([what, *(f"  {label:<9} {text}" for label, text in labelled if text is not None)])
-        )
+        super().__init__(error_text(what, got=got, expected=expected, fix=fix))
 
 
 class GateFailed(KvexportError):

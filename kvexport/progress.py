@@ -1,4 +1,4 @@
-"""What long work tells about itself: stages, and steps within them. Says nothing of how that is shown."""
+"""Progress of a long operation: stages, steps within a stage, and messages."""
 
 from __future__ import annotations
 
@@ -7,15 +7,15 @@ from contextlib import contextmanager
 
 
 class Progress:
-    """The silent one; the command line has one that draws bars on a terminal's stderr."""
+    """Reports nothing. The command line has a subclass that draws bars on a terminal's stderr."""
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[None]:
-        """A stage of work, with the number of times that `advance` will be called inside it."""
+        """Begin a stage in which `advance` is called `steps` times; 0: the number is not known."""
         yield
 
     def advance(self) -> None:
-        """One step of the current stage is done."""
+        """Report one step of the current stage as done."""
 
     def note(self, text: str) -> None:
-        """A sentence that the user should read."""
+        """Report a message that the user should read."""

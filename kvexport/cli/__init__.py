@@ -1,4 +1,4 @@
-"""The command line: verbs by name, each loaded when it is used, and one place that turns errors into exit codes."""
+"""The command line: commands by name, each imported when it is used, and the exit code of every error."""
 
 from __future__ import annotations
 
@@ -9,43 +9,50 @@ import signal
 import sys
 from importlib import import_module
 from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import click
 
-from kvexport.errors import KvexportError
+from kvexport.errors import CannotRunHere, KvexportError
 from kvexport.version import __version__
 
-# What `kvexport --help` says of each verb, so that it need not be imported to say it.
-_VERBS = {
-    "build": "Turn a checkpoint into a proved bundle with fewer KV heads.",
-    "run": "Generate text from a bundle.",
-    "inspect": "Show what a bundle holds, and check its hashes.",
-    "validate": "Prove a bundle against its PyTorch twin.",
-    "self-test": "Say whether a bundle computes here what it computed when it was built.",
-    "evaluate": "Measure what compression cost, on a text.",
-    "compress": "Turn a checkpoint into a standard one with fewer KV heads.",
-    "calibrate": "Save calibration statistics for several builds.",
-    "analyze": "Show what a cache is like, and what a conversion does to it, as a page.",
-    "plan": "Say from config.json alone what fits a target, and how fast it will be.",
-    "lint": "Name what a target's engine cannot import, before building there.",
-    "engine": "Build a TensorRT engine of a bundle.",
-    "bench": "Measure prefill, decode and memory of a bundle.",
-    "targets": "List the devices that kvexport knows.",
-    "doctor": "Say what is installed, and what is missing for which target.",
+if TYPE_CHECKING:
+    from kvexport.progress import Progress
+
+# Written here, and not taken from the commands' modules, so that `kvexport --help` imports none of them.
+_COMMANDS = {
+    "build": "Compress a checkpoint and export it to a validated bundle.",
+    "run": "Generate text with a bundle.",
+    "inspect": "Show the layers, sizes and files of a bundle.",
+    "validate": "Compare a bundle's outputs with its PyTorch reference.",
+    "self-test": "Check that a bundle computes its recorded outputs on this machine.",
+    "evaluate": "Measure the loss from compression on a text.",
+    "compress": "Convert a checkpoint to a Hugging Face checkpoint with fewer KV heads.",
+    "calibrate": "Save calibration statistics for use in several builds.",
+    "analyze": "Write an HTML page on a model's KV cache and its compression.",
+    "plan": "Predict memory use and speed on a target from config.json.",
+    "lint": "List the nodes of a bundle that a target's TensorRT does not support.",
+    "engine": "Build a TensorRT engine from a bundle.",
+    "bench": "Measure prefill speed, decode speed and memory use of a bundle.",
+    "targets": "List the target devices and their specifications.",
+    "doctor": "Show what is installed on this machine and what is missing.",
 }
+_EXIT_CODES = (
+    "Exit codes: 0 success; 1 a validation or a limit failed; 2 invalid arguments or input files; "
+    "3 not possible on this machine; 130 interrupted."
+)
 
 
-class _ReaderGone(Exception):
-    """Standard output was closed at its other end."""
+class _OutputClosed(Exception):
+    """The reader of standard output closed it."""
 
 
-class _Verbs(click.Group):
+class _Commands(click.Group):
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(_VERBS)
+        return list(_COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in _VERBS:
+        if cmd_name not in _COMMANDS:
             return None
         command: click.Command = import_module(f"kvexport.cli.{cmd_name.replace('-', '_')}").command
         command.name = cmd_name
@@ -54,91 +61,107 @@ class _Verbs(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             return super().invoke(ctx)
-        except BrokenPipeError as error:  # click would exit with 1, which is a failed gate's code
-            raise _ReaderGone from error
+        except BrokenPipeError as error:  # click would exit with 1, which is the code of a failed gate
+            raise _OutputClosed from error
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        with formatter.section("Verbs"):
-            formatter.write_dl(list(_VERBS.items()))
+        with formatter.section("Commands"):
+            formatter.write_dl(list(_COMMANDS.items()))
 
 
-@click.command(cls=_Verbs, context_settings={"help_option_names": ["-h", "--help"]})
+@click.command(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]}, epilog=_EXIT_CODES)
 @click.version_option(__version__, message="kvexport %(version)s")
-def verbs() -> None:
-    """Trained decoders with fewer KV heads, as ONNX that runs on the edge, proved against PyTorch."""
+def commands() -> None:
+    """Reduce the KV cache of trained decoders, export them to ONNX, and run them on edge devices."""
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 ok, 1 a gate failed, 2 usage, 3 this environment can't, 130 interrupted.
+def main(
+    arguments: list[str] | None = None,
+    *,
+    command: click.Command = commands,
+    progress: Progress | None = None,
+) -> None:
+    """Run the command line; exits the process if it fails.
 
-    141 where the reader of standard output has gone, as for a program that SIGPIPE ends.
+    Exit codes: 0 success, 1 a gate failed, 2 invalid arguments or input, 3 not possible on this machine, 130
+    interrupted, 141 the reader of standard output closed it (as for a program that SIGPIPE ends).
+
+    Args:
+        arguments: default `sys.argv[1:]`.
+        command: the command to run.
+        progress: receives the command's progress, in place of bars on the terminal.
     """
-    signalled = _Signalled()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # so that what was begun is cleaned up
-        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, signalled)
+    handler = _SignalHandler()
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):  # unfinished output is then removed
+        if signal.getsignal(number) is not signal.SIG_IGN:  # ignored under nohup
+            signal.signal(number, handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a terminal that cannot show a character gets ? for it
+        sys.stdout.reconfigure(errors="replace")  # prints ? for characters that the terminal cannot show
     try:
         try:
-            verbs.main(arguments, prog_name="kvexport", standalone_mode=False)
+            command.main(arguments, prog_name="kvexport", standalone_mode=False, obj=progress)
         except Exception as error:
-            if (
-                signalled.any
-            ):  # native code on the stack may have turned KeyboardInterrupt into an error of its own
+            if handler.received:  # native code can turn KeyboardInterrupt into an error of its own
                 raise KeyboardInterrupt from error
             raise
-    except KvexportError as error:
-        _fail(str(error), error.exit_code)
     except (click.exceptions.Abort, KeyboardInterrupt):
-        _fail("interrupted", 130)
+        _exit_with("interrupted", 130)
     except click.ClickException as error:
         error.show()
         sys.exit(error.exit_code)
-    except _ReaderGone:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is flushed at exit
+    except _OutputClosed:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # buffers are flushed at exit
         sys.exit(141)
-    except ModuleNotFoundError as error:
-        if str(error.name).startswith("kvexport"):  # a mistake of ours, which no package mends
+    except Exception as error:
+        known = _as_kvexport_error(error)
+        if known is None:
             raise
-        _fail(_missing(error), 3)
-    except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, MemoryError) and "allocate memory" not in str(
-            error
-        ):  # torch's own way to say it
-            raise
-        _fail(
-            "out of memory\n  fix:      use fewer --samples, a shorter --length, or a machine with more memory",
-            3,
-        )
-    except OSError as error:
-        _fail(_refused(error), 3)
+        _exit_with(str(known), known.exit_code)
 
 
-class _Signalled:
-    """Takes signals as Python takes SIGINT, and remembers that one came."""
+class _SignalHandler:
+    """Raises KeyboardInterrupt, as Python does on SIGINT, and records that a signal was received."""
 
-    any = False
+    received = False
 
     def __call__(self, number: int, frame: FrameType | None) -> Any:
-        self.any = True
+        self.received = True
         raise KeyboardInterrupt
 
 
-def _refused(error: OSError) -> str:
-    """What the operating system refused, and what may help."""
+def _as_kvexport_error(error: Exception) -> KvexportError | None:
+    """The error to show for an exception; None if the exception is a bug, whose traceback must be seen."""
+    if isinstance(error, KvexportError):
+        return error
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("kvexport"):
+        return _missing_package(error)
+    if isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and "allocate memory" in str(error)  # torch raises RuntimeError
+    ):
+        fix = (
+            "stop other programs, or use a machine with more memory; "
+            "conversion needs less memory with fewer --samples or a shorter --length"
+        )
+        return CannotRunHere("this machine does not have enough memory", fix=fix)
+    if isinstance(error, OSError):
+        return _system_error(error)
+    return None
+
+
+def _system_error(error: OSError) -> CannotRunHere:
+    path = error.filename or error.filename2
+    reason = error.strerror or str(error)
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return f"the disk is full ({error.strerror})\n  fix:      free space, or write to another disk"
-    where = error.filename or error.filename2
-    remedy = (
-        "\n  fix:      make it writable, or write elsewhere"
-        if error.errno in (errno.EROFS, errno.EACCES)
-        else ""
-    )
-    return f"{error.strerror or error}" + (f": {where}" if where else "") + remedy
+        got = f"{reason}: {path}" if path else reason
+        return CannotRunHere("the disk is full", got=got, fix="free space, or write to another disk")
+    if not path:
+        return CannotRunHere(f"the operating system reports an error: {reason}")
+    denied = error.errno in (errno.EROFS, errno.EACCES, errno.EPERM)
+    fix = "change the permissions of the file or folder, or use another path" if denied else None
+    return CannotRunHere(f"{path} cannot be read or written", got=reason, fix=fix)
 
 
-# What brings a package that may be missing: kvexport itself, or one of its extras. All others are what `convert` brings.
+# The extra of kvexport that installs a package. The extra `convert` installs those that are not listed.
 _BASE = ("numpy", "click", "rich", "tokenizers", "tomli")
 _EXTRAS = {
     "onnxruntime": "cpu",
@@ -150,12 +173,12 @@ _EXTRAS = {
 }
 
 
-def _missing(error: ModuleNotFoundError) -> str:
+def _missing_package(error: ModuleNotFoundError) -> CannotRunHere:
     name = str(error.name).partition(".")[0]
-    wanted = "kvexport" if name in _BASE else f"'kvexport[{_EXTRAS.get(name, 'convert')}]'"
-    return f"the package {name} is not installed\n  fix:      pip install {wanted}"
+    requirement = "kvexport" if name in _BASE else f"'kvexport[{_EXTRAS.get(name, 'convert')}]'"
+    return CannotRunHere(f"the package {name} is not installed", fix=f"pip install {requirement}")
 
 
-def _fail(message: str, code: int) -> None:
+def _exit_with(message: str, code: int) -> NoReturn:
     click.echo(f"kvexport: {message}", err=True)
     sys.exit(code)

@@ -1,4 +1,4 @@
-"""`kvexport build`: options in, report out."""
+"""`kvexport build`."""
 
 from __future__ import annotations
 
@@ -7,35 +7,34 @@ from typing import Any
 
 import click
 
-from kvexport.cli.conversion import conversion_options, eviction_options, plan_from, shape_options
-from kvexport.convert.method_names import BEST, METHOD_NAMES, method_help
+from kvexport.cli.conversion import (
+    build_options,
+    conversion_options,
+    eviction_options,
+    method_option,
+    output_option,
+    shape_options,
+)
+from kvexport.convert.method_names import BEST
 from kvexport.errors import UsageError
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path), required=False)
-@click.option(
-    "--demo", is_flag=True, help="Build the small model that comes with kvexport, instead of CHECKPOINT."
-)
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The bundle's directory; it must not exist.",
-)
-@click.option(
-    "--method", type=click.Choice(METHOD_NAMES), default=BEST, show_default=True, help=method_help()
-)
+@click.option("--demo", is_flag=True, help="Build the demo model that comes with kvexport, not a CHECKPOINT.")
+@output_option("Bundle directory")
+@method_option(BEST)
 @conversion_options
 @shape_options
 @eviction_options
 @click.option(
-    "--capacity", type=int, help="Tokens that a sequence may hold [default: the model's, at most 4096]."
+    "--capacity",
+    type=int,
+    help="Maximum sequence length in tokens.  [default: the model's maximum, at most 4096]",
 )
-@click.option("--force", is_flag=True, help="Replace the bundle that is there.")
+@click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress and no report.")
+@click.option("--quiet", is_flag=True, help="Print no progress and no report.")
 def command(
     checkpoint: Path | None,
     demo: bool,
@@ -46,19 +45,23 @@ def command(
     quiet: bool,
     **options: Any,
 ) -> None:
-    """Turn a Hugging Face CHECKPOINT into a bundle with fewer KV heads, proved against PyTorch.
+    """Compress a Hugging Face CHECKPOINT and export it to a bundle that is validated against PyTorch.
 
-    Calibrates, converts, writes the ONNX decoder, validates it, and prints what it cost. Nothing is left behind
-    if any step fails.
+    Calibrates, analyzes the sensitivity of each layer, converts, writes the ONNX decoder, validates it, and prints
+    the loss and the sizes. If a step fails, no output is left.
     """
     if (checkpoint is None) != demo:
-        raise UsageError("give a CHECKPOINT, or --demo", got="both" if demo else "neither")
-    from kvexport.build.pipeline import build
+        raise UsageError(
+            "build needs either CHECKPOINT or --demo",
+            got="both" if demo else "neither",
+            fix="kvexport build CHECKPOINT -o BUNDLE, or kvexport build --demo -o BUNDLE",
+        )
+    from kvexport.build import build
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_build
     from kvexport.files.resources import resource
 
     source = resource("models", "demo") if checkpoint is None else checkpoint
     with progress_bar(quiet) as progress:
-        report = build(source, output, plan_from(options), progress, capacity=capacity, force=force)
+        report = build(source, output, build_options(options), progress, capacity=capacity, force=force)
     print_build(report, output, as_json=as_json, quiet=quiet)

@@ -1,4 +1,4 @@
-"""`kvexport calibrate`: options in, saved statistics out."""
+"""`kvexport calibrate`."""
 
 from __future__ import annotations
 
@@ -6,21 +6,15 @@ from pathlib import Path
 
 import click
 
-from kvexport.cli.conversion import calibration_options, recipe_from
+from kvexport.cli.conversion import calibration_options, calibration_recipe, output_option
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
-@click.option(
-    "-o",
-    "--output",
-    type=click.Path(path_type=Path),
-    required=True,
-    help="The statistics' directory; it must not exist.",
-)
+@output_option("Statistics directory")
 @calibration_options
-@click.option("--force", is_flag=True, help="Replace the statistics that are there.")
-@click.option("--quiet", is_flag=True, help="No progress.")
+@click.option("--force", is_flag=True, help="Replace existing statistics.")
+@click.option("--quiet", is_flag=True, help="Print no progress.")
 def command(
     checkpoint: Path,
     output: Path,
@@ -31,15 +25,14 @@ def command(
     force: bool,
     quiet: bool,
 ) -> None:
-    """Measure CHECKPOINT's keys, queries and values on calibration text once, for several builds.
+    """Save statistics of CHECKPOINT's keys, queries and values on calibration text, for use in several builds.
 
-    `kvexport build CHECKPOINT --statistics OUTPUT` then gives the same bundle as calibrating anew.
+    `kvexport build CHECKPOINT --statistics OUTPUT` then gives the same bundle as a build that calibrates by itself.
     """
-    from kvexport.build.pipeline import calibrate
+    from kvexport.build import calibrate
     from kvexport.cli.options import progress_bar
 
     with progress_bar(quiet) as progress:
-        tokens = calibrate(
-            checkpoint, output, recipe_from(calibration, samples, length, seed), progress, force=force
-        )
-        progress.note(f"{output}: statistics of {tokens} tokens")
+        recipe = calibration_recipe(calibration, samples, length, seed)
+        tokens = calibrate(checkpoint, output, recipe, progress, force=force)
+        progress.note(f"wrote {output}: statistics of {tokens} calibration tokens")

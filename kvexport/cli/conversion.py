@@ -1,4 +1,7 @@
-"""The options that `build`, `compress` and `calibrate` share; knows option names, and imports nothing heavy."""
+"""Options that `build`, `compress`, `calibrate` and `analyze` share, and the settings that they stand for.
+
+The modules that use torch are imported on first use, so that `--help` stays fast.
+"""
 
 from __future__ import annotations
 
@@ -9,18 +12,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvexport.bundle.manifest import BYTES
+from kvexport.convert.method_names import METHOD_NAMES, method_help
 from kvexport.errors import UsageError
 from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, POLICIES, EvictionRequest
 
 if TYPE_CHECKING:
-    from kvexport.build.pipeline import BuildOptions
+    from kvexport.build import BuildOptions
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
-_HEAL_SAMPLES = 192  # windows of its own text that a model is healed on, unless --samples says otherwise
+_HEAL_SAMPLES = 192  # default of --samples with --heal, when the model samples its own text
 
 
-def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
+def _group(*options: Callable[[F], F]) -> Callable[[F], F]:
     def decorate(function: F) -> F:
         for option in reversed(options):
             function = option(function)
@@ -29,113 +33,148 @@ def _together(*options: Callable[[F], F]) -> Callable[[F], F]:
     return decorate
 
 
-calibration_options = _together(
+def method_option(default: str) -> Callable[[F], F]:
+    """`--method`, with the default of a command."""
+    return click.option(
+        "--method", type=click.Choice(METHOD_NAMES), default=default, show_default=True, help=method_help()
+    )
+
+
+def output_option(content: str) -> Callable[[F], F]:
+    """`--output`, for a command that writes `content`."""
+    return click.option(
+        "-o",
+        "--output",
+        type=click.Path(path_type=Path),
+        required=True,
+        help=f"{content} to write; must not exist, unless --force is given.",
+    )
+
+
+calibration_options = _group(
     click.option(
         "--calibration",
         metavar="SOURCE",
-        help="self (default: the model samples its own text), random, or a FILE of text or JSON lines.",
+        help="Calibration text: self (sampled from the model), random (random tokens), or a FILE of text or JSON "
+        "lines.  [default: self]",
     ),
-    click.option("--samples", type=int, help="Windows of calibration text [default: 96]."),
-    click.option("--length", type=int, help="Tokens in a window [default: 256]."),
-    click.option("--seed", type=int, help="Of sampling [default: 0]."),
-)
-
-cache_options = _together(
-    click.option("--kv-ratio", type=float, help="Share of the KV cache to keep [default: 0.5]."),
     click.option(
-        "--kv-heads", type=int, help="KV heads to keep in every layer; must divide the model's number."
+        "--samples",
+        type=int,
+        help=f"Number of calibration windows.  [default: 96; {_HEAL_SAMPLES} with --heal]",
+    ),
+    click.option("--length", type=int, help="Length of a calibration window in tokens.  [default: 256]"),
+    click.option("--seed", type=int, help="Random seed of the calibration text.  [default: 0]"),
+)
+
+cache_options = _group(
+    click.option("--kv-ratio", type=float, help="Fraction of the KV cache to keep.  [default: 0.5]"),
+    click.option(
+        "--kv-heads",
+        type=int,
+        help="Number of KV heads in every layer; must divide the model's number of KV heads.",
     ),
 )
 
-conversion_options = _together(
+conversion_options = _group(
     cache_options,
     calibration_options,
     click.option(
         "--statistics",
         type=click.Path(path_type=Path),
-        help="Saved by `kvexport calibrate`, instead of --calibration.",
+        help="Statistics from `kvexport calibrate`, in place of calibration text.",
     ),
     click.option(
         "--heal",
         type=click.IntRange(min=1),
         metavar="STEPS",
-        help="Distil the attention weights towards the original's logits.",
+        help="Number of distillation steps after compression, which train the attention weights towards the "
+        "original model's logits.  [default: no distillation]",
     ),
     click.option(
         "--heal-lora",
         type=click.IntRange(min=1),
         metavar="RANK",
-        help="Heal with adapters of this rank: less memory.",
+        help="Rank of the LoRA adapters that --heal trains in place of whole weights; needs less memory.",
     ),
     click.option(
         "--dtype",
         type=click.Choice(tuple(BYTES)),
         default="float32",
         show_default=True,
-        help="Of weights and cache.",
+        help="Data type of weights and KV cache.",
     ),
 )
 
 
-shape_options = _together(
+shape_options = _group(
     click.option(
         "--max-kl",
         type=float,
-        help="The smallest cache whose mean KL to the original stays below this, in nats.",
+        help="Maximum mean KL divergence from the original model, in nats per token; takes the smallest cache "
+        "below it, in place of --kv-ratio.",
     ),
     click.option(
-        "--group-size", type=int, help="Trained KV heads that share one [default: each layer's best]."
+        "--group-size",
+        type=int,
+        help="Number of original KV heads that share one new KV head.  [default: chosen for each layer]",
     ),
     click.option(
         "--kv-head-dim",
         type=int,
-        help="Width of cached keys and values, at most 256 [default: each layer's best].",
+        help="Width of cached keys and values, at most 256.  [default: chosen for each layer]",
     ),
     click.option(
         "--target",
         metavar="NAME|FILE",
-        help="Use what this device's engine takes: where its attention is not fused, keys and values may differ in width.",
+        help="Target device, from `kvexport targets` or a TOML file. Keys and values may differ in width if its "
+        "engine has no fused attention that needs equal widths.",
     ),
 )
 
 
-eviction_options = _together(
+eviction_options = _group(
     click.option(
         "--kv-budget",
-        metavar="TOKENS|SHARE",
-        help="Hold at most so many tokens of a sequence, or that share of the capacity.",
+        metavar="TOKENS|FRACTION",
+        help="Maximum number of tokens in the KV cache of a sequence, or a fraction of --capacity; further tokens "
+        "evict older ones.  [default: no eviction]",
     ),
     click.option(
-        "--evict", type=click.Choice(tuple(POLICIES)), help=f"Which token goes [default: {DEFAULT_POLICY}]."
+        "--evict",
+        type=click.Choice(tuple(POLICIES)),
+        help="Eviction policy. window: the oldest token; l2-norm: the token whose key has the highest L2 norm; "
+        f"keep-high, random: baselines.  [default: {DEFAULT_POLICY}]",
     ),
     click.option(
         "--protect-first",
         type=int,
         metavar="N",
-        help=f"The first tokens never go [default: {DEFAULT_FIRST}].",
+        help=f"Number of first tokens that are never evicted (attention sinks).  [default: {DEFAULT_FIRST}]",
     ),
     click.option(
         "--protect-recent",
         type=int,
         metavar="N",
-        help="Nor do the last ones [default: half of the budget behind the first; 0 for --evict window].",
+        help="Number of most recent tokens that are never evicted.  [default: half of the remaining budget; 0 with "
+        "--evict window]",
     ),
     click.option(
         "--evict-skip-layers",
         metavar="LAYERS",
-        help="Layers that hold every token, such as 0,1 [default: none].",
+        help="Layers that keep every token, as comma-separated numbers from 0, such as 0,1.  [default: none]",
     ),
 )
 
 
-def eviction_from(options: dict[str, Any]) -> EvictionRequest | None:
-    """What the eviction options mean; takes them out of `options`.
+def eviction_request(options: dict[str, Any]) -> EvictionRequest | None:
+    """The eviction that the options ask for; removes the options from `options`.
 
     Raises:
-        UsageError: out of range, or without --kv-budget.
+        UsageError: an option is out of range, or --kv-budget is missing.
     """
     budget, skipped = options.pop("kv_budget"), options.pop("evict_skip_layers")
-    others = {
+    settings = {
         name: options.pop(option)
         for option, name in (
             ("evict", "policy"),
@@ -144,10 +183,10 @@ def eviction_from(options: dict[str, Any]) -> EvictionRequest | None:
         )
     }
     if budget is None:
-        if skipped is not None or any(value is not None for value in others.values()):
+        if skipped is not None or any(value is not None for value in settings.values()):
             raise UsageError(
-                "nothing is evicted without a budget",
-                got="--evict, --protect-first, --protect-recent or --evict-skip-layers",
+                "--evict, --protect-first, --protect-recent and --evict-skip-layers need --kv-budget",
+                got="no --kv-budget",
                 fix="add --kv-budget TOKENS",
             )
         return None
@@ -155,50 +194,59 @@ def eviction_from(options: dict[str, Any]) -> EvictionRequest | None:
         layers = () if skipped is None else tuple(sorted({int(each) for each in skipped.split(",")}))
     except ValueError:
         raise UsageError(
-            "--evict-skip-layers is no list of layers", got=skipped, expected="numbers such as 0,1"
+            "--evict-skip-layers must be a list of layer numbers",
+            got=skipped,
+            expected="numbers from 0, separated by commas, such as 0,1",
         ) from None
-    return EvictionRequest.parse(budget, **others, skip_layers=layers)
+    return EvictionRequest.parse(budget, **settings, skip_layers=layers)
 
 
-def recipe_from(calibration: str | None, samples: int | None, length: int | None, seed: int | None) -> Recipe:
-    """The recipe that the calibration options mean."""
+def calibration_recipe(
+    calibration: str | None, samples: int | None, length: int | None, seed: int | None
+) -> Recipe:
+    """The calibration recipe that the options ask for."""
     from kvexport.calibrate import recipe_for
 
     return recipe_for("self" if calibration is None else calibration, samples, length, seed)
 
 
-def plan_from(options: dict[str, Any]) -> BuildOptions:
-    """The plan that the conversion options mean; takes them out of `options`.
+def build_options(options: dict[str, Any]) -> BuildOptions:
+    """The build options that the conversion options ask for; removes the options from `options`.
 
     Raises:
-        UsageError: options that contradict each other or are out of range.
+        UsageError: options contradict each other or are out of range.
     """
-    from kvexport.build.pipeline import BuildOptions
+    from kvexport.build import BuildOptions
     from kvexport.convert import CompressionRequest
     from kvexport.devices.targets import load_target, lowering_for
 
-    sources = [options.pop(name) for name in ("calibration", "samples", "length", "seed")]
-    if options.get("statistics") is not None and any(value is not None for value in sources):
+    calibration, samples, length, seed = (
+        options.pop(name) for name in ("calibration", "samples", "length", "seed")
+    )
+    if options.get("statistics") is not None and (calibration, samples, length, seed) != (None,) * 4:
         raise UsageError(
-            "--statistics holds its own calibration text",
-            got="--calibration, --samples, --length or --seed beside it",
-            fix="leave those out, or --statistics",
+            "--statistics replaces calibration text, and cannot be combined with options for it",
+            got="--statistics with --calibration, --samples, --length or --seed",
+            fix="leave out --statistics, or leave out the others",
         )
-    wishes = {
-        name: options.pop(name, None)
-        for name in ("kv_heads", "kv_ratio", "max_kl", "group_size", "kv_head_dim")
-    }
+    if options.get("heal_lora") is not None and options["heal"] is None:
+        raise UsageError("--heal-lora needs --heal", got="no --heal", fix="add --heal STEPS")
+    if options.get("heal") is not None and calibration in (None, "self") and samples is None:
+        samples = _HEAL_SAMPLES
     target = options.pop("target", None)
     request = CompressionRequest(
-        **wishes, equal_widths=target is None or lowering_for(load_target(target)) == "std24"
+        **{
+            name: options.pop(name, None)
+            for name in ("kv_heads", "kv_ratio", "max_kl", "group_size", "kv_head_dim")
+        },
+        equal_widths=target is None or lowering_for(load_target(target)) == "std24",
     )
-    names = ("method", "statistics", "dtype", "heal", "heal_lora")
-    rest = {name: options.pop(name) for name in names if name in options}
-    if "kv_budget" in options:
-        rest["eviction"] = eviction_from(options)
-    if rest.get("heal_lora") is not None and rest["heal"] is None:
-        raise UsageError("--heal-lora says how to heal", got="no --heal", fix="add --heal STEPS")
-    if rest.get("heal") is not None and sources[0] in (None, "self") and sources[1] is None:
-        sources[1] = _HEAL_SAMPLES
-    assert not options, f"options that nobody took: {options}"
-    return BuildOptions(recipe_from(*sources), request, **rest)
+    eviction = eviction_request(options) if "kv_budget" in options else None
+    others = {
+        name: options.pop(name)
+        for name in ("method", "statistics", "dtype", "heal", "heal_lora")
+        if name in options
+    }
+    assert not options, f"unused options: {options}"
+    recipe = calibration_recipe(calibration, samples, length, seed)
+    return BuildOptions(recipe, request, eviction=eviction, **others)

@@ -1,4 +1,4 @@
-"""`kvexport engine`: a bundle in, a TensorRT engine beside it out."""
+"""`kvexport engine`."""
 
 from __future__ import annotations
 
@@ -14,36 +14,66 @@ from kvexport.errors import CannotRunHere
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @click.option(
-    "--target", help="A device that `kvexport targets` lists, or a TOML file.  [default: this machine]"
+    "--target",
+    metavar="NAME|FILE",
+    help="Target device, from `kvexport targets` or a TOML file.  [default: this machine]",
 )
 @click.option(
     "--compute-capability",
     "compute_capabilities",
     multiple=True,
     metavar="X.Y",
-    help="Build ahead of time for GPUs of this capability, with TensorRT-RTX; may be given several times.",
-)
-@click.option("--capacity", type=int, help="Tokens that a sequence may hold.  [default: the bundle's]")
-@click.option("--chunk", type=int, help="Tokens of a prompt that are read at once, at most.  [default: 128]")
-@click.option("--batch", type=int, default=1, show_default=True, help="Sequences that are decoded at once.")
-@click.option(
-    "--workspace", type=int, metavar="MIB", help="Scratch memory of a kernel, at most.  [default: TensorRT's]"
+    help="Compute capability of the GPUs to build for, with TensorRT-RTX and without a GPU; may be given several "
+    "times.",
 )
 @click.option(
-    "--refit", is_flag=True, help="Leave the weights out of the plan; they are read from the bundle."
+    "--capacity", type=int, help="Maximum sequence length in tokens.  [default: the bundle's capacity]"
 )
-@click.option("--version-compatible", is_flag=True, help="A plan that later TensorRT versions load too.")
-@click.option("--hardware-compatible", is_flag=True, help="A plan for all desktop GPUs from Ampere on.")
 @click.option(
-    "--optimization-level", type=int, metavar="0-5", help="How long TensorRT searches.  [default: TensorRT's]"
+    "--chunk",
+    type=int,
+    help="Maximum number of prompt tokens that are processed in one call.  [default: 128, or the capacity if that is "
+    "less]",
+)
+@click.option(
+    "--batch",
+    type=int,
+    default=1,
+    show_default=True,
+    help="Number of sequences that are decoded together.",
+)
+@click.option(
+    "--workspace",
+    type=int,
+    metavar="MIB",
+    help="Maximum scratch memory of a kernel in MiB.  [default: TensorRT's]",
+)
+@click.option(
+    "--refit",
+    is_flag=True,
+    help="Build the plan without weights; they are loaded from the bundle when it is opened.",
+)
+@click.option(
+    "--version-compatible", is_flag=True, help="Build a plan that later TensorRT versions can load."
+)
+@click.option(
+    "--hardware-compatible",
+    is_flag=True,
+    help="Build a plan that runs on all desktop GPUs from the Ampere generation on.",
+)
+@click.option(
+    "--optimization-level",
+    type=int,
+    metavar="0-5",
+    help="Optimization level of TensorRT's builder; higher builds longer.  [default: TensorRT's]",
 )
 @click.option(
     "--lowering",
-    help="The form of the graph: std24 or decomposed17.  [default: the best that the parser takes]",
+    help="Form of the graph: std24 or decomposed17.  [default: the first that this TensorRT supports]",
 )
-@click.option("--force", is_flag=True, help="Replace the engine that is there.")
-@click.option("--quiet", is_flag=True, help="No progress and no table.")
-@click.option("--json", "as_json", is_flag=True, help="Print the build's record as one JSON object.")
+@click.option("--force", is_flag=True, help="Replace an existing engine.")
+@click.option("--quiet", is_flag=True, help="Print no progress and no table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the record of the build as one JSON object.")
 def command(
     bundle: Path,
     target: str | None,
@@ -53,9 +83,9 @@ def command(
     as_json: bool,
     **options: Any,
 ) -> None:
-    """Build the TensorRT engine of BUNDLE, on the device that will run it, into BUNDLE/engines.
+    """Build a TensorRT engine from BUNDLE into BUNDLE/engines, on the device that will run it.
 
-    TensorRT-RTX also builds without a GPU, for each --compute-capability.
+    TensorRT-RTX can also build on a machine without a GPU, for each --compute-capability.
     """
     from kvexport.cli.engine_tables import print_engine
     from kvexport.cli.options import progress_bar

@@ -1,4 +1,4 @@
-"""`kvexport evaluate`: a bundle, its checkpoint and a text in, what compression cost out."""
+"""`kvexport evaluate`."""
 
 from __future__ import annotations
 
@@ -19,23 +19,35 @@ from kvexport.errors import GateFailed, UsageError
     "checkpoint",
     type=click.Path(path_type=Path),
     required=True,
-    help="The checkpoint it was built from.",
+    help="Checkpoint that the bundle was built from.",
 )
 @click.option(
-    "--text", type=click.Path(path_type=Path), required=True, help="Text, or JSON lines with a `text` field."
+    "--text",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="Text file, or JSON lines with a `text` field.",
 )
 @click.option(
-    "--length", type=click.IntRange(min=2), default=256, show_default=True, help="Tokens in a window."
+    "--length",
+    type=click.IntRange(min=2),
+    default=256,
+    show_default=True,
+    help="Length of a window of text in tokens.",
 )
 @click.option(
     "--samples",
     type=click.IntRange(min=1),
-    help="The most windows to use, spread over the text [default: all].",
+    help="Maximum number of windows, evenly spread over the text.  [default: all]",
 )
-@click.option("--max-kl", type=float, help="Exit with 1 if the mean KL is above this, in nats per token.")
+@click.option(
+    "--max-kl",
+    type=float,
+    help="Maximum mean KL divergence from the checkpoint, in nats per token; exits with 1 above it.  "
+    "[default: no limit]",
+)
 @provider_option
-@click.option("--json", "as_json", is_flag=True, help="Print the figures as one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress and no table.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print no progress and no table.")
 def command(
     bundle: Path,
     checkpoint: Path,
@@ -47,25 +59,27 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure what compression cost: BUNDLE's predictions against the trained model's on a text."""
+    """Measure the loss from compression: KL divergence and perplexity of BUNDLE and its checkpoint on a text."""
     if max_kl is not None and not 0 <= max_kl < math.inf:
-        raise UsageError("--max-kl is no bound", got=max_kl, expected="0 or more, in nats per token")
+        raise UsageError(
+            "--max-kl must be a finite number >= 0", got=max_kl, expected=">= 0, in nats per token"
+        )
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_evaluation
     from kvexport.validate.evaluate import evaluate
 
     with progress_bar(quiet) as progress:
-        result = evaluate(
+        evaluation = evaluate(
             bundle, checkpoint, text, progress, length=length, samples=samples, provider=provider
         )
     if as_json:
-        click.echo(json.dumps(result.to_json()))
+        click.echo(json.dumps(evaluation.to_json()))
     elif not quiet:
-        print_evaluation(result)
-    kl = result.divergence.mean_kl
+        print_evaluation(evaluation)
+    kl = evaluation.divergence.mean_kl
     if max_kl is not None and not kl <= max_kl:
         raise GateFailed(
-            "the bundle is farther from the original than --max-kl allows",
-            got=f"{kl:.6g}",
+            "the mean KL divergence from the checkpoint must not exceed --max-kl",
+            got=f"{kl:.6g} nats per token",
             expected=f"at most {max_kl:g}",
         )

@@ -1,4 +1,4 @@
-"""`kvexport inspect`: a bundle in, what it says of itself out."""
+"""`kvexport inspect`."""
 
 from __future__ import annotations
 
@@ -11,10 +11,15 @@ import click
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--verify", is_flag=True, help="Hash every file, and fail if one is not as it was written.")
-@click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
+@click.option(
+    "--verify", is_flag=True, help="Compare the SHA-256 of every file with the manifest; fail if one differs."
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the manifest and the sizes as one JSON object.")
 def command(bundle: Path, verify: bool, as_json: bool) -> None:
-    """Show what BUNDLE holds: heads, widths, method and error of every layer, KV bytes per token, files."""
+    """Show the contents of BUNDLE.
+
+    Prints KV heads, width, method and errors of every layer, the size of the KV cache, and the files.
+    """
     from kvexport.bundle.bundle import Bundle
     from kvexport.cli.report import print_bundle
 

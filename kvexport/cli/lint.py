@@ -1,4 +1,4 @@
-"""`kvexport lint`: a bundle and a target in, what the target's TensorRT refuses out."""
+"""`kvexport lint`."""
 
 from __future__ import annotations
 
@@ -13,32 +13,44 @@ from kvexport.errors import CannotRunHere, GateFailed, UsageError
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--target", required=True, help="A device that `kvexport targets` lists, or a TOML file.")
-@click.option("--jetpack", help="The JetPack on it, which says its TensorRT.")
 @click.option(
-    "--tensorrt", metavar="VERSION", help="Its TensorRT (or TensorRT-RTX) version.  [default: the target's]"
+    "--target",
+    metavar="NAME|FILE",
+    required=True,
+    help="Target device, from `kvexport targets` or a TOML file.",
 )
 @click.option(
-    "--lowering", help="Check this form of the graph.  [default: what `kvexport engine` would build]"
+    "--jetpack", metavar="VERSION", help="JetPack version of the target, which determines its TensorRT."
 )
-@click.option("--json", "as_json", is_flag=True, help="Print everything as one JSON object.")
+@click.option(
+    "--tensorrt",
+    metavar="VERSION",
+    help="TensorRT or TensorRT-RTX version of the target.  [default: that of its JetPack or TOML file]",
+)
+@click.option(
+    "--lowering",
+    help="Form of the graph to check: std24 or decomposed17.  [default: the one that `kvexport engine` would build]",
+)
+@click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
 def command(
     bundle: Path, target: str, jetpack: str | None, tensorrt: str | None, lowering: str | None, as_json: bool
 ) -> None:
-    """Name what the TensorRT of a target cannot import or build of BUNDLE. Exit code 1 if there is such a thing.
+    """List the nodes of BUNDLE that the TensorRT of a target does not support, before an engine is built.
 
-    Needs no TensorRT. What is only slow, such as attention without a fused kernel, is a note.
+    Exits with 1 if there are any. Nodes that are supported but slow, such as attention without a fused kernel, are
+    listed as notes. TensorRT need not be installed.
     """
     from kvexport.bundle.bundle import GRAPH_FILE, Bundle
     from kvexport.cli.engine_tables import print_findings
-    from kvexport.cli.report import PlainConsole
+    from kvexport.devices.capabilities import TENSORRT_LOWERINGS
     from kvexport.devices.targets import load_target, tensorrt_version
 
     device = load_target(target)
     if device.engine == "onnxruntime":
         raise UsageError(
-            f"target {device.name} runs on ONNX Runtime, which runs every bundle",
-            fix="choose a target with TensorRT: `kvexport targets` lists them",
+            "--target must be a device with TensorRT: ONNX Runtime supports every bundle",
+            got=device.name,
+            fix="choose another target: `kvexport targets` lists them",
         )
     version = tensorrt_version(device, jetpack=jetpack, tensorrt=tensorrt)
     opened = Bundle.open(bundle)
@@ -51,35 +63,30 @@ def command(
 
     parser = Parser(device.engine, version)
     budget = None if opened.eviction is None else opened.eviction.budget
-    fitted = prepare_graph(
+    prepared = prepare_graph(
         bundle / GRAPH_FILE, parser, batch=1, capacity=opened.capacity, budget=budget, lowering=lowering
     )
-    refused = refusals(fitted.findings)
+    unsupported = refusals(prepared.findings)
     if as_json:
-        said = {"target": device.name, "engine": device.engine, "version": ".".join(map(str, version))}
-        findings = [asdict(finding) for finding in fitted.findings]
-        rejected = {name: [asdict(finding) for finding in found] for name, found in fitted.rejected.items()}
-        click.echo(
-            json.dumps({**said, "lowering": fitted.lowering, "findings": findings, "passed_over": rejected})
-        )
+        report = {
+            "target": device.name,
+            "engine": device.engine,
+            "version": ".".join(map(str, version)),
+            "lowering": prepared.lowering,
+            "findings": [asdict(finding) for finding in prepared.findings],
+            "passed_over": {
+                name: [asdict(finding) for finding in findings]
+                for name, findings in prepared.rejected.items()
+            },
+        }
+        click.echo(json.dumps(report))
     else:
-        if fitted.findings:
-            print_findings(fitted.findings)
-        for name, found in fitted.rejected.items():
-            PlainConsole().say(
-                f"{name} is passed over: {len(found)} findings (see them with --lowering {name})"
-            )
-        if not refused:
-            PlainConsole().say(f"{parser} takes the bundle as {fitted.lowering}")
-    if refused:
+        print_findings(prepared, str(parser), supported=not unsupported)
+    if unsupported:
+        fix = unsupported[0].remedy
+        if lowering is not None and lowering != TENSORRT_LOWERINGS[-1]:  # another lowering is left to try
+            fix = "leave out --lowering"
         raise GateFailed(
-            f"{parser} refuses {len(refused)} things of the bundle lowered to {fitted.lowering}",
-            fix="leave out --lowering" if lowering is not None and not _same(lowering) else refused[0].remedy,
+            f"{parser} does not support {len(unsupported)} nodes of the bundle in the lowering {prepared.lowering}",
+            fix=fix,
         )
-
-
-def _same(lowering: str) -> bool:
-    """Whether no other lowering is left to try."""
-    from kvexport.devices.capabilities import TENSORRT_LOWERINGS
-
-    return lowering == TENSORRT_LOWERINGS[-1]

@@ -1,4 +1,4 @@
-"""What verbs share: progress bars on a terminal's stderr and silence elsewhere, and the option that says what runs a bundle."""
+"""Options and progress bars that several commands share."""
 
 from __future__ import annotations
 
@@ -18,13 +18,18 @@ provider_option = click.option(
     type=click.Choice(("auto", "cpu", "cuda", "tensorrt")),
     default="auto",
     show_default=True,
-    help="What runs the bundle: ONNX Runtime on the CPU or on CUDA, or the bundle's TensorRT engine; "
-    "auto: an engine if one fits this machine, else CUDA, else the CPU.",
+    help="Execution provider: cpu and cuda use ONNX Runtime, tensorrt uses an engine of the bundle; "
+    "auto takes an engine that fits this machine, else CUDA, else the CPU.",
+)
+threads_option = click.option(
+    "--threads",
+    type=click.IntRange(1, 1024),
+    help="Number of CPU threads for one operator.  [default: one per core]",
 )
 
 
 class BarProgress(Progress):
-    """Draws a bar for each stage while it lasts; says notes on stderr."""
+    """Draws one bar per stage on a terminal, and prints messages to stderr unless quiet."""
 
     def __init__(self, console: PlainConsole, quiet: bool) -> None:
         from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
@@ -37,31 +42,36 @@ class BarProgress(Progress):
             MofNCompleteColumn(),
             TimeElapsedColumn(),
         )
-        self._bars = Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-        self._task = self._bars.add_task("", visible=False)
+        self.bars = Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
+        self._task = self.bars.add_task("", visible=False)
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[None]:
-        outer, self._task = self._task, self._bars.add_task(name, total=steps or None)
+        outer, self._task = self._task, self.bars.add_task(name, total=steps or None)
         try:
             yield
         finally:
-            self._bars.remove_task(self._task)
+            self.bars.remove_task(self._task)
             self._task = outer
 
     def advance(self) -> None:
-        self._bars.advance(self._task)
+        self.bars.advance(self._task)
 
     def note(self, text: str) -> None:
         if not self._quiet:
-            self._console.say(f"kvexport: {text}")
+            self._console.print_line(f"kvexport: {text}")
 
 
 @contextmanager
-def progress_bar(quiet: bool) -> Iterator[BarProgress]:
-    """Progress of one command."""
+def progress_bar(quiet: bool) -> Iterator[Progress]:
+    """Show the progress of one command, or pass it on to the `Progress` that `main` was given."""
     from kvexport.cli.report import PlainConsole
 
-    shown = BarProgress(PlainConsole(stderr=True), quiet)
-    with shown._bars:
-        yield shown
+    context = click.get_current_context(silent=True)
+    given = None if context is None else context.find_object(Progress)
+    if given is not None:
+        yield given
+        return
+    progress = BarProgress(PlainConsole(stderr=True), quiet)
+    with progress.bars:
+        yield progress

@@ -1,4 +1,4 @@
-"""`kvexport plan`: a config.json and a target in, what fits and how fast it will be out."""
+"""`kvexport plan`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from kvexport.cli.conversion import eviction_from
+from kvexport.cli.conversion import eviction_request
 from kvexport.plan.memory import PRECISIONS
 
 
@@ -17,35 +17,38 @@ from kvexport.plan.memory import PRECISIONS
 @click.option(
     "--target",
     metavar="NAME|FILE",
-    help="A device of `kvexport targets`, or a TOML file [default: sizes alone].",
+    help="Target device, from `kvexport targets` or a TOML file.  [default: none, which predicts sizes only]",
 )
 @click.option(
     "--kv-heads",
     type=int,
     multiple=True,
-    help="KV heads to keep; repeatable [default: all, half, a quarter].",
+    help="Number of KV heads; may be given several times.  [default: all, a half and a quarter]",
 )
 @click.option(
     "--dtype",
     type=click.Choice(PRECISIONS),
     multiple=True,
-    help="Of the weights; repeatable [default: the target's].",
+    help="Data type of the weights; may be given several times.  [default: those of the target]",
 )
 @click.option(
     "--context",
     type=click.IntRange(min=1),
     multiple=True,
-    help="Tokens; repeatable [default: 2048, 8192, 32768].",
+    help="Context length in tokens; may be given several times.  [default: 2048, 8192, 32768]",
 )
 @click.option(
     "--kv-budget",
-    metavar="TOKENS|SHARE",
-    help="Hold at most so many tokens in each KV head, or that share of the model's longest sequence [default: all].",
+    metavar="TOKENS|FRACTION",
+    help="Maximum number of tokens in the KV cache of a sequence, or a fraction of the model's maximum length.  "
+    "[default: no eviction]",
 )
 @click.option(
-    "--evict-skip-layers", metavar="LAYERS", help="Layers that hold every token, such as 0,1 [default: none]."
+    "--evict-skip-layers",
+    metavar="LAYERS",
+    help="Layers that keep every token, as comma-separated numbers from 0, such as 0,1.  [default: none]",
 )
-@click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
+@click.option("--json", "as_json", is_flag=True, help="Print the predictions as one JSON object.")
 def command(
     model: Path,
     target: str | None,
@@ -55,16 +58,19 @@ def command(
     as_json: bool,
     **budget: Any,
 ) -> None:
-    """Say what fits a target, and how fast it is predicted to be. MODEL is a config.json or its folder: no weights are
-    needed. For a bundle, also compare the prediction with what its builds and benchmarks measured."""
+    """Predict whether MODEL fits a target, and its speed there.
+
+    MODEL is a config.json, its folder, or a bundle. No weights are needed. For a bundle, the predictions are compared
+    with what its engine builds and benchmarks measured.
+    """
     from kvexport.cli.plan_tables import print_plan
     from kvexport.devices.targets import load_target
     from kvexport.plan import plan
 
-    eviction = eviction_from({**budget, "evict": None, "protect_first": None, "protect_recent": None})
+    eviction = eviction_request({**budget, "evict": None, "protect_first": None, "protect_recent": None})
     device = None if target is None else load_target(target)
-    found = plan(model, device, kv_heads=kv_heads, dtypes=dtype, contexts=context, eviction=eviction)
+    predictions = plan(model, device, kv_heads=kv_heads, dtypes=dtype, contexts=context, eviction=eviction)
     if as_json:
-        click.echo(json.dumps(found.to_json()))
+        click.echo(json.dumps(predictions.to_json()))
     else:
-        print_plan(found)
+        print_plan(predictions)

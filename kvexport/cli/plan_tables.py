@@ -1,4 +1,4 @@
-"""Targets and plans as tables for people; knows how figures are shown, and nothing of how they are made."""
+"""Tables of `kvexport plan` and `kvexport targets`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ if TYPE_CHECKING:
     from kvexport.eviction.config import Eviction
     from kvexport.plan import Comparison, Plan, Range
 
-_PLAN_WIDTH = 140  # where there is no terminal to ask
+_PLAN_WIDTH = 140  # without a terminal
 
 
 def print_targets(targets: Sequence[Target]) -> None:
-    """One line a target."""
+    """Print one row for each target."""
     table = plain_table("target", "memory", "usable", "GB/s", "SM", "FP16 TFLOPS", "engine", "version")
     for target in targets:
         table.add_row(
@@ -31,16 +31,16 @@ def print_targets(targets: Sequence[Target]) -> None:
         )
     out = PlainConsole()
     out.print(table)
-    out.say("(`kvexport targets NAME` says where each figure is from)")
+    out.print_line("(`kvexport targets NAME` shows the source of each value)")
 
 
 def print_target(target: Target) -> None:
-    """One target with its sources."""
-    figures = {
+    """Print one target with the source of each value."""
+    values = {
         "memory_gib": ("memory", size(target.memory)),
-        "usable": ("usable", f"{target.usable:.0%}, {size(target.usable_bytes)}"),
+        "usable": ("usable memory", f"{target.usable:.0%}, {size(target.usable_bytes)}"),
         "bandwidth_gb_s": (
-            "bandwidth",
+            "memory bandwidth",
             f"{target.bandwidth / 1e9:g} GB/s{', shared with the CPU' * target.unified}",
         ),
         "fp16_tflops": ("FP16, dense", f"{_tera(target.fp16)} TFLOPS"),
@@ -48,32 +48,32 @@ def print_target(target: Target) -> None:
         "sm": ("compute capability", target.sm or "-"),
         "tensorrt": (target.engine, target.tensorrt or "-"),
         "jetpacks": (
-            "JetPack",
-            ", ".join(f"{jetpack} has {version}" for jetpack, version in target.jetpacks.items()),
+            "TensorRT by JetPack",
+            ", ".join(f"{jetpack}: {version}" for jetpack, version in target.jetpacks.items()),
         ),
     }
     out = PlainConsole()
-    out.say(f"{target.title} ({target.name}), engine {target.engine}")
+    out.print_line(f"{target.title} ({target.name}), engine {target.engine}")
     table = facts_table()
     table.add_column(overflow="fold")
-    for key, (what, shown) in figures.items():
+    for key, (name, value) in values.items():
         if key in target.sources:
-            table.add_row(what, shown, target.sources[key])
+            table.add_row(name, value, target.sources[key])
     out.print(table)
 
 
 def print_plan(plan: Plan) -> None:
-    """A row for each precision, number of KV heads and context, and what the figures mean."""
+    """Print one row for each data type, number of KV heads and context length, and notes on the columns."""
     table = plain_table(
         "dtype",
         "KV heads",
         "context",
         "weights",
-        "KV",
+        "KV cache",
         "other",
         "total",
         "fits",
-        "longest",
+        "max context",
         "prefill",
         "decode",
     )
@@ -86,11 +86,7 @@ def print_plan(plan: Plan) -> None:
             size(row.memory.kv),
             size(row.memory.activations + row.memory.engine),
             size(row.memory.total),
-            "-"
-            if row.short_bytes is None
-            else f"lacks {size(row.short_bytes)}"
-            if row.short_bytes
-            else "yes",
+            _fits(row.short_bytes),
             "-" if row.largest_context is None else str(row.largest_context),
             _prefill(row.prefill_seconds),
             _decode(row.decode_seconds),
@@ -107,76 +103,90 @@ def print_plan(plan: Plan) -> None:
 
 def _print_notes(plan: Plan, out: PlainConsole) -> None:
     if plan.target is None:
-        out.say(
-            "Sizes alone; --target NAME says what fits and how fast it is predicted to be (`kvexport targets` lists them)."
+        out.print_line(
+            "Sizes only. --target NAME adds what fits and the predicted speed (`kvexport targets` lists the names)."
         )
     else:
         target = plan.target
-        share = f"{target.usable:.0%} of {size(target.memory)}"
-        out.say(
-            f"{target.title}: an application can have {size(target.usable_bytes)} ({share}), lowering {plan.lowering}."
+        fraction = f"{target.usable:.0%} of {size(target.memory)}"
+        out.print_line(
+            f"{target.title}: {size(target.usable_bytes)} usable by an application ({fraction}), lowering {plan.lowering}."
         )
-        out.say("Times are an estimate for batch 1: typical, and the band that published figures give.")
-        out.say("prefill: a prompt as long as the context; decode: tokens per second after as many tokens.")
+        out.print_line(
+            "Times are estimates for batch 1, with the range of published measurements in parentheses."
+        )
+        out.print_line(
+            "prefill: time of a prompt as long as the context. decode: tokens per second after that many tokens."
+        )
         if not target.jetpacks:
-            out.say(
-                "Those figures are of Jetson Orin and Thor: for this target the times are an extrapolation."
+            out.print_line(
+                "The published measurements are of Jetson Orin and Thor: times for this target are an extrapolation."
             )
-        out.say(
-            "longest: the most tokens that fit, no more than the model was trained for. other: activations and engine."
+        out.print_line(
+            "max context: the most tokens that fit, up to the model's maximum. other: activations and engine."
         )
         if any(row.prefill_seconds is None for row in plan.rows):
-            out.say(
-                f"No prefill time where the target's file has no arithmetic rate for the precision ({target.name})."
+            out.print_line(
+                f"No prefill time where the target file has no arithmetic rate for the data type ({target.name})."
             )
     if plan.eviction is not None:
-        out.say(_budget(plan.eviction, max(row.memory.kv_state for row in plan.rows)))
+        out.print_line(_eviction_note(plan.eviction, max(row.memory.kv_state for row in plan.rows)))
     if plan.maps:
-        out.say(
-            "Fewer KV heads: weights with the key and query maps of the online method; the folding one has none."
+        out.print_line(
+            "With fewer KV heads, weights include the key and query maps of the method online; fold has none."
         )
     if any(row.dtype.startswith("int") for row in plan.rows):
-        out.say(
-            "int8 and int4 (weights of the layers alone) are for planning: kvexport writes float32, float16 and bfloat16."
+        out.print_line(
+            "int8 and int4 (layer weights only) are predictions: kvexport build writes float32, float16 and bfloat16."
         )
 
 
-def _budget(eviction: Eviction, state: int) -> str:
-    skipped = eviction.skip_layers
-    whole = "" if not skipped else f"layer{'s' * (len(skipped) > 1)} {', '.join(map(str, skipped))}"
-    whole = whole and f"; {whole} hold{'s' * (len(skipped) == 1)} the whole context"
-    return (
-        f"KV: a budget of {eviction.budget} tokens in each KV head, each with 8 bytes of score and position "
-        f"(of the KV above {size(state)} at most){whole}."
+def _eviction_note(eviction: Eviction, state_bytes: int) -> str:
+    note = (
+        f"KV cache: a budget of {eviction.budget} tokens in each KV head, each with 8 bytes of score and position "
+        f"(at most {size(state_bytes)} of the KV cache)"
     )
+    layers = ", ".join(map(str, eviction.skip_layers))
+    if len(eviction.skip_layers) == 1:
+        note += f"; layer {layers} keeps the whole context"
+    elif eviction.skip_layers:
+        note += f"; layers {layers} keep the whole context"
+    return f"{note}."
 
 
 def _print_comparisons(comparisons: Sequence[Comparison], out: PlainConsole) -> None:
-    table = plain_table("measured in", "what", "predicted", "measured", "ratio")
+    table = plain_table("measured in", "quantity", "predicted", "measured", "measured / predicted")
     for each in comparisons:
-        shown = (
+        values = (
             size(value) if each.unit == "bytes" else f"{value:.2f} ms"
             for value in (each.predicted, each.measured)
         )
-        table.add_row(each.source, each.what, *shown, f"{each.ratio:.2f}")
+        table.add_row(each.source, each.what, *values, f"{each.ratio:.2f}")
     out.print()
     out.print(table)
+
+
+def _fits(missing_bytes: int | None) -> str:
+    if missing_bytes is None:
+        return "-"
+    return f"no, {size(missing_bytes)} short" if missing_bytes else "yes"
 
 
 def _prefill(seconds: Range | None) -> str:
     if seconds is None:
         return "-"
-    return f"{_figure(seconds.typical)} s ({_figure(seconds.low)}–{_figure(seconds.high)})"
+    return f"{_two_digits(seconds.typical)} s ({_two_digits(seconds.low)}–{_two_digits(seconds.high)})"
 
 
 def _decode(seconds: Range | None) -> str:
     if seconds is None:
         return "-"
-    return f"{_figure(1 / seconds.typical)}/s ({_figure(1 / seconds.high)}–{_figure(1 / seconds.low)})"
+    typical, low, high = (1 / value for value in (seconds.typical, seconds.high, seconds.low))
+    return f"{_two_digits(typical)}/s ({_two_digits(low)}–{_two_digits(high)})"
 
 
-def _figure(value: float) -> str:
-    """Two digits that count, or all that are before the point."""
+def _two_digits(value: float) -> str:
+    """Two significant digits, or all digits before the decimal point."""
     return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
 
 

@@ -1,4 +1,4 @@
-"""`kvexport run`: a bundle and a prompt in, text out as it is made."""
+"""`kvexport run`."""
 
 from __future__ import annotations
 
@@ -10,51 +10,61 @@ from typing import TYPE_CHECKING
 import click
 from click.core import ParameterSource
 
-from kvexport.cli.options import provider_option
+from kvexport.cli.options import provider_option, threads_option
 from kvexport.errors import UsageError
 
 if TYPE_CHECKING:
     from kvexport.runtime import Cache, Session, Stream
 
-_NAMES = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
+_PROVIDERS = {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}
 
 
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
-@click.option("--prompt", required=True, metavar="TEXT", help="What to continue; - reads standard input.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=200, show_default=True)
+@click.option(
+    "--prompt", required=True, metavar="TEXT", help="Text to continue; - reads it from standard input."
+)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    default=200,
+    show_default=True,
+    help="Maximum number of tokens to generate.",
+)
 @click.option(
     "--temperature",
     type=float,
-    help="0 takes the likeliest token [default: 0, and 1 with --top-k or --top-p].",
+    help="Sampling temperature; 0 is greedy decoding.  [default: 0; 1 with --top-k or --top-p]",
 )
-@click.option("--top-k", type=int, help="Draw from the K likeliest tokens.")
-@click.option("--top-p", type=float, help="Draw from the likeliest tokens that reach this probability.")
-@click.option("--seed", type=int, help="Makes drawing repeatable.")
+@click.option("--top-k", type=int, help="Sample from the K most likely tokens only.  [default: all]")
+@click.option(
+    "--top-p",
+    type=float,
+    help="Sample from the most likely tokens whose probabilities add up to P.  [default: 1]",
+)
+@click.option("--seed", type=int, help="Random seed of sampling.  [default: a new one in every run]")
 @click.option(
     "--stop",
     metavar="TEXT",
     multiple=True,
-    help="End where this text appears, and leave it out; several times: any.",
+    help="Text at which generation ends, and which is not printed; may be given several times.",
 )
 @click.option(
     "--cache",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Go on from a cache that --save-cache wrote.",
+    help="Cache from --save-cache, which the prompt continues.",
 )
 @click.option(
     "--save-cache",
     type=click.Path(path_type=Path),
     metavar="FILE",
-    help="Read the prompt, write the cache to FILE, and generate nothing.",
+    help="File to write the cache to after the prompt; nothing is generated.",
 )
 @provider_option
-@click.option(
-    "--threads", type=click.IntRange(1, 1024), help="Of one operator on the CPU [default: one a core]."
-)
-@click.option("--no-verify", is_flag=True, help="Start without hashing the weights.")
-@click.option("--quiet", is_flag=True, help="The text alone.")
+@threads_option
+@click.option("--no-verify", is_flag=True, help="Do not hash the weights before the start.")
+@click.option("--quiet", is_flag=True, help="Print the text only, without speed and memory use.")
 def command(
     bundle: Path,
     prompt: str,
@@ -71,22 +81,22 @@ def command(
     no_verify: bool,
     quiet: bool,
 ) -> None:
-    """Continue a prompt with BUNDLE; the prompt and what follows it go to standard output.
+    """Generate text with BUNDLE: print the prompt and its continuation to standard output.
 
-    A long beginning that several runs share is read once: --save-cache FILE writes what the model remembers of it, and
-    --cache FILE goes on from there.
+    A prompt prefix that several runs share needs one prefill only: --save-cache FILE saves the cache after it, and
+    --cache FILE continues from there.
     """
     from kvexport.runtime import open_bundle
 
     if save_cache is not None:
-        _require_nothing_generated()
-    text = _standard_input() if prompt == "-" else prompt
+        _reject_sampling_options()
+    text = _read_standard_input() if prompt == "-" else prompt
     session = open_bundle(bundle, provider=provider, threads=threads, verify=not no_verify)
-    held = None if cache is None else _loaded(session, cache)
+    loaded = None if cache is None else _load_cache(session, cache)
     if save_cache is not None:
-        said = _saved(session, text, held or session.new_cache(), save_cache)
+        message = _prefill_and_save(session, text, loaded or session.new_cache(), save_cache)
         if not quiet:
-            click.echo(said, err=True)
+            click.echo(message, err=True)
         return
     stream = session.stream(
         text,
@@ -96,82 +106,91 @@ def command(
         top_p=top_p,
         seed=seed,
         stop=stop or None,
-        cache=held,
+        cache=loaded,
     )
-    for piece in chain([text + next(stream, "")], stream):  # a prompt that is refused is not printed
-        click.echo(piece, nl=False)  # and flush
+    for piece in chain([text + next(stream, "")], stream):  # prints no prompt if the session rejects it
+        click.echo(piece, nl=False)  # and flushes
     click.echo()
     if not quiet:
-        click.echo(_summary(stream, session, held, stop), err=True)
+        click.echo(_summary(stream, session, loaded, stop), err=True)
 
 
-def _require_nothing_generated() -> None:
+def _reject_sampling_options() -> None:
     """
     Raises:
-        UsageError: with --save-cache an option was given that says how to choose tokens.
+        UsageError: an option for sampling was given together with --save-cache.
     """
     context = click.get_current_context()
     for name in ("temperature", "top_k", "top_p", "seed", "stop"):
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             option = "--" + name.replace("_", "-")
             raise UsageError(
-                "--save-cache generates nothing",
+                f"--save-cache generates nothing, and cannot be combined with {option}",
                 got=option,
-                fix=f"leave {option} out, and give it with --cache",
+                fix=f"leave {option} out, and give it in the run with --cache",
             )
 
 
-def _loaded(session: Session, path: Path) -> Cache:
-    """The one sequence of a saved cache."""
+def _load_cache(session: Session, path: Path) -> Cache:
+    """Load a saved cache of one sequence.
+
+    Raises:
+        UsageError: the cache has several sequences.
+    """
     cache = session.load(path)
     if cache.batch != 1:
         raise UsageError(
-            f"the cache {path} holds several sequences", got=cache.batch, expected=1, fix="load it in Python"
+            f"the cache {path} must contain one sequence",
+            got=f"{cache.batch} sequences",
+            expected=1,
+            fix="load it in Python: session.load(path)",
         )
     return cache
 
 
-def _saved(session: Session, text: str, cache: Cache, path: Path) -> str:
-    """Read a text, write the cache; what was written."""
+def _prefill_and_save(session: Session, text: str, cache: Cache, path: Path) -> str:
+    """Prefill a text, save the cache, and return a message about the file."""
     from kvexport.cli.report import size
 
     before = int(cache.lengths[0])
     session.prefill(text, cache=cache)
     cache.save(path)
     tokens = int(cache.lengths[0])
-    read = f"{tokens} tokens" + (f", {before} of them from --cache" if before else "")
-    return f"kvexport: wrote {path}: {read}, {size(path.stat().st_size)}"
+    content = f"{tokens} tokens" + (f", {before} of them from --cache" if before else "")
+    return f"kvexport: wrote {path}: {content}, {size(path.stat().st_size)}"
 
 
-def _standard_input() -> str:
-    """All of standard input, without the line break that ends it."""
-    if sys.stdin is None:  # closed by whoever started us
+def _read_standard_input() -> str:
+    """All of standard input, without the line break at its end."""
+    if sys.stdin is None:  # the parent process closed it
         raise UsageError("standard input is closed", fix="give the prompt with --prompt TEXT")
     try:
         text = sys.stdin.buffer.read().decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(
-            "standard input is not UTF-8 text", got=f"byte {error.object[error.start]:#04x} at {error.start}"
+            "standard input must be UTF-8 text",
+            got=f"byte {error.object[error.start]:#04x} at offset {error.start}",
         ) from error
     return text.removesuffix("\n").removesuffix("\r")
 
 
 def _summary(stream: Stream, session: Session, cache: Cache | None, stop: tuple[str, ...]) -> str:
-    """Why a stream that is whole ended, and what it took."""
+    """Why a finished stream ended, its speed, and the size of its cache."""
     from kvexport.cli.report import size
 
     assert stream.generation is not None
-    ended = {
-        "stop": "the model ended, or a --stop text came" if stop else "the model ended",
-        "length": "--max-new-tokens reached",
-        "capacity": "the bundle's capacity reached",
+    reason = {
+        "stop": "the end-of-sequence token" + (" or a --stop text" if stop else ""),
+        "length": "--max-new-tokens",
+        "capacity": "the bundle's capacity",
     }[stream.generation.finish_reason]
     prefill = _speed(stream.timing.prefill_tokens, stream.timing.prefill_seconds)
     decode = _speed(stream.timing.decode_tokens, stream.timing.decode_seconds)
     (length,) = session.lengths if cache is None else cache.lengths
+    in_use, allocated = session.bundle.kv_bytes(int(length)), session.memory(cache).bytes_allocated
     return (
-        f"kvexport: {ended}; prefill {prefill}, decode {decode} on {_NAMES[session.provider]}; "
-        f"KV cache {size(session.bundle.kv_bytes(int(length)))} in use, {size(session.memory(cache).bytes_allocated)} allocated"
+        f"kvexport: stopped at {reason}; prefill {prefill}, decode {decode} on {_PROVIDERS[session.provider]}; "
+        f"KV cache {size(in_use)} in use, {size(allocated)} allocated"
     )
 
 

@@ -1,4 +1,4 @@
-"""`kvexport self-test`: a bundle in, what it computes here against what it computed when it was built, and a verdict."""
+"""`kvexport self-test`."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ if TYPE_CHECKING:
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @provider_option
-@click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
-@click.option("--quiet", is_flag=True, help="No table: the exit code alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print no table.")
 def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
-    """Run the reference vectors of BUNDLE as it is deployed here: right at once, right token by token, right to generate?
+    """Check that BUNDLE computes its recorded reference outputs on this machine, with what runs it here.
 
-    Needs no more than running it does, and a second or two. Exit code 1 unless the verdict is ok; the others are: weights,
-    engine, precision, cache.
+    Checks a prompt that is processed at once, the same prompt token by token, and greedy generation. Takes seconds,
+    and needs no more packages than running the bundle. The verdict is ok, weights, engine, precision or cache; exits
+    with 1 unless it is ok.
     """
     from kvexport.runtime.self_test.verdict import self_test
 
@@ -46,10 +47,9 @@ def _print(report: SelfTestReport) -> None:
         for check in report.checks:
             verdict = "ok" if check.first is None else "FAILED"
             table.add_row(check.name, str(check.rows), f"{check.logits:.2e}", f"{check.norms:.2e}", verdict)
-        table.add_row("allowed", "", f"{report.tolerance.logits:g}", f"{report.tolerance.norms:g}", "")
+        table.add_row("tolerance", "", f"{report.tolerance.logits:g}", f"{report.tolerance.norms:g}", "")
         out.print(table)
-    told = f"generated {report.generated} of {report.continuation} tokens as PyTorch; "
-    generated = (
-        told if report.continuation else ""
-    )  # in half precision the first may be a choice that rounding can turn
-    out.say(f"{report.verdict} ({generated}{report.said})")
+    details = report.said
+    if report.continuation:  # none in half precision if rounding can change the first token
+        details = f"{report.generated} of {report.continuation} generated tokens as in PyTorch; {details}"
+    out.print_line(f"{report.verdict} ({details})")

@@ -1,4 +1,4 @@
-"""`kvexport targets`: the devices that kvexport knows, and where each figure is from."""
+"""`kvexport targets`."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import click
 @click.argument("target", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list, or one JSON object for TARGET.")
 def command(target: str | None, as_json: bool) -> None:
-    """List the devices that kvexport knows, or show TARGET, a name or a TOML file, with its sources."""
+    """List the target devices, or show the specifications of one TARGET (a name or a TOML file) and their sources."""
     from kvexport.cli.plan_tables import print_target, print_targets
     from kvexport.devices.targets import known_targets, load_target
 
@@ -23,8 +23,8 @@ def command(target: str | None, as_json: bool) -> None:
         else:
             print_targets(targets)
         return
-    found = load_target(target)
+    device = load_target(target)
     if as_json:
-        click.echo(json.dumps(asdict(found)))
+        click.echo(json.dumps(asdict(device)))
     else:
-        print_target(found)
+        print_target(device)

@@ -1,4 +1,4 @@
-"""`kvexport validate`: a bundle in, a verdict out."""
+"""`kvexport validate`."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from kvexport.errors import GateFailed
 @click.command()
 @click.argument("bundle", type=click.Path(path_type=Path))
 @provider_option
-@click.option("--json", "as_json", is_flag=True, help="Print every figure as one JSON object.")
-@click.option("--quiet", is_flag=True, help="No progress and no table: the exit code alone.")
+@click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
+@click.option("--quiet", is_flag=True, help="Print no progress and no table.")
 def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
-    """Prove BUNDLE against its PyTorch twin: every layer, a prefill and 64 decode steps. Exit code 1 if it is not it."""
+    """Compare BUNDLE's outputs with its PyTorch reference: every layer, in a prefill and 64 decode steps.
+
+    Exits with 1 if outputs differ from the reference by more than the tolerance of the bundle's data type.
+    """
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_validation
     from kvexport.validate import validate
@@ -30,5 +33,7 @@ def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
         print_validation(report)
     if report.failures:
         raise GateFailed(
-            f"{bundle} is not its PyTorch twin:\n" + "\n".join(report.failures), fix="build the bundle again"
+            f"{bundle} does not match its PyTorch reference",
+            got="\n".join(report.failures),
+            fix="build the bundle again: kvexport build CHECKPOINT -o BUNDLE",
         )
