@@ -191,8 +191,8 @@ def _print(sessions: Sequence[Session], results: Sequence[Result], conditions: d
         for ratio in ratios(*results):
             low, high = ratio["quartiles"]
             out.print_line(
-                f"{ratio['stage']} at {ratio['depth']}: time of {second} / time of {first} = "
-                f"{ratio['median']:.2f} (quartiles {low:.2f} to {high:.2f})"
+                f"{ratio['stage']} at {ratio['depth']}: {second} takes {ratio['median']:.2f} times as long as {first} "
+                f"(quartiles {low:.2f} to {high:.2f})"
             )
     _print_machine(conditions, out)
 

@@ -127,8 +127,8 @@ shape_options = _group(
     click.option(
         "--target",
         metavar="NAME|FILE",
-        help="Target device, from `kvexport targets` or a TOML file. Keys and values may differ in width if its "
-        "engine has no fused attention that needs equal widths.",
+        help="Target device, from `kvexport targets` or a TOML file. Keys and values may then differ "
+        "in width, unless the device's fused attention needs equal widths.",
     ),
 )
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no table.")
 def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
-    """Check that BUNDLE computes its recorded reference outputs on this machine, with what runs it here.
+    """Check that BUNDLE computes its recorded reference outputs on this machine.
 
     Checks a prompt that is processed at once, the same prompt token by token, and greedy generation. Takes seconds,
     and needs no more packages than running the bundle. The verdict is ok, weights, engine, precision or cache; exits

@@ -19,7 +19,7 @@ from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bench import Plan, describe, measure, ratios, readings
 from kvexport.bundle.bundle import Bundle
-from kvexport.cli import verbs
+from kvexport.cli import commands
 from kvexport.devices.telemetry import peak_host_bytes
 from kvexport.errors import UsageError
 from kvexport.eviction.config import Eviction
@@ -36,7 +36,7 @@ def bundle(tiny_checkpoint: Any, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 
 def bench(*arguments: object) -> Result:
-    return CliRunner().invoke(verbs, ["bench", *map(str, arguments), "--threads", "1", "--quiet"])
+    return CliRunner().invoke(commands, ["bench", *map(str, arguments), "--threads", "1", "--quiet"])
 
 
 def lines(*arguments: object) -> list[dict[str, Any]]:
@@ -158,9 +158,9 @@ def test_depths_beyond_the_budget_of_a_bundle_that_evicts(
     assert bounded["kv_bytes_planned"] < whole["kv_bytes_planned"] / 10
     said = bench(evicting, *asked).stdout
     assert re.search(
-        r"b: holds 32 tokens in each KV head \(window, but the first 4 never do\)", " ".join(said.split())
+        r"b: KV budget 32 tokens in each KV head \(window, but the first 4 never do\)", " ".join(said.split())
     )
-    assert "holds" not in bench(bundle, *asked).stdout
+    assert "KV budget" not in bench(bundle, *asked).stdout
     with pytest.raises(UsageError, match="600 in all"):
         lines(evicting, "-d", 598)
 
@@ -264,7 +264,7 @@ def test_plan_finds_what_was_measured_in_the_bundle(bundle: Path, tmp_path: Path
     shutil.copytree(bundle, copy)
     (copy / "bench").mkdir()
     lines(copy, "-d", 8, "-n", 4, "-p", 16, "--repetitions", 2, "-o", copy / "bench/here.json")
-    shown = CliRunner().invoke(verbs, ["plan", str(copy), "--target", "cpu"]).stdout
+    shown = CliRunner().invoke(commands, ["plan", str(copy), "--target", "cpu"]).stdout
     assert re.search(r"^here\.json\s+decode, 8 tokens", shown, re.MULTILINE)
 
 
@@ -280,8 +280,8 @@ def test_the_table_shows_the_figures_and_how_two_compare(bundle: Path, tmp_path:
         "other",
     ]
     assert re.search(r"decode at 8: other takes \d+\.\d\d times as long as tiny \(quartiles", result.stdout)
-    assert "allocated" in result.stdout and "peak memory" in result.stdout
-    assert "not counted: the first 1 prefill, and 3 steps at each depth" in result.stdout
+    assert "allocated" in result.stdout and "peak host memory" in result.stdout
+    assert "warm-up of 1 prefill and 3 steps at each depth" in result.stdout
 
 
 def test_two_bundles_of_one_name_are_told_apart(bundle: Path, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from click.testing import CliRunner, Result
 
 import kvexport
 from kvexport.bundle.bundle import Bundle
-from kvexport.cli import verbs
+from kvexport.cli import commands
 from kvexport.errors import GateFailed, KvexportError
 from kvexport.progress import Progress
 from kvexport.runtime.self_test.verdict import self_test
@@ -22,7 +22,7 @@ FAST = ["--calibration", "random", "--samples", "8", "--length", "24"]
 
 
 def cli(*arguments: object) -> Result:
-    return CliRunner().invoke(verbs, [str(each) for each in arguments])
+    return CliRunner().invoke(commands, [str(each) for each in arguments])
 
 
 def build(checkpoint: Path, output: Path, *options: object) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
         "KV cache per token",
         "predicted error",
         "measured error",
-        "proved against PyTorch: ok",
+        "validated against PyTorch: ok",
     ):
         assert words in told.stdout
 

@@ -1,4 +1,4 @@
-"""`kvexport analyze`: the page, the JSON object, and what it refuses before any work."""
+"""Tests of `kvexport analyze`: the page, the JSON object, and the options that it rejects before any work."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Run = Callable[..., None]
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint and a text."""
+    """A folder with a checkpoint and a text file."""
     folder = tmp_path_factory.mktemp("analyze")
     shutil.copytree(tiny_checkpoint("llama", vocab_size=300, num_key_value_heads=4), folder / "checkpoint")
     (folder / "checkpoint" / "tokenizer.json").write_text(byte_level_tokenizer(300), encoding="utf-8")
@@ -45,7 +45,7 @@ def run(folder: Path, tmp_path: Path) -> Run:
     return call
 
 
-def test_page_and_json_are_of_one_analysis(
+def test_page_and_json_show_the_same_analysis(
     run: Run, folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("--json", "--pairs", "12:3,7:7", "--tokens", 16, "--kv-ratio", 0.25, "--text", folder / "text.txt")
@@ -64,9 +64,7 @@ def test_page_and_json_are_of_one_analysis(
     assert f"{data['divergence']['mean_kl']:.5f}" in page
 
 
-def test_the_report_is_for_people_unless_quiet(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_prints_a_table_unless_quiet(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--tokens", 8)
     out = capsys.readouterr().out
     assert "measured error" in out and f"wrote {tmp_path / 'page.html'}" in out
@@ -74,7 +72,7 @@ def test_the_report_is_for_people_unless_quiet(
     assert capsys.readouterr() == ("", "")
 
 
-def test_keeping_every_head_is_an_analysis_of_the_model_alone(
+def test_analyzes_the_original_model_if_all_heads_are_kept(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run("--json", "--kv-ratio", 1, "--tokens", 8, "--calibration", "random")
@@ -85,7 +83,7 @@ def test_keeping_every_head_is_an_analysis_of_the_model_alone(
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (["--pairs", "3:12"], "no query sees a key"),
         (["--pairs", "48:1"], "no query sees a key"),
@@ -95,15 +93,15 @@ def test_keeping_every_head_is_an_analysis_of_the_model_alone(
         (["--calibration", "absent.txt"], "no file"),
     ],
 )
-def test_what_cannot_be_used_is_refused_and_nothing_is_written(
-    run: Run, tmp_path: Path, options: list[str], said: str
+def test_rejects_invalid_options_and_writes_nothing(
+    run: Run, tmp_path: Path, options: list[str], message: str
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         run(*options)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_page_that_is_there_stays(run: Run, tmp_path: Path) -> None:
+def test_keeps_an_existing_page(run: Run, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("mine")
     for options in ([], ["--force"]):
         with pytest.raises(UsageError, match="exists"):
@@ -111,7 +109,7 @@ def test_a_page_that_is_there_stays(run: Run, tmp_path: Path) -> None:
     assert (tmp_path / "page.html").read_text() == "mine"
 
 
-def test_pairs_outside_of_a_short_text_are_refused(run: Run, folder: Path, tmp_path: Path) -> None:
+def test_rejects_pairs_beyond_the_end_of_a_short_text(run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Once upon a")
     with pytest.raises(UsageError, match="no query sees a key"):
         run("--pairs", "40:1", "--text", tmp_path / "short.txt")

@@ -1,4 +1,4 @@
-"""`kvexport evaluate`: exit codes, the JSON object, the gate on KL."""
+"""Tests of `kvexport evaluate`: exit codes, JSON, and the limit on KL."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.command_line import Ended, run_kvexport
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
-from kvexport.cli import main
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Linear
 from kvexport.model.loader import load_decoder
 
-Run = Callable[..., tuple[object, str, str]]
+Run = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A `checkpoint`, a `bundle` of it whose attention is weaker, one of bfloat16, and a text."""
+    """A folder with a `checkpoint`, a `bundle` of it with weaker attention, a `bfloat16` bundle, and a text."""
     folder = tmp_path_factory.mktemp("evaluate")
     shutil.copytree(tiny_checkpoint("llama", vocab_size=300, num_key_value_heads=4), folder / "checkpoint")
     (folder / "checkpoint" / "tokenizer.json").write_text(byte_level_tokenizer(300), encoding="utf-8")
@@ -36,38 +36,22 @@ def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 
 @pytest.fixture
-def run(folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Run:
-    """`run(*options, bundle=..., text=...) -> exit code, standard output, standard error` of `kvexport evaluate`."""
-    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # the process's handlers stay pytest's
+def run(folder: Path) -> Run:
+    """`run(*options, bundle=..., text=...)` of `kvexport evaluate`: exit code, standard output, standard error."""
 
-    def call(*options: str, bundle: str = "bundle", text: str = "text.txt") -> tuple[object, str, str]:
-        code: object = 0
-        given = [
-            folder / bundle,
-            "--against",
-            folder / "checkpoint",
-            "--text",
-            folder / text,
-            "--length",
-            "24",
-        ]
-        try:
-            main(["evaluate", *map(str, given), *options])
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
+    def call(*options: str, bundle: str = "bundle", text: str = "text.txt") -> Ended:
+        paths = [folder / bundle, "--against", folder / "checkpoint", "--text", folder / text]
+        return run_kvexport("evaluate", *paths, "--length", 24, *options)
 
     return call
 
 
-def test_json_has_the_figures(run: Run) -> None:
+def test_json_has_all_values(run: Run) -> None:
     code, out, err = run("--json")
-    found = json.loads(out)
+    result = json.loads(out)
     assert code == 0
-    assert (
-        "sha256 differs" in err
-    )  # this bundle's manifest names another checkpoint, which is said but no error
-    assert found.keys() >= {
+    assert "sha256 differs" in err  # a note, no error: this bundle's manifest names another checkpoint
+    assert result.keys() >= {
         "mean_kl",
         "cross_entropy",
         "cross_entropy_original",
@@ -78,28 +62,28 @@ def test_json_has_the_figures(run: Run) -> None:
         "kv_bytes_per_token_original",
         "tokens",
     }
-    assert found["mean_kl"] > 0 and 0 < found["top1_agreement"] <= 1 and found["tokens"] % 23 == 0
-    assert found["kv_bytes_per_token"] == found["kv_bytes_per_token_original"] == 512
+    assert result["mean_kl"] > 0 and 0 < result["top1_agreement"] <= 1 and result["tokens"] % 23 == 0
+    assert result["kv_bytes_per_token"] == result["kv_bytes_per_token_original"] == 512
 
 
-def test_the_table_has_both_side_by_side(run: Run) -> None:
+def test_the_table_shows_original_and_bundle(run: Run) -> None:
     code, out, _ = run("--samples", "2")
     assert code == 0
-    for said in ("original", "bundle", "perplexity", "mean KL", "512 B", "(on 46 tokens)"):
-        assert said in out
+    for text in ("original", "bundle", "perplexity", "mean KL", "512 B", "(on 46 tokens)"):
+        assert text in out
 
 
-def test_max_kl_is_a_gate(run: Run) -> None:
+def test_exits_with_1_above_max_kl(run: Run) -> None:
     kl = json.loads(run("--json")[1])["mean_kl"]
     assert run("--quiet", "--max-kl", str(1.01 * kl)) == (0, "", "")
     code, out, err = run("--json", "--max-kl", str(0.99 * kl))
-    assert code == 1 and json.loads(out)["mean_kl"] == kl  # the figures are printed all the same
-    assert "farther from the original than --max-kl allows" in err
+    assert code == 1 and json.loads(out)["mean_kl"] == kl  # the values are still printed
+    assert "must not exceed --max-kl" in err
     code, out, err = run("--quiet", "--max-kl", "0")
     assert (code, out) == (1, "") and err
 
 
-def test_what_cannot_be_compared_exits_with_2(run: Run, folder: Path) -> None:
+def test_invalid_inputs_exit_with_2(run: Run, folder: Path) -> None:
     (folder / "empty.txt").write_text("", encoding="utf-8")
     assert run(text="empty.txt")[0] == 2
     assert run(text="missing.txt")[0] == 2
@@ -109,6 +93,6 @@ def test_what_cannot_be_compared_exits_with_2(run: Run, folder: Path) -> None:
     assert run("--length", "1")[0] == 2
 
 
-def test_a_dtype_without_kernels_exits_with_3(run: Run) -> None:
+def test_a_dtype_without_kernels_on_this_machine_exits_with_3(run: Run) -> None:
     code, out, err = run(bundle="bfloat16")
     assert (code, out) == (3, "") and "bfloat16" in err

@@ -1,4 +1,4 @@
-"""`kvexport lint`: what a target's TensorRT refuses of a bundle, for people and for programs, by exit code."""
+"""Tests of `kvexport lint`: unsupported nodes of a bundle for a target, as a table, as JSON, and by exit code."""
 
 from __future__ import annotations
 
@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.command_line import Ended, run_kvexport
 from support.decoders import STYLES, make_decoder
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
-from kvexport.cli import main
 from kvexport.devices.targets import known_targets, lowering_for, tensorrt_version
-
-Lint = Callable[..., tuple[object, str, str]]
 
 
 @pytest.fixture(scope="module")
@@ -25,41 +23,28 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_bundle(tmp_path_factory.mktemp("lint") / "bundle", decoder, dtype="float16")
 
 
-@pytest.fixture
-def lint(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Lint:
-    """`lint(*arguments) -> exit code, standard output, standard error`."""
-    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # the process's handlers stay pytest's
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        code: object = 0
-        try:
-            main(["lint", *map(str, arguments)])
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    return call
+def lint(*arguments: object) -> Ended:
+    """Run `kvexport lint`: exit code, standard output, standard error."""
+    return run_kvexport("lint", *arguments)
 
 
 TARGETS = [target for target in known_targets() if target.engine != "onnxruntime"]
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
-def test_each_target_gets_a_lowering_that_it_takes(target: object, lint: Lint, bundle: Path) -> None:
-    """The same that `lowering_for` names, for every TensorRT that the target may have."""
+def test_every_target_supports_the_lowering_that_is_chosen_for_it(target: object, bundle: Path) -> None:
+    """The lowering is the one that `lowering_for` names, for every TensorRT version that the target can have."""
     for jetpack in (None, *target.jetpacks):  # type: ignore[attr-defined]
         arguments = ["--target", target.name, *(["--jetpack", jetpack] if jetpack else [])]  # type: ignore[attr-defined]
         code, out, err = lint(bundle, *arguments, "--json")
-        said = json.loads(out)
+        report = json.loads(out)
         version = tensorrt_version(target, jetpack=jetpack)  # type: ignore[arg-type]
-        assert (code, err, said["findings"]) == (0, "", [])
-        assert said["lowering"] == lowering_for(target, version)  # type: ignore[arg-type]
-        assert said["version"] == ".".join(map(str, version))
+        assert (code, err, report["findings"]) == (0, "", [])
+        assert report["lowering"] == lowering_for(target, version)  # type: ignore[arg-type]
+        assert report["version"] == ".".join(map(str, version))
 
 
-def test_the_standard_form_on_tensorrt_10_3_lists_everything_that_is_missing(
-    lint: Lint, bundle: Path
-) -> None:
+def test_std24_on_tensorrt_10_3_lists_every_unsupported_node(bundle: Path) -> None:
     code, out, err = lint(
         bundle, "--target", "orin-nano-8gb", "--jetpack", "6.2", "--lowering", "std24", "--json"
     )
@@ -76,40 +61,44 @@ def test_the_standard_form_on_tensorrt_10_3_lists_everything_that_is_missing(
     assert "decomposed17" in by_name["present.0.key"]["remedy"]
 
 
-def test_the_table_names_nodes_versions_and_remedies(lint: Lint, bundle: Path) -> None:
+def test_the_table_shows_nodes_versions_and_fixes(bundle: Path) -> None:
     code, out, _ = lint(bundle, "--target", "thor-t5000", "--tensorrt", "10.14", "--lowering", "std24")
     assert code == 1
     text = " ".join(out.split())
     assert "present.0.key TensorScatter" in text and "10.15" in text and "--lowering decomposed17" in text
-    assert "layers.0.attention.mixed" not in text  # which 10.14 has
+    assert "layers.0.attention.mixed" not in text  # TensorRT 10.14 supports it
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
-def test_every_family_is_clean_where_it_should_be(
-    style: str, lowering: str, lint: Lint, tmp_path: Path
+def test_every_decoder_style_is_supported_by_the_oldest_tensorrt_of_a_lowering(
+    style: str, lowering: str, tmp_path: Path
 ) -> None:
     bundle = write_bundle(
         tmp_path / "b", make_decoder(style, head_dim=16, dtype=torch.float32), dtype="bfloat16"
     )
     version = {"std24": "10.15", "decomposed17": "10.3"}[lowering]
     code, out, _ = lint(bundle, "--target", "orin-nx-16gb", "--tensorrt", version, "--lowering", lowering)
-    assert (code, out) == (0, f"TensorRT {version} takes the bundle as {lowering}\n")
+    assert (code, out) == (0, f"TensorRT {version} supports the bundle in the lowering {lowering}\n")
 
 
-def test_notes_are_no_failure(lint: Lint, tmp_path: Path) -> None:
+def test_notes_do_not_fail(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b", make_decoder(head_dim=16, dtype=torch.float32))
     code, out, _ = lint(bundle, "--target", "rtx-4090")
     assert code == 0 and "note: no fused attention" in " ".join(out.split())
 
 
-def test_a_lowering_that_is_passed_over_is_said(
-    lint: Lint, tmp_path: Path, tiny_checkpoint: Callable[..., Path]
+def test_a_lowering_that_is_not_used_is_reported_with_the_reason(
+    tmp_path: Path, tiny_checkpoint: Callable[..., Path]
 ) -> None:
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
     bundle = write_bundle(tmp_path / "b", decoder, dtype="float16")
     code, out, _ = lint(bundle, "--target", "rtx-4090")
-    assert code == 0 and "as decomposed17" in out and "std24 is passed over: 1 findings" in out
+    assert (
+        code == 0
+        and "in the lowering decomposed17" in out
+        and "std24 is not used: 1 node is not supported" in out
+    )
     code, out, _ = lint(bundle, "--target", "rtx-4090", "--lowering", "std24", "--json")
     (finding,) = [finding for finding in json.loads(out)["findings"] if not finding["note"]]
     assert (
@@ -119,7 +108,7 @@ def test_a_lowering_that_is_passed_over_is_said(
     )
 
 
-def test_contrib_operators_are_refused(lint: Lint, tmp_path: Path) -> None:
+def test_contrib_operators_are_not_supported(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b", make_decoder(head_dim=16, dtype=torch.float32), dtype="float16")
     code, out, _ = lint(bundle, "--target", "orin-nano-8gb", "--lowering", "ort-cuda", "--json")
     assert code == 1
@@ -129,9 +118,9 @@ def test_contrib_operators_are_refused(lint: Lint, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
-        (["--target", "cpu"], "ONNX Runtime, which runs every bundle"),
+        (["--target", "cpu"], "ONNX Runtime supports every bundle"),
         (["--target", "toaster"], "no such target"),
         (["--target", "orin-nano-8gb", "--jetpack", "5.1"], "expected:"),
         (["--target", "orin-nano-8gb", "--tensorrt", "8.6"], "too old"),
@@ -139,12 +128,12 @@ def test_contrib_operators_are_refused(lint: Lint, tmp_path: Path) -> None:
         ([], "--target"),
     ],
 )
-def test_what_cannot_be_asked(arguments: list[str], words: str, lint: Lint, bundle: Path) -> None:
+def test_rejects_invalid_targets_and_versions(arguments: list[str], message: str, bundle: Path) -> None:
     code, out, err = lint(bundle, *arguments)
-    assert (code, out) == (2, "") and words in err
+    assert (code, out) == (2, "") and message in err
 
 
-def test_it_needs_no_tensorrt(bundle: Path) -> None:
+def test_needs_no_nvidia_package(bundle: Path) -> None:
     hidden = "import sys; sys.modules.update(dict.fromkeys(('tensorrt', 'tensorrt_rtx', 'polygraphy', 'torch', 'onnxruntime')))"
     script = f"{hidden}; from kvexport.cli import main; main(['lint', {str(bundle)!r}, '--target', 'orin-nano-8gb'])"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)

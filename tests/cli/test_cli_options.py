@@ -1,4 +1,4 @@
-"""Options say what the stations take, progress is drawn for a terminal alone, and reports show every figure."""
+"""Tests of the shared options, the progress bars and the formatting of reports."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import pytest
 from click.testing import CliRunner
 
 from kvexport.calibrate.recipe import BUILT_IN, recipe_for
-from kvexport.cli.conversion import conversion_options, plan_from
+from kvexport.cli.conversion import build_options, conversion_options
 from kvexport.cli.options import BarProgress, progress_bar
 from kvexport.cli.report import PlainConsole, size
 from kvexport.convert import CompressionRequest
@@ -21,38 +21,38 @@ from kvexport.errors import UsageError
 
 
 @pytest.fixture
-def plan() -> Callable[..., Any]:
-    """`plan(*options)`: the plan that a command with the conversion options makes."""
+def parsed() -> Callable[..., Any]:
+    """`parsed(*options)`: the build options that a command with the conversion options parses them to."""
 
     @click.command()
     @click.option("--method", default="auto")
     @conversion_options
     @click.pass_context
     def command(context: click.Context, **options: Any) -> Any:
-        made = plan_from(options)
-        assert not options  # it takes all of them
-        return made
+        result = build_options(options)
+        assert not options  # all of them are used
+        return result
 
     return lambda *options: command.main(list(options), standalone_mode=False)
 
 
-def test_defaults_that_help_names_are_those_of_the_recipe(plan: Callable[..., Any]) -> None:
-    shown = CliRunner().invoke(conversion_options(click.command()(lambda **options: None)), ["--help"]).output
-    defaults = dict(re.findall(r"--(\w+) INTEGER\s[^\[]*?\[default: (\d+)\]", shown))
+def test_the_help_shows_the_defaults_of_the_recipe(parsed: Callable[..., Any]) -> None:
+    text = CliRunner().invoke(conversion_options(click.command()(lambda **options: None)), ["--help"]).output
+    defaults = dict(re.findall(r"--(\w+) INTEGER\s[^\[]*?\[default:\s+(\d+)", text))
     recipe = recipe_for("self")
     assert defaults == {name: str(getattr(recipe, name)) for name in ("samples", "length", "seed")}
-    made = plan()
+    options = parsed()
     assert (
-        made.recipe == recipe
-        and made.dtype == "float32"
-        and made.statistics is made.heal is None
-        and made.request == CompressionRequest()
+        options.recipe == recipe
+        and options.dtype == "float32"
+        and options.statistics is options.heal is None
+        and options.request == CompressionRequest()
     )
 
 
 @pytest.mark.parametrize("source", BUILT_IN)
-def test_options_reach_the_plan(plan: Callable[..., Any], source: str) -> None:
-    made = plan(
+def test_options_reach_the_build_options(parsed: Callable[..., Any], source: str) -> None:
+    options = parsed(
         "--calibration",
         source,
         "--samples",
@@ -68,22 +68,24 @@ def test_options_reach_the_plan(plan: Callable[..., Any], source: str) -> None:
         "--method",
         "fold",
     )
-    recipe = made.recipe
+    recipe = options.recipe
     assert (recipe.source, recipe.samples, recipe.length, recipe.seed) == (source, 3, 9, 5)
-    assert (made.request.kv_heads, made.dtype, made.method) == (2, "float16", "fold")
+    assert (options.request.kv_heads, options.dtype, options.method) == (2, "float16", "fold")
 
 
 @pytest.mark.parametrize(
     "option", [("--calibration", "random"), ("--samples", "1"), ("--length", "8"), ("--seed", "0")]
 )
-def test_statistics_hold_their_own_text(plan: Callable[..., Any], option: tuple[str, str]) -> None:
-    with pytest.raises(UsageError, match="--statistics holds its own"):
-        plan("--statistics", "saved", *option)
-    assert plan("--statistics", "saved").statistics == Path("saved")
+def test_statistics_cannot_be_combined_with_calibration_options(
+    parsed: Callable[..., Any], option: tuple[str, str]
+) -> None:
+    with pytest.raises(UsageError, match="--statistics replaces calibration text"):
+        parsed("--statistics", "saved", *option)
+    assert parsed("--statistics", "saved").statistics == Path("saved")
 
 
 @pytest.mark.parametrize(
-    ("options", "said"),
+    ("options", "message"),
     [
         (("--calibration", "no-such-file"), "no-such-file"),
         (("--samples", "0"), "--samples is out of range"),
@@ -91,43 +93,48 @@ def test_statistics_hold_their_own_text(plan: Callable[..., Any], option: tuple[
         (("--seed", "-1"), "--seed is out of range"),
     ],
 )
-def test_values_out_of_range(plan: Callable[..., Any], options: tuple[str, str], said: str) -> None:
-    with pytest.raises(UsageError, match=said):
-        plan(*options)
+def test_rejects_values_out_of_range(
+    parsed: Callable[..., Any], options: tuple[str, str], message: str
+) -> None:
+    with pytest.raises(UsageError, match=message):
+        parsed(*options)
 
 
 class Terminal(io.StringIO):
+    """A file that says that it is a terminal."""
+
     def isatty(self) -> bool:
         return True
 
 
-def drawn(file: io.StringIO, monkeypatch: pytest.MonkeyPatch, *, quiet: bool = False) -> str:
-    """What a stage within a stage and a note leave in a file that stands for stderr."""
+def draw(file: io.StringIO, monkeypatch: pytest.MonkeyPatch, *, quiet: bool = False) -> str:
+    """Run nested stages and a message with `file` as stderr; returns its content."""
     monkeypatch.setattr("sys.stderr", file)
     with progress_bar(quiet) as progress:
+        assert isinstance(progress, BarProgress)
         with progress.stage("Outer", 2):
             progress.advance()
             with progress.stage("Inner", 1):
                 progress.advance()
             progress.advance()
-            outer = next(task for task in progress._bars.tasks if task.description == "Outer")
-            assert outer.completed == 2  # the inner stage's steps are its own
-            progress._bars.refresh()
+            outer = next(task for task in progress.bars.tasks if task.description == "Outer")
+            assert outer.completed == 2  # not the inner stage's step
+            progress.bars.refresh()
         progress.note("read [this](link) :smile: " + "x" * 200)
     return file.getvalue()
 
 
-def test_progress_is_drawn_on_a_terminal_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bars_are_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     monkeypatch.setenv("TERM", "xterm")
     note = "kvexport: read [this](link) :smile: " + "x" * 200 + "\n"
-    assert drawn(io.StringIO(), monkeypatch) == note
-    assert drawn(io.StringIO(), monkeypatch, quiet=True) == drawn(Terminal(), monkeypatch, quiet=True) == ""
-    shown = drawn(Terminal(), monkeypatch)
-    assert "Outer" in shown and "2/2" in shown and note.strip() in shown.replace("\n", "")
+    assert draw(io.StringIO(), monkeypatch) == note
+    assert draw(io.StringIO(), monkeypatch, quiet=True) == draw(Terminal(), monkeypatch, quiet=True) == ""
+    drawn = draw(Terminal(), monkeypatch)
+    assert "Outer" in drawn and "2/2" in drawn and note.strip() in drawn.replace("\n", "")
 
 
-def test_advance_outside_a_stage_is_no_error() -> None:
+def test_advance_outside_a_stage_does_nothing() -> None:
     progress = BarProgress(PlainConsole(), quiet=True)
     progress.advance()
     with progress.stage("one", 1):
@@ -135,13 +142,13 @@ def test_advance_outside_a_stage_is_no_error() -> None:
     progress.advance()
 
 
-def test_a_long_line_is_left_to_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
-    PlainConsole().say("wrote " + "/long" * 60)
+def test_a_long_line_is_not_wrapped(capsys: pytest.CaptureFixture[str]) -> None:
+    PlainConsole().print_line("wrote " + "/long" * 60)
     assert capsys.readouterr().out == "wrote " + "/long" * 60 + "\n"
 
 
 @pytest.mark.parametrize(
-    ("count", "shown"),
+    ("count", "text"),
     [
         (0, "0 B"),
         (1023, "1023 B"),
@@ -151,5 +158,5 @@ def test_a_long_line_is_left_to_the_terminal(capsys: pytest.CaptureFixture[str])
         (3 << 40, "3072.0 GiB"),
     ],
 )
-def test_sizes(count: int, shown: str) -> None:
-    assert size(count) == shown
+def test_size_is_formatted_with_binary_units(count: int, text: str) -> None:
+    assert size(count) == text

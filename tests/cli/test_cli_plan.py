@@ -1,18 +1,17 @@
-"""`kvexport plan`: a table and JSON that agree, exit codes, and a start without anything heavy."""
+"""Tests of `kvexport plan`: table, JSON, exit codes, and imports."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.command_line import Ended, run_kvexport
 from support.tiny_bundles import write_bundle
 
-from kvexport.cli import main
 from kvexport.model.loader import load_decoder
 
 LLAMA = {
@@ -26,7 +25,6 @@ LLAMA = {
     "max_position_embeddings": 4096,
     "rms_norm_eps": 1e-5,
 }
-Plan = Callable[..., tuple[object, str, str]]
 
 
 @pytest.fixture
@@ -35,42 +33,36 @@ def llama(tmp_path: Path) -> Path:
     return tmp_path
 
 
-@pytest.fixture
-def plan(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Plan:
-    """`plan(*arguments) -> exit code, standard output, standard error`."""
-    monkeypatch.setattr("signal.signal", lambda *arguments: None)  # the process's handlers stay pytest's
-
-    def call(*arguments: object) -> tuple[object, str, str]:
-        code: object = 0
-        try:
-            main(["plan", *map(str, arguments)])
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    return call
+def plan(*arguments: object) -> Ended:
+    """Run `kvexport plan`: exit code, standard output, standard error."""
+    return run_kvexport("plan", *arguments)
 
 
-def table(shown: str) -> list[list[str]]:
-    """The cells of the rows that name a dtype, split at runs of spaces of two or more."""
-    lines = [line for line in shown.splitlines() if line.startswith(("float", "int")) and " GiB " in line]
+def table(out: str) -> list[list[str]]:
+    """The cells of the rows that begin with a data type, split at runs of two or more spaces."""
+    lines = [line for line in out.splitlines() if line.startswith(("float", "int")) and " GiB " in line]
     return [[cell.strip() for cell in line.replace("  ", "\t").split("\t") if cell.strip()] for line in lines]
 
 
-def test_the_table_says_what_fits(plan: Plan, llama: Path) -> None:
-    code, shown, said = plan(llama, "--target", "orin-nano-8gb-super", "--context", 2048)
-    assert (code, said) == (0, "")
-    rows = {(cells[0], int(cells[1])): cells for cells in table(shown)}
+def test_the_table_shows_what_fits(llama: Path) -> None:
+    code, out, err = plan(llama, "--target", "orin-nano-8gb-super", "--context", 2048)
+    assert (code, err) == (0, "")
+    rows = {(cells[0], int(cells[1])): cells for cells in table(out)}
     assert set(rows) == {(dtype, heads) for dtype in ("float16", "int8", "int4") for heads in (32, 16, 8)}
-    assert any("lacks" in cell for cell in rows["float16", 32])
-    assert any("lacks" in cell for cell in rows["int4", 32])
-    assert "1.0 GiB" in rows["int4", 32]  # of cache
+    assert any("short" in cell for cell in rows["float16", 32])
+    assert any("short" in cell for cell in rows["int4", 32])
+    assert "1.0 GiB" in rows["int4", 32]  # of KV cache
     assert any(cell == "256.0 MiB" for cell in rows["int4", 8])
-    for text in ("estimate", "4.0 GiB (50% of 8.0 GiB)", "key and query maps", "for planning"):
-        assert text in shown
+    for text in (
+        "estimate",
+        "4.0 GiB usable by an application (50% of 8.0 GiB)",
+        "key and query maps",
+        "int8 and int4 (layer weights only) are predictions",
+    ):
+        assert text in out
 
 
-def test_json_agrees_with_the_table(plan: Plan, llama: Path) -> None:
+def test_json_agrees_with_the_table(llama: Path) -> None:
     arguments = (llama, "--target", "agx-orin-64gb", "--dtype", "int4", "--kv-heads", 8, "--context", 1024)
     raw = json.loads(plan(*arguments, "--json")[1])
     (row,) = raw["rows"]
@@ -82,80 +74,82 @@ def test_json_agrees_with_the_table(plan: Plan, llama: Path) -> None:
     assert cells[-1].startswith(f"{1 / row['decode_seconds']['typical']:,.0f}/s")
 
 
-def test_a_budget_of_tokens_is_what_the_cache_takes(plan: Plan, llama: Path) -> None:
+def test_a_kv_budget_limits_the_size_of_the_cache(llama: Path) -> None:
     arguments = (llama, "--dtype", "float16", "--kv-heads", 8, "--context", 4096)
     budget = ("--kv-budget", "0.25", "--evict-skip-layers", "0,1")
-    code, shown, said = plan(*arguments, *budget)
-    assert (code, said) == (0, "")
-    (cells,), (whole,) = table(shown), table(plan(*arguments)[1])
+    code, out, err = plan(*arguments, *budget)
+    assert (code, err) == (0, "")
+    (cells,), (whole,) = table(out), table(plan(*arguments)[1])
     held = 2 * 4096 * 4096 + 30 * 1024 * (4096 + 8 * 8)
     assert (cells[4], whole[4]) == (f"{held / 2**20:.1f} MiB", "512.0 MiB")
-    assert "a budget of 1024 tokens in each KV head, each with 8 bytes of score and position" in shown
-    assert "(of the KV above 1.9 MiB at most); layers 0, 1 hold the whole context." in shown
+    assert "a budget of 1024 tokens in each KV head, each with 8 bytes of score and position" in out
+    assert "(at most 1.9 MiB of the KV cache); layers 0, 1 keep the whole context." in out
     raw = json.loads(plan(*arguments, *budget, "--json")[1])
     assert (raw["eviction"]["budget"], raw["eviction"]["skip_layers"]) == (1024, [0, 1])
     assert (raw["rows"][0]["memory"]["kv"], raw["rows"][0]["memory"]["kv_state"]) == (held, 30 * 1024 * 64)
 
 
-def test_the_note_on_a_budget_names_a_single_layer_or_none(plan: Plan, llama: Path) -> None:
-    assert "layer 3 holds the whole context." in plan(llama, "--kv-budget", 64, "--evict-skip-layers", 3)[1]
+def test_the_note_on_the_budget_names_the_layers_that_keep_everything(llama: Path) -> None:
+    assert "layer 3 keeps the whole context." in plan(llama, "--kv-budget", 64, "--evict-skip-layers", 3)[1]
     assert "the whole context" not in plan(llama, "--kv-budget", 64)[1]
     assert "budget" not in plan(llama)[1]
     assert json.loads(plan(llama, "--json")[1])["eviction"] is None
 
 
 @pytest.mark.parametrize(
-    ("wrong", "said"),
+    ("options", "message"),
     [
         (("--kv-budget", "many"), "whole number"),
         (("--kv-budget", "1.5"), "share"),
         (("--kv-budget", "4097"), "nothing would ever go"),
-        (("--kv-budget", "64", "--evict-skip-layers", "first"), "no list of layers"),
+        (("--kv-budget", "64", "--evict-skip-layers", "first"), "must be a list of layer numbers"),
         (("--evict-skip-layers", "0"), "add --kv-budget TOKENS"),
     ],
 )
-def test_a_wrong_budget_is_a_usage_error(plan: Plan, llama: Path, wrong: tuple[str, ...], said: str) -> None:
-    code, shown, talk = plan(llama, *wrong)
-    assert (code, shown) == (2, "")
-    assert said in talk
+def test_rejects_an_invalid_budget(llama: Path, options: tuple[str, ...], message: str) -> None:
+    code, out, err = plan(llama, *options)
+    assert (code, out) == (2, "")
+    assert message in err
 
 
-def test_a_budget_beside_a_bundle_names_the_build(plan: Plan, tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_a_budget_for_a_bundle_is_rejected_with_the_build_command(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
     bundle = write_bundle(tmp_path / "bundle", load_decoder(tiny_checkpoint("llama")))
-    code, shown, said = plan(bundle, "--kv-budget", 16)
-    assert (code, shown) == (2, "")
-    assert "kvexport build CHECKPOINT -o BUNDLE --kv-budget" in said
+    code, out, err = plan(bundle, "--kv-budget", 16)
+    assert (code, out) == (2, "")
+    assert "kvexport build CHECKPOINT -o BUNDLE --kv-budget" in err
 
 
-def test_without_a_target_it_says_how_to_name_one(plan: Plan, llama: Path) -> None:
-    code, shown, _ = plan(llama, "--dtype", "float16")
+def test_without_a_target_the_note_explains_how_to_name_one(llama: Path) -> None:
+    code, out, _ = plan(llama, "--dtype", "float16")
     assert code == 0
-    assert "--target NAME" in shown
-    assert "estimate" not in shown
+    assert "--target NAME" in out
+    assert "estimate" not in out
 
 
-def test_an_extrapolation_is_called_one(plan: Plan, llama: Path) -> None:
+def test_times_outside_the_measured_devices_are_called_an_extrapolation(llama: Path) -> None:
     assert "extrapolation" in plan(llama, "--target", "cpu")[1]
     assert "No prefill time" in plan(llama, "--target", "cpu")[1]
-    shown = plan(llama, "--target", "agx-orin-64gb")[1]
-    assert "extrapolation" not in shown
-    assert "No prefill time" not in shown
+    out = plan(llama, "--target", "agx-orin-64gb")[1]
+    assert "extrapolation" not in out
+    assert "No prefill time" not in out
 
 
-def test_a_build_is_shown_beside_the_prediction(plan: Plan, tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_an_engine_build_is_compared_with_the_prediction(tiny_checkpoint: Any, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", load_decoder(tiny_checkpoint("llama")))
     (bundle / "engines" / "rtx-4090").mkdir(parents=True)
     built: dict[str, Any] = {"engine": "tensorrt-rtx", "lowering": "std24", "plan": {"bytes": 12 * 2**20}}
     (bundle / "engines" / "rtx-4090" / "build.json").write_text(json.dumps(built))
-    code, shown, _ = plan(bundle, "--target", "rtx-4090")
+    code, out, _ = plan(bundle, "--target", "rtx-4090")
     assert code == 0
-    (line,) = (line for line in shown.splitlines() if line.startswith("rtx-4090/build.json"))
+    (line,) = (line for line in out.splitlines() if line.startswith("rtx-4090/build.json"))
     assert "plan" in line
     assert "12.0 MiB" in line
 
 
 @pytest.mark.parametrize(
-    "wrong",
+    "option",
     [
         ("--target", "toaster"),
         ("--kv-heads", "5"),
@@ -164,24 +158,24 @@ def test_a_build_is_shown_beside_the_prediction(plan: Plan, tiny_checkpoint: Any
         ("--context", "4097"),
     ],
 )
-def test_a_wrong_option_is_a_usage_error(plan: Plan, llama: Path, wrong: tuple[str, str]) -> None:
-    code, shown, said = plan(llama, *wrong)
-    assert (code, shown) == (2, "")
-    assert wrong[1] in said
+def test_rejects_an_invalid_option_and_names_its_value(llama: Path, option: tuple[str, str]) -> None:
+    code, out, err = plan(llama, *option)
+    assert (code, out) == (2, "")
+    assert option[1] in err
 
 
-def test_what_is_no_model_is_a_usage_error(plan: Plan, tmp_path: Path) -> None:
+def test_rejects_a_path_without_a_readable_config(tmp_path: Path) -> None:
     assert plan(tmp_path)[0] == 2
     assert plan(tmp_path / "nowhere")[0] == 2
     (tmp_path / "weights.bin").touch()
     assert plan(tmp_path / "weights.bin")[0] == 2
     for text in ("{", json.dumps({"model_type": "llama"})[:-1] + ', "hidden_size": ' + "1" * 5000 + "}"):
         (tmp_path / "config.json").write_text(text)
-        code, _, said = plan(tmp_path)
-        assert code == 2 and "is not JSON" in said
+        code, _, err = plan(tmp_path)
+        assert code == 2 and "is not JSON" in err
 
 
-def test_it_needs_nothing_but_the_base_install(llama: Path) -> None:
+def test_needs_only_the_packages_of_the_base_install(llama: Path) -> None:
     code = (
         "import sys\n"
         "for name in ('torch', 'safetensors', 'onnx', 'onnx_ir', 'onnxruntime', 'transformers', 'ml_dtypes', 'psutil'):\n"

@@ -1,4 +1,4 @@
-"""`--provider` of run, validate and evaluate: what runs, what it says, and exit code 3 with the reason where it cannot."""
+"""Tests of --provider of `run`, `validate` and `evaluate`."""
 
 from __future__ import annotations
 
@@ -7,28 +7,28 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from support.command_line import Ended, run_kvexport
 from support.decoders import make_decoder
 from support.proved_bundles import export
 from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
-from kvexport.cli import main
 from kvexport.cli.options import provider_option
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.loader import load_decoder
 from kvexport.runtime.backends.select import PROVIDERS
 
-Run = Callable[..., tuple[object, str, str]]
+Run = Callable[..., Ended]
 
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """checkpoint, text.txt, and two bundles with engines: `text` of the checkpoint, `proved` with a twin."""
+    """A folder with checkpoint, text.txt, and two bundles with engines: `text`, and `validated` with reference outputs."""
     folder = tmp_path_factory.mktemp("provider")
     shutil.copytree(
         tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None),
@@ -40,39 +40,23 @@ def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
     )
     decoder = load_decoder(Checkpoint(folder / "checkpoint"))
     add_engine(write_bundle(folder / "text", decoder, tokenizer=byte_level_tokenizer()))
-    export(folder / "proved", make_decoder("llama", dtype=torch.float32))
-    add_engine(folder / "proved", lowering="decomposed17")
+    export(folder / "validated", make_decoder("llama", dtype=torch.float32))
+    add_engine(folder / "validated", lowering="decomposed17")
     return folder
 
 
 @pytest.fixture
-def run(folder: Path, capsys: pytest.CaptureFixture[str]) -> Iterator[Run]:
-    """`run(verb, *options) -> exit code, standard output, standard error`, with the verb's own arguments."""
+def run(folder: Path) -> Run:
+    """`run(command, *options)`, with the arguments that the command needs: exit code, standard output, standard error."""
     arguments = {
-        "run": [folder / "text", "--prompt", "Once", "--max-new-tokens", "6"],
-        "validate": [folder / "proved"],
+        "run": [folder / "text", "--prompt", "Once", "--max-new-tokens", 6],
+        "validate": [folder / "validated"],
         "evaluate": [
-            folder / "text",
-            "--against",
-            folder / "checkpoint",
-            "--text",
-            folder / "text.txt",
-            "--length",
-            "24",
+            *(folder / "text", "--against", folder / "checkpoint"),
+            *("--text", folder / "text.txt", "--length", 24),
         ],
     }
-
-    def call(verb: str, *options: str) -> tuple[object, str, str]:
-        code: object = 0
-        try:
-            main([verb, *map(str, arguments[verb]), *options])
-        except SystemExit as ended:
-            code = ended.code
-        return code, *capsys.readouterr()
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("signal.signal", lambda *arguments: None)  # the process's handlers stay pytest's
-        yield call
+    return lambda command, *options: run_kvexport(command, *arguments[command], *options)
 
 
 @pytest.fixture
@@ -80,20 +64,20 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
     return only_gpu(monkeypatch)
 
 
-@pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])
-def test_without_the_hardware_every_verb_exits_with_3_and_the_reason(verb: str, run: Run) -> None:
-    """On this very machine: nothing is simulated."""
+@pytest.mark.parametrize("command", ["run", "validate", "evaluate"])
+def test_a_provider_without_its_hardware_exits_with_3_and_the_reason(command: str, run: Run) -> None:
+    """On the machine that runs the test: nothing is simulated."""
     import onnxruntime
 
     if "CUDAExecutionProvider" in onnxruntime.get_available_providers():
         pytest.skip("this machine may have the hardware")
-    code, out, err = run(verb, "--provider", "tensorrt")
+    code, out, err = run(command, "--provider", "tensorrt")
     assert (
         (code, out) == (3, "")
         and re.search(r"cuda-bindings|no NVIDIA driver|finds no GPU", err)
         and "fix:" in err
     )
-    code, out, err = run(verb, "--provider", "cuda")
+    code, out, err = run(command, "--provider", "cuda")
     assert (
         (code, out) == (3, "")
         and "this ONNX Runtime was built without CUDA" in err
@@ -101,38 +85,38 @@ def test_without_the_hardware_every_verb_exits_with_3_and_the_reason(verb: str, 
     )
 
 
-@pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])
-def test_auto_goes_on_with_the_cpu(verb: str, run: Run) -> None:
+@pytest.mark.parametrize("command", ["run", "validate", "evaluate"])
+def test_auto_falls_back_to_the_cpu(command: str, run: Run) -> None:
     assert (
-        run(verb, "--provider", "auto") == run(verb, "--provider", "cpu") or verb == "run"
-    )  # which tells speeds
-    assert run(verb)[0] == 0
+        run(command, "--provider", "auto") == run(command, "--provider", "cpu") or command == "run"
+    )  # `run` prints speeds, which vary
+    assert run(command)[0] == 0
 
 
-def test_the_option_offers_what_there_is() -> None:
+def test_the_choices_are_the_providers_of_the_runtime() -> None:
     @provider_option
-    def verb() -> None: ...
+    def command() -> None: ...
 
-    (option,) = verb.__click_params__  # type: ignore[attr-defined]
+    (option,) = command.__click_params__  # type: ignore[attr-defined]
     assert tuple(option.type.choices) == PROVIDERS
 
 
-@pytest.mark.parametrize("verb", ["run", "validate", "evaluate"])
-def test_no_such_provider_exits_with_2(verb: str, run: Run) -> None:
-    code, out, err = run(verb, "--provider", "rocm")
+@pytest.mark.parametrize("command", ["run", "validate", "evaluate"])
+def test_an_unknown_provider_exits_with_2(command: str, run: Run) -> None:
+    code, out, err = run(command, "--provider", "rocm")
     assert (code, out) == (2, "") and "tensorrt" in err
 
 
-def test_run_says_what_ran(run: Run, device: SimulatedDevice) -> None:
-    said = {provider: run("run", "--provider", provider) for provider in ("cpu", "cuda", "tensorrt")}
-    assert [code for code, _, _ in said.values()] == [0, 0, 0]
-    assert len({out for _, out, _ in said.values()}) == 1
+def test_run_names_the_provider(run: Run, device: SimulatedDevice) -> None:
+    ended = {provider: run("run", "--provider", provider) for provider in ("cpu", "cuda", "tensorrt")}
+    assert [code for code, _, _ in ended.values()] == [0, 0, 0]
+    assert len({out for _, out, _ in ended.values()}) == 1
     for provider, name in {"cpu": "the CPU", "cuda": "CUDA", "tensorrt": "TensorRT"}.items():
-        assert f"/s on {name}; KV cache" in said[provider][2]
+        assert f"/s on {name}; KV cache" in ended[provider][2]
     assert "on TensorRT" in run("run")[2]  # "auto"
 
 
-def test_validate_says_what_was_compared(run: Run, device: SimulatedDevice) -> None:
+def test_validate_names_the_provider_and_the_outputs_compared(run: Run, device: SimulatedDevice) -> None:
     code, out, err = run("validate", "--provider", "tensorrt")
     assert (code, err) == (0, "") and "on tensorrt: key, value, logits)" in out and "residual" not in out
     report = json.loads(run("validate", "--provider", "tensorrt", "--json")[1])
@@ -142,7 +126,7 @@ def test_validate_says_what_was_compared(run: Run, device: SimulatedDevice) -> N
     assert "on cpu" not in run("validate", "--provider", "cpu")[1]
 
 
-def test_a_wrong_engine_exits_with_1(
+def test_a_wrong_engine_exits_with_1_and_names_the_outputs_that_differ(
     run: Run, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
@@ -153,12 +137,12 @@ def test_a_wrong_engine_exits_with_1(
 
 
 def test_evaluate_runs_on_the_engine(run: Run, device: SimulatedDevice) -> None:
-    found = {
+    results = {
         provider: json.loads(run("evaluate", "--provider", provider, "--json")[1])
         for provider in ("cpu", "tensorrt")
     }
     assert "engine" in device.done
-    assert found["tensorrt"]["cross_entropy"] == pytest.approx(found["cpu"]["cross_entropy"], abs=1e-4)
+    assert results["tensorrt"]["cross_entropy"] == pytest.approx(results["cpu"]["cross_entropy"], abs=1e-4)
 
 
 _WITHOUT_ONNXRUNTIME = """
@@ -171,7 +155,7 @@ main(["run", sys.argv[1], "--prompt", "Once", "--provider", sys.argv[2]])
 
 
 @pytest.mark.parametrize("provider", ["auto", "cpu", "cuda"])
-def test_missing_onnxruntime_is_named(folder: Path, provider: str) -> None:
+def test_a_missing_onnxruntime_is_named_with_its_extra(folder: Path, provider: str) -> None:
     command = [sys.executable, "-c", _WITHOUT_ONNXRUNTIME, str(folder / "text"), provider]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert (
@@ -179,8 +163,8 @@ def test_missing_onnxruntime_is_named(folder: Path, provider: str) -> None:
     )
 
 
-def test_an_engine_needs_no_onnxruntime(folder: Path) -> None:
-    """The modules that run it import none; the simulated one does, so that here only the imports are looked at."""
+def test_running_an_engine_imports_no_onnxruntime(folder: Path) -> None:
+    """The modules that run an engine import none of these packages; this test only imports them."""
     modules = "session, kvexport.runtime.backends.tensorrt, kvexport.runtime.backends.tensorrt_select, kvexport.runtime.backends.cuda"
     script = f"import sys, kvexport.runtime.{modules}\nassert not {{'onnxruntime', 'onnx', 'onnx_ir', 'torch'}} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)

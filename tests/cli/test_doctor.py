@@ -86,9 +86,9 @@ def test_an_empty_computer_lacks_everything(computer: Computer) -> None:
 
 
 def test_every_verb_of_the_command_line_is_examined(computer: Computer) -> None:
-    from kvexport.cli import verbs
+    from kvexport.cli import commands
 
-    assert {verb.name for verb in computer.examine().verbs} == set(verbs.list_commands(None)) - {"doctor"}  # type: ignore[attr-defined, arg-type]
+    assert {verb.name for verb in computer.examine().verbs} == set(commands.list_commands(None)) - {"doctor"}  # type: ignore[attr-defined, arg-type]
 
 
 def test_packages_are_found_whatever_their_spelling(computer: Computer) -> None:

@@ -139,10 +139,10 @@ def test_pins_are_those_that_the_tests_pass_with() -> None:
 def test_what_only_reads_a_bundle_or_the_machine(lean: Lean, bundle: Path) -> None:
     demo = CHECKOUT / "models" / "demo" / "config.json"
     help_text = lean.kvexport("--help").stdout
-    verbs = re.findall(r"^  (\S+)  ", help_text.partition("Verbs")[2], re.M)
-    assert {"run", "build", "doctor"} <= set(verbs)
-    for verb in verbs:
-        assert lean.kvexport(verb, "--help").stdout.startswith("Usage: kvexport")
+    commands = re.findall(r"^  (\S+)  ", help_text.partition("Commands:")[2], re.M)
+    assert {"run", "build", "doctor"} <= set(commands)
+    for command in commands:
+        assert lean.kvexport(command, "--help").stdout.startswith("Usage: kvexport")
     assert "decoder.onnx.data" in lean.kvexport("inspect", bundle).stdout
     assert lean.kvexport("inspect", "--verify", bundle).stdout
     assert json.loads(lean.kvexport("doctor", "--json").stdout)
