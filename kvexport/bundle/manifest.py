@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, GraphContract, TensorSpec, cache_specs, contract
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.errors import BundleError, UsageError
-from kvexport.eviction.config import STATE, Eviction
+from kvexport.eviction.config import STATE_WIDTH, Eviction
 
 FORMAT = 2  # 1 had its digest over the manifest's values, and no self-test
 MANIFEST_FILE = "manifest.json"
@@ -91,7 +91,7 @@ def kv_bytes(layers: Sequence[LayerReport], dtype: str, eviction: Eviction | Non
     for index, layer in enumerate(layers):
         evicts = eviction is not None and eviction.evicts(index)
         held = tokens if eviction is None else eviction.slots(index, tokens)
-        state = layer.num_key_value_heads * STATE * BYTES["float32"] if evicts else 0
+        state = layer.num_key_value_heads * STATE_WIDTH * BYTES["float32"] if evicts else 0
         total += held * (BYTES[dtype] * layer.kv_width + state)
     return total
 

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.manifest import BYTES, REBUILD
 from kvexport.errors import BundleError
-from kvexport.eviction.config import SCORE, STORED
+from kvexport.eviction.config import POSITION_PLUS_ONE, SCORE
 
 FORMAT = 1
 FILE = "self_test.json"
@@ -106,7 +106,7 @@ def steady(layer: int, state: NDArray[Any]) -> NDArray[Any]:
     follows. So where they rank tokens, the twin and whatever is held against it put these scores in place of theirs after
     every call: which slot is taken is then the same for all. (7919·(position + 1) + 104729·(layer·N + head)) mod 65537.
     """
-    stored = state[..., STORED].astype(np.int64)
+    stored = state[..., POSITION_PLUS_ONE].astype(np.int64)
     heads = layer * len(state) + np.arange(len(state))[:, None]
     position, head, modulus = _PRIMES
     ranked = state.copy()

@@ -23,11 +23,11 @@ POLICIES = {
     "random": "any token",
 }
 DEFAULT_POLICY, DEFAULT_FIRST = "window", 4
-SCORE, STORED = (
+SCORE, POSITION_PLUS_ONE = (
     0,
     1,
 )  # columns of a slot's state: what it is ranked by, and the position of its token + 1 (0: empty)
-STATE = 2
+STATE_WIDTH = 2
 # Priorities. No score reaches those of tokens that no query sees any more, the earlier the higher; all are exact in float32.
 NEVER, UNSEEN, LATEST = 2.0**100, 2.0**60, 2.0**24
 # Of a norm, for every position that a token is later: the same token again has the same norm, but for rounding, and without
@@ -84,7 +84,7 @@ class Eviction:
         return max(1, (self.budget - self.protect_first) // 4)
 
     @property
-    def proof_slots(self) -> int:
+    def self_test_slots(self) -> int:
         """Slots that suffice to show every case of a budget in a short text: proofs run in as many."""
         return min(self.budget, self.protected + 16)
 

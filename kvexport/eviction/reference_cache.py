@@ -15,9 +15,9 @@ from kvexport.eviction.config import (
     LATER,
     LATEST,
     NEVER,
+    POSITION_PLUS_ONE,
     SCORE,
-    STATE,
-    STORED,
+    STATE_WIDTH,
     UNSEEN,
     Eviction,
     random_offsets,
@@ -63,7 +63,7 @@ class EvictingCache:
         """Nothing in it; `slots` of them, or the budget."""
         count, precise = slots or eviction.budget, torch.promote_types(dtype, torch.float32)
         key, value = (torch.zeros(batch, heads, count, width, dtype=dtype) for width in widths)
-        state = torch.zeros(batch, heads, count, STATE, dtype=precise)
+        state = torch.zeros(batch, heads, count, STATE_WIDTH, dtype=precise)
         return cls(
             key, value, state, torch.zeros(batch, dtype=torch.int64), eviction, layer, capacity, window
         )
@@ -75,7 +75,7 @@ class EvictingCache:
     @property
     def positions(self) -> Tensor:
         """Of the token in each slot, int64 [B, Hkv, C]; -1 where it is empty."""
-        return self.state[..., STORED].long() - 1
+        return self.state[..., POSITION_PLUS_ONE].long() - 1
 
     def write(self, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
         """Put tokens at consecutive `positions` [B, S] in: key [B, Hkv, S, key_dim], value [B, Hkv, S, value_dim].
@@ -120,7 +120,10 @@ class EvictingCache:
         Args:
             recent: tokens protected as recent [as many as the policy says], those at `positions` counted.
         """
-        stored, next_stored = self.state[..., STORED], (positions + 1)[:, None, None].to(self.state)
+        stored, next_stored = (
+            self.state[..., POSITION_PLUS_ONE],
+            (positions + 1)[:, None, None].to(self.state),
+        )
         recent = self.eviction.protect_recent if recent is None else recent
         evictable = (stored <= next_stored - recent) & (stored > self.eviction.protect_first)
         priorities = torch.where(evictable, self.state[..., SCORE], -NEVER)

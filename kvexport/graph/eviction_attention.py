@@ -12,7 +12,15 @@ import numpy as np
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import BATCH, BUDGET, KEY, SEQUENCE, STATE, VALUE, heads_along_batch, present
-from kvexport.eviction.config import LATEST, NEVER, SCORE, STORED, UNSEEN, random_offsets, random_scores
+from kvexport.eviction.config import (
+    LATEST,
+    NEVER,
+    POSITION_PLUS_ONE,
+    SCORE,
+    UNSEEN,
+    random_offsets,
+    random_scores,
+)
 from kvexport.graph.eviction_inputs import STATE_DTYPE, EvictionInputs, HeadInputs, row_of
 from kvexport.graph.nodes import dtype_of, sizes
 from kvexport.graph.weights import NUMPY_DTYPES, largest
@@ -96,7 +104,7 @@ class EvictionAttentionBuilder:
     def _new_state(self, heads: HeadInputs, key: ir.Value) -> ir.Value:
         """Of the new tokens, [batch·N, 1, sequence, 2]."""
         nodes, shape = self._nodes, (self._rows, 1, SEQUENCE, 2)
-        columns = {SCORE: self._scores(heads, key), STORED: heads.stored}
+        columns = {SCORE: self._scores(heads, key), POSITION_PLUS_ONE: heads.stored}
         ordered, name = [columns[each] for each in sorted(columns)], f"{self._name}.state.new"
         return nodes.op("Concat", *ordered, name=name, shape=shape, dtype=STATE_DTYPE, axis=-1)
 
@@ -176,7 +184,7 @@ class EvictionAttentionBuilder:
 
         score, stored = (
             row_of(nodes, state, which, f"{name}.{label}")
-            for which, label in ((SCORE, "score"), (STORED, "stored"))
+            for which, label in ((SCORE, "score"), (POSITION_PLUS_ONE, "stored"))
         )
         recent = nodes.op(
             "Sub",
@@ -225,7 +233,7 @@ class EvictionAttentionBuilder:
             self._attention.window,
             (self._rows, 1, SEQUENCE, BUDGET),
         )
-        stored = row_of(nodes, state, STORED, f"{name}.held")
+        stored = row_of(nodes, state, POSITION_PLUS_ONE, f"{name}.held")
         zero = nodes.number("evict.zero", 0.0, STATE_DTYPE)
         taken = nodes.op("Greater", stored, zero, name=f"{name}.taken", dtype="bool")
         past = nodes.op("LessOrEqual", stored, heads.stored, name=f"{name}.causal", shape=shape, dtype="bool")

@@ -11,7 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import BATCH, SEQUENCE, heads_along_batch
-from kvexport.eviction.config import LATER, STORED, Eviction
+from kvexport.eviction.config import LATER, POSITION_PLUS_ONE, Eviction
 from kvexport.graph.nodes import NodeBuilder, Nodes, sizes
 
 STATE_DTYPE = "float32"
@@ -82,7 +82,7 @@ class EvictionInputs:
     def _slots(self, state: ir.Value, name: str) -> ir.Value:
         """How many slots there are, [batch·N, 1, 1, 1], counted: of a Shape TensorRT-RTX 1.7.1 dies of a segmentation fault."""
         nodes = self.nodes
-        stored = row_of(nodes, state, STORED, f"{name}.state")
+        stored = row_of(nodes, state, POSITION_PLUS_ONE, f"{name}.state")
         zero = nodes.number("evict.zero", 0.0, STATE_DTYPE)
         there = nodes.op("GreaterOrEqual", stored, zero, name=f"{name}.there", dtype="bool")
         each = nodes.cast(there, STATE_DTYPE, f"{name}.each_slot")

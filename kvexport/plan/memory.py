@@ -8,13 +8,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvexport.bundle.manifest import BYTES
-from kvexport.eviction.config import STATE
+from kvexport.eviction.config import STATE_WIDTH
 from kvexport.plan.sizes import Sizes
 
 _GIB = 2**30
 # CUDA's context with TensorRT's libraries: commonly seen, published by nobody. ONNX Runtime on a CPU needs less.
 _SLOT_BYTES = (
-    STATE * BYTES["float32"]
+    STATE_WIDTH * BYTES["float32"]
 )  # of the state that each KV head of a layer that evicts keeps of a token
 _ENGINE_BYTES = {"tensorrt": _GIB // 2, "tensorrt-rtx": _GIB // 2, "onnxruntime": _GIB // 8}
 

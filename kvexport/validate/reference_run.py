@@ -49,7 +49,7 @@ class ReferenceRecorder:
         self._reference = reference
         self._decoder = decoder
         wanted = (
-            PREFILL + STEPS if eviction is None else max(PREFILL + STEPS, eviction.proof_slots + _EVICTED)
+            PREFILL + STEPS if eviction is None else max(PREFILL + STEPS, eviction.self_test_slots + _EVICTED)
         )
         filler = torch.randint(decoder.dims.vocab_size, (wanted,), generator=torch.Generator().manual_seed(0))
         self._ids = torch.cat((token_ids.flatten(), filler))[: min(wanted, capacity)][None]  # [1, T]
@@ -96,7 +96,7 @@ class ReferenceRecorder:
             self._layers,
             self._capacity,
             attention.window,
-            eviction.proof_slots,
+            eviction.self_test_slots,
         )
         seen: list[LayerTaps] = []
         kept: dict[str, list[Tensor]] = {name: [] for name in NAMES}
@@ -137,7 +137,7 @@ def array_name(layer: int, kind: str) -> str:
 
 def prefill_of(tokens: int, eviction: Eviction | None) -> int:
     """How many of the twin's tokens are prefilled at once; the others are decoded one by one."""
-    most = PREFILL if eviction is None else min(PREFILL, eviction.proof_slots)
+    most = PREFILL if eviction is None else min(PREFILL, eviction.self_test_slots)
     return max(1, min(most, tokens // 3))
 
 

@@ -162,7 +162,7 @@ class SelfTestRecorder:
 
 def slots_of(eviction: Eviction, capacity: int) -> int:
     """Slots that the self-test runs in: those of a proof, or half of a small capacity, if some token may go in them."""
-    return max(eviction.protected + 1, min(eviction.proof_slots, capacity // 2))
+    return max(eviction.protected + 1, min(eviction.self_test_slots, capacity // 2))
 
 
 def _row(logits: Tensor, indices: Sequence[int], keys: tuple[float, ...], values: tuple[float, ...]) -> Row:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.errors import BundleError
-from kvexport.eviction.config import SCORE, STATE, STORED, Eviction
+from kvexport.eviction.config import POSITION_PLUS_ONE, SCORE, STATE_WIDTH, Eviction
 
 Array = NDArray[np.float32]
 NAMES = ("score", "slot")  # of the twin's arrays of a layer that evicts, each [T, N]
@@ -25,7 +25,7 @@ class ReferenceSlots:
 
     def __init__(self, score: Array, slot: NDArray[Any], slots: int) -> None:
         self._score, self._slot = score, slot.astype(np.int64)
-        self._state = np.zeros((slot.shape[1], slots, STATE), np.float32)
+        self._state = np.zeros((slot.shape[1], slots, STATE_WIDTH), np.float32)
         self._tokens = 0
 
     @property
@@ -37,7 +37,7 @@ class ReferenceSlots:
         heads = np.arange(len(self._state))
         for token in range(self._tokens, tokens):
             self._state[heads, self._slot[token], SCORE] = self._score[token]
-            self._state[heads, self._slot[token], STORED] = token + 1
+            self._state[heads, self._slot[token], POSITION_PLUS_ONE] = token + 1
         self._tokens = tokens
         return self._state
 
@@ -56,7 +56,7 @@ class ReferenceSlots:
             name: cache[heads, where].astype(np.float32) for name, cache in caches.items()
         }  # [n, N, width]
         stored = (
-            caches["state"][None, :, :, STORED] == np.arange(start + 1, stop + 1)[:, None, None]
+            caches["state"][None, :, :, POSITION_PLUS_ONE] == np.arange(start + 1, stop + 1)[:, None, None]
         )  # [n, N, slots]
         slot = np.where(stored.any(2), stored.argmax(2), -1).astype(np.float32)
         side_by_side = {name: rows[name].reshape(stop - start, -1) for name in ("key", "value")}
@@ -74,16 +74,16 @@ def reference_slots(
     if eviction is None:
         return {}
     for layer in range(num_layers):
-        if eviction.evicts(layer) and twin[f"layers.{layer}.slot"].max() >= eviction.proof_slots:
+        if eviction.evicts(layer) and twin[f"layers.{layer}.slot"].max() >= eviction.self_test_slots:
             raise BundleError(
                 "the bundle's reference was recorded with another budget than its manifest says",
                 got=f"slot {int(twin[f'layers.{layer}.slot'].max())} of layer {layer}",
-                expected=f"below {eviction.proof_slots}",
+                expected=f"below {eviction.self_test_slots}",
                 fix="build the bundle again",
             )
     return {
         layer: ReferenceSlots(
-            twin[f"layers.{layer}.score"], twin[f"layers.{layer}.slot"], eviction.proof_slots
+            twin[f"layers.{layer}.score"], twin[f"layers.{layer}.slot"], eviction.self_test_slots
         )
         for layer in range(num_layers)
         if eviction.evicts(layer)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from kvexport.errors import UsageError
-from kvexport.eviction.config import POLICIES, STORED, Eviction, random_offsets, random_scores
+from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, Eviction, random_offsets, random_scores
 from kvexport.eviction.reference_cache import EvictingCache
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder
@@ -224,7 +224,7 @@ def run(decoder: Decoder, ids: Tensor, eviction: Eviction, chunk: int = 1) -> Te
 def test_state_of_an_empty_slot_is_zero() -> None:
     """Buffers that a runtime clears are empty."""
     assert not empty(Eviction("window", 4)).state.any()
-    assert STORED == 1
+    assert POSITION_PLUS_ONE == 1
 
 
 @pytest.mark.parametrize(

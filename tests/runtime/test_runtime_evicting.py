@@ -16,7 +16,7 @@ from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads,
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import UsageError
-from kvexport.eviction.config import POLICIES, SCORE, STORED, Eviction
+from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, SCORE, Eviction
 from kvexport.eviction.reference_cache import EvictingCache
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder
@@ -430,7 +430,7 @@ def random_state(random: np.random.Generator, heads: int, filled: int, slots: in
     state = np.zeros((heads, slots, 2), np.float32)
     state[:, :filled, SCORE] = random.integers(-3, 3, (heads, filled))
     for head in range(heads):
-        state[head, :filled, STORED] = 1 + random.permutation(filled + 10)[:filled]
+        state[head, :filled, POSITION_PLUS_ONE] = 1 + random.permutation(filled + 10)[:filled]
     return state
 
 
@@ -528,13 +528,15 @@ def test_a_state_can_be_read_and_put_in(tmp_path: Path) -> None:
     session.prefill([tokens(24, seed=1), tokens(24, seed=2)])
     cache = session.core.decoder.cache
     state = cache.state(1)
-    np.testing.assert_array_equal(np.sort(state[..., STORED]), np.tile(np.arange(1, 25), (2, 1)))
+    np.testing.assert_array_equal(np.sort(state[..., POSITION_PLUS_ONE]), np.tile(np.arange(1, 25), (2, 1)))
     other = state.copy()
     other[:, 7, SCORE] = 1000
     cache.set_state(1, other)
     np.testing.assert_array_equal(cache.state(1), other)
     session.step([3, 3])
-    assert (cache.state(1)[:, 7, STORED] == 25).all() and (cache.state(0)[:, 7, STORED] == 25).sum() < 2
+    assert (cache.state(1)[:, 7, POSITION_PLUS_ONE] == 25).all() and (
+        cache.state(0)[:, 7, POSITION_PLUS_ONE] == 25
+    ).sum() < 2
     cache.set_state(1, other[:, :5])
     np.testing.assert_array_equal(cache.state(1)[:, :5], other[:, :5])
     assert not cache.state(1)[:, 5:].any()

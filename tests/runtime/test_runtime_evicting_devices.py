@@ -15,7 +15,7 @@ from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, differences, 
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import BundleError, UsageError
-from kvexport.eviction.config import POLICIES, STORED, Eviction
+from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, Eviction
 from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime.backends import tensorrt as runtime
@@ -100,7 +100,7 @@ def test_float16_caches_keep_a_state_of_float32(
     decoder, eviction = random_decoder("gqa"), dataclasses.replace(BUDGET, policy="window")
     session = opened(with_engine(tmp_path / "b", decoder, eviction, lowering, dtype="float16"), decoder)
     assert differences(session, Oracle(decoder, eviction)) < 0.05
-    stored = session.core.decoder.cache.state(1)[..., STORED]
+    stored = session.core.decoder.cache.state(1)[..., POSITION_PLUS_ONE]
     assert sorted(stored[0]) == [1, 2, *range(69, 91)] and (np.sort(stored[0]) == np.sort(stored[1])).all()
 
 

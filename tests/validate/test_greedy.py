@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.self_test_file import ReferenceOutputs, read_reference_outputs, steady
-from kvexport.eviction.config import POLICIES, SCORE, STORED, Eviction
+from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, SCORE, Eviction
 from kvexport.files.hashing import sha256_of
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder
@@ -80,7 +80,7 @@ def test_where_layers_evict_the_steps_do(policy: str, tmp_path: Path) -> None:
     decoder = make_decoder("gqa", dtype=torch.float32)
     vectors = recorded(tmp_path / "b", decoder, eviction=dataclasses.replace(EVICTION, policy=policy))
     assert (
-        vectors.slots == EVICTION.proof_slots == 26
+        vectors.slots == EVICTION.self_test_slots == 26
         and len(vectors.prompt) == 18
         and len(vectors.continuation) == 24
     )
@@ -161,7 +161,7 @@ def test_any_capacity_has_a_test(capacity: int, tmp_path: Path) -> None:
 
 def test_steady_scores_are_all_different_and_leave_the_rest_alone() -> None:
     state = np.zeros((3, 50, 2), np.float32)
-    state[:, :40, STORED] = np.arange(1, 41)
+    state[:, :40, POSITION_PLUS_ONE] = np.arange(1, 41)
     state[:, :, SCORE] = -7
     ranked = steady(2, state)
     assert (ranked[..., 1] == state[..., 1]).all() and (ranked[:, 40:, 0] == -7).all()

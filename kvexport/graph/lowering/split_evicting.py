@@ -8,7 +8,7 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import BUDGET, SEQUENCE
-from kvexport.eviction.config import STORED
+from kvexport.eviction.config import POSITION_PLUS_ONE
 from kvexport.graph.eviction_inputs import STATE_DTYPE, row_of
 from kvexport.graph.lowering.matches import AttentionMatch
 from kvexport.graph.nodes import Nodes, sizes
@@ -38,7 +38,7 @@ class SlotMasks:
         nodes, name = Nodes(self._graph, STATE_DTYPE, before=column), str(held.name)
         rows, _, _, _ = sizes(past)
         shape = (rows, 1, 1, BUDGET)
-        stored = row_of(nodes, past, STORED, f"{name}.old")
+        stored = row_of(nodes, past, POSITION_PLUS_ONE, f"{name}.old")
         chosen, filled = _slot(match)
         numbers = self._numbered(nodes, past)
         other = nodes.op(
@@ -51,7 +51,7 @@ class SlotMasks:
         stays = nodes.op("And", used, other, name=f"{name}.stays", dtype="bool")
         empty = nodes.number("evict.zero", 0.0)
         stored = nodes.op("Where", stays, stored, empty, name=f"{name}.staying", shape=shape)
-        to_come = row_of(nodes, new, STORED, f"{name}.new")
+        to_come = row_of(nodes, new, POSITION_PLUS_ONE, f"{name}.new")
         shape = (rows, 1, 1, f"{BUDGET}+{SEQUENCE}")
         joined = nodes.op("Concat", stored, to_come, name=f"{name}.all", shape=shape, axis=3)
         ir.convenience.replace_all_uses_with(held, joined)

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.eviction.config import LATEST, NEVER, SCORE, STORED, UNSEEN, Eviction
+from kvexport.eviction.config import LATEST, NEVER, POSITION_PLUS_ONE, SCORE, UNSEEN, Eviction
 from kvexport.runtime.cache.device_arrays import Move, Place
 
 Ints = NDArray[np.int64]
@@ -79,7 +79,7 @@ class Ranking:
 
     def _priorities(self, state: State, position: int, recent: int) -> State:
         """The highest goes first, [N, tokens] float32."""
-        stored, following = state[..., STORED], position + 1
+        stored, following = state[..., POSITION_PLUS_ONE], position + 1
         evictable = (stored <= following - recent) & (stored > self.eviction.protect_first)
         priorities = np.where(evictable, state[..., SCORE], np.float32(-NEVER))
         if self.window is not None:

@@ -16,7 +16,7 @@ from kvexport.bundle import graph_io as contract
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.graph_io import KEY, VALUE, past
 from kvexport.errors import CannotRunHere, UsageError
-from kvexport.eviction.config import LATEST, NEVER, SCORE, STATE, STORED
+from kvexport.eviction.config import LATEST, NEVER, POSITION_PLUS_ONE, SCORE, STATE_WIDTH
 from kvexport.runtime.cache.device_arrays import HOST, Place, as_float32, from_float, stored_as
 from kvexport.runtime.cache.eviction import Ints, Occupancy, Ranking, State, make_room
 
@@ -98,7 +98,7 @@ class KvCache:
             parts = {KEY: (layer.key_head_dim, dtype), VALUE: (layer.value_head_dim, dtype)}
             if evicts:
                 assert eviction is not None
-                parts[contract.STATE] = STATE, "float32"
+                parts[contract.STATE] = STATE_WIDTH, "float32"
                 self._rankings[index] = Ranking(eviction, layer.window)
             for which, (width, kind) in parts.items():
                 self._specs[past(index, which)] = _Buffer(
@@ -219,7 +219,7 @@ class KvCache:
         self._blocked = self.slots - slots
         for layer in self._rankings:
             state = self.place.read(self.buffers[past(layer, contract.STATE)])
-            state[:, :, slots:, SCORE], state[:, :, slots:, STORED] = -NEVER, LATEST
+            state[:, :, slots:, SCORE], state[:, :, slots:, POSITION_PLUS_ONE] = -NEVER, LATEST
             self.place.write(self.buffers[past(layer, contract.STATE)], state)
 
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.graph_io import STATE
 from kvexport.bundle.self_test_file import RANKED_BY_NORM, ReferenceOutputs, steady
-from kvexport.eviction.config import LATER, SCORE, STORED
+from kvexport.eviction.config import LATER, POSITION_PLUS_ONE, SCORE
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.cache.device_arrays import from_float
 from kvexport.runtime.cache.kv_cache import KvCache
@@ -110,7 +110,7 @@ class Runs:
             state = cache.state(layer)  # [N, slots, 2]
             key, value = (heads[0] for heads in cache.layer_in_float32(layer))
             for row, measured in zip(wanted, rows, strict=True):
-                where = [np.flatnonzero(head == row + 1) for head in state[..., STORED]]
+                where = [np.flatnonzero(head == row + 1) for head in state[..., POSITION_PLUS_ONE]]
                 if not all(len(slots) == 1 for slots in where):
                     measured.key_norms[layer] = measured.value_norms[layer] = math.nan
                     continue
