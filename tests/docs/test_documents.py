@@ -87,6 +87,16 @@ def test_linked_files_exist(document: Path) -> None:
         assert target.exists(), target
 
 
+@pytest.mark.parametrize("document", DOCUMENTS, ids=_name)
+def test_named_files_of_the_repository_exist(document: Path) -> None:
+    named = re.findall(
+        r"`((?:kvexport|tests|cpp|graphs|benchmarks|docs)/[\w/.-]*\w)/?`",
+        document.read_text(encoding="utf-8"),
+    )
+    produced = ("benchmarks/results/gpu", "graphs/targets/NAME.toml")
+    assert [each for each in named if each not in produced and not (ROOT / each).exists()] == []
+
+
 def test_only_what_needs_a_board_or_an_index_is_left_out() -> None:
     marks = ("nvpmodel", "--system-site-packages", "pip install", "pip wheel")
     for document in pages():
