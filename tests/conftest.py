@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
@@ -13,7 +14,12 @@ import pytest
 
 pytest.register_assert_rewrite("support")
 
-# A shell that starts pytest in the background has it ignore these, and so would every process that a test starts.
+# One thread for each worker of pytest-xdist and each process that a test starts: they would otherwise compete
+# for the cores, and sums would depend on their number. Set here, before torch is imported.
+for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(_variable, "1")
+
+# A shell that starts pytest in the background makes it ignore these, and every process that a test starts.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
@@ -39,30 +45,48 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
     "qwen3": {**_SIZES, "head_dim": 8},
 }
 
+# Folders whose files take longest; with `--dist loadfile --no-loadscope-reorder` files start in this order.
+_LONGEST = ("docs", "cpp", "packaging", "benchmarks", "cli", "engine")
+
 TinyCheckpoint = Callable[..., Path]
 EditCheckpoint = Callable[..., Path]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that all workers end at about the same time."""
+    tests = Path(__file__).parent
+
+    def order(item: pytest.Item) -> int:
+        folder = item.path.relative_to(tests).parts[0]
+        return _LONGEST.index(folder) if folder in _LONGEST else len(_LONGEST)
+
+    items.sort(key=order)
+
+
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> TinyCheckpoint:
+def shared_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """`shared_folders.get(build, *arguments) -> Path`: a folder that is built once a run for all workers."""
+    from support.shared_folders import SharedFolders
+
+    base = tmp_path_factory.getbasetemp()
+    return SharedFolders((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(shared_folders: Any) -> TinyCheckpoint:
     """`tiny_checkpoint(family, *, dtype="float32", seed=0, max_shard_size="1GB", **config) -> Path`.
 
-    A checkpoint written by transformers' own save_pretrained, every weight random: norm weights about one, biases
-    about zero, nothing at its initial value. Equal arguments give the same folder for the whole session:
+    A checkpoint written by transformers' own save_pretrained, every weight random: norm weights about one,
+    biases about zero, nothing at its initial value. Equal arguments give the same folder for the whole run:
     never write into it (`edit_checkpoint` makes a copy). By default two layers, four heads, two KV heads
     (BLOOM: four), head_dim 8, 67 tokens.
     """
-    made: dict[str, Path] = {}
 
     def make(
         family: str, *, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB", **config: Any
     ) -> Path:
-        key = json.dumps([family, dtype, seed, max_shard_size, config], sort_keys=True)
-        if key not in made:
-            folder = tmp_path_factory.mktemp(family)
-            _write(folder, family, dtype, seed, max_shard_size, {**_DEFAULTS[family], **config})
-            made[key] = folder
-        return made[key]
+        config = {**_DEFAULTS[family], **config}
+        return shared_folders.get(_write, family, dtype, seed, max_shard_size, config) / family
 
     return make
 
@@ -83,12 +107,12 @@ def _write(
                 parameter.copy_(noise if is_embedding else noise * 1.5 / parameter.shape[1] ** 0.5)
             else:
                 parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
-    model.to(getattr(torch, dtype)).save_pretrained(folder, max_shard_size=max_shard_size)
+    model.to(getattr(torch, dtype)).save_pretrained(folder / family, max_shard_size=max_shard_size)
 
 
 @pytest.fixture
 def edit_checkpoint(tmp_path: Path) -> EditCheckpoint:
-    """`edit_checkpoint(source, config=None, tensors=None, without=()) -> Path`: a changed copy of a checkpoint.
+    """`edit_checkpoint(source, config=None, tensors=None, without=()) -> Path`: changed copy of a checkpoint.
 
     `config` is merged into config.json, the keys in `without` are removed from it; `tensors` gets the dict
     of all tensors (of a checkpoint in one file) and changes it in place.

@@ -13,6 +13,8 @@ from engine_bundles import write_engine_bundles
 from safetensors import safe_open
 from safetensors.numpy import load_file
 
+pytestmark = pytest.mark.slow
+
 Built = Callable[[str], Path]
 ELSEWHERE = (
     "test_text|test_self_test"  # test_cpp_text.py and test_cpp_self_test.py make the files that these want
