@@ -35,21 +35,22 @@ Json open(const Json& given) {
   options.text_library = given.value("text_library", std::string());
   kvexport::Session session(given.at("bundle").get<std::string>(), options);
   const kvexport_info& info = session.info();
-  Json told{{"source", info.source},
-            {"dtype", info.dtype},
-            {"provider", info.provider},
-            {"engine", info.engine},
-            {"vocab_size", info.vocab_size},
-            {"capacity", info.capacity},
-            {"budget", info.budget},
-            {"bos_token_id", info.bos_token_id},
-            {"has_text", info.has_text != 0},
-            {"has_chat", info.has_chat != 0},
-            {"text_missing", info.text_missing},
-            {"eos_token_ids", kvexport::Ids(info.eos_token_ids, info.eos_token_ids + info.eos_token_count)}};
+  Json properties{
+      {"source", info.source},
+      {"dtype", info.dtype},
+      {"provider", info.provider},
+      {"engine", info.engine},
+      {"vocab_size", info.vocab_size},
+      {"capacity", info.capacity},
+      {"budget", info.budget},
+      {"bos_token_id", info.bos_token_id},
+      {"has_text", info.has_text != 0},
+      {"has_chat", info.has_chat != 0},
+      {"text_missing", info.text_missing},
+      {"eos_token_ids", kvexport::Ids(info.eos_token_ids, info.eos_token_ids + info.eos_token_count)}};
   sessions.erase(given.at("session"));
   sessions.emplace(given.at("session"), std::move(session));
-  return told;
+  return properties;
 }
 
 Json generate(kvexport::Cache& cache, const Json& given) {
@@ -117,16 +118,17 @@ Json answer(const Json& given) {
 
 int main() {
   for (std::string line; std::getline(std::cin, line);) {
-    Json said;
+    Json answer_json;
     try {
-      said["ok"] = answer(Json::parse(line));
+      answer_json["ok"] = answer(Json::parse(line));
     } catch (const kvexport::Error& error) {
-      said["error"] = {{"code", error.code()},         {"failed", error.failed()}, {"got", error.got()},
-                       {"expected", error.expected()}, {"fix", error.fix()},       {"message", error.what()}};
+      answer_json["error"] = {{"code", error.code()}, {"failed", error.failed()},
+                              {"got", error.got()},   {"expected", error.expected()},
+                              {"fix", error.fix()},   {"message", error.what()}};
     } catch (const std::exception& error) {
-      said["wrong"] = error.what();
+      answer_json["wrong"] = error.what();
     }
-    std::cout << said.dump(-1, ' ', true, Json::error_handler_t::replace) << std::endl;
+    std::cout << answer_json.dump(-1, ' ', true, Json::error_handler_t::replace) << std::endl;
   }
   caches.clear();
   sessions.clear();

@@ -137,16 +137,16 @@ TEST(generates_without_options_or_callback) {
   CHECK_EQUAL(failed(kvexport_prefill(cache, nullptr, 3, nullptr)), "ids must not be NULL");
   CHECK(kvexport_generate(cache, ids, 3, nullptr, nullptr, nullptr, nullptr) == nullptr);
   CHECK(kvexport_cache_length(cache) > 3);
-  kvexport_generate_options wanted = kvexport_generate_defaults();
-  wanted.own_stop_tokens = 0, wanted.stop_token_count = 1;
-  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
+  kvexport_generate_options raw_options = kvexport_generate_defaults();
+  raw_options.own_stop_tokens = 0, raw_options.stop_token_count = 1;
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &raw_options, nullptr, nullptr, nullptr)),
               "stop_tokens must not be NULL");
-  wanted = kvexport_generate_defaults(), wanted.stop_text_count = 1;
-  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
+  raw_options = kvexport_generate_defaults(), raw_options.stop_text_count = 1;
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &raw_options, nullptr, nullptr, nullptr)),
               "stop_texts must not be NULL");
   const char* const text = "x";
-  wanted.stop_texts = &text;
-  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &wanted, nullptr, nullptr, nullptr)),
+  raw_options.stop_texts = &text;
+  CHECK_EQUAL(failed(kvexport_generate(cache, ids, 3, &raw_options, nullptr, nullptr, nullptr)),
               "stop_text_lengths must not be NULL");
   kvexport_close(raw);  // the cache shares the weights
   CHECK(kvexport_cache_clear(cache) == nullptr);
@@ -158,10 +158,10 @@ TEST(an_exception_of_a_callback_is_rethrown_and_the_cache_stays_usable) {
   kvexport::Session session = opened("gqa");
   kvexport::Cache cache = session.new_cache(100), other = session.new_cache(100);
   const kvexport::Ids whole = generated(other, {1, 2, 3}, 10);
-  int told = 0;
+  int tokens_seen = 0;
   CHECK_THROWS_WITH(cache.generate({1, 2, 3}, greedy(10),
                                    [&](std::int64_t, std::string_view) -> bool {
-                                     if (++told == 4) throw std::runtime_error("enough");
+                                     if (++tokens_seen == 4) throw std::runtime_error("enough");
                                      return true;
                                    }),
                     "enough");
@@ -226,10 +226,10 @@ TEST(refuses_impossible_counts) {
     CHECK_EQUAL(kvexport_error_code(refused.get()), static_cast<int>(KVEXPORT_USAGE));
     CHECK(error(kvexport_generate(cache, &id, count, nullptr, nullptr, nullptr, nullptr)) != nullptr);
   }
-  kvexport_generate_options wanted = kvexport_generate_defaults();
-  wanted.own_stop_tokens = 0, wanted.stop_tokens = &id, wanted.stop_token_count = none;
+  kvexport_generate_options raw_options = kvexport_generate_defaults();
+  raw_options.own_stop_tokens = 0, raw_options.stop_tokens = &id, raw_options.stop_token_count = none;
   CHECK_EQUAL(
-      failed(kvexport_generate(cache, &id, 1, &wanted, nullptr, nullptr, nullptr)),
+      failed(kvexport_generate(cache, &id, 1, &raw_options, nullptr, nullptr, nullptr)),
       "the count of stop_tokens must be at most " + std::to_string(PTRDIFF_MAX / sizeof(std::int64_t)));
   CHECK(logits == nullptr && kvexport_cache_length(cache) == 0);
   CHECK(kvexport_prefill(cache, &id, 1, &logits) == nullptr);
@@ -243,7 +243,7 @@ TEST(stop_texts_have_lengths) {
   kvexport::Cache cache = session.new_cache(60);
   kvexport::GenerateOptions options = greedy(4);
   options.stop_texts = {std::string("a\0b", 3)};
-  CHECK_THROWS_WITH(cache.generate({1}, options), "a text to stop at must not contain a NUL character");
+  CHECK_THROWS_WITH(cache.generate({1}, options), "a stop text must not contain a NUL character");
   CHECK_EQUAL(cache.length(), 0);
 }
 

@@ -11,10 +11,10 @@ using namespace kvexport::detail;
 
 namespace {
 
-Json sound() { return Json::parse(contents(check::reader_file("engines.json"))); }
+Json valid_record() { return Json::parse(contents(check::reader_file("engines.json"))); }
 
-std::string changed(const char* key, const Json& value) {
-  Json raw = sound();
+std::string with_change(const char* key, const Json& value) {
+  Json raw = valid_record();
   raw[key] = value;
   return raw.dump();
 }
@@ -22,7 +22,7 @@ std::string changed(const char* key, const Json& value) {
 }  // namespace
 
 TEST(reads_records_of_python) {
-  const BuildRecord record = parse_record(sound().dump(), "/b/engines/desk");
+  const BuildRecord record = parse_record(valid_record().dump(), "/b/engines/desk");
   CHECK_EQUAL(record.target, "desk");
   CHECK_EQUAL(record.engine, "tensorrt");
   CHECK_EQUAL(record.version, "10.16.1.11");
@@ -37,29 +37,29 @@ TEST(reads_records_of_python) {
 }
 
 TEST(refuses_missing_keys_and_wrong_types) {
-  const Json whole = sound();
+  const Json whole = valid_record();
   for (const auto& [key, value] : whole.items()) {
     Json without = whole;
     without.erase(key);
     if (key == "activation_bytes" || key == "format") continue;
     CHECK_THROWS_WITH(parse_record(without.dump(), "e"), "build the engine again");
-    CHECK_THROWS_WITH(parse_record(changed(key.c_str(), Json::array({Json::array()})), "e"),
+    CHECK_THROWS_WITH(parse_record(with_change(key.c_str(), Json::array({Json::array()})), "e"),
                       "build the engine again");
-    CHECK_THROWS_WITH(parse_record(changed(key.c_str(), -1), "e"), "build the engine again");
+    CHECK_THROWS_WITH(parse_record(with_change(key.c_str(), -1), "e"), "build the engine again");
   }
 }
 
 TEST(refuses_invalid_values) {
-  CHECK_THROWS_WITH(parse_record(changed("format", 2), "e"), "the engine e is of another format");
+  CHECK_THROWS_WITH(parse_record(with_change("format", 2), "e"), "the engine e is of another format");
   CHECK_THROWS_WITH(parse_record("{}", "e"), "of another format");
   CHECK_THROWS_WITH(parse_record("[]", "e"), "is not an object");
   CHECK_THROWS_WITH(parse_record("{", "e"), "build.json of the engine e cannot be read");
-  CHECK_THROWS_WITH(parse_record(changed("engine", "os"), "e"), "engine is not known");
-  CHECK_THROWS_WITH(parse_record(changed("batch", 0), "e"), "batch is impossible");
-  CHECK_THROWS_WITH(parse_record(changed("profiles", Json::array()), "e"), "profiles is empty");
+  CHECK_THROWS_WITH(parse_record(with_change("engine", "os"), "e"), "engine is not known");
+  CHECK_THROWS_WITH(parse_record(with_change("batch", 0), "e"), "batch is impossible");
+  CHECK_THROWS_WITH(parse_record(with_change("profiles", Json::array()), "e"), "profiles is empty");
   for (const Json& sequence : {Json{0, 1, 1}, Json{2, 1, 3}, Json{1, 2}, Json{1, 2, 1}}) {
     const Json profiles = Json::array({{{"name", "decode"}, {"sequence", sequence}}});
-    CHECK_THROWS_WITH(parse_record(changed("profiles", profiles), "e"), "sequence is impossible");
+    CHECK_THROWS_WITH(parse_record(with_change("profiles", profiles), "e"), "sequence is impossible");
   }
 }
 
@@ -71,7 +71,7 @@ TEST(lists_engines_by_name) {
   for (const char* name : {"orin", "desk", "empty"})
     std::filesystem::create_directories(folder.file("engines/") + name);
   for (const char* name : {"orin", "desk"})
-    write(folder.file("engines/") + name + "/build.json", sound().dump());
+    write(folder.file("engines/") + name + "/build.json", valid_record().dump());
   CHECK(engine_directories(bundle) ==
         (std::vector<std::string>{folder.file("engines/desk"), folder.file("engines/orin")}));
 

@@ -128,8 +128,8 @@ TEST(fills_keys_and_values_of_every_dtype) {
     buffers.reserve(600);
     for (const Buffer& buffer : buffers.all) {
       for (std::size_t at = 0; at < buffer.bytes(); at += size_of(buffer.dtype)) {
-        const float wanted = buffer.which == Which::state ? 0.0F : 1000.0F;
-        CHECK_EQUAL(as_float(static_cast<const char*>(buffer.address) + at, buffer.dtype), wanted);
+        const float expected = buffer.which == Which::state ? 0.0F : 1000.0F;
+        CHECK_EQUAL(as_float(static_cast<const char*>(buffer.address) + at, buffer.dtype), expected);
       }
     }
   }
@@ -173,7 +173,7 @@ TEST(evicts_the_tokens_that_a_full_sort_selects) {
     buffers.reserve(200);
     Evictor evictor(manifest, buffers);
     const std::int64_t tokens = 2 + below(slots - 1), keep = below(tokens + 1);
-    std::vector<std::vector<std::size_t>> wanted;
+    std::vector<std::vector<std::size_t>> expected;
     for (const Buffer& buffer : buffers.all) {
       for (std::int64_t head = 0; head < buffer.heads; ++head) {
         std::vector<float> priorities;
@@ -198,7 +198,7 @@ TEST(evicts_the_tokens_that_a_full_sort_selects) {
           priorities.push_back(std::isnan(priority) ? -std::numeric_limits<float>::infinity() : priority);
         }
         if (buffer.which == Which::state)
-          wanted.push_back(kept_by_full_sort(priorities, static_cast<std::size_t>(keep)));
+          expected.push_back(kept_by_full_sort(priorities, static_cast<std::size_t>(keep)));
       }
     }
     std::vector<std::vector<float>> before;
@@ -211,7 +211,7 @@ TEST(evicts_the_tokens_that_a_full_sort_selects) {
     for (std::size_t index = 0; index < buffers.all.size(); ++index) {
       const Buffer& buffer = buffers.all[index];
       for (std::int64_t head = 0; head < buffer.heads; ++head) {
-        const auto& kept = wanted[of_layer + static_cast<std::size_t>(head)];
+        const auto& kept = expected[of_layer + static_cast<std::size_t>(head)];
         for (std::int64_t slot = 0; slot < keep; ++slot) {
           const auto from = static_cast<std::int64_t>(kept[static_cast<std::size_t>(slot)]);
           const float* held = before[index].data() + (head * buffer.slots + from) * buffer.width;

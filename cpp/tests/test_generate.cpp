@@ -15,7 +15,7 @@ namespace {
 using Texts = std::vector<std::string>;
 
 // The output for each piece of text, and at the end.
-Texts said(const Texts& stops, const Texts& pieces, bool* found = nullptr) {
+Texts outputs_for(const Texts& stops, const Texts& pieces, bool* found = nullptr) {
   StopTexts until(stops);
   Texts all;
   for (const std::string& piece : pieces) all.push_back(until.add(piece));
@@ -26,19 +26,22 @@ Texts said(const Texts& stops, const Texts& pieces, bool* found = nullptr) {
 
 }  // namespace
 
-TEST(text_passes_without_stop_texts) { CHECK(said({}, {"a", "", "bc"}) == (Texts{"a", "", "bc", ""})); }
+TEST(text_passes_without_stop_texts) {
+  CHECK(outputs_for({}, {"a", "", "bc"}) == (Texts{"a", "", "bc", ""}));
+}
 
 TEST(a_stop_text_ends_the_output) {
   bool found = false;
-  CHECK(said({"END"}, {"one EN", "D two", "three"}, &found) == (Texts{"one ", "", "", ""}));
+  CHECK(outputs_for({"END"}, {"one EN", "D two", "three"}, &found) == (Texts{"one ", "", "", ""}));
   CHECK(found);
-  CHECK(said({"END"}, {"one EN", "ough"}, &found) == (Texts{"one ", "ENough", ""}));
+  CHECK(outputs_for({"END"}, {"one EN", "ough"}, &found) == (Texts{"one ", "ENough", ""}));
   CHECK(!found);
-  CHECK(said({"END"}, {"one E"}) == (Texts{"one ", "E"}));  // text that was held back is output at the end
-  CHECK(said({"b", "abc"}, {"xab"}) == (Texts{"xa", ""}));  // the one that occurs first
-  CHECK(said({"aab"}, {"aa", "a", "b"}) ==
+  CHECK(outputs_for({"END"}, {"one E"}) ==
+        (Texts{"one ", "E"}));  // text that was held back is output at the end
+  CHECK(outputs_for({"b", "abc"}, {"xab"}) == (Texts{"xa", ""}));  // the one that occurs first
+  CHECK(outputs_for({"aab"}, {"aa", "a", "b"}) ==
         (Texts{"", "a", "", ""}));  // a possible start within a possible start
-  CHECK(said({"\n\n", "\nUser:"}, {"yes.\n", "User", ": no"}) == (Texts{"yes.", "", "", ""}));
+  CHECK(outputs_for({"\n\n", "\nUser:"}, {"yes.\n", "User", ": no"}) == (Texts{"yes.", "", "", ""}));
   CHECK_THROWS_WITH(StopTexts({"a", ""}), "a stop text must not be empty");
   CHECK_THROWS_WITH(StopTexts({std::string("a\0b", 3)}), "NUL");
 }

@@ -12,9 +12,9 @@ using namespace kvexport::detail;
 
 namespace {
 
-std::string sound() { return contents(check::reader_file("tiny/manifest.json")); }
+std::string valid_manifest() { return contents(check::reader_file("tiny/manifest.json")); }
 
-std::string said(const std::string& manifest, const std::string& where) {
+std::string result_of(const std::string& manifest, const std::string& where) {
   try {
     parse_manifest(manifest, where);
   } catch (const Failure& failure) {
@@ -41,7 +41,7 @@ std::string comparable(std::string text) {
 }  // namespace
 
 TEST(reads_manifests_of_python) {
-  const Manifest manifest = parse_manifest(sound(), "tiny");
+  const Manifest manifest = parse_manifest(valid_manifest(), "tiny");
   CHECK_EQUAL(manifest.source_name, "tiny");
   CHECK_EQUAL(manifest.version, KVEXPORT_VERSION);
   CHECK_EQUAL(manifest.digest.size(), 64U);
@@ -73,33 +73,33 @@ TEST(messages_equal_those_of_python) {
   std::size_t cases = 0, accepted = 0;
   for (const auto& entry : std::filesystem::directory_iterator(check::reader_file("manifests"))) {
     const std::string name = entry.path().filename().string(), folder = entry.path().string();
-    const std::string python = contents(folder + "/said.txt"),
-                      here = said(contents(folder + "/manifest.json"), "BUNDLE");
-    ++cases, accepted += here == "accepted";
+    const std::string python = contents(folder + "/message.txt"),
+                      cpp = result_of(contents(folder + "/manifest.json"), "BUNDLE");
+    ++cases, accepted += cpp == "accepted";
     if (python == "accepted" && name.find("bytes -1") != std::string::npos) {
-      CHECK(here.find("bytes is impossible") !=
+      CHECK(cpp.find("bytes is impossible") !=
             std::string::npos);  // Python reports it when it checks the file's size
-    } else if (comparable(here) != comparable(python)) {
-      check::fail(__FILE__, __LINE__, name + "\n here:   " + here + "\n python: " + python);
+    } else if (comparable(cpp) != comparable(python)) {
+      check::fail(__FILE__, __LINE__, name + "\n here:   " + cpp + "\n python: " + python);
     }
   }
   CHECK(cases > 1000 && accepted > 50 && accepted < cases / 2);
 }
 
 TEST(detects_every_changed_bit) {
-  const std::string whole = sound();
+  const std::string whole = valid_manifest();
   std::mt19937 random(0);
   for (int i = 0; i < 2000; ++i) {
     std::string spoiled = whole;
     spoiled[random() % whole.size()] ^= static_cast<char>(1 << random() % 8);
-    CHECK(said(spoiled, "BUNDLE") != "accepted");
+    CHECK(result_of(spoiled, "BUNDLE") != "accepted");
   }
 }
 
 TEST(detects_every_truncation) {
-  const std::string whole = sound();
+  const std::string whole = valid_manifest();
   for (std::size_t size = 0; size + 2 < whole.size(); size += 7)
-    CHECK(said(whole.substr(0, size), "BUNDLE") != "accepted");
+    CHECK(result_of(whole.substr(0, size), "BUNDLE") != "accepted");
 }
 
 TEST(failures_have_a_fix) {
@@ -111,7 +111,7 @@ TEST(failures_have_a_fix) {
 }
 
 TEST(refuses_duplicate_keys) {
-  std::string twice = sound();
+  std::string twice = valid_manifest();
   twice.insert(twice.find('{') + 1, "\"format\": 2, ");
   CHECK_THROWS_WITH(parse_manifest(twice, "b"), "a duplicate key: \"format\"");
   CHECK_THROWS_WITH(parse_json(R"({"a": {"b": 1, "b": 2}})", "x"), "a duplicate key: \"b\"");

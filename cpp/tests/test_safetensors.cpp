@@ -208,18 +208,18 @@ TEST(a_failed_write_leaves_no_file) {
   getrlimit(RLIMIT_FSIZE, &before);
   const rlimit small{4096, before.rlim_max};
   setrlimit(RLIMIT_FSIZE, &small);
-  std::string said;
+  std::string message;
   try {
     TensorWriter writer(folder.file("c"), {{"a", "U8", {1 << 20}, 0, 0}}, {});
     const std::string bytes(1 << 20, 'x');
     writer.write(bytes.data(), bytes.size());
     writer.commit();
   } catch (const Failure& failure) {
-    said = failure.failed;
+    message = failure.failed;
     CHECK(failure.code == Code::cannot_run_here);
   }
   setrlimit(RLIMIT_FSIZE, &before);
-  CHECK_EQUAL(said, folder.file("c") + " cannot be written: File too large");
+  CHECK_EQUAL(message, folder.file("c") + " cannot be written: File too large");
   CHECK(listing(folder.path).empty());
   CHECK_THROWS_WITH(TensorWriter(folder.file("no/c"), {}, {}), "write to an existing directory");
 }

@@ -313,13 +313,13 @@ TEST(nan_is_reported) {
 
 TEST(refuses_invalid_self_test_files) {
   const Bundle bundle = opened("sound");
-  const std::string sound = read_file(bundle.file("self_test.json"), 1 << 24);
-  parse_reference_outputs(sound, bundle.manifest, "it");  // the undamaged file is accepted
-  for (std::size_t length = 0; length + 2 < sound.size(); length += 97) {
-    CHECK_THROWS_WITH(parse_reference_outputs(sound.substr(0, length), bundle.manifest, "the vectors"),
-                      "the vectors");
+  const std::string content = read_file(bundle.file("self_test.json"), 1 << 24);
+  parse_reference_outputs(content, bundle.manifest, "it");  // the undamaged file is accepted
+  for (std::size_t length = 0; length + 2 < content.size(); length += 97) {
+    CHECK_THROWS_WITH(parse_reference_outputs(content.substr(0, length), bundle.manifest, "the file"),
+                      "the file");
   }
-  CHECK_THROWS_WITH(parse_reference_outputs(sound, opened("evicting").manifest, "the vectors"), "slots");
-  CHECK_THROWS_WITH(parse_reference_outputs(std::string(100000, '['), bundle.manifest, "the vectors"),
-                    "the vectors");
+  CHECK_THROWS_WITH(parse_reference_outputs(content, opened("evicting").manifest, "the file"), "slots");
+  CHECK_THROWS_WITH(parse_reference_outputs(std::string(100000, '['), bundle.manifest, "the file"),
+                    "the file");
 }

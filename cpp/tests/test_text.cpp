@@ -18,7 +18,7 @@ using Ids = std::vector<std::int64_t>;
 
 const std::vector<std::string> agree = {"gpt2", "qwen", "llama3", "llama2", "mistral", "gemma", "phi3"};
 
-Json sound() {
+Json valid_file() {
   return Json::parse(R"({"format": 1,
     "golden": [{"text": "a", "ids": [1, 2, 3, 9], "plain_ids": [2, 3], "decoded": "a"},
                {"text": "", "ids": [1, 9], "plain_ids": [], "decoded": ""}],
@@ -30,8 +30,8 @@ Json sound() {
 })");
 }
 
-std::string changed(const std::string& pointer, const Json& value) {
-  Json raw = sound();
+std::string with_change(const std::string& pointer, const Json& value) {
+  Json raw = valid_file();
   raw[Json::json_pointer(pointer)] = value;
   return raw.dump();
 }
@@ -67,11 +67,11 @@ TEST(formats_chat_turns) {
 }
 
 TEST(reads_text_files) {
-  const TextFile file = parse_text(sound().dump());
+  const TextFile file = parse_text(valid_file().dump());
   CHECK(file.before == Ids{1} && file.after == Ids{9});
   CHECK(file.special_ids == (Ids{1, 9}));
   CHECK(file.samples.size() == 2 && file.chat && file.chat->begin_system->second == "}");
-  Json none = sound();
+  Json none = valid_file();
   none["chat"] = nullptr, none["chat_golden"] = Json::array();
   CHECK(!parse_text(none.dump()).chat);
 }
@@ -107,13 +107,13 @@ TEST(refuses_damaged_text_files) {
                                                             {"/chat_golden/0/messages/0/content", 0},
                                                             {"/chat_golden/0/text", "x"}};
   for (const auto& [pointer, value] : damage) {
-    std::string said = pointer + " is let through";
+    std::string text_value = pointer + " is accepted";
     try {
-      parse_text(changed(pointer, value));
+      parse_text(with_change(pointer, value));
     } catch (const Failure& failure) {
-      said = failure.failed;
+      text_value = failure.failed;
     }
-    CHECK_EQUAL(said.substr(0, 9), "text.json");
+    CHECK_EQUAL(text_value.substr(0, 9), "text.json");
   }
   for (const char* raw : {"", "{", "[]", "null", "\xff", "{\"format\": 1}"})
     CHECK_THROWS_WITH(parse_text(raw), "text.json");
@@ -123,9 +123,9 @@ TEST(token_ids_equal_those_of_python) {
   for (const std::string& name : agree) {
     const Text text = text_of(name);
     for (const Json& one : Json::parse(read_file(folder(name) + "/vectors.json", 1 << 26))) {
-      const std::string said = one["text"];
-      CHECK_EQUAL(name + joined(text.encode(said, true)), name + joined(one["ids"].get<Ids>()));
-      CHECK_EQUAL(name + joined(text.encode(said, false)), name + joined(one["plain"].get<Ids>()));
+      const std::string text_value = one["text"];
+      CHECK_EQUAL(name + joined(text.encode(text_value, true)), name + joined(one["ids"].get<Ids>()));
+      CHECK_EQUAL(name + joined(text.encode(text_value, false)), name + joined(one["plain"].get<Ids>()));
     }
   }
 }
@@ -157,11 +157,11 @@ TEST(a_stream_continues_after_invalid_bytes) {
   const Text text = text_of("llama2");
   const auto byte = [](int value) { return std::int64_t{3} + value; };
   TextStream stream(text, {1});
-  std::string said;
+  std::string text_value;
   for (const std::int64_t id : {byte(0xff), byte('a'), byte('b'), byte('c'), byte('d'), byte('e'), byte('f')})
-    said += stream.add(id);
-  said += stream.end();
-  CHECK_EQUAL(said, "\ufffdabcdef");
+    text_value += stream.add(id);
+  text_value += stream.end();
+  CHECK_EQUAL(text_value, "\ufffdabcdef");
   CHECK_EQUAL(text.decode({byte('x'), byte(0xe6), byte('y')}), "x\ufffdy");
   CHECK_EQUAL(text.decode({1, 2}), "");  // only special tokens
   CHECK_EQUAL(text.decode({}), "");
@@ -198,13 +198,13 @@ TEST(refuses_invalid_text) {
 
 TEST(is_thread_safe) {
   const Text text = text_of("qwen");
-  const Ids wanted = text.encode("Once upon a time", true);
+  const Ids expected = text.encode("Once upon a time", true);
   std::vector<int> same(4, 1);
   std::vector<std::thread> threads;
   for (int& one : same)
     threads.emplace_back([&] {
       for (int i = 0; i < 50; ++i)
-        one = one && text.encode("Once upon a time", true) == wanted && !text.decode(wanted).empty();
+        one = one && text.encode("Once upon a time", true) == expected && !text.decode(expected).empty();
     });
   for (std::thread& thread : threads) thread.join();
   CHECK_EQUAL(std::accumulate(same.begin(), same.end(), 0), 4);

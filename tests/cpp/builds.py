@@ -1,4 +1,4 @@
-"""Builds of the C++ library for tests, in folders that the next session finds again. Knows CMake and what this machine lacks."""
+"""Builds of the C++ library for tests, in directories that later sessions reuse."""
 
 from __future__ import annotations
 
@@ -41,20 +41,20 @@ _INSTALL = "apt-get install cmake ninja-build g++ nlohmann-json3-dev libssl-dev"
 
 @cache
 def build(kind: str) -> Path:
-    """The folder of a build of one of `KINDS`, brought up to date.
+    """The directory of an up-to-date build of one of `KINDS`.
 
-    Without a compiler or a library that the build needs the test is skipped, where CI is set it fails.
+    If a compiler or a library is missing, the test is skipped; in CI it fails.
     """
     for tool in ("cmake", "ninja", "clang++" if kind == "fuzz" else "c++"):
         if shutil.which(tool) is None:
-            _lacking(f"there is no {tool} here ({_INSTALL}{' clang' if kind == 'fuzz' else ''})")
+            _skip_or_fail(f"{tool} is missing ({_INSTALL}{' clang' if kind == 'fuzz' else ''})")
     probe = subprocess.run(
         ["c++", "-std=c++17", "-E", "-x", "c++", "-"], input=_HEADERS, capture_output=True, text=True
     )
     if probe.returncode:
-        _lacking(f"headers are missing ({_INSTALL}): {probe.stderr.splitlines()[0]}")
+        _skip_or_fail(f"headers are missing ({_INSTALL}): {probe.stderr.splitlines()[0]}")
     folder = FOLDER / kind
-    with _alone():
+    with _build_lock():
         runtime = onnxruntime()
         if not (folder / "build.ninja").is_file():
             launcher = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache",) if shutil.which("ccache") else ()
@@ -66,24 +66,24 @@ def build(kind: str) -> Path:
 
 
 def onnxruntime() -> Path:
-    """Headers and library."""
+    """Directory with the headers and the library of ONNX Runtime."""
     folder = FOLDER / "onnxruntime"
-    made = run("bash", CPP / "tools" / "fetch_onnxruntime.sh", folder, sys.executable)
-    if made.returncode == 3:
-        _lacking(made.stderr)
-    assert made.returncode == 0, made.stderr
+    result = run("bash", CPP / "tools" / "fetch_onnxruntime.sh", folder, sys.executable)
+    if result.returncode == 3:
+        _skip_or_fail(result.stderr)
+    assert result.returncode == 0, result.stderr
     return folder
 
 
 def require(*command: str | Path, **options: str | Path | dict[str, str]) -> str:
-    """What a command says on standard output; it must succeed."""
-    made = run(*command, **options)
-    assert made.returncode == 0, f"{command}\n{made.stdout[-6000:]}\n{made.stderr[-6000:]}"
-    return made.stdout
+    """Standard output of a command, which must succeed."""
+    result = run(*command, **options)
+    assert result.returncode == 0, f"{command}\n{result.stdout[-6000:]}\n{result.stderr[-6000:]}"
+    return result.stdout
 
 
 def environment(**more: str) -> dict[str, str]:
-    """Of a program that may have sanitizers in it: what they find ends it."""
+    """Environment for programs that may be built with sanitizers: findings end the program."""
     return {**os.environ, "ASAN_OPTIONS": "detect_leaks=1", "UBSAN_OPTIONS": "print_stacktrace=1", **more}
 
 
@@ -92,15 +92,15 @@ def run(*command: str | Path, **options: str | Path | dict[str, str]) -> subproc
     return subprocess.run(words, capture_output=True, text=True, **options)  # type: ignore[call-overload,no-any-return]
 
 
-def _lacking(reason: str) -> None:
+def _skip_or_fail(reason: str) -> None:
     if os.environ.get("CI"):
         pytest.fail(f"the C++ library cannot be built in CI: {reason}")
-    pytest.skip(f"the C++ library cannot be built here: {reason}")
+    pytest.skip(f"the C++ library cannot be built on this machine: {reason}")
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
-    """Of all sessions on this machine, one builds at a time."""
+def _build_lock() -> Iterator[None]:
+    """Lets one test session on this machine build at a time."""
     FOLDER.mkdir(parents=True, exist_ok=True)
     with (FOLDER / "lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

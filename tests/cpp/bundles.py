@@ -1,4 +1,4 @@
-"""Tiny bundles that the C++ library is tested on, by name: what cpp/tests reads from KVEXPORT_TEST_BUNDLES.
+"""Tiny bundles for tests of the C++ library; cpp/tests reads them from KVEXPORT_TEST_BUNDLES.
 
 Run: python tests/cpp/bundles.py FOLDER (with `tests` on PYTHONPATH).
 """
@@ -16,9 +16,9 @@ from support.tiny_bundles import write_bundle
 
 from kvexport.eviction.config import POLICIES, Eviction
 
-VOCAB, CAPACITY = 40, 600  # three steps of a growing cache
+VOCAB, CAPACITY = 40, 600  # three growth steps of a cache
 BUDGET = Eviction("l2-norm", 24, protect_first=2, protect_recent=5)
-LARGE = Eviction("window", 300, protect_first=4)  # more than one step of a growing cache
+LARGE = Eviction("window", 300, protect_first=4)  # more than one growth step of a cache
 STYLES: dict[str, dict[str, Any]] = {
     "gqa": {},
     "bloom": {},
@@ -37,7 +37,7 @@ NAMES = (*STYLES, *EVICTING, *HALF)
 
 
 def write_bundles(folder: Path) -> None:
-    """Every one of `NAMES`, and `gqa-bfloat16`; float32 but for those that say so, of two layers and 40 tokens."""
+    """Write all of `NAMES`, and `gqa-bfloat16`: two layers, 40 tokens, float32 unless the name says otherwise."""
     for name in (*NAMES, "gqa-bfloat16"):
         style, _, kind = name.partition("-")
         decoder = make_decoder(style, dtype=torch.float32, max_positions=1024, **STYLES[style])

@@ -1,4 +1,4 @@
-"""What the tests of the C++ library share: builds, and the files that they read."""
+"""Fixtures for the tests of the C++ library: builds, and the files that the tests read."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ import reader_files as reader_file_writer
 
 @pytest.fixture(scope="session")
 def built() -> Callable[[str], Path]:
-    """`built(kind) -> Path`: the folder of a build, one of `builds.KINDS`; programs of the tests are in its `tests`."""
+    """`built(kind) -> Path`: the directory of a build, one of `builds.KINDS`; its `tests` has the test programs."""
     return builds.build
 
 
 @pytest.fixture(scope="session")
 def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `reader_files.write` makes."""
+    """The files that `reader_files.write` writes."""
     folder = tmp_path_factory.mktemp("reader_files")
     reader_file_writer.write(folder)
     return folder
@@ -27,7 +27,7 @@ def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of the bundles that `bundles.write_bundles` makes; they are never written to."""
+    """The bundles that `bundles.write_bundles` writes. Tests must not change them."""
     folder = tmp_path_factory.mktemp("bundles")
     tiny.write_bundles(folder)
     return folder

@@ -1,4 +1,4 @@
-"""The C++ library at the other end of a pipe: cpp/tests/kvexport_drive.cpp, command by command."""
+"""Runs commands on the C++ library in another process: cpp/tests/kvexport_drive.cpp."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 
 class Refused(Exception):
-    """An error of the library, with its parts: code, failed, got, expected, fix, message."""
+    """An error of the library. `parts`: code, failed, got, expected, fix, message."""
 
     def __init__(self, parts: dict[str, Any]) -> None:
         super().__init__(parts["message"])
@@ -21,10 +21,10 @@ class Refused(Exception):
 
 
 class Drive:
-    """A process with the library in it; a context manager, which holds the process to have ended well."""
+    """A process that runs the library. As a context manager it checks that the process ends with exit code 0."""
 
     def __init__(self, build: Path) -> None:
-        """`build`: the folder of a build."""
+        """`build`: directory of a build."""
         self._process = subprocess.Popen(
             [build / "tests" / "kvexport_drive"],
             stdin=subprocess.PIPE,
@@ -40,27 +40,27 @@ class Drive:
         assert self._process.stdin is not None
         self._process.stdin.close()
         code = self._process.wait(timeout=60)
-        assert code == 0, f"exit code {code}: what a sanitizer found is above"
+        assert code == 0, f"exit code {code}; see the sanitizer's output above"
 
     def __call__(self, do: str, **arguments: Any) -> Any:
-        """One command.
+        """Run one command.
 
         Raises:
-            Refused: the library refused it.
+            Refused: the library returned an error.
         """
         assert self._process.stdin is not None and self._process.stdout is not None
         self._process.stdin.write(json.dumps({"do": do, **arguments}) + "\n")
         self._process.stdin.flush()
         line = self._process.stdout.readline()
         assert line, "the process has ended"
-        said = json.loads(line)
-        if "error" in said:
-            raise Refused(said["error"])
-        assert "wrong" not in said, said["wrong"]
-        return said["ok"]
+        answer = json.loads(line)
+        if "error" in answer:
+            raise Refused(answer["error"])
+        assert "wrong" not in answer, answer["wrong"]
+        return answer["ok"]
 
     def open(self, bundle: Path, session: str = "s", **options: Any) -> Any:
-        """A session with one thread, on the CPU."""
+        """Open a session on the CPU with one thread."""
         return self("open", bundle=str(bundle), session=session, **{"provider": "cpu", **options})
 
     def new(self, session: str = "s", cache: str = "c", **options: Any) -> Any:
@@ -77,5 +77,5 @@ class Drive:
 
 
 def logits(text: str) -> NDArray[np.float32]:
-    """As the process tells them."""
+    """Parse logits as the process prints them."""
     return np.frombuffer(bytes.fromhex(text), "<f4")

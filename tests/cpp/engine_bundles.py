@@ -1,4 +1,4 @@
-"""Tiny bundles with engines for a simulated TensorRT: what cpp/tests/gpu reads, from KVEXPORT_TEST_ENGINES.
+"""Tiny bundles with engines for the simulated TensorRT; cpp/tests/gpu reads them from KVEXPORT_TEST_ENGINES.
 
 Run: python tests/cpp/engine_bundles.py FOLDER (with `tests` on PYTHONPATH).
 """
@@ -28,7 +28,7 @@ OLD = "10.3.0.30"  # JetPack 6.1's
 
 
 def write_engine_bundles(folder: Path) -> None:
-    """One bundle a form of the graph and a kind of cache: `std24`, `decomposed17`, the same with `-evicting` and `-mixed`
+    """Write one bundle for each form of the graph and kind of cache: `std24`, `decomposed17`, the same with `-evicting` and `-mixed`
     (one layer evicts), `-half` in float16, and `-old` for TensorRT 10.3."""
     decoder = make_decoder("gqa", dtype=torch.float32)
     kinds: dict[str, dict[str, Any]] = {
@@ -50,7 +50,7 @@ def write_engine_bundles(folder: Path) -> None:
 
 
 def _add(bundle: Path, lowering: str, graphs: Path, **changes: Any) -> None:
-    """The engine, whose plan names the lowered graph too: no C++ lowers one."""
+    """Add an engine. Its plan also names the lowered graph, since C++ cannot lower one."""
     directory = add_engine(bundle, lowering=lowering, capacity=ENGINE_CAPACITY, **changes)
     record = read_record(directory)
     plan = json.loads((directory / PLAN_FILE).read_text())

@@ -1,7 +1,7 @@
-"""Fuzzing of what the C++ library reads: seeds out of tiny bundles, libFuzzer run for a time, and what it counted.
+"""Fuzzing of the C++ parsers: writes seeds from tiny bundles, runs libFuzzer, and reads its statistics.
 
-Run: python tests/cpp/fuzzing.py SECONDS RECORD [FUZZER...] (with `tests` on PYTHONPATH): fuzzes each for so many seconds and
-writes benchmarks' kind of record.
+Run: python tests/cpp/fuzzing.py SECONDS RECORD [FUZZER...] (with `tests` on PYTHONPATH): fuzzes each for SECONDS
+and writes a benchmark record.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ _CHAT = (
 
 
 def write_seeds(folder: Path) -> None:
-    """A corpus for each fuzzer, in a folder of its name."""
+    """Write a corpus for each fuzzer, in a directory with its name."""
     for name in FUZZERS:
         (folder / name).mkdir(parents=True)
     made = folder / "made"
@@ -63,10 +63,10 @@ def write_seeds(folder: Path) -> None:
 
 
 def fuzz(name: str, seconds: int, corpus: Path, *, seed: int = 1) -> dict[str, Any]:
-    """Run one fuzzer on its corpus, which grows.
+    """Run one fuzzer on its corpus, to which it adds inputs.
 
     Raises:
-        AssertionError: it found an input that ends the program; says which, in hexadecimal.
+        AssertionError: an input ends the program; the message has it in hexadecimal.
     """
     program = builds.build("fuzz") / "fuzz" / f"fuzz_{name}"
     with tempfile.TemporaryDirectory() as found:
@@ -110,7 +110,7 @@ def main(seconds: int, record: Path, names: list[str]) -> None:
         runs = [fuzz(name, seconds, corpora / name) for name in names or FUZZERS]
     compiler = builds.require("clang++", "--version").splitlines()[0]
     described = {
-        "what": "libFuzzer on the readers of the C++ library, with AddressSanitizer and UndefinedBehaviorSanitizer",
+        "what": "libFuzzer on the parsers of the C++ library, with AddressSanitizer and UndefinedBehaviorSanitizer",
         "compiler": compiler,
         "machine": platform.machine(),
         "runs": runs,

@@ -1,4 +1,4 @@
-"""The library that gives C++ its text, as a Python package brings it."""
+"""Finds the text library of the C++ runtime in an installed Python package."""
 
 from __future__ import annotations
 
@@ -8,15 +8,15 @@ from pathlib import Path
 
 import pytest
 
-_PLACES = {
+_FOLDERS = {
     "onnxruntime_genai_core": "bin",
     "onnxruntime_genai": ".",
-}  # the library alone; with Python around it
+}  # the library only; the library with Python bindings
 
 
 def genai_library() -> Path:
-    """libonnxruntime-genai.so. Without one the test is skipped, where CI is set it fails."""
-    for package, folder in _PLACES.items():
+    """Path of libonnxruntime-genai.so. If there is none, the test is skipped; in CI it fails."""
+    for package, folder in _FOLDERS.items():
         spec = importlib.util.find_spec(package)
         found = (
             None
@@ -25,7 +25,7 @@ def genai_library() -> Path:
         )
         if found is not None and found.is_file():
             return found.resolve()
-    reason = "there is no libonnxruntime-genai.so here (pip install onnxruntime-genai-core)"
+    reason = "libonnxruntime-genai.so is missing (pip install onnxruntime-genai-core)"
     if os.environ.get("CI"):
         pytest.fail(reason)
     pytest.skip(reason)

@@ -1,11 +1,11 @@
-"""What C++ readers are held against: files that Python wrote, sound and damaged, with what Python says of each.
+"""Valid and damaged files for tests of the C++ parsers, with the result of Python's parsers.
 
-`write` makes, in a folder:
- - `tiny`: a bundle;
- - `manifests/NAME/manifest.json`, and `said.txt` beside it: "accepted", or Python's reason for refusing it;
- - `harmful/NAME.json`: manifests that agree with themselves, and describe sizes that cannot be counted;
- - `engines.json`: an engine's record, whose plan is "abc";
- - `sound.safetensors`, written by the safetensors library, with one tensor a dtype.
+`write` creates in a directory:
+ - `tiny` and `evicting`: bundles;
+ - `manifests/NAME/manifest.json` with `message.txt`: "accepted", or Python's error message;
+ - `harmful/NAME.json`: consistent manifests with sizes that overflow;
+ - `engines.json`: the record of an engine whose plan is "abc";
+ - `sound.safetensors`: written by the safetensors library, one tensor for each dtype.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def write(folder: Path) -> None:
             case = folder / "manifests" / f"{bundle.name} {name}"
             case.mkdir(parents=True)
             (case / "manifest.json").write_bytes(content)
-            (case / "said.txt").write_text(_said(case))
+            (case / "message.txt").write_text(_message(case))
     (folder / "harmful").mkdir()
     for name, change in _HARMFUL.items():
         raw = json.loads((tiny / "manifest.json").read_text())
@@ -70,7 +70,7 @@ def write(folder: Path) -> None:
 
 
 def tensors() -> dict[str, torch.Tensor]:
-    """What `sound.safetensors` holds, and what the C++ test writes too."""
+    """The tensors of `sound.safetensors`."""
     return {
         "f32": torch.arange(6, dtype=torch.float32).reshape(1, 2, 3),
         "f16": torch.tensor([0.5, -2.0], dtype=torch.float16),
@@ -80,7 +80,7 @@ def tensors() -> dict[str, torch.Tensor]:
     }
 
 
-def _said(case: Path) -> str:
+def _message(case: Path) -> str:
     try:
         read_manifest(case)
     except BundleError as error:
@@ -89,7 +89,7 @@ def _said(case: Path) -> str:
 
 
 def sealed(raw: Raw) -> bytes:
-    """A manifest with its digest, as somebody writes it who means harm."""
+    """A manifest with a correct digest, whatever its content."""
     raw = {key: value for key, value in raw.items() if key != "manifest_sha256"}
     text = json.dumps({**raw, "manifest_sha256": "0" * 64})
     before, after = text.rsplit("0" * 64, 1)
@@ -106,11 +106,11 @@ def _manifests(raw: Raw) -> Iterator[tuple[str, bytes]]:
         "without digest",
         json.dumps({key: value for key, value in raw.items() if key != "manifest_sha256"}).encode(),
     )
-    yield from _NONE.items()
-    for at, (said, change) in enumerate(_changes(raw)):
+    yield from _INVALID.items()
+    for at, (name, change) in enumerate(_changes(raw)):
         changed = copy.deepcopy(raw)
         change(changed)
-        yield f"{at} {said}", sealed(changed)
+        yield f"{at} {name}", sealed(changed)
 
 
 _RECORD = BuildRecord(
@@ -146,7 +146,7 @@ _HARMFUL: dict[str, Change] = {
 
 
 def _with_its_contract(raw: Raw) -> Raw:
-    """Somebody who means harm also makes the graph agree."""
+    """Make the manifest's graph consistent with its other keys."""
     caches = [
         cache_specs(
             index,
@@ -169,7 +169,7 @@ def _with_its_contract(raw: Raw) -> Raw:
     return {**raw, "graph": graph.to_json()}
 
 
-_NONE = {
+_INVALID = {
     "empty": b"",
     "cut off": b"{",
     "list": b"[]",
@@ -189,7 +189,7 @@ _NONE = {
 
 
 def _changes(raw: Raw) -> Iterator[tuple[str, Change]]:
-    """Every key taken away, of another type and too small, and what else contradicts."""
+    """Changes: each key removed, of another type, out of range; and contradictions between keys."""
     for path in _paths(raw):
         name = ".".join(map(str, path))
         yield f"{name} gone", lambda raw, path=path: _at(raw, path[:-1]).pop(path[-1])
@@ -241,7 +241,7 @@ def _changes(raw: Raw) -> Iterator[tuple[str, Change]]:
 
 
 def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Every key, of lists' first items."""
+    """Paths of all keys; of lists only those of the first item."""
     if isinstance(raw, dict):
         named = [
             (*path, key)

@@ -1,4 +1,4 @@
-"""The examples that users copy, in both languages: they say the same, and mistakes get a sentence and an exit code."""
+"""The examples in both languages: equal output, and error messages with exit codes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from builds import ROOT, build
 from genai import genai_library
 from support.proved_bundles import broken
 from support.text_bundles import write_text_bundle
-from test_cpp_self_test import flip, vouch
+from test_cpp_self_test import flip, update_weights_hash
 
 import kvexport
 
@@ -46,15 +46,15 @@ def python(name: str, *arguments: object, lines: list[str] | None = None) -> Ran
 def _run(command: list[object], lines: list[str] | None, environment: dict[str, str]) -> Ran[str]:
     given = "".join(f"{line}\n" for line in lines or []).encode()
     ran = subprocess.run(list(map(str, command)), input=given, capture_output=True, env=environment)
-    return Ran(ran.args, ran.returncode, ran.stdout.decode(), ran.stderr.decode())  # line ends as they are
+    return Ran(ran.args, ran.returncode, ran.stdout.decode(), ran.stderr.decode())  # keep line ends
 
 
-def said(ran: Ran[str]) -> str:
+def output_of(ran: Ran[str]) -> str:
     assert ran.returncode == 0, ran.stderr
     return ran.stdout
 
 
-def test_they_are_short() -> None:
+def test_examples_are_short() -> None:
     for path, most in (
         (ROOT / "cpp/examples/chat.cpp", 30),
         (ROOT / "examples/chat.py", 16),
@@ -72,16 +72,16 @@ def test_a_chat_is_one_conversation(bundle: Path) -> None:
             answers.append(session.generate(turn, cache=cache).text + "\n")
         alone = session.generate(session.turn(LINES[1])).text
     assert answers[1] != alone + "\n" and "".join(answers).strip()
-    assert said(python("chat.py", bundle, SYSTEM, lines=LINES[:2])) == "".join(answers)
+    assert output_of(python("chat.py", bundle, SYSTEM, lines=LINES[:2])) == "".join(answers)
     ran = cpp("chat", bundle, SYSTEM, lines=LINES[:2])
-    assert said(ran) == "".join(answers)
+    assert output_of(ran) == "".join(answers)
     assert re.match(r"onnxruntime \S+: 512 tokens in \d+ KiB\n> > > ", ran.stderr)
 
 
-def test_a_chat_goes_on_when_its_cache_is_full(bundle: Path) -> None:
+def test_a_chat_continues_after_its_cache_is_full(bundle: Path) -> None:
     for answers in (
-        said(python("chat.py", bundle, lines=LINES * 5)),
-        said(ran := cpp("chat", bundle, lines=LINES * 5)),
+        output_of(python("chat.py", bundle, lines=LINES * 5)),
+        output_of(ran := cpp("chat", bundle, lines=LINES * 5)),
     ):
         assert answers.count("\n") >= 15
     assert "a new conversation begins" in ran.stderr
@@ -96,15 +96,19 @@ def test_a_cache_survives_a_restart_in_either_language(bundle: Path, tmp_path: P
         program = name.replace("chat", "restart")
         first[name] = run(program, bundle, short, tmp_path / name, question)
         again = run(program, bundle, short, tmp_path / name, question)
-        assert said(first[name]) == said(again) and said(again).strip()
+        assert output_of(first[name]) == output_of(again) and output_of(again).strip()
         if run is cpp:
             assert "prefilled and saved" in first[name].stderr and "tokens loaded" in again.stderr
-    assert said(first["chat.py"]) == said(first["chat"])
-    assert said(cpp("restart", bundle, short, tmp_path / "chat.py", question)) == said(first["chat"])
-    assert said(python("restart.py", bundle, short, tmp_path / "chat", question)) == said(first["chat"])
+    assert output_of(first["chat.py"]) == output_of(first["chat"])
+    assert output_of(cpp("restart", bundle, short, tmp_path / "chat.py", question)) == output_of(
+        first["chat"]
+    )
+    assert output_of(python("restart.py", bundle, short, tmp_path / "chat", question)) == output_of(
+        first["chat"]
+    )
 
 
-def test_mistakes_of_a_restart(bundle: Path, tmp_path: Path) -> None:
+def test_restart_reports_errors(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("word " * 2000)
     (tmp_path / "damaged").write_bytes(b"x" * 100)
     for prompt, cache, reason in (
@@ -119,27 +123,27 @@ def test_mistakes_of_a_restart(bundle: Path, tmp_path: Path) -> None:
         assert not (tmp_path / "c").exists()
     other = write_text_bundle(tmp_path / "other", seed=1)
     (tmp_path / "short.txt").write_text("Once upon a time")
-    said(cpp("restart", other, tmp_path / "short.txt", tmp_path / "its", "?"))
+    output_of(cpp("restart", other, tmp_path / "short.txt", tmp_path / "its", "?"))
     ran = cpp("restart", bundle, tmp_path / "short.txt", tmp_path / "its", "?")
     assert ran.returncode == 2 and "another bundle" in ran.stderr
     assert cpp("restart", bundle).returncode == 2
 
 
-def test_a_robot_stays_within_its_bytes(bundle: Path) -> None:
+def test_robot_stays_within_its_memory_limit(bundle: Path) -> None:
     readings = ["The battery is low.", "word " * 2000, "The door is open."] * 3
     ran = cpp("robot", bundle, 48, 600_000, lines=readings)
-    answers = said(ran)
-    told = re.match(r"(\d+) tokens in (\d+) bytes\n", ran.stderr)
-    assert told is not None
-    tokens, taken = map(int, told.groups())
+    answers = output_of(ran)
+    match = re.match(r"(\d+) tokens in (\d+) bytes\n", ran.stderr)
+    assert match is not None
+    tokens, taken = map(int, match.groups())
     with kvexport.open(bundle) as session:
         per_token = session.memory().bytes_per_token
     assert taken <= 48 * 1024 < taken + per_token + 4 * 256 and 0 < tokens < 512
-    assert answers.count("\n") >= 6 and "[deadline]" not in answers  # an answer may have line ends of its own
+    assert answers.count("\n") >= 6 and "[deadline]" not in answers  # answers may contain line ends
     assert ran.stderr.count("the prompt must fit the capacity") == 3
 
 
-def test_a_robot_refuses_to_begin(bundle: Path, tmp_path: Path) -> None:
+def test_robot_reports_errors_at_the_start(bundle: Path, tmp_path: Path) -> None:
     for arguments in (
         ("abc", "xyz"),
         ("0", "100"),
@@ -157,11 +161,13 @@ def test_a_robot_refuses_to_begin(bundle: Path, tmp_path: Path) -> None:
     deep = write_text_bundle(tmp_path / "deep", layers=4)
     ran = cpp("robot", deep, 1, 100)
     assert ran.returncode == 3 and "no conversation fits 1 KiB" in ran.stderr
-    ran = cpp("robot", broken(bundle, tmp_path / "wrong", lambda b: (flip(b), vouch(b))), 48, 100)
+    ran = cpp(
+        "robot", broken(bundle, tmp_path / "wrong", lambda b: (flip(b), update_weights_hash(b))), 48, 100
+    )
     assert ran.returncode == 1 and ran.stderr.startswith("weights: ")
 
 
-def test_other_mistakes(bundle: Path, tmp_path: Path) -> None:
+def test_chat_reports_errors(bundle: Path, tmp_path: Path) -> None:
     assert cpp("chat").returncode == 2
     ran = cpp("chat", tmp_path, lines=["hello"])
     assert ran.returncode == 2 and "is no bundle" in ran.stderr
@@ -176,6 +182,8 @@ def test_other_mistakes(bundle: Path, tmp_path: Path) -> None:
 def test_a_bundle_without_a_template_takes_no_system_prompt(tmp_path: Path) -> None:
     plain = write_text_bundle(tmp_path / "b", template="{{ 1 }}")
     assert json.loads((plain / "text.json").read_text())["chat"] is None
-    assert said(cpp("chat", plain, lines=LINES[:2])) == said(python("chat.py", plain, lines=LINES[:2]))
+    assert output_of(cpp("chat", plain, lines=LINES[:2])) == output_of(
+        python("chat.py", plain, lines=LINES[:2])
+    )
     ran = cpp("chat", plain, SYSTEM, lines=["hello"])
     assert ran.returncode == 2 and "requires a chat template" in ran.stderr

@@ -1,4 +1,4 @@
-"""A short run of every fuzzer; the long one is in benchmarks/results/fuzz.json."""
+"""A short run of each fuzzer; benchmarks/results/fuzz.json has the longer runs."""
 
 from __future__ import annotations
 

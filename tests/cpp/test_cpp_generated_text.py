@@ -1,4 +1,4 @@
-"""What the C++ library says of tokens that it generates, and where a text ends that, against the Python runtime."""
+"""Compares generated text and stop texts in C++ with the Python runtime."""
 
 from __future__ import annotations
 
@@ -31,37 +31,37 @@ def session(bundle: Path) -> Iterator[Session]:
 
 @pytest.fixture(scope="module")
 def drive(built: Callable[[str], Path], bundle: Path) -> Iterator[Drive]:
-    # Without sanitizers: the library for text is not ours, and is loaded with its own allocations.
+    # Without sanitizers, since the text library is not part of this project and has its own allocations.
     with Drive(built("release")) as drive:
         info = drive.open(bundle, text_library=str(genai_library()))
         assert info["has_text"] and info["has_chat"] and info["text_missing"] == ""
         yield drive
 
 
-def said(drive: Drive, ids: list[int], **options: Any) -> tuple[str, dict[str, Any]]:
+def generate_text(drive: Drive, ids: list[int], **options: Any) -> tuple[str, dict[str, Any]]:
     made = drive.generate(ids, **options)
     return "".join([*made["pieces"], made["rest"]]), made
 
 
-def test_the_same_text(drive: Drive, session: Session) -> None:
+def test_generated_text_is_equal(drive: Drive, session: Session) -> None:
     drive.new()
     ids = drive("encode", session="s", text=PROMPT)
     wanted = session.generate(PROMPT, max_new_tokens=60, stop=[])
-    text, made = said(drive, ids, max_new_tokens=60, stop_tokens=[])
+    text, made = generate_text(drive, ids, max_new_tokens=60, stop_tokens=[])
     assert text == wanted.text and made["tokens"] == list(wanted.token_ids) and made["finish"] == "length"
     assert len(made["pieces"]) == 60
 
 
-def test_texts_that_end_it(drive: Drive, session: Session) -> None:
-    """At every place of what would be said, within tokens and across them."""
+def test_stop_texts_end_the_output_at_the_same_place(drive: Drive, session: Session) -> None:
+    """At many places of the output, within tokens and across them."""
     whole = session.generate(PROMPT, max_new_tokens=40, stop=[]).text
     assert whole is not None and len(whole) > 40
     ids = drive("encode", session="s", text=PROMPT)
     for at in range(0, len(whole) - 5, 3):
-        for stops in ([whole[at : at + 5]], ["never said", whole[at + 1 : at + 4], whole[at : at + 2]]):
+        for stops in ([whole[at : at + 5]], ["never generated", whole[at + 1 : at + 4], whole[at : at + 2]]):
             drive.new()
             wanted = session.generate(PROMPT, max_new_tokens=40, stop=stops)
-            text, made = said(drive, ids, max_new_tokens=40, stop_texts=stops)
+            text, made = generate_text(drive, ids, max_new_tokens=40, stop_texts=stops)
             assert (text, made["tokens"], made["finish"]) == (
                 wanted.text,
                 list(wanted.token_ids),
@@ -71,8 +71,8 @@ def test_texts_that_end_it(drive: Drive, session: Session) -> None:
         drive.generate(ids, stop_texts=[""])
 
 
-def test_a_conversation(drive: Drive, session: Session) -> None:
-    """Turn by turn, each behind the last token of the one before; the second ends at a text."""
+def test_conversations_are_equal(drive: Drive, session: Session) -> None:
+    """Three turns on one cache; the second ends at a stop text."""
     drive.new()
     cache = session.new_cache()
     for text, system, stop in (
@@ -83,10 +83,10 @@ def test_a_conversation(drive: Drive, session: Session) -> None:
         turn = session.turn(text, system=system, cache=cache)
         wanted = session.generate(turn, max_new_tokens=9, stop=stop, cache=cache)
         ids = drive("turn", cache="c", text=text, **({} if system is None else {"system": system}))
-        made, told = said(
+        text_of_turn, result = generate_text(
             drive, ids, max_new_tokens=9, **({"stop_texts": stop} if stop else {"stop_tokens": []})
         )
-        assert (made, told["tokens"], told["finish"]) == (
+        assert (text_of_turn, result["tokens"], result["finish"]) == (
             wanted.text,
             list(wanted.token_ids),
             wanted.finish_reason,
@@ -96,7 +96,7 @@ def test_a_conversation(drive: Drive, session: Session) -> None:
         drive("turn", cache="c", text="again", system="be long")
 
 
-def test_text_with_a_nul_in_it(drive: Drive) -> None:
+def test_refuses_text_with_nul(drive: Drive) -> None:
     drive.new()
     for call in (
         lambda: drive("turn", cache="c", text="a\0b"),
@@ -109,7 +109,7 @@ def test_text_with_a_nul_in_it(drive: Drive) -> None:
         assert refused.value.parts["code"] == 2 and refused.value.parts["fix"]
 
 
-def test_ids_outside_the_vocabulary_are_no_text(drive: Drive, session: Session) -> None:
+def test_decode_refuses_ids_outside_the_vocabulary(drive: Drive, session: Session) -> None:
     most = session.bundle.model.vocab_size
     for wrong in (-1, most, 2**32 + 5, -(2**32) + 5, 2**62):
         with pytest.raises(Refused, match="inside the vocabulary") as refused:
@@ -121,8 +121,8 @@ def test_ids_outside_the_vocabulary_are_no_text(drive: Drive, session: Session) 
     assert isinstance(drive("decode", session="s", ids=[0, 5, most - 1]), str)
 
 
-def test_an_empty_text(drive: Drive, tmp_path: Path) -> None:
-    """Where a template or special tokens give nothing, the beginning is the model's first token, or there is none."""
+def test_an_empty_text_starts_with_bos(drive: Drive, tmp_path: Path) -> None:
+    """Without template and special tokens an empty text gives BOS, or nothing if the model has no BOS."""
     plain = write_text_bundle(tmp_path / "plain", template="")
     for bos in (1, None):
         edit_manifest(plain, lambda raw, bos=bos: raw["model"].update(bos_token_id=bos))
@@ -151,7 +151,7 @@ def test_an_empty_text(drive: Drive, tmp_path: Path) -> None:
                     drive.generate(ids, "p")
 
 
-def test_without_the_library_token_ids_go_on(built: Callable[[str], Path], bundle: Path) -> None:
+def test_token_ids_work_without_the_text_library(built: Callable[[str], Path], bundle: Path) -> None:
     with Drive(built("sanitized")) as drive:
         info = drive.open(bundle, text_library="/nowhere/libonnxruntime-genai.so")
         assert not info["has_text"] and "/nowhere/libonnxruntime-genai.so" in info["text_missing"]

@@ -1,4 +1,4 @@
-"""Bundles as users treat them, in C++: as tests/test_handling.py, and with the very tokens that Python gives."""
+"""Moved, damaged and replaced bundles in C++, as tests/bundle/test_handling.py; tokens equal those of Python."""
 
 from __future__ import annotations
 
@@ -56,24 +56,24 @@ def generated(path: Path | str) -> list[int]:
 
 
 def refused(path: Path, code: int = 2, **options: object) -> str:
-    """What the library says."""
+    """The error message of opening a bundle."""
     with drive() as process, pytest.raises(Refused) as caught:
         process.open(path, **options)
     assert caught.value.parts["code"] == code and caught.value.parts["fix"], caught.value.parts
     return str(caught.value)
 
 
-# Where it is
+# Location
 
 
-def test_moved_and_renamed(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
+def test_opens_a_moved_bundle(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / STRANGE
     moved.parent.mkdir()
     bundle.rename(moved)
     assert generated(moved) == tokens
 
 
-def test_through_links(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
+def test_opens_a_bundle_through_links(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(bundle)
     assert generated(tmp_path / "link") == tokens
     farm = tmp_path / "farm"
@@ -83,7 +83,7 @@ def test_through_links(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     assert generated(farm) == tokens
 
 
-def test_a_relative_path_outlives_a_change_of_folder(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
+def test_a_relative_path_stays_valid_after_chdir(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     (tmp_path / "away").mkdir()
     with drive() as process:
         process("chdir", folder=str(bundle.parent))
@@ -96,10 +96,10 @@ def test_a_relative_path_outlives_a_change_of_folder(bundle: Path, tokens: list[
     assert (tmp_path / "away" / "c").exists()
 
 
-# What it is written to: nothing
+# Nothing is written to the bundle
 
 
-def test_read_only(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
+def test_opens_a_read_only_bundle(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     forbid_writing(bundle)
     before = as_it_is(bundle)
     try:
@@ -126,7 +126,7 @@ def script(bundle: str, file: str) -> str:
 
 
 def required(ran: subprocess.CompletedProcess[str], tokens: list[int], reason: str) -> str:
-    """All went well but for the last command, which failed for a reason; what was printed after it."""
+    """Check that only the last command failed, with `reason`; returns the remaining output."""
     assert ran.returncode == 0, ran.stderr
     _, _, made, test, saved, *rest = ran.stdout.splitlines()
     assert json.loads(made)["ok"]["tokens"] == tokens and json.loads(test)["ok"]["verdict"] == "ok"
@@ -140,7 +140,7 @@ def required(ran: subprocess.CompletedProcess[str], tokens: list[int], reason: s
     return " ".join(rest)
 
 
-def test_a_full_disk(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
+def test_saving_to_a_full_disk_fails_cleanly(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     (tmp_path / "disk").mkdir()
     program = build("release") / "tests" / "kvexport_drive"
     command = ("bash", "-c", '"$0"; ls -A', program)
@@ -148,8 +148,10 @@ def test_a_full_disk(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     assert required(ran, tokens, "No space left on device") == "b rest"
 
 
-def test_no_room_for_a_file(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
-    """The system would end the process, if it wrote."""
+def test_saving_beyond_the_file_size_limit_fails_cleanly(
+    bundle: Path, tokens: list[int], tmp_path: Path
+) -> None:
+    """Writing would end the process with SIGXFSZ."""
     (tmp_path / "out").mkdir()
     program, limit = build("release") / "tests" / "kvexport_drive", (1000, 1000)
     ran = subprocess.run(
@@ -163,7 +165,7 @@ def test_no_room_for_a_file(bundle: Path, tokens: list[int], tmp_path: Path) -> 
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_nothing_is_written_to_the_users_folder_nor_sent(bundle: Path, tmp_path: Path) -> None:
+def test_writes_nothing_to_the_home_directory(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "home").mkdir()
     hidden = ("CI", "ORT_", "GITHUB_", "TF_BUILD", "BUILD_", "XDG_", "JENKINS_")
     plain = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
@@ -178,7 +180,7 @@ def test_nothing_is_written_to_the_users_folder_nor_sent(bundle: Path, tmp_path:
 # Damage
 
 
-def test_any_damage_is_refused_naming_the_file(sound: Path, tmp_path: Path) -> None:
+def test_any_damage_is_reported_with_the_file_name(sound: Path, tmp_path: Path) -> None:
     with drive() as process:
         for copy, name, way in damaged(sound, tmp_path):
             with pytest.raises(Refused) as caught:
@@ -187,31 +189,31 @@ def test_any_damage_is_refused_naming_the_file(sound: Path, tmp_path: Path) -> N
             parts = caught.value.parts
             assert parts["code"] == 2 and parts["fix"], way
             assert ("manifest" if name == "manifest.json" else name) in parts["failed"], way
-        process.open(sound)  # a control
+        process.open(sound)  # undamaged
 
 
-def test_the_manifest_of_another_bundle(bundle: Path, tmp_path: Path) -> None:
+def test_refuses_the_manifest_of_another_bundle(bundle: Path, tmp_path: Path) -> None:
     other = write_text_bundle(tmp_path / "other", capacity=64, seed=1)
     shutil.copy(other / "manifest.json", bundle)
-    said = refused(bundle)
-    assert "decoder" in said or "self_test" in said
+    message = refused(bundle)
+    assert "decoder" in message or "self_test" in message
 
 
-def test_what_the_manifest_does_not_name_does_not_matter(bundle: Path, tokens: list[int]) -> None:
+def test_ignores_files_that_the_manifest_does_not_list(bundle: Path, tokens: list[int]) -> None:
     (bundle / "notes.txt").write_text("copied on Tuesday")
     (bundle / "engines").mkdir()
     assert generated(bundle) == tokens
 
 
-def test_no_bundle_at_all(tmp_path: Path) -> None:
+def test_refuses_paths_that_are_not_bundles(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     for name in ("nothing", "file", "empty"):
         assert "is no bundle" in refused(tmp_path / name)
 
 
-def test_engines_of_elsewhere(bundle: Path, tokens: list[int]) -> None:
-    """What fits which GPU is in cpp/tests/gpu; here is none."""
+def test_an_engine_of_another_machine_is_not_used(bundle: Path, tokens: list[int]) -> None:
+    """This machine has no GPU; cpp/tests/gpu tests the choice of engines."""
     add_engine(bundle)
     refused(bundle, 3, provider="tensorrt")
     with drive() as process:
@@ -219,7 +221,7 @@ def test_engines_of_elsewhere(bundle: Path, tokens: list[int]) -> None:
         assert again(process) == tokens
 
 
-# Twice at once
+# Two sessions at the same time
 
 
 def test_opened_twice_in_one_process(bundle: Path, tokens: list[int]) -> None:
@@ -246,10 +248,10 @@ def test_opened_twice_by_two_processes(bundle: Path, tokens: list[int]) -> None:
         assert all(each.result() == [tokens] * 20 for each in made)
 
 
-# Taken away while it is open
+# Changes while it is open
 
 
-def test_deleted_while_it_is_open(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
+def test_an_open_bundle_can_be_deleted(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     with drive() as process:
         process.open(bundle)
         shutil.rmtree(bundle)
@@ -261,7 +263,7 @@ def test_deleted_while_it_is_open(bundle: Path, tokens: list[int], tmp_path: Pat
     assert "no bundle" in refused(bundle)
 
 
-def test_replaced_while_it_is_open(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
+def test_an_open_bundle_can_be_replaced(bundle: Path, tokens: list[int], tmp_path: Path) -> None:
     other = write_text_bundle(tmp_path / "other", capacity=64, seed=1)
     new = generated(other)
     with drive() as process:

@@ -1,4 +1,4 @@
-"""The installed library, as an application finds it: find_package, from wherever the tree lies, with nothing else to find."""
+"""The installed library in an application: find_package from a moved tree, without further packages."""
 
 from __future__ import annotations
 
@@ -53,14 +53,14 @@ _HIDDEN = ("nlohmann_json", "OpenSSL", "OnnxRuntime", "TensorRT")
 
 @pytest.fixture(scope="module")
 def installed(built: Built, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Moved after it was installed, and the folder it was installed to is gone."""
+    """An installed tree that was moved to another directory."""
     first = tmp_path_factory.mktemp("first") / "tree"
     require("cmake", "--install", built("release"), "--prefix", first)
     return Path(shutil.move(first, tmp_path_factory.mktemp("moved here") / "tree"))
 
 
 def application(folder: Path, tree: Path, *options: str) -> Path:
-    """The folder in which a small application was built against an installed tree."""
+    """Build a small application against an installed tree; returns its build directory."""
     source = folder / "source"
     source.mkdir()
     for name, content in {"CMakeLists.txt": _PROJECT, "main.cpp": _CPP, "main.c": _C}.items():
@@ -71,14 +71,14 @@ def application(folder: Path, tree: Path, *options: str) -> Path:
     return made
 
 
-def test_an_application_needs_the_library_alone(installed: Path, reader_files: Path, tmp_path: Path) -> None:
+def test_an_application_needs_no_other_packages(installed: Path, reader_files: Path, tmp_path: Path) -> None:
     made = application(tmp_path, installed, *(f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in _HIDDEN))
     version, token, size = require(made / "application", reader_files / "tiny", env=environment()).split()
     assert version == "0.1.0" and 0 <= int(token) < 40 and int(size) >= 2 * 2 * 2 * 8 * 32 * 4
     assert require(made / "in_c", "/nowhere").startswith("/nowhere is no bundle")
 
 
-def test_the_package_holds_no_path_of_this_machine(installed: Path) -> None:
+def test_the_package_has_no_absolute_paths(installed: Path) -> None:
     files = [file for file in installed.rglob("*") if file.suffix in (".cmake", ".h", ".hpp")]
     assert len(files) >= 5
     for file in files:
@@ -86,7 +86,7 @@ def test_the_package_holds_no_path_of_this_machine(installed: Path) -> None:
             assert f"{path}/" not in file.read_text(), file
 
 
-def test_the_headers_are_the_documentation(installed: Path) -> None:
+def test_the_public_headers_are_installed_and_short(installed: Path) -> None:
     assert sorted(file.name for file in (installed / "include" / "kvexport").iterdir()) == [
         "kvexport.h",
         "kvexport.hpp",
@@ -95,14 +95,14 @@ def test_the_headers_are_the_documentation(installed: Path) -> None:
     assert len((installed / "include" / "kvexport" / "kvexport.hpp").read_text().splitlines()) < 200
 
 
-def test_the_self_test_runs_where_it_was_moved_to(installed: Path) -> None:
+def test_the_self_test_program_runs_in_a_moved_tree(installed: Path) -> None:
     ran = run(installed / "bin" / "kvexport_self_test", "/nowhere")
     assert ran.returncode == 2 and "/nowhere is no bundle" in ran.stderr
 
 
 @pytest.mark.slow
-def test_a_static_library_brings_what_it_needs(built: Built, reader_files: Path, tmp_path: Path) -> None:
-    built("release")  # its compiler's cache serves this one
+def test_an_application_links_the_static_library(built: Built, reader_files: Path, tmp_path: Path) -> None:
+    built("release")  # fills the compiler cache
     root = f"-DONNXRUNTIME_ROOT={onnxruntime()}"
     launcher = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache",) if shutil.which("ccache") else ()
     options = (
@@ -118,8 +118,8 @@ def test_a_static_library_brings_what_it_needs(built: Built, reader_files: Path,
     assert require(made / "application", reader_files / "tiny", env=environment()).startswith("0.1.0 ")
 
 
-def test_what_is_missing_is_said(tmp_path: Path) -> None:
-    for options, said in (
+def test_missing_dependencies_are_reported(tmp_path: Path) -> None:
+    for options, message in (
         (["-DONNXRUNTIME_ROOT=/nowhere"], "pass -DONNXRUNTIME_ROOT=FOLDER"),
         ([f"-DONNXRUNTIME_ROOT={onnxruntime()}", "-DKVEXPORT_TENSORRT=ON"], "Pass -DTENSORRT_ROOT=FOLDER"),
         (
@@ -127,5 +127,5 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
             "libFuzzer requires Clang",
         ),
     ):
-        ran = run("cmake", "-S", CPP, "-B", tmp_path / str(len(said)), "-G", "Ninja", *options)
-        assert ran.returncode != 0 and said in " ".join(ran.stderr.split()), ran.stderr
+        ran = run("cmake", "-S", CPP, "-B", tmp_path / str(len(message)), "-G", "Ninja", *options)
+        assert ran.returncode != 0 and message in " ".join(ran.stderr.split()), ran.stderr

@@ -1,4 +1,4 @@
-"""The C++ library against the Python runtime: the same ONNX Runtime and graph, so the same bits, token by token."""
+"""C++ and Python give bitwise equal logits, since both run the same graph on the same ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ def opened(bundle: Path, **options: object) -> Session:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_same_bits_after_every_token(name: str, drive: Drive, bundles: Path) -> None:
-    """Prompts behind one another and steps between them, across steps of growth and far beyond every budget."""
+def test_logits_are_bitwise_equal_after_every_token(name: str, drive: Drive, bundles: Path) -> None:
+    """Prompts and single steps in turn, across growth steps of the cache and far beyond the eviction budget."""
     drive.open(bundles / name)
     drive.new()
     with opened(bundles / name) as session:
@@ -47,7 +47,7 @@ def test_the_same_bits_after_every_token(name: str, drive: Drive, bundles: Path)
 
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
-def test_chunks(chunk: int, drive: Drive, bundles: Path) -> None:
+def test_any_chunk_size_gives_equal_logits(chunk: int, drive: Drive, bundles: Path) -> None:
     for name in ("gqa", "gqa-keep-high"):
         drive.open(bundles / name, chunk=chunk)
         drive.new()
@@ -56,19 +56,19 @@ def test_chunks(chunk: int, drive: Drive, bundles: Path) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_two_hundred_greedy_tokens(name: str, drive: Drive, bundles: Path) -> None:
+def test_greedy_tokens_are_equal(name: str, drive: Drive, bundles: Path) -> None:
     drive.open(bundles / name)
     drive.new()
     with opened(bundles / name) as session:
         made = session.generate(tokens(40), max_new_tokens=200, stop=[])
-    said = drive.generate(tokens(40), max_new_tokens=200, stop_tokens=[])
-    assert said["tokens"] == list(made.token_ids) and said["finish"] == made.finish_reason == "length"
-    assert len(said["tokens"]) == 200
+    result = drive.generate(tokens(40), max_new_tokens=200, stop_tokens=[])
+    assert result["tokens"] == list(made.token_ids) and result["finish"] == made.finish_reason == "length"
+    assert len(result["tokens"]) == 200
 
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-l2-norm"])
-def test_a_generation_goes_on_where_it_ended(name: str, drive: Drive, bundles: Path) -> None:
-    """The last token is fed by the next call, whichever that is."""
+def test_a_generation_continues_where_it_ended(name: str, drive: Drive, bundles: Path) -> None:
+    """The next call, whichever it is, runs the pending token first."""
     drive.open(bundles / name)
     with opened(bundles / name) as session:
         for follow in ("generate", "nothing new", "prefill", "step"):
@@ -93,8 +93,8 @@ def test_a_generation_goes_on_where_it_ended(name: str, drive: Drive, bundles: P
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_no_more_tokens_go_on_after_the_last(name: str, drive: Drive, bundles: Path) -> None:
-    """Which runs again in its place, wherever that is: in the first step of growth, at a budget, behind it, in a full cache."""
+def test_an_empty_prompt_runs_the_last_token_again(name: str, drive: Drive, bundles: Path) -> None:
+    """In its own place: in the first growth step, at the budget, beyond it, and in a full cache."""
     drive.open(bundles / name)
     with opened(bundles / name) as session:
         for count in (1, 20, 24, 25, 300, CAPACITY):
@@ -112,7 +112,7 @@ def test_no_more_tokens_go_on_after_the_last(name: str, drive: Drive, bundles: P
 
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-l2-norm"])
-def test_a_full_cache_with_a_token_that_is_pending(
+def test_saves_and_loads_a_full_cache_with_a_pending_token(
     name: str, drive: Drive, bundles: Path, tmp_path: Path
 ) -> None:
     drive.open(bundles / name)
@@ -128,7 +128,7 @@ def test_a_full_cache_with_a_token_that_is_pending(
         assert session.load(tmp_path / "full").lengths[0] == CAPACITY
 
 
-def test_stop_tokens_and_reasons(drive: Drive, bundles: Path) -> None:
+def test_stop_tokens_and_finish_reasons_are_equal(drive: Drive, bundles: Path) -> None:
     drive.open(bundles / "gqa")
     with opened(bundles / "gqa") as session:
         made = session.generate(tokens(40), max_new_tokens=60, stop=[])
@@ -142,16 +142,16 @@ def test_stop_tokens_and_reasons(drive: Drive, bundles: Path) -> None:
         (tokens(CAPACITY - 3), {"max_new_tokens": 60, "stop_tokens": []}, full),
     ):
         drive.new()
-        said = drive.generate(prompt, **options)
-        assert (said["tokens"], said["finish"]) == (list(wanted.token_ids), wanted.finish_reason)
+        result = drive.generate(prompt, **options)
+        assert (result["tokens"], result["finish"]) == (list(wanted.token_ids), wanted.finish_reason)
     assert stopped.finish_reason == "stop" and full.finish_reason == "capacity" and len(full.token_ids) == 4
     drive.new()
-    said = drive.generate(tokens(40), max_new_tokens=60, stop_tokens=[], patience=7)
-    assert said["tokens"] == list(made.token_ids[:7]) and said["finish"] == "callback"
+    result = drive.generate(tokens(40), max_new_tokens=60, stop_tokens=[], patience=7)
+    assert result["tokens"] == list(made.token_ids[:7]) and result["finish"] == "callback"
     assert drive.generate([], max_new_tokens=3, stop_tokens=[])["tokens"] == list(made.token_ids[7:10])
 
 
-def test_draws_are_repeatable_and_lie_among_the_likeliest(drive: Drive, bundles: Path) -> None:
+def test_samples_are_repeatable_and_among_the_most_likely(drive: Drive, bundles: Path) -> None:
     drive.open(bundles / "gqa")
 
     def drawn(**options: object) -> list[int]:
@@ -162,7 +162,7 @@ def test_draws_are_repeatable_and_lie_among_the_likeliest(drive: Drive, bundles:
     greedy = drawn()
     assert drawn(temperature=0) == drawn(top_k=1) == drawn(top_p=1e-9) == greedy
     assert drawn(top_k=5, seed=3) == drawn(temperature=1, top_k=5, seed=3) != drawn(top_k=5, seed=4)
-    assert drawn(temperature=1.5) != drawn(temperature=1.5)  # one chance in very many
+    assert drawn(temperature=1.5) != drawn(temperature=1.5)  # equal with negligible probability
     assert drawn(temperature=1e-3, seed=1) == greedy
     drive.new()
     first = drive.prefill(tokens(20))
@@ -176,10 +176,10 @@ def test_draws_are_repeatable_and_lie_among_the_likeliest(drive: Drive, bundles:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_caches_saved_by_one_and_loaded_by_the_other(
+def test_caches_are_exchanged_between_cpp_and_python(
     name: str, drive: Drive, bundles: Path, tmp_path: Path
 ) -> None:
-    """The files are the same but for the order of JSON keys; what follows is the same, bit by bit."""
+    """The files are equal except for the order of JSON keys, and the following logits are bitwise equal."""
     drive.open(bundles / name)
     with opened(bundles / name) as session:
         for count in (0, 1, 20, 300):
@@ -202,13 +202,13 @@ def test_caches_saved_by_one_and_loaded_by_the_other(
 
 
 def data_of(path: Path) -> bytes:
-    """A safetensors file behind its header."""
+    """The data section of a safetensors file."""
     content = path.read_bytes()
     return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-l2-norm", "gqa-mixed"])
-def test_a_cleared_cache_is_a_new_one(name: str, drive: Drive, bundles: Path) -> None:
+def test_a_cleared_cache_equals_a_new_one(name: str, drive: Drive, bundles: Path) -> None:
     drive.open(bundles / name)
     size = drive.new()["bytes"]
     drive.prefill(tokens(500))
@@ -219,4 +219,4 @@ def test_a_cleared_cache_is_a_new_one(name: str, drive: Drive, bundles: Path) ->
         assert drive("cache", cache="c") == {"length": 271, "capacity": CAPACITY, "bytes": size}
         assert (
             session.memory().bytes_limit <= size < session.memory().bytes_limit + 256 * 6
-        )  # each buffer begins at 256 bytes
+        )  # buffers are aligned to 256 bytes

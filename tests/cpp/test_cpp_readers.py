@@ -1,4 +1,4 @@
-"""The C++ library's own tests, as its users run them, with sanitizers and without; and its files, read by Python."""
+"""Runs the C++ library's own tests with ctest, with and without sanitizers, and reads in Python a file written by C++."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ from safetensors.numpy import load_file
 pytestmark = pytest.mark.slow
 
 Built = Callable[[str], Path]
-ELSEWHERE = (
-    "test_text|test_self_test"  # test_cpp_text.py and test_cpp_self_test.py make the files that these want
-)
+RUN_ELSEWHERE = "test_text|test_self_test"  # run by test_cpp_text.py and test_cpp_self_test.py
 
 
 @pytest.fixture(scope="module")
 def given(
     reader_files: Path, bundles: Path, full_disk: Path | None, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str]:
-    """The files that ctest's programs read, by the environment variables that say where they are."""
+    """Environment variables with the paths of the files that the test programs read."""
     engines = tmp_path_factory.mktemp("engines")
     write_engine_bundles(engines)
     full = {} if full_disk is None else {"KVEXPORT_TEST_FULL_DISK": str(full_disk)}
@@ -41,7 +39,7 @@ def given(
 
 @pytest.fixture(scope="module")
 def full_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]:
-    """A disk of one megabyte; None where none can be mounted."""
+    """A file system of one megabyte; None if it cannot be mounted."""
     folder = tmp_path_factory.mktemp("disk")
     mounted = subprocess.run(
         ["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(folder)], capture_output=True
@@ -54,23 +52,23 @@ def full_disk(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path | None]
 @pytest.mark.parametrize("kind", ["sanitized", "release"])
 def test_ctest_passes(kind: str, built: Built, given: dict[str, str]) -> None:
     folder = built(kind)
-    said = require(
+    output = require(
         "ctest",
         "--test-dir",
         folder,
         "-E",
-        ELSEWHERE,
+        RUN_ELSEWHERE,
         "--output-on-failure",
         "--verbose",
         env=environment(**given),
     )
-    skipped = [line for line in said.splitlines() if ": skipped " in line]
+    skipped = [line for line in output.splitlines() if ": skipped " in line]
     allowed = ("KVEXPORT_TEST_FULL_DISK is not set", "root may read everything")
     assert all(line.endswith(allowed) for line in skipped), skipped
-    assert "100% tests passed" in said and "Skipped" not in said
+    assert "100% tests passed" in output and "Skipped" not in output
 
 
-def test_python_reads_what_cpp_wrote(built: Built, given: dict[str, str]) -> None:
+def test_python_reads_safetensors_of_cpp(built: Built, given: dict[str, str]) -> None:
     require(
         built("release") / "tests" / "test_safetensors", "writes_a_file_for_python", env=environment(**given)
     )

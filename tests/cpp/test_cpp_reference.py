@@ -1,4 +1,4 @@
-"""C++, Python and the PyTorch twin choose the same 200 tokens."""
+"""C++, Python and the PyTorch reference generate the same 200 tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ EVICTION = Eviction("l2-norm", 48, protect_first=4, protect_recent=16)
 
 
 def greedy(decoder: Decoder, eviction: Eviction | None, prompt: Sequence[int]) -> list[int]:
-    """What the twin says, its prompt read in the runtime's chunks."""
+    """Greedy tokens of the PyTorch reference, with the prompt in the runtime's chunks."""
     layers = list(decoder.layers)
     cache = reference.new_cache(layers, 1, CAPACITY, torch.float32, eviction)
     chunk = 128 if eviction is None else eviction.chunk
@@ -49,7 +49,7 @@ def greedy(decoder: Decoder, eviction: Eviction | None, prompt: Sequence[int]) -
 
 @pytest.mark.parametrize("eviction", [None, EVICTION], ids=["whole", "evicting"])
 @pytest.mark.parametrize("name", DECODERS)
-def test_two_hundred_tokens(
+def test_cpp_python_and_pytorch_generate_the_same_tokens(
     name: str, eviction: Eviction | None, built: Callable[[str], Path], tmp_path: Path
 ) -> None:
     decoder = DECODERS[name]()

@@ -1,4 +1,4 @@
-"""What the C++ library refuses, in the Python runtime's words; a call that is refused changes nothing."""
+"""Invalid arguments and files in C++: error messages, and that a failed call changes nothing."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def parts_of(call: Callable[[], object]) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-l2-norm"])
-def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bundles: Path) -> None:
+def test_a_failed_call_leaves_the_cache_unchanged(name: str, drive: Drive, bundles: Path) -> None:
     drive.open(bundles / name)
     drive.new(capacity=100)
     drive.new(cache="untouched", capacity=100)
@@ -78,7 +78,7 @@ def test_a_refused_call_leaves_the_cache_as_it_was(name: str, drive: Drive, bund
     )
 
 
-def test_an_empty_prompt(drive: Drive, bundles: Path) -> None:
+def test_refuses_an_empty_prompt(drive: Drive, bundles: Path) -> None:
     drive.open(bundles / "gqa")
     drive.new()
     for call in (lambda: drive.prefill([]), lambda: drive.generate([])):
@@ -92,8 +92,10 @@ def test_an_empty_prompt(drive: Drive, bundles: Path) -> None:
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-window", "gqa-large"])
 @pytest.mark.parametrize("capacity", [1, 2, 23, 24, 25, 257])
-def test_small_capacities(capacity: int, name: str, drive: Drive, bundles: Path) -> None:
-    """As far as it goes it is what a large one gives, in proportionally less memory."""
+def test_small_capacities_give_the_same_results(
+    capacity: int, name: str, drive: Drive, bundles: Path
+) -> None:
+    """The logits equal those of a large cache, with memory in proportion to the capacity."""
     drive.open(bundles / name, chunk=8)
     drive.new(cache="large")
     small = drive.new(capacity=capacity)
@@ -106,7 +108,7 @@ def test_small_capacities(capacity: int, name: str, drive: Drive, bundles: Path)
     assert parts_of(lambda: drive.step(1))["seen"] == f"{capacity + 1} tokens"
 
 
-def test_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
+def test_refuses_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
     drive.open(bundles / "gqa")
     for capacity in (-1, CAPACITY + 1, 2**62):
         parts = parts_of(lambda capacity=capacity: drive.new(capacity=capacity))
@@ -129,7 +131,9 @@ def test_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
         ({"provider": "cuda"}, 3, "this ONNX Runtime was built without CUDA"),
     ],
 )
-def test_options(options: dict[str, Any], code: int, failed: str, drive: Drive, bundles: Path) -> None:
+def test_refuses_options_out_of_range(
+    options: dict[str, Any], code: int, failed: str, drive: Drive, bundles: Path
+) -> None:
     parts = parts_of(lambda: drive.open(bundles / "gqa", **options))
     assert (parts["code"], parts["failed"]) == (code, failed)
 
@@ -140,7 +144,7 @@ def test_auto_falls_back_to_the_cpu(drive: Drive, bundles: Path) -> None:
     assert info["text_missing"] and not info["has_text"]
 
 
-def test_bfloat16_on_the_cpu(drive: Drive, bundles: Path) -> None:
+def test_refuses_bfloat16_on_the_cpu(drive: Drive, bundles: Path) -> None:
     parts = parts_of(lambda: drive.open(bundles / "gqa-bfloat16"))
     with pytest.raises(KvexportError) as refused:
         opened(bundles / "gqa-bfloat16")
@@ -148,7 +152,7 @@ def test_bfloat16_on_the_cpu(drive: Drive, bundles: Path) -> None:
 
 
 @pytest.mark.parametrize("file", ["decoder.onnx.data", "decoder.cpu.onnx", "decoder.onnx", "manifest.json"])
-def test_one_byte_flipped(file: str, drive: Drive, bundles: Path, tmp_path: Path) -> None:
+def test_detects_a_changed_byte(file: str, drive: Drive, bundles: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(bundles / "gqa", tmp_path / "b")
     content = bytearray((bundle / file).read_bytes())
     content[len(content) // 2] ^= 1
@@ -161,8 +165,8 @@ def test_one_byte_flipped(file: str, drive: Drive, bundles: Path, tmp_path: Path
         drive.open(bundle, verify=False)
 
 
-def test_a_graph_that_is_not_the_manifests(drive: Drive, bundles: Path, tmp_path: Path) -> None:
-    """A bundle whose manifest was written for another graph, with hashes that are right."""
+def test_refuses_a_graph_that_differs_from_the_manifest(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+    """A bundle with the graph of another one and correct hashes."""
     bundle = shutil.copytree(bundles / "gqa", tmp_path / "b")
     other = bundles / "bloom"
 
@@ -181,9 +185,7 @@ def test_a_graph_that_is_not_the_manifests(drive: Drive, bundles: Path, tmp_path
     assert "past_key_values.0.key" in parts["got"] and "past_key_values.0.key" in parts["expected"]
 
 
-def test_a_bundle_moved_while_open_and_sessions_side_by_side(
-    drive: Drive, bundles: Path, tmp_path: Path
-) -> None:
+def test_a_bundle_can_be_moved_while_two_sessions_use_it(drive: Drive, bundles: Path, tmp_path: Path) -> None:
     bundle = shutil.copytree(bundles / "gqa", tmp_path / "here")
     for session in ("one", "two"):
         drive.open(bundle, session=session)
@@ -225,7 +227,7 @@ def with_state(**values: object) -> Callable[[dict[str, Any]], None]:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (lambda header: header["__metadata__"].update(bundle="0" * 64), "is of another bundle"),
         (
@@ -249,12 +251,12 @@ def with_state(**values: object) -> Callable[[dict[str, Any]], None]:
         (with_state(filled=None), "its filled must be a list"),
     ],
 )
-def test_damaged_caches(
-    change: Callable[[dict[str, Any]], object], said: str, drive: Drive, bundles: Path, tmp_path: Path
+def test_refuses_damaged_caches(
+    change: Callable[[dict[str, Any]], object], message: str, drive: Drive, bundles: Path, tmp_path: Path
 ) -> None:
     path = changed(saved(drive, bundles / "gqa-l2-norm", tmp_path / "cache"), change)
     parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path)))
-    assert parts["code"] == 2 and said in parts["message"] and parts["fix"]
+    assert parts["code"] == 2 and message in parts["message"] and parts["fix"]
 
 
 @pytest.mark.parametrize(
@@ -307,7 +309,7 @@ def require_both_refuse(path: Path, bundle: Path, message: str, drive: Drive) ->
         session.load(path)
 
 
-def test_files_that_cannot_be(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+def test_refuses_impossible_file_names(drive: Drive, bundles: Path, tmp_path: Path) -> None:
     saved(drive, bundles / "gqa", tmp_path / "cache")
     for file, failed in (
         (".", "it is a folder"),
@@ -320,8 +322,8 @@ def test_files_that_cannot_be(drive: Drive, bundles: Path, tmp_path: Path) -> No
         assert parts["code"] == 2 and "there is no saved cache" in parts["failed"] and parts["fix"]
 
 
-def test_a_prompt_beyond_the_bundle(drive: Drive, bundles: Path) -> None:
-    """The remedy is one: no cache, nor any bundle of the model, holds what is too long for it."""
+def test_a_prompt_beyond_the_capacity_gets_a_fix(drive: Drive, bundles: Path) -> None:
+    """A larger cache helps only up to the capacity of the bundle."""
     drive.open(bundles / "gqa")
     drive.new(capacity=64)
     assert (
@@ -332,7 +334,7 @@ def test_a_prompt_beyond_the_bundle(drive: Drive, bundles: Path) -> None:
     assert parts["got"] == "40000 tokens" and parts["fix"].startswith("shorten the text")
 
 
-def test_caches_that_do_not_fit_or_are_not_there(drive: Drive, bundles: Path, tmp_path: Path) -> None:
+def test_refuses_caches_that_do_not_fit_or_do_not_exist(drive: Drive, bundles: Path, tmp_path: Path) -> None:
     path = saved(drive, bundles / "gqa", tmp_path / "cache")
     parts = parts_of(lambda: drive("load", session="s", cache="d", file=str(path), capacity=31))
     assert parts["got"] == "32 tokens" and parts["fix"] == "make the cache with a capacity of 32 or more"

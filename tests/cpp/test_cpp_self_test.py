@@ -1,5 +1,5 @@
-"""The self-test in C++: verdicts on wrapped engines (cpp/tests/test_self_test.cpp), and on sound and damaged bundles the very
-report that Python makes."""
+"""The self-test in C++: verdicts for faulty engines (cpp/tests/test_self_test.cpp), and reports on valid and damaged bundles
+that equal those of Python."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def made(path: Path, style: str = "llama", *, seed: int = 0, **options: Any) -> 
 
 @pytest.fixture(scope="module")
 def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What test_self_test.cpp names; never written to."""
+    """The bundles that test_self_test.cpp uses. Tests must not change them."""
     folder = tmp_path_factory.mktemp("bundles")
     made(folder / "sound")
     made(folder / "other", seed=1)
@@ -53,14 +53,14 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def told(bundle: Path, *options: str) -> subprocess.CompletedProcess[str]:
+def run_program(bundle: Path, *options: str) -> subprocess.CompletedProcess[str]:
     program = build("release") / "kvexport_self_test"
     return subprocess.run([program, bundle, *options], capture_output=True, text=True)
 
 
 def report(bundle: Path) -> Raw:
-    """What the program prints, which must be what Python finds, to the seventh digit."""
-    ran = told(bundle, "--provider", "cpu", "--json")
+    """The report that the program prints, after checking that it equals Python's, up to rounding of the errors."""
+    ran = run_program(bundle, "--provider", "cpu", "--json")
     assert ran.stdout, ran.stderr
     found: Raw = json.loads(ran.stdout)
     python = self_test(bundle, "cpu").to_json()
@@ -81,18 +81,18 @@ def test_verdicts_on_faulty_engines(bundles: Path) -> None:
     assert ran.returncode == 0 and " 0 failed, 0 skipped" in ran.stdout, ran.stdout + ran.stderr
 
 
-# The same words as Python
+# Reports equal to Python's
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("style", STYLES)
-def test_sound_bundles_are_ok(style: str, dtype: str, tmp_path: Path) -> None:
+def test_valid_bundles_pass(style: str, dtype: str, tmp_path: Path) -> None:
     found = report(made(tmp_path / "b", style, dtype=dtype))
     assert found["verdict"] == "ok" and [check["rows"] for check in found["checks"]] == [40, 40]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sound_bundles_that_evict_are_ok(policy: str, tmp_path: Path) -> None:
+def test_valid_bundles_with_eviction_pass(policy: str, tmp_path: Path) -> None:
     for style, dtype, skipped in (
         ("gqa", "float32", ()),
         ("bloom", "float16", (0,)),
@@ -103,7 +103,7 @@ def test_sound_bundles_that_evict_are_ok(policy: str, tmp_path: Path) -> None:
         assert found["verdict"] == "ok" and [check["rows"] for check in found["checks"]] == [16, 40]
 
 
-def test_any_capacity_is_ok(tmp_path: Path) -> None:
+def test_valid_bundles_of_any_capacity_pass(tmp_path: Path) -> None:
     for capacity in (1, 2, 3, 7, 8, 16, 17, 33, 41):
         assert report(made(tmp_path / str(capacity), capacity=capacity))["verdict"] == "ok"
         if capacity > 1:
@@ -120,25 +120,25 @@ def flip(bundle: Path) -> None:
     (bundle / DATA).write_bytes(data)
 
 
-def vouch(bundle: Path) -> None:
-    vectors = json.loads((bundle / FILE).read_text())
-    (bundle / FILE).write_text(json.dumps({**vectors, "weights_sha256": sha256_of(bundle / DATA)}))
+def update_weights_hash(bundle: Path) -> None:
+    content = json.loads((bundle / FILE).read_text())
+    (bundle / FILE).write_text(json.dumps({**content, "weights_sha256": sha256_of(bundle / DATA)}))
 
 
 def round_weights(bundle: Path) -> None:
-    """What a float32 bundle would hold, had it been stored in float16."""
+    """Round float32 weights to float16."""
     weights = torch.frombuffer(bytearray((bundle / DATA).read_bytes()), dtype=torch.float32)
     (bundle / DATA).write_bytes(weights.half().float().numpy().tobytes())
 
 
 def damage_tokens(bundle: Path) -> None:
-    """Vectors whose continuation is not what the rows say."""
-    vectors = json.loads((bundle / FILE).read_text())
-    vectors["continuation"][-1] = (vectors["continuation"][-1] + 1) % 40
-    (bundle / FILE).write_text(json.dumps(vectors))
+    """Change the continuation, so that it contradicts the rows."""
+    content = json.loads((bundle / FILE).read_text())
+    content["continuation"][-1] = (content["continuation"][-1] + 1) % 40
+    (bundle / FILE).write_text(json.dumps(content))
 
 
-def test_damaged_bundles_get_the_verdict_of_python(bundles: Path, tmp_path: Path) -> None:
+def test_verdicts_on_damaged_bundles_equal_those_of_python(bundles: Path, tmp_path: Path) -> None:
     sound, cases = bundles / "sound", iter(range(100))
 
     def found(*changes: Callable[[Path], object], of: Path = sound) -> Raw:
@@ -146,21 +146,23 @@ def test_damaged_bundles_get_the_verdict_of_python(bundles: Path, tmp_path: Path
             broken(of, tmp_path / str(next(cases)), lambda bundle: [change(bundle) for change in changes])
         )
 
-    assert found()["verdict"] == "ok"  # a control
+    assert found()["verdict"] == "ok"  # undamaged
     assert found(flip)["checks"] == []
     assert found(flip)["verdict"] == "weights"
-    assert found(flip, vouch)["verdict"] == "weights"
-    assert found(flip, vouch, of=bundles / "ranked")["verdict"] == "weights"
+    assert found(flip, update_weights_hash)["verdict"] == "weights"
+    assert found(flip, update_weights_hash, of=bundles / "ranked")["verdict"] == "weights"
     assert found(lambda bundle: shutil.copy(bundles / "other" / FILE, bundle / FILE))["verdict"] == "weights"
-    assert found(round_weights, vouch)["verdict"] == "precision"
+    assert found(round_weights, update_weights_hash)["verdict"] == "precision"
     assert found(damage_tokens)["verdict"] != "ok"
 
 
-def test_exit_codes_and_words(bundles: Path, tmp_path: Path) -> None:
+def test_exit_codes_and_messages(bundles: Path, tmp_path: Path) -> None:
     sound = bundles / "sound"
-    ran = told(sound)
+    ran = run_program(sound)
     assert ran.returncode == 0 and ran.stdout.startswith("ok: onnxruntime ")
-    wrong = told(broken(sound, tmp_path / "wrong", lambda bundle: (flip(bundle), vouch(bundle))))
+    wrong = run_program(
+        broken(sound, tmp_path / "wrong", lambda bundle: (flip(bundle), update_weights_hash(bundle)))
+    )
     assert (
         wrong.returncode == 1
         and "weights: onnxruntime " in wrong.stderr
@@ -170,20 +172,23 @@ def test_exit_codes_and_words(bundles: Path, tmp_path: Path) -> None:
     shutil.copytree(sound, tmp_path / "damaged")
     flip(tmp_path / "damaged")
     for refused in (
-        told(tmp_path / "damaged", "--json"),
-        told(tmp_path / "none"),
-        told(sound, "--provider"),
-        told(sound, "twice"),
-        told(sound, "--provider", "rocm"),
-        told(Path("--json")),
-        told(write_bundle(tmp_path / "bare", make_decoder(dtype=torch.float32))),
+        run_program(tmp_path / "damaged", "--json"),
+        run_program(tmp_path / "none"),
+        run_program(sound, "--provider"),
+        run_program(sound, "twice"),
+        run_program(sound, "--provider", "rocm"),
+        run_program(Path("--json")),
+        run_program(write_bundle(tmp_path / "bare", make_decoder(dtype=torch.float32))),
     ):
         assert refused.returncode == 2 and refused.stderr and not refused.stdout
-    for elsewhere in (told(sound, "--provider", "tensorrt"), told(made(tmp_path / "wide", dtype="bfloat16"))):
+    for elsewhere in (
+        run_program(sound, "--provider", "tensorrt"),
+        run_program(made(tmp_path / "wide", dtype="bfloat16")),
+    ):
         assert elsewhere.returncode == 3 and elsewhere.stderr and not elsewhere.stdout
 
 
-def test_vectors_that_cannot_be_are_refused(bundles: Path, tmp_path: Path) -> None:
+def test_refuses_invalid_self_test_files(bundles: Path, tmp_path: Path) -> None:
     def refused(name: str, of: Path, change: Callable[[Raw], object]) -> None:
         def damage(bundle: Path) -> None:
             raw = json.loads((bundle / FILE).read_text())
@@ -193,7 +198,7 @@ def test_vectors_that_cannot_be_are_refused(bundles: Path, tmp_path: Path) -> No
         bundle = broken(of, tmp_path / name, damage)
         with pytest.raises(KvexportError):
             self_test(bundle)
-        ran = told(bundle)
+        ran = run_program(bundle)
         assert ran.returncode == 2 and FILE in ran.stderr and "build the bundle again" in ran.stderr, (
             ran.stderr
         )

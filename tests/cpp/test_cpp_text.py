@@ -1,4 +1,4 @@
-"""The C++ library's text against Python's, tokenizer by tokenizer: cpp/tests/test_text.cpp on folders that are made here."""
+"""Compares text handling in C++ and Python for each kind of tokenizer: runs cpp/tests/test_text.cpp on files written here."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WORDS = [
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder for each shape, with what Python makes of some texts in vectors.json."""
+    """A directory for each kind of tokenizer, with Python's results for sample texts in vectors.json."""
     top = tmp_path_factory.mktemp("text")
     for name, (tokenizer, config) in shapes().items():
         checkpoint, folder = top / "checkpoints" / name, top / name
@@ -62,7 +62,7 @@ def vectors(folder: Path) -> list[dict[str, object]]:
         ids = tokenizer.encode(text)
         stream = TextStream(tokenizer, ids[:1])
         pieces = [*map(stream.add, ids[1:]), stream.end()]
-        if "\ufffd" in tokenizer.decode(ids[:1]):  # a prompt that ends within a character
+        if "\ufffd" in tokenizer.decode(ids[:1]):  # the prompt ends within a character
             continue
         made.append(
             {
@@ -76,8 +76,8 @@ def vectors(folder: Path) -> list[dict[str, object]]:
     return made
 
 
-def test_golden_vectors_hold_for_what_was_written(folders: Path) -> None:
-    """The bundle's tokenizer.json may say it in other words than the checkpoint's, and mean the same."""
+def test_tokenizer_samples_hold_for_checkpoint_and_bundle(folders: Path) -> None:
+    """The bundle's tokenizer.json may differ from the checkpoint's, but gives the same tokens."""
     for name in shapes():
         found = parse_text(json.loads((folders / name / "text.json").read_text(encoding="utf-8")))
         assert found.difference(read_tokenizer(folders / name)) is None
@@ -87,6 +87,6 @@ def test_golden_vectors_hold_for_what_was_written(folders: Path) -> None:
     ).read_text()
 
 
-def test_cpp_gives_what_python_gives(folders: Path) -> None:
+def test_cpp_and_python_give_equal_tokens_and_text(folders: Path) -> None:
     given = environment(KVEXPORT_TEST_TEXT=str(folders), KVEXPORT_TEST_GENAI=str(genai_library()))
     assert " 0 failed, 0 skipped" in require(build("sanitized") / "tests" / "test_text", env=given)

@@ -224,8 +224,9 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
   };
   if (!fake_cuda::has_context()) return refuse("no context is current");
   if (state.profile < 0) return refuse("no profile was chosen");
-  const std::int64_t wanted = state.plan->content.value("scratch", std::int64_t{5000});
-  if (state.scratch == nullptr || state.scratch_bytes < wanted) return refuse("there is no scratch memory");
+  const std::int64_t required_scratch = state.plan->content.value("scratch", std::int64_t{5000});
+  if (state.scratch == nullptr || state.scratch_bytes < required_scratch)
+    return refuse("there is no scratch memory");
   if (state.addresses.size() != state.plan->tensors.size()) return refuse("a tensor has no address");
   const auto& counts = state.counts;
   if (counts.count("input_ids") == 0 || counts.count("position_ids") == 0 ||
@@ -237,18 +238,18 @@ bool IExecutionContext::enqueueV3(cudaStream_t stream) noexcept {
   state.ran = true;
   // the sizes that a captured graph keeps
   const std::int64_t tokens = counts.at("input_ids"), logits = counts.at("logits_index");
-  fake_cuda::enqueue(
-      stream, "engine",
-      [plan = state.plan, addresses = state.addresses, scratch = state.scratch, wanted, tokens, logits] {
-        if (!fake_cuda::is_memory(scratch, static_cast<std::size_t>(wanted)))
-          return fake_cuda::break_stream("scratch memory is gone");
-        std::memset(scratch, 0xff, static_cast<std::size_t>(wanted));
-        try {
-          plan->run(addresses, tokens, logits);
-        } catch (const std::exception& error) {
-          fake_cuda::break_stream(error.what());
-        }
-      });
+  fake_cuda::enqueue(stream, "engine",
+                     [plan = state.plan, addresses = state.addresses, scratch = state.scratch,
+                      required_scratch, tokens, logits] {
+                       if (!fake_cuda::is_memory(scratch, static_cast<std::size_t>(required_scratch)))
+                         return fake_cuda::break_stream("scratch memory is gone");
+                       std::memset(scratch, 0xff, static_cast<std::size_t>(required_scratch));
+                       try {
+                         plan->run(addresses, tokens, logits);
+                       } catch (const std::exception& error) {
+                         fake_cuda::break_stream(error.what());
+                       }
+                     });
   return true;
 }
 

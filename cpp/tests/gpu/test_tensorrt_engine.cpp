@@ -143,16 +143,16 @@ bool has(const std::string& text, const std::string& part) {
 TEST(prefill_and_decode_equal_the_cpu) {
   for (const std::string& name : BUNDLES) {
     fake_cuda::reset();
-    const Rows wanted = on_cpu(engines(name));
+    const Rows expected = on_cpu(engines(name));
     {
       const auto session = opened(engines(name));
       CHECK_EQUAL(session->engine->provider(), std::string("tensorrt"));
       CHECK_EQUAL(session->engine->version(), std::string(VERSION));
       Cache cache(session, 0);
       CHECK_EQUAL(cache.capacity(), CAPACITY);
-      CHECK(difference(rows_of(cache), wanted) < close_to(name));
+      CHECK(difference(rows_of(cache), expected) < close_to(name));
       cache.clear(1000.0F);  // again, with garbage in empty slots
-      CHECK(difference(rows_of(cache), wanted) < close_to(name));
+      CHECK(difference(rows_of(cache), expected) < close_to(name));
     }
     require_nothing_left();
   }
@@ -179,11 +179,11 @@ TEST(cache_contents_equal_those_on_the_cpu) {
         const Buffer *left = here.buffer(layer, which), *right = there.buffer(layer, which);
         CHECK((left == nullptr) == (right == nullptr));
         if (left == nullptr) continue;
-        const std::vector<float> held = here.read(*left), wanted = there.read(*right);
+        const std::vector<float> actual = here.read(*left), expected = there.read(*right);
         for (std::int64_t head = 0; head < left->heads; ++head)
           for (std::int64_t at = 0; at < std::min(left->slots, right->slots) * left->width; ++at)
-            CHECK(std::fabs(held[static_cast<std::size_t>(head * left->slots * left->width + at)] -
-                            wanted[static_cast<std::size_t>(head * right->slots * right->width + at)]) <
+            CHECK(std::fabs(actual[static_cast<std::size_t>(head * left->slots * left->width + at)] -
+                            expected[static_cast<std::size_t>(head * right->slots * right->width + at)]) <
                   1e-4F);
       }
     }
@@ -200,15 +200,15 @@ TEST(decode_replays_one_graph_and_allocates_nothing) {
     cache.step(1);  // TensorRT must run once before a capture
     for (const std::string& done : fake_cuda::done()) CHECK(done != "launch");
     const std::size_t allocations = fake_cuda::counts().allocations;
-    const bool told = name.find("decomposed17-") == 0 &&
-                      (name.find("evicting") != std::string::npos || name.find("mixed") != std::string::npos);
+    const bool reads_slots = name.find("decomposed17-") == 0 && (name.find("evicting") != std::string::npos ||
+                                                                 name.find("mixed") != std::string::npos);
     for (int step = 0; step < 5; ++step) {
       cache.step(2);
-      std::vector<std::string> done = fake_cuda::done(), wanted{"launch", "upload", "engine", "download"};
-      if (told) wanted.push_back("download");
-      CHECK(std::equal(wanted.begin(), wanted.end(), done.begin()));
+      std::vector<std::string> done = fake_cuda::done(), expected{"launch", "upload", "engine", "download"};
+      if (reads_slots) expected.push_back("download");
+      CHECK(std::equal(expected.begin(), expected.end(), done.begin()));
       const auto writes = static_cast<std::size_t>(std::count(done.begin(), done.end(), "copy_rows"));
-      CHECK_EQUAL(writes + wanted.size(), done.size());
+      CHECK_EQUAL(writes + expected.size(), done.size());
       CHECK(name.find("std24") == 0 ? writes == 0 : writes >= 4);  // two per layer
     }
     cache.clear();
