@@ -43,17 +43,13 @@ def commands_page() -> str:
         "This page is generated from the command line's own help (`docs/scripts/reference.py`). Exit codes are in the "
         "[tutorial](tutorial.md#in-scripts).",
     ]
-    commands = [(name, group.get_command(context, name)) for name in group.list_commands(context)]
+    formatter = click.HelpFormatter(width=1000)
+    group.format_commands(context, formatter)
+    listed = re.findall(r"^  (\S+) +(.+)$", formatter.getvalue(), flags=re.MULTILINE)
     parts.append(
-        table(
-            ("command", "use"),
-            [
-                (f"[`{name}`](#kvexport-{name})", escaped(command.get_short_help_str(300)))
-                for name, command in commands
-                if command is not None
-            ],
-        )
+        table(("command", "use"), [(f"[`{name}`](#kvexport-{name})", escaped(use)) for name, use in listed])
     )
+    commands = [(name, group.get_command(context, name)) for name, _ in listed]
     for name, command in commands:
         if command is not None:
             parts += command_parts(command, group.context_class(command, info_name=name, parent=context))
