@@ -18,6 +18,7 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[2]
 COPIES = "source"
 LINK = re.compile(r"(?<=\]\()([^)\s#:]+)(#[^)\s]*)?(?=\))")
+LONG_CODE = re.compile(r"<code>([^<]{52,})</code>")
 CODE = re.compile(r"`[^`\n]*`")
 TABLE_ROW = re.compile(r"^\|.*$", re.MULTILINE)
 BOARD = re.compile(r"^```sh board$", re.MULTILINE)  # marks blocks that the tests cannot run
@@ -66,8 +67,9 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Files) -> str
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Files) -> str:
-    """Replace formulas by MathML."""
-    return FORMULA.sub(
+    """Replace formulas by MathML; mark code that is too long for one line of a table."""
+    content = FORMULA.sub(
         lambda match: convert(html.unescape(match[3]), display="inline" if match[2] == "(" else "block"),
         content,
     )
+    return LONG_CODE.sub(r'<code class="long">\1</code>', content)
