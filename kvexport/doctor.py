@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import platform
-import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -17,26 +16,25 @@ from pathlib import Path
 from typing import Any
 
 from kvexport.devices import gpu as probe
-from kvexport.devices.capabilities import OLDEST_TENSORRT
 from kvexport.devices.system import board, l4t_release, total_memory
 from kvexport.devices.targets import Target, lowering_for
 from kvexport.devices.versions import release_of
+from kvexport.packages import PACKAGES, install_command
 
-# Each package, the extra that brings it ("" is the base install), and other names that it is distributed under.
-_PACKAGES: dict[str, tuple[str, tuple[str, ...]]] = {
-    "numpy": ("", ()),
-    "tokenizers": ("", ()),
-    "torch": ("convert", ()),
-    "safetensors": ("convert", ()),
-    "transformers": ("dev", ()),
-    "onnx": ("convert", ()),
-    "onnx-ir": ("convert", ()),
-    "onnxruntime": ("cpu", ()),
-    "onnxruntime-gpu": ("gpu", ()),
-    "tensorrt": ("tensorrt", ("tensorrt-cu13", "tensorrt-cu12")),
-    "tensorrt-rtx": ("rtx", ()),
-    "polygraphy": ("tensorrt", ()),
-}
+_EXAMINED = (
+    "numpy",
+    "tokenizers",
+    "torch",
+    "safetensors",
+    "transformers",
+    "onnx",
+    "onnx-ir",
+    "onnxruntime",
+    "onnxruntime-gpu",
+    "tensorrt",
+    "tensorrt-rtx",
+    "polygraphy",
+)
 _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _ENGINES = ("tensorrt", "tensorrt-rtx")
 _RUNNERS = (*_RUNTIMES, *_ENGINES)
@@ -183,12 +181,14 @@ def examine(
 
 
 def _packages(search: Sequence[str], machine: Machine) -> list[Package]:
-    floors = _floors()
-    found = []
-    for name, (extra, others) in _PACKAGES.items():
-        version = next(filter(None, (_version(each, search) for each in (name, *others))), None)
-        found.append(Package(name, version, floors.get(name), _install(name, extra, machine)))
-    return found
+    packages = []
+    for name in _EXAMINED:
+        known = PACKAGES[name]
+        versions = (_version(each, search) for each in (name, *known.aliases))
+        packages.append(
+            Package(name, next(filter(None, versions), None), known.minimum, _install(name, machine))
+        )
+    return packages
 
 
 def _version(name: str, search: Sequence[str]) -> str | None:
@@ -200,26 +200,14 @@ def _version(name: str, search: Sequence[str]) -> str | None:
     return None
 
 
-def _install(name: str, extra: str, machine: Machine) -> str:
+def _install(name: str, machine: Machine) -> str:
     if machine.jetson is not None and name == "tensorrt":
         return _JETPACK_TENSORRT
     if machine.jetson is not None and name == "onnxruntime-gpu":
         return "install a wheel made for Jetson (Jetson AI Lab's package index has them): the one of PyPI has no kernels for it"
-    return f"pip install 'kvexport[{extra}]'" if extra else "pip install --force-reinstall kvexport"
-
-
-def _floors() -> dict[str, str]:
-    """The least versions that kvexport's own metadata asks for, TensorRT's among them."""
-    floors = {"tensorrt": ".".join(map(str, OLDEST_TENSORRT))}
-    try:
-        required = metadata.requires("kvexport") or []
-    except metadata.PackageNotFoundError:  # run from a checkout that is not installed
-        required = []
-    for line in required:
-        found = re.match(r"([A-Za-z0-9._-]+)\s*>=\s*([0-9.]+)", line)
-        if found:
-            floors[found[1].replace("_", "-").lower()] = found[2]
-    return floors
+    if PACKAGES[name].extra is None:
+        return "pip install --force-reinstall kvexport"
+    return install_command(name)
 
 
 def _providers() -> tuple[str, ...]:

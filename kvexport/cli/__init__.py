@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 import click
 
 from kvexport.errors import CannotRunHere, KvexportError
+from kvexport.packages import install_command, package_of
 from kvexport.version import __version__
 
 if TYPE_CHECKING:
@@ -161,22 +162,12 @@ def _system_error(error: OSError) -> CannotRunHere:
     return CannotRunHere(f"{path} cannot be read or written", got=reason, fix=fix)
 
 
-# The extra of kvexport that installs a package. The extra `convert` installs those that are not listed.
-_BASE = ("numpy", "click", "rich", "tokenizers", "tomli")
-_EXTRAS = {
-    "onnxruntime": "cpu",
-    "cuda": "gpu",
-    "tensorrt": "tensorrt",
-    "polygraphy": "tensorrt",
-    "tensorrt_rtx": "rtx",
-    "peft": "heal",
-}
-
-
 def _missing_package(error: ModuleNotFoundError) -> CannotRunHere:
-    name = str(error.name).partition(".")[0]
-    requirement = "kvexport" if name in _BASE else f"'kvexport[{_EXTRAS.get(name, 'convert')}]'"
-    return CannotRunHere(f"the package {name} is not installed", fix=f"pip install {requirement}")
+    module = str(error.name).partition(".")[0]
+    package = package_of(module)
+    # Modules that kvexport does not import itself are dependencies of torch and the other packages of `convert`.
+    fix = install_command("torch" if package is None else package.name)
+    return CannotRunHere(f"the package {module} is not installed", fix=fix)
 
 
 def _exit_with(message: str, code: int) -> NoReturn:

@@ -9,6 +9,7 @@ from typing import Any
 import click
 
 from kvexport.errors import CannotRunHere
+from kvexport.packages import install_command
 
 
 @click.command()
@@ -93,7 +94,10 @@ def command(
     try:
         from kvexport.engine import EngineOptions, build_engine
     except ModuleNotFoundError as error:
-        fix = "pip install 'kvexport[tensorrt]' on the device, or 'kvexport[rtx]' (Linux on x86_64, also without a GPU)"
+        fix = (
+            f"{install_command('tensorrt')} on the device, "
+            f"or {install_command('tensorrt-rtx')} (Linux on x86_64, also without a GPU)"
+        )
         raise CannotRunHere(f"building an engine needs the package {error.name}", fix=fix) from error
 
     with progress_bar(quiet) as progress:

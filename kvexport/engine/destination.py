@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from kvexport.devices.gpu import Gpu
 from kvexport.devices.targets import Target, known_targets, load_target
 from kvexport.errors import CannotRunHere, UsageError
+from kvexport.packages import install_command
 
 _JETSON = ("8.7", "11.0")
 _MODELS = {
@@ -65,7 +66,8 @@ def choose_destination(
     if not installed:
         raise CannotRunHere(
             "no TensorRT is installed",
-            fix="pip install 'kvexport[rtx]' (Linux on x86_64, also without a GPU), or 'kvexport[tensorrt]' on the device",
+            fix=f"{install_command('tensorrt-rtx')} (Linux on x86_64, also without a GPU), "
+            f"or {install_command('tensorrt')} on the device",
         )
     if capabilities or gpu is None:
         if "tensorrt-rtx" not in installed:
@@ -73,7 +75,7 @@ def choose_destination(
                 "TensorRT builds only on the GPU that will run the engine, and here is none"
                 if gpu is None
                 else "only TensorRT-RTX builds for a --compute-capability, and it is not installed",
-                fix="run this on the device, or build for a desktop GPU: pip install 'kvexport[rtx]'",
+                fix=f"run this on the device, or build for a desktop GPU: {install_command('tensorrt-rtx')}",
             )
         if not capabilities:
             raise UsageError(

@@ -16,12 +16,13 @@ from typing import Any
 from kvexport.devices.capabilities import OLDEST_TENSORRT
 from kvexport.devices.versions import Version, release_of
 from kvexport.errors import CannotRunHere
+from kvexport.packages import PACKAGES, install_command
 
-MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+MODULES = {engine: PACKAGES[engine].module for engine in ("tensorrt", "tensorrt-rtx")}
 _INSTALL = {
-    "tensorrt": "pip install 'kvexport[tensorrt]'; on a Jetson TensorRT comes with JetPack: sudo apt install python3-libnvinfer, "
+    "tensorrt": f"{install_command('tensorrt')}; on a Jetson TensorRT comes with JetPack: sudo apt install python3-libnvinfer, "
     "and a virtual environment made with --system-site-packages",
-    "tensorrt-rtx": "pip install 'kvexport[rtx]' (Linux on x86_64)",
+    "tensorrt-rtx": f"{install_command('tensorrt-rtx')} (Linux on x86_64)",
 }
 _SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
 _MATTERS = ("could not be allocated", "not enough memory", "insufficient memory", "out of memory")

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kvexport.errors import CannotRunHere
 from kvexport.model.decoder import Attention, Linear
+from kvexport.packages import install_command
 
 _LINEARS = ("q", "k", "v", "o")
 _MAPS = ("key_map", "query_map", "value_map")
@@ -69,7 +70,7 @@ def adapt(layers: Sequence[TrainableAttention], rank: int, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise CannotRunHere("adapters of low rank need peft", fix="pip install 'kvexport[heal]'") from error
+        raise CannotRunHere("adapters of low rank need peft", fix=install_command("peft")) from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_LINEARS), bias="all")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

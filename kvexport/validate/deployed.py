@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, KEY, STATE, VALUE, attention_tap, residual_tap
 from kvexport.errors import CannotRunHere
+from kvexport.packages import PACKAGES, install_command
 from kvexport.progress import Progress
 from kvexport.validate.layerwise import COMPUTED_IN, GARBAGE, heads_side_by_side
 from kvexport.validate.reference_run import array_name
@@ -166,7 +167,7 @@ def _loaded(load: Callable[[], onnxruntime.InferenceSession]) -> onnxruntime.Inf
         raise CannotRunHere(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the bundle's graph",
             got=str(error).splitlines()[0],
-            expected="onnxruntime 1.28 or later",
+            expected=f"onnxruntime {PACKAGES['onnxruntime'].minimum} or later",
             fix="pip install --upgrade onnxruntime",
         ) from error
 
@@ -177,7 +178,7 @@ def _require_packages() -> None:
         raise CannotRunHere(
             "validation reads the graph, which needs packages that are not installed",
             got=f"no {', '.join(missing)}",
-            fix="pip install 'kvexport[convert,cpu]'",
+            fix=install_command("torch", "onnxruntime"),
         )
 
 

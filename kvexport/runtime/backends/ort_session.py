@@ -11,6 +11,7 @@ import onnxruntime
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.graph_io import LOWERED_FILES
 from kvexport.errors import BundleError, CannotRunHere, UsageError
+from kvexport.packages import install_command
 
 CUDA = "CUDAExecutionProvider"
 MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, and does nothing else until they are there
@@ -80,7 +81,7 @@ def session_on(
         raise CannotRunHere(
             "ONNX Runtime could not start on the GPU",
             got=f"{', '.join(session.get_providers())} alone",
-            fix="pip install 'kvexport[gpu]'; what failed to load is in the warning above",
+            fix=f"{install_command('onnxruntime-gpu')}; what failed to load is in the warning above",
         )
     return session
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.errors import CannotRunHere, UsageError
+from kvexport.packages import install_command
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.backends.tensorrt_select import Engine, engine_directories, find_engine
 from kvexport.runtime.cache.device_arrays import Device, OnDevice
@@ -121,7 +122,7 @@ def require_onnxruntime() -> None:
     except ModuleNotFoundError as error:
         if error.name != "onnxruntime":
             raise
-        raise CannotRunHere("onnxruntime is not installed", fix="pip install 'kvexport[cpu]'") from error
+        raise CannotRunHere("onnxruntime is not installed", fix=install_command("onnxruntime")) from error
 
 
 def _cuda() -> Provider:
@@ -136,7 +137,7 @@ def _cuda() -> Provider:
             "this ONNX Runtime was built without CUDA",
             got=f"onnxruntime {onnxruntime.__version__} "
             f"with {', '.join(onnxruntime.get_available_providers())}",
-            fix="pip uninstall onnxruntime && pip install 'kvexport[gpu]'; or run on the CPU with --provider cpu",
+            fix=f"pip uninstall onnxruntime && {install_command('onnxruntime-gpu')}; or run on the CPU with --provider cpu",
         )
     return Provider("cuda", Cuda())
 

@@ -18,12 +18,8 @@ from kvexport.bundle.engine_record import (
 from kvexport.devices.versions import release_of
 from kvexport.errors import BundleError, CannotRunHere
 from kvexport.files.hashing import sha256_of
+from kvexport.packages import PACKAGES, install_command
 from kvexport.runtime.cache.device_arrays import Device
-
-_MODULES = {
-    "tensorrt": ("tensorrt", "pip install 'kvexport[tensorrt]'"),
-    "tensorrt-rtx": ("tensorrt_rtx", "pip install 'kvexport[rtx]'"),
-}
 
 
 class OtherEngine(BundleError):
@@ -125,14 +121,14 @@ def _library(record: BuildRecord) -> Any:
     Raises:
         CannotRunHere: it is not installed, does not load, or is of another version.
     """
-    name, install = _MODULES[record.engine]
+    name = PACKAGES[record.engine].module
     try:
         trt = import_module(name)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
         raise CannotRunHere(
             f"needs {record.engine} {record.version}, which {'is not installed' if missing else f'does not load: {error}'}",
-            fix=install,
+            fix=install_command(record.engine),
         ) from error
     if trt.__version__ != record.version and not _runs_later(record, trt.__version__):
         raise CannotRunHere(f"was built with {record.engine} {record.version}, here is {trt.__version__}")
