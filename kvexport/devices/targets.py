@@ -1,31 +1,35 @@
-"""Targets (`graphs/targets/*.toml`): the devices and engines that a bundle may be meant for, as published figures.
-
-Knows the vocabulary of a target's file, which TensorRT each JetPack carries, and which lowering a TensorRT imports;
-looks at no machine and predicts nothing.
-"""
+"""Targets: a device with an engine, described by published values in `graphs/targets/*.toml` or a user's file."""
 
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvexport.devices.capabilities import OLDEST_TENSORRT, capabilities_of
 from kvexport.devices.versions import Version, is_version, parse_version
 from kvexport.errors import UsageError
 from kvexport.files.resources import resource
+from kvexport.files.schema import Table
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
-
-_ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime")
-_GB, _TERA = 1e9, 1e12
-_LEAST, _MOST = 1e-3, 1e9  # of any figure: no device is beyond, and arithmetic stays finite
+ENGINES = ("tensorrt", "tensorrt-rtx", "onnxruntime")
+_GIB, _GB, _TERA = 2**30, 1e9, 1e12
+_SMALLEST, _LARGEST = 1e-3, 1e9  # no device is outside this range, and arithmetic inside it stays finite
+_SM = re.compile(r"[0-9]{1,3}\.[0-9]")
+_SM_EXPECTED = 'a compute capability such as "8.7"'
+_VERSION_EXPECTED = 'a version such as "10.3.0.30"'
+# Keys whose values are published somewhere, so that [sources] must name where.
+_SOURCED = (
+    "sm",
+    "memory_gib",
+    "usable",
+    "bandwidth_gb_s",
+    "fp16_tflops",
+    "int8_tops",
+    "jetpacks",
+    "tensorrt",
+)
 
 
 @dataclass(frozen=True)
@@ -33,19 +37,19 @@ class Target:
     """One device with one engine.
 
     Attributes:
-        name: the stem of its file, as `--target` takes it.
-        title: its name for people.
+        name: the stem of its file name; the value of `--target` for shipped targets.
+        title: the device's name in tables and messages.
         engine: "tensorrt", "tensorrt-rtx" or "onnxruntime".
         sm: compute capability such as "8.7"; None for a CPU.
-        memory: bytes in all.
-        usable: share of `memory` that an application can have.
-        bandwidth: bytes per second between memory and processor.
-        fp16: dense FLOP per second; None where none is published.
-        int8: dense operations per second; None where none is published.
-        unified: CPU and GPU share the memory.
-        jetpacks: JetPack version -> TensorRT version; empty for what is no Jetson.
-        tensorrt: the TensorRT (or TensorRT-RTX) version assumed unless another is named; None for onnxruntime.
-        sources: key of the file -> where its figure is published.
+        memory: total memory in bytes.
+        usable: share of `memory` that an application can use.
+        bandwidth: memory bandwidth in bytes per second.
+        fp16: dense FLOP per second; None if not published.
+        int8: dense operations per second; None if not published.
+        unified: whether CPU and GPU share the memory.
+        jetpacks: JetPack version to TensorRT version; empty except for Jetsons.
+        tensorrt: the default version of TensorRT or TensorRT-RTX; None for onnxruntime.
+        sources: key of the file to the source of its value.
     """
 
     name: str
@@ -64,15 +68,15 @@ class Target:
 
     @property
     def usable_bytes(self) -> int:
-        """Bytes that an application can have."""
+        """Bytes that an application can use."""
         return int(self.memory * self.usable)
 
 
 def load_target(name_or_path: str) -> Target:
-    """A shipped target by its name, or a user's own by the path of its TOML file.
+    """Load a shipped target by its name, or a user's target from a TOML file.
 
     Raises:
-        UsageError: no such target or file, or the file is wrong: it names the key, what was seen and what is allowed.
+        UsageError: there is no such target or file, or the file is invalid; the error names the key, got and expected.
     """
     shipped = _shipped()
     if name_or_path in shipped:
@@ -81,51 +85,54 @@ def load_target(name_or_path: str) -> Target:
     if path.suffix == ".toml" and path.is_file():
         return _read(path)
     raise UsageError(
-        "no such target",
+        "the target must be a shipped target or a TOML file",
         got=repr(name_or_path),
         expected=f"{', '.join(shipped)}, or the path of a TOML file",
-        fix="`kvexport targets` lists those known; a TOML file with the same keys (--target my-board.toml) works the same",
+        fix="choose one that `kvexport targets` lists, or write a TOML file with the same keys: --target my-board.toml",
     )
 
 
 def known_targets() -> list[Target]:
-    """Every shipped target, by name.
+    """All shipped targets, sorted by name.
 
     Raises:
-        UsageError: a shipped file is wrong.
+        UsageError: a shipped file is invalid.
     """
     return [_read(path) for path in _shipped().values()]
 
 
 def tensorrt_version(target: Target, *, jetpack: str | None = None, tensorrt: str | None = None) -> Version:
-    """The TensorRT version of `target`: the one named, the one that `jetpack` carries, or the one assumed.
+    """The TensorRT version of a target: the one of `jetpack`, `tensorrt` itself, or the target's default.
 
     Raises:
-        UsageError: both are named, the target has no TensorRT or no such JetPack, or the version is too old.
+        UsageError: both are given, the target has no TensorRT or no such JetPack, or the version is too old.
     """
     if target.tensorrt is None:
         raise UsageError(
-            f"target {target.name} runs on {target.engine} and has no TensorRT", fix="choose another --target"
+            f"the target must have TensorRT; {target.name} runs on {target.engine}",
+            fix="choose another --target",
         )
     if jetpack is not None and tensorrt is not None:
         raise UsageError(
-            "JetPack and TensorRT are both named, and each says the version",
+            "only one of --jetpack and --tensorrt can be given: each sets the TensorRT version",
             got=f"JetPack {jetpack}, TensorRT {tensorrt}",
-            fix="give one of them",
+            fix="leave out one of them",
         )
     if jetpack is not None:
         if jetpack not in target.jetpacks:
             raise UsageError(
-                f"no TensorRT version is known for this JetPack on target {target.name}",
+                f"--jetpack must be a JetPack version of the target {target.name}",
                 got=jetpack,
-                expected=", ".join(target.jetpacks) or "none: it is no Jetson",
-                fix="name the version itself, such as --tensorrt 10.3.0",
+                expected=", ".join(target.jetpacks) or "none: the target is not a Jetson",
+                fix="give the TensorRT version instead, such as --tensorrt 10.3.0",
             )
         return parse_version(target.jetpacks[jetpack])
     version = parse_version(tensorrt if tensorrt is not None else target.tensorrt)
     if target.engine == "tensorrt" and version < OLDEST_TENSORRT:
         raise UsageError(
-            "this TensorRT is too old for any lowering", got=tensorrt, expected="10.3 or later (JetPack 6.1)"
+            "the TensorRT version is too old for every lowering",
+            got=tensorrt,
+            expected="10.3 or later (JetPack 6.1)",
         )
     return version
 
@@ -134,7 +141,7 @@ def lowering_for(target: Target, version: Version | None = None) -> str:
     """The best lowering that a target imports.
 
     Args:
-        version: of its TensorRT; None: the version that `tensorrt_version` assumes.
+        version: the version of its TensorRT; None: the target's default.
 
     Returns:
         "std24", "decomposed17" or "ort".
@@ -151,121 +158,91 @@ def _shipped() -> dict[str, Path]:
     }
 
 
-@dataclass(frozen=True)
-class _Key:
-    """What a key of a target's file may hold."""
-
-    kind: type | tuple[type, ...]
-    allowed: str
-    holds: Callable[[Any], bool]
-    optional: bool = False
-    figure: bool = False  # needs an entry in [sources]
-
-
-def _positive(allowed: str, *, optional: bool = False) -> _Key:
-    return _Key((int, float), allowed, lambda value: _LEAST <= value <= _MOST, optional, figure=True)
-
-
-def _versions(table: dict[str, Any]) -> bool:
-    return all(
-        isinstance(value, str) and is_version(f"{key}") and is_version(value) for key, value in table.items()
-    )
-
-
-_KEYS = {
-    "title": _Key(str, "a name for people", lambda value: bool(value.strip()) and value.isprintable()),
-    "engine": _Key(str, ", ".join(_ENGINES), lambda value: value in _ENGINES),
-    "sm": _Key(
-        str,
-        'a compute capability such as "8.7"',
-        lambda value: bool(re.fullmatch(r"[0-9]{1,3}\.[0-9]", value)),
-        True,
-        True,
-    ),
-    "memory_gib": _positive("GiB in all, 0.001 to 10^9"),
-    "usable": _Key(
-        (int, float), "a share of the memory, 0.001 to 1", lambda value: _LEAST <= value <= 1, figure=True
-    ),
-    "bandwidth_gb_s": _positive("10^9 bytes per second, 0.001 to 10^9"),
-    "fp16_tflops": _positive("10^12 dense operations per second, 0.001 to 10^9", optional=True),
-    "int8_tops": _positive("10^12 dense operations per second, 0.001 to 10^9", optional=True),
-    "unified": _Key(bool, "true or false", lambda value: True),
-    "jetpacks": _Key(
-        dict, 'JetPack versions with their TensorRT, such as "6.2" = "10.3.0.30"', _versions, True, True
-    ),
-    "tensorrt": _Key(str, 'a version such as "10.3.0.30"', is_version, True, True),
-    "sources": _Key(
-        dict,
-        "text for each figure",
-        lambda table: all(isinstance(said, str) and said.strip() for said in table.values()),
-    ),
-}
-
-
 def _read(path: Path) -> Target:
     try:
-        raw = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (
-        OSError,
-        ValueError,
-        RecursionError,
-    ) as error:  # tomllib's own, and int's for a number of 5000 digits
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
         raise UsageError(f"the target file {path.name} cannot be read: {error}") from error
-    _require_keys(raw, path.name)
-    figures = {name for name, key in _KEYS.items() if key.figure and name in raw}
-    if raw["sources"].keys() != figures:
-        raise UsageError(
-            f"{path.name}: [sources] must say where each figure is from, and nothing else",
-            got=", ".join(sorted(raw["sources"])) or "nothing",
-            expected=", ".join(sorted(figures)),
-        )
-    _require_agreement(raw, path.name)
-    return Target(
+    table = Table.from_toml(text, path.name)
+    jetpacks = _jetpacks(table)
+    target = Target(
         name=path.stem,
-        title=raw["title"],
-        engine=raw["engine"],
-        sm=raw.get("sm"),
-        memory=int(raw["memory_gib"] * 2**30),
-        usable=float(raw["usable"]),
-        bandwidth=raw["bandwidth_gb_s"] * _GB,
-        fp16=raw["fp16_tflops"] * _TERA if "fp16_tflops" in raw else None,
-        int8=raw["int8_tops"] * _TERA if "int8_tops" in raw else None,
-        unified=raw["unified"],
-        jetpacks=raw.get("jetpacks", {}),
-        tensorrt=raw.get("tensorrt"),
-        sources=raw["sources"],
+        title=_nonempty(table, "title"),
+        engine=table.string("engine", ENGINES),
+        sm=_matching(table, "sm", _SM.fullmatch, _SM_EXPECTED),
+        memory=int(table.number("memory_gib", _SMALLEST, _LARGEST) * _GIB),
+        usable=table.number("usable", _SMALLEST, 1),
+        bandwidth=table.number("bandwidth_gb_s", _SMALLEST, _LARGEST) * _GB,
+        fp16=_tera(table, "fp16_tflops"),
+        int8=_tera(table, "int8_tops"),
+        unified=table.boolean("unified"),
+        jetpacks=jetpacks,
+        tensorrt=_matching(table, "tensorrt", is_version, _VERSION_EXPECTED),
+        sources=_sources(table),
     )
+    table.only()
+    _require_versions(target, table)
+    return target
 
 
-def _require_keys(raw: Mapping[str, Any], where: str) -> None:
-    for name in sorted(raw.keys() - _KEYS.keys()):
-        raise UsageError(f"{where} has an unknown key", got=name, expected=", ".join(_KEYS))
-    for name, key in _KEYS.items():
-        if name not in raw:
-            if key.optional:
-                continue
-            raise UsageError(f"{where} lacks the key {name}", expected=key.allowed)
-        value = raw[name]
-        typed = isinstance(value, key.kind) and (key.kind is bool or not isinstance(value, bool))
-        if not typed or not key.holds(value):
-            raise UsageError(f"{where}: {name} is wrong", got=repr(value), expected=key.allowed)
+def _nonempty(table: Table, key: str) -> str:
+    text = table.string(key)
+    return text if text.strip() else table.fail(key, "text that is not empty")
 
 
-def _require_agreement(raw: Mapping[str, Any], where: str) -> None:
-    tensorrt, sm, version = raw["engine"] != "onnxruntime", raw.get("sm"), raw.get("tensorrt")
-    if tensorrt != (version is not None):
-        allowed = "a version" if tensorrt else f"no such key with engine {raw['engine']}"
-        raise UsageError(f"{where}: tensorrt contradicts the engine", got=repr(version), expected=allowed)
-    if tensorrt and sm is None:
+def _matching(table: Table, key: str, matches: Callable[[str], object], expected: str) -> str | None:
+    if not table.has(key):
+        return None
+    value = table.value(key)
+    return value if isinstance(value, str) and matches(value) else table.fail(key, expected)
+
+
+def _tera(table: Table, key: str) -> float | None:
+    return table.number(key, _SMALLEST, _LARGEST) * _TERA if table.has(key) else None
+
+
+def _jetpacks(table: Table) -> dict[str, str]:
+    """JetPack version to TensorRT version; empty without the key."""
+    if not table.has("jetpacks"):
+        return {}
+    versions = table.table("jetpacks").mapping()
+    for jetpack, version in versions.items():
+        if not is_version(jetpack) or not isinstance(version, str) or not is_version(version):
+            table.fail("jetpacks", 'JetPack versions with their TensorRT, such as "6.2" = "10.3.0.30"')
+    return dict(versions)
+
+
+def _sources(table: Table) -> dict[str, str]:
+    """Key of each published value to its source; every such key of the file must be there, and no other."""
+    sources = table.table("sources")
+    texts = {key: _nonempty(sources, key) for key in sources}
+    expected = sorted(key for key in _SOURCED if table.has(key))
+    if sorted(texts) != expected:
         raise UsageError(
-            f"{where} lacks the key sm, which engine {raw['engine']} needs", expected=_KEYS["sm"].allowed
+            f"{sources.path} must give the source of each published value, and nothing else",
+            got=", ".join(sorted(texts)) or "nothing",
+            expected=", ".join(expected),
         )
-    if raw["engine"] == "tensorrt":
-        for name in ["tensorrt"] * bool(version) + [
-            f"jetpacks.{jetpack}" for jetpack in raw.get("jetpacks", {})
-        ]:
-            said = version if name == "tensorrt" else raw["jetpacks"][name.removeprefix("jetpacks.")]
-            if parse_version(str(said)) < OLDEST_TENSORRT:
+    return texts
+
+
+def _require_versions(target: Target, table: Table) -> None:
+    """Require the version and the compute capability that the engine needs."""
+    if target.engine == "onnxruntime":
+        if target.tensorrt is not None:
+            table.fail("tensorrt", "no such key with engine onnxruntime")
+        return
+    if target.tensorrt is None:
+        table.fail("tensorrt", _VERSION_EXPECTED)
+    if target.sm is None:
+        table.fail("sm", _SM_EXPECTED)
+    if target.engine == "tensorrt":
+        versions = {"tensorrt": target.tensorrt}
+        versions |= {f"jetpacks.{jetpack}": version for jetpack, version in target.jetpacks.items()}
+        for key, version in versions.items():
+            if parse_version(version) < OLDEST_TENSORRT:
                 raise UsageError(
-                    f"{where}: {name} is too old for any lowering", got=said, expected="10.3 or later"
+                    f"{table.path}: {key} is too old for every lowering",
+                    got=version,
+                    expected="10.3 or later",
                 )

@@ -160,7 +160,7 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
         (["--max-kl", "0"], "above 0"),
         (["--max-kl", "0.1", "--method", "svd-a"], "--method auto, online, fold"),
         (["--heal-lora", "4"], "add --heal"),
-        (["--target", "no-such-board"], "no such target"),
+        (["--target", "no-such-board"], "the target must be a shipped target"),
         (["--capacity", "257"], "1 to 256"),
         (["--capacity", "0"], "1 to 256"),
         (["--length", "300"], "at most 256"),

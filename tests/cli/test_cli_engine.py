@@ -67,7 +67,7 @@ def test_a_tensorrt_error_is_shown_as_a_kvexport_error_without_other_output(bund
     [
         (["--target", "orin-nano-8gb"], 3, "copy the bundle to the device"),
         (["--target", "cpu"], 2, "needs no engine"),
-        (["--target", "toaster"], 2, "no such target"),
+        (["--target", "toaster"], 2, "the target must be a shipped target"),
         (["--chunk", "65", "--target", "rtx-4090"], 2, "1 to 64"),
         (["--batch", "x"], 2, "--batch"),
     ],

@@ -1,7 +1,8 @@
-"""Targets: every shipped one is complete and published somewhere, and a file with anything wrong is refused by name."""
+"""`kvexport.devices.targets`: shipped targets are complete, and errors in a target file name the key."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -51,7 +52,7 @@ jetpacks = "a page"
 
 
 @pytest.fixture
-def write(tmp_path: Path) -> object:
+def write(tmp_path: Path) -> Callable[..., str]:
     def write(text: str, name: str = "my-board.toml") -> str:
         path = tmp_path / name
         path.write_text(text, encoding="utf-8")
@@ -60,14 +61,14 @@ def write(tmp_path: Path) -> object:
     return write
 
 
-def test_every_shipped_target_is_there_in_order() -> None:
+def test_lists_every_shipped_target_in_order() -> None:
     names = [target.name for target in known_targets()]
     assert set(names) == NAMES
     assert names == sorted(names)
 
 
 @pytest.mark.parametrize("name", sorted(NAMES))
-def test_a_shipped_target_is_plausible_and_sourced(name: str) -> None:
+def test_a_shipped_target_has_plausible_values_and_sources(name: str) -> None:
     target = load_target(name)
     assert target.name == name
     assert target.title
@@ -91,13 +92,13 @@ def test_a_shipped_target_is_plausible_and_sourced(name: str) -> None:
         assert tensorrt_version(target, jetpack=jetpack) >= (10, 3)
 
 
-def test_super_mode_is_faster_and_holds_the_same() -> None:
+def test_super_mode_has_more_bandwidth_and_equal_memory() -> None:
     plain, fast = load_target("orin-nano-8gb"), load_target("orin-nano-8gb-super")
     assert fast.bandwidth == pytest.approx(1.5 * plain.bandwidth)
     assert fast.memory == plain.memory == 8 * 2**30
 
 
-def test_a_users_file_works_the_same(write) -> None:  # type: ignore[no-untyped-def]
+def test_loads_a_users_file(write: Callable[..., str]) -> None:
     target = load_target(write(GOOD))
     assert (target.name, target.title, target.sm) == ("my-board", "My board", "8.7")
     assert (target.memory, target.usable_bytes) == (8 * 2**30, 4 * 2**30)
@@ -105,7 +106,7 @@ def test_a_users_file_works_the_same(write) -> None:  # type: ignore[no-untyped-
     assert lowering_for(target) == "decomposed17"
 
 
-def test_a_shipped_file_may_be_copied(write) -> None:  # type: ignore[no-untyped-def]
+def test_loads_an_edited_copy_of_a_shipped_file(write: Callable[..., str]) -> None:
     shipped = Path(__file__).resolve().parent.parent.parent / "graphs" / "targets" / "cpu.toml"
     mine = load_target(
         write(shipped.read_text(encoding="utf-8").replace("memory_gib = 16", "memory_gib = 32"), "mine.toml")
@@ -114,12 +115,12 @@ def test_a_shipped_file_may_be_copied(write) -> None:  # type: ignore[no-untyped
 
 
 @pytest.mark.parametrize("name", ["orin", "", "/nowhere/at/all.toml", "cpu.toml", "../cpu"])
-def test_an_unknown_target_names_those_known(name: str) -> None:
-    with pytest.raises(UsageError) as refused:
+def test_the_error_for_an_unknown_target_lists_the_known_ones(name: str) -> None:
+    with pytest.raises(UsageError) as caught:
         load_target(name)
-    assert "orin-nano-8gb" in str(refused.value)
-    assert "TOML" in str(refused.value)
-    assert repr(name) in str(refused.value)
+    assert "orin-nano-8gb" in str(caught.value)
+    assert "TOML" in str(caught.value)
+    assert repr(name) in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -133,8 +134,8 @@ def test_an_unknown_target_names_those_known(name: str) -> None:
             'engine = "tensorrt"',
             'engine = "onnxruntime"',
             "tensorrt",
-        ),  # an engine without TensorRT has no version
-        ('tensorrt = "10.3.0"', "", "sources"),  # the source of a figure that is not there
+        ),  # ONNX Runtime has no TensorRT version
+        ('tensorrt = "10.3.0"', "", "sources"),  # a source without its value
         ('tensorrt = "10.3.0"', 'tensorrt = "ten"', "tensorrt"),
         ('tensorrt = "10.3.0"', 'tensorrt = "8.6.2"', "too old"),
         ('tensorrt = "10.3.0"', "tensorrt = 10.3", "tensorrt"),
@@ -147,11 +148,11 @@ def test_an_unknown_target_names_those_known(name: str) -> None:
         ("memory_gib = 8", "memory_gib = true", "memory_gib"),
         ("memory_gib = 8", "memory_gib = inf", "memory_gib"),
         ("memory_gib = 8", "memory_gib = nan", "memory_gib"),
-        ("memory_gib = 8", "memory_gib = 1e300", "memory_gib"),  # beyond float once it is bytes
+        ("memory_gib = 8", "memory_gib = 1e300", "memory_gib"),  # exceeds a float64 once multiplied to bytes
         ("memory_gib = 8", "memory_gib = 1e-300", "memory_gib"),
         ("memory_gib = 8", f"memory_gib = {10**400}", "memory_gib"),
-        ("memory_gib = 8", f"memory_gib = {'1' * 5000}", "cannot be read"),
-        ("memory_gib = 8", f"memory_gib = {'[' * 50_000}", "cannot be read"),
+        ("memory_gib = 8", f"memory_gib = {'1' * 5000}", "must be TOML"),
+        ("memory_gib = 8", f"memory_gib = {'[' * 50_000}", "must be TOML"),
         ("usable = 0.5", "usable = 0", "usable"),
         ("usable = 0.5", "usable = 1.01", "usable"),
         ("usable = 0.5", "usable = 50", "usable"),
@@ -171,31 +172,33 @@ def test_an_unknown_target_names_those_known(name: str) -> None:
         ('usable = "a page"', "", "sources"),
         ('usable = "a page"', 'usable = ""', "sources"),
         ('usable = "a page"', 'usable = "a page"\nint8_tops = "a page"', "sources"),
-        ('title = "My board"', 'title = "My board', "cannot be read"),
+        ('title = "My board"', 'title = "My board', "must be TOML"),
         ('title = "My board"', 'title = "My board"\nwatts = 15', "watts"),
     ],
 )
-def test_a_wrong_file_is_refused_by_key(write, old: str, new: str, named: str) -> None:  # type: ignore[no-untyped-def]
+def test_the_error_for_an_invalid_file_names_the_key(
+    write: Callable[..., str], old: str, new: str, named: str
+) -> None:
     assert GOOD.count(old) == 1 or old.startswith(("tensorrt", "usable", "sm"))
-    with pytest.raises(UsageError) as refused:
+    with pytest.raises(UsageError) as caught:
         load_target(write(GOOD.replace(old, new, 1)))
-    assert "my-board.toml" in str(refused.value)
-    assert named in str(refused.value)
+    assert "my-board.toml" in str(caught.value)
+    assert named in str(caught.value)
 
 
-def test_a_gpu_target_needs_its_compute_capability(write) -> None:  # type: ignore[no-untyped-def]
+def test_requires_a_compute_capability_for_a_gpu(write: Callable[..., str]) -> None:
     text = GOOD.replace('sm = "8.7"\n', "").replace('sm = "a page"\n', "")
-    with pytest.raises(UsageError, match="lacks the key sm"):
+    with pytest.raises(UsageError, match="sm is missing"):
         load_target(write(text))
 
 
-def test_a_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UsageError, match=r"bad\.toml cannot be read"):
         load_target(str(tmp_path / "bad.toml"))
 
 
-def test_which_tensorrt_a_target_has() -> None:
+def test_finds_the_tensorrt_version_of_a_target() -> None:
     nano, thor = load_target("orin-nano-8gb"), load_target("thor-t5000")
     assert tensorrt_version(nano) == (10, 3, 0, 30)
     assert tensorrt_version(nano, jetpack="7.2") == (10, 16, 2, 10)
@@ -205,7 +208,7 @@ def test_which_tensorrt_a_target_has() -> None:
     assert tensorrt_version(load_target("rtx-4090"), tensorrt="1.2.0") == (1, 2, 0)
 
 
-def test_a_version_that_a_target_cannot_have_is_refused() -> None:
+def test_rejects_a_version_that_a_target_cannot_have() -> None:
     nano = load_target("orin-nano-8gb")
     for arguments in (
         {"jetpack": "7.0"},
@@ -215,13 +218,13 @@ def test_a_version_that_a_target_cannot_have_is_refused() -> None:
     ):
         with pytest.raises(UsageError):
             tensorrt_version(nano, **arguments)
-    with pytest.raises(UsageError, match="no Jetson"):
+    with pytest.raises(UsageError, match="not a Jetson"):
         tensorrt_version(load_target("h200"), jetpack="6.2")
-    with pytest.raises(UsageError, match="has no TensorRT"):
+    with pytest.raises(UsageError, match="must have TensorRT"):
         tensorrt_version(load_target("cpu"))
 
 
-def test_which_lowering_a_target_imports() -> None:
+def test_finds_the_lowering_of_a_target() -> None:
     nano = load_target("orin-nano-8gb")
     assert lowering_for(nano) == "decomposed17"
     assert lowering_for(nano, (10, 13, 3, 9)) == lowering_for(nano, (10, 14)) == "decomposed17"

@@ -83,7 +83,7 @@ def test_what_was_asked_for(
         ("orin-nano-8gb", ("8.7",), NANO, BOTH, UsageError, "leave out --compute-capability"),
         ("rtx-4090", ("8.6",), None, ONLY_RTX, UsageError, "add --compute-capability 8.9"),
         ("cpu", (), NANO, BOTH, UsageError, "needs no engine"),
-        ("toaster", (), NANO, BOTH, UsageError, "no such target"),
+        ("toaster", (), NANO, BOTH, UsageError, "the target must be a shipped target"),
     ],
 )
 def test_what_cannot_be_built(
