@@ -140,6 +140,7 @@ def test_the_cosine_of_heads_does_see_rotation_and_cka_a_stretch() -> None:
     assert float(cka(torch.stack((head, stretched)))[0, 1]) < 0.95
 
 
+@pytest.mark.slow
 def test_one_layer_is_read_at_a_time() -> None:
     decoder = make_decoder(layers=4)
     alive: list[weakref.ref[Layer]] = []

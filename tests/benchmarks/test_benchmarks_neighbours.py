@@ -91,6 +91,7 @@ def test_at_the_full_budget_nothing_is_lost(name: str, style: str) -> None:
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("head_dim", [8, 32])
 def test_no_more_is_cached_than_the_budget_and_most_of_it_is_used(name: str, head_dim: int) -> None:

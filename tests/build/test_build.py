@@ -33,6 +33,7 @@ def build(checkpoint: Path, output: Path, *options: object) -> dict[str, Any]:
     return report
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "qwen2", "qwen3"])
 def test_a_bundle_of_every_family_and_dtype_is_proved(
@@ -102,6 +103,7 @@ def test_statistics_of_another_checkpoint_are_refused(tiny_checkpoint: Any, tmp_
     assert not (tmp_path / "b").exists()
 
 
+@pytest.mark.slow
 def test_the_same_seed_gives_the_same_bundle_and_another_does_not(
     tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
@@ -304,6 +306,7 @@ def test_demo_and_checkpoint_are_one_or_the_other(tmp_path: Path) -> None:
         assert "--demo" in str(result.exception)
 
 
+@pytest.mark.slow
 def test_what_float16_cannot_hold_stays_float32_and_is_said(
     tiny_checkpoint: Any, edit_checkpoint: Any, tmp_path: Path
 ) -> None:

@@ -118,6 +118,7 @@ def calibration(source: Path) -> torch.Tensor:
     return calibration_windows(load_decoder(source), source, plan().recipe, lambda *_: None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [20, 34])  # in the second layer; end to end
 def test_a_killed_build_goes_on_and_makes_the_same_bundle(step: int, source: Path, tmp_path: Path) -> None:
     asked, whole, killed = plan(heal=STEPS), tmp_path / "whole", tmp_path / "killed"

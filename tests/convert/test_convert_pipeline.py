@@ -340,6 +340,7 @@ def _watched(decoder: Decoder) -> tuple[Decoder, list[int]]:
     return dataclasses.replace(decoder, layers=LazyLayers(len(decoder.layers), read)), counts
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["convert", "keep", "measure", "unconverted"])
 def test_one_layer_is_alive_at_a_time(what: str) -> None:
     decoder = make_decoder("llama", layers=4)

@@ -168,6 +168,7 @@ def keys(value: object, free: tuple[str, ...] = ("files", "layers", "tolerances"
     return set(value).union(*(keys(each) for part in inside for each in part))
 
 
+@pytest.mark.slow
 def test_the_site_builds_and_loads_nothing_from_elsewhere(tmp_path: Path) -> None:
     mkdocs = [sys.executable, "-m", "mkdocs", "build", "--quiet", "--strict", "--site-dir", str(tmp_path)]
     built = subprocess.run(mkdocs, cwd=ROOT, capture_output=True, text=True)

@@ -87,6 +87,7 @@ def contents_are_right(cache: EvictingCache, key: Tensor, value: Tensor) -> None
                 assert torch.equal(cache.value[0, head, slot], value[0, head, position])
 
 
+@pytest.mark.slow
 @given(evictions(), st.none() | st.integers(2, 8), st.integers(0, 2**16))
 def test_single_tokens_leave_what_the_definition_leaves(
     eviction: Eviction, window: int | None, seed: int
@@ -103,6 +104,7 @@ def test_single_tokens_leave_what_the_definition_leaves(
     contents_are_right(cache, key, value)
 
 
+@pytest.mark.slow
 @given(evictions(), st.integers(0, 2**16), st.data())
 def test_chunks_find_room_and_protected_tokens_stay(
     eviction: Eviction, seed: int, data: st.DataObject

@@ -23,6 +23,7 @@ def test_without_peft_the_command_that_installs_it_is_named(monkeypatch: pytest.
     assert "pip install 'kvexport[heal]'" in str(refused.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_adapters_come_nearer_to_the_original(style: str) -> None:
     pytest.importorskip("peft")

@@ -41,6 +41,7 @@ def assert_same(a: Healed, b: Healed) -> None:
     assert replace(a.report, seconds=0) == replace(b.report, seconds=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora_rank", [None, 2])
 @pytest.mark.parametrize(
     "step", [3, 18, 34, 36]
@@ -78,6 +79,7 @@ def test_a_finished_job_is_not_done_again(tmp_path: Path) -> None:
     ]  # the caller deletes it; nothing else is left
 
 
+@pytest.mark.slow
 def test_a_process_killed_outright_leaves_a_state_that_can_be_used(tmp_path: Path) -> None:
     """SIGKILL from inside a step: no handler, no cleanup."""
     script = """

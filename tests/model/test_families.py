@@ -209,6 +209,7 @@ def test_a_removed_line_is_missed_or_was_optional(key: tuple[str, int]) -> None:
         assert name in optional | set(parse_family(SHIPPED[file], file).defaults) | set(family.defaults)
 
 
+@pytest.mark.slow
 @given(st.text(max_size=80))
 def test_any_text_is_refused_in_our_words(text: str) -> None:
     with pytest.raises(UsageError, match=r"any\.toml"):

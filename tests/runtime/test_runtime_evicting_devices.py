@@ -62,6 +62,7 @@ STYLES: dict[str, Callable[[], Decoder]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_engines_equal_the_oracle(lowering: str, style: str, device: SimulatedDevice, tmp_path: Path) -> None:

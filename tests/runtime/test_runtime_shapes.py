@@ -54,6 +54,7 @@ def greedy(decoder: Decoder, prompt: list[int], steps: int) -> tuple[int, ...]:
     return tuple(ids[len(prompt) :])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "plan"),
     [
@@ -96,6 +97,7 @@ def test_a_built_bundle_generates_what_the_converted_model_does(
     ] != wanted  # a control: conversion changed something
 
 
+@pytest.mark.slow
 def test_auto_gives_layers_of_either_method_to_one_bundle(
     tiny_checkpoint: Callable[..., Path],
     edit_checkpoint: Callable[..., Path],

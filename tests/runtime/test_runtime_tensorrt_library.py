@@ -87,6 +87,7 @@ def test_no_input_or_output_must_be_in_the_hosts_memory(trt: Any, lowering: str,
     assert {tensor.name for tensor in tensors if tensor.is_shape_tensor} == set()
 
 
+@pytest.mark.slow
 def test_an_engine_that_does_not_load_says_what_tensorrt_says(
     trt: Any, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -86,6 +86,7 @@ def test_sound_bundles_are_ok(style: str, dtype: str, tmp_path: Path) -> None:
     assert report.continuation == 24 or dtype == "float16"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_sound_bundles_that_evict_are_ok(policy: str, dtype: str, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def proved(bundle: Path) -> ValidationReport:
     return prove(bundle, opened.graph, Progress(), opened.eviction)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("style", ["llama", "gqa", "bloom", "window"])
 def test_a_sound_bundle_passes(style: str, dtype: str, tmp_path: Path) -> None:
