@@ -29,6 +29,7 @@ def engine(*arguments: object) -> Ended:
     return run_kvexport("engine", *arguments)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 def test_table_and_json_show_the_same_record(bundle: Path) -> None:
     pytest.importorskip("tensorrt_rtx")

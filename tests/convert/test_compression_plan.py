@@ -72,6 +72,7 @@ def measured(decoder: Decoder, choice: CompressionPlan) -> tuple[float, float]:
 BOUNDS = (0.1, 0.03, 0.01, 0.003)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["llama", "bias"])
 def test_a_bound_is_kept_and_a_tighter_one_caches_more(style: str) -> None:
     decoder, widths = decoder_of(style), []
@@ -198,6 +199,7 @@ def test_a_width_or_a_group_size_binds_all_that_is_converted() -> None:
     } == {2}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("heads", "ratio"), [(8, 0.8), (12, 0.8), (16, 0.5)])
 def test_groups_of_any_size_may_be_wider_than_what_they_grow_from(heads: int, ratio: float) -> None:
     """Eight heads are matched as pairs of pairs of pairs; the width of all of them is more than a pair has."""

@@ -60,6 +60,7 @@ def spearman(pairs: list[tuple[float, float]]) -> float:
     return float(torch.corrcoef(torch.stack((ranks(predicted), ranks(found))))[0, 1])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "bloom", "qwen3"])
 def test_sensitivity_times_loss_is_what_one_layer_alone_is_measured_to_lose(style: str) -> None:
     """Within a factor of 2.5 at every width, and in nearly the same order over layers, methods and shapes."""
@@ -183,6 +184,7 @@ def test_heads_that_ignore_their_logits_are_not_sensitive_through_keys() -> None
 # Saved moments, capacity, memory
 
 
+@pytest.mark.slow
 def test_saved_moments_give_the_same_survey() -> None:
     decoder = decoder_of("gqa")
     tokens = random_windows(decoder, 9, 24)
@@ -211,6 +213,7 @@ def test_a_longer_capacity_costs_online_keys_and_not_folded_ones() -> None:
     assert torch.equal(unsaid.curves[ONLINE, 4].keys, near.curves[ONLINE, 4].keys)  # that of the windows
 
 
+@pytest.mark.slow
 def test_one_layer_is_alive_at_a_time() -> None:
     lazy, counts = _watched(make_decoder("llama", layers=4))
     found = analyze_sensitivity(lazy, random_windows(lazy, 4, 8), [ONLINE, FOLD], [1, 2, 4], 0.5)

@@ -68,6 +68,7 @@ def require_native(record: BuildRecord, style: str) -> None:
     assert record.decomposed == ()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_every_family_is_native_and_fused(style: str, rtx: Any, tiny: Callable[..., Path]) -> None:
     notes = Notes()
@@ -77,6 +78,7 @@ def test_every_family_is_native_and_fused(style: str, rtx: Any, tiny: Callable[.
     assert notes.steps > 50  # TensorRT's monitor drives our progress
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["llama", "bloom"])
 def test_the_lowering_for_older_versions_builds_too(style: str, rtx: Any, tiny: Callable[..., Path]) -> None:
     record = built(tiny(style, kv_heads=2), lowering="decomposed17")
@@ -146,6 +148,7 @@ def test_the_network_has_the_profiles_and_sizes_of_the_contract(rtx: Any, tiny: 
     assert list(profile["logits_index"]) == [(1, 1), (1, 1), (1, 16)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("style", "width", "dtype", "expected", "words"),
     [
@@ -187,6 +190,7 @@ def test_the_same_unmarked_does_not_build(
     assert not (bundle / "engines").exists()
 
 
+@pytest.mark.slow
 def test_widths_that_differ_take_the_other_lowering(
     rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -207,6 +211,7 @@ def test_nothing_that_is_not_onnx_gets_into_a_file(rtx: Any, tiny: Callable[...,
     assert {file.name: sha256_of(file) for file in bundle.iterdir() if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_an_engine_that_exists_is_replaced_only_by_force(rtx: Any, tiny: Callable[..., Path]) -> None:
     bundle = tiny()
     first = built(bundle)
@@ -276,6 +281,7 @@ def test_what_only_the_parser_finds_wrong_is_its_word(
     assert not (bundle / "engines").exists()
 
 
+@pytest.mark.slow
 def test_the_full_tensorrts_configuration_runs_through_the_same_path(
     rtx: Any, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:

@@ -55,6 +55,7 @@ def native(record: BuildRecord) -> list[int]:
     return [record.layers.get(name, 0) for name in NATIVE]
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("style", ["llama", "bloom"])
@@ -65,12 +66,14 @@ def test_is_native_and_fused(style: str, kv_heads: int, rtx: Any, evicting: Call
     assert record.layers["TOPK"] == 2
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 def test_the_lowering_for_older_versions_builds_too(rtx: Any, evicting: Callable[..., Path]) -> None:
     record = built(evicting(kv_heads=2), lowering="decomposed17")
     assert (record.lowering, native(record), record.layers["TOPK"]) == ("decomposed17", [0, 0], 2)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 def test_layers_that_are_left_alone_are_native_beside_the_others(
     rtx: Any, evicting: Callable[..., Path]
@@ -79,6 +82,7 @@ def test_layers_that_are_left_alone_are_native_beside_the_others(
     assert native(built(evicting(eviction=eviction, kv_heads=2))) == [5, 2]
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
 def test_large_budgets_and_batches_build(lowering: str, rtx: Any, evicting: Callable[..., Path]) -> None:
@@ -114,6 +118,7 @@ class Notes(Progress):
         self.notes.append(text)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 @pytest.mark.parametrize(
     ("sizes", "dtype", "expected", "words"),
@@ -139,6 +144,7 @@ def test_what_has_no_kernel_is_lowered_or_decomposed_and_said(
     assert words in note
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 def test_widths_that_differ_take_the_other_lowering(
     rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path

@@ -232,6 +232,7 @@ def test_the_real_builder_fuses_heads_of_128_and_of_256(rtx: Any, tmp_path: Path
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 def test_the_real_builder_takes_unequal_widths_in_the_other_lowering_alone(rtx: Any, tmp_path: Path) -> None:
     decoder = wide_decoder(("online", KVShape(1, 256, 128)), ("fold", KVShape(2, 64, 96)))

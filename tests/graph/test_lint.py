@@ -71,6 +71,7 @@ def test_attention_without_a_fused_kernel_is_a_note(name: str) -> None:
     assert [node.name for node in find_unfused_attention(case.make(), RTX)] == ["node"]
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", UNFUSED)
 def test_the_real_builder_takes_it_only_where_it_may_be_decomposed(name: str, rtx: Any) -> None:
@@ -81,6 +82,7 @@ def test_the_real_builder_takes_it_only_where_it_may_be_decomposed(name: str, rt
     assert builds(rtx, model)
 
 
+@pytest.mark.slow
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("width", [16, 24, 40, 64, 80, 96, 128, 200, 256])
 @pytest.mark.parametrize("lead", ["float16", "bfloat16"])
