@@ -1,6 +1,6 @@
-"""Benchmarks of bundles on the machine at hand: prefill, decode and memory, with what the machine says of itself."""
+"""Measure a bundle's prefill speed, decode speed and memory use on this machine."""
 
-from kvexport.bench.measure import Plan, Result, measure, ratios
+from kvexport.bench.measure import BenchOptions, Result, measure, ratios
 from kvexport.devices.telemetry import describe, readings
 
-__all__ = ["Plan", "Result", "describe", "measure", "ratios", "readings"]
+__all__ = ["BenchOptions", "Result", "describe", "measure", "ratios", "readings"]

@@ -1,7 +1,4 @@
-"""Times of prefill and decode of one bundle, or of two that take turns in one process.
-
-Knows sessions and clocks; must not know what a machine tells of itself, nor how results are shown.
-"""
+"""Measure the prefill and decode times of one bundle, or of two that alternate in one process."""
 
 from __future__ import annotations
 
@@ -18,26 +15,24 @@ from kvexport.errors import UsageError
 from kvexport.progress import Progress
 from kvexport.runtime.session import Session
 
-_WARM = 3  # steps at each depth before those that count; of a prefill, one call
-_PROMPT, _USUAL = 512, (0, 512, 4096)
-_LOOK, _LOOKS, _AT_REST = (
-    0.01,
-    200,
-    0.002,
-)  # seconds between looks, how many at most, processor seconds between two of them
+_WARM_UP_STEPS = 3  # uncounted steps at each depth; of the prefill, one call is uncounted
+_DEFAULT_PROMPT, _DEFAULT_DEPTHS = 512, (0, 512, 4096)
+_IDLE_INTERVAL = 0.01  # seconds between two readings of the processor time
+_IDLE_READINGS = 200  # at most
+_IDLE_SECONDS = 0.002  # processor time of an idle process in one interval, at most
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What to measure.
+class BenchOptions:
+    """What to measure. The field names are keys of the JSON that `kvexport bench` writes.
 
     Attributes:
-        prompt: tokens of a prefill; decode is measured apart.
-        depths: tokens of the text when decoding begins, one measurement each, the shallowest first; all of them are in the
-            cache, but for those that were evicted.
-        steps: tokens decoded at each depth, one by one; the text grows by as many.
-        repetitions: of the prefill.
-        seed: of the random token ids that fill prompt and cache.
+        prompt: tokens of a prefill.
+        depths: context lengths in tokens at which decode starts, in ascending order, one measurement each.
+            All tokens are in the cache, except those that were evicted.
+        steps: tokens decoded one by one at each depth.
+        repetitions: counted prefills.
+        seed: random seed of the token ids in prompt and cache.
     """
 
     prompt: int
@@ -55,48 +50,49 @@ class Plan:
         steps: int,
         repetitions: int,
         seed: int,
-    ) -> Plan:
-        """A plan whose prompt and depths, where they are None, are those of the usual ones that the sessions have room for."""
-        room = min(session.capacity for session in sessions)
-        fitting = [depth for depth in _USUAL if depth + _WARM + steps <= room] or [0]
-        chosen = sorted(set(fitting if depths is None else depths))
-        return cls(prompt or min(_PROMPT, room), tuple(chosen), steps, repetitions, seed)
+    ) -> BenchOptions:
+        """Make options. A prompt or depths of None become the usual ones that fit every session's
+        capacity."""
+        capacity = min(session.capacity for session in sessions)
+        defaults = [depth for depth in _DEFAULT_DEPTHS if depth + _WARM_UP_STEPS + steps <= capacity] or [0]
+        chosen = sorted(set(defaults if depths is None else depths))
+        return cls(prompt or min(_DEFAULT_PROMPT, capacity), tuple(chosen), steps, repetitions, seed)
 
     def check(self, sessions: Sequence[Session]) -> None:
-        """Refuse what does not fit.
+        """Require that prompt and depths fit.
 
         Raises:
-            UsageError: a prompt or a depth is beyond a session's capacity.
+            UsageError: the prompt or a depth exceeds a session's capacity.
         """
         for session in sessions:
-            decoded = _WARM + self.steps
+            decoded = _WARM_UP_STEPS + self.steps
             wanted = ("-p", self.prompt, 0), ("-d", max(self.depths), decoded)
             for option, tokens, more in wanted:
                 if tokens + more > session.capacity:
-                    steps = f", and the {more} tokens that are decoded" if more else ""
-                    fewer = f"{option} or -n" if more else option
+                    steps = f", and {more} decoded tokens" if more else ""
+                    smaller = f"{option} or -n" if more else option
                     raise UsageError(
-                        f"{option} asks for more tokens than {session.bundle.path} has room for",
+                        f"{option} must fit the capacity of {session.bundle.path}",
                         got=f"{tokens}{steps}",
-                        expected=f"{session.capacity} in all",
-                        fix=f"choose a smaller {fewer}, or build again with --capacity {tokens + more} or more",
+                        expected=f"at most {session.capacity} in total",
+                        fix=f"choose a smaller {smaller}, or build again with --capacity {tokens + more}",
                     )
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, with the calls that do not count."""
-        return {**asdict(self), "uncounted": {"prefill": 1, "decode": _WARM}}
+        """The options as JSON values, with the number of uncounted calls."""
+        return {**asdict(self), "uncounted": {"prefill": 1, "decode": _WARM_UP_STEPS}}
 
 
 @dataclass(frozen=True)
 class Point:
-    """One measurement.
+    """The times of one prefill length, or of decode at one depth.
 
     Attributes:
-        depth: tokens of the text when decoding began; of a prefill, its tokens.
-        tokens: that a call takes.
-        p50_ms, p90_ms, p99_ms: percentiles of a call's time.
+        depth: context length in tokens at which decode started; for a prefill, its length.
+        tokens: tokens of one call.
+        p50_ms, p90_ms, p99_ms: percentiles of the time of a call in milliseconds.
         tokens_per_second: at the median.
-        samples_ms: every call, in order.
+        samples_ms: time of every counted call in order, in milliseconds.
     """
 
     depth: int
@@ -110,15 +106,16 @@ class Point:
 
 @dataclass(frozen=True)
 class Result:
-    """One bundle's figures.
+    """The measurements of one bundle.
 
     Attributes:
-        kv_budget: tokens of a sequence that layers hold which evict; None: no layer does.
-        kv_bytes_planned: of the deepest point, all its tokens or as many as the budget, as the bundle's shapes say.
-        kv_bytes_allocated: what the session holds there.
-        device: what is known of the device's memory at the end; None on the CPU.
-        peak_device_bytes: the most of it that the driver said was in use, by whomever, after a prefill or the steps of a
-            depth. ONNX Runtime and TensorRT keep what they once took, so that nothing is missed between.
+        kv_budget: tokens of a sequence in the cache of a layer that evicts; None if no layer evicts.
+        kv_bytes_planned: bytes of the cache at the deepest point, by the bundle's shapes and budget.
+        kv_bytes_allocated: bytes of the cache that the session has allocated there.
+        device: the device's memory at the end; None on the CPU.
+        peak_device_bytes: the most device memory in use by all processes, read after the prefills and after
+            the steps of each depth. ONNX Runtime and TensorRT never give memory back, so that no peak is
+            missed.
     """
 
     provider: str
@@ -131,34 +128,35 @@ class Result:
     peak_device_bytes: int | None
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values."""
+        """The result as JSON values."""
         return asdict(self)
 
 
-class _Turn:
-    """One session, and what was found of it so far."""
+class _Measurement:
+    """One session, and its measurements so far."""
 
     def __init__(self, session: Session) -> None:
         self.session = session
         self.prefill: list[Point] = []
         self.decode: list[Point] = []
-        self.seconds: list[float] = []  # of the measurement that is going on
-        self._in_use: list[int] = []
+        self.seconds: list[float] = []  # counted calls since the last point
+        self._memory_in_use: list[int] = []
 
-    def call(self, do: Callable[[], object], counts: bool) -> None:
+    def call(self, function: Callable[[], object], counted: bool) -> None:
+        """Call and time a function."""
         begin = time.perf_counter()
-        do()
-        taken = time.perf_counter() - begin
-        if counts:
-            self.seconds.append(taken)
+        function()
+        seconds = time.perf_counter() - begin
+        if counted:
+            self.seconds.append(seconds)
 
-    def look(self) -> None:
-        """See how much of the device's memory is in use."""
+    def read_memory(self) -> None:
+        """Record how much of the device's memory is in use."""
         if (device := self.session.memory().device) is not None:
-            self._in_use.append(device.total - device.free)
+            self._memory_in_use.append(device.total - device.free)
 
     def point(self, depth: int, tokens: int) -> Point:
-        """What was timed since the last point."""
+        """The calls since the last point."""
         seconds, self.seconds = self.seconds, []
         return _point(depth, tokens, seconds)
 
@@ -174,65 +172,70 @@ class _Turn:
             ),
             kv_bytes_allocated=memory.bytes_allocated,
             device=None if memory.device is None else asdict(memory.device),
-            peak_device_bytes=max(self._in_use, default=None),
+            peak_device_bytes=max(self._memory_in_use, default=None),
         )
 
 
-def measure(sessions: Sequence[Session], plan: Plan, progress: Progress) -> list[Result]:
-    """Measure sessions that take turns, call by call, so that whatever disturbs the machine disturbs all of them.
+def measure(sessions: Sequence[Session], options: BenchOptions, progress: Progress) -> list[Result]:
+    """Measure sessions that alternate call by call, so that a disturbance of the machine affects all of them.
 
-    Every session gets the same tokens. The first calls of each measurement do not count. Where there are several, each
-    turn begins when the threads of the one before are at rest.
+    Every session gets the same tokens. The first calls of each measurement are not counted. With several
+    sessions, a call starts only when the threads of the session before are idle.
 
     Raises:
-        UsageError: as `Plan.check`.
+        UsageError: as `BenchOptions.check`.
     """
-    plan.check(sessions)
-    random = np.random.default_rng(plan.seed)
+    options.check(sessions)
+    random = np.random.default_rng(options.seed)
     vocab = min(session.bundle.model.vocab_size for session in sessions)
-    ids = random.integers(0, vocab, max(plan.prompt, *plan.depths, 1)).tolist()
-    turns = [_Turn(session) for session in sessions]
-    with progress.stage("Prefill", 1 + plan.repetitions):
-        for repetition in range(1 + plan.repetitions):
-            for turn in turns:
-                if len(turns) > 1:
-                    _rest()
-                turn.call(partial(turn.session.prefill, ids[: plan.prompt]), counts=repetition > 0)
+    ids = random.integers(0, vocab, max(options.prompt, *options.depths, 1)).tolist()
+    measurements = [_Measurement(session) for session in sessions]
+    with progress.stage("Prefill", 1 + options.repetitions):
+        for repetition in range(1 + options.repetitions):
+            for each in measurements:
+                if len(measurements) > 1:
+                    _wait_until_idle()
+                each.call(partial(each.session.prefill, ids[: options.prompt]), counted=repetition > 0)
             progress.advance()
-    for turn in turns:
-        turn.look()
-        turn.prefill.append(turn.point(plan.prompt, plan.prompt))
-    for depth in plan.depths:
-        with progress.stage(f"Decode at {depth}", _WARM + plan.steps):
-            for turn in turns:
+    for each in measurements:
+        each.read_memory()
+        each.prefill.append(each.point(options.prompt, options.prompt))
+    for depth in options.depths:
+        with progress.stage(f"Decode at {depth}", _WARM_UP_STEPS + options.steps):
+            for each in measurements:
                 if depth:
-                    turn.session.prefill(ids[:depth])
+                    each.session.prefill(ids[:depth])
                 else:
-                    turn.session.reset()
-            for step in range(_WARM + plan.steps):
-                for turn in turns:
-                    if len(turns) > 1:
-                        _rest()
-                    turn.call(partial(turn.session.step, [ids[step % len(ids)]]), counts=step >= _WARM)
+                    each.session.reset()
+            for step in range(_WARM_UP_STEPS + options.steps):
+                for each in measurements:
+                    if len(measurements) > 1:
+                        _wait_until_idle()
+                    token = ids[step % len(ids)]
+                    each.call(partial(each.session.step, [token]), counted=step >= _WARM_UP_STEPS)
                 progress.advance()
-        for turn in turns:
-            turn.look()
-            turn.decode.append(turn.point(depth, 1))
-    return [turn.result() for turn in turns]
+        for each in measurements:
+            each.read_memory()
+            each.decode.append(each.point(depth, 1))
+    return [each.result() for each in measurements]
 
 
-def _rest() -> None:
-    """Wait until no thread of this process works, two seconds at most. ONNX Runtime's wait for the next call by spinning
-    for some hundredths of a second, and would take the processor from another session's (its steps took twice as long)."""
-    for _ in range(_LOOKS):
+def _wait_until_idle() -> None:
+    """Wait until no thread of this process runs, for two seconds at most.
+
+    ONNX Runtime's threads spin for some hundredths of a second after a call, and would take processor time
+    from the next session's call: its steps took twice as long.
+    """
+    for _ in range(_IDLE_READINGS):
         before = time.process_time()
-        time.sleep(_LOOK)
-        if time.process_time() - before < _AT_REST:
+        time.sleep(_IDLE_INTERVAL)
+        if time.process_time() - before < _IDLE_SECONDS:
             return
 
 
 def ratios(one: Result, other: Result) -> list[dict[str, Any]]:
-    """How many times as long `other` takes, call by call: median and quartiles, for each prefill and each depth."""
+    """Times of `other` over times of `one`, call by call: median and quartiles of the prefill and each
+    depth."""
     compared = []
     for stage in ("prefill", "decode"):
         for a, b in zip(getattr(one, stage), getattr(other, stage), strict=True):

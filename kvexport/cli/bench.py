@@ -96,7 +96,7 @@ def command(
     to the capacity. The first prefill and the first three steps at each depth are not counted. A step takes one token
     and returns its logits; the time to choose the next token is not included.
     """
-    from kvexport.bench import Plan, describe, measure, readings
+    from kvexport.bench import BenchOptions, describe, measure, readings
     from kvexport.devices.telemetry import peak_host_bytes
     from kvexport.runtime import open_bundle
 
@@ -107,18 +107,18 @@ def command(
         )
     paths = [bundle] if compare is None else [bundle, compare]
     sessions = [open_bundle(path, provider=provider, threads=threads) for path in paths]
-    plan = Plan.fitting(sessions, prompt_tokens, depths, new_tokens, repetitions, seed)
-    plan.check(sessions)
+    options = BenchOptions.fitting(sessions, prompt_tokens, depths, new_tokens, repetitions, seed)
+    options.check(sessions)
     started, before = datetime.now(timezone.utc).isoformat(timespec="seconds"), readings()
     with progress_bar(quiet) as progress:
-        results = measure(sessions, plan, progress)
+        results = measure(sessions, options, progress)
     conditions = {
         "started": started,
         "machine": describe(),
         "before": before,
         "after": readings(),
         "threads": threads,
-        "settings": plan.to_json(),
+        "settings": options.to_json(),
         "turns_with": None if compare is None else [path.name for path in paths],
         "peak_host_bytes": peak_host_bytes(),  # of the process, that is of both bundles with --compare
     }

@@ -1,8 +1,8 @@
 """What each engine can take, one entry per engine and range of versions.
 
-Sources: the change log and operators.md of onnx/onnx-tensorrt up to 10.15, NVIDIA/TensorRT's CHANGELOG for 11.0, and
-NVIDIA's ONNX opset guide for 11.x. Everything about TensorRT-RTX was measured with TensorRT-RTX 1.7.1; the tests measure it
-again.
+Sources: the change log and operators.md of onnx/onnx-tensorrt up to 10.15, NVIDIA/TensorRT's CHANGELOG for
+11.0, and NVIDIA's ONNX opset guide for 11.x. Everything about TensorRT-RTX was measured with TensorRT-RTX
+1.7.1; the tests measure it again.
 """
 
 from __future__ import annotations
@@ -55,24 +55,26 @@ class EngineCapabilities:
 
 
 _OPERATORS_10_3 = """
-    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil Celu Clip
-    Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace DequantizeLinear Div Dropout
-    Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather GatherElements GatherND Gelu Gemm GlobalAveragePool
-    GlobalLpPool GlobalMaxPool Greater GreaterOrEqual GridSample GroupNormalization HardSigmoid HardSwish Hardmax Identity If
-    InstanceNormalization IsInf IsNaN LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop
-    LpNormalization LpPool MatMul Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not
-    OneHot Or PRelu Pad Pow QuantizeLinear RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range Reciprocal
-    ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd ReduceSum ReduceSumSquare Relu
-    Reshape Resize ReverseSequence RoiAlign Round Scan Scatter ScatterElements ScatterND Selu Shape Shrink Sigmoid Sign Sin
-    Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK
-    Transpose Trilu Unsqueeze Upsample Where Xor
+    Abs Acos Acosh Add And ArgMax ArgMin Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike
+    Ceil Celu Clip Concat Constant ConstantOfShape Conv ConvTranspose Cos Cosh CumSum DeformConv DepthToSpace
+    DequantizeLinear Div Dropout Einsum Elu Equal Erf Exp Expand EyeLike Flatten Floor GRU Gather
+    GatherElements GatherND Gelu Gemm GlobalAveragePool GlobalLpPool GlobalMaxPool Greater GreaterOrEqual
+    GridSample GroupNormalization HardSigmoid HardSwish Hardmax Identity If InstanceNormalization IsInf IsNaN
+    LRN LSTM LayerNormalization LeakyRelu Less LessOrEqual Log LogSoftmax Loop LpNormalization LpPool MatMul
+    Max MaxPool Mean MeanVarianceNormalization Min Mish Mod Mul Neg NonMaxSuppression NonZero Not OneHot Or
+    PRelu Pad Pow QuantizeLinear RNN RandomNormal RandomNormalLike RandomUniform RandomUniformLike Range
+    Reciprocal ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd
+    ReduceSum ReduceSumSquare Relu Reshape Resize ReverseSequence RoiAlign Round Scan Scatter ScatterElements
+    ScatterND Selu Shape Shrink Sigmoid Sign Sin Sinh Size Slice Softmax Softplus Softsign SpaceToDepth Split
+    Sqrt Squeeze Sub Sum Tan Tanh ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Upsample Where Xor
 """
 
 
 def _tensorrt() -> tuple[EngineCapabilities, ...]:
-    """TensorRT from 10.3 (JetPack 6.1), the oldest that kvexport builds with. Each entry adds to the one before."""
-    # No document found says what opset 10.3 reads: its ONNX is between 1.14 and 1.17 (opsets 19 to 22). 20 is from memory,
-    # not measured. 10.6 and 10.11 moved to ONNX 1.17 and 1.18; 10.15 and 11.0 document their opsets.
+    """TensorRT from 10.3 (JetPack 6.1), the oldest supported version. Each entry adds to the one before."""
+    # No document found says what opset 10.3 reads: its ONNX is between 1.14 and 1.17 (opsets 19 to 22). 20 is
+    # from memory, not measured. 10.6 and 10.11 moved to ONNX 1.17 and 1.18; 10.15 and 11.0 document their
+    # opsets.
     entries = [
         EngineCapabilities(
             engine="tensorrt",

@@ -1,4 +1,4 @@
-"""Probe NVIDIA GPUs: what they are by the CUDA driver, and their clocks, power, temperature and memory by NVML.
+"""Probe NVIDIA GPUs: identity by the CUDA driver; clocks, power, temperature and memory in use by NVML.
 
 Both libraries come with the driver and are called through ctypes, so that no package is needed.
 """
@@ -75,7 +75,8 @@ def read_gpus() -> list[GpuReading]:
 
 @contextmanager
 def memory_reader() -> Iterator[Callable[[], int | None]]:
-    """Give a function that returns the bytes in use on the first GPU by all processes; None if NVML does not report it."""
+    """Give a function that returns the bytes in use on the first GPU, by all processes; None if not
+    reported."""
     with _open_nvml() as nvml:
         handle = next(iter(_handles(nvml)), None) if nvml is not None else None
 

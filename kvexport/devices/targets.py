@@ -1,4 +1,4 @@
-"""Targets: a device with an engine, described by published values in `graphs/targets/*.toml` or a user's file."""
+"""Targets: devices with their engines, as published values in `graphs/targets/*.toml` or a user's file."""
 
 from __future__ import annotations
 
@@ -76,7 +76,8 @@ def load_target(name_or_path: str) -> Target:
     """Load a shipped target by its name, or a user's target from a TOML file.
 
     Raises:
-        UsageError: there is no such target or file, or the file is invalid; the error names the key, got and expected.
+        UsageError: there is no such target or file, or the file is invalid; the error names the key, got and
+            expected.
     """
     shipped = _shipped()
     if name_or_path in shipped:
@@ -88,7 +89,7 @@ def load_target(name_or_path: str) -> Target:
         "the target must be a shipped target or a TOML file",
         got=repr(name_or_path),
         expected=f"{', '.join(shipped)}, or the path of a TOML file",
-        fix="choose one that `kvexport targets` lists, or write a TOML file with the same keys: --target my-board.toml",
+        fix="choose one from `kvexport targets`, or write a TOML file with the same keys: --target my.toml",
     )
 
 

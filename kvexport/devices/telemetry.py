@@ -1,7 +1,7 @@
 """Describe this machine while it is measured: clocks, power mode, temperatures, memory.
 
-Read from Linux's sysfs, Jetson's nvpmodel and NVML. A value that the machine does not report is None, or missing from
-its table.
+Read from Linux's sysfs, Jetson's nvpmodel and NVML. A value that the machine does not report is None, or
+missing from its table.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ _JETSON_MEMORY_CLOCK = "sys/kernel/debug/bpmp/debug/clk/emc/rate"  # Hz; only ro
 
 
 def describe(root: Path = Path("/")) -> dict[str, Any]:
-    """What stays the same during a run: architecture, processor, cores, memory, board, L4T release and power mode."""
+    """What is constant during a run: architecture, processor, cores, memory, board, L4T release, power
+    mode."""
     model = re.search(r"^model name\s*:\s*(.+)$", text_of(root / "proc/cpuinfo"), re.MULTILINE)
     return {
         "architecture": platform.machine(),
@@ -34,7 +35,7 @@ def describe(root: Path = Path("/")) -> dict[str, Any]:
 
 
 def readings(root: Path = Path("/")) -> dict[str, Any]:
-    """What changes during a run: temperatures in degrees Celsius, clocks in MHz, CPU governors, and each GPU by NVML."""
+    """What changes during a run: temperatures in °C, clocks in MHz, CPU governors, and each GPU's reading."""
     temperatures: dict[str, float] = {}
     for zone in sorted((root / "sys/class/thermal").glob("thermal_zone*")):
         kind, value = text_of(zone / "type").strip(), _number(zone / "temp")

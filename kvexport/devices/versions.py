@@ -33,6 +33,7 @@ def parse_version(text: str) -> Version:
 
 
 def release_of(version: str) -> Version:
-    """The release numbers of a package's version: (2, 8, 0) of "2.8.0+cpu"; empty if it does not start with a number."""
+    """The leading numbers of a package's version, such as (2, 8, 0) of "2.8.0+cpu"; empty if there are
+    none."""
     release = _RELEASE.match(version)
     return tuple(map(int, release.group().split("."))) if release else ()

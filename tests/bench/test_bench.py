@@ -1,4 +1,4 @@
-"""Benchmarks: what is timed is what was asked for, two bundles take turns, and the machine's word is taken as it is."""
+"""`kvexport.bench` and `kvexport bench`: what is measured, how two bundles alternate, and what the machine reports."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from click.testing import CliRunner, Result
 from support.simulated_gpus import SimulatedGpu, simulate_gpus
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
-from kvexport.bench import Plan, describe, measure, ratios, readings
+from kvexport.bench import BenchOptions, describe, measure, ratios, readings
 from kvexport.bundle.bundle import Bundle
 from kvexport.cli import commands
 from kvexport.devices.telemetry import peak_host_bytes
@@ -46,8 +46,8 @@ def lines(*arguments: object) -> list[dict[str, Any]]:
     return [json.loads(line) for line in result.stdout.splitlines()]
 
 
-class Watched(Session):
-    """A session that writes down what is asked of it."""
+class RecordingSession(Session):
+    """A session that records its calls."""
 
     def __init__(self, path: Path, calls: list[tuple[Any, ...]], name: str = "") -> None:
         session = open_bundle(path, threads=1)
@@ -63,9 +63,9 @@ class Watched(Session):
         return super().step(token_ids, active)
 
 
-def test_prefill_and_decode_are_measured_apart_at_the_depths_asked_for(bundle: Path) -> None:
+def test_measures_prefill_and_decode_separately_at_the_given_depths(bundle: Path) -> None:
     calls: list[tuple[Any, ...]] = []
-    (result,) = measure([Watched(bundle, calls)], Plan(16, (0, 40), 4, 3, 0), Progress())
+    (result,) = measure([RecordingSession(bundle, calls)], BenchOptions(16, (0, 40), 4, 3, 0), Progress())
     assert calls[:4] == [("", "prefill", 16)] * 4  # one of them to warm up
     assert calls[4:11] == [("", "step", depth) for depth in range(7)]
     assert calls[11:] == [("", "prefill", 40), *(("", "step", depth) for depth in range(40, 47))]
@@ -79,10 +79,10 @@ def test_prefill_and_decode_are_measured_apart_at_the_depths_asked_for(bundle: P
         assert point.tokens_per_second == pytest.approx(1000 * point.tokens / point.p50_ms, rel=1e-3)
 
 
-def test_two_bundles_take_turns_call_by_call(bundle: Path) -> None:
+def test_two_bundles_alternate_call_by_call(bundle: Path) -> None:
     calls: list[tuple[Any, ...]] = []
-    sessions = [Watched(bundle, calls, name) for name in "ab"]
-    results = measure(sessions, Plan(8, (8,), 4, 2, 0), Progress())
+    sessions = [RecordingSession(bundle, calls, name) for name in "ab"]
+    results = measure(sessions, BenchOptions(8, (8,), 4, 2, 0), Progress())
     assert [name for name, *_ in calls] == ["a", "b"] * (len(calls) // 2)
     compared = ratios(*results)
     assert [(each["stage"], each["depth"]) for each in compared] == [("prefill", 8), ("decode", 8)]
@@ -92,7 +92,7 @@ def test_two_bundles_take_turns_call_by_call(bundle: Path) -> None:
 
 
 class Clock:
-    """A clock whose process works for `busy` seconds after each call, while it sleeps or not."""
+    """A clock of a process whose threads keep running for `busy` seconds after each call."""
 
     def __init__(self, busy: float) -> None:
         self.now, self.worked, self.busy, self.until = 0.0, 0.0, busy, 0.0
@@ -107,31 +107,35 @@ class Clock:
         self.worked += max(0.0, min(seconds, self.until - self.now))
         self.now += seconds
 
-    def works(self, *_: object) -> None:
+    def run(self, *_: object) -> None:
         self.now += 0.03
         self.until = self.now + self.busy
 
 
 @pytest.mark.parametrize(("busy", "waits"), [(0.0, 0.01), (0.027, 0.04), (9.0, 2.0)])
-def test_a_turn_begins_when_the_others_threads_are_at_rest(
+def test_a_call_starts_when_the_threads_of_the_other_session_are_idle(
     bundle: Path, monkeypatch: pytest.MonkeyPatch, busy: float, waits: float
 ) -> None:
-    def begins(sessions: int) -> list[float]:
-        clock, begun = Clock(busy), []
-        monkeypatch.setattr(sys.modules[Plan.__module__], "time", clock)
+    def intervals(sessions: int) -> list[float]:
+        clock, starts = Clock(busy), []
+        monkeypatch.setattr(sys.modules[BenchOptions.__module__], "time", clock)
         for call in ("prefill", "step"):
-            monkeypatch.setattr(Session, call, lambda *_: (begun.append(clock.now), clock.works()))
-        clock.works()
-        measure([open_bundle(bundle, threads=1) for _ in range(sessions)], Plan(8, (0,), 2, 1, 0), Progress())
-        return [later - earlier for earlier, later in pairwise(begun)]
+            monkeypatch.setattr(Session, call, lambda *_: (starts.append(clock.now), clock.run()))
+        clock.run()
+        measure(
+            [open_bundle(bundle, threads=1) for _ in range(sessions)],
+            BenchOptions(8, (0,), 2, 1, 0),
+            Progress(),
+        )
+        return [later - earlier for earlier, later in pairwise(starts)]
 
-    assert begins(2) == pytest.approx([0.03 + waits] * (2 * 7 - 1))
-    assert begins(1) == pytest.approx([0.03] * 6)  # alone it does not wait
+    assert intervals(2) == pytest.approx([0.03 + waits] * (2 * 7 - 1))
+    assert intervals(1) == pytest.approx([0.03] * 6)  # a single session does not wait
 
 
-def test_kv_bytes_are_those_of_the_deepest_point(bundle: Path) -> None:
+def test_kv_bytes_are_of_the_deepest_point(bundle: Path) -> None:
     session = open_bundle(bundle, threads=1)
-    (result,) = measure([session], Plan(8, (0, 300), 5, 1, 0), Progress())
+    (result,) = measure([session], BenchOptions(8, (0, 300), 5, 1, 0), Progress())
     assert result.kv_bytes_planned == (300 + 3 + 5) * session.bundle.kv_bytes_per_token
     assert (
         result.kv_bytes_allocated
@@ -141,7 +145,7 @@ def test_kv_bytes_are_those_of_the_deepest_point(bundle: Path) -> None:
     assert result.device is None and result.peak_device_bytes is None
 
 
-def test_depths_beyond_the_budget_of_a_bundle_that_evicts(
+def test_depths_may_exceed_the_budget_of_a_bundle_that_evicts(
     bundle: Path, tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
     decoder = decoder_with_fewer_heads(
@@ -150,29 +154,30 @@ def test_depths_beyond_the_budget_of_a_bundle_that_evicts(
     evicting = write_bundle(
         tmp_path / "b", decoder, capacity=600, eviction=Eviction("window", 32, protect_first=4)
     )
-    asked = ("-d", "8,500", "-n", 4, "-p", 64, "--repetitions", 2)
-    bounded, (whole,) = lines(evicting, *asked)[0], lines(bundle, *asked)
-    assert [point["depth"] for point in bounded["decode"]] == [8, 500]
-    assert bounded["kv_budget"] == 32 and whole["kv_budget"] is None
-    assert bounded["kv_bytes_planned"] == bounded["kv_bytes_allocated"] == Bundle.open(evicting).kv_bytes(507)
-    assert bounded["kv_bytes_planned"] < whole["kv_bytes_planned"] / 10
-    said = bench(evicting, *asked).stdout
+    arguments = ("-d", "8,500", "-n", 4, "-p", 64, "--repetitions", 2)
+    evicted, (full,) = lines(evicting, *arguments)[0], lines(bundle, *arguments)
+    assert [point["depth"] for point in evicted["decode"]] == [8, 500]
+    assert evicted["kv_budget"] == 32 and full["kv_budget"] is None
+    assert evicted["kv_bytes_planned"] == evicted["kv_bytes_allocated"] == Bundle.open(evicting).kv_bytes(507)
+    assert evicted["kv_bytes_planned"] < full["kv_bytes_planned"] / 10
+    output = bench(evicting, *arguments).stdout
     assert re.search(
-        r"b: KV budget 32 tokens in each KV head \(window, but the first 4 never do\)", " ".join(said.split())
+        r"b: KV budget 32 tokens in each KV head \(window, but the first 4 never do\)",
+        " ".join(output.split()),
     )
-    assert "KV budget" not in bench(bundle, *asked).stdout
-    with pytest.raises(UsageError, match="600 in all"):
+    assert "KV budget" not in bench(bundle, *arguments).stdout
+    with pytest.raises(UsageError, match="at most 600 in total"):
         lines(evicting, "-d", 598)
 
 
-def test_depths_are_taken_from_the_shallowest_on_so_that_the_last_is_the_deepest(bundle: Path) -> None:
+def test_sorts_depths_and_removes_duplicates(bundle: Path) -> None:
     (line,) = lines(bundle, "-d", "40,0,40", "-n", 4, "-p", 8, "--repetitions", 2)
     assert [point["depth"] for point in line["decode"]] == [0, 40]
     assert line["kv_bytes_planned"] == (40 + 3 + 4) * open_bundle(bundle, threads=1).bundle.kv_bytes_per_token
 
 
-class OnDevice(Watched):
-    """A session whose device has less memory free at each look but the last."""
+class SessionOnDevice(RecordingSession):
+    """A session on a device whose free memory changes with each reading."""
 
     free: ClassVar[list[int]] = [700, 400, 900, 900]
 
@@ -181,15 +186,15 @@ class OnDevice(Watched):
         return dataclasses.replace(super().memory(), device=device)
 
 
-def test_the_peak_of_a_devices_memory_is_the_most_that_was_ever_in_use(bundle: Path) -> None:
-    (result,) = measure([OnDevice(bundle, [])], Plan(8, (0, 8), 2, 2, 0), Progress())
+def test_peak_device_bytes_is_the_largest_reading(bundle: Path) -> None:
+    (result,) = measure([SessionOnDevice(bundle, [])], BenchOptions(8, (0, 8), 2, 2, 0), Progress())
     assert result.peak_device_bytes == 600
     assert result.device is not None and result.device["free"] == 900
 
 
-def test_by_default_the_usual_depths_that_fit_are_taken(bundle: Path) -> None:
+def test_default_depths_are_those_that_fit(bundle: Path) -> None:
     (line,) = lines(bundle, "-n", 4, "--repetitions", 2)
-    assert [point["depth"] for point in line["decode"]] == [0, 512]  # 4096 is beyond 600
+    assert [point["depth"] for point in line["decode"]] == [0, 512]  # 4096 exceeds the capacity of 600
     assert [point["tokens"] for point in line["prefill"]] == [512]
     (line,) = lines(bundle, "-n", 100, "--repetitions", 2)
     assert [point["depth"] for point in line["decode"]] == [0]
@@ -199,27 +204,27 @@ def test_by_default_the_usual_depths_that_fit_are_taken(bundle: Path) -> None:
     ("option", "tokens", "steps", "smaller"),
     [("-d", "0,594", 4, "-d or -n"), ("-p", "601", 4, "-p"), ("-d", "0", 598, "-d or -n")],
 )
-def test_more_than_the_capacity_is_refused_before_anything_runs(
+def test_rejects_more_tokens_than_the_capacity_before_measuring(
     bundle: Path, option: str, tokens: str, steps: int, smaller: str
 ) -> None:
     result = bench(bundle, option, tokens, "-n", steps)
     assert f"choose a smaller {smaller}, or" in str(result.exception)
     assert isinstance(result.exception, UsageError)
-    assert f"{option} asks for more tokens than" in str(result.exception) and "--capacity" in str(
+    assert f"{option} must fit the capacity" in str(result.exception) and "--capacity" in str(
         result.exception
     )
 
 
-def test_a_seed_that_numpy_does_not_take_is_wrong_usage(bundle: Path) -> None:
+def test_rejects_a_negative_seed(bundle: Path) -> None:
     assert bench(bundle, "-d", 8, "--seed", -5).exit_code == 2
 
 
 @pytest.mark.parametrize("depths", ["", "a", "1,,2", "-1", "1.5"])
-def test_depths_that_are_none(bundle: Path, depths: str) -> None:
+def test_rejects_invalid_depths(bundle: Path, depths: str) -> None:
     assert isinstance(bench(bundle, f"--depth={depths}").exception, UsageError)
 
 
-def test_a_line_says_what_ran_where_and_how(bundle: Path, tmp_path: Path) -> None:
+def test_a_json_line_describes_bundle_engine_settings_and_machine(bundle: Path, tmp_path: Path) -> None:
     output = tmp_path / "runs.jsonl"
     for _ in range(2):
         (line,) = lines(bundle, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2, "-o", output)
@@ -235,7 +240,7 @@ def test_a_line_says_what_ran_where_and_how(bundle: Path, tmp_path: Path) -> Non
     assert line["machine"]["cpus"] >= 1 and line["peak_host_bytes"] > 10_000_000
 
 
-def test_an_output_without_a_folder_is_refused_before_anything_runs(
+def test_rejects_an_output_in_a_missing_folder_before_measuring(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(Session, "prefill", lambda *_: pytest.fail("it ran"))
@@ -254,12 +259,12 @@ def test_an_interrupted_run_writes_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_cannot_be_written_costs_no_figures(bundle: Path) -> None:
+def test_prints_the_results_even_if_the_output_cannot_be_written(bundle: Path) -> None:
     result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2, "-o", "/dev/full", "--json")
     assert isinstance(result.exception, OSError) and json.loads(result.stdout)["decode"]
 
 
-def test_plan_finds_what_was_measured_in_the_bundle(bundle: Path, tmp_path: Path) -> None:
+def test_plan_compares_with_the_measurements_in_the_bundle(bundle: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(bundle, copy)
     (copy / "bench").mkdir()
@@ -268,7 +273,7 @@ def test_plan_finds_what_was_measured_in_the_bundle(bundle: Path, tmp_path: Path
     assert re.search(r"^here\.json\s+decode, 8 tokens", shown, re.MULTILINE)
 
 
-def test_the_table_shows_the_figures_and_how_two_compare(bundle: Path, tmp_path: Path) -> None:
+def test_the_table_shows_the_times_and_the_ratio_of_two_bundles(bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(bundle, other)
     result = bench(bundle, "--compare", other, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
@@ -284,27 +289,27 @@ def test_the_table_shows_the_figures_and_how_two_compare(bundle: Path, tmp_path:
     assert "warm-up of 1 prefill and 3 steps at each depth" in result.stdout
 
 
-def test_two_bundles_of_one_name_are_told_apart(bundle: Path, tmp_path: Path) -> None:
+def test_two_bundles_of_the_same_name_are_shown_by_their_paths(bundle: Path, tmp_path: Path) -> None:
     other = tmp_path / "tiny"
     shutil.copytree(bundle, other)
     result = bench(bundle, "--compare", other, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
     assert f"decode at 8: {other} takes" in result.stdout
 
 
-def test_the_table_shows_what_the_machine_tells(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {
+def test_the_table_shows_sensor_readings(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sensors = {
         "temperature_c": {"cpu-thermal": 48.5},
         "clock_mhz": {"17000000.gpu": 1020.0},
         "cpu_governor": {},
         "gpus": [{"name": "a GPU", "power_w": 12.5, "sm_clock_mhz": None}],
     }
-    monkeypatch.setattr("kvexport.bench.readings", lambda: told)
+    monkeypatch.setattr("kvexport.bench.readings", lambda: sensors)
     result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "--repetitions", 2)
     assert "cpu-thermal 48 °C; 17000000.gpu 1,020 MHz" in result.stdout
     assert "a GPU, power_w 12.5\n" in result.stdout
 
 
-def test_without_the_hardware_it_says_so(bundle: Path) -> None:
+def test_exits_with_3_without_the_hardware(bundle: Path) -> None:
     result = bench(bundle, "--provider", "tensorrt")
     assert getattr(result.exception, "exit_code", None) == 3
 
@@ -335,19 +340,19 @@ def jetson(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_jetson_tells_board_release_power_mode_clocks_and_temperatures(jetson: Path) -> None:
+def test_reads_board_release_power_mode_clocks_and_temperatures_of_a_jetson(jetson: Path) -> None:
     described = describe(jetson)
     assert described["board"] == "NVIDIA Jetson Orin Nano Developer Kit"
     assert (described["l4t"], described["power_mode"]) == ("36.4.3", "MAXN_SUPER")
     assert described["memory_bytes"] == 7620504 * 1024 and described["processor"].startswith("ARMv8")
-    told = readings(jetson)
-    assert told["temperature_c"] == {"cpu-thermal": 48.5}  # the other zone cannot be read
-    assert told["clock_mhz"] == {"policy0": 1728.0, "17000000.gpu": 1020.0, "emc": 2133.0}
-    assert told["cpu_governor"] == {"policy0": "schedutil", "policy4": "performance"}
+    sensors = readings(jetson)
+    assert sensors["temperature_c"] == {"cpu-thermal": 48.5}  # the other zone has no temperature
+    assert sensors["clock_mhz"] == {"policy0": 1728.0, "17000000.gpu": 1020.0, "emc": 2133.0}
+    assert sensors["cpu_governor"] == {"policy0": "schedutil", "policy4": "performance"}
     assert peak_host_bytes(jetson) == 2048 * 1024
 
 
-def test_a_power_mode_without_a_name_keeps_its_number(jetson: Path) -> None:
+def test_a_power_mode_without_a_name_is_shown_by_its_number(jetson: Path) -> None:
     (jetson / "etc/nvpmodel.conf").unlink()
     assert describe(jetson)["power_mode"] == "2"
 
