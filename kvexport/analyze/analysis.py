@@ -15,7 +15,8 @@ from torch import Tensor
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
-from kvexport.build.conversion_job import BuildOptions, capacity_of, note_little_text
+from kvexport.build.conversion_job import sequence_capacity, warn_about_little_text
+from kvexport.build.options import BuildOptions
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import calibration_windows
 from kvexport.convert import (
@@ -183,10 +184,10 @@ def analyze(
     if pairs is not None:
         parse_pairs(pairs, tokens)  # before any work
     sampled = recipe.source == "self"
-    with progress.stage("Sampling calibration text" if sampled else "Reading text", 0):
+    with progress.stage("Sampling calibration text" if sampled else "Reading calibration text", 0):
         windows = calibration_windows(decoder, checkpoint, recipe, progress.advance)
         window = shown_window(decoder, checkpoint, text, tokens, recipe, windows, progress.advance)
-    note_little_text(windows, attention.k.weight.shape[0], progress)
+    warn_about_little_text(windows, attention.k.weight.shape[0], progress)
     facts = Facts(
         name=checkpoint.resolve().name,
         model_type=str(source.config["model_type"]),
@@ -199,7 +200,7 @@ def analyze(
     )
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
-    limit = capacity_of(decoder)
+    limit = sequence_capacity(decoder)
     choice = plan_compression(decoder, windows, plan.request, methods, None, limit, progress)
     conversion = convert(decoder, windows, choice.layer_plans, capacity=limit)
     layers, maps = compare(decoder, windows, conversion, window, progress)

@@ -1,13 +1,16 @@
-"""The build pipeline: checkpoint to bundle or to a Hugging Face checkpoint. torch is imported on first use."""
+"""The build pipeline: checkpoint to bundle or to Hugging Face checkpoint. torch is imported on first use."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from kvexport.build.pipeline import BuildOptions, BuildReport, build, calibrate, compress
+    from kvexport.build.hooks import BuildHooks
+    from kvexport.build.options import BuildOptions
+    from kvexport.build.pipeline import build, calibrate, compress
+    from kvexport.build.report import BuildReport
 
-__all__ = ["BuildOptions", "BuildReport", "build", "calibrate", "compress"]
+__all__ = ["BuildHooks", "BuildOptions", "BuildReport", "build", "calibrate", "compress"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,7 @@
-"""A checkpoint's chat template (Jinja), reduced to the few strings that stand between what people and the model say.
+"""Reduce a checkpoint's chat template (Jinja) to the few strings around the messages of a conversation.
 
-Knows where checkpoints keep a template and what a reduced one must reproduce; a template is rendered in `chat_rendering`,
-and a reduced one in `kvexport.bundle.chat_format`. What cannot be reduced is said in a note, and never stops a build.
+A template that cannot be reduced does not stop a build: the bundle has none, and a note gives the reason. Templates are
+rendered in `jinja_sandbox`; `kvexport.bundle.chat_format` renders the reduced form.
 """
 
 from __future__ import annotations
@@ -12,10 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvexport.build.jinja_sandbox import DATE, Rendered, TemplateFailed, render
+from kvexport.build.jinja_sandbox import DATE, RenderedChat, TemplateFailed, render
 from kvexport.bundle.chat_format import Chat
 
-_TOKENS = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
+_SPECIAL_TOKENS = (
+    "bos_token",
+    "eos_token",
+    "unk_token",
+    "pad_token",
+    "sep_token",
+    "cls_token",
+    "mask_token",
+)
+# Contents of a conversation that can be found again in the rendered text: system, users, assistants.
 _MARKS = {
     "S": "kvxsystemq",
     "U1": "kvxfirstq",
@@ -25,154 +34,169 @@ _MARKS = {
     "U3": "kvxfifthq",
 }
 _Messages = list[dict[str, str]]
-TokenizerSample = tuple[tuple[dict[str, str], ...], str]
+ChatSample = tuple[tuple[dict[str, str], ...], str]  # the messages of a conversation, and their rendered text
 
 
 @dataclass(frozen=True)
-class Reduced:
+class ReducedTemplate:
+    """A reduced chat template.
+
+    Attributes:
+        chat: the reduced form; None: there is no template, or it cannot be reduced.
+        samples: conversations with the text that the template renders.
+        notes: messages for the user.
+    """
+
     chat: Chat | None
-    golden: tuple[TokenizerSample, ...]  # conversations, and the template's text of each
-    notes: tuple[str, ...]  # what the user should know
+    samples: tuple[ChatSample, ...]
+    notes: tuple[str, ...]
 
 
-def reduced_chat(checkpoint: Path) -> Reduced:
-    """The checkpoint's chat template in its reduced form, if it has one that can be reduced."""
+def reduce_chat_template(checkpoint: Path) -> ReducedTemplate:
+    """Reduce the checkpoint's chat template, if it has one."""
     try:
-        config = _json(checkpoint / "tokenizer_config.json")
-        template = _template(checkpoint, config)
+        config = _read_json(checkpoint / "tokenizer_config.json")
+        template = _read_template(checkpoint, config)
         if template is None:
-            return Reduced(None, (), ())
-        return _reduced(template, special_tokens(checkpoint))
+            return ReducedTemplate(None, (), ())
+        return _reduce(template, special_tokens(checkpoint))
     except (TemplateFailed, ImportError, OSError, ValueError, RecursionError) as error:
-        return Reduced(
-            None, (), (f"the chat template cannot be reduced: {error}; text still works, without it",)
-        )
+        note = f"the chat template cannot be reduced, so the bundle has none: {error}. Text generation is not affected"
+        return ReducedTemplate(None, (), (note,))
 
 
-def _template(checkpoint: Path, config: Mapping[str, Any]) -> str | None:
+def _read_template(checkpoint: Path, config: Mapping[str, Any]) -> str | None:
     file = checkpoint / "chat_template.jinja"
     if file.exists():
         return file.read_text(encoding="utf-8")
-    said = config.get("chat_template")
-    if isinstance(said, list):  # several by name
-        named = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
-        said = named.get("default")
-    if said is not None and not isinstance(said, str):
-        raise ValueError("chat_template in tokenizer_config.json is no text")
-    return said
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several templates with names
+        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
+        template = named.get("default")
+    if template is not None and not isinstance(template, str):
+        raise ValueError("chat_template in tokenizer_config.json must be a string")
+    return template
 
 
-def _json(path: Path) -> Mapping[str, Any]:
+def _read_json(path: Path) -> Mapping[str, Any]:
     if not path.exists():
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(found, dict):
-        raise ValueError(f"{path.name} holds no JSON object")
-    return found
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(content, dict):
+        raise ValueError(f"{path.name} must contain a JSON object")
+    return content
 
 
 def special_tokens(checkpoint: Path) -> dict[str, str]:
-    """Special tokens by name (`bos_token`, ...), from tokenizer_config.json, or else special_tokens_map.json.
+    """Special tokens by name (`bos_token`, ...) from tokenizer_config.json, or else from special_tokens_map.json.
 
     Raises:
-        ValueError: one of them is damaged.
+        ValueError: one of the files is damaged.
     """
-    said = {**_json(checkpoint / "special_tokens_map.json"), **_json(checkpoint / "tokenizer_config.json")}
-    named = {name: _token_text(said.get(name)) for name in _TOKENS}
-    return {name: text for name, text in named.items() if text is not None}
+    config = {
+        **_read_json(checkpoint / "special_tokens_map.json"),
+        **_read_json(checkpoint / "tokenizer_config.json"),
+    }
+    tokens = {name: _token_text(config.get(name)) for name in _SPECIAL_TOKENS}
+    return {name: text for name, text in tokens.items() if text is not None}
 
 
 def _token_text(token: object) -> str | None:
-    """A special token as Hugging Face's JSON has it: a text, or an object with `content`."""
+    """The text of a special token, which Hugging Face stores as a string or as an object with `content`."""
     if isinstance(token, dict):
         token = token.get("content")
     return token if isinstance(token, str) else None
 
 
-def _reduced(template: str, tokens: Mapping[str, str]) -> Reduced:
-    """Render a marked conversation, cut it at the marks, and hold the pieces against the template on other ones."""
-    marked = _talk(**_MARKS)
-    golden = [_talk(**words) for words in _WORDS]
-    asked = [marked, marked[1:], *golden, *(one[1:] for one in golden)]
-    rendered, dated = render(template, tokens, asked)
-    (with_system, plain), rest = rendered[:2], rendered[2:]
-    chat = _cut(plain)
-    around = _around_system(chat, with_system)
-    spaced = rest[-1]  # of the last conversation, whose contents have white space around
-    chat = replace(chat, strips=spaced.text == replace(chat, strips=True).conversation(asked[-1]))
-    pairs = list(zip(asked[2:], rest, strict=True))
-    count = len(_WORDS)
-    held, notes = _require_same(chat, pairs[count:]), []
+def _reduce(template: str, tokens: Mapping[str, str]) -> ReducedTemplate:
+    """Render a conversation of marks, cut the text at the marks, and compare the pieces with other conversations."""
+    marked = _conversation(**_MARKS)
+    samples = [_conversation(**contents) for contents in _SAMPLES]
+    conversations = [marked, marked[1:], *samples, *(sample[1:] for sample in samples)]
+    rendered, uses_date = render(template, tokens, conversations)
+    (with_system, without_system), rest = rendered[:2], rendered[2:]
+    chat = _cut_at_marks(without_system)
+    around_system = _cut_around_system(with_system)
+    # The contents of the last sample have white space at both ends.
+    strips = rest[-1].text == replace(chat, strips=True).conversation(conversations[-1])
+    chat = replace(chat, strips=strips)
+    pairs = list(zip(conversations[2:], rest, strict=True))
+    count = len(_SAMPLES)
+    checked, notes = _check_same(chat, pairs[count:]), []
     try:
-        if around is None:
-            raise ValueError(with_system.error or "it is not put before the conversation")
-        chat = replace(chat, begin_system=around)
-        held += _require_same(chat, pairs[: count - 1])
+        if around_system is None:
+            raise ValueError(with_system.error or "it is not written before the conversation")
+        chat = replace(chat, begin_system=around_system)
+        checked += _check_same(chat, pairs[: count - 1])
     except ValueError as error:
         chat = replace(chat, begin_system=None)
         notes.append(
-            f"the chat template's system prompt cannot be reduced: {error}; conversations begin without one"
+            f"the chat template's system prompt cannot be reduced: {error}. The bundle does not accept system prompts"
         )
-    if dated:
-        notes.append(f"the chat template writes the day's date: the bundle writes {DATE:%d %B %Y}, always")
-    return Reduced(chat, tuple(held), tuple(notes))
+    if uses_date:
+        notes.append(f"the chat template contains the current date: the bundle always uses {DATE:%d %B %Y}")
+    return ReducedTemplate(chat, tuple(checked), tuple(notes))
 
 
-def _cut(rendered: Rendered) -> Chat:
-    """The pieces between the marks of a conversation without a system prompt."""
+def _cut_at_marks(rendered: RenderedChat) -> Chat:
+    """The pieces between the marks of a conversation without a system prompt.
+
+    Raises:
+        ValueError: the text is not the same few pieces in every turn.
+    """
     if rendered.text is None:
         raise ValueError(rendered.error)
     pieces, rest = [], rendered.text
     for mark in (_MARKS[name] for name in ("U1", "A1", "U2", "A2", "U3")):
-        before, found, rest = rest.partition(mark)
-        if not found or mark in rest:
-            raise ValueError("it does not write every message once, in order")
+        before, separator, rest = rest.partition(mark)
+        if not separator or mark in rest:
+            raise ValueError("it does not write every message exactly once and in order")
         pieces.append(before)
-    begin, answered, following, *again = pieces
-    if again != [answered, following] or not answered.startswith(rest):
-        raise ValueError("it writes later messages in another way than earlier ones, or than those to come")
+    begin, answered, following, *later = pieces
+    if later != [answered, following] or not answered.startswith(rest):
+        raise ValueError("it does not write all turns in the same way")
     return Chat(begin, None, rest, answered[len(rest) :], following, strips=False)
 
 
-def _around_system(chat: Chat, rendered: Rendered) -> tuple[str, str] | None:
+def _cut_around_system(rendered: RenderedChat) -> tuple[str, str] | None:
     if rendered.text is None:
         return None
-    before, found, rest = rendered.text.partition(_MARKS["S"])
-    after, first, _ = rest.partition(_MARKS["U1"])
-    return (before, after) if found and first else None
+    before, system, rest = rendered.text.partition(_MARKS["S"])
+    after, first_user, _ = rest.partition(_MARKS["U1"])
+    return (before, after) if system and first_user else None
 
 
-def _require_same(chat: Chat, pairs: Sequence[tuple[_Messages, Rendered]]) -> list[TokenizerSample]:
-    """The conversations with their text, which the reduced form gives as the template does.
+def _check_same(chat: Chat, pairs: Sequence[tuple[_Messages, RenderedChat]]) -> list[ChatSample]:
+    """Compare the reduced form with the template, and return the conversations with their text.
 
     Raises:
-        ValueError: it does not.
+        ValueError: a text differs.
     """
     for messages, rendered in pairs:
         if rendered.text is None:
             raise ValueError(rendered.error)
-        mine = chat.conversation(messages)
-        if mine != rendered.text:
+        reduced = chat.conversation(messages)
+        if reduced != rendered.text:
             at = next(
-                (i for i, (a, b) in enumerate(zip(mine, rendered.text, strict=False)) if a != b),
-                min(len(mine), len(rendered.text)),
+                (i for i, (a, b) in enumerate(zip(reduced, rendered.text, strict=False)) if a != b),
+                min(len(reduced), len(rendered.text)),
             )
             raise ValueError(
-                f"it writes {rendered.text[at : at + 40]!r} where a reduced one writes {mine[at : at + 40]!r}"
+                f"it writes {rendered.text[at : at + 40]!r} where the reduced form writes {reduced[at : at + 40]!r}"
             )
     return [(tuple(messages), rendered.text or "") for messages, rendered in pairs]
 
 
-def _talk(S: str, U1: str, **turns: str) -> _Messages:
-    """A system's message, a user's, and then the assistant's and the user's by turns."""
-    talk = [{"role": "system", "content": S}, {"role": "user", "content": U1}]
+def _conversation(S: str, U1: str, **turns: str) -> _Messages:
+    """A system message, a user message, and then assistant and user messages in turn."""
+    messages = [{"role": "system", "content": S}, {"role": "user", "content": U1}]
     for name, content in turns.items():
-        talk.append({"role": "assistant" if name.startswith("A") else "user", "content": content})
-    return talk
+        messages.append({"role": "assistant" if name.startswith("A") else "user", "content": content})
+    return messages
 
 
-# Conversations that a reduced template must write as the template does; the last has white space around its contents.
-_WORDS = (
+# Conversations that the reduced form must render as the template does; the last one has white space around its contents.
+_SAMPLES = (
     {"S": "You are the robot's voice. Answer in one sentence.", "U1": "What is in front of you?"},
     {
         "S": "Réponds en français.\n\nSois bref.",

@@ -1,7 +1,4 @@
-"""Which parts of a float16 graph must be computed in float32, from what calibration measured.
-
-Knows float16's range and how far beyond a sample to look; measuring and rewriting are elsewhere.
-"""
+"""Choose the parts of a float16 graph that are computed in float32, from the activations of calibration."""
 
 from __future__ import annotations
 
@@ -9,23 +6,23 @@ from kvexport.calibrate.peaks import PeakMeter
 from kvexport.errors import UsageError
 from kvexport.graph import Float32Exceptions
 
-LARGEST = 65504.0
-_ROOM = 4  # calibration is a sample: what comes this close to the largest number counts as beyond it
+LARGEST = 65504.0  # of float16
+_MARGIN = 4  # other text can have larger activations than the calibration text
 
 
 def float32_exceptions(peaks: PeakMeter) -> Float32Exceptions:
-    """What float16 cannot be trusted to hold.
+    """The parts whose activations come within a factor of 4 of the largest float16 number.
 
     Raises:
-        UsageError: a layer's keys or values do not fit, which the cache itself must hold.
+        UsageError: keys or values of a layer, which the cache stores in float16, exceed that number.
     """
-    limit = LARGEST / _ROOM
+    limit = LARGEST / _MARGIN
     for index, layer in enumerate(peaks.layers):
         if layer.cached > LARGEST:
             raise UsageError(
-                f"float16 cannot hold the keys and values of layer {index}",
-                got=f"numbers up to {layer.cached:g}",
-                expected=f"{LARGEST:g}",
+                f"keys and values of layer {index} must fit in float16",
+                got=f"values up to {layer.cached:g}",
+                expected=f"at most {LARGEST:g}",
                 fix="use --dtype bfloat16 or --dtype float32",
             )
     return Float32Exceptions(

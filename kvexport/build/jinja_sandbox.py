@@ -1,7 +1,7 @@
-"""A chat template, rendered in a process of its own: JSON on stdin, JSON on stdout.
+"""Render a chat template in a separate process, which reads JSON from stdin and writes JSON to stdout.
 
-The template is a stranger's program. It runs in Jinja's sandbox, here, where it can have no more than its memory, its
-time and its length of output; it reaches no file. Knows Jinja and what Hugging Face's templates expect of it.
+The chat template is untrusted input. It runs in Jinja's sandbox without access to files, and with limits on memory,
+time and length of output.
 """
 
 from __future__ import annotations
@@ -15,36 +15,45 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
-DATE = datetime(2024, 7, 26)  # that Llama 3's own template falls back to
+DATE = datetime(2024, 7, 26)  # the default of Llama 3's template
 _SECONDS = 20
-_BYTES = 1 << 30  # of the process
-_LONGEST = 1 << 20  # characters of one conversation
+_BYTES = 1 << 30  # memory of the process
+_MAX_CHARACTERS = 1 << 20  # of one conversation
 _Messages = Sequence[Mapping[str, str]]
 
 
 class TemplateFailed(Exception):
-    """Says why."""
+    """The template is invalid or exceeds a limit; the message says which."""
 
 
 @dataclass(frozen=True)
-class Rendered:
-    text: str | None  # None: the template refuses the conversation
+class RenderedChat:
+    """The text of a conversation, or the error that the template raised for it."""
+
+    text: str | None
     error: str | None
 
 
 def render(
     template: str, tokens: Mapping[str, str], conversations: Sequence[_Messages]
-) -> tuple[list[Rendered], bool]:
-    """Each conversation's text up to where the assistant answers, and whether the template asks what day it is.
+) -> tuple[list[RenderedChat], bool]:
+    """Render each conversation up to the beginning of the assistant's answer.
 
     Args:
         tokens: special tokens by name, such as `bos_token`.
 
+    Returns:
+        The texts, and whether the template uses the current date.
+
     Raises:
-        TemplateFailed: the template cannot be compiled, or takes too much.
+        TemplateFailed: the template cannot be compiled, or exceeds a limit.
     """
-    work = json.dumps(
-        {"template": template, "tokens": dict(tokens), "conversations": [list(one) for one in conversations]}
+    request = json.dumps(
+        {
+            "template": template,
+            "tokens": dict(tokens),
+            "conversations": [list(messages) for messages in conversations],
+        }
     )
     environment = {
         **os.environ,
@@ -53,32 +62,32 @@ def render(
     }
     command = [sys.executable, "-m", "kvexport.build.jinja_sandbox"]
     try:
-        ran = subprocess.run(
-            command, input=work.encode(), capture_output=True, timeout=_SECONDS, env=environment
+        process = subprocess.run(
+            command, input=request.encode(), capture_output=True, timeout=_SECONDS, env=environment
         )
     except subprocess.TimeoutExpired as error:
-        raise TemplateFailed(f"it was not done in {_SECONDS} seconds") from error
-    if ran.returncode:
-        last = ran.stderr.decode(errors="replace").strip().rsplit("\n", 1)[-1]
-        raise TemplateFailed(last[:200] or f"its process ended with {ran.returncode}")
-    said = json.loads(ran.stdout)
-    return [Rendered(*one) for one in said["rendered"]], said["dated"]
+        raise TemplateFailed(f"it takes longer than {_SECONDS} seconds") from error
+    if process.returncode:
+        last_line = process.stderr.decode(errors="replace").strip().rsplit("\n", 1)[-1]
+        raise TemplateFailed(last_line[:200] or f"its process ended with exit code {process.returncode}")
+    answer = json.loads(process.stdout)
+    return [RenderedChat(*each) for each in answer["rendered"]], answer["uses_date"]
 
 
 def _main() -> int:
     import resource
 
-    _, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = _BYTES if most == resource.RLIM_INFINITY else min(_BYTES, most)
-    resource.setrlimit(resource.RLIMIT_AS, (limit, most))
+    _, hard_limit = resource.getrlimit(resource.RLIMIT_AS)
+    limit = _BYTES if hard_limit == resource.RLIM_INFINITY else min(_BYTES, hard_limit)
+    resource.setrlimit(resource.RLIMIT_AS, (limit, hard_limit))
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     try:
-        work = json.load(sys.stdin)
-        json.dump(_render(work["template"], work["tokens"], work["conversations"]), sys.stdout)
+        request = json.load(sys.stdin)
+        json.dump(_render(request["template"], request["tokens"], request["conversations"]), sys.stdout)
     except MemoryError:
         print(f"it takes more than {_BYTES >> 20} MiB", file=sys.stderr)
         return 1
-    except Exception as error:  # the template's; its message is all that is wanted of it
+    except Exception as error:  # raised by the template
         print(f"{type(error).__name__}: {error}".replace("\n", " "), file=sys.stderr)
         return 1
     return 0
@@ -91,7 +100,7 @@ def _render(template: str, tokens: Mapping[str, str], conversations: Sequence[_M
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}, which marks the assistant's words for training: what is within it is rendered."""
+        """The tag {% generation %}, which marks the assistant's text for training; its content is rendered."""
 
         tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
 
@@ -100,12 +109,12 @@ def _render(template: str, tokens: Mapping[str, str], conversations: Sequence[_M
             body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
             return nodes.Scope(body, lineno=line)
 
-    dated = False
+    uses_date = False
 
-    def strftime_now(form: str) -> str:
-        nonlocal dated
-        dated = True
-        return DATE.strftime(form)
+    def strftime_now(date_format: str) -> str:
+        nonlocal uses_date
+        uses_date = True
+        return DATE.strftime(date_format)
 
     def raise_exception(message: str) -> str:
         raise jinja2.TemplateError(message)
@@ -123,19 +132,19 @@ def _render(template: str, tokens: Mapping[str, str], conversations: Sequence[_M
     for messages in conversations:
         try:
             rendered.append(
-                (_bounded(compiled.generate(messages=messages, add_generation_prompt=True, **tokens)), None)
+                (_join(compiled.generate(messages=messages, add_generation_prompt=True, **tokens)), None)
             )
-        except Exception as error:  # whatever the template runs into
+        except Exception as error:  # raised by the template
             rendered.append((None, f"{error}"[:200]))
-    return {"rendered": rendered, "dated": dated}
+    return {"rendered": rendered, "uses_date": uses_date}
 
 
-def _bounded(pieces: Iterable[str]) -> str:
+def _join(pieces: Iterable[str]) -> str:
     text = ""
     for piece in pieces:
         text += piece
-        if len(text) > _LONGEST:
-            raise ValueError(f"it writes more than {_LONGEST} characters")
+        if len(text) > _MAX_CHARACTERS:
+            raise ValueError(f"it writes more than {_MAX_CHARACTERS} characters")
     return text
 
 

@@ -1,7 +1,6 @@
-"""What a bundle says of its text beside tokenizer.json: golden vectors, the reduced chat template, and what genai wants.
+"""Write a bundle's text files: text.json, and the files that onnxruntime-genai's tokenizer reads beside tokenizer.json.
 
-Knows which texts tell tokenizers apart, and the two small files that onnxruntime-genai's tokenizer, which the C++ library
-uses, reads beside tokenizer.json. Must not know models.
+The C++ library uses that tokenizer. text.json has samples that show whether a tokenizer encodes as the one of the build.
 """
 
 from __future__ import annotations
@@ -11,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from kvexport.build.chat_template import reduced_chat, special_tokens
+from kvexport.build.chat_template import reduce_chat_template, special_tokens
 from kvexport.bundle.bundle import TOKENIZER_FILE
 from kvexport.bundle.text_file import TEXT_FILE, TextFile, TokenizerSample
 from kvexport.progress import Progress
@@ -20,8 +19,8 @@ from kvexport.runtime.tokenizer import Tokenizer, read_tokenizer
 GENAI_FILE = "genai_config.json"
 _CONFIG = "tokenizer_config.json"
 
-# Scripts, spaces at every place, line ends, contractions, numbers, code and characters of several bytes. Text in
-# decomposed form (e and its accent apart) is not among them: onnxruntime-genai does not compose it, as some models want.
+# Scripts, spaces in all positions, line ends, contractions, numbers, code and characters of several bytes. There is no
+# text in decomposed form (a letter and its accent apart), because onnxruntime-genai does not normalize it.
 TEXTS = (
     "Once upon a time there was a café.",
     "Hello world",
@@ -51,28 +50,29 @@ def write_text_files(
     eos: tuple[int, ...],
     progress: Progress,
 ) -> None:
-    """Write text.json and genai_config.json into a bundle's directory that holds the checkpoint's tokenizer files.
+    """Write text.json, genai_config.json and tokenizer_config.json into a directory with the tokenizer's files.
 
-    Its tokenizer_config.json is written anew, as onnxruntime-genai can read it. Without a tokenizer.json nothing is.
+    tokenizer.json is adapted to onnxruntime-genai if that does not change its token ids. Without a tokenizer.json,
+    nothing is written.
     """
     if not (directory / TOKENIZER_FILE).exists():
         return
-    found = reduced_chat(checkpoint)
-    for note in found.notes:
+    template = reduce_chat_template(checkpoint)
+    for note in template.notes:
         progress.note(note)
     tokenizer = read_tokenizer(directory)
-    texts = [*TEXTS, *(text for _, text in found.golden)]
-    golden = tuple(one for one in (_golden(tokenizer, text) for text in texts) if one is not None)
-    if not golden:
+    texts = [*TEXTS, *(text for _, text in template.samples)]
+    samples = tuple(sample for sample in (_encode(tokenizer, text) for text in texts) if sample is not None)
+    if not samples:
         progress.note(
-            f"{TOKENIZER_FILE} encodes none of the texts that it is checked with; the bundle will not check it"
+            f"{TOKENIZER_FILE} encodes none of the sample texts: the tokenizer of the bundle will not be checked"
         )
         return
-    made = TextFile(golden, tokenizer.special_ids, found.chat, found.golden)
-    _adapt(directory / TOKENIZER_FILE)
-    if made.difference(read_tokenizer(directory)) is not None:
+    text_file = TextFile(samples, tokenizer.special_ids, template.chat, template.samples)
+    _adapt_tokenizer(directory / TOKENIZER_FILE)
+    if text_file.difference(read_tokenizer(directory)) is not None:
         shutil.copyfile(checkpoint / TOKENIZER_FILE, directory / TOKENIZER_FILE)
-    _write(directory / TEXT_FILE, made.to_json())
+    _write(directory / TEXT_FILE, text_file.to_json())
     model = {"type": "llama", "vocab_size": vocab_size, "context_length": capacity, "decoder": {}}
     ids = {
         "bos_token_id": bos or 0,
@@ -83,40 +83,39 @@ def write_text_files(
     _write(directory / _CONFIG, _tokenizer_config(checkpoint, directory))
 
 
-def _golden(tokenizer: Tokenizer, text: str) -> TokenizerSample | None:
+def _encode(tokenizer: Tokenizer, text: str) -> TokenizerSample | None:
+    """The token ids of a text; None if the vocabulary cannot encode it."""
     try:
         ids, plain = tokenizer.encode(text), tokenizer.encode(text, special=False)
         return TokenizerSample(text, tuple(ids), tuple(plain), tokenizer.decode(ids))
-    except (
-        Exception
-    ):  # the only class that tokenizers raises, for a text that a vocabulary without an unknown token lacks
+    except Exception:  # `tokenizers` raises no other class, if there is no unknown token
         return None
 
 
-def _adapt(path: Path) -> None:
-    """Say a tokenizer.json in other words that mean the same to `tokenizers`, where onnxruntime-genai takes them wrongly.
+def _adapt_tokenizer(path: Path) -> None:
+    """Change a tokenizer.json that onnxruntime-genai misreads into an equivalent one.
 
-    From a decoder that strips the first space it takes it that every piece of text begins with one; where only the whole
-    text does, the space is taken off by a pattern instead, and the C++ library adds it.
+    If the decoder strips the first space, onnxruntime-genai adds a space before every piece of text, also where only the
+    whole text begins with one. Then a pattern strips the space instead, and the C++ library adds it.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
-    before, decoder = raw.get("pre_tokenizer") or {}, raw.get("decoder") or {}
+    pre_tokenizer, decoder = raw.get("pre_tokenizer") or {}, raw.get("decoder") or {}
     steps = decoder.get("decoders") or [None]
-    first = (
-        before.get("type") == "Metaspace"
-        and before.get("prepend_scheme") == "first"
-        and before.get("split") is False
+    prepends_to_whole_text = (
+        pre_tokenizer.get("type") == "Metaspace"
+        and pre_tokenizer.get("prepend_scheme") == "first"
+        and pre_tokenizer.get("split") is False
     )
-    if first and steps[-1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
+    if prepends_to_whole_text and steps[-1] == {"type": "Strip", "content": " ", "start": 1, "stop": 0}:
         steps[-1] = {"type": "Replace", "pattern": {"Regex": r"\A "}, "content": ""}
         path.write_text(json.dumps(raw, ensure_ascii=False), encoding="utf-8")
 
 
 def _tokenizer_config(checkpoint: Path, directory: Path) -> dict[str, Any]:
-    """The least, so that nothing but tokenizer.json says how a text is encoded.
+    """A minimal tokenizer_config.json, so that tokenizer.json alone determines how a text is encoded.
 
-    onnxruntime-genai refuses classes that it does not know, cleans up spaces that `tokenizers` leaves, and takes a
-    sentencepiece-like vocabulary apart as `tokenizers` does under the name of Gemma's class alone.
+    onnxruntime-genai rejects classes that it does not know, removes spaces that `tokenizers` keeps, and splits text with a
+    SentencePiece vocabulary as `tokenizers` does only if the class is Gemma's.
     """
     model = json.loads((directory / TOKENIZER_FILE).read_text(encoding="utf-8"))["model"]
     return {

@@ -1,7 +1,8 @@
-"""`kvexport build` as a whole, on tiny random checkpoints: what it makes, what it says, and what it leaves behind."""
+"""Tests of `kvexport build` from end to end on tiny random checkpoints: bundles, output, errors, and leftovers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,13 @@ import pytest
 from click.testing import CliRunner, Result
 
 import kvexport
+from kvexport.build import BuildHooks, BuildOptions
+from kvexport.build import build as build_bundle
 from kvexport.bundle.bundle import Bundle
+from kvexport.calibrate import recipe_for
 from kvexport.cli import commands
 from kvexport.errors import GateFailed, KvexportError
+from kvexport.model.decoder import Layer
 from kvexport.progress import Progress
 from kvexport.runtime.self_test.verdict import self_test
 from kvexport.validate import validate
@@ -21,12 +26,24 @@ from kvexport.validate import validate
 FAST = ["--calibration", "random", "--samples", "8", "--length", "24"]
 
 
-def cli(*arguments: object) -> Result:
-    return CliRunner().invoke(commands, [str(each) for each in arguments])
+class NoCalibration(Progress):
+    """Fails the test when calibration begins."""
+
+    def stage(self, name: str, steps: int) -> Any:
+        assert "calibration text" not in name, f"the stage began: {name}"
+        return super().stage(name, steps)
 
 
-def build(checkpoint: Path, output: Path, *options: object) -> dict[str, Any]:
-    result = cli("build", checkpoint, "-o", output, *FAST, "--json", *options)
+def cli(*arguments: object, progress: Progress | None = None) -> Result:
+    """Run `kvexport ARGUMENTS`; `progress` replaces the progress bars."""
+    return CliRunner().invoke(commands, [str(each) for each in arguments], obj=progress)
+
+
+def build(
+    checkpoint: Path, output: Path, *options: object, progress: Progress | None = None
+) -> dict[str, Any]:
+    """Run `kvexport build`, and return its report; raises what it raised."""
+    result = cli("build", checkpoint, "-o", output, *FAST, "--json", *options, progress=progress)
     if result.exception is not None:
         raise result.exception
     report: dict[str, Any] = json.loads(result.stdout)
@@ -36,7 +53,7 @@ def build(checkpoint: Path, output: Path, *options: object) -> dict[str, Any]:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom", "qwen2", "qwen3"])
-def test_a_bundle_of_every_family_and_dtype_is_proved(
+def test_a_bundle_of_every_family_and_dtype_passes_validation(
     tiny_checkpoint: Any, tmp_path: Path, family: str, dtype: str
 ) -> None:
     report = build(tiny_checkpoint(family), tmp_path / "b", "--kv-ratio", "0.5", "--dtype", dtype)
@@ -46,14 +63,14 @@ def test_a_bundle_of_every_family_and_dtype_is_proved(
     bundle.verify()
     assert bundle.dtype == dtype
     assert not validate(tmp_path / "b", Progress()).failures
-    if dtype != "bfloat16":  # of which there are no kernels here
+    if dtype != "bfloat16":  # ONNX Runtime has no bfloat16 kernels for the CPU
         assert self_test(tmp_path / "b").verdict == "ok"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]
     assert all(path.is_file() for path in (tmp_path / "b").iterdir())
 
 
 @pytest.mark.parametrize("method", ["fold", "online", "svd-a", "svd-w", "mean-pool"])
-def test_every_method_makes_a_bundle_whose_cache_is_that_much_smaller(
+def test_every_method_builds_a_bundle_with_a_smaller_cache(
     tiny_checkpoint: Any, tmp_path: Path, method: str
 ) -> None:
     source = tiny_checkpoint("llama", num_key_value_heads=4)
@@ -67,7 +84,7 @@ def test_every_method_makes_a_bundle_whose_cache_is_that_much_smaller(
     assert session.memory().bytes_per_token == report["kv_bytes_per_token"] == 2 * 2 * 8 * 4
 
 
-def test_keeping_all_heads_exports_the_model_as_it_was_trained(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_keeping_all_heads_exports_the_original_model(tiny_checkpoint: Any, tmp_path: Path) -> None:
     import torch
 
     from kvexport.model import reference
@@ -82,7 +99,7 @@ def test_keeping_all_heads_exports_the_model_as_it_was_trained(tiny_checkpoint: 
     assert np.allclose(kvexport.open(tmp_path / "b").score(tokens.numpy()), expected, atol=1e-4)
 
 
-def test_saved_statistics_give_the_same_bundle_to_the_byte(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_saved_statistics_give_a_byte_identical_bundle(tiny_checkpoint: Any, tmp_path: Path) -> None:
     source = tiny_checkpoint("qwen2")
     build(source, tmp_path / "direct")
     assert cli("calibrate", source, "-o", tmp_path / "statistics", *FAST).exit_code == 0
@@ -94,7 +111,7 @@ def test_saved_statistics_give_the_same_bundle_to_the_byte(tiny_checkpoint: Any,
         assert (tmp_path / "direct" / name).read_bytes() == (tmp_path / "reused" / name).read_bytes()
 
 
-def test_statistics_of_another_checkpoint_are_refused(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_rejects_statistics_of_another_checkpoint(tiny_checkpoint: Any, tmp_path: Path) -> None:
     assert cli("calibrate", tiny_checkpoint("llama"), "-o", tmp_path / "statistics", *FAST).exit_code == 0
     with pytest.raises(KvexportError, match="belong to another checkpoint"):
         other = tiny_checkpoint("llama", seed=1)
@@ -104,9 +121,7 @@ def test_statistics_of_another_checkpoint_are_refused(tiny_checkpoint: Any, tmp_
 
 
 @pytest.mark.slow
-def test_the_same_seed_gives_the_same_bundle_and_another_does_not(
-    tiny_checkpoint: Any, tmp_path: Path
-) -> None:
+def test_the_bundle_depends_on_the_seed_only(tiny_checkpoint: Any, tmp_path: Path) -> None:
     source = tiny_checkpoint("llama")
     sampled = ["--calibration", "self", "--samples", "6", "--length", "20"]
     for name, seed in (("a", 0), ("b", 0), ("c", 1)):
@@ -115,7 +130,7 @@ def test_the_same_seed_gives_the_same_bundle_and_another_does_not(
     assert data["a"] == data["b"] != data["c"]
 
 
-def test_the_report_is_in_the_bundle_and_says_what_json_said(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_the_report_in_the_bundle_equals_the_json_output(tiny_checkpoint: Any, tmp_path: Path) -> None:
     report = build(tiny_checkpoint("llama"), tmp_path / "b")
     stored = json.loads((tmp_path / "b" / "report.json").read_text())
     assert stored == report
@@ -134,12 +149,16 @@ def test_the_report_is_in_the_bundle_and_says_what_json_said(tiny_checkpoint: An
     assert all({"predicted_error", "measured_error"} <= layer.keys() for layer in report["layers"])
 
 
-def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: Any, tmp_path: Path) -> None:
+def test_quiet_prints_nothing_and_the_table_shows_sizes_and_losses(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
     quiet = cli("build", tiny_checkpoint("llama"), "-o", tmp_path / "quiet", *FAST, "--quiet")
     assert (quiet.stdout, quiet.stderr) == ("", "")
-    told = cli("build", tiny_checkpoint("llama"), "-o", tmp_path / "told", *FAST)
-    assert told.stderr.startswith("kvexport: the checkpoint has no tokenizer.json")  # and no progress bar
-    assert len(told.stderr.splitlines()) == 1
+    shown = cli("build", tiny_checkpoint("llama"), "-o", tmp_path / "shown", *FAST)
+    assert shown.stderr.startswith(
+        "kvexport: the checkpoint has no tokenizer.json"
+    )  # and there is no progress bar
+    assert len(shown.stderr.splitlines()) == 1
     for words in (
         "2 → 1",
         "KV cache per token",
@@ -147,11 +166,11 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
         "measured error",
         "validated against PyTorch: ok",
     ):
-        assert words in told.stdout
+        assert words in shown.stdout
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (["--kv-heads", "3"], "1, 2, 4"),
         (["--kv-ratio", "0.01"], "0.25 to 1"),
@@ -170,24 +189,24 @@ def test_quiet_says_nothing_and_the_table_shows_what_it_cost(tiny_checkpoint: An
         (["--calibration", "nowhere.txt"], "self, random, or a file"),
     ],
 )
-def test_options_that_cannot_be_met_are_usage_errors_that_say_what_can(
-    tiny_checkpoint: Any, tmp_path: Path, options: list[str], says: str
+def test_rejects_invalid_options_with_the_allowed_values(
+    tiny_checkpoint: Any, tmp_path: Path, options: list[str], message: str
 ) -> None:
     result = cli(
         "build", tiny_checkpoint("llama", num_key_value_heads=4), "-o", tmp_path / "b", *FAST, *options
     )
     assert isinstance(result.exception, KvexportError)
     assert result.exception.exit_code == 2
-    assert says in str(result.exception)
+    assert message in str(result.exception)
     assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize(
-    ("text", "says"),
+    ("text", "message"),
     [("", "shorter than one window"), ("a few words", "shorter than one window"), (None, "tokenizer.json")],
 )
-def test_calibration_text_that_fills_no_window(
-    tiny_checkpoint: Any, tmp_path: Path, text: str | None, says: str
+def test_rejects_calibration_text_shorter_than_a_window(
+    tiny_checkpoint: Any, tmp_path: Path, text: str | None, message: str
 ) -> None:
     source = tiny_checkpoint("llama", vocab_size=320)
     folder = tmp_path / "work"
@@ -204,32 +223,30 @@ def test_calibration_text_that_fills_no_window(
     (tmp_path / "text.txt").write_text(text or "some text")
     result = cli("build", source, "-o", folder / "b", "--calibration", tmp_path / "text.txt")
     assert isinstance(result.exception, KvexportError)
-    assert says in str(result.exception)
+    assert message in str(result.exception)
     assert list(folder.iterdir()) == []
 
 
-def test_a_graph_that_is_not_its_twin_leaves_no_bundle(
-    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_graph_that_does_not_match_its_reference_leaves_no_bundle(
+    tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
-    import kvexport.graph.writer as writer
+    layers: list[Layer] = []
 
-    real = writer.norm
+    def wrong_second_layer(layer: Layer) -> Layer:
+        layers.append(layer)
+        assert layer.mlp_norm is not None
+        wrong = dataclasses.replace(layer, mlp_norm=dataclasses.replace(layer.mlp_norm, eps=1.0))
+        return wrong if len(layers) == 2 else layer
 
-    def wrong(nodes: Any, norm: Any, x: Any, name: str) -> Any:
-        import dataclasses
-
-        broken = dataclasses.replace(norm, eps=1.0) if name.endswith("layers.1.mlp_norm") else norm
-        return real(nodes, broken, x, name)
-
-    monkeypatch.setattr(writer, "norm", wrong)
-    with pytest.raises(GateFailed, match=r"layers\.1\.residual"):
-        build(tiny_checkpoint("llama"), tmp_path / "b")
+    options = BuildOptions(recipe_for("random", 8, 24))
+    hooks = BuildHooks(graph_layer=wrong_second_layer)
+    with pytest.raises(GateFailed, match=r"layers\.1\.residual") as failure:
+        build_bundle(tiny_checkpoint("llama"), tmp_path / "b", options, Progress(), hooks=hooks)
+    assert "layers.0.residual" not in str(failure.value)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(
-    tiny_checkpoint: Any, tmp_path: Path
-) -> None:
+def test_replaces_an_existing_output_only_with_force(tiny_checkpoint: Any, tmp_path: Path) -> None:
     source = tiny_checkpoint("llama")
     build(source, tmp_path / "b", "--seed", "1")
     before = (tmp_path / "b" / "manifest.json").read_bytes()
@@ -240,14 +257,11 @@ def test_an_output_that_exists_is_kept_unless_it_may_be_replaced(
     assert (tmp_path / "b" / "manifest.json").read_bytes() != before
 
 
-def test_folding_normalised_keys_is_refused_before_any_text_is_sampled(
-    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_rejects_fold_for_a_model_with_qk_norm_before_calibration(
+    tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(
-        "kvexport.build.conversion_job.calibration_windows", lambda *_: pytest.fail("text was sampled")
-    )
     with pytest.raises(KvexportError, match="QK-norm"):
-        build(tiny_checkpoint("qwen3"), tmp_path / "b", "--method", "fold")
+        build(tiny_checkpoint("qwen3"), tmp_path / "b", "--method", "fold", progress=NoCalibration())
     assert list(tmp_path.iterdir()) == []
 
 
@@ -255,33 +269,30 @@ def test_folding_normalised_keys_is_refused_before_any_text_is_sampled(
     ("options", "least"),
     [(("--kv-ratio", "0.2"), "0.25"), (("--group-size", "1"), "1"), (("--kv-head-dim", "256"), "1")],
 )
-def test_less_than_any_choice_caches_is_refused_before_any_text_is_sampled(
+def test_rejects_a_ratio_below_the_smallest_cache_before_calibration(
     tiny_checkpoint: Any,
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     options: tuple[str, str],
     least: str,
 ) -> None:
     source = tiny_checkpoint("llama", num_key_value_heads=4)
-    for module in ("kvexport.build.conversion_job", "kvexport.analyze.analysis"):
-        monkeypatch.setattr(f"{module}.calibration_windows", lambda *_: pytest.fail("text was sampled"))
-    for verb, output in (("build", "b"), ("analyze", "a.html")):
-        result = cli(verb, source, "-o", tmp_path / output, *options)
+    for command, output in (("build", "b"), ("analyze", "a.html")):
+        result = cli(command, source, "-o", tmp_path / output, *options, progress=NoCalibration())
         assert isinstance(result.exception, KvexportError) and f"{least} to 1" in str(result.exception)
         assert result.exception.fix is not None and "--kv-ratio" in result.exception.fix
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("verb", ["build", "compress", "analyze"])
-def test_one_window_of_text_is_said_to_hold_nothing_out(
-    tiny_checkpoint: Any, tmp_path: Path, verb: str
+@pytest.mark.parametrize("command", ["build", "compress", "analyze"])
+def test_a_note_says_that_one_window_leaves_no_held_out_tokens(
+    tiny_checkpoint: Any, tmp_path: Path, command: str
 ) -> None:
-    for samples, said in ((1, True), (2, False)):
+    for samples, expected in ((1, True), (2, False)):
         result = cli(
-            verb,
+            command,
             tiny_checkpoint("llama"),
             "-o",
-            tmp_path / f"{verb}-{samples}",
+            tmp_path / f"{command}-{samples}",
             "--kv-heads",
             1,
             "--calibration",
@@ -292,11 +303,11 @@ def test_one_window_of_text_is_said_to_hold_nothing_out(
             80,
         )
         assert result.exit_code == 0
-        assert ("nothing is held out" in result.stderr) == said
+        assert ("no tokens are held out" in result.stderr) == expected
         assert "calibration tokens are few" not in result.stderr
 
 
-def test_demo_and_checkpoint_are_one_or_the_other(tmp_path: Path) -> None:
+def test_needs_either_demo_or_a_checkpoint(tmp_path: Path) -> None:
     for arguments in (
         ["build", "-o", tmp_path / "b"],
         ["build", "somewhere", "--demo", "-o", tmp_path / "b"],
@@ -307,7 +318,7 @@ def test_demo_and_checkpoint_are_one_or_the_other(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_float16_cannot_hold_stays_float32_and_is_said(
+def test_parts_that_overflow_float16_are_computed_in_float32_and_reported(
     tiny_checkpoint: Any, edit_checkpoint: Any, tmp_path: Path
 ) -> None:
     def enlarge(tensors: dict[str, Any]) -> None:
@@ -330,5 +341,5 @@ def test_what_float16_cannot_hold_stays_float32_and_is_said(
         )
         assert result.exception is None, result.exception
         assert json.loads(result.stdout)["kept_float32"] == ["layers.1.mlp"]
-        assert "kept in float32: layers.1.mlp" in result.stderr
+        assert "computed in float32: layers.1.mlp" in result.stderr
     assert build(source, tmp_path / "wide")["kept_float32"] == []

@@ -1,4 +1,4 @@
-"""`build` and `compress` with healing: what is reported is the healed model, and a killed run is taken up again."""
+"""Tests of `build` and `compress` with healing: the report describes the healed model, and a killed run is resumed."""
 
 from __future__ import annotations
 
@@ -11,11 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from kvexport.build.pipeline import BuildOptions, BuildReport, build, compress
+from kvexport.build import BuildHooks, BuildOptions, BuildReport, build, compress
 from kvexport.calibrate import recipe_for
 from kvexport.convert import CompressionRequest, split_windows
 from kvexport.errors import UsageError
-from kvexport.graph import DecoderWriter
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer
 from kvexport.model.loader import load_decoder
@@ -30,11 +29,11 @@ Checkpoints = Callable[..., Path]
 
 
 class Killed(BaseException):
-    pass
+    """Stands for a signal that kills the process."""
 
 
-class Healing(Progress):
-    """Keeps notes and stages; dies at a step of healing."""
+class HealingProgress(Progress):
+    """Records notes and counts the steps of healing; raises Killed at a given step."""
 
     def __init__(self, kill_at: int = 0) -> None:
         self.notes: list[str] = []
@@ -53,9 +52,9 @@ class Healing(Progress):
             raise Killed
 
 
-def plan(**asked: Any) -> BuildOptions:
+def build_options(**changes: Any) -> BuildOptions:
     return BuildOptions(
-        recipe_for("random", WINDOWS, 24), CompressionRequest(kv_heads=2), **{"method": "online", **asked}
+        recipe_for("random", WINDOWS, 24), CompressionRequest(kv_heads=2), **{"method": "online", **changes}
     )
 
 
@@ -64,28 +63,25 @@ def source(tiny_checkpoint: Checkpoints) -> Path:
     return tiny_checkpoint("llama", num_key_value_heads=4)
 
 
-def built(
-    source: Path, output: Path, monkeypatch: pytest.MonkeyPatch, **asked: Any
-) -> tuple[BuildReport, Decoder]:
-    """The report, and the model as its layers were handed to the graph."""
+def built(source: Path, output: Path, **changes: Any) -> tuple[BuildReport, Decoder]:
+    """The report, and the model whose layers were written to the graph."""
     layers: list[Layer] = []
-    original = DecoderWriter.add_layer
-    with monkeypatch.context() as patched:
-        patched.setattr(
-            DecoderWriter, "add_layer", lambda self, layer: layers.append(layer) or original(self, layer)
-        )
-        report = build(source, output, plan(**asked), Progress(), capacity=64)
+
+    def record(layer: Layer) -> Layer:
+        layers.append(layer)
+        return layer
+
+    hooks = BuildHooks(graph_layer=record)
+    report = build(source, output, build_options(**changes), Progress(), capacity=64, hooks=hooks)
     return report, dataclasses.replace(load_decoder(source), layers=layers)
 
 
 @pytest.mark.parametrize("lora", [None, pytest.param(4, marks=pytest.mark.slow)])
-def test_what_is_reported_and_exported_is_the_healed_model(
-    lora: int | None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_report_and_bundle_describe_the_healed_model(lora: int | None, source: Path, tmp_path: Path) -> None:
     if lora is not None:
         pytest.importorskip("peft")
-    plain, unhealed = built(source, tmp_path / "plain", monkeypatch)
-    report, healed = built(source, tmp_path / "healed", monkeypatch, heal=100, heal_lora=lora)
+    plain, unhealed = built(source, tmp_path / "plain")
+    report, healed = built(source, tmp_path / "healed", heal=100, heal_lora=lora)
     assert plain.healing is None and report.healing is not None
     assert report.healing.steps == 100 and report.healing.best_step > 0
     assert report.healing.kl_after < report.healing.kl_before
@@ -105,31 +101,31 @@ def test_what_is_reported_and_exported_is_the_healed_model(
     assert (
         float((reference.forward(healed, windows[:1]) - reference.forward(unhealed, windows[:1])).abs().max())
         > 1e-2
-    )  # a control
+    )  # control: healing changed the logits
     assert self_test(tmp_path / "healed").verdict == "ok"  # it was recorded from the healed layers
     assert report.to_json()["healing"]["kl_after"] == report.healing.kl_after
     assert {layer.kv_width for layer in report.layers} == {layer.kv_width for layer in plain.layers}
-    assert sorted(each.name for each in tmp_path.iterdir()) == ["healed", "plain"]  # no state is left
+    assert sorted(each.name for each in tmp_path.iterdir()) == ["healed", "plain"]  # no state file is left
 
 
 def calibration(source: Path) -> torch.Tensor:
     from kvexport.calibrate import calibration_windows
 
-    return calibration_windows(load_decoder(source), source, plan().recipe, lambda *_: None)
+    return calibration_windows(load_decoder(source), source, build_options().recipe, lambda *_: None)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("step", [20, 34])  # in the second layer; end to end
-def test_a_killed_build_goes_on_and_makes_the_same_bundle(step: int, source: Path, tmp_path: Path) -> None:
-    asked, whole, killed = plan(heal=STEPS), tmp_path / "whole", tmp_path / "killed"
-    once = Healing()
-    build(source, whole, asked, once, capacity=64)
+def test_a_killed_build_is_resumed_and_gives_the_same_bundle(step: int, source: Path, tmp_path: Path) -> None:
+    options, whole, killed = build_options(heal=STEPS), tmp_path / "whole", tmp_path / "killed"
+    once = HealingProgress()
+    build(source, whole, options, once, capacity=64)
     assert once.steps == 2 * 16 + 4
     with pytest.raises(Killed):
-        build(source, killed, asked, Healing(step), capacity=64)
+        build(source, killed, options, HealingProgress(step), capacity=64)
     assert sorted(each.name for each in tmp_path.iterdir()) == ["killed.healing", "whole"]
-    again = Healing()
-    report = build(source, killed, asked, again, capacity=64)
+    again = HealingProgress()
+    report = build(source, killed, options, again, capacity=64)
     assert any("healing goes on from" in note for note in again.notes)
     assert 0 < again.steps < once.steps - 15  # a whole layer at least is not done again
     assert (killed / "decoder.onnx.data").read_bytes() == (whole / "decoder.onnx.data").read_bytes()
@@ -137,21 +133,21 @@ def test_a_killed_build_goes_on_and_makes_the_same_bundle(step: int, source: Pat
     assert sorted(each.name for each in tmp_path.iterdir()) == ["killed", "whole"]
 
 
-def test_a_state_of_another_job_is_refused_and_kept(source: Path, tmp_path: Path) -> None:
+def test_rejects_the_state_of_another_job_and_keeps_the_file(source: Path, tmp_path: Path) -> None:
     with pytest.raises(Killed):
-        build(source, tmp_path / "b", plan(heal=STEPS), Healing(20), capacity=64)
+        build(source, tmp_path / "b", build_options(heal=STEPS), HealingProgress(20), capacity=64)
     state = (tmp_path / "b.healing").read_bytes()
     with pytest.raises(UsageError, match=r"b\.healing belongs to another job") as caught:
-        build(source, tmp_path / "b", plan(heal=STEPS + 5), Progress(), capacity=64)
+        build(source, tmp_path / "b", build_options(heal=STEPS + 5), Progress(), capacity=64)
     assert "delete the file" in str(caught.value)
     assert [each.name for each in tmp_path.iterdir()] == ["b.healing"]
     assert (tmp_path / "b.healing").read_bytes() == state
 
 
-def test_a_standard_checkpoint_is_healed_too(source: Path, tmp_path: Path) -> None:
+def test_compress_heals_a_checkpoint_too(source: Path, tmp_path: Path) -> None:
     reports = {}
-    for name, asked in (("plain", {}), ("healed", {"heal": STEPS})):
-        report = compress(source, tmp_path / name, plan(method="fold", **asked), Progress())
+    for name, changes in (("plain", {}), ("healed", {"heal": STEPS})):
+        report = compress(source, tmp_path / name, build_options(method="fold", **changes), Progress())
         held_out = calibration(source)[split_windows(WINDOWS)[1]]
         read = divergence_of(load_decoder(source), load_decoder(tmp_path / name), held_out)
         assert report.divergence is not None
@@ -164,11 +160,11 @@ def test_a_standard_checkpoint_is_healed_too(source: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    ("plan", "says"),
+    ("options", "message"),
     [
         (
             BuildOptions(recipe_for("random", 4, 32), CompressionRequest(kv_ratio=1.0), heal=5),
-            "nothing to heal",
+            "--heal needs compressed layers",
         ),
         (
             BuildOptions(
@@ -178,22 +174,22 @@ def test_a_standard_checkpoint_is_healed_too(source: Path, tmp_path: Path) -> No
         ),
     ],
 )
-def test_healing_that_makes_no_sense_is_refused_before_any_work(
-    plan: BuildOptions, says: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+def test_rejects_healing_options_that_do_not_fit_before_any_work(
+    options: BuildOptions, message: str, tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=says):
-        build(tiny_checkpoint("llama"), tmp_path / "bundle", plan, Progress())
+    with pytest.raises(UsageError, match=message):
+        build(tiny_checkpoint("llama"), tmp_path / "bundle", options, Progress())
     assert not (tmp_path / "bundle").exists()
 
 
-def test_a_standard_checkpoint_of_bloom_says_that_others_cache_as_much(
+def test_a_note_says_that_a_bloom_checkpoint_saves_no_cache_in_other_programs(
     tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    said = Healing()
+    progress = HealingProgress()
     compress(
         tiny_checkpoint("bloom"),
         tmp_path / "out",
         BuildOptions(recipe_for("random", 8, 32), CompressionRequest(kv_ratio=0.5), "fold"),
-        said,
+        progress,
     )
-    assert any("BLOOM" in note for note in said.notes)
+    assert any("BLOOM" in note for note in progress.notes)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support.conversions import plain
 
-from kvexport.build.conversion_job import capacity_of
+from kvexport.build.conversion_job import sequence_capacity
 from kvexport.build.pipeline import BuildOptions, compress
 from kvexport.calibrate import recipe_for
 from kvexport.convert import CompressionRequest
@@ -36,7 +36,7 @@ def converted_logits(checkpoint: Path, method: str, kv_heads: int, tokens: torch
     decoder = load_decoder(checkpoint)
     windows = calibration_windows(decoder, checkpoint, RECIPE)
     made = plain(
-        decoder, windows, kv_heads, method, adjacent=decoder.rope is None, capacity=capacity_of(decoder)
+        decoder, windows, kv_heads, method, adjacent=decoder.rope is None, capacity=sequence_capacity(decoder)
     )
     layers = [each.layer for each in made]
     return reference.forward(dataclasses.replace(decoder, layers=layers), tokens)

@@ -12,12 +12,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from kvexport.build import conversion_job as job
-from kvexport.build import pipeline as building
+from kvexport.build import BuildHooks, BuildOptions, BuildReport, build
 from kvexport.bundle.bundle import Bundle
 from kvexport.calibrate import recipe_for
-from kvexport.convert import CompressionRequest
-from kvexport.graph import DecoderWriter
+from kvexport.convert import CompressionPlan, CompressionRequest, methods_for
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer
 from kvexport.model.loader import load_decoder
@@ -29,16 +27,21 @@ PROMPTS = [[5, 9, 33], [1], list(range(20))]
 
 
 def built(
-    checkpoint: Path, bundle: Path, monkeypatch: pytest.MonkeyPatch, **plan: Any
-) -> tuple[building.BuildReport, Decoder]:
-    """The report, and the converted model as its layers were handed to the graph."""
+    checkpoint: Path,
+    bundle: Path,
+    plan: Callable[[CompressionPlan], CompressionPlan] = lambda plan: plan,
+    **options: Any,
+) -> tuple[BuildReport, Decoder]:
+    """The report, and the converted model whose layers were written to the graph."""
     layers: list[Layer] = []
-    original = DecoderWriter.add_layer
-    monkeypatch.setattr(
-        DecoderWriter, "add_layer", lambda self, layer: layers.append(layer) or original(self, layer)
-    )
-    made = building.BuildOptions(recipe_for("random", 16, 24), **plan)
-    report = building.build(checkpoint, bundle, made, Progress(), capacity=64)
+
+    def record(layer: Layer) -> Layer:
+        layers.append(layer)
+        return layer
+
+    build_options = BuildOptions(recipe_for("random", 16, 24), **options)
+    hooks = BuildHooks(plan=plan, graph_layer=record)
+    report = build(checkpoint, bundle, build_options, Progress(), capacity=64, hooks=hooks)
     return report, dataclasses.replace(load_decoder(checkpoint), layers=layers)
 
 
@@ -56,7 +59,7 @@ def greedy(decoder: Decoder, prompt: list[int], steps: int) -> tuple[int, ...]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("family", "plan"),
+    ("family", "options"),
     [
         ("llama", {"request": CompressionRequest(kv_ratio=0.4)}),
         ("llama", {"request": CompressionRequest(kv_ratio=0.4, equal_widths=False)}),
@@ -67,12 +70,11 @@ def greedy(decoder: Decoder, prompt: list[int], steps: int) -> tuple[int, ...]:
 )
 def test_a_built_bundle_generates_what_the_converted_model_does(
     family: str,
-    plan: dict[str, Any],
+    options: dict[str, Any],
     tiny_checkpoint: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    report, decoder = built(tiny_checkpoint(family, **SIZES), tmp_path / "b", monkeypatch, **plan)
+    report, decoder = built(tiny_checkpoint(family, **SIZES), tmp_path / "b", **options)
     shapes = [
         (layer.num_key_value_heads, layer.key_head_dim, layer.value_head_dim) for layer in report.layers
     ]
@@ -102,28 +104,21 @@ def test_auto_gives_layers_of_either_method_to_one_bundle(
     tiny_checkpoint: Callable[..., Path],
     edit_checkpoint: Callable[..., Path],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A model in which one layer's keys fold without loss, and whose other layers are left to the survey."""
-    layer_plans = job.choose
 
-    def either(*arguments: Any) -> Any:
-        """What `choose` says, with every second layer folded."""
-        found = layer_plans(*arguments)
-        fold, online = (next(m for m in arguments[3] if m.name == name) for name in ("fold", "online"))
-        mixed = [
-            dataclasses.replace(way, method=(fold, online)[at % 2])
-            for at, way in enumerate(found.layer_plans)
+    def alternate(plan: CompressionPlan) -> CompressionPlan:
+        """The plan with the methods fold and online in turn."""
+        methods = methods_for("auto", load_decoder(source).layers[0].attention)
+        by_name = {method.name: method for method in methods}
+        layer_plans = [
+            dataclasses.replace(layer_plan, method=by_name[("fold", "online")[index % 2]])
+            for index, layer_plan in enumerate(plan.layer_plans)
         ]
-        return dataclasses.replace(found, layer_plans=mixed)
+        return dataclasses.replace(plan, layer_plans=layer_plans)
 
-    monkeypatch.setattr(job, "choose", either)
-    report, decoder = built(
-        tiny_checkpoint("llama", **SIZES),
-        tmp_path / "b",
-        monkeypatch,
-        request=CompressionRequest(kv_ratio=0.4),
-    )
+    source = tiny_checkpoint("llama", **SIZES)
+    report, decoder = built(source, tmp_path / "b", alternate, request=CompressionRequest(kv_ratio=0.4))
     assert [layer.method for layer in report.layers] == ["fold", "online"] * 2
     assert (
         torch.is_tensor(decoder.layers[0].attention.frequencies)

@@ -1,0 +1,75 @@
+"""The report of a build: report.json in a bundle, and the object that `kvexport build --json` prints."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from kvexport.bundle.layer_report import LayerReport
+from kvexport.eviction.config import Eviction
+from kvexport.heal import HealReport
+from kvexport.model.divergence import Divergence
+from kvexport.validate import ValidationReport
+
+
+@dataclass(frozen=True)
+class FrontierPoint:
+    """A cache size that was considered, with its loss.
+
+    Attributes:
+        kv_bytes_per_token: bytes that a token adds to the cache.
+        predicted_kl: predicted mean KL divergence from the original model, in nats per token.
+        measured_kl: the same, measured on held-out calibration text; None: that size was not converted.
+    """
+
+    kv_bytes_per_token: int
+    predicted_kl: float
+    measured_kl: float | None
+
+
+@dataclass(frozen=True)
+class BuildReport:
+    """Sizes and losses of a converted model.
+
+    Attributes:
+        source: name of the checkpoint.
+        layers: shape, method and errors of each layer.
+        kv_bytes_per_token: bytes that a token adds to the cache; `_original` before conversion, in the same dtype.
+        parameters: number of weights; `_original` before conversion.
+        divergence: from the original model, on held-out calibration text; None if nothing was converted.
+        seconds: wall time of each stage.
+        validation: of the exported graph, against its PyTorch reference; None for a Hugging Face checkpoint.
+        kept_float32: parts of a float16 graph that are computed in float32, because float16 would overflow.
+        frontier: the cache sizes that were considered, with their losses before healing; empty if the request fixed
+            the size.
+        healing: the result of distillation, if there was any; `divergence` is then that of the healed model.
+        eviction: policy and budget of the bundle's cache; None: it keeps all tokens.
+        capacity: maximum sequence length of the bundle in tokens.
+        kv_bytes_at_capacity: bytes of the cache of one sequence of that length, with the state of eviction.
+    """
+
+    source: str
+    layers: list[LayerReport]
+    kv_bytes_per_token: int
+    kv_bytes_per_token_original: int
+    parameters: int
+    parameters_original: int
+    divergence: Divergence | None
+    seconds: dict[str, float]
+    validation: ValidationReport | None = None
+    kept_float32: list[str] = field(default_factory=list)
+    frontier: list[FrontierPoint] = field(default_factory=list)
+    healing: HealReport | None = None
+    eviction: Eviction | None = None
+    capacity: int | None = None
+    kv_bytes_at_capacity: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The report as plain JSON values."""
+        return {
+            **asdict(self),
+            "eviction": None if self.eviction is None else self.eviction.to_json(),
+            "divergence": None if self.divergence is None else self.divergence.to_json(),
+            "healing": None if self.healing is None else self.healing.to_json(),
+            "validation": None if self.validation is None else self.validation.to_json(),
+        }
