@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,9 +26,9 @@ Tokens = tuple[int, ...]
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sound(shared_folders: Any) -> Path:
     """With text, which makes for every file that there can be; never written to."""
-    return write_text_bundle(tmp_path_factory.mktemp("sound") / "b", capacity=64)
+    return Path(shared_folders.get(write_text_bundle, capacity=64))
 
 
 @pytest.fixture(scope="module")

@@ -38,6 +38,7 @@ NAMES = (*STYLES, *EVICTING, *HALF)
 
 def write_bundles(folder: Path) -> None:
     """Write all of `NAMES`, and `gqa-bfloat16`: two layers, 40 tokens, float32 unless the name says otherwise."""
+    folder.mkdir(exist_ok=True)
     for name in (*NAMES, "gqa-bfloat16"):
         style, _, kind = name.partition("-")
         decoder = make_decoder(style, dtype=torch.float32, max_positions=1024, **STYLES[style])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import builds
 import bundles as tiny
@@ -18,16 +19,12 @@ def built() -> Callable[[str], Path]:
 
 
 @pytest.fixture(scope="session")
-def reader_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files that `reader_files.write` writes."""
-    folder = tmp_path_factory.mktemp("reader_files")
-    reader_file_writer.write(folder)
-    return folder
+def reader_files(shared_folders: Any) -> Path:
+    """The files that `reader_files.write` writes. Tests must not change them."""
+    return Path(shared_folders.get(reader_file_writer.write))
 
 
 @pytest.fixture(scope="session")
-def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def bundles(shared_folders: Any) -> Path:
     """The bundles that `bundles.write_bundles` writes. Tests must not change them."""
-    folder = tmp_path_factory.mktemp("bundles")
-    tiny.write_bundles(folder)
-    return folder
+    return Path(shared_folders.get(tiny.write_bundles))

@@ -50,6 +50,8 @@ _NAMES = [
 
 
 def write(folder: Path) -> None:
+    """Write the files into `folder`, which is made if it does not exist."""
+    folder.mkdir(exist_ok=True)
     decoder = make_decoder("gqa", dtype=torch.float32)
     tiny = write_bundle(folder / "tiny", decoder, tokenizer=byte_level_tokenizer())
     evicting = write_bundle(folder / "evicting", decoder, eviction=_BUDGET)

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builds import ROOT, build
@@ -25,8 +26,8 @@ Ran = subprocess.CompletedProcess
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_bundle(tmp_path_factory.mktemp("text") / "b")
+def bundle(shared_folders: Any) -> Path:
+    return Path(shared_folders.get(write_text_bundle))
 
 
 def cpp(name: str, *arguments: object, lines: list[str] | None = None, text: bool = True) -> Ran[str]:

@@ -19,8 +19,8 @@ PROMPT = "Once upon a time there was a café"
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_bundle(tmp_path_factory.mktemp("text") / "b")
+def bundle(shared_folders: Any) -> Path:
+    return Path(shared_folders.get(write_text_bundle))
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from builds import build
@@ -25,8 +26,8 @@ FULL = {"max_new_tokens": 12, "stop_tokens": []}
 
 
 @pytest.fixture(scope="module")
-def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_text_bundle(tmp_path_factory.mktemp("sound") / "b", capacity=64)
+def sound(shared_folders: Any) -> Path:
+    return Path(shared_folders.get(write_text_bundle, capacity=64))
 
 
 @pytest.fixture(scope="module")

@@ -17,11 +17,10 @@ import pytest
 from support.decoders import make_decoder
 from support.proved_bundles import export
 from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
-from test_packaging import CHECKOUT, tree, wheel
 
 pytestmark = pytest.mark.slow
 
-__all__ = ["tree", "wheel"]  # fixtures
+CHECKOUT = Path(__file__).resolve().parents[2]
 ABSENT = (
     "torch",
     "transformers",

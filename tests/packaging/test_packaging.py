@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 import sys
 import zipfile
@@ -13,7 +12,6 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-CHECKOUT = Path(__file__).resolve().parent.parent.parent
 DATA = {"graphs": "*/*.toml", "calibration": "*.toml", "models": "demo/*"}
 
 _LOOK = """
@@ -23,42 +21,6 @@ from kvexport.model.families import families
 from kvexport.files.resources import resource
 print(json.dumps([kvexport.__file__, sorted(families()), str(resource("graphs", "families"))]))
 """
-
-
-@pytest.fixture(scope="module")
-def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the files that git has or would add, so that building leaves nothing in the checkout."""
-    listed = ["git", "ls-files", "--cached", "--others", "--exclude-standard", "-z"]
-    names = subprocess.run(listed, cwd=CHECKOUT, check=True, capture_output=True, text=True).stdout.split(
-        "\0"
-    )
-    folder = tmp_path_factory.mktemp("tree")
-    for name in filter(None, names):
-        if (CHECKOUT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(CHECKOUT / name, folder / name)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def wheel(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    into = tmp_path_factory.mktemp("wheel")
-    build = [
-        sys.executable,
-        "-m",
-        "pip",
-        "wheel",
-        "--no-deps",
-        "--no-build-isolation",
-        "--no-index",
-        "-w",
-        str(into),
-        ".",
-    ]
-    ran = subprocess.run(build, cwd=tree, capture_output=True, text=True)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    (found,) = into.glob("*.whl")
-    return found
 
 
 def in_wheel(tree: Path) -> set[str]:
