@@ -69,6 +69,7 @@ def test_a_bundle_of_every_family_and_dtype_passes_validation(
     assert all(path.is_file() for path in (tmp_path / "b").iterdir())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["fold", "online", "svd-a", "svd-w", "mean-pool"])
 def test_every_method_builds_a_bundle_with_a_smaller_cache(
     tiny_checkpoint: Any, tmp_path: Path, method: str
@@ -99,6 +100,7 @@ def test_keeping_all_heads_exports_the_original_model(tiny_checkpoint: Any, tmp_
     assert np.allclose(kvexport.open(tmp_path / "b").score(tokens.numpy()), expected, atol=1e-4)
 
 
+@pytest.mark.slow
 def test_saved_statistics_give_a_byte_identical_bundle(tiny_checkpoint: Any, tmp_path: Path) -> None:
     source = tiny_checkpoint("qwen2")
     build(source, tmp_path / "direct")
@@ -283,6 +285,7 @@ def test_rejects_a_ratio_below_the_smallest_cache_before_calibration(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", ["build", "compress", "analyze"])
 def test_a_note_says_that_one_window_leaves_no_held_out_tokens(
     tiny_checkpoint: Any, tmp_path: Path, command: str

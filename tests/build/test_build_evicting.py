@@ -16,6 +16,7 @@ Checkpoints = Callable[..., Path]
 QUICK = ["--calibration", "random", "--samples", "8", "--length", "32", "--capacity", "64"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["auto", "fold"])
 def test_the_bundle_has_the_budget_and_passes_validation(
     method: str, tiny_checkpoint: Checkpoints, tmp_path: Path

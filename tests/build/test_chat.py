@@ -119,6 +119,7 @@ def test_reads_special_tokens_from_special_tokens_map_json(tmp_path: Path) -> No
     assert chat is not None and chat.begin.startswith("<begin>") and chat.next.startswith("</s>")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("template", "reason"),
     [

@@ -64,6 +64,7 @@ def opens(bundle: Path, raw: Any) -> Bundle | None:
         copied.write_text(kept)
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_a_mutated_manifest_opens_or_is_refused(bundle: Path, data: st.DataObject) -> None:

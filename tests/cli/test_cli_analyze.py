@@ -64,6 +64,7 @@ def test_page_and_json_show_the_same_analysis(
     assert f"{data['divergence']['mean_kl']:.5f}" in page
 
 
+@pytest.mark.slow
 def test_prints_a_table_unless_quiet(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("--tokens", 8)
     out = capsys.readouterr().out

@@ -31,6 +31,7 @@ def lint(*arguments: object) -> Ended:
 TARGETS = [target for target in known_targets() if target.engine != "onnxruntime"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
 def test_every_target_supports_the_lowering_that_is_chosen_for_it(target: object, bundle: Path) -> None:
     """The lowering is the one that `lowering_for` names, for every TensorRT version that the target can have."""

@@ -107,6 +107,7 @@ def test_each_half_step_is_where_the_gradient_vanishes(style: str, side: str) ->
     assert sizes[0] < 1e-3 * sizes[1]  # of the ridge; the start, as a control, is no minimum
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("frequencies", ["one each", "several", "some"])
 @pytest.mark.parametrize("seed", range(2))

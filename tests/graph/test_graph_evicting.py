@@ -144,6 +144,7 @@ def disagreement(
     return worst
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_equals_the_oracle_token_for_token(case: str, policy: str, tmp_path: Path) -> None:

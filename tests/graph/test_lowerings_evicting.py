@@ -39,6 +39,7 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, quiet(), providers=["CPUExecutionProvider"])
 
 
+@pytest.mark.slow
 @every_lowering
 @pytest.mark.parametrize("case", CASES)
 def test_equals_the_oracle_token_for_token(case: str, lowering: str, tmp_path: Path) -> None:
@@ -47,6 +48,7 @@ def test_equals_the_oracle_token_for_token(case: str, lowering: str, tmp_path: P
     assert disagreement(decoder, *lowered(decoder, tmp_path, lowering), EVICTION) < 5e-6
 
 
+@pytest.mark.slow
 @every_lowering
 @pytest.mark.parametrize("policy", POLICIES)
 def test_every_policy_equals_the_oracle_where_some_layers_evict_nothing(

@@ -30,6 +30,7 @@ def shapes(decoder: Decoder) -> list[tuple[torch.Size, torch.dtype]]:
     return [(tensor.shape, tensor.dtype) for layer in decoder.layers for tensor in tensors_of(layer)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_attention_alone_is_trained_and_comes_nearer_to_the_original(style: str) -> None:
     job = Job(style)
@@ -53,6 +54,7 @@ def test_attention_alone_is_trained_and_comes_nearer_to_the_original(style: str)
     )  # the caller's own are not touched
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", ["llama", "qwen3", "bias"])
 def test_maps_are_trained_too(style: str) -> None:
     job = Job(style)

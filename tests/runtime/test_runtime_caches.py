@@ -140,6 +140,7 @@ def test_conversations_that_take_turns_are_each_as_if_alone(
     assert session.lengths.tolist() == [14]
 
 
+@pytest.mark.slow
 @batched
 @whatever_is_held
 @pytest.mark.parametrize("chunk", [128, 4, 1])

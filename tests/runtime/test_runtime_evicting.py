@@ -101,6 +101,7 @@ CASES: dict[str, Callable[[], Decoder]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("policy", POLICIES)
 def test_prompts_in_chunks_and_steps_equal_the_oracle(policy: str, case: str, tmp_path: Path) -> None:

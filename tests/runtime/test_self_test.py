@@ -183,6 +183,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
     return only_gpu(monkeypatch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
 @pytest.mark.parametrize("evicts", [False, True])

@@ -41,6 +41,7 @@ def rounded(part: Any, dtype: torch.dtype) -> Any:
     return part
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("style", STYLES)
 def test_rows_are_those_of_the_reference(style: str, dtype: str, tmp_path: Path) -> None:

@@ -103,6 +103,7 @@ def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
         proved(bundle)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "says"),
     [
