@@ -124,6 +124,7 @@ class BundleExport:
                 "max_position_embeddings": decoder.dims.max_positions,
                 "bos_token_id": decoder.bos_token_id,
                 "eos_token_ids": list(decoder.eos_token_ids),
+                "tie_word_embeddings": decoder.head is None,
             },
             "dtype": job.options.dtype,
             "capacity": job.capacity,

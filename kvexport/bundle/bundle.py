@@ -1,7 +1,6 @@
-"""The bundle: a directory that holds everything a device needs, and a manifest that says what it is.
+"""A bundle: a directory with everything that a device needs to run a model, and a manifest with its files' hashes.
 
-Knows which files there are and their hashes; what the manifest says is in `bundle_manifest`. Must not know how a
-graph is run. Reading validates before anything is allocated, and executes nothing.
+Reading validates before it allocates, and executes nothing.
 """
 
 from __future__ import annotations
@@ -29,6 +28,7 @@ from kvexport.files.hashing import sha256_of
 
 REPORT_FILE = "report.json"
 TOKENIZER_FILE = "tokenizer.json"
+COPY_AGAIN = "copy the bundle again, or " + REBUILD
 
 __all__ = [
     "BYTES",
@@ -46,70 +46,81 @@ __all__ = [
 
 @dataclass(frozen=True)
 class Bundle(Manifest):
-    """A bundle whose manifest was read and found sound; its files are there and of the right size."""
+    """A bundle whose manifest is valid and whose files exist in the recorded sizes.
+
+    Attributes:
+        path: of its directory.
+    """
 
     path: Path
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
-        """Read and check the manifest, and that every file is there in its size; hashes no file (see `verify`).
+        """Read and validate the manifest, and check that every file has its size; hashes no file (see `verify`).
 
         Raises:
-            BundleError: no bundle, a newer format, a damaged manifest, a file missing or of another size.
+            BundleError: there is no bundle, its format is not supported, its manifest is damaged, or a file is missing or
+                has another size.
         """
         path = Path(path)
         bundle = cls(**vars(read_manifest(path)), path=path)
         sizes = {file.name: file.stat().st_size for file in path.iterdir() if file.is_file()}
         for name, entry in bundle.files.items():
             if name not in sizes:
-                raise BundleError(
-                    f"the bundle {path} lacks its file {name}", fix="copy the bundle again, or " + REBUILD
-                )
+                raise BundleError(f"the bundle {path} must contain {name}", fix=COPY_AGAIN)
             if sizes[name] != entry.bytes:
                 raise BundleError(
-                    f"{name} of the bundle {path} has another size than when it was written",
+                    f"{name} of the bundle {path} must have the size in the manifest",
                     got=f"{sizes[name]} bytes",
                     expected=f"{entry.bytes} bytes",
-                    fix="copy the bundle again, or " + REBUILD,
+                    fix=COPY_AGAIN,
                 )
         return bundle
 
     def verify(self, names: Iterable[str] | None = None) -> None:
-        """Hash files, all of them or those named.
+        """Hash files and compare with the manifest.
+
+        Args:
+            names: files of the manifest; None: all.
 
         Raises:
-            BundleError: names the first file that is not as it was written.
+            BundleError: the first file whose hash differs.
         """
         for name in self.files if names is None else names:
             if sha256_of(self.path / name) != self.files[name].sha256:
                 raise BundleError(
-                    f"{name} of the bundle {self.path} is not as it was written: its sha256 differs",
-                    fix="copy the bundle again, or " + REBUILD,
+                    f"{name} of the bundle {self.path} must be unchanged since it was written: its sha256 differs",
+                    fix=COPY_AGAIN,
                 )
 
 
 class BundleWriter:
-    """Fills a directory with a bundle's files; see `new_bundle`."""
+    """Fills the directory of a new bundle (`new_bundle`).
+
+    Attributes:
+        directory: to write files into.
+        sealed: whether the manifest was written.
+    """
 
     def __init__(self, directory: Path) -> None:
         self.directory = directory
         self.sealed = False
-        self._hashed: dict[str, str] = {}
+        self._hashes: dict[str, str] = {}
 
     def sha256(self, name: str) -> str:
-        """Of a file that is whole: it is hashed once, and must not be written to any more."""
-        if name not in self._hashed:
-            self._hashed[name] = sha256_of(self.directory / name)
-        return self._hashed[name]
+        """Hash of a complete file, which must not be written to any more; computed once."""
+        if name not in self._hashes:
+            self._hashes[name] = sha256_of(self.directory / name)
+        return self._hashes[name]
 
     def seal(self, manifest: Mapping[str, Any]) -> None:
-        """Hash every file and write the manifest: the bundle's last file.
+        """Hash every file and write the manifest, the bundle's last file.
 
         Args:
-            manifest: all of its keys but `format`, `files` and `manifest_sha256`.
+            manifest: all keys but `format`, `files` and `manifest_sha256`.
 
         Raises:
-            BundleError: a key is missing, wrong, or contradicts another.
+            BundleError: the manifest would be invalid.
         """
         files = {
             file.name: FileEntry(self.sha256(file.name), file.stat().st_size)
@@ -121,12 +132,16 @@ class BundleWriter:
 
 @contextmanager
 def new_bundle(path: Path, *, force: bool = False) -> Iterator[BundleWriter]:
-    """A writer whose files appear at `path` together when the block ends, or not at all.
+    """Write a bundle atomically: its files appear at `path` when the block ends, or not at all.
+
+    Args:
+        path: of the bundle's directory.
+        force: replace a bundle that exists there.
 
     Raises:
-        UsageError: `path` exists (and, with `force`, is no bundle), or its parent does not.
+        UsageError: `path` exists (and, with `force`, is not a bundle), or its parent does not exist.
     """
     with atomic_directory(path, marker=MANIFEST_FILE, force=force) as directory:
         writer = BundleWriter(directory)
         yield writer
-        assert writer.sealed, "a bundle without its manifest"
+        assert writer.sealed, "a bundle without a manifest"

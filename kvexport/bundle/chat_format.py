@@ -1,4 +1,4 @@
-"""A chat template's reduced form: the strings around what people and the model say; knows no Jinja and no tokens."""
+"""A chat template reduced to the strings around user messages and answers, so that no template engine is needed."""
 
 from __future__ import annotations
 
@@ -10,15 +10,17 @@ from kvexport.errors import UsageError
 
 @dataclass(frozen=True)
 class Chat:
-    """A conversation is its beginning, then user, `generate`, `answer`, assistant, `next`, user, `generate`, and so on.
+    """The strings of a chat template.
+
+    A conversation is: `begin`, user, `generate`, `answer`, assistant, `next`, user, `generate`, and so on.
 
     Attributes:
-        begin: before the first user's turn, where there is no system prompt.
-        begin_system: around a system prompt, in place of `begin`; None: the template takes none.
-        generate: from the end of a user's turn to where the assistant answers.
-        answer: what the assistant itself is to write before its words, such as a space; never fed.
-        next: from the end of an assistant's turn to where the next user's begins.
-        strips: contents lose the white space at both ends first.
+        begin: before the first user message if there is no system prompt.
+        begin_system: before and after a system prompt, in place of `begin`; None: the template has no system prompt.
+        generate: after a user message, up to where the assistant answers.
+        answer: what the template puts before an answer, such as a space; the model generates it, so it is not fed.
+        next: after an answer, up to the next user message.
+        strips: white space at both ends of every message is removed first.
     """
 
     begin: str
@@ -28,44 +30,48 @@ class Chat:
     next: str
     strips: bool
 
-    def turn(self, text: str, system: str | None, begins: bool) -> str:
-        """What to feed for a user's turn, up to where the assistant's begins; `begins`: it is the conversation's first.
+    def turn(self, text: str, system: str | None, starts: bool) -> str:
+        """Format a user message, from the end of the last answer to the start of the next one.
+
+        Args:
+            text: the user's message.
+            system: the system prompt.
+            starts: the message is the first of the conversation.
 
         Raises:
-            UsageError: a system prompt later than that, or with a template that takes none.
+            UsageError: a system prompt after the first message, or for a template without one.
         """
-        if not begins:
+        if not starts:
             if system is not None:
                 raise UsageError(
-                    "a system prompt belongs at the beginning of a conversation",
+                    "a system prompt must be in the first turn of a conversation",
                     got=system[:80],
-                    fix="leave it out, or begin a new conversation: session.new_cache()",
+                    fix="leave it out, or start a new conversation: session.new_cache()",
                 )
-            return self.next + self._said(text) + self.generate
+            return self.next + self._message(text) + self.generate
         if system is None:
-            return self.begin + self._said(text) + self.generate
+            return self.begin + self._message(text) + self.generate
         if self.begin_system is None:
             raise UsageError(
-                "the model's chat template takes no system prompt that could be put before a conversation",
+                "the chat template must support a system prompt before the conversation",
                 got=system[:80],
-                fix="leave it out, or put it at the beginning of the user's text",
+                fix="leave it out, or put it at the start of the user's text",
             )
         before, after = self.begin_system
-        return before + self._said(system) + after + self._said(text) + self.generate
+        return before + self._message(system) + after + self._message(text) + self.generate
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Messages with `role` and `content`, of which the last is a user's, up to where the assistant answers."""
+        """Format messages with `role` and `content`, the last one by the user, up to where the assistant answers."""
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         first, *rest = messages[system is not None :]
         text = self.turn(first["content"], system, True)
         for message in rest:
-            said = message["content"]
-            text += (
-                self.answer + self._said(said)
-                if message["role"] == "assistant"
-                else self.turn(said, None, False)
-            )
+            content = message["content"]
+            if message["role"] == "assistant":
+                text += self.answer + self._message(content)
+            else:
+                text += self.turn(content, None, False)
         return text
 
-    def _said(self, content: str) -> str:
+    def _message(self, content: str) -> str:
         return content.strip() if self.strips else content

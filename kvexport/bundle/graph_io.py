@@ -1,8 +1,4 @@
-"""The graph contract as data: which tensors an exported decoder takes and gives, under which names.
-
-Knows names, dtypes and shapes, and needs nothing but the standard library, so that a runtime can read a
-bundle's contract without any graph package; must not know how the graph computes.
-"""
+"""Inputs and outputs of an exported decoder: names, dtypes and shapes."""
 
 from __future__ import annotations
 
@@ -10,43 +6,43 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-VARIANT, EVICTING = (
-    "std24",
-    "std24-evicting",
-)  # the second where layers hold a budget of tokens (`kvexport.eviction.config`)
+from kvexport.files.schema import Table
+
+VARIANT, EVICTING = "std24", "std24-evicting"  # the second if a layer has a token budget (kvexport.eviction)
 OPSET = 24
 GRAPH_FILE = "decoder.onnx"
-DATA_FILE = "decoder.onnx.data"
-LOWERED_FILES = {
-    "cpu": "decoder.cpu.onnx",
-    "cuda": "decoder.cuda.onnx",
-}  # by ONNX Runtime's device, with the same data file
+DATA_FILE = "decoder.onnx.data"  # weights of every graph of a bundle
+LOWERED_FILES = {"cpu": "decoder.cpu.onnx", "cuda": "decoder.cuda.onnx"}  # by device of ONNX Runtime
 
 BATCH, SEQUENCE, LOGITS, CAPACITY, BUDGET = "batch", "sequence", "logits", "capacity", "budget"
-KEY, VALUE, STATE = "key", "value", "state"  # what a layer caches; a state only where it evicts
+KEY, VALUE, STATE = "key", "value", "state"  # tensors of a layer's cache; a state only if it evicts
 
-Shape = tuple[int | str, ...]  # a name stands for a size that the caller chooses
+Shape = tuple[int | str, ...]  # a name is a size that the caller chooses
 
 
 def past(layer: int, which: str) -> str:
-    """Name of the input that holds a layer's cache; `which` is "key", "value" or "state"."""
+    """Name of the input with a layer's cache; `which` is "key", "value" or "state"."""
     return f"past_key_values.{layer}.{which}"
 
 
 def present(layer: int, which: str) -> str:
-    """Name of the output that is the same buffer after this call's tokens were written."""
+    """Name of the output that is the same buffer, with the tokens of this call written."""
     return f"present.{layer}.{which}"
 
 
 def update(layer: int, which: str) -> str:
-    """Name of the output that holds this call's tokens alone [batch, kv_heads, sequence, width], in graphs that cannot
-    write a cache: the caller writes them from slot write_indices[b] on."""
+    """Name of the output with the tokens of this call alone, [batch, kv_heads, sequence, width].
+
+    In graphs that cannot write a cache in place: the caller writes them from slot write_indices[b] on.
+    """
     return f"update.{layer}.{which}"
 
 
 def slots_output(layer: int) -> str:
-    """Name of the output that says, in graphs that cannot write a cache, the slot of each head's first new token in a layer
-    that evicts, int64 [batch·kv_heads]; the others follow it."""
+    """Name of the output with the slot of each head's first new token, int64 [batch·kv_heads].
+
+    In graphs that cannot write a cache in place, for layers that evict; the other new tokens take the slots after it.
+    """
     return f"slots.{layer}"
 
 
@@ -56,7 +52,7 @@ def attention_tap(layer: int) -> str:
 
 
 def attention_residual(layer: int) -> str:
-    """Name of the sum of the two."""
+    """Name of the residual stream [batch, sequence, hidden] after a layer's attention was added."""
     return f"layers.{layer}.attention_residual"
 
 
@@ -67,7 +63,13 @@ def residual_tap(layer: int) -> str:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """An input or output of the graph; `dtype` is numpy's name for it (or "bfloat16")."""
+    """An input or output of the graph.
+
+    Attributes:
+        name: in the graph.
+        dtype: numpy's name, or "bfloat16".
+        shape: sizes; a name stands for a size that the caller chooses.
+    """
 
     name: str
     dtype: str
@@ -76,11 +78,20 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class GraphContract:
-    """What a caller of decoder.onnx must know; `capacity` is the most tokens that a sequence may ever hold."""
+    """Inputs, outputs and sizes of decoder.onnx.
+
+    Attributes:
+        variant: `VARIANT` or `EVICTING`.
+        opset: of ONNX.
+        dtype: of weights and cache.
+        capacity: the largest number of tokens of a sequence.
+        vocab_size, hidden_size, num_layers: of the model.
+        inputs, outputs: in the graph's order.
+    """
 
     variant: str
     opset: int
-    dtype: str  # of the weights and the cache
+    dtype: str
     capacity: int
     vocab_size: int
     hidden_size: int
@@ -89,32 +100,47 @@ class GraphContract:
     outputs: tuple[TensorSpec, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """As what `json.dumps` takes; `from_json` reads it back."""
+        """Values for `json.dumps`; `from_table` reads them back."""
         return asdict(self)
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> GraphContract:
-        """The inverse of `to_json`, for a mapping that was checked to be one.
+    def from_table(cls, table: Table) -> GraphContract:
+        """The inverse of `to_json`.
 
         Raises:
-            KeyError, TypeError: the mapping is not what `to_json` made.
+            KvexportError: the table's error class: a key is missing, unknown or of another type.
         """
+        graph = cls(
+            variant=table.string("variant"),
+            opset=table.integer("opset"),
+            dtype=table.string("dtype"),
+            capacity=table.integer("capacity"),
+            vocab_size=table.integer("vocab_size"),
+            hidden_size=table.integer("hidden_size"),
+            num_layers=table.integer("num_layers"),
+            inputs=tuple(_spec(each) for each in table.tables("inputs")),
+            outputs=tuple(_spec(each) for each in table.tables("outputs")),
+        )
+        table.only()
+        return graph
 
-        def specs(entries: Sequence[Mapping[str, Any]]) -> tuple[TensorSpec, ...]:
-            return tuple(
-                TensorSpec(entry["name"], entry["dtype"], tuple(entry["shape"])) for entry in entries
-            )
 
-        return cls(**{**raw, "inputs": specs(raw["inputs"]), "outputs": specs(raw["outputs"])})
+def _spec(table: Table) -> TensorSpec:
+    shape = table.list("shape")
+    if not all(isinstance(size, (int, str)) and not isinstance(size, bool) for size in shape):
+        table.fail("shape", "a list of integers and names")
+    spec = TensorSpec(table.string("name"), table.string("dtype"), tuple(shape))
+    table.only()
+    return spec
 
 
 def heads_along_batch(count: int) -> str:
-    """Size of the first axis where every head of a sequence is a row of the batch."""
+    """Size of the first axis if each of `count` heads of a sequence is a row of the batch."""
     return f"{BATCH}*{count}"
 
 
 def sized(size: int | str, sizes: Mapping[str, int]) -> int | str:
-    """A size of a shape as a number, where `sizes` has its name or, of "batch*8", the name that it is a multiple of."""
+    """A size of a shape as a number if `sizes` has its name, or the name that it is a multiple of ("batch*8")."""
     if isinstance(size, int):
         return size
     name, _, times = size.partition("*")
@@ -124,10 +150,11 @@ def sized(size: int | str, sizes: Mapping[str, int]) -> int | str:
 def cache_specs(
     layer: int, *, kv_heads: int, key_dim: int, value_dim: int, dtype: str, evicts: bool
 ) -> tuple[TensorSpec, ...]:
-    """The cache inputs of a layer: key and value, [batch, kv_heads, capacity, width].
+    """The cache inputs of a layer.
 
-    Of one that evicts key, value and state, [batch·kv_heads, 1, budget, width]: each head has its own slots. The state is
-    float32, two numbers a slot: what its token is ranked by, and its position + 1. Buffers of zeros are empty.
+    Without eviction: key and value, [batch, kv_heads, capacity, width]. With eviction each head has its own slots: key,
+    value and state, [batch·kv_heads, 1, budget, width]. The state is float32, width 2: score, and position + 1. Buffers
+    of zeros are empty.
     """
     widths = {KEY: key_dim, VALUE: value_dim}
     if not evicts:
@@ -136,16 +163,16 @@ def cache_specs(
             for which, width in widths.items()
         )
     rows = heads_along_batch(kv_heads)
-    held = [
+    specs = [
         TensorSpec(past(layer, which), dtype, (rows, 1, BUDGET, width)) for which, width in widths.items()
     ]
-    return (*held, TensorSpec(past(layer, STATE), "float32", (rows, 1, BUDGET, 2)))
+    return (*specs, TensorSpec(past(layer, STATE), "float32", (rows, 1, BUDGET, 2)))
 
 
 def contract(
     *, dtype: str, capacity: int, vocab_size: int, hidden_size: int, caches: Sequence[tuple[TensorSpec, ...]]
 ) -> GraphContract:
-    """The contract of a decoder whose layers have the given caches (specs of the past inputs)."""
+    """The contract of a decoder whose layers have these cache inputs (`cache_specs`)."""
     presents = [
         TensorSpec(spec.name.replace("past_key_values", "present"), spec.dtype, spec.shape)
         for each in caches
@@ -165,13 +192,12 @@ def contract(
     )
 
 
+# position_ids are consecutive; a layer that does not evict writes to these slots.
+# write_indices: number of slots in use, which is the first slot to write; layers that evict overwrite if it is full.
+# logits_index: the tokens of the sequence that get logits.
 TOKEN_INPUTS = (
     TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
-    TensorSpec(
-        "position_ids", "int64", (BATCH, SEQUENCE)
-    ),  # consecutive; a layer that does not evict writes to these slots
-    TensorSpec(
-        "write_indices", "int64", (BATCH,)
-    ),  # slots in use: the first one written, in layers that evict if there is room
-    TensorSpec("logits_index", "int64", (BATCH, LOGITS)),  # which of the sequence's tokens get logits
+    TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),
+    TensorSpec("write_indices", "int64", (BATCH,)),
+    TensorSpec("logits_index", "int64", (BATCH, LOGITS)),
 )

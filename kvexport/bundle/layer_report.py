@@ -1,4 +1,4 @@
-"""What became of one layer: the record that conversion makes, the manifest stores and reports show."""
+"""The record of one layer after conversion: made by conversion, stored in the manifest, shown in reports."""
 
 from __future__ import annotations
 
@@ -7,21 +7,33 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class LayerReport:
-    """One layer after conversion. Errors are relative root mean squares over held-out calibration tokens."""
+    """One layer after conversion. Errors are relative root mean squares over held-out calibration tokens.
 
-    method: str  # 'none' where the layer was left as it is
+    Attributes:
+        method: of compression; "none" if the layer was not compressed.
+        num_attention_heads: query heads.
+        original_num_key_value_heads, original_head_dim: KV heads and width before conversion.
+        num_key_value_heads, key_head_dim, value_head_dim: cached heads, and widths of their keys and values.
+        predicted_error: of the attention output, computed from moments alone.
+        measured_error: of the attention output, on the inputs of the trained model, before the refit.
+        residual_error: of the residual stream after this layer, with all layers before it converted too.
+        parameters, original_parameters: of the attention.
+        window: positions that a query attends to, its own included; None: all.
+    """
+
+    method: str
     num_attention_heads: int
     original_num_key_value_heads: int
     original_head_dim: int
     num_key_value_heads: int
     key_head_dim: int
     value_head_dim: int
-    predicted_error: float  # of the attention output, from moments alone
-    measured_error: float  # the same, measured: trained inputs, before the refit
-    residual_error: float  # of the residual stream after this layer, all layers before it converted too
-    parameters: int  # of the attention
+    predicted_error: float
+    measured_error: float
+    residual_error: float
+    parameters: int
     original_parameters: int
-    window: int | None = None  # positions that a query sees, its own counted; None: all
+    window: int | None = None
 
     @property
     def kv_width(self) -> int:
@@ -30,4 +42,5 @@ class LayerReport:
 
     @property
     def original_kv_width(self) -> int:
+        """Cached numbers per token before conversion."""
         return self.original_num_key_value_heads * 2 * self.original_head_dim

@@ -1,13 +1,8 @@
-"""A bundle's reference vectors, self_test.json, as typed data: read and checked, or written by the build.
-
-Knows the file's keys, and what the twin that records them and a runtime that is held against them must do alike; must not know
-how either computes. Needs numpy alone.
-"""
+"""self_test.json of a bundle: the outputs of the PyTorch reference, recorded when the bundle was built."""
 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,28 +15,27 @@ from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.manifest import BYTES, REBUILD
 from kvexport.errors import BundleError
 from kvexport.eviction.config import POSITION_PLUS_ONE, SCORE
+from kvexport.files.schema import Table, read_limited
 
 FORMAT = 1
 FILE = "self_test.json"
-RANKED_BY_NORM = ("l2-norm", "keep-high")  # policies whose choices rounding can change
-_LARGEST = 1 << 26  # bytes of the file
-_PRIMES = (
-    7919,
-    104729,
-    65537,
-)  # every score below is a whole number that float32 holds, and no two of one head are alike
+PROVIDERS = ("cpu", "cuda", "tensorrt")
+RANKED_BY_NORM = ("l2-norm", "keep-high")  # policies whose evictions depend on rounding
+_MAX_BYTES = 1 << 26
+# Of `steady_scores`: all scores are integers that float32 represents, and those of one head differ.
+_PRIMES = 7919, 104729, 65537
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one token leaves: row r, after token r of prompt and continuation was fed.
+    """Outputs of one token. Row r belongs to token r of the prompt and its continuation.
 
     Attributes:
         rms: root mean square of its logits over the whole vocabulary.
-        likeliest: the token of the largest.
-        margin: by which that is larger than the second.
-        values: logits of the tokens that the vectors name.
-        key_norms, value_norms: L2 norm of the token's key and value in each layer, all KV heads together.
+        likeliest: the token with the largest logit.
+        margin: difference between the two largest logits.
+        values: logits of the tokens `ReferenceOutputs.logit_indices`.
+        key_norms, value_norms: L2 norm of the token's key and value in each layer, over all KV heads.
     """
 
     rms: float
@@ -54,12 +48,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a sound runtime may be from the twin.
+    """Largest deviations from the reference that a correct runtime may have.
 
     Attributes:
-        logits: largest error of a logit, and of the root mean square of all, in units of the row's rms.
-        norms: largest |norm / the twin's - 1| of a key or value.
-        tie: margin / rms below which another token may be the likeliest.
+        logits: error of a logit and of the rms, in units of the row's rms.
+        norms: |norm / reference norm - 1| of a key or value.
+        tie: margin / rms below which another token may be the most likely one.
     """
 
     logits: float
@@ -69,15 +63,16 @@ class Tolerance:
 
 @dataclass(frozen=True)
 class ReferenceOutputs:
-    """What the PyTorch twin computed.
+    """Outputs of the PyTorch reference for a prompt and its greedy continuation.
 
     Attributes:
-        weights_sha256: of decoder.onnx.data as built.
-        slots: that layers which evict have in this test; None: no layer evicts.
-        prompt: token ids, one at least.
-        continuation: those that the twin chose after it, each the likeliest.
-        first_row: the row that `rows` begin with; they end with that of the last token.
-        logit_indices: which logits `Row.values` are.
+        weights_sha256: of decoder.onnx.data at build time.
+        slots: of layers that evict in this test; None if no layer evicts.
+        prompt: token ids, at least one.
+        continuation: token ids, each the reference's most likely one after those before it.
+        first_row: token of the first row, within the prompt; the last row belongs to the last token.
+        logit_indices: tokens whose logits are in `Row.values`.
+        rows: one per token from `first_row` on.
         tolerances: by provider ("cpu", "cuda", "tensorrt") and dtype.
     """
 
@@ -92,111 +87,125 @@ class ReferenceOutputs:
 
     @property
     def tokens(self) -> NDArray[np.int64]:
+        """Prompt and continuation, int64 [tokens]."""
         return np.array([*self.prompt, *self.continuation], np.int64)
 
     def to_json(self) -> dict[str, Any]:
-        """As what `json.dumps` takes."""
+        """Values for `json.dumps`."""
         return {"format": FORMAT, **asdict(self)}
 
 
-def steady(layer: int, state: NDArray[Any]) -> NDArray[Any]:
-    """A layer's `state` [N, slots, 2] with scores that no rounding changes; empty slots stay as they are.
+def steady_scores(layer: int, state: NDArray[Any]) -> NDArray[Any]:
+    """A copy of a layer's eviction state with scores that do not depend on rounding; empty slots stay as they are.
 
-    Norms of keys differ by less than engines round, and a token that goes in one place and stays in another changes all that
-    follows. So where they rank tokens, the twin and whatever is held against it put these scores in place of theirs after
-    every call: which slot is taken is then the same for all. (7919·(position + 1) + 104729·(layer·N + head)) mod 65537.
+    Engines round differently, and the norms of two keys can differ by less than that: then different tokens are evicted,
+    and all later outputs differ. So the reference and every runtime under test replace scores that are norms by these
+    after every call: (7919·(position + 1) + 104729·(layer·N + head)) mod 65537.
+
+    Args:
+        layer: its index.
+        state: [N, slots, 2], columns SCORE and POSITION_PLUS_ONE.
     """
-    stored = state[..., POSITION_PLUS_ONE].astype(np.int64)
-    heads = layer * len(state) + np.arange(len(state))[:, None]
+    stored = state[..., POSITION_PLUS_ONE].astype(np.int64)  # [N, slots]
+    heads = layer * len(state) + np.arange(len(state))[:, None]  # [N, 1]
     position, head, modulus = _PRIMES
     ranked = state.copy()
     ranked[..., SCORE] = np.where(stored > 0, (position * stored + head * heads) % modulus, state[..., SCORE])
     return ranked
 
 
-def write_reference_outputs(directory: Path, vectors: ReferenceOutputs) -> None:
-    (directory / FILE).write_text(json.dumps(vectors.to_json(), allow_nan=False) + "\n", encoding="utf-8")
+def write_reference_outputs(directory: Path, reference: ReferenceOutputs) -> None:
+    """Write self_test.json into the directory of a bundle."""
+    (directory / FILE).write_text(json.dumps(reference.to_json(), allow_nan=False) + "\n", encoding="utf-8")
 
 
 def read_reference_outputs(bundle: Bundle) -> ReferenceOutputs:
-    """
+    """Read and validate self_test.json.
+
     Raises:
-        BundleError: none, or they are damaged, of another format, or contradict the manifest.
+        BundleError: the file is missing or damaged, its format is not supported, or it contradicts the manifest.
     """
-    path = bundle.path / FILE
     if FILE not in bundle.files:
-        raise BundleError(f"the bundle {bundle.path} has no {FILE}", fix=REBUILD)
+        raise BundleError(f"the bundle {bundle.path} must contain {FILE}", fix=REBUILD)
+    path = f"{FILE} of the bundle {bundle.path}"
     try:
-        if path.stat().st_size > _LARGEST:
-            raise ValueError("it is larger than any")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if raw["format"] != FORMAT:
-            raise BundleError(
-                f"{path} is of a format that this version of kvexport does not read",
-                got=f"format {raw['format']!r}",
-                expected=f"format {FORMAT}",
-                fix="update kvexport (pip install --upgrade kvexport)",
-            )
-        return _parsed(raw, bundle)
-    except (OSError, KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read: {error}", fix=REBUILD) from error
+        content = read_limited(bundle.path / FILE, _MAX_BYTES)
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} must be readable: {error}", fix=REBUILD) from error
+    table = Table.from_json(content, path, error=BundleError, fix=REBUILD)
+    number = table.mapping().get("format")
+    if type(number) is not int or number != FORMAT:
+        raise BundleError(
+            f"the format of {path} must be supported by this version of kvexport",
+            got=f"format {number!r}",
+            expected=f"format {FORMAT}",
+            fix="update kvexport (pip install --upgrade kvexport)",
+        )
+    return _parse(table, bundle)
 
 
-def _parsed(raw: Mapping[str, Any], bundle: Bundle) -> ReferenceOutputs:
-    vocab, layers = bundle.model.vocab_size, len(bundle.layers)
-    prompt, continuation = _ids(raw["prompt"], vocab), _ids(raw["continuation"], vocab)
-    indices, first, slots = _ids(raw["logit_indices"], vocab), _whole(raw["first_row"]), raw["slots"]
+def _parse(table: Table, bundle: Bundle) -> ReferenceOutputs:
+    last_id = bundle.model.vocab_size - 1
+    prompt = table.integers("prompt", 0, last_id)
+    continuation = table.integers("continuation", 0, last_id)
     tokens = len(prompt) + len(continuation)
-    if not prompt or not first < len(prompt) or tokens > bundle.capacity or not indices:
-        raise ValueError("there is no prompt, no row of it, no logit, or more tokens than the capacity")
-    if (slots is None) != (bundle.eviction is None):
-        raise ValueError(f"slots is {slots!r}")
-    if (
-        bundle.eviction is not None
-        and not bundle.eviction.protected < _whole(slots) <= bundle.eviction.budget
-    ):
-        raise ValueError(f"slots is {slots}")
-    if slots is not None and len(prompt) > slots:
-        raise ValueError("the prompt is longer than the slots")
-    rows = tuple(_row(each, len(indices), layers, vocab) for each in raw["rows"])
+    if not prompt:
+        table.fail("prompt", "at least one token id")
+    if tokens > bundle.capacity:
+        table.fail(
+            "continuation", f"at most {bundle.capacity} tokens, the bundle's capacity, with the prompt"
+        )
+    first = table.integer("first_row", 0, len(prompt) - 1)
+    indices = table.integers("logit_indices", 0, last_id)
+    if not indices:
+        table.fail("logit_indices", "at least one token id")
+    rows = tuple(_row(each, len(indices), bundle) for each in table.tables("rows"))
     if len(rows) != tokens - first:
-        raise ValueError(f"there are {len(rows)} rows of {tokens - first}")
-    tolerances = {
-        provider: {dtype: _tolerance(raw["tolerances"][provider][dtype]) for dtype in BYTES}
-        for provider in ("cpu", "cuda", "tensorrt")
-    }
+        table.fail("rows", f"{tokens - first} rows")
+    tolerances = table.table("tolerances")
     return ReferenceOutputs(
-        str(raw["weights_sha256"]), slots, prompt, continuation, first, indices, rows, tolerances
+        weights_sha256=table.string("weights_sha256"),
+        slots=_slots(table, bundle, len(prompt)),
+        prompt=prompt,
+        continuation=continuation,
+        first_row=first,
+        logit_indices=indices,
+        rows=rows,
+        tolerances={provider: _tolerances(tolerances.table(provider)) for provider in PROVIDERS},
     )
 
 
-def _row(raw: Mapping[str, Any], values: int, layers: int, vocab: int) -> Row:
-    (likeliest,) = _ids([raw["likeliest"]], vocab)
-    parts = [
-        _numbers(raw[name], count)
-        for name, count in (("values", values), ("key_norms", layers), ("value_norms", layers))
-    ]
-    rms, margin = _numbers([raw["rms"], raw["margin"]], 2)
-    return Row(rms, likeliest, margin, *parts)
+def _slots(table: Table, bundle: Bundle, prompt: int) -> int | None:
+    """Slots of layers that evict, which hold the whole prompt."""
+    if bundle.eviction is None:
+        if not table.is_null("slots"):
+            table.fail("slots", "null, because no layer evicts")
+        return None
+    return table.integer("slots", max(bundle.eviction.protected + 1, prompt), bundle.eviction.budget)
 
 
-def _tolerance(raw: Mapping[str, Any]) -> Tolerance:
-    return Tolerance(*_numbers([raw["logits"], raw["norms"], raw["tie"]], 3))
+def _row(table: Table, values: int, bundle: Bundle) -> Row:
+    layers = len(bundle.layers)
+    return Row(
+        rms=table.number("rms"),
+        likeliest=table.integer("likeliest", 0, bundle.model.vocab_size - 1),
+        margin=table.number("margin"),
+        values=_numbers(table, "values", values),
+        key_norms=_numbers(table, "key_norms", layers),
+        value_norms=_numbers(table, "value_norms", layers),
+    )
 
 
-def _numbers(raw: Any, count: int) -> tuple[float, ...]:
-    if len(raw) != count or not all(type(each) in (int, float) and math.isfinite(each) for each in raw):
-        raise ValueError(f"not {count} numbers: {str(raw)[:80]}")
-    return tuple(map(float, raw))
+def _numbers(table: Table, key: str, count: int) -> tuple[float, ...]:
+    values = table.numbers(key)
+    if len(values) != count:
+        table.fail(key, f"{count} numbers")
+    return values
 
 
-def _ids(raw: Any, vocab: int) -> tuple[int, ...]:
-    if type(raw) is not list or not all(type(each) is int and 0 <= each < vocab for each in raw):
-        raise ValueError(f"not token ids: {str(raw)[:80]}")
-    return tuple(raw)
-
-
-def _whole(raw: Any) -> int:
-    if type(raw) is not int or raw < 0:
-        raise ValueError(f"not a whole number: {str(raw)[:80]}")
-    return raw
+def _tolerances(table: Table) -> dict[str, Tolerance]:
+    by_dtype = {dtype: table.table(dtype) for dtype in BYTES}
+    return {
+        dtype: Tolerance(each.number("logits"), each.number("norms"), each.number("tie"))
+        for dtype, each in by_dtype.items()
+    }

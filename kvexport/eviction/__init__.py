@@ -1,1 +1,1 @@
-"""KV cache eviction: policy configuration, and the reference cache in PyTorch."""
+"""KV cache eviction: the policies as data, and the PyTorch reference of a cache with a token budget."""

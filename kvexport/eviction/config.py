@@ -1,16 +1,15 @@
-"""How a cache stays within a budget of tokens, as plain data that every part shares: which tokens go first, which never.
+"""Eviction policies as data: which tokens of a cache with a token budget are evicted first, and which never.
 
-Knows names, ranges and numbers that conversion, graph and runtime must agree on, and imports nothing heavy; must not know how
-a slot is chosen or written.
+Shared by conversion, graph and runtime, which must use the same constants.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvexport.errors import UsageError
+from kvexport.files.schema import Table
 
 if TYPE_CHECKING:
     import numpy as np
@@ -23,29 +22,30 @@ POLICIES = {
     "random": "any token",
 }
 DEFAULT_POLICY, DEFAULT_FIRST = "window", 4
-SCORE, POSITION_PLUS_ONE = (
-    0,
-    1,
-)  # columns of a slot's state: what it is ranked by, and the position of its token + 1 (0: empty)
+SCORE, POSITION_PLUS_ONE = 0, 1  # columns of a slot's state; a position + 1 of 0 marks an empty slot
 STATE_WIDTH = 2
-# Priorities. No score reaches those of tokens that no query sees any more, the earlier the higher; all are exact in float32.
+# Priorities, all exact in float32. NEVER: above every score; its negative is a protected token. UNSEEN: of a token that
+# no query attends to any more, multiplied by LATEST - position - 1, so that the earliest goes first.
 NEVER, UNSEEN, LATEST = 2.0**100, 2.0**60, 2.0**24
-# Of a norm, for every position that a token is later: the same token again has the same norm, but for rounding, and without
-# this which of them goes would be another in every engine. The older one goes.
+# The share of a norm by which it is changed for every position that a token is later. Equal tokens have equal norms up to
+# rounding; without this term, which of them is evicted would depend on the engine. Now it is the older one.
 LATER = 2.0**-20
-MOST_POSITIONS = 2**19  # for which the two hold
+MAX_POSITIONS = 2**19  # positions for which these constants are exact
 
 
 @dataclass(frozen=True)
 class Eviction:
-    """Each KV head holds `budget` tokens; when they are taken, a new one overwrites the one that ranks highest.
+    """A token budget: each KV head holds at most `budget` tokens; a new one then replaces the one of highest priority.
 
     Attributes:
-        policy: one of `POLICIES`: which token goes.
+        policy: one of `POLICIES`: which token is evicted.
         budget: slots of a sequence in every KV head.
-        protect_first: positions 0..N-1 never go (attention sinks).
-        protect_recent: nor do the N last positions, the newest one counted.
-        skip_layers: layers that evict nothing, and hold as many tokens as the capacity.
+        protect_first: the first positions that are never evicted (attention sinks).
+        protect_recent: the last positions that are never evicted, the newest one included.
+        skip_layers: layers that do not evict and hold as many tokens as the capacity.
+
+    Raises (on construction):
+        UsageError: a value is out of range.
     """
 
     policy: str
@@ -56,81 +56,81 @@ class Eviction:
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
-            raise UsageError(
-                "there is no such policy of eviction", got=self.policy, expected=", ".join(POLICIES)
-            )
+            raise UsageError("--evict must be a known policy", got=self.policy, expected=", ".join(POLICIES))
         for option, count in (
             ("--protect-first", self.protect_first),
             ("--protect-recent", self.protect_recent),
         ):
             if count < 0:
-                raise UsageError(f"{option} is out of range", got=count, expected="0 tokens or more")
+                raise UsageError(f"{option} must be at least 0 tokens", got=count)
         if self.budget <= self.protected:
             raise UsageError(
-                "--kv-budget leaves no token that may go",
+                "--kv-budget must leave a token that can be evicted",
                 got=f"{self.budget} tokens",
-                expected=f"more than the {self.protected} of --protect-first and of --protect-recent, which counts the newest",
+                expected=f"more than the {self.protected} that --protect-first and --protect-recent protect",
                 fix="raise --kv-budget, or lower --protect-first or --protect-recent",
             )
 
     @property
     def protected(self) -> int:
-        """Tokens that may not go."""
+        """Number of tokens that are never evicted; the newest one always counts."""
         return self.protect_first + max(1, self.protect_recent)
 
     @property
     def chunk(self) -> int:
-        """The most tokens of a prompt that are read at once: room for them is made beforehand, at the cost of older ones."""
+        """The largest number of prompt tokens per call: room for them is made before the call, by evicting older ones."""
         return max(1, (self.budget - self.protect_first) // 4)
 
     @property
     def self_test_slots(self) -> int:
-        """Slots that suffice to show every case of a budget in a short text: proofs run in as many."""
+        """Slots in which a short text shows every case of eviction; self-tests and validation use that many."""
         return min(self.budget, self.protected + 16)
 
     def evicts(self, layer: int) -> bool:
+        """Whether a layer has the budget."""
         return layer not in self.skip_layers
 
     def slots(self, layer: int, capacity: int) -> int:
-        """The most tokens of a sequence that a layer holds."""
+        """The largest number of tokens of a sequence that a layer holds."""
         return min(self.budget, capacity) if self.evicts(layer) else capacity
 
     def require(self, capacity: int, num_layers: int) -> None:
-        """
+        """Check against a model.
+
         Raises:
-            UsageError: more than the capacity, too many positions, or a layer that is not there, or no layer that evicts.
+            UsageError: the budget exceeds the capacity, the capacity exceeds `MAX_POSITIONS`, a skipped layer does not
+                exist, or no layer evicts.
         """
-        if capacity > MOST_POSITIONS:
+        if capacity > MAX_POSITIONS:
             raise UsageError(
-                "a cache that evicts cannot count as many positions",
+                f"--capacity must be at most {MAX_POSITIONS} with --kv-budget",
                 got=capacity,
-                expected=f"at most {MOST_POSITIONS}",
-                fix=f"--capacity {MOST_POSITIONS}",
+                fix=f"--capacity {MAX_POSITIONS}",
             )
         if self.budget > capacity:
             raise UsageError(
-                "--kv-budget is larger than the capacity, so that nothing would ever go",
+                "--kv-budget must be at most the capacity",
                 got=f"{self.budget} tokens",
                 expected=f"{self.protected + 1} to {capacity}",
-                fix="lower --kv-budget, raise --capacity, or leave it out",
+                fix="lower --kv-budget, raise --capacity, or leave --kv-budget out",
             )
         wrong = [layer for layer in self.skip_layers if not 0 <= layer < num_layers]
         if wrong:
             raise UsageError(
-                "--evict-skip-layers names a layer that the model does not have",
+                "--evict-skip-layers must name layers of the model",
                 got=wrong[0],
                 expected=f"0 to {num_layers - 1}",
             )
         if len(set(self.skip_layers)) == num_layers:
             raise UsageError(
-                "--evict-skip-layers names every layer, so that nothing would ever go",
+                "--evict-skip-layers must leave a layer that evicts",
                 got=f"{num_layers} layers",
                 fix="leave --kv-budget out",
             )
 
     def __str__(self) -> str:
-        """For people: what each KV head holds, and what goes."""
-        spared = [
+        """A phrase for reports: what each KV head holds and what is evicted."""
+        protected = [
             text
             for count, text in (
                 (self.protect_first, f"the first {self.protect_first}"),
@@ -138,43 +138,45 @@ class Eviction:
             )
             if count
         ]
-        kept = f", but {' and '.join(spared)} never do" if spared else ""
-        named = ", ".join(map(str, self.skip_layers))
-        skipped = (
-            f"; {f'layer {named} holds' if len(self.skip_layers) == 1 else f'layers {named} hold'} every token"
-            if named
-            else ""
-        )
-        return f"{self.budget} tokens in each KV head ({self.policy}{kept}){skipped}"
+        never = f"; never {' or '.join(protected)}" if protected else ""
+        layers = ", ".join(map(str, self.skip_layers))
+        skipped = ""
+        if layers:
+            skipped = "; layer " if len(self.skip_layers) == 1 else "; layers "
+            skipped += f"{layers} {'holds' if len(self.skip_layers) == 1 else 'hold'} every token"
+        return f"{self.budget} tokens in each KV head ({self.policy}{never}){skipped}"
 
     def to_json(self) -> dict[str, Any]:
-        """As what `json.dumps` takes; `from_json` reads it back."""
+        """Values for `json.dumps`; `from_table` reads them back."""
         return {**asdict(self), "skip_layers": list(self.skip_layers)}
 
     @classmethod
-    def from_json(cls, raw: Mapping[str, Any]) -> Eviction:
+    def from_table(cls, table: Table) -> Eviction:
         """The inverse of `to_json`.
 
         Raises:
-            KeyError, TypeError: the mapping is not what `to_json` made.
+            KvexportError: the table's error class: a key is missing, unknown or of another type.
             UsageError: a value is out of range.
         """
-        numbers = {name: raw[name] for name in ("budget", "protect_first", "protect_recent")}
-        skipped = raw["skip_layers"]
-        if (
-            not all(type(each) is int for each in (*numbers.values(), *skipped))
-            or raw.keys() - cls.__dataclass_fields__.keys()
-        ):
-            raise TypeError("eviction has values that are not whole numbers, or unknown keys")
-        return cls(str(raw["policy"]), **numbers, skip_layers=tuple(skipped))
+        eviction = cls(
+            table.string("policy"),
+            table.integer("budget"),
+            table.integer("protect_first"),
+            table.integer("protect_recent"),
+            table.integers("skip_layers"),
+        )
+        table.only()
+        return eviction
 
 
 @dataclass(frozen=True)
 class EvictionRequest:
-    """What `kvexport build` is asked for; what is None is as measured best (benchmarks/results/eviction.md).
+    """The eviction options of `kvexport build`. None: the default, chosen by benchmarks/results/eviction.md.
 
     Attributes:
-        budget: tokens, or with `of_capacity` a share of the capacity.
+        budget: in tokens, or with `of_capacity` as a fraction of the capacity.
+        of_capacity: see `budget`.
+        policy, protect_first, protect_recent, skip_layers: as in `Eviction`.
     """
 
     budget: float
@@ -186,29 +188,29 @@ class EvictionRequest:
 
     @classmethod
     def parse(cls, budget: str, **others: Any) -> EvictionRequest:
-        """`budget` as people write it: 256, or 0.5 for half of the capacity.
+        """Parse the value of --kv-budget: 256, or 0.5 for half of the capacity.
 
         Raises:
-            UsageError: neither.
+            UsageError: it is neither.
         """
         try:
-            share = "." in budget
-            number = float(budget) if share else int(budget)
-            if (share and not 0 < number <= 1) or (number < 1 and not share):
+            is_fraction = "." in budget
+            number = float(budget) if is_fraction else int(budget)
+            if (is_fraction and not 0 < number <= 1) or (number < 1 and not is_fraction):
                 raise ValueError
         except ValueError:
             raise UsageError(
-                "--kv-budget is no number of tokens",
+                "--kv-budget must be an integer >= 1 or a fraction in (0, 1]",
                 got=budget,
-                expected="a whole number from 1 on, or a share of the capacity from 0.0 to 1.0, such as 0.5",
+                fix="give a number of tokens, or a fraction of the capacity with a point, such as 0.5",
             ) from None
-        return cls(number, share, **others)
+        return cls(number, is_fraction, **others)
 
     def of(self, capacity: int, num_layers: int) -> Eviction:
-        """What that is for a model.
+        """The eviction of a model of this capacity and number of layers.
 
         Raises:
-            UsageError: as `Eviction` and its `require`.
+            UsageError: as `Eviction` and `Eviction.require`.
         """
         budget = int(self.budget * capacity) if self.of_capacity else int(self.budget)
         policy = self.policy or DEFAULT_POLICY
@@ -222,14 +224,14 @@ class EvictionRequest:
 
 
 def random_scores(capacity: int) -> NDArray[np.float32]:
-    """What the policy "random" gives positions, float32 [2·capacity]: a head takes `capacity` of them from its offset on."""
+    """Scores of the policy "random", float32 [2·capacity]: a head uses `capacity` of them from its offset on."""
     import numpy as np
 
     return np.random.default_rng(0).random(2 * capacity, dtype=np.float32)
 
 
 def random_offsets(layer: int, heads: int, capacity: int) -> NDArray[np.int64]:
-    """Where each head of a layer begins in `random_scores`, int64 [heads]."""
+    """The offset of each head of a layer in `random_scores`, int64 [heads]."""
     import numpy as np
 
     return (np.arange(layer * heads, (layer + 1) * heads, dtype=np.int64) * 7919) % capacity

@@ -23,8 +23,8 @@ _SHOWN = 80  # characters of a value in an error
 class Table:
     """A table of a TOML file or an object of a JSON file, read key by key.
 
-    A key that is absent or null is missing: ask `has` first where a key is optional. Every method raises the error class
-    that the table was made with.
+    A key that is absent or null is missing: call `has` first if a key is optional, `is_null` if it may be null but must be
+    present. Every method raises the error class that was given to the constructor.
 
     Attributes:
         path: where the table is, for errors: "manifest.json: layers[2]".
@@ -85,6 +85,13 @@ class Table:
         """Whether the key is present and not null."""
         self._read.add(key)
         return self._raw.get(key) is not None
+
+    def is_null(self, key: str) -> bool:
+        """Whether a key, which must be present, is null."""
+        if key not in self._raw:
+            self.fail(key, "a value or null")
+        self._read.add(key)
+        return self._raw[key] is None
 
     def integer(self, key: str, minimum: int | None = None, maximum: int | None = None) -> int:
         """An integer between `minimum` and `maximum`, both included."""
@@ -156,6 +163,10 @@ class Table:
         return self._items(
             key, lambda value: isinstance(value, str) and value.isprintable(), "printable strings"
         )
+
+    def texts(self, key: str) -> tuple[str, ...]:
+        """A list of strings of any characters that UTF-8 can encode."""
+        return self._items(key, _is_text, "strings of valid Unicode")
 
     def value(self, key: str) -> Any:
         """A value of any type; it must be present."""

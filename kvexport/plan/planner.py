@@ -13,7 +13,7 @@ from typing import Any
 from kvexport.bundle.manifest import MANIFEST_FILE, read_manifest
 from kvexport.devices.targets import Target, lowering_for
 from kvexport.errors import UsageError
-from kvexport.eviction.config import MOST_POSITIONS, Eviction, EvictionRequest
+from kvexport.eviction.config import MAX_POSITIONS, Eviction, EvictionRequest
 from kvexport.plan.compare import Comparison, compare
 from kvexport.plan.memory import (
     PRECISIONS,
@@ -168,7 +168,7 @@ def _within(sizes: Sizes, request: EvictionRequest | None) -> Sizes:
             expected="a number of tokens",
             fix="--kv-budget TOKENS",
         )
-    most = min(sizes.max_positions or MOST_POSITIONS, MOST_POSITIONS)
+    most = min(sizes.max_positions or MAX_POSITIONS, MAX_POSITIONS)
     try:
         return replace(sizes, eviction=request.of(most, sizes.layers), max_positions=most)
     except UsageError as error:  # its remedies are options of `kvexport build`

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvexport.bundle.bundle import COPY_AGAIN
 from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE
 from kvexport.bundle.manifest import BYTES, REBUILD, Manifest
 from kvexport.engine.options import CHUNK
@@ -19,8 +20,6 @@ from kvexport.eviction.config import Eviction
 from kvexport.model.checkpoint import read_json
 from kvexport.model.config import refuse_quantised, sizes_of, whole_number
 from kvexport.model.families import Family, family_of
-
-_OWN_HEAD = b"\x0bhead.weight"  # an untied head's name in the graph file, with the length that protobuf puts before it
 
 
 @dataclass(frozen=True)
@@ -201,16 +200,19 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
     """What the bundle at `path` holds; its weights are counted by the bytes of their file, rotary tables among them.
 
     Raises:
-        BundleError: its graph is missing.
+        BundleError: its graph is missing, or the manifest does not say whether the head is tied.
     """
     if not (path / GRAPH_FILE).is_file():
-        raise BundleError(
-            f"the bundle {path} lacks its file {GRAPH_FILE}", fix="copy the bundle again, or " + REBUILD
-        )
+        raise BundleError(f"the bundle {path} must contain {GRAPH_FILE}", fix=COPY_AGAIN)
     model, layers = manifest.model, manifest.layers
+    if model.tie_word_embeddings is None:
+        raise BundleError(
+            f"the manifest of the bundle {path} must say whether the head is tied (model.tie_word_embeddings)",
+            fix=REBUILD,
+        )
     numbers = manifest.files[DATA_FILE].bytes // BYTES[manifest.dtype]
     embedding = model.vocab_size * model.hidden_size
-    head = embedding if _OWN_HEAD in (path / GRAPH_FILE).read_bytes() else 0
+    head = 0 if model.tie_word_embeddings else embedding
     matrices = numbers - embedding - head
     mlp = matrices - sum(layer.parameters for layer in layers)
     return Sizes(

@@ -22,7 +22,7 @@ from kvexport.bundle.self_test_file import (
     ReferenceOutputs,
     Row,
     Tolerance,
-    steady,
+    steady_scores,
     write_reference_outputs,
 )
 from kvexport.eviction.config import Eviction
@@ -147,7 +147,7 @@ class SelfTestRecorder:
             x = taps.residual
             norms.append((_norms(taps.key), _norms(taps.value)))
             if isinstance(cache, EvictingCache) and cache.eviction.policy in RANKED_BY_NORM:
-                cache.state[0] = torch.from_numpy(steady(index, cache.state[0].numpy()))
+                cache.state[0] = torch.from_numpy(steady_scores(index, cache.state[0].numpy()))
             progress.advance()
         logits = reference.logits(self._decoder, x)[0]  # [S, vocab]
         for at in range(len(ids)):

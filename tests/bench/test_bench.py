@@ -162,7 +162,7 @@ def test_depths_may_exceed_the_budget_of_a_bundle_that_evicts(
     assert evicted["kv_bytes_planned"] < full["kv_bytes_planned"] / 10
     output = bench(evicting, *arguments).stdout
     assert re.search(
-        r"b: KV budget 32 tokens in each KV head \(window, but the first 4 never do\)",
+        r"b: KV budget 32 tokens in each KV head \(window; never the first 4\)",
         " ".join(output.split()),
     )
     assert "KV budget" not in bench(bundle, *arguments).stdout

@@ -39,7 +39,7 @@ def test_the_bundle_has_the_budget_and_passes_validation(
     )
     assert code == 0, err
     assert (
-        "24 tokens in each KV head (l2-norm, but the first 1 and the last 6 never do); layer 1 holds every token"
+        "24 tokens in each KV head (l2-norm; never the first 1 or the last 6); layer 1 holds every token"
         in out
     )
     opened = Bundle.open(bundle)
@@ -80,20 +80,20 @@ def test_a_fraction_of_the_capacity_and_the_default_options(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kv-budget", "65"], "larger than the capacity"),
-        (["--kv-budget", "4"], "leaves no token"),
-        (["--kv-budget", "20", "--protect-first", "10", "--protect-recent", "10"], "leaves no token"),
-        (["--kv-budget", "0"], "no number of tokens"),
-        (["--kv-budget", "-3"], "no number of tokens"),
-        (["--kv-budget", "1.5"], "no number of tokens"),
-        (["--kv-budget", "nan"], "no number of tokens"),
-        (["--kv-budget", "0.0"], "no number of tokens"),
-        (["--kv-budget", "half"], "no number of tokens"),
-        (["--kv-budget", "9" * 5000], "no number of tokens"),
-        (["--kv-budget", "0.01"], "leaves no token"),
-        (["--kv-budget", "32", "--protect-recent", "-1"], "out of range"),
-        (["--kv-budget", "32", "--evict-skip-layers", "0,2"], "does not have"),
-        (["--kv-budget", "32", "--evict-skip-layers", "0,1"], "every layer"),
+        (["--kv-budget", "65"], "must be at most the capacity"),
+        (["--kv-budget", "4"], "must leave a token"),
+        (["--kv-budget", "20", "--protect-first", "10", "--protect-recent", "10"], "must leave a token"),
+        (["--kv-budget", "0"], "must be an integer >= 1 or a fraction"),
+        (["--kv-budget", "-3"], "must be an integer >= 1 or a fraction"),
+        (["--kv-budget", "1.5"], "must be an integer >= 1 or a fraction"),
+        (["--kv-budget", "nan"], "must be an integer >= 1 or a fraction"),
+        (["--kv-budget", "0.0"], "must be an integer >= 1 or a fraction"),
+        (["--kv-budget", "half"], "must be an integer >= 1 or a fraction"),
+        (["--kv-budget", "9" * 5000], "must be an integer >= 1 or a fraction"),
+        (["--kv-budget", "0.01"], "must leave a token"),
+        (["--kv-budget", "32", "--protect-recent", "-1"], "--protect-recent must be at least 0"),
+        (["--kv-budget", "32", "--evict-skip-layers", "0,2"], "must name layers of the model"),
+        (["--kv-budget", "32", "--evict-skip-layers", "0,1"], "must leave a layer that evicts"),
         (["--kv-budget", "32", "--evict-skip-layers", "first"], "must be a list of layer numbers"),
         (["--evict", "window"], "need --kv-budget"),
         (["--evict-skip-layers", "0"], "need --kv-budget"),

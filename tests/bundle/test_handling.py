@@ -230,7 +230,7 @@ def test_no_bundle_at_all(what: str, tmp_path: Path) -> None:
         path.write_text("x")
     if what == "an empty folder":
         path.mkdir()
-    with pytest.raises(BundleError, match=r"is no bundle|cannot be read"):
+    with pytest.raises(BundleError, match=r"must be a bundle|must be readable"):
         kvexport.open(path)
 
 

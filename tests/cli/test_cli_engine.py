@@ -101,7 +101,7 @@ def test_does_not_replace_a_folder_that_is_not_an_engine(force: list[str], bundl
 
 def test_rejects_a_path_that_is_not_a_bundle(tmp_path: Path) -> None:
     code, out, err = engine(tmp_path / "nowhere", "--target", "rtx-4090")
-    assert (code, out) == (2, "") and "is no bundle" in err
+    assert (code, out) == (2, "") and "must be a bundle" in err
 
 
 @without_gpu

@@ -163,7 +163,7 @@ def test_rejects_a_path_that_is_not_a_bundle(tmp_path: Path, tiny_checkpoint: Ca
     for path in (tmp_path, tmp_path / "nowhere", tmp_path / "file"):
         code, out, err = inspect(path)
         assert (code, out) == (2, "")
-        assert f"{path} is no bundle" in err
+        assert f"{path} must be a bundle" in err
     checkpoint = tiny_checkpoint("llama")
     assert f"kvexport build {checkpoint}" in inspect(checkpoint)[2]
 

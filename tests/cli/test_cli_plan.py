@@ -99,9 +99,9 @@ def test_the_note_on_the_budget_names_the_layers_that_keep_everything(llama: Pat
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--kv-budget", "many"), "whole number"),
-        (("--kv-budget", "1.5"), "share"),
-        (("--kv-budget", "4097"), "nothing would ever go"),
+        (("--kv-budget", "many"), "integer >= 1"),
+        (("--kv-budget", "1.5"), "fraction in"),
+        (("--kv-budget", "4097"), "must be at most the capacity"),
         (("--kv-budget", "64", "--evict-skip-layers", "first"), "must be a list of layer numbers"),
         (("--evict-skip-layers", "0"), "add --kv-budget TOKENS"),
     ],

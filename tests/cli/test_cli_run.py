@@ -130,7 +130,7 @@ def test_an_invalid_value_exits_with_2_and_prints_no_text(
 
 
 def test_a_prompt_beyond_the_capacity_is_rejected_with_both_numbers(run: Run, bundle: Path) -> None:
-    tokens = len(open_bundle(bundle)._encode("é?" * 100))
+    tokens = len(open_bundle(bundle).encode("é?" * 100))
     _, _, err = run("--prompt", "é?" * 100)
     assert tokens > 96
     assert f"got:      {tokens} tokens\n  expected: at most 96\n" in err
@@ -153,7 +153,7 @@ def test_rejects_a_path_that_is_not_a_bundle(tmp_path: Path, capsys: pytest.Capt
     with pytest.raises(SystemExit) as ended:
         main(["run", str(tmp_path), "--prompt", "x"])
     assert ended.value.code == 2
-    assert "is no bundle: it has no manifest.json" in capsys.readouterr().err
+    assert "must be a bundle: it has no manifest.json" in capsys.readouterr().err
 
 
 def test_rejects_a_bundle_without_a_tokenizer(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:

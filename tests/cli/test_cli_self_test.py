@@ -89,13 +89,13 @@ def test_missing_and_damaged_bundles_exit_with_2_and_missing_hardware_with_3(
     correct: Path, tmp_path: Path
 ) -> None:
     code, out, err = run(tmp_path)
-    assert (code, out) == (2, "") and "is no bundle" in err
+    assert (code, out) == (2, "") and "must be a bundle" in err
     damaged = broken(correct, tmp_path / "b", lambda bundle: None)
     data = bytearray((damaged / "decoder.onnx.data").read_bytes())
     data[1000] ^= 1
     (damaged / "decoder.onnx.data").write_bytes(data)
     code, out, err = run(damaged)
-    assert (code, out) == (2, "") and "not as it was written" in err
+    assert (code, out) == (2, "") and "must be unchanged" in err
     code, out, err = run(correct, "--provider", "tensorrt")
     assert (code, out) == (3, "")
     half = write_bundle(

@@ -79,7 +79,7 @@ def test_a_bfloat16_bundle_reports_the_dtype_of_the_computation(tmp_path: Path) 
 
 def test_a_missing_or_damaged_bundle_exits_with_2(tmp_path: Path) -> None:
     code, out, err = run(tmp_path)
-    assert (code, out) == (2, "") and "is no bundle" in err
+    assert (code, out) == (2, "") and "must be a bundle" in err
     bundle = _bundle(tmp_path / "correct")
     (bundle / "reference.npz").unlink()
     code, out, err = run(bundle)

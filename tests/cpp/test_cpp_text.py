@@ -13,6 +13,7 @@ from support.tokenizer_shapes import shapes
 
 from kvexport.build.text_files import write_text_files
 from kvexport.bundle.text_file import parse_text
+from kvexport.files.schema import Table
 from kvexport.progress import Progress
 from kvexport.runtime.tokenizer import TextStream, read_tokenizer
 
@@ -79,7 +80,7 @@ def vectors(folder: Path) -> list[dict[str, object]]:
 def test_tokenizer_samples_hold_for_checkpoint_and_bundle(folders: Path) -> None:
     """The bundle's tokenizer.json may differ from the checkpoint's, but gives the same tokens."""
     for name in shapes():
-        found = parse_text(json.loads((folders / name / "text.json").read_text(encoding="utf-8")))
+        found = parse_text(Table.from_json((folders / name / "text.json").read_bytes(), "text.json"))
         assert found.difference(read_tokenizer(folders / name)) is None
         assert found.difference(read_tokenizer(folders / "checkpoints" / name)) is None
     assert (folders / "mistral" / "tokenizer.json").read_text() != (

@@ -215,6 +215,6 @@ def test_the_chunk_is_what_layers_that_evict_take(evicting: Callable[..., Path])
     with pytest.raises(UsageError, match="does not fit the bundle's --kv-budget") as caught:
         require_options(EngineOptions(chunk=8), bundle)
     assert "1 to 7" in str(caught.value)
-    with pytest.raises(UsageError, match="leaves no token that may go"):
+    with pytest.raises(UsageError, match="must leave a token that can be evicted"):
         require_options(EngineOptions(capacity=5), bundle)
     assert require_options(EngineOptions(capacity=8), bundle) == (8, 7)

@@ -118,5 +118,5 @@ def test_no_key_may_be_missing(key: str, folder: Path) -> None:
 )
 def test_a_plan_of_another_size_is_refused(damage: Callable[[Path], object], folder: Path) -> None:
     damage(folder / PLAN_FILE)
-    with pytest.raises(BundleError, match="not as built"):
+    with pytest.raises(BundleError, match="must have the size in build"):
         read_record(folder)

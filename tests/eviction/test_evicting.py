@@ -16,6 +16,7 @@ from torch import Tensor
 from kvexport.errors import UsageError
 from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, Eviction, random_offsets, random_scores
 from kvexport.eviction.reference_cache import EvictingCache
+from kvexport.files.schema import Table
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder
 from kvexport.model.loader import load_decoder
@@ -232,11 +233,11 @@ def test_state_of_an_empty_slot_is_zero() -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"policy": "fifo"}, "no such policy"),
+        ({"policy": "fifo"}, "must be a known policy"),
         ({"protect_first": -1}, "--protect-first"),
         ({"protect_recent": -1}, "--protect-recent"),
-        ({"budget": 0}, "leaves no token"),
-        ({"budget": 8, "protect_first": 4, "protect_recent": 4}, "leaves no token"),
+        ({"budget": 0}, "must leave a token"),
+        ({"budget": 8, "protect_first": 4, "protect_recent": 4}, "must leave a token"),
     ],
 )
 def test_what_cannot_be_meant_is_refused(change: dict[str, Any], says: str) -> None:
@@ -247,10 +248,10 @@ def test_what_cannot_be_meant_is_refused(change: dict[str, Any], says: str) -> N
 @pytest.mark.parametrize(
     ("eviction", "says"),
     [
-        (Eviction("l2-norm", 65), "larger than the capacity"),
-        (Eviction("l2-norm", 16, skip_layers=(-1,)), "does not have"),
-        (Eviction("l2-norm", 16, skip_layers=(4,)), "does not have"),
-        (Eviction("l2-norm", 16, skip_layers=(0, 1, 2, 3)), "every layer"),
+        (Eviction("l2-norm", 65), "must be at most the capacity"),
+        (Eviction("l2-norm", 16, skip_layers=(-1,)), "must name layers of the model"),
+        (Eviction("l2-norm", 16, skip_layers=(4,)), "must name layers of the model"),
+        (Eviction("l2-norm", 16, skip_layers=(0, 1, 2, 3)), "must leave a layer that evicts"),
     ],
 )
 def test_what_the_model_cannot_do_is_refused(eviction: Eviction, says: str) -> None:
@@ -269,7 +270,7 @@ def test_of_the_same_token_again_the_older_one_goes() -> None:
 
 def test_json_and_back() -> None:
     eviction = Eviction("window", 16, 4, 2, (0, 1))
-    assert Eviction.from_json(eviction.to_json()) == eviction
-    for broken in ({"budget": True}, {"budget": 1.5}, {"more": 1}, {"skip_layers": ["0"]}):
-        with pytest.raises((TypeError, UsageError)):
-            Eviction.from_json({**eviction.to_json(), **broken})
+    assert Eviction.from_table(Table(eviction.to_json(), "test.json")) == eviction
+    for changes in ({"budget": True}, {"budget": 1.5}, {"more": 1}, {"skip_layers": ["0"]}, {"policy": 1}):
+        with pytest.raises(UsageError, match=r"test\.json"):
+            Eviction.from_table(Table({**eviction.to_json(), **changes}, "test.json"))

@@ -34,6 +34,7 @@ def test_reads_each_type() -> None:
         ii=[1, 2],
         nn=[1, 2.5],
         ss=["a", "b"],
+        tt=["a\n", ""],
         o={"k": 1},
         oo=[{"k": 2}],
     )
@@ -50,6 +51,7 @@ def test_reads_each_type() -> None:
         (1.0, 2.5),
         ("a", "b"),
     )
+    assert one.texts("tt") == ("a\n", "")
     assert one.table("o").integer("k") == 1 and [each.integer("k") for each in one.tables("oo")] == [2]
     one.only()
 
@@ -72,6 +74,7 @@ def test_reads_each_type() -> None:
         ([1, True], lambda t: t.integers("k"), "a list of integers"),
         ([1, float("inf")], lambda t: t.numbers("k"), "a list of finite numbers"),
         (["a", 1], lambda t: t.strings("k"), "printable strings"),
+        (["a\n", "\ud800"], lambda t: t.texts("k"), "strings of valid Unicode"),
         ([], lambda t: t.table("k"), "a table"),
         ([[]], lambda t: t.tables("k"), "a table"),
     ],
@@ -87,6 +90,9 @@ def test_missing_keys() -> None:
     with pytest.raises(BundleError, match=r"test.json: k is missing"):
         table().integer("k")
     assert not table(k=None).has("k") and table(k=0).has("k")
+    assert table(k=None).is_null("k") and not table(k=0).is_null("k")
+    with pytest.raises(BundleError, match=r"test.json: k is missing"):
+        table().is_null("k")
 
 
 def test_nested_paths() -> None:

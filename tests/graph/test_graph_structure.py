@@ -15,6 +15,7 @@ import pytest
 from support.graph_decoders import BLOOM, LLAMA, Shape, make_decoder, quiet, slopes_of, write
 
 from kvexport.errors import UsageError
+from kvexport.files.schema import Table
 from kvexport.graph import DATA_FILE, GRAPH_FILE, GraphContract, render
 from kvexport.model.decoder import Decoder
 
@@ -117,7 +118,7 @@ def test_the_contract_is_what_the_file_says(name: str, dtype: str, tmp_path: Pat
             assert spec.dtype == value.dtype.numpy().name
     assert (contract.variant, contract.opset, contract.dtype, contract.capacity) == ("std24", 24, dtype, 50)
     assert contract.num_layers == 2
-    assert GraphContract.from_json(json.loads(json.dumps(contract.to_json()))) == contract
+    assert GraphContract.from_table(Table(json.loads(json.dumps(contract.to_json())), "graph")) == contract
 
 
 def test_layers_that_see_the_same_share_one_mask(tmp_path: Path) -> None:

@@ -318,10 +318,10 @@ def test_a_model_of_more_positions_than_can_be_counted_is_planned_as_far(llama: 
 @pytest.mark.parametrize(
     ("eviction", "what"),
     [
-        (EvictionRequest(4097), "larger than the capacity"),
-        (EvictionRequest(3), "leaves no token"),
-        (EvictionRequest(64, skip_layers=(32,)), "does not have"),
-        (EvictionRequest(64, skip_layers=tuple(range(32))), "every layer"),
+        (EvictionRequest(4097), "must be at most the capacity"),
+        (EvictionRequest(3), "must leave a token"),
+        (EvictionRequest(64, skip_layers=(32,)), "must name layers of the model"),
+        (EvictionRequest(64, skip_layers=tuple(range(32))), "must leave a layer that evicts"),
     ],
 )
 def test_an_impossible_budget_is_refused(llama: Path, eviction: EvictionRequest, what: str) -> None:

@@ -230,7 +230,7 @@ def test_an_absurd_figure_is_passed_over(bundle: Path, absurd: float) -> None:
 
 def test_a_bundle_without_its_graph_is_damaged(bundle: Path) -> None:
     (bundle / "decoder.onnx").unlink()
-    with pytest.raises(BundleError, match=r"lacks its file decoder\.onnx"):
+    with pytest.raises(BundleError, match=r"must contain decoder\.onnx"):
         plan(bundle, None)
 
 

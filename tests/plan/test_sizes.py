@@ -14,7 +14,7 @@ from support.conversions import plain
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bundle.manifest import read_manifest
-from kvexport.errors import CheckpointError, UsageError
+from kvexport.errors import BundleError, CheckpointError, UsageError
 from kvexport.model.decoder import tensors_of
 from kvexport.model.loader import load_decoder
 from kvexport.plan.memory import precision, weight_bytes
@@ -129,6 +129,18 @@ def test_a_bundles_weights_are_those_of_its_file(
     assert sizes.head == (0 if tied else 320 * 32)
     assert sizes.kv_width * 2 == manifest.kv_bytes_per_token
     assert sizes.max_positions == manifest.capacity
+
+
+def test_a_bundle_that_does_not_say_whether_its_head_is_tied_is_refused(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """Bundles that were built before the key existed still open and run; only a plan needs it."""
+    decoder = load_decoder(tiny_checkpoint("llama"))
+    path = write_bundle(tmp_path / "b", decoder, change=lambda raw: raw["model"].pop("tie_word_embeddings"))
+    manifest = read_manifest(path)
+    assert manifest.model.tie_word_embeddings is None
+    with pytest.raises(BundleError, match=r"must say whether the head is tied[\s\S]*kvexport build"):
+        bundle_sizes(path, manifest)
 
 
 def test_a_bundle_is_as_large_as_was_planned(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:

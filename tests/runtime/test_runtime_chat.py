@@ -21,6 +21,7 @@ from kvexport.bundle.manifest import FileEntry
 from kvexport.bundle.text_file import parse_text, read_text_file
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.files.hashing import sha256_of
+from kvexport.files.schema import Table
 from kvexport.progress import Progress
 from kvexport.runtime.tokenizer import tokenizer_of
 
@@ -63,9 +64,9 @@ def test_turns() -> None:
 
 
 def test_system_prompts_that_cannot_be() -> None:
-    with pytest.raises(UsageError, match="at the beginning"):
+    with pytest.raises(UsageError, match="in the first turn"):
         CHAT.turn("more", "be kind", False)
-    with pytest.raises(UsageError, match="takes no system prompt"):
+    with pytest.raises(UsageError, match="must support a system prompt"):
         Chat("<b>", None, "", "", "", strips=False).turn("hello", "be kind", True)
 
 
@@ -87,8 +88,8 @@ def test_written_and_read_again(tmp_path: Path, bundle: Callable[[], Bundle]) ->
     assert written(tmp_path, byte_level_tokenizer(), config) == []
     found = read_text_file(bundle())
     assert found is not None and found.chat is not None
-    assert [one.text for one in found.golden[: len(TEXTS)]] == list(TEXTS)
-    assert {text for _, text in found.chat_golden} == {one.text for one in found.golden[len(TEXTS) :]}
+    assert [one.text for one in found.samples[: len(TEXTS)]] == list(TEXTS)
+    assert {text for _, text in found.chat_samples} == {one.text for one in found.samples[len(TEXTS) :]}
     assert found.special_ids == (0,)
     tokenizer = tokenizer_of(bundle(), read_text_file(bundle()))
     assert tokenizer is not None and found.difference(tokenizer) is None
@@ -166,7 +167,7 @@ def change(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
 
 
 def test_sound_text_file_is_read_as_it_is_written() -> None:
-    assert parse_text(sound()).to_json() == sound()
+    assert parse_text(Table(sound(), "text.json")).to_json() == sound()
 
 
 @pytest.mark.parametrize(
@@ -236,6 +237,6 @@ def test_any_value_anywhere_is_read_or_refused(place: tuple[str | int, ...], val
     raw = copy.deepcopy(sound())
     change(*place, to=value)(raw)
     try:
-        parse_text(raw)
-    except ValueError:
+        parse_text(Table(raw, "text.json"))
+    except UsageError:
         return

@@ -94,6 +94,7 @@ def manifest_of(
             "max_position_embeddings": decoder.dims.max_positions,
             "bos_token_id": decoder.bos_token_id,
             "eos_token_ids": list(decoder.eos_token_ids),
+            "tie_word_embeddings": decoder.head is None,
         },
         "dtype": contract.dtype,
         "capacity": contract.capacity,

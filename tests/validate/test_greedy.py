@@ -14,7 +14,7 @@ from support.tiny_bundles import write_bundle
 from torch import Tensor
 
 from kvexport.bundle.bundle import Bundle
-from kvexport.bundle.self_test_file import ReferenceOutputs, read_reference_outputs, steady
+from kvexport.bundle.self_test_file import ReferenceOutputs, read_reference_outputs, steady_scores
 from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, SCORE, Eviction
 from kvexport.files.hashing import sha256_of
 from kvexport.model import reference
@@ -164,7 +164,7 @@ def test_steady_scores_are_all_different_and_leave_the_rest_alone() -> None:
     state = np.zeros((3, 50, 2), np.float32)
     state[:, :40, POSITION_PLUS_ONE] = np.arange(1, 41)
     state[:, :, SCORE] = -7
-    ranked = steady(2, state)
+    ranked = steady_scores(2, state)
     assert (ranked[..., 1] == state[..., 1]).all() and (ranked[:, 40:, 0] == -7).all()
     assert all(len(np.unique(head[:40, 0])) == 40 for head in ranked)
     assert ranked[1, 4, 0] == (7919 * 5 + 104729 * 7) % 65537  # as a reader computes it

@@ -107,14 +107,14 @@ def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "says"),
     [
-        ({"budget": 1000}, "eviction is impossible"),
-        ({"budget": 10}, "leaves no token"),
+        ({"budget": 1000}, "eviction must be possible"),
+        ({"budget": 10}, "must leave a token"),
         ({"budget": 39}, ""),  # the graph takes any: the manifest alone says how many slots there are
-        ({"skip_layers": [0]}, "contradicts"),
-        ({"skip_layers": [7]}, "impossible"),
-        ({"policy": "fifo"}, "no such policy"),
-        ({"protect_first": "2"}, "cannot be read"),
-        ({"more": 1}, "cannot be read"),
+        ({"skip_layers": [0]}, "must agree with"),
+        ({"skip_layers": [7]}, "must name layers"),
+        ({"policy": "fifo"}, "must be a known policy"),
+        ({"protect_first": "2"}, "eviction.protect_first has an invalid value"),
+        ({"more": 1}, "eviction has an unknown key"),
     ],
 )
 def test_a_manifest_whose_eviction_cannot_be_is_told(

@@ -48,7 +48,7 @@ std::int64_t room_for(std::int64_t tokens, std::int64_t most) {
 }
 
 // Scores that rounding does not change, different for all tokens of a head; as
-// kvexport.bundle.self_test_file.steady.
+// kvexport.bundle.self_test_file.steady_scores.
 float steady(std::int64_t position_plus_one, std::int64_t head) {
   return static_cast<float>((7919 * position_plus_one + 104729 * head) % 65537);
 }

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.graph_io import STATE
-from kvexport.bundle.self_test_file import RANKED_BY_NORM, ReferenceOutputs, steady
+from kvexport.bundle.self_test_file import RANKED_BY_NORM, ReferenceOutputs, steady_scores
 from kvexport.eviction.config import LATER, POSITION_PLUS_ONE, SCORE
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.cache.device_arrays import from_float
@@ -119,7 +119,7 @@ class Runs:
                 if self._policy in RANKED_BY_NORM:
                     measured.scores[layer] = self._score_error(state[at][:, SCORE], key[at], row)
             if self._policy in RANKED_BY_NORM:
-                cache.set_state(layer, steady(layer, state))
+                cache.set_state(layer, steady_scores(layer, state))
         return rows
 
     def _measured(self, logits: NDArray[np.float32]) -> Measured:

@@ -13,7 +13,7 @@ alone. The C++ library does the same, line by line. The algorithm:
    Of every row r from `first_row` on, take rms, likeliest token and chosen values of the logits, and the norms of token r's key
    and value in each layer: from slot r once all has run, or, where a layer evicts, after the call, from the slot of each head
    whose state says position r (none: not a number). Where scores are norms, compare them with those of the keys found there,
-   then put those of `vectors.steady` in their place, after every call.
+   then put those of `vectors.steady_scores` in their place, after every call.
 3. Generate from the prompt, in a third such cache, each token the likeliest; count those that are the continuation's, up to the
    first that the twin itself nearly did not choose (margin / rms below `tie`).
 4. Errors of a run: `logits`, the largest of |value - the twin's| / the twin's rms and |rms / the twin's - 1|; `norms`, the
