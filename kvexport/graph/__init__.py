@@ -1,8 +1,8 @@
-"""The graph station: a neutral decoder becomes one standard ONNX graph (opset 24, default domain only).
+"""Write a neutral decoder as one ONNX graph: opset 24, standard operators of the default domain only.
 
-The front door: writing (`DecoderWriter`), the contract that a caller needs (`GraphContract`), lowerings for engines
-(`lower`), a textual rendering (`render`), and in-memory copies for validation (`with_taps`, `as_float32`). Knows no torch and no
-Hugging Face; onnx packages are imported when a name that needs them is first used.
+`DecoderWriter` writes the graph, `GraphContract` describes its inputs and outputs, `lower` rewrites it for an
+engine, `render` prints it, and `with_taps` and `as_float32` copy it in memory for validation. The onnx
+packages are imported when a name that needs them is first used.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Attention of one layer over its cache, as nodes: project, normalise, rotate, map, write, attend, project.
+"""Attention of one layer with its KV cache, as ONNX nodes.
 
-Knows `kvexport.model.reference.head_outputs`, its oracle, in operators that TensorRT's parser imports as native
-layers; must not know what stands around it in the layer.
+Project, normalise, rotate, map, write the cache, attend, project. The reference is
+`kvexport.model.reference.head_outputs`. TensorRT's parser imports every operator used here as a native layer.
 """
 
 from __future__ import annotations
@@ -22,33 +22,44 @@ from kvexport.model.decoder import Attention, Linear, Norm
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """What the layers share: where the new tokens are written, what they see, how they are rotated."""
+    """Values that all layers of a decoder read.
 
-    write_indices: ir.Value  # [batch], of layers that do not evict
-    masks: Masks | None  # of those
-    evicting: EvictionInputs | None  # of the others
+    Attributes:
+        write_indices: int64 [batch], the slot of each sequence's first new token, in layers without eviction.
+        masks: masks of layers without eviction; None if there are no such layers.
+        eviction: values that layers with eviction share; None if there are no such layers.
+        rotary: rotary tables; None for decoders without rotary positions.
+    """
+
+    write_indices: ir.Value
+    masks: Masks | None
+    eviction: EvictionInputs | None
     rotary: Rotary | None
 
 
 @dataclass(frozen=True)
 class CacheValues:
-    """Keys [batch, kv_heads, capacity, key_dim] and values [batch, kv_heads, capacity, value_dim] of a layer."""
+    """Cached keys and values of a layer, [batch, kv_heads, capacity, key_dim or value_dim]."""
 
     key: ir.Value
     value: ir.Value
 
 
 class AttentionBuilder:
-    """Writes the attention of layer `index`."""
+    """Add the attention of layer `index` to a graph."""
 
-    def __init__(self, nodes: NodeBuilder, index: int, attention: Attention, tokens: SharedInputs) -> None:
-        self._nodes, self._index, self._attention, self._tokens = nodes, index, attention, tokens
+    def __init__(self, nodes: NodeBuilder, index: int, attention: Attention, shared: SharedInputs) -> None:
+        self._nodes, self._index, self._attention, self._shared = nodes, index, attention, shared
         self._name = f"layers.{index}.attention"
 
     def add(
         self, x: ir.Value, cache: CacheValues | EvictionCacheValues
     ) -> tuple[ir.Value, CacheValues | EvictionCacheValues]:
-        """Normed input [batch, sequence, hidden] to what attention adds to the residual stream, and the written cache."""
+        """Attention of the normalised input x [batch, sequence, hidden].
+
+        Returns:
+            the attention output [batch, sequence, hidden], and the cache with the new tokens written.
+        """
         attention, nodes, name = self._attention, self._nodes, self._name
         query = self._positioned("q", attention.q, attention.num_heads, attention.q_norm, x)
         if attention.frequencies is None:
@@ -57,9 +68,9 @@ class AttentionBuilder:
         value = self._by_head("v", self._heads("v", attention.v, attention.num_kv_heads, x))
         written: CacheValues | EvictionCacheValues
         if isinstance(cache, EvictionCacheValues):
-            assert self._tokens.evicting is not None
-            evicting = EvictionAttentionBuilder(self._tokens.evicting, self._index, attention, name)
-            mixed, written = evicting.add(query, key, value, cache)
+            assert self._shared.eviction is not None
+            builder = EvictionAttentionBuilder(self._shared.eviction, self._index, attention, name)
+            mixed, written = builder.add(query, key, value, cache)
         else:
             written = CacheValues(
                 self._write("key", cache.key, key), self._write("value", cache.value, value)
@@ -74,7 +85,7 @@ class AttentionBuilder:
         return linear(nodes, attention.o, self._join(mixed), f"{name}.o", attention_tap(self._index)), written
 
     def _heads(self, which: str, parameters: Linear, count: int, x: ir.Value) -> ir.Value:
-        """[batch, sequence, hidden] to [batch, sequence, count, width]."""
+        """Project x [batch, sequence, hidden] to [batch, sequence, count, width]."""
         flat, width = (
             linear(self._nodes, parameters, x, f"{self._name}.{which}"),
             parameters.weight.shape[0] // count,
@@ -89,7 +100,7 @@ class AttentionBuilder:
         )
 
     def _by_head(self, which: str, x: ir.Value) -> ir.Value:
-        """[batch, sequence, count, width] to [batch, count, sequence, width]."""
+        """Transpose x [batch, sequence, count, width] to [batch, count, sequence, width]."""
         batch, sequence, count, width = sizes(x)
         shape = (batch, count, sequence, width)
         return self._nodes.op(
@@ -97,24 +108,29 @@ class AttentionBuilder:
         )
 
     def _positioned(
-        self, which: str, parameters: Linear, count: int, norm_of: Norm | None, x: ir.Value
+        self, which: str, parameters: Linear, count: int, head_norm: Norm | None, x: ir.Value
     ) -> ir.Value:
-        """Queries or keys before any map that follows rotation, normalised and rotated: [batch, count, sequence, width]."""
+        """Project, normalise and rotate queries or keys: [batch, count, sequence, width].
+
+        Maps that follow the rotation are not applied.
+        """
         heads = self._heads(which, parameters, count, x)
-        if norm_of is not None:
-            heads = norm(self._nodes, norm_of, heads, f"{self._name}.{which}_norm")
+        if head_norm is not None:
+            heads = norm(self._nodes, head_norm, heads, f"{self._name}.{which}_norm")
         heads = self._by_head(which, heads)
         if self._attention.position != "rope":
             return heads
-        assert self._tokens.rotary is not None, "a layer that rotates needs the decoder's rotary frequencies"
+        assert self._shared.rotary is not None, (
+            "a layer with rotary positions needs the decoder's rotary frequencies"
+        )
         frequencies = self._attention.frequencies
         if frequencies is not None and which == "q":
             heads = self._map_queries(heads)
-        chosen = None if frequencies is None else np.asarray(frequencies)
-        return self._tokens.rotary.rotate(heads, f"{self._name}.{which}.rotated", chosen)
+        columns = None if frequencies is None else np.asarray(frequencies)
+        return self._shared.rotary.rotate(heads, f"{self._name}.{which}.rotated", columns)
 
     def _map_queries(self, query: ir.Value) -> ir.Value:
-        """[batch, heads, sequence, head_dim] to [batch, heads, sequence, key_dim], as they are without a map."""
+        """Map queries [batch, heads, sequence, head_dim] to [batch, heads, sequence, key_dim]; or no map."""
         if self._attention.query_map is None:
             return query
         query_map = self._nodes.weight(f"{self._name}.query_map", np.asarray(self._attention.query_map))
@@ -122,7 +138,10 @@ class AttentionBuilder:
         return self._nodes.op("MatMul", query, query_map, name=f"{self._name}.q.mapped", shape=shape)
 
     def _map_keys(self, key: ir.Value) -> ir.Value:
-        """[batch, t·kv_heads, sequence, head_dim] to [batch, kv_heads, sequence, key_dim], t neighbours into one."""
+        """Map each group of t neighbouring keys to one, if there is a map.
+
+        [batch, t·kv_heads, sequence, head_dim] to [batch, kv_heads, sequence, key_dim].
+        """
         attention, nodes, name = self._attention, self._nodes, f"{self._name}.k"
         if attention.key_map is None:
             return key
@@ -133,12 +152,12 @@ class AttentionBuilder:
             key = nodes.op(
                 "Reshape", key, to, name=f"{name}.groups", shape=(batch, kv_heads, group, sequence, width)
             )
-            turned = (batch, kv_heads, sequence, group, width)
-            key = nodes.op("Transpose", key, name=f"{name}.by_group", shape=turned, perm=[0, 1, 3, 2, 4])
-            joined = group * attention.head_dim
-            to = nodes.integers(0, 0, 0, joined)
+            grouped = (batch, kv_heads, sequence, group, width)
+            key = nodes.op("Transpose", key, name=f"{name}.by_group", shape=grouped, perm=[0, 1, 3, 2, 4])
+            width = group * attention.head_dim
+            to = nodes.integers(0, 0, 0, width)
             key = nodes.op(
-                "Reshape", key, to, name=f"{name}.joined", shape=(batch, kv_heads, sequence, joined)
+                "Reshape", key, to, name=f"{name}.joined", shape=(batch, kv_heads, sequence, width)
             )
         key_map = nodes.weight(
             f"{self._name}.key_map", np.asarray(attention.key_map)
@@ -147,14 +166,14 @@ class AttentionBuilder:
         return nodes.op("MatMul", key, key_map, name=f"{name}.mapped", shape=shape)
 
     def _write(self, which: str, cache: ir.Value, new: ir.Value) -> ir.Value:
-        """The cache with `new` in its slots: the same buffer, where the caller binds input and output to one."""
-        inputs = (cache, new, self._tokens.write_indices)
+        """Write `new` into the cache; in place if the caller binds input and output to the same buffer."""
+        inputs = (cache, new, self._shared.write_indices)
         return self._nodes.op(
             "TensorScatter", *inputs, name=present(self._index, which), axis=-2, mode="linear"
         )
 
     def _mask(self) -> ir.Value:
-        attention, masks = self._attention, self._tokens.masks
+        attention, masks = self._attention, self._shared.masks
         assert masks is not None
         if attention.alibi_slopes is None:
             return masks.visible(attention.window)
@@ -163,7 +182,7 @@ class AttentionBuilder:
         )
 
     def _join(self, mixed: ir.Value) -> ir.Value:
-        """[batch, heads, sequence, width] to [batch, sequence, heads·width]."""
+        """Join heads: mixed [batch, heads, sequence, width] to [batch, sequence, heads·width]."""
         nodes, (batch, heads, sequence, width) = self._nodes, sizes(mixed)
         joined = self._attention.o.weight.shape[1]
         shape = (batch, sequence, heads, width)

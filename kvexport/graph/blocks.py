@@ -1,7 +1,6 @@
-"""The parts of a layer that need no cache: linear maps, norms, the MLP.
+"""Parts of a layer without a cache, as ONNX nodes: linear maps, norms, the MLP.
 
-Knows the mathematics of each (`kvexport.model.reference` is its oracle) in operators that TensorRT's parser
-imports; must not know where in a decoder a part stands.
+The reference is `kvexport.model.reference`. TensorRT's parser imports every operator used here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,12 @@ from kvexport.model.decoder import Linear, Mlp, Norm
 def linear(
     nodes: NodeBuilder, parameters: Linear, x: ir.Value, at: str, result: str | None = None
 ) -> ir.Value:
-    """x [..., in] · weight [in, out] + bias; the weight is called `at`.weight, the value `result` (default: `at`)."""
+    """x [..., in] · weight [in, out] + bias.
+
+    Args:
+        at: prefix of the names of weight and bias.
+        result: name of the result; None: `at`.
+    """
     name, shape = result or at, (*sizes(x)[:-1], parameters.weight.shape[0])
     weight = nodes.weight(f"{at}.weight", np.asarray(parameters.weight).T)
     if parameters.bias is None:
@@ -26,7 +30,7 @@ def linear(
 
 
 def norm(nodes: NodeBuilder, parameters: Norm, x: ir.Value, name: str) -> ir.Value:
-    """RMSNorm or LayerNorm over the last axis; the operators compute statistics in float32 whatever the dtype."""
+    """RMSNorm or LayerNorm over the last axis; the operators compute statistics in float32."""
     inputs = [nodes.weight(f"{name}.weight", np.asarray(parameters.weight))]
     if parameters.bias is not None:
         inputs.append(nodes.weight(f"{name}.bias", np.asarray(parameters.bias)))
@@ -35,6 +39,7 @@ def norm(nodes: NodeBuilder, parameters: Norm, x: ir.Value, name: str) -> ir.Val
 
 
 def mlp(nodes: NodeBuilder, parameters: Mlp, x: ir.Value, name: str) -> ir.Value:
+    """The MLP of a layer, gated or not: x [batch, sequence, hidden] to [batch, sequence, hidden]."""
     if parameters.gate is None:
         inner = _activation(nodes, parameters, linear(nodes, parameters.up, x, f"{name}.up"), name)
     else:
@@ -45,7 +50,7 @@ def mlp(nodes: NodeBuilder, parameters: Mlp, x: ir.Value, name: str) -> ir.Value
 
 def _activation(nodes: NodeBuilder, parameters: Mlp, x: ir.Value, name: str) -> ir.Value:
     kind = parameters.activation
-    if kind == "silu":  # not Swish: TensorRT imports that from version 11 only
+    if kind == "silu":  # not Swish, which TensorRT imports only from version 11 on
         return nodes.op("Mul", x, nodes.op("Sigmoid", x, name=f"{name}.sigmoid"), name=f"{name}.silu")
     if kind == "relu":
         return nodes.op("Relu", x, name=f"{name}.relu")

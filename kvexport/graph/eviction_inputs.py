@@ -1,6 +1,6 @@
-"""What layers that evict share: positions and slots in use, once for each KV head, and how a slot's state is read.
+"""Values that layers with eviction share: positions, slots in use, and the state of the slots.
 
-Knows that heads lie along the batch, [batch·N, 1, ...]; must not know which token goes, nor attention.
+Heads lie along the batch axis: [batch·N, 1, ...] for N KV heads.
 """
 
 from __future__ import annotations
@@ -19,19 +19,26 @@ STATE_DTYPE = "float32"
 
 @dataclass(frozen=True)
 class HeadInputs:
-    """What layers of N KV heads share, once for each head of the batch; all float32 but `has_room`."""
+    """Values that layers of N KV heads share, for each head of the batch; float32, except `has_room`.
 
-    stored: ir.Value  # [batch·N, 1, sequence, 1], the new tokens' positions + 1
-    first: ir.Value  # [batch·N, 1, 1, 1], the first one's
-    filled: ir.Value  # [batch·N, 1, 1, 1], slots in use before this call
-    has_room: ir.Value  # bool [batch·N, 1, 1, 1], whether those are not all
-    later: (
-        ir.Value | None
-    )  # [batch·N, 1, sequence, 1], what norms are multiplied with; None: the policy has none
+    Attributes:
+        position_plus_one: [batch·N, 1, sequence, 1], of each new token.
+        first: [batch·N, 1, 1, 1], position_plus_one of the first new token.
+        filled: [batch·N, 1, 1, 1], slots in use before this call.
+        has_room: bool [batch·N, 1, 1, 1], whether a slot is free.
+        later: [batch·N, 1, sequence, 1], the factor of key norms that breaks ties by position; None: the
+            policy uses no norms.
+    """
+
+    position_plus_one: ir.Value
+    first: ir.Value
+    filled: ir.Value
+    has_room: ir.Value
+    later: ir.Value | None
 
 
 class EvictionInputs:
-    """What the layers of a decoder share: positions, slots in use, numbers of chance."""
+    """Values that all layers with eviction share, made once for each number of KV heads."""
 
     def __init__(
         self,
@@ -43,16 +50,18 @@ class EvictionInputs:
     ) -> None:
         """
         Args:
-            capacity: positions there are.
-            positions: of the new tokens, [batch, sequence].
-            write_indices: slots in use before them [batch]; as many as there are slots: all.
+            nodes: of the graph.
+            eviction: policy and budget.
+            capacity: the largest number of tokens of a sequence.
+            positions: of the new tokens, int64 [batch, sequence].
+            write_indices: int64 [batch], slots in use before this call.
         """
         self.nodes, self.eviction, self.capacity = nodes, eviction, capacity
         self.positions, self._write_indices = positions, write_indices
         self._shared: dict[int, HeadInputs] = {}
 
-    def heads(self, count: int, state: ir.Value) -> HeadInputs:
-        """For layers of `count` KV heads; `state` is of any of them."""
+    def for_heads(self, count: int, state: ir.Value) -> HeadInputs:
+        """Values for layers of `count` KV heads; `state` is the state of any of these layers."""
         if count not in self._shared:
             self._shared[count] = self._make(count, state)
         return self._shared[count]
@@ -64,39 +73,44 @@ class EvictionInputs:
         column = nodes.op(
             "Unsqueeze", one, nodes.integers(1, 3), name=f"{name}.column", shape=shape, dtype="int64"
         )
-        stored = self._along(column, count, f"{name}.stored")
+        positions = self._repeat(column, count, f"{name}.stored")
         rows_of_one = (rows, 1, 1, 1)
         begin, end, axis = (nodes.integers(each) for each in (0, 1, 2))
         first = nodes.op(
-            "Slice", stored, begin, end, axis, name=f"{name}.first", shape=rows_of_one, dtype=STATE_DTYPE
+            "Slice", positions, begin, end, axis, name=f"{name}.first", shape=rows_of_one, dtype=STATE_DTYPE
         )
         axes = nodes.integers(1, 2, 3)
         used = nodes.op(
             "Unsqueeze", self._write_indices, axes, name=f"{name}.used", shape=(BATCH, 1, 1, 1), dtype="int64"
         )
-        filled = self._along(used, count, f"{name}.filled")
-        has_room = nodes.op("Less", filled, self._slots(state, name), name=f"{name}.has_room", dtype="bool")
-        later = self._later(stored, name) if self.eviction.policy in ("l2-norm", "keep-high") else None
-        return HeadInputs(stored, first, filled, has_room, later)
+        filled = self._repeat(used, count, f"{name}.filled")
+        has_room = nodes.op(
+            "Less", filled, self._num_slots(state, name), name=f"{name}.has_room", dtype="bool"
+        )
+        later = self._later(positions, name) if self.eviction.policy in ("l2-norm", "keep-high") else None
+        return HeadInputs(positions, first, filled, has_room, later)
 
-    def _slots(self, state: ir.Value, name: str) -> ir.Value:
-        """How many slots there are, [batch·N, 1, 1, 1], counted: of a Shape TensorRT-RTX 1.7.1 dies of a segmentation fault."""
+    def _num_slots(self, state: ir.Value, name: str) -> ir.Value:
+        """The number of slots, float32 [batch·N, 1, 1, 1].
+
+        They are counted in the state: with Shape, TensorRT-RTX 1.7.1 ends in a segmentation fault.
+        """
         nodes = self.nodes
-        stored = row_of(nodes, state, POSITION_PLUS_ONE, f"{name}.state")
+        positions = state_row(nodes, state, POSITION_PLUS_ONE, f"{name}.state")
         zero = nodes.number("evict.zero", 0.0, STATE_DTYPE)
-        there = nodes.op("GreaterOrEqual", stored, zero, name=f"{name}.there", dtype="bool")
-        each = nodes.cast(there, STATE_DTYPE, f"{name}.each_slot")
+        exists = nodes.op("GreaterOrEqual", positions, zero, name=f"{name}.there", dtype="bool")
+        each = nodes.cast(exists, STATE_DTYPE, f"{name}.each_slot")
         shape, axes = (sizes(state)[0], 1, 1, 1), nodes.integers(3)
         return nodes.op(
             "ReduceSum", each, axes, name=f"{name}.slots", shape=shape, dtype=STATE_DTYPE, keepdims=1
         )
 
-    def _later(self, stored: ir.Value, name: str) -> ir.Value:
-        """1 - later, or -(1 + later)."""
+    def _later(self, positions: ir.Value, name: str) -> ir.Value:
+        """Factors of the key norms: 1 - later for the policy l2-norm, -(1 + later) for keep-high."""
         nodes, sign = self.nodes, -1.0 if self.eviction.policy == "l2-norm" else 1.0
         later = nodes.op(
             "Mul",
-            stored,
+            positions,
             nodes.number("evict.step", LATER, STATE_DTYPE),
             name=f"{name}.later",
             dtype=STATE_DTYPE,
@@ -111,7 +125,7 @@ class EvictionInputs:
         return nodes.op("Neg", later, name=f"{name}.factor", dtype=STATE_DTYPE)
 
     def along_heads(self, values: np.ndarray, shape: tuple[int, ...], name: str) -> ir.Value:
-        """A constant [N, ...] once for each sequence: [batch·N, ...] in `shape`, whose first size is -1."""
+        """Repeat a constant [N, ...] for each sequence: [batch·N, ...], in `shape`, which starts with -1."""
         nodes, count = self.nodes, len(values)
         ones = (1,) * (values.ndim - 1)
         zero = nodes.op("Sub", self._write_indices, self._write_indices, name=f"{name}.zero", dtype="int64")
@@ -133,28 +147,28 @@ class EvictionInputs:
             "Reshape", whole, nodes.integers(*shape), name=name, shape=(rows, *shape[1:]), dtype=STATE_DTYPE
         )
 
-    def _along(self, x: ir.Value, count: int, name: str) -> ir.Value:
-        """x int64 [batch, 1, n, 1], the same for every head, as float32 [batch·N, 1, n, 1]."""
+    def _repeat(self, x: ir.Value, count: int, name: str) -> ir.Value:
+        """Repeat x int64 [batch, 1, n, 1] for each of `count` heads: float32 [batch·N, 1, n, 1]."""
         nodes, (_, _, length, _) = self.nodes, sizes(x)
         wide, zeros = (
             nodes.cast(x, STATE_DTYPE, f"{name}.{STATE_DTYPE}"),
             np.zeros((1, count, 1, 1), STATE_DTYPE),
         )
         heads = nodes.constant(f"{name}.heads", zeros)
-        spread = nodes.op(
+        repeated = nodes.op(
             "Add", wide, heads, name=f"{name}.each", shape=(BATCH, count, length, 1), dtype=STATE_DTYPE
         )
         shape = (heads_along_batch(count), 1, length, 1)
         return nodes.op(
-            "Reshape", spread, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE
+            "Reshape", repeated, nodes.integers(-1, 1, 0, 1), name=name, shape=shape, dtype=STATE_DTYPE
         )
 
 
-def row_of(nodes: Nodes, state: ir.Value, which: int, name: str) -> ir.Value:
-    """[rows, 1, 1, slots] of a state [rows, 1, slots, 2].
+def state_row(nodes: Nodes, state: ir.Value, which: int, name: str) -> ir.Value:
+    """Column `which` of a state [rows, 1, slots, 2], as a row [rows, 1, 1, slots].
 
-    By Slice: of Gather TensorRT-RTX 1.7.1 dies of a segmentation fault. Slots come last, since ONNX Runtime's CPU compares
-    with a scalar element by element where the last axis is 1.
+    With Slice: with Gather, TensorRT-RTX 1.7.1 ends in a segmentation fault. Slots are the last axis because
+    ONNX Runtime's CPU kernels compare with a scalar element by element if the last axis is 1.
     """
     begin, end, axis = (nodes.integers(each) for each in (which, which + 1, 3))
     rows, _, slots, _ = sizes(state)

@@ -1,7 +1,7 @@
-"""What a float16 graph computes in float32, by name, because float16 cannot hold it.
+"""Compute parts of a float16 graph in float32: parts whose numbers float16 cannot represent.
 
-Knows the names that `kvexport.graph.writer` gives to the residual stream and the MLPs; weights stay as they are in the
-data file, and a Cast that engines fold widens them. Must not know how large any number is.
+The parts are named as `kvexport.graph.writer` names the residual stream and the MLPs. Weights stay float16 in
+the data file; a Cast, which engines fold, widens them.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ import onnx_ir as ir
 from kvexport.bundle.graph_io import attention_residual, residual_tap
 from kvexport.graph.nodes import Nodes, dtype_of
 
-_WIDE = "float32"
+_FLOAT32 = "float32"
 
 
 @dataclass(frozen=True)
 class Float32Exceptions:
-    """What is computed in float32.
+    """Parts of a float16 graph that are computed in float32.
 
     Attributes:
-        stream: the residual stream, and with it the norms that read it.
-        mlps: layers whose MLP is, from its first matrices to its last.
+        stream: the residual stream, and the norms that read it.
+        mlps: indices of the layers whose whole MLP is computed in float32.
     """
 
     stream: bool = False
@@ -31,13 +31,13 @@ class Float32Exceptions:
 
     @property
     def names(self) -> list[str]:
-        """For people: the stream, and nodes as the graph calls them."""
+        """Names for messages and reports: the residual stream, and the MLPs by the names of their nodes."""
         return (["residual stream"] if self.stream else []) + [
             f"layers.{layer}.mlp" for layer in sorted(self.mlps)
         ]
 
     def covers(self, node: str) -> bool:
-        """Whether the node of this name is concerned."""
+        """Whether the node of this name is computed in float32."""
         match = re.match(r"layers\.(\d+)\.(mlp\.)?", node)
         if match is None:
             return self.stream and node in ("logits.chosen", "final_norm")
@@ -52,8 +52,11 @@ NO_EXCEPTIONS = Float32Exceptions()
 
 
 class KeepFloat32(ir.passes.InPlacePass):
-    """Pre-condition: what is kept is in the graph. Post-condition: each of its nodes gives float32, and what reads one
-    without being kept reads it in the graph's dtype."""
+    """Compute the exceptions in float32; every other node reads their results in the graph's dtype.
+
+    Pre-condition: the graph has the nodes of the exceptions. Post-condition: each of these nodes has a
+    float32 output.
+    """
 
     def __init__(self, exceptions: Float32Exceptions, dtype: str) -> None:
         self._exceptions, self._dtype = exceptions, dtype
@@ -69,10 +72,12 @@ class KeepFloat32(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         wide_nodes = self._nodes(model)
         for node in wide_nodes:
-            before = Nodes(model.graph, _WIDE, before=node)
+            before = Nodes(model.graph, _FLOAT32, before=node)
             for index, value in enumerate(node.inputs):
                 if value is not None and dtype_of(value) == self._dtype:
-                    node.replace_input_with(index, before.cast(value, _WIDE, f"{node.name}.{index}.{_WIDE}"))
+                    node.replace_input_with(
+                        index, before.cast(value, _FLOAT32, f"{node.name}.{index}.{_FLOAT32}")
+                    )
             node.outputs[0].dtype = ir.DataType.FLOAT
         for node in wide_nodes:
             (output,) = node.outputs
@@ -88,8 +93,10 @@ class KeepFloat32(ir.passes.InPlacePass):
 
     def ensures(self, model: ir.Model) -> None:
         for node in self._nodes(model):
-            if dtype_of(node.outputs[0]) != _WIDE:
-                raise ir.passes.PostconditionError(f"{node.name} gives {dtype_of(node.outputs[0])}")
+            if dtype_of(node.outputs[0]) != _FLOAT32:
+                raise ir.passes.PostconditionError(
+                    f"{node.name} has an output of {dtype_of(node.outputs[0])}, not {_FLOAT32}"
+                )
 
     def _nodes(self, model: ir.Model) -> list[ir.Node]:
         return [

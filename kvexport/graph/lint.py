@@ -23,9 +23,10 @@ __all__ = ["Finding", "Parser", "find_unfused_attention", "lint", "refusals"]
 
 
 def lint(model: ir.Model, parser: Parser) -> list[Finding]:
-    """Findings about a graph, node by node, subgraphs included; last of each node, notes about what builds but runs slowly.
+    """Check a graph, node by node, subgraphs included.
 
-    Sizes that an engine fixes (batch, capacity) must be numbers, or they are reported as not fixed.
+    Nodes that build but run slowly get a finding with `note`. Sizes that an engine fixes (batch, capacity)
+    must be numbers, or they are reported as not fixed.
     """
     return [
         *_check_opset(model, parser),

@@ -1,7 +1,8 @@
 """Rules of lint: what TensorRT's ONNX parser and builder do not take, one function for each operator.
 
 Each rule yields the problems of one node, with a remedy. Which version of an engine takes what is in
-`kvexport.devices.capabilities`. The tests run the parser and the builder of TensorRT-RTX 1.7.1 against every rule about it.
+`kvexport.devices.capabilities`. The tests run the parser and the builder of TensorRT-RTX 1.7.1 against every
+rule about it.
 """
 
 from __future__ import annotations
@@ -128,8 +129,8 @@ def check_attention(node: ir.Node, parser: Parser) -> Problems:
         )
     if lengths is not None:
         yield (
-            "nonpad_kv_seqlen is not supported: TensorRT 11.1 and 11.2 do not build it in float16, and compute it wrongly "
-            "in bfloat16",
+            "nonpad_kv_seqlen is not supported: TensorRT 11.1 and 11.2 do not build it in float16, and "
+            "compute it wrongly in bfloat16",
             "use an explicit mask",
         )
     if _number(node, "softcap", 0.0):
@@ -160,7 +161,8 @@ def check_attention(node: ir.Node, parser: Parser) -> Problems:
         yield f"keys are {key_dim} wide and values {value_dim}, and TensorRT takes one width", _DECOMPOSED
     elif key_dim and _is_padded(query, key_dim) and mask is not None and mask.dtype == ir.DataType.BOOL:
         yield (
-            f"heads of {key_dim} with a bool mask: TensorRT pads them to a multiple of 8, and then does not build",
+            f"heads of {key_dim} with a bool mask: TensorRT pads them to a multiple of 8, "
+            "and then does not build",
             f"{_DECOMPOSED}, or a multiple of 8, or an additive mask",
         )
 
@@ -212,7 +214,7 @@ def check_rotary_embedding(node: ir.Node, parser: Parser) -> Problems:
 
 
 def check_tensor_scatter(node: ir.Node, parser: Parser) -> Problems:
-    """TensorScatter must be a cache update in place: a 4-D cache, graph input and output, written along axis -2."""
+    """TensorScatter must update a 4-D cache in place: graph input and output, written along axis -2."""
     cache, result = node.inputs[0], node.outputs[0]
     assert cache is not None
     axis, rank = int(_number(node, "axis", -2)), None if cache.shape is None else len(cache.shape)

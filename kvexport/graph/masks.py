@@ -1,7 +1,4 @@
-"""Which cache slots a token sees, computed once in the graph and shared by the layers that agree.
-
-Knows that slot n holds position n; must not know what attention does with a mask.
-"""
+"""Attention masks, shared by layers with the same window and slopes. Slot n holds position n."""
 
 from __future__ import annotations
 
@@ -11,14 +8,19 @@ from numpy.typing import NDArray
 
 from kvexport.bundle.graph_io import BATCH, CAPACITY, SEQUENCE
 from kvexport.graph.nodes import NodeBuilder
-from kvexport.graph.weights import NUMPY_DTYPES, largest
+from kvexport.graph.weights import NUMPY_DTYPES, largest_number
 
 _COLUMN = (BATCH, 1, SEQUENCE, 1)
 _FULL = (BATCH, 1, SEQUENCE, CAPACITY)
 
 
 class Masks:
-    """Masks over the slots of `cache` [batch, heads, capacity, width] for tokens at `positions` [batch, sequence]."""
+    """Masks of layers without eviction.
+
+    Args:
+        positions: of the new tokens, int64 [batch, sequence].
+        cache: [batch, heads, capacity, width], of any layer.
+    """
 
     def __init__(self, nodes: NodeBuilder, positions: ir.Value, cache: ir.Value) -> None:
         self._nodes = nodes
@@ -37,16 +39,23 @@ class Masks:
         )
 
     def visible(self, window: int | None) -> ir.Value:
-        """Bool [batch, 1, sequence, capacity]: position - window < slot <= position."""
+        """Bool [batch, 1, sequence, capacity], true where position - window < slot <= position."""
         if window not in self._visible:
             self._visible[window] = self._causal() if window is None else self._windowed(window)
         return self._visible[window]
 
     def bias(self, window: int | None, slopes: NDArray[np.float32], name: str) -> ir.Value:
-        """ALiBi, slope · (slot - position), or the lowest number where not visible: [batch, heads, sequence, capacity].
+        """ALiBi bias slope · (slot - position), and the lowest finite number where a slot is hidden.
 
-        In float32 until it is added up, and relative to the token, so that it is as exact at any depth. A finite number hides
-        a slot because kernels that work tile by tile make NaN of a tile of infinities. `slopes` is [heads].
+        It is computed in float32 and relative to the token's position, so that its precision does not depend
+        on the position. The number for hidden slots is finite because tiled attention kernels make NaN of a
+        tile of infinities.
+
+        Args:
+            slopes: [heads].
+
+        Returns:
+            [batch, heads, sequence, capacity] in the graph's dtype.
         """
         key = (window, slopes.tobytes())
         if key in self._biases:
@@ -54,7 +63,7 @@ class Masks:
         nodes, shape, visible = self._nodes, (BATCH, len(slopes), SEQUENCE, CAPACITY), self.visible(window)
         slope = nodes.constant(f"{name}.slopes", slopes.reshape(-1, 1, 1))
         lowest = nodes.constant(
-            "mask.hidden", np.array(-largest(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype])
+            "mask.hidden", np.array(-largest_number(nodes.dtype), dtype=NUMPY_DTYPES[nodes.dtype])
         )
         bias = nodes.op("Mul", self._distance(), slope, name=f"{name}.float32", shape=shape, dtype="float32")
         if nodes.dtype != "float32":

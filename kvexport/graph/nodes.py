@@ -1,7 +1,4 @@
-"""Nodes, weights and constants of one graph, each with the name and shape that its author gave it.
-
-Knows onnx-ir and the default operator domain; must not know what a decoder is.
-"""
+"""Build the nodes, weights and constants of one graph, each with an explicit name and shape."""
 
 from __future__ import annotations
 
@@ -15,27 +12,28 @@ from numpy.typing import NDArray
 from kvexport.bundle.graph_io import Shape, TensorSpec
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
 
-_IR_VERSION = 12  # the first that knows opset 24
+_IR_VERSION = 12  # the first version that has opset 24
 
 
 def ir_dtype(dtype: str) -> ir.DataType:
+    """The onnx-ir dtype of a numpy (or ml_dtypes) dtype name."""
     return ir.DataType.from_numpy(NUMPY_DTYPES.get(dtype) or np.dtype(dtype))
 
 
 def sizes(value: ir.Value) -> Shape:
-    """The shape of a value of the graph: sizes, and names of those that the caller chooses."""
+    """The shape of a value: numbers, and names of symbolic sizes."""
     assert value.shape is not None
     return tuple(size if isinstance(size, int) else str(size.value) for size in value.shape)
 
 
 def dtype_of(value: ir.Value) -> str:
-    """A value's dtype as numpy (or ml_dtypes) calls it."""
+    """The numpy (or ml_dtypes) name of a value's dtype."""
     assert value.dtype is not None
     return str(value.dtype.numpy().name)
 
 
 class Nodes:
-    """Adds to a graph: at its end, or in front of the node `before`. A node has the name of its (first) output."""
+    """Add nodes to a graph, at its end or before the node `before`. A node is named as its first output."""
 
     def __init__(self, graph: ir.Graph, dtype: str, before: ir.Node | None = None) -> None:
         self.dtype = dtype
@@ -51,47 +49,54 @@ class Nodes:
         domain: str = "",
         **attributes: float | str | Sequence[int],
     ) -> ir.Value:
-        """One node; `shape` (its first input's if None) and `dtype` (the graph's) are its output's."""
+        """Add one node with one output.
+
+        Args:
+            name: of the node and of its output.
+            shape: of the output; None: the shape of the first input.
+            dtype: of the output; None: the graph's dtype.
+        """
         if shape is None:
             assert inputs[0] is not None
             shape = sizes(inputs[0])
         output = _value(name, dtype or self.dtype, shape)
-        self._place(ir.node(op_type, inputs, attributes, domain=domain, outputs=[output], name=name))
+        self._insert(ir.node(op_type, inputs, attributes, domain=domain, outputs=[output], name=name))
         return output
 
     def split(self, x: ir.Value, parts: Sequence[str], axis: int) -> list[ir.Value]:
-        """x in equal parts along an axis."""
+        """Split x into equal parts along an axis; `parts` are the names of the outputs."""
         shape = list(sizes(x))
         length = shape[axis]
         assert isinstance(length, int)
         shape[axis] = length // len(parts)
         outputs = [_value(part, self.dtype, tuple(shape)) for part in parts]
-        self._place(ir.node("Split", [x], {"axis": axis}, outputs=outputs, name=parts[0]))
+        self._insert(ir.node("Split", [x], {"axis": axis}, outputs=outputs, name=parts[0]))
         return outputs
 
     def cast(self, x: ir.Value, dtype: str, name: str) -> ir.Value:
+        """Cast x to another dtype."""
         return self.op("Cast", x, name=name, dtype=dtype, to=int(ir_dtype(dtype)))
 
     def constant(self, name: str, values: NDArray[Any]) -> ir.Value:
-        """A small initializer inside the graph; the same name is the same constant."""
-        found = self._graph.initializers.get(name)
-        return (
-            found if found is not None else self._register(name, ir.Tensor(values, name=name), values.shape)
-        )
+        """A small initializer, stored in the graph; an existing one of this name is returned unchanged."""
+        constant = self._graph.initializers.get(name)
+        if constant is not None:
+            return constant
+        return self._register(name, ir.Tensor(values, name=name), values.shape)
 
     def integer(self, value: int) -> ir.Value:
-        """A constant int64 scalar, called by its value."""
+        """A constant int64 scalar, named by its value."""
         return self.constant(f"int64({value})", np.array(value, dtype=np.int64))
 
     def integers(self, *values: int) -> ir.Value:
-        """A constant int64 vector (a shape, or axes), called by its values."""
+        """A constant int64 vector (a shape, or axes), named by its values."""
         return self.constant(f"int64[{','.join(map(str, values))}]", np.array(values, dtype=np.int64))
 
     def number(self, name: str, value: float, dtype: str | None = None) -> ir.Value:
-        """A constant scalar, by default in the graph's dtype."""
+        """A constant scalar; `dtype` None: the graph's dtype."""
         return self.constant(name, np.array(value, dtype=NUMPY_DTYPES[dtype or self.dtype]))
 
-    def _place(self, node: ir.Node) -> None:
+    def _insert(self, node: ir.Node) -> None:
         if self._before is None:
             self._graph.append(node)
         else:
@@ -106,25 +111,28 @@ class Nodes:
 
 
 class NodeBuilder(Nodes):
-    """A new graph under construction, with the file of its weights."""
+    """A new graph and the file of its weights."""
 
     def __init__(self, name: str, opset: int, dtype: str, weights: WeightFile) -> None:
         super().__init__(ir.Graph((), (), nodes=(), name=name, opset_imports={"": opset}), dtype)
         self._weights = weights
 
     def input(self, spec: TensorSpec) -> ir.Value:
+        """Add an input to the graph."""
         value = _value(spec.name, spec.dtype, spec.shape)
         self._graph.inputs.append(value)
         return value
 
     def output(self, value: ir.Value) -> None:
+        """Make a value an output of the graph."""
         self._graph.outputs.append(value)
 
     def weight(self, name: str, values: NDArray[Any]) -> ir.Value:
-        """An initializer in the graph's dtype, written to the data file at once."""
+        """An initializer in the graph's dtype, written to the data file immediately."""
         return self._register(name, self._weights.append(name, values), values.shape)
 
     def model(self, producer: str) -> ir.Model:
+        """The model of the finished graph."""
         return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name=producer)
 
 

@@ -1,6 +1,6 @@
-"""A graph as text that a person can review: every input, initializer, node and output on one line, no weights.
+"""Print a graph as text for review: one line for each input, initializer, node and output, without weights.
 
-Knows ONNX models; must not know what any node is for. Deterministic: the golden files of the tests are made of it.
+The text is deterministic; the golden files of the tests are made with it.
 """
 
 from __future__ import annotations
@@ -62,5 +62,5 @@ def _node(node: ir.Node) -> str:
 
 def _attribute(attribute: ir.Attr) -> str:
     if attribute.type == ir.AttributeType.FLOAT:
-        return str(np.float32(attribute.as_float()))  # the shortest that reads back the same
+        return str(np.float32(attribute.as_float()))  # the shortest text that reads back as the same number
     return str(attribute.value)

@@ -1,7 +1,4 @@
-"""Rotary positions in the graph: two tables over all positions, and the operator that applies them.
-
-Knows the half-split layout; must not know what is rotated.
-"""
+"""Rotary position embedding in the half-split layout: tables over all positions, and RotaryEmbedding."""
 
 from __future__ import annotations
 
@@ -16,34 +13,37 @@ from kvexport.model.decoder import Rope
 
 
 class Rotary:
-    """Rotates by cos and sin tables [capacity, head_dim/2], written when first used."""
+    """Rotate queries and keys by cos and sin tables [capacity, head_dim/2], written when first used."""
 
     def __init__(self, nodes: NodeBuilder, positions: ir.Value, rope: Rope, capacity: int) -> None:
         self._nodes, self._positions, self._rope, self._capacity = nodes, positions, rope, capacity
         self._tables: tuple[ir.Value, ir.Value] | None = None
         self._rows: list[ir.Value] = []
-        self._choices: dict[tuple[int, ...], tuple[ir.Value, ir.Value]] = {}
+        self._selections: dict[tuple[int, ...], tuple[ir.Value, ir.Value]] = {}
 
     def rotate(self, x: ir.Value, name: str, frequencies: NDArray[np.int64] | None = None) -> ir.Value:
-        """[batch, heads, sequence, width], rotated as `kvexport.model.reference.rotate` does.
+        """Rotate x [batch, heads, sequence, width] as `kvexport.model.reference.rotate` does.
 
-        `frequencies` [width/2] says which of the table's frequencies each pair turns with; None: pair i with the i-th.
+        Args:
+            frequencies: [width/2], the column of the tables for each pair of numbers; None: column i for pair
+                i.
         """
         if self._tables is None:
             self._tables = (self._table("rope.cos", np.cos), self._table("rope.sin", np.sin))
         if frequencies is None:
             return self._nodes.op("RotaryEmbedding", x, *self._tables, self._positions, name=name)
-        return self._nodes.op("RotaryEmbedding", x, *self._chosen(frequencies), name=name)
+        return self._nodes.op("RotaryEmbedding", x, *self._select(frequencies), name=name)
 
-    def _chosen(self, frequencies: NDArray[np.int64]) -> tuple[ir.Value, ir.Value]:
-        """Rows of both tables at the new tokens' positions with the columns chosen, [batch, sequence, width/2].
+    def _select(self, frequencies: NDArray[np.int64]) -> tuple[ir.Value, ir.Value]:
+        """Rows of both tables at the new tokens' positions and the given columns, [batch, sequence, width/2].
 
-        Chosen anew in each step: tables for every layer would be larger than what it saves.
+        They are gathered in each step: tables of selected columns for every layer would cost more memory than
+        they save time.
         """
         key = tuple(frequencies.tolist())
-        if key not in self._choices:
+        if key not in self._selections:
             assert self._tables is not None
-            label, (batch, sequence) = f"rope.choice{len(self._choices)}", sizes(self._positions)
+            label, (batch, sequence) = f"rope.choice{len(self._selections)}", sizes(self._positions)
             if not self._rows:
                 shape = (batch, sequence, sizes(self._tables[0])[1])
                 self._rows = [
@@ -58,11 +58,11 @@ class Rotary:
                 self._nodes.op("Gather", rows, columns, name=f"{label}.{part}", shape=shape, axis=2)
                 for rows, part in zip(self._rows, ("cos", "sin"), strict=True)
             )
-            self._choices[key] = cos, sin
-        return self._choices[key]
+            self._selections[key] = cos, sin
+        return self._selections[key]
 
     def _table(self, name: str, function: Callable[[NDArray[np.float32]], NDArray[np.float32]]) -> ir.Value:
-        """Angles are float32 products, as trained models see them, whatever the graph's dtype is."""
+        """A table [capacity, head_dim/2]. Angles are float32 products for every dtype, as in training."""
         positions = np.arange(self._capacity, dtype=np.float32)
         angles = positions[:, None] * np.asarray(self._rope.inv_freq).astype(
             np.float32

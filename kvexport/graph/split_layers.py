@@ -1,7 +1,6 @@
-"""A decoder graph in parts that run one after another: the embedding, each layer, the head.
+"""Split a decoder graph into parts that run one after another: the embedding, each layer, the head.
 
-Knows where a layer begins and ends, and that a part carries along whatever it shares with others (masks, rotary
-tables); must not know who runs it, nor what is compared.
+Values that several parts share (masks, rotary tables) are computed in each of them.
 """
 
 from __future__ import annotations
@@ -24,17 +23,20 @@ from kvexport.graph.taps import GraphCopy, serialize, widen
 
 
 def split_layers(path: Path, num_layers: int, *, in_float32: bool) -> Iterator[GraphCopy]:
-    """The graph at `path` as num_layers + 2 graphs, each made when asked for, with only the weights that it needs.
+    """Split the graph at `path` into num_layers + 2 graphs, made lazily, each with only its own weights.
 
-    A part takes the residual stream under the name that the part before gave it, and those inputs of the whole
-    graph that it depends on: the shape of the first layer's key cache, from which masks are made, is one of them
-    for every layer. A layer gives its attention output, its residual stream and its caches; the head gives logits.
+    The inputs of a part are the residual stream, named as the part before names its output, and the inputs of
+    the whole graph that it depends on. For every layer these include the first layer's key cache: masks are
+    made from its shape. The outputs of a layer are its attention output, its residual stream and its caches;
+    the output of the head is the logits.
 
     Args:
-        in_float32: as `kvexport.graph.as_float32`, of one part's weights at a time.
+        num_layers: layers of the decoder.
+        in_float32: compute in float32, as `kvexport.graph.as_float32` does; the weights of one part at a time
+            are in memory.
     """
     whole = ir.load(path).graph
-    stream, outputs = _embedded(whole), {value.name for value in whole.outputs}
+    stream, outputs = _first_stream(whole), {value.name for value in whole.outputs}
     yield _part(path, None, [stream], in_float32)
     for layer in range(num_layers):
         caches = [
@@ -45,8 +47,8 @@ def split_layers(path: Path, num_layers: int, *, in_float32: bool) -> Iterator[G
     yield _part(path, stream, ["logits"], in_float32)
 
 
-def _embedded(graph: ir.Graph) -> str:
-    """Name of the residual stream that enters the first layer: what its attention's output is added to."""
+def _first_stream(graph: ir.Graph) -> str:
+    """Name of the residual stream before the first layer: the other summand of its attention residual."""
     (add,) = (node for node in graph if node.name == attention_residual(0))
     (stream,) = (name for name in map(_before_casts, add.inputs) if name != attention_tap(0))
     return stream
@@ -63,7 +65,7 @@ def _before_casts(value: ir.Value | None) -> str:
 
 
 def _part(path: Path, entry: str | None, exits: list[str], in_float32: bool) -> GraphCopy:
-    whole = ir.load(path)  # anew for each part: widening changes it
+    whole = ir.load(path)  # loaded for each part, since widen() changes it
     inputs: list[ir.Value | str] = [*whole.graph.inputs, *([] if entry is None else [entry])]
     graph = ir.convenience.extract(whole.graph, inputs, exits)
     for value in [value for value in graph.inputs if not value.uses()]:

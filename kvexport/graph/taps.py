@@ -1,7 +1,4 @@
-"""Copies of a bundle's graph that exist in memory only, for validation; the bundle itself is never changed.
-
-Knows names of taps and how ONNX Runtime finds weights; must not know what is compared with what.
-"""
+"""Copies of a bundle's graph in memory, for validation; the bundle itself is never changed."""
 
 from __future__ import annotations
 
@@ -25,14 +22,20 @@ _NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 @dataclass(frozen=True)
 class GraphCopy:
-    """A serialised graph, the folder of its external data, and the arrays that stand in for some of that data."""
+    """A copy of a graph.
+
+    Attributes:
+        model: the serialised ONNX model.
+        folder: where its external data is.
+        weights: float32 arrays that replace external tensors, by name.
+    """
 
     model: bytes
     folder: Path
     weights: Mapping[str, NDArray[np.float32]] = field(default_factory=dict)
 
     def session(self, options: onnxruntime.SessionOptions | None = None) -> onnxruntime.InferenceSession:
-        """An ONNX Runtime session on the CPU; what the copy needs is added to the caller's `options`."""
+        """Open an ONNX Runtime session on the CPU; the options that the copy needs are added to `options`."""
         import onnxruntime
 
         options = options or onnxruntime.SessionOptions()
@@ -41,22 +44,26 @@ class GraphCopy:
             values = [onnxruntime.OrtValue.ortvalue_from_numpy(array) for array in self.weights.values()]
             options.add_external_initializers(list(self.weights), values)
         session = onnxruntime.InferenceSession(self.model, options, providers=["CPUExecutionProvider"])
-        session.kvexport_weights = self.weights  # it reads these arrays, but would not keep them alive
+        session.kvexport_weights = self.weights  # the session reads these arrays, but holds no reference
         return session
 
 
 def with_taps(path: Path) -> GraphCopy:
-    """The graph at `path`, with each layer's attention output and residual stream as further outputs, layer by layer."""
+    """Copy the graph at `path`; each layer's attention output and residual stream become outputs."""
     model = ir.load(path)
     _add_taps(model.graph)
     return GraphCopy(serialize(model), path.parent)
 
 
 def as_float32(path: Path, *, taps: bool = False) -> GraphCopy:
-    """The graph at `path` in float32 arithmetic on the same rounded weights; a float32 graph is as it was.
+    """Copy the graph at `path`, computing in float32 with the same rounded weights.
 
-    For machines whose ONNX Runtime has no kernels of its dtype. Caches and taps become float32, too; narrower
-    weights are read into memory, where they take twice their size on disk.
+    A float32 graph is copied unchanged. For machines whose ONNX Runtime has no kernels for the graph's dtype.
+    Caches and taps become float32, too. Float16 and bfloat16 weights are read into memory, where they take
+    twice their size on disk.
+
+    Args:
+        taps: add the outputs that `with_taps` adds.
     """
     model = ir.load(path)
     if taps:
@@ -66,7 +73,11 @@ def as_float32(path: Path, *, taps: bool = False) -> GraphCopy:
 
 
 def widen(graph: ir.Graph) -> dict[str, NDArray[np.float32]]:
-    """Make a graph compute in float32, in place; returns the arrays that stand in for its narrower weights."""
+    """Make a graph compute in float32, in place.
+
+    Returns:
+        float32 arrays that replace the graph's external float16 and bfloat16 weights, by name.
+    """
     weights: dict[str, NDArray[np.float32]] = {}
     for name, value in graph.initializers.items():
         tensor = value.const_value
@@ -77,7 +88,7 @@ def widen(graph: ir.Graph) -> dict[str, NDArray[np.float32]]:
         if isinstance(tensor, ir.ExternalTensor):
             weights[name] = wide
             tensor.release()  # unmaps the file
-            value.const_value = _stand_in(tensor)
+            value.const_value = _declared_float32(tensor)
         else:
             value.const_value = ir.Tensor(wide, name=name)
     for node in graph:
@@ -98,12 +109,13 @@ def _add_taps(graph: ir.Graph) -> None:
         layer += 1
 
 
-def _stand_in(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-    """The same tensor declared float32; its data is never read, since the session is given an array for it."""
+def _declared_float32(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """The same tensor declared as float32. Its data is never read: the session gets an array for it."""
     return ir.ExternalTensor(
         tensor.location, 0, 4 * tensor.size, ir.DataType.FLOAT, shape=tensor.shape, name=tensor.name or ""
     )
 
 
 def serialize(model: ir.Model) -> bytes:
+    """The bytes of a model; equal models give equal bytes."""
     return ir.to_proto(model).SerializeToString(deterministic=True)

@@ -1,7 +1,4 @@
-"""The external data file: weights go in one after another, converted block by block, and none is kept.
-
-Knows dtypes, byte layout and what a number format can hold; must not know what any weight is for.
-"""
+"""The external data file: weights are converted and appended block by block, and none stays in memory."""
 
 from __future__ import annotations
 
@@ -21,25 +18,28 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
-_PAGE = 4096  # what maps files can start at
-_LINE = 64  # what vector code reads fastest
-_BLOCK = 1 << 24  # bytes of source converted at a time
+_PAGE = 4096  # offsets at which a file can be memory-mapped
+_CACHE_LINE = 64  # bytes of a cache line, for aligned vector loads
+_BLOCK = 1 << 24  # bytes of the source array converted at a time
 
 
-def largest(dtype: str) -> float:
+def largest_number(dtype: str) -> float:
     """The largest finite number of a dtype."""
     return float(ir.DataType.from_numpy(NUMPY_DTYPES[dtype]).max)
 
 
 class WeightFile:
-    """Appends tensors to one file. Each starts at a page, or at a cache line when smaller than a page."""
+    """Append tensors to one file, each aligned to a page, or to a cache line if it is smaller than a page."""
 
     def __init__(self, path: Path, dtype: str) -> None:
         self._path, self._dtype = path, dtype
         self._path.write_bytes(b"")
 
     def append(self, name: str, values: NDArray[Any]) -> ir.ExternalTensor:
-        """Write an array of floats in the file's dtype, C order; nothing of it stays in memory.
+        """Write an array of floats in C order, rounded to the file's dtype.
+
+        Returns:
+            the tensor's name, shape, dtype and place in the file.
 
         Raises:
             UsageError: a number is not finite, or too large for the dtype.
@@ -48,12 +48,12 @@ class WeightFile:
         target = NUMPY_DTYPES[self._dtype]
         length = values.size * target.itemsize
         with self._path.open("ab") as file:
-            offset = -(-file.tell() // (align := _PAGE if length >= _PAGE else _LINE)) * align
+            offset = -(-file.tell() // (align := _PAGE if length >= _PAGE else _CACHE_LINE)) * align
             file.write(bytes(offset - file.tell()))
             rows = max(1, _BLOCK // max(1, values[:1].nbytes))
             for start in range(0, len(values), rows):
                 block = values[start : start + rows]
-                self._refuse_unfit(name, block)
+                self._require_representable(name, block)
                 file.write(np.ascontiguousarray(block, dtype=target).view(np.uint8).data)
         return ir.ExternalTensor(
             self._path.name,
@@ -65,18 +65,18 @@ class WeightFile:
             base_dir=self._path.parent,
         )
 
-    def _refuse_unfit(self, name: str, block: NDArray[Any]) -> None:
-        limit = largest(self._dtype)
+    def _require_representable(self, name: str, block: NDArray[Any]) -> None:
+        limit = largest_number(self._dtype)
         low, high = float(block.min()), float(block.max())
         if -limit <= low and high <= limit:  # false for NaN, too
             return
         if not np.isfinite(block).all():
             raise UsageError(
-                f"tensor {name} is not finite", got="NaN or infinity", fix="use a sound checkpoint"
+                f"tensor {name} must be finite", got="NaN or infinity", fix="use an undamaged checkpoint"
             )
         raise UsageError(
-            f"{self._dtype} cannot hold tensor {name}",
+            f"tensor {name} must fit {self._dtype}",
             got=f"numbers from {low:g} to {high:g}",
-            expected=f"-{limit:g} to {limit:g}",
+            expected=f"numbers from -{limit:g} to {limit:g}",
             fix="use --dtype bfloat16 or --dtype float32",
         )

@@ -1,7 +1,4 @@
-"""The whole decoder as one graph, layer by layer: `DecoderWriter`.
-
-Knows the order of things, from token ids to logits; must not keep a weight, nor know how attention is made.
-"""
+"""Write a whole decoder as one graph, layer by layer, from token ids to logits."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-from kvexport.bundle import graph_io as terms
+from kvexport.bundle import graph_io
 from kvexport.bundle.graph_io import (
     BATCH,
     LOGITS,
@@ -34,10 +31,11 @@ from kvexport.model.decoder import Embedding, Layer, Linear, ModelDims, Norm, Ro
 
 
 class DecoderWriter:
-    """Writes decoder.onnx and decoder.onnx.data into a directory that exists.
+    """Write decoder.onnx and decoder.onnx.data into an existing directory.
 
-    Leaves must be float32 CPU tensors. A layer's weights are in the data file when `add_layer` returns, and
-    nothing keeps the layer. The same decoder gives the same bytes.
+    All tensors of the decoder must be float32 and on the CPU. When `add_layer` returns, the layer's weights
+    are in the data file and the writer holds no reference to the layer. The same decoder gives the same
+    bytes.
     """
 
     def __init__(
@@ -54,37 +52,41 @@ class DecoderWriter:
         """Start the graph and write the embedding.
 
         Args:
-            directory: where the two files are written; files of those names are replaced.
+            directory: existing files of the two names are replaced.
             dtype: of weights, cache and arithmetic: "float32", "float16" or "bfloat16".
-            capacity: the most tokens a sequence may ever hold, the length of the rotary tables.
-            limits, embedding, rope: the decoder's own.
-            eviction: how layers stay within a budget; None: they hold every token.
+            capacity: the largest number of tokens of a sequence; also the length of the rotary tables.
+            dims: sizes of the decoder.
+            embedding: weight [vocab, hidden], and its norm.
+            rope: frequencies; None for decoders without rotary positions.
+            eviction: policy, budget and layers of eviction; None: every layer caches every token.
 
         Raises:
-            UsageError: dtype or capacity is not allowed, or a weight does not fit the dtype.
+            UsageError: dtype or capacity is invalid, or a weight does not fit the dtype.
+            OSError: the disk is full.
         """
         if dtype not in NUMPY_DTYPES:
-            raise UsageError("a graph cannot have this dtype", got=dtype, expected=", ".join(NUMPY_DTYPES))
+            raise UsageError(
+                "the dtype of a graph must be supported", got=dtype, expected=", ".join(NUMPY_DTYPES)
+            )
         if capacity < 1:
-            raise UsageError("the capacity must hold a token", got=capacity, expected="1 or more")
-        self._path = directory / terms.GRAPH_FILE
-        self._capacity, self._limits = capacity, dims
+            raise UsageError("the capacity must be at least one token", got=capacity, expected=">= 1")
+        self._path = directory / graph_io.GRAPH_FILE
+        self._capacity, self._dims = capacity, dims
         self._nodes = nodes = NodeBuilder(
-            "decoder", terms.OPSET, dtype, WeightFile(directory / terms.DATA_FILE, dtype)
+            "decoder", graph_io.OPSET, dtype, WeightFile(directory / graph_io.DATA_FILE, dtype)
         )
-        inputs = {spec.name: nodes.input(spec) for spec in terms.TOKEN_INPUTS}
+        inputs = {spec.name: nodes.input(spec) for spec in graph_io.TOKEN_INPUTS}
         self._positions, self._write_indices = inputs["position_ids"], inputs["write_indices"]
         self._logits_index = inputs["logits_index"]
         self._rotary = None if rope is None else Rotary(nodes, self._positions, rope, capacity)
         self._eviction = eviction
-        self._evicting = (
+        self._eviction_inputs = (
             None
             if eviction is None
             else EvictionInputs(nodes, eviction, capacity, self._positions, self._write_indices)
         )
-        self._masks: Masks | None = (
-            None  # made with the first layer that needs them: its cache tells the capacity
-        )
+        # Made with the first layer that needs them: masks read the capacity from the shape of its cache.
+        self._masks: Masks | None = None
         self._caches: list[tuple[TensorSpec, ...]] = []
         self._written: list[ir.Value] = []
         self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
@@ -100,10 +102,11 @@ class DecoderWriter:
 
         Raises:
             UsageError: a weight does not fit the dtype.
+            OSError: the disk is full.
         """
         nodes, index, attention = self._nodes, len(self._caches), layer.attention
         evicts = self._eviction is not None and self._eviction.evicts(index)
-        specs = terms.cache_specs(
+        specs = graph_io.cache_specs(
             index,
             kv_heads=attention.num_kv_heads,
             key_dim=attention.key_dim,
@@ -114,7 +117,7 @@ class DecoderWriter:
         inputs = [nodes.input(spec) for spec in specs]
         if not evicts and self._masks is None:
             self._masks = Masks(nodes, self._positions, inputs[0])
-            if self._eviction is not None:  # write_indices are of the slots of layers that evict
+            if self._eviction is not None:  # with eviction, the input counts the slots in use instead
                 first = nodes.integer(0)
                 self._write_indices = nodes.op(
                     "Gather",
@@ -128,7 +131,7 @@ class DecoderWriter:
         past = EvictionCacheValues(*inputs) if evicts else CacheValues(*inputs)
         name, tokens = (
             f"layers.{index}",
-            SharedInputs(self._write_indices, self._masks, self._evicting, self._rotary),
+            SharedInputs(self._write_indices, self._masks, self._eviction_inputs, self._rotary),
         )
         builder = AttentionBuilder(nodes, index, attention, tokens)
         attended, written = builder.add(
@@ -143,13 +146,19 @@ class DecoderWriter:
     def finish(
         self, final_norm: Norm, head: Linear | None, exceptions: Float32Exceptions = NO_EXCEPTIONS
     ) -> GraphContract:
-        """Append the head (None: the embedding's own weight), write decoder.onnx and say what it takes and gives.
+        """Append final norm and head, and write decoder.onnx.
 
         Args:
-            kept: what a narrower graph computes in float32.
+            final_norm: of the residual stream after the last layer.
+            head: weight [vocab, hidden]; None: the head is tied to the embedding.
+            exceptions: what a float16 graph computes in float32.
+
+        Returns:
+            the inputs and outputs of the graph.
 
         Raises:
             UsageError: a weight does not fit the dtype.
+            OSError: the disk is full.
         """
         from kvexport.version import __version__
 
@@ -160,22 +169,22 @@ class DecoderWriter:
         if exceptions.names:
             model = KeepFloat32(exceptions, nodes.dtype)(model).model
         ir.save(model, self._path)
-        return terms.contract(
+        return graph_io.contract(
             dtype=nodes.dtype,
             capacity=self._capacity,
-            vocab_size=self._limits.vocab_size,
-            hidden_size=self._limits.hidden_size,
+            vocab_size=self._dims.vocab_size,
+            hidden_size=self._dims.hidden_size,
             caches=self._caches,
         )
 
     def _logits(self, final_norm: Norm, head: Linear | None) -> ir.Value:
-        """The chosen tokens' logits, float32 [batch, logits, vocab]."""
+        """Logits of the tokens that logits_index selects, float32 [batch, logits, vocab]."""
         nodes, index = self._nodes, self._logits_index
         shape = (BATCH, LOGITS, 1)
         index = nodes.op(
             "Unsqueeze", index, nodes.integers(2), name="logits.index", shape=shape, dtype="int64"
         )
-        shape = (BATCH, LOGITS, self._limits.hidden_size)
+        shape = (BATCH, LOGITS, self._dims.hidden_size)
         x = nodes.op("GatherND", self._x, index, name="logits.chosen", shape=shape, batch_dims=1)
         x = norm(nodes, final_norm, x, "final_norm")
         name = "logits" if nodes.dtype == "float32" else f"logits.{nodes.dtype}"
@@ -183,8 +192,11 @@ class DecoderWriter:
         return logits if nodes.dtype == "float32" else nodes.cast(logits, "float32", "logits")
 
     def _tied_head(self, x: ir.Value, name: str) -> ir.Value:
-        """x [batch, logits, hidden] · embeddingᵀ. Only Gemm takes the embedding as it lies, and only rows."""
-        nodes, vocab, hidden = self._nodes, self._limits.vocab_size, self._limits.hidden_size
+        """x [batch, logits, hidden] · embeddingᵀ.
+
+        With Gemm, which alone reads the embedding without a transpose, but takes only matrices.
+        """
+        nodes, vocab, hidden = self._nodes, self._dims.vocab_size, self._dims.hidden_size
         x = nodes.op(
             "Reshape", x, nodes.integers(-1, hidden), name="head.rows", shape=("batch*logits", hidden)
         )

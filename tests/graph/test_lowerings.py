@@ -152,7 +152,7 @@ def test_a_graph_of_another_form_is_refused(lowering: str, tmp_path: Path) -> No
     attention = next(node for node in model.graph if node.op_type == "Attention")
     attention.attributes["softcap"] = ir.AttrFloat32("softcap", 30.0)
     ir.save(model, tmp_path / "other.onnx")
-    with pytest.raises(BundleError, match=r"layers\.0\.attention\.mixed is not of the standard form"):
+    with pytest.raises(BundleError, match=r"layers\.0\.attention\.mixed does not have the standard form"):
         lower(tmp_path / "other.onnx", lowering)
 
 

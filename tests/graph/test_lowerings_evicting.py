@@ -143,7 +143,7 @@ def test_a_cache_without_its_state_is_refused(tmp_path: Path) -> None:
     node = next(node for node in model.graph if node.name == present(0, "state"))
     node.outputs[0].name = "another"
     ir.save(model, tmp_path / "other.onnx")
-    with pytest.raises(BundleError, match="attends to a budget of slots that have no state"):
+    with pytest.raises(BundleError, match="attends to a budget of slots without a state"):
         lower(tmp_path / "other.onnx", "decomposed17")
 
 

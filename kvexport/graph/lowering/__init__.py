@@ -1,7 +1,8 @@
-"""Lowerings: the one graph of a bundle, spelled for an engine that does not import or not profit from the standard form.
+"""Lowerings: rewrites of a bundle's graph for engines that need another form, or run it faster.
 
-Each is a sequence of passes over an in-memory copy, with pre- and post-conditions; the weights stay where they are. All
-give the same logits and keys and values within rounding, on ONNX Runtime's CPU, by test.
+Each lowering is a sequence of onnx-ir passes, with pre- and post-conditions, over a copy in memory; the
+weights stay in their file. The tests prove on ONNX Runtime's CPU that every lowering gives the same logits,
+keys and values within rounding.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ from kvexport.graph.lowering.split import SplitCache
 
 __all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
 
-# std24         TensorRT 10.15 and later, TensorRT-RTX: as it is.
+# std24         TensorRT 10.15 and later, TensorRT-RTX: the graph unchanged.
 # decomposed17  TensorRT 10.3 (JetPack 6) and 10.13 (JetPack 7.0, 7.1).
-# ort-cpu       grouped products where KV heads are shared, GroupQueryAttention where they are not (benchmarks/decode_cpu.py).
-# ort-cuda      GroupQueryAttention: an explicit mask would keep ONNX Runtime from its flash kernels. Layers that evict need
-#               one, and with it, where heads are shared, ONNX Runtime copies the cache once for each query head (its pull
-#               request 28358, LaunchUngroup): grouped products there.
+# ort-cpu       Grouped products for shared KV heads, GroupQueryAttention for others
+# (benchmarks/decode_cpu.py). ort-cuda      GroupQueryAttention: with an explicit mask, ONNX Runtime does not
+# use its flash kernels. Layers with eviction need a mask, and with a mask and shared heads ONNX Runtime
+# copies the cache for each query head (its pull request 28358, LaunchUngroup): grouped products there.
 LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
     "std24": list,
     "decomposed17": lambda: [SplitCache(), Primitives()],
@@ -48,25 +49,28 @@ LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
 
 
 def lower(path: Path, name: str) -> ir.Model:
-    """The graph at `path`, lowered, in memory; its weights are external in the same folder and not read.
+    """Lower the graph at `path`, in memory; its weights stay external in the same folder and are not read.
+
+    Args:
+        name: a key of LOWERINGS.
 
     Raises:
         UsageError: there is no such lowering.
-        BundleError: the graph is not of the form that `DecoderWriter` writes.
+        BundleError: the graph does not have the form that `DecoderWriter` writes.
     """
     _require_known(name)
     model = ir.load(path)
     passes = LOWERINGS[name]()
     try:
-        for each in (*passes, RemoveUnusedNodesPass()) if passes else ():
-            model = each(model).model
+        for graph_pass in (*passes, RemoveUnusedNodesPass()) if passes else ():
+            model = graph_pass(model).model
     except (ir.passes.PreconditionError, ir.passes.PostconditionError) as error:
-        raise BundleError(f"{path} cannot be lowered to {name}: {error}", fix=REBUILD) from error
+        raise BundleError(f"{path} must be lowered to {name}", got=error, fix=REBUILD) from error
     return model
 
 
 def lowered_contract(contract: GraphContract, name: str) -> GraphContract:
-    """What the lowered graph takes and gives.
+    """Inputs and outputs of the lowered graph.
 
     Raises:
         UsageError: there is no such lowering.
@@ -76,25 +80,24 @@ def lowered_contract(contract: GraphContract, name: str) -> GraphContract:
     if name != "decomposed17":
         return dataclasses.replace(contract, variant=variant)
     caches = [spec for spec in contract.inputs if spec.name.startswith("past_key_values.")]
-    given = []
+    outputs = []
     for spec in caches:
         _, layer, which = spec.name.split(".")
         rows, heads, _, width = spec.shape
-        given.append(TensorSpec(update(int(layer), which), spec.dtype, (rows, heads, SEQUENCE, width)))
+        outputs.append(TensorSpec(update(int(layer), which), spec.dtype, (rows, heads, SEQUENCE, width)))
         if which == STATE:
-            given.append(TensorSpec(slots_output(int(layer)), "int64", (rows,)))
-    return dataclasses.replace(contract, variant=variant, opset=OPSET, outputs=(contract.outputs[0], *given))
+            outputs.append(TensorSpec(slots_output(int(layer)), "int64", (rows,)))
+    return dataclasses.replace(
+        contract, variant=variant, opset=OPSET, outputs=(contract.outputs[0], *outputs)
+    )
 
 
 def write_lowered(graph: Path, dtype: str) -> None:
-    """Write what ONNX Runtime runs faster than the standard form beside `graph`, where there is such a thing.
-
-    On its CPU, graphs of float32; on CUDA, those of float16 and bfloat16.
-    """
+    """Write ONNX Runtime's fastest form beside `graph`: for its CPU in float32, for CUDA otherwise."""
     for device in {"float32": ("cpu",), "float16": ("cuda",), "bfloat16": ("cuda",)}[dtype]:
         ir.save(lower(graph, f"ort-{device}"), graph.parent / LOWERED_FILES[device])
 
 
 def _require_known(name: str) -> None:
     if name not in LOWERINGS:
-        raise UsageError("no such lowering", got=name, expected=", ".join(LOWERINGS))
+        raise UsageError("the lowering must be known", got=name, expected=", ".join(LOWERINGS))

@@ -1,6 +1,6 @@
-"""Attention as ONNX Runtime's own GroupQueryAttention, which writes the cache itself and skips unused capacity.
+"""Lower attention to ONNX Runtime's GroupQueryAttention, which writes the cache and skips unused capacity.
 
-Knows that operator's inputs and limits (ONNX Runtime 1.31, tried); must not know where it is the fastest choice.
+The limits of the operator were measured with ONNX Runtime 1.31.
 """
 
 from __future__ import annotations
@@ -13,30 +13,33 @@ from kvexport.graph.lowering.matches import AttentionMatch, find_attention
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
 DOMAIN = "com.microsoft"
-_WIDTH = 8  # what widths must be a multiple of
-_ROTATES = 16  # and those that the operator rotates itself
+_HEAD_DIM_MULTIPLE = 8
+_ROTATED_MULTIPLE = 16  # of head widths that the operator rotates itself
 
 
 class GroupQueryAttention(ir.passes.InPlacePass):
-    """Attention that GroupQueryAttention can compute becomes it, together with its cache writes and its rotation.
+    """Replace attention, cache writes and rotation by GroupQueryAttention where the operator supports it.
 
-    Keys and values of unequal width, widths that are no multiple of 8, biases (ALiBi), windows and layers that evict stay as
-    they are.
-    Rows of a batch that are several tokens long and have a past must then be run one by one: the operator refuses them.
+    Not supported, and unchanged: keys and values of unequal width, widths that are not a multiple of 8,
+    biases (ALiBi), windows, and layers with eviction. Rows of a batch that have several tokens and a past
+    must be run one by one, because the operator does not take them together.
 
-    Pre-condition: attention of the standard form. Post-condition: no GroupQueryAttention copies a cache, since each
-    one's caches are an input and an output of the graph.
+    Pre-condition: attention of the standard form. Post-condition: no GroupQueryAttention copies a cache: its
+    caches are an input and an output of the graph.
     """
 
     def __init__(self, *, only_unshared: bool = False) -> None:
-        """With `only_unshared`, attention whose KV heads serve several query heads is left as it is."""
+        """
+        Args:
+            only_unshared: leave attention whose KV heads serve several query heads unchanged.
+        """
         self._only_unshared = only_unshared
 
     def requires(self, model: ir.Model) -> None:
         find_attention(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        chosen = [match for match in find_attention(model) if self._takes(match)]
+        chosen = [match for match in find_attention(model) if self._supports(match)]
         for match in chosen:
             _lower(model, match)
         if chosen:
@@ -52,13 +55,15 @@ class GroupQueryAttention(ir.passes.InPlacePass):
                 past is not None and past.is_graph_input() and present.is_graph_output()
                 for past, present in caches
             ):
-                raise ir.passes.PostconditionError(f"the caches of {node.name} are not the graph's own")
+                raise ir.passes.PostconditionError(
+                    f"the caches of {node.name} are not inputs and outputs of the graph"
+                )
 
-    def _takes(self, match: AttentionMatch) -> bool:
+    def _supports(self, match: AttentionMatch) -> bool:
         plain = (
             match.mask.name == "mask.causal"
             and match.key_dim == match.value_dim
-            and match.key_dim % _WIDTH == 0
+            and match.key_dim % _HEAD_DIM_MULTIPLE == 0
         )
         return plain and (not self._only_unshared or match.heads == match.kv_heads)
 
@@ -73,11 +78,13 @@ def _lower(model: ir.Model, match: AttentionMatch) -> None:
     assert new_key and new_value and past_key and past_value
     query, key, tables = match.query, new_key, []
     rotations = [value.producer() for value in (query, key)]
-    rotated = all(  # by whole tables; GroupQueryAttention takes no rows chosen from them
+    rotated = all(  # by whole tables: GroupQueryAttention does not take rows selected from them
         node is not None and node.op_type == "RotaryEmbedding" and len(node.inputs) == 4 for node in rotations
     )
-    if rotated and match.key_dim % _ROTATES == 0:
-        (query, cos, sin, _), (key, *_) = (node.inputs for node in rotations if node is not None)  # type: ignore[assignment]
+    if rotated and match.key_dim % _ROTATED_MULTIPLE == 0:
+        (query, cos, sin, _), (key, *_) = (  # type: ignore[assignment]
+            node.inputs for node in rotations if node is not None
+        )
         tables = [cos, sin]
     inputs = [_flat(nodes, value) for value in (query, key, new_value)]
     lengths = _lengths(model, nodes, match.write_indices)
@@ -107,11 +114,16 @@ def _lower(model: ir.Model, match: AttentionMatch) -> None:
     writes = [match.key_write, match.value_write]
     by_token = nodes.integers(0, 0, match.heads, match.value_dim)
     batch, heads, sequence, width = sizes(match.node.outputs[0])
-    apart = nodes.op(
+    heads_apart = nodes.op(
         "Reshape", mixed, by_token, name=f"{name}.by_token", shape=(batch, sequence, heads, width)
     )
-    turned = (batch, heads, sequence, width)
-    by_head = nodes.op("Transpose", apart, name=f"{name}.by_head", shape=turned, perm=[0, 2, 1, 3])
+    by_head = nodes.op(
+        "Transpose",
+        heads_apart,
+        name=f"{name}.by_head",
+        shape=(batch, heads, sequence, width),
+        perm=[0, 2, 1, 3],
+    )
     replace_attention(model, match, by_head)
     _join(nodes, by_head, mixed)
     for write, new in zip(writes, node.outputs[1:], strict=True):
@@ -120,36 +132,36 @@ def _lower(model: ir.Model, match: AttentionMatch) -> None:
 
 
 def _flat(nodes: Nodes, value: ir.Value) -> ir.Value:
-    """[batch, heads, sequence, width] as [batch, sequence, heads·width]: what it was made of, or its transpose."""
+    """[batch, heads, sequence, width] as [batch, sequence, heads·width]; an existing value if possible."""
     batch, heads, sequence, width = sizes(value)
     assert isinstance(heads, int) and isinstance(width, int)
-    turn = value.producer()
-    if turn is not None and turn.op_type == "Transpose" and turn.inputs[0] is not None:
-        apart = turn.inputs[0]
+    transpose = value.producer()
+    if transpose is not None and transpose.op_type == "Transpose" and transpose.inputs[0] is not None:
+        by_token = transpose.inputs[0]
     else:
-        apart = nodes.op(
+        by_token = nodes.op(
             "Transpose",
             value,
             name=f"{value.name}.by_token",
             shape=(batch, sequence, heads, width),
             perm=[0, 2, 1, 3],
         )
-    whole = apart.producer()
+    reshape = by_token.producer()
     if (
-        whole is not None
-        and whole.op_type == "Reshape"
-        and whole.inputs[0] is not None
-        and len(sizes(whole.inputs[0])) == 3
+        reshape is not None
+        and reshape.op_type == "Reshape"
+        and reshape.inputs[0] is not None
+        and len(sizes(reshape.inputs[0])) == 3
     ):
-        return whole.inputs[0]
+        return reshape.inputs[0]
     shape = (batch, sequence, heads * width)
     return nodes.op(
-        "Reshape", apart, nodes.integers(0, 0, heads * width), name=f"{value.name}.flat", shape=shape
+        "Reshape", by_token, nodes.integers(0, 0, heads * width), name=f"{value.name}.flat", shape=shape
     )
 
 
 def _join(nodes: Nodes, by_head: ir.Value, flat: ir.Value) -> None:
-    """Where heads are only put side by side again, read `flat` instead."""
+    """Where a Transpose and a Reshape only join the heads again, read `flat` instead."""
     for use in list(by_head.uses()):
         if use.node.op_type != "Transpose":
             continue
@@ -159,7 +171,7 @@ def _join(nodes: Nodes, by_head: ir.Value, flat: ir.Value) -> None:
 
 
 def _lengths(model: ir.Model, nodes: Nodes, write_indices: ir.Value) -> tuple[ir.Value, ir.Value]:
-    """int32 [batch], the slot of each row's last token, and int32 [], tokens of the longest row; made once."""
+    """The slot of each row's last token, int32 [batch], and the length of the longest row, int32 []."""
     values = {output.name: output for node in model.graph for output in node.outputs}
     if "gqa.last" in values:
         return values["gqa.last"], values["gqa.total"]

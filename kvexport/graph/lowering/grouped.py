@@ -1,7 +1,7 @@
-"""Attention from matrix products in which every key and value is read once for all query heads that share it.
+"""Lower attention to matrix products that read every key and value once for all query heads that share it.
 
-The queries of a group are stacked to rows, [batch, N, G·sequence, key_dim]: K and V are never expanded to the query
-heads. Knows the arithmetic; must not know which engine runs it.
+The queries of a group are stacked as rows, [batch, N, G·sequence, key_dim], so that K and V are never
+expanded to the query heads.
 """
 
 from __future__ import annotations
@@ -14,25 +14,28 @@ import onnx_ir as ir
 from kvexport.bundle.graph_io import SEQUENCE
 from kvexport.graph.lowering.matches import AttentionMatch, find_attention, require_removed
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
-from kvexport.graph.weights import largest
+from kvexport.graph.weights import largest_number
 
 
 @dataclass(frozen=True)
 class KeyValues:
-    """Keys and values of some slots: [batch, N, slots, key_dim] and [batch, N, slots, value_dim]."""
+    """Keys [batch, N, slots, key_dim] and values [batch, N, slots, value_dim] of some slots."""
 
     key: ir.Value
     value: ir.Value
 
 
 class GroupedAttention(ir.passes.InPlacePass):
-    """Every Attention becomes grouped matrix products over the written caches, which stay in place.
+    """Replace every Attention by grouped matrix products over the written caches, which stay in place.
 
     Pre-condition: attention of the standard form. Post-condition: no Attention is left.
     """
 
     def __init__(self, *, only_evicting: bool = False) -> None:
-        """With `only_evicting`, that becomes it of layers that evict, whose KV heads serve several query heads."""
+        """
+        Args:
+            only_evicting: only in layers with eviction whose KV heads serve several query heads.
+        """
         self._only_evicting = only_evicting
 
     def requires(self, model: ir.Model) -> None:
@@ -64,9 +67,13 @@ class GroupedAttention(ir.passes.InPlacePass):
 def grouped_attention(
     nodes: Nodes, match: AttentionMatch, segments: Sequence[KeyValues], bias: ir.Value
 ) -> ir.Value:
-    """Softmax(scale · Q Kᵀ + bias) V over the slots of all `segments`, one after another: [batch, H, sequence, value_dim].
+    """Softmax(scale · Q Kᵀ + bias) V over the slots of all segments, concatenated.
 
-    `bias` is [batch, 1 or H, sequence, slots of all].
+    Args:
+        bias: [batch, 1 or H, sequence, slots of all segments].
+
+    Returns:
+        [batch, H, sequence, value_dim].
     """
     name, batch, heads, kv_heads = name_prefix(match), sizes(match.query)[0], match.heads, match.kv_heads
     slots = sizes(bias)[3]
@@ -74,7 +81,7 @@ def grouped_attention(
     scaled = nodes.op(
         "Mul", match.query, nodes.number(f"scale({match.scale:.9g})", match.scale), name=f"{name}.q.scaled"
     )
-    query = _regrouped(
+    query = _regroup(
         nodes, scaled, kv_heads, (batch, kv_heads, rows, match.key_dim), f"{name}.q.grouped", heads
     )
     parts = [_scores(nodes, query, segment.key, f"{name}.scores.{i}") for i, segment in enumerate(segments)]
@@ -83,46 +90,49 @@ def grouped_attention(
         scores = nodes.op(
             "Concat", *parts, name=f"{name}.scores", shape=(batch, kv_heads, rows, slots), axis=-1
         )
-    scores = _regrouped(
+    scores = _regroup(
         nodes, scores, heads, (batch, heads, SEQUENCE, slots), f"{name}.scores.by_head", kv_heads
     )
     biased = nodes.op("Add", scores, bias, name=f"{name}.scores.biased")
     weights = nodes.op("Softmax", biased, name=f"{name}.weights", axis=-1)
-    weights = _regrouped(
+    weights = _regroup(
         nodes, weights, kv_heads, (batch, kv_heads, rows, slots), f"{name}.weights.grouped", heads
     )
     shape = (batch, kv_heads, rows, match.value_dim)
     mixed = None
     for index, (part, segment) in enumerate(
-        zip(_apart(nodes, weights, segments, name), segments, strict=True)
+        zip(_split_weights(nodes, weights, segments, name), segments, strict=True)
     ):
         product = nodes.op("MatMul", part, segment.value, name=f"{name}.mixed.{index}", shape=shape)
         mixed = product if mixed is None else nodes.op("Add", mixed, product, name=f"{name}.mixed.sum")
     assert mixed is not None
-    return _regrouped(
+    return _regroup(
         nodes, mixed, heads, (batch, heads, SEQUENCE, match.value_dim), f"{name}.mixed.by_head", kv_heads
     )
 
 
 def attention_bias(nodes: Nodes, match: AttentionMatch) -> ir.Value:
-    """What is added to the site's scores: its own bias, or 0 where its mask is true; made once for all that share it.
+    """The bias to add to the scores: the match's own, or one made of its bool mask, once for each mask.
 
-    A hidden slot gets half of the lowest number, so that the sum with any score stays finite.
+    Hidden slots get half of the lowest number, so that the sum with any score stays finite.
     """
     if not match.biased:
         name = f"{match.mask.name}.bias"
-        known = next(
+        existing = next(
             (use.node.outputs[0] for use in match.mask.uses() if use.node.outputs[0].name == name), None
         )
-        if known is not None:
-            return known
-        seen, hidden = nodes.number("mask.seen", 0.0), nodes.number("mask.unseen", -largest(nodes.dtype) / 2)
-        return nodes.op("Where", match.mask, seen, hidden, name=name, shape=sizes(match.mask))
+        if existing is not None:
+            return existing
+        visible, hidden = (
+            nodes.number("mask.seen", 0.0),
+            nodes.number("mask.unseen", -largest_number(nodes.dtype) / 2),
+        )
+        return nodes.op("Where", match.mask, visible, hidden, name=name, shape=sizes(match.mask))
     return match.mask
 
 
 def replace_attention(model: ir.Model, match: AttentionMatch, mixed: ir.Value) -> None:
-    """Take the site's Attention out; `mixed` is read in its place, under its name."""
+    """Replace the Attention by `mixed`, which takes over its name."""
     (old,) = match.node.outputs
     ir.convenience.replace_all_uses_with(old, mixed)
     name = old.name
@@ -134,19 +144,21 @@ def replace_attention(model: ir.Model, match: AttentionMatch, mixed: ir.Value) -
 
 
 def _scores(nodes: Nodes, query: ir.Value, key: ir.Value, name: str) -> ir.Value:
-    """[batch, N, rows, key_dim] · keysᵀ. ONNX Runtime fuses the transposition into the product; TensorRT, too."""
+    """query [batch, N, rows, key_dim] · keysᵀ. ONNX Runtime and TensorRT fuse Transpose into MatMul."""
     batch, kv_heads, slots, width = sizes(key)
-    turned = nodes.op(
+    transposed = nodes.op(
         "Transpose", key, name=f"{name}.keys", shape=(batch, kv_heads, width, slots), perm=[0, 1, 3, 2]
     )
-    return nodes.op("MatMul", query, turned, name=name, shape=(*sizes(query)[:3], slots))
+    return nodes.op("MatMul", query, transposed, name=name, shape=(*sizes(query)[:3], slots))
 
 
-def _apart(nodes: Nodes, weights: ir.Value, segments: Sequence[KeyValues], name: str) -> list[ir.Value]:
-    """The weights of each memory's slots."""
+def _split_weights(
+    nodes: Nodes, weights: ir.Value, segments: Sequence[KeyValues], name: str
+) -> list[ir.Value]:
+    """Split the attention weights by segment."""
     if len(segments) == 1:
         return [weights]
-    first, second = segments  # a cache and what is new
+    first, second = segments  # the cache and the new tokens
     shape = nodes.op("Shape", first.key, name=f"{name}.cache_shape", shape=(4,), dtype="int64")
     edge = nodes.op(
         "Gather", shape, nodes.integers(2), name=f"{name}.slots", shape=(1,), dtype="int64", axis=0
@@ -167,11 +179,11 @@ def _apart(nodes: Nodes, weights: ir.Value, segments: Sequence[KeyValues], name:
     ]
 
 
-def _regrouped(
-    nodes: Nodes, x: ir.Value, to: int, shape: tuple[int | str, ...], name: str, of: int
+def _regroup(
+    nodes: Nodes, x: ir.Value, to: int, shape: tuple[int | str, ...], name: str, heads: int
 ) -> ir.Value:
-    """[batch, of, rows, n] as [batch, to, rows', n]: the same numbers in the same order."""
-    if to == of:
+    """Reshape x [batch, heads, rows, n] to [batch, to, rows', n]."""
+    if to == heads:
         return x
     width = shape[3]
     return nodes.op(
@@ -184,7 +196,7 @@ def _regrouped(
 
 
 def name_prefix(match: AttentionMatch) -> str:
-    """What the names of a site's nodes begin with."""
+    """Prefix of the names of the nodes that replace a match."""
     name = match.node.outputs[0].name
     assert name is not None
     return name.removesuffix(".mixed")

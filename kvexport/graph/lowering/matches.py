@@ -1,6 +1,6 @@
-"""Where a graph of the standard form attends: each layer's Attention with what it reads and the writes before it.
+"""Find the attention of each layer in a graph of the standard form: Attention, its inputs, its cache writes.
 
-Knows the form that `kvexport.graph.writer` gives attention and caches; must not know what replaces it.
+The standard form is the one that `kvexport.graph.writer` writes.
 """
 
 from __future__ import annotations
@@ -15,16 +15,18 @@ from kvexport.graph.nodes import sizes
 
 @dataclass(frozen=True)
 class AttentionMatch:
-    """One layer's attention; H query heads, N KV heads, G = H / N.
+    """The attention of one layer, with H query heads, N KV heads and G = H / N.
 
-    Where the layer evicts, `batch` is batch·N, H is G and N is 1; but for heads of their own (G = 1), which lie as always.
+    In layers with eviction and shared KV heads (G > 1), heads lie along the batch axis: `batch` is batch·N, H
+    is G, and N is 1.
 
     Attributes:
         node: the Attention node; its output is [batch, H, sequence, value_dim].
         query: [batch, H, sequence, key_dim], not scaled.
-        key, value: the written caches [batch, N, slots, key_dim or value_dim], or a Reshape of those.
+        key: the written cache [batch, N, slots, key_dim], or a Reshape of it.
+        value: the written cache [batch, N, slots, value_dim], or a Reshape of it.
         mask: bool [batch, 1 or H, sequence, slots], or a bias [batch, H, sequence, slots].
-        scale: what products of queries and keys are multiplied with.
+        scale: factor of the products of queries and keys.
     """
 
     node: ir.Node
@@ -52,80 +54,81 @@ class AttentionMatch:
 
     @property
     def key_write(self) -> ir.Node:
-        """The TensorScatter that makes `key`: its inputs are the cache, the new keys and where they go."""
+        """The TensorScatter that writes `key`; its inputs are the cache, the new keys, and the slots."""
         return _writer(self.key)
 
     @property
     def value_write(self) -> ir.Node:
+        """The TensorScatter that writes `value`."""
         return _writer(self.value)
 
     @property
     def layer(self) -> int:
-        """The layer's index, by the name of its cache."""
+        """Index of the layer, from the name of its cache."""
         return int(str(_input(self.key_write, 0).name).split(".")[1])
 
     @property
     def write_indices(self) -> ir.Value:
-        """The slot of the first new token of each row of the cache, int64."""
+        """The slot of the first new token of each row of the cache, int64 [batch]."""
         return _input(self.key_write, 2)
 
     @property
     def state_write(self) -> ir.Node | None:
-        """The TensorScatter that writes the state of each slot; None where the layer evicts nothing.
+        """The TensorScatter that writes the state of the slots; None in layers without eviction.
 
         Raises:
-            PreconditionError: the layer holds a budget of slots, and there is none.
+            PreconditionError: the layer has a budget of slots, but no state.
         """
         if BUDGET not in sizes(self.key_write.outputs[0]):
             return None
-        found = [
+        writers = [
             use.node
             for use in self.write_indices.uses()
             if use.node.outputs[0].name == present(self.layer, STATE)
         ]
-        if len(found) != 1 or found[0].op_type != "TensorScatter":
+        if len(writers) != 1 or writers[0].op_type != "TensorScatter":
             raise ir.passes.PreconditionError(
-                f"{self.node.name} attends to a budget of slots that have no state"
+                f"{self.node.name} attends to a budget of slots without a state"
             )
-        return found[0]
+        return writers[0]
 
     @property
     def biased(self) -> bool:
-        """Whether the mask is a bias to add, rather than what is visible."""
+        """Whether the mask is a bias to add to the scores, and not bool."""
         return self.mask.dtype != ir.DataType.BOOL
 
 
 def find_attention(model: ir.Model) -> list[AttentionMatch]:
-    """Every Attention of the graph, in order.
+    """Match every Attention of the graph, in order.
 
     Raises:
-        PreconditionError: an Attention is not of the standard form.
+        PreconditionError: an Attention does not have the standard form.
     """
-    return [_site(node) for node in model.graph if node.op_type == "Attention" and node.domain == ""]
+    return [_match(node) for node in model.graph if node.op_type == "Attention" and node.domain == ""]
 
 
 def require_attention(model: ir.Model) -> None:
-    """The pre-condition of whatever replaces attention.
+    """Pre-condition of passes that replace attention.
 
     Raises:
-        PreconditionError: there is none, or one is not of the standard form.
+        PreconditionError: the graph has no Attention, or one that does not have the standard form.
     """
     if not find_attention(model):
         raise ir.passes.PreconditionError("the graph has no Attention")
 
 
 def require_removed(model: ir.Model, *op_types: str) -> None:
-    """A post-condition: no node of these types is left in the default domain.
+    """Post-condition: the graph has no nodes of these types of the default domain.
 
     Raises:
-        PostconditionError: names the first that is.
+        PostconditionError: it has one.
     """
     for node in model.graph:
         if node.domain == "" and node.op_type in op_types:
             raise ir.passes.PostconditionError(f"{node.op_type} {node.name} is still in the graph")
 
 
-def _site(node: ir.Node) -> AttentionMatch:
+def _match(node: ir.Node) -> AttentionMatch:
     inputs = [value for value in node.inputs if value is not None]
     if (
         len(inputs) != 4
@@ -133,7 +136,7 @@ def _site(node: ir.Node) -> AttentionMatch:
         or "scale" not in node.attributes
         or node.attributes.keys() - {"scale"}
     ):
-        raise ir.passes.PreconditionError(f"Attention {node.name} is not of the standard form")
+        raise ir.passes.PreconditionError(f"Attention {node.name} does not have the standard form")
     query, key, value, mask = inputs
     for cache in (key, value):
         _writer(cache)
@@ -150,7 +153,7 @@ def _writer(cache: ir.Value) -> ir.Node:
         or node.inputs[0] is None
         or not node.inputs[0].is_graph_input()
     ):
-        raise ir.passes.PreconditionError(f"{cache.name} is not a cache that a TensorScatter wrote")
+        raise ir.passes.PreconditionError(f"{cache.name} is not a cache written by a TensorScatter")
     return node
 
 

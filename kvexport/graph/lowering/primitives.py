@@ -1,7 +1,4 @@
-"""Operators of opset 18 and later, spelled in those that opset 17 has: what TensorRT 10.3 and 10.13 import.
-
-Knows the mathematics of each operator; must not know where in a decoder it stands.
-"""
+"""Lower operators of opset 18 and later to operators of opset 17, which TensorRT 10.3 and 10.13 import."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ from kvexport.graph.lowering.matches import require_removed
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
 OPSET = 17
-_IR_VERSION = 8  # the one of opset 17's own time
-# What a lowered graph may consist of; none of these changed its meaning between opset 17 and 24.
+_IR_VERSION = 8  # the IR version released with opset 17
+# Operators of a lowered graph. None of them changed its meaning between opset 17 and 24.
 OPERATORS = frozenset(
     {
         "Add",
@@ -60,28 +57,27 @@ OPERATORS = frozenset(
 
 
 class Primitives(ir.passes.InPlacePass):
-    """RMSNormalization, RotaryEmbedding and Gelu become opset 17.
+    """Replace RMSNormalization, RotaryEmbedding and Gelu by operators of opset 17.
 
-    Pre-condition: rotation is half-split and over the whole head. Post-condition: every operator is one of opset 17.
+    Pre-condition: rotations are half-split and over the whole head. Post-condition: every operator is one of
+    OPERATORS.
     """
 
     def requires(self, model: ir.Model) -> None:
         for node in model.graph:
             if node.op_type == "RotaryEmbedding" and node.attributes:
-                raise ir.passes.PreconditionError(
-                    f"{node.name} rotates in another way than halves of whole heads"
-                )
+                raise ir.passes.PreconditionError(f"{node.name} is not a half-split rotation of whole heads")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         rotary = _Rotary()
-        spellings: dict[str, Callable[[Nodes, ir.Node], ir.Value]] = {
+        replacements: dict[str, Callable[[Nodes, ir.Node], ir.Value]] = {
             "RMSNormalization": _rms_norm,
-            "RotaryEmbedding": rotary.spell,
+            "RotaryEmbedding": rotary.replace,
             "Gelu": _gelu,
         }
-        for node in [node for node in model.graph if node.op_type in spellings]:
+        for node in [node for node in model.graph if node.op_type in replacements]:
             (old,) = node.outputs
-            new = spellings[node.op_type](Nodes(model.graph, dtype_of(old), before=node), node)
+            new = replacements[node.op_type](Nodes(model.graph, dtype_of(old), before=node), node)
             ir.convenience.replace_all_uses_with(old, new, replace_graph_outputs=True)
             name = old.name
             model.graph.remove(node, safe=True)
@@ -94,7 +90,7 @@ class Primitives(ir.passes.InPlacePass):
         require_removed(model, *sorted({node.op_type for node in model.graph} - OPERATORS))
         for node in model.graph:
             if node.domain:
-                raise ir.passes.PostconditionError(f"{node.name} is of the domain {node.domain}")
+                raise ir.passes.PostconditionError(f"{node.name} is an operator of the domain {node.domain}")
 
 
 def _inputs(node: ir.Node) -> Iterator[ir.Value]:
@@ -104,7 +100,7 @@ def _inputs(node: ir.Node) -> Iterator[ir.Value]:
 
 
 def _rms_norm(nodes: Nodes, node: ir.Node) -> ir.Value:
-    """x / √(mean x² + ε) in float32, then the weight in the graph's dtype."""
+    """x / √(mean x² + ε) in float32, times the weight in the graph's dtype."""
     (x, weight), name = _inputs(node), node.outputs[0].name
     wide = x if nodes.dtype == "float32" else nodes.cast(x, "float32", f"{name}.float32")
     mean = (*sizes(x)[:-1], 1)
@@ -123,12 +119,12 @@ def _rms_norm(nodes: Nodes, node: ir.Node) -> ir.Value:
 
 
 class _Rotary:
-    """Rotation from Gather, Split, Mul and Concat; the tables' rows of the new tokens are gathered once for all layers."""
+    """Rotation by Gather, Split, Mul and Concat; rows of the tables are gathered once for all layers."""
 
     def __init__(self) -> None:
         self._rows: dict[str, ir.Value] = {}
 
-    def spell(self, nodes: Nodes, node: ir.Node) -> ir.Value:
+    def replace(self, nodes: Nodes, node: ir.Node) -> ir.Value:
         (x, cos, sin, *positions), name = _inputs(node), node.outputs[0].name
         c, s = (self._gathered(nodes, table, positions) for table in (cos, sin))
         a, b = nodes.split(x, (f"{name}.a", f"{name}.b"), axis=3)
@@ -141,7 +137,10 @@ class _Rotary:
         return nodes.op("Concat", real, imaginary, name=f"{name}.joined", shape=sizes(x), axis=-1)
 
     def _gathered(self, nodes: Nodes, table: ir.Value, positions: list[ir.Value]) -> ir.Value:
-        """[batch, 1, sequence, width/2], of a table [capacity, width/2] at positions, or of rows that were chosen already."""
+        """Rows [batch, 1, sequence, width/2] of a table [capacity, width/2] at positions.
+
+        Without positions, the table already consists of the rows [batch, sequence, width/2].
+        """
         assert table.name is not None
         if table.name not in self._rows:
             rows, width = table, sizes(table)[-1]
@@ -156,7 +155,7 @@ class _Rotary:
 
 
 def _gelu(nodes: Nodes, node: ir.Node) -> ir.Value:
-    """x/2 · (1 + erf(x/√2)), or its tanh form."""
+    """x/2 · (1 + erf(x/√2)), or its tanh approximation."""
     (x,), name = _inputs(node), node.outputs[0].name
     one, half = nodes.number("gelu.one", 1.0), nodes.number("gelu.half", 0.5)
     if node.attributes["approximate"].as_string() == "tanh":

@@ -1,8 +1,8 @@
-"""A cache that the graph only reads, for engines that cannot write one in place.
+"""Lower to a cache that the graph only reads, for engines that cannot write a cache in place.
 
-Attention over what the cache holds and over the new tokens is computed apart and joined in one softmax; the graph gives
-the new keys and values alone, and whoever runs it writes them into the buffer. Nothing of the cache's size is copied.
-Knows that slot n holds position n, or what its state says where a layer evicts; must not know how attention is spelled.
+Attention to the cached tokens and to the new tokens is computed separately and joined in one softmax. The
+graph outputs only the new keys and values, and the caller writes them into the buffer: nothing of the cache's
+size is copied. Slot n holds position n, or, in layers with eviction, the position that its state gives.
 """
 
 from __future__ import annotations
@@ -25,33 +25,35 @@ from kvexport.graph.lowering.matches import AttentionMatch, find_attention, requ
 from kvexport.graph.lowering.split_evicting import SlotMasks
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
-_NEVER = 2**30  # a position that no token has: nothing sees a slot of it
+_NEVER = 2**30  # a position after all others, so that every mask hides the slot
 
 
 class SplitCache(ir.passes.InPlacePass):
-    """present.* (the written caches) become update.* (what the new tokens write, [batch, N, sequence, width]).
+    """Replace the outputs present.* (written caches) by update.*, the new tokens [batch, N, sequence, width].
 
-    Layers that evict also give slots.*, where each head's first new token goes; the others follow it.
+    Layers with eviction get another output, slots.*: the slot of each head's first new token; the others
+    follow it.
 
-    Pre-condition: attention of the standard form, masks made of `mask.slots` or, where a layer evicts, of its state.
-    Post-condition: neither Attention nor TensorScatter is left, and no output has the cache's size.
+    Pre-condition: attention of the standard form, with masks made of `mask.slots` or, in layers with
+    eviction, of the state. Post-condition: the graph has no Attention and no TensorScatter, and no output has
+    the size of the cache.
     """
 
     def requires(self, model: ir.Model) -> None:
         require_attention(model)
         if any(match.state_write is None for match in find_attention(model)):
-            _slots(model)
+            _slot_positions(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         matches = find_attention(model)
-        held = [match for match in matches if match.state_write is None]
-        if held:
-            _see_new_tokens(model, held[0].write_indices)
+        without_eviction = [match for match in matches if match.state_write is None]
+        if without_eviction:
+            _add_new_tokens_to_masks(model, without_eviction[0].write_indices)
         masks = SlotMasks(model)
         for match in matches:
             state_write = match.state_write
             if state_write is not None:
-                widen(masks.see_new_tokens(match, state_write), BUDGET)
+                extend_shapes(masks.add_new_tokens(match, state_write), BUDGET)
             _split(model, match, state_write)
         return ir.passes.PassResult(model, True)
 
@@ -59,11 +61,11 @@ class SplitCache(ir.passes.InPlacePass):
         require_removed(model, "Attention", "TensorScatter")
         for output in model.graph.outputs:
             if {CAPACITY, BUDGET} & set(sizes(output)):
-                raise ir.passes.PostconditionError(f"output {output.name} still has the cache's size")
+                raise ir.passes.PostconditionError(f"output {output.name} still has the size of the cache")
 
 
 def _split(model: ir.Model, match: AttentionMatch, state_write: ir.Node | None) -> None:
-    """Attend to the old cache and to the new tokens; give what the writes would have written."""
+    """Attend to the cached and to the new tokens, and output what the writes would have written."""
     graph, nodes = model.graph, Nodes(model.graph, dtype_of(match.query), before=match.node)
     writes = {KEY: match.key_write, VALUE: match.value_write} | (
         {} if state_write is None else {STATE: state_write}
@@ -98,7 +100,7 @@ def _split(model: ir.Model, match: AttentionMatch, state_write: ir.Node | None) 
 
 
 def _as_read(nodes: Nodes, read: ir.Value, write: ir.Node, part: int) -> ir.Value:
-    """The old cache (part 0) or what is new (1), in the shape that attention reads the written cache in."""
+    """The cached tokens (part 0) or the new ones (part 1), in the layout that attention reads."""
     value, reshape = write.inputs[part], read.producer()
     assert value is not None
     if reshape is None or reshape.op_type != "Reshape":
@@ -108,29 +110,29 @@ def _as_read(nodes: Nodes, read: ir.Value, write: ir.Node, part: int) -> ir.Valu
     return nodes.op("Reshape", value, reshape.inputs[1], name=f"{read.name}.{part}", shape=shape)
 
 
-def _slots(model: ir.Model) -> ir.Value:
+def _slot_positions(model: ir.Model) -> ir.Value:
     """The position that each slot of the cache holds, int64 [capacity].
 
     Raises:
-        PreconditionError: the graph does not make its masks of it.
+        PreconditionError: the graph does not have this value.
     """
     for node in model.graph:
         if node.name == "mask.slots" and node.op_type == "Range":
             return node.outputs[0]
-    raise ir.passes.PreconditionError("the graph makes no mask of mask.slots")
+    raise ir.passes.PreconditionError("the graph has no Range mask.slots")
 
 
-def _see_new_tokens(model: ir.Model, write_indices: ir.Value) -> None:
-    """Masks over the cache's slots become masks over those and the new tokens, [batch, ..., capacity + sequence].
+def _add_new_tokens_to_masks(model: ir.Model, write_indices: ir.Value) -> None:
+    """Extend masks over the slots of the cache by the new tokens, [batch, ..., capacity + sequence].
 
-    A slot that is not yet written counts as a position that nothing sees.
+    A slot that is not yet written gets a position that every mask hides.
     """
-    slots = _slots(model)
-    users = [use.node for use in slots.uses()]
+    slots = _slot_positions(model)
+    readers = [use.node for use in slots.uses()]
     inputs = {value.name: value for value in model.graph.inputs}
     range_node = slots.producer()
     assert range_node is not None
-    after = next(node for node in model.graph if node in users)
+    after = next(node for node in model.graph if node in readers)
     nodes = Nodes(model.graph, "int64", before=after)
     axes, column, row = nodes.integers(1, 2, 3), (BATCH, 1, 1, 1), (BATCH, 1, 1, CAPACITY)
     start = nodes.op("Unsqueeze", write_indices, axes, name="mask.written", shape=column)
@@ -141,15 +143,15 @@ def _see_new_tokens(model: ir.Model, write_indices: ir.Value) -> None:
     joined = nodes.op(
         "Concat", cached, new, name="mask.all", shape=(BATCH, 1, 1, f"{CAPACITY}+{SEQUENCE}"), axis=-1
     )
-    for node in users:
+    for node in readers:
         for index, value in enumerate(node.inputs):
             if value is slots and node is not written.producer():
                 node.replace_input_with(index, joined)
-    widen(joined, CAPACITY)
+    extend_shapes(joined, CAPACITY)
 
 
-def widen(value: ir.Value, slots: str) -> None:
-    """Whatever a mask is made of has its new shape, slots and new tokens, as far as the Attention that reads it."""
+def extend_shapes(value: ir.Value, slots: str) -> None:
+    """Extend the shapes of all values computed from `value` by the new tokens, up to the Attention."""
     for use in value.uses():
         if use.node.op_type == "Attention":
             continue
@@ -157,4 +159,4 @@ def widen(value: ir.Value, slots: str) -> None:
             shape = sizes(output)
             if slots in shape:
                 output.shape = ir.Shape([f"{slots}+{SEQUENCE}" if size == slots else size for size in shape])
-                widen(output, slots)
+                extend_shapes(output, slots)
