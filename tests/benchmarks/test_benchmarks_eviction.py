@@ -20,6 +20,8 @@ from kvexport.eviction.config import POLICIES, Eviction
 from kvexport.model import reference
 from kvexport.model.loader import load_decoder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 sys.path += [str(ROOT / "benchmarks"), str(ROOT / "examples")]
 eviction, measure, table, hidden, measured_text, training = (
@@ -206,7 +208,6 @@ def test_resuming_measures_the_rest_and_refuses_other_settings(run: Measure) -> 
     run("--only", "lm window *0.5", "--resume", "--first", "3", expect=2)
 
 
-@pytest.mark.slow
 def test_retrieval_rows_and_fewer_heads(run: Measure, tmp_path: Path) -> None:
     only = [
         "passkey once window first*",
@@ -300,7 +301,6 @@ def test_training_windows_ask_for_what_is_in_them() -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode(" 12345")) == ["Ġ", "12", "34", "5"]
 
 
-@pytest.mark.slow
 def test_training_that_falls_short_writes_nothing_and_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

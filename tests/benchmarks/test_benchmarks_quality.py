@@ -22,6 +22,8 @@ from support.tiny_bundles import byte_level_tokenizer
 from kvexport.model import reference
 from kvexport.model.decoder import Attention
 
+pytestmark = pytest.mark.slow
+
 sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
 quality, rows_module, measure, long, table, records = (
     importlib.import_module(name)
@@ -91,7 +93,6 @@ def _kl(record: dict[str, Any], key: str, text: str = "one") -> float:
     return float(record["rows"][key]["texts"][text]["mean_kl"])
 
 
-@pytest.mark.slow
 def test_rows_are_complete_and_cache_no_more_than_their_share(run: Measure, tmp_path: Path) -> None:
     only = (
         "auto",
@@ -285,7 +286,6 @@ def test_tasks_are_asked_where_the_table_shows_them(run: Measure, tmp_path: Path
     assert "| PIQA | passkey |" in text and "the original finds the key in 0% of the trials" in text
 
 
-@pytest.mark.slow
 def test_bounds_mixtures_and_healing(run: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "HEAL_SAMPLES", 8)
     train, short = _text(tmp_path / "train.txt", 7, 3000), _text(tmp_path / "short.txt", 8, 60)
