@@ -10,7 +10,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 VENV := .venv
 KVEXPORT := $(VENV)/bin/kvexport
 WORKERS ?= 2
-# A file runs in one process, and long files first (tests/conftest.py): both processes end at about the same time.
+# All tests of a file run in one process; long files start first (tests/conftest.py), so that processes end together.
 PYTEST := $(VENV)/bin/python -m pytest -q -n $(WORKERS) --dist loadfile --no-loadscope-reorder --durations=25
 
 .PHONY: demo style check test test-all docs clean
@@ -28,10 +28,10 @@ style: $(VENV)/ready
 check: style
 	$(PYTEST) -m "not slow and not exhaustive"
 
-test: style
+test: style docs
 	$(PYTEST) -m "not exhaustive"
 
-test-all: style
+test-all: style docs
 	$(PYTEST)
 
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
