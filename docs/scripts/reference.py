@@ -118,7 +118,11 @@ def class_parts(name: str, cls: type, variable: str = "", constructor: bool = Tr
     text, sections = parsed(inspect.getdoc(cls) or "")
     yield from text
     types = {field.name: str(field.type) for field in dataclasses.fields(cls)} if is_data else {}
-    attributes = dict(sections.pop("Attributes", ()))
+    attributes = {
+        each: text
+        for each, text in sections.pop("Attributes", [])
+        if "not part of the public API" not in text
+    }
     if types:
         yield table(
             ("attribute", "type", "meaning"),
