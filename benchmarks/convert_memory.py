@@ -29,11 +29,13 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="where to work; needs about 10 GB, and is left empty")
     parser.add_argument("--dtype", default="float16", help="of the bundle")
     parser.add_argument("--samples", type=int, default=16, help="calibration windows of 256 tokens")
-    parser.add_argument("--output", type=Path, default=RECORD)
+    parser.add_argument("--layers", type=int, default=22, help="layers of the model [default: 22]")
+    parser.add_argument("--hidden", type=int, default=2048, help="hidden size of the model [default: 2048]")
+    parser.add_argument("--output", type=Path, default=RECORD, help="file of the record")
     arguments = parser.parse_args()
 
     checkpoint, bundle = arguments.folder / "random", arguments.folder / "bundle"
-    parameters = write_checkpoint(checkpoint, 22, 2048)
+    parameters = write_checkpoint(checkpoint, arguments.layers, arguments.hidden)
     command = [
         "build",
         str(checkpoint),

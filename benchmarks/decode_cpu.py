@@ -64,6 +64,8 @@ TARGETS = (
     *(("prefill", prompt, *pair, 0.9) for prompt in PROMPTS for pair in (SIDES[:2], SIDES[2:4])),
 )
 
+PACKAGES = ("onnxruntime", "onnxruntime-genai", "torch", "transformers")  # whose versions are recorded
+
 _UNCOUNTED, _COUNTED = 2, 4  # steps of a round
 _PAUSE = 0.1  # seconds before a side's turn
 
@@ -131,10 +133,11 @@ def make_models(work: Path, layers: int) -> None:
                 "--kv-ratio",
                 "1",
                 "--capacity",
-                "16384",
+                str(SHAPE["max_position_embeddings"]),
                 *sample,
             )
-        if not (work / f"genai-{heads}").exists():
+        genai = f"genai, {heads} KV heads" in SIDES
+        if genai and not (work / f"genai-{heads}").exists():
             out = work / f"genai-{heads}"
             run("onnxruntime_genai.models.builder", "-i", checkpoint, "-o", out, "-p", "fp32", "-e", "cpu")
 
@@ -246,9 +249,7 @@ def measure(work: Path, threads: int, steps: int, repetitions: int) -> dict[str,
     record: dict[str, Any] = {
         "kvexport": kvexport.__version__,
         "machine": f"{platform.machine()}, {threads} threads",
-        "versions": {
-            name: version(name) for name in ("onnxruntime", "onnxruntime-genai", "torch", "transformers")
-        },
+        "versions": {name: version(name) for name in PACKAGES},
         "shape": SHAPE,
         "prefill": {},
         "decode": {},

@@ -243,13 +243,13 @@ def rows(
     ratios = [TRAINED, *arguments.compare_converted] if arguments.compare_converted else []
     smallest = min(ratios, default=TRAINED)
     for ratio in ratios:
-        for setting in combined(ratio, smallest):
-            name = f"heads {ratio} {setting or 'full'}"
+        for budget in combined(ratio, smallest):
+            name = f"heads {ratio} {budget or 'full'}"
             if "lm" in subjects.benches:
-                yield f"lm {name}", partial(subjects.lm_figures, setting, ratio)
+                yield f"lm {name}", partial(subjects.lm_figures, budget, ratio)
             if "retrieval" in subjects.benches:
                 for task in TASKS:
-                    yield f"{task} {name}", partial(subjects.retrieval_figures, task, "once", setting, ratio)
+                    yield f"{task} {name}", partial(subjects.retrieval_figures, task, "once", budget, ratio)
 
 
 def combined(ratio: Fraction, smallest: Fraction) -> Iterator[Setting | None]:

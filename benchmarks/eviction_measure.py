@@ -90,7 +90,7 @@ def stepwise(decoder: Decoder, windows: Tensor, first: int, eviction: Eviction |
 
 
 def _stepwise(decoder: Decoder, windows: Tensor, first: int, eviction: Eviction | None) -> Tensor:
-    at = positions(*windows.shape[:1], 0, windows.shape[1])
+    at = positions(len(windows), 0, windows.shape[1])
     x = reference.embed(decoder.embedding, windows)
     for index, layer in enumerate(decoder.layers):
         attention, rope = layer.attention, decoder.rope

@@ -53,15 +53,15 @@ def chart(record: dict[str, Any]) -> str | None:
     if not panels:
         return None
     parts = _key()
-    for down, row in enumerate(panels):
-        for right, panel in enumerate(row):
+    for down, shown in enumerate(panels):
+        for right, panel in enumerate(shown):
             parts += _panel(*panel, _SIDE + right * (_WIDE + _SIDE), _TOP + 28 + down * (_HIGH + _BELOW))
     width = _SIDE + max(map(len, panels)) * (_WIDE + _SIDE)
     return _svg("What eviction costs", max(width, 1000), _TOP + 28 + len(panels) * (_HIGH + _BELOW), parts)
 
 
 def _rise(text: str, figures: Figures) -> float:
-    return max(figures["texts"][text]["increase"], _LEAST)
+    return max(float(figures["texts"][text]["increase"]), _LEAST)
 
 
 def _panel(title: str, y: Axis, rows: Sequence[Figures], value: Value, left: float, top: float) -> list[str]:

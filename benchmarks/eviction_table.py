@@ -39,9 +39,7 @@ def markdown(record: Record) -> str:
     trained = _once_each(each for each in found if each["heads"] == "1")
     for text in settings["texts"]:
         rows = [each for each in trained if each["kind"] == "lm"]
-        parts += _section(
-            f"## Language modelling: {text}", rows, lambda each, text=text: _nats(each["texts"][text])
-        )
+        parts += _section(f"## Language modelling: {text}", rows, partial(_text_nats, text))
     if settings["texts"]:
         parts.append(
             "Nats per token by which cross-entropy rises over the model with its whole cache, on the second half of every "
@@ -142,13 +140,19 @@ def _nats(figures: Figures) -> str:
 # Who wins
 
 
+def _increase(text: str, row: Figures) -> float:
+    return float(row["texts"][text]["increase"])
+
+
+def _text_nats(text: str, row: Figures) -> str:
+    return _nats(row["texts"][text])
+
+
 def measures(record: Record) -> list[tuple[str, Callable[[Figures], bool], Callable[[Figures], float]]]:
     """Everything that is measured: its name, whether a row is of it, and the row's loss (the lower the better)."""
     found: list[tuple[str, Callable[[Figures], bool], Callable[[Figures], float]]] = []
     for text in record["settings"]["texts"]:
-        found.append(
-            (text, lambda each: each["kind"] == "lm", lambda each, text=text: each["texts"][text]["increase"])
-        )
+        found.append((text, lambda each: each["kind"] == "lm", partial(_increase, text)))
     for task in TASKS:
         for protocol in PROTOCOLS:
             found.append(

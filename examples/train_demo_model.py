@@ -22,6 +22,7 @@ import random
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -133,14 +134,14 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     return model
 
 
-def loss_of(model, windows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
+def loss_of(model: LlamaForCausalLM, windows: torch.Tensor, reduction: str = "mean") -> torch.Tensor:
     """Cross-entropy in nats of every token of each window but its first."""
     logits = model(input_ids=windows[:, :-1], use_cache=False).logits
     return F.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten(), reduction=reduction)
 
 
 @torch.no_grad()
-def evaluate(model, ids: torch.Tensor, length: int = 512) -> float:
+def evaluate(model: LlamaForCausalLM, ids: torch.Tensor, length: int = 512) -> float:
     """Mean cross-entropy per token over adjoining windows of `length` (the short rest is left)."""
     model.eval()
     windows = ids[: (len(ids) - 1) // length * length + 1].unfold(0, length + 1, length)
@@ -159,7 +160,9 @@ def random_windows(ids: torch.Tensor, length: int, generator: torch.Generator) -
 # --- training -------------------------------------------------------------------------------
 
 
-def train(model, ids: torch.Tensor, choosing: torch.Tensor, args: argparse.Namespace) -> dict:
+def train(
+    model: LlamaForCausalLM, ids: torch.Tensor, choosing: torch.Tensor, args: argparse.Namespace
+) -> dict[str, Any]:
     """Train in place, leave the best checkpoint by `choosing` in `model`, return what was done."""
     matrices = [p for p in model.parameters() if p.dim() > 1]
     vectors = [p for p in model.parameters() if p.dim() == 1]
@@ -204,7 +207,9 @@ def train(model, ids: torch.Tensor, choosing: torch.Tensor, args: argparse.Names
     return {"steps": step, "tokens": seen, "minutes": round(minutes, 1), "choosing": round(best, 4)}
 
 
-def tell(model, tokenizer, prompt: str = "Once upon a time", **how) -> str:
+def tell(
+    model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, prompt: str = "Once upon a time", **how: Any
+) -> str:
     """One story that begins with `prompt`."""
     inputs = tokenizer(END + prompt, return_tensors="pt")
     out = model.generate(**inputs, max_new_tokens=300, pad_token_id=tokenizer.eos_token_id, **how)

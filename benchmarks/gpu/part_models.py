@@ -108,8 +108,8 @@ def write_checkpoint(path: Path, shape: dict[str, Any], kv_heads: int) -> int:
         {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)},
     )
     shard("head.safetensors", {"lm_head.weight": (vocab, hidden)})
-    index = {"metadata": {"total_size": 2 * count}, "weight_map": weight_map}
-    (folder / "model.safetensors.index.json").write_text(json.dumps(index), encoding="utf-8")
+    contents = {"metadata": {"total_size": 2 * count}, "weight_map": weight_map}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(contents), encoding="utf-8")
     config = {
         **shape,
         "model_type": "llama",
