@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from kvexport.version import __version__
 
-# ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder, unless the environment
-# forbids it before they are imported (docs/Privacy.md there). ORT_DISABLE_TELEMETRY=0 allows it.
+# ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder,
+# unless the environment forbids it before they are imported (docs/Privacy.md there). ORT_DISABLE_TELEMETRY=0
+# allows it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:

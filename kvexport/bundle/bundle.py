@@ -59,8 +59,8 @@ class Bundle(Manifest):
         """Read and validate the manifest, and check that every file has its size; hashes no file (see `verify`).
 
         Raises:
-            BundleError: there is no bundle, its format is not supported, its manifest is damaged, or a file is missing or
-                has another size.
+            BundleError: there is no bundle, its format is not supported, its manifest is damaged, or a file
+                is missing or has another size.
         """
         path = Path(path)
         bundle = cls(**vars(read_manifest(path)), path=path)

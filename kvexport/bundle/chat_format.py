@@ -16,9 +16,11 @@ class Chat:
 
     Attributes:
         begin: before the first user message if there is no system prompt.
-        begin_system: before and after a system prompt, in place of `begin`; None: the template has no system prompt.
+        begin_system: before and after a system prompt, in place of `begin`; None: the template has no system
+            prompt.
         generate: after a user message, up to where the assistant answers.
-        answer: what the template puts before an answer, such as a space; the model generates it, so it is not fed.
+        answer: what the template puts before an answer, such as a space; the model generates it, so it is not
+            fed.
         next: after an answer, up to the next user message.
         strips: white space at both ends of every message is removed first.
     """

@@ -52,7 +52,8 @@ class BuildRecord:
         engine: "tensorrt" or "tensorrt-rtx".
         version: of that library, such as "10.3.0.30".
         lowering: of the graph that was parsed.
-        compute_capability: of the GPUs that it runs on, such as ("8.7",); several if it was built ahead of time.
+        compute_capability: of the GPUs that it runs on, such as ("8.7",); several if it was built ahead of
+            time.
         dtype: of weights and cache.
         batch: number of sequences.
         capacity: the largest number of tokens of a sequence.
@@ -112,8 +113,8 @@ def read_record(directory: Path) -> BuildRecord:
     """Read and validate build.json in the folder of an engine, and check the size of the plan; hashes nothing.
 
     Raises:
-        BundleError: there is no engine, its format is not supported, its record is damaged, or its plan is missing or has
-            another size.
+        BundleError: there is no engine, its format is not supported, its record is damaged, or its plan is
+            missing or has another size.
     """
     path = f"{RECORD_FILE} of the engine {directory}"
     table = Table.from_json(_content(directory, path), path, error=BundleError, fix=_REBUILD)

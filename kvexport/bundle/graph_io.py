@@ -41,7 +41,8 @@ def update(layer: int, which: str) -> str:
 def slots_output(layer: int) -> str:
     """Name of the output with the slot of each head's first new token, int64 [batch·kv_heads].
 
-    In graphs that cannot write a cache in place, for layers that evict; the other new tokens take the slots after it.
+    In graphs that cannot write a cache in place, for layers that evict; the other new tokens take the slots
+    after it.
     """
     return f"slots.{layer}"
 
@@ -152,9 +153,10 @@ def cache_specs(
 ) -> tuple[TensorSpec, ...]:
     """The cache inputs of a layer.
 
-    Without eviction: key and value, [batch, kv_heads, capacity, width]. With eviction each head has its own slots: key,
-    value and state, [batch·kv_heads, 1, budget, width]. The state is float32, width 2: score, and position + 1. Buffers
-    of zeros are empty.
+    Without eviction: key and value, [batch, kv_heads, capacity, width]. With eviction each head has its own
+        slots: key,
+    value and state, [batch·kv_heads, 1, budget, width]. The state is float32, width 2: score, and position +
+    1. Buffers of zeros are empty.
     """
     widths = {KEY: key_dim, VALUE: value_dim}
     if not evicts:
@@ -193,8 +195,8 @@ def contract(
 
 
 # position_ids are consecutive; a layer that does not evict writes to these slots.
-# write_indices: number of slots in use, which is the first slot to write; layers that evict overwrite if it is full.
-# logits_index: the tokens of the sequence that get logits.
+# write_indices: number of slots in use, which is the first slot to write; layers that evict overwrite if it
+# is full. logits_index: the tokens of the sequence that get logits.
 TOKEN_INPUTS = (
     TensorSpec("input_ids", "int64", (BATCH, SEQUENCE)),
     TensorSpec("position_ids", "int64", (BATCH, SEQUENCE)),

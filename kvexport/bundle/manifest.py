@@ -30,8 +30,8 @@ class Model:
     """The decoder, with the names of config.json.
 
     Attributes:
-        tie_word_embeddings: whether the head shares the embedding's weight. None: unknown; bundles that were built before
-            this key existed do not say it, and nothing assumes a value.
+        tie_word_embeddings: whether the head shares the embedding's weight. None: unknown; bundles that were
+            built before this key existed do not say it, and nothing assumes a value.
     """
 
     vocab_size: int
@@ -142,7 +142,8 @@ def read_manifest(directory: Path) -> Manifest:
     """Read and validate manifest.json.
 
     Raises:
-        BundleError: there is no bundle, its format is not supported, or its manifest is damaged or inconsistent.
+        BundleError: there is no bundle, its format is not supported, or its manifest is damaged or
+            inconsistent.
     """
     path = f"{MANIFEST_FILE} of the bundle {directory}"
     content = _content(directory, path)

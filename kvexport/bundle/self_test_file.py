@@ -98,9 +98,10 @@ class ReferenceOutputs:
 def steady_scores(layer: int, state: NDArray[Any]) -> NDArray[Any]:
     """A copy of a layer's eviction state with scores that do not depend on rounding; empty slots stay as they are.
 
-    Engines round differently, and the norms of two keys can differ by less than that: then different tokens are evicted,
-    and all later outputs differ. So the reference and every runtime under test replace scores that are norms by these
-    after every call: (7919·(position + 1) + 104729·(layer·N + head)) mod 65537.
+    Engines round differently, and the norms of two keys can differ by less than that: then different tokens
+        are evicted,
+    and all later outputs differ. So the reference and every runtime under test replace scores that are norms
+    by these after every call: (7919·(position + 1) + 104729·(layer·N + head)) mod 65537.
 
     Args:
         layer: its index.
@@ -123,7 +124,8 @@ def read_reference_outputs(bundle: Bundle) -> ReferenceOutputs:
     """Read and validate self_test.json.
 
     Raises:
-        BundleError: the file is missing or damaged, its format is not supported, or it contradicts the manifest.
+        BundleError: the file is missing or damaged, its format is not supported, or it contradicts the
+            manifest.
     """
     if FILE not in bundle.files:
         raise BundleError(f"the bundle {bundle.path} must contain {FILE}", fix=REBUILD)

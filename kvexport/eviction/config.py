@@ -24,11 +24,13 @@ POLICIES = {
 DEFAULT_POLICY, DEFAULT_FIRST = "window", 4
 SCORE, POSITION_PLUS_ONE = 0, 1  # columns of a slot's state; a position + 1 of 0 marks an empty slot
 STATE_WIDTH = 2
-# Priorities, all exact in float32. NEVER: above every score; its negative is a protected token. UNSEEN: of a token that
-# no query attends to any more, multiplied by LATEST - position - 1, so that the earliest goes first.
+# Priorities, all exact in float32. NEVER: above every score; its negative is a protected token. UNSEEN: of a
+# token that no query attends to any more, multiplied by LATEST - position - 1, so that the earliest goes
+# first.
 NEVER, UNSEEN, LATEST = 2.0**100, 2.0**60, 2.0**24
-# The share of a norm by which it is changed for every position that a token is later. Equal tokens have equal norms up to
-# rounding; without this term, which of them is evicted would depend on the engine. Now it is the older one.
+# The share of a norm by which it is changed for every position that a token is later. Equal tokens have equal
+# norms up to rounding; without this term, which of them is evicted would depend on the engine. Now it is the
+# older one.
 LATER = 2.0**-20
 MAX_POSITIONS = 2**19  # positions for which these constants are exact
 
@@ -98,8 +100,8 @@ class Eviction:
         """Check against a model.
 
         Raises:
-            UsageError: the budget exceeds the capacity, the capacity exceeds `MAX_POSITIONS`, a skipped layer does not
-                exist, or no layer evicts.
+            UsageError: the budget exceeds the capacity, the capacity exceeds `MAX_POSITIONS`, a skipped layer
+                does not exist, or no layer evicts.
         """
         if capacity > MAX_POSITIONS:
             raise UsageError(

@@ -1,7 +1,7 @@
 """The oracle's cache of a layer that evicts: budgeted slots, each with its score and its token's position.
 
-Knows which token goes and where the next is written, in plain PyTorch; must not know attention. The graph does the
-same in operators, the runtime makes room for a prompt's chunks in the same way.
+Knows which token goes and where the next is written, in plain PyTorch; must not know attention. The graph
+does the same in operators, the runtime makes room for a prompt's chunks in the same way.
 """
 
 from __future__ import annotations
@@ -31,7 +31,8 @@ class EvictingCache:
 
     Attributes:
         key, value: [B, Hkv, C, key_dim] and [B, Hkv, C, value_dim].
-        state: [B, Hkv, C, 2] float32 (float64 where keys are), score and position + 1 of each slot's token; 0 where it is empty.
+        state: [B, Hkv, C, 2] float32 (float64 where keys are), score and position + 1 of each slot's token; 0
+            where it is empty.
         filled: slots in use [B], alike for all heads.
         eviction: what goes first, and what never.
         layer: the layer's index, and `capacity` the positions there are: "random" takes its numbers by them.
@@ -80,8 +81,8 @@ class EvictingCache:
     def write(self, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
         """Put tokens at consecutive `positions` [B, S] in: key [B, Hkv, S, key_dim], value [B, Hkv, S, value_dim].
 
-        They follow those that are there while there is room. A single token for which there is none takes the slot that ranks
-        highest; several first make room for all of them.
+        They follow those that are there while there is room. A single token for which there is none takes the
+        slot that ranks highest; several first make room for all of them.
 
         Returns:
             the slots, int64 [B, Hkv, S].

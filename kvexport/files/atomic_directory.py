@@ -17,9 +17,9 @@ from kvexport.errors import UsageError
 def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
     """A temporary sibling of `path` to write into, renamed to `path` when the block ends without an exception.
 
-    After an exception (an interrupt and a full disk among them) nothing is left. What a killed process left is
-    removed by the next one that writes to the same path. `force` lets an existing directory be replaced, if it
-    holds a file `marker`, by which its kind is known; it stays until the new one is complete.
+    After an exception (an interrupt and a full disk among them) nothing is left. What a killed process left
+    is removed by the next one that writes to the same path. `force` lets an existing directory be replaced,
+    if it holds a file `marker`, by which its kind is known; it stays until the new one is complete.
 
     Raises:
         UsageError: `path` exists, or its parent does not.

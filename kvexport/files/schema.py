@@ -23,7 +23,8 @@ _SHOWN = 80  # characters of a value in an error
 class Table:
     """A table of a TOML file or an object of a JSON file, read key by key.
 
-    A key that is absent or null is missing: call `has` first if a key is optional, `is_null` if it may be null but must be
+    A key that is absent or null is missing: call `has` first if a key is optional, `is_null` if it may be
+        null but must be
     present. Every method raises the error class that was given to the constructor.
 
     Attributes:

@@ -86,7 +86,8 @@ class SessionCore:
 
         Args:
             batch: number of sequences.
-            tokens: with `compress_once`, the number of tokens of a sequence that must fit before any is evicted.
+            tokens: with `compress_once`, the number of tokens of a sequence that must fit before any is
+                evicted.
         """
         slots = None
         if self._compress_once:

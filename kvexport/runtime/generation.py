@@ -1,6 +1,7 @@
 """Tokens after prompts: chosen, fed back, and stopped for a reason; alone, in batches, or as a stream of text.
 
-Knows when a sequence ends and what it says; the model is behind the sequences that it holds, which it prefills and steps.
+Knows when a sequence ends and what it says; the model is behind the sequences that it holds, which it
+prefills and steps.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ class Generation:
 
     Attributes:
         prompt_tokens: tokens of the prompt.
-        token_ids: new tokens, without the stop token; where a text ended the sequence, those that complete it included.
+        token_ids: new tokens, without the stop token; where a text ended the sequence, those that complete it
+            included.
         text: the same as text, up to the text that ended it; None where the bundle has no tokenizer.
-        finish_reason: 'stop' (a stop token came, or a text to stop at), 'length' (max_new_tokens), or 'capacity' (no position
+        finish_reason: 'stop' (a stop token came, or a text to stop at), 'length' (max_new_tokens), or
+            'capacity' (no position
             is left: the bundle's, or its engine's, are all taken).
     """
 

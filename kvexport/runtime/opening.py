@@ -23,11 +23,12 @@ def open_bundle(
 
     Args:
         provider, threads, chunk, compress_once: as in `Session`.
-        verify: hash the weights too (an engine's plan, where it is that which runs), while they are loaded; all other
-            files always are.
+        verify: hash the weights too (an engine's plan, where it is that which runs), while they are loaded;
+            all other files always are.
 
     Raises:
-        BundleError: no bundle, a damaged one, one of a newer format, or an engine that is damaged or of another bundle.
+        BundleError: no bundle, a damaged one, one of a newer format, or an engine that is damaged or of
+            another bundle.
         CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
         UsageError: as `Session`.
     """

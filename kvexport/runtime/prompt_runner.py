@@ -69,8 +69,8 @@ class PromptRunner:
             sequences: None: new, empty ones.
 
         Raises:
-            UsageError: a prompt is empty and so is its sequence, the number of prompts differs from the number of
-                sequences, or the tokens do not fit.
+            UsageError: a prompt is empty and so is its sequence, the number of prompts differs from the
+                number of sequences, or the tokens do not fit.
         """
         counts = np.array([len(row) for row in prompts], np.int64)
         lengths, what = counts, "the prompt must fit the capacity"
@@ -93,7 +93,8 @@ class PromptRunner:
             counts: as `counted` returns.
 
         Returns:
-            Logits [B, vocab] after the last token of each. Where there is nothing to run, the last token is run again.
+            Logits [B, vocab] after the last token of each. Where there is nothing to run, the last token is
+            run again.
         """
         rows = [
             np.array([*tokens, *row], np.int64)
@@ -104,8 +105,8 @@ class PromptRunner:
             padding[: len(row)] = row
         after_last = np.empty((len(rows), self._vocab), np.float32)  # [B, vocab]
         begin = sequences.lengths
-        # Rows are padded on the right. A padding token that is run writes behind its row's length, where no token of
-        # that row attends before a later one has overwritten it.
+        # Rows are padded on the right. A padding token that is run writes behind its row's length, where no
+        # token of that row attends before a later one has overwritten it.
         for start in range(0, padded.shape[1], self._chunk):
             ids = padded[:, start : start + self._chunk]
             stop = start + ids.shape[1]

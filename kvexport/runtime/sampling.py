@@ -15,7 +15,8 @@ _FIRST = 1024  # tokens that are looked at first where a probability must be rea
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen: the likeliest at temperature 0, else drawn from the `top_k` likeliest, and of those from
-    the smallest set whose probability reaches `top_p`. Draws are repeatable with a `seed`, fresh each time without.
+    the smallest set whose probability reaches `top_p`. Draws are repeatable with a `seed`, fresh each time
+    without.
 
     Raises (on construction):
         UsageError: a value is out of range.

@@ -31,11 +31,11 @@ CHUNK = (
 class Session:
     """A bundle loaded for inference, with its own cache for one batch of sequences.
 
-    Calls without `cache=` start from empty sequences in the session's own cache; `step` continues them. Calls with
-    `cache=` continue the sequences of that cache (`new_cache`, `load`).
+    Calls without `cache=` start from empty sequences in the session's own cache; `step` continues them. Calls
+    with `cache=` continue the sequences of that cache (`new_cache`, `load`).
 
-    Thread-safe: calls from several threads run one after another. A stream holds the session only while it computes
-    its next piece.
+    Thread-safe: calls from several threads run one after another. A stream holds the session only while it
+    computes its next piece.
 
     Use it in a `with` statement, or call `close`; afterwards every call raises UsageError.
 
@@ -60,13 +60,13 @@ class Session:
 
         Args:
             bundle: the bundle, opened with `Bundle.open`.
-            provider: "cpu", "cuda" or "tensorrt". "auto": tensorrt if the bundle has an engine that runs on this
-                machine, else cuda if ONNX Runtime supports it and there is a GPU, else cpu. Or the result of
-                `kvexport.runtime.backends.select.choose`.
+            provider: "cpu", "cuda" or "tensorrt". "auto": tensorrt if the bundle has an engine that runs on
+                this machine, else cuda if ONNX Runtime supports it and there is a GPU, else cpu. Or the
+                result of `kvexport.runtime.backends.select.choose`.
             threads: CPU threads per operator; None: one per core.
             chunk: the largest number of prompt tokens per call; engines and eviction may lower it.
-            compress_once: run a whole prompt without eviction and evict down to the budget afterwards, all at once, as
-                arXiv 2406.11430 measures it. For comparison: the buffers are as large as the prompt.
+            compress_once: run a whole prompt without eviction and evict down to the budget afterwards, all at
+                once, as arXiv 2406.11430 measures it. For comparison: the buffers are as large as the prompt.
 
         Raises:
             CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
@@ -135,8 +135,8 @@ class Session:
             batch: number of sequences.
 
         Raises:
-            UsageError: `batch` is below 1, the engine runs another number of sequences, or the session was opened with
-                compress_once.
+            UsageError: `batch` is below 1, the engine runs another number of sequences, or the session was
+                opened with compress_once.
             CannotRunHere: there is not enough memory.
         """
         require_positive("batch", batch)
@@ -150,7 +150,8 @@ class Session:
             path: the file.
 
         Raises:
-            UsageError: there is no such file, it is damaged or belongs to another bundle, or its sequences do not fit.
+            UsageError: there is no such file, it is damaged or belongs to another bundle, or its sequences do
+                not fit.
             CannotRunHere: there is not enough memory.
         """
         with self.core.lock:
@@ -166,16 +167,17 @@ class Session:
 
         Args:
             prompts: one prompt or a list of prompts of any lengths; each is text or token ids.
-            cache: continue its sequences, one prompt per sequence; a prompt may be empty there. None: start from empty
-                sequences in the session's own cache.
+            cache: continue its sequences, one prompt per sequence; a prompt may be empty there. None: start
+                from empty sequences in the session's own cache.
 
         Returns:
             Logits, float32 [B, vocab].
 
         Raises:
-            UsageError: a prompt is empty where its sequence is, a token id is outside the vocabulary, a prompt does not
-                fit the capacity, a prompt is text and the bundle has no tokenizer, the number of prompts differs from
-                the cache's number of sequences, or the cache belongs to another session.
+            UsageError: a prompt is empty where its sequence is, a token id is outside the vocabulary, a
+                prompt does not fit the capacity, a prompt is text and the bundle has no tokenizer, the number
+                of prompts differs from the cache's number of sequences, or the cache belongs to another
+                session.
         """
         with self.core.lock:
             batch = batched(prompts) if cache is None or len(prompts) else [prompts]
@@ -191,16 +193,17 @@ class Session:
 
         Args:
             token_ids: one token per sequence, integers [B].
-            active: which sequences take their token, bool [B]; None: all. The others stay as they are: their last token
-                is run again in its place. With `compress_once` it may be evicted already; their logits are zeros then.
+            active: which sequences take their token, bool [B]; None: all. The others stay as they are: their
+                last token is run again in its place. With `compress_once` it may be evicted already; their
+                logits are zeros then.
             cache: continue its sequences. None: those of the session's own cache.
 
         Returns:
             Logits, float32 [B, vocab].
 
         Raises:
-            UsageError: a token id is outside the vocabulary, the number of tokens differs from the number of sequences,
-                a sequence is full, or the cache belongs to another session.
+            UsageError: a token id is outside the vocabulary, the number of tokens differs from the number of
+                sequences, a sequence is full, or the cache belongs to another session.
         """
         with self.core.lock:
             sequences = self.core.sequences(cache)
@@ -220,7 +223,8 @@ class Session:
             Logits, float32 [B, S, vocab].
 
         Raises:
-            UsageError: there is no token, a token id is outside the vocabulary, or S is larger than the capacity.
+            UsageError: there is no token, a token id is outside the vocabulary, or S is larger than the
+                capacity.
         """
         with self.core.lock:
             ids = self.core.runner.checked(token_ids, dimensions=2)
@@ -272,22 +276,27 @@ class Session:
         Args:
             prompt: one prompt or a list of prompts; each is text or token ids.
             max_new_tokens: the largest number of new tokens per prompt, at least 1.
-            temperature: 0: the most likely token (greedy). Above 0: logits are divided by it and a token is drawn.
-                None: 1 if `top_k` or `top_p` is given, else 0.
+            temperature: 0: the most likely token (greedy). Above 0: logits are divided by it and a token is
+                drawn. None: 1 if `top_k` or `top_p` is given, else 0.
             top_k: draw from the K most likely tokens only.
-            top_p: draw from the smallest set of most likely tokens whose probability reaches this value, in (0, 1].
+            top_p: draw from the smallest set of most likely tokens whose probability reaches this value, in
+                (0, 1].
             seed: makes drawing repeatable; a prompt draws the same tokens whatever follows it in the batch.
-            stop: token ids and texts that end a sequence; they are not part of the result. Token ids replace the
-                model's own end-of-sequence tokens; with texts alone, or None, those stay. An empty list: no stop.
-            cache: continue its sequences, one prompt per sequence; a prompt may be empty there. The last token that was
-                generated is pending: the next call runs it first. None: start from empty sequences in the session's
+            stop: token ids and texts that end a sequence; they are not part of the result. Token ids replace
+                the model's own end-of-sequence tokens; with texts alone, or None, those stay. An empty list:
+                no stop.
+            cache: continue its sequences, one prompt per sequence; a prompt may be empty there. The last
+                token that was
+                generated is pending: the next call runs it first. None: start from empty sequences in the
+                    session's
                 own cache.
 
         Returns:
             One Generation for one prompt, a list for several.
 
         Raises:
-            UsageError: as `prefill`; an argument is out of range; or text is needed and the bundle has no tokenizer.
+            UsageError: as `prefill`; an argument is out of range; or text is needed and the bundle has no
+                tokenizer.
             BundleError: a logit is not finite.
         """
         if not isinstance(prompt, Iterable):
@@ -315,12 +324,12 @@ class Session:
     ) -> Stream:
         """Generate after one prompt and yield the text piece by piece; arguments as `generate`.
 
-        The prompt is run when the first piece is requested. A stream that is left early leaves its sequence valid: a
-        later call with the same `cache` continues it.
+        The prompt is run when the first piece is requested. A stream that is left early leaves its sequence
+        valid: a later call with the same `cache` continues it.
 
         Raises:
-            UsageError: as `generate`; the bundle has no tokenizer; or, from the iterator, another call has changed the
-                sequences in the meantime.
+            UsageError: as `generate`; the bundle has no tokenizer; or, from the iterator, another call has
+                changed the sequences in the meantime.
         """
         self._prompts.require_tokenizer()
         with self.core.lock:
@@ -352,7 +361,8 @@ class Session:
             cache: the conversation, which starts if the cache is empty. None: it starts.
 
         Returns:
-            The prompt for `generate`, `stream` or `prefill`: from the end of the last message to the start of the
+            The prompt for `generate`, `stream` or `prefill`: from the end of the last message to the start of
+                the
             answer.
 
         Raises:

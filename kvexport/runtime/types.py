@@ -13,15 +13,16 @@ Logits = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class DeviceMemory:
-    """Bytes of a device, as far as the engine and the driver tell.
+    """Memory of a device in bytes, as the engine and the driver report it.
 
     Attributes:
         name: of the device.
-        free, total: of all its memory, as the driver says now.
-        loaded: by how much less was free once the graph or engine was loaded.
-        weights: of the engine; None where it does not tell.
-        activations: temporary values of a call, allocated once; None where ONNX Runtime allocates them as it goes.
-        kv: the cache.
+        free, total: of the whole device, now.
+        loaded: decrease of free memory while the graph or engine was loaded.
+        weights: of the engine; None if it does not report them.
+        activations: temporary values of a call, allocated once; None with ONNX Runtime, which allocates them
+            on demand.
+        kv: of the cache.
     """
 
     name: str

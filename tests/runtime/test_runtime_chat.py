@@ -228,14 +228,14 @@ JSON = st.recursive(
 
 def places(raw: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
     inner = raw.items() if isinstance(raw, dict) else enumerate(raw) if isinstance(raw, list) else ()
-    return [path] * bool(path) + [place for key, each in inner for place in places(each, (*path, key))]
+    return [path] * bool(path) + [storage for key, each in inner for storage in places(each, (*path, key))]
 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(places(sound())), JSON)
-def test_any_value_anywhere_is_read_or_refused(place: tuple[str | int, ...], value: object) -> None:
+def test_any_value_anywhere_is_read_or_refused(storage: tuple[str | int, ...], value: object) -> None:
     raw = copy.deepcopy(sound())
-    change(*place, to=value)(raw)
+    change(*storage, to=value)(raw)
     try:
         parse_text(Table(raw, "text.json"))
     except UsageError:

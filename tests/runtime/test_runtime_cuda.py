@@ -17,7 +17,7 @@ from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime.backends.base import TOKEN_INPUTS
 from kvexport.runtime.backends.ort_session import graph_file, session_on, session_options
-from kvexport.runtime.cache.device_arrays import OnDevice, as_float32, from_float, stored_as
+from kvexport.runtime.cache.device_arrays import DeviceStorage, as_float32, from_float, stored_as
 from kvexport.runtime.cache.kv_cache import KvCache
 
 CLOSE = {"rtol": 0.0, "atol": 1e-4}
@@ -89,14 +89,14 @@ def test_inputs_that_are_copied_when_they_are_bound(
         assert _wrong(open_bundle(bundle, provider="cuda", chunk=16), decoder) < bound
 
 
-@pytest.mark.parametrize("fault", ["no carry", "no wait"])
+@pytest.mark.parametrize("fault", ["no copy of slots", "no wait"])
 def test_wrong_runtimes_are_seen(
     fault: str, tiny_bundle: Path, device: SimulatedDevice, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if fault == "no carry":
+    if fault == "no copy of slots":
         monkeypatch.setattr(SimulatedDevice, "copy_rows", lambda *arguments: None)
     else:
-        monkeypatch.setattr(OnDevice, "synchronize", lambda self: None)
+        monkeypatch.setattr(DeviceStorage, "synchronize", lambda self: None)
     try:
         difference = _wrong(open_bundle(tiny_bundle, provider="cuda", chunk=16), decoder)
     except RuntimeError as error:  # positions that were never written
@@ -181,14 +181,14 @@ def test_bfloat16_is_kept_as_its_bits() -> None:
 
 def test_bfloat16_cache_on_a_device(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
     bundle = Bundle.open(write_bundle(tmp_path / "b", decoder, dtype="bfloat16"))
-    cache = KvCache(bundle, 1, "bfloat16", fill=100.0, step=8, place=OnDevice(device))
+    cache = KvCache(bundle, 1, "bfloat16", fill=100.0, step=8, storage=DeviceStorage(device))
     cache.reserve(8)
-    place = cache.place
-    assert isinstance(place, OnDevice)
+    storage = cache.storage
+    assert isinstance(storage, DeviceStorage)
     key = cache.buffers["past_key_values.1.key"]
     assert key.shape == (1, 2, 8, 12) and key.nbytes == 2 * 8 * 12 * 2
     written = np.arange(2 * 8 * 12, dtype=np.uint16).reshape(key.shape)
-    place.write(key, written)
+    storage.write(key, written)
     cache.reserve(9)
     grown, value = cache.layer(1)
     np.testing.assert_array_equal(grown[:, :, :8], written)

@@ -355,7 +355,7 @@ def test_a_bundle_without_a_budget_cannot_compress(tmp_path: Path) -> None:
 
 def _stays(monkeypatch: pytest.MonkeyPatch) -> None:
     """Slots are given to others, and nothing is moved out of them."""
-    monkeypatch.setattr(runtime, "moves_of", lambda kept, first: [])
+    monkeypatch.setattr(runtime, "moves_for", lambda kept, first: [])
 
 
 def _values_stay(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -370,15 +370,15 @@ def _values_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def _drops_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
     """A slot's token goes that ranks lowest."""
-    real = runtime.Ranking._priorities
-    monkeypatch.setattr(runtime.Ranking, "_priorities", lambda self, *arguments: -real(self, *arguments))
+    real = runtime.Ranking.priorities
+    monkeypatch.setattr(runtime.Ranking, "priorities", lambda self, *arguments: -real(self, *arguments))
 
 
 def _no_window(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = runtime.Ranking.kept
+    real = runtime.Ranking.remaining
     monkeypatch.setattr(
         runtime.Ranking,
-        "kept",
+        "remaining",
         lambda self, *arguments: real(dataclasses.replace(self, window=None), *arguments),
     )
 
@@ -469,18 +469,18 @@ def test_room_is_made_as_the_oracle_makes_it(window: int | None, seed: int) -> N
 
 def test_neighbours_move_together() -> None:
     kept = np.array([[0, 5, 6, 3], [0, 5, 6, 3], [4, 5, 6, 7], [0, 1, 2, 3]])
-    moves = runtime.moves_of(kept, 8)
+    moves = runtime.moves_for(kept, 8)
     assert moves == [(8, 2, 1, 5, 2), (10, 1, 0, 4, 4)]
-    assert runtime.moves_of(np.array([[0, 5, 8, 3]]), 0) == [(0, 1, 1, 5, 1), (0, 1, 2, 8, 1)]
+    assert runtime.moves_for(np.array([[0, 5, 8, 3]]), 0) == [(0, 1, 1, 5, 1), (0, 1, 2, 8, 1)]
 
 
 def test_tokens_out_of_order_are_refused(tmp_path: Path) -> None:
     session = opened(tmp_path / "b", random_decoder("gqa"), BUDGET)
     session.prefill(tokens(5))
     for position in (3, 6):
-        with pytest.raises(AssertionError, match="one after another"):
+        with pytest.raises(AssertionError, match="continue the sequence"):
             session.core.decoder.run(np.array([[1]]), np.array([[position]]), np.array([[0]]))
-    with pytest.raises(AssertionError, match="more tokens at once"):
+    with pytest.raises(AssertionError, match="must not have more tokens"):
         session.core.decoder.run(np.ones((1, 30), np.int64), np.arange(5, 35)[None], np.array([[0]]))
 
 
@@ -542,5 +542,5 @@ def test_a_state_can_be_read_and_put_in(tmp_path: Path) -> None:
     np.testing.assert_array_equal(cache.state(1)[:, :5], other[:, :5])
     assert not cache.state(1)[:, 5:].any()
     cache.set_state(1, np.concatenate((other, np.zeros_like(other)), axis=1))
-    with pytest.raises(AssertionError, match="beyond the slots"):
+    with pytest.raises(AssertionError, match="must be in usable slots"):
         cache.set_state(1, np.concatenate((other, other), axis=1))

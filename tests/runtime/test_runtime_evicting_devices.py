@@ -20,7 +20,7 @@ from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime.backends import tensorrt as runtime
 from kvexport.runtime.backends.tensorrt import TensorRtDecoder
-from kvexport.runtime.cache.device_arrays import HOST, Move, OnDevice
+from kvexport.runtime.cache.device_arrays import HOST, DeviceStorage, Move
 
 LOWERINGS = ("std24", "decomposed17")
 SKIPPING = dataclasses.replace(BUDGET, skip_layers=(0,))
@@ -258,16 +258,16 @@ def test_a_step_on_cuda_allocates_nothing_and_moves_nothing(device: SimulatedDev
 def test_moves_on_a_device_are_those_on_the_host(device: SimulatedDevice) -> None:
     random = np.random.default_rng(0)
     values = random.random((6, 1, 20, 5), np.float32)
-    place, moves = OnDevice(device), [Move(1, 1, 0, 12, 3), Move(2, 3, 4, 10, 2), Move(5, 1, 9, 19, 1)]
-    array = place.zeros(values.shape, "float32")
-    place.write(array, values)
-    place.move(array, moves)
+    storage, moves = DeviceStorage(device), [Move(1, 1, 0, 12, 3), Move(2, 3, 4, 10, 2), Move(5, 1, 9, 19, 1)]
+    array = storage.zeros(values.shape, "float32")
+    storage.write(array, values)
+    storage.move(array, moves)
     HOST.move(values, moves)
-    np.testing.assert_array_equal(place.read(array), values)
-    np.testing.assert_array_equal(place.read_rows(array, slice(2, 4)), values[2:4])
-    place.write_rows(array, slice(2, 4), values[:2])
-    np.testing.assert_array_equal(place.read(array)[2:4], values[:2])
-    np.testing.assert_array_equal(place.read(array)[[0, 1, 4, 5]], values[[0, 1, 4, 5]])
+    np.testing.assert_array_equal(storage.read(array), values)
+    np.testing.assert_array_equal(storage.read_rows(array, slice(2, 4)), values[2:4])
+    storage.write_rows(array, slice(2, 4), values[:2])
+    np.testing.assert_array_equal(storage.read(array)[2:4], values[:2])
+    np.testing.assert_array_equal(storage.read(array)[[0, 1, 4, 5]], values[[0, 1, 4, 5]])
 
 
 # What a wrong runtime would do.
@@ -311,9 +311,9 @@ def _no_state(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _slots_moved_wrongly(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = OnDevice.move
+    real = DeviceStorage.move
     monkeypatch.setattr(
-        OnDevice,
+        DeviceStorage,
         "move",
         lambda self, array, moves: real(self, array, [m._replace(rows=1) for m in moves][:1]),
     )

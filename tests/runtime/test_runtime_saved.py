@@ -27,7 +27,7 @@ from kvexport.eviction.config import Eviction
 from kvexport.model.decoder import Decoder
 from kvexport.runtime import Cache, Session
 from kvexport.runtime.cache import saved_cache as saved
-from kvexport.runtime.cache.device_arrays import HOST, OnDevice
+from kvexport.runtime.cache.device_arrays import HOST, DeviceStorage
 from kvexport.runtime.cache.eviction import Occupancy
 from kvexport.runtime.cache.kv_cache import KvCache
 
@@ -176,12 +176,12 @@ def test_every_dtype_keeps_its_bits(
 ) -> None:
     """Of bfloat16, which the CPU has no kernels of, the buffers alone."""
     bundle = Bundle.open(bundles(BUDGET, dtype))
-    kv = KvCache(bundle, 2, dtype, place=OnDevice(device) if there else HOST)
+    kv = KvCache(bundle, 2, dtype, storage=DeviceStorage(device) if there else HOST)
     kv.reserve(30)
     random = np.random.default_rng(0)
     for buffer in kv.buffers.values():
-        kind = kv.place.read(buffer).dtype
-        kv.place.write(buffer, random.integers(0, 200, buffer.shape).astype(kind))
+        kind = kv.storage.read(buffer).dtype
+        kv.storage.write(buffer, random.integers(0, 200, buffer.shape).astype(kind))
     kv.occupy(Occupancy(np.array([24, 3]), np.array([30, 3])))
     state = saved.SavedState(np.array([30, 3]), np.array([1, 2]), [[], [7]])
     saved.write(tmp_path / "c", "0" * 64, kv, state)
@@ -190,7 +190,7 @@ def test_every_dtype_keeps_its_bits(
     assert read.occupancy is not None and read.occupancy.filled.tolist() == [24, 3]
     for name in kv.names:
         one, two = (
-            each.place.read(each.buffers[name]).reshape(2, -1, *each.buffers[name].shape[2:]).copy()
+            each.storage.read(each.buffers[name]).reshape(2, -1, *each.buffers[name].shape[2:]).copy()
             for each in (kv, read)
         )
         one[1, :, 3:] = 0

@@ -204,7 +204,7 @@ def _not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     def elsewhere(
         self: Any,
         context: Any,
-        place: Any,
+        storage: Any,
         log: Any,
         vocab: int,
         bound: dict[str, int],
@@ -212,10 +212,10 @@ def _not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         **options: Any,
     ) -> None:
         apart = {
-            name: place.device.allocate(1 << 16) if "present" in name else address
+            name: storage.device.allocate(1 << 16) if "present" in name else address
             for name, address in bound.items()
         }
-        real(self, context, place, log, vocab, apart, told, **options)
+        real(self, context, storage, log, vocab, apart, told, **options)
 
     monkeypatch.setattr(runtime._Calls, "__init__", elsewhere)
 

@@ -29,7 +29,7 @@ from kvexport.files.hashing import sha256_of
 from kvexport.model.decoder import Decoder as Model
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.backends.select import Provider, new_cache, open_decoder
-from kvexport.runtime.cache.device_arrays import Host
+from kvexport.runtime.cache.device_arrays import HostStorage
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.self_test.runs import GARBAGE, STEP
 from kvexport.runtime.self_test.verdict import SelfTestReport, examine, self_test
@@ -346,7 +346,7 @@ def test_ignored_write_indices(sound: Path, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_growth_that_forgets_what_was_held(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Host, "carry", lambda *arguments: None)
+    monkeypatch.setattr(HostStorage, "copy_slots", lambda *arguments: None)
     require_cache(self_test(sound))
 
 

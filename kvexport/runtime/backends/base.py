@@ -1,23 +1,19 @@
-"""What a session runs on, whichever engine it is: tokens in, logits out, a cache that holds the sequences.
-
-Knows no engine, so that a session needs none but the one it runs on.
-"""
+"""The interface of all backends: token ids in, logits out, and a cache that holds the sequences."""
 
 from __future__ import annotations
 
 from typing import Protocol
 
-from kvexport.bundle import graph_io as contract
+from kvexport.bundle import graph_io
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.types import DeviceMemory, Ids, Logits
 
-TOKEN_INPUTS = tuple(
-    spec.name for spec in contract.TOKEN_INPUTS
-)  # input_ids, position_ids, write_indices, logits_index
+# input_ids, position_ids, write_indices, logits_index
+TOKEN_INPUTS = tuple(spec.name for spec in graph_io.TOKEN_INPUTS)
 
 
 class Decoder(Protocol):
-    """What a session runs on.
+    """Runs tokens of a batch of sequences.
 
     Attributes:
         cache: the buffers in use.
@@ -30,10 +26,10 @@ class Decoder(Protocol):
     def max_tokens_per_call(self) -> int: ...
 
     def use(self, cache: KvCache) -> None:
-        """Run on this cache from now on; it is one that `cache.fresh` or `cache.another` gave.
+        """Use this cache from now on; it must come from `cache.fresh` or `cache.another`.
 
         Raises:
-            CannotRunHere: not enough memory for what runs on it.
+            CannotRunHere: there is not enough memory to bind it.
         """
 
     def run(
@@ -45,21 +41,25 @@ class Decoder(Protocol):
         lengths: Ids | None = None,
         shrink: bool = False,
     ) -> Logits:
-        """Logits [B, L, vocab] of tokens [B, S] at consecutive `positions` [B, S], for those that `logits_index` [B, L] names.
-
-        Makes room in the cache for every position. The array returned is overwritten by the next call. Where layers evict,
-        a sequence's tokens come one after another (its last one may come again), as many at once as there are slots.
+        """Run tokens and write their keys and values into the cache, which grows as needed.
 
         Args:
-            lengths: how many of each row's tokens count [B]; the others pad it, and may be left out: a row of none is left as
-                it is where layers evict. None: all. Padding reaches beyond no row's own tokens where rows begin at different
-                positions.
-            shrink: afterwards, give back to the system what the graph's temporary values took.
+            input_ids: [B, S].
+            positions: of the tokens, consecutive [B, S]. If layers evict, they continue the sequence (its
+                last token may be run again), and there are at most as many as slots.
+            logits_index: the tokens of each row that get logits [B, L].
+            lengths: the number of tokens of each row [B]; the rest is padding, which may be skipped. A row of
+                length 0 is left as it is if layers evict. None: no padding. Padding is never run if rows
+                start at different positions.
+            shrink: release memory of temporary values after the call.
+
+        Returns:
+            Logits, float32 [B, L, vocab]; overwritten by the next call.
 
         Raises:
             UsageError: a position is beyond the capacity.
-            CannotRunHere: not enough memory for the cache.
+            CannotRunHere: there is not enough memory for the cache.
         """
 
     def device_memory(self) -> DeviceMemory | None:
-        """None where no device is used."""
+        """Memory of the device; None on the CPU."""

@@ -1,7 +1,7 @@
 """The GPU through CUDA's runtime: memory, copies, one stream, graphs. Nothing else of kvexport calls it.
 
-Knows `cuda.bindings` and its error codes, which become ours; must not know what is computed. Never run: no GPU was at
-hand. Only what a machine without one answers was tried (cuda-bindings 12.9 and 13.5).
+Knows `cuda.bindings` and its error codes, which become ours; must not know what is computed. Never run: no
+GPU was at hand. Only what a machine without one answers was tried (cuda-bindings 12.9 and 13.5).
 """
 
 from __future__ import annotations

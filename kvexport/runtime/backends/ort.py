@@ -1,7 +1,7 @@
 """The graph on ONNX Runtime: one call after another, over a cache that is bound in place.
 
-Knows the graph contract and ONNX Runtime; must not know what tokens mean, nor which sequence they belong to. Where the
-arrays are, in the host's memory or on a device, is the cache's place.
+Knows the graph contract and ONNX Runtime; must not know what tokens mean, nor which sequence they belong to.
+Where the arrays are, in the host's memory or on a device, is the cache's place.
 """
 
 from __future__ import annotations
@@ -15,7 +15,14 @@ import onnxruntime
 from numpy.typing import NDArray
 
 from kvexport.runtime.backends.base import TOKEN_INPUTS
-from kvexport.runtime.cache.device_arrays import ALL_ROWS, ELEMENT_TYPES, HOST, OnDevice, Place, as_float32
+from kvexport.runtime.cache.device_arrays import (
+    ALL_ROWS,
+    ELEMENT_TYPES,
+    HOST,
+    DeviceStorage,
+    Storage,
+    as_float32,
+)
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.types import DeviceMemory, Ids, Logits
 
@@ -25,9 +32,10 @@ _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bflo
 class OrtDecoder:
     """Runs tokens through the graph; keys and values are written into the cache without being copied.
 
-    Every buffer that a call takes or gives is used again while its shape stays the same, so that a decode step allocates
-    nothing but the graph's own temporary values. On a device, token ids and logits pass through buffers that are
-    allocated once; everything else stays there. On CUDA this was never run: no GPU was at hand.
+    Every buffer that a call takes or gives is used again while its shape stays the same, so that a decode
+    step allocates nothing but the graph's own temporary values. On a device, token ids and logits pass
+    through buffers that are allocated once; everything else stays there. On CUDA this was never run: no GPU
+    was at hand.
 
     Attributes:
         cache: the buffers in use.
@@ -48,8 +56,9 @@ class OrtDecoder:
     ) -> None:
         """
         Args:
-            row_by_row: run calls of several tokens one row of the batch after another: GroupQueryAttention takes no
-                batch of them once there is a past. So it is wherever layers evict, or padding would cost tokens.
+            row_by_row: run calls of several tokens one row of the batch after another: GroupQueryAttention
+                takes no batch of them once there is a past. So it is wherever layers evict, or padding would
+                cost tokens.
             loaded: bytes of the device that loading the graph took.
         """
         self._session, self._row_by_row, self._loaded = session, row_by_row, loaded
@@ -100,12 +109,12 @@ class OrtDecoder:
         return apart, int(positions.max())
 
     def device_memory(self) -> DeviceMemory | None:
-        place = self.cache.place
-        if not isinstance(place, OnDevice):
+        storage = self.cache.storage
+        if not isinstance(storage, DeviceStorage):
             return None
-        free, total = place.device.memory()
+        free, total = storage.device.memory()
         kv = sum(buffer.nbytes for buffer in self.cache.buffers.values())
-        return DeviceMemory(place.device.name, free, total, self._loaded, None, None, kv)
+        return DeviceMemory(storage.device.name, free, total, self._loaded, None, None, kv)
 
     def _run_rows(
         self, input_ids: Ids, positions: Ids, logits_index: Ids, lengths: Ids | None, shrink: bool
@@ -140,7 +149,7 @@ class OrtDecoder:
         logits = binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
         for name, (width, dtype) in self._extra.items():
             binding.output(name, (*input_ids.shape, width), dtype, HOST)
-        on_host = self.cache.place is HOST
+        on_host = self.cache.storage is HOST
         self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and on_host else None)
         if self._extra:
             self.extra = {
@@ -149,7 +158,7 @@ class OrtDecoder:
         if on_host:
             return logits
         binding.binding.synchronize_outputs()
-        return self.cache.place.read(logits)
+        return self.cache.storage.read(logits)
 
 
 class _Binding:
@@ -158,7 +167,7 @@ class _Binding:
     def __init__(self, session: onnxruntime.InferenceSession, cache: KvCache, row: int | None = None) -> None:
         self.binding = session.io_binding()
         self.arrays: dict[str, Any] = dict(cache.buffers)  # what is bound must stay alive
-        self._place = cache.place
+        self._place = cache.storage
         for name, buffer in cache.buffers.items():
             rows, dtype = ALL_ROWS if row is None else cache.rows_of(name, row), cache.dtype_of(name)
             self._bind(name, buffer, dtype, self._place, rows)
@@ -167,34 +176,34 @@ class _Binding:
     def inputs(self, inputs: tuple[Ids, ...]) -> None:
         """What `TOKEN_INPUTS` names. On a device they are bound for every call: ONNX Runtime copies what an operator wants in
         the host's memory (of GroupQueryAttention's graph write_indices) when it is bound, and not again."""
-        place, arrays = self._place, self.arrays
+        storage, arrays = self._place, self.arrays
         for name, values in zip(TOKEN_INPUTS, inputs, strict=True):
             array = arrays.get(name)
             if array is None or array.shape != values.shape:
-                array = self._array(name, values.shape, "int64", place)
-            place.write(array, values)
-        if place is not HOST:
-            place.synchronize()  # ONNX Runtime has streams of its own
+                array = self._array(name, values.shape, "int64", storage)
+            storage.write(array, values)
+        if storage is not HOST:
+            storage.synchronize()  # ONNX Runtime has streams of its own
             for name in TOKEN_INPUTS:
-                self._bind(name, self.arrays[name], "int64", place)
+                self._bind(name, self.arrays[name], "int64", storage)
             self.binding.synchronize_inputs()
 
-    def output(self, name: str, shape: tuple[int, ...], dtype: str, place: Place | None = None) -> Any:
-        return self._array(name, shape, dtype, place or self._place)
+    def output(self, name: str, shape: tuple[int, ...], dtype: str, storage: Storage | None = None) -> Any:
+        return self._array(name, shape, dtype, storage or self._place)
 
-    def _array(self, name: str, shape: tuple[int, ...], dtype: str, place: Place) -> Any:
+    def _array(self, name: str, shape: tuple[int, ...], dtype: str, storage: Storage) -> Any:
         """The array that is bound under `name`, made anew only when its shape changes."""
         array = self.arrays.get(name)
         if array is None or array.shape != shape:
-            array = self.arrays[name] = place.staged(shape, dtype)
-            self._bind(name, array, dtype, place)
+            array = self.arrays[name] = storage.pinned(shape, dtype)
+            self._bind(name, array, dtype, storage)
         return array
 
-    def _bind(self, name: str, array: Any, dtype: str, place: Place, rows: slice = ALL_ROWS) -> None:
-        address, shape = place.address(array, rows)
+    def _bind(self, name: str, array: Any, dtype: str, storage: Storage, rows: slice = ALL_ROWS) -> None:
+        address, shape = storage.address(array, rows)
         is_input = name in TOKEN_INPUTS or name.startswith("past_key_values.")
         bind = self.binding.bind_input if is_input else self.binding.bind_output
-        bind(name, place.kind, 0, ELEMENT_TYPES[dtype], shape, address)
+        bind(name, storage.kind, 0, ELEMENT_TYPES[dtype], shape, address)
 
 
 def _present(past: str) -> str:

@@ -89,13 +89,15 @@ def session_on(
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     """Options of every session: `threads` for one operator (None: one a core).
 
-    Numbers too small to be normal are kept, although weights of slots that hardly matter can be such and take a processor
-    tens of times as long: ONNX Runtime's option to flush them flushes those of the whole calling thread, and for good.
+    Numbers too small to be normal are kept, although weights of slots that hardly matter can be such and take
+    a processor tens of times as long: ONNX Runtime's option to flush them flushes those of the whole calling
+        thread, and for good.
 
-    All else is left as ONNX Runtime has it, after measuring a llama of 109 M parameters and a prompt of 2048 tokens:
-    weights are mapped and then packed once, which frees the mapped pages (without packing prefill takes a quarter more
-    processor time, and decoding no less); without the memory arena up to 90 MB more stay resident after a prefill, and
-    without memory patterns as much as with them.
+    All else is left as ONNX Runtime has it, after measuring a llama of 109 M parameters and a prompt of 2048
+    tokens: weights are mapped and then packed once, which frees the mapped pages (without packing prefill
+        takes a quarter more
+    processor time, and decoding no less); without the memory arena up to 90 MB more stay resident after a
+    prefill, and without memory patterns as much as with them.
 
     Raises:
         UsageError: threads is below 1, or beyond any machine's.

@@ -1,6 +1,7 @@
 """What runs a bundle here: ONNX Runtime on the CPU or on CUDA, or one of the bundle's TensorRT engines.
 
-The one place that chooses, and says why something else cannot be had. Each engine is imported only when it is chosen.
+The one place that chooses, and says why something else cannot be had. Each engine is imported only when it is
+chosen.
 """
 
 from __future__ import annotations
@@ -12,13 +13,13 @@ from kvexport.errors import CannotRunHere, UsageError
 from kvexport.packages import install_command
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.backends.tensorrt_select import Engine, engine_directories, find_engine
-from kvexport.runtime.cache.device_arrays import Device, OnDevice
+from kvexport.runtime.cache.device_arrays import Device, DeviceStorage
 from kvexport.runtime.cache.kv_cache import STEP, KvCache
 
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 
-# Tokens by which a cache on a device grows: allocating there is slow, and its attention skips unused capacity for the
-# most part.
+# Tokens by which a cache on a device grows: allocating there is slow, and its attention skips unused capacity
+# for the most part.
 _DEVICE_STEP = 1024
 
 
@@ -108,7 +109,13 @@ def new_cache(
     if provider.device is None:
         return KvCache(bundle, 1, dtype, fill=fill, step=step or STEP, slots=slots)
     return KvCache(
-        bundle, 1, dtype, fill=fill, step=step or _DEVICE_STEP, slots=slots, place=OnDevice(provider.device)
+        bundle,
+        1,
+        dtype,
+        fill=fill,
+        step=step or _DEVICE_STEP,
+        slots=slots,
+        storage=DeviceStorage(provider.device),
     )
 
 

@@ -1,11 +1,12 @@
 """A bundle's TensorRT engine: execution contexts over caches, which all share one scratch memory. Prompts of every cache are
-read in one context; each cache has one for its decode step, since a CUDA graph is of one context and of the addresses that it
-had (as NVIDIA's documentation of CUDA graphs advises).
+read in one context; each cache has one for its decode step, since a CUDA graph is of one context and of the
+addresses that it had (as NVIDIA's documentation of CUDA graphs advises).
 
-Knows TensorRT's runtime (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an engine's graph has: std24
-writes the cache in place, decomposed17 gives what is new, which is copied into it after the call: to the slots that it names
-where layers evict, else to those of the positions.
-Must not know what tokens mean. On a GPU this was never run: none was at hand; its tests run it on a simulated device.
+Knows TensorRT's runtime (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an engine's graph
+has: std24 writes the cache in place, decomposed17 gives what is new, which is copied into it after the call:
+to the slots that it names where layers evict, else to those of the positions.
+Must not know what tokens mean. On a GPU this was never run: none was at hand; its tests run it on a simulated
+device.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from kvexport.runtime.backends.tensorrt_loading import (
     require_contract,
 )
 from kvexport.runtime.backends.tensorrt_select import Engine
-from kvexport.runtime.cache.device_arrays import Device, DeviceArray, OnDevice, stored_as
+from kvexport.runtime.cache.device_arrays import Device, DeviceArray, DeviceStorage, stored_as
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.types import DeviceMemory, Ids, Logits
 
@@ -41,7 +42,7 @@ DECODE, PREFILL = 0, 1  # profiles
 class EngineCache(KvCache):
     """A cache of the engine's own capacity and batch, allocated once: its addresses never change."""
 
-    def __init__(self, bundle: Bundle, engine: Engine, place: OnDevice, fill: float) -> None:
+    def __init__(self, bundle: Bundle, engine: Engine, storage: DeviceStorage, fill: float) -> None:
         record = engine.record
         super().__init__(
             bundle,
@@ -50,7 +51,7 @@ class EngineCache(KvCache):
             fill=fill,
             step=record.capacity,
             limit=record.capacity,
-            place=place,
+            storage=storage,
         )
         self._engine = engine
         self.reserve(record.capacity)
@@ -71,13 +72,13 @@ class EngineCache(KvCache):
         CannotRunHere: not enough device memory.
         """
         self._require_batch(batch)
-        assert isinstance(self.place, OnDevice)
-        return EngineCache(self._bundle, self._engine, self.place, self._fill)
+        assert isinstance(self.storage, DeviceStorage)
+        return EngineCache(self._bundle, self._engine, self.storage, self._fill)
 
     def clear(self) -> None:
-        assert isinstance(self.place, OnDevice)
+        assert isinstance(self.storage, DeviceStorage)
         for buffer in self.buffers.values():
-            self.place.device.clear(buffer.address, buffer.nbytes)
+            self.storage.device.clear(buffer.address, buffer.nbytes)
         self._empty()
 
     def _require_batch(self, batch: int) -> None:
@@ -104,11 +105,12 @@ class TensorRtDecoder:
             fill: what slots hold until they are first written.
 
         Raises:
-            BundleError: the engine takes or gives other tensors than its record says, or does not write in place.
+            BundleError: the engine takes or gives other tensors than its record says, or does not write in
+                place.
             CannotRunHere: TensorRT cannot load it, or there is not enough device memory.
         """
         self._device, self._log = device, engine_log(engine.trt)
-        place = OnDevice(device)
+        storage = DeviceStorage(device)
         free = device.memory()[0]
         # Contexts need the engine, and the engine the runtime.
         self._runtime = engine.trt.Runtime(self._log)
@@ -122,13 +124,13 @@ class TensorRtDecoder:
         self.max_tokens_per_call = engine.record.chunk
         self._vocab = bundle.model.vocab_size
         with _within_memory():
-            self.cache: KvCache = EngineCache(bundle, engine, place, fill)
+            self.cache: KvCache = EngineCache(bundle, engine, storage, fill)
             self._updates = (
                 {}
                 if in_place
                 else {name: self._slice_of(buffer) for name, buffer in self.cache.buffers.items()}
             )
-            self._slots = {} if in_place else self._slots_of_heads(place)
+            self._slots = {} if in_place else self._slots_of_heads(storage)
             size = int(self._engine.device_memory_size_v2)  # of the profile that needs the most
             self._scratch = DeviceArray(device, (max(size, 1),), "uint8")
             self._prefill = self._calls(PREFILL, self.cache)
@@ -175,10 +177,10 @@ class TensorRtDecoder:
     def _calls(self, profile: int, cache: KvCache) -> _Calls:
         """Calls of a profile on a cache."""
         context, config = self._context(profile)
-        assert isinstance(cache.place, OnDevice)
+        assert isinstance(cache.storage, DeviceStorage)
         return _Calls(
             context,
-            cache.place,
+            cache.storage,
             self._log,
             self._vocab,
             self._addresses(cache),
@@ -202,8 +204,9 @@ class TensorRtDecoder:
     def _context(self, profile: int) -> tuple[Any, Any]:
         """A new execution context on one profile, over the scratch memory that all share, and its configuration.
 
-        TensorRT-RTX compiles kernels for a size when it first comes. For the decode step it shall do so at once: a graph that
-        was captured before would keep the slower ones. Prompts have many sizes, and do not wait.
+        TensorRT-RTX compiles kernels for a size when it first comes. For the decode step it shall do so at
+        once: a graph that was captured before would keep the slower ones. Prompts have many sizes, and do not
+            wait.
         """
         how: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config = None
@@ -246,14 +249,14 @@ class TensorRtDecoder:
             first, *more = group
             yield first, 1 + len(more), slot
 
-    def _slots_of_heads(self, place: OnDevice) -> dict[int, DeviceArray]:
+    def _slots_of_heads(self, storage: DeviceStorage) -> dict[int, DeviceArray]:
         """Where the graph says which slots it chose, of each layer that evicts."""
         states = {
             layer_and_which(name)[0]: buffer
             for name, buffer in self.cache.buffers.items()
             if name.endswith(STATE)
         }
-        return {layer: place.staged(state.shape[:1], "int64") for layer, state in states.items()}
+        return {layer: storage.pinned(state.shape[:1], "int64") for layer, state in states.items()}
 
     def _slice_of(self, buffer: DeviceArray) -> DeviceArray:
         batch, heads, _, width = buffer.shape
@@ -279,15 +282,15 @@ def _within_memory() -> Iterator[None]:
 class _Calls:
     """Calls of one profile: its context, and the arrays that they take and give but the caches.
 
-    Nothing is allocated from call to call, but for more logits than ever before. Once a decode step has run, the
-    uploads, the engine and the download are one CUDA graph; copies into the cache stay outside, since their target
-    changes with every step.
+    Nothing is allocated from call to call, but for more logits than ever before. Once a decode step has run,
+    the uploads, the engine and the download are one CUDA graph; copies into the cache stay outside, since
+    their target changes with every step.
     """
 
     def __init__(
         self,
         context: Any,
-        place: OnDevice,
+        storage: DeviceStorage,
         log: Any,
         vocab: int,
         bound: dict[str, int],
@@ -306,15 +309,15 @@ class _Calls:
         self._config = config
         self.context, self._place, self._device, self._log, self._vocab = (
             context,
-            place,
-            place.device,
+            storage,
+            storage.device,
             log,
             vocab,
         )
         self._captures, self._told = captures, told
         self._graph: Any | None = None
         self._counts = 0, 0  # tokens, logits
-        self._inputs = {name: place.staged((longest,), "int64") for name in TOKEN_INPUTS}
+        self._inputs = {name: storage.pinned((longest,), "int64") for name in TOKEN_INPUTS}
         self._logits: DeviceArray | None = None
         self.bind(bound | {name: array.address for name, array in self._inputs.items()})
 
@@ -371,7 +374,7 @@ class _Calls:
                 raise failure(self._log, f"the engine refuses {count} as a size of {name}")
         if self._logits is None or self._logits.shape[0] < logits:
             self._logits = None  # before more is allocated
-            self._logits = self._place.staged((logits, self._vocab), "float32")
+            self._logits = self._place.pinned((logits, self._vocab), "float32")
             self._address("logits", self._logits.address)
 
     def _count(self, name: str) -> int:

@@ -1,8 +1,4 @@
-"""Where arrays live: in the host's memory as numpy has it, or on a device, behind one interface.
-
-Knows shapes, dtypes by name, and how values get to a place and back; must not know what they mean. The device itself
-is `Device`, a small seam that `cuda` fills; whatever needs a GPU is behind it.
-"""
+"""Arrays in host or device memory behind one interface, `Storage`; a GPU is behind the protocol `Device`."""
 
 from __future__ import annotations
 
@@ -16,16 +12,21 @@ from numpy.typing import NDArray
 
 Shape = tuple[int, ...]
 
-# ONNX's numbers of the types (TensorProto.DataType): how ONNX Runtime is told of memory that no numpy array holds.
+# TensorProto.DataType of each dtype, for binding memory that is no numpy array.
 ELEMENT_TYPES = {"float32": 1, "int64": 7, "float16": 10, "bfloat16": 16}
 
 ALL_ROWS = slice(None)
 
 
 class Move(NamedTuple):
-    """Slots of an array [rows, heads, slots, width] that take the place of others: `slots` of them in each of `rows` rows.
+    """A copy of slots within an array [rows, heads, slots, width].
 
-    No move of several reads what one of them has written.
+    Of several moves, none reads what another has written.
+
+    Attributes:
+        row, rows: first row, and number of rows.
+        target, source: first slot to write, and to read.
+        slots: number of slots.
     """
 
     row: int
@@ -36,19 +37,19 @@ class Move(NamedTuple):
 
 
 def stored_as(dtype: str) -> np.dtype[Any]:
-    """numpy's type for values of `dtype`: its own, or for bfloat16, of which numpy knows nothing, their 16 bits."""
+    """The numpy dtype that stores values of `dtype`; uint16, the bits, for bfloat16, which numpy lacks."""
     return np.dtype(np.uint16 if dtype == "bfloat16" else dtype)
 
 
 def as_float32(values: NDArray[Any], dtype: str) -> NDArray[np.float32]:
-    """A float32 copy of values of `dtype`, as `stored_as` says."""
+    """A float32 copy of values of `dtype`, stored as `stored_as` says."""
     if dtype == "bfloat16":
         return (values.astype(np.uint32) << 16).view(np.float32)
     return values.astype(np.float32)
 
 
 def from_float(value: float, dtype: str) -> np.generic:
-    """One number as `stored_as` says; of a bfloat16 what does not fit is cut off."""
+    """A number stored as `stored_as` says; bfloat16 is truncated."""
     if dtype == "bfloat16":
         return np.uint16(int(np.float32(value).view(np.uint32)) >> 16)
     scalar: np.generic = np.dtype(dtype).type(value)
@@ -56,13 +57,13 @@ def from_float(value: float, dtype: str) -> np.generic:
 
 
 class Device(Protocol):
-    """What decoders need of a GPU. Every call but `free` and `memory` is queued on one stream, in order.
+    """A GPU. All operations but `free` and `memory` are queued on one stream, in order.
 
     Attributes:
         kind: ONNX Runtime's name for such devices.
-        name: the product's.
+        name: of the product.
         compute_capability: such as "8.7".
-        stream: the stream's handle.
+        stream: handle of the stream.
     """
 
     kind: str
@@ -71,12 +72,16 @@ class Device(Protocol):
     stream: int
 
     def allocate(self, count: int) -> int:
-        """The address of `count` bytes, aligned to 256; raises MemoryError."""
+        """Allocate `count` bytes; returns the address, a multiple of 256.
+
+        Raises:
+            MemoryError: there is not enough memory.
+        """
 
     def free(self, address: int) -> None: ...
 
     def pinned(self, count: int) -> NDArray[np.uint8]:
-        """Memory of the host that copies to and from the device need not wait for."""
+        """Allocate page-locked host memory, for asynchronous copies to and from the device."""
 
     def clear(self, address: int, count: int) -> None: ...
 
@@ -87,25 +92,27 @@ class Device(Protocol):
     def copy_rows(
         self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
     ) -> None:
-        """Copy `rows` rows of `width` bytes, whose beginnings are `pitch` bytes apart, from device to device."""
+        """Copy `rows` rows of `width` bytes from device to device. Pitch: bytes from one row to the next."""
 
     def synchronize(self) -> None:
-        """Wait for whatever is queued."""
+        """Wait for all queued operations."""
 
     def capture(self, work: Callable[[], None]) -> Any | None:
-        """What `work` queues, as a graph to `launch` again and again, without doing it; None where it cannot be captured."""
+        """Record what `work` queues, without running it: a graph for `launch`, or None if it cannot be captured."""
 
     def launch(self, graph: Any) -> None: ...
 
     def memory(self) -> tuple[int, int]:
-        """Bytes free and in all, as the driver says now."""
+        """Free and total memory in bytes."""
 
 
 class DeviceArray:
-    """An array in a device's memory, which is freed with this object.
+    """An array in the memory of a device, freed with this object.
 
     Attributes:
-        host: its copy in the host's memory, where `staged` made it one.
+        shape, dtype, nbytes: as in numpy.
+        address: in device memory.
+        host: its page-locked copy in host memory; None unless `DeviceStorage.pinned` created it.
     """
 
     def __init__(self, device: Device, shape: Shape, dtype: str) -> None:
@@ -113,7 +120,7 @@ class DeviceArray:
         self.nbytes = math.prod(shape) * stored_as(dtype).itemsize
         self.address = device.allocate(self.nbytes)
         self.host: NDArray[Any] | None = None
-        weakref.finalize(self, device.free, self.address).atexit = False  # the driver may be gone before us
+        weakref.finalize(self, device.free, self.address).atexit = False  # the driver may be unloaded first
 
     def view(self, rows: slice) -> tuple[int, Shape]:
         """Address and shape of some rows of the first dimension."""
@@ -121,22 +128,22 @@ class DeviceArray:
         return self.address + first * (self.nbytes // self.shape[0]), (stop - first, *self.shape[1:])
 
 
-class Host:
-    """Arrays of numpy."""
+class HostStorage:
+    """Arrays in host memory, as numpy arrays."""
 
     kind = "cpu"
 
     def zeros(self, shape: Shape, dtype: str) -> NDArray[Any]:
         return np.zeros(shape, stored_as(dtype))
 
-    def staged(self, shape: Shape, dtype: str) -> NDArray[Any]:
+    def pinned(self, shape: Shape, dtype: str) -> NDArray[Any]:
         return np.empty(shape, stored_as(dtype))
 
     def write(self, array: NDArray[Any], values: NDArray[Any]) -> None:
         array[...] = values
 
     def read(self, array: NDArray[Any]) -> NDArray[Any]:
-        """The array itself."""
+        """The array itself, without a copy."""
         return array
 
     def read_rows(self, array: NDArray[Any], rows: slice) -> NDArray[Any]:
@@ -146,7 +153,7 @@ class Host:
     def write_rows(self, array: NDArray[Any], rows: slice, values: NDArray[Any]) -> None:
         array[rows] = values
 
-    def carry(self, source: NDArray[Any], target: NDArray[Any], slots: int) -> None:
+    def copy_slots(self, source: NDArray[Any], target: NDArray[Any], slots: int) -> None:
         target[:, :, :slots] = source[:, :, :slots]
 
     def move(self, array: NDArray[Any], moves: Sequence[Move]) -> None:
@@ -156,15 +163,15 @@ class Host:
             ]
 
     def address(self, array: NDArray[Any], rows: slice = ALL_ROWS) -> tuple[int, Shape]:
-        """Where an array, or some rows of it, begin, and their shape."""
+        """Address and shape of an array, or of some of its rows."""
         part = array[rows]
         return part.ctypes.data, part.shape
 
     def synchronize(self) -> None: ...
 
 
-class OnDevice:
-    """Arrays in a device's memory."""
+class DeviceStorage:
+    """Arrays in the memory of a device."""
 
     def __init__(self, device: Device) -> None:
         self.device = device
@@ -175,23 +182,23 @@ class OnDevice:
         self.device.clear(array.address, array.nbytes)
         return array
 
-    def staged(self, shape: Shape, dtype: str) -> DeviceArray:
-        """An array that the host writes or reads again and again, with its copy there."""
+    def pinned(self, shape: Shape, dtype: str) -> DeviceArray:
+        """An array that the host writes or reads in every call, with a page-locked copy in host memory."""
         array = DeviceArray(self.device, shape, dtype)
         array.host = self.device.pinned(array.nbytes).view(stored_as(dtype)).reshape(shape)
         return array
 
     def write(self, array: DeviceArray, values: NDArray[Any]) -> None:
         if array.host is None:
-            kept = np.ascontiguousarray(values)
-            self.device.upload(array.address, kept)
-            self.device.synchronize()  # before `kept` is gone
+            contiguous = np.ascontiguousarray(values)
+            self.device.upload(array.address, contiguous)
+            self.device.synchronize()  # before `contiguous` is freed
         else:
             array.host[...] = values
             self.device.upload(array.address, array.host)
 
     def read(self, array: DeviceArray) -> NDArray[Any]:
-        """A copy in the host's memory: the same each time where the array is staged."""
+        """A copy in host memory; for a pinned array, its host copy, which the next call overwrites."""
         host = np.empty(array.shape, stored_as(array.dtype)) if array.host is None else array.host
         self.device.download(host, array.address)
         self.device.synchronize()
@@ -205,12 +212,12 @@ class OnDevice:
         return host
 
     def write_rows(self, array: DeviceArray, rows: slice, values: NDArray[Any]) -> None:
-        kept = np.ascontiguousarray(values, stored_as(array.dtype))
-        self.device.upload(array.view(rows)[0], kept)
-        self.device.synchronize()  # before `kept` is gone
+        contiguous = np.ascontiguousarray(values, stored_as(array.dtype))
+        self.device.upload(array.view(rows)[0], contiguous)
+        self.device.synchronize()  # before `contiguous` is freed
 
-    def carry(self, source: DeviceArray, target: DeviceArray, slots: int) -> None:
-        """Copy the first `slots` slots of a cache [batch, heads, slots, width] to a roomier one."""
+    def copy_slots(self, source: DeviceArray, target: DeviceArray, slots: int) -> None:
+        """Copy the first `slots` slots of a cache [batch, heads, slots, width] to a larger one."""
         batch, heads, _, width = source.shape
         slot = width * stored_as(source.dtype).itemsize
         pitches = [slot * array.shape[2] for array in (target, source)]
@@ -220,7 +227,7 @@ class OnDevice:
         self.device.synchronize()  # before the source is freed
 
     def move(self, array: DeviceArray, moves: Sequence[Move]) -> None:
-        """Queued, and done in order with all that follows."""
+        """Queue the moves, without waiting for them."""
         _, heads, slots, width = array.shape
         slot = width * stored_as(array.dtype).itemsize
         for row, rows, target, source, count in moves:
@@ -237,5 +244,5 @@ class OnDevice:
         self.device.synchronize()
 
 
-HOST = Host()
-Place = Host | OnDevice
+HOST = HostStorage()
+Storage = HostStorage | DeviceStorage

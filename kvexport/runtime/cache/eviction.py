@@ -1,7 +1,6 @@
-"""Layers that hold a budget of tokens: which slots a call may use, and who goes before a prompt's next tokens come.
+"""Eviction in the runtime: which slots a call writes, and which tokens leave before a chunk of a prompt is run.
 
-Does in numpy what `kvexport.eviction.reference_cache.EvictingCache.make_room`, the oracle, does. Knows slots, states and positions; must not
-know how attention reads them, nor which engine does.
+The same algorithm as the PyTorch reference, `kvexport.eviction.reference_cache.EvictingCache.make_room`.
 """
 
 from __future__ import annotations
@@ -13,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.eviction.config import LATEST, NEVER, POSITION_PLUS_ONE, SCORE, UNSEEN, Eviction
-from kvexport.runtime.cache.device_arrays import Move, Place
+from kvexport.runtime.cache.device_arrays import Move, Storage
 
 Ints = NDArray[np.int64]
 State = NDArray[np.float32]
@@ -21,30 +20,40 @@ State = NDArray[np.float32]
 
 @dataclass
 class Occupancy:
-    """How many slots of each sequence are in use [batch], alike in all heads and layers, and how many tokens it had."""
+    """Slots in use in layers that evict, equal in all of their heads.
+
+    Attributes:
+        filled: slots in use of each sequence [batch].
+        seen: tokens of each sequence that were run [batch], evicted ones included.
+    """
 
     filled: Ints
     seen: Ints
 
     @classmethod
     def empty(cls, batch: int) -> Occupancy:
+        """No slots in use."""
         return cls(np.zeros(batch, np.int64), np.zeros(batch, np.int64))
 
     def take(self, rows: slice, first: Ints, count: int, usable: int, slots: int) -> Ints:
-        """What `write_indices` says of `count` tokens at `first` [rows] and after, which are in use from then on.
+        """Take slots for `count` tokens of each row, and return the graph's `write_indices` [rows].
 
-        There is room for them, or `count` is 1. The very last token may come again: the graph finds its slot, or, while there
-        is room, is told.
+        They fit, or `count` is 1. The last token of a sequence may be run again: the graph finds its slot
+        itself once the cache is full; before that, its index is returned.
 
         Args:
-            usable: slots that may be in use; `slots` is how many there are.
+            rows: sequences.
+            first: position of the first token [rows].
+            count: tokens of each.
+            usable: slots that may be used.
+            slots: slots of the buffers; as an index it means that a token must be evicted.
         """
         again = first == self.seen[rows] - 1
         assert ((first == self.seen[rows]) | again).all(), (
-            "tokens come one after another, or the last one again"
+            "tokens must continue the sequence or repeat its last one"
         )
         assert count == 1 or ((self.filled[rows] + count <= usable).all() and not again.any()), (
-            "no room for several tokens"
+            "several tokens at once must fit"
         )
         full = self.filled[rows] >= usable
         indices = np.where(full, slots, self.filled[rows] - again)
@@ -55,30 +64,38 @@ class Occupancy:
 
 @dataclass(frozen=True)
 class Ranking:
-    """Who goes first in a layer: `eviction`, and the `window` of its attention, beyond which no query sees a token."""
+    """The order in which tokens of a layer are evicted.
+
+    Attributes:
+        eviction: policy and protected positions.
+        window: of the layer's attention; tokens that left it are evicted before all others. None: full
+            attention.
+    """
 
     eviction: Eviction
     window: int | None
 
-    def kept(self, state: State, keep: int, position: int) -> Ints:
-        """Which `keep` tokens stay before one at `position` comes: their slots [N, keep], by the slots that they take.
+    def remaining(self, state: State, keep: int, position: int) -> Ints:
+        """The slots of the tokens that remain, in the order of the slots that they move to, [N, keep].
 
         Args:
             state: of each head's tokens, [N, tokens, 2].
+            keep: tokens that remain.
+            position: of the token that is run next.
         """
         heads, tokens = state.shape[:2]
         recent = max(0, min(self.eviction.protect_recent, keep - self.eviction.protect_first))
-        ranked = np.argsort(-self._priorities(state, position, recent), axis=1, kind="stable")
-        goes = np.zeros((heads, tokens), np.bool_)
-        np.put_along_axis(goes, ranked[:, : tokens - keep], True, axis=1)
-        kept = np.tile(np.arange(keep), (heads, 1))
-        kept[goes[:, :keep]] = np.tile(np.arange(keep, tokens), (heads, 1))[
-            ~goes[:, keep:]
-        ]  # as many in every head
-        return kept
+        ranked = np.argsort(-self.priorities(state, position, recent), axis=1, kind="stable")
+        evicted = np.zeros((heads, tokens), np.bool_)
+        np.put_along_axis(evicted, ranked[:, : tokens - keep], True, axis=1)
+        remaining = np.tile(np.arange(keep), (heads, 1))
+        # In every head, as many tokens are evicted in front of slot `keep` as remain behind it.
+        behind = np.tile(np.arange(keep, tokens), (heads, 1))[~evicted[:, keep:]]
+        remaining[evicted[:, :keep]] = behind
+        return remaining
 
-    def _priorities(self, state: State, position: int, recent: int) -> State:
-        """The highest goes first, [N, tokens] float32."""
+    def priorities(self, state: State, position: int, recent: int) -> State:
+        """Priorities [N, tokens], float32; the highest is evicted first."""
         stored, following = state[..., POSITION_PLUS_ONE], position + 1
         evictable = (stored <= following - recent) & (stored > self.eviction.protect_first)
         priorities = np.where(evictable, state[..., SCORE], np.float32(-NEVER))
@@ -89,7 +106,7 @@ class Ranking:
 
 
 def make_room(
-    place: Place,
+    storage: Storage,
     caches: tuple[Any, Any, Any],
     rows: slice,
     ranking: Ranking,
@@ -97,32 +114,37 @@ def make_room(
     keep: int,
     position: int,
 ) -> None:
-    """Let a sequence's tokens in one layer go until `keep` of `tokens` are left; they move to the first slots.
+    """Evict tokens of a sequence in one layer until `keep` of `tokens` remain, and move those to the first slots.
 
     Args:
-        caches: keys, values and state of the layer, [batch·N, 1, slots, ...], where `place` has them.
+        storage: of the caches.
+        caches: keys, values and state of the layer, [batch·N, 1, slots, ...].
         rows: the sequence's heads among batch·N.
-        position: of the token that comes next.
+        ranking: of the layer.
+        tokens: slots in use.
+        keep: tokens that remain.
+        position: of the token that is run next.
     """
     key, value, state = caches
-    held = place.read_rows(state, rows)
-    kept = ranking.kept(held[:, 0, :tokens], keep, position)
-    moves = moves_of(kept, rows.start)
+    states = storage.read_rows(state, rows)
+    remaining = ranking.remaining(states[:, 0, :tokens], keep, position)
+    moves = moves_for(remaining, rows.start)
     for cache in (key, value):
-        place.move(cache, moves)
-    held[:, 0, :keep] = np.take_along_axis(held[:, 0], kept[..., None], axis=1)
-    held[:, 0, keep:tokens] = 0
-    place.write_rows(state, rows, held)
+        storage.move(cache, moves)
+    states[:, 0, :keep] = np.take_along_axis(states[:, 0], remaining[..., None], axis=1)
+    states[:, 0, keep:tokens] = 0
+    storage.write_rows(state, rows, states)
 
 
-def moves_of(kept: Ints, first: int) -> list[Move]:
-    """As few moves as make slot n of each head hold what `kept` [N, keep] says, neighbours together; heads begin at row `first`.
+def moves_for(remaining: Ints, first: int) -> list[Move]:
+    """The fewest moves that bring the slots `remaining` [N, keep] to the first slots; heads start at row `first`.
 
-    Tokens that stay either keep their slot or come from one beyond all of them, so that no move reads what another wrote.
+    A token either keeps its slot or comes from behind all of them, so that no move reads what another has
+    written.
     """
     moves: list[Move] = []
-    last: list[Move] = []  # of the head before
-    for head, slots in enumerate(kept):
+    last: list[Move] = []  # of the previous heads with equal moves
+    for head, slots in enumerate(remaining):
         targets = np.flatnonzero(slots != np.arange(len(slots)))
         sources = slots[targets]
         ends = np.flatnonzero((np.diff(targets) != 1) | (np.diff(sources) != 1)) + 1

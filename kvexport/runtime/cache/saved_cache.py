@@ -1,6 +1,7 @@
 """A cache in a file: safetensors whose metadata say of which bundle it is and where each sequence was.
 
-Knows the file's format, and checks all of it before memory is taken for what it holds; must not know how a cache is run.
+Knows the file's format, and checks all of it before memory is taken for what it holds; must not know how a
+cache is run.
 """
 
 from __future__ import annotations
@@ -166,7 +167,7 @@ def _held(kv: KvCache, name: str, lengths: Ids) -> NDArray[Any]:
     shape = kv.shape_of(name, kv.batch, int(lengths.max(initial=0)), _most(occupancy))
     if name not in kv.buffers:
         return np.zeros(shape, stored_as(kv.dtype_of(name)))
-    held = kv.place.read(kv.buffers[name])[:, :, : shape[2]].copy()
+    held = kv.storage.read(kv.buffers[name])[:, :, : shape[2]].copy()
     ends = occupancy.filled if occupancy is not None and kv.evicts(name) else lengths
     for row, end in enumerate(ends):
         held[kv.rows_of(name, row), :, int(end) :] = 0
@@ -341,9 +342,9 @@ class _Reader:
         self._file.seek(self._begins[name])
         if self._file.readinto(values.view(np.uint8).reshape(-1).data) != values.nbytes:  # type: ignore[attr-defined]
             self._refuse("it became shorter while it was read")
-        staged: Any = kv.place.zeros(values.shape, kv.dtype_of(name))
-        kv.place.write(staged, values)
-        kv.place.carry(staged, kv.buffers[name], values.shape[2])
+        pinned: Any = kv.storage.zeros(values.shape, kv.dtype_of(name))
+        kv.storage.write(pinned, values)
+        kv.storage.copy_slots(pinned, kv.buffers[name], values.shape[2])
 
     def _refuse(self, what: str, *, got: object = None, expected: object = None) -> NoReturn:
         raise UsageError(

@@ -23,7 +23,8 @@ class Sequences:
         kv: their keys and values.
         lengths: tokens of each that were run [B].
         last: the last of them [B].
-        pending: tokens of each that were generated but not run yet, at most one; the next call runs them first.
+        pending: tokens of each that were generated but not run yet, at most one; the next call runs them
+            first.
         changes: number of calls that ran tokens, by which a lease detects the calls of others.
         undefined: a call failed midway and left the cache half written.
     """
@@ -55,8 +56,8 @@ class Sequences:
 class Cache:
     """Sequences beside a session's own, over the same weights: one conversation, or a batch of them.
 
-    Created by `Session.new_cache` and `Session.load`; calls with `cache=` continue its sequences. Its memory is released
-    when the object is garbage-collected or the session is closed.
+    Created by `Session.new_cache` and `Session.load`; calls with `cache=` continue its sequences. Its memory
+    is released when the object is garbage-collected or the session is closed.
 
     Attributes:
         sequences: internal state; not part of the public API.

@@ -1,4 +1,4 @@
-"""What a cache takes and may take, as a caller sees it; knows sizes, and nothing of what runs."""
+"""Sizes of a cache, as `Session.memory` reports them."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from kvexport.runtime.types import DeviceMemory
 
 @dataclass(frozen=True)
 class Memory:
-    """KV bytes of a cache.
+    """Sizes of a KV cache in tokens and bytes.
 
     Attributes:
-        batch: sequences.
-        capacity, capacity_limit: tokens that each sequence has room for now, and may ever hold.
-        bytes_allocated, bytes_limit: what the cache takes now, and will take at the limit.
-        bytes_per_token: what one token of one sequence takes, with its state in layers that evict.
-        budget: tokens of a sequence that layers hold which evict; None: no layer does.
-        layers: bytes allocated now, layer by layer.
-        device: all that is known of the device's memory; None where the session runs on the CPU.
+        batch: number of sequences.
+        capacity: tokens per sequence that memory is allocated for now.
+        capacity_limit: the largest number of tokens per sequence.
+        bytes_allocated: allocated now.
+        bytes_limit: allocated when the sequences reach `capacity_limit`.
+        bytes_per_token: of one token of one sequence, with its state in layers that evict.
+        budget: tokens of a sequence in layers that evict; None if no layer evicts.
+        layers: bytes allocated now, per layer.
+        device: memory of the device; None on the CPU.
     """
 
     batch: int
@@ -35,7 +37,7 @@ class Memory:
 
 
 def memory_of(kv: KvCache, bundle: Bundle, device: DeviceMemory | None) -> Memory:
-    """What is allocated for `kv` now, and what it comes to at its limit."""
+    """The sizes of a cache of a bundle."""
     allocated = kv.layer_bytes()
     return Memory(
         batch=kv.batch,

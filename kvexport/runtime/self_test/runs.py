@@ -1,6 +1,7 @@
 """A bundle's reference tokens run in caches full of garbage, and what each token left: the self-test's hands.
 
-Knows decoders, caches and the vectors; what a difference means is in `self_test`. The C++ library does the same, line by line.
+Knows decoders, caches and the vectors; what a difference means is in `self_test`. The C++ library does the
+same, line by line.
 """
 
 from __future__ import annotations
@@ -92,7 +93,7 @@ class Runs:
         for name, buffer in cache.buffers.items():  # of an engine's; others are filled as they grow
             dtype = cache.dtype_of(name)
             if not name.endswith(f".{STATE}"):
-                cache.place.write(buffer, np.full(buffer.shape, from_float(GARBAGE, dtype)))
+                cache.storage.write(buffer, np.full(buffer.shape, from_float(GARBAGE, dtype)))
         slots = self._vectors.slots
         if slots is not None and cache.slots is not None and cache.slots > slots:
             cache.block(slots)

@@ -1,26 +1,37 @@
 """A bundle held against its reference vectors where it runs: does it compute here what its PyTorch twin computed?
 
-Knows what a difference from the vectors means (`vectors`); how tokens are run is in `self_test_runs`. Needs numpy and the engine
-alone. The C++ library does the same, line by line. The algorithm:
+Knows what a difference from the vectors means (`vectors`); how tokens are run is in `self_test_runs`. Needs
+numpy and the engine alone. The C++ library does the same, line by line. The algorithm:
 
-1. Hash what is run; a file that is not as the manifest says is damage, and no verdict. An engine of another bundle: `engine`.
+1. Hash what is run; a file that is not as the manifest says is damage, and no verdict. An engine of another
+bundle: `engine`.
    Weights in the manifest that are not those the vectors were recorded with: `weights`.
-2. Run the tokens twice, each time in an empty cache whose key and value slots hold garbage, and which grows every `STEP` tokens
-   where it can. Where layers evict, all but `vectors.slots` of their slots are blocked. An engine of a smaller capacity than the
-   vectors have tokens runs as many as it takes.
-   - "at once": all tokens in calls as long as the engine takes; where layers evict only the prompt, which fits their slots.
-   - "step by step": the prompt in calls of `CHUNK`, then the continuation token by token, whatever is the likeliest.
-   Of every row r from `first_row` on, take rms, likeliest token and chosen values of the logits, and the norms of token r's key
-   and value in each layer: from slot r once all has run, or, where a layer evicts, after the call, from the slot of each head
-   whose state says position r (none: not a number). Where scores are norms, compare them with those of the keys found there,
-   then put those of `vectors.steady_scores` in their place, after every call.
-3. Generate from the prompt, in a third such cache, each token the likeliest; count those that are the continuation's, up to the
+2. Run the tokens twice, each time in an empty cache whose key and value slots hold garbage, and which grows
+every `STEP` tokens
+   where it can. Where layers evict, all but `vectors.slots` of their slots are blocked. An engine of a
+   smaller capacity than the vectors have tokens runs as many as it takes.
+   - "at once": all tokens in calls as long as the engine takes; where layers evict only the prompt, which
+     fits their slots.
+   - "step by step": the prompt in calls of `CHUNK`, then the continuation token by token, whatever is the
+     likeliest.
+   Of every row r from `first_row` on, take rms, likeliest token and chosen values of the logits, and the
+   norms of token r's key
+   and value in each layer: from slot r once all has run, or, where a layer evicts, after the call, from the
+       slot of each head
+   whose state says position r (none: not a number). Where scores are norms, compare them with those of the
+   keys found there, then put those of `vectors.steady_scores` in their place, after every call.
+3. Generate from the prompt, in a third such cache, each token the likeliest; count those that are the
+continuation's, up to the
    first that the twin itself nearly did not choose (margin / rms below `tie`).
-4. Errors of a run: `logits`, the largest of |value - the twin's| / the twin's rms and |rms / the twin's - 1|; `norms`, the
-   largest |norm / the twin's - 1|; `choice`, the largest margin / rms of a row whose likeliest token is not the twin's. What is
-   not a number counts as infinite. A run is right within a tolerance if none of the three exceeds its own.
-5. The verdict. With the tolerance of the provider and the bundle's dtype: both runs right and every token generated: `ok`. At
-   once right: `cache`. Else, if both are right with the tolerance of the next lower dtype: `precision`. Else: `weights` on the
+4. Errors of a run: `logits`, the largest of |value - the twin's| / the twin's rms and |rms / the twin's - 1|;
+`norms`, the
+   largest |norm / the twin's - 1|; `choice`, the largest margin / rms of a row whose likeliest token is not
+   the twin's. What is not a number counts as infinite. A run is right within a tolerance if none of the three
+   exceeds its own.
+5. The verdict. With the tolerance of the provider and the bundle's dtype: both runs right and every token
+generated: `ok`. At
+   once right: `cache`. Else, if both are right with the tolerance of the next lower dtype: `precision`. Else:
+       `weights` on the
    CPU, where nothing but the bundle can be wrong; `engine` on any other provider.
 """
 
