@@ -10,6 +10,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 import torch
+from support.combinations import representatives
 from support.decoders import STYLES, make_decoder
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
@@ -94,9 +95,10 @@ def test_large_budgets_and_batches_build(lowering: str, rtx: Any, evicting: Call
 
 @pytest.mark.tensorrt
 @pytest.mark.slow
-@pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("style", "policy", "lowering"),
+    representatives(list(STYLES), list(POLICIES), ("std24", "decomposed17"), cover=(1, 2)),
+)
 def test_every_style_and_policy_builds(
     style: str, policy: str, lowering: str, rtx: Any, evicting: Callable[..., Path]
 ) -> None:

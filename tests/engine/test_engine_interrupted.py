@@ -12,8 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.combinations import representatives
 
-pytestmark = pytest.mark.tensorrt
+pytestmark = [pytest.mark.tensorrt, pytest.mark.slow]
 
 
 def command(bundle: Path, *options: str) -> list[str]:
@@ -21,9 +22,8 @@ def command(bundle: Path, *options: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "delay", [0.0, pytest.param(0.5, marks=pytest.mark.slow), pytest.param(1.0, marks=pytest.mark.slow)]
+    ("delay", "number"), representatives((0.0, 0.5, 1.0), (signal.SIGINT, signal.SIGTERM), cover=(1,))
 )
-@pytest.mark.parametrize("number", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_stops_the_build_and_leaves_nothing(
     delay: float, number: signal.Signals, rtx: Any, tiny: Callable[..., Path]
 ) -> None:

@@ -12,6 +12,7 @@ import onnxruntime
 import pytest
 import torch
 from numpy.typing import NDArray
+from support.combinations import representatives
 from support.graph_decoders import (
     BLOOM,
     LLAMA,
@@ -144,9 +145,7 @@ def disagreement(
     return worst
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("case", "policy"), representatives(list(CASES), list(POLICIES)))
 def test_equals_the_oracle_token_for_token(case: str, policy: str, tmp_path: Path) -> None:
     style, shapes = CASES[case]
     decoder, eviction = make_decoder(shapes, style), Eviction(policy, 9, protect_first=1, protect_recent=3)

@@ -8,6 +8,7 @@ from pathlib import Path
 import onnx_ir as ir
 import pytest
 import torch
+from support.combinations import representatives
 from support.decoders import make_decoder, random_windows, with_attention
 from support.graph_decoders import disagreement, quiet, rounded, write
 
@@ -36,12 +37,9 @@ CASES = {
     "gqa": wide("gqa"),
     "two groups": wide(kv_heads=2, key_dim=12, value_dim=12),
 }
-everything = pytest.mark.parametrize(
-    ("lowering", "name"), [(each, name) for each in LOWERINGS for name in CASES]
-)
 
 
-@everything
+@pytest.mark.parametrize(("lowering", "name"), representatives(list(LOWERINGS), list(CASES)))
 def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> None:
     contract, path = write(CASES[name], tmp_path), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)

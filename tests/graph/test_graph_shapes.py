@@ -11,6 +11,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 import torch
+from support.combinations import representatives
 from support.decoders import make_decoder, random_windows
 from support.graph_decoders import disagreement, quiet, rounded, write
 from support.tiny_bundles import write_bundle
@@ -56,11 +57,8 @@ CASES: dict[str, tuple[str, list[Cut]]] = {
 
 
 def cases(*names: str) -> pytest.MarkDecorator:
-    """Those, in every lowering."""
-    return pytest.mark.parametrize(
-        ("lowering", "name"),
-        [(each, name) for each in LOWERINGS for name in names],
-    )
+    """These cases, each in every lowering; some are representatives."""
+    return pytest.mark.parametrize(("lowering", "name"), representatives(list(LOWERINGS), names))
 
 
 @cache
@@ -114,8 +112,9 @@ def test_and_in_float16_on_the_same_weights(lowering: str, name: str, tmp_path: 
     assert disagreement(decoder, session, lowered_contract(contract, lowering), fill=3.0) < 5e-3
 
 
-@pytest.mark.parametrize("lowering", LOWERINGS)
-@pytest.mark.parametrize("part", ["key_map", "query_map", "value_map", "scale"])
+@pytest.mark.parametrize(
+    ("part", "lowering"), representatives(("key_map", "query_map", "value_map", "scale"), list(LOWERINGS))
+)
 def test_a_map_of_another_layer_is_seen(part: str, lowering: str, tmp_path: Path) -> None:
     """The negative control: two layers of one shape, and one leaf in the wrong place; or the scale of the wide head."""
     decoder = converted(

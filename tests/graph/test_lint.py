@@ -9,6 +9,7 @@ from typing import Any
 import onnx
 import onnx_ir as ir
 import pytest
+from support.combinations import representatives
 from support.lint_graphs import OLDER_CASES, RTX, RTX_CASES, UNFUSED, WRONG, attention, one
 
 from kvexport.graph.lint import Parser, find_unfused_attention, lint, refusals
@@ -84,8 +85,9 @@ def test_the_real_builder_takes_it_only_where_it_may_be_decomposed(name: str, rt
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-@pytest.mark.parametrize("width", [16, 24, 40, 64, 80, 96, 128, 200, 256])
-@pytest.mark.parametrize("lead", ["float16", "bfloat16"])
+@pytest.mark.parametrize(
+    ("width", "lead"), representatives((16, 24, 40, 64, 80, 96, 128, 200, 256), ("float16", "bfloat16"))
+)
 def test_the_real_builder_has_a_fused_kernel_where_there_is_no_note(width: int, lead: str, rtx: Any) -> None:
     dtype = getattr(onnx.TensorProto, lead.upper())
     model = attention((1, 4, "s", width), (1, 2, 32, width), dtype=dtype, mask=(1, 1, "s", 32))

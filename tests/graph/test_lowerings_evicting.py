@@ -10,6 +10,7 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
+from support.combinations import representatives
 from support.graph_decoders import BLOOM, LLAMA, QWEN2, Shape, make_decoder, mapped, quiet, slopes_of
 from test_graph_evicting import CASES, disagreement, write
 
@@ -39,18 +40,14 @@ def session(path: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(path, quiet(), providers=["CPUExecutionProvider"])
 
 
-@pytest.mark.slow
-@every_lowering
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(("case", "lowering"), representatives(list(CASES), LOWERED))
 def test_equals_the_oracle_token_for_token(case: str, lowering: str, tmp_path: Path) -> None:
     style, shapes = CASES[case]
     decoder = make_decoder(shapes, style)
     assert disagreement(decoder, *lowered(decoder, tmp_path, lowering), EVICTION) < 5e-6
 
 
-@pytest.mark.slow
-@every_lowering
-@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize(("policy", "lowering"), representatives(list(POLICIES), LOWERED))
 def test_every_policy_equals_the_oracle_where_some_layers_evict_nothing(
     policy: str, lowering: str, tmp_path: Path
 ) -> None:
@@ -181,9 +178,10 @@ def steps(
     return [cache.numpy().any(axis=3).sum(axis=2).ravel().tolist() for cache in caches.values()]
 
 
-@pytest.mark.parametrize("style", [LLAMA, BLOOM, QWEN2], ids=["llama", "bloom", "qwen2"])
-@pytest.mark.parametrize("lowering", ["std24", "ort-cpu"])
-@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize(
+    ("style", "lowering", "dtype"),
+    representatives((LLAMA, BLOOM, QWEN2), ("std24", "ort-cpu"), ("float32", "float16")),
+)
 def test_bound_caches_and_states_are_written_in_place(
     style: str, lowering: str, dtype: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

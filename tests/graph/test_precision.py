@@ -12,6 +12,7 @@ import onnx_ir as ir
 import pytest
 import torch
 from onnx.reference import ReferenceEvaluator
+from support.combinations import representatives
 from support.graph_decoders import (
     LLAMA,
     QWEN2,
@@ -77,9 +78,9 @@ def test_calibration_finds_what_overflows(style: str, case: str) -> None:
     assert kept_of(with_large_mlp(plain, up, down)) == wanted
 
 
-@pytest.mark.parametrize("lowering", ["std24", *LOWERED])
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(
+    ("lowering", "case", "style"), representatives(("std24", *LOWERED), list(CASES), list(STYLES))
+)
 def test_what_is_kept_equals_the_oracle(style: str, case: str, lowering: str, tmp_path: Path) -> None:
     up, down, exceptions = CASES[case]
     decoder = rounded(
@@ -112,8 +113,7 @@ class RoundsEveryNode:
             return list(self._evaluator.run(names, feeds))  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize(("case", "style"), representatives(list(CASES), list(STYLES)))
 def test_float16_arithmetic_overflows_unless_they_are_kept(style: str, case: str, tmp_path: Path) -> None:
     up, down, exceptions = CASES[case]
     decoder = rounded(
