@@ -1,10 +1,10 @@
-"""Calibration: which text runs through a layer, and the moments that are kept of it."""
+"""Calibration: token windows, and the moments of each layer's activations on them."""
 
 from kvexport.calibrate.moments import Moments, MomentsAccumulator
 from kvexport.calibrate.peaks import LayerPeaks, PeakMeter
-from kvexport.calibrate.positions import Rotations, over_positions, unrotated
+from kvexport.calibrate.positions import Rotations, average_over_positions, uncentre_keys
 from kvexport.calibrate.recipe import Recipe, recipe_for
-from kvexport.calibrate.sampling import steps as sampling_steps
+from kvexport.calibrate.sampling import sampling_steps
 from kvexport.calibrate.statistics import Statistics, save_header, save_moments
 from kvexport.calibrate.tokens import calibration_windows
 
@@ -16,11 +16,11 @@ __all__ = [
     "Recipe",
     "Rotations",
     "Statistics",
+    "average_over_positions",
     "calibration_windows",
-    "over_positions",
     "recipe_for",
     "sampling_steps",
     "save_header",
     "save_moments",
-    "unrotated",
+    "uncentre_keys",
 ]

@@ -1,8 +1,7 @@
-"""Second moments of one attention layer, accumulated in float64 while text streams through it.
+"""Second moments of one attention layer, accumulated in float64 over batches of calibration windows.
 
-Knows what conversion needs to know about a layer's data: how keys, queries and values vary, how alike heads
-attend, and how strongly each head's output answers to errors in its logits. Must not know what any method
-does with them.
+The moments describe how keys, queries and values vary, how similarly heads attend, and how strongly the
+output of each head responds to errors of its logits.
 """
 
 from __future__ import annotations
@@ -19,31 +18,46 @@ from kvexport.model.decoder import Attention, Rope
 
 @dataclass(frozen=True)
 class Moments:
-    """Means over calibration tokens, float64. h key heads, H query heads, d = head_dim; keys and queries are
-    normalised. They are accumulated as they are before rotation; `over_positions` gives them as they meet in the
-    dot product."""
+    """Means over calibration tokens, float64, for h KV heads, H query heads and d = head_dim.
 
-    tokens: Tensor  # [] int64: tokens seen
-    key_mean: Tensor  # [h·d]
-    key_second: Tensor  # [h·d, h·d], E[k kᵀ]
-    query_second: Tensor  # [H, d, d], E[q qᵀ]
-    value_mean: Tensor  # [h·d]
-    value_second: Tensor  # [h·d, h·d], E[v vᵀ]
-    overlap: Tensor  # [H, H], E_m Σ_n a_mn a'_mn: how alike two heads attend
-    key_gain: Tensor  # [H], E_m Σ_n a_mn² |W_O (v_n - o_m)|²: output error per unit of logit error
-    output_power: Tensor  # [], E|attention output|², after W_O, about its mean
+    Keys and queries are taken after QK-norm, if there is one, and before RoPE; `average_over_positions`
+    converts their moments to those after RoPE. a_mn is the attention of query m to key n, o_m the head's
+    output.
+
+    Attributes:
+        tokens: number of tokens, [] int64.
+        key_mean: E[k], [h·d].
+        key_second: E[k kᵀ], [h·d, h·d].
+        query_second: E[q qᵀ] of each query head, [H, d, d].
+        value_mean: E[v], [h·d].
+        value_second: E[v vᵀ], [h·d, h·d].
+        overlap: E_m Σ_n a_mn a'_mn of each pair of query heads, [H, H]: how similarly two heads attend.
+        key_gain: E_m Σ_n a_mn² |W_O (v_n - o_m)|² of each query head, [H]: squared output error per squared
+            logit error.
+        output_power: power of the attention output after W_O about its mean, [].
+    """
+
+    tokens: Tensor
+    key_mean: Tensor
+    key_second: Tensor
+    query_second: Tensor
+    value_mean: Tensor
+    value_second: Tensor
+    overlap: Tensor
+    key_gain: Tensor
+    output_power: Tensor
 
     def key_covariance(self, rows: slice) -> Tensor:
-        """Covariance of the keys in `rows` of the stack, [n, n]."""
+        """Covariance of the keys in `rows` of the stack [h·d], [n, n]."""
         return self.key_second[rows, rows] - torch.outer(self.key_mean[rows], self.key_mean[rows])
 
     def value_covariance(self, rows: slice) -> Tensor:
-        """Covariance of the values in `rows` of the stack, [n, n]."""
+        """Covariance of the values in `rows` of the stack [h·d], [n, n]."""
         return self.value_second[rows, rows] - torch.outer(self.value_mean[rows], self.value_mean[rows])
 
 
 class MomentsAccumulator:
-    """Sums over batches; `finish` divides. Memory does not depend on how many batches were added."""
+    """Accumulates the moments of one layer; memory does not depend on the number of batches."""
 
     def __init__(self, attention: Attention) -> None:
         self._attention = attention
@@ -62,12 +76,12 @@ class MomentsAccumulator:
             zeros(heads),
         )
         self._output_mean, self._output_power = zeros(hidden), zeros()
-        # The metric that W_O puts on one head's output, so that |W_O x|² = xᵀ M x: [H, d, d].
+        # metric M of each head's output, |W_O x|² = xᵀ M x: [H, d, d]
         per_head = attention.o.weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, hidden, d]
         self._metric = per_head.transpose(1, 2) @ per_head
 
     def add(self, x: Tensor, rope: Rope | None) -> Tensor:
-        """Take in normed inputs [B, S, hidden] of whole windows; returns the attention output [B, S, hidden]."""
+        """Add normed inputs x [B, S, hidden] of whole windows; returns the attention output, same shape."""
         projected = windows.project(self._attention, x, rope)
         self._tokens += x.shape[0] * x.shape[1]
         self._key_mean += _add_second(self._key_second, projected.key)
@@ -75,17 +89,17 @@ class MomentsAccumulator:
         queries = projected.query.double().transpose(0, 1).flatten(1, 2)  # [H, B·S, d]
         self._query_second += queries.transpose(1, 2) @ queries
         output = reference.linear(
-            self._attention.o, windows.head_outputs(self._attention, projected, self._look)
+            self._attention.o, windows.head_outputs(self._attention, projected, self._add_attention)
         )
         self._output_mean += output.double().sum((0, 1))
         self._output_power += output.double().square().sum()
         return output
 
-    def _look(self, probabilities: Tensor, value: Tensor) -> None:
-        """Add what rows of attention [B, H, M, N] over values [B, h, N, d] say of overlap and logit gain.
+    def _add_attention(self, probabilities: Tensor, value: Tensor) -> None:
+        """Add overlap and gain of attention rows [B, H, M, N] over values [B, h, N, d].
 
-        The gain Σ_n a_mn² |W_O (v_n - o_m)|² is expanded so that nothing of the scores' size is made but a²; the
-        values are centred first, which changes no difference and keeps the expansion exact in float32.
+        Σ_n a_mn² |W_O (v_n - o_m)|² is expanded so that a² is the only tensor of the size of the scores. The
+        values are centred first, which does not change v_n - o_m and avoids cancellation in float32.
         """
         flat = probabilities.flatten(2)  # [B, H, M·N]
         self._overlap += (flat @ flat.transpose(1, 2)).double().sum(0)
@@ -103,6 +117,7 @@ class MomentsAccumulator:
         self._gain += gain.clamp_min(0).double().sum((0, 2))
 
     def finish(self) -> Moments:
+        """The means over all tokens added."""
         count = max(self._tokens, 1)
         mean = self._output_mean / count
         return Moments(
@@ -119,7 +134,7 @@ class MomentsAccumulator:
 
 
 def _add_second(total: Tensor, x: Tensor) -> Tensor:
-    """Adds Σ x xᵀ of [B, h, S, d] to `total` [h·d, h·d] in place; returns Σ x [h·d]."""
+    """Add Σ x xᵀ of x [B, h, S, d] to `total` [h·d, h·d] in place; returns Σ x [h·d]."""
     rows = x.double().transpose(1, 2).flatten(2).flatten(0, 1)  # [B·S, h·d]
     total.addmm_(rows.T, rows)
     return rows.sum(0)

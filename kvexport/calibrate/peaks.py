@@ -1,7 +1,4 @@
-"""The largest numbers that a decoder's layers make on calibration text: what float16 must be able to hold.
-
-Knows where in a layer numbers grow large (the gated product, the residual stream); must not know what is done about it.
-"""
+"""Largest magnitudes in a decoder's layers on calibration text, to find where float16 would overflow."""
 
 from __future__ import annotations
 
@@ -13,28 +10,40 @@ from torch import Tensor
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer
 
-TOKENS = 4096  # of calibration text: a sample, so whoever reads the peaks must leave room above them
+TOKENS = 4096  # tokens measured: a sample, so users of the peaks must leave a margin
 
 
 @dataclass(frozen=True)
 class LayerPeaks:
-    """Largest magnitudes in one layer."""
+    """Largest magnitudes in one layer.
 
-    cached: float  # keys and values, as the cache holds them
-    mlp: float  # what the MLP's first matrices give, what enters its last one and what leaves it
-    residual: float  # the stream, after attention and after the layer
+    Attributes:
+        cached: of cached keys and values.
+        mlp: of the outputs of the gate and up projections, and of the input and output of the down
+            projection.
+        residual: of the residual stream after attention and after the layer.
+    """
+
+    cached: float
+    mlp: float
+    residual: float
 
 
 class PeakMeter:
-    """Runs layers, as they pass, on whole windows of calibration tokens [N, S], TOKENS of them or fewer.
+    """Runs layers one after another on calibration windows and records their peaks.
 
     Attributes:
-        layers: the peaks of the layers so far.
-        embedding: the largest number that enters the first layer.
+        layers: peaks of the layers added so far.
+        embedding: largest magnitude of the input of the first layer.
     """
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
+        """
+        Args:
+            decoder: the model whose layers are added.
+            windows: token ids [N, S] int64; the first `TOKENS` tokens of them are used, one window at least.
+        """
         self._rope = decoder.rope
         self._x = reference.embed(decoder.embedding, windows[: max(1, TOKENS // windows.shape[1])])
         self.embedding = _peak(self._x)
@@ -42,6 +51,7 @@ class PeakMeter:
 
     @torch.no_grad()
     def add_layer(self, layer: Layer) -> None:
+        """Run the next layer and record its peaks."""
         positions = torch.arange(self._x.shape[1])[None]
         cached = mlp = residual = 0.0
         for window in self._x.split(1):  # a view: the stream advances in place

@@ -1,8 +1,8 @@
-"""Moments of keys and queries as they meet in the dot product, over all positions of the deployed context.
+"""Moments of keys and queries after RoPE, averaged over all positions of the deployed context.
 
-What a token's key and query are before rotation hardly depends on where it stands, so their moments after rotation,
-averaged over any range of positions or distances, follow from those before it in closed form. A code made for the positions
-of the calibration windows alone fails beyond them. Knows RoPE; must not know what the moments are for.
+A key or query before RoPE hardly depends on its position. So moments after RoPE, averaged over any range of
+positions or distances, follow in closed form from those before RoPE. A code made for the positions of the
+calibration windows alone fails beyond them.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from kvexport.calibrate.moments import Moments
 from kvexport.model.decoder import Rope
 
 
-def over_positions(moments: Moments, rope: Rope, positions: int) -> Moments:
-    """Unrotated moments as rotated ones, at positions 0 .. positions - 1 with equal weight."""
+def average_over_positions(moments: Moments, rope: Rope, positions: int) -> Moments:
+    """Convert moments before RoPE to moments after RoPE, positions 0 .. positions - 1 with equal weight."""
     average = Rotations(rope, positions)
     return replace(
         moments,
@@ -27,22 +27,25 @@ def over_positions(moments: Moments, rope: Rope, positions: int) -> Moments:
     )
 
 
-def unrotated(moments: Moments) -> Moments:
-    """Unrotated moments for codes of keys before rotation: with keys uncentred.
+def uncentre_keys(moments: Moments) -> Moments:
+    """Set the mean key to zero, so that covariances of keys become second moments: for codes before RoPE.
 
-    The mean key's share of a logit turns with the distance, so it is no constant of a row, which softmax would ignore.
+    The mean key's part of a logit changes with the distance, so it is not a constant of a row that softmax
+    ignores.
     """
     return replace(moments, key_mean=torch.zeros_like(moments.key_mean))
 
 
 class Rotations:
-    """Averages of R_n x and R_n x yᵀ R_nᵀ for stacks x and y of heads, over n = 0 .. positions - 1 with equal weight.
+    """Averages of R_n x and R_n x yᵀ R_nᵀ over positions n, for stacks x and y of heads.
 
-    A head's pair i is the complex number z_i, which R_n multiplies by e^{j n θ_i}. So E[z_i z̄_k] is multiplied by the
-    average of e^{j n (θ_i - θ_k)} and E[z_i z_k] by that of e^{j n (θ_i + θ_k)}, and both together are the real moments.
+    As a complex number z_i, pair i of a head is multiplied by e^{j n θ_i} under R_n. So E[z_i z̄_k] is
+    multiplied by the average of e^{j n (θ_i - θ_k)} and E[z_i z_k] by that of e^{j n (θ_i + θ_k)}; both
+    together give the real moments.
     """
 
     def __init__(self, rope: Rope, positions: int) -> None:
+        """Average over n = 0 .. positions - 1 with equal weight."""
         angles = (
             torch.arange(positions, dtype=torch.float64)[:, None] * rope.inv_freq.double()
         )  # [positions, d/2]
@@ -50,9 +53,10 @@ class Rotations:
 
     @classmethod
     def by_distance(cls, rope: Rope, distances: int) -> Rotations:
-        """Over R_{-n} for n = 0 .. distances - 1, as a query n tokens later sees a key; every octave of n weighs alike.
+        """Average over R_{-n}, n = 0 .. distances - 1, as a query n tokens later sees a key, with weights
+        1/(n + 1).
 
-        So weighted, near keys count as they do in attention, and far ones are not forgotten.
+        Every octave of distances has the same weight, so that both near and far keys count.
         """
         average, n = cls.__new__(cls), torch.arange(distances, dtype=torch.float64)
         weights = 1 / (n + 1)
@@ -67,17 +71,22 @@ class Rotations:
         self._sum = weighted @ phases
 
     def mean(self, x: Tensor) -> Tensor:
-        """Of a stack [h·d]."""
+        """Average of R_n x for a stack x [h·d]."""
         pairs = x.view(-1, 2, len(self._mean))
-        turned = torch.complex(pairs[:, 0], pairs[:, 1]) * self._mean
-        return torch.stack((turned.real, turned.imag), 1).flatten()
+        rotated = torch.complex(pairs[:, 0], pairs[:, 1]) * self._mean
+        return torch.stack((rotated.real, rotated.imag), 1).flatten()
 
     def second(
         self, xy: Tensor, rows: Tensor | None = None, columns: Tensor | None = None, inverse: bool = False
     ) -> Tensor:
-        """Of x yᵀ for stacks x [g·2p] and y [h·2q], turned back rather if `inverse`.
+        """Average of R_n x yᵀ R_nᵀ for stacks x [g·2p] and y [h·2q].
 
-        `rows` [p] and `columns` [q] say which frequency each pair of x and of y turns with; None: those of a head [d/2].
+        Args:
+            xy: x yᵀ, or its expectation, [g·2p, h·2q].
+            rows: index of the RoPE frequency of each pair of x, [p] int64; None: those of a trained head, p =
+                d/2.
+            columns: the same for y, [q] int64.
+            inverse: average R_{-n} x yᵀ R_{-n}ᵀ instead.
         """
         half = len(self._mean)
         by_row, by_column = (slice(None) if each is None else each for each in (rows, columns))
@@ -86,16 +95,16 @@ class Rotations:
             difference, total = difference.conj(), total.conj()
         p, q = (half if each is None else len(each) for each in (rows, columns))
         blocks = xy.reshape(xy.shape[0] // (2 * p), 2, p, xy.shape[1] // (2 * q), 2, q)
-        first, cross, turned, second = (
+        first, cross, transposed, second = (
             blocks[:, 0, :, :, 0],
             blocks[:, 0, :, :, 1],
             blocks[:, 1, :, :, 0],
             blocks[:, 1, :, :, 1],
         )
-        hermitian = torch.complex(first + second, turned - cross) * difference[:, None]  # E[z z̄]
-        plain = torch.complex(first - second, turned + cross) * total[:, None]  # E[z z]
+        hermitian = torch.complex(first + second, transposed - cross) * difference[:, None]  # E[z z̄]
+        plain = torch.complex(first - second, transposed + cross) * total[:, None]  # E[z z]
         mean, rest = (hermitian + plain) / 2, (hermitian - plain) / 2
-        found = torch.stack(
+        average = torch.stack(
             (torch.stack((mean.real, -rest.imag), 3), torch.stack((mean.imag, rest.real), 3)), 1
         )
-        return found.reshape(xy.shape)
+        return average.reshape(xy.shape)

@@ -1,77 +1,85 @@
-"""Calibration recipes (`calibration/*.toml`): where the token windows come from, how many, how long.
-
-Knows the recipe's vocabulary; makes no tokens.
-"""
+"""Calibration recipes (`calibration/*.toml`): source, number and length of the token windows."""
 
 from __future__ import annotations
 
-import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from kvexport.errors import UsageError
 from kvexport.files.resources import resource
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from kvexport.files.schema import Table
 
 BUILT_IN = ("self", "random")
+_RANGES = {"samples": (1, 2**20), "length": (2, 2**20), "seed": (0, 2**63 - 1)}
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """`samples` windows of `length` tokens from `source` ('self', 'random' or 'text', with `file`)."""
+    """Where calibration windows come from.
+
+    Attributes:
+        source: 'self' (sampled from the model), 'random' (uniform token ids) or 'text' (`file`).
+        samples: number of windows.
+        length: tokens per window.
+        seed: random seed.
+        temperatures: sampling temperatures, used for equally many windows each; 'self' only.
+        file: text or JSON lines; 'text' only.
+    """
 
     source: str
     samples: int
     length: int
     seed: int
-    temperatures: tuple[float, ...] = ()  # 'self' only: the windows are shared out among them evenly
-    file: Path | None = None  # 'text' only
+    temperatures: tuple[float, ...] = ()
+    file: Path | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """The recipe as plain JSON values; the file by its name alone."""
-        found = asdict(self) | {
+        """Plain JSON values; the file by its name, without its directory."""
+        values = asdict(self) | {
             "temperatures": list(self.temperatures),
             "file": self.file.name if self.file else None,
         }
-        return {key: value for key, value in found.items() if value not in (None, [])}
+        return {key: value for key, value in values.items() if value not in (None, [])}
 
 
 def recipe_for(
     calibration: str, samples: int | None = None, length: int | None = None, seed: int | None = None
 ) -> Recipe:
-    """The recipe that `--calibration` names, 'self', 'random' or a text file, with what the options override.
+    """The recipe that `--calibration` names, with the options that override it.
+
+    Args:
+        calibration: 'self', 'random', or the path of a text or JSON lines file.
+        samples, length, seed: override the recipe's values; None: keep them.
 
     Raises:
-        UsageError: no such recipe or file, or an option out of range.
+        UsageError: there is no such recipe or file, or an option is out of range.
     """
     file = None if calibration in BUILT_IN else Path(calibration)
     if file is not None and not file.is_file():
         raise UsageError(
-            "the calibration text is no file",
+            "--calibration must be a recipe or a file",
             got=repr(calibration),
             expected="self, random, or a file of text or JSON lines",
         )
-    raw = tomllib.loads(
-        resource("calibration", f"{'text' if file else calibration}.toml").read_text(encoding="utf-8")
-    )
-    raw["temperatures"] = tuple(raw.get("temperatures", ()))
+    recipe = _read_recipe("text" if file else calibration)
     overrides = {"samples": samples, "length": length, "seed": seed}
+    given: dict[str, Any] = {name: value for name, value in overrides.items() if value is not None}
+    for name, (least, most) in _RANGES.items():
+        if name in given and not least <= given[name] <= most:
+            raise UsageError(f"--{name} must be an integer from {least} to {most}", got=given[name])
+    return replace(recipe, **given, file=file)
+
+
+def _read_recipe(name: str) -> Recipe:
+    path = f"calibration/{name}.toml"
+    table = Table.from_toml(resource("calibration", f"{name}.toml").read_text(encoding="utf-8"), path)
     recipe = Recipe(
-        **{**raw, **{key: value for key, value in overrides.items() if value is not None}}, file=file
+        source=table.string("source", ("self", "random", "text")),
+        samples=table.integer("samples", *_RANGES["samples"]),
+        length=table.integer("length", *_RANGES["length"]),
+        seed=table.integer("seed", *_RANGES["seed"]),
+        temperatures=table.numbers("temperatures", 0) if table.has("temperatures") else (),
     )
-    ranges = (
-        ("samples", recipe.samples, 1, 2**20),
-        ("length", recipe.length, 2, 2**20),
-        ("seed", recipe.seed, 0, 2**63 - 1),
-    )
-    for name, value, least, most in ranges:
-        if not least <= value <= most:
-            raise UsageError(
-                f"--{name} is out of range", got=value, expected=f"a whole number from {least} to {most}"
-            )
+    table.only()
     return recipe

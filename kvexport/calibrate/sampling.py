@@ -1,8 +1,4 @@
-"""Text that a model samples itself, so that calibration needs no data set.
-
-Knows how to decode in batches with the reference's static cache, and how much memory that takes; must not
-know what the windows are for.
-"""
+"""Calibration text sampled from the model itself, so that calibration needs no data set."""
 
 from __future__ import annotations
 
@@ -17,7 +13,7 @@ from kvexport.errors import CannotRunHere
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, tensors_of
 
-_CACHE_BYTES = 1 << 32  # of the windows that are sampled side by side
+CACHE_BYTES = 1 << 32  # KV cache of the windows that are sampled in one batch
 
 
 def sample_windows(
@@ -28,46 +24,62 @@ def sample_windows(
     seed: int,
     advance: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Windows [samples, length] of int64 token ids sampled from the model itself, in random order.
+    """Sample windows of token ids from the model, in random order.
 
-    Each window begins with the model's BOS token (without one: a random token) and runs on past any end of
-    text. The windows are shared out evenly among `temperatures`. `advance` is called once a step and batch.
+    Each window starts with the model's BOS token (without one: a random token) and continues past any EOS
+    token.
+
+    Args:
+        decoder: the trained model; all of its layers are loaded.
+        samples: number of windows.
+        length: tokens per window.
+        temperatures: sampling temperatures, used for equally many windows each.
+        seed: random seed.
+        advance: called once per step and batch, `sampling_steps` times in all.
+
+    Returns:
+        Token ids [samples, length] int64.
 
     Raises:
-        CannotRunHere: the whole model does not fit in this machine's free memory.
+        CannotRunHere: the whole model does not fit into the free memory of this machine.
     """
     first, count = decoder.layers[0], len(decoder.layers)
     batch = _batch(first, count, samples, length)
     _require_memory(first, count, batch, length)
     whole = dataclasses.replace(decoder, layers=list(decoder.layers))
     generator = torch.Generator().manual_seed(seed)
-    heat = torch.tensor([temperatures[i % len(temperatures)] for i in range(samples)])
+    per_window = torch.tensor([temperatures[i % len(temperatures)] for i in range(samples)])
     parts = [
-        _sample(whole, heat[start : start + batch], length, generator, advance)
+        _sample(whole, per_window[start : start + batch], length, generator, advance)
         for start in range(0, samples, batch)
     ]
     return torch.cat(parts)[torch.randperm(samples, generator=generator)]
 
 
-def steps(decoder: Decoder, samples: int, length: int) -> int:
-    """How often `sample_windows` calls `advance`."""
+def sampling_steps(decoder: Decoder, samples: int, length: int) -> int:
+    """Number of calls of `advance` by `sample_windows`."""
     return -(-samples // _batch(decoder.layers[0], len(decoder.layers), samples, length)) * (length - 1)
 
 
 def _batch(layer: Layer, count: int, samples: int, length: int) -> int:
-    """Windows sampled side by side. It follows from the model alone, and so do the windows of a seed."""
-    return max(1, min(samples, _CACHE_BYTES // _cache_bytes(layer, count, length)))
+    """Windows per batch. Depends on the model alone: a seed gives the same windows on every machine."""
+    return max(1, min(samples, CACHE_BYTES // _cache_bytes(layer, count, length)))
 
 
 def _cache_bytes(layer: Layer, count: int, length: int) -> int:
-    """Cache of one window in `count` layers."""
+    """Bytes of the KV cache of one window in `count` layers."""
     return count * length * layer.attention.kv_width * layer.mlp.up.weight.element_size()
 
 
 def _sample(
-    decoder: Decoder, heat: Tensor, length: int, generator: torch.Generator, advance: Callable[[], None]
+    decoder: Decoder,
+    temperatures: Tensor,
+    length: int,
+    generator: torch.Generator,
+    advance: Callable[[], None],
 ) -> Tensor:
-    batch = len(heat)
+    """One batch of windows [B, length] int64, one temperature per window [B]."""
+    batch = len(temperatures)
     if decoder.bos_token_id is None:
         tokens = torch.randint(decoder.dims.vocab_size, (batch, 1), generator=generator)
     else:
@@ -76,7 +88,7 @@ def _sample(
     for position in range(length - 1):
         at = torch.full((batch, 1), position)
         logits = reference.forward(decoder, tokens[:, -1:], at, cache)[:, 0]  # [B, vocab]
-        probabilities = torch.softmax(logits / heat[:, None], dim=-1)
+        probabilities = torch.softmax(logits / temperatures[:, None], dim=-1)
         tokens = torch.cat((tokens, torch.multinomial(probabilities, 1, generator=generator)), dim=1)
         advance()
     return tokens
@@ -88,7 +100,7 @@ def _require_memory(layer: Layer, count: int, batch: int, length: int) -> None:
     free = psutil.virtual_memory().available
     if needed > free:
         raise CannotRunHere(
-            "the model does not fit in memory as a whole, which sampling its own text needs",
+            "sampling calibration text from the model needs memory for all of its layers",
             got=f"{free / 2**30:.1f} GiB free",
             expected=f"{needed / 2**30:.1f} GiB or more",
             fix="use --calibration random (one layer in memory at a time), or --calibration FILE",

@@ -1,6 +1,8 @@
-"""Saved calibration: the token windows and each layer's moments, in a directory that knows its checkpoint.
+"""Saved calibration: token windows and moments of each layer, in a directory for one checkpoint.
 
-Knows files and digests; must not know how moments are made or used.
+statistics.json          format, sha256 of the checkpoint, recipe, sha256 of tokens.safetensors
+tokens.safetensors       `tokens` [N, length] int32
+layer-00000.safetensors  the tensors of `Moments`, one file per layer
 """
 
 from __future__ import annotations
@@ -17,13 +19,14 @@ from kvexport.calibrate.recipe import Recipe
 from kvexport.errors import UsageError
 from kvexport.files.hashing import sha256_of
 from kvexport.files.safetensors_io import save_tensors
+from kvexport.files.schema import Table
 
-FORMAT = 2  # 1 held moments of rotated keys
+FORMAT = 2  # format 1 contained moments of rotated keys
 _HEADER, _TOKENS = "statistics.json", "tokens.safetensors"
 
 
 def save_header(directory: Path, checkpoint_sha256: str, recipe: Recipe, windows: Tensor) -> None:
-    """Begin a statistics directory with its token windows [N, length]."""
+    """Start a statistics directory: write its header and its token windows [N, length] int64."""
     save_tensors({"tokens": windows.to(torch.int32)}, directory / _TOKENS)
     header = {
         "format": FORMAT,
@@ -35,59 +38,75 @@ def save_header(directory: Path, checkpoint_sha256: str, recipe: Recipe, windows
 
 
 def save_moments(directory: Path, index: int, moments: Moments) -> None:
-    """Add the moments of one layer."""
+    """Write the moments of one layer."""
     save_tensors({name: getattr(moments, name) for name in MOMENT_NAMES}, directory / _layer_file(index))
 
 
 class Statistics:
-    """A statistics directory, for one checkpoint only.
+    """A statistics directory, opened for one checkpoint.
 
     Attributes:
         windows: token windows [N, length] int64.
         header: the parsed statistics.json.
-
-    Raises (on construction):
-        UsageError: not statistics, of another format, damaged, or taken from another checkpoint.
     """
 
     def __init__(self, directory: Path, checkpoint_sha256: str) -> None:
+        """
+        Args:
+            directory: written by `kvexport calibrate`.
+            checkpoint_sha256: digest of the checkpoint to be converted.
+
+        Raises:
+            UsageError: the directory has no statistics, another format, a damaged file, or statistics of
+                another checkpoint.
+        """
         self._directory = directory
         remedy = f"make them: kvexport calibrate CHECKPOINT -o {directory}"
         try:
-            self.header: dict[str, Any] = json.loads((directory / _HEADER).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{directory} holds no calibration statistics: {error}", fix=remedy) from error
-        if not isinstance(self.header, dict):
-            raise UsageError(f"{directory / _HEADER} is no header of calibration statistics", fix=remedy)
-        if self.header.get("format") != FORMAT:
+            text = (directory / _HEADER).read_bytes()
+        except OSError as error:
             raise UsageError(
-                "the statistics are of a format that this version does not read",
-                got=self.header.get("format"),
+                f"{directory} must be a directory of calibration statistics: {error}", fix=remedy
+            ) from error
+        table = Table.from_json(text, str(directory / _HEADER), fix=remedy)
+        if not table.has("format") or table.value("format") != FORMAT:
+            raise UsageError(
+                "the statistics must have the format that this version reads",
+                got=table.mapping().get("format"),
                 expected=FORMAT,
                 fix=remedy,
             )
-        if self.header.get("checkpoint") != checkpoint_sha256:
+        if table.string("checkpoint") != checkpoint_sha256:
             raise UsageError(
-                "the statistics belong to another checkpoint",
-                got=f"sha256 {self.header.get('checkpoint')}",
-                expected=f"sha256 {checkpoint_sha256}",
+                "the statistics must be those of the checkpoint",
+                got=f"statistics of sha256 {table.string('checkpoint')}",
+                expected=f"statistics of sha256 {checkpoint_sha256}",
                 fix=remedy,
             )
+        table.table("recipe")
         tokens = self._read(_TOKENS)
-        if self.header.get("tokens_sha256") != sha256_of(directory / _TOKENS):
+        if table.string("tokens_sha256") != sha256_of(directory / _TOKENS):
             raise UsageError(
-                f"{directory / _TOKENS} is not what {_HEADER} describes: damaged or exchanged", fix=remedy
+                f"{directory / _TOKENS} is damaged or was replaced: its sha256 is not that in {_HEADER}",
+                fix=remedy,
             )
+        self.header: dict[str, Any] = dict(table.mapping())
         self.windows = tokens["tokens"].long()
 
     def moments(self, index: int) -> Moments:
-        """The moments of one layer."""
-        found = self._read(_layer_file(index))
-        if set(found) != set(MOMENT_NAMES):
+        """Read the moments of one layer.
+
+        Raises:
+            UsageError: the file is missing or damaged.
+        """
+        tensors = self._read(_layer_file(index))
+        if set(tensors) != set(MOMENT_NAMES):
             raise UsageError(
-                f"{self._directory / _layer_file(index)} lacks moments", got=", ".join(sorted(found))
+                f"{self._directory / _layer_file(index)} must contain the moments of a layer",
+                got=", ".join(sorted(tensors)),
+                expected=", ".join(sorted(MOMENT_NAMES)),
             )
-        return Moments(**found)
+        return Moments(**tensors)
 
     def _read(self, name: str) -> dict[str, Tensor]:
         from safetensors import SafetensorError
@@ -97,7 +116,7 @@ class Statistics:
             return load_file(self._directory / name)
         except (OSError, SafetensorError) as error:
             raise UsageError(
-                f"the statistics file {self._directory / name} cannot be read: {error}"
+                f"the statistics file {self._directory / name} must be readable: {error}"
             ) from error
 
 

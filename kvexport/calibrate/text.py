@@ -1,4 +1,4 @@
-"""Text to windows of token ids; knows tokenizers and file formats, nothing of models."""
+"""Text files and tokenizers: from a file to windows of token ids."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
 
 def read_text(path: Path) -> str:
-    """A text file, or the `text` fields of a JSON lines file (by its suffix), joined by blank lines.
+    """Read a text file, or join the `text` fields of a JSON lines file (by its suffix) with blank lines.
 
     Raises:
-        UsageError: unreadable, not UTF-8, or a line without a `text` field that is a string.
+        UsageError: the file cannot be read, is not UTF-8, or a line lacks a `text` field that is a string.
     """
     try:
         raw = path.read_text(encoding="utf-8-sig")
@@ -29,7 +29,7 @@ def read_text(path: Path) -> str:
         ) from error
     if path.suffix not in _JSON_LINES:
         return raw
-    lines = enumerate(raw.split("\n"), 1)  # JSON strings may hold all other line breaks
+    lines = enumerate(raw.split("\n"), 1)  # not splitlines: JSON strings may contain other line breaks
     return "\n\n".join(_text_field(path, number, line) for number, line in lines if line.strip())
 
 
@@ -40,23 +40,23 @@ def _text_field(path: Path, number: int, line: str) -> str:
         text = None
     if not isinstance(text, str):
         raise UsageError(
-            f"{path}, line {number}, is no JSON object with a `text` field that is a string",
+            f"{path}, line {number}, must be a JSON object with a `text` field that is a string",
             got=line[:80],
-            fix="write one JSON object a line, or rename a plain text to .txt",
+            fix="write one JSON object per line, or rename a plain text to .txt",
         )
     return text
 
 
 def tokenize(checkpoint: Path, text: str) -> list[int]:
-    """Token ids of the whole `text` under the checkpoint's tokenizer.json, without special tokens.
+    """Token ids of the whole `text` by the checkpoint's tokenizer.json, without special tokens.
 
     Raises:
-        UsageError: the checkpoint has no tokenizer.json, or one that cannot be read.
+        UsageError: the checkpoint has no tokenizer.json, or it cannot be read.
     """
     path = checkpoint / "tokenizer.json"
     if not path.exists():
         raise UsageError(
-            f"{checkpoint} has no tokenizer.json, so a text cannot be turned into its tokens",
+            f"{checkpoint} has no tokenizer.json, which calibration on a text needs",
             fix="add the model's tokenizer.json, or use --calibration self or random",
         )
     tokenizer = read_tokenizer(path)
@@ -66,10 +66,10 @@ def tokenize(checkpoint: Path, text: str) -> list[int]:
 
 
 def read_tokenizer(path: Path) -> Any:
-    """A tokenizer.json as a `tokenizers.Tokenizer`.
+    """Read a tokenizer.json as `tokenizers.Tokenizer`.
 
     Raises:
-        UsageError: it is none.
+        UsageError: the file is not a tokenizer.
     """
     from tokenizers import Tokenizer
 
@@ -77,15 +77,15 @@ def read_tokenizer(path: Path) -> Any:
         return Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises nothing narrower
         raise UsageError(
-            f"{path} is no tokenizer: {error}", fix="download the model's tokenizer.json again"
+            f"{path} must be a tokenizer: {error}", fix="download the model's tokenizer.json again"
         ) from error
 
 
 def all_windows(ids: list[int], length: int, what: str) -> Tensor:
-    """Consecutive windows [N, length] of int64 token ids; the rest that fills none is dropped.
+    """Consecutive windows of token ids, [N, length] int64; an incomplete window at the end is dropped.
 
     Raises:
-        UsageError: not even one window; `what` names the text.
+        UsageError: the text is shorter than one window; `what` names the text.
     """
     count = len(ids) // length
     if not count:
@@ -99,7 +99,11 @@ def all_windows(ids: list[int], length: int, what: str) -> Tensor:
 
 
 def spread_windows(ids: list[int], samples: int, length: int, seed: int, what: str) -> Tensor:
-    """At most `samples` of the consecutive windows, drawn evenly at random, in random order: [N, length] int64."""
+    """At most `samples` of the consecutive windows, drawn uniformly, in random order: [N, length] int64.
+
+    Raises:
+        UsageError: the text is shorter than one window; `what` names the text.
+    """
     windows = all_windows(ids, length, what)
     order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(seed))
     return windows[order[:samples]]

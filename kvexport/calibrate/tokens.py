@@ -1,4 +1,4 @@
-"""From a recipe to the windows of token ids that calibration runs; the one place that knows all sources."""
+"""Calibration windows of token ids from a recipe: sampled from the model, random, or read from a text."""
 
 from __future__ import annotations
 
@@ -18,16 +18,25 @@ from kvexport.model.decoder import Decoder
 def calibration_windows(
     decoder: Decoder, checkpoint: Path, recipe: Recipe, advance: Callable[[], None] = lambda: None
 ) -> Tensor:
-    """Windows [N, length] of int64 token ids; N is `recipe.samples`, or fewer where the text has fewer.
+    """Make the calibration windows of a recipe.
+
+    Args:
+        decoder: the trained model.
+        checkpoint: its directory, for tokenizer.json.
+        recipe: source, number and length of the windows.
+        advance: called once per sampling step.
+
+    Returns:
+        Token ids [N, length] int64; N is `recipe.samples`, or less if the text is too short.
 
     Raises:
-        UsageError: the text is empty, shorter than one window, or the length exceeds the model's positions.
-        CannotRunHere: 'self', and the model does not fit in memory.
+        UsageError: the text is shorter than one window, or the length exceeds the model's positions.
+        CannotRunHere: the source is 'self' and the model does not fit into memory.
     """
     limit = decoder.dims.max_positions
     if limit is not None and recipe.length > limit:
         raise UsageError(
-            "--length exceeds the positions that the model was trained for",
+            "--length must not exceed the positions that the model was trained for",
             got=recipe.length,
             expected=f"at most {limit}",
         )
@@ -40,17 +49,17 @@ def calibration_windows(
         return torch.randint(decoder.dims.vocab_size, (recipe.samples, recipe.length), generator=generator)
     assert recipe.file is not None
     ids = tokenize(checkpoint, read_text(recipe.file))
-    _require_known(ids, decoder.dims.vocab_size)
+    _require_in_vocabulary(ids, decoder.dims.vocab_size)
     return spread_windows(
         ids, recipe.samples, recipe.length, recipe.seed, f"the calibration text {recipe.file}"
     )
 
 
-def _require_known(ids: list[int], vocab_size: int) -> None:
+def _require_in_vocabulary(ids: list[int], vocab_size: int) -> None:
     if ids and max(ids) >= vocab_size:
         raise UsageError(
-            "the tokenizer makes token ids that the model does not have",
+            "token ids of the tokenizer must be in the model's vocabulary",
             got=max(ids),
             expected=f"below {vocab_size}",
-            fix="put the model's own tokenizer.json beside its weights",
+            fix="replace tokenizer.json by that of the model",
         )

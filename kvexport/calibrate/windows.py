@@ -1,7 +1,7 @@
-"""Attention over whole windows of text, with the scores that are held at once bounded.
+"""Attention over whole windows of tokens with bounded memory for attention scores.
 
-Scores are the largest things that calibration makes: several windows go together while their scores fit, and
-a window too long to fit goes in blocks of query rows. Knows the reference's attention; keeps nothing.
+Scores are the largest tensors of calibration. Several windows form a batch while their scores fit into
+`SCORES`; a window that is too long for it is computed in blocks of query rows.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from kvexport.model import reference
 from kvexport.model.decoder import Attention, Layer, Rope
 from kvexport.model.reference import Projected
 
-SCORES = 1 << 20  # numbers of attention scores held at once, unless a single row of one window has more
+SCORES = 1 << 20  # attention scores in memory at once, unless a single row of one window has more
 
 
 def batches(windows: range, length: int, heads: int) -> Iterator[slice]:
-    """Slices of `windows` whose scores fit together, one window at least."""
+    """Slices of `windows` whose scores fit into `SCORES`, at least one window each."""
     size = max(1, SCORES // (heads * length * length))
     return (slice(at, min(at + size, windows.stop)) for at in range(windows.start, windows.stop, size))
 
 
 def project(attention: Attention, x: Tensor, rope: Rope | None) -> Projected:
-    """Queries, keys and values of normed inputs [B, S, hidden] at positions 0..S-1."""
+    """Queries, keys and values of normed inputs [B, S, hidden] at positions 0 .. S - 1."""
     tables = None if rope is None else reference.rotary_tables(rope, _positions(x), x.dtype)
     return reference.project(attention, x, tables)
 
@@ -33,12 +33,15 @@ def project(attention: Attention, x: Tensor, rope: Rope | None) -> Projected:
 def head_outputs(
     attention: Attention,
     projected: Projected,
-    look: Callable[[Tensor, Tensor], None] = lambda probabilities, value: None,
+    inspect: Callable[[Tensor, Tensor], None] = lambda probabilities, value: None,
 ) -> Tensor:
-    """Concatenated head outputs before `o`, [B, S, Hq·width], as `reference.head_outputs` computes them.
+    """Concatenated head outputs before `o`, [B, S, H·width], as `reference.head_outputs` computes them.
 
-    `look` is shown each block of rows: probabilities [B, Hq, M, N] over the values [B, Hkv, N, value_dim] of the
-    first N positions, all that these rows see.
+    Args:
+        attention: the layer's attention.
+        projected: its queries, keys and values on whole windows.
+        inspect: called for each block of query rows with probabilities [B, H, M, N] and the values
+            [B, Hkv, N, value_dim] of the first N positions, which include all that these rows can see.
     """
     query, key = (
         reference.map_queries(attention, projected.query_rotated),
@@ -49,19 +52,19 @@ def head_outputs(
     size = max(1, SCORES // (windows * heads * length))
     mixed = []
     for start in range(0, length, size):
-        rows, seen = slice(start, start + size), slice(0, min(start + size, length))
-        bias = reference.visibility(attention, positions[:, rows], torch.arange(seen.stop), query.dtype)
+        rows, visible = slice(start, start + size), slice(0, min(start + size, length))
+        bias = reference.visibility(attention, positions[:, rows], torch.arange(visible.stop), query.dtype)
         probabilities = reference.weights(
-            reference.scores(attention, query[:, :, rows], key[:, :, seen]) + bias
+            reference.scores(attention, query[:, :, rows], key[:, :, visible]) + bias
         )
-        value = projected.value[:, :, seen]
-        look(probabilities, value)
+        value = projected.value[:, :, visible]
+        inspect(probabilities, value)
         mixed.append(reference.mix(attention, probabilities, value))
     return torch.cat(mixed, dim=1)
 
 
 def advance(layer: Layer, x: Tensor, rope: Rope | None) -> None:
-    """Take residual streams [N, S, hidden] past a layer, in place."""
+    """Advance residual streams x [N, S, hidden] past a layer, in place."""
     for batch in batches(range(len(x)), x.shape[1], layer.attention.num_heads):
         part = x[batch]
         projected = project(layer.attention, reference.norm(layer.attention_norm, part), rope)

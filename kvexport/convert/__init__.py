@@ -1,6 +1,7 @@
 """Compression of a trained decoder's KV heads, without training; predicted and measured loss per layer.
 
-Names are imported on first use, because most of them need torch and the command line reads `method_names` alone.
+Names are imported on first use, because most of them need torch and the command line reads `method_names`
+alone.
 """
 
 from __future__ import annotations

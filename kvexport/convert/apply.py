@@ -1,6 +1,10 @@
-"""Codes put into a layer: folded into its weights where that is exact, as maps after rotation where it is not.
+"""Application of codes to a layer: folded into weights where that is exact, as maps in the graph elsewhere.
 
-Knows the shapes of the neutral attention; must not know how a code was found.
+    values            W_V' = Eᵀ W_V, W_O' = W_O U per query head, always exact (arXiv 2406.07056, eqs. 7-14)
+    keys before RoPE  W_K' = Eᵀ W_K, W_Q' = Uᵀ W_Q per query head
+    keys after RoPE   key_map E on each new key, query_map U on each new query (arXiv 2406.07056, eqs. 17-18)
+
+A decoder U that would make a weight larger than the weight and a map together stays a map.
 """
 
 from __future__ import annotations
@@ -20,21 +24,35 @@ from kvexport.model.decoder import Attention, Linear
 
 @dataclass(frozen=True)
 class LayerCode:
-    """The codes of all groups of one layer, and how they are put in."""
+    """Codes of all groups of one layer, and how they are applied.
+
+    Attributes:
+        keys: key code of each group.
+        values: value code of each group.
+        folds: whether the key codes go into W_Q and W_K.
+        centred: whether the mean value is kept exactly, through the output bias.
+        frequencies: index of the RoPE frequency of each cached pair, [key_dim/2] int64; None: those of a
+            trained head.
+    """
 
     keys: tuple[Code, ...]
     values: tuple[Code, ...]
-    folds: bool  # the key codes go into W_Q and W_K
-    centred: bool  # the mean value is kept exactly, through the output bias
-    frequencies: Tensor | None = (
-        None  # of the cached pairs of keys that rotate, [key_dim/2]; None: those of a trained head
-    )
+    folds: bool
+    centred: bool
+    frequencies: Tensor | None = None
 
 
 def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> Attention:
-    """The layer with `grouping.kv_heads` cached heads; `value_mean` [h·head_dim] is used where the code is centred.
+    """Apply the codes of a layer.
 
-    A decoder goes into W_Q or W_O only where that makes the weights no larger: with wide groups it stays a map.
+    Args:
+        attention: the unconverted layer, with the heads of each group adjacent.
+        grouping: the groups.
+        code: their codes.
+        value_mean: mean value [h·d] float64, used where the code is centred.
+
+    Returns:
+        The layer with `grouping.kv_heads` cached heads, in the dtype of its weights.
     """
     converted = replace(
         attention, num_kv_heads=grouping.kv_heads, **_values(attention, grouping, code, value_mean)
@@ -53,18 +71,20 @@ def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_
 
 
 def _folds(hidden: int, width: int, rank: int) -> bool:
-    """Whether a matrix [hidden, rank] a head is no larger than one [hidden, width] and a map [width, rank]."""
+    """Whether a matrix [hidden, rank] per head is no larger than one [hidden, width] and a map [width, rank]."""
     return hidden * rank <= hidden * width + width * rank
 
 
 def _decoders(grouping: Grouping, codes: Sequence[Code]) -> Tensor:
-    """U_h of each query head's own member of its group, [H, head_dim, r]."""
+    """U's rows of each query head's own trained KV head, [H, d, r]."""
     heads = ((code, head) for group, code in enumerate(codes) for head in grouping.query_heads(group))
     return torch.stack([code.decode[grouping.member(head)] for code, head in heads])
 
 
 def _values(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> dict[str, Any]:
-    """W_V encoded; W_O with the decoders folded in, o = Σ_h W_O^h U_h c, or a map before it; a bias for what the means lose."""
+    """Fields `v`, `o` and `value_map`: W_V encoded, decoders in W_O or in a map before it, lost means in the
+    bias.
+    """
     o, dtype = attention.o, attention.o.weight.dtype
     decoders, value_map = _decoders(grouping, code.values), None  # [H, d, r]
     weight, bias = o.weight, o.bias

@@ -1,7 +1,7 @@
-"""Which way each layer is converted: the least predicted KL within a number of cached numbers, solved exactly.
+"""Choice of a plan for every layer: the least predicted KL within a number of cached numbers, solved exactly.
 
-A multiple-choice knapsack over layers, by dynamic programming over cached numbers per token. What an engine's attention
-can take (widths, equal or not) is a constraint on the choices. Knows a survey; runs no model.
+A multiple-choice knapsack over layers, by dynamic programming over cached numbers per token. What an engine's
+attention supports (widths, equal or not) limits the shapes that a layer can choose from.
 """
 
 from __future__ import annotations
@@ -17,51 +17,68 @@ from kvexport.convert.groups import WIDEST, KVShape
 from kvexport.convert.methods import LayerPlan
 from kvexport.convert.sensitivity import LayerSensitivity
 
-_STEP = 8  # widths that every engine takes are multiples of it
+_STEP = 8  # widths that every engine supports are multiples of it
 _NARROWEST = 16
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Which widths of keys and values an engine's attention takes.
+    """Widths of keys and values that an engine's attention supports.
 
     Attributes:
-        equal: keys and values must be equally wide, as TensorRT's fused attention wants them.
-        only: the one width wanted; None: any.
+        equal: whether keys and values must be equally wide, as TensorRT's fused attention requires.
+        only: the one width allowed; None: any.
     """
 
     equal: bool = True
     only: int | None = None
 
     def of(self, size: int, head_dim: int) -> list[int]:
-        """Widths of a head that stands for `size` trained ones, ascending."""
+        """Widths of a cached head that `size` trained heads share, ascending."""
         n = size * head_dim
         if self.only is not None:
             return [self.only] if self.only <= n else []
-        least = min(_NARROWEST, head_dim)  # narrower than that, trained heads were not fused either
+        least = min(_NARROWEST, head_dim)  # trained heads narrower than that were not fused either
         step = min(_STEP, head_dim)
         return list(range(-(-least // step) * step, min(n, WIDEST) + 1, step))
 
 
 def shapes_for(trained: KVShape, sizes: Sequence[int], widths: Widths) -> list[KVShape]:
-    """What a layer may cache in groups of these sizes, its trained shape included; fewer numbers than that in all others."""
-    found = [trained]
+    """Cache shapes that a layer can have.
+
+    Args:
+        trained: the shape before conversion; it comes first in the result.
+        sizes: group sizes.
+        widths: widths that the engine supports.
+
+    Returns:
+        `trained`, and all shapes that cache fewer numbers.
+    """
+    shapes = [trained]
     for size in sizes:
         heads, allowed = trained.kv_heads // size, widths.of(size, trained.key_dim)
         pairs = ((key, value) for key in allowed for value in ((key,) if widths.equal else allowed))
-        found += [
+        shapes += [
             shape for key, value in pairs if (shape := KVShape(heads, key, value)).kv_width < trained.kv_width
         ]
-    return found
+    return shapes
 
 
 class Frontier:
-    """The least predicted KL for every number of cached numbers per token, and the ways that have it."""
+    """Least predicted KL, and the layer plans that reach it, for every number of cached numbers per token.
+
+    Attributes:
+        most: cached numbers per token of the trained model, all layers.
+    """
 
     def __init__(self, layers: Sequence[LayerSensitivity], allowed: Sequence[Sequence[KVShape]]) -> None:
-        """`allowed` are the shapes that each layer may take."""
+        """
+        Args:
+            layers: sensitivity of each layer.
+            allowed: shapes that each layer can have.
+        """
         self._options = [_undominated(layer, shapes) for layer, shapes in zip(layers, allowed, strict=True)]
-        every = [layer_plan.shape.kv_width for options in self._options for layer_plan, _ in options]
+        every = [plan.shape.kv_width for options in self._options for plan, _ in options]
         self._unit = math.gcd(*every)
         self.most = sum(layer.trained.kv_width for layer in layers)
         size = self.most // self._unit + 1
@@ -69,8 +86,8 @@ class Frontier:
         self._taken: list[NDArray[np.int16]] = []
         for options in self._options:
             extended, taken = np.full(size, np.inf), np.zeros(size, np.int16)
-            for index, (layer_plan, kl) in enumerate(options):
-                cost = layer_plan.shape.kv_width // self._unit
+            for index, (plan, kl) in enumerate(options):
+                cost = plan.shape.kv_width // self._unit
                 shifted = least[: size - cost] + kl
                 better = shifted < extended[cost:]
                 extended[cost:][better] = shifted[better]
@@ -81,35 +98,36 @@ class Frontier:
 
     @property
     def fewest(self) -> int:
-        """Cached numbers per token that no choice goes below."""
+        """Fewest cached numbers per token of any choice, all layers."""
         return int(np.isfinite(self._least).argmax()) * self._unit
 
     def kl(self, kv_width: int) -> float:
-        """Least predicted KL, nats per token, with at most `kv_width` numbers cached per token in all layers."""
+        """Least predicted KL in nats per token with at most `kv_width` cached numbers per token, all layers."""
         return float(self._least[min(kv_width, self.most) // self._unit])
 
     def layer_plans(self, kv_width: int) -> list[LayerPlan]:
-        """The ways that have it, layer by layer."""
-        at, found = min(kv_width, self.most) // self._unit, []
+        """The plans of all layers that reach `kl(kv_width)`."""
+        at, layer_plans = min(kv_width, self.most) // self._unit, []
         for options, taken in zip(reversed(self._options), reversed(self._taken), strict=True):
-            layer_plan, _ = options[taken[at]]
-            found.append(layer_plan)
-            at -= layer_plan.shape.kv_width // self._unit
-        return found[::-1]
+            plan, _ = options[taken[at]]
+            layer_plans.append(plan)
+            at -= plan.shape.kv_width // self._unit
+        return layer_plans[::-1]
 
     def cheapest(self, kl: float) -> int:
-        """Fewest cached numbers per token with a predicted KL of at most `kl`."""
+        """Fewest cached numbers per token with a predicted KL of at most `kl` nats per token."""
         return int((self._least <= kl).argmax()) * self._unit
 
 
 def _undominated(layer: LayerSensitivity, shapes: Sequence[KVShape]) -> list[tuple[LayerPlan, float]]:
-    """Ways into these shapes with their predicted KL: none that loses as much as another which caches no more."""
+    """Plans with their predicted KL, without those that are no better than another plan of the same size or
+    smaller.
+    """
     every = (LayerPlan(method, shape) for shape in shapes for method in layer.methods)
-    kept: list[tuple[LayerPlan, float]] = []
-    for layer_plan, kl in sorted(
-        ((layer_plan, layer.kl(layer_plan)) for layer_plan in every),
-        key=lambda each: (each[0].shape.kv_width, each[1]),
+    options: list[tuple[LayerPlan, float]] = []
+    for plan, kl in sorted(
+        ((plan, layer.kl(plan)) for plan in every), key=lambda each: (each[0].shape.kv_width, each[1])
     ):
-        if not kept or kl < kept[-1][1]:
-            kept.append((layer_plan, kl))
-    return kept
+        if not options or kl < options[-1][1]:
+            options.append((plan, kl))
+    return options

@@ -1,7 +1,13 @@
-"""Linear codes for a group of heads: the one template that every method fills in.
+"""Linear codes of a stacked vector, and the optimisation problem that the methods solve; all in float64.
 
-A code keeps r numbers c = Eᵀ z of a stacked vector z in Rⁿ and returns ẑ = U c. Knows linear algebra in
-float64; nothing of keys, values or layers.
+A code caches r numbers c = Eᵀ z of a vector z in Rⁿ and reconstructs ẑ = U c. With S the sensitivity of the
+attention output to errors of z, the optimal code of rank r minimises tr(S · Cov(z - ẑ)). With B = S^½ and the
+eigenvectors P_r of B Cov(z) B that belong to its r largest eigenvalues,
+
+    E = B P_r,    U = B⁻¹ P_r,    loss = sum of the other eigenvalues
+
+(Eckart-Young on B Cov(z)^½). E and U are unique up to an invertible r x r matrix M: E M and U M⁻ᵀ give the
+same ẑ.
 """
 
 from __future__ import annotations
@@ -16,24 +22,30 @@ _DAMPING = 1e-6  # of the mean diagonal, added to covariances and sensitivities
 
 @dataclass(frozen=True)
 class Code:
-    """Encoder E and decoder U, each [n, r] float64."""
+    """One linear code of rank r.
+
+    Attributes:
+        encode: encoder E, [n, r] float64.
+        decode: decoder U, [n, r] float64.
+    """
 
     encode: Tensor
     decode: Tensor
 
     @property
     def residual(self) -> Tensor:
-        """P = I - U Eᵀ [n, n], so that z - ẑ = P z."""
+        """P = I - U Eᵀ [n, n] float64, so that z - ẑ = P z."""
         return torch.eye(self.encode.shape[0], dtype=torch.float64) - self.decode @ self.encode.T
 
 
 @dataclass(frozen=True)
 class Codes:
-    """The optimal codes of every rank for one stack of n numbers.
+    """The optimal codes of every rank r = 1 .. n for one stacked vector.
 
     Attributes:
-        encode, decode: E and U of rank n, [n, n], best column first.
-        spectrum: [n] float64, descending; what rank r loses is the sum of all but the r first.
+        encode: E of rank n, [n, n] float64, columns in descending order of their eigenvalues.
+        decode: U of rank n, [n, n] float64, columns in the same order.
+        spectrum: eigenvalues, [n] float64, descending.
     """
 
     encode: Tensor
@@ -41,51 +53,55 @@ class Codes:
     spectrum: Tensor
 
     def code(self, rank: int) -> Code:
-        """The code of one rank, in the orthonormal gauge."""
+        """The optimal code of one rank, with orthonormal decoder columns."""
         return orthonormalize(Code(self.encode[:, :rank], self.decode[:, :rank]))
 
     @property
     def losses(self) -> Tensor:
-        """tr(S · Cov(z - ẑ)) for ranks 0 to n, [n + 1]."""
+        """tr(S · Cov(z - ẑ)) at ranks 0 .. n, [n + 1] float64: the sums of all but the r largest eigenvalues."""
         return torch.cat((self.spectrum, self.spectrum.new_zeros(1))).flip(0).cumsum(0).flip(0)
 
 
 def optimal_codes(sensitivity: Tensor, covariance: Tensor) -> Codes:
-    """The codes of each rank r that minimise tr(S · Cov(z - ẑ)).
+    """Solve for the codes of all ranks that minimise tr(S · Cov(z - ẑ)).
 
-    With B = S^½ and the eigenvectors P_r of B C B to its r largest eigenvalues, E = B P_r and U = B⁻¹ P_r
-    (Eckart-Young on B C^½). E and U are unique up to an invertible r x r.
+    Args:
+        sensitivity: S, [n, n] float64, symmetric and positive semidefinite.
+        covariance: Cov(z), [n, n] float64, symmetric and positive semidefinite.
     """
     values, vectors = torch.linalg.eigh(add_damping(sensitivity))
     root = values.clamp_min(values.max() * 1e-12).sqrt()
     b, b_inverse = vectors * root @ vectors.T, vectors / root @ vectors.T
-    found = torch.linalg.eigh(b @ add_damping(covariance) @ b)
-    vectors = found.eigenvectors.flip(-1)
-    return Codes(b @ vectors, b_inverse @ vectors, found.eigenvalues.flip(-1).clamp_min(0))
+    solution = torch.linalg.eigh(b @ add_damping(covariance) @ b)
+    vectors = solution.eigenvectors.flip(-1)
+    return Codes(b @ vectors, b_inverse @ vectors, solution.eigenvalues.flip(-1).clamp_min(0))
 
 
 def orthonormalize(code: Code) -> Code:
-    """The same ẑ from a decoder with orthonormal columns.
+    """Change the code so that its decoder has orthonormal columns; ẑ stays the same.
 
-    What is cached then has the norm of the ẑ that it stands for, and queries pass through the decoder without growing.
+    A cached vector then has the norm of the ẑ that it represents, as norm-based eviction needs, and a query
+    does not grow when it passes through the decoder.
     """
     q, r = torch.linalg.qr(code.decode)
     return Code(code.encode @ r.T, q)
 
 
 def subspace_code(second_moment: Tensor, rank: int) -> Code:
-    """Plain SVD: E = U = the r leading eigenvectors of a second moment (arXiv 2406.07056, eqs. 7-10)."""
+    """Plain SVD: E = U = the `rank` leading eigenvectors of E[z zᵀ] [n, n] (arXiv 2406.07056, eqs. 7-10)."""
     leading = leading_eigenvectors(second_moment, rank)
     return Code(leading, leading)
 
 
 def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
-    """Eigenvectors [..., n, r] of symmetric or Hermitian matrices [..., n, n] to their r largest eigenvalues."""
+    """Eigenvectors [..., n, r] of symmetric or Hermitian matrices [..., n, n] for their r largest
+    eigenvalues.
+    """
     return torch.linalg.eigh(symmetric).eigenvectors[..., -rank:].flip(-1)
 
 
 def add_damping(matrix: Tensor) -> Tensor:
-    """The matrix with a millionth of its mean diagonal added, so that it has full rank; zero becomes the identity."""
+    """Add a millionth of the mean diagonal to the diagonal, so that the matrix has full rank; zero becomes I."""
     scale = float(matrix.diagonal().mean())
     identity = torch.eye(len(matrix), dtype=matrix.dtype)
     return matrix + _DAMPING * scale * identity if scale > 0 else identity

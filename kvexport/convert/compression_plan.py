@@ -1,6 +1,5 @@
-"""The ways that meet a request: surveyed, solved for, and where a bound on the loss is asked, tried until it is kept.
-
-Knows the order of survey, solution and trial; the mathematics is elsewhere.
+"""Plan of a whole conversion: sensitivity analysis, exact choice per layer, and trials where --max-kl bounds
+the loss.
 """
 
 from __future__ import annotations
@@ -16,16 +15,16 @@ from kvexport.convert.groups import trained_shape
 from kvexport.convert.methods import LayerPlan, Method
 from kvexport.convert.pipeline import convert
 from kvexport.convert.request import CompressionRequest, fixed_shape, group_sizes, require_ratio
-from kvexport.convert.sensitivity import LayerSensitivity, analyze_sensitivity
+from kvexport.convert.sensitivity import LayerSensitivity, SensitivityAnalysis, analyze_sensitivity
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 
-# Of --max-kl that held-out calibration text may lose: text of another kind lost up to 1.6 times what the model's own did, on a
-# trained model of 5.9 M parameters.
+# Share of --max-kl that held-out calibration text may lose. Text of another kind lost up to 1.6 times as much
+# as the model's own text, measured on a trained model of 5.9 M parameters.
 MARGIN = 0.5
 _SHOWN = 8  # points of the frontier that are reported: eighths of the trained model's cache
-_TRIES = 5  # conversions at most in search of the cheapest that keeps --max-kl
-_NEAR = 1.02  # a try within this factor of the cheapest that the predictions allow is good enough
+_TRIES = 5  # conversions at most in search of the smallest cache that keeps --max-kl
+_NEAR = 1.02  # the search ends within this factor of the smallest cache that the predictions allow
 
 
 @dataclass(frozen=True)
@@ -33,9 +32,9 @@ class Point:
     """One point of the frontier.
 
     Attributes:
-        kv_width: numbers cached per token, all layers.
-        predicted_kl: mean KL to the original, nats per token, as the survey predicts it.
-        measured_kl: on held-out calibration text, after conversion; None where that was not tried.
+        kv_width: cached numbers per token, all layers.
+        predicted_kl: mean KL to the original, nats per token, predicted by the sensitivity analysis.
+        measured_kl: mean KL on held-out calibration text after conversion, nats per token; None: not tried.
     """
 
     kv_width: int
@@ -45,7 +44,13 @@ class Point:
 
 @dataclass(frozen=True)
 class CompressionPlan:
-    """How each layer is to be converted, and what the choice was made from; no points and layers where none was left."""
+    """How each layer is converted, and the data behind the choice.
+
+    Attributes:
+        layer_plans: one plan per layer.
+        points: points of the frontier, ascending in `kv_width`; empty if the request left no choice of shape.
+        layers: sensitivity of each layer; empty if none was analysed.
+    """
 
     layer_plans: list[LayerPlan]
     points: tuple[Point, ...] = ()
@@ -60,8 +65,20 @@ def plan_compression(
     moments_of: Callable[[int], Moments] | None,
     capacity: int | None,
     progress: Progress,
+    analyze: Callable[..., SensitivityAnalysis] = analyze_sensitivity,
 ) -> CompressionPlan:
-    """The ways with the least predicted KL that the request allows, or the cheapest that keep its bound.
+    """Choose the plan with the least predicted KL that the request allows, or the smallest that keeps its
+    bound.
+
+    Args:
+        decoder: the trained model.
+        windows: calibration tokens [N, length] int64.
+        request: what the user requests.
+        methods: methods that each layer can choose from.
+        moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
+        capacity: tokens of a sequence for which codes of rotated keys are made [default: length].
+        progress: shows the stages.
+        analyze: makes the sensitivity analysis; takes the arguments of `analyze_sensitivity`.
 
     Raises:
         UsageError: the request contradicts itself or cannot be met.
@@ -75,45 +92,55 @@ def plan_compression(
     if shape is not None:
         sizes, ratio = [trained.kv_heads // shape.kv_heads], shape.kv_width / trained.kv_width
     del attention  # its layer need not stay in memory
-    found = analyze_sensitivity(decoder, windows, methods, sizes, ratio, moments_of, capacity)
-    with progress.stage("Surveying layers", count):
-        for _ in found:
+    analysis = analyze(decoder, windows, methods, sizes, ratio, moments_of, capacity)
+    with progress.stage("Analyzing layer sensitivity", count):
+        for _ in analysis:
             progress.advance()
     allowed = [
         shapes_for(layer.trained, layer.sizes, request.widths) if shape is None else [shape]
-        for layer in found.layers
+        for layer in analysis.layers
     ]
-    frontier, tried = Frontier(found.layers, allowed), list[Point]()
+    frontier, tried = Frontier(analysis.layers, allowed), list[Point]()
     if shape is not None:
-        return CompressionPlan(frontier.layer_plans(frontier.most), layers=tuple(found.layers))
+        return CompressionPlan(frontier.layer_plans(frontier.most), layers=tuple(analysis.layers))
     if request.max_kl is None:
-        kv_width = max(
-            int(request.ratio * frontier.most), frontier.fewest
-        )  # fewer only by rounding: `require_ratio`
+        # below `fewest` only by rounding: `require_ratio` has checked it
+        kv_width = max(int(request.ratio * frontier.most), frontier.fewest)
     else:
 
-        def measured(layer_plans: Sequence[LayerPlan]) -> float:
+        def measure(layer_plans: Sequence[LayerPlan]) -> float:
             conversion = convert(decoder, windows, layer_plans, moments_of, capacity)
             with progress.stage("Trying a conversion", count):
                 for _ in conversion:
                     progress.advance()
             return conversion.divergence().mean_kl
 
-        kv_width, tried = _keeping(frontier, request.max_kl * MARGIN, measured)
+        kv_width, tried = search_within_bound(frontier, request.max_kl * MARGIN, measure)
     layer_plans = frontier.layer_plans(kv_width)
     shown = [frontier.most * eighths // _SHOWN for eighths in range(1, _SHOWN + 1)]
-    shown.append(sum(layer_plan.shape.kv_width for layer_plan in layer_plans))
+    shown.append(sum(plan.shape.kv_width for plan in layer_plans))
     points = [Point(width, frontier.kl(width)) for width in shown if width >= frontier.fewest]
-    known = {point.kv_width: point for point in (*points, *tried)}
-    return CompressionPlan(layer_plans, tuple(known[width] for width in sorted(known)), tuple(found.layers))
+    by_width = {point.kv_width: point for point in (*points, *tried)}
+    return CompressionPlan(
+        layer_plans, tuple(by_width[width] for width in sorted(by_width)), tuple(analysis.layers)
+    )
 
 
-def _keeping(
-    frontier: Frontier, bound: float, measured: Callable[[Sequence[LayerPlan]], float]
+def search_within_bound(
+    frontier: Frontier, bound: float, measure: Callable[[Sequence[LayerPlan]], float]
 ) -> tuple[int, list[Point]]:
-    """The fewest cached numbers tried whose measured KL keeps the bound, and all that was tried.
+    """Search the smallest cache whose measured KL keeps the bound, in a few conversions.
 
-    Predictions are corrected by what the last try measured. The trained model itself always keeps the bound.
+    Each try corrects the predictions by what the last try measured. The trained model itself always keeps the
+    bound.
+
+    Args:
+        frontier: predictions.
+        bound: largest mean KL, nats per token.
+        measure: converts by the given plans and returns the mean KL on held-out windows, nats per token.
+
+    Returns:
+        Cached numbers per token of the smallest cache that kept the bound, and all points tried.
     """
     best, worst, scale = frontier.most, 0, 1.0
     tried: list[Point] = []
@@ -124,13 +151,11 @@ def _keeping(
         if kv_width >= best / _NEAR:
             break
         layer_plans = frontier.layer_plans(kv_width)
-        kv_width = sum(
-            layer_plan.shape.kv_width for layer_plan in layer_plans
-        )  # what is left over buys nothing
-        predicted, found = frontier.kl(kv_width), measured(layer_plans)
-        tried.append(Point(kv_width, predicted, found))
-        scale = found / predicted if predicted > 0 else 1.0
-        if found <= bound:
+        kv_width = sum(plan.shape.kv_width for plan in layer_plans)  # the plans may need less than allowed
+        predicted, measured = frontier.kl(kv_width), measure(layer_plans)
+        tried.append(Point(kv_width, predicted, measured))
+        scale = measured / predicted if predicted > 0 else 1.0
+        if measured <= bound:
             best = kv_width
         else:
             worst = kv_width

@@ -1,7 +1,10 @@
-"""Codes for keys, one function a method; each takes a layer's moments and weights and codes one group.
+"""Codes of keys: one function per method, each of which codes one group from the layer's moments and weights.
 
-Knows what a key is for: a dot product with rotated queries, under a softmax that ignores constants. Must not
-know how a code is put into a layer.
+A key is used in dot products with queries, under a softmax. Codes after RoPE (`online`, `svd_a`, `svd_w`) are
+made here; those before RoPE come from `kvexport.convert.folding`. For equally weighted pairs of queries q and
+keys k of the stack, the squared error of logits is E(qᵀ(k - k̂))² = tr(S · Cov(k - k̂)) with S = E[q qᵀ],
+block diagonal over heads. A constant key error adds the same number to all logits of a row, which softmax
+ignores; so the covariance is centred.
 """
 
 from __future__ import annotations
@@ -17,10 +20,11 @@ from kvexport.model.decoder import Attention
 
 
 def query_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:
-    """S of a group's stacked keys, [n, n] block diagonal: Σ_q gain_q E[q qᵀ] over the heads of each member.
+    """S of a group's stacked keys, [t·d, t·d] float64, block diagonal: block h is Σ_q gain_q E[q qᵀ] over its
+    queries.
 
-    The gain turns logit error into error of the attention output, so that heads which hardly answer to their
-    logits get little of the code.
+    gain_q (`Moments.key_gain`) converts squared logit error into squared error of the attention output. A
+    head whose output hardly depends on its logits so gets little of the code.
     """
     n = grouping.size * grouping.head_dim
     weights = torch.zeros(n, n, dtype=torch.float64)
@@ -31,24 +35,28 @@ def query_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:
 
 
 def online_codes(moments: Moments, grouping: Grouping, group: int) -> Codes:
-    """Query-weighted, centred codes of the keys as the dot product meets them, after rotation.
-
-    Σ (q·δ)² over all pairs is tr(QᵀQ ΔᵀΔ), so S = E[q qᵀ] is exact for equally weighted pairs; the mean of the
-    keys shifts all logits of a row alike, which softmax ignores, so the covariance is centred.
-    """
+    """Optimal codes of centred keys after RoPE for S = `query_weights`, all ranks."""
     return optimal_codes(
         query_weights(moments, grouping, group), moments.key_covariance(grouping.rows(group))
     )
 
 
 def online(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
+    """Key code of the method `online`: the one of `online_codes` at this rank."""
     return online_codes(moments, grouping, group).code(rank)
 
 
 def folding(
     moments: Moments, grouping: Grouping, group: int, frequencies: Tensor | None, distances: Rotations
 ) -> Folding:
-    """What codes a group's keys before rotation; the cached pairs turn with `frequencies` [rank/2], None: each of a head once."""
+    """The optimisation problem of a group's keys before RoPE, for the method `fold`.
+
+    Args:
+        moments: moments before RoPE, keys uncentred.
+        frequencies: index of the RoPE frequency of each cached pair, [rank/2] int64; None: each frequency of
+            a trained head once.
+        distances: rotations between a key and the queries that see it.
+    """
     if frequencies is None:
         frequencies = torch.arange(grouping.head_dim // 2)
     rows = grouping.rows(group)
@@ -58,16 +66,17 @@ def folding(
 
 
 def group_energies(moments: Moments, grouping: Grouping, group: int) -> Tensor:
-    """The group's `mix_energies`, [d/2, t]."""
+    """`mix_energies` of the group, [d/2, t] float64."""
     rows = grouping.rows(group)
     return mix_energies(member_weights(moments, grouping, group), moments.key_second[rows, rows])
 
 
 def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tensor | None:
-    """Which frequency each cached pair of a wide head turns with, ascending [rank/2], alike for all groups of a layer.
+    """Indices of the RoPE frequencies that the cached pairs of a layer rotate with, [rank/2] int64,
+    ascending.
 
-    As many pairs of a frequency as its mixes of heads are among the most energetic, weighted by the queries. None for
-    heads as wide as trained ones, which take each frequency once, as every runtime does.
+    The rank/2 mixes of heads with the most energy, summed over groups, decide how often each frequency
+    occurs. None where rank = d: each frequency once, as in a trained head and as every runtime expects.
     """
     if rank == grouping.head_dim:
         return None
@@ -80,7 +89,7 @@ def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tenso
 
 
 def member_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:
-    """The blocks of `query_weights`, one for each member of the group: [t, d, d]."""
+    """The diagonal blocks of `query_weights`, one per trained KV head of the group: [t, d, d] float64."""
     weights = query_weights(moments, grouping, group).view(
         grouping.size, grouping.head_dim, grouping.size, grouping.head_dim
     )
@@ -88,27 +97,30 @@ def member_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:
 
 
 def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
-    """The paper's SVD of the cached keys, unweighted and uncentred (arXiv 2406.07056, eqs. 7-14, 17-18)."""
+    """SVD of the cached keys, unweighted and uncentred (SVD-a of arXiv 2406.07056, eqs. 7-14; after RoPE,
+    17-18).
+    """
     rows = grouping.rows(group)
     return subspace_code(moments.key_second[rows, rows], rank)
 
 
 def svd_w(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
-    """SVD of the group's concatenated W_K; no data (the paper's baseline)."""
+    """SVD of the group's concatenated W_K, without data (the baseline SVD-w of arXiv 2406.07056)."""
     return weight_subspace(attention.k.weight[grouping.rows(group)], rank)
 
 
 def mean_pool(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
-    """The mean of the group's heads, which every member's queries then use (arXiv 2305.13245)."""
+    """Mean of the group's key heads, which the queries of all of them use (arXiv 2305.13245)."""
     return mean_code(grouping)
 
 
 def mean_code(grouping: Grouping) -> Code:
+    """The code whose cached head is the mean of the group's heads."""
     each = torch.eye(grouping.head_dim, dtype=torch.float64).repeat(grouping.size, 1)
     return Code(each / grouping.size, each)
 
 
 def weight_subspace(weight: Tensor, rank: int) -> Code:
-    """The leading left singular vectors of a weight [n, hidden]."""
+    """The code of the `rank` leading left singular vectors of a weight [n, hidden]."""
     wide = weight.double()
     return subspace_code(wide @ wide.T, rank)

@@ -1,7 +1,9 @@
-"""What a set of heads loses when it shares one head of any width, from a layer's moments: one eigenvalue problem a side.
+"""Loss of a group of KV heads at every width of the cached head, from a layer's moments.
 
-Losses are powers of the error of the attention output, E|Δo|², as `kvexport.convert.predict` defines them, so that those
-of keys, values and groups add up. Knows the codes' theory; makes no code.
+A loss is the power of the error of the attention output, E|Δo|², by the same model as
+`kvexport.convert.predict`; losses of keys, values and groups add. One eigenvalue problem per side gives the
+losses at all widths; only keys coded before RoPE need codes made at a few widths. n = t·d below is the width
+of the group's stack.
 """
 
 from __future__ import annotations
@@ -21,24 +23,21 @@ from kvexport.convert.permute import permute_heads, permute_moments
 from kvexport.convert.values import output_weights
 from kvexport.model.decoder import Attention
 
-_ASKED = (
-    1 / 32,
-    1 / 16,
-    1 / 8,
-    3 / 16,
-    1 / 4,
-    3 / 8,
-    1 / 2,
-    3 / 4,
-)  # of a group, widths whose codes before rotation are made
+# widths, as shares of n, at which codes before RoPE are made; losses between them are interpolated
+_SAMPLED_SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 _TINY = 1e-12
 
 
 class LayerLosses:
-    """The losses of one unconverted layer's heads."""
+    """Losses of groups of one unconverted layer's KV heads."""
 
     def __init__(self, code_moments: CodeMoments, attention: Attention) -> None:
-        self._met, self._attention = code_moments, attention
+        """
+        Args:
+            code_moments: moments on the side of RoPE on which the method codes keys.
+            attention: the unconverted layer.
+        """
+        self._code_moments, self._attention = code_moments, attention
         moments = code_moments.moments
         each = Grouping.of(attention, attention.num_kv_heads)
         roots = []
@@ -52,75 +51,75 @@ class LayerLosses:
         )
 
     def keys(self, group: Group) -> Tensor:
-        """Of online keys at widths 0 to n = heads·head_dim, [n + 1]."""
+        """Loss of keys coded after RoPE, at widths 0 .. n, [n + 1] float64."""
         inside = list(group)
         chosen = self._keys[inside][:, :, inside]
         return _tails(torch.linalg.eigvalsh(chosen.reshape(len(group) * chosen.shape[1], -1)))
 
     def values(self, group: Group) -> Tensor:
-        """Of values at widths 0 to n, [n + 1]."""
+        """Loss of values, at widths 0 .. n, [n + 1] float64."""
         moments, attention, alone = self._alone(group)
         values, vectors = torch.linalg.eigh(moments.value_covariance(alone.rows(0)))
         root = vectors * values.clamp_min(0).sqrt()
         return _tails(torch.linalg.eigvalsh(root.T @ output_weights(moments, attention, alone, 0) @ root))
 
     def folded_keys(self, group: Group) -> Tensor:
-        """Of keys in codes made before rotation, at widths 0 to n, [n + 1].
+        """Loss of keys coded before RoPE, at widths 0 .. n, [n + 1] float64.
 
-        Codes of a few widths are made and asked; between those, losses are interpolated. An odd width loses what the even one
-        below does.
+        Computed from codes of a few widths and interpolated between them. An odd width loses as much as the
+        even width below it, because cached numbers come in pairs.
         """
-        assert self._met.distances is not None
+        assert self._code_moments.distances is not None
         moments, attention, alone = self._alone(group)
-        n, found = alone.size * alone.head_dim, list[tuple[int, float]]()
-        for width in sorted({alone.head_dim, *(2 * round(n * share / 2) for share in _ASKED)} - {0, n}) or [
-            n
-        ]:
+        n, samples = alone.size * alone.head_dim, list[tuple[int, float]]()
+        even = {alone.head_dim, *(2 * round(n * share / 2) for share in _SAMPLED_SHARES)}
+        for width in sorted(even - {0, n}) or [n]:
             problem = folding(
-                moments, alone, 0, cached_frequencies(moments, alone, width), self._met.distances
+                moments, alone, 0, cached_frequencies(moments, alone, width), self._code_moments.distances
             )
-            found = found or [(0, attention.scale**2 * problem.power)]
-            found.append((width, attention.scale**2 * problem.loss(problem.code())))
-        return _between(found, n)
+            samples = samples or [(0, attention.scale**2 * problem.power)]
+            samples.append((width, attention.scale**2 * problem.loss(problem.code())))
+        return _interpolate(samples, n)
 
     def estimate(self, before_rotation: bool, group: Group) -> Tensor:
-        """Of keys at widths 0 to n, [n + 1], in one eigenvalue problem: exact for codes after rotation.
+        """Loss of keys at widths 0 .. n from one eigenvalue problem, [n + 1] float64.
 
-        For codes before it, of those that hold at every distance alike, which lose a few times more: enough to tell groups
-        apart.
+        Exact for codes after RoPE. For codes before RoPE, the loss of those that commute with rotation, which
+        lose a few times more than the codes of `folded_keys`: accurate enough to compare groups.
         """
         if not before_rotation:
             return self.keys(group)
         moments, attention, alone = self._alone(group)
         energies = attention.scale**2 * group_energies(moments, alone, 0)
         lost = _tails(energies.flatten().sort().values).repeat_interleave(2)[:-1]
-        lost[attention.head_dim] = energies[:, 1:].sum()  # there each frequency is cached once
+        lost[attention.head_dim] = energies[:, 1:].sum()  # at this width each frequency is cached once
         return lost
 
     def _alone(self, group: Group) -> tuple[Moments, Attention, Grouping]:
-        """The group as if it were first in the layer."""
+        """The layer with the group's heads first, and a grouping of these heads alone."""
         others = [head for head in range(self._attention.num_kv_heads) if head not in group]
         order = [*group, *others]
         attention = self._attention
         alone = Grouping(1, len(group), attention.queries_per_kv_head, attention.head_dim)
-        return permute_moments(self._met.moments, order), permute_heads(attention, order), alone
+        return permute_moments(self._code_moments.moments, order), permute_heads(attention, order), alone
 
 
 def _tails(ascending: Tensor) -> Tensor:
-    """Sums of all but the r largest eigenvalues, r = 0 .. n, [n + 1]."""
+    """Sums of all but the r largest of n eigenvalues, for r = 0 .. n, [n + 1]."""
     return torch.cat((ascending.new_zeros(1), ascending.clamp_min(0).cumsum(0))).flip(0)
 
 
-def _between(known: Sequence[tuple[int, float]], n: int) -> Tensor:
-    """Losses at widths 0 to n, [n + 1], from those of some even widths, 0 the first: geometric between, then straight to 0."""
-    widths, losses = np.array([width for width, _ in known]), np.array([loss for _, loss in known])
+def _interpolate(samples: Sequence[tuple[int, float]], n: int) -> Tensor:
+    """Losses at widths 0 .. n, [n + 1], from (even width, loss) in ascending order, width 0 first.
+
+    Geometric between the samples, linear to 0 beyond the last one.
+    """
+    widths, losses = np.array([width for width, _ in samples]), np.array([loss for _, loss in samples])
     least = max(float(losses.max()), _TINY) * _TINY
-    losses = np.minimum.accumulate(
-        np.maximum(losses, least)
-    )  # a wider code is made from a narrower one, and loses no more
+    losses = np.minimum.accumulate(np.maximum(losses, least))  # a wider code can do what a narrower one does
     even = np.arange(0, n + 1, 2)
-    found = np.exp(np.interp(even, widths, np.log(losses)))
+    curve = np.exp(np.interp(even, widths, np.log(losses)))
     last = int(widths[-1])
     beyond = even > last
-    found[beyond] = losses[-1] * (n - even[beyond]) / max(n - last, 1)
-    return torch.from_numpy(found).repeat_interleave(2)[: n + 1]
+    curve[beyond] = losses[-1] * (n - even[beyond]) / max(n - last, 1)
+    return torch.from_numpy(curve).repeat_interleave(2)[: n + 1]

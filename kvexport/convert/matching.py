@@ -1,8 +1,7 @@
-"""Which heads should share one: a partition into groups of one size with the least loss, found from a loss alone.
+"""Partition of a layer's KV heads into groups of one size with the least total loss.
 
-Pairs are matched exactly. A group of 2n heads is first a matched pair of groups of n, other sizes grow greedily; then
-heads change places while that helps, and at first sometimes where it does not (annealing). Knows partitions; must not
-know what a loss is of.
+Pairs are matched exactly (minimum-weight perfect matching). Groups of 2n heads start as exactly matched pairs
+of groups of n, other sizes grow greedily; simulated annealing then swaps heads between groups. Deterministic.
 """
 
 from __future__ import annotations
@@ -12,50 +11,60 @@ import random
 from collections.abc import Callable, Sequence
 
 Group = tuple[int, ...]
-Loss = Callable[[Group], float]  # of a group's heads, in ascending order
+Loss = Callable[[Group], float]  # loss of a group; its heads are in ascending order
 
-_PROPOSALS = 256  # swaps that are tried
-_WARM = 0.02  # of the loss at the start: how much worse a swap may first be and still be likely taken
+_PROPOSALS = 256  # swaps proposed
+_TEMPERATURE = 0.02  # initial temperature, as a share of the total loss
 
 
 def match_heads(heads: int, size: int, loss: Loss) -> list[Group]:
-    """The partition of `heads` heads into groups of `size` whose losses have the least sum found.
+    """Partition `heads` heads into groups of `size` so that the sum of their losses is small.
 
-    Exact for pairs. `size` must divide `heads`. Deterministic.
+    The sum is the least possible for pairs; for larger groups it is never above that of adjacent heads.
+
+    Args:
+        heads: number of heads; a multiple of `size`.
+        size: heads per group.
+        loss: loss of one group.
+
+    Returns:
+        The groups in ascending order, each of them ascending.
     """
     if size == 1 or size == heads:
         return [tuple(range(start, start + size)) for start in range(0, heads, size)]
-    known = _Known(loss)
+    losses = _LossCache(loss)
     adjacent = [tuple(range(start, start + size)) for start in range(0, heads, size)]
-    found = _doubled(heads, size, known) if size & (size - 1) == 0 else _grown(heads, size, known)
+    groups = (
+        _match_pairs(heads, size, losses) if size & (size - 1) == 0 else _grow_groups(heads, size, losses)
+    )
     if size > 2:
-        found = min(_annealed(found, known), adjacent, key=known.total)
-    return sorted(found)
+        groups = min(_anneal(groups, losses), adjacent, key=losses.total)
+    return sorted(groups)
 
 
 def order_of(groups: Sequence[Group]) -> list[int]:
-    """The heads, group after group."""
+    """The heads in the order of their groups."""
     return [head for group in groups for head in group]
 
 
-class _Known:
-    """Losses, each computed once."""
+class _LossCache:
+    """Losses of groups, each computed once."""
 
     def __init__(self, loss: Loss) -> None:
-        self._loss, self._found = loss, dict[Group, float]()
+        self._loss, self._losses = loss, dict[Group, float]()
 
     def __call__(self, heads: Sequence[int]) -> float:
         group = tuple(sorted(heads))
-        if group not in self._found:
-            self._found[group] = self._loss(group)
-        return self._found[group]
+        if group not in self._losses:
+            self._losses[group] = self._loss(group)
+        return self._losses[group]
 
     def total(self, groups: Sequence[Group]) -> float:
         return sum(map(self, groups))
 
 
-def _doubled(heads: int, size: int, loss: _Known) -> list[Group]:
-    """Pairs, pairs of pairs, and so on, each matched exactly."""
+def _match_pairs(heads: int, size: int, loss: _LossCache) -> list[Group]:
+    """Match heads into pairs, pairs into groups of four, and so on; each step is exact."""
     import networkx
 
     groups: list[Group] = [(head,) for head in range(heads)]
@@ -68,8 +77,8 @@ def _doubled(heads: int, size: int, loss: _Known) -> list[Group]:
     return groups
 
 
-def _grown(heads: int, size: int, loss: _Known) -> list[Group]:
-    """Group after group, each from the first head left, by the head that adds the least loss."""
+def _grow_groups(heads: int, size: int, loss: _LossCache) -> list[Group]:
+    """Start each group from the first remaining head and add the head that increases its loss least."""
     left, groups = list(range(heads)), []
     while left:
         group = [left.pop(0)]
@@ -81,8 +90,10 @@ def _grown(heads: int, size: int, loss: _Known) -> list[Group]:
     return groups
 
 
-def _annealed(groups: list[Group], loss: _Known) -> list[Group]:
-    """Swaps of two heads between two groups, taken if better, and with a chance that cools to nothing if worse."""
+def _anneal(groups: list[Group], loss: _LossCache) -> list[Group]:
+    """Simulated annealing over swaps of two heads between two groups, with a fixed seed; returns the best
+    partition.
+    """
     chance = random.Random(0)
     best = now = groups
     for proposal in range(_PROPOSALS):
@@ -91,9 +102,9 @@ def _annealed(groups: list[Group], loss: _Known) -> list[Group]:
         swapped = list(now)
         swapped[a] = tuple(sorted({*now[a], j} - {i}))
         swapped[b] = tuple(sorted({*now[b], i} - {j}))
-        worse = loss.total((swapped[a], swapped[b])) - loss.total((now[a], now[b]))
-        warmth = _WARM * loss.total(now) * (1 - proposal / _PROPOSALS)
-        if worse < 0 or (warmth > 0 and chance.random() < math.exp(-worse / warmth)):
+        increase = loss.total((swapped[a], swapped[b])) - loss.total((now[a], now[b]))
+        temperature = _TEMPERATURE * loss.total(now) * (1 - proposal / _PROPOSALS)
+        if increase < 0 or (temperature > 0 and chance.random() < math.exp(-increase / temperature)):
             now = swapped
             best = min(best, now, key=loss.total)
     return best

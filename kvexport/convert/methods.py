@@ -1,6 +1,6 @@
-"""The conversion methods by name: which code each takes for keys and values, and whether W_O is refitted.
+"""The conversion methods: which code each makes for keys and values, and how heads are grouped.
 
-A table and how to read it; the mathematics is in `keys` and `values`.
+A table of the functions in `keys`, `values` and `folding`; names and help are in `method_names`.
 """
 
 from __future__ import annotations
@@ -20,23 +20,26 @@ from kvexport.convert.method_names import BEST, METHOD_NAMES
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Attention
 
-Rule = Callable[[Moments, Attention, Grouping, int, int], Code]  # of one group, at one rank
+GroupCode = Callable[[Moments, Attention, Grouping, int, int], Code]  # arguments end with group and rank
 
 
 @dataclass(frozen=True)
 class Method:
-    """One way to code a layer.
+    """One conversion method.
 
     Attributes:
-        before_rotation: its key code is made before RoPE.
-        centred: what the code leaves of the mean value goes into the output bias.
-        matched: heads are grouped by predicted loss; otherwise as they are.
-        refit: W_O is fitted again to the converted layer's own head outputs.
+        name: its name in `method_names`.
+        key: makes a group's key code; None: codes before RoPE by `keys.folding`, which needs distances.
+        value: makes a group's value code.
+        before_rotation: whether keys are coded before RoPE.
+        centred: whether what the code loses of the mean value goes into the output bias.
+        matched: whether heads are grouped by predicted loss; otherwise adjacent heads share.
+        refit: whether W_O is refitted to the converted layer's own head outputs.
     """
 
     name: str
-    key: Rule | None  # None: that of `keys.folding`, for which distances must be known
-    value: Rule
+    key: GroupCode | None
+    value: GroupCode
     before_rotation: bool = False
     centred: bool = False
     matched: bool = False
@@ -57,28 +60,32 @@ METHODS = {
 
 @dataclass(frozen=True)
 class LayerPlan:
-    """How one layer is converted."""
+    """How one layer is converted: the method, and the shape of the resulting cache."""
 
     method: Method
     shape: KVShape
 
 
 def folds(method: Method, attention: Attention) -> bool:
-    """Whether the method's key code goes into the weights: neither a norm nor a rotation is between W_K and the code."""
+    """Whether the method's key code folds into the weights: no norm and no rotation lies between W_K and the
+    code.
+    """
     return attention.k_norm is None and (method.before_rotation or attention.position != "rope")
 
 
 def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
-    """What `--method NAME` leaves each layer to choose from: without rotation 'fold' is 'online', whose codes all fold.
+    """Methods that each layer can choose from under `--method NAME`.
+
+    Without RoPE 'fold' means 'online', whose codes then fold entirely.
 
     Raises:
-        UsageError: no such method, or 'fold' for keys that are normalised after W_K.
+        UsageError: there is no such method, or 'fold' with keys that are normalised after W_K.
     """
     if name not in METHOD_NAMES:
-        raise UsageError("no such conversion method", got=name, expected=", ".join(METHOD_NAMES))
+        raise UsageError("--method must be a conversion method", got=name, expected=", ".join(METHOD_NAMES))
     if name == "fold" and attention.k_norm is not None:
         raise UsageError(
-            "keys of this model are normalised between W_K and the cache (QK-norm), so no code folds into the weights",
+            "--method fold needs a model without QK-norm: a norm after W_K prevents folding",
             got="--method fold",
             expected=", ".join(m for m in METHOD_NAMES if m != "fold"),
             fix="make a bundle: kvexport build --method online",
@@ -91,16 +98,17 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
 
 
 def head_order(method: Method, code_moments: CodeMoments, attention: Attention, shape: KVShape) -> list[int]:
-    """The order of KV heads in which adjacent ones are to share, by the predicted loss of keys and values together."""
+    """Order of the KV heads that makes the heads of each group adjacent, for the least predicted loss of keys
+    and values.
+    """
     heads = attention.num_kv_heads
     if not method.matched:
         return list(range(heads))
     losses, size = LayerLosses(code_moments, attention), heads // shape.kv_heads
 
     def loss(group: Group) -> float:
-        key, value = (
-            width * len(group) // size for width in (shape.key_dim, shape.value_dim)
-        )  # of part of a group, its share
+        # part of a group gets its share of the widths
+        key, value = (width * len(group) // size for width in (shape.key_dim, shape.value_dim))
         return float(losses.estimate(method.before_rotation, group)[key] + losses.values(group)[value])
 
     return order_of(match_heads(heads, size, loss))
@@ -109,20 +117,20 @@ def head_order(method: Method, code_moments: CodeMoments, attention: Attention, 
 def layer_code(
     method: Method, code_moments: CodeMoments, attention: Attention, grouping: Grouping, shape: KVShape
 ) -> LayerCode:
-    """The method's codes for all groups of one layer."""
+    """Make the method's codes for all groups of one layer."""
     moments, groups, frequencies = code_moments.moments, range(grouping.kv_heads), None
     if method.key is None:
         assert code_moments.distances is not None
         frequencies = keys.cached_frequencies(moments, grouping, shape.key_dim)
-        coded = [
+        key_codes = [
             keys.folding(moments, grouping, group, frequencies, code_moments.distances).code()
             for group in groups
         ]
     else:
-        coded = [method.key(moments, attention, grouping, group, shape.key_dim) for group in groups]
+        key_codes = [method.key(moments, attention, grouping, group, shape.key_dim) for group in groups]
     return LayerCode(
         frequencies=frequencies,
-        keys=tuple(coded),
+        keys=tuple(key_codes),
         values=tuple(method.value(moments, attention, grouping, group, shape.value_dim) for group in groups),
         folds=folds(method, attention),
         centred=method.centred,

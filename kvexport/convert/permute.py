@@ -1,7 +1,4 @@
-"""Heads in another order: the same function of a layer, with the heads that will share one side by side.
-
-Knows where a layer and its moments keep their heads; must not know why an order was chosen.
-"""
+"""Reordering of KV heads: the layer computes the same function, with heads that share a cached head adjacent."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ from kvexport.model.decoder import Attention, Linear
 
 
 def permute_heads(attention: Attention, order: Sequence[int]) -> Attention:
-    """The unconverted layer with KV head `order[i]`, and the queries that share it, in place i."""
+    """Move KV head `order[i]`, with the query heads that share it, to place i of an unconverted layer."""
     queries = _query_order(order, attention.queries_per_kv_head)
     slopes = attention.alibi_slopes
     return replace(
@@ -30,7 +27,7 @@ def permute_heads(attention: Attention, order: Sequence[int]) -> Attention:
 
 
 def permute_moments(moments: Moments, order: Sequence[int]) -> Moments:
-    """The moments of the layer with its heads in that order."""
+    """Moments of the layer that `permute_heads` returns for the same order."""
     kv_heads = len(order)
     queries = _query_order(order, len(moments.key_gain) // kv_heads)
     inside = torch.tensor(queries)
@@ -61,7 +58,7 @@ def _rows(linear: Linear, order: Sequence[int]) -> Linear:
 
 
 def _blocks(x: Tensor, order: Sequence[int], dim: int) -> Tensor:
-    """Equal blocks along `dim` in another order."""
+    """Reorder the equal blocks along `dim`."""
     return (
         x.unflatten(dim, (len(order), -1)).index_select(dim, torch.tensor(list(order))).flatten(dim, dim + 1)
     )

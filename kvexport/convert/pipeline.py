@@ -1,8 +1,11 @@
-"""The one flow of conversion: layer by layer, measure, code, apply, refit, pass on.
+"""Conversion layer by layer: moments, head order, codes, application, refit, next layer.
 
-Two residual streams run side by side over the calibration windows: the trained model's, which moments are taken
-from, and the converted model's, which shows each layer what the layers before it have lost. Knows the order of
-things; the mathematics is elsewhere. One layer is in memory at a time, and the two streams.
+    moments (trained stream) -> head_order -> layer_code -> apply_code -> refit W_O (converted stream) ->
+    advance both
+
+The trained model's residual stream gives moments and targets; the converted model's stream contains the
+errors of the layers before, so that the refit can compensate them. One layer and the two streams are in
+memory at a time.
 """
 
 from __future__ import annotations
@@ -30,13 +33,15 @@ from kvexport.model.divergence import Divergence, DivergenceMeter
 
 @dataclass(frozen=True)
 class ConvertedLayer:
+    """A layer after conversion, its index in the decoder, and its report."""
+
     index: int
     layer: Layer
     report: LayerReport
 
 
 class Conversion:
-    """An iterator over converted layers, each made when asked for; afterwards, what all of it cost."""
+    """An iterator over converted layers, each converted when requested; made by `convert`."""
 
     def __init__(
         self,
@@ -46,12 +51,8 @@ class Conversion:
         moments_of: Callable[[int], Moments] | None,
         capacity: int | None,
     ) -> None:
-        self._decoder, self._windows, self._layer_plans, self._moments_of = (
-            decoder,
-            windows,
-            layer_plans,
-            moments_of,
-        )
+        self._decoder, self._windows = decoder, windows
+        self._layer_plans, self._moments_of = layer_plans, moments_of
         self._positions = windows.shape[1] if capacity is None else capacity
         self._streams = Streams(decoder, windows)
         self._layers = self._run()
@@ -66,7 +67,7 @@ class Conversion:
         for index in range(len(self._decoder.layers)):
             yield self._convert(index)
 
-    @torch.no_grad()  # not around the generator: there it would keep each layer until the next is done
+    @torch.no_grad()  # on the generator it would keep each layer in memory until the next is done
     def _convert(self, index: int) -> ConvertedLayer:
         layer = self._decoder.layers[index]
         if self._moments_of is None:
@@ -76,21 +77,20 @@ class Conversion:
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
         layer_plan = self._layer_plans[index]
+        before_rotation, window = layer_plan.method.before_rotation, layer.attention.window
         code_moments = make_code_moments(
-            layer_plan.method.before_rotation,
-            moments,
-            self._decoder.rope,
-            self._positions,
-            layer.attention.window,
+            before_rotation, moments, self._decoder.rope, self._positions, window
         )
-        converted, report = _convert_layer(layer, self._streams, code_moments, layer_plan)
-        _require_finite(f"layer {index} after conversion", converted)
+        converted, report = convert_layer(layer, self._streams, code_moments, layer_plan)
+        _require_finite(f"the weights of layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)
         return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
 
     @torch.no_grad()
     def divergence(self) -> Divergence:
-        """How far the converted model is from the trained one on the held-out windows; all layers must be done."""
+        """Divergence of the converted from the trained model on the held-out windows, after all layers are
+        converted.
+        """
         meter = DivergenceMeter()
         for trained, converted, windows in self._streams.held_out_pairs(self._windows):
             meter.add(
@@ -106,21 +106,32 @@ def convert(
     moments_of: Callable[[int], Moments] | None = None,
     capacity: int | None = None,
 ) -> Conversion:
-    """Convert the decoder's layers one after another, each yielded as soon as it is done.
+    """Convert the decoder's layers one after another; each is yielded as soon as it is converted.
 
     Args:
         decoder: the trained model.
         windows: calibration tokens [N, length] int64; the last eighth is held out from moments and fits.
-        ways: how each layer is converted; one into its trained shape is left as it is.
-        moments_of: where saved moments come from (else they are measured).
-        capacity: tokens that a sequence may hold: codes of rotated keys are made for all of its positions [that many as
-            a window has].
+        layer_plans: one plan per layer; a layer whose shape is the trained one is left unchanged.
+        moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
+        capacity: tokens of a sequence; codes of rotated keys are made for all of these positions [default:
+            length].
+
+    Raises (while iterating):
+        KvexportError: moments or weights are not finite.
     """
     return Conversion(decoder, windows, layer_plans, moments_of, capacity)
 
 
 def measure_moments(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
-    """The moments of each layer of the trained model, without converting any (`kvexport calibrate`)."""
+    """Measure the moments of each layer of the trained model, without conversion (`kvexport calibrate`).
+
+    Args:
+        decoder: the trained model.
+        windows: calibration tokens [N, length] int64; the last eighth is held out, as in `convert`.
+
+    Raises:
+        KvexportError: moments are not finite.
+    """
     stream = TrainedStream(decoder, windows)
     for index in range(len(decoder.layers)):
         yield _measure_layer(index, decoder.layers[index], stream)
@@ -135,17 +146,16 @@ def _measure_layer(index: int, layer: Layer, stream: TrainedStream) -> Moments:
 
 
 def unconverted_layers(decoder: Decoder) -> Iterator[ConvertedLayer]:
-    """The decoder's own layers, for what is exported as it was trained."""
+    """The decoder's own layers, for an export without compression."""
     for index in range(len(decoder.layers)):
-        yield _left_as_it_is(index, decoder.layers[index])
+        yield _unconverted(index, decoder.layers[index])
 
 
-def _left_as_it_is(index: int, layer: Layer) -> ConvertedLayer:
-    return ConvertedLayer(index, layer, _kept(layer.attention))
+def _unconverted(index: int, layer: Layer) -> ConvertedLayer:
+    return ConvertedLayer(index, layer, _unconverted_report(layer.attention))
 
 
-def _kept(attention: Attention) -> LayerReport:
-    """The report of a layer that is left as it is."""
+def _unconverted_report(attention: Attention) -> LayerReport:
     parameters = sum(tensor.numel() for tensor in tensors_of(attention))
     return LayerReport(
         method="none",
@@ -164,25 +174,35 @@ def _kept(attention: Attention) -> LayerReport:
     )
 
 
-def _convert_layer(
+def convert_layer(
     layer: Layer, streams: Streams, code_moments: CodeMoments, layer_plan: LayerPlan
 ) -> tuple[Layer, LayerReport]:
+    """Convert one layer by its plan.
+
+    Args:
+        layer: the trained layer.
+        streams: both residual streams before the layer; its trained attention has run.
+        code_moments: moments on the side of RoPE on which the method codes keys.
+        layer_plan: method and shape.
+
+    Returns:
+        The converted layer, and its report without `residual_error`.
+    """
     trained, method, shape = layer.attention, layer_plan.method, layer_plan.shape
     if shape == trained_shape(trained):
-        return layer, _kept(trained)
+        return layer, _unconverted_report(trained)
     order = head_order(method, code_moments, trained, shape)
     attention, code_moments = permute_heads(trained, order), code_moments.permute_heads(order)
     grouping = Grouping.of(attention, shape.kv_heads)
     code = layer_code(method, code_moments, attention, grouping, shape)
     predicted = predict_error(code_moments, attention, grouping, code)
-    converted = replace(
-        layer, attention=apply_code(attention, grouping, code, code_moments.moments.value_mean)
-    )
+    value_mean = code_moments.moments.value_mean
+    converted = replace(layer, attention=apply_code(attention, grouping, code, value_mean))
     measured = streams.attention_error(converted)
     if method.refit:
         converted = replace(layer, attention=replace(converted.attention, o=streams.refit(converted)))
     return converted, replace(
-        _kept(trained),
+        _unconverted_report(trained),
         method=method.name,
         num_key_value_heads=shape.kv_heads,
         key_head_dim=shape.key_dim,
@@ -196,6 +216,7 @@ def _convert_layer(
 def _require_finite(what: str, part: Moments | Layer) -> None:
     if not all(bool(tensor.isfinite().all()) for tensor in tensors_of(part)):
         raise KvexportError(
-            f"{what}: not all numbers are finite",
-            fix="calibrate on other text (--calibration FILE); if it persists, the model itself overflows float32",
+            f"{what} must be finite",
+            got="NaN or infinite numbers",
+            fix="calibrate on other text (--calibration FILE); if that fails, the model overflows float32",
         )

@@ -1,8 +1,9 @@
-"""What a code will lose, from moments alone: the error of one layer's attention output, before it is run.
+"""Predicted error of one converted layer's attention output, from moments alone.
 
-To first order, and with errors of different tokens and of different groups independent: a logit error of variance
-σ² in head q costs σ² · gain_q (gain_q = E Σ_n a_n² |W_O(v_n - o)|²), and a value error δ costs tr(S Cov δ) with S
-as the value code weighs it, plus what it does to the mean, which attention cannot average away.
+To first order, with independent errors of different tokens and different groups: a logit error of variance σ²
+in query head q costs σ² · gain_q, gain_q = E_m Σ_n a_mn² |W_O (v_n - o_m)|² (`Moments.key_gain`); a value
+error δ costs tr(S Cov δ), S as in `kvexport.convert.values`, plus the square of its constant part, which
+attention does not average out.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from kvexport.model.decoder import Attention
 def predict_error(
     code_moments: CodeMoments, attention: Attention, grouping: Grouping, code: LayerCode
 ) -> float:
-    """Predicted relative error of the attention output, √(E|Δo|² / E|o - ō|²), before any refit."""
+    """Predicted relative error of the attention output before any refit, √(E|Δo|² / E|o - ō|²)."""
     moments, lost = code_moments.moments, 0.0
     for group in range(grouping.kv_heads):
         rows = grouping.rows(group)
-        lost += _from_logits(code_moments, attention, grouping, code, group)
+        lost += _loss_through_keys(code_moments, attention, grouping, code, group)
         residual = code.values[group].residual
         covariance = residual @ moments.value_covariance(rows) @ residual.T
         lost += float((output_weights(moments, attention, grouping, group) * covariance).sum())
@@ -35,9 +36,10 @@ def predict_error(
     return math.sqrt(max(lost, 0.0) / max(float(moments.output_power), torch.finfo(torch.float64).tiny))
 
 
-def _from_logits(
+def _loss_through_keys(
     code_moments: CodeMoments, attention: Attention, grouping: Grouping, code: LayerCode, group: int
 ) -> float:
+    """E|Δo|² of the group's keys."""
     moments, rows = code_moments.moments, grouping.rows(group)
     if code_moments.distances is not None:
         return attention.scale**2 * folding(

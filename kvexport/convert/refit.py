@@ -1,6 +1,8 @@
-"""Refit of W_O: ridge least squares on the converted layer's own head outputs, towards the original stream.
+"""Refit of W_O by ridge least squares on the converted layer's own head outputs.
 
-Knows least squares on streamed moments; must not know where head outputs come from.
+W_O' = argmin_W,b E|y - W x - b|² + λ |W - W_O|², where x is the converted layer's concatenated head outputs
+and y what its attention must add to the converted residual stream to give the trained one. With centred
+moments G = Cov(x) and C = Cov(x, y): W_O'ᵀ = (G + λ I)⁻¹ (C + λ W_Oᵀ).
 """
 
 from __future__ import annotations
@@ -10,13 +12,19 @@ from torch import Tensor
 
 from kvexport.model.decoder import Linear
 
-_RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal of G
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal of G
 
 
 class LeastSquares:
-    """Float64 sums for y ≈ W x + b: of x xᵀ, x yᵀ, x and y."""
+    """Float64 sums over tokens for y ≈ W x + b."""
 
     def __init__(self, into: int, out: int) -> None:
+        """
+        Args:
+            into: width of x.
+            out: width of y.
+        """
+
         def zeros(*shape: int) -> Tensor:
             return torch.zeros(shape, dtype=torch.float64)
 
@@ -24,7 +32,7 @@ class LeastSquares:
         self._xx, self._xy, self._x, self._y = zeros(into, into), zeros(into, out), zeros(into), zeros(out)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Take in x [..., into] and y [..., out]."""
+        """Add samples x [..., into] and y [..., out]."""
         x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
         self._count += len(x)
         self._xx.addmm_(x.T, x)
@@ -33,30 +41,35 @@ class LeastSquares:
         self._y += y.sum(0)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cov(x) [into, into], Cov(x, y) [into, out], and the means of x and y."""
+        """Cov(x) [into, into], Cov(x, y) [into, out], mean of x [into], mean of y [out]."""
         count = max(self._count, 1)
         x, y = self._x / count, self._y / count
         return self._xx / count - torch.outer(x, x), self._xy / count - torch.outer(x, y), x, y
 
     def loss(self, weight: Tensor, bias: Tensor) -> float:
-        """E|y - W x - b|², less Var(y), which no W or b changes."""
+        """E|y - W x - b|² minus Var(y), which depends on neither W [out, into] nor b [out]."""
         gram, cross, x, y = self.centred()
         offset = (y - weight @ x - bias).square().sum()
         return float(((weight @ gram) * weight).sum() - 2 * (weight.T * cross).sum() + offset)
 
 
-def refit(o: Linear, seen: LeastSquares, held_out: LeastSquares) -> Linear:
-    """W_O' = argmin |y - W x - b|² + λ|W - W_O|², with b free and λ the ridge that held-out tokens like best.
+def refit(o: Linear, train: LeastSquares, held_out: LeastSquares) -> Linear:
+    """Refit W_O on training tokens, with the ridge λ that gives the least loss on held-out tokens.
 
-    Among the candidates are the infinite ridge, which keeps W_O and fits b alone, and `o` as it is, so the refit
-    never costs on the held-out tokens.
+    The candidates include λ = ∞, which keeps W_O and fits b alone, and `o` unchanged; so the refit never
+    increases the loss on held-out tokens.
+
+    Args:
+        o: the output projection W_O [hidden, H·width] with its bias, if any.
+        train: sums over training tokens.
+        held_out: sums over held-out tokens.
     """
-    gram, cross, x, y = seen.centred()
+    gram, cross, x, y = train.centred()
     prior = o.weight.double()
     residual = cross - gram @ prior.T  # [into, out]
     scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
     best, least = o, held_out.loss(prior, torch.zeros_like(y) if o.bias is None else o.bias.double())
-    for ridge in (None, *_RIDGES):
+    for ridge in (None, *RIDGES):
         weight = prior
         if ridge is not None:
             ridged = gram.clone()

@@ -1,9 +1,12 @@
-"""What conversion could cost, layer by layer, before any layer is converted: losses at every width, and what they do.
+"""Sensitivity of the model to each layer's loss: how much KL a given error of its keys or values causes.
 
-Each layer's keys, by each method, and apart from them its values are coded once on trial, and the stream that this
-disturbs runs on to the logits beside the trained one: so much KL for so much error of the attention output is the layer's
-sensitivity. One layer is in memory at a time, and one stream of a few windows for each trial.
-Knows how trials run; chooses nothing.
+Per layer, method and group size, `LayerLosses` gives the loss of keys and of values at every width. What a
+unit of loss costs is measured by trials: the layer's keys alone are coded, then its values alone, and the
+disturbed residual stream runs through the remaining trained layers to the logits. Sensitivity = KL to the
+trained logits / predicted loss; the predicted KL of a plan is the sum of sensitivity times loss over keys,
+values and layers.
+
+One layer is in memory at a time, and one residual stream over a few windows per trial.
 """
 
 from __future__ import annotations
@@ -29,15 +32,17 @@ from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer
 from kvexport.model.divergence import DivergenceMeter
 
-_WINDOWS = 8  # that trials run over
-_TINY = 1e-12  # of the output's power: no trial loses less
+_WINDOWS = 8  # windows that trials run over
+_TINY = 1e-12  # of the output's power: lower bound on the loss of a trial
 
 
 @dataclass(frozen=True)
 class Curves:
-    """Losses of one layer by one method in groups of one size, summed over groups, at widths 0 to n = size·head_dim: [n + 1].
+    """Losses of one layer with one method and group size, E|Δo|², summed over groups.
 
-    Powers of the error of the attention output, E|Δo|².
+    Attributes:
+        keys: loss of keys at widths 0 .. n = size·head_dim, [n + 1] float64.
+        values: loss of values at the same widths, [n + 1] float64.
     """
 
     keys: Tensor
@@ -46,15 +51,15 @@ class Curves:
 
 @dataclass(frozen=True)
 class LayerSensitivity:
-    """What one layer could lose.
+    """Predicted loss of one layer for every method, group size and width.
 
     Attributes:
-        trained: what it caches now.
-        sizes: of groups, ascending.
-        curves: by method and group size.
-        output_power: E|o - ō|², what the losses are to be compared with.
-        key_sensitivity: by method, mean KL in nats per token for a unit of loss through keys.
-        value_sensitivity: through values.
+        trained: shape of its cache before conversion.
+        sizes: group sizes, ascending.
+        curves: losses by method and group size.
+        output_power: E|o - ō|², power of the attention output about its mean.
+        key_sensitivity: by method, mean KL in nats per token for a unit of loss of keys.
+        value_sensitivity: mean KL in nats per token for a unit of loss of values.
     """
 
     trained: KVShape
@@ -66,21 +71,24 @@ class LayerSensitivity:
 
     @property
     def methods(self) -> tuple[Method, ...]:
+        """The methods that were analysed."""
         return tuple(self.key_sensitivity)
 
     def kl(self, layer_plan: LayerPlan) -> float:
-        """Predicted mean KL, nats per token, of this layer alone converted that way."""
+        """Predicted mean KL, nats per token, if this layer alone is converted by the plan."""
         shape = layer_plan.shape
         if shape == self.trained:
             return 0.0
         curves = self.curves[layer_plan.method, self.trained.kv_heads // shape.kv_heads]
-        lost_to_keys = self.key_sensitivity[layer_plan.method] * curves.keys[shape.key_dim]
-        return float(lost_to_keys + self.value_sensitivity * curves.values[shape.value_dim])
+        kl_of_keys = self.key_sensitivity[layer_plan.method] * curves.keys[shape.key_dim]
+        return float(kl_of_keys + self.value_sensitivity * curves.values[shape.value_dim])
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A method's trial of a layer: its keys coded, its values coded, and what that is predicted to lose."""
+    """Trials of one method in one layer: the layer with coded keys, with coded values, and both predicted
+    losses.
+    """
 
     keys: Layer
     values: Layer
@@ -89,7 +97,11 @@ class _Trial:
 
 
 class SensitivityAnalysis:
-    """An iterator over the decoder's layers: `analyze_sensitivity` describes it. `layers` is complete when it has ended."""
+    """An iterator that measures one layer per step; made by `analyze_sensitivity`.
+
+    Attributes:
+        layers: one entry per layer, once the iterator has ended.
+    """
 
     @torch.no_grad()
     def __init__(
@@ -106,13 +118,13 @@ class SensitivityAnalysis:
         self._moments_of, self._positions = moments_of, windows.shape[1] if capacity is None else capacity
         self._stream = TrainedStream(decoder, windows)
         train = self._stream.train
-        self._tried = windows[torch.linspace(0, len(train) - 1, min(_WINDOWS, len(train))).round().long()]
-        self._forks = [
-            reference.embed(decoder.embedding, self._tried)
-        ]  # the trained stream, then each layer's trials'
-        self._found: list[
-            tuple[LayerSensitivity, list[float]]
-        ] = []  # without sensitivities, and what the trials are to lose
+        self._trial_windows = windows[
+            torch.linspace(0, len(train) - 1, min(_WINDOWS, len(train))).round().long()
+        ]
+        # the trained stream, then the disturbed stream of each trial
+        self._forks = [reference.embed(decoder.embedding, self._trial_windows)]
+        # each layer without its sensitivities, and the predicted losses of its trials
+        self._measured: list[tuple[LayerSensitivity, list[float]]] = []
         self.layers: list[LayerSensitivity] = []
 
     def __iter__(self) -> Iterator[None]:
@@ -130,7 +142,7 @@ class SensitivityAnalysis:
             self._stream.attend(layer)
             moments = self._moments_of(index)
         curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
-        size_tried = self._size_tried(layer.attention)
+        trial_size = self._trial_size(layer.attention)
         for method in self._methods:
             code_moments = make_code_moments(
                 method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window
@@ -139,14 +151,14 @@ class SensitivityAnalysis:
             for size in self._sizes:
                 groups = self._groups(method, losses, layer.attention, size)
                 of_keys = losses.folded_keys if method.key is None else losses.keys
-                found = Curves(sum_of(map(of_keys, groups)), sum_of(map(losses.values, groups)))
-                curves[method, size] = found
-                if size == size_tried:
-                    trials.append(self._trial(layer, code_moments, method, groups, found))
+                of_size = Curves(sum_of(map(of_keys, groups)), sum_of(map(losses.values, groups)))
+                curves[method, size] = of_size
+                if size == trial_size:
+                    trials.append(self._trial(layer, code_moments, method, groups, of_size))
         least = _TINY * float(moments.output_power)
         lost = [max(loss, least) for loss in (trials[0].value_loss, *(each.key_loss for each in trials))]
         shape, power = trained_shape(layer.attention), float(moments.output_power)
-        self._found.append((LayerSensitivity(shape, self._sizes, curves, power, {}, 0.0), lost))
+        self._measured.append((LayerSensitivity(shape, self._sizes, curves, power, {}, 0.0), lost))
         disturbed = [
             self._past(each, self._forks[0]) for each in (trials[0].values, *(each.keys for each in trials))
         ]
@@ -154,24 +166,30 @@ class SensitivityAnalysis:
         self._stream.advance(layer)
 
     def _rank(self, size: int, attention: Attention) -> int:
-        """The even width that keeps the share of the KV bytes that trials keep."""
+        """The even width of a cached head that keeps the ratio of the KV bytes, in groups of `size`."""
         return max(2, 2 * round(self._ratio * size * attention.head_dim / 2))
 
-    def _size_tried(self, attention: Attention) -> int:
-        """The largest group whose width in a trial an engine could take."""
+    def _trial_size(self, attention: Attention) -> int:
+        """The largest group size whose width in a trial an engine supports."""
         return max(
             (size for size in self._sizes if self._rank(size, attention) <= WIDEST), default=self._sizes[0]
         )
 
     def _groups(self, method: Method, losses: LayerLosses, attention: Attention, size: int) -> list[Group]:
         def loss(group: Group) -> float:
-            width = self._rank(size, attention) * len(group) // size  # of part of a group, its share
+            # part of a group gets its share of the width
+            width = self._rank(size, attention) * len(group) // size
             return float(losses.estimate(method.before_rotation, group)[width] + losses.values(group)[width])
 
         return match_heads(attention.num_kv_heads, size, loss)
 
     def _trial(
-        self, layer: Layer, code_moments: CodeMoments, method: Method, groups: Sequence[Group], curves: Curves
+        self,
+        layer: Layer,
+        code_moments: CodeMoments,
+        method: Method,
+        groups: Sequence[Group],
+        curves: Curves,
     ) -> _Trial:
         order = order_of(groups)
         attention, code_moments = permute_heads(layer.attention, order), code_moments.permute_heads(order)
@@ -183,44 +201,44 @@ class SensitivityAnalysis:
             Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)),
         ) * grouping.kv_heads
 
-        def coded(code: LayerCode) -> Layer:
-            return replace(
-                layer, attention=apply_code(attention, grouping, code, code_moments.moments.value_mean)
-            )
+        def apply(code: LayerCode) -> Layer:
+            converted = apply_code(attention, grouping, code, code_moments.moments.value_mean)
+            return replace(layer, attention=converted)
 
         return _Trial(
-            keys=coded(replace(code, values=exact)),
-            values=coded(replace(code, keys=exact, folds=False, frequencies=None)),
+            keys=apply(replace(code, values=exact)),
+            values=apply(replace(code, keys=exact, folds=False, frequencies=None)),
             key_loss=float(curves.keys[rank]),
             value_loss=float(curves.values[rank]),
         )
 
     def _past(self, layer: Layer, x: Tensor) -> Tensor:
-        """A stream [N, S, hidden] past a layer."""
-        passed = x.clone()
-        attention_windows.advance(layer, passed, self._decoder.rope)
-        return passed
+        """The residual stream x [N, S, hidden] after the layer."""
+        stream = x.clone()
+        attention_windows.advance(layer, stream, self._decoder.rope)
+        return stream
 
     @torch.no_grad()
     def _finish(self) -> None:
         trained, *disturbed = self._forks
         divergences = iter([self._kl(trained, each) for each in disturbed])
-        for layer, lost in self._found:
-            by_values, *by_keys = (_sensitivity(next(divergences), loss) for loss in lost)
-            by_method = dict(zip(self._methods, by_keys, strict=True))
-            self.layers.append(replace(layer, key_sensitivity=by_method, value_sensitivity=by_values))
+        for layer, lost in self._measured:
+            of_values, *of_keys = (_sensitivity(next(divergences), loss) for loss in lost)
+            by_method = dict(zip(self._methods, of_keys, strict=True))
+            self.layers.append(replace(layer, key_sensitivity=by_method, value_sensitivity=of_values))
 
     def _kl(self, trained: Tensor, disturbed: Tensor) -> float:
+        """Mean KL of the logits of two residual streams [N, S, hidden], nats per token."""
         meter = DivergenceMeter()
         for at in range(len(trained)):
             one = slice(at, at + 1)
-            original, found = (reference.logits(self._decoder, each[one]) for each in (trained, disturbed))
-            meter.add(original, found, self._tried[one])
+            original, changed = (reference.logits(self._decoder, each[one]) for each in (trained, disturbed))
+            meter.add(original, changed, self._trial_windows[one])
         return meter.finish().mean_kl
 
 
 def _sensitivity(kl: float, loss: float) -> float:
-    return kl / loss if loss > 0 else 0.0  # a layer whose attention gives nothing has nothing to lose
+    return kl / loss if loss > 0 else 0.0  # a layer whose attention output is constant loses nothing
 
 
 def analyze_sensitivity(
@@ -232,17 +250,20 @@ def analyze_sensitivity(
     moments_of: Callable[[int], Moments] | None = None,
     capacity: int | None = None,
 ) -> SensitivityAnalysis:
-    """Measure every layer, each when asked for.
+    """Measure every layer's sensitivity, one layer per step of the returned iterator.
 
     Args:
-        methods: matched ones, whose losses are known beforehand.
-        sizes: how many heads may share one, ascending; trials take the largest that an engine's widest head has room for.
-        ratio: share of the KV bytes that trials keep, and that heads are matched for.
-        windows, moments_of, capacity: as `convert` takes them.
+        decoder: the trained model.
+        windows: calibration tokens [N, length] int64.
+        methods: methods that match heads; they predict their losses.
+        sizes: group sizes, ascending. Trials use the largest whose width fits an engine's widest head.
+        ratio: share of the KV bytes that trials keep, and for which heads are matched.
+        moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
+        capacity: tokens of a sequence for which codes of rotated keys are made [default: length].
     """
     return SensitivityAnalysis(decoder, windows, methods, sizes, ratio, moments_of, capacity)
 
 
 def sum_of(parts: Iterator[Tensor]) -> Tensor:
-    """Their sum."""
+    """Sum of tensors of one shape."""
     return torch.stack(list(parts)).sum(0)

@@ -1,8 +1,7 @@
-"""The residual streams that conversion runs beside each other over the calibration windows.
+"""Residual streams of the trained and the converted model over the calibration windows, one layer at a time.
 
-The trained model's stream is what moments are taken from; the converted model's shows each layer what the layers
-before it have lost. Knows how windows pass through a layer, and which of them are held out from moments and
-fits; must not know how a layer is converted.
+The trained stream gives the moments and the targets. The converted stream gives each layer the input that it
+will have after all layers before it were converted. Both are [N, S, hidden] in the dtype of the model.
 """
 
 from __future__ import annotations
@@ -22,34 +21,44 @@ _TINY = torch.finfo(torch.float64).tiny
 
 
 def split_windows(count: int) -> tuple[range, range]:
-    """Which of `count` windows are seen and which held out: the last eighth, at least one; of a single window, that one."""
+    """Split `count` windows into training windows and held-out windows.
+
+    The last eighth is held out, at least one window. A single window is both.
+    """
     fitted = count - max(1, count // 8) if count > 1 else count
     return range(fitted), range(fitted if count > 1 else 0, count)
 
 
 class TrainedStream:
-    """The trained model's residual stream [N, S, hidden], and its attention's output in the present layer.
+    """The trained model's residual stream [N, S, hidden], and its attention's output in the current layer.
 
     Attributes:
-        seen: the windows that moments and fits are made of.
-        held_out: the last eighth, at least one, that judges them; of a single window, that one.
+        train: windows from which moments and fits are made.
+        held_out: windows on which errors are measured.
     """
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
+        """
+        Args:
+            decoder: the trained model.
+            windows: token ids [N, S] int64.
+        """
         self._rope = decoder.rope
         self._trained = reference.embed(decoder.embedding, windows)
         self._attended = torch.empty_like(self._trained)
         self.train, self.held_out = split_windows(len(windows))
 
     def measure(self, layer: Layer) -> Moments:
-        """Pass the layer's attention, taking its moments over the windows seen."""
+        """Run the layer's attention on all windows; returns the moments over the training windows."""
         accumulator = MomentsAccumulator(layer.attention)
         self.attend(layer, accumulator)
         return accumulator.finish()
 
     def attend(self, layer: Layer, accumulator: MomentsAccumulator | None = None) -> None:
-        """Pass the layer's attention: its outputs are kept, and `accumulator` is shown the windows seen."""
+        """Run the layer's attention on all windows and keep its output; `accumulator` gets the training
+        windows.
+        """
         for batch in self._all(layer):
             if accumulator is not None and batch.start in self.train:
                 normed = reference.norm(layer.attention_norm, self._trained[batch])
@@ -58,14 +67,14 @@ class TrainedStream:
                 self._attended[batch] = self._output(layer, self._trained[batch])
 
     def advance(self, layer: Layer) -> None:
-        """Take the stream past the layer, whose attention it has passed."""
+        """Advance the stream past the layer; `measure` or `attend` must have run its attention."""
         for batch in self._all(layer):
             x = self._trained[batch]
             x += self._attended[batch]
             x += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, x))
 
     def _all(self, layer: Layer) -> Iterator[slice]:
-        """Batches of every window, none of both kinds."""
+        """Batches of all windows; none contains both training and held-out windows."""
         yield from self._batches(layer, self.train)
         if self.held_out.start == self.train.stop:
             yield from self._batches(layer, self.held_out)
@@ -74,7 +83,7 @@ class TrainedStream:
         return attention_windows.batches(windows, self._trained.shape[1], layer.attention.num_heads)
 
     def _heads(self, layer: Layer, x: Tensor) -> Tensor:
-        """Concatenated head outputs [B, S, Hq·width] of a residual stream [B, S, hidden]."""
+        """Concatenated head outputs [B, S, H·width] of a residual stream [B, S, hidden]."""
         attention = layer.attention
         projected = attention_windows.project(attention, reference.norm(layer.attention_norm, x), self._rope)
         return attention_windows.head_outputs(attention, projected)
@@ -84,45 +93,52 @@ class TrainedStream:
 
 
 class Streams(TrainedStream):
-    """The trained stream, and the converted one that began as its copy."""
+    """The trained stream, and the converted stream, which starts as a copy of it."""
 
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
         super().__init__(decoder, windows)
         self._converted = self._trained.clone()
 
     def attention_error(self, converted: Layer) -> float:
-        """Relative error of the converted attention's output on held-out trained inputs, about the mean output."""
+        """Relative error of the converted attention's output on held-out windows of the trained stream.
+
+        The root of the error's power over the power of the trained output about its mean.
+        """
         error = torch.zeros((), dtype=torch.float64)
         for batch in self._batches(converted, self.held_out):
             difference = self._output(converted, self._trained[batch]) - self._attended[batch]
             error += difference.double().square().sum()
-        wanted = self._attended[self.held_out.start :].double()
-        power = (wanted - wanted.mean((0, 1))).square().sum()
+        target = self._attended[self.held_out.start :].double()
+        power = (target - target.mean((0, 1))).square().sum()
         return float((error / power.clamp_min(_TINY)).sqrt())
 
     def refit(self, converted: Layer) -> Linear:
-        """W_O fitted so that the converted stream after attention comes close to the trained one."""
+        """Refit W_O so that the converted stream after attention comes close to the trained one."""
         out, into = converted.attention.o.weight.shape
         train, held_out = LeastSquares(into, out), LeastSquares(into, out)
         for sums, windows in ((train, self.train), (held_out, self.held_out)):
             for batch in self._batches(converted, windows):
-                wanted = self._trained[batch] + self._attended[batch] - self._converted[batch]
-                sums.add(self._heads(converted, self._converted[batch]), wanted)
+                target = self._trained[batch] + self._attended[batch] - self._converted[batch]
+                sums.add(self._heads(converted, self._converted[batch]), target)
         return refit(converted.attention.o, train, held_out)
 
     def advance_both(self, layer: Layer, converted: Layer) -> float:
-        """Both streams past the layer; returns the relative error of the converted one on held-out windows."""
+        """Advance both streams past the layer; returns the relative error of the converted one on held-out
+        windows.
+        """
         self.advance(layer)
         for batch in self._all(converted):
             x = self._converted[batch]
             x += self._output(converted, x)
             x += reference.mlp(converted.mlp, reference.norm(converted.mlp_norm, x))
-        wanted = self._trained[self.held_out.start :].double()
-        error = (self._converted[self.held_out.start :] - wanted).square().sum()
-        return float((error / wanted.square().sum().clamp_min(_TINY)).sqrt())
+        target = self._trained[self.held_out.start :].double()
+        error = (self._converted[self.held_out.start :] - target).square().sum()
+        return float((error / target.square().sum().clamp_min(_TINY)).sqrt())
 
     def held_out_pairs(self, windows: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Trained stream, converted stream [1, S, hidden] and token ids [1, S], one held-out window after another."""
+        """Trained stream [1, S, hidden], converted stream [1, S, hidden] and token ids [1, S] of each
+        held-out window.
+        """
         for at in self.held_out:
             one = slice(at, at + 1)
             yield self._trained[one], self._converted[one], windows[one]

@@ -1,6 +1,13 @@
-"""Codes for values, one function a method; each takes a layer's moments and weights and codes one group.
+"""Codes of values: one function per method, each of which codes one group from the layer's moments and
+weights.
 
-Knows what a value is for: an average under attention, then W_O. Must not know how a code is put into a layer.
+A value enters the output as an average under attention, multiplied by W_O. With errors of different tokens
+uncorrelated, E|Δo|² = tr(S · Cov(v - v̂)) over the group's stacked values, with
+
+    S_hh' = Σ_q∈h Σ_q'∈h' ρ_qq' W_O^qᵀ W_O^q',    ρ_qq' = E_m Σ_n a_mn a'_mn (`Moments.overlap`).
+
+Attention rows sum to one, so a constant passes through them unchanged: the code works on v - v̄, and what it
+loses of v̄ is added to the output bias (`lost_constant`).
 """
 
 from __future__ import annotations
@@ -20,9 +27,9 @@ from kvexport.model.decoder import Attention
 def lost_constant(
     attention: Attention, grouping: Grouping, codes: Sequence[Code], value_mean: Tensor
 ) -> Tensor:
-    """W_O (v̄ - v̂) at the mean value [h·head_dim]: what the codes of all groups leave of it, [hidden] float64.
+    """W_O (v̄ - v̂) at the mean value v̄ [h·d]: what the codes of all groups lose of it, [hidden] float64.
 
-    Attention rows sum to one, so this is the same for every token.
+    It is the same for every token, because attention rows sum to one.
     """
     missed = torch.cat([code.residual @ value_mean[grouping.rows(group)] for group, code in enumerate(codes)])
     spread = missed.unflatten(0, (-1, grouping.head_dim)).repeat_interleave(grouping.queries, dim=0)  # [H, d]
@@ -30,7 +37,7 @@ def lost_constant(
 
 
 def output_weights(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Tensor:
-    """S of a group's stacked values, [n, n]: Σ_qq' ρ_qq' W_Oᵀ W_O', ρ how alike two heads attend."""
+    """S of a group's stacked values, [t·d, t·d] float64 (see the module's formula)."""
     heads, (size, queries, width) = (
         grouping.query_heads(group),
         (grouping.size, grouping.queries, grouping.head_dim),
@@ -43,26 +50,27 @@ def output_weights(moments: Moments, attention: Attention, grouping: Grouping, g
 
 
 def weighted_codes(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Codes:
-    """Centred codes weighted by W_O and by how alike heads attend; attention rows sum to one, so centring is exact."""
+    """Optimal codes of centred values for S = `output_weights`, all ranks."""
     rows = grouping.rows(group)
     return optimal_codes(output_weights(moments, attention, grouping, group), moments.value_covariance(rows))
 
 
 def weighted(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
+    """Value code of the methods `online` and `fold`: the one of `weighted_codes` at this rank."""
     return weighted_codes(moments, attention, grouping, group).code(rank)
 
 
 def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
-    """The paper's SVD of the cached values, unweighted and uncentred (arXiv 2406.07056, eqs. 7-14)."""
+    """SVD of the cached values, unweighted and uncentred (SVD-a of arXiv 2406.07056, eqs. 7-14)."""
     rows = grouping.rows(group)
     return subspace_code(moments.value_second[rows, rows], rank)
 
 
 def svd_w(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
-    """SVD of the group's concatenated W_V; no data."""
+    """SVD of the group's concatenated W_V, without data (the baseline SVD-w of arXiv 2406.07056)."""
     return weight_subspace(attention.v.weight[grouping.rows(group)], rank)
 
 
 def mean_pool(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
-    """The mean of the group's heads."""
+    """Mean of the group's value heads (arXiv 2305.13245)."""
     return mean_code(grouping)

@@ -149,7 +149,7 @@ def test_rows_are_complete_and_cache_no_more_than_their_share(run: Measure, tmp_
     for key, row in record["rows"].items():
         section = text.split(f"## {row['ratio']} of the KV numbers")[1].split("## ")[0]
         assert len([line for line in section.splitlines() if line.startswith(f"| {row['name']} |")]) == 1, key
-    assert all(f"- `{key}`: no number of KV heads" in text for key in left_out)
+    assert all(f"- `{key}`: --kv-ratio must give a number of KV heads" in text for key in left_out)
     assert f"{_kl(record, 'mean-pool 1/2') / _kl(record, 'svd-a 1/2'):.3f}, " in text
     for line in (each for each in text.splitlines() if each.startswith("|  |")):
         following = text.split(line + "\n")[1].split("\n\n")[0].splitlines()

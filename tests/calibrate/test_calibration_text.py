@@ -1,4 +1,4 @@
-"""Recipes and texts: what is taken, and what each wrong one is told."""
+"""Calibration recipes, text files and windows, and the error for each invalid one."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ WORDS = ["[UNK]", *(f"w{i}" for i in range(30))]
 def write_tokenizer(folder: Path, **extra: object) -> Path:
     """A checkpoint folder whose tokenizer.json maps w0 .. w29 to 1 .. 30."""
     model = {"type": "WordLevel", "vocab": {word: i for i, word in enumerate(WORDS)}, "unk_token": "[UNK]"}
-    whole = {
+    content = {
         "version": "1.0",
         "truncation": None,
         "padding": None,
@@ -33,7 +33,7 @@ def write_tokenizer(folder: Path, **extra: object) -> Path:
         "decoder": None,
         "model": model,
     }
-    (folder / "tokenizer.json").write_text(json.dumps(whole | extra), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(json.dumps(content | extra), encoding="utf-8")
     return folder
 
 
@@ -45,17 +45,17 @@ def words(count: int) -> str:
 
 
 def test_built_in_recipes() -> None:
-    own, drawn = recipe_for("self"), recipe_for("random")
-    assert (own.source, drawn.source) == ("self", "random")
-    assert len(own.temperatures) == 2
-    assert 1.0 in own.temperatures
-    assert drawn.temperatures == ()
-    assert own.file is None
-    assert own.samples >= 8
-    assert own.length >= 128
+    sampled, uniform = recipe_for("self"), recipe_for("random")
+    assert (sampled.source, uniform.source) == ("self", "random")
+    assert len(sampled.temperatures) == 2
+    assert 1.0 in sampled.temperatures
+    assert uniform.temperatures == ()
+    assert sampled.file is None
+    assert sampled.samples >= 8
+    assert sampled.length >= 128
 
 
-def test_a_file_is_a_text_recipe(tmp_path: Path) -> None:
+def test_a_file_gives_a_text_recipe(tmp_path: Path) -> None:
     file = tmp_path / "corpus.txt"
     file.write_text("some text")
     recipe = recipe_for(str(file), samples=3, length=5, seed=7)
@@ -63,7 +63,7 @@ def test_a_file_is_a_text_recipe(tmp_path: Path) -> None:
     assert recipe.to_json() == {"source": "text", "samples": 3, "length": 5, "seed": 7, "file": "corpus.txt"}
 
 
-def test_options_override_and_none_does_not() -> None:
+def test_options_override_the_recipe_unless_none() -> None:
     assert recipe_for("self", seed=0).seed == 0
     assert recipe_for("random", length=2).length == 2
     assert recipe_for("random", samples=None) == recipe_for("random")
@@ -74,14 +74,14 @@ def test_options_override_and_none_does_not() -> None:
     ("name", "value"),
     [("samples", 0), ("samples", -4), ("length", 1), ("seed", -1), ("seed", 2**63), ("samples", 2**70)],
 )
-def test_options_out_of_range_are_refused(name: str, value: int) -> None:
-    with pytest.raises(UsageError, match=f"--{name} is out of range") as refusal:
+def test_rejects_options_out_of_range(name: str, value: int) -> None:
+    with pytest.raises(UsageError, match=f"--{name} must be an integer from") as refusal:
         recipe_for("random", **{name: value})
     assert str(value) in str(refusal.value)
 
 
 @pytest.mark.parametrize("name", ["selfie", "no/such/file.txt", ""])
-def test_unknown_calibration_names_the_known_ones(name: str) -> None:
+def test_error_for_unknown_recipe_lists_the_known_ones(name: str) -> None:
     with pytest.raises(UsageError, match="self, random"):
         recipe_for(name)
 
@@ -89,13 +89,13 @@ def test_unknown_calibration_names_the_known_ones(name: str) -> None:
 # Reading
 
 
-def test_plain_text_is_taken_as_it_is(tmp_path: Path) -> None:
+def test_plain_text_is_unchanged(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_bytes("one {\n\ntwo ü\u2028three".encode())
     assert read_text(file) == "one {\n\ntwo ü\u2028three"
 
 
-def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+def test_byte_order_mark_is_dropped(tmp_path: Path) -> None:
     plain, lines = tmp_path / "a.txt", tmp_path / "a.jsonl"
     plain.write_bytes(b"\xef\xbb\xbfone")
     lines.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n{"text": "two"}\r\n')
@@ -104,14 +104,14 @@ def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".ndjson", ".json"])
-def test_json_lines_give_their_text_fields(tmp_path: Path, suffix: str) -> None:
+def test_joins_text_fields_of_json_lines(tmp_path: Path, suffix: str) -> None:
     file = tmp_path / f"a{suffix}"
     file.write_text('{"text": "one", "id": 3}\n\n  \n{"id": 4, "text": "two\\nlines"}\n')
     assert read_text(file) == "one\n\ntwo\nlines"
 
 
-def test_line_breaks_inside_json_strings_do_not_end_the_line(tmp_path: Path) -> None:
-    """U+2028, U+0085 and others may stand in a JSON string unescaped."""
+def test_unicode_line_breaks_in_json_strings_do_not_end_the_line(tmp_path: Path) -> None:
+    """JSON strings may contain U+2028, U+0085 and others without escapes."""
     file = tmp_path / "a.jsonl"
     file.write_text(json.dumps({"text": "a\u2028b\u0085c"}, ensure_ascii=False) + "\n", encoding="utf-8")
     assert read_text(file) == "a\u2028b\u0085c"
@@ -120,7 +120,7 @@ def test_line_breaks_inside_json_strings_do_not_end_the_line(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     "line", ["not json", '{"content": "x"}', '["text"]', '"text"', "3", '{"text": null}', '{"text": 5}', "{"]
 )
-def test_a_bad_json_line_is_named_with_its_number(tmp_path: Path, line: str) -> None:
+def test_error_for_a_bad_json_line_names_its_number(tmp_path: Path, line: str) -> None:
     file = tmp_path / "bad.jsonl"
     file.write_text(f'{{"text": "fine"}}\n\n{line}\n')
     with pytest.raises(UsageError) as refusal:
@@ -129,14 +129,14 @@ def test_a_bad_json_line_is_named_with_its_number(tmp_path: Path, line: str) -> 
     assert line in str(refusal.value)
 
 
-def test_text_that_is_not_utf8_is_refused_by_name(tmp_path: Path) -> None:
+def test_rejects_text_that_is_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "latin.txt"
     file.write_bytes("über".encode("latin-1"))
     with pytest.raises(UsageError, match=r"latin\.txt cannot be read.*utf-8"):
         read_text(file)
 
 
-def test_a_folder_is_no_text(tmp_path: Path) -> None:
+def test_rejects_a_directory_as_text(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="cannot be read"):
         read_text(tmp_path)
 
@@ -144,11 +144,11 @@ def test_a_folder_is_no_text(tmp_path: Path) -> None:
 # Tokens
 
 
-def test_the_checkpoints_own_tokenizer_is_used(tmp_path: Path) -> None:
+def test_uses_the_tokenizer_of_the_checkpoint(tmp_path: Path) -> None:
     assert tokenize(write_tokenizer(tmp_path), "w0 w3 zzz") == [1, 4, 0]
 
 
-def test_a_tokenizer_that_truncates_and_pads_does_neither_here(tmp_path: Path) -> None:
+def test_disables_truncation_and_padding_of_the_tokenizer(tmp_path: Path) -> None:
     folder = write_tokenizer(
         tmp_path,
         truncation={"direction": "Right", "max_length": 8, "strategy": "LongestFirst", "stride": 0},
@@ -184,16 +184,16 @@ def test_special_tokens_are_not_added(tmp_path: Path) -> None:
     assert tokenize(folder, "w0 w1") == [1, 2]
 
 
-def test_a_checkpoint_without_tokenizer_is_told_what_to_do(tmp_path: Path) -> None:
+def test_error_without_tokenizer_suggests_other_recipes(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"no tokenizer\.json") as refusal:
         tokenize(tmp_path, "text")
     assert "self or random" in str(refusal.value)
 
 
 @pytest.mark.parametrize("content", ["", "{}", "not json", '{"version": "1.0"}'])
-def test_a_damaged_tokenizer_is_refused(tmp_path: Path, content: str) -> None:
+def test_rejects_damaged_tokenizer(tmp_path: Path, content: str) -> None:
     (tmp_path / "tokenizer.json").write_text(content)
-    with pytest.raises(UsageError, match="is no tokenizer"):
+    with pytest.raises(UsageError, match="must be a tokenizer"):
         tokenize(tmp_path, "text")
 
 
@@ -205,24 +205,24 @@ def test_windows_are_consecutive_and_the_rest_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("count", [0, 3])
-def test_less_than_one_window_is_refused(count: int) -> None:
+def test_rejects_text_shorter_than_one_window(count: int) -> None:
     with pytest.raises(UsageError, match="shorter than one window") as refusal:
         all_windows(list(range(count)), 4, "the text x")
     assert f"{count} tokens" in str(refusal.value)
     assert "--length" in str(refusal.value)
 
 
-def test_windows_are_drawn_by_seed_over_the_whole_text() -> None:
+def test_windows_are_drawn_over_the_whole_text_by_seed() -> None:
     ids = list(range(400))
     drawn = spread_windows(ids, 10, 4, seed=1, what="it")
     assert drawn.shape == (10, 4)
     every = all_windows(ids, 4, "it").tolist()
     assert all(window in every for window in drawn.tolist())
-    assert len({window[0] for window in drawn.tolist()}) == 10  # none twice
+    assert len({window[0] for window in drawn.tolist()}) == 10  # no window twice
     assert torch.equal(drawn, spread_windows(ids, 10, 4, seed=1, what="it"))
     assert not torch.equal(drawn, spread_windows(ids, 10, 4, seed=2, what="it"))
     assert int(drawn.max()) > 200 > int(drawn.min())
-    assert len(spread_windows(ids, 1000, 4, seed=1, what="it")) == 100  # all there are
+    assert len(spread_windows(ids, 1000, 4, seed=1, what="it")) == 100  # all windows
 
 
 def test_calibration_windows_of_a_file(tmp_path: Path) -> None:
@@ -237,17 +237,17 @@ def test_calibration_windows_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("content", ["", "w1 w2 w3"])
-def test_an_empty_or_short_file_is_named(tmp_path: Path, content: str) -> None:
+def test_error_for_a_short_file_names_it(tmp_path: Path, content: str) -> None:
     file = tmp_path / "short.txt"
     file.write_text(content)
     with pytest.raises(UsageError, match=r"short\.txt is shorter than one window"):
         calibration_windows(make_decoder(), write_tokenizer(tmp_path), recipe_for(str(file), length=8))
 
 
-def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+def test_rejects_tokenizer_of_another_model(tmp_path: Path) -> None:
     file = tmp_path / "a.txt"
     file.write_text(words(100))
-    with pytest.raises(UsageError, match="ids that the model does not have") as refusal:
+    with pytest.raises(UsageError, match="must be in the model's vocabulary") as refusal:
         calibration_windows(
             make_decoder(vocab=20), write_tokenizer(tmp_path), recipe_for(str(file), length=8)
         )
@@ -255,18 +255,18 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["self", "random"])
-def test_windows_longer_than_the_model_are_refused(tmp_path: Path, source: str) -> None:
-    with pytest.raises(UsageError, match="--length exceeds") as refusal:
+def test_rejects_windows_longer_than_the_positions_of_the_model(tmp_path: Path, source: str) -> None:
+    with pytest.raises(UsageError, match="--length must not exceed") as refusal:
         calibration_windows(make_decoder(max_positions=16), tmp_path, recipe_for(source, length=17))
     assert "at most 16" in str(refusal.value)
 
 
-def test_without_a_limit_any_length_goes(tmp_path: Path) -> None:
+def test_accepts_any_length_for_a_model_without_a_limit(tmp_path: Path) -> None:
     recipe = recipe_for("random", samples=1, length=1000)
     assert calibration_windows(make_decoder("bloom", max_positions=None), tmp_path, recipe).shape == (1, 1000)
 
 
-def test_random_windows_are_uniform_by_seed_and_read_no_layer(tmp_path: Path) -> None:
+def test_random_windows_are_uniform_and_read_no_layer(tmp_path: Path) -> None:
     def never(index: int) -> Layer:
         raise AssertionError(f"layer {index} was read")
 

@@ -1,4 +1,4 @@
-"""Moments equal plain loops over tokens, however the tokens arrive."""
+"""Moments equal plain loops over tokens, for any batching."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def _rms(norm: Norm | None, x: Array) -> Array:
     return x if norm is None else x / np.sqrt((x**2).mean() + norm.eps) * norm.weight.numpy()
 
 
-def _turn(x: Array, position: int, rope: Rope | None) -> Array:
+def _rotate(x: Array, position: int, rope: Rope | None) -> Array:
     """RoPE by complex numbers."""
     if rope is None:
         return x
@@ -48,15 +48,15 @@ def _turn(x: Array, position: int, rope: Rope | None) -> Array:
 def _rows(
     attention: Attention, rope: Rope | None, window: Array
 ) -> Iterator[tuple[Array, Array, Array, Array]]:
-    """For each token: its queries [H, d] and keys [h, d] before rotation, values [h, d] and attention rows [H, m + 1]."""
+    """Queries [H, d], keys [h, d] before RoPE, values [h, d] and attention rows [H, m + 1] of each token."""
     d, heads, kv_heads = attention.head_dim, attention.num_heads, attention.num_kv_heads
     keys: list[Array] = []
     for m, x in enumerate(window):
         q, k, v = (_apply(each, x) for each in (attention.q, attention.k, attention.v))
-        unturned = np.stack([_rms(attention.q_norm, q[h * d : (h + 1) * d]) for h in range(heads)])
+        unrotated = np.stack([_rms(attention.q_norm, q[h * d : (h + 1) * d]) for h in range(heads)])
         new = np.stack([_rms(attention.k_norm, k[h * d : (h + 1) * d]) for h in range(kv_heads)])
-        queries = np.stack([_turn(each, m, rope) for each in unturned])
-        keys.append(np.stack([_turn(each, m, rope) for each in new]))
+        queries = np.stack([_rotate(each, m, rope) for each in unrotated])
+        keys.append(np.stack([_rotate(each, m, rope) for each in new]))
         rows = np.zeros((heads, m + 1))
         for h in range(heads):
             logits = np.full(m + 1, -np.inf)
@@ -67,7 +67,7 @@ def _rows(
                         logits[n] -= float(attention.alibi_slopes[h]) * (m - n)
             rows[h] = np.exp(logits - logits.max())
             rows[h] /= rows[h].sum()
-        yield unturned, new, v.reshape(kv_heads, d), rows
+        yield unrotated, new, v.reshape(kv_heads, d), rows
 
 
 def brute_force(attention: Attention, rope: Rope | None, x: Array) -> dict[str, Array]:
@@ -104,8 +104,8 @@ def brute_force(attention: Attention, rope: Rope | None, x: Array) -> dict[str, 
                     total["overlap"][h, other] += rows[h] @ rows[other]
             outputs.append(_apply(attention.o, np.concatenate(pooled)))
     count = x.shape[0] * x.shape[1]
-    found = {name: value / count for name, value in total.items()}
-    return found | {"tokens": np.array(count), "output_power": np.var(np.stack(outputs), axis=0).sum()}
+    means = {name: value / count for name, value in total.items()}
+    return means | {"tokens": np.array(count), "output_power": np.var(np.stack(outputs), axis=0).sum()}
 
 
 CASES = [(style, {}) for style in STYLES] + [
@@ -119,14 +119,16 @@ CASES = [(style, {}) for style in STYLES] + [
 def test_moments_equal_loops_over_every_token(style: str, sizes: dict[str, Any]) -> None:
     attention, rope = make_attention(style, **sizes)
     x = random_inputs(3, 9)
-    found, wanted = moments_of(attention, rope, x), brute_force(attention, rope, x.numpy())
-    assert set(wanted) == set(MOMENT_NAMES)
-    for name, value in wanted.items():
-        np.testing.assert_allclose(getattr(found, name).numpy(), value, rtol=1e-11, atol=1e-13, err_msg=name)
+    moments, expected = moments_of(attention, rope, x), brute_force(attention, rope, x.numpy())
+    assert set(expected) == set(MOMENT_NAMES)
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            getattr(moments, name).numpy(), value, rtol=1e-11, atol=1e-13, err_msg=name
+        )
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_moments_do_not_depend_on_batches_or_on_blocks_of_rows(
+def test_moments_do_not_depend_on_batches_or_blocks_of_rows(
     style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     attention, rope = make_attention(style)
@@ -147,38 +149,40 @@ def test_add_returns_the_attention_output_of_the_reference(
     attention, rope = make_attention(style)
     x = random_inputs(2, 12)
     positions = torch.arange(12).expand(2, 12)
-    wanted = reference.linear(attention.o, reference.head_outputs(attention, x, positions, rope)[0])
-    torch.testing.assert_close(MomentsAccumulator(attention).add(x, rope), wanted, rtol=0, atol=1e-13)
+    expected = reference.linear(attention.o, reference.head_outputs(attention, x, positions, rope)[0])
+    torch.testing.assert_close(MomentsAccumulator(attention).add(x, rope), expected, rtol=0, atol=1e-13)
     monkeypatch.setattr(windows, "SCORES", 1)  # row by row
-    torch.testing.assert_close(MomentsAccumulator(attention).add(x, rope), wanted, rtol=0, atol=1e-13)
+    torch.testing.assert_close(MomentsAccumulator(attention).add(x, rope), expected, rtol=0, atol=1e-13)
 
 
 def test_covariances_are_blocks_of_the_moments() -> None:
     attention, rope = make_attention("bias")
     x = random_inputs(3, 10)
-    found, rows = moments_of(attention, rope, x), slice(8, 24)
+    moments, rows = moments_of(attention, rope, x), slice(8, 24)
     values = (reference.linear(attention.v, x)).flatten(0, 1)[:, rows]
     torch.testing.assert_close(
-        found.value_covariance(rows), torch.cov(values.T, correction=0), rtol=1e-10, atol=1e-13
+        moments.value_covariance(rows), torch.cov(values.T, correction=0), rtol=1e-10, atol=1e-13
     )
     stacked = windows.project(attention, x, rope).key.transpose(1, 2).flatten(2).flatten(0, 1)[:, rows]
     torch.testing.assert_close(
-        found.key_covariance(rows), torch.cov(stacked.T, correction=0), rtol=1e-10, atol=1e-13
+        moments.key_covariance(rows), torch.cov(stacked.T, correction=0), rtol=1e-10, atol=1e-13
     )
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_gain_of_float32_inputs_stays_true_where_values_hardly_vary(seed: int) -> None:
-    """A mean a thousand times the spread: differences of squares would lose all digits, or go below zero."""
+def test_gain_in_float32_is_accurate_for_nearly_constant_values(seed: int) -> None:
+    """The mean is a thousand times the deviation: differences of squares would lose all digits or be
+    negative.
+    """
     attention, rope = make_attention("bias", seed=seed)
     big = Linear(attention.v.weight * 1e-3, torch.ones(32, dtype=torch.float64))
     attention = Attention(**{**vars(attention), "v": big})
     x = random_inputs(2, 16, seed=seed)
-    wanted = moments_of(attention, rope, x).key_gain
+    expected = moments_of(attention, rope, x).key_gain
     narrow = Attention(**{name: _to_float32(value) for name, value in vars(attention).items()})
-    found = moments_of(narrow, rope, x.float()).key_gain
-    assert (found >= 0).all()
-    torch.testing.assert_close(found, wanted, rtol=1e-3, atol=0)
+    gain = moments_of(narrow, rope, x.float()).key_gain
+    assert (gain >= 0).all()
+    torch.testing.assert_close(gain, expected, rtol=1e-3, atol=0)
 
 
 def _to_float32(value: Any) -> Any:
@@ -187,7 +191,7 @@ def _to_float32(value: Any) -> Any:
     return value
 
 
-def test_a_batch_of_constant_values_has_no_gain() -> None:
+def test_constant_values_have_no_gain() -> None:
     attention, rope = make_attention("bias")
     constant = Attention(
         **{**vars(attention), "v": Linear(torch.zeros_like(attention.v.weight), attention.v.bias)}
@@ -195,33 +199,33 @@ def test_a_batch_of_constant_values_has_no_gain() -> None:
     assert float(moments_of(constant, rope, random_inputs(2, 9)).key_gain.max()) < 1e-25
 
 
-def test_memory_does_not_grow_with_batches_nor_with_the_square_of_a_window(
+def test_memory_grows_neither_with_batches_nor_with_the_square_of_the_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Largest block that `head_outputs` makes, and what the accumulator holds."""
+    """Size of the accumulator, and of the largest block of `head_outputs`."""
     attention, rope = make_attention("llama")
     accumulator = MomentsAccumulator(attention)
 
-    def held() -> int:
+    def size() -> int:
         return sum(value.numel() for value in vars(accumulator).values() if isinstance(value, Tensor))
 
-    before = held()
+    before = size()
     for _ in range(3):
         accumulator.add(random_inputs(2, 16), rope)
-    assert held() == before
+    assert size() == before
     largest = 0
 
-    def look(probabilities: Tensor, value: Tensor) -> None:
+    def inspect(probabilities: Tensor, value: Tensor) -> None:
         nonlocal largest
         largest = max(largest, probabilities.numel())
 
     monkeypatch.setattr(windows, "SCORES", 4096)
     projected = windows.project(attention, random_inputs(1, 256), rope)
-    windows.head_outputs(attention, projected, look)
+    windows.head_outputs(attention, projected, inspect)
     assert largest <= 4096 < attention.num_heads * 256 * 256
 
 
-def test_nothing_seen_is_not_a_division_by_zero() -> None:
+def test_no_tokens_give_finite_moments() -> None:
     attention, _ = make_attention("llama")
     empty = MomentsAccumulator(attention).finish()
     assert int(empty.tokens) == 0

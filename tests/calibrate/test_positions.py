@@ -1,4 +1,6 @@
-"""Averages over positions against rotating every sample to each of them, and codes that hold far beyond calibration."""
+"""Averages over positions compared with explicit rotation, and codes that hold beyond the calibration
+windows.
+"""
 
 from __future__ import annotations
 
@@ -11,8 +13,7 @@ from hypothesis import strategies as st
 from support.decoders import make_attention, make_decoder, random_inputs, random_windows, with_attention
 from torch import Tensor
 
-from kvexport.calibrate import Moments, MomentsAccumulator, over_positions, windows
-from kvexport.calibrate import unrotated as uncentred
+from kvexport.calibrate import Moments, MomentsAccumulator, average_over_positions, uncentre_keys, windows
 from kvexport.calibrate.positions import Rotations
 from kvexport.convert import KVShape, LayerPlan, convert, methods_for
 from kvexport.model import reference
@@ -23,8 +24,8 @@ def random(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def turned(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
-    """Every head of x [N, h·d] at one position, pair by pair."""
+def rotated(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
+    """Every head of x [N, h·d] with RoPE at one position."""
     first, second = x.unflatten(-1, (-1, 2, len(inv_freq))).unbind(-2)
     angles = position * inv_freq.double()
     cos, sin = angles.cos(), angles.sin()
@@ -39,12 +40,12 @@ def turned(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
     st.integers(1, 3),
     st.integers(0, 1000),
 )
-def test_averages_are_those_of_samples_at_every_position(
+def test_averages_equal_those_of_rotated_samples(
     positions: int, angles: list[float], g: int, h: int, seed: int
 ) -> None:
     inv_freq = torch.tensor(angles)
     x, y = random(5, g * 2 * len(angles), seed=seed), random(5, h * 2 * len(angles), seed=seed + 1)
-    at = [(turned(x, inv_freq, n), turned(y, inv_freq, n)) for n in range(positions)]
+    at = [(rotated(x, inv_freq, n), rotated(y, inv_freq, n)) for n in range(positions)]
     average = Rotations(Rope(inv_freq), positions)
     mean = torch.stack([each.mean(0) for each, _ in at]).mean(0)
     second = torch.stack([each.T @ other / 5 for each, other in at]).mean(0)
@@ -52,104 +53,108 @@ def test_averages_are_those_of_samples_at_every_position(
     torch.testing.assert_close(average.second(x.T @ y / 5), second, rtol=0, atol=1e-12)
 
 
-def unrotated(attention: Attention, rope: Rope | None, x: Tensor) -> Moments:
+def moments_of(attention: Attention, rope: Rope | None, x: Tensor) -> Moments:
     accumulator = MomentsAccumulator(attention)
     accumulator.add(x, rope)
     return accumulator.finish()
 
 
 @pytest.mark.parametrize("style", ["gqa", "bias", "qwen3"])
-def test_moments_over_positions_are_those_of_keys_and_queries_placed_there(style: str) -> None:
+def test_averaged_moments_equal_those_of_rotated_keys_and_queries(style: str) -> None:
     attention, rope = make_attention(style)
     assert rope is not None
     x = random_inputs(3, 12)
-    moments = unrotated(attention, rope, x)
-    found, projected = over_positions(moments, rope, 50), windows.project(attention, x, rope)
+    moments = moments_of(attention, rope, x)
+    averaged, projected = average_over_positions(moments, rope, 50), windows.project(attention, x, rope)
     keys, queries = (
         each.transpose(1, 2).flatten(2).flatten(0, 1) for each in (projected.key, projected.query)
     )
-    placed = [tuple(turned(each, rope.inv_freq, n) for each in (keys, queries)) for n in range(50)]
+    placed = [tuple(rotated(each, rope.inv_freq, n) for each in (keys, queries)) for n in range(50)]
     rows = torch.cat([key for key, _ in placed])
-    torch.testing.assert_close(found.key_mean, rows.mean(0), rtol=0, atol=1e-12)
-    torch.testing.assert_close(found.key_second, rows.T @ rows / len(rows), rtol=0, atol=1e-12)
+    torch.testing.assert_close(averaged.key_mean, rows.mean(0), rtol=0, atol=1e-12)
+    torch.testing.assert_close(averaged.key_second, rows.T @ rows / len(rows), rtol=0, atol=1e-12)
     torch.testing.assert_close(
-        found.key_covariance(slice(8, 16)), torch.cov(rows[:, 8:16].T, correction=0), rtol=0, atol=1e-12
+        averaged.key_covariance(slice(8, 16)), torch.cov(rows[:, 8:16].T, correction=0), rtol=0, atol=1e-12
     )
-    for head, second in enumerate(found.query_second):
+    for head, second in enumerate(averaged.query_second):
         own = torch.cat([query for _, query in placed])[:, 8 * head : 8 * head + 8]
         torch.testing.assert_close(second, own.T @ own / len(own), rtol=0, atol=1e-12)
     changed = {
         field.name
         for field in fields(Moments)
-        if not torch.equal(getattr(found, field.name), getattr(moments, field.name))
+        if not torch.equal(getattr(averaged, field.name), getattr(moments, field.name))
     }
     assert changed == {"key_mean", "key_second", "query_second"}
 
 
-def test_logits_over_distances_are_those_of_keys_turned_back_with_octaves_alike() -> None:
-    """Σ w_n E (qᵀ R_{-n} k)², w_n ∝ 1 / (n + 1), from second moments; the mean key's share turns too, so it stays in."""
+def test_logits_over_distances_weigh_octaves_equally() -> None:
+    """Σ w_n E (qᵀ R_{-n} k)², w_n ∝ 1 / (n + 1), from second moments; the mean key rotates too, so it is
+    included.
+    """
     attention, rope = make_attention("bias")
     assert rope is not None
     x = random_inputs(3, 12)
-    moments = uncentred(unrotated(attention, rope, x))
+    moments = uncentre_keys(moments_of(attention, rope, x))
     projected = windows.project(attention, x, rope)
-    keys, queries = (each[:, 1].flatten(0, 1) for each in (projected.key, projected.query))  # of head 1
+    keys, queries = (each[:, 1].flatten(0, 1) for each in (projected.key, projected.query))  # head 1
     weights = 1 / (1 + torch.arange(16, dtype=torch.float64))
-    powers = torch.stack([(queries @ turned(keys, rope.inv_freq, -n).T).square().mean() for n in range(16)])
+    powers = torch.stack([(queries @ rotated(keys, rope.inv_freq, -n).T).square().mean() for n in range(16)])
     rows = slice(8, 16)
-    found = (
+    power = (
         moments.query_second[1] * Rotations.by_distance(rope, 16).second(moments.key_second[rows, rows])
     ).sum()
-    assert float(found) == pytest.approx(float((weights * powers).sum() / weights.sum()), rel=1e-10)
+    assert float(power) == pytest.approx(float((weights * powers).sum() / weights.sum()), rel=1e-10)
     assert float(moments.key_mean.abs().max()) == 0
 
 
-def test_pairs_may_turn_with_frequencies_of_their_own_and_back() -> None:
-    """x of three pairs turning with frequencies 1, 1 and 3, y of two heads of four; against plain matrices."""
+def test_pairs_rotate_with_assigned_frequencies_in_both_directions() -> None:
+    """x has three pairs with frequencies 1, 1 and 3, y two heads of four; compared with plain matrices."""
     rope, rows = Rope(torch.tensor([1.0, 0.3, 0.1, 0.02])), torch.tensor([1, 1, 3])
     xy = torch.randn(6, 16, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     inv_freq = rope.inv_freq.double()
 
-    def turn(frequencies: Tensor, n: int) -> Tensor:
+    def rotation(frequencies: Tensor, n: int) -> Tensor:
         cos, sin = torch.cos(n * frequencies).diag(), torch.sin(n * frequencies).diag()
         return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
 
     for sign, inverse in ((1, False), (-1, True)):
         every = [
-            turn(inv_freq[rows], sign * n) @ xy @ torch.block_diag(*[turn(inv_freq, sign * n)] * 2).T
+            rotation(inv_freq[rows], sign * n) @ xy @ torch.block_diag(*[rotation(inv_freq, sign * n)] * 2).T
             for n in range(9)
         ]
-        found = Rotations(rope, 9).second(xy, rows, inverse=inverse)
-        torch.testing.assert_close(found, torch.stack(every).mean(0), rtol=0, atol=1e-12)
+        average = Rotations(rope, 9).second(xy, rows, inverse=inverse)
+        torch.testing.assert_close(average, torch.stack(every).mean(0), rtol=0, atol=1e-12)
         swapped = Rotations(rope, 9).second(xy.T.contiguous(), columns=rows, inverse=inverse)
-        torch.testing.assert_close(swapped, found.T, rtol=0, atol=1e-12)
+        torch.testing.assert_close(swapped, average.T, rtol=0, atol=1e-12)
 
 
-def test_one_position_changes_nothing_and_more_of_them_forget_the_mean() -> None:
+def test_one_position_changes_nothing_and_many_average_the_mean_out() -> None:
     attention, rope = make_attention("bias")
     assert rope is not None
-    moments = unrotated(attention, rope, random_inputs(3, 12))
-    once = over_positions(moments, rope, 1)
+    moments = moments_of(attention, rope, random_inputs(3, 12))
+    once = average_over_positions(moments, rope, 1)
     for field in fields(Moments):
         torch.testing.assert_close(
             getattr(once, field.name), getattr(moments, field.name), rtol=0, atol=1e-14
         )
-    many = over_positions(moments, rope, 200_000)
+    many = average_over_positions(moments, rope, 200_000)
     assert float(many.key_mean.norm()) < 0.01 * float(moments.key_mean.norm())
     # Rotation keeps norms. A cosine of an angle of 2e5 radians is rounded to about 2e5 * 2^-53, 2e-11.
     assert float(many.key_second.trace()) == pytest.approx(float(moments.key_second.trace()), rel=2e-11)
 
 
-# The issue's claim: calibrated at 256 positions, held at 4096.
+# Codes calibrated on 256 positions and used at 4096
 
 CALIBRATED, DEPLOYED = 256, 4096
 OFFSET = DEPLOYED - CALIBRATED
 
 
 def with_slow_keys() -> Decoder:
-    """Keys whose strong part turns so slowly that 256 positions see it in two directions, and 4096 in four.
+    """Keys whose strong part rotates so slowly that it has two directions within 256 positions, and four
+    within 4096.
 
-    A number of the input goes into a slow pair of every head, at a phase of the head's own; the rest of W_K is weak.
+    One number of the input goes into a slow pair of every head, with a different phase per head; the rest of
+    W_K is weak.
     """
     decoder = make_decoder("llama", layers=1, max_positions=DEPLOYED)
     along, phases = random(2, 32, seed=1) * 0.35, random(4, 2, 2, seed=2)
@@ -163,7 +168,7 @@ def with_slow_keys() -> Decoder:
 
 
 def output(attention: Attention, rope: Rope | None, x: Tensor, offset: int) -> Tensor:
-    """The attention's output on normed inputs [B, S, hidden] at positions offset, offset + 1, ..."""
+    """Attention output on normed inputs x [B, S, hidden] at positions offset, offset + 1, ..."""
     assert rope is not None
     positions = offset + torch.arange(x.shape[1]).expand(x.shape[:2])
     projected = reference.project(attention, x, reference.rotary_tables(rope, positions, x.dtype))
@@ -174,13 +179,13 @@ def errors(far: tuple[Decoder, Tensor], method: str, capacity: int) -> tuple[flo
     """Relative errors of the converted attention near the start and at the far end of 4096 positions."""
     decoder, x = far
     attention, tokens = decoder.layers[0].attention, random_windows(decoder, 4, CALIBRATED)
-    way = LayerPlan(methods_for(method, attention)[0], KVShape(1, 4 if method == "online" else 8, 32))
-    (converted,) = convert(decoder, tokens, [way], capacity=capacity)
+    layer_plan = LayerPlan(methods_for(method, attention)[0], KVShape(1, 4 if method == "online" else 8, 32))
+    (converted,) = convert(decoder, tokens, [layer_plan], capacity=capacity)
 
     def error(offset: int) -> float:
-        wanted = output(attention, decoder.rope, x, offset)
-        lost = output(converted.layer.attention, decoder.rope, x, offset) - wanted
-        return float(lost.norm() / (wanted - wanted.mean((0, 1))).norm())
+        expected = output(attention, decoder.rope, x, offset)
+        lost = output(converted.layer.attention, decoder.rope, x, offset) - expected
+        return float(lost.norm() / (expected - expected.mean((0, 1))).norm())
 
     return error(0), error(OFFSET)
 
@@ -194,20 +199,20 @@ def far() -> tuple[Decoder, Tensor]:
     )
 
 
-def test_the_trained_model_does_not_see_where_a_text_stands(far: tuple[Decoder, Tensor]) -> None:
+def test_trained_attention_does_not_depend_on_the_offset(far: tuple[Decoder, Tensor]) -> None:
     decoder, x = far
     near, there = (output(decoder.layers[0].attention, decoder.rope, x, offset) for offset in (0, OFFSET))
     assert float((near - there).norm() / near.norm()) < 1e-3  # float32 angles
 
 
-def test_a_key_basis_calibrated_at_256_tokens_holds_at_4096(far: tuple[Decoder, Tensor]) -> None:
+def test_codes_for_4096_positions_hold_at_4096(far: tuple[Decoder, Tensor]) -> None:
     near, there = errors(far, "online", DEPLOYED)
     assert near < 0.1
     assert there < 1.2 * near
 
 
-def test_a_basis_made_for_the_256_positions_alone_does_not(far: tuple[Decoder, Tensor]) -> None:
-    """The negative control: no worse where it was made for, and lost beyond."""
+def test_codes_for_256_positions_fail_at_4096(far: tuple[Decoder, Tensor]) -> None:
+    """Negative control: accurate within 256 positions, useless beyond."""
     short_near, short_there = errors(far, "online", CALIBRATED)
     _, there = errors(far, "online", DEPLOYED)
     assert short_near < 0.1
@@ -215,8 +220,6 @@ def test_a_basis_made_for_the_256_positions_alone_does_not(far: tuple[Decoder, T
 
 
 @pytest.mark.parametrize("capacity", [CALIBRATED, DEPLOYED])
-def test_a_folded_key_holds_everywhere_whatever_the_capacity(
-    far: tuple[Decoder, Tensor], capacity: int
-) -> None:
+def test_folded_keys_hold_at_all_positions(far: tuple[Decoder, Tensor], capacity: int) -> None:
     near, there = errors(far, "fold", capacity)
     assert there == pytest.approx(near, rel=1e-2)

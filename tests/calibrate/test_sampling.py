@@ -1,4 +1,4 @@
-"""Text that the model samples itself: shape, seed, temperatures, the right distribution, and memory asked for first."""
+"""Windows sampled from the model: shape, seed, temperatures, distribution, and the check of memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, LazyLayers
 
 
-def test_windows_are_tokens_that_begin_with_bos() -> None:
+def test_windows_start_with_bos() -> None:
     decoder = make_decoder(dtype=torch.float32)
     windows = sample_windows(decoder, 5, 12, (1.0, 1.5), seed=0)
     assert windows.shape == (5, 12)
@@ -27,23 +27,23 @@ def test_windows_are_tokens_that_begin_with_bos() -> None:
     assert 0 <= int(windows.min()) <= int(windows.max()) < decoder.dims.vocab_size
 
 
-def test_without_bos_windows_begin_at_random() -> None:
+def test_windows_without_bos_start_with_random_tokens() -> None:
     decoder = dataclasses.replace(make_decoder(dtype=torch.float32), bos_token_id=None)
     assert len(set(sample_windows(decoder, 16, 2, (1.0,), seed=0)[:, 0].tolist())) > 4
 
 
-def test_the_seed_decides_the_windows() -> None:
+def test_seed_determines_the_windows() -> None:
     decoder = make_decoder(dtype=torch.float32)
     first = sample_windows(decoder, 4, 10, (1.0,), seed=1)
-    torch.manual_seed(99)  # the global generator has no say
+    torch.manual_seed(99)  # the global generator is not used
     assert torch.equal(first, sample_windows(decoder, 4, 10, (1.0,), seed=1))
     assert not torch.equal(first, sample_windows(decoder, 4, 10, (1.0,), seed=2))
 
 
-def test_progress_advances_as_often_as_promised(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_progress_advances_sampling_steps_times(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(dtype=torch.float32)
     one_window = len(decoder.layers) * 5 * decoder.layers[0].attention.kv_width * 4
-    monkeypatch.setattr(sampling, "_CACHE_BYTES", 3 * one_window)
+    monkeypatch.setattr(sampling, "CACHE_BYTES", 3 * one_window)
     calls: list[None] = []
     windows = sample_windows(decoder, 7, 5, (1.0,), 0, lambda: calls.append(None))
     assert windows.shape == (7, 5)
@@ -51,7 +51,7 @@ def test_progress_advances_as_often_as_promised(monkeypatch: pytest.MonkeyPatch)
 
 
 def _constant_logits(decoder: Decoder, logits: Tensor) -> Decoder:
-    """A decoder that predicts `logits` whatever it reads: no layers, and a final norm that gives one constant vector."""
+    """A decoder that predicts `logits` for any input: its final norm gives one constant vector."""
     assert decoder.head is not None
     final_norm = dataclasses.replace(
         decoder.final_norm, kind="layer", weight=torch.zeros(32), bias=torch.eye(32)[0]
@@ -60,20 +60,22 @@ def _constant_logits(decoder: Decoder, logits: Tensor) -> Decoder:
     return dataclasses.replace(decoder, final_norm=final_norm, head=head)
 
 
-def test_temperatures_scale_the_logits_and_are_shared_out_evenly() -> None:
-    """With known logits, the two halves of the windows follow their two softmaxes: chi-square of 5 classes below 20."""
+def test_temperatures_scale_the_logits_for_equally_many_windows() -> None:
+    """With known logits each half of the windows follows its softmax: chi-square of 5 classes below 20."""
     logits = torch.tensor([2.0, 1.0, 0.0, -1.0, -2.0])
     decoder = _constant_logits(make_decoder(vocab=5, layers=1, dtype=torch.float32), logits)
-    for heat in (0.5, 2.0):
+    for temperature in (0.5, 2.0):
         assert (
             _chi_square(
-                sample_windows(decoder, 16, 80, (heat,), seed=3)[:, 1:], torch.softmax(logits / heat, 0)
+                sample_windows(decoder, 16, 80, (temperature,), seed=3)[:, 1:],
+                torch.softmax(logits / temperature, 0),
             )
             < 20
         )
         assert (
             _chi_square(
-                sample_windows(decoder, 16, 80, (1.7 * heat,), seed=3)[:, 1:], torch.softmax(logits / heat, 0)
+                sample_windows(decoder, 16, 80, (1.7 * temperature,), seed=3)[:, 1:],
+                torch.softmax(logits / temperature, 0),
             )
             > 50
         )
@@ -81,7 +83,9 @@ def test_temperatures_scale_the_logits_and_are_shared_out_evenly() -> None:
     cool, hot = torch.softmax(logits / 0.5, 0), torch.softmax(logits / 2.0, 0)
     sides = [_chi_square(row, cool) < _chi_square(row, hot) for row in mixed]
     assert sum(sides) == 4
-    assert sides != [True] * 4 + [False] * 4  # in random order, so that held-out windows are of both
+    assert (
+        sides != [True] * 4 + [False] * 4
+    )  # in random order, so that held-out windows have both temperatures
     assert sides != [True, False] * 4
 
 
@@ -91,19 +95,19 @@ def _chi_square(tokens: Tensor, probabilities: Tensor) -> float:
     return float(((counts - expected).square() / expected).sum())
 
 
-def test_samples_follow_the_models_own_predictions() -> None:
-    """Every second token, given the first; every third, given both: against the full forward pass."""
+def test_samples_follow_the_predictions_of_the_model() -> None:
+    """Second tokens given the first, and third tokens given both, compared with the full forward pass."""
     decoder = make_decoder("gqa", vocab=4, layers=2, dtype=torch.float32, sharpness=3.0)
     windows = sample_windows(decoder, 1600, 3, (1.0,), seed=0)
     for length in (1, 2):
         for prefix in torch.unique(windows[:, :length], dim=0):
             chosen = windows[(windows[:, :length] == prefix).all(1)]
-            wanted = torch.softmax(reference.forward(decoder, prefix[None])[0, -1], dim=-1)
-            if len(chosen) * float(wanted.min()) > 5:
-                assert _chi_square(chosen[:, length], wanted) < 21  # 3 degrees of freedom: p = 1e-4
+            expected = torch.softmax(reference.forward(decoder, prefix[None])[0, -1], dim=-1)
+            if len(chosen) * float(expected.min()) > 5:
+                assert _chi_square(chosen[:, length], expected) < 21  # 3 degrees of freedom: p = 1e-4
 
 
-def test_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_checks_memory_before_loading_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(layers=3, dtype=torch.float32)
     read: list[int] = []
 
@@ -117,10 +121,10 @@ def test_memory_is_refused_before_anything_is_loaded(monkeypatch: pytest.MonkeyP
         sample_windows(lazy, 4, 16, (1.0,), seed=0)
     assert "--calibration random" in str(refusal.value)
     assert "GiB" in str(refusal.value)
-    assert read == [0]  # one, to know its size
+    assert read == [0]  # one layer, for its size
 
 
-def test_memory_that_suffices_is_not_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_accepts_exactly_the_memory_needed(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(layers=3, dtype=torch.float32)
     weights = 3 * 4 * (4 * 32 * 32 + 3 * 32 * 64 + 2 * 32)
     cache = 3 * 4 * 4 * 16 * 2 * 32  # layers, bytes, windows, tokens, keys and values

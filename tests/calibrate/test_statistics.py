@@ -1,4 +1,4 @@
-"""Saved statistics come back to the bit, and are refused where they do not belong."""
+"""Saved statistics are restored exactly, and rejected if damaged or of another checkpoint."""
 
 from __future__ import annotations
 
@@ -38,13 +38,13 @@ def test_round_trip_is_exact(saved: Path) -> None:
     assert statistics.windows.dtype == torch.int64
     assert statistics.header["recipe"] == recipe_for("self", samples=6, length=8).to_json()
     for index in range(2):
-        found, wanted = statistics.moments(index), _moments(index)
+        restored, original = statistics.moments(index), _moments(index)
         for name in MOMENT_NAMES:
-            assert torch.equal(getattr(found, name), getattr(wanted, name))
-            assert getattr(found, name).dtype == getattr(wanted, name).dtype
+            assert torch.equal(getattr(restored, name), getattr(original, name))
+            assert getattr(restored, name).dtype == getattr(original, name).dtype
 
 
-def test_statistics_name_no_path_of_the_machine_that_made_them(saved: Path, tmp_path: Path) -> None:
+def test_header_contains_no_path(saved: Path, tmp_path: Path) -> None:
     file = tmp_path / "deep" / "corpus.txt"
     file.parent.mkdir()
     file.write_text("text")
@@ -52,8 +52,8 @@ def test_statistics_name_no_path_of_the_machine_that_made_them(saved: Path, tmp_
     assert "deep" not in (saved / "statistics.json").read_text()
 
 
-def test_statistics_of_another_checkpoint_are_refused(saved: Path) -> None:
-    with pytest.raises(UsageError, match="belong to another checkpoint") as refusal:
+def test_rejects_statistics_of_another_checkpoint(saved: Path) -> None:
+    with pytest.raises(UsageError, match="must be those of the checkpoint") as refusal:
         Statistics(saved, "b" * 64)
     assert DIGEST in str(refusal.value)
     assert "b" * 64 in str(refusal.value)
@@ -66,37 +66,37 @@ def _edit_header(folder: Path, **changes: object) -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 3, "2", None])
-def test_another_format_is_refused(saved: Path, number: object) -> None:
+def test_rejects_another_format(saved: Path, number: object) -> None:
     _edit_header(saved, format=number)
-    with pytest.raises(UsageError, match="of a format that this version does not read"):
+    with pytest.raises(UsageError, match="must have the format that this version reads"):
         Statistics(saved, DIGEST)
 
 
 @pytest.mark.parametrize("content", ["", "{", "\xff", "[1]", "null"])
-def test_a_header_that_is_none_is_refused(saved: Path, content: str) -> None:
+def test_rejects_an_invalid_header(saved: Path, content: str) -> None:
     (saved / "statistics.json").write_text(content, encoding="latin-1")
     with pytest.raises(UsageError, match="kvexport calibrate"):
         Statistics(saved, DIGEST)
 
 
-def test_a_folder_without_statistics_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_directory_without_statistics(tmp_path: Path) -> None:
     for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(UsageError, match="holds no calibration statistics"):
+        with pytest.raises(UsageError, match="must be a directory of calibration statistics"):
             Statistics(folder, DIGEST)
 
 
-def test_tokens_that_changed_are_refused(saved: Path) -> None:
+def test_rejects_changed_tokens(saved: Path) -> None:
     path = saved / "tokens.safetensors"
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(UsageError, match="damaged or exchanged"):
+    with pytest.raises(UsageError, match="is damaged or was replaced"):
         Statistics(saved, DIGEST)
 
 
 @pytest.mark.parametrize("name", ["tokens.safetensors", "layer-00001.safetensors"])
 @pytest.mark.parametrize("keep", [0, 20, -8, None])
-def test_truncated_and_missing_files_are_refused_by_name(saved: Path, name: str, keep: int | None) -> None:
+def test_error_for_truncated_and_missing_files_names_them(saved: Path, name: str, keep: int | None) -> None:
     path = saved / name
     raw = path.read_bytes()
     path.unlink()
@@ -106,12 +106,12 @@ def test_truncated_and_missing_files_are_refused_by_name(saved: Path, name: str,
         Statistics(saved, DIGEST).moments(1)
 
 
-def test_moments_that_lack_some_are_refused(saved: Path) -> None:
+def test_rejects_incomplete_moments(saved: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     path = saved / "layer-00000.safetensors"
-    held = load_file(path)
-    del held["overlap"]
-    save_file(held, path)
-    with pytest.raises(UsageError, match="lacks moments"):
+    tensors = load_file(path)
+    del tensors["overlap"]
+    save_file(tensors, path)
+    with pytest.raises(UsageError, match="must contain the moments of a layer"):
         Statistics(saved, DIGEST).moments(0)

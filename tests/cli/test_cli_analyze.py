@@ -88,7 +88,7 @@ def test_analyzes_the_original_model_if_all_heads_are_kept(
     [
         (["--pairs", "3:12"], "no query sees a key"),
         (["--pairs", "48:1"], "no query sees a key"),
-        (["--method", "svd-a", "--kv-ratio", "0.3"], "no number of KV heads"),
+        (["--method", "svd-a", "--kv-ratio", "0.3"], "must give a number of KV heads"),
         (["--kv-heads", "3"], "must divide"),
         (["--text", "absent.txt"], "cannot be read"),
         (["--calibration", "absent.txt"], "no file"),

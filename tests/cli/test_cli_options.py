@@ -88,9 +88,9 @@ def test_statistics_cannot_be_combined_with_calibration_options(
     ("options", "message"),
     [
         (("--calibration", "no-such-file"), "no-such-file"),
-        (("--samples", "0"), "--samples is out of range"),
-        (("--length", "1"), "--length is out of range"),
-        (("--seed", "-1"), "--seed is out of range"),
+        (("--samples", "0"), "--samples must be an integer"),
+        (("--length", "1"), "--length must be an integer"),
+        (("--seed", "-1"), "--seed must be an integer"),
     ],
 )
 def test_rejects_values_out_of_range(

@@ -1,4 +1,4 @@
-"""Codes put into layers: exact where nothing is lost, whatever the kind of attention and the size of groups."""
+"""Codes applied to layers: exact where nothing is lost, for every kind of attention and group size."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from kvexport.model.decoder import Attention, Linear, Rope, tensors_of
 EXACT = 1e-4  # codes damp covariances by a millionth
 
 
-def shared(attention: Attention, kv_heads: int, *, keys: str, seed: int = 0) -> Attention:
-    """The heads of each group made functions of the first: values by matrices, keys equal or by matrices.
+def share_subspaces(attention: Attention, kv_heads: int, *, keys: str, seed: int = 0) -> Attention:
+    """Make the heads of each group functions of the first: values by matrices, keys equal or by matrices.
 
-    Biases, if there are any, stay as they are: constants of their own for every head.
+    Biases stay as they are, a different constant for every head.
     """
     generator = torch.Generator().manual_seed(seed)
     d, size = attention.head_dim, attention.num_kv_heads // kv_heads
@@ -71,7 +71,7 @@ def test_heads_of_one_subspace_share_one_head_without_loss(
     style: str, sizes: dict[str, Any], kv_heads: int, method: str
 ) -> None:
     attention, rope = make_attention(style, **sizes)
-    attention = shared(attention, kv_heads, keys="mixed" if style == "bloom" else "equal")
+    attention = share_subspaces(attention, kv_heads, keys="mixed" if style == "bloom" else "equal")
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
     chosen = methods_for(method, attention)[0].name
     assert error(converted_by(chosen, attention, rope, x, kv_heads), attention, rope, fresh) < EXACT
@@ -79,19 +79,19 @@ def test_heads_of_one_subspace_share_one_head_without_loss(
 
 @pytest.mark.parametrize("method", ["online", "fold"])
 @pytest.mark.parametrize("style", ["bias", "bloom"])
-def test_constants_of_their_own_cost_value_heads_nothing(style: str, method: str) -> None:
-    """Biases of the values differ between heads of a group: attention rows sum to one, so centring keeps them."""
+def test_value_biases_of_a_group_may_differ_without_loss(style: str, method: str) -> None:
+    """Attention rows sum to one, so centring keeps the biases exactly."""
     attention, rope = make_attention(style)
-    attention = without_key_bias(shared(attention, 2, keys="mixed" if style == "bloom" else "equal"))
+    attention = without_key_bias(share_subspaces(attention, 2, keys="mixed" if style == "bloom" else "equal"))
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
     chosen = methods_for(method, attention)[0].name
     assert error(converted_by(chosen, attention, rope, x, 2), attention, rope, fresh) < EXACT
 
 
-def test_key_biases_cost_alibi_nothing() -> None:
-    """Without rotation a key's constant part shifts all logits of a row alike."""
+def test_key_biases_are_lossless_with_alibi() -> None:
+    """Without RoPE a key's constant part shifts all logits of a row alike."""
     attention, rope = make_attention("bloom")
-    attention = shared(attention, 2, keys="mixed")
+    attention = share_subspaces(attention, 2, keys="mixed")
     assert attention.k.bias is not None
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
     assert error(converted_by("online", attention, rope, x, 2), attention, rope, fresh) < EXACT
@@ -99,8 +99,8 @@ def test_key_biases_cost_alibi_nothing() -> None:
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window", "qwen3", "bloom"])
 @pytest.mark.parametrize("method", METHODS)
-def test_nothing_is_shared_where_nothing_alike_exists(style: str, method: str) -> None:
-    """The control of the tests above: unrelated heads do lose."""
+def test_unrelated_heads_lose(style: str, method: str) -> None:
+    """Control for the tests above."""
     attention, rope = make_attention(style)
     if attention.k_norm is not None and method == "fold":
         return
@@ -112,26 +112,27 @@ def test_nothing_is_shared_where_nothing_alike_exists(style: str, method: str) -
 
 
 def test_constant_values_lose_nothing_when_centred() -> None:
-    """Values that are a constant for each head, all different; the mean over heads, uncentred, is the control."""
+    """Each head's values are a different constant; the uncentred mean over heads is the control."""
     attention, rope = make_attention("bias")
     attention = replace(attention, v=Linear(torch.zeros_like(attention.v.weight), attention.v.bias))
     x = random_inputs(2, 12)
-    wanted = output(attention, rope, x)
+    expected = output(attention, rope, x)
     for method in ("online", "fold"):
         torch.testing.assert_close(
-            output(converted_by(method, attention, rope, x, 2), rope, x), wanted, rtol=0, atol=1e-12
+            output(converted_by(method, attention, rope, x, 2), rope, x), expected, rtol=0, atol=1e-12
         )
     assert (
-        float((output(converted_by("mean-pool", attention, rope, x, 2), rope, x) - wanted).abs().max()) > 1e-2
+        float((output(converted_by("mean-pool", attention, rope, x, 2), rope, x) - expected).abs().max())
+        > 1e-2
     )
 
 
-# What a converted layer is made of
+# Parts of a converted layer
 
 
 @pytest.mark.parametrize(("style", "sizes", "kv_heads"), SIZES)
 @pytest.mark.parametrize("method", METHODS)
-def test_the_cache_shrinks_by_the_group(
+def test_cache_shrinks_by_the_group_size(
     style: str, sizes: dict[str, Any], kv_heads: int, method: str
 ) -> None:
     attention, rope = make_attention(style, **sizes)
@@ -160,10 +161,10 @@ def test_converted_layers_keep_the_dtype(style: str) -> None:
     attention, rope = make_attention(style, dtype=torch.float32)
     converted = converted_by("online", attention, rope, random_inputs(2, 12, dtype=torch.float32), 2)
     assert all(each.dtype == torch.float32 for each in tensors_of(converted))
-    assert converted.o.bias is not None  # what centring needs
+    assert converted.o.bias is not None  # needed for centring
 
 
-def test_alibi_folds_whole_and_slopes_are_untouched() -> None:
+def test_alibi_folds_entirely_and_keeps_its_slopes() -> None:
     attention, rope = make_attention("bloom", heads=6)
     for method in METHODS:
         converted = converted_by(method, attention, rope, random_inputs(2, 12), 2)
@@ -174,53 +175,53 @@ def test_alibi_folds_whole_and_slopes_are_untouched() -> None:
         assert converted.frequencies is None
 
 
-def test_qk_norm_refuses_fold_and_names_what_works() -> None:
+def test_qk_norm_rejects_fold_and_suggests_online() -> None:
     attention, _ = make_attention("qwen3")
     with pytest.raises(UsageError, match="QK-norm") as refusal:
         methods_for("fold", attention)
     assert "kvexport build --method online" in str(refusal.value)
 
 
-def test_without_rotation_fold_is_online() -> None:
+def test_fold_is_online_without_rope() -> None:
     rotated, alibi = make_attention("llama")[0], make_attention("bloom")[0]
 
     def names(method: str, attention: Attention) -> list[str]:
         return [each.name for each in methods_for(method, attention)]
 
     assert names("fold", rotated) == ["fold"] and names("auto", rotated) == ["online", "fold"]
-    assert names("fold", alibi) == names("auto", alibi) == ["online"]  # there the unrestricted code folds
+    assert names("fold", alibi) == names("auto", alibi) == ["online"]  # the unrestricted code folds
     assert names("svd-a", alibi) == ["svd-a"]
 
 
-def test_an_unknown_method_is_refused() -> None:
-    with pytest.raises(UsageError, match="no such conversion method") as refusal:
+def test_rejects_unknown_method() -> None:
+    with pytest.raises(UsageError, match="--method must be a conversion method") as refusal:
         methods_for("svd-b", make_attention("llama")[0])
     assert "svd-a" in str(refusal.value)
 
 
-# Codes of any width, and the plain mean
+# Wide codes, mean-pool and svd-a
 
 
-def _whole(attention: Attention, kv_heads: int, *, folds: bool, centred: bool) -> LayerCode:
+def _identity(attention: Attention, kv_heads: int, *, folds: bool, centred: bool) -> LayerCode:
     n = attention.num_kv_heads // kv_heads * attention.head_dim
     return LayerCode((identity_code(n),) * kv_heads, (identity_code(n),) * kv_heads, folds, centred)
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window", "qwen3", "bloom"])
 @pytest.mark.parametrize("centred", [True, False])
-def test_codes_that_keep_everything_change_nothing(style: str, centred: bool) -> None:
-    """Wide cached heads: t·head_dim numbers for a group of t."""
+def test_identity_codes_change_nothing(style: str, centred: bool) -> None:
+    """The cached head of a group of t heads has t·head_dim numbers."""
     attention, rope = make_attention(style, heads=6, kv_heads=None if style != "gqa" else 3)
     kv_heads = attention.num_kv_heads // 3
     x, grouping = random_inputs(2, 14), grouping_of(attention, kv_heads)
-    code = _whole(attention, kv_heads, folds=style == "bloom", centred=centred)
+    code = _identity(attention, kv_heads, folds=style == "bloom", centred=centred)
     converted = apply_code(attention, grouping, code, measure(attention, rope, x).value_mean)
     assert converted.value_dim == 3 * attention.head_dim
     torch.testing.assert_close(output(converted, rope, x), output(attention, rope, x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("style", ["llama", "bias", "gqa", "bloom"])
-def test_mean_pool_averages_weights_and_leaves_queries_and_outputs(style: str) -> None:
+def test_mean_pool_averages_keys_and_values_and_keeps_queries_and_outputs(style: str) -> None:
     attention, rope = make_attention(style)
     kv_heads = attention.num_kv_heads // 2
     converted = converted_by("mean-pool", attention, rope, random_inputs(2, 12), kv_heads)
@@ -228,20 +229,20 @@ def test_mean_pool_averages_weights_and_leaves_queries_and_outputs(style: str) -
     def averaged(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.unflatten(0, (kv_heads, 2, 8)).mean(1).flatten(0, 1)
 
-    for found, trained in ((converted.k, attention.k), (converted.v, attention.v)):
-        torch.testing.assert_close(found.weight, averaged(trained.weight), rtol=0, atol=1e-15)
+    for converted_linear, trained in ((converted.k, attention.k), (converted.v, attention.v)):
+        torch.testing.assert_close(converted_linear.weight, averaged(trained.weight), rtol=0, atol=1e-15)
         if trained.bias is not None:
-            torch.testing.assert_close(found.bias, averaged(trained.bias), rtol=0, atol=1e-15)
-    for found, trained in ((converted.q, attention.q), (converted.o, attention.o)):
-        torch.testing.assert_close(found.weight, trained.weight, rtol=0, atol=1e-15)
-        assert (found.bias is None) == (trained.bias is None)
+            torch.testing.assert_close(converted_linear.bias, averaged(trained.bias), rtol=0, atol=1e-15)
+    for converted_linear, trained in ((converted.q, attention.q), (converted.o, attention.o)):
+        torch.testing.assert_close(converted_linear.weight, trained.weight, rtol=0, atol=1e-15)
+        assert (converted_linear.bias is None) == (trained.bias is None)
         if trained.bias is not None:
-            torch.testing.assert_close(found.bias, trained.bias, rtol=0, atol=1e-15)
+            torch.testing.assert_close(converted_linear.bias, trained.bias, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize("style", ["llama", "bias", "gqa", "bloom", "qwen3"])
-def test_uncentred_svd_a_on_the_caches_is_what_the_layer_computes(style: str) -> None:
-    """The converted layer's outputs equal those of the trained one with its caches replaced by their projections."""
+def test_svd_a_equals_projection_of_the_trained_caches(style: str) -> None:
+    """The converted layer computes what the trained one does with its caches replaced by their projections."""
     attention, rope = make_attention(style)
     kv_heads = attention.num_kv_heads // 2
     x = random_inputs(3, 16)

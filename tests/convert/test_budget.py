@@ -1,4 +1,4 @@
-"""The solved choice of shapes against every choice there is, and which widths an engine lets it choose from."""
+"""The exact choice of shapes compared with all choices, and the widths that an engine supports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ ONLINE, FOLD = METHODS["online"], METHODS["fold"]
 def made_up(
     seed: int, heads: int, width: int, methods: Sequence[Method], falling: bool = True
 ) -> LayerSensitivity:
-    """A survey of random losses: falling with width as real ones do, or any."""
+    """A layer with random losses: falling with width, as real ones do, or arbitrary."""
     generator = torch.Generator().manual_seed(seed)
     sizes = tuple(size for size in range(1, heads + 1) if heads % size == 0)
 
@@ -49,7 +49,7 @@ def made_up(
 def every_choice(
     layers: Sequence[LayerSensitivity], allowed: Sequence[Sequence[KVShape]]
 ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-    """Cached numbers and predicted KL of each way to convert all layers."""
+    """Cached numbers and predicted KL of every combination of layer plans."""
     layer_plans = [
         [LayerPlan(method, shape) for method in layer.methods for shape in shapes]
         for layer, shapes in zip(layers, allowed, strict=True)
@@ -72,7 +72,7 @@ problems = st.tuples(
 
 @settings(max_examples=60, deadline=None)
 @given(problems, st.lists(st.floats(0, 1.1), min_size=1, max_size=6))
-def test_no_choice_within_a_budget_is_predicted_to_lose_less(
+def test_frontier_equals_the_best_of_all_choices(
     problem: tuple[list[int], tuple[int, int], tuple[Method, ...], bool, bool], shares: list[float]
 ) -> None:
     seeds, (heads, width), methods, equal, falling = problem
@@ -101,8 +101,8 @@ def test_no_choice_within_a_budget_is_predicted_to_lose_less(
         assert frontier.cheapest(bound) == widths[kls <= bound].min() <= budget
 
 
-def test_greed_loses_more_than_the_solution() -> None:
-    """A control: taking the best step a layer at a time is not enough for these losses, so the test above can fail."""
+def test_independent_choice_per_layer_loses_more() -> None:
+    """Control for the test above: an equal share for each layer does not reach the optimum on these losses."""
     worse = 0
     for seed in range(10):
         layers = [made_up(seed + 100 * each, 4, 8, (ONLINE,), falling=False) for each in range(3)]
@@ -116,7 +116,7 @@ def test_greed_loses_more_than_the_solution() -> None:
     assert worse >= 8
 
 
-def test_all_of_the_cache_is_the_trained_model_and_costs_nothing() -> None:
+def test_the_whole_cache_is_the_trained_model_without_loss() -> None:
     layers = [made_up(seed, 4, 8, (ONLINE, FOLD)) for seed in range(3)]
     frontier = Frontier(layers, [shapes_for(layer.trained, layer.sizes, Widths()) for layer in layers])
     for budget in (frontier.most, 2 * frontier.most):
@@ -128,7 +128,7 @@ def test_all_of_the_cache_is_the_trained_model_and_costs_nothing() -> None:
     assert frontier.cheapest(1e9) == frontier.fewest
 
 
-def test_each_layer_gets_the_method_that_is_predicted_to_lose_less() -> None:
+def test_each_layer_gets_the_method_with_less_predicted_loss() -> None:
     layers = [made_up(seed, 4, 8, (ONLINE, FOLD)) for seed in range(8)]
     allowed = [[KVShape(2, 8, 8)]] * 8
     chosen = [layer_plan.method for layer_plan in Frontier(layers, allowed).layer_plans(8 * 64)]
@@ -139,10 +139,10 @@ def test_each_layer_gets_the_method_that_is_predicted_to_lose_less() -> None:
         )
 
 
-def test_layers_of_many_shapes_share_one_budget() -> None:
-    """One layer is worth ten times another: it keeps more."""
+def test_the_more_sensitive_layer_keeps_more() -> None:
+    """Two layers with the same losses, one of them a hundred times as sensitive."""
     first, second = made_up(3, 4, 16, (ONLINE,)), made_up(3, 4, 16, (ONLINE,))
-    loud = LayerSensitivity(
+    sensitive = LayerSensitivity(
         second.trained,
         second.sizes,
         second.curves,
@@ -150,12 +150,12 @@ def test_layers_of_many_shapes_share_one_budget() -> None:
         {ONLINE: 100 * second.key_sensitivity[ONLINE]},
         100 * second.value_sensitivity,
     )
-    frontier = Frontier([first, loud], [shapes_for(first.trained, first.sizes, Widths())] * 2)
-    quiet, heard = frontier.layer_plans(frontier.most // 2)
-    assert heard.shape.kv_width > quiet.shape.kv_width
+    frontier = Frontier([first, sensitive], [shapes_for(first.trained, first.sizes, Widths())] * 2)
+    less, more = frontier.layer_plans(frontier.most // 2)
+    assert more.shape.kv_width > less.shape.kv_width
 
 
-# What there is to choose from
+# Shapes and widths to choose from
 
 
 @pytest.mark.parametrize(
@@ -178,31 +178,32 @@ def test_widths_of_a_head(widths: Widths, size: int, head_dim: int, expected: li
 @settings(max_examples=60, deadline=None)
 @given(st.sampled_from([1, 2, 4, 8, 16, 32]), st.sampled_from([16, 32, 64, 80, 96, 128, 256]))
 def test_widths_are_those_of_fused_attention(size: int, head_dim: int) -> None:
-    found = Widths().of(size, head_dim)
-    assert found == [width for width in range(16, min(256, size * head_dim) + 1) if width % 8 == 0]
+    assert Widths().of(size, head_dim) == [
+        width for width in range(16, min(256, size * head_dim) + 1) if width % 8 == 0
+    ]
 
 
 @pytest.mark.parametrize("heads", [2, 6])
-def test_shapes_are_all_that_cache_less_and_the_trained_one(heads: int) -> None:
+def test_shapes_are_the_trained_one_and_all_that_cache_less(heads: int) -> None:
     layer = made_up(0, heads, 16, (ONLINE,))
     equal, free = (
         shapes_for(layer.trained, layer.sizes, Widths()),
         shapes_for(layer.trained, layer.sizes, Widths(equal=False)),
     )
     widths = [16, 24, 32, 40, 48, 56, 64, 72, 80, 88, 96]
-    wanted = {
+    expected = {
         KVShape(heads // size, key, value)
         for size in layer.sizes
         for key, value in product(widths, widths)
         if max(key, value) <= size * 16 and heads // size * (key + value) < 2 * heads * 16
     }
-    assert set(free) == wanted | {layer.trained} and len(free) == len(set(free))
-    assert set(equal) == {shape for shape in wanted if shape.key_dim == shape.value_dim} | {layer.trained}
+    assert set(free) == expected | {layer.trained} and len(free) == len(set(free))
+    assert set(equal) == {shape for shape in expected if shape.key_dim == shape.value_dim} | {layer.trained}
     assert equal[0] == free[0] == layer.trained
     assert any(shape.key_dim != shape.value_dim for shape in free)
 
 
-def test_one_width_alone_leaves_the_number_of_heads() -> None:
+def test_one_width_leaves_a_choice_of_heads() -> None:
     layer = made_up(0, 8, 16, (ONLINE,))
     assert shapes_for(layer.trained, layer.sizes, Widths(only=32)) == [
         KVShape(8, 16, 16),
@@ -211,7 +212,7 @@ def test_one_width_alone_leaves_the_number_of_heads() -> None:
     ]
 
 
-def test_no_head_is_wider_than_kernels_take() -> None:
+def test_no_head_is_wider_than_kernels_support() -> None:
     layer = made_up(0, 8, 64, (ONLINE,))
     shapes = shapes_for(layer.trained, layer.sizes, Widths(equal=False))
     assert max(max(shape.key_dim, shape.value_dim) for shape in shapes) == 256

@@ -1,4 +1,4 @@
-"""The one template: no linear code of its rank loses less."""
+"""Optimal codes: no linear code of the same rank loses less."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def bound(sensitivity: Tensor, covariance: Tensor, rank: int) -> float:
 
 @settings(max_examples=60, deadline=None)
 @given(sizes)
-def test_the_optimal_code_attains_the_bound(drawn: tuple[int, int, int]) -> None:
+def test_optimal_code_reaches_the_eckart_young_bound(drawn: tuple[int, int, int]) -> None:
     n, rank, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     sensitivity, covariance = random_second_moment(n, generator), random_second_moment(n, generator)
@@ -81,7 +81,7 @@ def test_no_other_code_loses_less(drawn: tuple[int, int, int]) -> None:
         assert least <= loss(other, sensitivity, covariance)
 
 
-def test_a_plain_svd_is_beaten_clearly_where_sensitivity_matters() -> None:
+def test_optimal_code_beats_plain_svd_under_unequal_sensitivity() -> None:
     sensitivity = torch.diag(torch.tensor([1e-3, 1.0, 1.0], dtype=torch.float64))
     covariance = torch.diag(torch.tensor([10.0, 1.0, 0.5], dtype=torch.float64))
     code = optimal_code(sensitivity, covariance, 1)
@@ -99,21 +99,23 @@ def test_full_rank_loses_nothing(n: int, seed: int) -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(sizes)
-def test_the_gauge_is_orthonormal_and_changes_nothing(drawn: tuple[int, int, int]) -> None:
+def test_orthonormal_decoder_keeps_the_reconstruction(drawn: tuple[int, int, int]) -> None:
     n, rank, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     encode, decode = (torch.randn(n, rank, generator=generator, dtype=torch.float64) for _ in range(2))
-    gauged = orthonormalize(Code(encode, decode))
+    orthonormal = orthonormalize(Code(encode, decode))
     identity = torch.eye(rank, dtype=torch.float64)
-    torch.testing.assert_close(gauged.decode.T @ gauged.decode, identity, rtol=0, atol=1e-12)
-    torch.testing.assert_close(gauged.decode @ gauged.encode.T, decode @ encode.T, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(orthonormal.decode.T @ orthonormal.decode, identity, rtol=0, atol=1e-12)
+    torch.testing.assert_close(
+        orthonormal.decode @ orthonormal.encode.T, decode @ encode.T, rtol=1e-10, atol=1e-10
+    )
     code = optimal_code(random_second_moment(n, generator), random_second_moment(n, generator), rank)
     torch.testing.assert_close(code.decode.T @ code.decode, identity, rtol=0, atol=1e-10)
 
 
 @settings(max_examples=30, deadline=None)
 @given(sizes)
-def test_what_varies_in_few_directions_is_kept_whole(drawn: tuple[int, int, int]) -> None:
+def test_low_rank_covariance_is_kept_without_loss(drawn: tuple[int, int, int]) -> None:
     n, rank, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     sensitivity, covariance = (
@@ -124,28 +126,26 @@ def test_what_varies_in_few_directions_is_kept_whole(drawn: tuple[int, int, int]
     assert loss(code, sensitivity, covariance) <= 1e-8 * float((sensitivity * covariance).sum())
 
 
-@pytest.mark.parametrize("sensitivity", ["zero", "rank one", "negative by rounding", "whole"])
-@pytest.mark.parametrize("covariance", ["zero", "rank one", "whole"])
+@pytest.mark.parametrize("sensitivity", ["zero", "rank one", "negative by rounding", "full"])
+@pytest.mark.parametrize("covariance", ["zero", "rank one", "full"])
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
-def test_degenerate_moments_give_finite_codes_of_ordinary_size(
-    sensitivity: str, covariance: str, scale: float
-) -> None:
+def test_degenerate_moments_give_finite_codes(sensitivity: str, covariance: str, scale: float) -> None:
     generator = torch.Generator().manual_seed(0)
-    made = {
+    moments = {
         "zero": torch.zeros(6, 6, dtype=torch.float64),
         "rank one": random_second_moment(6, generator, rank=1),
-        "whole": random_second_moment(6, generator),
+        "full": random_second_moment(6, generator),
     }
-    made["negative by rounding"] = made["rank one"] - 1e-5 * torch.eye(6, dtype=torch.float64)
-    code = optimal_code(scale * made[sensitivity], made[covariance] / scale, 2)
+    moments["negative by rounding"] = moments["rank one"] - 1e-5 * torch.eye(6, dtype=torch.float64)
+    code = optimal_code(scale * moments[sensitivity], moments[covariance] / scale, 2)
     for part in (code.encode, code.decode):
         assert bool(part.isfinite().all())
     assert float(code.decode.abs().max()) <= 1 + 1e-9
     assert float(code.encode.abs().max()) < 1e4
-    assert loss(code, made["whole"], made[covariance]) < 100
+    assert loss(code, moments["full"], moments[covariance]) < 100
 
 
-def test_damping_gives_full_rank_and_leaves_the_rest() -> None:
+def test_damping_gives_full_rank_and_changes_little() -> None:
     matrix = torch.diag(torch.tensor([2.0, 0.0], dtype=torch.float64))
     assert torch.linalg.matrix_rank(add_damping(matrix)) == 2
     torch.testing.assert_close(add_damping(matrix), matrix, rtol=0, atol=2e-6)
@@ -167,7 +167,7 @@ def test_leading_eigenvectors_of_many_hermitian_matrices() -> None:
 
 @settings(max_examples=30, deadline=None)
 @given(sizes)
-def test_the_spectrum_says_what_every_rank_loses(drawn: tuple[int, int, int]) -> None:
+def test_spectrum_gives_the_loss_of_every_rank(drawn: tuple[int, int, int]) -> None:
     n, rank, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     sensitivity, covariance = random_second_moment(n, generator), random_second_moment(n, generator)
@@ -182,7 +182,7 @@ def test_the_spectrum_says_what_every_rank_loses(drawn: tuple[int, int, int]) ->
 
 @settings(max_examples=30, deadline=None)
 @given(sizes)
-def test_what_is_cached_has_the_norm_of_what_it_stands_for(drawn: tuple[int, int, int]) -> None:
+def test_cached_vector_has_the_norm_of_its_reconstruction(drawn: tuple[int, int, int]) -> None:
     n, rank, seed = drawn
     generator = torch.Generator().manual_seed(seed)
     code = optimal_code(random_second_moment(n, generator), random_second_moment(n, generator), rank)

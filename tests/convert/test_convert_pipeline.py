@@ -1,4 +1,4 @@
-"""The whole conversion: layer after layer, each seeing what the ones before it lost."""
+"""Conversion of whole decoders: reports, refit, saved moments, degenerate models and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from kvexport.convert import (
     unconverted_layers,
 )
 from kvexport.convert.code_moments import make_code_moments
-from kvexport.convert.methods import METHOD_NAMES
+from kvexport.convert.methods import METHOD_NAMES, METHODS
 from kvexport.convert.streams import Streams
 from kvexport.errors import KvexportError
 from kvexport.model import reference
@@ -36,17 +36,17 @@ def joined(decoder: Decoder, layers: list[ConvertedLayer]) -> Decoder:
     return dataclasses.replace(decoder, layers=[each.layer for each in layers])
 
 
-def same(a: object, b: object) -> bool:
+def equal_tensors(a: object, b: object) -> bool:
     return all(torch.equal(x, y) for x, y in zip(tensors_of(a), tensors_of(b), strict=True))
 
 
 def residual_error(decoder: Decoder, converted: Decoder, tokens: Tensor) -> float:
-    """Of the last layer's residual stream."""
+    """Relative error of the residual stream after the last layer."""
     taps: tuple[list[reference.LayerTaps], list[reference.LayerTaps]] = [], []
-    for model, seen in zip((decoder, converted), taps, strict=True):
-        reference.forward(model, tokens, taps=seen)
-    wanted = taps[0][-1].residual
-    return float((taps[1][-1].residual - wanted).norm() / wanted.norm())
+    for model, each in zip((decoder, converted), taps, strict=True):
+        reference.forward(model, tokens, taps=each)
+    target = taps[0][-1].residual
+    return float((taps[1][-1].residual - target).norm() / target.norm())
 
 
 CASES = [
@@ -58,7 +58,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("style", "method"), CASES)
-def test_every_method_converts_every_kind_and_reports_what_it_lost(style: str, method: str) -> None:
+def test_every_method_converts_every_family_and_reports_its_loss(style: str, method: str) -> None:
     decoder = make_decoder(style, layers=2, sharpness=2.0)
     trained = decoder.layers[0].attention
     tokens, kv_heads = random_windows(decoder, 16, 24), trained.num_kv_heads // 2
@@ -99,18 +99,18 @@ def test_measured_error_is_that_of_the_attention_alone(style: str) -> None:
     for each in plain(decoder, tokens, 2, "svd-a"):  # has no refit
         taps: list[reference.LayerTaps] = []
         reference.forward(decoder, tokens[7:], taps=taps)
-        wanted = taps[each.index].attention
+        target = taps[each.index].attention
         x = (
             reference.embed(decoder.embedding, tokens[7:])
             if each.index == 0
             else taps[each.index - 1].residual
         )
-        found = reference.run_layer(each.layer, x, torch.arange(16)[None], decoder.rope).attention
-        error = (found - wanted).norm() / (wanted - wanted.mean((0, 1))).norm()
+        output = reference.run_layer(each.layer, x, torch.arange(16)[None], decoder.rope).attention
+        error = (output - target).norm() / (target - target.mean((0, 1))).norm()
         assert each.report.measured_error == pytest.approx(float(error), rel=1e-9)
 
 
-def test_all_kv_heads_kept_changes_nothing() -> None:
+def test_keeping_all_kv_heads_changes_nothing() -> None:
     decoder = make_decoder("gqa", dtype=torch.float32)
     conversion = plain(decoder, random_windows(decoder, 9, 16), 2, "online")
     for each, trained in zip(conversion, decoder.layers, strict=True):
@@ -123,7 +123,7 @@ def test_all_kv_heads_kept_changes_nothing() -> None:
     assert conversion.divergence().mean_kl < 1e-9
 
 
-def test_unconverted_layers_are_the_decoders_own() -> None:
+def test_unconverted_layers_are_those_of_the_decoder() -> None:
     decoder = make_decoder("gqa")
     layers = list(unconverted_layers(decoder))
     assert all(each.layer is trained for each, trained in zip(layers, decoder.layers, strict=True))
@@ -131,19 +131,20 @@ def test_unconverted_layers_are_the_decoders_own() -> None:
     assert {each.report.method for each in layers} == {"none"}
 
 
-# Layer after layer
+# Errors of earlier layers, and the refit
 
 
-def test_later_layers_see_what_earlier_ones_lost() -> None:
-    """After a first layer that lost something the second is fitted to make up for it; after one that did not, it is
-    as on its own."""
+def test_refit_of_a_layer_compensates_errors_of_earlier_layers() -> None:
+    """After a lossy first layer W_O of the second differs from that of the second converted alone; else it
+    does not.
+    """
     from test_key_codes import complex_multiples
 
     lossy = make_decoder("llama", layers=2, sharpness=2.0, hidden=64, heads=8)
     exact_first = dataclasses.replace(lossy.layers[0], attention=complex_multiples(lossy.layers[0].attention))
     lossless = dataclasses.replace(lossy, layers=[exact_first, lossy.layers[1]])
     tokens, fresh = random_windows(lossy, 64, 32), random_windows(lossy, 16, 32, seed=99)
-    moved = []
+    changes = []
     for decoder in (lossy, lossless):
         layers = list(plain(decoder, tokens, 4, "fold"))
         streams = Streams(decoder, tokens)
@@ -153,12 +154,11 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
             assert decoder.rope is not None
             code_moments = make_code_moments(True, streams.measure(decoder.layers[1]), decoder.rope, 32)
             layer_plan = LayerPlan(methods_for("fold", decoder.layers[1].attention)[0], KVShape(4, 8, 8))
-            alone = pipeline._convert_layer(decoder.layers[1], streams, code_moments, layer_plan)[0]
+            alone = pipeline.convert_layer(decoder.layers[1], streams, code_moments, layer_plan)[0]
         together = layers[1].layer
-        assert torch.equal(
-            together.attention.k.weight, alone.attention.k.weight
-        )  # the trained model's moments in both
-        moved.append(
+        # both take the trained model's moments
+        assert torch.equal(together.attention.k.weight, alone.attention.k.weight)
+        changes.append(
             float(
                 (together.attention.o.weight - alone.attention.o.weight).norm()
                 / alone.attention.o.weight.norm()
@@ -169,16 +169,18 @@ def test_later_layers_see_what_earlier_ones_lost() -> None:
             assert residual_error(decoder, joined(decoder, layers), fresh) < residual_error(
                 decoder, apart, fresh
             )
-    assert moved[0] > 0.01
-    assert moved[1] < 1e-4
+    assert changes[0] > 0.01
+    assert changes[1] < 1e-4
 
 
-def test_refit_helps_and_methods_without_it_keep_their_outputs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refit_reduces_the_residual_error() -> None:
     decoder = make_decoder("llama", layers=2, sharpness=2.0)
     tokens, fresh = random_windows(decoder, 64, 32), random_windows(decoder, 16, 32, seed=99)
     fitted = joined(decoder, list(plain(decoder, tokens, 2, "online")))
-    monkeypatch.setattr(Streams, "refit", lambda self, converted: converted.attention.o)
-    unfitted = joined(decoder, list(plain(decoder, tokens, 2, "online")))
+    without_refit = dataclasses.replace(METHODS["online"], refit=False)
+    unfitted = joined(
+        decoder, list(convert(decoder, tokens, [LayerPlan(without_refit, KVShape(2, 8, 8))] * 2))
+    )
     assert residual_error(decoder, fitted, fresh) < 0.97 * residual_error(decoder, unfitted, fresh)
 
 
@@ -187,10 +189,10 @@ def test_refit_helps_and_methods_without_it_keep_their_outputs(monkeypatch: pyte
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bloom", "qwen3"])
 @pytest.mark.parametrize("scores", [1 << 20, 2000])
-def test_saved_statistics_give_the_same_weights_to_the_bit(
+def test_saved_statistics_give_bit_identical_weights(
     style: str, scores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "SCORES", scores)  # 2000: blocks of rows, and several batches
+    monkeypatch.setattr(windows, "SCORES", scores)  # 2000: blocks of rows and several batches
     decoder = make_decoder(style, dtype=torch.float32)
     tokens, kv_heads = random_windows(decoder, 9, 24), decoder.layers[0].attention.num_kv_heads // 2
     save_header(tmp_path, "digest", recipe_for("random"), tokens)
@@ -200,21 +202,21 @@ def test_saved_statistics_give_the_same_weights_to_the_bit(
     direct = list(plain(decoder, tokens, kv_heads, "online"))
     restored = list(plain(decoder, saved.windows, kv_heads, "online", saved.moments))
     for a, b in zip(direct, restored, strict=True):
-        assert same(a.layer, b.layer)
+        assert equal_tensors(a.layer, b.layer)
         assert a.report == b.report
 
 
-def test_measure_yields_the_moments_that_conversion_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_measure_moments_yields_those_of_the_conversion(monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder("gqa")
-    tokens, taken = random_windows(decoder, 9, 12), []
+    tokens, used = random_windows(decoder, 9, 12), []
     original = Streams.measure
     monkeypatch.setattr(
-        Streams, "measure", lambda self, layer: taken.append(original(self, layer)) or taken[-1]
+        Streams, "measure", lambda self, layer: used.append(original(self, layer)) or used[-1]
     )
     list(plain(decoder, tokens, 1, "online"))
-    for found, wanted in zip(measure_moments(decoder, tokens), taken, strict=True):
-        assert same(found, wanted)
-        assert int(found.tokens) == 8 * 12  # the last eighth is held out
+    for moments, expected in zip(measure_moments(decoder, tokens), used, strict=True):
+        assert equal_tensors(moments, expected)
+        assert int(moments.tokens) == 8 * 12  # the last eighth is held out
 
 
 def test_conversion_is_deterministic() -> None:
@@ -222,14 +224,12 @@ def test_conversion_is_deterministic() -> None:
     tokens = random_windows(decoder, 10, 16)
     first, second = (list(plain(decoder, tokens, 2, "online")) for _ in range(2))
     for a, b in zip(first, second, strict=True):
-        assert same(a.layer, b.layer)
+        assert equal_tensors(a.layer, b.layer)
         assert a.report == b.report
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_conversion_does_not_depend_on_how_attention_is_batched(
-    style: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_conversion_does_not_depend_on_batching(style: str, monkeypatch: pytest.MonkeyPatch) -> None:
     decoder = make_decoder(style)
     tokens, kv_heads = random_windows(decoder, 10, 16), decoder.layers[0].attention.num_kv_heads // 2
     whole = list(plain(decoder, tokens, kv_heads, "online"))
@@ -243,13 +243,13 @@ def test_conversion_does_not_depend_on_how_attention_is_batched(
         )
 
 
-# Few tokens, dead heads, and what is not finite
+# Few tokens, zero weights, and numbers that are not finite
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("method", ["online", "fold", "svd-a"])
 @pytest.mark.parametrize(("count", "length"), [(1, 2), (2, 8)])
-def test_hardly_any_tokens_still_convert(style: str, method: str, count: int, length: int) -> None:
+def test_converts_with_very_few_tokens(style: str, method: str, count: int, length: int) -> None:
     if (style, method) == ("qwen3", "fold"):
         return
     decoder = make_decoder(style, dtype=torch.float32)
@@ -271,8 +271,8 @@ def test_hardly_any_tokens_still_convert(style: str, method: str, count: int, le
 
 
 @pytest.mark.parametrize("style", ["llama", "bias", "bloom"])
-def test_one_token_repeated_still_converts(style: str) -> None:
-    """Values are constants: all covariances are zero."""
+def test_converts_with_one_repeated_token(style: str) -> None:
+    """All values are equal, so all covariances are zero."""
     decoder = make_decoder(style, dtype=torch.float32)
     for each in plain(decoder, torch.full((4, 8), 7), 2, "online"):
         assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
@@ -280,21 +280,21 @@ def test_one_token_repeated_still_converts(style: str) -> None:
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "o"])
 @pytest.mark.parametrize("method", METHOD_NAMES)
-def test_heads_that_do_nothing_still_convert(method: str, part: str) -> None:
-    """The first two of four heads have no W_Q, W_K, W_V or W_O."""
+def test_converts_heads_with_zero_weights(method: str, part: str) -> None:
+    """W_Q, W_K, W_V or W_O of the first two of four heads is zero."""
     decoder = make_decoder("llama", dtype=torch.float32)
 
-    def dead(attention: Attention) -> Attention:
+    def without_part(attention: Attention) -> Attention:
         weight = getattr(attention, part).weight.clone()
         weight[:, :16].zero_() if part == "o" else weight[:16].zero_()
         return dataclasses.replace(attention, **{part: Linear(weight)})
 
-    for each in plain(with_attention(decoder, dead), random_windows(decoder, 4, 12), 2, method):
+    for each in plain(with_attention(decoder, without_part), random_windows(decoder, 4, 12), 2, method):
         assert all(bool(t.isfinite().all()) for t in tensors_of(each.layer))
         assert each.report.predicted_error < 3
 
 
-def test_overflow_is_named_with_its_layer() -> None:
+def test_overflow_error_names_the_layer() -> None:
     decoder = make_decoder("llama", layers=3, dtype=torch.float32)
     big = dataclasses.replace(
         decoder.layers[1].attention, v=Linear(decoder.layers[1].attention.v.weight * 1e38)
@@ -304,13 +304,13 @@ def test_overflow_is_named_with_its_layer() -> None:
     tokens = random_windows(decoder, 4, 12)
     conversion = plain(broken, tokens, 2, "online")
     assert next(conversion).index == 0
-    with pytest.raises(KvexportError, match=r"calibration moments of layer 1: not all numbers are finite"):
+    with pytest.raises(KvexportError, match=r"calibration moments of layer 1 must be finite"):
         next(conversion)
     with pytest.raises(KvexportError, match="calibration moments of layer 1"):
         list(measure_moments(broken, tokens))
 
 
-def test_damaged_saved_moments_are_named_with_their_layer() -> None:
+def test_error_for_damaged_moments_names_the_layer() -> None:
     decoder = make_decoder("llama")
     tokens = random_windows(decoder, 4, 12)
     moments = list(measure_moments(decoder, tokens))
@@ -324,17 +324,19 @@ def test_damaged_saved_moments_are_named_with_their_layer() -> None:
 # Memory
 
 
-def _watched(decoder: Decoder) -> tuple[Decoder, list[int]]:
-    """The decoder with layers that are made when asked for, and how many were alive at each reading."""
-    seen: list[weakref.ref[Tensor]] = []
+def count_live_layers(decoder: Decoder) -> tuple[Decoder, list[int]]:
+    """The decoder with lazily loaded layers, and the number of layers alive whenever one is loaded."""
+    loaded: list[weakref.ref[Tensor]] = []
     counts: list[int] = []
 
     def read(index: int) -> Layer:
         gc.collect()
-        counts.append(sum(each() is not None for each in seen))
+        counts.append(sum(each() is not None for each in loaded))
         layer = decoder.layers[index]
-        up = Linear(layer.mlp.up.weight.clone())  # what a converted layer shares with the trained one
-        seen.append(weakref.ref(up.weight))
+        up = Linear(
+            layer.mlp.up.weight.clone()
+        )  # a tensor that the converted layer shares with the trained one
+        loaded.append(weakref.ref(up.weight))
         return dataclasses.replace(layer, mlp=dataclasses.replace(layer.mlp, up=up))
 
     return dataclasses.replace(decoder, layers=LazyLayers(len(decoder.layers), read)), counts
@@ -344,45 +346,50 @@ def _watched(decoder: Decoder) -> tuple[Decoder, list[int]]:
 @pytest.mark.parametrize("what", ["convert", "keep", "measure", "unconverted"])
 def test_one_layer_is_alive_at_a_time(what: str) -> None:
     decoder = make_decoder("llama", layers=4)
-    lazy, counts = _watched(decoder)
+    lazy, counts = count_live_layers(decoder)
     tokens = random_windows(decoder, 4, 8)
     if what == "measure":
-        made = map(_forget, measure_moments(lazy, tokens))
+        items = map(_forget, measure_moments(lazy, tokens))
     elif what == "unconverted":
-        made = map(_forget, unconverted_layers(lazy))
+        items = map(_forget, unconverted_layers(lazy))
     else:
         layer_plan = LayerPlan(
             methods_for("online", decoder.layers[0].attention)[0],
             KVShape(2 if what == "convert" else 4, 8, 8),
         )
-        made = map(_forget, convert(lazy, tokens, [layer_plan] * 4))
-    assert list(made) == [None] * 4
+        items = map(_forget, convert(lazy, tokens, [layer_plan] * 4))
+    assert list(items) == [None] * 4
     assert counts == [0, 0, 0, 0]
 
 
-def _forget(made: ConvertedLayer | Moments) -> None:
-    """Consumes without keeping."""
+def _forget(item: ConvertedLayer | Moments) -> None:
+    """Consume without keeping a reference."""
 
 
-def test_streams_are_what_is_held_between_layers() -> None:
-    """Two streams and one attention output of [N, S, hidden]; nothing else of their size."""
+def test_two_streams_and_one_attention_output_are_kept_between_layers() -> None:
+    """Three tensors [N, S, hidden]; nothing else of their size or larger."""
     decoder = make_decoder("llama", dtype=torch.float32)
     tokens = random_windows(decoder, 16, 32)
-    conversion = plain(decoder, tokens, 2, "online")
+    size = tokens.numel() * decoder.dims.hidden_size
+
+    def large_tensors() -> int:
+        gc.collect()
+        return sum(type(each) is Tensor and each.numel() >= size for each in gc.get_objects())
+
+    before, conversion = large_tensors(), plain(decoder, tokens, 2, "online")
     next(conversion)
-    held = [each for each in vars(conversion._streams).values() if isinstance(each, Tensor)]
-    assert sum(each.numel() for each in held) == 3 * tokens.numel() * decoder.dims.hidden_size
+    assert large_tensors() - before == 3
 
 
-def test_the_last_eighth_is_held_out_and_a_single_window_judges_itself() -> None:
+def test_last_eighth_is_held_out_and_a_single_window_serves_both() -> None:
     decoder = make_decoder("llama", layers=1)
-    for count, seen, held_out in (
+    for count, train, held_out in (
         (1, [0], [0]),
         (2, [0], [1]),
         (8, list(range(7)), [7]),
         (17, list(range(15)), [15, 16]),
     ):
         streams = Streams(decoder, random_windows(decoder, count, 4))
-        assert list(streams.seen) == seen
+        assert list(streams.train) == train
         assert list(streams.held_out) == held_out
-        assert int(streams.measure(decoder.layers[0]).tokens) == 4 * len(seen)
+        assert int(streams.measure(decoder.layers[0]).tokens) == 4 * len(train)

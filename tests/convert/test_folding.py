@@ -1,4 +1,4 @@
-"""Codes of keys before rotation: each half-step is the exact least squares that it says, of the loss that plain sums give."""
+"""Codes of keys before RoPE: the loss equals plain sums, and each half-step minimises it exactly."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import Grouping
 from kvexport.model.decoder import Rope
 
-HALF = 4  # pairs of a head
+HALF = 4  # pairs per head
 STYLES = ("llama", "gqa", "bias")
 CHOICES = {
     "one each": [0, 1, 2, 3],
@@ -51,8 +51,8 @@ class Case:
         weights = self.weights if weights is None else weights
         return Folding(weights, self.moments.key_second, self.frequencies, self.distances)
 
-    def turn(self, frequencies: Tensor, n: int) -> Tensor:
-        """R_{-n} of pairs of these frequencies, as a matrix."""
+    def rotation(self, frequencies: Tensor, n: int) -> Tensor:
+        """R_{-n} for pairs with these frequencies, as a matrix."""
         angles = -n * self.inv_freq[frequencies]
         cos, sin = angles.cos().diag(), angles.sin().diag()
         return torch.cat((torch.cat((cos, -sin), 1), torch.cat((sin, cos), 1)))
@@ -62,12 +62,12 @@ class Case:
         weights = 1 / (1 + torch.arange(self.count, dtype=torch.float64))
         total = torch.zeros((), dtype=torch.float64)
         for n, weight in enumerate(weights / weights.sum()):
-            cached, own = self.turn(self.frequencies, n), self.turn(torch.arange(HALF), n)
+            cached, own = self.rotation(self.frequencies, n), self.rotation(torch.arange(HALF), n)
             for head in range(4):
                 rows = slice(8 * head, 8 * head + 8)
-                wanted = torch.zeros(8, 32, dtype=torch.float64)
-                wanted[:, rows] = own
-                error = wanted - decode[rows] @ cached @ encode.T
+                exact = torch.zeros(8, 32, dtype=torch.float64)
+                exact[:, rows] = own
+                error = exact - decode[rows] @ cached @ encode.T
                 total = (
                     total + weight * (self.weights[head] * (error @ self.moments.key_second @ error.T)).sum()
                 )
@@ -76,7 +76,7 @@ class Case:
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("frequencies", CHOICES)
-def test_the_loss_is_that_of_plain_sums(style: str, frequencies: str) -> None:
+def test_loss_equals_plain_sums(style: str, frequencies: str) -> None:
     case = Case(style, frequencies=frequencies)
     generator = torch.Generator().manual_seed(0)
     shape = (32, 2 * len(case.frequencies))
@@ -88,67 +88,69 @@ def test_the_loss_is_that_of_plain_sums(style: str, frequencies: str) -> None:
 
 @pytest.mark.parametrize("side", ["encode", "decode"])
 @pytest.mark.parametrize("style", STYLES)
-def test_each_half_step_is_where_the_gradient_vanishes(style: str, side: str) -> None:
-    """By automatic differentiation of the plain sums."""
+def test_gradient_vanishes_after_each_half_step(style: str, side: str) -> None:
+    """Automatic differentiation of the plain sums."""
     case, problem = Case(style), Case(style).problem()
-    start = problem._start()
-    decode = problem._decode(start)
-    found = (
+    start = problem.start()
+    decode = problem.best_decoder(start)
+    parts = (
         {"encode": start, "decode": decode.T}
         if side == "decode"
-        else {"encode": problem._encode(decode), "decode": decode.T}
+        else {"encode": problem.best_encoder(decode), "decode": decode.T}
     )
     sizes = []
-    for free in (found[side], start):
+    for free in (parts[side], start):
         part = free.clone().requires_grad_()
-        case.loss(**(found | {side: part})).backward()
+        case.loss(**(parts | {side: part})).backward()
         assert part.grad is not None
         sizes.append(float(part.grad.norm()))
-    assert sizes[0] < 1e-3 * sizes[1]  # of the ridge; the start, as a control, is no minimum
+    assert sizes[0] < 1e-3 * sizes[1]  # not 0: the ridge; control: the start is no minimum
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("frequencies", ["one each", "several", "some"])
 @pytest.mark.parametrize("seed", range(2))
-def test_no_half_step_raises_the_loss_and_the_rounds_made_come_near_the_end(
+def test_half_steps_never_increase_the_loss_and_nearly_converge(
     style: str, frequencies: str, seed: int
 ) -> None:
     case, losses = Case(style, seed, frequencies), list[float]()
     problem = case.problem()
-    encode = problem._start()
+    encode = problem.start()
     for _ in range(60):
-        decode = problem._decode(encode)
+        decode = problem.best_decoder(encode)
         losses.append(problem.loss(Code(encode, decode.T)))
-        encode = problem._encode(decode)
+        encode = problem.best_encoder(decode)
         losses.append(problem.loss(Code(encode, decode.T)))
     assert all(after <= before * (1 + 1e-7) for before, after in pairwise(losses))
-    made = problem.loss(problem.code())
-    assert made <= 1.15 * losses[-1]
-    assert made < 0.95 * losses[0]
+    loss = problem.loss(problem.code())
+    assert loss <= 1.15 * losses[-1]
+    assert loss < 0.95 * losses[0]
 
 
-def test_all_pairs_cached_lose_nothing() -> None:
+def test_caching_all_pairs_loses_nothing() -> None:
     case = Case(frequencies="all")
     assert case.problem().loss(case.problem().code()) < 1e-9 * case.problem().power
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_where_phases_average_out_the_start_is_the_optimum_already(style: str) -> None:
-    """The control of the gain: frequencies that all turn through all phases leave commuting codes, in closed form."""
+def test_start_is_optimal_for_uniform_phases(style: str) -> None:
+    """Where all frequencies pass through all phases, codes that commute with RoPE are optimal, in closed
+    form.
+    """
     case = Case(style, frequencies="one each")
-    apart = Rotations(Rope(torch.tensor([0.1, 0.7, 1.3, 2.1])), 200_000)
-    problem = Folding(case.weights, case.moments.key_second, case.frequencies, apart)
-    start = problem._start()
-    made, closed = problem.loss(problem.code()), problem.loss(Code(start, problem._decode(start).T))
-    assert 0.98 * closed < made <= closed * (1 + 1e-9)
+    uniform = Rotations(Rope(torch.tensor([0.1, 0.7, 1.3, 2.1])), 200_000)
+    problem = Folding(case.weights, case.moments.key_second, case.frequencies, uniform)
+    start = problem.start()
+    loss, closed = problem.loss(problem.code()), problem.loss(Code(start, problem.best_decoder(start).T))
+    assert 0.98 * closed < loss <= closed * (1 + 1e-9)
     assert closed == pytest.approx(
         float(mix_energies(case.weights, case.moments.key_second)[:, 1:].sum()), rel=0.02
     )
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_a_code_made_for_near_distances_fails_far_and_one_for_all_holds(style: str) -> None:
+def test_code_for_short_distances_fails_at_long_ones(style: str) -> None:
     near, far = (
         Case(style, frequencies="one each", distances=2),
         Case(style, frequencies="one each", distances=4096),
@@ -158,7 +160,7 @@ def test_a_code_made_for_near_distances_fails_far_and_one_for_all_holds(style: s
     assert far.problem().loss(for_all) < 0.8 * far.problem().loss(for_near)
 
 
-def test_heads_that_nobody_asks_do_not_stop_it() -> None:
+def test_heads_without_query_power_give_finite_codes() -> None:
     case = Case()
     some, none = case.weights.clone(), torch.zeros_like(case.weights)
     some[2] = 0
@@ -169,14 +171,14 @@ def test_heads_that_nobody_asks_do_not_stop_it() -> None:
         assert problem.loss(code) <= problem.power
 
 
-def test_keys_that_a_sliding_window_hides_are_not_coded_for() -> None:
+def test_distances_end_at_the_sliding_window() -> None:
     attention, rope = make_attention("window")
     moments = code_moments(attention, rope, random_inputs(4, 24), "fold").moments
 
     def code(positions: int, window: int | None) -> Code:
-        seen = make_code_moments(True, moments, rope, positions, window)
-        assert seen.distances is not None
-        return keys.folding(seen.moments, Grouping.of(attention, 1), 0, None, seen.distances).code()
+        each = make_code_moments(True, moments, rope, positions, window)
+        assert each.distances is not None
+        return keys.folding(each.moments, Grouping.of(attention, 1), 0, None, each.distances).code()
 
     assert torch.equal(code(4096, 6).encode, code(6, None).encode)
     assert torch.equal(code(6, 4096).encode, code(6, None).encode)

@@ -1,4 +1,4 @@
-"""Codes of keys: which of them hold wherever a text stands, and that each is the best of its kind."""
+"""Codes of keys: which depend on positions, and that each is the best of its kind."""
 
 from __future__ import annotations
 
@@ -32,17 +32,17 @@ from kvexport.model.decoder import Attention, Linear, Rope
 
 
 def stacked(x: Tensor, width: int) -> Tensor:
-    """[..., heads·width] -> [1, heads, S, width], as `reference.rotate` wants it."""
+    """[..., heads·width] -> [1, heads, S, width], as `reference.rotate` takes it."""
     return x.unflatten(-1, (-1, width)).transpose(0, 1)[None]
 
 
 def rotated(x: Tensor, width: int, positions: Tensor, rope: Rope) -> Tensor:
-    """Every head of x [S, heads·width], row s turned to position s."""
+    """Every head of x [S, heads·width] with RoPE at `positions` [S]."""
     tables = reference.rotary_tables(rope, positions[None], torch.float64)
     return reference.rotate(stacked(x, width), tables)[0].transpose(0, 1).flatten(1)
 
 
-def test_mean_pool_commutes_with_rotation_at_every_position_and_the_others_need_not() -> None:
+def test_mean_pool_commutes_with_rope_and_the_others_do_not() -> None:
     attention, rope = make_attention("bias")
     assert rope is not None
     x, grouping = random_inputs(4, 32), grouping_of(attention, 2)
@@ -65,12 +65,12 @@ def test_mean_pool_commutes_with_rotation_at_every_position_and_the_others_need_
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias"])
-def test_folded_keys_see_distances_alone_and_online_ones_see_positions(style: str) -> None:
-    """The same text from position 3000 on: what the folded layer gives does not change."""
+def test_folded_keys_depend_on_distances_and_online_keys_on_positions(style: str) -> None:
+    """The same text from position 3000 on does not change the output of a folded layer."""
     attention, rope = make_attention(style)
     assert rope is not None
     x, offset = random_inputs(2, 24), 3000
-    for method, moves in (("fold", False), ("mean-pool", False), ("online", True)):
+    for method, depends in (("fold", False), ("mean-pool", False), ("online", True)):
         converted = converted_by(method, attention, rope, x, attention.num_kv_heads // 2)
         outputs = []
         for start in (0, offset):
@@ -78,11 +78,11 @@ def test_folded_keys_see_distances_alone_and_online_ones_see_positions(style: st
             projected = reference.project(converted, x, reference.rotary_tables(rope, positions, x.dtype))
             outputs.append(reference.linear(converted.o, windows.head_outputs(converted, projected)))
         moved = float((outputs[1] - outputs[0]).norm() / outputs[0].norm())
-        assert (moved > 1e-2) == moves and (moves or moved < 1e-4), (method, moved)  # float32 angles
+        assert (moved > 1e-2) == depends and (depends or moved < 1e-4), (method, moved)  # float32 angles
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window"])
-def test_folded_weights_give_the_logits_of_a_code_that_commutes_applied_after_rotation(style: str) -> None:
+def test_folding_a_commuting_code_gives_the_logits_of_its_maps(style: str) -> None:
     attention, rope = make_attention(style)
     x = random_inputs(2, 24)
     moments, code = code_of("mean-pool", attention, rope, x, attention.num_kv_heads // 2)
@@ -105,29 +105,32 @@ def logits(layer: Attention, rope: Rope | None, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias"])
-def test_folded_weights_give_the_logits_that_the_code_says(style: str) -> None:
-    """(D_h q)ᵀ C_{n - m} Eᵀ k, head by head and pair of tokens by pair, against the layer that they were folded into."""
+def test_folded_weights_give_the_logits_of_the_code(style: str) -> None:
+    """Compare (D_h q)ᵀ C_{n - m} Eᵀ k, for each head and pair of tokens, with the folded layer."""
     attention, rope = make_attention(style)
     assert rope is not None
     x, kv_heads = random_inputs(1, 6), attention.num_kv_heads // 2
     moments, code = code_of("fold", attention, rope, random_inputs(4, 32), kv_heads)
     grouping = grouping_of(attention, kv_heads)
-    found = logits(apply_code(attention, grouping, code, moments.value_mean), rope, x)[0]
+    folded = logits(apply_code(attention, grouping, code, moments.value_mean), rope, x)[0]
     projected = windows.project(attention, x, rope)
     q, k = projected.query[0], projected.key[0].transpose(0, 1).flatten(1)  # [H, S, d] and [S, h·d]
     for group in range(kv_heads):
         cached = k[:, grouping.rows(group)] @ code.keys[group].encode  # [S, d]
         for head in grouping.query_heads(group):
-            asked = q[head] @ code.keys[group].decode[grouping.member(head)]
-            turned = [rotated(each, 8, torch.arange(6), rope) for each in (asked, cached)]
+            query = q[head] @ code.keys[group].decode[grouping.member(head)]
+            rotated_pair = [rotated(each, 8, torch.arange(6), rope) for each in (query, cached)]
             causal = torch.ones(6, 6).tril().bool()
             torch.testing.assert_close(
-                found[head][causal], (turned[0] @ turned[1].T * attention.scale)[causal], rtol=0, atol=1e-10
+                folded[head][causal],
+                (rotated_pair[0] @ rotated_pair[1].T * attention.scale)[causal],
+                rtol=0,
+                atol=1e-10,
             )
 
 
 def test_folding_a_code_made_after_rotation_changes_the_logits() -> None:
-    """The control of the tests above: the online code, wrongly folded."""
+    """Control for the tests above: the online code, folded although it does not commute."""
     attention, rope = make_attention("llama")
     x = random_inputs(2, 24)
     moments, code = code_of("online", attention, rope, x, 2)
@@ -137,7 +140,7 @@ def test_folding_a_code_made_after_rotation_changes_the_logits() -> None:
     assert float((output(folded, rope, x) - output(mapped, rope, x)).abs().max()) > 1e-3
 
 
-# How good they are
+# Quality
 
 
 def key_loss(moments: Moments, grouping: Grouping, code: Code, group: int) -> float:
@@ -146,7 +149,7 @@ def key_loss(moments: Moments, grouping: Grouping, code: Code, group: int) -> fl
 
 
 def procrustes(moments: Moments, grouping: Grouping, group: int) -> Code:
-    """Each head turned, pair by pair, towards the first head, then the mean (arXiv 2412.20677)."""
+    """Rotate each pair of each head towards the first head, then take the mean (arXiv 2412.20677)."""
     half, rows = grouping.head_dim // 2, grouping.rows(group)
     blocks = moments.key_covariance(rows).view(grouping.size, 2, half, grouping.size, 2, half)
     code = torch.zeros(grouping.size, 2, half, 2, half, dtype=torch.float64)
@@ -164,38 +167,38 @@ def procrustes(moments: Moments, grouping: Grouping, group: int) -> Code:
 @pytest.mark.parametrize("seed", range(4))
 def test_fold_beats_procrustes_alignment_which_beats_the_mean(style: str, seed: int) -> None:
     attention, rope = make_attention(style, seed=seed)
-    seen = code_moments(attention, rope, random_inputs(4, 32, seed=seed), "fold")
+    each = code_moments(attention, rope, random_inputs(4, 32, seed=seed), "fold")
     grouping = grouping_of(attention, attention.num_kv_heads // 2)
     total = dict.fromkeys(("fold", "aligned", "mean"), 0.0)
-    assert seen.distances is not None
+    assert each.distances is not None
     for group in range(grouping.kv_heads):
-        problem = keys.folding(seen.moments, grouping, group, None, seen.distances)
+        problem = keys.folding(each.moments, grouping, group, None, each.distances)
         codes = {
             "fold": problem.code(),
-            "aligned": procrustes(seen.moments, grouping, group),
-            "mean": keys.mean_pool(seen.moments, attention, grouping, group, grouping.head_dim),
+            "aligned": procrustes(each.moments, grouping, group),
+            "mean": keys.mean_pool(each.moments, attention, grouping, group, grouping.head_dim),
         }
         for name, code in codes.items():
             total[name] += problem.loss(code)
     assert total["fold"] < 0.95 * total["aligned"] < 0.95 * total["mean"]
 
 
-def test_more_cached_pairs_lose_less_and_all_of_them_nothing() -> None:
+def test_more_cached_pairs_lose_less_and_all_lose_nothing() -> None:
     attention, rope = make_attention("llama", heads=8)
-    seen, grouping = code_moments(attention, rope, random_inputs(4, 32), "fold"), grouping_of(attention, 2)
+    each, grouping = code_moments(attention, rope, random_inputs(4, 32), "fold"), grouping_of(attention, 2)
     losses = []
-    assert seen.distances is not None
+    assert each.distances is not None
     for width in (8, 12, 16, 24, 32):
-        frequencies = keys.cached_frequencies(seen.moments, grouping, width)
+        frequencies = keys.cached_frequencies(each.moments, grouping, width)
         assert (frequencies is None) == (width == 8)
-        problem = keys.folding(seen.moments, grouping, 0, frequencies, seen.distances)
+        problem = keys.folding(each.moments, grouping, 0, frequencies, each.distances)
         losses.append(problem.loss(problem.code()))
     assert all(after < before for before, after in pairwise(losses))
     assert losses[-1] < 1e-9 * losses[0]
 
 
-def test_frequencies_are_taken_where_the_energy_is() -> None:
-    """Heads that agree at one frequency and differ at another: one pair of the first is enough, two of the second are not."""
+def test_frequencies_follow_the_energy() -> None:
+    """Heads that agree at frequency 0 need one pair of it, and two of each frequency at which they differ."""
     attention, rope = make_attention("llama", heads=2)
     weight = attention.k.weight.clone().view(2, 2, 4, -1)
     weight[1, :, 0] = weight[0, :, 0]
@@ -205,7 +208,7 @@ def test_frequencies_are_taken_where_the_energy_is() -> None:
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window", "bloom", "qwen3"])
-def test_the_unrestricted_code_loses_least_under_its_own_loss(style: str) -> None:
+def test_online_code_minimises_its_loss(style: str) -> None:
     attention, rope = make_attention(style)
     moments = measure(attention, rope, random_inputs(4, 32))
     grouping = grouping_of(attention, attention.num_kv_heads // 2)
@@ -215,7 +218,7 @@ def test_the_unrestricted_code_loses_least_under_its_own_loss(style: str) -> Non
                 moments, grouping, method.key(moments, attention, grouping, group, grouping.head_dim), group
             )
             for name, method in METHODS.items()
-            if method.key is not None  # what is coded before rotation has no code after it
+            if method.key is not None  # fold makes no code after RoPE
         }
         best = losses.pop("online")
         assert all(best <= each * (1 + 1e-6) for each in losses.values()), losses
@@ -234,7 +237,9 @@ def test_fold_predicts_less_error_than_the_mean(style: str, seed: int) -> None:
 
 
 def complex_multiples(attention: Attention, seed: int = 0) -> Attention:
-    """Every odd KV head is its neighbour times one complex number a frequency (keys), times a matrix (values)."""
+    """Make every odd KV head a multiple of its neighbour: complex per frequency for keys, a matrix for
+    values.
+    """
     generator = torch.Generator().manual_seed(seed)
     d, hidden = attention.head_dim, attention.k.weight.shape[1]
     k = attention.k.weight.clone().view(-1, 2, d // 2, hidden)
@@ -258,8 +263,8 @@ def test_fold_is_lossless_for_complex_multiples(style: str) -> None:
     assert error(converted_by("mean-pool", attention, rope, x, 2), attention, rope, fresh) > 0.1
 
 
-def test_a_head_that_nobody_asks_takes_nothing_from_the_others() -> None:
-    """Query heads of gain zero (a zeroed W_O): the other member of the group is kept whole, and nothing is NaN."""
+def test_a_head_with_zero_gain_costs_the_others_nothing() -> None:
+    """Gain is zero where W_O is zero: the other member of the group loses nothing, and nothing is NaN."""
     attention, rope = make_attention("llama")
     weight = attention.o.weight.clone()
     weight[:, 8:16] = 0
@@ -269,16 +274,16 @@ def test_a_head_that_nobody_asks_takes_nothing_from_the_others() -> None:
     for method in ("online", "fold"):
         converted = converted_by(method, attention, rope, x, 2)
         alone = replace(attention, o=Linear(weight.clone()))
-        alone.o.weight[:, 16:] = 0  # what the first group gives
+        alone.o.weight[:, 16:] = 0  # output of the first group alone
         alone_converted = replace(converted, o=Linear(converted.o.weight.clone(), converted.o.bias))
         alone_converted.o.weight[:, 16:] = 0
-        wanted, found = output(alone, rope, x), output(alone_converted, rope, x)
-        lost = (found - found.mean((0, 1))) - (wanted - wanted.mean((0, 1)))
-        assert float(lost.square().sum() / wanted.square().sum()) < 1e-6
+        expected, actual = output(alone, rope, x), output(alone_converted, rope, x)
+        lost = (actual - actual.mean((0, 1))) - (expected - expected.mean((0, 1)))
+        assert float(lost.square().sum() / expected.square().sum()) < 1e-6
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_group_that_is_dead_as_a_whole_gives_finite_codes(method: str) -> None:
+def test_a_group_with_zero_gain_gives_finite_codes(method: str) -> None:
     attention, rope = make_attention("llama")
     weight = attention.o.weight.clone()
     weight[:, :16] = 0
@@ -291,7 +296,7 @@ def test_a_group_that_is_dead_as_a_whole_gives_finite_codes(method: str) -> None
 
 
 def test_svd_a_is_the_svd_of_the_cached_keys_and_values() -> None:
-    """Against a literal SVD of the caches of all tokens, [N, t·d], each key standing at every position once."""
+    """Compare with an SVD of the caches of all tokens [N, t·d], each key at every position once."""
     attention, rope = make_attention("bias")
     assert rope is not None
     x = random_inputs(3, 16)
@@ -303,20 +308,20 @@ def test_svd_a_is_the_svd_of_the_cached_keys_and_values() -> None:
     keys_rotated = torch.cat(everywhere)
     _, code = code_of("svd-a", attention, rope, x, 2)
     for group in range(2):
-        for cached, found in ((keys_rotated, code.keys[group]), (projected.value, code.values[group])):
+        for cached, actual in ((keys_rotated, code.keys[group]), (projected.value, code.values[group])):
             rows = cached[:, 2 * group : 2 * group + 2].transpose(1, 2).flatten(2).flatten(0, 1)  # [N, t·d]
             right = torch.linalg.svd(rows, full_matrices=False).Vh[:8]
-            torch.testing.assert_close(found.decode @ found.encode.T, right.T @ right, rtol=0, atol=1e-6)
-            torch.testing.assert_close(found.encode, found.decode)
+            torch.testing.assert_close(actual.decode @ actual.encode.T, right.T @ right, rtol=0, atol=1e-6)
+            torch.testing.assert_close(actual.encode, actual.decode)
 
 
 def test_svd_w_is_the_svd_of_the_weights_and_needs_no_data() -> None:
     attention, rope = make_attention("llama")
     _, code = code_of("svd-w", attention, rope, random_inputs(1, 8), 2)
     for group in range(2):
-        for linear, found in ((attention.k, code.keys[group]), (attention.v, code.values[group])):
+        for linear, actual in ((attention.k, code.keys[group]), (attention.v, code.values[group])):
             left = torch.linalg.svd(linear.weight[16 * group : 16 * group + 16]).U[:, :8]
-            torch.testing.assert_close(found.decode @ found.encode.T, left @ left.T, rtol=0, atol=1e-9)
+            torch.testing.assert_close(actual.decode @ actual.encode.T, left @ left.T, rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("method", ["online", "svd-a", "svd-w"])
@@ -328,7 +333,7 @@ def test_decoders_are_orthonormal(method: str) -> None:
         torch.testing.assert_close(part.decode.T @ part.decode, identity, rtol=0, atol=1e-9)
 
 
-def test_every_cached_pair_of_a_folded_key_weighs_alike() -> None:
+def test_cached_pairs_of_folded_keys_have_equal_norm() -> None:
     attention, rope = make_attention("bias")
     _, code = code_of("fold", attention, rope, random_inputs(4, 24), 2)
     for part in code.keys:
@@ -336,7 +341,7 @@ def test_every_cached_pair_of_a_folded_key_weighs_alike() -> None:
         torch.testing.assert_close(powers, torch.ones(4, dtype=torch.float64), rtol=0, atol=1e-9)
 
 
-def test_codes_of_a_layer_are_one_a_group() -> None:
+def test_a_layer_has_one_code_per_group() -> None:
     attention, rope = make_attention("llama", heads=6)
     _, code = code_of("fold", attention, rope, random_inputs(2, 16), 3)
     assert isinstance(code, LayerCode)

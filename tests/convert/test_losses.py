@@ -1,4 +1,4 @@
-"""What a group is said to lose at a width, against what the code of that width does lose."""
+"""Predicted losses of groups at each width, compared with the losses of codes of that width."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def layer(style: str, method: str, seed: int = 0) -> tuple[Attention, CodeMoment
 def grouped(
     attention: Attention, moments: Moments, groups: list[Group]
 ) -> tuple[Attention, Moments, Grouping]:
-    """The layer with the groups' heads side by side."""
+    """The layer with the heads of each group adjacent."""
     order = order_of(groups)
     return (
         permute_heads(attention, order),
@@ -48,41 +48,45 @@ def grouped(
 def lost_by(
     moments: Moments, attention: Attention, grouping: Grouping, key: tuple[Code, ...], value: tuple[Code, ...]
 ) -> float:
-    """E|Δo|² by `predict`'s formula."""
+    """E|Δo|² by the formula of `predict`."""
     code = LayerCode(key, value, folds=False, centred=True)
     return predict_error(CodeMoments(moments), attention, grouping, code) ** 2 * float(moments.output_power)
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("groups", PARTITIONS, ids=str)
-def test_losses_are_those_of_the_optimal_code_of_each_width(style: str, groups: list[Group]) -> None:
-    attention, seen = layer(style, "online")
-    losses, moments = LayerLosses(seen, attention), seen.moments
+def test_losses_equal_those_of_the_optimal_codes(style: str, groups: list[Group]) -> None:
+    attention, moments_of_layer = layer(style, "online")
+    losses, moments = LayerLosses(moments_of_layer, attention), moments_of_layer.moments
     placed, moved, grouping = grouped(attention, moments, groups)
     n, each = grouping.size * 8, range(grouping.kv_heads)
     exact = (identity_code(n),) * grouping.kv_heads
-    said = {"keys": sum(map(losses.keys, groups)), "values": sum(map(losses.values, groups))}
+    curves = {"keys": sum(map(losses.keys, groups)), "values": sum(map(losses.values, groups))}
     for width in {1, 3, n // 2, n - 1, n}:
         key = tuple(keys.online(moved, placed, grouping, group, width) for group in each)
         value = tuple(values.weighted(moved, placed, grouping, group, width) for group in each)
-        found = {
+        lost = {
             "keys": lost_by(moved, placed, grouping, key, exact),
             "values": lost_by(moved, placed, grouping, exact, value),
         }
-        for which, curve in said.items():
+        for which, curve in curves.items():
             assert isinstance(curve, Tensor) and curve.shape == (n + 1,) and curve.dtype == torch.float64
             whole = float(curve[0])
-            assert found[which] == pytest.approx(
+            assert lost[which] == pytest.approx(
                 float(curve[width]), rel=1e-6, abs=2e-5 * whole
-            )  # codes damp by a millionth
-            assert width > n // 2 or found[which] > 2e-4 * whole  # far above what is taken as equal
+            )  # damping by a millionth
+            assert width > n // 2 or lost[which] > 2e-4 * whole  # far above the tolerance
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_nothing_cached_loses_all_that_varies(style: str) -> None:
-    """At width 0, from moments alone: Σ gain E[(q·(k - k̄))²] scale², and the same of values under W_O."""
-    attention, seen = layer(style, "online")
-    losses, grouping, moments = LayerLosses(seen, attention), Grouping.of(attention, 4), seen.moments
+def test_width_zero_loses_the_whole_variance(style: str) -> None:
+    """From moments alone: Σ gain E[(q·(k - k̄))²] scale² for keys, and tr(S Cov(v)) for values."""
+    attention, moments_of_layer = layer(style, "online")
+    losses, grouping, moments = (
+        LayerLosses(moments_of_layer, attention),
+        Grouping.of(attention, 4),
+        moments_of_layer.moments,
+    )
     for head in range(4):
         lost = sum(
             float(
@@ -99,45 +103,47 @@ def test_nothing_cached_loses_all_that_varies(style: str) -> None:
         )
 
 
-APART = Rope(
-    torch.tensor([0.1, 0.7, 1.3, 2.1])
-)  # within so many positions every frequency turns through all phases, each on its own
+# within this many positions every frequency passes through all phases, independently of the others
+APART = Rope(torch.tensor([0.1, 0.7, 1.3, 2.1]))
 POSITIONS = 100_000
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window"])
 @pytest.mark.parametrize("group", [(0, 2), (1, 2, 3), (0, 1, 2, 3)], ids=str)
-def test_folded_losses_are_estimated_as_those_of_phases_averaged(style: str, group: Group) -> None:
-    attention, seen = layer(style, "fold")
-    said, n = LayerLosses(seen, attention).estimate(True, group), 8 * len(group)
+def test_estimate_equals_the_loss_for_uniform_phases(style: str, group: Group) -> None:
+    attention, moments_of_layer = layer(style, "fold")
+    estimate, n = LayerLosses(moments_of_layer, attention).estimate(True, group), 8 * len(group)
     rest = [head for head in range(4) if head not in group]
     moved, grouping = (
-        seen.permute_heads([*group, *rest]).moments,
+        moments_of_layer.permute_heads([*group, *rest]).moments,
         Grouping(1, len(group), attention.queries_per_kv_head, 8),
     )
-    assert said.shape == (n + 1,)
+    assert estimate.shape == (n + 1,)
     for width in (2, 6, 8, 10, n - 2):
         frequencies = keys.cached_frequencies(moved, grouping, width)
         problem = keys.folding(moved, grouping, 0, frequencies, Rotations(APART, POSITIONS))
         lost = problem.loss(problem.code()) * attention.scale**2
-        assert lost == pytest.approx(float(said[width]), rel=0.02)
-        assert (
-            float(said[width - 1]) == float(said[width - 2]) or width - 2 == 8
-        )  # an odd width has no use for one number
-    assert float(said[n]) == 0 < float(said[n - 2])
+        assert lost == pytest.approx(float(estimate[width]), rel=0.02)
+        # an odd width leaves one number unused
+        assert float(estimate[width - 1]) == float(estimate[width - 2]) or width - 2 == 8
+    assert float(estimate[n]) == 0 < float(estimate[n - 2])
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias"])
 @pytest.mark.parametrize("seed", range(3))
-def test_curves_of_folded_keys_are_those_of_their_codes_and_below_the_estimate(style: str, seed: int) -> None:
-    """Codes for the distances that there are need not hold for all phases."""
-    attention, seen = layer(style, "fold", seed)
-    losses, grouping, everything = LayerLosses(seen, attention), Grouping.of(attention, 1), (0, 1, 2, 3)
+def test_curves_of_folded_keys_equal_their_codes_and_stay_below_the_estimate(style: str, seed: int) -> None:
+    """A code for the given distances need not be optimal for all phases."""
+    attention, moments_of_layer = layer(style, "fold", seed)
+    losses, grouping, everything = (
+        LayerLosses(moments_of_layer, attention),
+        Grouping.of(attention, 1),
+        (0, 1, 2, 3),
+    )
     curve, estimate = losses.folded_keys(everything), losses.estimate(True, everything)
-    assert seen.distances is not None
+    assert moments_of_layer.distances is not None
     for width in (4, 8, 16, 24):
-        frequencies = keys.cached_frequencies(seen.moments, grouping, width)
-        problem = keys.folding(seen.moments, grouping, 0, frequencies, seen.distances)
+        frequencies = keys.cached_frequencies(moments_of_layer.moments, grouping, width)
+        problem = keys.folding(moments_of_layer.moments, grouping, 0, frequencies, moments_of_layer.distances)
         assert float(curve[width]) == pytest.approx(
             attention.scale**2 * problem.loss(problem.code()), rel=1e-9
         )
@@ -148,10 +154,10 @@ def test_curves_of_folded_keys_are_those_of_their_codes_and_below_the_estimate(s
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("group", [(1,), (1, 3), (0, 1, 2, 3)], ids=str)
-def test_more_width_never_loses_more_and_full_width_loses_nothing(style: str, group: Group) -> None:
+def test_loss_descends_with_width_to_zero(style: str, group: Group) -> None:
     for method in ("online", "fold") if style not in ("bloom", "qwen3") else ("online",):
-        attention, seen = layer(style, method)
-        losses = LayerLosses(seen, attention)
+        attention, moments_of_layer = layer(style, method)
+        losses = LayerLosses(moments_of_layer, attention)
         curves = (
             [losses.folded_keys(group), losses.estimate(True, group)]
             if method == "fold"
@@ -159,23 +165,22 @@ def test_more_width_never_loses_more_and_full_width_loses_nothing(style: str, gr
         )
         for curve in curves:
             steps = curve.diff()
-            if (
-                method == "fold" and len(group) > 1
-            ):  # a head as wide as a trained one has each frequency once, the best or not
+            # a head of the trained width has each frequency once, the best choice or not
+            if method == "fold" and len(group) > 1:
                 assert curve[8] >= curve[10]
                 steps = torch.cat((curve[:8].diff(), curve[9:].diff()))
             assert bool((steps <= 1e-12 * curve[0]).all())
             assert float(curve[-1]) <= 1e-9 * float(curve[0]) and float(curve[0]) > 0
 
 
-def test_heads_that_are_alike_lose_nothing_together() -> None:
-    """And the order in which a group names its heads does not matter."""
+def test_equal_heads_lose_nothing_together() -> None:
+    """The order of heads in a group does not matter."""
     attention, rope = make_attention("llama")
     k, v = (each.weight.clone().view(4, 8, -1) for each in (attention.k, attention.v))
     k[3], v[3] = k[1], v[1]
-    twins = replace(attention, k=Linear(k.flatten(0, 1)), v=Linear(v.flatten(0, 1)))
+    equal = replace(attention, k=Linear(k.flatten(0, 1)), v=Linear(v.flatten(0, 1)))
     online, fold = (
-        LayerLosses(code_moments(twins, rope, random_inputs(4, 24), method), twins)
+        LayerLosses(code_moments(equal, rope, random_inputs(4, 24), method), equal)
         for method in ("online", "fold")
     )
     for curve in (online.keys, online.values, fold.folded_keys):
@@ -184,8 +189,8 @@ def test_heads_that_are_alike_lose_nothing_together() -> None:
         torch.testing.assert_close(curve((2, 1)), curve((1, 2)), rtol=1e-9, atol=1e-12)
 
 
-def test_heads_of_one_pair_alone_have_a_curve() -> None:
-    """There is no width between nothing and everything."""
+def test_heads_of_one_pair_have_a_curve() -> None:
+    """There is no width between 0 and the full width."""
     attention, rope = make_attention("llama", heads=4, kv_heads=4, head_dim=2)
     losses = LayerLosses(code_moments(attention, rope, random_inputs(4, 24), "fold"), attention)
     assert losses.folded_keys((0,)).shape == (3,)

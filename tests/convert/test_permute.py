@@ -1,4 +1,4 @@
-"""Heads in another order: the same function of a layer, and the same moments as if measured of it."""
+"""Reordered heads compute the same function and have the moments measured on the reordered layer."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def measured(attention: Attention, rope: Rope | None) -> Moments:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_the_output_stays_as_it_was(style: str) -> None:
+def test_reordering_keeps_the_output(style: str) -> None:
     attention, rope, order = layer(style)
     x = random_inputs(2, 12)
     torch.testing.assert_close(
@@ -40,8 +40,8 @@ def test_the_output_stays_as_it_was(style: str) -> None:
 
 
 @pytest.mark.parametrize("part", ["q", "k", "v", "o"])
-def test_a_part_left_behind_is_seen(part: str) -> None:
-    """The negative control: one weight in the old order."""
+def test_reordering_without_one_weight_changes_the_output(part: str) -> None:
+    """Negative control: one weight stays in the old order."""
     attention, rope, order = layer("gqa")
     x = random_inputs(2, 12)
     wrong = replace(permute_heads(attention, order), **{part: getattr(attention, part)})
@@ -49,31 +49,30 @@ def test_a_part_left_behind_is_seen(part: str) -> None:
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_permuted_moments_are_those_measured_of_the_permuted_layer(style: str) -> None:
+def test_permuted_moments_equal_those_of_the_permuted_layer(style: str) -> None:
     attention, rope, order = layer(style)
-    found, wanted = (
+    permuted, expected = (
         permute_moments(measured(attention, rope), order),
         measured(permute_heads(attention, order), rope),
     )
     for field in fields(Moments):
         torch.testing.assert_close(
-            getattr(found, field.name), getattr(wanted, field.name), rtol=1e-11, atol=1e-13
+            getattr(permuted, field.name), getattr(expected, field.name), rtol=1e-11, atol=1e-13
         )
     per_head = {field.name for field in fields(Moments)} - {"tokens", "output_power"}
     before = measured(attention, rope)
-    assert all(not torch.equal(getattr(before, name), getattr(found, name)) for name in per_head)  # a control
+    assert all(
+        not torch.equal(getattr(before, name), getattr(permuted, name)) for name in per_head
+    )  # control
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.permutations(range(4)), st.sampled_from(["llama", "bloom"]))
-def test_orders_compose_and_the_reverse_undoes_them(order: list[int], style: str) -> None:
+def test_inverse_order_restores_the_layer(order: list[int], style: str) -> None:
     attention, rope = make_attention(style)
     moments, back = measured(attention, rope), [order.index(head) for head in range(4)]
-    for there_and_back, given_first in (
+    for restored, original in (
         (permute_heads(permute_heads(attention, order), back), attention),
         (permute_moments(permute_moments(moments, order), back), moments),
     ):
-        assert all(
-            torch.equal(a, b)
-            for a, b in zip(tensors_of(there_and_back), tensors_of(given_first), strict=True)
-        )
+        assert all(torch.equal(a, b) for a, b in zip(tensors_of(restored), tensors_of(original), strict=True))

@@ -1,4 +1,4 @@
-"""Predicted error against measured error: exact where its assumptions hold, close where little is lost."""
+"""Predicted and measured error: equal where the assumptions hold, close where little is lost."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ from kvexport.model.decoder import Attention, Linear, Rope
 STYLES = ("llama", "gqa", "bias", "qwen3", "bloom", "window")
 
 
-def nearly_whole(
+def optimal_layer_code(
     moments: Moments, attention: Attention, grouping: Grouping, which: str, rank: int
 ) -> LayerCode:
-    """The optimal codes of `rank` for the keys or for the values; the other kept whole. The rank may be up to t·d."""
+    """Optimal codes of `rank`, up to t·d, for keys or for values; the other side is kept exactly."""
     n = grouping.size * grouping.head_dim
-    found: dict[str, tuple[Code, ...]] = dict.fromkeys(
+    codes: dict[str, tuple[Code, ...]] = dict.fromkeys(
         ("keys", "values"), (identity_code(n),) * grouping.kv_heads
     )
 
@@ -48,8 +48,8 @@ def nearly_whole(
         weights = values.output_weights(moments, attention, grouping, group)
         return optimal_codes(weights, moments.value_covariance(rows)).code(rank)
 
-    found[which] = tuple(code(group) for group in range(grouping.kv_heads))
-    return LayerCode(found["keys"], found["values"], folds=False, centred=True)
+    codes[which] = tuple(code(group) for group in range(grouping.kv_heads))
+    return LayerCode(codes["keys"], codes["values"], folds=False, centred=True)
 
 
 def predicted_and_measured(
@@ -67,18 +67,18 @@ def test_small_errors_are_predicted_within_a_factor(style: str, which: str, seed
     attention, rope = make_attention(style, seed=seed, sharpness=2.0)
     x = random_inputs(12, 32, seed=seed)
     kv_heads = attention.num_kv_heads // 2
-    code = nearly_whole(
+    code = optimal_layer_code(
         measure(attention, rope, x), attention, grouping_of(attention, kv_heads), which, rank=12
     )
-    foretold, measured = predicted_and_measured(attention, rope, x, code, kv_heads)
+    predicted_error, measured = predicted_and_measured(attention, rope, x, code, kv_heads)
     assert 1e-4 < measured < 0.2
-    assert 1 / 1.5 < foretold / measured < 1.5
+    assert 1 / 1.5 < predicted_error / measured < 1.5
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("which", ["keys", "values"])
-def test_random_disturbances_are_predicted_within_a_factor(style: str, which: str) -> None:
-    """Codes that disturb every direction a little, tuned to no statistics."""
+def test_random_errors_are_predicted_within_a_factor(style: str, which: str) -> None:
+    """Codes with a small random error in every direction, independent of the moments."""
     attention, rope = make_attention(style, seed=1, sharpness=2.0)
     x, kv_heads = random_inputs(12, 32), attention.num_kv_heads // 2
     generator = torch.Generator().manual_seed(0)
@@ -90,96 +90,98 @@ def test_random_disturbances_are_predicted_within_a_factor(style: str, which: st
 
     sizes = {"keys": 0.0, "values": 0.0, which: 0.01}
     code = LayerCode(disturbed(sizes["keys"]), disturbed(sizes["values"]), folds=False, centred=True)
-    foretold, measured = predicted_and_measured(attention, rope, x, code, kv_heads)
+    predicted_error, measured = predicted_and_measured(attention, rope, x, code, kv_heads)
     assert measured > 1e-4
-    assert 1 / 2 < foretold / measured < 2  # errors of different heads meet, which prediction leaves out
+    assert 1 / 2 < predicted_error / measured < 2  # the prediction ignores correlations between heads
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("method", METHODS)
-def test_value_error_is_exact_where_tokens_do_not_mix(style: str, method: str) -> None:
-    """Windows of one token, one group: attention is one, so errors of tokens cannot meet and logits do not matter."""
+def test_value_error_is_exact_for_windows_of_one_token(style: str, method: str) -> None:
+    """One group, attention weight 1: errors of tokens are not added, and logits have no influence."""
     attention, rope = make_attention(style)
     if attention.k_norm is not None and method == "fold":
         return
     x = random_inputs(64, 1)
     _, code = code_of(method, attention, rope, x, 1)
-    foretold, measured = predicted_and_measured(attention, rope, x, code, 1, method)
-    assert foretold == pytest.approx(measured, rel=1e-9)
+    predicted_error, measured = predicted_and_measured(attention, rope, x, code, 1, method)
+    assert predicted_error == pytest.approx(measured, rel=1e-9)
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bloom"])
 @pytest.mark.parametrize("method", ["online", "mean-pool"])
-def test_value_error_is_right_for_tokens_without_memory(style: str, method: str) -> None:
-    """Inputs independent from token to token, attention that ignores them (W_Q = 0): exact but for sampling."""
+def test_value_error_is_correct_for_independent_tokens(style: str, method: str) -> None:
+    """Independent inputs and attention that ignores them (W_Q = 0): exact up to sampling."""
     attention, rope = make_attention(style)
     attention = replace(attention, q=Linear(torch.zeros_like(attention.q.weight)))
     x = random_inputs(400, 8)
     _, code = code_of(method, attention, rope, x, 1)
-    foretold, measured = predicted_and_measured(attention, rope, x, code, 1, method)
-    assert foretold == pytest.approx(measured, rel=0.03)
+    predicted_error, measured = predicted_and_measured(attention, rope, x, code, 1, method)
+    assert predicted_error == pytest.approx(measured, rel=0.03)
 
 
-def test_the_mean_that_uncentred_codes_lose_is_predicted() -> None:
-    """Values all but constant: nearly all that mean-pool loses is the mean, which attention cannot average away."""
+def test_predicts_the_mean_that_uncentred_codes_lose() -> None:
+    """With nearly constant values mean-pool loses mainly the mean, which attention does not average out."""
     attention, rope = make_attention("bias")
     attention = replace(attention, v=Linear(0.05 * attention.v.weight, attention.v.bias))
     x = random_inputs(6, 16)
     _, code = code_of("mean-pool", attention, rope, x, 2)
-    foretold, measured = predicted_and_measured(attention, rope, x, code, 2, "mean-pool")
+    predicted_error, measured = predicted_and_measured(attention, rope, x, code, 2, "mean-pool")
     assert measured > 3
-    assert foretold == pytest.approx(measured, rel=0.05)
-    blind = predicted(attention, rope, x, "mean-pool", 2, replace(code, centred=True))
-    assert blind < measured / 3
+    assert predicted_error == pytest.approx(measured, rel=0.05)
+    without_mean = predicted(attention, rope, x, "mean-pool", 2, replace(code, centred=True))
+    assert without_mean < measured / 3
 
 
 @pytest.mark.parametrize("style", STYLES)
 @pytest.mark.parametrize("seed", range(3))
-def test_methods_are_ranked_as_measured(style: str, seed: int) -> None:
-    """Wherever two methods differ by a third in what they lose, prediction has them in the same order."""
+def test_prediction_ranks_methods_as_measured(style: str, seed: int) -> None:
+    """Two methods whose measured errors differ by a third are predicted in the same order."""
     attention, rope = make_attention(style, seed=seed, sharpness=2.0)
     x, kv_heads = random_inputs(8, 32, seed=seed), attention.num_kv_heads // 2
-    found = []
+    errors = []
     for method in METHODS:
         if attention.k_norm is None or method != "fold":
             _, code = code_of(method, attention, rope, x, kv_heads)
-            found.append(predicted_and_measured(attention, rope, x, code, kv_heads, method))
+            errors.append(predicted_and_measured(attention, rope, x, code, kv_heads, method))
     compared = 0
-    for foretold, measured in found:
-        for other_foretold, other_measured in found:
+    for predicted_error, measured in errors:
+        for other_predicted, other_measured in errors:
             if measured < other_measured / 1.33:
                 compared += 1
-                assert foretold < other_foretold
+                assert predicted_error < other_predicted
     assert compared
 
 
-def test_nothing_lost_is_predicted_as_nothing() -> None:
+def test_identity_codes_have_no_predicted_error() -> None:
     attention, rope = make_attention("gqa")
     x, whole = random_inputs(2, 8), (identity_code(16),)
-    foretold, measured = predicted_and_measured(attention, rope, x, LayerCode(whole, whole, False, True), 1)
-    assert foretold < 1e-12
+    predicted_error, measured = predicted_and_measured(
+        attention, rope, x, LayerCode(whole, whole, False, True), 1
+    )
+    assert predicted_error < 1e-12
     assert measured < 1e-12
 
 
-def test_output_weights_are_those_of_plain_sums() -> None:
+def test_output_weights_equal_plain_sums() -> None:
     """S_hh' = Σ ρ_qq' W_qᵀ W_q' over the query heads of the members h and h'."""
     attention, rope = make_attention("gqa", heads=8, kv_heads=4)
     moments, grouping = measure(attention, rope, random_inputs(3, 12)), grouping_of(attention, 2)
     for group in range(2):
-        wanted = torch.zeros(16, 16, dtype=torch.float64)
+        expected = torch.zeros(16, 16, dtype=torch.float64)
         for a in grouping.query_heads(group):
             for b in grouping.query_heads(group):
                 w_a, w_b = (attention.o.weight[:, 8 * each : 8 * each + 8] for each in (a, b))
-                wanted[grouping.member(a), grouping.member(b)] += moments.overlap[a, b] * w_a.T @ w_b
-        torch.testing.assert_close(values.output_weights(moments, attention, grouping, group), wanted)
+                expected[grouping.member(a), grouping.member(b)] += moments.overlap[a, b] * w_a.T @ w_b
+        torch.testing.assert_close(values.output_weights(moments, attention, grouping, group), expected)
 
 
-def test_lost_constant_is_what_the_output_moves_by() -> None:
+def test_lost_constant_is_the_change_of_the_output() -> None:
     attention, rope = make_attention("gqa", heads=8, kv_heads=4)
     x = random_inputs(3, 12)
     moments, code = code_of("mean-pool", attention, rope, x, 2)
     constant = replace(attention, v=Linear(torch.zeros_like(attention.v.weight), moments.value_mean))
     converted = apply_code(constant, grouping_of(attention, 2), code, moments.value_mean)
-    moved = output(constant, rope, x) - output(converted, rope, x)
+    change = output(constant, rope, x) - output(converted, rope, x)
     lost = values.lost_constant(attention, grouping_of(attention, 2), code.values, moments.value_mean)
-    torch.testing.assert_close(moved, lost.expand_as(moved), rtol=0, atol=1e-12)
+    torch.testing.assert_close(change, lost.expand_as(change), rtol=0, atol=1e-12)

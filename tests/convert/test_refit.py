@@ -1,4 +1,4 @@
-"""The refit of W_O: the closed form of ridge regression, and never a loss on the held-out tokens."""
+"""Refit of W_O: the closed form of ridge regression, without loss on held-out tokens."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvexport.convert.refit import _RIDGES, LeastSquares, refit
+from kvexport.convert.refit import RIDGES, LeastSquares, refit
 from kvexport.model.decoder import Linear
 
 
 def sums(x: Tensor, y: Tensor) -> LeastSquares:
-    found = LeastSquares(x.shape[-1], y.shape[-1])
-    found.add(x, y)
-    return found
+    least_squares = LeastSquares(x.shape[-1], y.shape[-1])
+    least_squares.add(x, y)
+    return least_squares
 
 
 def loss(o: Linear, x: Tensor, y: Tensor) -> float:
@@ -23,7 +23,7 @@ def loss(o: Linear, x: Tensor, y: Tensor) -> float:
 
 
 class Problem:
-    """Tokens x, targets y = W x + b + noise, and a W_O that is off."""
+    """Tokens x, targets y = W x + b + noise, and a W_O that differs from W."""
 
     def __init__(
         self, seed: int, tokens: int = 60, into: int = 12, out: int = 5, noise: float = 0.3, off: float = 0.5
@@ -52,45 +52,47 @@ def ridge_solution(problem: Problem, ridge: float) -> Linear:
     centred = (x - x.mean(0)) / len(x) ** 0.5
     scale = ridge * centred.square().sum() / x.shape[1]
     rows = torch.cat((centred, scale.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)))
-    wanted = torch.cat(((y - y.mean(0)) / len(x) ** 0.5, scale.sqrt() * prior.T))
-    weight = torch.linalg.lstsq(rows, wanted).solution.T
+    target = torch.cat(((y - y.mean(0)) / len(x) ** 0.5, scale.sqrt() * prior.T))
+    weight = torch.linalg.lstsq(rows, target).solution.T
     return Linear(weight, y.mean(0) - weight @ x.mean(0))
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_the_refit_is_the_best_of_the_closed_forms(seed: int) -> None:
+def test_refit_is_the_best_of_the_closed_forms(seed: int) -> None:
     problem = Problem(seed)
-    found = problem.refit()
-    solutions = [ridge_solution(problem, ridge) for ridge in _RIDGES]
+    refitted = problem.refit()
+    solutions = [ridge_solution(problem, ridge) for ridge in RIDGES]
     best = min(solutions, key=lambda o: loss(o, problem.held_x, problem.held_y))
-    torch.testing.assert_close(found.weight, best.weight, rtol=1e-8, atol=1e-10)
-    torch.testing.assert_close(found.bias, best.bias, rtol=1e-8, atol=1e-9)
+    torch.testing.assert_close(refitted.weight, best.weight, rtol=1e-8, atol=1e-10)
+    torch.testing.assert_close(refitted.bias, best.bias, rtol=1e-8, atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(2, 40), st.sampled_from([0.0, 0.3, 30.0]), st.sampled_from([0.0, 0.5])
 )
-def test_the_refit_never_costs_on_held_out_tokens(seed: int, tokens: int, noise: float, off: float) -> None:
-    """With fewer tokens than inputs, targets of noise, or a W_O that was right already."""
+def test_refit_never_increases_the_held_out_loss(seed: int, tokens: int, noise: float, off: float) -> None:
+    """With fewer tokens than inputs, noise as targets, or a W_O that is correct already."""
     problem = Problem(seed, tokens=tokens, noise=noise, off=off)
     before, after = (loss(o, problem.held_x, problem.held_y) for o in (problem.o, problem.refit()))
     assert after <= before * (1 + 1e-9) + 1e-9
 
 
-def test_a_refit_that_would_cost_keeps_w_o_and_its_bias() -> None:
+def test_a_refit_that_would_lose_keeps_w_o_and_its_bias() -> None:
     problem = Problem(0, tokens=8, noise=0.0, off=0.0)
-    problem.y = 100 * problem.random(*problem.y.shape)  # what was seen is noise; held out, W_O is right
+    problem.y = 100 * problem.random(
+        *problem.y.shape
+    )  # training targets are noise; on held-out tokens W_O is correct
     assert problem.refit() is problem.o
 
 
-def test_only_the_bias_is_fitted_where_that_is_best() -> None:
+def test_fits_the_bias_alone_where_that_is_best() -> None:
     problem = Problem(0, tokens=2000, noise=0.0, off=0.0)
     shift = problem.random(5)
     problem.y, problem.held_y = problem.y + shift, problem.held_y + shift
-    found = problem.refit()
-    torch.testing.assert_close(found.bias, problem.bias + shift, rtol=0, atol=1e-8)
-    torch.testing.assert_close(found.weight, problem.weight, rtol=0, atol=1e-8)
+    refitted = problem.refit()
+    torch.testing.assert_close(refitted.bias, problem.bias + shift, rtol=0, atol=1e-8)
+    torch.testing.assert_close(refitted.weight, problem.weight, rtol=0, atol=1e-8)
 
 
 def test_w_o_without_bias_gets_one() -> None:
@@ -101,19 +103,19 @@ def test_w_o_without_bias_gets_one() -> None:
 
 def test_w_o_is_recovered_from_exact_heads() -> None:
     problem = Problem(2, tokens=500, noise=0.0)
-    found = problem.refit()
-    assert loss(found, problem.held_x, problem.held_y) < 1e-4 * loss(
+    refitted = problem.refit()
+    assert loss(refitted, problem.held_x, problem.held_y) < 1e-4 * loss(
         problem.o, problem.held_x, problem.held_y
     )
 
 
-def test_the_dtype_is_kept() -> None:
+def test_keeps_the_dtype() -> None:
     problem = Problem(3)
     problem.o = Linear(problem.o.weight.float(), problem.o.bias.float())
-    found = problem.refit()
-    assert found.weight.dtype == torch.float32
-    assert found.bias is not None
-    assert found.bias.dtype == torch.float32
+    refitted = problem.refit()
+    assert refitted.weight.dtype == torch.float32
+    assert refitted.bias is not None
+    assert refitted.bias.dtype == torch.float32
 
 
 def test_sums_do_not_depend_on_batches() -> None:
@@ -121,11 +123,11 @@ def test_sums_do_not_depend_on_batches() -> None:
     parts = LeastSquares(12, 5)
     for x, y in zip(problem.x.split(7), problem.y.split(7), strict=True):
         parts.add(x[None], y[None])
-    for found, wanted in zip(parts.centred(), sums(problem.x, problem.y).centred(), strict=True):
-        torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    for actual, expected in zip(parts.centred(), sums(problem.x, problem.y).centred(), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_loss_is_the_squared_error_less_a_constant() -> None:
+def test_loss_is_the_squared_error_minus_a_constant() -> None:
     problem = Problem(5)
     moments = sums(problem.x, problem.y)
     variance = float(problem.y.var(0, correction=0).sum())
@@ -136,9 +138,9 @@ def test_loss_is_the_squared_error_less_a_constant() -> None:
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2])
-def test_hardly_any_tokens_give_no_nan(tokens: int) -> None:
+def test_very_few_tokens_give_no_nan(tokens: int) -> None:
     problem = Problem(6)
     problem.x, problem.y = problem.x[:tokens], problem.y[:tokens]
-    found = problem.refit()
-    assert bool(found.weight.isfinite().all())
-    assert bool(found.bias.isfinite().all())
+    refitted = problem.refit()
+    assert bool(refitted.weight.isfinite().all())
+    assert bool(refitted.bias.isfinite().all())

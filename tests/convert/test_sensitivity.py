@@ -1,4 +1,4 @@
-"""What the survey predicts against what conversion of one layer alone is measured to lose."""
+"""Predicted KL of a layer compared with the KL measured after that layer alone was converted."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 import torch
 from support.decoders import make_decoder, random_windows, with_attention
-from test_convert_pipeline import _watched
+from test_convert_pipeline import count_live_layers
 from torch import Tensor
 
 from kvexport.convert import KVShape, LayerPlan, analyze_sensitivity, convert, measure_moments
@@ -32,16 +32,18 @@ def methods_of(decoder: Decoder) -> list[Method]:
     return [replace(each, refit=False) for each in methods_for("auto", decoder.layers[0].attention)]
 
 
-def surveyed(decoder: Decoder, tokens: Tensor | None = None, **options: object) -> list[LayerSensitivity]:
+def sensitivity_of(
+    decoder: Decoder, tokens: Tensor | None = None, **options: object
+) -> list[LayerSensitivity]:
     tokens = random_windows(decoder, 16, 24) if tokens is None else tokens
-    found = analyze_sensitivity(decoder, tokens, methods_of(decoder), [1, 2, 4], 0.5, **options)  # type: ignore[arg-type]
-    for _ in found:
+    analysis = analyze_sensitivity(decoder, tokens, methods_of(decoder), [1, 2, 4], 0.5, **options)  # type: ignore[arg-type]
+    for _ in analysis:
         pass
-    return found.layers
+    return analysis.layers
 
 
-def measured(decoder: Decoder, index: int, layer_plan: LayerPlan) -> float:
-    """Mean KL on fresh text with that layer converted and no other."""
+def measured_kl(decoder: Decoder, index: int, layer_plan: LayerPlan) -> float:
+    """Mean KL on fresh text with this layer alone converted."""
     tokens, trained = random_windows(decoder, 16, 24), KVShape(4, 8, 8)
     layer_plans = [
         layer_plan if each == index else replace(layer_plan, shape=trained)
@@ -56,37 +58,36 @@ def ranks(x: Tensor) -> Tensor:
 
 
 def spearman(pairs: list[tuple[float, float]]) -> float:
-    predicted, found = torch.tensor(pairs).T
-    return float(torch.corrcoef(torch.stack((ranks(predicted), ranks(found))))[0, 1])
+    predicted, measured = torch.tensor(pairs).T
+    return float(torch.corrcoef(torch.stack((ranks(predicted), ranks(measured))))[0, 1])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "bloom", "qwen3"])
-def test_sensitivity_times_loss_is_what_one_layer_alone_is_measured_to_lose(style: str) -> None:
+def test_prediction_agrees_with_the_conversion_of_one_layer(style: str) -> None:
     """Within a factor of 2.5 at every width, and in nearly the same order over layers, methods and shapes."""
     decoder, pairs = decoder_of(style), []
-    for index, layer in enumerate(surveyed(decoder)):
+    for index, layer in enumerate(sensitivity_of(decoder)):
         for layer_plan in (LayerPlan(method, shape) for method in layer.methods for shape in SHAPES):
-            predicted, found = layer.kl(layer_plan), measured(decoder, index, layer_plan)
-            assert found > 1e-6
-            assert 1 / 2.5 < predicted / found < 2.5
-            pairs.append((predicted, found))
+            predicted, measured = layer.kl(layer_plan), measured_kl(decoder, index, layer_plan)
+            assert measured > 1e-6
+            assert 1 / 2.5 < predicted / measured < 2.5
+            pairs.append((predicted, measured))
     assert spearman(pairs) > 0.9
-    assert max(found for _, found in pairs) > 5 * min(
-        found for _, found in pairs
-    )  # there is something to predict
+    # the order is not trivial
+    assert max(measured for _, measured in pairs) > 5 * min(measured for _, measured in pairs)
 
 
-def test_another_models_survey_predicts_nothing() -> None:
-    """The negative control: the same layers and losses, with an output that the logits hear ten times less of."""
+def test_sensitivity_of_another_model_does_not_predict() -> None:
+    """Negative control: the same layers and relative losses, with an attention output that is scaled down."""
     decoder = decoder_of("llama", layers=2)
     quiet = with_attention(decoder, lambda each: replace(each, o=Linear(0.3 * each.o.weight)))
     layer_plan = LayerPlan(ONLINE, KVShape(2, 8, 8))
-    assert surveyed(decoder)[0].kl(layer_plan) > 4 * measured(quiet, 0, layer_plan)
+    assert sensitivity_of(decoder)[0].kl(layer_plan) > 4 * measured_kl(quiet, 0, layer_plan)
 
 
-def test_what_is_kept_whole_loses_nothing() -> None:
-    for layer in surveyed(decoder_of("llama")):
+def test_uncompressed_layers_lose_nothing() -> None:
+    for layer in sensitivity_of(decoder_of("llama")):
         assert layer.trained == KVShape(4, 8, 8)
         assert layer.kl(LayerPlan(ONLINE, layer.trained)) == layer.kl(LayerPlan(FOLD, layer.trained)) == 0.0
         assert layer.kl(LayerPlan(ONLINE, KVShape(1, 32, 32))) < 1e-6 * layer.kl(
@@ -94,20 +95,21 @@ def test_what_is_kept_whole_loses_nothing() -> None:
         )
 
 
-def test_more_numbers_are_predicted_to_lose_less() -> None:
-    for layer in surveyed(decoder_of("llama")):
+def test_more_numbers_predict_less_loss() -> None:
+    for layer in sensitivity_of(decoder_of("llama")):
         for method in layer.methods:
             widths = [layer.kl(LayerPlan(method, KVShape(1, width, width))) for width in (10, 16, 20, 24, 30)]
             assert all(wider < narrower for narrower, wider in pairwise(widths))
-        assert layer.kl(LayerPlan(ONLINE, KVShape(2, 8, 8))) > layer.kl(
-            LayerPlan(ONLINE, KVShape(1, 16, 16))
-        )  # wider groups, equal bytes
+        # larger groups, the same number of bytes
+        assert layer.kl(LayerPlan(ONLINE, KVShape(2, 8, 8))) > layer.kl(LayerPlan(ONLINE, KVShape(1, 16, 16)))
 
 
-def test_curves_are_the_losses_of_the_heads_that_were_matched() -> None:
-    """Of all four heads there is one group only; of pairs, no partition loses less at the ratio they were matched for."""
+def test_curves_are_the_losses_of_the_matched_groups() -> None:
+    """All four heads form one group; among pairs, no partition loses less at the ratio that they were matched
+    for.
+    """
     decoder = decoder_of("llama", layers=1)
-    (layer,), tokens = surveyed(decoder), random_windows(decoder, 16, 24)
+    (layer,), tokens = sensitivity_of(decoder), random_windows(decoder, 16, 24)
     (moments,), attention = measure_moments(decoder, tokens), decoder.layers[0].attention
     for method in (ONLINE, FOLD):
         losses = LayerLosses(make_code_moments(method.before_rotation, moments, decoder.rope, 24), attention)
@@ -131,52 +133,52 @@ def test_curves_are_the_losses_of_the_heads_that_were_matched() -> None:
         assert float(pairs.keys[8] + pairs.values[8]) == pytest.approx(lost, rel=1e-9)
 
 
-# Layers that matter to nobody
+# Layers without influence on the logits
 
 
-def test_a_layer_that_the_logits_do_not_hear_has_no_sensitivity() -> None:
-    """The last layer writes into channels that nothing reads; its losses are as large as ever."""
+def test_a_layer_without_influence_on_the_logits_has_no_sensitivity() -> None:
+    """The last layer writes into channels that nothing reads; its losses are as large as before."""
     decoder = decoder_of("llama", layers=2)
 
-    def deaf(weight: Tensor) -> Tensor:
-        weight = (
-            1e3 * weight.clone()
-        )  # with so large an ε a norm is a constant, and channels do not meet in it
+    def without_channels(weight: Tensor) -> Tensor:
+        weight = 1e3 * weight.clone()  # with so large an ε the norm is constant and does not mix channels
         weight[16:] = 0
         return weight
 
     first, last = decoder.layers
     o = last.attention.o.weight.clone()
     o[:16] = 0
-    norm = replace(last.mlp_norm, weight=deaf(last.mlp_norm.weight), eps=1e6)
+    norm = replace(last.mlp_norm, weight=without_channels(last.mlp_norm.weight), eps=1e6)
     last = replace(last, attention=replace(last.attention, o=Linear(o)), mlp_norm=norm)
-    final = replace(decoder.final_norm, weight=deaf(decoder.final_norm.weight), eps=1e6)
-    heard, unheard = surveyed(replace(decoder, layers=[first, last], final_norm=final))
-    assert min(float(curve.keys[4]) for curve in unheard.curves.values()) > 1e-3 * unheard.output_power
+    final = replace(decoder.final_norm, weight=without_channels(decoder.final_norm.weight), eps=1e6)
+    read, unread = sensitivity_of(replace(decoder, layers=[first, last], final_norm=final))
+    assert min(float(curve.keys[4]) for curve in unread.curves.values()) > 1e-3 * unread.output_power
     for method in (ONLINE, FOLD):
-        assert unheard.key_sensitivity[method] < 1e-4 * heard.key_sensitivity[method]
-    assert unheard.value_sensitivity < 1e-4 * heard.value_sensitivity
+        assert unread.key_sensitivity[method] < 1e-4 * read.key_sensitivity[method]
+    assert unread.value_sensitivity < 1e-4 * read.value_sensitivity
 
 
 @pytest.mark.parametrize("part", ["v", "o"])
-def test_a_layer_without_an_output_has_nothing_to_lose(part: str) -> None:
+def test_a_layer_with_zero_output_loses_nothing(part: str) -> None:
     decoder = decoder_of("llama", layers=2)
     last = decoder.layers[1]
-    dead = replace(last.attention, **{part: Linear(torch.zeros_like(getattr(last.attention, part).weight))})
-    alive, silent = surveyed(replace(decoder, layers=[decoder.layers[0], replace(last, attention=dead)]))
-    assert (
-        silent.kl(LayerPlan(ONLINE, KVShape(1, 8, 8))) == silent.kl(LayerPlan(FOLD, KVShape(1, 8, 8))) == 0.0
+    without_output = replace(
+        last.attention, **{part: Linear(torch.zeros_like(getattr(last.attention, part).weight))}
     )
-    assert alive.kl(LayerPlan(ONLINE, KVShape(1, 8, 8))) > 0
+    other, zero = sensitivity_of(
+        replace(decoder, layers=[decoder.layers[0], replace(last, attention=without_output)])
+    )
+    assert zero.kl(LayerPlan(ONLINE, KVShape(1, 8, 8))) == zero.kl(LayerPlan(FOLD, KVShape(1, 8, 8))) == 0.0
+    assert other.kl(LayerPlan(ONLINE, KVShape(1, 8, 8))) > 0
 
 
-def test_heads_that_ignore_their_logits_are_not_sensitive_through_keys() -> None:
+def test_heads_that_ignore_their_logits_are_insensitive_to_keys() -> None:
     decoder = decoder_of("llama", layers=1)
 
     def uniform(attention: Attention) -> Attention:
         return replace(attention, q=Linear(1e-3 * attention.q.weight))
 
-    (flat,), (sharp,) = surveyed(with_attention(decoder, uniform)), surveyed(decoder)
+    (flat,), (sharp,) = sensitivity_of(with_attention(decoder, uniform)), sensitivity_of(decoder)
     layer_plan = LayerPlan(ONLINE, KVShape(4, 4, 8))
     assert flat.kl(layer_plan) < 1e-4 * sharp.kl(layer_plan)
 
@@ -185,38 +187,40 @@ def test_heads_that_ignore_their_logits_are_not_sensitive_through_keys() -> None
 
 
 @pytest.mark.slow
-def test_saved_moments_give_the_same_survey() -> None:
+def test_saved_moments_give_the_same_sensitivity() -> None:
     decoder = decoder_of("gqa")
     tokens = random_windows(decoder, 9, 24)
     saved = list(measure_moments(decoder, tokens))
-    for found, wanted in zip(
-        surveyed(decoder, tokens, moments_of=saved.__getitem__), surveyed(decoder, tokens), strict=True
+    for actual, expected in zip(
+        sensitivity_of(decoder, tokens, moments_of=saved.__getitem__),
+        sensitivity_of(decoder, tokens),
+        strict=True,
     ):
-        assert replace(found, curves={}) == replace(wanted, curves={})
-        assert found.curves.keys() == wanted.curves.keys()
-        for key, curves in found.curves.items():
-            assert torch.equal(curves.keys, wanted.curves[key].keys) and torch.equal(
-                curves.values, wanted.curves[key].values
+        assert replace(actual, curves={}) == replace(expected, curves={})
+        assert actual.curves.keys() == expected.curves.keys()
+        for key, curves in actual.curves.items():
+            assert torch.equal(curves.keys, expected.curves[key].keys) and torch.equal(
+                curves.values, expected.curves[key].values
             )
 
 
-def test_a_longer_capacity_costs_online_keys_and_not_folded_ones() -> None:
+def test_longer_capacity_increases_the_loss_of_online_more_than_of_fold() -> None:
     decoder = decoder_of("llama", layers=1)
-    (near,), (far,) = (surveyed(decoder, capacity=capacity) for capacity in (24, 4096))
+    (near,), (far,) = (sensitivity_of(decoder, capacity=capacity) for capacity in (24, 4096))
     assert float(far.curves[ONLINE, 4].keys[16]) > 1.2 * float(near.curves[ONLINE, 4].keys[16])
     by_fold, by_online = (
         float(far.curves[method, 4].keys[16] / near.curves[method, 4].keys[16]) for method in (FOLD, ONLINE)
     )
     assert by_fold < by_online
     assert torch.equal(far.curves[ONLINE, 4].values, near.curves[ONLINE, 4].values)
-    (unsaid,) = surveyed(decoder)
-    assert torch.equal(unsaid.curves[ONLINE, 4].keys, near.curves[ONLINE, 4].keys)  # that of the windows
+    (default,) = sensitivity_of(decoder)
+    assert torch.equal(default.curves[ONLINE, 4].keys, near.curves[ONLINE, 4].keys)  # length of the windows
 
 
 @pytest.mark.slow
 def test_one_layer_is_alive_at_a_time() -> None:
-    lazy, counts = _watched(make_decoder("llama", layers=4))
-    found = analyze_sensitivity(lazy, random_windows(lazy, 4, 8), [ONLINE, FOLD], [1, 2, 4], 0.5)
-    assert sum(1 for _ in found) == 4
+    lazy, counts = count_live_layers(make_decoder("llama", layers=4))
+    analysis = analyze_sensitivity(lazy, random_windows(lazy, 4, 8), [ONLINE, FOLD], [1, 2, 4], 0.5)
+    assert sum(1 for _ in analysis) == 4
     assert counts == [0, 0, 0, 0]
-    assert len(found.layers) == 4
+    assert len(analysis.layers) == 4

@@ -1,4 +1,4 @@
-"""Conversion to plain grouped-query attention, for tests of what comes after it."""
+"""Conversion to plain grouped-query attention, for tests of later stages."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def plain(
     adjacent: bool = False,
     capacity: int | None = None,
 ) -> Conversion:
-    """Conversion of every layer to `kv_heads` heads as wide as trained ones, of `adjacent` ones if they keep their places."""
+    """Convert every layer to `kv_heads` heads of the trained width; `adjacent`: without matching of heads."""
     attention = decoder.layers[0].attention
     chosen = methods_for(method, attention)[0]
     if adjacent:

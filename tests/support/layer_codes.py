@@ -1,4 +1,4 @@
-"""One layer measured, coded and applied, for tests of conversion's parts."""
+"""Moments, codes and conversion of one layer, for tests of the parts of conversion."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from kvexport.model.reference import linear
 
 
 def code_moments(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> CodeMoments:
-    """What `method` makes its codes from, for the positions of `x`."""
+    """Moments that `method` codes, for the positions of `x` [B, S, hidden]."""
     accumulator = MomentsAccumulator(attention)
     accumulator.add(x, rope)
     return make_code_moments(METHODS[method].before_rotation, accumulator.finish(), rope, x.shape[1])
 
 
 def measure(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Moments:
-    """The moments that `method` takes."""
+    """The moments alone."""
     return code_moments(attention, rope, x, method).moments
 
 
 def predicted(
     attention: Attention, rope: Rope | None, x: Tensor, method: str, kv_heads: int, code: LayerCode
 ) -> float:
-    """The predicted error of a code that `method` made, or could have."""
+    """Predicted error of a code on the side of RoPE on which `method` codes keys."""
     return predict_error(
         code_moments(attention, rope, x, method), attention, grouping_of(attention, kv_heads), code
     )
@@ -42,7 +42,7 @@ def grouping_of(attention: Attention, kv_heads: int) -> Grouping:
 
 
 def plain_shape(attention: Attention, kv_heads: int) -> KVShape:
-    """Heads as wide as trained ones."""
+    """`kv_heads` heads of the trained width."""
     return KVShape(kv_heads, attention.head_dim, attention.head_dim)
 
 
@@ -55,14 +55,11 @@ def code_of(
     shape: KVShape | None = None,
 ) -> tuple[Moments, LayerCode]:
     if rope is None and method == "fold":
-        method = "online"  # as `methods_for` has it
-    found, shape = (
-        code_moments(attention, rope, x, method),
-        plain_shape(attention, kv_heads) if shape is None else shape,
-    )
-    return found.moments, layer_code(
-        METHODS[method], found, attention, grouping_of(attention, kv_heads), shape
-    )
+        method = "online"  # as `methods_for` does
+    moments = code_moments(attention, rope, x, method)
+    shape = plain_shape(attention, kv_heads) if shape is None else shape
+    code = layer_code(METHODS[method], moments, attention, grouping_of(attention, kv_heads), shape)
+    return moments.moments, code
 
 
 def converted_by(
@@ -73,7 +70,7 @@ def converted_by(
     kv_heads: int,
     shape: KVShape | None = None,
 ) -> Attention:
-    """The layer after `method`, adjacent heads sharing, without refit, calibrated on `x` [B, S, hidden]."""
+    """The layer converted by `method` for adjacent heads, without refit, calibrated on `x` [B, S, hidden]."""
     moments, code = code_of(method, attention, rope, x, kv_heads, shape)
     return apply_code(attention, grouping_of(attention, kv_heads), code, moments.value_mean)
 
@@ -84,14 +81,14 @@ def output(attention: Attention, rope: Rope | None, x: Tensor) -> Tensor:
 
 
 def error(converted: Attention, attention: Attention, rope: Rope | None, x: Tensor) -> float:
-    """Relative error of the output, about its mean, as `measured_error` defines it."""
-    wanted = output(attention, rope, x)
-    lost = (output(converted, rope, x) - wanted).square().sum()
-    return float((lost / (wanted - wanted.mean((0, 1))).square().sum()).sqrt())
+    """Relative error of the output about its mean, as `LayerReport.measured_error` defines it."""
+    expected = output(attention, rope, x)
+    lost = (output(converted, rope, x) - expected).square().sum()
+    return float((lost / (expected - expected.mean((0, 1))).square().sum()).sqrt())
 
 
 def identity_code(n: int) -> Code:
-    """Nothing lost: all n numbers are kept."""
+    """The code that keeps all n numbers."""
     return Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64))
 
 

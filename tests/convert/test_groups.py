@@ -1,4 +1,4 @@
-"""Which numbers of KV heads can be asked for, and which heads then share one."""
+"""Numbers of KV heads that can be requested, and the groups of heads that share one."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def divisors(count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("trained", COUNTS)
-def test_every_divisor_is_accepted_as_a_number_and_as_a_ratio(trained: int) -> None:
+def test_accepts_every_divisor_as_a_number_and_as_a_ratio(trained: int) -> None:
     for count in divisors(trained):
         assert kv_heads_for(trained, count, None) == count
         assert kv_heads_for(trained, None, count / trained) == count
@@ -24,39 +24,43 @@ def test_every_divisor_is_accepted_as_a_number_and_as_a_ratio(trained: int) -> N
 
 
 @pytest.mark.parametrize("trained", COUNTS)
-def test_every_other_number_is_refused_and_told_the_divisors(trained: int) -> None:
+def test_rejects_other_numbers_and_lists_the_divisors(trained: int) -> None:
     for count in {-1, 0, trained + 1, 2 * trained, *range(1, trained)} - set(divisors(trained)):
         with pytest.raises(UsageError, match="--kv-heads must divide") as refusal:
             kv_heads_for(trained, count, None)
         assert ", ".join(map(str, divisors(trained))) in str(refusal.value)
 
 
-def test_half_is_the_default() -> None:
+def test_default_is_half_of_the_heads() -> None:
     assert kv_heads_for(12, None, None) == 6
-    with pytest.raises(UsageError, match=r"no number of KV heads is 0\.5 of the model's 3") as refusal:
+    with pytest.raises(
+        UsageError, match="must give a number of KV heads that divides the model's 3"
+    ) as refusal:
         kv_heads_for(3, None, None)
+    assert "--kv-ratio 0.5: 1.5 heads" in str(refusal.value)
     assert "--kv-ratio 0.3333, 1" in str(refusal.value)
 
 
 @pytest.mark.parametrize(
     "ratio", [0.4, 0.0, -0.5, 1.001, 1.5, 2.0, float("nan"), float("inf"), -float("inf")]
 )
-def test_a_ratio_that_cannot_be_met_lists_those_that_can(ratio: float) -> None:
-    with pytest.raises(UsageError, match="no number of KV heads is") as refusal:
+def test_rejects_impossible_ratios_and_lists_possible_ones(ratio: float) -> None:
+    with pytest.raises(UsageError, match="--kv-ratio must give a number of KV heads") as refusal:
         kv_heads_for(12, None, ratio)
-    assert f"{ratio:g} of the model's 12" in str(refusal.value)
+    assert f"--kv-ratio {ratio:g}: " in str(refusal.value)
+    assert "the model's 12" in str(refusal.value)
     assert "--kv-ratio 0.08333, 0.1667, 0.25, 0.3333, 0.5, 1" in str(refusal.value)
 
 
-def test_a_ratio_may_be_rounded_but_not_guessed() -> None:
+def test_accepts_rounded_ratios_only_near_a_possible_one() -> None:
     assert kv_heads_for(12, None, 0.333) == 4
     with pytest.raises(UsageError):
         kv_heads_for(12, None, 0.3)
 
 
-def test_number_and_ratio_together_are_refused() -> None:
+def test_rejects_number_and_ratio_together() -> None:
     for kv_heads, ratio in ((4, 0.5), (4, 0.25)):
-        with pytest.raises(UsageError, match="say the same thing twice"):
+        with pytest.raises(UsageError, match="must not be given together"):
             kv_heads_for(8, kv_heads, ratio)
 
 
