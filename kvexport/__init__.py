@@ -1,20 +1,21 @@
-"""kvexport: trained decoders with fewer KV heads, exported to ONNX, proved against PyTorch.
+"""kvexport: trained decoders with a smaller KV cache, exported to ONNX and validated against PyTorch.
 
-This front door knows the public names and nothing of how they work; every heavy import waits until a
-name is first used, so that ``import kvexport`` needs numpy alone.
+Importing the package needs numpy alone; everything else is imported when a public name is first used. Warnings go to the
+logger "kvexport".
 """
 
 from __future__ import annotations
 
+import logging
 import os
 from typing import TYPE_CHECKING, Any
 
 from kvexport.version import __version__
 
-# ONNX Runtime's packages from 1.29 on send usage data to their maker, and keep some in the user's folder,
-# unless the environment forbids it before they are imported (docs/Privacy.md there). ORT_DISABLE_TELEMETRY=0
-# allows it.
+# ONNX Runtime's packages send usage data from version 1.29 on, unless this is set before they are imported
+# (docs/Privacy.md there). ORT_DISABLE_TELEMETRY=0 in the environment allows it.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+logging.getLogger("kvexport").addHandler(logging.NullHandler())  # silent until the application adds a handler
 
 if TYPE_CHECKING:
     from kvexport.runtime import Cache, Generation, Session

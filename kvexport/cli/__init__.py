@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import io
+import logging
 import os
 import signal
 import sys
@@ -98,6 +99,8 @@ def main(
             signal.signal(number, handler)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # prints ? for characters that the terminal cannot show
+    warnings = _WarningPrinter(logging.WARNING)
+    logging.getLogger("kvexport").addHandler(warnings)
     try:
         try:
             command.main(arguments, prog_name="kvexport", standalone_mode=False, obj=progress)
@@ -118,6 +121,17 @@ def main(
         if known is None:
             raise
         _exit_with(str(known), known.exit_code)
+    finally:
+        logging.getLogger("kvexport").removeHandler(warnings)
+
+
+class _WarningPrinter(logging.Handler):
+    """Prints the package's warnings to standard error, unless the command was given --quiet."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        context = click.get_current_context(silent=True)
+        if context is None or not context.params.get("quiet"):
+            click.echo(f"kvexport: {record.getMessage()}", err=True)
 
 
 class _SignalHandler:

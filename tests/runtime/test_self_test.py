@@ -446,7 +446,7 @@ def test_files_that_are_no_vectors(content: bytes, sound: Path, tmp_path: Path) 
 
 
 def test_no_such_provider(sound: Path) -> None:
-    with pytest.raises(UsageError, match="no such provider"):
+    with pytest.raises(UsageError, match="provider must be auto"):
         self_test(sound, "rocm")
 
 

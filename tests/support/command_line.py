@@ -7,6 +7,7 @@ import signal
 from contextlib import redirect_stderr, redirect_stdout
 
 from kvexport.cli import main
+from kvexport.runtime.backends.select import warn_once
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 Ended = tuple[object, str, str]  # exit code, standard output, standard error
@@ -15,6 +16,7 @@ Ended = tuple[object, str, str]  # exit code, standard output, standard error
 def run_kvexport(*arguments: object) -> Ended:
     """Run `kvexport ARGUMENTS`; the handlers that it sets for signals are removed again."""
     code: object = 0
+    warn_once.cache_clear()
     handlers = [signal.getsignal(number) for number in _SIGNALS]
     out = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="")
     err = io.TextIOWrapper(io.BytesIO(), encoding="utf-8", newline="", errors="backslashreplace")

@@ -1,14 +1,16 @@
-"""What runs a bundle here: ONNX Runtime on the CPU or on CUDA, or one of the bundle's TensorRT engines.
+"""Choice of the backend of a session: ONNX Runtime on the CPU or on CUDA, or a TensorRT engine of the bundle.
 
-The one place that chooses, and says why something else cannot be had. Each engine is imported only when it is
-chosen.
+A backend is imported only when it is chosen.
 """
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass
+from functools import cache
 
 from kvexport.bundle.bundle import Bundle
+from kvexport.devices.gpu import find_gpu
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.packages import install_command
 from kvexport.runtime.backends.base import Decoder
@@ -18,14 +20,19 @@ from kvexport.runtime.cache.kv_cache import STEP, KvCache
 
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 
-# Tokens by which a cache on a device grows: allocating there is slow, and its attention skips unused capacity
-# for the most part.
+# Tokens by which a cache in device memory grows: allocation is slow there, and attention skips most of the unused slots.
 _DEVICE_STEP = 1024
 
 
 @dataclass(frozen=True)
 class Provider:
-    """What was chosen: "cpu", "cuda" or "tensorrt", and the device and engine that it takes."""
+    """The chosen backend.
+
+    Attributes:
+        name: "cpu", "cuda" or "tensorrt".
+        device: the GPU; None on the CPU.
+        engine: of the bundle; None with ONNX Runtime.
+    """
 
     name: str
     device: Device | None = None
@@ -33,7 +40,7 @@ class Provider:
 
     @property
     def version(self) -> str:
-        """What computes, for records: "tensorrt 10.3.0.30", "onnxruntime 1.31.1"."""
+        """Name and version of the library that computes: "tensorrt 10.3.0.30", "onnxruntime 1.31.1"."""
         if self.engine is not None:
             return f"{self.engine.record.engine} {self.engine.record.version}"
         import onnxruntime
@@ -41,43 +48,73 @@ class Provider:
         return f"onnxruntime {onnxruntime.__version__}"
 
 
-def choose(bundle: Bundle, wanted: str) -> Provider:
-    """What `wanted` is here: itself, or for "auto" tensorrt, cuda or cpu, the first of these that this machine has.
+def choose(bundle: Bundle, requested: str) -> Provider:
+    """Find the device and the engine of a provider.
+
+    "auto" is the first that this machine supports of tensorrt (if the bundle has an engine), cuda and cpu. If a better one
+    was to be expected, because the bundle has an engine or there is a GPU, the reason why it is not used is logged as a
+    warning of the logger "kvexport.runtime", once.
+
+    Args:
+        bundle: whose engines are candidates.
+        requested: one of `PROVIDERS`.
 
     Raises:
         UsageError: there is no such provider.
-        CannotRunHere: this machine lacks what `wanted` needs; "auto" always finds something.
-        BundleError: the bundle's engine for this machine is damaged, or of another bundle.
+        CannotRunHere: this machine lacks what the provider needs; never with "auto".
+        BundleError: the bundle's engine for this machine is damaged, or was built from another bundle.
     """
-    if wanted not in PROVIDERS:
-        raise UsageError("there is no such provider", got=wanted, expected=", ".join(PROVIDERS))
-    if wanted == "tensorrt":
+    if requested not in PROVIDERS:
+        raise UsageError("the provider must be auto, cpu, cuda or tensorrt", got=requested)
+    if requested == "tensorrt":
         return _tensorrt(bundle)
-    if wanted == "cuda":
+    if requested == "cuda":
         return _cuda()
-    if wanted == "auto":
-        if engine_directories(bundle):
-            try:
-                return _tensorrt(bundle, host_code=False)
-            except CannotRunHere:
-                pass
+    return _best(bundle) if requested == "auto" else Provider("cpu")
+
+
+def _best(bundle: Bundle) -> Provider:
+    """The provider that "auto" stands for."""
+    reasons = []
+    if engine_directories(bundle):
         try:
-            return _cuda()
-        except CannotRunHere:
-            pass
-    return Provider("cpu")
+            return _tensorrt(bundle, host_code=False)
+        except CannotRunHere as error:
+            reasons.append(f"the bundle's TensorRT engine cannot be used: {_sentence(error)}")
+    try:
+        provider = _cuda()
+    except CannotRunHere as error:
+        provider = Provider("cpu")
+        gpu = find_gpu()
+        if gpu is not None:
+            reasons.append(f"{gpu.name} cannot be used: {_sentence(error)}")
+    if reasons:
+        warn_once(f"provider auto: using {provider.name}: {'; '.join(reasons)}")
+    return provider
+
+
+def _sentence(error: CannotRunHere) -> str:
+    return error.what if error.got is None else f"{error.what} ({error.got})"
+
+
+@cache
+def warn_once(message: str) -> None:
+    """Log a warning, the first time that the process has this message."""
+    logging.getLogger("kvexport.runtime").warning("%s", message)
 
 
 def open_decoder(bundle: Bundle, provider: Provider, *, threads: int | None = None) -> Decoder:
-    """The bundle's graph or engine, loaded, with an empty cache for one sequence.
+    """Load the bundle's graph or engine, with an empty cache for one sequence.
 
     Args:
-        threads: of one operator on the CPU; None: one a core.
+        bundle: to load.
+        provider: as `choose` returned it for this bundle.
+        threads: CPU threads per operator; None: one per core.
 
     Raises:
-        CannotRunHere: this machine cannot run it after all.
-        BundleError: it is not what the manifest says.
-        UsageError: threads is below 1.
+        CannotRunHere: the library cannot run it.
+        BundleError: the graph or the engine contradicts the manifest.
+        UsageError: `threads` is out of range.
     """
     if provider.name == "tensorrt":
         from kvexport.runtime.backends.tensorrt import TensorRtDecoder
@@ -105,24 +142,17 @@ def new_cache(
     step: int | None = None,
     slots: int | None = None,
 ) -> KvCache:
-    """A cache for one sequence on ONNX Runtime, where the provider computes; as `KvCache`."""
+    """A cache for one sequence on ONNX Runtime, in the memory of the provider; arguments as `KvCache`."""
     if provider.device is None:
         return KvCache(bundle, 1, dtype, fill=fill, step=step or STEP, slots=slots)
-    return KvCache(
-        bundle,
-        1,
-        dtype,
-        fill=fill,
-        step=step or _DEVICE_STEP,
-        slots=slots,
-        storage=DeviceStorage(provider.device),
-    )
+    storage = DeviceStorage(provider.device)
+    return KvCache(bundle, 1, dtype, fill=fill, step=step or _DEVICE_STEP, slots=slots, storage=storage)
 
 
 def require_onnxruntime() -> None:
     """
     Raises:
-        CannotRunHere: it is not installed.
+        CannotRunHere: ONNX Runtime is not installed.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -139,12 +169,15 @@ def _cuda() -> Provider:
     from kvexport.runtime.backends.cuda import Cuda
     from kvexport.runtime.backends.ort_session import CUDA
 
-    if CUDA not in onnxruntime.get_available_providers():
+    available = onnxruntime.get_available_providers()
+    if CUDA not in available:
         raise CannotRunHere(
-            "this ONNX Runtime was built without CUDA",
-            got=f"onnxruntime {onnxruntime.__version__} "
-            f"with {', '.join(onnxruntime.get_available_providers())}",
-            fix=f"pip uninstall onnxruntime && {install_command('onnxruntime-gpu')}; or run on the CPU with --provider cpu",
+            "ONNX Runtime must be built with CUDA for --provider cuda",
+            got=f"onnxruntime {onnxruntime.__version__} with {', '.join(available)}",
+            fix=(
+                f"pip uninstall onnxruntime && {install_command('onnxruntime-gpu')}; "
+                "or run on the CPU with --provider cpu"
+            ),
         )
     return Provider("cuda", Cuda())
 
