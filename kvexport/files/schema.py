@@ -148,6 +148,19 @@ class Table:
             _range("integers", minimum, maximum),
         )
 
+    def integer_lists(
+        self, key: str, minimum: int | None = None, maximum: int | None = None
+    ) -> tuple[tuple[int, ...], ...]:
+        """A list of lists of integers, each between `minimum` and `maximum`."""
+
+        def is_valid(value: Any) -> bool:
+            return isinstance(value, list) and all(
+                _is_integer(each) and _between(each, minimum, maximum) for each in value
+            )
+
+        lists = self._items(key, is_valid, f"lists of {_range('integers', minimum, maximum)}")
+        return tuple(map(tuple, lists))
+
     def numbers(
         self, key: str, minimum: float | None = None, maximum: float | None = None
     ) -> tuple[float, ...]:

@@ -51,6 +51,7 @@ def test_reads_each_type() -> None:
         (1.0, 2.5),
         ("a", "b"),
     )
+    assert table(k=[[], [1]]).integer_lists("k") == ((), (1,))
     assert one.texts("tt") == ("a\n", "")
     assert one.table("o").integer("k") == 1 and [each.integer("k") for each in one.tables("oo")] == [2]
     one.only()
@@ -75,6 +76,9 @@ def test_reads_each_type() -> None:
         ([1, float("inf")], lambda t: t.numbers("k"), "a list of finite numbers"),
         (["a", 1], lambda t: t.strings("k"), "printable strings"),
         (["a\n", "\ud800"], lambda t: t.texts("k"), "strings of valid Unicode"),
+        ([[1], 2], lambda t: t.integer_lists("k"), "a list of lists of integers"),
+        ([[1], [True]], lambda t: t.integer_lists("k"), "a list of lists of integers"),
+        ([[1, 9]], lambda t: t.integer_lists("k", 0, 8), "from 0 to 8"),
         ([], lambda t: t.table("k"), "a table"),
         ([[]], lambda t: t.tables("k"), "a table"),
     ],

@@ -233,57 +233,63 @@ def in_state(**changes: Any) -> Callable[[dict[str, Any]], None]:
 
 KEY = "past_key_values.0.key"
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "another bundle": (lambda h: h["__metadata__"].update(bundle="0" * 64), "another bundle"),
-    "no bundle": (lambda h: h["__metadata__"].pop("bundle"), "another bundle"),
-    "another kind": (lambda h: h["__metadata__"].update(kvexport="cache 2"), "no saved cache"),
-    "no metadata": (lambda h: h.pop("__metadata__"), "no saved cache"),
-    "metadata of another type": (lambda h: h.update(__metadata__=[1]), "no saved cache"),
+    "another bundle": (lambda h: h["__metadata__"].update(bundle="0" * 64), "must be of this bundle"),
+    "no bundle": (lambda h: h["__metadata__"].pop("bundle"), "bundle is missing"),
+    "another kind": (lambda h: h["__metadata__"].update(kvexport="cache 2"), "kvexport has an invalid value"),
+    "no metadata": (lambda h: h.pop("__metadata__"), "__metadata__ must be a table"),
+    "metadata of another type": (lambda h: h.update(__metadata__=[1]), "__metadata__ must be a table"),
     "another digest": (lambda h: h["__metadata__"].update(sha256="0" * 64), "sha256 differs"),
-    "no digest": (lambda h: h["__metadata__"].pop("sha256"), "sha256 differs"),
-    "state no JSON": (lambda h: h["__metadata__"].update(state="{"), "cannot be read"),
-    "state no text": (lambda h: h["__metadata__"].update(state=3), "cannot be read"),
-    "state twice": (lambda h: h["__metadata__"].update(state='{"lengths":[1],"lengths":[2]}'), "comes twice"),
-    "state deep": (lambda h: h["__metadata__"].update(state="[" * 100_000), "cannot be read"),
-    "state another": (in_state(more=1), "not what this bundle needs"),
+    "no digest": (lambda h: h["__metadata__"].pop("sha256"), "sha256 is missing"),
+    "state no JSON": (lambda h: h["__metadata__"].update(state="{"), "state .* must be JSON"),
+    "state no text": (lambda h: h["__metadata__"].update(state=3), "state has an invalid value"),
+    "state twice": (
+        lambda h: h["__metadata__"].update(state='{"lengths":[1],"lengths":[2]}'),
+        "occurs twice",
+    ),
+    "state deep": (lambda h: h["__metadata__"].update(state="[" * 100_000), "must be JSON"),
+    "state another": (in_state(more=1), "unknown key"),
     "no lengths": (in_state(lengths=[]), "lengths"),
     "lengths fewer": (in_state(lengths=[30]), "one number for each"),
-    "lengths text": (in_state(lengths=["30", 4]), "cannot be"),
-    "lengths true": (in_state(lengths=[True, 4]), "cannot be"),
-    "lengths below 0": (in_state(lengths=[30, -4]), "cannot be"),
-    "lengths real": (in_state(lengths=[30.0, 4]), "cannot be"),
-    "lengths huge": (in_state(lengths=[2**80, 4]), "cannot be"),
-    "too long": (in_state(lengths=[97, 4]), "more than there is room for"),
-    "lengths other": (in_state(lengths=[29, 4]), "contradict"),
-    "last outside": (in_state(last=[1, VOCAB]), "last hold what cannot be"),
-    "pending outside": (in_state(pending=[[], [VOCAB]]), "pending hold what cannot be"),
+    "lengths text": (in_state(lengths=["30", 4]), r"lengths\[0\] has an invalid value"),
+    "lengths true": (in_state(lengths=[True, 4]), r"lengths\[0\] has an invalid value"),
+    "lengths below 0": (in_state(lengths=[30, -4]), r"lengths\[1\] has an invalid value"),
+    "lengths real": (in_state(lengths=[30.0, 4]), r"lengths\[0\] has an invalid value"),
+    "lengths huge": (in_state(lengths=[2**80, 4]), r"lengths\[0\] has an invalid value"),
+    "too long": (in_state(lengths=[97, 4]), "must fit the capacity"),
+    "lengths other": (in_state(lengths=[29, 4]), "the same numbers as lengths"),
+    "last outside": (in_state(last=[1, VOCAB]), r"last\[1\] has an invalid value"),
+    "pending outside": (in_state(pending=[[], [VOCAB]]), r"pending\[1\] has an invalid value"),
     "two pending": (in_state(pending=[[], [1, 2]]), "pending"),
     "pending flat": (in_state(pending=[1, 2]), "pending"),
     "no slots": (in_state(filled=None), "filled"),
-    "too many slots": (in_state(filled=[25, 4]), "contradict"),
-    "more slots than tokens": (in_state(filled=[24, 5]), "contradict"),
-    "nothing in use": (in_state(filled=[24, 0]), "contradict"),
-    "seen other": (in_state(seen=[31, 4]), "contradict"),
-    "fewer slots": (in_state(filled=[23, 4]), "another dtype or shape"),
-    "a tensor less": (lambda h: h.pop(KEY), "other tensors"),
-    "a tensor more": (lambda h: h.update(more=h[KEY]), "other tensors"),
-    "no tensor": (lambda h: h.update({KEY: 3}), "not described"),
-    "another dtype": (lambda h: h[KEY].update(dtype="F16"), "another dtype or shape"),
-    "another shape": (lambda h: h[KEY].update(shape=[4, 1, 8, 24]), "another dtype or shape"),
-    "shape of text": (lambda h: h[KEY].update(shape="4"), "another dtype or shape"),
-    "no offsets": (lambda h: h[KEY].update(data_offsets=[0]), "where it is"),
-    "offsets real": (lambda h: h[KEY].update(data_offsets=[0.0, 3072.0]), "where it is"),
-    "extent": (lambda h: h[KEY].update(data_offsets=[0, 8]), "extent"),
+    "too many slots": (in_state(filled=[25, 4]), "at most its length"),
+    "more slots than tokens": (in_state(filled=[24, 5]), "at most its length"),
+    "nothing in use": (in_state(filled=[24, 0]), "at most its length"),
+    "seen other": (in_state(seen=[31, 4]), "the same numbers as lengths"),
+    "fewer slots": (in_state(filled=[23, 4]), "do not match the sequences"),
+    "a tensor less": (lambda h: h.pop(KEY), "its tensors differ"),
+    "a tensor more": (lambda h: h.update(more=h[KEY]), "its tensors differ"),
+    "no tensor": (lambda h: h.update({KEY: 3}), "must be a table"),
+    "another dtype": (lambda h: h[KEY].update(dtype="F16"), "do not match the sequences"),
+    "another shape": (lambda h: h[KEY].update(shape=[4, 1, 8, 24]), "do not match the sequences"),
+    "shape of text": (lambda h: h[KEY].update(shape="4"), "shape has an invalid value"),
+    "no offsets": (lambda h: h[KEY].update(data_offsets=[0]), "a start and an end"),
+    "offsets real": (
+        lambda h: h[KEY].update(data_offsets=[0.0, 3072.0]),
+        "data_offsets.* has an invalid value",
+    ),
+    "extent": (lambda h: h[KEY].update(data_offsets=[0, 8]), "does not match its shape"),
     "overlap": (
         lambda h: h[KEY].update(data_offsets=[each + 4 for each in h[KEY]["data_offsets"]]),
-        "gap or an overlap",
+        "overlap or leave a gap",
     ),
     "beyond": (
         lambda h: h[KEY].update(data_offsets=[each + 10**9 for each in h[KEY]["data_offsets"]]),
-        "gap or an overlap",
+        "overlap or leave a gap",
     ),
     "before": (
         lambda h: h[KEY].update(data_offsets=[each - 10**9 for each in h[KEY]["data_offsets"]]),
-        "gap or an overlap",
+        "overlap or leave a gap",
     ),
 }
 
@@ -306,13 +312,13 @@ def test_files_that_are_cut_or_have_more(written: tuple[Session, Path]) -> None:
         (b"", "header"),
         (whole[:7], "header"),
         (whole[:100], "header"),
-        (whole[:-1], "not all of its data"),
-        (whole + b"\0", "not all of its data"),
+        (whole[:-1], "the size of its data differs"),
+        (whole + b"\0", "the size of its data differs"),
         (struct.pack("<Q", 2**63) + whole[8:], "header"),
-        (struct.pack("<Q", 4) + b"\xff\xff\xff\xff", "header cannot be read"),
-        (struct.pack("<Q", 2) + b"[]", "not an object"),
-        (struct.pack("<Q", 14) + b'{"a":1,"a":2} ', "comes twice"),
-        (struct.pack("<Q", 10**5) + b"[" * 10**5, "cannot be read"),
+        (struct.pack("<Q", 4) + b"\xff\xff\xff\xff", "header .* must be JSON"),
+        (struct.pack("<Q", 2) + b"[]", "must be a table"),
+        (struct.pack("<Q", 14) + b'{"a":1,"a":2} ', "occurs twice"),
+        (struct.pack("<Q", 10**5) + b"[" * 10**5, "must be JSON"),
     ):
         path.write_bytes(content)
         with pytest.raises(UsageError, match=said):
@@ -358,7 +364,7 @@ def test_a_cache_of_another_bundle_is_refused(opened: Opened, written: tuple[Ses
     _, path = written
     for session in (opened(), opened(BUDGET, "float16")):
         with pytest.raises(
-            UsageError, match=r"of another bundle[\s\S]*run the bundle that it was saved with"
+            UsageError, match=r"must be of this bundle[\s\S]*run the bundle that it was saved with"
         ):
             session.load(path)
 
@@ -372,7 +378,7 @@ def test_an_engine_that_is_smaller_or_of_one_sequence(
     add_engine(copy, capacity=25)
     small = Session(Bundle.open(copy), provider="tensorrt")
     with pytest.raises(
-        UsageError, match=r"more than there is room for[\s\S]*30 tokens[\s\S]*engine again with --capacity 30"
+        UsageError, match=r"must fit the capacity[\s\S]*30 tokens[\s\S]*engine again with --capacity 30"
     ):
         small.load(path)
     cache = session.new_cache(batch=2)
@@ -390,7 +396,7 @@ def test_places_where_nothing_is_or_can_be(opened: Opened, tmp_path: Path) -> No
             session.load(path)
     with pytest.raises(UsageError, match="mkdir -p"):
         cache.save(tmp_path / "none" / "c")
-    with pytest.raises(UsageError, match="is a folder"):
+    with pytest.raises(UsageError, match="must be a file, not a folder"):
         cache.save(tmp_path)
 
 

@@ -1,8 +1,4 @@
-"""A cache in a file: safetensors whose metadata say of which bundle it is and where each sequence was.
-
-Knows the file's format, and checks all of it before memory is taken for what it holds; must not know how a
-cache is run.
-"""
+"""Saved caches: safetensors files whose metadata identify the bundle and the state of each sequence."""
 
 from __future__ import annotations
 
@@ -11,7 +7,7 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
@@ -20,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.errors import UsageError
+from kvexport.files.schema import Table
 from kvexport.runtime.cache.device_arrays import stored_as
 from kvexport.runtime.cache.eviction import Occupancy
 from kvexport.runtime.cache.kv_cache import KvCache
@@ -27,15 +24,23 @@ from kvexport.runtime.types import Ids
 
 KIND = "cache 1"
 _DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
-_LARGEST = 1 << 24  # bytes of a header
-_PIECE = 1 << 22
-_DIGEST = b'"sha256":"'  # of the data: in the header, and so known only when all is written
-_AGAIN = "save it again: kvexport run BUNDLE --prompt TEXT --save-cache FILE"
+_METADATA = "__metadata__"
+_MAX_HEADER = 1 << 24  # bytes
+_MAX_LENGTH = (1 << 62) - 1  # tokens
+_PIECE = 1 << 22  # bytes read at once
+_DIGEST = b'"sha256":"'  # of the data; its place in the header is filled in after the data was written
+_SAVE_AGAIN = "save it again: kvexport run BUNDLE --prompt TEXT --save-cache FILE"
 
 
 @dataclass(frozen=True)
 class SavedState:
-    """Where each sequence was: lengths [B], last tokens [B], and tokens that are pending, at most one of each."""
+    """State of the sequences.
+
+    Attributes:
+        lengths: tokens of each that were run [B].
+        last: the last of them [B].
+        pending: tokens of each that are not run yet, at most one.
+    """
 
     lengths: Ids
     last: Ids
@@ -43,69 +48,74 @@ class SavedState:
 
 
 def write(path: Path, digest: str, kv: KvCache, state: SavedState) -> None:
-    """Write a cache under a temporary name beside `path`, and give it that name when it is whole.
+    """Write a cache atomically.
 
     Args:
-        digest: of the bundle's manifest.
+        path: of the file; an existing one is replaced.
+        digest: of the bundle.
+        kv: keys and values.
+        state: of the sequences.
 
     Raises:
-        UsageError: the folder does not exist, or `path` is one.
-        OSError: the disk is full, or will not be written.
+        UsageError: the folder does not exist, or `path` is not a regular file.
+        OSError: the disk is full, or the file cannot be written.
     """
     if not path.parent.is_dir():
         raise UsageError(
-            "the folder for the cache does not exist", got=path.parent, fix=f"mkdir -p {path.parent}"
+            "the folder of the saved cache must exist", got=path.parent, fix=f"mkdir -p {path.parent}"
         )
     if path.is_dir():
-        raise UsageError("the file for the cache is a folder", got=path, fix="name a file in it")
+        raise UsageError("the saved cache must be a file, not a folder", got=path, fix="name a file in it")
     if path.exists() and not path.is_file():
         raise UsageError(
-            "the file for the cache is a device or a pipe, which would be replaced",
+            "the saved cache must be a regular file, not a device or a pipe",
             got=path,
             fix="name a file",
         )
     header = _header(digest, kv, state)
-    target = path.resolve()  # where a link points to
+    target = path.resolve()  # replaces what a link points to, not the link
     temporary = target.parent / f".{target.name}.{os.getpid()}.{threading.get_ident()}.partial"
     try:
         with temporary.open("xb") as file:
             file.write(struct.pack("<Q", len(header)) + header)
-            hashed = hashlib.sha256()
+            data_digest = hashlib.sha256()
             for name in _order(kv):
-                held = _held(kv, name, state.lengths).tobytes()
-                hashed.update(held)
-                file.write(held)
+                content = _content(kv, name, state.lengths).tobytes()
+                data_digest.update(content)
+                file.write(content)
             file.seek(8 + header.index(_DIGEST) + len(_DIGEST))
-            file.write(hashed.hexdigest().encode())
+            file.write(data_digest.hexdigest().encode())
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(target)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         if isinstance(error, OSError):
-            error.filename = str(path)  # the one that the caller named
+            error.filename = str(path)  # as the caller named it
         raise
 
 
 def read(path: Path, digest: str, vocab_size: int, like: KvCache) -> tuple[KvCache, SavedState]:
-    """Read what `write` wrote.
+    """Read a file that `write` wrote.
 
     Args:
-        digest: of the bundle's manifest.
-        like: a cache of the session that will run it.
+        path: of the file.
+        digest: of the bundle.
+        vocab_size: of the bundle's model.
+        like: a cache of the session that will use it.
 
     Raises:
-        UsageError: no such file, a damaged one, one of another bundle, or sequences that do not fit.
-        CannotRunHere: not enough memory.
+        UsageError: there is no such file, it is damaged or of another bundle, or its sequences do not fit.
+        CannotRunHere: there is not enough memory.
     """
     if not _is_file(path):
-        raise UsageError(f"there is no saved cache {path}", fix="name the file that --save-cache wrote")
+        raise UsageError(f"there is no saved cache {path}", fix="name a file that --save-cache wrote")
     with path.open("rb") as file:
         return _Reader(path, file, digest, vocab_size, like).read()
 
 
 def _is_file(path: Path) -> bool:
-    """Not of names that none can have, nor of a pipe, which would be waited for."""
+    """Whether it is a regular file; False for impossible names, and for pipes, which would block."""
     try:
         return path.is_file()
     except PermissionError:
@@ -115,9 +125,9 @@ def _is_file(path: Path) -> bool:
 
 
 def _header(digest: str, kv: KvCache, state: SavedState) -> bytes:
-    """The JSON at the file's beginning, as long as a multiple of 8; the data's digest is not known yet."""
+    """The JSON at the start of the file, padded to a multiple of 8 bytes, with zeros for the digest of the data."""
     occupancy = kv.occupancy
-    told = {
+    values = {
         "lengths": state.lengths.tolist(),
         "last": state.last.tolist(),
         "pending": state.pending,
@@ -125,9 +135,9 @@ def _header(digest: str, kv: KvCache, state: SavedState) -> bytes:
         "seen": None if occupancy is None else occupancy.seen.tolist(),
     }
     header: dict[str, Any] = {
-        "__metadata__": {"kvexport": KIND, "bundle": digest, "sha256": "0" * 64, "state": json.dumps(told)}
+        "__metadata__": {"kvexport": KIND, "bundle": digest, "sha256": "0" * 64, "state": json.dumps(values)}
     }
-    for name, spec in _layout(kv, state.lengths, _most(occupancy)).items():
+    for name, spec in _layout(kv, state.lengths, _max_filled(occupancy)).items():
         header[name] = {"dtype": spec.dtype, "shape": spec.shape, "data_offsets": [spec.start, spec.stop]}
     text = json.dumps(header, separators=(",", ":")).encode()
     return text + b" " * (-len(text) % 8)
@@ -135,14 +145,16 @@ def _header(digest: str, kv: KvCache, state: SavedState) -> bytes:
 
 @dataclass(frozen=True)
 class _Tensor:
-    dtype: str  # safetensors' name
+    """A tensor of the file; `dtype` by safetensors' name, `start` and `stop` in bytes after the header."""
+
+    dtype: str
     shape: list[int]
     start: int
-    stop: int  # of its bytes after the header
+    stop: int
 
 
 def _layout(kv: KvCache, lengths: Ids, filled: int) -> dict[str, _Tensor]:
-    """What the file holds of sequences of such lengths, of which layers that evict hold `filled` tokens at most."""
+    """The tensors of a file for sequences of these lengths; `filled`: slots that are saved of layers that evict."""
     tensors, start = {}, 0
     for name in _order(kv):
         shape = kv.shape_of(name, len(lengths), int(lengths.max(initial=0)), filled)
@@ -153,29 +165,29 @@ def _layout(kv: KvCache, lengths: Ids, filled: int) -> dict[str, _Tensor]:
 
 
 def _order(kv: KvCache) -> list[str]:
-    """Of the tensors: wider numbers first, so that all are aligned."""
+    """Names of the tensors in the file's order: wider numbers first, so that all are aligned."""
     return sorted(kv.names, key=lambda name: -stored_as(kv.dtype_of(name)).itemsize)
 
 
-def _most(occupancy: Occupancy | None) -> int:
+def _max_filled(occupancy: Occupancy | None) -> int:
     return 0 if occupancy is None else int(occupancy.filled.max(initial=0))
 
 
-def _held(kv: KvCache, name: str, lengths: Ids) -> NDArray[Any]:
-    """A copy of a buffer as far as tokens go; zeros where a sequence has none."""
+def _content(kv: KvCache, name: str, lengths: Ids) -> NDArray[Any]:
+    """A copy of the slots of a buffer that are saved, with zeros in slots that a sequence does not use."""
     occupancy = kv.occupancy
-    shape = kv.shape_of(name, kv.batch, int(lengths.max(initial=0)), _most(occupancy))
+    shape = kv.shape_of(name, kv.batch, int(lengths.max(initial=0)), _max_filled(occupancy))
     if name not in kv.buffers:
         return np.zeros(shape, stored_as(kv.dtype_of(name)))
-    held = kv.storage.read(kv.buffers[name])[:, :, : shape[2]].copy()
+    content: NDArray[Any] = kv.storage.read(kv.buffers[name])[:, :, : shape[2]].copy()
     ends = occupancy.filled if occupancy is not None and kv.evicts(name) else lengths
     for row, end in enumerate(ends):
-        held[kv.rows_of(name, row), :, int(end) :] = 0
-    return held
+        content[kv.rows_of(name, row), :, int(end) :] = 0
+    return content
 
 
 class _Reader:
-    """One file, checked from its first byte to its last, and only then given memory."""
+    """Reads one file: all of it is validated before memory is allocated for its contents."""
 
     def __init__(self, path: Path, file: BinaryIO, digest: str, vocab_size: int, like: KvCache) -> None:
         self._path, self._file, self._digest, self._vocab, self._like = path, file, digest, vocab_size, like
@@ -183,183 +195,149 @@ class _Reader:
 
     def read(self) -> tuple[KvCache, SavedState]:
         header = self._header()
-        metadata = header.pop("__metadata__", None)
-        if not isinstance(metadata, dict) or metadata.get("kvexport") != KIND:
-            self._refuse("it is no saved cache", got=repr(metadata)[:80])
-        if metadata.get("bundle") != self._digest:
+        metadata = header.table(_METADATA)
+        metadata.string("kvexport", (KIND,))
+        if metadata.string("bundle") != self._digest:
             raise UsageError(
-                f"the cache {self._path} is of another bundle",
-                got=repr(metadata.get("bundle"))[:80],
+                f"the saved cache {self._path} must be of this bundle",
+                got=metadata.string("bundle")[:80],
                 expected=self._digest,
-                fix="run the bundle that it was saved with, or " + _AGAIN,
+                fix="run the bundle that it was saved with, or " + _SAVE_AGAIN,
             )
-        state, occupancy = self._state(metadata.get("state"))
-        wanted = _layout(self._like, state.lengths, _most(occupancy))
-        self._require_layout(header, wanted)
-        self._require_digest(metadata.get("sha256"))
+        state, occupancy = self._state(metadata.text("state"))
+        layout = _layout(self._like, state.lengths, _max_filled(occupancy))
+        self._require_layout(header, layout)
+        self._require_digest(metadata.string("sha256"))
         kv = self._like.another(len(state.lengths))
         if state.lengths.any():
             kv.reserve(int(state.lengths.max()))
-            for name, tensor in wanted.items():
+            for name, tensor in layout.items():
                 self._fill(kv, name, tensor)
         if occupancy is not None:
             kv.occupy(occupancy)
         return kv, state
 
-    def _header(self) -> dict[str, Any]:
-        beginning = self._file.read(8)
-        length = int.from_bytes(beginning, "little")
-        if len(beginning) < 8 or length > min(self._size - 8, _LARGEST):
+    def _header(self) -> Table:
+        prefix = self._file.read(8)
+        length, limit = int.from_bytes(prefix, "little"), min(self._size - 8, _MAX_HEADER)
+        if len(prefix) < 8 or length > limit:
             self._refuse(
-                "its header is longer than the file, or than any cache's",
+                "its header is too long",
                 got=f"{length} of {self._size} bytes",
+                expected=f"at most {max(limit, 0)} bytes",
             )
         self._data = 8 + length
-        try:
-            header = json.loads(self._file.read(length).decode("utf-8"), object_pairs_hook=_once)
-        except (ValueError, RecursionError) as error:
-            self._refuse(f"its header cannot be read: {error}")
-        if not isinstance(header, dict):
-            self._refuse("its header is not an object", got=repr(header)[:80])
-        return header
+        return self._table(self._file.read(length), "header")
 
-    def _state(self, text: object) -> tuple[SavedState, Occupancy | None]:
-        """What the metadata say of the sequences, each number within its range."""
-        try:
-            raw = json.loads(text if isinstance(text, str) else "", object_pairs_hook=_once)
-        except (ValueError, RecursionError) as error:
-            self._refuse(f"what it says of its sequences cannot be read: {error}")
-        evicts = self._like.occupancy is not None
-        counted = ("filled", "seen") if evicts else ()
-        whole = isinstance(raw, dict) and raw.keys() == {"lengths", "last", "pending", "filled", "seen"}
-        if not whole or any(raw[name] is not None for name in {"filled", "seen"} - set(counted)):
-            self._refuse("what it says of its sequences is not what this bundle needs", got=repr(raw)[:80])
-        batch = len(raw["lengths"]) if isinstance(raw["lengths"], list) else 0
-        lengths = self._numbers(raw, "lengths", batch, None)
+    def _table(self, text: str | bytes, part: str) -> Table:
+        path = f"the {part} of the saved cache {self._path}"
+        return Table.from_json(text, path, error=UsageError, fix=_SAVE_AGAIN)
+
+    def _state(self, text: str) -> tuple[SavedState, Occupancy | None]:
+        """The state of the sequences, each number within its range."""
+        table = self._table(text, "state")
+        lengths = self._numbers(table, "lengths", None, _MAX_LENGTH)
+        if not len(lengths):
+            table.fail("lengths", "one number for each sequence")
         self._like.require_room(
-            int(lengths.max(initial=0)), f"the cache {self._path} holds more than there is room for"
+            int(lengths.max()), f"the sequences of the saved cache {self._path} must fit the capacity"
         )
-        last = self._numbers(raw, "last", batch, self._vocab)
-        pending = raw["pending"]
-        if (
-            not isinstance(pending, list)
-            or len(pending) != batch
-            or not all(isinstance(each, list) for each in pending)
-        ):
-            self._refuse("its pending tokens are not lists, one for each sequence", got=repr(pending)[:80])
-        for each in pending:
-            self._numbers({"pending": each}, "pending", min(len(each), 1), self._vocab)
-        occupancy = None
-        if evicts:
-            filled, seen = (self._numbers(raw, name, batch, None) for name in counted)
-            slots = self._like.slots
-            assert slots is not None
-            if (
-                (seen != lengths).any()
-                or (filled > np.minimum(lengths, slots)).any()
-                or ((filled == 0) != (lengths == 0)).any()
-            ):
-                self._refuse(
-                    "its slots in use contradict its lengths, or are more than there are",
-                    got=f"{filled.tolist()} of {lengths.tolist()} tokens",
-                    expected=f"at most {slots}",
-                )
-            occupancy = Occupancy(filled, seen)
-        return SavedState(lengths, last, pending), occupancy
+        last = self._numbers(table, "last", len(lengths), self._vocab - 1)
+        pending = table.integer_lists("pending", 0, self._vocab - 1)
+        if len(pending) != len(lengths) or any(len(each) > 1 for each in pending):
+            table.fail("pending", "a list of at most one token for each sequence")
+        occupancy = self._occupancy(table, lengths)
+        table.only()
+        return SavedState(lengths, last, [list(each) for each in pending]), occupancy
 
-    def _numbers(self, raw: Mapping[str, Any], name: str, count: int, below: int | None) -> Ids:
-        values, most = raw[name], (1 << 62) if below is None else below
-        if not isinstance(values, list) or len(values) != count or (name == "lengths" and not count):
-            self._refuse(f"its {name} are not one number for each sequence", got=repr(values)[:80])
-        wrong = [value for value in values if type(value) is not int or not 0 <= value < most]
-        if wrong:
-            self._refuse(
-                f"its {name} hold what cannot be", got=repr(wrong[0])[:80], expected=f"0 to {most - 1}"
-            )
+    def _occupancy(self, table: Table, lengths: Ids) -> Occupancy | None:
+        slots = self._like.slots
+        if slots is None:
+            for key in ("filled", "seen"):
+                if not table.is_null(key):
+                    table.fail(key, "null, because no layer evicts")
+            return None
+        filled = self._numbers(table, "filled", len(lengths), _MAX_LENGTH)
+        seen = self._numbers(table, "seen", len(lengths), _MAX_LENGTH)
+        if (seen != lengths).any():
+            table.fail("seen", "the same numbers as lengths")
+        if (filled > np.minimum(lengths, slots)).any() or ((filled == 0) != (lengths == 0)).any():
+            table.fail("filled", f"1 to {slots} slots for each sequence with tokens, at most its length")
+        return Occupancy(filled, seen)
+
+    def _numbers(self, table: Table, key: str, count: int | None, maximum: int) -> Ids:
+        values = table.integers(key, 0, maximum)
+        if count is not None and len(values) != count:
+            table.fail(key, "one number for each sequence")
         return np.array(values, np.int64)
 
-    def _require_layout(self, header: Mapping[str, Any], wanted: Mapping[str, _Tensor]) -> None:
-        if header.keys() != wanted.keys():
-            odd = sorted(header.keys() ^ wanted.keys())
-            self._refuse("it holds other tensors than this bundle's cache", got=repr(odd[0])[:80])
+    def _require_layout(self, header: Table, layout: Mapping[str, _Tensor]) -> None:
+        """Check dtypes and shapes of the tensors, and that their data is contiguous and complete."""
+        odd = sorted(set(header) ^ {_METADATA, *layout})
+        if odd:
+            self._refuse("its tensors differ from this bundle's cache", got=repr(odd[0])[:80])
         spans = []
-        for name, tensor in wanted.items():
-            entry = header[name]
-            if not isinstance(entry, dict) or entry.keys() != {"dtype", "shape", "data_offsets"}:
-                self._refuse(f"{name} is not described as a tensor", got=repr(entry)[:80])
-            if (entry["dtype"], entry["shape"]) != (tensor.dtype, tensor.shape):
-                seen, allowed = (
-                    f"{entry['dtype']!r} {entry['shape']!r}"[:80],
-                    f"{tensor.dtype!r} {tensor.shape}",
-                )
+        for name, tensor in layout.items():
+            entry = header.table(name)
+            shape, offsets = list(entry.integers("shape")), entry.integers("data_offsets")
+            if (entry.string("dtype"), shape) != (tensor.dtype, tensor.shape):
                 self._refuse(
-                    f"{name} has another dtype or shape than the sequences need", got=seen, expected=allowed
+                    f"dtype and shape of {name} do not match the sequences",
+                    got=f"{entry.string('dtype')} {shape}"[:80],
+                    expected=f"{tensor.dtype} {tensor.shape}",
                 )
-            offsets = entry["data_offsets"]
-            if (
-                not isinstance(offsets, list)
-                or len(offsets) != 2
-                or not all(type(each) is int for each in offsets)
-            ):
-                self._refuse(f"{name} does not say where it is", got=repr(offsets)[:80])
+            entry.only()
+            if len(offsets) != 2:
+                entry.fail("data_offsets", "a start and an end")
             if offsets[1] - offsets[0] != tensor.stop - tensor.start:
                 self._refuse(
-                    f"{name} has another extent than its shape",
-                    got=offsets,
-                    expected=tensor.stop - tensor.start,
+                    f"the data of {name} does not match its shape",
+                    got=f"{offsets[1] - offsets[0]} bytes",
+                    expected=f"{tensor.stop - tensor.start} bytes",
                 )
             spans.append((*offsets, name))
         end = 0
         for start, stop, name in sorted(spans):
             if start != end:
                 self._refuse(
-                    f"there is a gap or an overlap before {name}", got=f"byte {start}", expected=f"byte {end}"
+                    f"its tensors overlap or leave a gap, at {name}",
+                    got=f"byte {start}",
+                    expected=f"byte {end}",
                 )
             end = stop
         if end != self._size - self._data:
             self._refuse(
-                "its tensors are not all of its data",
+                "the size of its data differs from its header",
                 got=f"{self._size - self._data} bytes",
                 expected=f"{end} bytes",
             )
-        self._begins = {name: self._data + start for start, _, name in spans}
+        self._starts = {name: self._data + start for start, _, name in spans}
 
-    def _require_digest(self, promised: object) -> None:
+    def _require_digest(self, expected: str) -> None:
         self._file.seek(self._data)
-        hashed = hashlib.sha256()
-        for piece in _pieces(self._file):
-            hashed.update(piece)
-        if promised != hashed.hexdigest():
+        digest = hashlib.sha256()
+        while piece := self._file.read(_PIECE):
+            digest.update(piece)
+        if digest.hexdigest() != expected:
             self._refuse(
-                "its data is not as it was written: its sha256 differs",
-                got=hashed.hexdigest(),
-                expected=promised,
+                "its data was changed: its sha256 differs", got=digest.hexdigest(), expected=expected
             )
 
     def _fill(self, kv: KvCache, name: str, tensor: _Tensor) -> None:
-        """Put a tensor into the first slots of its buffer."""
+        """Copy a tensor into the first slots of its buffer."""
         values = np.empty(tensor.shape, stored_as(kv.dtype_of(name)))
-        self._file.seek(self._begins[name])
-        if self._file.readinto(values.view(np.uint8).reshape(-1).data) != values.nbytes:  # type: ignore[attr-defined]
-            self._refuse("it became shorter while it was read")
-        pinned: Any = kv.storage.zeros(values.shape, kv.dtype_of(name))
-        kv.storage.write(pinned, values)
-        kv.storage.copy_slots(pinned, kv.buffers[name], values.shape[2])
+        self._file.seek(self._starts[name])
+        view: Any = values.view(np.uint8).reshape(-1).data
+        if self._file.readinto(view) != values.nbytes:  # type: ignore[attr-defined]
+            self._refuse("it was truncated while it was read")
+        copy: Any = kv.storage.zeros(values.shape, kv.dtype_of(name))
+        kv.storage.write(copy, values)
+        kv.storage.copy_slots(copy, kv.buffers[name], values.shape[2])
 
     def _refuse(self, what: str, *, got: object = None, expected: object = None) -> NoReturn:
         raise UsageError(
-            f"the cache {self._path} cannot be read: {what}", got=got, expected=expected, fix=_AGAIN
+            f"the saved cache {self._path} cannot be read: {what}",
+            got=got,
+            expected=expected,
+            fix=_SAVE_AGAIN,
         )
-
-
-def _pieces(file: BinaryIO) -> Iterator[bytes]:
-    while piece := file.read(_PIECE):
-        yield piece
-
-
-def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """An object none of whose keys comes twice."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        raise ValueError("a key comes twice")
-    return found
