@@ -1,7 +1,6 @@
-"""The engine station: a bundle's graph, lowered, becomes a TensorRT plan beside it, built where it will run.
+"""Build TensorRT engines: lower a bundle's graph and build a plan from it, on the device that will run it.
 
-The front door. Knows the bundle and the graph; knows no torch and no Hugging Face, and runs nothing: running a plan is
-the runtime's. TensorRT, polygraphy and the onnx packages are imported when a build begins.
+TensorRT, polygraphy and the onnx packages are imported when a build begins.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""Builds a bundle's engine: preflight, parse, build, and the plan with its record, whole or not at all.
-
-Knows the order of things; what each step needs is in its own module. Must not know how a plan is run.
-"""
+"""Build a bundle's engine: preflight, lower, parse, build; write plan and record completely or not at all."""
 
 from __future__ import annotations
 
@@ -45,9 +42,10 @@ from kvexport.graph.lint import Parser, find_unfused_attention
 from kvexport.progress import Progress
 from kvexport.version import __version__
 
-# The most tokens of a call in the decode profile, which is optimised for one. If one were also the most, the engine would
-# lay every matrix out a second time for it: TensorRT-RTX 1.7.1 made 745 MiB of 417 MiB of weights, and makes 422 like this.
-_DECODE = 2
+# Largest number of tokens of a call in the decode profile, which is optimised for one token. With a maximum
+# of one, the engine would hold a second layout of every matrix: TensorRT-RTX 1.7.1 made 745 MiB of 417 MiB of
+# weights, and makes 422 MiB with a maximum of two.
+_MAX_DECODE_TOKENS = 2
 
 
 def build_engine(
@@ -59,21 +57,25 @@ def build_engine(
     force: bool = False,
     progress: Progress | None = None,
 ) -> BuildRecord:
-    """Build the engine of the bundle at `path` into engines/<target>, and say what was built.
+    """Build the engine of the bundle at `path` into its folder engines/<target>.
 
     Args:
         path: the bundle; only its folder `engines` is written to.
         options: of the build.
-        target: a shipped target's name, or a TOML file; None: this machine.
-        compute_capabilities: what TensorRT-RTX builds for ahead of time, such as "8.6"; empty: the target's.
-        force: replace an engine that is there.
-        progress: told of TensorRT's own phases.
+        target: name of a shipped target, or path of a TOML file; None: this machine.
+        compute_capabilities: of the GPUs that TensorRT-RTX builds for ahead of time, such as "8.6"; empty:
+            the target's.
+        force: replace an existing engine.
+        progress: receives TensorRT's build phases and notes.
+
+    Returns:
+        the record of the build, which is also in build.json.
 
     Raises:
         BundleError: the bundle is damaged.
-        UsageError: an option cannot be had, or the engine exists, or the parser refuses the graph.
-        CannotRunHere: this machine lacks the engine, the GPU, the memory or the disk, or TensorRT fails.
-        KeyboardInterrupt: interrupted; nothing is left behind.
+        UsageError: an option is invalid, the engine exists, or the parser does not take the graph.
+        CannotRunHere: this machine lacks the engine, the GPU, memory or disk space, or TensorRT fails.
+        KeyboardInterrupt: the build was interrupted; nothing is left behind.
     """
     options, progress = options or EngineOptions(), progress or Progress()
     bundle = Bundle.open(path)
@@ -85,7 +87,9 @@ def build_engine(
     directory = engine_directory(path, destination.name)
     if directory.exists() and not (directory / RECORD_FILE).is_file():
         raise UsageError(
-            f"{directory} is there and is no engine: it has no {RECORD_FILE}", fix=f"rm -r {directory}"
+            f"{directory} must be an engine, or not exist",
+            got=f"a folder without {RECORD_FILE}",
+            fix=f"rm -r {directory}",
         )
     if directory.exists() and not force:
         raise UsageError(f"the engine {directory} exists already", fix="replace it with --force")
@@ -95,7 +99,7 @@ def build_engine(
     bundle.verify((GRAPH_FILE, DATA_FILE))
     parser = Parser(library.engine, library.version)
     budget = None if bundle.eviction is None else min(bundle.eviction.budget, capacity)
-    fitted = prepare_graph(
+    graph = prepare_graph(
         path / GRAPH_FILE,
         parser,
         batch=options.batch,
@@ -103,18 +107,28 @@ def build_engine(
         budget=budget,
         lowering=options.lowering,
     )
-    preflight.require_operators(fitted, library)
-    decomposed = _allow_decomposition(fitted, parser)
-    _say_what_differs(fitted, decomposed, progress)
+    preflight.require_operators(graph, library)
+    decomposed = _allow_decomposition(graph, parser)
+    _note_differences(graph, decomposed, progress)
 
     with _engine_folder(directory, force) as folder:
-        watch = BuildMonitor(library.trt, progress)
-        profiles = (Profile("decode", (1, 1, min(_DECODE, chunk))), Profile("prefill", (1, chunk, chunk)))
-        cache = _timing_cache(directory, library)
+        monitor = BuildMonitor(library.trt, progress)
+        profiles = (
+            Profile("decode", (1, 1, min(_MAX_DECODE_TOKENS, chunk))),
+            Profile("prefill", (1, chunk, chunk)),
+        )
+        cache = read_timing_cache(directory, library)
         begin = time.monotonic()
-        plan: EnginePlan = watch.run(
+        plan: EnginePlan = monitor.run(
             lambda: build_plan(
-                library, fitted.model, path / GRAPH_FILE, profiles, options, destination, cache, watch.monitor
+                library,
+                graph.model,
+                path / GRAPH_FILE,
+                profiles,
+                options,
+                destination,
+                cache,
+                monitor.monitor,
             )
         )
         seconds = time.monotonic() - begin
@@ -123,7 +137,7 @@ def build_engine(
         size = _write(folder / PLAN_FILE, plan.serialized)
         if plan.timing_cache:
             (folder / CACHE_FILE).write_bytes(plan.timing_cache)
-        loads = gpu is not None and not destination.ahead and available_memory() > 2 * size.bytes
+        loads = gpu is not None and not destination.ahead_of_time and available_memory() > 2 * size.bytes
         inspected = inspect_plan(library, plan.serialized) if loads else None
         if inspected is not None:
             (folder / INSPECTOR_FILE).write_text(
@@ -135,7 +149,7 @@ def build_engine(
             target=destination.name,
             engine=library.engine,
             version=str(library.trt.__version__),
-            lowering=fitted.lowering,
+            lowering=graph.lowering,
             compute_capability=destination.compute_capabilities,
             dtype=bundle.dtype,
             batch=options.batch,
@@ -156,42 +170,48 @@ def build_engine(
     return record
 
 
-def _allow_decomposition(fitted: EngineGraph, parser: Parser) -> tuple[str, ...]:
-    """Let TensorRT spell out the attention that no fused kernel computes. The others are not marked: that they build is how
-    TensorRT says that it has the kernel. The attribute is no ONNX, and stays in memory."""
-    nodes = find_unfused_attention(fitted.model, parser)
+def _allow_decomposition(graph: EngineGraph, parser: Parser) -> tuple[str, ...]:
+    """Allow TensorRT to decompose the attention that has no fused kernel.
+
+    All other attention is left without the attribute: then it builds only if TensorRT has a fused kernel. The
+    attribute is not standard ONNX, and stays in memory.
+
+    Returns:
+        names of the nodes.
+    """
+    nodes = find_unfused_attention(graph.model, parser)
     for node in nodes:
         node.attributes["TRT_decomposable"] = ir.AttrInt64("TRT_decomposable", 1)
     return tuple(str(node.name) for node in nodes)
 
 
-def _say_what_differs(fitted: EngineGraph, decomposed: tuple[str, ...], progress: Progress) -> None:
-    for name, findings in fitted.rejected.items():
+def _note_differences(graph: EngineGraph, decomposed: tuple[str, ...], progress: Progress) -> None:
+    for name, findings in graph.rejected.items():
         problems = Counter(finding.problem for finding in findings)
-        said = "; ".join(f"{problem} ({count} nodes)" for problem, count in problems.most_common(3))
-        progress.note(f"the graph is lowered to {fitted.lowering}, since {name} is refused: {said}")
+        reasons = "; ".join(f"{problem} ({count} nodes)" for problem, count in problems.most_common(3))
+        progress.note(f"the graph is lowered to {graph.lowering}; {name} is not supported: {reasons}")
     if decomposed:
-        reasons = dict.fromkeys(finding.problem for finding in fitted.findings if finding.note)
-        progress.note(f"{len(decomposed)} attentions run without a fused kernel: {'; '.join(reasons)}")
+        notes = dict.fromkeys(finding.problem for finding in graph.findings if finding.note)
+        progress.note(f"{len(decomposed)} attention nodes run without a fused kernel: {'; '.join(notes)}")
 
 
 @contextmanager
 def _engine_folder(directory: Path, force: bool) -> Iterator[Path]:
-    """The engine's folder, whole or not at all; `engines` is not left behind empty."""
+    """The engine's folder, written completely or not at all; an empty folder `engines` is removed."""
     parent = directory.parent
-    made = not parent.exists()
+    created = not parent.exists()
     parent.mkdir(exist_ok=True)
     try:
         with atomic_directory(directory, marker=RECORD_FILE, force=force) as folder:
             yield folder
     except BaseException:
-        if made and not any(parent.iterdir()):
+        if created and not any(parent.iterdir()):
             parent.rmdir()
         raise
 
 
-def _timing_cache(directory: Path, library: TensorRTLibrary) -> bytes:
-    """What an earlier build by the same version measured; empty where there is none."""
+def read_timing_cache(directory: Path, library: TensorRTLibrary) -> bytes:
+    """The timing cache of an earlier build by the same version; empty if there is none."""
     file = directory / CACHE_FILE
     try:
         return (
@@ -204,6 +224,7 @@ def _timing_cache(directory: Path, library: TensorRTLibrary) -> bytes:
 
 
 def _write(path: Path, serialized: Any) -> PlanFile:
+    """Write the plan; its hash and size."""
     view = memoryview(serialized)
     path.write_bytes(view)
     return PlanFile(hashlib.sha256(view).hexdigest(), view.nbytes)

@@ -1,7 +1,4 @@
-"""Where an engine will run, and so how it must be built: from --target and --compute-capability, or from this machine.
-
-Knows targets and machines; imports no TensorRT.
-"""
+"""Choose what an engine is built for: from --target and --compute-capability, or from this machine."""
 
 from __future__ import annotations
 
@@ -13,84 +10,81 @@ from kvexport.devices.targets import Target, known_targets, load_target
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.packages import install_command
 
-_JETSON = ("8.7", "11.0")
-_MODELS = {
-    "nano",
-    "nx",
-    "agx",
-    "super",
-    "t4000",
-    "t5000",
-}  # words of a board's name that tell targets of one memory apart
-_NEAR = 0.2  # a GPU shows some less memory than its board is sold with
+_JETSON = ("8.7", "11.0")  # compute capabilities
+# Words of board names that distinguish targets of the same compute capability and memory.
+_MODELS = {"nano", "nx", "agx", "super", "t4000", "t5000"}
+_MEMORY_TOLERANCE = 0.2  # a GPU reports less memory than its board is sold with
 
 
 @dataclass(frozen=True)
 class Destination:
-    """One folder of engines.
+    """What an engine is built for.
 
     Attributes:
-        name: of the folder.
+        name: of the engine's folder.
         engine: "tensorrt" or "tensorrt-rtx".
-        compute_capabilities: of the GPUs that it must run on.
-        ahead: built without such a GPU at hand.
+        compute_capabilities: of the GPUs that the engine must run on, such as "8.6".
+        ahead_of_time: this machine has no such GPU.
     """
 
     name: str
     engine: str
     compute_capabilities: tuple[str, ...]
-    ahead: bool
+    ahead_of_time: bool
 
     @property
     def jetson(self) -> bool:
+        """Whether it is a Jetson."""
         return any(capability in _JETSON for capability in self.compute_capabilities)
 
 
 def choose_destination(
     target: str | None, capabilities: Sequence[str], *, gpu: Gpu | None, board: str, installed: Sequence[str]
 ) -> Destination:
-    """What was asked for, or what this machine is.
+    """Choose what to build for.
 
     Args:
-        target: a name or a TOML file; None: this machine.
-        capabilities: "8.6", ...: what to build for ahead of time; empty: the target's.
-        gpu, board, installed: this machine, as `machine` and `library` see it.
+        target: name of a target, or path of its TOML file; None: this machine.
+        capabilities: compute capabilities to build for ahead of time, such as "8.6"; empty: the target's.
+        gpu: this machine's GPU.
+        board: this machine's board name; empty if it has none.
+        installed: the installed engines.
 
     Raises:
-        UsageError: the two contradict, or do not suffice.
-        CannotRunHere: no engine is installed, or the engine builds on its own device only.
+        UsageError: target and capabilities contradict each other, or neither is given and there is no GPU.
+        CannotRunHere: no engine is installed, or the engine builds only on its own device.
     """
     capabilities = tuple(dict.fromkeys(capabilities))
     if target is not None:
-        return _of_target(load_target(target), capabilities, gpu)
+        return _for_target(load_target(target), capabilities, gpu)
     if not installed:
         raise CannotRunHere(
-            "no TensorRT is installed",
+            "TensorRT or TensorRT-RTX must be installed",
             fix=f"{install_command('tensorrt-rtx')} (Linux on x86_64, also without a GPU), "
             f"or {install_command('tensorrt')} on the device",
         )
     if capabilities or gpu is None:
         if "tensorrt-rtx" not in installed:
             raise CannotRunHere(
-                "TensorRT builds only on the GPU that will run the engine, and here is none"
+                "TensorRT builds only on the GPU that will run the engine, and this machine has none"
                 if gpu is None
                 else "only TensorRT-RTX builds for a --compute-capability, and it is not installed",
                 fix=f"run this on the device, or build for a desktop GPU: {install_command('tensorrt-rtx')}",
             )
         if not capabilities:
             raise UsageError(
-                "there is no GPU here that says what to build for",
-                fix="name it: --target rtx-4090, or --compute-capability 8.6 (more than once for several)",
+                "this machine has no GPU to build for",
+                fix="name the GPU: --target rtx-4090, or --compute-capability 8.6 (repeat it for several)",
             )
         name = "-".join(f"sm{each.replace('.', '')}" for each in capabilities)
         return Destination(
             name, "tensorrt-rtx", capabilities, gpu is None or gpu.compute_capability not in capabilities
         )
     engine = "tensorrt" if "tensorrt" in installed else "tensorrt-rtx"
-    return Destination(_name_of(engine, gpu, board), engine, (gpu.compute_capability,), False)
+    return Destination(_machine_name(engine, gpu, board), engine, (gpu.compute_capability,), False)
 
 
-def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -> Destination:
+def _for_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -> Destination:
     if target.engine == "onnxruntime":
         raise UsageError(
             f"target {target.name} runs on ONNX Runtime, which needs no engine", fix="choose another --target"
@@ -100,9 +94,9 @@ def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -
         wanted = capabilities or (target.sm,)
         if target.sm not in wanted:
             raise UsageError(
-                f"an engine for other GPUs than its own is none for target {target.name}",
+                f"the engine of target {target.name} must run on its own GPU",
                 got=f"--compute-capability {', '.join(wanted)}",
-                expected=f"{target.sm}, and others beside it",
+                expected=f"{target.sm}, alone or with others",
                 fix=f"leave out --target, or add --compute-capability {target.sm}",
             )
         return Destination(
@@ -110,7 +104,7 @@ def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -
         )
     if capabilities:
         raise UsageError(
-            f"TensorRT, the engine of target {target.name}, builds for the GPU at hand only",
+            f"TensorRT, the engine of target {target.name}, builds only for this machine's GPU",
             fix="leave out --compute-capability, or choose a target of tensorrt-rtx",
         )
     if gpu is None or gpu.compute_capability != target.sm:
@@ -118,23 +112,23 @@ def _of_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) -
             f"TensorRT builds only on the GPU that will run the engine: {target.title}",
             got="no GPU" if gpu is None else f"{gpu.name}, compute capability {gpu.compute_capability}",
             expected=f"compute capability {target.sm}",
-            fix="copy the bundle to the device, and run `kvexport engine` there; `kvexport lint` checks it here",
+            fix="copy the bundle to the device and run `kvexport engine` there; `kvexport lint` checks it",
         )
     return Destination(target.name, target.engine, (target.sm,), False)
 
 
-def _name_of(engine: str, gpu: Gpu, board: str) -> str:
-    """The shipped target that this machine is, or its compute capability where it is none."""
-    alike = [
+def _machine_name(engine: str, gpu: Gpu, board: str) -> str:
+    """Name of the shipped target that matches this machine, or of its compute capability."""
+    same_gpu = [
         target
         for target in known_targets()
         if target.engine == engine and target.sm == gpu.compute_capability
     ]
-    close = [target for target in alike if abs(gpu.memory / target.memory - 1) < _NEAR]
-    said = _MODELS & set(board.lower().split())
+    close = [target for target in same_gpu if abs(gpu.memory / target.memory - 1) < _MEMORY_TOLERANCE]
+    words = _MODELS & set(board.lower().split())
     close.sort(
         key=lambda target: (
-            len(said ^ _MODELS & set(target.name.split("-"))),
+            len(words ^ _MODELS & set(target.name.split("-"))),
             abs(gpu.memory / target.memory - 1),
         )
     )

@@ -1,6 +1,6 @@
-"""The graph as an engine will get it: the lowering that its parser imports, with the engine's sizes fixed, in memory.
+"""Prepare the graph of an engine in memory: choose a lowering that the parser imports, and fix the sizes.
 
-Knows lowerings and lint; imports no TensorRT, so that `kvexport lint` needs none.
+Needs no TensorRT, so that `kvexport lint` needs none.
 """
 
 from __future__ import annotations
@@ -23,10 +23,11 @@ class EngineGraph:
     """A graph for one parser.
 
     Attributes:
-        lowering: its name.
-        model: in memory, its weights external and not read.
-        findings: lint's; none is a refusal, unless no lowering is free of them or one was asked for by name.
-        passed_over: what the parser refuses of the lowerings before this one, by name.
+        lowering: name of the lowering.
+        model: the graph in memory; its weights stay external and are not read.
+        findings: what lint finds; includes refusals only if every lowering has some, or the lowering was
+            requested.
+        rejected: refusals of the lowerings that were tried before, by name.
     """
 
     lowering: str
@@ -44,15 +45,19 @@ def prepare_graph(
     budget: int | None = None,
     lowering: str | None = None,
 ) -> EngineGraph:
-    """The best lowering of which `parser` refuses nothing, or the one named.
+    """Lower a bundle's graph to the best form that a parser takes completely, or to the requested form.
 
     Args:
-        budget: slots of a sequence in layers that evict; None: there are none.
-        lowering: its name; None: the best.
+        graph: path of the bundle's decoder.onnx.
+        parser: of the engine.
+        batch: sequences of a call.
+        capacity: largest number of tokens of a sequence.
+        budget: slots of a sequence in layers with eviction; None: no such layers.
+        lowering: name of the requested lowering; None: the best.
 
     Raises:
         UsageError: there is no such lowering.
-        BundleError: the graph is not of the form that `DecoderWriter` writes.
+        BundleError: the graph does not have the form that `DecoderWriter` writes.
     """
     sizes = {BATCH: batch, CAPACITY: capacity} | ({} if budget is None else {BUDGET: budget})
     rejected: dict[str, list[Finding]] = {}
@@ -68,10 +73,10 @@ def prepare_graph(
 
 
 def fix_sizes(model: ir.Model, sizes: Mapping[str, int]) -> None:
-    """Give the named dimensions of the graph's inputs, and products of one with a number, their sizes, in place.
+    """Replace symbolic sizes of the graph's inputs by numbers, in place; TensorRT infers all other shapes.
 
-    TensorRT infers the rest.
+    Args:
+        sizes: number of each symbol; also "batch*8" is replaced if `sizes` has "batch".
     """
-
     for value in model.graph.inputs:
         value.shape = ir.Shape([sized(size, sizes) for size in shape_of(value)])

@@ -1,7 +1,4 @@
-"""TensorRT or TensorRT-RTX, whichever is asked for, behind one name; knows how they are installed and what they log.
-
-Must not know what is built with them.
-"""
+"""Import TensorRT or TensorRT-RTX, and collect its log messages."""
 
 from __future__ import annotations
 
@@ -20,26 +17,33 @@ from kvexport.packages import PACKAGES, install_command
 
 MODULES = {engine: PACKAGES[engine].module for engine in ("tensorrt", "tensorrt-rtx")}
 _INSTALL = {
-    "tensorrt": f"{install_command('tensorrt')}; on a Jetson TensorRT comes with JetPack: sudo apt install python3-libnvinfer, "
-    "and a virtual environment made with --system-site-packages",
+    "tensorrt": f"{install_command('tensorrt')}; on a Jetson TensorRT comes with JetPack: "
+    "sudo apt install python3-libnvinfer, and a virtual environment made with --system-site-packages",
     "tensorrt-rtx": f"{install_command('tensorrt-rtx')} (Linux on x86_64)",
 }
 _SWITCH = "POLYGRAPHY_USE_TENSORRT_RTX"
-_MATTERS = ("could not be allocated", "not enough memory", "insufficient memory", "out of memory")
+_MEMORY_WARNINGS = ("could not be allocated", "not enough memory", "insufficient memory", "out of memory")
 
 
 @dataclass(frozen=True)
 class TensorRTLibrary:
-    """An imported TensorRT: its module, which of the two it is, its version, and its log."""
+    """An imported TensorRT.
+
+    Attributes:
+        engine: "tensorrt" or "tensorrt-rtx".
+        trt: the module.
+        version: such as (10, 3, 0, 30).
+        log: a trt.ILogger whose `errors` and `warnings` are the messages since `clear`.
+    """
 
     engine: str
     trt: Any
     version: Version
-    log: Any  # a trt.ILogger: `errors` and `warnings` since they were last cleared
+    log: Any
 
     @property
     def compute_capabilities(self) -> tuple[str, ...]:
-        """Those that it builds for ahead of time, such as "8.6"; none for the full TensorRT."""
+        """Compute capabilities that it builds for ahead of time, such as "8.6"; none for TensorRT."""
         names = getattr(self.trt, "ComputeCapability", None) if self.engine == "tensorrt-rtx" else None
         numbers = [
             name.removeprefix("SM") for name in getattr(names, "__members__", ()) if name.startswith("SM")
@@ -51,15 +55,16 @@ class TensorRTLibrary:
 
 
 def installed_engines() -> list[str]:
-    """The engines whose Python package is there, without importing it."""
+    """Engines whose Python package is installed; the packages are not imported."""
     return [engine for engine, module in MODULES.items() if find_spec(module) is not None]
 
 
 def load_library(engine: str) -> TensorRTLibrary:
-    """Import an engine's package, and polygraphy with it; a process can have one of the two engines.
+    """Import an engine's package, and polygraphy. A process can build with only one of the two engines.
 
     Raises:
-        CannotRunHere: it is not installed, or its libraries do not load, or this process has the other one.
+        CannotRunHere: the package is not installed, its libraries do not load, its version is too old, or
+            this process has loaded the other engine.
     """
     try:
         trt = import_module(MODULES[engine])
@@ -69,29 +74,29 @@ def load_library(engine: str) -> TensorRTLibrary:
     except ModuleNotFoundError as error:
         fix = _INSTALL[engine] if error.name == MODULES[engine] else f"pip install {error.name}"
         raise CannotRunHere(
-            f"{error.name} is not installed, and building with {engine} needs it", fix=fix
+            f"the package {error.name} must be installed to build with {engine}", fix=fix
         ) from error
     except (ImportError, OSError) as error:
         raise CannotRunHere(
-            f"{MODULES[engine]} is installed but does not load", got=error, fix=_INSTALL[engine]
+            f"the package {MODULES[engine]} must load", got=error, fix=_INSTALL[engine]
         ) from error
     if (engine == "tensorrt-rtx") != config.USE_TENSORRT_RTX:
         raise CannotRunHere(
-            "polygraphy serves one engine in a process, and here it is the other one",
-            got=engine,
+            "a process can build with only one of tensorrt and tensorrt-rtx",
+            got=f"{engine}, after the other one",
             fix="build in another process",
         )
     version = release_of(trt.__version__)
     if engine == "tensorrt" and version < OLDEST_TENSORRT:
         raise CannotRunHere(
-            "this TensorRT is too old", got=trt.__version__, expected="10.3 or later (JetPack 6.1)"
+            "TensorRT must be new enough", got=trt.__version__, expected="10.3 or later (JetPack 6.1)"
         )
     return TensorRTLibrary(engine, trt, version, _log(engine, trt))
 
 
 @contextmanager
 def _polygraphy_for(engine: str) -> Iterator[None]:
-    """Polygraphy chooses between the engines by a variable of the environment, once, when it is imported."""
+    """Set the environment variable by which polygraphy chooses the engine when it is imported."""
     before = os.environ.get(_SWITCH)
     os.environ[_SWITCH] = "1" if engine == "tensorrt-rtx" else "0"
     try:
@@ -103,7 +108,7 @@ def _polygraphy_for(engine: str) -> Iterator[None]:
             os.environ[_SWITCH] = before
 
 
-_LOGS: dict[str, Any] = {}  # TensorRT keeps the first that a process gives it
+_LOGS: dict[str, Any] = {}  # TensorRT uses the first logger of a process for all builders
 
 
 def _log(engine: str, trt: Any) -> Any:
@@ -111,7 +116,7 @@ def _log(engine: str, trt: Any) -> Any:
         return _LOGS[engine]
 
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors, and the warnings that matter; says nothing itself."""
+        """Collect errors, and warnings about memory; print nothing."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)
@@ -121,7 +126,9 @@ def _log(engine: str, trt: Any) -> Any:
         def log(self, severity: Any, message: str) -> None:
             if severity in (trt.ILogger.INTERNAL_ERROR, trt.ILogger.ERROR):
                 self.errors.append(message)
-            elif severity == trt.ILogger.WARNING and any(words in message.lower() for words in _MATTERS):
+            elif severity == trt.ILogger.WARNING and any(
+                words in message.lower() for words in _MEMORY_WARNINGS
+            ):
                 self.warnings.append(message)
 
         def clear(self) -> None:

@@ -1,4 +1,4 @@
-"""TensorRT's progress as ours, and our Ctrl-C as its cancellation; knows nothing of what is built."""
+"""Report TensorRT's build progress, and cancel the build on Ctrl-C."""
 
 from __future__ import annotations
 
@@ -14,32 +14,39 @@ _INTERRUPTS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class BuildMonitor:
-    """One build that shows its progress and can be stopped between two of TensorRT's steps."""
+    """Run one build, report its progress, and stop it on an interrupt between two of TensorRT's steps.
+
+    Attributes:
+        monitor: the trt.IProgressMonitor of the build.
+        cancelled: set when the build must stop.
+    """
 
     def __init__(self, trt: Any, progress: Progress) -> None:
         self.monitor = _monitor(trt, self)
         self.cancelled = threading.Event()
         self._progress = progress
-        self._phases: list[
-            tuple[str, bool, ExitStack]
-        ] = []  # from the whole build inwards; whether it is shown
+        self._phases: list[tuple[str, bool, ExitStack]] = []  # outermost first: name, whether it is shown
         self._lock = threading.Lock()
 
     def run(self, work: Any) -> Any:
-        """What `work()` returns. It runs in another thread, so that this one hears Ctrl-C while TensorRT does not.
+        """Call `work` in another thread, so that this thread can handle Ctrl-C while TensorRT builds.
+
+        Returns:
+            the result of `work`.
 
         Raises:
-            KeyboardInterrupt: once the build has stopped.
+            KeyboardInterrupt: the build was interrupted; it has stopped.
+            BaseException: what `work` raises.
         """
-        done: list[Any] = []
-        failed: list[BaseException] = []
+        results: list[Any] = []
+        errors: list[BaseException] = []
         ended = threading.Event()
 
         def target() -> None:
             try:
-                done.append(work())
+                results.append(work())
             except BaseException as error:
-                failed.append(error)
+                errors.append(error)
             finally:
                 ended.set()
 
@@ -49,85 +56,86 @@ class BuildMonitor:
             interrupted.set()
             self.cancelled.set()
 
-        with _handled_by(interrupt):
-            before = signal.pthread_sigmask(
-                signal.SIG_BLOCK, _INTERRUPTS
-            )  # the new thread and TensorRT's never hear them
+        with _handle_interrupts(interrupt):
+            # The new thread and TensorRT's own threads inherit the blocked signals.
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
             threading.Thread(target=target, name="engine build", daemon=True).start()
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
             ended.wait()
         self._close(0)
         if interrupted.is_set():
             raise KeyboardInterrupt
-        if failed:
-            raise failed[0]
-        return done[0]
+        if errors:
+            raise errors[0]
+        return results[0]
 
     def start(self, name: str, parent: str | None, steps: int) -> None:
+        """Begin a phase of the build; a phase of one step is not shown."""
         with self._lock:
             if self._phases and parent != self._phases[-1][0]:
-                return  # of another of TensorRT's threads
+                return  # a phase of another of TensorRT's threads
             stack, shown = ExitStack(), steps > 1
             stack.enter_context(self._progress.stage(name, steps) if shown else nullcontext())
             self._phases.append((name, shown, stack))
 
     def step(self, name: str) -> bool:
-        """Whether the build shall go on."""
+        """Report a finished step; returns whether the build may continue."""
         with self._lock:
             if self._phases and self._phases[-1][:2] == (name, True):
                 self._progress.advance()
         return not self.cancelled.is_set()
 
     def finish(self, name: str) -> None:
+        """End a phase, and the phases inside it."""
         names = [phase[0] for phase in self._phases]
         if name in names:
             self._close(len(names) - 1 - names[::-1].index(name))
 
     def _close(self, depth: int) -> None:
-        """Leave all phases from that depth on."""
+        """End all phases from this depth on."""
         with self._lock:
             while len(self._phases) > depth:
                 self._phases.pop()[2].close()
 
 
 @contextmanager
-def _handled_by(handler: Callable[[int, Any], None]) -> Iterator[None]:
-    """Interrupts call `handler`, which unlike KeyboardInterrupt cannot break what it interrupts; ignored ones stay so."""
-    if threading.current_thread() is not threading.main_thread():  # which alone hears signals
+def _handle_interrupts(handler: Callable[[int, Any], None]) -> Iterator[None]:
+    """Call `handler` on interrupts instead of raising KeyboardInterrupt; ignored signals stay ignored."""
+    if threading.current_thread() is not threading.main_thread():  # signal handlers run only there
         yield
         return
     before = {number: signal.getsignal(number) for number in _INTERRUPTS}
-    before = {number: known for number, known in before.items() if known not in (None, signal.SIG_IGN)}
+    before = {number: old for number, old in before.items() if old not in (None, signal.SIG_IGN)}
     for number in before:
         signal.signal(number, handler)
     try:
         yield
     finally:
-        for number, known in before.items():
-            signal.signal(number, known)
+        for number, old in before.items():
+            signal.signal(number, old)
 
 
-def _monitor(trt: Any, watch: BuildMonitor) -> Any:
+def _monitor(trt: Any, build: BuildMonitor) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
-        """TensorRT cannot take an exception from here: one that progress raises stops the build."""
+        """Pass TensorRT's events on. An exception must not reach TensorRT: it stops the build instead."""
 
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
 
         def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-            self._safely(watch.start, name, parent, steps)
+            self._safely(build.start, name, parent, steps)
 
         def step_complete(self, name: str, step: int) -> bool:
-            return bool(self._safely(watch.step, name))
+            return bool(self._safely(build.step, name))
 
         def phase_finish(self, name: str) -> None:
-            self._safely(watch.finish, name)
+            self._safely(build.finish, name)
 
         def _safely(self, call: Any, *arguments: Any) -> Any:
             try:
                 return call(*arguments)
             except Exception:
-                watch.cancelled.set()
+                build.cancelled.set()
                 return False
 
     return Monitor()

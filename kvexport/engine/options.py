@@ -1,27 +1,27 @@
-"""What one may ask of a build, as data."""
+"""Options of an engine build."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-CHUNK = 128  # tokens per call of prefill, unless told
+DEFAULT_CHUNK = 128  # tokens of a prefill call
 
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Of one build; None leaves a choice to the bundle or to TensorRT.
+    """Options of one build. None leaves the choice to the bundle or to TensorRT.
 
     Attributes:
         batch: sequences of each call.
-        capacity: tokens that each may hold; None: the bundle's.
-        chunk: tokens of the longest call; None: 128, or the capacity where that is less.
-        workspace: most scratch memory of a kernel, in MiB.
-        refit: leave the weights out of the plan; the runtime puts the bundle's in.
+        capacity: largest number of tokens of a sequence; None: the bundle's.
+        chunk: tokens of the longest call; None: 128, or less if the capacity or the eviction budget needs it.
+        workspace: largest scratch memory of a kernel, in MiB; None: TensorRT's own limit.
+        refit: leave the weights out of the plan; the runtime refits the plan with the bundle's.
         version_compatible: the plan also loads in later TensorRT versions.
         hardware_compatible: the plan also runs on other desktop GPUs from Ampere on.
-        optimization_level: 0 builds fastest, 5 searches longest.
-        lowering: the form of the graph; None: the best that the parser imports.
+        optimization_level: 0 (fastest build) to 5 (longest search); None: TensorRT's default.
+        lowering: the form of the graph; None: the best one that the parser imports.
     """
 
     batch: int = 1
@@ -35,7 +35,7 @@ class EngineOptions:
     lowering: str | None = None
 
     def to_record(self) -> dict[str, Any]:
-        """Those that build.json does not already say."""
+        """The options as build.json lists them: without those that it has as keys of their own."""
         return {
             name: value
             for name, value in asdict(self).items()

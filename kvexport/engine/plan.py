@@ -1,7 +1,8 @@
-"""One plan: the graph parsed by TensorRT's own parser, two profiles, a configuration, and the build, through polygraphy.
+"""Build one TensorRT plan with polygraphy: parse the graph, add two profiles, configure, build.
 
-Knows TensorRT's API from 10.3 to 11.x and TensorRT-RTX's, by what is there and not by version; must not know bundles.
-Precision is the graph's own everywhere: the network is strongly typed, and no precision flag is set.
+TensorRT's API from 10.3 to 11.x and TensorRT-RTX's are told apart by the attributes that they have, not by
+version. The network is strongly typed and no precision flag is set: every layer computes in the dtype that
+the graph gives.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import onnx_ir as ir
 
 from kvexport.bundle.engine_record import Profile
 from kvexport.bundle.graph_io import LOGITS, SEQUENCE
+from kvexport.devices.capabilities import capabilities_of
 from kvexport.devices.versions import parse_version
 from kvexport.engine.destination import Destination
 from kvexport.engine.library import TensorRTLibrary
@@ -24,26 +26,37 @@ from kvexport.engine.options import EngineOptions
 from kvexport.errors import CannotRunHere
 
 _SHOWN = 3  # of TensorRT's errors in one message
-# What TensorRT's messages mean, and what helps.
+# Fix for an error of TensorRT that contains these words.
 _REMEDIES = {
     "workspace": "raise or leave out --workspace",
-    "dedicated kernel": "build the primitive form: --lowering decomposed17",
+    "dedicated kernel": "build another form of the graph: --lowering decomposed17",
     "memory": "stop other programs, or lower --workspace, --chunk or --capacity",
 }
 
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """A serialised engine, the parsed network's layers by type, and what was measured for the next build."""
+    """A built plan.
 
-    serialized: Any  # a buffer
+    Attributes:
+        serialized: buffer of the plan.
+        layers: number of layers of the parsed network, by type.
+        timing_cache: measurements for the next build; empty if the engine gives none.
+    """
+
+    serialized: Any
     layers: dict[str, int]
     timing_cache: bytes
 
 
 @dataclass(frozen=True)
 class PlanInspection:
-    """What only a loaded engine says."""
+    """Properties of a plan that only a loaded engine has.
+
+    Attributes:
+        layers: of the built engine, as TensorRT's inspector describes them (JSON).
+        activation_bytes: device memory of one execution context, in bytes.
+    """
 
     layers: Any
     activation_bytes: int
@@ -59,16 +72,20 @@ def build_plan(
     timing_cache: bytes,
     monitor: Any,
 ) -> EnginePlan:
-    """Parse and build.
+    """Parse a graph and build its plan.
 
     Args:
+        library: the engine.
         model: the graph, with batch and capacity fixed.
-        path: where it came from: its external data lies in the same folder, and TensorRT reads it there.
+        path: the file that the graph was loaded from: TensorRT reads the external data in its folder.
+        profiles: sequence lengths of the calls.
+        options: of the build.
+        destination: the GPUs that will run the plan.
         timing_cache: of an earlier build; may be empty.
         monitor: a trt.IProgressMonitor.
 
     Raises:
-        CannotRunHere: TensorRT refuses the graph, or cannot build it.
+        CannotRunHere: TensorRT does not import the graph, or cannot build it.
     """
     from polygraphy.backend.trt import engine_bytes_from_network
     from polygraphy.exception import PolygraphyException
@@ -83,18 +100,21 @@ def build_plan(
             )
             serialized = engine_bytes_from_network((builder, network, parser), config=config)
     except PolygraphyException as error:
-        raise _failed(library, "cannot build this engine", error) from error
-    measured = config.get_timing_cache() if library.engine == "tensorrt" else None
+        raise _build_error(library, "could not build this engine", error) from error
+    measured = config.get_timing_cache() if capabilities_of(library.engine).timing_cache else None
     return EnginePlan(
         serialized, count_layers(network), b"" if measured is None else bytes(measured.serialize())
     )
 
 
 def parse(library: TensorRTLibrary, model: ir.Model, path: Path) -> tuple[Any, Any, Any]:
-    """Builder, network and parser: the weights stay in their file until TensorRT reads them.
+    """Parse a graph; the weights stay in their file until TensorRT reads them.
+
+    Returns:
+        TensorRT's builder, network and parser.
 
     Raises:
-        CannotRunHere: the parser refuses the graph.
+        CannotRunHere: the parser does not import the graph.
     """
     trt = library.trt
     builder = trt.Builder(library.log)
@@ -105,26 +125,29 @@ def parse(library: TensorRTLibrary, model: ir.Model, path: Path) -> tuple[Any, A
     trt.init_libnvinfer_plugins(library.log, "")
     parser = trt.OnnxParser(network, library.log)
     if not parser.parse(ir.to_proto(model).SerializeToString(), str(path)):
-        said = [parser.get_error(index) for index in range(parser.num_errors)]
+        errors = [parser.get_error(index) for index in range(parser.num_errors)]
         library.log.errors[:0] = [
-            f"{error.node_name() or 'the graph'} ({error.node_operator()}): {error.desc()}" for error in said
+            f"{error.node_name() or 'the graph'} ({error.node_operator()}): {error.desc()}"
+            for error in errors
         ]
-        raise _failed(library, "does not import the graph")
+        raise _build_error(library, "could not import the graph")
     return builder, network, parser
 
 
 def count_layers(network: Any) -> dict[str, int]:
-    """Layers of a network by TensorRT's name of their type, such as KV_CACHE_UPDATE."""
+    """Number of layers of a network by TensorRT's name of their type, such as KV_CACHE_UPDATE."""
     names = (str(network.get_layer(index).type).rpartition(".")[2] for index in range(network.num_layers))
     return dict(sorted(Counter(names).items()))
 
 
 def inspect_plan(library: TensorRTLibrary, serialized: Any) -> PlanInspection | None:
-    """Load the plan on the GPU at hand; None where it does not load."""
+    """Load a plan on this machine's GPU and inspect it; None if it does not load."""
     trt = library.trt
     runtime = trt.Runtime(library.log)
     if hasattr(runtime, "engine_host_code_allowed"):
-        runtime.engine_host_code_allowed = True  # of version-compatible plans, which we built ourselves
+        runtime.engine_host_code_allowed = (
+            True  # version-compatible plans contain host code; this one was built here
+        )
     engine = runtime.deserialize_cuda_engine(serialized)
     if engine is None:
         return None
@@ -147,6 +170,7 @@ def create_config(
     timing_cache: bytes,
     monitor: Any,
 ) -> Any:
+    """TensorRT's builder configuration of a build."""
     from polygraphy.backend.trt import CreateConfig
 
     trt = library.trt
@@ -174,20 +198,17 @@ def create_config(
         if timing_cache:
             config.set_timing_cache(config.create_timing_cache(timing_cache), ignore_mismatch=False)
     if hasattr(trt.BuilderFlag, "TF32"):
-        config.clear_flag(trt.BuilderFlag.TF32)  # float32 is what the graph says
+        config.clear_flag(trt.BuilderFlag.TF32)  # float32 of the graph must stay float32
     if hasattr(trt.BuilderFlag, "REQUIRE_USER_ALLOCATION"):
-        config.set_flag(
-            trt.BuilderFlag.REQUIRE_USER_ALLOCATION
-        )  # TensorRT-RTX: or a step may allocate, and not be captured
+        # TensorRT-RTX: otherwise a step may allocate memory, and cannot be captured in a CUDA graph.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.refit:
-        config.set_flag(
-            trt.BuilderFlag.REFIT_IDENTICAL
-        )  # with the bundle's weights only, which costs no speed
+        config.set_flag(trt.BuilderFlag.REFIT_IDENTICAL)  # only with the same weights, which costs no speed
     return config
 
 
 def create_profile(network: Any, profile: Profile) -> Any:
-    """Shapes of the inputs whose sizes are left: the tokens of a call, and those that get logits, from 1 to as many."""
+    """Shapes of inputs with open sizes: tokens of a call, and tokens with logits (1 to as many)."""
     from polygraphy.backend.trt import Profile as Shapes
 
     shapes, (least, typical, most) = Shapes(), profile.sequence
@@ -205,11 +226,11 @@ def create_profile(network: Any, profile: Profile) -> Any:
     return shapes
 
 
-def _failed(library: TensorRTLibrary, what: str, error: Exception | None = None) -> CannotRunHere:
-    said = list(dict.fromkeys(library.log.errors)) or [str(error)]
-    text = " ".join(said).lower()
+def _build_error(library: TensorRTLibrary, what: str, error: Exception | None = None) -> CannotRunHere:
+    messages = list(dict.fromkeys(library.log.errors)) or [str(error)]
+    text = " ".join(messages).lower()
     fix = next(
         (remedy for words, remedy in _REMEDIES.items() if words in text),
         "`kvexport lint` shows what this version lacks",
     )
-    return CannotRunHere(f"{library} {what}", got="\n           ".join(said[:_SHOWN]), fix=fix)
+    return CannotRunHere(f"{library} {what}", got="\n           ".join(messages[:_SHOWN]), fix=fix)

@@ -14,7 +14,7 @@ from typing import Any
 from kvexport.bundle.bundle import COPY_AGAIN
 from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE
 from kvexport.bundle.manifest import BYTES, REBUILD, Manifest
-from kvexport.engine.options import CHUNK
+from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.checkpoint import read_json
@@ -84,7 +84,7 @@ class Sizes:
     @property
     def chunk(self) -> int:
         """Tokens of a prompt that are computed at once."""
-        return CHUNK if self.eviction is None else min(CHUNK, self.eviction.chunk)
+        return DEFAULT_CHUNK if self.eviction is None else min(DEFAULT_CHUNK, self.eviction.chunk)
 
     def evicts(self, layer: int) -> bool:
         return self.eviction is not None and self.eviction.evicts(layer)

@@ -57,7 +57,7 @@ def test_a_tensorrt_error_is_shown_as_a_kvexport_error_without_other_output(bund
         [sys.executable, "-m", "kvexport", "engine", bundle, *arguments], capture_output=True, text=True
     )
     assert (ran.returncode, ran.stdout) == (3, "")
-    assert "cannot build this engine" in ran.stderr and "within workspace limit" in ran.stderr
+    assert "could not build this engine" in ran.stderr and "within workspace limit" in ran.stderr
     assert "fix:      raise or leave out --workspace" in ran.stderr and "Traceback" not in ran.stderr
     assert not (bundle / "engines").exists()
 

@@ -73,8 +73,8 @@ def test_what_was_asked_for(
 @pytest.mark.parametrize(
     ("target", "capabilities", "gpu", "installed", "error", "words"),
     [
-        (None, (), NANO, [], CannotRunHere, "no TensorRT is installed"),
-        (None, (), None, [], CannotRunHere, "no TensorRT is installed"),
+        (None, (), NANO, [], CannotRunHere, "TensorRT or TensorRT-RTX must be installed"),
+        (None, (), None, [], CannotRunHere, "TensorRT or TensorRT-RTX must be installed"),
         (None, (), None, FULL, CannotRunHere, "builds only on the GPU"),
         (None, ("8.6",), NANO, FULL, CannotRunHere, "only TensorRT-RTX builds for a --compute-capability"),
         (None, (), None, ONLY_RTX, UsageError, "--compute-capability 8.6"),

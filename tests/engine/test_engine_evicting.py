@@ -214,7 +214,7 @@ def test_every_input_of_the_cache_gets_its_size(evicting: Callable[..., Path]) -
 def test_the_chunk_is_what_layers_that_evict_take(evicting: Callable[..., Path]) -> None:
     bundle = Bundle.open(evicting())
     assert require_options(EngineOptions(), bundle) == (64, 7)
-    with pytest.raises(UsageError, match="does not fit the bundle's --kv-budget") as caught:
+    with pytest.raises(UsageError, match="must fit the bundle's --kv-budget") as caught:
         require_options(EngineOptions(chunk=8), bundle)
     assert "1 to 7" in str(caught.value)
     with pytest.raises(UsageError, match="must leave a token that can be evicted"):

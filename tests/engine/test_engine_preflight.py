@@ -14,7 +14,7 @@ import pytest
 from kvexport.bundle.bundle import Bundle
 from kvexport.devices.gpu import Gpu
 from kvexport.engine import EngineOptions, preflight
-from kvexport.engine.build import _timing_cache, build_engine
+from kvexport.engine.build import build_engine, read_timing_cache
 from kvexport.engine.destination import Destination
 from kvexport.engine.library import TensorRTLibrary, load_library
 from kvexport.errors import CannotRunHere, UsageError
@@ -89,7 +89,7 @@ def test_what_the_engine_does_not_have(
     ("options", "destination", "engine"),
     [
         ({}, AHEAD, RTX),
-        ({"refit": True}, dataclasses.replace(AHEAD, ahead=False), RTX),
+        ({"refit": True}, dataclasses.replace(AHEAD, ahead_of_time=False), RTX),
         ({"refit": True, "version_compatible": True}, ORIN, FULL),
         ({"hardware_compatible": True}, DESKTOP, FULL),
     ],
@@ -128,7 +128,7 @@ def test_no_remedy_that_the_engine_does_not_have(bundle: Bundle, monkeypatch: py
 
 def test_weights_that_do_not_fit_the_gpu(bundle: Bundle) -> None:
     small = Gpu("GeForce", "9.0", preflight.weights_bytes(bundle) - 1, False)
-    with pytest.raises(CannotRunHere, match="do not fit GeForce"):
+    with pytest.raises(CannotRunHere, match="must fit the memory of GeForce"):
         preflight.require_room(bundle, EngineOptions(), DESKTOP, small)
     preflight.require_room(
         bundle, EngineOptions(), DESKTOP, dataclasses.replace(small, memory=small.memory + 1)
@@ -141,14 +141,14 @@ def test_nothing_is_begun_where_preflight_refuses(
 ) -> None:
     bundle = tiny()
     monkeypatch.setattr(preflight, "available_memory", lambda: 0)
-    with pytest.raises(CannotRunHere, match="too little memory"):
+    with pytest.raises(CannotRunHere, match="not enough free memory"):
         build_engine(bundle, compute_capabilities=("8.6",))
     assert not (bundle / "engines").exists()
 
 
 def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(load_library.__globals__["MODULES"], "tensorrt-rtx", "no_such_tensorrt")
-    with pytest.raises(CannotRunHere, match=r"no_such_tensorrt is not installed") as caught:
+    with pytest.raises(CannotRunHere, match="no_such_tensorrt must be installed") as caught:
         load_library("tensorrt-rtx")
     assert "kvexport[rtx]" in str(caught.value)
 
@@ -166,10 +166,10 @@ def test_a_timing_cache_is_used_again_by_its_own_version_only(tmp_path: Path) ->
 
     same = SimpleNamespace(trt=SimpleNamespace(__version__="10.3.0.30"))
     other = SimpleNamespace(trt=SimpleNamespace(__version__="10.16.2.10"))
-    assert _timing_cache(tmp_path, same) == b""  # type: ignore[arg-type]
+    assert read_timing_cache(tmp_path, same) == b""  # type: ignore[arg-type]
     (tmp_path / CACHE_FILE).write_bytes(b"measured")
-    assert _timing_cache(tmp_path, same) == b""  # type: ignore[arg-type]
+    assert read_timing_cache(tmp_path, same) == b""  # type: ignore[arg-type]
     (tmp_path / PLAN_FILE).write_bytes(b"plan")
     write_record(tmp_path, RECORD)
-    assert _timing_cache(tmp_path, same) == b"measured"  # type: ignore[arg-type]
-    assert _timing_cache(tmp_path, other) == b""  # type: ignore[arg-type]
+    assert read_timing_cache(tmp_path, same) == b"measured"  # type: ignore[arg-type]
+    assert read_timing_cache(tmp_path, other) == b""  # type: ignore[arg-type]

@@ -276,7 +276,8 @@ def disagreement(
 ) -> float:
     """Largest relative distance of a graph to the oracle: logits and whatever taps it has in each call, caches at the end.
 
-    Right-padded prompts of `lengths` are read in `chunks`, then each row decodes `steps` tokens at its own depth.
+    Right-padded prompts of `lengths` are read in `chunks`, then each row decodes `steps` tokens at its own
+    depth.
     """
     batch = len(lengths)
     tokens = torch.randint(

@@ -297,7 +297,8 @@ WRONG = {
     "an operator of another domain": case("domain my.own", one, "Relu", domain="my.own"),
 }
 
-# What other versions refuse, by their documents: no parser at hand can confirm it, and TensorRT-RTX takes all of these.
+# What other versions refuse, by their documents: no parser at hand can confirm it, and TensorRT-RTX takes all
+# of these.
 T103, T1013, T1014, T1016 = (
     Parser("tensorrt", version) for version in ((10, 3, 0), (10, 13, 3), (10, 14), (10, 16, 2))
 )
