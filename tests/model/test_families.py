@@ -1,4 +1,4 @@
-"""Family descriptions: the shipped ones are sound, and a wrong one is refused by file and key."""
+"""Family descriptions: the shipped ones are valid, and errors for invalid ones name file and key."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ def changed(old: str, new: str, text: str = LLAMA) -> str:
     return text.replace(old, new)
 
 
-def refused(text: str, *said: str) -> None:
+def assert_rejected(text: str, *words: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_family(text, "some/where.toml")
-    for part in ("some/where.toml", *said):
+    for part in ("some/where.toml", *words):
         assert part in str(caught.value)
 
 
@@ -52,19 +52,19 @@ def test_shipped_description_is_consistent(name: str) -> None:
 
 def test_settings_take_the_first_key_then_the_default() -> None:
     bloom = families()["bloom"]
-    found = bloom.settings(
+    settings = bloom.settings(
         {"vocab_size": 9, "n_embed": 8, "n_layer": 3, "num_hidden_layers": 4, "num_attention_heads": 2}
     )
     sizes = {"vocab_size": 9, "hidden_size": 8, "num_layers": 3, "num_heads": 2}
-    assert found == {**sizes, "norm_eps": 1e-5, "tied": True, "activation": "gelu_tanh"}
+    assert settings == {**sizes, "norm_eps": 1e-5, "tied": True, "activation": "gelu_tanh"}
     with pytest.raises(CheckpointError, match="has no hidden_size or n_embed"):
         bloom.settings({"vocab_size": 9, "n_layer": 3, "n_head": 2})
 
 
-def test_null_in_the_config_is_as_if_absent() -> None:
+def test_null_in_the_config_counts_as_absent() -> None:
     sizes = {"vocab_size": 9, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
-    found = families()["llama"].settings({**sizes, "num_key_value_heads": None, "head_dim": None})
-    assert "num_kv_heads" not in found and "head_dim" not in found
+    settings = families()["llama"].settings({**sizes, "num_key_value_heads": None, "head_dim": None})
+    assert "num_kv_heads" not in settings and "head_dim" not in settings
 
 
 def test_bias_is_fixed_or_named_by_the_config() -> None:
@@ -89,14 +89,14 @@ def test_bias_is_fixed_or_named_by_the_config() -> None:
 @pytest.mark.parametrize(
     "config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "Llama"}]
 )
-def test_unknown_family(config: dict[str, object]) -> None:
+def test_rejects_unknown_family(config: dict[str, object]) -> None:
     with pytest.raises(CheckpointError, match="no family description") as caught:
         family_of(config)
     assert repr(config.get("model_type")) in str(caught.value)
     assert "bloom, llama, mistral, qwen2, qwen3" in str(caught.value)
 
 
-def test_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("a", "b"):
         (tmp_path / f"{name}.toml").write_text(LLAMA)
     monkeypatch.setattr(module, "resource", lambda *parts: tmp_path)
@@ -109,14 +109,14 @@ def test_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "words"),
     [
         ('kind = "rms"', 'kind = "group"', ("norm.kind", "group", "rms, layer")),
         ('position = "rope"', 'position = "learned"', ("attention.position", "learned", "rope, alibi")),
         ('layout = "split"', 'layout = "fused"', ("attention.layout", "fused", "split, fused_by_head")),
-        ("gated = true", 'gated = "yes"', ("mlp.gated", "boolean", "'yes'")),
-        ('model_types = ["llama", "mistral"]', 'model_types = "llama"', ("model_types", "array of strings")),
-        ('model_types = ["llama", "mistral"]', "model_types = [1]", ("model_types", "array of strings")),
+        ("gated = true", 'gated = "yes"', ("mlp.gated", "true or false", "yes")),
+        ('model_types = ["llama", "mistral"]', 'model_types = "llama"', ("model_types", "printable strings")),
+        ('model_types = ["llama", "mistral"]', "model_types = [1]", ("model_types", "printable strings")),
         ('model_types = ["llama", "mistral"]', "", ("model_types",)),
         (
             'model_types = ["llama", "mistral"]',
@@ -124,16 +124,16 @@ def test_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch: pytest.
             ("attention.window.model_types", "mistral"),
         ),
         ('prefixes = [""]', "", ("tensors.prefixes",)),
-        ('embedding = "model.embed_tokens"', "embedding = 3", ("tensors.embedding", "string")),
-        ('vocab_size = "vocab_size"', "vocab_size = 5", ("config.vocab_size", "array of strings")),
+        ('embedding = "model.embed_tokens"', "embedding = 3", ("tensors.embedding", "printable text")),
+        ('vocab_size = "vocab_size"', "vocab_size = 5", ("config.vocab_size", "printable strings")),
         ('vocab_size = "vocab_size"', "", ("vocab_size", "[config]", "[defaults]")),
-        ('vocab_size = "vocab_size"', 'vocabsize = "vocab_size"', ("vocabsize", "[config]")),
-        ("tied = false", "tide = false", ("tide", "[defaults]")),
+        ('vocab_size = "vocab_size"', 'vocabsize = "vocab_size"', ("vocabsize", "config has an unknown key")),
+        ("tied = false", "tide = false", ("tide", "defaults has an unknown key")),
         ('size = "sliding_window"', 'sise = "sliding_window"', ("sise", "attention.window")),
-        ('size = "sliding_window"', "size = 4", ("attention.window.size", "string")),
-        ('mlp = "mlp_bias"', "", ("[bias]",)),
+        ('size = "sliding_window"', "size = 4", ("attention.window.size", "printable text")),
+        ('mlp = "mlp_bias"', "", ("bias.mlp is missing",)),
         ('mlp = "mlp_bias"', "mlp = 1", ("bias.mlp", "1")),
-        ('q = "model.layers.{i}.self_attn.q_proj"', "", ("[tensors.layer]", "lacks q")),
+        ('q = "model.layers.{i}.self_attn.q_proj"', "", ("tensors.layer.q is missing",)),
         (
             'q = "model.layers.{i}.self_attn.q_proj"',
             'q = "model.self_attn.q_proj"',
@@ -143,28 +143,28 @@ def test_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch: pytest.
         (
             'q = "model.layers.{i}.self_attn.q_proj"',
             'q = "model.layers.{i}.q"\nqkv = "model.{i}.qkv"',
-            ("qkv", "[tensors.layer]"),
+            ("qkv", "tensors.layer has an unknown key"),
         ),
         (
             'q = "model.layers.{i}.self_attn.q_proj"',
             'q = "model.layers.{i}.q"\nq_norm = "model.{i}.n"',
-            ("lacks k_norm",),
+            ("tensors.layer.k_norm is missing",),
         ),
-        ("gated = true", "gated = false", ("gate", "[tensors.layer]")),
-        ("[mlp]", "[mpl]\nx = 1\n\n[mlp]", ("unknown key mpl",)),
-        ("[mlp]", "[mlp]\nact = 1", ("unknown key mlp.act",)),
-        ("[mlp]", "[mlp", ("not TOML",)),
+        ("gated = true", "gated = false", ("gate", "tensors.layer has an unknown key")),
+        ("[mlp]", "[mpl]\nx = 1\n\n[mlp]", ("unknown key", "mpl")),
+        ("[mlp]", "[mlp]\nact = 1", ("mlp has an unknown key", "act")),
+        ("[mlp]", "[mlp", ("must be TOML",)),
     ],
 )
-def test_wrong_description(old: str, new: str, said: tuple[str, ...]) -> None:
-    refused(changed(old, new), *said)
+def test_rejects_invalid_description(old: str, new: str, words: tuple[str, ...]) -> None:
+    assert_rejected(changed(old, new), *words)
 
 
-def test_fused_layout_has_as_many_kv_heads() -> None:
+def test_rejects_kv_heads_with_the_fused_layout() -> None:
     text = changed(
         'norm_eps = "layer_norm_epsilon"', 'num_kv_heads = "num_kv"\nnorm_eps = "eps"', SHIPPED["bloom.toml"]
     )
-    refused(text, "config.num_kv_heads", "fused")
+    assert_rejected(text, "config.num_kv_heads", "fused")
 
 
 KEYS = [
@@ -177,8 +177,10 @@ KEYS = [
 
 
 @given(st.sampled_from(KEYS), st.data())
-def test_a_misspelt_key_is_named(key: tuple[str, int], data: st.DataObject) -> None:
-    """One character of one key dropped, doubled or replaced: the error has the file and the key, right or misspelt."""
+def test_error_names_a_misspelt_key(key: tuple[str, int], data: st.DataObject) -> None:
+    """Drop, double or replace one character of a key: the error names the file and the key, correct or
+    misspelt.
+    """
     file, number = key
     lines = SHIPPED[file].splitlines()
     name, rest = lines[number].split(" = ", 1)
@@ -195,7 +197,7 @@ def test_a_misspelt_key_is_named(key: tuple[str, int], data: st.DataObject) -> N
 
 
 @given(st.sampled_from(KEYS))
-def test_a_removed_line_is_missed_or_was_optional(key: tuple[str, int]) -> None:
+def test_rejects_a_removed_line_unless_optional(key: tuple[str, int]) -> None:
     file, number = key
     lines = SHIPPED[file].splitlines()
     name = lines.pop(number).split(" = ")[0]
@@ -211,6 +213,6 @@ def test_a_removed_line_is_missed_or_was_optional(key: tuple[str, int]) -> None:
 
 @pytest.mark.slow
 @given(st.text(max_size=80))
-def test_any_text_is_refused_in_our_words(text: str) -> None:
+def test_rejects_any_other_text_with_a_usage_error(text: str) -> None:
     with pytest.raises(UsageError, match=r"any\.toml"):
         parse_family(text, "any.toml")
