@@ -1,7 +1,4 @@
-"""The window of text whose attention maps are shown, and its tokens as a person reads them.
-
-Knows where the text comes from and the tokenizer; nothing of attention.
-"""
+"""The window of text whose attention maps are shown, and the text of each of its tokens."""
 
 from __future__ import annotations
 
@@ -13,6 +10,7 @@ from torch import Tensor
 
 from kvexport.calibrate import Recipe, calibration_windows, recipe_for
 from kvexport.calibrate.text import read_text, read_tokenizer, tokenize
+from kvexport.calibrate.tokens import require_in_vocabulary
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder
 
@@ -28,13 +26,22 @@ def shown_window(
     windows: Tensor,
     advance: Callable[[], None],
 ) -> Tensor:
-    """Token ids [tokens] int64, fewer where the text or the calibration windows have fewer.
+    """Token ids of the window, [tokens] int64, or fewer if the source is shorter.
 
-    The beginning of `text`. Without one, what the model samples at the trained temperature with the seed after the
-    recipe's; or the beginning of the last calibration window, which no fit sees, where calibration samples nothing.
+    The beginning of `text`. Without `text`: a sample of the model at temperature 1 with the recipe's seed +
+    1, if the recipe samples; otherwise the beginning of the last calibration window, which is held out.
+
+    Args:
+        decoder: the trained model.
+        checkpoint: its directory, for tokenizer.json.
+        text: a text file; None: no text.
+        tokens: length of the window.
+        recipe: the calibration recipe.
+        windows: calibration windows [N, S] int64.
+        advance: called once per sampling step.
 
     Raises:
-        UsageError: the text is empty, or not of the model's vocabulary.
+        UsageError: the text is too short, or the tokenizer is that of another model.
     """
     if text is not None:
         return _beginning(decoder, checkpoint, text, tokens)
@@ -48,22 +55,18 @@ def _beginning(decoder: Decoder, checkpoint: Path, text: Path, tokens: int) -> T
     ids = tokenize(checkpoint, read_text(text))[: min(tokens, decoder.dims.max_positions or tokens)]
     if len(ids) < 2:
         raise UsageError(
-            f"the text {text} is too short for an attention map",
+            f"the text {text} must have at least 2 tokens for an attention map",
             got=f"{len(ids)} tokens",
             expected="2 or more",
         )
-    if max(ids) >= decoder.dims.vocab_size:
-        raise UsageError(
-            "the tokenizer makes token ids that the model does not have",
-            got=max(ids),
-            expected=f"below {decoder.dims.vocab_size}",
-            fix="put the model's own tokenizer.json beside its weights",
-        )
+    require_in_vocabulary(ids, decoder.dims.vocab_size)
     return torch.tensor(ids)
 
 
 def token_texts(checkpoint: Path, ids: Sequence[int]) -> list[str]:
-    """Each token's own text; its name in the vocabulary where it is part of a character, its id without a tokenizer.json."""
+    """Text of each token: its name in the vocabulary if it is part of a character, its id without
+    tokenizer.json.
+    """
     path = checkpoint / _TOKENIZER
     if not path.exists():
         return [str(each) for each in ids]

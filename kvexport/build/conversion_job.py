@@ -30,7 +30,7 @@ from kvexport.convert import (
 )
 from kvexport.errors import UsageError
 from kvexport.files.malloc import return_freed
-from kvexport.heal import Healed, HealOptions, heal
+from kvexport.heal import HealOptions, HealResult, heal
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder, Layer, tensors_of
 from kvexport.model.divergence import Divergence
@@ -226,7 +226,7 @@ class ConversionJob:
             points.append(FrontierPoint(kv_bytes, point.predicted_kl, measured_kl))
         return points
 
-    def _heal(self, layers: list[Layer], windows: Tensor) -> Healed:
+    def _heal(self, layers: list[Layer], windows: Tensor) -> HealResult:
         """Distil the converted layers; an earlier run that was killed is resumed from its state file."""
         assert self.options.heal is not None
         train = windows[split_windows(len(windows))[0]]  # the others measure the final loss

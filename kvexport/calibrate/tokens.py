@@ -49,13 +49,14 @@ def calibration_windows(
         return torch.randint(decoder.dims.vocab_size, (recipe.samples, recipe.length), generator=generator)
     assert recipe.file is not None
     ids = tokenize(checkpoint, read_text(recipe.file))
-    _require_in_vocabulary(ids, decoder.dims.vocab_size)
+    require_in_vocabulary(ids, decoder.dims.vocab_size)
     return spread_windows(
         ids, recipe.samples, recipe.length, recipe.seed, f"the calibration text {recipe.file}"
     )
 
 
-def _require_in_vocabulary(ids: list[int], vocab_size: int) -> None:
+def require_in_vocabulary(ids: list[int], vocab_size: int) -> None:
+    """Raise UsageError if a token id of the tokenizer is not in the model's vocabulary."""
     if ids and max(ids) >= vocab_size:
         raise UsageError(
             "token ids of the tokenizer must be in the model's vocabulary",

@@ -1,6 +1,6 @@
-"""Healing: a short distillation of a converted decoder's attention weights against the original's logits."""
+"""Healing: short distillation of a converted decoder's attention weights towards the original's logits."""
 
 from kvexport.heal.distil import heal
-from kvexport.heal.report import Healed, HealOptions, HealReport
+from kvexport.heal.report import HealOptions, HealReport, HealResult
 
-__all__ = ["HealOptions", "HealReport", "Healed", "heal"]
+__all__ = ["HealOptions", "HealReport", "HealResult", "heal"]

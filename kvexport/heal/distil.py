@@ -1,10 +1,11 @@
-"""The flow of healing: layer by layer against the original's stream, then all layers against its logits.
+"""Healing in two phases: each layer towards the original's residual stream, then all layers towards its
+logits.
 
-Knows the order of things, when to stop, and that nothing worse than what was given may be returned. All training is
-in float32. Held in memory: the original's and, layer by layer, the converted residual stream of all windows
-(tokens · hidden · 4 bytes each), the converted layers, for each trained number its gradient, two moments and its best
-value, and the activations of 2048 tokens or one window; with adapters, the activations and the sums of weight and
-adapter of one layer at a time. Of the original: one layer at a time.
+All training is in float32. The result is never worse than the input on the held-out windows. In memory are:
+the residual streams of the original and, in the first phase, of the converted model over all windows (tokens
+· hidden · 4 bytes each); the converted layers; gradient, two moments and best value of each trained number;
+the activations of 2048 tokens or one window (with adapters: those of one layer at a time); one layer of the
+original.
 """
 
 from __future__ import annotations
@@ -22,19 +23,19 @@ from torch import Tensor
 from kvexport.errors import UsageError
 from kvexport.heal.loss import advance, kl_gradient, kl_sum, parts, stream_error, stream_loss
 from kvexport.heal.optimizer import RelativeAdam, batch_of
-from kvexport.heal.report import Healed, HealOptions, HealReport
+from kvexport.heal.report import HealOptions, HealReport, HealResult
 from kvexport.heal.state import Counters, digest, load, save
 from kvexport.heal.student import Student, in_dtype
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 
-# Measured on a trained model of 5.9 M parameters: of equal CPU time, layers alone took off most, and a high rate end
-# to end first undid what they had gained.
-_LAYERWISE = 0.8  # share of the steps
-_END_TO_END = 0.1  # of the learning rate
+# Measured on a trained model of 5.9 M parameters: for equal CPU time the first phase gained most, and a high
+# rate in the second phase lost that gain again.
+LAYERWISE_SHARE = 0.8  # share of the steps in the first phase
+END_TO_END_RATE = 0.1  # learning rate of the second phase, relative
 _EVALUATIONS = 10
-_PATIENCE = 4  # evaluations in a row that only got worse
+_PATIENCE = 4  # consecutive worse evaluations before an early stop
 _TINY = torch.finfo(torch.float32).tiny
 
 
@@ -46,23 +47,26 @@ def heal(
     options: HealOptions,
     progress: Progress,
     state: Path | None = None,
-) -> Healed:
+) -> HealResult:
     """Train the attention weights of `converted` towards the original's predictions on `windows`.
 
     Args:
-        original, converted: the same model but for the layers' attention.
-        windows: token ids [N, S] int64 to train on.
-        held_out: token ids [M, S] int64 by which the best weights are chosen.
-        state: a file where the work is saved at every evaluation, and taken up again if it is there. The result is the
-            same to the bit as without an interruption. The caller deletes it.
+        original: the trained model.
+        converted: the same model with converted attention.
+        windows: training token ids [N, S] int64.
+        held_out: token ids [M, S] int64 on which the best weights are chosen.
+        options: steps, learning rate and adapters.
+        progress: shows the steps.
+        state: file for the state, written at every evaluation and loaded if it exists; the result is then
+            bit-identical to that of an uninterrupted run. The caller deletes it. None: no state is saved.
 
     Raises:
-        UsageError: no windows, or a state that is damaged or of another job.
-        CannotRunHere: adapters are asked for and peft is not installed.
+        UsageError: there are no windows, or the state is damaged or of another job.
+        CannotRunHere: adapters are requested and peft is not installed.
     """
-    for name, given in (("to heal on", windows), ("held out", held_out)):
-        if given.numel() == 0:
-            raise UsageError(f"there are no windows {name}", got=tuple(given.shape), fix="use more --samples")
+    for name, ids in (("training", windows), ("held-out", held_out)):
+        if ids.numel() == 0:
+            raise UsageError(f"healing needs {name} windows", got=tuple(ids.shape), fix="use more --samples")
     return _Job(original, converted, windows, held_out, options, progress, state).run()
 
 
@@ -81,15 +85,17 @@ class _Job:
         self.original, self.converted, self.windows, self.held_out = original, converted, windows, held_out
         self.options, self.progress, self.state = options, progress, state
         self.student = Student(converted, options.lora_rank, options.seed)
-        self.layerwise_steps = round(_LAYERWISE * options.steps)
+        self.layerwise_steps = round(LAYERWISE_SHARE * options.steps)
         self.steps = options.steps - self.layerwise_steps
-        self.optimizer = RelativeAdam(self.student.scaled(), _END_TO_END * options.learning_rate, self.steps)
+        self.optimizer = RelativeAdam(
+            self.student.scaled_parameters(), END_TO_END_RATE * options.learning_rate, self.steps
+        )
         self.parameters = self.optimizer.parameters
         self.best = [parameter.detach().clone() for parameter in self.parameters]
         self.counters = Counters(layers=0, steps=0, best_step=0, curve=[], seconds=0.0)
         self.job = "" if state is None else digest((original, converted, windows, held_out, options))
 
-    def run(self) -> Healed:
+    def run(self) -> HealResult:
         self._resume()
         left = (
             self.layerwise_steps * (len(self.student) - self.counters.layers)
@@ -106,9 +112,11 @@ class _Job:
         return self._finish(held_out, before)
 
     def _layer_by_layer(self) -> tuple[Tensor, Tensor, float]:
-        """The original's last residual streams of both sets of windows, and the held-out KL of what was given.
+        """Run all layers, healing each one that is not healed yet.
 
-        On the way, each layer is healed that is still to be healed on its own.
+        Returns:
+            The original's residual streams after the last layer on training windows [N, S, hidden] and
+            held-out windows [M, S, hidden], and the held-out KL of the given converted model.
         """
         rope, unfinished = self.original.rope, self.layerwise_steps > 0 and not self.counters.curve
         teacher, held_out = (
@@ -129,9 +137,13 @@ class _Job:
         return teacher, held_out, self._kl(held_out, given)
 
     def _heal_layer(self, index: int, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
-        """Train one layer to take the converted stream to where the original's is after it; undone if that gains nothing."""
+        """Train one layer to move the converted stream to the original's after it; restored if that gains
+        nothing.
+        """
         student, rope = self.student, self.original.rope
-        optimizer = RelativeAdam(student.scaled(index), self.options.learning_rate, self.layerwise_steps)
+        optimizer = RelativeAdam(
+            student.scaled_parameters(index), self.options.learning_rate, self.layerwise_steps
+        )
         given = [parameter.detach().clone() for parameter in optimizer.parameters]
         before = stream_loss(student.layer(index), ours[1], theirs[1], rope)
         for step in range(self.layerwise_steps):
@@ -146,8 +158,9 @@ class _Job:
             _put(given, optimizer.parameters)
 
     def _end_to_end(self, teacher: Tensor, held_out: Tensor) -> None:
+        """Train all layers towards the original's logits."""
         every = max(1, self.steps // _EVALUATIONS)
-        while self.counters.steps < self.steps and not self._hopeless():
+        while self.counters.steps < self.steps and not self._no_progress():
             chosen = self._batch(self.layerwise_steps + self.counters.steps)
             for part in parts(len(chosen), self.windows.shape[1]):
                 stream = self.student.stream(self.windows[chosen[part]])
@@ -158,53 +171,52 @@ class _Job:
             self.progress.advance()
             due = self.counters.steps % every == 0 or self.counters.steps == self.steps
             if due and not self._evaluate(held_out):
-                self.progress.note("healing stopped: the weights are not finite any more")
+                self.progress.note("healing stopped: the weights are no longer finite")
                 return
 
-    def _hopeless(self) -> bool:
-        """Whether the last evaluations were each worse than the one before, or than what was given."""
-        found = [kl for _, kl in self.counters.curve]
-        worse = [kl > min(before, found[0]) for before, kl in pairwise(found)]
+    def _no_progress(self) -> bool:
+        """Whether each of the last evaluations was worse than the one before it or than the given weights."""
+        curve = [kl for _, kl in self.counters.curve]
+        worse = [kl > min(before, curve[0]) for before, kl in pairwise(curve)]
         return len(worse) >= _PATIENCE and all(worse[-_PATIENCE:])
 
     def _evaluate(self, held_out: Tensor) -> bool:
-        """Measure the present weights, keep them if they are the best yet, save; False: they are not finite."""
+        """Measure the current weights, keep them if they are the best so far, save; False if they are not
+        finite.
+        """
         kl = self._kl(held_out, self.student.held_out_stream(self.held_out))
         if not math.isfinite(kl):
             return False
         counters, step = self.counters, self.layerwise_steps + self.counters.steps
-        if kl < min(seen for _, seen in counters.curve):
+        if kl < min(earlier for _, earlier in counters.curve):
             counters.best_step = step
             _put([parameter.detach() for parameter in self.parameters], self.best)
         elif counters.steps == 0:
-            _put(
-                self.best, self.parameters
-            )  # layers that gained each on its own lost together: start from what was given
+            # each layer gained on its own, but together they lost: start from the given weights
+            _put(self.best, self.parameters)
         counters.curve.append((step, kl))
         self._save()
         return True
 
     def _kl(self, original: Tensor, converted: Tensor) -> float:
-        """Mean KL of last residual streams of the held-out windows, nats per token."""
+        """Mean KL for residual streams after the last layer on held-out windows, nats per token."""
         return kl_sum(self.student.ends, original, converted) / self.held_out.numel()
 
-    def _finish(self, held_out: Tensor, before: float) -> Healed:
+    def _finish(self, held_out: Tensor, before: float) -> HealResult:
         _put(self.best, self.parameters)
         after, step, healed = (
             min(kl for _, kl in self.counters.curve),
             self.counters.best_step,
             self.student.decoder(),
         )
-        if self.converted.layers[0].attention.q.weight.dtype not in (
-            torch.float32,
-            torch.float64,
-        ):  # rounding may cost it all
+        # rounding to a narrow dtype may undo the gain
+        if self.converted.layers[0].attention.q.weight.dtype not in (torch.float32, torch.float64):
             layers = [in_dtype(layer, torch.float32) for layer in healed.layers]
             after = self._kl(held_out, self.student.held_out_stream(self.held_out, layers))
         if not (step and after < before):
             healed, after, step = self.converted, before, 0
         self.progress.note(
-            f"healing took the held-out KL from {before:.5f} to {after:.5f}, best at step {step}"
+            f"healing changed the held-out KL from {before:.5f} to {after:.5f}, best at step {step}"
         )
         report = HealReport(
             steps=self.layerwise_steps + self.counters.steps,
@@ -215,7 +227,7 @@ class _Job:
             trained_numbers=sum(parameter.numel() for parameter in self.parameters),
             seconds=round(self._seconds(), 3),
         )
-        return Healed(healed, report)
+        return HealResult(healed, report)
 
     def _batch(self, step: int) -> Tensor:
         return batch_of(len(self.windows), self.options.batch, self.options.seed, step)
@@ -235,11 +247,11 @@ class _Job:
         if self.state is None:
             return
         tensors = self._tensors()
-        found = load(self.state, self.job, tensors)
-        if found is not None:
-            self.counters = found
-            self.optimizer.load(tensors["first"], tensors["second"], found.steps)
-            self.progress.note(f"healing goes on from {self.state}")
+        counters = load(self.state, self.job, tensors)
+        if counters is not None:
+            self.counters = counters
+            self.optimizer.load(tensors["first"], tensors["second"], counters.steps)
+            self.progress.note(f"healing continues from {self.state}")
 
 
 @torch.no_grad()

@@ -1,7 +1,4 @@
-"""The two losses of healing, in bounded memory: KL of the logits, and the error of a layer's residual stream.
-
-Knows the reference's layers and head; must not know what is trained or how.
-"""
+"""The two losses of healing, in bounded memory: error of a layer's residual stream, and KL of the logits."""
 
 from __future__ import annotations
 
@@ -13,13 +10,13 @@ from torch import Tensor
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, Rope
 
-_TOKENS = 2048  # of activations held at once, one window at least
-_LOGITS = 1 << 23  # logits held at once, of one model
+TOKENS = 2048  # tokens whose activations are in memory at once, one window at least
+LOGITS = 1 << 23  # logits of one model in memory at once
 
 
 def parts(windows: int, length: int) -> Iterator[slice]:
-    """Slices of windows that are run together."""
-    size = max(1, _TOKENS // length)
+    """Slices of `windows` windows of `length` tokens that are run together."""
+    size = max(1, TOKENS // length)
     return (slice(at, min(at + size, windows)) for at in range(0, windows, size))
 
 
@@ -30,27 +27,33 @@ def run_layer(layer: Layer, x: Tensor, rope: Rope | None) -> Tensor:
 
 @torch.no_grad()
 def advance(layer: Layer, stream: Tensor, rope: Rope | None) -> None:
-    """Take the residual stream [N, S, hidden] through the layer, in place."""
+    """Advance the residual stream [N, S, hidden] past the layer, in place."""
     for part in parts(*stream.shape[:2]):
         stream[part] = run_layer(layer, stream[part], rope)
 
 
 def stream_error(layer: Layer, x: Tensor, target: Tensor, rope: Rope | None) -> Tensor:
-    """Squared error of the residual stream after the layer against `target` [B, S, hidden], summed over all."""
+    """Sum of squared differences between x [B, S, hidden] after the layer and `target`, same shape."""
     return (run_layer(layer, x, rope) - target).square().sum()
 
 
 @torch.no_grad()
 def stream_loss(layer: Layer, x: Tensor, target: Tensor, rope: Rope | None) -> float:
-    """`stream_error` of windows [N, S, hidden], a mean per token."""
+    """`stream_error` of windows x [N, S, hidden], mean per token."""
     errors = (float(stream_error(layer, x[part], target[part], rope)) for part in parts(*x.shape[:2]))
     return sum(errors) / (x.shape[0] * x.shape[1])
 
 
 def kl_gradient(original: Decoder, teacher: Tensor, student: Tensor) -> Tensor:
-    """The gradient of Σ KL(original ‖ converted) over all positions, with respect to the stream `student`.
+    """Gradient of Σ KL(original ‖ converted) over all positions with respect to `student`.
 
-    Both streams [B, S, hidden] are those after the last layer. As many positions at once as `_LOGITS` allows.
+    Args:
+        original: gives final norm and head.
+        teacher: the original's residual stream after the last layer, [B, S, hidden].
+        student: the converted model's, same shape.
+
+    Returns:
+        [B, S, hidden].
     """
     gradient = torch.empty_like(student)
     flat, theirs, ours = (x.detach().flatten(0, 1) for x in (gradient, teacher, student))
@@ -72,11 +75,11 @@ def kl_sum(original: Decoder, teacher: Tensor, student: Tensor) -> float:
 
 def _kl(original: Decoder, teacher: Tensor, student: Tensor) -> Tensor:
     with torch.no_grad():
-        wanted = reference.logits(original, teacher).log_softmax(-1)
-    found = reference.logits(original, student).log_softmax(-1)
-    return torch.nn.functional.kl_div(found, wanted, reduction="none", log_target=True).sum(-1)
+        target = reference.logits(original, teacher).log_softmax(-1)
+    current = reference.logits(original, student).log_softmax(-1)
+    return torch.nn.functional.kl_div(current, target, reduction="none", log_target=True).sum(-1)
 
 
 def _rows(original: Decoder, count: int) -> Sequence[slice]:
-    size = max(1, _LOGITS // original.dims.vocab_size)
+    size = max(1, LOGITS // original.dims.vocab_size)
     return [slice(at, min(at + size, count)) for at in range(0, count, size)]

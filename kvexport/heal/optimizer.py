@@ -1,7 +1,6 @@
-"""Adam whose steps are relative to the size of each tensor, with warm-up, cosine and clipping, all functions of the step.
+"""Adam with steps relative to the size of each tensor, warm-up, cosine schedule and gradient clipping.
 
-Knows parameters and steps; must not know what is minimised. Which windows a step sees follows from seed and step
-alone, so that nothing random has to be saved.
+Schedule and batches are functions of seed and step alone, so that no random state has to be saved.
 """
 
 from __future__ import annotations
@@ -12,18 +11,20 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-_WARM_UP = 0.1  # of the steps
+_WARM_UP = 0.1  # share of the steps
 _BETAS = (0.9, 0.98)
-_CLIP = 1.0  # the largest norm of all gradients together
+_CLIP = 1.0  # largest norm of all gradients together
 
 
 class RelativeAdam:
-    """Adam (Kingma & Ba 2015, algorithm 1); at step t a tensor moves by rate(t) times its RMS, or less."""
+    """Adam (arXiv 1412.6980, algorithm 1) in which step t moves a tensor by at most about rate(t) times its
+    RMS.
+    """
 
     def __init__(
-        self, scaled: Iterable[tuple[nn.Parameter, float]], learning_rate: float, steps: int
+        self, scaled_parameters: Iterable[tuple[nn.Parameter, float]], learning_rate: float, steps: int
     ) -> None:
-        pairs = list(scaled)
+        pairs = list(scaled_parameters)
         self.parameters = [parameter for parameter, _ in pairs]
         self._scales = [rms for _, rms in pairs]
         self._rate, self._steps = learning_rate, steps
@@ -32,7 +33,7 @@ class RelativeAdam:
         )
 
     def step(self, step: int) -> None:
-        """Move by the gradients, and clear them; `step` counts from 0."""
+        """Apply the gradients and clear them; `step` counts from 0."""
         torch.nn.utils.clip_grad_norm_(self.parameters, _CLIP)
         rate = self._rate * schedule(step, self._steps)
         for group, scale in zip(self._adam.param_groups, self._scales, strict=True):
@@ -50,7 +51,7 @@ class RelativeAdam:
         return first, second
 
     def load(self, first: list[Tensor], second: list[Tensor], steps: int) -> None:
-        """Go on after `steps` steps from saved moments."""
+        """Restore the state after `steps` steps from saved moments."""
         for parameter, mean, square in zip(self.parameters, first, second, strict=True):
             self._adam.state[parameter] = {
                 "step": torch.tensor(float(steps)),
@@ -60,7 +61,7 @@ class RelativeAdam:
 
 
 def schedule(step: int, steps: int) -> float:
-    """Share of the learning rate at a step: a linear rise, then half a cosine that ends near zero."""
+    """Share of the learning rate at a step: linear warm-up, then a half cosine that ends near zero."""
     warm = max(1, round(_WARM_UP * steps))
     if step < warm:
         return (step + 1) / warm
@@ -68,7 +69,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def batch_of(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """Which of `count` windows a step sees, int64 [batch]: every epoch in an order of its own."""
+    """Indices of the windows of a step, [batch] int64; every epoch has its own order of the `count` windows."""
     batch = min(batch, count)
     epoch, at = divmod(step, count // batch)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

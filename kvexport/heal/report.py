@@ -1,4 +1,4 @@
-"""What healing is asked for and what it says afterwards; knows nothing of how it is done."""
+"""Options and report of healing."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from kvexport.model.decoder import Decoder
 
 @dataclass(frozen=True)
 class HealOptions:
-    """How long and how to heal.
+    """Options of healing.
 
     Attributes:
-        steps: optimizer steps; the first four fifths of them layer by layer (so many a layer), the rest end to end.
-        seed: of the order of the windows, and of the adapters' initial weights.
-        lora_rank: train adapters of this rank on q, k, v and o, in place of the whole weights.
-        batch: windows in a step.
-        learning_rate: the largest step of Adam, relative to the RMS of the tensor it moves; end to end a tenth of it.
+        steps: optimizer steps; the first four fifths for each layer alone, the rest for all layers together.
+        seed: random seed of the order of windows and of the adapters' initial weights.
+        lora_rank: rank of LoRA adapters (arXiv 2106.09685) trained on q, k, v and o; None: train the weights.
+        batch: windows per step.
+        learning_rate: largest step of Adam relative to the RMS of the tensor; a tenth of it in the second
+            phase.
 
     Raises (on construction):
-        UsageError: a value out of range.
+        UsageError: a value is out of range.
     """
 
     steps: int
@@ -39,22 +40,23 @@ class HealOptions:
         _require("learning rate", self.learning_rate, self.learning_rate > 0, "above 0")
 
 
-def _require(name: str, seen: object, holds: bool, allowed: str) -> None:
+def _require(name: str, value: object, holds: bool, expected: str) -> None:
     if not holds:
-        raise UsageError(f"the {name} of healing cannot be used", got=seen, expected=allowed)
+        raise UsageError(f"the {name} of healing must be {expected}", got=value)
 
 
 @dataclass(frozen=True)
 class HealReport:
-    """What healing did.
+    """Result of healing in numbers.
 
     Attributes:
-        steps: steps run, the layer-wise ones among them; fewer than asked for where it stopped early.
-        best_step: the step whose weights were kept; 0: none was better than what was given.
-        kl_before, kl_after: mean KL(original ‖ converted) on the held-out windows, nats per token.
-        curve: (step, held-out KL) of every evaluation; step 0 is what was given.
-        trained_numbers: how many numbers the optimizer moved.
-        seconds: wall time, over all runs where it was resumed.
+        steps: steps run, both phases; fewer than requested after an early stop.
+        best_step: step whose weights were kept; 0: the given weights.
+        kl_before: mean KL(original ‖ converted) on the held-out windows before healing, nats per token.
+        kl_after: the same after healing.
+        curve: (step, held-out KL) of every evaluation; step 0 is the given model.
+        trained_numbers: numbers that the optimizer trained.
+        seconds: wall time, over all runs if it was resumed.
     """
 
     steps: int
@@ -66,12 +68,18 @@ class HealReport:
     seconds: float
 
     def to_json(self) -> dict[str, Any]:
+        """Plain JSON values."""
         return asdict(self) | {"curve": [list(point) for point in self.curve]}
 
 
 @dataclass(frozen=True)
-class Healed:
-    """The decoder with its attention weights healed, of the dtype and shapes given; the very one given if none was better."""
+class HealResult:
+    """The healed decoder, with the dtypes and shapes of the given one, and the report.
+
+    Attributes:
+        decoder: the given decoder itself if no weights were better.
+        report: what healing changed.
+    """
 
     decoder: Decoder
     report: HealReport

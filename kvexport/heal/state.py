@@ -1,7 +1,4 @@
-"""Where healing stands, in one safetensors file that is replaced whole; refuses one that is damaged or of another job.
-
-Knows lists of tensors and numbers about them; must not know what they are the weights of.
-"""
+"""State of healing in one safetensors file, replaced atomically, with a checksum and the digest of the job."""
 
 from __future__ import annotations
 
@@ -24,7 +21,15 @@ _HEADER, _CHECKSUM = "header", "sha256"
 
 @dataclass
 class Counters:
-    """What is done: layers healed one by one, then steps end to end; every evaluation; the time it took."""
+    """Progress of healing.
+
+    Attributes:
+        layers: layers healed in the first phase.
+        steps: steps of the second phase.
+        best_step: step of the best weights.
+        curve: (step, held-out KL) of every evaluation.
+        seconds: wall time.
+    """
 
     layers: int
     steps: int
@@ -34,10 +39,16 @@ class Counters:
 
 
 def save(path: Path, job: str, counters: Counters, tensors: dict[str, list[Tensor]]) -> None:
-    """Replace the file at `path`; a kill at any moment leaves the old one or the new one.
+    """Write the state to `path`; a kill at any moment leaves the old file or the new one.
+
+    Args:
+        path: the state file.
+        job: digest of the inputs and options.
+        counters: progress.
+        tensors: lists of tensors by name.
 
     Raises:
-        OSError: the disk is full, or will not be written.
+        OSError: the file cannot be written.
     """
     header = json.dumps({"format": _FORMAT, "job": job, "counters": asdict(counters)}).encode()
     named = {
@@ -53,7 +64,7 @@ def save(path: Path, job: str, counters: Counters, tensors: dict[str, list[Tenso
 
 
 def load(path: Path, job: str, tensors: dict[str, list[Tensor]]) -> Counters | None:
-    """Fill `tensors` from the file and return its counters; None where there is no file.
+    """Copy the saved tensors into `tensors`; returns the counters, or None if there is no file.
 
     Raises:
         UsageError: the file is damaged, or of another job.
@@ -68,23 +79,23 @@ def load(path: Path, job: str, tensors: dict[str, list[Tensor]]) -> Counters | N
         sound = torch.equal(named.pop(_CHECKSUM), _checksum(named))
         header = json.loads(bytes(named.pop(_HEADER).numpy())) if sound else {}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise _refused(path, "is damaged", str(error)) from error
+        raise _invalid(path, "is damaged", str(error)) from error
     if not sound:
-        raise _refused(path, "is damaged", "its checksum differs")
+        raise _invalid(path, "is damaged", "its checksum differs")
     if (header.get("format"), header.get("job")) != (_FORMAT, job):
-        raise _refused(
+        raise _invalid(
             path, "belongs to another job: another checkpoint, conversion, text or options", header.get("job")
         )
     with torch.no_grad():
         for name, group in tensors.items():
             for at, each in enumerate(group):
                 each.copy_(named[f"{name}.{at}"])
-    found = header["counters"]
-    return Counters(**{**found, "curve": [(int(step), float(kl)) for step, kl in found["curve"]]})
+    counters = header["counters"]
+    return Counters(**{**counters, "curve": [(int(step), float(kl)) for step, kl in counters["curve"]]})
 
 
 def digest(parts: Iterable[object]) -> str:
-    """sha256 over tensors and plain values, in order; dataclasses and sequences are taken apart."""
+    """sha256 over tensors and plain values in order, recursively through dataclasses and sequences."""
     total = hashlib.sha256()
     for part in parts:
         _add(total, part)
@@ -114,9 +125,9 @@ def _checksum(named: dict[str, Tensor]) -> Tensor:
     return torch.frombuffer(bytearray(total.digest()), dtype=torch.uint8)
 
 
-def _refused(path: Path, what: str, seen: object) -> UsageError:
+def _invalid(path: Path, what: str, got: object) -> UsageError:
     return UsageError(
         f"the state of healing in {path} {what}",
-        got=seen,
-        fix="to go on with it, give the same inputs and options as before; to start over, delete the file",
+        got=got,
+        fix="to continue, give the same inputs and options as before; to start again, delete the file",
     )

@@ -1,7 +1,4 @@
-"""The converted decoder in float32 with its attention weights trainable; the dtype it came in, on the way out.
-
-Knows how its layers are run and which numbers are trained; must not know what it is trained for.
-"""
+"""The converted decoder in float32 with trainable attention weights."""
 
 from __future__ import annotations
 
@@ -22,7 +19,12 @@ T = TypeVar("T")
 
 
 class Student:
-    """`given` are the converted layers in float32 as they came; `layer(i)` has the present weights."""
+    """A converted decoder in training.
+
+    Attributes:
+        ends: embedding, final norm and head in float32.
+        given: the layers in float32 with the given weights; `layer(i)` has the current ones.
+    """
 
     def __init__(self, converted: Decoder, lora_rank: int | None, seed: int) -> None:
         self._converted, self._frugal = converted, lora_rank is not None
@@ -35,17 +37,20 @@ class Student:
     def __len__(self) -> int:
         return len(self.given)
 
-    def scaled(self, index: int | None = None) -> list[tuple[nn.Parameter, float]]:
-        """What is trained in one layer, or in all, with the RMS that steps are relative to."""
+    def scaled_parameters(self, index: int | None = None) -> list[tuple[nn.Parameter, float]]:
+        """Trained parameters of one layer or of all, each with the RMS that its steps are relative to."""
         chosen = self._trained if index is None else [self._trained[index]]
-        return [pair for layer in chosen for pair in layer.scaled()]
+        return [pair for layer in chosen for pair in layer.scaled_parameters()]
 
     def layer(self, index: int) -> Layer:
+        """One layer with the current weights."""
         return replace(self.given[index], attention=self._trained[index].attention())
 
     def stream(self, ids: Tensor) -> Tensor:
-        """The last residual stream [B, S, hidden], differentiable. With adapters, a layer's activations, and its sums of
-        weight and adapter, are made again on the way back instead of kept."""
+        """Residual stream after the last layer [B, S, hidden], differentiable.
+
+        With adapters, activations and sums of weight and adapter are recomputed in the backward pass.
+        """
         x = reference.embed(self.ends.embedding, ids)
         for index in range(len(self)):
             x = checkpoint(self._run, index, x, use_reentrant=False) if self._frugal else self._run(index, x)
@@ -56,7 +61,7 @@ class Student:
 
     @torch.no_grad()
     def held_out_stream(self, ids: Tensor, layers: Sequence[Layer] | None = None) -> Tensor:
-        """The last residual stream [M, S, hidden] with the present weights, or through `layers`."""
+        """Residual stream after the last layer [M, S, hidden], with the current weights or with `layers`."""
         x = reference.embed(self.ends.embedding, ids)
         for index in range(len(self)):
             advance(self.layer(index) if layers is None else layers[index], x, self.ends.rope)
@@ -64,7 +69,7 @@ class Student:
 
     @torch.no_grad()
     def decoder(self) -> Decoder:
-        """The decoder as it came, shapes and dtypes too, with the present attention weights."""
+        """The given decoder, in its shapes and dtypes, with the current attention weights."""
         layers = []
         for index, layer in enumerate(self._converted.layers):
             attention = in_dtype(self._trained[index].attention(), layer.attention.q.weight.dtype)
@@ -73,7 +78,7 @@ class Student:
 
 
 def in_dtype(part: T, dtype: torch.dtype) -> T:
-    """The same tree of dataclasses with every floating-point tensor in `dtype`, detached."""
+    """A tree of dataclasses with every floating-point tensor detached and in `dtype`."""
     if is_dataclass(part) and not isinstance(part, type):
         return replace(
             part, **{field.name: in_dtype(getattr(part, field.name), dtype) for field in fields(part)}

@@ -1,7 +1,4 @@
-"""A layer's attention as an nn.Module: what is trained, and how to get a neutral attention from it.
-
-Knows which leaves of the attention are trained and peft's adapters; must not know losses or optimizers.
-"""
+"""A layer's attention as an nn.Module, with or without LoRA adapters."""
 
 from __future__ import annotations
 
@@ -22,7 +19,9 @@ _ADAPTER = "default"
 
 
 class TrainableAttention(nn.Module):
-    """float32 copies of q, k, v, o and of the maps there are; norms and shapes stay the given attention's."""
+    """Trainable float32 copies of q, k, v, o and of the maps; norms and shapes are those of the given
+    attention.
+    """
 
     def __init__(self, attention: Attention) -> None:
         super().__init__()
@@ -34,17 +33,17 @@ class TrainableAttention(nn.Module):
             self.register_parameter(name, None if given is None else nn.Parameter(_copy(given)))
 
     def attention(self) -> Attention:
-        """The attention with the present weights, differentiable with respect to the parameters."""
-        present: dict[str, Any] = {name: _linear(getattr(self, name)) for name in _LINEARS}
-        return replace(self._given, **present, **{name: getattr(self, name) for name in _MAPS})
+        """The attention with the current weights, differentiable with respect to the parameters."""
+        current: dict[str, Any] = {name: _linear(getattr(self, name)) for name in _LINEARS}
+        return replace(self._given, **current, **{name: getattr(self, name) for name in _MAPS})
 
-    def scaled(self) -> Iterator[tuple[nn.Parameter, float]]:
-        """Every trained parameter, with the size that its steps are relative to.
+    def scaled_parameters(self) -> Iterator[tuple[nn.Parameter, float]]:
+        """Every trained parameter with the size that its steps are relative to.
 
-        The product of encoder and decoder stays the same when one is multiplied by c and the other by 1/c; steps
-        relative to each tensor's own RMS move it by the same amount for every c. A bias is to its weights as the
-        weight of one more input of power one. Adapters start as B A = 0: steps of B move B A by as much as
-        those of the weight itself would.
+        The product of encoder and decoder does not change when one is multiplied by c and the other by 1/c;
+        with steps relative to the RMS of each tensor, training does not depend on c. A bias uses the RMS of
+        its weight, as the weight of one more input of power 1. Adapters start with B A = 0; the size of B is
+        such that a step changes B A as much as a step of the weight would.
         """
         for name, parameter in self.named_parameters():
             if parameter.requires_grad:
@@ -54,7 +53,7 @@ class TrainableAttention(nn.Module):
         module = getattr(self, name.split(".", maxsplit=1)[0])
         if module is parameter or "lora_A" in name:
             return _rms(parameter)
-        size = _rms(module.weight)  # an adapted module gives its base layer's
+        size = _rms(module.weight)  # an adapted module returns its base weight
         if "lora_B" in name:
             adapter = module.lora_A[_ADAPTER].weight  # [rank, in]
             return size / (_rms(adapter) * len(adapter) ** 0.5)
@@ -62,7 +61,7 @@ class TrainableAttention(nn.Module):
 
 
 def adapt(layers: Sequence[TrainableAttention], rank: int, seed: int) -> None:
-    """Freeze q, k, v and o in every layer and put adapters of `rank` beside them; maps and biases are trained as they are.
+    """Freeze q, k, v and o in every layer and add LoRA adapters of `rank`; maps and biases remain trainable.
 
     Raises:
         CannotRunHere: peft is not installed.
@@ -70,7 +69,7 @@ def adapt(layers: Sequence[TrainableAttention], rank: int, seed: int) -> None:
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError as error:
-        raise CannotRunHere("adapters of low rank need peft", fix=install_command("peft")) from error
+        raise CannotRunHere("LoRA adapters need the package peft", fix=install_command("peft")) from error
     config = LoraConfig(r=rank, lora_alpha=rank, target_modules=list(_LINEARS), bias="all")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

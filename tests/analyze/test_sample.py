@@ -56,27 +56,27 @@ def test_a_character_of_several_tokens_is_shown_by_their_names(show: Show, folde
     assert texts[-1] == "\n"
 
 
-def test_the_models_own_text_is_new_and_repeatable(show: Show) -> None:
+def test_sampled_text_is_reproducible(show: Show) -> None:
     own = show(source="self")
     assert own.tolist() == show(source="self").tolist()
     assert len(own) == 8
-    assert own[0] == 1  # begins with the first token of any text
+    assert own[0] == 1  # BOS
 
 
-def test_where_nothing_is_sampled_the_held_out_window_is_shown(show: Show) -> None:
+def test_shows_a_held_out_window_if_nothing_is_sampled(show: Show) -> None:
     assert show().tolist() == list(range(30, 38))
 
 
-def test_texts_that_cannot_be_shown_are_refused(show: Show) -> None:
-    with pytest.raises(UsageError, match="too short"):
+def test_rejects_texts_that_cannot_be_shown(show: Show) -> None:
+    with pytest.raises(UsageError, match="at least 2 tokens"):
         show("empty.txt")
-    with pytest.raises(UsageError, match="does not have"):
+    with pytest.raises(UsageError, match="must be in the model's vocabulary"):
         show("text.txt", vocab=20)
     with pytest.raises(UsageError, match="cannot be read"):
         show("absent.txt")
 
 
-def test_ids_stand_for_themselves_without_a_tokenizer(tmp_path: Path, folder: Path) -> None:
+def test_shows_ids_without_a_tokenizer(tmp_path: Path, folder: Path) -> None:
     bare = tmp_path / "bare"
     shutil.copytree(folder, bare, ignore=shutil.ignore_patterns("*.json", "bare"))
     assert token_texts(bare, [3, 5]) == ["3", "5"]

@@ -126,7 +126,7 @@ def test_a_killed_build_is_resumed_and_gives_the_same_bundle(step: int, source: 
     assert sorted(each.name for each in tmp_path.iterdir()) == ["killed.healing", "whole"]
     again = HealingProgress()
     report = build(source, killed, options, again, capacity=64)
-    assert any("healing goes on from" in note for note in again.notes)
+    assert any("healing continues from" in note for note in again.notes)
     assert 0 < again.steps < once.steps - 15  # a whole layer at least is not done again
     assert (killed / "decoder.onnx.data").read_bytes() == (whole / "decoder.onnx.data").read_bytes()
     assert report.healing is not None and report.healing.steps == STEPS

@@ -1,4 +1,6 @@
-"""Adapters of low rank: fewer numbers trained, merged into weights of the same shape, and a plain word without peft."""
+"""Adapters of low rank: fewer numbers trained, merged into weights of the same shape, and a plain word
+without peft.
+"""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ from support.decoders import random_windows
 from support.healing import Job
 
 from kvexport.errors import UsageError
-from kvexport.heal import Healed
+from kvexport.heal import HealResult
 from kvexport.model.decoder import tensors_of
 from kvexport.progress import Progress
 
@@ -35,7 +35,7 @@ class KilledAt(Progress):
             raise Killed
 
 
-def assert_same(a: Healed, b: Healed) -> None:
+def assert_same(a: HealResult, b: HealResult) -> None:
     for x, y in zip(a.decoder.layers, b.decoder.layers, strict=True):
         assert all(torch.equal(s, t) for s, t in zip(tensors_of(x), tensors_of(y), strict=True))
     assert replace(a.report, seconds=0) == replace(b.report, seconds=0)

@@ -1,4 +1,4 @@
-"""Decoders with something to heal, for tests of healing."""
+"""Disturbed decoders, for tests of healing."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvexport.heal import Healed, HealOptions, heal
+from kvexport.heal import HealOptions, HealResult, heal
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 from kvexport.progress import Progress
@@ -17,7 +17,7 @@ from support.decoders import make_decoder, random_windows
 
 
 def disturbed(decoder: Decoder, amount: float = 0.3, seed: int = 5, rank: int | None = None) -> Decoder:
-    """The decoder with noise (of a rank) on the weights of every layer's q, k, v and o, relative to their size."""
+    """Add noise, of a rank if given, to the weights q, k, v and o of every layer, relative to their RMS."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*size: int) -> Tensor:
@@ -38,7 +38,7 @@ def disturbed(decoder: Decoder, amount: float = 0.3, seed: int = 5, rank: int | 
 
 
 def mapped(attention: Attention, key_dim: int = 6, value_dim: int = 5, seed: int = 2) -> Attention:
-    """Pairs of heads share one of `key_dim` and `value_dim` through random maps; K and V differ in width."""
+    """Let pairs of heads share one head of `key_dim` and `value_dim` through random maps."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*size: int) -> Tensor:
@@ -58,13 +58,13 @@ def mapped(attention: Attention, key_dim: int = 6, value_dim: int = 5, seed: int
 
 
 def mean_kl(original: Decoder, converted: Decoder, windows: Tensor) -> float:
-    """By the book: full logits, float64."""
+    """Mean KL from full logits in float64, nats per token."""
     p, q = (reference.forward(each, windows).double().log_softmax(-1) for each in (original, converted))
     return float((p.exp() * (p - q)).sum(-1).mean())
 
 
 class Job:
-    """A small decoder, a worse copy of it, and windows to heal on."""
+    """A small decoder, a disturbed copy of it, and windows to heal on."""
 
     def __init__(self, style: str = "llama", dtype: torch.dtype = torch.float32, **sizes: Any) -> None:
         self.original = make_decoder(style, dtype=dtype, **sizes)
@@ -74,8 +74,14 @@ class Job:
 
     def heal(
         self, steps: int = 40, state: Path | None = None, progress: Progress | None = None, **options: Any
-    ) -> Healed:
-        made = HealOptions(**{"steps": steps, "batch": 4, **options})
+    ) -> HealResult:
+        heal_options = HealOptions(**{"steps": steps, "batch": 4, **options})
         return heal(
-            self.original, self.converted, self.windows, self.held_out, made, progress or Progress(), state
+            self.original,
+            self.converted,
+            self.windows,
+            self.held_out,
+            heal_options,
+            progress or Progress(),
+            state,
         )
