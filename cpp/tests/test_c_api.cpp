@@ -90,7 +90,7 @@ TEST(an_error_has_all_parts) {
               "make one: kvexport build CHECKPOINT -o /nowhere");
   CHECK_EQUAL(std::string(kvexport_error_part(made.get(), 99)), "");
   const std::string whole = kvexport_error_part(made.get(), KVEXPORT_MESSAGE);
-  CHECK(whole.find("is no bundle") != std::string::npos &&
+  CHECK(whole.find("must be a bundle") != std::string::npos &&
         whole.find("\n  fix:      make one") != std::string::npos);
   CHECK_EQUAL(std::string(kvexport_version()), KVEXPORT_VERSION);
 }

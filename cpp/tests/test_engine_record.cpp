@@ -50,16 +50,17 @@ TEST(refuses_missing_keys_and_wrong_types) {
 }
 
 TEST(refuses_invalid_values) {
-  CHECK_THROWS_WITH(parse_record(with_change("format", 2), "e"), "the engine e is of another format");
-  CHECK_THROWS_WITH(parse_record("{}", "e"), "of another format");
-  CHECK_THROWS_WITH(parse_record("[]", "e"), "is not an object");
-  CHECK_THROWS_WITH(parse_record("{", "e"), "build.json of the engine e cannot be read");
-  CHECK_THROWS_WITH(parse_record(with_change("engine", "os"), "e"), "engine is not known");
-  CHECK_THROWS_WITH(parse_record(with_change("batch", 0), "e"), "batch is impossible");
-  CHECK_THROWS_WITH(parse_record(with_change("profiles", Json::array()), "e"), "profiles is empty");
+  CHECK_THROWS_WITH(parse_record(with_change("format", 2), "e"),
+                    "the format of the engine e must be supported");
+  CHECK_THROWS_WITH(parse_record("{}", "e"), "the format of the engine e must be supported");
+  CHECK_THROWS_WITH(parse_record("[]", "e"), "must be a table");
+  CHECK_THROWS_WITH(parse_record("{", "e"), "build.json of the engine e must be JSON");
+  CHECK_THROWS_WITH(parse_record(with_change("engine", "os"), "e"), "engine has an invalid value");
+  CHECK_THROWS_WITH(parse_record(with_change("batch", 0), "e"), "batch has an invalid value");
+  CHECK_THROWS_WITH(parse_record(with_change("profiles", Json::array()), "e"), "at least one profile");
   for (const Json& sequence : {Json{0, 1, 1}, Json{2, 1, 3}, Json{1, 2}, Json{1, 2, 1}}) {
     const Json profiles = Json::array({{{"name", "decode"}, {"sequence", sequence}}});
-    CHECK_THROWS_WITH(parse_record(with_change("profiles", profiles), "e"), "sequence is impossible");
+    CHECK_THROWS_WITH(parse_record(with_change("profiles", profiles), "e"), "sequence");
   }
 }
 
@@ -78,7 +79,8 @@ TEST(lists_engines_by_name) {
   const std::string directory = folder.file("engines/desk");
   CHECK_THROWS_WITH(read_record(directory), "no such file");
   write(directory + "/decoder.plan", "four");
-  CHECK_THROWS_WITH(read_record(directory), "decoder.plan of the engine " + directory + " is not as built");
+  CHECK_THROWS_WITH(read_record(directory),
+                    "decoder.plan of the engine " + directory + " must have the size in build.json");
   write(directory + "/decoder.plan", "abc");
   read_record(directory).verify();
   write(directory + "/decoder.plan", "abd");

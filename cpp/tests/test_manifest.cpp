@@ -23,18 +23,10 @@ std::string result_of(const std::string& manifest, const std::string& where) {
   return "accepted";
 }
 
-// Removes the parts of a message that name Python types.
+// Removes the parser's own text, which differs between the languages.
 std::string comparable(std::string text) {
-  const auto cut = [&](const std::string& mark, std::size_t keep) {
-    if (text.compare(0, mark.size(), mark) == 0) text.resize(keep);
-  };
-  for (const std::string mark :
-       {"the manifest of BUNDLE cannot be read", "the manifest's graph", "the manifest's eviction"})
-    cut(mark, mark.size());
-  for (const std::string mark :
-       {" is not a list of", " is not an object", " is missing or of the wrong type"}) {
-    if (const std::size_t at = text.find(mark); at != std::string::npos) text.resize(at);
-  }
+  const std::string mark = " must be JSON";
+  if (const std::size_t at = text.find(mark); at != std::string::npos) text.resize(at + mark.size());
   return text;
 }
 
@@ -76,12 +68,8 @@ TEST(messages_equal_those_of_python) {
     const std::string python = contents(folder + "/message.txt"),
                       cpp = result_of(contents(folder + "/manifest.json"), "BUNDLE");
     ++cases, accepted += cpp == "accepted";
-    if (python == "accepted" && name.find("bytes -1") != std::string::npos) {
-      CHECK(cpp.find("bytes is impossible") !=
-            std::string::npos);  // Python reports it when it checks the file's size
-    } else if (comparable(cpp) != comparable(python)) {
-      check::fail(__FILE__, __LINE__, name + "\n here:   " + cpp + "\n python: " + python);
-    }
+    if (comparable(cpp) != comparable(python))
+      check::fail(__FILE__, __LINE__, name + "\n C++:    " + cpp + "\n Python: " + python);
   }
   CHECK(cases > 1000 && accepted > 50 && accepted < cases / 2);
 }
@@ -122,7 +110,7 @@ TEST(refuses_deep_nesting) {
   const auto nested = [](std::size_t depth) { return std::string(depth, '[') + std::string(depth, ']'); };
   parse_json(nested(64), "x");
   CHECK_THROWS_WITH(parse_json(nested(65), "x"), "nested deeper than 64");
-  CHECK_THROWS_WITH(parse_json(std::string(1 << 20, '['), "x"), "x cannot be read");
+  CHECK_THROWS_WITH(parse_json(std::string(1 << 20, '['), "x"), "x must be JSON");
   std::string objects;
   for (int i = 0; i < 100; ++i) objects += "{\"a\":";
   CHECK_THROWS_WITH(parse_json(objects, "x"), "nested deeper than 64");
@@ -131,7 +119,7 @@ TEST(refuses_deep_nesting) {
 TEST(refuses_invalid_json) {
   for (const char* text :
        {"", "NaN", "[Infinity]", "{\"a\": 1e999}", "[1,]", "// a\n1", "\"\xC3\"", "\"\xED\xA0\x80\"", "1 2"})
-    CHECK_THROWS_WITH(parse_json(text, "x"), "x cannot be read");
+    CHECK_THROWS_WITH(parse_json(text, "x"), "x must be JSON");
 }
 
 TEST(values_in_messages_are_short_ascii) {
@@ -146,6 +134,6 @@ TEST(values_in_messages_are_short_ascii) {
 TEST(refuses_sizes_beyond_any_memory) {
   for (const char* name : {"heads", "width", "capacity", "layers", "vocabulary"}) {
     const std::string harmful = contents(check::reader_file("harmful") + "/" + name + ".json");
-    CHECK_THROWS_WITH(parse_manifest(harmful, "b"), "a larger model or cache than any machine holds");
+    CHECK_THROWS_WITH(parse_manifest(harmful, "b"), "must fit in the memory of a machine");
   }
 }

@@ -58,7 +58,7 @@ def write(folder: Path) -> None:
     for bundle in (tiny, evicting):
         raw = json.loads((bundle / "manifest.json").read_text())
         for name, content in _manifests(raw):
-            case = folder / "manifests" / f"{bundle.name} {name}"
+            case = folder / "manifests" / f"{bundle.name} {name}".replace(": ", " ")
             case.mkdir(parents=True)
             (case / "manifest.json").write_bytes(content)
             (case / "message.txt").write_text(_message(case))

@@ -171,7 +171,7 @@ def test_robot_reports_errors_at_the_start(bundle: Path, tmp_path: Path) -> None
 def test_chat_reports_errors(bundle: Path, tmp_path: Path) -> None:
     assert cpp("chat").returncode == 2
     ran = cpp("chat", tmp_path, lines=["hello"])
-    assert ran.returncode == 2 and "is no bundle" in ran.stderr
+    assert ran.returncode == 2 and "must be a bundle" in ran.stderr
     ran = cpp("chat", bundle, lines=["hello"], text=False)
     assert (
         ran.returncode == 3

@@ -210,7 +210,7 @@ def test_refuses_paths_that_are_not_bundles(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("x")
     (tmp_path / "empty").mkdir()
     for name in ("nothing", "file", "empty"):
-        assert "is no bundle" in refused(tmp_path / name)
+        assert "must be a bundle" in refused(tmp_path / name)
 
 
 def test_an_engine_of_another_machine_is_not_used(bundle: Path, tokens: list[int]) -> None:
@@ -261,7 +261,7 @@ def test_an_open_bundle_can_be_deleted(bundle: Path, tokens: list[int], tmp_path
         process("load", session="s", cache="c", file=str(tmp_path / "c"))
         with pytest.raises(Refused, match=r"self_test\.json cannot be read"):
             process("self_test", session="s")
-    assert "no bundle" in refused(bundle)
+    assert "must be a bundle" in refused(bundle)
 
 
 def test_an_open_bundle_can_be_replaced(bundle: Path, tokens: list[int], tmp_path: Path) -> None:

@@ -75,7 +75,7 @@ def test_an_application_needs_no_other_packages(installed: Path, reader_files: P
     made = application(tmp_path, installed, *(f"-DCMAKE_DISABLE_FIND_PACKAGE_{name}=ON" for name in _HIDDEN))
     version, token, size = require(made / "application", reader_files / "tiny", env=environment()).split()
     assert version == "0.1.0" and 0 <= int(token) < 40 and int(size) >= 2 * 2 * 2 * 8 * 32 * 4
-    assert require(made / "in_c", "/nowhere").startswith("/nowhere is no bundle")
+    assert require(made / "in_c", "/nowhere").startswith("/nowhere must be a bundle")
 
 
 def test_the_package_has_no_absolute_paths(installed: Path) -> None:
@@ -97,7 +97,7 @@ def test_the_public_headers_are_installed_and_short(installed: Path) -> None:
 
 def test_the_self_test_program_runs_in_a_moved_tree(installed: Path) -> None:
     ran = run(installed / "bin" / "kvexport_self_test", "/nowhere")
-    assert ran.returncode == 2 and "/nowhere is no bundle" in ran.stderr
+    assert ran.returncode == 2 and "/nowhere must be a bundle" in ran.stderr
 
 
 @pytest.mark.slow

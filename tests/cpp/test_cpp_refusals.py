@@ -196,7 +196,7 @@ def test_a_bundle_can_be_moved_while_two_sessions_use_it(drive: Drive, bundles: 
     drive("close", session="one")  # its cache keeps the weights
     assert (drive.step(3, cache="one") == drive.step(3, cache="two")).all()
     drive.open(bundle, session="one")
-    with pytest.raises(Refused, match="is no bundle"):
+    with pytest.raises(Refused, match="must be a bundle"):
         drive.open(tmp_path / "here")
 
 
@@ -236,7 +236,7 @@ def with_state(**values: object) -> Callable[[dict[str, Any]], None]:
         ),
         (lambda header: header["__metadata__"].update(sha256="0" * 64), "sha256 differs"),
         (lambda header: header["__metadata__"].update(state="[]"), "state"),
-        (lambda header: header["__metadata__"].update(state="{"), "cannot be read"),
+        (lambda header: header["__metadata__"].update(state="{"), "must be JSON"),
         (with_state(filled=[20]), "does not match its state"),
         (with_state(filled=[0]), "filled is out of range"),
         (with_state(lengths=[-1]), "lengths is out of range"),
@@ -268,7 +268,7 @@ def test_refuses_damaged_caches(
         (
             "gqa",
             lambda header: header["past_key_values.0.key"].update(strides=[1, 1, 1, 1]),
-            "strides is not known",
+            "unknown key",
         ),
         ("gqa-l2-norm", with_state(filled=[25]), "filled is out of range"),
         ("gqa-l2-norm", with_state(lengths=[24], seen=[24], filled=[25]), "filled is out of range"),

@@ -19,16 +19,12 @@ std::string read_manifest(const std::string& path) {
   const std::string file = path + "/" + manifest_file;
   if (!size_of_file(file)) {
     std::string fix = "make one: kvexport build CHECKPOINT -o " + path;
+    if (size_of_file(path)) fix = "name its folder: " + std::filesystem::path(path).parent_path().string();
     if (size_of_file(path + "/config.json"))
       fix = "it is a checkpoint; make a bundle of it: kvexport build " + path + " -o BUNDLE";
-    throw bundle_error(path + " is no bundle: it has no " + manifest_file, {}, {}, fix);
+    throw bundle_error(path + " must be a bundle: it has no " + manifest_file, {}, {}, fix);
   }
-  try {
-    return read_file(file, largest_manifest);
-  } catch (const Failure& failure) {
-    throw bundle_error("the manifest of " + path + " cannot be read: " + failure.failed, failure.got,
-                       failure.expected, failure.fix);
-  }
+  return read_file(file, largest_manifest);
 }
 
 }  // namespace
@@ -42,9 +38,9 @@ Bundle Bundle::open(const std::string& path) {
   bundle.manifest = parse_manifest(read_manifest(path), path);
   for (const auto& [name, entry] : bundle.manifest.files) {
     const auto size = size_of_file(bundle.file(name));
-    if (!size) throw bundle_error("the bundle " + path + " lacks its file " + name, {}, {}, copy_again);
+    if (!size) throw bundle_error("the bundle " + path + " must contain " + name, {}, {}, copy_again);
     if (*size != entry.bytes) {
-      throw bundle_error(name + " of the bundle " + path + " has another size than when it was written",
+      throw bundle_error(name + " of the bundle " + path + " must have the size in the manifest",
                          std::to_string(*size) + " bytes", std::to_string(entry.bytes) + " bytes",
                          copy_again);
     }
@@ -56,10 +52,11 @@ void Bundle::verify(const std::vector<std::string>& names) const {
   for (const std::string& name : names) {
     const auto listed = manifest.files.find(name);
     if (listed == manifest.files.end())
-      throw bundle_error("the manifest of the bundle " + path + " does not list " + name);
+      throw bundle_error("the manifest of the bundle " + path + " must list " + name);
     if (sha256_of_file(file(name)) != listed->second.sha256) {
-      throw bundle_error(name + " of the bundle " + path + " is not as it was written: its sha256 differs",
-                         {}, {}, copy_again);
+      throw bundle_error(
+          name + " of the bundle " + path + " must be unchanged since it was written: its sha256 differs", {},
+          {}, copy_again);
     }
   }
 }

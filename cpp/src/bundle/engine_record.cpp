@@ -22,22 +22,18 @@ constexpr const char* plan_file = "decoder.plan";
 constexpr const char* record_file = "build.json";
 constexpr const char* rebuild = "build the engine again: kvexport engine BUNDLE --force";
 
-std::uint64_t size(const Reader& reader, const std::string& key, std::int64_t minimum = 0) {
-  const std::int64_t value = reader.integer(key);
-  if (value < minimum) reader.fail(key, "is impossible", std::to_string(minimum) + " or more");
-  return static_cast<std::uint64_t>(value);
+std::uint64_t size(const Table& table, const std::string& key) {
+  return static_cast<std::uint64_t>(table.integer(key, 0));
 }
 
-Profile profile_of(const Reader& reader) {
-  const std::vector<std::int64_t> sequence = reader.integers("sequence");
-  if (sequence.size() != 3 || sequence[0] < 1 || sequence[1] < sequence[0] || sequence[2] < sequence[1])
-    reader.fail("sequence", "is impossible", "least, typical and most, from 1 on");
-  return {reader.printable_string("name"), sequence[0], sequence[1], sequence[2]};
+Profile profile_of(const Table& table) {
+  const std::vector<std::int64_t> sequence = table.integers("sequence", 1);
+  if (sequence.size() != 3 || !std::is_sorted(sequence.begin(), sequence.end()))
+    table.fail("sequence", "minimum, typical and maximum, in ascending order");
+  return {table.string("name"), sequence[0], sequence[1], sequence[2]};
 }
 
-bool option(const Reader& options, const std::string& key) {
-  return options.has(key) && options.boolean(key);
-}
+bool option(const Table& options, const std::string& key) { return options.has(key) && options.boolean(key); }
 
 }  // namespace
 
@@ -61,46 +57,45 @@ std::vector<std::string> engine_directories(const Bundle& bundle) {
 }
 
 BuildRecord parse_record(std::string_view text, const std::string& directory) {
-  const std::string document = std::string(record_file) + " of the engine " + directory;
-  const Json raw = parse_json(text, document, rebuild);
-  const Reader reader(raw, document, "", rebuild);
-  if (!reader.has("format") || !raw["format"].is_number_integer() || raw["format"] != format) {
-    throw bundle_error("the engine " + directory + " is of another format",
-                       "format " + for_message(raw.value("format", Json())) + ", written by kvexport " +
-                           for_message(raw.value("kvexport", Json())),
-                       "format " + std::to_string(format), rebuild);
+  const std::string path = std::string(record_file) + " of the engine " + directory;
+  const Json raw = parse_json(text, path, rebuild);
+  const Table table(raw, path, rebuild);
+  const Json& number = table.value("format");
+  if (!number.is_number_integer() || number != format) {
+    throw bundle_error(
+        "the format of the engine " + directory + " must be supported by this version of kvexport",
+        "format " + for_message(number) + ", written by kvexport " + for_message(table.value("kvexport")),
+        "format " + std::to_string(format), rebuild);
   }
+  const Table plan = table.table("plan"), layers = table.table("layers");
   BuildRecord record;
   record.directory = directory;
   record.plan = directory + "/" + plan_file;
-  record.kvexport = reader.printable_string("kvexport");
-  record.manifest_sha256 = reader.printable_string("manifest_sha256");
-  record.target = reader.printable_string("target");
-  record.engine = reader.printable_string("engine");
-  if (record.engine != "tensorrt" && record.engine != "tensorrt-rtx")
-    reader.fail("engine", "is not known", "tensorrt, tensorrt-rtx");
-  record.version = reader.printable_string("version");
-  record.lowering = reader.printable_string("lowering");
-  record.dtype = reader.printable_string("dtype");
-  record.compute_capability = reader.strings("compute_capability");
-  reader.strings("decomposed");
-  record.batch = reader.positive_integer("batch");
-  record.capacity = reader.positive_integer("capacity");
-  record.chunk = reader.positive_integer("chunk");
-  for (const Reader& profile : reader.objects("profiles")) record.profiles.push_back(profile_of(profile));
-  if (record.profiles.empty()) reader.fail("profiles", "is empty");
-  const Reader options = reader.object("options"), plan = reader.object("plan");
+  for (const Table& profile : table.tables("profiles")) record.profiles.push_back(profile_of(profile));
+  if (record.profiles.empty()) table.fail("profiles", "at least one profile");
+  record.kvexport = table.string("kvexport");
+  record.manifest_sha256 = table.string("manifest_sha256");
+  record.target = table.string("target");
+  record.engine = table.string("engine", {"tensorrt", "tensorrt-rtx"});
+  record.version = table.string("version");
+  record.lowering = table.string("lowering");
+  record.compute_capability = table.strings("compute_capability");
+  record.dtype = table.string("dtype");
+  record.batch = table.integer("batch", 1);
+  record.capacity = table.integer("capacity", 1);
+  record.chunk = table.integer("chunk", 1);
+  table.strings("decomposed");
+  const Table options = table.table("options");
   record.refit = option(options, "refit");
   record.version_compatible = option(options, "version_compatible");
   record.hardware_compatible = option(options, "hardware_compatible");
-  record.plan_sha256 = plan.printable_string("sha256");
+  record.plan_sha256 = plan.string("sha256");
   record.plan_bytes = size(plan, "bytes");
-  record.weights_bytes = size(reader, "weights_bytes");
-  if (reader.has("activation_bytes")) record.activation_bytes = size(reader, "activation_bytes");
-  for (const char* key : {"timing_cache_bytes", "peak_host_bytes"}) size(reader, key);
-  if (reader.number("seconds") < 0) reader.fail("seconds", "is impossible", "0 or more");
-  const Reader layers = reader.object("layers");
-  for (const std::string& kind : layers.keys()) layers.integer(kind);
+  for (const std::string& kind : layers.keys()) layers.integer(kind, 0);
+  record.weights_bytes = size(table, "weights_bytes");
+  if (!table.is_null("activation_bytes")) record.activation_bytes = size(table, "activation_bytes");
+  for (const char* key : {"timing_cache_bytes", "peak_host_bytes"}) size(table, key);
+  table.number("seconds", 0);
   return record;
 }
 
@@ -109,11 +104,12 @@ BuildRecord read_record(const std::string& directory) {
   if (!size_of_file(file))
     throw bundle_error("there is no engine in " + directory, {}, {}, "build one: kvexport engine BUNDLE");
   BuildRecord record = parse_record(read_file(file, largest), directory);
-  const auto size = size_of_file(record.plan);
-  if (size != record.plan_bytes) {
-    throw bundle_error(std::string(plan_file) + " of the engine " + directory + " is not as built",
-                       size ? std::to_string(*size) + " bytes" : "no such file",
-                       std::to_string(record.plan_bytes) + " bytes", rebuild);
+  const auto plan_size = size_of_file(record.plan);
+  if (plan_size != record.plan_bytes) {
+    throw bundle_error(
+        std::string(plan_file) + " of the engine " + directory + " must have the size in " + record_file,
+        plan_size ? std::to_string(*plan_size) + " bytes" : "no such file",
+        std::to_string(record.plan_bytes) + " bytes", rebuild);
   }
   return record;
 }

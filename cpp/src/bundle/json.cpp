@@ -1,9 +1,11 @@
 #include "bundle/json.hpp"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
 #include <set>
+#include <sstream>
 #include <utility>
 
 #include "bundle/error.hpp"
@@ -13,7 +15,6 @@ namespace kvexport::detail {
 namespace {
 
 constexpr int deepest = 64;
-constexpr const char* wrong_type = "is missing or of the wrong type";
 
 // Callback of the JSON parser. It throws at the first violation, so that a hostile document is not built in
 // memory.
@@ -47,24 +48,48 @@ char32_t next_character(std::string_view text, std::size_t& at) {
   return character;
 }
 
-// A key, escaped if a terminal could not show it.
-std::string key_for_message(const std::string& key) { return printable(key) ? key : for_message(Json(key)); }
-
 bool is_integer(const Json& value) {
   return value.is_number_integer() &&
          (!value.is_number_unsigned() ||
           value.get<std::uint64_t>() <= std::uint64_t{std::numeric_limits<std::int64_t>::max()});
 }
 
+bool is_between(std::int64_t value, Table::Limit minimum, Table::Limit maximum) {
+  return (!minimum || value >= *minimum) && (!maximum || value <= *maximum);
+}
+
+bool is_printable_string(const Json& value) {
+  return value.is_string() && printable(value.get_ref<const std::string&>());
+}
+
+// The allowed range in words.
+std::string range(const std::string& kind, Table::Limit minimum, Table::Limit maximum) {
+  if (minimum && maximum)
+    return kind + " from " + std::to_string(*minimum) + " to " + std::to_string(*maximum);
+  if (minimum) return kind + " >= " + std::to_string(*minimum);
+  return maximum ? kind + " <= " + std::to_string(*maximum) : kind;
+}
+
+std::string joined(std::initializer_list<const char*> parts) {
+  std::string text;
+  for (const char* part : parts) text += (text.empty() ? "" : ", ") + std::string(part);
+  return text;
+}
+
+const Json& null_value() {
+  static const Json null;
+  return null;
+}
+
 }  // namespace
 
-Json parse_json(std::string_view text, const std::string& document, const std::string& fix) {
+Json parse_json(std::string_view text, const std::string& path, const std::string& fix) {
   try {
     if (text.find('\0') != std::string_view::npos)
       throw std::invalid_argument("it contains a NUL byte");  // the parser would take it for the end
     return Json::parse(text.begin(), text.end(), ParseLimits());
   } catch (const std::exception& error) {
-    throw bundle_error(document + " cannot be read: " + error.what(), {}, {}, fix);
+    throw bundle_error(path + " must be JSON: " + error.what(), {}, {}, fix);
   }
 }
 
@@ -85,135 +110,147 @@ bool printable(std::string_view text) {
   return true;
 }
 
-Reader::Reader(const Json& raw, std::string document, std::string where, std::string fix)
-    : raw_(&raw), document_(std::move(document)), where_(std::move(where)), fix_(std::move(fix)) {
-  if (raw.is_object()) return;
-  const std::string at = where_.empty() ? document_ : document_ + "'s " + where_.substr(0, where_.size() - 1);
-  throw bundle_error(at + " is not an object", for_message(raw), {}, fix_);
+Table::Table(const Json& raw, std::string path, std::string fix)
+    : path(std::move(path)), raw_(&raw), fix_(std::move(fix)) {
+  if (!raw.is_object()) fail_value(this->path + " must be a table", raw, "a table");
 }
 
-bool Reader::has(const std::string& key) const {
+bool Table::contains(const std::string& key) const { return raw_->contains(key); }
+
+bool Table::has(const std::string& key) const { return !value(key).is_null(); }
+
+bool Table::is_null(const std::string& key) const {
+  if (!contains(key)) fail(key, "a value or null");
+  return raw_->at(key).is_null();
+}
+
+const Json& Table::value(const std::string& key) const {
   const auto item = raw_->find(key);
-  return item != raw_->end() && !item->is_null();
+  return item == raw_->end() ? null_value() : *item;
 }
 
-const Json& Reader::value(const std::string& key) const {
-  const auto item = raw_->find(key);
-  if (item == raw_->end()) fail(key, wrong_type);
-  return *item;
-}
-
-Reader Reader::object(const std::string& key) const {
-  static const Json none;
-  const auto item = raw_->find(key);
-  return {item == raw_->end() ? none : *item, document_, where_ + key_for_message(key) + ".", fix_};
-}
-
-Reader Reader::entry(const std::string& key) const {
-  return {
-      value(key), document_,
-      (where_.empty() ? where_ : where_.substr(0, where_.size() - 1)) + "['" + key_for_message(key) + "'].",
-      fix_};
-}
-
-std::string Reader::string(const std::string& key) const {
+std::int64_t Table::integer(const std::string& key, Limit minimum, Limit maximum) const {
   const Json& item = value(key);
-  if (!item.is_string()) fail(key, wrong_type);
-  return item.get<std::string>();
-}
-
-std::string Reader::printable_string(const std::string& key) const {
-  std::string item = string(key);
-  if (!printable(item)) fail(key, "has characters that cannot be shown");
-  return item;
-}
-
-std::int64_t Reader::integer(const std::string& key) const {
-  const Json& item = value(key);
-  if (!is_integer(item)) fail(key, wrong_type);
+  if (!is_integer(item) || !is_between(item.get<std::int64_t>(), minimum, maximum))
+    fail(key, range("an integer", minimum, maximum));
   return item.get<std::int64_t>();
 }
 
-std::int64_t Reader::positive_integer(const std::string& key) const {
-  const std::int64_t item = integer(key);
-  if (item < 1) fail(key, "is impossible", "1 or more");
-  return item;
+std::optional<std::int64_t> Table::optional_integer(const std::string& key, Limit minimum) const {
+  return has(key) ? std::optional(integer(key, minimum)) : std::nullopt;
 }
 
-double Reader::number(const std::string& key) const {
+double Table::number(const std::string& key, std::optional<double> minimum) const {
   const Json& item = value(key);
-  if (!item.is_number()) fail(key, wrong_type);
-  const double value = item.get<double>();
-  if (!std::isfinite(value)) fail(key, "is impossible", "a finite number");
-  return value;
+  const double number = item.is_number() ? item.get<double>() : std::nan("");
+  if (!std::isfinite(number) || (minimum && number < *minimum)) {
+    std::ostringstream limit;
+    if (minimum) limit << " >= " << *minimum;
+    fail(key, "a finite number" + limit.str());
+  }
+  return number;
 }
 
-bool Reader::boolean(const std::string& key) const {
+std::string Table::string(const std::string& key) const {
   const Json& item = value(key);
-  if (!item.is_boolean()) fail(key, wrong_type);
+  if (!is_printable_string(item)) fail(key, "printable text");
+  return item.get<std::string>();
+}
+
+std::string Table::string(const std::string& key, std::initializer_list<const char*> choices) const {
+  const Json& item = value(key);
+  if (!item.is_string() ||
+      std::find(choices.begin(), choices.end(), item.get<std::string>()) == choices.end())
+    fail(key, joined(choices));
+  return item.get<std::string>();
+}
+
+std::string Table::text(const std::string& key) const {
+  const Json& item = value(key);
+  if (!item.is_string()) fail(key, "a string of valid Unicode");
+  return item.get<std::string>();
+}
+
+bool Table::boolean(const std::string& key) const {
+  const Json& item = value(key);
+  if (!item.is_boolean()) fail(key, "true or false");
   return item.get<bool>();
 }
 
-std::optional<std::int64_t> Reader::optional_integer(const std::string& key) const {
-  return has(key) ? std::optional(integer(key)) : std::nullopt;
+Table Table::table(const std::string& key) const { return {value(key), where(key), fix_}; }
+
+std::vector<Table> Table::tables(const std::string& key) const {
+  std::vector<Table> tables;
+  for (const Json& item : list(key))
+    tables.emplace_back(item, where(key) + "[" + std::to_string(tables.size()) + "]", fix_);
+  return tables;
 }
 
-std::optional<std::int64_t> Reader::optional_positive_integer(const std::string& key) const {
-  return has(key) ? std::optional(positive_integer(key)) : std::nullopt;
-}
-
-const Json& Reader::array(const std::string& key) const {
+const Json& Table::list(const std::string& key) const {
   const Json& item = value(key);
-  if (!item.is_array()) fail(key, wrong_type);
+  if (!item.is_array()) fail(key, "a list");
   return item;
 }
 
-std::vector<Reader> Reader::objects(const std::string& key) const {
-  std::vector<Reader> items;
-  for (const Json& item : array(key)) {
-    if (!item.is_object()) fail(key, "is not a list of objects");
-    items.emplace_back(item, document_, where_ + key + "[" + std::to_string(items.size()) + "].", fix_);
+template <typename Valid>
+const Json& Table::items(const std::string& key, const std::string& expected, Valid valid) const {
+  const Json& item = value(key);
+  if (!item.is_array()) fail(key, "a list of " + expected);
+  for (std::size_t index = 0; index < item.size(); ++index) {
+    if (!valid(item[index])) {
+      fail_value(where(key) + "[" + std::to_string(index) + "] has an invalid value", item[index],
+                 "a list of " + expected);
+    }
   }
-  return items;
+  return item;
 }
 
-std::vector<std::int64_t> Reader::integers(const std::string& key) const {
-  std::vector<std::int64_t> items;
-  for (const Json& item : array(key)) {
-    if (!is_integer(item)) fail(key, "is not a list of whole numbers");
-    items.push_back(item.get<std::int64_t>());
+std::vector<std::int64_t> Table::integers(const std::string& key, Limit minimum, Limit maximum) const {
+  const auto valid = [&](const Json& item) {
+    return is_integer(item) && is_between(item.get<std::int64_t>(), minimum, maximum);
+  };
+  return items(key, range("integers", minimum, maximum), valid).get<std::vector<std::int64_t>>();
+}
+
+std::vector<double> Table::numbers(const std::string& key) const {
+  const auto valid = [](const Json& item) { return item.is_number() && std::isfinite(item.get<double>()); };
+  return items(key, "finite numbers", valid).get<std::vector<double>>();
+}
+
+std::vector<std::string> Table::strings(const std::string& key) const {
+  return items(key, "printable strings", is_printable_string).get<std::vector<std::string>>();
+}
+
+std::vector<std::string> Table::texts(const std::string& key) const {
+  const auto valid = [](const Json& item) { return item.is_string(); };
+  return items(key, "strings of valid Unicode", valid).get<std::vector<std::string>>();
+}
+
+std::vector<std::string> Table::keys() const {
+  std::vector<std::string> keys;
+  for (const auto& [key, value] : raw_->items()) keys.push_back(key);
+  return keys;
+}
+
+void Table::only(std::initializer_list<const char*> allowed) const {
+  for (const std::string& key : keys()) {
+    if (std::find(allowed.begin(), allowed.end(), key) == allowed.end())
+      fail_value(path + " has an unknown key", key, joined(allowed));
   }
-  return items;
 }
 
-std::vector<double> Reader::numbers(const std::string& key) const {
-  std::vector<double> items;
-  for (const Json& item : array(key)) {
-    if (!item.is_number() || !std::isfinite(item.get<double>())) fail(key, "is not a list of finite numbers");
-    items.push_back(item.get<double>());
-  }
-  return items;
+void Table::fail(const std::string& key, const std::string& expected) const {
+  if (!has(key)) throw bundle_error(where(key) + " is missing", {}, expected, fix_);
+  fail_value(where(key) + " has an invalid value", value(key), expected);
 }
 
-std::vector<std::string> Reader::strings(const std::string& key) const {
-  std::vector<std::string> items;
-  for (const Json& item : array(key)) {
-    if (!item.is_string()) fail(key, "is not a list of texts");
-    items.push_back(item.get<std::string>());
-  }
-  return items;
+std::string Table::where(const std::string& key) const {
+  return path + (path.find(": ") == std::string::npos ? ": " : ".") +
+         (printable(key) ? key : for_message(key));
 }
 
-std::vector<std::string> Reader::keys() const {
-  std::vector<std::string> items;
-  for (const auto& [key, value] : raw_->items()) items.push_back(key);
-  return items;
-}
-
-void Reader::fail(const std::string& key, const std::string& problem, const std::string& expected) const {
-  const auto item = raw_->find(key);
-  throw bundle_error(document_ + "'s " + where_ + key_for_message(key) + " " + problem,
-                     item == raw_->end() ? "nothing" : for_message(*item), expected, fix_);
+void Table::fail_value(const std::string& failed, const Json& value, const std::string& expected) const {
+  throw bundle_error(failed, for_message(value), expected, fix_);
 }
 
 }  // namespace kvexport::detail

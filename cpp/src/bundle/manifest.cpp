@@ -18,7 +18,7 @@ constexpr std::int64_t format = 2;
 constexpr const char* rebuild = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE";
 constexpr std::string_view digest_key = "\"manifest_sha256\": \"";
 constexpr std::size_t digest_digits = 64;
-constexpr std::int64_t most_positions =
+constexpr std::int64_t max_positions =
     1 << 19;  // highest capacity with eviction, as kvexport/eviction/config.py
 constexpr std::int64_t opset = 24;
 constexpr std::pair<const char*, Dtype> dtypes[] = {
@@ -44,29 +44,31 @@ std::string digest_of(std::string_view text) {
   return digest.hex() == stored_digest ? stored_digest : std::string();
 }
 
-Failure other_format(const Json& raw, const std::string& where) {
-  const Json& got = raw.at("format");
-  const auto written = raw.find("kvexport");
-  const bool older = got.is_number_integer() && got < format;
-  return bundle_error(
-      "the bundle " + where + " is of a format that this version of kvexport does not read",
-      "format " + for_message(got) + ", written by kvexport " +
-          (written == raw.end() ? "of unknown version" : for_message(*written)),
+void require_format(const Table& table, const std::string& directory) {
+  if (!table.contains("format")) table.fail("format", std::to_string(format));
+  const Json& number = table.value("format");
+  if (number.is_number_integer() && number == format) return;
+  const bool older = number.is_number_integer() && number < format;
+  const Json& written = table.value("kvexport");
+  throw bundle_error(
+      "the format of the bundle " + directory + " must be supported by this version of kvexport",
+      "format " + for_message(number) + ", written by kvexport " +
+          (written.is_null() ? "of unknown version" : for_message(written)),
       "format " + std::to_string(format),
       older ? rebuild : std::string("update kvexport to that version or later, or ") + rebuild);
 }
 
-Layer layer_of(const Reader& raw) {
+Layer layer_of(const Table& table) {
   Layer layer;
-  raw.printable_string("method");
+  table.string("method");
   for (const char* key : {"num_attention_heads", "original_num_key_value_heads", "original_head_dim"})
-    raw.positive_integer(key);
-  layer.num_key_value_heads = raw.positive_integer("num_key_value_heads");
-  layer.key_head_dim = raw.positive_integer("key_head_dim");
-  layer.value_head_dim = raw.positive_integer("value_head_dim");
-  for (const char* key : {"predicted_error", "measured_error", "residual_error"}) raw.number(key);
-  for (const char* key : {"parameters", "original_parameters"}) raw.positive_integer(key);
-  layer.window = raw.optional_positive_integer("window");
+    table.integer(key, 1);
+  layer.num_key_value_heads = table.integer("num_key_value_heads", 1);
+  layer.key_head_dim = table.integer("key_head_dim", 1);
+  layer.value_head_dim = table.integer("value_head_dim", 1);
+  for (const char* key : {"predicted_error", "measured_error", "residual_error"}) table.number(key);
+  for (const char* key : {"parameters", "original_parameters"}) table.integer(key, 1);
+  layer.window = table.optional_integer("window", 1);
   return layer;
 }
 
@@ -75,71 +77,73 @@ bool is_plain_file_name(const std::string& name) {
          name.find_first_of("/\\") == std::string::npos && printable(name);
 }
 
-std::map<std::string, FileEntry> files_of(const Reader& manifest) {
-  const Reader raw = manifest.object("files");
+std::map<std::string, FileEntry> files_of(const Table& table) {
   std::map<std::string, FileEntry> files;
-  for (const std::string& name : raw.keys()) {
-    if (!is_plain_file_name(name)) {
-      throw bundle_error("the manifest lists a file that is not one of the bundle's", for_message(Json(name)),
-                         "plain names of files beside it");
-    }
-    const Reader entry = raw.entry(name);
-    const std::string sha256 = entry.printable_string("sha256");
-    const std::int64_t bytes = entry.integer("bytes");
-    if (bytes < 0) entry.fail("bytes", "is impossible", "0 or more");
-    files[name] = {sha256, static_cast<std::uint64_t>(bytes)};
-  }
-  for (const char* name : {graph_file, data_file}) {
-    if (files.count(name) == 0) throw inconsistent(std::string("the manifest does not list ") + name);
+  for (const std::string& name : table.keys()) {
+    if (!is_plain_file_name(name))
+      throw inconsistent("the manifest must list files of the bundle by their plain names",
+                         for_message(name));
+    const Table entry = table.table(name);
+    const std::string sha256 = entry.string("sha256");
+    files[name] = {sha256, static_cast<std::uint64_t>(entry.integer("bytes", 0))};
   }
   return files;
 }
 
-Failure eviction_error(const std::string& problem, const std::string& got) {
-  return inconsistent("the manifest's eviction is impossible: " + problem, got);
+Failure eviction_error(const std::string& problem, const std::string& got, const std::string& expected = {}) {
+  return inconsistent("the manifest's eviction must be possible: " + problem, got, expected);
 }
 
-Eviction eviction_of(const Reader& raw) {
+Eviction eviction_of(const Table& table) {
   Eviction eviction;
-  const std::set<std::string> match{"policy", "budget", "protect_first", "protect_recent", "skip_layers"};
-  for (const std::string& key : raw.keys()) {
-    if (match.count(key) == 0) raw.fail(key, "is not known");
-  }
-  eviction.policy = raw.printable_string("policy");
-  eviction.budget = raw.integer("budget");
-  eviction.protect_first = raw.integer("protect_first");
-  eviction.protect_recent = raw.integer("protect_recent");
-  eviction.skip_layers = raw.integers("skip_layers");
+  eviction.policy = table.string("policy");
+  eviction.budget = table.integer("budget");
+  eviction.protect_first = table.integer("protect_first");
+  eviction.protect_recent = table.integer("protect_recent");
+  eviction.skip_layers = table.integers("skip_layers");
   if (std::find(std::begin(policies), std::end(policies), eviction.policy) == std::end(policies))
-    throw eviction_error("there is no such policy of eviction", eviction.policy);
+    throw eviction_error("--evict must be a known policy", eviction.policy);
   if (eviction.protect_first < 0)
-    throw eviction_error("--protect-first is out of range", std::to_string(eviction.protect_first));
+    throw eviction_error("--protect-first must be at least 0 tokens", std::to_string(eviction.protect_first));
   if (eviction.protect_recent < 0)
-    throw eviction_error("--protect-recent is out of range", std::to_string(eviction.protect_recent));
+    throw eviction_error("--protect-recent must be at least 0 tokens",
+                         std::to_string(eviction.protect_recent));
   // Subtracts numbers that were checked above, since a sum could overflow.
   if (eviction.budget <= eviction.protect_first ||
-      eviction.budget - eviction.protect_first <= std::max<std::int64_t>(1, eviction.protect_recent))
-    throw eviction_error("--kv-budget leaves no token that may go",
+      eviction.budget - eviction.protect_first <= std::max<std::int64_t>(1, eviction.protect_recent)) {
+    throw eviction_error("--kv-budget must leave a token that can be evicted",
                          std::to_string(eviction.budget) + " tokens");
+  }
+  table.only({"budget", "policy", "protect_first", "protect_recent", "skip_layers"});
   return eviction;
 }
 
 void require_fit(const Eviction& eviction, std::int64_t capacity, std::int64_t num_layers) {
-  if (capacity > most_positions)
-    throw eviction_error("a cache that evicts cannot count as many positions", std::to_string(capacity));
+  if (capacity > max_positions) {
+    throw eviction_error("--capacity must be at most " + std::to_string(max_positions) + " with --kv-budget",
+                         std::to_string(capacity));
+  }
   if (eviction.budget > capacity) {
-    throw eviction_error("--kv-budget is larger than the capacity, so that nothing would ever go",
-                         std::to_string(eviction.budget) + " tokens");
+    throw eviction_error("--kv-budget must be at most the capacity",
+                         std::to_string(eviction.budget) + " tokens", "at most " + std::to_string(capacity));
   }
   for (const std::int64_t layer : eviction.skip_layers) {
-    if (layer < 0 || layer >= num_layers)
-      throw eviction_error("--evict-skip-layers names a layer that the model does not have",
-                           std::to_string(layer));
+    if (layer < 0 || layer >= num_layers) {
+      throw eviction_error("--evict-skip-layers must name layers of the model", std::to_string(layer),
+                           "0 to " + std::to_string(num_layers - 1));
+    }
   }
   const std::set<std::int64_t> skipped(eviction.skip_layers.begin(), eviction.skip_layers.end());
-  if (static_cast<std::int64_t>(skipped.size()) == num_layers)
-    throw eviction_error("--evict-skip-layers names every layer, so that nothing would ever go",
+  if (static_cast<std::int64_t>(skipped.size()) == num_layers) {
+    throw eviction_error("--evict-skip-layers must leave a layer that evicts",
                          std::to_string(num_layers) + " layers");
+  }
+}
+
+Dtype dtype_named(const std::string& name) {
+  return std::find_if(std::begin(dtypes), std::end(dtypes),
+                      [&](const auto& each) { return each.first == name; })
+      ->second;
 }
 
 Json tensor(const std::string& name, const std::string& dtype, Json shape) {
@@ -147,7 +151,7 @@ Json tensor(const std::string& name, const std::string& dtype, Json shape) {
 }
 
 // The "graph" object that follows from the rest of the manifest.
-Json promised(const Manifest& manifest) {
+Json derived_graph(const Manifest& manifest) {
   const std::string dtype = name_of(manifest.dtype);
   Json inputs = Json::array({tensor("input_ids", "int64", {"batch", "sequence"}),
                              tensor("position_ids", "int64", {"batch", "sequence"}),
@@ -182,16 +186,41 @@ Json promised(const Manifest& manifest) {
           {"outputs", std::move(outputs)}};
 }
 
-void require_graph(const Manifest& manifest, const Reader& reader) {
-  const Reader graph = reader.object("graph");
-  const Json promised_graph = promised(manifest);
-  for (const std::string& key : graph.keys()) {
-    if (!promised_graph.contains(key)) graph.fail(key, "is not known");
+void require_tensors(const Table& graph, const std::string& key) {
+  for (const Table& tensor : graph.tables(key)) {
+    for (const Json& size : tensor.list("shape"))
+      if (!size.is_number_integer() && !size.is_string())
+        tensor.fail("shape", "a list of integers and names");
+    tensor.string("name");
+    tensor.string("dtype");
+    tensor.only({"dtype", "name", "shape"});
   }
-  for (const auto& [key, value] : promised_graph.items()) {
-    if (graph.value(key) != value) {
-      throw inconsistent("the manifest's graph." + key + " contradicts its layers, model, dtype or capacity",
-                         for_message(graph.value(key)), for_message(value));
+}
+
+constexpr const char* graph_sizes[] = {"capacity", "vocab_size", "hidden_size", "num_layers"};
+
+// Checks the types of the "graph" object's values.
+void require_graph_types(const Table& graph) {
+  graph.string("variant");
+  graph.integer("opset");
+  graph.string("dtype");
+  for (const char* key : graph_sizes) graph.integer(key);
+  require_tensors(graph, "inputs");
+  require_tensors(graph, "outputs");
+  graph.only({"capacity", "dtype", "hidden_size", "inputs", "num_layers", "opset", "outputs", "variant",
+              "vocab_size"});
+}
+
+void require_graph(const Manifest& manifest, const Table& graph) {
+  const Json derived = derived_graph(manifest);
+  std::vector<std::string> keys{"variant", "opset", "dtype"};
+  keys.insert(keys.end(), std::begin(graph_sizes), std::end(graph_sizes));
+  keys.insert(keys.end(), {"inputs", "outputs"});
+  for (const std::string& key : keys) {
+    if (graph.value(key) != derived.at(key)) {
+      throw inconsistent(
+          "the manifest's graph." + key + " must agree with its layers, model, dtype and capacity",
+          for_message(graph.value(key)), for_message(derived.at(key)));
     }
   }
 }
@@ -212,7 +241,7 @@ void require_countable(const Manifest& manifest) {
                          !__builtin_add_overflow(total, bytes, &total);
     fits = fits && counted && total <= most;
   }
-  if (!fits) throw inconsistent("the manifest describes a larger model or cache than any machine holds");
+  if (!fits) throw inconsistent("the sizes in the manifest must fit in the memory of a machine");
 }
 
 }  // namespace
@@ -236,50 +265,49 @@ std::int64_t Eviction::self_test_slots() const {
   return std::min(budget, protect_first + std::max<std::int64_t>(1, protect_recent) + 16);
 }
 
-Manifest parse_manifest(std::string_view text, const std::string& where) {
-  const Json raw = parse_json(text, "the manifest of " + where, rebuild);
-  if (!raw.is_object() || !raw.contains("format"))
-    throw inconsistent("the manifest of " + where + " is not a bundle's");
-  if (!raw["format"].is_number_integer() || raw["format"] != format) throw other_format(raw, where);
+Manifest parse_manifest(std::string_view text, const std::string& directory) {
+  const std::string path = std::string(manifest_file) + " of the bundle " + directory;
+  const Json raw = parse_json(text, path, rebuild);
+  const Table table(raw, path, rebuild);
+  require_format(table, directory);
   Manifest manifest;
   manifest.digest = digest_of(text);
   if (manifest.digest.empty()) {
-    throw bundle_error(std::string(manifest_file) + " of the bundle " + where +
-                           " is not as it was written: its sha256 differs",
-                       {}, {}, std::string("copy the bundle again, or ") + rebuild);
+    throw bundle_error(path + " must be unchanged since it was written: its sha256 differs", {}, {},
+                       std::string("copy the bundle again, or ") + rebuild);
   }
 
-  const Reader reader(raw, "the manifest", "", rebuild);
-  const Reader model = reader.object("model"), source = reader.object("source");
-  manifest.version = reader.printable_string("kvexport");
-  manifest.source_name = source.printable_string("name");
-  for (const char* key : {"model_type", "sha256"}) source.printable_string(key);
-  if (reader.has("calibration")) reader.object("calibration");
-  manifest.vocab_size = model.positive_integer("vocab_size");
-  manifest.hidden_size = model.positive_integer("hidden_size");
-  const std::int64_t num_layers = model.positive_integer("num_hidden_layers");
+  const Table model = table.table("model"), source = table.table("source");
+  if (table.has("calibration")) table.table("calibration");
+  manifest.version = table.string("kvexport");
+  table.string("manifest_sha256");
+  manifest.source_name = source.string("name");
+  for (const char* key : {"model_type", "sha256"}) source.string(key);
+  manifest.vocab_size = model.integer("vocab_size", 1);
+  manifest.hidden_size = model.integer("hidden_size", 1);
+  const std::int64_t num_layers = model.integer("num_hidden_layers", 1);
   manifest.max_position_embeddings = model.optional_integer("max_position_embeddings");
   manifest.bos_token_id = model.optional_integer("bos_token_id");
   manifest.eos_token_ids = model.integers("eos_token_ids");
-  const std::string dtype = reader.printable_string("dtype");
-  manifest.capacity = reader.positive_integer("capacity");
-  if (reader.has("eviction")) manifest.eviction = eviction_of(reader.object("eviction"));
-  for (const Reader& layer : reader.objects("layers")) manifest.layers.push_back(layer_of(layer));
-  manifest.files = files_of(reader);
+  if (model.has("tie_word_embeddings")) model.boolean("tie_word_embeddings");
+  manifest.dtype = dtype_named(table.string("dtype", {"float32", "float16", "bfloat16"}));
+  manifest.capacity = table.integer("capacity", 1);
+  if (table.has("eviction")) manifest.eviction = eviction_of(table.table("eviction"));
+  for (const Table& layer : table.tables("layers")) manifest.layers.push_back(layer_of(layer));
+  const Table graph = table.table("graph");
+  require_graph_types(graph);
+  manifest.files = files_of(table.table("files"));
 
-  const auto match = std::find_if(std::begin(dtypes), std::end(dtypes),
-                                  [&](const auto& each) { return each.first == dtype; });
-  if (match == std::end(dtypes))
-    throw bundle_error("the manifest's dtype is not one that bundles have", dtype,
-                       "float32, float16, bfloat16");
-  manifest.dtype = match->second;
-  const auto num_described = static_cast<std::int64_t>(manifest.layers.size());
-  if (num_described != num_layers) {
-    throw inconsistent("the manifest describes another number of layers than its num_hidden_layers",
-                       std::to_string(num_described), std::to_string(num_layers));
+  const auto layers = static_cast<std::int64_t>(manifest.layers.size());
+  if (layers != num_layers) {
+    throw inconsistent("the manifest must describe num_hidden_layers layers", std::to_string(layers),
+                       std::to_string(num_layers));
   }
   if (manifest.eviction) require_fit(*manifest.eviction, manifest.capacity, num_layers);
-  require_graph(manifest, reader);
+  for (const char* name : {graph_file, data_file}) {
+    if (!manifest.has(name)) throw inconsistent(std::string("the manifest must list ") + name);
+  }
+  require_graph(manifest, graph);
   require_countable(manifest);
   return manifest;
 }

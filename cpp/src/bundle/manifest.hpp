@@ -51,9 +51,9 @@ struct Manifest {
   bool has(const std::string& file) const { return files.count(file) != 0; }
 };
 
-// Parses the content of manifest.json. `where`: path of the bundle, for messages. Throws Failure if the
+// Parses the content of manifest.json. `directory`: path of the bundle, for messages. Throws Failure if the
 // format is not supported, the digest does not match, a key is missing or has another type or range, or parts
 // contradict each other.
-Manifest parse_manifest(std::string_view text, const std::string& where);
+Manifest parse_manifest(std::string_view text, const std::string& directory);
 
 }  // namespace kvexport::detail

@@ -48,15 +48,12 @@ std::uint64_t bytes_of(const TensorEntry& tensor, const std::string& where) {
   return bytes;
 }
 
-TensorEntry entry_of(const std::string& name, const Reader& raw, const std::string& where) {
-  for (const std::string& key : raw.keys()) {
-    if (key != "dtype" && key != "shape" && key != "data_offsets")
-      raw.fail(key, "is not known", "dtype, shape, data_offsets");
-  }
-  TensorEntry tensor{name, raw.string("dtype"), raw.integers("shape"), 0, 0};
-  const std::vector<std::int64_t> offsets = raw.integers("data_offsets");
-  if (offsets.size() != 2 || offsets[0] < 0 || offsets[1] < offsets[0])
-    raw.fail("data_offsets", "must be a start and an end");
+TensorEntry entry_of(const std::string& name, const Table& table, const std::string& where) {
+  table.only({"data_offsets", "dtype", "shape"});
+  TensorEntry tensor{name, table.text("dtype"), table.integers("shape"), 0, 0};
+  const std::vector<std::int64_t> offsets = table.integers("data_offsets", 0);
+  if (offsets.size() != 2 || offsets[1] < offsets[0])
+    table.fail("data_offsets", "the start and the end of the data");
   tensor.begin = static_cast<std::uint64_t>(offsets[0]), tensor.end = static_cast<std::uint64_t>(offsets[1]);
   const std::uint64_t bytes = bytes_of(tensor, where);
   if (bytes != tensor.bytes()) {
@@ -91,14 +88,14 @@ TensorHeader parse_header(std::string_view start, std::uint64_t file_size, const
   if (start.size() < header.data) throw damaged(where, "its header is truncated");
   const Json raw =
       parse_json(start.substr(prefix, header.data - prefix), "the header of " + where, "write it again");
-  const Reader reader(raw, "the header of " + where, "", "write it again");
-  for (const std::string& name : reader.keys()) {
-    const Reader entry = reader.entry(name);
+  const Table table(raw, "the header of " + where, "write it again");
+  for (const std::string& name : table.keys()) {
+    const Table entry = table.table(name);
     if (name != metadata_key) {
       header.tensors.push_back(entry_of(name, entry, where));
       continue;
     }
-    for (const std::string& key : entry.keys()) header.metadata[key] = entry.string(key);
+    for (const std::string& key : entry.keys()) header.metadata[key] = entry.text(key);
   }
   std::sort(header.tensors.begin(), header.tensors.end(), [](const auto& left, const auto& right) {
     return std::pair(left.begin, left.end) < std::pair(right.begin, right.end);

@@ -48,10 +48,10 @@ struct ReferenceOutputs {
   }
 };
 
-// Parses the content of the file. `document`: its name in messages. Throws Failure if a key is missing or has
+// Parses the content of the file. `path`: its name in messages. Throws Failure if a key is missing or has
 // another type or range, or if the file contradicts the manifest.
 ReferenceOutputs parse_reference_outputs(std::string_view text, const Manifest& manifest,
-                                         const std::string& document);
+                                         const std::string& path);
 
 // Reads the file of a bundle. Throws Failure if the bundle has none, and as parse_reference_outputs does.
 ReferenceOutputs read_reference_outputs(const Bundle& bundle);

@@ -27,9 +27,9 @@ struct TextFile {
 
 inline constexpr const char* text_file = "text.json";
 
-// Parses the content of text.json. Throws Failure (bundle_error) if a value is missing, has another type or
-// range, or contradicts another one, and if the chat strings do not produce the text of the file's own
-// conversations.
-TextFile parse_text(std::string_view text);
+// Parses the content of text.json. `path`: its name in messages. Throws Failure (bundle_error) if a value is
+// missing, has another type or range, or contradicts another one, and if the chat strings do not produce the
+// text of the file's own conversations.
+TextFile parse_text(std::string_view text, const std::string& path = text_file);
 
 }  // namespace kvexport::detail

@@ -114,7 +114,8 @@ void Session::open_text(const std::string& library) {
   } else if (library.empty()) {
     text_missing = "the session was opened without a text library";
   } else {
-    TextFile file = parse_text(read_file(bundle.file(text_file), LARGEST_TEXT));
+    TextFile file = parse_text(read_file(bundle.file(text_file), LARGEST_TEXT),
+                               std::string(text_file) + " of the bundle " + bundle.path);
     try {
       text = std::make_unique<Text>(bundle.path, std::move(file), library);
     } catch (const Failure& failure) {
