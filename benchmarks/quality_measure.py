@@ -29,7 +29,7 @@ from kvexport.model.decoder import Attention, Decoder, tensors_of
 from kvexport.model.divergence import DivergenceMeter
 from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
-from kvexport.validate.evaluate import original_stream, spread
+from kvexport.validate.evaluate import residual_stream, spread
 
 Run = Callable[
     [Tensor], Tensor
@@ -56,7 +56,7 @@ class Made:
         macs = [attention_macs(each) for each in attentions]
         parts = (decoder.embedding, decoder.final_norm, decoder.head, *decoder.layers)
         return cls(
-            run=lambda windows: original_stream(decoder, windows, Progress()),
+            run=lambda windows: residual_stream(decoder, windows, Progress()),
             kv_numbers=sum(each.kv_width for each in attentions),
             macs_per_cached_token=sum(each.per_cached_token for each in macs) / len(macs),
             macs_per_new_token=sum(each.per_new_token for each in macs) / len(macs),
@@ -116,7 +116,7 @@ class Bench:
             tokens = spread(
                 all_windows(tokenize(checkpoint, read_text(file)), length, f"the text {file}"), windows
             )
-            self.texts[name] = Text(tokens, original_stream(self.decoder, tokens, Progress()))
+            self.texts[name] = Text(tokens, residual_stream(self.decoder, tokens, Progress()))
         self.piqa = None if piqa is None else tasks.read_piqa(piqa)
         self.passkey = None if passkey is None else self._passkey_cells(read_text(passkey))
 

@@ -25,7 +25,7 @@ from kvexport.errors import GateFailed
 from kvexport.files.atomic_directory import atomic_directory, require_output
 from kvexport.model.hf_writer import HFCheckpointWriter, require_hf_checkpoint
 from kvexport.progress import Progress
-from kvexport.validate import ValidationReport, prove
+from kvexport.validate import ValidationReport, validate_graph
 
 __all__ = ["BuildHooks", "BuildOptions", "BuildReport", "build", "calibrate", "compress"]
 
@@ -71,7 +71,7 @@ def build(
             export.record_self_test()
         contract = export.write()
         with job.timed("prove"):
-            validation = prove(writer.directory, contract, progress, eviction)
+            validation = validate_graph(writer.directory, contract, progress, eviction)
         _require_valid(validation, options.dtype)
 
         report = replace(

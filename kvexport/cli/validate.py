@@ -23,10 +23,10 @@ def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
     """
     from kvexport.cli.options import progress_bar
     from kvexport.cli.report import print_validation
-    from kvexport.validate import validate
+    from kvexport.validate import validate_bundle
 
     with progress_bar(quiet) as progress:
-        report = validate(bundle, progress, provider)
+        report = validate_bundle(bundle, progress, provider)
     if as_json:
         click.echo(json.dumps(report.to_json()))
     elif not quiet:

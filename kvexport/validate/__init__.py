@@ -1,7 +1,14 @@
-"""Validation: compare a bundle with its PyTorch reference; `validate.evaluate` compares it with the original model."""
+"""Compare a bundle with its PyTorch reference, or, in `validate.evaluate`, with the original model."""
 
-from kvexport.validate.proof import prove, validate
 from kvexport.validate.reference_run import ReferenceRecorder, read_reference
+from kvexport.validate.validation import validate_bundle, validate_graph
 from kvexport.validate.verdict import ValidationReport, judge
 
-__all__ = ["ReferenceRecorder", "ValidationReport", "judge", "prove", "read_reference", "validate"]
+__all__ = [
+    "ReferenceRecorder",
+    "ValidationReport",
+    "judge",
+    "read_reference",
+    "validate_bundle",
+    "validate_graph",
+]

@@ -1,7 +1,4 @@
-"""A whole bundle run as it is deployed: one session, the cache bound in place, the prompt read in chunks.
-
-Knows the runtime, and what a copy of the graph with taps needs; nothing of the twin that the result is compared with.
-"""
+"""Run a whole bundle as it is deployed: one session, the cache bound in place, the prompt read in chunks."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from kvexport.packages import PACKAGES, install_command
 from kvexport.progress import Progress
 from kvexport.validate.layerwise import COMPUTED_IN, GARBAGE, heads_side_by_side
 from kvexport.validate.reference_run import array_name
-from kvexport.validate.slots import ReferenceSlots
+from kvexport.validate.reference_slots import ReferenceSlots
 
 if TYPE_CHECKING:
     import onnxruntime
@@ -29,12 +26,12 @@ if TYPE_CHECKING:
 
 Array = NDArray[np.float32]
 
-_CHUNK, _GROWTH = 24, 40  # tokens: both take several rounds in the twin's short sequence
-# Memory per byte of weights, measured: ONNX Runtime packs float32 weights, widens and packs float16, and of
-# bfloat16 gets a widened copy to begin with.
+_CHUNK, _GROWTH = 24, 40  # tokens; the short sequence of the reference takes several chunks and growths
+# Memory per byte of weights, measured: ONNX Runtime packs float32 weights, converts float16 to float32 and
+# packs it, and is given bfloat16 converted to float32.
 _MEMORY = {"float32": 1.1, "float16": 2.5, "bfloat16": 4.5}
 _TAPS = {"attention": attention_tap, "residual": residual_tap}
-_PACKAGES = ("onnx_ir", "onnxruntime", "psutil")
+_MODULES = ("onnx_ir", "onnxruntime", "psutil")
 
 
 def run_deployed(
@@ -45,17 +42,18 @@ def run_deployed(
     provider: Provider | None = None,
     slots: Mapping[int, ReferenceSlots] | None = None,
 ) -> dict[str, Array]:
-    """Feed `input_ids` [T] to the bundle: `prefill` of them in chunks, the others one by one.
+    """Run the bundle on `input_ids` [T]: `prefill` of them in chunks, the others one by one.
 
-    On ONNX Runtime the graph is a copy with taps of the very file that is deployed on `provider` (None: on the CPU). An
-    engine has no taps: of it the logits and the caches are all there is.
+    On ONNX Runtime the graph is a copy, with taps, of the file that is deployed on `provider` (None: the
+    CPU). An engine has no taps and gives logits and caches only.
 
     Args:
-        slots: the twin's, of layers that evict; the run has as many, and their state before each call.
+        slots: the reference's slots of each layer that evicts; the run has equally many, and gets their state
+            before each call.
 
     Returns:
-        `logits` [T, vocab] and of the arrays a layer that `kvexport.validate.reference_run` names those that the provider
-        gives, float32.
+        `logits` [T, vocab], and those of each layer's arrays in `kvexport.validate.reference_run` that the
+        provider gives, float32.
 
     Raises:
         CannotRunHere: this machine lacks the memory, or a package.
@@ -71,7 +69,7 @@ def run_deployed(
         engine = TensorRtDecoder(bundle, provider.engine, provider.device, fill=GARBAGE)
         if budget is not None:
             engine.cache.block(budget)
-        return _fed(engine, input_ids, prefill, progress, min(_CHUNK, engine.max_tokens_per_call), slots)
+        return _run(engine, input_ids, prefill, progress, min(_CHUNK, engine.max_tokens_per_call), slots)
     _require_packages()
     from kvexport.runtime.backends.ort import OrtDecoder
     from kvexport.runtime.backends.select import new_cache
@@ -84,7 +82,7 @@ def run_deployed(
     session, dtype = _tapped_session(bundle, provider)
     cache = new_cache(bundle, provider, dtype, fill=GARBAGE, step=_GROWTH, slots=budget)
     decoder = OrtDecoder(session, cache, extra_outputs=list(names))
-    return _fed(
+    return _run(
         decoder,
         input_ids,
         prefill,
@@ -96,11 +94,12 @@ def run_deployed(
 
 
 def computed_in(dtype: str, provider: str) -> str:
-    """The arithmetic that a bundle of `dtype` is validated in: its own, but for what the CPU has no kernels of."""
+    """The dtype of the arithmetic for a bundle of `dtype`: its own, or float32 if the CPU has no kernels of
+    it."""
     return COMPUTED_IN[dtype] if provider == "cpu" else dtype
 
 
-def _fed(
+def _run(
     decoder: Decoder,
     input_ids: NDArray[np.int64],
     prefill: int,
@@ -109,22 +108,22 @@ def _fed(
     slots: Mapping[int, ReferenceSlots],
     taps: Callable[[], dict[str, Array]] = dict,
 ) -> dict[str, Array]:
-    """What the decoder gives: logits, what `taps` [1, S, hidden] are after a call, and what it left in the cache."""
+    """Run the decoder: its logits, the `taps` [1, S, hidden] after each call, and its caches."""
     tokens, cache = len(input_ids), decoder.cache
     pieces: dict[str, list[Array]] = {}
     starts = [*range(0, prefill, chunk), *range(prefill, tokens)]
     with progress.stage("Running the bundle", len(starts)):
         for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
-            here = np.arange(stop - start)[None]
-            logits = decoder.run(input_ids[None, start:stop], start + here, here)
+            indices = np.arange(stop - start)[None]
+            logits = decoder.run(input_ids[None, start:stop], start + indices, indices)
             for name, values in {"logits": logits, **taps()}.items():
                 pieces.setdefault(name, []).append(values[0].copy())
-            for layer, twin in slots.items():
+            for layer, reference in slots.items():
                 key, value = (buffer[0] for buffer in cache.layer_in_float32(layer))  # [N, slots, width]
-                held = {KEY: key, VALUE: value, STATE: cache.state(layer)}
-                for kind, rows in twin.seen(held, start, stop).items():
+                arrays = {KEY: key, VALUE: value, STATE: cache.state(layer)}
+                for kind, rows in reference.read(arrays, start, stop).items():
                     pieces.setdefault(array_name(layer, kind), []).append(rows)
-                cache.set_state(layer, twin.state(stop))
+                cache.set_state(layer, reference.state(stop))
             progress.advance()
     measured = {name: np.concatenate(each) for name, each in pieces.items()}
     for layer in range(cache.num_layers):
@@ -136,7 +135,7 @@ def _fed(
 
 
 def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.InferenceSession, str]:
-    """A session on a copy with taps of what is deployed, and the dtype that it computes in."""
+    """A session on a copy, with taps, of the deployed graph, and the dtype of its arithmetic."""
     from kvexport.graph import as_float32, with_taps
     from kvexport.runtime.backends.ort_session import graph_file, session_on, session_options
 
@@ -149,21 +148,21 @@ def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.Inf
         copy = with_taps(bundle.path / graph_file(bundle, provider.name))
     options = session_options(None)
     if provider.name == "cpu":
-        return _loaded(lambda: copy.session(options)), dtype
+        return _load(lambda: copy.session(options)), dtype
     options.add_session_config_entry(
         "session.model_external_initializers_file_folder_path", str(copy.folder.resolve())
     )
-    return _loaded(lambda: session_on(provider.name, copy.model, options)), dtype
+    return _load(lambda: session_on(provider.name, copy.model, options)), dtype
 
 
-def _loaded(load: Callable[[], onnxruntime.InferenceSession]) -> onnxruntime.InferenceSession:
+def _load(load: Callable[[], onnxruntime.InferenceSession]) -> onnxruntime.InferenceSession:
     import onnxruntime
 
     try:
         return load()
     except CannotRunHere:
         raise
-    except Exception as error:  # ONNX Runtime's own exceptions have no other base
+    except Exception as error:  # ONNX Runtime's exceptions have no other base class
         raise CannotRunHere(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the bundle's graph",
             got=str(error).splitlines()[0],
@@ -173,11 +172,11 @@ def _loaded(load: Callable[[], onnxruntime.InferenceSession]) -> onnxruntime.Inf
 
 
 def _require_packages() -> None:
-    missing = [name for name in _PACKAGES if find_spec(name) is None]
+    missing = [name for name in _MODULES if find_spec(name) is None]
     if missing:
         raise CannotRunHere(
-            "validation reads the graph, which needs packages that are not installed",
-            got=f"no {', '.join(missing)}",
+            "validation needs packages that are not installed",
+            got=f"missing: {', '.join(missing)}",
             fix=install_command("torch", "onnxruntime"),
         )
 
@@ -192,5 +191,5 @@ def _require_memory(bundle: Bundle) -> None:
             f"the bundle {bundle.path} does not fit in memory as a whole",
             got=f"{free / 2**30:.2f} GiB free",
             expected=f"{needed / 2**30:.2f} GiB or more",
-            fix="validate on a machine with more memory; the build that made it proved it layer by layer",
+            fix="validate on a machine with more memory; the build has already validated it layer by layer",
         )

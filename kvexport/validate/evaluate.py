@@ -1,7 +1,7 @@
-"""What compression cost: a bundle's predictions against the trained model's, on real text.
+"""Evaluate the loss from compression: a bundle's predictions against the trained model's, on a text.
 
-Knows how to run both over the same windows: the original in the reference, in the memory of one layer, the bundle
-in its own runtime.
+Both run over the same windows: the trained model in the PyTorch reference, one layer in memory at a time, the
+bundle in the runtime.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from kvexport.runtime import open_bundle
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A divergence from the trained model, and the KV bytes that a token takes in both, in the bundle's dtype."""
+    """A divergence from the trained model, and the KV bytes per token of both, in the bundle's dtype."""
 
     divergence: Divergence
     kv_bytes_per_token: int
     kv_bytes_per_token_original: int
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, as `--json` prints them."""
+        """The evaluation as JSON values."""
         sizes = {
             "kv_bytes_per_token": self.kv_bytes_per_token,
             "kv_bytes_per_token_original": self.kv_bytes_per_token_original,
@@ -56,34 +56,37 @@ def evaluate(
     """Run the trained model and the bundle, teacher-forced, over windows of `length` tokens of a text.
 
     Args:
-        samples: the most windows to use, spread evenly over the text; None: all.
-        provider: what runs the bundle, as in `kvexport.runtime.Session`.
+        samples: maximum number of windows, spread evenly over the text; None: all.
+        provider: the provider that runs the bundle, as in `kvexport.runtime.Session`.
 
     Raises:
         UsageError: the checkpoint and the bundle have different vocabularies, or the text fills no window.
         BundleError: the bundle is damaged.
-        CannotRunHere: its dtype has no kernels here, or this machine lacks what the provider needs.
+        CannotRunHere: this machine has no kernels for its dtype, or lacks what the provider needs.
     """
     source, opened = Checkpoint(checkpoint), Bundle.open(bundle)
     decoder = load_decoder(source)
     if decoder.dims.vocab_size != opened.model.vocab_size:
         raise UsageError(
-            "the checkpoint is not the one that the bundle was made of: their vocabularies differ",
+            "the checkpoint must be the one that the bundle was built from: their vocabularies differ",
             got=f"{decoder.dims.vocab_size} tokens in {checkpoint}",
             expected=f"{opened.model.vocab_size} tokens, as in {bundle}",
-            fix=f"give --against the checkpoint '{opened.source.name}'",
+            fix=f"use --against with the checkpoint '{opened.source.name}'",
         )
     if source.digest() != opened.source.sha256:
         progress.note(
-            f"{checkpoint} is not the checkpoint that the bundle was made of ('{opened.source.name}'): its sha256 differs"
+            f"{checkpoint} is not the checkpoint that the bundle was built from ('{opened.source.name}'): "
+            "its sha256 differs"
         )
     session = open_bundle(bundle, provider=provider)
     if length > session.capacity:
         raise UsageError(
-            "--length exceeds the bundle's capacity", got=length, expected=f"at most {session.capacity}"
+            "--length must not exceed the bundle's capacity",
+            got=length,
+            expected=f"at most {session.capacity}",
         )
     windows = spread(all_windows(tokenize(checkpoint, read_text(text)), length, f"the text {text}"), samples)
-    stream = original_stream(decoder, windows, progress)
+    stream = residual_stream(decoder, windows, progress)
     meter = DivergenceMeter()
     with progress.stage("Running the bundle", len(windows)), torch.no_grad():
         for window, x in zip(windows, stream, strict=True):
@@ -102,18 +105,18 @@ def spread(windows: Tensor, samples: int | None) -> Tensor:
 
 @torch.no_grad()
 def divergence_of(original: Decoder, converted: Decoder, windows: Tensor) -> Divergence:
-    """How far the converted model's predictions are from the original's on windows [N, length]."""
+    """The divergence of the converted model's predictions from the original's on windows [N, length]."""
     meter, silent = DivergenceMeter(), Progress()
-    streams = (original_stream(decoder, windows, silent) for decoder in (original, converted))
-    for window, ours, theirs in zip(windows, *streams, strict=True):
+    streams = (residual_stream(decoder, windows, silent) for decoder in (original, converted))
+    for window, before, after in zip(windows, *streams, strict=True):
         meter.add(
-            reference.logits(original, ours[None]), reference.logits(converted, theirs[None]), window[None]
+            reference.logits(original, before[None]), reference.logits(converted, after[None]), window[None]
         )
     return meter.finish()
 
 
 @torch.no_grad()
-def original_stream(decoder: Decoder, windows: Tensor, progress: Progress) -> Tensor:
+def residual_stream(decoder: Decoder, windows: Tensor, progress: Progress) -> Tensor:
     """The residual stream [N, length, hidden] after the last layer, one layer in memory at a time."""
     x = reference.embed(decoder.embedding, windows)
     with progress.stage("Running the original", len(decoder.layers)):

@@ -1,8 +1,8 @@
-"""The exported graph run in the memory of one layer: all calls through the embedding, then all through layer 0, ...
+"""Run an exported graph in the memory of one layer: all calls through the embedding, then all through layer
+0, ...
 
-Teacher-forced, every token is known beforehand, so that the calls (a prefill, then single steps) need not pass
-through the whole graph one after another. Knows how the parts of a graph are run; nothing of the twin that the
-result is compared with.
+With teacher forcing every token is known beforehand, so that the calls (a prefill, then single steps) need
+not pass through the whole graph one after another.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from kvexport.bundle.graph_io import (
 from kvexport.files.malloc import return_freed
 from kvexport.progress import Progress
 from kvexport.validate.reference_run import array_name
-from kvexport.validate.slots import ReferenceSlots
+from kvexport.validate.reference_slots import ReferenceSlots
 
 if TYPE_CHECKING:
     import onnxruntime
 
 Array = NDArray[np.float32]
-Call = dict[str, NDArray[Any]]  # what is known of one call so far: values of the graph by name
+Call = dict[str, NDArray[Any]]  # values of the graph by name, computed so far for one call
 
 COMPUTED_IN = {
     "float32": "float32",
     "float16": "float16",
     "bfloat16": "float32",
 }  # what ONNX Runtime's CPU has kernels for
-GARBAGE = 100.0  # what slots of the cache hold before they are written
-_SPARE = 16  # slots that no token is written to
+GARBAGE = 100.0  # value of cache slots before they are written
+_SPARE = 16  # slots that are never written
 
 
 def run_layerwise(
@@ -58,15 +58,18 @@ def run_layerwise(
     progress: Progress,
     slots: Mapping[int, ReferenceSlots] | None = None,
 ) -> dict[str, Array]:
-    """Feed `input_ids` [T] to decoder.onnx in `directory`: `prefill` of them at once, the others one by one.
+    """Run decoder.onnx in `directory` on `input_ids` [T]: `prefill` of them at once, the others one by one.
 
-    The weights of one part are in memory at a time. A bfloat16 graph computes in float32, on the same weights.
+    The weights of one part are in memory at a time. A bfloat16 graph computes in float32, on the same
+    weights.
 
     Args:
-        slots: the twin's, of layers that evict; the run has as many, and their state before each call.
+        slots: the reference's slots of each layer that evicts; the run has equally many, and gets their state
+            before each call.
 
     Returns:
-        `logits` [T, vocab] and the arrays of each layer that `kvexport.validate.reference_run` names, float32.
+        `logits` [T, vocab] and the arrays of each layer that `kvexport.validate.reference_run` names,
+        float32.
     """
     from kvexport.graph.split_layers import split_layers
 
@@ -77,29 +80,29 @@ def run_layerwise(
     calls = [_call(input_ids[start:stop], start, budget) for start, stop in zip(starts, stops, strict=True)]
     dtype = COMPUTED_IN[contract.dtype]
     caches = _caches(contract, dtype, tokens + _SPARE, budget)
-    seen: dict[str, list[Array]] = {}
+    rows_of_slots: dict[str, list[Array]] = {}
 
     def after(call: int, layer: int) -> None:
-        """Take what a call left of its tokens in a layer's slots, and put the twin's state there."""
+        """Read a call's tokens from a layer's slots, and write the reference's state there."""
         names = {which: past(layer, which) for which in (KEY, VALUE, STATE)}
-        held = {which: caches[name].numpy()[:, 0] for which, name in names.items()}
-        for kind, rows in slots[layer].seen(held, starts[call], stops[call]).items():
-            seen.setdefault(array_name(layer, kind), []).append(rows)
+        arrays = {which: caches[name].numpy()[:, 0] for which, name in names.items()}
+        for kind, rows in slots[layer].read(arrays, starts[call], stops[call]).items():
+            rows_of_slots.setdefault(array_name(layer, kind), []).append(rows)
         caches[names[STATE]].update_inplace(slots[layer].state(stops[call])[:, None])
 
-    with progress.stage("Proving the graph", contract.num_layers + 2):
+    with progress.stage("Validating the graph", contract.num_layers + 2):
         for index, part in enumerate(
             split_layers(directory / GRAPH_FILE, contract.num_layers, in_float32=dtype != contract.dtype)
         ):
             layer = index - 1  # the first part is the embedding
-            look = partial(after, layer=layer) if layer in slots else None
-            _run_part(part.session(_options()), calls, caches, look)
+            after_call = partial(after, layer=layer) if layer in slots else None
+            _run_part(part.session(_options()), calls, caches, after_call)
             del part  # before the next one is made
             return_freed()
             progress.advance()
     measured = {
         "logits": _joined(calls, "logits"),
-        **{name: np.concatenate(rows) for name, rows in seen.items()},
+        **{name: np.concatenate(rows) for name, rows in rows_of_slots.items()},
     }
     for layer in range(contract.num_layers):
         if layer not in slots:
@@ -118,20 +121,20 @@ def heads_side_by_side(cache: NDArray[Any], tokens: int) -> Array:
 
 
 def _call(ids: NDArray[np.int64], start: int, budget: int | None) -> Call:
-    """The token inputs of a call that reads `ids` [S] from position `start`, and wants the logits of all."""
-    here = np.arange(len(ids))
+    """The token inputs of a call for `ids` [S] from position `start`, with the logits of all tokens."""
+    indices = np.arange(len(ids))
     return {
         "input_ids": ids[None],
-        "position_ids": start + here[None],
+        "position_ids": start + indices[None],
         "write_indices": np.array([start if budget is None else min(start, budget)]),
-        "logits_index": here[None],
+        "logits_index": indices[None],
     }
 
 
 def _caches(
     contract: GraphContract, dtype: str, slots: int, budget: int | None
 ) -> dict[str, onnxruntime.OrtValue]:
-    """Buffers by the name of the input, nothing written yet."""
+    """Cache buffers by the name of the input, filled with garbage."""
     from onnxruntime import OrtValue
 
     sizes = {BATCH: 1, CAPACITY: slots, BUDGET: budget or 0}
@@ -151,12 +154,13 @@ def _run_part(
     caches: dict[str, onnxruntime.OrtValue],
     after: Callable[[int], None] | None,
 ) -> None:
-    """Run every call through one part, and `after` each; what it gives is added to the call, or written to the cache in place."""
+    """Run every call through one part, then `after`; outputs are added to the call or written to the cache in
+    place."""
     inputs = [value.name for value in session.get_inputs()]
     written = {
         value.name: value.name.replace("present", "past_key_values") for value in session.get_outputs()
     }
-    given = [name for name, cache in written.items() if cache not in caches]
+    outputs = [name for name, cache in written.items() if cache not in caches]
     for index, call in enumerate(calls):
         binding = session.io_binding()
         for name in inputs:
@@ -164,23 +168,23 @@ def _run_part(
                 binding.bind_ortvalue_input(name, caches[name])
             else:
                 binding.bind_cpu_input(name, call[name])
-        for name in given:
+        for name in outputs:
             binding.bind_output(name)
-        for name in written.keys() - given:
+        for name in written.keys() - outputs:
             binding.bind_ortvalue_output(name, caches[written[name]])
         session.run_with_iobinding(binding)
-        call.update(zip(given, (value.numpy() for value in binding.get_outputs()), strict=False))
+        call.update(zip(outputs, (value.numpy() for value in binding.get_outputs()), strict=False))
         if after is not None:
             after(index)
 
 
 def _joined(calls: list[Call], name: str) -> Array:
-    """A value [1, S, width] of all calls, one after another: float32 [T, width]."""
+    """Concatenate a value [1, S, width] of all calls to float32 [T, width]."""
     return np.concatenate([call[name][0] for call in calls]).astype(np.float32)
 
 
 def _options() -> onnxruntime.SessionOptions:
-    """Nothing but the weights as they lie on disk: no second, packed copy of them, and no memory kept for later."""
+    """Options that keep only the weights as they are on disk: no packed copy, and no memory arena."""
     from onnxruntime import SessionOptions
 
     options = SessionOptions()

@@ -1,8 +1,7 @@
-"""The PyTorch twin's word: what `kvexport.model.reference` computes for one short sequence, recorded at build time.
+"""Record and read the PyTorch reference: what `kvexport.model.reference` computes for one short sequence.
 
-It is recorded from the converted layers as they pass, before any of them is written to a graph, and travels in
-the bundle, so that a device without torch can prove the bundle against PyTorch. Knows the reference; nothing of
-ONNX. Reading needs numpy only.
+A build records it from each converted layer before the layer is written to a graph. It is part of the bundle,
+so that a device without torch can validate the bundle against PyTorch. Reading needs numpy only.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from numpy.typing import NDArray
 
 from kvexport.errors import BundleError
 from kvexport.eviction.config import Eviction
-from kvexport.validate.slots import NAMES
+from kvexport.validate.reference_slots import SLOT_ARRAYS
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,14 +28,14 @@ FILE = "reference.npz"
 STEPS = 64  # decode steps, teacher-forced
 PREFILL = 32
 KINDS = ("key", "value", "attention", "residual")
-_EVICTED = 48  # tokens beyond the slots that a proof runs in
+_EVICTED = 48  # tokens beyond the slots of the reference run
 
 
 class ReferenceRecorder:
-    """Runs converted layers, as they pass, on one sequence and keeps what validation compares.
+    """Run converted layers one after another on one sequence, and keep the arrays that validation compares.
 
-    The sequence is the first PREFILL + STEPS of `token_ids`, filled up with random ones, or as many as `capacity` holds. Of
-    layers that evict it is as long as it takes to do so, in fewer slots than the budget.
+    The sequence has PREFILL + STEPS tokens, or `capacity` if that is less: those of `token_ids`, then random
+    ones. If layers evict, it is long enough for evictions, with fewer slots than the budget.
     """
 
     def __init__(
@@ -48,17 +47,18 @@ class ReferenceRecorder:
 
         self._reference = reference
         self._decoder = decoder
-        wanted = (
+        length = (
             PREFILL + STEPS if eviction is None else max(PREFILL + STEPS, eviction.self_test_slots + _EVICTED)
         )
-        filler = torch.randint(decoder.dims.vocab_size, (wanted,), generator=torch.Generator().manual_seed(0))
-        self._ids = torch.cat((token_ids.flatten(), filler))[: min(wanted, capacity)][None]  # [1, T]
+        filler = torch.randint(decoder.dims.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+        self._ids = torch.cat((token_ids.flatten(), filler))[: min(length, capacity)][None]  # [1, T]
         self._eviction, self._capacity = eviction, capacity
         self._x = reference.embed(decoder.embedding, self._ids)
         self._arrays: dict[str, NDArray[np.float32]] = {}
         self._layers = 0
 
     def add_layer(self, layer: Layer) -> None:
+        """Run the next layer and keep its arrays."""
         import torch
 
         with torch.no_grad():
@@ -79,7 +79,8 @@ class ReferenceRecorder:
         self._layers += 1
 
     def _run_evicting(self, layer: Layer, eviction: Eviction) -> LayerTaps:
-        """The layer in calls, since what a token sees depends on what was evicted before it; keeps scores and slots."""
+        """Run a layer call by call, since a token attends to what was not evicted before it; keep scores and
+        slots."""
         import torch
 
         from kvexport.eviction.config import SCORE
@@ -98,24 +99,24 @@ class ReferenceRecorder:
             attention.window,
             eviction.self_test_slots,
         )
-        seen: list[LayerTaps] = []
-        kept: dict[str, list[Tensor]] = {name: [] for name in NAMES}
+        taps: list[LayerTaps] = []
+        parts: dict[str, list[Tensor]] = {name: [] for name in SLOT_ARRAYS}
         starts = [0, *range(prefill_of(tokens, eviction), tokens)]
         for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
             positions = torch.arange(start, stop)[None]
-            seen.append(
+            taps.append(
                 self._reference.run_layer(layer, self._x[:, start:stop], positions, self._decoder.rope, cache)
             )
             slot = (cache.positions[0, :, None] == positions[0, :, None]).int().argmax(-1)  # [N, n]
-            kept["slot"].append(slot.T)
-            kept["score"].append(cache.state[0, ..., SCORE].gather(1, slot).T)
-        for name, parts in kept.items():
-            self._arrays[array_name(self._layers, name)] = torch.cat(parts).float().numpy()
-        key, value = (torch.cat([getattr(each, which) for each in seen], 2) for which in ("key", "value"))
+            parts["slot"].append(slot.T)
+            parts["score"].append(cache.state[0, ..., SCORE].gather(1, slot).T)
+        for name, each in parts.items():
+            self._arrays[array_name(self._layers, name)] = torch.cat(each).float().numpy()
+        key, value = (torch.cat([getattr(each, which) for each in taps], 2) for which in ("key", "value"))
         attended, residual = (
-            torch.cat([getattr(each, which) for each in seen], 1) for which in ("attention", "residual")
+            torch.cat([getattr(each, which) for each in taps], 1) for which in ("attention", "residual")
         )
-        return type(seen[0])(key, value, attended, residual)
+        return type(taps[0])(key, value, attended, residual)
 
     def save(self, directory: Path) -> None:
         """Write reference.npz."""
@@ -128,26 +129,30 @@ class ReferenceRecorder:
 
 
 def array_name(layer: int, kind: str) -> str:
-    """Name of a layer's array [T, width]: key and value with their heads side by side, attention and residual.
+    """Name of a layer's array [T, width]: key and value with their heads side by side, attention and
+    residual.
 
-    Of a layer that evicts also score and slot [T, N].
+    A layer that evicts also has score and slot [T, N].
     """
     return f"layers.{layer}.{kind}"
 
 
 def prefill_of(tokens: int, eviction: Eviction | None) -> int:
-    """How many of the twin's tokens are prefilled at once; the others are decoded one by one."""
-    most = PREFILL if eviction is None else min(PREFILL, eviction.self_test_slots)
-    return max(1, min(most, tokens // 3))
+    """How many of the reference's tokens are prefilled at once; the others are decoded one by one."""
+    maximum = PREFILL if eviction is None else min(PREFILL, eviction.self_test_slots)
+    return max(1, min(maximum, tokens // 3))
 
 
 def read_reference(
     path: Path, num_layers: int, eviction: Eviction | None = None
 ) -> Mapping[str, NDArray[Any]]:
-    """The recorded arrays: `input_ids` [T] int64, `logits` [T, vocab] and four arrays a layer, six of one that evicts, float32.
+    """The recorded arrays: `input_ids` [T] int64, `logits` [T, vocab] float32 and the arrays of each layer,
+    float32.
+
+    Each layer has key, value, attention and residual, and score and slot if it evicts.
 
     Raises:
-        BundleError: unreadable or incomplete.
+        BundleError: the file is unreadable or incomplete.
     """
     try:
         with np.load(path, allow_pickle=False) as file:
@@ -155,15 +160,15 @@ def read_reference(
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
         raise BundleError(f"{path} cannot be read: {error}", fix="build the bundle again") from error
     kinds = {
-        layer: (*KINDS, *NAMES) if eviction is not None and eviction.evicts(layer) else KINDS
+        layer: (*KINDS, *SLOT_ARRAYS) if eviction is not None and eviction.evicts(layer) else KINDS
         for layer in range(num_layers)
     }
-    wanted = {"input_ids", "logits"} | {array_name(layer, kind) for layer in kinds for kind in kinds[layer]}
-    if set(arrays) != wanted:
+    expected = {"input_ids", "logits"} | {array_name(layer, kind) for layer in kinds for kind in kinds[layer]}
+    if set(arrays) != expected:
         raise BundleError(
-            f"{path} is incomplete",
+            f"{path} must have every recorded array",
             got=f"{len(arrays)} arrays",
-            expected=len(wanted),
+            expected=len(expected),
             fix="build the bundle again",
         )
     return arrays

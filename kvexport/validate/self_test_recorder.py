@@ -1,13 +1,13 @@
-"""The twin's self-test: a prompt, its own greedy continuation, and what every token of both leaves; recorded by a build.
+"""Record the self-test of a bundle: a prompt, the reference's greedy continuation, and its outputs for both.
 
-A continuation needs all converted layers for every token, and a build holds one at a time. So they are laid aside on disk as
-they pass, in the bundle's dtype, and read again, one by one, for the prompt and for each token after it. Knows the reference and
-what is worth recording; nothing of ONNX, nor of how a runtime is held against it (`kvexport.runtime.self_test.verdict`).
+A continuation needs all converted layers for every token, and a build has one in memory at a time. So each
+layer is saved to a temporary folder in the bundle's dtype, and loaded again for the prompt and for each token
+after it. `kvexport.runtime.self_test` compares a runtime with the record.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,26 +28,26 @@ from kvexport.bundle.self_test_file import (
 from kvexport.eviction.config import Eviction
 from kvexport.eviction.reference_cache import EvictingCache
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer
+from kvexport.model.decoder import Decoder, Layer, tensors_of
 from kvexport.progress import Progress
 
 PROMPT, CONTINUATION = 16, 24  # tokens
-_FILLED = 8  # of the continuation's tokens find an empty slot where layers evict; those after them evict
-_LOGITS = 16  # numbers of each row that are recorded
+_FREE_SLOTS = 8  # tokens of the continuation that get an empty slot in layers that evict; later ones evict
+_LOGITS = 16  # logits recorded of each row
 
-# What sound bundles show at worst, measured with ONNX Runtime on a CPU: (logits, norms)
+# Largest errors of valid bundles, measured with ONNX Runtime on a CPU: (logits, norms)
 #                                                             float32           float16
 # a trained model of 5 layers, plain and all evictions        5e-6, 5e-7        5e-3, 5e-4
 # 2 and 24 random layers of all styles, plain and evicting    6e-6, 8e-7        8e-3, 1e-3
 # 24 random layers with attention 3 times as sharp            1e-5, 2e-6        3e-2, 6e-3
-# The same 6 times as sharp amplify every rounding: 2e-4, 1e-5 and 2e-1, 3e-2: in float16, that is no sound bundle.
-# A likeliest token that has a larger margin than twice the error of a logit stays the likeliest.
+# The same 6 times as sharp amplify every rounding: 2e-4, 1e-5 and 2e-1, 3e-2; in float16 that bundle is not
+# valid. The likeliest token stays the likeliest if its margin is larger than twice the error of a logit.
 _TOLERANCES = {
     "float32": Tolerance(logits=5e-4, norms=1e-4, tie=1e-3),
     "float16": Tolerance(logits=0.1, norms=0.02, tie=0.2),
     "bfloat16": Tolerance(logits=0.3, norms=0.06, tie=0.6),
 }
-# On CUDA and TensorRT nothing was measured. They multiply float32 as TF32 by default, which rounds as float16 does.
+# Not measured on CUDA and TensorRT, which multiply float32 as TF32 by default; TF32 rounds like float16.
 TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
     "cpu": _TOLERANCES,
     **{provider: _TOLERANCES | {"float32": _TOLERANCES["float16"]} for provider in ("cuda", "tensorrt")},
@@ -55,10 +55,10 @@ TOLERANCES: Mapping[str, Mapping[str, Tolerance]] = {
 
 
 class SelfTestRecorder:
-    """Takes converted layers as they pass, and runs them greedily once all have.
+    """Save converted layers one after another, then decode with them greedily.
 
-    The prompt is the first tokens of `token_ids`, filled up with random ones; with its continuation it is as long as `capacity`
-    allows. Layers that evict have so few slots that they do.
+    The prompt is the first tokens of `token_ids`, then random ones; prompt and continuation fit `capacity`.
+    Layers that evict have few enough slots for evictions.
     """
 
     def __init__(
@@ -72,8 +72,8 @@ class SelfTestRecorder:
     ) -> None:
         """
         Args:
-            dtype: of the bundle.
-            folder: empty; what is laid aside there may be removed once `record` has returned.
+            dtype: the bundle's dtype.
+            folder: an empty folder for the layers; it may be removed after `record`.
         """
         self._decoder, self._capacity, self._eviction, self._folder = decoder, capacity, eviction, folder
         self._dtype: torch.dtype = getattr(torch, dtype)
@@ -81,7 +81,7 @@ class SelfTestRecorder:
         self._slots = None if eviction is None else slots_of(eviction, capacity)
         prompt = min(PROMPT, max(1, capacity * PROMPT // (PROMPT + CONTINUATION)))
         if self._slots is not None:
-            prompt = max(1, self._slots - _FILLED)
+            prompt = max(1, self._slots - _FREE_SLOTS)
         self._steps = min(CONTINUATION, capacity - prompt)
         vocab = decoder.dims.vocab_size
         filler = torch.randint(vocab, (prompt,), generator=torch.Generator().manual_seed(0))
@@ -91,10 +91,12 @@ class SelfTestRecorder:
         self._indices = sorted(
             np.random.default_rng(0).choice(vocab, min(_LOGITS, vocab), replace=False).tolist()
         )
+        self._layers: list[Layer] = []  # with tensors of the device "meta": their values are in files
         self._caches: list[reference.Cache] = []
         self._rows: list[Row] = []
 
     def add_layer(self, layer: Layer) -> None:
+        """Save the next layer."""
         attention, tokens = layer.attention, self._prompt + self._steps
         widths = (attention.key_dim, attention.value_dim)
         cache: reference.Cache
@@ -114,46 +116,49 @@ class SelfTestRecorder:
             cache = reference.LayerCache(
                 *(torch.zeros(1, attention.num_kv_heads, tokens, width) for width in widths)
             )
-        torch.save(_in(layer, self._dtype), self._file(len(self._caches)))
+        layer = _cast(layer, self._dtype)
+        torch.save(tensors_of(layer), self._file(len(self._caches)))
+        self._layers.append(_with_tensors(layer, (tensor.to("meta") for tensor in tensors_of(layer))))
         self._caches.append(cache)
 
     @torch.no_grad()
     def record(self, progress: Progress) -> None:
-        """Run the prompt, then token after token: every layer is read from disk for each."""
+        """Run the prompt, then one token at a time; every layer is loaded for each."""
         with progress.stage("Recording the self-test", (1 + self._steps) * len(self._caches)):
-            logits = self._fed(self._ids, progress)
+            logits = self._run(self._ids, progress)
             for _ in range(self._steps):
                 self._ids.append(int(logits.argmax()))
-                logits = self._fed(self._ids[-1:], progress)
+                logits = self._run(self._ids[-1:], progress)
 
     def save(self, directory: Path, weights_sha256: str) -> None:
-        """Write self_test.json, once it is recorded."""
+        """Write self_test.json; call it after `record`."""
         prompt, continuation = tuple(self._ids[: self._prompt]), tuple(self._ids[self._prompt :])
         rows, indices = tuple(self._rows), tuple(self._indices)
-        vectors = ReferenceOutputs(
+        outputs = ReferenceOutputs(
             weights_sha256, self._slots, prompt, continuation, self._first_row, indices, rows, TOLERANCES
         )
-        write_reference_outputs(directory, vectors)
+        write_reference_outputs(directory, outputs)
 
-    def _fed(self, ids: Sequence[int], progress: Progress) -> Tensor:
-        """Logits [vocab] after the last of `ids`, which follow all that was fed; their rows are kept."""
+    def _run(self, ids: Sequence[int], progress: Progress) -> Tensor:
+        """Run `ids`, which follow all tokens so far, and record their rows: logits [vocab] after the last."""
         stop = len(self._ids)
         positions = torch.arange(stop - len(ids), stop)[None]
         x = reference.embed(self._decoder.embedding, torch.tensor([ids]))
         norms: list[tuple[Tensor, Tensor]] = []
         for index, cache in enumerate(self._caches):
-            layer: Layer = torch.load(self._file(index), mmap=True, weights_only=False)
-            taps = reference.run_layer(_in(layer, torch.float32), x, positions, self._decoder.rope, cache)
+            tensors = torch.load(self._file(index), mmap=True, weights_only=True)
+            layer = _cast(_with_tensors(self._layers[index], iter(tensors)), torch.float32)
+            taps = reference.run_layer(layer, x, positions, self._decoder.rope, cache)
             x = taps.residual
             norms.append((_norms(taps.key), _norms(taps.value)))
             if isinstance(cache, EvictingCache) and cache.eviction.policy in RANKED_BY_NORM:
                 cache.state[0] = torch.from_numpy(steady_scores(index, cache.state[0].numpy()))
             progress.advance()
         logits = reference.logits(self._decoder, x)[0]  # [S, vocab]
-        for at in range(len(ids)):
-            if stop - len(ids) + at >= self._first_row:
-                keys, values = (tuple(_short(each[which][at]) for each in norms) for which in (0, 1))
-                self._rows.append(_row(logits[at], self._indices, keys, values))
+        for offset in range(len(ids)):
+            if stop - len(ids) + offset >= self._first_row:
+                keys, values = (tuple(_short(each[which][offset]) for each in norms) for which in (0, 1))
+                self._rows.append(_row(logits[offset], self._indices, keys, values))
         return logits[-1]
 
     def _file(self, layer: int) -> Path:
@@ -161,7 +166,8 @@ class SelfTestRecorder:
 
 
 def slots_of(eviction: Eviction, capacity: int) -> int:
-    """Slots that the self-test runs in: those of a proof, or half of a small capacity, if some token may go in them."""
+    """Slots of the self-test: those of a validation, or half of a small capacity if that leaves a token to
+    evict."""
     return max(eviction.protected + 1, min(eviction.self_test_slots, capacity // 2))
 
 
@@ -173,7 +179,7 @@ def _row(logits: Tensor, indices: Sequence[int], keys: tuple[float, ...], values
 
 
 def _norms(heads: Tensor) -> Tensor:
-    """Of every token [S], all heads [1, N, S, width] together."""
+    """Norm of every token [S] over all heads [1, N, S, width]."""
     return heads[0].double().square().sum((0, 2)).sqrt()
 
 
@@ -181,17 +187,25 @@ def _short(number: Tensor) -> float:
     return float(f"{float(number):.8g}")
 
 
-def _in(part: Any, dtype: torch.dtype) -> Any:
+def _cast(part: Any, dtype: torch.dtype) -> Any:
     """A part of a decoder with its weights in a dtype; slopes stay exact, as they do in the graph.
 
-    What is saved of a tensor is all the memory that it is a view of: such a one is copied.
+    `torch.save` writes all the memory that a tensor is a view of, so that such a tensor is copied.
     """
     if is_dataclass(part) and not isinstance(part, type):
-        kept = {each.name: getattr(part, each.name) for each in fields(part)}
+        values = {each.name: getattr(part, each.name) for each in fields(part)}
         return replace(
-            part, **{name: _in(value, dtype) for name, value in kept.items() if name != "alibi_slopes"}
+            part, **{name: _cast(value, dtype) for name, value in values.items() if name != "alibi_slopes"}
         )
     if isinstance(part, Tensor) and part.is_floating_point():
         part = part.detach().to(dtype)
         return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
     return part
+
+
+def _with_tensors(part: Any, tensors: Iterator[Tensor]) -> Any:
+    """A part of a decoder with other tensors, in the order of `tensors_of`."""
+    if is_dataclass(part) and not isinstance(part, type):
+        values = {each.name: getattr(part, each.name) for each in fields(part)}
+        return replace(part, **{name: _with_tensors(value, tensors) for name, value in values.items()})
+    return next(tensors) if isinstance(part, Tensor) else part

@@ -1,8 +1,4 @@
-"""The verdict: measured arrays against the twin's, array by array, under the gates of the bundle's dtype.
-
-Knows what is compared and how a failure is told; how close is close enough is in `gates`, and where the measured
-arrays come from does not matter here.
-"""
+"""Compare measured arrays with the reference's, one by one, under the gates of the bundle's dtype."""
 
 from __future__ import annotations
 
@@ -16,23 +12,24 @@ from numpy.typing import NDArray
 
 from kvexport.validate.gates import EXACT, GATES, Difference, Gate, compare, greedy_agreement
 from kvexport.validate.reference_run import KINDS
-from kvexport.validate.slots import NAMES
+from kvexport.validate.reference_slots import SLOT_ARRAYS
 
 Array = NDArray[np.float32]
 
 
 @dataclass(frozen=True)
 class ValidationReport:
-    """What was compared, and what failed.
+    """The result of a validation. The field names are keys of report.json and of `--json`.
 
     Attributes:
-        dtype: whose gates applied.
-        computed_in: the dtype of the arithmetic here; float32 where this machine has no kernels of `dtype`.
+        dtype: the bundle's dtype, which decides the gates.
+        computed_in: the dtype of the arithmetic; float32 if this machine has no kernels of `dtype`.
         prefill, steps: tokens of the prefill, and single-token steps after it.
-        differences: of each layer's key, value, attention and residual, and of the logits.
-        greedy_agreement: share of tokens at which bundle and twin choose the same next token.
-        failures: a sentence for every gate that failed; empty if the bundle is sound.
-        provider: what ran the bundle.
+        gate: the gates of `dtype`.
+        differences: one for each layer's key, value, attention and residual, and one for the logits.
+        greedy_agreement: share of tokens at which bundle and reference choose the same next token.
+        failures: a sentence for every failed gate; empty if the bundle is valid.
+        provider: the provider that ran the bundle.
     """
 
     dtype: str
@@ -47,12 +44,12 @@ class ValidationReport:
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The kinds of arrays that were compared: an engine shows fewer than a graph."""
+        """The kinds of arrays that were compared; an engine gives fewer than a graph."""
         present = {difference.name.split(".")[-1] for difference in self.differences}
-        return tuple(kind for kind in (*KINDS, *NAMES, "logits") if kind in present)
+        return tuple(kind for kind in (*KINDS, *SLOT_ARRAYS, "logits") if kind in present)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, as `--json` prints them; a figure that is no number is null."""
+        """The report as JSON values; NaN becomes null."""
         raw = asdict(self) | {"compared": list(self.compared)}
         raw["differences"] = [
             {k: None if v != v else v for k, v in each.items()} for each in raw["differences"]
@@ -60,7 +57,7 @@ class ValidationReport:
         return raw
 
     def worst(self, kind: str) -> Difference:
-        """The least alike of all layers' arrays of one kind, one of `compared`."""
+        """The difference with the smallest cosine among all layers' arrays of one kind of `compared`."""
         return min((d for d in self.differences if d.name.split(".")[-1] == kind), key=_likeness)
 
 
@@ -68,29 +65,33 @@ def judge(
     dtype: str,
     computed_in: str,
     measured: Mapping[str, Array],
-    twin: Mapping[str, Array],
+    reference: Mapping[str, Array],
     prefill: int,
     provider: str = "cpu",
 ) -> ValidationReport:
-    """Compare measured arrays with the twin's of the same names, under the gates of `dtype`; slots must be the very same.
+    """Compare measured arrays with the reference's of the same names, under the gates of `dtype`; slots must
+    be equal.
 
     Args:
-        prefill: tokens that were run at once.
+        dtype: the bundle's dtype.
+        computed_in: the dtype of the arithmetic.
+        measured, reference: arrays [T, n] by name; `reference` also has `input_ids` [T].
+        prefill: number of tokens that were run at once.
+        provider: the provider that ran the bundle.
     """
     gate = GATES[dtype]
-    names = [name for name in twin if name != "input_ids"]
-    differences = tuple(
-        compare(name, measured[name], twin[name], EXACT if name.endswith(".slot") else gate) for name in names
-    )
-    agreement = greedy_agreement(measured["logits"], twin["logits"], gate)
+    names = [name for name in reference if name != "input_ids"]
+    gates = {name: EXACT if name.endswith(".slot") else gate for name in names}
+    differences = tuple(compare(name, measured[name], reference[name], gates[name]) for name in names)
+    agreement = greedy_agreement(measured["logits"], reference["logits"], gate)
     failures = [
-        f"{d.name}: {check} {getattr(d, check):.6g}, allowed {_allowed(EXACT if d.name.endswith('.slot') else gate, check)}"
+        f"{d.name}: {check} {getattr(d, check):.6g}, allowed {_allowed(gates[d.name], check)}"
         for d in differences
         for check in d.failed
     ]
     if agreement < gate.agreement:
         failures.append(f"greedy agreement {agreement:.4f}, allowed at least {gate.agreement}")
-    tokens = len(twin["input_ids"])
+    tokens = len(reference["input_ids"])
     return ValidationReport(
         dtype, computed_in, prefill, tokens - prefill, gate, differences, agreement, tuple(failures), provider
     )

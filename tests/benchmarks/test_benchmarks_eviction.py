@@ -90,7 +90,7 @@ def run(checkpoint: Path, tmp_path: Path) -> Measure:
 def _text(decoder: Any, length: int = 24, count: int = 3) -> Any:
     windows = torch.randint(0, 67, (count, length), generator=torch.Generator().manual_seed(0))
     return measured_text.Text(
-        windows, measured_text.original_stream(decoder, windows, measured_text.Progress())
+        windows, measured_text.residual_stream(decoder, windows, measured_text.Progress())
     )
 
 

@@ -21,7 +21,7 @@ from kvexport.errors import GateFailed, KvexportError
 from kvexport.model.decoder import Layer
 from kvexport.progress import Progress
 from kvexport.runtime.self_test.verdict import self_test
-from kvexport.validate import validate
+from kvexport.validate import validate_bundle
 
 FAST = ["--calibration", "random", "--samples", "8", "--length", "24"]
 
@@ -62,7 +62,7 @@ def test_a_bundle_of_every_family_and_dtype_passes_validation(
     bundle = Bundle.open(tmp_path / "b")
     bundle.verify()
     assert bundle.dtype == dtype
-    assert not validate(tmp_path / "b", Progress()).failures
+    assert not validate_bundle(tmp_path / "b", Progress()).failures
     if dtype != "bfloat16":  # ONNX Runtime has no bfloat16 kernels for the CPU
         assert self_test(tmp_path / "b").verdict == "ok"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["b"]

@@ -14,9 +14,9 @@ import pytest
 import torch
 from support.command_line import Ended, run_kvexport
 from support.decoders import make_decoder
-from support.proved_bundles import export
 from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
+from support.validated_bundles import export
 
 from kvexport.cli.options import provider_option
 from kvexport.model.checkpoint import Checkpoint

@@ -9,8 +9,8 @@ import pytest
 import torch
 from support.command_line import Ended, run_kvexport
 from support.decoders import make_decoder
-from support.proved_bundles import broken
 from support.tiny_bundles import write_bundle
+from support.validated_bundles import broken
 
 
 def run(*arguments: object) -> Ended:

@@ -10,7 +10,7 @@ import pytest
 import torch
 from support.command_line import Ended, run_kvexport
 from support.decoders import make_decoder
-from support.proved_bundles import broken, edit_graph, export, node_of
+from support.validated_bundles import broken, edit_graph, export, node_of
 
 
 def run(*arguments: object) -> Ended:

@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from builds import ROOT, build
 from genai import genai_library
-from support.proved_bundles import broken
 from support.text_bundles import write_text_bundle
+from support.validated_bundles import broken
 from test_cpp_self_test import flip, update_weights_hash
 
 import kvexport

@@ -14,8 +14,8 @@ import pytest
 import torch
 from builds import build, environment
 from support.decoders import STYLES, make_decoder
-from support.proved_bundles import broken
 from support.tiny_bundles import put, write_bundle
+from support.validated_bundles import broken
 from support.wrong_vectors import WRONG
 
 from kvexport.bundle.self_test_file import FILE

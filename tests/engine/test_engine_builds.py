@@ -14,8 +14,8 @@ import pytest
 import torch
 from support.combinations import representatives
 from support.decoders import STYLES, make_decoder
-from support.proved_bundles import broken, export
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
+from support.validated_bundles import broken, export
 
 from kvexport import __version__
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle

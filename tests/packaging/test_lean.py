@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 from support.decoders import make_decoder
-from support.proved_bundles import export
 from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
+from support.validated_bundles import export
 
 pytestmark = pytest.mark.slow
 

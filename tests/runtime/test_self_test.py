@@ -15,9 +15,9 @@ import numpy as np
 import pytest
 import torch
 from support.decoders import STYLES, make_decoder, with_attention
-from support.proved_bundles import broken
 from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import decoder_with_fewer_heads, edit_manifest, write_bundle
+from support.validated_bundles import broken
 from support.wrong_vectors import WRONG
 
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle

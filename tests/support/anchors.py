@@ -1,4 +1,4 @@
-"""Published decode and prefill figures, batch 1, 4-bit weights, and the public configs of the models they are of."""
+"""Published decode and prefill speeds at batch 1 with 4-bit weights, and the configs of their models."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ CONFIGS = {
         max_position_embeddings=32768,
     ),
 }
-PARAMETERS = {  # as their model cards and their safetensors files give them
+PARAMETERS = {  # from their model cards and safetensors files
     "Qwen3-0.6B": 596_049_920,
     "Qwen3-1.7B": 1_720_574_976,
     "Qwen3-4B": 4_022_468_096,

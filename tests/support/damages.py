@@ -1,4 +1,4 @@
-"""The negative controls: what can be wrong with an exported decoder. Each must fail validation."""
+"""Faults of an exported decoder, as negative controls; each must fail validation."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from support.proved_bundles import edit_graph, edit_weight, node_of
+from support.validated_bundles import edit_graph, edit_weight, node_of
 
 HEAD_DIM = 8
 _TOP_EXPONENT_BIT = {2: np.uint16(1 << 14), 4: np.uint32(1 << 30)}  # by bytes of a number
 
 
 def flip_bits(weight: NDArray[Any]) -> None:
-    """The top exponent bit of eight numbers."""
+    """Flip the top exponent bit of eight numbers."""
     bits = weight.reshape(-1).view(f"u{weight.itemsize}")
     bits[:: len(bits) // 8] ^= _TOP_EXPONENT_BIT[weight.itemsize]
 
 
 def swap_heads(weight: NDArray[Any]) -> None:
-    """The first two heads that a projection [in, heads·head_dim] makes."""
+    """Swap the first two heads of a projection [in, heads·head_dim]."""
     first, second = weight[:, :HEAD_DIM].copy(), weight[:, HEAD_DIM : 2 * HEAD_DIM].copy()
     weight[:, :HEAD_DIM], weight[:, HEAD_DIM : 2 * HEAD_DIM] = second, first
 
 
 def rotary_base(base: float) -> Callable[[Path], None]:
-    """Both tables [capacity, head_dim/2] as another base makes them."""
+    """Replace both rotary tables [capacity, head_dim/2] by those of another base."""
 
     def angles(table: NDArray[Any]) -> NDArray[Any]:
         return np.arange(len(table))[:, None] / base ** (np.arange(0, HEAD_DIM, 2) / HEAD_DIM)
@@ -47,7 +47,7 @@ def rotary_base(base: float) -> Callable[[Path], None]:
 
 
 def see_beyond(slots: int) -> Callable[[ir.Graph], None]:
-    """A mask that lets every token see so many slots after its own."""
+    """Let the mask show every token `slots` slots after its own."""
 
     def edit(graph: ir.Graph) -> None:
         mask = node_of(graph, "mask.causal")
@@ -69,7 +69,7 @@ def set_attribute(output: str, name: str, value: float) -> Callable[[ir.Graph], 
 
 
 def drop_residual(output: str) -> Callable[[ir.Graph], None]:
-    """The sum that makes this value leaves out the stream, and is what was to be added to it."""
+    """Leave out the residual stream in the sum that gives this value."""
 
     def edit(graph: ir.Graph) -> None:
         add = node_of(graph, output)
@@ -86,7 +86,7 @@ def _nan(weight: NDArray[Any]) -> None:
     weight[..., -1] = np.nan
 
 
-# What is broken, and the array that must be seen to differ.
+# Each fault, and the array that must differ.
 DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "corrupted weight": (edit_weight("layers.1.mlp.down.weight", flip_bits), "layers.1.residual"),
     "wrong rotary base": (rotary_base(500.0), "layers.0.key"),
@@ -112,11 +112,11 @@ DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
 
 
 def _double(weight: NDArray[Any]) -> None:
-    """One number of the tensor."""
+    """Double one number of the tensor."""
     weight.reshape(-1)[weight.size // 2] *= 2
 
 
-# What only float32 is exact enough to show.
+# Faults that only float32 is exact enough to show.
 SUBTLE_DAMAGES: dict[str, tuple[Callable[[Path], None], str]] = {
     "one doubled number": (edit_weight("layers.1.mlp.down.weight", _double), "layers.1.residual"),
     "rotary base off by a hundredth": (rotary_base(10100.0), "layers.0.key"),

@@ -17,8 +17,8 @@ from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 from support.chat_templates import CHATML
 from support.decoders import make_decoder
-from support.proved_bundles import broken
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
+from support.validated_bundles import broken
 
 VOCAB = 320
 

@@ -1,4 +1,4 @@
-"""What compression cost, against a direct computation, and what cannot be compared."""
+"""`kvexport.validate.evaluate` against a direct computation, and its errors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder, Layer, Linear
 from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
-from kvexport.validate.evaluate import Evaluation, evaluate, original_stream, spread
+from kvexport.validate.evaluate import Evaluation, evaluate, residual_stream, spread
 
 TEXT = "Once upon a time there was a small café where naïve people smiled, and then there was not. " * 6
 VOCAB = 300
@@ -55,16 +55,14 @@ def _evaluated(
     )
 
 
-def test_an_identical_model_costs_nothing(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_an_identical_model_has_no_divergence(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     found = _evaluated(load_decoder(Checkpoint(checkpoint)), tmp_path / "bundle", checkpoint, text)
     assert found.divergence.mean_kl < 1e-7 and found.divergence.top1_agreement == 1
     assert found.divergence.cross_entropy == pytest.approx(found.divergence.cross_entropy_original, abs=1e-6)
     assert found.kv_bytes_per_token == found.kv_bytes_per_token_original == 2 * 2 * 4 * 8 * 4
 
 
-def test_a_damaged_model_costs_what_a_direct_computation_says(
-    checkpoint: Path, text: Path, tmp_path: Path
-) -> None:
+def test_the_divergence_equals_a_direct_computation(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     trained = load_decoder(Checkpoint(checkpoint))
     damaged = _damaged(trained)
     found = _evaluated(damaged, tmp_path / "bundle", checkpoint, text).divergence
@@ -83,7 +81,7 @@ def test_a_damaged_model_costs_what_a_direct_computation_says(
     assert found.tokens == targets.numel()
 
 
-def test_kv_bytes_are_in_the_bundles_dtype(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_kv_bytes_are_in_the_dtype_of_the_bundle(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     found = _evaluated(
         load_decoder(Checkpoint(checkpoint)),
         tmp_path / "bundle",
@@ -97,15 +95,15 @@ def test_kv_bytes_are_in_the_bundles_dtype(checkpoint: Path, text: Path, tmp_pat
     assert found.divergence.tokens == 2 * 23
 
 
-def test_the_original_runs_layer_by_layer_as_a_whole(checkpoint: Path) -> None:
+def test_the_residual_stream_equals_a_whole_forward_pass(checkpoint: Path) -> None:
     decoder = load_decoder(Checkpoint(checkpoint))
     windows = torch.randint(VOCAB, (3, 24), generator=torch.Generator().manual_seed(0))
     taps: list[reference.LayerTaps] = []
     reference.forward(decoder, windows, taps=taps)
-    torch.testing.assert_close(original_stream(decoder, windows, Progress()), taps[-1].residual)
+    torch.testing.assert_close(residual_stream(decoder, windows, Progress()), taps[-1].residual)
 
 
-def test_spread_takes_windows_evenly() -> None:
+def test_spread_takes_evenly_spaced_windows() -> None:
     windows = torch.arange(10)[:, None].expand(10, 3)
     assert (
         spread(windows, None) is windows and spread(windows, 10) is windows and spread(windows, 99) is windows
@@ -114,7 +112,7 @@ def test_spread_takes_windows_evenly() -> None:
     assert spread(windows, 1)[:, 0].tolist() == [0]
 
 
-def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_rejects_a_checkpoint_of_another_vocabulary(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     decoder = load_decoder(Checkpoint(checkpoint))
     dims = dataclasses.replace(decoder.dims, vocab_size=VOCAB - 1)
     embedding = dataclasses.replace(decoder.embedding, weight=decoder.embedding.weight[:-1])
@@ -126,7 +124,7 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(checkpoint: Path, text: P
         _evaluated(other, tmp_path / "bundle", checkpoint, text)
 
 
-def test_a_text_shorter_than_a_window_is_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_rejects_a_text_shorter_than_a_window(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     decoder = load_decoder(Checkpoint(checkpoint))
     short = tmp_path / "short.txt"
     short.write_text("Once", encoding="utf-8")
@@ -134,12 +132,12 @@ def test_a_text_shorter_than_a_window_is_refused(checkpoint: Path, text: Path, t
         _evaluated(decoder, tmp_path / "bundle", checkpoint, short)
 
 
-def test_windows_longer_than_the_capacity_are_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_rejects_windows_longer_than_the_capacity(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="capacity"):
         _evaluated(load_decoder(Checkpoint(checkpoint)), tmp_path / "bundle", checkpoint, text, length=65)
 
 
-def test_a_damaged_bundle_is_refused(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+def test_rejects_a_damaged_bundle(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "bundle", load_decoder(Checkpoint(checkpoint)))
     data = bytearray((bundle / "decoder.onnx.data").read_bytes())
     data[100] ^= 1

@@ -1,4 +1,5 @@
-"""Bundles whose layers evict are proved and validated choice by choice: a wrong slot, score or protection is seen."""
+"""Validation of bundles whose layers evict: each choice of a slot is checked, and a wrong slot, score or
+protection found."""
 
 from __future__ import annotations
 
@@ -11,14 +12,14 @@ import numpy as np
 import pytest
 import torch
 from support.decoders import make_decoder
-from support.proved_bundles import broken, export
+from support.validated_bundles import broken, export
 
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.errors import BundleError
 from kvexport.eviction.config import POLICIES, Eviction
 from kvexport.model import reference
 from kvexport.progress import Progress
-from kvexport.validate import ValidationReport, prove, validate
+from kvexport.validate import ValidationReport, validate_bundle, validate_graph
 from kvexport.validate.reference_run import FILE, STEPS, read_reference
 
 EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
@@ -30,49 +31,52 @@ def exported(path: Path, eviction: Eviction = EVICTION, style: str = "llama", **
     return path
 
 
-def proved(bundle: Path) -> ValidationReport:
+def validated(bundle: Path) -> ValidationReport:
     opened = Bundle.open(bundle)
-    return prove(bundle, opened.graph, Progress(), opened.eviction)
+    return validate_graph(bundle, opened.graph, Progress(), opened.eviction)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("style", ["llama", "gqa", "bloom", "window"])
-def test_a_sound_bundle_passes(style: str, dtype: str, tmp_path: Path) -> None:
-    """In half precision, too, where norms are rounded: each choice is made from the twin's own scores."""
+def test_a_valid_bundle_passes(style: str, dtype: str, tmp_path: Path) -> None:
+    """Also in half precision, where norms are rounded: each choice starts from the scores of the
+    reference."""
     bundle = exported(tmp_path / "bundle", style=style, dtype=dtype)
-    for report in (proved(bundle), validate(bundle, Progress())):
+    for report in (validated(bundle), validate_bundle(bundle, Progress())):
         assert report.failures == ()
         assert report.compared == ("key", "value", "attention", "residual", "score", "slot", "logits")
         assert report.prefill == SLOTS and report.steps == 96 - SLOTS > STEPS
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_every_policy_with_converted_heads_and_layers_left_alone(policy: str, tmp_path: Path) -> None:
+def test_every_policy_passes_with_converted_heads_and_layers_that_do_not_evict(
+    policy: str, tmp_path: Path
+) -> None:
     eviction = dataclasses.replace(EVICTION, policy=policy, skip_layers=(0,))
     bundle = exported(tmp_path / "bundle", eviction, kv_heads=2)
-    for report in (proved(bundle), validate(bundle, Progress())):
+    for report in (validated(bundle), validate_bundle(bundle, Progress())):
         assert report.failures == ()
         assert {each.name for each in report.differences} >= {"layers.0.key", "layers.1.slot"}
         assert "layers.0.slot" not in {each.name for each in report.differences}
 
 
-def test_the_twin_is_the_reference_in_fewer_slots(tmp_path: Path) -> None:
+def test_the_record_equals_the_reference_in_fewer_slots(tmp_path: Path) -> None:
     bundle = exported(tmp_path / "bundle")
-    twin = read_reference(bundle / FILE, 2, EVICTION)
+    recorded = read_reference(bundle / FILE, 2, EVICTION)
     decoder = make_decoder("llama", dtype=torch.float32)
     caches = reference.new_cache(
         decoder.layers, 1, 128, torch.float32, dataclasses.replace(EVICTION, budget=SLOTS)
     )
-    ids = torch.from_numpy(twin["input_ids"])[None]
+    ids = torch.from_numpy(recorded["input_ids"])[None]
     logits = [reference.forward(decoder, ids[:, :SLOTS], torch.arange(SLOTS)[None], caches)]
     logits += [
         reference.forward(decoder, ids[:, at : at + 1], torch.tensor([[at]]), caches)
         for at in range(SLOTS, ids.shape[1])
     ]
-    np.testing.assert_allclose(twin["logits"], torch.cat(logits, 1)[0], atol=1e-5)
-    evicted = twin["layers.0.slot"][SLOTS:]
-    assert len(np.unique(evicted)) > 8  # heads and steps choose slots of their own
+    np.testing.assert_allclose(recorded["logits"], torch.cat(logits, 1)[0], atol=1e-5)
+    evicted = recorded["layers.0.slot"][SLOTS:]
+    assert len(np.unique(evicted)) > 8  # heads and steps choose different slots
 
 
 CHANGES: dict[str, tuple[dict[str, Any], str]] = {
@@ -83,24 +87,24 @@ CHANGES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", CHANGES)
-def test_a_graph_that_evicts_otherwise_fails(name: str, tmp_path: Path) -> None:
-    """Negative controls: the graph of another eviction beside the twin of this one."""
+def test_a_graph_of_another_eviction_fails(name: str, tmp_path: Path) -> None:
+    """Negative controls: the graph of another eviction with the reference of this one."""
     change, where = CHANGES[name]
-    sound = exported(tmp_path / "sound")
+    valid = exported(tmp_path / "valid")
     other = exported(tmp_path / "other", dataclasses.replace(EVICTION, **change))
     bundle = broken(
-        sound, tmp_path / "broken", lambda path: shutil.copy(other / GRAPH_FILE, path / GRAPH_FILE)
+        valid, tmp_path / "broken", lambda path: shutil.copy(other / GRAPH_FILE, path / GRAPH_FILE)
     )
-    for report in (proved(bundle), validate(bundle, Progress())):
+    for report in (validated(bundle), validate_bundle(bundle, Progress())):
         assert any(failure.startswith(where) for failure in report.failures)
 
 
-def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
-    sound, plain = exported(tmp_path / "sound"), tmp_path / "plain"
+def test_rejects_a_reference_without_eviction(tmp_path: Path) -> None:
+    valid, plain = exported(tmp_path / "valid"), tmp_path / "plain"
     export(plain, make_decoder("llama", dtype=torch.float32))
-    bundle = broken(sound, tmp_path / "broken", lambda path: shutil.copy(plain / FILE, path / FILE))
-    with pytest.raises(BundleError, match="incomplete"):
-        proved(bundle)
+    bundle = broken(valid, tmp_path / "broken", lambda path: shutil.copy(plain / FILE, path / FILE))
+    with pytest.raises(BundleError, match="must have every recorded array"):
+        validated(bundle)
 
 
 @pytest.mark.slow
@@ -109,7 +113,7 @@ def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
     [
         ({"budget": 1000}, "eviction must be possible"),
         ({"budget": 10}, "must leave a token"),
-        ({"budget": 39}, ""),  # the graph takes any: the manifest alone says how many slots there are
+        ({"budget": 39}, ""),  # the graph takes any budget; only the manifest sets it
         ({"skip_layers": [0]}, "must agree with"),
         ({"skip_layers": [7]}, "must name layers"),
         ({"policy": "fifo"}, "must be a known policy"),
@@ -117,7 +121,7 @@ def test_a_twin_that_evicts_nothing_is_incomplete(tmp_path: Path) -> None:
         ({"more": 1}, "eviction has an unknown key"),
     ],
 )
-def test_a_manifest_whose_eviction_cannot_be_is_told(
+def test_rejects_a_manifest_with_an_impossible_eviction(
     change: dict[str, Any], says: str, tmp_path: Path
 ) -> None:
     from support.tiny_bundles import edit_manifest
@@ -131,17 +135,17 @@ def test_a_manifest_whose_eviction_cannot_be_is_told(
         Bundle.open(bundle)
 
 
-def test_a_twin_of_a_larger_budget_is_told(tmp_path: Path) -> None:
+def test_rejects_a_reference_of_a_larger_budget(tmp_path: Path) -> None:
     from support.tiny_bundles import edit_manifest
 
     bundle = exported(tmp_path / "bundle")
     edit_manifest(bundle, lambda manifest: manifest["eviction"].update(budget=12))
-    for check in (proved, lambda path: validate(path, Progress())):
-        with pytest.raises(BundleError, match="another budget"):
+    for check in (validated, lambda path: validate_bundle(path, Progress())):
+        with pytest.raises(BundleError, match="with the KV budget of its manifest"):
             check(bundle)
 
 
-def test_bytes_are_heads_times_width_times_budget(tmp_path: Path) -> None:
+def test_cache_bytes_are_heads_times_width_times_budget(tmp_path: Path) -> None:
     bundle = Bundle.open(
         exported(
             tmp_path / "bundle", dataclasses.replace(EVICTION, skip_layers=(0,)), kv_heads=2, dtype="float16"

@@ -1,4 +1,4 @@
-"""Validation and evaluation on what a bundle is deployed on: the lowered graph, a device, an engine; simulated."""
+"""Validation and evaluation on the lowered graph, on a simulated device and on a simulated engine."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import onnx_ir as ir
 import pytest
 import torch
 from support.decoders import make_decoder
-from support.proved_bundles import broken, edit_graph, export, node_of
 from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
+from support.validated_bundles import broken, edit_graph, export, node_of
 
 from kvexport.bundle.bundle import GRAPH_FILE
 from kvexport.errors import BundleError, CannotRunHere, UsageError
@@ -23,7 +23,7 @@ from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.runtime.backends.tensorrt import TensorRtDecoder
-from kvexport.validate import ValidationReport, validate
+from kvexport.validate import ValidationReport, validate_bundle
 from kvexport.validate.evaluate import evaluate
 from kvexport.validate.layerwise import GARBAGE
 
@@ -36,9 +36,9 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
 
 
 @pytest.fixture(scope="module")
-def proved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A sound bundle with its lowered graph, by dtype; never written to."""
-    folder = tmp_path_factory.mktemp("proved")
+def validated(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A valid bundle with its lowered graph, by dtype; tests must not write to it."""
+    folder = tmp_path_factory.mktemp("validated")
     made: dict[str, Path] = {}
 
     def bundle(dtype: str) -> Path:
@@ -55,7 +55,7 @@ def proved(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
 
 
 def _validated(bundle: Path, provider: str) -> ValidationReport:
-    return validate(bundle, Progress(), provider)
+    return validate_bundle(bundle, Progress(), provider)
 
 
 def _wrong_scale(node: ir.Node) -> None:
@@ -63,7 +63,7 @@ def _wrong_scale(node: ir.Node) -> None:
 
 
 def _lowered(name: str) -> Callable[[Path], None]:
-    """Damage to one of the lowered graphs: attention of the second layer with a wrong scale."""
+    """Damage one of the lowered graphs: a wrong attention scale in the second layer."""
 
     def damage(path: Path) -> None:
         model = ir.load(path / name)
@@ -74,37 +74,35 @@ def _lowered(name: str) -> Callable[[Path], None]:
     return damage
 
 
-def test_the_graph_that_is_deployed_is_the_one_validated(
-    proved: Callable[[str], Path], tmp_path: Path
-) -> None:
-    sound = _validated(proved("float32"), "cpu")
-    assert sound.failures == () and (sound.provider, sound.compared) == ("cpu", ALL)
-    lowered = broken(proved("float32"), tmp_path / "lowered", _lowered("decoder.cpu.onnx"))
+def test_validates_the_deployed_graph(validated: Callable[[str], Path], tmp_path: Path) -> None:
+    on_cpu = _validated(validated("float32"), "cpu")
+    assert on_cpu.failures == () and (on_cpu.provider, on_cpu.compared) == ("cpu", ALL)
+    lowered = broken(validated("float32"), tmp_path / "lowered", _lowered("decoder.cpu.onnx"))
     assert any(line.startswith("layers.1.attention") for line in _validated(lowered, "cpu").failures)
     standard = edit_graph(lambda graph: _wrong_scale(node_of(graph, "layers.1.attention.mixed")))
     assert (
-        _validated(broken(proved("float32"), tmp_path / "standard", standard), "cpu").failures == ()
+        _validated(broken(validated("float32"), tmp_path / "standard", standard), "cpu").failures == ()
     )  # it does not run here
 
 
 def test_on_a_device_every_layer_is_compared(
-    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+    validated: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
 ) -> None:
     for dtype in ("float32", "float16"):
-        report = _validated(proved(dtype), "cuda")
+        report = _validated(validated(dtype), "cuda")
         assert report.failures == () and (report.provider, report.compared) == ("cuda", ALL)
         assert report.computed_in == dtype and len(report.differences) == 2 * 4 + 1
     assert "copy_rows" in device.done  # the cache grew there
-    damaged = broken(proved("float16"), tmp_path / "damaged", _lowered("decoder.cuda.onnx"))
+    damaged = broken(validated("float16"), tmp_path / "damaged", _lowered("decoder.cuda.onnx"))
     assert _validated(damaged, "cuda").failures and not _validated(damaged, "cpu").failures
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
-def test_a_sound_engine_passes(
-    lowering: str, dtype: str, proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+def test_a_valid_engine_passes(
+    lowering: str, dtype: str, validated: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
 ) -> None:
-    bundle = broken(proved(dtype), tmp_path / "b", lambda path: None)
+    bundle = broken(validated(dtype), tmp_path / "b", lambda path: None)
     add_engine(bundle, lowering=lowering, capacity=100)
     for provider in ("tensorrt", "auto"):
         report = _validated(bundle, provider)
@@ -114,10 +112,12 @@ def test_a_sound_engine_passes(
         assert json.loads(json.dumps(report.to_json()))["compared"] == ["key", "value", "logits"]
 
 
-def test_wrong_engines_fail(proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice) -> None:
+def test_wrong_engines_fail(
+    validated: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+) -> None:
     wrong = edit_graph(lambda graph: _wrong_scale(node_of(graph, "layers.0.attention.mixed")))
-    other = broken(proved("float32"), tmp_path / "other", wrong)
-    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    other = broken(validated("float32"), tmp_path / "other", wrong)
+    bundle = broken(validated("float32"), tmp_path / "b", lambda path: None)
     folder = add_engine(bundle)
     plan = json.loads((folder / "decoder.plan").read_text())
     (folder / "decoder.plan").write_text(json.dumps({**plan, "graph": str(other / GRAPH_FILE)}))
@@ -131,13 +131,13 @@ def test_wrong_engines_fail(proved: Callable[[str], Path], tmp_path: Path, devic
     assert any(line.startswith("layers.1.key") for line in failures) and any(
         line.startswith("logits") for line in failures
     )
-    assert not any(line.startswith("layers.0.key") for line in failures)  # made before the wrong scale
+    assert not any(line.startswith("layers.0.key") for line in failures)  # computed before the wrong scale
 
 
 def test_a_runtime_that_writes_no_cache_fails(
-    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+    validated: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    bundle = broken(validated("float32"), tmp_path / "b", lambda path: None)
     add_engine(bundle, lowering="decomposed17")
     monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda *arguments: None)
     failures = _validated(bundle, "tensorrt").failures
@@ -146,8 +146,8 @@ def test_a_runtime_that_writes_no_cache_fails(
     )
 
 
-def test_an_engine_sees_garbage_beyond_what_was_written(
-    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+def test_an_engine_gets_garbage_in_unwritten_slots(
+    validated: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made: list[TensorRtDecoder] = []
     real = TensorRtDecoder.__init__
@@ -157,42 +157,42 @@ def test_an_engine_sees_garbage_beyond_what_was_written(
         made.append(self)
 
     monkeypatch.setattr(TensorRtDecoder, "__init__", remembered)
-    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    bundle = broken(validated("float32"), tmp_path / "b", lambda path: None)
     add_engine(bundle)
     assert _validated(bundle, "tensorrt").failures == ()
     for buffer in made[0].cache.layer_in_float32(1):
         assert (buffer[:, :, 96:] == GARBAGE).all() and (buffer[:, :, :96] != GARBAGE).all()
 
 
-def test_a_plan_is_hashed_first(
-    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+def test_hashes_the_plan_before_it_runs(
+    validated: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
 ) -> None:
-    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    bundle = broken(validated("float32"), tmp_path / "b", lambda path: None)
     plan = add_engine(bundle) / "decoder.plan"
     plan.write_bytes(plan.read_bytes()[::-1])
     with pytest.raises(BundleError, match="its sha256 differs"):
         _validated(bundle, "tensorrt")
 
 
-def test_an_engine_too_short_for_the_twin_says_so(
-    proved: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
+def test_rejects_an_engine_shorter_than_the_reference(
+    validated: Callable[[str], Path], tmp_path: Path, device: SimulatedDevice
 ) -> None:
-    bundle = broken(proved("float32"), tmp_path / "b", lambda path: None)
+    bundle = broken(validated("float32"), tmp_path / "b", lambda path: None)
     add_engine(bundle, capacity=50)
     with pytest.raises(UsageError, match=r"engine again with --capacity"):
         _validated(bundle, "tensorrt")
 
 
-def test_no_such_provider_and_no_such_hardware(proved: Callable[[str], Path]) -> None:
+def test_rejects_an_unknown_provider_and_missing_hardware(validated: Callable[[str], Path]) -> None:
     with pytest.raises(UsageError, match="auto, cpu, cuda, tensorrt"):
-        _validated(proved("float32"), "rocm")
+        _validated(validated("float32"), "rocm")
     for provider in ("cuda", "tensorrt"):
         with pytest.raises(CannotRunHere):
-            _validated(proved("float32"), provider)
-    assert _validated(proved("float32"), "auto").provider == "cpu"
+            _validated(validated("float32"), provider)
+    assert _validated(validated("float32"), "auto").provider == "cpu"
 
 
-def test_evaluation_on_an_engine_is_that_on_the_cpu(
+def test_evaluation_on_an_engine_equals_that_on_the_cpu(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, device: SimulatedDevice
 ) -> None:
     checkpoint = Path(
@@ -211,6 +211,6 @@ def test_evaluation_on_an_engine_is_that_on_the_cpu(
         return found.divergence.cross_entropy
 
     assert cost("tensorrt") == pytest.approx(cost("cpu"), abs=1e-2)
-    with pytest.raises(UsageError, match=r"--length exceeds[\s\S]*at most 40"):
+    with pytest.raises(UsageError, match=r"--length must not exceed[\s\S]*at most 40"):
         cost("tensorrt", length=41)
     assert cost("cpu", length=41) > 0

@@ -1,4 +1,4 @@
-"""The recorded self-test is what the reference computes on the same tokens, all at once and with nothing spilled."""
+"""The recorded self-test equals what the reference computes on the same tokens in one call."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def recorded(path: Path, decoder: Decoder, **options: Any) -> ReferenceOutputs:
 
 
 def rounded(part: Any, dtype: torch.dtype) -> Any:
-    """A decoder's part as if its weights had been written in a dtype."""
+    """A part of a decoder with its weights rounded to a dtype."""
     if isinstance(part, Tensor):
         return part.to(dtype).to(part.dtype) if part.is_floating_point() else part
     if isinstance(part, list):
@@ -44,7 +44,7 @@ def rounded(part: Any, dtype: torch.dtype) -> Any:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 @pytest.mark.parametrize("style", STYLES)
-def test_rows_are_those_of_the_reference(style: str, dtype: str, tmp_path: Path) -> None:
+def test_rows_equal_the_reference(style: str, dtype: str, tmp_path: Path) -> None:
     decoder = make_decoder(style, dtype=torch.float32)
     vectors = recorded(tmp_path / "b", decoder, dtype=dtype)
     layers = [rounded(layer, getattr(torch, dtype)) for layer in decoder.layers]
@@ -70,14 +70,14 @@ def test_rows_are_those_of_the_reference(style: str, dtype: str, tmp_path: Path)
     assert list(vectors.continuation) == chosen
 
 
-def test_weights_are_those_of_the_file(tmp_path: Path) -> None:
+def test_records_the_digest_of_the_weights(tmp_path: Path) -> None:
     vectors = recorded(tmp_path / "b", make_decoder(dtype=torch.float32))
     assert vectors.weights_sha256 == sha256_of(tmp_path / "b" / "decoder.onnx.data")
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_where_layers_evict_the_steps_do(policy: str, tmp_path: Path) -> None:
-    """The rows are the full attention's until the slots are taken, and others after that."""
+def test_steps_evict_if_layers_evict(policy: str, tmp_path: Path) -> None:
+    """The rows equal those of full attention until all slots are in use, and differ after that."""
     decoder = make_decoder("gqa", dtype=torch.float32)
     vectors = recorded(tmp_path / "b", decoder, eviction=dataclasses.replace(EVICTION, policy=policy))
     assert (
@@ -94,7 +94,7 @@ def test_where_layers_evict_the_steps_do(policy: str, tmp_path: Path) -> None:
     assert not any(wrong[: 26 - 2]) and all(wrong[28 - 2 :])
 
 
-def test_prompts_are_the_first_tokens_given(tmp_path: Path) -> None:
+def test_the_prompt_is_the_first_tokens_of_the_text(tmp_path: Path) -> None:
     decoder = make_decoder(dtype=torch.float32)
     for given in (torch.arange(30).reshape(2, 15), torch.arange(3)):
         greedy = SelfTestRecorder(decoder, given, 64, None, "float32", tmp_path)
@@ -105,8 +105,8 @@ def test_prompts_are_the_first_tokens_given(tmp_path: Path) -> None:
     assert sorted(file.name for file in tmp_path.iterdir()) == ["0.pt", "1.pt"]
 
 
-def test_what_is_laid_aside_is_no_larger_than_the_layer(tmp_path: Path) -> None:
-    """A weight that is a view of a larger one is written alone, and in the bundle's dtype."""
+def test_saved_layers_are_no_larger_than_their_weights(tmp_path: Path) -> None:
+    """A weight that is a view of a larger tensor is saved alone, in the bundle's dtype."""
     decoder = make_decoder(dtype=torch.float32, hidden=64)
     layer = decoder.layers[0]
     wide = torch.randn(100, *layer.attention.o.weight.shape)
@@ -121,7 +121,7 @@ def test_what_is_laid_aside_is_no_larger_than_the_layer(tmp_path: Path) -> None:
     assert sizes["float16"] < 0.6 * sizes["float32"]
 
 
-def test_steps_are_said(tmp_path: Path) -> None:
+def test_reports_its_progress(tmp_path: Path) -> None:
     decoder = make_decoder(dtype=torch.float32)
     greedy = SelfTestRecorder(decoder, torch.arange(20), 64, None, "float32", tmp_path)
     for layer in decoder.layers:
@@ -147,7 +147,7 @@ def test_steps_are_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 4, 7, 16, 29, 39, 40, 41, 100])
-def test_any_capacity_has_a_test(capacity: int, tmp_path: Path) -> None:
+def test_records_at_any_capacity(capacity: int, tmp_path: Path) -> None:
     decoder = make_decoder(layers=1, dtype=torch.float32)
     greedy = SelfTestRecorder(decoder, torch.arange(50), capacity, None, "float32", tmp_path)
     assert greedy._prompt >= 1 and greedy._prompt + greedy._steps == min(capacity, 40)
@@ -157,10 +157,10 @@ def test_any_capacity_has_a_test(capacity: int, tmp_path: Path) -> None:
         assert eviction.protected < slots <= budget
         greedy = SelfTestRecorder(decoder, torch.arange(50), capacity, eviction, "float32", tmp_path)
         assert 1 <= greedy._prompt <= slots and greedy._prompt + greedy._steps <= capacity
-        assert greedy._prompt + greedy._steps > slots or capacity == 2  # some token goes
+        assert greedy._prompt + greedy._steps > slots or capacity == 2  # at least one token is evicted
 
 
-def test_steady_scores_are_all_different_and_leave_the_rest_alone() -> None:
+def test_steady_scores_are_distinct_and_change_nothing_else() -> None:
     state = np.zeros((3, 50, 2), np.float32)
     state[:, :40, POSITION_PLUS_ONE] = np.arange(1, 41)
     state[:, :, SCORE] = -7

@@ -1,4 +1,4 @@
-"""Tiny bundles with their twins, and ways to break them that no hash notices."""
+"""Tiny bundles with their recorded reference, and ways to damage them that no hash shows."""
 
 from __future__ import annotations
 
@@ -35,10 +35,11 @@ def export(
     capacity: int = 128,
     eviction: Eviction | None = None,
 ) -> GraphContract:
-    """A converted decoder as a bundle at `path`, in the order of `kvexport.build.pipeline`; its graph's contract."""
+    """Write a converted decoder as a bundle at `path`, as `kvexport.build.pipeline` does; return its graph's
+    contract."""
     path.mkdir()
     windows = random_windows(decoder, 6, 48)
-    twin = ReferenceRecorder(decoder, windows, capacity, eviction)
+    reference = ReferenceRecorder(decoder, windows, capacity, eviction)
     graph = DecoderWriter(
         path,
         dtype=dtype,
@@ -52,18 +53,18 @@ def export(
     for converted in (
         unconverted_layers(decoder) if kv_heads is None else plain(decoder, windows, kv_heads, method)
     ):
-        twin.add_layer(converted.layer)
+        reference.add_layer(converted.layer)
         graph.add_layer(converted.layer)
         layers.append(converted.layer)
-    twin.save(path)
+    reference.save(path)
     contract = graph.finish(decoder.final_norm, decoder.head)
     BundleWriter(path).seal(manifest_of(dataclasses.replace(decoder, layers=layers), contract, eviction))
     return contract
 
 
-def broken(sound: Path, path: Path, damage: Callable[[Path], object]) -> Path:
-    """A damaged copy of a bundle, with hashes that agree with the damage."""
-    shutil.copytree(sound, path)
+def broken(valid: Path, path: Path, damage: Callable[[Path], object]) -> Path:
+    """Make a damaged copy of a bundle, with hashes that match the damage."""
+    shutil.copytree(valid, path)
     damage(path)
 
     def rehash(manifest: dict[str, Any]) -> None:
@@ -77,7 +78,7 @@ def broken(sound: Path, path: Path, damage: Callable[[Path], object]) -> Path:
 
 
 def edit_weight(name: str, edit: Callable[[NDArray[Any]], object]) -> Callable[[Path], None]:
-    """Damage that changes a weight of the data file in place: `edit` gets it as an array that it may write to."""
+    """Damage that changes a weight in the data file in place: `edit` gets a writable array."""
 
     def damage(bundle: Path) -> None:
         tensor = ir.load(bundle / GRAPH_FILE).graph.initializers[name].const_value
@@ -102,6 +103,6 @@ def edit_graph(edit: Callable[[ir.Graph], object]) -> Callable[[Path], None]:
 
 
 def node_of(graph: ir.Graph, output: str) -> ir.Node:
-    """The node that makes a value."""
+    """The node that produces a value."""
     (node,) = (node for node in graph if node.outputs[0].name == output)
     return node

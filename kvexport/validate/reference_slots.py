@@ -1,8 +1,8 @@
-"""Where the twin put each token of a layer that evicts, and what it ranked it by: held against what another run did.
+"""The slot and the score of each token in the layers that evict, as the reference has them.
 
-Which slot is overwritten depends on numbers that two runs round differently, and from the first that differs all that
-follows would. So the run that is compared gets the twin's state before every call: each choice is judged for itself. Knows
-arrays as numpy has them; must not know who ran.
+Which slot is overwritten depends on numbers that two runs round differently, and after the first different
+slot all later ones would differ too. So the run that is compared gets the reference's state before every
+call, and each choice of a slot is judged alone.
 """
 
 from __future__ import annotations
@@ -17,11 +17,12 @@ from kvexport.errors import BundleError
 from kvexport.eviction.config import POSITION_PLUS_ONE, SCORE, STATE_WIDTH, Eviction
 
 Array = NDArray[np.float32]
-NAMES = ("score", "slot")  # of the twin's arrays of a layer that evicts, each [T, N]
+SLOT_ARRAYS = ("score", "slot")  # recorded for a layer that evicts, each [T, N]
 
 
 class ReferenceSlots:
-    """One layer: `score` [T, N] and `slot` [T, N] of every token in each of N KV heads, among `slots` slots."""
+    """One layer's `score` [T, N] and `slot` [T, N] of every token in each of N KV heads, with `slots`
+    slots."""
 
     def __init__(self, score: Array, slot: NDArray[Any], slots: int) -> None:
         self._score, self._slot = score, slot.astype(np.int64)
@@ -33,7 +34,8 @@ class ReferenceSlots:
         return self._state.shape[1]
 
     def state(self, tokens: int) -> Array:
-        """The state of all slots after so many tokens, [N, slots, 2]; asked for more and more of them."""
+        """The state of all slots after `tokens` tokens, [N, slots, 2]; `tokens` must not decrease between
+        calls."""
         heads = np.arange(len(self._state))
         for token in range(self._tokens, tokens):
             self._state[heads, self._slot[token], SCORE] = self._score[token]
@@ -41,19 +43,19 @@ class ReferenceSlots:
         self._tokens = tokens
         return self._state
 
-    def seen(self, caches: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
-        """What a run did with tokens start..stop-1.
+    def read(self, caches: Mapping[str, Array], start: int, stop: int) -> dict[str, Array]:
+        """Read tokens start..stop-1, n of them, from the caches of a run.
 
         Args:
-            caches: after it, "key" and "value" [N, slots, width] and "state" [N, slots, 2].
+            caches: "key" and "value" [N, slots, width] and "state" [N, slots, 2] after the run.
 
         Returns:
-            `key` and `value` [n, N·width] and `score` [n, N] where the twin has the tokens, and `slot` [n, N] where the run
-            says that they are, -1 where it has none of that position.
+            `key` and `value` [n, N·width] and `score` [n, N] in the reference's slots, and `slot` [n, N], the
+            slot in which the run has each position, -1 if it has none.
         """
-        heads, where = np.arange(len(self._state)), self._slot[start:stop]  # [n, N]
+        heads, slots = np.arange(len(self._state)), self._slot[start:stop]  # [n, N]
         rows = {
-            name: cache[heads, where].astype(np.float32) for name, cache in caches.items()
+            name: cache[heads, slots].astype(np.float32) for name, cache in caches.items()
         }  # [n, N, width]
         stored = (
             caches["state"][None, :, :, POSITION_PLUS_ONE] == np.arange(start + 1, stop + 1)[:, None, None]
@@ -64,26 +66,26 @@ class ReferenceSlots:
 
 
 def reference_slots(
-    twin: Mapping[str, NDArray[Any]], eviction: Eviction | None, num_layers: int
+    reference: Mapping[str, NDArray[Any]], eviction: Eviction | None, num_layers: int
 ) -> dict[int, ReferenceSlots]:
-    """Of the layers that evict, by their index.
+    """The `ReferenceSlots` of each layer that evicts, by its index.
 
     Raises:
-        BundleError: a slot that the eviction does not have.
+        BundleError: a recorded slot exceeds the slots of the eviction.
     """
     if eviction is None:
         return {}
     for layer in range(num_layers):
-        if eviction.evicts(layer) and twin[f"layers.{layer}.slot"].max() >= eviction.self_test_slots:
+        if eviction.evicts(layer) and reference[f"layers.{layer}.slot"].max() >= eviction.self_test_slots:
             raise BundleError(
-                "the bundle's reference was recorded with another budget than its manifest says",
-                got=f"slot {int(twin[f'layers.{layer}.slot'].max())} of layer {layer}",
+                "the bundle's reference outputs must be recorded with the KV budget of its manifest",
+                got=f"slot {int(reference[f'layers.{layer}.slot'].max())} of layer {layer}",
                 expected=f"below {eviction.self_test_slots}",
                 fix="build the bundle again",
             )
     return {
         layer: ReferenceSlots(
-            twin[f"layers.{layer}.score"], twin[f"layers.{layer}.slot"], eviction.self_test_slots
+            reference[f"layers.{layer}.score"], reference[f"layers.{layer}.slot"], eviction.self_test_slots
         )
         for layer in range(num_layers)
         if eviction.evicts(layer)
