@@ -176,7 +176,7 @@ def _require_packages() -> None:
     if missing:
         raise CannotRunHere(
             "validation needs packages that are not installed",
-            got=f"missing: {', '.join(missing)}",
+            got=f"no {', '.join(missing)}",
             fix=install_command("torch", "onnxruntime"),
         )
 

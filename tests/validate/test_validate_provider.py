@@ -184,7 +184,7 @@ def test_rejects_an_engine_shorter_than_the_reference(
 
 
 def test_rejects_an_unknown_provider_and_missing_hardware(validated: Callable[[str], Path]) -> None:
-    with pytest.raises(UsageError, match="auto, cpu, cuda, tensorrt"):
+    with pytest.raises(UsageError, match="auto, cpu, cuda or tensorrt"):
         _validated(validated("float32"), "rocm")
     for provider in ("cuda", "tensorrt"):
         with pytest.raises(CannotRunHere):
