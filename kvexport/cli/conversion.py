@@ -14,7 +14,13 @@ import click
 from kvexport.bundle.manifest import BYTES
 from kvexport.convert.method_names import METHOD_NAMES, method_help
 from kvexport.errors import UsageError
-from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, POLICIES, EvictionRequest
+from kvexport.eviction.config import (
+    BASELINE_POLICIES,
+    DEFAULT_FIRST,
+    DEFAULT_POLICY,
+    POLICIES,
+    EvictionRequest,
+)
 
 if TYPE_CHECKING:
     from kvexport.build import BuildOptions
@@ -51,21 +57,23 @@ def output_option(content: str) -> Callable[[F], F]:
     )
 
 
-calibration_options = _group(
-    click.option(
-        "--calibration",
-        metavar="SOURCE",
-        help="Calibration text: self (sampled from the model), random (random tokens), or a FILE of text or JSON "
-        "lines.  [default: self]",
-    ),
-    click.option(
-        "--samples",
-        type=int,
-        help=f"Number of calibration windows.  [default: 96; {_HEAL_SAMPLES} with --heal]",
-    ),
-    click.option("--length", type=int, help="Length of a calibration window in tokens.  [default: 256]"),
-    click.option("--seed", type=int, help="Random seed of the calibration text.  [default: 0]"),
-)
+def _calibration_options(default_samples: str) -> Callable[[F], F]:
+    return _group(
+        click.option(
+            "--calibration",
+            metavar="SOURCE",
+            help="Calibration text: self (sampled from the model), random (random tokens), or a FILE of text or JSON "
+            "lines.  [default: self]",
+        ),
+        click.option(
+            "--samples", type=int, help=f"Number of calibration windows.  [default: {default_samples}]"
+        ),
+        click.option("--length", type=int, help="Length of a calibration window in tokens.  [default: 256]"),
+        click.option("--seed", type=int, help="Random seed of the calibration text.  [default: 0]"),
+    )
+
+
+calibration_options = _calibration_options("96")
 
 cache_options = _group(
     click.option("--kv-ratio", type=float, help="Fraction of the KV cache to keep.  [default: 0.5]"),
@@ -78,7 +86,7 @@ cache_options = _group(
 
 conversion_options = _group(
     cache_options,
-    calibration_options,
+    _calibration_options(f"96; {_HEAL_SAMPLES} with --heal"),
     click.option(
         "--statistics",
         type=click.Path(path_type=Path),
@@ -133,6 +141,15 @@ shape_options = _group(
 )
 
 
+def _policy_help() -> str:
+    policies = [f"{name}: {token}" for name, token in POLICIES.items() if name not in BASELINE_POLICIES]
+    baselines = [f"{name}: {POLICIES[name]}" for name in BASELINE_POLICIES]
+    return (
+        f"Eviction policy, by the token that it evicts. {'; '.join(policies)}. "
+        f"Baselines for comparison: {'; '.join(baselines)}.  [default: {DEFAULT_POLICY}]"
+    )
+
+
 eviction_options = _group(
     click.option(
         "--kv-budget",
@@ -143,8 +160,7 @@ eviction_options = _group(
     click.option(
         "--evict",
         type=click.Choice(tuple(POLICIES)),
-        help="Eviction policy. window: the oldest token; l2-norm: the token whose key has the highest L2 norm; "
-        f"keep-high, random: baselines.  [default: {DEFAULT_POLICY}]",
+        help=_policy_help(),
     ),
     click.option(
         "--protect-first",

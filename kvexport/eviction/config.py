@@ -21,6 +21,7 @@ POLICIES = {
     "keep-high": "the token whose key has the lowest L2 norm",
     "random": "any token",
 }
+BASELINE_POLICIES = ("keep-high", "random")  # selectable for comparison
 DEFAULT_POLICY, DEFAULT_FIRST = "window", 4
 SCORE, POSITION_PLUS_ONE = 0, 1  # columns of a slot's state; a position + 1 of 0 marks an empty slot
 STATE_WIDTH = 2
