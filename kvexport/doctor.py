@@ -1,7 +1,8 @@
-"""What is installed on this machine, what the machine is, which verbs work, and whether a target's engine can be had here.
+"""Examine this machine: its hardware, installed packages, usable commands, and whether a target's engine
+works here.
 
-Knows packages by the metadata that installers leave, and devices by the files and tools that describe them; must not
-import what it looks for. The one exception is ONNX Runtime, which alone knows its providers.
+Packages are found by the metadata of their installation and are not imported, except ONNX Runtime, which must
+be asked for its providers.
 """
 
 from __future__ import annotations
@@ -39,8 +40,8 @@ _RUNTIMES = ("onnxruntime", "onnxruntime-gpu")
 _ENGINES = ("tensorrt", "tensorrt-rtx")
 _RUNNERS = (*_RUNTIMES, *_ENGINES)
 _CONVERT = (("torch",), ("safetensors",))
-# What a verb needs: of each group of packages, one.
-_VERBS: dict[str, tuple[tuple[str, ...], ...]] = {
+# The packages that each command needs: one of each group.
+_COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "build": (*_CONVERT, ("onnx",), ("onnx-ir",), _RUNTIMES),
     "run": (_RUNNERS,),
     "inspect": (),
@@ -56,21 +57,24 @@ _VERBS: dict[str, tuple[tuple[str, ...], ...]] = {
     "bench": (_RUNNERS,),
     "targets": (),
 }
-_JETPACKS = {
+_JETPACKS = {  # by L4T release
     "36.3": "6.0",
     "36.4": "6.1 to 6.2.1",
     "36.5": "6.2.2",
     "38.2": "7.0",
     "38.4": "7.1",
     "39.2": "7.2",
-}  # of L4T
+}
 _JETSON_SM = {"orin": "8.7", "thor": "11.0"}
-_JETPACK_TENSORRT = "sudo apt install tensorrt python3-libnvinfer; in a virtual environment, make it with --system-site-packages"
+_JETPACK_TENSORRT = (
+    "sudo apt install tensorrt python3-libnvinfer; create virtual environments with --system-site-packages"
+)
 
 
 @dataclass(frozen=True)
 class Package:
-    """A package as installed (`version` None: it is not), the version kvexport needs, and what installs it."""
+    """A package: its installed version (None: not installed), the minimum version, and the command that
+    installs it."""
 
     name: str
     version: str | None
@@ -79,7 +83,7 @@ class Package:
 
     @property
     def usable(self) -> bool:
-        """It is there, and no older than its floor."""
+        """Whether it is installed and not older than the minimum version."""
         return self.version is not None and (
             self.floor is None or release_of(self.version) >= release_of(self.floor)
         )
@@ -87,7 +91,7 @@ class Package:
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU: memory in bytes (None: shared with the CPU), compute capability such as "8.9"."""
+    """A GPU: memory in bytes (None: shared with the CPU) and compute capability such as "8.9"."""
 
     name: str
     memory: int | None
@@ -97,7 +101,8 @@ class Gpu:
 
 @dataclass(frozen=True)
 class Machine:
-    """What runs here. `jetson`, `l4t` and `jetpack` are None where it is no Jetson, or does not say."""
+    """This machine. `jetson`, `l4t` and `jetpack` are None if it is not a Jetson, or if they are not
+    known."""
 
     python: str
     architecture: str
@@ -110,8 +115,8 @@ class Machine:
 
 
 @dataclass(frozen=True)
-class Verb:
-    """A verb, and the packages that it lacks here with what installs each."""
+class Command:
+    """A command of kvexport; `lacks` maps each missing package to the command that installs it."""
 
     name: str
     lacks: Mapping[str, str]
@@ -119,7 +124,7 @@ class Verb:
 
 @dataclass(frozen=True)
 class TargetCheck:
-    """Whether a target's engine can be built and run here; `reasons` maps what stands in the way to what to do."""
+    """Whether a target's engine can be built and run here; `reasons` maps each obstacle to its fix."""
 
     target: str
     builds: bool
@@ -130,17 +135,18 @@ class TargetCheck:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """Everything that was found. `providers` are ONNX Runtime's, empty where it is not installed or does not load."""
+    """The result of `examine`. `providers` are ONNX Runtime's; empty if it is not installed or does not
+    load."""
 
     kvexport: str
     machine: Machine
     packages: tuple[Package, ...]
     providers: tuple[str, ...]
-    verbs: tuple[Verb, ...]
+    verbs: tuple[Command, ...]
     target: TargetCheck | None
 
     def to_json(self) -> dict[str, Any]:
-        """The diagnosis as plain JSON values."""
+        """The diagnosis as JSON values."""
         packages = [{**asdict(package), "usable": package.usable} for package in self.packages]
         return {**asdict(self), "packages": packages}
 
@@ -152,11 +158,11 @@ def examine(
     search: Sequence[str] | None = None,
     gpus: Sequence[probe.Gpu] | None = None,
 ) -> Diagnosis:
-    """Look at this machine.
+    """Examine this machine.
 
     Args:
-        target: also say whether its engine can be built and run here.
-        root: where the system's files are (`etc/nv_tegra_release`, `proc/...`).
+        target: also check whether its engine can be built and run here.
+        root: folder of the system's files (`etc/nv_tegra_release`, `proc/...`).
         search: folders of installed packages; default `sys.path`.
         gpus: the GPUs of this machine; default: those that the driver reports.
     """
@@ -167,7 +173,7 @@ def examine(
         package.name: package for package in _packages(sys.path if search is None else search, machine)
     }
     verbs = tuple(
-        Verb(name, _lacking(_without_gpu(needs, machine), packages)) for name, needs in _VERBS.items()
+        Command(name, _missing(_without_gpu(needs, machine), packages)) for name, needs in _COMMANDS.items()
     )
     has_runtime = any(packages[name].version is not None for name in _RUNTIMES)
     return Diagnosis(
@@ -195,7 +201,7 @@ def _version(name: str, search: Sequence[str]) -> str | None:
     for distribution in metadata.Distribution.discover(name=name, path=list(search)):
         try:
             return distribution.version
-        except (KeyError, ValueError, OSError):  # its metadata is damaged
+        except (KeyError, ValueError, OSError):  # damaged metadata
             continue
     return None
 
@@ -204,7 +210,7 @@ def _install(name: str, machine: Machine) -> str:
     if machine.jetson is not None and name == "tensorrt":
         return _JETPACK_TENSORRT
     if machine.jetson is not None and name == "onnxruntime-gpu":
-        return "install a wheel made for Jetson (Jetson AI Lab's package index has them): the one of PyPI has no kernels for it"
+        return "install a wheel for Jetson, from Jetson AI Lab's package index: PyPI's has no kernels for it"
     if PACKAGES[name].extra is None:
         return "pip install --force-reinstall kvexport"
     return install_command(name)
@@ -215,7 +221,7 @@ def _providers() -> tuple[str, ...]:
         import onnxruntime
 
         return tuple(onnxruntime.get_available_providers())
-    except Exception:  # a broken installation raises whatever its loader does
+    except Exception:  # a broken installation may raise anything
         return ()
 
 
@@ -242,16 +248,16 @@ def _machine(root: Path, found: Sequence[probe.Gpu]) -> Machine:
 
 
 def _without_gpu(needs: Sequence[Sequence[str]], machine: Machine) -> list[list[str]]:
-    """The needs of a verb without what is of no use here: TensorRT needs a GPU, TensorRT-RTX builds without one."""
+    """Leave out packages that do not help here: TensorRT needs a GPU, TensorRT-RTX builds without one."""
     useless = () if machine.gpus else ("tensorrt",) if _ENGINES in needs else _ENGINES
     return [[name for name in group if name not in useless] for group in needs]
 
 
-def _lacking(needs: Sequence[Sequence[str]], packages: Mapping[str, Package]) -> dict[str, str]:
-    """Of each group of which one is needed and none is usable: its names, and what installs the first."""
-    lacking = [group for group in needs if not any(packages[name].usable for name in group)]
+def _missing(needs: Sequence[Sequence[str]], packages: Mapping[str, Package]) -> dict[str, str]:
+    """Map each group without a usable package to the command that installs its first one."""
+    missing = [group for group in needs if not any(packages[name].usable for name in group)]
     return {
-        " or ".join(_named(packages[name]) for name in group): packages[group[0]].fix for group in lacking
+        " or ".join(_named(packages[name]) for name in group): packages[group[0]].fix for group in missing
     }
 
 
@@ -263,25 +269,23 @@ def _named(package: Package) -> str:
 
 def _check(target: Target, machine: Machine, packages: Mapping[str, Package]) -> TargetCheck:
     if target.engine == "onnxruntime":
-        lacks = _lacking((_RUNTIMES,), packages)
+        lacks = _missing((_RUNTIMES,), packages)
         return TargetCheck(target.name, not lacks, not lacks, lowering_for(target), lacks)
     package = packages[target.engine]
-    reasons = _lacking((("onnx",), ("onnx-ir",), ("polygraphy",), (target.engine,)), packages)
+    reasons = _missing((("onnx",), ("onnx-ir",), ("polygraphy",), (target.engine,)), packages)
     builds = not reasons
     runs = package.usable
     if all(gpu.sm != target.sm for gpu in machine.gpus):
-        seen = ", ".join(f"{gpu.name} has {gpu.sm}" for gpu in machine.gpus) or "no NVIDIA GPU is seen"
+        present = ", ".join(f"{gpu.name} has {gpu.sm}" for gpu in machine.gpus) or "no NVIDIA GPU was found"
         ahead = target.engine == "tensorrt-rtx"
-        reasons = reasons if ahead else {}  # what one might install here would not help
-        where = (
-            "copy the bundle with its engine to such a machine"
+        reasons = reasons if ahead else {}  # no package would help
+        fix = (
+            "copy the bundle with its engine to a machine with that GPU"
             if ahead
-            else "copy the bundle there, and use it there"
+            else "copy the bundle to a machine with that GPU and build there"
         )
-        reasons[f"a GPU of compute capability {target.sm} ({seen})"] = where
-        runs, builds = (
-            False,
-            builds and ahead,
-        )  # TensorRT-RTX compiles ahead of time; TensorRT needs the GPU itself
+        reasons[f"a GPU of compute capability {target.sm} ({present})"] = fix
+        # TensorRT-RTX builds ahead of time; TensorRT needs the GPU itself.
+        runs, builds = False, builds and ahead
     version = release_of(package.version) if package.usable and package.version else None
     return TargetCheck(target.name, builds, runs, lowering_for(target, version), reasons)

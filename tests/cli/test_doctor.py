@@ -1,4 +1,4 @@
-"""`kvexport.doctor`: packages, machines and tools that are there or not, laid out in folders of the test's own."""
+"""`kvexport.doctor` on simulated machines: folders with a system's files and packages, and a list of GPUs."""
 
 from __future__ import annotations
 
@@ -65,10 +65,10 @@ def computer(tmp_path: Path) -> Computer:
 
 
 def lacking(found: Diagnosis) -> dict[str, list[str]]:
-    return {verb.name: list(verb.lacks) for verb in found.verbs if verb.lacks}
+    return {command.name: list(command.lacks) for command in found.verbs if command.lacks}
 
 
-def test_an_empty_computer_lacks_everything(computer: Computer) -> None:
+def test_an_empty_machine_lacks_every_package(computer: Computer) -> None:
     found = computer.examine()
     assert all(package.version is None and not package.usable for package in found.packages)
     assert (found.machine.jetson, found.machine.l4t, found.machine.memory, found.machine.gpus) == (
@@ -78,20 +78,22 @@ def test_an_empty_computer_lacks_everything(computer: Computer) -> None:
         (),
     )
     assert found.providers == ()
-    works = {verb.name for verb in found.verbs if not verb.lacks}
+    works = {command.name for command in found.verbs if not command.lacks}
     assert works == {"inspect", "plan", "targets"}
-    build = next(verb for verb in found.verbs if verb.name == "build")
+    build = next(command for command in found.verbs if command.name == "build")
     assert build.lacks["torch"] == "pip install 'kvexport[convert]'"
     assert build.lacks["onnxruntime or onnxruntime-gpu"] == "pip install 'kvexport[cpu]'"
 
 
-def test_every_verb_of_the_command_line_is_examined(computer: Computer) -> None:
+def test_examines_every_command(computer: Computer) -> None:
     from kvexport.cli import commands
 
-    assert {verb.name for verb in computer.examine().verbs} == set(commands.list_commands(None)) - {"doctor"}  # type: ignore[attr-defined, arg-type]
+    assert {command.name for command in computer.examine().verbs} == set(commands.list_commands(None)) - {
+        "doctor"
+    }  # type: ignore[attr-defined, arg-type]
 
 
-def test_packages_are_found_whatever_their_spelling(computer: Computer) -> None:
+def test_finds_packages_by_either_spelling(computer: Computer) -> None:
     computer.install(**EVERYTHING)
     found = {package.name: package for package in computer.examine().packages}
     assert found["onnx-ir"].version == "1.0.1"
@@ -100,7 +102,7 @@ def test_packages_are_found_whatever_their_spelling(computer: Computer) -> None:
     assert all(package.usable for name, package in found.items() if not name.startswith("onnxruntime"))
 
 
-def test_tensorrt_may_come_under_its_cuda_version(computer: Computer) -> None:
+def test_finds_tensorrt_under_the_name_of_its_cuda_version(computer: Computer) -> None:
     computer.install(tensorrt_cu13="11.3.0.99")
     assert (
         next(package for package in computer.examine().packages if package.name == "tensorrt").version
@@ -111,7 +113,9 @@ def test_tensorrt_may_come_under_its_cuda_version(computer: Computer) -> None:
 @pytest.mark.parametrize(
     ("version", "usable"), [("2.5.9", False), ("2.6.0", True), ("2.10.1", True), ("1.13", False)]
 )
-def test_a_package_older_than_its_floor_is_not_usable(computer: Computer, version: str, usable: bool) -> None:
+def test_a_package_older_than_the_minimum_is_not_usable(
+    computer: Computer, version: str, usable: bool
+) -> None:
     computer.install(torch=version, safetensors="0.5.0")
     found = computer.examine()
     torch = next(package for package in found.packages if package.name == "torch")
@@ -121,7 +125,7 @@ def test_a_package_older_than_its_floor_is_not_usable(computer: Computer, versio
         assert lacking(found)["compress"] == [f"torch 2.6 or later (not {version})"]
 
 
-def test_an_old_tensorrt_is_too_old(computer: Computer) -> None:
+def test_an_old_tensorrt_is_not_usable(computer: Computer) -> None:
     computer.install(**{**EVERYTHING, "tensorrt": "8.6.2"})
     computer.jetson("NVIDIA Jetson AGX Orin Developer Kit", "# R36 (release), REVISION: 3.0")
     check = computer.examine("agx-orin-64gb").target
@@ -131,7 +135,7 @@ def test_an_old_tensorrt_is_too_old(computer: Computer) -> None:
     assert list(check.reasons) == ["tensorrt 10.3 or later (not 8.6.2)"]
 
 
-def test_broken_metadata_is_passed_over(computer: Computer) -> None:
+def test_ignores_damaged_metadata(computer: Computer) -> None:
     computer.install(numpy="2.0")
     for name in ("odd", "onnx", "torch"):
         (computer.site / f"{name}-1.dist-info").mkdir()
@@ -155,7 +159,7 @@ def test_broken_metadata_is_passed_over(computer: Computer) -> None:
         ("NVIDIA Jetson AGX Orin", "# R99 (release), REVISION: 9.9", "99.9.9", None, "8.7"),
     ],
 )
-def test_a_jetson_is_known_by_its_files(
+def test_recognises_a_jetson_by_its_system_files(
     computer: Computer, model: str, release: str, l4t: str, jetpack: str | None, sm: str
 ) -> None:
     computer.jetson(model, release)
@@ -170,7 +174,7 @@ def test_a_jetson_is_known_by_its_files(
     assert [(gpu.sm, gpu.memory) for gpu in machine.gpus] == [(sm, None)]
 
 
-def test_another_board_with_a_device_tree_is_no_jetson(computer: Computer) -> None:
+def test_another_board_with_a_device_tree_is_not_a_jetson(computer: Computer) -> None:
     computer.file("proc/device-tree/model", "Raspberry Pi 5 Model B Rev 1.0\0")
     assert computer.examine().machine.jetson is None
     assert computer.examine().machine.gpus == ()
@@ -189,7 +193,7 @@ def test_a_jetson_with_tensorrt_builds_for_itself_and_not_for_another(computer: 
     assert any("compute capability 11.0" in reason and "8.7" in reason for reason in other.reasons)
 
 
-def test_the_lowering_follows_the_installed_tensorrt(computer: Computer) -> None:
+def test_the_lowering_depends_on_the_installed_tensorrt(computer: Computer) -> None:
     computer.install(**{**EVERYTHING, "tensorrt": "10.16.2.10"})
     computer.jetson("NVIDIA Jetson Orin NX", "# R39 (release), REVISION: 2.0")
     check = computer.examine("orin-nx-16gb").target
@@ -197,7 +201,7 @@ def test_the_lowering_follows_the_installed_tensorrt(computer: Computer) -> None
     assert check.lowering == "std24"
 
 
-def test_a_jetson_is_told_to_take_its_own_packages(computer: Computer) -> None:
+def test_fixes_on_a_jetson_name_its_own_packages(computer: Computer) -> None:
     computer.jetson("NVIDIA Jetson Orin NX", "# R36 (release), REVISION: 4.3")
     fixes = {package.name: package.fix for package in computer.examine().packages}
     assert "apt install" in fixes["tensorrt"]
@@ -241,7 +245,7 @@ def test_tensorrt_rtx_builds_without_a_gpu_and_does_not_run(computer: Computer) 
     assert (check.builds, check.runs, dict(check.reasons)) == (True, True, {})
 
 
-def test_what_would_not_help_here_is_not_advised(computer: Computer) -> None:
+def test_names_no_package_that_would_not_help(computer: Computer) -> None:
     check = computer.examine("h200").target
     assert check is not None
     assert [reason.partition(" (")[0] for reason in check.reasons] == ["a GPU of compute capability 9.0"]
@@ -250,7 +254,7 @@ def test_what_would_not_help_here_is_not_advised(computer: Computer) -> None:
     assert check is not None and "tensorrt" in check.reasons
 
 
-def test_tensorrt_does_nothing_without_a_gpu(computer: Computer) -> None:
+def test_tensorrt_is_not_usable_without_a_gpu(computer: Computer) -> None:
     computer.install(**{name: version for name, version in EVERYTHING.items() if name != "tensorrt_rtx"})
     found = computer.examine("h200")
     assert found.target is not None
@@ -264,7 +268,7 @@ def test_tensorrt_does_nothing_without_a_gpu(computer: Computer) -> None:
     assert not {"engine", "run"} & lacking(found).keys()
 
 
-def test_an_engine_may_run_where_it_cannot_be_built(computer: Computer) -> None:
+def test_an_engine_may_run_on_a_machine_that_cannot_build_it(computer: Computer) -> None:
     computer.install(tensorrt="10.16.2")
     computer.gpus = [H200]
     check = computer.examine("h200").target
@@ -273,7 +277,7 @@ def test_an_engine_may_run_where_it_cannot_be_built(computer: Computer) -> None:
     assert "polygraphy" in check.reasons
 
 
-def test_the_cpu_needs_a_runtime_and_no_engine(computer: Computer) -> None:
+def test_the_cpu_target_needs_onnx_runtime_only(computer: Computer) -> None:
     check = computer.examine("cpu").target
     assert check is not None
     assert (check.builds, check.runs) == (False, False)
@@ -290,11 +294,12 @@ def test_a_diagnosis_is_json(computer: Computer) -> None:
     assert next(package for package in raw["packages"] if package["name"] == "torch")["usable"] is True
 
 
-def test_nothing_heavy_is_imported_to_look() -> None:
-    """Even here, where all of it is installed; ONNX Runtime alone is asked for its providers."""
+def test_imports_no_large_package() -> None:
+    """Although all of them are installed here; ONNX Runtime alone is imported, for its providers."""
     code = (
         "import sys; from kvexport.doctor import examine; found = examine(); "
-        "print(sorted({'torch', 'onnx', 'onnx_ir', 'transformers', 'tensorrt_rtx', 'polygraphy'} & set(sys.modules))); "
+        "large = {'torch', 'onnx', 'onnx_ir', 'transformers', 'tensorrt_rtx', 'polygraphy'}; "
+        "print(sorted(large & set(sys.modules))); "
         "print(found.providers)"
     )
     ran = subprocess.run(
@@ -305,7 +310,7 @@ def test_nothing_heavy_is_imported_to_look() -> None:
     assert "CPUExecutionProvider" in providers
 
 
-def test_a_runtime_that_does_not_load_has_no_providers(computer: Computer, tmp_path: Path) -> None:
+def test_an_onnx_runtime_that_does_not_load_has_no_providers(computer: Computer, tmp_path: Path) -> None:
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "onnxruntime.py").write_text(
         "raise OSError('libcudart.so.13: cannot open shared object file')"
