@@ -13,7 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from support.bundle_handling import PROMPT, STRANGE, as_it_is, damaged, forbid_writing, on_a_full_disk, python
+from support.bundle_handling import (
+    PROMPT,
+    STRANGE,
+    again,
+    as_it_is,
+    damaged,
+    forbid_writing,
+    generated,
+    on_a_full_disk,
+    python,
+)
 from support.decoders import make_decoder
 from support.simulated_device import SimulatedDevice, add_engine, onnxruntime_on, simulated_tensorrt
 from support.text_bundles import write_text_bundle
@@ -39,15 +49,6 @@ def tokens(sound: Path) -> Tokens:
 @pytest.fixture
 def bundle(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "b"))
-
-
-def generated(path: Path | str) -> Tokens:
-    with kvexport.open(path, provider="cpu") as session:
-        return again(session)
-
-
-def again(session: kvexport.Session) -> Tokens:
-    return session.generate(PROMPT, max_new_tokens=12, stop=[]).token_ids
 
 
 # Where it is

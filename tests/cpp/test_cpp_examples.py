@@ -126,7 +126,7 @@ def test_restart_reports_errors(bundle: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Once upon a time")
     output_of(cpp("restart", other, tmp_path / "short.txt", tmp_path / "its", "?"))
     ran = cpp("restart", bundle, tmp_path / "short.txt", tmp_path / "its", "?")
-    assert ran.returncode == 2 and "another bundle" in ran.stderr
+    assert ran.returncode == 2 and "must be of this bundle" in ran.stderr
     assert cpp("restart", bundle).returncode == 2
 
 

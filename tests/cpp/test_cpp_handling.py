@@ -16,9 +16,9 @@ import pytest
 from builds import build
 from drive import Drive, Refused
 from support.bundle_handling import PROMPT, STRANGE, as_it_is, damaged, forbid_writing, on_a_full_disk
+from support.bundle_handling import generated as python_generated
 from support.simulated_device import add_engine
 from support.text_bundles import write_text_bundle
-from test_handling import generated as python_generated
 
 pytestmark = pytest.mark.slow
 
@@ -276,5 +276,5 @@ def test_an_open_bundle_can_be_replaced(bundle: Path, tokens: list[int], tmp_pat
         process.open(bundle, "new")
         assert again(process, "new") == new != tokens
         assert again(process) == tokens
-        with pytest.raises(Refused, match="of another bundle"):
+        with pytest.raises(Refused, match="must be of this bundle"):
             process("load", session="new", cache="c", file=str(tmp_path / "c"))

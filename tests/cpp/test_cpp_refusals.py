@@ -229,7 +229,7 @@ def with_state(**values: object) -> Callable[[dict[str, Any]], None]:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda header: header["__metadata__"].update(bundle="0" * 64), "is of another bundle"),
+        (lambda header: header["__metadata__"].update(bundle="0" * 64), "must be of this bundle"),
         (
             lambda header: header["__metadata__"].update(kvexport="cache 2"),
             "its format is not supported",
@@ -238,17 +238,17 @@ def with_state(**values: object) -> Callable[[dict[str, Any]], None]:
         (lambda header: header["__metadata__"].update(state="[]"), "state"),
         (lambda header: header["__metadata__"].update(state="{"), "must be JSON"),
         (with_state(filled=[20]), "does not match its state"),
-        (with_state(filled=[0]), "filled is out of range"),
-        (with_state(lengths=[-1]), "lengths is out of range"),
-        (with_state(lengths=[1 << 60]), "lengths is out of range"),
-        (with_state(lengths=[700], seen=[700]), "more tokens than fit into the cache"),
+        (with_state(filled=[0]), "filled has an invalid value"),
+        (with_state(lengths=[-1]), "lengths[0] has an invalid value"),
+        (with_state(lengths=[1 << 60]), "must fit the capacity"),
+        (with_state(lengths=[700], seen=[700]), "must fit the capacity"),
         (with_state(lengths=[32, 32], seen=[32, 32]), "must hold one sequence"),
-        (with_state(last=[40]), "last is out of range"),
+        (with_state(last=[40]), "last[0] has an invalid value"),
         (with_state(pending=[[1, 2]]), "pending"),
-        (with_state(pending=[["1"]]), "pending is out of range"),
-        (with_state(filled=[25]), "filled is out of range"),
-        (with_state(seen=[33]), "seen is out of range"),
-        (with_state(filled=None), "its filled must be a list"),
+        (with_state(pending=[["1"]]), "pending has an invalid value"),
+        (with_state(filled=[25]), "filled has an invalid value"),
+        (with_state(seen=[33]), "seen has an invalid value"),
+        (with_state(filled=None), "filled is missing"),
     ],
 )
 def test_refuses_damaged_caches(
@@ -263,15 +263,15 @@ def test_refuses_damaged_caches(
     ("name", "change", "message"),
     [
         ("gqa", with_state(more=1), "unknown key"),
-        ("gqa", with_state(filled=[3]), "filled must be null"),
-        ("gqa", with_state(seen=[32]), "seen must be null"),
+        ("gqa", with_state(filled=[3]), "filled has an invalid value"),
+        ("gqa", with_state(seen=[32]), "seen has an invalid value"),
         (
             "gqa",
             lambda header: header["past_key_values.0.key"].update(strides=[1, 1, 1, 1]),
             "unknown key",
         ),
-        ("gqa-l2-norm", with_state(filled=[25]), "filled is out of range"),
-        ("gqa-l2-norm", with_state(lengths=[24], seen=[24], filled=[25]), "filled is out of range"),
+        ("gqa-l2-norm", with_state(filled=[25]), "filled has an invalid value"),
+        ("gqa-l2-norm", with_state(lengths=[24], seen=[24], filled=[25]), "filled has an invalid value"),
     ],
 )
 def test_python_and_cpp_refuse_a_changed_header(

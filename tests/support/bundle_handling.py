@@ -10,8 +10,21 @@ from pathlib import Path
 
 import pytest
 
+import kvexport
+
 STRANGE = "a bundle, renamed (2) – café 日本"
 PROMPT = [1, 2, 3]
+
+
+def generated(path: Path | str) -> tuple[int, ...]:
+    """Twelve greedy tokens after `PROMPT`, by the Python runtime on the CPU."""
+    with kvexport.open(path, provider="cpu") as session:
+        return again(session)
+
+
+def again(session: kvexport.Session) -> tuple[int, ...]:
+    """Twelve greedy tokens after `PROMPT`, by an open session."""
+    return session.generate(PROMPT, max_new_tokens=12, stop=[]).token_ids
 
 
 def damages(size: int) -> Iterator[tuple[str, Callable[[Path], object]]]:

@@ -31,8 +31,8 @@ char* of_head(const Buffer& buffer, std::int64_t head) {
 
 // Larger element sizes first, so that all tensors are aligned.
 std::vector<Buffer> in_order(std::vector<Buffer> all) {
-  std::stable_sort(all.begin(), all.end(), [](const Buffer& integer_of, const Buffer& other) {
-    return size_of(integer_of.dtype) > size_of(other.dtype);
+  std::stable_sort(all.begin(), all.end(), [](const Buffer& left, const Buffer& right) {
+    return size_of(left.dtype) > size_of(right.dtype);
   });
   return all;
 }
@@ -56,85 +56,58 @@ struct State {
   std::optional<std::int64_t> pending;
 };
 
-class StateReader {
- public:
-  StateReader(const Metadata& metadata, const std::string& file, const Manifest& manifest)
-      : file_(file), manifest_(manifest) {
-    const auto find = [&](const char* key) {
-      const auto item = metadata.find(key);
-      return item == metadata.end() ? std::string() : item->second;
-    };
-    if (find("kvexport") != KIND) throw damaged(file, "its format is not supported", find("kvexport"), KIND);
-    if (find("bundle") != manifest.digest) {
-      throw Failure(Code::usage, "the saved cache " + file + " is of another bundle",
-                    "manifest_sha256 " + find("bundle"), manifest.digest,
-                    "load it with the bundle that it was saved with, or start with an empty cache");
-    }
-    raw_ = parse_json(find("state"), "the state of the saved cache " + file, SAVE_AGAIN);
-  }
+constexpr std::int64_t MAX_LENGTH = (std::int64_t{1} << 62) - 1;
 
-  // `slots`: slots of layers that evict.
-  State read(std::int64_t slots) const {
-    if (!raw_.is_object()) throw damaged(file_, "its state must be an object");
-    for (const auto& [key, value] : raw_.items()) {
-      if (std::find(std::begin(KEYS), std::end(KEYS), key) == std::end(KEYS)) {
-        throw damaged(file_, "its state has an unknown key", for_message(key));
-      }
-    }
-    State state;
-    state.length = integer_of("lengths", 0, MOST);
-    state.last = integer_of("last", 0, manifest_.vocab_size - 1);
-    const Json& pending = list("pending").at(0);
-    if (!pending.is_array() || pending.size() > 1)
-      throw damaged(file_, "its pending tokens must be a list of at most one token");
-    if (!pending.empty())
-      state.pending = checked_integer("pending", pending.at(0), 0, manifest_.vocab_size - 1);
-    if (manifest_.eviction) {
-      state.seen = integer_of("seen", state.length, state.length);
-      const std::int64_t maximum = std::min(state.length, slots);
-      state.filled = integer_of("filled", std::min<std::int64_t>(1, maximum), maximum);
-    } else {
-      for (const char* key : {"filled", "seen"}) {
-        const auto item = raw_.find(key);
-        if (item == raw_.end() || !item->is_null()) {
-          throw damaged(file_, std::string("its ") + key + " must be null, because no layer evicts");
-        }
-      }
-    }
-    return state;
-  }
+// The entry of the only sequence in a list with one entry per sequence.
+std::int64_t only_integer(const Table& table, const char* key, std::int64_t maximum) {
+  const std::vector<std::int64_t> values = table.integers(key, 0, maximum);
+  if (values.size() != 1) table.fail(key, "one number for each sequence");
+  return values[0];
+}
 
- private:
-  static constexpr std::int64_t MOST = std::int64_t{1} << 40;
-  static constexpr const char* KEYS[] = {"lengths", "last", "pending", "filled", "seen"};
+// Reads the state of the sequence. `slots`: slots of layers that evict; none if no layer evicts.
+// `require_room` checks the length.
+template <typename RequireRoom>
+State read_state(const Table& table, const std::string& file, std::int64_t vocab_size,
+                 std::optional<std::int64_t> slots, RequireRoom require_room) {
+  const std::vector<std::int64_t> lengths = table.integers("lengths", 0, MAX_LENGTH);
+  if (lengths.empty()) table.fail("lengths", "one number for each sequence");
+  if (lengths.size() != 1) {
+    throw Failure(Code::usage, "the saved cache " + file + " must hold one sequence",
+                  std::to_string(lengths.size()), "", "load it in Python, or save one sequence");
+  }
+  State state;
+  state.length = lengths[0];
+  require_room(state.length);
+  state.last = only_integer(table, "last", vocab_size - 1);
+  const Json& pending = table.list("pending");
+  if (pending.size() != 1 || !pending[0].is_array() || pending[0].size() > 1)
+    table.fail("pending", "a list of at most one token for each sequence");
+  for (const Json& token : pending[0]) {
+    if (!token.is_number_integer() || token < 0 || token >= vocab_size)
+      table.fail("pending", "lists of integers from 0 to " + std::to_string(vocab_size - 1));
+    state.pending = token.get<std::int64_t>();
+  }
+  if (slots) {
+    state.filled = only_integer(table, "filled", MAX_LENGTH);
+    state.seen = only_integer(table, "seen", MAX_LENGTH);
+    if (state.seen != state.length) table.fail("seen", "the same numbers as lengths");
+    if (state.filled > std::min(state.length, *slots) || (state.filled == 0) != (state.length == 0)) {
+      table.fail("filled", "1 to " + std::to_string(*slots) +
+                               " slots for each sequence with tokens, at most its length");
+    }
+  } else {
+    for (const char* key : {"filled", "seen"})
+      if (!table.is_null(key)) table.fail(key, "null, because no layer evicts");
+  }
+  table.only({"filled", "last", "lengths", "pending", "seen"});
+  return state;
+}
 
-  const Json& list(const char* key) const {
-    const auto item = raw_.find(key);
-    if (item == raw_.end() || !item->is_array() || item->empty()) {
-      throw damaged(file_, std::string("its ") + key + " must be a list with one entry per sequence");
-    }
-    if (item->size() != 1) {
-      throw damaged(file_, "it must hold one sequence", std::to_string(item->size()), "1");
-    }
-    return *item;
-  }
-  std::int64_t integer_of(const char* key, std::int64_t minimum, std::int64_t maximum) const {
-    return checked_integer(key, list(key).at(0), minimum, maximum);
-  }
-  std::int64_t checked_integer(const char* key, const Json& value, std::int64_t minimum,
-                               std::int64_t maximum) const {
-    const std::string expected = std::to_string(minimum) + " to " + std::to_string(maximum);
-    if (!value.is_number_integer() || (value.is_number_unsigned() && value.get<std::uint64_t>() > MOST) ||
-        value.get<std::int64_t>() < minimum || value.get<std::int64_t>() > maximum) {
-      throw damaged(file_, std::string("its ") + key + " is out of range", for_message(value), expected);
-    }
-    return value.get<std::int64_t>();
-  }
-
-  Json raw_;
-  const std::string& file_;
-  const Manifest& manifest_;
-};
+std::string value_of(const Metadata& metadata, const char* key) {
+  const auto item = metadata.find(key);
+  return item == metadata.end() ? std::string() : item->second;
+}
 
 }  // namespace
 
@@ -174,11 +147,24 @@ void Cache::load(const std::string& file) {
                   "name a file that was written by saving a cache");
   }
   const TensorReader reader(file);
-  const std::int64_t slots =
-      manifest.eviction ? std::min(manifest.eviction->budget, session_->engine->capacity()) : 0;
-  const State state = StateReader(reader.header().metadata, file, manifest).read(slots);
-  require_room(static_cast<std::uint64_t>(state.length),
-               "the saved cache has more tokens than fit into the cache");
+  const Metadata& metadata = reader.header().metadata;
+  if (value_of(metadata, "kvexport") != KIND)
+    throw damaged(file, "its format is not supported", value_of(metadata, "kvexport"), KIND);
+  if (value_of(metadata, "bundle") != manifest.digest) {
+    throw Failure(Code::usage, "the saved cache " + file + " must be of this bundle",
+                  value_of(metadata, "bundle"), manifest.digest,
+                  "open the bundle that it was saved with, or start with an empty cache");
+  }
+  const std::string path = "the state of the saved cache " + file;
+  const Json raw = parse_json(value_of(metadata, "state"), path, SAVE_AGAIN);
+  std::optional<std::int64_t> slots;
+  if (manifest.eviction) slots = std::min(manifest.eviction->budget, session_->engine->capacity());
+  const auto require_length = [&](std::int64_t length) {
+    require_room(static_cast<std::uint64_t>(length),
+                 "the sequences of the saved cache must fit the capacity");
+  };
+  const State state =
+      read_state(Table(raw, path, SAVE_AGAIN), file, manifest.vocab_size, slots, require_length);
   if (reader.header().tensors.size() != buffers_.all.size()) {
     throw damaged(file, "the number of its tensors is wrong", std::to_string(reader.header().tensors.size()),
                   std::to_string(buffers_.all.size()));
