@@ -1,4 +1,4 @@
-"""A chat in a terminal: one conversation over one cache.   python chat.py BUNDLE [SYSTEM]"""
+"""A chat in a terminal: one conversation in one cache. Usage: python chat.py BUNDLE [SYSTEM]"""
 
 import sys
 
@@ -7,9 +7,7 @@ import kvexport
 with kvexport.open(sys.argv[1]) as session:
     cache = session.new_cache()
     for line in sys.stdin:
-        if (
-            cache.lengths[0] + len(session.encode(line)) + 64 > session.capacity
-        ):  # with the template, and some answer
+        if cache.lengths[0] + len(session.encode(line)) + 64 > session.capacity:  # 64: template and answer
             cache.clear()
         system = sys.argv[2] if len(sys.argv) > 2 and not cache.lengths.any() else None
         prompt = session.turn(line.rstrip("\n"), system=system, cache=cache)

@@ -1,4 +1,7 @@
-"""A long prompt is prefilled once; later runs begin with its cache.   python restart.py BUNDLE PROMPT_FILE CACHE_FILE QUESTION"""
+"""Prefills a long prompt once; later runs load its cache.
+
+Usage: python restart.py BUNDLE PROMPT_FILE CACHE_FILE QUESTION
+"""
 
 import sys
 from pathlib import Path
