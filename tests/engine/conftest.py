@@ -1,4 +1,4 @@
-"""Fixtures of the engine's tests: tiny bundles, and the TensorRT-RTX at hand."""
+"""Fixtures for tests of the engine builder: tiny bundles, and TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from support.tiny_bundles import write_bundle
 
 @pytest.fixture(scope="session")
 def rtx() -> Any:
-    """The real TensorRT-RTX; tests that ask for it are skipped where it is not installed."""
+    """TensorRT-RTX; tests that use it are skipped if it is not installed."""
     pytest.importorskip("tensorrt_rtx")
     from kvexport.engine.library import load_library
 
@@ -23,7 +23,7 @@ def rtx() -> Any:
 
 @pytest.fixture
 def tiny(tmp_path: Path) -> Callable[..., Path]:
-    """`tiny(style="llama", dtype="float16", capacity=64, **sizes)`: a bundle of two layers of four heads of 16."""
+    """A function that writes a bundle of two layers with four heads of 16."""
 
     def make(style: str = "llama", *, dtype: str = "float16", capacity: int = 64, **sizes: Any) -> Path:
         decoder = make_decoder(style, dtype=torch.float32, **{"head_dim": 16, **sizes})

@@ -1,4 +1,4 @@
-"""The real TensorRT-RTX builds every family, method and form of attention, with no GPU at hand."""
+"""TensorRT-RTX builds every family, method and form of attention; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ NATIVE = ("KV_CACHE_UPDATE", "ATTENTION_INPUT", "ATTENTION_OUTPUT", "ROTARY_EMBE
 
 
 class Notes(Progress):
-    """Keeps notes, and counts steps."""
+    """Collect notes, and count steps."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -55,31 +55,33 @@ def built(bundle: Path, progress: Progress | None = None, **options: Any) -> Bui
 
 
 def native(record: BuildRecord) -> list[int]:
-    """Cache updates, attentions, and rotations of the parsed network."""
+    """Number of cache updates, attentions and rotations in the parsed network."""
     updates, begun, ended, rotations = (record.layers.get(name, 0) for name in NATIVE)
     assert begun == ended
     return [updates, begun, rotations]
 
 
 def require_native(record: BuildRecord, style: str) -> None:
-    """One cache update for each cache, one attention for each layer, rotation where there is some, nothing decomposed."""
+    """A cache update for each cache, an attention for each layer, a rotation if any; nothing decomposed."""
     assert native(record) == [4, 2, 0 if style == "bloom" else 4]
     assert record.decomposed == ()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
-def test_every_family_is_native_and_fused(style: str, rtx: Any, tiny: Callable[..., Path]) -> None:
+def test_every_family_builds_with_native_and_fused_layers(
+    style: str, rtx: Any, tiny: Callable[..., Path]
+) -> None:
     notes = Notes()
     record = built(tiny(style, kv_heads=2), notes)
     require_native(record, style)
     assert (record.lowering, notes.notes) == ("std24", [])
-    assert notes.steps > 50  # TensorRT's monitor drives our progress
+    assert notes.steps > 50  # steps come from TensorRT's progress monitor
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", ["llama", "bloom"])
-def test_the_lowering_for_older_versions_builds_too(style: str, rtx: Any, tiny: Callable[..., Path]) -> None:
+def test_decomposed17_builds(style: str, rtx: Any, tiny: Callable[..., Path]) -> None:
     record = built(tiny(style, kv_heads=2), lowering="decomposed17")
     assert (record.lowering, native(record)) == ("decomposed17", [0, 0, 0])
 
@@ -98,7 +100,7 @@ def test_the_lowering_for_older_versions_builds_too(style: str, rtx: Any, tiny: 
 def test_every_method_builds(
     style: str, method: str, dtype: str, lowering: str, rtx: Any, tmp_path: Path
 ) -> None:
-    """For SM86, SM89 and SM120 at once; keys projected after rotation, folded, pooled; in both half precisions."""
+    """For SM86, SM89 and SM120 in one plan, in float16 and bfloat16."""
     decoder = make_decoder(style, kv_heads=4, head_dim=16, dtype=torch.float32)
     export(tmp_path / "bundle", decoder, dtype=dtype, kv_heads=2, method=method, capacity=64)
     record = built(tmp_path / "bundle", lowering=lowering)
@@ -107,7 +109,7 @@ def test_every_method_builds(
         require_native(record, style)
 
 
-def test_the_record_says_what_was_built(rtx: Any, tiny: Callable[..., Path]) -> None:
+def test_record_describes_the_build(rtx: Any, tiny: Callable[..., Path]) -> None:
     bundle = tiny(dtype="bfloat16", capacity=64)
     record = build_engine(bundle, EngineOptions(capacity=40, chunk=8, batch=2), target="rtx-4090")
     folder = engine_directory(bundle, "rtx-4090")
@@ -133,8 +135,8 @@ def test_the_record_says_what_was_built(rtx: Any, tiny: Callable[..., Path]) -> 
     assert json.loads((folder / RECORD_FILE).read_text()) == json.loads(json.dumps(record.to_json()))
 
 
-def test_the_network_has_the_profiles_and_sizes_of_the_contract(rtx: Any, tiny: Callable[..., Path]) -> None:
-    """Of the real network that is built: capacity and batch are fixed, and the two token sizes are not."""
+def test_network_has_the_profiles_and_sizes_of_the_contract(rtx: Any, tiny: Callable[..., Path]) -> None:
+    """Capacity and batch of the parsed network are fixed; the two token sizes are not."""
     from kvexport.bundle.engine_record import Profile
     from kvexport.engine.engine_graph import prepare_graph
     from kvexport.engine.plan import create_profile, parse
@@ -165,7 +167,7 @@ def test_the_network_has_the_profiles_and_sizes_of_the_contract(rtx: Any, tiny: 
         ("bloom", 36, "float16", ("std24", 2), "no fused attention kernel for heads of 36"),
     ],
 )
-def test_attention_that_has_no_kernel_is_decomposed_and_said(
+def test_attention_without_a_kernel_is_decomposed_with_a_note(
     style: str,
     width: int,
     dtype: str,
@@ -182,10 +184,10 @@ def test_attention_that_has_no_kernel_is_decomposed_and_said(
 
 
 @pytest.mark.parametrize("width", [264, 8])
-def test_the_same_unmarked_does_not_build(
+def test_attention_without_a_kernel_and_without_the_attribute_does_not_build(
     width: int, rtx: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The negative control of a build without a mark: it fails where there is no kernel."""
+    """Negative control: without TRT_decomposable, attention without a kernel does not build."""
     monkeypatch.setattr("kvexport.engine.build.find_unfused_attention", lambda *arguments: [])
     monkeypatch.setattr("kvexport.engine.preflight.require_operators", lambda *arguments: None)
     bundle = tiny(head_dim=width)
@@ -197,10 +199,10 @@ def test_the_same_unmarked_does_not_build(
 
 
 @pytest.mark.slow
-def test_widths_that_differ_take_the_other_lowering(
+def test_unequal_widths_fall_back_to_decomposed17(
     rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Keys of 12 and values of 16: TensorRT's own attention has one width."""
+    """Keys of 12 and values of 16: TensorRT's attention layer has one width."""
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16")
     notes = Notes()
@@ -210,7 +212,7 @@ def test_widths_that_differ_take_the_other_lowering(
         build_engine(bundle, EngineOptions(lowering="std24"), compute_capabilities=("8.9",))
 
 
-def test_nothing_that_is_not_onnx_gets_into_a_file(rtx: Any, tiny: Callable[..., Path]) -> None:
+def test_no_nonstandard_attribute_is_written_to_a_file(rtx: Any, tiny: Callable[..., Path]) -> None:
     bundle = tiny(head_dim=264)
     before = {file.name: sha256_of(file) for file in bundle.iterdir()}
     assert len(built(bundle).decomposed) == 2
@@ -218,7 +220,7 @@ def test_nothing_that_is_not_onnx_gets_into_a_file(rtx: Any, tiny: Callable[...,
 
 
 @pytest.mark.slow
-def test_an_engine_that_exists_is_replaced_only_by_force(rtx: Any, tiny: Callable[..., Path]) -> None:
+def test_an_existing_engine_is_replaced_only_by_force(rtx: Any, tiny: Callable[..., Path]) -> None:
     bundle = tiny()
     first = built(bundle)
     with pytest.raises(UsageError, match="exists already") as caught:
@@ -260,7 +262,7 @@ def test_options_reach_tensorrt(rtx: Any, tiny: Callable[..., Path], monkeypatch
 
 
 @pytest.mark.parametrize("damage", ["graph", "weights"])
-def test_a_damaged_bundle_is_not_built(damage: str, rtx: Any, tiny: Callable[..., Path]) -> None:
+def test_rejects_a_damaged_bundle(damage: str, rtx: Any, tiny: Callable[..., Path]) -> None:
     bundle = tiny()
     file = bundle / {"graph": "decoder.onnx", "weights": "decoder.onnx.data"}[damage]
     data = bytearray(file.read_bytes())
@@ -271,10 +273,8 @@ def test_a_damaged_bundle_is_not_built(damage: str, rtx: Any, tiny: Callable[...
     assert not (bundle / "engines").exists()
 
 
-def test_what_only_the_parser_finds_wrong_is_its_word(
-    rtx: Any, tiny: Callable[..., Path], tmp_path: Path
-) -> None:
-    """A damage that hashes and lint do not see."""
+def test_error_of_the_parser_is_shown(rtx: Any, tiny: Callable[..., Path], tmp_path: Path) -> None:
+    """Damage that neither hashes nor lint detect."""
 
     def transpose(path: Path) -> None:
         model = ir.load(path / GRAPH_FILE)
@@ -290,10 +290,10 @@ def test_what_only_the_parser_finds_wrong_is_its_word(
 
 
 @pytest.mark.slow
-def test_the_full_tensorrts_configuration_runs_through_the_same_path(
+def test_configuration_of_tensorrt_with_timing_cache_and_flags(
     rtx: Any, tiny: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """With the module at hand in its place: its timing cache goes out, and in again; the flags are set by name."""
+    """TensorRT-RTX in place of TensorRT: the timing cache is written and read; flags are set by name."""
     from kvexport.bundle.engine_record import Profile
     from kvexport.engine.destination import Destination
     from kvexport.engine.engine_graph import prepare_graph

@@ -1,4 +1,4 @@
-"""What an engine is built for: asked for, or what this machine is."""
+"""The destination of an engine: requested, or this machine."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ BOTH, FULL, ONLY_RTX = ["tensorrt", "tensorrt-rtx"], ["tensorrt"], ["tensorrt-rt
         (Gpu("NVIDIA H100", "9.0", int(79 * GIB), False), "", "sm90"),
     ],
 )
-def test_this_machine(gpu: Gpu, board: str, name: str) -> None:
+def test_chooses_this_machine(gpu: Gpu, board: str, name: str) -> None:
     found = choose_destination(None, (), gpu=gpu, board=board, installed=BOTH)
     assert found == Destination(name, "tensorrt", (gpu.compute_capability,), False)
     assert found.jetson == (gpu.compute_capability in ("8.7", "11.0"))
@@ -60,7 +60,7 @@ def test_this_machine(gpu: Gpu, board: str, name: str) -> None:
         ("orin-nano-8gb", (), NANO, FULL, Destination("orin-nano-8gb", "tensorrt", ("8.7",), False)),
     ],
 )
-def test_what_was_asked_for(
+def test_chooses_the_requested_target(
     target: str | None,
     capabilities: tuple[str, ...],
     gpu: Gpu | None,
@@ -86,7 +86,7 @@ def test_what_was_asked_for(
         ("toaster", (), NANO, BOTH, UsageError, "the target must be a shipped target"),
     ],
 )
-def test_what_cannot_be_built(
+def test_rejects_destinations_that_cannot_be_built(
     target: str | None,
     capabilities: tuple[str, ...],
     gpu: Gpu | None,
@@ -99,7 +99,7 @@ def test_what_cannot_be_built(
     assert words in str(caught.value)
 
 
-def test_this_very_machine_has_memory_and_perhaps_a_gpu() -> None:
+def test_probes_this_machine() -> None:
     assert available_memory() > 2**20
     gpu = find_gpu()
     assert gpu is None or (gpu.memory > 0 and "." in gpu.compute_capability)

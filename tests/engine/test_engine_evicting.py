@@ -1,4 +1,4 @@
-"""The real TensorRT-RTX builds layers that evict: every style and policy, in both forms, with no GPU at hand."""
+"""TensorRT-RTX builds layers with eviction for every style, policy and lowering; no GPU is needed."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ NATIVE = ("KV_CACHE_UPDATE", "ATTENTION_INPUT")
 
 @pytest.fixture
 def evicting(tmp_path: Path) -> Callable[..., Path]:
-    """`evicting(style="llama", eviction=EVICTION, dtype="float16", capacity=64, **sizes)`: two layers of four heads of 16."""
+    """A function that writes a bundle with eviction: two layers with four heads of 16."""
 
     def make(
         style: str = "llama",
@@ -60,8 +60,10 @@ def native(record: BuildRecord) -> list[int]:
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("kv_heads", [2, 4])
 @pytest.mark.parametrize("style", ["llama", "bloom"])
-def test_is_native_and_fused(style: str, kv_heads: int, rtx: Any, evicting: Callable[..., Path]) -> None:
-    """A cache update for each key, value and state; the choice of a slot is no reason to decompose."""
+def test_eviction_builds_with_native_and_fused_layers(
+    style: str, kv_heads: int, rtx: Any, evicting: Callable[..., Path]
+) -> None:
+    """A cache update for each key, value and state; attention stays fused."""
     record = built(evicting(style, kv_heads=kv_heads))
     assert (record.lowering, record.decomposed, native(record), record.chunk) == ("std24", (), [6, 2], 7)
     assert record.layers["TOPK"] == 2
@@ -69,16 +71,14 @@ def test_is_native_and_fused(style: str, kv_heads: int, rtx: Any, evicting: Call
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_the_lowering_for_older_versions_builds_too(rtx: Any, evicting: Callable[..., Path]) -> None:
+def test_decomposed17_builds(rtx: Any, evicting: Callable[..., Path]) -> None:
     record = built(evicting(kv_heads=2), lowering="decomposed17")
     assert (record.lowering, native(record), record.layers["TOPK"]) == ("decomposed17", [0, 0], 2)
 
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_layers_that_are_left_alone_are_native_beside_the_others(
-    rtx: Any, evicting: Callable[..., Path]
-) -> None:
+def test_layers_without_eviction_stay_native(rtx: Any, evicting: Callable[..., Path]) -> None:
     eviction = Eviction("l2-norm", 32, protect_recent=4, skip_layers=(0,))
     assert native(built(evicting(eviction=eviction, kv_heads=2))) == [5, 2]
 
@@ -87,7 +87,7 @@ def test_layers_that_are_left_alone_are_native_beside_the_others(
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
 def test_large_budgets_and_batches_build(lowering: str, rtx: Any, evicting: Callable[..., Path]) -> None:
-    """TensorRT's TopK has a limit of 3840, which is one of how many it finds, not of how many it looks at."""
+    """The limit of 3840 of TensorRT's TopK is a limit of K, not of the input's size."""
     bundle = evicting(eviction=Eviction("l2-norm", 8192, protect_recent=32), capacity=16384, kv_heads=2)
     record = built(bundle, batch=2, lowering=lowering)
     assert (record.lowering, record.batch, record.chunk) == (lowering, 2, 128)
@@ -102,7 +102,7 @@ def test_large_budgets_and_batches_build(lowering: str, rtx: Any, evicting: Call
 def test_every_style_and_policy_builds(
     style: str, policy: str, lowering: str, rtx: Any, evicting: Callable[..., Path]
 ) -> None:
-    """Of float16 or, of every other style, bfloat16."""
+    """In float16, and for every other style in bfloat16."""
     dtype = ("float16", "bfloat16")[list(STYLES).index(style) % 2]
     bundle = evicting(style, Eviction(policy, 32, protect_first=1, protect_recent=4), dtype=dtype, kv_heads=2)
     record = built(bundle, lowering=lowering)
@@ -111,7 +111,7 @@ def test_every_style_and_policy_builds(
 
 
 class Notes(Progress):
-    """Keeps notes."""
+    """Collect notes."""
 
     def __init__(self) -> None:
         self.notes: list[str] = []
@@ -130,7 +130,7 @@ class Notes(Progress):
         ({"kv_heads": 2}, "float32", ("std24", 2), "no fused attention kernel takes FLOAT"),
     ],
 )
-def test_what_has_no_kernel_is_lowered_or_decomposed_and_said(
+def test_eviction_without_a_kernel_is_lowered_or_decomposed_with_a_note(
     sizes: dict[str, int],
     dtype: str,
     expected: tuple[str, int],
@@ -148,10 +148,10 @@ def test_what_has_no_kernel_is_lowered_or_decomposed_and_said(
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_widths_that_differ_take_the_other_lowering(
+def test_unequal_widths_fall_back_to_decomposed17(
     rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """Keys of 12 and values of 16: compression of heads and eviction in one bundle."""
+    """Keys of 12 and values of 16: compressed heads and eviction in one bundle."""
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4))
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16", eviction=EVICTION)
     notes = Notes()
@@ -161,7 +161,7 @@ def test_widths_that_differ_take_the_other_lowering(
 
 
 @pytest.mark.tensorrt
-def test_the_network_has_the_sizes_of_the_budget(rtx: Any, evicting: Callable[..., Path]) -> None:
+def test_network_has_the_sizes_of_the_budget(rtx: Any, evicting: Callable[..., Path]) -> None:
     from kvexport.engine.plan import parse
 
     bundle = evicting(kv_heads=2)
@@ -186,16 +186,14 @@ def fitted(bundle: Path, parser: Parser, lowering: str | None = None, budget: in
 
 
 @pytest.mark.parametrize("version", [(10, 3), (10, 13)])
-def test_older_versions_get_the_other_lowering(
-    version: tuple[int, int], evicting: Callable[..., Path]
-) -> None:
+def test_older_versions_get_decomposed17(version: tuple[int, int], evicting: Callable[..., Path]) -> None:
     found = fitted(evicting(kv_heads=2), Parser("tensorrt", version))
     assert found.lowering == "decomposed17" and refusals(found.findings) == []
     assert any("TensorScatter" in finding.operator for finding in found.rejected["std24"])
 
 
-def test_a_budget_that_is_not_fixed_is_found(evicting: Callable[..., Path]) -> None:
-    """The negative control: of the sizes, the budget is left open."""
+def test_lint_reports_a_budget_that_is_not_fixed(evicting: Callable[..., Path]) -> None:
+    """Negative control: the budget is left symbolic."""
     found = fitted(evicting(kv_heads=2), RTX, "std24", budget=None)
     assert len(refusals(found.findings)) == 6
     assert all(
@@ -204,14 +202,14 @@ def test_a_budget_that_is_not_fixed_is_found(evicting: Callable[..., Path]) -> N
     )
 
 
-def test_every_input_of_the_cache_gets_its_size(evicting: Callable[..., Path]) -> None:
+def test_every_cache_input_gets_its_size(evicting: Callable[..., Path]) -> None:
     model = ir.load(evicting(kv_heads=2) / GRAPH_FILE)
     fix_sizes(model, {"batch": 3, "budget": 20})
     shapes = {value.name: value.shape for value in model.graph.inputs}
     assert shapes["past_key_values.0.state"] == (6, 1, 20, 2) and shapes["input_ids"] == (3, "sequence")
 
 
-def test_the_chunk_is_what_layers_that_evict_take(evicting: Callable[..., Path]) -> None:
+def test_chunk_is_limited_by_the_eviction_budget(evicting: Callable[..., Path]) -> None:
     bundle = Bundle.open(evicting())
     assert require_options(EngineOptions(), bundle) == (64, 7)
     with pytest.raises(UsageError, match="must fit the bundle's --kv-budget") as caught:

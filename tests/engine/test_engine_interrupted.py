@@ -1,4 +1,4 @@
-"""A build that is interrupted, or finds the disk full, leaves nothing behind: real processes, real signals."""
+"""A build that is interrupted, or fills the disk, leaves nothing behind; with real processes and signals."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""TensorRT's phases as ours, also from several of its threads; an interrupt stops the build and waits for it."""
+"""Progress of a build, also from several threads; an interrupt stops the build and waits for it."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Story(Progress):
         self.told.append("step")
 
 
-def test_phases_nest_and_those_of_other_threads_are_left_out() -> None:
+def test_phases_nest_and_other_threads_are_ignored() -> None:
     story = Story()
     watch = BuildMonitor(TRT, story)
 
@@ -54,7 +54,7 @@ def test_phases_nest_and_those_of_other_threads_are_left_out() -> None:
     assert story.told == ["build of 2", "tactics of 3", "step", "/tactics", "step", "/build"]
 
 
-def test_an_error_of_the_build_is_raised_here() -> None:
+def test_an_error_of_the_build_is_raised() -> None:
     watch = BuildMonitor(TRT, Progress())
 
     def work() -> None:
@@ -64,7 +64,7 @@ def test_an_error_of_the_build_is_raised_here() -> None:
         watch.run(work)
 
 
-def test_progress_that_fails_stops_the_build() -> None:
+def test_a_progress_error_stops_the_build() -> None:
     class Broken(Progress):
         def advance(self) -> None:
             raise OSError("the terminal has gone")
@@ -78,7 +78,7 @@ def test_progress_that_fails_stops_the_build() -> None:
     assert watch.run(work) is False
 
 
-def test_an_interrupt_is_raised_once_the_build_has_stopped() -> None:
+def test_an_interrupt_is_raised_after_the_build_has_stopped() -> None:
     watch = BuildMonitor(TRT, Progress())
     stopped = threading.Event()
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])

@@ -1,4 +1,4 @@
-"""Preflight: each refusal names the number and the remedy, and what would be built is not refused."""
+"""Preflight: each error names the number and the fix, and builds that can succeed are accepted."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def bundle(tiny: Callable[..., Path]) -> Bundle:
     return Bundle.open(tiny(capacity=200))
 
 
-def test_defaults_come_from_the_bundle(bundle: Bundle) -> None:
+def test_default_options_come_from_the_bundle(bundle: Bundle) -> None:
     assert preflight.require_options(EngineOptions(), bundle) == (200, 128)
     assert preflight.require_options(EngineOptions(capacity=50), bundle) == (50, 50)
 
@@ -61,7 +61,7 @@ def test_defaults_come_from_the_bundle(bundle: Bundle) -> None:
         ({"lowering": "ort-cpu"}, "decomposed17"),
     ],
 )
-def test_options_out_of_range(options: dict[str, Any], allowed: str, bundle: Bundle) -> None:
+def test_rejects_options_out_of_range(options: dict[str, Any], allowed: str, bundle: Bundle) -> None:
     with pytest.raises(UsageError) as caught:
         preflight.require_options(EngineOptions(**options), bundle)
     assert allowed in str(caught.value)
@@ -77,7 +77,7 @@ def test_options_out_of_range(options: dict[str, Any], allowed: str, bundle: Bun
         ({"hardware_compatible": True}, ORIN, FULL, "8.7"),
     ],
 )
-def test_what_the_engine_does_not_have(
+def test_rejects_options_that_the_engine_lacks(
     options: dict[str, Any], destination: Destination, engine: TensorRTLibrary, words: str
 ) -> None:
     with pytest.raises((UsageError, CannotRunHere)) as caught:
@@ -94,13 +94,13 @@ def test_what_the_engine_does_not_have(
         ({"hardware_compatible": True}, DESKTOP, FULL),
     ],
 )
-def test_what_the_engine_has(
+def test_accepts_options_that_the_engine_has(
     options: dict[str, Any], destination: Destination, engine: TensorRTLibrary
 ) -> None:
     preflight.require_engine(EngineOptions(**options), destination, engine)
 
 
-def test_memory_and_disk(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_requires_memory_and_disk_space(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = preflight.weights_bytes(bundle)
     free = {"memory": 2 * weights + 1024 * MIB, "disk": weights + 64 * MIB}
     monkeypatch.setattr(preflight, "available_memory", lambda: free["memory"])
@@ -119,14 +119,14 @@ def test_memory_and_disk(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> Non
         preflight.require_room(bundle, EngineOptions(refit=True), ORIN, None)
 
 
-def test_no_remedy_that_the_engine_does_not_have(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_suggests_no_option_that_the_engine_lacks(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=0))
     with pytest.raises(CannotRunHere, match="disk") as caught:
         preflight.require_room(bundle, EngineOptions(), AHEAD, None)
     assert "--refit" not in str(caught.value)
 
 
-def test_weights_that_do_not_fit_the_gpu(bundle: Bundle) -> None:
+def test_rejects_weights_that_do_not_fit_the_gpu(bundle: Bundle) -> None:
     small = Gpu("GeForce", "9.0", preflight.weights_bytes(bundle) - 1, False)
     with pytest.raises(CannotRunHere, match="must fit the memory of GeForce"):
         preflight.require_room(bundle, EngineOptions(), DESKTOP, small)
@@ -136,7 +136,7 @@ def test_weights_that_do_not_fit_the_gpu(bundle: Bundle) -> None:
     preflight.require_room(bundle, EngineOptions(), AHEAD, small)  # which is not where it will run
 
 
-def test_nothing_is_begun_where_preflight_refuses(
+def test_nothing_is_written_if_preflight_fails(
     rtx: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = tiny()
@@ -146,20 +146,20 @@ def test_nothing_is_begun_where_preflight_refuses(
     assert not (bundle / "engines").exists()
 
 
-def test_an_engine_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_engine_names_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(load_library.__globals__["MODULES"], "tensorrt-rtx", "no_such_tensorrt")
     with pytest.raises(CannotRunHere, match="no_such_tensorrt must be installed") as caught:
         load_library("tensorrt-rtx")
     assert "kvexport[rtx]" in str(caught.value)
 
 
-def test_a_process_has_one_of_the_engines(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_builds_with_one_engine(rtx: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(load_library.__globals__["MODULES"], "tensorrt", "tensorrt_rtx")
     with pytest.raises(CannotRunHere, match="another process"):
         load_library("tensorrt")
 
 
-def test_a_timing_cache_is_used_again_by_its_own_version_only(tmp_path: Path) -> None:
+def test_timing_cache_is_reused_only_by_the_same_version(tmp_path: Path) -> None:
     from test_engine_record import RECORD
 
     from kvexport.bundle.engine_record import CACHE_FILE, PLAN_FILE, write_record

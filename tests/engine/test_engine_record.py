@@ -1,4 +1,4 @@
-"""build.json: what is written is read back, and what is damaged is refused."""
+"""build.json: records round-trip, and damaged files are rejected."""
 
 from __future__ import annotations
 
@@ -47,19 +47,19 @@ def folder(tmp_path: Path) -> Path:
     return folder
 
 
-def test_what_is_written_is_read_back(folder: Path) -> None:
+def test_record_round_trips(folder: Path) -> None:
     assert folder.parts[-2:] == ("engines", "orin-nano-8gb")
     assert read_record(folder) == RECORD
 
 
-def test_there_is_no_engine(tmp_path: Path) -> None:
+def test_missing_engine_names_the_command(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match="no engine") as caught:
         read_record(tmp_path)
     assert "kvexport engine" in str(caught.value)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{", "null", "[" * 10000, "\xff"])
-def test_what_is_no_record(text: str, folder: Path) -> None:
+def test_rejects_files_that_are_not_records(text: str, folder: Path) -> None:
     (folder / RECORD_FILE).write_bytes(text.encode("latin-1"))
     with pytest.raises(BundleError):
         read_record(folder)
@@ -97,7 +97,7 @@ def test_what_is_no_record(text: str, folder: Path) -> None:
         ("profiles", [{"name": "decode", "sequence": [1, 1, float("inf")]}]),
     ],
 )
-def test_damage_is_refused(key: str, value: Any, folder: Path) -> None:
+def test_rejects_damaged_values(key: str, value: Any, folder: Path) -> None:
     raw = json.loads((folder / RECORD_FILE).read_text())
     (folder / RECORD_FILE).write_text(json.dumps({**raw, key: value}))
     with pytest.raises(BundleError):
@@ -105,7 +105,7 @@ def test_damage_is_refused(key: str, value: Any, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("key", list(RECORD.to_json()))
-def test_no_key_may_be_missing(key: str, folder: Path) -> None:
+def test_rejects_missing_keys(key: str, folder: Path) -> None:
     raw = json.loads((folder / RECORD_FILE).read_text())
     del raw[key]
     (folder / RECORD_FILE).write_text(json.dumps(raw))
@@ -116,7 +116,7 @@ def test_no_key_may_be_missing(key: str, folder: Path) -> None:
 @pytest.mark.parametrize(
     "damage", [Path.unlink, lambda plan: plan.write_bytes(b"pla"), lambda plan: plan.write_bytes(b"plans")]
 )
-def test_a_plan_of_another_size_is_refused(damage: Callable[[Path], object], folder: Path) -> None:
+def test_rejects_a_plan_of_another_size(damage: Callable[[Path], object], folder: Path) -> None:
     damage(folder / PLAN_FILE)
     with pytest.raises(BundleError, match="must have the size in build"):
         read_record(folder)

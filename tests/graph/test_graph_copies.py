@@ -1,4 +1,4 @@
-"""In-memory copies for validation: taps added, float32 arithmetic, the bundle untouched."""
+"""Copies of a graph in memory: added taps, float32 arithmetic, the bundle unchanged."""
 
 from __future__ import annotations
 
@@ -27,9 +27,7 @@ from kvexport.graph import DATA_FILE, GRAPH_FILE, as_float32, attention_tap, res
 DECODER = make_decoder([Shape(kv_heads=2), Shape()])
 
 
-def test_taps_come_after_the_outputs_and_change_no_bit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_taps_follow_the_outputs_and_change_no_bit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     contract = write(DECODER, tmp_path / "bundle")
     before = {path.name: path.read_bytes() for path in (tmp_path / "bundle").iterdir()}
     monkeypatch.chdir(tmp_path)
@@ -52,9 +50,7 @@ def test_float32_copy_needs_no_file_and_lives_as_long_as_its_session(dtype: str,
     for path in tmp_path.iterdir():
         path.unlink()
     gc.collect()
-    trash = [
-        np.full((size, 24), np.nan, dtype=np.float32) for size in range(200)
-    ]  # where freed weights would be
+    trash = [np.full((size, 24), np.nan, dtype=np.float32) for size in range(200)]  # overwrites freed weights
     assert disagreement(rounded(DECODER, getattr(torch, dtype)), session, contract) < 1e-2
     assert len(trash) == 200
 
@@ -66,10 +62,10 @@ def test_float32_copy_of_alibi_is_exact_on_the_rounded_weights(tmp_path: Path) -
     assert disagreement(rounded(decoder, torch.float16), copy.session(quiet()), contract) < 5e-6
     assert (
         disagreement(decoder, copy.session(quiet()), contract) > 5e-5
-    )  # so the comparison sees the rounding
+    )  # the comparison detects the rounding
 
 
-def test_a_float32_graph_is_copied_as_it_is(tmp_path: Path) -> None:
+def test_float32_graph_is_copied_unchanged(tmp_path: Path) -> None:
     contract = write(DECODER, tmp_path)
     copy = as_float32(tmp_path / GRAPH_FILE, taps=True)
     assert not copy.weights and copy.model == with_taps(tmp_path / GRAPH_FILE).model

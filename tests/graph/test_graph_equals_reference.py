@@ -1,4 +1,4 @@
-"""The graph, run by ONNX Runtime as a runtime would, equals the oracle: every family, every form of attention."""
+"""The graph on ONNX Runtime equals the PyTorch reference, for every family and form of attention."""
 
 from __future__ import annotations
 
@@ -65,21 +65,21 @@ DECODERS = {
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_float32_equals_the_oracle(name: str, tmp_path: Path) -> None:
+def test_float32_equals_the_reference(name: str, tmp_path: Path) -> None:
     contract = write(DECODERS[name], tmp_path)
     session = with_taps(tmp_path / GRAPH_FILE).session(quiet())
     assert disagreement(DECODERS[name], session, contract) < 5e-6
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_float16_equals_the_oracle_on_the_same_weights(name: str, tmp_path: Path) -> None:
+def test_float16_equals_the_reference_on_the_same_weights(name: str, tmp_path: Path) -> None:
     contract = write(DECODERS[name], tmp_path, "float16")
     session = with_taps(tmp_path / GRAPH_FILE).session(quiet())
     assert disagreement(rounded(DECODERS[name], torch.float16), session, contract) < 5e-3
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_bfloat16_in_float32_arithmetic_equals_the_oracle_on_the_same_weights(
+def test_bfloat16_in_float32_arithmetic_equals_the_reference_on_the_same_weights(
     name: str, tmp_path: Path
 ) -> None:
     contract = write(DECODERS[name], tmp_path, "bfloat16")
@@ -113,7 +113,7 @@ def test_garbage_in_unused_slots_changes_no_bit(name: str, dtype: str, tmp_path:
         np.testing.assert_array_equal(found, wanted)
 
 
-def test_garbage_in_a_used_slot_is_seen(tmp_path: Path) -> None:
+def test_garbage_in_a_used_slot_changes_logits(tmp_path: Path) -> None:
     contract = write(DECODERS["llama-mha"], tmp_path)
     session = open_session(tmp_path)
     ids = torch.randint(0, VOCAB, (2, 1))
@@ -122,7 +122,7 @@ def test_garbage_in_a_used_slot_is_seen(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("change", ["scale", "swapped_heads", "window", "base"])
-def test_a_graph_of_a_slightly_different_decoder_is_noticed(change: str, tmp_path: Path) -> None:
+def test_a_slightly_different_decoder_is_detected(change: str, tmp_path: Path) -> None:
     decoder = DECODERS["llama-mha"]
     layer, rope = decoder.layers[0], decoder.rope
     attention = layer.attention
@@ -140,7 +140,7 @@ def test_a_graph_of_a_slightly_different_decoder_is_noticed(change: str, tmp_pat
     assert disagreement(decoder, open_session(tmp_path), contract) > 1e-4
 
 
-def test_logits_index_chooses_tokens(tmp_path: Path) -> None:
+def test_logits_index_selects_tokens(tmp_path: Path) -> None:
     decoder = DECODERS["llama-mha"]
     contract = write(decoder, tmp_path)
     session = open_session(tmp_path)

@@ -1,4 +1,4 @@
-"""The graph of layers that evict is the oracle's cache, token for token: the same slots, and what they hold."""
+"""The graph of layers with eviction equals the reference cache after every token: slots and contents."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def write(
 
 
 class Caller:
-    """Calls a session with one kind of cache after another, as a runtime does, without binding."""
+    """Run a session as a runtime does, with plain and evicting caches, without binding."""
 
     def __init__(
         self, session: onnxruntime.InferenceSession, contract: GraphContract, batch: int, budget: int
@@ -118,24 +118,24 @@ def disagreement(
     steps: int = 25,
     seed: int = 1,
 ) -> float:
-    """Largest relative distance of a graph to the oracle, of logits and of all that is cached, slot by slot, after every call."""
+    """Largest relative distance to the reference of logits and used cache slots, over all calls."""
     batch, prompt = len(prompts), max(prompts)
     tokens = torch.randint(0, VOCAB, (batch, prompt + steps), generator=torch.Generator().manual_seed(seed))
     graph = Caller(session, contract, batch, eviction.budget)
-    oracle = reference.new_cache(list(decoder.layers), batch, contract.capacity, torch.float32, eviction)
-    evicting = [cache for cache in oracle if isinstance(cache, EvictingCache)]
+    caches = reference.new_cache(list(decoder.layers), batch, contract.capacity, torch.float32, eviction)
+    evicting = [cache for cache in caches if isinstance(cache, EvictingCache)]
     worst, start = 0.0, torch.zeros(batch, dtype=torch.int64)
     for count in (prompt, *[1] * steps):
         positions = start[:, None] + torch.arange(count)
         ids = tokens.gather(1, positions)
         logits = graph(ids, start.tolist(), evicting[0].filled.tolist())
-        worst = max(worst, distance(logits, reference.forward(decoder, ids, positions, oracle)))
+        worst = max(worst, distance(logits, reference.forward(decoder, ids, positions, caches)))
         start = start + count
-        if count == prompt:  # shorter rows go on where their own prompt ends
+        if count == prompt:  # shorter rows continue after their own prompt
             start = torch.tensor(prompts)
             for cache in evicting:
                 cache.filled = start.clone()
-        for layer, cache in enumerate(oracle):
+        for layer, cache in enumerate(caches):
             used = cache.filled if isinstance(cache, EvictingCache) else start
             for which in ("key", "value", "state") if isinstance(cache, EvictingCache) else ("key", "value"):
                 wanted = getattr(cache, which)
@@ -146,20 +146,20 @@ def disagreement(
 
 
 @pytest.mark.parametrize(("case", "policy"), representatives(list(CASES), list(POLICIES)))
-def test_equals_the_oracle_token_for_token(case: str, policy: str, tmp_path: Path) -> None:
+def test_eviction_equals_the_reference_after_every_token(case: str, policy: str, tmp_path: Path) -> None:
     style, shapes = CASES[case]
     decoder, eviction = make_decoder(shapes, style), Eviction(policy, 9, protect_first=1, protect_recent=3)
     contract = write(decoder, tmp_path, eviction)
     assert disagreement(decoder, open_session(tmp_path), contract, eviction) < 5e-6
 
 
-def test_rows_of_unequal_length_fill_and_evict_each_at_its_own_time(tmp_path: Path) -> None:
+def test_rows_of_unequal_length_evict_independently(tmp_path: Path) -> None:
     decoder, eviction = make_decoder([Shape(4, 2), Shape(4, 2)]), Eviction("l2-norm", 8, protect_recent=2)
     contract = write(decoder, tmp_path, eviction)
     assert disagreement(decoder, open_session(tmp_path), contract, eviction, prompts=(6, 2)) < 5e-6
 
 
-def test_layers_that_are_left_alone_keep_their_form(tmp_path: Path) -> None:
+def test_layers_without_eviction_keep_their_form(tmp_path: Path) -> None:
     decoder, eviction = (
         make_decoder([Shape(4, 2)] * 3),
         Eviction("l2-norm", 8, protect_recent=2, skip_layers=(0, 2)),
@@ -177,8 +177,8 @@ def test_layers_that_are_left_alone_keep_their_form(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "change", [{"protect_recent": 2}, {"protect_first": 0}, {"policy": "keep-high"}, {"skip_layers": (1,)}]
 )
-def test_another_eviction_is_told_apart(change: dict[str, object], tmp_path: Path) -> None:
-    """Negative control: a graph of another policy or protection is not the oracle of this one."""
+def test_another_eviction_is_detected(change: dict[str, object], tmp_path: Path) -> None:
+    """Negative control: a graph with another policy or protection differs from the reference."""
     decoder, eviction = (
         make_decoder([Shape(4, 2), Shape(4, 2)]),
         Eviction("l2-norm", 9, protect_first=2, protect_recent=4),
@@ -205,9 +205,11 @@ def test_float16_keeps_scores_and_positions_in_float32(tmp_path: Path) -> None:
     assert disagreement(decoder, open_session(tmp_path), contract, eviction) < 2e-2
 
 
-def test_nothing_of_which_tensorrt_rtx_dies_reads_the_state(tmp_path: Path) -> None:
-    """Its builder 1.7.1 ends in a segmentation fault, which no test outlives, where Gather, Shape or Squeeze reads what is made
-    of a state, or where the slot is chosen in int64."""
+def test_state_is_not_read_by_operators_that_crash_tensorrt_rtx(tmp_path: Path) -> None:
+    """These operators crash the builder of TensorRT-RTX 1.7.1 by a segmentation fault, which ends the tests.
+
+    Gather, Shape or Squeeze of a value computed from a state; a slot chosen in int64.
+    """
     decoder = make_decoder([Shape(4, 2, window=6), Shape(4, 4)])
     write(decoder, tmp_path, Eviction("l2-norm", 9, protect_first=1, protect_recent=3))
     made: set[str] = set()

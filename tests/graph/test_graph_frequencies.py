@@ -1,4 +1,4 @@
-"""Cached keys that turn with frequencies of their own: every lowering equals the oracle, and engines take the graph."""
+"""Cached keys with their own rotary frequencies: every lowering equals the reference."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from kvexport.model.decoder import Attention, Decoder
 
 
 def wide(style: str = "llama", *, key_dim: int = 16, value_dim: int = 16, kv_heads: int = 1) -> Decoder:
-    """Two layers whose folded keys have several pairs of one frequency."""
+    """Two layers whose folded keys have several pairs with the same frequency."""
     decoder = make_decoder(style, layers=2, sharpness=2.0, dtype=torch.float32)
     way = LayerPlan(
         methods_for("fold", decoder.layers[0].attention)[0], KVShape(kv_heads, key_dim, value_dim)
@@ -40,7 +40,7 @@ CASES = {
 
 
 @pytest.mark.parametrize(("lowering", "name"), representatives(list(LOWERINGS), list(CASES)))
-def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> None:
+def test_every_lowering_equals_the_reference(lowering: str, name: str, tmp_path: Path) -> None:
     contract, path = write(CASES[name], tmp_path), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
     assert (
@@ -52,15 +52,15 @@ def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Pa
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_and_in_float16_on_the_same_weights(lowering: str, tmp_path: Path) -> None:
+def test_every_lowering_equals_the_reference_in_float16(lowering: str, tmp_path: Path) -> None:
     contract, path = write(CASES["wide"], tmp_path, "float16"), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
     session, decoder = with_taps(path).session(quiet()), rounded(CASES["wide"], torch.float16)
     assert disagreement(decoder, session, lowered_contract(contract, lowering), fill=3.0) < 5e-3
 
 
-def test_the_wrong_frequency_is_seen(tmp_path: Path) -> None:
-    """A negative control."""
+def test_a_wrong_frequency_is_detected(tmp_path: Path) -> None:
+    """Negative control."""
 
     def shifted(attention: Attention) -> Attention:
         assert attention.frequencies is not None
@@ -71,7 +71,7 @@ def test_the_wrong_frequency_is_seen(tmp_path: Path) -> None:
     assert found > 1e-2
 
 
-def test_rows_are_chosen_once_for_layers_that_turn_alike(tmp_path: Path) -> None:
+def test_rows_are_gathered_once_for_equal_frequencies(tmp_path: Path) -> None:
     first, second = (layer.attention for layer in CASES["wide"].layers)
     alike = with_attention(
         CASES["wide"], lambda each: dataclasses.replace(each, frequencies=first.frequencies)

@@ -1,4 +1,7 @@
-"""The reviewed text of each family's graph. `KVEXPORT_UPDATE_GOLDEN=1 pytest tests/graph/test_graph_golden.py` writes it anew."""
+"""The reviewed text of each family's graph.
+
+KVEXPORT_UPDATE_GOLDEN=1 pytest tests/graph/test_graph_golden.py writes the files again.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +37,7 @@ FAMILIES = {
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_graph_is_as_reviewed(name: str, tmp_path: Path) -> None:
+def test_graph_equals_the_reviewed_text(name: str, tmp_path: Path) -> None:
     decoder, dtype = FAMILIES[name]
     write(decoder, tmp_path, dtype)
     text, golden = render(tmp_path / GRAPH_FILE), GOLDEN / f"{name}.txt"

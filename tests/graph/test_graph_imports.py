@@ -1,4 +1,4 @@
-"""What each part of the graph station may import: a runtime reads contracts without onnx, and nothing needs torch."""
+"""Imports of the graph package: reading a contract loads no onnx, and nothing loads torch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import pytest
         ("from kvexport.graph import as_float32, with_taps", ("torch", "transformers")),
     ],
 )
-def test_imports_stay_lean(statement: str, absent: tuple[str, ...]) -> None:
+def test_import_does_not_load_heavy_packages(statement: str, absent: tuple[str, ...]) -> None:
     script = f"{statement}; import sys; print([name for name in {absent!r} if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

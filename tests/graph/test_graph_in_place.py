@@ -1,4 +1,4 @@
-"""Cache writes happen in the caller's buffer when it is bound as input and output, and ONNX Runtime says when they do not."""
+"""Bound caches are written in place; ONNX Runtime warns if it copies a cache."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvexport.graph import GRAPH_FILE, GraphContract
 def _steps(
     session: onnxruntime.InferenceSession, contract: GraphContract, bound: bool
 ) -> list[tuple[int, int]]:
-    """Three single-token steps; the addresses of each past and present, when bound."""
+    """Run three single-token steps; the number of slots written in each buffer."""
     sizes = {"batch": 1, "capacity": 8}
     caches = {
         spec.name: onnxruntime.OrtValue.ortvalue_from_numpy(

@@ -1,4 +1,4 @@
-"""From transformers' own checkpoint to the graph: its logits are transformers' logits."""
+"""The graph of a transformers checkpoint gives the logits of transformers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The graph in parts: each has its own weights only, and run one after another they are the whole."""
+"""The graph in parts: each has only its own weights, and in sequence they equal the whole graph."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _names(values: object) -> list[str]:
     return [value.name for value in values]  # type: ignore[attr-defined]
 
 
-def test_a_part_has_the_inputs_outputs_and_weights_that_it_needs(tmp_path: Path) -> None:
+def test_a_part_has_only_its_own_inputs_outputs_and_weights(tmp_path: Path) -> None:
     write(make_decoder([Shape(kv_heads=2), Shape(), Shape()]), tmp_path)
     embedding, *layers, head = _models(tmp_path, 3)
     assert (_names(embedding.graph.input), _names(embedding.graph.output)) == (["input_ids"], ["embedding"])
@@ -52,7 +52,7 @@ def test_a_part_has_the_inputs_outputs_and_weights_that_it_needs(tmp_path: Path)
             past(index, "key"),
             past(index, "value"),
             past(0, "key"),
-        }  # the mask asks for the first one's shape
+        }  # masks read the shape of the first key cache
         assert set(_names(layer.graph.input)) == TOKENS | {stream} | caches
         outputs = [attention_tap(index), residual_tap(index), present(index, "key"), present(index, "value")]
         assert _names(layer.graph.output) == outputs
@@ -78,7 +78,7 @@ def test_a_part_has_the_inputs_outputs_and_weights_that_it_needs(tmp_path: Path)
         pytest.param(BLOOM, Shape(slopes=slopes_of(4)), "float32", id="bloom"),
     ],
 )
-def test_parts_one_after_another_are_the_whole(
+def test_parts_in_sequence_equal_the_whole_graph(
     style: Style, shape: Shape, dtype: str, tmp_path: Path
 ) -> None:
     contract = write(make_decoder([shape] * 2, style), tmp_path, dtype)
@@ -98,7 +98,7 @@ def test_parts_one_after_another_are_the_whole(
         assert distance(values[name], array) < tolerance
 
 
-def test_a_float32_part_widens_its_own_weights_only(tmp_path: Path) -> None:
+def test_a_float32_part_widens_only_its_own_weights(tmp_path: Path) -> None:
     write(make_decoder([Shape(), Shape()]), tmp_path, "bfloat16")
     for index, part in enumerate(split_layers(tmp_path / GRAPH_FILE, 2, in_float32=True)):
         names = (

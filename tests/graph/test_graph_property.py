@@ -1,4 +1,4 @@
-"""Whatever the shapes, the graph equals the oracle."""
+"""The graph equals the reference for random shapes."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def decoders(draw: st.DrawFn) -> tuple[list[Shape], Style]:
 
 @st.composite
 def prompts(draw: st.DrawFn) -> tuple[list[int], list[int]]:
-    """Lengths of a batch, and the chunks that read its longest."""
+    """Prompt lengths of a batch, and the chunks of the longest prompt."""
     lengths = draw(st.lists(st.integers(1, 10), min_size=1, max_size=3))
     left, chunks = max(lengths), list[int]()
     while left:
@@ -65,7 +65,7 @@ def prompts(draw: st.DrawFn) -> tuple[list[int], list[int]]:
 @pytest.mark.slow
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(decoders(), prompts(), st.integers(0, 5), st.integers(0, 4))
-def test_graph_equals_the_oracle(
+def test_graph_equals_the_reference(
     described: tuple[list[Shape], Style], prompt: tuple[list[int], list[int]], steps: int, spare: int
 ) -> None:
     layers, style = described

@@ -1,4 +1,4 @@
-"""Layers of different shapes and methods in one model, as conversion makes them: every lowering equals the oracle."""
+"""Layers of different shapes and methods in one model: every lowering equals the reference."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
 from kvexport.graph.taps import with_taps
 from kvexport.model.decoder import Decoder
 
-KEPT = None  # a layer that is left as it was trained
+UNCHANGED = None  # a layer with its trained heads
 Cut = tuple[str, KVShape] | None
 
 CASES: dict[str, tuple[str, list[Cut]]] = {
@@ -43,15 +43,15 @@ CASES: dict[str, tuple[str, list[Cut]]] = {
         "llama",
         [
             ("fold", KVShape(2, 8, 8)),
-            KEPT,
+            UNCHANGED,
             ("online", KVShape(1, 16, 16)),
             ("mean-pool", KVShape(1, 8, 8)),
             ("svd-a", KVShape(2, 12, 12)),
         ],
     ),
-    "shared heads": ("gqa", [("online", KVShape(1, 24, 16)), KEPT, ("fold", KVShape(2, 12, 12))]),
-    "normalised keys": ("qwen3", [("online", KVShape(1, 16, 24)), KEPT, ("online", KVShape(2, 8, 8))]),
-    "no rotation": ("bloom", [("online", KVShape(1, 16, 16)), ("online", KVShape(2, 12, 8)), KEPT]),
+    "shared heads": ("gqa", [("online", KVShape(1, 24, 16)), UNCHANGED, ("fold", KVShape(2, 12, 12))]),
+    "normalised keys": ("qwen3", [("online", KVShape(1, 16, 24)), UNCHANGED, ("online", KVShape(2, 8, 8))]),
+    "no rotation": ("bloom", [("online", KVShape(1, 16, 16)), ("online", KVShape(2, 12, 8)), UNCHANGED]),
     "window": ("window", [("online", KVShape(1, 16, 16)), ("fold", KVShape(1, 16, 24))]),
 }
 
@@ -93,7 +93,7 @@ def test_conversion_gives_every_layer_its_own_shape(name: str) -> None:
 
 
 @cases(*CASES)
-def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> None:
+def test_every_lowering_equals_the_reference(lowering: str, name: str, tmp_path: Path) -> None:
     contract, path = write(cut(name), tmp_path), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
     assert (
@@ -105,7 +105,7 @@ def test_every_lowering_equals_the_oracle(lowering: str, name: str, tmp_path: Pa
 
 
 @cases("wide", "values wider than keys", "every method", "shared heads", "no rotation")
-def test_and_in_float16_on_the_same_weights(lowering: str, name: str, tmp_path: Path) -> None:
+def test_every_lowering_equals_the_reference_in_float16(lowering: str, name: str, tmp_path: Path) -> None:
     contract, path = write(cut(name), tmp_path, "float16"), tmp_path / "lowered.onnx"
     ir.save(lower(tmp_path / GRAPH_FILE, lowering), path)
     session, decoder = with_taps(path).session(quiet()), rounded(cut(name), torch.float16)
@@ -115,8 +115,8 @@ def test_and_in_float16_on_the_same_weights(lowering: str, name: str, tmp_path: 
 @pytest.mark.parametrize(
     ("part", "lowering"), representatives(("key_map", "query_map", "value_map", "scale"), list(LOWERINGS))
 )
-def test_a_map_of_another_layer_is_seen(part: str, lowering: str, tmp_path: Path) -> None:
-    """The negative control: two layers of one shape, and one leaf in the wrong place; or the scale of the wide head."""
+def test_a_map_of_another_layer_is_detected(part: str, lowering: str, tmp_path: Path) -> None:
+    """Negative control: a tensor of another layer of the same shape, or the scale of the wider head."""
     decoder = converted(
         make_decoder("llama", layers=2, sharpness=2.0, dtype=torch.float32),
         [("online", KVShape(1, 16, 16))] * 2,
@@ -139,7 +139,7 @@ def test_a_map_of_another_layer_is_seen(part: str, lowering: str, tmp_path: Path
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_the_contract_and_the_graph_have_caches_of_these_shapes(name: str, tmp_path: Path) -> None:
+def test_contract_and_graph_have_the_converted_cache_shapes(name: str, tmp_path: Path) -> None:
     contract = write(cut(name), tmp_path)
     model = onnx.load(tmp_path / GRAPH_FILE, load_external_data=False)
     written = {
@@ -156,12 +156,12 @@ def test_the_contract_and_the_graph_have_caches_of_these_shapes(name: str, tmp_p
             )
 
 
-# What TensorRT's own attention takes
+# Attention that TensorRT supports
 
 RTX = Parser("tensorrt-rtx", (1, 7, 1))
 
 
-def said_of(decoder: Decoder, directory: Path, lowering: str, dtype: str = "float16") -> list[Finding]:
+def findings_of(decoder: Decoder, directory: Path, lowering: str, dtype: str = "float16") -> list[Finding]:
     write(decoder, directory, dtype)
     model = lower(directory / GRAPH_FILE, lowering)
     fix_sizes(model, {"batch": 1, "capacity": 64})
@@ -169,27 +169,25 @@ def said_of(decoder: Decoder, directory: Path, lowering: str, dtype: str = "floa
 
 
 @pytest.mark.parametrize("name", ["keys wider than values", "values wider than keys"])
-def test_unequal_widths_are_refused_by_name_and_the_remedy_holds(name: str, tmp_path: Path) -> None:
-    refused = refusals(said_of(cut(name), tmp_path, "std24"))
+def test_unequal_widths_are_reported_with_a_remedy_that_works(name: str, tmp_path: Path) -> None:
+    refused = refusals(findings_of(cut(name), tmp_path, "std24"))
     assert len(refused) == 2
     for index, (finding, shape) in enumerate(zip(refused, wanted_shapes(name), strict=True)):
         assert finding.operator == "Attention" and finding.node.startswith(f"layers.{index}.")
         assert f"keys are {shape.key_dim} wide and values {shape.value_dim}" in finding.problem
         assert "--lowering decomposed17" in finding.remedy
-    assert refusals(said_of(cut(name), tmp_path / "remedy", "decomposed17")) == []
+    assert refusals(findings_of(cut(name), tmp_path / "remedy", "decomposed17")) == []
 
 
-def test_only_the_layer_of_unequal_widths_is_refused(tmp_path: Path) -> None:
-    refused = refusals(said_of(cut("normalised keys"), tmp_path, "std24"))
+def test_only_the_layer_of_unequal_widths_is_reported(tmp_path: Path) -> None:
+    refused = refusals(findings_of(cut("normalised keys"), tmp_path, "std24"))
     assert [finding.node.split(".")[1] for finding in refused] == ["0"]
 
 
 @pytest.mark.parametrize("name", ["wide", "every method"])
-def test_equal_widths_are_not_refused_and_multiples_of_8_from_16_on_are_fused(
-    name: str, tmp_path: Path
-) -> None:
+def test_equal_widths_are_accepted_and_multiples_of_8_from_16_on_are_fused(name: str, tmp_path: Path) -> None:
     decoder = cut(name)
-    notes = said_of(decoder, tmp_path, "std24")
+    notes = findings_of(decoder, tmp_path, "std24")
     unpadded = [
         i for i, shape in enumerate(shapes(decoder)) if shape.key_dim == 12
     ]  # a bool mask with padding
@@ -200,7 +198,7 @@ def test_equal_widths_are_not_refused_and_multiples_of_8_from_16_on_are_fused(
 
 
 def wide_decoder(*cuts: Cut) -> Decoder:
-    """Eight KV heads of 32, so that one cached head may be 256 wide."""
+    """Eight KV heads of 32, so that one cached head can be 256 wide."""
     decoder = make_decoder(
         "llama", layers=len(cuts), heads=8, head_dim=32, dtype=torch.float32, max_positions=64
     )
@@ -217,7 +215,7 @@ def rtx() -> Any:
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_the_real_builder_fuses_heads_of_128_and_of_256(rtx: Any, tmp_path: Path) -> None:
+def test_tensorrt_rtx_fuses_heads_of_128_and_256(rtx: Any, tmp_path: Path) -> None:
     decoder = wide_decoder(
         ("online", KVShape(2, 128, 128)), ("online", KVShape(1, 256, 256)), ("fold", KVShape(2, 128, 128))
     )
@@ -233,7 +231,7 @@ def test_the_real_builder_fuses_heads_of_128_and_of_256(rtx: Any, tmp_path: Path
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_the_real_builder_takes_unequal_widths_in_the_other_lowering_alone(rtx: Any, tmp_path: Path) -> None:
+def test_tensorrt_rtx_builds_unequal_widths_only_in_decomposed17(rtx: Any, tmp_path: Path) -> None:
     decoder = wide_decoder(("online", KVShape(1, 256, 128)), ("fold", KVShape(2, 64, 96)))
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16")
     with pytest.raises(UsageError, match="keys are 256 wide and values 128"):

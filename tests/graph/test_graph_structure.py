@@ -1,4 +1,4 @@
-"""What the file is: standard, complete, minimal, deterministic, and as its contract says."""
+"""The graph file is standard, complete, minimal, deterministic, and equals its contract."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ everything = pytest.mark.parametrize(
 
 
 @everything
-def test_the_checker_passes_in_full(name: str, dtype: str, tmp_path: Path) -> None:
+def test_onnx_checker_passes(name: str, dtype: str, tmp_path: Path) -> None:
     write(DECODERS[name], tmp_path, dtype)
     onnx.checker.check_model(str(tmp_path / GRAPH_FILE), full_check=True)
 
 
-def test_the_checker_compares_the_shapes_that_the_builder_declared(tmp_path: Path) -> None:
+def test_onnx_checker_rejects_a_wrong_declared_shape(tmp_path: Path) -> None:
     write(DECODERS["llama"], tmp_path)
     model = ir.load(tmp_path / GRAPH_FILE)
     value = next(node.outputs[0] for node in model.graph if node.name == "layers.0.attention.q.heads")
@@ -80,7 +80,7 @@ def test_no_node_is_repeated(name: str, dtype: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", DECODERS)
-def test_declared_shapes_and_dtypes_are_those_of_a_run(name: str, tmp_path: Path) -> None:
+def test_declared_shapes_and_dtypes_equal_those_of_a_run(name: str, tmp_path: Path) -> None:
     contract = write(DECODERS[name], tmp_path)
     model = ir.load(tmp_path / GRAPH_FILE)
     values = [output for node in model.graph for output in node.outputs]
@@ -107,7 +107,7 @@ def test_declared_shapes_and_dtypes_are_those_of_a_run(name: str, tmp_path: Path
 
 
 @everything
-def test_the_contract_is_what_the_file_says(name: str, dtype: str, tmp_path: Path) -> None:
+def test_contract_equals_the_file(name: str, dtype: str, tmp_path: Path) -> None:
     contract = write(DECODERS[name], tmp_path, dtype, capacity=50)
     graph = ir.load(tmp_path / GRAPH_FILE).graph
     for specs, values in ((contract.inputs, graph.inputs), (contract.outputs, graph.outputs)):
@@ -121,7 +121,7 @@ def test_the_contract_is_what_the_file_says(name: str, dtype: str, tmp_path: Pat
     assert GraphContract.from_table(Table(json.loads(json.dumps(contract.to_json())), "graph")) == contract
 
 
-def test_layers_that_see_the_same_share_one_mask(tmp_path: Path) -> None:
+def test_layers_with_equal_masks_share_one(tmp_path: Path) -> None:
     slopes = slopes_of(4)
     shapes = [
         Shape(slopes=slopes),
@@ -157,7 +157,7 @@ def test_a_tied_head_is_stored_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "capacity"), [("int8", 16), ("float32", 0)])
-def test_what_cannot_be_written_is_refused(dtype: str, capacity: int, tmp_path: Path) -> None:
+def test_rejects_unknown_dtype_and_zero_capacity(dtype: str, capacity: int, tmp_path: Path) -> None:
     decoder: Decoder = DECODERS["llama"]
     with pytest.raises(UsageError):
         write(decoder, tmp_path, dtype, capacity)

@@ -1,4 +1,4 @@
-"""The data file: what is in it, how it is aligned, what it refuses, and how little memory it takes."""
+"""The data file: content, alignment, rejected weights, memory."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("block", [64, 1 << 24])
-def test_weights_are_rounded_to_nearest_whatever_the_block(
+def test_weights_are_rounded_to_nearest_for_every_block_size(
     dtype: str, block: int, tmp_path: Path, monkeypatch
 ) -> None:
     monkeypatch.setattr(weights_module, "_BLOCK", block)
@@ -48,7 +48,7 @@ def test_weights_are_rounded_to_nearest_whatever_the_block(
     )
 
 
-def test_rotary_tables_are_those_of_trained_models(tmp_path: Path) -> None:
+def test_rotary_tables_equal_those_of_trained_models(tmp_path: Path) -> None:
     decoder = make_decoder([Shape()])
     write(decoder, tmp_path, capacity=5000)
     assert decoder.rope is not None
@@ -81,7 +81,7 @@ def _with_bad_weight(value: float) -> Decoder:
 
 
 @pytest.mark.parametrize(
-    ("value", "dtype", "said"),
+    ("value", "dtype", "message"),
     [
         (65505.0, "float16", "tensor layers.1.attention.v.weight must fit float16"),
         (-7e4, "float16", "tensor layers.1.attention.v.weight must fit float16"),
@@ -90,19 +90,19 @@ def _with_bad_weight(value: float) -> Decoder:
         (float("-inf"), "float16", "must be finite"),
     ],
 )
-def test_a_weight_that_does_not_fit_is_refused_by_name(
-    value: float, dtype: str, said: str, tmp_path: Path
+def test_rejects_a_weight_that_does_not_fit_by_name(
+    value: float, dtype: str, message: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         write(_with_bad_weight(value), tmp_path, dtype)
 
 
 @pytest.mark.parametrize(("value", "dtype"), [(65504.0, "float16"), (7e4, "bfloat16"), (3.4e38, "float32")])
-def test_the_largest_weights_that_fit_are_taken(value: float, dtype: str, tmp_path: Path) -> None:
+def test_accepts_the_largest_weights_that_fit(value: float, dtype: str, tmp_path: Path) -> None:
     write(_with_bad_weight(value), tmp_path, dtype)
 
 
-def test_the_writer_keeps_no_layer(tmp_path: Path) -> None:
+def test_writer_holds_no_reference_to_a_layer(tmp_path: Path) -> None:
     decoder = make_decoder([Shape()])
     writer = DecoderWriter(
         tmp_path,
@@ -121,7 +121,7 @@ def test_the_writer_keeps_no_layer(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_writing_takes_a_block_of_memory_not_a_weight(dtype: str, tmp_path: Path, monkeypatch) -> None:
+def test_writing_uses_memory_for_one_block(dtype: str, tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(weights_module, "_BLOCK", 1 << 16)
     weight = torch.ones(1024, 2048)  # 8 MiB
     file = WeightFile(tmp_path / DATA_FILE, dtype)

@@ -1,4 +1,4 @@
-"""Lint: every rule on a graph that breaks it and on one that does not, and the real parser's word on each."""
+"""Lint: every rule on a graph that breaks it and on one that does not, compared with TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def rtx() -> Any:
 
 
 def builds(library: Any, model: ir.Model) -> bool:
-    """Whether the real parser and builder take a graph."""
+    """Whether TensorRT-RTX parses and builds a graph."""
     trt = library.trt
     builder = trt.Builder(library.log)
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -47,7 +47,7 @@ def builds(library: Any, model: ir.Model) -> bool:
 
 
 @pytest.mark.parametrize("name", RTX_CASES)
-def test_each_rule_names_what_breaks_it_and_nothing_else(name: str) -> None:
+def test_each_rule_reports_its_problem_and_nothing_else(name: str) -> None:
     case = RTX_CASES[name]
     found = refusals(lint(case.make(), RTX))
     if case.problem is None:
@@ -59,7 +59,7 @@ def test_each_rule_names_what_breaks_it_and_nothing_else(name: str) -> None:
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", RTX_CASES)
-def test_the_real_parser_agrees(name: str, rtx: Any) -> None:
+def test_tensorrt_rtx_agrees_with_each_rule(name: str, rtx: Any) -> None:
     case = RTX_CASES[name]
     assert builds(rtx, case.make()) == (case.problem is None)
 
@@ -75,7 +75,7 @@ def test_attention_without_a_fused_kernel_is_a_note(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", UNFUSED)
-def test_the_real_builder_takes_it_only_where_it_may_be_decomposed(name: str, rtx: Any) -> None:
+def test_tensorrt_rtx_builds_unfused_attention_only_with_the_attribute(name: str, rtx: Any) -> None:
     model = UNFUSED[name].make()
     assert not builds(rtx, model)
     for node in find_unfused_attention(model, RTX):
@@ -88,7 +88,7 @@ def test_the_real_builder_takes_it_only_where_it_may_be_decomposed(name: str, rt
 @pytest.mark.parametrize(
     ("width", "lead"), representatives((16, 24, 40, 64, 80, 96, 128, 200, 256), ("float16", "bfloat16"))
 )
-def test_the_real_builder_has_a_fused_kernel_where_there_is_no_note(width: int, lead: str, rtx: Any) -> None:
+def test_tensorrt_rtx_has_a_fused_kernel_where_lint_has_no_note(width: int, lead: str, rtx: Any) -> None:
     dtype = getattr(onnx.TensorProto, lead.upper())
     model = attention((1, 4, "s", width), (1, 2, 32, width), dtype=dtype, mask=(1, 1, "s", 32))
     assert lint(model, RTX) == []
@@ -96,7 +96,7 @@ def test_the_real_builder_has_a_fused_kernel_where_there_is_no_note(width: int, 
 
 
 @pytest.mark.parametrize("name", OLDER_CASES)
-def test_rules_of_other_versions_which_no_parser_at_hand_can_confirm(name: str) -> None:
+def test_documented_rules_of_other_versions(name: str) -> None:
     refusing, taking, case = OLDER_CASES[name]
     assert case.problem is not None
     assert any(
@@ -108,7 +108,7 @@ def test_rules_of_other_versions_which_no_parser_at_hand_can_confirm(name: str) 
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", OLDER_CASES)
-def test_those_rules_say_nothing_of_tensorrt_rtx_which_takes_the_graphs(name: str, rtx: Any) -> None:
+def test_tensorrt_rtx_builds_what_other_versions_do_not(name: str, rtx: Any) -> None:
     model = OLDER_CASES[name][2].make()
     assert refusals(lint(model, RTX)) == []
     assert builds(rtx, model)
@@ -116,8 +116,8 @@ def test_those_rules_say_nothing_of_tensorrt_rtx_which_takes_the_graphs(name: st
 
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", WRONG)
-def test_what_would_compute_something_else_is_refused_although_it_builds(name: str, rtx: Any) -> None:
-    """TensorRT 11.1 and 11.2 compute lengths wrongly in bfloat16, and operators are imported by name, whatever their domain."""
+def test_rejects_graphs_that_build_but_compute_wrong_results(name: str, rtx: Any) -> None:
+    """TensorRT 11.1 and 11.2 compute nonpad_kv_seqlen wrongly in bfloat16; operators are imported by name."""
     case = WRONG[name]
     (finding,) = refusals(lint(case.make(), RTX))
     assert case.problem is not None and case.problem in finding.problem
@@ -125,7 +125,7 @@ def test_what_would_compute_something_else_is_refused_although_it_builds(name: s
 
 
 @pytest.mark.tensorrt
-def test_the_table_of_operators_is_the_real_parsers(rtx: Any) -> None:
+def test_operator_table_equals_the_parser_of_tensorrt_rtx(rtx: Any) -> None:
     trt = rtx.trt
     builder = trt.Builder(rtx.log)
     parser = trt.OnnxParser(builder.create_network(0), rtx.log)
@@ -147,7 +147,7 @@ def test_every_rule_has_a_graph_that_breaks_it() -> None:
     assert RULES.keys() - reductions <= broken
 
 
-def test_nodes_of_subgraphs_are_looked_at() -> None:
+def test_nodes_of_subgraphs_are_checked() -> None:
     inner = onnx.helper.make_graph(
         [onnx.helper.make_node("BitwiseNot", ["x"], ["y"], name="inside")],
         "inner",
@@ -168,7 +168,7 @@ def test_nodes_of_subgraphs_are_looked_at() -> None:
     assert {finding.node for finding in lint(ir.from_proto(model), RTX)} == {"inside"}
 
 
-def test_an_unnamed_node_is_called_by_its_output() -> None:
+def test_an_unnamed_node_is_reported_by_its_output() -> None:
     model = one("BitwiseNot", onnx.TensorProto.INT32)
     model.graph[0].name = None
     (finding,) = lint(model, RTX)
@@ -176,12 +176,13 @@ def test_an_unnamed_node_is_called_by_its_output() -> None:
 
 
 def test_lint_needs_no_nvidia_package() -> None:
-    found = "[name for name in sys.modules if name.split('.')[0] in ('tensorrt', 'tensorrt_rtx', 'polygraphy', 'torch')]"
+    packages = "('tensorrt', 'tensorrt_rtx', 'polygraphy', 'torch')"
+    found = f"[name for name in sys.modules if name.split('.')[0] in {packages}]"
     script = f"import kvexport.graph.lint, kvexport.engine.engine_graph, sys; print({found})"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
 
 
-def test_a_version_below_all_is_not_taken_for_the_newest() -> None:
+def test_a_version_older_than_all_gets_the_oldest_limits() -> None:
     (finding,) = refusals(lint(one("Relu"), Parser("tensorrt", (10, 0))))
     assert "20 at most" in finding.problem

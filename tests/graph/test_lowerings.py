@@ -1,4 +1,4 @@
-"""Every lowering gives what the oracle gives, for every family and form of attention, and keeps its promises."""
+"""Every lowering equals the reference for every family and form of attention, and has its postconditions."""
 
 from __future__ import annotations
 
@@ -37,13 +37,13 @@ def lowered(
 
 
 @everything
-def test_float32_equals_the_oracle(lowering: str, name: str, tmp_path: Path) -> None:
+def test_float32_equals_the_reference(lowering: str, name: str, tmp_path: Path) -> None:
     copy, contract = lowered(DECODERS[name], tmp_path, lowering)
     assert disagreement(DECODERS[name], copy.session(quiet()), contract, fill=3.0) < 5e-6
 
 
 @some
-def test_float16_equals_the_oracle_on_the_same_weights(lowering: str, name: str, tmp_path: Path) -> None:
+def test_float16_equals_the_reference_on_the_same_weights(lowering: str, name: str, tmp_path: Path) -> None:
     copy, contract = lowered(DECODERS[name], tmp_path, lowering, "float16")
     assert (
         disagreement(rounded(DECODERS[name], torch.float16), copy.session(quiet()), contract, fill=3.0) < 5e-3
@@ -51,9 +51,7 @@ def test_float16_equals_the_oracle_on_the_same_weights(lowering: str, name: str,
 
 
 @some
-def test_the_graph_is_sound_and_takes_and_gives_what_its_contract_says(
-    lowering: str, name: str, tmp_path: Path
-) -> None:
+def test_lowered_graph_is_valid_and_matches_its_contract(lowering: str, name: str, tmp_path: Path) -> None:
     _, contract = lowered(DECODERS[name], tmp_path, lowering)
     model = onnx.load(tmp_path / "lowered.onnx", load_external_data=False)
     if lowering == "decomposed17":
@@ -116,7 +114,7 @@ def test_onnx_runtime_gets_the_fastest_form_for_each_layer(tmp_path: Path) -> No
     assert operators["shared"].count("TensorScatter") == 4  # the cache is written in place
 
 
-def test_rotation_goes_into_group_query_attention(tmp_path: Path) -> None:
+def test_rotation_is_merged_into_group_query_attention(tmp_path: Path) -> None:
     def rotations(decoder: Decoder) -> int:
         write(decoder, tmp_path)
         return sum(
@@ -131,7 +129,9 @@ def test_rotation_goes_into_group_query_attention(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "device"), [("float32", "cpu"), ("float16", "cuda"), ("bfloat16", "cuda")])
-def test_what_onnx_runtime_runs_is_written_beside_the_graph(dtype: str, device: str, tmp_path: Path) -> None:
+def test_lowering_for_onnx_runtime_is_written_beside_the_graph(
+    dtype: str, device: str, tmp_path: Path
+) -> None:
     write(DECODERS["llama-mha"], tmp_path, dtype)
     before = (tmp_path / DATA_FILE).read_bytes()
     write_lowered(tmp_path / GRAPH_FILE, dtype)
@@ -141,14 +141,14 @@ def test_what_onnx_runtime_runs_is_written_beside_the_graph(dtype: str, device: 
     assert (tmp_path / DATA_FILE).read_bytes() == before
 
 
-def test_an_unknown_lowering_names_those_that_there_are(tmp_path: Path) -> None:
+def test_unknown_lowering_lists_the_known_ones(tmp_path: Path) -> None:
     write(DECODERS["llama-mha"], tmp_path)
     with pytest.raises(UsageError, match="std24, decomposed17, ort-cpu, ort-cuda"):
         lower(tmp_path / GRAPH_FILE, "opset9")
 
 
 @pytest.mark.parametrize("lowering", LOWERED)
-def test_a_graph_of_another_form_is_refused(lowering: str, tmp_path: Path) -> None:
+def test_rejects_a_graph_of_another_form(lowering: str, tmp_path: Path) -> None:
     write(DECODERS["llama-mha"], tmp_path)
     model = ir.load(tmp_path / GRAPH_FILE)
     attention = next(node for node in model.graph if node.op_type == "Attention")
@@ -158,15 +158,15 @@ def test_a_graph_of_another_form_is_refused(lowering: str, tmp_path: Path) -> No
         lower(tmp_path / "other.onnx", lowering)
 
 
-def test_passes_check_what_they_leave(tmp_path: Path) -> None:
+def test_passes_check_their_postconditions(tmp_path: Path) -> None:
     write(DECODERS["llama-mha"], tmp_path)
     with pytest.raises(ir.passes.PostconditionError, match=r"present\.0\.key is still in the graph"):
         Primitives()(ir.load(tmp_path / GRAPH_FILE))  # the caches were not split off first
 
 
 @pytest.mark.parametrize("lowering", LOWERED)
-def test_a_mask_that_shows_stale_slots_is_caught(lowering: str, tmp_path: Path) -> None:
-    """The control of the tests above: what looks beyond the tokens written is far from the oracle."""
+def test_a_mask_that_shows_unwritten_slots_is_detected(lowering: str, tmp_path: Path) -> None:
+    """Negative control: attention to unwritten slots is far from the reference."""
     decoder = make_decoder([Shape(kv_heads=2), Shape(kv_heads=2)])
     write(decoder, tmp_path)
     model = lower(tmp_path / GRAPH_FILE, lowering)
@@ -186,8 +186,8 @@ def test_a_mask_that_shows_stale_slots_is_caught(lowering: str, tmp_path: Path) 
     )
 
 
-def test_numbers_of_a_hidden_slot_never_reach_the_result(tmp_path: Path) -> None:
-    """Whatever a slot holds before it is written, the logits are the same bits."""
+def test_numbers_in_hidden_slots_change_no_bit(tmp_path: Path) -> None:
+    """Logits have the same bits whatever a slot holds before it is written."""
     for lowering in LOWERED:
         copy, contract = lowered(DECODERS["llama-gqa-tied"], tmp_path, lowering)
         session = copy.session(quiet())

@@ -1,4 +1,4 @@
-"""Every lowering of layers that evict gives what the oracle gives, token for token and slot by slot, and keeps its promises."""
+"""Every lowering of layers with eviction equals the reference after every token, slot by slot."""
 
 from __future__ import annotations
 
@@ -41,17 +41,17 @@ def session(path: Path) -> onnxruntime.InferenceSession:
 
 
 @pytest.mark.parametrize(("case", "lowering"), representatives(list(CASES), LOWERED))
-def test_equals_the_oracle_token_for_token(case: str, lowering: str, tmp_path: Path) -> None:
+def test_eviction_equals_the_reference_after_every_token(case: str, lowering: str, tmp_path: Path) -> None:
     style, shapes = CASES[case]
     decoder = make_decoder(shapes, style)
     assert disagreement(decoder, *lowered(decoder, tmp_path, lowering), EVICTION) < 5e-6
 
 
 @pytest.mark.parametrize(("policy", "lowering"), representatives(list(POLICIES), LOWERED))
-def test_every_policy_equals_the_oracle_where_some_layers_evict_nothing(
+def test_every_policy_equals_the_reference_with_some_layers_without_eviction(
     policy: str, lowering: str, tmp_path: Path
 ) -> None:
-    """In rows of unequal length, each of which fills and evicts at its own time."""
+    """With rows of unequal length, which evict at different steps."""
     decoder = make_decoder([Shape(4, 2), Shape(4, 4), Shape(4, 2)])
     eviction = Eviction(policy, 8, protect_recent=2, skip_layers=(1,))
     found = disagreement(decoder, *lowered(decoder, tmp_path, lowering, eviction), eviction, prompts=(6, 2))
@@ -59,7 +59,7 @@ def test_every_policy_equals_the_oracle_where_some_layers_evict_nothing(
 
 
 @every_lowering
-def test_float16_equals_the_oracle_where_no_rounding_changes_who_goes(lowering: str, tmp_path: Path) -> None:
+def test_float16_equals_the_reference_if_rounding_changes_no_eviction(lowering: str, tmp_path: Path) -> None:
     decoder = mapped(
         make_decoder([Shape(4, 2), Shape(4, 4)]),
         lambda leaf: leaf.half().float() if leaf.is_floating_point() else leaf,
@@ -69,7 +69,7 @@ def test_float16_equals_the_oracle_where_no_rounding_changes_who_goes(lowering: 
 
 
 @every_lowering
-def test_takes_and_gives_what_its_contract_says(lowering: str, tmp_path: Path) -> None:
+def test_lowered_graph_matches_its_contract(lowering: str, tmp_path: Path) -> None:
     decoder = make_decoder([Shape(4, 2), Shape(4, 4), Shape(4, 2)])
     _, contract = lowered(decoder, tmp_path, lowering, dataclasses.replace(EVICTION, skip_layers=(2,)))
     assert contract.variant == f"{lowering}-evicting"
@@ -81,7 +81,7 @@ def test_takes_and_gives_what_its_contract_says(lowering: str, tmp_path: Path) -
             assert (value.name, shape, dtype) == (spec.name, spec.shape, spec.dtype)
 
 
-def test_what_decomposed17_gives_is_of_the_new_tokens_alone(tmp_path: Path) -> None:
+def test_decomposed17_outputs_only_the_new_tokens(tmp_path: Path) -> None:
     decoder = make_decoder([Shape(4, 2), Shape(4, 4)])
     contract = lowered_contract(
         write(decoder, tmp_path, dataclasses.replace(EVICTION, skip_layers=(1,))), "decomposed17"
@@ -98,7 +98,7 @@ def test_what_decomposed17_gives_is_of_the_new_tokens_alone(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_decomposed17_is_opset_17_and_sound(case: str, tmp_path: Path) -> None:
+def test_decomposed17_is_valid_opset_17(case: str, tmp_path: Path) -> None:
     style, shapes = CASES[case]
     lowered(make_decoder(shapes, style), tmp_path, "decomposed17")
     onnx.checker.check_model(str(tmp_path / "lowered.onnx"), full_check=True)
@@ -119,8 +119,8 @@ def test_onnx_runtime_gets_the_fastest_form_for_each_layer(tmp_path: Path) -> No
 
 
 @every_lowering
-def test_a_damaged_choice_or_mask_is_caught(lowering: str, tmp_path: Path) -> None:
-    """The control of the tests above: another slot, another's mask, and what is about to be overwritten still seen."""
+def test_a_damaged_slot_choice_or_mask_is_detected(lowering: str, tmp_path: Path) -> None:
+    """Negative control: another slot, a wrong mask, and attention to a slot that will be overwritten."""
     decoder = make_decoder([Shape(4, 2), Shape(4, 4)])
     _, contract = lowered(decoder, tmp_path, lowering)
     damages = {"ArgMax": "ArgMin"} if lowering != "decomposed17" else {"ArgMax": "ArgMin", "Not": "Identity"}
@@ -134,7 +134,7 @@ def test_a_damaged_choice_or_mask_is_caught(lowering: str, tmp_path: Path) -> No
         assert disagreement(decoder, session(tmp_path / "damaged.onnx"), contract, EVICTION) > 1e-2, old
 
 
-def test_a_cache_without_its_state_is_refused(tmp_path: Path) -> None:
+def test_rejects_a_cache_without_its_state(tmp_path: Path) -> None:
     write(make_decoder([Shape(4, 2)]), tmp_path, EVICTION)
     model = ir.load(tmp_path / GRAPH_FILE)
     node = next(node for node in model.graph if node.name == present(0, "state"))
@@ -147,7 +147,7 @@ def test_a_cache_without_its_state_is_refused(tmp_path: Path) -> None:
 def steps(
     session: onnxruntime.InferenceSession, contract: GraphContract, bound: bool, budget: int = 4
 ) -> list[list[int]]:
-    """Six tokens into bound or unbound buffers: of each head of each buffer, how many slots were written."""
+    """Run six tokens with bound or unbound buffers; the slots written in each head of each buffer."""
     sizes = {"batch": 1, "capacity": 16, "budget": budget, "batch*2": 2, "batch*4": 4}
     caches = {
         spec.name: onnxruntime.OrtValue.ortvalue_from_numpy(
@@ -185,7 +185,7 @@ def steps(
 def test_bound_caches_and_states_are_written_in_place(
     style: str, lowering: str, dtype: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """ONNX Runtime says when a buffer is copied, and only then."""
+    """ONNX Runtime warns if it copies a buffer, and only then."""
     slopes = slopes_of(4) if style is BLOOM else None
     decoder = make_decoder([Shape(4, 2, slopes=slopes), Shape(4, 4, slopes=slopes)], style)
     contract = write(decoder, tmp_path, Eviction("l2-norm", 4), dtype)

@@ -1,4 +1,4 @@
-"""What float16 cannot hold is found in calibration, kept in float32 by name, and then equals the oracle."""
+"""Calibration finds what float16 cannot represent; computed in float32, it equals the reference."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ STYLES = {"llama": LLAMA, "qwen2": QWEN2, "layer-norms": RELU}
 
 
 def with_large_mlp(decoder: Decoder, up: float, down: float) -> Decoder:
-    """The second layer's MLP makes numbers `up` times as large, and then scales them by `down`."""
+    """Scale the second layer's MLP by `up` inside, and by `down` at its output."""
     mlp = decoder.layers[1].mlp
     larger = dataclasses.replace(
         mlp,
@@ -56,7 +56,7 @@ def with_large_mlp(decoder: Decoder, up: float, down: float) -> Decoder:
     return dataclasses.replace(decoder, layers=layers)
 
 
-def kept_of(decoder: Decoder) -> Float32Exceptions:
+def exceptions_of(decoder: Decoder) -> Float32Exceptions:
     meter = PeakMeter(decoder, torch.randint(0, VOCAB, (4, 24), generator=torch.Generator().manual_seed(1)))
     for layer in decoder.layers:
         meter.add_layer(layer)
@@ -71,17 +71,17 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("style", STYLES)
-def test_calibration_finds_what_overflows(style: str, case: str) -> None:
+def test_calibration_detects_overflow(style: str, case: str) -> None:
     up, down, wanted = CASES[case]
     plain = make_decoder([Shape(kv_heads=2)] * 3, STYLES[style])
-    assert kept_of(plain) == Float32Exceptions()
-    assert kept_of(with_large_mlp(plain, up, down)) == wanted
+    assert exceptions_of(plain) == Float32Exceptions()
+    assert exceptions_of(with_large_mlp(plain, up, down)) == wanted
 
 
 @pytest.mark.parametrize(
     ("lowering", "case", "style"), representatives(("std24", *LOWERED), list(CASES), list(STYLES))
 )
-def test_what_is_kept_equals_the_oracle(style: str, case: str, lowering: str, tmp_path: Path) -> None:
+def test_float32_exceptions_equal_the_reference(style: str, case: str, lowering: str, tmp_path: Path) -> None:
     up, down, exceptions = CASES[case]
     decoder = rounded(
         with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16
@@ -92,7 +92,7 @@ def test_what_is_kept_equals_the_oracle(style: str, case: str, lowering: str, tm
 
 
 class RoundsEveryNode:
-    """A graph run by onnx's own evaluator, which rounds after every node, as GPUs do and ONNX Runtime's CPU does not."""
+    """A graph on onnx's reference evaluator, which rounds after every node, as GPUs do."""
 
     def __init__(self, path: Path) -> None:
         self._model = onnx.load(path)
@@ -114,19 +114,20 @@ class RoundsEveryNode:
 
 
 @pytest.mark.parametrize(("case", "style"), representatives(list(CASES), list(STYLES)))
-def test_float16_arithmetic_overflows_unless_they_are_kept(style: str, case: str, tmp_path: Path) -> None:
+def test_float16_overflows_without_float32_exceptions(style: str, case: str, tmp_path: Path) -> None:
     up, down, exceptions = CASES[case]
     decoder = rounded(
         with_large_mlp(make_decoder([Shape(kv_heads=2)] * 3, STYLES[style]), up, down), torch.float16
     )
-    for keep, sound in ((exceptions, True), (Float32Exceptions(), False)):
-        contract = lowered_contract(write(decoder, tmp_path, "float16", exceptions=keep), "decomposed17")
+    for chosen, sound in ((exceptions, True), (Float32Exceptions(), False)):
+        contract = lowered_contract(write(decoder, tmp_path, "float16", exceptions=chosen), "decomposed17")
         ir.save(lower(tmp_path / GRAPH_FILE, "decomposed17"), tmp_path / "lowered.onnx")
-        found = disagreement(decoder, RoundsEveryNode(tmp_path / "lowered.onnx"), contract)  # type: ignore[arg-type]
+        session = RoundsEveryNode(tmp_path / "lowered.onnx")
+        found = disagreement(decoder, session, contract)  # type: ignore[arg-type]
         assert (found < 2e-2) is sound, found
 
 
-def test_only_what_is_named_is_float32(tmp_path: Path) -> None:
+def test_only_the_exceptions_are_float32(tmp_path: Path) -> None:
     write(make_decoder([Shape()] * 2), tmp_path, "float16", exceptions=Float32Exceptions(mlps=frozenset({1})))
     values = {
         value.name: value.dtype for node in ir.load(tmp_path / GRAPH_FILE).graph for value in node.outputs
@@ -149,13 +150,13 @@ def test_only_what_is_named_is_float32(tmp_path: Path) -> None:
     }
 
 
-def test_parts_of_a_graph_with_a_float32_stream_can_be_run_apart(tmp_path: Path) -> None:
+def test_parts_of_a_graph_with_a_float32_stream_run(tmp_path: Path) -> None:
     write(make_decoder([Shape()] * 2), tmp_path, "float16", exceptions=Float32Exceptions(stream=True))
     for part in split_layers(tmp_path / GRAPH_FILE, 2, in_float32=False):
         part.session(quiet())
 
 
-def test_a_cache_that_float16_cannot_hold_is_refused() -> None:
+def test_rejects_a_cache_that_float16_cannot_represent() -> None:
     decoder = make_decoder([Shape()])
     attention = decoder.layers[0].attention
     large = dataclasses.replace(
@@ -163,10 +164,10 @@ def test_a_cache_that_float16_cannot_hold_is_refused() -> None:
     )
     decoder = dataclasses.replace(decoder, layers=[dataclasses.replace(decoder.layers[0], attention=large)])
     with pytest.raises(UsageError, match="keys and values of layer 0"):
-        kept_of(decoder)
+        exceptions_of(decoder)
 
 
-def test_what_is_not_there_cannot_be_kept(tmp_path: Path) -> None:
+def test_rejects_an_exception_for_a_missing_layer(tmp_path: Path) -> None:
     write(make_decoder([Shape()]), tmp_path, "float16")
     model = ir.load(tmp_path / GRAPH_FILE)
     with pytest.raises(ir.passes.PreconditionError, match=r"layers\.5\.mlp\.down"):

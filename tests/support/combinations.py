@@ -1,4 +1,4 @@
-"""Parameters of tests over several axes: every combination, of which `make test` runs a few representatives."""
+"""Parameters over several axes: all combinations, of which `make test` runs a few representatives."""
 
 from __future__ import annotations
 

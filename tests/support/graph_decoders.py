@@ -1,4 +1,4 @@
-"""Tiny random decoders, and a caller of the graph contract that feeds a graph and the oracle the same tokens."""
+"""Tiny random decoders, and a caller that compares a graph with the reference."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Shape:
 
 @dataclasses.dataclass(frozen=True)
 class Style:
-    """What all layers of a family share."""
+    """Properties that all layers of a family share."""
 
     norm: str = "rms"
     qkv_bias: bool = False
@@ -156,7 +156,7 @@ def open_session(directory: Path, threads: int = 1) -> onnxruntime.InferenceSess
 
 
 def quiet(threads: int = 1) -> onnxruntime.SessionOptions:
-    """Options that say nothing of cache writes that are copied: these tests bind nothing."""
+    """Options without warnings about copied caches: these tests bind no buffers."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     options.log_severity_level = 3
@@ -174,7 +174,7 @@ def mapped(tree: Any, leaf: Callable[[Tensor], Tensor]) -> Any:
 
 
 def rounded(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """Weights as a file of `dtype` holds them, in float32; frequencies stay, since tables are made of the exact ones."""
+    """Weights rounded to `dtype`, in float32; rotary frequencies stay exact, as in the writer."""
     return dataclasses.replace(
         mapped(decoder, lambda leaf: leaf.to(dtype).float() if leaf.is_floating_point() else leaf),
         rope=decoder.rope,
@@ -182,7 +182,7 @@ def rounded(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 
 
 class Caller:
-    """Calls a session as a runtime does: caches of `slots` filled with `fill`, chunk after chunk."""
+    """Run a session as a runtime does, chunk by chunk; caches of `slots` are filled with `fill`."""
 
     def __init__(
         self,
@@ -252,7 +252,7 @@ class Caller:
 
 
 def distance(found: np.ndarray, wanted: Tensor | np.ndarray) -> float:
-    """Largest difference, relative to the largest number wanted; infinite where a number found is not finite."""
+    """Largest difference, relative to the largest expected number; infinity if a result is not finite."""
     wanted = np.asarray(wanted)
     if not np.isfinite(found).all():
         return float("inf")
@@ -274,7 +274,7 @@ def disagreement(
     fill: float = 0.0,
     seed: int = 1,
 ) -> float:
-    """Largest relative distance of a graph to the oracle: logits and whatever taps it has in each call, caches at the end.
+    """Largest relative distance to the reference of logits and taps in each call, and of the final caches.
 
     Right-padded prompts of `lengths` are read in `chunks`, then each row decodes `steps` tokens at its own
     depth.
@@ -284,7 +284,7 @@ def disagreement(
         0, VOCAB, (batch, max(lengths) + steps), generator=torch.Generator().manual_seed(seed)
     )
     graph = Caller(session, contract, batch, slots, fill)
-    oracle = reference.new_cache(list(decoder.layers), batch, slots, torch.float32)
+    caches = reference.new_cache(list(decoder.layers), batch, slots, torch.float32)
     worst = 0.0
 
     def compare(ids: Tensor, start: Sequence[int]) -> None:
@@ -292,7 +292,7 @@ def disagreement(
         found = graph(ids, start)
         taps: list[reference.LayerTaps] = []
         positions = torch.tensor(start)[:, None] + torch.arange(ids.shape[1])
-        logits = reference.forward(decoder, ids, positions, oracle, taps)
+        logits = reference.forward(decoder, ids, positions, caches, taps)
         assert found["logits"].dtype == np.float32
         worst = max(worst, distance(found["logits"], logits))
         for index, tap in enumerate(taps):
@@ -310,7 +310,7 @@ def disagreement(
         ids = torch.stack([tokens[row, depth] for row, depth in enumerate(depths)])[:, None]
         compare(ids, depths)
     for row, length in enumerate(lengths):
-        for index, cache in enumerate(oracle):
+        for index, cache in enumerate(caches):
             for which, wanted in (("key", cache.key), ("value", cache.value)):
                 used = slice(0, length + steps)
                 worst = max(

@@ -1,4 +1,4 @@
-"""Graphs of one node or two, sound and broken, each with what lint must say of it for TensorRT-RTX, or for an older TensorRT."""
+"""Graphs of one or two nodes, with the problem that lint must report for TensorRT-RTX or another TensorRT."""
 
 from __future__ import annotations
 
@@ -191,7 +191,7 @@ def layer_norm(outputs: int) -> ir.Model:
 
 @dataclass(frozen=True)
 class Case:
-    """A graph, and words of what is wrong with it (None: nothing)."""
+    """A graph, and part of the problem that lint reports (None: no problem)."""
 
     make: Callable[[], ir.Model]
     problem: str | None
@@ -201,7 +201,7 @@ def case(problem: str | None, make: Callable[..., ir.Model], *arguments: Any, **
     return Case(lambda: make(*arguments, **options), problem)
 
 
-# What TensorRT-RTX's parser or builder takes, and what it refuses.
+# Graphs that TensorRT-RTX builds, and graphs that its parser or builder does not take.
 RTX_CASES = {
     "attention": case(None, attention),
     "attention, no mask": case(None, attention, mask=None),
@@ -276,7 +276,7 @@ RTX_CASES = {
     "opset 26": case(None, one, "Relu", opset=26),
 }
 
-# What TensorRT-RTX takes and builds only where it may be decomposed: no fused kernel exists.
+# Graphs that TensorRT-RTX builds only with TRT_decomposable: no fused kernel exists.
 UNFUSED = {
     "float32": case("FLOAT", attention, dtype=F32),
     **{
@@ -291,14 +291,13 @@ UNFUSED = {
     "heads of 36, no mask": case("heads of 36", attention, (1, 4, 1, 36), (1, 2, 32, 36), mask=None),
 }
 
-# Refused, although TensorRT-RTX builds them: what it builds is not what was meant.
+# Graphs that TensorRT-RTX builds, but computes wrongly.
 WRONG = {
     "lengths": case("nonpad_kv_seqlen", attention, mask=None, lengths=True),
     "an operator of another domain": case("domain my.own", one, "Relu", domain="my.own"),
 }
 
-# What other versions refuse, by their documents: no parser at hand can confirm it, and TensorRT-RTX takes all
-# of these.
+# Graphs that other versions do not take by their documents; not measured. TensorRT-RTX takes all of them.
 T103, T1013, T1014, T1016 = (
     Parser("tensorrt", version) for version in ((10, 3, 0), (10, 13, 3), (10, 14), (10, 16, 2))
 )
