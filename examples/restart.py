@@ -1,7 +1,4 @@
-"""Prefills a long prompt once; later runs load its cache.
-
-Usage: python restart.py BUNDLE PROMPT_FILE CACHE_FILE QUESTION
-"""
+"""Prefill a long prompt once, then load its cache: restart.py BUNDLE PROMPT_FILE CACHE_FILE QUESTION"""
 
 import sys
 from pathlib import Path
