@@ -17,8 +17,8 @@ class KvexportError(Exception):
     """A failure that the user can act on.
 
     The message has up to four lines: what must be true (and where), the value that was got, the values that are
-    allowed, and the command or option that fixes it. The command line prints the message without a traceback and
-    exits with `exit_code`.
+    allowed, and the command or option that fixes it. The command line prints the message without a traceback
+    and exits with `exit_code`.
 
     Attributes:
         what: the first line.

@@ -1,7 +1,7 @@
 """Reduce a checkpoint's chat template (Jinja) to the few strings around the messages of a conversation.
 
-A template that cannot be reduced does not stop a build: the bundle has none, and a note gives the reason. Templates are
-rendered in `jinja_sandbox`; `kvexport.bundle.chat_format` renders the reduced form.
+A template that cannot be reduced does not stop a build: the bundle has none, and a note gives the reason.
+Templates are rendered in `jinja_sandbox`; `kvexport.bundle.chat_format` renders the reduced form.
 """
 
 from __future__ import annotations
@@ -61,7 +61,10 @@ def reduce_chat_template(checkpoint: Path) -> ReducedTemplate:
             return ReducedTemplate(None, (), ())
         return _reduce(template, special_tokens(checkpoint))
     except (TemplateFailed, ImportError, OSError, ValueError, RecursionError) as error:
-        note = f"the chat template cannot be reduced, so the bundle has none: {error}. Text generation is not affected"
+        note = (
+            f"the chat template cannot be reduced, so the bundle has none: {error}. Text generation is not "
+            "affected"
+        )
         return ReducedTemplate(None, (), (note,))
 
 
@@ -88,7 +91,9 @@ def _read_json(path: Path) -> Mapping[str, Any]:
 
 
 def special_tokens(checkpoint: Path) -> dict[str, str]:
-    """Special tokens by name (`bos_token`, ...) from tokenizer_config.json, or else from special_tokens_map.json.
+    """Special tokens by name, such as `bos_token`.
+
+    Those of tokenizer_config.json take precedence over those of special_tokens_map.json.
 
     Raises:
         ValueError: one of the files is damaged.
@@ -109,7 +114,7 @@ def _token_text(token: object) -> str | None:
 
 
 def _reduce(template: str, tokens: Mapping[str, str]) -> ReducedTemplate:
-    """Render a conversation of marks, cut the text at the marks, and compare the pieces with other conversations."""
+    """Render a conversation of marks, cut it at the marks, and check the pieces on other conversations."""
     marked = _conversation(**_MARKS)
     samples = [_conversation(**contents) for contents in _SAMPLES]
     conversations = [marked, marked[1:], *samples, *(sample[1:] for sample in samples)]
@@ -131,7 +136,8 @@ def _reduce(template: str, tokens: Mapping[str, str]) -> ReducedTemplate:
     except ValueError as error:
         chat = replace(chat, begin_system=None)
         notes.append(
-            f"the chat template's system prompt cannot be reduced: {error}. The bundle does not accept system prompts"
+            f"the chat template's system prompt cannot be reduced: {error}. The bundle does not accept "
+            "system prompts"
         )
     if uses_date:
         notes.append(f"the chat template contains the current date: the bundle always uses {DATE:%d %B %Y}")
@@ -182,7 +188,8 @@ def _check_same(chat: Chat, pairs: Sequence[tuple[_Messages, RenderedChat]]) -> 
                 min(len(reduced), len(rendered.text)),
             )
             raise ValueError(
-                f"it writes {rendered.text[at : at + 40]!r} where the reduced form writes {reduced[at : at + 40]!r}"
+                f"it writes {rendered.text[at : at + 40]!r} where the reduced form writes "
+                f"{reduced[at : at + 40]!r}"
             )
     return [(tuple(messages), rendered.text or "") for messages, rendered in pairs]
 
@@ -195,7 +202,8 @@ def _conversation(S: str, U1: str, **turns: str) -> _Messages:
     return messages
 
 
-# Conversations that the reduced form must render as the template does; the last one has white space around its contents.
+# Conversations that the reduced form must render as the template does; the last one has white space around
+# its contents.
 _SAMPLES = (
     {"S": "You are the robot's voice. Answer in one sentence.", "U1": "What is in front of you?"},
     {

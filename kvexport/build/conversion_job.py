@@ -1,4 +1,4 @@
-"""The stages that `build`, `compress` and `calibrate` share: read, calibrate, analyze sensitivity, convert, heal."""
+"""The stages that `build`, `compress` and `calibrate` share: from reading the checkpoint to healing."""
 
 from __future__ import annotations
 
@@ -260,16 +260,21 @@ def sequence_capacity(decoder: Decoder, requested: int | None = None) -> int:
 
 
 def warn_about_little_text(windows: Tensor, key_width: int, progress: Progress) -> None:
-    """Report that calibration windows [N, length] are too few to fit keys of `key_width` numbers, or to hold one out."""
+    """Report that calibration windows [N, length] are too few to fit keys, or to hold one out.
+
+    Args:
+        key_width: numbers that the keys of one token and layer have.
+    """
     if windows.numel() < 4 * key_width:
         progress.note(
-            f"{windows.numel()} calibration tokens are few for keys of {key_width} numbers: the predicted errors are "
-            "too low, and the loss is larger than necessary; use more --samples or a larger --length"
+            f"{windows.numel()} calibration tokens are few for keys of {key_width} numbers: the predicted "
+            "errors are too low, and the loss is larger than necessary; use more --samples or a larger "
+            "--length"
         )
     if len(windows) == 1:
         progress.note(
-            "there is one calibration window, so no tokens are held out: the measured errors and the loss are on the "
-            "text that was used to fit; use --samples 2 or more"
+            "there is one calibration window, so no tokens are held out: the measured errors and the loss "
+            "are on the text that was used to fit; use --samples 2 or more"
         )
 
 

@@ -23,7 +23,8 @@ class BuildHooks:
 
     Attributes:
         plan: called with the compression plan, before conversion.
-        graph_layer: called with each converted layer, before it is written to the graph, and to the graph only.
+        graph_layer: called with each converted layer, before it is written to the graph, and to the graph
+            only.
     """
 
     plan: Callable[[CompressionPlan], CompressionPlan] = _same_plan

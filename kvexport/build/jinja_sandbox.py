@@ -1,7 +1,7 @@
 """Render a chat template in a separate process, which reads JSON from stdin and writes JSON to stdout.
 
-The chat template is untrusted input. It runs in Jinja's sandbox without access to files, and with limits on memory,
-time and length of output.
+The chat template is untrusted input. It runs in Jinja's sandbox without access to files, and with limits on
+memory, time and length of output.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _render(template: str, tokens: Mapping[str, str], conversations: Sequence[_M
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """The tag {% generation %}, which marks the assistant's text for training; its content is rendered."""
+        """The tag {% generation %}, which marks the assistant's text for training; renders its content."""
 
         tags = {"generation"}  # noqa: RUF012  (as Jinja declares it)
 

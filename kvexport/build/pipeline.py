@@ -1,4 +1,4 @@
-"""The product's main operations: build a bundle, compress to a Hugging Face checkpoint, save calibration statistics.
+"""Build a bundle, compress to a Hugging Face checkpoint, or save calibration statistics.
 
 A build runs these stages: read the checkpoint, calibrate, analyze sensitivity, convert, write, validate.
 """
@@ -162,8 +162,8 @@ def _checkpoint_plan(job: ConversionJob) -> CompressionPlan:
         method = replace(method, matched=False)  # the slope of a head depends on its index
         if job.compresses:
             job.progress.note(
-                "BLOOM in transformers has no shared KV heads: the checkpoint stores each KV head once for every "
-                "attention head that uses it, and other programs cache as much as before. A bundle of `kvexport build` "
-                "caches less"
+                "BLOOM in transformers has no shared KV heads: the checkpoint stores each KV head once for "
+                "every attention head that uses it, and other programs cache as much as before. A bundle of "
+                "`kvexport build` caches less"
             )
     return CompressionPlan([LayerPlan(method, shape)] * len(job.decoder.layers))

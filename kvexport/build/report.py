@@ -34,14 +34,15 @@ class BuildReport:
     Attributes:
         source: name of the checkpoint.
         layers: shape, method and errors of each layer.
-        kv_bytes_per_token: bytes that a token adds to the cache; `_original` before conversion, in the same dtype.
+        kv_bytes_per_token: bytes that a token adds to the cache; `_original` before conversion, in the same
+            dtype.
         parameters: number of weights; `_original` before conversion.
         divergence: from the original model, on held-out calibration text; None if nothing was converted.
         seconds: wall time of each stage.
         validation: of the exported graph, against its PyTorch reference; None for a Hugging Face checkpoint.
         kept_float32: parts of a float16 graph that are computed in float32, because float16 would overflow.
-        frontier: the cache sizes that were considered, with their losses before healing; empty if the request fixed
-            the size.
+        frontier: the cache sizes that were considered, with their losses before healing; empty if the request
+            fixed the size.
         healing: the result of distillation, if there was any; `divergence` is then that of the healed model.
         eviction: policy and budget of the bundle's cache; None: it keeps all tokens.
         capacity: maximum sequence length of the bundle in tokens.

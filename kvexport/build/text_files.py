@@ -1,6 +1,7 @@
-"""Write a bundle's text files: text.json, and the files that onnxruntime-genai's tokenizer reads beside tokenizer.json.
+"""Write a bundle's text files: text.json, and the files that onnxruntime-genai's tokenizer reads.
 
-The C++ library uses that tokenizer. text.json has samples that show whether a tokenizer encodes as the one of the build.
+The C++ library uses that tokenizer. text.json has samples that show whether a tokenizer encodes as the one of
+the build.
 """
 
 from __future__ import annotations
@@ -19,8 +20,9 @@ from kvexport.runtime.tokenizer import Tokenizer, read_tokenizer
 GENAI_FILE = "genai_config.json"
 _CONFIG = "tokenizer_config.json"
 
-# Scripts, spaces in all positions, line ends, contractions, numbers, code and characters of several bytes. There is no
-# text in decomposed form (a letter and its accent apart), because onnxruntime-genai does not normalize it.
+# Scripts, spaces in all positions, line ends, contractions, numbers, code and characters of several bytes.
+# There is no text in decomposed form (a letter and its accent apart), because onnxruntime-genai does not
+# normalize it.
 TEXTS = (
     "Once upon a time there was a café.",
     "Hello world",
@@ -50,10 +52,10 @@ def write_text_files(
     eos: tuple[int, ...],
     progress: Progress,
 ) -> None:
-    """Write text.json, genai_config.json and tokenizer_config.json into a directory with the tokenizer's files.
+    """Write text.json, genai_config.json and tokenizer_config.json beside the tokenizer's files.
 
-    tokenizer.json is adapted to onnxruntime-genai if that does not change its token ids. Without a tokenizer.json,
-    nothing is written.
+    tokenizer.json is adapted to onnxruntime-genai if that does not change its token ids. Without a
+    tokenizer.json, nothing is written.
     """
     if not (directory / TOKENIZER_FILE).exists():
         return
@@ -65,7 +67,8 @@ def write_text_files(
     samples = tuple(sample for sample in (_encode(tokenizer, text) for text in texts) if sample is not None)
     if not samples:
         progress.note(
-            f"{TOKENIZER_FILE} encodes none of the sample texts: the tokenizer of the bundle will not be checked"
+            f"{TOKENIZER_FILE} encodes none of the sample texts: the tokenizer of the bundle will not be "
+            "checked"
         )
         return
     text_file = TextFile(samples, tokenizer.special_ids, template.chat, template.samples)
@@ -95,8 +98,9 @@ def _encode(tokenizer: Tokenizer, text: str) -> TokenizerSample | None:
 def _adapt_tokenizer(path: Path) -> None:
     """Change a tokenizer.json that onnxruntime-genai misreads into an equivalent one.
 
-    If the decoder strips the first space, onnxruntime-genai adds a space before every piece of text, also where only the
-    whole text begins with one. Then a pattern strips the space instead, and the C++ library adds it.
+    If the decoder strips the first space, onnxruntime-genai adds a space before every piece of text, also
+    where only the whole text begins with one. Then a pattern strips the space instead, and the C++ library
+    adds it.
     """
     raw = json.loads(path.read_text(encoding="utf-8"))
     pre_tokenizer, decoder = raw.get("pre_tokenizer") or {}, raw.get("decoder") or {}
@@ -114,8 +118,8 @@ def _adapt_tokenizer(path: Path) -> None:
 def _tokenizer_config(checkpoint: Path, directory: Path) -> dict[str, Any]:
     """A minimal tokenizer_config.json, so that tokenizer.json alone determines how a text is encoded.
 
-    onnxruntime-genai rejects classes that it does not know, removes spaces that `tokenizers` keeps, and splits text with a
-    SentencePiece vocabulary as `tokenizers` does only if the class is Gemma's.
+    onnxruntime-genai rejects classes that it does not know, removes spaces that `tokenizers` keeps, and
+    splits text with a SentencePiece vocabulary as `tokenizers` does only if the class is Gemma's.
     """
     model = json.loads((directory / TOKENIZER_FILE).read_text(encoding="utf-8"))["model"]
     return {

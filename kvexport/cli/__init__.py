@@ -179,7 +179,8 @@ def _system_error(error: OSError) -> CannotRunHere:
 def _missing_package(error: ModuleNotFoundError) -> CannotRunHere:
     module = str(error.name).partition(".")[0]
     package = package_of(module)
-    # Modules that kvexport does not import itself are dependencies of torch and the other packages of `convert`.
+    # Modules that kvexport does not import itself are dependencies of torch and the other packages of
+    # `convert`.
     fix = install_command("torch" if package is None else package.name)
     return CannotRunHere(f"the package {module} is not installed", fix=fix)
 

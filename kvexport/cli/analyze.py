@@ -59,9 +59,9 @@ def command(
 ) -> None:
     """Write an HTML page on CHECKPOINT's KV cache and the effect of compression on it.
 
-    The page shows spectra of keys and values, similarity of heads, predicted and measured errors, and attention maps
-    of the original and the compressed model side by side. It loads nothing from the network. No converted model is
-    written.
+    The page shows spectra of keys and values, similarity of heads, predicted and measured errors, and
+    attention maps of the original and the compressed model side by side. It loads nothing from the network.
+    No converted model is written.
     """
     from kvexport.analyze import analyze, render, require_page, save
     from kvexport.cli.options import progress_bar
@@ -80,6 +80,7 @@ def command(
         out.print(layer_table(layer.report for layer in analysis.layers))
         divergence = analysis.divergence
         out.print_line(
-            f"\nmean KL to the original: {divergence.mean_kl:.5f} nats per token, on {divergence.tokens} held-out tokens"
+            f"\nmean KL to the original: {divergence.mean_kl:.5f} nats per token, on {divergence.tokens} "
+            "held-out tokens"
         )
         out.print_line(f"wrote {output}")

@@ -34,8 +34,8 @@ if TYPE_CHECKING:
     "-d",
     "--depth",
     metavar="N,...",
-    help="Context lengths in tokens at which decode starts, separated by commas.  [default: 0,512,4096, as far as they "
-    "fit]",
+    help="Context lengths in tokens at which decode starts, separated by commas.  [default: 0,512,4096, as "
+    "far as they fit]",
 )
 @click.option(
     "-p",
@@ -92,9 +92,9 @@ def command(
 ) -> None:
     """Measure BUNDLE's prefill speed, decode speed and memory use on this machine.
 
-    Prompt and cache contain random tokens. If the bundle has a KV budget, there may be more tokens than the budget, up
-    to the capacity. The first prefill and the first three steps at each depth are not counted. A step takes one token
-    and returns its logits; the time to choose the next token is not included.
+    Prompt and cache contain random tokens. If the bundle has a KV budget, there may be more tokens than the
+    budget, up to the capacity. The first prefill and the first three steps at each depth are not counted. A
+    step takes one token and returns its logits; the time to choose the next token is not included.
     """
     from kvexport.bench import BenchOptions, describe, measure, readings
     from kvexport.devices.telemetry import peak_host_bytes
@@ -191,8 +191,8 @@ def _print(sessions: Sequence[Session], results: Sequence[Result], conditions: d
         for ratio in ratios(*results):
             low, high = ratio["quartiles"]
             out.print_line(
-                f"{ratio['stage']} at {ratio['depth']}: {second} takes {ratio['median']:.2f} times as long as {first} "
-                f"(quartiles {low:.2f} to {high:.2f})"
+                f"{ratio['stage']} at {ratio['depth']}: {second} takes {ratio['median']:.2f} times as long "
+                f"as {first} (quartiles {low:.2f} to {high:.2f})"
             )
     _print_machine(conditions, out)
 

@@ -47,8 +47,8 @@ def command(
 ) -> None:
     """Compress a Hugging Face CHECKPOINT and export it to a bundle that is validated against PyTorch.
 
-    Calibrates, analyzes the sensitivity of each layer, converts, writes the ONNX decoder, validates it, and prints
-    the loss and the sizes. If a step fails, no output is left.
+    Calibrates, analyzes the sensitivity of each layer, converts, writes the ONNX decoder, validates it, and
+    prints the loss and the sizes. If a step fails, no output is left.
     """
     if (checkpoint is None) != demo:
         raise UsageError(

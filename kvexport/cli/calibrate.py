@@ -25,9 +25,10 @@ def command(
     force: bool,
     quiet: bool,
 ) -> None:
-    """Save statistics of CHECKPOINT's keys, queries and values on calibration text, for use in several builds.
+    """Save statistics of CHECKPOINT's keys, queries and values on calibration text, for several builds.
 
-    `kvexport build CHECKPOINT --statistics OUTPUT` then gives the same bundle as a build that calibrates by itself.
+    `kvexport build CHECKPOINT --statistics OUTPUT` then gives the same bundle as a build that calibrates by
+    itself.
     """
     from kvexport.build import calibrate
     from kvexport.cli.options import progress_bar

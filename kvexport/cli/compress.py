@@ -21,9 +21,9 @@ from kvexport.cli.conversion import build_options, conversion_options, method_op
 def command(checkpoint: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Convert a Hugging Face CHECKPOINT to a Hugging Face checkpoint with fewer KV heads.
 
-    Any program that reads Hugging Face checkpoints can use the result. For a model with RoPE, --method must be fold or
-    mean-pool, and the loss is larger than that of a bundle, whose keys may be projected after rotation: compare the
-    reports of both.
+    Any program that reads Hugging Face checkpoints can use the result. For a model with RoPE, --method must
+    be fold or mean-pool, and the loss is larger than that of a bundle, whose keys may be projected after
+    rotation: compare the reports of both.
     """
     from kvexport.build import compress
     from kvexport.cli.options import progress_bar

@@ -62,8 +62,8 @@ def _calibration_options(default_samples: str) -> Callable[[F], F]:
         click.option(
             "--calibration",
             metavar="SOURCE",
-            help="Calibration text: self (sampled from the model), random (random tokens), or a FILE of text or JSON "
-            "lines.  [default: self]",
+            help="Calibration text: self (sampled from the model), random (random tokens), or a FILE of "
+            "text or JSON lines.  [default: self]",
         ),
         click.option(
             "--samples", type=int, help=f"Number of calibration windows.  [default: {default_samples}]"
@@ -119,8 +119,8 @@ shape_options = _group(
     click.option(
         "--max-kl",
         type=float,
-        help="Maximum mean KL divergence from the original model, in nats per token; takes the smallest cache "
-        "below it, in place of --kv-ratio.",
+        help="Maximum mean KL divergence from the original model, in nats per token; takes the smallest "
+        "cache below it, in place of --kv-ratio.",
     ),
     click.option(
         "--group-size",
@@ -154,8 +154,8 @@ eviction_options = _group(
     click.option(
         "--kv-budget",
         metavar="TOKENS|FRACTION",
-        help="Maximum number of tokens in the KV cache of a sequence, or a fraction of --capacity; further tokens "
-        "evict older ones.  [default: no eviction]",
+        help="Maximum number of tokens in the KV cache of a sequence, or a fraction of --capacity; further "
+        "tokens evict older ones.  [default: no eviction]",
     ),
     click.option(
         "--evict",
@@ -172,8 +172,8 @@ eviction_options = _group(
         "--protect-recent",
         type=int,
         metavar="N",
-        help="Number of most recent tokens that are never evicted.  [default: half of the remaining budget; 0 with "
-        "--evict window]",
+        help="Number of most recent tokens that are never evicted.  [default: half of the remaining budget; "
+        "0 with --evict window]",
     ),
     click.option(
         "--evict-skip-layers",

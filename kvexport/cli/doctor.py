@@ -21,7 +21,8 @@ _INDENT = 11  # width of the column of commands
 @click.option(
     "--target",
     metavar="NAME|FILE",
-    help="Target device, from `kvexport targets` or a TOML file, to check for building and running its engine here.",
+    help="Target device, from `kvexport targets` or a TOML file, to check for building and running its "
+    "engine here.",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
 def command(target: str | None, as_json: bool) -> None:

@@ -24,8 +24,8 @@ from kvexport.packages import install_command
     "compute_capabilities",
     multiple=True,
     metavar="X.Y",
-    help="Compute capability of the GPUs to build for, with TensorRT-RTX and without a GPU; may be given several "
-    "times.",
+    help="Compute capability of the GPUs to build for, with TensorRT-RTX and without a GPU; may be given "
+    "several times.",
 )
 @click.option(
     "--capacity", type=int, help="Maximum sequence length in tokens.  [default: the bundle's capacity]"
@@ -33,8 +33,8 @@ from kvexport.packages import install_command
 @click.option(
     "--chunk",
     type=int,
-    help="Maximum number of prompt tokens that are processed in one call.  [default: 128, or the capacity if that is "
-    "less]",
+    help="Maximum number of prompt tokens that are processed in one call.  [default: 128, or the capacity "
+    "if that is less]",
 )
 @click.option(
     "--batch",

@@ -29,7 +29,8 @@ from kvexport.errors import CannotRunHere, GateFailed, UsageError
 )
 @click.option(
     "--lowering",
-    help="Form of the graph to check: std24 or decomposed17.  [default: the one that `kvexport engine` would build]",
+    help="Form of the graph to check: std24 or decomposed17.  [default: the one that `kvexport engine` "
+    "would build]",
 )
 @click.option("--json", "as_json", is_flag=True, help="Print the findings as one JSON object.")
 def command(
@@ -37,8 +38,8 @@ def command(
 ) -> None:
     """List the nodes of BUNDLE that the TensorRT of a target does not support, before an engine is built.
 
-    Exits with 1 if there are any. Nodes that are supported but slow, such as attention without a fused kernel, are
-    listed as notes. TensorRT need not be installed.
+    Exits with 1 if there are any. Nodes that are supported but slow, such as attention without a fused
+    kernel, are listed as notes. TensorRT need not be installed.
     """
     from kvexport.bundle.bundle import GRAPH_FILE, Bundle
     from kvexport.cli.engine_tables import print_findings
@@ -87,6 +88,7 @@ def command(
         if lowering is not None and lowering != TENSORRT_LOWERINGS[-1]:  # another lowering is left to try
             fix = "leave out --lowering"
         raise GateFailed(
-            f"{parser} does not support {len(unsupported)} nodes of the bundle in the lowering {prepared.lowering}",
+            f"{parser} does not support {len(unsupported)} nodes of the bundle in the lowering "
+            f"{prepared.lowering}",
             fix=fix,
         )

@@ -40,8 +40,8 @@ from kvexport.plan.memory import PRECISIONS
 @click.option(
     "--kv-budget",
     metavar="TOKENS|FRACTION",
-    help="Maximum number of tokens in the KV cache of a sequence, or a fraction of the model's maximum length.  "
-    "[default: no eviction]",
+    help="Maximum number of tokens in the KV cache of a sequence, or a fraction of the model's maximum "
+    "length.  [default: no eviction]",
 )
 @click.option(
     "--evict-skip-layers",
@@ -60,8 +60,8 @@ def command(
 ) -> None:
     """Predict whether MODEL fits a target, and its speed there.
 
-    MODEL is a config.json, its folder, or a bundle. No weights are needed. For a bundle, the predictions are compared
-    with what its engine builds and benchmarks measured.
+    MODEL is a config.json, its folder, or a bundle. No weights are needed. For a bundle, the predictions are
+    compared with what its engine builds and benchmarks measured.
     """
     from kvexport.cli.plan_tables import print_plan
     from kvexport.devices.targets import load_target

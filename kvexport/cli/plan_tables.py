@@ -104,30 +104,35 @@ def print_plan(plan: Plan) -> None:
 def _print_notes(plan: Plan, out: PlainConsole) -> None:
     if plan.target is None:
         out.print_line(
-            "Sizes only. --target NAME adds what fits and the predicted speed (`kvexport targets` lists the names)."
+            "Sizes only. --target NAME adds what fits and the predicted speed (`kvexport targets` lists the "
+            "names)."
         )
     else:
         target = plan.target
         fraction = f"{target.usable:.0%} of {size(target.memory)}"
         out.print_line(
-            f"{target.title}: {size(target.usable_bytes)} usable by an application ({fraction}), lowering {plan.lowering}."
+            f"{target.title}: {size(target.usable_bytes)} usable by an application ({fraction}), lowering "
+            f"{plan.lowering}."
         )
         out.print_line(
             "Times are estimates for batch 1, with the range of published measurements in parentheses."
         )
         out.print_line(
-            "prefill: time of a prompt as long as the context. decode: tokens per second after that many tokens."
+            "prefill: time of a prompt as long as the context. decode: tokens per second after that many "
+            "tokens."
         )
         if not target.jetpacks:
             out.print_line(
-                "The published measurements are of Jetson Orin and Thor: times for this target are an extrapolation."
+                "The published measurements are of Jetson Orin and Thor: times for this target are an "
+                "extrapolation."
             )
         out.print_line(
             "max context: the most tokens that fit, up to the model's maximum. other: activations and engine."
         )
         if any(row.prefill_seconds is None for row in plan.rows):
             out.print_line(
-                f"No prefill time where the target file has no arithmetic rate for the data type ({target.name})."
+                "No prefill time where the target file has no arithmetic rate for the data type "
+                f"({target.name})."
             )
     if plan.eviction is not None:
         out.print_line(_eviction_note(plan.eviction, max(row.memory.kv_state for row in plan.rows)))
@@ -137,14 +142,15 @@ def _print_notes(plan: Plan, out: PlainConsole) -> None:
         )
     if any(row.dtype.startswith("int") for row in plan.rows):
         out.print_line(
-            "int8 and int4 (layer weights only) are predictions: kvexport build writes float32, float16 and bfloat16."
+            "int8 and int4 (layer weights only) are predictions: kvexport build writes float32, float16 and "
+            "bfloat16."
         )
 
 
 def _eviction_note(eviction: Eviction, state_bytes: int) -> str:
     note = (
-        f"KV cache: a budget of {eviction.budget} tokens in each KV head, each with 8 bytes of score and position "
-        f"(at most {size(state_bytes)} of the KV cache)"
+        f"KV cache: a budget of {eviction.budget} tokens in each KV head, each with 8 bytes of score and "
+        f"position (at most {size(state_bytes)} of the KV cache)"
     )
     layers = ", ".join(map(str, eviction.skip_layers))
     if len(eviction.skip_layers) == 1:

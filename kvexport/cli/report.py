@@ -1,4 +1,4 @@
-"""Tables of `build`, `compress`, `analyze`, `inspect`, `validate` and `evaluate`, and what all tables share."""
+"""Tables of `build`, `compress`, `analyze`, `inspect`, `validate` and `evaluate`; parts of all tables."""
 
 from __future__ import annotations
 
@@ -178,7 +178,10 @@ def _summary_table(report: BuildReport, name: str) -> Table:
 
 def _healing_line(healing: HealReport) -> str:
     steps = "1 step" if healing.steps == 1 else f"{healing.steps} steps"
-    line = f"distillation of {steps}: mean KL on held-out windows {healing.kl_before:.5f} → {healing.kl_after:.5f}"
+    line = (
+        f"distillation of {steps}: mean KL on held-out windows {healing.kl_before:.5f} → "
+        f"{healing.kl_after:.5f}"
+    )
     return line if healing.best_step else f"{line}; no step was an improvement"
 
 

@@ -83,8 +83,8 @@ def command(
 ) -> None:
     """Generate text with BUNDLE: print the prompt and its continuation to standard output.
 
-    A prompt prefix that several runs share needs one prefill only: --save-cache FILE saves the cache after it, and
-    --cache FILE continues from there.
+    A prompt prefix that several runs share needs one prefill only: --save-cache FILE saves the cache after
+    it, and --cache FILE continues from there.
     """
     from kvexport.runtime import open_bundle
 
@@ -189,8 +189,8 @@ def _summary(stream: Stream, session: Session, cache: Cache | None, stop: tuple[
     (length,) = session.lengths if cache is None else cache.lengths
     in_use, allocated = session.bundle.kv_bytes(int(length)), session.memory(cache).bytes_allocated
     return (
-        f"kvexport: stopped at {reason}; prefill {prefill}, decode {decode} on {_PROVIDERS[session.provider]}; "
-        f"KV cache {size(in_use)} in use, {size(allocated)} allocated"
+        f"kvexport: stopped at {reason}; prefill {prefill}, decode {decode} on "
+        f"{_PROVIDERS[session.provider]}; KV cache {size(in_use)} in use, {size(allocated)} allocated"
     )
 
 

@@ -12,7 +12,10 @@ import click
 @click.argument("target", required=False)
 @click.option("--json", "as_json", is_flag=True, help="Print a JSON list, or one JSON object for TARGET.")
 def command(target: str | None, as_json: bool) -> None:
-    """List the target devices, or show the specifications of one TARGET (a name or a TOML file) and their sources."""
+    """List the target devices, or show the specifications of one TARGET and their sources.
+
+    TARGET is a name from the list, or a TOML file.
+    """
     from kvexport.cli.plan_tables import print_target, print_targets
     from kvexport.devices.targets import known_targets, load_target
 

@@ -1,4 +1,4 @@
-"""Tests of `kvexport build` from end to end on tiny random checkpoints: bundles, output, errors, and leftovers."""
+"""Tests of `kvexport build` from end to end, on tiny random checkpoints."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of `kvexport build --kv-budget`: the bundle has the budget, and invalid budgets are rejected before any work."""
+"""Tests of `kvexport build --kv-budget`: bundles with a budget, and invalid budgets."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tests of `build` and `compress` with healing: the report describes the healed model, and a killed run is resumed."""
+"""Tests of `build` and `compress` with healing: reports, bundles, and runs that are killed and resumed."""
 
 from __future__ import annotations
 

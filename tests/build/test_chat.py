@@ -1,4 +1,4 @@
-"""Tests of reduced chat templates: they render as the template does, or there is none and a note has the reason."""
+"""Tests of reduced chat templates: they render as the template does, or a note has the reason."""
 
 from __future__ import annotations
 

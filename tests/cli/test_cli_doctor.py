@@ -1,4 +1,4 @@
-"""Tests of `kvexport doctor`: its description of this machine, and exit code 3 for a target that cannot be used here."""
+"""Tests of `kvexport doctor`: the description of this machine, and the check of a target."""
 
 from __future__ import annotations
 

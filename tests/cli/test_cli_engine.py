@@ -106,8 +106,12 @@ def test_rejects_a_path_that_is_not_a_bundle(tmp_path: Path) -> None:
 
 @without_gpu
 def test_without_tensorrt_the_error_names_the_extra_to_install(bundle: Path) -> None:
-    hidden = "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if 'tensorrt' in n else f(n, *a)"
-    script = f"{hidden}; from kvexport.cli import main; main(['engine', {str(bundle)!r}])"
+    hidden = (
+        "import importlib.util as u; f = u.find_spec; u.find_spec = lambda n, *a: None if 'tensorrt' in n "
+        "else f(n, *a)"
+    )
+    script = f"{hidden}; from kvexport.cli import main; "
+    script += f"main(['engine', {str(bundle)!r}])"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 3 and "pip install 'kvexport[rtx]'" in ran.stderr
 
@@ -117,7 +121,8 @@ def test_a_missing_graph_package_is_named_without_the_extra_that_brings_torch(
     command: str, bundle: Path
 ) -> None:
     hidden = "import sys; sys.modules.update({'onnx_ir': None})"
-    script = f"{hidden}; from kvexport.cli import main; main([{command!r}, {str(bundle)!r}, '--target', 'rtx-4090'])"
+    script = f"{hidden}; from kvexport.cli import main; "
+    script += f"main([{command!r}, {str(bundle)!r}, '--target', 'rtx-4090'])"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ran.returncode == 3 and "onnx_ir" in ran.stderr and "pip install" in ran.stderr, ran.stderr
     assert "convert" not in ran.stderr

@@ -21,7 +21,7 @@ Run = Callable[..., Ended]
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a `checkpoint`, a `bundle` of it with weaker attention, a `bfloat16` bundle, and a text."""
+    """A folder with a checkpoint, a bundle of it with weaker attention, a bfloat16 bundle, and a text."""
     folder = tmp_path_factory.mktemp("evaluate")
     shutil.copytree(tiny_checkpoint("llama", vocab_size=300, num_key_value_heads=4), folder / "checkpoint")
     (folder / "checkpoint" / "tokenizer.json").write_text(byte_level_tokenizer(300), encoding="utf-8")
@@ -37,7 +37,7 @@ def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def run(folder: Path) -> Run:
-    """`run(*options, bundle=..., text=...)` of `kvexport evaluate`: exit code, standard output, standard error."""
+    """`run(*options, bundle=..., text=...)`: exit code, standard output and standard error."""
 
     def call(*options: str, bundle: str = "bundle", text: str = "text.txt") -> Ended:
         paths = [folder / bundle, "--against", folder / "checkpoint", "--text", folder / text]

@@ -21,7 +21,7 @@ from kvexport.files.hashing import sha256_of
 
 @pytest.fixture(scope="module")
 def bundle(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of two layers: one with the original four heads, one with two heads of 12-wide keys and 16-wide values."""
+    """A bundle of two layers: four original heads, and two heads with keys 12 and values 16 wide."""
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320))
     return write_bundle(
         tmp_path_factory.mktemp("inspect") / "tiny", decoder, capacity=96, tokenizer=byte_level_tokenizer()

@@ -1,4 +1,4 @@
-"""Tests of builds that are interrupted or find the disk full, in every stage: real processes and real signals."""
+"""Tests of builds that are interrupted or find the disk full: real processes and real signals."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ import pytest
 
 pytestmark = pytest.mark.slow
 
-# Imports everything once, then forks a process for each case. The process runs the command line, and sends itself a signal
-# at the nth event of progress (a stage begins or ends, or a step is done) or when the files are flushed to disk; or its files
-# may not grow beyond a size.
+# Imports everything once, then forks a process for each case. The process runs the command line, and sends
+# itself a signal at the nth event of progress (a stage begins or ends, or a step is done) or when the files
+# are flushed to disk; or its files may not grow beyond a size.
 _HARNESS = """
 import json, os, resource, sys
 from contextlib import contextmanager
@@ -75,7 +75,7 @@ for case in cases:
 
 
 class Ended(NamedTuple):
-    """A build that ended: its case, exit code, number of events, standard error, and the files in the output's folder."""
+    """A build that ended: case, exit code, number of events, standard error, files in the output's folder."""
 
     case: dict[str, Any]
     code: int

@@ -1,4 +1,4 @@
-"""Tests of `kvexport lint`: unsupported nodes of a bundle for a target, as a table, as JSON, and by exit code."""
+"""Tests of `kvexport lint`: unsupported nodes of a bundle for a target, and exit codes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TARGETS = [target for target in known_targets() if target.engine != "onnxruntime
 @pytest.mark.slow
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])
 def test_every_target_supports_the_lowering_that_is_chosen_for_it(target: object, bundle: Path) -> None:
-    """The lowering is the one that `lowering_for` names, for every TensorRT version that the target can have."""
+    """The lowering is the one of `lowering_for`, for every TensorRT version that the target can have."""
     for jetpack in (None, *target.jetpacks):  # type: ignore[attr-defined]
         arguments = ["--target", target.name, *(["--jetpack", jetpack] if jetpack else [])]  # type: ignore[attr-defined]
         code, out, err = lint(bundle, *arguments, "--json")
@@ -135,7 +135,9 @@ def test_rejects_invalid_targets_and_versions(arguments: list[str], message: str
 
 
 def test_needs_no_nvidia_package(bundle: Path) -> None:
-    hidden = "import sys; sys.modules.update(dict.fromkeys(('tensorrt', 'tensorrt_rtx', 'polygraphy', 'torch', 'onnxruntime')))"
-    script = f"{hidden}; from kvexport.cli import main; main(['lint', {str(bundle)!r}, '--target', 'orin-nano-8gb'])"
+    names = ("tensorrt", "tensorrt_rtx", "polygraphy", "torch", "onnxruntime")
+    hidden = f"import sys; sys.modules.update(dict.fromkeys({names}))"
+    script = f"{hidden}; from kvexport.cli import main; "
+    script += f"main(['lint', {str(bundle)!r}, '--target', 'orin-nano-8gb'])"
     ran = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (ran.returncode, ran.stderr) == (0, "")

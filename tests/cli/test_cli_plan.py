@@ -178,7 +178,8 @@ def test_rejects_a_path_without_a_readable_config(tmp_path: Path) -> None:
 def test_needs_only_the_packages_of_the_base_install(llama: Path) -> None:
     code = (
         "import sys\n"
-        "for name in ('torch', 'safetensors', 'onnx', 'onnx_ir', 'onnxruntime', 'transformers', 'ml_dtypes', 'psutil'):\n"
+        "for name in ('torch', 'safetensors', 'onnx', 'onnx_ir', 'onnxruntime', 'transformers', 'ml_dtypes', "
+        "'psutil'):\n"
         "    sys.modules[name] = None  # as if it were not installed\n"
         "from kvexport.cli import main\n"
         f"main(['plan', {str(llama)!r}, '--target', 'orin-nano-8gb'])\n"

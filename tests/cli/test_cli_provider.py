@@ -28,7 +28,7 @@ Run = Callable[..., Ended]
 
 @pytest.fixture(scope="module")
 def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with checkpoint, text.txt, and two bundles with engines: `text`, and `validated` with reference outputs."""
+    """A checkpoint, text.txt, and bundles with engines: `text`, and `validated` with reference outputs."""
     folder = tmp_path_factory.mktemp("provider")
     shutil.copytree(
         tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, eos_token_id=None),
@@ -47,7 +47,7 @@ def folder(tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPa
 
 @pytest.fixture
 def run(folder: Path) -> Run:
-    """`run(command, *options)`, with the arguments that the command needs: exit code, standard output, standard error."""
+    """`run(command, *options)`: adds the command's arguments; exit code, standard output, standard error."""
     arguments = {
         "run": [folder / "text", "--prompt", "Once", "--max-new-tokens", 6],
         "validate": [folder / "validated"],
@@ -163,8 +163,9 @@ def test_a_missing_onnxruntime_is_named_with_its_extra(folder: Path, provider: s
 
 def test_running_an_engine_imports_no_onnxruntime(folder: Path) -> None:
     """The modules that run an engine import none of these packages; this test only imports them."""
-    modules = "session, kvexport.runtime.backends.tensorrt, kvexport.runtime.backends.tensorrt_select, kvexport.runtime.backends.cuda"
-    script = f"import sys, kvexport.runtime.{modules}\nassert not {{'onnxruntime', 'onnx', 'onnx_ir', 'torch'}} & set(sys.modules)"
+    modules = ("session", "backends.tensorrt", "backends.tensorrt_select", "backends.cuda")
+    script = f"import sys, {', '.join(f'kvexport.runtime.{module}' for module in modules)}\n"
+    script += "assert not {'onnxruntime', 'onnx', 'onnx_ir', 'torch'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", script], check=True)
 
 

@@ -55,7 +55,8 @@ def test_prints_prompt_and_continuation_to_stdout_and_a_summary_to_stderr(
     code, out, err = run("--prompt", PROMPT)
     assert (code, out) == (0, f"{PROMPT}{continuation}\n")
     assert re.fullmatch(
-        r"kvexport: stopped at --max-new-tokens; prefill \d+ tokens at \d+/s, decode 23 tokens at \d+/s on the CPU; "
+        r"kvexport: stopped at --max-new-tokens; prefill \d+ tokens at \d+/s, "
+        r"decode 23 tokens at \d+/s on the CPU; "
         r"KV cache \d+\.\d KiB in use, \d+\.\d KiB allocated\n",
         err,
     )
@@ -66,7 +67,7 @@ def test_quiet_prints_the_text_only(run: Run, continuation: str) -> None:
 
 
 def test_the_continuation_contains_characters_of_several_bytes(continuation: str) -> None:
-    """Control: tokens of this bundle split characters, so the other tests cover text that is assembled from pieces."""
+    """Control: tokens of this bundle split characters, so the other tests cover assembled text."""
     assert any(ord(character) > 127 for character in continuation)
 
 

@@ -159,7 +159,8 @@ def test_wrong_usage_exits_with_2_and_the_reason(
         (
             OSError(errno.EROFS, "Read-only file system", "/there"),
             3,
-            "/there cannot be read or written\n  got:      Read-only file system\n  fix:      change the permissions",
+            "/there cannot be read or written\n  got:      Read-only file system\n  fix:      change the "
+            "permissions",
         ),
         (OSError(errno.EDQUOT, "Disk quota exceeded"), 3, "Disk quota exceeded"),
         (OSError(errno.EFBIG, "File too large"), 3, "File too large"),
