@@ -16,9 +16,9 @@ def error_text(problem: str, *, got: object = None, expected: object = None, fix
 class KvexportError(Exception):
     """A failure that the user can act on.
 
-    The message has up to four lines: what must be true (and where), the value that was got, the values that are
-    allowed, and the command or option that fixes it. The command line prints the message without a traceback
-    and exits with `exit_code`.
+    The message has up to four lines: what must be true (and where), the value that was got, the values that
+    are allowed, and the command or option that fixes it. The command line prints the message without a
+    traceback and exits with `exit_code`.
 
     Attributes:
         what: the first line.
