@@ -71,7 +71,7 @@ def apply_code(attention: Attention, grouping: Grouping, code: LayerCode, value_
 
 
 def _folds(hidden: int, width: int, rank: int) -> bool:
-    """Whether a matrix [hidden, rank] per head is no larger than one [hidden, width] and a map [width, rank]."""
+    """Whether [hidden, rank] per head is no larger than [hidden, width] and a map [width, rank]."""
     return hidden * rank <= hidden * width + width * rank
 
 

@@ -102,7 +102,7 @@ class Frontier:
         return int(np.isfinite(self._least).argmax()) * self._unit
 
     def kl(self, kv_width: int) -> float:
-        """Least predicted KL in nats per token with at most `kv_width` cached numbers per token, all layers."""
+        """Least predicted KL, nats per token, for at most `kv_width` cached numbers per token, all layers."""
         return float(self._least[min(kv_width, self.most) // self._unit])
 
     def layer_plans(self, kv_width: int) -> list[LayerPlan]:

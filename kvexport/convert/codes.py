@@ -58,7 +58,7 @@ class Codes:
 
     @property
     def losses(self) -> Tensor:
-        """tr(S · Cov(z - ẑ)) at ranks 0 .. n, [n + 1] float64: the sums of all but the r largest eigenvalues."""
+        """tr(S · Cov(z - ẑ)) at ranks r = 0 .. n, [n + 1] float64: sums of the other eigenvalues."""
         return torch.cat((self.spectrum, self.spectrum.new_zeros(1))).flip(0).cumsum(0).flip(0)
 
 
@@ -101,7 +101,7 @@ def leading_eigenvectors(symmetric: Tensor, rank: int) -> Tensor:
 
 
 def add_damping(matrix: Tensor) -> Tensor:
-    """Add a millionth of the mean diagonal to the diagonal, so that the matrix has full rank; zero becomes I."""
+    """Add a millionth of the mean diagonal to the diagonal, for full rank; a zero matrix becomes I."""
     scale = float(matrix.diagonal().mean())
     identity = torch.eye(len(matrix), dtype=matrix.dtype)
     return matrix + _DAMPING * scale * identity if scale > 0 else identity

@@ -1,4 +1,4 @@
-"""Reordering of KV heads: the layer computes the same function, with heads that share a cached head adjacent."""
+"""Reordering of KV heads, to make those of a group adjacent; the layer computes the same function."""
 
 from __future__ import annotations
 

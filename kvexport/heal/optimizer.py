@@ -69,7 +69,7 @@ def schedule(step: int, steps: int) -> float:
 
 
 def batch_of(count: int, batch: int, seed: int, step: int) -> Tensor:
-    """Indices of the windows of a step, [batch] int64; every epoch has its own order of the `count` windows."""
+    """Indices of the windows of a step, [batch] int64; every epoch has its own order of windows."""
     batch = min(batch, count)
     epoch, at = divmod(step, count // batch)
     order = torch.randperm(count, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))

@@ -1,4 +1,4 @@
-"""State of healing in one safetensors file, replaced atomically, with a checksum and the digest of the job."""
+"""State of healing in one safetensors file, written atomically, with checksum and digest of the job."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""A Hugging Face checkpoint as files: config.json and safetensors, one or sharded.
+"""Hugging Face checkpoints on disk: config.json and safetensors, in one file or in shards.
 
-Knows names, dtypes and shapes of tensors and how to read one without keeping its file mapped; must not
-know what any tensor means. Only safetensors is read: a pickle can run code.
+Only safetensors is read, because reading a pickle can run code.
 """
 
 from __future__ import annotations
@@ -39,10 +38,11 @@ class Checkpoint:
     Attributes:
         path: the directory.
         config: the parsed config.json.
-        files: the safetensors file that holds each tensor.
+        files: safetensors file of each tensor, by tensor name.
 
     Raises (on construction):
-        CheckpointError: not a checkpoint, weights only as pickle, a shard missing or truncated.
+        CheckpointError: the directory is not a checkpoint, has weights as pickle only, or a shard is missing
+            or truncated.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,7 +51,7 @@ class Checkpoint:
             raise CheckpointError(
                 "the checkpoint is not a directory",
                 got=path,
-                fix="give the folder that holds config.json (hf download NAME --local-dir FOLDER fetches a model)",
+                fix="give the folder with config.json (to download one: hf download NAME --local-dir FOLDER)",
             )
         self.config = read_json(path / "config.json")
         self.files = self._find_tensors()
@@ -69,30 +69,30 @@ class Checkpoint:
         for shard in weight_map.values():
             if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
                 raise CheckpointError(f"{_INDEX} names a shard that is no file name", got=repr(shard))
-        found: dict[str, Path] = {}
+        files: dict[str, Path] = {}
         for shard in sorted(set(weight_map.values())):
             if not (self.path / shard).is_file():
                 raise CheckpointError(
                     f"shard {shard} of {_INDEX} is not in {self.path}", fix="download the shard"
                 )
-            held = set(_open(self.path / shard).keys())
+            names = set(_open(self.path / shard).keys())
             for name in sorted(
-                name for name, promised in weight_map.items() if promised == shard and name not in held
+                name for name, promised in weight_map.items() if promised == shard and name not in names
             ):
                 raise CheckpointError(
                     f"shard {shard} lacks tensor {name}, which {_INDEX} promises",
                     fix="download the checkpoint again",
                 )
-            found.update({name: self.path / shard for name in held if weight_map.get(name, shard) == shard})
-        return found
+            files.update({name: self.path / shard for name in names if weight_map.get(name, shard) == shard})
+        return files
 
     def _no_safetensors(self) -> CheckpointError:
         pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
         if pickles:
             return CheckpointError(
-                "the checkpoint holds its weights as a pickle, which can run code when read; only safetensors is read",
+                "the weights must be safetensors: reading a pickle can run code",
                 got=", ".join(pickles),
-                fix='convert it where you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
+                fix='convert it, if you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
                 f"M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\"",
             )
         return CheckpointError(
@@ -103,17 +103,18 @@ class Checkpoint:
 
     @contextmanager
     def reading(self) -> Iterator[None]:
-        """Keep files mapped between reads inside the block, and none after it."""
+        """Keep files mapped inside the block, for `tensor`; they are closed after it."""
         try:
             yield
         finally:
             self._readers.clear()
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """One tensor as `dtype`, copied out of its file, inside `reading()`.
+        """Read one tensor inside `reading()`, as a copy in `dtype`.
 
         Raises:
-            CheckpointError: missing, another shape, not floating point, or not finite.
+            CheckpointError: the tensor is missing, has another shape, is not floating point, or is not
+                finite.
         """
         path = self.files.get(name)
         if path is None:
@@ -151,35 +152,39 @@ class Checkpoint:
         return tensor
 
     def digest(self) -> str:
-        """sha256 over config.json and every weight file: the identity of the source model."""
+        """sha256 over config.json and all weight files, which identifies the model."""
         total = hashlib.sha256()
         for path in [self.path / "config.json", *sorted(set(self.files.values()))]:
             total.update(sha256_of(path).encode())
         return total.hexdigest()
 
     def copy_tokenizer(self, into: Path) -> list[str]:
-        """Copy the tokenizer and generation files that there are; returns their names."""
+        """Copy the tokenizer and generation files that exist; returns their names."""
         names = [name for name in _TOKENIZER_FILES if (self.path / name).exists()]
         for name in names:
             shutil.copyfile(self.path / name, into / name)
         return names
 
     def token_ids(self, which: str, vocab_size: int) -> tuple[int, ...]:
-        """`bos_token_id` or `eos_token_id`, from generation_config.json if it says, else config.json.
+        """Token ids of `bos_token_id` or `eos_token_id`, from generation_config.json or else config.json.
+
+        Args:
+            which: the key.
+            vocab_size: number of tokens of the model.
 
         Raises:
-            CheckpointError: not token ids of the vocabulary.
+            CheckpointError: the value is not a token id of the vocabulary or a list of them.
         """
         generation = self.path / "generation_config.json"
-        said = read_json(generation).get(which) if generation.exists() else None
-        said = self.config.get(which) if said is None else said
-        if said is None:
+        value = read_json(generation).get(which) if generation.exists() else None
+        value = self.config.get(which) if value is None else value
+        if value is None:
             return ()
-        ids = tuple(said) if isinstance(said, list) else (said,)
+        ids = tuple(value) if isinstance(value, list) else (value,)
         if not all(type(one) is int and 0 <= one < vocab_size for one in ids):
             raise CheckpointError(
-                f"{which} is not a token id or a list of them",
-                got=repr(said),
+                f"{which} must be a token id or a list of them",
+                got=repr(value),
                 expected=f"0 to {vocab_size - 1}",
                 fix="correct config.json or generation_config.json",
             )
@@ -187,22 +192,27 @@ class Checkpoint:
 
 
 def read_json(path: Path) -> Mapping[str, Any]:
+    """Read a JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: the file is missing, unreadable or not a JSON object.
+    """
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
             f"{path.parent} is no checkpoint: it has no {path.name}",
             fix="give the folder that holds config.json",
         ) from error
-    except (ValueError, RecursionError) as error:  # json's own, and int's for a number of 5000 digits
-        raise CheckpointError(f"{path} is not JSON: {error}", fix="download the file again") from error
+    except (ValueError, RecursionError) as error:  # int raises ValueError for a number of 5000 digits
+        raise CheckpointError(f"{path} must be JSON: {error}", fix="download the file again") from error
     except OSError as error:
         raise CheckpointError(
             f"{path} cannot be read: {error.strerror}", fix="give the folder that holds config.json"
         ) from error
-    if not isinstance(found, dict):
-        raise CheckpointError(f"{path} holds no JSON object", got=type(found).__name__)
-    return found
+    if not isinstance(raw, dict):
+        raise CheckpointError(f"{path} must be a JSON object", got=type(raw).__name__)
+    return raw
 
 
 def _open(path: Path) -> Any:

@@ -18,11 +18,13 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_tanh": "gelu_tanh",
     "relu": "relu",
 }
-_MOST = 2**24  # of any whole number in a config.json; the longest published context is 10 million tokens
+_MOST = 2**24  # largest integer accepted; the longest published context is 10 million tokens
 
 
 @dataclass(frozen=True)
 class ConfigSizes:
+    """Sizes of a model, checked; `max_positions` is None if the config has no limit."""
+
     vocab: int
     hidden: int
     layers: int
@@ -33,48 +35,72 @@ class ConfigSizes:
 
 
 def whole_number(name: str, value: object, least: int = 1) -> int:
+    """An integer of config.json, at least `least`; `name` is its key.
+
+    Raises:
+        CheckpointError: the value is not an integer in range.
+    """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise CheckpointError(
             f"config.json gives an impossible {name}",
             got=f"{value!r:.60}",
-            expected=f"a whole number from {least} to {_MOST}",
+            expected=f"an integer from {least} to {_MOST}",
         )
     return value
 
 
 def number(name: str, value: object) -> float:
-    if (
-        isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300
-    ):  # an int may be beyond any float
+    """A positive number of config.json; `name` is its key.
+
+    Raises:
+        CheckpointError: the value is not a positive number.
+    """
+    # an int may exceed any float
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
         raise CheckpointError(
             f"config.json gives an impossible {name}", got=repr(value), expected="a number above 0"
         )
     return float(value)
 
 
-def activation_of(said: object) -> Activation:
-    if not isinstance(said, str) or said not in _ACTIVATIONS:
+def activation_of(name: object) -> Activation:
+    """The activation that config.json names.
+
+    Raises:
+        CheckpointError: the activation is not supported.
+    """
+    if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(
-            "config.json names an activation that is not known",
-            got=repr(said),
+            "the activation in config.json must be supported",
+            got=repr(name),
             expected=", ".join(_ACTIVATIONS),
         )
-    return _ACTIVATIONS[said]
+    return _ACTIVATIONS[name]
 
 
-def refuse_quantised(config: Mapping[str, Any]) -> None:
-    said = config.get("quantization_config")
-    if said:
-        method = said.get("quant_method") if isinstance(said, dict) else said
+def require_unquantised(config: Mapping[str, Any]) -> None:
+    """Raise CheckpointError if config.json describes quantised weights."""
+    quantization = config.get("quantization_config")
+    if quantization:
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
             "the checkpoint is quantised (config.json has quantization_config)",
             got=f"quant_method = {method!r}",
             expected="weights in float32, float16 or bfloat16",
-            fix="start from the checkpoint that it was quantised from; kvexport compresses first and quantises after",
+            fix="start from the unquantised checkpoint; kvexport compresses first",
         )
 
 
 def sizes_of(settings: Mapping[str, Any], rotated: bool) -> ConfigSizes:
+    """Sizes from a family's settings, with derived ones filled in.
+
+    Args:
+        settings: values of config.json under the names of the family description.
+        rotated: whether the model uses RoPE, which needs an even head_dim.
+
+    Raises:
+        CheckpointError: a size is out of range, or two contradict each other.
+    """
     for name in (
         "vocab_size",
         "hidden_size",
@@ -90,7 +116,7 @@ def sizes_of(settings: Mapping[str, Any], rotated: bool) -> ConfigSizes:
     head_dim = settings.get("head_dim", settings["hidden_size"] // heads)
     if heads % kv_heads:
         raise CheckpointError(
-            "num_key_value_heads does not divide num_attention_heads",
+            "num_key_value_heads must divide num_attention_heads",
             got=f"{kv_heads} of {heads}",
             fix="correct config.json",
         )

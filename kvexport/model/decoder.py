@@ -1,8 +1,9 @@
-"""The neutral decoder: what a trained model is, without any Hugging Face name.
+"""The neutral decoder: a tree of frozen dataclasses with torch tensors at the leaves, independent of model
+families.
 
-Knows the shapes and the meaning of every leaf; must not know where they were read from, nor import
-torch (leaves are torch tensors, and only their annotations say so). Conversion maps one tree to another,
-`kvexport.model.reference` runs it, the graph builder writes it.
+`kvexport.model.loader` makes it from a checkpoint, `kvexport.convert` maps it to a compressed one,
+`kvexport.model.reference` runs it and `kvexport.graph` writes it as ONNX. This module imports torch for
+annotations only.
 """
 
 from __future__ import annotations
@@ -47,19 +48,24 @@ class Rope:
 class Attention:
     """Self-attention with `num_heads` queries over `num_kv_heads` cached heads.
 
-    A standard layer has no maps: `k` makes `num_kv_heads` heads of `head_dim`, `v` as many of `value_dim`.
-    A converted layer may make more key heads than it caches: `k` makes t·num_kv_heads heads, which are
-    normalised and rotated as trained, then each t of them are projected to one cached head of `key_dim`
-    by `key_map`; queries follow through `query_map` (one small matrix a head). Where nothing rotates, `k` makes the
-    cached heads of `key_dim` itself and there may be a query_map alone. With `frequencies`, too, but what is cached
-    rotates: the query_map comes before the rotation then, and each pair turns with the frequency named for it.
-    `value_map` takes a head's attention output from `value_dim` to the width that `o` expects; without it `o` takes
-    value_dim.
-    The softmax scale is always that of the trained model, 1/sqrt(its head_dim).
+    An unconverted layer has no maps: `k` makes `num_kv_heads` heads of `head_dim`, `v` as many of
+    `value_dim`. A converted layer is one of these:
+
+    - keys compressed after RoPE: `k` makes t·num_kv_heads heads, which are normalised and rotated as trained;
+    `key_map`
+      projects each t of them to one cached head of `key_dim`, `query_map` maps queries accordingly.
+    - keys compressed before RoPE: `k` makes the cached heads of `key_dim`. If these are wider than trained
+    heads,
+      `query_map` maps queries before RoPE, and each cached pair rotates with the frequency given by
+      `frequencies`.
+    - no RoPE: `k` makes the cached heads of `key_dim`; there may be a `query_map`.
+
+    `value_map` maps a head's attention output from `value_dim` to the width that `o` expects; without it `o`
+    takes `value_dim`. The softmax scale is that of the trained model, 1/sqrt(its head_dim).
     """
 
     q: Linear  # [num_heads·head_dim, hidden]
-    k: Linear  # [key_heads·head_dim, hidden] with key_map, key_heads = t·num_kv_heads; else [num_kv_heads·key_dim, hidden]
+    k: Linear  # [key_heads·head_dim, hidden] with key_map; else [num_kv_heads·key_dim, hidden]
     v: Linear  # [num_kv_heads·value_dim, hidden]
     o: Linear  # [hidden, num_heads·(value_map width, or value_dim)]
     num_heads: int
@@ -67,15 +73,13 @@ class Attention:
     head_dim: int
     scale: float
     position: Position
-    q_norm: Norm | None = None  # [head_dim], before rotation
-    k_norm: Norm | None = None  # [head_dim], before rotation
-    key_map: Tensor | None = None  # [num_kv_heads, t·head_dim, key_dim], after rotation
-    query_map: Tensor | None = (
-        None  # [num_heads, head_dim, key_dim], after rotation, or before it with `frequencies`
-    )
-    frequencies: Tensor | None = (
-        None  # int64 [key_dim/2], of the decoder's rotary pairs, one for each cached pair
-    )
+    q_norm: Norm | None = None  # [head_dim], before RoPE
+    k_norm: Norm | None = None  # [head_dim], before RoPE
+    key_map: Tensor | None = None  # [num_kv_heads, t·head_dim, key_dim], after RoPE
+    # [num_heads, head_dim, key_dim], after RoPE, or before it with `frequencies`
+    query_map: Tensor | None = None
+    # [key_dim/2] int64, index of the RoPE frequency of each cached pair
+    frequencies: Tensor | None = None
     value_map: Tensor | None = None  # [num_heads, value_dim, width]
     alibi_slopes: Tensor | None = None  # [num_heads]
     window: int | None = None  # a query at position p sees positions p - window < n <= p
@@ -128,7 +132,7 @@ class Layer:
 
 @dataclass(frozen=True)
 class Embedding:
-    """Token embedding, with the LayerNorm that BLOOM puts after it."""
+    """Token embedding, and the norm after it (BLOOM has one)."""
 
     weight: Tensor  # [vocab, hidden]
     norm: Norm | None = None
@@ -136,7 +140,7 @@ class Embedding:
 
 @dataclass(frozen=True)
 class ModelDims:
-    """Sizes that no layer can change."""
+    """Sizes of the model that conversion does not change."""
 
     vocab_size: int
     hidden_size: int
@@ -144,7 +148,7 @@ class ModelDims:
 
 
 class LazyLayers(Sequence[Layer]):
-    """Layers that are read when asked for and kept by nobody: one in memory at a time."""
+    """Layers that are loaded at each access and not cached, so that one is in memory at a time."""
 
     def __init__(self, count: int, read: Callable[[int], Layer]) -> None:
         self._count, self._read = count, read
@@ -169,7 +173,7 @@ class LazyLayers(Sequence[Layer]):
 
 @dataclass(frozen=True)
 class Decoder:
-    """A whole model. `head` is None when it is the embedding's own weight (tied)."""
+    """A whole model. `head` is None if it is tied to the embedding."""
 
     embedding: Embedding
     layers: Sequence[Layer]
@@ -182,7 +186,7 @@ class Decoder:
 
     @property
     def output(self) -> Linear:
-        """The head, tied or not."""
+        """The head, also if it is tied to the embedding."""
         return Linear(self.embedding.weight) if self.head is None else self.head
 
 

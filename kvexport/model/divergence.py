@@ -1,7 +1,4 @@
-"""How far one model's next-token predictions are from another's, summed over a stream of logits.
-
-Knows logits and targets; nothing of models.
-"""
+"""Divergence of a compressed model's next-token predictions from the original's, over a stream of logits."""
 
 from __future__ import annotations
 
@@ -13,14 +10,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Divergence:
-    """Means over `tokens` predictions.
+    """Means over next-token predictions.
 
     Attributes:
         mean_kl: KL(original ‖ compressed), nats per token.
-        cross_entropy: of the compressed model's predictions against the text, nats per token.
-        cross_entropy_original: the original's.
-        top1_agreement: how often both models' likeliest token is the same.
-        tokens: predictions compared.
+        cross_entropy: of the compressed model on the text, nats per token.
+        cross_entropy_original: of the original on the text, nats per token.
+        top1_agreement: share of predictions in which both models have the same most likely token, 0 to 1.
+        tokens: number of predictions.
     """
 
     mean_kl: float
@@ -31,25 +28,34 @@ class Divergence:
 
     @property
     def perplexity(self) -> float:
+        """exp of the cross-entropy."""
         return math.exp(self.cross_entropy)
 
     @property
     def perplexity_original(self) -> float:
+        """exp of the original's cross-entropy."""
         return math.exp(self.cross_entropy_original)
 
     def to_json(self) -> dict[str, float | int]:
+        """Plain JSON values."""
         return asdict(self) | {"perplexity": self.perplexity, "perplexity_original": self.perplexity_original}
 
 
 class DivergenceMeter:
-    """Takes logits of both models window by window; `finish` gives the means."""
+    """Accumulates a divergence window by window."""
 
     def __init__(self) -> None:
         self._kl = self._ce = self._ce_original = self._agree = 0.0
         self._tokens = 0
 
     def add(self, original: Tensor, compressed: Tensor, windows: Tensor) -> None:
-        """Logits [N, S, vocab] of both models on token ids `windows` [N, S]; position s predicts token s + 1."""
+        """Add windows.
+
+        Args:
+            original: logits of the original, [N, S, vocab]; position s predicts token s + 1.
+            compressed: logits of the compressed model, [N, S, vocab].
+            windows: token ids, [N, S] int64.
+        """
         targets = windows[:, 1:, None]
         a = original[:, :-1].float().log_softmax(-1)
         b = compressed[:, :-1].float().log_softmax(-1)
@@ -60,6 +66,7 @@ class DivergenceMeter:
         self._tokens += targets.numel()
 
     def finish(self) -> Divergence:
+        """The means over all windows added."""
         count = max(self._tokens, 1)
         return Divergence(
             mean_kl=max(self._kl / count, 0.0),  # rounding can leave -1e-9 for identical models

@@ -112,7 +112,7 @@ def parse_family(text: str, where: str) -> Family:
     layout, gated = attention.string("layout", ("split", "fused_by_head")), mlp.boolean("gated")
     if layout != "split" and "num_kv_heads" in config:
         raise UsageError(
-            f"{where}: config.num_kv_heads must be absent with a fused layout, which has as many KV heads as query heads"
+            f"{where}: config.num_kv_heads must be absent with a fused layout (one KV head per query head)"
         )
     norm = table.table("norm")
     family = Family(

@@ -1,9 +1,9 @@
-"""A converted decoder as a standard Hugging Face checkpoint, where it is one.
+"""Writer of Hugging Face checkpoints, for converted decoders that transformers can run.
 
-Rotary decoders with folded codes become a Llama checkpoint with fewer key-value heads (Llama is the layout that
-can carry every bias that folding makes; Mistral and Qwen2 differ from it in nothing else). BLOOM has no shared
-heads in transformers, so there each kept head is repeated for its queries: the same logits, the same file size,
-and `kvexport build` finds the repetition again without loss. Knows names and configs; converts nothing.
+Decoders with RoPE and folded codes become a Llama checkpoint with fewer KV heads: the Llama layout has all
+biases that folding makes, and Mistral and Qwen2 do not differ in anything else. transformers has no shared KV
+heads for BLOOM, so each KV head is repeated for its query heads: same logits and file size as the original,
+and `kvexport build` compresses the repetition without loss.
 """
 
 from __future__ import annotations
@@ -32,14 +32,19 @@ _LLAMA_DROPS = (
 
 
 def require_hf_checkpoint(decoder: Decoder, method: str, compressing: bool) -> None:
-    """Refuse, before any work, what cannot become a standard checkpoint.
+    """Raise, before any work, if the conversion cannot be written as a Hugging Face checkpoint.
+
+    Args:
+        decoder: the trained model.
+        method: name of the conversion method.
+        compressing: whether KV heads are reduced.
 
     Raises:
-        UsageError: says why, and what to do instead.
+        UsageError: the model or the method needs a bundle.
     """
     attention = decoder.layers[0].attention
     if attention.k_norm is not None and compressing:
-        reason = "keys of this model are normalised after W_K (QK-norm), so fewer KV heads do not fold into its weights"
+        reason = "a Hugging Face checkpoint needs a model without QK-norm: a norm after W_K prevents folding"
         raise UsageError(
             reason,
             got=f"--method {method}",
@@ -47,14 +52,14 @@ def require_hf_checkpoint(decoder: Decoder, method: str, compressing: bool) -> N
         )
     if attention.position == "rope" and method not in ("fold", "mean-pool"):
         raise UsageError(
-            "with rotary keys this method projects after rotation, which no standard checkpoint can say",
+            "a Hugging Face checkpoint of a model with RoPE needs a method that folds into the weights",
             got=f"--method {method}",
             expected="fold, mean-pool",
             fix="use --method fold, or make a bundle: kvexport build CHECKPOINT -o BUNDLE",
         )
     if attention.position == "rope" and any(layer.attention.window is not None for layer in decoder.layers):
         raise UsageError(
-            "this model's attention has a sliding window, which a Llama checkpoint cannot say",
+            "a Hugging Face checkpoint needs a model without sliding window: the Llama layout has none",
             fix="make a bundle instead: kvexport build CHECKPOINT -o BUNDLE",
         )
 
@@ -82,7 +87,7 @@ class HFCheckpointWriter:
             self._norm("transformer.word_embeddings_layernorm", embedding.norm)
 
     def add_layer(self, layer: Layer) -> None:
-        """Append a layer. Its key code must have been folded."""
+        """Append a layer, which must have no maps."""
         attention = layer.attention
         assert attention.key_map is None and attention.value_map is None
         self._kv_heads = attention.num_kv_heads
@@ -91,7 +96,7 @@ class HFCheckpointWriter:
         self._layers += 1
 
     def finish(self) -> None:
-        """Append the last norm and the head, and write the index and the config."""
+        """Append final norm and head, and write index and config."""
         self._norm("transformer.ln_f" if self._bloom else "model.norm", self._decoder.final_norm)
         if self._decoder.head is not None:
             self._add("lm_head.weight", self._decoder.head.weight)
@@ -114,7 +119,7 @@ class HFCheckpointWriter:
         prefix, attention = f"transformer.h.{index}.", layer.attention
         self._norm(prefix + "input_layernorm", layer.attention_norm)
         self._norm(prefix + "post_attention_layernorm", layer.mlp_norm)
-        self._linear(prefix + "self_attention.query_key_value", fused(attention))
+        self._linear(prefix + "self_attention.query_key_value", fuse(attention))
         self._linear(prefix + "self_attention.dense", with_bias(attention.o))
         self._linear(prefix + "mlp.dense_h_to_4h", layer.mlp.up)
         self._linear(prefix + "mlp.dense_4h_to_h", layer.mlp.down)
@@ -150,7 +155,7 @@ class HFCheckpointWriter:
         stored = tensor.to(self._dtype).contiguous()
         if not bool(stored.isfinite().all()):
             raise UsageError(
-                f"{name} does not fit {self._dtype}",
+                f"{name} must be in the range of {self._dtype}",
                 got=f"{float(tensor.abs().max()):g}",
                 fix="use --dtype bfloat16 or float32",
             )
@@ -168,7 +173,7 @@ class HFCheckpointWriter:
         self._pending_bytes = 0
 
     def _name_shards(self) -> None:
-        """Give the shards the names that transformers expects, now that their number is known."""
+        """Rename the shards as transformers expects, now that their number is known."""
         count = len(self._written)
         if count == 1:
             (self._directory / self._written[0][0]).rename(self._directory / "model.safetensors")
@@ -187,20 +192,22 @@ class HFCheckpointWriter:
 
 
 def with_bias(linear: Linear) -> Linear:
-    """The same map, with a bias of zeros if it has none: Llama's `attention_bias` is for all four or for none."""
+    """Add a zero bias if there is none: Llama's `attention_bias` applies to q, k, v and o together."""
     if linear.bias is not None:
         return linear
     return Linear(linear.weight, torch.zeros(linear.weight.shape[0], dtype=linear.weight.dtype))
 
 
-def fused(attention: Attention) -> Linear:
-    """BLOOM's fused rows [heads, 3, head_dim], each KV head repeated for the queries that share it."""
+def fuse(attention: Attention) -> Linear:
+    """Query, key and value in BLOOM's fused rows [heads, 3, head_dim]; KV heads are repeated for their query
+    heads.
+    """
     repeats = attention.queries_per_kv_head
 
     def rows(linear: Linear, count: int, times: int) -> tuple[Tensor, Tensor]:
-        whole = with_bias(linear)
-        assert whole.bias is not None
-        weight, bias = whole.weight.unflatten(0, (count, -1)), whole.bias.unflatten(0, (count, -1))
+        biased = with_bias(linear)
+        assert biased.bias is not None
+        weight, bias = biased.weight.unflatten(0, (count, -1)), biased.bias.unflatten(0, (count, -1))
         return weight.repeat_interleave(times, 0), bias.repeat_interleave(times, 0)
 
     parts = [rows(attention.q, attention.num_heads, 1)]

@@ -1,7 +1,6 @@
-"""From a checkpoint to the neutral decoder: a family's description applied to a checkpoint's files.
+"""Loader: a family's description applied to a checkpoint's files gives the neutral decoder.
 
-Knows which tensors a config promises, undoes fused layouts, and fails if a tensor was not consumed;
-must not know what is done with the decoder.
+Fused layouts are split. The checkpoint must have exactly the tensors that its config implies.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvexport.errors import CheckpointError
 from kvexport.model.checkpoint import Checkpoint
-from kvexport.model.config import activation_of, number, refuse_quantised, sizes_of, whole_number
+from kvexport.model.config import activation_of, number, require_unquantised, sizes_of, whole_number
 from kvexport.model.decoder import (
     Attention,
     Decoder,
@@ -36,10 +35,15 @@ _LAYER_KINDS = ("full_attention", "sliding_attention")
 
 
 def load_decoder(path: Path | str | Checkpoint, dtype: torch.dtype | None = None) -> Decoder:
-    """A checkpoint as a decoder whose layers are read when asked for; leaves are `dtype` (default float32).
+    """Load a checkpoint as a decoder whose layers are loaded lazily.
+
+    Args:
+        path: directory of the checkpoint, or an opened one.
+        dtype: of all leaves [default: float32].
 
     Raises:
-        CheckpointError: unknown family, missing, unexpected or unusable tensors, unsupported settings.
+        CheckpointError: the family is unknown, tensors are missing, unexpected or unusable, or a setting is
+            not supported.
     """
     import torch
 
@@ -51,7 +55,7 @@ class _Loader:
     def __init__(self, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
         self._checkpoint, self._family, self._dtype = checkpoint, family, dtype
         self._config = checkpoint.config
-        refuse_quantised(self._config)
+        require_unquantised(self._config)
         settings = family.settings(self._config)
         self._sizes = sizes_of(settings, rotated=family.position == "rope")
         self._rope = rope_of(self._config, self._sizes.head_dim) if family.position == "rope" else None
@@ -60,7 +64,7 @@ class _Loader:
         self._activation = activation_of(settings["activation"])
         self._intermediate = self._intermediate_size()
         self._prefix = self._find_prefix()
-        self._refuse_other_tensors()
+        self._require_expected_tensors()
 
     def decoder(self) -> Decoder:
         sizes, names = self._sizes, self._family
@@ -76,8 +80,8 @@ class _Loader:
                 embedding.weight
             ):
                 raise CheckpointError(
-                    f"config.json says that the head is the embedding (tied), but {names.head}.weight holds other numbers",
-                    fix="set tie_word_embeddings to false in config.json if the model has its own head, else remove the tensor",
+                    f"{names.head}.weight must equal the embedding, because config.json ties them",
+                    fix="set tie_word_embeddings to false in config.json, or remove the tensor",
                 )
             final_norm = self._norm(names.final_norm, sizes.hidden)
         bos = self._checkpoint.token_ids("bos_token_id", sizes.vocab)
@@ -138,9 +142,8 @@ class _Loader:
             rows = {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
             q, k, v = (self._linear(name[n], rows[n] * sizes.head_dim, sizes.hidden, bias) for n in "qkv")
             return q, k, v
-        fused = self._linear(
-            name["qkv"], 3 * sizes.heads * sizes.head_dim, sizes.hidden, bias
-        )  # [heads, 3, head_dim]
+        # rows are [heads, 3, head_dim]
+        fused = self._linear(name["qkv"], 3 * sizes.heads * sizes.head_dim, sizes.hidden, bias)
         weight = fused.weight.view(sizes.heads, 3, sizes.head_dim, sizes.hidden)
         vector = None if fused.bias is None else fused.bias.view(sizes.heads, 3, sizes.head_dim)
 
@@ -150,7 +153,7 @@ class _Loader:
 
         return part(0), part(1), part(2)
 
-    def _head(self) -> Linear:  # never under the prefix
+    def _head(self) -> Linear:  # its name has no prefix
         name = self._family.head + ".weight"
         return Linear(self._checkpoint.tensor(name, (self._sizes.vocab, self._sizes.hidden), self._dtype))
 
@@ -178,14 +181,14 @@ class _Loader:
             return None
         if described.enabled is not None and not self._config.get(described.enabled):
             return None
-        size = self._said(described.size)
+        size = self._required(described.size)
         if size is None:
             return None
         if described.first_layer is not None:
             kinds = self._config.get("layer_types")
             if kinds is None:
                 windowed = index >= whole_number(
-                    described.first_layer, self._said(described.first_layer), least=0
+                    described.first_layer, self._required(described.first_layer), least=0
                 )
             elif (
                 isinstance(kinds, list) and len(kinds) == self._sizes.layers and kinds[index] in _LAYER_KINDS
@@ -193,7 +196,7 @@ class _Loader:
                 windowed = kinds[index] == "sliding_attention"
             else:
                 raise CheckpointError(
-                    "config.json's layer_types is not understood",
+                    "layer_types of config.json must list the kind of each layer",
                     got=repr(kinds),
                     expected=f"a list of {self._sizes.layers}, each {' or '.join(_LAYER_KINDS)}",
                 )
@@ -201,29 +204,29 @@ class _Loader:
                 return None
         return whole_number(described.size, size)
 
-    def _said(self, key: str) -> Any:
-        """A value that must be in config.json, because no guess is safe."""
+    def _required(self, key: str) -> Any:
+        """A value that config.json must have, because there is no safe default."""
         if key not in self._config:
             raise CheckpointError(f"config.json lacks {key}", fix="restore the model's own config.json")
         return self._config[key]
 
     def _intermediate_size(self) -> int:
-        """Width of the MLP: the config's, or where a family has no key for it, four times the hidden size."""
-        said = self._config.get("intermediate_size")
-        return 4 * self._sizes.hidden if said is None else whole_number("intermediate_size", said)
+        """Width of the MLP: that of the config, or four times the hidden size if it has none."""
+        size = self._config.get("intermediate_size")
+        return 4 * self._sizes.hidden if size is None else whole_number("intermediate_size", size)
 
     def _find_prefix(self) -> str:
         for prefix in self._family.prefixes:
             if f"{prefix}{self._family.embedding}.weight" in self._checkpoint.files:
                 return prefix
         raise CheckpointError(
-            f"the checkpoint lacks its embedding, tensor {self._family.prefixes[0]}{self._family.embedding}.weight",
+            f"the checkpoint lacks the embedding {self._family.prefixes[0]}{self._family.embedding}.weight",
             got=", ".join(sorted(self._checkpoint.files)[:3]) + ", ...",
             fix=f"check that config.json's model_type ({self._config.get('model_type')}) is right",
         )
 
-    def _refuse_other_tensors(self) -> None:
-        """Unless the checkpoint holds exactly the tensors that its config promises: found out before any is read."""
+    def _require_expected_tensors(self) -> None:
+        """Raise CheckpointError unless the checkpoint has exactly the expected tensors."""
         expected = set(self._expected())
         ignored = [self._prefix + pattern for pattern in self._family.ignored]
         if self._tied:
@@ -235,7 +238,7 @@ class _Loader:
         ]
         if extra:
             raise CheckpointError(
-                f"{len(extra)} tensors of the checkpoint are not known to family '{self._family.name}', so it is not that model",
+                f"{len(extra)} tensors of the checkpoint do not belong to family '{self._family.name}'",
                 got=", ".join(extra[:5]) + (", ..." if len(extra) > 5 else ""),
                 fix="correct config.json, or describe the family in one new file under graphs/families/",
             )
@@ -248,7 +251,7 @@ class _Loader:
             )
 
     def _expected(self) -> list[str]:
-        """The name of every tensor that the config promises."""
+        """Names of all tensors that the config implies."""
         family = self._family
         names: list[str] = [family.embedding + ".weight"]
         norms = [family.final_norm, *([family.embedding_norm] if family.embedding_norm else [])]

@@ -1,8 +1,7 @@
-"""The oracle: the neutral decoder in plain PyTorch with a static cache, readable in one sitting.
+"""The reference model: the neutral decoder in plain PyTorch with a static cache.
 
-Knows the mathematics of the forward pass and nothing of checkpoints, calibration or ONNX. Calibration
-runs it layer by layer, the exported graph is compared with it. It computes in the dtype of the tensors
-that it is given; norms and softmax in float32 at least.
+Calibration and conversion run it layer by layer; the exported graph is validated against it. It computes in
+the dtype of the given tensors, norms and softmax in float32 or wider.
 """
 
 from __future__ import annotations
@@ -20,10 +19,12 @@ from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Linear,
 
 
 def linear(parameters: Linear, x: Tensor) -> Tensor:
+    """x [..., in] to [..., out]."""
     return F.linear(x, parameters.weight, parameters.bias)
 
 
 def norm(parameters: Norm, x: Tensor) -> Tensor:
+    """RMSNorm or LayerNorm over the last axis of x [..., width], computed in float32 or wider."""
     wide = x.double() if x.dtype == torch.float64 else x.float()
     if parameters.kind == "rms":
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + parameters.eps)
@@ -44,7 +45,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def mlp_inner(parameters: Mlp, x: Tensor) -> Tensor:
-    """What `down` takes, [..., intermediate]."""
+    """Input of the down projection, [..., intermediate]."""
     activation = ACTIVATIONS[parameters.activation]
     if parameters.gate is None:
         return activation(linear(parameters.up, x))
@@ -52,42 +53,45 @@ def mlp_inner(parameters: Mlp, x: Tensor) -> Tensor:
 
 
 def mlp(parameters: Mlp, x: Tensor) -> Tensor:
+    """MLP of normed inputs x [..., hidden]."""
     return linear(parameters.down, mlp_inner(parameters, x))
 
 
 def rotary_tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin, each [B, 1, S, head_dim/2], of int64 positions [B, S].
 
-    Angles are float32 products, as trained models see them, whatever `dtype` is.
+    Angles are float32 products for every `dtype`, as in the models' training.
     """
     angles = positions[:, None, :, None].float() * rope.inv_freq.float()
     return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE on [B, H, S, head_dim], half-split pairs."""
+    """RoPE (arXiv 2104.09864) on x [B, H, S, head_dim] with half-split pairs."""
     cos, sin = tables
     first, second = x.chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
 
 
-def _chosen(tables: tuple[Tensor, Tensor], frequencies: Tensor) -> tuple[Tensor, Tensor]:
+def _select(tables: tuple[Tensor, Tensor], frequencies: Tensor) -> tuple[Tensor, Tensor]:
     cos, sin = tables
     return cos[..., frequencies], sin[..., frequencies]
 
 
 @dataclass(frozen=True)
 class Projected:
-    """What one layer's attention makes of its input, before any map that follows rotation: all [B, heads, S, width]."""
+    """Queries, keys and values of one layer, before any map that follows RoPE; all [B, heads, S, width]."""
 
-    query: Tensor  # normalised, not rotated
-    key: Tensor  # normalised, not rotated
-    query_rotated: Tensor  # the same tensor as `query` without rotation
+    query: Tensor  # after QK-norm, before RoPE
+    key: Tensor  # after QK-norm, before RoPE
+    query_rotated: Tensor  # the same tensor as `query` without RoPE
     key_rotated: Tensor
     value: Tensor
 
 
 def project(attention: Attention, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Projected:
+    """Queries, keys and values of normed inputs x [B, S, hidden]; `tables` are those of `rotary_tables`."""
+
     def heads(parameters: Linear, count: int) -> Tensor:  # [B, S, hidden] -> [B, count, S, width]
         return linear(parameters, x).unflatten(-1, (count, -1)).transpose(1, 2)
 
@@ -100,12 +104,12 @@ def project(attention: Attention, x: Tensor, tables: tuple[Tensor, Tensor] | Non
     assert tables is not None
     if attention.frequencies is not None:
         assert attention.query_map is not None
-        query, tables = query @ attention.query_map, _chosen(tables, attention.frequencies)
+        query, tables = query @ attention.query_map, _select(tables, attention.frequencies)
     return Projected(query, key, rotate(query, tables), rotate(key, tables), value)
 
 
 def map_queries(attention: Attention, query: Tensor) -> Tensor:
-    """Rotated queries [B, Hq, S, head_dim] to the width of the cached keys."""
+    """Queries after RoPE [B, H, S, head_dim] mapped to the width of cached keys, [B, H, S, key_dim]."""
     return (
         query
         if attention.query_map is None or attention.frequencies is not None
@@ -114,7 +118,7 @@ def map_queries(attention: Attention, query: Tensor) -> Tensor:
 
 
 def map_keys(attention: Attention, key: Tensor) -> Tensor:
-    """Rotated keys [B, key_heads, S, head_dim] to what is cached, [B, Hkv, S, key_dim]."""
+    """Keys after RoPE [B, key_heads, S, head_dim] mapped to cached keys, [B, Hkv, S, key_dim]."""
     if attention.key_map is None:
         return key
     grouped = (
@@ -123,40 +127,49 @@ def map_keys(attention: Attention, key: Tensor) -> Tensor:
     return grouped @ attention.key_map
 
 
-def visibility(attention: Attention, positions: Tensor, held: Tensor, dtype: torch.dtype) -> Tensor:
-    """What is added to the scores, [B, Hq or 1, S, slots]: -inf where a slot is unseen, and ALiBi.
+def visibility(attention: Attention, positions: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention bias, [B, H or 1, S, slots]: -inf where a query does not see a slot, plus ALiBi.
 
-    `held` says which position each slot holds, [slots], or [B, Hkv, slots] where heads differ; -1: none. A query at
-    position p sees those n <= p (within its window).
+    Args:
+        attention: gives the window and the ALiBi slopes.
+        positions: positions of the queries, [B, S] int64; a query at p sees positions n <= p within its
+            window.
+        slots: position of the token in each slot, [slots], or [B, Hkv, slots] if heads differ; -1: empty.
+        dtype: of the result.
     """
-    if held.ndim > 1:
-        held = held.repeat_interleave(attention.queries_per_kv_head, 1)[:, :, None]
-    distance = positions[:, None, :, None] - held  # [B, Hq or 1, S, slots]
-    hidden = (distance < 0) | (held < 0)
+    if slots.ndim > 1:
+        slots = slots.repeat_interleave(attention.queries_per_kv_head, 1)[:, :, None]
+    distance = positions[:, None, :, None] - slots  # [B, Hq or 1, S, slots]
+    hidden = (distance < 0) | (slots < 0)
     if attention.window is not None:
         hidden |= distance >= attention.window
     bias = torch.zeros((), dtype=dtype)
     if attention.alibi_slopes is not None:
-        wide = torch.float64 if dtype == torch.float64 else torch.float32  # distances are not exact in less
+        wide = (
+            torch.float64 if dtype == torch.float64 else torch.float32
+        )  # narrower dtypes do not hold distances exactly
         bias = (-attention.alibi_slopes[:, None, None].to(wide) * distance).to(dtype)
     return torch.where(hidden, torch.tensor(-torch.inf, dtype=dtype), bias)
 
 
 def scores(attention: Attention, query: Tensor, key: Tensor) -> Tensor:
-    """Scaled dot products [B, Hq, S, C] of mapped queries and cached keys [B, Hkv, C, key_dim]."""
+    """Scaled dot products [B, H, S, C] of mapped queries [B, H, S, key_dim] and cached keys [B, Hkv, C,
+    key_dim].
+    """
     grouped = query.unflatten(1, (attention.num_kv_heads, -1))  # [B, Hkv, G, S, key_dim]
     return (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * attention.scale
 
 
 def weights(logits: Tensor) -> Tensor:
+    """Softmax over the last axis, computed in float32 or wider."""
     wide = torch.float64 if logits.dtype == torch.float64 else torch.float32
     return torch.softmax(logits, dim=-1, dtype=wide).to(logits.dtype)
 
 
 def mix(attention: Attention, probabilities: Tensor, value: Tensor) -> Tensor:
-    """Head outputs, ready for `o`: probabilities [B, Hq, S, C] and values [B, Hkv, C, value_dim] to [B, S, Hq·width]."""
+    """Head outputs [B, S, H·width] of probabilities [B, H, S, C] and values [B, Hkv, C, value_dim]."""
     grouped = probabilities.unflatten(1, (attention.num_kv_heads, -1)) @ value[:, :, None]
-    mixed = grouped.flatten(1, 2)  # [B, Hq, S, value_dim]
+    mixed = grouped.flatten(1, 2)  # [B, H, S, value_dim]
     if attention.value_map is not None:
         mixed = mixed @ attention.value_map
     return mixed.transpose(1, 2).flatten(2)
@@ -164,18 +177,23 @@ def mix(attention: Attention, probabilities: Tensor, value: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class LayerCache:
-    """The cached heads of one layer: key [B, Hkv, C, key_dim], value [B, Hkv, C, value_dim]."""
+    """Static cache of one layer with C slots.
+
+    Attributes:
+        key: [B, Hkv, C, key_dim].
+        value: [B, Hkv, C, value_dim].
+    """
 
     key: Tensor
     value: Tensor
 
     @property
     def positions(self) -> Tensor:
-        """Of the token in each slot."""
+        """Position of the token in each slot, [C]."""
         return torch.arange(self.key.shape[2])
 
     def write(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
-        """Put tokens at `positions` [B, S] into the slots of the same numbers: [B, Hkv, S, key_dim and value_dim]."""
+        """Write key [B, Hkv, S, key_dim] and value [B, Hkv, S, value_dim] to the slots `positions` [B, S]."""
         rows = torch.arange(len(key))[:, None]
         self.key[rows, :, positions] = key.transpose(1, 2)
         self.value[rows, :, positions] = value.transpose(1, 2)
@@ -186,7 +204,7 @@ Cache = LayerCache | EvictingCache
 
 @dataclass(frozen=True)
 class LayerTaps:
-    """What validation compares: the new tokens' cached key and value, attention output, residual stream."""
+    """Intermediate results of one layer for the new tokens, which validation compares."""
 
     key: Tensor  # [B, Hkv, S, key_dim]
     value: Tensor  # [B, Hkv, S, value_dim]
@@ -197,20 +215,28 @@ class LayerTaps:
 def head_outputs(
     attention: Attention, x: Tensor, positions: Tensor, rope: Rope | None, cache: Cache | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Concatenated head outputs before `o` [B, S, Hq·width], and the new key and value that were cached.
+    """Attention before the output projection.
 
-    `x` is the normed input [B, S, hidden] of tokens at `positions` [B, S]. With a cache, they are written
-    in place and attended with all that it holds; without one, `positions` must be
-    0..S-1 and the tokens attend to each other.
+    Args:
+        attention: the layer's attention.
+        x: normed input of the new tokens, [B, S, hidden].
+        positions: their positions, [B, S] int64; without a cache they must be 0 .. S - 1.
+        rope: the model's RoPE; None: the model has none.
+        cache: the new keys and values are written into it in place, and queries attend to all of its tokens;
+            None: the new tokens attend to each other.
+
+    Returns:
+        Concatenated head outputs [B, S, H·width], new keys [B, Hkv, S, key_dim], new values [B, Hkv, S,
+        value_dim].
     """
     tables = rotary_tables(rope, positions, x.dtype) if rope is not None else None
     projected = project(attention, x, tables)
     query, key = map_queries(attention, projected.query_rotated), map_keys(attention, projected.key_rotated)
-    all_keys, all_values, held = key, projected.value, torch.arange(x.shape[1])
+    all_keys, all_values, slots = key, projected.value, torch.arange(x.shape[1])
     if cache is not None:
         cache.write(key, projected.value, positions)
-        all_keys, all_values, held = cache.key, cache.value, cache.positions
-    bias = visibility(attention, positions, held, x.dtype)
+        all_keys, all_values, slots = cache.key, cache.value, cache.positions
+    bias = visibility(attention, positions, slots, x.dtype)
     return (
         mix(attention, weights(scores(attention, query, all_keys) + bias), all_values),
         key,
@@ -221,7 +247,7 @@ def head_outputs(
 def run_layer(
     layer: Layer, x: Tensor, positions: Tensor, rope: Rope | None, cache: Cache | None = None
 ) -> LayerTaps:
-    """One layer on the residual stream `x` [B, S, hidden]; see `head_outputs` for positions and cache."""
+    """Run one layer on the residual stream x [B, S, hidden]; positions and cache as in `head_outputs`."""
     mixed, key, value = head_outputs(layer.attention, norm(layer.attention_norm, x), positions, rope, cache)
     attended = linear(layer.attention.o, mixed)
     x = x + attended
@@ -229,19 +255,22 @@ def run_layer(
 
 
 def embed(embedding: Embedding, input_ids: Tensor) -> Tensor:
+    """Token ids [B, S] to the residual stream before the first layer, [B, S, hidden]."""
     x = F.embedding(input_ids, embedding.weight)
     return x if embedding.norm is None else norm(embedding.norm, x)
 
 
 def logits(decoder: Decoder, x: Tensor) -> Tensor:
-    """Residual stream after the last layer [..., hidden] to logits [..., vocab]."""
+    """Logits [..., vocab] of a residual stream after the last layer [..., hidden]."""
     return linear(decoder.output, norm(decoder.final_norm, x))
 
 
 def new_cache(
     layers: Sequence[Layer], batch: int, capacity: int, dtype: torch.dtype, eviction: Eviction | None = None
 ) -> list[Cache]:
-    """Empty caches, one a layer; with `eviction`, those of the layers that evict hold its budget, the others the capacity."""
+    """Empty caches, one per layer: with the budget of `eviction` in the layers that evict, else with
+    `capacity` slots.
+    """
 
     def new(index: int, attention: Attention) -> Cache:
         heads, widths = attention.num_kv_heads, (attention.key_dim, attention.value_dim)
@@ -262,13 +291,24 @@ def forward(
     cache: Sequence[Cache] | None = None,
     taps: list[LayerTaps] | None = None,
 ) -> Tensor:
-    """Logits [B, S, vocab] of token ids [B, S]; `taps`, if given, receives one entry a layer."""
+    """Run the whole model.
+
+    Args:
+        decoder: the model.
+        input_ids: token ids, [B, S] int64.
+        positions: [B, S] int64 [default: 0 .. S - 1].
+        cache: one cache per layer, as `new_cache` makes them; None: no cache.
+        taps: receives one entry per layer.
+
+    Returns:
+        Logits [B, S, vocab].
+    """
     if positions is None:
         positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
     x = embed(decoder.embedding, input_ids)
     for index, layer in enumerate(decoder.layers):
-        seen = run_layer(layer, x, positions, decoder.rope, None if cache is None else cache[index])
-        x = seen.residual
+        layer_taps = run_layer(layer, x, positions, decoder.rope, None if cache is None else cache[index])
+        x = layer_taps.residual
         if taps is not None:
-            taps.append(seen)
+            taps.append(layer_taps)
     return logits(decoder, x)

@@ -15,37 +15,36 @@ if TYPE_CHECKING:
 
 
 def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """Rotary frequencies of a config, in its old (`rope_theta`, `rope_scaling`) or new (`rope_parameters`) form.
+    """RoPE frequencies (arXiv 2104.09864) of a config in its old (`rope_theta`, `rope_scaling`) or new form
+    (`rope_parameters`).
 
     Raises:
-        CheckpointError: a scaling other than default, linear or llama3, one for each kind of layer, or a
-            part of head_dim only.
+        CheckpointError: a scaling other than default, linear or llama3, different settings per kind of layer,
+            or rotation of a part of each head.
     """
     import torch
 
-    said = config.get("rope_scaling") or config.get("rope_parameters") or {}
-    if not isinstance(said, dict) or any(isinstance(value, dict) for value in said.values()):
+    settings = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    if not isinstance(settings, dict) or any(isinstance(value, dict) for value in settings.values()):
         raise CheckpointError(
-            "config.json's rotary settings are not one table for all layers", got=repr(said)
+            "the rotary settings of config.json must be one table for all layers", got=repr(settings)
         )
-    outside = {
-        key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")
-    }  # where old configs have them
-    said = {key: value for key, value in {**outside, **said}.items() if value is not None}
-    theta = number("rope_theta", said.get("rope_theta", 10000.0))
-    kind = said.get("rope_type", said.get("type", "default"))
-    if number("partial_rotary_factor", said.get("partial_rotary_factor", 1.0)) != 1.0:
+    outside = {key: config.get(key) for key in ("rope_theta", "partial_rotary_factor")}  # in old configs
+    settings = {key: value for key, value in {**outside, **settings}.items() if value is not None}
+    theta = number("rope_theta", settings.get("rope_theta", 10000.0))
+    kind = settings.get("rope_type", settings.get("type", "default"))
+    if number("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError(
             "config.json rotates only a part of each head",
-            got=f"partial_rotary_factor = {said['partial_rotary_factor']}",
+            got=f"partial_rotary_factor = {settings['partial_rotary_factor']}",
             expected="partial_rotary_factor = 1",
         )
     inv_freq = 1.0 / (theta ** (torch.arange(0, head_dim, 2, dtype=torch.int64).float() / head_dim))
     try:
         if kind == "linear":
-            inv_freq = inv_freq / number("factor", said["factor"])
+            inv_freq = inv_freq / number("factor", settings["factor"])
         elif kind == "llama3":
-            inv_freq = _llama3_frequencies(inv_freq, said)
+            inv_freq = _llama3_frequencies(inv_freq, settings)
         elif kind != "default":
             raise CheckpointError(
                 "config.json asks for a rotary scaling that is not known",
@@ -57,19 +56,19 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
     return Rope(inv_freq)
 
 
-def _llama3_frequencies(inv_freq: torch.Tensor, said: Mapping[str, Any]) -> torch.Tensor:
-    """Llama 3.1's scaling: slow pairs are slowed by `factor`, fast ones kept, those between interpolated.
+def _llama3_frequencies(inv_freq: torch.Tensor, settings: Mapping[str, Any]) -> torch.Tensor:
+    """Llama 3.1 scaling: low frequencies are divided by `factor`, high ones kept, those between interpolated.
 
-    The float32 operations and their order are those of transformers, so that the tables agree to the bit.
+    The float32 operations and their order are those of transformers, so that the tables are bit-identical.
     """
     import torch
 
     low, high = (
-        number("low_freq_factor", said["low_freq_factor"]),
-        number("high_freq_factor", said["high_freq_factor"]),
+        number("low_freq_factor", settings["low_freq_factor"]),
+        number("high_freq_factor", settings["high_freq_factor"]),
     )
-    factor = number("factor", said["factor"])
-    context = whole_number("original_max_position_embeddings", said["original_max_position_embeddings"])
+    factor = number("factor", settings["factor"])
+    context = whole_number("original_max_position_embeddings", settings["original_max_position_embeddings"])
     wavelength = 2 * math.pi / inv_freq  # positions per turn
     is_slow, is_fast = wavelength > context / low, wavelength < context / high
     slowed = torch.where(is_slow, inv_freq / factor, inv_freq)
@@ -79,9 +78,10 @@ def _llama3_frequencies(inv_freq: torch.Tensor, said: Mapping[str, Any]) -> torc
 
 
 def alibi_slopes(num_heads: int, dtype: torch.dtype) -> torch.Tensor:
-    """ALiBi's slope of each head (arXiv 2108.12409, section 3): 2^(-8i/n), interleaved where n is no power of two.
+    """ALiBi slope of each head, [num_heads]: 2^(-8i/n), interleaved if n is not a power of two (arXiv
+    2108.12409, section 3).
 
-    Powers of a float32 base, as transformers takes them, so that the slopes agree to the bit.
+    Powers of a float32 base, as in transformers, so that the slopes are bit-identical.
     """
     import torch
 

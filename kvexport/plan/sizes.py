@@ -18,7 +18,7 @@ from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.checkpoint import read_json
-from kvexport.model.config import refuse_quantised, sizes_of, whole_number
+from kvexport.model.config import require_unquantised, sizes_of, whole_number
 from kvexport.model.families import Family, family_of
 
 
@@ -176,7 +176,7 @@ def architecture(path: Path) -> Architecture:
         CheckpointError: no such file, an unknown family, or a setting that is missing or impossible.
     """
     config = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
-    refuse_quantised(config)
+    require_unquantised(config)
     family = family_of(config)
     settings = family.settings(config)
     found = sizes_of(settings, rotated=family.position == "rope")

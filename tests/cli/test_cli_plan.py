@@ -172,7 +172,7 @@ def test_rejects_a_path_without_a_readable_config(tmp_path: Path) -> None:
     for text in ("{", json.dumps({"model_type": "llama"})[:-1] + ', "hidden_size": ' + "1" * 5000 + "}"):
         (tmp_path / "config.json").write_text(text)
         code, _, err = plan(tmp_path)
-        assert code == 2 and "is not JSON" in err
+        assert code == 2 and "must be JSON" in err
 
 
 def test_needs_only_the_packages_of_the_base_install(llama: Path) -> None:

@@ -198,7 +198,8 @@ def test_no_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("{", "not JSON"), ("[]", "no JSON object"), ("\xff", "not JSON"), ("", "not JSON")]
+    ("text", "said"),
+    [("{", "must be JSON"), ("[]", "must be a JSON object"), ("\xff", "must be JSON"), ("", "must be JSON")],
 )
 def test_config_is_no_json(llama: Path, edit_checkpoint: Make, text: str, said: str) -> None:
     path = edit_checkpoint(llama)
@@ -367,7 +368,7 @@ def test_unconsumed_tensor(llama: Path, edit_checkpoint: Make) -> None:
         llama, tensors=lambda held: held.update({"model.layers.0.self_attn.sinks": torch.zeros(4)})
     )
     refused(
-        path, "1 tensors of the checkpoint are not known to family 'llama'", "model.layers.0.self_attn.sinks"
+        path, "1 tensors of the checkpoint do not belong to family 'llama'", "model.layers.0.self_attn.sinks"
     )
 
 
@@ -387,7 +388,7 @@ def test_missing_tensor(llama: Path, edit_checkpoint: Make) -> None:
 
 def test_missing_embedding(llama: Path, edit_checkpoint: Make) -> None:
     name = "model.embed_tokens.weight"
-    refused(edit_checkpoint(llama, tensors=lambda held: held.pop(name)), "lacks its embedding", name, "llama")
+    refused(edit_checkpoint(llama, tensors=lambda held: held.pop(name)), "lacks the embedding", name, "llama")
 
 
 def test_missing_bias(tiny_checkpoint: Make, edit_checkpoint: Make, llama: Path) -> None:
@@ -430,7 +431,9 @@ def test_wrong_number_of_kv_heads(llama: Path, edit_checkpoint: Make) -> None:
         "(32, 32)",
         "num_key_value_heads",
     )
-    refused(edit_checkpoint(llama, config={"num_key_value_heads": 3}), "does not divide", "3 of 4")
+    refused(
+        edit_checkpoint(llama, config={"num_key_value_heads": 3}), "must divide num_attention_heads", "3 of 4"
+    )
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "head_dim"])
@@ -473,8 +476,8 @@ def test_rotary_scaling_that_is_not_known(llama: Path, edit_checkpoint: Make, ro
         ({"rope_type": "linear", "factor": 0}, "impossible factor"),
         ({"rope_type": "linear", "factor": "2"}, "impossible factor"),
         ({"rope_theta": "10000"}, "impossible rope_theta"),
-        ({"full_attention": {"rope_type": "default"}}, "not one table"),
-        ([1], "not one table"),
+        ({"full_attention": {"rope_type": "default"}}, "must be one table"),
+        ([1], "must be one table"),
     ],
 )
 def test_rotary_settings_that_make_no_sense(
@@ -514,7 +517,7 @@ def test_quantised_checkpoint(llama: Path, edit_checkpoint: Make, method: str) -
         config={"quantization_config": {"quant_method": method}},
         tensors=lambda held: held.update({Q: torch.zeros(1)}),
     )
-    refused(path, "quantised", repr(method), "start from the checkpoint that it was quantised from")
+    refused(path, "quantised", repr(method), "start from the unquantised checkpoint")
 
 
 @pytest.mark.parametrize("missing", ["sliding_window", "max_window_layers"])
