@@ -1,6 +1,6 @@
-"""The runtime: a bundle generates text, on ONNX Runtime or on one of its TensorRT engines.
+"""The runtime: generates text from a bundle with ONNX Runtime or TensorRT.
 
-Needs numpy, tokenizers, and the engine that it runs on; nothing else.
+Needs numpy, tokenizers and the library of the chosen backend.
 """
 
 from __future__ import annotations

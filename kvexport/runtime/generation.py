@@ -1,8 +1,4 @@
-"""Tokens after prompts: chosen, fed back, and stopped for a reason; alone, in batches, or as a stream of text.
-
-Knows when a sequence ends and what it says; the model is behind the sequences that it holds, which it
-prefills and steps.
-"""
+"""Generation: tokens are chosen, run and stopped for a reason; for one prompt, a batch, or as a stream of text."""
 
 from __future__ import annotations
 
@@ -15,7 +11,7 @@ import numpy as np
 
 from kvexport.errors import UsageError
 from kvexport.runtime.lease import SequenceLease
-from kvexport.runtime.sampling import Sampling, is_whole
+from kvexport.runtime.sampling import Sampling, is_integer
 from kvexport.runtime.tokenizer import StopTexts, TextStream, Tokenizer
 
 FinishReason = Literal["stop", "length", "capacity"]
@@ -23,16 +19,15 @@ FinishReason = Literal["stop", "length", "capacity"]
 
 @dataclass(frozen=True)
 class Generation:
-    """What was generated after one prompt.
+    """The result of generating after one prompt.
 
     Attributes:
-        prompt_tokens: tokens of the prompt.
-        token_ids: new tokens, without the stop token; where a text ended the sequence, those that complete it
+        prompt_tokens: number of tokens of the prompt.
+        token_ids: new tokens, without the stop token. If a stop text ended the sequence, the tokens that complete it are
             included.
-        text: the same as text, up to the text that ended it; None where the bundle has no tokenizer.
-        finish_reason: 'stop' (a stop token came, or a text to stop at), 'length' (max_new_tokens), or
-            'capacity' (no position
-            is left: the bundle's, or its engine's, are all taken).
+        text: of the new tokens, up to the stop text; None if the bundle has no tokenizer.
+        finish_reason: "stop" (a stop token or a stop text), "length" (max_new_tokens), or "capacity" (the sequence has
+            the largest number of tokens of the bundle or its engine).
     """
 
     prompt_tokens: int
@@ -43,7 +38,12 @@ class Generation:
 
 @dataclass
 class Timing:
-    """What a generation took so far, all its sequences together."""
+    """Tokens and seconds of a generation so far, over all its sequences.
+
+    Attributes:
+        prefill_tokens, prefill_seconds: of the prompts.
+        decode_tokens, decode_seconds: of the tokens that were run one by one.
+    """
 
     prefill_tokens: int = 0
     prefill_seconds: float = 0.0
@@ -53,83 +53,101 @@ class Timing:
 
 @dataclass(frozen=True)
 class Stop:
-    """What ends a sequence, and is not part of what is said."""
+    """Tokens and texts that end a sequence; they are not part of the result."""
 
     tokens: frozenset[int]
     texts: tuple[str, ...]
 
     @classmethod
-    def of(cls, stop: str | Sequence[int | str] | None, own: Sequence[int], vocab_size: int) -> Stop:
-        """As `Session.generate` takes it; `own` are the model's tokens.
+    def of(cls, stop: str | Sequence[int | str] | None, eos: Sequence[int], vocab_size: int) -> Stop:
+        """As `Session.generate` takes `stop`; `eos`: the model's own end-of-sequence tokens.
 
         Raises:
-            UsageError: neither texts nor token ids of the vocabulary.
+            UsageError: an entry is neither a text nor a token id of the vocabulary.
         """
-        given = [stop] if isinstance(stop, str) else [] if stop is None else stop
-        if not isinstance(given, Iterable) or isinstance(given, bytes):
-            raise UsageError("stop is no list", got=repr(stop)[:80], expected="token ids and texts")
-        for each in given:
-            if not isinstance(each, str) and not (is_whole(each) and 0 <= each < vocab_size):
-                allowed = f"texts, and token ids from 0 to {vocab_size - 1}"
-                raise UsageError("stop has what no sequence ends with", got=repr(each)[:80], expected=allowed)
-        texts = tuple(each for each in given if isinstance(each, str))
-        tokens = frozenset(int(each) for each in given if not isinstance(each, str))
-        return cls(tokens if tokens or (stop is not None and not texts) else frozenset(own), texts)
+        entries = [stop] if isinstance(stop, str) else [] if stop is None else stop
+        if not isinstance(entries, Iterable) or isinstance(entries, bytes):
+            raise UsageError("stop must be a list of token ids and texts", got=repr(stop)[:80])
+        for each in entries:
+            if not isinstance(each, str) and not (is_integer(each) and 0 <= each < vocab_size):
+                raise UsageError(
+                    "stop must be a list of token ids and texts",
+                    got=repr(each)[:80],
+                    expected=f"texts, and token ids from 0 to {vocab_size - 1}",
+                )
+        texts = tuple(each for each in entries if isinstance(each, str))
+        tokens = frozenset(int(each) for each in entries if not isinstance(each, str))
+        return cls(tokens if tokens or (stop is not None and not texts) else frozenset(eos), texts)
 
 
-class _Said:
-    """A sequence's new text, piece by piece, up to a text that ends it."""
+class SequenceText:
+    """The new text of a sequence, piece by piece, up to a stop text.
 
-    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int], texts: Sequence[str]) -> None:
-        self._stream, self._until = TextStream(tokenizer, prompt), StopTexts(texts)
+    Attributes:
+        pieces: returned so far.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, context: Sequence[int], stops: Sequence[str]) -> None:
+        """
+        Args:
+            tokenizer: decodes tokens.
+            context: tokens before the first new one.
+            stops: texts that end the sequence.
+
+        Raises:
+            UsageError: a stop text is empty.
+        """
+        self._stream, self._stops = TextStream(tokenizer, context), StopTexts(stops)
         self.pieces: list[str] = []
 
     def add(self, token: int) -> str:
-        return self._say(self._until.add(self._stream.add(token)))
+        """The text that becomes certain with this token."""
+        return self._append(self._stops.add(self._stream.add(token)))
 
     def end(self) -> str:
-        """What is left when no token follows."""
-        return self._say(self._until.add(self._stream.end()) + self._until.end())
+        """The remaining text, when no token follows."""
+        return self._append(self._stops.add(self._stream.end()) + self._stops.end())
 
     @property
     def stopped(self) -> bool:
-        return self._until.found
+        """Whether a stop text appeared."""
+        return self._stops.matched
 
-    def _say(self, piece: str) -> str:
+    def _append(self, piece: str) -> str:
         if piece:
             self.pieces.append(piece)
         return piece
 
 
 class TokenLoop:
-    """Prefill, then a token a step for every sequence that has no reason to stop.
+    """Prefill, then one token per step for every sequence that has not finished.
 
     Attributes:
-        tokens: of each sequence, so far.
-        reasons: why each sequence ended; None while it has not.
-        timing: of the model's calls.
+        tokens: new tokens of each sequence.
+        reasons: why each sequence finished; None while it has not.
+        timing: of the calls of the model.
     """
 
     def __init__(
         self,
-        held: SequenceLease,
+        lease: SequenceLease,
         prompts: Sequence[Sequence[int]],
         max_new_tokens: int,
         stop: Stop,
         sampling: Sampling,
         tokenizer: Tokenizer | None,
     ) -> None:
-        """Nothing is run yet. Without a tokenizer there is no text, nor one to stop at.
+        """Nothing is run yet. Without a tokenizer there is no text and no stop text.
 
         Raises:
-            UsageError: max_new_tokens is below 1, or a text to stop at is empty.
+            UsageError: max_new_tokens is below 1, or a stop text is empty.
         """
-        if not is_whole(max_new_tokens) or max_new_tokens < 1:
-            raise UsageError("max_new_tokens is out of range", got=max_new_tokens, expected="1 or more")
-        self._held, self._prompts, self._sampling = held, prompts, sampling
-        self._most, self._stop = max_new_tokens, stop.tokens
-        self._said = [
-            None if tokenizer is None else _Said(tokenizer, [*held.context(row), *prompt], stop.texts)
+        if not is_integer(max_new_tokens) or max_new_tokens < 1:
+            raise UsageError("max_new_tokens must be at least 1", got=max_new_tokens)
+        self._lease, self._prompts, self._sampling = lease, prompts, sampling
+        self._max_new_tokens, self._stop_tokens = max_new_tokens, stop.tokens
+        self._texts = [
+            None if tokenizer is None else SequenceText(tokenizer, [*lease.context(row), *prompt], stop.texts)
             for row, prompt in enumerate(prompts)
         ]
         self.tokens: list[list[int]] = [[] for _ in prompts]
@@ -137,13 +155,13 @@ class TokenLoop:
         self.timing = Timing()
 
     def __iter__(self) -> Iterator[tuple[int, str]]:
-        """Each new token's text with its sequence's number, as soon as the token is chosen; empty while nothing can be said.
+        """Run, and yield (sequence, text) as soon as a token is chosen; the text may be empty.
 
         Raises:
-            UsageError: as `Session.prefill`, or another call has used the sequences.
+            UsageError: as `Session.prefill`, or another call has changed the sequences.
         """
         timing, start = self.timing, time.perf_counter()
-        logits, timing.prefill_tokens = self._held.prefill(self._prompts)
+        logits, timing.prefill_tokens = self._lease.prefill(self._prompts)  # [B, vocab]
         timing.prefill_seconds = time.perf_counter() - start
         generators = self._sampling.generators(len(self._prompts))
         active = np.ones(len(self._prompts), np.bool_)
@@ -155,45 +173,47 @@ class TokenLoop:
             if not active.any():
                 return
             start = time.perf_counter()
-            logits = self._held.advance(active)
+            logits = self._lease.advance(active)
             timing.decode_tokens += int(active.sum())
             timing.decode_seconds += time.perf_counter() - start
 
     def _take(self, row: int, token: int) -> str:
-        """What a sequence says with its next token, and, if it ends with it, why and what is left to say."""
-        said, piece = self._said[row], ""
-        if token not in self._stop:
-            self._held.choose(row, token)
+        """Add a token to a sequence, or finish it; returns its new text."""
+        text, piece = self._texts[row], ""
+        if token not in self._stop_tokens:
+            self._lease.choose(row, token)
             self.tokens[row].append(token)
-            piece = "" if said is None else said.add(token)
+            piece = "" if text is None else text.add(token)
         self.reasons[row] = self._reason(row, token)
-        if said is not None and self.reasons[row] is not None:
-            piece += said.end()
+        if text is not None and self.reasons[row] is not None:
+            piece += text.end()
         return piece
 
     def _reason(self, row: int, token: int) -> FinishReason | None:
-        said = self._said[row]
-        if token in self._stop or (said is not None and said.stopped):
+        text = self._texts[row]
+        if token in self._stop_tokens or (text is not None and text.stopped):
             return "stop"
-        if len(self.tokens[row]) == self._most:
+        if len(self.tokens[row]) == self._max_new_tokens:
             return "length"
-        if self._held.length(row) == self._held.capacity:
+        if self._lease.length(row) == self._lease.capacity:
             return "capacity"
         return None
 
     def generation(self, row: int) -> Generation:
-        """What was generated in an ended sequence."""
-        reason, said = self.reasons[row], self._said[row]
-        assert reason is not None, "the sequence has not ended"
-        text = None if said is None else "".join(said.pieces)
-        return Generation(len(self._prompts[row]), tuple(self.tokens[row]), text, reason)
+        """The result of a sequence that has finished."""
+        reason, text = self.reasons[row], self._texts[row]
+        assert reason is not None, "the sequence must have finished"
+        joined = None if text is None else "".join(text.pieces)
+        return Generation(len(self._prompts[row]), tuple(self.tokens[row]), joined, reason)
 
 
 class Stream(Iterator[str]):
-    """Pieces of text, each as soon as its last character is whole; joined, they are the generation's text.
+    """An iterator over the text of a generation, from `Session.stream`.
+
+    Each piece is returned as soon as its last character is complete; joined, they are the text of the generation.
 
     Attributes:
-        generation: the whole, once the last piece was taken; None before.
+        generation: the result after the last piece; None before.
     """
 
     def __init__(self, loop: TokenLoop) -> None:
@@ -202,11 +222,17 @@ class Stream(Iterator[str]):
         self.generation: Generation | None = None
 
     def __next__(self) -> str:
+        """The next piece of text.
+
+        Raises:
+            UsageError: as `Session.generate`, or another call has changed the sequence.
+            BundleError: a logit is not finite.
+        """
         return next(self._pieces)
 
     @property
     def timing(self) -> Timing:
-        """What the model's calls took so far."""
+        """Tokens and seconds so far."""
         return self._loop.timing
 
     def _run(self) -> Iterator[str]:
@@ -217,7 +243,7 @@ class Stream(Iterator[str]):
 
 
 def generate(loop: TokenLoop) -> list[Generation]:
-    """Run the loop to its end; what became of each prompt."""
+    """Run a loop to its end; returns the result of each prompt."""
     for _ in loop:
         pass
     return [loop.generation(row) for row in range(len(loop.reasons))]

@@ -1,4 +1,4 @@
-"""A bundle on disk becomes a session: its files are hashed while its weights are loaded."""
+"""Opening a bundle as a session; its files are hashed while its weights are loaded."""
 
 from __future__ import annotations
 
@@ -19,30 +19,39 @@ def open_bundle(
     compress_once: bool = False,
     verify: bool = True,
 ) -> Session:
-    """Open a bundle for generation.
+    """Open a bundle for inference.
+
+    With provider "auto", the logger "kvexport.runtime" warns if the bundle's engine or the GPU cannot be used.
 
     Args:
-        provider, threads, chunk, compress_once: as in `Session`.
-        verify: hash the weights too (an engine's plan, where it is that which runs), while they are loaded;
-            all other files always are.
+        path: of the bundle's directory.
+        provider: "cpu", "cuda" or "tensorrt". "auto": tensorrt if the bundle has an engine that runs on this machine,
+            else cuda if ONNX Runtime supports it and there is a GPU, else cpu.
+        threads: CPU threads per operator; None: one per core.
+        chunk: the largest number of prompt tokens per call.
+        compress_once: evict a prompt's tokens down to the budget after the whole prompt was run; see `Session`.
+        verify: also hash the weights (with an engine: its plan) while they are loaded. All other files are always hashed.
+
+    Returns:
+        A session; close it, or use it in a `with` statement.
 
     Raises:
-        BundleError: no bundle, a damaged one, one of a newer format, or an engine that is damaged or of
-            another bundle.
+        BundleError: there is no bundle, it is damaged, its format is not supported, or its engine is damaged or was built
+            from another bundle.
         CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
-        UsageError: as `Session`.
+        UsageError: an argument is out of range.
     """
     bundle = Bundle.open(path)
     bundle.verify(name for name in bundle.files if name != DATA_FILE)
     chosen = choose(bundle, provider)
     with ThreadPoolExecutor(1) as pool:
-        hashed = pool.submit(_verify_weights, bundle, chosen) if verify else pool.submit(lambda: None)
+        verified = pool.submit(_verify_weights, bundle, chosen) if verify else pool.submit(lambda: None)
         try:
             session = Session(
                 bundle, provider=chosen, threads=threads, chunk=chunk, compress_once=compress_once
             )
         finally:
-            hashed.result()  # damage explains whatever else went wrong
+            verified.result()  # damaged weights explain any other failure
     return session
 
 

@@ -248,7 +248,7 @@ def test_engines_of_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             r"was built for compute capability 8\.9, and Simulated has 8\.7",
         ),
         "version": ({"version": "10.3.0.30"}, r"was built with tensorrt 10\.3\.0\.30, here is 10\.16\.2"),
-        "bundle": ({"manifest_sha256": "0" * 64}, "was built from another bundle"),
+        "bundle": ({"manifest_sha256": "0" * 64}, "must be built from this bundle"),
     }
     for name, (change, reason) in wrong.items():
         bundle = write_bundle(tmp_path / name, make_decoder("gqa", dtype=torch.float32))

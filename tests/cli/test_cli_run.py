@@ -108,15 +108,15 @@ def test_top_k_and_top_p_sample_unless_the_temperature_is_0(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--temperature", "-1"), "temperature is out of range\n  got:      -1"),
-        (("--temperature", "nan"), "temperature is out of range\n  got:      nan"),
-        (("--top-k", "0"), "top_k is out of range\n  got:      0"),
-        (("--top-p", "1.5"), "top_p is out of range\n  got:      1.5"),
-        (("--seed", "-4"), "seed is out of range\n  got:      -4"),
+        (("--temperature", "-1"), "temperature must be 0 or more, and finite\n  got:      -1"),
+        (("--temperature", "nan"), "temperature must be 0 or more, and finite\n  got:      nan"),
+        (("--top-k", "0"), "top_k must be an integer >= 1\n  got:      0"),
+        (("--top-p", "1.5"), "top_p must be above 0 and at most 1\n  got:      1.5"),
+        (("--seed", "-4"), "seed must be an integer >= 0\n  got:      -4"),
         (("--max-new-tokens", "0"), "--max-new-tokens"),
         (("--threads", "0"), "--threads"),
         (("--prompt", "a" * 500), "the prompt must fit the capacity"),
-        (("--prompt", "\udcff"), "the prompt is not valid text"),
+        (("--prompt", "\udcff"), "the prompt must be valid Unicode"),
     ],
     ids=lambda value: (
         "" if isinstance(value, str) else "-".join(value)[:20].encode("ascii", "replace").decode()

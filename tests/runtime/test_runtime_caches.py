@@ -354,7 +354,7 @@ def test_a_session_that_compresses_once_has_no_other_cache(opened: Opened, tmp_p
 
 @pytest.mark.parametrize("kind", ENGINES)
 def test_an_engine_refuses_caches_of_other_batches(kind: str, opened: Opened) -> None:
-    with pytest.raises(UsageError, match="another number of sequences"):
+    with pytest.raises(UsageError, match="the number of sequences must be 1"):
         opened(kind).new_cache(batch=2)
 
 

@@ -122,7 +122,7 @@ def test_tokenizer_that_gives_other_ids_is_refused(tmp_path: Path, bundle: Calla
     other = json.loads(byte_level_tokenizer())
     other["model"]["merges"] = other["model"]["merges"][1:]
     (tmp_path / "tokenizer.json").write_text(json.dumps(other))
-    with pytest.raises(CannotRunHere, match="other token ids") as caught:
+    with pytest.raises(CannotRunHere, match="must give the token ids of the build") as caught:
         tokenizer_of(bundle(), read_text_file(bundle()))
     assert "tokenizers " in str(caught.value) and "Once upon" in str(caught.value)
 
@@ -132,7 +132,7 @@ def test_tokenizer_that_decodes_otherwise_is_refused(tmp_path: Path, bundle: Cal
     raw = json.loads(byte_level_tokenizer())
     raw["decoder"] = None
     (tmp_path / "tokenizer.json").write_text(json.dumps(raw))
-    with pytest.raises(CannotRunHere, match="other token ids"):
+    with pytest.raises(CannotRunHere, match="must give the token ids of the build"):
         tokenizer_of(bundle(), read_text_file(bundle()))
 
 

@@ -107,7 +107,7 @@ def test_tokenizer_that_cannot_be_read(text_bundle: Path, tmp_path: Path) -> Non
     file = bundle / "tokenizer.json"
     file.write_text('{"version": "1.0"}')
     edit_manifest(bundle, lambda raw: raw["files"]["tokenizer.json"].update(sha256=sha256_of(file), bytes=18))
-    with pytest.raises(BundleError, match=r"tokenizer\.json of .* cannot be read"):
+    with pytest.raises(BundleError, match=r"tokenizer\.json of .* must be readable"):
         kvexport.open(bundle)
 
 
@@ -134,7 +134,7 @@ def test_truncation_and_padding_of_the_training_run_are_ignored(text_bundle: Pat
 
 def test_what_is_no_bundle(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing", Path(__file__)):
-        with pytest.raises(BundleError, match="no bundle"):
+        with pytest.raises(BundleError, match="must be a bundle"):
             kvexport.open(path)
 
 

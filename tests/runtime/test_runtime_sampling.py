@@ -101,7 +101,7 @@ def test_extremes() -> None:
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_logits_that_are_not_finite(bad: float, temperature: float) -> None:
-    with pytest.raises(BundleError, match="not finite"):
+    with pytest.raises(BundleError, match="must be finite"):
         Sampling(temperature).choose(np.array([0.0, bad, 1.0], np.float32), np.random.default_rng(0))
 
 

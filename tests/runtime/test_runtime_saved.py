@@ -384,7 +384,7 @@ def test_an_engine_that_is_smaller_or_of_one_sequence(
     cache = session.new_cache(batch=2)
     session.prefill([[1], [2]], cache=cache)
     cache.save(path)
-    with pytest.raises(UsageError, match="another number of sequences"):
+    with pytest.raises(UsageError, match="the number of sequences must be 1"):
         small.load(path)
 
 

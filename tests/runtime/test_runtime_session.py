@@ -239,6 +239,6 @@ def test_logits_that_are_not_finite_are_an_error(tiny_bundle: Path) -> None:
     assert np.isnan(broken).all()
     from kvexport.runtime.sampling import Sampling
 
-    with pytest.raises(BundleError, match="not finite"):
+    with pytest.raises(BundleError, match="must be finite"):
         Sampling().choose(broken[0], np.random.default_rng(0))
     assert np.isfinite(session.prefill([1, 2, 3])).all()  # a new prompt is not haunted by it

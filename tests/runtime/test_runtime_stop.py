@@ -19,7 +19,7 @@ stops = st.lists(st.text("abc", min_size=1, max_size=4), max_size=3)
 
 def said(texts: list[str], pieces: list[str]) -> tuple[list[str], bool]:
     until = StopTexts(texts)
-    return [*map(until.add, pieces), until.end()], until.found
+    return [*map(until.add, pieces), until.end()], until.matched
 
 
 @given(letters, stops, st.lists(st.integers(1, 4)))
@@ -124,7 +124,7 @@ def test_what_is_held_back_is_said_at_the_end(speaking: Session) -> None:
 
 
 def test_stops_that_cannot_be(speaking: Session, opened: Callable[..., Session]) -> None:
-    with pytest.raises(UsageError, match="is empty"):
+    with pytest.raises(UsageError, match="must not be empty"):
         speaking.generate("a", stop=["x", ""])
     with pytest.raises(UsageError, match="must have a tokenizer"):
         opened().generate([1], stop=["x"])

@@ -181,7 +181,9 @@ def test_memory_is_the_engines_and_the_drivers(bundle: Path, device: SimulatedDe
 def test_more_than_one_sequence_is_refused(bundle: Path, device: SimulatedDevice) -> None:
     session = _opened(bundle)
     session.prefill([1, 2])
-    with pytest.raises(UsageError, match=r"another number of sequences[\s\S]*got:      2[\s\S]*expected: 1"):
+    with pytest.raises(
+        UsageError, match=r"the number of sequences must be 1[\s\S]*got:      2[\s\S]*expected: 1"
+    ):
         session.prefill([[1], [2]])
 
 
@@ -287,7 +289,7 @@ def test_wrong_profile_is_refused(
     session = _opened(bundle)
     made = _engine_decoder(session)
     made._prefill = made._decode
-    with pytest.raises(CannotRunHere, match="refuses 5 as a size of input_ids"):
+    with pytest.raises(CannotRunHere, match="rejects 5 as a size of input_ids"):
         session.prefill(tokens(5))
 
 
@@ -346,7 +348,9 @@ def test_engines_that_do_not_fit_are_each_named(
     decoder: Decoder, tmp_path: Path, device: SimulatedDevice
 ) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
-    with pytest.raises(CannotRunHere, match=r"no engine that this machine can run[\s\S]*kvexport engine"):
+    with pytest.raises(
+        CannotRunHere, match=r"must have an engine that this machine can run[\s\S]*kvexport engine"
+    ):
         _opened(bundle)
     add_engine(bundle, target="a", compute_capability=("8.9", "12.0"))
     add_engine(bundle, target="b", version="10.3.0")
@@ -383,7 +387,7 @@ def test_engine_of_another_bundle(decoder: Decoder, tmp_path: Path, device: Simu
     bundle = write_bundle(tmp_path / "b", decoder)
     add_engine(bundle, manifest_sha256="0" * 64)
     for provider in ("tensorrt", "auto"):
-        with pytest.raises(BundleError, match=r"built from another bundle[\s\S]*kvexport engine"):
+        with pytest.raises(BundleError, match=r"must be built from this bundle[\s\S]*kvexport engine"):
             open_bundle(bundle, provider=provider)
     assert open_bundle(bundle, provider="cpu").provider == "cpu"
 
@@ -439,7 +443,7 @@ def test_an_engine_without_weights_gets_the_bundles(
     ("change", "said"),
     [
         ({"capacity": 50}, r"past_key_values\.\d\.(key|value)"),  # the plan's is 64
-        ({"lowering": "decomposed17"}, "other tensors"),
+        ({"lowering": "decomposed17"}, "inputs and outputs of its lowering"),
     ],
 )
 def test_engine_that_is_not_as_recorded(
@@ -457,7 +461,7 @@ def test_engine_that_does_not_write_in_place(
     bundles: Callable[[str], Path], device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("support.simulated_device._Engine._aliased", lambda self, name: None)
-    with pytest.raises(BundleError, match="does not write the cache in place"):
+    with pytest.raises(BundleError, match="must write the cache in place"):
         _opened(bundles("std24"))
     monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(device, aliasing=False))
     assert _opened(bundles("std24")).provider == "tensorrt"  # older versions cannot be asked

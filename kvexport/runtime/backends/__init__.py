@@ -1,1 +1,1 @@
-"""Backends of a session: ONNX Runtime on CPU or CUDA, and TensorRT engines."""
+"""Backends: ONNX Runtime on the CPU and on CUDA, and TensorRT engines."""

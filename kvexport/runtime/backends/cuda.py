@@ -1,7 +1,7 @@
-"""The GPU through CUDA's runtime: memory, copies, one stream, graphs. Nothing else of kvexport calls it.
+"""The GPU through the CUDA runtime: memory, copies, one stream, and graphs.
 
-Knows `cuda.bindings` and its error codes, which become ours; must not know what is computed. Never run: no
-GPU was at hand. Only what a machine without one answers was tried (cuda-bindings 12.9 and 13.5).
+The only module of the package that calls `cuda.bindings`. Not yet run on a GPU; only the calls that a machine without
+one answers were tested (cuda-bindings 12.9 and 13.5).
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Cuda:
     def __init__(self) -> None:
         """
         Raises:
-            CannotRunHere: no cuda-bindings, no driver, a driver too old for them, or no GPU.
+            CannotRunHere: cuda-bindings is not installed, there is no driver or no GPU, or the driver is too old.
         """
         self._cuda = _runtime()
         _require_device(self._cuda)
@@ -44,7 +44,7 @@ class Cuda:
         """cudaMalloc aligns to 256 bytes or more."""
         error, address = self._cuda.cudaMalloc(max(count, 1))
         if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            self._cuda.cudaGetLastError()  # or the next call would fail with it
+            self._cuda.cudaGetLastError()  # clears it, or the next call would fail
             raise MemoryError(f"{count} bytes on {self.name}")
         return int(self._check(error, address))
 
@@ -93,7 +93,7 @@ class Cuda:
             work()
         except KvexportError:
             failed = True
-        finally:  # also of Ctrl-C: a stream that is captured does nothing else
+        finally:  # also after Ctrl-C, because a stream in capture mode runs nothing
             error, graph = cuda.cudaStreamEndCapture(self.stream)
         executable = None
         if error == cuda.cudaError_t.cudaSuccess:
@@ -116,7 +116,7 @@ class Cuda:
         return int(free), int(total)
 
     def _check(self, error: Any, *values: Any) -> Any:
-        """The value of a call that succeeded.
+        """Check the error code of a call; returns its value.
 
         Raises:
             CannotRunHere: the call failed.
@@ -136,7 +136,7 @@ class _Graph:
 
 
 def error_text(cuda: Any, error: Any) -> str:
-    """An error code as CUDA names and explains it."""
+    """CUDA's name and description of an error code."""
     (_, name), (_, text) = cuda.cudaGetErrorName(error), cuda.cudaGetErrorString(error)
     return " ".join(part.decode() if isinstance(part, bytes) else str(part) for part in (name, text))
 
@@ -150,7 +150,7 @@ def _runtime() -> Any:
         from cuda.bindings import runtime  # type: ignore[import-not-found,unused-ignore]
     except ImportError as error:
         raise CannotRunHere(
-            "the GPU is reached through the package cuda-bindings, which is not installed",
+            "the package cuda-bindings must be installed to use the GPU",
             fix="pip install cuda-bindings",
         ) from error
     return runtime
@@ -168,9 +168,12 @@ def _require_device(cuda: Any) -> None:
         (_, driver), (_, built) = cuda.cudaDriverGetVersion(), cuda.cudaRuntimeGetVersion()
         if driver:
             raise CannotRunHere(
-                "the GPU's driver is older than cuda-bindings",
+                "the driver of the GPU must support the CUDA version of cuda-bindings",
                 got=f"a driver for CUDA {_number(driver)}",
-                expected=f"CUDA {_number(built)}; within one major version older drivers do too, but not on every Jetson",
+                expected=(
+                    f"CUDA {_number(built)}; an older driver of the same major version works too, "
+                    "except on some Jetsons"
+                ),
                 fix=f"pip install 'cuda-bindings<{_number(driver + 10)}'",
             )
         raise CannotRunHere(

@@ -1,8 +1,4 @@
-"""The graph on ONNX Runtime: one call after another, over a cache that is bound in place.
-
-Knows the graph contract and ONNX Runtime; must not know what tokens mean, nor which sequence they belong to.
-Where the arrays are, in the host's memory or on a device, is the cache's place.
-"""
+"""ONNX Runtime as a backend: calls of the graph, over a cache that is bound to its inputs and outputs in place."""
 
 from __future__ import annotations
 
@@ -30,17 +26,16 @@ _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bflo
 
 
 class OrtDecoder:
-    """Runs tokens through the graph; keys and values are written into the cache without being copied.
+    """Runs tokens through the graph, which writes keys and values directly into the cache.
 
-    Every buffer that a call takes or gives is used again while its shape stays the same, so that a decode
-    step allocates nothing but the graph's own temporary values. On a device, token ids and logits pass
-    through buffers that are allocated once; everything else stays there. On CUDA this was never run: no GPU
-    was at hand.
+    Arrays of a call are reused while their shapes stay the same: a decode step allocates nothing but the temporary
+    values of the graph. On a device, token ids and logits pass through arrays that are allocated once, and everything
+    else stays in device memory. Not yet run on CUDA.
 
     Attributes:
         cache: the buffers in use.
         max_tokens_per_call: the largest number of tokens of a sequence in one call.
-        extra: the further outputs [B, S, width] that the constructor named, from the last call, in float32.
+        extra: the `extra_outputs` of the last call, float32 [B, S, width].
     """
 
     max_tokens_per_call = sys.maxsize
@@ -56,10 +51,12 @@ class OrtDecoder:
     ) -> None:
         """
         Args:
-            row_by_row: run calls of several tokens one row of the batch after another: GroupQueryAttention
-                takes no batch of them once there is a past. So it is wherever layers evict, or padding would
-                cost tokens.
-            loaded: bytes of the device that loading the graph took.
+            session: with the graph loaded.
+            cache: to use first.
+            extra_outputs: names of further outputs to return.
+            row_by_row: run calls of several tokens one row of the batch after another, because GroupQueryAttention does
+                not support a batch of them with a past. Layers that evict always do, or padding would evict tokens.
+            loaded: decrease of free device memory in bytes while the graph was loaded.
         """
         self._session, self._row_by_row, self._loaded = session, row_by_row, loaded
         outputs = {value.name: value for value in session.get_outputs()}
@@ -73,7 +70,7 @@ class OrtDecoder:
         self.use(cache)
 
     def use(self, cache: KvCache) -> None:
-        """Run on this cache from now on."""
+        """Use this cache from now on."""
         self.cache = cache
 
     def run(
@@ -97,7 +94,7 @@ class OrtDecoder:
         return self._call(self._binding(), input_ids, positions, logits_index, shrink)
 
     def _apart(self, positions: Ids, lengths: Ids | None) -> tuple[bool, int]:
-        """Whether rows run one by one, and the last position that they take."""
+        """Whether rows are run one after another, and the last position that is written."""
         several = positions.shape[1] > 1
         apart = several and self._row_by_row if self.cache.slots is None else several or lengths is not None
         if (
@@ -145,7 +142,7 @@ class OrtDecoder:
         row: int | None = None,
     ) -> Logits:
         indices = self.cache.admit(positions, row)
-        binding.inputs((input_ids, positions, indices, logits_index))
+        binding.set_inputs((input_ids, positions, indices, logits_index))
         logits = binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
         for name, (width, dtype) in self._extra.items():
             binding.output(name, (*input_ids.shape, width), dtype, HOST)
@@ -162,20 +159,23 @@ class OrtDecoder:
 
 
 class _Binding:
-    """The graph's inputs and outputs bound to a cache, or to one row of it, and to arrays for all else."""
+    """Inputs and outputs of the graph, bound to a cache, or to one row of it, and to arrays for everything else."""
 
     def __init__(self, session: onnxruntime.InferenceSession, cache: KvCache, row: int | None = None) -> None:
         self.binding = session.io_binding()
-        self.arrays: dict[str, Any] = dict(cache.buffers)  # what is bound must stay alive
+        self.arrays: dict[str, Any] = dict(cache.buffers)  # bound memory must stay alive
         self._place = cache.storage
         for name, buffer in cache.buffers.items():
             rows, dtype = ALL_ROWS if row is None else cache.rows_of(name, row), cache.dtype_of(name)
             self._bind(name, buffer, dtype, self._place, rows)
             self._bind(_present(name), buffer, dtype, self._place, rows)
 
-    def inputs(self, inputs: tuple[Ids, ...]) -> None:
-        """What `TOKEN_INPUTS` names. On a device they are bound for every call: ONNX Runtime copies what an operator wants in
-        the host's memory (of GroupQueryAttention's graph write_indices) when it is bound, and not again."""
+    def set_inputs(self, inputs: tuple[Ids, ...]) -> None:
+        """Copy the values of `TOKEN_INPUTS` into the bound arrays.
+
+        On a device they are bound again for every call: if an operator needs a value in host memory (write_indices of
+        GroupQueryAttention), ONNX Runtime copies it when it is bound, and not again.
+        """
         storage, arrays = self._place, self.arrays
         for name, values in zip(TOKEN_INPUTS, inputs, strict=True):
             array = arrays.get(name)
@@ -183,16 +183,17 @@ class _Binding:
                 array = self._array(name, values.shape, "int64", storage)
             storage.write(array, values)
         if storage is not HOST:
-            storage.synchronize()  # ONNX Runtime has streams of its own
+            storage.synchronize()  # ONNX Runtime uses streams of its own
             for name in TOKEN_INPUTS:
                 self._bind(name, self.arrays[name], "int64", storage)
             self.binding.synchronize_inputs()
 
     def output(self, name: str, shape: tuple[int, ...], dtype: str, storage: Storage | None = None) -> Any:
+        """The array of an output, in the cache's storage unless another is given."""
         return self._array(name, shape, dtype, storage or self._place)
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: str, storage: Storage) -> Any:
-        """The array that is bound under `name`, made anew only when its shape changes."""
+        """The array that is bound under `name`; replaced when its shape changes."""
         array = self.arrays.get(name)
         if array is None or array.shape != shape:
             array = self.arrays[name] = storage.pinned(shape, dtype)
@@ -207,5 +208,5 @@ class _Binding:
 
 
 def _present(past: str) -> str:
-    """The output that is the same buffer as an input."""
+    """Name of the output that shares the buffer of an input."""
     return past.replace("past_key_values", "present")

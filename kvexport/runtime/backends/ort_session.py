@@ -1,4 +1,4 @@
-"""A bundle's graph, loaded by ONNX Runtime and held against the manifest; knows nothing of how it is called."""
+"""ONNX Runtime sessions: options, and loading a bundle's graph, whose inputs and outputs must match the manifest."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.packages import install_command
 
 CUDA = "CUDAExecutionProvider"
-MOST_THREADS = 1024  # ONNX Runtime starts as many as it is told, and does nothing else until they are there
+MAX_THREADS = 1024  # ONNX Runtime starts as many threads as requested, and blocks until all are running
 
 _TYPES = {
     "tensor(float)": "float32",
@@ -22,88 +22,95 @@ _TYPES = {
     "tensor(bfloat16)": "bfloat16",
     "tensor(int64)": "int64",
 }
-# kSameAsRequested: the arena would else grow to the next power of two, and take memory that the cache needs.
+# kSameAsRequested: otherwise the arena grows to the next power of two, and takes memory that the cache needs.
 _PROVIDERS: dict[str, list[Any]] = {
     "cpu": ["CPUExecutionProvider"],
     "cuda": [(CUDA, {"device_id": 0, "arena_extend_strategy": "kSameAsRequested"})],
 }
 
 
-def graph_file(bundle: Bundle, kind: str) -> str:
-    """The graph of a bundle that ONNX Runtime runs on "cpu" or "cuda": the one that was lowered for it, if there is one."""
-    lowered = LOWERED_FILES[kind]
+def graph_file(bundle: Bundle, provider: str) -> str:
+    """Name of the graph that ONNX Runtime runs on "cpu" or "cuda": the one lowered for it, if the bundle has it."""
+    lowered = LOWERED_FILES[provider]
     return lowered if lowered in bundle.files else GRAPH_FILE
 
 
 def load_graph(
-    bundle: Bundle, options: onnxruntime.SessionOptions, kind: str = "cpu"
+    bundle: Bundle, options: onnxruntime.SessionOptions, provider: str = "cpu"
 ) -> onnxruntime.InferenceSession:
-    """The bundle's graph for `kind`, "cpu" or "cuda".
+    """Load the bundle's graph for "cpu" or "cuda".
 
     Raises:
         CannotRunHere: this ONNX Runtime cannot run it.
-        BundleError: it takes or gives other tensors than the manifest says.
+        BundleError: its inputs or outputs contradict the manifest.
     """
-    if bundle.dtype == "bfloat16" and kind == "cpu":
+    if bundle.dtype == "bfloat16" and provider == "cpu":
         raise CannotRunHere(
-            "ONNX Runtime has no bfloat16 kernels for the CPU",
+            "the dtype must be float32 or float16 for ONNX Runtime on the CPU, which has no bfloat16 kernels",
             got=f"{bundle.path}, dtype bfloat16",
-            fix="build it with --dtype float32 or float16; `kvexport validate` proves it here all the same, in float32",
+            fix=(
+                "build it with --dtype float32 or float16; `kvexport validate` still works here: "
+                "it computes in float32"
+            ),
         )
     try:
-        session = session_on(kind, str(bundle.path / graph_file(bundle, kind)), options)
+        session = session_on(provider, str(bundle.path / graph_file(bundle, provider)), options)
     except CannotRunHere:
         raise
-    except Exception as error:  # ONNX Runtime's own exceptions have no other base
+    except Exception as error:  # ONNX Runtime's exceptions have no other base
         raise CannotRunHere(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the graph of the bundle {bundle.path}",
             got=str(error).splitlines()[0],
             expected="onnxruntime 1.28 or later, and a sound bundle",
-            fix=f"pip install --upgrade onnxruntime; check the bundle with: kvexport inspect --verify {bundle.path}",
+            fix=(
+                "pip install --upgrade onnxruntime; "
+                f"check the bundle with: kvexport inspect --verify {bundle.path}"
+            ),
         ) from error
     _require_contract(session, bundle)
     return session
 
 
 def session_on(
-    kind: str, model: str | bytes, options: onnxruntime.SessionOptions
+    provider: str, model: str | bytes, options: onnxruntime.SessionOptions
 ) -> onnxruntime.InferenceSession:
-    """A session on the CPU or on CUDA, where it would else fall back to the CPU and say so in a warning only.
+    """A session on "cpu" or "cuda". With "cuda", a fallback to the CPU, of which ONNX Runtime only warns, is an error.
 
     Raises:
-        CannotRunHere: CUDA was asked for and did not come up.
+        CannotRunHere: CUDA could not be started.
     """
-    if kind == "cuda" and hasattr(onnxruntime, "preload_dlls"):
-        with redirect_stdout(sys.stderr):  # where it prints what it does not find
-            onnxruntime.preload_dlls()  # CUDA's libraries, where they were installed from wheels
-    session = onnxruntime.InferenceSession(model, options, providers=_PROVIDERS[kind])
-    if kind == "cuda" and CUDA not in session.get_providers():
+    if provider == "cuda" and hasattr(onnxruntime, "preload_dlls"):
+        with redirect_stdout(sys.stderr):  # it prints the libraries that are missing
+            onnxruntime.preload_dlls()  # CUDA's libraries from wheels
+    session = onnxruntime.InferenceSession(model, options, providers=_PROVIDERS[provider])
+    if provider == "cuda" and CUDA not in session.get_providers():
         raise CannotRunHere(
             "ONNX Runtime could not start on the GPU",
-            got=f"{', '.join(session.get_providers())} alone",
-            fix=f"{install_command('onnxruntime-gpu')}; what failed to load is in the warning above",
+            got=f"{', '.join(session.get_providers())} only",
+            fix=f"{install_command('onnxruntime-gpu')}; the warning above names the library that failed to load",
         )
     return session
 
 
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
-    """Options of every session: `threads` for one operator (None: one a core).
+    """Options of every session.
 
-    Numbers too small to be normal are kept, although weights of slots that hardly matter can be such and take
-    a processor tens of times as long: ONNX Runtime's option to flush them flushes those of the whole calling
-        thread, and for good.
+    Subnormal numbers are kept, although a few weights of attention can be subnormal and slow a processor down: ONNX
+    Runtime's option to flush them changes the whole calling thread, permanently.
 
-    All else is left as ONNX Runtime has it, after measuring a llama of 109 M parameters and a prompt of 2048
-    tokens: weights are mapped and then packed once, which frees the mapped pages (without packing prefill
-        takes a quarter more
-    processor time, and decoding no less); without the memory arena up to 90 MB more stay resident after a
-    prefill, and without memory patterns as much as with them.
+    All other options are ONNX Runtime's defaults, after measurements with a llama of 109 M parameters and a prompt of
+    2048 tokens. Weights are mapped and then packed, which frees the mapped pages; without packing, prefill takes a
+    quarter more processor time, and decoding no less. Without the memory arena, up to 90 MB more stay resident after a
+    prefill; memory patterns make no difference.
+
+    Args:
+        threads: per operator; None: one per core.
 
     Raises:
-        UsageError: threads is below 1, or beyond any machine's.
+        UsageError: `threads` is out of range.
     """
-    if threads is not None and not 1 <= threads <= MOST_THREADS:
-        raise UsageError("threads is out of range", got=threads, expected=f"1 to {MOST_THREADS}")
+    if threads is not None and not 1 <= threads <= MAX_THREADS:
+        raise UsageError(f"threads must be from 1 to {MAX_THREADS}", got=threads)
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
@@ -111,18 +118,24 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
 
 
 def _require_contract(session: onnxruntime.InferenceSession, bundle: Bundle) -> None:
-    for kind, found, promised in (
+    """
+    Raises:
+        BundleError: inputs or outputs of the graph contradict the manifest.
+    """
+    for kind, values, specs in (
         ("input", session.get_inputs(), bundle.graph.inputs),
         ("output", session.get_outputs(), bundle.graph.outputs),
     ):
-        seen = [(value.name, _TYPES.get(value.type, value.type), tuple(value.shape)) for value in found]
-        allowed = [(spec.name, spec.dtype, spec.shape) for spec in promised]
-        if len(seen) != len(allowed):
+        actual = [(value.name, _TYPES.get(value.type, value.type), tuple(value.shape)) for value in values]
+        expected = [(spec.name, spec.dtype, spec.shape) for spec in specs]
+        if len(actual) != len(expected):
             raise BundleError(
-                f"the bundle's graph has another number of {kind}s", got=len(seen), expected=len(allowed)
+                f"the bundle's graph must have the {kind}s of its manifest",
+                got=f"{len(actual)} {kind}s",
+                expected=f"{len(expected)} {kind}s",
             )
-        for one, other in zip(seen, allowed, strict=True):
+        for one, other in zip(actual, expected, strict=True):
             if one != other:
                 raise BundleError(
-                    f"an {kind} of the bundle's graph is not what its manifest says", got=one, expected=other
+                    f"every {kind} of the bundle's graph must match its manifest", got=one, expected=other
                 )

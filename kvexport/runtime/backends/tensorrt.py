@@ -1,12 +1,13 @@
-"""A bundle's TensorRT engine: execution contexts over caches, which all share one scratch memory. Prompts of every cache are
-read in one context; each cache has one for its decode step, since a CUDA graph is of one context and of the
-addresses that it had (as NVIDIA's documentation of CUDA graphs advises).
+"""TensorRT as a backend: execution contexts over caches, which share one scratch memory.
 
-Knows TensorRT's runtime (10.3 to 11.x and TensorRT-RTX by one path) and the two forms that an engine's graph
-has: std24 writes the cache in place, decomposed17 gives what is new, which is copied into it after the call:
-to the slots that it names where layers evict, else to those of the positions.
-Must not know what tokens mean. On a GPU this was never run: none was at hand; its tests run it on a simulated
-device.
+One context runs the prompts of all caches. Each cache has its own context for decode steps, because a CUDA graph
+belongs to one context and to the addresses that were bound when it was captured (NVIDIA's documentation of CUDA graphs).
+
+Supports TensorRT 10.3 to 11.x and TensorRT-RTX by one code path, and both forms of the graph: std24 writes the cache in
+place; decomposed17 returns the keys and values of the new tokens, which are copied into the cache after the call: to
+the slots that it returns in layers that evict, else to those of the positions.
+
+Not yet run on a GPU; the tests run it on a simulated device.
 """
 
 from __future__ import annotations
@@ -36,11 +37,11 @@ from kvexport.runtime.cache.device_arrays import Device, DeviceArray, DeviceStor
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.types import DeviceMemory, Ids, Logits
 
-DECODE, PREFILL = 0, 1  # profiles
+DECODE, PREFILL = 0, 1  # indices of optimisation profiles
 
 
 class EngineCache(KvCache):
-    """A cache of the engine's own capacity and batch, allocated once: its addresses never change."""
+    """A cache of the engine's capacity and batch. It is allocated once, so that its addresses never change."""
 
     def __init__(self, bundle: Bundle, engine: Engine, storage: DeviceStorage, fill: float) -> None:
         record = engine.record
@@ -57,25 +58,28 @@ class EngineCache(KvCache):
         self.reserve(record.capacity)
 
     def fresh(self, batch: int, slots: int | None = None) -> KvCache:
-        """This cache, empty; it has as many slots as ever.
+        """This cache, emptied; it keeps its slots.
 
         Raises:
-            UsageError: the engine is for another number of sequences.
+            UsageError: the engine runs another number of sequences.
         """
         self._require_batch(batch)
         self.clear()
         return self
 
     def another(self, batch: int, slots: int | None = None) -> KvCache:
-        """Raises:
-        UsageError: as `fresh`.
-        CannotRunHere: not enough device memory.
+        """Another cache for the same engine.
+
+        Raises:
+            UsageError: the engine runs another number of sequences.
+            CannotRunHere: there is not enough device memory.
         """
         self._require_batch(batch)
         assert isinstance(self.storage, DeviceStorage)
         return EngineCache(self._bundle, self._engine, self.storage, self._fill)
 
     def clear(self) -> None:
+        """Remove all tokens; the memory is kept."""
         assert isinstance(self.storage, DeviceStorage)
         for buffer in self.buffers.values():
             self.storage.device.clear(buffer.address, buffer.nbytes)
@@ -84,10 +88,10 @@ class EngineCache(KvCache):
     def _require_batch(self, batch: int) -> None:
         if batch != self.batch:
             raise UsageError(
-                "the engine runs another number of sequences at a time",
+                f"the number of sequences must be {self.batch} with this engine",
                 got=batch,
                 expected=self.batch,
-                fix="give prompts one by one, or run without the engine: --provider cuda or cpu",
+                fix="run prompts one by one, or run without the engine: --provider cuda or cpu",
             )
 
 
@@ -95,24 +99,26 @@ class TensorRtDecoder:
     """`kvexport.runtime.backends.base.Decoder` on a TensorRT engine.
 
     Attributes:
-        cache: the one in use, of the engine's capacity.
+        cache: the buffers in use, of the engine's capacity.
         max_tokens_per_call: the engine's chunk.
     """
 
     def __init__(self, bundle: Bundle, engine: Engine, device: Device, *, fill: float = 0.0) -> None:
         """
         Args:
-            fill: what slots hold until they are first written.
+            bundle: of the engine.
+            engine: to load.
+            device: to run on.
+            fill: value of unwritten slots.
 
         Raises:
-            BundleError: the engine takes or gives other tensors than its record says, or does not write in
-                place.
+            BundleError: the engine's inputs or outputs contradict its record, or it does not write the cache in place.
             CannotRunHere: TensorRT cannot load it, or there is not enough device memory.
         """
         self._device, self._log = device, engine_log(engine.trt)
         storage = DeviceStorage(device)
         free = device.memory()[0]
-        # Contexts need the engine, and the engine the runtime.
+        # The runtime must outlive the engine, and the engine its contexts.
         self._runtime = engine.trt.Runtime(self._log)
         self._engine = load_engine(engine, self._runtime, self._log)
         if not engine.has_weights:
@@ -137,10 +143,10 @@ class TensorRtDecoder:
             self._decode = self.cache.bound = self._calls(DECODE, self.cache)
 
     def use(self, cache: KvCache) -> None:
-        """Run on this cache from now on; one that is new gets a context for its decode step.
+        """Use this cache from now on; a new one gets a context for its decode steps.
 
         Raises:
-            CannotRunHere: not enough device memory for that.
+            CannotRunHere: there is not enough device memory for it.
         """
         if cache is self.cache:
             return
@@ -161,7 +167,7 @@ class TensorRtDecoder:
     ) -> Logits:
         """As `Decoder.run`."""
         start, stop = int(positions[0, 0]), int(positions[0, -1]) + 1
-        self.cache.reserve(stop)  # TensorRT would drop what is beyond, and say nothing
+        self.cache.reserve(stop)  # raises beyond the capacity, where TensorRT would silently drop tokens
         calls = self._decode if input_ids.shape[1] == 1 else self._prefill
         tokens = input_ids, positions, self.cache.admit(positions), logits_index
         return calls.run(tokens, lambda: self._write_updates(start, stop - start))
@@ -175,7 +181,7 @@ class TensorRtDecoder:
         return DeviceMemory(self._device.name, free, total, self._loaded, weights, self._scratch.nbytes, kv)
 
     def _calls(self, profile: int, cache: KvCache) -> _Calls:
-        """Calls of a profile on a cache."""
+        """A context of a profile, bound to a cache."""
         context, config = self._context(profile)
         assert isinstance(cache.storage, DeviceStorage)
         return _Calls(
@@ -191,7 +197,7 @@ class TensorRtDecoder:
         )
 
     def _addresses(self, cache: KvCache) -> dict[str, int]:
-        """Of all that a context takes and gives but tokens and logits, by name."""
+        """Addresses of all inputs and outputs but tokens and logits, by name."""
         bound = {name: buffer.address for name, buffer in cache.buffers.items()}
         for name, buffer in cache.buffers.items():
             layer, which = layer_and_which(name)
@@ -202,11 +208,10 @@ class TensorRtDecoder:
         return bound | {slots_output(layer): slots.address for layer, slots in self._slots.items()}
 
     def _context(self, profile: int) -> tuple[Any, Any]:
-        """A new execution context on one profile, over the scratch memory that all share, and its configuration.
+        """A new execution context of a profile, over the shared scratch memory, and its configuration.
 
-        TensorRT-RTX compiles kernels for a size when it first comes. For the decode step it shall do so at
-        once: a graph that was captured before would keep the slower ones. Prompts have many sizes, and do not
-            wait.
+        TensorRT-RTX compiles kernels when a size first occurs. For decode steps it is told to do so at once, because a
+        graph that was captured before would keep the slower kernels. Prompts have many sizes and do not wait.
         """
         how: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config = None
@@ -218,27 +223,32 @@ class TensorRtDecoder:
             )
         context = self._engine.create_execution_context(how if config is None else config)
         if context is None or not context.set_optimization_profile_async(profile, self._device.stream):
-            raise failure(self._log, "TensorRT cannot make an execution context")
+            raise failure(self._log, "TensorRT cannot create an execution context")
         self._device.synchronize()
         context.set_device_memory(self._scratch.address, self._scratch.nbytes)
         return context, config
 
     def _write_updates(self, start: int, count: int) -> None:
-        """Copy what the graph gave of `count` new tokens to the cache, in the stream's order: of a layer that evicts to the
-        slots that it named, head by head, of others to those from `start` on."""
+        """Queue copies of the keys and values of `count` new tokens to the cache.
+
+        In layers that evict they go to the slots that the graph returned for each head, else to slots from `start` on.
+        """
         for name, new in self._updates.items():
             buffer, (layer, _) = self.cache.buffers[name], layer_and_which(name)
             rows, heads, capacity, width = buffer.shape
             slot = width * stored_as(buffer.dtype).itemsize
             for first, number, target in self._targets(layer, rows * heads, start):
-                to, given = (
+                self._device.copy_rows(
                     buffer.address + (first * capacity + target) * slot,
+                    capacity * slot,
                     new.address + first * count * slot,
+                    count * slot,
+                    count * slot,
+                    number,
                 )
-                self._device.copy_rows(to, capacity * slot, given, count * slot, count * slot, number)
 
     def _targets(self, layer: int, heads: int, start: int) -> Iterator[tuple[int, int, int]]:
-        """Neighbouring heads whose new tokens go to one slot: the first of them, how many, the slot."""
+        """Runs of neighbouring heads with the same target slot: first head, number of heads, slot."""
         if layer not in self._slots:
             yield 0, heads, start
             return
@@ -250,7 +260,7 @@ class TensorRtDecoder:
             yield first, 1 + len(more), slot
 
     def _slots_of_heads(self, storage: DeviceStorage) -> dict[int, DeviceArray]:
-        """Where the graph says which slots it chose, of each layer that evicts."""
+        """Arrays for the slots that the graph chooses in each layer that evicts, int64 [batch·N]."""
         states = {
             layer_and_which(name)[0]: buffer
             for name, buffer in self.cache.buffers.items()
@@ -265,9 +275,10 @@ class TensorRtDecoder:
 
 @contextmanager
 def _within_memory() -> Iterator[None]:
-    """
+    """Turn a MemoryError of the block into an error message.
+
     Raises:
-        CannotRunHere: the device's memory did not suffice for what is done here.
+        CannotRunHere: there is not enough device memory.
     """
     try:
         yield
@@ -275,7 +286,7 @@ def _within_memory() -> Iterator[None]:
         raise CannotRunHere(
             "there is not enough device memory for the engine's cache and activations",
             got=str(error),
-            fix="build the engine again with a smaller --capacity or --chunk, or hold fewer caches",
+            fix="build the engine again with a smaller --capacity or --chunk, or use fewer caches",
         ) from error
 
 
@@ -294,7 +305,7 @@ class _Calls:
         log: Any,
         vocab: int,
         bound: dict[str, int],
-        told: Sequence[DeviceArray],
+        downloads: Sequence[DeviceArray],
         *,
         longest: int,
         captures: bool,
@@ -302,9 +313,15 @@ class _Calls:
     ) -> None:
         """
         Args:
-            bound: addresses of what is not made here, by name.
-            told: those of them that the host reads after a call.
-            config: of the context, which must live as long.
+            context: an execution context.
+            storage: memory of the arrays.
+            log: of TensorRT.
+            vocab: vocabulary size.
+            bound: addresses of the inputs and outputs that are not allocated here, by name.
+            downloads: those of them that the host reads after a call.
+            longest: the largest number of tokens per call.
+            captures: capture a CUDA graph.
+            config: of the context; it must live as long.
         """
         self._config = config
         self.context, self._place, self._device, self._log, self._vocab = (
@@ -314,20 +331,25 @@ class _Calls:
             log,
             vocab,
         )
-        self._captures, self._told = captures, told
+        self._captures, self._downloads = captures, downloads
         self._graph: Any | None = None
-        self._counts = 0, 0  # tokens, logits
+        self._counts = 0, 0  # tokens and logits of the bound shapes
         self._inputs = {name: storage.pinned((longest,), "int64") for name in TOKEN_INPUTS}
         self._logits: DeviceArray | None = None
         self.bind(bound | {name: array.address for name, array in self._inputs.items()})
 
     def bind(self, addresses: Mapping[str, int]) -> None:
-        """Take and give these from now on; no graph was captured."""
+        """Set addresses of inputs and outputs; no graph must have been captured."""
         for name, address in addresses.items():
             self._address(name, address)
 
     def run(self, inputs: tuple[Ids, ...], after: Callable[[], None]) -> Logits:
-        """One call of what `TOKEN_INPUTS` names; `after` queues what follows the engine."""
+        """Run one call.
+
+        Args:
+            inputs: values of `TOKEN_INPUTS`.
+            after: queues further work behind the engine.
+        """
         tokens, logits = inputs[0].shape[1], inputs[3].shape[1]
         self._shape(tokens, logits)
         for name, values in zip(TOKEN_INPUTS, inputs, strict=True):
@@ -338,7 +360,7 @@ class _Calls:
             self._queue()
         else:
             self._device.launch(self._graph)
-        if self._told:
+        if self._downloads:
             self._device.synchronize()
         after()
         self._device.synchronize()
@@ -354,12 +376,12 @@ class _Calls:
             raise failure(self._log, "TensorRT failed to run the engine")
         assert self._logits is not None
         self._device.download(self._host_logits(), self._logits.address)
-        for array in self._told:
+        for array in self._downloads:
             assert array.host is not None
             self._device.download(array.host, array.address)
 
     def _capture(self) -> None:
-        """TensorRT must have run once before; TensorRT-RTX may still be compiling kernels, and says so."""
+        """Capture a graph, after TensorRT has run once; TensorRT-RTX reports whether it still compiles kernels."""
         ready = getattr(self.context, "is_stream_capturable", None)
         if ready is None or ready(self._device.stream):
             self._graph = self._device.capture(self._queue)
@@ -371,9 +393,9 @@ class _Calls:
         self._counts = tokens, logits
         for name, count in (("input_ids", tokens), ("position_ids", tokens), ("logits_index", logits)):
             if not self.context.set_input_shape(name, (1, count)):
-                raise failure(self._log, f"the engine refuses {count} as a size of {name}")
+                raise failure(self._log, f"the engine rejects {count} as a size of {name}")
         if self._logits is None or self._logits.shape[0] < logits:
-            self._logits = None  # before more is allocated
+            self._logits = None  # freed before the larger one is allocated
             self._logits = self._place.pinned((logits, self._vocab), "float32")
             self._address("logits", self._logits.address)
 
@@ -387,4 +409,4 @@ class _Calls:
 
     def _address(self, name: str, address: int) -> None:
         if not self.context.set_tensor_address(name, address):
-            raise failure(self._log, f"TensorRT refuses the address of {name}")
+            raise failure(self._log, f"TensorRT rejects the address of {name}")

@@ -1,7 +1,4 @@
-"""A plan becomes a TensorRT engine, with the weights that it lacks, and is held against its record before anything is bound.
-
-Knows TensorRT's runtime and refitter (10.3 to 11.x and TensorRT-RTX); must not know how an engine is called.
-"""
+"""Loading a TensorRT engine: deserialise its plan, put in missing weights, and check it against its record."""
 
 from __future__ import annotations
 
@@ -30,7 +27,11 @@ _REBUILD = "build it again: kvexport engine BUNDLE --force"
 
 
 def load_engine(engine: Engine, runtime: Any, log: Any) -> Any:
-    """The engine; its plan is mapped, so that it need not be in memory twice."""
+    """Deserialise an engine. Its plan is mapped, so that it is not in memory twice.
+
+    Raises:
+        CannotRunHere: TensorRT cannot load it.
+    """
     if engine.record.options.get("version_compatible") and hasattr(runtime, "engine_host_code_allowed"):
         runtime.engine_host_code_allowed = True
     with engine.plan.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as plan:
@@ -42,12 +43,12 @@ def load_engine(engine: Engine, runtime: Any, log: Any) -> Any:
 
 
 def refit(loaded: Any, engine: Engine, bundle: Bundle, log: Any) -> None:
-    """Put the bundle's weights into an engine that was built without: TensorRT's parser reads them, by their names.
+    """Put the bundle's weights into an engine that was built without them.
 
-    It is given the graph that the engine was built from, since a lowering has numbers of its own.
+    TensorRT's parser reads them by name from the graph that the engine was built from; a lowering has its own weights.
 
     Raises:
-        CannotRunHere: TensorRT misses some.
+        CannotRunHere: weights are missing.
     """
     import onnx_ir as ir
 
@@ -66,9 +67,10 @@ def refit(loaded: Any, engine: Engine, bundle: Bundle, log: Any) -> None:
 
 
 def require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool) -> None:
-    """
+    """Check the inputs and outputs of an engine.
+
     Raises:
-        BundleError: the engine takes or gives other tensors than its record and the bundle say.
+        BundleError: they contradict its record or the bundle.
     """
     record = engine.record
     sizes = {BATCH: record.batch, CAPACITY: record.capacity}
@@ -77,44 +79,46 @@ def require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool
 
     caches = [spec for spec in bundle.graph.inputs if spec.name not in TOKEN_INPUTS]
     shapes = {spec.name: (spec.dtype, tuple(sized(each, sizes) for each in spec.shape)) for spec in caches}
-    given = {(present if in_place else update)(*layer_and_which(name)): name for name in shapes}
+    outputs = {(present if in_place else update)(*layer_and_which(name)): name for name in shapes}
     names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}
     states = [] if in_place else [layer_and_which(name)[0] for name in shapes if name.endswith(STATE)]
-    promised = {*TOKEN_INPUTS, "logits", *shapes, *given, *map(slots_output, states)}
-    if names != promised:
-        _refuse(engine, "takes or gives other tensors", sorted(names ^ promised), "those of its lowering")
+    expected = {*TOKEN_INPUTS, "logits", *shapes, *outputs, *map(slots_output, states)}
+    if names != expected:
+        _refuse(engine, "must have the inputs and outputs of its lowering", sorted(names ^ expected))
     for name in names:
         if not str(loaded.get_tensor_location(name)).endswith("DEVICE"):
-            _refuse(engine, "wants a tensor in the host's memory", name, "all on the device")
+            _refuse(engine, "must have all tensors in device memory", name)
     for name, (dtype, shape) in shapes.items():
-        seen = _TYPES.get(loaded.get_tensor_dtype(name).name), tuple(loaded.get_tensor_shape(name))
-        if seen != (dtype, shape):
-            _refuse(engine, f"has another {name}", seen, (dtype, shape))
+        actual = _TYPES.get(loaded.get_tensor_dtype(name).name), tuple(loaded.get_tensor_shape(name))
+        if actual != (dtype, shape):
+            _refuse(engine, f"must match the bundle in {name}", actual, (dtype, shape))
     for name in (*TOKEN_INPUTS, "logits"):
-        seen_type = _TYPES.get(loaded.get_tensor_dtype(name).name)
-        if seen_type != ("float32" if name == "logits" else "int64"):
-            _refuse(engine, f"has another type of {name}", seen_type, "float32 logits, int64 inputs")
+        actual_type = _TYPES.get(loaded.get_tensor_dtype(name).name)
+        expected_type = "float32" if name == "logits" else "int64"
+        if actual_type != expected_type:
+            _refuse(engine, f"must match the bundle in the type of {name}", actual_type, expected_type)
     if in_place and hasattr(loaded, "get_aliased_input_tensor"):
-        for output, cache in given.items():
+        for output, cache in outputs.items():
             if loaded.get_aliased_input_tensor(output) != cache:
                 _refuse(
                     engine,
-                    "does not write the cache in place",
+                    "must write the cache in place",
                     loaded.get_aliased_input_tensor(output),
-                    f"{output} is {cache}",
+                    f"{output} shares the memory of {cache}",
                 )
 
 
 def failure(log: Any, what: str) -> CannotRunHere:
+    """An error with TensorRT's last message."""
     return CannotRunHere(what, got=log.last(), fix=_REBUILD)
 
 
-def _refuse(engine: Engine, what: str, got: object, expected: object) -> NoReturn:
+def _refuse(engine: Engine, what: str, got: object, expected: object = None) -> NoReturn:
     raise BundleError(f"the engine {engine.directory} {what}", got=got, expected=expected, fix=_REBUILD)
 
 
 def layer_and_which(name: str) -> tuple[int, str]:
-    """Layer and "key", "value" or "state" of a cache input's name."""
+    """Layer, and "key", "value" or "state", of the name of a cache input."""
     _, layer, which = name.split(".")
     assert name == past(int(layer), which)
     return int(layer), which
@@ -122,10 +126,10 @@ def layer_and_which(name: str) -> tuple[int, str]:
 
 @cache
 def engine_log(trt: Any) -> Any:
-    """One for a process: TensorRT keeps the first for as long as any runtime is alive, whoever else has let go of it."""
+    """The logger of the process: TensorRT keeps the first one for as long as any runtime exists."""
 
     class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps errors; says nothing itself."""
+        """Records errors and prints nothing."""
 
         def __init__(self) -> None:
             trt.ILogger.__init__(self)

@@ -1,4 +1,4 @@
-"""The engines in a bundle, and which of them this machine can run; reads their records and loads none of them."""
+"""Selection of a bundle's TensorRT engine for this machine, by the records of its engines; none is loaded."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ class OtherEngine(BundleError):
 
 @dataclass(frozen=True)
 class Engine:
-    """An engine that fits this machine.
+    """An engine that this machine can run.
 
     Attributes:
-        directory: of its plan and its record.
+        directory: of its plan and record.
+        record: build.json.
         trt: the imported Python package that runs it.
     """
 
@@ -45,36 +46,39 @@ class Engine:
 
     @property
     def has_weights(self) -> bool:
-        """Whether the plan holds the weights, or takes the bundle's when it is loaded."""
+        """Whether the plan contains the weights; if not, the bundle's are put in when it is loaded."""
         return not self.record.options.get("refit")
 
     def verify(self) -> None:
         """Hash the plan.
 
         Raises:
-            BundleError: it is not as it was built.
+            BundleError: it was changed.
         """
         if sha256_of(self.plan) != self.record.plan.sha256:
             raise BundleError(
-                f"{self.plan} is not as it was built: its sha256 differs", fix=_rebuild(self.record)
+                f"{self.plan} must be unchanged since it was built: its sha256 differs",
+                fix=_rebuild(self.record),
             )
 
 
 def engine_directories(bundle: Bundle) -> list[Path]:
-    """Folders of the bundle's engines, by the names of their targets."""
+    """Folders of the bundle's engines, sorted by target."""
     return sorted(record.parent for record in (bundle.path / ENGINES_FOLDER).glob(f"*/{RECORD_FILE}"))
 
 
 def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> Engine:
-    """The first of the bundle's engines, by name, that runs on `device`.
+    """The first of the bundle's engines, sorted by target, that runs on `device`.
 
     Args:
-        host_code: take version-compatible plans too: they hold code for the host, which TensorRT would run.
+        bundle: the bundle.
+        device: the GPU.
+        host_code: accept version-compatible plans, which contain host code that TensorRT executes.
 
     Raises:
-        OtherEngine: the first that would run was built from another bundle.
+        OtherEngine: the first one that would run was built from another bundle.
         BundleError: its record is damaged.
-        CannotRunHere: there is none, or none that fits; says what is wrong with each.
+        CannotRunHere: there is none, or none that runs here; with the reason for each.
     """
     reasons = []
     for directory in engine_directories(bundle):
@@ -82,18 +86,16 @@ def find_engine(bundle: Bundle, device: Device, *, host_code: bool = True) -> En
         try:
             _require_fit(record, device)
             if record.options.get("version_compatible") and not host_code:
-                raise CannotRunHere("holds code for the host, which only --provider tensorrt runs")
+                raise CannotRunHere("contains host code, which runs with --provider tensorrt only")
             trt = _library(record)
         except CannotRunHere as error:
             reasons.append(f"{record.target} {error.what}")
             continue
         if record.manifest_sha256 != bundle.digest:
-            raise OtherEngine(
-                f"the engine {directory} was built from another bundle than this one", fix=_rebuild(record)
-            )
+            raise OtherEngine(f"the engine {directory} must be built from this bundle", fix=_rebuild(record))
         return Engine(directory, record, trt)
     raise CannotRunHere(
-        f"the bundle {bundle.path} has no engine that this machine can run",
+        f"the bundle {bundle.path} must have an engine that this machine can run",
         got="; ".join(reasons) or "no engine",
         fix=f"build one here: kvexport engine {bundle.path}",
     )
@@ -110,16 +112,14 @@ def _require_fit(record: BuildRecord, device: Device) -> None:
         built = " or ".join(record.compute_capability)
         raise CannotRunHere(f"was built for compute capability {built}, and {device.name} has {here}")
     if record.batch != 1:
-        raise CannotRunHere(
-            f"was built for {record.batch} sequences at a time, and the runtime gives an engine one"
-        )
+        raise CannotRunHere(f"was built for {record.batch} sequences at a time, and the runtime runs one")
 
 
 def _library(record: BuildRecord) -> Any:
-    """The package that runs an engine: plans are bound to the version that built them, unless they say otherwise.
+    """Import the package that runs an engine, in the version that built it unless the plan is version-compatible.
 
     Raises:
-        CannotRunHere: it is not installed, does not load, or is of another version.
+        CannotRunHere: it is not installed, cannot be imported, or has another version.
     """
     name = PACKAGES[record.engine].module
     try:
@@ -136,7 +136,7 @@ def _library(record: BuildRecord) -> Any:
 
 
 def _runs_later(record: BuildRecord, version: str) -> bool:
-    """Whether the plan was built version-compatible, and `version` is a later one of the same major."""
+    """Whether the plan is version-compatible, and `version` is later, of the same major version."""
     built, here = release_of(record.version), release_of(version)
     return bool(record.options.get("version_compatible")) and here[:1] == built[:1] and here >= built
 
