@@ -1,4 +1,4 @@
-"""Plans: from a model's config.json and a target's figures alone, what will fit and how fast it is predicted to be."""
+"""Predict memory use and speed on a target from a model's config.json and the target's published values."""
 
 from kvexport.plan.compare import Comparison
 from kvexport.plan.memory import PRECISIONS, Memory

@@ -1,7 +1,5 @@
-"""Predictions beside measurements: what a bundle's builds and benchmarks recorded, where there are any.
-
-Knows the few keys it looks for, and passes over whatever it does not understand; builds and measures nothing.
-"""
+"""Compare predictions with what the builds and benchmarks of a bundle recorded; unknown records are
+ignored."""
 
 from __future__ import annotations
 
@@ -16,12 +14,13 @@ from kvexport.plan.memory import Precision, kv_bytes, memory, weight_bytes
 from kvexport.plan.sizes import Sizes
 from kvexport.plan.speed import DECODE, PREFILL, decode_seconds, prefill_seconds
 
-_MOST = 1e18  # of what a record may plausibly hold: bytes, tokens, milliseconds
+_LARGEST = 1e18  # plausible value of a record: bytes, tokens, milliseconds
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One quantity, predicted and measured, in `unit` ("bytes" or "ms"); `source` is the file that holds the measurement."""
+    """One quantity, predicted and measured, in `unit` ("bytes" or "ms"); `source` is the file of the
+    measurement."""
 
     source: str
     what: str
@@ -36,60 +35,62 @@ class Comparison:
 
 
 def compare(bundle: Path, sizes: Sizes, stored: Precision, target: Target | None) -> tuple[Comparison, ...]:
-    """Every comparison that the records under `bundle` allow.
+    """Compare every record under `bundle` that can be compared.
 
-    Builds are compared whatever target they are for; times only with a prediction for `target`, so not without one, and
-    those of a CPU and of a GPU only with their own kind.
+    Builds are compared for any target. Times need a prediction for `target`; times of a CPU are compared with
+    a CPU target only, times of a GPU with a GPU target only.
     """
-    found: list[Comparison] = []
+    comparisons: list[Comparison] = []
     for path in sorted(bundle.glob("engines/*/build.json")):
         for record in _objects(path):
-            found += _of_build(f"{path.parent.name}/{path.name}", record, sizes, stored)
+            comparisons += _compare_build(f"{path.parent.name}/{path.name}", record, sizes, stored)
     if target is not None:
         for path in sorted(bundle.glob("bench/*.json")):
             for record in _objects(path):
-                if record.get("target", target.name) == target.name and _may_be_of(
+                if record.get("target", target.name) == target.name and _comparable(
                     target, record.get("provider")
                 ):
-                    found += _of_benchmark(path.name, record, sizes, stored, target)
-    return tuple(found)
+                    comparisons += _compare_benchmark(path.name, record, sizes, stored, target)
+    return tuple(comparisons)
 
 
 def _objects(path: Path) -> Iterator[dict[str, Any]]:
-    """The JSON objects of a file that is one, or holds one a line; nothing where it cannot be read."""
+    """The JSON objects of a file, the whole file or one on each line; none if it cannot be read."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError):
         return
     for piece in [text] if path.name == "build.json" else text.splitlines():
         try:
-            found = json.loads(piece)
+            value = json.loads(piece)
         except (ValueError, RecursionError):
             continue
-        if isinstance(found, dict):
-            yield found
+        if isinstance(value, dict):
+            yield value
 
 
 def _number(value: object) -> float | None:
     return (
         float(value)
-        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _MOST
+        if isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < _LARGEST
         else None
     )
 
 
-def _may_be_of(target: Target, provider: object) -> bool:
-    """Whether what ran on `provider` can be compared with `target`: what ran on a CPU says nothing of a GPU."""
+def _comparable(target: Target, provider: object) -> bool:
+    """Whether a measurement on `provider` can be compared with `target`: both CPU, or both GPU."""
     return provider is None or (provider == "cpu") == (target.engine == "onnxruntime")
 
 
-def _of_build(source: str, record: dict[str, Any], sizes: Sizes, stored: Precision) -> Iterator[Comparison]:
+def _compare_build(
+    source: str, record: dict[str, Any], sizes: Sizes, stored: Precision
+) -> Iterator[Comparison]:
     engine, lowering = record.get("engine"), record.get("lowering")
     if engine not in ("tensorrt", "tensorrt-rtx") or not isinstance(lowering, str):
         return
     plan, options = record.get("plan"), record.get("options")
-    whole = not (isinstance(options, dict) and options.get("refit"))  # else its weights are not in the plan
-    plan_size = _number(plan.get("bytes")) if isinstance(plan, dict) and whole else None
+    with_weights = not (isinstance(options, dict) and options.get("refit"))
+    plan_size = _number(plan.get("bytes")) if isinstance(plan, dict) and with_weights else None
     activations, capacity = _number(record.get("activation_bytes")), _number(record.get("capacity"))
     pairs: list[tuple[str, float, float | None]] = [
         ("weights", weight_bytes(sizes, stored), _number(record.get("weights_bytes"))),
@@ -107,7 +108,7 @@ def _of_build(source: str, record: dict[str, Any], sizes: Sizes, stored: Precisi
             yield Comparison(source, what, "bytes", predicted, measured)
 
 
-def _of_benchmark(
+def _compare_benchmark(
     source: str, record: dict[str, Any], sizes: Sizes, stored: Precision, target: Target
 ) -> Iterator[Comparison]:
     for stage, depth, milliseconds in _points(record, None):
@@ -120,14 +121,14 @@ def _of_benchmark(
 
 
 def _points(value: object, stage: str | None) -> Iterator[tuple[str, int, float]]:
-    """Every (stage, depth, median milliseconds) under the keys "prefill" and "decode"."""
+    """Find every (stage, depth, median milliseconds) under the keys "prefill" and "decode"."""
     if isinstance(value, list):
         for each in value:
             yield from _points(each, stage)
     if not isinstance(value, dict):
         return
     depth, milliseconds = value.get("depth"), _number(value.get("p50_ms"))
-    if stage is not None and type(depth) is int and 0 <= depth < _MOST and milliseconds is not None:
+    if stage is not None and type(depth) is int and 0 <= depth < _LARGEST and milliseconds is not None:
         yield stage, depth, milliseconds
     for key, inner in value.items():
         yield from _points(inner, key if key in ("prefill", "decode") else stage)

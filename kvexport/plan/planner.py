@@ -1,7 +1,4 @@
-"""A plan: every number of KV heads, precision and context side by side, with what fits and how fast it will be.
-
-Knows how sizes, memory and time come together for a target; must not know how a plan is shown.
-"""
+"""Plan a model on a target: memory and speed for each number of KV heads, precision and context."""
 
 from __future__ import annotations
 
@@ -28,12 +25,12 @@ from kvexport.plan.sizes import Sizes, architecture, bundle_sizes
 from kvexport.plan.speed import DECODE, PREFILL, Band, decode_seconds, prefill_seconds
 
 _CONTEXTS = (2048, 8192, 32768)
-_ENGINE, _LOWERING = "tensorrt", "std24"  # assumed where no target is named
+_ENGINE, _LOWERING = "tensorrt", "std24"  # without a target
 
 
 @dataclass(frozen=True)
 class Range:
-    """Predicted seconds; `low` and `high` are the ends of the band that published figures give."""
+    """Predicted seconds; `low` and `high` are the bounds from published measurements."""
 
     low: float
     typical: float
@@ -42,7 +39,8 @@ class Range:
 
 @dataclass(frozen=True)
 class Row:
-    """One number of KV heads, precision and context. Predictions are None without a target, or a rate in its file."""
+    """One number of KV heads, precision and context. A prediction is None without a target, or if its file
+    has no rate."""
 
     kv_heads: int
     dtype: str
@@ -50,26 +48,28 @@ class Row:
     memory: Memory
     kv_bytes_per_token: int
     largest_context: int | None
-    short_bytes: int | None  # by how much the target's usable memory is too small; 0 where it fits
-    prefill_seconds: Range | None  # of a prompt of `memory.context` tokens
-    decode_seconds: Range | None  # of one step after as many tokens
+    short_bytes: int | None  # missing bytes of the target's usable memory; 0 if it fits
+    prefill_seconds: Range | None  # for a prompt of `memory.context` tokens
+    decode_seconds: Range | None  # for one step after as many tokens
 
     def to_json(self) -> dict[str, Any]:
-        """The row as plain JSON values."""
+        """The row as JSON values."""
         fits = None if self.short_bytes is None else self.short_bytes == 0
         return {**asdict(self), "total_bytes": self.memory.total, "fits": fits}
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a model takes and how fast it is predicted to be, on `target` (None: sizes alone).
+    """Predicted memory and speed of a model on `target` (None: memory only).
 
     Attributes:
-        budget: bytes that an application can have there.
+        model: the name of the model's folder.
+        budget: bytes that an application can use there.
         lowering: the lowering whose memory is counted.
-        maps: rows with fewer KV heads count the online method's key and query maps.
-        eviction: how layers stay within a budget of tokens; None: they hold every token.
-        comparisons: predictions beside what builds and benchmarks of a bundle measured.
+        maps: whether rows with fewer KV heads include the online method's key and query maps.
+        eviction: the eviction within a token budget; None: no layer evicts.
+        rows: one for each combination.
+        comparisons: predictions compared with the measurements of builds and benchmarks of a bundle.
     """
 
     model: str
@@ -82,7 +82,7 @@ class Plan:
     comparisons: tuple[Comparison, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """The plan as plain JSON values."""
+        """The plan as JSON values."""
         return {
             "model": self.model,
             "target": None if self.target is None else self.target.name,
@@ -107,32 +107,34 @@ def plan(
 ) -> Plan:
     """Plan a checkpoint (from its config.json alone) or a bundle (from its manifest) for `target`.
 
-    Without `kv_heads`, all, half and a quarter of the trained ones; without `dtypes`, those the target runs; without
-    `contexts`, 2048, 8192 and 32768 tokens, as far as the model goes. A share that `eviction` asks for is of the model's
-    max_position_embeddings; a bundle evicts as it was built to.
+    Args:
+        kv_heads: numbers of KV heads; default: all, a half and a quarter of the trained number.
+        dtypes: names of precisions; default: those of the target.
+        contexts: context lengths in tokens; default: 2048, 8192 and 32768, up to the model's maximum.
+        eviction: the eviction of a checkpoint; a fraction is one of the model's max_position_embeddings.
 
     Raises:
-        CheckpointError: no config.json, or one that no family covers.
-        BundleError: a damaged manifest, or no graph.
-        UsageError: an option is out of range, or a bundle already says what it asks.
+        CheckpointError: there is no config.json, or no family covers it.
+        BundleError: the manifest is damaged, or the graph is missing.
+        UsageError: an option is out of range, or sets what a bundle has fixed.
     """
     engine = _ENGINE if target is None else target.engine
     lowering = _LOWERING if target is None else lowering_for(target)
     if (model / MANIFEST_FILE).is_file():
         if kv_heads or dtypes:
             raise UsageError(
-                "a bundle has its KV heads and dtype already",
+                "--kv-heads and --dtype must be left out for a bundle, which has fixed both",
                 got="--kv-heads or --dtype",
-                fix="leave them out, or plan for the checkpoint",
+                fix="leave them out, or plan the checkpoint",
             )
         manifest = read_manifest(model)
         if eviction is not None:
             built = manifest.eviction
             raise UsageError(
-                "what a bundle evicts was settled when it was built",
+                "--kv-budget must be left out for a bundle, which has fixed its eviction",
                 got="--kv-budget",
-                expected="every token is held" if built is None else f"{built.budget} tokens in each KV head",
-                fix="leave it out, or make another bundle: kvexport build CHECKPOINT -o BUNDLE --kv-budget TOKENS",
+                expected="no eviction" if built is None else f"{built.budget} tokens in each KV head",
+                fix="leave it out, or build again: kvexport build CHECKPOINT -o BUNDLE --kv-budget TOKENS",
             )
         variants = [bundle_sizes(model, manifest)]
         stored = [precision(manifest.dtype, engine)]
@@ -140,7 +142,7 @@ def plan(
     else:
         trained = architecture(model)
         counts = kv_heads or _shares(trained.kv_head_counts)
-        variants = [_within(trained.sizes(count), eviction) for count in counts]
+        variants = [_with_eviction(trained.sizes(count), eviction) for count in counts]
         stored = [precision(name, engine) for name in dtypes or _dtypes(engine)]
         comparisons = ()
     budget = None if target is None else target.usable_bytes
@@ -157,27 +159,27 @@ def plan(
     )
 
 
-def _within(sizes: Sizes, request: EvictionRequest | None) -> Sizes:
-    """The model with a budget of tokens, and as many positions as can be counted with one."""
+def _with_eviction(sizes: Sizes, request: EvictionRequest | None) -> Sizes:
+    """The model with the requested eviction, and the positions that eviction can count."""
     if request is None:
         return sizes
     if request.of_capacity and sizes.max_positions is None:
         raise UsageError(
-            "--kv-budget is a share of the model's positions, and nothing bounds those of this one",
+            "--kv-budget must be a number of tokens for a model without a maximum length",
             got=request.budget,
-            expected="a number of tokens",
+            expected="an integer >= 1",
             fix="--kv-budget TOKENS",
         )
-    most = min(sizes.max_positions or MAX_POSITIONS, MAX_POSITIONS)
+    positions = min(sizes.max_positions or MAX_POSITIONS, MAX_POSITIONS)
     try:
-        return replace(sizes, eviction=request.of(most, sizes.layers), max_positions=most)
-    except UsageError as error:  # its remedies are options of `kvexport build`
+        return replace(sizes, eviction=request.of(positions, sizes.layers), max_positions=positions)
+    except UsageError as error:  # its fix names options of `kvexport build`
         fix = "choose another --kv-budget or --evict-skip-layers, or leave them out"
         raise UsageError(error.what, got=error.got, expected=error.expected, fix=fix) from error
 
 
 def _shares(counts: list[int]) -> list[int]:
-    """All, half and a quarter, where conversion can keep that many."""
+    """All, a half and a quarter, as far as conversion can produce that many."""
     return [count for count in counts if count * 4 in (counts[0] * 4, counts[0] * 2, counts[0])]
 
 
@@ -188,16 +190,16 @@ def _dtypes(engine: str) -> tuple[str, ...]:
     )
 
 
-def _contexts(asked: Sequence[int], most: int | None) -> list[int]:
-    for context in asked:
-        if most is not None and context > most:
+def _contexts(requested: Sequence[int], maximum: int | None) -> list[int]:
+    for context in requested:
+        if maximum is not None and context > maximum:
             raise UsageError(
-                "--context is more than a sequence of this model may hold",
+                "--context must not exceed the maximum length of the model",
                 got=context,
-                expected=f"1 to {most}",
+                expected=f"1 to {maximum}",
             )
-    default = [context for context in _CONTEXTS if most is None or context <= most]
-    return list(dict.fromkeys(asked)) or default or [most or 1]
+    default = [context for context in _CONTEXTS if maximum is None or context <= maximum]
+    return list(dict.fromkeys(requested)) or default or [maximum or 1]
 
 
 def _row(
@@ -227,20 +229,20 @@ def _row(
 
 
 def predicted_decode(sizes: Sizes, stored: Precision, target: Target, depth: int) -> Range:
-    """Seconds of a decode step after `depth` tokens."""
+    """Predicted seconds of a decode step after `depth` tokens."""
     return Range(
         *(decode_seconds(sizes, stored, target, depth, efficiency) for efficiency in _fastest_first(DECODE))
     )
 
 
 def predicted_prefill(sizes: Sizes, stored: Precision, target: Target, tokens: int) -> Range | None:
-    """Seconds of a prompt of `tokens`; None where the target's file has no rate for it."""
+    """Predicted seconds of a prompt of `tokens` tokens; None if the target's file has no rate for it."""
     efficiencies = zip(_fastest_first(PREFILL), _fastest_first(DECODE), strict=True)
-    found = [
+    predicted = [
         prefill_seconds(sizes, stored, target, tokens, efficiency, reading)
         for efficiency, reading in efficiencies
     ]
-    seconds = [each for each in found if each is not None]
+    seconds = [each for each in predicted if each is not None]
     return Range(*seconds) if seconds else None
 
 

@@ -1,8 +1,5 @@
-"""How many numbers a model has, and where: from its config.json, or from a bundle's manifest.
-
-Knows the shapes that a family's tensors have before and after conversion; reads no weights, and must not know how
-wide a number is stored, nor any device.
-"""
+"""Count a model's numbers by their use, from its config.json or from a bundle's manifest; reads no
+weights."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from kvexport.model.families import Family, family_of
 
 @dataclass(frozen=True)
 class Cache:
-    """What a layer caches of a token: `width` numbers in each of `heads` KV heads, key and value together."""
+    """A layer's cache of a token: `width` numbers in each of `heads` KV heads, key and value together."""
 
     heads: int
     width: int
@@ -32,20 +29,20 @@ class Cache:
 
 @dataclass(frozen=True)
 class Sizes:
-    """A model as it would be built. Counts of numbers, not of bytes.
+    """A model as it would be built. All values count numbers, not bytes.
 
     Attributes:
         num_heads, hidden, vocab: as in config.json.
-        max_positions: tokens that a sequence may hold; None where nothing bounds it.
-        matrices: in the projections of all layers: what weight-only quantisation takes.
+        max_positions: maximum tokens of a sequence; None: unbounded.
+        matrices: numbers in the projections of all layers, which weight-only quantisation compresses.
         rows: output rows of those matrices.
-        small: norms, biases, key and query maps.
-        embedding: the embedding table, read one row a token.
-        head: the head; 0 where it is the embedding (tied).
-        mlp_width: widths of what a layer's MLP holds at once, summed.
+        small: numbers in norms, biases, key maps and query maps.
+        embedding: numbers in the embedding table, of which a token reads one row.
+        head: numbers in the head; 0 if it is tied to the embedding.
+        mlp_width: total width of the activations of a layer's MLP.
         caches: one for each layer.
-        maps: the keys are projected after rotation (the online method), which needs maps.
-        eviction: how layers stay within a budget of tokens; None: they hold every token.
+        maps: whether keys are projected after rotation (the online method), which needs maps.
+        eviction: the eviction within a token budget; None: no layer evicts.
     """
 
     num_heads: int
@@ -73,30 +70,30 @@ class Sizes:
 
     @property
     def kv_heads(self) -> int:
-        """Cached heads of a layer; the most of any, where layers differ."""
+        """KV heads of a layer; the largest number if layers differ."""
         return max(cache.heads for cache in self.caches)
 
     @property
     def kv_width(self) -> int:
-        """Cached numbers per token, all layers, while none evicts."""
+        """Cached numbers of a token in all layers, without eviction."""
         return sum(cache.heads * cache.width for cache in self.caches)
 
     @property
     def chunk(self) -> int:
-        """Tokens of a prompt that are computed at once."""
+        """Tokens of a prompt that are computed in one call."""
         return DEFAULT_CHUNK if self.eviction is None else min(DEFAULT_CHUNK, self.eviction.chunk)
 
     def evicts(self, layer: int) -> bool:
         return self.eviction is not None and self.eviction.evicts(layer)
 
-    def held(self, layer: int, tokens: int) -> int:
-        """Of a sequence of `tokens`, those that a layer holds in each KV head."""
+    def cached_tokens(self, layer: int, tokens: int) -> int:
+        """Tokens of a sequence of `tokens` tokens that a layer has in each KV head."""
         return tokens if self.eviction is None else self.eviction.slots(layer, tokens)
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """A trained model as its config.json describes it."""
+    """A trained model, described by its config.json."""
 
     family: Family
     config: Mapping[str, Any]
@@ -112,15 +109,14 @@ class Architecture:
 
     @property
     def kv_head_counts(self) -> list[int]:
-        """Numbers of KV heads that conversion can keep, most first."""
+        """Numbers of KV heads that conversion can produce, in descending order."""
         return [count for count in range(self.kv_heads, 0, -1) if self.kv_heads % count == 0]
 
     def sizes(self, kv_heads: int) -> Sizes:
-        """The model with `kv_heads` cached heads in each layer, converted as `kvexport build` does by default.
+        """The model with `kv_heads` KV heads in each layer, converted as `kvexport build` does by default.
 
-        Keys take the online code wherever it may be chosen: with rotation, each layer keeps its trained W_K and gains a
-        key map and a query map. Where the folding code is chosen instead, or can be used because nothing is
-        rotated, W_K shrinks and there are no maps.
+        With rotation keys use the online method: each layer keeps its trained W_K and gains a key map and a
+        query map. Without rotation keys are folded: W_K shrinks, and there are no maps.
 
         Raises:
             UsageError: `kv_heads` does not divide the trained number.
@@ -170,34 +166,35 @@ class Architecture:
 
 
 def architecture(path: Path) -> Architecture:
-    """What a config.json describes; `path` is that file or its folder, and nothing else in the folder is read.
+    """Read the architecture from a config.json; `path` is that file or its folder.
 
     Raises:
-        CheckpointError: no such file, an unknown family, or a setting that is missing or impossible.
+        CheckpointError: there is no such file, the family is unknown, or a setting is missing or impossible.
     """
     config = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
     require_unquantised(config)
     family = family_of(config)
     settings = family.settings(config)
-    found = sizes_of(settings, rotated=family.position == "rope")
+    sizes = sizes_of(settings, rotated=family.position == "rope")
     inner = config.get("intermediate_size")
     return Architecture(
         family=family,
         config=config,
-        vocab=found.vocab,
-        hidden=found.hidden,
-        layers=found.layers,
-        num_heads=found.heads,
-        kv_heads=found.kv_heads,
-        head_dim=found.head_dim,
-        intermediate=4 * found.hidden if inner is None else whole_number("intermediate_size", inner),
-        max_positions=found.max_positions,
+        vocab=sizes.vocab,
+        hidden=sizes.hidden,
+        layers=sizes.layers,
+        num_heads=sizes.heads,
+        kv_heads=sizes.kv_heads,
+        head_dim=sizes.head_dim,
+        intermediate=4 * sizes.hidden if inner is None else whole_number("intermediate_size", inner),
+        max_positions=sizes.max_positions,
         tied=bool(settings["tied"]),
     )
 
 
 def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
-    """What the bundle at `path` holds; its weights are counted by the bytes of their file, rotary tables among them.
+    """The sizes of the bundle at `path`; weights are counted by the bytes of their file, including rotary
+    tables.
 
     Raises:
         BundleError: its graph is missing, or the manifest does not say whether the head is tied.
@@ -207,7 +204,7 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
     model, layers = manifest.model, manifest.layers
     if model.tie_word_embeddings is None:
         raise BundleError(
-            f"the manifest of the bundle {path} must say whether the head is tied (model.tie_word_embeddings)",
+            f"the manifest of bundle {path} must say whether the head is tied (model.tie_word_embeddings)",
             fix=REBUILD,
         )
     numbers = manifest.files[DATA_FILE].bytes // BYTES[manifest.dtype]

@@ -1,25 +1,26 @@
-"""Time: what a decode step and a prefill take on a target, from bytes moved and arithmetic done.
+"""Estimate the time of a decode step and of a prefill on a target, from bytes moved and arithmetic.
 
-Knows two fitted figures and their bands; must not know how a model came to its sizes. Everything here is an estimate.
-
-A decode step moves every weight once (of the embedding one row, the head in its own precision) and the cache of all
-tokens before it, where layers evict of those that they hold; each layer costs a fixed time besides, for launches and
-dependencies. So
+A decode step reads every weight once (one row of the embedding, the head in its own precision) and the cache
+of all cached tokens. Each layer adds a fixed time for launches and dependencies:
     seconds = layers · LAYER_SECONDS + bytes / (efficiency · bandwidth).
-LAYER_SECONDS and DECODE.typical are the least squares, in the logarithm, over 17 published figures, with nothing fitted
-to a single model or device: Qwen3 0.6B, 1.7B, 4B and 8B in INT4 after 2048 tokens on AGX Orin 64 GB, Orin NX 16 GB, Orin
-Nano 8 GB (the two small ones) and Thor T5000 (TensorRT Edge-LLM 0.10, performance benchmarks), and Llama-2-7B in 4 bits on
-AGX Orin 64 GB: 39.1 tokens/s with TinyChat (AWQ, arXiv 2306.00978), 42.9 and 47 with MLC (jetson-containers issue 412), at
-128 tokens, as those prompts were short. llama.cpp, exllama and AutoGPTQ of 2023 (22.5, 15.9 and 13.4) are left out: they
-had no fused 4-bit kernel for this GPU, and say what a runtime can lose, not what memory allows. Orin Nano is taken at its
-68 GB/s without Super mode, which the page does not say, but its ratio to Orin NX does. Residuals: at most 13 %, 8 % as
-root mean square; predicted 3 to 13 % too fast for Qwen3 on AGX Orin, 7 to 10 % too slow on Thor. Not fitted, and predicted
-8 to 17 % too slow: six figures of MLC, which quantises the head too, on Orin Nano 8 GB with and without Super mode.
-DECODE.low and .high are the least and greatest efficiency that any of the 17 implies.
+LAYER_SECONDS and DECODE.typical are a least-squares fit, in the logarithm, to 17 published measurements;
+nothing is fitted to a single model or device:
+- Qwen3 0.6B, 1.7B, 4B and 8B in INT4 after 2048 tokens on AGX Orin 64 GB, Orin NX 16 GB, Orin Nano 8 GB (the
+  two smaller models) and Thor T5000: TensorRT Edge-LLM 0.10, performance benchmarks.
+- Llama-2-7B in 4 bits on AGX Orin 64 GB: 39.1 tokens/s with TinyChat (AWQ, arXiv 2306.00978), 42.9 and 47
+  with MLC (jetson-containers issue 412), at 128 tokens, since those prompts were short.
+llama.cpp, exllama and AutoGPTQ of 2023 (22.5, 15.9 and 13.4 tokens/s) are left out: they had no fused 4-bit
+kernel for this GPU, so that memory was not their limit. Orin Nano counts with 68 GB/s, without Super mode;
+the page does not name the mode, but the ratio to Orin NX shows it. The residuals are at most 13 %, with a
+root mean square of 8 %: predictions are 3 to 13 % too fast for Qwen3 on AGX Orin and 7 to 10 % too slow on
+Thor. Six measurements of MLC on Orin Nano 8 GB, with and without Super mode, are not part of the fit and
+predicted 8 to 17 % too slow; MLC quantises the head too. DECODE.low and .high are the lowest and the highest
+efficiency of the 17 measurements.
 
-Prefill does two operations for each weight and token and is bounded by arithmetic, or by reading the weights once a chunk.
-Only three figures were found, Qwen3-8B in INT4, 2048 tokens (the same page): 51 % of the dense FP16 rate on AGX Orin, 67 %
-on Orin NX, 17 % on Thor, where 4-bit weights are unpacked rather than multiplied. PREFILL.typical is their geometric mean.
+Prefill does two operations for each weight and token. Its limit is arithmetic, or reading the weights once
+for each chunk. Only three measurements were found, of Qwen3-8B in INT4 with 2048 tokens on the same page: 51
+% of the dense FP16 rate on AGX Orin, 67 % on Orin NX, and 17 % on Thor, which unpacks 4-bit weights.
+PREFILL.typical is their geometric mean.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ LAYER_SECONDS = 31e-6
 
 @dataclass(frozen=True)
 class Band:
-    """Share of a peak rate that is reached: at worst, typically and at best, of what is published."""
+    """Fraction of a peak rate that published measurements reach: lowest, typical and highest."""
 
     low: float
     typical: float
@@ -53,17 +54,17 @@ def step_bytes(sizes: Sizes, stored: Precision, depth: int) -> int:
 
 
 def decode_seconds(sizes: Sizes, stored: Precision, target: Target, depth: int, efficiency: float) -> float:
-    """Seconds of one decode step after `depth` tokens, batch 1."""
+    """Seconds of one decode step after `depth` tokens at batch 1."""
     return sizes.layers * LAYER_SECONDS + step_bytes(sizes, stored, depth) / (efficiency * target.bandwidth)
 
 
 def prefill_flops(sizes: Sizes, tokens: int) -> int:
-    """Operations of a prompt of `tokens`: the layers' matrices for each, causal attention over the tokens that a layer
-    holds, and the head for one."""
+    """Operations of a prompt of `tokens` tokens: the layers' matrices for each token, causal attention over
+    the cached tokens, and the head for one token."""
     attention = 0
     for layer, cache in enumerate(sizes.caches):
-        gone = tokens - sizes.held(layer, tokens)
-        attention += sizes.num_heads * cache.width * (tokens * tokens - gone * gone)
+        evicted = tokens - sizes.cached_tokens(layer, tokens)
+        attention += sizes.num_heads * cache.width * (tokens * tokens - evicted * evicted)
     return 2 * sizes.matrices * tokens + attention + 2 * (sizes.head or sizes.embedding)
 
 
@@ -77,12 +78,12 @@ def prefill_seconds(
     *,
     chunk: int | None = None,
 ) -> float | None:
-    """Seconds of a prompt of `tokens`, batch 1; None where the target's file has no rate for it.
+    """Seconds of a prompt of `tokens` tokens at batch 1; None if the target's file has no rate for it.
 
     Args:
-        efficiency: of arithmetic, from PREFILL.
-        reading: of bandwidth, from DECODE.
-        chunk: tokens that are computed at once; None: as many as the runtime does.
+        efficiency: fraction of the arithmetic rate, from PREFILL.
+        reading: fraction of the bandwidth, from DECODE.
+        chunk: tokens that are computed in one call; None: the chunk of the runtime.
     """
     if target.fp16 is None or stored.bits == 32:
         return None

@@ -1,4 +1,4 @@
-"""Bytes: by hand for a small model, growing with what should make them grow, and a longest context that just fits."""
+"""`kvexport.plan.memory`: bytes computed by hand for a small model, and the longest context that fits."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.anchors import CONFIGS
 
-from kvexport.engine.options import CHUNK
+from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.plan.memory import kv_bytes_per_token, largest_context, memory, precision, weight_bytes
 from kvexport.plan.sizes import Cache, Sizes, architecture
 
@@ -34,7 +34,7 @@ def llama(tmp_path: Path) -> Sizes:
     return architecture(tmp_path).sizes(32)
 
 
-def test_weights_by_hand() -> None:
+def test_weight_bytes_equal_a_computation_by_hand() -> None:
     rest = 70 + 3200
     assert weight_bytes(SMALL, precision("float32", "tensorrt")) == 4 * (12_800 + rest)
     assert weight_bytes(SMALL, precision("float16", "tensorrt")) == 2 * (12_800 + rest)
@@ -54,14 +54,14 @@ def test_llama_2_7b_caches_half_a_mebibyte_a_token(llama: Sizes) -> None:
     )
 
 
-def test_scores_take_memory_where_attention_is_not_fused(llama: Sizes) -> None:
+def test_scores_take_memory_without_fused_attention(llama: Sizes) -> None:
     half = precision("float16", "tensorrt")
     fused, apart = (
         memory(llama, half, 4096, engine="tensorrt", lowering=name) for name in ("std24", "decomposed17")
     )
-    assert apart.activations - fused.activations == 2 * CHUNK * 4096 * (2 * 32 - 1)
+    assert apart.activations - fused.activations == 2 * DEFAULT_CHUNK * 4096 * (2 * 32 - 1)
     assert (apart.weights, apart.kv, apart.engine) == (fused.weights, fused.kv, fused.engine)
-    smaller = memory(llama, half, 4096, engine="tensorrt", lowering="decomposed17", chunk=CHUNK // 4)
+    smaller = memory(llama, half, 4096, engine="tensorrt", lowering="decomposed17", chunk=DEFAULT_CHUNK // 4)
     assert smaller.activations < apart.activations / 3.9
     assert apart.total == apart.weights + apart.kv + apart.activations + apart.engine
 
@@ -77,14 +77,14 @@ def test_the_longest_context_fits_and_the_next_does_not(llama: Sizes, lowering: 
     assert memory(unbounded, stored, longest + 1, engine="tensorrt", lowering=lowering).total > budget
 
 
-def test_no_context_is_longer_than_the_model_was_trained_for(llama: Sizes) -> None:
+def test_the_longest_context_is_at_most_the_trained_length(llama: Sizes) -> None:
     assert (
         largest_context(llama, precision("int4", "tensorrt"), 2**40, engine="tensorrt", lowering="std24")
         == 4096
     )
 
 
-def test_what_does_not_fit_at_all_has_no_context(llama: Sizes) -> None:
+def test_the_longest_context_is_0_if_the_weights_do_not_fit(llama: Sizes) -> None:
     assert (
         largest_context(
             llama, precision("float16", "tensorrt"), 4 * 2**30, engine="tensorrt", lowering="std24"

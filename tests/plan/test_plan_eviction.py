@@ -1,4 +1,4 @@
-"""A budget of tokens: the cache's bytes by hand and as the manifest has them, what fits, what a step reads, what is refused."""
+"""Plans with eviction: cache bytes by hand and by the manifest, what fits, what a step reads, and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from support.tiny_bundles import write_bundle
 
 from kvexport.bundle.manifest import Manifest, read_manifest
 from kvexport.devices.targets import load_target
-from kvexport.engine.options import CHUNK
+from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.errors import UsageError
 from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.model.decoder import Decoder, Layer
@@ -59,8 +59,9 @@ def llama(tmp_path: Path) -> Path:
     return folder
 
 
-def test_the_cache_by_hand() -> None:
-    """The first and last layer hold 40 tokens, the second all; 8 bytes of state a slot and KV head, whatever the dtype."""
+def test_cache_bytes_equal_a_computation_by_hand() -> None:
+    """Two layers have 40 tokens, the second has all; state takes 8 bytes per slot and KV head in every
+    dtype."""
     assert kv_bytes(EVICTING, HALF, 100) == 2 * (40 * 4 * 16 + 100 * 48 + 40 * 2 * 28) + 8 * 40 * (4 + 2)
     assert (
         kv_bytes(EVICTING, precision("float32", "tensorrt"), 100)
@@ -72,15 +73,16 @@ def test_the_cache_by_hand() -> None:
     assert state_bytes(MIXED, 100) == 0
 
 
-def test_memory_says_what_of_the_cache_is_state() -> None:
+def test_memory_names_the_bytes_of_the_state() -> None:
     needed = memory(EVICTING, HALF, 100, engine="tensorrt", lowering="std24")
     assert (needed.kv, needed.kv_state) == (kv_bytes(EVICTING, HALF, 100), 8 * 40 * 6)
     assert needed.total == needed.weights + needed.kv + needed.activations + needed.engine
     assert memory(MIXED, HALF, 100, engine="tensorrt", lowering="std24").kv_state == 0
 
 
-def test_activations_go_by_slots() -> None:
-    """Heads 0..3 of the first layer have a mask of 40 slots each, more than the one mask of the second layer over 100."""
+def test_activations_depend_on_the_slots() -> None:
+    """Heads 0..3 of the first layer have a mask of 40 slots each; the second layer has one mask of 100
+    slots."""
     wide = 2 * 32 + max(96, (4 + 1) * 48)  # of the second layer
 
     def activations(sizes: Sizes, context: int, lowering: str) -> int:
@@ -98,10 +100,10 @@ def test_activations_go_by_slots() -> None:
         == activations(every, 900, "decomposed17")
         == 2 * chunk * (wide + 8 * 40)
     )
-    assert activations(MIXED, 900, "decomposed17") == 2 * CHUNK * (wide + 8 * 900)
+    assert activations(MIXED, 900, "decomposed17") == 2 * DEFAULT_CHUNK * (wide + 8 * 900)
 
 
-def test_a_step_reads_what_is_held() -> None:
+def test_a_step_reads_the_cached_tokens() -> None:
     rest = step_bytes(EVICTING, HALF, 0)
     assert rest == step_bytes(MIXED, HALF, 0)
     for depth in (1, 39, 40, 41, 900):
@@ -111,18 +113,18 @@ def test_a_step_reads_what_is_held() -> None:
     assert after[0] < after[1] == after[2] == after[3]
 
 
-def test_a_prompt_attends_to_what_is_held_and_is_read_in_smaller_chunks() -> None:
+def test_a_prompt_attends_to_the_cached_tokens_in_smaller_chunks() -> None:
     linear = 2 * 12_800 * 100 + 2 * 3200
     assert prefill_flops(MIXED, 100) == linear + 4 * (16 + 48 + 28) * 100 * 100
     assert prefill_flops(EVICTING, 100) == linear + 4 * ((16 + 28) * (100 * 100 - 60 * 60) + 48 * 100 * 100)
     target = load_target("agx-orin-64gb")
     whole, pieces = (prefill_seconds(sizes, HALF, target, 900, 1e6, 0.8) for sizes in (MIXED, EVICTING))
     step = decode_seconds(MIXED, HALF, target, 0, 0.8)
-    assert (whole, pieces) == (pytest.approx(-(-900 // CHUNK) * step), pytest.approx(900 // 9 * step))
+    assert (whole, pieces) == (pytest.approx(-(-900 // DEFAULT_CHUNK) * step), pytest.approx(900 // 9 * step))
     assert EVICTING.chunk == 9
 
 
-def test_a_budget_that_fits_is_bounded_by_positions_alone() -> None:
+def test_with_a_budget_only_positions_limit_the_context() -> None:
     every = replace(MIXED, max_positions=10**5, eviction=Eviction("window", 40))
     enough = memory(every, HALF, 40, engine="tensorrt", lowering="decomposed17").total
 
@@ -131,13 +133,13 @@ def test_a_budget_that_fits_is_bounded_by_positions_alone() -> None:
 
     assert longest(every, enough) == 10**5
     assert longest(every, enough - 1) == 39
-    held = longest(replace(every, eviction=Eviction("window", 40, skip_layers=(1,))), enough)
-    assert 0 < held < 40 * 8  # the second layer holds everything, and has no other bound
+    bounded = longest(replace(every, eviction=Eviction("window", 40, skip_layers=(1,))), enough)
+    assert 0 < bounded < 40 * 8  # the second layer caches every token and has no other bound
     assert longest(replace(every, eviction=None), enough) < 40
 
 
 def wide_layer(layer: Layer, heads: int, key_dim: int, value_dim: int, seed: int) -> Layer:
-    """Layer of four trained KV heads with `heads` cached ones of other widths."""
+    """A layer of four trained KV heads with `heads` cached ones of other widths."""
     attention, generator = layer.attention, torch.Generator().manual_seed(seed)
     width, hidden = attention.head_dim, attention.q.weight.shape[1]
 
@@ -182,7 +184,7 @@ def planned(path: Path) -> tuple[Sizes, Manifest]:
     ],
     ids=["none", "window", "skipping", "at capacity"],
 )
-def test_a_bundles_bytes_are_its_manifests(
+def test_the_bytes_of_a_bundle_equal_those_of_its_manifest(
     decoder: Decoder, tmp_path: Path, dtype: str, eviction: Eviction | None
 ) -> None:
     sizes, manifest = planned(
@@ -204,7 +206,7 @@ def test_a_bundles_bytes_are_its_manifests(
         assert kv_bytes(replace(sizes, eviction=other), stored, 96) != manifest.kv_bytes(96)
 
 
-def test_a_bundle_is_planned_with_its_own_budget(decoder: Decoder, tmp_path: Path) -> None:
+def test_plans_a_bundle_with_its_own_budget(decoder: Decoder, tmp_path: Path) -> None:
     eviction = Eviction("l2-norm", 24, 2, 5, (0, 2))
     found = plan(
         write_bundle(tmp_path / "bundle", decoder, capacity=96, eviction=eviction), load_target("cpu")
@@ -218,18 +220,16 @@ def test_a_bundle_is_planned_with_its_own_budget(decoder: Decoder, tmp_path: Pat
 
 
 @pytest.mark.parametrize("eviction", [None, Eviction("window", 24)])
-def test_a_bundle_takes_no_other_budget(decoder: Decoder, tmp_path: Path, eviction: Eviction | None) -> None:
+def test_rejects_another_budget_for_a_bundle(
+    decoder: Decoder, tmp_path: Path, eviction: Eviction | None
+) -> None:
     path = write_bundle(tmp_path / "bundle", decoder, eviction=eviction)
     with pytest.raises(UsageError, match="kvexport build CHECKPOINT -o BUNDLE --kv-budget") as raised:
         plan(path, None, eviction=EvictionRequest(16))
-    assert raised.value.expected == (
-        "every token is held" if eviction is None else "24 tokens in each KV head"
-    )
+    assert raised.value.expected == ("no eviction" if eviction is None else "24 tokens in each KV head")
 
 
-def test_an_engine_of_a_bundle_that_evicts_is_compared_with_the_same_bytes(
-    decoder: Decoder, tmp_path: Path
-) -> None:
+def test_compares_an_engine_of_a_bundle_that_evicts_by_equal_bytes(decoder: Decoder, tmp_path: Path) -> None:
     path = write_bundle(
         tmp_path / "bundle", decoder, dtype="float16", capacity=96, eviction=Eviction("window", 24, 4)
     )
@@ -249,17 +249,17 @@ def test_an_engine_of_a_bundle_that_evicts_is_compared_with_the_same_bytes(
     )
     found = plan(path, load_target("rtx-4090"))
     compared, (row,) = {each.what: each for each in found.comparisons}, found.rows
-    held = 2 * 24 * (64 + 52 + 64) + 8 * 24 * 7
-    assert (row.memory.kv, read_manifest(path).kv_bytes(96)) == (held, held)
-    assert compared["device memory"].measured == 80_000 + 50_000 + held
-    assert compared["device memory"].predicted == row.memory.weights + row.memory.activations + held
+    cache_bytes = 2 * 24 * (64 + 52 + 64) + 8 * 24 * 7
+    assert (row.memory.kv, read_manifest(path).kv_bytes(96)) == (cache_bytes, cache_bytes)
+    assert compared["device memory"].measured == 80_000 + 50_000 + cache_bytes
+    assert compared["device memory"].predicted == row.memory.weights + row.memory.activations + cache_bytes
     assert (
         compared["activations"].predicted == row.memory.activations
     )  # five tokens at once, as the runtime does
     assert compared["decode, 90 tokens"].predicted == compared["decode, 24 tokens"].predicted
 
 
-def test_a_share_is_of_the_models_positions(llama: Path) -> None:
+def test_a_fraction_is_one_of_the_models_positions(llama: Path) -> None:
     eviction = EvictionRequest.parse("0.25", skip_layers=(0, 31))
     found = plan(
         llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[512, 4096], eviction=eviction
@@ -282,7 +282,7 @@ def test_a_share_is_of_the_models_positions(llama: Path) -> None:
     assert without.rows[0].memory.kv == 4096 * 32 * 32 * 512
 
 
-def test_a_budget_lets_a_longer_context_fit(llama: Path) -> None:
+def test_a_longer_context_fits_with_a_budget(llama: Path) -> None:
     def longest(eviction: EvictionRequest | None) -> int | None:
         target = load_target("orin-nano-8gb-super")
         return (
@@ -291,14 +291,16 @@ def test_a_budget_lets_a_longer_context_fit(llama: Path) -> None:
             .largest_context
         )
 
-    whole, held = longest(None), longest(EvictionRequest(256))
-    assert whole is not None
-    assert 256 < whole < 4096 == held
+    full, bounded = longest(None), longest(EvictionRequest(256))
+    assert full is not None
+    assert 256 < full < 4096 == bounded
 
 
-def test_without_a_bound_there_is_no_share_of_it(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_rejects_a_fraction_for_a_model_without_a_maximum_length(
+    tiny_checkpoint: Callable[..., Path],
+) -> None:
     bloom = tiny_checkpoint("bloom")
-    with pytest.raises(UsageError, match="nothing bounds those"):
+    with pytest.raises(UsageError, match="without a maximum length"):
         plan(bloom, None, eviction=EvictionRequest.parse("0.5"))
     rows = plan(bloom, load_target("h200"), eviction=EvictionRequest(64)).rows
     assert {row.largest_context for row in rows} == {
@@ -306,12 +308,12 @@ def test_without_a_bound_there_is_no_share_of_it(tiny_checkpoint: Callable[..., 
     }  # the most positions that a cache with a budget counts
 
 
-def test_a_model_of_more_positions_than_can_be_counted_is_planned_as_far(llama: Path) -> None:
+def test_plans_a_model_up_to_the_positions_that_eviction_can_count(llama: Path) -> None:
     config: dict[str, Any] = {**CONFIGS["Llama-2-7B"], "max_position_embeddings": 10**6}
     (llama / "config.json").write_text(json.dumps(config))
     assert plan(llama, None, contexts=[2**19], eviction=EvictionRequest(64)).rows
     assert plan(llama, None, contexts=[10**6]).rows
-    with pytest.raises(UsageError, match="more than a sequence"):
+    with pytest.raises(UsageError, match="must not exceed the maximum length"):
         plan(llama, None, contexts=[2**19 + 1], eviction=EvictionRequest(64))
 
 
@@ -324,7 +326,7 @@ def test_a_model_of_more_positions_than_can_be_counted_is_planned_as_far(llama: 
         (EvictionRequest(64, skip_layers=tuple(range(32))), "must leave a layer that evicts"),
     ],
 )
-def test_an_impossible_budget_is_refused(llama: Path, eviction: EvictionRequest, what: str) -> None:
+def test_rejects_an_impossible_budget(llama: Path, eviction: EvictionRequest, what: str) -> None:
     with pytest.raises(UsageError, match=what) as raised:
         plan(llama, None, eviction=eviction)
     assert "--capacity" not in str(raised.value.fix)  # that is an option of `kvexport build`

@@ -1,4 +1,4 @@
-"""Counts of numbers: those of the real models, and those that conversion and the bundle writer really make."""
+"""`kvexport.plan.sizes`: counts equal those of published models, of conversion and of the bundle writer."""
 
 from __future__ import annotations
 
@@ -41,13 +41,13 @@ def test_a_published_model_has_its_published_parameters(name: str, tmp_path: Pat
     assert trained.sizes(trained.kv_heads).parameters == PARAMETERS[name]
 
 
-def test_a_config_may_be_named_itself(tmp_path: Path) -> None:
+def test_reads_a_config_by_its_own_path(tmp_path: Path) -> None:
     path = tmp_path / "qwen.json"
     path.write_text(json.dumps(CONFIGS["Qwen3-0.6B"]))
     assert architecture(path).hidden == 1024
 
 
-def held(decoder: Any, layers: Any) -> int:
+def count_numbers(decoder: Any, layers: Any) -> int:
     """Numbers in a decoder's tensors; ALiBi's slopes and rotary frequencies are constants, not weights."""
     outside = tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
     slopes = [layer.attention.alibi_slopes for layer in layers if layer.attention.alibi_slopes is not None]
@@ -57,19 +57,19 @@ def held(decoder: Any, layers: Any) -> int:
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
-def test_parameters_are_those_of_the_checkpoint(
+def test_parameters_equal_those_of_the_checkpoint(
     tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]
 ) -> None:
     path = tiny_checkpoint(family, **config)
     decoder, trained = load_decoder(path), architecture(path)
     sizes = trained.sizes(trained.kv_heads)
-    assert sizes.parameters == held(decoder, decoder.layers)
+    assert sizes.parameters == count_numbers(decoder, decoder.layers)
     assert sizes.kv_width == sum(layer.attention.kv_width for layer in decoder.layers)
     assert not sizes.maps
 
 
 @pytest.mark.parametrize(("family", "config"), FAMILIES)
-def test_parameters_are_those_that_conversion_makes(
+def test_parameters_equal_those_of_a_conversion(
     tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]
 ) -> None:
     path = tiny_checkpoint(family, **config)
@@ -77,7 +77,7 @@ def test_parameters_are_those_that_conversion_makes(
     windows = torch.randint(0, 60, (16, 24), generator=torch.Generator().manual_seed(0))
     layers = [each.layer for each in plain(decoder, windows, trained.kv_heads // 2, "online")]
     sizes = trained.sizes(trained.kv_heads // 2)
-    assert sizes.parameters == held(decoder, layers)
+    assert sizes.parameters == count_numbers(decoder, layers)
     assert sizes.kv_width == sum(layer.attention.kv_width for layer in layers)
     assert sizes.maps == any(layer.attention.key_map is not None for layer in layers)
 
@@ -89,7 +89,7 @@ def test_sizes_need_no_weights(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("kv_heads", [0, 3, 8, -2])
-def test_kv_heads_must_divide(tiny_checkpoint: TinyCheckpoint, kv_heads: int) -> None:
+def test_kv_heads_must_divide_the_trained_number(tiny_checkpoint: TinyCheckpoint, kv_heads: int) -> None:
     with pytest.raises(UsageError, match="divide"):
         architecture(tiny_checkpoint("llama", num_key_value_heads=4)).sizes(kv_heads)
 
@@ -105,20 +105,20 @@ def test_kv_heads_must_divide(tiny_checkpoint: TinyCheckpoint, kv_heads: int) ->
         {"quantization_config": {"quant_method": "awq"}},
     ],
 )
-def test_a_config_that_build_would_refuse_is_refused(
+def test_rejects_a_config_that_build_rejects(
     tiny_checkpoint: TinyCheckpoint, edit_checkpoint: Any, change: dict
 ) -> None:
     with pytest.raises(CheckpointError):
         architecture(edit_checkpoint(tiny_checkpoint("llama"), change))
 
 
-def test_without_a_config_there_is_no_plan(tmp_path: Path) -> None:
+def test_rejects_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it has no config"):
         architecture(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_bundles_weights_are_those_of_its_file(
+def test_the_weights_of_a_bundle_equal_its_file(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path, tied: bool
 ) -> None:
     checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, tie_word_embeddings=tied, vocab_size=320)
@@ -131,7 +131,7 @@ def test_a_bundles_weights_are_those_of_its_file(
     assert sizes.max_positions == manifest.capacity
 
 
-def test_a_bundle_that_does_not_say_whether_its_head_is_tied_is_refused(
+def test_rejects_a_bundle_without_tie_word_embeddings(
     tiny_checkpoint: TinyCheckpoint, tmp_path: Path
 ) -> None:
     """Bundles that were built before the key existed still open and run; only a plan needs it."""
@@ -144,7 +144,7 @@ def test_a_bundle_that_does_not_say_whether_its_head_is_tied_is_refused(
 
 
 def test_a_bundle_is_as_large_as_was_planned(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
-    """The file's alignment and the rotary tables are all that the plan from config.json does not know."""
+    """A plan from config.json leaves out only the alignment of the file and the rotary tables."""
     path = tiny_checkpoint(
         "llama", hidden_size=128, intermediate_size=256, vocab_size=2048, num_hidden_layers=3
     )

@@ -1,4 +1,4 @@
-"""Time: every published figure within 25 %, the fit that the docstring claims, and physics that must hold."""
+"""`kvexport.plan.speed`: published speeds within 25 %, the fit of the docstring, and physical bounds."""
 
 from __future__ import annotations
 
@@ -44,26 +44,27 @@ def predicted(anchor: Anchor, models: dict[str, Sizes], efficiency: float) -> fl
 
 
 @pytest.mark.parametrize("anchor", FITTED + HELD_OUT, ids=str)
-def test_a_published_decode_figure_is_predicted_within_25_percent(
+def test_predicts_a_published_decode_speed_within_25_percent(
     anchor: Anchor, models: dict[str, Sizes]
 ) -> None:
     assert predicted(anchor, models, DECODE.typical) == pytest.approx(anchor.tokens_per_second, rel=0.25)
 
 
 @pytest.mark.parametrize("anchor", FITTED, ids=str)
-def test_a_published_decode_figure_is_within_the_band(anchor: Anchor, models: dict[str, Sizes]) -> None:
+def test_a_published_decode_speed_is_within_the_band(anchor: Anchor, models: dict[str, Sizes]) -> None:
     assert predicted(anchor, models, DECODE.low) <= 1.01 * anchor.tokens_per_second
     assert predicted(anchor, models, DECODE.high) >= 0.99 * anchor.tokens_per_second
 
 
 @pytest.mark.parametrize("anchor", SLOWER, ids=str)
 def test_runtimes_without_the_kernel_are_below_the_band(anchor: Anchor, models: dict[str, Sizes]) -> None:
-    """Not every figure fits the model: these would not pass the tests above."""
+    """Negative control: these speeds would fail the tests above."""
     assert predicted(anchor, models, DECODE.low) > 1.5 * anchor.tokens_per_second
 
 
-def test_the_figures_are_those_of_the_fit(models: dict[str, Sizes]) -> None:
-    """Least squares over all anchors, on a grid, gives what the code has; the residuals are those it claims."""
+def test_the_constants_are_the_least_squares_fit(models: dict[str, Sizes]) -> None:
+    """A least-squares search on a grid gives the constants of the code, with the residuals of its
+    docstring."""
 
     known = []
     for anchor in FITTED:
@@ -82,7 +83,7 @@ def test_the_figures_are_those_of_the_fit(models: dict[str, Sizes]) -> None:
     assert max(map(abs, found)) < math.log(1.13)
 
 
-def test_the_band_is_what_the_figures_imply(models: dict[str, Sizes]) -> None:
+def test_the_band_is_the_range_of_the_published_speeds(models: dict[str, Sizes]) -> None:
     implied = []
     for anchor in FITTED:
         sizes = models[anchor.model]
@@ -92,7 +93,7 @@ def test_the_band_is_what_the_figures_imply(models: dict[str, Sizes]) -> None:
     assert max(implied) == pytest.approx(DECODE.high, abs=0.005)
 
 
-def test_prefill_efficiency_is_what_the_figures_imply(models: dict[str, Sizes]) -> None:
+def test_prefill_efficiency_follows_from_the_published_speeds(models: dict[str, Sizes]) -> None:
     flops = prefill_flops(models["Qwen3-8B"], 2048)
     implied = [
         flops / seconds / (load_target(name).fp16 or math.nan) for name, seconds in PREFILL_SECONDS.items()
@@ -110,7 +111,7 @@ def test_prefill_efficiency_is_what_the_figures_imply(models: dict[str, Sizes]) 
         assert 0.99 * fast <= seconds <= 1.01 * slow
 
 
-def test_float16_llama_is_below_the_roof_of_its_bytes(models: dict[str, Sizes]) -> None:
+def test_float16_llama_is_slower_than_its_bytes_allow(models: dict[str, Sizes]) -> None:
     """13.2 GB of weights at 204.8 GB/s: at most 15.5 tokens a second."""
     half, agx = precision("float16", "tensorrt"), load_target("agx-orin-64gb")
     assert 12 < 1 / decode_seconds(models["Llama-2-7B"], half, agx, 0, DECODE.typical) < 15.5
@@ -130,7 +131,7 @@ def test_fewer_kv_heads_help_more_the_longer_the_context(models: dict[str, Sizes
     assert 1.3 < gains[2] < 1.6
 
 
-def test_a_tied_head_is_read_and_an_embedding_table_is_not(models: dict[str, Sizes]) -> None:
+def test_a_step_reads_a_tied_head_but_no_embedding_table(models: dict[str, Sizes]) -> None:
     sizes = models["Qwen3-4B"]
     untied = replace(sizes, head=sizes.embedding)
     assert step_bytes(sizes, INT4, 100) == step_bytes(untied, INT4, 100)
@@ -154,7 +155,7 @@ def test_small_chunks_read_the_weights_again(models: dict[str, Sizes]) -> None:
     assert pieces > 3 * whole
 
 
-def test_prefill_is_not_guessed_without_a_rate(models: dict[str, Sizes]) -> None:
+def test_predicts_no_prefill_without_a_rate(models: dict[str, Sizes]) -> None:
     sizes = models["Qwen3-0.6B"]
     assert (
         prefill_seconds(sizes, precision("float32", "onnxruntime"), load_target("cpu"), 512, 0.5, 0.5) is None

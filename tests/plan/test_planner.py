@@ -1,4 +1,4 @@
-"""A plan as a whole: which rows there are, what fits, what a bundle's own records say beside it."""
+"""`kvexport.plan.plan`: its rows, what fits, and comparisons with the records of a bundle."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
     return write_bundle(tmp_path / "tiny", decoder_with_fewer_heads(checkpoint), dtype="float16", capacity=96)
 
 
-def test_rows_are_every_dtype_head_count_and_context(qwen: Path) -> None:
+def test_rows_are_all_dtypes_head_counts_and_contexts(qwen: Path) -> None:
     found = plan(qwen, load_target("orin-nano-8gb"))
     seen = [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows]
     assert seen == [
@@ -40,7 +40,7 @@ def test_rows_are_every_dtype_head_count_and_context(qwen: Path) -> None:
     assert plan(qwen, load_target("cpu")).rows[0].dtype == "float32"
 
 
-def test_rows_are_those_asked_for(qwen: Path) -> None:
+def test_rows_are_the_requested_ones(qwen: Path) -> None:
     found = plan(qwen, load_target("h200"), kv_heads=[1], dtypes=["bfloat16"], contexts=[100, 200])
     assert [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows] == [
         ("bfloat16", 1, 100),
@@ -48,7 +48,7 @@ def test_rows_are_those_asked_for(qwen: Path) -> None:
     ]
 
 
-def test_what_fits_an_8_gb_board_and_what_does_not(qwen: Path) -> None:
+def test_finds_what_fits_an_8_gb_board(qwen: Path) -> None:
     target = load_target("orin-nano-8gb")
     rows = {(row.dtype, row.kv_heads, row.memory.context): row for row in plan(qwen, target).rows}
     large, small = rows["float16", 8, 2048], rows["int4", 2, 8192]
@@ -62,7 +62,7 @@ def test_what_fits_an_8_gb_board_and_what_does_not(qwen: Path) -> None:
         assert (row.short_bytes == 0) == (row.memory.context <= (row.largest_context or 0))
 
 
-def test_without_a_target_there_are_sizes_alone(qwen: Path) -> None:
+def test_predicts_only_memory_without_a_target(qwen: Path) -> None:
     for row in plan(qwen, None).rows:
         assert row.memory.total > 0
         assert (row.largest_context, row.short_bytes, row.prefill_seconds, row.decode_seconds) == (
@@ -81,13 +81,13 @@ def test_ranges_go_from_fast_to_slow(qwen: Path) -> None:
             assert 0 < seconds.low < seconds.typical < seconds.high
 
 
-def test_a_context_beyond_the_model_is_refused(qwen: Path) -> None:
-    with pytest.raises(UsageError, match="more than a sequence"):
+def test_rejects_a_context_beyond_the_model(qwen: Path) -> None:
+    with pytest.raises(UsageError, match="must not exceed the maximum length"):
         plan(qwen, None, contexts=[40961])
     assert plan(qwen, None, contexts=[40960]).rows
 
 
-def test_a_short_model_is_planned_at_its_own_length(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_plans_a_short_model_at_its_own_length(tiny_checkpoint: Callable[..., Path]) -> None:
     assert {row.memory.context for row in plan(tiny_checkpoint("llama"), None).rows} == {256}
     assert {row.memory.context for row in plan(tiny_checkpoint("bloom"), None).rows} == {
         2048,
@@ -96,24 +96,24 @@ def test_a_short_model_is_planned_at_its_own_length(tiny_checkpoint: Callable[..
     }  # ALiBi: no bound
 
 
-def test_without_rotation_there_are_no_maps(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_a_model_without_rotation_has_no_maps(tiny_checkpoint: Callable[..., Path]) -> None:
     assert not plan(tiny_checkpoint("bloom"), None).maps
     assert plan(tiny_checkpoint("llama"), None).maps
 
 
-def test_a_bundle_is_planned_for_what_is_in_it(bundle: Path) -> None:
+def test_plans_a_bundle_with_its_own_heads_and_dtype(bundle: Path) -> None:
     (row,) = plan(bundle, load_target("orin-nano-8gb")).rows
     assert (row.dtype, row.kv_heads, row.memory.context) == ("float16", 4, 96)
     assert row.memory.weights == (bundle / "decoder.onnx.data").stat().st_size
     assert row.short_bytes == 0
     for wrong in ({"kv_heads": [2]}, {"dtypes": ["int4"]}):
-        with pytest.raises(UsageError, match="already"):
+        with pytest.raises(UsageError, match="must be left out for a bundle"):
             plan(bundle, None, **wrong)  # type: ignore[arg-type]
-    with pytest.raises(UsageError, match="more than a sequence"):
+    with pytest.raises(UsageError, match="must not exceed the maximum length"):
         plan(bundle, None, contexts=[97])
 
 
-def test_a_damaged_manifest_is_refused(bundle: Path) -> None:
+def test_rejects_a_damaged_manifest(bundle: Path) -> None:
     (bundle / "manifest.json").write_text("{}")
     with pytest.raises(BundleError):
         plan(bundle, None)
@@ -137,7 +137,7 @@ def record(bundle: Path, target: str = "rtx-4090", **changes: Any) -> Path:
     return folder / "build.json"
 
 
-def test_a_build_is_compared_with_its_prediction(bundle: Path) -> None:
+def test_compares_a_build_with_its_prediction(bundle: Path) -> None:
     record(bundle)
     found = plan(bundle, None)
     (row,) = found.rows
@@ -156,12 +156,12 @@ def test_a_build_is_compared_with_its_prediction(bundle: Path) -> None:
     assert {each.source for each in found.comparisons} == {"rtx-4090/build.json"}
 
 
-def test_a_build_record_may_lack_what_was_not_measured(bundle: Path) -> None:
+def test_a_build_record_may_lack_measurements(bundle: Path) -> None:
     record(bundle, activation_bytes=None, plan=None)
     assert [each.what for each in plan(bundle, None).comparisons] == ["weights"]
 
 
-def test_what_cannot_be_compared_is_not(bundle: Path) -> None:
+def test_compares_only_what_is_comparable(bundle: Path) -> None:
     path = record(bundle, options={"refit": True})
     assert [each.what for each in plan(bundle, None).comparisons] == ["weights", "activations"]
     path.write_text(json.dumps({**json.loads(path.read_text()), "options": {}, "batch": 2}))
@@ -171,12 +171,12 @@ def test_what_cannot_be_compared_is_not(bundle: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", "[1]", "null", '{"engine": 3}', '{"engine": "tensorrt"}', "\x00", "9" * 5000]
 )
-def test_a_record_that_is_not_understood_is_passed_over(bundle: Path, text: str) -> None:
+def test_ignores_an_unknown_record(bundle: Path, text: str) -> None:
     record(bundle).write_text(text)
     assert plan(bundle, None).comparisons == ()
 
 
-def test_a_benchmark_is_compared_with_its_prediction(bundle: Path) -> None:
+def test_compares_a_benchmark_with_its_prediction(bundle: Path) -> None:
     (bundle / "bench").mkdir()
     lines = [
         {
@@ -202,7 +202,9 @@ def test_a_benchmark_is_compared_with_its_prediction(bundle: Path) -> None:
 @pytest.mark.parametrize(
     ("provider", "compared"), [("cpu", "cpu"), ("cuda", "orin-nano-8gb"), ("tensorrt", "orin-nano-8gb")]
 )
-def test_a_benchmark_of_a_cpu_is_not_one_of_a_gpu(bundle: Path, provider: str, compared: str) -> None:
+def test_compares_cpu_and_gpu_benchmarks_with_their_own_targets_only(
+    bundle: Path, provider: str, compared: str
+) -> None:
     (bundle / "bench").mkdir()
     line = {"provider": provider, "decode": [{"depth": 0, "p50_ms": 1.5}]}
     (bundle / "bench" / "one.json").write_text(json.dumps(line))
@@ -211,7 +213,7 @@ def test_a_benchmark_of_a_cpu_is_not_one_of_a_gpu(bundle: Path, provider: str, c
 
 
 @pytest.mark.parametrize("absurd", [10**400, 1e300, float("inf"), float("nan"), 0, -1, True])
-def test_an_absurd_figure_is_passed_over(bundle: Path, absurd: float) -> None:
+def test_ignores_an_absurd_value(bundle: Path, absurd: float) -> None:
     record(
         bundle,
         capacity=absurd,
@@ -228,13 +230,13 @@ def test_an_absurd_figure_is_passed_over(bundle: Path, absurd: float) -> None:
     json.dumps(found.to_json(), allow_nan=False)
 
 
-def test_a_bundle_without_its_graph_is_damaged(bundle: Path) -> None:
+def test_rejects_a_bundle_without_its_graph(bundle: Path) -> None:
     (bundle / "decoder.onnx").unlink()
     with pytest.raises(BundleError, match=r"must contain decoder\.onnx"):
         plan(bundle, None)
 
 
-def test_a_plan_is_json(bundle: Path) -> None:
+def test_a_plan_can_be_written_as_json(bundle: Path) -> None:
     record(bundle)
     raw = json.loads(json.dumps(plan(bundle, load_target("rtx-4090")).to_json(), allow_nan=False))
     assert raw["target"] == "rtx-4090"
