@@ -1,6 +1,6 @@
 """Build one TensorRT plan with polygraphy: parse the graph, add two profiles, configure, build.
 
-TensorRT's API from 10.3 to 11.x and TensorRT-RTX's are told apart by the attributes that they have, not by
+TensorRT's API from 10.3 to 11.x and TensorRT-RTX's are distinguished by the attributes that they have, not by
 version. The network is strongly typed and no precision flag is set: every layer computes in the dtype that
 the graph gives.
 """

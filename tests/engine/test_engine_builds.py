@@ -243,17 +243,17 @@ def test_a_failed_replacement_leaves_the_old_engine(rtx: Any, tiny: Callable[...
 def test_options_reach_tensorrt(rtx: Any, tiny: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
     import kvexport.engine.plan as plan
 
-    seen: list[Any] = []
+    configs: list[Any] = []
     original = plan.create_config
     monkeypatch.setattr(
-        plan, "create_config", lambda *arguments: seen.append(original(*arguments)) or seen[0]
+        plan, "create_config", lambda *arguments: configs.append(original(*arguments)) or configs[0]
     )
     build_engine(
         tiny(),
         EngineOptions(workspace=256, optimization_level=1, chunk=8),
         compute_capabilities=("8.6", "12.0"),
     )
-    (config,), trt = seen, rtx.trt
+    (config,), trt = configs, rtx.trt
     assert config.get_memory_pool_limit(trt.MemoryPoolType.WORKSPACE) == 256 << 20
     assert config.num_optimization_profiles == 2
     capabilities = [config.get_compute_capability(index) for index in range(config.num_compute_capabilities)]

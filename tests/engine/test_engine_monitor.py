@@ -17,25 +17,25 @@ from kvexport.progress import Progress
 TRT = SimpleNamespace(IProgressMonitor=object)
 
 
-class Story(Progress):
-    """What was shown, in order."""
+class EventRecorder(Progress):
+    """Record the events in order."""
 
     def __init__(self) -> None:
-        self.told: list[str] = []
+        self.events: list[str] = []
 
     @contextmanager
     def stage(self, name: str, steps: int) -> Iterator[None]:
-        self.told.append(f"{name} of {steps}")
+        self.events.append(f"{name} of {steps}")
         yield
-        self.told.append(f"/{name}")
+        self.events.append(f"/{name}")
 
     def advance(self) -> None:
-        self.told.append("step")
+        self.events.append("step")
 
 
 def test_phases_nest_and_other_threads_are_ignored() -> None:
-    story = Story()
-    watch = BuildMonitor(TRT, story)
+    recorder = EventRecorder()
+    watch = BuildMonitor(TRT, recorder)
 
     def work() -> str:
         monitor = watch.monitor
@@ -51,7 +51,7 @@ def test_phases_nest_and_other_threads_are_ignored() -> None:
         return "plan"
 
     assert watch.run(work) == "plan"
-    assert story.told == ["build of 2", "tactics of 3", "step", "/tactics", "step", "/build"]
+    assert recorder.events == ["build of 2", "tactics of 3", "step", "/tactics", "step", "/build"]
 
 
 def test_an_error_of_the_build_is_raised() -> None:

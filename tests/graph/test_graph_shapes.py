@@ -146,11 +146,11 @@ def test_contract_and_graph_have_the_converted_cache_shapes(name: str, tmp_path:
         value.name: tuple(d.dim_value or d.dim_param for d in value.type.tensor_type.shape.dim)
         for value in model.graph.input
     }
-    said = {spec.name: spec.shape for spec in contract.inputs}
+    declared = {spec.name: spec.shape for spec in contract.inputs}
     for layer, shape in enumerate(wanted_shapes(name)):
         for which, width in (("key", shape.key_dim), ("value", shape.value_dim)):
             assert (
-                said[past(layer, which)]
+                declared[past(layer, which)]
                 == written[past(layer, which)]
                 == ("batch", shape.kv_heads, "capacity", width)
             )

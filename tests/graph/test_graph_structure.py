@@ -68,7 +68,7 @@ def test_only_the_default_domain_and_nothing_unused(name: str, dtype: str, tmp_p
 def test_no_node_is_repeated(name: str, dtype: str, tmp_path: Path) -> None:
     write(DECODERS[name], tmp_path, dtype)
     model = onnx.load(tmp_path / GRAPH_FILE, load_external_data=False)
-    seen = Counter(
+    counts = Counter(
         (
             node.op_type,
             tuple(node.input),
@@ -76,7 +76,7 @@ def test_no_node_is_repeated(name: str, dtype: str, tmp_path: Path) -> None:
         )
         for node in model.graph.node
     )
-    assert max(seen.values()) == 1
+    assert max(counts.values()) == 1
 
 
 @pytest.mark.parametrize("name", DECODERS)
