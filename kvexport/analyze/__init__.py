@@ -1,4 +1,4 @@
-"""Analysis: what a checkpoint's cache is like, what a conversion does to it, and the page that shows both."""
+"""Analysis of a checkpoint's KV cache and of its conversion, as data and as an HTML page."""
 
 from kvexport.analyze.analysis import TOKENS, Analysis, Facts, LayerAnalysis, Sensitivity, analyze, compare
 from kvexport.analyze.page import render, require_page, save

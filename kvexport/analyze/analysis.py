@@ -1,7 +1,4 @@
-"""What `kvexport analyze` finds out about a checkpoint, and the order in which it does.
-
-Knows what each station hands to the next and the JSON of the whole; every station's own knowledge stays there.
-"""
+"""The pipeline of `kvexport analyze`, its results and their JSON form."""
 
 from __future__ import annotations
 
@@ -35,11 +32,11 @@ from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.version import __version__
 
-TOKENS = 48  # of the window whose maps are kept: they grow with its square
+TOKENS = 48  # tokens of the window of the attention maps, whose size grows with the square
 
 
 class Sensitivity(TypedDict):
-    """How much the whole model answers to what one layer's keys and values lose."""
+    """Sensitivity of the model to the loss of one layer's keys and values; see `sections`."""
 
     layer: int
     key: float
@@ -48,7 +45,7 @@ class Sensitivity(TypedDict):
 
 @dataclass(frozen=True)
 class Facts:
-    """The model that was analysed, and on what."""
+    """The analysed model and its calibration."""
 
     name: str
     model_type: str
@@ -62,14 +59,14 @@ class Facts:
 
 @dataclass(frozen=True)
 class LayerAnalysis:
-    """One layer: how its cache varies, and what its conversion was predicted and measured to cost."""
+    """Spectra and similarity of one layer's cache, and the report of its conversion."""
 
     spectra: LayerSpectra
     report: LayerReport
 
     @property
     def tightness(self) -> float | None:
-        """Predicted error over measured error: 1 where the prediction is exact, more where it is cautious."""
+        """Predicted error / measured error; None if the measured error is 0."""
         return (
             self.report.predicted_error / self.report.measured_error
             if self.report.measured_error > 0
@@ -79,13 +76,17 @@ class LayerAnalysis:
 
 @dataclass(frozen=True)
 class Analysis:
-    """Everything that the page shows.
+    """All data of the page.
 
     Attributes:
+        facts: the model and its calibration.
+        layers: one entry per layer.
         divergence: of the converted model, on held-out calibration windows.
-        token_ids, tokens: the window of the attention maps, as ids and as text.
+        token_ids: window of the attention maps.
+        tokens: text of each of its tokens.
+        maps: attention maps of both models.
         pairs: query and key positions whose weights are listed.
-        sensitivity: one record a layer, where it was measured.
+        sensitivity: one record per layer; None if it was not measured.
     """
 
     facts: Facts
@@ -104,8 +105,8 @@ class Analysis:
         return sum(each.kv_width for each in reports) / sum(each.original_kv_width for each in reports)
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values, as `--json` prints them; the maps as `maps.CODING` says."""
-        found = {
+        """Plain JSON values, as `--json` prints them; maps are coded as in `maps.CODING`."""
+        values = {
             "kvexport": __version__,
             "model": asdict(self.facts),
             "kv_ratio": self.kv_ratio,
@@ -113,10 +114,10 @@ class Analysis:
             "layers": [_layer_json(index, layer) for index, layer in enumerate(self.layers)],
             "attention": self.attention_json(),
         }
-        return found if self.sensitivity is None else found | {"sensitivity": list(self.sensitivity)}
+        return values if self.sensitivity is None else values | {"sensitivity": list(self.sensitivity)}
 
     def attention_json(self) -> dict[str, Any]:
-        """The window and its maps."""
+        """Plain JSON values of the window and its maps."""
         listed = []
         for query, key in self.pairs:
             original, compressed = self.maps.weights(query, key)
@@ -143,7 +144,7 @@ def _layer_json(index: int, layer: LayerAnalysis) -> dict[str, Any]:
 
 
 def similarity_json(layer: LayerAnalysis) -> dict[str, list[list[float]]]:
-    """The matrices of a layer, by name."""
+    """Similarity matrices of a layer by name, rounded to 4 digits."""
     matrices = layer.spectra.similarity.items()
     return {name: [[round(each, 4) for each in row] for row in matrix.tolist()] for name, matrix in matrices}
 
@@ -165,16 +166,20 @@ def analyze(
     tokens: int = TOKENS,
     pairs: str | None = None,
 ) -> Analysis:
-    """Measure a checkpoint's cache, convert it, and compare the two models' attention. Nothing is written.
+    """Measure a checkpoint's cache, convert it in memory, and compare the attention of both models.
 
     Args:
-        plan: the conversion that is looked at; its calibration text is that of its recipe.
-        text: its first `tokens` tokens are the window of the attention maps; None: the model's own text.
+        checkpoint: directory of the checkpoint.
+        plan: the conversion, with its calibration recipe.
+        progress: shows the stages.
+        text: file whose first `tokens` tokens are the window of the attention maps; None: text sampled by the
+            model.
+        tokens: length of that window.
         pairs: query and key positions in that window whose weights are listed, such as '12:3,20:4'.
 
     Raises:
-        UsageError: the checkpoint, the recipe, the conversion or the pairs cannot be used.
-        CannotRunHere: the model cannot sample its own text here.
+        UsageError: the checkpoint, the recipe, the conversion or the pairs are invalid.
+        CannotRunHere: the model does not fit into memory to sample text.
     """
     source, recipe = Checkpoint(checkpoint), plan.recipe
     decoder = load_decoder(source)
@@ -201,26 +206,34 @@ def analyze(
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
     limit = sequence_capacity(decoder)
-    choice = plan_compression(decoder, windows, plan.request, methods, None, limit, progress)
-    conversion = convert(decoder, windows, choice.layer_plans, capacity=limit)
+    compression_plan = plan_compression(decoder, windows, plan.request, methods, None, limit, progress)
+    conversion = convert(decoder, windows, compression_plan.layer_plans, capacity=limit)
     layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
-    surveyed = None
-    if choice.layers:
-        surveyed = [
-            _relative_sensitivity(i, layer, choice.layer_plans[i]) for i, layer in enumerate(choice.layers)
+    sensitivity = None
+    if compression_plan.layers:
+        sensitivity = [
+            _relative_sensitivity(i, layer, compression_plan.layer_plans[i])
+            for i, layer in enumerate(compression_plan.layers)
         ]
     return Analysis(
-        facts, tuple(layers), conversion.divergence(), tuple(ids), tuple(texts), maps, tuple(listed), surveyed
+        facts,
+        tuple(layers),
+        conversion.divergence(),
+        tuple(ids),
+        tuple(texts),
+        maps,
+        tuple(listed),
+        sensitivity,
     )
 
 
-def _relative_sensitivity(index: int, layer: LayerSensitivity, way: LayerPlan) -> Sensitivity:
-    """KL per unit of relative error power of the attention output."""
+def _relative_sensitivity(index: int, layer: LayerSensitivity, layer_plan: LayerPlan) -> Sensitivity:
+    """Mean KL, nats per token, per unit of relative error power of the attention output."""
     power = layer.output_power
     return {
         "layer": index,
-        "key": power * layer.key_sensitivity[way.method],
+        "key": power * layer.key_sensitivity[layer_plan.method],
         "value": power * layer.value_sensitivity,
     }
 
@@ -228,13 +241,15 @@ def _relative_sensitivity(index: int, layer: LayerSensitivity, way: LayerPlan) -
 def compare(
     decoder: Decoder, windows: Tensor, converted: Iterable[ConvertedLayer], window: Tensor, progress: Progress
 ) -> tuple[list[LayerAnalysis], AttentionMaps]:
-    """Pass over the layers, each measured on `windows` [N, S] and run over `window` [S] beside its converted twin."""
+    """Measure each layer on `windows` [N, S] int64, and run it and its converted version on `window` [S]
+    int64.
+    """
     stream, recorder, layers = SpectraStream(decoder, windows), MapRecorder(decoder, window), []
     with progress.stage("Analysing layers", len(decoder.layers)):
         for each in converted:
             layer = decoder.layers[each.index]
             layers.append(LayerAnalysis(stream.measure(layer), each.report))
             recorder.add(layer, each.layer)
-            del layer, each  # before the next is read
+            del layer, each  # before the next layer is loaded
             progress.advance()
     return layers, recorder.finish()

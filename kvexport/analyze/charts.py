@@ -1,4 +1,4 @@
-"""Line charts as inline SVG; knows points, axes and classes that the style sheet colours, nothing of what they mean."""
+"""Line charts as inline SVG; colours are set by the classes of page.css."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ _MARKS = (
 
 @dataclass(frozen=True)
 class Line:
-    """Points from left to right; `slot` chooses colour and marker, `layer` names the layer that the line belongs to."""
+    """A line through points from left to right.
+
+    Attributes:
+        points: (x, y) in the units of the axes.
+        slot: index of colour and marker.
+        marks: whether points have markers.
+        layer: layer that the line belongs to, for page.js; None: none.
+    """
 
     points: Sequence[tuple[float, float]]
     slot: int
@@ -27,7 +34,7 @@ class Line:
 
 @dataclass(frozen=True)
 class Axis:
-    """A range and its ticks, from `low` to `high` in the data's unit."""
+    """An axis from `low` to `high` in the unit of the data."""
 
     label: str
     low: float
@@ -37,12 +44,13 @@ class Axis:
     whole: bool = False
 
     def place(self, value: float) -> float:
-        """0 at `low`, 1 at `high`."""
+        """Position of a value: 0 at `low`, 1 at `high`."""
         if self.log:
             return math.log(value / self.low) / math.log(self.high / self.low)
         return (value - self.low) / (self.high - self.low)
 
     def ticks(self) -> list[float]:
+        """Values of the ticks, ascending."""
         if self.log:
             first, last = round(math.log10(self.low)), round(math.log10(self.high))
             return [10.0**power for power in range(first, last + 1, max(1, math.ceil((last - first) / 6)))]
@@ -51,6 +59,7 @@ class Axis:
         return [round((math.ceil(self.low / step - 1e-9) + i) * step, 10) for i in range(count + 1)]
 
     def text(self, tick: float) -> str:
+        """Label of a tick, as SVG text."""
         if self.log:
             power = f"{round(math.log10(tick))}".replace("-", "−")
             return "1" if power == "0" else f'10<tspan dy="-5" font-size="9">{power}</tspan>'
@@ -58,12 +67,12 @@ class Axis:
 
 
 def layer_axis(layers: int) -> Axis:
-    """Layers 0 to `layers` - 1, with a little room on both sides."""
+    """Axis of layers 0 to `layers` - 1, with a margin."""
     return Axis("layer", -0.3, max(layers - 1, 0) + 0.3, whole=True)
 
 
 def from_zero(label: str, values: Sequence[float], *, percent: bool = False) -> Axis:
-    """From 0 to the first tick at or above every value."""
+    """Axis from 0 to the first tick at or above all values."""
     high = max(values, default=0.0) or 1.0
     step = _step(high, whole=False)
     return Axis(label, 0.0, math.ceil(high / step - 1e-9) * step, percent=percent)
@@ -72,7 +81,16 @@ def from_zero(label: str, values: Sequence[float], *, percent: bool = False) -> 
 def line_chart(
     title: str, x: Axis, y: Axis, lines: Sequence[Line], *, width: int = 480, reference: float | None = None
 ) -> str:
-    """One chart; `title` is what a screen reader says, `reference` a dashed line across at that y."""
+    """One chart as SVG.
+
+    Args:
+        title: text for screen readers.
+        x: horizontal axis.
+        y: vertical axis.
+        lines: the lines.
+        width: in pixels.
+        reference: y of a dashed horizontal line; None: none.
+    """
     height = 270
     right, bottom = width - _RIGHT, height - _BOTTOM
 
@@ -101,7 +119,8 @@ def line_chart(
         f'<text x="{(_LEFT + right) / 2}" y="{height - 6}" text-anchor="middle">{escape(x.label)}</text>'
     )
     parts.append(
-        f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">{escape(y.label)}</text></g>'
+        f'<text transform="translate(12 {middle}) rotate(-90)" text-anchor="middle">'
+        f"{escape(y.label)}</text></g>"
     )
     if reference is not None:
         parts.append(f'<path class="reference" d="M{_LEFT} {py(reference)}H{right}"/>')
@@ -120,7 +139,7 @@ def line_chart(
 
 
 def legend(names: Sequence[str]) -> str:
-    """Names with the markers of their slots."""
+    """Legend of names with the markers of slots 0, 1, ..."""
     entries = "".join(
         f'<li class="s{slot}"><svg viewBox="0 0 22 12" aria-hidden="true"><path class="stroke" d="M0 6H22"/>'
         f'<g class="marks">{_MARKS[slot].format(x=11, y=6)}</g></svg>{escape(name)}</li>'
@@ -130,7 +149,7 @@ def legend(names: Sequence[str]) -> str:
 
 
 def _step(span: float, whole: bool) -> float:
-    """1, 2 or 5 times a power of ten, so that about five ticks fill `span`."""
+    """1, 2 or 5 times a power of ten that gives about five ticks in `span`."""
     rough = span / 5
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * (1 - 1e-9))

@@ -1,7 +1,4 @@
-"""Attention maps of a trained and of a converted model over one window of text, side by side.
-
-Knows the reference's attention, and how maps are written small; must not know how a layer was converted.
-"""
+"""Attention maps of a trained and of a converted model over one window of text."""
 
 from __future__ import annotations
 
@@ -24,22 +21,23 @@ CODING = (
 
 @dataclass(frozen=True)
 class AttentionMaps:
-    """Attention weights of one window of S tokens. Each model ran on its own residual stream from the first layer on.
+    """Attention weights of both models on one window of S tokens, each model on its own residual stream.
 
     Attributes:
-        original, compressed: one tensor [H, S, S] a layer, row: query, column: key.
+        original: one tensor [H, S, S] per layer, rows are queries, columns are keys.
+        compressed: the same for the converted model, heads in the order of the trained one.
     """
 
     original: tuple[Tensor, ...]
     compressed: tuple[Tensor, ...]
 
     def distance(self) -> list[list[float]]:
-        """How far the maps of each layer and head are apart: total variation ½ Σ_n |a_mn - b_mn|, mean over queries m."""
+        """Total variation ½ Σ_n |a_mn - b_mn| of both maps by layer and head, mean over queries m."""
         pairs = zip(self.original, self.compressed, strict=True)
         return [(a - b).abs().sum(-1).mean(-1).div(2).tolist() for a, b in pairs]
 
     def weights(self, query: int, key: int) -> tuple[list[list[float]], list[list[float]]]:
-        """The weight of `query` on `key` in both models, by layer and head."""
+        """Weight of position `query` on position `key` in both models, by layer and head."""
         original, compressed = (
             [each[:, query, key].tolist() for each in side] for side in (self.original, self.compressed)
         )
@@ -47,7 +45,7 @@ class AttentionMaps:
 
 
 class MapRecorder:
-    """Runs a window through both models, a layer at a time."""
+    """Runs a window through both models layer by layer and records the maps."""
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, window: Tensor) -> None:
@@ -59,7 +57,7 @@ class MapRecorder:
 
     @torch.no_grad()
     def add(self, trained: Layer, converted: Layer) -> None:
-        """Take both residual streams past the next layer."""
+        """Advance both residual streams past the next layer and record its maps."""
         original, self._original = self._pass(trained, self._original)
         compressed, self._compressed = self._pass(converted, self._compressed)
         places = torch.tensor(head_places(trained.attention, converted.attention))
@@ -70,11 +68,12 @@ class MapRecorder:
         return probabilities[0], reference.run_layer(layer, x, self._positions, self._rope).residual
 
     def finish(self) -> AttentionMaps:
+        """The maps of all layers added."""
         return AttentionMaps(tuple(a for a, _ in self._maps), tuple(b for _, b in self._maps))
 
 
 def attention_map(attention: Attention, x: Tensor, rope: Rope | None) -> Tensor:
-    """Attention weights [B, H, S, S] of normed inputs [B, S, hidden] at positions 0..S-1."""
+    """Attention weights [B, H, S, S] of normed inputs x [B, S, hidden] at positions 0 .. S - 1."""
     positions = torch.arange(x.shape[1]).expand(x.shape[:2])
     tables = None if rope is None else reference.rotary_tables(rope, positions, x.dtype)
     projected = reference.project(attention, x, tables)
@@ -85,10 +84,10 @@ def attention_map(attention: Attention, x: Tensor, rope: Rope | None) -> Tensor:
 
 
 def head_places(trained: Attention, converted: Attention) -> list[int]:
-    """Where each trained query head stands in the converted layer, [H]: conversion may change their order.
+    """Index of each trained query head in the converted layer, [H]; conversion may reorder heads.
 
-    A code makes the queries of a head from those of one trained head, so the rows of its W_Q lie in the span of that
-    head's rows: each head goes where most of the rows' power is in its span.
+    A code makes the queries of a head from those of one trained head, so the rows of its W_Q lie in the span
+    of that head's rows: heads are matched by the share of the rows' power in the span, greedily.
     """
     heads = trained.num_heads
     spans = torch.linalg.qr(trained.q.weight.double().unflatten(0, (heads, -1)).mT).Q  # [H, hidden, head_dim]
@@ -104,35 +103,35 @@ def head_places(trained: Attention, converted: Attention) -> list[int]:
 
 
 def packed(maps: Tensor) -> list[str]:
-    """Maps [H, S, S] as `CODING` says; the square root keeps small weights apart."""
+    """Maps [H, S, S] coded as in `CODING`; the square root gives small weights more resolution."""
     rows, columns = torch.tril_indices(*maps.shape[1:])
     codes = (maps[:, rows, columns].double().sqrt() * 255).round().to(torch.uint8)
     return [base64.b64encode(each.numpy().tobytes()).decode() for each in codes]
 
 
-def parse_pairs(said: str, tokens: int) -> list[tuple[int, int]]:
-    """Query and key positions from `--pairs`, such as 12:3,20:4.
+def parse_pairs(text: str, tokens: int) -> list[tuple[int, int]]:
+    """Query and key positions from `--pairs`, such as 12:3,20:4, in a window of `tokens` tokens.
 
     Raises:
-        UsageError: not such a list, or positions where a query sees no key.
+        UsageError: the text is not such a list, or a query does not see its key.
     """
-    return [_pair(each.strip(), tokens) for each in said.split(",")]
+    return [_pair(each.strip(), tokens) for each in text.split(",")]
 
 
-def _pair(said: str, tokens: int) -> tuple[int, int]:
-    parts: Sequence[str] = said.split(":")
+def _pair(text: str, tokens: int) -> tuple[int, int]:
+    parts: Sequence[str] = text.split(":")
     if len(parts) != 2 or not all(part.isascii() and part.isdigit() and len(part) < 10 for part in parts):
         raise UsageError(
-            "--pairs is no list of positions",
-            got=repr(said),
+            "--pairs must be a list of positions",
+            got=repr(text),
             expected="QUERY:KEY,QUERY:KEY, such as 12:3,20:4",
         )
     query, key = int(parts[0]), int(parts[1])
     if not key <= query < tokens:
         raise UsageError(
-            "--pairs names positions where no query sees a key",
-            got=said,
+            "--pairs must name queries that see their keys",
+            got=text,
             expected=f"0 <= KEY <= QUERY <= {tokens - 1}, the last of {tokens} tokens",
-            fix="choose others, or raise --tokens",
+            fix="choose other positions, or raise --tokens",
         )
     return query, key

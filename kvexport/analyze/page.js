@@ -88,12 +88,12 @@ function drawAttention() {
 
 function drawSimilarity() {
   const scale = ["--map-0", "--map-1", "--map-2"].map(colour);
-  const said = [];
+  const parts = [];
   for (const [name, matrix] of Object.entries(data.similarity[chosen.layer])) {
     draw($(`similarity-${name}`), matrix.length, (r, c) => between(scale, matrix[r][c]), chosen.row, chosen.column);
-    said.push(`${name}s ${matrix[chosen.row][chosen.column].toFixed(3)}`);
+    parts.push(`${name}s ${matrix[chosen.row][chosen.column].toFixed(3)}`);
   }
-  $("similarity-readout").textContent = `KV heads ${chosen.row} and ${chosen.column}: ${said.join(", ")}`;
+  $("similarity-readout").textContent = `KV heads ${chosen.row} and ${chosen.column}: ${parts.join(", ")}`;
 }
 
 function drawAll() {

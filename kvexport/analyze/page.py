@@ -1,7 +1,6 @@
-"""An analysis as one HTML page that loads nothing: style, script and data are inside.
+"""An analysis as one self-contained HTML page with style, script and data.
 
-Knows how findings are shown and said; must not know how they were made. What changes with a choice of layer or
-head is drawn by page.js from the data block; everything else stands in the page as it is.
+What depends on the chosen layer or head is drawn by page.js from the data block; the rest is static HTML.
 """
 
 from __future__ import annotations
@@ -51,7 +50,7 @@ def _section(section: Section) -> str:
 
 
 def _data(analysis: Analysis) -> str:
-    """What page.js draws from; no `<`, so that no token can end the block."""
+    """Data block of page.js; `<` is escaped, so that no token can end the block."""
     attention = analysis.attention_json()
     data = {
         "attention": {name: attention[name] for name in ("tokens", "original", "compressed", "distance")},
@@ -61,11 +60,14 @@ def _data(analysis: Analysis) -> str:
 
 
 def require_page(path: Path, *, force: bool) -> None:
-    """Refuse an output that cannot be written, before any work is done for it.
+    """Raise, before any work, if the output cannot be written.
+
+    Args:
+        path: the output file.
+        force: whether an existing page of `kvexport analyze` may be replaced.
 
     Raises:
-        UsageError: its folder does not exist, or something is there: without `force` anything, with it anything
-            that is no page of `kvexport analyze`.
+        UsageError: its directory does not exist, or the path exists and must not be replaced.
     """
     if not path.parent.is_dir():
         raise UsageError(
@@ -79,7 +81,7 @@ def require_page(path: Path, *, force: bool) -> None:
         )
     if not path.is_file() or _MARK.encode() not in _beginning(path):
         raise UsageError(
-            f"the output {path} exists and is no page of kvexport analyze", fix="choose another --output"
+            f"the output {path} exists and is not a page of kvexport analyze", fix="choose another --output"
         )
 
 
@@ -89,7 +91,7 @@ def _beginning(path: Path) -> bytes:
 
 
 def save(page: str, path: Path, *, force: bool) -> None:
-    """Write the page through a temporary sibling: it appears whole or not at all.
+    """Write the page atomically, through a temporary sibling.
 
     Raises:
         UsageError: as `require_page`.

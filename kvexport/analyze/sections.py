@@ -1,6 +1,5 @@
-"""The sections of the analysis page, one function each: figures, tables, and a sentence on how each was measured.
-
-Knows the findings and plain HTML; must not know how they were made, nor how the page is put together.
+"""The sections of the analysis page: one function each, with figures, tables and notes on how they were
+measured.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ _NAMES = {
     "key_after_rope": "keys after RoPE",
     "value": "values",
 }
-_POINTS = 96  # of a spectrum that are drawn
-_FLOOR = 1e-5  # of a singular value over the largest; below it nothing is drawn
+_POINTS = 96  # points drawn per spectrum
+_FLOOR = 1e-5  # smallest ratio to the largest singular value that is drawn
 
 
 @dataclass(frozen=True)
 class Section:
-    """`name` is the id; `body` is HTML."""
+    """A section: `name` is its id, `body` its HTML."""
 
     name: str
     title: str
@@ -33,7 +32,7 @@ class Section:
 
 
 def sections(analysis: Analysis) -> Iterator[Section]:
-    """Those that the analysis has something for, in order."""
+    """The sections that the analysis has data for, in order."""
     yield Section("summary", "Summary", _summary(analysis))
     yield Section("spectra", "Spectra of the cache", _spectra(analysis))
     yield Section("similarity", "Similarity of heads", _similarity(analysis))
@@ -66,7 +65,8 @@ def _summary(analysis: Analysis) -> str:
     listed = "".join(f"<div><dt>{name}</dt><dd>{escape(value)}</dd></div>" for name, value in rows)
     calibration = ", ".join(f"{name} {value}" for name, value in facts.calibration.items())
     return f"<dl>{listed}</dl>" + _note(
-        f"KL, cross-entropy and agreement are over {divergence.tokens:,} predictions on calibration windows held out from the "
+        f"KL, cross-entropy and agreement are over {divergence.tokens:,} predictions on calibration "
+        "windows held out from the "
         f"fit. Calibration: {escape(calibration)}."
     )
 
@@ -84,8 +84,8 @@ def _spectra(analysis: Analysis) -> str:
             Line(_curve(layer.spectra.spectra[kind]), slot, marks=False, layer=index)
             for index, layer in enumerate(analysis.layers)
         ]
-        title = f"Singular values of {_NAMES[kind]}, one line a layer"
-        panels.append(_figure(line_chart(title, x, y, lines, width=360), _headed(_NAMES[kind])))
+        title = f"Singular values of {_NAMES[kind]}, one line per layer"
+        panels.append(_figure(line_chart(title, x, y, lines, width=360), _capitalize(_NAMES[kind])))
     shares = []
     for share in SHARES:
         lines = [
@@ -109,23 +109,28 @@ def _spectra(analysis: Analysis) -> str:
         )
     tokens = f"{analysis.facts.calibration_tokens:,}"
     return (
-        _choice("layer", "spectra", len(analysis.layers))
+        _select("layer", "spectra", len(analysis.layers))
         + f'<div class="panels" id="spectra-lines">{"".join(panels)}</div>'
         + _note(
-            "Singular values of a layer’s whole cache, [tokens, heads·head_dim], each over the largest; the strong line is the "
-            f"chosen layer, the faint ones are the others. From float64 second moments over {tokens} calibration tokens, not "
+            "Singular values of a layer’s whole cache, [tokens, heads·head_dim], relative to the largest; "
+            "the strong line is the "
+            f"chosen layer, the faint lines are the others. From float64 second moments over {tokens} "
+            "calibration tokens, not "
             "centred: a mean that all tokens share is one of the directions."
         )
         + legend(names)
         + f'<div class="panels wide">{"".join(shares)}</div>'
         + _note(
-            "Share of the energy (squared singular values) in the first quarter and half of the directions, by layer; "
+            "Share of the energy (squared singular values) in the first quarter and half of the "
+            "directions, by layer; "
             "compare Fig. 1 of arXiv 2406.07056."
         )
         + _rank_table(analysis, kinds)
         + _note(
-            f"Effective rank: the fewest directions that hold {_list([f'{share:.0%}' for share in ENERGIES])} of the energy, "
-            f"of {_list([f'{len(analysis.layers[0].spectra.spectra[kind].values)} for {_NAMES[kind]}' for kind in kinds])}."
+            "Effective rank: the fewest directions that hold "
+            f"{_list([f'{share:.0%}' for share in ENERGIES])} of the energy, "
+            "of "
+            f"{_list([f'{len(analysis.layers[0].spectra.spectra[kind].values)} for {_NAMES[kind]}' for kind in kinds])}."
         )
     )
 
@@ -158,19 +163,23 @@ def _similarity(analysis: Analysis) -> str:
         rows.append(row)
     canvases = "".join(
         _figure(
-            _canvas(f"similarity-{kind}", f"Similarity of the heads of {_NAMES[kind]}"), _headed(_NAMES[kind])
+            _canvas(f"similarity-{kind}", f"Similarity of the heads of {_NAMES[kind]}"),
+            _capitalize(_NAMES[kind]),
         )
         for kind in layers[0].spectra.similarity
     )
     return (
-        _choice("layer", "similarity", len(layers))
+        _select("layer", "similarity", len(layers))
         + f'<div class="panels maps">{canvases}</div>'
         + '<p class="readout" id="similarity-readout" aria-live="polite"></p>'
         + _scale("0", "0.5", "1")
         + _note(
-            "Linear CKA (arXiv 1905.00414) of every two KV heads of the chosen layer over the calibration tokens; keys as they "
-            "are cached. It is 1 for heads that are rotated copies of each other. The cosine between heads is not shown: each "
-            "head’s basis is arbitrary, and turning W_V and W_O of a head together, or the rotary pairs of its W_Q and W_K, "
+            "Linear CKA (arXiv 1905.00414) of every two KV heads of the chosen layer over the calibration "
+            "tokens; keys as they "
+            "are cached. It is 1 for heads that are rotated copies of each other. The cosine between heads "
+            "is not shown: each "
+            "head’s basis is arbitrary, and turning W_V and W_O of a head together, or the rotary pairs of "
+            "its W_Q and W_K, "
             "changes that cosine and not the model."
         )
         + _table(
@@ -195,9 +204,9 @@ def _sensitivity(records: Sequence[Sensitivity]) -> str:
         legend(["keys", "values"])
         + f'<div class="panels wide">{_figure(chart, "By layer")}</div>'
         + _note(
-            "How strongly the model’s predictions answer to what one layer’s keys or values lose: mean KL in nats per token for "
-            "a unit of the attention output’s relative error power, from a trial in which that layer’s keys, or its values, "
-            "alone were coded."
+            "Mean KL in nats per token for a unit of relative error power of a layer’s attention output, "
+            "caused by its keys or its "
+            "values, from trials in which only the keys, or only the values, of that layer were compressed."
         )
         + _table(
             "Sensitivity by layer",
@@ -243,9 +252,11 @@ def _prediction(analysis: Analysis) -> str:
         legend(["predicted", "measured"])
         + f'<div class="panels wide">{figures}</div>'
         + _note(
-            "Relative error (root mean square) of each layer’s attention output: predicted from the calibration moments before "
-            "it was tried, and measured on held-out windows with the trained model’s inputs, before W_O is refitted. The ratio "
-            "is 1 where the prediction is exact (dashed), above 1 where it is cautious."
+            "Relative error (root mean square) of each layer’s attention output: predicted from the "
+            "calibration "
+            "moments, and measured on held-out windows with the trained model’s inputs, before W_O is "
+            "refitted. The ratio "
+            "is 1 where the prediction is exact (dashed), above 1 where it is conservative."
         )
         + _table("Errors by layer", [(name, [""]) for name in columns], rows)
         + _note(
@@ -270,8 +281,8 @@ def _attention(analysis: Analysis) -> str:
     )
     return (
         '<div class="choices">'
-        + _choice("layer", "attention", len(analysis.layers))
-        + _choice("head", "attention", heads)
+        + _select("layer", "attention", len(analysis.layers))
+        + _select("head", "attention", heads)
         + f'</div><div class="panels maps three">{figures}</div>'
         + '<p class="readout" id="attention-readout" aria-live="polite"></p>'
         + '<p class="readout quiet" id="attention-distance"></p>'
@@ -280,9 +291,11 @@ def _attention(analysis: Analysis) -> str:
         + '<div class="scale"><span>difference</span><span id="difference-low"></span><i class="diverging"></i>'
         + '<span id="difference-high"></span></div></div>'
         + _note(
-            "Rows are queries, columns keys. Each model ran over the same text on its own residual stream, so the compressed "
-            "maps carry what all layers before have lost; heads are counted as in the trained model. Colour "
-            "follows the square root of the weight. Weights shown here are kept in one byte each and are within 0.004."
+            "Rows are queries, columns keys. Each model ran over the same text on its own residual stream, "
+            "so the compressed "
+            "maps include the errors of all layers before; heads are numbered as in the trained model. "
+            "Colour "
+            "follows the square root of the weight. Weights are stored in one byte each, exact to 0.004."
         )
         + f'<ol class="tokens" aria-label="The {count} tokens of the text">{tokens}</ol>'
     )
@@ -312,7 +325,9 @@ def _table(
     rows: Sequence[Sequence[str]],
     names: Sequence[str] = (),
 ) -> str:
-    """A table with one row a layer; cells are HTML. Columns stand in groups, of one column where its own name is empty."""
+    """A table with one row a layer; cells are HTML. Columns stand in groups, of one column where its own name
+    is empty.
+    """
     two = any(len(columns) > 1 for _, columns in groups)
     head = f'<tr><th scope="col" rowspan="{2 if two else 1}">layer</th>'
     head += (
@@ -337,7 +352,7 @@ def _table(
     return f'<div class="scroll" role="region" tabindex="0" aria-label="{escape(label)}">{table}</div>'
 
 
-def _choice(what: str, section: str, count: int) -> str:
+def _select(what: str, section: str, count: int) -> str:
     options = "".join(f"<option>{i}</option>" for i in range(count))
     select = f'<select id="{section}-{what}" data-choice="{what}" autocomplete="off">{options}</select>'
     return f'<label class="choice">{what} {select}</label>'
@@ -352,15 +367,16 @@ def _figure(content: str, caption: str) -> str:
 
 
 def _scale(low: str, middle: str, high: str, name: str = "") -> str:
-    said = f"<span>{name}</span>" if name else ""
-    return f'<div class="scale">{said}<span>{low}</span><i class="sequential"><b>{middle}</b></i><span>{high}</span></div>'
+    label = f"<span>{name}</span>" if name else ""
+    bar = f'<i class="sequential"><b>{middle}</b></i>'
+    return f'<div class="scale">{label}<span>{low}</span>{bar}<span>{high}</span></div>'
 
 
 def _note(text: str) -> str:
     return f'<p class="note">{text}</p>'
 
 
-def _headed(name: str) -> str:
+def _capitalize(name: str) -> str:
     return name[0].upper() + name[1:]
 
 
@@ -369,5 +385,5 @@ def _list(parts: Sequence[str]) -> str:
 
 
 def _visible(token: str) -> str:
-    """A token with its white space to be seen."""
+    """A token with visible white space."""
     return token.replace("\n", "⏎").replace("\t", "⇥").replace(" ", "·")

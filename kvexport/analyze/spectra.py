@@ -1,7 +1,6 @@
-"""How the cached numbers of one layer vary: singular values of keys and values, and how alike heads are.
+"""Spectra of a layer's keys and values, and similarity of its heads.
 
-Knows second moments in float64, summed window by window; the cache itself is never held. Must not know how a
-layer is converted or how a page looks.
+From float64 second moments, accumulated over batches of windows; the cache itself is never in memory.
 """
 
 from __future__ import annotations
@@ -17,34 +16,42 @@ from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer
 from kvexport.model.reference import Projected
 
-SHARES = (0.25, 0.5)  # of the directions: those of arXiv 2406.07056, Fig. 1
+SHARES = (0.25, 0.5)  # shares of the directions, as in Fig. 1 of arXiv 2406.07056
 ENERGIES = (0.9, 0.95, 0.99)
 
 
 @dataclass(frozen=True)
 class Spectrum:
-    """Singular values of a layer's stacked cache [tokens, heads·head_dim], the largest first, float64 [heads·head_dim].
+    """Singular values of a layer's stacked cache [tokens, heads·head_dim], uncentred as in Fig. 1 of arXiv
+    2406.07056.
 
-    Uncentred, as the cache is stored and as in the paper's figure: a mean that all tokens share counts as a
-    direction. The energy of a direction is its squared singular value.
+    The energy of a direction is its squared singular value; a mean that all tokens share counts as a
+    direction.
+
+    Attributes:
+        values: [heads·head_dim] float64, descending.
     """
 
     values: Tensor
 
     def energy_in(self, share: float) -> float:
-        """Share of the energy in the first `share` of the directions, one direction at least."""
+        """Share of the energy in the first `share` of the directions, at least one direction."""
         energy = self.values.square()
         total = float(energy.sum())
         return float(energy[: max(1, int(share * len(energy)))].sum()) / total if total > 0 else 1.0
 
     def rank_for(self, share: float) -> int:
-        """Effective rank: the fewest directions that hold `share` of the energy."""
+        """Effective rank: the smallest number of directions that contain `share` of the energy."""
         energy = self.values.square().cumsum(0)
         return min(int((energy < share * energy[-1]).sum()) + 1, len(energy))
 
 
 class SecondMoment:
-    """Sums over tokens of [heads·head_dim] vectors, float64; `second` is Σ x xᵀ."""
+    """Float64 sums over tokens of vectors x [heads·head_dim].
+
+    Attributes:
+        second: Σ x xᵀ, [heads·head_dim, heads·head_dim].
+    """
 
     def __init__(self, heads: int, width: int) -> None:
         self._heads, self._tokens = heads, 0
@@ -52,21 +59,25 @@ class SecondMoment:
         self.second = torch.zeros(heads * width, heads * width, dtype=torch.float64)
 
     def add(self, x: Tensor) -> None:
-        """Take in heads as attention has them, [B, heads, S, width]."""
+        """Add heads x [B, heads, S, width]."""
         rows = x.double().transpose(1, 2).flatten(2).flatten(0, 1)  # [B·S, heads·width]
         self.second.addmm_(rows.T, rows)
         self._sum += rows.sum(0)
         self._tokens += len(rows)
 
     def spectrum(self) -> Spectrum:
+        """Spectrum of the vectors added."""
         return Spectrum(torch.linalg.eigvalsh(self.second).flip(0).clamp_min(0).sqrt())
 
     def similarity(self) -> Tensor:
-        """Linear CKA of every two heads, [heads, heads] in 0..1: |Σ x yᵀ|² / (|Σ x xᵀ| |Σ y yᵀ|), about the means.
+        """Linear CKA of each two heads (arXiv 1905.00414): |Σ x yᵀ|² / (|Σ x xᵀ| |Σ y yᵀ|) about the means.
 
-        (arXiv 1905.00414.) It does not change when a head is rotated within itself. The cosine of two heads' vectors
-        does, and means little: turning W_V and W_O of a head together, or W_Q and W_K (by rotary pairs, where there
-        are), leaves the model as it was and takes that cosine anywhere, to 0 between a head and its own copy.
+        CKA does not change when the basis of a head is rotated. The cosine of two heads' vectors does change:
+        W_V and W_O of a head, or the rotary pairs of W_Q and W_K, can be rotated together without changing
+        the model.
+
+        Returns:
+            [heads, heads] float64, from 0 to 1.
         """
         centred = self.second - torch.outer(self._sum, self._sum) / max(self._tokens, 1)
         blocks = centred.unflatten(0, (self._heads, -1)).unflatten(2, (self._heads, -1))  # [h, d, h, d]
@@ -77,11 +88,11 @@ class SecondMoment:
 
 @dataclass(frozen=True)
 class LayerSpectra:
-    """One layer. Without rotation there is one spectrum of keys, `key`; with it `key_before_rope` and `key_after_rope`.
+    """Spectra and similarity of one layer.
 
     Attributes:
-        spectra: by those names, and `value`.
-        similarity: linear CKA [h, h] of the `key` heads as they are cached (after rotation), and of the `value` heads.
+        spectra: by name: `key_before_rope` and `key_after_rope`, or `key` without RoPE; `value`.
+        similarity: linear CKA [h, h] of the cached `key` heads (after RoPE) and of the `value` heads.
     """
 
     spectra: Mapping[str, Spectrum]
@@ -89,10 +100,7 @@ class LayerSpectra:
 
 
 class SpectraStream:
-    """The trained model's residual stream over windows of tokens, measured layer by layer.
-
-    Holds the stream [N, S, hidden] and the sums of one layer.
-    """
+    """The trained model's residual stream [N, S, hidden] over windows, measured layer by layer."""
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
@@ -102,7 +110,7 @@ class SpectraStream:
 
     @torch.no_grad()
     def measure(self, layer: Layer) -> LayerSpectra:
-        """What the next layer caches; takes the stream past it."""
+        """Measure the cache of the next layer and advance the stream past it."""
         attention, sums = layer.attention, _sums(layer.attention)
         for batch in attention_windows.batches(range(len(self._x)), self._x.shape[1], attention.num_heads):
             x = self._x[batch]
@@ -110,21 +118,21 @@ class SpectraStream:
                 attention, reference.norm(layer.attention_norm, x), self._rope
             )
             for name, total in sums.items():
-                total.add(_taken(projected, name))
+                total.add(_named(projected, name))
             x += reference.linear(attention.o, attention_windows.head_outputs(attention, projected))
             x += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, x))
         cached = {"key": "key_after_rope" if attention.position == "rope" else "key", "value": "value"}
         return LayerSpectra(
             {name: total.spectrum() for name, total in sums.items()},
-            {name: sums[held].similarity() for name, held in cached.items()},
+            {name: sums[source].similarity() for name, source in cached.items()},
         )
 
 
 def _sums(attention: Attention) -> dict[str, SecondMoment]:
     keys = ("key_before_rope", "key_after_rope") if attention.position == "rope" else ("key",)
-    found = {name: SecondMoment(attention.key_heads, attention.head_dim) for name in keys}
-    return found | {"value": SecondMoment(attention.num_kv_heads, attention.value_dim)}
+    sums = {name: SecondMoment(attention.key_heads, attention.head_dim) for name in keys}
+    return sums | {"value": SecondMoment(attention.num_kv_heads, attention.value_dim)}
 
 
-def _taken(projected: Projected, name: str) -> Tensor:
+def _named(projected: Projected, name: str) -> Tensor:
     return {"key_after_rope": projected.key_rotated, "value": projected.value}.get(name, projected.key)

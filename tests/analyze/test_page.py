@@ -152,7 +152,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
         require_page(tmp_path / "page.html", force=False)
     require_page(tmp_path / "page.html", force=True)
     for other in ("model.safetensors", "dangling", "."):
-        with pytest.raises(UsageError, match="no page of kvexport analyze"):
+        with pytest.raises(UsageError, match="not a page of kvexport analyze"):
             require_page(tmp_path / other, force=True)
     with pytest.raises(UsageError, match="folder"):
         require_page(tmp_path / "absent" / "page.html", force=False)

@@ -86,12 +86,12 @@ def test_analyzes_the_original_model_if_all_heads_are_kept(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pairs", "3:12"], "no query sees a key"),
-        (["--pairs", "48:1"], "no query sees a key"),
+        (["--pairs", "3:12"], "--pairs must name queries that see their keys"),
+        (["--pairs", "48:1"], "--pairs must name queries that see their keys"),
         (["--method", "svd-a", "--kv-ratio", "0.3"], "must give a number of KV heads"),
         (["--kv-heads", "3"], "must divide"),
         (["--text", "absent.txt"], "cannot be read"),
-        (["--calibration", "absent.txt"], "no file"),
+        (["--calibration", "absent.txt"], "--calibration must be a recipe or a file"),
     ],
 )
 def test_rejects_invalid_options_and_writes_nothing(
@@ -112,5 +112,5 @@ def test_keeps_an_existing_page(run: Run, tmp_path: Path) -> None:
 
 def test_rejects_pairs_beyond_the_end_of_a_short_text(run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Once upon a")
-    with pytest.raises(UsageError, match="no query sees a key"):
+    with pytest.raises(UsageError, match="--pairs must name queries that see their keys"):
         run("--pairs", "40:1", "--text", tmp_path / "short.txt")
