@@ -161,7 +161,7 @@ TEST(a_smaller_engine_runs_as_many_tokens_as_fit) {
 TEST(reports_an_engine_too_small_for_the_test) {
   Fault small;
   small.capacity = 8;
-  CHECK_THROWS_WITH(examined("long", small), "too few tokens");
+  CHECK_THROWS_WITH(examined("long", small), "must hold the tokens of the bundle's self-test");
 }
 
 TEST(reference_outputs_of_another_bundle_fail) {
@@ -177,7 +177,7 @@ TEST(an_engine_with_wrong_results_fails) {
       elsewhere.provider = provider;
       const SelfTestReport report = examined(name, elsewhere, other);
       require_verdict(report, "engine");
-      CHECK(report.message.find("first wrong: token") != std::string::npos);
+      CHECK(report.message.find("first difference: token") != std::string::npos);
       CHECK(report.fix.find("--provider cpu") != std::string::npos);
       require_ok(examined(name, elsewhere));
     }
@@ -215,7 +215,7 @@ TEST(a_dropped_cache_write_is_reported) {
   };
   const SelfTestReport report = examined("sound", drops);
   require_cache(report);
-  CHECK(report.message.find("first wrong: token 2") != std::string::npos);
+  CHECK(report.message.find("first difference: token 2") != std::string::npos);
 }
 
 TEST(a_write_to_the_wrong_slot_is_reported) {
@@ -292,7 +292,7 @@ TEST(remains_of_an_earlier_text_are_reported) {  // correct in the first two run
   const SelfTestReport report = examined("sound", spoils);
   require_cache(report);
   CHECK(json_of(report).at("checks").at(1).at("first").is_null());
-  CHECK(report.message.find("generating does not repeat itself") != std::string::npos);
+  CHECK(report.message.find("greedy generation differs") != std::string::npos);
 }
 
 TEST(nan_is_reported) {

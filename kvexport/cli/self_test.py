@@ -35,7 +35,7 @@ def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
     elif not quiet:
         _print(report)
     if report.verdict != "ok":
-        raise GateFailed(f"{bundle}: {report.verdict}: {report.said}", fix=report.fix)
+        raise GateFailed(f"{bundle}: {report.verdict}: {report.message}", fix=report.fix)
 
 
 def _print(report: SelfTestReport) -> None:
@@ -49,7 +49,7 @@ def _print(report: SelfTestReport) -> None:
             table.add_row(check.name, str(check.rows), f"{check.logits:.2e}", f"{check.norms:.2e}", verdict)
         table.add_row("tolerance", "", f"{report.tolerance.logits:g}", f"{report.tolerance.norms:g}", "")
         out.print(table)
-    details = report.said
+    details = report.message
     if report.continuation:  # none in half precision if rounding can change the first token
         details = f"{report.generated} of {report.continuation} generated tokens as in PyTorch; {details}"
     out.print_line(f"{report.verdict} ({details})")

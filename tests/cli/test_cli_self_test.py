@@ -58,10 +58,10 @@ def test_a_correct_bundle_exits_with_0_and_prints_a_table(correct: Path) -> None
 def test_a_wrong_bundle_exits_with_1_and_a_fix(mixed: Path, wrong_row: Path) -> None:
     code, out, err = run(mixed)
     assert (code, out.startswith("weights (")) == (1, True)
-    assert "weights: decoder.onnx.data is not what the self-test was recorded with" in err and "fix:" in err
+    assert "weights: decoder.onnx.data differs from that of the self-test" in err and "fix:" in err
     code, out, err = run(wrong_row, "--provider", "cpu")
     assert code == 1 and out.count("FAILED") == 2
-    assert "first wrong: token 20, key of layer 1" in err
+    assert "first difference: token 20, key of layer 1" in err
 
 
 def test_json_is_one_object(correct: Path, mixed: Path, wrong_row: Path) -> None:

@@ -32,7 +32,7 @@ from kvexport.runtime.backends.select import Provider, new_cache, open_decoder
 from kvexport.runtime.cache.device_arrays import HostStorage
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.self_test.runs import GARBAGE, STEP
-from kvexport.runtime.self_test.verdict import SelfTestReport, examine, self_test
+from kvexport.runtime.self_test.verdict import SelfTestReport, compare_outputs, self_test
 
 Raw = dict[str, Any]
 EVICTION = Eviction("l2-norm", 40, protect_first=2, protect_recent=8)
@@ -61,7 +61,7 @@ def evicting(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def require_ok(report: SelfTestReport) -> None:
-    assert (report.verdict, report.fix) == ("ok", None), report.said
+    assert (report.verdict, report.fix) == ("ok", None), report.message
     assert [check.first for check in report.checks] == [
         None,
         None,
@@ -145,7 +145,7 @@ def test_a_flipped_byte_is_damage(sound: Path, tmp_path: Path) -> None:
 
 def test_weights_that_the_manifest_vouches_for_and_the_vectors_do_not(sound: Path, tmp_path: Path) -> None:
     report = self_test(broken(sound, tmp_path / "b", flip))
-    assert (report.verdict, report.checks) == ("weights", ()) and "put together of two" in report.said
+    assert (report.verdict, report.checks) == ("weights", ()) and "come from two builds" in report.message
     assert report.fix is not None and "kvexport build" in report.fix
 
 
@@ -160,7 +160,7 @@ def test_vectors_of_another_bundle(sound: Path, tmp_path: Path) -> None:
 def test_weights_that_all_vouch_for_and_that_compute_otherwise(sound: Path, tmp_path: Path) -> None:
     report = self_test(broken(sound, tmp_path / "b", lambda b: (flip(b), reseal(b))))
     assert report.verdict == "weights" and [check.rows for check in report.checks] == [40, 40]
-    assert "first wrong: token" in report.said and report.checks[0].first is not None
+    assert "first difference: token" in report.message and report.checks[0].first is not None
 
 
 def test_a_graph_of_another_bundle_is_not_ok_on_the_cpu(sound: Path, tmp_path: Path) -> None:
@@ -213,7 +213,9 @@ def test_an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds(
 def test_an_engine_that_holds_no_row_is_told(device: SimulatedDevice, tmp_path: Path) -> None:
     bundle = made(tmp_path / "b", eviction=Eviction("window", 60, protect_first=20))
     add_engine(bundle, capacity=8)
-    with pytest.raises(CannotRunHere, match=r"engine holds too few tokens[\s\S]*--capacity 48"):
+    with pytest.raises(
+        CannotRunHere, match=r"must hold the tokens of the bundle's self-test[\s\S]*--capacity 48"
+    ):
         self_test(bundle)
 
 
@@ -234,7 +236,10 @@ def test_an_engine_of_another_bundle(device: SimulatedDevice, sound: Path, tmp_p
     add_engine(bundle, manifest_sha256="0" * 64)
     for provider in ("auto", "tensorrt"):
         report = self_test(bundle, provider)
-        assert (report.verdict, report.checks) == ("engine", ()) and "another bundle" in report.said
+        assert (report.verdict, report.checks) == (
+            "engine",
+            (),
+        ) and "must be built from this bundle" in report.message
         assert report.fix is not None and "kvexport engine" in report.fix
     require_ok(self_test(bundle, "cpu"))
 
@@ -275,9 +280,9 @@ def test_float32_computed_in_float16(evicts: bool, tmp_path: Path) -> None:
     half = Bundle.open(made(tmp_path / "half", dtype="float16", eviction=eviction))
     decoder = open_decoder(half, CPU)
     decoder.use(new_cache(half, CPU, "float16", fill=GARBAGE, step=STEP))
-    report = examine(bundle, read_reference_outputs(bundle), decoder, CPU)
-    assert report.verdict == "precision" and "float16" in report.said and report.fix is not None
-    require_ok(examine(half, read_reference_outputs(half), decoder, CPU))  # a control
+    report = compare_outputs(bundle, read_reference_outputs(bundle), decoder, CPU)
+    assert report.verdict == "precision" and "float16" in report.message and report.fix is not None
+    require_ok(compare_outputs(half, read_reference_outputs(half), decoder, CPU))  # a control
 
 
 # Cache
@@ -304,7 +309,7 @@ def examined(
     bundle = Bundle.open(path)
     decoder = open_decoder(bundle, CPU)
     decoder.use(new_cache(bundle, CPU, bundle.dtype, fill=GARBAGE, step=STEP))
-    return examine(bundle, read_reference_outputs(bundle), Wrapped(decoder, after), CPU)  # type: ignore[arg-type]
+    return compare_outputs(bundle, read_reference_outputs(bundle), Wrapped(decoder, after), CPU)  # type: ignore[arg-type]
 
 
 def require_cache(report: SelfTestReport) -> None:
@@ -324,7 +329,7 @@ def test_a_dropped_write(sound: Path) -> None:
     report = examined(sound, drop)
     require_cache(report)
     assert report.checks[1].first is not None and report.checks[1].first.row in (20, 21)
-    assert "first wrong: token 2" in report.said
+    assert "first difference: token 2" in report.message
 
 
 def test_writes_one_slot_off(sound: Path) -> None:
@@ -380,7 +385,7 @@ def test_what_an_earlier_text_left(sound: Path) -> None:
     report = examined(sound, spoil)
     require_cache(report)
     assert report.checks[1].first is None and report.generated < report.continuation
-    assert "does not repeat itself" in report.said
+    assert "greedy generation differs" in report.message
 
 
 def test_scores_that_are_no_norms(tmp_path: Path) -> None:

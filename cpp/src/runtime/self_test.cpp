@@ -98,32 +98,31 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
   const std::string rebuilt =
       provider == "tensorrt" ? "build the engine again: kvexport engine BUNDLE --force" : "";
   const std::string runs = version + " on " + provider,
-                    where = first ? "; first wrong: " + first->text() : "";
+                    where = first ? "; first difference: " + first->text() : "";
   const auto otherwise = [&](const std::string& remedy) { return rebuilt.empty() ? remedy : rebuilt; };
-  if (verdict == "ok") return {runs + " computes what PyTorch computed when the bundle was built", ""};
+  if (verdict == "ok") return {runs + " reproduces the outputs that PyTorch computed when the bundle was built", ""};
   if (verdict == "weights") {
     return {runs +
-                " computes other numbers than PyTorch did: the bundle's files are of two bundles, or were "
-                "changed" +
+                " computes other numbers than the PyTorch reference: the bundle's files come from two builds, or "
+                "were changed" +
                 where,
-            std::string(COPY) + "; to see where it is wrong: kvexport validate BUNDLE --provider cpu"};
+            std::string(COPY) + "; to find the difference: kvexport validate BUNDLE --provider cpu"};
   }
   if (verdict == "engine") {
-    return {runs + " computes other numbers than PyTorch did" + where,
-            "see whether the bundle is sound: kvexport self-test BUNDLE --provider cpu; if that is ok, " +
+    return {runs + " computes other numbers than the PyTorch reference" + where,
+            "check the bundle: kvexport self-test BUNDLE --provider cpu; if that is ok, " +
                 otherwise("update ONNX Runtime, or run with --provider cpu")};
   }
   if (verdict == "precision") {
     const std::string dtype = name_of(session.manifest().dtype),
                       lower_tolerance = name_of(*lower(session.manifest().dtype));
-    return {runs + " is less exact than " + dtype + ", as if it computed in " + lower_tolerance + where,
+    return {runs + " is less accurate than " + dtype + ", as if it computed in " + lower_tolerance + where,
             otherwise("build the bundle again with --dtype " + lower_tolerance +
-                      " if that will do; or else " + COPY)};
+                      " if that is sufficient; otherwise " + COPY)};
   }
   return {runs +
-              " computes tokens that come at once rightly, and the same tokens one by one wrongly: it does "
-              "not keep its " +
-              "cache" + (first ? where : "; generating does not repeat itself"),
+              ": prefill matches the reference, decode does not: the KV cache is not updated correctly" +
+              (first ? where : "; greedy generation differs"),
           otherwise("install another version of ONNX Runtime, or run with another --provider")};
 }
 
@@ -174,7 +173,7 @@ SelfTestReport self_test(const std::shared_ptr<const Session>& session) {
     return compare_outputs(session, reference);
   const std::string message =
       std::string(data_file) +
-      " is not what the self-test was recorded with: the bundle was put together of two";
+      " differs from that of the self-test: the bundle's files come from two builds";
   return report("weights", message, COPY, *session, reference.tolerance(provider, session->manifest().dtype));
 }
 
@@ -187,7 +186,7 @@ SelfTestReport compare_outputs(const std::shared_ptr<const Session>& session,
   Runs runs(session, reference);
   if (runs.tokens <= reference.first_row) {
     throw Failure(
-        Code::cannot_run_here, "the engine holds too few tokens for the bundle's self-test",
+        Code::cannot_run_here, "the engine's capacity must hold the tokens of the bundle's self-test",
         "a capacity of " + std::to_string(runs.tokens), std::to_string(reference.first_row + 1) + " or more",
         "kvexport engine BUNDLE --capacity " + std::to_string(reference.tokens.size()) + " --force");
   }

@@ -1,38 +1,30 @@
-"""A bundle held against its reference vectors where it runs: does it compute here what its PyTorch twin computed?
+"""The self-test: compare the outputs of a bundle on this machine with those of the PyTorch reference.
 
-Knows what a difference from the vectors means (`vectors`); how tokens are run is in `self_test_runs`. Needs
-numpy and the engine alone. The C++ library does the same, line by line. The algorithm:
+The reference outputs were recorded when the bundle was built (`kvexport.bundle.self_test_file`). The tokens are run by
+`kvexport.runtime.self_test.runs`; this module compares. Needs numpy and the backend only. The C++ library implements the
+same algorithm:
 
-1. Hash what is run; a file that is not as the manifest says is damage, and no verdict. An engine of another
-bundle: `engine`.
-   Weights in the manifest that are not those the vectors were recorded with: `weights`.
-2. Run the tokens twice, each time in an empty cache whose key and value slots hold garbage, and which grows
-every `STEP` tokens
-   where it can. Where layers evict, all but `vectors.slots` of their slots are blocked. An engine of a
-   smaller capacity than the vectors have tokens runs as many as it takes.
-   - "at once": all tokens in calls as long as the engine takes; where layers evict only the prompt, which
-     fits their slots.
-   - "step by step": the prompt in calls of `CHUNK`, then the continuation token by token, whatever is the
-     likeliest.
-   Of every row r from `first_row` on, take rms, likeliest token and chosen values of the logits, and the
-   norms of token r's key
-   and value in each layer: from slot r once all has run, or, where a layer evicts, after the call, from the
-       slot of each head
-   whose state says position r (none: not a number). Where scores are norms, compare them with those of the
-   keys found there, then put those of `vectors.steady_scores` in their place, after every call.
-3. Generate from the prompt, in a third such cache, each token the likeliest; count those that are the
-continuation's, up to the
-   first that the twin itself nearly did not choose (margin / rms below `tie`).
-4. Errors of a run: `logits`, the largest of |value - the twin's| / the twin's rms and |rms / the twin's - 1|;
-`norms`, the
-   largest |norm / the twin's - 1|; `choice`, the largest margin / rms of a row whose likeliest token is not
-   the twin's. What is not a number counts as infinite. A run is right within a tolerance if none of the three
-   exceeds its own.
-5. The verdict. With the tolerance of the provider and the bundle's dtype: both runs right and every token
-generated: `ok`. At
-   once right: `cache`. Else, if both are right with the tolerance of the next lower dtype: `precision`. Else:
-       `weights` on the
-   CPU, where nothing but the bundle can be wrong; `engine` on any other provider.
+1. Hash the files that run. A file that differs from the manifest is an error, not a verdict. An engine of another
+   bundle: verdict `engine`. Weights that are not those of the recording: verdict `weights`.
+2. Run the tokens twice, each time in an empty cache whose key and value slots hold garbage, and which grows every `STEP`
+   tokens if it can. If layers evict, all but `ReferenceOutputs.slots` of their slots are blocked. An engine whose
+   capacity is smaller than the number of tokens runs as many as fit.
+   - "at once": all tokens in calls as long as the engine allows; if layers evict, the prompt only, which fits their
+     slots.
+   - "step by step": the prompt in calls of `CHUNK` tokens, then the continuation token by token, whatever the most
+     likely token is.
+   Of every row r from `first_row` on, take the rms, the most likely token and the selected values of the logits, and the
+   norms of the key and value of token r in each layer: from slot r after the run, or, if the layer evicts, after the
+   call, from the slot of each head whose state has position r (NaN if there is none). If scores are norms, compare them
+   with the norms of those keys, and then replace them by `steady_scores` after every call.
+3. Generate greedily from the prompt in a third such cache; count the tokens that are the continuation's, up to the first
+   one where the reference was close to a tie (margin / rms at most `tie`).
+4. Errors of a run. `logits`: the largest |value - reference| / rms of the reference, and |rms / reference rms - 1|.
+   `norms`: the largest |norm / reference norm - 1|. `choice`: the largest margin / rms of a row whose most likely token
+   is not the reference's. A NaN counts as infinite. A run is within a tolerance if none of the three exceeds it.
+5. The verdict, with the tolerance of the provider and the bundle's dtype. Both runs within it and every token generated:
+   `ok`. "at once" within it: `cache`. Else, if both are within the tolerance of the next lower dtype: `precision`. Else
+   `weights` on the CPU, where only the bundle can be wrong, and `engine` with any other provider.
 """
 
 from __future__ import annotations
@@ -52,11 +44,18 @@ from kvexport.runtime.backends.tensorrt_select import OtherEngine
 from kvexport.runtime.self_test.runs import CHUNK, FLOOR, GARBAGE, STEP, Measured, Runs, larger, pieces_of
 
 _LOWER = {"float32": "float16", "float16": "bfloat16"}
+_COPY = "copy the bundle again as a whole, or build it again: kvexport build CHECKPOINT -o BUNDLE"
 
 
 @dataclass(frozen=True)
-class Where:
-    """Where a run first went wrong: a row, and the layer and its part, or None and "logits" or "choice"."""
+class Location:
+    """Where a run first exceeds the tolerance.
+
+    Attributes:
+        row: the token.
+        layer: None for logits and choice.
+        part: "key", "value" or "score" of the layer; or "logits" or "choice".
+    """
 
     row: int
     layer: int | None
@@ -68,16 +67,24 @@ class Where:
 
 @dataclass(frozen=True)
 class Check:
-    """One run's errors, as the module says; `first`: where one first exceeds the tolerance, None where none does."""
+    """The errors of one run, as step 4 defines them.
+
+    Attributes:
+        name: "at once" or "step by step".
+        rows: number of rows that were compared.
+        logits, norms, choice: the errors.
+        first: where one first exceeds the tolerance; None if none does.
+    """
 
     name: str
     rows: int
     logits: float
     norms: float
     choice: float
-    first: Where | None
+    first: Location | None
 
-    def within(self, tolerance: Tolerance) -> bool:
+    def is_within(self, tolerance: Tolerance) -> bool:
+        """Whether no error exceeds a tolerance."""
         return (
             self.logits <= tolerance.logits and self.norms <= tolerance.norms and self.choice <= tolerance.tie
         )
@@ -85,20 +92,23 @@ class Check:
 
 @dataclass(frozen=True)
 class SelfTestReport:
-    """What the self-test found.
+    """The result of a self-test.
 
     Attributes:
         verdict: "ok", "weights", "engine", "precision" or "cache".
-        said: the same as a sentence.
-        fix: what to do; None where all is well.
-        provider: "cpu", "cuda" or "tensorrt"; `engine` is the library and its version.
-        dtype: the bundle's; `tolerance` is what applied to it there.
-        checks: the runs; empty where the verdict needed none.
-        generated, continuation: tokens generated as the twin did, of so many that there was no doubt about.
+        message: the verdict as a sentence.
+        fix: how to fix it; None if the verdict is "ok".
+        provider: "cpu", "cuda" or "tensorrt".
+        engine: name and version of the library that computed.
+        dtype: of the bundle.
+        tolerance: of the provider and dtype.
+        checks: the two runs; empty if the verdict needed none.
+        generated: tokens of the continuation that were reproduced by greedy generation.
+        continuation: tokens of the continuation up to the first one that is close to a tie.
     """
 
     verdict: str
-    said: str
+    message: str
     fix: str | None
     provider: str
     engine: str
@@ -109,8 +119,8 @@ class SelfTestReport:
     continuation: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        """Plain JSON values; what is not a number is null."""
-        raw = asdict(self)
+        """Values for `json.dumps`; the message is called "said", and infinity is null."""
+        raw = {"said" if key == "message" else key: value for key, value in asdict(self).items()}
         raw["checks"] = [
             {key: None if value == math.inf else value for key, value in each.items()}
             for each in raw["checks"]
@@ -119,7 +129,14 @@ class SelfTestReport:
 
 
 def self_test(path: Path | str, provider: str = "auto") -> SelfTestReport:
-    """Hold the bundle at `path` against its twin, on what "cpu", "cuda", "tensorrt" or "auto" means here.
+    """Compare the outputs of a bundle on this machine with those recorded from PyTorch when it was built.
+
+    Args:
+        path: of the bundle's directory.
+        provider: "cpu", "cuda", "tensorrt", or "auto", as in `kvexport.open`.
+
+    Returns:
+        The verdict, with the errors of each run. A wrong result is a verdict, not an exception.
 
     Raises:
         BundleError: the bundle or its engine is damaged or incomplete.
@@ -128,140 +145,159 @@ def self_test(path: Path | str, provider: str = "auto") -> SelfTestReport:
     """
     bundle = Bundle.open(path)
     bundle.verify(name for name in bundle.files if name != DATA_FILE)
-    vectors = read_reference_outputs(bundle)
+    reference = read_reference_outputs(bundle)
     try:
         chosen = choose(bundle, provider)
     except OtherEngine as error:
-        tolerance = vectors.tolerances["tensorrt"][bundle.dtype]
+        tolerance = reference.tolerances["tensorrt"][bundle.dtype]
         return SelfTestReport("engine", error.what, error.fix, "tensorrt", "", bundle.dtype, tolerance)
     if chosen.engine is not None:
         chosen.engine.verify()
     if chosen.engine is None or not chosen.engine.has_weights:
         bundle.verify([DATA_FILE])
-    if bundle.files[DATA_FILE].sha256 != vectors.weights_sha256:
-        said = f"{DATA_FILE} is not what the self-test was recorded with: the bundle was put together of two"
-        tolerance = vectors.tolerances[chosen.name][bundle.dtype]
-        return SelfTestReport("weights", said, _COPY, chosen.name, chosen.version, bundle.dtype, tolerance)
+    if bundle.files[DATA_FILE].sha256 != reference.weights_sha256:
+        message = f"{DATA_FILE} differs from that of the self-test: the bundle's files come from two builds"
+        tolerance = reference.tolerances[chosen.name][bundle.dtype]
+        return SelfTestReport("weights", message, _COPY, chosen.name, chosen.version, bundle.dtype, tolerance)
     decoder = open_decoder(bundle, chosen)
     if chosen.name != "tensorrt":
         decoder.use(new_cache(bundle, chosen, bundle.dtype, fill=GARBAGE, step=STEP))
-    return examine(bundle, vectors, decoder, chosen)
+    return compare_outputs(bundle, reference, decoder, chosen)
 
 
-def examine(
-    bundle: Bundle, vectors: ReferenceOutputs, decoder: Decoder, provider: Provider
+def compare_outputs(
+    bundle: Bundle, reference: ReferenceOutputs, decoder: Decoder, provider: Provider
 ) -> SelfTestReport:
-    """The self-test from its second step on; `decoder` has a cache that grows, or one of a fixed size.
+    """The self-test from step 2 on.
+
+    Args:
+        bundle: the bundle.
+        reference: its reference outputs.
+        decoder: with a cache that grows every `STEP` tokens, or one of a fixed size.
+        provider: of the decoder.
 
     Raises:
-        CannotRunHere: the cache holds none of the vectors' rows.
+        CannotRunHere: the cache holds none of the reference's rows.
     """
-    tolerance = vectors.tolerances[provider.name][bundle.dtype]
-    runs = Runs(bundle, vectors, decoder)
-    if len(runs.tokens) <= vectors.first_row:
+    tolerance = reference.tolerances[provider.name][bundle.dtype]
+    runs = Runs(bundle, reference, decoder)
+    if len(runs.tokens) <= reference.first_row:
         raise CannotRunHere(
-            "the engine holds too few tokens for the bundle's self-test",
+            "the engine's capacity must hold the tokens of the bundle's self-test",
             got=f"a capacity of {len(runs.tokens)}",
-            expected=f"{vectors.first_row + 1} or more",
-            fix=f"kvexport engine BUNDLE --capacity {len(vectors.tokens)} --force",
+            expected=f"{reference.first_row + 1} or more",
+            fix=f"kvexport engine BUNDLE --capacity {len(reference.tokens)} --force",
         )
     prompt, tokens = runs.prompt, len(runs.tokens)
-    whole = tokens if vectors.slots is None else prompt
-    at_once = check("at once", runs.fed(pieces_of(0, whole, decoder.max_tokens_per_call)), vectors, tolerance)
-    steps = [*pieces_of(0, prompt, min(decoder.max_tokens_per_call, CHUNK)), *pieces_of(prompt, tokens, 1)]
-    step_by_step = check("step by step", runs.fed(steps), vectors, tolerance)
-    sure = 0
-    while prompt + sure < tokens and not _nearly(
-        vectors.rows[prompt + sure - 1 - vectors.first_row], tolerance
+    whole = tokens if reference.slots is None else prompt
+    pieces = pieces_of(0, whole, decoder.max_tokens_per_call)
+    at_once = check("at once", runs.run_pieces(pieces), reference, tolerance)
+    steps = [
+        *pieces_of(0, prompt, min(decoder.max_tokens_per_call, CHUNK)),
+        *pieces_of(prompt, tokens, 1),
+    ]
+    step_by_step = check("step by step", runs.run_pieces(steps), reference, tolerance)
+    reproducible = 0
+    while prompt + reproducible < tokens and not _is_tie(
+        reference.rows[prompt + reproducible - 1 - reference.first_row], tolerance
     ):
-        sure += 1
-    generated = runs.generated(sure)
+        reproducible += 1
+    generated = runs.generate(reproducible)
     checks = at_once, step_by_step
-    lower = vectors.tolerances[provider.name][_LOWER[bundle.dtype]] if bundle.dtype in _LOWER else tolerance
-    if at_once.within(tolerance) and step_by_step.within(tolerance) and generated == sure:
+    lower = _LOWER.get(bundle.dtype, bundle.dtype)
+    lower_tolerance = reference.tolerances[provider.name][lower]
+    if all(each.is_within(tolerance) for each in checks) and generated == reproducible:
         verdict = "ok"
-    elif at_once.within(tolerance):
+    elif at_once.is_within(tolerance):
         verdict = "cache"
-    elif at_once.within(lower) and step_by_step.within(lower):
+    elif all(each.is_within(lower_tolerance) for each in checks):
         verdict = "precision"
     else:
         verdict = "weights" if provider.name == "cpu" else "engine"
-    said, fix = _sentences(verdict, bundle, provider, at_once.first or step_by_step.first)
+    message, fix = _sentences(verdict, bundle, provider, at_once.first or step_by_step.first)
     return SelfTestReport(
-        verdict, said, fix, provider.name, provider.version, bundle.dtype, tolerance, checks, generated, sure
+        verdict=verdict,
+        message=message,
+        fix=fix,
+        provider=provider.name,
+        engine=provider.version,
+        dtype=bundle.dtype,
+        tolerance=tolerance,
+        checks=checks,
+        generated=generated,
+        continuation=reproducible,
     )
 
 
-def check(name: str, rows: Sequence[Measured], vectors: ReferenceOutputs, tolerance: Tolerance) -> Check:
-    """Rows from the vectors' first one on against theirs."""
+def check(name: str, rows: Sequence[Measured], reference: ReferenceOutputs, tolerance: Tolerance) -> Check:
+    """Compare measured rows, from the reference's first one on, with the reference."""
     worst_logits, worst_norms, worst_choice = 0.0, 0.0, 0.0
-    first: Where | None = None
-    for at, (row, twin) in enumerate(zip(rows, vectors.rows, strict=False), vectors.first_row):
-        for layer in range(len(twin.key_norms)):
+    first: Location | None = None
+    for at, (row, expected) in enumerate(zip(rows, reference.rows, strict=False), reference.first_row):
+        for layer in range(len(expected.key_norms)):
             for part, error in (
-                ("key", _apart(row.key_norms[layer], twin.key_norms[layer])),
-                ("value", _apart(row.value_norms[layer], twin.value_norms[layer])),
+                ("key", _relative_error(row.key_norms[layer], expected.key_norms[layer])),
+                ("value", _relative_error(row.value_norms[layer], expected.value_norms[layer])),
                 ("score", row.scores[layer]),
             ):
                 worst_norms = larger(worst_norms, error)
                 if first is None and not error <= tolerance.norms:
-                    first = Where(at, layer, part)
-        scale = max(twin.rms, FLOOR)
-        error = _apart(row.rms, twin.rms)
-        for value, other in zip(row.values, twin.values, strict=True):
+                    first = Location(at, layer, part)
+        scale = max(expected.rms, FLOOR)
+        error = _relative_error(row.rms, expected.rms)
+        for value, other in zip(row.values, expected.values, strict=True):
             error = larger(error, abs(value - other) / scale)
         worst_logits = larger(worst_logits, error)
         if first is None and not error <= tolerance.logits:
-            first = Where(at, None, "logits")
-        if row.likeliest != twin.likeliest:
-            worst_choice = larger(worst_choice, twin.margin / scale)
-            if first is None and not _nearly(twin, tolerance):
-                first = Where(at, None, "choice")
+            first = Location(at, None, "logits")
+        if row.likeliest != expected.likeliest:
+            worst_choice = larger(worst_choice, expected.margin / scale)
+            if first is None and not _is_tie(expected, tolerance):
+                first = Location(at, None, "choice")
     return Check(name, len(rows), worst_logits, worst_norms, worst_choice, first)
 
 
-def _nearly(twin: Row, tolerance: Tolerance) -> bool:
-    """Whether another token is nearly as likely as the twin's."""
-    return twin.margin / max(twin.rms, FLOOR) <= tolerance.tie
+def _is_tie(row: Row, tolerance: Tolerance) -> bool:
+    """Whether the two most likely tokens of a reference row are too close to tell apart."""
+    return row.margin / max(row.rms, FLOOR) <= tolerance.tie
 
 
-def _apart(number: float, twin: float) -> float:
-    return abs(number - twin) / max(twin, FLOOR)
-
-
-_COPY = "copy the bundle again as a whole, or build it again: kvexport build CHECKPOINT -o BUNDLE"
+def _relative_error(number: float, expected: float) -> float:
+    return abs(number - expected) / max(expected, FLOOR)
 
 
 def _sentences(
-    verdict: str, bundle: Bundle, provider: Provider, first: Where | None
+    verdict: str, bundle: Bundle, provider: Provider, first: Location | None
 ) -> tuple[str, str | None]:
-    """What is wrong, and what to do."""
-    engine = provider.engine
-    rebuilt = (
-        ""
-        if engine is None
-        else f"build the engine again: kvexport engine BUNDLE --target {engine.record.target} --force"
-    )
-    runs, where = f"{provider.version} on {provider.name}", f"; first wrong: {first}"
+    """The message of a verdict, and the fix."""
+    rebuild = None
+    if provider.engine is not None:
+        target = provider.engine.record.target
+        rebuild = f"build the engine again: kvexport engine BUNDLE --target {target} --force"
+    runs, where = f"{provider.version} on {provider.name}", f"; first difference: {first}"
     if verdict == "ok":
-        return f"{runs} computes what PyTorch computed when the bundle was built", None
+        return f"{runs} reproduces the outputs that PyTorch computed when the bundle was built", None
+    differs = f"{runs} computes other numbers than the PyTorch reference"
     if verdict == "weights":
-        what = f"{runs} computes other numbers than PyTorch did: the bundle's files are of two bundles, or were changed{where}"
-        return what, f"{_COPY}; to see where it is wrong: kvexport validate BUNDLE --provider cpu"
-    if verdict == "engine":
-        otherwise = "if that is ok, " + (rebuilt or "update ONNX Runtime, or run with --provider cpu")
         return (
-            f"{runs} computes other numbers than PyTorch did{where}",
-            f"see whether the bundle is sound: kvexport self-test BUNDLE --provider cpu; {otherwise}",
+            f"{differs}: the bundle's files come from two builds, or were changed{where}",
+            f"{_COPY}; to find the difference: kvexport validate BUNDLE --provider cpu",
+        )
+    if verdict == "engine":
+        otherwise = rebuild or "update ONNX Runtime, or run with --provider cpu"
+        return (
+            f"{differs}{where}",
+            f"check the bundle: kvexport self-test BUNDLE --provider cpu; if that is ok, {otherwise}",
         )
     if verdict == "precision":
-        less = f"{runs} is less exact than {bundle.dtype}, as if it computed in {_LOWER[bundle.dtype]}{where}"
+        lower = _LOWER[bundle.dtype]
         return (
-            less,
-            rebuilt
-            or f"build the bundle again with --dtype {_LOWER[bundle.dtype]} if that will do; or else {_COPY}",
+            f"{runs} is less accurate than {bundle.dtype}, as if it computed in {lower}{where}",
+            rebuild
+            or f"build the bundle again with --dtype {lower} if that is sufficient; otherwise {_COPY}",
         )
-    what = f"{runs} computes tokens that come at once rightly, and the same tokens one by one wrongly: it does not keep its cache"
-    return what + (where if first else "; generating does not repeat itself"), (
-        rebuilt or "install another version of ONNX Runtime, or run with another --provider"
+    message = f"{runs}: prefill matches the reference, decode does not: the KV cache is not updated correctly"
+    return (
+        message + (where if first else "; greedy generation differs"),
+        rebuild or "install another version of ONNX Runtime, or run with another --provider",
     )
