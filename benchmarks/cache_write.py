@@ -1,12 +1,13 @@
-"""How an engine that cannot write its cache in place should hold it: three spellings of one decode step, side by side.
+"""Compare three ways for an engine without in-place cache writes to store its cache, by one decode step each.
 
 For TensorRT before 10.15 (the lowering decomposed17). One attention layer, one new token, opset 17:
-  slice    the cache is read only, attention over it and over the new token is joined in one softmax, the graph gives the
-           new keys and values alone, and the caller writes them into its buffer (what kvexport does)
-  scatter  ScatterElements puts the new token into a copy of the cache, which is the output
-  concat   the cache without room is an input, and one longer by a token the output
-Inputs and outputs never share memory, as in such an engine. ONNX Runtime on the CPU, float32; the caller's writes are in
-the times. What a GPU makes of them was not measured. Raw times go to benchmarks/results/cache_write.json.
+  slice    the cache is an input only; attention over the cache and over the new token is joined in one
+           softmax; the outputs are the new keys and values, and the caller writes them into its buffer (as
+           kvexport does)
+  scatter  ScatterElements writes the new token into a copy of the cache, which is the output
+  concat   the input is the cache without free slots, the output a cache longer by one token
+Inputs and outputs never share memory. ONNX Runtime on the CPU, float32; times include the caller's writes.
+Not measured on a GPU. Times go to benchmarks/results/cache_write.json.
 
     python benchmarks/cache_write.py
 """
@@ -37,8 +38,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repetitions", type=int, default=40)
+    parser.add_argument("--threads", type=int, default=2, help="threads of ONNX Runtime [default: 2]")
+    parser.add_argument("--repetitions", type=int, default=40, help="timed steps of each form [default: 40]")
     parser.add_argument("--output", type=Path, default=RECORD)
     arguments = parser.parse_args()
     record: dict[str, Any] = {
@@ -72,7 +73,8 @@ def main() -> None:
 def step(
     form: str, heads: int, kv_heads: int, width: int, depth: int, threads: int
 ) -> Callable[[], np.ndarray]:
-    """One decode step of a layer whose cache holds `depth` tokens; returns the attention output [1, heads, 1, width]."""
+    """One decode step of a layer whose cache holds `depth` tokens; returns the attention output [1, heads, 1,
+    width]."""
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads
     model = attention(form, heads, kv_heads, width).SerializeToString()

@@ -1,8 +1,8 @@
-"""How much memory building takes when the model does not fit in it: peak resident memory of `kvexport build`.
+"""Measure the peak resident memory of `kvexport build` for a model that is larger than it.
 
-Makes a llama-shaped checkpoint of random weights (1.1B parameters, bfloat16, sharded), builds a bundle of it in a
-process of its own, calibrated with random tokens, and records that process's peak. Writes its record to
-benchmarks/results/convert_memory.json. Knows the shape and the command line; nothing of how building works.
+Makes a llama checkpoint of random weights (1.1B parameters, bfloat16, sharded), builds a bundle from it in a
+process of its own, calibrated with random tokens, and records the peak of that process in
+benchmarks/results/convert_memory.json.
 
     python benchmarks/convert_memory.py FOLDER
 """
@@ -26,9 +26,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="where to work; needs about 10 GB, and is left empty")
-    parser.add_argument("--dtype", default="float16", help="of the bundle")
-    parser.add_argument("--samples", type=int, default=16, help="calibration windows of 256 tokens")
+    parser.add_argument("folder", type=Path, help="work folder; needs about 10 GB, and is empty afterwards")
+    parser.add_argument("--dtype", default="float16", help="dtype of the bundle [default: float16]")
+    parser.add_argument(
+        "--samples", type=int, default=16, help="calibration windows of 256 tokens [default: 16]"
+    )
     parser.add_argument("--layers", type=int, default=22, help="layers of the model [default: 22]")
     parser.add_argument("--hidden", type=int, default=2048, help="hidden size of the model [default: 2048]")
     parser.add_argument("--output", type=Path, default=RECORD, help="file of the record")
@@ -71,7 +73,8 @@ def main() -> None:
 
 
 def write_checkpoint(path: Path, layers: int, hidden: int) -> int:
-    """Random bfloat16 weights, one shard a layer so that writing needs little memory too; returns their number."""
+    """Random bfloat16 weights, one shard a layer so that writing needs little memory too; returns their
+    number."""
     import torch
     from safetensors.torch import save_file
 

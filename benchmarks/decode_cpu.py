@@ -1,15 +1,17 @@
-"""Decode and prefill on the CPU beside onnxruntime-genai and transformers: same weights, same threads, same float32.
+"""Compare decode and prefill on the CPU with onnxruntime-genai and transformers, on the same weights.
 
-A llama of 12 layers, 1024 wide, 16 heads of 64, random weights, and the same model with a quarter of its KV heads (a
-standard checkpoint that `kvexport compress --method mean-pool` makes, so that every side runs the very same weights):
-  kvexport      16 and 4 KV heads; a step is `Session.step` and the likeliest token
+A llama of 12 layers, hidden size 1024, 16 heads of 64, random float32 weights, and the same model with a
+quarter of its KV heads, made by `kvexport compress --method mean-pool`, so that every side runs the same
+weights:
+  kvexport      16 and 4 KV heads; a step is `Session.step` and the argmax
   genai         onnxruntime-genai's own builds of both checkpoints; a step is `generate_next_token`, greedy
-  transformers  16 KV heads, with its static cache, which is made for each measurement and no larger than it needs, since
-                every step reads all of it; a step is a call of the model and the likeliest token
-All sides are in one process and take turns: prefills one by one, steps in rounds of six, of which the first two are not
-counted, since the threads of whoever ran before spin on for a moment. Before anything is timed, all must agree on the
-likeliest next tokens of a short prompt. Needs what no extra of kvexport brings: pip install onnxruntime-genai==0.18.0. Raw
-times and the ratios that are aimed at go to benchmarks/results/decode_cpu.json, a table to decode_cpu.md.
+  transformers  16 KV heads with a static cache that is made for each measurement, no larger than needed,
+                since every step reads all of it; a step is a call of the model and the argmax
+All sides run in one process and alternate: prefills one by one, steps in rounds of six. The first two steps
+of a round are not counted, since the threads of the previous side keep spinning for a moment. Before the
+measurement all sides must agree on the next tokens of a short prompt. Requires onnxruntime-genai, which no
+extra of kvexport installs: pip install onnxruntime-genai==0.18.0. Times and ratios with their targets go to
+benchmarks/results/decode_cpu.json, a table to decode_cpu.md.
 
     python benchmarks/decode_cpu.py
 """
@@ -77,13 +79,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--repetitions", type=int, default=3, help="of each prefill")
+    parser.add_argument("--threads", type=int, default=2, help="threads of every side [default: 2]")
+    parser.add_argument("--steps", type=int, default=40, help="counted steps at each depth [default: 40]")
+    parser.add_argument("--repetitions", type=int, default=3, help="repetitions of each prefill [default: 3]")
     parser.add_argument(
-        "--layers", type=int, default=SHAPE["num_hidden_layers"], help="fewer, to try the script"
+        "--layers",
+        type=int,
+        default=SHAPE["num_hidden_layers"],
+        help="layers of the model; fewer to try the script",
     )
-    parser.add_argument("--work", type=Path, help="keep the models here, and use those that are there")
+    parser.add_argument("--work", type=Path, help="folder that keeps the models for the next run")
     parser.add_argument("--output", type=Path, default=RESULTS)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

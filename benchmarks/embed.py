@@ -1,8 +1,9 @@
-"""What embedding costs beside the engine: time of a decode step outside ONNX Runtime's own call, in C++ and in Python.
+"""Measure the overhead of embedding: the time of a step outside ONNX Runtime, in C++ and in Python.
 
-Both run the same bundle to the same depth with the same threads, in rounds that take turns, and a clock inside the step tells
-the engine's own call from the rest: in C++ by `cpp/bench/step_overhead.cpp`, here by a wrapper of `run_with_iobinding`. Also
-times how long a fresh Python takes until a bundle can be opened. Writes raw times and medians to benchmarks/results/embed.json.
+Both run the same bundle at the same depth with the same threads, in alternating rounds. A clock inside the
+step separates the engine's call from the rest: in C++ in `cpp/bench/step_overhead.cpp`, here by a wrapper of
+`run_with_iobinding`. Also times the imports that opening a bundle needs, in new Python processes. Times and
+medians go to benchmarks/results/embed.json.
 
     cmake -S cpp -B build/cpp -DKVEXPORT_BUILD_BENCHMARKS=ON -DONNXRUNTIME_ROOT=... && cmake --build build/cpp
     python benchmarks/embed.py demo --build build/cpp
@@ -32,12 +33,12 @@ def main() -> None:
     )
     parser.add_argument("bundle", type=Path, help="the demo bundle: make demo")
     parser.add_argument(
-        "--build", type=Path, required=True, help="of cpp/, with -DKVEXPORT_BUILD_BENCHMARKS=ON"
+        "--build", type=Path, required=True, help="build folder of cpp/ with -DKVEXPORT_BUILD_BENCHMARKS=ON"
     )
-    parser.add_argument("--depth", type=int, default=128)
-    parser.add_argument("--steps", type=int, default=200, help="in each round")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--depth", type=int, default=128, help="tokens in the cache [default: 128]")
+    parser.add_argument("--steps", type=int, default=200, help="steps in each round [default: 200]")
+    parser.add_argument("--rounds", type=int, default=5, help="rounds of each side [default: 5]")
+    parser.add_argument("--threads", type=int, default=1, help="threads of ONNX Runtime [default: 1]")
     parser.add_argument("--output", type=Path, default=RECORD)
     arguments = parser.parse_args()
     sides: dict[str, dict[str, list[float]]] = {
@@ -65,7 +66,8 @@ def main() -> None:
     for side in sides:
         figures, engine = record["overhead_us"][side], record["engine_us"][side]
         print(
-            f"{side}: {figures['median']} us a step beside the engine's {engine['median']} (quartiles {figures['quartiles']})"
+            f"{side}: a step takes {figures['median']} us (quartiles {figures['quartiles']}) "
+            f"in addition to the engine's {engine['median']} us"
         )
     print(f"imports: {record['import_seconds']['median']} s")
 

@@ -1,9 +1,10 @@
-"""What a cache of fewer tokens costs: every policy of eviction, with every protection, at every budget.
+"""Measure the loss from eviction: every policy, with every protection, at every budget.
 
-On the PyTorch oracle, in the kinds of the paper's three tables (arXiv 2406.11430): language modelling on text (--text), and,
-with a model that can retrieve (--passkey-model, made by `examples/train_passkey_model.py`), a pass key and a sentence hidden in
-a long prompt. The record (OUTPUT.json) is rewritten after every row; --resume goes on with it. A table (OUTPUT.md) and a chart
-(OUTPUT.svg) are made of it. Knows the order of things; `eviction_measure` measures.
+Runs on the PyTorch reference, in the three kinds of the paper's tables (arXiv 2406.11430): language modelling
+on text (--text), and, with a model that can retrieve (--passkey-model, made by
+`examples/train_passkey_model.py`), a pass key and a sentence hidden in a long prompt. The record
+(OUTPUT.json) is rewritten after every row; --resume continues it. A table (OUTPUT.md) and a chart
+(OUTPUT.svg) are made from it.
 
     python benchmarks/eviction.py CHECKPOINT --text NAME=FILE --passkey-model FOLDER
 """
@@ -83,7 +84,8 @@ class Protections:
         return Eviction(setting.policy, budget, first, recent, skip)
 
     def of(self, policy: str) -> tuple[str, ...]:
-        """Those to measure: a window keeps recent tokens by itself, and the controls are spared whole layers."""
+        """Those to measure: a window keeps recent tokens by itself, and the controls are spared whole
+        layers."""
         if policy == "window":
             return "bare", "first", "first-skip"
         return tuple(name for name in _PROTECTIONS if policy == "l2-norm" or not name.endswith("-skip"))
@@ -103,23 +105,35 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument(
-        "--text", action="append", default=[], metavar="NAME=FILE", help="an evaluation text; repeat"
+        "--text",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="evaluation text; may be given several times",
     )
-    parser.add_argument("--passkey-model", type=Path, metavar="FOLDER", help="a checkpoint that can retrieve")
-    parser.add_argument("--only", nargs="+", metavar="PATTERN", help="rows by name: 'lm l2-norm*' '* 0.5'")
-    parser.add_argument("--length", type=int, default=512, help="tokens of the context")
-    parser.add_argument("--windows", type=int, default=24, help="the most windows of each text")
     parser.add_argument(
-        "--shares", type=float, nargs="+", default=[0.5, 0.25, 0.1, 0.75, 0.9], help="budgets, of the context"
+        "--passkey-model", type=Path, metavar="FOLDER", help="checkpoint of a model that can retrieve"
+    )
+    parser.add_argument(
+        "--only", nargs="+", metavar="PATTERN", help="rows to measure, by name: 'lm l2-norm*' '* 0.5'"
+    )
+    parser.add_argument("--length", type=int, default=512, help="tokens of the context")
+    parser.add_argument("--windows", type=int, default=24, help="maximum number of windows of each text")
+    parser.add_argument(
+        "--shares",
+        type=float,
+        nargs="+",
+        default=[0.5, 0.25, 0.1, 0.75, 0.9],
+        help="budgets, as fractions of the context",
     )
     parser.add_argument(
         "--kept", type=float, nargs="+", default=[0.5, 0.25, 0.1], help="budgets in retrieval"
     )
     parser.add_argument("--trials", type=int, default=20, help=f"prompts at each of {len(DEPTHS)} depths")
-    parser.add_argument("--recent", type=int, default=32, help="recent tokens protected, where they are")
-    parser.add_argument("--first", type=int, default=4, help="first tokens protected, where they are")
+    parser.add_argument("--recent", type=int, default=32, help="recent tokens, where they are protected")
+    parser.add_argument("--first", type=int, default=4, help="first tokens, where they are protected")
     parser.add_argument(
-        "--skip", type=int, nargs="+", default=[0, 1], help="layers that hold everything, where some do"
+        "--skip", type=int, nargs="+", default=[0, 1], help="layers without eviction, where some are skipped"
     )
     parser.add_argument(
         "--compare-converted",
@@ -127,10 +141,12 @@ def main(given: Sequence[str] | None = None) -> None:
         nargs="*",
         default=[],
         metavar="RATIO",
-        help="also fewer KV heads",
+        help="also measure with these ratios of KV heads",
     )
-    parser.add_argument("--output", type=Path, default=RESULTS / "eviction", help="without a suffix")
-    parser.add_argument("--resume", action="store_true", help="go on with the rows of OUTPUT.json")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "eviction", help="path of the output files without suffix"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the rows of OUTPUT.json")
     arguments = parser.parse_args(given)
     try:
         run(arguments)
@@ -152,7 +168,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 class Subjects:
-    """The models, texts and prompts that rows share, and the models with fewer heads as they are asked for."""
+    """The models, texts and prompts that rows share, and the models with fewer heads as they are asked
+    for."""
 
     def __init__(self, arguments: argparse.Namespace) -> None:
         recipe = recipe_for("self", None, None)
@@ -253,7 +270,8 @@ def rows(
 
 
 def combined(ratio: Fraction, smallest: Fraction) -> Iterator[Setting | None]:
-    """No eviction, then budgets that with this ratio come to 1/2, 1/4, ... of the numbers, down to the smallest ratio."""
+    """No eviction, then budgets that with this ratio come to 1/2, 1/4, ... of the numbers, down to the
+    smallest ratio."""
     if ratio != TRAINED:
         yield None
     share = Fraction(1, 2)

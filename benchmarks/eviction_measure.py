@@ -1,7 +1,6 @@
-"""What a cache of fewer slots costs a model in the oracle: language modelling token by token, and finding things again.
+"""Measure the loss from a cache of fewer slots in the PyTorch reference: language modelling and retrieval.
 
-Knows how to run a decoder with its cache evicting, in the paper's way and in the runtime's; must not know which settings
-are asked.
+A decoder runs with its cache evicting in two ways: as in the paper, and as in the runtime.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ PROTOCOLS = {
 
 
 def held(decoder: Decoder, eviction: Eviction | None, context: int, trained: Decoder | None = None) -> float:
-    """Numbers that the cache holds of a context of so many tokens, as a share of what the trained model's holds of it."""
+    """Numbers that the cache holds of a context of so many tokens, as a share of what the trained model's
+    holds of it."""
     layers = list(decoder.layers)
     slots = [context if eviction is None else eviction.slots(at, context) for at in range(len(layers))]
     numbers = sum(layer.attention.kv_width * count for layer, count in zip(layers, slots, strict=True))
@@ -45,11 +45,13 @@ def held(decoder: Decoder, eviction: Eviction | None, context: int, trained: Dec
 def language_modelling(
     decoder: Decoder, trained: Decoder, texts: dict[str, Text], eviction: Eviction | None
 ) -> dict[str, dict[str, Any]]:
-    """The second half of every window of each text, one token at a time from the moment that the budget is full.
+    """The second half of every window of each text, one token at a time from the moment that the budget is
+    full.
 
     Returns:
-        by text: `cross_entropy` and `mean_kl` to the trained model with all its cache, nats per token; `increase` of the
-        cross-entropy over that model's, with its standard error over windows; `top1_agreement`; `increases` by window.
+        by text: `cross_entropy` and `mean_kl` to the trained model with all its cache, nats per token;
+        `increase` of the cross-entropy over that model's, with its standard error over windows;
+        `top1_agreement`; `increases` by window.
     """
     first = next(iter(texts.values())).windows.shape[1] // 2
     ours = stepwise(decoder, torch.cat([text.windows for text in texts.values()]), first, eviction)
@@ -81,10 +83,12 @@ def _divergence(trained: Decoder, text: Text, ours: Tensor, first: int) -> dict[
 
 @torch.no_grad()
 def stepwise(decoder: Decoder, windows: Tensor, first: int, eviction: Eviction | None) -> Tensor:
-    """Logits [N, S - first, vocab] of windows [N, S] from position `first` on, each token read after the one before it.
+    """Logits [N, S - first, vocab] of windows [N, S] from position `first` on, each token read after the one
+    before it.
 
-    What a layer evicts depends on its own keys alone, so the layers are run one after the other over all tokens: the
-    oracle's cache says at which step each token goes, and attention hides it from that step on.
+    What a layer evicts depends on its own keys alone, so the layers are run one after the other over all
+    tokens: the reference's cache gives the step at which each token is evicted, and attention hides it from
+    that step on.
     """
     return torch.cat([_stepwise(decoder, part, first, eviction) for part in windows.split(_TOGETHER)])
 
@@ -112,7 +116,8 @@ def _stepwise(decoder: Decoder, windows: Tensor, first: int, eviction: Eviction 
 
 
 def leaves(key: Tensor, eviction: Eviction, layer: int, window: int | None) -> Tensor:
-    """The position whose token takes the slot of each token, [N, Hkv, S], of keys [N, Hkv, S, width]; S: it stays."""
+    """The position whose token takes the slot of each token, [N, Hkv, S], of keys [N, Hkv, S, width]; S: it
+    stays."""
     count, heads, length, width = key.shape
     cache = EvictingCache.empty(count, heads, (width, 1), key.dtype, eviction, layer, length, window)
     gone, nothing = torch.full((count, heads, length), length), torch.zeros(count, heads, length, 1)
@@ -142,7 +147,8 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float | None]:
 
 @dataclass(frozen=True)
 class Asked:
-    """Prompts of one length [N, S] with their answers [N, A], and what a cache that holds everything makes of them."""
+    """Prompts of one length [N, S] with their answers [N, A], and what a cache that holds everything makes of
+    them."""
 
     prompts: Tensor
     answers: Tensor
@@ -183,7 +189,8 @@ def retrieval(
     eviction: Eviction | None,
     protocol: str,
 ) -> dict[str, Any]:
-    """How often greedy decoding writes the whole answer: the accuracy, its standard error, and by depth of what was hidden."""
+    """How often greedy decoding writes the whole answer: the accuracy, its standard error, and by depth of
+    what was hidden."""
     right = torch.zeros(len(depths), dtype=torch.bool)
     for each in asked:
         right[each.rows] = answered(decoder, each, eviction, protocol)
@@ -199,7 +206,8 @@ def retrieval(
 
 @torch.no_grad()
 def answered(decoder: Decoder, asked: Asked, eviction: Eviction | None, protocol: str) -> Tensor:
-    """Which answers greedy decoding writes, bool [N]: each token of it is the likeliest after those before."""
+    """Which answers greedy decoding writes, bool [N]: each token of it is the likeliest after those
+    before."""
     count, read = asked.prompts.shape
     caches, logits = (
         _PROTOCOLS[protocol](decoder, asked, eviction)

@@ -1,7 +1,4 @@
-"""The chart of an eviction record: what is lost, over what the cache holds.
-
-Knows the record's JSON; runs nothing.
-"""
+"""Draw the chart of an eviction record: the loss over the share of the cache that is kept."""
 
 from __future__ import annotations
 

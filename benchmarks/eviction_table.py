@@ -1,7 +1,4 @@
-"""The table of an eviction record, and which policy wins where, by its numbers.
-
-Knows the record's JSON; runs nothing.
-"""
+"""Write the table of an eviction record, and which policy is best for which task."""
 
 from __future__ import annotations
 
@@ -149,7 +146,8 @@ def _text_nats(text: str, row: Figures) -> str:
 
 
 def measures(record: Record) -> list[tuple[str, Callable[[Figures], bool], Callable[[Figures], float]]]:
-    """Everything that is measured: its name, whether a row is of it, and the row's loss (the lower the better)."""
+    """Everything that is measured: its name, whether a row is of it, and the row's loss (the lower the
+    better)."""
     found: list[tuple[str, Callable[[Figures], bool], Callable[[Figures], float]]] = []
     for text in record["settings"]["texts"]:
         found.append((text, lambda each: each["kind"] == "lm", partial(_increase, text)))
@@ -166,7 +164,8 @@ def _is_of(task: str, protocol: str, figures: Figures) -> bool:
 
 
 def difference(record: Record, name: str, better: Figures, worse: Figures) -> tuple[float, float]:
-    """How much less a row loses than another, and the standard error of that: paired over windows, or of two shares."""
+    """How much less a row loses than another, and the standard error of that: paired over windows, or of two
+    shares."""
     if name in record["settings"]["texts"]:
         ours, theirs = (each["texts"][name]["increases"] for each in (better, worse))
         gaps = [b - a for a, b in zip(ours, theirs, strict=True)]
@@ -179,7 +178,8 @@ def difference(record: Record, name: str, better: Figures, worse: Figures) -> tu
 
 
 def winners(record: Record, rows: Sequence[Figures]) -> list[dict[str, Any]]:
-    """By measure and budget, each policy with the protection that serves it best, where all layers evict; the best first."""
+    """By measure and budget, each policy with the protection that serves it best, where all layers evict; the
+    best first."""
     found = []
     for name, of, loss in measures(record):
         mine = [each for each in rows if of(each) and each["policy"] is not None and not _skips(each)]

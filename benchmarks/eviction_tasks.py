@@ -1,7 +1,7 @@
-"""What a model must find again in a long text: a pass key, or a sentence; the text around it is made here too.
+"""Make retrieval prompts: a pass key or a sentence hidden in a long text, and the text itself.
 
-Knows words, prompts and token ids; nothing of models. The words and the grammar are the project's own; the repeated filler and
-the pass key's wording are the task's usual ones. `examples/train_passkey_model.py` trains on the same kinds of text.
+The words and the grammar are the project's own. The repeated filler and the wording of the pass key are the
+usual ones of the task. `examples/train_passkey_model.py` trains on the same kinds of text.
 """
 
 from __future__ import annotations
@@ -55,7 +55,8 @@ TASKS = {
 
 @dataclass(frozen=True)
 class Prompts:
-    """Prompts of one length, each with the token ids of its answer, and where in the text the answer is (0: first, 1: last)."""
+    """Prompts of one length, each with the token ids of its answer, and where in the text the answer is (0:
+    first, 1: last)."""
 
     task: str
     length: int

@@ -1,9 +1,10 @@
-"""What conversion costs at equal KV bytes: every method, ablation and published neighbour, on text it did not see.
+"""Measure the loss from conversion at equal KV bytes: methods, ablations and published neighbours, on
+held-out text.
 
-All rows convert one checkpoint from the same calibration windows and are compared with the trained model on the same
-evaluation windows, in PyTorch float32. The record (OUTPUT.json) is rewritten after every row, so that a kill loses
-one row at most; --resume goes on with it. A table (OUTPUT.md) and charts (OUTPUT.svg, and OUTPUT-long.svg over
-offsets of the context) are made of it. Knows the order of things; rows are in `quality_rows`.
+All rows convert one checkpoint from the same calibration windows and are compared with the trained model on
+the same evaluation windows, in PyTorch float32. The record (OUTPUT.json) is rewritten after every row, so
+that an interruption loses one row at most; --resume continues it. A table (OUTPUT.md) and charts (OUTPUT.svg,
+and OUTPUT-long.svg over offsets of the context) are made from it.
 
     python benchmarks/quality.py CHECKPOINT --text tinystories=heldout.txt --text wikitext2=test.txt
 """
@@ -38,30 +39,51 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument(
-        "--text", action="append", required=True, metavar="NAME=FILE", help="an evaluation text; repeat"
+        "--text",
+        action="append",
+        required=True,
+        metavar="NAME=FILE",
+        help="evaluation text; may be given several times",
     )
     parser.add_argument("--ratios", type=Fraction, nargs="+", default=[Fraction(1, n) for n in (2, 3, 4, 8)])
     parser.add_argument(
-        "--only", nargs="+", metavar="PATTERN", help="rows by name, or name and ratio: 'auto*' 'svd-a 1/2'"
+        "--only",
+        nargs="+",
+        metavar="PATTERN",
+        help="rows to measure, by name or name and ratio: 'auto*' 'svd-a 1/2'",
     )
     parser.add_argument(
-        "--calibration", default="self", help="self, random, or a text, as `kvexport build` takes it"
+        "--calibration",
+        default="self",
+        help="calibration source, as in `kvexport build`: self, random or a text",
     )
     parser.add_argument("--samples", type=int, help="calibration windows")
     parser.add_argument("--calibration-length", type=int, help="tokens in a calibration window")
     parser.add_argument("--length", type=int, default=256, help="tokens in an evaluation window")
-    parser.add_argument("--windows", type=int, default=128, help="the most evaluation windows of each text")
-    parser.add_argument("--long", type=int, default=4096, help="the long context's tokens")
-    parser.add_argument("--max-kl", type=float, nargs="*", default=[0.005, 0.02, 0.05], metavar="BOUND")
-    parser.add_argument("--heal", type=int, metavar="STEPS", help="also healed rows: minutes each")
-    parser.add_argument("--mixtures", action="store_true", help="also rows calibrated on other text")
     parser.add_argument(
-        "--calibration-text", action="append", default=[], metavar="NAME=FILE", help="for --mixtures; repeat"
+        "--windows", type=int, default=128, help="maximum number of evaluation windows of each text"
     )
-    parser.add_argument("--piqa", type=Path, metavar="FOLDER", help="valid.jsonl and valid-labels.lst")
-    parser.add_argument("--passkey", type=Path, metavar="FILE", help="a text to hide passkeys in")
-    parser.add_argument("--output", type=Path, default=RESULTS / "quality", help="without a suffix")
-    parser.add_argument("--resume", action="store_true", help="go on with the rows of OUTPUT.json")
+    parser.add_argument("--long", type=int, default=4096, help="length of the long context in tokens")
+    parser.add_argument("--max-kl", type=float, nargs="*", default=[0.005, 0.02, 0.05], metavar="BOUND")
+    parser.add_argument(
+        "--heal", type=int, metavar="STEPS", help="also measure healed rows, which take minutes each"
+    )
+    parser.add_argument("--mixtures", action="store_true", help="also measure rows calibrated on other text")
+    parser.add_argument(
+        "--calibration-text",
+        action="append",
+        default=[],
+        metavar="NAME=FILE",
+        help="text for --mixtures; may be given several times",
+    )
+    parser.add_argument(
+        "--piqa", type=Path, metavar="FOLDER", help="folder with valid.jsonl and valid-labels.lst of PIQA"
+    )
+    parser.add_argument("--passkey", type=Path, metavar="FILE", help="text in which passkeys are hidden")
+    parser.add_argument(
+        "--output", type=Path, default=RESULTS / "quality", help="path of the output files without suffix"
+    )
+    parser.add_argument("--resume", action="store_true", help="continue the rows of OUTPUT.json")
     arguments = parser.parse_args(given)
     try:
         run(arguments)

@@ -1,7 +1,9 @@
-"""How codes hold far from where they were calibrated: the same windows, placed at growing offsets of the context.
+"""Measure codes far from the positions of their calibration: the same windows at growing offsets of the
+context.
 
-Rotary logits depend on the distance between query and key alone, so the trained model says the same of a window
-wherever it stands, even beyond the positions it was trained for: what changes with the offset is what a code loses.
+Rotary logits depend only on the distance between query and key, so that the trained model's outputs for a
+window do not depend on its offset, even beyond the trained positions. A change with the offset is a loss of
+the code.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ TRAINED = "trained"
 
 @torch.no_grad()
 def stream_at(decoder: Decoder, windows: Tensor, offset: int) -> Tensor:
-    """The residual stream [N, S, hidden] after the last layer of token ids [N, S] at positions offset .. offset + S - 1."""
+    """The residual stream [N, S, hidden] after the last layer of token ids [N, S] at positions offset ..
+    offset + S - 1."""
     assert decoder.rope is not None
     x = reference.embed(decoder.embedding, windows)
     positions = offset + torch.arange(windows.shape[1])
@@ -57,7 +60,8 @@ def lines(length: int, long: int) -> dict[str, tuple[str, int]]:
 
 
 def curve(bench: Bench, name: str, long: int) -> dict[str, Any]:
-    """Mean KL to the trained model without offset, nats per token, by text and offset, at half of the KV numbers.
+    """Mean KL to the trained model without offset, nats per token, by text and offset, at half of the KV
+    numbers.
 
     Args:
         name: one of `lines`, or `TRAINED`: what rounding makes of the trained model itself.

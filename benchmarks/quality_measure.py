@@ -1,7 +1,5 @@
-"""The model, the texts and the calibration that every row is measured with, and how a row is measured.
-
-Knows how to run a model that somebody made and compare it with the trained one; must not know how any is made.
-"""
+"""Run a converted model and compare it with the trained one, on the same texts and calibration for every
+row."""
 
 from __future__ import annotations
 
@@ -40,7 +38,8 @@ PASSKEY_LENGTHS, PASSKEY_DEPTHS = (256, 512, 1024, 2048, 4096), (0.1, 0.5, 0.9)
 
 @dataclass(frozen=True)
 class Made:
-    """A model that some method made, and what its cache and its arithmetic come to (MACs: mean over the layers)."""
+    """A model that some method made, and what its cache and its arithmetic come to (MACs: mean over the
+    layers)."""
 
     run: Run
     kv_numbers: int  # per token, all layers
@@ -90,7 +89,8 @@ class Bench:
 
     Attributes:
         recipe: of the calibration windows.
-        length: tokens in an evaluation window, and the capacity that codes are made for unless a row says otherwise.
+        length: tokens in an evaluation window, and the capacity that codes are made for unless a row says
+            otherwise.
     """
 
     def __init__(
@@ -152,7 +152,8 @@ class Bench:
 
     @torch.no_grad()
     def divergences(self, run: Run, most: int | None = None) -> dict[str, Any]:
-        """By text, how far predictions are from the trained model's, over at most so many windows spread evenly."""
+        """By text, how far predictions are from the trained model's, over at most so many windows spread
+        evenly."""
         found = {}
         for name, text in self.texts.items():
             windows, trained = spread(text.windows, most), spread(text.original, most)
@@ -178,7 +179,8 @@ class Bench:
         }
 
     def task_figures(self, run: Run, original: dict[str, Any] | None = None) -> dict[str, Any]:
-        """PIQA and passkey retrieval, where they are asked; `original` is what this returned for the trained model."""
+        """PIQA and passkey retrieval, where they are asked; `original` is what this returned for the trained
+        model."""
 
         def logits(tokens: Tensor) -> Tensor:
             return reference.logits(self.decoder, run(tokens))

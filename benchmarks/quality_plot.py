@@ -1,7 +1,5 @@
-"""The charts of a quality record as SVG files that stand alone: what is lost at each ratio, and far into the context.
-
-Knows the record's JSON; runs nothing.
-"""
+"""Draw the charts of a quality record as SVG files: the loss at each ratio, and the loss far into the
+context."""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
-"""What is compared: every row by name, in the order of the table.
+"""Make every row of the quality benchmark by name, in the order of the table.
 
-Knows which methods, shapes, calibrations and bounds there are, and how each model is made; must not know how it is
-measured. A row that the model has no shape for raises UsageError when it is made.
+A row raises UsageError when it is made if the model has no shape for it.
 """
 
 from __future__ import annotations
@@ -69,7 +68,8 @@ class Row:
 
     @property
     def has_tasks(self) -> bool:
-        """Whether PIQA and passkeys are asked of it; of neighbours not, since that takes longer than all else together."""
+        """Whether PIQA and passkeys are asked of it; of neighbours not, since that takes longer than all else
+        together."""
         return (
             self.section in ("methods", "healed")
             and self.ratio in (HALF, QUARTER)

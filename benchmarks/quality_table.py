@@ -1,7 +1,4 @@
-"""The table of a quality record, and how well predictions ranked what was measured.
-
-Knows the record's JSON; runs nothing.
-"""
+"""Write the table of a quality record, and how well the predictions rank the measurements."""
 
 from __future__ import annotations
 
@@ -21,9 +18,9 @@ def predictions(record: Record) -> dict[str, Any]:
     """Spearman's rank correlation of predicted and measured loss, each with the number of points.
 
     Returns:
-        `layers`: error of the attention output, over all converted layers of all methods (ablations predict from moments
-        that were made wrong on purpose); `layers_by_ratio`, the same for each KV ratio; `choices`: KL to the original, by
-        text, over all rows that a survey chose for.
+        `layers`: error of the attention output, over all converted layers of all methods (ablations predict
+        from moments that were made wrong on purpose); `layers_by_ratio`, the same for each KV ratio;
+        `choices`: KL to the original, by text, over all rows that a survey chose for.
     """
     found = [each for each in record["rows"].values() if "section" in each]  # the others are curves
     methods = [each for each in found if each["section"] == "methods"]

@@ -1,7 +1,6 @@
-"""The record of a benchmark that measures row after row: written whole after each, so that a kill loses one row at most.
+"""Write the record of a benchmark after every row, so that an interruption loses one row at most.
 
-Knows files, names of rows and settings; must not know what is measured. A record is a JSON object with `settings`, `rows` and
-`left_out` among its keys.
+A record is a JSON object with `settings`, `rows` and `left_out` among its keys.
 """
 
 from __future__ import annotations
@@ -52,7 +51,8 @@ def fill(
 
 
 def save(record: Record, output: Path, table: str, charts: Mapping[str, str | None]) -> None:
-    """OUTPUT.json, replaced whole, and what is made of it: OUTPUT.md, and charts by what their names add to OUTPUT."""
+    """OUTPUT.json, replaced whole, and what is made of it: OUTPUT.md, and charts by what their names add to
+    OUTPUT."""
     output.parent.mkdir(parents=True, exist_ok=True)
     file = record_file(output)
     partial_file = file.with_suffix(".partial")

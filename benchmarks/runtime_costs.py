@@ -1,8 +1,9 @@
-"""Measure two costs that must stay constant: the start of the command line, and a decode step at a larger capacity.
+"""Measure two costs that must stay constant: the start of the command line, and a decode step at a larger
+capacity.
 
-Builds the demo model with all its heads twice, with a small and a large capacity, and decodes both at the same depth,
-alternating step by step in one process. Times `kvexport --help` in new processes. Writes times and medians to
-benchmarks/results/runtime_costs.json.
+Builds the demo model with all its heads twice, with a small and a large capacity, and decodes both at the
+same depth, alternating step by step in one process. Times `kvexport --help` in new processes. Writes times
+and medians to benchmarks/results/runtime_costs.json.
 
     python benchmarks/runtime_costs.py
 """
@@ -87,7 +88,8 @@ def decode_steps(threads: int, depth: int, steps: int) -> dict[str, dict[str, An
 
 
 def write_checkpoint(folder: Path, positions: int) -> None:
-    """Copy the demo checkpoint with another maximum length; the time of a step does not depend on training."""
+    """Copy the demo checkpoint with another maximum length; the time of a step does not depend on
+    training."""
     folder.mkdir()
     for file in resource("models", "demo").iterdir():
         (folder / file.name).write_bytes(file.read_bytes())

@@ -1,7 +1,7 @@
-"""What a model can still do: PIQA by log-likelihood, and finding a passkey in a long text.
+"""Measure a model on tasks: PIQA by log-likelihood, and retrieving a passkey from a long text.
 
-Knows prompts, scores and their standard errors; of models only a callable `logits(tokens [N, S]) -> [N, S, vocab]` of
-int64 token ids, causal, so that the original, a converted model and a neighbour are asked alike. Figures are plain JSON values.
+A model is a causal function `logits(tokens [N, S]) -> [N, S, vocab]` of int64 token ids, so that the
+original, a converted model and a neighbour are measured alike. Results are JSON values.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def encoder(checkpoint: Path) -> Encode:
 
 @dataclass(frozen=True)
 class Scored:
-    """What a model thinks of a continuation: log-likelihood in nats, and whether greedy decoding would write it."""
+    """What a model thinks of a continuation: log-likelihood in nats, and whether greedy decoding would write
+    it."""
 
     log_likelihood: float
     greedy: bool
@@ -56,7 +57,8 @@ def score(logits: Logits, sequences: Sequence[tuple[list[int], list[int]]]) -> l
     """The continuation of each (context, continuation), both token ids and not empty.
 
     Sequences of like length go together, padded on the right, where a causal model sees nothing of it. Greedy
-    decoding writes the continuation if, and only if, each of its tokens is the likeliest after those before it.
+    decoding writes the continuation if, and only if, each of its tokens is the likeliest after those before
+    it.
     """
     found: list[Scored | None] = [None] * len(sequences)
     for batch in _batches([len(context) + len(rest) - 1 for context, rest in sequences]):
@@ -129,15 +131,17 @@ def piqa(
     start: Sequence[int] = (),
     longest: int | None = None,
 ) -> dict[str, Any]:
-    """Accuracy of choosing the solution that is likelier after 'Question: {goal}\\nAnswer:', as is usual for PIQA.
+    """Accuracy of choosing the solution that is likelier after 'Question: {goal}\\nAnswer:', as is usual for
+    PIQA.
 
     Args:
         start: token ids before every prompt, such as BOS.
         longest: the model's positions; a longer context loses its beginning, and counts as truncated.
 
     Returns:
-        `accuracy` by the sum of log-likelihoods, `accuracy_normalised` by the sum per character of the solution, each
-        with its `_standard_error`; `items` and `truncated` (of `items`), counts. Equal scores take the first.
+        `accuracy` by the sum of log-likelihoods, `accuracy_normalised` by the sum per character of the
+        solution, each with its `_standard_error`; `items` and `truncated` (of `items`), counts. Equal scores
+        take the first.
 
     Raises:
         UsageError: a solution alone exceeds `longest`.
@@ -167,7 +171,8 @@ def piqa(
 
 
 def split(encode: Encode, context: str, continuation: str) -> tuple[list[int], list[int]]:
-    """Token ids of both, tokenised as one text and cut where the context alone ends; the continuation keeps one at least."""
+    """Token ids of both, tokenised as one text and cut where the context alone ends; the continuation keeps
+    one at least."""
     whole = encode(context + continuation)
     cut = min(len(encode(context)), len(whole) - 1)
     return whole[:cut], whole[cut:]
@@ -203,8 +208,8 @@ def passkey_cells(
     """Prompts for every length and depth: each trial has its own number and its own stretch of the haystack.
 
     Raises:
-        UsageError: a length leaves no room for the haystack, or the haystack is shorter than that, or a depth is
-            outside 0..1.
+        UsageError: a length leaves no room for the haystack, or the haystack is shorter than that, or a depth
+            is outside 0..1.
     """
     chance, hay = random.Random(seed), encode(haystack)
     before, cells = [*start, *encode(BEFORE)], []
@@ -239,13 +244,13 @@ def passkey(
     """How often greedy decoding writes the key.
 
     Args:
-        original: what this returned for the original model; cells that it could not do are not asked again, for
-            they cannot show what was lost.
+        original: what this returned for the original model; cells that it could not do are not asked again,
+            for they cannot show what was lost.
 
     Returns:
-        `cells`, each with length, depth, trials, correct, accuracy, standard_error; over all cells asked: trials, accuracy,
-        standard_error; `not_asked`, the length and depth of cells left out; `skipped`, why there is nothing to
-        compare, or None. Without any cell asked the figures are None.
+        `cells`, each with length, depth, trials, correct, accuracy, standard_error; over all cells asked:
+        trials, accuracy, standard_error; `not_asked`, the length and depth of cells left out; `skipped`, why
+        there is nothing to compare, or None. Without any cell asked the figures are None.
     """
     able = (
         None

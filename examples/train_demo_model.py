@@ -1,17 +1,15 @@
 """Train kvexport's demo model: a small multi-head llama that tells children's stories.
 
-This script knows plain text of short stories, byte-level BPE, and Hugging Face's
-``LlamaForCausalLM``; it trains both from scratch on a CPU in under an hour and writes a
-checkpoint that ``transformers`` loads.  It knows nothing of kvexport, of GPUs, of other model
-families or of resuming: what it writes is an ordinary multi-head checkpoint to convert.
+Trains a byte-level BPE tokenizer and Hugging Face's ``LlamaForCausalLM`` from scratch on a CPU in under an
+hour, and writes a checkpoint that ``transformers`` loads.
 
-    python examples/train_demo_model.py --text stories.txt more.txt \
+    python examples/train_demo_model.py --text stories.txt more.txt \\
         --heldout heldout.txt --output models/demo --minutes 40
 
-A text file holds stories separated by ``<|endoftext|>`` lines or, failing that, by a paragraph
-that opens as stories do.  Stories that a file's edge has cut, that occur twice or that share a
-paragraph with the held-out file are dropped.  A twenty-fifth of the stories is set aside to choose
-the checkpoint; the held-out file is read only for that check and for the figures at the end.
+A text file has stories separated by ``<|endoftext|>`` lines or, without these, by a paragraph that opens like
+a story. Stories that the edge of a file cuts, that occur twice or that share a paragraph with the held-out
+file are dropped. One in twenty-five stories is set aside to choose the checkpoint. The held-out file is read
+only for the overlap check and for the final loss.
 """
 
 from __future__ import annotations
@@ -219,10 +217,10 @@ def tell(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--text", type=Path, nargs="+", required=True, help="story files to train on")
-    parser.add_argument("--heldout", type=Path, help="story file never trained on, for the last figure")
+    parser.add_argument("--heldout", type=Path, help="story file that is not trained on, for the final loss")
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument("--steps", type=int, help=f"steps of {TOKENS_PER_STEP} tokens")
-    parser.add_argument("--minutes", type=float, help="training time; with --steps, a ceiling")
+    parser.add_argument("--minutes", type=float, help="training time; with --steps, the maximum")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()

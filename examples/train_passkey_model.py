@@ -1,14 +1,16 @@
-"""Train a small llama that finds things again: a pass key, or a sentence, hundreds of tokens back.
+"""Train a small llama that retrieves a pass key or a sentence from hundreds of tokens back.
 
-This script knows the text of `benchmarks/eviction_tasks.py`, byte-level BPE and Hugging Face's ``LlamaForCausalLM``; it trains
-both from scratch on one CPU core and writes a checkpoint that ``transformers`` loads. It stops when the model, with every
-token in its cache, finds 99 % of what is hidden in prompts that it has not seen, and fails if --steps do not bring it there.
+Trains a byte-level BPE tokenizer and Hugging Face's ``LlamaForCausalLM`` from scratch on one CPU core, on the
+texts of `benchmarks/eviction_tasks.py`, and writes a checkpoint that ``transformers`` loads. It stops when
+the model, with every token in its cache, retrieves 99 % of what is hidden in held-out prompts, and fails if
+--steps are not enough.
 
     python examples/train_passkey_model.py --output models/passkey
 
-Windows grow from stage to stage, as the model learns to answer; every window asks about all that is hidden in it, and the loss
-is that of all tokens plus that of the answers. Two things make it quick: half of the windows repeat random tokens, where
-there is most to answer, and three heads of the first layer begin by looking one, two and three tokens back.
+Windows grow from stage to stage as the model learns to answer. Every window asks for all that is hidden in
+it; the loss is that of all tokens plus that of the answers. Two things speed it up: half of the windows
+repeat random tokens, which gives the most answers, and three heads of the first layer start by attending one,
+two and three tokens back.
 """
 
 from __future__ import annotations
@@ -165,7 +167,8 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 @torch.no_grad()
 def look_back(model: LlamaForCausalLM, config: LlamaConfig) -> None:
-    """Let the first layer's first heads begin by attending one, two, ... tokens back: to learn that takes longest.
+    """Let the first layer's first heads begin by attending one, two, ... tokens back: to learn that takes
+    longest.
 
     A number that all embeddings share becomes a query and a key whose rotations agree at just that distance.
     """
@@ -183,7 +186,8 @@ def look_back(model: LlamaForCausalLM, config: LlamaConfig) -> None:
 
 
 def loss_of(model: LlamaForCausalLM, ids: torch.Tensor, answers: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The loss to train by, and the share of answer tokens of the first half of the windows that are the likeliest."""
+    """The loss to train by, and the share of answer tokens of the first half of the windows that are the
+    likeliest."""
     logits = model(input_ids=ids[:, :-1], use_cache=False).logits
     each = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
     asked = answers[:, 1:]
@@ -261,7 +265,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder to write the checkpoint to")
     parser.add_argument(
-        "--steps", type=int, default=4000, help=f"at most so many, of {TOKENS_PER_STEP} tokens"
+        "--steps", type=int, default=4000, help=f"maximum number of steps of {TOKENS_PER_STEP} tokens"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
@@ -288,7 +292,7 @@ def main() -> None:
     for task, share in found.items():
         print(f"{task}: {share:.1%} of {2 * TRIALS * len(DEPTHS)} prompts of {CHECKED} tokens")
     if not enough or min(found.values()) < ENOUGH:
-        console.print(f"the model does not find {ENOUGH:.0%}: raise --steps")
+        console.print(f"the model retrieves less than {ENOUGH:.0%}: raise --steps")
         sys.exit(1)
     model.to(torch.float16).save_pretrained(args.output)
     tokenizer.save_pretrained(args.output)

@@ -1,4 +1,4 @@
-"""What the two TensorRT parts share: a bundle's twin on disk for each engine, builds beside kvexport's checks, trials."""
+"""Shared by the two TensorRT parts: a copy of a bundle for each engine, builds, and runs of an engine."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _RTX_TARGET = "rtx-4090"
 
 
 def copy_of(bundle: Path, name: str) -> Path:
-    """The bundle once more, without engines, its files hard links: a runtime takes the first engine that a bundle has."""
+    """Copy the bundle without engines, by hard links, since a runtime takes the first engine of a bundle."""
     path = bundle.with_name(name)
     shutil.rmtree(path, ignore_errors=True)
     path.mkdir()
@@ -29,7 +29,8 @@ def copy_of(bundle: Path, name: str) -> Path:
 
 
 def build_rtx(part: Part, bundle: Path, lowering: str) -> dict[str, Any]:
-    """As kvexport builds with TensorRT-RTX for the GPU's compute capability, which it refuses where there is no such name."""
+    """As kvexport builds with TensorRT-RTX for the GPU's compute capability, which it refuses where there is
+    no such name."""
     said = part.kvexport(
         "engine",
         bundle,
@@ -79,7 +80,7 @@ def build_way(part: Part, bundle: Path, way: str, lowering: str, limit: float) -
 def try_engine(
     part: Part, bundle: Path, *, required: bool, depths: tuple[int, ...], steps: int
 ) -> dict[str, Any]:
-    """Prove and measure a bundle's engine with kvexport's own runtime; `runs` says whether it could be asked at all."""
+    """Validate and measure a bundle's engine with kvexport's runtime; `runs` is whether it ran at all."""
     if part.settings.rehearsal:
         return {"runs": None, "not_run": "a rehearsal: the engine was built, and nothing was run"}
     validation = part.validate(bundle, "tensorrt", required=required)

@@ -108,5 +108,6 @@ class MemoryWatch:
 
     @property
     def used(self) -> int | None:
-        """Peak minus the start, in bytes: what the measured process took, if no other process used the GPU."""
+        """Peak minus the start, in bytes: what the measured process took, if no other process used the
+        GPU."""
         return None if self.peak is None or self.before is None else self.peak - self.before

@@ -1,7 +1,7 @@
-"""What the scripts of the parts share: their settings, the verbs of kvexport that they run, the record that they leave.
+"""Shared by the scripts of the parts: their settings, the kvexport commands that they run, and their record.
 
-A part is a process: `SCRIPT SETTINGS RESULT SECONDS [argument]`. It writes what it has found after every step, so that
-what was measured before a failure is not lost, and exits with 1 if a step failed.
+A part is a process: `SCRIPT SETTINGS RESULT SECONDS [argument]`. It writes its results after every step, so
+that a failure loses nothing that was measured before, and exits with 1 if a step failed.
 """
 
 from __future__ import annotations
@@ -58,7 +58,8 @@ class Part:
     def kvexport(
         self, *arguments: str | Path, required: bool = True, threads: int | None = None
     ) -> list[dict[str, Any]]:
-        """The JSON lines that a verb prints with --json; none where it printed none. A failure is the part's if `required`."""
+        """The JSON lines that a verb prints with --json; none where it printed none. A failure is the part's
+        if `required`."""
         shown = " ".join(("kvexport", *(each.name if isinstance(each, Path) else each for each in arguments)))
         environment = dict(os.environ) if threads is None else {"OMP_NUM_THREADS": str(threads), **os.environ}
         command = [sys.executable, "-m", "kvexport", *map(str, arguments), "--json"]

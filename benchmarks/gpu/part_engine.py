@@ -1,7 +1,9 @@
-"""Parts engine-std24 and engine-decomposed17: the large compressed model as a TensorRT engine of that lowering.
+"""Parts engine-std24 and engine-decomposed17: the large compressed model as a TensorRT engine of that
+lowering.
 
-Built by the full TensorRT where it is installed, else by TensorRT-RTX in whichever way the part rtx found to run; left out
-where there is neither. An engine has one capacity, the bundle's, at every depth: its attention may read all of it.
+Built by the full TensorRT if it is installed, otherwise by TensorRT-RTX in a way that the part rtx found to
+run; left out without either. An engine has one capacity, the bundle's, at every depth, and its attention may
+read all of it.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
-"""Part memory: what a bundle takes on the device at a depth, beside what `kvexport plan` predicts from config.json alone.
+"""Part memory: the device memory of a bundle at a depth, compared with the prediction of `kvexport plan`.
 
-The plan is made without a target: it counts TensorRT's context (half a GiB) and a prompt read 128 tokens at a time. What
-was measured is the most that all processes held, less what they held before, looking every 100 ms.
+The plan has no target: it includes TensorRT's context (half a GiB) and a prompt in chunks of 128 tokens. The
+measurement is the peak of the memory in use by all processes minus the memory in use before, read every 100
+ms.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Part models: both checkpoints of random weights, and kvexport's bundles of them, uncompressed.
+"""Part models: two checkpoints of random weights, and kvexport's bundles of them, not compressed.
 
-"Without compression" is a llama with as many KV heads as heads, "with" the same shape with a quarter of them. The second
-is not converted from the first: converting a billion weights takes longer than all else here, and speed does not depend
-on what weights are. So nothing in these records says anything of quality.
+"Without compression" is a llama with as many KV heads as heads, "with" is the same shape with a quarter of
+them. The second is not converted from the first: converting a billion weights would take longer than
+everything else, and speed does not depend on the values of weights. These records measure no quality.
 """
 
 from __future__ import annotations
@@ -68,7 +68,8 @@ def make(part: Part, kv_heads: int) -> dict[str, Any]:
 
 
 def write_checkpoint(path: Path, shape: dict[str, Any], kv_heads: int) -> int:
-    """Random float16 weights, a shard a layer, so that writing needs little memory too; returns their number."""
+    """Random float16 weights, a shard a layer, so that writing needs little memory too; returns their
+    number."""
     import torch
     from safetensors.torch import save_file
 

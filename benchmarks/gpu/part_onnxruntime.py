@@ -1,6 +1,7 @@
-"""Parts onnxruntime and onnxruntime-again: both bundles on ONNX Runtime, proved, then measured call by call in turns.
+"""Parts onnxruntime and onnxruntime-again: validate both bundles on ONNX Runtime, then measure them in
+alternation.
 
-The second only measures: it comes last, so that a machine that drifted while PyTorch was measured shows it.
+The second part measures only. It runs last, so that it shows whether the machine drifted meanwhile.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Part pytorch: transformers' llama with its static cache, eager and compiled, from the checkpoints that kvexport's bundles
-are made of.
+"""Part pytorch: transformers' llama with its static cache, eager and compiled, on the checkpoints of the
+bundles.
 
-A step takes a token from the host and gives its logits, in float32, to the host, as kvexport's does. At each depth the
-cache is no longer than the depth and the steps need: attention reads all of a static cache, so a longer one would be slower.
-Eager and compiled, of both models, take turns of a few steps on one cache a model. First, the model must give the logits
-that the bundle's PyTorch twin recorded: both sides then run the same weights.
+A step takes a token from the host and gives its logits in float32 to the host, as kvexport's does. At each
+depth the cache is no longer than the depth and the steps need, since attention reads all of a static cache.
+Eager and compiled steps of both models alternate, with one cache for each model. Before that, the model's
+logits must equal those of the bundle's recorded reference, which shows that both sides run the same weights.
 """
 
 from __future__ import annotations
@@ -33,11 +33,13 @@ def work(part: Part) -> None:
     models = {heads: Model(part, heads) for heads in part.settings.kv_heads}
     part.found |= {"same_model": {}, "weights_bytes": {}, "decode": {}, "compilation": {}}
     for heads, model in models.items():
-        cosine = model.cosine_to_twin(part)
+        cosine = model.cosine_to_reference(part)
         part.found["same_model"][str(heads)] = {"least_cosine_of_logits": cosine, "at_least": _COSINE}
         part.found["weights_bytes"][str(heads)] = model.weights_bytes
         if not cosine >= _COSINE:
-            part.failed(f"PyTorch and the twin of bundle-{heads} do not run the same model: cosine {cosine}")
+            part.failed(
+                f"PyTorch and the reference of bundle-{heads} must be the same model: cosine {cosine}"
+            )
         part.save()
     longest, depths = 0.0, part.settings.depths  # seconds that a compilation took
     for depth in (depths[-1], depths[0], *depths[1:-1]):  # the ends first, should time run out
@@ -178,19 +180,20 @@ class Model:
             },
         )
 
-    def cosine_to_twin(self, part: Part) -> float:
-        """The least cosine between these logits and those that the bundle's twin recorded, over its tokens."""
+    def cosine_to_reference(self, part: Part) -> float:
+        """The smallest cosine, over tokens, between these logits and those of the bundle's recorded
+        reference."""
         from kvexport.validate.reference_run import FILE, read_reference
 
         bundle = part.bundle(self.kv_heads)
-        twin = read_reference(bundle / FILE, int(self.model.config.num_hidden_layers))
-        ids = torch.from_numpy(np.array(twin["input_ids"]))[None].to(self.device)
+        reference = read_reference(bundle / FILE, int(self.model.config.num_hidden_layers))
+        ids = torch.from_numpy(np.array(reference["input_ids"]))[None].to(self.device)
         self.cache, self.length = (
             StaticCache(config=self.model.config, max_cache_len=-(-ids.shape[1] // 8) * 8),
             0,
         )
         here = self.run(self.eager, ids, last_only=False)[0].double().cpu()
-        there = torch.from_numpy(np.array(twin["logits"])).double()
+        there = torch.from_numpy(np.array(reference["logits"])).double()
         return float(torch.nn.functional.cosine_similarity(here, there, dim=1).min())
 
 

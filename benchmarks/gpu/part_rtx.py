@@ -1,7 +1,7 @@
-"""Part rtx: does TensorRT-RTX run its engines on the GPU at hand, whether or not its makers list it?
+"""Part rtx: whether TensorRT-RTX runs its engines on this GPU, even if it does not list the GPU.
 
-With the small model that comes with kvexport, in float16. What happens is the result, whichever it is: this part fails only
-if it cannot ask. Messages are TensorRT-RTX's own, word by word.
+Uses the demo model in float16. Every outcome is a result: the part fails only if it cannot try. Messages are
+TensorRT-RTX's own.
 """
 
 from __future__ import annotations

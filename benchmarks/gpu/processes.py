@@ -1,7 +1,5 @@
-"""One process with a time limit: started in a session of its own, ended with all that it started, its last words kept.
-
-Knows nothing of what runs.
-"""
+"""Run a process with a time limit, in a session of its own; end it with all its children, and keep its last
+lines."""
 
 from __future__ import annotations
 

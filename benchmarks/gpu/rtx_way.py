@@ -1,11 +1,12 @@
-"""One build by TensorRT-RTX in one way, beside kvexport's own checks, and whether its plan loads on the GPU at hand.
+"""Build one engine with TensorRT-RTX in one way, without kvexport's checks, and try to load it on this GPU.
 
-`kvexport engine` refuses GPUs that TensorRT-RTX has no name for; this asks TensorRT-RTX itself, with kvexport's graph and
-profiles. A process of its own, since a library that meets a GPU it was not made for may well crash. Ways:
-  portable   no compute capability named, which is TensorRT-RTX's default
+`kvexport engine` rejects GPUs that TensorRT-RTX has no name for; this script lets TensorRT-RTX decide, with
+kvexport's graph and profiles. It is a process of its own, since the library may crash on a GPU that it does
+not support. Ways:
+  portable   no compute capability is given, which is TensorRT-RTX's default
   current    ComputeCapability.CURRENT
   SM89 ...   ComputeCapability.SM89 ...
-The plan goes to BUNDLE/engines/WAY with a record that says it is for the GPU at hand, so that kvexport's runtime tries it.
+The plan goes to BUNDLE/engines/WAY with a record that names this GPU, so that kvexport's runtime tries it.
 
     python rtx_way.py BUNDLE WAY LOWERING COMPUTE_CAPABILITY RESULT
 """

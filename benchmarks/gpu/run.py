@@ -1,10 +1,11 @@
-"""Everything that needs a GPU, in one command and under ten minutes: checks, timings and memory, with raw records.
+"""Run every check, timing and memory measurement that needs a GPU in one command, in less than ten minutes.
 
-Each part is a process with a time limit of its own; one that fails is recorded, and the others go on. Exit code 0: all
-parts ran; 1: one failed or had no time; 2: usage; 3: there is no NVIDIA GPU. README.md beside this file says what each asks.
+Each part is a process with a time limit; a part that fails is recorded, and the others continue. Exit codes:
+0, all parts ran; 1, a part failed or had no time; 2, invalid arguments; 3, there is no NVIDIA GPU. README.md
+in this folder describes the parts.
 
     python benchmarks/gpu/run.py
-    python benchmarks/gpu/run.py --rehearse      tiny, on the CPU, to try the script itself
+    python benchmarks/gpu/run.py --rehearse      tiny models on the CPU, to try the script itself
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from kvexport.devices.gpu import find_gpu  # noqa: E402
 
 RESULTS = HERE.parent / "results"
 REHEARSED = ROOT / "build" / "gpu-rehearsal"
-_LEAST = 10.0  # seconds without which a part is not begun
+_LEAST = 10.0  # seconds that must be left to start a part
 
 
 @dataclass(frozen=True)
@@ -57,18 +58,22 @@ class Part:
 # Those of one stage run at the same time: nothing of the first is timed. What matters most comes first.
 STAGES = (
     (
-        Part("models", ("part_models.py",), 170, "Both checkpoints of random weights, and their bundles"),
+        Part("models", ("part_models.py",), 170, "Two checkpoints of random weights, and their bundles"),
         Part("rtx", ("part_rtx.py",), 170, "Does TensorRT-RTX run its engines on this GPU?"),
     ),
-    (Part("onnxruntime", ("part_onnxruntime.py",), 80, "ONNX Runtime on CUDA: is it right, and how fast?"),),
+    (Part("onnxruntime", ("part_onnxruntime.py",), 80, "ONNX Runtime on CUDA: is it valid, and how fast?"),),
     (Part("pytorch", ("part_pytorch.py",), 160, "PyTorch on the same GPU, eager and compiled: how fast?"),),
-    (Part("memory", ("part_memory.py",), 60, "Device memory: what was planned, and what was taken?"),),
+    (
+        Part(
+            "memory", ("part_memory.py",), 60, "Device memory: how much was planned, and how much is in use?"
+        ),
+    ),
     (
         Part(
             "engine-std24",
             ("part_engine.py", "std24"),
             110,
-            "A TensorRT engine, std24: is it right, and how fast?",
+            "A TensorRT engine, std24: is it valid, and how fast?",
         ),
     ),
     (
@@ -76,7 +81,7 @@ STAGES = (
             "engine-decomposed17",
             ("part_engine.py", "decomposed17"),
             110,
-            "A TensorRT engine, decomposed17: the same",
+            "A TensorRT engine, decomposed17: is it valid, and how fast?",
         ),
     ),
     (
@@ -131,7 +136,7 @@ class Run:
                 "seconds": 0.0,
                 "result": {},
                 "commands": [],
-                "failures": ["no time was left for it"],
+                "failures": ["no time was left"],
                 "last_words": [],
             }
         else:
@@ -183,30 +188,28 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--rehearse", action="store_true", help="tiny models on the CPU, to try the script")
     parser.add_argument(
-        "--rehearse", action="store_true", help="tiny, on the CPU: proves this script and no GPU"
+        "--only",
+        metavar="PART,...",
+        help=f"parts to run, of {', '.join(part.name for part in PARTS)}; needs --work",
     )
-    parser.add_argument(
-        "--only", metavar="PART,...", help=f"of {', '.join(part.name for part in PARTS)}; with --work"
-    )
-    parser.add_argument(
-        "--work", type=Path, help="keep models and logs here, and use the models that are there"
-    )
-    parser.add_argument("--output", type=Path, help="of the records [default: benchmarks/results/gpu]")
-    parser.add_argument("--deadline", type=float, default=590, help="seconds for all of it [default: 590]")
+    parser.add_argument("--work", type=Path, help="folder that keeps models and logs for the next run")
+    parser.add_argument("--output", type=Path, help="folder of the records [default: benchmarks/results/gpu]")
+    parser.add_argument("--deadline", type=float, default=590, help="seconds for all parts [default: 590]")
     arguments = parser.parse_args()
     wanted = {part.name for part in PARTS} if arguments.only is None else set(arguments.only.split(","))
     if unknown := wanted - {part.name for part in PARTS}:
         parser.error(f"there is no part {', '.join(sorted(unknown))}")
     output = (arguments.output or (REHEARSED if arguments.rehearse else RESULTS / "gpu")).resolve()
     if arguments.rehearse and output.is_relative_to(RESULTS):
-        parser.error("the record of a rehearsal is no result: choose an --output outside benchmarks/results")
+        parser.error("a rehearsal is no result: --output must be outside benchmarks/results")
     capability = None
     if not arguments.rehearse:
         gpu = find_gpu()
         if gpu is None:
             print(
-                "there is no NVIDIA GPU here (or no driver): nothing was run; try the script with --rehearse",
+                "no NVIDIA GPU or driver was found, so nothing was run; try the script with --rehearse",
                 file=sys.stderr,
             )
             return 3
@@ -223,7 +226,7 @@ def main() -> int:
     text = render(records)
     (output / "summary.md").write_text(text, encoding="utf-8")
     print(text)
-    print(f"{time.monotonic() - begin:.0f} seconds in all; records in {output}", file=sys.stderr)
+    print(f"{time.monotonic() - begin:.0f} seconds in total; records in {output}", file=sys.stderr)
     return 1 if any(record["status"] == "failed" for record in records) else 0
 
 
@@ -235,5 +238,5 @@ if __name__ == "__main__":
     try:
         sys.exit(main())
     except KeyboardInterrupt:
-        print("interrupted: what ran was ended, its records are kept", file=sys.stderr)
+        print("interrupted: the running parts were ended, the records are kept", file=sys.stderr)
         sys.exit(130)

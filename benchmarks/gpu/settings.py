@@ -1,4 +1,4 @@
-"""What a run measures and where it works: the real sizes, and a rehearsal's. Knows numbers and folders, and runs nothing."""
+"""Settings of a run: its sizes and its work folder, for a GPU and for a rehearsal."""
 
 from __future__ import annotations
 
@@ -85,7 +85,8 @@ class Settings:
 
 
 def real(work: Path, compute_capability: str) -> Settings:
-    """A llama of 1.26 (without compression) and 1.12 (with) billion numbers, float16: decoding is bound by memory."""
+    """A llama of 1.26 (without compression) and 1.12 (with) billion numbers, float16: decoding is bound by
+    memory."""
     depths = (512, 2048, 8192, 32768)
     return Settings(
         work, False, _REAL, (32, 8), depths, (2048, 32768), 64, 5, "cuda", "cuda", compute_capability
@@ -93,5 +94,6 @@ def real(work: Path, compute_capability: str) -> Settings:
 
 
 def rehearsal(work: Path) -> Settings:
-    """The same run in small, for ONNX Runtime's and PyTorch's CPU; engines are built for a GPU that is not there."""
+    """The same run in small, for ONNX Runtime's and PyTorch's CPU; engines are built for a GPU that is not
+    there."""
     return Settings(work, True, _TINY, (4, 1), (16, 64), (64,), 4, 2, "cpu", "cpu", "8.9")

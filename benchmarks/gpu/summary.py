@@ -1,4 +1,4 @@
-"""The records of a run as tables in Markdown. Knows the records' keys; runs nothing, and computes no figure but ratios."""
+"""Render the records of a run as tables in Markdown."""
 
 from __future__ import annotations
 

@@ -1,10 +1,12 @@
-"""Published training-free KV compression, re-implemented from the papers' equations, for benchmarks at equal KV bytes.
+"""Published training-free KV compression, re-implemented from the papers' equations, for benchmarks at equal
+KV bytes.
 
     made = neighbour("palu")(decoder, windows, 0.5)
     logits = reference.logits(decoder, made.residual_stream(tokens))
 
-Each keeps a static cache, is calibrated layer by layer on the trained model's stream over windows [N, S] of token
-ids, is computed in float64 and kept in the decoder's dtype, and caches at most `kv_ratio` of the trained numbers.
+Each keeps a static cache, is calibrated layer by layer on the trained model's stream over windows [N, S] of
+token ids, is computed in float64 and kept in the decoder's dtype, and caches at most `kv_ratio` of the
+trained numbers.
 """
 
 from __future__ import annotations
@@ -53,7 +55,8 @@ def neighbour(name: str) -> Convert:
     """The conversion of that name: (decoder, windows [N, S], kv_ratio) -> Neighbour.
 
     Raises:
-        UsageError: no such method; on conversion, a model that the method is not for, or a budget below one number.
+        UsageError: no such method; on conversion, a model that the method is not for, or a budget below one
+            number.
     """
     if name not in NEIGHBOURS:
         raise UsageError("no such neighbour", got=name, expected=", ".join(NEIGHBOURS))

@@ -1,12 +1,15 @@
-"""Aligned-head merging (Jin et al., EMNLP Findings 2025, arXiv 2412.20677): heads turned alike, then averaged.
+"""Aligned-head merging (Jin et al., EMNLP Findings 2025, arXiv 2412.20677): heads turned alike, then
+averaged.
 
-Turning a value head by any orthogonal matrix, or a key head by a rotation of each rotary pair, changes nothing once
-W_O or W_Q turns too. So the heads of a group are turned towards their mean (generalised Procrustes analysis, from
-moments), keys before rotation, and W_K and W_V averaged: a standard GQA layer. Groups are found by annealed swaps on the
-distance of value heads after pairwise alignment, the released default. `renorm` scales the mean back to the mean Frobenius norm
-of its members, which the paper does not do. The paper then prunes and distils; this is where it starts.
+Turning a value head by any orthogonal matrix, or a key head by a rotation of each rotary pair, changes
+nothing once W_O or W_Q turns too. So the heads of a group are turned towards their mean (generalised
+Procrustes analysis, from moments), keys before rotation, and W_K and W_V averaged: a standard GQA layer.
+Groups are found by annealed swaps on the distance of value heads after pairwise alignment, the released
+default. `renorm` scales the mean back to the mean Frobenius norm of its members, which the paper does not do.
+The paper then prunes and distils; this is where it starts.
 
-Heads merge as many to one everywhere, so the KV heads left are the largest divisor of the trained number within the budget.
+Heads merge as many to one everywhere, so the KV heads left are the largest divisor of the trained number
+within the budget.
 """
 
 from __future__ import annotations
@@ -89,7 +92,8 @@ def pair_products(cross: Tensor) -> Tensor:
 
 
 def value_turns(cross: Tensor) -> Tensor:
-    """Orthogonal Q [t, d, d] that bring the v_i Q_i of a group close to their mean; `cross` is E[v_i v_jᵀ] [t, t, d, d]."""
+    """Orthogonal Q [t, d, d] that bring the v_i Q_i of a group close to their mean; `cross` is E[v_i v_jᵀ]
+    [t, t, d, d]."""
     target, last = cross[:, 0], -torch.inf  # E[v_i mᵀ] [t, d, d]; the first head stands in for the mean m
     for _ in range(ROUNDS):
         left, _, right = torch.linalg.svd(target)
@@ -103,7 +107,8 @@ def value_turns(cross: Tensor) -> Tensor:
 
 
 def key_turns(products: Tensor) -> Tensor:
-    """Unit phases u [t, d/2], complex, that bring the u_i z_i of a group close to their mean; of `pair_products`."""
+    """Unit phases u [t, d/2], complex, that bring the u_i z_i of a group close to their mean; of
+    `pair_products`."""
     target, last = products[:, 0], -torch.inf
     for _ in range(ROUNDS):
         turns = torch.polar(torch.ones_like(target.real), -target.angle())

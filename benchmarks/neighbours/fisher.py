@@ -1,8 +1,9 @@
 """Palu's rank search: each layer's keys and values get ranks in proportion to their Fisher information.
 
-The Fisher information of a projection is the mean over its weights of sqrt(mean over windows of grad²), of the
-next-token loss. Ranks of a layer are split evenly over its groups (the released 'fisher_uniform', without its
-rounding to 32, and with what a full projection cannot take given to the others). Needs the whole model in memory.
+The Fisher information of a projection is the mean over its weights of sqrt(mean over windows of grad²), of
+the next-token loss. Ranks of a layer are split evenly over its groups (the released 'fisher_uniform', without
+its rounding to 32, and with what a full projection cannot take given to the others). Needs the whole model in
+memory.
 """
 
 from __future__ import annotations
@@ -93,7 +94,8 @@ def fisher(decoder: Decoder, windows: Tensor) -> list[float]:
 
 
 def allocate(shares: Sequence[float], full: Sequence[int], total: float) -> list[float]:
-    """`total` in proportion to `shares`, none above its `full`: what a full one cannot take goes to the others."""
+    """`total` in proportion to `shares`, none above its `full`: what a full one cannot take goes to the
+    others."""
     given = [0.0] * len(shares)
     free = [at for at, share in enumerate(shares) if share > 0]
     while free and total > sum(given) + 1e-9:
@@ -105,7 +107,8 @@ def allocate(shares: Sequence[float], full: Sequence[int], total: float) -> list
 
 
 def rounded(numbers: Sequence[float], full: Sequence[int], parts: Sequence[int], total: float) -> list[int]:
-    """Ranks of each of `parts` equal groups: at least 1, `numbers` rounded down, then up by the largest remainder.
+    """Ranks of each of `parts` equal groups: at least 1, `numbers` rounded down, then up by the largest
+    remainder.
 
     Raises:
         UsageError: `total` is below one rank a group.

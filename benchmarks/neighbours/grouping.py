@@ -1,4 +1,4 @@
-"""Which heads share a group: greedily by similar pairs, or by annealed swaps. Knows similarities, nothing of heads."""
+"""Choose which heads share a group: greedily by the most similar pairs, or by annealed swaps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ def adjacent(heads: int, size: int) -> list[list[int]]:
 
 
 def greedy_groups(similarity: Tensor, size: int) -> list[list[int]]:
-    """Groups of `size` of a similarity [h, h]: pairs in order of similarity open a group or join one with room."""
+    """Groups of `size` of a similarity [h, h]: pairs in order of similarity open a group or join one with
+    room."""
     heads = len(similarity)
     groups: list[list[int]] = [[] for _ in range(heads // size)]
     home: dict[int, int] = {}
@@ -45,7 +46,8 @@ def score(similarity: list[list[float]], groups: list[list[int]]) -> float:
 
 
 def annealed_groups(similarity: Tensor, size: int, seed: int = 0) -> list[list[int]]:
-    """Groups of `size` with a large sum of similarities within them: random swaps between groups, cooling, restarts."""
+    """Groups of `size` with a large sum of similarities within them: random swaps between groups, cooling,
+    restarts."""
     heads, chance = len(similarity), random.Random(seed)
     best = adjacent(heads, size)
     if size in (1, heads):

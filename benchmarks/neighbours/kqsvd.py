@@ -1,9 +1,9 @@
 """KQ-SVD (Lesens et al., arXiv 2512.05916): the best rank-r K Qᵀ per KV head, keys projected after rotation.
 
-K = U_K R_K and Q = U_Q R_Q; of R_K R_Qᵀ = U Σ Vᵀ the leading r: keys take A = R_Qᵀ V Σ⁻¹, queries B = R_Kᵀ U. Any
-R with RᵀR = KᵀK will do, so the square roots of the second moments stand in for the triangular factors. Values are
-treated alike with the rows of W_O for the queries: their A folds into W_V, their B into W_O. The result is an ordinary
-converted `Attention`: key_map and query_map are A and B, both online.
+K = U_K R_K and Q = U_Q R_Q; of R_K R_Qᵀ = U Σ Vᵀ the leading r: keys take A = R_Qᵀ V Σ⁻¹, queries B = R_Kᵀ U.
+Any R with RᵀR = KᵀK will do, so the square roots of the second moments stand in for the triangular factors.
+Values are treated alike with the rows of W_O for the queries: their A folds into W_V, their B into W_O. The
+result is an ordinary converted `Attention`: key_map and query_map are A and B, both online.
 
 Query heads that share a KV head are stacked, their W_O too (the released code averages the latter).
 """
@@ -66,7 +66,8 @@ def projected(attention: Attention, moments: LayerMoments, key_rank: int, value_
 
 
 def interaction(cached: Tensor, asked: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """A [d, r] and B [d, r] for which k A (q B)ᵀ is the best rank-r k qᵀ, of second moments [d, d] of k and q."""
+    """A [d, r] and B [d, r] for which k A (q B)ᵀ is the best rank-r k qᵀ, of second moments [d, d] of k and
+    q."""
     cached_root, asked_root = _root(cached), _root(asked)
     left, singular, right = torch.linalg.svd(cached_root @ asked_root)
     inverse = torch.where(singular > _NOTHING * singular[0], 1 / singular, torch.zeros_like(singular))

@@ -1,7 +1,5 @@
-"""Low-rank projections of head groups, and what it takes to decode from their latents with keys rebuilt.
-
-Knows the algebra that Palu and ReCalKV share; must not know how either chooses groups, ranks or factors.
-"""
+"""Low-rank projections of head groups, and decoding from their latents with rebuilt keys, for Palu and
+ReCalKV."""
 
 from __future__ import annotations
 
@@ -23,10 +21,12 @@ def leading(moment: Tensor, rank: int) -> Tensor:
 
 
 def whitened(weight: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """L [out, rank] and R [rank, in], for which L R is the rank-`rank` optimum of E|(W - L R) x|² under E[x xᵀ] = `inputs`.
+    """L [out, rank] and R [rank, in], for which L R is the rank-`rank` optimum of E|(W - L R) x|² under E[x
+    xᵀ] = `inputs`.
 
-    The papers factor W S = U Σ Vᵀ with S Sᵀ = E[x xᵀ], and take L = U Σ^½, R = Σ^½ Vᵀ S⁻¹ of the leading part. Their
-    product is U Uᵀ W, with U the leading eigenvectors of W S Sᵀ Wᵀ: so L = U, R = Uᵀ W here, and nothing is inverted.
+    The papers factor W S = U Σ Vᵀ with S Sᵀ = E[x xᵀ], and take L = U Σ^½, R = Σ^½ Vᵀ S⁻¹ of the leading
+    part. Their product is U Uᵀ W, with U the leading eigenvectors of W S Sᵀ Wᵀ: so L = U, R = Uᵀ W here, and
+    nothing is inverted.
     """
     left = leading(weight @ inputs @ weight.T, rank)
     return left, left.T @ weight
@@ -56,10 +56,12 @@ def rebuilding_layer(
     value_groups: int,
     value_rank: int,
 ) -> NeighbourLayer:
-    """A layer that caches R x and rebuilds keys, as an ordinary one with W = L R for its key and value weights.
+    """A layer that caches R x and rebuilds keys, as an ordinary one with W = L R for its key and value
+    weights.
 
-    Caching R x and rebuilding L (R x) gives the numbers that caching W x gives, so nothing else is needed to measure
-    the loss; costs are those of the latent form: per group of heads `key_rank` and `value_rank` numbers a token.
+    Caching R x and rebuilding L (R x) gives the numbers that caching W x gives, so nothing else is needed to
+    measure the loss; costs are those of the latent form: per group of heads `key_rank` and `value_rank`
+    numbers a token.
 
     Args:
         key, value: L R, float64 [h·d, hidden].
@@ -87,7 +89,8 @@ def _like(linear: Linear, weight: Tensor) -> Linear:
 def _costs(
     attention: Attention, key_latent: int, key_rank: int, value_latent: int, value_rank: int
 ) -> tuple[Macs, int]:
-    """MACs and parameters: L of the keys (every head of a group from its latent), R of both, W_O with the values' L in it."""
+    """MACs and parameters: L of the keys (every head of a group from its latent), R of both, W_O with the
+    values' L in it."""
     hidden, queries = attention.o.weight.shape[0], attention.num_heads * attention.head_dim
     keys = attention.num_kv_heads * attention.head_dim
     rebuild = keys * key_rank

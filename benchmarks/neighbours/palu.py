@@ -1,9 +1,11 @@
-"""Palu (Chang et al., ICLR 2025, arXiv 2407.21118): grouped low-rank projections, keys rebuilt for every cached token.
+"""Palu (Chang et al., ICLR 2025, arXiv 2407.21118): grouped low-rank projections, keys rebuilt for every
+cached token.
 
 G-LRD with groups of 4 KV heads (the largest divisor up to 4), both for keys (before rotation) and for values:
-whitened SVD of the group's weight, its latent cached; L of the values folds into W_O, keys are rebuilt and rotated at
-every step. Ranks are uniform. The paper's own search gives a projection a rank in proportion to its Fisher
-information; `palu-fisher` does (see `fisher`). The paper rounds ranks to multiples of 32, here they are exact.
+whitened SVD of the group's weight, its latent cached; L of the values folds into W_O, keys are rebuilt and
+rotated at every step. Ranks are uniform. The paper's own search gives a projection a rank in proportion to
+its Fisher information; `palu-fisher` does (see `fisher`). The paper rounds ranks to multiples of 32, here
+they are exact.
 """
 
 from __future__ import annotations

@@ -1,12 +1,14 @@
-"""ReCalKV (Yan et al., arXiv 2505.24357): heads reordered by similarity for the keys, calibrated factors for the values.
+"""ReCalKV (Yan et al., arXiv 2505.24357): heads reordered by similarity for the keys, calibrated factors for
+the values.
 
-- Keys, head-wise similarity-aware reordering: linear CKA between the heads' key activations (centred over tokens; the
-  released code takes it of the whitened weights), greedy groups of 4, then Palu's whitened SVD of each group before
-  rotation, rebuilt at every step. The order is undone when keys are rebuilt, so nothing else moves.
-- Values: one whitened SVD of the whole layer, as in the released code (L folds into W_O, so no group bounds the
-  rebuilding), then offline value calibration: R fixed, L refitted to the value activations by least squares, then
-  R = pinv(L) W; one round, the released default. The activations are those of the stream that the layers
-  converted before have left, as released: on the data of the SVD itself a round changes nothing.
+- Keys, head-wise similarity-aware reordering: linear CKA between the heads' key activations (centred over
+  tokens; the released code takes it of the whitened weights), greedy groups of 4, then Palu's whitened SVD of
+  each group before rotation, rebuilt at every step. The order is undone when keys are rebuilt, so nothing
+  else moves.
+- Values: one whitened SVD of the whole layer, as in the released code (L folds into W_O, so no group bounds
+  the rebuilding), then offline value calibration: R fixed, L refitted to the value activations by least
+  squares, then R = pinv(L) W; one round, the released default. The activations are those of the stream that
+  the layers converted before have left, as released: on the data of the SVD itself a round changes nothing.
 
 Ranks are uniform; the paper takes Palu's Fisher search (`recalkv-fisher`).
 """
@@ -56,7 +58,8 @@ def recalkv_layer(
 
 
 def key_similarity(attention: Attention, moments: LayerMoments) -> Tensor:
-    """Linear CKA of the heads' keys before rotation, |C_ij|² / (|C_ii| |C_jj|) of their covariances: [h, h]."""
+    """Linear CKA of the heads' keys before rotation, |C_ij|² / (|C_ii| |C_jj|) of their covariances: [h,
+    h]."""
     mean = moments.means(attention.k)
     covariance = moments.outputs(attention.k) - torch.outer(mean, mean)
     heads = attention.num_kv_heads
@@ -66,7 +69,8 @@ def key_similarity(attention: Attention, moments: LayerMoments) -> Tensor:
 
 
 def calibrate(weight: Tensor, left: Tensor, right: Tensor, inputs: Tensor) -> tuple[Tensor, Tensor]:
-    """L and R after `ROUNDS` of least squares on inputs with E[x xᵀ] = `inputs`; see the module's docstring."""
+    """L and R after `ROUNDS` of least squares on inputs with E[x xᵀ] = `inputs`; see the module's
+    docstring."""
     for _ in range(ROUNDS):
         latent = right @ inputs @ right.T
         left = weight @ inputs @ right.T @ torch.linalg.pinv(latent, hermitian=True)

@@ -2,10 +2,10 @@
 
 Knows how to run and to count one; must not know how any was made.
 
-Multiply-adds (MACs) are counted per layer as a decode step runs it at batch 1. `per_cached_token` grows with the
-context: what each cached token costs at every step, which is its share of logits and mixing, and whatever is rebuilt
-from the cache. `per_new_token` does not: projections and maps of the new token, W_O included. A rotation counts
-2 MACs a number; norms, softmax, biases and the MLP are not counted.
+Multiply-adds (MACs) are counted per layer as a decode step runs it at batch 1. `per_cached_token` grows with
+the context: what each cached token costs at every step, which is its share of logits and mixing, and whatever
+is rebuilt from the cache. `per_new_token` does not: projections and maps of the new token, W_O included. A
+rotation counts 2 MACs a number; norms, softmax, biases and the MLP are not counted.
 """
 
 from __future__ import annotations
@@ -81,7 +81,8 @@ class Neighbour:
     rounding: str  # how the budget became whole numbers
 
     def residual_stream(self, windows: Tensor) -> Tensor:
-        """The residual stream [N, S, hidden] after the last layer, of token ids [N, S]; `reference.logits` takes it."""
+        """The residual stream [N, S, hidden] after the last layer, of token ids [N, S]; `reference.logits`
+        takes it."""
         stream = Stream(self.decoder, windows)
         for each in self.layers:
             stream.advance(each.layer, each.attend)

@@ -1,7 +1,7 @@
 """The residual stream of calibration windows, and the second moments that the neighbours are made from.
 
-Knows how windows pass through one layer after another, in the memory of one layer's moments; must not know what
-any method does with them.
+Knows how windows pass through one layer after another, in the memory of one layer's moments; must not know
+what any method does with them.
 """
 
 from __future__ import annotations
@@ -18,7 +18,8 @@ from kvexport.model.decoder import Attention, Decoder, Layer, Linear, Rope
 _SCORES = 1 << 21  # attention scores held at once, unless a single window has more
 
 Attend = Callable[[Tensor, Tensor, "Rope | None"], Tensor]
-"""Normed inputs [B, S, hidden], positions [B, S] and the rotary table to the attention output [B, S, hidden]."""
+"""Normed inputs [B, S, hidden], positions [B, S] and the rotary table to the attention output [B, S,
+hidden]."""
 
 
 def attend_with(attention: Attention) -> Attend:

@@ -1,17 +1,19 @@
-"""TransMLA (Meng et al., arXiv 2502.07864), training-free: all heads share a rotated part and a latent without position.
+"""TransMLA (Meng et al., arXiv 2502.07864), training-free: all heads share a rotated part and a latent
+without position.
 
-- RoRoPE: the KV heads' components of one rotary frequency are turned by a real orthogonal matrix, the same for both
-  halves of the pair, which rotation commutes with: the eigenvectors of E[x xᵀ] + E[y yᵀ] over heads, largest first.
+- RoRoPE: the KV heads' components of one rotary frequency are turned by a real orthogonal matrix, the same
+  for both halves of the pair, which rotation commutes with: the eigenvectors of E[x xᵀ] + E[y yᵀ] over heads,
+  largest first.
 - FreqFold: `fold` adjacent frequencies are turned together, as if they were one.
-- The leading components stay rotated, as one key that all heads share (`rotated` numbers; the paper's 'first head').
-  The rest loses its rotation.
-- BKV: those unrotated components, scaled to the mean norm of the values, and the values are projected together on
-  their leading `latent` directions.
+- The leading components stay rotated, as one key that all heads share (`rotated` numbers; the paper's 'first
+  head'). The rest loses its rotation.
+- BKV: those unrotated components, scaled to the mean norm of the values, and the values are projected
+  together on their leading `latent` directions.
 
-Rotated numbers and latent share the budget. The paper fixes the rotated part at 64 and doubles the fold while the
-model's perplexity improves; at other budgets it gives no rule, so here each layer takes the pair (rotated, fold) whose
-attention output is closest to the trained one's on the first calibration windows. Costs are those of the absorbed
-form: queries come to the latent, which is never expanded.
+Rotated numbers and latent share the budget. The paper fixes the rotated part at 64 and doubles the fold while
+the model's perplexity improves; at other budgets it gives no rule, so here each layer takes the pair
+(rotated, fold) whose attention output is closest to the trained one's on the first calibration windows. Costs
+are those of the absorbed form: queries come to the latent, which is never expanded.
 """
 
 from __future__ import annotations
@@ -109,7 +111,8 @@ def transmla(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighbour:
 
 
 def choices(attention: Attention, budget: int) -> Iterator[tuple[int, int]]:
-    """(rotated, fold): half a head's width or whole heads stay rotated, at least one number is left for the latent."""
+    """(rotated, fold): half a head's width or whole heads stay rotated, at least one number is left for the
+    latent."""
     width, heads = attention.head_dim, attention.num_kv_heads
     for rotated in (width // 2, *range(width, heads * width + 1, width)):
         fold = 1
@@ -122,7 +125,8 @@ def choices(attention: Attention, budget: int) -> Iterator[tuple[int, int]]:
 
 
 def rotation(keys: Tensor, heads: int, fold: int, rotated: int, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """RoRoPE: an orthogonal T [h·d, h·d] whose first `rotated` columns stay rotated, and their frequencies [rotated/2].
+    """RoRoPE: an orthogonal T [h·d, h·d] whose first `rotated` columns stay rotated, and their frequencies
+    [rotated/2].
 
     Args:
         keys: E[k kᵀ] before rotation, [h·d, h·d].

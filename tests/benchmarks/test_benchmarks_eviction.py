@@ -1,4 +1,5 @@
-"""The eviction benchmark on tiny random llamas: what it measures against other ways to say the same, rows, resuming, reports."""
+"""The eviction benchmark on tiny random llamas: measurements against other computations, rows, resuming,
+reports."""
 
 from __future__ import annotations
 
@@ -108,7 +109,7 @@ def test_a_budget_of_the_context_costs_nothing_and_less_costs_something(tiny_che
 
 @pytest.mark.parametrize("policy", sorted(POLICIES))
 @pytest.mark.parametrize("family", ["llama", "mistral", "bloom"])
-def test_language_modelling_is_that_of_the_oracle_token_by_token(
+def test_language_modelling_equals_the_reference_token_by_token(
     family: str, policy: str, tiny_checkpoint: Any
 ) -> None:
     config = {"sliding_window": 9} if family == "mistral" else {}
@@ -126,7 +127,8 @@ def test_language_modelling_is_that_of_the_oracle_token_by_token(
 
 @pytest.mark.parametrize("protocol", ["once", "chunked"])
 def test_an_answer_is_right_if_greedy_decoding_writes_it(protocol: str, tiny_checkpoint: Any) -> None:
-    """Answers that the model itself writes are right, any other token in them is wrong, and other budgets write others."""
+    """Answers that the model itself writes are right, any other token in them is wrong, and other budgets
+    write others."""
     decoder = load_decoder(tiny_checkpoint("llama"))
     prompts = torch.randint(0, 67, (8, 30), generator=torch.Generator().manual_seed(1)).tolist()
     whole = [_greedy(decoder, prompt) for prompt in prompts]

@@ -1,4 +1,4 @@
-"""The command that asks everything of a GPU, proved without one: it refuses, rehearses, and records what fails."""
+"""`benchmarks/gpu/run.py` without a GPU: it exits, rehearses, and records failures."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_part_that_has_no_time_is_recorded(tmp_path: Path) -> None:
     ended = _run("--rehearse", "--only", "memory", "--deadline", 1, "--output", tmp_path / "records")
     assert ended.returncode == 1
     record = _records(tmp_path / "records")["memory"]
-    assert record["failures"] == ["no time was left for it"] and record["exit_code"] is None
+    assert record["failures"] == ["no time was left"] and record["exit_code"] is None
 
 
 def test_a_process_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path, module: Any) -> None:
@@ -248,7 +248,8 @@ def test_pytorch_must_run_the_model_that_the_bundle_holds(rehearsed: Any, tmp_pa
     assert ended.returncode == 1
     record = _records(tmp_path / "records")["pytorch"]
     assert (
-        record["status"] == "failed" and "twin of bundle-1 do not run the same model" in record["failures"][0]
+        record["status"] == "failed"
+        and "reference of bundle-1 must be the same model" in record["failures"][0]
     )
     assert (
         record["result"]["same_model"]["4"]["least_cosine_of_logits"]

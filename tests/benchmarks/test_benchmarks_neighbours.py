@@ -1,4 +1,5 @@
-"""The published neighbours, proved on tiny float64 decoders: exact at full rank, right on planted data, within budget."""
+"""The published neighbours on tiny float64 decoders: exact at full rank, right on planted data, within
+budget."""
 
 from __future__ import annotations
 
@@ -437,7 +438,8 @@ def test_costs_are_those_counted_by_hand() -> None:
         return made.macs_per_cached_token, made.macs_per_new_token, made.parameters - base
 
     square, rotation = 64 * 64, 2 * 64  # a whole projection; rotating a token's queries, or its keys
-    # Palu: two groups of 32 channels, rank 16 for keys and values. L is [32, 16] twice, W_O' [64, 8 heads x 16].
+    # Palu: two groups of 32 channels, rank 16 for keys and values. L is [32, 16] twice, W_O' [64, 8 heads x
+    # 16].
     rebuild, down, output = 2 * 32 * 16, 2 * 2 * 16 * 64, 64 * 8 * 16
     assert counted("palu") == (
         rebuild + rotation + 64 + 8 * 16,

@@ -1,4 +1,5 @@
-"""The quality benchmark on a tiny random llama: rows, equal bytes, resuming, offsets, predictions, reports."""
+"""The quality benchmark on a tiny random llama: rows, equal bytes, resuming, offsets, predictions,
+reports."""
 
 from __future__ import annotations
 

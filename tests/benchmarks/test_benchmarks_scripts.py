@@ -19,7 +19,8 @@ Run = Callable[..., tuple[Any, str]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    """`run(name, *arguments, **constants)`: set a script's constants and run it; its module and its output."""
+    """`run(name, *arguments, **constants)`: set a script's constants and run it; its module and its
+    output."""
     monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
 

@@ -1,4 +1,4 @@
-"""The task measures, proved with models whose answers are known: a unigram model, one that copies, one that forgets."""
+"""The task measures on models with known answers: a unigram model, one that copies and one that forgets."""
 
 from __future__ import annotations
 
@@ -38,7 +38,8 @@ def unigram(**counts: float) -> Callable[[Tensor], Tensor]:
 
 
 def copying(sees: int | None = None) -> Callable[[Tensor], Tensor]:
-    """Predicts what followed the longest earlier match of the last tokens, looking back `sees` tokens at most."""
+    """Predicts what followed the longest earlier match of the last tokens, looking back `sees` tokens at
+    most."""
 
     def next_token(seen: list[int]) -> int:
         best, length = 0, 0
@@ -75,7 +76,7 @@ def test_a_continuation_scores_what_the_reference_says() -> None:
         assert scored.log_likelihood == pytest.approx(expected, abs=1e-9)
 
 
-def test_greedy_is_what_decoding_token_by_token_writes() -> None:
+def test_greedy_equals_decoding_token_by_token() -> None:
     decoder = make_decoder(vocab=VOCAB, seed=1)
     written = [5]
     for _ in range(6):
@@ -109,7 +110,8 @@ def test_batches_hold_each_sequence_once_and_few_tokens(monkeypatch: pytest.Monk
 def test_piqa_sums_and_normalises_by_hand() -> None:
     model, other = unigram(a=9), math.log(1 / (VOCAB + 8))
     likely = math.log(9 / (VOCAB + 8))
-    # Sums: "aa" (a space, twice a) against "b" (a space, b); per character the first is ahead, by the sum the second.
+    # Sums: "aa" (a space, twice a) against "b" (a space, b); per character the first is ahead, by the sum the
+    # second.
     assert 2 * likely + other < 2 * other and (2 * likely + other) / 2 > 2 * other
     figures = tasks.piqa(model, encode, items(("aa", "b", 0), ("aa", "b", 1), ("b", "aa", 1), ("a", "b", 0)))
     assert figures["accuracy"] == 0.5 and figures["accuracy_normalised"] == 0.75
@@ -118,7 +120,7 @@ def test_piqa_sums_and_normalises_by_hand() -> None:
     json.dumps(figures)
 
 
-def test_piqa_knows_a_model_that_knows_and_one_that_does_not() -> None:
+def test_piqa_scores_a_right_model_and_a_wrong_one() -> None:
     asked = items(*[("good", "evil", 0), ("evil", "good", 1)] * 8)
     assert tasks.piqa(unigram(g=50, o=50, d=50), encode, asked)["accuracy"] == 1.0
     assert tasks.piqa(unigram(e=50, v=50, i=50), encode, asked)["accuracy"] == 0.0
