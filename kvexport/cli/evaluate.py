@@ -59,7 +59,7 @@ def command(
     as_json: bool,
     quiet: bool,
 ) -> None:
-    """Measure BUNDLE's loss from compression on a text: perplexity before and after, and mean KL divergence."""
+    """Measure BUNDLE's loss from compression on a text: perplexity before and after, and mean KL."""
     if max_kl is not None and not 0 <= max_kl < math.inf:
         raise UsageError(
             "--max-kl must be a finite number >= 0", got=max_kl, expected=">= 0, in nats per token"
