@@ -1,4 +1,4 @@
-"""Attention maps against attention computed pair by pair, and how they are written small."""
+"""Attention maps compared with attention computed pair by pair, and their coding."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ORDER = (2, 0, 3, 1)
 
 
 @pytest.mark.parametrize("style", STYLES)
-def test_maps_are_attention_pair_by_pair(style: str) -> None:
+def test_maps_equal_attention_pair_by_pair(style: str) -> None:
     attention, rope = make_attention(style, sharpness=2.0)
     x = random_inputs(1, 9)
     found = attention_map(attention, x, rope)[0]
@@ -42,7 +42,7 @@ def test_maps_are_attention_pair_by_pair(style: str) -> None:
 
 
 def reordered(layer: Layer) -> Layer:
-    """The same function, with its heads in another order."""
+    """The same layer with its heads in another order."""
     attention = layer.attention
 
     def rows(linear: Linear) -> Linear:
@@ -54,7 +54,7 @@ def reordered(layer: Layer) -> Layer:
     return dataclasses.replace(layer, attention=moved)
 
 
-def test_both_models_run_on_their_own_stream_and_heads_are_the_trained_ones() -> None:
+def test_each_model_runs_on_its_own_stream_with_heads_in_trained_order() -> None:
     decoder = make_decoder(layers=3, sharpness=2.0)
     window = random_windows(decoder, 1, 10)[0]
     recorder = MapRecorder(decoder, window)
@@ -74,7 +74,7 @@ def test_both_models_run_on_their_own_stream_and_heads_are_the_trained_ones() ->
     assert max(max(heads) for heads in maps.distance()) < 1e-12
 
 
-def test_losses_of_earlier_layers_are_carried_on() -> None:
+def test_maps_include_errors_of_earlier_layers() -> None:
     decoder = make_decoder(layers=2, sharpness=2.0)
     recorder = MapRecorder(decoder, random_windows(decoder, 1, 10)[0])
     first, second = decoder.layers
@@ -89,7 +89,7 @@ def test_losses_of_earlier_layers_are_carried_on() -> None:
 
 
 @pytest.mark.parametrize("width", [4, 8, 16])
-def test_heads_are_found_again_after_a_code_and_a_change_of_order(width: int) -> None:
+def test_finds_heads_after_compression_and_reordering(width: int) -> None:
     attention: Attention = make_attention(heads=6, hidden=48)[0]
     order = [4, 1, 5, 0, 2, 3]
     generator = torch.Generator().manual_seed(0)
@@ -110,7 +110,7 @@ def unpacked(text: str, tokens: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float64)
 
 
-def test_packed_maps_are_within_what_is_said_of_them() -> None:
+def test_packed_maps_are_within_the_stated_error() -> None:
     attention, rope = make_attention(sharpness=3.0)
     maps = attention_map(attention, random_inputs(1, 12), rope)[0]
     for text, wanted in zip(packed(maps), maps, strict=True):
@@ -118,14 +118,14 @@ def test_packed_maps_are_within_what_is_said_of_them() -> None:
         assert len(base64.b64decode(text)) == 12 * 13 // 2
 
 
-def test_pairs_are_read() -> None:
+def test_parses_pairs() -> None:
     assert parse_pairs("12:3, 20:4,0:0", 21) == [(12, 3), (20, 4), (0, 0)]
 
 
 @pytest.mark.parametrize(
-    "said",
+    "text",
     ["", "3", "3:", ":3", "3:4:5", "a:1", "4;1", "-1:-2", "4.0:1", "³:1", "1:2", "21:0", "9" * 40 + ":1"],
 )
-def test_pairs_that_are_none_are_refused(said: str) -> None:
+def test_rejects_invalid_pairs(text: str) -> None:
     with pytest.raises(UsageError, match="--pairs"):
-        parse_pairs(said, 21)
+        parse_pairs(text, 21)

@@ -1,4 +1,4 @@
-"""The page as text: that it loads nothing, hides nothing, escapes everything, stays small, and is written whole or not at all."""
+"""The page as text: self-contained, complete, escaped, small, and written atomically."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Elements(HTMLParser):
         return {attributes["id"] for _, attributes in self.tags if "id" in attributes}
 
 
-def test_nothing_is_loaded() -> None:
+def test_page_loads_nothing() -> None:
     page = render(analysis_of())
     for tag, attributes in Elements(page).tags:
         assert not {"src", "href", "srcset", "action", "data"} & attributes.keys(), (tag, attributes)
@@ -49,18 +49,18 @@ def test_nothing_is_loaded() -> None:
     assert "default-src 'none'" in page
 
 
-def test_names_and_tokens_are_text_and_never_markup() -> None:
+def test_names_and_tokens_are_escaped() -> None:
     page = render(analysis_of(pairs=[(4, 4)]))
     assert page.count("</script>") == 2  # the data block's and the script's own
     assert "<b>" not in page.replace("<b>0.5</b>", "").replace("<b>0.25</b>", "")
     assert "tiny &lt;model&gt;" in page
-    said = Elements(page)
-    assert any("·&amp;" in text or "·&" in text for _, text in said.text)
-    data = json.loads(next(text for tag, text in said.text if text.startswith('{"attention"')))
+    elements = Elements(page)
+    assert any("·&amp;" in text or "·&" in text for _, text in elements.text)
+    data = json.loads(next(text for tag, text in elements.text if text.startswith('{"attention"')))
     assert data["attention"]["tokens"][4] == " </script><b>"
 
 
-def test_sections_are_there_only_where_something_was_measured() -> None:
+def test_has_only_sections_with_data() -> None:
     alone = Elements(render(analysis_of()))
     assert {"summary", "spectra", "similarity", "prediction", "attention"} <= alone.ids()
     assert not {"sensitivity", "pairs"} & alone.ids()
@@ -81,13 +81,13 @@ def test_sections_are_there_only_where_something_was_measured() -> None:
     ("style", "named"),
     [("bloom", ["keys", "values"]), ("qwen3", ["keys before RoPE", "keys after RoPE", "values"])],
 )
-def test_keys_are_shown_before_and_after_rotation_where_there_is_one(style: str, named: list[str]) -> None:
-    said = Elements(render(analysis_of(style)))
-    captions = [text for tag, text in said.text if tag == "figcaption"][: len(named)]
+def test_shows_keys_before_and_after_rope(style: str, named: list[str]) -> None:
+    elements = Elements(render(analysis_of(style)))
+    captions = [text for tag, text in elements.text if tag == "figcaption"][: len(named)]
     assert captions == [name[0].upper() + name[1:] for name in named]
 
 
-def test_the_json_is_what_the_page_shows() -> None:
+def test_json_equals_the_data_of_the_page() -> None:
     found = analysis_of(pairs=[(3, 1)], sensitivity=[{"layer": 0, "key": 1.0, "value": 2.0}])
     data = json.loads(json.dumps(found.to_json()))
     assert data["kv_ratio"] == 0.5
@@ -103,10 +103,10 @@ def test_the_json_is_what_the_page_shows() -> None:
     assert pair["original"][2][3] == pytest.approx(float(found.maps.original[2][3, 3, 1]))
 
 
-def test_every_map_choice_and_canvas_has_a_label() -> None:
-    said = Elements(render(analysis_of()))
-    assert all(attributes.get("aria-label") for tag, attributes in said.tags if tag in ("canvas",))
-    charts = [attributes for tag, attributes in said.tags if tag == "svg"]
+def test_every_select_and_canvas_has_a_label() -> None:
+    elements = Elements(render(analysis_of()))
+    assert all(attributes.get("aria-label") for tag, attributes in elements.tags if tag in ("canvas",))
+    charts = [attributes for tag, attributes in elements.tags if tag == "svg"]
     assert all(attributes.get("aria-label") or attributes.get("aria-hidden") for attributes in charts)
 
 
@@ -126,7 +126,7 @@ def test_a_model_of_32_layers_and_32_heads_stays_below_six_megabytes() -> None:
     assert len(page.encode()) < 6_000_000
 
 
-def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_page_is_written_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     page, path = render(analysis_of()), tmp_path / "page.html"
     save(page, path, force=False)
     assert path.read_text(encoding="utf-8") == page
@@ -144,7 +144,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pyte
     assert path.read_text(encoding="utf-8") == page + " "
 
 
-def test_what_is_there_is_not_overwritten(tmp_path: Path) -> None:
+def test_keeps_existing_files(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(render(analysis_of()))
     (tmp_path / "model.safetensors").write_bytes(b"\xff weights")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")

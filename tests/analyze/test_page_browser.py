@@ -1,4 +1,4 @@
-"""The page in a real browser: it runs from a file, asks for nothing, and answers to its choices."""
+"""The page in a real browser: it runs from a file, loads nothing, and redraws on selection."""
 
 from __future__ import annotations
 
@@ -65,9 +65,7 @@ def pixel(browser: Browser, canvas: str, size: int, row: int, column: int) -> li
     return browser.run(_PIXEL % (canvas, size, column, row))
 
 
-def test_it_runs_from_a_file_and_asks_for_nothing_else(
-    browser: Browser, show: Show, analysis: Analysis
-) -> None:
+def test_runs_from_a_file_without_other_requests(browser: Browser, show: Show, analysis: Analysis) -> None:
     show(render(analysis))
     assert browser.errors() == []
     assert [Path(address).name for address in browser.requests()] == ["page.html"]
@@ -75,9 +73,7 @@ def test_it_runs_from_a_file_and_asks_for_nothing_else(
     assert browser.run("document.querySelectorAll('#spectra-lines .chosen').length") == 3
 
 
-def test_choosing_a_layer_redraws_everything_that_shows_one(
-    browser: Browser, show: Show, analysis: Analysis
-) -> None:
+def test_selecting_a_layer_redraws_all_views(browser: Browser, show: Show, analysis: Analysis) -> None:
     show(render(analysis))
     before = browser.run("document.getElementById('attention-original').toDataURL()")
     similar = browser.run("document.getElementById('similarity-key').toDataURL()")
@@ -125,9 +121,9 @@ def test_keys_and_pointer_move_the_chosen_cell(browser: Browser, show: Show, ana
     for key in ("ArrowUp", "ArrowRight", "ArrowRight"):
         browser.press(key)
     last = len(TOKENS) - 1
-    said = browser.run("document.getElementById('attention-readout').textContent")
-    assert said.startswith(f"Query {last - 1} “ was” on key 2 “ upon”")
-    assert readout(analysis, 0, 0, last - 1, 2) in said
+    readout_text = browser.run("document.getElementById('attention-readout').textContent")
+    assert readout_text.startswith(f"Query {last - 1} “ was” on key 2 “ upon”")
+    assert readout(analysis, 0, 0, last - 1, 2) in readout_text
     assert browser.run("document.querySelector('.is-key').textContent") == "2·upon"
     browser.run("document.getElementById('similarity-value').scrollIntoView()")
     box = browser.run(
@@ -141,13 +137,13 @@ def test_keys_and_pointer_move_the_chosen_cell(browser: Browser, show: Show, ana
 
 
 @pytest.mark.parametrize("width", [1280, 700, 400])
-def test_it_fits_the_window(browser: Browser, show: Show, analysis: Analysis, width: int) -> None:
+def test_fits_the_window(browser: Browser, show: Show, analysis: Analysis, width: int) -> None:
     show(render(analysis))
     browser.resize(width)
     assert browser.run("document.documentElement.scrollWidth") <= width
 
 
-def test_it_follows_light_and_dark(browser: Browser, show: Show, analysis: Analysis) -> None:
+def test_follows_light_and_dark(browser: Browser, show: Show, analysis: Analysis) -> None:
     show(render(analysis))
     size = len(TOKENS)  # query 0 sees key 0 alone, so there is no difference
     light = sum(pixel(browser, "attention-difference", size, 0, 0)[:3])
@@ -160,8 +156,10 @@ def test_it_follows_light_and_dark(browser: Browser, show: Show, analysis: Analy
     assert browser.errors() == []
 
 
-def test_the_checks_see_a_broken_page(browser: Browser, show: Show, analysis: Analysis) -> None:
-    """Negative controls: broken data, a script that the policy does not name, and a page that loads something."""
+def test_checks_fail_for_a_broken_page(browser: Browser, show: Show, analysis: Analysis) -> None:
+    """Negative controls: broken data, a script that the policy does not name, and a page that loads
+    something.
+    """
     page = render(analysis)
     show(
         page.replace(

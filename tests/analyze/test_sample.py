@@ -1,4 +1,4 @@
-"""The window that is shown: where it comes from, and how its tokens read."""
+"""The window that is shown, and the text of its tokens."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ Show = Callable[..., Tensor]
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """What stands in for a checkpoint here: a tokenizer and texts."""
+    """A directory with a tokenizer and texts, in place of a checkpoint."""
     (tmp_path / "tokenizer.json").write_text(byte_level_tokenizer(300), encoding="utf-8")
     (tmp_path / "text.txt").write_text("A small café\n", encoding="utf-8")
     (tmp_path / "empty.txt").write_text("", encoding="utf-8")
@@ -43,14 +43,14 @@ def show(folder: Path) -> Show:
     return call
 
 
-def test_a_text_is_shown_from_its_beginning(show: Show, folder: Path) -> None:
+def test_shows_the_beginning_of_a_text(show: Show, folder: Path) -> None:
     assert "".join(token_texts(folder, show("text.txt").tolist())).startswith("A small ")
     assert len(show("text.txt")) == 8
     assert show("text.txt", 200)[:8].tolist() == show("text.txt").tolist()
     assert len(show("text.txt", 200, max_positions=6)) == 6
 
 
-def test_a_character_of_several_tokens_is_shown_by_their_names(show: Show, folder: Path) -> None:
+def test_shows_names_of_tokens_that_are_parts_of_a_character(show: Show, folder: Path) -> None:
     texts = token_texts(folder, show("text.txt", 200).tolist())
     assert "\ufffd" not in "".join(texts)
     assert texts[-1] == "\n"

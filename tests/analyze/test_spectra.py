@@ -1,4 +1,4 @@
-"""Spectra and head similarity against the real cache, which here is small enough to hold."""
+"""Spectra and head similarity compared with those of a cache that is small enough for memory."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def caches(decoder: Decoder, windows: Tensor) -> list[dict[str, Tensor]]:
 
 @pytest.mark.parametrize("scores", [attention_windows.SCORES, 1])  # all windows at once, and one at a time
 @pytest.mark.parametrize("style", STYLES)
-def test_spectra_are_the_singular_values_of_the_real_cache(
+def test_spectra_equal_the_singular_values_of_the_cache(
     style: str, scores: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(attention_windows, "SCORES", scores)
@@ -62,8 +62,7 @@ def test_spectra_are_the_singular_values_of_the_real_cache(
             )
 
 
-def test_rotation_is_seen() -> None:
-    """The two key spectra are of different things."""
+def test_spectra_before_and_after_rope_differ() -> None:
     decoder = make_decoder("llama")
     spectra = SpectraStream(decoder, random_windows(decoder, 5, 12)).measure(decoder.layers[0]).spectra
     assert not torch.allclose(spectra["key_before_rope"].values, spectra["key_after_rope"].values, rtol=1e-3)
@@ -82,7 +81,7 @@ def test_shares_and_ranks_of_a_known_spectrum() -> None:
     st.lists(st.floats(0, 100), min_size=1, max_size=12).filter(lambda values: sum(values) > 1e-3),
     st.sampled_from([0.9, 0.95, 0.99]),
 )
-def test_effective_rank_is_the_least_that_holds_the_energy(values: list[float], share: float) -> None:
+def test_effective_rank_is_the_smallest_with_the_energy(values: list[float], share: float) -> None:
     spectrum = Spectrum(torch.tensor(sorted(values, reverse=True), dtype=torch.float64))
     energy = spectrum.values.square()
     rank = spectrum.rank_for(share)
@@ -106,7 +105,7 @@ def random_heads(seed: int, heads: int = 3, tokens: int = 20, width: int = 4) ->
 
 @settings(max_examples=25, deadline=None)
 @given(st.integers(0, 2**32))
-def test_cka_does_not_see_rotation_scale_and_shift_of_a_head(seed: int) -> None:
+def test_cka_is_invariant_to_rotation_scale_and_shift(seed: int) -> None:
     heads = random_heads(seed)
     before = cka(heads)
     torch.testing.assert_close(before, before.T)
@@ -118,7 +117,7 @@ def test_cka_does_not_see_rotation_scale_and_shift_of_a_head(seed: int) -> None:
     torch.testing.assert_close(cka(turned), before)
 
 
-def test_cka_is_what_the_paper_says() -> None:
+def test_cka_equals_the_formula_of_the_paper() -> None:
     """|YᵀX|² / (|XᵀX| |YᵀY|) of the centred heads."""
     heads = random_heads(0)
     x, y = (each - each.mean(0) for each in heads[:2])
@@ -126,8 +125,8 @@ def test_cka_is_what_the_paper_says() -> None:
     assert float(cka(heads)[0, 1]) == pytest.approx(float(wanted))
 
 
-def test_the_cosine_of_heads_does_see_rotation_and_cka_a_stretch() -> None:
-    """Why it is CKA: a head and its own rotated copy are one thing to the model. And CKA is not blind to all maps."""
+def test_cosine_changes_under_rotation_and_cka_under_stretching() -> None:
+    """A head and its rotated copy are equivalent for the model. CKA still distinguishes other maps."""
     head = random_heads(3, 1)[0]
     rotation = torch.linalg.qr(
         torch.randn(4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -141,7 +140,7 @@ def test_the_cosine_of_heads_does_see_rotation_and_cka_a_stretch() -> None:
 
 
 @pytest.mark.slow
-def test_one_layer_is_read_at_a_time() -> None:
+def test_one_layer_is_in_memory_at_a_time() -> None:
     decoder = make_decoder(layers=4)
     alive: list[weakref.ref[Layer]] = []
     held: list[int] = []

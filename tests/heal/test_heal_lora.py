@@ -17,7 +17,7 @@ from kvexport.model.decoder import tensors_of
 RANK = 2
 
 
-def test_without_peft_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_error_without_peft_names_the_command_to_install_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
     Job().heal(2)  # the whole weights need none
     with pytest.raises(CannotRunHere, match="peft") as refused:
@@ -27,7 +27,7 @@ def test_without_peft_the_command_that_installs_it_is_named(monkeypatch: pytest.
 
 @pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
-def test_adapters_come_nearer_to_the_original(style: str) -> None:
+def test_adapters_reduce_the_kl(style: str) -> None:
     pytest.importorskip("peft")
     job = Job(style)
     job.converted = disturbed(job.original, rank=RANK)
@@ -39,7 +39,7 @@ def test_adapters_come_nearer_to_the_original(style: str) -> None:
     )
 
 
-def test_what_is_merged_has_the_rank_of_the_adapters() -> None:
+def test_change_of_weights_has_the_rank_of_the_adapters() -> None:
     pytest.importorskip("peft")
     job = Job("bias")
     job.converted = with_attention(job.original, mapped)
@@ -61,20 +61,20 @@ def test_what_is_merged_has_the_rank_of_the_adapters() -> None:
     assert healed.report.trained_numbers == trained
 
 
-def test_the_first_step_starts_from_what_was_given() -> None:
-    """B is zero at first: the adapters change nothing until they are trained."""
+def test_first_step_starts_from_the_given_weights() -> None:
+    """B is zero at first, so that untrained adapters change nothing."""
     pytest.importorskip("peft")
     job = Job()
     assert job.heal(2, lora_rank=RANK).report.kl_before == job.heal(2).report.kl_before
 
 
-def test_an_absurd_rate_gives_back_the_given_decoder() -> None:
+def test_returns_the_given_decoder_at_an_absurd_rate() -> None:
     pytest.importorskip("peft")
     job = Job()
     assert job.heal(learning_rate=1e3, lora_rank=RANK).decoder is job.converted
 
 
-def test_adapters_take_nothing_from_the_global_generator() -> None:
+def test_adapters_do_not_use_the_global_generator() -> None:
     pytest.importorskip("peft")
     before = torch.get_rng_state()
     Job().heal(2, lora_rank=RANK)

@@ -1,4 +1,4 @@
-"""A killed healing goes on where it was, to the bit; a state of another job or a damaged one is refused."""
+"""Interrupted healing resumes bit-identically; states of other jobs and damaged states are rejected."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Killed(BaseException):
 
 
 class KilledAt(Progress):
-    """Dies at the end of a step."""
+    """Raises at the end of a step."""
 
     def __init__(self, step: int) -> None:
         self.left = step
@@ -46,7 +46,7 @@ def assert_same(a: HealResult, b: HealResult) -> None:
 @pytest.mark.parametrize(
     "step", [3, 18, 34, 36]
 )  # 16 steps in each of two layers, then 4 end to end, evaluated at each
-def test_a_killed_job_goes_on_to_the_same_bits(tmp_path: Path, step: int, lora_rank: int | None) -> None:
+def test_resumes_bit_identically(tmp_path: Path, step: int, lora_rank: int | None) -> None:
     if lora_rank is not None:
         pytest.importorskip("peft")
     job, state = Job(), tmp_path / "state"
@@ -58,7 +58,7 @@ def test_a_killed_job_goes_on_to_the_same_bits(tmp_path: Path, step: int, lora_r
     assert_same(resumed, whole)
 
 
-def test_a_job_killed_again_and_again_ends_the_same(tmp_path: Path) -> None:
+def test_resumes_bit_identically_after_many_interruptions(tmp_path: Path) -> None:
     job, state = Job(), tmp_path / "state"
     whole = job.heal(20)
     for _ in range(5):
@@ -70,7 +70,7 @@ def test_a_job_killed_again_and_again_ends_the_same(tmp_path: Path) -> None:
     assert_same(resumed, whole)
 
 
-def test_a_finished_job_is_not_done_again(tmp_path: Path) -> None:
+def test_finished_job_is_not_repeated(tmp_path: Path) -> None:
     job, state = Job(), tmp_path / "state"
     done = job.heal(20, state)
     assert_same(job.heal(20, state, KilledAt(1)), done)
@@ -80,7 +80,7 @@ def test_a_finished_job_is_not_done_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_process_killed_outright_leaves_a_state_that_can_be_used(tmp_path: Path) -> None:
+def test_state_is_usable_after_sigkill(tmp_path: Path) -> None:
     """SIGKILL from inside a step: no handler, no cleanup."""
     script = """
         import os, signal, sys
@@ -137,7 +137,7 @@ def other_held_out(job: Job) -> None:
 
 
 @pytest.mark.parametrize("change", [other_original, other_conversion, other_windows, other_held_out])
-def test_a_state_of_another_job_is_refused(interrupted: tuple[Job, Path], change) -> None:  # type: ignore[no-untyped-def]
+def test_rejects_state_of_another_job(interrupted: tuple[Job, Path], change) -> None:  # type: ignore[no-untyped-def]
     job, state = interrupted
     change(job)
     with pytest.raises(UsageError, match="belongs to another job") as refused:
@@ -146,15 +146,13 @@ def test_a_state_of_another_job_is_refused(interrupted: tuple[Job, Path], change
 
 
 @pytest.mark.parametrize("options", [{"steps": 21}, {"seed": 1}, {"batch": 3}, {"learning_rate": 0.01}])
-def test_a_state_of_other_options_is_refused(
-    interrupted: tuple[Job, Path], options: dict[str, float]
-) -> None:
+def test_rejects_state_of_other_options(interrupted: tuple[Job, Path], options: dict[str, float]) -> None:
     job, state = interrupted
     with pytest.raises(UsageError, match="belongs to another job"):
         job.heal(state=state, **{"steps": 20, **options})  # type: ignore[arg-type]
 
 
-def test_a_damaged_state_is_refused(interrupted: tuple[Job, Path]) -> None:
+def test_rejects_damaged_state(interrupted: tuple[Job, Path]) -> None:
     job, state = interrupted
     sound = state.read_bytes()
     spoiled = bytearray(sound)
@@ -173,7 +171,7 @@ def test_a_damaged_state_is_refused(interrupted: tuple[Job, Path]) -> None:
         assert state.read_bytes() == damaged  # and left for the user to judge
 
 
-def test_a_safetensors_file_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_rejects_other_safetensors_files(tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(3)}, tmp_path / "state")

@@ -1,4 +1,4 @@
-"""Reading checkpoints: what works, and what each broken one is told."""
+"""Loading of checkpoints, and the error for each kind of damaged one."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def llama(tiny_checkpoint: Make) -> Path:
 
 
 def refused(path: Path | str, *said: str) -> CheckpointError:
-    """Reading the whole checkpoint raises a CheckpointError whose message holds every one of `said`."""
+    """Loading the whole checkpoint raises a CheckpointError whose message contains all of `said`."""
     with pytest.raises(CheckpointError) as caught:
         list(load_decoder(path).layers)
     for part in said:
@@ -58,13 +58,13 @@ def sharded_copy(tiny_checkpoint: Make, tmp_path: Path) -> tuple[Path, dict[str,
 # What is read
 
 
-def test_sharded_equals_single(tiny_checkpoint: Make, llama: Path) -> None:
+def test_sharded_checkpoint_equals_a_single_file(tiny_checkpoint: Make, llama: Path) -> None:
     sharded = tiny_checkpoint("llama", max_shard_size=SHARD)
     assert len(set(Checkpoint(sharded).files.values())) > 2
     assert torch.equal(logits(sharded), logits(llama))
 
 
-def test_single_file_wins_over_an_index(edit_checkpoint: Make, llama: Path) -> None:
+def test_single_file_takes_precedence_over_an_index(edit_checkpoint: Make, llama: Path) -> None:
     """As in transformers; the index here is wrong."""
     path = edit_checkpoint(llama)
     (path / "model.safetensors.index.json").write_text("{}")
@@ -81,7 +81,7 @@ def test_dtypes_on_disk_are_read_as_float32_exactly(tiny_checkpoint: Make, dtype
     assert torch.equal(read, stored[Q].float())
 
 
-def test_leaves_take_the_dtype_asked_for(llama: Path) -> None:
+def test_leaves_have_the_requested_dtype(llama: Path) -> None:
     decoder = load_decoder(llama, torch.float64)
     layer = decoder.layers[0]
     leaves = (
@@ -93,7 +93,7 @@ def test_leaves_take_the_dtype_asked_for(llama: Path) -> None:
     assert all(leaf.dtype == torch.float64 for leaf in leaves)
 
 
-def test_tensors_are_copies_not_maps(edit_checkpoint: Make, llama: Path) -> None:
+def test_tensors_are_copies_not_file_mappings(edit_checkpoint: Make, llama: Path) -> None:
     path = edit_checkpoint(llama)
     decoder = load_decoder(path)
     before = decoder.embedding.weight.clone()
@@ -128,7 +128,7 @@ def test_old_rotary_settings_equal_new(
     assert torch.equal(logits(old_path), logits(edit_checkpoint(llama, config={"rope_parameters": new})))
 
 
-def test_old_checkpoints_stored_rotary_frequencies(llama: Path, edit_checkpoint: Make) -> None:
+def test_ignores_stored_rotary_frequencies(llama: Path, edit_checkpoint: Make) -> None:
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     path = edit_checkpoint(llama, tensors=lambda held: held.update({name: torch.zeros(4)}))
     assert torch.equal(logits(path), logits(llama))
@@ -172,14 +172,14 @@ def test_tied_checkpoint_may_store_its_head(tiny_checkpoint: Make, edit_checkpoi
     assert torch.equal(logits(path), logits(tied))
 
 
-def test_tied_checkpoint_with_another_head(llama: Path, edit_checkpoint: Make) -> None:
-    """transformers 4 drops the stored head, transformers 5 the tie; neither is a safe guess."""
+def test_rejects_a_tied_checkpoint_with_another_head(llama: Path, edit_checkpoint: Make) -> None:
+    """transformers 4 drops the stored head, transformers 5 unties it; neither is a safe default."""
     refused(
         edit_checkpoint(llama, config={"tie_word_embeddings": True}), "lm_head.weight", "tie_word_embeddings"
     )
 
 
-def test_untied_checkpoint_without_a_head(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
+def test_rejects_an_untied_checkpoint_without_a_head(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
     tied = tiny_checkpoint("llama", tie_word_embeddings=True)
     refused(edit_checkpoint(tied, config={"tie_word_embeddings": False}), "lacks 1 tensors", "lm_head.weight")
 
@@ -187,13 +187,13 @@ def test_untied_checkpoint_without_a_head(tiny_checkpoint: Make, edit_checkpoint
 # No checkpoint
 
 
-def test_no_directory(tmp_path: Path) -> None:
+def test_rejects_a_path_that_is_not_a_directory(tmp_path: Path) -> None:
     refused(tmp_path / "nowhere", "not a directory", "nowhere", "config.json")
     (tmp_path / "file").write_text("")
     refused(str(tmp_path / "file"), "not a directory")
 
 
-def test_no_config(tmp_path: Path) -> None:
+def test_rejects_a_directory_without_config(tmp_path: Path) -> None:
     refused(tmp_path, "no checkpoint", "config.json")
 
 
@@ -201,18 +201,20 @@ def test_no_config(tmp_path: Path) -> None:
     ("text", "said"),
     [("{", "must be JSON"), ("[]", "must be a JSON object"), ("\xff", "must be JSON"), ("", "must be JSON")],
 )
-def test_config_is_no_json(llama: Path, edit_checkpoint: Make, text: str, said: str) -> None:
+def test_rejects_a_config_that_is_not_a_json_object(
+    llama: Path, edit_checkpoint: Make, text: str, said: str
+) -> None:
     path = edit_checkpoint(llama)
     (path / "config.json").write_bytes(text.encode("latin-1"))
     refused(path, said, "config.json")
 
 
-def test_config_is_a_directory(tmp_path: Path) -> None:
+def test_rejects_a_config_that_is_a_directory(tmp_path: Path) -> None:
     (tmp_path / "config.json").mkdir()
     refused(tmp_path, "config.json cannot be read")
 
 
-def test_no_weights(llama: Path, edit_checkpoint: Make) -> None:
+def test_rejects_a_directory_without_weights(llama: Path, edit_checkpoint: Make) -> None:
     path = edit_checkpoint(llama)
     (path / "model.safetensors").unlink()
     refused(path, "no weights", "model.safetensors")
@@ -229,7 +231,7 @@ class _Trap:
 
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
-def test_pickle_is_refused_and_not_opened(
+def test_rejects_pickles_without_opening_them(
     llama: Path, edit_checkpoint: Make, tmp_path: Path, name: str
 ) -> None:
     path = edit_checkpoint(llama)
@@ -240,7 +242,7 @@ def test_pickle_is_refused_and_not_opened(
 
 
 @pytest.mark.slow
-def test_the_command_that_converts_a_pickle(llama: Path, edit_checkpoint: Make) -> None:
+def test_suggested_command_converts_a_pickle(llama: Path, edit_checkpoint: Make) -> None:
     path = edit_checkpoint(llama)
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
@@ -254,7 +256,7 @@ def test_the_command_that_converts_a_pickle(llama: Path, edit_checkpoint: Make) 
 # Broken files
 
 
-def test_truncated_file(llama: Path, edit_checkpoint: Make) -> None:
+def test_rejects_truncated_file(llama: Path, edit_checkpoint: Make) -> None:
     path = edit_checkpoint(llama)
     whole = (path / "model.safetensors").read_bytes()
     (path / "model.safetensors").write_bytes(whole[: len(whole) // 2])
@@ -263,7 +265,7 @@ def test_truncated_file(llama: Path, edit_checkpoint: Make) -> None:
     )
 
 
-def test_empty_file(llama: Path, edit_checkpoint: Make) -> None:
+def test_rejects_empty_file(llama: Path, edit_checkpoint: Make) -> None:
     path = edit_checkpoint(llama)
     (path / "model.safetensors").write_bytes(b"")
     refused(path, "cannot be read as safetensors", "0 bytes")
@@ -271,10 +273,10 @@ def test_empty_file(llama: Path, edit_checkpoint: Make) -> None:
 
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_damaged_header_is_an_error_of_ours(
+def test_damaged_header_raises_checkpoint_error(
     llama: Path, edit_checkpoint: Make, data: st.DataObject
 ) -> None:
-    """Any bytes in place of the header's: read as before, or refused; never another exception."""
+    """For any bytes in the header: the checkpoint loads unchanged, or a CheckpointError is raised."""
     path = edit_checkpoint(llama)
     whole = bytearray((path / "model.safetensors").read_bytes())
     header = 8 + int.from_bytes(whole[:8], "little")
@@ -290,20 +292,20 @@ def test_a_damaged_header_is_an_error_of_ours(
         shutil.rmtree(path)
 
 
-def test_missing_shard(tiny_checkpoint: Make, tmp_path: Path) -> None:
+def test_rejects_missing_shard(tiny_checkpoint: Make, tmp_path: Path) -> None:
     path, index = sharded_copy(tiny_checkpoint, tmp_path)
     (path / index["weight_map"][Q]).unlink()
     refused(path, index["weight_map"][Q], "model.safetensors.index.json", "download")
 
 
-def test_truncated_shard(tiny_checkpoint: Make, tmp_path: Path) -> None:
+def test_rejects_truncated_shard(tiny_checkpoint: Make, tmp_path: Path) -> None:
     path, index = sharded_copy(tiny_checkpoint, tmp_path)
     shard = path / index["weight_map"][Q]
     shard.write_bytes(shard.read_bytes()[:-1])
     refused(path, shard.name, "cannot be read as safetensors")
 
 
-def test_index_promises_a_tensor_that_its_shard_lacks(tiny_checkpoint: Make, tmp_path: Path) -> None:
+def test_rejects_an_index_with_a_tensor_that_its_shard_lacks(tiny_checkpoint: Make, tmp_path: Path) -> None:
     path, index = sharded_copy(tiny_checkpoint, tmp_path)
     shard = path / index["weight_map"][Q]
     save_file(
@@ -313,7 +315,7 @@ def test_index_promises_a_tensor_that_its_shard_lacks(tiny_checkpoint: Make, tmp
     refused(path, shard.name, Q, "promises")
 
 
-def test_index_promises_a_tensor_of_another_shard(tiny_checkpoint: Make, tmp_path: Path) -> None:
+def test_rejects_an_index_with_a_tensor_of_another_shard(tiny_checkpoint: Make, tmp_path: Path) -> None:
     path, index = sharded_copy(tiny_checkpoint, tmp_path)
     index["weight_map"][Q] = next(
         shard for shard in index["weight_map"].values() if shard != index["weight_map"][Q]
@@ -322,8 +324,8 @@ def test_index_promises_a_tensor_of_another_shard(tiny_checkpoint: Make, tmp_pat
     refused(path, index["weight_map"][Q], Q)
 
 
-def test_a_shard_may_hold_a_stale_copy(tiny_checkpoint: Make, tmp_path: Path, llama: Path) -> None:
-    """The index says which of two is meant, whatever the order of the files."""
+def test_index_selects_among_copies_of_a_tensor(tiny_checkpoint: Make, tmp_path: Path, llama: Path) -> None:
+    """The index decides which of two copies is used, for any order of the files."""
     for copied_into in (0, -1):
         path, index = sharded_copy(tiny_checkpoint, tmp_path / str(copied_into))
         shard = path / sorted(set(index["weight_map"].values()) - {index["weight_map"][Q]})[copied_into]
@@ -334,7 +336,7 @@ def test_a_shard_may_hold_a_stale_copy(tiny_checkpoint: Make, tmp_path: Path, ll
 @pytest.mark.parametrize(
     "shard", ["../model.safetensors", "/etc/passwd", "sub/model.safetensors", "..", "", 3, None, ["a"]]
 )
-def test_index_leads_out_of_the_folder(tiny_checkpoint: Make, tmp_path: Path, shard: object) -> None:
+def test_rejects_an_index_with_paths(tiny_checkpoint: Make, tmp_path: Path, shard: object) -> None:
     path, index = sharded_copy(tiny_checkpoint, tmp_path)
     shutil.copyfile(path / index["weight_map"][Q], tmp_path / "model.safetensors")
     index["weight_map"][Q] = shard
@@ -343,7 +345,7 @@ def test_index_leads_out_of_the_folder(tiny_checkpoint: Make, tmp_path: Path, sh
 
 
 @pytest.mark.parametrize("text", ["{}", '{"weight_map": {}}', '{"weight_map": []}'])
-def test_index_without_a_map(tiny_checkpoint: Make, tmp_path: Path, text: str) -> None:
+def test_rejects_an_index_without_a_map(tiny_checkpoint: Make, tmp_path: Path, text: str) -> None:
     path, _ = sharded_copy(tiny_checkpoint, tmp_path)
     (path / "model.safetensors.index.json").write_text(text)
     refused(path, "no weight_map")
@@ -363,7 +365,7 @@ def test_unknown_family(llama: Path, edit_checkpoint: Make) -> None:
     refused(edit_checkpoint(llama, without=("model_type",)), "model_type = None")
 
 
-def test_unconsumed_tensor(llama: Path, edit_checkpoint: Make) -> None:
+def test_rejects_unexpected_tensors(llama: Path, edit_checkpoint: Make) -> None:
     path = edit_checkpoint(
         llama, tensors=lambda held: held.update({"model.layers.0.self_attn.sinks": torch.zeros(4)})
     )
@@ -382,40 +384,40 @@ def test_more_layers_in_the_config_than_stored(llama: Path, edit_checkpoint: Mak
     refused(edit_checkpoint(llama, config={"num_hidden_layers": 3}), "lacks 9 tensors", "model.layers.2.")
 
 
-def test_missing_tensor(llama: Path, edit_checkpoint: Make) -> None:
+def test_rejects_missing_tensor(llama: Path, edit_checkpoint: Make) -> None:
     refused(edit_checkpoint(llama, tensors=lambda held: held.pop(Q)), "lacks 1 tensors", Q)
 
 
-def test_missing_embedding(llama: Path, edit_checkpoint: Make) -> None:
+def test_rejects_missing_embedding(llama: Path, edit_checkpoint: Make) -> None:
     name = "model.embed_tokens.weight"
     refused(edit_checkpoint(llama, tensors=lambda held: held.pop(name)), "lacks the embedding", name, "llama")
 
 
-def test_missing_bias(tiny_checkpoint: Make, edit_checkpoint: Make, llama: Path) -> None:
+def test_rejects_missing_bias(tiny_checkpoint: Make, edit_checkpoint: Make, llama: Path) -> None:
     name = "model.layers.0.self_attn.k_proj.bias"
     path = edit_checkpoint(tiny_checkpoint("qwen2"), tensors=lambda held: held.pop(name))
     refused(path, "lacks 1 tensors", name)
     refused(edit_checkpoint(llama, config={"attention_bias": True}), "lacks 8 tensors", "q_proj.bias")
 
 
-def test_bias_that_the_config_denies(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
+def test_rejects_bias_that_the_config_excludes(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
     biased = tiny_checkpoint("llama", attention_bias=True)
     refused(edit_checkpoint(biased, config={"attention_bias": False}), "8 tensors", "k_proj.bias")
 
 
-def test_tensor_asked_for_by_name(llama: Path) -> None:
+def test_rejects_unknown_tensor_name(llama: Path) -> None:
     checkpoint = Checkpoint(llama)
     with checkpoint.reading(), pytest.raises(CheckpointError, match="lacks tensor nothing"):
         checkpoint.tensor("nothing", (1,), torch.float32)
 
 
 @pytest.mark.parametrize(("dtype", "name"), [(torch.int8, "I8"), (torch.float8_e4m3fn, "F8_E4M3")])
-def test_wrong_dtype(llama: Path, edit_checkpoint: Make, dtype: torch.dtype, name: str) -> None:
+def test_rejects_wrong_dtype(llama: Path, edit_checkpoint: Make, dtype: torch.dtype, name: str) -> None:
     path = edit_checkpoint(llama, tensors=lambda held: held.update({Q: held[Q].to(dtype)}))
     refused(path, Q, name, "F32", "unquantised")
 
 
-def test_wrong_number_of_kv_heads(llama: Path, edit_checkpoint: Make) -> None:
+def test_rejects_wrong_number_of_kv_heads(llama: Path, edit_checkpoint: Make) -> None:
     name = "model.layers.0.self_attn.k_proj.weight"
     refused(
         edit_checkpoint(llama, config={"num_key_value_heads": 1}),
@@ -437,13 +439,13 @@ def test_wrong_number_of_kv_heads(llama: Path, edit_checkpoint: Make) -> None:
 
 
 @pytest.mark.parametrize("key", ["vocab_size", "hidden_size", "intermediate_size", "head_dim"])
-def test_wrong_shape(llama: Path, edit_checkpoint: Make, key: str) -> None:
+def test_rejects_wrong_shape(llama: Path, edit_checkpoint: Make, key: str) -> None:
     stored = Checkpoint(llama).config[key]
     refused(edit_checkpoint(llama, config={key: stored + 2}), "has a shape that config.json contradicts", key)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
-def test_numbers_that_are_not_finite(llama: Path, edit_checkpoint: Make, bad: float) -> None:
+def test_rejects_numbers_that_are_not_finite(llama: Path, edit_checkpoint: Make, bad: float) -> None:
     path = edit_checkpoint(llama, tensors=lambda held: held[Q][3, 4:6].fill_(bad))
     refused(path, Q, "not finite", f"2 of {32 * 32}")
 
@@ -459,7 +461,7 @@ def test_numbers_that_are_not_finite(llama: Path, edit_checkpoint: Make, bad: fl
         {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
     ],
 )
-def test_rotary_scaling_that_is_not_known(llama: Path, edit_checkpoint: Make, rope: dict[str, Any]) -> None:
+def test_rejects_unknown_rotary_scaling(llama: Path, edit_checkpoint: Make, rope: dict[str, Any]) -> None:
     kind = next(said for said in rope.values() if said)
     refused(
         edit_checkpoint(llama, config=rope),
@@ -480,21 +482,19 @@ def test_rotary_scaling_that_is_not_known(llama: Path, edit_checkpoint: Make, ro
         ([1], "must be one table"),
     ],
 )
-def test_rotary_settings_that_make_no_sense(
-    llama: Path, edit_checkpoint: Make, rope: object, said: str
-) -> None:
+def test_rejects_invalid_rotary_settings(llama: Path, edit_checkpoint: Make, rope: object, said: str) -> None:
     refused(edit_checkpoint(llama, config={"rope_parameters": rope}), said)
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_partial_rotation(llama: Path, edit_checkpoint: Make, inside: bool) -> None:
+def test_rejects_partial_rotation(llama: Path, edit_checkpoint: Make, inside: bool) -> None:
     half = {"partial_rotary_factor": 0.5}
     config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **half}} if inside else half
     refused(edit_checkpoint(llama, config=config), "only a part of each head", "0.5")
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", None, ["silu"], 1])
-def test_activation_that_is_not_known(llama: Path, edit_checkpoint: Make, act: object) -> None:
+def test_rejects_unknown_activation(llama: Path, edit_checkpoint: Make, act: object) -> None:
     path = edit_checkpoint(llama, config={"hidden_act": act})
     if act is None:  # the family's default
         assert load_decoder(path).layers[0].mlp.activation == "silu"
@@ -502,7 +502,7 @@ def test_activation_that_is_not_known(llama: Path, edit_checkpoint: Make, act: o
         refused(path, "activation", repr(act), "silu")
 
 
-def test_bloom_with_its_residual_after_the_norm(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
+def test_rejects_bloom_with_its_residual_after_the_norm(tiny_checkpoint: Make, edit_checkpoint: Make) -> None:
     path = edit_checkpoint(
         tiny_checkpoint("bloom"), config={"apply_residual_connection_post_layernorm": True}
     )
@@ -510,8 +510,8 @@ def test_bloom_with_its_residual_after_the_norm(tiny_checkpoint: Make, edit_chec
 
 
 @pytest.mark.parametrize("method", ["gptq", "awq", "bitsandbytes", "fp8"])
-def test_quantised_checkpoint(llama: Path, edit_checkpoint: Make, method: str) -> None:
-    """Found before any tensor is looked at."""
+def test_rejects_quantised_checkpoint(llama: Path, edit_checkpoint: Make, method: str) -> None:
+    """Detected before any tensor is read."""
     path = edit_checkpoint(
         llama,
         config={"quantization_config": {"quant_method": method}},
@@ -521,14 +521,16 @@ def test_quantised_checkpoint(llama: Path, edit_checkpoint: Make, method: str) -
 
 
 @pytest.mark.parametrize("missing", ["sliding_window", "max_window_layers"])
-def test_window_that_the_config_does_not_give(
+def test_rejects_a_config_without_the_window_size(
     tiny_checkpoint: Make, edit_checkpoint: Make, missing: str
 ) -> None:
     path = tiny_checkpoint("qwen2", use_sliding_window=True, sliding_window=4)
     refused(edit_checkpoint(path, without=(missing, "layer_types")), f"config.json lacks {missing}")
 
 
-def test_windows_are_those_of_transformers(tiny_checkpoint: Make, edit_checkpoint: Make, llama: Path) -> None:
+def test_windows_equal_those_of_transformers(
+    tiny_checkpoint: Make, edit_checkpoint: Make, llama: Path
+) -> None:
     def windows(path: Path, **config: Any) -> list[int | None]:
         return [layer.attention.window for layer in load_decoder(edit_checkpoint(path, config=config)).layers]
 
@@ -566,11 +568,11 @@ def test_windows_are_those_of_transformers(tiny_checkpoint: Make, edit_checkpoin
         ("max_position_embeddings", 10**400),
     ],
 )
-def test_impossible_sizes(llama: Path, edit_checkpoint: Make, key: str, value: object) -> None:
+def test_rejects_sizes_out_of_range(llama: Path, edit_checkpoint: Make, key: str, value: object) -> None:
     refused(edit_checkpoint(llama, config={key: value}), "config.json gives an impossible")
 
 
-def test_config_without_a_size(llama: Path, edit_checkpoint: Make) -> None:
+def test_rejects_a_config_without_a_size(llama: Path, edit_checkpoint: Make) -> None:
     refused(edit_checkpoint(llama, without=("hidden_size",)), "config.json has no hidden_size")
 
 
@@ -601,7 +603,7 @@ print(peak() - first, most - files)
 
 
 @pytest.mark.slow
-def test_layers_do_not_pile_up_in_memory(tmp_path: Path) -> None:
+def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
     """After the first of 18 layers (300 MB) the rest add a few at most, and no page of the file stays mapped."""
     hidden, inner, layers = 512, 2048, 18
     config = {

@@ -1,4 +1,4 @@
-"""Every family computes what transformers computes, on random weights, to float64 rounding."""
+"""Every family gives the logits of transformers on random weights, up to float64 rounding."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _name(value: object) -> str:
 
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
-    """transformers computes norms, BLOOM's softmax and ALiBi in float32 whatever the model's dtype; here in its dtype."""
+    """Let transformers compute norms, BLOOM's softmax and ALiBi in the model's dtype instead of float32."""
     from transformers.models.bloom import modeling_bloom
     from transformers.models.llama.modeling_llama import LlamaRMSNorm
     from transformers.models.mistral.modeling_mistral import MistralRMSNorm
@@ -153,7 +153,7 @@ def test_logits_equal_transformers_in_float64(
         ("qwen3", {"max_window_layers": 0, **WINDOW}, {"layer_types": None, "max_window_layers": 1}),
     ],
 )
-def test_parity_sees_one_changed_setting(
+def test_one_changed_setting_breaks_parity(
     tiny_checkpoint: Callable[..., Path],
     edit_checkpoint: Callable[..., Path],
     family: str,
@@ -167,7 +167,7 @@ def test_parity_sees_one_changed_setting(
 
 
 @pytest.mark.usefixtures("wide")
-def test_parity_sees_swapped_kv_heads(
+def test_swapped_kv_heads_break_parity(
     tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
 ) -> None:
     path = tiny_checkpoint("llama")
@@ -190,7 +190,7 @@ def test_logits_equal_unpatched_transformers_in_float32(
 
 
 @pytest.mark.usefixtures("wide")
-def test_bloom_saved_without_its_prefix(
+def test_loads_bloom_without_its_prefix(
     tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
 ) -> None:
     path = tiny_checkpoint("bloom")
@@ -222,7 +222,7 @@ ROPES: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("rope", ROPES)
-def test_rotary_tables_equal_transformers_to_the_bit(
+def test_rotary_tables_are_bit_identical_to_transformers(
     tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path], rope: dict[str, Any]
 ) -> None:
     path = edit_checkpoint(tiny_checkpoint("llama", head_dim=128), config=rope)
@@ -248,13 +248,13 @@ def test_llama3_scaling_of_the_test_has_all_three_bands(tiny_checkpoint: Callabl
 
 
 @pytest.mark.parametrize("heads", [1, 2, 3, 6, 8, 11, 12, 16, 25, 32, 71, 112])
-def test_alibi_slopes_equal_transformers_to_the_bit(heads: int) -> None:
+def test_alibi_slopes_are_bit_identical_to_transformers(heads: int) -> None:
     from transformers.models.bloom.modeling_bloom import _get_alibi_slopes
 
     assert torch.equal(alibi_slopes(heads, torch.float32), _get_alibi_slopes(heads, torch.device("cpu")))
 
 
-def test_alibi_slopes_are_the_papers() -> None:
+def test_alibi_slopes_equal_those_of_the_paper() -> None:
     assert alibi_slopes(8, torch.float64).tolist() == [2.0**-i for i in range(1, 9)]
     twelve = [2.0**-i for i in range(1, 9)] + [2.0 ** -(i + 0.5) for i in range(4)]
     assert alibi_slopes(12, torch.float64).tolist() == pytest.approx(twelve, rel=1e-6)

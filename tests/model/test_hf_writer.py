@@ -1,4 +1,6 @@
-"""`kvexport compress`: what it writes is a standard checkpoint, and computes what our own decoder computes."""
+"""`kvexport compress` writes a Hugging Face checkpoint that transformers runs with the logits of the
+reference.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,7 @@ def plan(**options: Any) -> BuildOptions:
 
 
 def converted_logits(checkpoint: Path, method: str, kv_heads: int, tokens: torch.Tensor) -> torch.Tensor:
-    """What our own decoder computes after the same conversion."""
+    """Logits of the reference after the same conversion."""
     from kvexport.calibrate import calibration_windows
 
     decoder = load_decoder(checkpoint)
@@ -66,7 +68,7 @@ def transformers_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
         ("bloom", "online", {}),
     ],
 )
-def test_transformers_computes_what_our_decoder_computes(
+def test_transformers_gives_the_logits_of_the_reference(
     tiny_checkpoint: Any, tmp_path: Path, family: str, method: str, config: dict[str, Any]
 ) -> None:
     source = tiny_checkpoint(family, **config)
@@ -79,7 +81,7 @@ def test_transformers_computes_what_our_decoder_computes(
     assert {layer.num_key_value_heads for layer in report.layers} == {heads // 2}
 
 
-def test_the_config_says_fewer_heads_and_the_cache_of_transformers_shrinks(
+def test_config_has_fewer_heads_and_the_cache_of_transformers_shrinks(
     tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
     compress(tiny_checkpoint("mistral", **MHA), tmp_path / "out", plan(kv_heads=1), Progress())
@@ -92,7 +94,7 @@ def test_the_config_says_fewer_heads_and_the_cache_of_transformers_shrinks(
     assert cache.layers[0].keys.shape[1] == 1
 
 
-def test_it_can_be_converted_again_and_blooms_repeated_heads_are_found_without_loss(
+def test_converts_the_result_again_and_compresses_repeated_bloom_heads_without_loss(
     tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
     source = tiny_checkpoint("bloom")
@@ -107,7 +109,7 @@ def test_it_can_be_converted_again_and_blooms_repeated_heads_are_found_without_l
     )
 
 
-def test_shards_are_written_when_the_model_is_large(
+def test_writes_shards_for_a_large_model(
     tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("kvexport.model.hf_writer._SHARD_BYTES", 6000)
@@ -130,7 +132,7 @@ def test_shards_are_written_when_the_model_is_large(
         ("mistral", {**MHA, "sliding_window": 16}, "fold", "sliding window"),
     ],
 )
-def test_what_is_no_standard_checkpoint_is_refused_before_any_work(
+def test_rejects_conversions_that_need_a_bundle_before_any_work(
     tiny_checkpoint: Any, tmp_path: Path, family: str, config: dict[str, Any], method: str, says: str
 ) -> None:
     with pytest.raises(UsageError, match=says):
@@ -140,7 +142,7 @@ def test_what_is_no_standard_checkpoint_is_refused_before_any_work(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_numbers_that_do_not_fit_float16_are_an_error_that_names_the_tensor(
+def test_float16_overflow_error_names_the_tensor(
     tiny_checkpoint: Any, edit_checkpoint: Any, tmp_path: Path
 ) -> None:
     source = edit_checkpoint(

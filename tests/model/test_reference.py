@@ -1,4 +1,4 @@
-"""The oracle: its static cache equals the full pass, and maps mean what the decoder's docstrings say."""
+"""The reference model: its static cache equals the full pass, and maps act as documented."""
 
 from __future__ import annotations
 
@@ -47,7 +47,9 @@ def close(ours: torch.Tensor, full: torch.Tensor) -> None:
 
 @pytest.mark.parametrize("stale", [0.0, 1e6])
 def test_rows_at_different_positions_equal_the_full_pass(decoder: Decoder, stale: float) -> None:
-    """Right-padded prompts of 3 and 9 tokens, then six steps, each row at its own position; unseen slots hold anything."""
+    """Right-padded prompts of 3 and 9 tokens, then six steps, rows at different positions; unused slots are
+    arbitrary.
+    """
     ids = token_ids()
     full = reference.forward(decoder, ids)
     cache = reference.new_cache(decoder.layers, batch=2, capacity=20, dtype=torch.float64)
@@ -78,7 +80,7 @@ def test_chunked_prefill_equals_the_full_pass(decoder: Decoder) -> None:
     close(torch.cat(chunks, dim=1), reference.forward(decoder, ids))
 
 
-def test_taps_show_what_was_cached(decoder: Decoder) -> None:
+def test_taps_equal_the_cache(decoder: Decoder) -> None:
     ids = token_ids()
     cache = reference.new_cache(decoder.layers, batch=2, capacity=ids.shape[1], dtype=torch.float64)
     taps: list[reference.LayerTaps] = []
@@ -100,8 +102,8 @@ def random_rotation(size: int, seed: int) -> torch.Tensor:
     return torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
 
 
-def test_key_and_query_maps_act_after_rotation(decoder: Decoder) -> None:
-    """One orthogonal matrix for a key head and all of its queries leaves every score as it was."""
+def test_key_and_query_maps_act_after_rope(decoder: Decoder) -> None:
+    """One orthogonal matrix for a key head and all of its queries does not change the scores."""
 
     def change(attention: Attention) -> Attention:
         maps = torch.stack(
@@ -117,7 +119,7 @@ def test_key_and_query_maps_act_after_rotation(decoder: Decoder) -> None:
     )
 
 
-def test_value_map_takes_values_to_the_width_of_o(decoder: Decoder) -> None:
+def test_value_map_maps_values_to_the_width_of_o(decoder: Decoder) -> None:
     def change(attention: Attention) -> Attention:
         kv, width = attention.num_kv_heads, attention.value_dim
         turns = torch.stack(
@@ -137,8 +139,8 @@ def test_value_map_takes_values_to_the_width_of_o(decoder: Decoder) -> None:
     )
 
 
-def test_two_heads_in_one_wide_kv_head(llama: Decoder) -> None:
-    """Pairs of key and value heads cached as one head of twice the width: the same bytes, the same numbers."""
+def test_two_heads_may_share_one_wide_kv_head(llama: Decoder) -> None:
+    """Pairs of heads cached as one head of twice the width give the same logits."""
 
     def change(attention: Attention) -> Attention:
         d, heads = attention.head_dim, attention.num_heads
@@ -168,16 +170,14 @@ def test_two_heads_in_one_wide_kv_head(llama: Decoder) -> None:
     close(reference.forward(wide, ids, cache=cache), reference.forward(llama, ids))
 
 
-def test_window_sees_the_token_itself_and_those_before(llama: Decoder) -> None:
+def test_window_includes_the_token_itself(llama: Decoder) -> None:
     attention = replace(llama.layers[0].attention, window=3)
     seen = reference.visibility(attention, torch.tensor([[0, 4]]), torch.arange(6), dtype=torch.float64) == 0
     assert seen[0, 0].int().tolist() == [[1, 0, 0, 0, 0, 0], [0, 0, 1, 1, 1, 0]]
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_alibi_keeps_distances_apart_in_half_precision(
-    tiny_checkpoint: Callable[..., Path], dtype: torch.dtype
-) -> None:
+def test_alibi_is_exact_in_half_precision(tiny_checkpoint: Callable[..., Path], dtype: torch.dtype) -> None:
     attention = load_decoder(tiny_checkpoint("bloom")).layers[0].attention
     exact = reference.visibility(attention, torch.tensor([[4000]]), torch.arange(4001), dtype=torch.float64)
     half = reference.visibility(attention, torch.tensor([[4000]]), torch.arange(4001), dtype=dtype)
@@ -186,7 +186,7 @@ def test_alibi_keeps_distances_apart_in_half_precision(
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_half_precision_runs_in_its_own_dtype(
+def test_half_precision_computes_in_its_dtype(
     tiny_checkpoint: Callable[..., Path], dtype: torch.dtype
 ) -> None:
     half = load_decoder(tiny_checkpoint("llama"), dtype)
@@ -198,7 +198,7 @@ def test_half_precision_runs_in_its_own_dtype(
     )
 
 
-def test_lazy_layers_read_only_what_is_asked() -> None:
+def test_lazy_layers_load_only_requested_layers() -> None:
     read: list[int] = []
 
     def one(index: int) -> Layer:

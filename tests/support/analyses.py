@@ -1,4 +1,4 @@
-"""Analyses of tiny decoders whose conversion is made by hand: adjacent KV heads replaced by their mean."""
+"""Analyses of tiny decoders in which adjacent KV heads are replaced by their mean."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ TOKENS = (
 
 
 def mean_pooled(attention: Attention) -> Attention:
-    """Half as many KV heads, each the mean of two adjacent ones."""
+    """Replace each two adjacent KV heads by their mean."""
 
     def mean(linear: Linear) -> Linear:
         def halve(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""A real headless browser, driven through the DevTools protocol over pipes; needs no package."""
+"""A headless browser, driven by the DevTools protocol over pipes; needs no package."""
 
 from __future__ import annotations
 
@@ -36,7 +36,11 @@ def find_browser() -> str | None:
 
 
 class Browser:
-    """One tab. `events` holds everything that the browser said unasked, in order."""
+    """One tab of the browser.
+
+    Attributes:
+        events: events of the DevTools protocol, in order.
+    """
 
     def __init__(self, write: int, read: int) -> None:
         self._write, self._read, self._buffer, self._calls = write, read, b"", 0

@@ -1,4 +1,4 @@
-"""Tiny random decoders of every kind of attention, made without transformers; float64 unless told."""
+"""Tiny random decoders with every kind of attention, made without transformers; float64 by default."""
 
 from __future__ import annotations
 
@@ -34,9 +34,9 @@ def make_decoder(
 ) -> Decoder:
     """A random decoder of one of `STYLES`.
 
-    'llama' rotates; 'gqa' shares each KV head between two queries; 'bias' has QKV biases; 'qwen3' normalises queries
-    and keys; 'bloom' has ALiBi, LayerNorm and biases everywhere; 'window' sees 5 positions back. `sharpness`
-    multiplies W_Q: larger, more peaked attention.
+    'llama' rotates; 'gqa' shares each KV head between two queries; 'bias' has QKV biases; 'qwen3' normalises
+    queries and keys; 'bloom' has ALiBi, LayerNorm and biases everywhere; 'window' sees 5 positions back.
+    `sharpness` multiplies W_Q: larger, more peaked attention.
     """
     assert style in STYLES
     bloom, qk_norm, qkv_bias = style == "bloom", style == "qwen3", style in ("bias", "bloom")
@@ -96,13 +96,13 @@ def make_decoder(
 
 
 def make_attention(style: str = "llama", **sizes: Any) -> tuple[Attention, Rope | None]:
-    """One layer's attention, and the rotary table that goes with it."""
+    """One layer's attention, and its RoPE."""
     decoder = make_decoder(style, layers=1, **sizes)
     return decoder.layers[0].attention, decoder.rope
 
 
 def with_attention(decoder: Decoder, change: Callable[[Attention], Attention]) -> Decoder:
-    """The same decoder with every layer's attention changed."""
+    """Apply `change` to the attention of every layer."""
     layers = [dataclasses.replace(layer, attention=change(layer.attention)) for layer in decoder.layers]
     return dataclasses.replace(decoder, layers=layers)
 
