@@ -43,7 +43,8 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=RECORD)
     arguments = parser.parse_args()
     record: dict[str, Any] = {
-        "machine": f"{platform.machine()}, {arguments.threads} threads, onnxruntime {onnxruntime.__version__}",
+        "machine": f"{platform.machine()}, {arguments.threads} threads, onnxruntime "
+        f"{onnxruntime.__version__}",
         "layer_step_ms": {},
     }
     for label, (heads, kv_heads, width) in SHAPES.items():

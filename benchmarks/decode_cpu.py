@@ -340,9 +340,12 @@ def target(
 def table(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {each}" for name, each in record["versions"].items())
     text = (
-        f"# Decode and prefill on the CPU\n\n`benchmarks/decode_cpu.py`, kvexport {record['kvexport']}, {versions}; "
-        f"{record['machine']}, float32, {record['layers']} layers. Medians of alternating calls in milliseconds, quartiles in "
-        "brackets; raw times in decode_cpu.json. Not measured: more threads, other processors, lower precision.\n\n"
+        f"# Decode and prefill on the CPU\n\n`benchmarks/decode_cpu.py`, kvexport {record['kvexport']}, "
+        f"{versions}; "
+        f"{record['machine']}, float32, {record['layers']} layers. Medians of alternating calls in "
+        "milliseconds, quartiles in "
+        "brackets; raw times in decode_cpu.json. Not measured: more threads, other processors, lower "
+        "precision.\n\n"
     )
     columns = [(stage, tokens) for stage in ("prefill", "decode") for tokens in record[stage]]
     text += (
@@ -358,12 +361,16 @@ def table(record: dict[str, Any]) -> str:
             low, high = figures["quartiles_ms"]
             cells.append(f" {figures['median_ms']:,.1f} ({low:,.1f}–{high:,.1f}) |")
         text += f"| {side} |" + "".join(cells) + "\n"
-    text += "\n| | is so many times as fast as | aimed at | median of the ratios (quartiles) | |\n|---|---|---|---|---|\n"
+    text += (
+        "\n| | is so many times as fast as | aimed at | median of the ratios (quartiles) | "
+        "|\n|---|---|---|---|---|\n"
+    )
     for each in record["targets"]:
         low, high = each["quartiles"]
         text += (
             f"| {each['who']}, {each['stage']} {each['tokens']} | {each['whom']} | {each['at_least']} "
-            f"| {each['times_as_fast']:.2f} ({low:.2f}–{high:.2f}) | {'reached' if each['reached'] else 'missed'} |\n"
+            f"| {each['times_as_fast']:.2f} ({low:.2f}–{high:.2f}) | "
+            f"{'reached' if each['reached'] else 'missed'} |\n"
         )
     return text
 

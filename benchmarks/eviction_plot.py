@@ -71,7 +71,8 @@ def _panel(title: str, y: Axis, rows: Sequence[Figures], value: Value, left: flo
         parts.append(f'<text class="soft end" x="{left - 6}" y="{at + 4:.1f}">{y.text(tick)}</text>')
     for tick in x.ticks():
         parts.append(
-            f'<text class="soft mid" x="{left + x.place(tick) * _WIDE:.1f}" y="{bottom + 16}">{x.text(tick)}</text>'
+            f'<text class="soft mid" x="{left + x.place(tick) * _WIDE:.1f}" '
+            f'y="{bottom + 16}">{x.text(tick)}</text>'
         )
     parts.append(f'<text class="soft mid" x="{left + _WIDE / 2}" y="{bottom + 32}">{x.label}</text>')
     for slot, policy in enumerate(POLICIES):
@@ -85,7 +86,8 @@ def _panel(title: str, y: Axis, rows: Sequence[Figures], value: Value, left: flo
             if points:
                 path = "L".join(f"{a:.1f} {b:.1f}" for a, b in points)
                 parts.append(
-                    f'<path fill="none" stroke="{_COLOURS[slot]}" stroke-width="2" stroke-dasharray="{dashes}" d="M{path}"/>'
+                    f'<path fill="none" stroke="{_COLOURS[slot]}" stroke-width="2" '
+                    f'stroke-dasharray="{dashes}" d="M{path}"/>'
                 )
                 parts += [_mark(a, b, slot) for a, b in points]
     return parts
@@ -101,7 +103,8 @@ def _key() -> list[str]:
     for protection, told in _LEGEND.items():
         dashes = _STYLES[protection]
         parts.append(
-            f'<path fill="none" stroke="#1c2430" stroke-width="2" stroke-dasharray="{dashes}" d="M{x - 8} 38h34"/>'
+            f'<path fill="none" stroke="#1c2430" stroke-width="2" stroke-dasharray="{dashes}" d="M{x - 8} '
+            '38h34"/>'
         )
         parts.append(f'<text x="{x + 32}" y="42">{escape(told)}</text>')
         x += 6 * len(told) + 72

@@ -24,7 +24,8 @@ def markdown(record: Record) -> str:
     models = ", ".join(f"{each['name']} ({what})" for what, each in settings["models"].items())
     parts = [
         "# What a cache of fewer tokens costs",
-        f"Models: {models}; PyTorch float32, {record['machine']}. The context is {settings['context']} tokens; budgets are "
+        f"Models: {models}; PyTorch float32, {record['machine']}. The context is {settings['context']} "
+        "tokens; budgets are "
         "shares of it, alike in every layer and KV head. Keys keep the rotation of their true position.",
         _full(record),
         "Policies: which token goes.\n\n"
@@ -39,7 +40,8 @@ def markdown(record: Record) -> str:
         parts += _section(f"## Language modelling: {text}", rows, partial(_text_nats, text))
     if settings["texts"]:
         parts.append(
-            "Nats per token by which cross-entropy rises over the model with its whole cache, on the second half of every "
+            "Nats per token by which cross-entropy rises over the model with its whole cache, on the "
+            "second half of every "
             "window, one token at a time; ± the standard error over windows."
         )
     for task, what in TASKS.items():
@@ -49,8 +51,10 @@ def markdown(record: Record) -> str:
     trials = min((each["prompts"] for each in settings["prompts"].values()), default=0)
     if trials:
         parts.append(
-            "Answers that greedy decoding writes without a mistake. `once`: the prompt is read whole, its question with it, then "
-            "the cache is compressed once, as in the paper. `chunked`: the prompt is read in chunks within the budget, so that "
+            "Answers that greedy decoding writes without a mistake. `once`: the prompt is read whole, its "
+            "question with it, then "
+            "the cache is compressed once, as in the paper. `chunked`: the prompt is read in chunks "
+            "within the budget, so that "
             "tokens go before the question is known. The standard error is at most "
             f"{0.5 / math.sqrt(trials):.1%}, of {trials} prompts."
         )
@@ -249,8 +253,10 @@ def _winners(record: Record, rows: Sequence[Figures]) -> list[str]:
         *(["best", "second", "third", "fourth"][: max(len(e["ranked"]) for e in found)]),
     ]
     note = (
-        "Each policy with the protection that serves it best, no layer left whole, so that all hold the same bytes. A win is a "
-        f"difference to the second of more than {CLEAR:g} standard errors (of the differences window by window, or of two "
+        "Each policy with the protection that serves it best, no layer left whole, so that all hold the "
+        "same bytes. A win is a "
+        f"difference to the second of more than {CLEAR:g} standard errors (of the differences window by "
+        "window, or of two "
         f"shares). Of {len(found)} comparisons: {summary}."
     )
     return [
@@ -298,7 +304,8 @@ def _defaults(rows: Sequence[Figures]) -> list[str]:
         ]
         lines.append([*name, *means])
     note = (
-        "Mean over the texts (nats over the whole cache), and over the tasks (accuracy, by protocol), at each budget; empty "
+        "Mean over the texts (nats over the whole cache), and over the tasks (accuracy, by protocol), at "
+        "each budget; empty "
         "where some are missing."
     )
     return [
@@ -355,8 +362,10 @@ def _combined(record: Record, found: Sequence[Figures]) -> list[str]:
         for heads, what, share in order
     ]
     note = (
-        "Heads: the share of the KV numbers per token that `kvexport build --kv-ratio` leaves (calibrated on the model's own "
-        "text, no fine-tuning); held: the share of the trained model's KV numbers at this context. Retrieval by the protocol "
+        "Heads: the share of the KV numbers per token that `kvexport build --kv-ratio` leaves (calibrated "
+        "on the model's own "
+        "text, no fine-tuning); held: the share of the trained model's KV numbers at this context. "
+        "Retrieval by the protocol "
         "`once`."
     )
     return [

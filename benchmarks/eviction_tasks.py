@@ -20,30 +20,32 @@ ASKED = "\nWhat is the best thing to do in {place}? The best thing to do in {pla
 
 # fmt: off
 PLACES = (
-    "Aldo", "Bern", "Cairo", "Delft", "Essen", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kyoto", "Lima", "Malmo",
-    "Nice", "Oslo", "Porto", "Quito", "Riga", "Seoul", "Turin", "Ulm", "Vigo", "Wells", "York",
+    "Aldo", "Bern", "Cairo", "Delft", "Essen", "Faro", "Ghent", "Hull", "Izmir", "Jena", "Kyoto", "Lima",
+    "Malmo", "Nice", "Oslo", "Porto", "Quito", "Riga", "Seoul", "Turin", "Ulm", "Vigo", "Wells", "York",
 )
 VERBS = (
-    "paint", "carry", "build", "watch", "follow", "count", "borrow", "repair", "draw", "open", "visit", "clean", "move",
-    "weigh", "fill", "keep", "bring", "hide", "sell", "turn",
+    "paint", "carry", "build", "watch", "follow", "count", "borrow", "repair", "draw", "open", "visit",
+    "clean", "move", "weigh", "fill", "keep", "bring", "hide", "sell", "turn",
 )
 KINDS = (
-    "red", "small", "old", "heavy", "quiet", "round", "wooden", "bright", "empty", "narrow", "broken", "warm", "yellow",
-    "strange", "soft", "early", "silver", "plain",
+    "red", "small", "old", "heavy", "quiet", "round", "wooden", "bright", "empty", "narrow", "broken", "warm",
+    "yellow", "strange", "soft", "early", "silver", "plain",
 )
 THINGS = (
-    "boat", "lamp", "bridge", "garden", "horse", "window", "letter", "kettle", "tower", "basket", "clock", "river",
-    "stone", "ladder", "market", "coat", "drum", "harbour", "mill", "piano", "cart", "candle", "field", "mirror",
+    "boat", "lamp", "bridge", "garden", "horse", "window", "letter", "kettle", "tower", "basket", "clock",
+    "river", "stone", "ladder", "market", "coat", "drum", "harbour", "mill", "piano", "cart", "candle",
+    "field", "mirror",
 )
 DOING = (
-    "painting", "carrying", "building", "watching", "following", "counting", "borrowing", "repairing", "drawing", "opening",
-    "visiting", "cleaning", "moving", "weighing", "filling", "keeping", "bringing", "hiding", "selling", "turning",
+    "painting", "carrying", "building", "watching", "following", "counting", "borrowing", "repairing",
+    "drawing", "opening", "visiting", "cleaning", "moving", "weighing", "filling", "keeping", "bringing",
+    "hiding", "selling", "turning",
 )
 HOW = ("daily", "twice", "slowly", "together", "alone", "quickly", "often", "quietly")
 COUNTS = ("two", "six", "ten", "twenty", "forty", "fifty", "ninety", "many")
 WHERE = (
-    "at noon", "by the river", "in the rain", "before dawn", "under the bridge", "near the mill", "after lunch",
-    "on the hill",
+    "at noon", "by the river", "in the rain", "before dawn", "under the bridge", "near the mill",
+    "after lunch", "on the hill",
 )
 # fmt: on
 TASKS = {

@@ -12,7 +12,8 @@ from kvexport.analyze.charts import Axis
 
 _COLOURS = ("#0068b3", "#c24e00", "#00805d", "#8a3ffc", "#5a6675")
 _STYLE = (
-    "text{font:12px system-ui,sans-serif;fill:#1c2430}.soft{fill:#5a6675}.end{text-anchor:end}.mid{text-anchor:middle}"
+    "text{font:12px "
+    "system-ui,sans-serif;fill:#1c2430}.soft{fill:#5a6675}.end{text-anchor:end}.mid{text-anchor:middle}"
     ".grid{stroke:#dde2e8}.title{font-weight:600}.dot{fill:#fff;font-size:10px;font-weight:600;text-anchor:middle}"
 )
 _ROW, _TOP, _NAMES, _PLOT, _GAP = 21, 58, 150, 360, 44  # pixels
@@ -34,7 +35,8 @@ def overview(record: dict[str, Any]) -> str | None:
     parts = [_key(["KV numbers:", *ratios], 16)]
     for at, name in enumerate(names):
         parts.append(
-            f'<text class="end" x="{_NAMES - 10}" y="{_TOP + _ROW * (at + 0.5) + 4:.1f}">{escape(name)}</text>'
+            f'<text class="end" x="{_NAMES - 10}" '
+            f'y="{_TOP + _ROW * (at + 0.5) + 4:.1f}">{escape(name)}</text>'
         )
     for panel, text in enumerate(texts):
         left = _NAMES + panel * (_PLOT + _GAP)
@@ -122,7 +124,8 @@ def _key(names: Sequence[str], y: float, lines: bool = False) -> str:
 def _dot(x: float, y: float, ratio: str, slot: int) -> str:
     """A disc with the ratio's denominator in it."""
     inside = f'<text class="dot" x="{x:.1f}" y="{y + 3.5:.1f}">{escape(ratio.partition("/")[2])}</text>'
-    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7.5" fill="{_COLOURS[slot % len(_COLOURS)]}" fill-opacity="0.9"/>{inside}'
+    colour = _COLOURS[slot % len(_COLOURS)]
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="7.5" fill="{colour}" fill-opacity="0.9"/>{inside}'
 
 
 def _mark(x: float, y: float, slot: int) -> str:
@@ -132,7 +135,10 @@ def _mark(x: float, y: float, slot: int) -> str:
 
 
 def _svg(title: str, width: float, height: float, parts: Sequence[str]) -> str:
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">'
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" '
+        f'height="{height}" role="img">'
+    )
     page = (
         f'<title>{escape(title)}</title><style>{_STYLE}</style><rect width="100%" height="100%" fill="#fff"/>'
     )

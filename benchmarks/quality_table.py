@@ -65,12 +65,18 @@ def markdown(record: Record) -> str:
     predictions_of = ", ".join(f"{name} {each['tokens']}" for name, each in original["texts"].items())
     parts = [
         f"# What conversion costs on {settings['model']['name']}",
-        f"Calibration: {calibration['source']}, {calibration['samples']} windows of {calibration['length']} tokens, seed "
-        f"{calibration['seed']}; no fine-tuning unless a row says so. Evaluation: windows of {settings['length']} tokens, "
-        f"predictions: {predictions_of}. PyTorch float32; {record['machine']}. All rows were measured on the same windows.",
-        "KL(original ‖ converted) and cross-entropy (CE) in nats per token, ppl = exp(CE), top-1: how often the likeliest "
-        "token is the original's. MACs: multiply-adds of attention in a decode step at batch 1, mean of the layers, for each "
-        "cached token (they grow with the context) and for the new one. Seconds: of processor time, to calibrate and convert.",
+        f"Calibration: {calibration['source']}, {calibration['samples']} windows of "
+        f"{calibration['length']} tokens, seed "
+        f"{calibration['seed']}; no fine-tuning unless a row says so. Evaluation: windows of "
+        f"{settings['length']} tokens, "
+        f"predictions: {predictions_of}. PyTorch float32; {record['machine']}. All rows were measured on "
+        "the same windows.",
+        "KL(original ‖ converted) and cross-entropy (CE) in nats per token, ppl = exp(CE), top-1: how "
+        "often the likeliest "
+        "token is the original's. MACs: multiply-adds of attention in a decode step at batch 1, mean of "
+        "the layers, for each "
+        "cached token (they grow with the context) and for the new one. Seconds: of processor time, to "
+        "calibrate and convert.",
         _original(record, texts),
     ]
     sections = _by_section(record)
@@ -263,8 +269,10 @@ def _long(record: Record) -> list[str]:
         for text, kls in each["kl"].items()
     ]
     note = (
-        f"KL to the original at half of the KV numbers, of the same windows of {record['settings']['length']} tokens with their "
-        "first token at these positions. The first lines are the original itself: what rounding makes of an offset."
+        f"KL to the original at half of the KV numbers, of the same windows of "
+        f"{record['settings']['length']} tokens with their "
+        "first token at these positions. The first lines are the original itself: what rounding makes of "
+        "an offset."
     )
     return ["## Far into the context", note, _grid(["", "text", *map(str, offsets)], lines)]
 

@@ -229,7 +229,8 @@ def passkey_cells(
                     raise UsageError(
                         "a passkey prompt cannot be made this long",
                         got=f"{length} tokens",
-                        expected=f"{length - room} to {length - room + len(hay)}, by the prompt and the haystack's length",
+                        expected=f"{length - room} to {length - room + len(hay)}, by the prompt and the "
+                        "haystack's length",
                     )
                 at = chance.randrange(len(hay) - room + 1)
                 cut = at + round(depth * room)
@@ -269,7 +270,10 @@ def passkey(
     reason = None
     if not any(row["accuracy"] >= ABLE for row in rows) and original is None:
         best = max((row["accuracy"] for row in rows), default=0.0)
-        reason = f"the original finds the key in {best:.0%} of the trials at best, below {ABLE:.0%}: nothing to lose"
+        reason = (
+            f"the original finds the key in {best:.0%} of the trials at best, below {ABLE:.0%}: "
+            "nothing to lose"
+        )
     elif original is not None:
         reason = original["skipped"]
     left_out = [{"length": cell.length, "depth": cell.depth} for cell in cells if cell not in asked]

@@ -1,4 +1,4 @@
-"""Python packages that kvexport imports: the extra that installs each, and the minimum version. setup.cfg has the same."""
+"""Python packages that kvexport imports, with their extras and minimum versions; setup.cfg has the same."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ def package_of(module: str) -> Package | None:
 
 
 def install_command(*names: str) -> str:
-    """The pip command that installs packages of `PACKAGES` with their extras: "pip install 'kvexport[convert,cpu]'"."""
+    """The command that installs packages of `PACKAGES`, such as "pip install 'kvexport[convert,cpu]'"."""
     extras = dict.fromkeys(extra for name in names if (extra := PACKAGES[name].extra) is not None)
     return f"pip install 'kvexport[{','.join(extras)}]'" if extras else "pip install kvexport"

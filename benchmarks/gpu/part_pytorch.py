@@ -70,7 +70,8 @@ def at_depth(part: Part, models: dict[int, Model], depth: int, longest: float) -
             call, temporary, how = model.compiled(part.settings.rehearsal)
         except Exception as error:  # whatever the compiler raises
             part.failed(
-                f"torch.compile at depth {depth}, {heads} KV heads: {type(error).__name__}: {str(error)[:2000]}"
+                f"torch.compile at depth {depth}, {heads} KV heads: {type(error).__name__}: "
+                f"{str(error)[:2000]}"
             )
             continue
         seconds = time.monotonic() - begin

@@ -95,8 +95,10 @@ STAGES = (
 )
 PARTS = tuple(part for stage in STAGES for part in stage)
 _ALTERNATION = (
-    "kvexport's two bundles take turns step by step in one process, and so do PyTorch's four sides in another; kvexport and "
-    "PyTorch do not take turns, nor do TensorRT's engines: kvexport on ONNX Runtime is measured before and after them"
+    "kvexport's two bundles take turns step by step in one process, and so do PyTorch's four sides in "
+    "another; kvexport and "
+    "PyTorch do not take turns, nor do TensorRT's engines: kvexport on ONNX Runtime is measured before "
+    "and after them"
 )
 
 

@@ -1,4 +1,4 @@
-"""`kvexport.bench` and `kvexport bench`: what is measured, how two bundles alternate, and what the machine reports."""
+"""`kvexport bench`: what is measured, how two bundles alternate, and what the machine reports."""
 
 from __future__ import annotations
 
@@ -321,8 +321,10 @@ def jetson(tmp_path: Path) -> Path:
         "proc/meminfo": "MemTotal:        7620504 kB\nMemFree: 1 kB\n",
         "proc/self/status": "Name: python\nVmHWM:\t  2048 kB\n",
         "proc/device-tree/model": "NVIDIA Jetson Orin Nano Developer Kit\0",
-        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: aarch64\n",
-        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=2 NAME=MAXN_SUPER >\n",
+        "etc/nv_tegra_release": "# R36 (release), REVISION: 4.3, GCID: 38968081, BOARD: generic, EABI: "
+        "aarch64\n",
+        "etc/nvpmodel.conf": "< POWER_MODEL ID=0 NAME=15W >\nCPU_ONLINE CORE_0 1\n< POWER_MODEL ID=2 "
+        "NAME=MAXN_SUPER >\n",
         "var/lib/nvpmodel/status": "pmode:0002\n",
         "sys/class/thermal/thermal_zone0/type": "cpu-thermal\n",
         "sys/class/thermal/thermal_zone0/temp": "48500\n",
