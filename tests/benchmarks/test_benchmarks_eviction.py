@@ -95,7 +95,7 @@ def _text(decoder: Any, length: int = 24, count: int = 3) -> Any:
     )
 
 
-def test_a_budget_of_the_context_costs_nothing_and_less_costs_something(tiny_checkpoint: Any) -> None:
+def test_a_budget_of_the_whole_context_loses_nothing_and_a_smaller_one_does(tiny_checkpoint: Any) -> None:
     decoder = load_decoder(tiny_checkpoint("llama"))
     texts = {"one": _text(decoder)}
     whole = measure.language_modelling(decoder, decoder, texts, None)["one"]
@@ -126,7 +126,7 @@ def test_language_modelling_equals_the_reference_token_by_token(
 
 
 @pytest.mark.parametrize("protocol", ["once", "chunked"])
-def test_an_answer_is_right_if_greedy_decoding_writes_it(protocol: str, tiny_checkpoint: Any) -> None:
+def test_an_answer_is_right_if_greedy_decoding_produces_it(protocol: str, tiny_checkpoint: Any) -> None:
     """Answers that the model itself writes are right, any other token in them is wrong, and other budgets
     write others."""
     decoder = load_decoder(tiny_checkpoint("llama"))
@@ -153,7 +153,7 @@ def _greedy(decoder: Any, prompt: list[int]) -> list[int]:
     return written[len(prompt) :]
 
 
-def test_once_compresses_after_the_prompt_and_chunked_within_it(tiny_checkpoint: Any) -> None:
+def test_once_evicts_after_the_prompt_and_chunked_during_it(tiny_checkpoint: Any) -> None:
     """A window: once, the answer's tokens see the last tokens of the prompt as the whole cache made them."""
     decoder, policy = load_decoder(tiny_checkpoint("llama")), Eviction("window", 8)
     prompt = torch.randint(0, 67, (1, 30), generator=torch.Generator().manual_seed(1))
@@ -171,7 +171,7 @@ def test_once_compresses_after_the_prompt_and_chunked_within_it(tiny_checkpoint:
         assert not torch.allclose(layer.key[0, 0], whole.key[0, 0, layer.positions[0, 0]])
 
 
-def test_prompts_are_as_long_as_said_and_hold_their_answer(checkpoint: Path) -> None:
+def test_prompts_have_the_given_length_and_contain_their_answer(checkpoint: Path) -> None:
     encode = eviction.tasks.encoder(checkpoint)
     for task in hidden.TASKS:
         found = hidden.prompts_of(encode, task, 400, (0.0, 1.0), 3)
@@ -184,7 +184,7 @@ def test_prompts_are_as_long_as_said_and_hold_their_answer(checkpoint: Path) -> 
         hidden.prompts_of(encode, "needle", 40, (0.5,), 1)
 
 
-def test_rows_record_what_they_hold_and_what_cannot_be_is_left_out(run: Measure, tmp_path: Path) -> None:
+def test_rows_record_their_cache_and_impossible_rows_are_left_out(run: Measure, tmp_path: Path) -> None:
     record = run("--shares", "0.5", "0.1", "--only", "lm*")
     rows, left_out = record["rows"], record["left_out"]
     assert len(rows) + len(left_out) == 34
@@ -201,7 +201,7 @@ def test_rows_record_what_they_hold_and_what_cannot_be_is_left_out(run: Measure,
     assert str(tmp_path) not in json.dumps(record) + report
 
 
-def test_resuming_measures_the_rest_and_refuses_other_settings(run: Measure) -> None:
+def test_resuming_measures_the_rest_and_rejects_other_settings(run: Measure) -> None:
     first = run("--only", "lm window first 0.5")
     again = run("--only", "lm window *0.5", "--resume")
     assert set(first["rows"]) == {"lm window first 0.5"}
@@ -226,7 +226,7 @@ def test_retrieval_rows_and_fewer_heads(run: Measure, tmp_path: Path) -> None:
     assert "at equal bytes" in (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
 
 
-def test_nothing_to_measure_is_refused(checkpoint: Path) -> None:
+def test_rejects_a_run_without_anything_to_measure(checkpoint: Path) -> None:
     with pytest.raises(SystemExit) as stopped:
         eviction.main([str(checkpoint)])
     assert stopped.value.code == 2
@@ -244,7 +244,7 @@ def _row(policy: str, increases: list[float], protection: str = "bare") -> dict[
     }
 
 
-def test_a_win_is_more_than_chance() -> None:
+def test_a_win_must_exceed_the_standard_error() -> None:
     record = {"settings": {"texts": {"one": {}}}}
     clear = [
         _row("window", [0.1, 0.2, 0.3]),
@@ -286,7 +286,7 @@ def test_a_mean_is_over_all_tasks_or_none() -> None:
     assert grid[2:] == ["| window | bare | 50% |", "| random | bare |  |"]
 
 
-def test_training_windows_ask_for_what_is_in_them() -> None:
+def test_training_windows_contain_what_they_ask_for() -> None:
     tokenizer = training.train_tokenizer(0)
     windows = training.Windows(
         lambda text: tokenizer.encode(text, add_special_tokens=False), len(tokenizer), 0
@@ -303,7 +303,7 @@ def test_training_windows_ask_for_what_is_in_them() -> None:
     assert tokenizer.convert_ids_to_tokens(tokenizer.encode(" 12345")) == ["Ġ", "12", "34", "5"]
 
 
-def test_training_that_falls_short_writes_nothing_and_fails(
+def test_insufficient_training_writes_nothing_and_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(

@@ -51,7 +51,7 @@ def module(monkeypatch: pytest.MonkeyPatch) -> Any:
             del sys.modules[name]
 
 
-def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
+def test_exits_without_a_gpu_and_runs_nothing(tmp_path: Path) -> None:
     ended = _run("--output", tmp_path / "records", "--work", tmp_path / "work")
     assert ended.returncode == 3
     assert "no NVIDIA GPU" in ended.stderr and "--rehearse" in ended.stderr
@@ -59,19 +59,19 @@ def test_without_a_gpu_it_says_so_and_does_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("folder", ["", "gpu", "gpu/../gpu"])
-def test_a_rehearsal_is_no_result(folder: str) -> None:
+def test_rejects_a_rehearsal_with_an_output_in_results(folder: str) -> None:
     before = sorted((ROOT / "benchmarks" / "results").rglob("*"))
     ended = _run("--rehearse", "--only", "memory", "--output", ROOT / "benchmarks" / "results" / folder)
     assert ended.returncode == 2 and "no result" in ended.stderr
     assert sorted((ROOT / "benchmarks" / "results").rglob("*")) == before
 
 
-def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+def test_rejects_an_unknown_part(tmp_path: Path) -> None:
     ended = _run("--rehearse", "--only", "memory,speed", "--output", tmp_path / "records")
     assert ended.returncode == 2 and "no part speed" in ended.stderr
 
 
-def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path) -> None:
+def test_records_a_failed_part_and_continues(tmp_path: Path) -> None:
     ended = _run(
         "--rehearse",
         "--only",
@@ -91,14 +91,14 @@ def test_a_part_that_fails_is_recorded_and_the_others_go_on(tmp_path: Path) -> N
     assert "part models must run first" in ended.stdout
 
 
-def test_a_part_that_has_no_time_is_recorded(tmp_path: Path) -> None:
+def test_records_a_part_without_time_left(tmp_path: Path) -> None:
     ended = _run("--rehearse", "--only", "memory", "--deadline", 1, "--output", tmp_path / "records")
     assert ended.returncode == 1
     record = _records(tmp_path / "records")["memory"]
     assert record["failures"] == ["no time was left"] and record["exit_code"] is None
 
 
-def test_a_process_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path, module: Any) -> None:
+def test_ends_a_process_at_its_limit_with_its_children(tmp_path: Path, module: Any) -> None:
     child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(60)"
     parent = (
         f"import subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {child!r}]); "
@@ -114,7 +114,7 @@ def test_a_process_is_ended_at_its_limit_with_all_that_it_started(tmp_path: Path
     raise AssertionError("what it had started still runs")
 
 
-def test_a_process_that_ends_in_time_leaves_its_code_and_last_words(tmp_path: Path, module: Any) -> None:
+def test_keeps_the_exit_code_and_the_last_lines_of_a_process(tmp_path: Path, module: Any) -> None:
     said = "import sys; [print(n) for n in range(100)]; print('why', file=sys.stderr); sys.exit(7)"
     ended = module("processes").run_limited(
         [sys.executable, "-u", "-c", said], 30, tmp_path / "log", os.environ
@@ -149,16 +149,14 @@ def test_without_a_gpu_the_description_is_none(module: Any, monkeypatch: pytest.
     assert machine.describe_gpu() is None and watch.used is None and "python" in machine.versions()
 
 
-def test_records_do_not_name_the_folders_of_a_machine(tmp_path: Path, module: Any) -> None:
+def test_records_do_not_contain_paths_of_the_machine(tmp_path: Path, module: Any) -> None:
     said = f"no {tmp_path}/bundle-8, nor {ROOT}/kvexport"
     assert module("machine").without_paths(said, tmp_path) == "no WORK/bundle-8, nor REPOSITORY/kvexport"
 
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_an_unlisted_gpu_is_asked_in_every_way_and_what_happens_is_the_result(
-    tmp_path: Path, module: Any
-) -> None:
+def test_tries_every_way_on_an_unlisted_gpu_and_records_the_outcome(tmp_path: Path, module: Any) -> None:
     pytest.importorskip("tensorrt_rtx")
     import dataclasses
 
@@ -199,7 +197,7 @@ def rehearsed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subproces
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_a_rehearsal_runs_every_part_and_looks_like_nothing_else(rehearsed: Any) -> None:
+def test_a_rehearsal_runs_every_part_and_is_marked_as_one(rehearsed: Any) -> None:
     folder, ended = rehearsed
     assert ended.returncode == 0, ended.stdout + ended.stderr
     records = _records(folder / "records")
@@ -237,7 +235,7 @@ def test_a_rehearsal_runs_every_part_and_looks_like_nothing_else(rehearsed: Any)
 
 @pytest.mark.slow
 @pytest.mark.tensorrt
-def test_pytorch_must_run_the_model_that_the_bundle_holds(rehearsed: Any, tmp_path: Path) -> None:
+def test_pytorch_must_run_the_model_of_the_bundle(rehearsed: Any, tmp_path: Path) -> None:
     folder, _ = rehearsed
     for name in ("checkpoint-4", "checkpoint-1", "bundle-4", "bundle-1"):
         shutil.copytree(folder / "work" / name, tmp_path / "work" / name)

@@ -82,7 +82,7 @@ def _numbers(decoder: Decoder) -> int:
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window"])
 @pytest.mark.parametrize("name", NAMES)
-def test_at_the_full_budget_nothing_is_lost(name: str, style: str) -> None:
+def test_the_full_budget_loses_nothing(name: str, style: str) -> None:
     decoder = _decoder(style)
     windows = _windows(decoder)
     made = neighbours.neighbour(name)(decoder, windows, 1.0)
@@ -95,7 +95,7 @@ def test_at_the_full_budget_nothing_is_lost(name: str, style: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("head_dim", [8, 32])
-def test_no_more_is_cached_than_the_budget_and_most_of_it_is_used(name: str, head_dim: int) -> None:
+def test_caches_at_most_the_budget_and_uses_most_of_it(name: str, head_dim: int) -> None:
     decoder = _decoder(layers=1, head_dim=head_dim)
     windows = random_windows(decoder, 2, 12)
     for ratio in (1 / 2, 1 / 3, 1 / 4, 1 / 8):
@@ -120,7 +120,7 @@ def test_the_decoder_keeps_its_dtype_and_its_weights(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_models_that_a_method_is_not_for_are_refused(name: str) -> None:
+def test_rejects_models_that_a_method_does_not_support(name: str) -> None:
     convert = neighbours.neighbour(name)
     bloom, qwen3 = _decoder("bloom", layers=1), _decoder("qwen3", layers=1)
     with pytest.raises(UsageError, match="rotary"):
@@ -137,7 +137,7 @@ def test_models_that_a_method_is_not_for_are_refused(name: str) -> None:
         assert _divergence(qwen3, convert(qwen3, _windows(qwen3), 1.0), _windows(qwen3)) < 1e-12
 
 
-def test_an_unknown_name_is_refused() -> None:
+def test_rejects_an_unknown_name() -> None:
     with pytest.raises(UsageError, match="no such neighbour"):
         neighbours.neighbour("mla")
 
@@ -145,7 +145,7 @@ def test_an_unknown_name_is_refused() -> None:
 # Palu and ReCalKV
 
 
-def test_the_low_rank_factors_are_those_of_the_papers_formula() -> None:
+def test_the_low_rank_factors_equal_the_papers_formula() -> None:
     generator = torch.Generator().manual_seed(2)
     weight, data = (torch.randn(size, 16, generator=generator, dtype=torch.float64) for size in (12, 50))
     inputs = data.T @ data / 50
@@ -183,7 +183,7 @@ def test_palu_finds_groups_of_low_rank() -> None:
 SCATTERED = [[0, 2, 5, 7], [1, 3, 4, 6]]
 
 
-def test_recalkv_finds_the_heads_that_belong_together() -> None:
+def test_recalkv_groups_the_similar_heads() -> None:
     def plant(layer: Layer, random: Any) -> Layer:
         key = torch.empty(HEADS, WIDTH, 64, dtype=torch.float64)
         for group in SCATTERED:
@@ -198,7 +198,7 @@ def test_recalkv_finds_the_heads_that_belong_together() -> None:
     assert _divergence(decoder, neighbours.neighbour("palu")(decoder, windows, 0.5), windows) > 1e-6
 
 
-def test_value_calibration_fits_other_data_than_the_factors_were_made_of() -> None:
+def test_value_calibration_fits_other_data_than_that_of_the_factors() -> None:
     generator = torch.Generator().manual_seed(4)
     weight = torch.randn(16, 16, generator=generator, dtype=torch.float64)
     made, other = (_second_moment(generator, 16) for _ in range(2))
@@ -217,7 +217,7 @@ def test_value_calibration_fits_other_data_than_the_factors_were_made_of() -> No
 # The rank search
 
 
-def test_the_rank_search_gives_ranks_by_information_and_all_of_the_budget() -> None:
+def test_the_rank_search_splits_the_whole_budget_by_information() -> None:
     assert fisher.allocate([1.0, 3.0], [100, 100], 40) == pytest.approx([10, 30])
     assert fisher.allocate([1.0, 1.0, 8.0], [100, 100, 20], 50) == pytest.approx(
         [15, 15, 20]
@@ -265,7 +265,7 @@ def test_the_interaction_is_the_best_of_its_rank() -> None:
     assert error < 0.7 * (keys @ basis @ (queries @ basis).T - logits).square().sum()
 
 
-def test_kqsvd_finds_queries_that_look_at_few_directions() -> None:
+def test_kqsvd_finds_queries_of_few_directions() -> None:
     half = torch.zeros(WIDTH, 1, dtype=torch.float64)
     half[[0, 3, 4, 7]] = 1  # two whole rotary pairs
 
@@ -283,7 +283,7 @@ def test_kqsvd_finds_queries_that_look_at_few_directions() -> None:
 # TransMLA
 
 
-def test_rotated_in_all_heads_nothing_is_lost_whatever_turns_them() -> None:
+def test_rotating_all_heads_alike_loses_nothing() -> None:
     decoder = _decoder("gqa", kv_heads=4)
     layer, moments = _first(decoder)
     x = reference.norm(layer.attention_norm, reference.embed(decoder.embedding, _windows(decoder)))
@@ -304,7 +304,7 @@ def test_rotated_in_all_heads_nothing_is_lost_whatever_turns_them() -> None:
         assert (made(rotated, fold, latent) - wanted).abs().max() > 1e-4
 
 
-def test_a_turn_is_orthogonal_and_each_frequency_is_one_of_the_models() -> None:
+def test_rotations_are_orthogonal_and_frequencies_are_the_models() -> None:
     decoder = _decoder()
     layer, moments = _first(decoder)
     keys = moments.outputs(layer.attention.k)
@@ -350,7 +350,7 @@ def _turned(random: Any, count: int) -> tuple[Tensor, Tensor]:
 
 
 @pytest.mark.parametrize("pairs", [[[0, 5], [1, 3], [2, 7], [4, 6]], SCATTERED])
-def test_aligned_merging_finds_turned_copies_and_their_groups(pairs: list[list[int]]) -> None:
+def test_aligned_merging_finds_rotated_copies_and_their_groups(pairs: list[list[int]]) -> None:
     def plant(layer: Layer, random: Any) -> Layer:
         key, value = (torch.empty(HEADS, WIDTH, 64, dtype=torch.float64) for _ in range(2))
         for group in pairs:
@@ -391,7 +391,7 @@ def test_aligned_heads_lie_closer_to_their_mean_than_unaligned_ones() -> None:
     assert torch.einsum("if,ijf,jf->", phases, products, phases.conj()).real > 1.2 * products.sum().real
 
 
-def test_renormalised_heads_are_as_long_as_the_trained_ones() -> None:
+def test_renormalised_heads_have_the_norm_of_the_trained_ones() -> None:
     decoder = _decoder(layers=1)
     layer, moments = _first(decoder)
     groups = grouping.adjacent(HEADS, 2)
@@ -409,7 +409,7 @@ def test_renormalised_heads_are_as_long_as_the_trained_ones() -> None:
     assert (lengths(False) < trained).all()
 
 
-def test_annealing_beats_chance_and_greed_keeps_sizes() -> None:
+def test_annealing_beats_random_groups_and_greedy_groups_have_equal_sizes() -> None:
     generator = torch.Generator().manual_seed(1)
     similarity = torch.rand(12, 12, generator=generator)
     similarity = similarity + similarity.T
@@ -425,7 +425,7 @@ def test_annealing_beats_chance_and_greed_keeps_sizes() -> None:
 # Costs: 8 heads of 8, hidden 64, half the budget
 
 
-def test_costs_are_those_counted_by_hand() -> None:
+def test_costs_equal_a_count_by_hand() -> None:
     decoder = _decoder(layers=1)
     windows = _windows(decoder)
     base = sum(t.numel() for t in (decoder.embedding.weight, decoder.final_norm.weight, decoder.head.weight))

@@ -94,7 +94,7 @@ def _kl(record: dict[str, Any], key: str, text: str = "one") -> float:
     return float(record["rows"][key]["texts"][text]["mean_kl"])
 
 
-def test_rows_are_complete_and_cache_no_more_than_their_share(run: Measure, tmp_path: Path) -> None:
+def test_rows_are_complete_and_cache_at_most_their_share(run: Measure, tmp_path: Path) -> None:
     only = (
         "auto",
         "auto-free",
@@ -182,7 +182,7 @@ def test_every_ablation_changes_the_model(run: Measure) -> None:
     assert {each["num_key_value_heads"] * each["key_head_dim"] for each in uniform} == {16}
 
 
-def test_a_killed_run_keeps_its_rows_and_resumes_with_the_rest(
+def test_an_interrupted_run_keeps_its_rows_and_resumes_with_the_rest(
     run: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     only = ("--ratios", "1/2", "--only", "online-plain", "svd-*", "mean-pool")
@@ -247,7 +247,7 @@ def test_a_code_of_few_positions_fails_far_away_and_a_folded_one_does_not(
     assert "## Far into the context" in (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
 
 
-def test_a_window_at_an_offset_is_run_as_the_reference_runs_it(checkpoint: Path, tmp_path: Path) -> None:
+def test_a_window_at_an_offset_equals_the_reference(checkpoint: Path, tmp_path: Path) -> None:
     bench = measure.Bench(
         checkpoint, quality.recipe_for("self", 8, 32), {"one": _text(tmp_path / "t.txt", 1)}, LENGTH, 2
     )
@@ -272,7 +272,7 @@ def test_a_window_at_an_offset_is_run_as_the_reference_runs_it(checkpoint: Path,
     assert long.offsets(256, 4096) == [0, 256, 512, 1024, 2048, 3840] and long.offsets(256, 300) == [0, 44]
 
 
-def test_tasks_are_asked_where_the_table_shows_them(run: Measure, tmp_path: Path) -> None:
+def test_tasks_are_measured_for_the_rows_of_their_table(run: Measure, tmp_path: Path) -> None:
     items = [{"goal": "a b", "sol1": "c d", "sol2": "e f g"}, {"goal": "h", "sol1": "a", "sol2": "b"}]
     (tmp_path / "valid.jsonl").write_text("\n".join(map(json.dumps, items)), encoding="utf-8")
     (tmp_path / "valid-labels.lst").write_text("0\n1\n", encoding="utf-8")
@@ -330,7 +330,7 @@ def test_bounds_mixtures_and_healing(run: Measure, tmp_path: Path, monkeypatch: 
     assert choices["points"] == 2  # both bounds; mixtures are other calibrations
 
 
-def test_ranks() -> None:
+def test_rank_correlation() -> None:
     points = [(1.0, 2.0), (2.0, 8.0), (2.0, 5.0), (9.0, 30.0)]
     assert table.spearman([(a, 3 * a) for a in range(5)]) == pytest.approx(1)
     assert table.spearman([(a, -a) for a in range(5)]) == pytest.approx(-1)
@@ -338,7 +338,7 @@ def test_ranks() -> None:
     assert math.isnan(table.spearman([(1.0, 2.0), (2.0, 2.0)]))
 
 
-def test_predictions_count_what_was_converted_only(run: Measure) -> None:
+def test_predictions_count_converted_layers_only(run: Measure) -> None:
     record = run("--ratios", "1/2", "1/4", "--only", "auto", "svd-a", "palu")
     found = record["predictions"]
     assert found["layers"]["points"] == sum(
@@ -363,5 +363,5 @@ def test_predictions_count_what_was_converted_only(run: Measure) -> None:
         ("auto 1/2", [], False),
     ],
 )
-def test_rows_are_chosen_by_name(key: str, patterns: list[str] | None, wanted: bool) -> None:
+def test_chooses_rows_by_name(key: str, patterns: list[str] | None, wanted: bool) -> None:
     assert records.selected(key, patterns) is wanted

@@ -65,7 +65,7 @@ def items(*pairs: tuple[str, str, int]) -> list[Any]:
 # Scores
 
 
-def test_a_continuation_scores_what_the_reference_says() -> None:
+def test_the_score_of_a_continuation_equals_the_reference() -> None:
     decoder = make_decoder(vocab=VOCAB)
     sequences = [([3, 4, 5], [6, 7]), ([9], [1, 2, 3, 4]), ([1] * 30, [8])]
     found = tasks.score(lambda tokens: reference.forward(decoder, tokens), sequences)
@@ -88,7 +88,7 @@ def test_greedy_equals_decoding_token_by_token() -> None:
     assert [each.greedy for each in found] == [True, False]
 
 
-def test_batches_hold_each_sequence_once_and_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batches_contain_each_sequence_once_and_few_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tasks, "_TOKENS", 64)
     shapes = []
 
@@ -127,7 +127,7 @@ def test_piqa_scores_a_right_model_and_a_wrong_one() -> None:
     assert tasks.piqa(unigram(), encode, asked)["accuracy"] == 0.5  # all alike: always the first
 
 
-def test_piqa_asks_in_the_usual_words_after_the_start_and_cuts_from_the_left() -> None:
+def test_piqa_uses_the_usual_prompt_and_truncates_it_on_the_left() -> None:
     seen = []
 
     def logits(tokens: Tensor) -> Tensor:
@@ -143,7 +143,7 @@ def test_piqa_asks_in_the_usual_words_after_the_start_and_cuts_from_the_left() -
         tasks.piqa(logits, encode, items(("abcdefgh", "cd", 0)), longest=6)
 
 
-def test_the_solution_is_cut_where_the_context_ends_even_if_tokens_merge() -> None:
+def test_the_solution_starts_where_the_context_ends_even_if_tokens_merge() -> None:
     def merging(text: str) -> list[int]:
         return encode(text.replace(": ", "~"))
 
@@ -152,7 +152,7 @@ def test_the_solution_is_cut_where_the_context_ends_even_if_tokens_merge() -> No
     assert tasks.split(merging, "a:", " ") == (encode("a"), encode("~"))
 
 
-def test_piqa_files(tmp_path: Path) -> None:
+def test_reads_the_files_of_piqa(tmp_path: Path) -> None:
     lines = [{"goal": f"g {at}", "sol1": "a\u2028b", "sol2": "c"} for at in range(3)]
     (tmp_path / "valid.jsonl").write_text(
         "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
@@ -178,7 +178,7 @@ def cells(**given: Any) -> list[Any]:
     return tasks.passkey_cells(encode, HAY, **{"lengths": (300, 500), "depths": DEPTHS, "trials": 3, **given})
 
 
-def test_prompts_have_the_length_asked_for_and_the_key_at_its_depth() -> None:
+def test_prompts_have_the_given_length_and_the_key_at_its_depth() -> None:
     made = cells(start=(1,))
     assert [(cell.length, cell.depth) for cell in made] == [
         (length, depth) for length in (300, 500) for depth in DEPTHS
@@ -197,14 +197,14 @@ def test_prompts_have_the_length_asked_for_and_the_key_at_its_depth() -> None:
     assert made == cells(start=(1,)) and made != cells(start=(1,), seed=1)
 
 
-def test_a_model_that_copies_finds_every_key() -> None:
+def test_a_model_that_copies_retrieves_every_key() -> None:
     figures = tasks.passkey(copying(), cells())
     assert figures["accuracy"] == 1.0 and figures["trials"] == 18 and figures["skipped"] is None
     assert {cell["correct"] for cell in figures["cells"]} == {3} and figures["standard_error"] == 0.0
     json.dumps(figures)
 
 
-def test_a_model_that_cannot_is_the_reason_to_skip() -> None:
+def test_skips_the_task_if_the_original_cannot_do_it() -> None:
     original = tasks.passkey(unigram(**{"7": 9}), cells())
     assert original["accuracy"] == 0.0 and "finds the key in 0% of the trials" in original["skipped"]
     converted = tasks.passkey(copying(), cells(), original)
@@ -216,7 +216,7 @@ def test_a_model_that_cannot_is_the_reason_to_skip() -> None:
     assert len(converted["not_asked"]) == 6 and converted["cells"] == []
 
 
-def test_a_model_that_forgets_fails_where_the_key_is_far() -> None:
+def test_a_model_that_forgets_fails_if_the_key_is_far() -> None:
     made = cells(lengths=(500,))
     near = tasks.passkey(copying(sees=200), made)
     assert [cell["accuracy"] for cell in near["cells"]] == [0.0, 0.0, 1.0] and near["skipped"] is None
@@ -231,7 +231,7 @@ def test_a_model_that_forgets_fails_where_the_key_is_far() -> None:
     )  # the original could: this is a loss, no reason to skip
 
 
-def test_prompts_that_cannot_be_made_are_refused() -> None:
+def test_rejects_impossible_prompts() -> None:
     for wrong in ({"lengths": (100,)}, {"lengths": (3000,)}):
         with pytest.raises(UsageError, match="cannot be made this long"):
             cells(**wrong)
@@ -239,7 +239,7 @@ def test_prompts_that_cannot_be_made_are_refused() -> None:
         cells(depths=(1.5,))
 
 
-def test_the_tokenizer_is_the_checkpoints(tmp_path: Path) -> None:
+def test_uses_the_tokenizer_of_the_checkpoint(tmp_path: Path) -> None:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     tokenizer = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
