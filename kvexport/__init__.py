@@ -1,7 +1,7 @@
 """kvexport: trained decoders with a smaller KV cache, exported to ONNX and validated against PyTorch.
 
-Importing the package needs numpy alone; everything else is imported when a public name is first used. Warnings go to the
-logger "kvexport".
+Importing the package needs numpy alone; everything else is imported when a public name is first used.
+Warnings go to the logger "kvexport".
 """
 
 from __future__ import annotations

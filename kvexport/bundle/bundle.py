@@ -1,4 +1,4 @@
-"""A bundle: a directory with everything that a device needs to run a model, and a manifest with its files' hashes.
+"""A bundle: a directory with all that a device needs to run a model, and a manifest with the files' hashes.
 
 Reading validates before it allocates, and executes nothing.
 """
@@ -56,7 +56,9 @@ class Bundle(Manifest):
 
     @classmethod
     def open(cls, path: Path | str) -> Bundle:
-        """Read and validate the manifest, and check that every file has its size; hashes no file (see `verify`).
+        """Read and validate the manifest, and check that every file has its size.
+
+        Hashes no file (see `verify`).
 
         Raises:
             BundleError: there is no bundle, its format is not supported, its manifest is damaged, or a file
@@ -89,7 +91,8 @@ class Bundle(Manifest):
         for name in self.files if names is None else names:
             if sha256_of(self.path / name) != self.files[name].sha256:
                 raise BundleError(
-                    f"{name} of the bundle {self.path} must be unchanged since it was written: its sha256 differs",
+                    f"{name} of the bundle {self.path} must be unchanged since it was written: "
+                    "its sha256 differs",
                     fix=COPY_AGAIN,
                 )
 

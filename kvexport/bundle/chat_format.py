@@ -1,4 +1,4 @@
-"""A chat template reduced to the strings around user messages and answers, so that no template engine is needed."""
+"""A chat template reduced to the strings around user messages and answers; needs no template engine."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Chat:
         return before + self._message(system) + after + self._message(text) + self.generate
 
     def conversation(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Format messages with `role` and `content`, the last one by the user, up to where the assistant answers."""
+        """Format messages with `role` and `content`, the last by the user, up to the next answer."""
         system = messages[0]["content"] if messages[0]["role"] == "system" else None
         first, *rest = messages[system is not None :]
         text = self.turn(first["content"], system, True)

@@ -1,4 +1,7 @@
-"""The record of a TensorRT engine, build.json beside its plan: written by the builder, read by the runtime."""
+"""The record of a TensorRT engine, build.json beside its plan.
+
+Written by the builder, read by the runtime.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +46,9 @@ class PlanFile:
 
 @dataclass(frozen=True)
 class BuildRecord:
-    """One engine of a bundle. Its inputs and outputs are those of the lowering, with `batch` and `capacity` fixed.
+    """One engine of a bundle.
+
+    Its inputs and outputs are those of the lowering, with `batch` and `capacity` fixed.
 
     Attributes:
         kvexport: version that built it.
@@ -110,7 +115,9 @@ def write_record(directory: Path, record: BuildRecord) -> None:
 
 
 def read_record(directory: Path) -> BuildRecord:
-    """Read and validate build.json in the folder of an engine, and check the size of the plan; hashes nothing.
+    """Read and validate build.json in the folder of an engine, and check the size of the plan.
+
+    Hashes nothing.
 
     Raises:
         BundleError: there is no engine, its format is not supported, its record is damaged, or its plan is

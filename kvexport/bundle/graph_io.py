@@ -141,7 +141,7 @@ def heads_along_batch(count: int) -> str:
 
 
 def sized(size: int | str, sizes: Mapping[str, int]) -> int | str:
-    """A size of a shape as a number if `sizes` has its name, or the name that it is a multiple of ("batch*8")."""
+    """A size of a shape as a number if `sizes` has its name; also for multiples such as "batch*8"."""
     if isinstance(size, int):
         return size
     name, _, times = size.partition("*")

@@ -96,7 +96,9 @@ class ReferenceOutputs:
 
 
 def steady_scores(layer: int, state: NDArray[Any]) -> NDArray[Any]:
-    """A copy of a layer's eviction state with scores that do not depend on rounding; empty slots stay as they are.
+    """A copy of a layer's eviction state with scores that do not depend on rounding.
+
+    Empty slots stay as they are.
 
     Engines round differently, and the norms of two keys can differ by less than that: then different tokens
         are evicted,

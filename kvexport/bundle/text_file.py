@@ -1,4 +1,7 @@
-"""text.json of a bundle: samples of its tokenizer's output, and its chat template, as recorded when it was built."""
+"""text.json of a bundle.
+
+Samples of its tokenizer's output, and its chat template, as recorded when it was built.
+"""
 
 from __future__ import annotations
 
@@ -80,7 +83,10 @@ class TextFile:
         }
 
     def difference(self, tokenizer: Encoder) -> str | None:
-        """The first sample that a tokenizer encodes or decodes differently, as a message; None if all agree."""
+        """The first sample that a tokenizer encodes or decodes differently, as a message.
+
+        None if all agree.
+        """
         for one in self.samples:
             actual = (
                 tokenizer.encode(one.text),

@@ -38,7 +38,9 @@ MAX_POSITIONS = 2**19  # positions for which these constants are exact
 
 @dataclass(frozen=True)
 class Eviction:
-    """A token budget: each KV head holds at most `budget` tokens; a new one then replaces the one of highest priority.
+    """A token budget: each KV head holds at most `budget` tokens.
+
+    A new one then replaces the one of highest priority.
 
     Attributes:
         policy: one of `POLICIES`: which token is evicted.
@@ -81,12 +83,18 @@ class Eviction:
 
     @property
     def chunk(self) -> int:
-        """The largest number of prompt tokens per call: room for them is made before the call, by evicting older ones."""
+        """The largest number of prompt tokens per call.
+
+        Room for them is made before the call, by evicting older ones.
+        """
         return max(1, (self.budget - self.protect_first) // 4)
 
     @property
     def self_test_slots(self) -> int:
-        """Slots in which a short text shows every case of eviction; self-tests and validation use that many."""
+        """Slots in which a short text shows every case of eviction.
+
+        Self-tests and validation use that many.
+        """
         return min(self.budget, self.protected + 16)
 
     def evicts(self, layer: int) -> bool:
@@ -227,7 +235,10 @@ class EvictionRequest:
 
 
 def random_scores(capacity: int) -> NDArray[np.float32]:
-    """Scores of the policy "random", float32 [2·capacity]: a head uses `capacity` of them from its offset on."""
+    """Scores of the policy "random", float32 [2·capacity].
+
+    A head uses `capacity` of them from its offset on.
+    """
     import numpy as np
 
     return np.random.default_rng(0).random(2 * capacity, dtype=np.float32)

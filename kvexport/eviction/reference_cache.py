@@ -1,7 +1,6 @@
-"""The oracle's cache of a layer that evicts: budgeted slots, each with its score and its token's position.
+"""The PyTorch reference of a cache with a token budget: slots, each with its token's score and position.
 
-Knows which token goes and where the next is written, in plain PyTorch; must not know attention. The graph
-does the same in operators, the runtime makes room for a prompt's chunks in the same way.
+The graph does the same in ONNX operators, and the runtime when it makes room for the chunks of a prompt.
 """
 
 from __future__ import annotations
@@ -27,16 +26,18 @@ from kvexport.eviction.config import (
 
 @dataclass
 class EvictingCache:
-    """What each KV head of a layer holds: the tokens of every head are its own.
+    """The cache of a layer that evicts. Every KV head has its own tokens.
 
     Attributes:
         key, value: [B, Hkv, C, key_dim] and [B, Hkv, C, value_dim].
-        state: [B, Hkv, C, 2] float32 (float64 where keys are), score and position + 1 of each slot's token; 0
-            where it is empty.
-        filled: slots in use [B], alike for all heads.
-        eviction: what goes first, and what never.
-        layer: the layer's index, and `capacity` the positions there are: "random" takes its numbers by them.
-        window: of the layer's attention: a token that no query sees any more goes before all others.
+        state: [B, Hkv, C, 2], score and position + 1 of each slot's token, 0 if it is empty; float32, or
+            float64 if the keys are.
+        filled: slots in use [B], equal in all heads.
+        eviction: the policy.
+        layer: index of the layer.
+        capacity: number of positions; with `layer` it selects the scores of the policy "random".
+        window: of the layer's attention; tokens that left it are evicted before all others. None: full
+            attention.
     """
 
     key: Tensor
@@ -61,7 +62,7 @@ class EvictingCache:
         window: int | None = None,
         slots: int | None = None,
     ) -> EvictingCache:
-        """Nothing in it; `slots` of them, or the budget."""
+        """An empty cache of `slots` slots; None: of the budget."""
         count, precise = slots or eviction.budget, torch.promote_types(dtype, torch.float32)
         key, value = (torch.zeros(batch, heads, count, width, dtype=dtype) for width in widths)
         state = torch.zeros(batch, heads, count, STATE_WIDTH, dtype=precise)
@@ -71,21 +72,26 @@ class EvictingCache:
 
     @property
     def slots(self) -> int:
+        """Number of slots C."""
         return self.key.shape[2]
 
     @property
     def positions(self) -> Tensor:
-        """Of the token in each slot, int64 [B, Hkv, C]; -1 where it is empty."""
+        """Position of the token in each slot, int64 [B, Hkv, C]; -1 if it is empty."""
         return self.state[..., POSITION_PLUS_ONE].long() - 1
 
     def write(self, key: Tensor, value: Tensor, positions: Tensor) -> Tensor:
-        """Put tokens at consecutive `positions` [B, S] in: key [B, Hkv, S, key_dim], value [B, Hkv, S, value_dim].
+        """Write tokens behind those in the cache.
 
-        They follow those that are there while there is room. A single token for which there is none takes the
-        slot that ranks highest; several first make room for all of them.
+        If there is no room, a single token replaces the one of highest priority, and several tokens make room
+        for all of them first.
+
+        Args:
+            key, value: [B, Hkv, S, key_dim] and [B, Hkv, S, value_dim].
+            positions: consecutive [B, S].
 
         Returns:
-            the slots, int64 [B, Hkv, S].
+            The slots, int64 [B, Hkv, S].
         """
         batch, heads, count = key.shape[:3]
         if count > 1:
@@ -97,13 +103,16 @@ class EvictingCache:
         state = torch.stack(
             (self.scores(key, positions), (positions + 1)[:, None].expand(batch, heads, count)), -1
         )
-        for held, new in ((self.key, key), (self.value, value), (self.state, state.to(self.state))):
-            held.scatter_(2, slots[..., None].expand_as(new), new)
+        for buffer, new in ((self.key, key), (self.value, value), (self.state, state.to(self.state))):
+            buffer.scatter_(2, slots[..., None].expand_as(new), new)
         self.filled = (self.filled + count).clamp(max=self.slots)
         return slots
 
     def scores(self, key: Tensor, positions: Tensor) -> Tensor:
-        """What new tokens are ranked by, the highest goes first: [B, Hkv, S]. Of tokens of one norm it is the older one."""
+        """Scores of new tokens [B, Hkv, S]; the highest is evicted first.
+
+        Of tokens with equal norms it is the older one.
+        """
         heads, at = key.shape[1], positions[:, None]
         if self.eviction.policy == "window":
             return -at.expand(-1, heads, -1).to(self.state)
@@ -114,12 +123,14 @@ class EvictingCache:
         return norms * (1 - later) if self.eviction.policy == "l2-norm" else -norms * (1 + later)
 
     def priorities(self, positions: Tensor, recent: int | None = None) -> Tensor:
-        """Who goes for tokens at `positions` [B]: the highest of [B, Hkv, C], if all slots are in use.
+        """Priorities of all slots [B, Hkv, C], which must be in use; the highest is overwritten.
 
-        A slot of the very same position is written again; a token out of the attention's window goes next.
+        A slot with the same position comes first, then tokens that left the attention's window.
 
         Args:
-            recent: tokens protected as recent [as many as the policy says], those at `positions` counted.
+            positions: of the new token [B].
+            recent: number of last positions that are protected, the new one included; None: as the policy
+                says.
         """
         stored, next_stored = (
             self.state[..., POSITION_PLUS_ONE],
@@ -135,28 +146,36 @@ class EvictingCache:
         return torch.where(stored == next_stored, NEVER, priorities)
 
     def make_room(self, count: int, positions: Tensor) -> None:
-        """Let tokens go before `count` more come at `positions` [B] and after, the highest-ranking first.
+        """Evict tokens until `count` more fit; the last remaining ones move to the free slots.
 
-        The last ones of those that stay take their slots.
+        Args:
+            count: number of new tokens.
+            positions: of the first new token [B].
         """
         for row in range(len(self.filled)):
             self._shrink(row, self.slots - count, positions)
 
     def compressed(self, positions: Tensor) -> EvictingCache:
-        """A copy in slots of the budget, before tokens at `positions` [B] come: the paper's way, all that goes at once."""
-        kept = replace(
+        """A copy with as many slots as the budget.
+
+        All other tokens are evicted at once, as arXiv 2406.11430 does.
+
+        Args:
+            positions: of the next token [B].
+        """
+        copy = replace(
             self, **{name: getattr(self, name).clone() for name in ("key", "value", "state", "filled")}
         )
         budget = min(self.eviction.budget, self.slots)
         for row in range(len(self.filled)):
-            kept._shrink(row, budget, positions)
-        kept.key, kept.value, kept.state = (
-            each[:, :, :budget] for each in (kept.key, kept.value, kept.state)
+            copy._shrink(row, budget, positions)
+        copy.key, copy.value, copy.state = (
+            each[:, :, :budget] for each in (copy.key, copy.value, copy.state)
         )
-        return kept
+        return copy
 
     def _shrink(self, row: int, keep: int, positions: Tensor) -> None:
-        """At most `keep` tokens of a row stay."""
+        """Evict tokens of a row until at most `keep` remain."""
         filled = int(self.filled[row])
         if filled <= keep:
             return
@@ -164,11 +183,13 @@ class EvictingCache:
         ranked = self.priorities(positions, recent)[row, :, :filled].argsort(
             dim=-1, descending=True, stable=True
         )
-        goes = torch.zeros(ranked.shape, dtype=torch.bool).scatter(1, ranked[:, : filled - keep], True)
+        evicted = torch.zeros(ranked.shape, dtype=torch.bool).scatter(1, ranked[:, : filled - keep], True)
         slots = torch.arange(filled).expand_as(ranked)
-        kept = slots[:, :keep].clone()
-        kept[goes[:, :keep]] = slots[:, keep:][~goes[:, keep:]]  # head by head as many of one as of the other
-        for held in (self.key, self.value, self.state):
-            held[row, :, :keep] = held[row].gather(1, kept[..., None].expand(-1, -1, held.shape[-1]))
+        remaining = slots[:, :keep].clone()
+        # In every head, as many tokens are evicted in front of slot `keep` as remain behind it.
+        remaining[evicted[:, :keep]] = slots[:, keep:][~evicted[:, keep:]]
+        for buffer in (self.key, self.value, self.state):
+            index = remaining[..., None].expand(-1, -1, buffer.shape[-1])
+            buffer[row, :, :keep] = buffer[row].gather(1, index)
         self.state[row, :, keep:] = 0
         self.filled[row] = keep

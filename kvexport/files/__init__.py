@@ -1,1 +1,1 @@
-"""File helpers: atomic output directories, hashing, safetensors files and shipped resources."""
+"""Files: atomic directories, hashing, typed TOML and JSON, safetensors, and shipped data."""

@@ -1,4 +1,4 @@
-"""Directories that appear whole or not at all; knows renames and locks, and nothing of what is inside."""
+"""Directories that are written completely or not at all."""
 
 from __future__ import annotations
 
@@ -15,17 +15,21 @@ from kvexport.errors import UsageError
 
 @contextmanager
 def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterator[Path]:
-    """A temporary sibling of `path` to write into, renamed to `path` when the block ends without an exception.
+    """Give a temporary directory, which is renamed to `path` when the block ends without an exception.
 
-    After an exception (an interrupt and a full disk among them) nothing is left. What a killed process left
-    is removed by the next one that writes to the same path. `force` lets an existing directory be replaced,
-    if it holds a file `marker`, by which its kind is known; it stays until the new one is complete.
+    After an exception (including an interrupt and a full disk) nothing is left. What a killed process left is
+    removed by the next one that writes to the same path.
+
+    Args:
+        path: of the directory.
+        marker: name of a file that identifies the kind of directory.
+        force: replace an existing directory that contains `marker`; it stays until the new one is complete.
 
     Raises:
         UsageError: `path` exists, or its parent does not.
     """
     require_output(path, marker=marker, force=force)
-    path = path.resolve()  # where a link points to
+    path = path.resolve()  # replaces what a link points to, not the link
     temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
     replaced = path.parent / f".{path.name}.replaced"
     _remove_abandoned(path)
@@ -37,7 +41,7 @@ def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterato
         for file in temporary.iterdir():
             _sync(file)
         _sync(temporary)
-        require_output(path, marker=marker, force=force)  # another process may have made it in the meantime
+        require_output(path, marker=marker, force=force)  # another process may have created it
         if path.exists():
             shutil.rmtree(replaced, ignore_errors=True)
             path.rename(replaced)
@@ -55,7 +59,9 @@ def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterato
 
 
 def require_output(path: Path, *, marker: str, force: bool) -> None:
-    """Refuse an output that cannot be written, before any work is done for it.
+    """Check that an output directory can be written, before any work is done for it.
+
+    Arguments as `atomic_directory`.
 
     Raises:
         UsageError: `path` exists, or its parent does not.
@@ -72,13 +78,13 @@ def require_output(path: Path, *, marker: str, force: bool) -> None:
         )
     if not (path / marker).is_file():
         raise UsageError(
-            f"the output {path} exists and is not what would replace it (it has no {marker})",
+            f"the output {path} must be of the same kind to be replaced: it has no {marker}",
             fix="choose another --output",
         )
 
 
 def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes left beside `path`; a running one holds the lock of what it writes."""
+    """Remove what killed processes left beside `path`; a running one holds the lock of its directory."""
     for partial in path.parent.glob(glob.escape(f".{path.name}.") + "*.partial"):
         lock = _lock(partial)
         if lock is not None:
@@ -87,7 +93,7 @@ def _remove_abandoned(path: Path) -> None:
 
 
 def _lock(directory: Path) -> int | None:
-    """A descriptor that holds the directory's lock until it is closed or its process ends; None where it cannot be had."""
+    """Lock a directory; returns a descriptor that holds the lock until it is closed, or None."""
     descriptor = None
     try:
         descriptor = os.open(directory, os.O_RDONLY)

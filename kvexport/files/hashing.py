@@ -1,4 +1,4 @@
-"""sha256 of files; knows nothing of what they are."""
+"""SHA-256 of files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 
 def sha256_of(path: Path) -> str:
-    """sha256 of a file in hexadecimal, read in pieces."""
+    """SHA-256 of a file in hexadecimal; the file is read in pieces."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while piece := file.read(1 << 22):

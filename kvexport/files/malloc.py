@@ -1,4 +1,4 @@
-"""Memory that the C library keeps after it was freed; knows malloc, nothing of what was in it."""
+"""Freed memory that the C library keeps."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ import ctypes
 
 
 def return_freed() -> None:
-    """Give freed pages back to the system. glibc keeps most of what one layer's tensors took, between small blocks
-    that live on, so that without this a long conversion grows layer by layer. Elsewhere: nothing."""
+    """Return freed pages to the system; does nothing without glibc.
+
+    glibc keeps most of the memory of one layer's tensors, because small blocks between them are still in use.
+    Without this call, a long conversion grows layer by layer.
+    """
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)

@@ -1,7 +1,7 @@
-"""Where the data files that ship with kvexport lie; knows folders, not what is in them.
+"""Data files that are shipped with kvexport.
 
-In an installed wheel they are package data (`kvexport/graphs`, ...); in a checkout they are the folders
-of the same names beside the package.
+In an installed wheel they are package data (`kvexport/graphs`, ...); in a checkout they are the folders of
+the same names beside the package.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).resolve().parent.parent
 
 
 def resource(*parts: str) -> Path:
-    """The path of a shipped file or folder, such as ``resource("graphs", "families")``.
+    """Path of a shipped file or folder, such as ``resource("graphs", "families")``.
 
     Raises:
         CannotRunHere: the installation is incomplete.

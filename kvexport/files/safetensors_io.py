@@ -1,4 +1,4 @@
-"""Writing safetensors; knows that a full disk must look like one, and nothing of what the tensors are."""
+"""Writing safetensors files."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Write a safetensors file.
 
     Raises:
-        OSError: the disk is full, or will not be written.
+        OSError: the disk is full, or the file cannot be written.
     """
     from safetensors import SafetensorError
     from safetensors.torch import save_file
@@ -25,5 +25,5 @@ def save_tensors(tensors: Mapping[str, Tensor], path: Path) -> None:
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata={"format": "pt"}
         )
-    except SafetensorError as error:  # its only cause for tensors that are sound: the system refused a write
+    except SafetensorError as error:  # for valid tensors it has no other cause than a failed write
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path)) from error

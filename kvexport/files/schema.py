@@ -1,4 +1,4 @@
-"""Typed values from TOML and JSON files; every error names the file, the key, the value and what is expected."""
+"""Typed values from TOML and JSON files. Errors name the file, the key, the value and what is expected."""
 
 from __future__ import annotations
 

@@ -41,7 +41,10 @@ class SessionCore:
         self.capacity = decoder.cache.limit
 
     def close(self) -> None:
-        """Release the decoder and the memory of every cache. Waits for a running call; a second call does nothing."""
+        """Release the decoder and the memory of every cache.
+
+        Waits for a running call; a second call does nothing.
+        """
         with self.lock.lock:
             if self.lock.closed:
                 return

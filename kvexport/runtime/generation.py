@@ -1,4 +1,7 @@
-"""Generation: tokens are chosen, run and stopped for a reason; for one prompt, a batch, or as a stream of text."""
+"""Generation: tokens are chosen, run and stopped for a reason.
+
+For one prompt, a batch, or as a stream of text.
+"""
 
 from __future__ import annotations
 
@@ -23,11 +26,11 @@ class Generation:
 
     Attributes:
         prompt_tokens: number of tokens of the prompt.
-        token_ids: new tokens, without the stop token. If a stop text ended the sequence, the tokens that complete it are
-            included.
+        token_ids: new tokens, without the stop token. If a stop text ended the sequence, the tokens that
+            complete it are included.
         text: of the new tokens, up to the stop text; None if the bundle has no tokenizer.
-        finish_reason: "stop" (a stop token or a stop text), "length" (max_new_tokens), or "capacity" (the sequence has
-            the largest number of tokens of the bundle or its engine).
+        finish_reason: "stop" (a stop token or a stop text), "length" (max_new_tokens), or "capacity" (the
+            sequence has the largest number of tokens of the bundle or its engine).
     """
 
     prompt_tokens: int
@@ -210,7 +213,8 @@ class TokenLoop:
 class Stream(Iterator[str]):
     """An iterator over the text of a generation, from `Session.stream`.
 
-    Each piece is returned as soon as its last character is complete; joined, they are the text of the generation.
+    Each piece is returned as soon as its last character is complete; joined, they are the text of the
+    generation.
 
     Attributes:
         generation: the result after the last piece; None before.

@@ -21,23 +21,26 @@ def open_bundle(
 ) -> Session:
     """Open a bundle for inference.
 
-    With provider "auto", the logger "kvexport.runtime" warns if the bundle's engine or the GPU cannot be used.
+    With provider "auto", the logger "kvexport.runtime" warns if the bundle's engine or the GPU cannot be
+    used.
 
     Args:
         path: of the bundle's directory.
-        provider: "cpu", "cuda" or "tensorrt". "auto": tensorrt if the bundle has an engine that runs on this machine,
-            else cuda if ONNX Runtime supports it and there is a GPU, else cpu.
+        provider: "cpu", "cuda" or "tensorrt". "auto": tensorrt if the bundle has an engine that runs on this
+            machine, else cuda if ONNX Runtime supports it and there is a GPU, else cpu.
         threads: CPU threads per operator; None: one per core.
         chunk: the largest number of prompt tokens per call.
-        compress_once: evict a prompt's tokens down to the budget after the whole prompt was run; see `Session`.
-        verify: also hash the weights (with an engine: its plan) while they are loaded. All other files are always hashed.
+        compress_once: evict a prompt's tokens down to the budget after the whole prompt was run; see
+            `Session`.
+        verify: also hash the weights (with an engine: its plan) while they are loaded. All other files are
+            always hashed.
 
     Returns:
         A session; close it, or use it in a `with` statement.
 
     Raises:
-        BundleError: there is no bundle, it is damaged, its format is not supported, or its engine is damaged or was built
-            from another bundle.
+        BundleError: there is no bundle, it is damaged, its format is not supported, or its engine is damaged
+            or was built from another bundle.
         CannotRunHere: this machine lacks what the provider needs, or kernels for the bundle's dtype.
         UsageError: an argument is out of range.
     """

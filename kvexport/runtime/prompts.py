@@ -10,7 +10,10 @@ import numpy as np
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.text_file import read_text_file
 from kvexport.errors import UsageError
+from kvexport.runtime.cache.sequences import Cache
+from kvexport.runtime.core import SessionCore
 from kvexport.runtime.tokenizer import Tokenizer, Turn, tokenizer_of
+from kvexport.runtime.types import Ids
 
 Prompt = str | Sequence[int]
 
@@ -22,14 +25,14 @@ class PromptEncoder:
         tokenizer: None if the bundle has none.
     """
 
-    def __init__(self, bundle: Bundle) -> None:
+    def __init__(self, bundle: Bundle, core: SessionCore) -> None:
         """
         Raises:
             BundleError: tokenizer.json or text.json cannot be read.
             CannotRunHere: the installed `tokenizers` gives other token ids than the one of the build.
         """
         text = read_text_file(bundle)
-        self._path, self._bos = bundle.path, bundle.model.bos_token_id
+        self._core, self._path, self._bos = core, bundle.path, bundle.model.bos_token_id
         self._chat = None if text is None else text.chat
         self.tokenizer = tokenizer_of(bundle, text)
 
@@ -45,16 +48,26 @@ class PromptEncoder:
             )
         return self.tokenizer
 
-    def encode(self, prompt: Prompt, *, starts: bool) -> Sequence[int]:
-        """Token ids of a prompt; `starts`: of the first prompt of a sequence, which gets the start's special tokens.
+    def ids(self, prompt: Prompt, cache: Cache | None, row: int) -> Ids:
+        """Checked token ids of a prompt, int64 [tokens].
+
+        Args:
+            prompt: text or token ids.
+            cache: whose sequence the prompt continues; None: it starts one.
+            row: of the sequence in the cache. A text that starts a sequence gets the tokenizer's special tokens.
 
         Raises:
-            UsageError: the bundle has no tokenizer, or the text has an unpaired surrogate.
+            UsageError: the bundle has no tokenizer, the text has an unpaired surrogate, or a token id is outside the
+                vocabulary.
         """
+        return self._core.runner.checked(self._encoded(prompt, cache, row))
+
+    def _encoded(self, prompt: Prompt, cache: Cache | None, row: int) -> Sequence[int]:
         if not isinstance(prompt, str):
             return prompt
         tokenizer = self.require_tokenizer()
-        if not starts:
+        sequences = None if cache is None else self._core.sequences(cache)
+        if sequences is not None and row < sequences.kv.batch and not sequences.is_empty(row):
             return tokenizer.encode(prompt, special=False)
         ids = tokenizer.encode(prompt, special=not isinstance(prompt, Turn))
         return ids or ([] if self._bos is None else [self._bos])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import cast, overload
 
 from numpy.typing import ArrayLike
@@ -88,23 +87,20 @@ class Session:
                 fix="leave compress_once out, or use --provider cuda or cpu",
             )
         self.bundle, self.provider = bundle, chosen.name
-        self.core = SessionCore(
-            bundle, open_decoder(bundle, chosen, threads=threads), chunk, compress_once=compress_once
-        )
+        decoder = open_decoder(bundle, chosen, threads=threads)
+        self.core = SessionCore(bundle, decoder, chunk, compress_once=compress_once)
         self.engine, self.capacity = chosen.version, self.core.capacity
-        self._prompts = PromptEncoder(bundle)
+        self._prompts = PromptEncoder(bundle, self.core)
 
     def __enter__(self) -> Session:
         with self.core.lock:
             return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         self.close()
 
     def close(self) -> None:
-        """Release the weights and the memory of every cache. Waits for a running call; a second call does nothing."""
+        """Release the weights and all caches; waits for a running call. A second call does nothing."""
         self.core.close()
 
     @property
@@ -144,7 +140,9 @@ class Session:
             return self.core.new_cache(batch)
 
     def load(self, path: Path | str) -> Cache:
-        """Load a cache that `Cache.save` wrote for this bundle. The whole file is checked before memory is allocated.
+        """Load a cache that `Cache.save` wrote for this bundle.
+
+        The whole file is checked before memory is allocated.
 
         Args:
             path: the file.
@@ -181,9 +179,7 @@ class Session:
         """
         with self.core.lock:
             batch = batched(prompts) if cache is None or len(prompts) else [prompts]
-            rows = [
-                self.core.runner.checked(self._encode(prompt, cache, row)) for row, prompt in enumerate(batch)
-            ]
+            rows = [self._prompts.ids(prompt, cache, row) for row, prompt in enumerate(batch)]
             return self.core.prefill(rows, cache)
 
     def step(
@@ -300,10 +296,7 @@ class Session:
             BundleError: a logit is not finite.
         """
         if not isinstance(prompt, Iterable):
-            raise UsageError(
-                "a prompt must be text, token ids, or a list of either",
-                got=repr(prompt)[:80],
-            )
+            raise UsageError("a prompt must be text, token ids, or a list of either", got=repr(prompt)[:80])
         single = isinstance(prompt, str) or is_ids(prompt)
         options = max_new_tokens, Sampling.of(temperature, top_k, top_p, seed), stop, cache
         with self.core.lock:
@@ -399,16 +392,6 @@ class Session:
             self._prompts.require_tokenizer()
         if cache is not None:
             require_batch(self.core.sequences(cache), len(prompts))
-        ids = [
-            self.core.runner.checked(self._encode(prompt, cache, row)).tolist()
-            for row, prompt in enumerate(prompts)
-        ]
-        return TokenLoop(
-            SequenceLease(self.core, cache), ids, max_new_tokens, ends, sampling, self._prompts.tokenizer
-        )
-
-    def _encode(self, prompt: Prompt, cache: Cache | None, row: int) -> Sequence[int]:
-        """Token ids of a prompt for sequence `row` of the cache; None: for an empty sequence."""
-        sequences = None if cache is None else self.core.sequences(cache)
-        starts = sequences is None or row >= sequences.kv.batch or sequences.is_empty(row)
-        return self._prompts.encode(prompt, starts=starts)
+        ids = [self._prompts.ids(prompt, cache, row).tolist() for row, prompt in enumerate(prompts)]
+        lease = SequenceLease(self.core, cache)
+        return TokenLoop(lease, ids, max_new_tokens, ends, sampling, self._prompts.tokenizer)

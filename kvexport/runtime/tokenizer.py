@@ -1,4 +1,7 @@
-"""The tokenizer of a bundle: text to token ids, and token ids to text, also piece by piece up to a stop text."""
+"""The tokenizer of a bundle.
+
+Text to token ids, and token ids to text, also piece by piece up to a stop text.
+"""
 
 from __future__ import annotations
 
@@ -109,7 +112,10 @@ class Tokenizer:
 
 
 class TextStream:
-    """Decodes tokens one by one: complete characters only, with the spaces that decoding them together gives."""
+    """Decodes tokens one by one.
+
+    Complete characters only, with the spaces that decoding them together gives.
+    """
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         """

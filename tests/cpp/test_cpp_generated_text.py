@@ -133,7 +133,7 @@ def test_an_empty_text_starts_with_bos(drive: Drive, tmp_path: Path) -> None:
             cache = python.new_cache()
             assert (
                 ids
-                == list(python._encode(python.turn("", cache=cache), cache, 0))
+                == list(python._prompts.ids(python.turn("", cache=cache), cache, 0))
                 == ([] if bos is None else [bos])
             )
             if ids:

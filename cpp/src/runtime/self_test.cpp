@@ -100,11 +100,13 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
   const std::string runs = version + " on " + provider,
                     where = first ? "; first difference: " + first->text() : "";
   const auto otherwise = [&](const std::string& remedy) { return rebuilt.empty() ? remedy : rebuilt; };
-  if (verdict == "ok") return {runs + " reproduces the outputs that PyTorch computed when the bundle was built", ""};
+  if (verdict == "ok") {
+    return {runs + " reproduces the outputs that PyTorch computed when the bundle was built", ""};
+  }
   if (verdict == "weights") {
     return {runs +
-                " computes other numbers than the PyTorch reference: the bundle's files come from two builds, or "
-                "were changed" +
+                " computes other numbers than the PyTorch reference: the bundle's files come from two "
+                "builds, or were changed" +
                 where,
             std::string(COPY) + "; to find the difference: kvexport validate BUNDLE --provider cpu"};
   }

@@ -1,7 +1,7 @@
 """The GPU through the CUDA runtime: memory, copies, one stream, and graphs.
 
-The only module of the package that calls `cuda.bindings`. Not yet run on a GPU; only the calls that a machine without
-one answers were tested (cuda-bindings 12.9 and 13.5).
+The only module of the package that calls `cuda.bindings`. Not yet run on a GPU; only the calls that a machine
+without one answers were tested (cuda-bindings 12.9 and 13.5).
 """
 
 from __future__ import annotations
@@ -27,7 +27,8 @@ class Cuda:
     def __init__(self) -> None:
         """
         Raises:
-            CannotRunHere: cuda-bindings is not installed, there is no driver or no GPU, or the driver is too old.
+            CannotRunHere: cuda-bindings is not installed, there is no driver or no GPU, or the driver is too
+                old.
         """
         self._cuda = _runtime()
         _require_device(self._cuda)

@@ -1,4 +1,7 @@
-"""ONNX Runtime as a backend: calls of the graph, over a cache that is bound to its inputs and outputs in place."""
+"""ONNX Runtime as a backend.
+
+Calls of the graph, over a cache that is bound to its inputs and outputs in place.
+"""
 
 from __future__ import annotations
 
@@ -28,9 +31,10 @@ _TYPES = {"tensor(float)": "float32", "tensor(float16)": "float16", "tensor(bflo
 class OrtDecoder:
     """Runs tokens through the graph, which writes keys and values directly into the cache.
 
-    Arrays of a call are reused while their shapes stay the same: a decode step allocates nothing but the temporary
-    values of the graph. On a device, token ids and logits pass through arrays that are allocated once, and everything
-    else stays in device memory. Not yet run on CUDA.
+    Arrays of a call are reused while their shapes stay the same: a decode step allocates nothing but the
+        temporary
+    values of the graph. On a device, token ids and logits pass through arrays that are allocated once, and
+    everything else stays in device memory. Not yet run on CUDA.
 
     Attributes:
         cache: the buffers in use.
@@ -54,8 +58,9 @@ class OrtDecoder:
             session: with the graph loaded.
             cache: to use first.
             extra_outputs: names of further outputs to return.
-            row_by_row: run calls of several tokens one row of the batch after another, because GroupQueryAttention does
-                not support a batch of them with a past. Layers that evict always do, or padding would evict tokens.
+            row_by_row: run calls of several tokens one row of the batch after another, because
+                GroupQueryAttention does not support a batch of them with a past. Layers that evict always do,
+                or padding would evict tokens.
             loaded: decrease of free device memory in bytes while the graph was loaded.
         """
         self._session, self._row_by_row, self._loaded = session, row_by_row, loaded
@@ -159,7 +164,7 @@ class OrtDecoder:
 
 
 class _Binding:
-    """Inputs and outputs of the graph, bound to a cache, or to one row of it, and to arrays for everything else."""
+    """Inputs and outputs of the graph, bound to a cache or to one row of it, and to further arrays."""
 
     def __init__(self, session: onnxruntime.InferenceSession, cache: KvCache, row: int | None = None) -> None:
         self.binding = session.io_binding()
@@ -173,7 +178,8 @@ class _Binding:
     def set_inputs(self, inputs: tuple[Ids, ...]) -> None:
         """Copy the values of `TOKEN_INPUTS` into the bound arrays.
 
-        On a device they are bound again for every call: if an operator needs a value in host memory (write_indices of
+        On a device they are bound again for every call: if an operator needs a value in host memory
+            (write_indices of
         GroupQueryAttention), ONNX Runtime copies it when it is bound, and not again.
         """
         storage, arrays = self._place, self.arrays

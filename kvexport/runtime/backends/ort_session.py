@@ -1,4 +1,7 @@
-"""ONNX Runtime sessions: options, and loading a bundle's graph, whose inputs and outputs must match the manifest."""
+"""ONNX Runtime sessions.
+
+Options, and loading a bundle's graph, whose inputs and outputs must match the manifest.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +33,10 @@ _PROVIDERS: dict[str, list[Any]] = {
 
 
 def graph_file(bundle: Bundle, provider: str) -> str:
-    """Name of the graph that ONNX Runtime runs on "cpu" or "cuda": the one lowered for it, if the bundle has it."""
+    """Name of the graph that ONNX Runtime runs on "cpu" or "cuda".
+
+    The one lowered for it, if the bundle has it.
+    """
     lowered = LOWERED_FILES[provider]
     return lowered if lowered in bundle.files else GRAPH_FILE
 
@@ -74,7 +80,9 @@ def load_graph(
 def session_on(
     provider: str, model: str | bytes, options: onnxruntime.SessionOptions
 ) -> onnxruntime.InferenceSession:
-    """A session on "cpu" or "cuda". With "cuda", a fallback to the CPU, of which ONNX Runtime only warns, is an error.
+    """A session on "cpu" or "cuda".
+
+    With "cuda", a fallback to the CPU, of which ONNX Runtime only warns, is an error.
 
     Raises:
         CannotRunHere: CUDA could not be started.
@@ -87,7 +95,7 @@ def session_on(
         raise CannotRunHere(
             "ONNX Runtime could not start on the GPU",
             got=f"{', '.join(session.get_providers())} only",
-            fix=f"{install_command('onnxruntime-gpu')}; the warning above names the library that failed to load",
+            fix=f"{install_command('onnxruntime-gpu')}; the warning above names what failed to load",
         )
     return session
 
@@ -95,13 +103,14 @@ def session_on(
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     """Options of every session.
 
-    Subnormal numbers are kept, although a few weights of attention can be subnormal and slow a processor down: ONNX
+    Subnormal numbers are kept, although a few weights of attention can be subnormal and slow a processor
+        down: ONNX
     Runtime's option to flush them changes the whole calling thread, permanently.
 
-    All other options are ONNX Runtime's defaults, after measurements with a llama of 109 M parameters and a prompt of
-    2048 tokens. Weights are mapped and then packed, which frees the mapped pages; without packing, prefill takes a
-    quarter more processor time, and decoding no less. Without the memory arena, up to 90 MB more stay resident after a
-    prefill; memory patterns make no difference.
+    All other options are ONNX Runtime's defaults, after measurements with a llama of 109 M parameters and a
+    prompt of 2048 tokens. Weights are mapped and then packed, which frees the mapped pages; without packing,
+    prefill takes a quarter more processor time, and decoding no less. Without the memory arena, up to 90 MB
+    more stay resident after a prefill; memory patterns make no difference.
 
     Args:
         threads: per operator; None: one per core.

@@ -20,7 +20,8 @@ from kvexport.runtime.cache.kv_cache import STEP, KvCache
 
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 
-# Tokens by which a cache in device memory grows: allocation is slow there, and attention skips most of the unused slots.
+# Tokens by which a cache in device memory grows: allocation is slow there, and attention skips most of the
+# unused slots.
 _DEVICE_STEP = 1024
 
 
@@ -51,9 +52,9 @@ class Provider:
 def choose(bundle: Bundle, requested: str) -> Provider:
     """Find the device and the engine of a provider.
 
-    "auto" is the first that this machine supports of tensorrt (if the bundle has an engine), cuda and cpu. If a better one
-    was to be expected, because the bundle has an engine or there is a GPU, the reason why it is not used is logged as a
-    warning of the logger "kvexport.runtime", once.
+    "auto" is the first that this machine supports of tensorrt (if the bundle has an engine), cuda and cpu. If
+    a better one was to be expected, because the bundle has an engine or there is a GPU, the reason why it is
+    not used is logged as a warning of the logger "kvexport.runtime", once.
 
     Args:
         bundle: whose engines are candidates.

@@ -1,11 +1,12 @@
 """TensorRT as a backend: execution contexts over caches, which share one scratch memory.
 
-One context runs the prompts of all caches. Each cache has its own context for decode steps, because a CUDA graph
-belongs to one context and to the addresses that were bound when it was captured (NVIDIA's documentation of CUDA graphs).
+One context runs the prompts of all caches. Each cache has its own context for decode steps, because a CUDA
+graph belongs to one context and to the addresses that were bound when it was captured (NVIDIA's documentation
+of CUDA graphs).
 
-Supports TensorRT 10.3 to 11.x and TensorRT-RTX by one code path, and both forms of the graph: std24 writes the cache in
-place; decomposed17 returns the keys and values of the new tokens, which are copied into the cache after the call: to
-the slots that it returns in layers that evict, else to those of the positions.
+Supports TensorRT 10.3 to 11.x and TensorRT-RTX by one code path, and both forms of the graph: std24 writes
+the cache in place; decomposed17 returns the keys and values of the new tokens, which are copied into the
+cache after the call: to the slots that it returns in layers that evict, else to those of the positions.
 
 Not yet run on a GPU; the tests run it on a simulated device.
 """
@@ -41,7 +42,10 @@ DECODE, PREFILL = 0, 1  # indices of optimisation profiles
 
 
 class EngineCache(KvCache):
-    """A cache of the engine's capacity and batch. It is allocated once, so that its addresses never change."""
+    """A cache of the engine's capacity and batch.
+
+    It is allocated once, so that its addresses never change.
+    """
 
     def __init__(self, bundle: Bundle, engine: Engine, storage: DeviceStorage, fill: float) -> None:
         record = engine.record
@@ -112,7 +116,8 @@ class TensorRtDecoder:
             fill: value of unwritten slots.
 
         Raises:
-            BundleError: the engine's inputs or outputs contradict its record, or it does not write the cache in place.
+            BundleError: the engine's inputs or outputs contradict its record, or it does not write the cache
+                in place.
             CannotRunHere: TensorRT cannot load it, or there is not enough device memory.
         """
         self._device, self._log = device, engine_log(engine.trt)
@@ -210,8 +215,9 @@ class TensorRtDecoder:
     def _context(self, profile: int) -> tuple[Any, Any]:
         """A new execution context of a profile, over the shared scratch memory, and its configuration.
 
-        TensorRT-RTX compiles kernels when a size first occurs. For decode steps it is told to do so at once, because a
-        graph that was captured before would keep the slower kernels. Prompts have many sizes and do not wait.
+        TensorRT-RTX compiles kernels when a size first occurs. For decode steps it is told to do so at once,
+        because a graph that was captured before would keep the slower kernels. Prompts have many sizes and do
+        not wait.
         """
         how: Any = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
         config = None
@@ -231,7 +237,8 @@ class TensorRtDecoder:
     def _write_updates(self, start: int, count: int) -> None:
         """Queue copies of the keys and values of `count` new tokens to the cache.
 
-        In layers that evict they go to the slots that the graph returned for each head, else to slots from `start` on.
+        In layers that evict they go to the slots that the graph returned for each head, else to slots from
+        `start` on.
         """
         for name, new in self._updates.items():
             buffer, (layer, _) = self.cache.buffers[name], layer_and_which(name)
@@ -381,7 +388,10 @@ class _Calls:
             self._device.download(array.host, array.address)
 
     def _capture(self) -> None:
-        """Capture a graph, after TensorRT has run once; TensorRT-RTX reports whether it still compiles kernels."""
+        """Capture a graph, after TensorRT has run once.
+
+        TensorRT-RTX reports whether it still compiles kernels.
+        """
         ready = getattr(self.context, "is_stream_capturable", None)
         if ready is None or ready(self._device.stream):
             self._graph = self._device.capture(self._queue)

@@ -1,4 +1,7 @@
-"""Loading a TensorRT engine: deserialise its plan, put in missing weights, and check it against its record."""
+"""Loading a TensorRT engine.
+
+Deserialise its plan, put in missing weights, and check it against its record.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ def load_engine(engine: Engine, runtime: Any, log: Any) -> Any:
 def refit(loaded: Any, engine: Engine, bundle: Bundle, log: Any) -> None:
     """Put the bundle's weights into an engine that was built without them.
 
-    TensorRT's parser reads them by name from the graph that the engine was built from; a lowering has its own weights.
+    TensorRT's parser reads them by name from the graph that the engine was built from; a lowering has its own
+    weights.
 
     Raises:
         CannotRunHere: weights are missing.

@@ -116,7 +116,7 @@ def _require_fit(record: BuildRecord, device: Device) -> None:
 
 
 def _library(record: BuildRecord) -> Any:
-    """Import the package that runs an engine, in the version that built it unless the plan is version-compatible.
+    """Import the package that runs an engine, in a version that can run it.
 
     Raises:
         CannotRunHere: it is not installed, cannot be imported, or has another version.
@@ -126,8 +126,9 @@ def _library(record: BuildRecord) -> Any:
         trt = import_module(name)
     except ImportError as error:
         missing = isinstance(error, ModuleNotFoundError) and error.name == name
+        problem = "is not installed" if missing else f"cannot be imported: {error}"
         raise CannotRunHere(
-            f"needs {record.engine} {record.version}, which {'is not installed' if missing else f'does not load: {error}'}",
+            f"needs {record.engine} {record.version}, which {problem}",
             fix=install_command(record.engine),
         ) from error
     if trt.__version__ != record.version and not _runs_later(record, trt.__version__):

@@ -98,7 +98,10 @@ class Device(Protocol):
         """Wait for all queued operations."""
 
     def capture(self, work: Callable[[], None]) -> Any | None:
-        """Record what `work` queues, without running it: a graph for `launch`, or None if it cannot be captured."""
+        """Record what `work` queues, without running it.
+
+        A graph for `launch`, or None if it cannot be captured.
+        """
 
     def launch(self, graph: Any) -> None: ...
 

@@ -1,4 +1,6 @@
-"""Eviction in the runtime: which slots a call writes, and which tokens leave before a chunk of a prompt is run.
+"""Eviction in the runtime.
+
+Which slots a call writes, and which tokens leave before a chunk of a prompt is run.
 
 The same algorithm as the PyTorch reference, `kvexport.eviction.reference_cache.EvictingCache.make_room`.
 """
@@ -114,7 +116,7 @@ def make_room(
     keep: int,
     position: int,
 ) -> None:
-    """Evict tokens of a sequence in one layer until `keep` of `tokens` remain, and move those to the first slots.
+    """Evict tokens of a sequence in one layer until `keep` remain, and move those to the first slots.
 
     Args:
         storage: of the caches.
@@ -137,7 +139,9 @@ def make_room(
 
 
 def moves_for(remaining: Ints, first: int) -> list[Move]:
-    """The fewest moves that bring the slots `remaining` [N, keep] to the first slots; heads start at row `first`.
+    """The fewest moves that bring the slots `remaining` [N, keep] to the first slots.
+
+    Heads start at row `first`.
 
     A token either keeps its slot or comes from behind all of them, so that no move reads what another has
     written.

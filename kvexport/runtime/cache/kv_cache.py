@@ -1,4 +1,4 @@
-"""The KV cache: buffers for the keys and values of each layer, which grow with the sequences up to the layer's budget."""
+"""The KV cache: buffers for the keys and values of each layer, which grow with the sequences."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ STEP = 256
 
 @dataclass(frozen=True)
 class _Buffer:
-    """A cache input of the graph: [batch, heads, tokens, width], or [batch·heads, 1, slots, width] if its layer evicts."""
+    """A cache input of the graph.
+
+    [batch, heads, tokens, width], or [batch·heads, 1, slots, width] if its layer evicts.
+    """
 
     layer: int
     heads: int
@@ -42,7 +45,9 @@ class _Buffer:
 
 
 class KvCache:
-    """Buffers by the name of their graph input (`kvexport.bundle.graph_io.cache_specs`). Nothing is allocated at first.
+    """Buffers by the name of their graph input (`kvexport.bundle.graph_io.cache_specs`).
+
+    Nothing is allocated at first.
 
     Attributes:
         num_layers: number of layers.
@@ -112,7 +117,9 @@ class KvCache:
         self._empty()
 
     def fresh(self, batch: int, slots: int | None = None) -> KvCache:
-        """A cache of `batch` empty sequences in place of this one: a new one, or this one, emptied, if memory is allocated once.
+        """A cache of `batch` empty sequences in place of this one.
+
+        A new one, or this one, emptied, if memory is allocated once.
 
         Args:
             batch: number of sequences.
@@ -172,7 +179,9 @@ class KvCache:
         raise UsageError(what, got=f"{tokens} tokens", expected=f"at most {self.limit}", fix=fix)
 
     def admit(self, positions: Ints, row: int | None = None) -> Ints:
-        """The graph's `write_indices` [B] for a call of tokens whose room is reserved; evicts tokens if it is needed for them.
+        """The graph's `write_indices` [B] for a call of tokens whose room is reserved.
+
+        Evicts tokens if it is needed for them.
 
         Args:
             positions: of the tokens, consecutive [B, S]; if layers evict, they continue the sequence, or
@@ -231,7 +240,10 @@ class KvCache:
             self.storage.write(self.buffers[past(layer, STATE)], state)
 
     def layer(self, index: int) -> tuple[NDArray[Any], NDArray[Any]]:
-        """Whole buffers of a layer's keys and values [batch, N, slots, width]: views in host memory, copies of device memory."""
+        """Whole buffers of a layer's keys and values [batch, N, slots, width].
+
+        Views in host memory, copies of device memory.
+        """
         key, value = (self.storage.read(self.buffers[past(index, which)]) for which in (KEY, VALUE))
         return key.reshape(self.batch, -1, *key.shape[2:]), value.reshape(self.batch, -1, *value.shape[2:])
 
@@ -247,7 +259,10 @@ class KvCache:
         return state[:, : state.shape[1] - self._blocked]
 
     def set_state(self, index: int, state: State) -> None:
-        """Replace the eviction state of a layer for the first sequence, [N, any number of slots, 2]; the rest becomes empty."""
+        """Replace the eviction state of a layer for the first sequence, [N, any number of slots, 2].
+
+        The rest becomes empty.
+        """
         name = past(index, STATE)
         buffer, rows = self.buffers[name], self.rows_of(name, 0)
         states = self.storage.read_rows(buffer, rows)

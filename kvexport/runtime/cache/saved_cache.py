@@ -125,7 +125,7 @@ def _is_file(path: Path) -> bool:
 
 
 def _header(digest: str, kv: KvCache, state: SavedState) -> bytes:
-    """The JSON at the start of the file, padded to a multiple of 8 bytes, with zeros for the digest of the data."""
+    """The JSON at the start of the file, padded to 8 bytes, with zeros for the digest of the data."""
     occupancy = kv.occupancy
     values = {
         "lengths": state.lengths.tolist(),
@@ -154,7 +154,10 @@ class _Tensor:
 
 
 def _layout(kv: KvCache, lengths: Ids, filled: int) -> dict[str, _Tensor]:
-    """The tensors of a file for sequences of these lengths; `filled`: slots that are saved of layers that evict."""
+    """The tensors of a file for sequences of these lengths.
+
+    `filled`: slots that are saved of layers that evict.
+    """
     tensors, start = {}, 0
     for name in _order(kv):
         shape = kv.shape_of(name, len(lengths), int(lengths.max(initial=0)), filled)

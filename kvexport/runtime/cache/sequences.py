@@ -79,7 +79,10 @@ class Cache:
 
     @property
     def lengths(self) -> Ids:
-        """Tokens of each sequence that were run, int64 [B], a copy. The pending token of a generation is not counted."""
+        """Tokens of each sequence that were run, int64 [B], a copy.
+
+        The pending token of a generation is not counted.
+        """
         with self._lock:
             return self.sequences.lengths.copy()
 
@@ -95,7 +98,9 @@ class Cache:
             self.sequences.clear()
 
     def save(self, path: Path | str) -> None:
-        """Write the sequences to a file, which `Session.load` reads; a file of that name is replaced atomically.
+        """Write the sequences to a file, which `Session.load` reads.
+
+        A file of that name is replaced atomically.
 
         Args:
             path: of the file, in an existing folder.

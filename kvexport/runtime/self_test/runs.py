@@ -1,4 +1,6 @@
-"""The runs of a self-test: tokens in a cache filled with garbage, and the numbers that each token leaves in it.
+"""The runs of a self-test.
+
+Tokens in a cache filled with garbage, and the numbers that each token leaves in it.
 
 `kvexport.runtime.self_test.verdict` compares them with the reference. The C++ library implements the same.
 """
@@ -79,7 +81,7 @@ class Runs:
         return rows
 
     def generate(self, count: int) -> int:
-        """Generate greedily; returns how many of the first `count` tokens of the continuation are reproduced."""
+        """Generate greedily; returns how many of the continuation's first `count` tokens are reproduced."""
         cache = self._begin()
         measured: list[Measured] = []
         for piece in pieces_of(0, self.prompt, min(self._decoder.max_tokens_per_call, CHUNK)):
@@ -106,7 +108,10 @@ class Runs:
         return cache
 
     def _call(self, cache: KvCache, ids: NDArray[np.int64], start: int) -> list[Measured]:
-        """Run `ids` from position `start` on; returns their rows, with norms of the layers that evict only."""
+        """Run `ids` from position `start` on.
+
+        Returns their rows, with norms of the layers that evict only.
+        """
         positions = start + np.arange(len(ids))
         first_row = self._reference.first_row
         measured_at = [row for row in range(start, start + len(ids)) if row >= first_row]
