@@ -91,31 +91,31 @@ def step(
         "new_key": normal(1, kv_heads, 1, width),
         "new_value": normal(1, kv_heads, 1, width),
     }
-    held = {name: normal(1, kv_heads, depth, width) for name in ("key", "value")}
-    for name, values in held.items():
+    cached = {name: normal(1, kv_heads, depth, width) for name in ("key", "value")}
+    for name, values in cached.items():
         feeds[name] = np.zeros((1, kv_heads, capacity, width), np.float32)
         feeds[name][:, :, :depth] = values
     if form != "concat":
-        seen = np.arange(capacity) < depth if form == "slice" else np.arange(capacity) <= depth
-        feeds["bias"] = np.where(seen, 0, -1e30).astype(np.float32)
+        visible = np.arange(capacity) < depth if form == "slice" else np.arange(capacity) <= depth
+        feeds["bias"] = np.where(visible, 0, -1e30).astype(np.float32)
     if form == "scatter":
         feeds["slot"] = np.full((1, kv_heads, 1, width), depth, np.int64)
     outputs = {"slice": (), "scatter": (capacity,), "concat": (depth + 1,)}[form]
-    given = {"mixed": np.empty((1, heads, 1, width), np.float32)}
+    arrays = {"mixed": np.empty((1, heads, 1, width), np.float32)}
     for rows in outputs:
-        given |= {f"all_{name}": np.empty((1, kv_heads, rows, width), np.float32) for name in held}
+        arrays |= {f"all_{name}": np.empty((1, kv_heads, rows, width), np.float32) for name in cached}
     binding = session.io_binding()
     for name, array in feeds.items():
         binding.bind_ortvalue_input(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
-    for name, array in given.items():
+    for name, array in arrays.items():
         binding.bind_ortvalue_output(name, onnxruntime.OrtValue.ortvalue_from_numpy(array))
 
     def run() -> np.ndarray:
         session.run_with_iobinding(binding)
         if form == "slice":
-            for name in held:
+            for name in cached:
                 feeds[name][:, :, depth] = feeds[f"new_{name}"][:, :, 0]
-        return given["mixed"]
+        return arrays["mixed"]
 
     return run
 
@@ -146,7 +146,7 @@ def attention(form: str, heads: int, kv_heads: int, width: int) -> onnx.ModelPro
         outputs += [tensor(f"all_{name}", 1, kv_heads, "total", width) for name in ("key", "value")]
     if form == "scatter":
         inputs.append(tensor("slot", 1, kv_heads, 1, width, kind=TensorProto.INT64))
-    held = {"slice": "{}", "scatter": "all_{}", "concat": "all_{}"}[form]
+    cached = {"slice": "{}", "scatter": "all_{}", "concat": "all_{}"}[form]
     for name in ("key", "value"):
         if form == "scatter":
             op("ScatterElements", [name, "slot", f"new_{name}"], f"all_{name}", axis=2)
@@ -155,7 +155,7 @@ def attention(form: str, heads: int, kv_heads: int, width: int) -> onnx.ModelPro
     rows = op("Reshape", ["query", constant("grouped", [1, kv_heads, -1, width])], "rows")
     scaled = op("Mul", [rows, constant("scale", np.float32(width**-0.5))], "scaled")
     scores = op(
-        "MatMul", [scaled, op("Transpose", [held.format("key")], "turned", perm=[0, 1, 3, 2])], "scores"
+        "MatMul", [scaled, op("Transpose", [cached.format("key")], "turned", perm=[0, 1, 3, 2])], "scores"
     )
     if form != "concat":
         scores = op("Add", [scores, "bias"], "biased")
@@ -174,7 +174,7 @@ def attention(form: str, heads: int, kv_heads: int, width: int) -> onnx.ModelPro
         new = op("MatMul", [op("Slice", [weights, last, end, axis], "new_weights"), "new_value"], "new")
         mixed = op("Add", [cached, new], "mixed_rows")
     else:
-        mixed = op("MatMul", [weights, held.format("value")], "mixed_rows")
+        mixed = op("MatMul", [weights, cached.format("value")], "mixed_rows")
     op("Reshape", [mixed, constant("by_head", [1, heads, 1, width])], "mixed")
     graph = helper.make_graph(nodes, form, inputs, outputs, constants)
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

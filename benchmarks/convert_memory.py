@@ -51,13 +51,13 @@ def main() -> None:
     command += ["--kv-ratio", "0.5", "--dtype", arguments.dtype, "--json"]
     start = time.perf_counter()
     try:
-        said = subprocess.run(
+        output = subprocess.run(
             [sys.executable, "-m", "kvexport", *command], stdout=subprocess.PIPE, check=True, text=True
         ).stdout
     finally:
         shutil.rmtree(checkpoint)
         shutil.rmtree(bundle, ignore_errors=True)
-    report = json.loads(said)
+    report = json.loads(output)
     record = {
         "command": "kvexport " + " ".join(["build", "CHECKPOINT", "-o", "BUNDLE", *command[4:]]),
         "parameters": parameters,

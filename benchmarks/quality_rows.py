@@ -201,9 +201,9 @@ def _published(name: str, ratio: float) -> Make:
 
 def _ablations(ratio: float) -> dict[str, tuple[str, Make]]:
     def plain(
-        method: Callable[[Method], Method] = lambda method: method, **seen: Callable[[Tensor], Tensor]
+        method: Callable[[Method], Method] = lambda method: method, **changes: Callable[[Tensor], Tensor]
     ) -> Make:
-        return _seeing(_plain("fold", ratio, method), seen)
+        return _transformed(_plain("fold", ratio, method), changes)
 
     found = {
         "plain-unweighted": (
@@ -244,18 +244,18 @@ def _identity(second: Tensor) -> Tensor:
     return torch.eye(second.shape[-1], dtype=second.dtype).expand_as(second)
 
 
-def _seeing(plan: Plan, changes: dict[str, Callable[[Tensor], Tensor]]) -> Make:
-    """A conversion from other moments than those that are there."""
+def _transformed(plan: Plan, changes: dict[str, Callable[[Tensor], Tensor]]) -> Make:
+    """A conversion from transformed moments."""
 
     def make(bench: Bench) -> Made:
         windows = bench.calibration()
-        seen = [
+        transformed = [
             dataclasses.replace(
                 moments, **{name: change(getattr(moments, name)) for name, change in changes.items()}
             )
             for moments in measure_moments(bench.decoder, windows)
         ]
-        return Made.of(*bench.convert(plan(bench, windows).layer_plans, moments_of=seen.__getitem__))
+        return Made.of(*bench.convert(plan(bench, windows).layer_plans, moments_of=transformed.__getitem__))
 
     return make
 
@@ -295,9 +295,9 @@ def _healed(plan: Plan, steps: int) -> Make:
         )
         choice = plan(bench, windows)
         converted, reports = bench.convert(choice.layer_plans, windows=windows)
-        seen, held_out = (windows[each] for each in split_windows(len(windows)))
+        training, held_out = (windows[each] for each in split_windows(len(windows)))
         start = time.process_time()
-        healed = heal(bench.decoder, converted, seen, held_out, HealOptions(steps), Progress())
+        healed = heal(bench.decoder, converted, training, held_out, HealOptions(steps), Progress())
         healing = {**healed.report.to_json(), "processor_seconds": time.process_time() - start}
         return Made.of(
             healed.decoder, reports, unhealed=bench.divergences(Made.of(converted).run), healing=healing

@@ -190,7 +190,7 @@ def _table(found: Sequence[Figures], texts: Sequence[str], original: Figures, ba
         return ", ".join(_over(each["texts"][text], yardstick["texts"][text]) for text in texts)
 
     head = ["", "KV numbers", "share", *_quality_names(texts), f"KL / {base}", *_COSTS, "seconds"]
-    asked = _task_names(original) if any("tasks" in each for each in found) else []
+    tasks = _task_names(original) if any("tasks" in each for each in found) else []
     lines = [
         [
             each["name"],
@@ -200,19 +200,19 @@ def _table(found: Sequence[Figures], texts: Sequence[str], original: Figures, ba
             relative(each),
             *_costs(each),
             f"{each['processor_seconds']:.0f}",
-            *(_tasks(each) if asked else []),
+            *(_tasks(each) if tasks else []),
         ]
         for each in found
     ]
     legend = "\n".join(f"- `{each['name']}`: {each['what']}" for each in found)
-    return f"{_grid([*head, *asked], lines)}\n\n{legend}"
+    return f"{_grid([*head, *tasks], lines)}\n\n{legend}"
 
 
 def _healed(found: Sequence[Figures], texts: Sequence[str], original: Figures) -> list[str]:
     if not found:
         return []
     each_text = [f"{text}: {name}" for text in texts for name in ("KL before", "KL after", "after / before")]
-    head, asked = ["", "share", *each_text, "steps", "processor seconds of healing"], _task_names(original)
+    head, tasks = ["", "share", *each_text, "steps", "processor seconds of healing"], _task_names(original)
     lines = []
     for each in found:
         cells = []
@@ -223,7 +223,7 @@ def _healed(found: Sequence[Figures], texts: Sequence[str], original: Figures) -
         lines.append(
             [f"{each['name']} {each['ratio']}", f"{each['share']:.3f}", *cells, *effort, *_tasks(each)]
         )
-    return ["## Healing", _grid([*head, *asked], lines)]
+    return ["## Healing", _grid([*head, *tasks], lines)]
 
 
 def _bounds(found: Sequence[Figures], texts: Sequence[str]) -> list[str]:

@@ -222,9 +222,9 @@ def passkey_cells(
             prompts = []
             for _ in range(trials):
                 key = str(chance.randrange(10 ** (digits - 1), 10**digits))
-                asked, answer = split(encode, QUESTION, f" {key}")
+                question, answer = split(encode, QUESTION, f" {key}")
                 needle = encode(NEEDLE.format(key=key))
-                room = length - len(before) - len(needle) - len(asked) - len(answer)
+                room = length - len(before) - len(needle) - len(question) - len(answer)
                 if not 0 <= room <= len(hay):
                     raise UsageError(
                         "a passkey prompt cannot be made this long",
@@ -234,7 +234,7 @@ def passkey_cells(
                     )
                 at = chance.randrange(len(hay) - room + 1)
                 cut = at + round(depth * room)
-                prompts.append(([*before, *hay[at:cut], *needle, *hay[cut : at + room], *asked], answer))
+                prompts.append(([*before, *hay[at:cut], *needle, *hay[cut : at + room], *question], answer))
             cells.append(PasskeyCell(length, depth, prompts))
     return cells
 
@@ -258,9 +258,9 @@ def passkey(
         if original is None
         else {(c["length"], c["depth"]) for c in original["cells"] if c["accuracy"] >= ABLE}
     )
-    asked = [cell for cell in cells if able is None or (cell.length, cell.depth) in able]
+    selected = [cell for cell in cells if able is None or (cell.length, cell.depth) in able]
     rows: list[dict[str, Any]] = []
-    for cell in asked:
+    for cell in selected:
         right = sum(each.greedy for each in score(logits, cell.prompts))
         part, error = share(right, len(cell.prompts))
         row = {"length": cell.length, "depth": cell.depth, "trials": len(cell.prompts), "correct": right}
@@ -276,7 +276,7 @@ def passkey(
         )
     elif original is not None:
         reason = original["skipped"]
-    left_out = [{"length": cell.length, "depth": cell.depth} for cell in cells if cell not in asked]
+    left_out = [{"length": cell.length, "depth": cell.depth} for cell in cells if cell not in selected]
     return {
         "trials": trials,
         "accuracy": total[0],

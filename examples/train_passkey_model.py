@@ -243,10 +243,10 @@ def train(
             optimizer.step()
             optimizer.zero_grad()
             lately += (right - lately) / 20
-            told = f"window {STAGES[stage]:3d}  loss {loss.item():.3f}  answers {lately:.3f}"
-            progress.update(bar, advance=1, description=told)
+            status = f"window {STAGES[stage]:3d}  loss {loss.item():.3f}  answers {lately:.3f}"
+            progress.update(bar, advance=1, description=status)
             if step % 100 == 0:
-                console.print(f"{(time.monotonic() - start) / 60:5.1f} min  step {step:5d}  {told}")
+                console.print(f"{(time.monotonic() - start) / 60:5.1f} min  step {step:5d}  {status}")
             if lately < READY:
                 continue
             if stage + 1 < len(STAGES):

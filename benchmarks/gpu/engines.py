@@ -31,7 +31,7 @@ def copy_of(bundle: Path, name: str) -> Path:
 def build_rtx(part: Part, bundle: Path, lowering: str) -> dict[str, Any]:
     """As kvexport builds with TensorRT-RTX for the GPU's compute capability, which it refuses where there is
     no such name."""
-    said = part.kvexport(
+    records = part.kvexport(
         "engine",
         bundle,
         "--target",
@@ -42,8 +42,8 @@ def build_rtx(part: Part, bundle: Path, lowering: str) -> dict[str, Any]:
         lowering,
         required=False,
     )
-    if said:
-        return {"built": True, "record": said[0]}
+    if records:
+        return {"built": True, "record": records[0]}
     return {"built": False, "messages": part.commands[-1].get("stderr_end", [])}
 
 

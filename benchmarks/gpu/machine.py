@@ -45,21 +45,21 @@ def describe_gpu() -> dict[str, Any] | None:
 
 def versions() -> dict[str, str]:
     """Of Python, kvexport's commit, and the installed ones of the packages that matter."""
-    found = {"python": platform.python_version()}
+    installed = {"python": platform.python_version()}
     try:
-        asked = subprocess.run(
+        described = subprocess.run(
             ["git", "-C", str(_ROOT), "describe", "--always", "--dirty"], capture_output=True, text=True
         )
-        if asked.returncode == 0:
-            found["commit"] = asked.stdout.strip()
+        if described.returncode == 0:
+            installed["commit"] = described.stdout.strip()
     except OSError:
         pass  # no git
     for name in _PACKAGES:
         try:
-            found[name] = metadata.version(name)
+            installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return installed
 
 
 def without_paths(text: str, work: Path) -> str:

@@ -67,10 +67,10 @@ def builder_here(part: Part) -> str | None:
 
 def build(part: Part, bundle: Any, builder: str, lowering: str) -> dict[str, Any]:
     if builder == "tensorrt":
-        said = part.kvexport("engine", bundle, "--lowering", lowering, required=False)
+        records = part.kvexport("engine", bundle, "--lowering", lowering, required=False)
         return {
-            "built": bool(said),
-            "record": said[0] if said else None,
+            "built": bool(records),
+            "record": records[0] if records else None,
             "messages": part.commands[-1].get("stderr_end", []),
         }
     if builder == "kvexport":

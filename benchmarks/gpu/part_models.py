@@ -40,7 +40,7 @@ def make(part: Part, kv_heads: int) -> dict[str, Any]:
         made["parameters"] = write_checkpoint(checkpoint, part.settings.shape, kv_heads)
     if not bundle.exists():
         threads = max(1, (os.cpu_count() or 1) // len(part.settings.kv_heads))
-        said = part.kvexport(
+        records = part.kvexport(
             "build",
             checkpoint,
             "-o",
@@ -59,10 +59,10 @@ def make(part: Part, kv_heads: int) -> dict[str, Any]:
             str(part.settings.shape["max_position_embeddings"]),
             threads=threads,
         )
-        if said:
-            made["seconds_by_stage"] = said[0]["seconds"]
-            made["kept_float32"] = said[0]["kept_float32"]
-            made["proved_by_layer"] = not said[0]["validation"]["failures"]
+        if records:
+            made["seconds_by_stage"] = records[0]["seconds"]
+            made["kept_float32"] = records[0]["kept_float32"]
+            made["proved_by_layer"] = not records[0]["validation"]["failures"]
     made["bundle_bytes"] = sum(file.stat().st_size for file in bundle.glob("decoder*"))
     return made
 

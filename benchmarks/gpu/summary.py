@@ -46,9 +46,9 @@ def table(head: Iterable[str], rows: Iterable[Sequence[object]]) -> list[str]:
 
 def _note(record: Record) -> str:
     if record["status"] == "failed":
-        said = record["failures"] or record["last_words"][-1:] or [""]
-        how = "its time was over" if record["timed_out"] else f"exit code {record['exit_code']}"
-        return f"{how}: {said[0][:300]}"
+        messages = record["failures"] or record["last_words"][-1:] or [""]
+        how = "time limit reached" if record["timed_out"] else f"exit code {record['exit_code']}"
+        return f"{how}: {messages[0][:300]}"
     result = record["result"]
     if "left_out" in result:
         return str(result["left_out"])
@@ -66,7 +66,7 @@ def _rtx(result: Record) -> list[str]:
     rows = []
     for way, tried in result["ways"].items():
         words = (tried.get(where, []) for where in ("messages", "stderr_end", "runtime_said"))
-        said = [each for some in words for each in some if not each.startswith("WARNING")]
+        messages = [each for some in words for each in some if not each.startswith("WARNING")]
         runs = {True: "yes", False: "no", None: "not tried"}
         rows.append(
             (
@@ -76,7 +76,7 @@ def _rtx(result: Record) -> list[str]:
                 runs[tried.get("loads")],
                 runs[tried.get("runs")],
                 runs[tried.get("proved")],
-                said[0][:200] if said else "",
+                messages[0][:200] if messages else "",
             )
         )
     head = ("way", "built", "validity", "loads", "runs", "proved", "first error")
