@@ -15,13 +15,18 @@ using Error = std::unique_ptr<kvexport_error, void (*)(kvexport_error*)>;
 using Session = std::unique_ptr<kvexport_session, void (*)(kvexport_session*)>;
 using Text = std::unique_ptr<char, void (*)(char*)>;
 
-int told(const Error& error) {
+int report_error(const Error& error) {
   std::fprintf(stderr, "kvexport_self_test: %s\n", kvexport_error_part(error.get(), KVEXPORT_MESSAGE));
   return kvexport_error_code(error.get());
 }
 
 int usage() {
-  std::fputs("usage: kvexport_self_test BUNDLE [--provider auto|cpu|cuda|tensorrt] [--json]\n", stderr);
+  std::fputs(
+      "usage: kvexport_self_test BUNDLE [--provider auto|cpu|cuda|tensorrt] [--json]\n"
+      "Check that this machine computes the reference outputs of BUNDLE.\n"
+      "  --provider  What runs the bundle [default: auto]\n"
+      "  --json      Print the report as JSON\n",
+      stderr);
   return KVEXPORT_USAGE;
 }
 
@@ -45,17 +50,17 @@ int main(int argc, char** argv) {
   }
   if (bundle == nullptr) return usage();
 
-  kvexport_session* opened = nullptr;
-  if (const Error error{kvexport_open(bundle, &options, &opened), kvexport_error_free}; error)
-    return told(error);
-  const Session session(opened, kvexport_close);
+  kvexport_session* raw_session = nullptr;
+  if (const Error error{kvexport_open(bundle, &options, &raw_session), kvexport_error_free}; error)
+    return report_error(error);
+  const Session session(raw_session, kvexport_close);
   const kvexport_info& info = *kvexport_session_info(session.get());
-  char* written = nullptr;
-  const Error failed(kvexport_self_test(session.get(), &written), kvexport_error_free);
-  const Text report(written, kvexport_text_free);
+  char* raw_report = nullptr;
+  const Error failed(kvexport_self_test(session.get(), &raw_report), kvexport_error_free);
+  const Text report(raw_report, kvexport_text_free);
   if (json && report) std::puts(report.get());
-  if (failed) return told(failed);
+  if (failed) return report_error(failed);
   if (!json)
-    std::printf("ok: %s computes what was validated (%s, %s)\n", info.engine, info.source, info.dtype);
+    std::printf("ok: %s computes the reference outputs (%s, %s)\n", info.engine, info.source, info.dtype);
   return 0;
 }

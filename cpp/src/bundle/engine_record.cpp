@@ -39,7 +39,7 @@ bool option(const Table& options, const std::string& key) { return options.has(k
 
 void BuildRecord::verify() const {
   if (sha256_of_file(plan) == plan_sha256) return;
-  throw bundle_error(plan + " is not as it was built: its sha256 differs", {}, {},
+  throw bundle_error(plan + " must be unchanged since it was built: its sha256 differs", {}, {},
                      "build it again: kvexport engine BUNDLE --target " + target + " --force");
 }
 

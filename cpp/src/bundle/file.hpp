@@ -44,8 +44,8 @@ class NewFile {
   NewFile& operator=(const NewFile&) = delete;
 
   void write(const void* data, std::size_t bytes);
-  void overwrite(const void* data, std::size_t bytes,
-                 std::uint64_t offset);  // replaces bytes that were written before
+  // Replaces bytes that were written before.
+  void overwrite(const void* data, std::size_t bytes, std::uint64_t offset);
   void commit();
 
  private:

@@ -86,7 +86,7 @@ const Json& null_value() {
 Json parse_json(std::string_view text, const std::string& path, const std::string& fix) {
   try {
     if (text.find('\0') != std::string_view::npos)
-      throw std::invalid_argument("it contains a NUL byte");  // the parser would take it for the end
+      throw std::invalid_argument("it contains a NUL byte");  // the parser would stop there
     return Json::parse(text.begin(), text.end(), ParseLimits());
   } catch (const std::exception& error) {
     throw bundle_error(path + " must be JSON: " + error.what(), {}, {}, fix);

@@ -18,8 +18,7 @@ constexpr std::int64_t format = 2;
 constexpr const char* rebuild = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE";
 constexpr std::string_view digest_key = "\"manifest_sha256\": \"";
 constexpr std::size_t digest_digits = 64;
-constexpr std::int64_t max_positions =
-    1 << 19;  // highest capacity with eviction, as kvexport/eviction/config.py
+constexpr std::int64_t max_positions = 1 << 19;  // with eviction, as kvexport/eviction/config.py
 constexpr std::int64_t opset = 24;
 constexpr std::pair<const char*, Dtype> dtypes[] = {
     {"float32", Dtype::float32}, {"float16", Dtype::float16}, {"bfloat16", Dtype::bfloat16}};

@@ -21,8 +21,8 @@ struct Row {
   std::int64_t likeliest = 0;  // the token with the largest logit
   double margin = 0;           // difference between the two largest logits
   std::vector<double> values;  // logits at ReferenceOutputs::logit_indices
-  std::vector<double> key_norms,
-      value_norms;  // L2 norms per layer, over all KV heads
+  // L2 norms of the token's key and value in each layer, over all KV heads.
+  std::vector<double> key_norms, value_norms;
 };
 
 // Largest deviation from the reference outputs that a correct runtime may have.
@@ -40,8 +40,8 @@ struct ReferenceOutputs {
   std::int64_t first_row = 0;         // token of rows[0], within the prompt; rows end with the last token
   std::vector<std::int64_t> logit_indices;
   std::vector<Row> rows;
-  std::map<std::string, std::array<Tolerance, 3>>
-      tolerances;  // by provider ("cpu", "cuda", "tensorrt") and Dtype
+  // By provider ("cpu", "cuda", "tensorrt") and Dtype.
+  std::map<std::string, std::array<Tolerance, 3>> tolerances;
 
   const Tolerance& tolerance(const std::string& provider, Dtype dtype) const {
     return tolerances.at(provider)[static_cast<std::size_t>(dtype)];

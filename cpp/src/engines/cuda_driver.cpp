@@ -21,8 +21,8 @@ using Address = std::uint64_t;  // CUdeviceptr
 constexpr int success = 0, out_of_memory = 2, no_device = 100;
 constexpr int capability_major = 75, capability_minor = 76;  // CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_*
 constexpr unsigned stream_non_blocking = 1;
-constexpr int capture_thread_local = 1,
-              on_device = 2;  // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL, CU_MEMORYTYPE_DEVICE
+constexpr int capture_thread_local = 1;  // CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+constexpr int on_device = 2;             // CU_MEMORYTYPE_DEVICE
 
 struct Copy2D {  // CUDA_MEMCPY2D
   std::size_t source_x = 0, source_y = 0;

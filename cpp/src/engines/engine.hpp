@@ -56,8 +56,8 @@ class Engine {
 // `bundle` is open and verified. Both functions throw Failure (cannot_run_here) if the engine is not
 // available.
 class Bundle;
-std::unique_ptr<Engine> open_onnxruntime(const Bundle& bundle, const std::string& provider,
-                                         int threads);  // "cpu", "cuda"
+// `provider`: "cpu" or "cuda".
+std::unique_ptr<Engine> open_onnxruntime(const Bundle& bundle, const std::string& provider, int threads);
 // `verify`: hash the engine's plan. Without TensorRT at build time it always throws.
 std::unique_ptr<Engine> open_tensorrt(const Bundle& bundle, bool verify = true);
 bool has_engine(const Bundle& bundle);  // whether the bundle has any engine, for whatever device

@@ -39,14 +39,13 @@ std::string joined(const std::vector<std::string>& parts, const char* between) {
 std::string reason_not_to_run(const BuildRecord& record, const std::string& gpu,
                               const std::string& capability, const EngineLibrary& library) {
   const std::vector<std::string>& built = record.compute_capability;
-  const bool later =
-      record.hardware_compatible && numbers(capability) >= std::vector<long>{8, 0};  // Ampere or later
+  // A hardware-compatible plan runs on Ampere and later.
+  const bool later = record.hardware_compatible && numbers(capability) >= std::vector<long>{8, 0};
   if (std::find(built.begin(), built.end(), capability) == built.end() && !later)
     return "was built for compute capability " + joined(built, " or ") + ", and " + gpu + " has " +
            capability;
   if (record.batch != 1)
-    return "was built for " + std::to_string(record.batch) +
-           " sequences at a time, and the runtime gives an engine one";
+    return "was built for " + std::to_string(record.batch) + " sequences at a time, and the runtime runs one";
   if (record.engine != library.name)
     return "needs " + record.engine + " " + record.version + "; this libkvexport was built with " +
            library.name;
@@ -75,12 +74,12 @@ BuildRecord choose_engine(const Bundle& bundle, const std::string& gpu, const st
       continue;
     }
     if (record.manifest_sha256 != bundle.manifest.digest)
-      throw bundle_error("the engine " + directory + " was built from another bundle than this one", "", "",
+      throw bundle_error("the engine " + directory + " must be built from this bundle", "", "",
                          "build it again: kvexport engine BUNDLE --target " + record.target + " --force");
     return record;
   }
   throw Failure(Code::cannot_run_here,
-                "the bundle " + bundle.path + " has no engine that this machine can run",
+                "the bundle " + bundle.path + " must have an engine that this machine can run",
                 reasons.empty() ? "no engine" : joined(reasons, "; "), "",
                 "build one here: kvexport engine " + bundle.path);
 }

@@ -104,12 +104,13 @@ void require_contract(const OrtApi& api, const OrtSession* session, const Manife
     const std::vector<Tensor> got = tensors_of(api, session, inputs),
                               expected = expected_tensors(manifest, inputs);
     if (got.size() != expected.size()) {
-      throw bundle_error("the bundle's graph has another number of " + kind + "s", std::to_string(got.size()),
-                         std::to_string(expected.size()));
+      throw bundle_error("the bundle's graph must have the " + kind + "s of its manifest",
+                         std::to_string(got.size()) + " " + kind + "s",
+                         std::to_string(expected.size()) + " " + kind + "s");
     }
     for (std::size_t index = 0; index < got.size(); ++index) {
       if (got[index].text() != expected[index].text()) {
-        throw bundle_error("an " + kind + " of the bundle's graph is not what its manifest says",
+        throw bundle_error("every " + kind + " of the bundle's graph must match its manifest",
                            got[index].text(), expected[index].text());
       }
     }
@@ -212,7 +213,7 @@ class OrtEngine final : public Engine {
     }
     require(api_, api_.ReleaseAvailableProviders(names, count));
     if (!has_cuda) {
-      throw Failure(Code::cannot_run_here, "this ONNX Runtime was built without CUDA",
+      throw Failure(Code::cannot_run_here, "ONNX Runtime must be built with CUDA for provider \"cuda\"",
                     version_ + " with " + available, "",
                     "replace libonnxruntime.so.1 by one that was built with CUDA, or use provider \"cpu\"");
     }
@@ -310,10 +311,12 @@ class OrtEngine final : public Engine {
 
 std::unique_ptr<Engine> open_onnxruntime(const Bundle& bundle, const std::string& provider, int threads) {
   if (bundle.manifest.dtype == Dtype::bfloat16 && provider == "cpu") {
-    throw Failure(Code::cannot_run_here, "ONNX Runtime has no bfloat16 kernels for the CPU",
-                  bundle.path + ", dtype bfloat16", "",
-                  "build it with --dtype float32 or float16; `kvexport validate` proves it here all the "
-                  "same, in float32");
+    throw Failure(
+        Code::cannot_run_here,
+        "the dtype must be float32 or float16 for ONNX Runtime on the CPU, which has no bfloat16 kernels",
+        bundle.path + ", dtype bfloat16", "",
+        "build it with --dtype float32 or float16; `kvexport validate` still works here: it computes in "
+        "float32");
   }
   return std::make_unique<OrtEngine>(bundle, provider, threads);
 }

@@ -181,32 +181,32 @@ void require_contract(const LoadedEngine& loaded, const BuildRecord& record, con
     std::vector<std::string> other;
     std::set_symmetric_difference(names.begin(), names.end(), expected_names.begin(), expected_names.end(),
                                   std::back_inserter(other));
-    refuse(record, "takes or gives other tensors", other.front(),
+    refuse(record, "must have the inputs and outputs of its lowering", other.front(),
            "the tensors of its lowering, " + record.lowering);
   }
   for (const std::string& name : names) {
     const char* raw = name.c_str();
     if (engine.getTensorLocation(raw) != nvinfer1::TensorLocation::kDEVICE)
-      refuse(record, "wants a tensor in the host's memory", name, "all on the device");
+      refuse(record, "must have all tensors in device memory", name, "all on the device");
     const bool input = engine.getTensorIOMode(raw) == nvinfer1::TensorIOMode::kINPUT;
     const bool token =
         std::find(std::begin(TOKEN_INPUTS), std::end(TOKEN_INPUTS), name) != std::end(TOKEN_INPUTS);
     if (input != (token || caches.count(name) != 0))
-      refuse(record, "has an input where an output is expected", name, "");
+      refuse(record, "must have the inputs of its lowering", name, "");
   }
   for (const auto& [name, tensor] : caches) {
     if (for_message(engine, name) != tensor.text())
-      refuse(record, "has another " + name, for_message(engine, name), tensor.text());
+      refuse(record, "must match the bundle in " + name, for_message(engine, name), tensor.text());
     if (!writes_in_place(record)) continue;
     const std::optional<std::string> input = aliased_input(engine, tensor.output.c_str(), 0);
     if (input && *input != name)
-      refuse(record, "does not write the cache in place",
+      refuse(record, "must write the cache in place",
              input->empty() ? tensor.output + " has its own memory" : *input,
              tensor.output + " shares the memory of " + name);
   }
   const auto require_type = [&](const std::string& name, const char* type) {
     const std::string got = type_of(engine.getTensorDataType(name.c_str()));
-    if (got != type) refuse(record, "has another type of " + name, got, type);
+    if (got != type) refuse(record, "must match the bundle in the type of " + name, got, type);
   };
   for (const char* name : TOKEN_INPUTS) require_type(name, "int64");
   require_type("logits", "float32");

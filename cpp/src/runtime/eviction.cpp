@@ -49,8 +49,8 @@ void Evictor::shrink(std::int64_t tokens, std::int64_t keep, std::int64_t positi
     storage.download(state_.data(), state.address, state.bytes());
     storage.synchronize();
     last_.clear();
-    std::int64_t first =
-        0;  // first head with the moves `last_`; consecutive heads with equal moves are moved together
+    // First head with the moves `last_`; consecutive heads with equal moves are moved together.
+    std::int64_t first = 0;
     for (std::int64_t head = 0; head < state.heads; ++head) {
       float* of_head = state_.data() + static_cast<std::size_t>(head * state.slots) * STATE_WIDTH;
       rank(of_head, tokens, keep, position, window);

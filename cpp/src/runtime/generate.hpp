@@ -35,8 +35,8 @@ Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const 
 // Passes text through until a stop text appears. Text that could be the start of a stop text is held back.
 class StopTexts {
  public:
-  explicit StopTexts(
-      const std::vector<std::string>& texts);  // throws Failure if a text is empty or contains NUL
+  // Throws Failure if a text is empty or contains NUL.
+  explicit StopTexts(const std::vector<std::string>& texts);
 
   // Adds text and returns what can be output now; nothing after a stop text was found.
   std::string add(const std::string& piece);

@@ -10,8 +10,8 @@ namespace kvexport::detail {
 namespace {
 
 constexpr float GARBAGE = 1000;
-constexpr std::int64_t STEP = 16,
-                       CHUNK = 7;  // tokens; small, so that few tokens need several growth steps and chunks
+// In tokens; small, so that few tokens need several growth steps and chunks.
+constexpr std::int64_t STEP = 16, CHUNK = 7;
 constexpr std::size_t SCORE = 0, POSITION_PLUS_ONE = 1, STATE_WIDTH = 2;
 constexpr float MOST = 0x1p24F;    // positions are smaller
 constexpr double LATER = 0x1p-20;  // relative change of a score per position

@@ -15,11 +15,12 @@ struct Message {
 // A conversation is `begin`, user, `generate`, `answer`, assistant, `next`, user, `generate`, and so on.
 struct Chat {
   std::string begin;  // before the first user message if there is no system prompt
-  std::optional<std::pair<std::string, std::string>>
-      begin_system;  // around the system prompt, replaces `begin`; none: not supported
-  std::string generate, answer,
-      next;             // `answer`: before an answer in the history; the model generates it itself
-  bool strips = false;  // contents are stripped of white space at both ends
+  // Around the system prompt, in place of `begin`; none: the template has no system prompt.
+  std::optional<std::pair<std::string, std::string>> begin_system;
+  std::string generate;  // after a user message, up to where the assistant answers
+  std::string answer;    // before an answer in the history; the model generates it itself
+  std::string next;      // after an answer, up to the next user message
+  bool strips = false;   // contents are stripped of white space at both ends
 
   // Text of a user's turn, up to the point where the assistant answers. `begins`: first turn of the
   // conversation. Throws Failure (usage) if there is a system prompt in a later turn, or the template takes

@@ -362,7 +362,7 @@ TEST(lists_why_each_engine_does_not_fit) {
   CHECK(has(refusal({{"batch", 2}}), "simulated was built for 2 sequences"));
   CHECK(has(refusal({{"options", {{"refit", true}}}}), "without weights"));
   CHECK(has(refusal({{"options", {{"version_compatible", true}}}}), "contains host code"));
-  CHECK(has(refusal({{"manifest_sha256", std::string(64, '0')}}), "was built from another bundle"));
+  CHECK(has(refusal({{"manifest_sha256", std::string(64, '0')}}), "must be built from this bundle"));
   bundle.record({{"compute_capability", {"8.6"}}, {"options", {{"hardware_compatible", true}}}});
   CHECK(opened(bundle.path) != nullptr);
   bundle.record({{"target", "first"}, {"batch", 2}});
@@ -371,7 +371,7 @@ TEST(lists_why_each_engine_does_not_fit) {
   fs::copy(engines(ANY) + "/engines/simulated", bundle.engine(), fs::copy_options::recursive);
   CHECK(opened(bundle.path) != nullptr);  // the second engine
   fs::remove_all(bundle.path / "engines");
-  CHECK(has(refused(bundle.path), "has no engine that this machine can run\n  got:      no engine"));
+  CHECK(has(refused(bundle.path), "must have an engine that this machine can run\n  got:      no engine"));
 }
 
 TEST(refuses_damaged_plans) {
@@ -385,7 +385,7 @@ TEST(refuses_damaged_plans) {
   CHECK(has(refused(bundle.path, false), "cannot load"));
   CHECK(has(refused(bundle.path, false), "magic tag does not match"));
   std::ofstream(bundle.engine() / "decoder.plan") << plan.substr(1);
-  CHECK(has(refused(bundle.path, false), "is not as"));
+  CHECK(has(refused(bundle.path, false), "must have the size in build.json"));
   require_nothing_left();
 }
 
@@ -397,13 +397,14 @@ TEST(refuses_engines_that_contradict_their_record) {
     if (!record.empty()) changed.record(record);
     return refused(changed.path);
   };
-  CHECK(has(refusal({{"capacity", 50}}, {}), "has another past_key_values.0.key"));
+  CHECK(has(refusal({{"capacity", 50}}, {}), "must match the bundle in past_key_values.0.key"));
   CHECK(has(refusal({{"capacity", 50}}, {}), "60, "));
   CHECK(has(refusal({{"lowering", ANY == "std24" ? "decomposed17" : "std24"}}, {}),
-            "takes or gives other tensors"));
-  CHECK(has(refusal({}, {{"on_host", "logits"}}), "wants a tensor in the host's memory\n  got:      logits"));
+            "must have the inputs and outputs of its lowering"));
+  CHECK(has(refusal({}, {{"on_host", "logits"}}),
+            "must have all tensors in device memory\n  got:      logits"));
 #ifndef FAKE_TENSORRT_OLD
-  CHECK(has(refusal({}, {{"apart", "present.1.value"}}), "does not write the cache in place"));
+  CHECK(has(refusal({}, {{"apart", "present.1.value"}}), "must write the cache in place"));
 #endif
   require_nothing_left();
 }
