@@ -122,8 +122,7 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
             otherwise("build the bundle again with --dtype " + lower_tolerance +
                       " if that is sufficient; otherwise " + COPY)};
   }
-  return {runs +
-              ": prefill matches the reference, decode does not: the KV cache is not updated correctly" +
+  return {runs + ": prefill matches the reference, decode does not: the KV cache is not updated correctly" +
               (first ? where : "; greedy generation differs"),
           otherwise("install another version of ONNX Runtime, or run with another --provider")};
 }
@@ -174,8 +173,7 @@ SelfTestReport self_test(const std::shared_ptr<const Session>& session) {
   if (session->manifest().files.at(data_file).sha256 == reference.weights_sha256)
     return compare_outputs(session, reference);
   const std::string message =
-      std::string(data_file) +
-      " differs from that of the self-test: the bundle's files come from two builds";
+      std::string(data_file) + " differs from that of the self-test: the bundle's files come from two builds";
   return report("weights", message, COPY, *session, reference.tolerance(provider, session->manifest().dtype));
 }
 
