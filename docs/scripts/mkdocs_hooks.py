@@ -1,8 +1,8 @@
 """Hooks of the documentation site: links into the repository, and formulas as MathML.
 
-The pages are written to be read in the repository too, where a relative link may point to any file. The site gets a copy
-of each file that a page links to, under source/. Formulas between dollar signs become MathML while the site is built, so
-that a reader's browser loads no script for them.
+The pages can also be read in the repository, where a relative link may point to any file. The site gets a
+copy of each file that a page links to, under source/. Formulas between dollar signs become MathML while the
+site is built, so that a reader's browser loads no script for them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Write the reference pages from the code: docs/cli.md from click, docs/api.md from signatures and docstrings.
+"""Write the reference pages: docs/cli.md from click, docs/api.md from signatures and docstrings.
 
 Run it after a change of a help text or of a public docstring:   python docs/scripts/reference.py
 A test compares the pages with what this script writes.
@@ -40,8 +40,8 @@ def commands_page() -> str:
     context = group.context_class(group, info_name="kvexport", **group.context_settings)
     parts = [
         "# Commands",
-        "This page is generated from the command line's own help (`docs/scripts/reference.py`). Exit codes are in the "
-        "[tutorial](tutorial.md#in-scripts).",
+        "This page is generated from the command line's own help (`docs/scripts/reference.py`). Exit "
+        "codes are in the [tutorial](tutorial.md#in-scripts).",
     ]
     formatter = click.HelpFormatter(width=1000)
     group.format_commands(context, formatter)
@@ -198,8 +198,8 @@ def errors_parts(errors: ModuleType) -> Iterator[str]:
     """The errors with their exit codes."""
     yield "## Errors"
     yield (
-        "Every error that is raised on purpose is a `kvexport.errors.KvexportError`. The command line prints it and exits "
-        "with its code; [Troubleshooting](troubleshooting.md) lists the messages."
+        "Every error that is raised on purpose is a `kvexport.errors.KvexportError`. The command "
+        "line prints it and exits with its code; [Troubleshooting](troubleshooting.md) lists the messages."
     )
     text, sections = parsed(inspect.getdoc(errors.KvexportError) or "")
     yield from text

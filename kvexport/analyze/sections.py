@@ -108,14 +108,16 @@ def _spectra(analysis: Analysis) -> str:
             )
         )
     tokens = f"{analysis.facts.calibration_tokens:,}"
+    energies = [f"{share:.0%}" for share in ENERGIES]
+    first = analysis.layers[0].spectra.spectra
+    directions = [f"{len(first[kind].values)} for {_NAMES[kind]}" for kind in kinds]
     return (
         _select("layer", "spectra", len(analysis.layers))
         + f'<div class="panels" id="spectra-lines">{"".join(panels)}</div>'
         + _note(
             "Singular values of a layer’s whole cache, [tokens, heads·head_dim], relative to the largest; "
-            "the strong line is the "
-            f"chosen layer, the faint lines are the others. From float64 second moments over {tokens} "
-            "calibration tokens, not "
+            "the strong line is the chosen layer, the faint lines are the others. "
+            f"From float64 second moments over {tokens} calibration tokens, not "
             "centred: a mean that all tokens share is one of the directions."
         )
         + legend(names)
@@ -127,10 +129,8 @@ def _spectra(analysis: Analysis) -> str:
         )
         + _rank_table(analysis, kinds)
         + _note(
-            "Effective rank: the fewest directions that hold "
-            f"{_list([f'{share:.0%}' for share in ENERGIES])} of the energy, "
-            "of "
-            f"{_list([f'{len(analysis.layers[0].spectra.spectra[kind].values)} for {_NAMES[kind]}' for kind in kinds])}."
+            f"Effective rank: the fewest directions that hold {_list(energies)} of the energy, "
+            f"of {_list(directions)}."
         )
     )
 
@@ -288,8 +288,8 @@ def _attention(analysis: Analysis) -> str:
         + '<p class="readout quiet" id="attention-distance"></p>'
         + '<div class="choices">'
         + _scale("0", "0.25", "1", "weight")
-        + '<div class="scale"><span>difference</span><span id="difference-low"></span><i class="diverging"></i>'
-        + '<span id="difference-high"></span></div></div>'
+        + '<div class="scale"><span>difference</span><span id="difference-low"></span>'
+        + '<i class="diverging"></i><span id="difference-high"></span></div></div>'
         + _note(
             "Rows are queries, columns keys. Each model ran over the same text on its own residual stream, "
             "so the compressed "

@@ -92,8 +92,8 @@ class Checkpoint:
             return CheckpointError(
                 "the weights must be safetensors: reading a pickle can run code",
                 got=", ".join(pickles),
-                fix='convert it, if you trust it: python -c "from transformers import AutoModelForCausalLM as M; '
-                f"M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\"",
+                fix='convert it, if you trust it: python -c "from transformers import AutoModelForCausalLM '
+                f"as M; M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\"",
             )
         return CheckpointError(
             f"no weights in {self.path}",

@@ -54,11 +54,12 @@ class PromptEncoder:
         Args:
             prompt: text or token ids.
             cache: whose sequence the prompt continues; None: it starts one.
-            row: of the sequence in the cache. A text that starts a sequence gets the tokenizer's special tokens.
+            row: of the sequence in the cache. A text at the start of a sequence gets the tokenizer's special
+                tokens.
 
         Raises:
-            UsageError: the bundle has no tokenizer, the text has an unpaired surrogate, or a token id is outside the
-                vocabulary.
+            UsageError: the bundle has no tokenizer, the text has an unpaired surrogate, or a token id is
+                outside the vocabulary.
         """
         return self._core.runner.checked(self._encoded(prompt, cache, row))
 

@@ -127,7 +127,8 @@ def test_keys_and_pointer_move_the_chosen_cell(browser: Browser, show: Show, ana
     assert browser.run("document.querySelector('.is-key').textContent") == "2·upon"
     browser.run("document.getElementById('similarity-value').scrollIntoView()")
     box = browser.run(
-        "(box => [box.x, box.y, box.width])(document.getElementById('similarity-value').getBoundingClientRect())"
+        "(box => [box.x, box.y, box.width])"
+        "(document.getElementById('similarity-value').getBoundingClientRect())"
     )
     at = {"x": box[0] + box[2] * 0.6, "y": box[1] + box[2] * 0.3}  # of 4 heads: column 2, row 1
     browser.call("Input.dispatchMouseEvent", type="mouseMoved", **at)

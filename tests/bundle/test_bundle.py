@@ -413,7 +413,8 @@ _LEAN = """
 import sys
 from kvexport.bundle.bundle import Bundle
 Bundle.open(sys.argv[1]).verify()
-print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "onnx_ir", "onnxruntime", "transformers"}))
+heavy = {"torch", "onnx", "onnx_ir", "onnxruntime", "transformers"}
+print(sorted({name.split(".")[0] for name in sys.modules} & heavy))
 """
 
 

@@ -1,5 +1,7 @@
-"""Bundles as users treat them: moved, renamed, read-only, on a full disk, damaged, opened twice, taken away. (In C++:
-tests/cpp/test_cpp_handling.py.)"""
+"""Bundles that are moved, renamed, read-only, damaged, opened twice or removed, and full disks.
+
+tests/cpp/test_cpp_handling.py has the same tests in C++.
+"""
 
 from __future__ import annotations
 

@@ -242,7 +242,7 @@ def test_mean_pool_averages_keys_and_values_and_keeps_queries_and_outputs(style:
 
 @pytest.mark.parametrize("style", ["llama", "bias", "gqa", "bloom", "qwen3"])
 def test_svd_a_equals_projection_of_the_trained_caches(style: str) -> None:
-    """The converted layer computes what the trained one does with its caches replaced by their projections."""
+    """The converted layer computes what the trained layer computes with its caches projected."""
     attention, rope = make_attention(style)
     kv_heads = attention.num_kv_heads // 2
     x = random_inputs(3, 16)

@@ -102,7 +102,7 @@ def test_frontier_equals_the_best_of_all_choices(
 
 
 def test_independent_choice_per_layer_loses_more() -> None:
-    """Control for the test above: an equal share for each layer does not reach the optimum on these losses."""
+    """Control for the test above: equal shares do not reach the optimum on these losses."""
     worse = 0
     for seed in range(10):
         layers = [made_up(seed + 100 * each, 4, 8, (ONLINE,), falling=False) for each in range(3)]

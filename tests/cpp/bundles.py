@@ -37,7 +37,7 @@ NAMES = (*STYLES, *EVICTING, *HALF)
 
 
 def write_bundles(folder: Path) -> None:
-    """Write all of `NAMES`, and `gqa-bfloat16`: two layers, 40 tokens, float32 unless the name says otherwise."""
+    """Write all of `NAMES`, and `gqa-bfloat16`: two layers, 40 tokens, float32 by default."""
     folder.mkdir(exist_ok=True)
     for name in (*NAMES, "gqa-bfloat16"):
         style, _, kind = name.partition("-")

@@ -14,7 +14,7 @@ import reader_files as reader_file_writer
 
 @pytest.fixture(scope="session")
 def built() -> Callable[[str], Path]:
-    """`built(kind) -> Path`: the directory of a build, one of `builds.KINDS`; its `tests` has the test programs."""
+    """`built(kind) -> Path`: a build directory for one of `builds.KINDS`, with test programs in `tests`."""
     return builds.build
 
 

@@ -21,7 +21,7 @@ class Refused(Exception):
 
 
 class Drive:
-    """A process that runs the library. As a context manager it checks that the process ends with exit code 0."""
+    """A process that runs the library. As a context manager it checks that the exit code is 0."""
 
     def __init__(self, build: Path) -> None:
         """`build`: directory of a build."""

@@ -28,8 +28,11 @@ OLD = "10.3.0.30"  # JetPack 6.1's
 
 
 def write_engine_bundles(folder: Path) -> None:
-    """Write one bundle for each form of the graph and kind of cache: `std24`, `decomposed17`, the same with `-evicting` and `-mixed`
-    (one layer evicts), `-half` in float16, and `-old` for TensorRT 10.3."""
+    """Write one bundle for each form of the graph and kind of cache.
+
+    Names: `std24`, `decomposed17`, the same with `-evicting` and `-mixed` (one layer evicts), `-half` in
+    float16, and `-old` for TensorRT 10.3.
+    """
     decoder = make_decoder("gqa", dtype=torch.float32)
     kinds: dict[str, dict[str, Any]] = {
         "": {},

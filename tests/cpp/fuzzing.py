@@ -1,7 +1,7 @@
 """Fuzzing of the C++ parsers: writes seeds from tiny bundles, runs libFuzzer, and reads its statistics.
 
-Run: python tests/cpp/fuzzing.py SECONDS RECORD [FUZZER...] (with `tests` on PYTHONPATH): fuzzes each for SECONDS
-and writes a benchmark record.
+Run: python tests/cpp/fuzzing.py SECONDS RECORD [FUZZER...] (with `tests` on PYTHONPATH): runs each for
+SECONDS and writes a benchmark record.
 """
 
 from __future__ import annotations
@@ -110,7 +110,8 @@ def main(seconds: int, record: Path, names: list[str]) -> None:
         runs = [fuzz(name, seconds, corpora / name) for name in names or FUZZERS]
     compiler = builds.require("clang++", "--version").splitlines()[0]
     described = {
-        "what": "libFuzzer on the parsers of the C++ library, with AddressSanitizer and UndefinedBehaviorSanitizer",
+        "what": "libFuzzer on the parsers of the C++ library, with AddressSanitizer and "
+        "UndefinedBehaviorSanitizer",
         "compiler": compiler,
         "machine": platform.machine(),
         "runs": runs,

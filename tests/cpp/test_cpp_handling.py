@@ -1,4 +1,4 @@
-"""Moved, damaged and replaced bundles in C++, as tests/bundle/test_handling.py; tokens equal those of Python."""
+"""Moved, damaged and replaced bundles in C++, as in tests/bundle/test_handling.py."""
 
 from __future__ import annotations
 

@@ -33,7 +33,8 @@ int main(int, char** names) {
   options.text_library = "";
   kvexport::Session session(names[1], options);
   kvexport::Cache cache = session.new_cache(32);
-  std::cout << kvexport_version() << " " << cache.prefill({1, 2, 3}).likeliest() << " " << cache.bytes() << std::endl;
+  std::cout << kvexport_version() << " " << cache.prefill({1, 2, 3}).likeliest() << " "
+            << cache.bytes() << std::endl;
 }
 """
 _C = """

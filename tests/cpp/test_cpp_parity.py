@@ -33,7 +33,7 @@ def opened(bundle: Path, **options: object) -> Session:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_logits_are_bitwise_equal_after_every_token(name: str, drive: Drive, bundles: Path) -> None:
-    """Prompts and single steps in turn, across growth steps of the cache and far beyond the eviction budget."""
+    """Prompts and single steps in turn, while the cache grows and far beyond the eviction budget."""
     drive.open(bundles / name)
     drive.new()
     with opened(bundles / name) as session:

@@ -1,4 +1,4 @@
-"""Runs the C++ library's own tests with ctest, with and without sanitizers, and reads in Python a file written by C++."""
+"""Run the C++ library's own tests with and without sanitizers; read a file written by C++ in Python."""
 
 from __future__ import annotations
 

@@ -1,5 +1,7 @@
-"""The self-test in C++: verdicts for faulty engines (cpp/tests/test_self_test.cpp), and reports on valid and damaged bundles
-that equal those of Python."""
+"""The self-test in C++: verdicts for faulty engines, and reports on bundles that equal those of Python.
+
+The verdicts are tested in cpp/tests/test_self_test.cpp, which a test here runs.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ def run_program(bundle: Path, *options: str) -> subprocess.CompletedProcess[str]
 
 
 def report(bundle: Path) -> Raw:
-    """The report that the program prints, after checking that it equals Python's, up to rounding of the errors."""
+    """The report that the program prints, checked to equal Python's up to rounding of the errors."""
     ran = run_program(bundle, "--provider", "cpu", "--json")
     assert ran.stdout, ran.stderr
     found: Raw = json.loads(ran.stdout)

@@ -1,4 +1,4 @@
-"""Compares text handling in C++ and Python for each kind of tokenizer: runs cpp/tests/test_text.cpp on files written here."""
+"""Compare text handling in C++ (cpp/tests/test_text.cpp) and Python for each kind of tokenizer."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every command block of the README and of the documentation runs as a reader types it, and prints what the page shows."""
+"""Every command of the README and of the documentation runs and prints what the page shows."""
 
 from __future__ import annotations
 

@@ -111,7 +111,7 @@ def test_a_failing_call_of_the_last_stage_leaves_the_old_or_the_new(
 def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_and_the_next_write_leaves_nothing_else(
     replacing: bool, tmp_path: Path
 ) -> None:
-    """KeyboardInterrupt is raised at the first line that the directory module executes, then at the second, and so on."""
+    """Interrupt the directory module at its first executed line, then at its second, and so on."""
     finished = False
     stop = 0
     seen = set()
@@ -133,7 +133,11 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_and_the_next_write_l
 
 
 def _interrupted(stop: int, work: Callable[[], None]) -> bool:
-    """Raise KeyboardInterrupt at the `stop`-th line of kvexport.files.atomic_directory that `work` comes to; whether it came to it."""
+    """Raise KeyboardInterrupt at the `stop`-th line of atomic_directory that `work` executes.
+
+    Returns:
+        whether that line was reached.
+    """
     count = 0
 
     def trace(frame: FrameType, event: str, argument: object) -> Any:

@@ -1,4 +1,4 @@
-"""The runtime alone: an environment with what runtime.txt names and nothing else runs bundles, and says what it lacks."""
+"""An environment with only the packages of runtime.txt runs bundles and names missing packages."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ class Lean:
         self._folder = folder
 
     def add(self, name: str) -> None:
-        """What pip would install of a package, taken from the environment that runs the tests; no bytecode."""
+        """Copy the files of an installed package, without bytecode."""
         found = distribution(name)
         for file in found.files or ():
             if ".." not in file.parts and file.suffix != ".pyc":

@@ -1,4 +1,4 @@
-"""Several conversations over one set of weights: each as if it were alone, gone on with where it was, on every engine."""
+"""Several caches over one set of weights: each is independent of the others, on every engine."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="module")
 def bundles(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """`bundles(kind, eviction=None, dtype="float32")`: with an engine where the kind is a lowering; never written to."""
+    """`bundles(kind, eviction=None, dtype="float32")`: read-only; has an engine if kind is a lowering."""
     made: dict[Any, Path] = {}
 
     def bundle(kind: str, eviction: Eviction | None = None, dtype: str = "float32") -> Path:
@@ -167,7 +167,7 @@ def test_rows_of_different_lengths_go_on(
 def test_padding_of_one_row_does_not_reach_beyond_the_capacity(
     kind: str, lowered: bool, opened: Opened, decoder: Decoder
 ) -> None:
-    """A row that is nearly full beside one with a long prompt, on graphs that take rows together and that do not."""
+    """A nearly full row beside one with a long prompt, on graphs with and without batching of rows."""
     session = opened(kind)
     assert isinstance(session.core.decoder, OrtDecoder)
     session.core.decoder._row_by_row = lowered

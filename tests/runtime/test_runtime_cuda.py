@@ -1,4 +1,4 @@
-"""ONNX Runtime over a cache on a device that is simulated: the same answers, the cache stays there, nothing is allocated."""
+"""ONNX Runtime with a cache on a simulated device: outputs equal the CPU, no copies, no allocations."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def half(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def _wrong(session: Session, decoder: Decoder) -> float:
-    """The largest difference of logits from the oracle's, over a prefill of several chunks and forty steps."""
+    """The largest difference of logits from the reference's, over a chunked prefill and forty steps."""
     ids = tokens(90)
     prompt, rest = ids[:50], ids[50:]
     measured = [session.prefill(prompt)[0], *(session.step([token])[0] for token in rest)]
@@ -198,7 +198,7 @@ def test_bfloat16_cache_on_a_device(decoder: Decoder, tmp_path: Path, device: Si
 
 
 def test_rows_are_run_alone_and_without_their_padding(tiny_bundle: Path) -> None:
-    """GroupQueryAttention takes no batch of several tokens once there is a past; padding need not be run at all."""
+    """GroupQueryAttention takes several tokens in a batch only without a past; padding is not run."""
     session = open_bundle(tiny_bundle, provider="cpu", chunk=4)
     prompts = [tokens(3), tokens(8, seed=1)]
     prefilled = session.prefill(prompts)

@@ -1,4 +1,4 @@
-"""Layers that evict, run by the runtime: the oracle's cache, token for token, whatever the batch, the chunks and the memory."""
+"""Layers that evict: the cache equals the reference's for every batch, chunk length and storage."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layers that evict on a simulated device: engines of both forms, ONNX Runtime on CUDA; the oracle's answers, and in place."""
+"""Layers that evict on a simulated device, with TensorRT and with ONNX Runtime on CUDA."""
 
 from __future__ import annotations
 
@@ -109,7 +109,7 @@ def test_float16_caches_keep_a_state_of_float32(
 def test_steps_replay_one_graph_and_allocate_nothing(
     lowering: str, device: SimulatedDevice, tmp_path: Path
 ) -> None:
-    """Of what is given apart, the slots come down with the logits; as many copies as heads go to slots of their own."""
+    """Slots of evicted tokens are copied to the host with the logits; one copy per head fills them."""
     session = opened(
         with_engine(tmp_path / "b", random_decoder("gqa"), SKIPPING, lowering), random_decoder("gqa")
     )

@@ -1,4 +1,4 @@
-"""A cache that evicts takes the budget's memory and no more, step after step, and a step copies nothing of its size."""
+"""A cache that evicts takes the memory of its budget at every step, and no step copies it."""
 
 from __future__ import annotations
 
@@ -53,7 +53,8 @@ open("/proc/self/clear_refs", "w").write("5")
 before = kib("VmRSS")
 for position in range(slots, slots + 4):
     decoder.run(np.ones((batch, 1), np.int64), np.full((batch, 1), position), np.zeros((batch, 1), np.int64))
-written = [int((cache.layer(0)[0][row, head] != 1).any(axis=1).sum()) for row in range(batch) for head in range(4)]
+keys = cache.layer(0)[0]
+written = [int((keys[row, head] != 1).any(axis=1).sum()) for row in range(batch) for head in range(4)]
 print(json.dumps({"peak": (kib("VmHWM") - before) * 1024, "cache": cache.bytes(slots), "written": written,
                   "seven": float(state[0, 0, 7, 1])}))
 """
@@ -68,7 +69,8 @@ kept = np.empty((len(ids) // every, session.bundle.model.vocab_size), np.float32
 kept[...] = 0
 
 def resident():  # but for the weights, which are mapped, page by page as positions come
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon:")) * 1024
+    status = open("/proc/self/status")
+    return next(int(line.split()[1]) for line in status if line.startswith("RssAnon:")) * 1024
 
 seen = []
 for step, token in enumerate(ids.tolist(), 1):
@@ -84,7 +86,7 @@ print(json.dumps(seen))
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """One layer of four KV heads of 64 under eight query heads: 2 KiB of keys and values a token, 32 bytes of state."""
+    """One layer, four KV heads of 64, eight query heads: 2 KiB of cache and 32 bytes of state a token."""
     decoder = make_decoder(
         "gqa", layers=1, heads=8, kv_heads=4, head_dim=64, dtype=torch.float32, max_positions=1 << 16
     )
@@ -111,7 +113,7 @@ def test_the_peak_of_a_step_is_free_of_the_cache(wide: Path) -> None:
     assert found["cache"] == copied["cache"] == BATCH * SLOTS * (2048 + 32)
     assert found["written"] == [4] * BATCH * 4  # of every head four slots: those that ranked highest
     assert found["seven"] == SLOTS + 1 and copied["seven"] == 8
-    # Scores, masks and ranks of 4096 slots of 32 heads, and pages of onnxruntime's own code: far below one buffer of two.
+    # Scores, masks and ranks of 4096 slots and 32 heads, and pages of onnxruntime's code: less than a buffer.
     assert isinstance(found["peak"], int) and found["peak"] < 16 << 20
     assert "tensorscatter" not in said
     # The control: outputs that are not bound are copies, and both instruments see them.
@@ -120,7 +122,7 @@ def test_the_peak_of_a_step_is_free_of_the_cache(wide: Path) -> None:
 
 
 def _run(bundle: Path, ids: list[int], every: int, folder: Path) -> tuple[list[int], list[int], np.ndarray]:
-    """Bytes that the cache takes and that are resident after each thousand steps, and the logits after each of `every`."""
+    """Cache bytes and resident bytes after every thousand steps, and logits after every `every` steps."""
     np.save(folder / "ids.npy", np.array(ids))
     command = [
         sys.executable,
@@ -146,10 +148,11 @@ def key_norms(decoder: Decoder) -> torch.Tensor:
 
 @pytest.mark.slow
 def test_ten_thousand_steps_with_a_budget_of_256(tmp_path: Path) -> None:
-    """The cache stays within its budget, memory stays constant, and logits equal the reference's at every 50th step.
+    """The cache stays within its budget, memory is constant, and every 50th logits equal the reference.
 
-    One layer, so that a key's norm depends on its token alone: no two tokens have norms so close that rounding, which
-    differs between processors, could change which token is evicted. Equal tokens are ordered by age.
+    One layer, so that a key's norm depends on its token alone: no two tokens have norms so close that
+    rounding, which differs between processors, could change which token is evicted. Equal tokens are
+    ordered by age.
     """
     decoder = make_decoder("gqa", layers=1, dtype=torch.float32, max_positions=16384)
     norms = key_norms(decoder).sort().values  # of every head and token of the vocabulary, [heads, vocabulary]

@@ -1,4 +1,4 @@
-"""Every family runs as the oracle says: a whole pass, a prompt in chunks, and steps, in a batch of several lengths."""
+"""Every family gives the outputs of the reference: whole prompts, chunks and steps, in a ragged batch."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Generation: deterministic, independent of the batch, stopped for the reason that it tells, streamed without a seam."""
+"""Generation is deterministic and independent of the batch, gives its stop reason, and streams text."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The seam to CUDA: what each call hands on, and what becomes of CUDA's error codes; a simulated `cuda.bindings.runtime`."""
+"""Calls to CUDA: their arguments and error codes, with a simulated `cuda.bindings.runtime`."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_missing_bindings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_real_bindings_take_these_calls() -> None:
-    """No call of ours has a wrong number of arguments, or kinds of them; without a driver each answers with an error."""
+    """Every call has the right number and types of arguments; without a driver each returns an error."""
     real = pytest.importorskip("cuda.bindings.runtime")
     if real.cudaGetDeviceCount()[0] == real.cudaError_t.cudaSuccess:
         pytest.skip("there is a GPU: the addresses below are made up")

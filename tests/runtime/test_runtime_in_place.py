@@ -1,7 +1,7 @@
-"""A decode step copies no cache: its peak memory has nothing to do with the cache's size or the capacity limit.
+"""A decode step copies no cache: its peak memory is independent of the cache's size and of the capacity.
 
-Each measurement is a process of its own that resets the kernel's record of its peak resident memory, runs decode
-steps, and reads it again: a copy of a cache buffer, by whomever, would have to be resident.
+Each measurement is a process of its own that resets the kernel's record of its peak resident memory, runs
+decode steps, and reads the record again: any copy of a cache buffer would have to be resident.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def _resettable() -> bool:
 def wide_bundle(
     tiny_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
 ) -> Callable[[int], Path]:
-    """`wide_bundle(capacity)`: one layer of four KV heads of 64 under eight query heads, 2 KiB of cache a token."""
+    """`wide_bundle(capacity)`: one layer, four KV heads of 64, eight query heads: 2 KiB of cache a token."""
     checkpoint = tiny_checkpoint(
         "llama",
         num_hidden_layers=1,
@@ -110,7 +110,7 @@ def test_peak_of_a_step_is_free_of_cache_and_capacity(wide_bundle: Callable[[int
 
 
 def test_step_allocates_the_same_small_arrays_at_any_depth(wide_bundle: Callable[[int], Path]) -> None:
-    """numpy tells tracemalloc of every array: a step makes its logits and little else, and the buffers stay put."""
+    """tracemalloc, which counts numpy arrays: a step allocates its logits and little else."""
     peaks = []
     for capacity, depth in ((512, 10), (1 << 16, 10), (1 << 16, 700)):
         session = open_bundle(wide_bundle(capacity), threads=1)

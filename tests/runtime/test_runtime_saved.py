@@ -1,4 +1,4 @@
-"""A cache in a file: gone on with as if it had never been away, readable by others, and no damage is let in."""
+"""Saved caches: generation continues as without saving, and damaged files are rejected."""
 
 from __future__ import annotations
 
@@ -212,7 +212,7 @@ def written(opened: Opened, tmp_path: Path) -> tuple[Session, Path]:
 def edited(
     path: Path, change: Callable[[dict[str, Any]], object], data: Callable[[bytes], bytes] = bytes
 ) -> Path:
-    """A file whose header and data somebody changed who also corrects the data's digest, but for one that is given."""
+    """Change a file's header and data; the data's digest is corrected unless one is given."""
     whole = path.read_bytes()
     length = int.from_bytes(whole[:8], "little")
     header, rest = json.loads(whole[8 : 8 + length]), data(whole[8 + length :])
@@ -340,7 +340,7 @@ def test_one_byte_flipped_anywhere(
         found = session.load(damaged)
     except KvexportError:
         return
-    # Space between the header's end and the data, or the state of a sequence that is as possible as what was saved.
+    # Space between header and data, or a state of a sequence that is as valid as the saved one.
     assert at < 8 + int.from_bytes(path.read_bytes()[:8], "little") and found.lengths.tolist() == [30, 4]
 
 

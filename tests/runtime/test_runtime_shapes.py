@@ -1,4 +1,4 @@
-"""A bundle that `build` made, with layers of different shapes, generates what the converted model does in PyTorch."""
+"""A built bundle with layers of different shapes generates what the converted model does in PyTorch."""
 
 from __future__ import annotations
 

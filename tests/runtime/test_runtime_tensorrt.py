@@ -1,4 +1,4 @@
-"""The TensorRT runtime on a simulated device: right answers, in place, nothing allocated, nothing beyond the cache."""
+"""The TensorRT runtime on a simulated device: outputs equal the reference, in place, no allocations."""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
-"""What can be asked of the real TensorRT-RTX on a machine without a GPU: that what the runtime calls is there, that the
-engine's tensors are where the runtime expects them, and what it says when an engine does not load."""
+"""The real TensorRT-RTX on a machine without a GPU: what can be tested of the runtime's use of it.
+
+The functions that the runtime calls exist, the engine's tensors are where the runtime expects them, and an
+engine that does not load gives a clear error.
+"""
 
 from __future__ import annotations
 

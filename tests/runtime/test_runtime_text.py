@@ -62,7 +62,7 @@ def torn(piece: str) -> bool:
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
 def test_pieces_of_any_tokens_make_the_whole_text(name: str, data: st.DataObject) -> None:
-    """Random tokens are often no valid text at all: the stream may hold them back, but loses and doubles nothing."""
+    """Random tokens are often invalid UTF-8: the stream may delay them, but drops and repeats nothing."""
     tokenizer = Tokenizer(BACKENDS[name])
     token = st.integers(0, BACKENDS[name].get_vocab_size() - 1)
     prompt = data.draw(st.lists(token, max_size=30))

@@ -1,4 +1,4 @@
-"""Several threads on one session: calls take turns, conversations stay apart, and who comes between is told."""
+"""Several threads on one session: calls are serialized, and interleaved conversations are an error."""
 
 from __future__ import annotations
 

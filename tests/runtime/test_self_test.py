@@ -255,7 +255,7 @@ def test_a_damaged_plan_is_damage(device: SimulatedDevice, sound: Path, tmp_path
 def test_weights_that_are_in_the_plan_are_not_read(
     device: SimulatedDevice, sound: Path, tmp_path: Path
 ) -> None:
-    """The simulated engine does read them: what counts is that nobody hashed the file that a real one has no need of."""
+    """The simulated engine reads the weights; the test is that no code hashes a file that is not needed."""
     bundle = broken(sound, tmp_path / "b", lambda b: None)
     add_engine(bundle)
     hashed: list[str] = []

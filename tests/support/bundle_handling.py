@@ -1,4 +1,4 @@
-"""What befalls bundles between two machines: damage to one file, and whether anything in a folder is as it was."""
+"""Damage one file of a bundle, and compare the state of a folder before and after."""
 
 from __future__ import annotations
 
@@ -71,10 +71,10 @@ def forbid_writing(folder: Path) -> None:
 def on_a_full_disk(
     *command: str | Path, disk: Path, bundle: Path, lines: str = ""
 ) -> subprocess.CompletedProcess[str]:
-    """Run a command where `disk` is a file system of its own, which holds a copy of the bundle, `disk/b`, and no byte more.
+    """Run a command where `disk` is a full file system of its own that holds a copy of the bundle, `disk/b`.
 
-    It has no other folder to write temporary files or settings to, and reads `lines`. Skips where this user may not make name
-    spaces.
+    The command has no other folder for temporary files or settings, and reads `lines`. Skips if this user
+    may not make name spaces.
     """
     if (
         not shutil.which("unshare")

@@ -1,4 +1,4 @@
-"""The documents as a reader uses them: command blocks with their output, links, and a checkout to run the blocks in."""
+"""Command blocks of the documents with their output, links, and a checkout to run the blocks in."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A GPU and a TensorRT that are simulated, for what the runtime does with them: which memory, when, in which order.
+"""A simulated GPU and a simulated TensorRT, to test which memory the runtime uses, when, and in which order.
 
-The device's memory is the host's, at addresses that anyone who keeps to the rules may use; what is queued is done only when
-somebody waits for it. The engine runs a bundle's lowered graph on ONNX Runtime's CPU, on whatever its addresses hold.
-Both are strict where the real ones are silent: they fail at memory that was never allocated or is freed, at sizes outside
-the profile, at writes beyond the cache, at work that a capture does not allow.
+The device's memory is host memory; queued work runs only when the host waits for it. The engine runs a
+bundle's lowered graph with ONNX Runtime on the CPU, on the values at its addresses. Both fail where the real
+ones are silent: at memory that was never allocated or is freed, at sizes outside of the profile, at writes
+beyond the cache, and at work that a capture does not allow.
 """
 
 from __future__ import annotations
@@ -176,7 +176,7 @@ _DataType = enum.Enum("_DataType", ["FLOAT", "HALF", "BF16", "INT64"])
 
 
 def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasing: bool = True) -> Any:
-    """What stands in for the package tensorrt: of another `version`, and before 10.15 without the question of `aliasing`."""
+    """A simulated package tensorrt of `version`; before 10.15 it has no query for `aliasing`."""
 
     class Runtime:
         def __init__(self, logger: Any) -> None:
@@ -382,9 +382,9 @@ def add_engine(
     graph: Path | None = None,
     **changes: Any,
 ) -> Path:
-    """Put a simulated engine into a bundle, with the record that a build would write; `changes` are of the record.
+    """Add a simulated engine to a bundle, with the record of a build; `changes` are of the record.
 
-    `graph` is what it computes: another than the bundle's is a wrong engine.
+    The engine computes `graph`; with another graph than the bundle's it is a wrong engine.
     """
     opened = Bundle.open(bundle)
     directory = engine_directory(bundle, target)

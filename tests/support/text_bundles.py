@@ -1,4 +1,4 @@
-"""Tiny random bundles that take text: a tokenizer of bytes with its golden vectors, a chat template, a self-test."""
+"""Tiny random bundles with a byte-level tokenizer and its samples, a chat template and a self-test."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VOCAB = 320
 def write_text_bundle(
     path: Path, *, seed: int = 0, layers: int = 2, capacity: int = 512, template: str = CHATML, **options: Any
 ) -> Path:
-    """A bundle of a random decoder at `path`, as a build would have written its text files; `options` are `write_bundle`'s."""
+    """Write a bundle of a random decoder with the text files of a build; `options` are `write_bundle`'s."""
     decoder = talkative(
         make_decoder(
             "gqa", layers=layers, vocab=VOCAB, seed=seed, dtype=torch.float32, max_positions=capacity
@@ -51,7 +51,7 @@ def write_text_bundle(
 
 
 def talkative(decoder: Decoder) -> Decoder:
-    """One whose likeliest token is always whole, printable characters: a random one says bytes that are no text."""
+    """A decoder whose likeliest token is always printable text; a random decoder gives invalid UTF-8."""
     tokenizer, head = Tokenizer.from_str(byte_level_tokenizer(VOCAB)), decoder.head
     assert head is not None
     said = [tokenizer.decode([token]) for token in range(VOCAB)]

@@ -40,8 +40,10 @@ def write_bundle(
     self_test: bool = False,
     change: Callable[[dict[str, Any]], None] = lambda manifest: None,
 ) -> Path:
-    """A bundle of `decoder` at `path`, with its self-test if it shall have one; `change` may edit its manifest before it is
-    sealed."""
+    """Write a bundle of `decoder` to `path`.
+
+    `change` may edit the manifest before it is written.
+    """
     with new_bundle(path) as writer:
         graph = DecoderWriter(
             writer.directory,
@@ -145,7 +147,7 @@ def put(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
 
 
 def decoder_with_fewer_heads(checkpoint: Path, seed: int = 0) -> Decoder:
-    """A decoder of four MHA heads whose second layer caches two keys of width 12 and two values of width 16."""
+    """A decoder with four MHA heads whose second layer caches two keys of 12 and two values of 16."""
     decoder = load_decoder(checkpoint)
     layers = list(decoder.layers)
     attention = layers[1].attention

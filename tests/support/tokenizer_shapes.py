@@ -20,12 +20,18 @@ from tokenizers import (
 from support import chat_templates
 
 TEXT = [
-    "Once upon a time there was a café; naïve people said: \"It's fine, we'll go, they're OK\".\n\nThe end.  Two  spaces.\n",
+    "Once upon a time there was a café; naïve people said: \"It's fine, we'll go, they're OK\".\n\n"
+    "The end.  Two  spaces.\n",
     "def f(x):\n    return x + 1  # comment\n\tif x == 10:\n\t\tprint('hello world')\n",
-    "日本語のテキスト。中文文本，你好世界！한국어 텍스트. Привет, мир! Как дела? Γειά σου Κόσμε. שלום مرحبا हिन्दी ไทย",
-    "🙂🙃 👩\u200d👩\u200d👧 12345 3.14159 2024-01-02 1,000,000 <tag> </tag> {json: [1, 2]} INST SYS user system assistant",
+    "日本語のテキスト。中文文本，你好世界！"
+    "한국어 텍스트. Привет, мир! Как дела? Γειά σου Κόσμε. שלום مرحبا हिन्दी ไทย",
+    "🙂🙃 👩\u200d👩\u200d👧 12345 3.14159 2024-01-02 1,000,000 <tag> </tag> "
+    "{json: [1, 2]} INST SYS user system assistant",
 ] * 3
-_QWEN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_QWEN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _LLAMA3 = _QWEN.replace(r"|\p{N}|", r"|\p{N}{1,3}|")
 _BLOOM = " ?[^(\\s|[.,!?…。，、।۔،])]+"
 Shape = tuple[str, dict[str, Any]]  # tokenizer.json, tokenizer_config.json

@@ -1,4 +1,4 @@
-"""Changes of a self_test.json that make it one that cannot be: whoever reads it refuses each, in Python and in C++."""
+"""Changes that make a self_test.json invalid; the readers in Python and C++ must reject each."""
 
 from __future__ import annotations
 
