@@ -604,7 +604,7 @@ print(peak() - first, most - files)
 
 @pytest.mark.slow
 def test_one_layer_is_in_memory_at_a_time(tmp_path: Path) -> None:
-    """The layers after the first of 18 (300 MB) add a few MB at most, and no page of the file stays mapped."""
+    """Layers after the first of 18 (300 MB) add a few MB at most, and no page of the file stays mapped."""
     hidden, inner, layers = 512, 2048, 18
     config = {
         "model_type": "llama",
