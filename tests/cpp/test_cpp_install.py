@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from builds import CPP, environment, onnxruntime, require, run
 
+pytestmark = pytest.mark.slow
+
 Built = Callable[[str], Path]
 
 _PROJECT = """
@@ -101,7 +103,6 @@ def test_the_self_test_program_runs_in_a_moved_tree(installed: Path) -> None:
     assert ran.returncode == 2 and "/nowhere must be a bundle" in ran.stderr
 
 
-@pytest.mark.slow
 def test_an_application_links_the_static_library(built: Built, reader_files: Path, tmp_path: Path) -> None:
     built("release")  # fills the compiler cache
     root = f"-DONNXRUNTIME_ROOT={onnxruntime()}"

@@ -179,8 +179,7 @@ def test_refuses_a_graph_that_differs_from_the_manifest(drive: Drive, bundles: P
     edit_manifest(bundle, take)
     parts = parts_of(lambda: drive.open(bundle))
     assert (
-        parts["code"] == 2
-        and parts["failed"] == "every input of the bundle's graph must match its manifest"
+        parts["code"] == 2 and parts["failed"] == "every input of the bundle's graph must match its manifest"
     )
     assert "past_key_values.0.key" in parts["got"] and "past_key_values.0.key" in parts["expected"]
 
