@@ -13,6 +13,11 @@ def error_text(problem: str, *, got: object = None, expected: object = None, fix
     return "\n".join([problem, *(entry.replace("\n", f"\n{'':<12}") for entry in entries)])
 
 
+def reason_of(error: Exception) -> str:
+    """Reason of an exception; of an OSError without its number and path, which the message names anyway."""
+    return (error.strerror if isinstance(error, OSError) else None) or str(error)
+
+
 class KvexportError(Exception):
     """A failure that the user can act on.
 

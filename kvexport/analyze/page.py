@@ -71,17 +71,18 @@ def require_page(path: Path, *, force: bool) -> None:
     """
     if not path.parent.is_dir():
         raise UsageError(
-            "the folder for the output does not exist", got=path.parent, fix=f"mkdir -p {path.parent}"
+            "the folder for the output must exist", got=path.parent, fix=f"mkdir -p {path.parent}"
         )
     if not path.exists() and not path.is_symlink():
         return
     if not force:
         raise UsageError(
-            f"the output {path} exists already", fix="choose another --output, or replace it with --force"
+            f"the output {path} must not exist yet", fix="choose another --output, or replace it with --force"
         )
     if not path.is_file() or _MARK.encode() not in _beginning(path):
         raise UsageError(
-            f"the output {path} exists and is not a page of kvexport analyze", fix="choose another --output"
+            f"the output {path} must be a page of kvexport analyze to be replaced",
+            fix="choose another --output",
         )
 
 

@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvexport.errors import BundleError
+from kvexport.errors import BundleError, reason_of
 from kvexport.files.schema import Table, read_limited
 
 FORMAT = 1
@@ -129,7 +129,7 @@ def read_record(directory: Path) -> BuildRecord:
     if raw.get("format") != FORMAT:
         raise BundleError(
             f"the format of the engine {directory} must be supported by this version of kvexport",
-            got=f"format {raw.get('format')!r}, written by kvexport {raw.get('kvexport')!r}",
+            got=f"format {raw.get('format')!r:.40}, written by kvexport {raw.get('kvexport')!r:.40}",
             expected=f"format {FORMAT}",
             fix=_REBUILD,
         )
@@ -151,10 +151,10 @@ def _content(directory: Path, path: str) -> bytes:
         return read_limited(directory / RECORD_FILE, _MAX_BYTES)
     except FileNotFoundError as error:
         raise BundleError(
-            f"there is no engine in {directory}", fix="build one: kvexport engine BUNDLE"
+            f"{directory} must contain an engine", fix="build one: kvexport engine BUNDLE"
         ) from error
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} must be readable: {error}", fix=_REBUILD) from error
+        raise BundleError(f"{path} must be readable: {reason_of(error)}", fix=_REBUILD) from error
 
 
 def _parse(table: Table) -> BuildRecord:

@@ -12,7 +12,7 @@ from typing import Any
 
 from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, GraphContract, TensorSpec, cache_specs, contract
 from kvexport.bundle.layer_report import LayerReport
-from kvexport.errors import BundleError, UsageError
+from kvexport.errors import BundleError, UsageError, reason_of
 from kvexport.eviction.config import STATE_WIDTH, Eviction
 from kvexport.files.schema import Table, read_limited
 
@@ -21,6 +21,7 @@ MANIFEST_FILE = "manifest.json"
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of one number
 REBUILD = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE"
 _MAX_BYTES = 1 << 24
+_MAX_SIZE = 1 << 53  # of heads, widths and parameters: reports divide them
 _DIGEST = re.compile(rb'"manifest_sha256": "([0-9a-f]{64})"')
 _DIGEST_KEY = b'"manifest_sha256": "'
 
@@ -168,7 +169,7 @@ def _content(directory: Path, path: str) -> bytes:
             fix = f"it is a checkpoint; make a bundle of it: kvexport build {directory} -o BUNDLE"
         raise BundleError(f"{directory} must be a bundle: it has no {MANIFEST_FILE}", fix=fix) from error
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} must be readable: {error}", fix=REBUILD) from error
+        raise BundleError(f"{path} must be readable: {reason_of(error)}", fix=REBUILD) from error
 
 
 def _require_format(table: Table, directory: Path) -> None:
@@ -186,7 +187,7 @@ def _require_format(table: Table, directory: Path) -> None:
     update = "update kvexport to that version or later (pip install --upgrade kvexport), or "
     raise BundleError(
         f"the format of the bundle {directory} must be supported by this version of kvexport",
-        got=f"format {number!r}, written by kvexport {raw.get('kvexport', 'of unknown version')!r}",
+        got=f"format {number!r:.40}, written by kvexport {raw.get('kvexport', 'of unknown version')!r:.40}",
         expected=f"format {FORMAT}",
         fix=REBUILD if older else update + REBUILD,
     )
@@ -236,8 +237,10 @@ def parse(table: Table) -> Manifest:
     return manifest
 
 
-def _optional_integer(table: Table, key: str, minimum: int | None = None) -> int | None:
-    return table.integer(key, minimum) if table.has(key) else None
+def _optional_integer(
+    table: Table, key: str, minimum: int | None = None, maximum: int | None = None
+) -> int | None:
+    return table.integer(key, minimum, maximum) if table.has(key) else None
 
 
 def _eviction(table: Table) -> Eviction | None:
@@ -264,9 +267,9 @@ def _layer(table: Table) -> LayerReport:
     values: dict[str, Any] = {}
     for field in fields(LayerReport):
         if field.type == "int":
-            values[field.name] = table.integer(field.name, 1)
+            values[field.name] = table.integer(field.name, 1, _MAX_SIZE)
         elif field.type == "int | None":
-            values[field.name] = _optional_integer(table, field.name, 1)
+            values[field.name] = _optional_integer(table, field.name, 1, _MAX_SIZE)
         elif field.type == "float":
             values[field.name] = table.number(field.name)
         else:

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.manifest import BYTES, REBUILD
-from kvexport.errors import BundleError
+from kvexport.errors import BundleError, reason_of
 from kvexport.eviction.config import POSITION_PLUS_ONE, SCORE
 from kvexport.files.schema import Table, read_limited
 
@@ -101,9 +101,8 @@ def steady_scores(layer: int, state: NDArray[Any]) -> NDArray[Any]:
     Empty slots stay as they are.
 
     Engines round differently, and the norms of two keys can differ by less than that: then different tokens
-        are evicted,
-    and all later outputs differ. So the reference and every runtime under test replace scores that are norms
-    by these after every call: (7919·(position + 1) + 104729·(layer·N + head)) mod 65537.
+    are evicted, and all later outputs differ. So the reference and every runtime under test replace scores
+    that are norms by these after every call: (7919·(position + 1) + 104729·(layer·N + head)) mod 65537.
 
     Args:
         layer: its index.
@@ -135,13 +134,13 @@ def read_reference_outputs(bundle: Bundle) -> ReferenceOutputs:
     try:
         content = read_limited(bundle.path / FILE, _MAX_BYTES)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} must be readable: {error}", fix=REBUILD) from error
+        raise BundleError(f"{path} must be readable: {reason_of(error)}", fix=REBUILD) from error
     table = Table.from_json(content, path, error=BundleError, fix=REBUILD)
     number = table.mapping().get("format")
     if type(number) is not int or number != FORMAT:
         raise BundleError(
             f"the format of {path} must be supported by this version of kvexport",
-            got=f"format {number!r}",
+            got=f"format {number!r:.40}",
             expected=f"format {FORMAT}",
             fix="update kvexport (pip install --upgrade kvexport)",
         )

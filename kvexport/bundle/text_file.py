@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from kvexport.bundle.chat_format import Chat
 from kvexport.bundle.manifest import REBUILD
-from kvexport.errors import BundleError
+from kvexport.errors import BundleError, reason_of
 from kvexport.files.schema import Table, read_limited
 
 if TYPE_CHECKING:
@@ -112,7 +112,7 @@ def read_text_file(bundle: Bundle) -> TextFile | None:
     try:
         content = read_limited(bundle.path / TEXT_FILE, _MAX_BYTES)
     except (OSError, ValueError) as error:
-        raise BundleError(f"{path} must be readable: {error}", fix=_FIX) from error
+        raise BundleError(f"{path} must be readable: {reason_of(error)}", fix=_FIX) from error
     return parse_text(Table.from_json(content, path, error=BundleError, fix=_FIX))
 
 

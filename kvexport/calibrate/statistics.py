@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kvexport.calibrate.moments import MOMENT_NAMES, Moments
 from kvexport.calibrate.recipe import Recipe
-from kvexport.errors import UsageError
+from kvexport.errors import UsageError, reason_of
 from kvexport.files.hashing import sha256_of
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.files.schema import Table
@@ -66,7 +66,7 @@ class Statistics:
             text = (directory / _HEADER).read_bytes()
         except OSError as error:
             raise UsageError(
-                f"{directory} must be a directory of calibration statistics: {error}", fix=remedy
+                f"{directory} must be a directory of calibration statistics: {reason_of(error)}", fix=remedy
             ) from error
         table = Table.from_json(text, str(directory / _HEADER), fix=remedy)
         if not table.has("format") or table.value("format") != FORMAT:
@@ -87,7 +87,7 @@ class Statistics:
         tokens = self._read(_TOKENS)
         if table.string("tokens_sha256") != sha256_of(directory / _TOKENS):
             raise UsageError(
-                f"{directory / _TOKENS} is damaged or was replaced: its sha256 is not that in {_HEADER}",
+                f"{directory / _TOKENS} must be unchanged since it was written: its sha256 differs",
                 fix=remedy,
             )
         self.header: dict[str, Any] = dict(table.mapping())
@@ -116,7 +116,7 @@ class Statistics:
             return load_file(self._directory / name)
         except (OSError, SafetensorError) as error:
             raise UsageError(
-                f"the statistics file {self._directory / name} must be readable: {error}"
+                f"the statistics file {self._directory / name} must be readable: {reason_of(error)}"
             ) from error
 
 

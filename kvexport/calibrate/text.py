@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvexport.errors import UsageError
+from kvexport.errors import UsageError, reason_of
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
@@ -24,7 +24,7 @@ def read_text(path: Path) -> str:
         raw = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise UsageError(
-            f"the text {path} cannot be read: {error}",
+            f"the text {path} must be readable: {reason_of(error)}",
             expected="UTF-8 text, or JSON lines with a `text` field",
         ) from error
     if path.suffix not in _JSON_LINES:
@@ -36,7 +36,8 @@ def read_text(path: Path) -> str:
 def _text_field(path: Path, number: int, line: str) -> str:
     try:
         text = json.loads(line)["text"]
-    except (json.JSONDecodeError, KeyError, TypeError):
+        text.encode()  # fails for unpaired surrogates, which tokenizers do not accept
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         text = None
     if not isinstance(text, str):
         raise UsageError(
@@ -56,7 +57,7 @@ def tokenize(checkpoint: Path, text: str) -> list[int]:
     path = checkpoint / "tokenizer.json"
     if not path.exists():
         raise UsageError(
-            f"{checkpoint} has no tokenizer.json, which calibration on a text needs",
+            f"{checkpoint} must have a tokenizer.json for calibration on a text",
             fix="add the model's tokenizer.json, or use --calibration self or random",
         )
     tokenizer = read_tokenizer(path)
@@ -90,7 +91,7 @@ def all_windows(ids: list[int], length: int, what: str) -> Tensor:
     count = len(ids) // length
     if not count:
         raise UsageError(
-            f"{what} is shorter than one window",
+            f"{what} must be at least as long as one window",
             got=f"{len(ids)} tokens",
             expected=f"{length} tokens or more",
             fix="use a longer text, or a smaller --length",

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from kvexport.devices.capabilities import OLDEST_TENSORRT, capabilities_of
 from kvexport.devices.versions import Version, is_version, parse_version
-from kvexport.errors import UsageError
+from kvexport.errors import UsageError, reason_of
 from kvexport.files.resources import resource
 from kvexport.files.schema import Table
 
@@ -163,7 +163,7 @@ def _read(path: Path) -> Target:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"the target file {path.name} cannot be read: {error}") from error
+        raise UsageError(f"the target file {path.name} must be readable: {reason_of(error)}") from error
     table = Table.from_toml(text, path.name)
     jetpacks = _jetpacks(table)
     target = Target(

@@ -92,7 +92,7 @@ def build_engine(
             fix=f"rm -r {directory}",
         )
     if directory.exists() and not force:
-        raise UsageError(f"the engine {directory} exists already", fix="replace it with --force")
+        raise UsageError(f"the engine {directory} must not exist yet", fix="replace it with --force")
     library = load_library(destination.engine)
     preflight.require_engine(options, destination, library)
     preflight.require_room(bundle, options, destination, gpu)

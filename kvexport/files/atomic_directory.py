@@ -68,13 +68,13 @@ def require_output(path: Path, *, marker: str, force: bool) -> None:
     """
     if not path.parent.is_dir():
         raise UsageError(
-            "the folder for the output does not exist", got=path.parent, fix=f"mkdir -p {path.parent}"
+            "the folder for the output must exist", got=path.parent, fix=f"mkdir -p {path.parent}"
         )
     if not path.exists() and not path.is_symlink():
         return
     if not force:
         raise UsageError(
-            f"the output {path} exists already", fix="choose another --output, or replace it with --force"
+            f"the output {path} must not exist yet", fix="choose another --output, or replace it with --force"
         )
     if not (path / marker).is_file():
         raise UsageError(

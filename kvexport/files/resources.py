@@ -24,6 +24,6 @@ def resource(*parts: str) -> Path:
         if path.exists():
             return path
     raise CannotRunHere(
-        f"the installed kvexport lacks its data file {'/'.join(parts)}",
+        f"the installed kvexport must contain its data file {'/'.join(parts)}",
         fix="install kvexport again (pip install --force-reinstall kvexport)",
     )

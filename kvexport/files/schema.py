@@ -23,9 +23,8 @@ _SHOWN = 80  # characters of a value in an error
 class Table:
     """A table of a TOML file or an object of a JSON file, read key by key.
 
-    A key that is absent or null is missing: call `has` first if a key is optional, `is_null` if it may be
-        null but must be
-    present. Every method raises the error class that was given to the constructor.
+    A key that is absent or null is missing: call `has` first if a key is optional, `is_null` if it must be
+    present but may be null. Every method raises the error class that was given to the constructor.
 
     Attributes:
         path: where the table is, for errors: "manifest.json: layers[2]".
@@ -226,8 +225,7 @@ class Table:
         return f"{self.path}.{key}" if ": " in self.path else f"{self.path}: {key}"
 
     def _fail(self, what: str, got: object, expected: str) -> NoReturn:
-        shown = got if isinstance(got, str) and got.isprintable() and got else repr(got)
-        raise self._error(what, got=shown[:_SHOWN], expected=expected, fix=self._fix)
+        raise self._error(what, got=_shown(got), expected=expected, fix=self._fix)
 
 
 def read_limited(path: Path, limit: int) -> bytes:
@@ -242,6 +240,15 @@ def read_limited(path: Path, limit: int) -> bytes:
     if len(content) > limit:
         raise ValueError(f"the file is larger than {limit} bytes")
     return content
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, str) and value.isprintable() and value:
+        return value[:_SHOWN]
+    try:
+        return repr(value)[:_SHOWN]
+    except ValueError:  # TOML's hexadecimal integers can have more digits than Python writes in decimal
+        return "an integer with too many digits"
 
 
 def _unique_keys(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:

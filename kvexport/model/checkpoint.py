@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from kvexport.errors import CheckpointError
+from kvexport.errors import CheckpointError, reason_of
 from kvexport.files.hashing import sha256_of
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Checkpoint:
         self.path = path
         if not path.is_dir():
             raise CheckpointError(
-                "the checkpoint is not a directory",
+                "the checkpoint must be a folder",
                 got=path,
                 fix="give the folder with config.json (to download one: hf download NAME --local-dir FOLDER)",
             )
@@ -65,22 +65,23 @@ class Checkpoint:
             raise self._no_safetensors()
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{_INDEX} has no weight_map", fix="download the checkpoint again")
+            raise CheckpointError(f"{_INDEX} must have a weight_map", fix="download the checkpoint again")
         for shard in weight_map.values():
             if not isinstance(shard, str) or Path(shard).name != shard or shard in ("", ".."):
-                raise CheckpointError(f"{_INDEX} names a shard that is no file name", got=repr(shard))
+                raise CheckpointError(f"{_INDEX} must name files of its own folder", got=repr(shard))
         files: dict[str, Path] = {}
         for shard in sorted(set(weight_map.values())):
             if not (self.path / shard).is_file():
                 raise CheckpointError(
-                    f"shard {shard} of {_INDEX} is not in {self.path}", fix="download the shard"
+                    f"{self.path} must contain the shard {shard}, which {_INDEX} lists",
+                    fix="download the shard",
                 )
             names = set(_open(self.path / shard).keys())
             for name in sorted(
-                name for name, promised in weight_map.items() if promised == shard and name not in names
+                name for name, listed in weight_map.items() if listed == shard and name not in names
             ):
                 raise CheckpointError(
-                    f"shard {shard} lacks tensor {name}, which {_INDEX} promises",
+                    f"the shard {shard} must contain the tensor {name}, which {_INDEX} lists",
                     fix="download the checkpoint again",
                 )
             files.update({name: self.path / shard for name in names if weight_map.get(name, shard) == shard})
@@ -96,7 +97,7 @@ class Checkpoint:
                 f"as M; M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\"",
             )
         return CheckpointError(
-            f"no weights in {self.path}",
+            f"the checkpoint {self.path} must contain weights",
             got=", ".join(sorted(p.name for p in self.path.iterdir())),
             expected=f"{_SINGLE}, or {_INDEX} with its shards",
         )
@@ -119,7 +120,7 @@ class Checkpoint:
         path = self.files.get(name)
         if path is None:
             raise CheckpointError(
-                f"the checkpoint lacks tensor {name}",
+                f"the checkpoint must contain the tensor {name}",
                 got=f"{len(self.files)} tensors in {self.path}",
                 fix="download the checkpoint again, or correct config.json",
             )
@@ -128,14 +129,14 @@ class Checkpoint:
         view = self._readers[path].get_slice(name)
         if view.get_dtype() not in _FLOATS:
             raise CheckpointError(
-                f"tensor {name} has a dtype that cannot be converted",
+                f"tensor {name} must be floating point",
                 got=view.get_dtype(),
                 expected=", ".join(_FLOATS),
                 fix="start from the unquantised checkpoint",
             )
         if tuple(view.get_shape()) != shape:
             raise CheckpointError(
-                f"tensor {name} has a shape that config.json contradicts",
+                f"tensor {name} must have the shape that config.json gives",
                 got=tuple(view.get_shape()),
                 expected=shape,
                 fix="correct config.json (vocab_size, hidden_size, intermediate_size, num_attention_heads, "
@@ -145,9 +146,9 @@ class Checkpoint:
         if not bool(tensor.isfinite().all()):
             bad = int((~tensor.isfinite()).sum())
             raise CheckpointError(
-                f"tensor {name} is not finite",
+                f"tensor {name} must be finite",
                 got=f"{bad} of {tensor.numel()} numbers are NaN or infinite",
-                fix="use a sound checkpoint; float16 overflow in training is a usual cause",
+                fix="use an undamaged checkpoint; float16 overflow in training is a usual cause",
             )
         return tensor
 
@@ -201,14 +202,14 @@ def read_json(path: Path) -> Mapping[str, Any]:
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(
-            f"{path.parent} is no checkpoint: it has no {path.name}",
-            fix="give the folder that holds config.json",
+            f"{path.parent} must be a checkpoint: it has no {path.name}",
+            fix="give the folder with config.json",
         ) from error
     except (ValueError, RecursionError) as error:  # int raises ValueError for a number of 5000 digits
         raise CheckpointError(f"{path} must be JSON: {error}", fix="download the file again") from error
     except OSError as error:
         raise CheckpointError(
-            f"{path} cannot be read: {error.strerror}", fix="give the folder that holds config.json"
+            f"{path} must be readable: {reason_of(error)}", fix="give the folder with config.json"
         ) from error
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must be a JSON object", got=type(raw).__name__)
@@ -222,7 +223,7 @@ def _open(path: Path) -> Any:
         return safe_open(path, framework="pt")
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{path} cannot be read as safetensors: {error}",
+            f"{path} must be a safetensors file: {reason_of(error)}",
             got=f"{path.stat().st_size} bytes",
             fix="download the file again; a truncated download is the usual cause",
         ) from error

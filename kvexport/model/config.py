@@ -42,7 +42,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     """
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise CheckpointError(
-            f"config.json gives an impossible {name}",
+            f"{name} in config.json must be an integer in range",
             got=f"{value!r:.60}",
             expected=f"an integer from {least} to {_MOST}",
         )
@@ -58,7 +58,9 @@ def number(name: str, value: object) -> float:
     # an int may exceed any float
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
         raise CheckpointError(
-            f"config.json gives an impossible {name}", got=repr(value), expected="a number above 0"
+            f"{name} in config.json must be a positive number",
+            got=f"{value!r:.60}",
+            expected="above 0",
         )
     return float(value)
 
@@ -84,7 +86,7 @@ def require_unquantised(config: Mapping[str, Any]) -> None:
     if quantization:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
-            "the checkpoint is quantised (config.json has quantization_config)",
+            "the checkpoint must not be quantised: config.json has quantization_config",
             got=f"quant_method = {method!r}",
             expected="weights in float32, float16 or bfloat16",
             fix="start from the unquantised checkpoint; kvexport compresses first",
@@ -122,7 +124,7 @@ def sizes_of(settings: Mapping[str, Any], rotated: bool) -> ConfigSizes:
         )
     if head_dim < 1 or (rotated and head_dim % 2):
         raise CheckpointError(
-            "config.json gives an impossible head_dim",
+            "head_dim in config.json must be possible",
             got=head_dim,
             expected="an even number" if rotated else "1 or more",
         )

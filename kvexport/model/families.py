@@ -72,7 +72,7 @@ class Family:
         for key, value in self.require.items():
             if config.get(key, value) != value:
                 raise CheckpointError(
-                    f"config.json sets {key}, which family '{self.name}' does not cover",
+                    f"{key} in config.json must have the value that family '{self.name}' supports",
                     got=f"{key} = {config[key]!r}",
                     expected=f"{key} = {value!r}",
                 )
@@ -83,7 +83,7 @@ class Family:
                 settings[name] = value
             elif name in _REQUIRED_CONFIG and name not in settings:
                 raise CheckpointError(
-                    f"config.json has no {' or '.join(keys)}", fix="restore the model's own config.json"
+                    f"config.json must have {' or '.join(keys)}", fix="restore the model's own config.json"
                 )
         return settings
 
@@ -209,7 +209,8 @@ def families() -> Mapping[str, Family]:
         for model_type in family.model_types:
             if model_type in by_type:
                 raise UsageError(
-                    f"{path.name} and {by_type[model_type].name}.toml both cover model_type {model_type}"
+                    f"model_type {model_type} must be in one family file only",
+                    got=f"{by_type[model_type].name}.toml and {path.name}",
                 )
             by_type[model_type] = family
     return by_type
@@ -225,7 +226,7 @@ def family_of(config: Mapping[str, Any]) -> Family:
     family = families().get(model_type) if isinstance(model_type, str) else None
     if family is None:
         raise CheckpointError(
-            "no family description covers this checkpoint",
+            "model_type in config.json must be of a supported family",
             got=f"model_type = {model_type!r}",
             expected=", ".join(sorted(families())),
             fix="describe the family in one new file under graphs/families/",

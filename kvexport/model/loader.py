@@ -207,7 +207,7 @@ class _Loader:
     def _required(self, key: str) -> Any:
         """A value that config.json must have, because there is no safe default."""
         if key not in self._config:
-            raise CheckpointError(f"config.json lacks {key}", fix="restore the model's own config.json")
+            raise CheckpointError(f"config.json must have {key}", fix="restore the model's own config.json")
         return self._config[key]
 
     def _intermediate_size(self) -> int:
@@ -220,7 +220,8 @@ class _Loader:
             if f"{prefix}{self._family.embedding}.weight" in self._checkpoint.files:
                 return prefix
         raise CheckpointError(
-            f"the checkpoint lacks the embedding {self._family.prefixes[0]}{self._family.embedding}.weight",
+            "the checkpoint must contain the embedding "
+            f"{self._family.prefixes[0]}{self._family.embedding}.weight",
             got=", ".join(sorted(self._checkpoint.files)[:3]) + ", ...",
             fix=f"check that config.json's model_type ({self._config.get('model_type')}) is right",
         )
@@ -238,14 +239,15 @@ class _Loader:
         ]
         if extra:
             raise CheckpointError(
-                f"{len(extra)} tensors of the checkpoint do not belong to family '{self._family.name}'",
+                f"the checkpoint must contain only tensors of family '{self._family.name}': "
+                f"{len(extra)} unknown",
                 got=", ".join(extra[:5]) + (", ..." if len(extra) > 5 else ""),
                 fix="correct config.json, or describe the family in one new file under graphs/families/",
             )
         missing = sorted(expected - self._checkpoint.files.keys())
         if missing:
             raise CheckpointError(
-                f"the checkpoint lacks {len(missing)} tensors that config.json promises",
+                f"the checkpoint must contain all tensors that config.json implies: {len(missing)} missing",
                 got="no " + ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""),
                 fix="download the checkpoint again, or correct config.json",
             )

@@ -35,7 +35,7 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
     kind = settings.get("rope_type", settings.get("type", "default"))
     if number("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0)) != 1.0:
         raise CheckpointError(
-            "config.json rotates only a part of each head",
+            "RoPE in config.json must rotate whole heads",
             got=f"partial_rotary_factor = {settings['partial_rotary_factor']}",
             expected="partial_rotary_factor = 1",
         )
@@ -47,12 +47,12 @@ def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
             inv_freq = _llama3_frequencies(inv_freq, settings)
         elif kind != "default":
             raise CheckpointError(
-                "config.json asks for a rotary scaling that is not known",
+                "the RoPE scaling in config.json must be supported",
                 got=f"rope_type = {kind!r}",
                 expected="default, linear, llama3",
             )
     except KeyError as error:
-        raise CheckpointError(f"rope_type {kind!r} needs {error.args[0]}, which config.json lacks") from error
+        raise CheckpointError(f"config.json must have {error.args[0]} with rope_type {kind!r}") from error
     return Rope(inv_freq)
 
 

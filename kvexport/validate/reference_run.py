@@ -14,7 +14,7 @@ from zipfile import BadZipFile
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.errors import BundleError
+from kvexport.errors import BundleError, reason_of
 from kvexport.eviction.config import Eviction
 from kvexport.validate.reference_slots import SLOT_ARRAYS
 
@@ -158,7 +158,9 @@ def read_reference(
         with np.load(path, allow_pickle=False) as file:
             arrays = dict(file)
     except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
-        raise BundleError(f"{path} cannot be read: {error}", fix="build the bundle again") from error
+        raise BundleError(
+            f"{path} must be readable: {reason_of(error)}", fix="build the bundle again"
+        ) from error
     kinds = {
         layer: (*KINDS, *SLOT_ARRAYS) if eviction is not None and eviction.evicts(layer) else KINDS
         for layer in range(num_layers)

@@ -148,11 +148,11 @@ def test_keeps_existing_files(tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text(render(analysis_of()))
     (tmp_path / "model.safetensors").write_bytes(b"\xff weights")
     (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
-    with pytest.raises(UsageError, match="exists already"):
+    with pytest.raises(UsageError, match="must not exist yet"):
         require_page(tmp_path / "page.html", force=False)
     require_page(tmp_path / "page.html", force=True)
     for other in ("model.safetensors", "dangling", "."):
-        with pytest.raises(UsageError, match="not a page of kvexport analyze"):
+        with pytest.raises(UsageError, match="must be a page of kvexport analyze"):
             require_page(tmp_path / other, force=True)
     with pytest.raises(UsageError, match="folder"):
         require_page(tmp_path / "absent" / "page.html", force=False)

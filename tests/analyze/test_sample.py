@@ -72,7 +72,7 @@ def test_rejects_texts_that_cannot_be_shown(show: Show) -> None:
         show("empty.txt")
     with pytest.raises(UsageError, match="must be in the model's vocabulary"):
         show("text.txt", vocab=20)
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="must be readable"):
         show("absent.txt")
 
 

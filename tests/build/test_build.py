@@ -205,7 +205,11 @@ def test_rejects_invalid_options_with_the_allowed_values(
 
 @pytest.mark.parametrize(
     ("text", "message"),
-    [("", "shorter than one window"), ("a few words", "shorter than one window"), (None, "tokenizer.json")],
+    [
+        ("", "at least as long as one window"),
+        ("a few words", "at least as long as one window"),
+        (None, "tokenizer.json"),
+    ],
 )
 def test_rejects_calibration_text_shorter_than_a_window(
     tiny_checkpoint: Any, tmp_path: Path, text: str | None, message: str

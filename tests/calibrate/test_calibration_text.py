@@ -129,15 +129,27 @@ def test_error_for_a_bad_json_line_names_its_number(tmp_path: Path, line: str) -
     assert line in str(refusal.value)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ['{"text": "\\ud800"}', "9" * 5000, '{"text": ' + "9" * 5000 + "}", "[" * 100_000, '{"text":' * 100_000],
+    ids=["unpaired surrogate", "digits", "digits in text", "nested lists", "nested objects"],
+)
+def test_rejects_json_lines_that_python_cannot_read(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "bad.jsonl"
+    file.write_text(line + "\n")
+    with pytest.raises(UsageError, match="line 1, must be a JSON object with a `text` field"):
+        read_text(file)
+
+
 def test_rejects_text_that_is_not_utf8(tmp_path: Path) -> None:
     file = tmp_path / "latin.txt"
     file.write_bytes("über".encode("latin-1"))
-    with pytest.raises(UsageError, match=r"latin\.txt cannot be read.*utf-8"):
+    with pytest.raises(UsageError, match=r"latin\.txt must be readable.*utf-8"):
         read_text(file)
 
 
 def test_rejects_a_directory_as_text(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="cannot be read"):
+    with pytest.raises(UsageError, match="must be readable"):
         read_text(tmp_path)
 
 
@@ -185,7 +197,7 @@ def test_special_tokens_are_not_added(tmp_path: Path) -> None:
 
 
 def test_error_without_tokenizer_suggests_other_recipes(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"no tokenizer\.json") as refusal:
+    with pytest.raises(UsageError, match=r"must have a tokenizer\.json") as refusal:
         tokenize(tmp_path, "text")
     assert "self or random" in str(refusal.value)
 
@@ -206,7 +218,7 @@ def test_windows_are_consecutive_and_the_rest_is_dropped() -> None:
 
 @pytest.mark.parametrize("count", [0, 3])
 def test_rejects_text_shorter_than_one_window(count: int) -> None:
-    with pytest.raises(UsageError, match="shorter than one window") as refusal:
+    with pytest.raises(UsageError, match="at least as long as one window") as refusal:
         all_windows(list(range(count)), 4, "the text x")
     assert f"{count} tokens" in str(refusal.value)
     assert "--length" in str(refusal.value)
@@ -240,7 +252,7 @@ def test_calibration_windows_of_a_file(tmp_path: Path) -> None:
 def test_error_for_a_short_file_names_it(tmp_path: Path, content: str) -> None:
     file = tmp_path / "short.txt"
     file.write_text(content)
-    with pytest.raises(UsageError, match=r"short\.txt is shorter than one window"):
+    with pytest.raises(UsageError, match=r"short\.txt must be at least as long as one window"):
         calibration_windows(make_decoder(), write_tokenizer(tmp_path), recipe_for(str(file), length=8))
 
 

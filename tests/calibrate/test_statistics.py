@@ -90,7 +90,7 @@ def test_rejects_changed_tokens(saved: Path) -> None:
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(raw)
-    with pytest.raises(UsageError, match="is damaged or was replaced"):
+    with pytest.raises(UsageError, match="must be unchanged since it was written"):
         Statistics(saved, DIGEST)
 
 

@@ -90,7 +90,7 @@ def test_analyzes_the_original_model_if_all_heads_are_kept(
         (["--pairs", "48:1"], "--pairs must name queries that see their keys"),
         (["--method", "svd-a", "--kv-ratio", "0.3"], "must give a number of KV heads"),
         (["--kv-heads", "3"], "must divide"),
-        (["--text", "absent.txt"], "cannot be read"),
+        (["--text", "absent.txt"], "must be readable"),
         (["--calibration", "absent.txt"], "--calibration must be a recipe or a file"),
     ],
 )

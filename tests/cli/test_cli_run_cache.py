@@ -35,7 +35,7 @@ def test_a_saved_cache_continues_as_if_the_prompt_were_given(
 
 def test_rejects_caches_that_cannot_be_continued(run: Run, bundle: Path, tmp_path: Path) -> None:
     code, out, err = run("--prompt", "a", "--cache", str(tmp_path / "none"))
-    assert (code, out) == (2, "") and "there is no saved cache" in err
+    assert (code, out) == (2, "") and "must be an existing file" in err
     code, out, err = run("--prompt", "a", "--save-cache", str(tmp_path / "none" / "c"))
     assert (code, out) == (2, "") and "mkdir -p" in err
     session = open_bundle(bundle, threads=1)

@@ -117,7 +117,7 @@ def test_restart_reports_errors(bundle: Path, tmp_path: Path) -> None:
         (".", "c", ""),
         ("long.txt", "c", "capacity"),
         ("long.txt", "damaged", "damaged"),
-        ("long.txt", ".", "there is no saved cache"),
+        ("long.txt", ".", "must be an existing file"),
     ):
         ran = cpp("restart", bundle, tmp_path / prompt, tmp_path / cache, "?")
         assert ran.returncode == 2 and reason in ran.stderr and not ran.stdout, ran

@@ -318,7 +318,7 @@ def test_refuses_impossible_file_names(drive: Drive, bundles: Path, tmp_path: Pa
         parts = parts_of(lambda file=file: drive("save", cache="c", file=str(file)))
         assert parts["code"] == 2 and failed in parts["failed"] and parts["fix"]
         parts = parts_of(lambda file=file: drive("load", session="s", cache="d", file=str(file)))
-        assert parts["code"] == 2 and "there is no saved cache" in parts["failed"] and parts["fix"]
+        assert parts["code"] == 2 and "must be an existing file" in parts["failed"] and parts["fix"]
 
 
 def test_a_prompt_beyond_the_capacity_gets_a_fix(drive: Drive, bundles: Path) -> None:

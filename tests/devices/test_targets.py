@@ -194,7 +194,7 @@ def test_requires_a_compute_capability_for_a_gpu(write: Callable[..., str]) -> N
 
 def test_rejects_a_file_that_is_not_text(tmp_path: Path) -> None:
     (tmp_path / "bad.toml").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UsageError, match=r"bad\.toml cannot be read"):
+    with pytest.raises(UsageError, match=r"bad\.toml must be readable"):
         load_target(str(tmp_path / "bad.toml"))
 
 

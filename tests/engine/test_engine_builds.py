@@ -223,7 +223,7 @@ def test_no_nonstandard_attribute_is_written_to_a_file(rtx: Any, tiny: Callable[
 def test_an_existing_engine_is_replaced_only_by_force(rtx: Any, tiny: Callable[..., Path]) -> None:
     bundle = tiny()
     first = built(bundle)
-    with pytest.raises(UsageError, match="exists already") as caught:
+    with pytest.raises(UsageError, match="must not exist yet") as caught:
         built(bundle)
     assert "--force" in str(caught.value)
     second = build_engine(bundle, EngineOptions(chunk=8), compute_capabilities=SMS, force=True)

@@ -126,6 +126,15 @@ def test_rejects_what_is_no_toml(text: str) -> None:
         Table.from_toml(text, "test.toml")
 
 
+@pytest.mark.parametrize("method", ["string", "boolean", "table", "strings"])
+def test_rejects_hexadecimal_integers_that_have_too_many_digits_to_print(method: str) -> None:
+    one = Table.from_toml("k = 0x" + "f" * 5000, "test.toml")
+    with pytest.raises(
+        UsageError, match=r"test\.toml: k has an invalid value\n  got:      an integer with too"
+    ):
+        getattr(one, method)("k")
+
+
 @given(JSON)
 def test_never_raises_anything_else(value: Any) -> None:
     for method in (

@@ -57,7 +57,7 @@ def test_settings_take_the_first_key_then_the_default() -> None:
     )
     sizes = {"vocab_size": 9, "hidden_size": 8, "num_layers": 3, "num_heads": 2}
     assert settings == {**sizes, "norm_eps": 1e-5, "tied": True, "activation": "gelu_tanh"}
-    with pytest.raises(CheckpointError, match="has no hidden_size or n_embed"):
+    with pytest.raises(CheckpointError, match="must have hidden_size or n_embed"):
         bloom.settings({"vocab_size": 9, "n_layer": 3, "n_head": 2})
 
 
@@ -90,7 +90,7 @@ def test_bias_is_fixed_or_named_by_the_config() -> None:
     "config", [{}, {"model_type": None}, {"model_type": ["llama"]}, {"model_type": "Llama"}]
 )
 def test_rejects_unknown_family(config: dict[str, object]) -> None:
-    with pytest.raises(CheckpointError, match="no family description") as caught:
+    with pytest.raises(CheckpointError, match="must be of a supported family") as caught:
         family_of(config)
     assert repr(config.get("model_type")) in str(caught.value)
     assert "bloom, llama, mistral, qwen2, qwen3" in str(caught.value)
@@ -102,7 +102,10 @@ def test_rejects_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch:
     monkeypatch.setattr(module, "resource", lambda *parts: tmp_path)
     families.cache_clear()
     try:
-        with pytest.raises(UsageError, match=r"b\.toml and a\.toml both cover model_type llama"):
+        with pytest.raises(
+            UsageError,
+            match=r"model_type llama must be in one family file only\n  got:      a\.toml and b\.toml",
+        ):
             families()
     finally:
         families.cache_clear()

@@ -84,7 +84,7 @@ def test_caches_are_files(opened: Opened, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="a device or a pipe"):
         cache.save(tmp_path / "pipe")
     for name in ("pipe", "none", "n" * 300, "a\0b", "."):
-        with pytest.raises(UsageError, match="there is no saved cache"):
+        with pytest.raises(UsageError, match="must be an existing file"):
             session.load(tmp_path / name)
     (tmp_path / "link").symlink_to(tmp_path / "target")
     cache.save(tmp_path / "link")

@@ -56,7 +56,7 @@ def test_rejects_an_unreadable_record(damage: str, tmp_path: Path) -> None:
         path.write_bytes(b"PK\x03\x04 and nothing else")
     else:
         np.savez(path, logits=np.array([object()]))
-    with pytest.raises(BundleError, match="cannot be read"):
+    with pytest.raises(BundleError, match="must be readable"):
         read_reference(path, 2)
 
 

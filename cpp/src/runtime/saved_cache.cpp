@@ -47,7 +47,7 @@ constexpr const char* SAVE_AGAIN = "save it again, or start with an empty cache"
 
 Failure damaged(const std::string& file, const std::string& problem, std::string got = {},
                 std::string expected = {}) {
-  return {Code::usage, "the saved cache " + file + " cannot be read: " + problem, std::move(got),
+  return {Code::usage, "the saved cache " + file + " must be valid: " + problem, std::move(got),
           std::move(expected), SAVE_AGAIN};
 }
 
@@ -143,7 +143,7 @@ void Cache::save(const std::string& file) const {
 void Cache::load(const std::string& file) {
   const Manifest& manifest = session_->manifest();
   if (!size_of_file(file)) {
-    throw Failure(Code::usage, "there is no saved cache " + file, "", "",
+    throw Failure(Code::usage, "the saved cache " + file + " must be an existing file", "", "",
                   "name a file that was written by saving a cache");
   }
   const TensorReader reader(file);

@@ -109,7 +109,9 @@ def read(path: Path, digest: str, vocab_size: int, like: KvCache) -> tuple[KvCac
         CannotRunHere: there is not enough memory.
     """
     if not _is_file(path):
-        raise UsageError(f"there is no saved cache {path}", fix="name a file that --save-cache wrote")
+        raise UsageError(
+            f"the saved cache {path} must be an existing file", fix="name a file that --save-cache wrote"
+        )
     with path.open("rb") as file:
         return _Reader(path, file, digest, vocab_size, like).read()
 
@@ -339,7 +341,7 @@ class _Reader:
 
     def _refuse(self, what: str, *, got: object = None, expected: object = None) -> NoReturn:
         raise UsageError(
-            f"the saved cache {self._path} cannot be read: {what}",
+            f"the saved cache {self._path} must be valid: {what}",
             got=got,
             expected=expected,
             fix=_SAVE_AGAIN,
