@@ -153,7 +153,7 @@ class EvictingCache:
             positions: of the first new token [B].
         """
         for row in range(len(self.filled)):
-            self._shrink(row, self.slots - count, positions)
+            self.shrink(row, self.slots - count, positions)
 
     def compressed(self, positions: Tensor) -> EvictingCache:
         """A copy with as many slots as the budget.
@@ -168,13 +168,13 @@ class EvictingCache:
         )
         budget = min(self.eviction.budget, self.slots)
         for row in range(len(self.filled)):
-            copy._shrink(row, budget, positions)
+            copy.shrink(row, budget, positions)
         copy.key, copy.value, copy.state = (
             each[:, :, :budget] for each in (copy.key, copy.value, copy.state)
         )
         return copy
 
-    def _shrink(self, row: int, keep: int, positions: Tensor) -> None:
+    def shrink(self, row: int, keep: int, positions: Tensor) -> None:
         """Evict tokens of a row until at most `keep` remain."""
         filled = int(self.filled[row])
         if filled <= keep:

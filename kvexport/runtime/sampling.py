@@ -85,8 +85,8 @@ class Sampling:
             tokens = _likeliest(weights, self.top_k)
             weights = weights[tokens]
         if self.top_p is not None and self.top_p < 1:
-            nucleus = _nucleus(weights, self.top_p * weights.sum())
-            tokens, weights = tokens[nucleus], weights[nucleus]
+            inside = nucleus(weights, self.top_p * weights.sum())
+            tokens, weights = tokens[inside], weights[inside]
         return tokens, weights
 
 
@@ -106,7 +106,7 @@ def _likeliest(weights: NDArray[np.float64], count: int) -> NDArray[np.int64]:
     return indices[np.argsort(-weights[indices], kind="stable")[:count]]
 
 
-def _nucleus(weights: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
+def nucleus(weights: NDArray[np.float64], mass: float) -> NDArray[np.int64]:
     """Indices of the fewest largest weights that sum to `mass`, in descending order."""
     likeliest = _likeliest(weights, min(_FIRST, len(weights)))  # sorting a large vocabulary is slow
     if weights[likeliest].sum() < mass:

@@ -1,4 +1,4 @@
-"""A bundle appears whole or not at all, and a reader believes nothing that it was not promised."""
+"""Bundles are written completely or not at all, and readers reject whatever is not valid."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def sound(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def bundle(sound: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy to damage."""
     return Path(shutil.copytree(sound, tmp_path / "bundle"))
 
 
@@ -102,7 +102,7 @@ def test_same_decoder_gives_the_same_bytes(sound: Path, decoder: Decoder, tmp_pa
     ],
     ids=repr,
 )
-def test_any_failure_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
+def test_failed_build_leaves_nothing(tmp_path: Path, failure: BaseException) -> None:
     with pytest.raises(type(failure)), new_bundle(tmp_path / "b") as writer:
         (writer.directory / "decoder.onnx").write_bytes(b"half")
         assert list(tmp_path.iterdir()) == [writer.directory]
@@ -110,7 +110,7 @@ def test_any_failure_leaves_nothing(tmp_path: Path, failure: BaseException) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_full_disk_while_files_are_hashed_or_synced_leaves_nothing(
+def test_full_disk_during_hashing_or_syncing_leaves_nothing(
     decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def full(*anything: object) -> None:
@@ -134,7 +134,7 @@ with new_bundle(Path(sys.argv[1])) as writer:
 """
 
 
-def test_write_that_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
+def test_refused_write_leaves_nothing(tmp_path: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", _LIMITED, str(tmp_path / "b")], capture_output=True, text=True
     )
@@ -142,13 +142,13 @@ def test_write_that_the_system_refuses_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_bundle_that_was_never_sealed_is_not_left(tmp_path: Path) -> None:
+def test_unsealed_bundle_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(AssertionError), new_bundle(tmp_path / "b"):
         pass
     assert list(tmp_path.iterdir()) == []
 
 
-def test_manifest_that_no_reader_would_take_is_not_written(decoder: Decoder, tmp_path: Path) -> None:
+def test_does_not_write_invalid_manifests(decoder: Decoder, tmp_path: Path) -> None:
     for change in (
         lambda raw: raw.pop("dtype"),
         lambda raw: raw.update(capacity=65),
@@ -160,7 +160,7 @@ def test_manifest_that_no_reader_would_take_is_not_written(decoder: Decoder, tmp
         assert list(tmp_path.iterdir()) == []
 
 
-def test_an_eviction_that_cannot_be_is_said_once(tmp_path: Path, decoder: Decoder) -> None:
+def test_error_of_an_impossible_eviction_has_one_got_line(tmp_path: Path, decoder: Decoder) -> None:
     wrong = {"policy": "oldest", "budget": 8, "protect_first": 0, "protect_recent": 0, "skip_layers": []}
     with pytest.raises(
         BundleError, match="eviction must be possible: --evict must be a known policy"
@@ -213,13 +213,13 @@ def test_verify_names_the_file_with_one_flipped_bit(bundle: Path, name: str) -> 
     opened.verify(other for other in opened.files if other != name)
 
 
-def test_no_flipped_bit_of_the_manifest_is_believed(bundle: Path) -> None:
-    """Most are broken JSON or of a wrong type; the digest finds those that only change a number or a name."""
+def test_rejects_every_flipped_bit_of_the_manifest(bundle: Path) -> None:
+    """Most give invalid JSON or a wrong type; the digest detects changes of numbers and names."""
     file = bundle / "manifest.json"
     whole = file.read_bytes()
     Bundle.open(bundle)
     random = np.random.default_rng(0)
-    found = 0
+    actual = 0
     for at in random.choice(len(whole), 400, replace=False):
         spoiled = bytearray(whole)
         spoiled[at] ^= 1 << int(random.integers(8))
@@ -227,11 +227,11 @@ def test_no_flipped_bit_of_the_manifest_is_believed(bundle: Path) -> None:
         try:
             Bundle.open(bundle)
         except BundleError:
-            found += 1
-    assert found == 400
+            actual += 1
+    assert actual == 400
 
 
-def test_manifest_without_its_digest_is_refused(bundle: Path) -> None:
+def test_rejects_a_manifest_without_digest(bundle: Path) -> None:
     raw = json.loads((bundle / "manifest.json").read_text())
     del raw["manifest_sha256"]
     (bundle / "manifest.json").write_text(json.dumps(raw))
@@ -239,53 +239,53 @@ def test_manifest_without_its_digest_is_refused(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-def test_the_digest_is_of_the_bytes_with_its_own_digits_as_zeros(bundle: Path) -> None:
-    """As somebody computes it who reads no JSON."""
+def test_digest_is_computed_with_its_digits_as_zeros(bundle: Path) -> None:
+    """Computed without parsing JSON."""
     content = (bundle / "manifest.json").read_bytes()
-    before, found = content.split(b'"manifest_sha256": "')
-    assert found[64:] == b'"\n}\n'
-    zeroed = before + b'"manifest_sha256": "' + b"0" * 64 + found[64:]
-    assert hashlib.sha256(zeroed).hexdigest().encode() == found[:64]
+    before, actual = content.split(b'"manifest_sha256": "')
+    assert actual[64:] == b'"\n}\n'
+    zeroed = before + b'"manifest_sha256": "' + b"0" * 64 + actual[64:]
+    assert hashlib.sha256(zeroed).hexdigest().encode() == actual[:64]
 
 
-def test_a_second_digest_is_refused(bundle: Path) -> None:
+def test_rejects_a_second_digest(bundle: Path) -> None:
     edit_manifest(bundle, lambda raw: raw["source"].update(manifest_sha256="0" * 64))
     with pytest.raises(BundleError, match="its sha256 differs"):
         Bundle.open(bundle)
 
 
-def test_another_spacing_of_the_same_values_is_refused(bundle: Path) -> None:
+def test_rejects_the_same_values_with_other_spacing(bundle: Path) -> None:
     raw = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(raw))
     with pytest.raises(BundleError, match="its sha256 differs"):
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("seen", [FORMAT + 1, "2", None, 2.0, True])
-def test_other_formats_are_refused_with_the_version_that_wrote_them(bundle: Path, seen: object) -> None:
-    edit_manifest(bundle, lambda raw: raw.update(format=seen, kvexport="7.1.0"))
+@pytest.mark.parametrize("value", [FORMAT + 1, "2", None, 2.0, True])
+def test_error_of_another_format_names_the_version_that_wrote_it(bundle: Path, value: object) -> None:
+    edit_manifest(bundle, lambda raw: raw.update(format=value, kvexport="7.1.0"))
     with pytest.raises(
         BundleError, match=r"format[\s\S]*7\.1\.0[\s\S]*expected: format 2[\s\S]*update kvexport"
     ):
         Bundle.open(bundle)
 
 
-@pytest.mark.parametrize("seen", [FORMAT - 1, 0])
-def test_older_formats_are_to_be_built_again(bundle: Path, seen: int) -> None:
-    edit_manifest(bundle, lambda raw: raw.update(format=seen))
+@pytest.mark.parametrize("value", [FORMAT - 1, 0])
+def test_error_of_an_older_format_says_to_build_again(bundle: Path, value: int) -> None:
+    edit_manifest(bundle, lambda raw: raw.update(format=value))
     with pytest.raises(BundleError, match="build the bundle again") as refused:
         Bundle.open(bundle)
     assert "update" not in str(refused.value)
 
 
-def test_newer_format_is_named_even_where_nothing_else_is_understood(bundle: Path) -> None:
+def test_names_a_newer_format_if_nothing_else_can_be_read(bundle: Path) -> None:
     (bundle / "manifest.json").write_text('{"format": 9, "all": "else"}')
     with pytest.raises(BundleError, match="format 9"):
         Bundle.open(bundle)
 
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.onnx.data", "tokenizer.json"])
-def test_missing_truncated_and_grown_files(bundle: Path, name: str) -> None:
+def test_rejects_missing_truncated_and_extended_files(bundle: Path, name: str) -> None:
     whole = (bundle / name).read_bytes()
     for content in (whole[:-1], b"", whole + b"x"):
         (bundle / name).write_bytes(content)
@@ -300,7 +300,7 @@ def test_missing_truncated_and_grown_files(bundle: Path, name: str) -> None:
 
 
 def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, ...]]:
-    """Every key of the manifest that its reader needs."""
+    """Every required key of the manifest."""
     if isinstance(raw, dict):
         optional = {"max_position_embeddings", "bos_token_id", "tie_word_embeddings"}
         optional |= {"calibration", "eviction", "window"}
@@ -311,9 +311,9 @@ def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | in
     return [path]
 
 
-def test_every_key_is_needed_and_of_its_type(bundle: Path) -> None:
+def test_every_key_is_required_and_typed(bundle: Path) -> None:
     whole = (bundle / "manifest.json").read_text()
-    # other tests' matter, or not a key, or may be left out
+    # tested elsewhere, not a key, or optional
     exempt = ("format", "manifest_sha256", 0, "tokenizer.json", "decoder.cpu.onnx")
     paths = [path for path in _paths(json.loads(whole)) if path and path[-1] not in exempt]
     assert len(paths) > 40
@@ -338,7 +338,7 @@ def test_every_key_is_needed_and_of_its_type(bundle: Path) -> None:
 @pytest.mark.parametrize(
     "name", ["../secret", "/etc/passwd", "sub/file", "..", ".", "", "a\\b", "a\nb", "manifest.json", "a\0b"]
 )
-def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
+def test_rejects_files_outside_the_bundle(bundle: Path, name: str) -> None:
     (bundle.parent / "secret").write_text("s")
     entry = {"sha256": "0" * 64, "bytes": 1}
     edit_manifest(bundle, lambda raw: raw["files"].update({name: entry}))
@@ -347,7 +347,7 @@ def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         (put("dtype", to="int4"), "dtype"),
         (put("dtype", to="float16"), r"graph\.dtype"),
@@ -372,9 +372,9 @@ def test_files_outside_the_bundle_are_refused(bundle: Path, name: str) -> None:
         (lambda raw: raw["files"].pop("decoder.onnx.data"), r"must list decoder\.onnx\.data"),
     ],
 )
-def test_manifests_that_contradict_themselves(bundle: Path, change: Callable[[Raw], None], said: str) -> None:
+def test_rejects_inconsistent_manifests(bundle: Path, change: Callable[[Raw], None], message: str) -> None:
     edit_manifest(bundle, change)
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         Bundle.open(bundle)
 
 
@@ -393,13 +393,13 @@ def test_manifests_that_contradict_themselves(bundle: Path, change: Callable[[Ra
     ],
     ids=["empty", "cut off", "list", "number", "not UTF-8", "no format", "deep", "long number", "long"],
 )
-def test_manifests_that_are_none(bundle: Path, content: bytes) -> None:
+def test_rejects_files_that_are_not_manifests(bundle: Path, content: bytes) -> None:
     (bundle / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError, match=r"manifest\.json of the bundle"):
         Bundle.open(bundle)
 
 
-def test_directories_that_are_no_bundle_are_told_what_to_do(
+def test_error_of_a_directory_without_manifest_names_the_fix(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     with pytest.raises(BundleError, match=r"no manifest\.json[\s\S]*make one"):

@@ -1,4 +1,4 @@
-"""Whatever a manifest holds, reading it gives a bundle or a BundleError, and nothing else."""
+"""Reading any manifest gives a bundle or a BundleError, and no other exception."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def opens(bundle: Path, raw: Any) -> Bundle | None:
-    """The bundle with another manifest, whose digest is right; None where it is refused, as it should be."""
+    """The bundle with another manifest of valid digest; None if it is rejected."""
     copied = bundle / "manifest.json"
     kept = copied.read_text()
 
@@ -67,7 +67,7 @@ def opens(bundle: Path, raw: Any) -> Bundle | None:
 @pytest.mark.slow
 @settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
-def test_a_mutated_manifest_opens_or_is_refused(bundle: Path, data: st.DataObject) -> None:
+def test_mutated_manifest_opens_or_is_rejected(bundle: Path, data: st.DataObject) -> None:
     raw = json.loads((bundle / "manifest.json").read_text())
     for _ in range(data.draw(st.integers(1, 3))):
         *path, key = data.draw(st.sampled_from(places(raw)[1:]))
@@ -93,13 +93,13 @@ def test_a_mutated_manifest_opens_or_is_refused(bundle: Path, data: st.DataObjec
 
 @settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(raw=st.dictionaries(st.text(max_size=8), VALUES, max_size=5))
-def test_any_object_is_refused(bundle: Path, raw: dict[str, Any]) -> None:
+def test_rejects_any_object(bundle: Path, raw: dict[str, Any]) -> None:
     assert opens(bundle, {"format": FORMAT, **raw}) is None
 
 
 @settings(max_examples=80, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=200))
-def test_any_bytes_are_refused(bundle: Path, tmp_path: Path, content: bytes) -> None:
+def test_rejects_any_bytes(bundle: Path, tmp_path: Path, content: bytes) -> None:
     shutil.copytree(bundle, tmp_path / "copied", dirs_exist_ok=True)
     (tmp_path / "copied" / "manifest.json").write_bytes(content)
     with pytest.raises(BundleError):
@@ -107,19 +107,19 @@ def test_any_bytes_are_refused(bundle: Path, tmp_path: Path, content: bytes) -> 
 
 
 @pytest.mark.parametrize("huge", [10**400, -(10**400), 1e999])
-def test_numbers_beyond_any_are_refused(bundle: Path, huge: float) -> None:
+def test_rejects_numbers_out_of_range(bundle: Path, huge: float) -> None:
     raw = json.loads((bundle / "manifest.json").read_text())
     raw["layers"][0]["predicted_error"] = huge
     assert opens(bundle, raw) is None
 
 
 @pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "日" * 90])
-def test_names_that_no_file_can_have_are_refused(bundle: Path, name: str) -> None:
+def test_rejects_impossible_file_names(bundle: Path, name: str) -> None:
     raw = json.loads((bundle / "manifest.json").read_text())
     raw["files"][name] = {"sha256": "0" * 64, "bytes": 1}
     assert opens(bundle, raw) is None
 
 
-def test_control(bundle: Path) -> None:
-    """The unchanged manifest does open this way."""
+def test_unchanged_manifest_opens(bundle: Path) -> None:
+    """Control: the unchanged manifest opens."""
     assert opens(bundle, json.loads((bundle / "manifest.json").read_text())) is not None

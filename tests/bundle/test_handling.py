@@ -39,7 +39,7 @@ Tokens = tuple[int, ...]
 
 @pytest.fixture(scope="module")
 def sound(shared_folders: Any) -> Path:
-    """With text, which makes for every file that there can be; never written to."""
+    """A bundle with every kind of file; shared."""
     return Path(shared_folders.get(write_text_bundle, capacity=64))
 
 
@@ -53,17 +53,17 @@ def bundle(sound: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(sound, tmp_path / "b"))
 
 
-# Where it is
+# Location
 
 
-def test_moved_and_renamed(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
+def test_runs_when_moved_and_renamed(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
     moved = tmp_path / "elsewhere" / STRANGE
     moved.parent.mkdir()
     bundle.rename(moved)
     assert generated(moved) == tokens == generated(f"{moved}/")
 
 
-def test_through_links(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
+def test_runs_through_links(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(bundle)
     assert generated(tmp_path / "link") == tokens
     farm = tmp_path / "farm"  # as stores of models keep them
@@ -73,7 +73,7 @@ def test_through_links(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
     assert generated(farm) == tokens
 
 
-def test_a_relative_path_outlives_a_change_of_folder(
+def test_relative_path_survives_a_change_of_directory(
     bundle: Path, tokens: Tokens, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(bundle.parent)
@@ -87,10 +87,10 @@ def test_a_relative_path_outlives_a_change_of_folder(
         assert session.turn("hello") and session.encode("hello")
 
 
-# What it is written to: nothing
+# Read-only bundles and full disks
 
 
-def test_read_only(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
+def test_runs_from_a_read_only_directory(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
     forbid_writing(bundle)
     before = as_it_is(bundle)
     try:
@@ -171,7 +171,7 @@ with kvexport.open(sys.argv[1], provider="cpu") as session:
 """
 
 
-def test_no_room_for_a_file(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
+def test_reports_a_full_disk_when_saving(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     ran = python(_WITH_SMALL_FILES, bundle, tmp_path / "out" / "saved")
     assert ran.returncode == 0, ran.stderr
@@ -179,8 +179,8 @@ def test_no_room_for_a_file(bundle: Path, tokens: Tokens, tmp_path: Path) -> Non
     assert not list((tmp_path / "out").iterdir())
 
 
-def test_nothing_is_written_to_the_users_folder_nor_sent(bundle: Path, tmp_path: Path) -> None:
-    """ONNX Runtime keeps what it will send in the user's folder, but where it is told not to, or is in CI."""
+def test_writes_nothing_to_the_home_directory_and_sends_nothing(bundle: Path, tmp_path: Path) -> None:
+    """ONNX Runtime stores usage data in the home directory unless it is disabled, or in CI."""
     (tmp_path / "home").mkdir()
     hidden = ("CI", "ORT_", "GITHUB_", "TF_BUILD", "BUILD_", "XDG_", "JENKINS_")
     plain = {key: value for key, value in os.environ.items() if not key.startswith(hidden)}
@@ -194,7 +194,7 @@ def test_nothing_is_written_to_the_users_folder_nor_sent(bundle: Path, tmp_path:
 # Damage
 
 
-def test_any_damage_is_refused_naming_the_file(sound: Path, tmp_path: Path) -> None:
+def test_rejects_any_damage_and_names_the_file(sound: Path, tmp_path: Path) -> None:
     files = set()
     for copy, name, way in damaged(sound, tmp_path):
         files.add(name)
@@ -213,21 +213,21 @@ def test_any_damage_is_refused_naming_the_file(sound: Path, tmp_path: Path) -> N
     generated(sound)  # a control
 
 
-def test_the_manifest_of_another_bundle(bundle: Path, tmp_path: Path) -> None:
+def test_rejects_the_manifest_of_another_bundle(bundle: Path, tmp_path: Path) -> None:
     other = write_text_bundle(tmp_path / "other", capacity=64, seed=1)
     shutil.copy(other / "manifest.json", bundle)
     with pytest.raises(BundleError, match=r"decoder|self_test"):
         kvexport.open(bundle)
 
 
-def test_what_the_manifest_does_not_name_does_not_matter(bundle: Path, tokens: Tokens) -> None:
+def test_ignores_files_that_are_not_in_the_manifest(bundle: Path, tokens: Tokens) -> None:
     (bundle / "notes.txt").write_text("copied on Tuesday")
     (bundle / "engines").mkdir()
     assert generated(bundle) == tokens
 
 
 @pytest.mark.parametrize("what", ["nothing", "a file", "an empty folder"])
-def test_no_bundle_at_all(what: str, tmp_path: Path) -> None:
+def test_rejects_paths_that_are_not_bundles(what: str, tmp_path: Path) -> None:
     path = tmp_path / "b"
     if what == "a file":
         path.write_text("x")
@@ -237,10 +237,10 @@ def test_no_bundle_at_all(what: str, tmp_path: Path) -> None:
         kvexport.open(path)
 
 
-# Engines of elsewhere
+# Engines of other machines
 
 
-def test_engines_of_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_engines_of_other_machines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     device = SimulatedDevice()
     onnxruntime_on(device, monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(device))
@@ -268,21 +268,21 @@ def test_engines_of_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             assert session.provider == "cpu"
 
 
-# Twice at once
+# Opened twice
 
 
-def test_opened_twice_in_one_process(bundle: Path, tokens: Tokens) -> None:
-    found: list[Tokens] = []
+def test_opens_twice_in_one_process(bundle: Path, tokens: Tokens) -> None:
+    actual: list[Tokens] = []
     with kvexport.open(bundle, provider="cpu") as one, kvexport.open(bundle, provider="cpu") as other:
         threads = [
-            threading.Thread(target=lambda s=session: found.extend(again(s) for _ in range(5)))
+            threading.Thread(target=lambda s=session: actual.extend(again(s) for _ in range(5)))
             for session in (one, other)
         ]
         for thread in threads:
             thread.start()
         for thread in threads:
             thread.join()
-    assert found == [tokens] * 10
+    assert actual == [tokens] * 10
 
 
 _SEVERAL = """
@@ -295,7 +295,7 @@ with kvexport.open(sys.argv[1], provider="cpu", threads=1) as session:
 """
 
 
-def test_opened_twice_by_two_processes(bundle: Path, tokens: Tokens) -> None:
+def test_opens_in_two_processes(bundle: Path, tokens: Tokens) -> None:
     command = [sys.executable, "-c", _SEVERAL, bundle]
     both = [
         subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(2)
@@ -308,14 +308,14 @@ def test_opened_twice_by_two_processes(bundle: Path, tokens: Tokens) -> None:
         process.stdin.write("\n")
         process.stdin.flush()
     for process in both:
-        said, _ = process.communicate(timeout=60)
-        assert process.returncode == 0 and said == f"{tokens}\n" * 20
+        message, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and message == f"{tokens}\n" * 20
 
 
-# Taken away while it is open
+# Deleted or replaced while open
 
 
-def test_deleted_while_it_is_open(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
+def test_session_survives_deletion_of_the_bundle(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
     with kvexport.open(bundle, provider="cpu") as session:
         cache = session.new_cache()
         shutil.rmtree(bundle)
@@ -326,7 +326,7 @@ def test_deleted_while_it_is_open(bundle: Path, tokens: Tokens, tmp_path: Path) 
         kvexport.open(bundle)
 
 
-def test_replaced_while_it_is_open(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
+def test_session_survives_replacement_of_the_bundle(bundle: Path, tokens: Tokens, tmp_path: Path) -> None:
     other = write_text_bundle(tmp_path / "other", capacity=64, seed=1)
     new = generated(other)
     with kvexport.open(bundle, provider="cpu") as session:

@@ -128,7 +128,7 @@ def test_a_wrong_engine_exits_with_1_and_names_the_outputs_that_differ(
     run: Run, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        "kvexport.runtime.backends.tensorrt.TensorRtDecoder._write_updates", lambda *arguments: None
+        "kvexport.runtime.backends.tensorrt.TensorRtDecoder.write_updates", lambda *arguments: None
     )
     code, out, err = run("validate", "--provider", "tensorrt")
     assert code == 1 and "FAILED" in out and "layers.0.key" in err

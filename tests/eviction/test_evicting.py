@@ -1,4 +1,4 @@
-"""The oracle's evicting cache, against a list of tokens from which the first to go is taken at every step."""
+"""The reference's evicting cache, compared with a list of tokens that implements the definition."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CAPACITY, WIDTH = 64, 3
 
 @dataclass
 class Plain:
-    """One head's tokens as a list: the definition of every policy, as a reader would write it."""
+    """Tokens of one head as a list: the definition of every policy."""
 
     eviction: Eviction
     head: int
@@ -80,7 +80,7 @@ def held(cache: EvictingCache, head: int) -> list[int]:
 
 
 def contents_are_right(cache: EvictingCache, key: Tensor, value: Tensor) -> None:
-    """Whatever slot a token is in, its key and value are there too."""
+    """The key and value of a token are in the same slot."""
     for head in range(2):
         for slot, position in enumerate(cache.positions[0, head].tolist()):
             if position >= 0:
@@ -90,9 +90,7 @@ def contents_are_right(cache: EvictingCache, key: Tensor, value: Tensor) -> None
 
 @pytest.mark.slow
 @given(evictions(), st.none() | st.integers(2, 8), st.integers(0, 2**16))
-def test_single_tokens_leave_what_the_definition_leaves(
-    eviction: Eviction, window: int | None, seed: int
-) -> None:
+def test_single_tokens_evict_by_the_definition(eviction: Eviction, window: int | None, seed: int) -> None:
     key, value = tokens(30, seed)
     cache = empty(eviction, window)
     plain = [Plain(eviction, head, window, []) for head in range(2)]
@@ -107,7 +105,7 @@ def test_single_tokens_leave_what_the_definition_leaves(
 
 @pytest.mark.slow
 @given(evictions(), st.integers(0, 2**16), st.data())
-def test_chunks_find_room_and_protected_tokens_stay(
+def test_chunks_make_room_and_keep_protected_tokens(
     eviction: Eviction, seed: int, data: st.DataObject
 ) -> None:
     key, value = tokens(40, seed)
@@ -135,7 +133,7 @@ def test_chunks_find_room_and_protected_tokens_stay(
 
 
 @given(evictions(), st.integers(0, 2**16))
-def test_compressing_once_keeps_the_best(eviction: Eviction, seed: int) -> None:
+def test_compressing_once_keeps_the_lowest_priorities(eviction: Eviction, seed: int) -> None:
     key, value = tokens(30, seed)
     whole = EvictingCache.empty(1, 2, (WIDTH, WIDTH), torch.float64, eviction, 0, CAPACITY, slots=30)
     whole.write(key, value, torch.arange(30)[None])
@@ -152,7 +150,7 @@ def test_compressing_once_keeps_the_best(eviction: Eviction, seed: int) -> None:
     assert held(whole, 0) == list(range(30))  # the cache itself is as it was
 
 
-def test_the_last_token_again_takes_its_own_slot() -> None:
+def test_repeated_last_token_takes_its_own_slot() -> None:
     eviction = Eviction("l2-norm", 6)
     key, value = tokens(20, 1)
     cache = empty(eviction)
@@ -175,8 +173,8 @@ def test_a_budget_that_is_not_exceeded_changes_nothing(
     torch.testing.assert_close(ours, reference.forward(decoder, ids), rtol=0, atol=1e-12)
 
 
-def test_sinks_and_a_window_equal_attention_to_just_those(tiny_checkpoint: Callable[..., Path]) -> None:
-    """Full attention with all but the sinks and the last tokens masked out, at their true positions."""
+def test_sinks_and_window_equal_masked_attention(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Full attention with everything but the sinks and the last tokens masked, at their true positions."""
     decoder = load_decoder(tiny_checkpoint("llama"), torch.float64)
     ids = torch.randint(0, 67, (1, 20), generator=torch.Generator().manual_seed(3))
     ours = run(decoder, ids, Eviction("window", 7, protect_first=2))
@@ -189,21 +187,21 @@ def test_sinks_and_a_window_equal_attention_to_just_those(tiny_checkpoint: Calla
 
     reference.visibility = masked
     try:
-        wanted = reference.forward(decoder, ids)
+        expected = reference.forward(decoder, ids)
     finally:
         reference.visibility = original
-    torch.testing.assert_close(ours, wanted, rtol=0, atol=1e-12)
+    torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
-def test_a_window_of_attention_within_the_budget_loses_nothing(tiny_checkpoint: Callable[..., Path]) -> None:
-    """Tokens that no query sees go first, whatever their norm."""
+def test_window_within_the_budget_changes_nothing(tiny_checkpoint: Callable[..., Path]) -> None:
+    """Tokens that no query attends to are evicted first, whatever their norm."""
     decoder = load_decoder(tiny_checkpoint("mistral", sliding_window=5), torch.float64)
     ids = torch.randint(0, 67, (1, 30), generator=torch.Generator().manual_seed(3))
     ours = run(decoder, ids, Eviction("keep-high", 6))
     torch.testing.assert_close(ours, reference.forward(decoder, ids), rtol=0, atol=1e-12)
 
 
-def test_layers_that_are_left_alone_hold_everything(tiny_checkpoint: Callable[..., Path]) -> None:
+def test_skipped_layers_hold_all_tokens(tiny_checkpoint: Callable[..., Path]) -> None:
     decoder = load_decoder(tiny_checkpoint("llama"), torch.float64)
     caches = reference.new_cache(
         decoder.layers, 1, 20, torch.float64, Eviction("l2-norm", 4, skip_layers=(1,))
@@ -225,13 +223,13 @@ def run(decoder: Decoder, ids: Tensor, eviction: Eviction, chunk: int = 1) -> Te
 
 
 def test_state_of_an_empty_slot_is_zero() -> None:
-    """Buffers that a runtime clears are empty."""
+    """Cleared buffers are empty."""
     assert not empty(Eviction("window", 4)).state.any()
     assert POSITION_PLUS_ONE == 1
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"policy": "fifo"}, "must be a known policy"),
         ({"protect_first": -1}, "--protect-first"),
@@ -240,13 +238,13 @@ def test_state_of_an_empty_slot_is_zero() -> None:
         ({"budget": 8, "protect_first": 4, "protect_recent": 4}, "must leave a token"),
     ],
 )
-def test_what_cannot_be_meant_is_refused(change: dict[str, Any], says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_rejects_impossible_evictions(change: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         replace(Eviction("l2-norm", 16), **change)
 
 
 @pytest.mark.parametrize(
-    ("eviction", "says"),
+    ("eviction", "message"),
     [
         (Eviction("l2-norm", 65), "must be at most the capacity"),
         (Eviction("l2-norm", 16, skip_layers=(-1,)), "must name layers of the model"),
@@ -254,13 +252,13 @@ def test_what_cannot_be_meant_is_refused(change: dict[str, Any], says: str) -> N
         (Eviction("l2-norm", 16, skip_layers=(0, 1, 2, 3)), "must leave a layer that evicts"),
     ],
 )
-def test_what_the_model_cannot_do_is_refused(eviction: Eviction, says: str) -> None:
-    with pytest.raises(UsageError, match=says):
+def test_rejects_evictions_that_do_not_fit_the_model(eviction: Eviction, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         eviction.require(64, 4)
 
 
-def test_of_the_same_token_again_the_older_one_goes() -> None:
-    """Keys of one norm, but for rounding that differs from engine to engine."""
+def test_of_equal_tokens_the_older_one_is_evicted() -> None:
+    """Equal norms up to rounding, which differs between engines."""
     cache = empty(Eviction("l2-norm", 4), dtype=torch.float32)
     for position, rounding in enumerate((1.0, 1 - 1e-7, 1 + 1e-7, 1.0, 1 + 1e-7, 1.0)):
         key = torch.full((1, 2, 1, WIDTH), rounding)
@@ -268,7 +266,7 @@ def test_of_the_same_token_again_the_older_one_goes() -> None:
     assert held(cache, 0) == [2, 3, 4, 5]
 
 
-def test_json_and_back() -> None:
+def test_json_round_trip() -> None:
     eviction = Eviction("window", 16, 4, 2, (0, 1))
     assert Eviction.from_table(Table(eviction.to_json(), "test.json")) == eviction
     for changes in ({"budget": True}, {"budget": 1.5}, {"more": 1}, {"skip_layers": ["0"]}, {"policy": 1}):

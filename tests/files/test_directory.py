@@ -1,4 +1,4 @@
-"""Directories appear whole or not at all, whatever stops the writing and wherever it stops it."""
+"""Directories are written completely or not at all, wherever and however writing is stopped."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def names(folder: Path) -> list[str]:
     return sorted(entry.name for entry in folder.iterdir())
 
 
-def test_it_appears_when_the_block_ends_and_not_before(tmp_path: Path) -> None:
+def test_appears_when_the_block_ends(tmp_path: Path) -> None:
     with atomic_directory(tmp_path / "out", marker=MARKER) as directory:
         (directory / MARKER).write_text("new")
         assert not (tmp_path / "out").exists()
@@ -40,7 +40,7 @@ def test_it_appears_when_the_block_ends_and_not_before(tmp_path: Path) -> None:
     assert names(tmp_path / "out") == [MARKER]
 
 
-def test_it_has_the_permissions_of_any_new_directory(tmp_path: Path) -> None:
+def test_has_the_permissions_of_a_new_directory(tmp_path: Path) -> None:
     write(tmp_path / "out")
     (tmp_path / "plain").mkdir()
     assert (tmp_path / "out").stat().st_mode == (tmp_path / "plain").stat().st_mode
@@ -52,7 +52,7 @@ def test_it_has_the_permissions_of_any_new_directory(tmp_path: Path) -> None:
     ids=lambda e: type(e).__name__,
 )
 @pytest.mark.parametrize("replacing", [False, True])
-def test_an_exception_leaves_nothing_behind(error: BaseException, replacing: bool, tmp_path: Path) -> None:
+def test_exception_leaves_nothing(error: BaseException, replacing: bool, tmp_path: Path) -> None:
     if replacing:
         write(tmp_path / "out", "old")
     with (
@@ -73,7 +73,7 @@ def test_an_exception_leaves_nothing_behind(error: BaseException, replacing: boo
 @pytest.mark.parametrize(
     "error", [KeyboardInterrupt(), OSError(errno.EIO, "broken disk")], ids=lambda e: type(e).__name__
 )
-def test_a_failing_call_of_the_last_stage_leaves_the_old_or_the_new(
+def test_failed_system_call_leaves_the_old_or_the_new_directory(
     call: str,
     nth: int,
     replacing: bool,
@@ -81,7 +81,7 @@ def test_a_failing_call_of_the_last_stage_leaves_the_old_or_the_new(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Every sync and every rename fails once, with the rest of the calls as they are."""
+    """Every sync and every rename fails once."""
     if replacing:
         write(tmp_path / "out", "old")
     owner, attribute = (os, "fsync") if call == "fsync" else (Path, "rename")
@@ -108,13 +108,11 @@ def test_a_failing_call_of_the_last_stage_leaves_the_old_or_the_new(
 
 
 @pytest.mark.parametrize("replacing", [False, True])
-def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_and_the_next_write_leaves_nothing_else(
-    replacing: bool, tmp_path: Path
-) -> None:
+def test_interrupt_at_any_line_leaves_the_old_or_the_new_directory(replacing: bool, tmp_path: Path) -> None:
     """Interrupt the directory module at its first executed line, then at its second, and so on."""
     finished = False
     stop = 0
-    seen = set()
+    observed = set()
     while not finished:
         stop += 1
         folder = tmp_path / str(stop)
@@ -123,13 +121,13 @@ def test_an_interrupt_at_any_line_leaves_the_old_or_the_new_and_the_next_write_l
             write(folder / "out", "old")
         finished = not _interrupted(stop, lambda folder=folder: write(folder / "out", force=replacing))
         state = (folder / "out" / MARKER).read_text() if (folder / "out").exists() else None
-        seen.add(state)
+        observed.add(state)
         assert state in ("new", "old" if replacing else None)
         assert not list(folder.glob(".*.partial"))
         write(folder / "out", "newer", force=True) if state else write(folder / "out", "newer")
         assert names(folder) == ["out"]
     assert stop > 20  # it did interrupt
-    assert seen == {"new", "old" if replacing else None}
+    assert observed == {"new", "old" if replacing else None}
 
 
 def _interrupted(stop: int, work: Callable[[], None]) -> bool:
@@ -161,7 +159,7 @@ def _interrupted(stop: int, work: Callable[[], None]) -> bool:
     return False
 
 
-def test_force_replaces_only_what_has_the_marker(tmp_path: Path) -> None:
+def test_force_replaces_only_directories_with_the_marker(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     with pytest.raises(UsageError, match="--force"):
         write(tmp_path / "out")
@@ -181,14 +179,14 @@ def test_force_replaces_only_what_has_the_marker(tmp_path: Path) -> None:
     assert names(tmp_path) == ["file", "link", "out", "photos"]
 
 
-def test_the_old_one_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
+def test_old_directory_stays_until_the_new_one_is_complete(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     with atomic_directory(tmp_path / "out", marker=MARKER, force=True) as directory:
         (directory / MARKER).write_text("new")
         assert (tmp_path / "out" / MARKER).read_text() == "old"
 
 
-def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
+def test_replaces_the_target_of_a_link(tmp_path: Path) -> None:
     write(tmp_path / "out", "old")
     (tmp_path / "links").mkdir()
     (tmp_path / "links" / "latest").symlink_to(tmp_path / "out")
@@ -199,7 +197,7 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path: Path) -> None:
     assert names(tmp_path / "links") == ["latest"]
 
 
-def test_the_current_directory_can_be_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_replaces_the_current_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path / "out", "old")
     monkeypatch.chdir(tmp_path / "out")
     write(Path(), force=True)
@@ -208,7 +206,7 @@ def test_the_current_directory_can_be_replaced(tmp_path: Path, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("parent", ["missing", "file"])
-def test_a_missing_parent_is_refused_with_the_remedy(parent: str, tmp_path: Path) -> None:
+def test_error_of_a_missing_parent_names_the_fix(parent: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UsageError, match=r"mkdir -p"):
         require_output(tmp_path / parent / "out", marker=MARKER, force=False)
@@ -225,7 +223,7 @@ with atomic_directory(Path(sys.argv[1]), marker="manifest.json") as directory:
 """
 
 
-def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_not(tmp_path: Path) -> None:
+def test_removes_leftovers_of_killed_processes_only(tmp_path: Path) -> None:
     (tmp_path / ".out.notes").write_text("somebody's file")
     (tmp_path / ".out2.1.partial").mkdir()
     processes = []
@@ -253,7 +251,7 @@ def test_what_a_killed_process_left_is_removed_and_what_a_running_one_writes_is_
             stdout.close()
 
 
-def test_patterns_in_a_name_are_taken_literally(tmp_path: Path) -> None:
+def test_patterns_in_names_are_literal(tmp_path: Path) -> None:
     for name in (".out1.7.partial", ".out[1].7.partial"):
         (tmp_path / name).mkdir()
     write(tmp_path / "out[1]")
@@ -270,7 +268,7 @@ with atomic_directory(Path(sys.argv[1]), marker="manifest.json") as directory:
 """
 
 
-def test_a_real_limit_of_the_file_system_leaves_nothing(tmp_path: Path) -> None:
+def test_file_size_limit_leaves_nothing(tmp_path: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", _FULL, tmp_path / "out"], capture_output=True, text=True)
     assert f"[Errno {errno.EFBIG}]" in ran.stderr
     assert names(tmp_path) == []

@@ -90,7 +90,7 @@ def test_names_key_value_and_expected_type(value: Any, read: Any, expected: str)
     assert expected in str(raised.value.expected) and raised.value.got and raised.value.fix == "build again"
 
 
-def test_missing_keys() -> None:
+def test_rejects_missing_keys() -> None:
     with pytest.raises(BundleError, match=r"test.json: k is missing"):
         table().integer("k")
     assert not table(k=None).has("k") and table(k=0).has("k")
@@ -99,13 +99,13 @@ def test_missing_keys() -> None:
         table().is_null("k")
 
 
-def test_nested_paths() -> None:
+def test_errors_name_nested_keys() -> None:
     with pytest.raises(BundleError, match=r"test.json: layers\[1\]\.width is missing"):
         for each in table(layers=[{"width": 1}, {}]).tables("layers"):
             each.integer("width")
 
 
-def test_unknown_keys() -> None:
+def test_rejects_unknown_keys() -> None:
     one = table(a=1, b=2)
     one.integer("a")
     with pytest.raises(BundleError, match="unknown key") as raised:
@@ -115,13 +115,13 @@ def test_unknown_keys() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "{", "[1]", '{"a": 1, "a": 2}', b"\xff", "[" * 100_000])
-def test_rejects_what_is_no_json_object(text: str | bytes) -> None:
+def test_rejects_text_that_is_not_a_json_object(text: str | bytes) -> None:
     with pytest.raises(UsageError, match="test"):
         Table.from_json(text, "test")
 
 
 @pytest.mark.parametrize("text", ["a", "a = ", "a = 1\na = 2", "a = " + "9" * 5000])
-def test_rejects_what_is_no_toml(text: str) -> None:
+def test_rejects_text_that_is_not_toml(text: str) -> None:
     with pytest.raises(UsageError, match="must be TOML"):
         Table.from_toml(text, "test.toml")
 
@@ -136,7 +136,7 @@ def test_rejects_hexadecimal_integers_that_have_too_many_digits_to_print(method:
 
 
 @given(JSON)
-def test_never_raises_anything_else(value: Any) -> None:
+def test_raises_no_other_error(value: Any) -> None:
     for method in (
         "integer",
         "number",
@@ -155,7 +155,7 @@ def test_never_raises_anything_else(value: Any) -> None:
             assert len(str(error.got or "")) <= 80
 
 
-def test_files_larger_than_the_limit(tmp_path: Path) -> None:
+def test_rejects_files_larger_than_the_limit(tmp_path: Path) -> None:
     (tmp_path / "file").write_bytes(b"12345")
     assert read_limited(tmp_path / "file", 5) == b"12345"
     with pytest.raises(ValueError, match="larger than 4"):

@@ -1,4 +1,4 @@
-"""Tiny bundles that the runtime's tests share; they are never written to."""
+"""Tiny bundles that the tests of the runtime share; tests must not change them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kvexport.runtime import Session, open_bundle
 
 @pytest.fixture(scope="session")
 def decoder(tiny_checkpoint: Callable[..., Path]) -> Decoder:
-    """Two layers, of which the second caches half as many heads."""
+    """Two layers; the second caches half as many heads."""
     return decoder_with_fewer_heads(
         tiny_checkpoint("llama", num_key_value_heads=4, max_position_embeddings=1024)
     )

@@ -12,7 +12,7 @@ import pytest
 from numpy.typing import NDArray
 from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
-from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Oracle, random_decoder, tokens
+from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Reference, random_decoder, tokens
 
 import kvexport
 from kvexport.bundle.bundle import Bundle
@@ -79,7 +79,7 @@ Pieces = Sequence[Sequence[int]]
 
 
 def fed(session: Session, cache: Cache, pieces: Pieces) -> NDArray[np.float32]:
-    """The logits after each piece: one token is a step, several are a prompt."""
+    """The logits after each piece: a step for one token, a prefill for several."""
     return np.array(
         [
             session.step(each, cache=cache)[0] if len(each) == 1 else session.prefill(each, cache=cache)[0]
@@ -88,12 +88,12 @@ def fed(session: Session, cache: Cache, pieces: Pieces) -> NDArray[np.float32]:
     )
 
 
-def wanted(
+def expected(
     decoder: Decoder, eviction: Eviction | None, pieces: Pieces, chunk: int | None = None
 ) -> NDArray[np.float32]:
-    """The same by the oracle, which reads each piece in the runtime's chunks."""
-    oracle = Oracle(decoder, eviction, chunk=chunk)
-    return np.array([oracle.read(each)[-1] for each in pieces])
+    """The same from the reference, which runs each piece in the runtime's chunks."""
+    reference_model = Reference(decoder, eviction, chunk=chunk)
+    return np.array([reference_model.read(each)[-1] for each in pieces])
 
 
 PIECES = [tokens(n, seed=n) for n in (11, 1, 7, 1, 1, 30, 1, 2, 1)]
@@ -101,41 +101,41 @@ PIECES = [tokens(n, seed=n) for n in (11, 1, 7, 1, 1, 30, 1, 2, 1)]
 
 @everywhere
 @whatever_is_held
-def test_prompts_in_pieces_equal_the_oracle(
+def test_prompts_in_pieces_equal_the_reference(
     kind: str, eviction: Eviction | None, opened: Opened, decoder: Decoder
 ) -> None:
     session = opened(kind, eviction)
     cache = session.new_cache()
-    np.testing.assert_allclose(fed(session, cache, PIECES), wanted(decoder, eviction, PIECES), **CLOSE)
+    np.testing.assert_allclose(fed(session, cache, PIECES), expected(decoder, eviction, PIECES), **CLOSE)
     assert cache.lengths.tolist() == [sum(map(len, PIECES))]
     cache.clear()
     assert cache.lengths.tolist() == [0]
     np.testing.assert_allclose(
-        fed(session, cache, PIECES[2:]), wanted(decoder, eviction, PIECES[2:]), **CLOSE
+        fed(session, cache, PIECES[2:]), expected(decoder, eviction, PIECES[2:]), **CLOSE
     )
 
 
 @everywhere
 @whatever_is_held
-def test_conversations_that_take_turns_are_each_as_if_alone(
+def test_interleaved_conversations_do_not_affect_each_other(
     kind: str, eviction: Eviction | None, opened: Opened, decoder: Decoder
 ) -> None:
-    """Three caches and the session's own, piece by piece in turn."""
+    """Three caches and the session's own, one piece of each in turn."""
     session = opened(kind, eviction)
     pieces = [[tokens(n, seed=10 * row + n) for n in (9, 1, 1, 20, 1, 1, 1)] for row in range(3)]
     caches = [session.new_cache() for _ in pieces]
     own = tokens(14, seed=99)
-    found: list[list[NDArray[np.float32]]] = [[] for _ in pieces]
+    actual: list[list[NDArray[np.float32]]] = [[] for _ in pieces]
     session.prefill(own[:8])
     for turn in range(len(pieces[0])):
         for row, cache in enumerate(caches):
-            found[row].append(fed(session, cache, [pieces[row][turn]])[0])
+            actual[row].append(fed(session, cache, [pieces[row][turn]])[0])
         if turn < 6:
             stepped = session.step([own[8 + turn]])
     for row, each in enumerate(pieces):
-        np.testing.assert_allclose(found[row], wanted(decoder, eviction, each), **CLOSE)
+        np.testing.assert_allclose(actual[row], expected(decoder, eviction, each), **CLOSE)
     np.testing.assert_allclose(
-        stepped[0], wanted(decoder, eviction, [own[:8], *([token] for token in own[8:])])[-1], **CLOSE
+        stepped[0], expected(decoder, eviction, [own[:8], *([token] for token in own[8:])])[-1], **CLOSE
     )
     assert session.lengths.tolist() == [14]
 
@@ -144,7 +144,7 @@ def test_conversations_that_take_turns_are_each_as_if_alone(
 @batched
 @whatever_is_held
 @pytest.mark.parametrize("chunk", [128, 4, 1])
-def test_rows_of_different_lengths_go_on(
+def test_continues_rows_of_different_lengths(
     kind: str, eviction: Eviction | None, chunk: int, opened: Opened, decoder: Decoder
 ) -> None:
     session = opened(kind, eviction, chunk=chunk)
@@ -153,36 +153,36 @@ def test_rows_of_different_lengths_go_on(
         for row, lengths in enumerate(((3, 40, 1), (60, 1, 6), (17, 9, 30)))
     ]
     cache = session.new_cache(batch=3)
-    found = [session.prefill([row[piece] for row in rows], cache=cache) for piece in range(3)]
+    actual = [session.prefill([row[piece] for row in rows], cache=cache) for piece in range(3)]
     stepped = session.step([1, 2, 3], cache=cache)
     for row, pieces in enumerate(rows):
         read = chunk if eviction is None else min(chunk, eviction.chunk)
-        oracle = wanted(decoder, eviction, [*pieces, [row + 1]], chunk=read)
-        np.testing.assert_allclose([each[row] for each in (*found, stepped)], oracle, **CLOSE)
+        reference_model = expected(decoder, eviction, [*pieces, [row + 1]], chunk=read)
+        np.testing.assert_allclose([each[row] for each in (*actual, stepped)], reference_model, **CLOSE)
     assert cache.lengths.tolist() == [45, 68, 57] and cache.batch == 3
 
 
 @batched
 @pytest.mark.parametrize("lowered", [True, False])
-def test_padding_of_one_row_does_not_reach_beyond_the_capacity(
+def test_padding_does_not_exceed_the_capacity(
     kind: str, lowered: bool, opened: Opened, decoder: Decoder
 ) -> None:
     """A nearly full row beside one with a long prompt, on graphs with and without batching of rows."""
     session = opened(kind)
     assert isinstance(session.core.decoder, OrtDecoder)
-    session.core.decoder._row_by_row = lowered
+    session.core.decoder.row_by_row = lowered
     cache, long, short = session.new_cache(batch=2), tokens(90, seed=1), tokens(4, seed=2)
     for row, first in enumerate((long, short)):  # one by one, which every graph can
         for token in first:
             session.step([token, token], np.arange(2) == row, cache=cache)
     more = [tokens(5, seed=3), tokens(50, seed=4)]
-    found = session.prefill(more, cache=cache)
+    actual = session.prefill(more, cache=cache)
     for row, first in enumerate((long, short)):
-        np.testing.assert_allclose(found[row], wanted(decoder, None, [first, more[row]])[-1], **CLOSE)
+        np.testing.assert_allclose(actual[row], expected(decoder, None, [first, more[row]])[-1], **CLOSE)
 
 
 @batched
-def test_a_cache_takes_no_more_than_its_longest_row_needs(kind: str, opened: Opened) -> None:
+def test_cache_memory_follows_the_longest_row(kind: str, opened: Opened) -> None:
     session = opened(kind)
     cache = session.new_cache(batch=2)
     session.prefill([tokens(10), tokens(1)], cache=cache)
@@ -191,12 +191,12 @@ def test_a_cache_takes_no_more_than_its_longest_row_needs(kind: str, opened: Ope
     assert cache.bytes == session.memory(cache).bytes_allocated == sum(session.memory(cache).layers)
 
 
-# Where a generation ended, the next goes on.
+# Continuing after a generation.
 
 
 @everywhere
 @whatever_is_held
-def test_generation_in_two_halves_is_generation_at_once(
+def test_generating_in_two_calls_equals_one_call(
     kind: str, eviction: Eviction | None, opened: Opened
 ) -> None:
     session, prompt = opened(kind, eviction), tokens(20)
@@ -218,7 +218,7 @@ def test_generation_in_two_halves_is_generation_at_once(
 
 
 @batched
-def test_batches_go_on_after_ends_of_their_own(kind: str, opened: Opened) -> None:
+def test_continues_batches_whose_rows_ended_at_different_lengths(kind: str, opened: Opened) -> None:
     session = opened(kind)
     prompts = [tokens(20, seed=1), tokens(6, seed=2), tokens(13, seed=3)]
     free = session.generate(prompts, max_new_tokens=12, stop=[])
@@ -234,7 +234,7 @@ def test_batches_go_on_after_ends_of_their_own(kind: str, opened: Opened) -> Non
 
 
 @everywhere
-def test_an_empty_prompt_goes_on_after_the_last_token(kind: str, opened: Opened) -> None:
+def test_empty_prompt_continues_after_the_last_token(kind: str, opened: Opened) -> None:
     session, prompt = opened(kind, BUDGET), tokens(31)
     cache = session.new_cache()
     logits = session.prefill(prompt, cache=cache)
@@ -248,28 +248,28 @@ def test_an_empty_prompt_goes_on_after_the_last_token(kind: str, opened: Opened)
         session.prefill([], cache=cache)
 
 
-def test_a_step_without_a_cache_follows_what_was_fed(opened: Opened) -> None:
-    """As ever: what generate chose last and did not feed is forgotten in the session's own cache."""
+def test_step_without_a_cache_continues_the_sessions_own(opened: Opened) -> None:
+    """The pending token of generate is dropped in the session's own cache."""
     session, prompt = opened("cpu"), tokens(9)
     made = session.generate(prompt, max_new_tokens=4, stop=[])
-    found = session.step([3])
-    np.testing.assert_allclose(found, session.prefill([*prompt, *made.token_ids[:-1], 3]), **CLOSE)
+    actual = session.step([3])
+    np.testing.assert_allclose(actual, session.prefill([*prompt, *made.token_ids[:-1], 3]), **CLOSE)
 
 
-def test_inactive_rows_keep_what_is_pending(opened: Opened) -> None:
+def test_inactive_rows_keep_their_pending_token(opened: Opened) -> None:
     session, prompts = opened("cpu"), [tokens(5, seed=1), tokens(8, seed=2)]
     cache = session.new_cache(batch=2)
     made = session.generate(prompts, max_new_tokens=3, stop=[], cache=cache)
     session.step([4, 4], np.array([True, False]), cache=cache)
     assert cache.lengths.tolist() == [9, 10]
-    found = session.step([6, 6], cache=cache)
+    actual = session.step([6, 6], cache=cache)
     for row, more in enumerate(([4, 6], [6])):
         np.testing.assert_allclose(
-            found[row], session.prefill([*prompts[row], *made[row].token_ids, *more])[0], **CLOSE
+            actual[row], session.prefill([*prompts[row], *made[row].token_ids, *more])[0], **CLOSE
         )
 
 
-def test_text_goes_on_as_text(tmp_path: Path) -> None:
+def test_continues_with_text(tmp_path: Path) -> None:
     decoder = random_decoder("gqa", vocab=320)
     session = open_bundle(
         write_bundle(tmp_path / "b", decoder, capacity=200, tokenizer=byte_level_tokenizer()), threads=1
@@ -285,8 +285,8 @@ def test_text_goes_on_as_text(tmp_path: Path) -> None:
         session.turn("hello", system="be kind")
 
 
-def test_special_tokens_come_once(tmp_path: Path) -> None:
-    """Around a text that begins a cache, and not in its midst, nor where a chat template wrote them."""
+def test_adds_special_tokens_at_the_start_only(tmp_path: Path) -> None:
+    """Not in the middle of a conversation, and not around text from a chat template."""
     from tokenizers import Tokenizer, processors
 
     from kvexport.runtime.tokenizer import Turn
@@ -308,15 +308,15 @@ def test_special_tokens_come_once(tmp_path: Path) -> None:
     assert session.prefill(["abc", "abcabc"]).shape == (2, 320)
 
 
-# What is refused, and leaves everything as it was.
+# Rejected calls, which change nothing.
 
 
-def test_what_does_not_fit_a_cache_is_refused(opened: Opened) -> None:
+def test_rejects_calls_that_do_not_fit_the_cache(opened: Opened) -> None:
     session, other = opened("cpu"), opened("cpu")
     cache = session.new_cache(batch=2)
     session.prefill([tokens(90), tokens(4)], cache=cache)
     before = session.step([1, 1], np.array([False, False]), cache=cache)
-    for refused, said in (
+    for refused, message in (
         (lambda: session.prefill(tokens(3), cache=cache), "one prompt for each sequence"),
         (lambda: session.generate([[1]] * 3, cache=cache), r"session\.new_cache\(batch=3\)"),
         (lambda: session.prefill([tokens(7), [1]], cache=cache), "must fit behind"),
@@ -327,13 +327,13 @@ def test_what_does_not_fit_a_cache_is_refused(opened: Opened) -> None:
         (lambda: session.new_cache(batch=0), "batch must be at least 1"),
         (lambda: session.prefill([[1], [99]], cache=cache), "inside the vocabulary"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             refused()
     assert cache.lengths.tolist() == [90, 4]
     np.testing.assert_allclose(session.step([1, 1], np.array([False, False]), cache=cache), before, **CLOSE)
 
 
-def test_pending_tokens_are_counted_before_any_is_fed(opened: Opened) -> None:
+def test_counts_pending_tokens_before_running_any(opened: Opened) -> None:
     session = opened("cpu")
     cache = session.new_cache()
     session.generate(tokens(CAPACITY - 2), max_new_tokens=2, stop=[], cache=cache)  # one of them is pending
@@ -345,7 +345,7 @@ def test_pending_tokens_are_counted_before_any_is_fed(opened: Opened) -> None:
         session.step([1], cache=cache)
 
 
-def test_a_session_that_compresses_once_has_no_other_cache(opened: Opened, tmp_path: Path) -> None:
+def test_compress_once_rejects_further_caches(opened: Opened, tmp_path: Path) -> None:
     session = opened("cpu", BUDGET, compress_once=True)
     for call in (session.new_cache, lambda: session.load(tmp_path / "x")):
         with pytest.raises(UsageError, match="compress_once"):
@@ -353,13 +353,13 @@ def test_a_session_that_compresses_once_has_no_other_cache(opened: Opened, tmp_p
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_an_engine_refuses_caches_of_other_batches(kind: str, opened: Opened) -> None:
+def test_engine_rejects_caches_of_another_batch(kind: str, opened: Opened) -> None:
     with pytest.raises(UsageError, match="the number of sequences must be 1"):
         opened(kind).new_cache(batch=2)
 
 
 @whatever_is_held
-def test_a_call_that_is_broken_off_is_not_gone_on_with(
+def test_cache_is_undefined_after_a_call_failed_midway(
     eviction: Eviction | None, opened: Opened, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = opened("cpu", eviction)
@@ -371,7 +371,7 @@ def test_a_call_that_is_broken_off_is_not_gone_on_with(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(OrtDecoder, "_call", interrupted)
+        patched.setattr(OrtDecoder, "call", interrupted)
         with pytest.raises(KeyboardInterrupt):
             session.step([1], cache=cache)
     for call in (
@@ -382,17 +382,15 @@ def test_a_call_that_is_broken_off_is_not_gone_on_with(
         with pytest.raises(UsageError, match=r"failed midway[\s\S]*cache\.clear\(\)"):
             call()
     np.testing.assert_allclose(
-        session.step([1], cache=other)[0], wanted(decoder, eviction, [tokens(20), [1]])[-1], **CLOSE
+        session.step([1], cache=other)[0], expected(decoder, eviction, [tokens(20), [1]])[-1], **CLOSE
     )
     cache.clear()
     np.testing.assert_allclose(
-        session.prefill(tokens(20), cache=cache)[0], wanted(decoder, eviction, [tokens(20)])[0], **CLOSE
+        session.prefill(tokens(20), cache=cache)[0], expected(decoder, eviction, [tokens(20)])[0], **CLOSE
     )
 
 
-def test_without_memory_what_was_fed_is_still_there(
-    opened: Opened, device: SimulatedDevice, decoder: Decoder
-) -> None:
+def test_failed_growth_keeps_the_cache(opened: Opened, device: SimulatedDevice, decoder: Decoder) -> None:
     session = opened("cuda")
     cache = session.new_cache()
     session.prefill(tokens(16), cache=cache)
@@ -401,15 +399,15 @@ def test_without_memory_what_was_fed_is_still_there(
         session.step([1], cache=cache)
     device.total = 1 << 30
     np.testing.assert_allclose(
-        session.step([1], cache=cache)[0], wanted(decoder, None, [tokens(16), [1]])[-1], **CLOSE
+        session.step([1], cache=cache)[0], expected(decoder, None, [tokens(16), [1]])[-1], **CLOSE
     )
 
 
-# Memory, and the end.
+# Memory and close.
 
 
 @everywhere
-def test_memory_is_given_back(kind: str, opened: Opened, device: SimulatedDevice) -> None:
+def test_releases_memory(kind: str, opened: Opened, device: SimulatedDevice) -> None:
     session = opened(kind)
     session.prefill(tokens(5))
     held = device.used
@@ -431,7 +429,7 @@ def test_memory_is_given_back(kind: str, opened: Opened, device: SimulatedDevice
 
 
 @everywhere
-def test_after_close_every_call_says_so(
+def test_every_call_after_close_is_an_error(
     kind: str, opened: Opened, device: SimulatedDevice, tmp_path: Path
 ) -> None:
     with opened(kind) as session:
@@ -464,7 +462,7 @@ def test_after_close_every_call_says_so(
     assert kvexport.Cache is Cache
 
 
-def test_nothing_waits_for_the_collector_of_cycles(opened: Opened, device: SimulatedDevice) -> None:
+def test_has_no_reference_cycles(opened: Opened, device: SimulatedDevice) -> None:
     gc.disable()
     try:
         for kind in ("cuda", "std24"):
@@ -482,7 +480,7 @@ def test_nothing_waits_for_the_collector_of_cycles(opened: Opened, device: Simul
 
 
 @pytest.mark.parametrize("kind", ENGINES)
-def test_each_cache_replays_a_graph_of_its_own(kind: str, opened: Opened, device: SimulatedDevice) -> None:
+def test_each_cache_replays_its_own_cuda_graph(kind: str, opened: Opened, device: SimulatedDevice) -> None:
     session = opened(kind)
     caches = [session.new_cache() for _ in range(2)]
     for cache in caches:
@@ -497,7 +495,7 @@ def test_each_cache_replays_a_graph_of_its_own(kind: str, opened: Opened, device
     assert len(contexts) == 2 and len({context.scratch for context in contexts}) == 1
 
 
-def test_too_little_device_memory_for_another_cache(opened: Opened, device: SimulatedDevice) -> None:
+def test_not_enough_device_memory_for_another_cache(opened: Opened, device: SimulatedDevice) -> None:
     session = opened("std24")
     first = session.prefill(tokens(9))
     device.total = device.used + 1000
@@ -513,18 +511,18 @@ def test_too_little_device_memory_for_another_cache(opened: Opened, device: Simu
     np.testing.assert_array_equal(session.prefill(tokens(9)), first)
 
 
-def test_float16_caches_go_on(opened: Opened, decoder: Decoder) -> None:
+def test_continues_float16_caches(opened: Opened, decoder: Decoder) -> None:
     for kind in ("cpu", *ENGINES):
         session = opened(kind, BUDGET, "float16")
-        found = fed(session, session.new_cache(), PIECES[:4])
-        assert np.abs(found - wanted(decoder, BUDGET, PIECES[:4])).max() < 0.1
+        actual = fed(session, session.new_cache(), PIECES[:4])
+        assert np.abs(actual - expected(decoder, BUDGET, PIECES[:4])).max() < 0.1
 
 
-# What a wrong runtime would do.
+# Injected faults.
 
 
 def _from_the_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every prompt at position 0."""
+    """Every prompt starts at position 0."""
     real = OrtDecoder.run
     monkeypatch.setattr(
         OrtDecoder,
@@ -547,25 +545,25 @@ def _binding_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
             first.append(runtime_binding(self))
         return first[0]
 
-    runtime_binding = OrtDecoder._binding
-    monkeypatch.setattr(OrtDecoder, "_binding", binding)
+    runtime_binding = OrtDecoder.binding_of_cache
+    monkeypatch.setattr(OrtDecoder, "binding_of_cache", binding)
 
 
 def _prompts_to_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """An engine's context for prompts keeps the addresses of the first cache."""
-    real, bound = runtime._Calls.bind, set[int]()
+    """The engine's context for prompts keeps the addresses of the first cache."""
+    real, bound = runtime.ContextCalls.bind, set[int]()
 
     def bind(self: Any, addresses: Any) -> None:
         if id(self) not in bound:
             bound.add(id(self))
             real(self, addresses)
 
-    monkeypatch.setattr(runtime._Calls, "bind", bind)
+    monkeypatch.setattr(runtime.ContextCalls, "bind", bind)
 
 
 def _graph_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All caches share the decode calls of the first."""
-    real, calls = runtime.TensorRtDecoder._calls, list[Any]()
+    """All caches share the decode context of the first."""
+    real, calls = runtime.TensorRtDecoder.new_calls, list[Any]()
 
     def made(self: Any, profile: int, cache: KvCache) -> Any:
         if profile == runtime.PREFILL:
@@ -574,7 +572,7 @@ def _graph_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
             calls.append(real(self, profile, cache))
         return calls[0]
 
-    monkeypatch.setattr(runtime.TensorRtDecoder, "_calls", made)
+    monkeypatch.setattr(runtime.TensorRtDecoder, "new_calls", made)
 
 
 @pytest.mark.parametrize(
@@ -586,7 +584,7 @@ def _graph_of_another(monkeypatch: pytest.MonkeyPatch) -> None:
         *((kind, fault) for kind in ENGINES for fault in (_prompts_to_another, _graph_of_another)),
     ],
 )
-def test_wrong_runtimes_are_seen(
+def test_detects_injected_faults(
     kind: str,
     fault: Callable[[pytest.MonkeyPatch], None],
     opened: Opened,
@@ -597,8 +595,8 @@ def test_wrong_runtimes_are_seen(
     session = opened(kind)
     one, other = session.new_cache(), session.new_cache()
     parts = [tokens(9, seed=1), [3], [4], tokens(6, seed=2), [5]]
-    found, beside = [], []
+    actual, beside = [], []
     for part in parts:
-        found.append(fed(session, one, [part])[0])
+        actual.append(fed(session, one, [part])[0])
         beside.append(fed(session, other, [[7, *part] if len(part) > 1 else part])[0])
-    assert not np.abs(np.array(found) - wanted(decoder, None, parts)).max() < 1e-3
+    assert not np.abs(np.array(actual) - expected(decoder, None, parts)).max() < 1e-3

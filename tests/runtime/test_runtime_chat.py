@@ -1,4 +1,4 @@
-"""The reduced chat template's turns, and text.json: read, checked, and held against the tokenizer at open."""
+"""Turns of the reduced chat template; text.json is read, validated, and compared with the tokenizer."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Notes(Progress):
 
 
 def written(folder: Path, tokenizer: str, config: dict[str, Any] | None = None) -> list[str]:
-    """The text files of a checkpoint in the same folder; returns the build's notes."""
+    """Write the text files of a checkpoint into its folder; returns the notes of the build."""
     (folder / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
     if config is not None:
         (folder / "tokenizer_config.json").write_text(json.dumps(config))
@@ -48,7 +48,7 @@ def written(folder: Path, tokenizer: str, config: dict[str, Any] | None = None) 
 
 @pytest.fixture
 def bundle(tmp_path: Path, tiny_bundle: Path) -> Callable[[], Bundle]:
-    """What is in `tmp_path` as the files of a bundle."""
+    """A bundle with the files in `tmp_path`."""
 
     def opened() -> Bundle:
         files = {each.name: FileEntry(sha256_of(each), each.stat().st_size) for each in tmp_path.iterdir()}
@@ -63,14 +63,14 @@ def test_turns() -> None:
     assert CHAT.turn("more", None, False) == "</a><u>more</u><a>"
 
 
-def test_system_prompts_that_cannot_be() -> None:
+def test_rejects_impossible_system_prompts() -> None:
     with pytest.raises(UsageError, match="in the first turn"):
         CHAT.turn("more", "be kind", False)
     with pytest.raises(UsageError, match="must support a system prompt"):
         Chat("<b>", None, "", "", "", strips=False).turn("hello", "be kind", True)
 
 
-def test_conversation_has_what_the_assistant_writes_of_itself() -> None:
+def test_conversation_includes_the_start_of_an_answer() -> None:
     talk = [
         {"role": "user", "content": "a"},
         {"role": "assistant", "content": "b"},
@@ -79,44 +79,44 @@ def test_conversation_has_what_the_assistant_writes_of_itself() -> None:
     assert CHAT.conversation(talk) == "<b><u>a</u><a> b</a><u>c</u><a>"
 
 
-def test_written_and_read_again(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
+def test_reads_what_a_build_wrote(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
     config = {
         "tokenizer_class": "BloomTokenizerFast",
         "eos_token": "<|end|>",
         "chat_template": chat_templates.CHATML,
     }
     assert written(tmp_path, byte_level_tokenizer(), config) == []
-    found = read_text_file(bundle())
-    assert found is not None and found.chat is not None
-    assert [one.text for one in found.samples[: len(TEXTS)]] == list(TEXTS)
-    assert {text for _, text in found.chat_samples} == {one.text for one in found.samples[len(TEXTS) :]}
-    assert found.special_ids == (0,)
+    actual = read_text_file(bundle())
+    assert actual is not None and actual.chat is not None
+    assert [one.text for one in actual.samples[: len(TEXTS)]] == list(TEXTS)
+    assert {text for _, text in actual.chat_samples} == {one.text for one in actual.samples[len(TEXTS) :]}
+    assert actual.special_ids == (0,)
     tokenizer = tokenizer_of(bundle(), read_text_file(bundle()))
-    assert tokenizer is not None and found.difference(tokenizer) is None
+    assert tokenizer is not None and actual.difference(tokenizer) is None
     assert json.loads((tmp_path / "genai_config.json").read_text())["model"]["eos_token_id"] == 0
     known = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert known["tokenizer_class"] == "PreTrainedTokenizerFast" and known["eos_token"] == "<|end|>"
     assert "chat_template" not in known
 
 
-def test_what_a_template_lacks_is_noted(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
+def test_reports_what_a_template_lacks(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
     (note,) = written(tmp_path, byte_level_tokenizer(), {"chat_template": "{{ 1 }}"})
     assert "cannot be reduced" in note and read_text_file(bundle()).chat is None
 
 
-def test_no_tokenizer_no_files(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
+def test_writes_no_text_files_without_a_tokenizer(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
     write_text_files(tmp_path, tmp_path, capacity=64, vocab_size=320, bos=None, eos=(), progress=Progress())
     assert list(tmp_path.iterdir()) == [] and read_text_file(bundle()) is None
 
 
-def test_sentencepiece_like_tokenizer_has_the_class_that_genai_reads_it_with(tmp_path: Path) -> None:
+def test_sets_the_tokenizer_class_that_genai_needs(tmp_path: Path) -> None:
     raw = json.loads(byte_level_tokenizer())
     raw["model"]["byte_fallback"] = True
     written(tmp_path, json.dumps(raw))
     assert json.loads((tmp_path / "tokenizer_config.json").read_text())["tokenizer_class"] == "GemmaTokenizer"
 
 
-def test_tokenizer_that_gives_other_ids_is_refused(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
+def test_rejects_a_tokenizer_that_gives_other_ids(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
     written(tmp_path, byte_level_tokenizer())
     assert tokenizer_of(bundle(), read_text_file(bundle())) is not None
     other = json.loads(byte_level_tokenizer())
@@ -127,7 +127,7 @@ def test_tokenizer_that_gives_other_ids_is_refused(tmp_path: Path, bundle: Calla
     assert "tokenizers " in str(caught.value) and "Once upon" in str(caught.value)
 
 
-def test_tokenizer_that_decodes_otherwise_is_refused(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
+def test_rejects_a_tokenizer_that_decodes_differently(tmp_path: Path, bundle: Callable[[], Bundle]) -> None:
     written(tmp_path, byte_level_tokenizer())
     raw = json.loads(byte_level_tokenizer())
     raw["decoder"] = None
@@ -166,7 +166,7 @@ def change(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
     return edit
 
 
-def test_sound_text_file_is_read_as_it_is_written() -> None:
+def test_text_file_round_trip() -> None:
     assert parse_text(Table(sound(), "text.json")).to_json() == sound()
 
 
@@ -199,7 +199,7 @@ def test_sound_text_file_is_read_as_it_is_written() -> None:
         (change("chat_golden", 0, "messages", 0, "content", to=1), "chat_golden[0].messages[0].content"),
     ],
 )
-def test_damaged_text_file_is_refused(
+def test_rejects_damaged_text_files(
     tmp_path: Path, bundle: Callable[[], Bundle], edit: Callable[[dict[str, Any]], None], named: str
 ) -> None:
     raw = sound()
@@ -211,7 +211,7 @@ def test_damaged_text_file_is_refused(
 
 
 @pytest.mark.parametrize("content", [b"", b"\xff", b"[" * 100_000, b"1" * 5000, b"null"])
-def test_text_file_that_is_no_json_is_refused(
+def test_rejects_a_text_file_that_is_not_json(
     tmp_path: Path, bundle: Callable[[], Bundle], content: bytes
 ) -> None:
     (tmp_path / "text.json").write_bytes(content)
@@ -233,7 +233,7 @@ def places(raw: Any, path: tuple[str | int, ...] = ()) -> list[tuple[str | int, 
 
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(places(sound())), JSON)
-def test_any_value_anywhere_is_read_or_refused(storage: tuple[str | int, ...], value: object) -> None:
+def test_any_change_is_read_or_rejected(storage: tuple[str | int, ...], value: object) -> None:
     raw = copy.deepcopy(sound())
     change(*storage, to=value)(raw)
     try:

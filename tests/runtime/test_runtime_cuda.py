@@ -37,7 +37,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
 
 @pytest.fixture(scope="module")
 def half(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Of float16, so that there is a graph lowered for CUDA: GroupQueryAttention in its first layer."""
+    """A float16 bundle, which has a graph lowered for CUDA, with GroupQueryAttention in its first layer."""
     bundle = write_bundle(tmp_path_factory.mktemp("half") / "half", decoder, dtype="float16", capacity=600)
     assert graph_file(Bundle.open(bundle), "cuda") == "decoder.cuda.onnx"
     assert b"GroupQueryAttention" in (bundle / "decoder.cuda.onnx").read_bytes()
@@ -52,7 +52,7 @@ def _wrong(session: Session, decoder: Decoder) -> float:
     return float(np.abs(np.array(measured) - exact_logits(decoder, ids)[len(prompt) - 1 :]).max())
 
 
-def test_prefill_and_steps_equal_the_oracle_while_the_cache_grows(
+def test_prefill_and_steps_equal_the_reference_while_the_cache_grows(
     tiny_bundle: Path, half: Path, device: SimulatedDevice, decoder: Decoder
 ) -> None:
     for bundle, bound in ((tiny_bundle, 1e-4), (half, 0.05)):
@@ -63,10 +63,10 @@ def test_prefill_and_steps_equal_the_oracle_while_the_cache_grows(
     assert "copy_rows" in device.done
 
 
-def test_inputs_that_are_copied_when_they_are_bound(
+def test_rebinds_inputs_that_are_copied_when_bound(
     tiny_bundle: Path, half: Path, device: SimulatedDevice, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """As ONNX Runtime does with those that an operator wants elsewhere than where they are."""
+    """ONNX Runtime copies inputs that an operator needs in other memory."""
     real = onnxruntime.IOBinding.bind_input
     copies: list[np.ndarray] = []
 
@@ -90,7 +90,7 @@ def test_inputs_that_are_copied_when_they_are_bound(
 
 
 @pytest.mark.parametrize("fault", ["no copy of slots", "no wait"])
-def test_wrong_runtimes_are_seen(
+def test_detects_injected_faults(
     fault: str, tiny_bundle: Path, device: SimulatedDevice, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if fault == "no copy of slots":
@@ -130,21 +130,25 @@ def test_a_step_allocates_nothing_and_moves_no_cache(half: Path, device: Simulat
     assert device.done == [*["upload"] * 4, "download"] * 5
 
 
-def test_memory_of_the_device(tiny_bundle: Path, device: SimulatedDevice) -> None:
+def test_reports_device_memory(tiny_bundle: Path, device: SimulatedDevice) -> None:
     session = open_bundle(tiny_bundle, provider="cuda")
     session.prefill([tokens(3), tokens(20)])
     memory = session.memory()
-    found = memory.device
-    assert found is not None and (found.name, found.weights, found.activations) == ("Simulated", None, None)
-    assert found.kv == memory.bytes_allocated == 2 * 32 * 4 * (4 * 16 + 2 * (12 + 16))
-    assert found.free == found.total - device.used and device.used >= found.kv
+    actual = memory.device
+    assert actual is not None and (actual.name, actual.weights, actual.activations) == (
+        "Simulated",
+        None,
+        None,
+    )
+    assert actual.kv == memory.bytes_allocated == 2 * 32 * 4 * (4 * 16 + 2 * (12 + 16))
+    assert actual.free == actual.total - device.used and device.used >= actual.kv
     held = device.used
     session.reset()
-    assert device.used <= held - found.kv  # at once
+    assert device.used <= held - actual.kv  # at once
     assert open_bundle(tiny_bundle, provider="cpu").memory().device is None
 
 
-def test_too_little_device_memory(tiny_bundle: Path, device: SimulatedDevice) -> None:
+def test_not_enough_device_memory(tiny_bundle: Path, device: SimulatedDevice) -> None:
     session = open_bundle(tiny_bundle, provider="cuda")
     session.prefill(tokens(16))
     before = session.step([1])
@@ -157,14 +161,14 @@ def test_too_little_device_memory(tiny_bundle: Path, device: SimulatedDevice) ->
 
 
 @pytest.mark.filterwarnings("ignore:Specified provider")
-def test_without_cuda_a_session_is_refused_and_not_run_on_the_cpu(tiny_bundle: Path) -> None:
+def test_cuda_does_not_fall_back_to_the_cpu(tiny_bundle: Path) -> None:
     if find_gpu() is not None:
         pytest.skip("there is a GPU")
     with pytest.raises(CannotRunHere, match=r"could not start on the GPU[\s\S]*CPUExecutionProvider only"):
         session_on("cuda", str(tiny_bundle / "decoder.onnx"), session_options(1))
 
 
-def test_bfloat16_is_kept_as_its_bits() -> None:
+def test_stores_bfloat16_as_bits() -> None:
     import ml_dtypes
 
     values = np.array([0.0, 1.5, -3.25, 100.0, 1e-30, np.inf], np.float32)
@@ -197,7 +201,7 @@ def test_bfloat16_cache_on_a_device(decoder: Decoder, tmp_path: Path, device: Si
     assert cache.bytes(16) == sum(buffer.nbytes for buffer in cache.buffers.values())
 
 
-def test_rows_are_run_alone_and_without_their_padding(tiny_bundle: Path) -> None:
+def test_runs_rows_one_by_one_without_padding(tiny_bundle: Path) -> None:
     """GroupQueryAttention takes several tokens in a batch only without a past; padding is not run."""
     session = open_bundle(tiny_bundle, provider="cpu", chunk=4)
     prompts = [tokens(3), tokens(8, seed=1)]
@@ -205,7 +209,7 @@ def test_rows_are_run_alone_and_without_their_padding(tiny_bundle: Path) -> None
     key, _ = session.core.decoder.cache.layer(0)
     assert (key[0, :, 3:] == 0).all() and (key[0, :, :3] != 0).any(axis=-1).all()
     assert (key[1, :, 8:] == 0).all() and (key[1, :, :8] != 0).any(axis=-1).all()
-    session.core.decoder._row_by_row = False  # type: ignore[attr-defined]
+    session.core.decoder.row_by_row = False  # type: ignore[attr-defined]
     with pytest.raises(Exception, match="batch_size must be 1"):
         session.prefill(prompts)
     assert np.isfinite(prefilled).all()

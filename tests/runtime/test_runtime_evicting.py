@@ -56,8 +56,8 @@ def opened(
     return Session(bundle, threads=1, provider="cpu", **options)
 
 
-class Oracle:
-    """One sequence in the oracle's cache, its prompt read in chunks as the runtime does."""
+class Reference:
+    """One sequence in the reference's cache, with its prompt in chunks like the runtime's."""
 
     def __init__(
         self, decoder: Decoder, eviction: Eviction | None, capacity: int = CAPACITY, chunk: int | None = None
@@ -67,7 +67,7 @@ class Oracle:
         self.seen = 0
 
     def read(self, ids: Sequence[int]) -> NDArray[np.float32]:
-        """Logits [S, vocab] after each of these."""
+        """Logits [S, vocab] after each token."""
         parts = [ids[start : start + self._chunk] for start in range(0, len(ids), self._chunk)]
         return np.concatenate([self._call(part) for part in parts])
 
@@ -84,12 +84,12 @@ class Oracle:
         return logits
 
 
-def differences(session: Session, oracle: Oracle, prompt: int = 60, steps: int = 30) -> float:
+def differences(session: Session, reference_model: Reference, prompt: int = 60, steps: int = 30) -> float:
     """The largest difference of logits, over a prompt in chunks and steps after it."""
     ids = tokens(prompt + steps)
-    wanted = [oracle.read(ids[:prompt])[-1], *map(oracle.step, ids[prompt:])]
-    found = [session.prefill(ids[:prompt])[0], *(session.step([token])[0] for token in ids[prompt:])]
-    return float(np.abs(np.array(found) - np.array(wanted)).max())
+    expected = [reference_model.read(ids[:prompt])[-1], *map(reference_model.step, ids[prompt:])]
+    actual = [session.prefill(ids[:prompt])[0], *(session.step([token])[0] for token in ids[prompt:])]
+    return float(np.abs(np.array(actual) - np.array(expected)).max())
 
 
 CASES: dict[str, Callable[[], Decoder]] = {
@@ -104,10 +104,10 @@ CASES: dict[str, Callable[[], Decoder]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("policy", POLICIES)
-def test_prompts_in_chunks_and_steps_equal_the_oracle(policy: str, case: str, tmp_path: Path) -> None:
+def test_prompts_in_chunks_and_steps_equal_the_reference(policy: str, case: str, tmp_path: Path) -> None:
     decoder, eviction = CASES[case](), dataclasses.replace(BUDGET, policy=policy)
     session = opened(tmp_path / "b", decoder, eviction)
-    assert differences(session, Oracle(decoder, eviction)) < 1e-5
+    assert differences(session, Reference(decoder, eviction)) < 1e-5
     assert (
         session.lengths.tolist() == [90] and session.memory().bytes_allocated == session.memory().bytes_limit
     )
@@ -117,18 +117,16 @@ def test_prompts_in_chunks_and_steps_equal_the_oracle(policy: str, case: str, tm
 @pytest.mark.parametrize("recent", [0, 1, 12])
 def test_protected_tokens(first: int, recent: int, tmp_path: Path) -> None:
     decoder, eviction = random_decoder("gqa"), Eviction("l2-norm", 20, first, recent)
-    assert differences(opened(tmp_path / "b", decoder, eviction), Oracle(decoder, eviction)) < 1e-5
+    assert differences(opened(tmp_path / "b", decoder, eviction), Reference(decoder, eviction)) < 1e-5
 
 
-def test_converted_heads_and_layers_that_are_left_alone(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_compressed_heads_and_skipped_layers(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=VOCAB, num_hidden_layers=3)
     decoder = decoder_with_fewer_heads(checkpoint)
     for skipped in ((), (0,), (1,), (2, 0)):
         eviction = dataclasses.replace(BUDGET, skip_layers=skipped)
         session = opened(tmp_path / f"b{skipped}", decoder, eviction)
-        assert differences(session, Oracle(decoder, eviction)) < 1e-5
+        assert differences(session, Reference(decoder, eviction)) < 1e-5
         held = [CAPACITY if layer in skipped else 24 for layer in range(3)]
         widths = [(4, 16), (2, 28), (4, 16)]  # heads, and numbers of one in keys and values
         states = [0 if layer in skipped else 2 for layer in range(3)]
@@ -140,10 +138,8 @@ def test_converted_heads_and_layers_that_are_left_alone(
 
 @pytest.mark.parametrize("lowered", [True, False])
 @pytest.mark.parametrize("style", ["llama", "gqa"])
-def test_the_standard_graph_and_the_one_lowered_for_the_cpu(
-    style: str, lowered: bool, tmp_path: Path
-) -> None:
-    """Of heads of their own, those of the layer that is left alone are GroupQueryAttention there."""
+def test_standard_graph_equals_the_one_lowered_for_the_cpu(style: str, lowered: bool, tmp_path: Path) -> None:
+    """The layer that does not evict is lowered to GroupQueryAttention."""
     decoder, eviction = random_decoder(style), dataclasses.replace(BUDGET, skip_layers=(1,))
     session = opened(tmp_path / "b", decoder, eviction, lowered=lowered)
     assert graph_file(session.bundle, "cpu") == ("decoder.cpu.onnx" if lowered else "decoder.onnx")
@@ -151,32 +147,30 @@ def test_the_standard_graph_and_the_one_lowered_for_the_cpu(
         assert (b"GroupQueryAttention" in (tmp_path / "b" / "decoder.cpu.onnx").read_bytes()) == (
             style == "llama"
         )
-    assert differences(session, Oracle(decoder, eviction)) < 1e-5
+    assert differences(session, Reference(decoder, eviction)) < 1e-5
     prompts = [tokens(50, seed=1), tokens(7, seed=2)]
-    found = session.prefill(prompts), session.step([5, 6])
+    actual = session.prefill(prompts), session.step([5, 6])
     for row, prompt in enumerate(prompts):
-        oracle = Oracle(decoder, eviction)
-        np.testing.assert_allclose(found[0][row], oracle.read(prompt)[-1], **CLOSE)
-        np.testing.assert_allclose(found[1][row], oracle.step(5 + row), **CLOSE)
+        reference_model = Reference(decoder, eviction)
+        np.testing.assert_allclose(actual[0][row], reference_model.read(prompt)[-1], **CLOSE)
+        np.testing.assert_allclose(actual[1][row], reference_model.step(5 + row), **CLOSE)
 
 
 @pytest.mark.parametrize("chunk", [1, 3, 100])
-def test_chunks_are_those_asked_for_and_never_more_than_room_can_be_made_for(
-    chunk: int, tmp_path: Path
-) -> None:
+def test_limits_chunks_to_what_can_be_evicted(chunk: int, tmp_path: Path) -> None:
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET, chunk=chunk)
     assert BUDGET.chunk == 5
-    assert differences(session, Oracle(decoder, BUDGET, chunk=min(chunk, 5))) < 1e-5
+    assert differences(session, Reference(decoder, BUDGET, chunk=min(chunk, 5))) < 1e-5
 
 
-def test_score_equals_the_oracle_for_each_sequence(tmp_path: Path) -> None:
+def test_score_equals_the_reference_for_each_sequence(tmp_path: Path) -> None:
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET)
     windows = [tokens(70, seed=1), tokens(70, seed=2)]
     scored = session.score(windows)
     for row, ids in enumerate(windows):
-        np.testing.assert_allclose(scored[row], Oracle(decoder, BUDGET).read(ids), **CLOSE)
+        np.testing.assert_allclose(scored[row], Reference(decoder, BUDGET).read(ids), **CLOSE)
 
 
 @pytest.mark.parametrize("skipped", [(), (1,)])
@@ -184,41 +178,44 @@ def test_prompts_of_unequal_length_in_a_batch(skipped: tuple[int, ...], tmp_path
     decoder, eviction = random_decoder("gqa"), dataclasses.replace(BUDGET, skip_layers=skipped)
     session = opened(tmp_path / "b", decoder, eviction)
     prompts = [tokens(length, seed=length) for length in (1, 60, 24, 7, 23, 31)]
-    oracles = [Oracle(decoder, eviction) for _ in prompts]
-    found = session.prefill(prompts)
+    reference_models = [Reference(decoder, eviction) for _ in prompts]
+    actual = session.prefill(prompts)
     for row, prompt in enumerate(prompts):
-        np.testing.assert_allclose(found[row], oracles[row].read(prompt)[-1], **CLOSE)
+        np.testing.assert_allclose(actual[row], reference_models[row].read(prompt)[-1], **CLOSE)
     for step in range(20):
         following = tokens(len(prompts), seed=100 + step)
-        found = session.step(following)
+        actual = session.step(following)
         for row, token in enumerate(following):
-            np.testing.assert_allclose(found[row], oracles[row].step(token), **CLOSE)
+            np.testing.assert_allclose(actual[row], reference_models[row].step(token), **CLOSE)
 
 
-def test_sequences_that_are_not_active_stay_as_they_are(tmp_path: Path) -> None:
-    """Some with room, some that are full, some with nothing in them; each in turn."""
+def test_inactive_sequences_do_not_change(tmp_path: Path) -> None:
+    """Sequences with room, full sequences and empty ones."""
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET)
     prompts = [tokens(length, seed=length) for length in (3, 24, 40)]
     session.prefill(prompts)
-    oracles = [Oracle(decoder, BUDGET) for _ in prompts]
-    last = [oracle.read(prompt)[-1] for oracle, prompt in zip(oracles, prompts, strict=True)]
+    reference_models = [Reference(decoder, BUDGET) for _ in prompts]
+    last = [
+        reference_model.read(prompt)[-1]
+        for reference_model, prompt in zip(reference_models, prompts, strict=True)
+    ]
     random = np.random.default_rng(0)
     for step in range(60):
         active = random.random(3) < 0.5
         following = tokens(3, seed=step)
-        found = session.step(following, active)
+        actual = session.step(following, active)
         for row in range(3):
             if active[row]:
-                last[row] = oracles[row].step(following[row])
-            np.testing.assert_allclose(found[row], last[row], **CLOSE)
-    assert session.lengths.tolist() == [oracle.seen for oracle in oracles]
+                last[row] = reference_models[row].step(following[row])
+            np.testing.assert_allclose(actual[row], last[row], **CLOSE)
+    assert session.lengths.tolist() == [reference_model.seen for reference_model in reference_models]
     session.reset(2)
-    alone = Oracle(decoder, BUDGET)
+    alone = Reference(decoder, BUDGET)
     for token in tokens(30):
         session.step([token, 0], np.array([True, False]))
         alone.step(token)
-    other = Oracle(decoder, BUDGET)
+    other = Reference(decoder, BUDGET)
     for token in tokens(30, seed=1):
         np.testing.assert_allclose(
             session.step([0, token], np.array([False, True]))[1], other.step(token), **CLOSE
@@ -229,12 +226,12 @@ def test_sequences_that_are_not_active_stay_as_they_are(tmp_path: Path) -> None:
 def test_buffers_grow_in_steps_up_to_the_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("kvexport.runtime.backends.select.STEP", 32)
     decoder, eviction = random_decoder("gqa"), Eviction("l2-norm", 40, 4, 8, skip_layers=(1,))
-    session, oracle = opened(tmp_path / "b", decoder, eviction, 90), Oracle(decoder, eviction, 90)
+    session, reference_model = opened(tmp_path / "b", decoder, eviction, 90), Reference(decoder, eviction, 90)
     per_token = 2 * (8 + 8) * 4
     evicting = per_token + 2 * 2 * 4
     sizes = {}
     for token in tokens(90):
-        np.testing.assert_allclose(session.step([token])[0], oracle.step(token), **CLOSE)
+        np.testing.assert_allclose(session.step([token])[0], reference_model.step(token), **CLOSE)
         memory = session.memory()
         sizes[memory.capacity] = memory.layers
         assert memory.bytes_allocated == sum(memory.layers) <= memory.bytes_limit
@@ -243,7 +240,7 @@ def test_buffers_grow_in_steps_up_to_the_budget(tmp_path: Path, monkeypatch: pyt
     assert memory.budget == 40 and memory.bytes_per_token == evicting + per_token
 
 
-def test_where_all_layers_evict_nothing_grows_beyond_the_budget(tmp_path: Path) -> None:
+def test_buffers_stay_at_the_budget_if_all_layers_evict(tmp_path: Path) -> None:
     session = opened(tmp_path / "b", random_decoder("gqa"), BUDGET)
     session.prefill(tokens(5))
     memory = session.memory()
@@ -258,20 +255,20 @@ def test_where_all_layers_evict_nothing_grows_beyond_the_budget(tmp_path: Path) 
         session.step([1])
 
 
-def test_texts_are_longer_than_the_budget_and_end_at_the_capacity(tmp_path: Path) -> None:
+def test_generates_beyond_the_budget_up_to_the_capacity(tmp_path: Path) -> None:
     decoder = random_decoder("gqa", vocab=320)
     bundle = write_bundle(
         tmp_path / "b", decoder, capacity=CAPACITY, eviction=BUDGET, tokenizer=byte_level_tokenizer()
     )
-    session, oracle = open_bundle(bundle, threads=1), Oracle(decoder, BUDGET)
+    session, reference_model = open_bundle(bundle, threads=1), Reference(decoder, BUDGET)
     prompt = tokens(50)
-    logits, made = oracle.read(prompt)[-1], []
+    logits, made = reference_model.read(prompt)[-1], []
     while len(made) < CAPACITY - 50 + 1:
         made.append(int(logits.argmax()))
         if len(made) <= CAPACITY - 50:
-            logits = oracle.step(made[-1])
-    found = session.generate(prompt, max_new_tokens=1000, stop=[])
-    assert (found.token_ids, found.finish_reason) == (tuple(made), "capacity")
+            logits = reference_model.step(made[-1])
+    actual = session.generate(prompt, max_new_tokens=1000, stop=[])
+    assert (actual.token_ids, actual.finish_reason) == (tuple(made), "capacity")
     several = session.generate([prompt, prompt[:7], prompt[:30]], max_new_tokens=20, stop=[])
     assert several[0].token_ids == tuple(made[:20])
     for each, length in zip(several, (50, 7, 30), strict=True):
@@ -283,42 +280,42 @@ def test_texts_are_longer_than_the_budget_and_end_at_the_capacity(tmp_path: Path
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_a_prompt_that_is_compressed_once(policy: str, tmp_path: Path) -> None:
+def test_compress_once_equals_the_reference(policy: str, tmp_path: Path) -> None:
     decoder, eviction = random_decoder("gqa"), Eviction(policy, 24, 2, 5, skip_layers=(1,))
     session = opened(tmp_path / "b", decoder, eviction, compress_once=True)
     prompts = [tokens(length, seed=length) for length in (60, 24, 9, 33)]
-    found = session.prefill(prompts)
+    actual = session.prefill(prompts)
     assert session.memory().layers[0] == 4 * 24 * 2 * (16 + 2) * 4  # and no more
-    oracles = []
+    reference_models = []
     for row, prompt in enumerate(prompts):
-        oracle = Oracle(decoder, None)
-        np.testing.assert_allclose(found[row], oracle.read(prompt)[-1], **CLOSE)
-        oracles.append(_compressed(decoder, eviction, prompt))
+        reference_model = Reference(decoder, None)
+        np.testing.assert_allclose(actual[row], reference_model.read(prompt)[-1], **CLOSE)
+        reference_models.append(_compressed(decoder, eviction, prompt))
     for step in range(12):
         following, active = tokens(4, seed=step), np.array([True, step % 2 == 1, True, step % 3 == 0])
         logits = session.step(following, active)
         for row in range(4):
-            wanted = oracles[row].step(following[row]) if active[row] else 0.0 * logits[row]
-            np.testing.assert_allclose(logits[row], wanted, **CLOSE)
+            expected = reference_models[row].step(following[row]) if active[row] else 0.0 * logits[row]
+            np.testing.assert_allclose(logits[row], expected, **CLOSE)
     scored = session.score([prompts[0], prompts[0]])
-    np.testing.assert_allclose(scored[1], Oracle(decoder, None).read(prompts[0]), **CLOSE)
+    np.testing.assert_allclose(scored[1], Reference(decoder, None).read(prompts[0]), **CLOSE)
     np.testing.assert_allclose(
         session.step([7, 8])[1], _compressed(decoder, eviction, prompts[0]).step(8), **CLOSE
     )
     session.reset()
-    plain = Oracle(decoder, eviction)
+    plain = Reference(decoder, eviction)
     for token in tokens(40):
         np.testing.assert_allclose(session.step([token])[0], plain.step(token), **CLOSE)
 
 
-def _compressed(decoder: Decoder, eviction: Eviction, prompt: Sequence[int]) -> Oracle:
-    """The oracle's `compressed` after a prompt that was read whole."""
-    oracle = Oracle(decoder, eviction, chunk=len(prompt))
+def _compressed(decoder: Decoder, eviction: Eviction, prompt: Sequence[int]) -> Reference:
+    """Equal to the reference's `compressed` after the whole prompt."""
+    reference_model = Reference(decoder, eviction, chunk=len(prompt))
     for index, layer in enumerate(decoder.layers):
         attention = layer.attention
         if eviction.evicts(index):
             widths = attention.key_dim, attention.value_dim
-            oracle.cache[index] = EvictingCache.empty(
+            reference_model.cache[index] = EvictingCache.empty(
                 1,
                 attention.num_kv_heads,
                 widths,
@@ -329,32 +326,33 @@ def _compressed(decoder: Decoder, eviction: Eviction, prompt: Sequence[int]) -> 
                 attention.window,
                 CAPACITY,
             )
-    oracle.read(prompt)
+    reference_model.read(prompt)
     next_one = torch.tensor([len(prompt)])
-    oracle.cache = [
-        each.compressed(next_one) if isinstance(each, EvictingCache) else each for each in oracle.cache
+    reference_model.cache = [
+        each.compressed(next_one) if isinstance(each, EvictingCache) else each
+        for each in reference_model.cache
     ]
-    return oracle
+    return reference_model
 
 
-def test_compressing_is_not_the_same_as_evicting_while_the_prompt_is_read(tmp_path: Path) -> None:
-    """A control of the test above."""
+def test_compress_once_differs_from_eviction_during_prefill(tmp_path: Path) -> None:
+    """Control of the test above."""
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET, compress_once=True)
-    assert differences(session, Oracle(decoder, BUDGET)) > 1e-3
+    assert differences(session, Reference(decoder, BUDGET)) > 1e-3
 
 
-def test_a_bundle_without_a_budget_cannot_compress(tmp_path: Path) -> None:
+def test_compress_once_needs_a_budget(tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b", random_decoder("gqa"))
     with pytest.raises(UsageError, match="kvexport build --kv-budget"):
         open_bundle(bundle, compress_once=True)
 
 
-# What is wrong is seen.
+# Injected faults.
 
 
 def _stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots are given to others, and nothing is moved out of them."""
+    """Slots are reused without moving their tokens."""
     monkeypatch.setattr(runtime, "moves_for", lambda kept, first: [])
 
 
@@ -369,7 +367,7 @@ def _values_stay(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _drops_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A slot's token goes that ranks lowest."""
+    """The token of lowest priority is evicted."""
     real = runtime.Ranking.priorities
     monkeypatch.setattr(runtime.Ranking, "priorities", lambda self, *arguments: -real(self, *arguments))
 
@@ -384,7 +382,7 @@ def _no_window(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _keeps_the_freed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Slots that were freed are still taken for what they held."""
+    """Freed slots keep their state."""
     real = type(HOST).write_rows
 
     def write_rows(self: Any, array: Any, rows: slice, values: Any) -> None:
@@ -394,7 +392,7 @@ def _keeps_the_freed(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _never_full(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The last slot is overwritten, whatever ranks highest."""
+    """The last slot is always overwritten."""
     real = runtime.Occupancy.take
     monkeypatch.setattr(
         runtime.Occupancy, "take", lambda self, *arguments: np.minimum(real(self, *arguments), 23)
@@ -402,32 +400,32 @@ def _never_full(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("fault", [_stays, _values_stay, _drops_the_first, _no_window, _never_full])
-def test_wrong_runtimes_are_seen(
+def test_detects_injected_faults(
     fault: Callable[[pytest.MonkeyPatch], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     decoder = random_decoder("window", window=9)
-    session, oracle = opened(tmp_path / "b", decoder, BUDGET), Oracle(decoder, BUDGET)
+    session, reference_model = opened(tmp_path / "b", decoder, BUDGET), Reference(decoder, BUDGET)
     fault(monkeypatch)
-    assert differences(session, oracle) > 1e-3
+    assert differences(session, reference_model) > 1e-3
 
 
-def test_a_state_that_is_not_cleared_is_seen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the state alone: what was freed is written again before anybody looks."""
+def test_detects_a_state_that_is_not_cleared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the state alone: freed slots are written again before they are attended to."""
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET)
     for broken in (False, True):
         if broken:
             _keeps_the_freed(monkeypatch)
         session.prefill(tokens(24))
-        session.core.decoder.cache._shrink(0, 15)
+        session.core.decoder.cache.shrink(0, 15)
         assert session.core.decoder.cache.state(0)[:, 15:].any() == broken
 
 
-# Who goes, against the oracle itself.
+# Evicted tokens, compared with the reference.
 
 
 def random_state(random: np.random.Generator, heads: int, filled: int, slots: int) -> NDArray[np.float32]:
-    """Scores of which many are equal, positions in any order."""
+    """Many equal scores, positions in any order."""
     state = np.zeros((heads, slots, 2), np.float32)
     state[:, :filled, SCORE] = random.integers(-3, 3, (heads, filled))
     for head in range(heads):
@@ -437,14 +435,14 @@ def random_state(random: np.random.Generator, heads: int, filled: int, slots: in
 
 @pytest.mark.parametrize("window", [None, 6])
 @pytest.mark.parametrize("seed", range(6))
-def test_room_is_made_as_the_oracle_makes_it(window: int | None, seed: int) -> None:
+def test_make_room_equals_the_reference(window: int | None, seed: int) -> None:
     random = np.random.default_rng(seed)
     heads, slots, filled = 3, 20, int(random.integers(5, 21))
     eviction = Eviction("l2-norm", slots, int(random.integers(0, 4)), int(random.integers(0, 8)))
     keep, position = int(random.integers(1, filled)), filled + 10
     state = random_state(random, heads, filled, slots)
     key, value = (random.random((heads, slots, width), np.float32) for width in (4, 6))
-    oracle = EvictingCache(
+    reference_model = EvictingCache(
         torch.tensor(key)[None],
         torch.tensor(value)[None],
         torch.tensor(state)[None],
@@ -454,27 +452,30 @@ def test_room_is_made_as_the_oracle_makes_it(window: int | None, seed: int) -> N
         CAPACITY,
         window,
     )
-    oracle._shrink(0, keep, torch.tensor([position]))
-    # In the middle of a batch, whose other sequences stay as they are.
+    reference_model.shrink(0, keep, torch.tensor([position]))
+    # In the middle of a batch, whose other sequences do not change.
     caches = tuple(np.repeat(each[None], 3, 0).reshape(9, 1, slots, -1) for each in (key, value, state))
     assert len(caches) == 3
     runtime.make_room(HOST, caches, slice(3, 6), runtime.Ranking(eviction, window), filled, keep, position)
-    for found, wanted, before in zip(
-        caches, (oracle.key, oracle.value, oracle.state), (key, value, state), strict=True
+    for actual, expected, before in zip(
+        caches,
+        (reference_model.key, reference_model.value, reference_model.state),
+        (key, value, state),
+        strict=True,
     ):
-        np.testing.assert_array_equal(found[3:6, 0, :keep], wanted[0, :, :keep])
-        np.testing.assert_array_equal(found[[0, 1, 2, 6, 7, 8], 0], np.concatenate((before, before)))
-    np.testing.assert_array_equal(caches[2][3:6, 0], oracle.state[0])
+        np.testing.assert_array_equal(actual[3:6, 0, :keep], expected[0, :, :keep])
+        np.testing.assert_array_equal(actual[[0, 1, 2, 6, 7, 8], 0], np.concatenate((before, before)))
+    np.testing.assert_array_equal(caches[2][3:6, 0], reference_model.state[0])
 
 
-def test_neighbours_move_together() -> None:
+def test_moves_neighbouring_slots_together() -> None:
     kept = np.array([[0, 5, 6, 3], [0, 5, 6, 3], [4, 5, 6, 7], [0, 1, 2, 3]])
     moves = runtime.moves_for(kept, 8)
     assert moves == [(8, 2, 1, 5, 2), (10, 1, 0, 4, 4)]
     assert runtime.moves_for(np.array([[0, 5, 8, 3]]), 0) == [(0, 1, 1, 5, 1), (0, 1, 2, 8, 1)]
 
 
-def test_tokens_out_of_order_are_refused(tmp_path: Path) -> None:
+def test_rejects_tokens_out_of_order(tmp_path: Path) -> None:
     session = opened(tmp_path / "b", random_decoder("gqa"), BUDGET)
     session.prefill(tokens(5))
     for position in (3, 6):
@@ -484,23 +485,23 @@ def test_tokens_out_of_order_are_refused(tmp_path: Path) -> None:
         session.core.decoder.run(np.ones((1, 30), np.int64), np.arange(5, 35)[None], np.array([[0]]))
 
 
-# What validation needs.
+# Functions that validation uses.
 
 
-def test_fewer_slots_than_the_budget(tmp_path: Path) -> None:
+def test_fewer_slots_than_the_budget_equal_the_reference(tmp_path: Path) -> None:
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET)
     cache = KvCache(session.bundle, 1, "float32", slots=12, step=5, fill=1e4)
     session.core.decoder.use(cache)
-    oracle = Oracle(decoder, dataclasses.replace(BUDGET, budget=12))
+    reference_model = Reference(decoder, dataclasses.replace(BUDGET, budget=12))
     for position, token in enumerate(tokens(40)):
-        found = session.core.decoder.run(np.array([[token]]), np.array([[position]]), np.array([[0]]))
-        np.testing.assert_allclose(found[0, 0], oracle.step(token), **CLOSE)
+        actual = session.core.decoder.run(np.array([[token]]), np.array([[position]]), np.array([[0]]))
+        np.testing.assert_allclose(actual[0, 0], reference_model.step(token), **CLOSE)
     assert cache.state(0).shape == (2, 12, 2) and cache.layer(0)[0].shape == (1, 2, 12, 8)
     assert cache.fresh(2).slots == 12
 
 
-def test_blocked_slots_are_neither_seen_nor_taken(tmp_path: Path) -> None:
+def test_blocked_slots_are_neither_attended_to_nor_written(tmp_path: Path) -> None:
     for style in ("gqa", "window", "bloom"):
         decoder = random_decoder(style)
         session = opened(tmp_path / style, decoder, BUDGET)
@@ -508,22 +509,24 @@ def test_blocked_slots_are_neither_seen_nor_taken(tmp_path: Path) -> None:
         cache.block(12)
         assert cache.layer(0)[0].shape[2] == 24
         session.core.decoder.use(cache)
-        oracle, ids = Oracle(decoder, dataclasses.replace(BUDGET, budget=12), chunk=3), tokens(60)
-        wanted = np.concatenate((oracle.read(ids[:30]), np.array([oracle.step(token) for token in ids[30:]])))
+        reference_model, ids = Reference(decoder, dataclasses.replace(BUDGET, budget=12), chunk=3), tokens(60)
+        expected = np.concatenate(
+            (reference_model.read(ids[:30]), np.array([reference_model.step(token) for token in ids[30:]]))
+        )
         for start, stop in [
             *((start, start + 3) for start in range(0, 30, 3)),
             *((each, each + 1) for each in range(30, 60)),
         ]:
             here = np.arange(stop - start)[None]
-            found = session.core.decoder.run(np.array([ids[start:stop]]), start + here, here)
-            np.testing.assert_allclose(found[0], wanted[start:stop], **CLOSE)
-        layer = oracle.cache[0]
+            actual = session.core.decoder.run(np.array([ids[start:stop]]), start + here, here)
+            np.testing.assert_allclose(actual[0], expected[start:stop], **CLOSE)
+        layer = reference_model.cache[0]
         assert isinstance(layer, EvictingCache)
         np.testing.assert_allclose(cache.state(0), layer.state[0], **CLOSE)
         assert (cache.layer(0)[0][0, :, 12:] == 1e4).all()
 
 
-def test_a_state_can_be_read_and_put_in(tmp_path: Path) -> None:
+def test_reads_and_replaces_the_state(tmp_path: Path) -> None:
     decoder = random_decoder("gqa")
     session = opened(tmp_path / "b", decoder, BUDGET)
     session.prefill([tokens(24, seed=1), tokens(24, seed=2)])

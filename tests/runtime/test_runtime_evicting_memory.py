@@ -12,8 +12,8 @@ import pytest
 import torch
 from support.decoders import make_decoder
 from support.tiny_bundles import write_bundle
-from test_runtime_evicting import Oracle, tokens
-from test_runtime_in_place import _resettable
+from test_runtime_evicting import Reference, tokens
+from test_runtime_in_place import resettable
 
 from kvexport.bundle.bundle import Bundle
 from kvexport.eviction.config import Eviction
@@ -26,7 +26,7 @@ import json, sys
 import numpy as np, onnxruntime, kvexport.runtime.backends.ort
 from kvexport.bundle.bundle import Bundle
 from kvexport.runtime.cache.kv_cache import KvCache
-from kvexport.runtime.backends.ort import OrtDecoder, _Binding
+from kvexport.runtime.backends.ort import Binding, OrtDecoder
 from kvexport.runtime.backends.ort_session import load_graph, session_options
 
 path, batch, in_place = sys.argv[1], int(sys.argv[2]), sys.argv[3] == "in place"
@@ -37,13 +37,14 @@ cache.reserve(slots)
 state = cache.buffers["past_key_values.0.state"]
 state[..., 1] = 1 + np.arange(slots)  # as many tokens as there are slots; the one at 7 ranks highest
 state[..., 0] = np.arange(slots) == 7
-cache._rows.filled[:], cache._rows.seen[:] = slots, slots
+cache.occupancy.filled[:], cache.occupancy.seen[:] = slots, slots
 session = load_graph(bundle, session_options(1))
 if not in_place:
-    class Binding(_Binding):
-        def _bind(self, name, *arguments):
-            self.binding.bind_output(name) if name.startswith("present") else super()._bind(name, *arguments)
-    kvexport.runtime.backends.ort._Binding = Binding
+    class Copying(Binding):
+        def bind_array(self, name, *arguments):
+            unbound = name.startswith("present")
+            self.binding.bind_output(name) if unbound else super().bind_array(name, *arguments)
+    kvexport.runtime.backends.ort.Binding = Copying
 decoder = OrtDecoder(session, cache)
 
 def kib(what):
@@ -105,17 +106,17 @@ def _peak(bundle: Path, how: str) -> tuple[dict[str, object], str]:
 
 
 @pytest.mark.skipif(
-    not _resettable(), reason="this system does not let a process reset its peak resident memory"
+    not resettable(), reason="this system does not let a process reset its peak resident memory"
 )
-def test_the_peak_of_a_step_is_free_of_the_cache(wide: Path) -> None:
-    found, said = _peak(wide, "in place")
+def test_peak_memory_of_a_step_does_not_depend_on_the_cache(wide: Path) -> None:
+    actual, message = _peak(wide, "in place")
     copied, complaint = _peak(wide, "copied")
-    assert found["cache"] == copied["cache"] == BATCH * SLOTS * (2048 + 32)
-    assert found["written"] == [4] * BATCH * 4  # of every head four slots: those that ranked highest
-    assert found["seven"] == SLOTS + 1 and copied["seven"] == 8
+    assert actual["cache"] == copied["cache"] == BATCH * SLOTS * (2048 + 32)
+    assert actual["written"] == [4] * BATCH * 4  # of every head four slots: those that ranked highest
+    assert actual["seven"] == SLOTS + 1 and copied["seven"] == 8
     # Scores, masks and ranks of 4096 slots and 32 heads, and pages of onnxruntime's code: less than a buffer.
-    assert isinstance(found["peak"], int) and found["peak"] < 16 << 20
-    assert "tensorscatter" not in said
+    assert isinstance(actual["peak"], int) and actual["peak"] < 16 << 20
+    assert "tensorscatter" not in message
     # The control: outputs that are not bound are copies, and both instruments see them.
     assert isinstance(copied["peak"], int) and copied["peak"] > 56 << 20
     assert complaint.count("tensorscatter.cc") == 3 * 4
@@ -133,13 +134,13 @@ def _run(bundle: Path, ids: list[int], every: int, folder: Path) -> tuple[list[i
         str(every),
         str(folder / "logits.npy"),
     ]
-    found = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
-    allocated, resident = zip(*found, strict=True)
+    actual = json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout)
+    allocated, resident = zip(*actual, strict=True)
     return list(allocated), list(resident), np.load(folder / "logits.npy")
 
 
 def key_norms(decoder: Decoder) -> torch.Tensor:
-    """Norms of the first layer's keys before rotation, [heads, vocabulary]."""
+    """Norms of the first layer's keys before RoPE, [heads, vocabulary]."""
     layer = decoder.layers[0]
     x = reference.norm(layer.attention_norm, decoder.embedding.weight)
     keys = reference.linear(layer.attention.k, x).unflatten(-1, (layer.attention.num_kv_heads, -1))
@@ -163,11 +164,11 @@ def test_ten_thousand_steps_with_a_budget_of_256(tmp_path: Path) -> None:
     allocated, resident, logits = _run(bundle, ids, every, tmp_path)
     assert allocated == [Bundle.open(bundle).kv_bytes(16384)] * 10 == [256 * 2 * (16 + 2) * 4] * 10
     assert max(resident) - resident[0] < 512 << 10
-    oracle = Oracle(decoder, eviction, 16384)
-    wanted = np.stack([oracle.step(token) for token in ids])[every - 1 :: every]
-    np.testing.assert_allclose(logits, wanted, rtol=0.0, atol=1e-5)
-    # The control: without a budget both numbers grow.
+    reference_model = Reference(decoder, eviction, 16384)
+    expected = np.stack([reference_model.step(token) for token in ids])[every - 1 :: every]
+    np.testing.assert_allclose(logits, expected, rtol=0.0, atol=1e-5)
+    # Control: without a budget both numbers grow.
     whole = write_bundle(tmp_path / "whole", decoder, capacity=16384)
     allocated, resident, other = _run(whole, ids[:4000], every, tmp_path)
     assert allocated == sorted(set(allocated)) and resident[-1] - resident[0] > 512 << 10
-    assert np.abs(other[10:] - wanted[10:80]).max() > 1e-2
+    assert np.abs(other[10:] - expected[10:80]).max() > 1e-2

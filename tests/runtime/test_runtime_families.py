@@ -29,7 +29,7 @@ LENGTHS = (11, 4, 23)
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_family_equals_the_oracle(
+def test_each_family_equals_the_reference(
     family: str, dtype: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     decoder = load_decoder(tiny_checkpoint(family, **FAMILIES[family]))
@@ -38,40 +38,40 @@ def test_a_family_equals_the_oracle(
     )
     random = np.random.default_rng(0)
     texts = [random.integers(0, 67, length + 6).tolist() for length in LENGTHS]
-    wanted = [exact_logits(decoder, text) for text in texts]
-    close = 1e-4 if dtype == "float32" else 0.06 * max(np.abs(each).max() for each in wanted)
-    np.testing.assert_allclose(session.score([texts[2]])[0], wanted[2], rtol=0, atol=close)
-    found = [session.prefill([text[:length] for text, length in zip(texts, LENGTHS, strict=True)])]
-    found += [
+    expected = [exact_logits(decoder, text) for text in texts]
+    close = 1e-4 if dtype == "float32" else 0.06 * max(np.abs(each).max() for each in expected)
+    np.testing.assert_allclose(session.score([texts[2]])[0], expected[2], rtol=0, atol=close)
+    actual = [session.prefill([text[:length] for text, length in zip(texts, LENGTHS, strict=True)])]
+    actual += [
         session.step([text[length + step] for text, length in zip(texts, LENGTHS, strict=True)])
         for step in range(6)
     ]
     for row, length in enumerate(LENGTHS):
         np.testing.assert_allclose(
-            [each[row] for each in found], wanted[row][length - 1 :], rtol=0, atol=close
+            [each[row] for each in actual], expected[row][length - 1 :], rtol=0, atol=close
         )
 
 
 @pytest.mark.parametrize("method", ["online", "fold", "mean-pool"])
-def test_converted_heads_equal_the_oracle(
+def test_compressed_heads_equal_the_reference(
     method: str, tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
-    """What `convert` makes, run by the runtime: half the KV heads."""
+    """Half of the KV heads, by `convert`."""
     decoder = load_decoder(tiny_checkpoint("llama", num_key_value_heads=4))
     windows = torch.randint(0, 67, (8, 16), generator=torch.Generator().manual_seed(0))
     layers = [each.layer for each in plain(decoder, windows, 2, method)]
     decoder = dataclasses.replace(decoder, layers=layers)
     session = open_bundle(write_bundle(tmp_path / "bundle", decoder, capacity=40), threads=1)
     ids = windows[0].tolist()
-    wanted = exact_logits(decoder, ids)
-    np.testing.assert_allclose(session.score([ids])[0], wanted, rtol=0, atol=2e-4)
+    expected = exact_logits(decoder, ids)
+    np.testing.assert_allclose(session.score([ids])[0], expected, rtol=0, atol=2e-4)
     session.prefill(ids[:10])
     for position in range(10, 16):
-        np.testing.assert_allclose(session.step([ids[position]])[0], wanted[position], rtol=0, atol=2e-4)
+        np.testing.assert_allclose(session.step([ids[position]])[0], expected[position], rtol=0, atol=2e-4)
     assert all(layer.num_key_value_heads == 2 for layer in session.bundle.layers)
 
 
-def test_the_first_token_that_a_tokenizer_adds_is_honoured(
+def test_keeps_the_first_token_that_a_tokenizer_adds(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path
 ) -> None:
     decoder = decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320))

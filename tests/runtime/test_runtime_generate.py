@@ -18,11 +18,11 @@ Opened = Callable[..., Session]
 
 
 @pytest.fixture
-def speaking(text_bundle: Path) -> Session:
+def text_session(text_bundle: Path) -> Session:
     return open_bundle(text_bundle, threads=1)
 
 
-def test_greedy_takes_the_oracles_likeliest_tokens(opened: Opened, decoder: Decoder) -> None:
+def test_greedy_generation_equals_the_reference(opened: Opened, decoder: Decoder) -> None:
     prompt = [5, 9, 33]
     made = opened().generate(prompt, max_new_tokens=20, stop=())
     assert len(made.token_ids) == 20 and made.finish_reason == "length" and made.prompt_tokens == 3
@@ -31,7 +31,7 @@ def test_greedy_takes_the_oracles_likeliest_tokens(opened: Opened, decoder: Deco
     assert opened().generate(prompt, max_new_tokens=20, stop=()) == made
 
 
-def test_batch_generates_what_each_prompt_does_alone(opened: Opened) -> None:
+def test_batch_equals_single_prompts(opened: Opened) -> None:
     prompts = [[1], [5, 9, 33], list(range(40))]
     for options in ({}, {"temperature": 0.9, "seed": 3}):
         together = opened().generate(prompts, max_new_tokens=12, stop=(), **options)
@@ -64,14 +64,14 @@ def test_top_1_is_greedy(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize("option", [{"top_k": 20}, {"top_p": 0.9}], ids=str)
-def test_top_k_and_top_p_draw_unless_told_to_be_greedy(opened: Opened, option: dict[str, float]) -> None:
+def test_top_k_and_top_p_imply_temperature_1(opened: Opened, option: dict[str, float]) -> None:
     made = opened().generate([1, 2], max_new_tokens=20, seed=3, stop=(), **option)
     assert made == opened().generate([1, 2], max_new_tokens=20, seed=3, stop=(), temperature=1.0, **option)
     greedy = opened().generate([1, 2], max_new_tokens=20, stop=())
     assert made != greedy == opened().generate([1, 2], max_new_tokens=20, stop=(), temperature=0.0, **option)
 
 
-def test_stop_token_ends_a_sequence_and_the_others_go_on(opened: Opened) -> None:
+def test_stop_token_ends_one_sequence_of_a_batch(opened: Opened) -> None:
     prompts = [[5, 9, 33], [1]]
     free = opened().generate(prompts, max_new_tokens=20, stop=())
     end = free[0].token_ids[6]
@@ -91,7 +91,7 @@ def test_models_own_stop_tokens_are_the_default(decoder: Decoder, opened: Opened
 
 
 def test_generation_ends_when_the_cache_is_full(opened: Opened) -> None:
-    """The last token is chosen from a full cache; beside it a shorter sequence goes on."""
+    """The last token is chosen with a full cache, while a shorter sequence continues."""
     full, short = opened().generate([[1] * 598, [2]], max_new_tokens=10, stop=())
     assert (len(full.token_ids), full.finish_reason) == (3, "capacity")
     assert (len(short.token_ids), short.finish_reason) == (10, "length")
@@ -101,20 +101,20 @@ def test_generation_ends_when_the_cache_is_full(opened: Opened) -> None:
     assert len(opened().generate([1] * 600, stop=()).token_ids) == 1
 
 
-def test_no_step_is_run_whose_logits_nobody_needs(opened: Opened) -> None:
+def test_runs_no_step_after_the_last_token(opened: Opened) -> None:
     session = opened()
     session.generate([1, 2, 3], max_new_tokens=4, stop=())
     assert session.lengths.tolist() == [6]
 
 
-def test_streamed_text_is_the_generated_text(speaking: Session) -> None:
+def test_streamed_text_is_the_generated_text(text_session: Session) -> None:
     cut = 0
     for seed in range(8):
         options = {"max_new_tokens": 40, "temperature": 1.0, "seed": seed, "stop": ()}
-        stream = speaking.stream("Once upon", **options)
+        stream = text_session.stream("Once upon", **options)
         assert stream.generation is None
         pieces = list(stream)
-        made = speaking.generate("Once upon", **options)
+        made = text_session.generate("Once upon", **options)
         assert stream.generation == made and made.text == "".join(pieces)
         assert len(made.token_ids) == 40
         assert all(pieces)
@@ -123,14 +123,18 @@ def test_streamed_text_is_the_generated_text(speaking: Session) -> None:
     assert cut  # some tokens were held back until their character was whole
 
 
-def test_text_follows_the_prompt(speaking: Session) -> None:
-    made = speaking.generate(["Once upon", "naïve 日本"], max_new_tokens=12, temperature=0.7, seed=2, stop=())
+def test_text_follows_the_prompt(text_session: Session) -> None:
+    made = text_session.generate(
+        ["Once upon", "naïve 日本"], max_new_tokens=12, temperature=0.7, seed=2, stop=()
+    )
     for prompt, each in zip(("Once upon", "naïve 日本"), made, strict=True):
-        ids = read_tokenizer(speaking.bundle.path).encode(prompt)
-        assert prompt + str(each.text) == read_tokenizer(speaking.bundle.path).decode([*ids, *each.token_ids])
+        ids = read_tokenizer(text_session.bundle.path).encode(prompt)
+        assert prompt + str(each.text) == read_tokenizer(text_session.bundle.path).decode(
+            [*ids, *each.token_ids]
+        )
 
 
-def test_bundle_without_tokenizer_speaks_ids_only(opened: Opened) -> None:
+def test_bundle_without_tokenizer_takes_token_ids_only(opened: Opened) -> None:
     session = opened()
     assert session.generate([1, 2], max_new_tokens=2, stop=()).text is None
     for call in (session.generate, session.stream):
@@ -140,9 +144,7 @@ def test_bundle_without_tokenizer_speaks_ids_only(opened: Opened) -> None:
         session.stream([1, 2])
 
 
-def test_empty_text_begins_with_the_models_first_token(
-    tiny_checkpoint: Callable[..., Path], tmp_path: Path
-) -> None:
+def test_empty_text_is_the_bos_token(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     decoder = decoder_with_fewer_heads(
         tiny_checkpoint("llama", num_key_value_heads=4, vocab_size=320, bos_token_id=7)
     )
@@ -153,12 +155,12 @@ def test_empty_text_begins_with_the_models_first_token(
     assert made.token_ids == session.generate([7], max_new_tokens=5).token_ids and made.prompt_tokens == 1
 
 
-def test_prompts_that_are_nothing(speaking: Session) -> None:
+def test_rejects_empty_and_invalid_prompts(text_session: Session) -> None:
     for prompt in ("", [], [[]], ["a", ""]):
         with pytest.raises(UsageError, match="empty"):
-            speaking.generate(prompt)
+            text_session.generate(prompt)
     with pytest.raises(UsageError, match="must be valid Unicode"):
-        speaking.generate("\udcff")
+        text_session.generate("\udcff")
 
 
 @pytest.mark.parametrize(
@@ -175,12 +177,12 @@ def test_prompts_that_are_nothing(speaking: Session) -> None:
     ],
     ids=str,
 )
-def test_options_out_of_range(opened: Opened, options: dict[str, float]) -> None:
+def test_rejects_options_out_of_range(opened: Opened, options: dict[str, float]) -> None:
     with pytest.raises(UsageError, match=" must be "):
         opened().generate([1], **options)
 
 
 def test_numpy_prompts(opened: Opened) -> None:
-    wanted = opened().generate([1, 2], max_new_tokens=3)
-    assert opened().generate(np.array([1, 2]), max_new_tokens=3) == wanted
-    assert opened().generate(np.array([[1, 2]]), max_new_tokens=3) == [wanted]
+    expected = opened().generate([1, 2], max_new_tokens=3)
+    assert opened().generate(np.array([1, 2]), max_new_tokens=3) == expected
+    assert opened().generate(np.array([[1, 2]]), max_new_tokens=3) == [expected]

@@ -13,7 +13,7 @@ import pytest
 from support.simulated_gpus import SimulatedGpu, simulate_gpus
 
 from kvexport.errors import CannotRunHere
-from kvexport.runtime.backends.cuda import Cuda, _Graph
+from kvexport.runtime.backends.cuda import Cuda, Graph
 
 
 class _Error(enum.IntEnum):
@@ -26,7 +26,7 @@ class _Error(enum.IntEnum):
 
 
 class Runtime(ModuleType):
-    """Answers every call with success, remembers its arguments, and fails those that `failing` names."""
+    """Returns success for every call but those in `failing`, and records the arguments."""
 
     cudaError_t = _Error
     cudaStreamNonBlocking, cudaHostAllocDefault = 1, 0
@@ -79,13 +79,13 @@ def runtime(monkeypatch: pytest.MonkeyPatch) -> Runtime:
     return made
 
 
-def test_the_device_that_is_there(runtime: Runtime) -> None:
+def test_describes_the_device(runtime: Runtime) -> None:
     device = Cuda()
     assert (device.name, device.compute_capability, device.stream, device.kind) == ("Orin", "8.7", 7, "cuda")
     assert device.memory() == (1000, 2000) and device.allocate(100) == 4096
 
 
-def test_copies_go_where_they_should_on_our_stream(runtime: Runtime) -> None:
+def test_queues_copies_on_its_stream(runtime: Runtime) -> None:
     device, array = Cuda(), np.arange(6, dtype=np.int64)
     runtime.calls.clear()
     device.upload(4096, array)
@@ -103,7 +103,7 @@ def test_copies_go_where_they_should_on_our_stream(runtime: Runtime) -> None:
     ]
 
 
-def test_pinned_memory_is_an_array_and_is_given_back(runtime: Runtime) -> None:
+def test_pinned_memory_is_an_array_and_is_freed(runtime: Runtime) -> None:
     memory = Cuda().pinned(64)
     view = memory.view(np.int64)[:2]
     view[:] = 5, 6
@@ -143,7 +143,7 @@ def test_an_interrupt_ends_the_capture(runtime: Runtime) -> None:
 
 
 @pytest.mark.parametrize("failing", ["cudaStreamSynchronize", "cudaStreamEndCapture", "cudaGraphInstantiate"])
-def test_what_cannot_be_captured_ends_the_capture_and_says_none(runtime: Runtime, failing: str) -> None:
+def test_failed_capture_ends_and_returns_none(runtime: Runtime, failing: str) -> None:
     device = Cuda()
     runtime.failing[failing] = _Error.cudaErrorStreamCaptureInvalidated
     runtime.calls.clear()
@@ -154,7 +154,7 @@ def test_what_cannot_be_captured_ends_the_capture_and_says_none(runtime: Runtime
     assert ("cudaGraphDestroy" in names) == (failing != "cudaStreamEndCapture")
 
 
-def test_errors_become_ours(runtime: Runtime) -> None:
+def test_cuda_errors_become_kvexport_errors(runtime: Runtime) -> None:
     device = Cuda()
     runtime.failing = {
         "cudaMalloc": _Error.cudaErrorMemoryAllocation,
@@ -174,7 +174,7 @@ def test_every_call_is_checked(runtime: Runtime, call: str) -> None:
         "download": lambda: device.download(array, 1),
         "clear": lambda: device.clear(1, 1),
         "copy_rows": lambda: device.copy_rows(1, 1, 1, 1, 1, 1),
-        "launch": lambda: device.launch(_Graph("graph")),
+        "launch": lambda: device.launch(Graph("graph")),
         "memory": device.memory,
         "pinned": lambda: device.pinned(8),
     }
@@ -192,7 +192,7 @@ def test_every_call_is_checked(runtime: Runtime, call: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("error", "answers", "said"),
+    ("error", "answers", "message"),
     [
         (_Error.cudaErrorInsufficientDriver, {"cudaDriverGetVersion": (0,)}, "no NVIDIA driver"),
         (
@@ -204,10 +204,12 @@ def test_every_call_is_checked(runtime: Runtime, call: str) -> None:
         (_Error.cudaSuccess, {"cudaGetDeviceCount": (0,)}, r"finds no GPU[\s\S]*0 devices"),
     ],
 )
-def test_machines_without_a_gpu(runtime: Runtime, error: _Error, answers: dict[str, Any], said: str) -> None:
+def test_machines_without_a_gpu(
+    runtime: Runtime, error: _Error, answers: dict[str, Any], message: str
+) -> None:
     runtime.failing["cudaGetDeviceCount"] = error
     runtime.answers |= answers
-    with pytest.raises(CannotRunHere, match=said):
+    with pytest.raises(CannotRunHere, match=message):
         Cuda()
 
 
@@ -217,7 +219,7 @@ def test_missing_bindings_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         Cuda()
 
 
-def test_the_real_bindings_take_these_calls() -> None:
+def test_the_real_bindings_have_these_calls() -> None:
     """Every call has the right number and types of arguments; without a driver each returns an error."""
     real = pytest.importorskip("cuda.bindings.runtime")
     if real.cudaGetDeviceCount()[0] == real.cudaError_t.cudaSuccess:
@@ -225,7 +227,7 @@ def test_the_real_bindings_take_these_calls() -> None:
     with pytest.raises(CannotRunHere):
         Cuda()
     device: Any = object.__new__(Cuda)
-    device._cuda, device.stream, device.name, array = real, 7, "none", np.zeros(4)
+    device.cuda, device.stream, device.name, array = real, 7, "none", np.zeros(4)
     for call in (
         lambda: device.allocate(8),
         lambda: device.upload(1, array),
@@ -236,7 +238,7 @@ def test_the_real_bindings_take_these_calls() -> None:
         device.memory,
         lambda: device.pinned(8),
         lambda: device.capture(lambda: None),
-        lambda: device.launch(_Graph(real.cudaGraphExec_t(0))),
+        lambda: device.launch(Graph(real.cudaGraphExec_t(0))),
     ):
         with pytest.raises(CannotRunHere, match=r"cudaErrorInsufficientDriver|cudaErrorNoDevice"):
             call()

@@ -27,7 +27,7 @@ import json, sys
 import numpy as np, onnxruntime, kvexport.runtime.backends.ort
 from kvexport.bundle.bundle import Bundle
 from kvexport.runtime.cache.kv_cache import KvCache
-from kvexport.runtime.backends.ort import OrtDecoder, _Binding
+from kvexport.runtime.backends.ort import Binding, OrtDecoder
 from kvexport.runtime.backends.ort_session import load_graph, session_options
 
 path, batch, depth, in_place = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == "in place"
@@ -36,10 +36,11 @@ cache = KvCache(bundle, batch, bundle.dtype, fill=1.0, step=depth)  # filled: ev
 cache.reserve(depth)
 session = load_graph(bundle, session_options(1))
 if not in_place:
-    class Binding(_Binding):
-        def _bind(self, name, *arguments):
-            self.binding.bind_output(name) if name.startswith("present") else super()._bind(name, *arguments)
-    kvexport.runtime.backends.ort._Binding = Binding
+    class Copying(Binding):
+        def bind_array(self, name, *arguments):
+            unbound = name.startswith("present")
+            self.binding.bind_output(name) if unbound else super().bind_array(name, *arguments)
+    kvexport.runtime.backends.ort.Binding = Copying
 decoder = OrtDecoder(session, cache)
 
 def kib(what):
@@ -54,7 +55,7 @@ print(json.dumps({"peak": (kib("VmHWM") - before) * 1024, "cache": cache.bytes(d
 """
 
 
-def _resettable() -> bool:
+def resettable() -> bool:
     try:
         Path("/proc/self/clear_refs").write_text("5")
     except OSError:
@@ -93,18 +94,20 @@ def _measure(bundle: Path, how: str) -> tuple[dict[str, int], str]:
 
 
 @pytest.mark.skipif(
-    not _resettable(), reason="this system does not let a process reset its peak resident memory"
+    not resettable(), reason="this system does not let a process reset its peak resident memory"
 )
-def test_peak_of_a_step_is_free_of_cache_and_capacity(wide_bundle: Callable[[int], Path]) -> None:
-    exact, said = _measure(wide_bundle(DEPTH), "in place")
+def test_peak_memory_of_a_step_does_not_depend_on_cache_and_capacity(
+    wide_bundle: Callable[[int], Path],
+) -> None:
+    exact, message = _measure(wide_bundle(DEPTH), "in place")
     roomy, _ = _measure(wide_bundle(1 << 16), "in place")
     copied, complaint = _measure(wide_bundle(DEPTH), "copied")
     assert exact["cache"] == roomy["cache"] == 64 << 20
     assert exact["written"] == roomy["written"] == 4
-    # Scores and masks of 4096 slots, and pages of onnxruntime's own code: far below one of the two buffers.
+    # Scores and masks of 4096 slots, and code pages of onnxruntime: far below one buffer.
     assert exact["peak"] < 8 << 20 and roomy["peak"] < 8 << 20
-    assert "tensorscatter" not in said
-    # The control: outputs that are not bound are copies, and both instruments see them.
+    assert "tensorscatter" not in message
+    # Control: outputs that are not bound are copied, and both measurements show it.
     assert copied["peak"] > 56 << 20 and copied["written"] == 0
     assert complaint.count("tensorscatter.cc") == 2 * 4
 
@@ -127,7 +130,7 @@ def test_step_allocates_the_same_small_arrays_at_any_depth(wide_bundle: Callable
     assert max(peaks) < 16 << 10
 
 
-def test_old_buffers_are_gone_when_the_cache_has_grown(wide_bundle: Callable[[int], Path]) -> None:
+def test_frees_old_buffers_when_the_cache_grows(wide_bundle: Callable[[int], Path]) -> None:
     session = open_bundle(wide_bundle(1 << 16), threads=1)
     session.prefill([1] * 256)
     tracemalloc.start()  # after the first buffers: their release is not seen, whatever is new is
@@ -147,7 +150,7 @@ def _addresses(session: Session) -> list[int]:
     return [buffer.ctypes.data for buffer in session.core.decoder.cache.buffers.values()]
 
 
-def test_cache_is_what_its_bytes_say(wide_bundle: Callable[[int], Path]) -> None:
+def test_reported_bytes_equal_the_buffers(wide_bundle: Callable[[int], Path]) -> None:
     bundle = Bundle.open(wide_bundle(512))
     assert bundle.kv_bytes_per_token == 2048
     session = open_bundle(wide_bundle(512), threads=1)

@@ -1,4 +1,4 @@
-"""What `kvexport.open` needs, refuses and says."""
+"""Opening bundles: requirements, rejected bundles, and errors."""
 
 from __future__ import annotations
 
@@ -33,16 +33,14 @@ def _copy(bundle: Path, into: Path) -> Path:
 
 
 @pytest.mark.parametrize("name", ["decoder.onnx", "decoder.cpu.onnx", "decoder.onnx.data", "tokenizer.json"])
-def test_one_flipped_byte_is_found_before_anything_is_generated(
-    text_bundle: Path, tmp_path: Path, name: str
-) -> None:
+def test_detects_a_flipped_byte_when_opening(text_bundle: Path, tmp_path: Path, name: str) -> None:
     bundle = _copy(text_bundle, tmp_path / "b")
     _flip(bundle / name)
     with pytest.raises(BundleError, match=f"{name} of the bundle .* its sha256 differs"):
         kvexport.open(bundle)
 
 
-def test_weights_need_not_be_hashed(text_bundle: Path, tmp_path: Path) -> None:
+def test_opens_without_hashing_the_weights(text_bundle: Path, tmp_path: Path) -> None:
     bundle = _copy(text_bundle, tmp_path / "b")
     _flip(bundle / "decoder.onnx.data")
     assert kvexport.open(bundle, verify=False).generate([1], max_new_tokens=1).prompt_tokens == 1
@@ -51,14 +49,16 @@ def test_weights_need_not_be_hashed(text_bundle: Path, tmp_path: Path) -> None:
         kvexport.open(bundle, verify=False)
 
 
-def test_bfloat16_cannot_run_here(decoder: Decoder, tmp_path: Path) -> None:
+def test_rejects_bfloat16_on_the_cpu(decoder: Decoder, tmp_path: Path) -> None:
     bundle = write_bundle(tmp_path / "b", decoder, dtype="bfloat16")
     with pytest.raises(CannotRunHere, match=r"no bfloat16 kernels[\s\S]*--dtype float32"):
         kvexport.open(bundle)
 
 
-def test_graph_that_is_not_the_manifests(decoder: Decoder, tiny_bundle: Path, tmp_path: Path) -> None:
-    """A manifest that promises smaller heads than the graph has: refused before a cache is allocated."""
+def test_rejects_a_graph_that_contradicts_the_manifest(
+    decoder: Decoder, tiny_bundle: Path, tmp_path: Path
+) -> None:
+    """A manifest with smaller heads than the graph is rejected before a cache is allocated."""
     bundle = _copy(tiny_bundle, tmp_path / "b")
 
     def narrow(raw: dict[str, object]) -> None:
@@ -73,7 +73,7 @@ def test_graph_that_is_not_the_manifests(decoder: Decoder, tiny_bundle: Path, tm
         kvexport.open(bundle)
 
 
-def test_graph_that_onnxruntime_cannot_load(tiny_bundle: Path, tmp_path: Path) -> None:
+def test_rejects_a_graph_that_onnxruntime_cannot_load(tiny_bundle: Path, tmp_path: Path) -> None:
     bundle = _copy(tiny_bundle, tmp_path / "b")
     (bundle / GRAPH).write_bytes(b"no graph at all")
     size, digest = 15, sha256_of(bundle / GRAPH)
@@ -82,8 +82,8 @@ def test_graph_that_onnxruntime_cannot_load(tiny_bundle: Path, tmp_path: Path) -
         kvexport.open(bundle)
 
 
-def test_weights_outside_the_bundle_are_never_read(tiny_bundle: Path, tmp_path: Path) -> None:
-    """A graph that names a file beyond its folder, in a bundle whose hashes are all right."""
+def test_never_reads_weights_outside_the_bundle(tiny_bundle: Path, tmp_path: Path) -> None:
+    """A graph that refers to a file outside its folder, in a bundle with valid hashes."""
     import onnx
 
     bundle = _copy(tiny_bundle, tmp_path / "b")
@@ -102,7 +102,7 @@ def test_weights_outside_the_bundle_are_never_read(tiny_bundle: Path, tmp_path: 
         kvexport.open(bundle)
 
 
-def test_tokenizer_that_cannot_be_read(text_bundle: Path, tmp_path: Path) -> None:
+def test_rejects_an_unreadable_tokenizer(text_bundle: Path, tmp_path: Path) -> None:
     bundle = _copy(text_bundle, tmp_path / "b")
     file = bundle / "tokenizer.json"
     file.write_text('{"version": "1.0"}')
@@ -111,7 +111,7 @@ def test_tokenizer_that_cannot_be_read(text_bundle: Path, tmp_path: Path) -> Non
         kvexport.open(bundle)
 
 
-def test_truncation_and_padding_of_the_training_run_are_ignored(text_bundle: Path, tmp_path: Path) -> None:
+def test_ignores_truncation_and_padding_of_the_tokenizer(text_bundle: Path, tmp_path: Path) -> None:
     from tokenizers import Tokenizer
 
     bundle = _copy(text_bundle, tmp_path / "b")
@@ -132,7 +132,7 @@ def test_truncation_and_padding_of_the_training_run_are_ignored(text_bundle: Pat
     )
 
 
-def test_what_is_no_bundle(tmp_path: Path) -> None:
+def test_rejects_directories_that_are_not_bundles(tmp_path: Path) -> None:
     for path in (tmp_path, tmp_path / "nothing", Path(__file__)):
         with pytest.raises(BundleError, match="must be a bundle"):
             kvexport.open(path)
@@ -149,7 +149,7 @@ print(json.dumps([[m for m in first if m == "onnxruntime"], sorted(loaded), made
 """
 
 
-def test_runtime_needs_nothing_but_numpy_onnxruntime_and_tokenizers(text_bundle: Path) -> None:
+def test_runtime_needs_numpy_onnxruntime_and_tokenizers_only(text_bundle: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", _LEAN, str(text_bundle)], capture_output=True, text=True, check=True
     )
@@ -182,7 +182,7 @@ except CannotRunHere as error:
 """
 
 
-def test_missing_onnxruntime_is_named(tiny_bundle: Path) -> None:
+def test_reports_that_onnxruntime_is_missing(tiny_bundle: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", _BLOCKED, str(tiny_bundle)], capture_output=True, text=True, check=True
     )
@@ -195,8 +195,8 @@ def test_session_takes_an_opened_bundle(tiny_bundle: Path) -> None:
         Session(Bundle.open(tiny_bundle), threads=-1)
 
 
-def test_session_runs_on_the_cpu_with_the_threads_asked_for(tiny_bundle: Path) -> None:
+def test_uses_the_requested_number_of_threads(tiny_bundle: Path) -> None:
     session = kvexport.open(tiny_bundle, threads=1)
-    runtime: onnxruntime.InferenceSession = session.core.decoder._session
+    runtime: onnxruntime.InferenceSession = session.core.decoder.session
     assert runtime.get_providers() == ["CPUExecutionProvider"]
     assert runtime.get_session_options().intra_op_num_threads == 1

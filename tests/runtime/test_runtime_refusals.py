@@ -1,4 +1,4 @@
-"""Arguments that a session cannot use are refused in words, before anything is fed."""
+"""Invalid arguments are rejected with a message before anything is run."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Opened = Callable[..., Session]
 
 
 @pytest.mark.parametrize(
-    ("prompt", "options", "said"),
+    ("prompt", "options", "message"),
     [
         ([-1], {}, "inside the vocabulary"),
         ([1 << 33], {}, "inside the vocabulary"),
@@ -37,12 +37,12 @@ Opened = Callable[..., Session]
         ([1], {"seed": 1.5}, "seed must be an integer"),
     ],
 )
-def test_what_cannot_be_generated_is_refused(
-    opened: Opened, prompt: Any, options: dict[str, Any], said: str
+def test_rejects_invalid_prompts_and_options(
+    opened: Opened, prompt: Any, options: dict[str, Any], message: str
 ) -> None:
     session = opened()
     cache = session.new_cache()
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=message):
         session.generate(prompt, cache=cache, **options)
     assert not cache.lengths.any()
     session.generate(
@@ -51,7 +51,7 @@ def test_what_cannot_be_generated_is_refused(
     assert cache.lengths.tolist() == [2]
 
 
-def test_streams_refuse_the_same(text_bundle: Path) -> None:
+def test_streams_reject_the_same(text_bundle: Path) -> None:
     session = open_bundle(text_bundle, threads=1)
     for prompt in ([-1], ["a", "b"], None):
         with pytest.raises(UsageError):
@@ -59,24 +59,24 @@ def test_streams_refuse_the_same(text_bundle: Path) -> None:
 
 
 @pytest.mark.parametrize("prompts", [[[1], [2]], [[1], [2], [3]]])
-def test_as_many_prompts_as_sequences(opened: Opened, prompts: list[list[int]]) -> None:
+def test_rejects_another_number_of_prompts_than_sequences(opened: Opened, prompts: list[list[int]]) -> None:
     session = opened()
     with pytest.raises(UsageError, match="one prompt for each sequence"):
         session.generate(prompts, cache=session.new_cache(1))
 
 
-def test_sequences_beyond_memory(opened: Opened) -> None:
+def test_rejects_more_sequences_than_memory_holds(opened: Opened) -> None:
     with pytest.raises(CannotRunHere, match="not enough memory"):
         opened().new_cache(1 << 40)
 
 
 @pytest.mark.parametrize("threads", [0, 1025, 1_000_000])
-def test_threads_that_no_machine_has(tiny_bundle: Path, threads: int) -> None:
+def test_rejects_too_many_threads(tiny_bundle: Path, threads: int) -> None:
     with pytest.raises(UsageError, match="threads must be from 1 to 1024"):
         open_bundle(tiny_bundle, threads=threads)
 
 
-def test_caches_are_files(opened: Opened, tmp_path: Path) -> None:
+def test_rejects_saved_caches_that_are_not_files(opened: Opened, tmp_path: Path) -> None:
     session = opened()
     cache = session.new_cache()
     session.prefill([1, 2], cache=cache)
@@ -91,6 +91,6 @@ def test_caches_are_files(opened: Opened, tmp_path: Path) -> None:
     assert (tmp_path / "link").is_symlink() and session.load(tmp_path / "target").lengths.tolist() == [2]
 
 
-def test_a_manifest_is_no_bundle(tiny_bundle: Path) -> None:
+def test_rejects_the_path_of_a_manifest(tiny_bundle: Path) -> None:
     with pytest.raises(UsageError, match="name its folder"):
         kvexport.self_test(tiny_bundle / "manifest.json")

@@ -48,7 +48,7 @@ def decoder() -> Decoder:
 
 @pytest.fixture(scope="module")
 def bundles(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
-    """With an engine of each form, of which `provider="tensorrt"` takes the first; never written to."""
+    """A bundle with an engine of each form; `provider="tensorrt"` uses the first. Shared."""
     made: dict[Any, Path] = {}
 
     def bundle(eviction: Eviction | None = None, dtype: str = "float32") -> Path:
@@ -75,7 +75,7 @@ def opened(bundles: Callable[..., Path]) -> Opened:
 
 
 def following(session: Session, cache: Cache) -> list[Any]:
-    """What steps and a prompt after it give."""
+    """Logits of steps and a prompt that continue a cache."""
     rows = range(cache.batch)
     steps = [session.step([(3 * step + row) % VOCAB for row in rows], cache=cache) for step in range(6)]
     return [*steps, session.prefill([tokens(9 + row, seed=row) for row in rows], cache=cache)]
@@ -83,7 +83,7 @@ def following(session: Session, cache: Cache) -> list[Any]:
 
 @whatever_is_held
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_a_saved_cache_goes_on_to_the_last_bit(
+def test_a_loaded_cache_continues_bit_by_bit(
     eviction: Eviction | None, dtype: str, opened: Opened, tmp_path: Path
 ) -> None:
     session = opened(eviction, dtype)
@@ -101,7 +101,7 @@ def test_a_saved_cache_goes_on_to_the_last_bit(
 
 @whatever_is_held
 @pytest.mark.parametrize("provider", ["cuda", "tensorrt"])
-def test_what_one_engine_saved_another_goes_on_with(
+def test_backends_load_each_others_caches(
     eviction: Eviction | None, provider: str, opened: Opened, device: SimulatedDevice, tmp_path: Path
 ) -> None:
     sessions = opened(eviction), opened(eviction, provider=provider)
@@ -110,11 +110,11 @@ def test_what_one_engine_saved_another_goes_on_with(
         one.prefill(tokens(50), cache=cache)
         cache.save(tmp_path / "c")
         loaded = other.load(tmp_path / "c")
-        for wanted, found in zip(following(one, cache), following(other, loaded), strict=True):
-            np.testing.assert_allclose(found, wanted, atol=1e-5)
+        for expected, actual in zip(following(one, cache), following(other, loaded), strict=True):
+            np.testing.assert_allclose(actual, expected, atol=1e-5)
 
 
-def test_an_empty_cache_and_one_that_was_cleared(opened: Opened, tmp_path: Path) -> None:
+def test_saves_and_loads_empty_caches(opened: Opened, tmp_path: Path) -> None:
     for eviction in EVICTIONS.values():
         session = opened(eviction)
         cache = session.new_cache(batch=2)
@@ -130,7 +130,7 @@ def test_an_empty_cache_and_one_that_was_cleared(opened: Opened, tmp_path: Path)
 
 
 @whatever_is_held
-def test_the_file_is_safetensors_as_the_contract_has_it(
+def test_a_saved_cache_is_a_safetensors_file(
     eviction: Eviction | None, opened: Opened, tmp_path: Path
 ) -> None:
     session = opened(eviction, "float16")
@@ -174,7 +174,7 @@ def test_every_dtype_keeps_its_bits(
     bundles: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """Of bfloat16, which the CPU has no kernels of, the buffers alone."""
+    """For bfloat16, which has no kernels on the CPU, the buffers alone."""
     bundle = Bundle.open(bundles(BUDGET, dtype))
     kv = KvCache(bundle, 2, dtype, storage=DeviceStorage(device) if there else HOST)
     kv.reserve(30)
@@ -185,8 +185,8 @@ def test_every_dtype_keeps_its_bits(
     kv.occupy(Occupancy(np.array([24, 3]), np.array([30, 3])))
     state = saved.SavedState(np.array([30, 3]), np.array([1, 2]), [[], [7]])
     saved.write(tmp_path / "c", "0" * 64, kv, state)
-    read, found = saved.read(tmp_path / "c", "0" * 64, VOCAB, kv)
-    assert (found.lengths.tolist(), found.last.tolist(), found.pending) == ([30, 3], [1, 2], [[], [7]])
+    read, actual = saved.read(tmp_path / "c", "0" * 64, VOCAB, kv)
+    assert (actual.lengths.tolist(), actual.last.tolist(), actual.pending) == ([30, 3], [1, 2], [[], [7]])
     assert read.occupancy is not None and read.occupancy.filled.tolist() == [24, 3]
     for name in kv.names:
         one, two = (
@@ -197,7 +197,7 @@ def test_every_dtype_keeps_its_bits(
         np.testing.assert_array_equal(one, two)
 
 
-# Damage, and files of others.
+# Damaged files, and files of other bundles.
 
 
 @pytest.fixture
@@ -295,20 +295,20 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_named_before_memory_is_taken(
+def test_rejects_damage_before_allocating_memory(
     damage: str, written: tuple[Session, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, path = written
     monkeypatch.setattr(KvCache, "another", lambda *arguments: pytest.fail("memory was taken"))
-    change, said = DAMAGES[damage]
-    with pytest.raises(UsageError, match=said):
+    change, message = DAMAGES[damage]
+    with pytest.raises(UsageError, match=message):
         session.load(edited(path, change))
 
 
-def test_files_that_are_cut_or_have_more(written: tuple[Session, Path]) -> None:
+def test_rejects_truncated_and_extended_files(written: tuple[Session, Path]) -> None:
     session, path = written
     whole = path.read_bytes()
-    for content, said in (
+    for content, message in (
         (b"", "header"),
         (whole[:7], "header"),
         (whole[:100], "header"),
@@ -321,13 +321,13 @@ def test_files_that_are_cut_or_have_more(written: tuple[Session, Path]) -> None:
         (struct.pack("<Q", 10**5) + b"[" * 10**5, "must be JSON"),
     ):
         path.write_bytes(content)
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=message):
             session.load(path)
 
 
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
-def test_one_byte_flipped_anywhere(
+def test_rejects_a_flipped_bit_anywhere(
     data: st.DataObject, tmp_path_factory: pytest.TempPathFactory, decoder: Decoder
 ) -> None:
     session, path = _once(tmp_path_factory, decoder)
@@ -337,11 +337,11 @@ def test_one_byte_flipped_anywhere(
     damaged = path.parent / "damaged"
     damaged.write_bytes(whole)
     try:
-        found = session.load(damaged)
+        actual = session.load(damaged)
     except KvexportError:
         return
     # Space between header and data, or a state of a sequence that is as valid as the saved one.
-    assert at < 8 + int.from_bytes(path.read_bytes()[:8], "little") and found.lengths.tolist() == [30, 4]
+    assert at < 8 + int.from_bytes(path.read_bytes()[:8], "little") and actual.lengths.tolist() == [30, 4]
 
 
 _MADE: list[tuple[Session, Path]] = []
@@ -360,7 +360,7 @@ def _once(factory: pytest.TempPathFactory, decoder: Decoder) -> tuple[Session, P
     return _MADE[0]
 
 
-def test_a_cache_of_another_bundle_is_refused(opened: Opened, written: tuple[Session, Path]) -> None:
+def test_rejects_a_cache_of_another_bundle(opened: Opened, written: tuple[Session, Path]) -> None:
     _, path = written
     for session in (opened(), opened(BUDGET, "float16")):
         with pytest.raises(
@@ -369,7 +369,7 @@ def test_a_cache_of_another_bundle_is_refused(opened: Opened, written: tuple[Ses
             session.load(path)
 
 
-def test_an_engine_that_is_smaller_or_of_one_sequence(
+def test_rejects_a_cache_that_does_not_fit_the_engine(
     decoder: Decoder, device: SimulatedDevice, written: tuple[Session, Path], tmp_path: Path
 ) -> None:
     session, path = written
@@ -388,7 +388,7 @@ def test_an_engine_that_is_smaller_or_of_one_sequence(
         small.load(path)
 
 
-def test_places_where_nothing_is_or_can_be(opened: Opened, tmp_path: Path) -> None:
+def test_rejects_missing_files_and_impossible_paths(opened: Opened, tmp_path: Path) -> None:
     session = opened()
     cache = session.new_cache()
     for path in (tmp_path / "none", tmp_path, tmp_path / "none" / "c"):
@@ -400,7 +400,7 @@ def test_places_where_nothing_is_or_can_be(opened: Opened, tmp_path: Path) -> No
         cache.save(tmp_path)
 
 
-def test_a_write_that_fails_leaves_what_was_there(
+def test_failed_write_keeps_the_old_file(
     written: tuple[Session, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session, path = written

@@ -1,4 +1,4 @@
-"""Logits of a session: equal to the oracle's, whatever the batch, the chunks, and how the cache grew."""
+"""Logits of a session equal the reference's for any batch, chunk size and growth of the cache."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ def tokens(count: int, seed: int = 0) -> list[int]:
     return np.random.default_rng(seed).integers(0, 67, count).tolist()
 
 
-def test_score_equals_the_oracle(opened: Opened, decoder: Decoder) -> None:
+def test_score_equals_the_reference(opened: Opened, decoder: Decoder) -> None:
     ids = tokens(300)
     scored = opened().score([ids])
     assert scored.shape == (1, 300, 67) and scored.dtype == np.float32
-    wanted = exact_logits(decoder, ids)
-    assert np.abs(wanted).max() > 1
-    np.testing.assert_allclose(scored[0], wanted, **CLOSE)
+    expected = exact_logits(decoder, ids)
+    assert np.abs(expected).max() > 1
+    np.testing.assert_allclose(scored[0], expected, **CLOSE)
 
 
-def test_float16_bundle_is_near_the_oracle(decoder: Decoder, tmp_path: Path) -> None:
+def test_float16_bundle_is_close_to_the_reference(decoder: Decoder, tmp_path: Path) -> None:
     session = open_bundle(write_bundle(tmp_path / "half", decoder, dtype="float16"), threads=1)
     ids = tokens(40)
     np.testing.assert_allclose(session.score([ids])[0], exact_logits(decoder, ids), atol=0.05)
@@ -41,7 +41,7 @@ def test_float16_bundle_is_near_the_oracle(decoder: Decoder, tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 40, 1000])
-def test_chunks_change_nothing(opened: Opened, chunk: int) -> None:
+def test_chunk_size_does_not_change_logits(opened: Opened, chunk: int) -> None:
     ids = tokens(40)
     session, whole = opened(chunk=chunk), opened()
     np.testing.assert_allclose(session.prefill(ids), whole.prefill(ids), **CLOSE)
@@ -75,7 +75,7 @@ def test_decoding_equals_prefill_while_the_cache_grows(opened: Opened, decoder: 
     np.testing.assert_allclose(np.array(stepped), exact_logits(decoder, ids), **CLOSE)
 
 
-def test_sequence_that_is_not_active_stays_as_it_is(opened: Opened) -> None:
+def test_inactive_sequence_does_not_change(opened: Opened) -> None:
     session, alone = opened(), opened()
     prompts = [tokens(5, seed=1), tokens(9, seed=2)]
     session.prefill(prompts)
@@ -86,7 +86,7 @@ def test_sequence_that_is_not_active_stays_as_it_is(opened: Opened) -> None:
     np.testing.assert_allclose(session.step([7, 7])[0], alone.step([7])[0], **CLOSE)
 
 
-def test_full_sequence_beside_one_that_goes_on(opened: Opened) -> None:
+def test_continues_beside_a_full_sequence(opened: Opened) -> None:
     session, alone = opened(), opened()
     prompts = [tokens(600, seed=1), tokens(3, seed=2)]
     logits = session.prefill(prompts)
@@ -96,7 +96,7 @@ def test_full_sequence_beside_one_that_goes_on(opened: Opened) -> None:
     np.testing.assert_allclose(again[1], alone.step([5])[0], **CLOSE)
 
 
-def test_prefill_forgets_what_was_before(opened: Opened) -> None:
+def test_prefill_starts_from_an_empty_cache(opened: Opened) -> None:
     session = opened()
     first = session.prefill(tokens(20))
     session.prefill([tokens(500, seed=4), tokens(3, seed=5)])
@@ -105,7 +105,7 @@ def test_prefill_forgets_what_was_before(opened: Opened) -> None:
     assert session.memory().capacity == 256 and session.memory().batch == 1
 
 
-def test_logits_are_the_callers_own(opened: Opened) -> None:
+def test_returned_logits_are_not_overwritten(opened: Opened) -> None:
     session = opened()
     first = session.prefill(tokens(3))
     kept = [first, session.step([1]), session.step([2])]
@@ -116,7 +116,7 @@ def test_logits_are_the_callers_own(opened: Opened) -> None:
         np.testing.assert_array_equal(logits, copy)
 
 
-def test_memory_says_what_is_allocated(opened: Opened) -> None:
+def test_memory_reports_allocated_bytes(opened: Opened) -> None:
     session = opened()
     session.prefill([tokens(3), tokens(300, seed=1)])
     memory = session.memory()
@@ -131,7 +131,7 @@ def test_memory_says_what_is_allocated(opened: Opened) -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompts", "said"),
+    ("prompts", "text"),
     [
         ([], "at least one prompt"),
         ([[]], "empty"),
@@ -144,38 +144,36 @@ def test_memory_says_what_is_allocated(opened: Opened) -> None:
         ([1] * 601, "601 tokens"),
     ],
 )
-def test_prompts_that_cannot_be_read(opened: Opened, prompts: list[object], said: str) -> None:
+def test_rejects_invalid_prompts(opened: Opened, prompts: list[object], text: str) -> None:
     session = opened()
     session.prefill([4, 5])
-    with pytest.raises(UsageError, match=said):
+    with pytest.raises(UsageError, match=text):
         session.prefill(prompts)  # type: ignore[arg-type]
     assert session.lengths.tolist() == [2]  # as it was before
 
 
-def test_refused_steps_change_nothing(opened: Opened) -> None:
+def test_rejected_steps_change_nothing(opened: Opened) -> None:
     session = opened()
     session.prefill([tokens(600), tokens(3)])
-    for ids, said in (
+    for ids, text in (
         ([1], "2"),
         ([1, 2, 3], "2"),
         ([1, 67], "vocabulary"),
         ([-1, 1], "vocabulary"),
         ([1, 1], "601 tokens"),
     ):
-        with pytest.raises(UsageError, match=said):
+        with pytest.raises(UsageError, match=text):
             session.step(ids)
     assert session.lengths.tolist() == [600, 3]
 
 
-def test_score_refuses_what_is_no_batch(opened: Opened) -> None:
+def test_score_rejects_anything_but_a_batch(opened: Opened) -> None:
     for ids in ([1, 2], [[]], [[1], [2, 3]], [[1] * 601], [[67]]):
         with pytest.raises(UsageError):
             opened().score(ids)
 
 
-def test_too_long_prompt_names_the_option_that_helps(
-    decoder: Decoder, tiny_bundle: Path, tmp_path: Path
-) -> None:
+def test_error_of_a_long_prompt_names_the_fix(decoder: Decoder, tiny_bundle: Path, tmp_path: Path) -> None:
     session = open_bundle(tiny_bundle, threads=1)  # the model was trained for 1024 positions
     with pytest.raises(UsageError, match="--capacity 700"):
         session.prefill([1] * 700)
@@ -184,7 +182,7 @@ def test_too_long_prompt_names_the_option_that_helps(
         whole.prefill([1] * 1025)
 
 
-def test_options_out_of_range(tiny_bundle: Path) -> None:
+def test_rejects_options_out_of_range(tiny_bundle: Path) -> None:
     for options, message in (({"threads": 0}, "threads"), ({"chunk": 0}, "chunk must be at least 1")):
         with pytest.raises(UsageError, match=message):
             Session(Bundle.open(tiny_bundle), **options)
@@ -192,8 +190,8 @@ def test_options_out_of_range(tiny_bundle: Path) -> None:
         Session(Bundle.open(tiny_bundle), threads=1).reset(0)
 
 
-def test_cache_that_memory_cannot_hold(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Refused with the numbers; what was cached is still there."""
+def test_reports_that_memory_is_exhausted(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The error has the numbers, and the cache is unchanged."""
     session, alone = opened(), opened()
     ids = tokens(256)
     session.prefill(ids)
@@ -214,7 +212,7 @@ def test_cache_that_memory_cannot_hold(opened: Opened, monkeypatch: pytest.Monke
     assert session.memory().capacity == 512
 
 
-def test_new_slots_hold_zeros_or_the_fill(tiny_bundle: Path) -> None:
+def test_new_slots_are_zero_or_filled(tiny_bundle: Path) -> None:
     bundle = Bundle.open(tiny_bundle)
     cache = KvCache(bundle, 1, "float32", fill=3.0, step=10)
     cache.reserve(4)

@@ -32,7 +32,7 @@ def built(
     plan: Callable[[CompressionPlan], CompressionPlan] = lambda plan: plan,
     **options: Any,
 ) -> tuple[BuildReport, Decoder]:
-    """The report, and the converted model whose layers were written to the graph."""
+    """The report, and the converted model."""
     layers: list[Layer] = []
 
     def record(layer: Layer) -> Layer:
@@ -68,7 +68,7 @@ def greedy(decoder: Decoder, prompt: list[int], steps: int) -> tuple[int, ...]:
     ],
     ids=["equal widths", "unequal widths", "folded", "normalised keys"],
 )
-def test_a_built_bundle_generates_what_the_converted_model_does(
+def test_built_bundle_equals_the_converted_model(
     family: str,
     options: dict[str, Any],
     tiny_checkpoint: Callable[..., Path],
@@ -84,9 +84,9 @@ def test_a_built_bundle_generates_what_the_converted_model_does(
     assert [
         (each.num_key_value_heads, each.key_head_dim, each.value_head_dim) for each in session.bundle.layers
     ] == shapes
-    wanted = [greedy(decoder, prompt, 10) for prompt in PROMPTS]
-    assert [made.token_ids for made in session.generate(PROMPTS, max_new_tokens=10, stop=())] == wanted
-    for prompt, tokens in zip(PROMPTS, wanted, strict=True):
+    expected = [greedy(decoder, prompt, 10) for prompt in PROMPTS]
+    assert [made.token_ids for made in session.generate(PROMPTS, max_new_tokens=10, stop=())] == expected
+    for prompt, tokens in zip(PROMPTS, expected, strict=True):
         ids = [*prompt, *tokens]
         np.testing.assert_allclose(session.score([ids])[0], logits(decoder, ids), rtol=0, atol=2e-4)
     per_token = sum(heads * (key + value) for heads, key, value in shapes) * 4
@@ -96,19 +96,19 @@ def test_a_built_bundle_generates_what_the_converted_model_does(
     trained = load_decoder(tiny_checkpoint(family, **SIZES))
     assert [
         greedy(trained, prompt, 10) for prompt in PROMPTS
-    ] != wanted  # a control: conversion changed something
+    ] != expected  # a control: conversion changed something
 
 
 @pytest.mark.slow
-def test_auto_gives_layers_of_either_method_to_one_bundle(
+def test_auto_mixes_methods_in_one_bundle(
     tiny_checkpoint: Callable[..., Path],
     edit_checkpoint: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
-    """A model in which one layer's keys fold without loss, and whose other layers are left to the survey."""
+    """A model in which the keys of one layer fold without loss."""
 
     def alternate(plan: CompressionPlan) -> CompressionPlan:
-        """The plan with the methods fold and online in turn."""
+        """The plan with the methods fold and online alternating."""
         methods = methods_for("auto", load_decoder(source).layers[0].attention)
         by_name = {method.name: method for method in methods}
         layer_plans = [

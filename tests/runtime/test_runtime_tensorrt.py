@@ -36,7 +36,7 @@ def tokens(count: int, seed: int = 0) -> list[int]:
 
 @pytest.fixture(scope="module")
 def bundles(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """A bundle of capacity 64 with an engine of capacity 60, by lowering; never written to."""
+    """A bundle of capacity 64 with an engine of capacity 60, by lowering; shared."""
     folder = tmp_path_factory.mktemp("engines")
     made: dict[str, Path] = {}
 
@@ -51,7 +51,7 @@ def bundles(decoder: Decoder, tmp_path_factory: pytest.TempPathFactory) -> Calla
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimulatedDevice]:
-    """The machine's only GPU, and the TensorRT that is installed."""
+    """A simulated GPU and TensorRT."""
     simulated = SimulatedDevice()
     monkeypatch.setattr("kvexport.runtime.backends.cuda.Cuda", lambda: simulated)
     monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(simulated))
@@ -77,7 +77,7 @@ def _engine_decoder(session: Session) -> TensorRtDecoder:
 
 
 def _wrong(session: Session, decoder: Decoder) -> float:
-    """The largest difference of logits from the oracle's, over a prefill of several chunks and ten steps."""
+    """The largest difference from the reference's logits, over a prefill in chunks and ten steps."""
     ids = tokens(2 * CHUNK + 15)
     prompt, rest = ids[:-10], ids[-10:]
     measured = [session.prefill(prompt)[0], *(session.step([token])[0] for token in rest)]
@@ -91,12 +91,12 @@ def test_prefill_and_steps_equal_the_oracle(bundle: Path, device: SimulatedDevic
         assert _wrong(session, decoder) < 1e-4
 
 
-def test_score_equals_the_oracle(bundle: Path, device: SimulatedDevice, decoder: Decoder) -> None:
+def test_score_equals_the_reference(bundle: Path, device: SimulatedDevice, decoder: Decoder) -> None:
     ids = tokens(CAPACITY)
     np.testing.assert_allclose(_opened(bundle).score([ids])[0], exact_logits(decoder, ids), **CLOSE)
 
 
-def test_text_is_that_of_the_cpu(
+def test_generated_text_equals_the_cpus(
     tiny_checkpoint: Callable[..., Path], tmp_path: Path, device: SimulatedDevice
 ) -> None:
     made = decoder_with_fewer_heads(
@@ -143,9 +143,7 @@ def test_steps_replay_one_graph_and_allocate_nothing(bundle: Path, device: Simul
     assert (device.allocations, _addresses(session)) == (allocations, addresses)
 
 
-def test_without_capture_it_runs_all_the_same(
-    bundle: Path, device: SimulatedDevice, decoder: Decoder
-) -> None:
+def test_runs_without_graph_capture(bundle: Path, device: SimulatedDevice, decoder: Decoder) -> None:
     device.capturable = False
     assert _wrong(_opened(bundle), decoder) < 1e-4
     assert "launch" not in device.done
@@ -153,32 +151,35 @@ def test_without_capture_it_runs_all_the_same(
 
 def test_caches_are_bound_at_one_address(device: SimulatedDevice, bundles: Callable[[str], Path]) -> None:
     made = _engine_decoder(_opened(bundles("std24")))
-    for calls in (made._decode, made._prefill):
+    for calls in (made.decode_calls, made.prefill_calls):
         for name, buffer in made.cache.buffers.items():
             bound = calls.context.addresses
             assert bound[name] == bound[name.replace("past_key_values", "present")] == buffer.address
-    scratches = {calls.context.scratch for calls in (made._decode, made._prefill)}
-    assert len(scratches) == 1 and (made._decode.context.profile, made._prefill.context.profile) == (0, 1)
+    scratches = {calls.context.scratch for calls in (made.decode_calls, made.prefill_calls)}
+    assert len(scratches) == 1 and (
+        made.decode_calls.context.profile,
+        made.prefill_calls.context.profile,
+    ) == (0, 1)
 
 
-def test_memory_is_the_engines_and_the_drivers(bundle: Path, device: SimulatedDevice) -> None:
+def test_reports_memory_of_engine_and_driver(bundle: Path, device: SimulatedDevice) -> None:
     session = _opened(bundle)
     memory = session.memory()
     per_token = 4 * (4 * 16 + 2 * (12 + 16))
     assert memory.capacity == memory.capacity_limit == CAPACITY  # allocated from the start
     assert memory.bytes_allocated == memory.bytes_limit == CAPACITY * per_token
-    found = memory.device
-    assert found is not None and found.name == "Simulated"
-    assert (found.weights, found.loaded, found.activations, found.kv) == (
+    actual = memory.device
+    assert actual is not None and actual.name == "Simulated"
+    assert (actual.weights, actual.loaded, actual.activations, actual.kv) == (
         4096,
         4096,
         5000,
         CAPACITY * per_token,
     )
-    assert found.free == found.total - device.used and device.used > 4096 + 5000 + found.kv
+    assert actual.free == actual.total - device.used and device.used > 4096 + 5000 + actual.kv
 
 
-def test_more_than_one_sequence_is_refused(bundle: Path, device: SimulatedDevice) -> None:
+def test_rejects_more_than_one_sequence(bundle: Path, device: SimulatedDevice) -> None:
     session = _opened(bundle)
     session.prefill([1, 2])
     with pytest.raises(
@@ -187,7 +188,7 @@ def test_more_than_one_sequence_is_refused(bundle: Path, device: SimulatedDevice
         session.prefill([[1], [2]])
 
 
-def test_a_nan_of_the_last_text_does_not_haunt_the_next(bundle: Path, device: SimulatedDevice) -> None:
+def test_clears_nan_of_the_previous_text(bundle: Path, device: SimulatedDevice) -> None:
     session = _opened(bundle)
     sound = session.prefill([1, 2, 3])
     for buffer in session.core.decoder.cache.buffers.values():
@@ -196,12 +197,12 @@ def test_a_nan_of_the_last_text_does_not_haunt_the_next(bundle: Path, device: Si
     np.testing.assert_array_equal(session.prefill([1, 2, 3]), sound)
 
 
-# What a wrong runtime would do, and the real ones would not say.
+# Injected faults, which real libraries do not report.
 
 
 def _not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Output caches at addresses of their own."""
-    real = runtime._Calls.__init__
+    """Output caches have addresses of their own."""
+    real = runtime.ContextCalls.__init__
 
     def elsewhere(
         self: Any,
@@ -210,26 +211,26 @@ def _not_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         log: Any,
         vocab: int,
         bound: dict[str, int],
-        told: Any,
+        report: Any,
         **options: Any,
     ) -> None:
         apart = {
             name: storage.device.allocate(1 << 16) if "present" in name else address
             for name, address in bound.items()
         }
-        real(self, context, storage, log, vocab, apart, told, **options)
+        real(self, context, storage, log, vocab, apart, report, **options)
 
-    monkeypatch.setattr(runtime._Calls, "__init__", elsewhere)
+    monkeypatch.setattr(runtime.ContextCalls, "__init__", elsewhere)
 
 
 def _no_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda *arguments: None)
+    monkeypatch.setattr(TensorRtDecoder, "write_updates", lambda *arguments: None)
 
 
 def _one_slot_late(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = TensorRtDecoder._write_updates
+    real = TensorRtDecoder.write_updates
     monkeypatch.setattr(
-        TensorRtDecoder, "_write_updates", lambda self, start, count: real(self, start + 1, count)
+        TensorRtDecoder, "write_updates", lambda self, start, count: real(self, start + 1, count)
     )
 
 
@@ -251,7 +252,7 @@ def _one_head_less(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _stale_positions(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A replayed step that leaves out an upload."""
+    """A replayed step leaves out an upload."""
     real = SimulatedDevice.launch
 
     def launch(self: SimulatedDevice, graph: Any) -> None:
@@ -271,7 +272,7 @@ def _stale_positions(monkeypatch: pytest.MonkeyPatch) -> None:
         ("decomposed17", _stale_positions),
     ],
 )
-def test_wrong_runtimes_are_seen(
+def test_detects_injected_faults(
     lowering: str,
     fault: Callable[[pytest.MonkeyPatch], None],
     bundles: Callable[[str], Path],
@@ -283,20 +284,20 @@ def test_wrong_runtimes_are_seen(
     assert _wrong(_opened(bundles(lowering)), decoder) > 1e-2
 
 
-def test_wrong_profile_is_refused(
+def test_rejects_a_size_outside_the_profile(
     bundle: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     session = _opened(bundle)
     made = _engine_decoder(session)
-    made._prefill = made._decode
+    made.prefill_calls = made.decode_calls
     with pytest.raises(CannotRunHere, match="rejects 5 as a size of input_ids"):
         session.prefill(tokens(5))
 
 
-def test_writes_beyond_the_cache_are_stopped_before_the_engine(
+def test_rejects_writes_beyond_the_cache(
     bundle: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The decoder's own bound, whatever the session let through; without it the engine would be asked."""
+    """The decoder checks the bound itself, independently of the session."""
     made = _engine_decoder(_opened(bundle))
     beyond = np.arange(CAPACITY - 1, CAPACITY + 1)[None]
     with pytest.raises(UsageError, match="61 tokens"):
@@ -306,33 +307,33 @@ def test_writes_beyond_the_cache_are_stopped_before_the_engine(
         made.run(np.ones((1, 2), np.int64), beyond, np.array([[1]]))
 
 
-def test_waiting_too_late_is_seen(bundle: Path, device: SimulatedDevice, decoder: Decoder) -> None:
-    """A control of the simulation: logits read before the stream was waited for are not the logits."""
+def test_detects_a_late_synchronisation(bundle: Path, device: SimulatedDevice, decoder: Decoder) -> None:
+    """Control of the simulation: logits that are read before synchronising are wrong."""
     session = _opened(bundle)
     made = _engine_decoder(session)
     device.synchronize()
     real, device.synchronize = device.synchronize, lambda: None  # type: ignore[method-assign]
-    made._decode._captures = False
+    made.decode_calls.captures = False
     early = made.run(np.array([[1]]), np.array([[0]]), np.array([[0]])).copy()
     real()
-    assert np.isnan(early).all() and np.isfinite(made._decode._host_logits()).all()
+    assert np.isnan(early).all() and np.isfinite(made.decode_calls.host_logits()).all()
 
 
 def test_rtx_compiles_the_decode_step_before_it_is_captured(bundle: Path, device: SimulatedDevice) -> None:
     module = sys.modules["tensorrt"]
-    for strategies, wanted in ((None, "LAZY"), (SimpleNamespace(EAGER="EAGER"), "EAGER")):
+    for strategies, expected in ((None, "LAZY"), (SimpleNamespace(EAGER="EAGER"), "EAGER")):
         if strategies is not None:
             module.DynamicShapesKernelSpecializationStrategy = strategies  # type: ignore[attr-defined]
         made = _engine_decoder(_opened(bundle))
-        found = [
+        actual = [
             calls.context.config.dynamic_shapes_kernel_specialization_strategy
-            for calls in (made._decode, made._prefill)
+            for calls in (made.decode_calls, made.prefill_calls)
         ]
-        assert found == [wanted, "LAZY"]
+        assert actual == [expected, "LAZY"]
 
 
 def test_the_log_outlives_the_decoder_that_came_first(bundle: Path, device: SimulatedDevice) -> None:
-    """TensorRT goes on calling the first log while a later runtime lives."""
+    """TensorRT keeps calling the first log while a later runtime exists."""
     first = _opened(bundle)
     log = weakref.ref(_engine_decoder(first)._log)
     second = _opened(bundle)
@@ -341,10 +342,10 @@ def test_the_log_outlives_the_decoder_that_came_first(bundle: Path, device: Simu
     assert log() is _engine_decoder(second)._log
 
 
-# Which engine, and why not.
+# Choice of the engine.
 
 
-def test_engines_that_do_not_fit_are_each_named(
+def test_names_every_engine_that_does_not_run_here(
     decoder: Decoder, tmp_path: Path, device: SimulatedDevice
 ) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
@@ -358,11 +359,11 @@ def test_engines_that_do_not_fit_are_each_named(
     add_engine(bundle, target="d", batch=2)
     with pytest.raises(CannotRunHere) as refused:
         _opened(bundle)
-    said = str(refused.value)
-    assert "a was built for compute capability 8.9 or 12.0, and Simulated has 8.7" in said
-    assert "b was built with tensorrt 10.3.0, here is 10.16.2" in said
-    assert "c was built with tensorrt-rtx 0.1, here is" in said or "c needs tensorrt-rtx 0.1" in said
-    assert "d was built for 2 sequences" in said
+    message = str(refused.value)
+    assert "a was built for compute capability 8.9 or 12.0, and Simulated has 8.7" in message
+    assert "b was built with tensorrt 10.3.0, here is 10.16.2" in message
+    assert "c was built with tensorrt-rtx 0.1, here is" in message or "c needs tensorrt-rtx 0.1" in message
+    assert "d was built for 2 sequences" in message
     assert open_bundle(bundle).provider == "cpu"  # "auto" goes on
     add_engine(bundle, target="e")
     assert _opened(bundle).provider == "tensorrt"
@@ -383,7 +384,9 @@ def test_version_compatible_and_hardware_compatible_plans(
     assert _opened(bundle).provider == "tensorrt"
 
 
-def test_engine_of_another_bundle(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
+def test_rejects_an_engine_of_another_bundle(
+    decoder: Decoder, tmp_path: Path, device: SimulatedDevice
+) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
     add_engine(bundle, manifest_sha256="0" * 64)
     for provider in ("tensorrt", "auto"):
@@ -392,7 +395,7 @@ def test_engine_of_another_bundle(decoder: Decoder, tmp_path: Path, device: Simu
     assert open_bundle(bundle, provider="cpu").provider == "cpu"
 
 
-def test_damaged_plans(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
+def test_rejects_damaged_plans(decoder: Decoder, tmp_path: Path, device: SimulatedDevice) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
     plan = add_engine(bundle) / "decoder.plan"
     whole = plan.read_bytes()
@@ -406,7 +409,7 @@ def test_damaged_plans(decoder: Decoder, tmp_path: Path, device: SimulatedDevice
         open_bundle(bundle, provider="tensorrt", verify=False)
 
 
-def test_weights_are_hashed_only_where_they_are_read(
+def test_hashes_weights_only_if_they_are_read(
     decoder: Decoder, tmp_path: Path, device: SimulatedDevice
 ) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
@@ -421,7 +424,7 @@ def test_weights_are_hashed_only_where_they_are_read(
 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
-def test_an_engine_without_weights_gets_the_bundles(
+def test_refits_an_engine_without_weights(
     lowering: str, decoder: Decoder, tmp_path: Path, device: SimulatedDevice
 ) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
@@ -440,40 +443,40 @@ def test_an_engine_without_weights_gets_the_bundles(
 
 
 @pytest.mark.parametrize(
-    ("change", "said"),
+    ("change", "message"),
     [
         ({"capacity": 50}, r"past_key_values\.\d\.(key|value)"),  # the plan's is 64
         ({"lowering": "decomposed17"}, "inputs and outputs of its lowering"),
     ],
 )
-def test_engine_that_is_not_as_recorded(
-    change: dict[str, Any], said: str, decoder: Decoder, tmp_path: Path, device: SimulatedDevice
+def test_rejects_an_engine_that_contradicts_its_record(
+    change: dict[str, Any], message: str, decoder: Decoder, tmp_path: Path, device: SimulatedDevice
 ) -> None:
     bundle = write_bundle(tmp_path / "b", decoder)
     folder = add_engine(bundle)
     record = read_record(folder)
     write_record(folder, type(record)(**{**vars(record), **change}))
-    with pytest.raises(BundleError, match=said):
+    with pytest.raises(BundleError, match=message):
         _opened(bundle)
 
 
-def test_engine_that_does_not_write_in_place(
+def test_rejects_an_engine_that_does_not_write_in_place(
     bundles: Callable[[str], Path], device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("support.simulated_device._Engine._aliased", lambda self, name: None)
+    monkeypatch.setattr("support.simulated_device.SimulatedEngine._aliased", lambda self, name: None)
     with pytest.raises(BundleError, match="must write the cache in place"):
         _opened(bundles("std24"))
     monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(device, aliasing=False))
     assert _opened(bundles("std24")).provider == "tensorrt"  # older versions cannot be asked
 
 
-def test_too_little_device_memory(bundle: Path, device: SimulatedDevice) -> None:
+def test_not_enough_device_memory(bundle: Path, device: SimulatedDevice) -> None:
     device.total = 10_000
     with pytest.raises(CannotRunHere, match=r"not enough (device )?memory"):
         _opened(bundle)
 
 
-def test_memory_is_given_back_at_once(bundle: Path, device: SimulatedDevice) -> None:
+def test_releases_memory_at_once(bundle: Path, device: SimulatedDevice) -> None:
     session = _opened(bundle)
     session.score([tokens(20)])
     held = device.used
@@ -481,7 +484,9 @@ def test_memory_is_given_back_at_once(bundle: Path, device: SimulatedDevice) -> 
     assert device.used == 4096 < held  # the simulated engine's own
 
 
-def test_garbage_in_the_cache_is_never_seen(bundle: Path, device: SimulatedDevice, decoder: Decoder) -> None:
+def test_results_do_not_depend_on_unwritten_slots(
+    bundle: Path, device: SimulatedDevice, decoder: Decoder
+) -> None:
     opened = Bundle.open(bundle)
     chosen = choose(opened, "tensorrt")
     assert chosen.engine is not None

@@ -13,7 +13,13 @@ from typing import Any
 import pytest
 import torch
 from support.decoders import make_decoder
-from support.simulated_device import SimulatedDevice, _Context, _Engine, _RuntimeConfig, simulated_tensorrt
+from support.simulated_device import (
+    SimulatedContext,
+    SimulatedDevice,
+    SimulatedEngine,
+    SimulatedRuntimeConfig,
+    simulated_tensorrt,
+)
 from support.tiny_bundles import write_bundle
 
 import kvexport.runtime
@@ -29,11 +35,11 @@ def trt() -> Any:
     return pytest.importorskip("tensorrt_rtx")
 
 
-def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
+def test_simulated_api_equals_the_real_one(trt: Any) -> None:
     for simulated, real in (
-        (_Engine, trt.ICudaEngine),
-        (_Context, trt.IExecutionContext),
-        (_RuntimeConfig, trt.IRuntimeConfig),
+        (SimulatedEngine, trt.ICudaEngine),
+        (SimulatedContext, trt.IExecutionContext),
+        (SimulatedRuntimeConfig, trt.IRuntimeConfig),
     ):
         public = {name for name in vars(simulated) if not name.startswith("_")} - {
             "shape"
@@ -49,8 +55,8 @@ def test_what_is_simulated_is_the_real_thing(trt: Any) -> None:
     assert trt.EngineStat.TOTAL_WEIGHTS_SIZE is not None
 
 
-def test_everything_that_the_runtime_calls_is_there(trt: Any) -> None:
-    """By name, from the runtime's own text."""
+def test_tensorrt_has_all_that_the_runtime_calls(trt: Any) -> None:
+    """By name, from the source code of the runtime."""
     folder = Path(kvexport.runtime.__file__).parent
     text = "".join(
         (folder / name).read_text(encoding="utf-8")
@@ -70,8 +76,8 @@ def test_everything_that_the_runtime_calls_is_there(trt: Any) -> None:
 
 
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
-def test_no_input_or_output_must_be_in_the_hosts_memory(trt: Any, lowering: str, tmp_path: Path) -> None:
-    """TensorRT wants tensors that shapes are computed from on the host; ours are all on the device."""
+def test_all_inputs_and_outputs_are_in_device_memory(trt: Any, lowering: str, tmp_path: Path) -> None:
+    """TensorRT needs tensors that determine shapes in host memory; these graphs have none."""
     from kvexport.engine.engine_graph import fix_sizes
     from kvexport.engine.library import load_library
     from kvexport.engine.plan import parse
@@ -91,10 +97,10 @@ def test_no_input_or_output_must_be_in_the_hosts_memory(trt: Any, lowering: str,
 
 
 @pytest.mark.slow
-def test_an_engine_that_does_not_load_says_what_tensorrt_says(
+def test_load_error_quotes_tensorrt(
     trt: Any, decoder: Decoder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A real plan, and TensorRT's real answer where there is no driver."""
+    """A real plan, and TensorRT's error on a machine without a driver."""
     from kvexport.devices.gpu import find_gpu
     from kvexport.engine.build import build_engine
 

@@ -1,4 +1,4 @@
-"""Streamed text: the same characters as decoding all at once, none of them torn, whatever the tokenizer."""
+"""Streamed text: the same characters as decoding at once, none of them split, for any tokenizer."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from kvexport.runtime.tokenizer import TextStream, Tokenizer
 
 
 def sentence_pieces() -> Backend:
-    """Words with a leading mark, special tokens, and bytes for all else, as Llama 2 decodes them."""
+    """Words with a leading mark, special tokens and byte tokens, as in Llama 2."""
     words = ["▁Once", "▁upon", "▁a", "▁time", "▁", "a", "é", ",", "s", "ing"]
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *words]
     backend = Backend(
@@ -61,7 +61,7 @@ def torn(piece: str) -> bool:
 @pytest.mark.parametrize("name", ["bytes", "metaspace"])
 @settings(max_examples=150, deadline=None)
 @given(data=st.data())
-def test_pieces_of_any_tokens_make_the_whole_text(name: str, data: st.DataObject) -> None:
+def test_pieces_of_any_tokens_join_to_the_whole_text(name: str, data: st.DataObject) -> None:
     """Random tokens are often invalid UTF-8: the stream may delay them, but drops and repeats nothing."""
     tokenizer = Tokenizer(BACKENDS[name])
     token = st.integers(0, BACKENDS[name].get_vocab_size() - 1)
@@ -75,8 +75,8 @@ def test_pieces_of_any_tokens_make_the_whole_text(name: str, data: st.DataObject
 
 @settings(max_examples=300, deadline=None)
 @given(data=st.data())
-def test_pieces_of_words_and_characters_in_bytes_make_the_whole_text(data: st.DataObject) -> None:
-    """Runs of byte tokens longer than the stream's memory: it never begins to decode within a character."""
+def test_pieces_of_words_and_byte_tokens_join_to_the_whole_text(data: st.DataObject) -> None:
+    """Runs of byte tokens longer than the stream's context: decoding never starts within a character."""
     backend = BACKENDS["sentencepiece"]
     tokenizer = Tokenizer(backend)
     words = st.integers(backend.token_to_id("▁Once"), backend.get_vocab_size() - 1).map(lambda token: [token])
@@ -92,17 +92,17 @@ def test_pieces_of_words_and_characters_in_bytes_make_the_whole_text(data: st.Da
 
 @settings(max_examples=100, deadline=None)
 @given(st.text(st.sampled_from("aé日🙂 \u0301\u200d🏳️🌈ß"), min_size=1, max_size=40))
-def test_whole_characters_come_as_soon_as_they_are_whole(text: str) -> None:
+def test_returns_characters_as_soon_as_they_are_complete(text: str) -> None:
     tokenizer = Tokenizer(BACKENDS["bytes"])
     ids = tokenizer.encode(text)
     pieces = streamed(tokenizer, [], ids)
     assert "".join(pieces) == text and not any(map(torn, pieces))
     assert pieces[-1] == ""  # nothing was left for the end
-    for count, said in enumerate(itertools.accumulate(pieces[:-1]), 1):
-        assert tokenizer.decode(ids[:count]).rstrip("\ufffd") == said
+    for count, message in enumerate(itertools.accumulate(pieces[:-1]), 1):
+        assert tokenizer.decode(ids[:count]).rstrip("\ufffd") == message
 
 
-def test_spaces_between_words_survive() -> None:
+def test_keeps_spaces_between_words() -> None:
     backend = BACKENDS["sentencepiece"]
     tokenizer = Tokenizer(backend)
     once, upon, a, time = (backend.token_to_id(word) for word in ("▁Once", "▁upon", "▁a", "▁time"))
@@ -110,7 +110,7 @@ def test_spaces_between_words_survive() -> None:
     assert streamed(tokenizer, [1], [once, upon]) == ["Once", " upon", ""]  # a text has no leading space
 
 
-def test_character_in_bytes_and_one_cut_off_at_the_end() -> None:
+def test_joins_byte_tokens_and_returns_an_incomplete_character_at_the_end() -> None:
     tokenizer = Tokenizer(BACKENDS["sentencepiece"])
     smile = byte_ids("🙂")
     assert streamed(tokenizer, [1], smile) == ["", "", "", "🙂", ""]
@@ -118,13 +118,13 @@ def test_character_in_bytes_and_one_cut_off_at_the_end() -> None:
     assert held == ["", ""] and torn(rest)
 
 
-def test_prompt_that_ends_within_a_character() -> None:
+def test_prompt_may_end_within_a_character() -> None:
     tokenizer = Tokenizer(BACKENDS["sentencepiece"])
     smile = byte_ids("🙂")
     assert "".join(streamed(tokenizer, [1, *smile[:2]], smile[2:])) == "🙂"
 
 
-def test_special_tokens_are_not_said() -> None:
+def test_special_tokens_are_left_out() -> None:
     tokenizer = Tokenizer(BACKENDS["bytes"])
     assert (
         "".join(streamed(tokenizer, [], [*tokenizer.encode("Once"), 0, *tokenizer.encode(" upon")]))

@@ -21,7 +21,7 @@ Opened = Callable[..., Session]
 
 
 def together(*calls: Callable[[], Any]) -> list[Any]:
-    """What each call gives, all begun at once, each in a thread of its own."""
+    """Results of calls that are started at the same time, each in its own thread."""
     begin = threading.Barrier(len(calls))
 
     def run(call: Callable[[], Any]) -> Any:
@@ -32,18 +32,18 @@ def together(*calls: Callable[[], Any]) -> list[Any]:
         return [future.result() for future in [pool.submit(run, call) for call in calls]]
 
 
-def test_generations_without_a_cache_take_turns(opened: Opened) -> None:
+def test_concurrent_generations_run_one_after_another(opened: Opened) -> None:
     session = opened()
     alone = [session.generate(prompt, max_new_tokens=15, stop=[]) for prompt in PROMPTS]
     for _ in range(3):
-        found = together(
+        actual = together(
             *(lambda p=prompt: session.generate(p, max_new_tokens=15, stop=[]) for prompt in PROMPTS)
         )  # type: ignore[misc]
-        assert found == alone
+        assert actual == alone
 
 
-def test_conversations_in_threads_are_each_as_if_alone(text_bundle: Path) -> None:
-    """Streams let others in between their pieces; steps and prompts go on where their cache is."""
+def test_conversations_in_threads_do_not_affect_each_other(text_bundle: Path) -> None:
+    """Streams release the session between their pieces; steps and prompts continue their own cache."""
     session = open_bundle(text_bundle, threads=1)
     texts = ["Once upon", "naïve 日本", "a café"]
     alone = [session.generate(text, max_new_tokens=30, stop=[]).text for text in texts]
@@ -55,14 +55,14 @@ def test_conversations_in_threads_are_each_as_if_alone(text_bundle: Path) -> Non
         cache = session.new_cache()
         return [session.step([token], cache=cache)[0].argmax() for token in range(30)]
 
-    wanted = step()
+    expected = step()
     for _ in range(3):
-        *said, stepped = together(*map(talk, texts), step)
-        assert said == alone and stepped == wanted
+        *message, stepped = together(*map(talk, texts), step)
+        assert message == alone and stepped == expected
 
 
-def test_what_calls_take_turns_by_is_needed(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A control: without the lock two calls are in the decoder at once."""
+def test_detects_a_missing_lock(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Control: without the lock two calls are in the decoder at once."""
     inside, most = [0], [0]
     real = OrtDecoder.run
 
@@ -88,7 +88,7 @@ def test_what_calls_take_turns_by_is_needed(opened: Opened, monkeypatch: pytest.
 
 
 @pytest.mark.parametrize("with_cache", [True, False])
-def test_a_stream_whose_sequences_another_call_used_says_so(text_bundle: Path, with_cache: bool) -> None:
+def test_stream_rejects_sequences_that_another_call_changed(text_bundle: Path, with_cache: bool) -> None:
     session = open_bundle(text_bundle, threads=1)
     cache = session.new_cache() if with_cache else None
     for come_between in (
@@ -111,7 +111,7 @@ def test_a_stream_whose_sequences_another_call_used_says_so(text_bundle: Path, w
     assert "".join(stream)  # another cache is nobody else's business
 
 
-def test_a_stream_that_is_left_can_be_gone_on_with(text_bundle: Path) -> None:
+def test_continues_after_an_abandoned_stream(text_bundle: Path) -> None:
     session = open_bundle(text_bundle, threads=1)
     whole = session.generate("Once upon", max_new_tokens=20, stop=[])
     cache = session.new_cache()
@@ -123,9 +123,7 @@ def test_a_stream_that_is_left_can_be_gone_on_with(text_bundle: Path) -> None:
     assert (*done, *rest.token_ids) == whole.token_ids
 
 
-def test_close_waits_for_the_call_that_is_going_on(
-    text_bundle: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_close_waits_for_the_running_call(text_bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     session, inside, leave = open_bundle(text_bundle, threads=1), threading.Event(), threading.Event()
     real = OrtDecoder.run
 
@@ -147,7 +145,7 @@ def test_close_waits_for_the_call_that_is_going_on(
         session.step([1])
 
 
-def test_a_stream_of_a_session_that_was_closed(text_bundle: Path) -> None:
+def test_stream_of_a_closed_session_is_an_error(text_bundle: Path) -> None:
     session = open_bundle(text_bundle, threads=1)
     stream = session.stream("Once upon", max_new_tokens=30, stop=[])
     next(stream)

@@ -1,4 +1,4 @@
-"""The self-test: sound bundles are ok wherever they run, and each kind of fault gets its own verdict."""
+"""The self-test: valid bundles pass on every backend, and each kind of fault has its own verdict."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def made(path: Path, decoder: Model | None = None, **options: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A float32 llama of two layers; never written to."""
+    """A float32 llama of two layers; shared."""
     return made(tmp_path_factory.mktemp("sound") / "b")
 
 
@@ -68,12 +68,12 @@ def require_ok(report: SelfTestReport) -> None:
     ] and report.generated == report.continuation
 
 
-# Sound bundles
+# Valid bundles
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("style", STYLES)
-def test_sound_bundles_are_ok(style: str, dtype: str, tmp_path: Path) -> None:
+def test_valid_bundles_pass(style: str, dtype: str, tmp_path: Path) -> None:
     report = self_test(made(tmp_path / "b", model(style), dtype=dtype))
     require_ok(report)
     assert (report.provider, report.dtype, [check.rows for check in report.checks]) == (
@@ -89,7 +89,7 @@ def test_sound_bundles_are_ok(style: str, dtype: str, tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("policy", POLICIES)
-def test_sound_bundles_that_evict_are_ok(policy: str, dtype: str, tmp_path: Path) -> None:
+def test_valid_bundles_with_eviction_pass(policy: str, dtype: str, tmp_path: Path) -> None:
     for style, skipped in (("gqa", ()), ("bloom", (0,)), ("window", ()))[:: 1 if dtype == "float32" else 2]:
         eviction = dataclasses.replace(EVICTION, policy=policy, skip_layers=skipped)
         report = self_test(made(tmp_path / style, model(style), dtype=dtype, eviction=eviction))
@@ -97,7 +97,7 @@ def test_sound_bundles_that_evict_are_ok(policy: str, dtype: str, tmp_path: Path
         assert [check.rows for check in report.checks] == [16, 40]
 
 
-def test_projected_keys_are_ok(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+def test_projected_keys_pass(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
     require_ok(
         self_test(
             made(tmp_path / "b", decoder_with_fewer_heads(tiny_checkpoint("llama", num_key_value_heads=4)))
@@ -106,7 +106,7 @@ def test_projected_keys_are_ok(tiny_checkpoint: Callable[..., Path], tmp_path: P
 
 
 @pytest.mark.parametrize("capacity", [1, 2, 3, 5, 8, 17, 30])
-def test_any_capacity_is_ok(capacity: int, tmp_path: Path) -> None:
+def test_valid_bundles_of_any_capacity_pass(capacity: int, tmp_path: Path) -> None:
     require_ok(self_test(made(tmp_path / "b", model(layers=1), capacity=capacity)))
     if capacity > 1:
         eviction = Eviction("keep-high", min(capacity, 2 + capacity // 2))
@@ -115,7 +115,7 @@ def test_any_capacity_is_ok(capacity: int, tmp_path: Path) -> None:
         )
 
 
-def test_bfloat16_has_no_kernels_here(tmp_path: Path) -> None:
+def test_rejects_bfloat16_on_the_cpu(tmp_path: Path) -> None:
     with pytest.raises(CannotRunHere, match="no bfloat16 kernels"):
         self_test(made(tmp_path / "b", dtype="bfloat16"))
 
@@ -124,7 +124,7 @@ def test_bfloat16_has_no_kernels_here(tmp_path: Path) -> None:
 
 
 def reseal(bundle: Path) -> None:
-    """As `broken` does, with the vectors' word on the weights corrected as well."""
+    """Correct the hash of the weights in the self-test file."""
     vectors = json.loads((bundle / FILE).read_text())
     vectors["weights_sha256"] = sha256_of(bundle / "decoder.onnx.data")
     (bundle / FILE).write_text(json.dumps(vectors))
@@ -136,20 +136,20 @@ def flip(bundle: Path) -> None:
     (bundle / "decoder.onnx.data").write_bytes(data)
 
 
-def test_a_flipped_byte_is_damage(sound: Path, tmp_path: Path) -> None:
+def test_a_flipped_byte_is_an_error(sound: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(sound, tmp_path / "b"))
     flip(bundle)
     with pytest.raises(BundleError, match=r"decoder\.onnx\.data of the bundle .* must be unchanged"):
         self_test(bundle)
 
 
-def test_weights_that_the_manifest_vouches_for_and_the_vectors_do_not(sound: Path, tmp_path: Path) -> None:
+def test_weights_that_differ_from_the_recording_have_verdict_weights(sound: Path, tmp_path: Path) -> None:
     report = self_test(broken(sound, tmp_path / "b", flip))
     assert (report.verdict, report.checks) == ("weights", ()) and "come from two builds" in report.message
     assert report.fix is not None and "kvexport build" in report.fix
 
 
-def test_vectors_of_another_bundle(sound: Path, tmp_path: Path) -> None:
+def test_reference_outputs_of_another_bundle_have_verdict_weights(sound: Path, tmp_path: Path) -> None:
     other = made(tmp_path / "other", model(seed=1))
     assert (
         self_test(broken(sound, tmp_path / "b", lambda b: shutil.copy(other / FILE, b / FILE))).verdict
@@ -157,14 +157,14 @@ def test_vectors_of_another_bundle(sound: Path, tmp_path: Path) -> None:
     )
 
 
-def test_weights_that_all_vouch_for_and_that_compute_otherwise(sound: Path, tmp_path: Path) -> None:
+def test_consistently_changed_weights_have_verdict_weights(sound: Path, tmp_path: Path) -> None:
     report = self_test(broken(sound, tmp_path / "b", lambda b: (flip(b), reseal(b))))
     assert report.verdict == "weights" and [check.rows for check in report.checks] == [40, 40]
     assert "first difference: token" in report.message and report.checks[0].first is not None
 
 
-def test_a_graph_of_another_bundle_is_not_ok_on_the_cpu(sound: Path, tmp_path: Path) -> None:
-    """Its weights are the same, and right: it attends otherwise."""
+def test_a_graph_of_another_bundle_has_verdict_weights(sound: Path, tmp_path: Path) -> None:
+    """With the same, correct weights, and another attention scale."""
     other = made(
         tmp_path / "other", with_attention(model(), lambda each: dataclasses.replace(each, scale=1.0))
     )
@@ -187,7 +187,7 @@ def device(monkeypatch: pytest.MonkeyPatch) -> SimulatedDevice:
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("lowering", ["std24", "decomposed17"])
 @pytest.mark.parametrize("evicts", [False, True])
-def test_engines_are_ok(
+def test_engines_pass(
     lowering: str, dtype: str, evicts: bool, device: SimulatedDevice, tmp_path: Path
 ) -> None:
     eviction = dataclasses.replace(EVICTION, skip_layers=(0,)) if evicts else None
@@ -200,7 +200,7 @@ def test_engines_are_ok(
     assert device.done.count("engine") > 24
 
 
-def test_an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds(
+def test_an_engine_of_a_smaller_capacity_runs_as_many_tokens_as_fit(
     device: SimulatedDevice, sound: Path, tmp_path: Path
 ) -> None:
     bundle = broken(sound, tmp_path / "b", lambda b: None)
@@ -210,7 +210,7 @@ def test_an_engine_of_a_smaller_capacity_runs_as_much_as_it_holds(
     assert [check.rows for check in report.checks] == [21, 21]
 
 
-def test_an_engine_that_holds_no_row_is_told(device: SimulatedDevice, tmp_path: Path) -> None:
+def test_rejects_an_engine_that_holds_no_row(device: SimulatedDevice, tmp_path: Path) -> None:
     bundle = made(tmp_path / "b", eviction=Eviction("window", 60, protect_first=20))
     add_engine(bundle, capacity=8)
     with pytest.raises(
@@ -220,7 +220,9 @@ def test_an_engine_that_holds_no_row_is_told(device: SimulatedDevice, tmp_path: 
 
 
 @pytest.mark.parametrize("evicts", [False, True])
-def test_an_engine_that_computes_otherwise(evicts: bool, device: SimulatedDevice, tmp_path: Path) -> None:
+def test_an_engine_that_computes_other_numbers_has_verdict_engine(
+    evicts: bool, device: SimulatedDevice, tmp_path: Path
+) -> None:
     eviction = EVICTION if evicts else None
     other = made(tmp_path / "other", model(seed=1), eviction=eviction)
     bundle = made(tmp_path / "b", eviction=eviction)
@@ -231,7 +233,9 @@ def test_an_engine_that_computes_otherwise(evicts: bool, device: SimulatedDevice
     require_ok(self_test(bundle, "cpu"))
 
 
-def test_an_engine_of_another_bundle(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
+def test_an_engine_of_another_bundle_has_verdict_engine(
+    device: SimulatedDevice, sound: Path, tmp_path: Path
+) -> None:
     bundle = broken(sound, tmp_path / "b", lambda b: None)
     add_engine(bundle, manifest_sha256="0" * 64)
     for provider in ("auto", "tensorrt"):
@@ -244,7 +248,7 @@ def test_an_engine_of_another_bundle(device: SimulatedDevice, sound: Path, tmp_p
     require_ok(self_test(bundle, "cpu"))
 
 
-def test_a_damaged_plan_is_damage(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
+def test_a_damaged_plan_is_an_error(device: SimulatedDevice, sound: Path, tmp_path: Path) -> None:
     bundle = broken(sound, tmp_path / "b", lambda b: None)
     plan = add_engine(bundle) / "decoder.plan"
     plan.write_bytes(plan.read_bytes()[::-1])
@@ -252,7 +256,7 @@ def test_a_damaged_plan_is_damage(device: SimulatedDevice, sound: Path, tmp_path
         self_test(bundle)
 
 
-def test_weights_that_are_in_the_plan_are_not_read(
+def test_does_not_hash_weights_that_are_in_the_plan(
     device: SimulatedDevice, sound: Path, tmp_path: Path
 ) -> None:
     """The simulated engine reads the weights; the test is that no code hashes a file that is not needed."""
@@ -274,7 +278,7 @@ def test_weights_that_are_in_the_plan_are_not_read(
 
 
 @pytest.mark.parametrize("evicts", [False, True])
-def test_float32_computed_in_float16(evicts: bool, tmp_path: Path) -> None:
+def test_float32_computed_in_float16_has_verdict_precision(evicts: bool, tmp_path: Path) -> None:
     eviction = EVICTION if evicts else None
     bundle = Bundle.open(made(tmp_path / "b", eviction=eviction))
     half = Bundle.open(made(tmp_path / "half", dtype="float16", eviction=eviction))
@@ -289,7 +293,7 @@ def test_float32_computed_in_float16(evicts: bool, tmp_path: Path) -> None:
 
 
 class Wrapped:
-    """A decoder that does something to its cache after a call; `after(cache, first position, tokens)`."""
+    """A decoder that changes its cache after each call by `after(cache, first position, tokens)`."""
 
     def __init__(self, decoder: Decoder, after: Callable[[KvCache, int, int], None]) -> None:
         self._decoder, self._after = decoder, after
@@ -316,12 +320,12 @@ def require_cache(report: SelfTestReport) -> None:
     assert report.verdict == "cache" and report.checks[0].first is None and report.fix is not None
 
 
-def test_the_wrapper_alone_is_ok(sound: Path, evicting: Path) -> None:
+def test_the_wrapper_alone_passes(sound: Path, evicting: Path) -> None:
     for bundle in (sound, evicting):
         require_ok(examined(bundle))
 
 
-def test_a_dropped_write(sound: Path) -> None:
+def test_a_dropped_write_has_verdict_cache(sound: Path) -> None:
     def drop(cache: KvCache, position: int, tokens: int) -> None:
         if (position, tokens) == (20, 1):
             cache.buffers[past(1, KEY)][:, :, 20] = GARBAGE
@@ -332,7 +336,7 @@ def test_a_dropped_write(sound: Path) -> None:
     assert "first difference: token 2" in report.message
 
 
-def test_writes_one_slot_off(sound: Path) -> None:
+def test_writes_one_slot_off_have_verdict_cache(sound: Path) -> None:
     def shift(cache: KvCache, position: int, tokens: int) -> None:
         if tokens == 1:
             for buffer in cache.buffers.values():
@@ -341,8 +345,8 @@ def test_writes_one_slot_off(sound: Path) -> None:
     require_cache(examined(sound, shift))
 
 
-def test_ignored_write_indices(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every call writes from the first slot on, as the first one should."""
+def test_ignored_write_indices_have_verdict_cache(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every call writes from the first slot on."""
     original = KvCache.admit
     monkeypatch.setattr(
         KvCache, "admit", lambda self, positions, row=None: 0 * original(self, positions, row)
@@ -350,12 +354,12 @@ def test_ignored_write_indices(sound: Path, monkeypatch: pytest.MonkeyPatch) -> 
     require_cache(self_test(sound))
 
 
-def test_growth_that_forgets_what_was_held(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_growth_without_a_copy_has_verdict_cache(sound: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(HostStorage, "copy_slots", lambda *arguments: None)
     require_cache(self_test(sound))
 
 
-def test_slots_that_are_chosen_wrongly(evicting: Path) -> None:
+def test_wrongly_chosen_slots_have_verdict_cache(evicting: Path) -> None:
     def forget(cache: KvCache, position: int, tokens: int) -> None:
         state = cache.state(1)
         state[..., SCORE] *= -1  # the newest goes first
@@ -364,7 +368,7 @@ def test_slots_that_are_chosen_wrongly(evicting: Path) -> None:
     require_cache(examined(evicting, forget))
 
 
-def test_a_state_that_says_nothing(evicting: Path) -> None:
+def test_a_cleared_state_has_verdict_cache(evicting: Path) -> None:
     def forget(cache: KvCache, position: int, tokens: int) -> None:
         if tokens == 1:
             cache.set_state(0, 0 * cache.state(0))
@@ -372,8 +376,8 @@ def test_a_state_that_says_nothing(evicting: Path) -> None:
     require_cache(examined(evicting, forget))
 
 
-def test_what_an_earlier_text_left(sound: Path) -> None:
-    """Right twice, and wrong when it comes to generating."""
+def test_a_fault_in_generation_alone_has_verdict_cache(sound: Path) -> None:
+    """Both runs are right, and generation is wrong."""
     begun: list[int] = []
 
     def spoil(cache: KvCache, position: int, tokens: int) -> None:
@@ -388,7 +392,7 @@ def test_what_an_earlier_text_left(sound: Path) -> None:
     assert "greedy generation differs" in report.message
 
 
-def test_scores_that_are_no_norms(tmp_path: Path) -> None:
+def test_scores_that_are_not_norms_have_verdict_weights(tmp_path: Path) -> None:
     bundle = made(tmp_path / "b", eviction=EVICTION)
 
     def swap(cache: KvCache, position: int, tokens: int) -> None:
@@ -404,7 +408,7 @@ def test_scores_that_are_no_norms(tmp_path: Path) -> None:
     )
 
 
-def test_numbers_that_are_none(sound: Path) -> None:
+def test_nan_is_an_infinite_error(sound: Path) -> None:
     def spoil(cache: KvCache, position: int, tokens: int) -> None:
         cache.buffers[past(0, KEY)][...] = np.nan
 
@@ -413,16 +417,16 @@ def test_numbers_that_are_none(sound: Path) -> None:
     assert json.loads(json.dumps(report.to_json(), allow_nan=False))["checks"][1]["norms"] is None
 
 
-# What is read
+# The self-test file
 
 
-def test_a_bundle_without_vectors_is_told(tmp_path: Path) -> None:
+def test_rejects_a_bundle_without_self_test_file(tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"must contain self_test\.json[\s\S]*build the bundle again"):
         self_test(write_bundle(tmp_path / "b", model(layers=1)))
 
 
 @pytest.mark.parametrize("change", WRONG)
-def test_vectors_that_cannot_be_are_refused(
+def test_rejects_invalid_self_test_files(
     change: Callable[[Raw], object], sound: Path, tmp_path: Path
 ) -> None:
     def damage(bundle: Path) -> None:
@@ -435,7 +439,7 @@ def test_vectors_that_cannot_be_are_refused(
 
 
 @pytest.mark.parametrize("slots", [None, 10, 41, 17, 1.0])
-def test_slots_that_cannot_be_are_refused(slots: object, evicting: Path, tmp_path: Path) -> None:
+def test_rejects_impossible_slots(slots: object, evicting: Path, tmp_path: Path) -> None:
     def damage(bundle: Path) -> None:
         raw = json.loads((bundle / FILE).read_text())
         (bundle / FILE).write_text(json.dumps({**raw, "slots": slots}))
@@ -445,17 +449,17 @@ def test_slots_that_cannot_be_are_refused(slots: object, evicting: Path, tmp_pat
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b"null"])
-def test_files_that_are_no_vectors(content: bytes, sound: Path, tmp_path: Path) -> None:
+def test_rejects_files_that_are_not_self_test_files(content: bytes, sound: Path, tmp_path: Path) -> None:
     with pytest.raises(BundleError, match=r"self_test\.json"):
         self_test(broken(sound, tmp_path / "b", lambda bundle: (bundle / FILE).write_bytes(content)))
 
 
-def test_no_such_provider(sound: Path) -> None:
+def test_rejects_unknown_providers(sound: Path) -> None:
     with pytest.raises(UsageError, match="provider must be auto"):
         self_test(sound, "rocm")
 
 
-def test_a_bundle_that_cannot_be_written_to_is_tested(sound: Path, tmp_path: Path) -> None:
+def test_does_not_write_to_the_bundle(sound: Path, tmp_path: Path) -> None:
     bundle = broken(sound, tmp_path / "b", lambda b: None)
     before = {file.name: file.stat().st_mtime_ns for file in bundle.iterdir()}
     require_ok(self_test(bundle))
@@ -473,7 +477,7 @@ print(sorted({name.split(".")[0] for name in sys.modules} & {"torch", "onnx", "o
 """
 
 
-def test_the_run_needs_no_heavy_package(sound: Path) -> None:
+def test_needs_no_heavy_package(sound: Path) -> None:
     ran = subprocess.run(
         [sys.executable, "-c", _LEAN, str(sound)], capture_output=True, text=True, check=True
     )

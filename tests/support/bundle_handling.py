@@ -28,7 +28,7 @@ def again(session: kvexport.Session) -> tuple[int, ...]:
 
 
 def damages(size: int) -> Iterator[tuple[str, Callable[[Path], object]]]:
-    """Ways in which a file of so many bytes may be damaged, by name."""
+    """Kinds of damage to a file of `size` bytes, by name."""
     for at in sorted({0, 1, size // 3, size // 2, size - 2, size - 1}):
         yield f"byte {at} flipped", lambda file, at=at: _flip(file, at)  # type: ignore[misc]
     yield "missing", lambda file: file.unlink()
@@ -46,7 +46,7 @@ def _flip(file: Path, at: int) -> None:
 
 
 def damaged(sound: Path, folder: Path) -> Iterator[tuple[Path, str, str]]:
-    """Copies of a bundle with one file damaged, one after another: the copy, the file's name, and how."""
+    """Copies of a bundle with one damaged file each: the copy, the name of the file, and a description."""
     for file in sorted(sound.iterdir()):
         for way, damage in damages(file.stat().st_size):
             copy = folder / f"{file.name} {way}"
@@ -57,13 +57,13 @@ def damaged(sound: Path, folder: Path) -> Iterator[tuple[Path, str, str]]:
 
 
 def as_it_is(folder: Path) -> dict[str, tuple[int, int, int, int]]:
-    """Size, time of change, inode and mode of all that is in a folder, and of itself."""
+    """Size, modification time, inode and mode of a folder and everything in it."""
     stats = {each.name: each.stat() for each in [folder, *folder.rglob("*")]}
     return {name: (stat.st_size, stat.st_mtime_ns, stat.st_ino, stat.st_mode) for name, stat in stats.items()}
 
 
 def forbid_writing(folder: Path) -> None:
-    """To all but root."""
+    """Remove write permission; root can still write."""
     for each in [*folder.rglob("*"), folder]:
         each.chmod(each.stat().st_mode & ~0o222)
 

@@ -1,4 +1,4 @@
-"""Chat templates in the manner of real families, written anew and as short as their behaviour allows."""
+"""Chat templates like those of real families, as short as their behaviour allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ or message.role == 'assistant' %}
 {%- endif %}
 """
 
-# Qwen3: what the assistant thought is left out of all turns before the last user's.
+# Qwen3: thoughts of the assistant are left out of all turns before the last user's.
 THINKING = """
 {%- set ns = namespace(last=messages|length - 1) %}
 {%- for message in messages[::-1] %}
@@ -101,7 +101,7 @@ MISTRAL1 = (
     "{% elif message['role'] == 'assistant' %}{{ message['content'] + eos_token}}{% endif %}{% endfor %}"
 )
 
-# The system prompt goes into the last user's turn, wherever that is.
+# The system prompt is part of the last user's turn.
 MISTRAL3 = """{{- bos_token }}
 {%- if messages[0].role == 'system' %}
     {%- set system = messages[0].content %}{%- set talk = messages[1:] %}
@@ -154,5 +154,5 @@ PHI3 = (
     "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
-# Begins to answer in another way than past answers are written: no reduced form can do both.
+# A new answer starts differently than past answers: no reduced form represents both.
 PREFILLED = CHATML.replace("{{- '<|im_start|>assistant\\n' }}", "{{- '<|im_start|>assistant\\n<think>\\n' }}")

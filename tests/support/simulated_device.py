@@ -41,11 +41,11 @@ _DTYPES = {"tensor(float)": "FLOAT", "tensor(float16)": "HALF", "tensor(int64)":
 
 
 class SimulatedDevice:
-    """`kvexport.runtime.cache.device_arrays.Device`, with a record of what was asked of it.
+    """A simulated `kvexport.runtime.cache.device_arrays.Device`.
 
     Attributes:
-        done: names of the operations, in the order in which they were done.
-        allocations: how many times memory was allocated.
+        done: names of the operations in the order in which they ran.
+        allocations: number of allocations.
     """
 
     kind = "cpu"  # what ONNX Runtime must be told, since the memory is the host's
@@ -86,7 +86,7 @@ class SimulatedDevice:
         return np.full(count, _GARBAGE, np.uint8)
 
     def at(self, address: int, count: int) -> NDArray[np.uint8]:
-        """Memory of the device; AssertionError where it is not all inside one allocation."""
+        """Memory of the device; AssertionError unless it is inside one allocation."""
         for base, memory in self._memory.items():
             if base <= address and address + count <= base + len(memory):
                 return memory[address - base : address - base + count]
@@ -182,15 +182,15 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
         def __init__(self, logger: Any) -> None:
             self._logger = logger
 
-        def deserialize_cuda_engine(self, plan: Any) -> _Engine | None:
+        def deserialize_cuda_engine(self, plan: Any) -> SimulatedEngine | None:
             try:
-                return _Engine(device, json.loads(bytes(plan)), aliasing)
+                return SimulatedEngine(device, json.loads(bytes(plan)), aliasing)
             except ValueError:
                 self._logger.log(_ILogger.ERROR, "magic tag does not match")
                 return None
 
     class Refitter:
-        def __init__(self, engine: _Engine, logger: Any) -> None:
+        def __init__(self, engine: SimulatedEngine, logger: Any) -> None:
             self.engine, self.read = engine, (set[str](), "")
 
         def refit_cuda_engine(self) -> bool:
@@ -221,8 +221,8 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
     return module
 
 
-class _Engine:
-    """A graph with its capacity and batch fixed, and two profiles."""
+class SimulatedEngine:
+    """A graph with fixed capacity and batch, and two profiles."""
 
     def __init__(self, device: SimulatedDevice, plan: dict[str, Any], aliasing: bool) -> None:
         self.device, self.plan = device, plan
@@ -277,20 +277,20 @@ class _Engine:
     def get_engine_stat(self, stat: Any) -> int:
         return len(self.weights)
 
-    def create_runtime_config(self) -> _RuntimeConfig:
-        return _RuntimeConfig()
+    def create_runtime_config(self) -> SimulatedRuntimeConfig:
+        return SimulatedRuntimeConfig()
 
-    def create_execution_context(self, how: _Strategy | _RuntimeConfig) -> _Context:
-        config = how if isinstance(how, _RuntimeConfig) else _RuntimeConfig(how)
+    def create_execution_context(self, how: _Strategy | SimulatedRuntimeConfig) -> SimulatedContext:
+        config = how if isinstance(how, SimulatedRuntimeConfig) else SimulatedRuntimeConfig(how)
         assert config.allocation is _Strategy.USER_MANAGED
-        return _Context(self, config)
+        return SimulatedContext(self, config)
 
     def _aliased(self, name: str) -> str | None:
         past = name.replace("present", "past_key_values")
         return past if past != name else None
 
 
-class _RuntimeConfig:
+class SimulatedRuntimeConfig:
     def __init__(self, allocation: _Strategy = _Strategy.STATIC) -> None:
         self.allocation = allocation
         self.dynamic_shapes_kernel_specialization_strategy = "LAZY"
@@ -299,8 +299,8 @@ class _RuntimeConfig:
         self.allocation = strategy
 
 
-class _Context:
-    def __init__(self, engine: _Engine, config: _RuntimeConfig) -> None:
+class SimulatedContext:
+    def __init__(self, engine: SimulatedEngine, config: SimulatedRuntimeConfig) -> None:
         self.engine, self.device, self.config = engine, engine.device, config
         self.profile: int | None = None
         self.addresses: dict[str, int] = {}
@@ -429,7 +429,7 @@ def add_engine(
 
 
 def onnxruntime_on(device: SimulatedDevice, monkeypatch: Any) -> None:
-    """Let ONNX Runtime's CPU pass for its CUDA, on `device`, whose memory it can reach."""
+    """Use ONNX Runtime's CPU provider in place of CUDA, with the memory of `device`."""
     monkeypatch.setattr("kvexport.runtime.backends.cuda.Cuda", lambda: device)
     monkeypatch.setattr("kvexport.runtime.backends.ort_session.CUDA", "CPUExecutionProvider")
     monkeypatch.setattr(
@@ -439,7 +439,7 @@ def onnxruntime_on(device: SimulatedDevice, monkeypatch: Any) -> None:
 
 
 def only_gpu(monkeypatch: Any) -> SimulatedDevice:
-    """The machine's only GPU, for the TensorRT that is installed and for ONNX Runtime's CUDA."""
+    """A simulated GPU, for a simulated TensorRT and for ONNX Runtime's CUDA."""
     device = SimulatedDevice()
     onnxruntime_on(device, monkeypatch)
     monkeypatch.setitem(sys.modules, "tensorrt", simulated_tensorrt(device))

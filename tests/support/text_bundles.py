@@ -54,6 +54,6 @@ def talkative(decoder: Decoder) -> Decoder:
     """A decoder whose likeliest token is always printable text; a random decoder gives invalid UTF-8."""
     tokenizer, head = Tokenizer.from_str(byte_level_tokenizer(VOCAB)), decoder.head
     assert head is not None
-    said = [tokenizer.decode([token]) for token in range(VOCAB)]
-    sayable = torch.tensor([text.isprintable() and text != "" and "\ufffd" not in text for text in said])
+    message = [tokenizer.decode([token]) for token in range(VOCAB)]
+    sayable = torch.tensor([text.isprintable() and text != "" and "\ufffd" not in text for text in message])
     return dataclasses.replace(decoder, head=dataclasses.replace(head, weight=head.weight * sayable[:, None]))

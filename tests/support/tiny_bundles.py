@@ -1,4 +1,4 @@
-"""Tiny random bundles for tests of whatever reads one, and the oracle's word on them."""
+"""Tiny random bundles, and the reference's logits for them."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def write_bundle(
 def record_self_test(
     directory: Path, decoder: Decoder, dtype: str, capacity: int, eviction: Eviction | None
 ) -> None:
-    """Write self_test.json beside the weights of a decoder, with a prompt of random tokens."""
+    """Write the self_test.json of a decoder, with a prompt of random tokens."""
     with TemporaryDirectory() as folder:
         greedy = SelfTestRecorder(
             decoder, torch.zeros(0, dtype=torch.int64), capacity, eviction, dtype, Path(folder)
@@ -125,7 +125,7 @@ def _report(attention: Attention) -> LayerReport:
 
 
 def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    """Change the manifest of a bundle as somebody would who also corrects its own digest."""
+    """Change the manifest of a bundle and correct its digest."""
     raw = json.loads((bundle / "manifest.json").read_text())
     change(raw)
     raw.pop("manifest_sha256", None)
@@ -135,7 +135,7 @@ def edit_manifest(bundle: Path, change: Callable[[dict[str, Any]], object]) -> N
 
 
 def put(*path: str | int, to: object) -> Callable[[dict[str, Any]], None]:
-    """A change of parsed JSON: what is at this path becomes `to`."""
+    """A change of parsed JSON: set the value at a path to `to`."""
 
     def change(raw: dict[str, Any]) -> None:
         at: Any = raw
@@ -170,7 +170,7 @@ def decoder_with_fewer_heads(checkpoint: Path, seed: int = 0) -> Decoder:
 
 
 def exact_logits(decoder: Decoder, ids: Sequence[int]) -> NDArray[np.float64]:
-    """The oracle's logits [S, vocab] in float64 after each of `ids`, from an empty cache."""
+    """The reference's logits [S, vocab] in float64 after each of `ids`, from an empty cache."""
 
     def wide(tree: Any) -> Any:
         if isinstance(tree, torch.Tensor):
@@ -199,7 +199,7 @@ def exact_logits(decoder: Decoder, ids: Sequence[int]) -> NDArray[np.float64]:
 
 
 def byte_level_tokenizer(vocab_size: int = 320) -> str:
-    """tokenizer.json of a byte-level BPE whose tokens cut characters apart; 0 is a special token."""
+    """tokenizer.json of a byte-level BPE whose tokens split characters; 0 is a special token."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE())

@@ -1,4 +1,4 @@
-"""Small tokenizers in the shapes of real families: what C++ must take apart as Python does."""
+"""Small tokenizers like those of real families, which C++ and Python must tokenize equally."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Shape = tuple[str, dict[str, Any]]  # tokenizer.json, tokenizer_config.json
 
 
 def shapes() -> dict[str, Shape]:
-    """Shape by family; `bloom` is one that onnxruntime-genai cannot read."""
+    """tokenizer.json by family; onnxruntime-genai cannot read that of `bloom`."""
     return {
         "gpt2": _byte_level(None, ["<|endoftext|>"], "GPT2Tokenizer", "<|endoftext|>", chat_templates.ZEPHYR),
         "qwen": _byte_level(
@@ -93,7 +93,7 @@ def _llama3() -> Shape:
 
 
 def _sentencepiece(space: str, chat: str) -> Shape:
-    """BPE with bytes for what it lacks, and a mark for spaces; no piece holds a line end."""
+    """BPE with byte fallback and a mark for spaces; no token contains a line break."""
     special = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
     backend = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])

@@ -139,7 +139,7 @@ def test_a_runtime_that_writes_no_cache_fails(
 ) -> None:
     bundle = broken(validated("float32"), tmp_path / "b", lambda path: None)
     add_engine(bundle, lowering="decomposed17")
-    monkeypatch.setattr(TensorRtDecoder, "_write_updates", lambda *arguments: None)
+    monkeypatch.setattr(TensorRtDecoder, "write_updates", lambda *arguments: None)
     failures = _validated(bundle, "tensorrt").failures
     assert any(line.startswith("layers.0.key") for line in failures) and any(
         line.startswith("logits") for line in failures

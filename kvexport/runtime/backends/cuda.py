@@ -30,61 +30,57 @@ class Cuda:
             CannotRunHere: cuda-bindings is not installed, there is no driver or no GPU, or the driver is too
                 old.
         """
-        self._cuda = _runtime()
-        _require_device(self._cuda)
-        self._check(*self._cuda.cudaSetDevice(0))
+        self.cuda = _runtime()
+        _require_device(self.cuda)
+        self._check(*self.cuda.cudaSetDevice(0))
         gpu = find_gpu()
         if gpu is None:
             raise _no_gpu("the driver describes no device")
         self.name, self.compute_capability = gpu.name, gpu.compute_capability
-        stream = self._check(*self._cuda.cudaStreamCreateWithFlags(self._cuda.cudaStreamNonBlocking))
+        stream = self._check(*self.cuda.cudaStreamCreateWithFlags(self.cuda.cudaStreamNonBlocking))
         self.stream = int(stream)
-        weakref.finalize(self, self._cuda.cudaStreamDestroy, stream).atexit = False
+        weakref.finalize(self, self.cuda.cudaStreamDestroy, stream).atexit = False
 
     def allocate(self, count: int) -> int:
         """cudaMalloc aligns to 256 bytes or more."""
-        error, address = self._cuda.cudaMalloc(max(count, 1))
-        if error == self._cuda.cudaError_t.cudaErrorMemoryAllocation:
-            self._cuda.cudaGetLastError()  # clears it, or the next call would fail
+        error, address = self.cuda.cudaMalloc(max(count, 1))
+        if error == self.cuda.cudaError_t.cudaErrorMemoryAllocation:
+            self.cuda.cudaGetLastError()  # clears it, or the next call would fail
             raise MemoryError(f"{count} bytes on {self.name}")
         return int(self._check(error, address))
 
     def free(self, address: int) -> None:
-        self._cuda.cudaFree(address)
+        self.cuda.cudaFree(address)
 
     def pinned(self, count: int) -> NDArray[np.uint8]:
-        address = int(self._check(*self._cuda.cudaHostAlloc(max(count, 1), self._cuda.cudaHostAllocDefault)))
+        address = int(self._check(*self.cuda.cudaHostAlloc(max(count, 1), self.cuda.cudaHostAllocDefault)))
         memory = (ctypes.c_uint8 * count).from_address(address)
-        weakref.finalize(memory, self._cuda.cudaFreeHost, address).atexit = False
+        weakref.finalize(memory, self.cuda.cudaFreeHost, address).atexit = False
         return np.ctypeslib.as_array(memory)
 
     def clear(self, address: int, count: int) -> None:
-        self._check(*self._cuda.cudaMemsetAsync(address, 0, count, self.stream))
+        self._check(*self.cuda.cudaMemsetAsync(address, 0, count, self.stream))
 
     def upload(self, address: int, source: NDArray[Any]) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
-        self._check(
-            *self._cuda.cudaMemcpyAsync(address, source.ctypes.data, source.nbytes, kind, self.stream)
-        )
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyHostToDevice
+        self._check(*self.cuda.cudaMemcpyAsync(address, source.ctypes.data, source.nbytes, kind, self.stream))
 
     def download(self, target: NDArray[Any], address: int) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
-        self._check(
-            *self._cuda.cudaMemcpyAsync(target.ctypes.data, address, target.nbytes, kind, self.stream)
-        )
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToHost
+        self._check(*self.cuda.cudaMemcpyAsync(target.ctypes.data, address, target.nbytes, kind, self.stream))
 
     def copy_rows(
         self, target: int, target_pitch: int, source: int, source_pitch: int, width: int, rows: int
     ) -> None:
-        kind = self._cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
+        kind = self.cuda.cudaMemcpyKind.cudaMemcpyDeviceToDevice
         arguments = (target, target_pitch, source, source_pitch, width, rows, kind, self.stream)
-        self._check(*self._cuda.cudaMemcpy2DAsync(*arguments))
+        self._check(*self.cuda.cudaMemcpy2DAsync(*arguments))
 
     def synchronize(self) -> None:
-        self._check(*self._cuda.cudaStreamSynchronize(self.stream))
+        self._check(*self.cuda.cudaStreamSynchronize(self.stream))
 
-    def capture(self, work: Callable[[], None]) -> _Graph | None:
-        cuda, failed = self._cuda, False
+    def capture(self, work: Callable[[], None]) -> Graph | None:
+        cuda, failed = self.cuda, False
         self._check(
             *cuda.cudaStreamBeginCapture(
                 self.stream, cuda.cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal
@@ -104,15 +100,15 @@ class Cuda:
         if failed or error != cuda.cudaError_t.cudaSuccess:
             cuda.cudaGetLastError()
             return None
-        captured = _Graph(executable)
+        captured = Graph(executable)
         weakref.finalize(captured, cuda.cudaGraphExecDestroy, executable).atexit = False
         return captured
 
-    def launch(self, graph: _Graph) -> None:
-        self._check(*self._cuda.cudaGraphLaunch(graph.executable, self.stream))
+    def launch(self, graph: Graph) -> None:
+        self._check(*self.cuda.cudaGraphLaunch(graph.executable, self.stream))
 
     def memory(self) -> tuple[int, int]:
-        error, free, total = self._cuda.cudaMemGetInfo()
+        error, free, total = self.cuda.cudaMemGetInfo()
         self._check(error)
         return int(free), int(total)
 
@@ -122,15 +118,15 @@ class Cuda:
         Raises:
             CannotRunHere: the call failed.
         """
-        if error != self._cuda.cudaError_t.cudaSuccess:
+        if error != self.cuda.cudaError_t.cudaSuccess:
             raise CannotRunHere(
-                f"CUDA failed on {getattr(self, 'name', 'device 0')}", got=error_text(self._cuda, error)
+                f"CUDA failed on {getattr(self, 'name', 'device 0')}", got=error_text(self.cuda, error)
             )
         return values[0] if values else None
 
 
 @dataclass(frozen=True)
-class _Graph:
+class Graph:
     """A captured graph, destroyed with this object."""
 
     executable: Any

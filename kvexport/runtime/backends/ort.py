@@ -63,7 +63,7 @@ class OrtDecoder:
                 or padding would evict tokens.
             loaded: decrease of free device memory in bytes while the graph was loaded.
         """
-        self._session, self._row_by_row, self._loaded = session, row_by_row, loaded
+        self.session, self.row_by_row, self._loaded = session, row_by_row, loaded
         outputs = {value.name: value for value in session.get_outputs()}
         self._vocab_size = int(outputs["logits"].shape[-1])
         self._extra = {
@@ -96,12 +96,12 @@ class OrtDecoder:
             self.cache.reserve(reach + 1)
         if apart:
             return self._run_rows(input_ids, positions, logits_index, lengths, shrink)
-        return self._call(self._binding(), input_ids, positions, logits_index, shrink)
+        return self.call(self.binding_of_cache(), input_ids, positions, logits_index, shrink)
 
     def _apart(self, positions: Ids, lengths: Ids | None) -> tuple[bool, int]:
         """Whether rows are run one after another, and the last position that is written."""
         several = positions.shape[1] > 1
-        apart = several and self._row_by_row if self.cache.slots is None else several or lengths is not None
+        apart = several and self.row_by_row if self.cache.slots is None else several or lengths is not None
         if (
             lengths is not None
             and (lengths < positions.shape[1]).any()
@@ -127,32 +127,36 @@ class OrtDecoder:
             if count:
                 rows = slice(row, row + 1)
                 parts = (input_ids[rows, :count], positions[rows, :count], logits_index[rows])
-                binding = self._binding() if len(input_ids) == 1 else _Binding(self._session, self.cache, row)
-                logits[rows] = self._call(binding, *parts, shrink, row)
+                binding = (
+                    self.binding_of_cache() if len(input_ids) == 1 else Binding(self.session, self.cache, row)
+                )
+                logits[rows] = self.call(binding, *parts, shrink, row)
         return logits
 
-    def _binding(self) -> _Binding:
+    def binding_of_cache(self) -> Binding:
+        """The binding of the cache in use, created on the first call."""
         if self.cache.bound is None:
-            self.cache.bound = _Binding(self._session, self.cache)
-        bound: _Binding = self.cache.bound
+            self.cache.bound = Binding(self.session, self.cache)
+        bound: Binding = self.cache.bound
         return bound
 
-    def _call(
+    def call(
         self,
-        binding: _Binding,
+        binding: Binding,
         input_ids: Ids,
         positions: Ids,
         logits_index: Ids,
         shrink: bool,
         row: int | None = None,
     ) -> Logits:
+        """Run the graph once on a binding; `row`: of the only sequence, None: all."""
         indices = self.cache.admit(positions, row)
         binding.set_inputs((input_ids, positions, indices, logits_index))
         logits = binding.output("logits", (*logits_index.shape, self._vocab_size), "float32")
         for name, (width, dtype) in self._extra.items():
             binding.output(name, (*input_ids.shape, width), dtype, HOST)
         on_host = self.cache.storage is HOST
-        self._session.run_with_iobinding(binding.binding, self._shrinking if shrink and on_host else None)
+        self.session.run_with_iobinding(binding.binding, self._shrinking if shrink and on_host else None)
         if self._extra:
             self.extra = {
                 name: as_float32(binding.arrays[name], dtype) for name, (_, dtype) in self._extra.items()
@@ -163,26 +167,25 @@ class OrtDecoder:
         return self.cache.storage.read(logits)
 
 
-class _Binding:
+class Binding:
     """Inputs and outputs of the graph, bound to a cache or to one row of it, and to further arrays."""
 
     def __init__(self, session: onnxruntime.InferenceSession, cache: KvCache, row: int | None = None) -> None:
         self.binding = session.io_binding()
         self.arrays: dict[str, Any] = dict(cache.buffers)  # bound memory must stay alive
-        self._place = cache.storage
+        self._storage = cache.storage
         for name, buffer in cache.buffers.items():
             rows, dtype = ALL_ROWS if row is None else cache.rows_of(name, row), cache.dtype_of(name)
-            self._bind(name, buffer, dtype, self._place, rows)
-            self._bind(_present(name), buffer, dtype, self._place, rows)
+            self.bind_array(name, buffer, dtype, self._storage, rows)
+            self.bind_array(_present(name), buffer, dtype, self._storage, rows)
 
     def set_inputs(self, inputs: tuple[Ids, ...]) -> None:
         """Copy the values of `TOKEN_INPUTS` into the bound arrays.
 
-        On a device they are bound again for every call: if an operator needs a value in host memory
-            (write_indices of
-        GroupQueryAttention), ONNX Runtime copies it when it is bound, and not again.
+        On a device they are bound again for every call: if an operator needs a value in host memory, as
+        GroupQueryAttention needs write_indices, ONNX Runtime copies it when it is bound, and not again.
         """
-        storage, arrays = self._place, self.arrays
+        storage, arrays = self._storage, self.arrays
         for name, values in zip(TOKEN_INPUTS, inputs, strict=True):
             array = arrays.get(name)
             if array is None or array.shape != values.shape:
@@ -191,22 +194,23 @@ class _Binding:
         if storage is not HOST:
             storage.synchronize()  # ONNX Runtime uses streams of its own
             for name in TOKEN_INPUTS:
-                self._bind(name, self.arrays[name], "int64", storage)
+                self.bind_array(name, self.arrays[name], "int64", storage)
             self.binding.synchronize_inputs()
 
     def output(self, name: str, shape: tuple[int, ...], dtype: str, storage: Storage | None = None) -> Any:
         """The array of an output, in the cache's storage unless another is given."""
-        return self._array(name, shape, dtype, storage or self._place)
+        return self._array(name, shape, dtype, storage or self._storage)
 
     def _array(self, name: str, shape: tuple[int, ...], dtype: str, storage: Storage) -> Any:
         """The array that is bound under `name`; replaced when its shape changes."""
         array = self.arrays.get(name)
         if array is None or array.shape != shape:
             array = self.arrays[name] = storage.pinned(shape, dtype)
-            self._bind(name, array, dtype, storage)
+            self.bind_array(name, array, dtype, storage)
         return array
 
-    def _bind(self, name: str, array: Any, dtype: str, storage: Storage, rows: slice = ALL_ROWS) -> None:
+    def bind_array(self, name: str, array: Any, dtype: str, storage: Storage, rows: slice = ALL_ROWS) -> None:
+        """Bind an array, or some of its rows, to an input or output."""
         address, shape = storage.address(array, rows)
         is_input = name in TOKEN_INPUTS or name.startswith("past_key_values.")
         bind = self.binding.bind_input if is_input else self.binding.bind_output

@@ -70,7 +70,7 @@ def choose(bundle: Bundle, requested: str) -> Provider:
     if requested == "tensorrt":
         return _tensorrt(bundle)
     if requested == "cuda":
-        return _cuda()
+        return cuda()
     return _best(bundle) if requested == "auto" else Provider("cpu")
 
 
@@ -83,7 +83,7 @@ def _best(bundle: Bundle) -> Provider:
         except CannotRunHere as error:
             reasons.append(f"the bundle's TensorRT engine cannot be used: {_sentence(error)}")
     try:
-        provider = _cuda()
+        provider = cuda()
     except CannotRunHere as error:
         provider = Provider("cpu")
         gpu = find_gpu()
@@ -163,7 +163,7 @@ def require_onnxruntime() -> None:
         raise CannotRunHere("onnxruntime is not installed", fix=install_command("onnxruntime")) from error
 
 
-def _cuda() -> Provider:
+def cuda() -> Provider:
     require_onnxruntime()
     import onnxruntime
 

@@ -144,8 +144,8 @@ class TensorRtDecoder:
             self._slots = {} if in_place else self._slots_of_heads(storage)
             size = int(self._engine.device_memory_size_v2)  # of the profile that needs the most
             self._scratch = DeviceArray(device, (max(size, 1),), "uint8")
-            self._prefill = self._calls(PREFILL, self.cache)
-            self._decode = self.cache.bound = self._calls(DECODE, self.cache)
+            self.prefill_calls = self.new_calls(PREFILL, self.cache)
+            self.decode_calls = self.cache.bound = self.new_calls(DECODE, self.cache)
 
     def use(self, cache: KvCache) -> None:
         """Use this cache from now on; a new one gets a context for its decode steps.
@@ -157,9 +157,9 @@ class TensorRtDecoder:
             return
         if cache.bound is None:
             with _within_memory():
-                cache.bound = self._calls(DECODE, cache)
-        self.cache, self._decode = cache, cache.bound
-        self._prefill.bind(self._addresses(cache))
+                cache.bound = self.new_calls(DECODE, cache)
+        self.cache, self.decode_calls = cache, cache.bound
+        self.prefill_calls.bind(self._addresses(cache))
 
     def run(
         self,
@@ -173,9 +173,9 @@ class TensorRtDecoder:
         """As `Decoder.run`."""
         start, stop = int(positions[0, 0]), int(positions[0, -1]) + 1
         self.cache.reserve(stop)  # raises beyond the capacity, where TensorRT would silently drop tokens
-        calls = self._decode if input_ids.shape[1] == 1 else self._prefill
+        calls = self.decode_calls if input_ids.shape[1] == 1 else self.prefill_calls
         tokens = input_ids, positions, self.cache.admit(positions), logits_index
-        return calls.run(tokens, lambda: self._write_updates(start, stop - start))
+        return calls.run(tokens, lambda: self.write_updates(start, stop - start))
 
     def device_memory(self) -> DeviceMemory:
         free, total = self._device.memory()
@@ -185,11 +185,11 @@ class TensorRtDecoder:
         kv = sum(buffer.nbytes for buffer in self.cache.buffers.values())
         return DeviceMemory(self._device.name, free, total, self._loaded, weights, self._scratch.nbytes, kv)
 
-    def _calls(self, profile: int, cache: KvCache) -> _Calls:
+    def new_calls(self, profile: int, cache: KvCache) -> ContextCalls:
         """A context of a profile, bound to a cache."""
         context, config = self._context(profile)
         assert isinstance(cache.storage, DeviceStorage)
-        return _Calls(
+        return ContextCalls(
             context,
             cache.storage,
             self._log,
@@ -234,7 +234,7 @@ class TensorRtDecoder:
         context.set_device_memory(self._scratch.address, self._scratch.nbytes)
         return context, config
 
-    def _write_updates(self, start: int, count: int) -> None:
+    def write_updates(self, start: int, count: int) -> None:
         """Queue copies of the keys and values of `count` new tokens to the cache.
 
         In layers that evict they go to the slots that the graph returned for each head, else to slots from
@@ -244,7 +244,7 @@ class TensorRtDecoder:
             buffer, (layer, _) = self.cache.buffers[name], layer_and_which(name)
             rows, heads, capacity, width = buffer.shape
             slot = width * stored_as(buffer.dtype).itemsize
-            for first, number, target in self._targets(layer, rows * heads, start):
+            for first, number, target in self.targets(layer, rows * heads, start):
                 self._device.copy_rows(
                     buffer.address + (first * capacity + target) * slot,
                     capacity * slot,
@@ -254,7 +254,7 @@ class TensorRtDecoder:
                     number,
                 )
 
-    def _targets(self, layer: int, heads: int, start: int) -> Iterator[tuple[int, int, int]]:
+    def targets(self, layer: int, heads: int, start: int) -> Iterator[tuple[int, int, int]]:
         """Runs of neighbouring heads with the same target slot: first head, number of heads, slot."""
         if layer not in self._slots:
             yield 0, heads, start
@@ -297,7 +297,7 @@ def _within_memory() -> Iterator[None]:
         ) from error
 
 
-class _Calls:
+class ContextCalls:
     """Calls of one profile: its context, and the arrays that they take and give but the caches.
 
     Nothing is allocated from call to call, but for more logits than ever before. Once a decode step has run,
@@ -331,14 +331,14 @@ class _Calls:
             config: of the context; it must live as long.
         """
         self._config = config
-        self.context, self._place, self._device, self._log, self._vocab = (
+        self.context, self._storage, self._device, self._log, self._vocab = (
             context,
             storage,
             storage.device,
             log,
             vocab,
         )
-        self._captures, self._downloads = captures, downloads
+        self.captures, self._downloads = captures, downloads
         self._graph: Any | None = None
         self._counts = 0, 0  # tokens and logits of the bound shapes
         self._inputs = {name: storage.pinned((longest,), "int64") for name in TOKEN_INPUTS}
@@ -371,9 +371,9 @@ class _Calls:
             self._device.synchronize()
         after()
         self._device.synchronize()
-        if self._captures and self._graph is None:
+        if self.captures and self._graph is None:
             self._capture()
-        return self._host_logits().reshape(1, logits, self._vocab)
+        return self.host_logits().reshape(1, logits, self._vocab)
 
     def _queue(self) -> None:
         for name, array in self._inputs.items():
@@ -382,7 +382,7 @@ class _Calls:
         if not self.context.execute_async_v3(self._device.stream):
             raise failure(self._log, "TensorRT failed to run the engine")
         assert self._logits is not None
-        self._device.download(self._host_logits(), self._logits.address)
+        self._device.download(self.host_logits(), self._logits.address)
         for array in self._downloads:
             assert array.host is not None
             self._device.download(array.host, array.address)
@@ -395,7 +395,7 @@ class _Calls:
         ready = getattr(self.context, "is_stream_capturable", None)
         if ready is None or ready(self._device.stream):
             self._graph = self._device.capture(self._queue)
-            self._captures = self._graph is not None
+            self.captures = self._graph is not None
 
     def _shape(self, tokens: int, logits: int) -> None:
         if self._counts == (tokens, logits):
@@ -406,14 +406,15 @@ class _Calls:
                 raise failure(self._log, f"the engine rejects {count} as a size of {name}")
         if self._logits is None or self._logits.shape[0] < logits:
             self._logits = None  # freed before the larger one is allocated
-            self._logits = self._place.pinned((logits, self._vocab), "float32")
+            self._logits = self._storage.pinned((logits, self._vocab), "float32")
             self._address("logits", self._logits.address)
 
     def _count(self, name: str) -> int:
         tokens, logits = self._counts
         return {"write_indices": 1, "logits_index": logits}.get(name, tokens)
 
-    def _host_logits(self) -> NDArray[np.float32]:
+    def host_logits(self) -> NDArray[np.float32]:
+        """The logits of the last call in host memory, [logits, vocab]."""
         assert self._logits is not None and self._logits.host is not None
         return self._logits.host[: self._counts[1]]
 

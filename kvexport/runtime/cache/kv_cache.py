@@ -197,7 +197,7 @@ class KvCache:
         assert count <= usable, "a call must not have more tokens than slots"
         if count > 1:
             for sequence in range(self.batch)[rows]:
-                self._shrink(sequence, usable - count)
+                self.shrink(sequence, usable - count)
         return self._rows.take(rows, first, count, usable, slots)
 
     def compress(self) -> None:
@@ -206,7 +206,7 @@ class KvCache:
         assert eviction is not None and self.slots is not None
         self.slots = min(eviction.budget, self.slots)
         for row in range(self.batch):
-            self._shrink(row, self.slots)
+            self.shrink(row, self.slots)
         for name, spec in self._specs.items():
             self._resize(name, spec, self._slots_for(spec, self.capacity))
 
@@ -327,7 +327,7 @@ class KvCache:
         """Slots that a sequence of `tokens` tokens needs."""
         return min(tokens, self.slots) if spec.evicts and self.slots is not None else tokens
 
-    def _shrink(self, row: int, keep: int) -> None:
+    def shrink(self, row: int, keep: int) -> None:
         """Evict tokens of a sequence until at most `keep` remain in layers that evict."""
         filled, seen = int(self._rows.filled[row]), int(self._rows.seen[row])
         if filled <= keep:
