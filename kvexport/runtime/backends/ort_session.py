@@ -103,7 +103,7 @@ def session_on(
 def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     """Options of every session.
 
-    Subnormal numbers are kept, although a few weights of attention can be subnormal and slow a processor down:
+    Subnormal numbers are kept, although a few weights of attention can be subnormal and slow a processor:
     ONNX Runtime's option to flush them changes the whole calling thread, permanently.
 
     All other options are ONNX Runtime's defaults, after measurements with a llama of 109 M parameters and a
