@@ -7,15 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
+from kvexport.bundle.bundle import Bundle
 from kvexport.bundle.chat_format import Chat
 from kvexport.bundle.manifest import REBUILD
 from kvexport.errors import BundleError, reason_of
 from kvexport.files.schema import Table, read_limited
-
-if TYPE_CHECKING:
-    from kvexport.bundle.bundle import Bundle
 
 TEXT_FILE = "text.json"
 FORMAT = 1

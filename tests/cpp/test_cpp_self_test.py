@@ -16,9 +16,9 @@ import pytest
 import torch
 from builds import build, environment
 from support.decoders import STYLES, make_decoder
+from support.invalid_self_tests import INVALID
 from support.tiny_bundles import put, write_bundle
 from support.validated_bundles import broken
-from support.wrong_vectors import WRONG
 
 from kvexport.bundle.self_test_file import FILE
 from kvexport.errors import KvexportError
@@ -205,7 +205,7 @@ def test_refuses_invalid_self_test_files(bundles: Path, tmp_path: Path) -> None:
             ran.stderr
         )
 
-    for number, change in enumerate(WRONG):
+    for number, change in enumerate(INVALID):
         refused(str(number), bundles / "sound", change)
     for slots in (None, 10, 41, 17, 1.0):
         refused(f"slots {slots}", bundles / "evicting", put("slots", to=slots))

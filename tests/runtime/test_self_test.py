@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 import torch
 from support.decoders import STYLES, make_decoder, with_attention
+from support.invalid_self_tests import INVALID
 from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import decoder_with_fewer_heads, edit_manifest, write_bundle
 from support.validated_bundles import broken
-from support.wrong_vectors import WRONG
 
 from kvexport.bundle.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.graph_io import KEY, past
@@ -425,7 +425,7 @@ def test_rejects_a_bundle_without_self_test_file(tmp_path: Path) -> None:
         self_test(write_bundle(tmp_path / "b", model(layers=1)))
 
 
-@pytest.mark.parametrize("change", WRONG)
+@pytest.mark.parametrize("change", INVALID)
 def test_rejects_invalid_self_test_files(
     change: Callable[[Raw], object], sound: Path, tmp_path: Path
 ) -> None:

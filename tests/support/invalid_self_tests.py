@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from support.tiny_bundles import put
 
-WRONG = (
+INVALID = (
     put("format", to=2),
     put("prompt", to=[]),
     put("prompt", 0, to=40),
