@@ -71,7 +71,7 @@ TEST(growth_moves_heads_within_the_same_memory) {
     std::vector<void*> addresses;
     for (const Buffer& buffer : buffers.all) {
       CHECK_EQUAL(reinterpret_cast<std::uintptr_t>(buffer.address) % 256, 0U);
-      CHECK_EQUAL(buffer.most, buffer.evicts ? 300 : 700);
+      CHECK_EQUAL(buffer.max_slots, buffer.evicts ? 300 : 700);
       addresses.push_back(buffer.address);
       for (std::int64_t head = 0; head < buffer.heads; ++head)
         for (std::int64_t slot = 0; slot < buffer.slots; ++slot)
@@ -85,7 +85,7 @@ TEST(growth_moves_heads_within_the_same_memory) {
       for (std::size_t index = 0; index < buffers.all.size(); ++index) {
         const Buffer& buffer = buffers.all[index];
         CHECK_EQUAL(buffer.address, addresses[index]);
-        CHECK_EQUAL(buffer.slots, std::min(buffer.most, buffers.layout_tokens));
+        CHECK_EQUAL(buffer.slots, std::min(buffer.max_slots, buffers.layout_tokens));
         for (std::int64_t head = 0; head < buffer.heads; ++head)
           for (std::int64_t slot = 0; slot < buffer.slots; ++slot)
             for (std::int64_t at = 0; at < buffer.width; ++at)

@@ -221,7 +221,7 @@ TEST(a_failed_write_leaves_no_file) {
   setrlimit(RLIMIT_FSIZE, &before);
   CHECK_EQUAL(message, folder.file("c") + " cannot be written: File too large");
   CHECK(listing(folder.path).empty());
-  CHECK_THROWS_WITH(TensorWriter(folder.file("no/c"), {}, {}), "write to an existing directory");
+  CHECK_THROWS_WITH(TensorWriter(folder.file("no/c"), {}, {}), "write to a folder that exists");
 }
 
 TEST(a_full_disk_leaves_no_file) {

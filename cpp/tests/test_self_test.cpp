@@ -88,7 +88,7 @@ SelfTestReport examined(const std::string& name, Fault fault = {}, const std::st
 nlohmann::json json_of(const SelfTestReport& report) { return nlohmann::json::parse(report.json); }
 
 void require_ok(const SelfTestReport& report) {
-  CHECK_EQUAL(report.message.find("computes what PyTorch computed") != std::string::npos, true);
+  CHECK_EQUAL(report.message.find("reproduces the outputs that PyTorch computed") != std::string::npos, true);
   CHECK_EQUAL(report.verdict, "ok");
   CHECK(report.ok && report.fix.empty());
   const nlohmann::json json = json_of(report);
@@ -202,7 +202,7 @@ TEST(lower_precision_is_reported) {
   };
   const SelfTestReport report = examined("sound", rounds);
   require_verdict(report, "precision");
-  CHECK(report.message.find("less exact than float32, as if it computed in float16") != std::string::npos);
+  CHECK(report.message.find("less accurate than float32, as if it computed in float16") != std::string::npos);
 }
 
 TEST(a_dropped_cache_write_is_reported) {

@@ -105,7 +105,7 @@ def test_small_capacities_give_the_same_results(
     drive("clear", cache="c")
     for token in tokens(capacity):
         drive.step(token)
-    assert parts_of(lambda: drive.step(1))["seen"] == f"{capacity + 1} tokens"
+    assert parts_of(lambda: drive.step(1))["got"] == f"{capacity + 1} tokens"
 
 
 def test_refuses_capacities_out_of_range(drive: Drive, bundles: Path) -> None:
@@ -311,8 +311,8 @@ def require_both_refuse(path: Path, bundle: Path, message: str, drive: Drive) ->
 def test_refuses_impossible_file_names(drive: Drive, bundles: Path, tmp_path: Path) -> None:
     saved(drive, bundles / "gqa", tmp_path / "cache")
     for file, failed in (
-        (".", "it is a folder"),
-        (tmp_path, "it is a folder"),
+        (".", "must be a file, not a folder"),
+        (tmp_path, "must be a file, not a folder"),
         (tmp_path / "no" / "file", "No such file"),
     ):
         parts = parts_of(lambda file=file: drive("save", cache="c", file=str(file)))

@@ -5,8 +5,9 @@
  * with kvexport_error_free. No exception passes through this header. Invalid arguments give KVEXPORT_USAGE
  * and leave sessions and caches unchanged. Pointer arguments must not be NULL unless stated otherwise.
  *
- * Threads. There is no global state. A session may be used by any number of threads. A cache may be used by
- * one thread at a time; different caches may be used by different threads at the same time.
+ * Threads. A session may be used by any number of threads. A cache may be used by one thread at a time;
+ * different caches may be used by different threads at the same time. There is no global state; when the
+ * library is loaded, it sets the environment variable ORT_DISABLE_TELEMETRY=1 unless the variable is set.
  *
  * Memory. A cache shares the data of its session, so both may be freed in any order. Returned arrays and
  * strings belong to the object that they came from; if a function is documented to return memory to be freed,

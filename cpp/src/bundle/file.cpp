@@ -72,7 +72,7 @@ std::string read_file(const std::string& path, std::size_t most) {
 NewFile::NewFile(const std::string& path) : path_(path) {
   struct stat status{};
   if (::stat(path.c_str(), &status) == 0 && S_ISDIR(status.st_mode)) {
-    throw Failure(Code::usage, path + " must be a file, not a directory", {}, {}, "name a file in it");
+    throw Failure(Code::usage, path + " must be a file, not a folder", {}, {}, "name a file in it");
   }
   // mkstemp would create a file that only its owner may read; this one gets the user's default permissions.
   std::random_device random;
@@ -139,7 +139,7 @@ void NewFile::fail(const char* doing) const {
   if (reason == ENOSPC || reason == EDQUOT) fix = "free disk space, or write to another disk";
   if (reason == EFBIG) fix = "allow larger files: ulimit -f unlimited";
   if (reason == EACCES || reason == EPERM || reason == EROFS || reason == ENOENT || reason == ENOTDIR)
-    fix = "write to an existing directory with write permission";
+    fix = "write to a folder that exists and is writable";
   const Code code = reason == ENOENT || reason == ENOTDIR ? Code::usage : Code::cannot_run_here;
   throw Failure(code, path_ + " cannot be " + doing + ": " + std::strerror(reason), {}, {}, std::move(fix));
 }

@@ -15,27 +15,27 @@ namespace {
 constexpr std::size_t ALIGNMENT = 256;
 
 std::size_t product(std::initializer_list<std::int64_t> factors) {
-  std::size_t whole = 1;
+  std::size_t total = 1;
   for (std::int64_t factor : factors) {
     if (factor != 0 &&
-        whole > std::numeric_limits<std::size_t>::max() / 4 / static_cast<std::size_t>(factor)) {
+        total > std::numeric_limits<std::size_t>::max() / 4 / static_cast<std::size_t>(factor)) {
       throw Failure(Code::cannot_run_here, "there is not enough memory for the KV cache",
                     "a size that overflows", "", "use a smaller cache capacity");
     }
-    whole *= static_cast<std::size_t>(factor);
+    total *= static_cast<std::size_t>(factor);
   }
-  return whole;
+  return total;
 }
 
-std::size_t most_bytes(const Buffer& buffer) {
+std::size_t max_bytes(const Buffer& buffer) {
   const std::size_t bytes =
-      product({buffer.heads, buffer.most, static_cast<std::int64_t>(buffer.slot_bytes())});
+      product({buffer.heads, buffer.max_slots, static_cast<std::int64_t>(buffer.slot_bytes())});
   return bytes + (ALIGNMENT - bytes % ALIGNMENT) % ALIGNMENT;
 }
 
 std::size_t sum(const std::vector<Buffer>& all) {
   std::size_t bytes = 0;
-  for (const Buffer& buffer : all) bytes += most_bytes(buffer);
+  for (const Buffer& buffer : all) bytes += max_bytes(buffer);
   return bytes;
 }
 
@@ -48,9 +48,9 @@ std::vector<Buffer> buffers_of(const Manifest& manifest, std::int64_t capacity) 
     const bool evicts = manifest.evicts(static_cast<std::int64_t>(index));
     const auto add = [&](Which which, const char* name, std::int64_t width, Dtype dtype) {
       const std::string end = "." + std::to_string(index) + "." + name;
-      const std::int64_t most = evicts ? std::min(manifest.eviction->budget, capacity) : capacity;
+      const std::int64_t max_slots = evicts ? std::min(manifest.eviction->budget, capacity) : capacity;
       all.push_back({"past_key_values" + end, "present" + end, static_cast<int>(index), which, dtype, evicts,
-                     layer.num_key_value_heads, width, most});
+                     layer.num_key_value_heads, width, max_slots});
     };
     add(Which::key, "key", layer.key_head_dim, manifest.dtype);
     add(Which::value, "value", layer.value_head_dim, manifest.dtype);
@@ -72,7 +72,7 @@ Buffers::Buffers(const Manifest& manifest, std::int64_t capacity, Storage& stora
   std::size_t offset = 0;
   for (Buffer& buffer : all) {
     buffer.address = static_cast<char*>(memory_.get()) + offset;
-    offset += most_bytes(buffer);
+    offset += max_bytes(buffer);
   }
   reserve(1);
 }
@@ -86,7 +86,7 @@ void Buffers::reserve(std::int64_t tokens) {
   if (tokens <= layout_tokens) return;
   const std::int64_t room = tokens > capacity - step_ ? capacity : (tokens + step_ - 1) / step_ * step_;
   for (Buffer& buffer : all) {
-    const std::int64_t slots = std::min(room, buffer.most), before = buffer.slots;
+    const std::int64_t slots = std::min(room, buffer.max_slots), before = buffer.slots;
     if (slots == before) continue;
     const std::size_t slot = buffer.slot_bytes();
     if (before > 0) {

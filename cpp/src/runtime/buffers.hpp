@@ -24,7 +24,7 @@ struct Buffer {
   Dtype dtype;  // float32 for a state
   bool evicts;
   std::int64_t heads, width;
-  std::int64_t most;       // slots that memory is allocated for
+  std::int64_t max_slots;  // slots that memory is allocated for
   std::int64_t slots = 0;  // slots per head in the present layout
   void* address = nullptr;
 

@@ -27,8 +27,8 @@ Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std:
              std::int64_t chunk)
     : session_(std::move(session)),
       capacity_(session_->capacity_of(capacity)),
-      most_chunk_(std::min(chunk_of(*session_, chunk), capacity_)),
-      chunk_(most_chunk_),
+      max_chunk_(std::min(chunk_of(*session_, chunk), capacity_)),
+      chunk_(max_chunk_),
       buffers_(session_->manifest(),
                session_->engine->has_fixed_capacity() ? session_->engine->capacity() : capacity_,
                session_->engine->storage(), growth_step_of(*session_->engine, step)),
@@ -49,21 +49,21 @@ void Cache::require_prefill(const std::int64_t* ids, std::size_t count) const {
 
 const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
   require_prefill(ids, count);
-  const auto whole = static_cast<std::int64_t>(count) + (pending_ ? 1 : 0);
+  const auto total = static_cast<std::int64_t>(count) + (pending_ ? 1 : 0);
   if (pending_) {
     ids_.assign(1, *pending_);
     ids_.insert(ids_.end(), ids, ids + count);
     ids = ids_.data();
   }
-  if (whole == 0) {
+  if (total == 0) {
     const std::int64_t last = last_;
     --length_;  // `run` adds 1 again
     return run(&last, 1, 1, false, true);
   }
   const float* logits = nullptr;
-  for (std::int64_t start = 0; start < whole; start += chunk_) {
-    const std::int64_t here = std::min(chunk_, whole - start);
-    logits = run(ids + start, here, 1, start + here == whole);
+  for (std::int64_t start = 0; start < total; start += chunk_) {
+    const std::int64_t size = std::min(chunk_, total - start);
+    logits = run(ids + start, size, 1, start + size == total);
     pending_.reset();
   }
   return logits;
@@ -73,11 +73,11 @@ const float* Cache::step(std::int64_t token) {
   require_intact();
   session_->require_ids(&token, 1);
   require_room(length_with(1), "the token must fit the capacity");
-  if (pending_) feed_pending();
+  if (pending_) run_pending();
   return run(&token, 1, 1, false);
 }
 
-const float* Cache::feed_pending() {
+const float* Cache::run_pending() {
   require_intact();
   require_room(length_with(0), "the token must fit the capacity");
   const float* logits = run(&*pending_, 1, 1, false);
@@ -89,13 +89,13 @@ std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count, std:
   require_intact();
   require_room(length_with(count), "the tokens must fit the capacity");
   session_->require_ids(ids, count);
-  const auto whole = static_cast<std::int64_t>(count), vocab = session_->manifest().vocab_size;
+  const auto total = static_cast<std::int64_t>(count), vocab = session_->manifest().vocab_size;
   std::vector<float> scored;
   scored.reserve((count - std::min(count, from)) * static_cast<std::size_t>(vocab));
-  for (std::int64_t start = 0; start < whole; start += chunk_) {
-    const std::int64_t here = std::min(chunk_, whole - start);
-    const std::int64_t rows = std::min(here, start + here - static_cast<std::int64_t>(std::min(count, from)));
-    const float* logits = run(ids + start, here, std::max<std::int64_t>(1, rows), start + here == whole);
+  for (std::int64_t start = 0; start < total; start += chunk_) {
+    const std::int64_t size = std::min(chunk_, total - start);
+    const std::int64_t rows = std::min(size, start + size - static_cast<std::int64_t>(std::min(count, from)));
+    const float* logits = run(ids + start, size, std::max<std::int64_t>(1, rows), start + size == total);
     if (rows > 0) scored.insert(scored.end(), logits, logits + rows * vocab);
   }
   return scored;
@@ -105,9 +105,9 @@ void Cache::clear(float fill) {
   buffers_.clear(fill);
   occupancy_ = {};
   blocked_ = length_ = last_ = 0;
-  chunk_ = most_chunk_;
+  chunk_ = max_chunk_;
   pending_.reset();
-  broken_ = false;
+  failed_midway_ = false;
 }
 
 void Cache::block(std::int64_t slots) {
@@ -149,7 +149,7 @@ void Cache::write_state(const Buffer& state, const std::vector<float>& values) {
 }
 
 void Cache::require_intact() const {
-  if (!broken_) return;
+  if (!failed_midway_) return;
   throw Failure(Code::usage, "a previous call failed midway; the cache contents are undefined", "", "",
                 "clear the cache or load a saved one");
 }
@@ -163,8 +163,8 @@ void Cache::require_not_leased() const {
 // Length of the sequence with `more` further tokens, saturated.
 std::uint64_t Cache::length_with(std::size_t more) const {
   const std::uint64_t current = static_cast<std::uint64_t>(length_) + (pending_ ? 1 : 0),
-                      whole = current + more;
-  return whole < current ? std::numeric_limits<std::uint64_t>::max() : whole;
+                      total = current + more;
+  return total < current ? std::numeric_limits<std::uint64_t>::max() : total;
 }
 
 void Cache::require_room(std::uint64_t tokens, const char* what) const {
@@ -191,13 +191,13 @@ void Cache::require_room(std::uint64_t tokens, const char* what) const {
 // that there is room. `again`: the token is the last one of the cache, which is run a second time.
 const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink,
                         bool again) {
-  broken_ = true;  // an exception from here on leaves the contents undefined
+  failed_midway_ = true;  // an exception from here on leaves the contents undefined
   buffers_.reserve(length_ + count);
   std::iota(positions_.begin(), positions_.begin() + count, length_);
   std::iota(indices_.begin(), indices_.begin() + logits, count - logits);
   Call call{ids, positions_.data(), count, admit(count, again), indices_.data(), logits, shrink};
   const float* result = session_->engine->run(*binding_, call);
-  broken_ = false;
+  failed_midway_ = false;
   length_ += count;
   last_ = ids[count - 1];
   return result;
@@ -207,12 +207,13 @@ const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_
 // make room for themselves.
 std::int64_t Cache::admit(std::int64_t count, bool again) {
   if (!evictor_) return length_;
-  const std::int64_t there = std::min(slots(), buffers_.layout_tokens), usable = there - blocked_;
+  const std::int64_t layout_slots = std::min(slots(), buffers_.layout_tokens),
+                     usable = layout_slots - blocked_;
   if (count > 1 && occupancy_.filled > usable - count) {
     evictor_->shrink(occupancy_.filled, usable - count, occupancy_.seen);
     occupancy_.filled = usable - count;
   }
-  return again ? occupancy_.last(usable, there) : occupancy_.take(count, usable, there);
+  return again ? occupancy_.last(usable, layout_slots) : occupancy_.take(count, usable, layout_slots);
 }
 
 std::int64_t Cache::slots() const {

@@ -36,7 +36,7 @@ class Cache {
 
   // Sets the pending token, which the next call runs first.
   void choose(std::int64_t token) { pending_ = token; }
-  const float* feed_pending();
+  const float* run_pending();
 
   // Reserves the cache for a generation. While a lease exists, user calls on the cache are refused.
   class Lease {
@@ -86,13 +86,13 @@ class Cache {
   std::int64_t slots() const;  // of layers that evict
 
   std::shared_ptr<const Session> session_;  // must outlive the other members
-  std::int64_t capacity_, most_chunk_, chunk_;
+  std::int64_t capacity_, max_chunk_, chunk_;
   Buffers buffers_;
   std::optional<Evictor> evictor_;  // only if layers evict
   Occupancy occupancy_;
   std::int64_t blocked_ = 0, length_ = 0, last_ = 0;
   std::optional<std::int64_t> pending_;
-  bool broken_ = false, leased_ = false;
+  bool failed_midway_ = false, leased_ = false;
   std::vector<std::int64_t> positions_, indices_, ids_;
   std::unique_ptr<Binding> binding_;
 };

@@ -28,7 +28,7 @@ Evictor::Evictor(const Manifest& manifest, Buffers& buffers) : manifest_(manifes
   for (const Buffer& buffer : buffers.all) {
     if (!buffer.evicts) continue;
     heads = std::max(heads, buffer.heads);
-    slots = buffer.most;
+    slots = buffer.max_slots;
   }
   const auto most = static_cast<std::size_t>(slots);
   state_.resize(static_cast<std::size_t>(heads) * most * STATE_WIDTH);

@@ -101,7 +101,7 @@ Finish generate(Cache& cache, const std::int64_t* ids, std::size_t count, const 
     if (output.stopped()) return Finish::stop;
     if (generated == options.max_new_tokens) return finish_with(Finish::length);
     if (cache.length() == cache.capacity()) return finish_with(Finish::capacity);
-    logits = cache.feed_pending();
+    logits = cache.run_pending();
   }
 }
 

@@ -13,13 +13,13 @@ constexpr std::size_t ALIGNMENT = 256;
 }
 
 void* HostStorage::allocate(std::size_t bytes) {
-  const std::size_t whole = bytes + (ALIGNMENT - bytes % ALIGNMENT) % ALIGNMENT;
-  void* address = whole < bytes ? nullptr : std::aligned_alloc(ALIGNMENT, whole == 0 ? ALIGNMENT : whole);
+  const std::size_t padded = bytes + (ALIGNMENT - bytes % ALIGNMENT) % ALIGNMENT;
+  void* address = padded < bytes ? nullptr : std::aligned_alloc(ALIGNMENT, padded == 0 ? ALIGNMENT : padded);
   if (address == nullptr) {
     throw Failure(Code::cannot_run_here, "there is not enough memory for the KV cache",
                   std::to_string(bytes) + " bytes", "", "use a smaller cache capacity");
   }
-  std::memset(address, 0, whole);
+  std::memset(address, 0, padded);
   return address;
 }
 

@@ -181,7 +181,7 @@ void Cache::load(const std::string& file) {
   }
   reader.verify();
   clear();
-  broken_ = true;  // until everything is read
+  failed_midway_ = true;  // until everything is read
   buffers_.reserve(std::max<std::int64_t>(1, state.length));
   std::vector<char> row;
   for (const Buffer& buffer : buffers_.all) {
@@ -196,7 +196,7 @@ void Cache::load(const std::string& file) {
   }
   occupancy_ = {state.filled, state.seen};
   length_ = state.length, last_ = state.last, pending_ = state.pending;
-  broken_ = false;
+  failed_midway_ = false;
 }
 
 }  // namespace kvexport::detail

@@ -95,11 +95,13 @@ std::optional<Dtype> lower(Dtype dtype) {
 std::array<std::string, 2> sentences(const std::string& verdict, const Session& session,
                                      const std::optional<Location>& first) {
   const std::string &provider = session.engine->provider(), &version = session.engine->version();
-  const std::string rebuilt =
+  const std::string rebuild_engine =
       provider == "tensorrt" ? "build the engine again: kvexport engine BUNDLE --force" : "";
   const std::string runs = version + " on " + provider,
                     where = first ? "; first difference: " + first->text() : "";
-  const auto otherwise = [&](const std::string& remedy) { return rebuilt.empty() ? remedy : rebuilt; };
+  const auto fix_or_rebuild = [&](const std::string& remedy) {
+    return rebuild_engine.empty() ? remedy : rebuild_engine;
+  };
   if (verdict == "ok") {
     return {runs + " reproduces the outputs that PyTorch computed when the bundle was built", ""};
   }
@@ -113,18 +115,18 @@ std::array<std::string, 2> sentences(const std::string& verdict, const Session& 
   if (verdict == "engine") {
     return {runs + " computes other numbers than the PyTorch reference" + where,
             "check the bundle: kvexport self-test BUNDLE --provider cpu; if that is ok, " +
-                otherwise("update ONNX Runtime, or run with --provider cpu")};
+                fix_or_rebuild("update ONNX Runtime, or run with --provider cpu")};
   }
   if (verdict == "precision") {
     const std::string dtype = name_of(session.manifest().dtype),
-                      lower_tolerance = name_of(*lower(session.manifest().dtype));
-    return {runs + " is less accurate than " + dtype + ", as if it computed in " + lower_tolerance + where,
-            otherwise("build the bundle again with --dtype " + lower_tolerance +
-                      " if that is sufficient; otherwise " + COPY)};
+                      lower_dtype = name_of(*lower(session.manifest().dtype));
+    return {runs + " is less accurate than " + dtype + ", as if it computed in " + lower_dtype + where,
+            fix_or_rebuild("build the bundle again with --dtype " + lower_dtype +
+                           " if that is sufficient; otherwise " + COPY)};
   }
   return {runs + ": prefill matches the reference, decode does not: the KV cache is not updated correctly" +
               (first ? where : "; greedy generation differs"),
-          otherwise("install another version of ONNX Runtime, or run with another --provider")};
+          fix_or_rebuild("install another version of ONNX Runtime, or run with another --provider")};
 }
 
 Ordered json_of(const Check& check) {

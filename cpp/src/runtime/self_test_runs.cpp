@@ -99,7 +99,7 @@ void Runs::begin() {
   for (int layer = 0; reference_.slots && layer < static_cast<int>(manifest_.layers.size()); ++layer) {
     const Buffer* state = cache_.buffer(layer, Which::state);
     if (state == nullptr) continue;
-    if (state->most > *reference_.slots) cache_.block(*reference_.slots);
+    if (state->max_slots > *reference_.slots) cache_.block(*reference_.slots);
     return;
   }
 }
@@ -159,7 +159,7 @@ void Runs::read_evicting(int layer, std::int64_t first, std::vector<Measured>& r
   std::vector<float> states = cache_.read(state);
   const std::vector<float> keys = cache_.read(key), values = cache_.read(value);
   const auto at = static_cast<std::size_t>(layer);
-  const std::int64_t usable = state.most > *reference_.slots ? *reference_.slots : state.slots;
+  const std::int64_t usable = state.max_slots > *reference_.slots ? *reference_.slots : state.slots;
   const auto of_slot = [&](std::int64_t head, std::int64_t slot) {
     return states.data() + (head * state.slots + slot) * static_cast<std::int64_t>(STATE_WIDTH);
   };

@@ -23,7 +23,7 @@ List rest(typename List::const_iterator from, const List& list) {
   return List(from, list.end());
 }
 
-std::string whole_part(std::string text) {
+std::string complete_part(std::string text) {
   while (text.size() >= incomplete.size() &&
          std::string_view(text).substr(text.size() - incomplete.size()) == incomplete)
     text.resize(text.size() - incomplete.size());
@@ -88,7 +88,7 @@ std::string Text::without_special(Ids ids) const {
 
 std::string Text::decode(const Ids& ids) const {
   std::string text = decoded(ids);
-  if (whole_part(text) == text) return text;
+  if (complete_part(text) == text) return text;
   TextStream stream(*this, {});  // handles invalid bytes
   text.clear();
   for (const std::int64_t id : ids) text += stream.add(id);
@@ -113,7 +113,7 @@ TextStream::TextStream(const Text& text, const Ids& prompt) : text_(&text) {
   for (std::size_t back = 0; back < longest && back <= first; ++back) {
     ids_.assign(prompt.begin() + static_cast<std::ptrdiff_t>(first - back), prompt.end());
     const std::string decoded = text_->decoded(ids_);
-    output_ = whole_part(decoded);
+    output_ = complete_part(decoded);
     if (decoded.compare(0, incomplete.size(), incomplete) != 0) break;
   }
   output_tokens_ = ids_.size();
@@ -141,13 +141,13 @@ std::string TextStream::skip() {
 }
 
 std::string TextStream::grow() {
-  const std::string text = text_->decoded(ids_), whole = whole_part(text);
-  if (whole == text) output_tokens_ = ids_.size();
-  if (whole.size() <= output_.size()) return {};
-  const std::string piece = after(whole, output_.size());
-  output_ = whole;
+  const std::string text = text_->decoded(ids_), complete = complete_part(text);
+  if (complete == text) output_tokens_ = ids_.size();
+  if (complete.size() <= output_.size()) return {};
+  const std::string piece = after(complete, output_.size());
+  output_ = complete;
   output_tokens_ = std::max(output_tokens_, ids_.size() - 1);
-  if (whole == text) forget();
+  if (complete == text) forget();
   return piece;
 }
 
