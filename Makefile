@@ -3,7 +3,7 @@
 #   make check      style, types, import contracts and the fast tests: three minutes on two cores
 #   make test       and every behaviour once, C++ and documents included: what CI runs
 #   make test-all   and every combination: before a release
-# tests/README.md says what each tier proves. WORKERS=N runs the tests in N processes of one thread each.
+# tests/README.md says what each tier tests. WORKERS=N runs the tests in N processes of one thread each.
 # The first interpreter that ONNX Runtime has wheels for; PYTHON=... overrides.
 PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 	$$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)

@@ -225,13 +225,13 @@ def _providers() -> tuple[str, ...]:
         return ()
 
 
-def _machine(root: Path, found: Sequence[probe.Gpu]) -> Machine:
+def _machine(root: Path, probed: Sequence[probe.Gpu]) -> Machine:
     jetson, l4t = board(root), l4t_release(root)
     if l4t is None and (jetson is None or "jetson" not in jetson.lower()):
         jetson = None  # another board with a device tree
     gpus = [
         Gpu(each.name, None if each.unified else each.memory, each.compute_capability, each.driver)
-        for each in found
+        for each in probed
     ]
     if not gpus and jetson is not None:
         gpus = [Gpu(jetson, None, sm, None) for name, sm in _JETSON_SM.items() if name in jetson.lower()]

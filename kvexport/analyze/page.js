@@ -66,13 +66,13 @@ function drawAttention() {
   const diverging = ["--less", "--same", "--more"].map(colour);
   let limit = 0.05; // below it the two bytes' rounding would show
   for (let q = 0; q < count; q++) for (let k = 0; k <= q; k++) limit = Math.max(limit, Math.abs(compressed(q, k) - original(q, k)));
-  const seen = (fill) => (q, k) => (k > q ? null : fill(q, k));
+  const causal = (fill) => (q, k) => (k > q ? null : fill(q, k));
   const maps = {
     original: (q, k) => between(scale, Math.sqrt(original(q, k))),
     compressed: (q, k) => between(scale, Math.sqrt(compressed(q, k))),
     difference: (q, k) => between(diverging, 0.5 + (compressed(q, k) - original(q, k)) / (2 * limit)),
   };
-  for (const name in maps) draw($(`attention-${name}`), count, seen(maps[name]), chosen.query, chosen.key);
+  for (const name in maps) draw($(`attention-${name}`), count, causal(maps[name]), chosen.query, chosen.key);
   const [a, b] = [original(chosen.query, chosen.key), compressed(chosen.query, chosen.key)];
   $("attention-readout").textContent =
     `Query ${quoted(chosen.query)} on key ${quoted(chosen.key)}: original ${a.toFixed(3)}, compressed ${b.toFixed(3)}, difference ${signed(b - a)}`;

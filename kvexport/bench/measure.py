@@ -66,8 +66,8 @@ class BenchOptions:
         """
         for session in sessions:
             decoded = _WARM_UP_STEPS + self.steps
-            wanted = ("-p", self.prompt, 0), ("-d", max(self.depths), decoded)
-            for option, tokens, more in wanted:
+            needed = ("-p", self.prompt, 0), ("-d", max(self.depths), decoded)
+            for option, tokens, more in needed:
                 if tokens + more > session.capacity:
                     steps = f", and {more} decoded tokens" if more else ""
                     smaller = f"{option} or -n" if more else option

@@ -154,9 +154,8 @@ def cache_specs(
     """The cache inputs of a layer.
 
     Without eviction: key and value, [batch, kv_heads, capacity, width]. With eviction each head has its own
-        slots: key,
-    value and state, [batch·kv_heads, 1, budget, width]. The state is float32, width 2: score, and position +
-    1. Buffers of zeros are empty.
+    slots: key, value and state, [batch·kv_heads, 1, budget, width]. The state is float32, width 2: score, and
+    position + 1. Buffers of zeros are empty.
     """
     widths = {KEY: key_dim, VALUE: value_dim}
     if not evicts:

@@ -92,9 +92,9 @@ class TextFile:
                 tokenizer.decode(one.ids),
             )
             expected = list(one.ids), list(one.plain_ids), one.decoded
-            for got, wanted in zip(actual, expected, strict=True):
-                if got != wanted:
-                    return f"{one.text[:40]!r}: {str(got)[:60]} instead of {str(wanted)[:60]}"
+            for got, correct in zip(actual, expected, strict=True):
+                if got != correct:
+                    return f"{one.text[:40]!r}: {str(got)[:60]} instead of {str(correct)[:60]}"
         return None
 
 

@@ -72,7 +72,7 @@ _OPERATORS_10_3 = """
 
 def _tensorrt() -> tuple[EngineCapabilities, ...]:
     """TensorRT from 10.3 (JetPack 6.1), the oldest supported version. Each entry adds to the one before."""
-    # No document found says what opset 10.3 reads: its ONNX is between 1.14 and 1.17 (opsets 19 to 22). 20 is
+    # The opset that 10.3 reads is not documented: its ONNX is between 1.14 and 1.17 (opsets 19 to 22). 20 is
     # from memory, not measured. 10.6 and 10.11 moved to ONNX 1.17 and 1.18; 10.15 and 11.0 document their
     # opsets.
     entries = [

@@ -91,16 +91,16 @@ def _for_target(target: Target, capabilities: tuple[str, ...], gpu: Gpu | None) 
         )
     assert target.sm is not None
     if target.engine == "tensorrt-rtx":
-        wanted = capabilities or (target.sm,)
-        if target.sm not in wanted:
+        requested = capabilities or (target.sm,)
+        if target.sm not in requested:
             raise UsageError(
                 f"the engine of target {target.name} must run on its own GPU",
-                got=f"--compute-capability {', '.join(wanted)}",
+                got=f"--compute-capability {', '.join(requested)}",
                 expected=f"{target.sm}, alone or with others",
                 fix=f"leave out --target, or add --compute-capability {target.sm}",
             )
         return Destination(
-            target.name, target.engine, wanted, gpu is None or gpu.compute_capability not in wanted
+            target.name, target.engine, requested, gpu is None or gpu.compute_capability not in requested
         )
     if capabilities:
         raise UsageError(

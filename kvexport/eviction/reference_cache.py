@@ -111,7 +111,7 @@ class EvictingCache:
     def scores(self, key: Tensor, positions: Tensor) -> Tensor:
         """Scores of new tokens [B, Hkv, S]; the highest is evicted first.
 
-        Of tokens with equal norms it is the older one.
+        Of two tokens with equal norms, the older one is evicted first.
         """
         heads, at = key.shape[1], positions[:, None]
         if self.eviction.policy == "window":

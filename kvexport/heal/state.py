@@ -76,11 +76,11 @@ def load(path: Path, job: str, tensors: dict[str, list[Tensor]]) -> Counters | N
 
     try:
         named = load_file(path)
-        sound = torch.equal(named.pop(_CHECKSUM), _checksum(named))
-        header = json.loads(bytes(named.pop(_HEADER).numpy())) if sound else {}
+        intact = torch.equal(named.pop(_CHECKSUM), _checksum(named))
+        header = json.loads(bytes(named.pop(_HEADER).numpy())) if intact else {}
     except (SafetensorError, OSError, KeyError, ValueError) as error:
         raise _invalid(path, "is damaged", str(error)) from error
-    if not sound:
+    if not intact:
         raise _invalid(path, "is damaged", "its checksum differs")
     if (header.get("format"), header.get("job")) != (_FORMAT, job):
         raise _invalid(

@@ -277,15 +277,14 @@ class Session:
             top_k: draw from the K most likely tokens only.
             top_p: draw from the smallest set of most likely tokens whose probability reaches this value, in
                 (0, 1].
-            seed: makes drawing repeatable; a prompt draws the same tokens whatever follows it in the batch.
+            seed: makes drawing repeatable; a prompt draws the same tokens with any other prompts after
+                it in the batch.
             stop: token ids and texts that end a sequence; they are not part of the result. Token ids replace
                 the model's own end-of-sequence tokens; with texts alone, or None, those stay. An empty list:
                 no stop.
             cache: continue its sequences, one prompt per sequence; a prompt may be empty there. The last
-                token that was
-                generated is pending: the next call runs it first. None: start from empty sequences in the
-                    session's
-                own cache.
+                token that was generated is pending: the next call runs it first. None: start from empty
+                sequences in the session's own cache.
 
         Returns:
             One Generation for one prompt, a list for several.
@@ -355,8 +354,7 @@ class Session:
 
         Returns:
             The prompt for `generate`, `stream` or `prefill`: from the end of the last message to the start of
-                the
-            answer.
+            the answer.
 
         Raises:
             UsageError: `system` is given and there is no template, the template has no system prompt, or the

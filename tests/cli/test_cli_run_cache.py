@@ -58,7 +58,7 @@ def test_generation_ends_before_a_stop_text(run: Run, continuation: str) -> None
 @pytest.mark.parametrize("options", [("--stop", "")])
 def test_rejects_an_empty_stop_text(run: Run, options: tuple[str, ...]) -> None:
     code, out, err = run("--prompt", PROMPT, *options)
-    assert (code, out) == (2, "") and "is empty" in err
+    assert (code, out) == (2, "") and "must not be empty" in err
 
 
 @pytest.mark.parametrize("option", [("--stop", "x"), ("--temperature", "1"), ("--seed", "1")])

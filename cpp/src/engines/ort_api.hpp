@@ -35,7 +35,7 @@ inline void require(const OrtApi& api, OrtStatus* status,
                     const char* failed = "a call of ONNX Runtime failed") {
   if (status == nullptr) return;
   throw Failure(Code::cannot_run_here, failed, error_message(api, status),
-                "onnxruntime 1.28 or later, and a sound bundle",
+                "onnxruntime 1.28 or later, and an undamaged bundle",
                 "check the bundle: kvexport inspect --verify BUNDLE");
 }
 

@@ -239,7 +239,7 @@ class OrtEngine final : public Engine {
     if (status != nullptr) {
       const std::string message = ort::error_message(api_, status);
       throw Failure(Code::cannot_run_here, version_ + " cannot load the graph of the bundle " + bundle.path,
-                    message.substr(0, message.find('\n')), "onnxruntime 1.28 or later, and a sound bundle",
+                    message.substr(0, message.find('\n')), "onnxruntime 1.28 or later, and an undamaged bundle",
                     "use a newer ONNX Runtime; check the bundle: kvexport inspect --verify " + bundle.path);
     }
     session_ = Owned<OrtSession>(session, api_.ReleaseSession);

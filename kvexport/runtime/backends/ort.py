@@ -32,9 +32,8 @@ class OrtDecoder:
     """Runs tokens through the graph, which writes keys and values directly into the cache.
 
     Arrays of a call are reused while their shapes stay the same: a decode step allocates nothing but the
-        temporary
-    values of the graph. On a device, token ids and logits pass through arrays that are allocated once, and
-    everything else stays in device memory. Not yet run on CUDA.
+    temporary values of the graph. On a device, token ids and logits pass through arrays that are allocated
+    once, and everything else stays in device memory. Not yet run on CUDA.
 
     Attributes:
         cache: the buffers in use.

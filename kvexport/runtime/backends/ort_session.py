@@ -67,7 +67,7 @@ def load_graph(
         raise CannotRunHere(
             f"ONNX Runtime {onnxruntime.__version__} cannot load the graph of the bundle {bundle.path}",
             got=str(error).splitlines()[0],
-            expected="onnxruntime 1.28 or later, and a sound bundle",
+            expected="onnxruntime 1.28 or later, and an undamaged bundle",
             fix=(
                 "pip install --upgrade onnxruntime; "
                 f"check the bundle with: kvexport inspect --verify {bundle.path}"

@@ -215,7 +215,7 @@ class TensorRtDecoder:
     def _context(self, profile: int) -> tuple[Any, Any]:
         """A new execution context of a profile, over the shared scratch memory, and its configuration.
 
-        TensorRT-RTX compiles kernels when a size first occurs. For decode steps it is told to do so at once,
+        TensorRT-RTX compiles kernels when a size first occurs. For decode steps it must compile at once,
         because a graph that was captured before would keep the slower kernels. Prompts have many sizes and do
         not wait.
         """

@@ -21,7 +21,7 @@ ALL_ROWS = slice(None)
 class Move(NamedTuple):
     """A copy of slots within an array [rows, heads, slots, width].
 
-    Of several moves, none reads what another has written.
+    Moves of one call are independent: none reads slots that another writes.
 
     Attributes:
         row, rows: first row, and number of rows.

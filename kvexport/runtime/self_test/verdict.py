@@ -5,36 +5,29 @@ are run by `kvexport.runtime.self_test.runs`; this module compares. Needs numpy 
 library implements the same algorithm:
 
 1. Hash the files that run. A file that differs from the manifest is an error, not a verdict. An engine of
-another
-   bundle: verdict `engine`. Weights that are not those of the recording: verdict `weights`.
+   another bundle: verdict `engine`. Weights that are not those of the recording: verdict `weights`.
 2. Run the tokens twice, each time in an empty cache whose key and value slots hold garbage, and which grows
-every `STEP`
-   tokens if it can. If layers evict, all but `ReferenceOutputs.slots` of their slots are blocked. An engine
-   whose capacity is smaller than the number of tokens runs as many as fit.
+   every `STEP` tokens if it can. If layers evict, all but `ReferenceOutputs.slots` of their slots are
+   blocked. An engine whose capacity is smaller than the number of tokens runs as many as fit.
    - "at once": all tokens in calls as long as the engine allows; if layers evict, the prompt only, which fits
      their slots.
-   - "step by step": the prompt in calls of `CHUNK` tokens, then the continuation token by token, whatever the
-     most likely token is.
-   Of every row r from `first_row` on, take the rms, the most likely token and the selected values of the
-   logits, and the
-   norms of the key and value of token r in each layer: from slot r after the run, or, if the layer evicts,
-       after the
-   call, from the slot of each head whose state has position r (NaN if there is none). If scores are norms,
-   compare them with the norms of those keys, and then replace them by `steady_scores` after every call.
+   - "step by step": the prompt in calls of `CHUNK` tokens, then the continuation token by token, even if
+     another token is more likely.
+   For every row r from `first_row` on, take the rms, the most likely token and the selected values of the
+   logits, and the norms of the key and value of token r in each layer: from slot r after the run, or, if the
+   layer evicts, after the call, from the slot of each head whose state has position r (NaN if there is none).
+   If scores are norms, compare them with the norms of those keys, and then replace them by `steady_scores`
+   after every call.
 3. Generate greedily from the prompt in a third such cache; count the tokens that are the continuation's, up
-to the first
-   one where the reference was close to a tie (margin / rms at most `tie`).
-4. Errors of a run. `logits`: the largest |value - reference| / rms of the reference, and |rms / reference rms
-- 1|.
-   `norms`: the largest |norm / reference norm - 1|. `choice`: the largest margin / rms of a row whose most
-       likely token
-   is not the reference's. A NaN counts as infinite. A run is within a tolerance if none of the three exceeds
-   it.
+   to the first one where the reference was close to a tie (margin / rms at most `tie`).
+4. Errors of a run. `logits`: the largest |value - reference| / rms of the reference, and
+   |rms / reference rms - 1|. `norms`: the largest |norm / reference norm - 1|. `choice`: the largest
+   margin / rms of a row whose most likely token is not the reference's. A NaN counts as infinite. A run is
+   within a tolerance if none of the three exceeds it.
 5. The verdict, with the tolerance of the provider and the bundle's dtype. Both runs within it and every token
-generated:
-   `ok`. "at once" within it: `cache`. Else, if both are within the tolerance of the next lower dtype:
-   `precision`. Else `weights` on the CPU, where only the bundle can be wrong, and `engine` with any other
-   provider.
+   generated: `ok`. "at once" within it: `cache`. Else, if both are within the tolerance of the next lower
+   dtype: `precision`. Else `weights` on the CPU, where only the bundle can be wrong, and `engine` with any
+   other provider.
 """
 
 from __future__ import annotations
@@ -59,7 +52,7 @@ _COPY = "copy the bundle again as a whole, or build it again: kvexport build CHE
 
 @dataclass(frozen=True)
 class Location:
-    """Where a run first exceeds the tolerance.
+    """The place where a run first exceeds the tolerance.
 
     Attributes:
         row: the token.
