@@ -36,6 +36,7 @@ test-all: style docs
 
 $(VENV)/ready: setup.cfg pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "kvexport needs Python 3.11 or later; name one with PYTHON=..." >&2; exit 2; }
+	@echo "Installing about 2 GB of packages into $(VENV), once; this takes minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --constraint constraints.txt --config-settings editable_mode=compat --editable ".[dev]"
 	touch $@

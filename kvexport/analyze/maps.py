@@ -129,7 +129,7 @@ def _pair(text: str, tokens: int) -> tuple[int, int]:
     query, key = int(parts[0]), int(parts[1])
     if not key <= query < tokens:
         raise UsageError(
-            "--pairs must name queries that see their keys",
+            "--pairs must be positions of the text, with no key after its query",
             got=text,
             expected=f"0 <= KEY <= QUERY <= {tokens - 1}, the last of {tokens} tokens",
             fix="choose other positions, or raise --tokens",

@@ -24,8 +24,8 @@ def command(bundle: Path, provider: str, as_json: bool, quiet: bool) -> None:
     """Check that BUNDLE computes its recorded reference outputs on this machine.
 
     Checks a prompt that is processed at once, the same prompt token by token, and greedy generation. Takes
-    seconds, and needs no more packages than running the bundle. The verdict is ok, weights, engine, precision
-    or cache; exits with 1 unless it is ok.
+    seconds, and needs no more packages than running the bundle. The verdict is ok, or names the
+    part that is wrong: weights, engine, precision or cache. Exits with 1 unless it is ok.
     """
     from kvexport.runtime.self_test.verdict import self_test
 

@@ -86,8 +86,8 @@ def test_analyzes_the_original_model_if_all_heads_are_kept(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--pairs", "3:12"], "--pairs must name queries that see their keys"),
-        (["--pairs", "48:1"], "--pairs must name queries that see their keys"),
+        (["--pairs", "3:12"], "--pairs must be positions of the text, with no key after its query"),
+        (["--pairs", "48:1"], "--pairs must be positions of the text, with no key after its query"),
         (["--method", "svd-a", "--kv-ratio", "0.3"], "must give a number of KV heads"),
         (["--kv-heads", "3"], "must divide"),
         (["--text", "absent.txt"], "must be readable"),
@@ -112,5 +112,5 @@ def test_keeps_an_existing_page(run: Run, tmp_path: Path) -> None:
 
 def test_rejects_pairs_beyond_the_end_of_a_short_text(run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Once upon a")
-    with pytest.raises(UsageError, match="--pairs must name queries that see their keys"):
+    with pytest.raises(UsageError, match="--pairs must be positions of the text, with no key after its query"):
         run("--pairs", "40:1", "--text", tmp_path / "short.txt")
