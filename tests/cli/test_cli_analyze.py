@@ -104,8 +104,9 @@ def test_rejects_invalid_options_and_writes_nothing(
 
 def test_keeps_an_existing_page(run: Run, tmp_path: Path) -> None:
     (tmp_path / "page.html").write_text("mine")
-    for options in ([], ["--force"]):
-        with pytest.raises(UsageError, match="exists"):
+    cases = (([], "must not exist yet"), (["--force"], "must be a page of kvexport analyze"))
+    for options, message in cases:
+        with pytest.raises(UsageError, match=message):
             run(*options)
     assert (tmp_path / "page.html").read_text() == "mine"
 
