@@ -105,6 +105,8 @@ def command(
         raise UsageError(
             "the folder of --output must exist", got=output.parent, fix=f"mkdir -p {output.parent}"
         )
+    if output is not None and output.is_dir():
+        raise UsageError("--output must be a file, not a folder", got=output, fix="name a file in it")
     paths = [bundle] if compare is None else [bundle, compare]
     sessions = [open_bundle(path, provider=provider, threads=threads) for path in paths]
     options = BenchOptions.fitting(sessions, prompt_tokens, depths, new_tokens, repetitions, seed)

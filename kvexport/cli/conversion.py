@@ -241,7 +241,7 @@ def build_options(options: dict[str, Any]) -> BuildOptions:
     )
     if options.get("statistics") is not None and (calibration, samples, length, seed) != (None,) * 4:
         raise UsageError(
-            "--statistics replaces calibration text, and cannot be combined with options for it",
+            "--statistics must be given without options for calibration text, which it replaces",
             got="--statistics with --calibration, --samples, --length or --seed",
             fix="leave out --statistics, or leave out the others",
         )

@@ -125,7 +125,7 @@ def _reject_sampling_options() -> None:
         if context.get_parameter_source(name) is not ParameterSource.DEFAULT:
             option = "--" + name.replace("_", "-")
             raise UsageError(
-                f"--save-cache generates nothing, and cannot be combined with {option}",
+                f"--save-cache must be given without {option}: it generates nothing",
                 got=option,
                 fix=f"leave {option} out, and give it in the run with --cache",
             )

@@ -248,6 +248,14 @@ def test_rejects_an_output_in_a_missing_folder_before_measuring(
     assert isinstance(result.exception, UsageError) and "mkdir -p" in str(result.exception)
 
 
+def test_rejects_a_folder_as_output_before_measuring(
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Session, "prefill", lambda *_: pytest.fail("it ran"))
+    result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "-o", tmp_path)
+    assert isinstance(result.exception, UsageError) and "must be a file" in str(result.exception)
+
+
 def test_an_interrupted_run_writes_nothing(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,14 @@ def test_rejects_numbers_out_of_range(bundle: Path, huge: float) -> None:
     assert opens(bundle, raw) is None
 
 
+@pytest.mark.parametrize("key", ["original_num_key_value_heads", "original_head_dim", "parameters"])
+def test_sizes_beyond_any_float_are_refused(bundle: Path, key: str) -> None:
+    """`kvexport inspect` divides them."""
+    raw = json.loads((bundle / "manifest.json").read_text())
+    raw["layers"][0][key] = 10**400
+    assert opens(bundle, raw) is None
+
+
 @pytest.mark.parametrize("name", ["x" * 5000, "\ud800", "日" * 90])
 def test_rejects_impossible_file_names(bundle: Path, name: str) -> None:
     raw = json.loads((bundle / "manifest.json").read_text())

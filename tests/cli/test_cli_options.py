@@ -79,7 +79,7 @@ def test_options_reach_the_build_options(parsed: Callable[..., Any], source: str
 def test_statistics_cannot_be_combined_with_calibration_options(
     parsed: Callable[..., Any], option: tuple[str, str]
 ) -> None:
-    with pytest.raises(UsageError, match="--statistics replaces calibration text"):
+    with pytest.raises(UsageError, match="--statistics must be given without"):
         parsed("--statistics", "saved", *option)
     assert parsed("--statistics", "saved").statistics == Path("saved")
 
