@@ -190,7 +190,9 @@ def _require_consistent(request: CompressionRequest, methods: Sequence[Method], 
         )
     if request.kv_ratio is not None and not 0 < request.kv_ratio <= 1:
         raise UsageError(
-            "--kv-ratio must be a fraction of the KV cache", got=request.kv_ratio, expected="above 0, at most 1"
+            "--kv-ratio must be a fraction of the KV cache",
+            got=request.kv_ratio,
+            expected="above 0, at most 1",
         )
     if request.max_kl is not None and not 0 < request.max_kl < float("inf"):
         raise UsageError(

@@ -248,11 +248,9 @@ def test_rejects_an_output_in_a_missing_folder_before_measuring(
     assert isinstance(result.exception, UsageError) and "mkdir -p" in str(result.exception)
 
 
-def test_rejects_a_folder_as_output_before_measuring(
-    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rejects_an_empty_output_name_before_measuring(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Session, "prefill", lambda *_: pytest.fail("it ran"))
-    result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "-o", tmp_path)
+    result = bench(bundle, "-d", 8, "-n", 4, "-p", 8, "-o", "")
     assert isinstance(result.exception, UsageError) and "must be a file" in str(result.exception)
 
 

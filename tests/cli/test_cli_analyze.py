@@ -113,5 +113,5 @@ def test_keeps_an_existing_page(run: Run, tmp_path: Path) -> None:
 
 def test_rejects_pairs_beyond_the_end_of_a_short_text(run: Run, folder: Path, tmp_path: Path) -> None:
     (tmp_path / "short.txt").write_text("Once upon a")
-    with pytest.raises(UsageError, match="--pairs must be positions of the text, with no key after its query"):
+    with pytest.raises(UsageError, match="--pairs must be positions of the text, with no key after"):
         run("--pairs", "40:1", "--text", tmp_path / "short.txt")
