@@ -49,7 +49,7 @@ class Bundle(Manifest):
     """A bundle whose manifest is valid and whose files exist in the recorded sizes.
 
     Attributes:
-        path: of its directory.
+        path: its directory.
     """
 
     path: Path
@@ -138,7 +138,7 @@ def new_bundle(path: Path, *, force: bool = False) -> Iterator[BundleWriter]:
     """Write a bundle atomically: its files appear at `path` when the block ends, or not at all.
 
     Args:
-        path: of the bundle's directory.
+        path: the bundle directory.
         force: replace a bundle that exists there.
 
     Raises:

@@ -28,7 +28,7 @@ class Generation:
         prompt_tokens: number of tokens of the prompt.
         token_ids: new tokens, without the stop token. If a stop text ended the sequence, the tokens that
             complete it are included.
-        text: of the new tokens, up to the stop text; None if the bundle has no tokenizer.
+        text: text of the new tokens, up to the stop text; None if the bundle has no tokenizer.
         finish_reason: "stop" (a stop token or a stop text), "length" (max_new_tokens), or "capacity" (the
             sequence has the largest number of tokens of the bundle or its engine).
     """
@@ -44,8 +44,8 @@ class Timing:
     """Tokens and seconds of a generation so far, over all its sequences.
 
     Attributes:
-        prefill_tokens, prefill_seconds: of the prompts.
-        decode_tokens, decode_seconds: of the tokens that were run one by one.
+        prefill_tokens, prefill_seconds: number of prompt tokens, and the time to process them.
+        decode_tokens, decode_seconds: number of tokens that were run one by one, and their time.
     """
 
     prefill_tokens: int = 0

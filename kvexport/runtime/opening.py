@@ -25,7 +25,7 @@ def open_bundle(
     used.
 
     Args:
-        path: of the bundle's directory.
+        path: the bundle directory.
         provider: "cpu", "cuda" or "tensorrt". "auto": tensorrt if the bundle has an engine that runs on this
             machine, else cuda if ONNX Runtime supports it and there is a GPU, else cpu.
         threads: CPU threads per operator; None: one per core.

@@ -16,13 +16,13 @@ class DeviceMemory:
     """Memory of a device in bytes, as the engine and the driver report it.
 
     Attributes:
-        name: of the device.
-        free, total: of the whole device, now.
+        name: name of the device.
+        free, total: free and total memory of the device, now.
         loaded: decrease of free memory while the graph or engine was loaded.
-        weights: of the engine; None if it does not report them.
+        weights: the engine's weights; None if it does not report them.
         activations: temporary values of a call, allocated once; None with ONNX Runtime, which allocates them
             on demand.
-        kv: of the cache.
+        kv: keys, values and eviction state of the cache.
     """
 
     name: str

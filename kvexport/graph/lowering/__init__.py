@@ -100,4 +100,6 @@ def write_lowered(graph: Path, dtype: str) -> None:
 
 def _require_known(name: str) -> None:
     if name not in LOWERINGS:
-        raise UsageError("the lowering must be known", got=name, expected=", ".join(LOWERINGS))
+        raise UsageError(
+            "the lowering must be one that kvexport has", got=name, expected=", ".join(LOWERINGS)
+        )

@@ -103,7 +103,7 @@ class Cache:
         A file of that name is replaced atomically.
 
         Args:
-            path: of the file, in an existing folder.
+            path: the file to write, in an existing folder.
 
         Raises:
             UsageError: the folder does not exist, or a call on this cache failed midway.

@@ -19,7 +19,7 @@ class Memory:
         capacity_limit: the largest number of tokens per sequence.
         bytes_allocated: allocated now.
         bytes_limit: allocated when the sequences reach `capacity_limit`.
-        bytes_per_token: of one token of one sequence, with its state in layers that evict.
+        bytes_per_token: size of one token of one sequence, with its state in layers that evict.
         budget: tokens of a sequence in layers that evict; None if no layer evicts.
         layers: bytes allocated now, per layer.
         device: memory of the device; None on the CPU.

@@ -103,8 +103,8 @@ class SelfTestReport:
         fix: how to fix it; None if the verdict is "ok".
         provider: "cpu", "cuda" or "tensorrt".
         engine: name and version of the library that computed.
-        dtype: of the bundle.
-        tolerance: of the provider and dtype.
+        dtype: dtype of the bundle.
+        tolerance: tolerance of the provider and dtype.
         checks: the two runs; empty if the verdict needed none.
         generated: tokens of the continuation that were reproduced by greedy generation.
         continuation: tokens of the continuation up to the first one that is close to a tie.
@@ -135,7 +135,7 @@ def self_test(path: Path | str, provider: str = "auto") -> SelfTestReport:
     """Compare the outputs of a bundle on this machine with those recorded from PyTorch when it was built.
 
     Args:
-        path: of the bundle's directory.
+        path: the bundle directory.
         provider: "cpu", "cuda", "tensorrt", or "auto", as in `kvexport.open`.
 
     Returns:
