@@ -75,8 +75,8 @@ class BenchOptions:
                         f"{option} must fit the capacity of {session.bundle.path}",
                         got=f"{tokens}{steps}",
                         expected=f"at most {session.capacity} in total",
-                        fix=f"choose a smaller {smaller}, or, if the model supports that length, build again with "
-                        f"--capacity {tokens + more}",
+                        fix=f"choose a smaller {smaller}, or, if the model supports that length, "
+                        f"build again with --capacity {tokens + more}",
                     )
 
     def to_json(self) -> dict[str, Any]:
