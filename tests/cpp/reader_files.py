@@ -139,8 +139,8 @@ _RECORD = BuildRecord(
     seconds=1.5,
 )
 _HARMFUL: dict[str, Change] = {
-    "heads": lambda raw: raw["layers"][0].update(num_key_value_heads=2**61),
-    "width": lambda raw: raw["layers"][1].update(key_head_dim=2**60),
+    "heads": lambda raw: raw["layers"][0].update(num_key_value_heads=2**53),
+    "width": lambda raw: raw["layers"][1].update(key_head_dim=2**53),
     "capacity": lambda raw: raw.update(capacity=2**60),
     "layers": lambda raw: [layer.update(value_head_dim=2**47) for layer in raw["layers"]],
     "vocabulary": lambda raw: raw["model"].update(vocab_size=2**62),

@@ -136,8 +136,9 @@ std::int64_t Table::integer(const std::string& key, Limit minimum, Limit maximum
   return item.get<std::int64_t>();
 }
 
-std::optional<std::int64_t> Table::optional_integer(const std::string& key, Limit minimum) const {
-  return has(key) ? std::optional(integer(key, minimum)) : std::nullopt;
+std::optional<std::int64_t> Table::optional_integer(const std::string& key, Limit minimum,
+                                                    Limit maximum) const {
+  return has(key) ? std::optional(integer(key, minimum, maximum)) : std::nullopt;
 }
 
 double Table::number(const std::string& key, std::optional<double> minimum) const {

@@ -42,7 +42,8 @@ class Table {
   bool is_null(const std::string& key) const;   // null; throws if the key is absent
   const Json& value(const std::string& key) const;
   std::int64_t integer(const std::string& key, Limit minimum = {}, Limit maximum = {}) const;
-  std::optional<std::int64_t> optional_integer(const std::string& key, Limit minimum = {}) const;
+  std::optional<std::int64_t> optional_integer(const std::string& key, Limit minimum = {},
+                                               Limit maximum = {}) const;
   double number(const std::string& key, std::optional<double> minimum = {}) const;  // finite
   std::string string(const std::string& key) const;                                 // printable
   std::string string(const std::string& key, std::initializer_list<const char*> choices) const;

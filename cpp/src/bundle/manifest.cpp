@@ -19,6 +19,7 @@ constexpr const char* rebuild = "build the bundle again: kvexport build CHECKPOI
 constexpr std::string_view digest_key = "\"manifest_sha256\": \"";
 constexpr std::size_t digest_digits = 64;
 constexpr std::int64_t max_positions = 1 << 19;  // with eviction, as kvexport/eviction/config.py
+constexpr std::int64_t max_layer_size = std::int64_t{1} << 53;  // heads, widths and parameters
 constexpr std::int64_t opset = 24;
 constexpr std::pair<const char*, Dtype> dtypes[] = {
     {"float32", Dtype::float32}, {"float16", Dtype::float16}, {"bfloat16", Dtype::bfloat16}};
@@ -61,13 +62,13 @@ Layer layer_of(const Table& table) {
   Layer layer;
   table.string("method");
   for (const char* key : {"num_attention_heads", "original_num_key_value_heads", "original_head_dim"})
-    table.integer(key, 1);
-  layer.num_key_value_heads = table.integer("num_key_value_heads", 1);
-  layer.key_head_dim = table.integer("key_head_dim", 1);
-  layer.value_head_dim = table.integer("value_head_dim", 1);
+    table.integer(key, 1, max_layer_size);
+  layer.num_key_value_heads = table.integer("num_key_value_heads", 1, max_layer_size);
+  layer.key_head_dim = table.integer("key_head_dim", 1, max_layer_size);
+  layer.value_head_dim = table.integer("value_head_dim", 1, max_layer_size);
   for (const char* key : {"predicted_error", "measured_error", "residual_error"}) table.number(key);
-  for (const char* key : {"parameters", "original_parameters"}) table.integer(key, 1);
-  layer.window = table.optional_integer("window", 1);
+  for (const char* key : {"parameters", "original_parameters"}) table.integer(key, 1, max_layer_size);
+  layer.window = table.optional_integer("window", 1, max_layer_size);
   return layer;
 }
 
