@@ -81,7 +81,7 @@ class Analysis:
     Attributes:
         facts: the model and its calibration.
         layers: one entry per layer.
-        divergence: of the converted model, on held-out calibration windows.
+        divergence: divergence of the converted model, on held-out calibration windows.
         token_ids: window of the attention maps.
         tokens: text of each of its tokens.
         maps: attention maps of both models.

@@ -39,7 +39,8 @@ class BuildReport:
         parameters: number of weights; `_original` before conversion.
         divergence: from the original model, on held-out calibration text; None if nothing was converted.
         seconds: wall time of each stage.
-        validation: of the exported graph, against its PyTorch reference; None for a Hugging Face checkpoint.
+        validation: comparison of the exported graph with its PyTorch reference; None for a Hugging Face
+            checkpoint.
         kept_float32: parts of a float16 graph that are computed in float32, because float16 would overflow.
         frontier: the cache sizes that were considered, with their losses before healing; empty if the request
             fixed the size.

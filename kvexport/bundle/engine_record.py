@@ -56,10 +56,10 @@ class BuildRecord:
         target: name of its folder in `engines`.
         engine: "tensorrt" or "tensorrt-rtx".
         version: of that library, such as "10.3.0.30".
-        lowering: of the graph that was parsed.
-        compute_capability: of the GPUs that it runs on, such as ("8.7",); several if it was built ahead of
-            time.
-        dtype: of weights and cache.
+        lowering: form of the graph that was parsed.
+        compute_capability: compute capabilities of the GPUs that it runs on, such as ("8.7",); several if it
+            was built ahead of time.
+        dtype: data type of weights and cache.
         batch: number of sequences.
         capacity: the largest number of tokens of a sequence.
         chunk: the largest number of tokens per call.

@@ -86,7 +86,7 @@ class GraphContract:
         opset: of ONNX.
         dtype: of weights and cache.
         capacity: the largest number of tokens of a sequence.
-        vocab_size, hidden_size, num_layers: of the model.
+        vocab_size, hidden_size, num_layers: sizes of the model.
         inputs, outputs: in the graph's order.
     """
 

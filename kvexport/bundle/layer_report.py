@@ -14,10 +14,10 @@ class LayerReport:
         num_attention_heads: query heads.
         original_num_key_value_heads, original_head_dim: KV heads and width before conversion.
         num_key_value_heads, key_head_dim, value_head_dim: cached heads, and widths of their keys and values.
-        predicted_error: of the attention output, computed from moments alone.
-        measured_error: of the attention output, on the inputs of the trained model, before the refit.
-        residual_error: of the residual stream after this layer, with all layers before it converted too.
-        parameters, original_parameters: of the attention.
+        predicted_error: error of the attention output, computed from moments alone.
+        measured_error: error of the attention output, on the inputs of the trained model, before the refit.
+        residual_error: error of the residual stream after this layer, with all layers before it converted.
+        parameters, original_parameters: number of parameters of the attention.
         window: positions that a query attends to, its own included; None: all.
     """
 

@@ -66,7 +66,7 @@ class Manifest:
     """A validated manifest.
 
     Attributes:
-        version: of the kvexport that wrote it.
+        version: version of the kvexport that wrote it.
         digest: sha256 that the manifest gives of itself; identifies the bundle.
         source: the checkpoint that the bundle was built from.
         calibration: recipe and data; None if nothing was compressed.

@@ -19,9 +19,9 @@ class LayerPeaks:
 
     Attributes:
         cached: of cached keys and values.
-        mlp: of the outputs of the gate and up projections, and of the input and output of the down
+        mlp: peaks of the outputs of the gate and up projections, and of the input and output of the down
             projection.
-        residual: of the residual stream after attention and after the layer.
+        residual: peaks of the residual stream after attention and after the layer.
     """
 
     cached: float

@@ -61,10 +61,10 @@ def build_engine(
 
     Args:
         path: the bundle; only its folder `engines` is written to.
-        options: of the build.
+        options: options of the build.
         target: name of a shipped target, or path of a TOML file; None: this machine.
-        compute_capabilities: of the GPUs that TensorRT-RTX builds for ahead of time, such as "8.6"; empty:
-            the target's.
+        compute_capabilities: compute capabilities of the GPUs that TensorRT-RTX builds for ahead of time,
+            such as "8.6"; empty: the target's.
         force: replace an existing engine.
         progress: receives TensorRT's build phases and notes.
 

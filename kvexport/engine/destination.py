@@ -21,9 +21,9 @@ class Destination:
     """What an engine is built for.
 
     Attributes:
-        name: of the engine's folder.
+        name: name of the engine's folder.
         engine: "tensorrt" or "tensorrt-rtx".
-        compute_capabilities: of the GPUs that the engine must run on, such as "8.6".
+        compute_capabilities: compute capabilities of the GPUs that the engine must run on, such as "8.6".
         ahead_of_time: this machine has no such GPU.
     """
 

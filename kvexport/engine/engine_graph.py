@@ -49,7 +49,7 @@ def prepare_graph(
 
     Args:
         graph: path of the bundle's decoder.onnx.
-        parser: of the engine.
+        parser: parser of the engine.
         batch: sequences of a call.
         capacity: largest number of tokens of a sequence.
         budget: slots of a sequence in layers with eviction; None: no such layers.

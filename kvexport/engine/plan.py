@@ -54,7 +54,7 @@ class PlanInspection:
     """Properties of a plan that only a loaded engine has.
 
     Attributes:
-        layers: of the built engine, as TensorRT's inspector describes them (JSON).
+        layers: layers of the built engine, as TensorRT's inspector describes them (JSON).
         activation_bytes: device memory of one execution context, in bytes.
     """
 
@@ -79,9 +79,9 @@ def build_plan(
         model: the graph, with batch and capacity fixed.
         path: the file that the graph was loaded from: TensorRT reads the external data in its folder.
         profiles: sequence lengths of the calls.
-        options: of the build.
+        options: options of the build.
         destination: the GPUs that will run the plan.
-        timing_cache: of an earlier build; may be empty.
+        timing_cache: timing cache of an earlier build; may be empty.
         monitor: a trt.IProgressMonitor.
 
     Raises:

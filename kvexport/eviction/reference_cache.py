@@ -36,8 +36,8 @@ class EvictingCache:
         eviction: the policy.
         layer: index of the layer.
         capacity: number of positions; with `layer` it selects the scores of the policy "random".
-        window: of the layer's attention; tokens that left it are evicted before all others. None: full
-            attention.
+        window: sliding window of the layer's attention; tokens that left it are evicted before all others.
+            None: full attention.
     """
 
     key: Tensor
@@ -128,7 +128,7 @@ class EvictingCache:
         A slot with the same position comes first, then tokens that left the attention's window.
 
         Args:
-            positions: of the new token [B].
+            positions: positions of the new token [B].
             recent: number of last positions that are protected, the new one included; None: as the policy
                 says.
         """
@@ -150,7 +150,7 @@ class EvictingCache:
 
         Args:
             count: number of new tokens.
-            positions: of the first new token [B].
+            positions: positions of the first new token [B].
         """
         for row in range(len(self.filled)):
             self.shrink(row, self.slots - count, positions)
@@ -161,7 +161,7 @@ class EvictingCache:
         All other tokens are evicted at once, as arXiv 2406.11430 does.
 
         Args:
-            positions: of the next token [B].
+            positions: positions of the next token [B].
         """
         copy = replace(
             self, **{name: getattr(self, name).clone() for name in ("key", "value", "state", "filled")}

@@ -21,7 +21,7 @@ def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterato
     removed by the next one that writes to the same path.
 
     Args:
-        path: of the directory.
+        path: path of the directory.
         marker: name of a file that identifies the kind of directory.
         force: replace an existing directory that contains `marker`; it stays until the new one is complete.
 

@@ -60,8 +60,8 @@ class EvictionAttentionBuilder:
 
         Args:
             query: [batch, H, sequence, key_dim].
-            key: of the new tokens, [batch, N, sequence, key_dim].
-            value: of the new tokens, [batch, N, sequence, value_dim].
+            key: keys of the new tokens, [batch, N, sequence, key_dim].
+            value: values of the new tokens, [batch, N, sequence, value_dim].
 
         Returns:
             head outputs [batch, H, sequence, value_dim], and the written cache.

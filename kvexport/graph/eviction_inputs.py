@@ -50,10 +50,10 @@ class EvictionInputs:
     ) -> None:
         """
         Args:
-            nodes: of the graph.
+            nodes: nodes of the graph.
             eviction: policy and budget.
             capacity: the largest number of tokens of a sequence.
-            positions: of the new tokens, int64 [batch, sequence].
+            positions: positions of the new tokens, int64 [batch, sequence].
             write_indices: int64 [batch], slots in use before this call.
         """
         self.nodes, self.eviction, self.capacity = nodes, eviction, capacity

@@ -18,7 +18,7 @@ class Masks:
     """Masks of layers without eviction.
 
     Args:
-        positions: of the new tokens, int64 [batch, sequence].
+        positions: positions of the new tokens, int64 [batch, sequence].
         cache: [batch, heads, capacity, width], of any layer.
     """
 

@@ -52,9 +52,9 @@ class Nodes:
         """Add one node with one output.
 
         Args:
-            name: of the node and of its output.
-            shape: of the output; None: the shape of the first input.
-            dtype: of the output; None: the graph's dtype.
+            name: name of the node and of its output.
+            shape: shape of the output; None: the shape of the first input.
+            dtype: data type of the output; None: the graph's dtype.
         """
         if shape is None:
             assert inputs[0] is not None

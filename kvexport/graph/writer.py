@@ -149,7 +149,7 @@ class DecoderWriter:
         """Append final norm and head, and write decoder.onnx.
 
         Args:
-            final_norm: of the residual stream after the last layer.
+            final_norm: norm of the residual stream after the last layer.
             head: weight [vocab, hidden]; None: the head is tied to the embedding.
             exceptions: what a float16 graph computes in float32.
 

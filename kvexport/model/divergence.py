@@ -14,8 +14,8 @@ class Divergence:
 
     Attributes:
         mean_kl: KL(original ‖ compressed), nats per token.
-        cross_entropy: of the compressed model on the text, nats per token.
-        cross_entropy_original: of the original on the text, nats per token.
+        cross_entropy: cross-entropy of the compressed model on the text, nats per token.
+        cross_entropy_original: cross-entropy of the original on the text, nats per token.
         top1_agreement: share of predictions in which both models have the same most likely token, 0 to 1.
         tokens: number of predictions.
     """

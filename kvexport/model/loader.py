@@ -39,7 +39,7 @@ def load_decoder(path: Path | str | Checkpoint, dtype: torch.dtype | None = None
 
     Args:
         path: directory of the checkpoint, or an opened one.
-        dtype: of all leaves [default: float32].
+        dtype: data type of all leaves [default: float32].
 
     Raises:
         CheckpointError: the family is unknown, tensors are missing, unexpected or unusable, or a setting is

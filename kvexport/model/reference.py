@@ -135,7 +135,7 @@ def visibility(attention: Attention, positions: Tensor, slots: Tensor, dtype: to
         positions: positions of the queries, [B, S] int64; a query at p sees positions n <= p within its
             window.
         slots: position of the token in each slot, [slots], or [B, Hkv, slots] if heads differ; -1: empty.
-        dtype: of the result.
+        dtype: data type of the result.
     """
     if slots.ndim > 1:
         slots = slots.repeat_interleave(attention.queries_per_kv_head, 1)[:, :, None]

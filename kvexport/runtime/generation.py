@@ -128,7 +128,7 @@ class TokenLoop:
     Attributes:
         tokens: new tokens of each sequence.
         reasons: why each sequence finished; None while it has not.
-        timing: of the calls of the model.
+        timing: times of the calls of the model.
     """
 
     def __init__(

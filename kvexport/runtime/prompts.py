@@ -54,8 +54,8 @@ class PromptEncoder:
         Args:
             prompt: text or token ids.
             cache: whose sequence the prompt continues; None: it starts one.
-            row: of the sequence in the cache. A text at the start of a sequence gets the tokenizer's special
-                tokens.
+            row: index of the sequence in the cache. A text at the start of a sequence gets the tokenizer's
+                special tokens.
 
         Raises:
             UsageError: the bundle has no tokenizer, the text has an unpaired surrogate, or a token id is

@@ -45,8 +45,8 @@ class Decoder(Protocol):
 
         Args:
             input_ids: [B, S].
-            positions: of the tokens, consecutive [B, S]. If layers evict, they continue the sequence (its
-                last token may be run again), and there are at most as many as slots.
+            positions: positions of the tokens, consecutive [B, S]. If layers evict, they continue the
+                sequence (its last token may be run again), and there are at most as many as slots.
             logits_index: the tokens of each row that get logits [B, L].
             lengths: the number of tokens of each row [B]; the rest is padding, which may be skipped. A row of
                 length 0 is left as it is if layers evict. None: no padding. Padding is never run if rows

@@ -32,7 +32,7 @@ class Provider:
     Attributes:
         name: "cpu", "cuda" or "tensorrt".
         device: the GPU; None on the CPU.
-        engine: of the bundle; None with ONNX Runtime.
+        engine: engine of the bundle; None with ONNX Runtime.
     """
 
     name: str

@@ -110,7 +110,7 @@ class TensorRtDecoder:
     def __init__(self, bundle: Bundle, engine: Engine, device: Device, *, fill: float = 0.0) -> None:
         """
         Args:
-            bundle: of the engine.
+            bundle: bundle of the engine.
             engine: to load.
             device: to run on.
             fill: value of unwritten slots.
@@ -328,7 +328,7 @@ class ContextCalls:
             downloads: those of them that the host reads after a call.
             longest: the largest number of tokens per call.
             captures: capture a CUDA graph.
-            config: of the context; it must live as long.
+            config: configuration of the context; it must live as long.
         """
         self._config = config
         self.context, self._storage, self._device, self._log, self._vocab = (

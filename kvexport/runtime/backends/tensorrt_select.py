@@ -31,7 +31,7 @@ class Engine:
     """An engine that this machine can run.
 
     Attributes:
-        directory: of its plan and record.
+        directory: directory of its plan and record.
         record: build.json.
         trt: the imported Python package that runs it.
     """

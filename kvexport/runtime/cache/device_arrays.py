@@ -61,7 +61,7 @@ class Device(Protocol):
 
     Attributes:
         kind: ONNX Runtime's name for such devices.
-        name: of the product.
+        name: name of the product.
         compute_capability: such as "8.7".
         stream: handle of the stream.
     """

@@ -70,8 +70,8 @@ class Ranking:
 
     Attributes:
         eviction: policy and protected positions.
-        window: of the layer's attention; tokens that left it are evicted before all others. None: full
-            attention.
+        window: sliding window of the layer's attention; tokens that left it are evicted before all others.
+            None: full attention.
     """
 
     eviction: Eviction
@@ -81,9 +81,9 @@ class Ranking:
         """The slots of the tokens that remain, in the order of the slots that they move to, [N, keep].
 
         Args:
-            state: of each head's tokens, [N, tokens, 2].
+            state: state of each head's tokens, [N, tokens, 2].
             keep: tokens that remain.
-            position: of the token that is run next.
+            position: position of the token that is run next.
         """
         heads, tokens = state.shape[:2]
         recent = max(0, min(self.eviction.protect_recent, keep - self.eviction.protect_first))
@@ -119,13 +119,13 @@ def make_room(
     """Evict tokens of a sequence in one layer until `keep` remain, and move those to the first slots.
 
     Args:
-        storage: of the caches.
+        storage: storage of the caches.
         caches: keys, values and state of the layer, [batch·N, 1, slots, ...].
         rows: the sequence's heads among batch·N.
-        ranking: of the layer.
+        ranking: ranking of the layer.
         tokens: slots in use.
         keep: tokens that remain.
-        position: of the token that is run next.
+        position: position of the token that is run next.
     """
     key, value, state = caches
     states = storage.read_rows(state, rows)

@@ -161,7 +161,7 @@ class KvCache:
     def require_room(self, tokens: int, what: str) -> None:
         """
         Args:
-            tokens: of a sequence.
+            tokens: number of tokens of a sequence.
             what: first line of the error.
 
         Raises:
@@ -184,8 +184,8 @@ class KvCache:
         Evicts tokens if it is needed for them.
 
         Args:
-            positions: of the tokens, consecutive [B, S]; if layers evict, they continue the sequence, or
-                repeat its last token.
+            positions: positions of the tokens, consecutive [B, S]; if layers evict, they continue the
+                sequence, or repeat its last token.
             row: the only sequence of the call; None: all.
         """
         first, count = positions[:, 0], positions.shape[1]
@@ -305,9 +305,9 @@ class KvCache:
         """Shape of the part of a buffer that `batch` sequences use.
 
         Args:
-            name: of the buffer.
+            name: name of the buffer.
             batch: number of sequences.
-            tokens: of a sequence, in layers that do not evict.
+            tokens: number of tokens of a sequence, in layers that do not evict.
             filled: slots in use, in layers that evict.
         """
         spec = self._specs[name]

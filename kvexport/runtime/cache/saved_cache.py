@@ -51,10 +51,10 @@ def write(path: Path, digest: str, kv: KvCache, state: SavedState) -> None:
     """Write a cache atomically.
 
     Args:
-        path: of the file; an existing one is replaced.
-        digest: of the bundle.
+        path: path of the file; an existing one is replaced.
+        digest: sha256 of the bundle.
         kv: keys and values.
-        state: of the sequences.
+        state: state of the sequences.
 
     Raises:
         UsageError: the folder does not exist, or `path` is not a regular file.
@@ -99,9 +99,9 @@ def read(path: Path, digest: str, vocab_size: int, like: KvCache) -> tuple[KvCac
     """Read a file that `write` wrote.
 
     Args:
-        path: of the file.
-        digest: of the bundle.
-        vocab_size: of the bundle's model.
+        path: path of the file.
+        digest: sha256 of the bundle.
+        vocab_size: vocabulary size of the bundle's model.
         like: a cache of the session that will use it.
 
     Raises:

@@ -67,7 +67,7 @@ class Cache:
         """
         Args:
             lock: the session's.
-            digest: of the bundle, for `save`.
+            digest: sha256 of the bundle, for `save`.
         """
         self.sequences, self._lock, self._digest = sequences, lock, digest
         weakref.finalize(self, sequences.kv.release).atexit = False

@@ -33,7 +33,7 @@ class Measured:
     """Measured numbers of one row, as in `kvexport.bundle.self_test_file.Row`.
 
     Attributes:
-        rms, likeliest: of the logits.
+        rms, likeliest: root mean square and most likely token of the logits.
         values: selected logits.
         key_norms, value_norms: per layer.
         scores: error of the eviction score per layer; 0 if the policy does not rank by norm.

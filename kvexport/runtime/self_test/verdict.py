@@ -177,7 +177,7 @@ def compare_outputs(
         bundle: the bundle.
         reference: its reference outputs.
         decoder: with a cache that grows every `STEP` tokens, or one of a fixed size.
-        provider: of the decoder.
+        provider: provider of the decoder.
 
     Raises:
         CannotRunHere: the cache holds none of the reference's rows.
