@@ -191,7 +191,7 @@ def test_rows_record_their_cache_and_impossible_rows_are_left_out(run: Measure, 
     assert rows["lm window first 0.5"]["held"] == 0.5
     assert rows["lm window first 0.5"]["eviction"] == Eviction("window", 24, 2).to_json()
     assert rows["lm l2-norm half-first-skip 0.5"]["held"] == pytest.approx((2 + 0.5) / 3)
-    assert "no token that may go" in left_out["lm l2-norm recent-first 0.1"]
+    assert "must leave a token that can be evicted" in left_out["lm l2-norm recent-first 0.1"]
     report = (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
     assert all(
         name in report

@@ -53,7 +53,7 @@ def test_record_round_trips(folder: Path) -> None:
 
 
 def test_missing_engine_names_the_command(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="no engine") as caught:
+    with pytest.raises(BundleError, match="must contain an engine") as caught:
         read_record(tmp_path)
     assert "kvexport engine" in str(caught.value)
 
