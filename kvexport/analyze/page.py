@@ -15,6 +15,7 @@ from pathlib import Path
 from kvexport.analyze.analysis import Analysis, similarity_json
 from kvexport.analyze.sections import Section, sections
 from kvexport.errors import UsageError
+from kvexport.files.atomic_directory import require_path
 from kvexport.files.resources import resource
 from kvexport.version import __version__
 
@@ -69,17 +70,7 @@ def require_page(path: Path, *, force: bool) -> None:
     Raises:
         UsageError: its directory does not exist, or the path exists and must not be replaced.
     """
-    if not path.parent.is_dir():
-        raise UsageError(
-            "the folder for the output must exist", got=path.parent, fix=f"mkdir -p {path.parent}"
-        )
-    if not path.exists() and not path.is_symlink():
-        return
-    if not force:
-        raise UsageError(
-            f"the output {path} must not exist yet", fix="choose another --output, or replace it with --force"
-        )
-    if not path.is_file() or _MARK.encode() not in _beginning(path):
+    if require_path(path, force=force) and (not path.is_file() or _MARK.encode() not in _beginning(path)):
         raise UsageError(
             f"the output {path} must be a page of kvexport analyze to be replaced",
             fix="choose another --output",

@@ -66,21 +66,32 @@ def require_output(path: Path, *, marker: str, force: bool) -> None:
     Raises:
         UsageError: `path` exists, or its parent does not.
     """
-    if not path.parent.is_dir():
-        raise UsageError(
-            "the folder for the output must exist", got=path.parent, fix=f"mkdir -p {path.parent}"
-        )
-    if not path.exists() and not path.is_symlink():
-        return
-    if not force:
-        raise UsageError(
-            f"the output {path} must not exist yet", fix="choose another --output, or replace it with --force"
-        )
-    if not (path / marker).is_file():
+    if require_path(path, force=force) and not (path / marker).is_file():
         raise UsageError(
             f"the output {path} must be of the same kind to be replaced: it has no {marker}",
             fix="choose another --output",
         )
+
+
+def require_path(path: Path, *, force: bool) -> bool:
+    """Check that an output path is free, or with `force` may be replaced.
+
+    Returns:
+        Whether something is at the path; the caller checks that it is of the kind it replaces.
+
+    Raises:
+        UsageError: `path` exists without `force`, or its parent does not.
+    """
+    if not path.parent.is_dir():
+        raise UsageError(
+            "the folder for the output must exist", got=path.parent, fix=f"mkdir -p {path.parent}"
+        )
+    exists = path.exists() or path.is_symlink()
+    if exists and not force:
+        raise UsageError(
+            f"the output {path} must not exist yet", fix="choose another --output, or replace it with --force"
+        )
+    return exists
 
 
 def _remove_abandoned(path: Path) -> None:
