@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from kvexport import __version__
-from kvexport.bundle.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from kvexport.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import (
     PLAN_FILE,
     BuildRecord,

@@ -12,7 +12,7 @@ from kvexport.build.conversion_job import ConversionJob
 from kvexport.build.float16_overflow import float32_exceptions
 from kvexport.build.hooks import BuildHooks
 from kvexport.build.text_files import write_text_files
-from kvexport.bundle.bundle import DATA_FILE, BundleWriter
+from kvexport.bundle import DATA_FILE, BundleWriter
 from kvexport.calibrate import PeakMeter
 from kvexport.eviction.config import Eviction
 from kvexport.graph import GRAPH_FILE, DecoderWriter, Float32Exceptions, write_lowered

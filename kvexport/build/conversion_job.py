@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
-from kvexport.bundle.bundle import BYTES, TOKENIZER_FILE
+from kvexport.bundle import BYTES, TOKENIZER_FILE
 from kvexport.calibrate import Statistics, calibration_windows, sampling_steps
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.convert import (

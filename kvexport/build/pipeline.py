@@ -17,7 +17,7 @@ from kvexport.build.conversion_job import ConversionJob
 from kvexport.build.hooks import BuildHooks
 from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport
-from kvexport.bundle.bundle import REPORT_FILE, new_bundle
+from kvexport.bundle import REPORT_FILE, new_bundle
 from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import Recipe, save_header, save_moments
 from kvexport.convert import CompressionPlan, LayerPlan, measure_moments, trained_shape, uniform_shape

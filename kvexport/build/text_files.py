@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kvexport.build.chat_template import reduce_chat_template, special_tokens
-from kvexport.bundle.bundle import TOKENIZER_FILE
+from kvexport.bundle import TOKENIZER_FILE
 from kvexport.bundle.text_file import TEXT_FILE, TextFile, TokenizerSample
 from kvexport.progress import Progress
 from kvexport.runtime.tokenizer import Tokenizer, read_tokenizer

@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE
 from kvexport.bundle.manifest import (
-    BYTES,
-    FORMAT,
     MANIFEST_FILE,
     REBUILD,
     FileEntry,
@@ -29,19 +26,6 @@ from kvexport.files.hashing import sha256_of
 REPORT_FILE = "report.json"
 TOKENIZER_FILE = "tokenizer.json"
 COPY_AGAIN = "copy the bundle again, or " + REBUILD
-
-__all__ = [
-    "BYTES",
-    "DATA_FILE",
-    "FORMAT",
-    "GRAPH_FILE",
-    "MANIFEST_FILE",
-    "REPORT_FILE",
-    "TOKENIZER_FILE",
-    "Bundle",
-    "BundleWriter",
-    "new_bundle",
-]
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ def command(bundle: Path, verify: bool, as_json: bool) -> None:
 
     Prints KV heads, width, method and errors of every layer, the size of the KV cache, and the files.
     """
-    from kvexport.bundle.bundle import Bundle
+    from kvexport.bundle import Bundle
     from kvexport.cli.report import print_bundle
 
     opened = Bundle.open(bundle)

@@ -41,7 +41,7 @@ def command(
     Exits with 1 if there are any. Nodes that are supported but slow, such as attention without a fused
     kernel, are listed as notes. TensorRT need not be installed.
     """
-    from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+    from kvexport.bundle import GRAPH_FILE, Bundle
     from kvexport.cli.engine_tables import print_findings
     from kvexport.devices.capabilities import TENSORRT_LOWERINGS
     from kvexport.devices.targets import load_target, tensorrt_version

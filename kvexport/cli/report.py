@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvexport.build import BuildReport
-    from kvexport.bundle.bundle import Bundle
+    from kvexport.bundle import Bundle
     from kvexport.bundle.layer_report import LayerReport
     from kvexport.heal.report import HealReport
     from kvexport.model.divergence import Divergence
@@ -119,7 +119,7 @@ def print_bundle(bundle: Bundle, verified: bool) -> None:
 
 
 def _text_support(bundle: Bundle) -> str:
-    from kvexport.bundle.bundle import TOKENIZER_FILE
+    from kvexport.bundle import TOKENIZER_FILE
     from kvexport.bundle.text_file import read_text_file
 
     if TOKENIZER_FILE not in bundle.files:

@@ -14,7 +14,7 @@ from typing import Any
 
 import onnx_ir as ir
 
-from kvexport.bundle.bundle import DATA_FILE, GRAPH_FILE, Bundle
+from kvexport.bundle import DATA_FILE, GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import (
     CACHE_FILE,
     INSPECTOR_FILE,

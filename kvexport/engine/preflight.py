@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 
-from kvexport.bundle.bundle import DATA_FILE, Bundle
+from kvexport.bundle import DATA_FILE, Bundle
 from kvexport.devices.capabilities import TENSORRT_LOWERINGS, capabilities_of
 from kvexport.devices.gpu import Gpu
 from kvexport.devices.system import available_memory

@@ -6,7 +6,7 @@ import weakref
 from collections.abc import Sequence
 from pathlib import Path
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.cache import saved_cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from kvexport.bundle.bundle import DATA_FILE, Bundle
+from kvexport.bundle import DATA_FILE, Bundle
 from kvexport.runtime.backends.select import Provider, choose
 from kvexport.runtime.session import CHUNK, Session
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import UsageError
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.cache.sequences import Sequences, require_defined

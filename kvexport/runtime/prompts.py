@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.text_file import read_text_file
 from kvexport.errors import UsageError
 from kvexport.runtime.cache.sequences import Cache

@@ -8,7 +8,7 @@ from typing import cast, overload
 
 from numpy.typing import ArrayLike
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import UsageError
 from kvexport.runtime.backends.select import Provider, choose, open_decoder
 from kvexport.runtime.cache.sequences import Cache

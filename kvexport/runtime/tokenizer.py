@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle.bundle import TOKENIZER_FILE, Bundle
+from kvexport.bundle import TOKENIZER_FILE, Bundle
 from kvexport.bundle.text_file import TextFile
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 

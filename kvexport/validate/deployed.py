@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, KEY, STATE, VALUE, attention_tap, residual_tap
 from kvexport.errors import CannotRunHere
 from kvexport.packages import PACKAGES, install_command

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.calibrate import windows as attention_windows
 from kvexport.calibrate.text import all_windows, read_text, tokenize
 from kvexport.errors import UsageError

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.graph_io import GraphContract
 from kvexport.eviction.config import Eviction
 from kvexport.progress import Progress

@@ -18,7 +18,7 @@ from support.simulated_gpus import SimulatedGpu, simulate_gpus
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
 from kvexport.bench import BenchOptions, describe, measure, ratios, readings
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.cli import commands
 from kvexport.devices.telemetry import peak_host_bytes
 from kvexport.errors import UsageError

@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 import kvexport
 from kvexport.build import BuildHooks, BuildOptions
 from kvexport.build import build as build_bundle
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.calibrate import recipe_for
 from kvexport.cli import commands
 from kvexport.errors import GateFailed, KvexportError

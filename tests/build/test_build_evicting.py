@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from support.command_line import run_kvexport
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, Eviction, EvictionRequest
 
 Checkpoints = Callable[..., Path]

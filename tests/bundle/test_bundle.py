@@ -22,7 +22,7 @@ from support.tiny_bundles import (
     write_bundle,
 )
 
-from kvexport.bundle.bundle import Bundle, new_bundle
+from kvexport.bundle import Bundle, new_bundle
 from kvexport.bundle.manifest import FORMAT
 from kvexport.errors import BundleError, UsageError
 from kvexport.graph import GraphContract
@@ -127,7 +127,7 @@ def test_full_disk_during_hashing_or_syncing_leaves_nothing(
 _LIMITED = """
 import resource, sys
 from pathlib import Path
-from kvexport.bundle.bundle import new_bundle
+from kvexport.bundle import new_bundle
 resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 16, 1 << 16))
 with new_bundle(Path(sys.argv[1])) as writer:
     (writer.directory / "decoder.onnx").write_bytes(bytes(1 << 20))
@@ -411,7 +411,7 @@ def test_error_of_a_directory_without_manifest_names_the_fix(
 
 _LEAN = """
 import sys
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 Bundle.open(sys.argv[1]).verify()
 heavy = {"torch", "onnx", "onnx_ir", "onnxruntime", "transformers"}
 print(sorted({name.split(".")[0] for name in sys.modules} & heavy))

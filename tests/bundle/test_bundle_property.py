@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, write_bundle
 
-from kvexport.bundle.bundle import FORMAT, Bundle
+from kvexport.bundle import FORMAT, Bundle
 from kvexport.errors import BundleError
 
 VALUES = st.recursive(

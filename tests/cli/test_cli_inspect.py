@@ -15,7 +15,7 @@ import pytest
 from support.command_line import Ended, run_kvexport
 from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, edit_manifest, write_bundle
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.files.hashing import sha256_of
 
 

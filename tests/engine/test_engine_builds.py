@@ -18,7 +18,7 @@ from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 from support.validated_bundles import broken, export
 
 from kvexport import __version__
-from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import PLAN_FILE, RECORD_FILE, BuildRecord
 from kvexport.convert.methods import METHODS
 from kvexport.devices.gpu import find_gpu

@@ -14,7 +14,7 @@ from support.combinations import representatives
 from support.decoders import STYLES, make_decoder
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
-from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import BuildRecord
 from kvexport.engine import EngineOptions, build_engine
 from kvexport.engine.engine_graph import EngineGraph, fix_sizes, prepare_graph

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.devices.gpu import Gpu
 from kvexport.engine import EngineOptions, preflight
 from kvexport.engine.build import build_engine, read_timing_cache

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.devices.gpu import Gpu
 from kvexport.errors import CannotRunHere
 from kvexport.runtime import open_bundle

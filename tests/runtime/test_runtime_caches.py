@@ -15,7 +15,7 @@ from support.tiny_bundles import byte_level_tokenizer, write_bundle
 from test_runtime_evicting import BUDGET, CAPACITY, CLOSE, Reference, random_decoder, tokens
 
 import kvexport
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.decoder import Decoder

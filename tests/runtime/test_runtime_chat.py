@@ -15,7 +15,7 @@ from support import chat_templates
 from support.tiny_bundles import byte_level_tokenizer
 
 from kvexport.build.text_files import TEXTS, write_text_files
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.chat_format import Chat
 from kvexport.bundle.manifest import FileEntry
 from kvexport.bundle.text_file import parse_text, read_text_file

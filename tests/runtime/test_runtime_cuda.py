@@ -10,7 +10,7 @@ import pytest
 from support.simulated_device import SimulatedDevice, onnxruntime_on
 from support.tiny_bundles import exact_logits, write_bundle
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.devices.gpu import find_gpu
 from kvexport.errors import CannotRunHere
 from kvexport.model.decoder import Decoder

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from support.decoders import make_decoder
 from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, write_bundle
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import UsageError
 from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, SCORE, Eviction
 from kvexport.eviction.reference_cache import EvictingCache

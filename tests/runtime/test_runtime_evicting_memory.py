@@ -15,7 +15,7 @@ from support.tiny_bundles import write_bundle
 from test_runtime_evicting import Reference, tokens
 from test_runtime_in_place import resettable
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.eviction.config import Eviction
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder
@@ -24,7 +24,7 @@ SLOTS, BATCH = 4096, 8
 _PEAK = """
 import json, sys
 import numpy as np, onnxruntime, kvexport.runtime.backends.ort
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.backends.ort import Binding, OrtDecoder
 from kvexport.runtime.backends.ort_session import load_graph, session_options

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from support.tiny_bundles import write_bundle
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.model.loader import load_decoder
 from kvexport.runtime import Session, open_bundle
 
@@ -25,7 +25,7 @@ BATCH, DEPTH = 8, 4096
 _MEASURE = """
 import json, sys
 import numpy as np, onnxruntime, kvexport.runtime.backends.ort
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.backends.ort import Binding, OrtDecoder
 from kvexport.runtime.backends.ort_session import load_graph, session_options

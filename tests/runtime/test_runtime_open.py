@@ -13,7 +13,7 @@ import pytest
 from support.tiny_bundles import edit_manifest, write_bundle
 
 import kvexport
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.files.hashing import sha256_of
 from kvexport.model.decoder import Decoder

@@ -21,7 +21,7 @@ from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import write_bundle
 from test_runtime_evicting import BUDGET, CAPACITY, random_decoder, tokens
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import KvexportError, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.decoder import Decoder

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from support.tiny_bundles import exact_logits, write_bundle
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle

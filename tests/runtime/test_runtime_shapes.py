@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kvexport.build import BuildHooks, BuildOptions, BuildReport, build
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.calibrate import recipe_for
 from kvexport.convert import CompressionPlan, CompressionRequest, methods_for
 from kvexport.model import reference

@@ -16,7 +16,7 @@ import pytest
 from support.simulated_device import CHUNK, SimulatedDevice, add_engine, simulated_tensorrt
 from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.engine_record import read_record, write_record
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.model.decoder import Decoder

@@ -20,7 +20,7 @@ from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import decoder_with_fewer_heads, edit_manifest, write_bundle
 from support.validated_bundles import broken
 
-from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.graph_io import KEY, past
 from kvexport.bundle.self_test_file import FILE, read_reference_outputs
 from kvexport.errors import BundleError, CannotRunHere, UsageError

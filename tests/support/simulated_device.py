@@ -24,7 +24,7 @@ import onnx_ir as ir
 import onnxruntime
 from numpy.typing import NDArray
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.engine_record import (
     BuildRecord,
     PlanFile,

@@ -12,7 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from kvexport.build.text_files import write_text_files
-from kvexport.bundle.bundle import TOKENIZER_FILE
+from kvexport.bundle import TOKENIZER_FILE
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 from support.chat_templates import CHATML

@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kvexport import __version__
-from kvexport.bundle.bundle import new_bundle
+from kvexport.bundle import new_bundle
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.eviction.config import Eviction
 from kvexport.files.hashing import sha256_of

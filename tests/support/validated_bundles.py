@@ -13,7 +13,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from kvexport.bundle.bundle import MANIFEST_FILE, BundleWriter
+from kvexport.bundle import MANIFEST_FILE, BundleWriter
 from kvexport.convert import unconverted_layers
 from kvexport.eviction.config import Eviction
 from kvexport.files.hashing import sha256_of

@@ -13,7 +13,7 @@ from support.decoders import STYLES, make_decoder
 from support.tiny_bundles import write_bundle
 from torch import Tensor
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.self_test_file import ReferenceOutputs, read_reference_outputs, steady_scores
 from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, SCORE, Eviction
 from kvexport.files.hashing import sha256_of

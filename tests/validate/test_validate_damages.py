@@ -12,7 +12,7 @@ from support.damages import DAMAGES, SUBTLE_DAMAGES
 from support.decoders import make_decoder
 from support.validated_bundles import broken, export
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, validate_bundle, validate_graph
 

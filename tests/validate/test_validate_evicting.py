@@ -14,7 +14,7 @@ import torch
 from support.decoders import make_decoder
 from support.validated_bundles import broken, export
 
-from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.errors import BundleError
 from kvexport.eviction.config import POLICIES, Eviction
 from kvexport.model import reference

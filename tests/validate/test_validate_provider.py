@@ -16,7 +16,7 @@ from support.simulated_device import SimulatedDevice, add_engine, only_gpu
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
 from support.validated_bundles import broken, edit_graph, export, node_of
 
-from kvexport.bundle.bundle import GRAPH_FILE
+from kvexport.bundle import GRAPH_FILE
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.graph import write_lowered
 from kvexport.model.checkpoint import Checkpoint

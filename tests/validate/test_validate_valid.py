@@ -12,7 +12,7 @@ import torch
 from support.decoders import make_decoder
 from support.validated_bundles import export
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.errors import BundleError, CannotRunHere
 from kvexport.progress import Progress
 from kvexport.validate import validate_bundle, validate_graph
@@ -131,7 +131,7 @@ _PEAK = """
 import sys, resource
 from pathlib import Path
 import onnx_ir, onnxruntime
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.progress import Progress
 from kvexport.validate import validate_graph
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import onnxruntime
 
-from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.graph_io import LOWERED_FILES
 from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.packages import install_command

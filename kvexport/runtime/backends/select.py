@@ -9,7 +9,7 @@ import logging
 from dataclasses import dataclass
 from functools import cache
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.devices.gpu import find_gpu
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.packages import install_command

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.graph_io import STATE, present, slots_output, update
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.runtime.backends.base import TOKEN_INPUTS

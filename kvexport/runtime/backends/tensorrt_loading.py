@@ -9,7 +9,7 @@ import mmap
 from functools import cache
 from typing import Any, NoReturn
 
-from kvexport.bundle.bundle import GRAPH_FILE, Bundle
+from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.graph_io import (
     BATCH,
     BUDGET,

@@ -7,7 +7,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.engine_record import (
     ENGINES_FOLDER,
     PLAN_FILE,

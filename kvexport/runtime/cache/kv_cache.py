@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.graph_io import KEY, STATE, VALUE, past
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.eviction.config import LATEST, NEVER, POSITION_PLUS_ONE, SCORE, STATE_WIDTH

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.runtime.cache.kv_cache import KvCache
 from kvexport.runtime.types import DeviceMemory
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kvexport.bundle.bundle import Bundle
+from kvexport.bundle import Bundle
 from kvexport.bundle.graph_io import STATE
 from kvexport.bundle.self_test_file import RANKED_BY_NORM, ReferenceOutputs, steady_scores
 from kvexport.eviction.config import LATER, POSITION_PLUS_ONE, SCORE

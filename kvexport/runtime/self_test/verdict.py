@@ -38,7 +38,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle.bundle import DATA_FILE, Bundle
+from kvexport.bundle import DATA_FILE, Bundle
 from kvexport.bundle.self_test_file import ReferenceOutputs, Row, Tolerance, read_reference_outputs
 from kvexport.errors import CannotRunHere
 from kvexport.runtime.backends.base import Decoder
