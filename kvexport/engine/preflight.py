@@ -16,7 +16,7 @@ from kvexport.errors import CannotRunHere, UsageError
 from kvexport.graph.lint import Finding, refusals
 
 # Peak host memory of a build: multiples of the weights, and bytes besides. TensorRT-RTX 1.7.1 was measured:
-# 1.69 GB for 402 MB of weights. TensorRT is said to need 2 to 3 times the weights; not measured.
+# 1.69 GB for 402 MB of weights. TensorRT is reported to need 2 to 3 times the weights; not measured here.
 _WEIGHT_COPIES = 2
 _LIBRARY_BYTES = {"tensorrt": 512 * 2**20, "tensorrt-rtx": 2**30}
 _PLAN_COPIES = 1  # copies of the weights in a plan

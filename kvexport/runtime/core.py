@@ -20,7 +20,7 @@ class SessionCore:
     """The sequences of a session and what runs them. Callers hold `lock` during every method.
 
     Attributes:
-        lock: held by every call of the session.
+        lock: lock that every call of the session takes.
         decoder: runs tokens.
         runner: splits prompts into calls of the decoder.
         own: the session's own sequences.
