@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kvexport.errors import UsageError
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Decoder, Layer, Rope
+from kvexport.model.decoder import Attention, Decoder, Layer
 
 CODING = (
     "for each layer and head the weights of query 0 on key 0, of query 1 on keys 0 and 1, and so on; "
@@ -50,7 +50,6 @@ class MapRecorder:
     @torch.no_grad()
     def __init__(self, decoder: Decoder, window: Tensor) -> None:
         """`window`: token ids [S] int64."""
-        self._rope = decoder.rope
         self._positions = torch.arange(len(window))[None]
         self._original = self._compressed = reference.embed(decoder.embedding, window[None])
         self._maps: list[tuple[Tensor, Tensor]] = []
@@ -64,19 +63,18 @@ class MapRecorder:
         self._maps.append((original, compressed[places]))
 
     def _pass(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
-        probabilities = attention_map(layer.attention, reference.norm(layer.attention_norm, x), self._rope)
-        return probabilities[0], reference.run_layer(layer, x, self._positions, self._rope).residual
+        probabilities = attention_map(layer.attention, reference.normed(layer.attention_norm, x))
+        return probabilities[0], reference.run_layer(layer, x, self._positions).residual
 
     def finish(self) -> AttentionMaps:
         """The maps of all layers added."""
         return AttentionMaps(tuple(a for a, _ in self._maps), tuple(b for _, b in self._maps))
 
 
-def attention_map(attention: Attention, x: Tensor, rope: Rope | None) -> Tensor:
+def attention_map(attention: Attention, x: Tensor) -> Tensor:
     """Attention weights [B, H, S, S] of normed inputs x [B, S, hidden] at positions 0 .. S - 1."""
     positions = torch.arange(x.shape[1]).expand(x.shape[:2])
-    tables = None if rope is None else reference.rotary_tables(rope, positions, x.dtype)
-    projected = reference.project(attention, x, tables)
+    projected = reference.project(attention, x, positions)
     query = reference.map_queries(attention, projected.query_rotated)
     key = reference.map_keys(attention, projected.key_rotated)
     bias = reference.visibility(attention, positions, torch.arange(x.shape[1]), x.dtype)

@@ -105,23 +105,22 @@ class SpectraStream:
     @torch.no_grad()
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
         """`windows`: token ids [N, S] int64."""
-        self._rope = decoder.rope
         self._x = reference.embed(decoder.embedding, windows)
 
     @torch.no_grad()
     def measure(self, layer: Layer) -> LayerSpectra:
         """Measure the cache of the next layer and advance the stream past it."""
         attention, sums = layer.attention, _sums(layer.attention)
-        for batch in attention_windows.batches(range(len(self._x)), self._x.shape[1], attention.num_heads):
-            x = self._x[batch]
-            projected = attention_windows.project(
-                attention, reference.norm(layer.attention_norm, x), self._rope
-            )
+
+        def attend(x: Tensor) -> Tensor:
+            projected = attention_windows.project(attention, x)
             for name, total in sums.items():
                 total.add(_named(projected, name))
-            x += reference.linear(attention.o, attention_windows.head_outputs(attention, projected))
-            x += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, x))
-        cached = {"key": "key_after_rope" if attention.position == "rope" else "key", "value": "value"}
+            return reference.linear(attention.o, attention_windows.head_outputs(attention, projected))
+
+        for batch in attention_windows.batches(range(len(self._x)), self._x.shape[1], attention.num_heads):
+            self._x[batch] = reference.run_block(layer, self._x[batch], attend).residual
+        cached = {"key": "key" if attention.rope is None else "key_after_rope", "value": "value"}
         return LayerSpectra(
             {name: total.spectrum() for name, total in sums.items()},
             {name: sums[source].similarity() for name, source in cached.items()},
@@ -129,7 +128,7 @@ class SpectraStream:
 
 
 def _sums(attention: Attention) -> dict[str, SecondMoment]:
-    keys = ("key_before_rope", "key_after_rope") if attention.position == "rope" else ("key",)
+    keys = ("key",) if attention.rope is None else ("key_before_rope", "key_after_rope")
     sums = {name: SecondMoment(attention.key_heads, attention.head_dim) for name in keys}
     return sums | {"value": SecondMoment(attention.num_kv_heads, attention.value_dim)}
 

@@ -56,7 +56,6 @@ class BundleExport:
             capacity=job.capacity,
             dims=decoder.dims,
             embedding=decoder.embedding,
-            rope=decoder.rope,
             eviction=eviction,
         )
         self._self_test = SelfTestRecorder(decoder, windows, job.capacity, eviction, dtype, layer_folder)
@@ -84,7 +83,7 @@ class BundleExport:
             self._reference.save(directory)
             progress.advance()
             exceptions = Float32Exceptions() if self._peaks is None else float32_exceptions(self._peaks)
-            contract = self._graph.finish(decoder.final_norm, decoder.head, exceptions)
+            contract = self._graph.finish(decoder, exceptions)
             progress.advance()
             self._self_test.save(directory, writer.sha256(DATA_FILE))
             progress.advance()

@@ -158,7 +158,7 @@ def _checkpoint_plan(job: ConversionJob) -> CompressionPlan:
     attention, method = job.decoder.layers[0].attention, job.methods[0]
     shape = uniform_shape(job.options.request, job.methods, attention)
     require_hf_checkpoint(job.decoder, job.options.method, shape != trained_shape(attention))
-    if attention.position == "alibi":
+    if attention.alibi_slopes is not None:
         method = replace(method, matched=False)  # the slope of a head depends on its index
         if job.compresses:
             job.progress.note(

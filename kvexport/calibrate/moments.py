@@ -13,16 +13,16 @@ from torch import Tensor
 
 from kvexport.calibrate import windows
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Rope
+from kvexport.model.decoder import Attention
 
 
 @dataclass(frozen=True)
 class Moments:
     """Means over calibration tokens, float64, for h KV heads, H query heads and d = head_dim.
 
-    Keys and queries are taken after QK-norm, if there is one, and before RoPE; `average_over_positions`
-    converts their moments to those after RoPE. a_mn is the attention of query m to key n, o_m the head's
-    output.
+    Keys and queries are taken after QK-norm, if there is one, and before RoPE (`reference.Projected`);
+    `average_over_positions` converts their moments to those after RoPE. a_mn is the attention of query m to key n, o_m the output of
+    the head.
 
     Attributes:
         tokens: number of tokens, [] int64.
@@ -80,9 +80,9 @@ class MomentsAccumulator:
         per_head = attention.o.weight.double().unflatten(1, (heads, -1)).transpose(0, 1)  # [H, hidden, d]
         self._metric = per_head.transpose(1, 2) @ per_head
 
-    def add(self, x: Tensor, rope: Rope | None) -> Tensor:
+    def add(self, x: Tensor) -> Tensor:
         """Add normed inputs x [B, S, hidden] of whole windows; returns the attention output, same shape."""
-        projected = windows.project(self._attention, x, rope)
+        projected = windows.project(self._attention, x)
         self._tokens += x.shape[0] * x.shape[1]
         self._key_mean += _add_second(self._key_second, projected.key)
         self._value_mean += _add_second(self._value_second, projected.value)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer
+from kvexport.model.decoder import Decoder, Layer, Mlp
 
 TOKENS = 4096  # tokens measured: a sample, so users of the peaks must leave a margin
 
@@ -44,7 +44,6 @@ class PeakMeter:
             decoder: the model whose layers are added.
             windows: token ids [N, S] int64; the first `TOKENS` tokens of them are used, one window at least.
         """
-        self._rope = decoder.rope
         self._x = reference.embed(decoder.embedding, windows[: max(1, TOKENS // windows.shape[1])])
         self.embedding = _peak(self._x)
         self.layers: list[LayerPeaks] = []
@@ -54,21 +53,22 @@ class PeakMeter:
         """Run the next layer and record its peaks."""
         positions = torch.arange(self._x.shape[1])[None]
         cached = mlp = residual = 0.0
-        for window in self._x.split(1):  # a view: the stream advances in place
-            normed = reference.norm(layer.attention_norm, window)
-            mixed, key, value = reference.head_outputs(layer.attention, normed, positions, self._rope)
-            window += reference.linear(layer.attention.o, mixed)
-            residual = max(residual, _peak(window))
-            normed = reference.norm(layer.mlp_norm, window)
-            first = [
-                reference.linear(each, normed) for each in (layer.mlp.gate, layer.mlp.up) if each is not None
-            ]
-            inner = reference.mlp_inner(layer.mlp, normed)
-            update = reference.linear(layer.mlp.down, inner)
-            window += update
-            cached = max(cached, _peak(key), _peak(value))
+
+        def feed(parameters: Mlp, x: Tensor) -> Tensor:
+            nonlocal mlp
+            first = (
+                reference.linear(each, x) for each in (parameters.gate, parameters.up) if each is not None
+            )
+            inner = reference.mlp_inner(parameters, x)
+            update = reference.linear(parameters.down, inner)
             mlp = max(mlp, *map(_peak, first), _peak(inner), _peak(update))
-            residual = max(residual, _peak(window))
+            return update
+
+        for window in self._x.split(1):  # a view: the stream advances in place
+            taps = reference.run_layer(layer, window, positions, feed=feed)
+            cached = max(cached, _peak(taps.key), _peak(taps.value))
+            residual = max(residual, _peak(window + taps.attention), _peak(taps.residual))
+            window[:] = taps.residual
         self.layers.append(LayerPeaks(cached, mlp, residual))
 
 

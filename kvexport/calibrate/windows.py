@@ -7,12 +7,13 @@ Scores are the largest tensors of calibration. Several windows form a batch whil
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Layer, Rope
+from kvexport.model.decoder import Attention, Layer
 from kvexport.model.reference import Projected
 
 SCORES = 1 << 20  # attention scores in memory at once, unless a single row of one window has more
@@ -24,10 +25,14 @@ def batches(windows: range, length: int, heads: int) -> Iterator[slice]:
     return (slice(at, min(at + size, windows.stop)) for at in range(windows.start, windows.stop, size))
 
 
-def project(attention: Attention, x: Tensor, rope: Rope | None) -> Projected:
+def project(attention: Attention, x: Tensor) -> Projected:
     """Queries, keys and values of normed inputs [B, S, hidden] at positions 0 .. S - 1."""
-    tables = None if rope is None else reference.rotary_tables(rope, _positions(x), x.dtype)
-    return reference.project(attention, x, tables)
+    return reference.project(attention, x, torch.arange(x.shape[1])[None])
+
+
+def attend(attention: Attention, x: Tensor) -> Tensor:
+    """The attention's output [B, S, hidden] of normed inputs of the same shape at positions 0 .. S - 1."""
+    return reference.linear(attention.o, head_outputs(attention, project(attention, x)))
 
 
 def head_outputs(
@@ -63,13 +68,10 @@ def head_outputs(
     return torch.cat(mixed, dim=1)
 
 
-def advance(layer: Layer, x: Tensor, rope: Rope | None) -> None:
+def advance(layer: Layer, x: Tensor) -> None:
     """Advance residual streams x [N, S, hidden] past a layer, in place."""
     for batch in batches(range(len(x)), x.shape[1], layer.attention.num_heads):
-        part = x[batch]
-        projected = project(layer.attention, reference.norm(layer.attention_norm, part), rope)
-        part += reference.linear(layer.attention.o, head_outputs(layer.attention, projected))
-        part += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, part))
+        x[batch] = reference.run_block(layer, x[batch], partial(attend, layer.attention)).residual
 
 
 def _positions(x: Tensor) -> Tensor:  # [B, S, ...] -> [B, S]

@@ -1,6 +1,7 @@
 """Application of codes to a layer: folded into weights where that is exact, as maps in the graph elsewhere.
 
-    values            W_V' = Eᵀ W_V, W_O' = W_O U per query head, always exact (arXiv 2406.07056, eqs. 7-14)
+    values            W_V' = Eᵀ W_V, W_O' = W_O U per query head, exact without a clip after W_V
+                      (arXiv 2406.07056, eqs. 7-14)
     keys before RoPE  W_K' = Eᵀ W_K, W_Q' = Uᵀ W_Q per query head
     keys after RoPE   key_map E on each new key, query_map U on each new query (arXiv 2406.07056, eqs. 17-18)
 
@@ -82,8 +83,10 @@ def _decoders(grouping: Grouping, codes: Sequence[Code]) -> Tensor:
 
 
 def _values(attention: Attention, grouping: Grouping, code: LayerCode, value_mean: Tensor) -> dict[str, Any]:
-    """Fields `v`, `o` and `value_map`: W_V encoded, decoders in W_O or in a map before it, lost means in the
-    bias.
+    """Fields `v` or `value_encoder`, `o` and `value_map`.
+
+    W_V is encoded, or, if values are clipped after it, followed by the encoder. Decoders are in W_O or in a
+    map before it, lost means in the bias.
     """
     o, dtype = attention.o, attention.o.weight.dtype
     decoders, value_map = _decoders(grouping, code.values), None  # [H, d, r]
@@ -96,8 +99,11 @@ def _values(attention: Attention, grouping: Grouping, code: LayerCode, value_mea
     if code.centred:
         lost = lost_constant(attention, grouping, code.values, value_mean)
         bias = (lost if bias is None else bias.double() + lost).to(dtype)
-    v = _encode(attention.v, [each.encode for each in code.values])
-    return {"v": v, "o": Linear(weight, bias), "value_map": value_map}
+    fields: dict[str, Any] = {"o": Linear(weight, bias), "value_map": value_map}
+    encoders = [each.encode for each in code.values]
+    if attention.clip is None:
+        return {**fields, "v": _encode(attention.v, encoders)}
+    return {**fields, "value_encoder": torch.stack(encoders).to(dtype)}
 
 
 def _encode(linear: Linear, encoders: list[Tensor]) -> Linear:

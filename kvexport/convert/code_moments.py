@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import torch
+
 from kvexport.calibrate import Moments, Rotations, average_over_positions, uncentre_keys
 from kvexport.convert.permute import permute_moments
-from kvexport.model.decoder import Rope
+from kvexport.model.decoder import Attention
 
 
 @dataclass(frozen=True)
@@ -29,17 +31,17 @@ class CodeMoments:
 
 
 def make_code_moments(
-    before_rotation: bool, moments: Moments, rope: Rope | None, positions: int, window: int | None = None
+    before_rotation: bool, moments: Moments, attention: Attention, positions: int
 ) -> CodeMoments:
     """Convert calibration moments, which are before RoPE, to those that a method's codes need.
 
     Args:
         before_rotation: whether the method codes keys before RoPE.
         moments: moments before RoPE.
-        rope: the model's RoPE; None: the model has none.
+        attention: the unconverted layer; its window bounds the distances between query and key.
         positions: positions of the deployed context, over which moments are averaged.
-        window: sliding window in tokens, which bounds the distances between query and key; None: no window.
     """
+    rope, window = attention.rope, attention.window
     if rope is None:
         return CodeMoments(moments)
     if before_rotation:
@@ -47,4 +49,19 @@ def make_code_moments(
             uncentre_keys(moments),
             Rotations.by_distance(rope, positions if window is None else min(positions, window)),
         )
-    return CodeMoments(average_over_positions(moments, rope, positions))
+    rotated = average_over_positions(moments, rope, positions)
+    return CodeMoments(_weigh_norms(rotated, attention) if attention.norm_after_rotation else rotated)
+
+
+def _weigh_norms(moments: Moments, attention: Attention) -> Moments:
+    """Moments of keys and queries multiplied by the weights of norms that follow the rotation."""
+    assert attention.q_norm is not None and attention.q_norm.weight is not None
+    assert attention.k_norm is not None and attention.k_norm.weight is not None
+    query, key = attention.q_norm.weight.double(), attention.k_norm.weight.double()
+    keys = key.repeat(attention.num_kv_heads)
+    return replace(
+        moments,
+        key_mean=moments.key_mean * keys,
+        key_second=moments.key_second * torch.outer(keys, keys),
+        query_second=moments.query_second * torch.outer(query, query),
+    )

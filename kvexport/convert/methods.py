@@ -67,10 +67,15 @@ class LayerPlan:
 
 
 def folds(method: Method, attention: Attention) -> bool:
-    """Whether the method's key code folds into the weights: no norm and no rotation lies between W_K and the
-    code.
+    """Whether the method's key code folds into the weights: no norm, no clip and no rotation lies between W_K
+    and the code.
     """
-    return attention.k_norm is None and (method.before_rotation or attention.position != "rope")
+    return attention.keys_fold and (method.before_rotation or attention.rope is None)
+
+
+def in_layer(method: Method, attention: Attention) -> Method:
+    """The method that a layer is converted with: without RoPE `fold` is `online`, whose codes then fold."""
+    return METHODS["online"] if method.key is None and attention.rope is None else method
 
 
 def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
@@ -79,20 +84,21 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
     Without RoPE 'fold' means 'online', whose codes then fold entirely.
 
     Raises:
-        UsageError: there is no such method, or 'fold' with keys that are normalised after W_K.
+        UsageError: there is no such method, or 'fold' with keys that are normalised or clipped after W_K.
     """
     if name not in METHOD_NAMES:
         raise UsageError("--method must be a conversion method", got=name, expected=", ".join(METHOD_NAMES))
-    if name == "fold" and attention.k_norm is not None:
+    if name == "fold" and not attention.keys_fold:
+        between = "clipped projections: a clip" if attention.k_norm is None else "QK-norm: a norm"
         raise UsageError(
-            "--method fold needs a model without QK-norm: a norm after W_K prevents folding",
+            f"--method fold needs a model without {between} after W_K prevents folding",
             got="--method fold",
             expected=", ".join(m for m in METHOD_NAMES if m != "fold"),
             fix="make a bundle: kvexport build --method online",
         )
     if name not in (BEST, "fold"):
         return (METHODS[name],)
-    if attention.position != "rope" or attention.k_norm is not None:
+    if attention.rope is None or not attention.keys_fold:
         return (METHODS["online"],)
     return (METHODS["online"], METHODS["fold"]) if name == BEST else (METHODS["fold"],)
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
-from kvexport.model.decoder import Attention, Linear
+from kvexport.model.decoder import Attention, Linear, Norm
 
 
 def permute_heads(attention: Attention, order: Sequence[int]) -> Attention:
@@ -23,7 +23,19 @@ def permute_heads(attention: Attention, order: Sequence[int]) -> Attention:
         v=_rows(attention.v, order),
         o=Linear(_blocks(attention.o.weight, queries, 1), attention.o.bias),
         alibi_slopes=None if slopes is None else slopes[list(queries)],
+        q_norm=_norm(attention.q_norm, queries, attention),
+        k_norm=_norm(attention.k_norm, order, attention),
     )
+
+
+def _norm(norm: Norm | None, order: Sequence[int], attention: Attention) -> Norm | None:
+    """A norm of queries or keys whose heads are reordered; one weight for all heads stays as it is."""
+    if norm is None or norm.weight is None:
+        return norm
+    if norm.weight.ndim == 1 and attention.norm_over == "head":
+        return norm
+    bias = None if norm.bias is None else _blocks(norm.bias, order, 0)
+    return replace(norm, weight=_blocks(norm.weight, order, 0), bias=bias)
 
 
 def permute_moments(moments: Moments, order: Sequence[int]) -> Moments:

@@ -21,7 +21,7 @@ from kvexport.calibrate import Moments
 from kvexport.convert.apply import apply_code
 from kvexport.convert.code_moments import CodeMoments, make_code_moments
 from kvexport.convert.groups import Grouping, trained_shape
-from kvexport.convert.methods import LayerPlan, head_order, layer_code
+from kvexport.convert.methods import LayerPlan, head_order, in_layer, layer_code
 from kvexport.convert.permute import permute_heads
 from kvexport.convert.predict import predict_error
 from kvexport.convert.streams import Streams, TrainedStream
@@ -77,9 +77,9 @@ class Conversion:
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
         layer_plan = self._layer_plans[index]
-        before_rotation, window = layer_plan.method.before_rotation, layer.attention.window
+        layer_plan = replace(layer_plan, method=in_layer(layer_plan.method, layer.attention))
         code_moments = make_code_moments(
-            before_rotation, moments, self._decoder.rope, self._positions, window
+            layer_plan.method.before_rotation, moments, layer.attention, self._positions
         )
         converted, report = convert_layer(layer, self._streams, code_moments, layer_plan)
         _require_finite(f"the weights of layer {index} after conversion", converted)

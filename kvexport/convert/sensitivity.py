@@ -25,7 +25,7 @@ from kvexport.convert.codes import Code
 from kvexport.convert.groups import WIDEST, Grouping, KVShape, trained_shape
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, match_heads, order_of
-from kvexport.convert.methods import LayerPlan, Method, layer_code
+from kvexport.convert.methods import LayerPlan, Method, in_layer, layer_code
 from kvexport.convert.permute import permute_heads
 from kvexport.convert.streams import TrainedStream
 from kvexport.model import reference
@@ -143,16 +143,17 @@ class SensitivityAnalysis:
             moments = self._moments_of(index)
         curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
         trial_size = self._trial_size(layer.attention)
-        for method in self._methods:
+        for chosen in self._methods:
+            method = in_layer(chosen, layer.attention)
             code_moments = make_code_moments(
-                method.before_rotation, moments, self._decoder.rope, self._positions, layer.attention.window
+                method.before_rotation, moments, layer.attention, self._positions
             )
             losses = LayerLosses(code_moments, layer.attention)
             for size in self._sizes:
                 groups = self._groups(method, losses, layer.attention, size)
                 of_keys = losses.folded_keys if method.key is None else losses.keys
                 of_size = Curves(sum_of(map(of_keys, groups)), sum_of(map(losses.values, groups)))
-                curves[method, size] = of_size
+                curves[chosen, size] = of_size
                 if size == trial_size:
                     trials.append(self._trial(layer, code_moments, method, groups, of_size))
         least = _TINY * float(moments.output_power)
@@ -215,7 +216,7 @@ class SensitivityAnalysis:
     def _past(self, layer: Layer, x: Tensor) -> Tensor:
         """The residual stream x [N, S, hidden] after the layer."""
         stream = x.clone()
-        attention_windows.advance(layer, stream, self._decoder.rope)
+        attention_windows.advance(layer, stream)
         return stream
 
     @torch.no_grad()

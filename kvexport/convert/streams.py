@@ -6,7 +6,8 @@ will have after all layers before it were converted. Both are [N, S, hidden] in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -44,7 +45,6 @@ class TrainedStream:
             decoder: the trained model.
             windows: token ids [N, S] int64.
         """
-        self._rope = decoder.rope
         self._trained = reference.embed(decoder.embedding, windows)
         self._attended = torch.empty_like(self._trained)
         self.train, self.held_out = split_windows(len(windows))
@@ -61,17 +61,17 @@ class TrainedStream:
         """
         for batch in self._all(layer):
             if accumulator is not None and batch.start in self.train:
-                normed = reference.norm(layer.attention_norm, self._trained[batch])
-                self._attended[batch] = accumulator.add(normed, self._rope)
+                inner = reference.normed(layer.attention_norm, self._trained[batch])
+                self._attended[batch] = accumulator.add(inner)
             else:
                 self._attended[batch] = self._output(layer, self._trained[batch])
 
     def advance(self, layer: Layer) -> None:
         """Advance the stream past the layer; `measure` or `attend` must have run its attention."""
         for batch in self._all(layer):
-            x = self._trained[batch]
-            x += self._attended[batch]
-            x += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, x))
+            self._trained[batch] = reference.run_block(
+                layer, self._trained[batch], _given(self._attended[batch])
+            ).residual
 
     def _all(self, layer: Layer) -> Iterator[slice]:
         """Batches of all windows; none contains both training and held-out windows."""
@@ -84,12 +84,18 @@ class TrainedStream:
 
     def _heads(self, layer: Layer, x: Tensor) -> Tensor:
         """Concatenated head outputs [B, S, H·width] of a residual stream [B, S, hidden]."""
-        attention = layer.attention
-        projected = attention_windows.project(attention, reference.norm(layer.attention_norm, x), self._rope)
-        return attention_windows.head_outputs(attention, projected)
+        inner = reference.normed(layer.attention_norm, x)
+        return attention_windows.head_outputs(
+            layer.attention, attention_windows.project(layer.attention, inner)
+        )
 
     def _output(self, layer: Layer, x: Tensor) -> Tensor:
         return reference.linear(layer.attention.o, self._heads(layer, x))
+
+
+def _given(attended: Tensor) -> Callable[[Tensor], Tensor]:
+    """Attention whose output is already known."""
+    return lambda _: attended
 
 
 class Streams(TrainedStream):
@@ -113,12 +119,18 @@ class Streams(TrainedStream):
         return float((error / power.clamp_min(_TINY)).sqrt())
 
     def refit(self, converted: Layer) -> Linear:
-        """Refit W_O so that the converted stream after attention comes close to the trained one."""
+        """Refit W_O so that the converted stream after attention comes close to the trained one.
+
+        A norm of the attention's output is not linear; before one, W_O is refitted to the trained output.
+        """
         out, into = converted.attention.o.weight.shape
         train, held_out = LeastSquares(into, out), LeastSquares(into, out)
         for sums, windows in ((train, self.train), (held_out, self.held_out)):
             for batch in self._batches(converted, windows):
-                target = self._trained[batch] + self._attended[batch] - self._converted[batch]
+                target = self._attended[batch]
+                if converted.attention_output_norm is None:
+                    behind = self._trained[batch] - self._converted[batch]
+                    target = target + behind / converted.residual_multiplier
                 sums.add(self._heads(converted, self._converted[batch]), target)
         return refit(converted.attention.o, train, held_out)
 
@@ -128,9 +140,9 @@ class Streams(TrainedStream):
         """
         self.advance(layer)
         for batch in self._all(converted):
-            x = self._converted[batch]
-            x += self._output(converted, x)
-            x += reference.mlp(converted.mlp, reference.norm(converted.mlp_norm, x))
+            attend = partial(attention_windows.attend, converted.attention)
+            output = reference.run_block(converted, self._converted[batch], attend)
+            self._converted[batch] = output.residual
         target = self._trained[self.held_out.start :].double()
         error = (self._converted[self.held_out.start :] - target).square().sum()
         return float((error / target.square().sum().clamp_min(_TINY)).sqrt())

@@ -7,17 +7,25 @@ Project, normalise, rotate, map, write the cache, attend, project. The reference
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import onnx_ir as ir
 
-from kvexport.bundle.graph_io import attention_tap, present
-from kvexport.graph.blocks import linear, norm
-from kvexport.graph.eviction_attention import EvictionAttentionBuilder, EvictionCacheValues, EvictionInputs
+from kvexport.bundle.graph_io import present
+from kvexport.graph.blocks import attention_products, linear, norm
+from kvexport.graph.eviction_attention import (
+    EvictionAttentionBuilder,
+    EvictionCacheValues,
+    EvictionInputs,
+)
 from kvexport.graph.masks import Masks
 from kvexport.graph.nodes import NodeBuilder, sizes
-from kvexport.graph.rotary import Rotary
+from kvexport.graph.rotary import RotaryTables
 from kvexport.model.decoder import Attention, Linear, Norm
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,13 +36,13 @@ class SharedInputs:
         write_indices: int64 [batch], the slot of each sequence's first new token, in layers without eviction.
         masks: masks of layers without eviction; None if there are no such layers.
         eviction: values that layers with eviction share; None if there are no such layers.
-        rotary: rotary tables; None for decoders without rotary positions.
+        rotary: rotary tables.
     """
 
     write_indices: ir.Value
     masks: Masks | None
     eviction: EvictionInputs | None
-    rotary: Rotary | None
+    rotary: RotaryTables
 
 
 @dataclass(frozen=True)
@@ -53,19 +61,22 @@ class AttentionBuilder:
         self._name = f"layers.{index}.attention"
 
     def add(
-        self, x: ir.Value, cache: CacheValues | EvictionCacheValues
+        self, x: ir.Value, cache: CacheValues | EvictionCacheValues, result: str
     ) -> tuple[ir.Value, CacheValues | EvictionCacheValues]:
         """Attention of the normalised input x [batch, sequence, hidden].
 
         Returns:
-            the attention output [batch, sequence, hidden], and the cache with the new tokens written.
+            the attention output [batch, sequence, hidden], named `result`, and the cache with the new
+            tokens written.
         """
         attention, nodes, name = self._attention, self._nodes, self._name
         query = self._positioned("q", attention.q, attention.num_heads, attention.q_norm, x)
         if attention.frequencies is None:
             query = self._map_queries(query)
-        key = self._map_keys(self._positioned("k", attention.k, attention.key_heads, attention.k_norm, x))
-        value = self._by_head("v", self._heads("v", attention.v, attention.num_kv_heads, x))
+        key = self._positioned("k", attention.k, attention.key_heads, attention.k_norm, x)
+        key = self._map_groups("k", "key_map", key, attention.key_map)
+        value = self._by_head("v", self._heads("v", attention.v, attention.value_heads, None, x))
+        value = self._map_groups("v", "value_encoder", value, attention.value_encoder)
         written: CacheValues | EvictionCacheValues
         if isinstance(cache, EvictionCacheValues):
             assert self._shared.eviction is not None
@@ -75,21 +86,30 @@ class AttentionBuilder:
             written = CacheValues(
                 self._write("key", cache.key, key), self._write("value", cache.value, value)
             )
-            shape = (*sizes(query)[:3], attention.value_dim)
             inputs = (query, written.key, written.value, self._mask())
-            mixed = nodes.op("Attention", *inputs, name=f"{name}.mixed", shape=shape, scale=attention.scale)
+            mixed = attention_products(nodes, attention, *inputs, name=f"{name}.mixed")
         if attention.value_map is not None:  # [heads, value_dim, width]
             value_map = nodes.weight(f"{name}.value_map", np.asarray(attention.value_map))
             shape = (*sizes(mixed)[:3], attention.value_map.shape[2])
             mixed = nodes.op("MatMul", mixed, value_map, name=f"{name}.mixed.mapped", shape=shape)
-        return linear(nodes, attention.o, self._join(mixed), f"{name}.o", attention_tap(self._index)), written
+        return linear(nodes, attention.o, self._join(mixed), f"{name}.o", result), written
 
-    def _heads(self, which: str, parameters: Linear, count: int, x: ir.Value) -> ir.Value:
-        """Project x [batch, sequence, hidden] to [batch, sequence, count, width]."""
-        flat, width = (
-            linear(self._nodes, parameters, x, f"{self._name}.{which}"),
-            parameters.weight.shape[0] // count,
-        )
+    def _heads(
+        self, which: str, parameters: Linear, count: int, flat_norm: Norm | None, x: ir.Value
+    ) -> ir.Value:
+        """Project and clip x [batch, sequence, hidden], and normalise all heads together.
+
+        Returns:
+            [batch, sequence, count, width].
+        """
+        name, clip = f"{self._name}.{which}", self._attention.clip
+        flat = linear(self._nodes, parameters, x, name)
+        if clip is not None:
+            bounds = (self._nodes.number("clip.low", -clip), self._nodes.number("clip.high", clip))
+            flat = self._nodes.op("Clip", flat, *bounds, name=f"{name}.clipped")
+        if flat_norm is not None:
+            flat = norm(self._nodes, flat_norm, flat, f"{name}_norm")
+        width = parameters.weight.shape[0] // count
         shape = (*sizes(flat)[:2], count, width)
         return self._nodes.op(
             "Reshape",
@@ -114,20 +134,23 @@ class AttentionBuilder:
 
         Maps that follow the rotation are not applied.
         """
-        heads = self._heads(which, parameters, count, x)
-        if head_norm is not None:
-            heads = norm(self._nodes, head_norm, heads, f"{self._name}.{which}_norm")
+        attention, name = self._attention, f"{self._name}.{which}"
+        over_all = attention.norm_over == "heads"
+        heads = self._heads(which, parameters, count, head_norm if over_all else None, x)
+        separate = None if over_all else head_norm
+        if separate is not None and not attention.norm_after_rotation:
+            heads = norm(self._nodes, separate, heads, f"{name}_norm")
         heads = self._by_head(which, heads)
-        if self._attention.position != "rope":
+        if attention.rope is None:
             return heads
-        assert self._shared.rotary is not None, (
-            "a layer with rotary positions needs the decoder's rotary frequencies"
-        )
-        frequencies = self._attention.frequencies
+        frequencies = attention.frequencies
         if frequencies is not None and which == "q":
             heads = self._map_queries(heads)
         columns = None if frequencies is None else np.asarray(frequencies)
-        return self._shared.rotary.rotate(heads, f"{self._name}.{which}.rotated", columns)
+        heads = self._shared.rotary.of(attention.rope).rotate(heads, f"{name}.rotated", columns)
+        if separate is not None and attention.norm_after_rotation:
+            heads = norm(self._nodes, separate, heads, f"{name}_norm")
+        return heads
 
     def _map_queries(self, query: ir.Value) -> ir.Value:
         """Map queries [batch, heads, sequence, head_dim] to [batch, heads, sequence, key_dim]; or no map."""
@@ -137,16 +160,18 @@ class AttentionBuilder:
         shape = (*sizes(query)[:3], self._attention.key_dim)
         return self._nodes.op("MatMul", query, query_map, name=f"{self._name}.q.mapped", shape=shape)
 
-    def _map_keys(self, key: ir.Value) -> ir.Value:
-        """Map each group of t neighbouring keys to one, if there is a map.
+    def _map_groups(self, which: str, map_name: str, key: ir.Value, group_map: Tensor | None) -> ir.Value:
+        """Map each group of t neighbouring keys or values to one, if there is a map.
 
-        [batch, t·kv_heads, sequence, head_dim] to [batch, kv_heads, sequence, key_dim].
+        [batch, t·kv_heads, sequence, head_dim] to [batch, kv_heads, sequence, width], with a map [kv_heads,
+        t·head_dim, width].
         """
-        attention, nodes, name = self._attention, self._nodes, f"{self._name}.k"
-        if attention.key_map is None:
+        attention, nodes, name = self._attention, self._nodes, f"{self._name}.{which}"
+        if group_map is None:
             return key
-        batch, _, sequence, width = sizes(key)
-        kv_heads, group = attention.num_kv_heads, attention.key_heads // attention.num_kv_heads
+        batch, heads, sequence, width = sizes(key)
+        assert isinstance(heads, int)
+        kv_heads, group = attention.num_kv_heads, heads // attention.num_kv_heads
         if group > 1:
             to = nodes.integers(0, kv_heads, group, -1, attention.head_dim)
             key = nodes.op(
@@ -159,11 +184,9 @@ class AttentionBuilder:
             key = nodes.op(
                 "Reshape", key, to, name=f"{name}.joined", shape=(batch, kv_heads, sequence, width)
             )
-        key_map = nodes.weight(
-            f"{self._name}.key_map", np.asarray(attention.key_map)
-        )  # [kv_heads, t·head_dim, key_dim]
-        shape = (batch, kv_heads, sequence, attention.key_dim)
-        return nodes.op("MatMul", key, key_map, name=f"{name}.mapped", shape=shape)
+        weight = nodes.weight(f"{self._name}.{map_name}", np.asarray(group_map))
+        shape = (batch, kv_heads, sequence, group_map.shape[2])
+        return nodes.op("MatMul", key, weight, name=f"{name}.mapped", shape=shape)
 
     def _write(self, which: str, cache: ir.Value, new: ir.Value) -> ir.Value:
         """Write `new` into the cache; in place if the caller binds input and output to the same buffer."""

@@ -22,6 +22,7 @@ from kvexport.eviction.config import (
     random_offsets,
     random_scores,
 )
+from kvexport.graph.blocks import attention_products
 from kvexport.graph.eviction_inputs import STATE_DTYPE, EvictionInputs, HeadInputs, state_row
 from kvexport.graph.nodes import dtype_of, sizes
 from kvexport.graph.weights import NUMPY_DTYPES, largest_number
@@ -82,10 +83,8 @@ class EvictionAttentionBuilder:
         if attention.queries_per_kv_head == 1:
             return self._by_head(query, written, mask), written
         query = self._heads_to_batch(query, attention.queries_per_kv_head, f"{name}.query")
-        inputs, shape = (query, written.key, written.value, mask), (*sizes(query)[:3], attention.value_dim)
-        mixed = nodes.op(
-            "Attention", *inputs, name=f"{name}.by_group.mixed", shape=shape, scale=attention.scale
-        )
+        inputs = (query, written.key, written.value, mask)
+        mixed = attention_products(nodes, attention, *inputs, name=f"{name}.by_group.mixed")
         to = nodes.integers(-1, attention.num_heads, 0, attention.value_dim)
         shape = (BATCH, attention.num_heads, SEQUENCE, attention.value_dim)
         return nodes.op("Reshape", mixed, to, name=f"{name}.mixed", shape=shape), written
@@ -94,9 +93,8 @@ class EvictionAttentionBuilder:
         """Attention of unshared KV heads along the head axis: TensorRT has no fused kernel for one head."""
         nodes, name, attention = self._nodes, self._name, self._attention
         parts = ((KEY, cache.key), (VALUE, cache.value), ("mask", mask))
-        inputs = (query, *(self._batch_to_heads(x, f"{name}.{which}.by_head") for which, x in parts))
-        shape = (*sizes(query)[:3], attention.value_dim)
-        return nodes.op("Attention", *inputs, name=f"{name}.mixed", shape=shape, scale=attention.scale)
+        inputs = (self._batch_to_heads(x, f"{name}.{which}.by_head") for which, x in parts)
+        return attention_products(nodes, attention, query, *inputs, name=f"{name}.mixed")
 
     def _write(self, which: str, cache: ir.Value, new: ir.Value, slot: ir.Value) -> ir.Value:
         name, dtype = present(self._index, which), dtype_of(cache)

@@ -44,8 +44,13 @@ class Float32Exceptions:
         layer, in_mlp = int(match[1]), match[2] is not None
         if in_mlp:
             return layer in self.mlps
-        norms = (f"layers.{layer}.attention_norm", f"layers.{layer}.mlp_norm")
-        return self.stream and node in (attention_residual(layer), residual_tap(layer), *norms)
+        parts = ("attention_norm", "mlp_norm", "attention_residual_norm", "mlp_residual")
+        names = (
+            attention_residual(layer),
+            residual_tap(layer),
+            *(f"layers.{layer}.{part}" for part in parts),
+        )
+        return self.stream and node in names
 
 
 NO_EXCEPTIONS = Float32Exceptions()
@@ -62,7 +67,7 @@ class KeepFloat32(ir.passes.InPlacePass):
         self._exceptions, self._dtype = exceptions, dtype
         self._needed = {
             *(f"layers.{layer}.mlp.down" for layer in exceptions.mlps),
-            *(["final_norm"] if exceptions.stream else []),
+            *(["logits.chosen"] if exceptions.stream else []),
         }
 
     def requires(self, model: ir.Model) -> None:

@@ -12,11 +12,32 @@ from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.model.decoder import Rope
 
 
+class RotaryTables:
+    """The tables of a decoder, one pair for each RoPE that its layers use."""
+
+    def __init__(self, nodes: NodeBuilder, positions: ir.Value, capacity: int) -> None:
+        self._nodes, self._positions, self._capacity = nodes, positions, capacity
+        self._rotaries: dict[bytes, Rotary] = {}
+
+    def of(self, rope: Rope) -> Rotary:
+        """The tables of a RoPE."""
+        parts = (rope.inv_freq,) if rope.magnitude is None else (rope.inv_freq, rope.magnitude)
+        key = b"".join(np.asarray(part).tobytes() for part in parts)
+        if key not in self._rotaries:
+            label = f"rope{len(self._rotaries) or ''}"
+            self._rotaries[key] = Rotary(self._nodes, self._positions, rope, self._capacity, label)
+        return self._rotaries[key]
+
+
 class Rotary:
     """Rotate queries and keys by cos and sin tables [capacity, head_dim/2], written when first used."""
 
-    def __init__(self, nodes: NodeBuilder, positions: ir.Value, rope: Rope, capacity: int) -> None:
+    def __init__(
+        self, nodes: NodeBuilder, positions: ir.Value, rope: Rope, capacity: int, label: str
+    ) -> None:
+        """`label`: prefix of the names of the tables."""
         self._nodes, self._positions, self._rope, self._capacity = nodes, positions, rope, capacity
+        self._label = label
         self._tables: tuple[ir.Value, ir.Value] | None = None
         self._rows: list[ir.Value] = []
         self._selections: dict[tuple[int, ...], tuple[ir.Value, ir.Value]] = {}
@@ -29,7 +50,7 @@ class Rotary:
                 i.
         """
         if self._tables is None:
-            self._tables = (self._table("rope.cos", np.cos), self._table("rope.sin", np.sin))
+            self._tables = (self._table("cos", np.cos), self._table("sin", np.sin))
         if frequencies is None:
             return self._nodes.op("RotaryEmbedding", x, *self._tables, self._positions, name=name)
         return self._nodes.op("RotaryEmbedding", x, *self._select(frequencies), name=name)
@@ -43,7 +64,7 @@ class Rotary:
         key = tuple(frequencies.tolist())
         if key not in self._selections:
             assert self._tables is not None
-            label, (batch, sequence) = f"rope.choice{len(self._selections)}", sizes(self._positions)
+            label, (batch, sequence) = f"{self._label}.choice{len(self._selections)}", sizes(self._positions)
             if not self._rows:
                 shape = (batch, sequence, sizes(self._tables[0])[1])
                 self._rows = [
@@ -67,4 +88,7 @@ class Rotary:
         angles = positions[:, None] * np.asarray(self._rope.inv_freq).astype(
             np.float32
         )  # [capacity, head_dim/2]
-        return self._nodes.weight(name, function(angles))
+        values = function(angles)
+        if self._rope.magnitude is not None:
+            values = values * np.asarray(self._rope.magnitude)
+        return self._nodes.weight(f"{self._label}.{name}", values)

@@ -14,20 +14,18 @@ from kvexport.bundle.graph_io import (
     SEQUENCE,
     GraphContract,
     TensorSpec,
-    attention_residual,
-    residual_tap,
 )
 from kvexport.errors import UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.graph.attention import AttentionBuilder, CacheValues, SharedInputs
-from kvexport.graph.blocks import linear, mlp, norm
+from kvexport.graph.blocks import block, linear, norm
 from kvexport.graph.eviction_attention import EvictionCacheValues, EvictionInputs
 from kvexport.graph.keep_float32 import NO_EXCEPTIONS, Float32Exceptions, KeepFloat32
 from kvexport.graph.masks import Masks
-from kvexport.graph.nodes import NodeBuilder
-from kvexport.graph.rotary import Rotary
+from kvexport.graph.nodes import NodeBuilder, sizes
+from kvexport.graph.rotary import RotaryTables
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
-from kvexport.model.decoder import Embedding, Layer, Linear, ModelDims, Norm, Rope
+from kvexport.model.decoder import Decoder, Embedding, Layer, ModelDims
 
 
 class DecoderWriter:
@@ -46,7 +44,6 @@ class DecoderWriter:
         capacity: int,
         dims: ModelDims,
         embedding: Embedding,
-        rope: Rope | None,
         eviction: Eviction | None = None,
     ) -> None:
         """Start the graph and write the embedding.
@@ -56,8 +53,7 @@ class DecoderWriter:
             dtype: of weights, cache and arithmetic: "float32", "float16" or "bfloat16".
             capacity: the largest number of tokens of a sequence; also the length of the rotary tables.
             dims: sizes of the decoder.
-            embedding: weight [vocab, hidden], and its norm.
-            rope: frequencies; None for decoders without rotary positions.
+            embedding: the decoder's embedding.
             eviction: policy, budget and layers of eviction; None: every layer caches every token.
 
         Raises:
@@ -78,7 +74,7 @@ class DecoderWriter:
         inputs = {spec.name: nodes.input(spec) for spec in graph_io.TOKEN_INPUTS}
         self._positions, self._write_indices = inputs["position_ids"], inputs["write_indices"]
         self._logits_index = inputs["logits_index"]
-        self._rotary = None if rope is None else Rotary(nodes, self._positions, rope, capacity)
+        self._rotary = RotaryTables(nodes, self._positions, capacity)
         self._eviction = eviction
         self._eviction_inputs = (
             None
@@ -90,12 +86,7 @@ class DecoderWriter:
         self._caches: list[tuple[TensorSpec, ...]] = []
         self._written: list[ir.Value] = []
         self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
-        stream = (BATCH, SEQUENCE, dims.hidden_size)
-        self._x = nodes.op(
-            "Gather", self._embedding, inputs["input_ids"], name="embedding", shape=stream, axis=0
-        )
-        if embedding.norm is not None:
-            self._x = norm(nodes, embedding.norm, self._x, "embedding_norm")
+        self._x = self._embed(embedding, inputs["input_ids"])
 
     def add_layer(self, layer: Layer) -> None:
         """Append a layer.
@@ -129,28 +120,22 @@ class DecoderWriter:
                     axis=1,
                 )
         past = EvictionCacheValues(*inputs) if evicts else CacheValues(*inputs)
-        name, tokens = (
-            f"layers.{index}",
-            SharedInputs(self._write_indices, self._masks, self._eviction_inputs, self._rotary),
-        )
+        tokens = SharedInputs(self._write_indices, self._masks, self._eviction_inputs, self._rotary)
         builder = AttentionBuilder(nodes, index, attention, tokens)
-        attended, written = builder.add(
-            norm(nodes, layer.attention_norm, self._x, f"{name}.attention_norm"), past
-        )
-        x = nodes.op("Add", self._x, attended, name=attention_residual(index))
-        update = mlp(nodes, layer.mlp, norm(nodes, layer.mlp_norm, x, f"{name}.mlp_norm"), f"{name}.mlp")
-        self._x = nodes.op("Add", x, update, name=residual_tap(index))
-        self._caches.append(specs)
-        self._written += vars(written).values()
 
-    def finish(
-        self, final_norm: Norm, head: Linear | None, exceptions: Float32Exceptions = NO_EXCEPTIONS
-    ) -> GraphContract:
+        def attend(x: ir.Value, result: str) -> ir.Value:
+            attended, written = builder.add(x, past, result)
+            self._written += vars(written).values()
+            return attended
+
+        self._x = block(nodes, index, layer, self._x, attend)
+        self._caches.append(specs)
+
+    def finish(self, decoder: Decoder, exceptions: Float32Exceptions = NO_EXCEPTIONS) -> GraphContract:
         """Append final norm and head, and write decoder.onnx.
 
         Args:
-            final_norm: norm of the residual stream after the last layer.
-            head: weight [vocab, hidden]; None: the head is tied to the embedding.
+            decoder: gives what follows the last layer; its layers are not read.
             exceptions: what a float16 graph computes in float32.
 
         Returns:
@@ -163,7 +148,7 @@ class DecoderWriter:
         from kvexport.version import __version__
 
         nodes = self._nodes
-        for value in (self._logits(final_norm, head), *self._written):
+        for value in (self._logits(decoder), *self._written):
             nodes.output(value)
         model = nodes.model(f"kvexport {__version__}")
         if exceptions.names:
@@ -177,7 +162,23 @@ class DecoderWriter:
             caches=self._caches,
         )
 
-    def _logits(self, final_norm: Norm, head: Linear | None) -> ir.Value:
+    def _embed(self, embedding: Embedding, input_ids: ir.Value) -> ir.Value:
+        """The input of the first layer, [batch, sequence, hidden]."""
+        nodes, stream = self._nodes, (BATCH, SEQUENCE, self._dims.hidden_size)
+        shape = (BATCH, SEQUENCE, embedding.weight.shape[1])
+        x = nodes.op("Gather", self._embedding, input_ids, name="embedding", shape=shape, axis=0)
+        if embedding.multiplier != 1:
+            multiplier = nodes.number("embedding_multiplier", embedding.multiplier)
+            x = nodes.op("Mul", x, multiplier, name="embedding.scaled")
+        if embedding.projection is not None:
+            x = linear(nodes, embedding.projection, x, "embedding.projection")
+        if embedding.positions is not None:
+            table = nodes.weight("positions.weight", np.asarray(embedding.positions[: self._capacity]))
+            rows = nodes.op("Gather", table, self._positions, name="positions", shape=stream, axis=0)
+            x = nodes.op("Add", x, rows, name="embedding.positioned")
+        return x if embedding.norm is None else norm(nodes, embedding.norm, x, "embedding_norm")
+
+    def _logits(self, decoder: Decoder) -> ir.Value:
         """Logits of the tokens that logits_index selects, float32 [batch, logits, vocab]."""
         nodes, index = self._nodes, self._logits_index
         shape = (BATCH, LOGITS, 1)
@@ -186,17 +187,37 @@ class DecoderWriter:
         )
         shape = (BATCH, LOGITS, self._dims.hidden_size)
         x = nodes.op("GatherND", self._x, index, name="logits.chosen", shape=shape, batch_dims=1)
-        x = norm(nodes, final_norm, x, "final_norm")
-        name = "logits" if nodes.dtype == "float32" else f"logits.{nodes.dtype}"
+        if decoder.final_norm is not None:
+            x = norm(nodes, decoder.final_norm, x, "final_norm")
+        if decoder.output_projection is not None:
+            x = linear(nodes, decoder.output_projection, x, "output_projection")
+        finished = decoder.logit_multiplier == 1 and decoder.logit_softcap is None
+        result, wide = "logits" if finished else "logits.product", nodes.dtype == "float32"
+        name, head = result if wide else f"logits.{nodes.dtype}", decoder.head
         logits = self._tied_head(x, name) if head is None else linear(nodes, head, x, "head", name)
-        return logits if nodes.dtype == "float32" else nodes.cast(logits, "float32", "logits")
+        logits = logits if wide else nodes.cast(logits, "float32", result)
+        return logits if finished else self._scaled_logits(logits, decoder)
+
+    def _scaled_logits(self, logits: ir.Value, decoder: Decoder) -> ir.Value:
+        """Logits with the decoder's multiplier and softcap, in float32."""
+        nodes, factor, cap = self._nodes, decoder.logit_multiplier, decoder.logit_softcap
+
+        def times(x: ir.Value, factor: float, name: str) -> ir.Value:
+            constant = nodes.number(f"{name}.factor", factor, "float32")
+            return nodes.op("Mul", x, constant, name=name, dtype="float32")
+
+        if cap is None:
+            return times(logits, factor, "logits")
+        scaled = times(logits, factor / cap, "logits.scaled")
+        return times(nodes.op("Tanh", scaled, name="logits.tanh", dtype="float32"), cap, "logits")
 
     def _tied_head(self, x: ir.Value, name: str) -> ir.Value:
-        """x [batch, logits, hidden] · embeddingᵀ.
+        """x [batch, logits, width] · embeddingᵀ.
 
         With Gemm, which alone reads the embedding without a transpose, but takes only matrices.
         """
-        nodes, vocab, hidden = self._nodes, self._dims.vocab_size, self._dims.hidden_size
+        nodes, vocab, hidden = self._nodes, self._dims.vocab_size, sizes(x)[-1]
+        assert isinstance(hidden, int)
         x = nodes.op(
             "Reshape", x, nodes.integers(-1, hidden), name="head.rows", shape=("batch*logits", hidden)
         )

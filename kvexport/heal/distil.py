@@ -118,43 +118,43 @@ class _Job:
             The original's residual streams after the last layer on training windows [N, S, hidden] and
             held-out windows [M, S, hidden], and the held-out KL of the given converted model.
         """
-        rope, unfinished = self.original.rope, self.layerwise_steps > 0 and not self.counters.curve
+        unfinished = self.layerwise_steps > 0 and not self.counters.curve
         teacher, held_out = (
             reference.embed(self.student.ends.embedding, ids) for ids in (self.windows, self.held_out)
         )
         given, ours = held_out.clone(), (teacher.clone(), held_out.clone()) if unfinished else ()
         for index, original in enumerate(self.original.layers):
             layer = in_dtype(original, torch.float32)
-            advance(layer, teacher, rope)
-            advance(layer, held_out, rope)
-            advance(self.student.given[index], given, rope)
+            advance(layer, teacher)
+            advance(layer, held_out)
+            advance(self.student.given[index], given)
             if unfinished and index >= self.counters.layers:
                 self._heal_layer(index, ours, (teacher, held_out))
                 self.counters.layers = index + 1
                 self._save()
             for stream in ours:
-                advance(self.student.layer(index), stream, rope)
+                advance(self.student.layer(index), stream)
         return teacher, held_out, self._kl(held_out, given)
 
     def _heal_layer(self, index: int, ours: Sequence[Tensor], theirs: Sequence[Tensor]) -> None:
         """Train one layer to move the converted stream to the original's after it; restored if that gains
         nothing.
         """
-        student, rope = self.student, self.original.rope
+        student = self.student
         optimizer = RelativeAdam(
             student.scaled_parameters(index), self.options.learning_rate, self.layerwise_steps
         )
         given = [parameter.detach().clone() for parameter in optimizer.parameters]
-        before = stream_loss(student.layer(index), ours[1], theirs[1], rope)
+        before = stream_loss(student.layer(index), ours[1], theirs[1])
         for step in range(self.layerwise_steps):
             chosen = self._batch(step)
             for part in parts(len(chosen), ours[0].shape[1]):
                 x, target = ours[0][chosen[part]], theirs[0][chosen[part]]
-                error = stream_error(student.layer(index), x, target, rope)
+                error = stream_error(student.layer(index), x, target)
                 (error / (max(before, _TINY) * len(chosen) * x.shape[1])).backward()
             optimizer.step(step)
             self.progress.advance()
-        if not stream_loss(student.layer(index), ours[1], theirs[1], rope) < before:
+        if not stream_loss(student.layer(index), ours[1], theirs[1]) < before:
             _put(given, optimizer.parameters)
 
     def _end_to_end(self, teacher: Tensor, held_out: Tensor) -> None:

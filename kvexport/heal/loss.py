@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer, Rope
+from kvexport.model.decoder import Decoder, Layer
 
 TOKENS = 2048  # tokens whose activations are in memory at once, one window at least
 LOGITS = 1 << 23  # logits of one model in memory at once
@@ -20,27 +20,27 @@ def parts(windows: int, length: int) -> Iterator[slice]:
     return (slice(at, min(at + size, windows)) for at in range(0, windows, size))
 
 
-def run_layer(layer: Layer, x: Tensor, rope: Rope | None) -> Tensor:
+def run_layer(layer: Layer, x: Tensor) -> Tensor:
     """The residual stream [B, S, hidden] after the layer."""
-    return reference.run_layer(layer, x, torch.arange(x.shape[1]).expand(x.shape[:2]), rope).residual
+    return reference.run_layer(layer, x, torch.arange(x.shape[1]).expand(x.shape[:2])).residual
 
 
 @torch.no_grad()
-def advance(layer: Layer, stream: Tensor, rope: Rope | None) -> None:
+def advance(layer: Layer, stream: Tensor) -> None:
     """Advance the residual stream [N, S, hidden] past the layer, in place."""
     for part in parts(*stream.shape[:2]):
-        stream[part] = run_layer(layer, stream[part], rope)
+        stream[part] = run_layer(layer, stream[part])
 
 
-def stream_error(layer: Layer, x: Tensor, target: Tensor, rope: Rope | None) -> Tensor:
+def stream_error(layer: Layer, x: Tensor, target: Tensor) -> Tensor:
     """Sum of squared differences between x [B, S, hidden] after the layer and `target`, same shape."""
-    return (run_layer(layer, x, rope) - target).square().sum()
+    return (run_layer(layer, x) - target).square().sum()
 
 
 @torch.no_grad()
-def stream_loss(layer: Layer, x: Tensor, target: Tensor, rope: Rope | None) -> float:
+def stream_loss(layer: Layer, x: Tensor, target: Tensor) -> float:
     """`stream_error` of windows x [N, S, hidden], mean per token."""
-    errors = (float(stream_error(layer, x[part], target[part], rope)) for part in parts(*x.shape[:2]))
+    errors = (float(stream_error(layer, x[part], target[part])) for part in parts(*x.shape[:2]))
     return sum(errors) / (x.shape[0] * x.shape[1])
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from typing import TypeVar
 
 import torch
@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from kvexport.heal.loss import advance, run_layer
 from kvexport.heal.trainable import TrainableAttention, adapt
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer
+from kvexport.model.decoder import Decoder, Layer, map_tensors
 
 T = TypeVar("T")
 
@@ -57,14 +57,14 @@ class Student:
         return x
 
     def _run(self, index: int, x: Tensor) -> Tensor:
-        return run_layer(self.layer(index), x, self.ends.rope)
+        return run_layer(self.layer(index), x)
 
     @torch.no_grad()
     def held_out_stream(self, ids: Tensor, layers: Sequence[Layer] | None = None) -> Tensor:
         """Residual stream after the last layer [M, S, hidden], with the current weights or with `layers`."""
         x = reference.embed(self.ends.embedding, ids)
         for index in range(len(self)):
-            advance(self.layer(index) if layers is None else layers[index], x, self.ends.rope)
+            advance(self.layer(index) if layers is None else layers[index], x)
         return x
 
     @torch.no_grad()
@@ -79,10 +79,6 @@ class Student:
 
 def in_dtype(part: T, dtype: torch.dtype) -> T:
     """A tree of dataclasses with every floating-point tensor detached and in `dtype`."""
-    if is_dataclass(part) and not isinstance(part, type):
-        return replace(
-            part, **{field.name: in_dtype(getattr(part, field.name), dtype) for field in fields(part)}
-        )
-    if isinstance(part, Tensor) and part.is_floating_point():
-        return part.detach().to(dtype)  # type: ignore[return-value]
-    return part
+    return map_tensors(
+        part, lambda tensor: tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+    )

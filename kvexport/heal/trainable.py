@@ -14,7 +14,7 @@ from kvexport.model.decoder import Attention, Linear
 from kvexport.packages import install_command
 
 _LINEARS = ("q", "k", "v", "o")
-_MAPS = ("key_map", "query_map", "value_map")
+_MAPS = ("key_map", "query_map", "value_encoder", "value_map")
 _ADAPTER = "default"
 
 

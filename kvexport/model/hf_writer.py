@@ -50,14 +50,14 @@ def require_hf_checkpoint(decoder: Decoder, method: str, compressing: bool) -> N
             got=f"--method {method}",
             fix="make a bundle instead: kvexport build CHECKPOINT -o BUNDLE",
         )
-    if attention.position == "rope" and method not in ("fold", "mean-pool"):
+    if attention.rope is not None and method not in ("fold", "mean-pool"):
         raise UsageError(
             "a Hugging Face checkpoint of a model with RoPE needs a method that folds into the weights",
             got=f"--method {method}",
             expected="fold, mean-pool",
             fix="use --method fold, or make a bundle: kvexport build CHECKPOINT -o BUNDLE",
         )
-    if attention.position == "rope" and any(layer.attention.window is not None for layer in decoder.layers):
+    if attention.rope is not None and any(layer.attention.window is not None for layer in decoder.layers):
         raise UsageError(
             "a Hugging Face checkpoint needs a model without sliding window: the Llama layout has none",
             fix="make a bundle instead: kvexport build CHECKPOINT -o BUNDLE",
@@ -77,7 +77,7 @@ class HFCheckpointWriter:
         self._layers = 0
         self._kv_heads = 0
         self._mlp_bias = False
-        self._bloom = decoder.rope is None
+        self._bloom = decoder.layers[0].attention.rope is None
         embedding = decoder.embedding
         self._add(
             "transformer.word_embeddings.weight" if self._bloom else "model.embed_tokens.weight",

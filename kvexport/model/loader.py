@@ -90,7 +90,6 @@ class _Loader:
             layers=LazyLayers(sizes.layers, self._layer),
             final_norm=final_norm,
             head=head,
-            rope=self._rope,
             dims=ModelDims(sizes.vocab, sizes.hidden, sizes.max_positions),
             bos_token_id=bos[0] if bos else None,
             eos_token_ids=self._checkpoint.token_ids("eos_token_id", sizes.vocab),
@@ -117,7 +116,7 @@ class _Loader:
                     num_kv_heads=sizes.kv_heads,
                     head_dim=sizes.head_dim,
                     scale=1 / math.sqrt(sizes.head_dim),
-                    position="rope" if self._family.position == "rope" else "alibi",
+                    rope=self._rope,
                     q_norm=self._norm(name["q_norm"], sizes.head_dim) if has_qk_norm else None,
                     k_norm=self._norm(name["k_norm"], sizes.head_dim) if has_qk_norm else None,
                     alibi_slopes=alibi_slopes(sizes.heads, self._dtype)

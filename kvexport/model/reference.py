@@ -7,7 +7,7 @@ the dtype of the given tensors, norms and softmax in float32 or wider.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -28,12 +28,19 @@ def norm(parameters: Norm, x: Tensor) -> Tensor:
     wide = x.double() if x.dtype == torch.float64 else x.float()
     if parameters.kind == "rms":
         normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + parameters.eps)
+    else:
+        normed = F.layer_norm(wide, (x.shape[-1],), eps=parameters.eps)
+    if parameters.weight is None:
+        return normed.to(x.dtype)
+    if parameters.kind == "rms":
         return parameters.weight * normed.to(x.dtype)
-    assert parameters.bias is not None
-    shape = (x.shape[-1],)
-    return F.layer_norm(wide, shape, parameters.weight.to(wide), parameters.bias.to(wide), parameters.eps).to(
-        x.dtype
-    )
+    scaled = normed * parameters.weight.to(wide)
+    return (scaled if parameters.bias is None else scaled + parameters.bias.to(wide)).to(x.dtype)
+
+
+def normed(parameters: Norm | None, x: Tensor) -> Tensor:
+    """`norm`, or x where there is no norm."""
+    return x if parameters is None else norm(parameters, x)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -41,6 +48,7 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "relu": F.relu,
+    "relu_squared": lambda x: F.relu(x).square(),
 }
 
 
@@ -57,13 +65,52 @@ def mlp(parameters: Mlp, x: Tensor) -> Tensor:
     return linear(parameters.down, mlp_inner(parameters, x))
 
 
+@dataclass(frozen=True)
+class BlockOutput:
+    """What a block made of its input; both [B, S, hidden]."""
+
+    attention: Tensor  # what attention added to the residual stream
+    residual: Tensor  # the residual stream after the block
+
+
+def run_block(
+    layer: Layer,
+    x: Tensor,
+    attend: Callable[[Tensor], Tensor],
+    feed: Callable[[Mlp, Tensor], Tensor] = mlp,
+) -> BlockOutput:
+    """Run one block, whose equation is that of `Layer`.
+
+    Args:
+        layer: the block.
+        x: residual stream before it, [B, S, hidden].
+        attend: computes the attention's output after `o` from its normed input; both [B, S, hidden].
+        feed: computes the MLP's output; as `mlp`.
+    """
+    multiplier = layer.residual_multiplier
+    inner = normed(layer.attention_norm, x)
+    attended = normed(layer.attention_output_norm, attend(inner))
+    attended = attended if multiplier == 1 else attended * multiplier
+    after = normed(layer.attention_residual_norm, x + attended)
+    if not layer.parallel:
+        inner = normed(layer.mlp_norm, after)
+    elif layer.mlp_norm is not None:
+        inner = norm(layer.mlp_norm, x)
+    update = normed(layer.mlp_output_norm, feed(layer.mlp, inner))
+    update = update if multiplier == 1 else update * multiplier
+    return BlockOutput(attended, normed(layer.mlp_residual_norm, after + update))
+
+
 def rotary_tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin, each [B, 1, S, head_dim/2], of int64 positions [B, S].
+    """cos and sin times the magnitude, each [B, 1, S, head_dim/2], of int64 positions [B, S].
 
     Angles are float32 products for every `dtype`, as in the models' training.
     """
     angles = positions[:, None, :, None].float() * rope.inv_freq.float()
-    return angles.cos().to(dtype), angles.sin().to(dtype)
+    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
+    if rope.magnitude is None:
+        return cos, sin
+    return cos * rope.magnitude.to(dtype), sin * rope.magnitude.to(dtype)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -80,7 +127,11 @@ def _select(tables: tuple[Tensor, Tensor], frequencies: Tensor) -> tuple[Tensor,
 
 @dataclass(frozen=True)
 class Projected:
-    """Queries, keys and values of one layer, before any map that follows RoPE; all [B, heads, S, width]."""
+    """Queries, keys and values of one layer, [B, heads, S, width], before any map that follows RoPE.
+
+    Values are those that are cached. With `norm_after_rotation`, `query` and `key` are divided by their RMS,
+    and the weights of the norms are in `query_rotated` and `key_rotated`.
+    """
 
     query: Tensor  # after QK-norm, before RoPE
     key: Tensor  # after QK-norm, before RoPE
@@ -89,23 +140,46 @@ class Projected:
     value: Tensor
 
 
-def project(attention: Attention, x: Tensor, tables: tuple[Tensor, Tensor] | None) -> Projected:
-    """Queries, keys and values of normed inputs x [B, S, hidden]; `tables` are those of `rotary_tables`."""
+def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
+    """Queries, keys and values of normed inputs x [B, S, hidden] at int64 positions [B or 1, S]."""
 
-    def heads(parameters: Linear, count: int) -> Tensor:  # [B, S, hidden] -> [B, count, S, width]
-        return linear(parameters, x).unflatten(-1, (count, -1)).transpose(1, 2)
+    def flat(parameters: Linear) -> Tensor:
+        projected = linear(parameters, x)
+        return projected if attention.clip is None else projected.clamp(-attention.clip, attention.clip)
 
-    query, key = heads(attention.q, attention.num_heads), heads(attention.k, attention.key_heads)
-    value = heads(attention.v, attention.num_kv_heads)
-    if attention.q_norm is not None and attention.k_norm is not None:
-        query, key = norm(attention.q_norm, query), norm(attention.k_norm, key)
-    if attention.position != "rope":
+    def heads(x: Tensor, count: int) -> Tensor:  # [B, S, count·width] -> [B, count, S, width]
+        return x.unflatten(-1, (count, -1)).transpose(1, 2)
+
+    def normed_heads(parameters: Linear, count: int, head_norm: Norm | None) -> Tensor:
+        projected = flat(parameters)
+        if head_norm is None:
+            return heads(projected, count)
+        if attention.norm_over == "heads":
+            return heads(norm(head_norm, projected), count)
+        if attention.norm_after_rotation:
+            head_norm = replace(head_norm, weight=None)
+        return norm(head_norm, projected.unflatten(-1, (count, -1))).transpose(1, 2)
+
+    query = normed_heads(attention.q, attention.num_heads, attention.q_norm)
+    key = normed_heads(attention.k, attention.key_heads, attention.k_norm)
+    value = heads(flat(attention.v), attention.value_heads)
+    if attention.value_encoder is not None:
+        value = _join_groups(value, attention.num_kv_heads) @ attention.value_encoder
+    if attention.rope is None:
         return Projected(query, key, query, key, value)
-    assert tables is not None
+    tables = rotary_tables(attention.rope, positions, x.dtype)
     if attention.frequencies is not None:
         assert attention.query_map is not None
         query, tables = query @ attention.query_map, _select(tables, attention.frequencies)
-    return Projected(query, key, rotate(query, tables), rotate(key, tables), value)
+    query_rotated, key_rotated = rotate(query, tables), rotate(key, tables)
+    if attention.norm_after_rotation:
+        assert attention.q_norm is not None and attention.q_norm.weight is not None
+        assert attention.k_norm is not None and attention.k_norm.weight is not None
+        query_rotated, key_rotated = (
+            query_rotated * attention.q_norm.weight,
+            key_rotated * attention.k_norm.weight,
+        )
+    return Projected(query, key, query_rotated, key_rotated, value)
 
 
 def map_queries(attention: Attention, query: Tensor) -> Tensor:
@@ -121,10 +195,12 @@ def map_keys(attention: Attention, key: Tensor) -> Tensor:
     """Keys after RoPE [B, key_heads, S, head_dim] mapped to cached keys, [B, Hkv, S, key_dim]."""
     if attention.key_map is None:
         return key
-    grouped = (
-        key.unflatten(1, (attention.num_kv_heads, -1)).transpose(2, 3).flatten(3)
-    )  # [B, Hkv, S, t·head_dim]
-    return grouped @ attention.key_map
+    return _join_groups(key, attention.num_kv_heads) @ attention.key_map
+
+
+def _join_groups(heads: Tensor, groups: int) -> Tensor:
+    """[B, groups·t, S, width] to [B, groups, S, t·width]."""
+    return heads.unflatten(1, (groups, -1)).transpose(2, 3).flatten(3)
 
 
 def visibility(attention: Attention, positions: Tensor, slots: Tensor, dtype: torch.dtype) -> Tensor:
@@ -153,11 +229,18 @@ def visibility(attention: Attention, positions: Tensor, slots: Tensor, dtype: to
 
 
 def scores(attention: Attention, query: Tensor, key: Tensor) -> Tensor:
-    """Scaled dot products [B, H, S, C] of mapped queries [B, H, S, key_dim] and cached keys [B, Hkv, C,
-    key_dim].
+    """Scaled and capped products [B, H, S, C] of mapped queries and cached keys.
+
+    Queries are [B, H, S, key_dim], keys [B, Hkv, C, key_dim].
     """
     grouped = query.unflatten(1, (attention.num_kv_heads, -1))  # [B, Hkv, G, S, key_dim]
-    return (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * attention.scale
+    scaled = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * attention.scale
+    return capped(scaled, attention.softcap)
+
+
+def capped(x: Tensor, softcap: float | None) -> Tensor:
+    """softcap · tanh(x / softcap), which bounds x smoothly; x itself without a softcap."""
+    return x if softcap is None else softcap * torch.tanh(x / softcap)
 
 
 def weights(logits: Tensor) -> Tensor:
@@ -208,12 +291,12 @@ class LayerTaps:
 
     key: Tensor  # [B, Hkv, S, key_dim]
     value: Tensor  # [B, Hkv, S, value_dim]
-    attention: Tensor  # [B, S, hidden], after o
+    attention: Tensor  # [B, S, hidden], what attention adds to the residual stream
     residual: Tensor  # [B, S, hidden], after the layer
 
 
 def head_outputs(
-    attention: Attention, x: Tensor, positions: Tensor, rope: Rope | None, cache: Cache | None = None
+    attention: Attention, x: Tensor, positions: Tensor, cache: Cache | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Attention before the output projection.
 
@@ -221,7 +304,6 @@ def head_outputs(
         attention: the layer's attention.
         x: normed input of the new tokens, [B, S, hidden].
         positions: their positions, [B, S] int64; without a cache they must be 0 .. S - 1.
-        rope: the model's RoPE; None: the model has none.
         cache: the new keys and values are written into it in place, and queries attend to all of its tokens;
             None: the new tokens attend to each other.
 
@@ -229,8 +311,7 @@ def head_outputs(
         Concatenated head outputs [B, S, H·width], new keys [B, Hkv, S, key_dim], new values [B, Hkv, S,
         value_dim].
     """
-    tables = rotary_tables(rope, positions, x.dtype) if rope is not None else None
-    projected = project(attention, x, tables)
+    projected = project(attention, x, positions)
     query, key = map_queries(attention, projected.query_rotated), map_keys(attention, projected.key_rotated)
     all_keys, all_values, slots = key, projected.value, torch.arange(x.shape[1])
     if cache is not None:
@@ -245,24 +326,54 @@ def head_outputs(
 
 
 def run_layer(
-    layer: Layer, x: Tensor, positions: Tensor, rope: Rope | None, cache: Cache | None = None
+    layer: Layer,
+    x: Tensor,
+    positions: Tensor,
+    cache: Cache | None = None,
+    feed: Callable[[Mlp, Tensor], Tensor] = mlp,
 ) -> LayerTaps:
-    """Run one layer on the residual stream x [B, S, hidden]; positions and cache as in `head_outputs`."""
-    mixed, key, value = head_outputs(layer.attention, norm(layer.attention_norm, x), positions, rope, cache)
-    attended = linear(layer.attention.o, mixed)
-    x = x + attended
-    return LayerTaps(key, value, attended, x + mlp(layer.mlp, norm(layer.mlp_norm, x)))
+    """Run one layer on the residual stream x [B, S, hidden].
+
+    `positions` and `cache` are as in `head_outputs`, `feed` as in `run_block`.
+    """
+    new: dict[str, Tensor] = {}
+
+    def attend(inner: Tensor) -> Tensor:
+        mixed, new["key"], new["value"] = head_outputs(layer.attention, inner, positions, cache)
+        return linear(layer.attention.o, mixed)
+
+    output = run_block(layer, x, attend, feed)
+    return LayerTaps(new["key"], new["value"], output.attention, output.residual)
 
 
-def embed(embedding: Embedding, input_ids: Tensor) -> Tensor:
-    """Token ids [B, S] to the residual stream before the first layer, [B, S, hidden]."""
+def embed(embedding: Embedding, input_ids: Tensor, positions: Tensor | None = None) -> Tensor:
+    """The residual stream before the first layer, [B, S, hidden].
+
+    Args:
+        embedding: the model's embedding.
+        input_ids: token ids, [B, S] int64.
+        positions: [B or 1, S] int64 [default: 0 .. S - 1].
+    """
     x = F.embedding(input_ids, embedding.weight)
-    return x if embedding.norm is None else norm(embedding.norm, x)
+    if embedding.multiplier != 1:
+        x = x * embedding.multiplier
+    if embedding.projection is not None:
+        x = linear(embedding.projection, x)
+    if embedding.positions is not None:
+        at = torch.arange(input_ids.shape[1])[None] if positions is None else positions
+        x = x + F.embedding(at, embedding.positions)
+    return normed(embedding.norm, x)
 
 
 def logits(decoder: Decoder, x: Tensor) -> Tensor:
     """Logits [..., vocab] of a residual stream after the last layer [..., hidden]."""
-    return linear(decoder.output, norm(decoder.final_norm, x))
+    x = normed(decoder.final_norm, x)
+    if decoder.output_projection is not None:
+        x = linear(decoder.output_projection, x)
+    found = linear(decoder.output, x)
+    if decoder.logit_multiplier != 1:
+        found = found * decoder.logit_multiplier
+    return capped(found, decoder.logit_softcap)
 
 
 def new_cache(
@@ -305,9 +416,9 @@ def forward(
     """
     if positions is None:
         positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
-    x = embed(decoder.embedding, input_ids)
+    x = embed(decoder.embedding, input_ids, positions)
     for index, layer in enumerate(decoder.layers):
-        layer_taps = run_layer(layer, x, positions, decoder.rope, None if cache is None else cache[index])
+        layer_taps = run_layer(layer, x, positions, None if cache is None else cache[index])
         x = layer_taps.residual
         if taps is not None:
             taps.append(layer_taps)

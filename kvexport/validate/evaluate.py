@@ -121,6 +121,6 @@ def residual_stream(decoder: Decoder, windows: Tensor, progress: Progress) -> Te
     x = reference.embed(decoder.embedding, windows)
     with progress.stage("Running the original", len(decoder.layers)):
         for layer in decoder.layers:
-            attention_windows.advance(layer, x, decoder.rope)
+            attention_windows.advance(layer, x)
             progress.advance()
     return x

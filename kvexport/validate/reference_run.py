@@ -66,7 +66,7 @@ class ReferenceRecorder:
                 taps = self._run_evicting(layer, self._eviction)
             else:
                 positions = torch.arange(self._ids.shape[1])[None]
-                taps = self._reference.run_layer(layer, self._x, positions, self._decoder.rope)
+                taps = self._reference.run_layer(layer, self._x, positions)
         self._x = taps.residual
         heads = {"key": taps.key, "value": taps.value}  # [1, Hkv, T, width]
         flat = {"attention": taps.attention, "residual": taps.residual}  # [1, T, hidden]
@@ -104,9 +104,7 @@ class ReferenceRecorder:
         starts = [0, *range(prefill_of(tokens, eviction), tokens)]
         for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
             positions = torch.arange(start, stop)[None]
-            taps.append(
-                self._reference.run_layer(layer, self._x[:, start:stop], positions, self._decoder.rope, cache)
-            )
+            taps.append(self._reference.run_layer(layer, self._x[:, start:stop], positions, cache))
             slot = (cache.positions[0, :, None] == positions[0, :, None]).int().argmax(-1)  # [N, n]
             parts["slot"].append(slot.T)
             parts["score"].append(cache.state[0, ..., SCORE].gather(1, slot).T)

@@ -8,9 +8,8 @@ after it. `kvexport.runtime.self_test` compares a runtime with the record.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -28,7 +27,7 @@ from kvexport.bundle.self_test_file import (
 from kvexport.eviction.config import Eviction
 from kvexport.eviction.reference_cache import EvictingCache
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer, tensors_of
+from kvexport.model.decoder import Decoder, Layer, map_tensors, tensors_of
 from kvexport.progress import Progress
 
 PROMPT, CONTINUATION = 16, 24  # tokens
@@ -118,7 +117,7 @@ class SelfTestRecorder:
             )
         layer = _cast(layer, self._dtype)
         torch.save(tensors_of(layer), self._file(len(self._caches)))
-        self._layers.append(_with_tensors(layer, (tensor.to("meta") for tensor in tensors_of(layer))))
+        self._layers.append(_with_tensors(layer, iter([tensor.to("meta") for tensor in tensors_of(layer)])))
         self._caches.append(cache)
 
     @torch.no_grad()
@@ -143,12 +142,12 @@ class SelfTestRecorder:
         """Run `ids`, which follow all tokens so far, and record their rows: logits [vocab] after the last."""
         stop = len(self._ids)
         positions = torch.arange(stop - len(ids), stop)[None]
-        x = reference.embed(self._decoder.embedding, torch.tensor([ids]))
+        x = reference.embed(self._decoder.embedding, torch.tensor([ids]), positions)
         norms: list[tuple[Tensor, Tensor]] = []
         for index, cache in enumerate(self._caches):
             tensors = torch.load(self._file(index), mmap=True, weights_only=True)
             layer = _cast(_with_tensors(self._layers[index], iter(tensors)), torch.float32)
-            taps = reference.run_layer(layer, x, positions, self._decoder.rope, cache)
+            taps = reference.run_layer(layer, x, positions, cache)
             x = taps.residual
             norms.append((_norms(taps.key), _norms(taps.value)))
             if isinstance(cache, EvictingCache) and cache.eviction.policy in RANKED_BY_NORM:
@@ -187,25 +186,21 @@ def _short(number: Tensor) -> float:
     return float(f"{float(number):.8g}")
 
 
-def _cast(part: Any, dtype: torch.dtype) -> Any:
-    """A part of a decoder with its weights in a dtype; slopes stay exact, as they do in the graph.
+def _cast(layer: Layer, dtype: torch.dtype) -> Layer:
+    """A layer with its weights in a dtype; slopes stay exact, as they do in the graph.
 
     `torch.save` writes all the memory that a tensor is a view of, so that such a tensor is copied.
     """
-    if is_dataclass(part) and not isinstance(part, type):
-        values = {each.name: getattr(part, each.name) for each in fields(part)}
-        return replace(
-            part, **{name: _cast(value, dtype) for name, value in values.items() if name != "alibi_slopes"}
-        )
-    if isinstance(part, Tensor) and part.is_floating_point():
-        part = part.detach().to(dtype)
-        return part if part.untyped_storage().nbytes() == part.nbytes else part.clone()
-    return part
+
+    def cast(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach().to(dtype) if tensor.is_floating_point() else tensor
+        return tensor if tensor.untyped_storage().nbytes() == tensor.nbytes else tensor.clone()
+
+    slopes = layer.attention.alibi_slopes
+    exact = map_tensors(layer, cast)
+    return replace(exact, attention=replace(exact.attention, alibi_slopes=slopes))
 
 
-def _with_tensors(part: Any, tensors: Iterator[Tensor]) -> Any:
-    """A part of a decoder with other tensors, in the order of `tensors_of`."""
-    if is_dataclass(part) and not isinstance(part, type):
-        values = {each.name: getattr(part, each.name) for each in fields(part)}
-        return replace(part, **{name: _with_tensors(value, tensors) for name, value in values.items()})
-    return next(tensors) if isinstance(part, Tensor) else part
+def _with_tensors(layer: Layer, tensors: Iterator[Tensor]) -> Layer:
+    """A layer with other tensors, in the order of `tensors_of`."""
+    return map_tensors(layer, lambda _: next(tensors))

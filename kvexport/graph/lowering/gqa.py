@@ -21,8 +21,8 @@ class GroupQueryAttention(ir.passes.InPlacePass):
     """Replace attention, cache writes and rotation by GroupQueryAttention where the operator supports it.
 
     Not supported, and unchanged: keys and values of unequal width, widths that are not a multiple of 8,
-    biases (ALiBi), windows, and layers with eviction. Rows of a batch that have several tokens and a past
-    must be run one by one, because the operator does not take them together.
+    biases (ALiBi), softcaps, windows, and layers with eviction. Rows of a batch that have several tokens
+    and a past must be run one by one, because the operator does not take them together.
 
     Pre-condition: attention of the standard form. Post-condition: no GroupQueryAttention copies a cache: its
     caches are an input and an output of the graph.
@@ -62,6 +62,7 @@ class GroupQueryAttention(ir.passes.InPlacePass):
     def _supports(self, match: AttentionMatch) -> bool:
         plain = (
             match.mask.name == "mask.causal"
+            and match.softcap is None
             and match.key_dim == match.value_dim
             and match.key_dim % _HEAD_DIM_MULTIPLE == 0
         )

@@ -67,7 +67,7 @@ class GroupedAttention(ir.passes.InPlacePass):
 def grouped_attention(
     nodes: Nodes, match: AttentionMatch, segments: Sequence[KeyValues], bias: ir.Value
 ) -> ir.Value:
-    """Softmax(scale · Q Kᵀ + bias) V over the slots of all segments, concatenated.
+    """Softmax(softcap(scale · Q Kᵀ) + bias) V over the slots of all segments, concatenated.
 
     Args:
         bias: [batch, 1 or H, sequence, slots of all segments].
@@ -93,6 +93,8 @@ def grouped_attention(
     scores = _regroup(
         nodes, scores, heads, (batch, heads, SEQUENCE, slots), f"{name}.scores.by_head", kv_heads
     )
+    if match.softcap is not None:
+        scores = _capped(nodes, scores, match.softcap, name)
     biased = nodes.op("Add", scores, bias, name=f"{name}.scores.biased")
     weights = nodes.op("Softmax", biased, name=f"{name}.weights", axis=-1)
     weights = _regroup(
@@ -109,6 +111,14 @@ def grouped_attention(
     return _regroup(
         nodes, mixed, heads, (batch, heads, SEQUENCE, match.value_dim), f"{name}.mixed.by_head", kv_heads
     )
+
+
+def _capped(nodes: Nodes, scores: ir.Value, softcap: float, name: str) -> ir.Value:
+    """softcap · tanh(scores / softcap)."""
+    inverse, cap = (nodes.number(f"softcap({value:.9g})", value) for value in (1 / softcap, softcap))
+    scaled = nodes.op("Mul", scores, inverse, name=f"{name}.scores.scaled")
+    bounded = nodes.op("Tanh", scaled, name=f"{name}.scores.tanh")
+    return nodes.op("Mul", bounded, cap, name=f"{name}.scores.capped")
 
 
 def attention_bias(nodes: Nodes, match: AttentionMatch) -> ir.Value:

@@ -27,6 +27,7 @@ class AttentionMatch:
         value: the written cache [batch, N, slots, value_dim], or a Reshape of it.
         mask: bool [batch, 1 or H, sequence, slots], or a bias [batch, H, sequence, slots].
         scale: factor of the products of queries and keys.
+        softcap: scaled products x become softcap · tanh(x / softcap); None: they stay.
     """
 
     node: ir.Node
@@ -35,6 +36,7 @@ class AttentionMatch:
     value: ir.Value
     mask: ir.Value
     scale: float
+    softcap: float | None
 
     @property
     def heads(self) -> int:
@@ -134,13 +136,22 @@ def _match(node: ir.Node) -> AttentionMatch:
         len(inputs) != 4
         or len(node.outputs) != 1
         or "scale" not in node.attributes
-        or node.attributes.keys() - {"scale"}
+        or node.attributes.keys() - {"scale", "softcap"}
     ):
         raise ir.passes.PreconditionError(f"Attention {node.name} does not have the standard form")
     query, key, value, mask = inputs
     for cache in (key, value):
         _writer(cache)
-    return AttentionMatch(node, query, key, value, mask, node.attributes["scale"].as_float())
+    softcap = node.attributes.get("softcap")
+    return AttentionMatch(
+        node,
+        query,
+        key,
+        value,
+        mask,
+        node.attributes["scale"].as_float(),
+        None if softcap is None else softcap.as_float(),
+    )
 
 
 def _writer(cache: ir.Value) -> ir.Node:
