@@ -21,8 +21,8 @@ class Moments:
     """Means over calibration tokens, float64, for h KV heads, H query heads and d = head_dim.
 
     Keys and queries are taken after QK-norm, if there is one, and before RoPE (`reference.Projected`);
-    `average_over_positions` converts their moments to those after RoPE. a_mn is the attention of query m to key n, o_m the output of
-    the head.
+    `average_over_positions` converts their moments to those after RoPE. a_mn is the attention of query m to
+    key n, o_m the output of the head.
 
     Attributes:
         tokens: number of tokens, [] int64.

@@ -93,8 +93,8 @@ class EvictionAttentionBuilder:
         """Attention of unshared KV heads along the head axis: TensorRT has no fused kernel for one head."""
         nodes, name, attention = self._nodes, self._name, self._attention
         parts = ((KEY, cache.key), (VALUE, cache.value), ("mask", mask))
-        inputs = (self._batch_to_heads(x, f"{name}.{which}.by_head") for which, x in parts)
-        return attention_products(nodes, attention, query, *inputs, name=f"{name}.mixed")
+        key, value, mask = (self._batch_to_heads(x, f"{name}.{which}.by_head") for which, x in parts)
+        return attention_products(nodes, attention, query, key, value, mask, name=f"{name}.mixed")
 
     def _write(self, which: str, cache: ir.Value, new: ir.Value, slot: ir.Value) -> ir.Value:
         name, dtype = present(self._index, which), dtype_of(cache)

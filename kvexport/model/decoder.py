@@ -70,7 +70,8 @@ class Attention:
     - no RoPE: `k` makes the cached heads of `key_dim`; there may be a `query_map`.
 
     Values are compressed in `v`, or, if they are clipped, by `value_encoder` after the clip. `value_map` maps
-    a head's attention output from `value_dim` to the width that `o` expects; without it `o` takes `value_dim`.
+    a head's attention output from `value_dim` to the width that `o` expects; without it `o` takes
+    `value_dim`.
     """
 
     q: Linear  # [num_heads·head_dim, hidden]
