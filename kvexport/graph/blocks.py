@@ -33,27 +33,32 @@ def linear(
     return nodes.op("Add", product, nodes.weight(f"{at}.bias", np.asarray(parameters.bias)), name=name)
 
 
-def norm(nodes: NodeBuilder, parameters: Norm, x: ir.Value, name: str) -> ir.Value:
+def norm(nodes: NodeBuilder, parameters: Norm, x: ir.Value, at: str, result: str | None = None) -> ir.Value:
     """RMSNorm or LayerNorm over the last axis; the operators compute statistics in float32.
 
     A weight [heads, width] of x [..., heads, width] is multiplied afterwards, since the operators take only
     [width].
+
+    Args:
+        at: prefix of the names of weight and bias.
+        result: name of the result; None: `at`.
     """
+    name = result or at
     op_type = "RMSNormalization" if parameters.kind == "rms" else "LayerNormalization"
     weight = None if parameters.weight is None else np.asarray(parameters.weight)
     if weight is not None and weight.ndim == 1:
-        inputs = [nodes.weight(f"{name}.weight", weight)]
+        inputs = [nodes.weight(f"{at}.weight", weight)]
         if parameters.bias is not None:
-            inputs.append(nodes.weight(f"{name}.bias", np.asarray(parameters.bias)))
+            inputs.append(nodes.weight(f"{at}.bias", np.asarray(parameters.bias)))
         return nodes.op(op_type, x, *inputs, name=name, axis=-1, epsilon=parameters.eps)
     width = sizes(x)[-1]
     assert isinstance(width, int) and parameters.bias is None
     ones = nodes.constant(f"ones({width})", np.ones(width, NUMPY_DTYPES[nodes.dtype]))
-    plain = name if weight is None else f"{name}.plain"
+    plain = name if weight is None else f"{at}.plain"
     normed = nodes.op(op_type, x, ones, name=plain, axis=-1, epsilon=parameters.eps)
     if weight is None:
         return normed
-    return nodes.op("Mul", normed, nodes.weight(f"{name}.weight", weight), name=name)
+    return nodes.op("Mul", normed, nodes.weight(f"{at}.weight", weight), name=name)
 
 
 def attention_products(
@@ -90,20 +95,27 @@ def block(
     def normed(parameters: Norm | None, x: ir.Value, which: str) -> ir.Value:
         return x if parameters is None else norm(nodes, parameters, x, f"{name}.{which}")
 
-    def added(result: str, output_norm: Norm | None, compute: Callable[[str], ir.Value]) -> ir.Value:
-        """What a part adds to the residual stream, named `result`."""
+    def added(
+        which: str, result: str, output_norm: Norm | None, compute: Callable[[str], ir.Value]
+    ) -> ir.Value:
+        """What attention or MLP adds to the residual stream, named `result`."""
         scaled = layer.residual_multiplier != 1
-        normed_name = f"{result}.normed" if scaled else result
-        part = compute(f"{result}.output" if output_norm is not None else normed_name)
+        before_scale = f"{result}.unscaled" if scaled else result
+        part = compute(before_scale if output_norm is None else f"{result}.output")
         if output_norm is not None:
-            part = norm(nodes, output_norm, part, normed_name)
+            part = norm(nodes, output_norm, part, f"{name}.{which}_output_norm", before_scale)
         if not scaled:
             return part
         multiplier = nodes.number("residual_multiplier", layer.residual_multiplier)
         return nodes.op("Mul", part, multiplier, name=result)
 
     inner = normed(layer.attention_norm, x, "attention_norm")
-    attended = added(attention_tap(index), layer.attention_output_norm, lambda result: attend(inner, result))
+    attended = added(
+        "attention",
+        attention_tap(index),
+        layer.attention_output_norm,
+        lambda result: attend(inner, result),
+    )
     after = nodes.op("Add", x, attended, name=attention_residual(index))
     after = normed(layer.attention_residual_norm, after, "attention_residual_norm")
     if not layer.parallel:
@@ -111,6 +123,7 @@ def block(
     elif layer.mlp_norm is not None:
         inner = norm(nodes, layer.mlp_norm, x, f"{name}.mlp_norm")
     update = added(
+        "mlp",
         f"{name}.mlp.down",
         layer.mlp_output_norm,
         lambda result: mlp(nodes, layer.mlp, inner, f"{name}.mlp", result),
@@ -118,7 +131,7 @@ def block(
     if layer.mlp_residual_norm is None:
         return nodes.op("Add", after, update, name=residual_tap(index))
     total = nodes.op("Add", after, update, name=f"{name}.mlp_residual")
-    return norm(nodes, layer.mlp_residual_norm, total, residual_tap(index))
+    return norm(nodes, layer.mlp_residual_norm, total, f"{name}.mlp_residual_norm", residual_tap(index))
 
 
 def mlp(nodes: NodeBuilder, parameters: Mlp, x: ir.Value, name: str, result: str) -> ir.Value:
