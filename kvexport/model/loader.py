@@ -1,45 +1,37 @@
 """Loader: a family's description applied to a checkpoint's files gives the neutral decoder.
 
-Fused layouts are split. The checkpoint must have exactly the tensors that its config implies.
+The checkpoint must have exactly the tensors that its config implies.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from kvexport.errors import CheckpointError
+from kvexport.model.architecture import Architecture, LayerKind, read_architecture
 from kvexport.model.checkpoint import Checkpoint
-from kvexport.model.config import activation_of, number, require_unquantised, sizes_of, whole_number
-from kvexport.model.decoder import (
-    Attention,
-    Decoder,
-    Embedding,
-    Layer,
-    LazyLayers,
-    Linear,
-    Mlp,
-    ModelDims,
-    Norm,
-)
-from kvexport.model.families import Family, family_of
-from kvexport.model.rope import alibi_slopes, rope_of
+from kvexport.model.decoder import Decoder, Layer, LazyLayers, Linear, ModelDims, Rope
+from kvexport.model.layout import Layout
+from kvexport.model.rope import alibi_slopes, make_rope
 
 if TYPE_CHECKING:
     import torch
+    from torch import Tensor
 
-_LAYER_KINDS = ("full_attention", "sliding_attention")
 
-
-def load_decoder(path: Path | str | Checkpoint, dtype: torch.dtype | None = None) -> Decoder:
+def load_decoder(
+    path: Path | str | Checkpoint, dtype: torch.dtype | None = None, context: int | None = None
+) -> Decoder:
     """Load a checkpoint as a decoder whose layers are loaded lazily.
 
     Args:
         path: directory of the checkpoint, or an opened one.
         dtype: data type of all leaves [default: float32].
+        context: tokens of the longest sequence, which decides RoPE whose scaling depends on the length
+            [default: all positions that the model supports].
 
     Raises:
         CheckpointError: the family is unknown, tensors are missing, unexpected or unusable, or a setting is
@@ -48,202 +40,108 @@ def load_decoder(path: Path | str | Checkpoint, dtype: torch.dtype | None = None
     import torch
 
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(Path(path))
-    return _Loader(checkpoint, family_of(checkpoint.config), dtype or torch.float32).decoder()
+    architecture = read_architecture(checkpoint.config)
+    return _Loader(checkpoint, architecture, dtype or torch.float32, context).decoder()
 
 
 class _Loader:
-    def __init__(self, checkpoint: Checkpoint, family: Family, dtype: torch.dtype) -> None:
-        self._checkpoint, self._family, self._dtype = checkpoint, family, dtype
-        self._config = checkpoint.config
-        require_unquantised(self._config)
-        settings = family.settings(self._config)
-        self._sizes = sizes_of(settings, rotated=family.position == "rope")
-        self._rope = rope_of(self._config, self._sizes.head_dim) if family.position == "rope" else None
-        self._windows = [self._window(index) for index in range(self._sizes.layers)]
-        self._eps, self._tied = number("norm_eps", settings["norm_eps"]), bool(settings["tied"])
-        self._activation = activation_of(settings["activation"])
-        self._intermediate = self._intermediate_size()
+    def __init__(
+        self, checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype, context: int | None
+    ) -> None:
+        self._checkpoint, self._architecture, self._dtype = checkpoint, architecture, dtype
+        self._layout = Layout(architecture)
+        self._context = context or architecture.max_positions or 1
+        self._ropes: dict[LayerKind, Rope | None] = {kind: self._rope(kind) for kind in architecture.layers}
+        self._slopes = self._alibi_slopes()
         self._prefix = self._find_prefix()
         self._require_expected_tensors()
 
     def decoder(self) -> Decoder:
-        sizes, names = self._sizes, self._family
-        with self._checkpoint.reading():
-            embedding = Embedding(
-                self._tensor(names.embedding + ".weight", (sizes.vocab, sizes.hidden)),
-                None if names.embedding_norm is None else self._norm(names.embedding_norm, sizes.hidden),
-            )
-            head = None
-            if not self._tied:
-                head = self._head()
-            elif f"{names.head}.weight" in self._checkpoint.files and not self._head().weight.equal(
-                embedding.weight
-            ):
-                raise CheckpointError(
-                    f"{names.head}.weight must equal the embedding, because config.json ties them",
-                    fix="set tie_word_embeddings to false in config.json, or remove the tensor",
-                )
-            final_norm = self._norm(names.final_norm, sizes.hidden)
-        bos = self._checkpoint.token_ids("bos_token_id", sizes.vocab)
+        it, checkpoint = self._architecture, self._checkpoint
+        with checkpoint.reading():
+            ends = self._layout.unpack_ends(self._read)
+            if it.tied and f"{it.family.names.head}.weight" in checkpoint.files:
+                self._require_tied(self._layout.unpack_head(self._read), ends.embedding.weight)
+        bos = checkpoint.token_ids("bos_token_id", it.vocab_size)
         return Decoder(
-            embedding=embedding,
-            layers=LazyLayers(sizes.layers, self._layer),
-            final_norm=final_norm,
-            head=head,
-            dims=ModelDims(sizes.vocab, sizes.hidden, sizes.max_positions),
+            embedding=ends.embedding,
+            layers=LazyLayers(len(it.layers), self._layer),
+            final_norm=ends.final_norm,
+            head=ends.head,
+            dims=ModelDims(it.vocab_size, it.hidden_size, it.max_positions),
+            output_projection=ends.output_projection,
+            logit_multiplier=it.logit_multiplier,
+            logit_softcap=it.logit_softcap,
             bos_token_id=bos[0] if bos else None,
-            eos_token_ids=self._checkpoint.token_ids("eos_token_id", sizes.vocab),
+            eos_token_ids=checkpoint.token_ids("eos_token_id", it.vocab_size),
         )
 
     def _layer(self, index: int) -> Layer:
-        sizes = self._sizes
-        name = {key: template.format(i=index) for key, template in self._family.layer.items()}
-        mlp_bias = self._family.has_bias("mlp", self._config)
-        inner, heads_width = self._intermediate, sizes.heads * sizes.head_dim
+        kind = self._architecture.layers[index]
         with self._checkpoint.reading():
-            q, k, v = self._qkv(name)
-            has_qk_norm = "q_norm" in name
-            return Layer(
-                attention_norm=self._norm(name["attention_norm"], sizes.hidden),
-                attention=Attention(
-                    q=q,
-                    k=k,
-                    v=v,
-                    o=self._linear(
-                        name["o"], sizes.hidden, heads_width, self._family.has_bias("o", self._config)
-                    ),
-                    num_heads=sizes.heads,
-                    num_kv_heads=sizes.kv_heads,
-                    head_dim=sizes.head_dim,
-                    scale=1 / math.sqrt(sizes.head_dim),
-                    rope=self._rope,
-                    q_norm=self._norm(name["q_norm"], sizes.head_dim) if has_qk_norm else None,
-                    k_norm=self._norm(name["k_norm"], sizes.head_dim) if has_qk_norm else None,
-                    alibi_slopes=alibi_slopes(sizes.heads, self._dtype)
-                    if self._family.position == "alibi"
-                    else None,
-                    window=self._windows[index],
-                ),
-                mlp_norm=self._norm(name["mlp_norm"], sizes.hidden),
-                mlp=Mlp(
-                    gate=self._linear(name["gate"], inner, sizes.hidden, mlp_bias)
-                    if self._family.gated
-                    else None,
-                    up=self._linear(name["up"], inner, sizes.hidden, mlp_bias),
-                    down=self._linear(name["down"], sizes.hidden, inner, mlp_bias),
-                    activation=self._activation,
-                ),
+            return self._layout.unpack_layer(index, self._read, self._ropes[kind], self._slopes)
+
+    def _rope(self, kind: LayerKind) -> Rope | None:
+        if kind.rope is None:
+            return None
+        return make_rope(kind.rope, self._architecture.head_dim, self._context)
+
+    def _alibi_slopes(self) -> Tensor | None:
+        it = self._architecture
+        if it.family.position != "alibi":
+            return None
+        if it.family.alibi == "mpt":
+            return alibi_slopes(it.num_heads, self._dtype, it.alibi_bias_max)
+        slopes = alibi_slopes(it.num_heads, self._dtype)
+        return slopes * it.scale if it.family.alibi == "scaled" else slopes
+
+    def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        return self._checkpoint.tensor(self._stored(name), shape, self._dtype)
+
+    def _stored(self, name: str) -> str:
+        """The full name of a tensor; the head's has no prefix."""
+        head = self._architecture.family.names.head
+        return name if name in (f"{head}.weight", f"{head}.bias") else self._prefix + name
+
+    def _require_tied(self, head: Linear, embedding: Tensor) -> None:
+        if not head.weight.equal(embedding):
+            name = self._architecture.family.names.head
+            raise CheckpointError(
+                f"{name}.weight must equal the embedding, because config.json ties them",
+                fix="set tie_word_embeddings to false in config.json, or remove the tensor",
             )
 
-    def _qkv(self, name: Mapping[str, str]) -> tuple[Linear, Linear, Linear]:
-        sizes, bias = self._sizes, self._family.has_bias("qkv", self._config)
-        if self._family.layout == "split":
-            rows = {"q": sizes.heads, "k": sizes.kv_heads, "v": sizes.kv_heads}
-            q, k, v = (self._linear(name[n], rows[n] * sizes.head_dim, sizes.hidden, bias) for n in "qkv")
-            return q, k, v
-        # rows are [heads, 3, head_dim]
-        fused = self._linear(name["qkv"], 3 * sizes.heads * sizes.head_dim, sizes.hidden, bias)
-        weight = fused.weight.view(sizes.heads, 3, sizes.head_dim, sizes.hidden)
-        vector = None if fused.bias is None else fused.bias.view(sizes.heads, 3, sizes.head_dim)
-
-        def part(which: int) -> Linear:
-            rows = weight[:, which].reshape(-1, sizes.hidden)
-            return Linear(rows, None if vector is None else vector[:, which].reshape(-1))
-
-        return part(0), part(1), part(2)
-
-    def _head(self) -> Linear:  # its name has no prefix
-        name = self._family.head + ".weight"
-        return Linear(self._checkpoint.tensor(name, (self._sizes.vocab, self._sizes.hidden), self._dtype))
-
-    def _tensor(self, name: str, shape: tuple[int, ...]) -> torch.Tensor:
-        return self._checkpoint.tensor(self._prefix + name, shape, self._dtype)
-
-    def _linear(self, name: str, out: int, into: int, bias: bool) -> Linear:
-        return Linear(
-            self._tensor(name + ".weight", (out, into)),
-            self._tensor(name + ".bias", (out,)) if bias else None,
-        )
-
-    def _norm(self, name: str, width: int) -> Norm:
-        is_layer = self._family.norm_kind == "layer"
-        return Norm(
-            "layer" if is_layer else "rms",
-            self._tensor(name + ".weight", (width,)),
-            self._tensor(name + ".bias", (width,)) if is_layer else None,
-            self._eps,
-        )
-
-    def _window(self, index: int) -> int | None:
-        described = self._family.window
-        if described is None or self._config["model_type"] not in described.model_types:
-            return None
-        if described.enabled is not None and not self._config.get(described.enabled):
-            return None
-        size = self._required(described.size)
-        if size is None:
-            return None
-        if described.first_layer is not None:
-            kinds = self._config.get("layer_types")
-            if kinds is None:
-                windowed = index >= whole_number(
-                    described.first_layer, self._required(described.first_layer), least=0
-                )
-            elif (
-                isinstance(kinds, list) and len(kinds) == self._sizes.layers and kinds[index] in _LAYER_KINDS
-            ):
-                windowed = kinds[index] == "sliding_attention"
-            else:
-                raise CheckpointError(
-                    "layer_types of config.json must list the kind of each layer",
-                    got=repr(kinds),
-                    expected=f"a list of {self._sizes.layers}, each {' or '.join(_LAYER_KINDS)}",
-                )
-            if not windowed:
-                return None
-        return whole_number(described.size, size)
-
-    def _required(self, key: str) -> Any:
-        """A value that config.json must have, because there is no safe default."""
-        if key not in self._config:
-            raise CheckpointError(f"config.json must have {key}", fix="restore the model's own config.json")
-        return self._config[key]
-
-    def _intermediate_size(self) -> int:
-        """Width of the MLP: that of the config, or four times the hidden size if it has none."""
-        size = self._config.get("intermediate_size")
-        return 4 * self._sizes.hidden if size is None else whole_number("intermediate_size", size)
-
     def _find_prefix(self) -> str:
-        for prefix in self._family.prefixes:
-            if f"{prefix}{self._family.embedding}.weight" in self._checkpoint.files:
+        names = self._architecture.family.names
+        for prefix in names.prefixes:
+            if f"{prefix}{names.embedding}.weight" in self._checkpoint.files:
                 return prefix
         raise CheckpointError(
-            "the checkpoint must contain the embedding "
-            f"{self._family.prefixes[0]}{self._family.embedding}.weight",
+            f"the checkpoint must contain the embedding {names.prefixes[0]}{names.embedding}.weight",
             got=", ".join(sorted(self._checkpoint.files)[:3]) + ", ...",
-            fix=f"check that config.json's model_type ({self._config.get('model_type')}) is right",
+            fix=f"check that config.json's model_type ({self._checkpoint.config.get('model_type')}) is right",
         )
 
     def _require_expected_tensors(self) -> None:
         """Raise CheckpointError unless the checkpoint has exactly the expected tensors."""
-        expected = set(self._expected())
-        ignored = [self._prefix + pattern for pattern in self._family.ignored]
-        if self._tied:
-            ignored.append(f"{self._family.head}.weight")
+        it, found = self._architecture, self._checkpoint.files.keys()
+        expected = {self._stored(name) for name in self._expected()}
+        ignored = [self._prefix + pattern for pattern in it.family.names.ignored]
+        if it.tied:
+            ignored.append(f"{it.family.names.head}.weight")
         extra = [
             name
-            for name in sorted(self._checkpoint.files)
+            for name in sorted(found)
             if name not in expected and not any(fnmatchcase(name, pattern) for pattern in ignored)
         ]
         if extra:
             raise CheckpointError(
-                f"the checkpoint must contain only tensors of family '{self._family.name}': "
+                f"the checkpoint must contain only tensors of family '{it.family.name}': "
                 f"{len(extra)} unknown",
                 got=", ".join(extra[:5]) + (", ..." if len(extra) > 5 else ""),
                 fix="correct config.json, or describe the family in one new file under graphs/families/",
             )
-        missing = sorted(expected - self._checkpoint.files.keys())
+        missing = sorted(expected - found)
         if missing:
             raise CheckpointError(
                 f"the checkpoint must contain all tensors that config.json implies: {len(missing)} missing",
@@ -251,24 +149,17 @@ class _Loader:
                 fix="download the checkpoint again, or correct config.json",
             )
 
-    def _expected(self) -> list[str]:
-        """Names of all tensors that the config implies."""
-        family = self._family
-        names: list[str] = [family.embedding + ".weight"]
-        norms = [family.final_norm, *([family.embedding_norm] if family.embedding_norm else [])]
-        for index in range(self._sizes.layers):
-            for key, template in family.layer.items():
-                name = template.format(i=index)
-                if key.endswith("norm"):
-                    norms.append(name)
-                    continue
-                names.append(name + ".weight")
-                group = "o" if key == "o" else "qkv" if key in ("q", "k", "v", "qkv") else "mlp"
-                if family.has_bias(group, self._config):
-                    names.append(name + ".bias")
-        for name in norms:
-            names.append(name + ".weight")
-            if family.norm_kind == "layer":
-                names.append(name + ".bias")
-        head = [] if self._tied else [family.head + ".weight"]
-        return [self._prefix + name for name in names] + head
+    def _expected(self) -> Iterable[str]:
+        """Names of all tensors that the config implies: those that the layout asks for."""
+        import torch
+
+        names: list[str] = []
+
+        def note(name: str, shape: tuple[int, ...]) -> Tensor:
+            names.append(name)
+            return torch.empty(shape, device="meta")
+
+        self._layout.unpack_ends(note)
+        for index in range(len(self._architecture.layers)):
+            self._layout.unpack_layer(index, note, None, None)
+        return names

@@ -1,0 +1,255 @@
+"""The architecture that a config.json describes: sizes, features and the kind of each layer, without weights.
+
+`kvexport build` and `kvexport plan` both read a config through `read_architecture`. No torch is imported.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from kvexport.errors import CheckpointError
+from kvexport.model.config import activation_of, number, require_unquantised, shown, whole_number
+from kvexport.model.decoder import Activation
+from kvexport.model.expressions import evaluate
+from kvexport.model.families import Family, LayerRules, description_of
+from kvexport.model.rope import RopeConfig, rope_configs
+
+LAYER_TYPES = ("full_attention", "sliding_attention")
+
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What distinguishes a layer from the others.
+
+    Attributes:
+        window: sliding window in tokens; None: full attention.
+        rope: None: the layer does not rotate.
+    """
+
+    window: int | None
+    rope: RopeConfig | None
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """A decoder without its weights.
+
+    Attributes:
+        family: the description of its tensors.
+        config: config.json, with the values that the model's class assumes for absent keys.
+        vocab_size, hidden_size, num_heads, num_kv_heads, head_dim, intermediate_size: as in config.json.
+        embedding_size: width of the token embedding; `hidden_size` without a projection.
+        max_positions: tokens of a sequence that the model supports, scaled RoPE included; None: unbounded.
+        layers: kind of each layer.
+        tied: whether the head shares the embedding's weight.
+        scale: factor of the products of queries and keys.
+        rotary_dim: rotated numbers of each head; 0 without RoPE.
+    """
+
+    family: Family
+    config: Mapping[str, Any]
+    vocab_size: int
+    hidden_size: int
+    embedding_size: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    intermediate_size: int
+    max_positions: int | None
+    layers: tuple[LayerKind, ...]
+    tied: bool
+    norm_eps: float
+    activation: Activation
+    scale: float
+    softcap: float | None
+    clip: float | None
+    alibi_bias_max: float
+    embedding_multiplier: float
+    residual_multiplier: float
+    logit_multiplier: float
+    logit_softcap: float | None
+    rotary_dim: int
+
+
+def read_architecture(config: Mapping[str, Any]) -> Architecture:
+    """The architecture of a checkpoint from its config.json.
+
+    Raises:
+        CheckpointError: the family is unknown, weights are quantised, or a setting is missing, impossible or
+            not supported.
+    """
+    require_unquantised(config)
+    description = description_of(config)
+    family, complete = description.resolve(config), description.complete(config)
+    settings = _Settings(family.settings(complete), family)
+    hidden, heads = settings.whole("hidden_size"), settings.whole("num_heads")
+    kv_heads, head_dim = settings.whole("num_kv_heads", heads), settings.whole("head_dim", hidden // heads)
+    if heads % kv_heads:
+        raise CheckpointError(
+            "num_key_value_heads must divide num_attention_heads",
+            got=f"{kv_heads} of {heads}",
+            fix="correct config.json",
+        )
+    positions = settings.whole("max_positions", 0) or None
+    ropes: Mapping[str, RopeConfig] = {}
+    if family.position == "rope":
+        if head_dim % 2:
+            raise CheckpointError(
+                "head_dim in config.json must be possible", got=head_dim, expected="an even number"
+            )
+        ropes = rope_configs(
+            complete,
+            head_dim,
+            fraction=settings.positive("rotary_fraction"),
+            local_theta=settings.positive("local_rope_theta"),
+            max_positions=positions,
+        )
+        positions = ropes["full_attention"].reach(positions)
+    scale = settings.positive("attention_scale")
+    return Architecture(
+        family=family,
+        config=complete,
+        vocab_size=settings.whole("vocab_size"),
+        hidden_size=hidden,
+        embedding_size=settings.whole("embedding_size", hidden),
+        num_heads=heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        intermediate_size=settings.whole("intermediate_size", 4 * hidden),
+        max_positions=positions,
+        layers=_layers(family, complete, settings.whole("num_layers"), ropes),
+        tied=settings.boolean("tied"),
+        norm_eps=number("the epsilon of norms", settings.value("norm_eps")),
+        activation=activation_of(settings.value("activation")),
+        scale=1 / math.sqrt(head_dim) if scale is None else scale,
+        softcap=settings.positive("softcap"),
+        clip=settings.positive("clip"),
+        alibi_bias_max=settings.positive("alibi_bias_max") or 8.0,
+        embedding_multiplier=settings.positive("embedding_multiplier") or 1.0,
+        residual_multiplier=settings.positive("residual_multiplier") or 1.0,
+        logit_multiplier=settings.positive("logit_multiplier") or 1.0,
+        logit_softcap=settings.positive("logit_softcap"),
+        rotary_dim=ropes["full_attention"].rotary_dim if ropes else 0,
+    )
+
+
+class _Settings:
+    """A family's settings, checked when they are read; errors name the keys of config.json."""
+
+    def __init__(self, values: Mapping[str, Any], family: Family) -> None:
+        self._values, self._family = values, family
+
+    def value(self, name: str) -> Any:
+        return self._values.get(name)
+
+    def whole(self, name: str, default: int | None = None) -> int:
+        value = self._values.get(name)
+        if value is None and default is not None:
+            return default
+        if isinstance(value, float) and value.is_integer() and not self._is_plain(name):
+            value = int(value)  # of an expression
+        return whole_number(self._key(name), value)
+
+    def positive(self, name: str) -> float | None:
+        """A positive number, or None."""
+        value = self._values.get(name)
+        return None if value is None else number(self._key(name), value)
+
+    def boolean(self, name: str) -> bool:
+        value = self._values.get(name)
+        if not isinstance(value, bool):
+            raise CheckpointError(f"{self._key(name)} in config.json must be true or false", got=shown(value))
+        return value
+
+    def _key(self, name: str) -> str:
+        return " or ".join(self._family.config.get(name, (name,)))
+
+    def _is_plain(self, name: str) -> bool:
+        return all(each.isidentifier() for each in self._family.config.get(name, ()))
+
+
+def _layers(
+    family: Family, config: Mapping[str, Any], count: int, ropes: Mapping[str, RopeConfig]
+) -> tuple[LayerKind, ...]:
+    rules = family.layers
+    window = _window(rules, config)
+    sliding = [False] * count if window is None else _sliding(rules, config, count)
+    rotating = _rotating(rules, config, count, sliding, has_window=window is not None)
+
+    def kind(index: int) -> LayerKind:
+        layer_type = LAYER_TYPES[sliding[index]]
+        return LayerKind(window if sliding[index] else None, ropes[layer_type] if rotating[index] else None)
+
+    return tuple(kind(index) for index in range(count))
+
+
+def _window(rules: LayerRules, config: Mapping[str, Any]) -> int | None:
+    if rules.window is None or (rules.switch is not None and not evaluate(rules.switch, config)):
+        return None
+    if rules.window.isidentifier() and rules.window not in config:
+        raise CheckpointError(
+            f"config.json must have {rules.window}", fix="restore the model's own config.json"
+        )
+    size = evaluate(rules.window, config)
+    return None if size is None else whole_number(rules.window, size)
+
+
+def _sliding(rules: LayerRules, config: Mapping[str, Any], count: int) -> list[bool]:
+    """Whether each layer has the window."""
+    types = None if rules.types is None else evaluate(rules.types, config)
+    if types is not None:
+        if (
+            not isinstance(types, list)
+            or len(types) != count
+            or any(each not in LAYER_TYPES for each in types)
+        ):
+            raise CheckpointError(
+                f"{rules.types} of config.json must list the kind of each layer",
+                got=shown(types),
+                expected=f"a list of {count}, each {' or '.join(LAYER_TYPES)}",
+            )
+        return [each == "sliding_attention" for each in types]
+    if rules.pattern is not None:
+        every = evaluate(rules.pattern, config)
+        if isinstance(every, str) and every and set(every) <= set("LG"):  # EXAONE 4: local and global
+            return [every[index % len(every)] == "L" for index in range(count)]
+        if every is not None:
+            period = whole_number(rules.pattern, every)
+            return [bool((index + 1) % period) for index in range(count)]
+    if rules.first is not None:
+        if rules.first.isidentifier() and rules.first not in config:
+            raise CheckpointError(
+                f"config.json must have {rules.first}", fix="restore the model's own config.json"
+            )
+        first = whole_number(rules.first, evaluate(rules.first, config), least=0)
+        return [index >= first for index in range(count)]
+    return [True] * count
+
+
+def _rotating(
+    rules: LayerRules, config: Mapping[str, Any], count: int, sliding: list[bool], *, has_window: bool
+) -> list[bool]:
+    """Whether each layer rotates."""
+    if rules.rotated is None:
+        return [False] * count
+    if rules.rotation is not None:
+        listed = evaluate(rules.rotation, config)
+        if listed is not None:
+            if (
+                not isinstance(listed, list)
+                or len(listed) != count
+                or any(each not in (0, 1) for each in listed)
+            ):
+                raise CheckpointError(
+                    f"{rules.rotation} of config.json must have a number for each layer",
+                    got=shown(listed),
+                    expected=f"a list of {count}, 1 where a layer rotates and 0 elsewhere",
+                )
+            return [bool(each) for each in listed]
+    if rules.rotation_interval is not None:
+        every = whole_number(rules.rotation_interval, evaluate(rules.rotation_interval, config))
+        return [bool((index + 1) % every) for index in range(count)]
+    return list(sliding) if rules.rotated == "sliding" and has_window else [True] * count

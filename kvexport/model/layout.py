@@ -1,0 +1,360 @@
+"""How a family stores the parts of the neutral decoder, in both directions: names, shapes, fused matrices,
+transposed weights, order of rotated pairs, offsets of norm weights.
+
+`unpack_*` makes neutral parts from stored tensors, `pack_*` stored tensors from neutral parts; each is the
+inverse of the other. Names are without the checkpoint's prefix.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from kvexport.model.architecture import Architecture
+from kvexport.model.decoder import (
+    Attention,
+    Embedding,
+    Layer,
+    Linear,
+    Mlp,
+    Norm,
+)
+from kvexport.model.families import NORMS
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvexport.model.decoder import Rope
+
+Shape = tuple[int, ...]
+Get = Callable[[str, Shape], "Tensor"]  # reads the stored tensor of a name and shape
+
+
+@dataclass(frozen=True)
+class Ends:
+    """The parts of a decoder before its first and after its last layer."""
+
+    embedding: Embedding
+    final_norm: Norm | None
+    output_projection: Linear | None
+    head: Linear | None  # None: tied to the embedding
+
+
+class Layout:
+    """The stored form of one architecture."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self._architecture, self._family = architecture, architecture.family
+        self._order = pair_order(
+            architecture.head_dim, architecture.rotary_dim, interleaved=self._family.pairs == "interleaved"
+        )
+
+    def unpack_ends(self, get: Get) -> Ends:
+        """The decoder's ends."""
+        it, names = self._architecture, self._family.names
+        into, hidden = it.embedding_size, it.hidden_size
+        embedding = Embedding(
+            weight=get(f"{names.embedding}.weight", (it.vocab_size, into)),
+            norm=self._norm(get, names.embedding_norm, hidden),
+            multiplier=it.embedding_multiplier,
+            projection=self._outer_linear(get, names.embedding_projection, hidden, into),
+            positions=self._positions(get),
+        )
+        head = None if it.tied else self.unpack_head(get)
+        final_norm = self._norm(get, names.final_norm, hidden)
+        return Ends(
+            embedding, final_norm, self._outer_linear(get, names.output_projection, into, hidden), head
+        )
+
+    def unpack_head(self, get: Get) -> Linear:
+        """The stored head, which a checkpoint of a tied model may have, too."""
+        it, name = self._architecture, self._family.names.head
+        bias = get(f"{name}.bias", (it.vocab_size,)) if self._has_bias("head") else None
+        return Linear(get(f"{name}.weight", (it.vocab_size, it.embedding_size)), bias)
+
+    def unpack_layer(self, index: int, get: Get, rope: Rope | None, slopes: Tensor | None) -> Layer:
+        """Layer `index`, with its RoPE and its ALiBi slopes."""
+        it, kind = self._architecture, self._architecture.layers[index]
+        names = {
+            part: template.replace("{i}", str(index)) for part, template in self._family.names.layer.items()
+        }
+        q, k, v = self._unpack_qkv(get, names)
+        qk_norm = self._family.qk_norm
+        attention = Attention(
+            q=self._reordered(q, it.num_heads),
+            k=self._reordered(k, it.num_kv_heads),
+            v=v,
+            o=self._linear(get, names["o"], it.hidden_size, it.num_heads * it.head_dim, "o"),
+            num_heads=it.num_heads,
+            num_kv_heads=it.num_kv_heads,
+            head_dim=it.head_dim,
+            scale=it.scale,
+            rope=rope,
+            alibi_slopes=slopes,
+            window=kind.window,
+            softcap=it.softcap,
+            clip=it.clip,
+            q_norm=self._head_norm(get, names.get("q_norm"), it.num_heads),
+            k_norm=self._head_norm(get, names.get("k_norm"), it.num_kv_heads),
+            norm_over="heads" if qk_norm is not None and qk_norm.over == "heads" else "head",
+            norm_after_rotation=qk_norm is not None and qk_norm.after_rotation,
+        )
+        norms = {part: self._norm(get, names.get(part), it.hidden_size) for part in NORMS}
+        return Layer(
+            attention=attention,
+            mlp=self._unpack_mlp(get, names),
+            parallel=self._family.parallel,
+            residual_multiplier=it.residual_multiplier,
+            **norms,
+        )
+
+    def pack_ends(self, ends: Ends) -> dict[str, Tensor]:
+        """The inverse of `unpack_ends`."""
+        names, embedding, packed = self._family.names, ends.embedding, dict[str, "Tensor"]()
+        packed[f"{names.embedding}.weight"] = embedding.weight
+        for name, norm in ((names.embedding_norm, embedding.norm), (names.final_norm, ends.final_norm)):
+            packed |= self._pack_norm(name, norm)
+        for name, linear in (
+            (names.embedding_projection, embedding.projection),
+            (names.output_projection, ends.output_projection),
+            (names.head, ends.head),
+        ):
+            if name is not None and linear is not None:
+                packed |= _pack(name, linear)
+        if names.positions is not None and embedding.positions is not None:
+            table, rows = embedding.positions, self._family.position_offset
+            before = table.new_zeros(rows, table.shape[1])  # rows that no position reads
+            packed[f"{names.positions}.weight"] = _concatenate([before, table])
+        return packed
+
+    def pack_layer(self, index: int, layer: Layer) -> dict[str, Tensor]:
+        """The inverse of `unpack_layer`, for a layer without maps whose heads have the trained width.
+
+        There may be fewer KV heads, and biases that the architecture does not have.
+        """
+        attention = layer.attention
+        names = {
+            part: template.replace("{i}", str(index)) for part, template in self._family.names.layer.items()
+        }
+        packed = self._pack_qkv(names, attention)
+        packed |= self._pack_linear(names["o"], attention.o)
+        packed |= self._pack_head_norm(names.get("q_norm"), attention.q_norm, attention.num_heads)
+        packed |= self._pack_head_norm(names.get("k_norm"), attention.k_norm, attention.num_kv_heads)
+        for part in NORMS:
+            packed |= self._pack_norm(names.get(part), getattr(layer, part))
+        mlp, gate = layer.mlp, layer.mlp.gate
+        if "gate_up" in names:
+            assert gate is not None
+            packed |= self._pack_linear(names["gate_up"], _stack([gate, mlp.up]))
+        else:
+            packed |= {} if gate is None else self._pack_linear(names["gate"], gate)
+            packed |= self._pack_linear(names["up"], mlp.up)
+        return packed | self._pack_linear(names["down"], mlp.down)
+
+    def _has_bias(self, which: str) -> bool:
+        return self._family.has_bias(which, self._architecture.config)
+
+    def _linear(self, get: Get, name: str, out: int, into: int, which: str) -> Linear:
+        shape = (into, out) if self._family.transposed else (out, into)
+        weight = get(f"{name}.weight", shape)
+        bias = get(f"{name}.bias", (out,)) if self._has_bias(which) else None
+        return Linear(weight.T.contiguous() if self._family.transposed else weight, bias)
+
+    def _pack_linear(self, name: str, linear: Linear) -> dict[str, Tensor]:
+        return _pack(name, replace(linear, weight=linear.weight.T) if self._family.transposed else linear)
+
+    def _outer_linear(self, get: Get, name: str | None, out: int, into: int) -> Linear | None:
+        return None if name is None else Linear(get(f"{name}.weight", (out, into)))
+
+    def _positions(self, get: Get) -> Tensor | None:
+        it, name = self._architecture, self._family.names.positions
+        if name is None:
+            return None
+        assert it.max_positions is not None
+        rows = self._family.position_offset
+        return get(f"{name}.weight", (rows + it.max_positions, it.hidden_size))[rows:]
+
+    def _norm(self, get: Get, name: str | None, width: int) -> Norm | None:
+        if name is None:
+            return None
+        family, kind = self._family, self._family.norm_kind
+        weight = get(f"{name}.weight", (width,)) + family.norm_offset if family.norm_weight else None
+        bias = get(f"{name}.bias", (width,)) if family.norm_bias else None
+        return Norm("rms" if kind == "rms" else "layer", weight, bias, self._architecture.norm_eps)
+
+    def _pack_norm(self, name: str | None, norm: Norm | None) -> dict[str, Tensor]:
+        if name is None or norm is None:
+            return {}
+        packed = {} if norm.weight is None else {f"{name}.weight": norm.weight - self._family.norm_offset}
+        return packed if norm.bias is None else {**packed, f"{name}.bias": norm.bias}
+
+    def _head_norm(self, get: Get, name: str | None, heads: int) -> Norm | None:
+        """A norm of queries or keys, in the neutral order of pairs."""
+        qk_norm, family = self._family.qk_norm, self._family
+        if name is None or qk_norm is None:
+            return None
+        width = self._architecture.head_dim
+
+        def read(kind: str) -> Tensor:
+            if qk_norm.over == "head":
+                return self._by_head(get(f"{name}.{kind}", (width,)), 1).flatten()
+            if qk_norm.over == "heads":
+                return self._by_head(get(f"{name}.{kind}", (heads * width,)), heads).flatten()
+            if "{h}" not in name:
+                return self._by_head(get(f"{name}.{kind}", (heads, width)), heads)
+            rows = [get(f"{name.replace('{h}', str(head))}.{kind}", (width,)) for head in range(heads)]
+            return self._by_head(_concatenate(rows), heads)
+
+        weight, bias = read("weight") + family.norm_offset, read("bias") if qk_norm.bias else None
+        return Norm("rms" if qk_norm.kind == "rms" else "layer", weight, bias, self._architecture.norm_eps)
+
+    def _pack_head_norm(self, name: str | None, norm: Norm | None, heads: int) -> dict[str, Tensor]:
+        if name is None or norm is None or norm.weight is None:
+            return {}
+        packed: dict[str, Tensor] = {}
+        parts = {"weight": norm.weight - self._family.norm_offset, "bias": norm.bias}
+        for kind, tensor in parts.items():
+            if tensor is None:
+                continue
+            count = tensor.numel() // self._architecture.head_dim
+            stored = self._by_head(tensor, count, inverse=True)
+            if "{h}" in name:
+                packed |= {f"{name.replace('{h}', str(head))}.{kind}": stored[head] for head in range(heads)}
+            else:
+                packed[f"{name}.{kind}"] = stored if tensor.ndim == 2 else stored.flatten()
+        return packed
+
+    def _unpack_qkv(self, get: Get, names: Mapping[str, str]) -> tuple[Linear, Linear, Linear]:
+        it = self._architecture
+        heads, kv_heads, width, hidden = it.num_heads, it.num_kv_heads, it.head_dim, it.hidden_size
+        counts = {"q": heads, "k": kv_heads, "v": kv_heads}
+        if "qkv" not in names:
+            q, k, v = (
+                self._linear(get, names[part], count * width, hidden, "qkv") for part, count in counts.items()
+            )
+            return q, k, v
+        fused = self._linear(get, names["qkv"], (heads + 2 * kv_heads) * width, hidden, "qkv")
+        if self._family.fused == "stacked":
+            rows = [count * width for count in counts.values()]
+            q, k, v = _split_rows(fused, rows)
+            return q, k, v
+        each = heads // kv_heads
+
+        def part(first: int, count: int) -> Linear:  # rows are [kv_heads, each + 2, width]
+            return _map_rows(
+                fused,
+                lambda x: x.unflatten(0, (kv_heads, each + 2, width))[:, first : first + count].flatten(0, 2),
+            )
+
+        return part(0, each), part(each, 1), part(each + 1, 1)
+
+    def _pack_qkv(self, names: Mapping[str, str], attention: Attention) -> dict[str, Tensor]:
+        heads, kv_heads = attention.num_heads, attention.num_kv_heads
+        q = self._reordered(attention.q, heads, inverse=True)
+        k = self._reordered(attention.k, kv_heads, inverse=True)
+        parts = [q, k, attention.v]
+        if "qkv" not in names:
+            return {
+                name: tensor
+                for part, linear in zip("qkv", parts, strict=True)
+                for name, tensor in self._pack_linear(names[part], linear).items()
+            }
+        if self._family.fused == "stacked":
+            return self._pack_linear(names["qkv"], _stack(parts))
+        width = self._architecture.head_dim
+        grouped = [
+            _map_rows(each, lambda x: x.unflatten(0, (kv_heads, -1, width))) for each in with_biases(parts)
+        ]
+        joined = Linear(
+            _concatenate([each.weight for each in grouped], 1),
+            _concatenate([each.bias for each in grouped if each.bias is not None], 1)
+            if grouped[0].bias is not None
+            else None,
+        )
+        return self._pack_linear(names["qkv"], _map_rows(joined, lambda x: x.flatten(0, 2)))
+
+    def _unpack_mlp(self, get: Get, names: Mapping[str, str]) -> Mlp:
+        it = self._architecture
+        inner, hidden = it.intermediate_size, it.hidden_size
+        gate = None
+        if "gate_up" in names:
+            fused = self._linear(get, names["gate_up"], 2 * inner, hidden, "mlp")
+            gate, up = _split_rows(fused, [inner, inner])
+        else:
+            if "gate" in names:
+                gate = self._linear(get, names["gate"], inner, hidden, "mlp")
+            up = self._linear(get, names["up"], inner, hidden, "mlp")
+        return Mlp(gate, up, self._linear(get, names["down"], hidden, inner, "mlp"), it.activation)
+
+    def _reordered(self, linear: Linear, heads: int, *, inverse: bool = False) -> Linear:
+        """Rows of each head in the neutral order of pairs; `inverse`: in the stored order."""
+        if self._order is None:
+            return linear
+        return _map_rows(linear, lambda x: self._by_head(x, heads, inverse=inverse).flatten(0, 1))
+
+    def _by_head(self, x: Tensor, heads: int, *, inverse: bool = False) -> Tensor:
+        """x [heads·head_dim, ...] or [heads, head_dim] by head, each in the neutral order of pairs.
+
+        `inverse`: from the neutral order to the stored one.
+        """
+        import torch
+
+        width = self._architecture.head_dim
+        by_head = x if x.shape[:2] == (heads, width) else x.unflatten(0, (heads, width))
+        if self._order is None:
+            return by_head
+        order = torch.tensor(self._order, device=x.device)
+        return by_head[:, order.argsort() if inverse else order]
+
+
+def pair_order(head_dim: int, rotary_dim: int, *, interleaved: bool) -> tuple[int, ...] | None:
+    """The stored place of each number of a head in the neutral order, in which pair i is (i, i + head_dim/2).
+
+    Rotated pairs come first; numbers that do not rotate make up the other pairs. None: the orders are equal.
+    """
+    half, rest = rotary_dim // 2, (head_dim - rotary_dim) // 2
+    first = [2 * i if interleaved else i for i in range(half)]
+    second = [2 * i + 1 if interleaved else half + i for i in range(half)]
+    still = list(range(rotary_dim, head_dim))
+    order = (*first, *still[:rest], *second, *still[rest:])
+    return None if order == tuple(range(head_dim)) else order
+
+
+def with_biases(parts: Sequence[Linear]) -> list[Linear]:
+    """The same maps, each with a bias if any of them has one."""
+    if all(each.bias is None for each in parts):
+        return list(parts)
+    return [
+        Linear(each.weight, each.weight.new_zeros(len(each.weight)) if each.bias is None else each.bias)
+        for each in parts
+    ]
+
+
+def _map_rows(linear: Linear, function: Callable[[Tensor], Tensor]) -> Linear:
+    """The same function of the rows of weight and bias."""
+    bias = None if linear.bias is None else function(linear.bias)
+    return Linear(function(linear.weight), bias)
+
+
+def _split_rows(linear: Linear, rows: Sequence[int]) -> tuple[Linear, ...]:
+    """Consecutive blocks of so many rows."""
+    biases = [None] * len(rows) if linear.bias is None else linear.bias.split(list(rows))
+    return tuple(map(Linear, linear.weight.split(list(rows)), biases))
+
+
+def _stack(parts: Sequence[Linear]) -> Linear:
+    parts = with_biases(parts)
+    biases = [each.bias for each in parts if each.bias is not None]
+    return Linear(_concatenate([each.weight for each in parts]), _concatenate(biases) if biases else None)
+
+
+def _pack(name: str, linear: Linear) -> dict[str, Tensor]:
+    packed = {f"{name}.weight": linear.weight}
+    return packed if linear.bias is None else {**packed, f"{name}.bias": linear.bias}
+
+
+def _concatenate(parts: Sequence[Tensor], dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat(list(parts), dim)
