@@ -23,28 +23,6 @@ for _variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
 signal.signal(signal.SIGINT, signal.default_int_handler)
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
-_SIZES: dict[str, Any] = {
-    "vocab_size": 67,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 256,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-_BLOOM_SIZES: dict[str, Any] = {
-    "vocab_size": 67, "hidden_size": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
-_DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": _SIZES,
-    "mistral": {**_SIZES, "sliding_window": None},
-    "bloom": _BLOOM_SIZES,
-    "qwen2": _SIZES,
-    "qwen3": {**_SIZES, "head_dim": 8},
-}
-
 # Folders whose files take longest; with `--dist loadfile --no-loadscope-reorder` files start in this order.
 _LONGEST = ("docs", "cpp", "packaging", "benchmarks", "cli", "engine")
 
@@ -85,7 +63,9 @@ def tiny_checkpoint(shared_folders: Any) -> TinyCheckpoint:
     def make(
         family: str, *, dtype: str = "float32", seed: int = 0, max_shard_size: str = "1GB", **config: Any
     ) -> Path:
-        config = {**_DEFAULTS[family], **config}
+        from support.family_cases import DEFAULTS
+
+        config = {**DEFAULTS[family], **config}
         return shared_folders.get(_write, family, dtype, seed, max_shard_size, config) / family
 
     return make

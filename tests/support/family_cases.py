@@ -1,0 +1,84 @@
+"""Tiny models of every family, as configs of transformers: defaults by model type, and the cases that parity
+tests run.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+VOCAB = 67
+TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
+# the names that most families use
+SIZES: dict[str, Any] = {
+    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, **TOKENS,
+}  # fmt: skip
+
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS},
+    "llama": SIZES,
+    "mistral": {**SIZES, "sliding_window": None},
+    "qwen2": SIZES,
+    "qwen3": {**SIZES, "head_dim": 8},
+}
+
+LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32, "rope_theta": 10000.0,
+}  # fmt: skip
+WINDOW = {"use_sliding_window": True, "sliding_window": 7}
+
+# Model types with changes of their defaults; every family has MHA and GQA where transformers has both.
+CASES: list[tuple[str, dict[str, Any]]] = [
+    ("bloom", {}),
+    ("bloom", {"n_head": 2, "n_layer": 3}),
+    ("bloom", {"hidden_size": 36, "n_head": 6}),
+    ("bloom", {"hidden_size": 88, "n_head": 11, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3}),
+    ("bloom", {"hidden_size": 64, "n_head": 16}),
+    ("llama", {}),
+    ("llama", {"num_key_value_heads": 4}),
+    ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
+    ("llama", {"attention_bias": True, "mlp_bias": True}),
+    ("llama", {"attention_bias": True, "num_attention_heads": 8, "num_key_value_heads": 2}),
+    ("llama", {"head_dim": 16}),
+    ("llama", {"head_dim": 6, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
+    ("llama", {"rope_parameters": LINEAR}),
+    ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
+    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000}}),
+    ("llama", {"hidden_act": "gelu"}),
+    ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
+    ("llama", {"hidden_act": "gelu_new"}),
+    ("llama", {"hidden_act": "relu"}),
+    ("mistral", {"sliding_window": 7}),
+    ("mistral", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("mistral", {"head_dim": 16, "sliding_window": 2}),
+    ("qwen2", {}),
+    ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("qwen2", {"num_hidden_layers": 3, "max_window_layers": 1, **WINDOW}),
+    (
+        "qwen2",
+        {
+            "num_hidden_layers": 3,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            **WINDOW,
+        },
+    ),
+    ("qwen2", {"rope_parameters": LINEAR}),
+    ("qwen3", {}),
+    ("qwen3", {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 16}),
+    ("qwen3", {"attention_bias": True, "rope_parameters": LLAMA3, "head_dim": 16}),
+    ("qwen3", {"max_window_layers": 1, **WINDOW}),
+]
+
+
+def case_name(value: object) -> str:
+    """Name of a part of a case in test ids."""
+    if isinstance(value, str):
+        return value
+    assert isinstance(value, dict)
+    shown = (
+        f"{key}={each.get('rope_type', 'by-layer') if isinstance(each, dict) else each}"
+        for key, each in value.items()
+    )
+    return ",".join(shown) or "plain"
