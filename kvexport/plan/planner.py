@@ -21,7 +21,7 @@ from kvexport.plan.memory import (
     memory,
     precision,
 )
-from kvexport.plan.sizes import Sizes, architecture, bundle_sizes
+from kvexport.plan.sizes import Sizes, bundle_sizes, trained_sizes
 from kvexport.plan.speed import DECODE, PREFILL, Band, decode_seconds, prefill_seconds
 
 _CONTEXTS = (2048, 8192, 32768)
@@ -140,9 +140,9 @@ def plan(
         stored = [precision(manifest.dtype, engine)]
         comparisons = compare(model, variants[0], stored[0], target)
     else:
-        trained = architecture(model)
+        trained = trained_sizes(model)
         counts = kv_heads or _shares(trained.kv_head_counts)
-        variants = [_with_eviction(trained.sizes(count), eviction) for count in counts]
+        variants = [_with_eviction(trained.with_kv_heads(count), eviction) for count in counts]
         stored = [precision(name, engine) for name in dtypes or _dtypes(engine)]
         comparisons = ()
     budget = None if target is None else target.usable_bytes

@@ -3,10 +3,8 @@ weights."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from kvexport.bundle.bundle import COPY_AGAIN
 from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE
@@ -14,17 +12,21 @@ from kvexport.bundle.manifest import BYTES, REBUILD, Manifest
 from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
+from kvexport.model.architecture import Architecture, LayerKind, read_architecture
 from kvexport.model.checkpoint import read_json
-from kvexport.model.config import require_unquantised, sizes_of, whole_number
-from kvexport.model.families import Family, family_of
+from kvexport.model.families import NORMS
 
 
 @dataclass(frozen=True)
 class Cache:
-    """A layer's cache of a token: `width` numbers in each of `heads` KV heads, key and value together."""
+    """A layer's cache of a token: `width` numbers in each of `heads` KV heads, key and value together.
+
+    `window`: sliding window in tokens; None: full attention.
+    """
 
     heads: int
     width: int
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -91,105 +93,123 @@ class Sizes:
         return tokens if self.eviction is None else self.eviction.slots(layer, tokens)
 
 
-@dataclass(frozen=True)
-class Architecture:
-    """A trained model, described by its config.json."""
+def trained_sizes(path: Path) -> TrainedSizes:
+    """The sizes of a checkpoint from its config.json, read as `kvexport build` reads it.
 
-    family: Family
-    config: Mapping[str, Any]
-    vocab: int
-    hidden: int
-    layers: int
-    num_heads: int
-    kv_heads: int
-    head_dim: int
-    intermediate: int
-    max_positions: int | None
-    tied: bool
-
-    @property
-    def kv_head_counts(self) -> list[int]:
-        """Numbers of KV heads that conversion can produce, in descending order."""
-        return [count for count in range(self.kv_heads, 0, -1) if self.kv_heads % count == 0]
-
-    def sizes(self, kv_heads: int) -> Sizes:
-        """The model with `kv_heads` KV heads in each layer, converted as `kvexport build` does by default.
-
-        With rotation keys use the online method: each layer keeps its trained W_K and gains a key map and a
-        query map. Without rotation keys are folded: W_K shrinks, and there are no maps.
-
-        Raises:
-            UsageError: `kv_heads` does not divide the trained number.
-        """
-        if kv_heads not in self.kv_head_counts:
-            raise UsageError(
-                "--kv-heads must divide the model's KV heads",
-                got=f"{kv_heads} of {self.kv_heads}",
-                expected=", ".join(map(str, self.kv_head_counts)),
-                fix="choose a number from the list",
-            )
-        family, hidden, dim, inner = self.family, self.hidden, self.head_dim, self.intermediate
-        converted = kv_heads != self.kv_heads
-        maps = converted and family.position == "rope"
-        queries, keys, values = (
-            self.num_heads * dim,
-            (self.kv_heads if maps else kv_heads) * dim,
-            kv_heads * dim,
-        )
-        qkv_rows, mlp_rows = queries + keys + values, (2 if family.gated else 1) * inner
-        matrices = (qkv_rows + queries + mlp_rows + inner) * hidden
-        rows = qkv_rows + hidden + mlp_rows + hidden
-        norm = 2 if family.norm_kind == "layer" else 1  # weight, and bias
-        small = 2 * norm * hidden
-        small += 2 * norm * dim if "q_norm" in family.layer else 0
-        small += qkv_rows if family.has_bias("qkv", self.config) else 0
-        small += (
-            hidden if converted or family.has_bias("o", self.config) else 0
-        )  # what the mean value loses is a bias
-        small += mlp_rows + hidden if family.has_bias("mlp", self.config) else 0
-        small += (self.kv_heads + self.num_heads) * dim * dim if maps else 0
-        norms_outside = norm * hidden * (1 if family.embedding_norm is None else 2)
-        return Sizes(
-            num_heads=self.num_heads,
-            hidden=hidden,
-            vocab=self.vocab,
-            max_positions=self.max_positions,
-            matrices=self.layers * matrices,
-            rows=self.layers * rows,
-            small=self.layers * small + norms_outside,
-            embedding=self.vocab * hidden,
-            head=0 if self.tied else self.vocab * hidden,
-            mlp_width=(3 if family.gated else 2) * inner,
-            caches=(Cache(kv_heads, 2 * dim),) * self.layers,
-            maps=maps,
-        )
-
-
-def architecture(path: Path) -> Architecture:
-    """Read the architecture from a config.json; `path` is that file or its folder.
+    Args:
+        path: that file, or its folder.
 
     Raises:
         CheckpointError: there is no such file, the family is unknown, or a setting is missing or impossible.
     """
     config = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
-    require_unquantised(config)
-    family = family_of(config)
-    settings = family.settings(config)
-    sizes = sizes_of(settings, rotated=family.position == "rope")
-    inner = config.get("intermediate_size")
-    return Architecture(
-        family=family,
-        config=config,
-        vocab=sizes.vocab,
-        hidden=sizes.hidden,
-        layers=sizes.layers,
-        num_heads=sizes.heads,
-        kv_heads=sizes.kv_heads,
-        head_dim=sizes.head_dim,
-        intermediate=4 * sizes.hidden if inner is None else whole_number("intermediate_size", inner),
-        max_positions=sizes.max_positions,
-        tied=bool(settings["tied"]),
-    )
+    return TrainedSizes(read_architecture(config))
+
+
+class TrainedSizes:
+    """Sizes of a trained model with any number of KV heads."""
+
+    def __init__(self, architecture: Architecture) -> None:
+        self.architecture = architecture
+
+    @property
+    def kv_head_counts(self) -> list[int]:
+        """Numbers of KV heads that conversion can produce, in descending order."""
+        heads = self.architecture.num_kv_heads
+        return [count for count in range(heads, 0, -1) if heads % count == 0]
+
+    def with_kv_heads(self, kv_heads: int) -> Sizes:
+        """The model with `kv_heads` KV heads in each layer, converted as `kvexport build` does by default.
+
+        Where a rotation, a norm or a clip follows W_K, keys use the online method: W_K stays as trained, and
+        the layer gains a key map and a query map. Elsewhere keys are folded: W_K shrinks, and there are no
+        maps.
+
+        Raises:
+            UsageError: `kv_heads` does not divide the trained number.
+        """
+        it, family = self.architecture, self.architecture.family
+        if kv_heads not in self.kv_head_counts:
+            raise UsageError(
+                "--kv-heads must divide the model's KV heads",
+                got=f"{kv_heads} of {it.num_kv_heads}",
+                expected=", ".join(map(str, self.kv_head_counts)),
+                fix="choose a number from the list",
+            )
+        converted = kv_heads != it.num_kv_heads
+        layers = [self._layer(kind, kv_heads) for kind in it.layers]
+        norms_outside = [family.names.embedding_norm, family.names.final_norm]
+        projections = [family.names.embedding_projection, family.names.output_projection]
+        outside = self._norm * sum(name is not None for name in norms_outside)
+        outside += it.hidden_size * it.embedding_size * sum(name is not None for name in projections)
+        outside += it.vocab_size if family.has_bias("head", it.config) else 0
+        if family.names.positions is not None:
+            outside += (it.max_positions or 0) * it.hidden_size
+        embedding = it.vocab_size * it.embedding_size
+        return Sizes(
+            num_heads=it.num_heads,
+            hidden=it.hidden_size,
+            vocab=it.vocab_size,
+            max_positions=it.max_positions,
+            matrices=sum(layer.matrices for layer in layers),
+            rows=sum(layer.rows for layer in layers),
+            small=sum(layer.small for layer in layers) + outside,
+            embedding=embedding,
+            head=0 if it.tied else embedding,
+            mlp_width=(3 if family.is_gated else 2) * it.intermediate_size,
+            caches=tuple(Cache(kv_heads, 2 * it.head_dim, kind.window) for kind in it.layers),
+            maps=converted and any(map(self._needs_maps, it.layers)),
+        )
+
+    @property
+    def _norm(self) -> int:
+        """Numbers of a norm over the hidden size."""
+        family = self.architecture.family
+        return self.architecture.hidden_size * (family.norm_weight + family.norm_bias)
+
+    def _needs_maps(self, kind: LayerKind) -> bool:
+        it = self.architecture
+        return kind.rope is not None or it.family.qk_norm is not None or it.clip is not None
+
+    def _layer(self, kind: LayerKind, kv_heads: int) -> _LayerSizes:
+        it, family, dim = self.architecture, self.architecture.family, self.architecture.head_dim
+        trained, hidden, inner = it.num_kv_heads, it.hidden_size, it.intermediate_size
+        converted = kv_heads != trained
+        maps = converted and self._needs_maps(kind)
+        encoder = converted and it.clip is not None  # clipped values are encoded after the clip
+        queries = it.num_heads * dim
+        keys, values = (trained if maps else kv_heads) * dim, (trained if encoder else kv_heads) * dim
+        qkv_rows, mlp_rows = queries + keys + values, (2 if family.is_gated else 1) * inner
+        small = self._norm * sum(name in family.names.layer for name in NORMS)
+        small += self._qk_norm()
+        small += qkv_rows if family.has_bias("qkv", it.config) else 0
+        # what the mean value loses is a bias of o
+        small += hidden if converted or family.has_bias("o", it.config) else 0
+        small += mlp_rows + hidden if family.has_bias("mlp", it.config) else 0
+        small += (trained + it.num_heads) * dim * dim if maps else 0
+        small += trained * dim * dim if encoder else 0
+        return _LayerSizes(
+            matrices=(qkv_rows + queries + mlp_rows + inner) * hidden,
+            rows=qkv_rows + hidden + mlp_rows + hidden,
+            small=small,
+        )
+
+    def _qk_norm(self) -> int:
+        """Numbers of the norms of queries and keys."""
+        it, norm = self.architecture, self.architecture.family.qk_norm
+        if norm is None:
+            return 0
+        heads = 2 if norm.over == "head" else it.num_heads + it.num_kv_heads
+        return heads * it.head_dim * (1 + norm.bias)
+
+
+@dataclass(frozen=True)
+class _LayerSizes:
+    """Numbers of one layer, as in `Sizes`."""
+
+    matrices: int
+    rows: int
+    small: int
 
 
 def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
@@ -224,7 +244,8 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
         head=head,
         mlp_width=max(0, mlp) // (len(layers) * model.hidden_size),
         caches=tuple(
-            Cache(layer.num_key_value_heads, layer.key_head_dim + layer.value_head_dim) for layer in layers
+            Cache(layer.num_key_value_heads, layer.key_head_dim + layer.value_head_dim, layer.window)
+            for layer in layers
         ),
         eviction=manifest.eviction,
     )

@@ -11,7 +11,7 @@ from support.anchors import CONFIGS
 
 from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.plan.memory import kv_bytes_per_token, largest_context, memory, precision, weight_bytes
-from kvexport.plan.sizes import Cache, Sizes, architecture
+from kvexport.plan.sizes import Cache, Sizes, trained_sizes
 
 SMALL = Sizes(
     num_heads=4,
@@ -31,7 +31,7 @@ SMALL = Sizes(
 @pytest.fixture
 def llama(tmp_path: Path) -> Sizes:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Llama-2-7B"]))
-    return architecture(tmp_path).sizes(32)
+    return trained_sizes(tmp_path).with_kv_heads(32)
 
 
 def test_weight_bytes_equal_a_computation_by_hand() -> None:

@@ -18,7 +18,7 @@ from kvexport.errors import BundleError, CheckpointError, UsageError
 from kvexport.model.decoder import tensors_of
 from kvexport.model.loader import load_decoder
 from kvexport.plan.memory import precision, weight_bytes
-from kvexport.plan.sizes import architecture, bundle_sizes
+from kvexport.plan.sizes import bundle_sizes, trained_sizes
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -37,14 +37,14 @@ TinyCheckpoint = Callable[..., Path]
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_published_model_has_its_published_parameters(name: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS[name]))
-    trained = architecture(tmp_path)
-    assert trained.sizes(trained.kv_heads).parameters == PARAMETERS[name]
+    trained = trained_sizes(tmp_path)
+    assert trained.with_kv_heads(trained.architecture.num_kv_heads).parameters == PARAMETERS[name]
 
 
 def test_reads_a_config_by_its_own_path(tmp_path: Path) -> None:
     path = tmp_path / "qwen.json"
     path.write_text(json.dumps(CONFIGS["Qwen3-0.6B"]))
-    assert architecture(path).hidden == 1024
+    assert trained_sizes(path).architecture.hidden_size == 1024
 
 
 def count_numbers(decoder: Any, layers: Any) -> int:
@@ -61,8 +61,8 @@ def test_parameters_equal_those_of_the_checkpoint(
     tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]
 ) -> None:
     path = tiny_checkpoint(family, **config)
-    decoder, trained = load_decoder(path), architecture(path)
-    sizes = trained.sizes(trained.kv_heads)
+    decoder, trained = load_decoder(path), trained_sizes(path)
+    sizes = trained.with_kv_heads(trained.architecture.num_kv_heads)
     assert sizes.parameters == count_numbers(decoder, decoder.layers)
     assert sizes.kv_width == sum(layer.attention.kv_width for layer in decoder.layers)
     assert not sizes.maps
@@ -73,10 +73,12 @@ def test_parameters_equal_those_of_a_conversion(
     tiny_checkpoint: TinyCheckpoint, family: str, config: dict[str, Any]
 ) -> None:
     path = tiny_checkpoint(family, **config)
-    decoder, trained = load_decoder(path), architecture(path)
+    decoder, trained = load_decoder(path), trained_sizes(path)
     windows = torch.randint(0, 60, (16, 24), generator=torch.Generator().manual_seed(0))
-    layers = [each.layer for each in plain(decoder, windows, trained.kv_heads // 2, "online")]
-    sizes = trained.sizes(trained.kv_heads // 2)
+    layers = [
+        each.layer for each in plain(decoder, windows, trained.architecture.num_kv_heads // 2, "online")
+    ]
+    sizes = trained.with_kv_heads(trained.architecture.num_kv_heads // 2)
     assert sizes.parameters == count_numbers(decoder, layers)
     assert sizes.kv_width == sum(layer.attention.kv_width for layer in layers)
     assert sizes.maps == any(layer.attention.key_map is not None for layer in layers)
@@ -85,13 +87,15 @@ def test_parameters_equal_those_of_a_conversion(
 def test_sizes_need_no_weights(tiny_checkpoint: TinyCheckpoint, tmp_path: Path) -> None:
     config = json.loads((tiny_checkpoint("llama") / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    assert architecture(tmp_path).sizes(2) == architecture(tiny_checkpoint("llama")).sizes(2)
+    assert trained_sizes(tmp_path).with_kv_heads(2) == trained_sizes(tiny_checkpoint("llama")).with_kv_heads(
+        2
+    )
 
 
 @pytest.mark.parametrize("kv_heads", [0, 3, 8, -2])
 def test_kv_heads_must_divide_the_trained_number(tiny_checkpoint: TinyCheckpoint, kv_heads: int) -> None:
     with pytest.raises(UsageError, match="divide"):
-        architecture(tiny_checkpoint("llama", num_key_value_heads=4)).sizes(kv_heads)
+        trained_sizes(tiny_checkpoint("llama", num_key_value_heads=4)).with_kv_heads(kv_heads)
 
 
 @pytest.mark.parametrize(
@@ -109,12 +113,12 @@ def test_rejects_a_config_that_build_rejects(
     tiny_checkpoint: TinyCheckpoint, edit_checkpoint: Any, change: dict
 ) -> None:
     with pytest.raises(CheckpointError):
-        architecture(edit_checkpoint(tiny_checkpoint("llama"), change))
+        trained_sizes(edit_checkpoint(tiny_checkpoint("llama"), change))
 
 
 def test_rejects_a_folder_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="it has no config"):
-        architecture(tmp_path)
+        trained_sizes(tmp_path)
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -149,6 +153,6 @@ def test_a_bundle_is_as_large_as_was_planned(tiny_checkpoint: TinyCheckpoint, tm
         "llama", hidden_size=128, intermediate_size=256, vocab_size=2048, num_hidden_layers=3
     )
     bundle = write_bundle(tmp_path / "bundle", load_decoder(path), dtype="float32")
-    planned = weight_bytes(architecture(path).sizes(2), precision("float32", "onnxruntime"))
+    planned = weight_bytes(trained_sizes(path).with_kv_heads(2), precision("float32", "onnxruntime"))
     written = read_manifest(bundle).files["decoder.onnx.data"].bytes
     assert planned < written < 1.05 * planned

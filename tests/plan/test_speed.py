@@ -12,7 +12,7 @@ from support.anchors import CONFIGS, FITTED, HELD_OUT, PREFILL_SECONDS, SLOWER, 
 
 from kvexport.devices.targets import load_target
 from kvexport.plan.memory import precision
-from kvexport.plan.sizes import Sizes, architecture
+from kvexport.plan.sizes import Sizes, trained_sizes
 from kvexport.plan.speed import (
     DECODE,
     LAYER_SECONDS,
@@ -32,8 +32,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Sizes]:
     found = {}
     for name, config in CONFIGS.items():
         (folder / "config.json").write_text(json.dumps(config))
-        trained = architecture(folder)
-        found[name] = trained.sizes(trained.kv_heads)
+        trained = trained_sizes(folder)
+        found[name] = trained.with_kv_heads(trained.architecture.num_kv_heads)
     return found
 
 
@@ -119,7 +119,7 @@ def test_float16_llama_is_slower_than_its_bytes_allow(models: dict[str, Sizes]) 
 
 def test_fewer_kv_heads_help_more_the_longer_the_context(models: dict[str, Sizes], tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(CONFIGS["Llama-2-7B"]))
-    whole, quarter = (architecture(tmp_path).sizes(count) for count in (32, 8))
+    whole, quarter = (trained_sizes(tmp_path).with_kv_heads(count) for count in (32, 8))
     agx = load_target("agx-orin-64gb")
     gains = [
         decode_seconds(whole, INT4, agx, depth, DECODE.typical)
