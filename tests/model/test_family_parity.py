@@ -227,7 +227,7 @@ def test_rotary_tables_are_bit_identical_to_transformers(
 ) -> None:
     path = edit_checkpoint(tiny_checkpoint("llama", head_dim=128), config=rope)
     positions = torch.cat((torch.arange(512), torch.tensor([4095, 65536, 131071])))[None]
-    ours = load_decoder(path).rope
+    ours = load_decoder(path).layers[0].attention.rope
     assert ours is not None
     cos, sin = reference.rotary_tables(ours, positions, torch.float32)
     theirs = their_model(path, torch.float32).model.rotary_emb
@@ -239,7 +239,8 @@ def test_rotary_tables_are_bit_identical_to_transformers(
 
 def test_llama3_scaling_of_the_test_has_all_three_bands(tiny_checkpoint: Callable[..., Path]) -> None:
     def frequencies(rope: dict[str, Any]) -> torch.Tensor:
-        found = load_decoder(tiny_checkpoint("llama", head_dim=16, rope_parameters=rope)).rope
+        path = tiny_checkpoint("llama", head_dim=16, rope_parameters=rope)
+        found = load_decoder(path).layers[0].attention.rope
         assert found is not None
         return found.inv_freq
 
