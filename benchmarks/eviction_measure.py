@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from kvexport.eviction.config import Eviction
 from kvexport.eviction.reference_cache import EvictingCache
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder
+from kvexport.model.decoder import Attention, Decoder
 from kvexport.model.divergence import DivergenceMeter
 from kvexport.model.reference import Cache, LayerCache
 
@@ -97,22 +98,22 @@ def _stepwise(decoder: Decoder, windows: Tensor, first: int, eviction: Eviction 
     at = positions(len(windows), 0, windows.shape[1])
     x = reference.embed(decoder.embedding, windows)
     for index, layer in enumerate(decoder.layers):
-        attention, rope = layer.attention, decoder.rope
-        tables = reference.rotary_tables(rope, at, x.dtype) if rope is not None else None
-        projected = reference.project(attention, reference.norm(layer.attention_norm, x), tables)
-        query = reference.map_queries(attention, projected.query_rotated)
-        key = reference.map_keys(attention, projected.key_rotated)
-        scores = reference.scores(attention, query, key) + reference.visibility(attention, at, at[0], x.dtype)
-        if eviction is not None and eviction.evicts(index):
-            gone = leaves(key, eviction, index, attention.window).repeat_interleave(
-                attention.queries_per_kv_head, 1
-            )
-            scores = scores.masked_fill(at[:, None, :, None] >= gone[:, :, None], -torch.inf)
-        x = x + reference.linear(
-            attention.o, reference.mix(attention, reference.weights(scores), projected.value)
-        )
-        x = x + reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, x))
+        evicts = None if eviction is None or not eviction.evicts(index) else eviction
+        x = reference.run_block(layer, x, partial(_attend, layer.attention, at, evicts, index)).residual
     return reference.logits(decoder, x[:, first:])
+
+
+def _attend(attention: Attention, at: Tensor, eviction: Eviction | None, layer: int, x: Tensor) -> Tensor:
+    """The attention's output of normed inputs x [N, S, hidden], from which evicted tokens are hidden."""
+    projected = reference.project(attention, x, at)
+    query = reference.map_queries(attention, projected.query_rotated)
+    key = reference.map_keys(attention, projected.key_rotated)
+    scores = reference.scores(attention, query, key) + reference.visibility(attention, at, at[0], x.dtype)
+    if eviction is not None:
+        gone = leaves(key, eviction, layer, attention.window)
+        gone = gone.repeat_interleave(attention.queries_per_kv_head, 1)
+        scores = scores.masked_fill(at[:, None, :, None] >= gone[:, :, None], -torch.inf)
+    return reference.linear(attention.o, reference.mix(attention, reference.weights(scores), projected.value))
 
 
 def leaves(key: Tensor, eviction: Eviction, layer: int, window: int | None) -> Tensor:

@@ -19,7 +19,7 @@ from torch import Tensor
 from kvexport.calibrate import windows as attention_windows
 from kvexport.errors import UsageError
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder
+from kvexport.model.decoder import Attention, Decoder
 
 OFFSETS = (0, 256, 512, 1024, 2048)  # of the first token, and the last window of the context
 WINDOWS = 32  # of each text
@@ -30,18 +30,18 @@ TRAINED = "trained"
 def stream_at(decoder: Decoder, windows: Tensor, offset: int) -> Tensor:
     """The residual stream [N, S, hidden] after the last layer of token ids [N, S] at positions offset ..
     offset + S - 1."""
-    assert decoder.rope is not None
-    x = reference.embed(decoder.embedding, windows)
-    positions = offset + torch.arange(windows.shape[1])
+    positions = offset + torch.arange(windows.shape[1])[None]
+    x = reference.embed(decoder.embedding, windows, positions)
     for layer in decoder.layers:
-        attention = layer.attention
-        for batch in attention_windows.batches(range(len(x)), x.shape[1], attention.num_heads):
-            part = x[batch]
-            tables = reference.rotary_tables(decoder.rope, positions.expand(part.shape[:2]), x.dtype)
-            projected = reference.project(attention, reference.norm(layer.attention_norm, part), tables)
-            part += reference.linear(attention.o, attention_windows.head_outputs(attention, projected))
-            part += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, part))
+        attend = partial(_attend_at, layer.attention, positions)
+        for batch in attention_windows.batches(range(len(x)), x.shape[1], layer.attention.num_heads):
+            x[batch] = reference.run_block(layer, x[batch], attend).residual
     return x
+
+
+def _attend_at(attention: Attention, positions: Tensor, x: Tensor) -> Tensor:
+    projected = reference.project(attention, x, positions)
+    return reference.linear(attention.o, attention_windows.head_outputs(attention, projected))
 
 
 def offsets(length: int, long: int) -> list[int]:
@@ -70,10 +70,8 @@ def curve(bench: Bench, name: str, long: int) -> dict[str, Any]:
         UsageError: the model does not rotate.
     """
     decoder, places = bench.decoder, offsets(bench.length, long)
-    if decoder.rope is None:
-        raise UsageError(
-            "an offset says something of rotary positions only", got=bench.attention.position, expected="rope"
-        )
+    if bench.attention.rope is None:
+        raise UsageError("an offset says something of rotary positions only", got="a model without RoPE")
     if name != TRAINED:
         method, capacity = lines(bench.length, long)[name]
         choice = chosen(method, 0.5, capacity)(bench, bench.calibration())

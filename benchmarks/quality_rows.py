@@ -185,7 +185,7 @@ def _plain(name: str, ratio: float, change: Callable[[Method], Method] = lambda 
         methods = methods_for(name, bench.attention)
         shape = uniform_shape(CompressionRequest(kv_ratio=ratio), methods, bench.attention)
         method = dataclasses.replace(
-            methods[0], matched=methods[0].matched and bench.attention.position != "alibi"
+            methods[0], matched=methods[0].matched and bench.attention.alibi_slopes is None
         )
         return CompressionPlan([LayerPlan(change(method), shape)] * len(bench.decoder.layers))
 

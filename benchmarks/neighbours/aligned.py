@@ -15,10 +15,12 @@ within the budget.
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from kvexport.calibrate import windows as attention_windows
 from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 
 from .grouping import annealed_groups
@@ -31,7 +33,7 @@ from .result import (
     require_plain_keys,
     whole,
 )
-from .stream import LayerMoments, Stream, attend_with, augmented
+from .stream import LayerMoments, Stream, augmented
 
 ROUNDS, ENOUGH = 100, 1e-9
 ROUNDING = "KV heads rounded down to a divisor of the trained number"
@@ -49,7 +51,7 @@ def aligned_mean(decoder: Decoder, windows: Tensor, kv_ratio: float, renorm: boo
         attention = merged(layer.attention, moments, groups, renorm)
         return NeighbourLayer(
             dataclasses.replace(layer, attention=attention),
-            attend_with(attention),
+            partial(attention_windows.attend, attention),
             attention.kv_width,
             attention_macs(attention),
             attention_parameters(attention),

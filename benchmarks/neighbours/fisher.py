@@ -22,7 +22,7 @@ from .grouping import group_size
 from .palu import palu_layer
 from .recalkv import recalkv_layer
 from .result import Neighbour, NeighbourLayer, convert_layers, require_trained, whole
-from .stream import LayerMoments, Stream, positions_of
+from .stream import LayerMoments, Stream
 
 WINDOWS = 32  # at most: gradients of the whole model, one window at a time
 ROUNDING = "ranks by Fisher information, rounded by largest remainder within the budget"
@@ -84,9 +84,9 @@ def fisher(decoder: Decoder, windows: Tensor) -> list[float]:
     squares = [torch.zeros_like(weight, dtype=torch.float64) for weight in weights]
     with torch.enable_grad():
         for window in windows:
-            x = reference.embed(decoder.embedding, window[None])
+            x, positions = reference.embed(decoder.embedding, window[None]), torch.arange(len(window))[None]
             for layer in layers:
-                x = reference.run_layer(layer, x, positions_of(x), decoder.rope).residual
+                x = reference.run_layer(layer, x, positions).residual
             loss = F.cross_entropy(reference.logits(decoder, x)[0, :-1], window[1:])
             for square, gradient in zip(squares, torch.autograd.grad(loss, weights), strict=True):
                 square += gradient.double().square()

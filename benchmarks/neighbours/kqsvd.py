@@ -11,14 +11,16 @@ Query heads that share a KV head are stacked, their W_O too (the released code a
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from kvexport.calibrate import windows as attention_windows
 from kvexport.model.decoder import Attention, Decoder, Layer, Linear
 
 from .result import Neighbour, NeighbourLayer, attention_macs, attention_parameters, convert_layers, halves
-from .stream import LayerMoments, Stream, attend_with
+from .stream import LayerMoments, Stream
 
 ROUNDING = "ranks of a head, half to keys and half to values, rounded down together"
 _NOTHING = 1e-12  # of the largest singular value
@@ -31,7 +33,7 @@ def kqsvd(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighbour:
         attention = projected(layer.attention, moments, *halves(2 * kv_ratio * layer.attention.head_dim))
         return NeighbourLayer(
             dataclasses.replace(layer, attention=attention),
-            attend_with(attention),
+            partial(attention_windows.attend, attention),
             attention.kv_width,
             attention_macs(attention),
             attention_parameters(attention),

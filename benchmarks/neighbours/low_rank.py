@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from kvexport.model.decoder import Attention, Layer, Linear
+from kvexport.calibrate import windows as attention_windows
+from kvexport.model.decoder import Attention, Layer, Linear, tensors_of
 
 from .result import Macs, NeighbourLayer
-from .stream import attend_with
 
 
 def leading(moment: Tensor, rank: int) -> Tensor:
@@ -75,7 +76,7 @@ def rebuilding_layer(
     )
     return NeighbourLayer(
         dataclasses.replace(layer, attention=changed),
-        attend_with(changed),
+        partial(attention_windows.attend, changed),
         key_groups * key_rank + value_groups * value_rank,
         macs,
         parameters,
@@ -107,5 +108,7 @@ def _costs(
         sum(each.bias.numel() for each in (attention.q, attention.k) if each.bias is not None)
         + hidden * folded
     )
-    norms = sum(each.weight.numel() for each in (attention.q_norm, attention.k_norm) if each is not None)
+    norms = sum(
+        tensor.numel() for each in (attention.q_norm, attention.k_norm) for tensor in tensors_of(each)
+    )
     return macs, attention.q.weight.numel() + rebuild + down + output + biases + norms

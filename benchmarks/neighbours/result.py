@@ -42,7 +42,7 @@ def attention_macs(attention: Attention) -> Macs:
         attention.query_map,
         attention.value_map,
     )
-    rotated = (heads + attention.key_heads) * attention.head_dim if attention.position == "rope" else 0
+    rotated = (heads + attention.key_heads) * attention.head_dim if attention.rope is not None else 0
     products = sum(part.numel() for part in parts if part is not None)
     return Macs(heads * (attention.key_dim + attention.value_dim), products + 2 * rotated)
 
@@ -157,10 +157,8 @@ def require_trained(attention: Attention) -> None:
     Raises:
         UsageError: the attention does not rotate, or is converted already.
     """
-    if attention.position != "rope":
-        raise UsageError(
-            "the published neighbours are for rotary positions", got=attention.position, expected="rope"
-        )
+    if attention.rope is None:
+        raise UsageError("the published neighbours are for rotary positions", got="a layer without RoPE")
     if attention.query_map is not None or attention.key_map is not None or attention.value_map is not None:
         raise UsageError(
             "the published neighbours convert trained models", got="a layer that is converted already"

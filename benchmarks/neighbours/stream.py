@@ -6,29 +6,19 @@ what any method does with them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
+from kvexport.calibrate import windows as attention_windows
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Decoder, Layer, Linear, Rope
+from kvexport.model.decoder import Decoder, Layer, Linear
 
-_SCORES = 1 << 21  # attention scores held at once, unless a single window has more
-
-Attend = Callable[[Tensor, Tensor, "Rope | None"], Tensor]
-"""Normed inputs [B, S, hidden], positions [B, S] and the rotary table to the attention output [B, S,
-hidden]."""
-
-
-def attend_with(attention: Attention) -> Attend:
-    """The reference's own attention."""
-
-    def attend(x: Tensor, positions: Tensor, rope: Rope | None) -> Tensor:
-        return reference.linear(attention.o, reference.head_outputs(attention, x, positions, rope)[0])
-
-    return attend
+Attend = Callable[[Tensor], Tensor]
+"""Normed inputs [B, S, hidden] at positions 0 .. S - 1 to the attention output [B, S, hidden]."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +55,6 @@ class Stream:
 
     @torch.no_grad()
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
-        self.rope = decoder.rope
         self.x = reference.embed(decoder.embedding, windows)
 
     @torch.no_grad()
@@ -75,15 +64,12 @@ class Stream:
         heads, width, hidden = attention.num_kv_heads, attention.head_dim, self.x.shape[-1]
         inputs = torch.zeros(hidden + 1, hidden + 1, dtype=torch.float64)
         keys, queries = (torch.zeros(heads, width, width, dtype=torch.float64) for _ in range(2))
-        for batch in self._batches(attention):
-            x = reference.norm(layer.attention_norm, self.x[batch])
+        for batch in attention_windows.batches(range(len(self.x)), self.x.shape[1], attention.num_heads):
+            x = reference.normed(layer.attention_norm, self.x[batch])
             rows = x.double().flatten(0, 1)
             rows = torch.cat((rows, rows.new_ones(len(rows), 1)), dim=1)
             inputs += rows.T @ rows
-            tables = (
-                None if self.rope is None else reference.rotary_tables(self.rope, positions_of(x), x.dtype)
-            )
-            projected = reference.project(attention, x, tables)
+            projected = attention_windows.project(attention, x)
             for total, each in ((keys, projected.key_rotated), (queries, projected.query_rotated)):
                 stacked = each.double().transpose(0, 1).flatten(1, 2).unflatten(0, (heads, -1)).flatten(1, 2)
                 total += stacked.transpose(1, 2) @ stacked
@@ -93,19 +79,8 @@ class Stream:
     @torch.no_grad()
     def advance(self, layer: Layer, attend: Attend | None = None) -> None:
         """Take the stream past the layer in place, with `attend` for its attention if that is given."""
-        attend = attend or attend_with(layer.attention)
-        for batch in self._batches(layer.attention):
-            x = self.x[batch]
-            normed = reference.norm(layer.attention_norm, x)
-            x += attend(normed, positions_of(x), self.rope)
-            x += reference.mlp(layer.mlp, reference.norm(layer.mlp_norm, x))
-
-    def _batches(self, attention: Attention) -> Iterator[slice]:
-        count, length = self.x.shape[:2]
-        size = max(1, _SCORES // (attention.num_heads * length * length))
-        return (slice(at, at + size) for at in range(0, count, size))
-
-
-def positions_of(x: Tensor) -> Tensor:
-    """0..S-1 for each row of [B, S, ...]."""
-    return torch.arange(x.shape[1]).expand(x.shape[:2])
+        attend = attend or partial(attention_windows.attend, layer.attention)
+        for batch in attention_windows.batches(
+            range(len(self.x)), self.x.shape[1], layer.attention.num_heads
+        ):
+            self.x[batch] = reference.run_block(layer, self.x[batch], attend).residual

@@ -24,12 +24,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kvexport.calibrate import windows as attention_windows
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer, Linear, Rope
 
 from .low_rank import leading
 from .result import Macs, Neighbour, NeighbourLayer, convert_layers, require_plain_keys, whole
-from .stream import LayerMoments, Stream, attend_with, augmented, positions_of
+from .stream import LayerMoments, Stream, augmented
 
 TRIED = 4  # windows
 _NOTHING = 1e-6
@@ -50,9 +51,10 @@ class LatentAttention:
     def rotated(self) -> int:
         return 2 * len(self.frequencies)
 
-    def __call__(self, x: Tensor, positions: Tensor, rope: Rope | None) -> Tensor:
-        """Attention output [B, S, hidden]; the table of the model is not used."""
-        trained, tables = self.trained, reference.rotary_tables(Rope(self.frequencies), positions, x.dtype)
+    def __call__(self, x: Tensor) -> Tensor:
+        """Attention output [B, S, hidden] of normed inputs at positions 0 .. S - 1."""
+        trained, positions = self.trained, torch.arange(x.shape[1])[None]
+        tables = reference.rotary_tables(Rope(self.frequencies), positions, x.dtype)
         query = reference.linear(trained.q, x).unflatten(-1, (trained.num_heads, -1)).transpose(1, 2)
         shared = trained.queries_per_kv_head
         query = self._rotate(query @ self.query_map.repeat_interleave(shared, dim=0), tables)
@@ -96,15 +98,10 @@ def transmla(decoder: Decoder, windows: Tensor, kv_ratio: float) -> Neighbour:
         attention = layer.attention
         require_plain_keys(attention, "TransMLA")
         budget = whole(kv_ratio * 2 * attention.num_kv_heads * attention.head_dim)
-        x = reference.norm(layer.attention_norm, stream.x[:TRIED])
-        positions = positions_of(x)
-        wanted = attend_with(attention)(x, positions, decoder.rope)
-        assert decoder.rope is not None
-        made = (
-            latent_attention(attention, moments, decoder.rope, *each, budget)
-            for each in choices(attention, budget)
-        )
-        best = min(made, key=lambda each: float((each(x, positions, None) - wanted).double().square().sum()))
+        x = reference.normed(layer.attention_norm, stream.x[:TRIED])
+        wanted = attention_windows.attend(attention, x)
+        made = (latent_attention(attention, moments, *each, budget) for each in choices(attention, budget))
+        best = min(made, key=lambda each: float((each(x) - wanted).double().square().sum()))
         return NeighbourLayer(layer, best, len(best.down.weight), best.macs, best.parameters)
 
     return Neighbour("transmla", decoder, convert_layers(decoder, windows, convert), ROUNDING)
@@ -155,11 +152,12 @@ def rotation(keys: Tensor, heads: int, fold: int, rotated: int, frequencies: Ten
 
 
 def latent_attention(
-    attention: Attention, moments: LayerMoments, rope: Rope, rotated: int, fold: int, budget: int
+    attention: Attention, moments: LayerMoments, rotated: int, fold: int, budget: int
 ) -> LatentAttention:
     """A layer that caches `budget` numbers a token, or as many as there are, `rotated` of them rotated."""
     heads, width = attention.num_kv_heads, attention.head_dim
-    turn, table = rotation(moments.outputs(attention.k), heads, fold, rotated, rope.inv_freq)
+    assert attention.rope is not None
+    turn, table = rotation(moments.outputs(attention.k), heads, fold, rotated, attention.rope.inv_freq)
     kept, free = turn[:, :rotated], turn[:, rotated:]
     key, value = augmented(attention.k), augmented(attention.v)
     joint = torch.cat((free.T @ key, value))  # [free + h·d, hidden + 1]

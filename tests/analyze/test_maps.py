@@ -22,11 +22,10 @@ ORDER = (2, 0, 3, 1)
 
 @pytest.mark.parametrize("style", STYLES)
 def test_maps_equal_attention_pair_by_pair(style: str) -> None:
-    attention, rope = make_attention(style, sharpness=2.0)
+    attention = make_attention(style, sharpness=2.0)
     x = random_inputs(1, 9)
-    found = attention_map(attention, x, rope)[0]
-    tables = None if rope is None else reference.rotary_tables(rope, torch.arange(9)[None], x.dtype)
-    projected = reference.project(attention, x, tables)
+    found = attention_map(attention, x)[0]
+    projected = reference.project(attention, x, torch.arange(9)[None])
     query, key = projected.query_rotated[0], projected.key_rotated[0]
     for head in range(attention.num_heads):
         for m in range(9):
@@ -63,14 +62,12 @@ def test_each_model_runs_on_its_own_stream_with_heads_in_trained_order() -> None
     maps = recorder.finish()
     x = reference.embed(decoder.embedding, window[None])
     for layer, original, compressed in zip(decoder.layers, maps.original, maps.compressed, strict=True):
-        wanted = attention_map(layer.attention, reference.norm(layer.attention_norm, x), decoder.rope)[0]
+        wanted = attention_map(layer.attention, reference.norm(layer.attention_norm, x))[0]
         torch.testing.assert_close(original, wanted)
         torch.testing.assert_close(compressed, wanted)
-        moved = attention_map(
-            reordered(layer).attention, reference.norm(layer.attention_norm, x), decoder.rope
-        )[0]
+        moved = attention_map(reordered(layer).attention, reference.norm(layer.attention_norm, x))[0]
         assert not torch.allclose(moved, wanted, atol=0.01)  # so the order was put right
-        x = reference.run_layer(layer, x, torch.arange(10)[None], decoder.rope).residual
+        x = reference.run_layer(layer, x, torch.arange(10)[None]).residual
     assert max(max(heads) for heads in maps.distance()) < 1e-12
 
 
@@ -90,7 +87,7 @@ def test_maps_include_errors_of_earlier_layers() -> None:
 
 @pytest.mark.parametrize("width", [4, 8, 16])
 def test_finds_heads_after_compression_and_reordering(width: int) -> None:
-    attention: Attention = make_attention(heads=6, hidden=48)[0]
+    attention: Attention = make_attention(heads=6, hidden=48)
     order = [4, 1, 5, 0, 2, 3]
     generator = torch.Generator().manual_seed(0)
     rows = attention.q.weight.unflatten(0, (6, -1))
@@ -111,8 +108,8 @@ def unpacked(text: str, tokens: int) -> Tensor:
 
 
 def test_packed_maps_are_within_the_stated_error() -> None:
-    attention, rope = make_attention(sharpness=3.0)
-    maps = attention_map(attention, random_inputs(1, 12), rope)[0]
+    attention = make_attention(sharpness=3.0)
+    maps = attention_map(attention, random_inputs(1, 12))[0]
     for text, wanted in zip(packed(maps), maps, strict=True):
         assert float((unpacked(text, 12) - wanted).abs().max()) < 0.004
         assert len(base64.b64decode(text)) == 12 * 13 // 2

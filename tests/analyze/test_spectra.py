@@ -37,7 +37,7 @@ def caches(decoder: Decoder, windows: Tensor) -> list[dict[str, Tensor]]:
         if attention.k_norm is not None:
             key = reference.norm(attention.k_norm, key.unflatten(-1, (attention.num_kv_heads, -1))).flatten(2)
         held = {"value": stacked(tap.value), "key": stacked(tap.key)}
-        if attention.position == "rope":
+        if attention.rope is not None:
             held |= {"key_before_rope": key.flatten(0, 1), "key_after_rope": held.pop("key")}
         found.append(held)
     return found

@@ -14,6 +14,7 @@ import torch
 from support.decoders import make_decoder, random_windows
 from torch import Tensor
 
+from kvexport.calibrate.windows import attend
 from kvexport.errors import UsageError
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, Linear
@@ -287,13 +288,11 @@ def test_rotating_all_heads_alike_loses_nothing() -> None:
     decoder = _decoder("gqa", kv_heads=4)
     layer, moments = _first(decoder)
     x = reference.norm(layer.attention_norm, reference.embed(decoder.embedding, _windows(decoder)))
-    wanted = stream.attend_with(layer.attention)(x, stream.positions_of(x), decoder.rope)
+    wanted = attend(layer.attention, x)
 
     def made(rotated: int, fold: int, latent: int = 32) -> Tensor:
-        code = transmla.latent_attention(
-            layer.attention, moments, decoder.rope, rotated, fold, rotated + latent
-        )
-        return code(x, stream.positions_of(x), None)
+        code = transmla.latent_attention(layer.attention, moments, rotated, fold, rotated + latent)
+        return code(x)
 
     torch.testing.assert_close(made(32, 1), wanted)
     for rotated, fold, latent in (
@@ -307,11 +306,11 @@ def test_rotating_all_heads_alike_loses_nothing() -> None:
 def test_rotations_are_orthogonal_and_frequencies_are_the_models() -> None:
     decoder = _decoder()
     layer, moments = _first(decoder)
-    keys = moments.outputs(layer.attention.k)
+    keys, inv_freq = moments.outputs(layer.attention.k), layer.attention.rope.inv_freq
     for rotated, fold in transmla.choices(layer.attention, 100):
-        turn, table = transmla.rotation(keys, HEADS, fold, rotated, decoder.rope.inv_freq)
+        turn, table = transmla.rotation(keys, HEADS, fold, rotated, inv_freq)
         torch.testing.assert_close(turn.T @ turn, torch.eye(64, dtype=torch.float64))
-        assert 2 * len(table) == rotated and set(table.tolist()) <= set(decoder.rope.inv_freq.tolist())
+        assert 2 * len(table) == rotated and set(table.tolist()) <= set(inv_freq.tolist())
     assert {fold for _, fold in transmla.choices(layer.attention, 100)} == {1, 2, 4}
 
 
@@ -370,9 +369,7 @@ def test_aligned_merging_finds_rotated_copies_and_their_groups(pairs: list[list[
     side_by_side = grouping.adjacent(HEADS, HEADS // len(pairs))
     wrong = aligned.merged(layer.attention, moments, side_by_side, False)
     x = reference.norm(layer.attention_norm, reference.embed(decoder.embedding, windows))
-    outputs = [
-        stream.attend_with(each)(x, stream.positions_of(x), decoder.rope) for each in (layer.attention, wrong)
-    ]
+    outputs = [attend(each, x) for each in (layer.attention, wrong)]
     assert (outputs[0] - outputs[1]).abs().max() > 1e-2
 
 

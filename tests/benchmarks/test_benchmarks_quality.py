@@ -256,8 +256,8 @@ def test_a_window_at_an_offset_equals_the_reference(checkpoint: Path, tmp_path: 
     choice, offset = long.chosen("online", 0.5)(bench, bench.calibration()), 40
     decoder, _ = bench.convert(choice.layer_plans)
     found = long.stream_at(decoder, text.windows, offset)
-    width = decoder.layers[0].attention.head_dim
-    tables = reference.rotary_tables(decoder.rope, torch.full((1, width), offset), torch.float32)
+    width, rope = decoder.layers[0].attention.head_dim, decoder.layers[0].attention.rope
+    tables = reference.rotary_tables(rope, torch.full((1, width), offset), torch.float32)
     turn = reference.rotate(torch.eye(width)[None, None], tables)[
         0, 0
     ]  # a code met after a turn is a turned code

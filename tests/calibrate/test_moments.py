@@ -19,10 +19,10 @@ from kvexport.model.decoder import Attention, Linear, Norm, Rope
 Array = np.ndarray[Any, np.dtype[Any]]
 
 
-def moments_of(attention: Attention, rope: Rope | None, *batches: Tensor) -> Moments:
+def moments_of(attention: Attention, *batches: Tensor) -> Moments:
     accumulator = MomentsAccumulator(attention)
     for x in batches:
-        accumulator.add(x, rope)
+        accumulator.add(x)
     return accumulator.finish()
 
 
@@ -45,9 +45,7 @@ def _rotate(x: Array, position: int, rope: Rope | None) -> Array:
     return np.concatenate((z.real, z.imag))
 
 
-def _rows(
-    attention: Attention, rope: Rope | None, window: Array
-) -> Iterator[tuple[Array, Array, Array, Array]]:
+def _rows(attention: Attention, window: Array) -> Iterator[tuple[Array, Array, Array, Array]]:
     """Queries [H, d], keys [h, d] before RoPE, values [h, d] and attention rows [H, m + 1] of each token."""
     d, heads, kv_heads = attention.head_dim, attention.num_heads, attention.num_kv_heads
     keys: list[Array] = []
@@ -55,8 +53,8 @@ def _rows(
         q, k, v = (_apply(each, x) for each in (attention.q, attention.k, attention.v))
         unrotated = np.stack([_rms(attention.q_norm, q[h * d : (h + 1) * d]) for h in range(heads)])
         new = np.stack([_rms(attention.k_norm, k[h * d : (h + 1) * d]) for h in range(kv_heads)])
-        queries = np.stack([_rotate(each, m, rope) for each in unrotated])
-        keys.append(np.stack([_rotate(each, m, rope) for each in new]))
+        queries = np.stack([_rotate(each, m, attention.rope) for each in unrotated])
+        keys.append(np.stack([_rotate(each, m, attention.rope) for each in new]))
         rows = np.zeros((heads, m + 1))
         for h in range(heads):
             logits = np.full(m + 1, -np.inf)
@@ -70,7 +68,7 @@ def _rows(
         yield unrotated, new, v.reshape(kv_heads, d), rows
 
 
-def brute_force(attention: Attention, rope: Rope | None, x: Array) -> dict[str, Array]:
+def brute_force(attention: Attention, x: Array) -> dict[str, Array]:
     d, heads = attention.head_dim, attention.num_heads
     shared = heads // attention.num_kv_heads
     w_o = attention.o.weight.numpy()
@@ -87,7 +85,7 @@ def brute_force(attention: Attention, rope: Rope | None, x: Array) -> dict[str, 
     outputs = []
     for window in x:
         values: list[Array] = []
-        for queries, key, value, rows in _rows(attention, rope, window):
+        for queries, key, value, rows in _rows(attention, window):
             values.append(value)
             total["key_mean"] += key.ravel()
             total["key_second"] += np.outer(key, key)
@@ -117,9 +115,9 @@ CASES = [(style, {}) for style in STYLES] + [
 
 @pytest.mark.parametrize(("style", "sizes"), CASES)
 def test_moments_equal_loops_over_every_token(style: str, sizes: dict[str, Any]) -> None:
-    attention, rope = make_attention(style, **sizes)
+    attention = make_attention(style, **sizes)
     x = random_inputs(3, 9)
-    moments, expected = moments_of(attention, rope, x), brute_force(attention, rope, x.numpy())
+    moments, expected = moments_of(attention, x), brute_force(attention, x.numpy())
     assert set(expected) == set(MOMENT_NAMES)
     for name, value in expected.items():
         np.testing.assert_allclose(
@@ -131,12 +129,12 @@ def test_moments_equal_loops_over_every_token(style: str, sizes: dict[str, Any])
 def test_moments_do_not_depend_on_batches_or_blocks_of_rows(
     style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attention, rope = make_attention(style)
+    attention = make_attention(style)
     x = random_inputs(4, 11)
-    whole = moments_of(attention, rope, x)
-    one_by_one = moments_of(attention, rope, *x.split(1))
+    whole = moments_of(attention, x)
+    one_by_one = moments_of(attention, *x.split(1))
     monkeypatch.setattr(windows, "SCORES", 3 * attention.num_heads * 11)  # three rows of one window
-    in_blocks = moments_of(attention, rope, *x.split(1))
+    in_blocks = moments_of(attention, *x.split(1))
     for name in MOMENT_NAMES:
         for other in (one_by_one, in_blocks):
             torch.testing.assert_close(getattr(other, name), getattr(whole, name), rtol=1e-12, atol=1e-14)
@@ -146,24 +144,24 @@ def test_moments_do_not_depend_on_batches_or_blocks_of_rows(
 def test_add_returns_the_attention_output_of_the_reference(
     style: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    attention, rope = make_attention(style)
+    attention = make_attention(style)
     x = random_inputs(2, 12)
     positions = torch.arange(12).expand(2, 12)
-    expected = reference.linear(attention.o, reference.head_outputs(attention, x, positions, rope)[0])
-    torch.testing.assert_close(MomentsAccumulator(attention).add(x, rope), expected, rtol=0, atol=1e-13)
+    expected = reference.linear(attention.o, reference.head_outputs(attention, x, positions)[0])
+    torch.testing.assert_close(MomentsAccumulator(attention).add(x), expected, rtol=0, atol=1e-13)
     monkeypatch.setattr(windows, "SCORES", 1)  # row by row
-    torch.testing.assert_close(MomentsAccumulator(attention).add(x, rope), expected, rtol=0, atol=1e-13)
+    torch.testing.assert_close(MomentsAccumulator(attention).add(x), expected, rtol=0, atol=1e-13)
 
 
 def test_covariances_are_blocks_of_the_moments() -> None:
-    attention, rope = make_attention("bias")
+    attention = make_attention("bias")
     x = random_inputs(3, 10)
-    moments, rows = moments_of(attention, rope, x), slice(8, 24)
+    moments, rows = moments_of(attention, x), slice(8, 24)
     values = (reference.linear(attention.v, x)).flatten(0, 1)[:, rows]
     torch.testing.assert_close(
         moments.value_covariance(rows), torch.cov(values.T, correction=0), rtol=1e-10, atol=1e-13
     )
-    stacked = windows.project(attention, x, rope).key.transpose(1, 2).flatten(2).flatten(0, 1)[:, rows]
+    stacked = windows.project(attention, x).key.transpose(1, 2).flatten(2).flatten(0, 1)[:, rows]
     torch.testing.assert_close(
         moments.key_covariance(rows), torch.cov(stacked.T, correction=0), rtol=1e-10, atol=1e-13
     )
@@ -174,13 +172,13 @@ def test_gain_in_float32_is_accurate_for_nearly_constant_values(seed: int) -> No
     """The mean is a thousand times the deviation: differences of squares would lose all digits or be
     negative.
     """
-    attention, rope = make_attention("bias", seed=seed)
+    attention = make_attention("bias", seed=seed)
     big = Linear(attention.v.weight * 1e-3, torch.ones(32, dtype=torch.float64))
     attention = Attention(**{**vars(attention), "v": big})
     x = random_inputs(2, 16, seed=seed)
-    expected = moments_of(attention, rope, x).key_gain
+    expected = moments_of(attention, x).key_gain
     narrow = Attention(**{name: _to_float32(value) for name, value in vars(attention).items()})
-    gain = moments_of(narrow, rope, x.float()).key_gain
+    gain = moments_of(narrow, x.float()).key_gain
     assert (gain >= 0).all()
     torch.testing.assert_close(gain, expected, rtol=1e-3, atol=0)
 
@@ -192,18 +190,18 @@ def _to_float32(value: Any) -> Any:
 
 
 def test_constant_values_have_no_gain() -> None:
-    attention, rope = make_attention("bias")
+    attention = make_attention("bias")
     constant = Attention(
         **{**vars(attention), "v": Linear(torch.zeros_like(attention.v.weight), attention.v.bias)}
     )
-    assert float(moments_of(constant, rope, random_inputs(2, 9)).key_gain.max()) < 1e-25
+    assert float(moments_of(constant, random_inputs(2, 9)).key_gain.max()) < 1e-25
 
 
 def test_memory_grows_neither_with_batches_nor_with_the_square_of_the_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Size of the accumulator, and of the largest block of `head_outputs`."""
-    attention, rope = make_attention("llama")
+    attention = make_attention("llama")
     accumulator = MomentsAccumulator(attention)
 
     def size() -> int:
@@ -211,7 +209,7 @@ def test_memory_grows_neither_with_batches_nor_with_the_square_of_the_window(
 
     before = size()
     for _ in range(3):
-        accumulator.add(random_inputs(2, 16), rope)
+        accumulator.add(random_inputs(2, 16))
     assert size() == before
     largest = 0
 
@@ -220,7 +218,7 @@ def test_memory_grows_neither_with_batches_nor_with_the_square_of_the_window(
         largest = max(largest, probabilities.numel())
 
     monkeypatch.setattr(windows, "SCORES", 4096)
-    projected = windows.project(attention, random_inputs(1, 256), rope)
+    projected = windows.project(attention, random_inputs(1, 256))
     windows.head_outputs(attention, projected, inspect)
     assert largest <= 4096 < attention.num_heads * 256 * 256
 

@@ -53,19 +53,19 @@ def test_averages_equal_those_of_rotated_samples(
     torch.testing.assert_close(average.second(x.T @ y / 5), second, rtol=0, atol=1e-12)
 
 
-def moments_of(attention: Attention, rope: Rope | None, x: Tensor) -> Moments:
+def moments_of(attention: Attention, x: Tensor) -> Moments:
     accumulator = MomentsAccumulator(attention)
-    accumulator.add(x, rope)
+    accumulator.add(x)
     return accumulator.finish()
 
 
 @pytest.mark.parametrize("style", ["gqa", "bias", "qwen3"])
 def test_averaged_moments_equal_those_of_rotated_keys_and_queries(style: str) -> None:
-    attention, rope = make_attention(style)
-    assert rope is not None
-    x = random_inputs(3, 12)
-    moments = moments_of(attention, rope, x)
-    averaged, projected = average_over_positions(moments, rope, 50), windows.project(attention, x, rope)
+    attention = make_attention(style)
+    assert attention.rope is not None
+    rope, x = attention.rope, random_inputs(3, 12)
+    moments = moments_of(attention, x)
+    averaged, projected = average_over_positions(moments, rope, 50), windows.project(attention, x)
     keys, queries = (
         each.transpose(1, 2).flatten(2).flatten(0, 1) for each in (projected.key, projected.query)
     )
@@ -91,11 +91,11 @@ def test_logits_over_distances_weigh_octaves_equally() -> None:
     """Σ w_n E (qᵀ R_{-n} k)², w_n ∝ 1 / (n + 1), from second moments; the mean key rotates too, so it is
     included.
     """
-    attention, rope = make_attention("bias")
-    assert rope is not None
-    x = random_inputs(3, 12)
-    moments = uncentre_keys(moments_of(attention, rope, x))
-    projected = windows.project(attention, x, rope)
+    attention = make_attention("bias")
+    assert attention.rope is not None
+    rope, x = attention.rope, random_inputs(3, 12)
+    moments = uncentre_keys(moments_of(attention, x))
+    projected = windows.project(attention, x)
     keys, queries = (each[:, 1].flatten(0, 1) for each in (projected.key, projected.query))  # head 1
     weights = 1 / (1 + torch.arange(16, dtype=torch.float64))
     powers = torch.stack([(queries @ rotated(keys, rope.inv_freq, -n).T).square().mean() for n in range(16)])
@@ -129,9 +129,9 @@ def test_pairs_rotate_with_assigned_frequencies_in_both_directions() -> None:
 
 
 def test_one_position_changes_nothing_and_many_average_the_mean_out() -> None:
-    attention, rope = make_attention("bias")
-    assert rope is not None
-    moments = moments_of(attention, rope, random_inputs(3, 12))
+    attention = make_attention("bias")
+    assert attention.rope is not None
+    rope, moments = attention.rope, moments_of(attention, random_inputs(3, 12))
     once = average_over_positions(moments, rope, 1)
     for field in fields(Moments):
         torch.testing.assert_close(
@@ -162,16 +162,16 @@ def with_slow_keys() -> Decoder:
     def change(attention: Attention) -> Attention:
         weight = 0.1 * attention.k.weight.view(4, 2, 4, 32)
         weight[:, :, 2:] += phases.transpose(1, 2)[..., None] * along
-        return replace(attention, k=Linear(weight.reshape(32, 32)))
+        rope = Rope(torch.tensor([1.0, 0.1, 3e-4, 2e-4]))
+        return replace(attention, k=Linear(weight.reshape(32, 32)), rope=rope)
 
-    return replace(with_attention(decoder, change), rope=Rope(torch.tensor([1.0, 0.1, 3e-4, 2e-4])))
+    return with_attention(decoder, change)
 
 
-def output(attention: Attention, rope: Rope | None, x: Tensor, offset: int) -> Tensor:
+def output(attention: Attention, x: Tensor, offset: int) -> Tensor:
     """Attention output on normed inputs x [B, S, hidden] at positions offset, offset + 1, ..."""
-    assert rope is not None
     positions = offset + torch.arange(x.shape[1]).expand(x.shape[:2])
-    projected = reference.project(attention, x, reference.rotary_tables(rope, positions, x.dtype))
+    projected = reference.project(attention, x, positions)
     return reference.linear(attention.o, windows.head_outputs(attention, projected))
 
 
@@ -183,8 +183,8 @@ def errors(far: tuple[Decoder, Tensor], method: str, capacity: int) -> tuple[flo
     (converted,) = convert(decoder, tokens, [layer_plan], capacity=capacity)
 
     def error(offset: int) -> float:
-        expected = output(attention, decoder.rope, x, offset)
-        lost = output(converted.layer.attention, decoder.rope, x, offset) - expected
+        expected = output(attention, x, offset)
+        lost = output(converted.layer.attention, x, offset) - expected
         return float(lost.norm() / (expected - expected.mean((0, 1))).norm())
 
     return error(0), error(OFFSET)
@@ -201,7 +201,7 @@ def far() -> tuple[Decoder, Tensor]:
 
 def test_trained_attention_does_not_depend_on_the_offset(far: tuple[Decoder, Tensor]) -> None:
     decoder, x = far
-    near, there = (output(decoder.layers[0].attention, decoder.rope, x, offset) for offset in (0, OFFSET))
+    near, there = (output(decoder.layers[0].attention, x, offset) for offset in (0, OFFSET))
     assert float((near - there).norm() / near.norm()) < 1e-3  # float32 angles
 
 

@@ -17,9 +17,9 @@ DIGEST = "a" * 64
 
 
 def _moments(seed: int = 0) -> Moments:
-    attention, rope = make_attention("gqa", seed=seed)
+    attention = make_attention("gqa", seed=seed)
     accumulator = MomentsAccumulator(attention)
-    accumulator.add(random_inputs(2, 8, seed=seed), rope)
+    accumulator.add(random_inputs(2, 8, seed=seed))
     return accumulator.finish()
 
 

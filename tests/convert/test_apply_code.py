@@ -14,7 +14,7 @@ from torch import Tensor
 from kvexport.convert.apply import LayerCode, apply_code
 from kvexport.convert.methods import METHODS, folds, methods_for
 from kvexport.errors import UsageError
-from kvexport.model.decoder import Attention, Linear, Rope, tensors_of
+from kvexport.model.decoder import Attention, Linear, tensors_of
 
 EXACT = 1e-4  # codes damp covariances by a millionth
 
@@ -70,61 +70,55 @@ SIZES: list[tuple[str, dict[str, Any], int]] = [
 def test_heads_of_one_subspace_share_one_head_without_loss(
     style: str, sizes: dict[str, Any], kv_heads: int, method: str
 ) -> None:
-    attention, rope = make_attention(style, **sizes)
+    attention = make_attention(style, **sizes)
     attention = share_subspaces(attention, kv_heads, keys="mixed" if style == "bloom" else "equal")
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
     chosen = methods_for(method, attention)[0].name
-    assert error(converted_by(chosen, attention, rope, x, kv_heads), attention, rope, fresh) < EXACT
+    assert error(converted_by(chosen, attention, x, kv_heads), attention, fresh) < EXACT
 
 
 @pytest.mark.parametrize("method", ["online", "fold"])
 @pytest.mark.parametrize("style", ["bias", "bloom"])
 def test_value_biases_of_a_group_may_differ_without_loss(style: str, method: str) -> None:
     """Attention rows sum to one, so centring keeps the biases exactly."""
-    attention, rope = make_attention(style)
+    attention = make_attention(style)
     attention = without_key_bias(share_subspaces(attention, 2, keys="mixed" if style == "bloom" else "equal"))
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
     chosen = methods_for(method, attention)[0].name
-    assert error(converted_by(chosen, attention, rope, x, 2), attention, rope, fresh) < EXACT
+    assert error(converted_by(chosen, attention, x, 2), attention, fresh) < EXACT
 
 
 def test_key_biases_are_lossless_with_alibi() -> None:
     """Without RoPE a key's constant part shifts all logits of a row alike."""
-    attention, rope = make_attention("bloom")
+    attention = make_attention("bloom")
     attention = share_subspaces(attention, 2, keys="mixed")
     assert attention.k.bias is not None
     x, fresh = random_inputs(4, 24), random_inputs(2, 30, seed=11)
-    assert error(converted_by("online", attention, rope, x, 2), attention, rope, fresh) < EXACT
+    assert error(converted_by("online", attention, x, 2), attention, fresh) < EXACT
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bias", "window", "qwen3", "bloom"])
 @pytest.mark.parametrize("method", METHODS)
 def test_unrelated_heads_lose(style: str, method: str) -> None:
     """Control for the tests above."""
-    attention, rope = make_attention(style)
+    attention = make_attention(style)
     if attention.k_norm is not None and method == "fold":
         return
     x = random_inputs(4, 24)
-    assert (
-        error(converted_by(method, attention, rope, x, attention.num_kv_heads // 2), attention, rope, x)
-        > 1e-2
-    )
+    assert error(converted_by(method, attention, x, attention.num_kv_heads // 2), attention, x) > 1e-2
 
 
 def test_constant_values_lose_nothing_when_centred() -> None:
     """Each head's values are a different constant; the uncentred mean over heads is the control."""
-    attention, rope = make_attention("bias")
+    attention = make_attention("bias")
     attention = replace(attention, v=Linear(torch.zeros_like(attention.v.weight), attention.v.bias))
     x = random_inputs(2, 12)
-    expected = output(attention, rope, x)
+    expected = output(attention, x)
     for method in ("online", "fold"):
         torch.testing.assert_close(
-            output(converted_by(method, attention, rope, x, 2), rope, x), expected, rtol=0, atol=1e-12
+            output(converted_by(method, attention, x, 2), x), expected, rtol=0, atol=1e-12
         )
-    assert (
-        float((output(converted_by("mean-pool", attention, rope, x, 2), rope, x) - expected).abs().max())
-        > 1e-2
-    )
+    assert float((output(converted_by("mean-pool", attention, x, 2), x) - expected).abs().max()) > 1e-2
 
 
 # Parts of a converted layer
@@ -135,10 +129,10 @@ def test_constant_values_lose_nothing_when_centred() -> None:
 def test_cache_shrinks_by_the_group_size(
     style: str, sizes: dict[str, Any], kv_heads: int, method: str
 ) -> None:
-    attention, rope = make_attention(style, **sizes)
+    attention = make_attention(style, **sizes)
     if attention.k_norm is not None and method == "fold":
         return
-    converted = converted_by(method, attention, rope, random_inputs(2, 12), kv_heads)
+    converted = converted_by(method, attention, random_inputs(2, 12), kv_heads)
     assert converted.num_kv_heads == kv_heads
     assert converted.num_heads == attention.num_heads
     assert converted.kv_width * attention.num_kv_heads == attention.kv_width * kv_heads
@@ -158,16 +152,16 @@ def test_cache_shrinks_by_the_group_size(
 
 @pytest.mark.parametrize("style", ["llama", "bias", "bloom", "qwen3"])
 def test_converted_layers_keep_the_dtype(style: str) -> None:
-    attention, rope = make_attention(style, dtype=torch.float32)
-    converted = converted_by("online", attention, rope, random_inputs(2, 12, dtype=torch.float32), 2)
+    attention = make_attention(style, dtype=torch.float32)
+    converted = converted_by("online", attention, random_inputs(2, 12, dtype=torch.float32), 2)
     assert all(each.dtype == torch.float32 for each in tensors_of(converted))
     assert converted.o.bias is not None  # needed for centring
 
 
 def test_alibi_folds_entirely_and_keeps_its_slopes() -> None:
-    attention, rope = make_attention("bloom", heads=6)
+    attention = make_attention("bloom", heads=6)
     for method in METHODS:
-        converted = converted_by(method, attention, rope, random_inputs(2, 12), 2)
+        converted = converted_by(method, attention, random_inputs(2, 12), 2)
         assert converted.key_map is None
         assert converted.query_map is None
         assert converted.value_map is None
@@ -211,20 +205,20 @@ def _identity(attention: Attention, kv_heads: int, *, folds: bool, centred: bool
 @pytest.mark.parametrize("centred", [True, False])
 def test_identity_codes_change_nothing(style: str, centred: bool) -> None:
     """The cached head of a group of t heads has t·head_dim numbers."""
-    attention, rope = make_attention(style, heads=6, kv_heads=None if style != "gqa" else 3)
+    attention = make_attention(style, heads=6, kv_heads=None if style != "gqa" else 3)
     kv_heads = attention.num_kv_heads // 3
     x, grouping = random_inputs(2, 14), grouping_of(attention, kv_heads)
     code = _identity(attention, kv_heads, folds=style == "bloom", centred=centred)
-    converted = apply_code(attention, grouping, code, measure(attention, rope, x).value_mean)
+    converted = apply_code(attention, grouping, code, measure(attention, x).value_mean)
     assert converted.value_dim == 3 * attention.head_dim
-    torch.testing.assert_close(output(converted, rope, x), output(attention, rope, x), rtol=0, atol=1e-12)
+    torch.testing.assert_close(output(converted, x), output(attention, x), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("style", ["llama", "bias", "gqa", "bloom"])
 def test_mean_pool_averages_keys_and_values_and_keeps_queries_and_outputs(style: str) -> None:
-    attention, rope = make_attention(style)
+    attention = make_attention(style)
     kv_heads = attention.num_kv_heads // 2
-    converted = converted_by("mean-pool", attention, rope, random_inputs(2, 12), kv_heads)
+    converted = converted_by("mean-pool", attention, random_inputs(2, 12), kv_heads)
 
     def averaged(x: Tensor | None) -> Tensor | None:
         return None if x is None else x.unflatten(0, (kv_heads, 2, 8)).mean(1).flatten(0, 1)
@@ -243,21 +237,21 @@ def test_mean_pool_averages_keys_and_values_and_keeps_queries_and_outputs(style:
 @pytest.mark.parametrize("style", ["llama", "bias", "gqa", "bloom", "qwen3"])
 def test_svd_a_equals_projection_of_the_trained_caches(style: str) -> None:
     """The converted layer computes what the trained layer computes with its caches projected."""
-    attention, rope = make_attention(style)
+    attention = make_attention(style)
     kv_heads = attention.num_kv_heads // 2
     x = random_inputs(3, 16)
-    _, code = code_of("svd-a", attention, rope, x, kv_heads)
-    converted = converted_by("svd-a", attention, rope, x, kv_heads)
+    _, code = code_of("svd-a", attention, x, kv_heads)
+    converted = converted_by("svd-a", attention, x, kv_heads)
     torch.testing.assert_close(
-        output(converted, rope, x), _with_projected_caches(attention, rope, x, code), rtol=0, atol=1e-12
+        output(converted, x), _with_projected_caches(attention, x, code), rtol=0, atol=1e-12
     )
 
 
-def _with_projected_caches(attention: Attention, rope: Rope | None, x: Tensor, code: LayerCode) -> Tensor:
+def _with_projected_caches(attention: Attention, x: Tensor, code: LayerCode) -> Tensor:
     from kvexport.calibrate import windows
     from kvexport.model.reference import linear
 
-    projected = windows.project(attention, x, rope)
+    projected = windows.project(attention, x)
 
     def through(cached: Tensor, codes: Any) -> Tensor:  # [B, h, S, d]
         groups = cached.unflatten(1, (len(codes), -1)).transpose(2, 3).flatten(3)  # [B, G, S, t·d]

@@ -105,7 +105,7 @@ def test_measured_error_is_that_of_the_attention_alone(style: str) -> None:
             if each.index == 0
             else taps[each.index - 1].residual
         )
-        output = reference.run_layer(each.layer, x, torch.arange(16)[None], decoder.rope).attention
+        output = reference.run_layer(each.layer, x, torch.arange(16)[None]).attention
         error = (output - target).norm() / (target - target.mean((0, 1))).norm()
         assert each.report.measured_error == pytest.approx(float(error), rel=1e-9)
 
@@ -151,9 +151,9 @@ def test_refit_of_a_layer_compensates_errors_of_earlier_layers() -> None:
         with torch.no_grad():  # the second layer alone: the first is the trained one in both streams
             streams.attend(decoder.layers[0])
             streams.advance_both(decoder.layers[0], decoder.layers[0])
-            assert decoder.rope is not None
-            code_moments = make_code_moments(True, streams.measure(decoder.layers[1]), decoder.rope, 32)
-            layer_plan = LayerPlan(methods_for("fold", decoder.layers[1].attention)[0], KVShape(4, 8, 8))
+            moments, attention = streams.measure(decoder.layers[1]), decoder.layers[1].attention
+            code_moments = make_code_moments(True, moments, attention, 32)
+            layer_plan = LayerPlan(methods_for("fold", attention)[0], KVShape(4, 8, 8))
             alone = pipeline.convert_layer(decoder.layers[1], streams, code_moments, layer_plan)[0]
         together = layers[1].layer
         # both take the trained model's moments

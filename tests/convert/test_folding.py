@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -34,18 +35,18 @@ class Case:
     def __init__(
         self, style: str = "llama", seed: int = 0, frequencies: str = "several", distances: int = 24
     ) -> None:
-        attention, rope = make_attention(
+        attention = make_attention(
             style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0
         )
-        assert rope is not None
+        assert attention.rope is not None
         self.inv_freq, self.frequencies, self.count = (
-            rope.inv_freq.double(),
+            attention.rope.inv_freq.double(),
             torch.tensor(CHOICES[frequencies]),
             distances,
         )
-        self.moments = code_moments(attention, rope, random_inputs(4, 24, seed=seed), "fold").moments
+        self.moments = code_moments(attention, random_inputs(4, 24, seed=seed), "fold").moments
         self.weights = keys.member_weights(self.moments, Grouping.of(attention, 1), 0)
-        self.distances = Rotations.by_distance(rope, distances)
+        self.distances = Rotations.by_distance(attention.rope, distances)
 
     def problem(self, weights: Tensor | None = None) -> Folding:
         weights = self.weights if weights is None else weights
@@ -172,11 +173,11 @@ def test_heads_without_query_power_give_finite_codes() -> None:
 
 
 def test_distances_end_at_the_sliding_window() -> None:
-    attention, rope = make_attention("window")
-    moments = code_moments(attention, rope, random_inputs(4, 24), "fold").moments
+    attention = make_attention("window")
+    moments = code_moments(attention, random_inputs(4, 24), "fold").moments
 
     def code(positions: int, window: int | None) -> Code:
-        each = make_code_moments(True, moments, rope, positions, window)
+        each = make_code_moments(True, moments, replace(attention, window=window), positions)
         assert each.distances is not None
         return keys.folding(each.moments, Grouping.of(attention, 1), 0, None, each.distances).code()
 

@@ -27,10 +27,8 @@ PARTITIONS: list[list[Group]] = [[(0, 2), (1, 3)], [(0, 3), (1, 2)], [(0, 1, 2, 
 
 
 def layer(style: str, method: str, seed: int = 0) -> tuple[Attention, CodeMoments]:
-    attention, rope = make_attention(
-        style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0
-    )
-    return attention, code_moments(attention, rope, random_inputs(4, 24, seed=seed), method)
+    attention = make_attention(style, heads=8 if style == "gqa" else 4, kv_heads=4, seed=seed, sharpness=2.0)
+    return attention, code_moments(attention, random_inputs(4, 24, seed=seed), method)
 
 
 def grouped(
@@ -175,13 +173,12 @@ def test_loss_descends_with_width_to_zero(style: str, group: Group) -> None:
 
 def test_equal_heads_lose_nothing_together() -> None:
     """The order of heads in a group does not matter."""
-    attention, rope = make_attention("llama")
+    attention = make_attention("llama")
     k, v = (each.weight.clone().view(4, 8, -1) for each in (attention.k, attention.v))
     k[3], v[3] = k[1], v[1]
     equal = replace(attention, k=Linear(k.flatten(0, 1)), v=Linear(v.flatten(0, 1)))
     online, fold = (
-        LayerLosses(code_moments(equal, rope, random_inputs(4, 24), method), equal)
-        for method in ("online", "fold")
+        LayerLosses(code_moments(equal, random_inputs(4, 24), method), equal) for method in ("online", "fold")
     )
     for curve in (online.keys, online.values, fold.folded_keys):
         assert float(curve((1, 3))[8]) < 1e-9 * float(curve((1, 3))[0])
@@ -191,6 +188,6 @@ def test_equal_heads_lose_nothing_together() -> None:
 
 def test_heads_of_one_pair_have_a_curve() -> None:
     """There is no width between 0 and the full width."""
-    attention, rope = make_attention("llama", heads=4, kv_heads=4, head_dim=2)
-    losses = LayerLosses(code_moments(attention, rope, random_inputs(4, 24), "fold"), attention)
+    attention = make_attention("llama", heads=4, kv_heads=4, head_dim=2)
+    losses = LayerLosses(code_moments(attention, random_inputs(4, 24), "fold"), attention)
     assert losses.folded_keys((0,)).shape == (3,)

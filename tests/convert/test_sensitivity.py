@@ -112,7 +112,8 @@ def test_curves_are_the_losses_of_the_matched_groups() -> None:
     (layer,), tokens = sensitivity_of(decoder), random_windows(decoder, 16, 24)
     (moments,), attention = measure_moments(decoder, tokens), decoder.layers[0].attention
     for method in (ONLINE, FOLD):
-        losses = LayerLosses(make_code_moments(method.before_rotation, moments, decoder.rope, 24), attention)
+        code_moments = make_code_moments(method.before_rotation, moments, attention, 24)
+        losses = LayerLosses(code_moments, attention)
         curves, everything = layer.curves[method, 4], (0, 1, 2, 3)
         of_keys = losses.folded_keys if method is FOLD else losses.keys
         torch.testing.assert_close(curves.keys, of_keys(everything), rtol=1e-9, atol=1e-15)

@@ -58,12 +58,11 @@ def write(
         capacity=capacity,
         dims=decoder.dims,
         embedding=decoder.embedding,
-        rope=decoder.rope,
         eviction=eviction,
     )
     for layer in decoder.layers:
         writer.add_layer(layer)
-    return writer.finish(decoder.final_norm, decoder.head)
+    return writer.finish(decoder)
 
 
 class Caller:

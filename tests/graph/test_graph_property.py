@@ -44,7 +44,7 @@ def decoders(draw: st.DrawFn) -> tuple[list[Shape], Style]:
         other_bias=draw(st.booleans()),
         gated=draw(st.booleans()),
         activation=draw(st.sampled_from(("silu", "gelu", "gelu_tanh", "relu"))),
-        position="alibi" if alibi else "rope",
+        rope=not alibi,
         tied=draw(st.booleans()),
         embedding_norm=draw(st.booleans()),
     )

@@ -36,7 +36,7 @@ from kvexport.graph.split_layers import split_layers
 from kvexport.graph.taps import with_taps
 from kvexport.model.decoder import Decoder
 
-RELU = Style("layer", True, True, False, "relu", "rope", True, True)
+RELU = Style("layer", True, True, False, "relu", True, True, True)
 STYLES = {"llama": LLAMA, "qwen2": QWEN2, "layer-norms": RELU}
 
 

@@ -38,7 +38,12 @@ def converted_logits(checkpoint: Path, method: str, kv_heads: int, tokens: torch
     decoder = load_decoder(checkpoint)
     windows = calibration_windows(decoder, checkpoint, RECIPE)
     made = plain(
-        decoder, windows, kv_heads, method, adjacent=decoder.rope is None, capacity=sequence_capacity(decoder)
+        decoder,
+        windows,
+        kv_heads,
+        method,
+        adjacent=decoder.layers[0].attention.rope is None,
+        capacity=sequence_capacity(decoder),
     )
     layers = [each.layer for each in made]
     return reference.forward(dataclasses.replace(decoder, layers=layers), tokens)

@@ -59,6 +59,8 @@ def make_decoder(
             1e-5,
         )
 
+    rope = Rope(1 / theta ** (torch.arange(0, head_dim, 2).float() / head_dim))
+
     def layer() -> Layer:
         attention = Attention(
             q=linear(heads * head_dim, hidden, qkv_bias, sharpness),
@@ -69,7 +71,7 @@ def make_decoder(
             num_kv_heads=kv_heads,
             head_dim=head_dim,
             scale=1 / math.sqrt(head_dim),
-            position="alibi" if bloom else "rope",
+            rope=None if bloom else rope,
             q_norm=norm(head_dim, "rms") if qk_norm else None,
             k_norm=norm(head_dim, "rms") if qk_norm else None,
             alibi_slopes=alibi_slopes(heads, dtype) if bloom else None,
@@ -82,23 +84,20 @@ def make_decoder(
             norm(hidden), attention, norm(hidden), Mlp(gate, up, down, "gelu_tanh" if bloom else "silu")
         )
 
-    half = torch.arange(0, head_dim, 2).float() / head_dim
     return Decoder(
         embedding=Embedding(random(vocab, hidden).to(dtype), norm(hidden) if bloom else None),
         layers=[layer() for _ in range(layers)],
         final_norm=norm(hidden),
         head=None if bloom else linear(vocab, hidden),
-        rope=None if bloom else Rope(1 / theta**half),
         dims=ModelDims(vocab, hidden, max_positions),
         bos_token_id=1,
         eos_token_ids=(2,),
     )
 
 
-def make_attention(style: str = "llama", **sizes: Any) -> tuple[Attention, Rope | None]:
-    """One layer's attention, and its RoPE."""
-    decoder = make_decoder(style, layers=1, **sizes)
-    return decoder.layers[0].attention, decoder.rope
+def make_attention(style: str = "llama", **sizes: Any) -> Attention:
+    """The attention of a decoder with one layer."""
+    return make_decoder(style, layers=1, **sizes).layers[0].attention
 
 
 def with_attention(decoder: Decoder, change: Callable[[Attention], Attention]) -> Decoder:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import onnxruntime
@@ -24,7 +23,18 @@ from kvexport.graph import (
 )
 from kvexport.graph.keep_float32 import NO_EXCEPTIONS, Float32Exceptions
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Linear, Mlp, ModelDims, Norm, Rope
+from kvexport.model.decoder import (
+    Attention,
+    Decoder,
+    Embedding,
+    Layer,
+    Linear,
+    Mlp,
+    ModelDims,
+    Norm,
+    Rope,
+    map_tensors,
+)
 from kvexport.model.rope import alibi_slopes
 
 HIDDEN, VOCAB = 24, 40
@@ -55,14 +65,14 @@ class Style:
     other_bias: bool = False
     gated: bool = True
     activation: str = "silu"
-    position: str = "rope"
+    rope: bool = True
     tied: bool = False
     embedding_norm: bool = False
 
 
 LLAMA = Style()
 QWEN2 = Style(qkv_bias=True, tied=True)
-BLOOM = Style("layer", True, True, False, "gelu_tanh", "alibi", True, True)
+BLOOM = Style("layer", True, True, False, "gelu_tanh", False, True, True)
 
 
 def slopes_of(heads: int) -> tuple[float, ...]:
@@ -82,6 +92,9 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
         layer = kind == "layer"
         return Norm("layer" if layer else "rms", 1 + random(width), random(width) if layer else None, 1e-5)
 
+    half = torch.arange(0, shapes[0].head_dim, 2).float() / shapes[0].head_dim
+    rope = Rope(1 / 10000**half)
+
     def attention(shape: Shape) -> Attention:
         width = shape.value_dim or shape.head_dim
         joined = shape.heads * (shape.head_dim if shape.value_map else width)
@@ -95,7 +108,7 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
             num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             scale=shape.head_dim**-0.5,
-            position="rope" if style.position == "rope" else "alibi",
+            rope=rope if style.rope else None,
             q_norm=norm(shape.head_dim, "rms") if shape.qk_norm else None,
             k_norm=norm(shape.head_dim, "rms") if shape.qk_norm else None,
             key_map=random(shape.kv_heads, shape.group * shape.head_dim, shape.key_dim) if mapped else None,
@@ -115,7 +128,6 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
         )
         return Layer(norm(HIDDEN), attention(shape), norm(HIDDEN), mlp)
 
-    half = torch.arange(0, shapes[0].head_dim, 2).float() / shapes[0].head_dim
     return Decoder(
         embedding=Embedding(
             torch.randn(VOCAB, HIDDEN, generator=generator), norm(HIDDEN) if style.embedding_norm else None
@@ -123,7 +135,6 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
         layers=[layer(shape) for shape in shapes],
         final_norm=norm(HIDDEN),
         head=None if style.tied else linear(VOCAB, HIDDEN, False),
-        rope=Rope(1 / 10000**half) if style.position == "rope" else None,
         dims=ModelDims(VOCAB, HIDDEN, 64),
     )
 
@@ -142,11 +153,10 @@ def write(
         capacity=capacity,
         dims=decoder.dims,
         embedding=decoder.embedding,
-        rope=decoder.rope,
     )
     for layer in decoder.layers:
         writer.add_layer(layer)
-    return writer.finish(decoder.final_norm, decoder.head, exceptions)
+    return writer.finish(decoder, exceptions)
 
 
 def open_session(directory: Path, threads: int = 1) -> onnxruntime.InferenceSession:
@@ -163,22 +173,15 @@ def quiet(threads: int = 1) -> onnxruntime.SessionOptions:
     return options
 
 
-def mapped(tree: Any, leaf: Callable[[Tensor], Tensor]) -> Any:
-    """The same tree with `leaf` applied to every tensor."""
-    if isinstance(tree, Tensor):
-        return leaf(tree)
-    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
-        changed = {field.name: mapped(getattr(tree, field.name), leaf) for field in dataclasses.fields(tree)}
-        return dataclasses.replace(tree, **changed)
-    return [mapped(item, leaf) for item in tree] if isinstance(tree, list) else tree
+def mapped(decoder: Decoder, function: Callable[[Tensor], Tensor]) -> Decoder:
+    """The decoder with `function` applied to every tensor but the exact rotary frequencies."""
+    layers = [map_tensors(layer, function) for layer in decoder.layers]
+    return dataclasses.replace(map_tensors(decoder, function), layers=layers)
 
 
 def rounded(decoder: Decoder, dtype: torch.dtype) -> Decoder:
-    """Weights rounded to `dtype`, in float32; rotary frequencies stay exact, as in the writer."""
-    return dataclasses.replace(
-        mapped(decoder, lambda leaf: leaf.to(dtype).float() if leaf.is_floating_point() else leaf),
-        rope=decoder.rope,
-    )
+    """Weights rounded to `dtype`, in float32."""
+    return mapped(decoder, lambda leaf: leaf.to(dtype).float() if leaf.is_floating_point() else leaf)
 
 
 class Caller:

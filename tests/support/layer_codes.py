@@ -12,28 +12,26 @@ from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping, KVShape
 from kvexport.convert.methods import METHODS, layer_code
 from kvexport.convert.predict import predict_error
-from kvexport.model.decoder import Attention, Rope
+from kvexport.model.decoder import Attention
 from kvexport.model.reference import linear
 
 
-def code_moments(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> CodeMoments:
+def code_moments(attention: Attention, x: Tensor, method: str = "online") -> CodeMoments:
     """Moments that `method` codes, for the positions of `x` [B, S, hidden]."""
     accumulator = MomentsAccumulator(attention)
-    accumulator.add(x, rope)
-    return make_code_moments(METHODS[method].before_rotation, accumulator.finish(), rope, x.shape[1])
+    accumulator.add(x)
+    return make_code_moments(METHODS[method].before_rotation, accumulator.finish(), attention, x.shape[1])
 
 
-def measure(attention: Attention, rope: Rope | None, x: Tensor, method: str = "online") -> Moments:
+def measure(attention: Attention, x: Tensor, method: str = "online") -> Moments:
     """The moments alone."""
-    return code_moments(attention, rope, x, method).moments
+    return code_moments(attention, x, method).moments
 
 
-def predicted(
-    attention: Attention, rope: Rope | None, x: Tensor, method: str, kv_heads: int, code: LayerCode
-) -> float:
+def predicted(attention: Attention, x: Tensor, method: str, kv_heads: int, code: LayerCode) -> float:
     """Predicted error of a code on the side of RoPE on which `method` codes keys."""
     return predict_error(
-        code_moments(attention, rope, x, method), attention, grouping_of(attention, kv_heads), code
+        code_moments(attention, x, method), attention, grouping_of(attention, kv_heads), code
     )
 
 
@@ -49,14 +47,13 @@ def plain_shape(attention: Attention, kv_heads: int) -> KVShape:
 def code_of(
     method: str,
     attention: Attention,
-    rope: Rope | None,
     x: Tensor,
     kv_heads: int,
     shape: KVShape | None = None,
 ) -> tuple[Moments, LayerCode]:
-    if rope is None and method == "fold":
+    if attention.rope is None and method == "fold":
         method = "online"  # as `methods_for` does
-    moments = code_moments(attention, rope, x, method)
+    moments = code_moments(attention, x, method)
     shape = plain_shape(attention, kv_heads) if shape is None else shape
     code = layer_code(METHODS[method], moments, attention, grouping_of(attention, kv_heads), shape)
     return moments.moments, code
@@ -65,25 +62,24 @@ def code_of(
 def converted_by(
     method: str,
     attention: Attention,
-    rope: Rope | None,
     x: Tensor,
     kv_heads: int,
     shape: KVShape | None = None,
 ) -> Attention:
     """The layer converted by `method` for adjacent heads, without refit, calibrated on `x` [B, S, hidden]."""
-    moments, code = code_of(method, attention, rope, x, kv_heads, shape)
+    moments, code = code_of(method, attention, x, kv_heads, shape)
     return apply_code(attention, grouping_of(attention, kv_heads), code, moments.value_mean)
 
 
-def output(attention: Attention, rope: Rope | None, x: Tensor) -> Tensor:
+def output(attention: Attention, x: Tensor) -> Tensor:
     """The attention's output [B, S, hidden] on normed inputs."""
-    return linear(attention.o, windows.head_outputs(attention, windows.project(attention, x, rope)))
+    return linear(attention.o, windows.head_outputs(attention, windows.project(attention, x)))
 
 
-def error(converted: Attention, attention: Attention, rope: Rope | None, x: Tensor) -> float:
+def error(converted: Attention, attention: Attention, x: Tensor) -> float:
     """Relative error of the output about its mean, as `LayerReport.measured_error` defines it."""
-    expected = output(attention, rope, x)
-    lost = (output(converted, rope, x) - expected).square().sum()
+    expected = output(attention, x)
+    lost = (output(converted, x) - expected).square().sum()
     return float((lost / (expected - expected.mean((0, 1))).square().sum()).sqrt())
 
 

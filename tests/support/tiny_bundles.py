@@ -51,12 +51,11 @@ def write_bundle(
             capacity=capacity,
             dims=decoder.dims,
             embedding=decoder.embedding,
-            rope=decoder.rope,
             eviction=eviction,
         )
         for layer in decoder.layers:
             graph.add_layer(layer)
-        contract = graph.finish(decoder.final_norm, decoder.head)
+        contract = graph.finish(decoder)
         write_lowered(writer.directory / GRAPH_FILE, dtype)
         if self_test:
             record_self_test(writer.directory, decoder, dtype, capacity, eviction)

@@ -46,7 +46,6 @@ def export(
         capacity=capacity,
         dims=decoder.dims,
         embedding=decoder.embedding,
-        rope=decoder.rope,
         eviction=eviction,
     )
     layers = []
@@ -57,7 +56,7 @@ def export(
         graph.add_layer(converted.layer)
         layers.append(converted.layer)
     reference.save(path)
-    contract = graph.finish(decoder.final_norm, decoder.head)
+    contract = graph.finish(decoder)
     BundleWriter(path).seal(manifest_of(dataclasses.replace(decoder, layers=layers), contract, eviction))
     return contract
 
