@@ -34,6 +34,14 @@ class ConfigSizes:
     max_positions: int | None
 
 
+def shown(value: object) -> str:
+    """Text of a value of config.json for an error, at most 60 characters."""
+    try:
+        return f"{value!r:.60}"
+    except (ValueError, RecursionError):  # integers of more than 4300 digits; deep nesting
+        return f"{type(value).__name__}, too large to print"
+
+
 def whole_number(name: str, value: object, least: int = 1) -> int:
     """An integer of config.json, at least `least`; `name` is its key.
 
@@ -43,7 +51,7 @@ def whole_number(name: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
         raise CheckpointError(
             f"{name} in config.json must be an integer in range",
-            got=f"{value!r:.60}",
+            got=shown(value),
             expected=f"an integer from {least} to {_MOST}",
         )
     return value
@@ -59,7 +67,7 @@ def number(name: str, value: object) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < 1e300:
         raise CheckpointError(
             f"{name} in config.json must be a positive number",
-            got=f"{value!r:.60}",
+            got=shown(value),
             expected="above 0",
         )
     return float(value)
@@ -74,7 +82,7 @@ def activation_of(name: object) -> Activation:
     if not isinstance(name, str) or name not in _ACTIVATIONS:
         raise CheckpointError(
             "the activation in config.json must be supported",
-            got=repr(name),
+            got=shown(name),
             expected=", ".join(_ACTIVATIONS),
         )
     return _ACTIVATIONS[name]
@@ -87,7 +95,7 @@ def require_unquantised(config: Mapping[str, Any]) -> None:
         method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise CheckpointError(
             "the checkpoint must not be quantised: config.json has quantization_config",
-            got=f"quant_method = {method!r}",
+            got=f"quant_method = {shown(method)}",
             expected="weights in float32, float16 or bfloat16",
             fix="start from the unquantised checkpoint; kvexport compresses first",
         )

@@ -39,9 +39,13 @@ class Norm:
 
 @dataclass(frozen=True)
 class Rope:
-    """Rotary positions, half-split layout: pair i of a head is (x[i], x[i + head_dim/2])."""
+    """Rotary positions, half-split layout: pair i of a head is (x[i], x[i + head_dim/2]).
 
-    inv_freq: Tensor  # float32 [head_dim/2], radians per position, scaling already applied
+    Where a family rotates a part of each head, the other numbers are pairs of frequency 0.
+    """
+
+    inv_freq: Tensor  # float32 [head_dim/2], radians per position, scaling applied; 0: pair does not rotate
+    magnitude: Tensor | None = None  # float32 [head_dim/2], factor of cos and sin; None: 1
 
 
 @dataclass(frozen=True)
