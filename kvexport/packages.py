@@ -38,6 +38,8 @@ _TABLE = (
     Package("onnx-ir", "convert", "1.0", "onnx_ir"),
     Package("ml_dtypes", "convert", "0.5", "ml_dtypes"),
     Package("psutil", "convert", "5.9", "psutil"),
+    Package("transformers", "convert", "4.56", "transformers"),
+    Package("sentencepiece", "convert", "0.2", "sentencepiece"),
     Package("peft", "heal", "0.13", "peft"),
     Package("onnxruntime", "cpu", "1.28", "onnxruntime"),
     Package("onnxruntime-gpu", "gpu", "1.28", "onnxruntime"),
@@ -45,7 +47,6 @@ _TABLE = (
     Package("tensorrt", "tensorrt", "10.3", "tensorrt", ("tensorrt-cu13", "tensorrt-cu12")),
     Package("polygraphy", "tensorrt", "0.53.6", "polygraphy"),
     Package("tensorrt-rtx", "rtx", "1.7", "tensorrt_rtx"),
-    Package("transformers", "dev", "4.56", "transformers"),
 )
 PACKAGES = {package.name: package for package in _TABLE}
 

@@ -13,8 +13,7 @@ from kvexport.calibrate.text import read_text, read_tokenizer, tokenize
 from kvexport.calibrate.tokens import require_in_vocabulary
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder
-
-_TOKENIZER = "tokenizer.json"
+from kvexport.model.tokenizer_json import NoTokenizer
 
 
 def shown_window(
@@ -64,13 +63,13 @@ def _beginning(decoder: Decoder, checkpoint: Path, text: Path, tokens: int) -> T
 
 
 def token_texts(checkpoint: Path, ids: Sequence[int]) -> list[str]:
-    """Text of each token: its name in the vocabulary if it is part of a character, its id without
-    tokenizer.json.
+    """Text of each token: its name in the vocabulary if it is part of a character, its id without a
+    tokenizer.
     """
-    path = checkpoint / _TOKENIZER
-    if not path.exists():
+    try:
+        tokenizer = read_tokenizer(checkpoint)
+    except NoTokenizer:
         return [str(each) for each in ids]
-    tokenizer = read_tokenizer(path)
 
     def text(token: int) -> str:
         decoded: str = tokenizer.decode([token], skip_special_tokens=False)

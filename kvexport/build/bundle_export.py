@@ -11,8 +11,8 @@ from torch import Tensor
 from kvexport.build.conversion_job import ConversionJob
 from kvexport.build.float16_overflow import float32_exceptions
 from kvexport.build.hooks import BuildHooks
-from kvexport.build.text_files import write_text_files
-from kvexport.bundle import DATA_FILE, BundleWriter
+from kvexport.build.text_files import COPIED_FILES, write_text_files
+from kvexport.bundle import DATA_FILE, TOKENIZER_FILE, BundleWriter
 from kvexport.calibrate import PeakMeter
 from kvexport.eviction.config import Eviction
 from kvexport.graph import GRAPH_FILE, DecoderWriter, Float32Exceptions, write_lowered
@@ -89,7 +89,9 @@ class BundleExport:
             progress.advance()
             write_lowered(directory / GRAPH_FILE, job.options.dtype)
             progress.advance()
-            job.checkpoint.copy_tokenizer(directory)
+            job.checkpoint.copy_tokenizer(directory, COPIED_FILES)
+            if job.tokenizer is not None:
+                (directory / TOKENIZER_FILE).write_bytes(job.tokenizer.encode())
             write_text_files(
                 job.checkpoint.path,
                 directory,

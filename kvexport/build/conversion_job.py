@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
-from kvexport.bundle import BYTES, TOKENIZER_FILE
+from kvexport.bundle import BYTES
 from kvexport.calibrate import Statistics, calibration_windows, sampling_steps
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.convert import (
@@ -35,6 +35,7 @@ from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder, Layer, tensors_of
 from kvexport.model.divergence import Divergence
 from kvexport.model.loader import load_decoder
+from kvexport.model.tokenizer_json import NoTokenizer, tokenizer_json
 from kvexport.progress import Progress
 from kvexport.validate.evaluate import divergence_of
 
@@ -50,8 +51,11 @@ class ConversionJob:
         capacity: maximum sequence length in tokens.
         methods: the compression methods that a layer may be given.
         compresses: whether any layer is converted.
+        tokenizer: text of tokenizer.json, set by `check_tokenizer`; None: there is no tokenizer.
         seconds: wall time of each finished stage.
     """
+
+    tokenizer: str | None = None
 
     def __init__(
         self,
@@ -107,17 +111,18 @@ class ConversionJob:
         require_ratio(self.options.request, self.methods, self.decoder.layers[0].attention)
 
     def check_tokenizer(self) -> None:
-        """Check the tokenizer before the work starts.
+        """Check the tokenizer before the work starts, and convert it to tokenizer.json if necessary.
 
         Raises:
             UsageError: tokenizer.json is damaged.
         """
-        path = self.checkpoint.path / TOKENIZER_FILE
-        if path.exists():
-            read_tokenizer(path)
-        else:
+        try:
+            read_tokenizer(self.checkpoint.path)
+            self.tokenizer = tokenizer_json(self.checkpoint.path)
+        except NoTokenizer as error:
+            details = "" if error.got is None else f" ({error.got})"
             self.progress.note(
-                f"the checkpoint has no {TOKENIZER_FILE}: the bundle takes and returns token ids only"
+                f"{error.what}{details}: the bundle takes and returns token ids only; {error.fix}"
             )
 
     @contextmanager

@@ -7,7 +7,6 @@ the build.
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ from kvexport.runtime.tokenizer import Tokenizer, read_tokenizer
 
 GENAI_FILE = "genai_config.json"
 _CONFIG = "tokenizer_config.json"
+# Files of the checkpoint that a bundle has beside tokenizer.json.
+COPIED_FILES = (_CONFIG, "special_tokens_map.json", "generation_config.json", "chat_template.jinja")
 
 # Scripts, spaces in all positions, line ends, contractions, numbers, code and characters of several bytes.
 # There is no text in decomposed form (a letter and its accent apart), because onnxruntime-genai does not
@@ -72,9 +73,10 @@ def write_text_files(
         )
         return
     text_file = TextFile(samples, tokenizer.special_ids, template.chat, template.samples)
+    original = (directory / TOKENIZER_FILE).read_bytes()
     _adapt_tokenizer(directory / TOKENIZER_FILE)
     if text_file.difference(read_tokenizer(directory)) is not None:
-        shutil.copyfile(checkpoint / TOKENIZER_FILE, directory / TOKENIZER_FILE)
+        (directory / TOKENIZER_FILE).write_bytes(original)
     _write(directory / TEXT_FILE, text_file.to_json())
     model = {"type": "llama", "vocab_size": vocab_size, "context_length": capacity, "decoder": {}}
     ids = {

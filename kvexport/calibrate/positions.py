@@ -39,9 +39,9 @@ def uncentre_keys(moments: Moments) -> Moments:
 class Rotations:
     """Averages of R_n x and R_n x yᵀ R_nᵀ over positions n, for stacks x and y of heads.
 
-    As a complex number z_i, pair i of a head is multiplied by e^{j n θ_i} under R_n. So E[z_i z̄_k] is
-    multiplied by the average of e^{j n (θ_i - θ_k)} and E[z_i z_k] by that of e^{j n (θ_i + θ_k)}; both
-    together give the real moments.
+    As a complex number z_i, pair i of a head is multiplied by m_i e^{j n θ_i} under R_n, where m is the
+    magnitude of RoPE. So E[z_i z̄_k] is multiplied by m_i m_k and the average of e^{j n (θ_i - θ_k)}, and
+    E[z_i z_k] by that of e^{j n (θ_i + θ_k)}; both together give the real moments.
     """
 
     def __init__(self, rope: Rope, positions: int) -> None:
@@ -49,22 +49,25 @@ class Rotations:
         angles = (
             torch.arange(positions, dtype=torch.float64)[:, None] * rope.inv_freq.double()
         )  # [positions, d/2]
-        self._set(angles, torch.full((positions,), 1 / positions, dtype=torch.float64))
+        self._set(angles, torch.full((positions,), 1 / positions, dtype=torch.float64), rope.magnitude)
 
     @classmethod
     def by_distance(cls, rope: Rope, distances: int) -> Rotations:
         """Average over R_{-n}, n = 0 .. distances - 1, as a query n tokens later sees a key, with weights
         1/(n + 1).
 
-        Every octave of distances has the same weight, so that both near and far keys count.
+        Every octave of distances has the same weight, so that both near and far keys count. The magnitude is
+        squared, as both the query and the key have it.
         """
         average, n = cls.__new__(cls), torch.arange(distances, dtype=torch.float64)
         weights = 1 / (n + 1)
-        average._set(-n[:, None] * rope.inv_freq.double(), weights / weights.sum())
+        squared = None if rope.magnitude is None else rope.magnitude.double().square()
+        average._set(-n[:, None] * rope.inv_freq.double(), weights / weights.sum(), squared)
         return average
 
-    def _set(self, angles: Tensor, weights: Tensor) -> None:
-        phases = torch.polar(torch.ones_like(angles), angles)
+    def _set(self, angles: Tensor, weights: Tensor, magnitude: Tensor | None) -> None:
+        lengths = torch.ones_like(angles) if magnitude is None else magnitude.double().expand_as(angles)
+        phases = torch.polar(lengths.contiguous(), angles)
         weighted = (weights[:, None] * phases).T
         self._mean = weighted.sum(1)  # [d/2]
         self._difference = weighted @ phases.conj()  # [d/2, d/2]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kvexport.errors import UsageError, reason_of
+from kvexport.model.tokenizer_json import TOKENIZER_FILE, tokenizer_json
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
@@ -49,36 +50,34 @@ def _text_field(path: Path, number: int, line: str) -> str:
 
 
 def tokenize(checkpoint: Path, text: str) -> list[int]:
-    """Token ids of the whole `text` by the checkpoint's tokenizer.json, without special tokens.
+    """Token ids of the whole `text` by the checkpoint's tokenizer, without special tokens.
 
     Raises:
-        UsageError: the checkpoint has no tokenizer.json, or it cannot be read.
+        NoTokenizer: the checkpoint has no tokenizer.json, and none can be converted.
+        UsageError: the tokenizer cannot be read.
     """
-    path = checkpoint / "tokenizer.json"
-    if not path.exists():
-        raise UsageError(
-            f"{checkpoint} must have a tokenizer.json for calibration on a text",
-            fix="add the model's tokenizer.json, or use --calibration self or random",
-        )
-    tokenizer = read_tokenizer(path)
+    tokenizer = read_tokenizer(checkpoint)
     tokenizer.no_truncation()  # tokenizer.json can ask for both
     tokenizer.no_padding()
     return list(tokenizer.encode(text, add_special_tokens=False).ids)
 
 
-def read_tokenizer(path: Path) -> Any:
-    """Read a tokenizer.json as `tokenizers.Tokenizer`.
+def read_tokenizer(checkpoint: Path) -> Any:
+    """The tokenizer of a checkpoint as `tokenizers.Tokenizer`.
 
     Raises:
-        UsageError: the file is not a tokenizer.
+        NoTokenizer: the checkpoint has no tokenizer.json, and none can be converted.
+        UsageError: tokenizer.json is not a tokenizer.
     """
     from tokenizers import Tokenizer
 
+    text = tokenizer_json(checkpoint)
     try:
-        return Tokenizer.from_file(str(path))
+        return Tokenizer.from_str(text)
     except Exception as error:  # tokenizers raises nothing narrower
         raise UsageError(
-            f"{path} must be a tokenizer: {error}", fix="download the model's tokenizer.json again"
+            f"{checkpoint / TOKENIZER_FILE} must be a tokenizer: {error}",
+            fix="download the model's tokenizer.json again",
         ) from error
 
 

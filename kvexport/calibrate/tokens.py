@@ -13,6 +13,7 @@ from kvexport.calibrate.sampling import sample_windows
 from kvexport.calibrate.text import read_text, spread_windows, tokenize
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder
+from kvexport.model.tokenizer_json import NoTokenizer
 
 
 def calibration_windows(
@@ -30,6 +31,7 @@ def calibration_windows(
         Token ids [N, length] int64; N is `recipe.samples`, or less if the text is too short.
 
     Raises:
+        NoTokenizer: the recipe names a text, and the checkpoint has no usable tokenizer.
         UsageError: the text is shorter than one window, or the length exceeds the model's positions.
         CannotRunHere: the source is 'self' and the model does not fit into memory.
     """
@@ -48,7 +50,12 @@ def calibration_windows(
         generator = torch.Generator().manual_seed(recipe.seed)
         return torch.randint(decoder.dims.vocab_size, (recipe.samples, recipe.length), generator=generator)
     assert recipe.file is not None
-    ids = tokenize(checkpoint, read_text(recipe.file))
+    text = read_text(recipe.file)
+    try:
+        ids = tokenize(checkpoint, text)
+    except NoTokenizer as error:
+        fix = f"{error.fix}, or use --calibration self or random"
+        raise NoTokenizer(error.what, got=error.got, expected=error.expected, fix=fix) from error
     require_in_vocabulary(ids, decoder.dims.vocab_size)
     return spread_windows(
         ids, recipe.samples, recipe.length, recipe.seed, f"the calibration text {recipe.file}"

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,12 +23,23 @@ if TYPE_CHECKING:
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
-_TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
+_TEXT_FILES = (
+    "tokenizer*.json",  # also tokenizer_config.json
+    "tokenizer.model*",  # Mistral adds the version
+    "tekken.json",
+    "*.tiktoken",
+    "tiktoken.model",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "added_tokens.json",
     "special_tokens_map.json",
-    "generation_config.json",
     "chat_template.jinja",
+    "chat_template.json",
+    "additional_chat_templates/*.jinja",
+    "generation_config.json",
 )
 
 
@@ -159,10 +170,17 @@ class Checkpoint:
             total.update(sha256_of(path).encode())
         return total.hexdigest()
 
-    def copy_tokenizer(self, into: Path) -> list[str]:
-        """Copy the tokenizer and generation files that exist; returns their names."""
-        names = [name for name in _TOKENIZER_FILES if (self.path / name).exists()]
+    def copy_tokenizer(self, into: Path, patterns: Iterable[str] = _TEXT_FILES) -> list[str]:
+        """Copy the files that exist; returns their names.
+
+        Args:
+            patterns: names with wildcards; default: those of all tokenizers, chat templates and generation
+                settings.
+        """
+        paths = [path for pattern in patterns for path in sorted(self.path.glob(pattern)) if path.is_file()]
+        names = [path.relative_to(self.path).as_posix() for path in paths]
         for name in names:
+            (into / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.path / name, into / name)
         return names
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-__all__ = ["LAYER_TYPES", "RopeConfig", "alibi_slopes", "make_rope", "rope_configs", "rope_of"]
+__all__ = ["LAYER_TYPES", "RopeConfig", "alibi_slopes", "make_rope", "rope_configs"]
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _TABLES = ("rope_scaling", "rope_parameters")  # keys of config.json that hold a table, or one by layer type
@@ -119,33 +119,6 @@ def make_rope(settings: RopeConfig, head_dim: int, context: int) -> Rope:
     still = head_dim // 2 - len(inv_freq)
     magnitude = torch.cat((torch.full((len(inv_freq),), factor), torch.ones(still))).float()
     return Rope(torch.cat((inv_freq, torch.zeros(still))), None if factor == 1 else magnitude)
-
-
-def rope_of(config: Mapping[str, Any], head_dim: int) -> Rope:
-    """RoPE of a model whose layers are all alike and whose heads rotate as a whole, for any length.
-
-    Raises:
-        CheckpointError: a scaling other than default, linear or llama3, different settings per kind of layer,
-            or rotation of a part of each head.
-    """
-    full, sliding = rope_configs(config, head_dim).values()
-    if full != sliding or any(
-        isinstance(value, dict) for key in _TABLES for value in (config.get(key) or {}).values()
-    ):
-        raise CheckpointError("the rotary settings of config.json must be one table for all layers")
-    if full.rotary_dim != head_dim:
-        raise CheckpointError(
-            "RoPE in config.json must rotate whole heads",
-            got=f"{full.rotary_dim / head_dim:g} of each",
-            expected="partial_rotary_factor = 1",
-        )
-    if full.kind not in ("default", "linear", "llama3"):
-        raise CheckpointError(
-            "the RoPE scaling in config.json must be supported",
-            got=f"rope_type = {full.kind!r}",
-            expected="default, linear, llama3",
-        )
-    return make_rope(full, head_dim, 1)
 
 
 def _read(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -218,8 +220,6 @@ def test_rejects_calibration_text_shorter_than_a_window(
     folder = tmp_path / "work"
     folder.mkdir()
     if text is not None:
-        import shutil
-
         from support.tiny_bundles import byte_level_tokenizer
 
         copy = tmp_path / "checkpoint"
@@ -290,6 +290,45 @@ def test_rejects_a_ratio_below_the_smallest_cache_before_calibration(
 
 
 @pytest.mark.slow
+def test_converts_another_tokenizer_for_the_bundle(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """vocab.json and merges.txt become tokenizer.json; `compress` keeps them as they are."""
+    from support.tokenizer_shapes import shapes
+    from tokenizers import Tokenizer
+
+    text = shapes()["gpt2"][0]
+    model = json.loads(text)["model"]
+    source = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama", vocab_size=600), source)
+    (source / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (source / "merges.txt").write_text("\n".join(" ".join(merge) for merge in model["merges"]))
+    (source / "tokenizer_config.json").write_text('{"tokenizer_class": "GPT2Tokenizer"}')
+    shown = cli("build", source, "-o", tmp_path / "b", *FAST)
+    assert shown.exit_code == 0 and "token ids only" not in shown.stderr
+    session = kvexport.open(tmp_path / "b")
+    prompt = "Once upon a time 12"
+    expected = Tokenizer.from_str(text).encode(prompt).ids
+    assert session.generate(prompt, max_new_tokens=1).prompt_tokens == len(expected)
+    assert not (tmp_path / "b" / "vocab.json").exists()
+    assert cli("compress", source, "-o", tmp_path / "c", *FAST, "--quiet").exit_code == 0
+    for name in ("vocab.json", "merges.txt", "tokenizer_config.json"):
+        assert (tmp_path / "c" / name).read_bytes() == (source / name).read_bytes()
+
+
+def test_builds_without_text_if_the_tokenizer_cannot_be_converted(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint("llama"), source)
+    (source / "tokenizer.model").write_bytes(b"never read")
+    monkeypatch.setitem(sys.modules, "sentencepiece", None)
+    shown = cli("build", source, "-o", tmp_path / "b", *FAST)
+    assert shown.exit_code == 0
+    (note,) = shown.stderr.splitlines()
+    assert "needs the package sentencepiece: the bundle takes and returns token ids only" in note
+    assert note.endswith("pip install 'kvexport[convert]'")
+    assert not (tmp_path / "b" / "tokenizer.json").exists()
+
+
 @pytest.mark.parametrize("command", ["build", "compress", "analyze"])
 def test_a_note_says_that_one_window_leaves_no_held_out_tokens(
     tiny_checkpoint: Any, tmp_path: Path, command: str

@@ -197,8 +197,10 @@ def test_special_tokens_are_not_added(tmp_path: Path) -> None:
 
 
 def test_error_without_tokenizer_suggests_other_recipes(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=r"must have a tokenizer\.json") as refusal:
-        tokenize(tmp_path, "text")
+    file = tmp_path / "a.txt"
+    file.write_text("text")
+    with pytest.raises(UsageError, match=r"has no tokenizer\.json") as refusal:
+        calibration_windows(make_decoder(), tmp_path, recipe_for(str(file)))
     assert "self or random" in str(refusal.value)
 
 

@@ -24,11 +24,12 @@ def random(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def rotated(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
+def rotated(x: Tensor, inv_freq: Tensor, position: int, magnitude: Tensor | None = None) -> Tensor:
     """Every head of x [N, h·d] with RoPE at one position."""
     first, second = x.unflatten(-1, (-1, 2, len(inv_freq))).unbind(-2)
     angles = position * inv_freq.double()
-    cos, sin = angles.cos(), angles.sin()
+    factor = 1.0 if magnitude is None else magnitude.double()
+    cos, sin = factor * angles.cos(), factor * angles.sin()
     return torch.stack((first * cos - second * sin, second * cos + first * sin), -2).flatten(-3)
 
 
@@ -39,14 +40,16 @@ def rotated(x: Tensor, inv_freq: Tensor, position: int) -> Tensor:
     st.integers(1, 3),
     st.integers(1, 3),
     st.integers(0, 1000),
+    st.booleans(),
 )
 def test_averages_equal_those_of_rotated_samples(
-    positions: int, angles: list[float], g: int, h: int, seed: int
+    positions: int, angles: list[float], g: int, h: int, seed: int, scaled: bool
 ) -> None:
     inv_freq = torch.tensor(angles)
+    magnitude = 1 + torch.arange(len(angles)) / 4 if scaled else None
     x, y = random(5, g * 2 * len(angles), seed=seed), random(5, h * 2 * len(angles), seed=seed + 1)
-    at = [(rotated(x, inv_freq, n), rotated(y, inv_freq, n)) for n in range(positions)]
-    average = Rotations(Rope(inv_freq), positions)
+    at = [tuple(rotated(each, inv_freq, n, magnitude) for each in (x, y)) for n in range(positions)]
+    average = Rotations(Rope(inv_freq, magnitude), positions)
     mean = torch.stack([each.mean(0) for each, _ in at]).mean(0)
     second = torch.stack([each.T @ other / 5 for each, other in at]).mean(0)
     torch.testing.assert_close(average.mean(x.mean(0)), mean, rtol=0, atol=1e-12)
@@ -87,18 +90,22 @@ def test_averaged_moments_equal_those_of_rotated_keys_and_queries(style: str) ->
     assert changed == {"key_mean", "key_second", "query_second"}
 
 
-def test_logits_over_distances_weigh_octaves_equally() -> None:
+@pytest.mark.parametrize("magnitude", [None, [1.25, 1.25, 1.0, 1.0]])
+def test_logits_over_distances_weigh_octaves_equally(magnitude: list[float] | None) -> None:
     """Σ w_n E (qᵀ R_{-n} k)², w_n ∝ 1 / (n + 1), from second moments; the mean key rotates too, so it is
-    included.
+    included. A magnitude scales both queries and keys.
     """
     attention = make_attention("bias")
     assert attention.rope is not None
-    rope, x = attention.rope, random_inputs(3, 12)
+    rope = replace(attention.rope, magnitude=None if magnitude is None else torch.tensor(magnitude))
+    x = random_inputs(3, 12)
     moments = uncentre_keys(moments_of(attention, x))
     projected = windows.project(attention, x)
     keys, queries = (each[:, 1].flatten(0, 1) for each in (projected.key, projected.query))  # head 1
     weights = 1 / (1 + torch.arange(16, dtype=torch.float64))
-    powers = torch.stack([(queries @ rotated(keys, rope.inv_freq, -n).T).square().mean() for n in range(16)])
+    scaled = rotated(queries, rope.inv_freq, 0, rope.magnitude)
+    turned = [rotated(keys, rope.inv_freq, -n, rope.magnitude) for n in range(16)]
+    powers = torch.stack([(scaled @ each.T).square().mean() for each in turned])
     rows = slice(8, 16)
     power = (
         moments.query_second[1] * Rotations.by_distance(rope, 16).second(moments.key_second[rows, rows])

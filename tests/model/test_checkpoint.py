@@ -160,6 +160,33 @@ def test_digest_and_tokenizer(llama: Path, edit_checkpoint: Make, tmp_path: Path
     )
 
 
+def test_copies_every_tokenizer_template_and_generation_file(
+    llama: Path, edit_checkpoint: Make, tmp_path: Path
+) -> None:
+    path, into = edit_checkpoint(llama), tmp_path / "into"
+    names = [
+        "tokenizer.model",
+        "tokenizer.model.v3",
+        "tokenizer_config.json",
+        "vocab.json",
+        "vocab.txt",
+        "merges.txt",
+        "added_tokens.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "chat_template.json",
+        "additional_chat_templates/tool_use.jinja",
+        "generation_config.json",
+    ]
+    (path / "additional_chat_templates").mkdir()
+    for name in [*names, "preprocessor_config.json", "README.md", "code.py"]:
+        (path / name).write_text(name)
+    into.mkdir()
+    assert sorted(Checkpoint(path).copy_tokenizer(into)) == sorted(names)
+    assert {name: (into / name).read_text() for name in names} == {name: name for name in names}
+    assert sum(each.is_file() for each in into.rglob("*")) == len(names)
+
+
 # Tied heads
 
 

@@ -24,6 +24,7 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 ABSENT = (
     "torch",
     "transformers",
+    "sentencepiece",
     "onnx",
     "onnx_ir",
     "onnxscript",

@@ -32,7 +32,7 @@ def requirements() -> dict[str | None, dict[str, str]]:
 def test_setup_and_the_table_name_the_same_packages() -> None:
     extras = requirements()
     imported = {name for extra, names in extras.items() if extra not in ("dev", "docs") for name in names}
-    assert imported | {"transformers"} == set(PACKAGES)  # transformers: by tests and benchmarks only
+    assert imported == set(PACKAGES)
 
 
 @pytest.mark.parametrize("name", PACKAGES)

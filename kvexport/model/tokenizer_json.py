@@ -1,0 +1,240 @@
+"""tokenizer.json of a checkpoint: its own, or one that is converted from tokenizer.model or vocab.json.
+
+transformers converts. Its result is used only if it gives the token ids of the files that it came from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kvexport.errors import CheckpointError
+from kvexport.model.checkpoint import read_json
+from kvexport.packages import install_command
+
+TOKENIZER_FILE = "tokenizer.json"
+_SENTENCEPIECE = "tokenizer.model"
+_VOCABULARY, _MERGES = "vocab.json", "merges.txt"
+_CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
+_SOURCES = (_SENTENCEPIECE, _VOCABULARY, _MERGES, "added_tokens.json", _SPECIAL_TOKENS, _CONFIG)
+_SAMPLES = (
+    "Once upon a time there was a café.",
+    " spaces  before, between and after ",
+    "a\nb\n\n\tc\r\n",
+    "It's 12345 and 3.14; <tag> {1: 'a'} # (b|c)",
+    "日本語の文。中文，你好！ Привет, мир! שלום हिन्दी",
+    "🙂 👩\u200d👧 “what”?! …",
+)
+
+
+class NoTokenizer(CheckpointError):
+    """The checkpoint has no tokenizer.json, and none can be converted from its other files."""
+
+
+def tokenizer_json(folder: Path) -> str:
+    """The text of a checkpoint's tokenizer.json.
+
+    If there is no such file, it is converted from tokenizer.model (SentencePiece), or from vocab.json and
+    merges.txt, with the settings of tokenizer_config.json. Nothing is downloaded, and no code of the
+    checkpoint is run.
+
+    Raises:
+        NoTokenizer: there is none of these files, a package is missing, or the conversion is not exact.
+        CheckpointError: tokenizer.json is not UTF-8 text.
+    """
+    path = folder / TOKENIZER_FILE
+    if path.is_file():
+        try:
+            return path.read_bytes().decode()
+        except UnicodeDecodeError as error:
+            raise CheckpointError(
+                f"{path} must be UTF-8 text: {error}", fix="download the model's tokenizer.json again"
+            ) from error
+    if not has_source(folder):
+        raise NoTokenizer(
+            f"the checkpoint has no {TOKENIZER_FILE}",
+            expected=f"{TOKENIZER_FILE}, {_SENTENCEPIECE}, or {_VOCABULARY} with {_MERGES}",
+            fix="add the model's tokenizer files",
+        )
+    changed = tuple(path.stat().st_mtime_ns for name in _SOURCES if (path := folder / name).exists())
+    return _convert(folder, changed)
+
+
+def has_source(folder: Path) -> bool:
+    """Whether a checkpoint has files that a tokenizer.json can be converted from."""
+    pair = (folder / _VOCABULARY, folder / _MERGES)
+    return (folder / _SENTENCEPIECE).is_file() or all(path.is_file() for path in pair)
+
+
+@lru_cache(maxsize=1)
+def _convert(folder: Path, changed: tuple[int, ...]) -> str:
+    """Convert the tokenizer of a folder; `changed` are the times when its files were written."""
+    if (folder / _SENTENCEPIECE).is_file():
+        return _from_sentencepiece(folder)
+    return _from_vocabulary(folder)
+
+
+def _from_sentencepiece(folder: Path) -> str:
+    path = folder / _SENTENCEPIECE
+    settings = {**_optional_json(folder / _SPECIAL_TOKENS), **_optional_json(folder / _CONFIG)}
+    prefix = settings.get("add_prefix_space") is not False
+    reference, prefix = _sentencepiece(path, prefix)
+    ids = {"bos": reference.bos_id(), "eos": reference.eos_id(), "unk": reference.unk_id()}
+    defaults: dict[str, Any] = {
+        f"{name}_token": reference.id_to_piece(index) for name, index in ids.items() if index >= 0
+    }
+    # transformers 4 and the documentation of transformers 5 add a BOS by default; its code does not.
+    defaults["add_bos_token"] = ids["bos"] >= 0
+    converted = _converted(folder, {name: value for name, value in defaults.items() if name not in settings})
+    difference = None
+    for text in (converted, _with_sentencepiece_spaces(converted, prefix)):
+        difference = _difference(text, reference)
+        if difference is None:
+            return text
+    raise NoTokenizer(
+        f"{TOKENIZER_FILE} converted from {path} must give the token ids of SentencePiece",
+        got=difference,
+        fix=f"add the model's own {TOKENIZER_FILE}",
+    )
+
+
+def _from_vocabulary(folder: Path) -> str:
+    """Convert vocab.json and merges.txt. Byte-level text must come back unchanged, which shows that spaces
+    and bytes are split as the vocabulary needs."""
+    from tokenizers import Tokenizer
+
+    text = _converted(folder, {})
+    tokenizer = Tokenizer.from_str(text)
+    vocabulary = tokenizer.get_vocab(with_added_tokens=True)
+    for token, index in read_json(folder / _VOCABULARY).items():
+        if vocabulary.get(token) != index:
+            raise NoTokenizer(
+                f"{TOKENIZER_FILE} converted from {folder / _VOCABULARY} must have its tokens",
+                got=f"{token!r} is {vocabulary.get(token)}, not {index!r}",
+                fix=f"add the model's own {TOKENIZER_FILE}, or its {_CONFIG}",
+            )
+    for sample in _SAMPLES:
+        decoded = tokenizer.decode(tokenizer.encode(sample, add_special_tokens=False).ids)
+        if "Ġ" in vocabulary and decoded != sample:
+            raise NoTokenizer(
+                f"{TOKENIZER_FILE} converted from {folder / _VOCABULARY} must encode text without loss",
+                got=f"{decoded!r} for {sample!r}",
+                fix=f"add the model's own {TOKENIZER_FILE}, or its {_CONFIG}",
+            )
+    return text
+
+
+def _converted(folder: Path, defaults: Mapping[str, Any]) -> str:
+    """tokenizer.json as transformers converts it, with `defaults` for settings that the folder lacks."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise _missing("transformers") from error
+    with _quiet(transformers):
+        try:
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False, **defaults
+            )
+            text: str = tokenizer.backend_tokenizer.to_str()
+        except Exception as error:  # any class, from transformers and from what reads the files
+            lines = str(error).strip().splitlines()
+            raise NoTokenizer(
+                f"transformers must be able to convert the tokenizer of {folder} to {TOKENIZER_FILE}",
+                got=lines[0] if lines else type(error).__name__,
+                fix=f"add the model's own {TOKENIZER_FILE}, or check tokenizer_class in {_CONFIG}",
+            ) from error
+    return text
+
+
+@contextmanager
+def _quiet(transformers: Any) -> Iterator[None]:
+    """Silence the warnings of transformers, which are about other uses of the tokenizer."""
+    logging = transformers.utils.logging
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
+def _missing(package: str) -> NoTokenizer:
+    return NoTokenizer(
+        f"converting the checkpoint's tokenizer to {TOKENIZER_FILE} needs the package {package}",
+        fix=install_command(package),
+    )
+
+
+def _optional_json(path: Path) -> Mapping[str, Any]:
+    return read_json(path) if path.exists() else {}
+
+
+def _sentencepiece(path: Path, prefix: bool) -> tuple[Any, bool]:
+    """The SentencePiece processor of a tokenizer.model, and whether it puts a space before a text.
+
+    Args:
+        prefix: False: put none, whatever the model says.
+    """
+    try:
+        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    except ImportError as error:
+        raise _missing("sentencepiece") from error
+    try:
+        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+        model.normalizer_spec.add_dummy_prefix &= prefix
+        processor = SentencePieceProcessor(model_proto=model.SerializeToString())
+    except Exception as error:  # protobuf and SentencePiece raise their own classes
+        raise NoTokenizer(
+            f"{path} must be a SentencePiece model",
+            got=str(error).partition("\n")[0],
+            fix=f"add the model's own {TOKENIZER_FILE}",
+        ) from error
+    return processor, bool(model.normalizer_spec.add_dummy_prefix)
+
+
+def _with_sentencepiece_spaces(converted: str, prefix: bool) -> str:
+    """tokenizer.json that treats spaces as SentencePiece does, with a space before a text if `prefix`.
+
+    The classes of transformers 5 decide themselves where they put that space: some put none, some none before
+    a text that starts with one, some always.
+    """
+    space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+    mark = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
+    before = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
+    strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
+    changed = {
+        "normalizer": {"type": "Sequence", "normalizers": [*before, space]},
+        "pre_tokenizer": None,
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [mark, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
+        },
+    }
+    return json.dumps({**json.loads(converted), **changed}, ensure_ascii=False)
+
+
+def _difference(text: str, reference: Any) -> str | None:
+    """The first difference of a tokenizer.json from SentencePiece; None if there is none.
+
+    Compared are the ids of all pieces that text consists of, and encoding and decoding of the samples.
+    """
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_str(text)
+    for index in range(reference.get_piece_size()):
+        piece = reference.id_to_piece(index)
+        special = reference.is_control(index) or reference.is_unknown(index) or reference.is_unused(index)
+        if not special and tokenizer.token_to_id(piece) != index:
+            return f"{piece!r} is {tokenizer.token_to_id(piece)}, not {index}"
+    for sample in _SAMPLES:
+        ids, expected = tokenizer.encode(sample, add_special_tokens=False).ids, reference.encode(sample)
+        if ids != expected:
+            return f"{ids[:8]} for {sample!r}, not {expected[:8]}"
+        decoded = tokenizer.decode(ids)
+        if decoded != reference.decode(ids):
+            return f"{decoded!r} for {ids[:8]}, not {reference.decode(ids)!r}"
+    return None
