@@ -107,7 +107,10 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             local_theta=settings.positive("local_rope_theta"),
             max_positions=positions,
         )
-        positions = ropes["full_attention"].reach(positions)
+    layers = _layers(family, complete, settings.whole("num_layers"), ropes)
+    reaches = [each.rope.reach(positions) for each in set(layers) if each.rope is not None]
+    bounded = [each for each in reaches if each is not None]
+    positions = min(bounded) if bounded else positions
     scale = settings.positive("attention_scale")
     return Architecture(
         family=family,
@@ -120,7 +123,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         head_dim=head_dim,
         intermediate_size=settings.whole("intermediate_size", 4 * hidden),
         max_positions=positions,
-        layers=_layers(family, complete, settings.whole("num_layers"), ropes),
+        layers=layers,
         tied=settings.boolean("tied"),
         norm_eps=number("the epsilon of norms", settings.value("norm_eps")),
         activation=activation_of(settings.value("activation")),

@@ -29,14 +29,6 @@ def shown(value: object) -> str:
         return f"{type(value).__name__}, too large to print"
 
 
-def shown(value: object) -> str:
-    """Text of a value of config.json for an error, at most 60 characters."""
-    try:
-        return f"{value!r:.60}"
-    except (ValueError, RecursionError):  # integers of more than 4300 digits; deep nesting
-        return f"{type(value).__name__}, too large to print"
-
-
 def whole_number(name: str, value: object, least: int = 1) -> int:
     """An integer of config.json, at least `least`; `name` is its key.
 

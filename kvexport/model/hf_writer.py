@@ -141,7 +141,8 @@ class HFCheckpointWriter:
         dtype = str(self._dtype).removeprefix("torch.")
         return {**self._source, "tie_word_embeddings": self._decoder.head is None, "dtype": dtype}
 
-    def _norm(self, name: str, norm: Norm) -> None:
+    def _norm(self, name: str, norm: Norm | None) -> None:
+        assert norm is not None and norm.weight is not None
         self._add(name + ".weight", norm.weight)
         if norm.bias is not None:
             self._add(name + ".bias", norm.bias)
