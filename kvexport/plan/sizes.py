@@ -14,7 +14,7 @@ from kvexport.bundle.manifest import BYTES, REBUILD, Manifest
 from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
-from kvexport.model.checkpoint import read_json
+from kvexport.model.checkpoint import read_config, read_json
 from kvexport.model.config import require_unquantised, sizes_of, whole_number
 from kvexport.model.families import Family, family_of
 
@@ -171,7 +171,7 @@ def architecture(path: Path) -> Architecture:
     Raises:
         CheckpointError: there is no such file, the family is unknown, or a setting is missing or impossible.
     """
-    config = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
+    config = read_json(path) if path.suffix == ".json" and path.is_file() else read_config(path)
     require_unquantised(config)
     family = family_of(config)
     settings = family.settings(config)
