@@ -8,19 +8,31 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from kvexport.errors import CheckpointError, reason_of
 from kvexport.files.hashing import sha256_of
+from kvexport.model.other_formats import adapter, no_config, no_safetensors, not_a_folder
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
+# Ends of names of tensors of quantised weights: GPTQ, AWQ, bitsandbytes, compressed-tensors and FP8.
+_QUANTISED = (
+    ".qweight",
+    ".qzeros",
+    ".absmax",
+    ".quant_map",
+    ".weight_packed",
+    ".weight_scale",
+    ".weight_scale_inv",
+)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TEXT_FILES = (
@@ -49,31 +61,48 @@ class Checkpoint:
     Attributes:
         path: the directory.
         config: the parsed config.json.
-        files: safetensors file of each tensor, by tensor name.
 
     Raises (on construction):
-        CheckpointError: the directory is not a checkpoint, has weights as pickle only, or a shard is missing
-            or truncated.
+        CheckpointError: the directory is not a checkpoint, or config.json is damaged.
     """
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        if not path.is_dir():
-            raise CheckpointError(
-                "the checkpoint must be a folder",
-                got=path,
-                fix="give the folder with config.json (to download one: hf download NAME --local-dir FOLDER)",
-            )
-        self.config = read_json(path / "config.json")
-        self.files = self._find_tensors()
+        self.config = read_config(path)
         self._readers: dict[Path, Any] = {}
+
+    @cached_property
+    def files(self) -> Mapping[str, Path]:
+        """The safetensors file of each tensor, by tensor name.
+
+        It is read after config.json, so that an unknown family is reported before missing weights.
+
+        Raises:
+            CheckpointError: weights are missing, in another format, quantised, or truncated.
+        """
+        try:
+            files = self._find_tensors()
+        except OSError as error:
+            raise CheckpointError(
+                f"the checkpoint {self.path} must be readable: {reason_of(error)}",
+                fix="change the permissions of the folder",
+            ) from error
+        quantised = next((name for name in sorted(files) if name.endswith(_QUANTISED)), None)
+        if quantised is not None:
+            raise CheckpointError(
+                "the checkpoint must not be quantised: it has tensors of quantised weights",
+                got=quantised,
+                expected="weights in float32, float16 or bfloat16",
+                fix="start from the unquantised checkpoint",
+            )
+        return files
 
     def _find_tensors(self) -> dict[str, Path]:
         single, index = self.path / _SINGLE, self.path / _INDEX
         if single.exists():  # before the index, as transformers does
             return dict.fromkeys(_open(single).keys(), single)
         if not index.exists():
-            raise self._no_safetensors()
+            raise no_safetensors(self.path, f"{_SINGLE}, or {_INDEX} with its shards")
         weight_map = read_json(index).get("weight_map")
         if not isinstance(weight_map, dict) or not weight_map:
             raise CheckpointError(f"{_INDEX} must have a weight_map", fix="download the checkpoint again")
@@ -98,19 +127,46 @@ class Checkpoint:
             files.update({name: self.path / shard for name in names if weight_map.get(name, shard) == shard})
         return files
 
-    def _no_safetensors(self) -> CheckpointError:
-        pickles = sorted(p.name for p in self.path.iterdir() if p.suffix in (".bin", ".pt", ".pth", ".ckpt"))
-        if pickles:
-            return CheckpointError(
-                "the weights must be safetensors: reading a pickle can run code",
-                got=", ".join(pickles),
-                fix='convert it, if you trust it: python -c "from transformers import AutoModelForCausalLM '
-                f"as M; M.from_pretrained('{self.path}').save_pretrained('{self.path}-safetensors')\"",
+    def find_prefix(self, embedding_name: str, candidates: Sequence[str]) -> str:
+        """The prefix of the names of the decoder's tensors, such as `model.`, found by the embedding.
+
+        Wrappers, adapters and compiled models put their own before it (`language_model.`,
+        `base_model.model.`, `_orig_mod.`), and models without a head have none.
+
+        Args:
+            embedding_name: name of the embedding without prefix, such as `embed_tokens.weight`.
+            candidates: prefixes of the family; the first one that fits is preferred to others.
+
+        Raises:
+            CheckpointError: no tensor has that name after a prefix, or several have, or an adapter is not
+                merged.
+        """
+        for name in sorted(self.files):
+            if ".lora_A." in name or ".base_layer." in name:
+                raise adapter(self.path)
+        prefixes = sorted(
+            name.removesuffix(embedding_name)
+            for name in self.files
+            if name == embedding_name or name.endswith(f".{embedding_name}")
+        )
+        for candidate in candidates:
+            if candidate in prefixes:
+                return candidate
+        if len(prefixes) == 1:
+            return prefixes[0]
+        expected = f"{candidates[0] if candidates else ''}{embedding_name}"
+        if prefixes:
+            raise CheckpointError(
+                f"the checkpoint must contain one embedding {expected}",
+                got=", ".join(f"{prefix}{embedding_name}" for prefix in prefixes),
+                fix="save the language model alone, and give its folder",
             )
-        return CheckpointError(
-            f"the checkpoint {self.path} must contain weights",
-            got=", ".join(sorted(p.name for p in self.path.iterdir())),
-            expected=f"{_SINGLE}, or {_INDEX} with its shards",
+        names = sorted(self.files)
+        raise CheckpointError(
+            f"the checkpoint must contain the embedding {expected}",
+            got=", ".join(names[:3]) + (", ..." if len(names) > 3 else ""),
+            fix=f"check that config.json's model_type ({self.config.get('model_type')!r:.60}) is that of the "
+            "weights",
         )
 
     @contextmanager
@@ -140,7 +196,7 @@ class Checkpoint:
         view = self._readers[path].get_slice(name)
         if view.get_dtype() not in _FLOATS:
             raise CheckpointError(
-                f"tensor {name} must be floating point",
+                f"tensor {name} must have a data type that is supported",
                 got=view.get_dtype(),
                 expected=", ".join(_FLOATS),
                 fix="start from the unquantised checkpoint",
@@ -210,6 +266,25 @@ class Checkpoint:
         return ids
 
 
+def read_config(path: Path) -> Mapping[str, Any]:
+    """config.json of the checkpoint in a folder.
+
+    Raises:
+        CheckpointError: the path is not the folder of a checkpoint, or config.json is damaged.
+    """
+    try:
+        if not path.is_dir():
+            raise not_a_folder(path)
+        if not (path / "config.json").exists():
+            raise no_config(path)
+    except OSError as error:
+        raise CheckpointError(
+            f"the checkpoint {path} must be readable: {reason_of(error)}",
+            fix="give the folder with config.json",
+        ) from error
+    return read_json(path / "config.json")
+
+
 def read_json(path: Path) -> Mapping[str, Any]:
     """Read a JSON object from a file of a checkpoint.
 
@@ -242,6 +317,6 @@ def _open(path: Path) -> Any:
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} must be a safetensors file: {reason_of(error)}",
-            got=f"{path.stat().st_size} bytes",
+            got=f"{path.stat().st_size} bytes" if path.is_file() else None,
             fix="download the file again; a truncated download is the usual cause",
         ) from error

@@ -84,5 +84,5 @@ def require_unquantised(config: Mapping[str, Any]) -> None:
             "the checkpoint must not be quantised: config.json has quantization_config",
             got=f"quant_method = {shown(method)}",
             expected="weights in float32, float16 or bfloat16",
-            fix="start from the unquantised checkpoint; kvexport compresses first",
+            fix="start from the unquantised checkpoint",
         )

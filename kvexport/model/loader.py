@@ -53,7 +53,8 @@ class _Loader:
         self._context = context or architecture.max_positions or 1
         self._ropes: dict[LayerKind, Rope | None] = {kind: self._rope(kind) for kind in architecture.layers}
         self._slopes = self._alibi_slopes()
-        self._prefix = self._find_prefix()
+        names = architecture.family.names
+        self._prefix = checkpoint.find_prefix(f"{names.embedding}.weight", names.prefixes)
         self._require_expected_tensors()
 
     def decoder(self) -> Decoder:
@@ -110,17 +111,6 @@ class _Loader:
                 f"{name}.weight must equal the embedding, because config.json ties them",
                 fix="set tie_word_embeddings to false in config.json, or remove the tensor",
             )
-
-    def _find_prefix(self) -> str:
-        names = self._architecture.family.names
-        for prefix in names.prefixes:
-            if f"{prefix}{names.embedding}.weight" in self._checkpoint.files:
-                return prefix
-        raise CheckpointError(
-            f"the checkpoint must contain the embedding {names.prefixes[0]}{names.embedding}.weight",
-            got=", ".join(sorted(self._checkpoint.files)[:3]) + ", ...",
-            fix=f"check that config.json's model_type ({self._checkpoint.config.get('model_type')}) is right",
-        )
 
     def _require_expected_tensors(self) -> None:
         """Raise CheckpointError unless the checkpoint has exactly the expected tensors."""

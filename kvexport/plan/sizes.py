@@ -13,7 +13,7 @@ from kvexport.engine.options import DEFAULT_CHUNK
 from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture
-from kvexport.model.checkpoint import read_json
+from kvexport.model.checkpoint import read_config, read_json
 from kvexport.model.families import NORMS
 
 
@@ -102,7 +102,7 @@ def trained_sizes(path: Path) -> TrainedSizes:
     Raises:
         CheckpointError: there is no such file, the family is unknown, or a setting is missing or impossible.
     """
-    config = read_json(path / "config.json" if path.is_dir() or path.suffix != ".json" else path)
+    config = read_json(path) if path.suffix == ".json" and path.is_file() else read_config(path)
     return TrainedSizes(read_architecture(config))
 
 

@@ -17,6 +17,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
+from support.tiny_bundles import byte_level_tokenizer
 
 from kvexport.errors import CheckpointError, UsageError
 from kvexport.model import reference
@@ -187,6 +188,59 @@ def test_copies_every_tokenizer_template_and_generation_file(
     assert sum(each.is_file() for each in into.rglob("*")) == len(names)
 
 
+# Prefixes
+
+
+@pytest.mark.parametrize(
+    ("prefix", "names"),
+    [
+        ("model.", ["model.embed_tokens.weight"]),
+        ("", ["embed_tokens.weight", "layers.0.q.weight"]),
+        ("language_model.model.", ["language_model.model.embed_tokens.weight", "vision.patch.weight"]),
+        ("model.language_model.", ["model.language_model.embed_tokens.weight", "lm_head.weight"]),
+        ("base_model.model.model.", ["base_model.model.model.embed_tokens.weight"]),
+        ("_orig_mod.model.", ["_orig_mod.model.embed_tokens.weight"]),
+        ("model.", ["model.embed_tokens.weight", "audio.embed_tokens.weight", "embed_tokens.weight"]),
+    ],
+)
+def test_finds_the_prefix_of_the_tensors(tmp_path: Path, prefix: str, names: list[str]) -> None:
+    assert with_tensors(tmp_path, names).find_prefix("embed_tokens.weight", ["model.", ""]) == prefix
+
+
+def test_a_name_that_only_ends_alike_has_no_prefix(tmp_path: Path) -> None:
+    checkpoint = with_tensors(tmp_path, ["model.re_embed_tokens.weight"])
+    with pytest.raises(CheckpointError) as caught:
+        checkpoint.find_prefix("embed_tokens.weight", ["model.", ""])
+    for part in ("the embedding model.embed_tokens.weight", "model.re_embed_tokens.weight", "'llama'"):
+        assert part in str(caught.value)
+
+
+def test_two_embeddings_are_named(tmp_path: Path) -> None:
+    checkpoint = with_tensors(tmp_path, ["audio.embed_tokens.weight", "text.embed_tokens.weight"])
+    with pytest.raises(CheckpointError, match=r"audio\.embed_tokens\.weight, text\.embed_tokens\.weight"):
+        checkpoint.find_prefix("embed_tokens.weight", ["model.", ""])
+
+
+def test_tensors_of_an_adapter_must_be_merged(tmp_path: Path) -> None:
+    base = "base_model.model.model."
+    names = [base + "embed_tokens.weight", base + "layers.0.self_attn.q_proj.lora_A.default.weight"]
+    with pytest.raises(CheckpointError, match="whole model, not a LoRA adapter"):
+        with_tensors(tmp_path, names).find_prefix("embed_tokens.weight", ["model.", ""])
+
+
+def with_tensors(folder: Path, names: list[str]) -> Checkpoint:
+    save_file({name: torch.zeros(1) for name in names}, folder / "model.safetensors")
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    return Checkpoint(folder)
+
+
+@pytest.mark.parametrize("suffix", ["qweight", "weight_scale_inv", "weight.absmax", "weight_packed"])
+def test_tensors_of_quantised_weights_are_named(llama: Path, edit_checkpoint: Make, suffix: str) -> None:
+    name = f"model.layers.0.mlp.up_proj.{suffix}"
+    path = edit_checkpoint(llama, tensors=lambda held: held.update({name: torch.zeros(1)}))
+    refused(path, "must not be quantised", name, "start from the unquantised checkpoint")
+
+
 # Tied heads
 
 
@@ -257,6 +311,13 @@ class _Trap:
         return (Path.touch, (self.path,))
 
 
+def run_fix(error: CheckpointError) -> None:
+    """Run the command of an error's fix."""
+    assert error.fix is not None
+    command = shlex.split(error.fix[error.fix.index("python -c") :])
+    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+
+
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "consolidated.00.pth", "last.ckpt"])
 def test_rejects_pickles_without_opening_them(
     llama: Path, edit_checkpoint: Make, tmp_path: Path, name: str
@@ -268,16 +329,22 @@ def test_rejects_pickles_without_opening_them(
     assert not (tmp_path / "sprung").exists()
 
 
+def test_reports_an_unknown_family_before_pickles(llama: Path, edit_checkpoint: Make) -> None:
+    path = edit_checkpoint(llama, config={"model_type": "t5"})
+    (path / "model.safetensors").rename(path / "pytorch_model.bin")
+    assert "pickle" not in str(refused(path, "'t5'"))
+
+
 @pytest.mark.slow
 def test_suggested_command_converts_a_pickle(llama: Path, edit_checkpoint: Make) -> None:
-    path = edit_checkpoint(llama)
+    path = edit_checkpoint(llama, config={"vocab_size": 67})
     torch.save(load_file(path / "model.safetensors"), path / "pytorch_model.bin")
     (path / "model.safetensors").unlink()
-    fix = refused(path, "pickle").fix
-    assert fix is not None
-    command = shlex.split(fix[fix.index("python -c") :])
-    subprocess.run([sys.executable, *command[1:]], check=True, capture_output=True)
+    (path / "tokenizer.json").write_text(byte_level_tokenizer())
+    (path / "tokenizer_config.json").write_text('{"tokenizer_class": "PreTrainedTokenizerFast"}')
+    run_fix(refused(path, "pickle"))
     assert torch.equal(logits(Path(f"{path}-safetensors")), logits(llama))
+    assert (Path(f"{path}-safetensors") / "tokenizer.json").exists()
 
 
 # Broken files
