@@ -43,7 +43,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("gpt_neox", {"rotary_pct": 0.5}),
     ("gpt_neox", {"rotary_pct": 1.0, "rotary_emb_base": 500, "use_parallel_residual": False}),
     ("gpt_neox", {"attention_bias": False, "num_hidden_layers": 3}),
-    ("gpt_neox", {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}}),
+    (
+        "gpt_neox",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}},
+    ),
     ("gpt_neox", {"rope_parameters": LINEAR, "tie_word_embeddings": True, "hidden_act": "gelu_new"}),
     ("llama", {}),
     ("llama", {"num_key_value_heads": 4}),
