@@ -103,6 +103,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
         ropes = rope_configs(
             complete,
             head_dim,
+            theta=settings.positive("rope_theta") or 10000.0,
             fraction=settings.positive("rotary_fraction"),
             local_theta=settings.positive("local_rope_theta"),
             max_positions=positions,

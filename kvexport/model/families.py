@@ -21,7 +21,7 @@ SETTINGS = frozenset(
     {
         "vocab_size", "hidden_size", "embedding_size", "num_layers", "num_heads", "num_kv_heads", "head_dim",
         "intermediate_size", "max_positions", "norm_eps", "activation", "tied", "attention_scale", "softcap",
-        "clip", "rotary_fraction", "local_rope_theta", "alibi_bias_max", "embedding_multiplier",
+        "clip", "rotary_fraction", "rope_theta", "local_rope_theta", "alibi_bias_max", "embedding_multiplier",
         "residual_multiplier", "logit_multiplier", "logit_softcap",
     }
 )  # fmt: skip

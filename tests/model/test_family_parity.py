@@ -99,6 +99,9 @@ def test_logits_equal_transformers_in_float64(
         ("llama", {"hidden_act": "gelu"}, {"hidden_act": "gelu_new"}),
         ("mistral", {"sliding_window": 7}, {"sliding_window": 8}),
         ("bloom", {"hidden_size": 36, "n_head": 6}, {"layer_norm_epsilon": 1.1e-5}),
+        ("gpt_neox", {}, {"use_parallel_residual": False}),
+        ("gpt_neox", {}, {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+        ("starcoder2", {"sliding_window": 7}, {"sliding_window": 8}),
         ("qwen2", {"max_window_layers": 1, **WINDOW}, {"layer_types": ["full_attention", "full_attention"]}),
         ("qwen3", {"max_window_layers": 0, **WINDOW}, {"layer_types": None, "max_window_layers": 1}),
     ],
@@ -114,6 +117,30 @@ def test_one_changed_setting_breaks_parity(
     ids = token_ids()
     ours = reference.forward(load_decoder(edit_checkpoint(path, config=changed), torch.float64), ids)
     assert relative_error(ours, their_logits(path, ids, torch.float64)) > 1e-8
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(
+    ("family", "config", "name"),
+    [
+        ("gpt_neox", {}, "gpt_neox.layers.1.post_attention_layernorm.weight"),
+        ("phi", {}, "lm_head.bias"),
+        ("phi", {"qk_layernorm": True}, "model.layers.1.self_attn.k_layernorm.bias"),
+        ("stablelm", {}, "model.layers.0.self_attn.v_proj.bias"),
+        ("stablelm", {"qk_layernorm": True}, "model.layers.1.self_attn.q_layernorm.norms.3.weight"),
+    ],
+)
+def test_one_changed_tensor_breaks_parity(
+    tiny_checkpoint: Callable[..., Path],
+    edit_checkpoint: Callable[..., Path],
+    family: str,
+    config: dict[str, Any],
+    name: str,
+) -> None:
+    path, ids = tiny_checkpoint(family, **config), token_ids()
+    changed = edit_checkpoint(path, tensors=lambda held: held.update({name: held[name].roll(1, 0)}))
+    ours = reference.forward(load_decoder(changed, torch.float64), ids)
+    assert relative_error(ours, their_logits(path, ids, torch.float64)) > 1e-5
 
 
 @pytest.mark.usefixtures("wide")

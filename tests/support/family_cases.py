@@ -16,10 +16,14 @@ SIZES: dict[str, Any] = {
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS},
+    "gpt_neox": {**SIZES, "use_parallel_residual": True},
     "llama": SIZES,
     "mistral": {**SIZES, "sliding_window": None},
     "qwen2": SIZES,
+    "phi": SIZES,
     "qwen3": {**SIZES, "head_dim": 8},
+    "stablelm": {**SIZES, "use_qkv_bias": True},
+    "starcoder2": SIZES,
 }
 
 LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
@@ -36,6 +40,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("bloom", {"hidden_size": 36, "n_head": 6}),
     ("bloom", {"hidden_size": 88, "n_head": 11, "tie_word_embeddings": False, "layer_norm_epsilon": 1e-3}),
     ("bloom", {"hidden_size": 64, "n_head": 16}),
+    ("gpt_neox", {"rotary_pct": 0.5}),
+    ("gpt_neox", {"rotary_pct": 1.0, "rotary_emb_base": 500, "use_parallel_residual": False}),
+    ("gpt_neox", {"attention_bias": False, "num_hidden_layers": 3}),
+    (
+        "gpt_neox",
+        {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}},
+    ),
+    ("gpt_neox", {"rope_parameters": LINEAR, "tie_word_embeddings": True, "hidden_act": "gelu_new"}),
     ("llama", {}),
     ("llama", {"num_key_value_heads": 4}),
     ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
@@ -53,6 +65,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("mistral", {"sliding_window": 7}),
     ("mistral", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("mistral", {"head_dim": 16, "sliding_window": 2}),
+    ("phi", {}),
+    ("phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.25}),
+    ("phi", {"qk_layernorm": True, "hidden_act": "gelu"}),
+    ("phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 1.0}}),
     ("qwen2", {}),
     ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("qwen2", {"num_hidden_layers": 3, "max_window_layers": 1, **WINDOW}),
@@ -69,6 +85,14 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 16}),
     ("qwen3", {"attention_bias": True, "rope_parameters": LLAMA3, "head_dim": 16}),
     ("qwen3", {"max_window_layers": 1, **WINDOW}),
+    ("stablelm", {}),
+    ("stablelm", {"use_qkv_bias": False, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+    ("stablelm", {"qk_layernorm": True, "num_key_value_heads": 4, "partial_rotary_factor": 0.5}),
+    ("stablelm", {"use_parallel_residual": True, "partial_rotary_factor": 1.0, "rope_theta": 500}),
+    ("starcoder2", {}),
+    ("starcoder2", {"sliding_window": 7, "num_key_value_heads": 4}),
+    ("starcoder2", {"use_bias": False, "tie_word_embeddings": False, "norm_epsilon": 1e-3}),
 ]
 
 
