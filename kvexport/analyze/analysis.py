@@ -12,7 +12,7 @@ from torch import Tensor
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
-from kvexport.build.conversion_job import sequence_capacity, warn_about_little_text
+from kvexport.build.conversion_job import fitted_recipe, sequence_capacity, warn_about_little_text
 from kvexport.build.options import BuildOptions
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.calibrate import calibration_windows
@@ -181,8 +181,9 @@ def analyze(
         UsageError: the checkpoint, the recipe, the conversion or the pairs are invalid.
         CannotRunHere: the model does not fit into memory to sample text.
     """
-    source, recipe = Checkpoint(checkpoint), plan.recipe
+    source = Checkpoint(checkpoint)
     decoder = load_decoder(source)
+    recipe = fitted_recipe(plan.recipe, decoder, progress)
     attention = decoder.layers[0].attention
     methods = methods_for(plan.method, attention)
     require_ratio(plan.request, methods, attention)  # before any work

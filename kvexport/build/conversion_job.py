@@ -14,7 +14,7 @@ from torch import Tensor
 from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
 from kvexport.bundle import BYTES
-from kvexport.calibrate import Statistics, calibration_windows, sampling_steps
+from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.convert import (
     CompressionPlan,
@@ -82,6 +82,9 @@ class ConversionJob:
             self.decoder = load_decoder(self.checkpoint)
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
+        if options.statistics is None:
+            recipe = fitted_recipe(options.recipe, self.decoder, progress)
+            self.options = replace(options, recipe=recipe)
         self.capacity = sequence_capacity(self.decoder, capacity)
         self.methods = methods_for(options.method, attention)
         self.compresses = fixed_shape(options.request, self.methods, attention) != trained_shape(attention)
@@ -244,6 +247,17 @@ class ConversionJob:
             )
         self._healing_state.unlink(missing_ok=True)
         return healed
+
+
+def fitted_recipe(recipe: Recipe, decoder: Decoder, progress: Progress) -> Recipe:
+    """The recipe with windows that the model has positions for, with a note if they are shorter."""
+    fitted = recipe.fitted(decoder.dims.max_positions)
+    if fitted != recipe:
+        progress.note(
+            f"calibration windows have {fitted.length} tokens, not {recipe.length}: the model has no more "
+            "positions"
+        )
+    return fitted
 
 
 def sequence_capacity(decoder: Decoder, requested: int | None = None) -> int:

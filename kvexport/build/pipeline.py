@@ -127,7 +127,7 @@ def calibrate(
     job = ConversionJob(checkpoint, output, BuildOptions(recipe), progress)
     with atomic_directory(output, marker="statistics.json", force=force) as directory:
         windows = job.calibrate()
-        save_header(directory, job.digest, recipe, windows)
+        save_header(directory, job.digest, job.options.recipe, windows)
         with progress.stage("Measuring layers", len(job.decoder.layers)):
             for index, moments in enumerate(measure_moments(job.decoder, windows)):
                 save_moments(directory, index, moments)

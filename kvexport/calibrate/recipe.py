@@ -25,6 +25,7 @@ class Recipe:
         seed: random seed.
         temperatures: sampling temperatures, used for equally many windows each; 'self' only.
         file: text or JSON lines; 'text' only.
+        default_length: whether the length is the recipe's default, which follows the model (`fitted`).
     """
 
     source: str
@@ -33,6 +34,17 @@ class Recipe:
     seed: int
     temperatures: tuple[float, ...] = ()
     file: Path | None = None
+    default_length: bool = False
+
+    def fitted(self, max_positions: int | None) -> Recipe:
+        """The recipe with windows of at most `max_positions` tokens, if their length is the default.
+
+        Args:
+            max_positions: of the model; None: no limit.
+        """
+        if not self.default_length or max_positions is None or self.length <= max_positions:
+            return self
+        return replace(self, length=max(_RANGES["length"][0], max_positions))
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the file by its name, without its directory."""
@@ -40,6 +52,7 @@ class Recipe:
             "temperatures": list(self.temperatures),
             "file": self.file.name if self.file else None,
         }
+        del values["default_length"]
         return {key: value for key, value in values.items() if value not in (None, [])}
 
 
@@ -68,7 +81,7 @@ def recipe_for(
     for name, (least, most) in _RANGES.items():
         if name in given and not least <= given[name] <= most:
             raise UsageError(f"--{name} must be an integer from {least} to {most}", got=given[name])
-    return replace(recipe, **given, file=file)
+    return replace(recipe, **given, file=file, default_length=length is None)
 
 
 def _read_recipe(name: str) -> Recipe:

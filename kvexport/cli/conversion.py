@@ -68,7 +68,11 @@ def _calibration_options(default_samples: str) -> Callable[[F], F]:
         click.option(
             "--samples", type=int, help=f"Number of calibration windows.  [default: {default_samples}]"
         ),
-        click.option("--length", type=int, help="Length of a calibration window in tokens.  [default: 256]"),
+        click.option(
+            "--length",
+            type=int,
+            help="Length of a calibration window in tokens.  [default: 256, or the model's maximum if less]",
+        ),
         click.option("--seed", type=int, help="Random seed of the calibration text.  [default: 0]"),
     )
 

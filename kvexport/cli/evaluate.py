@@ -30,9 +30,7 @@ from kvexport.errors import GateFailed, UsageError
 @click.option(
     "--length",
     type=click.IntRange(min=2),
-    default=256,
-    show_default=True,
-    help="Length of a window of text in tokens.",
+    help="Length of a window of text in tokens.  [default: 256, or the bundle's capacity if that is less]",
 )
 @click.option(
     "--samples",
@@ -52,7 +50,7 @@ def command(
     bundle: Path,
     checkpoint: Path,
     text: Path,
-    length: int,
+    length: int | None,
     samples: int | None,
     max_kl: float | None,
     provider: str,

@@ -25,6 +25,8 @@ from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.runtime import open_bundle
 
+_LENGTH = 256  # of a window in tokens
+
 
 @dataclass(frozen=True)
 class Evaluation:
@@ -49,13 +51,14 @@ def evaluate(
     text: Path,
     progress: Progress,
     *,
-    length: int = 256,
+    length: int | None = None,
     samples: int | None = None,
     provider: str = "auto",
 ) -> Evaluation:
     """Run the trained model and the bundle, teacher-forced, over windows of `length` tokens of a text.
 
     Args:
+        length: tokens of a window; None: 256, or the bundle's capacity if that is less.
         samples: maximum number of windows, spread evenly over the text; None: all.
         provider: the provider that runs the bundle, as in `kvexport.runtime.Session`.
 
@@ -79,6 +82,7 @@ def evaluate(
             "its sha256 differs"
         )
     session = open_bundle(bundle, provider=provider)
+    length = min(_LENGTH, session.capacity) if length is None else length
     if length > session.capacity:
         raise UsageError(
             "--length must not exceed the bundle's capacity",

@@ -290,6 +290,24 @@ def test_rejects_a_ratio_below_the_smallest_cache_before_calibration(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    ("command", "positions"),
+    [("build", 128), ("build", 5), ("compress", 128), ("calibrate", 128), ("analyze", 128)],
+)
+def test_the_default_length_follows_the_model(
+    tiny_checkpoint: Any, tmp_path: Path, command: str, positions: int
+) -> None:
+    source = tiny_checkpoint("llama", max_position_embeddings=positions)
+    arguments = [command, source, "-o", tmp_path / "out", "--calibration", "random", "--samples", "8"]
+    shown = cli(*arguments)
+    assert shown.exit_code == 0, shown.exception
+    assert f"calibration windows have {positions} tokens, not 256" in shown.stderr
+    explicit = cli(*arguments, "--length", 256, "--force")
+    assert isinstance(explicit.exception, KvexportError)
+    assert f"at most {positions}" in str(explicit.exception)
+    assert "calibration windows have" not in explicit.stderr
+
+
 def test_converts_another_tokenizer_for_the_bundle(tiny_checkpoint: Any, tmp_path: Path) -> None:
     """vocab.json and merges.txt become tokenizer.json; `compress` keeps them as they are."""
     from support.tokenizer_shapes import shapes

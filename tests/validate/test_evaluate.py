@@ -55,6 +55,14 @@ def _evaluated(
     )
 
 
+def test_the_default_length_follows_the_capacity(checkpoint: Path, text: Path, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", load_decoder(Checkpoint(checkpoint)), capacity=40)
+    by_default = evaluate(bundle, checkpoint, text, Progress())
+    assert by_default == evaluate(bundle, checkpoint, text, Progress(), length=40)
+    with pytest.raises(UsageError, match="must not exceed the bundle's capacity"):
+        evaluate(bundle, checkpoint, text, Progress(), length=41)
+
+
 def test_an_identical_model_has_no_divergence(checkpoint: Path, text: Path, tmp_path: Path) -> None:
     found = _evaluated(load_decoder(Checkpoint(checkpoint)), tmp_path / "bundle", checkpoint, text)
     assert found.divergence.mean_kl < 1e-7 and found.divergence.top1_agreement == 1
