@@ -25,6 +25,7 @@ from kvexport.convert import (
     plan_compression,
     require_ratio,
 )
+from kvexport.model.architecture import read_architecture
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder
 from kvexport.model.divergence import Divergence
@@ -182,7 +183,8 @@ def analyze(
         CannotRunHere: the model does not fit into memory to sample text.
     """
     source = Checkpoint(checkpoint)
-    decoder = load_decoder(source)
+    capacity = sequence_capacity(read_architecture(source.config).max_positions)
+    decoder = load_decoder(source, context=capacity)
     recipe = fitted_recipe(plan.recipe, decoder, progress)
     attention = decoder.layers[0].attention
     methods = methods_for(plan.method, attention)
@@ -206,9 +208,8 @@ def analyze(
     )
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
-    limit = sequence_capacity(decoder)
-    compression_plan = plan_compression(decoder, windows, plan.request, methods, None, limit, progress)
-    conversion = convert(decoder, windows, compression_plan.layer_plans, capacity=limit)
+    compression_plan = plan_compression(decoder, windows, plan.request, methods, None, capacity, progress)
+    conversion = convert(decoder, windows, compression_plan.layer_plans, capacity=capacity)
     layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
     sensitivity = None

@@ -31,6 +31,7 @@ from kvexport.convert import (
 from kvexport.errors import UsageError
 from kvexport.files.malloc import return_freed
 from kvexport.heal import HealOptions, HealResult, heal
+from kvexport.model.architecture import read_architecture
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder, Layer, tensors_of
 from kvexport.model.divergence import Divergence
@@ -79,13 +80,14 @@ class ConversionJob:
         self.seconds: dict[str, float] = {}
         self.checkpoint = Checkpoint(checkpoint)
         with self.timed("read"), progress.stage("Reading the checkpoint", 0):
-            self.decoder = load_decoder(self.checkpoint)
+            most = read_architecture(self.checkpoint.config).max_positions
+            self.capacity = sequence_capacity(most, capacity)
+            self.decoder = load_decoder(self.checkpoint, context=self.capacity)
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
         if options.statistics is None:
             recipe = fitted_recipe(options.recipe, self.decoder, progress)
             self.options = replace(options, recipe=recipe)
-        self.capacity = sequence_capacity(self.decoder, capacity)
         self.methods = methods_for(options.method, attention)
         self.compresses = fixed_shape(options.request, self.methods, attention) != trained_shape(attention)
         self._check_healing()
@@ -260,20 +262,23 @@ def fitted_recipe(recipe: Recipe, decoder: Decoder, progress: Progress) -> Recip
     return fitted
 
 
-def sequence_capacity(decoder: Decoder, requested: int | None = None) -> int:
+def sequence_capacity(most: int | None, requested: int | None = None) -> int:
     """The maximum sequence length: the requested one, or the model's, at most 4096.
+
+    Args:
+        most: maximum length that the model supports; None: unbounded.
+        requested: None: the default.
 
     Raises:
         UsageError: the requested one is not positive, or exceeds the model's.
     """
-    most = decoder.dims.max_positions
     if requested is None:
         return min(most or _DEFAULT_CAPACITY, _DEFAULT_CAPACITY)
     if requested < 1 or (most is not None and requested > most):
         raise UsageError(
             "--capacity must be a length that the model supports",
             got=f"{requested} tokens",
-            expected=">= 1" if most is None else f"1 to {most} (the model's max_position_embeddings)",
+            expected=">= 1" if most is None else f"1 to {most} (the positions that the model supports)",
         )
     return requested
 

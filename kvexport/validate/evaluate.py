@@ -68,7 +68,7 @@ def evaluate(
         CannotRunHere: this machine has no kernels for its dtype, or lacks what the provider needs.
     """
     source, opened = Checkpoint(checkpoint), Bundle.open(bundle)
-    decoder = load_decoder(source)
+    decoder = load_decoder(source, context=opened.capacity)
     if decoder.dims.vocab_size != opened.model.vocab_size:
         raise UsageError(
             "the checkpoint must be the one that the bundle was built from: their vocabularies differ",

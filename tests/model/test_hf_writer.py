@@ -43,7 +43,7 @@ def converted_logits(checkpoint: Path, method: str, kv_heads: int, tokens: torch
         kv_heads,
         method,
         adjacent=decoder.layers[0].attention.rope is None,
-        capacity=sequence_capacity(decoder),
+        capacity=sequence_capacity(decoder.dims.max_positions),
     )
     layers = [each.layer for each in made]
     return reference.forward(dataclasses.replace(decoder, layers=layers), tokens)
