@@ -18,6 +18,7 @@ from kvexport.model.families import Family, LayerRules, description_of
 from kvexport.model.rope import RopeConfig, rope_configs
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+_HAS_WINDOW = {"full_attention": False, "sliding_attention": True, "global": False, "local": True}
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             got=f"{kv_heads} of {heads}",
             fix="correct config.json",
         )
-    positions = settings.whole("max_positions", 0) or None
+    positions = settings.whole("max_positions", None if family.position == "learned" else 0) or None
     ropes: Mapping[str, RopeConfig] = {}
     if family.position == "rope":
         if head_dim % 2:
@@ -208,14 +209,14 @@ def _sliding(rules: LayerRules, config: Mapping[str, Any], count: int) -> list[b
         if (
             not isinstance(types, list)
             or len(types) != count
-            or any(each not in LAYER_TYPES for each in types)
+            or any(not isinstance(each, str) or each not in _HAS_WINDOW for each in types)
         ):
             raise CheckpointError(
                 f"{rules.types} of config.json must list the kind of each layer",
                 got=shown(types),
-                expected=f"a list of {count}, each {' or '.join(LAYER_TYPES)}",
+                expected=f"a list of {count}, each one of {', '.join(_HAS_WINDOW)}",
             )
-        return [each == "sliding_attention" for each in types]
+        return [_HAS_WINDOW[each] for each in types]
     if rules.pattern is not None:
         every = evaluate(rules.pattern, config)
         if isinstance(every, str) and every and set(every) <= set("LG"):  # EXAONE 4: local and global

@@ -117,8 +117,9 @@ class Family:
         position: "rope", "alibi" or "learned".
         position_offset: rows of the position table before position 0.
         pairs: layout of rotated pairs: "half" (i and i + d/2) or "interleaved" (2i and 2i + 1).
-        fused: layout of a fused qkv: "stacked" (all queries, all keys, all values) or "grouped" (for each KV
-            head its queries, its key, its value).
+        fused: layout of a fused qkv: "stacked" (all queries, all keys, all values), "grouped" (for each KV
+            head its queries, its key, its value) or "four_blocks" (for each quarter of the heads its queries,
+            its values, its keys).
         alibi: "powers", the slopes of arXiv 2108.12409, or "mpt", those of MPT; "scaled" powers are
             multiplied by the attention's scale.
         qk_norm: None without one.
@@ -195,14 +196,15 @@ class Description:
             where: file name, for errors.
 
         Raises:
-            UsageError: a key is missing or unknown, or has an invalid value; with any overlay, too.
+            UsageError: it is not TOML, or `model_types`, `assume` or `when` are invalid; `resolve` reads the
+                other tables.
         """
         table = Table.from_toml(text, where)
         self._where = where
         self.model_types = table.strings("model_types")
         self._assumed = table.table("assume").mapping() if table.has("assume") else {}
         overlays = table.tables("when") if table.has("when") else []
-        self._overlays = [(each.table("config").mapping(), each.mapping()) for each in overlays]
+        self._overlays = [(each.table("config").mapping(), _overlay(each)) for each in overlays]
         self._base = {
             name: value for name, value in table.mapping().items() if name not in ("assume", "when")
         }
@@ -217,7 +219,7 @@ class Description:
         merged = self._base
         for conditions, overlay in self._overlays:
             if all(_meets(evaluate(key, complete), value) for key, value in conditions.items()):
-                merged = _merge(merged, {name: each for name, each in overlay.items() if name != "config"})
+                merged = _merge(merged, overlay)
         return _family(Table(merged, self._where))
 
     def complete(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -235,6 +237,14 @@ def _meets(value: Any, wanted: Any) -> bool:
 
 def _same(value: Any, wanted: Any) -> bool:
     return type(value) is type(wanted) and bool(value == wanted)
+
+
+def _overlay(table: Table) -> dict[str, Any]:
+    """The tables that an overlay merges in; its [config] is the condition, `settings` is for [config]."""
+    tables = {name: each for name, each in table.mapping().items() if name != "config"}
+    if "settings" in tables:
+        tables["config"] = tables.pop("settings")
+    return tables
 
 
 def _merge(base: Mapping[str, Any], overlay: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,7 +280,7 @@ def _family(table: Table) -> Family:
         position=attention.string("position", ("rope", "alibi", "learned")),
         position_offset=tensors.integer("position_offset", 0) if tensors.has("position_offset") else 0,
         pairs=_choice(attention, "pairs", ("half", "interleaved")),
-        fused=_choice(attention, "fused", ("stacked", "grouped")),
+        fused=_choice(attention, "fused", ("stacked", "grouped", "four_blocks")),
         alibi=_choice(attention, "alibi", ("powers", "scaled", "mpt")),
         qk_norm=_qk_norm(attention.table("qk_norm"), norm_kind) if attention.has("qk_norm") else None,
         layers=_layer_rules(table),

@@ -11,15 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from kvexport.errors import CheckpointError
 from kvexport.model.architecture import Architecture
-from kvexport.model.decoder import (
-    Attention,
-    Embedding,
-    Layer,
-    Linear,
-    Mlp,
-    Norm,
-)
+from kvexport.model.decoder import Attention, Embedding, Layer, Linear, Mlp, Norm
 from kvexport.model.families import NORMS
 
 if TYPE_CHECKING:
@@ -146,7 +140,7 @@ class Layout:
         mlp, gate = layer.mlp, layer.mlp.gate
         if "gate_up" in names:
             assert gate is not None
-            packed |= self._pack_linear(names["gate_up"], _stack([gate, mlp.up]))
+            packed |= self._pack_linear(names["gate_up"], _join([gate, mlp.up], 1, len(gate.weight)))
         else:
             packed |= {} if gate is None else self._pack_linear(names["gate"], gate)
             packed |= self._pack_linear(names["up"], mlp.up)
@@ -165,7 +159,8 @@ class Layout:
         return _pack(name, replace(linear, weight=linear.weight.T) if self._family.transposed else linear)
 
     def _outer_linear(self, get: Get, name: str | None, out: int, into: int) -> Linear | None:
-        return None if name is None else Linear(get(f"{name}.weight", (out, into)))
+        """A projection beside the layers; there is none where both widths are equal."""
+        return None if name is None or out == into else Linear(get(f"{name}.weight", (out, into)))
 
     def _positions(self, get: Get) -> Tensor | None:
         it, name = self._architecture, self._family.names.positions
@@ -235,19 +230,10 @@ class Layout:
             )
             return q, k, v
         fused = self._linear(get, names["qkv"], (heads + 2 * kv_heads) * width, hidden, "qkv")
-        if self._family.fused == "stacked":
-            rows = [count * width for count in counts.values()]
-            q, k, v = _split_rows(fused, rows)
-            return q, k, v
-        each = heads // kv_heads
-
-        def part(first: int, count: int) -> Linear:  # rows are [kv_heads, each + 2, width]
-            return _map_rows(
-                fused,
-                lambda x: x.unflatten(0, (kv_heads, each + 2, width))[:, first : first + count].flatten(0, 2),
-            )
-
-        return part(0, each), part(each, 1), part(each + 1, 1)
+        groups, order = self._fused_groups(kv_heads)
+        parts = _split(fused, groups, [counts[part] // groups for part in order], width)
+        q, k, v = (parts[order.index(part)] for part in "qkv")
+        return q, k, v
 
     def _pack_qkv(self, names: Mapping[str, str], attention: Attention) -> dict[str, Tensor]:
         heads, kv_heads = attention.num_heads, attention.num_kv_heads
@@ -260,19 +246,23 @@ class Layout:
                 for part, linear in zip("qkv", parts, strict=True)
                 for name, tensor in self._pack_linear(names[part], linear).items()
             }
+        groups, order = self._fused_groups(kv_heads)
+        ordered = [parts["qkv".index(part)] for part in order]
+        return self._pack_linear(names["qkv"], _join(ordered, groups, self._architecture.head_dim))
+
+    def _fused_groups(self, kv_heads: int) -> tuple[int, str]:
+        """Groups of heads in a fused matrix, and the order of queries, keys and values in each."""
         if self._family.fused == "stacked":
-            return self._pack_linear(names["qkv"], _stack(parts))
-        width = self._architecture.head_dim
-        grouped = [
-            _map_rows(each, lambda x: x.unflatten(0, (kv_heads, -1, width))) for each in with_biases(parts)
-        ]
-        joined = Linear(
-            _concatenate([each.weight for each in grouped], 1),
-            _concatenate([each.bias for each in grouped if each.bias is not None], 1)
-            if grouped[0].bias is not None
-            else None,
-        )
-        return self._pack_linear(names["qkv"], _map_rows(joined, lambda x: x.flatten(0, 2)))
+            return 1, "qkv"
+        if self._family.fused == "grouped":
+            return kv_heads, "qkv"
+        if kv_heads % 4:
+            raise CheckpointError(
+                f"the number of heads of family '{self._family.name}' must be a multiple of 4, because its "
+                "fused matrix has four blocks",
+                got=kv_heads,
+            )
+        return 4, "qvk"
 
     def _unpack_mlp(self, get: Get, names: Mapping[str, str]) -> Mlp:
         it = self._architecture
@@ -280,7 +270,7 @@ class Layout:
         gate = None
         if "gate_up" in names:
             fused = self._linear(get, names["gate_up"], 2 * inner, hidden, "mlp")
-            gate, up = _split_rows(fused, [inner, inner])
+            gate, up = _split(fused, 1, [1, 1], inner)
         else:
             if "gate" in names:
                 gate = self._linear(get, names["gate"], inner, hidden, "mlp")
@@ -337,16 +327,28 @@ def _map_rows(linear: Linear, function: Callable[[Tensor], Tensor]) -> Linear:
     return Linear(function(linear.weight), bias)
 
 
-def _split_rows(linear: Linear, rows: Sequence[int]) -> tuple[Linear, ...]:
-    """Consecutive blocks of so many rows."""
-    biases = [None] * len(rows) if linear.bias is None else linear.bias.split(list(rows))
-    return tuple(map(Linear, linear.weight.split(list(rows)), biases))
+def _split(linear: Linear, groups: int, counts: Sequence[int], width: int) -> list[Linear]:
+    """The parts of a fused map: rows are `groups` groups of counts[0] heads of the first part, counts[1] of
+    the second, and so on, of `width` rows each.
+    """
+
+    def split(x: Tensor) -> list[Tensor]:
+        by_head = x.unflatten(0, (groups, -1, width))
+        return [part.flatten(0, 2) for part in by_head.split(list(counts), 1)]
+
+    biases = [None] * len(counts) if linear.bias is None else split(linear.bias)
+    return list(map(Linear, split(linear.weight), biases))
 
 
-def _stack(parts: Sequence[Linear]) -> Linear:
+def _join(parts: Sequence[Linear], groups: int, width: int) -> Linear:
+    """The inverse of `_split`; if some parts have a bias, the others' is 0."""
     parts = with_biases(parts)
+
+    def join(tensors: Sequence[Tensor]) -> Tensor:
+        return _concatenate([x.unflatten(0, (groups, -1, width)) for x in tensors], 1).flatten(0, 2)
+
     biases = [each.bias for each in parts if each.bias is not None]
-    return Linear(_concatenate([each.weight for each in parts]), _concatenate(biases) if biases else None)
+    return Linear(join([each.weight for each in parts]), join(biases) if biases else None)
 
 
 def _pack(name: str, linear: Linear) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support.family_cases import CASES, DEFAULTS, LLAMA3, WINDOW, case_name
-from support.wide_transformers import Float64
+from support.wide_transformers import Float64, widen
 
 from kvexport.model import reference
 from kvexport.model.loader import load_decoder
@@ -21,10 +22,7 @@ PROMPT = 36  # tokens of the prompt in step-by-step tests; the others follow one
 @pytest.fixture
 def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Let transformers compute in float64 what it computes in float32."""
-    from transformers.models.bloom import modeling_bloom
-
-    slopes = modeling_bloom._get_alibi_slopes
-    monkeypatch.setattr(modeling_bloom, "_get_alibi_slopes", lambda *args: slopes(*args).double())
+    widen(monkeypatch)
     with Float64():
         yield
 
@@ -32,7 +30,9 @@ def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 def their_model(path: Path, dtype: torch.dtype) -> Any:
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="eager").eval()
+    # eager attention of Falcon adds ALiBi twice, in the mask and beside it
+    attention = "sdpa" if json.loads((path / "config.json").read_text()).get("alibi") else "eager"
+    return AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation=attention).eval()
 
 
 @torch.no_grad()
@@ -99,6 +99,21 @@ def test_logits_equal_transformers_in_float64(
         ("llama", {"hidden_act": "gelu"}, {"hidden_act": "gelu_new"}),
         ("mistral", {"sliding_window": 7}, {"sliding_window": 8}),
         ("bloom", {"hidden_size": 36, "n_head": 6}, {"layer_norm_epsilon": 1.1e-5}),
+        ("biogpt", {}, {"scale_embedding": False}),
+        ("cohere", {}, {"logit_scale": 0.0626}),
+        ("cohere", {"use_qk_norm": True}, {"rope_parameters": {"rope_theta": 499999.0}}),
+        ("cohere2", {}, {"sliding_window": 8}),
+        ("cohere2", {}, {"layer_types": ["full_attention", "sliding_attention"]}),
+        ("falcon", {"alibi": True}, {"alibi": False}),
+        ("gpt2", {}, {"scale_attn_weights": False}),
+        ("gpt_bigcode", {}, {"activation_function": "gelu"}),
+        ("gpt_neo", {}, {"window_size": 8}),
+        ("gpt_neo", {}, {"attention_layers": ["local", "global"]}),
+        ("gptj", {}, {"rotary_dim": 6}),
+        ("mpt", {"attn_config": {"clip_qkv": 1.0}}, {"attn_config": {"clip_qkv": 1.1}}),
+        ("mpt", {}, {"attn_config": {"alibi_bias_max": 9}}),
+        ("mpt", {}, {"attn_config": {"softmax_scale": 0.35}}),
+        ("opt", {}, {"activation_function": "gelu"}),
         ("gpt_neox", {}, {"use_parallel_residual": False}),
         ("gpt_neox", {}, {"rope_parameters": {"rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
         ("starcoder2", {"sliding_window": 7}, {"sliding_window": 8}),
@@ -123,6 +138,15 @@ def test_one_changed_setting_breaks_parity(
 @pytest.mark.parametrize(
     ("family", "config", "name"),
     [
+        ("codegen", {}, "transformer.h.1.attn.qkv_proj.weight"),
+        ("cohere", {"use_qk_norm": True}, "model.layers.1.self_attn.k_norm.weight"),
+        ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}, "transformer.h.1.ln_mlp.weight"),
+        ("falcon", {"parallel_attn": False}, "transformer.h.1.post_attention_layernorm.weight"),
+        ("gpt2", {}, "transformer.wpe.weight"),
+        ("gptj", {}, "lm_head.bias"),
+        ("opt", {}, "model.decoder.embed_positions.weight"),
+        ("opt", {"word_embed_proj_dim": 16}, "model.decoder.project_in.weight"),
+        ("opt", {"word_embed_proj_dim": 16}, "model.decoder.project_out.weight"),
         ("gpt_neox", {}, "gpt_neox.layers.1.post_attention_layernorm.weight"),
         ("phi", {}, "lm_head.bias"),
         ("phi", {"qk_layernorm": True}, "model.layers.1.self_attn.k_layernorm.bias"),
