@@ -21,10 +21,12 @@ _SENTENCEPIECE = "tokenizer.model"
 _VOCABULARY, _MERGES = "vocab.json", "merges.txt"
 _CONFIG, _SPECIAL_TOKENS = "tokenizer_config.json", "special_tokens_map.json"
 _SOURCES = (_SENTENCEPIECE, _VOCABULARY, _MERGES, "added_tokens.json", _SPECIAL_TOKENS, _CONFIG)
+_NORMAL = 1  # type of a piece that text is split into
 _SAMPLES = (
     "Once upon a time there was a café.",
     " spaces  before, between and after ",
     "a\nb\n\n\tc\r\n",
+    "def f(x):\n    if x:\n        return 1   # 3\n" + " " * 37,
     "It's 12345 and 3.14; <tag> {1: 'a'} # (b|c)",
     "日本語の文。中文，你好！ Привет, мир! שלום हिन्दी",
     "🙂 👩\u200d👧 “what”?! …",
@@ -81,8 +83,9 @@ def _convert(folder: Path, changed: tuple[int, ...]) -> str:
 def _from_sentencepiece(folder: Path) -> str:
     path = folder / _SENTENCEPIECE
     settings = {**_optional_json(folder / _SPECIAL_TOKENS), **_optional_json(folder / _CONFIG)}
-    prefix = settings.get("add_prefix_space") is not False
-    reference, prefix = _sentencepiece(path, prefix)
+    model = _read_sentencepiece(path)
+    model.normalizer_spec.add_dummy_prefix &= settings.get("add_prefix_space") is not False
+    reference = _processor(model, path)
     ids = {"bos": reference.bos_id(), "eos": reference.eos_id(), "unk": reference.unk_id()}
     defaults: dict[str, Any] = {
         f"{name}_token": reference.id_to_piece(index) for name, index in ids.items() if index >= 0
@@ -90,16 +93,17 @@ def _from_sentencepiece(folder: Path) -> str:
     # transformers 4 and the documentation of transformers 5 add a BOS by default; its code does not.
     defaults["add_bos_token"] = ids["bos"] >= 0
     converted = _converted(folder, {name: value for name, value in defaults.items() if name not in settings})
-    difference = None
-    for text in (converted, _with_sentencepiece_spaces(converted, prefix)):
-        difference = _difference(text, reference)
-        if difference is None:
-            return text
-    raise NoTokenizer(
-        f"{TOKENIZER_FILE} converted from {path} must give the token ids of SentencePiece",
-        got=difference,
-        fix=f"add the model's own {TOKENIZER_FILE}",
-    )
+    difference = _difference(converted, reference)
+    if difference is not None:
+        converted = _as_sentencepiece(converted, model)
+        difference = _difference(converted, reference)
+    if difference is not None:
+        raise NoTokenizer(
+            f"{TOKENIZER_FILE} converted from {path} must give the token ids of SentencePiece",
+            got=difference,
+            fix=f"add the model's own {TOKENIZER_FILE}",
+        )
+    return converted
 
 
 def _from_vocabulary(folder: Path) -> str:
@@ -173,48 +177,71 @@ def _optional_json(path: Path) -> Mapping[str, Any]:
     return read_json(path) if path.exists() else {}
 
 
-def _sentencepiece(path: Path, prefix: bool) -> tuple[Any, bool]:
-    """The SentencePiece processor of a tokenizer.model, and whether it puts a space before a text.
-
-    Args:
-        prefix: False: put none, whatever the model says.
-    """
+def _read_sentencepiece(path: Path) -> Any:
+    """A tokenizer.model as a message of Protocol Buffers."""
     try:
-        from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+        from sentencepiece import sentencepiece_model_pb2
     except ImportError as error:
         raise _missing("sentencepiece") from error
     try:
-        model = sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
-        model.normalizer_spec.add_dummy_prefix &= prefix
-        processor = SentencePieceProcessor(model_proto=model.SerializeToString())
-    except Exception as error:  # protobuf and SentencePiece raise their own classes
-        raise NoTokenizer(
-            f"{path} must be a SentencePiece model",
-            got=str(error).partition("\n")[0],
-            fix=f"add the model's own {TOKENIZER_FILE}",
-        ) from error
-    return processor, bool(model.normalizer_spec.add_dummy_prefix)
+        return sentencepiece_model_pb2.ModelProto.FromString(path.read_bytes())
+    except Exception as error:  # a class of protobuf
+        raise _damaged(path, error) from error
 
 
-def _with_sentencepiece_spaces(converted: str, prefix: bool) -> str:
-    """tokenizer.json that treats spaces as SentencePiece does, with a space before a text if `prefix`.
+def _processor(model: Any, path: Path) -> Any:
+    """SentencePiece's own tokenizer."""
+    from sentencepiece import SentencePieceProcessor
 
-    The classes of transformers 5 decide themselves where they put that space: some put none, some none before
-    a text that starts with one, some always.
+    try:
+        return SentencePieceProcessor(model_proto=model.SerializeToString())
+    except Exception as error:  # RuntimeError, without a class of its own
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> NoTokenizer:
+    return NoTokenizer(
+        f"{path} must be a SentencePiece model",
+        got=str(error).partition("\n")[0],
+        fix=f"add the model's own {TOKENIZER_FILE}",
+    )
+
+
+def _as_sentencepiece(converted: str, model: Any) -> str:
+    """tokenizer.json with the spaces and the order of merges of SentencePiece.
+
+    transformers 5 orders merges by token id instead of by score, and its classes decide themselves whether a
+    space is put before a text: some never, some not before a text that starts with one, some always.
     """
+    raw = json.loads(converted)
+    prefix = model.normalizer_spec.add_dummy_prefix
     space = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
     mark = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
     before = [{"type": "Prepend", "prepend": "▁"}] if prefix else []
     strip = [{"type": "Strip", "content": " ", "start": 1, "stop": 0}] if prefix else []
-    changed = {
-        "normalizer": {"type": "Sequence", "normalizers": [*before, space]},
-        "pre_tokenizer": None,
-        "decoder": {
-            "type": "Sequence",
-            "decoders": [mark, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip],
-        },
-    }
-    return json.dumps({**json.loads(converted), **changed}, ensure_ascii=False)
+    raw["normalizer"] = {"type": "Sequence", "normalizers": [*before, space]}
+    raw["pre_tokenizer"] = None
+    decoders = [mark, {"type": "ByteFallback"}, {"type": "Fuse"}, *strip]
+    raw["decoder"] = {"type": "Sequence", "decoders": decoders}
+    if raw["model"].get("type") == "BPE":
+        raw["model"]["merges"] = _merges(model)
+    return json.dumps(raw, ensure_ascii=False)
+
+
+def _merges(model: Any) -> list[list[str]]:
+    """The merges of a BPE model, first ones first.
+
+    SentencePiece merges the pair whose piece has the highest score, and the leftmost one of equal pairs. With
+    longer pieces first among those of equal scores, which are runs of spaces, that is the leftmost one too.
+    """
+    scores = {piece.piece: piece.score for piece in model.pieces if piece.type == _NORMAL}
+    merges = [
+        [piece[:at], piece[at:]]
+        for piece in scores
+        for at in range(1, len(piece))
+        if piece[:at] in scores and piece[at:] in scores
+    ]
+    return sorted(merges, key=lambda pair: (-scores[pair[0] + pair[1]], -len(pair[0])))
 
 
 def _difference(text: str, reference: Any) -> str | None:

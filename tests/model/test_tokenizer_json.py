@@ -111,6 +111,25 @@ def test_a_sentencepiece_model_gives_the_ids_of_sentencepiece(
         assert tokenizer.encode(text).ids == [reference.bos_id(), *ids]
 
 
+def test_merges_are_ordered_by_score(folder: Make, llama_model: bytes) -> None:
+    """As in the models of Llama and Mistral, whose runs of spaces have the lowest score and early ids."""
+    from sentencepiece import SentencePieceProcessor, sentencepiece_model_pb2
+    from transformers import AutoTokenizer
+
+    model = sentencepiece_model_pb2.ModelProto.FromString(llama_model)
+    for piece in model.pieces:
+        if len(piece.piece) > 1 and set(piece.piece) == {"▁"}:
+            piece.score = -1e9
+    raw = model.SerializeToString()
+    path = folder(LLAMA, {"tokenizer_class": "LlamaTokenizer"}, tokenizer_model=raw)
+    tokenizer, reference = Tokenizer.from_str(tokenizer_json(path)), SentencePieceProcessor(model_proto=raw)
+    texts = [*TEXTS, *(before + " " * count + "a" for count in range(40) for before in ("", "a", "\n"))]
+    for text in texts:
+        assert tokenizer.encode(text, add_special_tokens=False).ids == reference.encode(text)
+    by_id = AutoTokenizer.from_pretrained(path)
+    assert by_id.encode("a  spaces", add_special_tokens=False) != reference.encode("a  spaces")
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_a_sentencepiece_model_gives_the_ids_of_transformers(
     folder: Make, llama_model: bytes, add_bos: bool
