@@ -224,14 +224,13 @@ def _sliding(rules: LayerRules, config: Mapping[str, Any], count: int) -> list[b
         if every is not None:
             period = whole_number(rules.pattern, every)
             return [bool((index + 1) % period) for index in range(count)]
-    if rules.first is not None:
-        if rules.first.isidentifier() and rules.first not in config:
-            raise CheckpointError(
-                f"config.json must have {rules.first}", fix="restore the model's own config.json"
-            )
-        first = whole_number(rules.first, evaluate(rules.first, config), least=0)
-        return [index >= first for index in range(count)]
-    return [True] * count
+    needed = rules.first or rules.pattern or rules.types
+    if needed is None:
+        return [True] * count
+    if rules.first is None or (rules.first.isidentifier() and rules.first not in config):
+        raise CheckpointError(f"config.json must have {needed}", fix="restore the model's own config.json")
+    first = whole_number(rules.first, evaluate(rules.first, config), least=0)
+    return [index >= first for index in range(count)]
 
 
 def _rotating(

@@ -1,7 +1,7 @@
 """Arithmetic expressions over config.json, by which family descriptions derive settings.
 
 An expression has numbers, keys of config.json ("hidden_size", "attn_config.clip_qkv"), + - * / ** and
-parentheses. A plain key stands for its value, of any type.
+parentheses. A plain key stands for its value, of any type, and a plain number for itself.
 """
 
 from __future__ import annotations
@@ -34,6 +34,8 @@ def evaluate(expression: str, config: Mapping[str, Any]) -> Any:
     node = _parse(expression)
     if isinstance(node, (ast.Name, ast.Attribute)):
         return _lookup(node, config)
+    if isinstance(node, ast.Constant):
+        return node.value
     keys = [each for each in ast.walk(node) if isinstance(each, (ast.Name, ast.Attribute))]
     outermost = [each for each in keys if not any(each is getattr(other, "value", None) for other in keys)]
     values = {ast.unparse(each): _lookup(each, config) for each in outermost}

@@ -104,13 +104,13 @@ def run_block(
 def rotary_tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """cos and sin times the magnitude, each [B, 1, S, head_dim/2], of int64 positions [B, S].
 
-    Angles are float32 products for every `dtype`, as in the models' training.
+    Angles, cos and sin are float32 for every `dtype`, as in the models' training.
     """
     angles = positions[:, None, :, None].float() * rope.inv_freq.float()
-    cos, sin = angles.cos().to(dtype), angles.sin().to(dtype)
-    if rope.magnitude is None:
-        return cos, sin
-    return cos * rope.magnitude.to(dtype), sin * rope.magnitude.to(dtype)
+    cos, sin = angles.cos(), angles.sin()
+    if rope.magnitude is not None:
+        cos, sin = cos * rope.magnitude, sin * rope.magnitude
+    return cos.to(dtype), sin.to(dtype)
 
 
 def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
@@ -152,13 +152,10 @@ def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
 
     def normed_heads(parameters: Linear, count: int, head_norm: Norm | None) -> Tensor:
         projected = flat(parameters)
-        if head_norm is None:
-            return heads(projected, count)
-        if attention.norm_over == "heads":
-            return heads(norm(head_norm, projected), count)
-        if attention.norm_after_rotation:
-            head_norm = replace(head_norm, weight=None)
-        return norm(head_norm, projected.unflatten(-1, (count, -1))).transpose(1, 2)
+        if head_norm is not None and attention.norm_over == "heads":
+            projected, head_norm = norm(head_norm, projected), None
+        by_head = projected.unflatten(-1, (count, -1))
+        return normed(None if attention.norm_after_rotation else head_norm, by_head).transpose(1, 2)
 
     query = normed_heads(attention.q, attention.num_heads, attention.q_norm)
     key = normed_heads(attention.k, attention.key_heads, attention.k_norm)
@@ -173,12 +170,13 @@ def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
         query, tables = query @ attention.query_map, _select(tables, attention.frequencies)
     query_rotated, key_rotated = rotate(query, tables), rotate(key, tables)
     if attention.norm_after_rotation:
-        assert attention.q_norm is not None and attention.q_norm.weight is not None
-        assert attention.k_norm is not None and attention.k_norm.weight is not None
+        assert attention.q_norm is not None and attention.k_norm is not None
         query_rotated, key_rotated = (
-            query_rotated * attention.q_norm.weight,
-            key_rotated * attention.k_norm.weight,
+            norm(attention.q_norm, query_rotated),
+            norm(attention.k_norm, key_rotated),
         )
+        query = norm(replace(attention.q_norm, weight=None), query)  # rotation keeps the RMS
+        key = norm(replace(attention.k_norm, weight=None), key)
     return Projected(query, key, query_rotated, key_rotated, value)
 
 

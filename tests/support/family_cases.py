@@ -6,19 +6,11 @@ from __future__ import annotations
 
 from typing import Any
 
-VOCAB = 67
-TOKENS = {"bos_token_id": 1, "eos_token_id": 2}
-# the names that most families use
-SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256, **TOKENS,
-}  # fmt: skip
-# the names of GPT-2 and models that follow it
-GPT_SIZES: dict[str, Any] = {
-    "vocab_size": VOCAB, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64, **TOKENS,
-}  # fmt: skip
+from support import rms_family_cases
+from support.family_settings import GPT_SIZES, LINEAR, SIZES, TOKENS, VOCAB
 
 DEFAULTS: dict[str, dict[str, Any]] = {
+    **rms_family_cases.DEFAULTS,
     "bloom": {"vocab_size": VOCAB, "hidden_size": 32, "n_layer": 2, "n_head": 4, **TOKENS},
     "biogpt": {**SIZES, "max_position_embeddings": 64},
     "codegen": {**GPT_SIZES, "rotary_dim": 4},
@@ -39,26 +31,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     },
     "gptj": {**GPT_SIZES, "rotary_dim": 4},
     "gpt_neox": {**SIZES, "use_parallel_residual": True},
-    "llama": SIZES,
-    "mistral": {**SIZES, "sliding_window": None},
-    "qwen2": SIZES,
     "mpt": {"vocab_size": VOCAB, "d_model": 32, "n_layers": 2, "n_heads": 4, "max_seq_len": 64, **TOKENS},
     "opt": {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": None, "max_position_embeddings": 64},
     "phi": SIZES,
-    "qwen3": {**SIZES, "head_dim": 8},
     "stablelm": {**SIZES, "use_qkv_bias": True},
     "starcoder2": SIZES,
 }
 
-LINEAR = {"rope_type": "linear", "factor": 3.0, "rope_theta": 10000.0}
-LLAMA3 = {
-    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-    "original_max_position_embeddings": 32, "rope_theta": 10000.0,
-}  # fmt: skip
-WINDOW = {"use_sliding_window": True, "sliding_window": 7}
-
 # Model types with changes of their defaults; every family has MHA and GQA where transformers has both.
 CASES: list[tuple[str, dict[str, Any]]] = [
+    *rms_family_cases.CASES,
     ("bloom", {}),
     ("bloom", {"n_head": 2, "n_layer": 3}),
     ("bloom", {"hidden_size": 36, "n_head": 6}),
@@ -100,23 +82,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 0.5}},
     ),
     ("gpt_neox", {"rope_parameters": LINEAR, "tie_word_embeddings": True, "hidden_act": "gelu_new"}),
-    ("llama", {}),
-    ("llama", {"num_key_value_heads": 4}),
-    ("llama", {"num_key_value_heads": 1, "tie_word_embeddings": True}),
-    ("llama", {"attention_bias": True, "mlp_bias": True}),
-    ("llama", {"attention_bias": True, "num_attention_heads": 8, "num_key_value_heads": 2}),
-    ("llama", {"head_dim": 16}),
-    ("llama", {"head_dim": 6, "num_key_value_heads": 4, "rms_norm_eps": 1e-3}),
-    ("llama", {"rope_parameters": LINEAR}),
-    ("llama", {"rope_parameters": LLAMA3, "head_dim": 16}),
-    ("llama", {"rope_parameters": {"rope_type": "default", "rope_theta": 500000}}),
-    ("llama", {"hidden_act": "gelu"}),
-    ("llama", {"hidden_act": "gelu_pytorch_tanh"}),
-    ("llama", {"hidden_act": "gelu_new"}),
-    ("llama", {"hidden_act": "relu"}),
-    ("mistral", {"sliding_window": 7}),
-    ("mistral", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    ("mistral", {"head_dim": 16, "sliding_window": 2}),
     ("mpt", {}),
     ("mpt", {"n_heads": 6, "d_model": 36, "attn_config": {"clip_qkv": 1.0, "alibi_bias_max": 16}}),
     ("mpt", {"n_heads": 16, "d_model": 64, "attn_config": {"softmax_scale": 0.3}}),
@@ -128,22 +93,6 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("phi", {"num_key_value_heads": 4, "partial_rotary_factor": 0.25}),
     ("phi", {"qk_layernorm": True, "hidden_act": "gelu"}),
     ("phi", {"rope_parameters": {"rope_type": "default", "rope_theta": 500, "partial_rotary_factor": 1.0}}),
-    ("qwen2", {}),
-    ("qwen2", {"num_key_value_heads": 4, "tie_word_embeddings": True}),
-    ("qwen2", {"num_hidden_layers": 3, "max_window_layers": 1, **WINDOW}),
-    (
-        "qwen2",
-        {
-            "num_hidden_layers": 3,
-            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
-            **WINDOW,
-        },
-    ),
-    ("qwen2", {"rope_parameters": LINEAR}),
-    ("qwen3", {}),
-    ("qwen3", {"num_key_value_heads": 4, "tie_word_embeddings": True, "head_dim": 16}),
-    ("qwen3", {"attention_bias": True, "rope_parameters": LLAMA3, "head_dim": 16}),
-    ("qwen3", {"max_window_layers": 1, **WINDOW}),
     ("stablelm", {}),
     ("stablelm", {"use_qkv_bias": False, "num_key_value_heads": 4, "tie_word_embeddings": True}),
     ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
@@ -165,3 +114,13 @@ def case_name(value: object) -> str:
         for key, each in value.items()
     )
     return ",".join(shown) or "plain"
+
+
+def changes_with_length(config: dict[str, Any]) -> bool:
+    """Whether transformers itself gives other logits step by step than for the whole sequence.
+
+    Dynamic RoPE has other frequencies with each token beyond max_position_embeddings; cached keys keep
+    theirs.
+    """
+    rope, positions = config.get("rope_parameters", {}), config.get("max_position_embeddings", 256)
+    return rope.get("rope_type") == "dynamic" and "alpha" not in rope and positions < 40
