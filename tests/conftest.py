@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +78,7 @@ def _write(
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    config = deepcopy(dict(config))  # transformers writes into tables of RoPE settings
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **config))
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
