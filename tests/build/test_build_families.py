@@ -19,7 +19,7 @@ from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 from kvexport.runtime.self_test.verdict import self_test
 
-LENGTH = 72  # tokens of the compared text: several windows and chunks
+LENGTH = 60  # tokens of the compared text: several windows and chunks
 TinyCheckpoint = Callable[..., Path]
 
 
