@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -16,6 +16,10 @@ LOWERED_FILES = {"cpu": "decoder.cpu.onnx", "cuda": "decoder.cuda.onnx"}  # by d
 
 BATCH, SEQUENCE, LOGITS, CAPACITY, BUDGET = "batch", "sequence", "logits", "capacity", "budget"
 KEY, VALUE, STATE = "key", "value", "state"  # tensors of a layer's cache; a state only if it evicts
+# Tokens of a prompt that one call runs, unless the caller chooses another number: as fast as more, and
+# attention scores take half the memory that 256 need.
+CHUNK = 128
+_WINDOW = "window_"
 
 Shape = tuple[int | str, ...]  # a name is a size that the caller chooses
 
@@ -148,19 +152,60 @@ def sized(size: int | str, sizes: Mapping[str, int]) -> int | str:
     return sizes[name] * int(times or 1) if name in sizes else size
 
 
+def ring_of(window: int | None, capacity: int, evicts: bool) -> int | None:
+    """The window W of a layer whose cache is a ring; None if its cache is not.
+
+    A layer that attends to a window below the capacity, and does not evict, caches only the window and the
+    tokens of one call, in a ring of R slots: the token at position p is in slot p mod R. R is the caller's
+    choice, at least W + S - 1 for calls of S tokens, and a call must not wrap: (p mod R) + S <= R for its
+    first position p. A ring of `capacity` slots never wraps, and takes calls of any length.
+    """
+    return window if window is not None and window < capacity and not evicts else None
+
+
+def ring_axis(window: int) -> str:
+    """Name of the number of slots R of a ring, such as "window_512"."""
+    return f"{_WINDOW}{window}"
+
+
+def window_of(size: int | str) -> int | None:
+    """The window of a ring from the name of its number of slots; None for other sizes."""
+    return int(size.removeprefix(_WINDOW)) if isinstance(size, str) and size.startswith(_WINDOW) else None
+
+
+def ring_slots(window: int, capacity: int, chunk: int) -> int:
+    """The number of slots that runtimes give a ring, for calls of at most `chunk` tokens."""
+    return min(capacity, window + chunk)
+
+
+def ring_sizes(axes: Iterable[int | str], capacity: int, chunk: int) -> dict[str, int]:
+    """`ring_slots` of each name of a ring's slots among `axes`, by that name."""
+    windows = {window for window in map(window_of, axes) if window is not None}
+    return {ring_axis(window): ring_slots(window, capacity, chunk) for window in sorted(windows)}
+
+
 def cache_specs(
-    layer: int, *, kv_heads: int, key_dim: int, value_dim: int, dtype: str, evicts: bool
+    layer: int,
+    *,
+    kv_heads: int,
+    key_dim: int,
+    value_dim: int,
+    dtype: str,
+    evicts: bool,
+    ring: int | None = None,
 ) -> tuple[TensorSpec, ...]:
     """The cache inputs of a layer.
 
-    Without eviction: key and value, [batch, kv_heads, capacity, width]. With eviction each head has its own
-    slots: key, value and state, [batch·kv_heads, 1, budget, width]. The state is float32, width 2: score, and
-    position + 1. Buffers of zeros are empty.
+    Without eviction: key and value, [batch, kv_heads, capacity, width], or "window_W" in place of the
+    capacity for a ring (`ring_of`). With eviction each head has its own slots: key, value and state,
+    [batch·kv_heads, 1, budget, width]. The state is float32, width 2: score, and position + 1. Buffers of
+    zeros are empty.
     """
     widths = {KEY: key_dim, VALUE: value_dim}
     if not evicts:
+        slots = CAPACITY if ring is None else ring_axis(ring)
         return tuple(
-            TensorSpec(past(layer, which), dtype, (BATCH, kv_heads, CAPACITY, width))
+            TensorSpec(past(layer, which), dtype, (BATCH, kv_heads, slots, width))
             for which, width in widths.items()
         )
     rows = heads_along_batch(kv_heads)

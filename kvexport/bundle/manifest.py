@@ -10,7 +10,17 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, GraphContract, TensorSpec, cache_specs, contract
+from kvexport.bundle.graph_io import (
+    CHUNK,
+    DATA_FILE,
+    GRAPH_FILE,
+    GraphContract,
+    TensorSpec,
+    cache_specs,
+    contract,
+    ring_of,
+    ring_slots,
+)
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.errors import BundleError, UsageError, reason_of
 from kvexport.eviction.config import STATE_WIDTH, Eviction
@@ -92,7 +102,10 @@ class Manifest:
     files: Mapping[str, FileEntry]
 
     def kv_bytes(self, tokens: int) -> int:
-        """Bytes of the KV cache of a sequence of `tokens` tokens, eviction state included."""
+        """Bytes of the KV cache of a sequence of `tokens` tokens, eviction state included.
+
+        Layers with a sliding window hold it and the tokens of one call (`largest_call`).
+        """
         return kv_bytes(self.layers, self.dtype, self.eviction, tokens)
 
     @property
@@ -106,12 +119,19 @@ class Manifest:
         return BYTES[self.dtype] * sum(layer.original_kv_width for layer in self.layers)
 
 
+def largest_call(eviction: Eviction | None, chunk: int = CHUNK) -> int:
+    """The largest number of prompt tokens of a call, of `chunk` where eviction does not need it smaller."""
+    return chunk if eviction is None else min(chunk, eviction.chunk)
+
+
 def kv_bytes(layers: Sequence[LayerReport], dtype: str, eviction: Eviction | None, tokens: int) -> int:
     """As `Manifest.kv_bytes`, for layers that are in no manifest yet."""
     total = 0
     for index, layer in enumerate(layers):
         evicts = eviction is not None and eviction.evicts(index)
         slots = tokens if eviction is None else eviction.slots(index, tokens)
+        if layer.window is not None and not evicts:
+            slots = ring_slots(layer.window, tokens, largest_call(eviction))
         state = layer.num_key_value_heads * STATE_WIDTH * BYTES["float32"] if evicts else 0
         total += slots * (BYTES[dtype] * layer.kv_width + state)
     return total
@@ -331,13 +351,15 @@ def contract_of(manifest: Manifest) -> GraphContract:
     """The graph's inputs and outputs as the rest of the manifest determines them."""
 
     def caches(index: int, layer: LayerReport) -> tuple[TensorSpec, ...]:
+        evicts = manifest.eviction is not None and manifest.eviction.evicts(index)
         return cache_specs(
             index,
             kv_heads=layer.num_key_value_heads,
             key_dim=layer.key_head_dim,
             value_dim=layer.value_head_dim,
             dtype=manifest.dtype,
-            evicts=manifest.eviction is not None and manifest.eviction.evicts(index),
+            evicts=evicts,
+            ring=ring_of(layer.window, manifest.capacity, evicts),
         )
 
     return contract(

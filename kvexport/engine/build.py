@@ -104,6 +104,7 @@ def build_engine(
         parser,
         batch=options.batch,
         capacity=capacity,
+        chunk=chunk,
         budget=budget,
         lowering=options.lowering,
     )

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-from kvexport.bundle.graph_io import BATCH, BUDGET, CAPACITY, sized
+from kvexport.bundle.graph_io import BATCH, BUDGET, CAPACITY, CHUNK, ring_sizes, sized
 from kvexport.devices.capabilities import TENSORRT_LOWERINGS
 from kvexport.graph.lint import Finding, Parser, lint, refusals
 from kvexport.graph.lowering import lower
@@ -42,6 +42,7 @@ def prepare_graph(
     *,
     batch: int,
     capacity: int,
+    chunk: int = CHUNK,
     budget: int | None = None,
     lowering: str | None = None,
 ) -> EngineGraph:
@@ -52,6 +53,7 @@ def prepare_graph(
         parser: parser of the engine.
         batch: sequences of a call.
         capacity: largest number of tokens of a sequence.
+        chunk: tokens of the longest call.
         budget: slots of a sequence in layers with eviction; None: no such layers.
         lowering: name of the requested lowering; None: the best.
 
@@ -63,7 +65,8 @@ def prepare_graph(
     rejected: dict[str, list[Finding]] = {}
     for name in TENSORRT_LOWERINGS if lowering is None else (lowering,):
         model = lower(graph, name)
-        fix_sizes(model, sizes)
+        axes = [axis for value in model.graph.inputs for axis in shape_of(value)]
+        fix_sizes(model, sizes | ring_sizes(axes, capacity, chunk))
         findings = lint(model, parser)
         if not refusals(findings):
             break

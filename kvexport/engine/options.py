@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-DEFAULT_CHUNK = 128  # tokens of a prefill call
+from kvexport.bundle.graph_io import CHUNK
+
+DEFAULT_CHUNK = CHUNK  # tokens of a prefill call
 
 
 @dataclass(frozen=True)

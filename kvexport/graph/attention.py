@@ -19,7 +19,7 @@ from kvexport.graph.eviction_attention import (
     EvictionCacheValues,
     EvictionInputs,
 )
-from kvexport.graph.masks import Masks
+from kvexport.graph.masks import Slots
 from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.graph.rotary import RotaryTables
 from kvexport.model.decoder import Attention, Linear, Norm
@@ -30,17 +30,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class SharedInputs:
-    """Values that all layers of a decoder read.
+    """Values that layers of a decoder share.
 
     Attributes:
-        write_indices: int64 [batch], the slot of each sequence's first new token, in layers without eviction.
-        masks: masks of layers without eviction; None if there are no such layers.
+        slots: slots of the layer's cache, and its masks; None if the layer evicts.
         eviction: values that layers with eviction share; None if there are no such layers.
         rotary: rotary tables.
     """
 
-    write_indices: ir.Value
-    masks: Masks | None
+    slots: Slots | None
     eviction: EvictionInputs | None
     rotary: RotaryTables
 
@@ -190,14 +188,15 @@ class AttentionBuilder:
 
     def _write(self, which: str, cache: ir.Value, new: ir.Value) -> ir.Value:
         """Write `new` into the cache; in place if the caller binds input and output to the same buffer."""
-        inputs = (cache, new, self._shared.write_indices)
+        assert self._shared.slots is not None
+        inputs = (cache, new, self._shared.slots.write_indices)
         return self._nodes.op(
             "TensorScatter", *inputs, name=present(self._index, which), axis=-2, mode="linear"
         )
 
     def _mask(self) -> ir.Value:
-        attention, masks = self._attention, self._shared.masks
-        assert masks is not None
+        assert self._shared.slots is not None
+        attention, masks = self._attention, self._shared.slots.masks
         if attention.alibi_slopes is None:
             return masks.visible(attention.window)
         return masks.bias(

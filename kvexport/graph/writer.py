@@ -21,7 +21,7 @@ from kvexport.graph.attention import AttentionBuilder, CacheValues, SharedInputs
 from kvexport.graph.blocks import block, linear, norm
 from kvexport.graph.eviction_attention import EvictionCacheValues, EvictionInputs
 from kvexport.graph.keep_float32 import NO_EXCEPTIONS, Float32Exceptions, KeepFloat32
-from kvexport.graph.masks import Masks
+from kvexport.graph.masks import Slots, linear_slots, ring_slots
 from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.graph.rotary import RotaryTables
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
@@ -81,8 +81,11 @@ class DecoderWriter:
             if eviction is None
             else EvictionInputs(nodes, eviction, capacity, self._positions, self._write_indices)
         )
-        # Made with the first layer that needs them: masks read the capacity from the shape of its cache.
-        self._masks: Masks | None = None
+        # By the window of a ring, None: not a ring. Made with the first layer that needs them: masks read the
+        # number of slots from the shape of its cache.
+        self._slots: dict[int | None, Slots] = {}
+        # With eviction, the input write_indices counts the slots in use instead.
+        self._first = None if eviction is not None else self._write_indices
         self._caches: list[tuple[TensorSpec, ...]] = []
         self._written: list[ir.Value] = []
         self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
@@ -97,6 +100,7 @@ class DecoderWriter:
         """
         nodes, index, attention = self._nodes, len(self._caches), layer.attention
         evicts = self._eviction is not None and self._eviction.evicts(index)
+        ring = graph_io.ring_of(attention.window, self._capacity, evicts)
         specs = graph_io.cache_specs(
             index,
             kv_heads=attention.num_kv_heads,
@@ -104,23 +108,12 @@ class DecoderWriter:
             value_dim=attention.value_dim,
             dtype=nodes.dtype,
             evicts=evicts,
+            ring=ring,
         )
         inputs = [nodes.input(spec) for spec in specs]
-        if not evicts and self._masks is None:
-            self._masks = Masks(nodes, self._positions, inputs[0])
-            if self._eviction is not None:  # with eviction, the input counts the slots in use instead
-                first = nodes.integer(0)
-                self._write_indices = nodes.op(
-                    "Gather",
-                    self._positions,
-                    first,
-                    name="first_position",
-                    shape=(BATCH,),
-                    dtype="int64",
-                    axis=1,
-                )
+        slots = None if evicts else self._slots_of(ring, inputs[0])
         past = EvictionCacheValues(*inputs) if evicts else CacheValues(*inputs)
-        tokens = SharedInputs(self._write_indices, self._masks, self._eviction_inputs, self._rotary)
+        tokens = SharedInputs(slots, self._eviction_inputs, self._rotary)
         builder = AttentionBuilder(nodes, index, attention, tokens)
 
         def attend(x: ir.Value, result: str) -> ir.Value:
@@ -130,6 +123,28 @@ class DecoderWriter:
 
         self._x = block(nodes, index, layer, self._x, attend)
         self._caches.append(specs)
+
+    def _slots_of(self, ring: int | None, cache: ir.Value) -> Slots:
+        """The slots of caches of one kind; `cache` is any of them."""
+        if ring in self._slots:
+            return self._slots[ring]
+        nodes, positions = self._nodes, self._positions
+        if self._first is None:
+            self._first = nodes.op(
+                "Gather",
+                positions,
+                nodes.integer(0),
+                name="first_position",
+                shape=(BATCH,),
+                dtype="int64",
+                axis=1,
+            )
+        self._slots[ring] = (
+            linear_slots(nodes, cache, positions, self._first)
+            if ring is None
+            else ring_slots(nodes, ring, cache, positions, self._first)
+        )
+        return self._slots[ring]
 
     def finish(self, decoder: Decoder, exceptions: Float32Exceptions = NO_EXCEPTIONS) -> GraphContract:
         """Append final norm and head, and write decoder.onnx.

@@ -6,8 +6,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from kvexport.bundle import DATA_FILE, Bundle
+from kvexport.bundle.graph_io import CHUNK
 from kvexport.runtime.backends.select import Provider, choose
-from kvexport.runtime.session import CHUNK, Session
+from kvexport.runtime.session import Session
 
 
 def open_bundle(

@@ -106,10 +106,13 @@ class PromptRunner:
         after_last = np.empty((len(rows), self._vocab), np.float32)  # [B, vocab]
         begin = sequences.lengths
         # Rows are padded on the right. A padding token that is run writes behind its row's length, where no
-        # token of that row attends before a later one has overwritten it.
-        for start in range(0, padded.shape[1], self._chunk):
-            ids = padded[:, start : start + self._chunk]
-            stop = start + ids.shape[1]
+        # token of that row attends before a later one has overwritten it. With rings, none is run.
+        stop = 0
+        while stop < padded.shape[1]:
+            start = stop
+            running = (begin + start)[counts > start]
+            stop += self._tokens_of_call(sequences, running, padded.shape[1] - start)
+            ids = padded[:, start:stop]
             index = np.clip(counts - 1 - start, 0, ids.shape[1] - 1)[:, None]
             filled = np.clip(counts - start, 0, ids.shape[1])
             done = np.minimum(counts, stop)
@@ -156,9 +159,11 @@ class PromptRunner:
     def score(self, sequences: Sequences, ids: Ids) -> Logits:
         """As `Session.score`, in empty sequences that the tokens fit."""
         scored = np.empty((*ids.shape, self._vocab), np.float32)  # [B, S, vocab]
-        for start in range(0, ids.shape[1], self._chunk):
-            part = ids[:, start : start + self._chunk]
-            stop = start + part.shape[1]
+        stop = 0
+        while stop < ids.shape[1]:
+            start = stop
+            stop += self._tokens_of_call(sequences, np.array([start]), ids.shape[1] - start)
+            part = ids[:, start:stop]
             index = np.broadcast_to(np.arange(part.shape[1]), part.shape)
             scored[:, start:stop] = self._call(sequences, stop, part, start + index, index, None, False)
             sequences.lengths, sequences.last = np.full(len(ids), stop), part[:, -1]
@@ -178,6 +183,10 @@ class PromptRunner:
         logits = self._call(sequences, reach, ids[:, None], start[:, None], index, counts, False)
         sequences.lengths, sequences.last = lengths, ids
         return logits[:, 0].copy()
+
+    def _tokens_of_call(self, sequences: Sequences, first: Ids, count: int) -> int:
+        """The number of tokens, at most `count`, of the next call, from positions `first` on."""
+        return sequences.kv.rings.tokens_of_call(first, min(self._chunk, count))
 
     def _require_room(self, sequences: Sequences, tokens: int) -> None:
         sequences.kv.require_room(tokens, "the sequence must fit the capacity")

@@ -9,6 +9,7 @@ from typing import cast, overload
 from numpy.typing import ArrayLike
 
 from kvexport.bundle import Bundle
+from kvexport.bundle.graph_io import CHUNK
 from kvexport.errors import UsageError
 from kvexport.runtime.backends.select import Provider, choose, open_decoder
 from kvexport.runtime.cache.sequences import Cache
@@ -22,9 +23,6 @@ from kvexport.runtime.sampling import Sampling
 from kvexport.runtime.types import Ids, Logits
 
 Stops = str | Sequence[int | str]
-CHUNK = (
-    128  # prompt tokens per call: as fast as more, and attention scores take half the memory that 256 need
-)
 
 
 class Session:
@@ -63,7 +61,8 @@ class Session:
                 this machine, else cuda if ONNX Runtime supports it and there is a GPU, else cpu. Or the
                 result of `kvexport.runtime.backends.select.choose`.
             threads: CPU threads per operator; None: one per core.
-            chunk: the largest number of prompt tokens per call; engines and eviction may lower it.
+            chunk: the largest number of prompt tokens per call; engines and eviction may lower it. Layers
+                with a sliding window hold the window and so many tokens.
             compress_once: run a whole prompt without eviction and evict down to the budget afterwards, all at
                 once, as arXiv 2406.11430 measures it. For comparison: the buffers are as large as the prompt.
 
@@ -87,7 +86,7 @@ class Session:
                 fix="leave compress_once out, or use --provider cuda or cpu",
             )
         self.bundle, self.provider = bundle, chosen.name
-        decoder = open_decoder(bundle, chosen, threads=threads)
+        decoder = open_decoder(bundle, chosen, threads=threads, chunk=chunk)
         self.core = SessionCore(bundle, decoder, chunk, compress_once=compress_once)
         self.engine, self.capacity = chosen.version, self.core.capacity
         self._prompts = PromptEncoder(bundle, self.core)

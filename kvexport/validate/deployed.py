@@ -10,7 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
-from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, KEY, STATE, VALUE, attention_tap, residual_tap
+from kvexport.bundle.graph_io import (
+    DATA_FILE,
+    GRAPH_FILE,
+    KEY,
+    STATE,
+    VALUE,
+    attention_tap,
+    past,
+    residual_tap,
+)
 from kvexport.errors import CannotRunHere
 from kvexport.packages import PACKAGES, install_command
 from kvexport.progress import Progress
@@ -23,6 +32,7 @@ if TYPE_CHECKING:
 
     from kvexport.runtime.backends.base import Decoder
     from kvexport.runtime.backends.select import Provider
+    from kvexport.runtime.cache.kv_cache import KvCache
 
 Array = NDArray[np.float32]
 
@@ -80,7 +90,7 @@ def run_deployed(
         for kind, tap in _TAPS.items()
     }
     session, dtype = _tapped_session(bundle, provider)
-    cache = new_cache(bundle, provider, dtype, fill=GARBAGE, step=_GROWTH, slots=budget)
+    cache = new_cache(bundle, provider, dtype, fill=GARBAGE, step=_GROWTH, slots=budget, chunk=_CHUNK)
     decoder = OrtDecoder(session, cache, extra_outputs=list(names))
     return _run(
         decoder,
@@ -108,10 +118,14 @@ def _run(
     slots: Mapping[int, ReferenceSlots],
     taps: Callable[[], dict[str, Array]] = dict,
 ) -> dict[str, Array]:
-    """Run the decoder: its logits, the `taps` [1, S, hidden] after each call, and its caches."""
+    """Run the decoder: its logits, the `taps` [1, S, hidden] after each call, and its caches.
+
+    A ring is read after each call, and at the end again.
+    """
     tokens, cache = len(input_ids), decoder.cache
     pieces: dict[str, list[Array]] = {}
-    starts = [*range(0, prefill, chunk), *range(prefill, tokens)]
+    rings = {layer: cache.ring(past(layer, KEY)) for layer in range(cache.num_layers)}
+    starts = _starts(cache, tokens, prefill, chunk)
     with progress.stage("Running the bundle", len(starts)):
         for start, stop in zip(starts, [*starts[1:], tokens], strict=True):
             indices = np.arange(stop - start)[None]
@@ -124,14 +138,36 @@ def _run(
                 for kind, rows in reference.read(arrays, start, stop).items():
                     pieces.setdefault(array_name(layer, kind), []).append(rows)
                 cache.set_state(layer, reference.state(stop))
+            for layer in (layer for layer, ring in rings.items() if ring is not None):
+                for name, rows in _rows_of(cache, layer, np.arange(start, stop)).items():
+                    pieces.setdefault(name, []).append(rows)
             progress.advance()
     measured = {name: np.concatenate(each) for name, each in pieces.items()}
-    for layer in range(cache.num_layers):
-        for which, buffer in (
-            () if layer in slots else zip((KEY, VALUE), cache.layer_in_float32(layer), strict=True)
-        ):
-            measured[array_name(layer, which)] = heads_side_by_side(buffer, tokens)
+    for layer, ring in rings.items():
+        if layer in slots:
+            continue
+        kept = tokens if ring is None else min(tokens, cache.rings.slots[ring])
+        for name, rows in _rows_of(cache, layer, np.arange(tokens - kept, tokens)).items():
+            measured[name] = (
+                np.concatenate([measured[name][: tokens - kept], rows]) if name in measured else rows
+            )
     return measured
+
+
+def _starts(cache: KvCache, tokens: int, prefill: int, chunk: int) -> list[int]:
+    """First tokens of the calls: chunks of `prefill` tokens that wrap in no ring, then one token each."""
+    starts, start = list[int](), 0
+    while start < prefill:
+        starts.append(start)
+        start += cache.rings.tokens_of_call(np.array([start]), min(chunk, prefill - start))
+    return [*starts, *range(prefill, tokens)]
+
+
+def _rows_of(cache: KvCache, layer: int, positions: NDArray[np.int64]) -> dict[str, Array]:
+    """Keys and values of positions in a layer that does not evict, [tokens, heads·width] by name."""
+    slots = cache.rings.slots_of(cache.ring(past(layer, KEY)), positions)
+    buffers = zip((KEY, VALUE), cache.layer_in_float32(layer), strict=True)
+    return {array_name(layer, which): heads_side_by_side(buffer, slots) for which, buffer in buffers}
 
 
 def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.InferenceSession, str]:

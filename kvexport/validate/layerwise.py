@@ -28,6 +28,7 @@ from kvexport.bundle.graph_io import (
     attention_tap,
     past,
     residual_tap,
+    ring_sizes,
     sized,
 )
 from kvexport.files.malloc import return_freed
@@ -79,8 +80,21 @@ def run_layerwise(
     stops = [*starts[1:], tokens]
     calls = [_call(input_ids[start:stop], start, budget) for start, stop in zip(starts, stops, strict=True)]
     dtype = COMPUTED_IN[contract.dtype]
-    caches = _caches(contract, dtype, tokens + _SPARE, budget)
+    caches = _caches(contract, dtype, tokens + _SPARE, budget, prefill)
     rows_of_slots: dict[str, list[Array]] = {}
+    rings = [
+        layer
+        for layer in range(contract.num_layers)
+        if layer not in slots and caches[past(layer, KEY)].shape()[2] < tokens + _SPARE
+    ]
+
+    def after_ring(call: int, layer: int) -> None:
+        """Read a call's tokens from a layer's ring."""
+        for which in (KEY, VALUE):
+            cache = caches[past(layer, which)].numpy()
+            in_slots = np.arange(starts[call], stops[call]) % cache.shape[2]
+            rows = heads_side_by_side(cache, in_slots)
+            rows_of_slots.setdefault(array_name(layer, which), []).append(rows)
 
     def after(call: int, layer: int) -> None:
         """Read a call's tokens from a layer's slots, and write the reference's state there."""
@@ -95,7 +109,9 @@ def run_layerwise(
             split_layers(directory / GRAPH_FILE, contract.num_layers, in_float32=dtype != contract.dtype)
         ):
             layer = index - 1  # the first part is the embedding
-            after_call = partial(after, layer=layer) if layer in slots else None
+            after_call = None
+            if layer in slots or layer in rings:
+                after_call = partial(after if layer in slots else after_ring, layer=layer)
             _run_part(part.session(_options()), calls, caches, after_call)
             del part  # before the next one is made
             return_freed()
@@ -105,19 +121,19 @@ def run_layerwise(
         **{name: np.concatenate(rows) for name, rows in rows_of_slots.items()},
     }
     for layer in range(contract.num_layers):
-        if layer not in slots:
+        if layer not in slots and layer not in rings:
             for which in (KEY, VALUE):
                 measured[array_name(layer, which)] = heads_side_by_side(
-                    caches[past(layer, which)].numpy(), tokens
+                    caches[past(layer, which)].numpy(), np.arange(tokens)
                 )
         measured[array_name(layer, "attention")] = _joined(calls, attention_tap(layer))
         measured[array_name(layer, "residual")] = _joined(calls, residual_tap(layer))
     return measured
 
 
-def heads_side_by_side(cache: NDArray[Any], tokens: int) -> Array:
-    """The first `tokens` slots of a cache [1, heads, capacity, width] as float32 [tokens, heads·width]."""
-    return cache[0, :, :tokens].swapaxes(0, 1).reshape(tokens, -1).astype(np.float32)
+def heads_side_by_side(cache: NDArray[Any], slots: NDArray[np.int64]) -> Array:
+    """Some slots of a cache [1, heads, all slots, width] as float32 [slots, heads·width]."""
+    return cache[0][:, slots].swapaxes(0, 1).reshape(len(slots), -1).astype(np.float32)
 
 
 def _call(ids: NDArray[np.int64], start: int, budget: int | None) -> Call:
@@ -132,19 +148,20 @@ def _call(ids: NDArray[np.int64], start: int, budget: int | None) -> Call:
 
 
 def _caches(
-    contract: GraphContract, dtype: str, slots: int, budget: int | None
+    contract: GraphContract, dtype: str, slots: int, budget: int | None, chunk: int
 ) -> dict[str, onnxruntime.OrtValue]:
-    """Cache buffers by the name of the input, filled with garbage."""
+    """Cache buffers by the name of the input, filled with garbage; rings have room for a call of `chunk`."""
     from onnxruntime import OrtValue
 
-    sizes = {BATCH: 1, CAPACITY: slots, BUDGET: budget or 0}
+    caches = [spec for spec in contract.inputs if spec.name.startswith("past_key_values.")]
+    axes = [axis for spec in caches for axis in spec.shape]
+    sizes = {BATCH: 1, CAPACITY: slots, BUDGET: budget or 0, **ring_sizes(axes, slots, chunk)}
 
     def empty(spec: TensorSpec) -> NDArray[Any]:
         shape = [int(sized(size, sizes)) for size in spec.shape]
         is_state = spec.name.endswith(f".{STATE}")
         return np.full(shape, 0 if is_state else GARBAGE, spec.dtype if is_state else dtype)
 
-    caches = [spec for spec in contract.inputs if spec.name.startswith("past_key_values.")]
     return {spec.name: OrtValue.ortvalue_from_numpy(empty(spec)) for spec in caches}
 
 

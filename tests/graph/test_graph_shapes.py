@@ -148,11 +148,13 @@ def test_contract_and_graph_have_the_converted_cache_shapes(name: str, tmp_path:
     }
     declared = {spec.name: spec.shape for spec in contract.inputs}
     for layer, shape in enumerate(wanted_shapes(name)):
+        window = cut(name).layers[layer].attention.window
+        slots = "capacity" if window is None else f"window_{window}"
         for which, width in (("key", shape.key_dim), ("value", shape.value_dim)):
             assert (
                 declared[past(layer, which)]
                 == written[past(layer, which)]
-                == ("batch", shape.kv_heads, "capacity", width)
+                == ("batch", shape.kv_heads, slots, width)
             )
 
 

@@ -11,7 +11,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from kvexport.bundle.graph_io import update
+from kvexport.bundle.graph_io import ring_axis, update, window_of
 from kvexport.graph import (
     GRAPH_FILE,
     DecoderWriter,
@@ -185,7 +185,10 @@ def rounded(decoder: Decoder, dtype: torch.dtype) -> Decoder:
 
 
 class Caller:
-    """Run a session as a runtime does, chunk by chunk; caches of `slots` are filled with `fill`."""
+    """Run a session as a runtime does, chunk by chunk; caches of `slots` are filled with `fill`.
+
+    A ring has `slots`, too, or its window and `extra` slots.
+    """
 
     def __init__(
         self,
@@ -194,6 +197,7 @@ class Caller:
         batch: int,
         slots: int,
         fill: float = 0.0,
+        extra: int | None = None,
     ) -> None:
         self._session = session
         self._apart = contract.variant.startswith(
@@ -204,7 +208,10 @@ class Caller:
             entry.name: np.float16 if entry.type == "tensor(float16)" else np.float32
             for entry in session.get_inputs()
         }
-        sizes = {"batch": batch, "capacity": slots}
+        sizes: dict[int | str, int] = {"batch": batch, "capacity": slots}
+        for window in {window_of(size) for spec in contract.inputs for size in spec.shape} - {None}:
+            assert window is not None
+            sizes[ring_axis(window)] = slots if extra is None else window + extra
         self.caches = {
             spec.name: np.full(
                 [size if isinstance(size, int) else sizes[size] for size in spec.shape],
@@ -237,7 +244,8 @@ class Caller:
                     for cache, new, begin in zip(
                         self.caches[past(layer, which)], found[update(layer, which)], start, strict=True
                     ):
-                        cache[:, begin : begin + length] = new
+                        first = begin % cache.shape[1]
+                        cache[:, first : first + length] = new
                 else:
                     self.caches[past(layer, which)] = found[present(layer, which)]
         return found
@@ -275,18 +283,19 @@ def disagreement(
     steps: int = 4,
     slots: int = 16,
     fill: float = 0.0,
+    extra: int | None = None,
     seed: int = 1,
 ) -> float:
     """Largest relative distance to the reference of logits and taps in each call, and of the final caches.
 
     Right-padded prompts of `lengths` are read in `chunks`, then each row decodes `steps` tokens at its own
-    depth.
+    depth. `extra` as in `Caller`.
     """
     batch = len(lengths)
     tokens = torch.randint(
         0, VOCAB, (batch, max(lengths) + steps), generator=torch.Generator().manual_seed(seed)
     )
-    graph = Caller(session, contract, batch, slots, fill)
+    graph = Caller(session, contract, batch, slots, fill, extra)
     caches = reference.new_cache(list(decoder.layers), batch, slots, torch.float32)
     worst = 0.0
 
@@ -315,8 +324,9 @@ def disagreement(
     for row, length in enumerate(lengths):
         for index, cache in enumerate(caches):
             for which, wanted in (("key", cache.key), ("value", cache.value)):
-                used = slice(0, length + steps)
-                worst = max(
-                    worst, distance(graph.caches[past(index, which)][row, :, used], wanted[row, :, used])
-                )
+                cached, window = graph.caches[past(index, which)], decoder.layers[index].attention.window
+                stop = length + steps
+                used = np.arange(0 if window is None else max(0, stop - window), stop)
+                in_slots = used % cached.shape[2]
+                worst = max(worst, distance(cached[row][:, in_slots], wanted[row][:, used]))
     return worst

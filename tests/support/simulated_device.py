@@ -32,7 +32,7 @@ from kvexport.bundle.engine_record import (
     engine_directory,
     write_record,
 )
-from kvexport.bundle.graph_io import BUDGET, CAPACITY, GRAPH_FILE
+from kvexport.bundle.graph_io import BUDGET, CAPACITY, GRAPH_FILE, ring_sizes
 from kvexport.graph import lower
 
 CHUNK = 16
@@ -240,6 +240,7 @@ class SimulatedEngine:
         self.inputs = {value.name: value for value in self.session.get_inputs()}
         self.outputs = {value.name: value for value in self.session.get_outputs()}
         self.sizes = {size for value in self.inputs.values() for size in value.shape}
+        self.rings = ring_sizes(self.sizes, plan["capacity"], plan["chunk"])
         if aliasing:
             self.get_aliased_input_tensor = self._aliased
 
@@ -260,7 +261,7 @@ class SimulatedEngine:
         return self.shape(name, {})
 
     def shape(self, name: str, sizes: dict[str, int]) -> tuple[int, ...]:
-        known = {CAPACITY: self.plan["capacity"], BUDGET: self.plan["budget"], **sizes}
+        known = {CAPACITY: self.plan["capacity"], BUDGET: self.plan["budget"], **self.rings, **sizes}
 
         def size(of: int | str) -> int:
             if isinstance(of, int):
@@ -357,9 +358,10 @@ class SimulatedContext:
             start = (
                 int(given["position_ids"][0, 0]) if CAPACITY in engine.sizes else 0
             )  # where the other layers write
-        assert start + tokens <= engine.plan["capacity"], (
-            "a write beyond the cache, which TensorRT would drop"
-        )
+        first = int(given["position_ids"][0, 0])
+        ends = [start + tokens - engine.plan["capacity"]]
+        ends += [first % slots + tokens - slots for slots in engine.rings.values()]
+        assert max(ends) <= 0, "a write beyond the cache, which TensorRT would drop"
         made = engine.session.run(list(engine.outputs), {name: array.copy() for name, array in given.items()})
         for name, values in zip(engine.outputs, made, strict=True):
             self._array(name, addresses, dims)[...] = values

@@ -38,13 +38,13 @@ __all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
 # decomposed17  TensorRT 10.3 (JetPack 6) and 10.13 (JetPack 7.0, 7.1).
 # ort-cpu       Grouped products for shared KV heads, GroupQueryAttention for others
 # (benchmarks/decode_cpu.py). ort-cuda      GroupQueryAttention: with an explicit mask, ONNX Runtime does not
-# use its flash kernels. Layers with eviction need a mask, and with a mask and shared heads ONNX Runtime
-# copies the cache for each query head (its pull request 28358, LaunchUngroup): grouped products there.
+# use its flash kernels. Layers with eviction or a ring need a mask, and with a mask and shared heads ONNX
+# Runtime copies the cache for each query head (its pull request 28358, LaunchUngroup): grouped products.
 LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
     "std24": list,
     "decomposed17": lambda: [SplitCache(), Primitives()],
     "ort-cpu": lambda: [GroupQueryAttention(only_unshared=True), GroupedAttention()],
-    "ort-cuda": lambda: [GroupQueryAttention(), GroupedAttention(only_evicting=True)],
+    "ort-cuda": lambda: [GroupQueryAttention(), GroupedAttention(only_bounded=True)],
 }
 
 

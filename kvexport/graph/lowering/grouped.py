@@ -31,12 +31,12 @@ class GroupedAttention(ir.passes.InPlacePass):
     Pre-condition: attention of the standard form. Post-condition: no Attention is left.
     """
 
-    def __init__(self, *, only_evicting: bool = False) -> None:
+    def __init__(self, *, only_bounded: bool = False) -> None:
         """
         Args:
-            only_evicting: only in layers with eviction whose KV heads serve several query heads.
+            only_bounded: only in layers with eviction or a ring, if their KV heads serve several query heads.
         """
-        self._only_evicting = only_evicting
+        self._only_bounded = only_bounded
 
     def requires(self, model: ir.Model) -> None:
         find_attention(model)
@@ -46,7 +46,7 @@ class GroupedAttention(ir.passes.InPlacePass):
         chosen = [
             match
             for match in matches
-            if not self._only_evicting or (match.state_write is not None and match.heads > match.kv_heads)
+            if not self._only_bounded or (_is_bounded(match) and match.heads > match.kv_heads)
         ]
         for match in chosen:
             nodes = Nodes(model.graph, dtype_of(match.query), before=match.node)
@@ -60,8 +60,12 @@ class GroupedAttention(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(chosen))
 
     def ensures(self, model: ir.Model) -> None:
-        if not self._only_evicting:
+        if not self._only_bounded:
             require_removed(model, "Attention")
+
+
+def _is_bounded(match: AttentionMatch) -> bool:
+    return match.ring is not None or match.state_write is not None
 
 
 def grouped_attention(

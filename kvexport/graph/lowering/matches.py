@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvexport.bundle.graph_io import BUDGET, STATE, present
+from kvexport.bundle.graph_io import BUDGET, STATE, present, window_of
 from kvexport.graph.nodes import sizes
 
 
@@ -73,6 +73,11 @@ class AttentionMatch:
     def write_indices(self) -> ir.Value:
         """The slot of the first new token of each row of the cache, int64 [batch]."""
         return _input(self.key_write, 2)
+
+    @property
+    def ring(self) -> int | None:
+        """The window of a layer whose cache is a ring; None for other layers."""
+        return window_of(sizes(self.key_write.outputs[0])[2])
 
     @property
     def state_write(self) -> ir.Node | None:

@@ -33,6 +33,7 @@ OPERATORS = frozenset(
         "Less",
         "LessOrEqual",
         "MatMul",
+        "Mod",
         "Mul",
         "Neg",
         "Not",

@@ -2,10 +2,13 @@
 
 Attention to the cached tokens and to the new tokens is computed separately and joined in one softmax. The
 graph outputs only the new keys and values, and the caller writes them into the buffer: nothing of the cache's
-size is copied. Slot n holds position n, or, in layers with eviction, the position that its state gives.
+size is copied. Slot n holds position n, or, in a ring, the last one that is n modulo its slots, or, in layers
+with eviction, the position that its state gives.
 """
 
 from __future__ import annotations
+
+from collections.abc import Container
 
 import onnx_ir as ir
 
@@ -17,15 +20,16 @@ from kvexport.bundle.graph_io import (
     SEQUENCE,
     STATE,
     VALUE,
+    ring_axis,
     slots_output,
     update,
+    window_of,
 )
 from kvexport.graph.lowering.grouped import KeyValues, attention_bias, grouped_attention, replace_attention
 from kvexport.graph.lowering.matches import AttentionMatch, find_attention, require_attention, require_removed
 from kvexport.graph.lowering.split_evicting import SlotMasks
+from kvexport.graph.masks import NEVER
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
-
-_NEVER = 2**30  # a position after all others, so that every mask hides the slot
 
 
 class SplitCache(ir.passes.InPlacePass):
@@ -34,21 +38,25 @@ class SplitCache(ir.passes.InPlacePass):
     Layers with eviction get another output, slots.*: the slot of each head's first new token; the others
     follow it.
 
-    Pre-condition: attention of the standard form, with masks made of `mask.slots` or, in layers with
-    eviction, of the state. Post-condition: the graph has no Attention and no TensorScatter, and no output has
-    the size of the cache.
+    Pre-condition: attention of the standard form, with masks made as in `kvexport.graph.masks` or, in layers
+    with eviction, of the state. Post-condition: the graph has no Attention and no TensorScatter, and no
+    output has the size of the cache.
     """
 
     def requires(self, model: ir.Model) -> None:
         require_attention(model)
-        if any(match.state_write is None for match in find_attention(model)):
-            _slot_positions(model)
+        for ring in _rings(find_attention(model)):
+            _value(model, *(("mask.slots", "Range") if ring is None else (f"ring_{ring}.held", "Where")))
+            if ring is not None:
+                _value(model, f"ring_{ring}.last", "Gather")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         matches = find_attention(model)
-        without_eviction = [match for match in matches if match.state_write is None]
-        if without_eviction:
-            _add_new_tokens_to_masks(model, without_eviction[0].write_indices)
+        for ring, match in _rings(matches).items():
+            if ring is None:
+                _add_new_tokens_to_masks(model, match.write_indices)
+            else:
+                _add_new_tokens_to_ring(model, ring, match.write_indices)
         masks = SlotMasks(model)
         for match in matches:
             state_write = match.state_write
@@ -60,7 +68,7 @@ class SplitCache(ir.passes.InPlacePass):
     def ensures(self, model: ir.Model) -> None:
         require_removed(model, "Attention", "TensorScatter")
         for output in model.graph.outputs:
-            if {CAPACITY, BUDGET} & set(sizes(output)):
+            if any(size in (CAPACITY, BUDGET) or window_of(size) is not None for size in sizes(output)):
                 raise ir.passes.PostconditionError(f"output {output.name} still has the size of the cache")
 
 
@@ -110,16 +118,63 @@ def _as_read(nodes: Nodes, read: ir.Value, write: ir.Node, part: int) -> ir.Valu
     return nodes.op("Reshape", value, reshape.inputs[1], name=f"{read.name}.{part}", shape=shape)
 
 
-def _slot_positions(model: ir.Model) -> ir.Value:
-    """The position that each slot of the cache holds, int64 [capacity].
+def _rings(matches: list[AttentionMatch]) -> dict[int | None, AttentionMatch]:
+    """One layer without eviction for each window of a ring, and one whose cache is no ring as None."""
+    return {match.ring: match for match in matches if match.state_write is None}
+
+
+def _value(model: ir.Model, name: str, op_type: str) -> ir.Value:
+    """The output of a node.
 
     Raises:
-        PreconditionError: the graph does not have this value.
+        PreconditionError: the graph does not have the node.
     """
     for node in model.graph:
-        if node.name == "mask.slots" and node.op_type == "Range":
+        if node.name == name and node.op_type == op_type:
             return node.outputs[0]
-    raise ir.passes.PreconditionError("the graph has no Range mask.slots")
+    raise ir.passes.PreconditionError(f"the graph has no {op_type} {name}")
+
+
+def _add_new_tokens_to_ring(model: ir.Model, window: int, index: ir.Value) -> None:
+    """Extend the masks of a ring by the new tokens, [batch, ..., slots + sequence].
+
+    Its slots hold what they held before the call, whose last position is the one before the first new token.
+    """
+    name, axis = f"ring_{window}", ring_axis(window)
+    last, held = _value(model, f"{name}.last", "Gather"), _value(model, f"{name}.held", "Where")
+    producer, modulo = last.producer(), index.producer()
+    if producer is None or modulo is None or modulo.op_type != "Mod" or modulo.inputs[0] is None:
+        raise ir.passes.PreconditionError(f"{index.name} is not the first position modulo the slots")
+    nodes = Nodes(model.graph, "int64", before=producer)
+    before = nodes.op("Sub", modulo.inputs[0], nodes.integer(1), name=f"{name}.before", shape=(BATCH,))
+    ir.convenience.replace_all_uses_with(last, before)
+    readers = [(use.node, use.idx) for use in held.uses()]
+    nodes = Nodes(model.graph, "int64", before=_first_of(model, {node for node, _ in readers}))
+    joined = _with_new_tokens(model, nodes, held, (BATCH, 1, 1, axis), name)
+    for node, position in readers:
+        node.replace_input_with(position, joined)
+    extend_shapes(joined, axis)
+
+
+def _first_of(model: ir.Model, readers: Container[ir.Node]) -> ir.Node:
+    """The first of some nodes in the graph's order."""
+    return next(node for node in model.graph if node in readers)
+
+
+def _with_new_tokens(
+    model: ir.Model, nodes: Nodes, cached: ir.Value, shape: tuple[int | str, ...], name: str
+) -> ir.Value:
+    """Positions of the cached tokens, of this shape, and behind them those of the new tokens."""
+    inputs = {value.name: value for value in model.graph.inputs}
+    new = nodes.op(
+        "Unsqueeze",
+        inputs["position_ids"],
+        nodes.integers(1, 2),
+        name=f"{name}.new",
+        shape=(BATCH, 1, 1, SEQUENCE),
+    )
+    joined = (*shape[:3], f"{shape[3]}+{SEQUENCE}")
+    return nodes.op("Concat", cached, new, name=f"{name}.all", shape=joined, axis=-1)
 
 
 def _add_new_tokens_to_masks(model: ir.Model, write_indices: ir.Value) -> None:
@@ -127,22 +182,14 @@ def _add_new_tokens_to_masks(model: ir.Model, write_indices: ir.Value) -> None:
 
     A slot that is not yet written gets a position that every mask hides.
     """
-    slots = _slot_positions(model)
+    slots = _value(model, "mask.slots", "Range")
     readers = [use.node for use in slots.uses()]
-    inputs = {value.name: value for value in model.graph.inputs}
-    range_node = slots.producer()
-    assert range_node is not None
-    after = next(node for node in model.graph if node in readers)
-    nodes = Nodes(model.graph, "int64", before=after)
+    nodes = Nodes(model.graph, "int64", before=_first_of(model, readers))
     axes, column, row = nodes.integers(1, 2, 3), (BATCH, 1, 1, 1), (BATCH, 1, 1, CAPACITY)
     start = nodes.op("Unsqueeze", write_indices, axes, name="mask.written", shape=column)
     written = nodes.op("Less", slots, start, name="mask.is_written", shape=row, dtype="bool")
-    cached = nodes.op("Where", written, slots, nodes.integer(_NEVER), name="mask.cached", shape=row)
-    shape = (BATCH, 1, 1, SEQUENCE)
-    new = nodes.op("Unsqueeze", inputs["position_ids"], nodes.integers(1, 2), name="mask.new", shape=shape)
-    joined = nodes.op(
-        "Concat", cached, new, name="mask.all", shape=(BATCH, 1, 1, f"{CAPACITY}+{SEQUENCE}"), axis=-1
-    )
+    cached = nodes.op("Where", written, slots, nodes.integer(NEVER), name="mask.cached", shape=row)
+    joined = _with_new_tokens(model, nodes, cached, row, "mask")
     for node in readers:
         for index, value in enumerate(node.inputs):
             if value is slots and node is not written.producer():

@@ -59,7 +59,7 @@ class OrtDecoder:
             extra_outputs: names of further outputs to return.
             row_by_row: run calls of several tokens one row of the batch after another, because
                 GroupQueryAttention does not support a batch of them with a past. Layers that evict always do,
-                or padding would evict tokens.
+                or padding would evict tokens; so do rings if there is padding, which would overwrite tokens.
             loaded: decrease of free device memory in bytes while the graph was loaded.
         """
         self.session, self.row_by_row, self._loaded = session, row_by_row, loaded
@@ -104,7 +104,7 @@ class OrtDecoder:
         if (
             lengths is not None
             and (lengths < positions.shape[1]).any()
-            and (positions[:, 0] != positions[0, 0]).any()
+            and (self.cache.rings.slots or (positions[:, 0] != positions[0, 0]).any())
         ):
             return True, int(np.where(lengths, positions[:, 0] + lengths, 0).max()) - 1
         return apart, int(positions.max())

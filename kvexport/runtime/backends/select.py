@@ -10,12 +10,13 @@ from dataclasses import dataclass
 from functools import cache
 
 from kvexport.bundle import Bundle
+from kvexport.bundle.graph_io import CHUNK
 from kvexport.devices.gpu import find_gpu
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.packages import install_command
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.backends.tensorrt_select import Engine, engine_directories, find_engine
-from kvexport.runtime.cache.device_arrays import Device, DeviceStorage
+from kvexport.runtime.cache.device_arrays import HOST, Device, DeviceStorage, Storage
 from kvexport.runtime.cache.kv_cache import STEP, KvCache
 
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
@@ -104,13 +105,16 @@ def warn_once(message: str) -> None:
     logging.getLogger("kvexport.runtime").warning("%s", message)
 
 
-def open_decoder(bundle: Bundle, provider: Provider, *, threads: int | None = None) -> Decoder:
+def open_decoder(
+    bundle: Bundle, provider: Provider, *, threads: int | None = None, chunk: int = CHUNK
+) -> Decoder:
     """Load the bundle's graph or engine, with an empty cache for one sequence.
 
     Args:
         bundle: to load.
         provider: as `choose` returned it for this bundle.
         threads: CPU threads per operator; None: one per core.
+        chunk: the largest number of tokens of a call, for which rings need room; an engine has its own.
 
     Raises:
         CannotRunHere: the library cannot run it.
@@ -130,7 +134,7 @@ def open_decoder(bundle: Bundle, provider: Provider, *, threads: int | None = No
     free = 0 if provider.device is None else provider.device.memory()[0]
     graph = load_graph(bundle, session_options(threads), provider.name)
     loaded = 0 if provider.device is None else max(0, free - provider.device.memory()[0])
-    cache = new_cache(bundle, provider, bundle.dtype)
+    cache = new_cache(bundle, provider, bundle.dtype, chunk=chunk)
     return OrtDecoder(graph, cache, row_by_row=graph_file(bundle, provider.name) != GRAPH_FILE, loaded=loaded)
 
 
@@ -142,12 +146,12 @@ def new_cache(
     fill: float = 0.0,
     step: int | None = None,
     slots: int | None = None,
+    chunk: int = CHUNK,
 ) -> KvCache:
     """A cache for one sequence on ONNX Runtime, in the memory of the provider; arguments as `KvCache`."""
-    if provider.device is None:
-        return KvCache(bundle, 1, dtype, fill=fill, step=step or STEP, slots=slots)
-    storage = DeviceStorage(provider.device)
-    return KvCache(bundle, 1, dtype, fill=fill, step=step or _DEVICE_STEP, slots=slots, storage=storage)
+    storage: Storage = HOST if provider.device is None else DeviceStorage(provider.device)
+    step = step or (STEP if provider.device is None else _DEVICE_STEP)
+    return KvCache(bundle, 1, dtype, fill=fill, step=step, slots=slots, storage=storage, chunk=chunk)
 
 
 def require_onnxruntime() -> None:

@@ -6,7 +6,8 @@ of CUDA graphs).
 
 Supports TensorRT 10.3 to 11.x and TensorRT-RTX by one code path, and both forms of the graph: std24 writes
 the cache in place; decomposed17 returns the keys and values of the new tokens, which are copied into the
-cache after the call: to the slots that it returns in layers that evict, else to those of the positions.
+cache after the call: to the slots that it returns in layers that evict, else to those of the positions, in a
+ring of R slots modulo R.
 
 Not yet run on a GPU; the tests run it on a simulated device.
 """
@@ -57,6 +58,7 @@ class EngineCache(KvCache):
             step=record.capacity,
             limit=record.capacity,
             storage=storage,
+            chunk=record.chunk,
         )
         self._engine = engine
         self.reserve(record.capacity)
@@ -238,13 +240,13 @@ class TensorRtDecoder:
         """Queue copies of the keys and values of `count` new tokens to the cache.
 
         In layers that evict they go to the slots that the graph returned for each head, else to slots from
-        `start` on.
+        `start` on, modulo their number.
         """
         for name, new in self._updates.items():
             buffer, (layer, _) = self.cache.buffers[name], layer_and_which(name)
             rows, heads, capacity, width = buffer.shape
             slot = width * stored_as(buffer.dtype).itemsize
-            for first, number, target in self.targets(layer, rows * heads, start):
+            for first, number, target in self.targets(layer, rows * heads, start % capacity):
                 self._device.copy_rows(
                     buffer.address + (first * capacity + target) * slot,
                     capacity * slot,

@@ -17,6 +17,7 @@ from kvexport.bundle.graph_io import (
     STATE,
     past,
     present,
+    ring_sizes,
     sized,
     slots_output,
     update,
@@ -80,8 +81,8 @@ def require_contract(loaded: Any, engine: Engine, bundle: Bundle, in_place: bool
     sizes = {BATCH: record.batch, CAPACITY: record.capacity}
     if bundle.eviction is not None:
         sizes[BUDGET] = min(bundle.eviction.budget, record.capacity)
-
     caches = [spec for spec in bundle.graph.inputs if spec.name not in TOKEN_INPUTS]
+    sizes |= ring_sizes((axis for spec in caches for axis in spec.shape), record.capacity, record.chunk)
     shapes = {spec.name: (spec.dtype, tuple(sized(each, sizes) for each in spec.shape)) for spec in caches}
     outputs = {(present if in_place else update)(*layer_and_which(name)): name for name in shapes}
     names = {loaded.get_tensor_name(index) for index in range(loaded.num_io_tensors)}

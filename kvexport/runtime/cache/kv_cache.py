@@ -9,11 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
-from kvexport.bundle.graph_io import KEY, STATE, VALUE, past
+from kvexport.bundle.graph_io import CHUNK, KEY, STATE, VALUE, past, ring_of, ring_slots
+from kvexport.bundle.manifest import largest_call
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.eviction.config import LATEST, NEVER, POSITION_PLUS_ONE, SCORE, STATE_WIDTH
 from kvexport.runtime.cache.device_arrays import HOST, Storage, as_float32, from_float, stored_as
 from kvexport.runtime.cache.eviction import Ints, Occupancy, Ranking, State, make_room
+from kvexport.runtime.cache.rings import Rings
 
 # Tokens by which the buffers grow. Attention reads whole buffers, so their size should follow the sequence
 # closely. One copy when they grow costs 1/STEP of what attention reads until they grow again.
@@ -24,7 +26,8 @@ STEP = 256
 class _Buffer:
     """A cache input of the graph.
 
-    [batch, heads, tokens, width], or [batch·heads, 1, slots, width] if its layer evicts.
+    [batch, heads, slots, width], or [batch·heads, 1, slots, width] if its layer evicts. `ring`: the window of
+    a ring (`kvexport.bundle.graph_io.ring_of`); None: it is not one.
     """
 
     layer: int
@@ -32,6 +35,7 @@ class _Buffer:
     width: int
     dtype: str
     evicts: bool
+    ring: int | None
 
     def shape(self, batch: int, slots: int) -> tuple[int, ...]:
         return (
@@ -56,6 +60,8 @@ class KvCache:
             limit.
         limit: the largest number of tokens of a sequence.
         slots: the largest number of tokens in layers that evict; None if no layer evicts.
+        chunk: tokens of a call that a ring holds besides its window.
+        rings: slots of the layers whose cache is a ring.
         dtype: of keys and values, by name.
         place: where the buffers are.
         buffers: layer by layer, key, value and, where it evicts, state: numpy arrays, or `DeviceArray`s.
@@ -74,6 +80,7 @@ class KvCache:
         limit: int | None = None,
         storage: Storage = HOST,
         slots: int | None = None,
+        chunk: int = CHUNK,
     ) -> None:
         """
         Args:
@@ -85,6 +92,7 @@ class KvCache:
             limit: the largest number of tokens of a sequence; None: the bundle's capacity.
             storage: host or device memory.
             slots: of layers that evict; None: the bundle's budget.
+            chunk: tokens of a call that a ring holds besides its window.
         """
         self._bundle, self.dtype, self._fill, self._step, self.num_layers = (
             bundle,
@@ -98,6 +106,7 @@ class KvCache:
         eviction = bundle.eviction
         for index, layer in enumerate(bundle.layers):
             evicts = eviction is not None and eviction.evicts(index)
+            ring = ring_of(layer.window, bundle.capacity, evicts)
             parts = {KEY: (layer.key_head_dim, dtype), VALUE: (layer.value_head_dim, dtype)}
             if evicts:
                 assert eviction is not None
@@ -105,11 +114,14 @@ class KvCache:
                 self._rankings[index] = Ranking(eviction, layer.window)
             for which, (width, kind) in parts.items():
                 self._specs[past(index, which)] = _Buffer(
-                    index, layer.num_key_value_heads, width, kind, evicts
+                    index, layer.num_key_value_heads, width, kind, evicts, ring
                 )
         self.batch = batch
         self.capacity = 0
         self.limit = bundle.capacity if limit is None else limit
+        self.chunk = largest_call(eviction, chunk)
+        windows = sorted({spec.ring for spec in self._specs.values() if spec.ring is not None})
+        self.rings = Rings({each: ring_slots(each, self.limit, self.chunk) for each in windows}, self.limit)
         self.slots = None if eviction is None else min(slots or eviction.budget, self.limit)
         self.storage = storage
         self.buffers: dict[str, Any] = {}
@@ -138,6 +150,7 @@ class KvCache:
             limit=self.limit,
             storage=self.storage,
             slots=slots or self.slots,
+            chunk=self.chunk,
         )
 
     def reserve(self, tokens: int) -> None:
@@ -153,8 +166,9 @@ class KvCache:
         capacity = min(-(-tokens // self._step) * self._step, self.limit)
         for name, spec in self._specs.items():
             self._resize(name, spec, self._slots_for(spec, capacity))
-        all_full = (
-            len(self._rankings) == self.num_layers and self.slots is not None and capacity >= self.slots
+        all_full = all(
+            self._slots_for(spec, capacity) == self._slots_for(spec, self.limit)
+            for spec in self._specs.values()
         )
         self.capacity = self.limit if all_full else capacity
 
@@ -189,6 +203,7 @@ class KvCache:
             row: the only sequence of the call; None: all.
         """
         first, count = positions[:, 0], positions.shape[1]
+        assert self.rings.tokens_of_call(first, count) == count, "a call must not wrap in a ring"
         if self.slots is None:
             return first
         rows = slice(0, self.batch) if row is None else slice(row, row + 1)
@@ -292,6 +307,10 @@ class KvCache:
         """Set the slots in use, after their contents were written."""
         self._rows = occupancy
 
+    def ring(self, name: str) -> int | None:
+        """The window of a buffer that is a ring; None: it is not one."""
+        return self._specs[name].ring
+
     @property
     def names(self) -> tuple[str, ...]:
         """Names of the buffers, allocated or not."""
@@ -307,10 +326,12 @@ class KvCache:
         Args:
             name: name of the buffer.
             batch: number of sequences.
-            tokens: number of tokens of a sequence, in layers that do not evict.
+            tokens: number of tokens of a sequence, in layers that do not evict; a ring needs its window.
             filled: slots in use, in layers that evict.
         """
         spec = self._specs[name]
+        if spec.ring is not None:
+            tokens = min(tokens, spec.ring)
         return spec.shape(batch, filled if spec.evicts else tokens)
 
     def dtype_of(self, name: str) -> str:
@@ -325,6 +346,8 @@ class KvCache:
 
     def _slots_for(self, spec: _Buffer, tokens: int) -> int:
         """Slots that a sequence of `tokens` tokens needs."""
+        if spec.ring is not None:
+            return min(tokens, self.rings.slots[spec.ring])
         return min(tokens, self.slots) if spec.evicts and self.slots is not None else tokens
 
     def shrink(self, row: int, keep: int) -> None:

@@ -7,8 +7,9 @@ import json
 import os
 import struct
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
@@ -155,14 +156,23 @@ class _Tensor:
     stop: int
 
 
-def _layout(kv: KvCache, lengths: Ids, filled: int) -> dict[str, _Tensor]:
+def _layout(
+    kv: KvCache, lengths: Ids, filled: int, ring_slots: Callable[[str], int] | None = None
+) -> dict[str, _Tensor]:
     """The tensors of a file for sequences of these lengths.
 
-    `filled`: slots that are saved of layers that evict.
+    A ring has the slots of its window at least, or all tokens of the longest sequence, and at most these: the
+    token at position p is in slot p modulo their number.
+
+    Args:
+        filled: slots that are saved of layers that evict.
+        ring_slots: slots that a file has of a ring, by its name; None: as few as possible.
     """
-    tensors, start = {}, 0
+    tensors, start, longest = {}, 0, int(lengths.max(initial=0))
     for name in _order(kv):
-        shape = kv.shape_of(name, len(lengths), int(lengths.max(initial=0)), filled)
+        shape = kv.shape_of(name, len(lengths), longest, filled)
+        if ring_slots is not None and kv.ring(name) is not None:
+            shape = (*shape[:2], min(max(shape[2], ring_slots(name)), longest), shape[3])
         stop = start + int(np.prod(shape, dtype=object)) * stored_as(kv.dtype_of(name)).itemsize
         tensors[name] = _Tensor(_DTYPES[kv.dtype_of(name)], list(shape), start, stop)
         start = stop
@@ -184,11 +194,39 @@ def _content(kv: KvCache, name: str, lengths: Ids) -> NDArray[Any]:
     shape = kv.shape_of(name, kv.batch, int(lengths.max(initial=0)), _max_filled(occupancy))
     if name not in kv.buffers:
         return np.zeros(shape, stored_as(kv.dtype_of(name)))
+    if kv.ring(name) is not None:
+        return _taken(kv, name, shape, lengths)
     content: NDArray[Any] = kv.storage.read(kv.buffers[name])[:, :, : shape[2]].copy()
     ends = occupancy.filled if occupancy is not None and kv.evicts(name) else lengths
     for row, end in enumerate(ends):
         content[kv.rows_of(name, row), :, int(end) :] = 0
     return content
+
+
+def _taken(kv: KvCache, name: str, shape: tuple[int, ...], lengths: Ids) -> NDArray[Any]:
+    """The last tokens of each sequence in a ring, each in the slot of its position modulo shape[2]."""
+    values = np.zeros(shape, stored_as(kv.dtype_of(name)))
+    buffer, slots = kv.storage.read(kv.buffers[name]), shape[2]
+    for row, length in enumerate(lengths.tolist()):
+        positions = np.arange(max(0, length - slots), length)
+        values[row][:, positions % slots] = buffer[row][:, kv.rings.slots_of(kv.ring(name), positions)]
+    return values
+
+
+def _place(kv: KvCache, name: str, values: NDArray[Any], lengths: Ids) -> None:
+    """Write what `_taken` returned for a ring of any number of slots to the slots of a buffer."""
+    buffer, slots = kv.buffers[name], values.shape[2]
+    placed = np.zeros(buffer.shape, values.dtype)
+    for row, length in enumerate(lengths.tolist()):
+        positions = np.arange(length - min(length, slots, buffer.shape[2]), length)
+        placed[row][:, kv.rings.slots_of(kv.ring(name), positions)] = values[row][:, positions % slots]
+    kv.storage.write(buffer, placed)
+
+
+def _saved_slots(header: Table, name: str) -> int:
+    """The slots that a file has of a ring; 0 if it says none."""
+    shape = header.table(name).integers("shape") if name in header else ()
+    return shape[2] if len(shape) > 2 else 0
 
 
 class _Reader:
@@ -210,14 +248,14 @@ class _Reader:
                 fix="run the bundle that it was saved with, or " + _SAVE_AGAIN,
             )
         state, occupancy = self._state(metadata.text("state"))
-        layout = _layout(self._like, state.lengths, _max_filled(occupancy))
+        layout = _layout(self._like, state.lengths, _max_filled(occupancy), partial(_saved_slots, header))
         self._require_layout(header, layout)
         self._require_digest(metadata.string("sha256"))
         kv = self._like.another(len(state.lengths))
         if state.lengths.any():
             kv.reserve(int(state.lengths.max()))
             for name, tensor in layout.items():
-                self._fill(kv, name, tensor)
+                self._fill(kv, name, tensor, state.lengths)
         if occupancy is not None:
             kv.occupy(occupancy)
         return kv, state
@@ -328,13 +366,16 @@ class _Reader:
                 "its data was changed: its sha256 differs", got=digest.hexdigest(), expected=expected
             )
 
-    def _fill(self, kv: KvCache, name: str, tensor: _Tensor) -> None:
-        """Copy a tensor into the first slots of its buffer."""
+    def _fill(self, kv: KvCache, name: str, tensor: _Tensor, lengths: Ids) -> None:
+        """Copy a tensor into the first slots of its buffer, or into those of its positions in a ring."""
         values = np.empty(tensor.shape, stored_as(kv.dtype_of(name)))
         self._file.seek(self._starts[name])
         view: Any = values.view(np.uint8).reshape(-1).data
         if self._file.readinto(view) != values.nbytes:  # type: ignore[attr-defined]
             self._refuse("it was truncated while it was read")
+        if kv.ring(name) is not None:
+            _place(kv, name, values, lengths)
+            return
         copy: Any = kv.storage.zeros(values.shape, kv.dtype_of(name))
         kv.storage.write(copy, values)
         kv.storage.copy_slots(copy, kv.buffers[name], values.shape[2])

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
-from kvexport.bundle.graph_io import STATE
+from kvexport.bundle.graph_io import KEY, STATE, past
 from kvexport.bundle.self_test_file import RANKED_BY_NORM, ReferenceOutputs, steady_scores
 from kvexport.eviction.config import LATER, POSITION_PLUS_ONE, SCORE
 from kvexport.runtime.backends.base import Decoder
@@ -24,7 +24,7 @@ from kvexport.runtime.cache.kv_cache import KvCache
 
 GARBAGE = 1000.0
 STEP = 16  # tokens by which caches grow, if they can: several times within the test
-CHUNK = 7  # prompt tokens per call: several calls within the test
+CHUNK = 7  # prompt tokens per call: several calls within the test; rings hold so many beside the window
 FLOOR = 1e-6  # lower bound of norms and logits in relative errors
 
 
@@ -66,18 +66,18 @@ class Runs:
         self._policy = "" if eviction is None else eviction.policy
 
     def run_pieces(self, pieces: Sequence[range]) -> list[Measured]:
-        """Run tokens in calls of these pieces; returns the rows from the reference's first one on."""
+        """Run tokens in calls of these pieces, or of parts of them where a call would wrap in a ring.
+
+        Returns:
+            the rows from the reference's first one on.
+        """
         cache = self._begin()
         rows: list[Measured] = []
         for piece in pieces:
-            rows += self._call(cache, self.tokens[piece.start : piece.stop], piece.start)
+            rows += self._run_piece(cache, piece)
         for layer in range(len(self._bundle.layers)):
-            if layer in self._evicting:
-                continue  # measured after each call
-            key, value = (heads[0] for heads in cache.layer_in_float32(layer))  # [N, slots, width]
-            for row, measured in enumerate(rows, self._reference.first_row):
-                measured.key_norms[layer] = _norm(key[:, row])
-                measured.value_norms[layer] = _norm(value[:, row])
+            if layer not in self._evicting and not self._loses_tokens(cache, layer):
+                self._read_norms(cache, layer, self._reference.first_row, rows)
         return rows
 
     def generate(self, count: int) -> int:
@@ -85,7 +85,7 @@ class Runs:
         cache = self._begin()
         measured: list[Measured] = []
         for piece in pieces_of(0, self.prompt, min(self._decoder.max_tokens_per_call, CHUNK)):
-            measured = self._call(cache, self.tokens[piece.start : piece.stop], piece.start) or measured
+            measured = self._run_piece(cache, piece) or measured
         for at in range(self.prompt, self.prompt + count):
             token = measured[-1].likeliest
             if token != self.tokens[at]:
@@ -107,10 +107,20 @@ class Runs:
         decoder.use(cache)
         return cache
 
+    def _run_piece(self, cache: KvCache, piece: range) -> list[Measured]:
+        """Run a piece of the tokens in calls that wrap in no ring; returns their rows."""
+        rows: list[Measured] = []
+        start = piece.start
+        while start < piece.stop:
+            stop = start + cache.rings.tokens_of_call(np.array([start]), piece.stop - start)
+            rows += self._call(cache, self.tokens[start:stop], start)
+            start = stop
+        return rows
+
     def _call(self, cache: KvCache, ids: NDArray[np.int64], start: int) -> list[Measured]:
         """Run `ids` from position `start` on.
 
-        Returns their rows, with norms of the layers that evict only.
+        Returns their rows, with norms of the layers that lose tokens only.
         """
         positions = start + np.arange(len(ids))
         first_row = self._reference.first_row
@@ -118,6 +128,9 @@ class Runs:
         index = np.array([row - start for row in measured_at] or [0])
         logits = self._decoder.run(ids[None], positions[None], index[None])[0]
         rows = [self._measured(logits[at]) for at in range(len(measured_at))]
+        for layer in range(len(self._bundle.layers)):
+            if self._loses_tokens(cache, layer):
+                self._read_norms(cache, layer, max(start, first_row), rows)
         for layer in self._evicting:
             state = cache.state(layer)  # [N, slots, 2]
             key, value = (heads[0] for heads in cache.layer_in_float32(layer))  # [N, slots, width]
@@ -133,6 +146,20 @@ class Runs:
             if self._policy in RANKED_BY_NORM:
                 cache.set_state(layer, steady_scores(layer, state))
         return rows
+
+    def _loses_tokens(self, cache: KvCache, layer: int) -> bool:
+        """Whether the layer's ring does not hold all tokens at the end of a run."""
+        ring = cache.ring(past(layer, KEY))
+        return ring is not None and cache.rings.slots[ring] < len(self.tokens)
+
+    def _read_norms(self, cache: KvCache, layer: int, first: int, rows: Sequence[Measured]) -> None:
+        """Read the norms of the tokens from `first` on in a layer that does not evict."""
+        key, value = (heads[0] for heads in cache.layer_in_float32(layer))  # [N, slots, width]
+        positions = np.arange(first, first + len(rows))
+        slots = cache.rings.slots_of(cache.ring(past(layer, KEY)), positions)
+        for slot, measured in zip(slots, rows, strict=True):
+            measured.key_norms[layer] = _norm(key[:, slot])
+            measured.value_norms[layer] = _norm(value[:, slot])
 
     def _measured(self, logits: NDArray[np.float32]) -> Measured:
         """A row of logits [vocab]; its norms and scores are filled in later."""

@@ -9,13 +9,14 @@ library implements the same algorithm:
 2. Run the tokens twice, each time in an empty cache whose key and value slots hold garbage, and which grows
    every `STEP` tokens if it can. If layers evict, all but `ReferenceOutputs.slots` of their slots are
    blocked. An engine whose capacity is smaller than the number of tokens runs as many as fit.
-   - "at once": all tokens in calls as long as the engine allows; if layers evict, the prompt only, which fits
-     their slots.
+   - "at once": all tokens in calls as long as the engine and rings allow; if layers evict, the prompt only,
+     which fits their slots. With ONNX Runtime, rings hold their window and `CHUNK` tokens.
    - "step by step": the prompt in calls of `CHUNK` tokens, then the continuation token by token, even if
      another token is more likely.
    For every row r from `first_row` on, take the rms, the most likely token and the selected values of the
-   logits, and the norms of the key and value of token r in each layer: from slot r after the run, or, if the
-   layer evicts, after the call, from the slot of each head whose state has position r (NaN if there is none).
+   logits, and the norms of the key and value of token r in each layer: from slot r after the run; in a ring
+   of R slots, fewer than the tokens, from slot r mod R after the call; if the layer evicts, after the call,
+   from the slot of each head whose state has position r (NaN if there is none).
    If scores are norms, compare them with the norms of those keys, and then replace them by `steady_scores`
    after every call.
 3. Generate greedily from the prompt in a third such cache; count the tokens that are the continuation's, up
@@ -164,7 +165,7 @@ def self_test(path: Path | str, provider: str = "auto") -> SelfTestReport:
         return SelfTestReport("weights", message, _COPY, chosen.name, chosen.version, bundle.dtype, tolerance)
     decoder = open_decoder(bundle, chosen)
     if chosen.name != "tensorrt":
-        decoder.use(new_cache(bundle, chosen, bundle.dtype, fill=GARBAGE, step=STEP))
+        decoder.use(new_cache(bundle, chosen, bundle.dtype, fill=GARBAGE, step=STEP, chunk=CHUNK))
     return compare_outputs(bundle, reference, decoder, chosen)
 
 
