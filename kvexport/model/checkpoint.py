@@ -169,6 +169,19 @@ class Checkpoint:
             "weights",
         )
 
+    def head_prefix(self, head_name: str, prefix: str) -> str:
+        """The prefix of the head's name, which has none unless a wrapper puts its own before all names.
+
+        Args:
+            head_name: name of the head without prefix, such as `lm_head.weight`.
+            prefix: that of the decoder's other tensors, from `find_prefix`.
+
+        Returns:
+            The shortest beginning of `prefix`, up to a dot, with which the head exists; "" if there is none.
+        """
+        ends = [0, *(at + 1 for at, character in enumerate(prefix) if character == ".")]
+        return next((prefix[:end] for end in ends if prefix[:end] + head_name in self.files), "")
+
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Keep files mapped inside the block, for `tensor`; they are closed after it."""

@@ -145,14 +145,18 @@ def _gguf(folder: Path, names: Sequence[str]) -> CheckpointError:
     output = _beside(folder, "from-gguf")
     command = _python(
         "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T",
-        f"M.from_pretrained({arguments}).save_pretrained({output})",
+        f'm = M.from_pretrained({arguments}, dtype="float32")',
+        'vars(m.config).pop("quantization_config", None)',  # else it cannot be saved
+        "n = M.from_config(m.config)",
+        "n.load_state_dict(m.state_dict())",
+        f"n.save_pretrained({output})",
         f"T.from_pretrained({arguments}).save_pretrained({output})",
     )
     return CheckpointError(
         "the checkpoint must be in the Hugging Face format, not GGUF",
         got=_listing(names),
         fix="take the checkpoint that it was made from, which its model card names as base_model. Or convert "
-        f"it back, with the loss of its quantisation: pip install transformers gguf; {command}",
+        f"it back, with the loss of its quantisation: pip install gguf accelerate; {command}",
     )
 
 

@@ -207,6 +207,22 @@ def test_finds_the_prefix_of_the_tensors(tmp_path: Path, prefix: str, names: lis
     assert with_tensors(tmp_path, names).find_prefix("embed_tokens.weight", ["model.", ""]) == prefix
 
 
+@pytest.mark.parametrize(
+    ("prefix", "head", "expected"),
+    [
+        ("model.", "lm_head.weight", ""),
+        ("", "lm_head.weight", ""),
+        ("language_model.model.", "language_model.lm_head.weight", "language_model."),
+        ("model.language_model.", "lm_head.weight", ""),
+        ("base_model.model.model.", "base_model.model.lm_head.weight", "base_model.model."),
+        ("_orig_mod.", "_orig_mod.lm_head.weight", "_orig_mod."),
+        ("language_model.model.", "talker.lm_head.weight", ""),
+    ],
+)
+def test_finds_the_prefix_of_the_head(tmp_path: Path, prefix: str, head: str, expected: str) -> None:
+    assert with_tensors(tmp_path, [head]).head_prefix("lm_head.weight", prefix) == expected
+
+
 def test_a_name_that_only_ends_alike_has_no_prefix(tmp_path: Path) -> None:
     checkpoint = with_tensors(tmp_path, ["model.re_embed_tokens.weight"])
     with pytest.raises(CheckpointError) as caught:
