@@ -68,7 +68,7 @@ def _parse(expression: str) -> ast.expr:
     try:
         node = ast.parse(expression, mode="eval").body
         _require_arithmetic(node)
-    except (SyntaxError, ValueError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError) as error:  # the last two: nested deeply
         raise UsageError(
             "an expression must consist of keys, numbers, + - * / ** and parentheses", got=repr(expression)
         ) from error
