@@ -406,8 +406,8 @@ def _names(table: Table) -> Names:
 
 def _layer_names(table: Table) -> dict[str, str]:
     """[tensors.layer]: names of a layer's tensors, each with {i} for the layer's index."""
-    templates = {name: table.string(name) for name in table}
     table.only(*NORMS, "q_norm", "k_norm", *set().union(*_LINEARS))
+    templates = {name: table.string(name) for name in table}
     linears = set(templates) - {*NORMS, "q_norm", "k_norm"}
     attention = ({"q", "k", "v", "o"}, {"qkv", "o"})
     allowed = [one | other for one in attention for other in _LINEARS[3:]]

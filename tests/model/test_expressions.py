@@ -39,7 +39,9 @@ CONFIG = {
         ("1 / attn.clip", 1 / 6.0),
         ("attn.clip * attn.inner.deep - hidden", -46.0),
         ("-heads", -4.0),
-        ("1", 1.0),
+        ("-1", -1.0),
+        ("1", 1),
+        ("0.5", 0.5),
         ("2 ** 3 ** 2", 512.0),
     ],
 )
@@ -75,16 +77,17 @@ def test_rejects_values(expression: str, words: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 10**400, [1], {}])
 def test_rejects_values_that_are_no_finite_numbers(value: object) -> None:
-    with pytest.raises(CheckpointError, match="heads in config.json must be a number"):
+    with pytest.raises(CheckpointError, match=r"heads in config\.json must be a number"):
         evaluate("heads * 2", {"heads": value})
 
 
 @pytest.mark.parametrize(
     "expression",
     [
-        "", "hidden heads", "hidden // heads", "hidden % heads", "hidden[0]", "len(layers)", "'text'", "True",
-        "hidden if flag else heads", "hidden < heads", "[hidden]", "lambda: 1", "hidden; heads", "+heads", "1j",
-        "not flag", "hidden\n= 1", "a := 1", "\0", "-" * 100_000 + "1", "(" * 1000 + "1" + ")" * 1000, "9" * 5000,
+        "", "hidden heads", "hidden // heads", "hidden % heads", "hidden[0]", "len(layers)", "'text'",
+        "True", "hidden if flag else heads", "hidden < heads", "[hidden]", "lambda: 1", "hidden; heads",
+        "+heads", "1j", "not flag", "hidden\n= 1", "a := 1", "\0",
+        "-" * 100_000 + "1", "(" * 1000 + "1" + ")" * 1000, "9" * 5000,
     ],
 )  # fmt: skip
 def test_rejects_other_syntax(expression: str) -> None:
@@ -101,16 +104,13 @@ def test_keys_are_those_at_the_top_of_the_config() -> None:
 NUMBERS = st.sampled_from(["hidden", "heads", "scale", "attn.clip", "2", "0.5", "3.0"])
 
 
-@given(
-    st.recursive(
-        NUMBERS,
-        lambda inner: st.one_of(
-            st.tuples(inner, st.sampled_from(["+", "-", "*", "/", "**"]), inner).map(lambda x: f"({' '.join(x)})"),
-            inner.map(lambda x: f"-({x})"),
-        ),
-        max_leaves=6,
-    )
-)  # fmt: skip
+def operations(inner: st.SearchStrategy[str]) -> st.SearchStrategy[str]:
+    operators = st.sampled_from(["+", "-", "*", "/", "**"])
+    binary = st.tuples(inner, operators, inner).map(lambda parts: f"({' '.join(parts)})")
+    return binary | inner.map(lambda text: f"-({text})")
+
+
+@given(st.recursive(NUMBERS, operations, max_leaves=6))
 def test_arithmetic_equals_that_of_python(expression: str) -> None:
     names = {"hidden": 64.0, "heads": 4.0, "scale": 0.25, "attn": type("Attn", (), {"clip": 6.0})}
     try:
