@@ -326,7 +326,13 @@ def _open(path: Path) -> Any:
     from safetensors import SafetensorError, safe_open
 
     try:
+        with path.open("rb"):  # safetensors reports a denied permission as a missing file
+            pass
         return safe_open(path, framework="pt")
+    except PermissionError as error:
+        raise CheckpointError(
+            f"{path} must be readable: {reason_of(error)}", fix="change the permissions of the file"
+        ) from error
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{path} must be a safetensors file: {reason_of(error)}",

@@ -245,10 +245,11 @@ def test_unreadable_folders_and_files(
             patch.setattr(Path, name, denied)
             with pytest.raises(CheckpointError, match="Permission denied"):
                 Checkpoint(path)
-    with monkeypatch.context() as patch:
-        patch.setattr(Path, "exists", denied)
-        with pytest.raises(CheckpointError, match="Permission denied"):
-            _ = checkpoint.files
+    for name in ("exists", "open"):
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, denied)
+            with pytest.raises(CheckpointError, match="Permission denied"):
+                _ = checkpoint.files
     (path / "config.json").unlink()
     monkeypatch.setattr(Path, "iterdir", denied)
     with pytest.raises(CheckpointError, match="Permission denied"):
