@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 import torch
+from support import rms_family_cases
 from support.family_cases import CASES, DEFAULTS, case_name, changes_with_length
 from support.family_settings import LLAMA3, WINDOW
 from support.wide_transformers import Float64, widen
 
-from kvexport.model import reference
+from kvexport.files.resources import resource
+from kvexport.model import families, reference
 from kvexport.model.loader import load_decoder
 from kvexport.model.rope import alibi_slopes
 
@@ -91,6 +93,7 @@ def test_logits_equal_transformers_in_float64(
 @pytest.mark.parametrize(
     ("family", "config", "changed"),
     [
+        *rms_family_cases.CHANGES,
         ("llama", {}, {"rms_norm_eps": 1.1e-6}),
         ("llama", {}, {"rope_parameters": {"rope_type": "default", "rope_theta": 10001.0}}),
         ("llama", {"num_key_value_heads": 4}, {"hidden_act": "gelu"}),
@@ -133,8 +136,23 @@ def test_one_changed_setting_breaks_parity(
 ) -> None:
     path = tiny_checkpoint(family, **config)
     ids = token_ids()
-    ours = reference.forward(load_decoder(edit_checkpoint(path, config=changed), torch.float64), ids)
+    ours = our_logits(edit_checkpoint(path, config=changed), ids, torch.float64)
     assert relative_error(ours, their_logits(path, ids, torch.float64)) > 1e-8
+
+
+@pytest.mark.usefixtures("wide")
+@pytest.mark.parametrize(("family", "old", "new"), rms_family_cases.DESCRIPTION_CHANGES)
+def test_one_changed_line_of_a_description_breaks_parity(
+    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str, old: str, new: str
+) -> None:
+    path, ids = tiny_checkpoint(family), token_ids()
+    name = f"{families.families()[family].resolve({'model_type': family}).name}.toml"
+    text = resource("graphs", "families").joinpath(name).read_text(encoding="utf-8")
+    assert text.count(old) == 1
+    changed = families.Description(text.replace(old, new), name)
+    monkeypatch.setattr(families, "families", lambda: {family: changed})
+    ours = our_logits(path, ids, torch.float64)
+    assert relative_error(ours, their_logits(path, ids, torch.float64)) > 1e-3
 
 
 @pytest.mark.usefixtures("wide")

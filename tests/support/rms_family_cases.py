@@ -200,3 +200,74 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("glm4", {}),
     ("glm4", {"num_key_value_heads": 4, "partial_rotary_factor": 1.0, "tie_word_embeddings": True}),
 ]
+
+_LONG = longrope(32, 4)
+_LOCAL = {"rope_type": "default", "rope_theta": 10000.0}
+
+# Model types with changes of their defaults, and a change of config.json that gives other logits.
+CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+    ("llama", {"rope_parameters": LINEAR}, {"rope_parameters": {**LINEAR, "factor": 3.01}}),
+    (
+        "llama",
+        {"rope_parameters": DYNAMIC, "max_position_embeddings": 32},
+        {"rope_parameters": {**DYNAMIC, "factor": 2.01}},
+    ),
+    (
+        "qwen2",
+        {"rope_parameters": YARN, "head_dim": 16},
+        {"rope_parameters": {**YARN, "attention_factor": 1.14}},
+    ),
+    ("qwen2", {"rope_parameters": YARN, "head_dim": 16}, {"rope_parameters": {**YARN, "beta_slow": 0.1}}),
+    ("ministral", {}, {"layer_types": ["full_attention", "sliding_attention"]}),
+    ("gemma2", {}, {"query_pre_attn_scalar": 25}),
+    ("gemma2", {}, {"attn_logit_softcapping": 49.0}),
+    ("gemma2", {}, {"final_logit_softcapping": 29.0}),
+    ("gemma2", {}, {"layer_types": ["full_attention", "sliding_attention"]}),
+    (
+        "gemma3_text",
+        {},
+        {
+            "rope_parameters": {
+                "full_attention": {"rope_theta": 1e6},
+                "sliding_attention": {"rope_theta": 9999.0},
+            }
+        },
+    ),
+    (
+        "gemma3_text",
+        {"sliding_window_pattern": 2},
+        {"rope_parameters": {"full_attention": {"rope_theta": 9e5}, "sliding_attention": _LOCAL}},
+    ),
+    ("phi3", _LONG, {"original_max_position_embeddings": 64}),
+    (
+        "phi3",
+        {"hidden_size": 64, "partial_rotary_factor": 0.75},
+        {"rope_parameters": {**_LOCAL, "partial_rotary_factor": 0.5}},
+    ),
+    ("phi3", {"sliding_window": 7}, {"sliding_window": None}),
+    ("smollm3", {}, {"no_rope_layers": [1, 1, 1, 1]}),
+    ("granite", {}, {"embedding_multiplier": 3.01}),
+    ("granite", {}, {"residual_multiplier": 0.401}),
+    ("granite", {}, {"attention_multiplier": 0.201}),
+    ("granite", {}, {"logits_scaling": 4.01}),
+    ("olmo", {"clip_qkv": 0.8}, {"clip_qkv": 0.81}),
+    ("olmo3", {}, {"sliding_window": 8}),
+    ("exaone4", {}, {"sliding_window": 39, "layer_types": ["full_attention", "sliding_attention"]}),
+    ("nemotron", {}, {"rope_parameters": {**_LOCAL, "partial_rotary_factor": 0.25}}),
+    ("nemotron", {}, {"norm_eps": 1.1e-5}),
+    ("nemotron", {}, {"hidden_act": "relu"}),
+    ("glm", {}, {"rope_parameters": {**_LOCAL, "partial_rotary_factor": 1.0}}),
+]
+
+# Model types, and a change of a line of their description that gives other logits.
+DESCRIPTION_CHANGES: list[tuple[str, str, str]] = [
+    ("gemma", "offset = 1.0", "offset = 0.5"),
+    ("gemma", 'embedding_multiplier = "hidden_size ** 0.5"', ""),
+    ("helium", 'pairs = "interleaved"', 'pairs = "half"'),
+    ("glm", 'pairs = "interleaved"', 'pairs = "half"'),
+    ("hunyuan_v1_dense", "after_rotation = true", "after_rotation = false"),
+    ("nemotron", "offset = 1.0", "offset = 0.5"),
+    ("olmo", 'kind = "layer"', 'kind = "rms"'),
+    ("exaone4", "attention_output_norm", "attention_residual_norm"),
+    ("exaone4", "mlp_output_norm", "mlp_norm"),
+]
