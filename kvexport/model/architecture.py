@@ -16,6 +16,7 @@ from kvexport.model.decoder import Activation
 from kvexport.model.expressions import evaluate
 from kvexport.model.families import Family, LayerRules, description_of
 from kvexport.model.rope import RopeConfig, rope_configs
+from kvexport.model.unsupported import require_dense_decoder
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
 _HAS_WINDOW = {"full_attention": False, "sliding_attention": True, "global": False, "local": True}
@@ -79,11 +80,12 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     """The architecture of a checkpoint from its config.json.
 
     Raises:
-        CheckpointError: the family is unknown, weights are quantised, or a setting is missing, impossible or
-            not supported.
+        CheckpointError: the model has a feature that is not supported, the family is unknown, weights are
+            quantised, or a setting is missing, impossible or not supported.
     """
-    require_unquantised(config)
+    require_dense_decoder(config)
     description = description_of(config)
+    require_unquantised(config)
     family, complete = description.resolve(config), description.complete(config)
     settings = _Settings(family.settings(complete), family)
     hidden, heads = settings.whole("hidden_size"), settings.whole("num_heads")

@@ -15,6 +15,7 @@ from typing import Any
 from kvexport.errors import CheckpointError, UsageError
 from kvexport.files.resources import resource
 from kvexport.files.schema import Table
+from kvexport.model.config import shown
 from kvexport.model.expressions import evaluate, keys_of
 
 SETTINGS = frozenset(
@@ -34,6 +35,7 @@ NORMS = (
 )  # fmt: skip
 _LINEARS = ({"q", "k", "v"}, {"qkv"}, {"o"}, {"gate", "up", "down"}, {"gate_up", "down"}, {"up", "down"})
 _BIASES = ("qkv", "o", "mlp", "head")
+_HEADS = ("ForCausalLM", "LMHeadModel")  # ends of the names of classes in transformers
 
 
 @dataclass(frozen=True)
@@ -160,7 +162,7 @@ class Family:
             if value is not None and not any(_same(value, each) for each in supported):
                 raise CheckpointError(
                     f"{key} in config.json must have the value that family '{self.name}' supports",
-                    got=f"{key} = {value!r:.60}",
+                    got=f"{key} = {shown(value)}",
                     expected=" or ".join(f"{key} = {each!r}" for each in supported),
                 )
         settings = dict(self.defaults)
@@ -456,10 +458,22 @@ def description_of(config: Mapping[str, Any]) -> Description:
     model_type = config.get("model_type")
     description = families().get(model_type) if isinstance(model_type, str) else None
     if description is None:
+        similar = _model_type_of_class(config.get("architectures"))
         raise CheckpointError(
             "model_type in config.json must be of a supported family",
-            got=f"model_type = {model_type!r:.60}",
+            got=f"model_type = {shown(model_type)}",
             expected=", ".join(sorted(families())),
-            fix="describe the family in one new file under graphs/families/ (CONTRIBUTING.md, add a family)",
+            fix="describe the family in one new file under graphs/families/ (CONTRIBUTING.md, add a family)"
+            if similar is None
+            else f'set model_type to "{similar}", the family of the class that architectures names',
         )
     return description
+
+
+def _model_type_of_class(architectures: Any) -> str | None:
+    """The supported model type whose class in transformers has the name that config.json gives."""
+    name = architectures[0] if isinstance(architectures, list) and architectures else None
+    if not isinstance(name, str) or not name.endswith(_HEADS):
+        return None
+    stem = next(name.removesuffix(head) for head in _HEADS if name.endswith(head)).lower()
+    return next((each for each in families() if each.replace("_", "") == stem), None)

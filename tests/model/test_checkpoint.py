@@ -23,6 +23,7 @@ from kvexport.errors import CheckpointError, UsageError
 from kvexport.model import reference
 from kvexport.model.checkpoint import Checkpoint, sha256_of
 from kvexport.model.decoder import Decoder
+from kvexport.model.families import families
 from kvexport.model.loader import load_decoder
 
 Make = Callable[..., Path]
@@ -463,14 +464,11 @@ def test_rejects_an_index_without_a_map(tiny_checkpoint: Make, tmp_path: Path, t
 
 
 def test_unknown_family(llama: Path, edit_checkpoint: Make) -> None:
-    error = refused(
-        edit_checkpoint(llama, config={"model_type": "mamba"}),
-        "must be of a supported family",
-        "'mamba'",
-        "graphs/families",
-    )
-    assert error.expected == "bloom, llama, mistral, qwen2, qwen3"
-    refused(edit_checkpoint(llama, without=("model_type",)), "model_type = None")
+    path = edit_checkpoint(llama, config={"model_type": "other", "architectures": ["OtherForCausalLM"]})
+    error = refused(path, "must be of a supported family", "'other'", "graphs/families")
+    assert error.expected == ", ".join(sorted(families()))
+    path = edit_checkpoint(llama, without=("model_type",))
+    assert 'set model_type to "llama"' in str(refused(path, "model_type = None").fix)
 
 
 def test_rejects_unexpected_tensors(llama: Path, edit_checkpoint: Make) -> None:
@@ -569,9 +567,9 @@ def test_rejects_numbers_that_are_not_finite(llama: Path, edit_checkpoint: Make,
 @pytest.mark.parametrize(
     "rope",
     [
-        {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4}},
-        {"rope_parameters": {"rope_type": "dynamic", "factor": 4.0, "rope_theta": 1e4}},
-        {"rope_parameters": None, "rope_scaling": {"type": "yarn", "factor": 4.0}},
+        {"rope_parameters": {"rope_type": "ntk", "factor": 4.0, "rope_theta": 1e4}},
+        {"rope_parameters": {"rope_type": ["yarn"], "factor": 4.0, "rope_theta": 1e4}},
+        {"rope_parameters": None, "rope_scaling": {"type": "mrope", "factor": 4.0}},
     ],
 )
 def test_rejects_unknown_rotary_scaling(llama: Path, edit_checkpoint: Make, rope: dict[str, Any]) -> None:
@@ -579,7 +577,7 @@ def test_rejects_unknown_rotary_scaling(llama: Path, edit_checkpoint: Make, rope
     refused(
         edit_checkpoint(llama, config=rope),
         repr(kind.get("rope_type", kind.get("type"))),
-        "default, linear, llama3",
+        "default, linear, dynamic, yarn, longrope, llama3",
     )
 
 
@@ -591,7 +589,7 @@ def test_rejects_unknown_rotary_scaling(llama: Path, edit_checkpoint: Make, rope
         ({"rope_type": "linear", "factor": 0}, "factor in config.json must be a positive number"),
         ({"rope_type": "linear", "factor": "2"}, "factor in config.json must be a positive number"),
         ({"rope_theta": "10000"}, "rope_theta in config.json must be a positive number"),
-        ({"full_attention": {"rope_type": "default"}}, "must be one table"),
+        ({"global_attention": {"rope_type": "default"}}, "must be one table"),
         ([1], "must be one table"),
     ],
 )
@@ -600,10 +598,10 @@ def test_rejects_invalid_rotary_settings(llama: Path, edit_checkpoint: Make, rop
 
 
 @pytest.mark.parametrize("inside", [True, False])
-def test_rejects_partial_rotation(llama: Path, edit_checkpoint: Make, inside: bool) -> None:
-    half = {"partial_rotary_factor": 0.5}
-    config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **half}} if inside else half
-    refused(edit_checkpoint(llama, config=config), "must rotate whole heads", "0.5")
+def test_rejects_a_rotated_part_that_has_no_pairs(llama: Path, edit_checkpoint: Make, inside: bool) -> None:
+    part = {"partial_rotary_factor": 0.4}  # 3 of 8
+    config = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, **part}} if inside else part
+    refused(edit_checkpoint(llama, config=config), "must rotate an even number", "3 of head_dim 8", "0.4")
 
 
 @pytest.mark.parametrize("act", ["quick_gelu", None, ["silu"], 1])
@@ -655,7 +653,7 @@ def test_windows_equal_those_of_transformers(
     switched = {"sliding_window": 9, "use_sliding_window": True, "max_window_layers": 1}
     assert windows(qwen2, **switched, layer_types=None) == [None, 9]
     assert windows(qwen2, **switched, layer_types=["sliding_attention", "full_attention"]) == [9, None]
-    for kinds in (["sliding_attention"], ["sliding_attention", "chunked_attention"], "sliding_attention"):
+    for kinds in (["sliding_attention"], ["sliding_attention", "global_attention"], "sliding_attention"):
         refused(
             edit_checkpoint(qwen2, config={**switched, "layer_types": kinds}), "layer_types", "full_attention"
         )
