@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +15,8 @@ from support.family_cases import CASES, DEFAULTS, SIZES, case_name
 
 from kvexport.errors import CheckpointError
 from kvexport.model.architecture import read_architecture
-from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.families import families
+from kvexport.model.loader import load_decoder
 from kvexport.model.unsupported import FEATURES, require_dense_decoder
 
 TEXT = {**SIZES, "rms_norm_eps": 1e-6, "hidden_act": "silu"}  # for any model type
@@ -114,9 +113,7 @@ def test_settings_that_switch_a_feature_off_are_accepted(settings: dict[str, Any
 
 
 @pytest.mark.parametrize(("family", "config"), CASES, ids=case_name)
-def test_accepts_every_supported_model(
-    tiny_checkpoint: Callable[..., Path], family: str, config: dict[str, Any]
-) -> None:
+def test_accepts_every_supported_model(family: str, config: dict[str, Any]) -> None:
     from transformers import AutoConfig
 
     require_dense_decoder(AutoConfig.for_model(family, **{**DEFAULTS[family], **config}).to_dict())
@@ -131,7 +128,7 @@ def test_order_of_advice(tmp_path: Path) -> None:
     def what() -> str:
         (tmp_path / "config.json").write_text(json.dumps(config))
         with pytest.raises(CheckpointError) as caught:
-            Checkpoint(tmp_path)
+            load_decoder(tmp_path)
         return caught.value.what
 
     assert "a mixture of experts" in what()
@@ -211,7 +208,6 @@ def test_the_advice_saves_a_text_part_with_the_same_logits(tmp_path: Path, wrapp
     from transformers import AutoConfig, AutoModelForImageTextToText
 
     from kvexport.model import reference
-    from kvexport.model.loader import load_decoder
 
     if text not in families():
         pytest.skip(f"{text} is not supported")
