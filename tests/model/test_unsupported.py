@@ -203,6 +203,7 @@ _VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "
 _IMAGES = {"image_size": 28, "patch_size": 14}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("wrapper", "text"), [("gemma3", "gemma3_text"), ("llava", "llama")])
 def test_the_advice_saves_a_text_part_with_the_same_logits(tmp_path: Path, wrapper: str, text: str) -> None:
     from transformers import AutoConfig, AutoModelForImageTextToText
