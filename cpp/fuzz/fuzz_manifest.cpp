@@ -35,7 +35,7 @@ extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size
             manifest.digest.size() == 64);
     if (manifest.eviction)
       require(manifest.eviction->chunk() >= 1 && manifest.eviction->self_test_slots() <= manifest.capacity);
-    require(Buffers::bytes_for(manifest, manifest.capacity) > 0);  // sizes must be countable
+    require(Buffers::bytes_for(manifest, {manifest.capacity, 1}) > 0);  // sizes must be countable
   } catch (const Failure&) {
   }
   return 0;

@@ -65,8 +65,8 @@ TEST(growth_moves_heads_within_the_same_memory) {
   HostStorage storage;
   for (const std::vector<std::int64_t>& skip : {std::vector<std::int64_t>{}, {0}}) {
     const Manifest manifest = manifest_of(Dtype::float32, budget(300, 0, 1, skip));
-    Buffers buffers(manifest, 700, storage, 256);
-    CHECK_EQUAL(buffers.bytes, Buffers::bytes_for(manifest, 700));
+    Buffers buffers(manifest, {700, 1}, storage, 256);
+    CHECK_EQUAL(buffers.bytes, Buffers::bytes_for(manifest, {700, 1}));
     CHECK_EQUAL(buffers.layout_tokens, 256);
     std::vector<void*> addresses;
     for (const Buffer& buffer : buffers.all) {
@@ -102,7 +102,7 @@ TEST(growth_moves_heads_within_the_same_memory) {
 
 TEST(a_layout_without_growth_has_full_size) {
   HostStorage storage;
-  Buffers buffers(manifest_of(Dtype::float16), 10, storage, 0);
+  Buffers buffers(manifest_of(Dtype::float16), {10, 1}, storage, 0);
   CHECK_EQUAL(buffers.layout_tokens, 10);
   CHECK_EQUAL(buffers.bytes,
               512U + 512 + 256 + 256);  // 300, 420, 80 and 80 bytes, aligned to 256
@@ -113,17 +113,17 @@ TEST(a_layout_without_growth_has_full_size) {
 
 TEST(refuses_sizes_that_overflow) {
   Manifest manifest = manifest_of(Dtype::float32);
-  CHECK_THROWS_WITH(Buffers::bytes_for(manifest, std::numeric_limits<std::int64_t>::max()),
+  CHECK_THROWS_WITH(Buffers::bytes_for(manifest, {std::numeric_limits<std::int64_t>::max(), 1}),
                     "not enough memory");
   manifest.layers[0].num_key_value_heads = std::int64_t{1} << 40;
   HostStorage storage;
-  CHECK_THROWS_WITH(Buffers(manifest, 1 << 20, storage, 0), "not enough memory");
+  CHECK_THROWS_WITH(Buffers(manifest, {1 << 20, 1}, storage, 0), "not enough memory");
 }
 
 TEST(fills_keys_and_values_of_every_dtype) {
   HostStorage storage;
   for (const Dtype dtype : {Dtype::float32, Dtype::float16, Dtype::bfloat16}) {
-    Buffers buffers(manifest_of(dtype, budget(20, 0, 1)), 600, storage, 256);
+    Buffers buffers(manifest_of(dtype, budget(20, 0, 1)), {600, 1}, storage, 256);
     buffers.clear(1000.0F);
     buffers.reserve(600);
     for (const Buffer& buffer : buffers.all) {
@@ -169,7 +169,7 @@ TEST(evicts_the_tokens_that_a_full_sort_selects) {
     const std::int64_t window = 3 + below(60);
     const Manifest manifest = manifest_of(Dtype::float32, budget(slots, first, recent),
                                           windowed ? std::optional<std::int64_t>(window) : std::nullopt);
-    Buffers buffers(manifest, 200, storage, 256);
+    Buffers buffers(manifest, {200, 1}, storage, 256);
     buffers.reserve(200);
     Evictor evictor(manifest, buffers);
     const std::int64_t tokens = 2 + below(slots - 1), keep = below(tokens + 1);

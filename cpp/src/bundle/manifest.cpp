@@ -162,12 +162,15 @@ Json derived_graph(const Manifest& manifest) {
   for (std::size_t i = 0; i < manifest.layers.size(); ++i) {
     const Layer& layer = manifest.layers[i];
     const bool evicts = manifest.evicts(static_cast<std::int64_t>(i));
+    const std::string slots = manifest.is_ring(static_cast<std::int64_t>(i))
+                                  ? "window_" + std::to_string(*layer.window)
+                                  : std::string("capacity");
     any_evicts = any_evicts || evicts;
     const auto cached = [&](const char* which, const std::string& of, std::int64_t width) {
       const std::string name = "." + std::to_string(i) + "." + which;
       const Json shape =
           evicts ? Json::array({"batch*" + std::to_string(layer.num_key_value_heads), 1, "budget", width})
-                 : Json::array({"batch", layer.num_key_value_heads, "capacity", width});
+                 : Json::array({"batch", layer.num_key_value_heads, slots, width});
       inputs.push_back(tensor("past_key_values" + name, of, shape));
       outputs.push_back(tensor("present" + name, of, shape));
     };
@@ -263,6 +266,11 @@ std::int64_t Eviction::chunk() const { return std::max<std::int64_t>(1, (budget 
 
 std::int64_t Eviction::self_test_slots() const {
   return std::min(budget, protect_first + std::max<std::int64_t>(1, protect_recent) + 16);
+}
+
+bool Manifest::is_ring(std::int64_t layer) const {
+  const auto& window = layers[static_cast<std::size_t>(layer)].window;
+  return window && *window < capacity && !evicts(layer);
 }
 
 Manifest parse_manifest(std::string_view text, const std::string& directory) {

@@ -48,6 +48,8 @@ struct Manifest {
   std::map<std::string, FileEntry> files;
 
   bool evicts(std::int64_t layer) const { return eviction && eviction->evicts(layer); }
+  // Whether the layer's cache is a ring: its window and the tokens of one call, instead of all tokens.
+  bool is_ring(std::int64_t layer) const;
   bool has(const std::string& file) const { return files.count(file) != 0; }
 };
 

@@ -62,7 +62,7 @@ std::vector<Tensor> expected_tensors(const Manifest& manifest, bool inputs) {
   } else {
     all = {{"logits", ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT, {-1, -1, manifest.vocab_size}}};
   }
-  for (const Buffer& buffer : buffers_of(manifest, manifest.capacity)) {
+  for (const Buffer& buffer : buffers_of(manifest, {manifest.capacity, 1})) {
     const std::vector<std::int64_t> shape{-1, buffer.evicts ? 1 : buffer.heads, -1, buffer.width};
     all.push_back({inputs ? buffer.past : buffer.present, element_type(buffer.dtype), shape});
   }

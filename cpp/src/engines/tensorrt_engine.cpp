@@ -2,7 +2,7 @@
 // contexts, for decode and prefill, which share one scratch memory. The graph has one of two forms: std24
 // writes the cache in place; decomposed17 outputs the new keys and values, which are copied into the cache
 // after the call, into the slots that the graph names if layers evict, else into the slots of their
-// positions.
+// positions, modulo the slots of the layer.
 //
 // Not yet run on a GPU. The tests (tests/gpu) run it on a TensorRT and a driver that are simulated in host
 // memory and compute the graph with ONNX Runtime.
@@ -264,7 +264,7 @@ class TensorRtEngine final : public Engine {
  private:
   void make_updates() {
     std::size_t bytes = 0, slots_bytes = 0;
-    for (Buffer& buffer : buffers_of(manifest_, record_.capacity)) {
+    for (Buffer& buffer : buffers_of(manifest_, {record_.capacity, record_.chunk})) {
       buffer.slots = record_.chunk;
       updates_.offsets[buffer.past] = bytes;
       bytes += aligned(buffer.bytes());
@@ -301,7 +301,7 @@ class TensorRtEngine final : public Engine {
 
   // Queues copies of `count` new tokens from the graph's outputs into the cache. In a layer that evicts they
   // go to the slots that the graph named, consecutive heads with the same slot in one copy; in other layers
-  // to the slots from `start` on.
+  // to the slots from that of position `start` on.
   void write_updates(const Buffers& buffers, std::int64_t start, std::int64_t count) {
     for (const Buffer& buffer : buffers.all) {
       const char* source = at(updates_.memory->address(), updates_.offsets.at(buffer.past));
@@ -313,7 +313,7 @@ class TensorRtEngine final : public Engine {
       const auto pitch = static_cast<std::size_t>(buffer.slots) * slot,
                  run = static_cast<std::size_t>(count) * slot;
       for (std::int64_t first = 0, next = 0; first < buffer.heads; first = next) {
-        const std::int64_t target = slots == nullptr ? start : slots[first];
+        const std::int64_t target = slots == nullptr ? start % buffer.slots : slots[first];
         for (next = first + 1; next < buffer.heads && (slots == nullptr || slots[next] == target);) ++next;
         if (target < 0 || target + count > buffer.slots)
           throw loaded_.failure("the engine returned a slot that does not exist: " + std::to_string(target) +

@@ -74,7 +74,7 @@ std::shared_ptr<TensorRtLog> shared_log() {
 
 std::map<std::string, Tensor> caches_of(const Manifest& manifest, const BuildRecord& record) {
   std::map<std::string, Tensor> caches;
-  for (Buffer& buffer : buffers_of(manifest, record.capacity)) {
+  for (Buffer& buffer : buffers_of(manifest, {record.capacity, record.chunk})) {
     buffer.slots = buffer.max_slots;
     caches[buffer.past] = {buffer.dtype, buffer.shape(),
                            writes_in_place(record) ? buffer.present : update_of(buffer.past)};

@@ -41,14 +41,17 @@ std::size_t sum(const std::vector<Buffer>& all) {
 
 }  // namespace
 
-std::vector<Buffer> buffers_of(const Manifest& manifest, std::int64_t capacity) {
+std::vector<Buffer> buffers_of(const Manifest& manifest, CacheSize size) {
   std::vector<Buffer> all;
   for (std::size_t index = 0; index < manifest.layers.size(); ++index) {
     const Layer& layer = manifest.layers[index];
     const bool evicts = manifest.evicts(static_cast<std::int64_t>(index));
+    std::int64_t max_slots = size.capacity;
+    if (evicts) max_slots = std::min(manifest.eviction->budget, size.capacity);
+    if (manifest.is_ring(static_cast<std::int64_t>(index)) && size.chunk < size.capacity - *layer.window)
+      max_slots = *layer.window + size.chunk;
     const auto add = [&](Which which, const char* name, std::int64_t width, Dtype dtype) {
       const std::string end = "." + std::to_string(index) + "." + name;
-      const std::int64_t max_slots = evicts ? std::min(manifest.eviction->budget, capacity) : capacity;
       all.push_back({"past_key_values" + end, "present" + end, static_cast<int>(index), which, dtype, evicts,
                      layer.num_key_value_heads, width, max_slots});
     };
@@ -59,14 +62,23 @@ std::vector<Buffer> buffers_of(const Manifest& manifest, std::int64_t capacity) 
   return all;
 }
 
-Buffers::Buffers(const Manifest& manifest, std::int64_t capacity, Storage& storage, std::int64_t step)
-    : all(buffers_of(manifest, capacity)),
-      capacity(capacity),
+std::vector<Move> ring_moves(std::int64_t length, std::int64_t source_slots, std::int64_t target_slots) {
+  std::vector<Move> moves;
+  for (std::int64_t at = length - std::min({length, source_slots, target_slots}); at < length;) {
+    const std::int64_t target = at % target_slots, source = at % source_slots,
+                       slots = std::min({length - at, target_slots - target, source_slots - source});
+    moves.push_back({target, source, slots});
+    at += slots;
+  }
+  return moves;
+}
+
+Buffers::Buffers(const Manifest& manifest, CacheSize size, Storage& storage, std::int64_t step)
+    : all(buffers_of(manifest, size)),
+      capacity(size.capacity),
       bytes(sum(all)),
       storage(storage),
-      step_(step == 0 ? capacity : step),
-      all_evict_(std::all_of(all.begin(), all.end(), [](const Buffer& buffer) { return buffer.evicts; })),
-      budget_(manifest.eviction ? manifest.eviction->budget : 0),
+      step_(step == 0 ? size.capacity : step),
       memory_(storage.allocate(bytes), Release{&storage}) {
   assert(step == 0 || storage.is_host());
   std::size_t offset = 0;
@@ -77,8 +89,16 @@ Buffers::Buffers(const Manifest& manifest, std::int64_t capacity, Storage& stora
   reserve(1);
 }
 
-std::size_t Buffers::bytes_for(const Manifest& manifest, std::int64_t capacity) {
-  return sum(buffers_of(manifest, capacity));
+std::size_t Buffers::bytes_for(const Manifest& manifest, CacheSize size) {
+  return sum(buffers_of(manifest, size));
+}
+
+std::int64_t Buffers::tokens_until_wrap(std::int64_t position) const {
+  std::int64_t tokens = capacity - position;
+  for (const Buffer& buffer : all) {
+    if (!buffer.evicts) tokens = std::min(tokens, buffer.max_slots - position % buffer.max_slots);
+  }
+  return tokens;
 }
 
 void Buffers::reserve(std::int64_t tokens) {
@@ -100,7 +120,9 @@ void Buffers::reserve(std::int64_t tokens) {
     buffer.slots = slots;
     fill_empty(buffer, before, slots - before);
   }
-  layout_tokens = all_evict_ && room >= budget_ ? capacity : room;
+  const bool full = std::all_of(all.begin(), all.end(),
+                                [](const Buffer& buffer) { return buffer.slots == buffer.max_slots; });
+  layout_tokens = full ? capacity : room;
   ++generation;
 }
 

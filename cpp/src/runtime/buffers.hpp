@@ -15,8 +15,14 @@ namespace kvexport::detail {
 
 enum class Which { key, value, state };
 
+// Largest numbers of tokens that a cache has room for.
+struct CacheSize {
+  std::int64_t capacity;  // tokens of the sequence
+  std::int64_t chunk;     // tokens of one call
+};
+
 // One buffer. Its shape is [1, heads, slots, width], or [heads, 1, slots, width] if its layer evicts; both
-// have the same memory layout.
+// have the same memory layout. Without eviction, the token at position p is in slot p modulo `slots`.
 struct Buffer {
   std::string past, present;  // names of the graph's input and output that share the memory
   int layer;
@@ -36,21 +42,35 @@ struct Buffer {
   }
 };
 
-// The buffers of a cache of `capacity` tokens, without memory. Order: layer by layer; key, value and, if the
-// layer evicts, state.
-std::vector<Buffer> buffers_of(const Manifest& manifest, std::int64_t capacity);
+// The buffers of a cache, without memory. Order: layer by layer; key, value and, if the layer evicts, state.
+std::vector<Buffer> buffers_of(const Manifest& manifest, CacheSize size);
+
+// A copy of consecutive slots within a head.
+struct Move {
+  std::int64_t target, source, slots;
+  bool operator==(const Move& other) const {
+    return target == other.target && source == other.source && slots == other.slots;
+  }
+};
+
+// The copies that bring the last tokens of a sequence of `length` tokens from one ring to another: as many as
+// both hold.
+std::vector<Move> ring_moves(std::int64_t length, std::int64_t source_slots, std::int64_t target_slots);
 
 class Buffers {
  public:
-  // Allocates memory for `capacity` tokens of one sequence (at most the budget in layers that evict). `step`:
-  // number of tokens by which the layout grows, which requires host memory; 0: the layout has its full size
-  // from the start. Throws Failure if there is not enough memory.
-  Buffers(const Manifest& manifest, std::int64_t capacity, Storage& storage, std::int64_t step);
+  // Allocates memory for `size.capacity` tokens of one sequence: at most the budget in layers that evict, and
+  // the window and one call in rings. `step`: number of tokens by which the layout grows, which requires host
+  // memory; 0: the layout has its full size from the start. Throws Failure if there is not enough memory.
+  Buffers(const Manifest& manifest, CacheSize size, Storage& storage, std::int64_t step);
   Buffers(const Buffers&) = delete;
   Buffers& operator=(const Buffers&) = delete;
 
   // Bytes that the constructor would allocate. Throws Failure if the number overflows.
-  static std::size_t bytes_for(const Manifest& manifest, std::int64_t capacity);
+  static std::size_t bytes_for(const Manifest& manifest, CacheSize size);
+
+  // Number of tokens from `position` on that a call can write before a ring starts again at its first slot.
+  std::int64_t tokens_until_wrap(std::int64_t position) const;
 
   // Grows the layout to at least `tokens` tokens (<= capacity) and keeps the contents: the heads are moved
   // apart within the same memory, the last one first. New slots are empty. Every change of a shape increments
@@ -71,8 +91,6 @@ class Buffers {
   void fill_empty(const Buffer& buffer, std::int64_t first, std::int64_t slots);
 
   std::int64_t step_;
-  bool all_evict_;
-  std::int64_t budget_;
   float fill_ = 0.0F;
   struct Release {
     Storage* storage;

@@ -10,13 +10,6 @@ namespace kvexport::detail {
 
 namespace {
 
-std::int64_t chunk_of(const Session& session, std::int64_t requested) {
-  const auto& eviction = session.manifest().eviction;
-  const std::int64_t chunk =
-      std::min(requested == 0 ? session.chunk : requested, session.engine->max_tokens_per_call());
-  return eviction ? std::min(chunk, eviction->chunk()) : chunk;
-}
-
 std::int64_t growth_step_of(const Engine& engine, std::int64_t requested) {
   return requested == 0 || engine.growth_step() == 0 ? engine.growth_step() : requested;
 }
@@ -27,10 +20,9 @@ Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std:
              std::int64_t chunk)
     : session_(std::move(session)),
       capacity_(session_->capacity_of(capacity)),
-      max_chunk_(std::min(chunk_of(*session_, chunk), capacity_)),
+      max_chunk_(session_->chunk_of(capacity_, chunk)),
       chunk_(max_chunk_),
-      buffers_(session_->manifest(),
-               session_->engine->has_fixed_capacity() ? session_->engine->capacity() : capacity_,
+      buffers_(session_->manifest(), session_->buffer_size({capacity_, max_chunk_}),
                session_->engine->storage(), growth_step_of(*session_->engine, step)),
       positions_(static_cast<std::size_t>(chunk_)),
       indices_(static_cast<std::size_t>(chunk_)),
@@ -61,8 +53,8 @@ const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
     return run(&last, 1, 1, false, true);
   }
   const float* logits = nullptr;
-  for (std::int64_t start = 0; start < total; start += chunk_) {
-    const std::int64_t size = std::min(chunk_, total - start);
+  for (std::int64_t start = 0, size = 0; start < total; start += size) {
+    size = call_size(total - start);
     logits = run(ids + start, size, 1, start + size == total);
     pending_.reset();
   }
@@ -92,8 +84,8 @@ std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count, std:
   const auto total = static_cast<std::int64_t>(count), vocab = session_->manifest().vocab_size;
   std::vector<float> scored;
   scored.reserve((count - std::min(count, from)) * static_cast<std::size_t>(vocab));
-  for (std::int64_t start = 0; start < total; start += chunk_) {
-    const std::int64_t size = std::min(chunk_, total - start);
+  for (std::int64_t start = 0, size = 0; start < total; start += size) {
+    size = call_size(total - start);
     const std::int64_t rows = std::min(size, start + size - static_cast<std::int64_t>(std::min(count, from)));
     const float* logits = run(ids + start, size, std::max<std::int64_t>(1, rows), start + size == total);
     if (rows > 0) scored.insert(scored.end(), logits, logits + rows * vocab);
@@ -185,6 +177,11 @@ void Cache::require_room(std::uint64_t tokens, const char* what) const {
   }
   throw Failure(Code::usage, what, std::to_string(tokens) + " tokens", "at most " + std::to_string(capacity_),
                 fix);
+}
+
+// Number of tokens of the next call, of `remaining`: at most a chunk, and none past the end of a ring.
+std::int64_t Cache::call_size(std::int64_t remaining) const {
+  return std::min({chunk_, remaining, buffers_.tokens_until_wrap(length_)});
 }
 
 // Runs `count` tokens after those in the cache; the last `logits` of them get logits. The caller has checked

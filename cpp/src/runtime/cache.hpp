@@ -80,6 +80,7 @@ class Cache {
   void require_intact() const;
   void require_room(std::uint64_t tokens, const char* what) const;
   std::uint64_t length_with(std::size_t more) const;  // length including pending and new tokens
+  std::int64_t call_size(std::int64_t remaining) const;
   const float* run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink,
                    bool again = false);
   std::int64_t admit(std::int64_t count, bool again);

@@ -18,10 +18,10 @@ const char* stored_as(Dtype dtype) {
   return dtype == Dtype::float32 ? "F32" : dtype == Dtype::float16 ? "F16" : "BF16";
 }
 
-// Shape of the first `tokens` slots of a buffer.
-std::vector<std::int64_t> shape_of(const Buffer& buffer, std::int64_t tokens) {
-  if (buffer.evicts) return {buffer.heads, 1, tokens, buffer.width};
-  return {1, buffer.heads, tokens, buffer.width};
+// Shape of the first `slots` slots of a buffer.
+std::vector<std::int64_t> shape_of(const Buffer& buffer, std::int64_t slots) {
+  if (buffer.evicts) return {buffer.heads, 1, slots, buffer.width};
+  return {1, buffer.heads, slots, buffer.width};
 }
 
 char* of_head(const Buffer& buffer, std::int64_t head) {
@@ -57,6 +57,16 @@ struct State {
 };
 
 constexpr std::int64_t MAX_LENGTH = (std::int64_t{1} << 62) - 1;
+
+// Slots of a saved buffer: those in use. `saved`: the slots that a file has. A ring may have had any size
+// that holds the window.
+std::int64_t slots_of(const Buffer& buffer, const Manifest& manifest, const State& state,
+                      std::int64_t saved) {
+  if (buffer.evicts) return state.filled;
+  if (!manifest.is_ring(buffer.layer)) return state.length;
+  const std::int64_t window = *manifest.layers[static_cast<std::size_t>(buffer.layer)].window;
+  return std::clamp(saved, std::min(window, state.length), state.length);
+}
 
 // The entry of the only sequence in a list with one entry per sequence.
 std::int64_t only_integer(const Table& table, const char* key, std::int64_t maximum) {
@@ -116,10 +126,11 @@ void Cache::save(const std::string& file) const {
   const Manifest& manifest = session_->manifest();
   std::vector<TensorEntry> tensors;
   const std::vector<Buffer> ordered = in_order(buffers_.all);
-  for (const Buffer& buffer : ordered) {
-    tensors.push_back({buffer.past, stored_as(buffer.dtype),
-                       shape_of(buffer, buffer.evicts ? occupancy_.filled : length_)});
-  }
+  const auto slots_in_use = [this](const Buffer& buffer) {
+    return buffer.evicts ? occupancy_.filled : std::min(length_, buffer.slots);
+  };
+  for (const Buffer& buffer : ordered)
+    tensors.push_back({buffer.past, stored_as(buffer.dtype), shape_of(buffer, slots_in_use(buffer))});
   Json pending = Json::array();
   if (pending_) pending.push_back(*pending_);
   Json state{{"lengths", {length_}}, {"last", {last_}}, {"pending", Json::array({pending})}};
@@ -129,7 +140,7 @@ void Cache::save(const std::string& file) const {
                       {{"kvexport", KIND}, {"bundle", manifest.digest}, {"state", state.dump()}});
   std::vector<char> row;
   for (const Buffer& buffer : ordered) {
-    row.resize(static_cast<std::size_t>(buffer.evicts ? occupancy_.filled : length_) * buffer.slot_bytes());
+    row.resize(static_cast<std::size_t>(slots_in_use(buffer)) * buffer.slot_bytes());
     if (row.empty()) continue;
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       buffers_.storage.download(row.data(), of_head(buffer, head), row.size());
@@ -171,8 +182,9 @@ void Cache::load(const std::string& file) {
   }
   for (const Buffer& buffer : buffers_.all) {
     const TensorEntry* entry = reader.header().find(buffer.past);
-    const auto shape = shape_of(buffer, buffer.evicts ? state.filled : state.length);
     if (entry == nullptr) throw damaged(file, "the tensor " + buffer.past + " is missing");
+    const std::int64_t saved = entry->shape.size() == 4 ? entry->shape[2] : 0;
+    const auto shape = shape_of(buffer, slots_of(buffer, manifest, state, saved));
     if (entry->dtype != stored_as(buffer.dtype) || entry->shape != shape) {
       throw damaged(file, "the tensor " + buffer.past + " does not match its state",
                     entry->dtype + " " + text_of(entry->shape),
@@ -186,11 +198,18 @@ void Cache::load(const std::string& file) {
   std::vector<char> row;
   for (const Buffer& buffer : buffers_.all) {
     const TensorEntry& entry = *reader.header().find(buffer.past);
-    row.resize(static_cast<std::size_t>(buffer.evicts ? state.filled : state.length) * buffer.slot_bytes());
+    const std::size_t slot = buffer.slot_bytes();
+    row.resize(static_cast<std::size_t>(entry.shape[2]) * slot);
     if (row.empty()) continue;
+    const std::vector<Move> moves =
+        ring_moves(buffer.evicts ? state.filled : state.length, entry.shape[2], buffer.slots);
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       reader.read(entry, row.data(), row.size(), static_cast<std::uint64_t>(head) * row.size());
-      buffers_.storage.upload(of_head(buffer, head), row.data(), row.size());
+      for (const Move& move : moves) {
+        buffers_.storage.upload(of_head(buffer, head) + static_cast<std::size_t>(move.target) * slot,
+                                row.data() + static_cast<std::size_t>(move.source) * slot,
+                                static_cast<std::size_t>(move.slots) * slot);
+      }
       buffers_.storage.synchronize();
     }
   }

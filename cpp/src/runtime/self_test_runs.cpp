@@ -33,7 +33,7 @@ double squares(const float* numbers, std::int64_t count) {
   return sum;
 }
 
-// L2 norm of a key or value in a layer that does not evict, where the slot is the position.
+// L2 norm of a key or value in a layer that does not evict.
 double norm_of_slot(const std::vector<float>& values, const Buffer& buffer, std::int64_t slot) {
   double sum = 0;
   for (std::int64_t head = 0; head < buffer.heads; ++head) {
@@ -111,20 +111,12 @@ std::vector<Measured> Runs::run_pieces(const std::vector<Piece>& pieces) {
     for (Measured& row : call(reference_.tokens.data() + piece.first, piece)) rows.push_back(std::move(row));
   }
   for (int layer = 0; layer < static_cast<int>(manifest_.layers.size()); ++layer) {
-    if (manifest_.evicts(layer)) continue;
-    const Buffer &key = *cache_.buffer(layer, Which::key), &value = *cache_.buffer(layer, Which::value);
-    const std::vector<float> keys = cache_.read(key), values = cache_.read(value);
-    const auto at = static_cast<std::size_t>(layer);
-    for (std::size_t row = 0; row < rows.size(); ++row) {
-      const std::int64_t slot = reference_.first_row + static_cast<std::int64_t>(row);
-      rows[row].key_norms[at] = norm_of_slot(keys, key, slot),
-      rows[row].value_norms[at] = norm_of_slot(values, value, slot);
-    }
+    if (!loses_tokens(layer)) read_norms(layer, reference_.first_row, rows);
   }
   return rows;
 }
 
-// Runs one call. Rows before the first reference row are omitted; norms of layers that do not evict are
+// Runs one call. Rows before the first reference row are omitted; norms of layers that keep all tokens are
 // filled in later.
 std::vector<Measured> Runs::call(const std::int64_t* ids, Piece piece) {
   const std::int64_t count = piece.second - piece.first, first = std::max(piece.first, reference_.first_row);
@@ -135,9 +127,30 @@ std::vector<Measured> Runs::call(const std::int64_t* ids, Piece piece) {
   for (std::int64_t row = 0; row < count - from; ++row)
     rows.push_back(measured(logits.data() + row * manifest_.vocab_size));
   for (int layer = 0; layer < static_cast<int>(manifest_.layers.size()); ++layer) {
-    if (manifest_.evicts(layer)) read_evicting(layer, first, rows);
+    if (manifest_.evicts(layer)) {
+      read_evicting(layer, first, rows);
+    } else if (loses_tokens(layer)) {
+      read_norms(layer, first, rows);
+    }
   }
   return rows;
+}
+
+// Whether the layer's cache does not hold all tokens at the end of a run, so that it is read after each call.
+bool Runs::loses_tokens(int layer) const {
+  return manifest_.evicts(layer) || cache_.buffer(layer, Which::key)->max_slots < tokens;
+}
+
+// Reads the norms of the tokens from position `first` on in a layer that does not evict.
+void Runs::read_norms(int layer, std::int64_t first, std::vector<Measured>& rows) const {
+  const Buffer &key = *cache_.buffer(layer, Which::key), &value = *cache_.buffer(layer, Which::value);
+  const std::vector<float> keys = cache_.read(key), values = cache_.read(value);
+  const auto at = static_cast<std::size_t>(layer);
+  for (std::size_t row = 0; row < rows.size(); ++row) {
+    const std::int64_t slot = (first + static_cast<std::int64_t>(row)) % key.slots;
+    rows[row].key_norms[at] = norm_of_slot(keys, key, slot),
+    rows[row].value_norms[at] = norm_of_slot(values, value, slot);
+  }
 }
 
 Measured Runs::measured(const float* logits) const {

@@ -48,6 +48,8 @@ class Runs {
   std::vector<Measured> run_pieces(const std::vector<Piece>& pieces);
   std::vector<Measured> call(const std::int64_t* ids, Piece piece);
   Measured measured(const float* logits) const;
+  bool loses_tokens(int layer) const;
+  void read_norms(int layer, std::int64_t first, std::vector<Measured>& rows) const;
   void read_evicting(int layer, std::int64_t first, std::vector<Measured>& rows);
   double score_error(float score, const float* key, const Buffer& keys, std::int64_t row) const;
 

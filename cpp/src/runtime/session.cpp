@@ -102,9 +102,20 @@ std::int64_t Session::capacity_of(std::int64_t capacity) const {
                 std::to_string(capacity), "", capacity < 0 ? "" : fix);
 }
 
+std::int64_t Session::chunk_of(std::int64_t capacity, std::int64_t requested) const {
+  const std::int64_t most =
+      manifest().eviction ? std::min(capacity, manifest().eviction->chunk()) : capacity;
+  return std::min({requested == 0 ? chunk : requested, engine->max_tokens_per_call(), most});
+}
+
+CacheSize Session::buffer_size(CacheSize size) const {
+  if (!engine->has_fixed_capacity()) return size;
+  return {engine->capacity(), engine->max_tokens_per_call()};
+}
+
 std::size_t Session::bytes_of(std::int64_t capacity) const {
   const std::int64_t tokens = capacity_of(capacity);
-  return Buffers::bytes_for(manifest(), engine->has_fixed_capacity() ? engine->capacity() : tokens);
+  return Buffers::bytes_for(manifest(), buffer_size({tokens, chunk_of(tokens)}));
 }
 
 // A missing tokenizer library is not an error: the session then works with token ids.

@@ -12,6 +12,7 @@
 #include "bundle/error.hpp"
 #include "bundle/manifest.hpp"
 #include "engines/engine.hpp"
+#include "runtime/buffers.hpp"
 #include "text/text.hpp"
 
 namespace kvexport::detail {
@@ -36,6 +37,10 @@ class Session {
   // Capacity of a cache for which `capacity` is requested; 0: the largest. Throws Failure if it is out of
   // range.
   std::int64_t capacity_of(std::int64_t capacity) const;
+  // Largest number of tokens of one call in a cache of `capacity` tokens. `requested`: 0: the session's.
+  std::int64_t chunk_of(std::int64_t capacity, std::int64_t requested = 0) const;
+  // Size of the buffers of a cache for `size`: an engine may fix it.
+  CacheSize buffer_size(CacheSize size) const;
   std::size_t bytes_of(std::int64_t capacity) const;
   // Throws Failure if a token id is outside the vocabulary.
   void require_ids(const std::int64_t* ids, std::size_t count) const;

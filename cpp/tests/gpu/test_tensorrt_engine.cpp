@@ -296,7 +296,7 @@ TEST(never_writes_beyond_the_capacity) {
   cache.prefill(ids.data(), CAPACITY);
   CHECK_THROWS_WITH(cache.step(1), "must fit the capacity");
   // The bound of the engine itself.
-  Buffers buffers(session->manifest(), CAPACITY, session->engine->storage(), 0);
+  Buffers buffers(session->manifest(), {CAPACITY, CHUNK}, session->engine->storage(), 0);
   const auto binding = session->engine->bind(buffers);
   const std::int64_t id = 1, last = CAPACITY, index = 0;
   CHECK_THROWS_WITH(session->engine->run(*binding, {&id, &last, 1, last, &index, 1}),
