@@ -61,6 +61,14 @@ TEST(reads_eviction) {
   CHECK_EQUAL(eviction.self_test_slots(), 23);
 }
 
+TEST(layers_with_a_window_below_the_capacity_are_rings) {
+  Manifest manifest = parse_manifest(contents(check::reader_file("windowed/manifest.json")), "windowed");
+  CHECK_EQUAL(manifest.layers[0].window.value(), 5);
+  CHECK(manifest.is_ring(0) && manifest.is_ring(1));
+  manifest.layers[1].window = manifest.capacity;
+  CHECK(!manifest.is_ring(1));
+}
+
 TEST(messages_equal_those_of_python) {
   std::size_t cases = 0, accepted = 0;
   for (const auto& entry : std::filesystem::directory_iterator(check::reader_file("manifests"))) {

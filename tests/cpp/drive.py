@@ -79,3 +79,9 @@ class Drive:
 def logits(text: str) -> NDArray[np.float32]:
     """Parse logits as the process prints them."""
     return np.frombuffer(bytes.fromhex(text), "<f4")
+
+
+def data_of(path: Path) -> bytes:
+    """The data section of a safetensors file."""
+    content = path.read_bytes()
+    return content[8 + int.from_bytes(content[:8], "little") :]

@@ -31,9 +31,10 @@ def write_engine_bundles(folder: Path) -> None:
     """Write one bundle for each form of the graph and kind of cache.
 
     Names: `std24`, `decomposed17`, the same with `-evicting` and `-mixed` (one layer evicts), `-half` in
-    float16, and `-old` for TensorRT 10.3.
+    float16, `-window` with a sliding window, and `-old` for TensorRT 10.3.
     """
     decoder = make_decoder("gqa", dtype=torch.float32)
+    windowed = make_decoder("window", dtype=torch.float32)
     kinds: dict[str, dict[str, Any]] = {
         "": {},
         "-evicting": {"eviction": BUDGET},
@@ -44,6 +45,11 @@ def write_engine_bundles(folder: Path) -> None:
         for kind, options in kinds.items():
             bundle = write_bundle(folder / (lowering + kind), decoder, capacity=CAPACITY, **options)
             _add(bundle, lowering, folder / "graphs")
+        _add(
+            write_bundle(folder / f"{lowering}-window", windowed, capacity=CAPACITY),
+            lowering,
+            folder / "graphs",
+        )
     _add(
         write_bundle(folder / "decomposed17-old", decoder, capacity=CAPACITY),
         "decomposed17",

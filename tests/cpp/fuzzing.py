@@ -43,7 +43,7 @@ def write_seeds(folder: Path) -> None:
     decoder = make_decoder("gqa", dtype=torch.float32)
     tested = write_bundle(made / "tested", decoder, self_test=True)
     shutil.copy(tested / "self_test.json", folder / "self_test" / "sound")
-    for name in ("tiny", "evicting"):
+    for name in ("tiny", "evicting", "windowed"):
         shutil.copy(made / name / "manifest.json", folder / "manifest" / name)
     shutil.copy(made / "sound.safetensors", folder / "safetensors" / "sound")
     shutil.copy(made / "engines.json", folder / "engine_record" / "sound")

@@ -1,7 +1,7 @@
 """Valid and damaged files for tests of the C++ parsers, with the result of Python's parsers.
 
 `write` creates in a directory:
- - `tiny` and `evicting`: bundles;
+ - `tiny`, `evicting` and `windowed`, whose layers have a sliding window: bundles;
  - `manifests/NAME/manifest.json` with `message.txt`: "accepted", or Python's error message;
  - `harmful/NAME.json`: consistent manifests with sizes that overflow;
  - `engines.json`: the record of an engine whose plan is "abc";
@@ -23,7 +23,7 @@ from support.decoders import make_decoder
 from support.tiny_bundles import byte_level_tokenizer, write_bundle
 
 from kvexport.bundle.engine_record import BuildRecord, PlanFile, Profile
-from kvexport.bundle.graph_io import cache_specs, contract
+from kvexport.bundle.graph_io import cache_specs, contract, ring_of
 from kvexport.bundle.manifest import read_manifest
 from kvexport.errors import BundleError
 from kvexport.eviction.config import Eviction
@@ -55,9 +55,10 @@ def write(folder: Path) -> None:
     decoder = make_decoder("gqa", dtype=torch.float32)
     tiny = write_bundle(folder / "tiny", decoder, tokenizer=byte_level_tokenizer())
     evicting = write_bundle(folder / "evicting", decoder, eviction=_BUDGET)
-    for bundle in (tiny, evicting):
+    windowed = write_bundle(folder / "windowed", make_decoder("window", dtype=torch.float32))
+    for bundle in (tiny, evicting, windowed):
         raw = json.loads((bundle / "manifest.json").read_text())
-        for name, content in _manifests(raw):
+        for name, content in _windows(raw) if bundle == windowed else _manifests(raw):
             case = folder / "manifests" / f"{bundle.name} {name}".replace(": ", " ")
             case.mkdir(parents=True)
             (case / "manifest.json").write_bytes(content)
@@ -115,6 +116,24 @@ def _manifests(raw: Raw) -> Iterator[tuple[str, bytes]]:
         yield f"{at} {name}", sealed(changed)
 
 
+def _windows(raw: Raw) -> Iterator[tuple[str, bytes]]:
+    """Manifests whose windows agree with the shapes of the caches, or do not."""
+    yield "as it is", sealed(raw)
+    for window in (None, 1, 4, 6, 63, 64, 2**53):
+        changed = copy.deepcopy(raw)
+        changed["layers"][1]["window"] = window
+        yield f"window {window}", sealed(changed)
+        yield f"window {window} in the graph", sealed(_with_its_contract(changed))
+    for axis in ("capacity", "window_4", "window_05", "window_", "budget", 5):
+        changed = copy.deepcopy(raw)
+        for tensors in (changed["graph"]["inputs"], changed["graph"]["outputs"]):
+            for tensor in tensors:
+                tensor["shape"] = [axis if size == "window_5" else size for size in tensor["shape"]]
+        yield f"axis {axis}", sealed(changed)
+    yield "window of the capacity", sealed({**raw, "capacity": 5})
+    yield "a window less", sealed(_with_its_contract({**raw, "capacity": 5}))
+
+
 _RECORD = BuildRecord(
     kvexport="0.1.0",
     manifest_sha256="0" * 64,
@@ -157,6 +176,7 @@ def _with_its_contract(raw: Raw) -> Raw:
             value_dim=layer["value_head_dim"],
             dtype=raw["dtype"],
             evicts=False,
+            ring=ring_of(layer["window"], raw["capacity"], False),
         )
         for index, layer in enumerate(raw["layers"])
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from bundles import CAPACITY, EVICTING, NAMES, VOCAB
-from drive import Drive, Refused
+from drive import Drive, Refused, data_of
 
 from kvexport.runtime import Session, open_bundle
 
@@ -48,7 +48,7 @@ def test_logits_are_bitwise_equal_after_every_token(name: str, drive: Drive, bun
 
 @pytest.mark.parametrize("chunk", [1, 5, 1000])
 def test_any_chunk_size_gives_equal_logits(chunk: int, drive: Drive, bundles: Path) -> None:
-    for name in ("gqa", "gqa-keep-high"):
+    for name in ("gqa", "gqa-keep-high", "window"):
         drive.open(bundles / name, chunk=chunk)
         drive.new()
         with opened(bundles / name, chunk=chunk) as session:
@@ -199,12 +199,6 @@ def test_caches_are_exchanged_between_cpp_and_python(
             for token in tokens(5, 6):
                 wanted = session.step([token], cache=cache)[0]
                 assert (drive.step(token, cache="d") == wanted).all()
-
-
-def data_of(path: Path) -> bytes:
-    """The data section of a safetensors file."""
-    content = path.read_bytes()
-    return content[8 + int.from_bytes(content[:8], "little") :]
 
 
 @pytest.mark.parametrize("name", ["gqa", "gqa-l2-norm", "gqa-mixed"])

@@ -62,7 +62,8 @@ typedef struct {
                            fits this machine, else CUDA, else the CPU */
   int32_t threads;      /* CPU threads per operator; 0 [default]: one per core */
   int32_t verify;       /* 1 [default]: hash the weights too; all other files are always hashed */
-  int64_t chunk;        /* largest number of prompt tokens that are run at once [default: 128] */
+  int64_t chunk;        /* largest number of prompt tokens that are run at once [default: 128]; a cache holds
+                           so many tokens besides the window in layers with a sliding window */
   const char* text_library; /* name or path of libonnxruntime-genai.so, which converts text [default:
                                "libonnxruntime-genai.so"]; "": token ids only */
 } kvexport_open_options;
@@ -99,7 +100,8 @@ KVEXPORT_API const kvexport_info* kvexport_session_info(const kvexport_session* 
 /* Memory in bytes. */
 typedef struct {
   size_t size;
-  size_t cache_bytes;               /* one cache of the requested capacity */
+  size_t cache_bytes;               /* one cache of the requested capacity; of a layer with a sliding window,
+                                       the window and one call: `chunk` tokens, or an engine's largest call */
   const char* device;               /* name of the GPU; "" on the CPU */
   size_t device_free, device_total; /* memory of the GPU; 0: unknown */
   size_t weights, activations;      /* on the GPU: weights, temporary values of a call; 0: unknown */
@@ -127,7 +129,8 @@ KVEXPORT_API void kvexport_ids_free(int64_t* ids);
 KVEXPORT_API void kvexport_text_free(char* text);
 
 /* Creates an empty cache for `capacity` tokens, prompt and answers together; 0: the largest capacity. All
- * memory of the cache is allocated here. */
+ * memory of the cache is allocated here: for all tokens, but in layers with a sliding window only for the
+ * window and the tokens of one call, and in layers that evict for the budget. */
 KVEXPORT_API kvexport_error* kvexport_cache_new(kvexport_session* session, int64_t capacity,
                                                 kvexport_cache** cache);
 /* Creates a cache from a file that kvexport_cache_save, or Cache.save in Python, wrote for the same bundle.

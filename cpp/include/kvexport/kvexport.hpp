@@ -144,7 +144,8 @@ class Session {
   Ids encode(const std::string& text, bool special = true) const;
   std::string decode(const Ids& ids) const;
 
-  // Memory in bytes of one cache of `capacity` tokens, and of the GPU.
+  // Memory in bytes of one cache of `capacity` tokens, and of the GPU. Layers with a sliding window hold the
+  // window and the tokens of one call.
   kvexport_memory memory(std::int64_t capacity = 0) const;
 
   // Properties of the bundle and of the engine that runs it; valid as long as the session.

@@ -48,8 +48,7 @@ std::vector<Buffer> buffers_of(const Manifest& manifest, CacheSize size) {
     const bool evicts = manifest.evicts(static_cast<std::int64_t>(index));
     std::int64_t max_slots = size.capacity;
     if (evicts) max_slots = std::min(manifest.eviction->budget, size.capacity);
-    if (manifest.is_ring(static_cast<std::int64_t>(index)) && size.chunk < size.capacity - *layer.window)
-      max_slots = *layer.window + size.chunk;
+    if (manifest.is_ring(static_cast<std::int64_t>(index))) max_slots = ring_slots(*layer.window, size);
     const auto add = [&](Which which, const char* name, std::int64_t width, Dtype dtype) {
       const std::string end = "." + std::to_string(index) + "." + name;
       all.push_back({"past_key_values" + end, "present" + end, static_cast<int>(index), which, dtype, evicts,
@@ -62,15 +61,16 @@ std::vector<Buffer> buffers_of(const Manifest& manifest, CacheSize size) {
   return all;
 }
 
-std::vector<Move> ring_moves(std::int64_t length, std::int64_t source_slots, std::int64_t target_slots) {
-  std::vector<Move> moves;
-  for (std::int64_t at = length - std::min({length, source_slots, target_slots}); at < length;) {
-    const std::int64_t target = at % target_slots, source = at % source_slots,
-                       slots = std::min({length - at, target_slots - target, source_slots - source});
-    moves.push_back({target, source, slots});
-    at += slots;
-  }
-  return moves;
+std::int64_t ring_slots(std::int64_t window, CacheSize size) {
+  return size.chunk < size.capacity - window ? window + size.chunk : size.capacity;  // cannot overflow
+}
+
+std::vector<SlotRange> slots_of(std::int64_t first, std::int64_t count, std::int64_t slots) {
+  assert(count <= slots);
+  if (count == 0) return {};
+  const std::int64_t start = first % slots, before_end = std::min(count, slots - start);
+  if (before_end == count) return {{start, count}};
+  return {{start, before_end}, {0, count - before_end}};
 }
 
 Buffers::Buffers(const Manifest& manifest, CacheSize size, Storage& storage, std::int64_t step)

@@ -45,17 +45,17 @@ struct Buffer {
 // The buffers of a cache, without memory. Order: layer by layer; key, value and, if the layer evicts, state.
 std::vector<Buffer> buffers_of(const Manifest& manifest, CacheSize size);
 
-// A copy of consecutive slots within a head.
-struct Move {
-  std::int64_t target, source, slots;
-  bool operator==(const Move& other) const {
-    return target == other.target && source == other.source && slots == other.slots;
-  }
+// Number of slots of a ring.
+std::int64_t ring_slots(std::int64_t window, CacheSize size);
+
+// Consecutive slots of a head.
+struct SlotRange {
+  std::int64_t first, count;
+  bool operator==(const SlotRange& other) const { return first == other.first && count == other.count; }
 };
 
-// The copies that bring the last tokens of a sequence of `length` tokens from one ring to another: as many as
-// both hold.
-std::vector<Move> ring_moves(std::int64_t length, std::int64_t source_slots, std::int64_t target_slots);
+// The slots of the positions from `first` on, `count` <= `slots` of them, in a ring: one range, or two.
+std::vector<SlotRange> slots_of(std::int64_t first, std::int64_t count, std::int64_t slots);
 
 class Buffers {
  public:

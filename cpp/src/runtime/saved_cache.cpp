@@ -18,15 +18,33 @@ const char* stored_as(Dtype dtype) {
   return dtype == Dtype::float32 ? "F32" : dtype == Dtype::float16 ? "F16" : "BF16";
 }
 
-// Shape of the first `slots` slots of a buffer.
+// Shape of `slots` slots of a buffer.
 std::vector<std::int64_t> shape_of(const Buffer& buffer, std::int64_t slots) {
   if (buffer.evicts) return {buffer.heads, 1, slots, buffer.width};
   return {1, buffer.heads, slots, buffer.width};
 }
 
-char* of_head(const Buffer& buffer, std::int64_t head) {
-  return static_cast<char*>(buffer.address) +
-         static_cast<std::size_t>(head * buffer.slots) * buffer.slot_bytes();
+// Number of slots of a buffer that are saved: those in use; of a ring, those of its window, so that a file
+// fits rings of any size.
+std::int64_t saved_count(const Manifest& manifest, const Buffer& buffer, std::int64_t length,
+                         std::int64_t filled) {
+  if (buffer.evicts) return filled;
+  if (!manifest.is_ring(buffer.layer)) return length;
+  return std::min(length, *manifest.layers[static_cast<std::size_t>(buffer.layer)].window);
+}
+
+// The last `count` tokens of a sequence of `length` tokens, the oldest first; if the layer evicts, the first
+// `count` slots.
+std::vector<SlotRange> saved_slots(const Buffer& buffer, std::int64_t length, std::int64_t count) {
+  return slots_of(buffer.evicts ? 0 : length - count, count, buffer.slots);
+}
+
+std::size_t bytes_of(const Buffer& buffer, std::int64_t slots) {
+  return static_cast<std::size_t>(slots) * buffer.slot_bytes();
+}
+
+char* address_of(const Buffer& buffer, std::int64_t head, std::int64_t slot) {
+  return static_cast<char*>(buffer.address) + bytes_of(buffer, head * buffer.slots + slot);
 }
 
 // Larger element sizes first, so that all tensors are aligned.
@@ -57,16 +75,6 @@ struct State {
 };
 
 constexpr std::int64_t MAX_LENGTH = (std::int64_t{1} << 62) - 1;
-
-// Slots of a saved buffer: those in use. `saved`: the slots that a file has. A ring may have had any size
-// that holds the window.
-std::int64_t slots_of(const Buffer& buffer, const Manifest& manifest, const State& state,
-                      std::int64_t saved) {
-  if (buffer.evicts) return state.filled;
-  if (!manifest.is_ring(buffer.layer)) return state.length;
-  const std::int64_t window = *manifest.layers[static_cast<std::size_t>(buffer.layer)].window;
-  return std::clamp(saved, std::min(window, state.length), state.length);
-}
 
 // The entry of the only sequence in a list with one entry per sequence.
 std::int64_t only_integer(const Table& table, const char* key, std::int64_t maximum) {
@@ -126,11 +134,11 @@ void Cache::save(const std::string& file) const {
   const Manifest& manifest = session_->manifest();
   std::vector<TensorEntry> tensors;
   const std::vector<Buffer> ordered = in_order(buffers_.all);
-  const auto slots_in_use = [this](const Buffer& buffer) {
-    return buffer.evicts ? occupancy_.filled : std::min(length_, buffer.slots);
+  const auto count_of = [&](const Buffer& buffer) {
+    return saved_count(manifest, buffer, length_, occupancy_.filled);
   };
   for (const Buffer& buffer : ordered)
-    tensors.push_back({buffer.past, stored_as(buffer.dtype), shape_of(buffer, slots_in_use(buffer))});
+    tensors.push_back({buffer.past, stored_as(buffer.dtype), shape_of(buffer, count_of(buffer))});
   Json pending = Json::array();
   if (pending_) pending.push_back(*pending_);
   Json state{{"lengths", {length_}}, {"last", {last_}}, {"pending", Json::array({pending})}};
@@ -140,10 +148,15 @@ void Cache::save(const std::string& file) const {
                       {{"kvexport", KIND}, {"bundle", manifest.digest}, {"state", state.dump()}});
   std::vector<char> row;
   for (const Buffer& buffer : ordered) {
-    row.resize(static_cast<std::size_t>(slots_in_use(buffer)) * buffer.slot_bytes());
+    row.resize(bytes_of(buffer, count_of(buffer)));
     if (row.empty()) continue;
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
-      buffers_.storage.download(row.data(), of_head(buffer, head), row.size());
+      char* next = row.data();
+      for (const SlotRange& range : saved_slots(buffer, length_, count_of(buffer))) {
+        const std::size_t bytes = bytes_of(buffer, range.count);
+        buffers_.storage.download(next, address_of(buffer, head, range.first), bytes);
+        next += bytes;
+      }
       buffers_.storage.synchronize();
       writer.write(row.data(), row.size());
     }
@@ -183,8 +196,7 @@ void Cache::load(const std::string& file) {
   for (const Buffer& buffer : buffers_.all) {
     const TensorEntry* entry = reader.header().find(buffer.past);
     if (entry == nullptr) throw damaged(file, "the tensor " + buffer.past + " is missing");
-    const std::int64_t saved = entry->shape.size() == 4 ? entry->shape[2] : 0;
-    const auto shape = shape_of(buffer, slots_of(buffer, manifest, state, saved));
+    const auto shape = shape_of(buffer, saved_count(manifest, buffer, state.length, state.filled));
     if (entry->dtype != stored_as(buffer.dtype) || entry->shape != shape) {
       throw damaged(file, "the tensor " + buffer.past + " does not match its state",
                     entry->dtype + " " + text_of(entry->shape),
@@ -198,17 +210,16 @@ void Cache::load(const std::string& file) {
   std::vector<char> row;
   for (const Buffer& buffer : buffers_.all) {
     const TensorEntry& entry = *reader.header().find(buffer.past);
-    const std::size_t slot = buffer.slot_bytes();
-    row.resize(static_cast<std::size_t>(entry.shape[2]) * slot);
+    const std::int64_t count = saved_count(manifest, buffer, state.length, state.filled);
+    row.resize(bytes_of(buffer, count));
     if (row.empty()) continue;
-    const std::vector<Move> moves =
-        ring_moves(buffer.evicts ? state.filled : state.length, entry.shape[2], buffer.slots);
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       reader.read(entry, row.data(), row.size(), static_cast<std::uint64_t>(head) * row.size());
-      for (const Move& move : moves) {
-        buffers_.storage.upload(of_head(buffer, head) + static_cast<std::size_t>(move.target) * slot,
-                                row.data() + static_cast<std::size_t>(move.source) * slot,
-                                static_cast<std::size_t>(move.slots) * slot);
+      const char* next = row.data();
+      for (const SlotRange& range : saved_slots(buffer, state.length, count)) {
+        const std::size_t bytes = bytes_of(buffer, range.count);
+        buffers_.storage.upload(address_of(buffer, head, range.first), next, bytes);
+        next += bytes;
       }
       buffers_.storage.synchronize();
     }

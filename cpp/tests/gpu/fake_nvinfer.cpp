@@ -25,6 +25,8 @@ using nlohmann::json;
 
 namespace {
 
+const std::string WINDOW = "window_";  // start of the symbolic size of a ring
+
 struct Tensor {
   bool input = false;
   ONNXTensorElementDataType type = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
@@ -114,11 +116,24 @@ struct ICudaEngine::Plan {
       if (symbol.empty()) continue;
       if (symbol.rfind("batch", 0) == 0) {  // one sequence
         shape[axis] = symbol.size() > 6 ? std::stol(symbol.substr(6)) : 1;
+      } else if (symbol.rfind(WINDOW, 0) == 0) {  // the window and one call
+        const std::int64_t chunk = content.at("chunk");
+        shape[axis] = std::min(sizes["capacity"], std::stol(symbol.substr(WINDOW.size())) + chunk);
       } else {
         shape[axis] = sizes.count(symbol) == 0 ? -1 : sizes[symbol];
       }
     }
     return shape;
+  }
+
+  // Whether a call writes past the end of a ring.
+  bool wraps(std::int64_t position, std::int64_t tokens) const {
+    return std::any_of(tensors.begin(), tensors.end(), [&](const auto& each) {
+      const Tensor& tensor = each.second;
+      if (!tensor.input || tensor.names.size() != 4 || tensor.names[2].rfind(WINDOW, 0) != 0) return false;
+      const std::int64_t slots = shape(each.first, {})[2];
+      return position % slots + tokens > slots;
+    });
   }
 
   bool leaves(const std::string& size) const {  // whether a tensor has this symbolic size
@@ -174,6 +189,8 @@ void ICudaEngine::Plan::run(const std::map<std::string, void*>& addresses, std::
   }
   if (start < 0 || start + tokens > content.at("capacity").get<std::int64_t>())
     return fake_cuda::break_stream("a write beyond the cache, which TensorRT would drop");
+  if (wraps(first("position_ids"), tokens))
+    return fake_cuda::break_stream("a write past the end of a ring, which TensorRT would drop");
   std::vector<const OrtValue*> given;
   for (const auto& value : owned) given.push_back(value.get());
   std::vector<OrtValue*> made(outputs.size(), nullptr);

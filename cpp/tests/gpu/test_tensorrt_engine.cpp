@@ -33,8 +33,9 @@ const std::vector<std::string> BUNDLES{"decomposed17-old"};
 const char* const VERSION = "tensorrt 10.3.0";
 #else
 const std::vector<std::string> BUNDLES{
-    "std24",        "std24-evicting",        "std24-mixed",        "std24-half",
-    "decomposed17", "decomposed17-evicting", "decomposed17-mixed", "decomposed17-half"};
+    "std24",        "std24-evicting",        "std24-mixed",        "std24-half",        "std24-window",
+    "decomposed17", "decomposed17-evicting", "decomposed17-mixed", "decomposed17-half",
+    "decomposed17-window"};
 const char* const VERSION = "tensorrt 10.16.2";
 #endif
 const std::string ANY = BUNDLES.front();
@@ -180,11 +181,18 @@ TEST(cache_contents_equal_those_on_the_cpu) {
         CHECK((left == nullptr) == (right == nullptr));
         if (left == nullptr) continue;
         const std::vector<float> actual = here.read(*left), expected = there.read(*right);
+        // Without eviction, the slots of the last tokens, of which a ring holds fewer than the length.
+        const std::int64_t both = std::min(left->slots, right->slots),
+                           stop = left->evicts ? both : here.length(), kept = std::min(both, stop);
         for (std::int64_t head = 0; head < left->heads; ++head)
-          for (std::int64_t at = 0; at < std::min(left->slots, right->slots) * left->width; ++at)
-            CHECK(std::fabs(actual[static_cast<std::size_t>(head * left->slots * left->width + at)] -
-                            expected[static_cast<std::size_t>(head * right->slots * right->width + at)]) <
-                  1e-4F);
+          for (std::int64_t slot = stop - kept; slot < stop; ++slot)
+            for (std::int64_t at = 0; at < left->width; ++at) {
+              const auto of = [&](const Buffer& buffer) {
+                return static_cast<std::size_t>(
+                    (head * buffer.slots + slot % buffer.slots) * buffer.width + at);
+              };
+              CHECK(std::fabs(actual[of(*left)] - expected[of(*right)]) < 1e-4F);
+            }
       }
     }
   }
@@ -216,6 +224,37 @@ TEST(decode_replays_one_graph_and_allocates_nothing) {
     CHECK_EQUAL(fake_cuda::counts().allocations, allocations);
   }
 }
+
+#ifndef FAKE_TENSORRT_OLD
+TEST(engines_hold_only_the_window_and_one_call) {
+  for (const char* name : {"std24-window", "decomposed17-window"}) {
+    fake_cuda::reset();
+    const auto session = opened(engines(name));
+    Cache cache(session, 0, 0, 5);  // the engine fixes the number of slots
+    const Manifest& manifest = session->manifest();
+    CHECK(manifest.is_ring(0) && manifest.is_ring(1));
+    for (const Which which : {Which::key, Which::value})
+      CHECK_EQUAL(cache.buffer(1, which)->slots, *manifest.layers[1].window + CHUNK);
+    CHECK(difference(rows_of(cache), on_cpu(engines(name))) < close_to(name));
+    CHECK_EQUAL(fake_cuda::broken(), std::string());
+    // An engine with another number of slots is refused.
+    const Copy other(name);
+    other.plan({{"chunk", CHUNK + 1}});
+    CHECK(has(refused(other.path), "must match the bundle in past_key_values.0.key"));
+  }
+}
+
+TEST(a_write_past_the_end_of_a_ring_is_detected) {  // by the simulation, which the tests above rely on
+  fake_cuda::reset();
+  const auto session = opened(engines("std24-window"));
+  Buffers buffers(session->manifest(), {CAPACITY, CHUNK}, session->engine->storage(), 0);
+  const auto binding = session->engine->bind(buffers);
+  const std::int64_t slots = buffers.all[0].slots;
+  const std::int64_t ids[] = {1, 1}, positions[] = {slots - 1, slots}, index = 0;
+  CHECK_THROWS_WITH(session->engine->run(*binding, {ids, positions, 2, slots - 1, &index, 1}),
+                    "past the end of a ring");
+}
+#endif
 
 TEST(runs_without_graph_capture) {
   fake_cuda::reset();
