@@ -64,9 +64,9 @@ TEST(reads_eviction) {
 TEST(layers_with_a_window_below_the_capacity_are_rings) {
   Manifest manifest = parse_manifest(contents(check::reader_file("windowed/manifest.json")), "windowed");
   CHECK_EQUAL(manifest.layers[0].window.value(), 5);
-  CHECK(manifest.is_ring(0) && manifest.is_ring(1));
+  CHECK(manifest.ring_of(0) == 5 && manifest.ring_of(1) == 5);
   manifest.layers[1].window = manifest.capacity;
-  CHECK(!manifest.is_ring(1));
+  CHECK(!manifest.ring_of(1));
 }
 
 TEST(messages_equal_those_of_python) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <iterator>
 #include <limits>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
@@ -164,7 +165,8 @@ std::int64_t slots_of(const std::vector<Buffer>& buffers, int layer) {
 
 TEST(rings_hold_the_window_and_one_call) {
   Manifest manifest = manifest_of();
-  CHECK(!manifest.is_ring(0) && manifest.is_ring(1) && manifest.is_ring(2) && !manifest.is_ring(3));
+  CHECK(!manifest.ring_of(0) && manifest.ring_of(1) == NARROW && manifest.ring_of(2) == WIDE);
+  CHECK(!manifest.ring_of(3));
   const auto slots = [&](std::int64_t capacity, std::int64_t chunk) {
     const std::vector<Buffer> buffers = buffers_of(manifest, {capacity, chunk});
     return Ids{slots_of(buffers, 0), slots_of(buffers, 1), slots_of(buffers, 2), slots_of(buffers, 3)};
@@ -175,7 +177,7 @@ TEST(rings_hold_the_window_and_one_call) {
   CHECK(slots(2, 2) == (Ids{2, 2, 2, 2}));
   CHECK(slots(CAPACITY, std::numeric_limits<std::int64_t>::max()) == Ids(4, CAPACITY));
   manifest.eviction = Eviction{"window", 50, 2, 5, {0, 2}};
-  CHECK(!manifest.is_ring(1) && manifest.is_ring(2));
+  CHECK(!manifest.ring_of(1) && manifest.ring_of(2) == WIDE);
   CHECK(slots(CAPACITY, 16) == (Ids{CAPACITY, 50, WIDE + 16, 50}));
 }
 
@@ -204,11 +206,16 @@ TEST(calls_end_where_a_ring_does) {
   const Buffers buffers(manifest_of(), {CAPACITY, 16}, storage, 0);
   constexpr std::int64_t first = NARROW + 16, second = WIDE + 16;
   for (std::int64_t position = 0; position < CAPACITY; ++position) {
-    const std::int64_t room = std::min({first - position % first, second - position % second,
-                                        CAPACITY - position});
-    CHECK_EQUAL(buffers.tokens_until_wrap(position), room);
+    const std::int64_t room = std::min(first - position % first, second - position % second);
     CHECK(room > 0);
+    for (const std::int64_t count : {1, 10, 16, 1000}) {
+      // Before the first wrap a call may fill a ring; later ones must leave it the window.
+      const std::int64_t most = position < first ? room : std::min<std::int64_t>(room, 16);
+      CHECK_EQUAL(buffers.tokens_of_call(position, count), std::min(count, most));
+    }
   }
+  const Buffers whole(manifest_of(), {CAPACITY, CAPACITY}, storage, 0);  // rings that never wrap
+  CHECK_EQUAL(whole.tokens_of_call(7, 150), 150);
 }
 
 TEST(growth_ends_at_the_size_of_a_ring) {
@@ -226,33 +233,35 @@ TEST(growth_ends_at_the_size_of_a_ring) {
   CHECK_EQUAL(rings.layout_tokens, CAPACITY);  // there is nothing left to grow
 }
 
-TEST(positions_have_slots_in_their_order) {
-  using Ranges = std::vector<SlotRange>;
-  CHECK(slots_of(7, 0, 4).empty());
-  CHECK(slots_of(0, 3, 8) == (Ranges{{0, 3}}));
-  CHECK(slots_of(9, 3, 8) == (Ranges{{1, 3}}));
-  CHECK(slots_of(6, 4, 8) == (Ranges{{6, 2}, {0, 2}}));
-  CHECK(slots_of(8, 8, 8) == (Ranges{{0, 8}}));
-  for (std::int64_t slots = 1; slots < 9; ++slots)
-    for (std::int64_t first = 0; first < 30; ++first)
-      for (std::int64_t count = 0; count <= slots; ++count) {
-        std::int64_t position = first;
-        for (const SlotRange& range : slots_of(first, count, slots)) {
-          CHECK(range.count > 0 && range.first + range.count <= slots);
-          for (std::int64_t at = 0; at < range.count; ++at)
-            CHECK_EQUAL(range.first + at, position++ % slots);
+TEST(moves_between_rings_keep_the_last_tokens) {
+  CHECK(ring_moves(0, 4, 4).empty());
+  CHECK(ring_moves(3, 3, 8) == (std::vector<Move>{{0, 0, 3}}));
+  CHECK(ring_moves(10, 4, 4) == (std::vector<Move>{{2, 2, 2}, {0, 0, 2}}));
+  CHECK(ring_moves(10, 4, 16) == (std::vector<Move>{{6, 2, 2}, {8, 0, 2}}));
+  CHECK(ring_moves(10, 10, 4) == (std::vector<Move>{{2, 6, 2}, {0, 8, 2}}));
+  for (std::int64_t length = 0; length < 40; ++length)
+    for (std::int64_t source = 1; source < 12; ++source)
+      for (std::int64_t target = 1; target < 12; ++target) {
+        std::map<std::int64_t, std::int64_t> moved;  // source by target
+        for (const Move& move : ring_moves(length, source, target)) {
+          CHECK(move.slots > 0 && move.source + move.slots <= source && move.target + move.slots <= target);
+          for (std::int64_t at = 0; at < move.slots; ++at) moved[move.target + at] = move.source + at;
         }
-        CHECK_EQUAL(position, first + count);
+        const std::int64_t kept = std::min({length, source, target});
+        CHECK_EQUAL(static_cast<std::int64_t>(moved.size()), kept);
+        for (std::int64_t position = length - kept; position < length; ++position)
+          CHECK_EQUAL(moved.at(position % target), position % source);
       }
 }
 
 TEST(every_query_sees_its_window) {
   for (const std::int64_t chunk : {1, 2, 5, 7, 16, 1000})
-    for (const std::int64_t step : {0, 1, 4, 30}) {
-      Cache cache(session_of(step), 0, 0, chunk);
-      cache.clear(1000);  // a token that does not exist
-      require_continuation(cache, {});
-    }
+    for (const std::int64_t step : {0, 1, 4, 30})
+      for (const std::int64_t ring_chunk : {0, 1, 7}) {  // also rings that calls of `chunk` tokens do not fit
+        Cache cache(session_of(step), 0, 0, chunk, ring_chunk);
+        cache.clear(1000);  // a token that does not exist
+        require_continuation(cache, {});
+      }
   Cache fixed(session_of(0, 16), 150);
   fixed.clear(1000);
   require_continuation(fixed, {});
@@ -312,7 +321,7 @@ TEST(saved_rings_are_loaded_into_rings_of_other_sizes) {
     }
 }
 
-TEST(refuses_saved_rings_of_another_size) {
+TEST(refuses_saved_rings_that_lack_tokens_of_the_window) {
   const Folder folder;
   const std::string file = folder.file("cache");
   const auto save = [&](std::int64_t narrow, std::int64_t wide) {
@@ -336,9 +345,11 @@ TEST(refuses_saved_rings_of_another_size) {
     Cache cache(session_of(), 0, 0, 16);
     cache.load(file);
   };
-  save(NARROW, WIDE);
-  load();
-  for (const auto& [narrow, wide] : {std::pair(NARROW - 1, WIDE), {NARROW, WIDE + 1}, {NARROW, 30}, {0, 9}}) {
+  for (const auto& [narrow, wide] : {std::pair(NARROW, WIDE), {NARROW + 1, 30}, {30, WIDE + 3}}) {
+    save(narrow, wide);
+    load();
+  }
+  for (const auto& [narrow, wide] : {std::pair(NARROW - 1, WIDE), {NARROW, WIDE - 1}, {NARROW, 31}, {0, 9}}) {
     save(narrow, wide);
     CHECK_THROWS_WITH(load(), "does not match its state");
   }

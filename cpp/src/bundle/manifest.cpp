@@ -162,9 +162,8 @@ Json derived_graph(const Manifest& manifest) {
   for (std::size_t i = 0; i < manifest.layers.size(); ++i) {
     const Layer& layer = manifest.layers[i];
     const bool evicts = manifest.evicts(static_cast<std::int64_t>(i));
-    const std::string slots = manifest.is_ring(static_cast<std::int64_t>(i))
-                                  ? "window_" + std::to_string(*layer.window)
-                                  : std::string("capacity");
+    const std::optional<std::int64_t> ring = manifest.ring_of(static_cast<std::int64_t>(i));
+    const std::string slots = ring ? "window_" + std::to_string(*ring) : "capacity";
     any_evicts = any_evicts || evicts;
     const auto cached = [&](const char* which, const std::string& of, std::int64_t width) {
       const std::string name = "." + std::to_string(i) + "." + which;
@@ -268,9 +267,9 @@ std::int64_t Eviction::self_test_slots() const {
   return std::min(budget, protect_first + std::max<std::int64_t>(1, protect_recent) + 16);
 }
 
-bool Manifest::is_ring(std::int64_t layer) const {
-  const auto& window = layers[static_cast<std::size_t>(layer)].window;
-  return window && *window < capacity && !evicts(layer);
+std::optional<std::int64_t> Manifest::ring_of(std::int64_t layer) const {
+  const std::optional<std::int64_t> window = layers[static_cast<std::size_t>(layer)].window;
+  return window && *window < capacity && !evicts(layer) ? window : std::nullopt;
 }
 
 Manifest parse_manifest(std::string_view text, const std::string& directory) {

@@ -48,8 +48,9 @@ struct Manifest {
   std::map<std::string, FileEntry> files;
 
   bool evicts(std::int64_t layer) const { return eviction && eviction->evicts(layer); }
-  // Whether the layer's cache is a ring: its window and the tokens of one call, instead of all tokens.
-  bool is_ring(std::int64_t layer) const;
+  // The window of a layer whose cache is a ring, which holds the window and the tokens of one call instead of
+  // all tokens: the window is below the capacity, and the layer does not evict. None: its cache is no ring.
+  std::optional<std::int64_t> ring_of(std::int64_t layer) const;
   bool has(const std::string& file) const { return files.count(file) != 0; }
 };
 

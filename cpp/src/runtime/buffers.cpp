@@ -46,13 +46,14 @@ std::vector<Buffer> buffers_of(const Manifest& manifest, CacheSize size) {
   for (std::size_t index = 0; index < manifest.layers.size(); ++index) {
     const Layer& layer = manifest.layers[index];
     const bool evicts = manifest.evicts(static_cast<std::int64_t>(index));
+    const std::optional<std::int64_t> ring = manifest.ring_of(static_cast<std::int64_t>(index));
     std::int64_t max_slots = size.capacity;
     if (evicts) max_slots = std::min(manifest.eviction->budget, size.capacity);
-    if (manifest.is_ring(static_cast<std::int64_t>(index))) max_slots = ring_slots(*layer.window, size);
+    if (ring) max_slots = ring_slots(*ring, size);
     const auto add = [&](Which which, const char* name, std::int64_t width, Dtype dtype) {
       const std::string end = "." + std::to_string(index) + "." + name;
       all.push_back({"past_key_values" + end, "present" + end, static_cast<int>(index), which, dtype, evicts,
-                     layer.num_key_value_heads, width, max_slots});
+                     ring, layer.num_key_value_heads, width, max_slots});
     };
     add(Which::key, "key", layer.key_head_dim, manifest.dtype);
     add(Which::value, "value", layer.value_head_dim, manifest.dtype);
@@ -65,12 +66,15 @@ std::int64_t ring_slots(std::int64_t window, CacheSize size) {
   return size.chunk < size.capacity - window ? window + size.chunk : size.capacity;  // cannot overflow
 }
 
-std::vector<SlotRange> slots_of(std::int64_t first, std::int64_t count, std::int64_t slots) {
-  assert(count <= slots);
-  if (count == 0) return {};
-  const std::int64_t start = first % slots, before_end = std::min(count, slots - start);
-  if (before_end == count) return {{start, count}};
-  return {{start, before_end}, {0, count - before_end}};
+std::vector<Move> ring_moves(std::int64_t length, std::int64_t source_slots, std::int64_t target_slots) {
+  std::vector<Move> moves;
+  for (std::int64_t at = length - std::min({length, source_slots, target_slots}); at < length;) {
+    const std::int64_t target = at % target_slots, source = at % source_slots,
+                       slots = std::min({length - at, target_slots - target, source_slots - source});
+    moves.push_back({target, source, slots});
+    at += slots;
+  }
+  return moves;
 }
 
 Buffers::Buffers(const Manifest& manifest, CacheSize size, Storage& storage, std::int64_t step)
@@ -93,12 +97,14 @@ std::size_t Buffers::bytes_for(const Manifest& manifest, CacheSize size) {
   return sum(buffers_of(manifest, size));
 }
 
-std::int64_t Buffers::tokens_until_wrap(std::int64_t position) const {
-  std::int64_t tokens = capacity - position;
+std::int64_t Buffers::tokens_of_call(std::int64_t position, std::int64_t count) const {
   for (const Buffer& buffer : all) {
-    if (!buffer.evicts) tokens = std::min(tokens, buffer.max_slots - position % buffer.max_slots);
+    const std::int64_t slots = buffer.max_slots;
+    if (!buffer.ring || slots == capacity) continue;  // a ring of `capacity` slots never wraps
+    count = std::min(count, slots - position % slots);
+    if (position >= slots) count = std::min(count, slots - *buffer.ring);
   }
-  return tokens;
+  return count;
 }
 
 void Buffers::reserve(std::int64_t tokens) {

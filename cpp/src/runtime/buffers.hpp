@@ -5,6 +5,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -29,6 +30,7 @@ struct Buffer {
   Which which;
   Dtype dtype;  // float32 for a state
   bool evicts;
+  std::optional<std::int64_t> ring;  // the window of a ring (Manifest::ring_of)
   std::int64_t heads, width;
   std::int64_t max_slots;  // slots that memory is allocated for
   std::int64_t slots = 0;  // slots per head in the present layout
@@ -48,14 +50,17 @@ std::vector<Buffer> buffers_of(const Manifest& manifest, CacheSize size);
 // Number of slots of a ring.
 std::int64_t ring_slots(std::int64_t window, CacheSize size);
 
-// Consecutive slots of a head.
-struct SlotRange {
-  std::int64_t first, count;
-  bool operator==(const SlotRange& other) const { return first == other.first && count == other.count; }
+// A copy of consecutive slots within a head.
+struct Move {
+  std::int64_t target, source, slots;
+  bool operator==(const Move& other) const {
+    return target == other.target && source == other.source && slots == other.slots;
+  }
 };
 
-// The slots of the positions from `first` on, `count` <= `slots` of them, in a ring: one range, or two.
-std::vector<SlotRange> slots_of(std::int64_t first, std::int64_t count, std::int64_t slots);
+// The copies that bring the last tokens of a sequence of `length` tokens from one ring to another: as many as
+// both hold.
+std::vector<Move> ring_moves(std::int64_t length, std::int64_t source_slots, std::int64_t target_slots);
 
 class Buffers {
  public:
@@ -69,8 +74,9 @@ class Buffers {
   // Bytes that the constructor would allocate. Throws Failure if the number overflows.
   static std::size_t bytes_for(const Manifest& manifest, CacheSize size);
 
-  // Number of tokens from `position` on that a call can write before a ring starts again at its first slot.
-  std::int64_t tokens_until_wrap(std::int64_t position) const;
+  // The number of tokens, at most `count`, that one call may run from `position` on: it wraps in no ring, and
+  // overwrites no token that it attends to.
+  std::int64_t tokens_of_call(std::int64_t position, std::int64_t count) const;
 
   // Grows the layout to at least `tokens` tokens (<= capacity) and keeps the contents: the heads are moved
   // apart within the same memory, the last one first. New slots are empty. Every change of a shape increments

@@ -17,12 +17,13 @@ std::int64_t growth_step_of(const Engine& engine, std::int64_t requested) {
 }  // namespace
 
 Cache::Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step,
-             std::int64_t chunk)
+             std::int64_t chunk, std::int64_t ring_chunk)
     : session_(std::move(session)),
       capacity_(session_->capacity_of(capacity)),
       max_chunk_(session_->chunk_of(capacity_, chunk)),
       chunk_(max_chunk_),
-      buffers_(session_->manifest(), session_->buffer_size({capacity_, max_chunk_}),
+      buffers_(session_->manifest(),
+               session_->buffer_size({capacity_, ring_chunk == 0 ? max_chunk_ : ring_chunk}),
                session_->engine->storage(), growth_step_of(*session_->engine, step)),
       positions_(static_cast<std::size_t>(chunk_)),
       indices_(static_cast<std::size_t>(chunk_)),
@@ -54,7 +55,7 @@ const float* Cache::prefill(const std::int64_t* ids, std::size_t count) {
   }
   const float* logits = nullptr;
   for (std::int64_t start = 0, size = 0; start < total; start += size) {
-    size = call_size(total - start);
+    size = tokens_of_call(total - start);
     logits = run(ids + start, size, 1, start + size == total);
     pending_.reset();
   }
@@ -85,7 +86,7 @@ std::vector<float> Cache::score(const std::int64_t* ids, std::size_t count, std:
   std::vector<float> scored;
   scored.reserve((count - std::min(count, from)) * static_cast<std::size_t>(vocab));
   for (std::int64_t start = 0, size = 0; start < total; start += size) {
-    size = call_size(total - start);
+    size = tokens_of_call(total - start);
     const std::int64_t rows = std::min(size, start + size - static_cast<std::int64_t>(std::min(count, from)));
     const float* logits = run(ids + start, size, std::max<std::int64_t>(1, rows), start + size == total);
     if (rows > 0) scored.insert(scored.end(), logits, logits + rows * vocab);
@@ -177,11 +178,6 @@ void Cache::require_room(std::uint64_t tokens, const char* what) const {
   }
   throw Failure(Code::usage, what, std::to_string(tokens) + " tokens", "at most " + std::to_string(capacity_),
                 fix);
-}
-
-// Number of tokens of the next call, of `remaining`: at most a chunk, and none past the end of a ring.
-std::int64_t Cache::call_size(std::int64_t remaining) const {
-  return std::min({chunk_, remaining, buffers_.tokens_until_wrap(length_)});
 }
 
 // Runs `count` tokens after those in the cache; the last `logits` of them get logits. The caller has checked

@@ -1,6 +1,7 @@
 // The KV cache of one conversation: lengths, bounds and chunks. The tokens are run by an Engine.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 #include <memory>
 #include <optional>
@@ -17,10 +18,11 @@ namespace kvexport::detail {
 class Cache {
  public:
   // An empty cache for `capacity` tokens; 0: as many as the session allows. Allocates all of its memory.
-  // `step` and `chunk` are set by self-tests: the number of tokens by which the cache grows, if the engine
-  // allows it, and the largest number of tokens in one call; 0: the defaults.
+  // The others are set by self-tests; 0: the defaults. `step`: number of tokens by which the cache grows, if
+  // the engine allows it. `chunk`: largest number of tokens in one call. `ring_chunk`: number of tokens that a
+  // ring holds besides its window, if the engine does not fix it; 0: `chunk`.
   Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step = 0,
-        std::int64_t chunk = 0);
+        std::int64_t chunk = 0, std::int64_t ring_chunk = 0);
 
   // Checks the arguments of `prefill`. Throws Failure if there are no tokens and the cache is empty, a token
   // is outside the vocabulary, or the tokens do not fit.
@@ -33,6 +35,11 @@ class Cache {
   // As `prefill`, but returns the logits after every token from index `from` on, [count - from, vocab_size].
   // There must be no pending token.
   std::vector<float> score(const std::int64_t* ids, std::size_t count, std::size_t from = 0);
+
+  // The number of tokens, at most `count`, that the next call of the engine runs.
+  std::int64_t tokens_of_call(std::int64_t count) const {
+    return buffers_.tokens_of_call(length_, std::min(chunk_, count));
+  }
 
   // Sets the pending token, which the next call runs first.
   void choose(std::int64_t token) { pending_ = token; }
@@ -80,7 +87,6 @@ class Cache {
   void require_intact() const;
   void require_room(std::uint64_t tokens, const char* what) const;
   std::uint64_t length_with(std::size_t more) const;  // length including pending and new tokens
-  std::int64_t call_size(std::int64_t remaining) const;
   const float* run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink,
                    bool again = false);
   std::int64_t admit(std::int64_t count, bool again);

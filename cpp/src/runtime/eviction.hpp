@@ -36,12 +36,6 @@ class Evictor {
   void block(std::int64_t slots);
 
  private:
-  struct Move {
-    std::int64_t target, source, slots;
-    bool operator==(const Move& other) const {
-      return target == other.target && source == other.source && slots == other.slots;
-    }
-  };
   void rank(const float* state, std::int64_t tokens, std::int64_t keep, std::int64_t position,
             std::optional<std::int64_t> window);
   void move(const Buffer& buffer, std::int64_t head, std::int64_t heads,

@@ -24,19 +24,13 @@ std::vector<std::int64_t> shape_of(const Buffer& buffer, std::int64_t slots) {
   return {1, buffer.heads, slots, buffer.width};
 }
 
-// Number of slots of a buffer that are saved: those in use; of a ring, those of its window, so that a file
-// fits rings of any size.
-std::int64_t saved_count(const Manifest& manifest, const Buffer& buffer, std::int64_t length,
-                         std::int64_t filled) {
+// Number of slots that a file has of a buffer: those in use. Of a ring it has at least those of its window,
+// which `save` writes, and at most those of all tokens; the token at position p is in slot p modulo their
+// number. `ring_slots`: those that a file has.
+std::int64_t saved_slots(const Buffer& buffer, std::int64_t length, std::int64_t filled,
+                         std::int64_t ring_slots = 0) {
   if (buffer.evicts) return filled;
-  if (!manifest.is_ring(buffer.layer)) return length;
-  return std::min(length, *manifest.layers[static_cast<std::size_t>(buffer.layer)].window);
-}
-
-// The last `count` tokens of a sequence of `length` tokens, the oldest first; if the layer evicts, the first
-// `count` slots.
-std::vector<SlotRange> saved_slots(const Buffer& buffer, std::int64_t length, std::int64_t count) {
-  return slots_of(buffer.evicts ? 0 : length - count, count, buffer.slots);
+  return buffer.ring ? std::clamp(ring_slots, std::min(*buffer.ring, length), length) : length;
 }
 
 std::size_t bytes_of(const Buffer& buffer, std::int64_t slots) {
@@ -134,11 +128,10 @@ void Cache::save(const std::string& file) const {
   const Manifest& manifest = session_->manifest();
   std::vector<TensorEntry> tensors;
   const std::vector<Buffer> ordered = in_order(buffers_.all);
-  const auto count_of = [&](const Buffer& buffer) {
-    return saved_count(manifest, buffer, length_, occupancy_.filled);
-  };
-  for (const Buffer& buffer : ordered)
-    tensors.push_back({buffer.past, stored_as(buffer.dtype), shape_of(buffer, count_of(buffer))});
+  for (const Buffer& buffer : ordered) {
+    tensors.push_back({buffer.past, stored_as(buffer.dtype),
+                       shape_of(buffer, saved_slots(buffer, length_, occupancy_.filled))});
+  }
   Json pending = Json::array();
   if (pending_) pending.push_back(*pending_);
   Json state{{"lengths", {length_}}, {"last", {last_}}, {"pending", Json::array({pending})}};
@@ -148,14 +141,14 @@ void Cache::save(const std::string& file) const {
                       {{"kvexport", KIND}, {"bundle", manifest.digest}, {"state", state.dump()}});
   std::vector<char> row;
   for (const Buffer& buffer : ordered) {
-    row.resize(bytes_of(buffer, count_of(buffer)));
+    const std::int64_t slots = saved_slots(buffer, length_, occupancy_.filled);
+    row.resize(bytes_of(buffer, slots));
     if (row.empty()) continue;
+    const std::vector<Move> moves = ring_moves(buffer.evicts ? slots : length_, buffer.slots, slots);
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
-      char* next = row.data();
-      for (const SlotRange& range : saved_slots(buffer, length_, count_of(buffer))) {
-        const std::size_t bytes = bytes_of(buffer, range.count);
-        buffers_.storage.download(next, address_of(buffer, head, range.first), bytes);
-        next += bytes;
+      for (const Move& move : moves) {
+        buffers_.storage.download(row.data() + bytes_of(buffer, move.target),
+                                  address_of(buffer, head, move.source), bytes_of(buffer, move.slots));
       }
       buffers_.storage.synchronize();
       writer.write(row.data(), row.size());
@@ -196,7 +189,8 @@ void Cache::load(const std::string& file) {
   for (const Buffer& buffer : buffers_.all) {
     const TensorEntry* entry = reader.header().find(buffer.past);
     if (entry == nullptr) throw damaged(file, "the tensor " + buffer.past + " is missing");
-    const auto shape = shape_of(buffer, saved_count(manifest, buffer, state.length, state.filled));
+    const std::int64_t in_file = entry->shape.size() == 4 ? entry->shape[2] : 0;
+    const auto shape = shape_of(buffer, saved_slots(buffer, state.length, state.filled, in_file));
     if (entry->dtype != stored_as(buffer.dtype) || entry->shape != shape) {
       throw damaged(file, "the tensor " + buffer.past + " does not match its state",
                     entry->dtype + " " + text_of(entry->shape),
@@ -210,16 +204,15 @@ void Cache::load(const std::string& file) {
   std::vector<char> row;
   for (const Buffer& buffer : buffers_.all) {
     const TensorEntry& entry = *reader.header().find(buffer.past);
-    const std::int64_t count = saved_count(manifest, buffer, state.length, state.filled);
-    row.resize(bytes_of(buffer, count));
+    const std::int64_t in_file = entry.shape[2];
+    row.resize(bytes_of(buffer, in_file));
     if (row.empty()) continue;
+    const std::vector<Move> moves = ring_moves(buffer.evicts ? in_file : state.length, in_file, buffer.slots);
     for (std::int64_t head = 0; head < buffer.heads; ++head) {
       reader.read(entry, row.data(), row.size(), static_cast<std::uint64_t>(head) * row.size());
-      const char* next = row.data();
-      for (const SlotRange& range : saved_slots(buffer, state.length, count)) {
-        const std::size_t bytes = bytes_of(buffer, range.count);
-        buffers_.storage.upload(address_of(buffer, head, range.first), next, bytes);
-        next += bytes;
+      for (const Move& move : moves) {
+        buffers_.storage.upload(address_of(buffer, head, move.target),
+                                row.data() + bytes_of(buffer, move.source), bytes_of(buffer, move.slots));
       }
       buffers_.storage.synchronize();
     }

@@ -10,7 +10,8 @@ namespace kvexport::detail {
 namespace {
 
 constexpr float GARBAGE = 1000;
-// In tokens; small, so that few tokens need several growth steps and chunks.
+// In tokens; small, so that few tokens need several growth steps and chunks. Rings hold CHUNK tokens besides
+// their window.
 constexpr std::int64_t STEP = 16, CHUNK = 7;
 constexpr std::size_t SCORE = 0, POSITION_PLUS_ONE = 1, STATE_WIDTH = 2;
 constexpr float MOST = 0x1p24F;    // positions are smaller
@@ -67,7 +68,7 @@ Runs::Runs(const std::shared_ptr<const Session>& session, const ReferenceOutputs
       max_tokens_per_call_(session->engine->max_tokens_per_call()),
       ranked_by_norm_(manifest_.eviction &&
                       (manifest_.eviction->policy == "l2-norm" || manifest_.eviction->policy == "keep-high")),
-      cache_(session, room_for(tokens, session->engine->capacity()), STEP, max_tokens_per_call_) {}
+      cache_(session, room_for(tokens, session->engine->capacity()), STEP, max_tokens_per_call_, CHUNK) {}
 
 std::vector<Measured> Runs::at_once() {
   return run_pieces(pieces(0, reference_.slots ? prompt : tokens, max_tokens_per_call_));
@@ -84,7 +85,7 @@ std::int64_t Runs::generated(std::int64_t most) {
   begin();
   std::vector<Measured> last;
   for (const Piece& piece : pieces(0, prompt, std::min(max_tokens_per_call_, CHUNK))) {
-    last = call(reference_.tokens.data() + piece.first, piece);
+    last = run_piece(piece);
   }
   for (std::int64_t at = prompt; at < prompt + most; ++at) {
     const std::int64_t token = last.back().likeliest;
@@ -108,10 +109,21 @@ std::vector<Measured> Runs::run_pieces(const std::vector<Piece>& pieces) {
   begin();
   std::vector<Measured> rows;
   for (const Piece& piece : pieces) {
-    for (Measured& row : call(reference_.tokens.data() + piece.first, piece)) rows.push_back(std::move(row));
+    for (Measured& row : run_piece(piece)) rows.push_back(std::move(row));
   }
   for (int layer = 0; layer < static_cast<int>(manifest_.layers.size()); ++layer) {
     if (!loses_tokens(layer)) read_norms(layer, reference_.first_row, rows);
+  }
+  return rows;
+}
+
+// Runs a piece of the tokens in calls that the rings have room for.
+std::vector<Measured> Runs::run_piece(Piece piece) {
+  std::vector<Measured> rows;
+  while (piece.first < piece.second) {
+    const Piece part{piece.first, piece.first + cache_.tokens_of_call(piece.second - piece.first)};
+    for (Measured& row : call(reference_.tokens.data() + part.first, part)) rows.push_back(std::move(row));
+    piece.first = part.second;
   }
   return rows;
 }

@@ -46,6 +46,7 @@ class Runs {
  private:
   void begin();
   std::vector<Measured> run_pieces(const std::vector<Piece>& pieces);
+  std::vector<Measured> run_piece(Piece piece);
   std::vector<Measured> call(const std::int64_t* ids, Piece piece);
   Measured measured(const float* logits) const;
   bool loses_tokens(int layer) const;

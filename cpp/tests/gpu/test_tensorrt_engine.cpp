@@ -232,7 +232,7 @@ TEST(engines_hold_only_the_window_and_one_call) {
     const auto session = opened(engines(name));
     Cache cache(session, 0, 0, 5);  // the engine fixes the number of slots
     const Manifest& manifest = session->manifest();
-    CHECK(manifest.is_ring(0) && manifest.is_ring(1));
+    CHECK(manifest.ring_of(0) == 5 && manifest.ring_of(1) == 5);
     for (const Which which : {Which::key, Which::value})
       CHECK_EQUAL(cache.buffer(1, which)->slots, *manifest.layers[1].window + CHUNK);
     CHECK(difference(rows_of(cache), on_cpu(engines(name))) < close_to(name));
