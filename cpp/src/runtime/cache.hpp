@@ -19,8 +19,8 @@ class Cache {
  public:
   // An empty cache for `capacity` tokens; 0: as many as the session allows. Allocates all of its memory.
   // The others are set by self-tests; 0: the defaults. `step`: number of tokens by which the cache grows, if
-  // the engine allows it. `chunk`: largest number of tokens in one call. `ring_chunk`: number of tokens that a
-  // ring holds besides its window, if the engine does not fix it; 0: `chunk`.
+  // the engine allows it. `chunk`: largest number of tokens in one call. `ring_chunk`: number of tokens that
+  // a ring holds besides its window, if the engine does not fix it; 0: `chunk`.
   Cache(std::shared_ptr<const Session> session, std::int64_t capacity, std::int64_t step = 0,
         std::int64_t chunk = 0, std::int64_t ring_chunk = 0);
 
