@@ -137,12 +137,12 @@ float rounded(float value) {  // to bfloat16
 }  // namespace
 
 TEST(undamaged_bundles_pass) {
-  for (const char* name : {"sound", "evicting", "ranked", "half", "bloom", "qwen3", "tiny"})
+  for (const char* name : {"sound", "evicting", "ranked", "half", "bloom", "qwen3", "tiny", "windowed"})
     require_ok(examined(name));
 }
 
 TEST(engines_with_fixed_capacity_pass) {
-  for (const char* name : {"sound", "evicting", "ranked", "half"}) {
+  for (const char* name : {"sound", "evicting", "ranked", "half", "windowed"}) {
     Fault fixed_size;
     fixed_size.provider = "tensorrt", fixed_size.capacity = 60, fixed_size.max_tokens_per_call = 5;
     require_ok(examined(name, fixed_size));
@@ -231,6 +231,19 @@ TEST(a_write_to_the_wrong_slot_is_reported) {
     }
   };
   require_cache(examined("sound", shifts));
+}
+
+TEST(a_lost_token_of_a_ring_is_reported) {  // once the ring has begun again at its first slot
+  Fault loses;
+  loses.after = [](const Call& call, Buffers& buffers, std::vector<float>&) {
+    for (const Buffer& buffer : buffers.all) {
+      CHECK(buffer.ring && buffer.max_slots == *buffer.ring + 7);
+      const std::int64_t position = *call.position_ids;
+      if (call.tokens != 1 || position < buffer.max_slots) continue;
+      fill_slot(buffer, (position - 2) % buffer.slots, GARBAGE);
+    }
+  };
+  require_cache(examined("windowed", loses));
 }
 
 TEST(ignored_write_indices_are_reported) {

@@ -51,6 +51,7 @@ def bundles(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made(folder / "bloom", "bloom")
     made(folder / "qwen3", "qwen3")
     made(folder / "tiny", capacity=3)
+    made(folder / "windowed", "window")
     made(folder / "long", eviction=Eviction("window", 60, protect_first=20))
     return folder
 
