@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import signal
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
@@ -90,6 +90,16 @@ def _write(
             else:
                 parameter.copy_(0.3 * noise + (0.0 if name.endswith("bias") else 1.0))
     model.to(getattr(torch, dtype)).save_pretrained(folder / family, max_shard_size=max_shard_size)
+
+
+@pytest.fixture
+def wide(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Let transformers compute in float64 what it computes in float32."""
+    from support.wide_transformers import Float64, widen
+
+    widen(monkeypatch)
+    with Float64():
+        yield
 
 
 @pytest.fixture

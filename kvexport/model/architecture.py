@@ -96,6 +96,12 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             got=f"{kv_heads} of {heads}",
             fix="correct config.json",
         )
+    if family.fused == "four_blocks" and heads % 4:
+        raise CheckpointError(
+            f"heads of family '{family.name}' must be a multiple of 4, because its fused matrix has 4 blocks",
+            got=heads,
+            fix="correct config.json",
+        )
     positions = settings.whole("max_positions", None if family.position == "learned" else 0) or None
     ropes: Mapping[str, RopeConfig] = {}
     if family.position == "rope":

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from kvexport.errors import CheckpointError
 from kvexport.model.architecture import Architecture
 from kvexport.model.decoder import Attention, Embedding, Layer, Linear, Mlp, Norm
 from kvexport.model.families import NORMS
@@ -256,12 +255,6 @@ class Layout:
             return 1, "qkv"
         if self._family.fused == "grouped":
             return kv_heads, "qkv"
-        if kv_heads % 4:
-            raise CheckpointError(
-                f"the number of heads of family '{self._family.name}' must be a multiple of 4, because its "
-                "fused matrix has four blocks",
-                got=kv_heads,
-            )
         return 4, "qvk"
 
     def _unpack_mlp(self, get: Get, names: Mapping[str, str]) -> Mlp:
