@@ -382,6 +382,32 @@ MODELS = {
         theta=1e7,
         others={"embedding_multiplier": 12.0, "residual_multiplier": 0.22, "logit_multiplier": 0.125},
     ),
+    "Granite-4.0-350M": Model(
+        "granitemoehybrid",
+        (1024, 2048, 28, 16, 4),
+        64,
+        32768,
+        {
+            "attention_multiplier": 0.015625,
+            "embedding_multiplier": 12,
+            "layer_types": ["attention"] * 28,
+            "logits_scaling": 4,
+            "mamba_d_state": 256,
+            "mamba_expand": 2,
+            "max_position_embeddings": 32768,
+            "num_experts_per_tok": 0,
+            "num_local_experts": 0,
+            "position_embedding_type": "rope",
+            "residual_multiplier": 0.263,
+            "rope_theta": 10000000,
+            "shared_intermediate_size": 2048,
+            "tie_word_embeddings": True,
+        },
+        scale=1 / 64,
+        tied=True,
+        theta=1e7,
+        others={"embedding_multiplier": 12.0, "residual_multiplier": 0.263, "logit_multiplier": 0.25},
+    ),
     "OLMo-1.7-7B": Model(
         "olmo",
         (4096, 11008, 32, 32, 32),
@@ -564,6 +590,29 @@ MODELS = {
         theta=1e7,
     ),
     "GLM-4-9B-chat": Model(
+        "chatglm",
+        (4096, 13696, 40, 32, 2),
+        64,
+        131072,
+        {
+            "add_bias_linear": False,
+            "add_qkv_bias": True,
+            "ffn_hidden_size": 13696,
+            "kv_channels": 128,
+            "layernorm_epsilon": 1.5625e-07,
+            "multi_query_attention": True,
+            "multi_query_group_num": 2,
+            "num_layers": 40,
+            "original_rope": True,
+            "padded_vocab_size": 151552,
+            "rmsnorm": True,
+            "rope_ratio": 500,
+            "seq_length": 131072,
+        },
+        theta=5e6,
+        others={"norm_eps": 1.5625e-07},
+    ),
+    "GLM-4-9B-chat-hf": Model(
         "glm",
         (4096, 13696, 40, 32, 2),
         64,
@@ -648,7 +697,8 @@ def assert_rope(read: Architecture, model: Model) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", [name for name in MODELS if MODELS[name].model_type not in ("exaone", "minicpm", "internlm2")]
+    "name",
+    [name for name in MODELS if MODELS[name].model_type not in ("chatglm", "exaone", "minicpm", "internlm2")],
 )
 def test_transformers_reads_the_same(name: str) -> None:
     from transformers import AutoConfig
@@ -679,7 +729,7 @@ def test_transformers_reads_the_same(name: str) -> None:
         ("Gemma-3-1B", "rope_theta"),
         ("Qwen3-0.6B", "head_dim"),
         ("SmolLM3-3B", "no_rope_layers"),
-        ("GLM-4-9B-chat", "partial_rotary_factor"),
+        ("GLM-4-9B-chat-hf", "partial_rotary_factor"),
         ("Nemotron-Mini-4B", "partial_rotary_factor"),
         ("ERNIE-4.5-0.3B", "rope_theta"),
     ],
@@ -713,6 +763,9 @@ def test_window_without_layer_types_is_refused_where_no_rule_gives_them() -> Non
         ("Hunyuan-1.8B", {"use_cla": True}, "use_cla"),
         ("SmolLM3-3B", {"use_sliding_window": True}, "use_sliding_window"),
         ("MiniCPM-2B", {"num_experts": 8}, "num_experts"),
+        ("Granite-4.0-350M", {"position_embedding_type": "nope"}, "position_embedding_type"),
+        ("Granite-4.0-350M", {"num_local_experts": 32}, "num_local_experts"),
+        ("Granite-4.0-350M", {"layer_types": ["mamba"] * 28}, "mamba"),
     ],
 )
 def test_unsupported_setting_is_refused(name: str, changes: dict[str, Any], words: str) -> None:

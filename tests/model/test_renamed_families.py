@@ -5,6 +5,7 @@ The names and the order of fused rows are those of the families' own published c
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from kvexport.errors import CheckpointError
 from kvexport.model import reference
 from kvexport.model.loader import load_decoder
 
@@ -28,6 +30,15 @@ INTERNLM2 = {
     "mlp.down_proj": "feed_forward.w2",
     "input_layernorm": "attention_norm",
     "post_attention_layernorm": "ffn_norm",
+}
+CHATGLM = {
+    "model.embed_tokens": "transformer.embedding.word_embeddings",
+    "model.norm": "transformer.encoder.final_layernorm",
+    "lm_head": "transformer.output_layer",
+    "model.layers": "transformer.encoder.layers",
+    "self_attn.o_proj": "self_attention.dense",
+    "mlp.gate_up_proj": "mlp.dense_h_to_4h",
+    "mlp.down_proj": "mlp.dense_4h_to_h",
 }
 EXAONE = {
     "model.embed_tokens": "transformer.wte",
@@ -108,6 +119,55 @@ def test_exaone_is_llama_under_other_names(
         tensors=lambda held: renamed(held, EXAONE),
     )
     assert torch.equal(logits(converted), logits(llama))
+
+
+def test_chatglm_is_glm_with_one_fused_projection(
+    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
+) -> None:
+    rope = {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}
+    glm = tiny_checkpoint("glm", rope_parameters=rope)
+
+    def convert(held: dict[str, Any]) -> None:
+        for index in range(LAYERS):
+            layer = f"model.layers.{index}"
+            for kind in ("weight", "bias"):
+                parts = [held.pop(f"{layer}.self_attn.{part}_proj.{kind}") for part in "qkv"]
+                held[f"{layer}.self_attention.query_key_value.{kind}"] = torch.cat(parts)
+        renamed(held, CHATGLM)
+        held["transformer.rotary_pos_emb.inv_freq"] = torch.ones(2)
+
+    config = {
+        "model_type": "chatglm", "padded_vocab_size": 67, "hidden_size": 32, "ffn_hidden_size": 48,
+        "num_layers": 2, "num_attention_heads": 4, "multi_query_attention": True,
+        "multi_query_group_num": 2, "kv_channels": 8, "seq_length": 256, "layernorm_epsilon": 1.5625e-07,
+        "add_qkv_bias": True, "add_bias_linear": False, "rmsnorm": True, "rope_ratio": 5,
+    }  # fmt: skip
+    old = tuple(json.loads((glm / "config.json").read_text()).keys() - config.keys())
+    converted = edit_checkpoint(glm, config=config, tensors=convert, without=old)
+    assert torch.equal(logits(converted), logits(glm))
+    other = edit_checkpoint(glm, config={**config, "rope_ratio": 6}, tensors=convert, without=old)
+    assert not torch.allclose(logits(other), logits(glm), atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_internlm_is_llama_with_another_key_for_biases(
+    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path], bias: bool
+) -> None:
+    llama = tiny_checkpoint("llama", attention_bias=bias, num_key_value_heads=4)
+    config = {"model_type": "internlm", "bias": bias}
+    converted = edit_checkpoint(llama, config=config, without=("attention_bias",))
+    assert torch.equal(logits(converted), logits(llama))
+
+
+def test_mimo_is_qwen2_without_its_layers_for_further_tokens(
+    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
+) -> None:
+    qwen2 = tiny_checkpoint("qwen2")
+    extra = {"model.mtp_layers.0.input_layernorm.weight": torch.ones(HIDDEN)}
+    converted = edit_checkpoint(qwen2, config={"model_type": "mimo"}, tensors=lambda held: held.update(extra))
+    assert torch.equal(logits(converted), logits(qwen2))
+    with pytest.raises(CheckpointError, match="only tensors of family 'qwen2'"):
+        load_decoder(edit_checkpoint(qwen2, tensors=lambda held: held.update(extra)))
 
 
 def test_minicpm_is_granite_with_other_multipliers(

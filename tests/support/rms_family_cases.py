@@ -14,6 +14,10 @@ MULTIPLIERS = {
     "embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2,
     "logits_scaling": 4.0,
 }  # fmt: skip
+GRANITE4 = {
+    "num_local_experts": 0, "shared_intermediate_size": 48, "position_embedding_type": "rope",
+    "layer_types": ["attention", "attention"], "mamba_n_heads": 4,
+}  # fmt: skip
 FOUR_LAYERS = {"num_hidden_layers": 4}
 
 
@@ -41,6 +45,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "glm": {**SIZES, "head_dim": 8},
     "glm4": {**SIZES, "head_dim": 8},
     "granite": {**SIZES, **MULTIPLIERS},
+    "granitemoehybrid": {**SIZES, **MULTIPLIERS, **GRANITE4},
     "helium": {**SIZES, "head_dim": 8},
     "hunyuan_v1_dense": {**SIZES, "head_dim": 8},
     "hyperclovax": {**SIZES, **MULTIPLIERS},
@@ -156,6 +161,8 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("granite", {}),
     ("granite", {"num_key_value_heads": 4, "tie_word_embeddings": True, "mlp_bias": True}),
     ("granite", {"attention_bias": True, "rope_parameters": YARN}),
+    ("granitemoehybrid", {}),
+    ("granitemoehybrid", {"num_key_value_heads": 4, "attention_bias": True, "tie_word_embeddings": True}),
     ("hyperclovax", {}),
     ("hyperclovax", {"use_post_norm": False, "num_key_value_heads": 4, "attention_multiplier": None}),
     ("olmo", {"num_key_value_heads": 4, "clip_qkv": 0.8}),
