@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from kvexport.convert.compression_plan import CompressionPlan, plan_compression
     from kvexport.convert.groups import KVShape, kv_heads_for, trained_shape
     from kvexport.convert.method_names import METHOD_NAMES
-    from kvexport.convert.methods import LayerPlan, Method, methods_for
+    from kvexport.convert.methods import LayerPlan, Method, methods_for, without_output_bias
     from kvexport.convert.pipeline import (
         Conversion,
         ConvertedLayer,
@@ -49,6 +49,7 @@ __all__ = [
     "trained_shape",
     "unconverted_layers",
     "uniform_shape",
+    "without_output_bias",
 ]
 
 _MODULES = {
@@ -74,6 +75,7 @@ _MODULES = {
     "trained_shape": "kvexport.convert.groups",
     "unconverted_layers": "kvexport.convert.pipeline",
     "uniform_shape": "kvexport.convert.request",
+    "without_output_bias": "kvexport.convert.methods",
 }
 
 

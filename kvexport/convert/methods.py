@@ -6,7 +6,7 @@ A table of the functions in `keys`, `values` and `folding`; names and help are i
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kvexport.calibrate import Moments
 from kvexport.convert import keys, values
@@ -32,7 +32,8 @@ class Method:
         key: makes a group's key code; None: codes before RoPE by `keys.folding`, which needs distances.
         value: makes a group's value code.
         before_rotation: whether keys are coded before RoPE.
-        centred: whether what the code loses of the mean value goes into the output bias.
+        centred: whether what the code loses of the mean value goes into the output bias, which a refit then
+            fits, too.
         matched: whether heads are grouped by predicted loss; otherwise adjacent heads share.
         refit: whether W_O is refitted to the converted layer's own head outputs.
     """
@@ -66,6 +67,11 @@ class LayerPlan:
     shape: KVShape
 
 
+def without_output_bias(method: Method) -> Method:
+    """The method as it is where the output projection can have no bias beyond the trained one."""
+    return replace(method, centred=False, value=values.weighted_uncentred) if method.centred else method
+
+
 def folds(method: Method, attention: Attention) -> bool:
     """Whether the method's key code folds into the weights: no norm, no clip and no rotation lies between W_K
     and the code.
@@ -75,7 +81,9 @@ def folds(method: Method, attention: Attention) -> bool:
 
 def in_layer(method: Method, attention: Attention) -> Method:
     """The method that a layer is converted with: without RoPE `fold` is `online`, whose codes then fold."""
-    return METHODS["online"] if method.key is None and attention.rope is None else method
+    if method.key is not None or attention.rope is not None:
+        return method
+    return replace(method, name="online", key=keys.online, before_rotation=False)
 
 
 def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
@@ -93,8 +101,7 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
         raise UsageError(
             f"--method fold needs a model without {between} after W_K prevents folding",
             got="--method fold",
-            expected=", ".join(m for m in METHOD_NAMES if m != "fold"),
-            fix="make a bundle: kvexport build --method online",
+            fix="make a bundle: kvexport build --method online CHECKPOINT -o BUNDLE",
         )
     if name not in (BEST, "fold"):
         return (METHODS[name],)

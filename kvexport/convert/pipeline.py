@@ -200,7 +200,8 @@ def convert_layer(
     converted = replace(layer, attention=apply_code(attention, grouping, code, value_mean))
     measured = streams.attention_error(converted)
     if method.refit:
-        converted = replace(layer, attention=replace(converted.attention, o=streams.refit(converted)))
+        o = streams.refit(converted, fit_bias=method.centred)
+        converted = replace(layer, attention=replace(converted.attention, o=o))
     return converted, replace(
         _unconverted_report(trained),
         method=method.name,

@@ -118,7 +118,7 @@ class Streams(TrainedStream):
         power = (target - target.mean((0, 1))).square().sum()
         return float((error / power.clamp_min(_TINY)).sqrt())
 
-    def refit(self, converted: Layer) -> Linear:
+    def refit(self, converted: Layer, *, fit_bias: bool = True) -> Linear:
         """Refit W_O so that the converted stream after attention comes close to the trained one.
 
         A norm of the attention's output is not linear; before one, W_O is refitted to the trained output.
@@ -132,7 +132,7 @@ class Streams(TrainedStream):
                     behind = self._trained[batch] - self._converted[batch]
                     target = target + behind / converted.residual_multiplier
                 sums.add(self._heads(converted, self._converted[batch]), target)
-        return refit(converted.attention.o, train, held_out)
+        return refit(converted.attention.o, train, held_out, fit_bias=fit_bias)
 
     def advance_both(self, layer: Layer, converted: Layer) -> float:
         """Advance both streams past the layer; returns the relative error of the converted one on held-out

@@ -60,6 +60,26 @@ def weighted(moments: Moments, attention: Attention, grouping: Grouping, group: 
     return weighted_codes(moments, attention, grouping, group).code(rank)
 
 
+def weighted_uncentred(
+    moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int
+) -> Code:
+    """Value code of `online` and `fold` where the output can have no bias, so that v̄ is coded as well.
+
+    What the code loses of v̄ is not averaged out: it weighs as S does for ρ = 1. The code takes S for all of
+    it, and v̄ larger by the root of the ratio of its two weights.
+    """
+    rows = grouping.rows(group)
+    mean, weights = moments.value_mean[rows], output_weights(moments, attention, grouping, group)
+    heads, width = grouping.query_heads(group), grouping.head_dim
+    outputs = attention.o.weight[:, heads.start * width : heads.stop * width].double()
+    spread = mean.unflatten(0, (-1, width)).repeat_interleave(grouping.queries, dim=0).flatten()
+    ratio = (outputs @ spread).square().sum() / (mean @ weights @ mean).clamp_min(
+        torch.finfo(torch.float64).tiny
+    )
+    second = moments.value_covariance(rows) + ratio * torch.outer(mean, mean)
+    return optimal_codes(weights, second).code(rank)
+
+
 def svd_a(moments: Moments, attention: Attention, grouping: Grouping, group: int, rank: int) -> Code:
     """SVD of the cached values, unweighted and uncentred (SVD-a of arXiv 2406.07056, eqs. 7-14)."""
     rows = grouping.rows(group)

@@ -43,6 +43,33 @@ class Layout:
             architecture.head_dim, architecture.rotary_dim, interleaved=self._family.pairs == "interleaved"
         )
 
+    def stored(self, name: str, prefix: str | None = None) -> str:
+        """The full name of a tensor in a checkpoint.
+
+        Args:
+            name: its name without prefix.
+            prefix: what all names but the head's begin with [default: what the family's own class writes].
+        """
+        names = self._family.names
+        if name in (f"{names.head}.weight", f"{names.head}.bias"):
+            return name
+        return (names.prefixes[0] if prefix is None else prefix) + name
+
+    def shapes(self) -> dict[str, Shape]:
+        """Shapes of all tensors that the architecture implies, by name without prefix: what `unpack_*` reads."""
+        import torch
+
+        shapes: dict[str, Shape] = {}
+
+        def note(name: str, shape: Shape) -> Tensor:
+            shapes[name] = shape
+            return torch.empty(shape, device="meta")
+
+        self.unpack_ends(note)
+        for index in range(len(self._architecture.layers)):
+            self.unpack_layer(index, note, None, None)
+        return shapes
+
     def unpack_ends(self, get: Get) -> Ends:
         """The decoder's ends."""
         it, names = self._architecture, self._family.names

@@ -5,7 +5,6 @@ The checkpoint must have exactly the tensors that its config implies.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -97,12 +96,7 @@ class _Loader:
         return slopes * it.scale if it.family.alibi == "scaled" else slopes
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._checkpoint.tensor(self._stored(name), shape, self._dtype)
-
-    def _stored(self, name: str) -> str:
-        """The full name of a tensor; the head's has no prefix."""
-        head = self._architecture.family.names.head
-        return name if name in (f"{head}.weight", f"{head}.bias") else self._prefix + name
+        return self._checkpoint.tensor(self._layout.stored(name, self._prefix), shape, self._dtype)
 
     def _require_tied(self, head: Linear, embedding: Tensor) -> None:
         if not head.weight.equal(embedding):
@@ -115,7 +109,7 @@ class _Loader:
     def _require_expected_tensors(self) -> None:
         """Raise CheckpointError unless the checkpoint has exactly the expected tensors."""
         it, found = self._architecture, self._checkpoint.files.keys()
-        expected = {self._stored(name) for name in self._expected()}
+        expected = {self._layout.stored(name, self._prefix) for name in self._layout.shapes()}
         ignored = [self._prefix + pattern for pattern in it.family.names.ignored]
         if it.tied:
             ignored.append(f"{it.family.names.head}.weight")
@@ -138,18 +132,3 @@ class _Loader:
                 got="no " + ", ".join(missing[:5]) + (", ..." if len(missing) > 5 else ""),
                 fix="download the checkpoint again, or correct config.json",
             )
-
-    def _expected(self) -> Iterable[str]:
-        """Names of all tensors that the config implies: those that the layout asks for."""
-        import torch
-
-        names: list[str] = []
-
-        def note(name: str, shape: tuple[int, ...]) -> Tensor:
-            names.append(name)
-            return torch.empty(shape, device="meta")
-
-        self._layout.unpack_ends(note)
-        for index in range(len(self._architecture.layers)):
-            self._layout.unpack_layer(index, note, None, None)
-        return names
