@@ -28,6 +28,7 @@ from kvexport.convert import (
     trained_shape,
     unconverted_layers,
 )
+from kvexport.convert.method_names import BEST
 from kvexport.errors import UsageError
 from kvexport.files.malloc import return_freed
 from kvexport.heal import HealOptions, HealResult, heal
@@ -88,7 +89,9 @@ class ConversionJob:
         if options.statistics is None:
             recipe = fitted_recipe(options.recipe, self.decoder, progress)
             self.options = replace(options, recipe=recipe)
-        self.methods = methods_for(options.method, attention)
+        # where nothing is compressed no method is refused
+        copies = fixed_shape(options.request, (), attention) == trained_shape(attention)
+        self.methods = methods_for(BEST if copies else options.method, attention)
         self.compresses = fixed_shape(options.request, self.methods, attention) != trained_shape(attention)
         self._check_healing()
         self._statistics = None if options.statistics is None else Statistics(options.statistics, self.digest)

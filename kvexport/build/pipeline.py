@@ -14,16 +14,19 @@ import torch
 
 from kvexport.build.bundle_export import BundleExport
 from kvexport.build.conversion_job import ConversionJob
+from kvexport.build.hf_checkpoint import plan_hf_checkpoint
 from kvexport.build.hooks import BuildHooks
 from kvexport.build.options import BuildOptions
+from kvexport.build.read_back import ExpectedLogits, read_back
 from kvexport.build.report import BuildReport
 from kvexport.bundle import REPORT_FILE, new_bundle
 from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import Recipe, save_header, save_moments
-from kvexport.convert import CompressionPlan, LayerPlan, measure_moments, trained_shape, uniform_shape
+from kvexport.convert import measure_moments
 from kvexport.errors import GateFailed
 from kvexport.files.atomic_directory import atomic_directory, require_output
-from kvexport.model.hf_writer import HFCheckpointWriter, require_hf_checkpoint
+from kvexport.model.decoder import Layer
+from kvexport.model.hf_writer import HFCheckpointWriter
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, validate_graph
 
@@ -97,18 +100,33 @@ def compress(
 
     Raises:
         UsageError: as for `build`, or a Hugging Face checkpoint cannot represent the result.
+        GateFailed: the written checkpoint does not give the logits of the converted model.
         CannotRunHere: this machine lacks memory, disk space or a package.
     """
     require_output(output, marker="config.json", force=force)
     job = ConversionJob(checkpoint, output, options, progress)
-    plan = _checkpoint_plan(job)
+    plan, form = plan_hf_checkpoint(job)
+    dtype = getattr(torch, options.dtype)
     with atomic_directory(output, marker="config.json", force=force) as directory:
-        dtype = getattr(torch, options.dtype)
-        writer = HFCheckpointWriter(directory, job.decoder, job.checkpoint.config, dtype)
-        report = job.convert(job.calibrate(), plan, writer.add_layer)
+        windows = job.calibrate()
+        writer = HFCheckpointWriter(directory, form, job.decoder, dtype)
+        offset = form.architecture.family.norm_offset
+        expected = ExpectedLogits(job.decoder, windows, dtype, offset, job.capacity)
+
+        def add_layer(layer: Layer) -> None:
+            writer.add_layer(layer)
+            expected.add_layer(layer)
+
+        report = job.convert(windows, plan, add_layer)
         writer.finish()
         job.checkpoint.copy_tokenizer(directory)
-    return report
+        if "auto_map" in form.config:
+            job.checkpoint.copy_tokenizer(directory, ("*.py",))
+        with job.timed("read-back"), progress.stage("Reading the checkpoint back", 0):
+            result, reason = read_back(directory, expected)
+    if reason is not None:
+        progress.note(f"the checkpoint was not compared with transformers: {reason}")
+    return replace(report, read_back=result)
 
 
 def calibrate(
@@ -147,23 +165,3 @@ def _require_valid(validation: ValidationReport, dtype: str) -> None:
             got="\n".join(validation.failures),
             fix=None if dtype == "float32" else fix,
         )
-
-
-def _checkpoint_plan(job: ConversionJob) -> CompressionPlan:
-    """The same method and shape for every layer, as a Hugging Face checkpoint needs.
-
-    Raises:
-        UsageError: a Hugging Face checkpoint cannot represent the result.
-    """
-    attention, method = job.decoder.layers[0].attention, job.methods[0]
-    shape = uniform_shape(job.options.request, job.methods, attention)
-    require_hf_checkpoint(job.decoder, job.options.method, shape != trained_shape(attention))
-    if attention.alibi_slopes is not None:
-        method = replace(method, matched=False)  # the slope of a head depends on its index
-        if job.compresses:
-            job.progress.note(
-                "BLOOM in transformers has no shared KV heads: the checkpoint stores each KV head once for "
-                "every attention head that uses it, and other programs cache as much as before. A bundle of "
-                "`kvexport build` caches less"
-            )
-    return CompressionPlan([LayerPlan(method, shape)] * len(job.decoder.layers))

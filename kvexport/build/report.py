@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from kvexport.build.read_back import ReadBack
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.eviction.config import Eviction
 from kvexport.heal import HealReport
@@ -41,6 +42,8 @@ class BuildReport:
         seconds: wall time of each stage.
         validation: comparison of the exported graph with its PyTorch reference; None for a Hugging Face
             checkpoint.
+        read_back: comparison of a Hugging Face checkpoint, read back, with the converted model; None for a
+            bundle.
         kept_float32: parts of a float16 graph that are computed in float32, because float16 would overflow.
         frontier: the cache sizes that were considered, with their losses before healing; empty if the request
             fixed the size.
@@ -59,6 +62,7 @@ class BuildReport:
     divergence: Divergence | None
     seconds: dict[str, float]
     validation: ValidationReport | None = None
+    read_back: ReadBack | None = None
     kept_float32: list[str] = field(default_factory=list)
     frontier: list[FrontierPoint] = field(default_factory=list)
     healing: HealReport | None = None

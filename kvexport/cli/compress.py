@@ -21,9 +21,11 @@ from kvexport.cli.conversion import build_options, conversion_options, method_op
 def command(checkpoint: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Convert a Hugging Face CHECKPOINT to a Hugging Face checkpoint with fewer KV heads.
 
-    Any program that reads Hugging Face checkpoints can use the result. For a model with RoPE, --method must
-    be fold or mean-pool, and the loss is larger than that of a bundle, whose keys may be projected after
-    rotation: compare the reports of both.
+    The result is of the model's own class, so that any program that runs the original can use it. It is read
+    back before the command ends, and its logits are compared with those of the converted model, by
+    transformers, too. For a model with RoPE, --method must be fold or mean-pool, and the loss is larger than
+    that of a bundle, whose keys may be projected after rotation: compare the reports of both. A model whose
+    keys are normalised or clipped needs a bundle.
     """
     from kvexport.build import compress
     from kvexport.cli.options import progress_bar

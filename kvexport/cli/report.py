@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from kvexport.build import BuildReport
+    from kvexport.build.read_back import ReadBack
     from kvexport.bundle import Bundle
     from kvexport.bundle.layer_report import LayerReport
     from kvexport.heal.report import HealReport
@@ -31,6 +32,7 @@ _STAGES = {
     "heal": "heal",
     "self-test": "record self-test",
     "prove": "validate",
+    "read-back": "read back",
 }
 
 
@@ -155,6 +157,8 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
         out.print_line(f"KV budget: {report.eviction}. The loss from eviction is not in the table")
     if report.validation is not None:
         out.print_line(f"\nvalidated against PyTorch: {_verdict(report.validation)}")
+    if report.read_back is not None:
+        out.print_line(f"\n{_read_back_line(report.read_back)}")
     stages = ", ".join(f"{_STAGES[key]} {seconds:.1f} s" for key, seconds in report.seconds.items())
     out.print_line(f"took {sum(report.seconds.values()):.1f} s ({stages})")
     out.print_line(f"wrote {output}")
@@ -183,6 +187,13 @@ def _healing_line(healing: HealReport) -> str:
         f"{healing.kl_after:.5f}"
     )
     return line if healing.best_step else f"{line}; no step was an improvement"
+
+
+def _read_back_line(result: ReadBack) -> str:
+    line = f"read back: ok (logits within {result.difference:.1e} of the converted model's"
+    if result.transformers is None:
+        return f"{line}; not compared with transformers)"
+    return f"{line}, with transformers {result.transformers} within {result.transformers_difference:.1e})"
 
 
 def frontier_table(report: BuildReport) -> Table:

@@ -56,7 +56,7 @@ class Layout:
         return (names.prefixes[0] if prefix is None else prefix) + name
 
     def shapes(self) -> dict[str, Shape]:
-        """Shapes of all tensors that the architecture implies, by name without prefix: what `unpack_*` reads."""
+        """Shapes of all tensors that the architecture implies, by name without prefix."""
         import torch
 
         shapes: dict[str, Shape] = {}
