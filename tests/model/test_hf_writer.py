@@ -11,7 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from support.family_cases import DEFAULTS, LINEAR, WINDOW
+from support.family_cases import DEFAULTS, case_name
+from support.family_settings import LINEAR, WINDOW
+from support.rms_family_cases import longrope
 
 from kvexport.build.options import BuildOptions
 from kvexport.build.pipeline import compress
@@ -117,9 +119,22 @@ def refusal_reason(decoder: Decoder) -> str | None:
     return None if attention.clip is None else "clipped projections"
 
 
-@pytest.mark.parametrize("family", sorted(DEFAULTS))
-def test_a_copy_equals_the_original(tiny_checkpoint: Any, tmp_path: Path, family: str) -> None:
-    source, tokens = tiny_checkpoint(family), random_tokens()
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        *((family, {}) for family in sorted(DEFAULTS)),
+        ("mpt", {"attn_config": {"clip_qkv": 1.0, "alibi_bias_max": 16}}),
+        ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
+        ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
+        ("phi", {"qk_layernorm": True}),
+        ("cohere", {"use_qk_norm": True}),
+    ],
+    ids=case_name,
+)
+def test_a_copy_equals_the_original(
+    tiny_checkpoint: Any, tmp_path: Path, family: str, config: dict[str, Any]
+) -> None:
+    source, tokens = tiny_checkpoint(family, **config), random_tokens()
     report = compress(source, tmp_path / "out", options(kv_ratio=1.0), Progress())
     assert changed_keys(source, tmp_path / "out") == {}
     theirs = transformers_logits(source, tokens)
@@ -166,6 +181,15 @@ def test_half_the_heads_give_the_logits_of_the_converted_decoder_or_are_refused(
         ("mistral", "fold", {**MHA, "sliding_window": 7}),
         ("qwen2", "fold", {**MHA, "max_window_layers": 1, **WINDOW}),
         ("qwen2", "mean-pool", {"rope_parameters": LINEAR}),
+        ("phi3", "fold", {"max_position_embeddings": 64, **longrope(16, 4), "num_key_value_heads": 4}),
+        ("phi3", "fold", {"max_position_embeddings": 64, **longrope(64, 4), "sliding_window": 7}),
+        ("falcon", "fold", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+        ("falcon", "fold", {"multi_query": False}),
+        ("falcon", "fold", {"alibi": True, "multi_query": False, "parallel_attn": False, "bias": True}),
+        ("gpt_bigcode", "fold", {"multi_query": False}),
+        ("glm4", "fold", {"num_key_value_heads": 4, "attention_bias": True}),
+        ("starcoder2", "fold", {"use_bias": False, "sliding_window": 7}),
+        ("smollm3", "fold", {"num_hidden_layers": 4, "no_rope_layers": [0, 1, 1, 0], **MHA}),
         ("bloom", "svd-a", {}),
         ("bloom", "auto", {}),
     ],
