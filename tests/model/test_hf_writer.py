@@ -76,8 +76,10 @@ def random_tokens(length: int = 40) -> torch.Tensor:
 def transformers_logits(checkpoint: Path, tokens: torch.Tensor) -> torch.Tensor:
     from transformers import AutoModelForCausalLM
 
+    # eager attention of Falcon adds ALiBi twice
+    attention = "sdpa" if config_of(checkpoint).get("alibi") else "eager"
     model = AutoModelForCausalLM.from_pretrained(
-        checkpoint, dtype=torch.float32, attn_implementation="eager"
+        checkpoint, dtype=torch.float32, attn_implementation=attention
     ).eval()
     with torch.no_grad():
         logits: torch.Tensor = model(tokens, use_cache=False).logits
@@ -123,7 +125,7 @@ def refusal_reason(decoder: Decoder) -> str | None:
     ("family", "config"),
     [
         *((family, {}) for family in sorted(DEFAULTS)),
-        ("mpt", {"attn_config": {"clip_qkv": 1.0, "alibi_bias_max": 16}}),
+        ("mpt", {"attn_config": {"clip_qkv": 1.0}}),
         ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
         ("stablelm", {"qk_layernorm": True, "use_parallel_residual": True}),
         ("phi", {"qk_layernorm": True}),
