@@ -85,11 +85,37 @@ def test_one_changed_setting_breaks_parity(
 
 
 @pytest.mark.usefixtures("wide")
-@pytest.mark.parametrize(("family", "old", "new"), rms_family_cases.DESCRIPTION_CHANGES)
+@pytest.mark.parametrize(
+    ("family", "config", "old", "new"),
+    [
+        *rms_family_cases.DESCRIPTION_CHANGES,
+        ("biogpt", {}, '"hidden_size ** 0.5"', '"hidden_size"'),
+        ("codegen", {}, 'fused = "four_blocks"', 'fused = "stacked"'),
+        ("cohere2", {"num_hidden_layers": 5}, 'rotated = "sliding"', 'rotated = "all"'),
+        ("falcon", {"alibi": True}, ', alibi = "scaled"', ""),
+        (
+            "falcon",
+            {"new_decoder_architecture": True},
+            'attention_norm = "h.{i}.ln_attn", mlp_norm = "h.{i}.ln_mlp"',
+            'attention_norm = "h.{i}.ln_mlp", mlp_norm = "h.{i}.ln_attn"',
+        ),
+        ("gpt_neo", {}, "attention_scale = 1.0\n", ""),
+        ("gpt_neox", {}, 'fused = "grouped"', 'fused = "stacked"'),
+        ("gptj", {}, 'pairs = "interleaved"', 'pairs = "half"'),
+        ("mpt", {"attn_config": {"alibi_bias_max": 16}}, 'alibi = "mpt"', 'alibi = "powers"'),
+        ("opt", {"do_layer_norm_before": False}, "attention_residual_norm", "attention_output_norm"),
+        ("phi", {}, "parallel = true", "parallel = false"),
+    ],
+)
 def test_one_changed_line_of_a_description_breaks_parity(
-    tiny_checkpoint: Callable[..., Path], monkeypatch: pytest.MonkeyPatch, family: str, old: str, new: str
+    tiny_checkpoint: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    config: dict[str, Any],
+    old: str,
+    new: str,
 ) -> None:
-    path, ids = tiny_checkpoint(family), token_ids()
+    path, ids = tiny_checkpoint(family, **config), token_ids()
     name = f"{families.families()[family].resolve({'model_type': family}).name}.toml"
     text = resource("graphs", "families").joinpath(name).read_text(encoding="utf-8")
     assert text.count(old) == 1
@@ -110,6 +136,7 @@ def test_one_changed_line_of_a_description_breaks_parity(
         ("gpt2", {}, "transformer.wpe.weight"),
         ("gptj", {}, "lm_head.bias"),
         ("opt", {}, "model.decoder.embed_positions.weight"),
+        ("opt", {"do_layer_norm_before": False}, "model.decoder.layers.1.final_layer_norm.weight"),
         ("opt", {"word_embed_proj_dim": 16}, "model.decoder.project_in.weight"),
         ("opt", {"word_embed_proj_dim": 16}, "model.decoder.project_out.weight"),
         ("gpt_neox", {}, "gpt_neox.layers.1.post_attention_layernorm.weight"),
@@ -130,6 +157,34 @@ def test_one_changed_tensor_breaks_parity(
     changed = edit_checkpoint(path, tensors=lambda held: held.update({name: held[name].roll(1, 0)}))
     ours = reference.forward(load_decoder(changed, torch.float64), ids)
     assert relative_error(ours, their_logits(path, ids, torch.float64)) > 1e-5
+
+
+@pytest.mark.parametrize(
+    ("family", "names"),
+    [
+        ("gpt2", ("transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias")),
+        ("gpt_bigcode", ("transformer.h.0.attn.bias",)),
+        ("gpt_neo", ("transformer.h.1.attn.attention.bias", "transformer.h.0.attn.attention.masked_bias")),
+        ("gpt_neox", ("gpt_neox.layers.0.attention.bias", "gpt_neox.layers.1.attention.rotary_emb.inv_freq")),
+        ("gptj", ("transformer.h.0.attn.bias", "transformer.h.1.attn.masked_bias")),
+        ("codegen", ("transformer.h.0.attn.causal_mask",)),
+        ("falcon", ("lm_head.weight", "transformer.h.0.self_attention.rotary_emb.inv_freq")),
+    ],
+)
+def test_buffers_of_old_checkpoints_are_not_read(
+    tiny_checkpoint: Callable[..., Path],
+    edit_checkpoint: Callable[..., Path],
+    family: str,
+    names: tuple[str, ...],
+) -> None:
+    path, ids = tiny_checkpoint(family), token_ids()
+
+    def add(held: dict[str, torch.Tensor]) -> None:
+        tied = held.get("transformer.word_embeddings.weight", torch.zeros(1))
+        held |= {name: tied.clone() if name == "lm_head.weight" else torch.ones(3) for name in names}
+
+    old = edit_checkpoint(path, tensors=add)
+    assert torch.equal(our_logits(old, ids, torch.float32), our_logits(path, ids, torch.float32))
 
 
 @pytest.mark.usefixtures("wide")

@@ -267,14 +267,14 @@ CHANGES: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
 ]
 
 # Model types, and a change of a line of their description that gives other logits.
-DESCRIPTION_CHANGES: list[tuple[str, str, str]] = [
-    ("gemma", "offset = 1.0", "offset = 0.5"),
-    ("gemma", 'embedding_multiplier = "hidden_size ** 0.5"', ""),
-    ("helium", 'pairs = "interleaved"', 'pairs = "half"'),
-    ("glm", 'pairs = "interleaved"', 'pairs = "half"'),
-    ("hunyuan_v1_dense", "after_rotation = true", "after_rotation = false"),
-    ("nemotron", "offset = 1.0", "offset = 0.5"),
-    ("olmo", 'kind = "layer"', 'kind = "rms"'),
-    ("exaone4", "attention_output_norm", "attention_residual_norm"),
-    ("exaone4", "mlp_output_norm", "mlp_norm"),
+DESCRIPTION_CHANGES: list[tuple[str, dict[str, Any], str, str]] = [
+    ("gemma", {}, "offset = 1.0", "offset = 0.5"),
+    ("gemma", {}, 'embedding_multiplier = "hidden_size ** 0.5"', ""),
+    ("helium", {}, 'pairs = "interleaved"', 'pairs = "half"'),
+    ("glm", {}, 'pairs = "interleaved"', 'pairs = "half"'),
+    ("hunyuan_v1_dense", {}, "after_rotation = true", "after_rotation = false"),
+    ("nemotron", {}, "offset = 1.0", "offset = 0.5"),
+    ("olmo", {}, 'kind = "layer"', 'kind = "rms"'),
+    ("exaone4", {}, "attention_output_norm", "attention_residual_norm"),
+    ("exaone4", {}, "mlp_output_norm", "mlp_norm"),
 ]
