@@ -1,4 +1,4 @@
-"""Tiny models of the families with RMSNorm, and of OLMo and Nemotron: defaults and cases for parity tests."""
+"""Tiny models of families with RMSNorm, and of OLMo, Nemotron, Jais 2, Persimmon: defaults and cases for parity tests."""
 
 from __future__ import annotations
 
@@ -51,6 +51,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "hyperclovax": {**SIZES, **MULTIPLIERS},
     "internlm3": {**SIZES, "head_dim": 8},
     "iquestcoder": {**SIZES, "head_dim": 8},
+    "jais2": SIZES,
     "llama": SIZES,
     "ministral": {**SIZES, "head_dim": 8, "sliding_window": 7},
     "ministral3": {**SIZES, "head_dim": 8, "rope_parameters": MINISTRAL3},
@@ -59,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "olmo": SIZES,
     "olmo2": SIZES,
     "olmo3": {**SIZES, **FOUR_LAYERS, "sliding_window": 7},
+    "persimmon": SIZES,
     "phi3": SIZES,
     "qwen2": SIZES,
     "qwen3": {**SIZES, "head_dim": 8},
@@ -202,6 +204,10 @@ CASES: list[tuple[str, dict[str, Any]]] = [
     ("nemotron", {}),
     ("nemotron", {"num_key_value_heads": 4, "attention_bias": True, "mlp_bias": True}),
     ("nemotron", {"hidden_size": 64, "partial_rotary_factor": 0.75}),
+    ("jais2", {}),
+    ("jais2", {"num_key_value_heads": 4, "attention_bias": False, "mlp_bias": False, "head_dim": 16}),
+    ("persimmon", {}),
+    ("persimmon", {"qk_layernorm": False, "hidden_size": 64, "partial_rotary_factor": 0.25}),
     ("glm", {}),
     ("glm", {"num_key_value_heads": 4, "attention_bias": False, "head_dim": 16}),
     ("glm4", {}),
