@@ -1,4 +1,4 @@
-"""Tiny models of families with RMSNorm, and of OLMo, Nemotron, Jais 2, Persimmon: defaults and cases for parity tests."""
+"""Tiny models of families like Llama, those with LayerNorm included: defaults and cases for parity tests."""
 
 from __future__ import annotations
 
