@@ -533,6 +533,9 @@ MODELS = {
         theta=1e6,
         kind="dynamic",
     ),
+    "InternLM-7B": Model(
+        "internlm", (4096, 11008, 32, 32, 32), 128, 2048, {"bias": True, "max_position_embeddings": 2048}
+    ),
     "InternLM3-8B": Model(
         "internlm3",
         (4096, 10240, 48, 32, 2),
@@ -698,7 +701,11 @@ def assert_rope(read: Architecture, model: Model) -> None:
 
 @pytest.mark.parametrize(
     "name",
-    [name for name in MODELS if MODELS[name].model_type not in ("chatglm", "exaone", "minicpm", "internlm2")],
+    [
+        name
+        for name in MODELS
+        if MODELS[name].model_type not in ("chatglm", "exaone", "minicpm", "internlm", "internlm2")
+    ],
 )
 def test_transformers_reads_the_same(name: str) -> None:
     from transformers import AutoConfig
