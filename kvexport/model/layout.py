@@ -43,16 +43,17 @@ class Layout:
             architecture.head_dim, architecture.rotary_dim, interleaved=self._family.pairs == "interleaved"
         )
 
-    def stored(self, name: str, prefix: str | None = None) -> str:
+    def stored(self, name: str, prefix: str | None = None, head_prefix: str = "") -> str:
         """The full name of a tensor in a checkpoint.
 
         Args:
             name: its name without prefix.
             prefix: what all names but the head's begin with [default: what the family's own class writes].
+            head_prefix: what the head's name begins with.
         """
         names = self._family.names
         if name in (f"{names.head}.weight", f"{names.head}.bias"):
-            return name
+            return head_prefix + name
         return (names.prefixes[0] if prefix is None else prefix) + name
 
     def shapes(self) -> dict[str, Shape]:

@@ -54,13 +54,14 @@ class _Loader:
         self._slopes = self._alibi_slopes()
         names = architecture.family.names
         self._prefix = checkpoint.find_prefix(f"{names.embedding}.weight", names.prefixes)
+        self._head_prefix = checkpoint.head_prefix(f"{names.head}.weight", self._prefix)
         self._require_expected_tensors()
 
     def decoder(self) -> Decoder:
         it, checkpoint = self._architecture, self._checkpoint
         with checkpoint.reading():
             ends = self._layout.unpack_ends(self._read)
-            if it.tied and f"{it.family.names.head}.weight" in checkpoint.files:
+            if it.tied and self._stored(f"{it.family.names.head}.weight") in checkpoint.files:
                 self._require_tied(self._layout.unpack_head(self._read), ends.embedding.weight)
         bos = checkpoint.token_ids("bos_token_id", it.vocab_size)
         return Decoder(
@@ -96,7 +97,10 @@ class _Loader:
         return slopes * it.scale if it.family.alibi == "scaled" else slopes
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._checkpoint.tensor(self._layout.stored(name, self._prefix), shape, self._dtype)
+        return self._checkpoint.tensor(self._stored(name), shape, self._dtype)
+
+    def _stored(self, name: str) -> str:
+        return self._layout.stored(name, self._prefix, self._head_prefix)
 
     def _require_tied(self, head: Linear, embedding: Tensor) -> None:
         if not head.weight.equal(embedding):
@@ -109,10 +113,10 @@ class _Loader:
     def _require_expected_tensors(self) -> None:
         """Raise CheckpointError unless the checkpoint has exactly the expected tensors."""
         it, found = self._architecture, self._checkpoint.files.keys()
-        expected = {self._layout.stored(name, self._prefix) for name in self._layout.shapes()}
+        expected = {self._stored(name) for name in self._layout.shapes()}
         ignored = [self._prefix + pattern for pattern in it.family.names.ignored]
         if it.tied:
-            ignored.append(f"{it.family.names.head}.weight")
+            ignored.append(self._stored(f"{it.family.names.head}.weight"))
         extra = [
             name
             for name in sorted(found)

@@ -208,6 +208,30 @@ def test_finds_the_prefix_of_the_tensors(tmp_path: Path, prefix: str, names: lis
     assert with_tensors(tmp_path, names).find_prefix("embed_tokens.weight", ["model.", ""]) == prefix
 
 
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "rename",
+    [
+        lambda name: f"language_model.{name}",
+        lambda name: f"base_model.model.{name}",
+        lambda name: f"_orig_mod.{name}",
+        lambda name: name.replace("model.", "model.language_model.", 1),
+        lambda name: name.removeprefix("model."),
+    ],
+)
+def test_reads_tensors_under_other_prefixes(
+    tiny_checkpoint: Make, edit_checkpoint: Make, rename: Callable[[str], str], tied: bool
+) -> None:
+    source = tiny_checkpoint("llama", tie_word_embeddings=tied)
+
+    def renamed(held: dict[str, torch.Tensor]) -> None:
+        tensors = {rename(name): tensor for name, tensor in held.items()}
+        held.clear()
+        held.update(tensors)
+
+    assert torch.equal(logits(edit_checkpoint(source, tensors=renamed)), logits(source))
+
+
 @pytest.mark.parametrize(
     ("prefix", "head", "expected"),
     [
