@@ -6,13 +6,13 @@ expanded to the query heads.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import SEQUENCE
-from kvexport.graph.lowering.matches import AttentionMatch, find_attention, require_removed
+from kvexport.graph.lowering.matches import AttentionMatch, find_attention
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 from kvexport.graph.weights import largest_number
 
@@ -26,28 +26,21 @@ class KeyValues:
 
 
 class GroupedAttention(ir.passes.InPlacePass):
-    """Replace every Attention by grouped matrix products over the written caches, which stay in place.
+    """Replace attention by grouped matrix products over the written caches, which stay in place.
 
-    Pre-condition: attention of the standard form. Post-condition: no Attention is left.
+    Pre-condition: attention of the standard form. Post-condition: no Attention that was to be replaced is
+    left.
     """
 
-    def __init__(self, *, only_bounded: bool = False) -> None:
-        """
-        Args:
-            only_bounded: only in layers with eviction or a ring, if their KV heads serve several query heads.
-        """
-        self._only_bounded = only_bounded
+    def __init__(self, replaces: Callable[[AttentionMatch], bool] = lambda match: True) -> None:
+        """`replaces`: whether an Attention is replaced; by default, every one is."""
+        self._replaces = replaces
 
     def requires(self, model: ir.Model) -> None:
         find_attention(model)
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
-        matches = find_attention(model)
-        chosen = [
-            match
-            for match in matches
-            if not self._only_bounded or (_is_bounded(match) and match.heads > match.kv_heads)
-        ]
+        chosen = [match for match in find_attention(model) if self._replaces(match)]
         for match in chosen:
             nodes = Nodes(model.graph, dtype_of(match.query), before=match.node)
             replace_attention(
@@ -60,12 +53,19 @@ class GroupedAttention(ir.passes.InPlacePass):
         return ir.passes.PassResult(model, bool(chosen))
 
     def ensures(self, model: ir.Model) -> None:
-        if not self._only_bounded:
-            require_removed(model, "Attention")
+        for match in find_attention(model):
+            if self._replaces(match):
+                raise ir.passes.PostconditionError(f"Attention {match.node.name} is still in the graph")
 
 
-def _is_bounded(match: AttentionMatch) -> bool:
-    return match.ring is not None or match.state_write is not None
+def is_bounded_and_shared(match: AttentionMatch) -> bool:
+    """Whether a layer evicts or has a ring, and its KV heads serve several query heads."""
+    return match.heads > match.kv_heads and (match.ring is not None or match.state_write is not None)
+
+
+def has_softcap(match: AttentionMatch) -> bool:
+    """Whether the products of queries and keys are capped."""
+    return match.softcap is not None
 
 
 def grouped_attention(
