@@ -33,7 +33,9 @@ class Slots:
     write_indices: ir.Value
 
 
-def linear_slots(nodes: NodeBuilder, cache: ir.Value, positions: ir.Value, first: ir.Value) -> Slots:
+def linear_slots(
+    nodes: NodeBuilder, cache: ir.Value, positions: ir.Value, first: ir.Value, other: Slots | None
+) -> Slots:
     """Slots that hold the positions 0, 1, ...
 
     Args:
@@ -41,13 +43,19 @@ def linear_slots(nodes: NodeBuilder, cache: ir.Value, positions: ir.Value, first
         cache: [batch, heads, capacity, width], of any layer with such a cache.
         positions: positions of the new tokens, int64 [batch, sequence].
         first: the first of them, int64 [batch].
+        other: slots of another kind of the same graph; None: there are none yet.
     """
     _, slots = _numbered(nodes, cache, "mask", ("capacity", "slots"))
-    return Slots(Masks(nodes, positions, slots, "mask"), first)
+    return Slots(Masks(nodes, positions, slots, "mask", other), first)
 
 
 def ring_slots(
-    nodes: NodeBuilder, window: int, cache: ir.Value, positions: ir.Value, first: ir.Value
+    nodes: NodeBuilder,
+    window: int,
+    cache: ir.Value,
+    positions: ir.Value,
+    first: ir.Value,
+    other: Slots | None,
 ) -> Slots:
     """Slots of a ring that holds a window; arguments as `linear_slots`.
 
@@ -80,7 +88,7 @@ def ring_slots(
     held = nodes.op(
         "Where", written, newest, nodes.integer(NEVER), name=f"{name}.held", shape=row, dtype="int64"
     )
-    return Slots(Masks(nodes, positions, held, name), index)
+    return Slots(Masks(nodes, positions, held, name, other), index)
 
 
 def _numbered(
@@ -97,15 +105,22 @@ def _numbered(
 
 
 class Masks:
-    """Masks over the slots of layers without eviction."""
+    """Masks over the slots of layers without eviction.
 
-    def __init__(self, nodes: NodeBuilder, positions: ir.Value, slots: ir.Value, name: str) -> None:
+    Attributes:
+        positions: positions of the new tokens, int64 [batch, 1, sequence, 1].
+    """
+
+    def __init__(
+        self, nodes: NodeBuilder, positions: ir.Value, slots: ir.Value, name: str, other: Slots | None
+    ) -> None:
         """
         Args:
             nodes: nodes of the graph.
             positions: positions of the new tokens, int64 [batch, sequence].
             slots: the position in each slot, int64 [slots] or [batch, 1, 1, slots]; `NEVER` if it is empty.
             name: prefix of the names of the nodes.
+            other: slots of another kind, whose `positions` are used.
         """
         self._nodes, self._slots, self._name = nodes, slots, name
         self._axis = sizes(slots)[-1]
@@ -113,9 +128,17 @@ class Masks:
         self._visible: dict[int | None, ir.Value] = {}
         self._biases: dict[tuple[int | None, bytes], ir.Value] = {}
         self._relative: ir.Value | None = None
-        axes = nodes.integers(1, 3)
-        self._positions = nodes.op(
-            "Unsqueeze", positions, axes, name=f"{name}.positions", shape=_COLUMN, dtype="int64"
+        self.positions: ir.Value = (
+            nodes.op(
+                "Unsqueeze",
+                positions,
+                nodes.integers(1, 3),
+                name=f"{name}.positions",
+                shape=_COLUMN,
+                dtype="int64",
+            )
+            if other is None
+            else other.masks.positions
         )
 
     def visible(self, window: int | None) -> ir.Value:
@@ -155,7 +178,7 @@ class Masks:
         return self._nodes.op(
             "LessOrEqual",
             self._slots,
-            self._positions,
+            self.positions,
             name=f"{self._name}.causal",
             shape=self._full,
             dtype="bool",
@@ -163,7 +186,7 @@ class Masks:
 
     def _windowed(self, window: int) -> ir.Value:
         nodes, name, causal = self._nodes, f"{self._name}.window_{window}", self.visible(None)
-        before = nodes.op("Sub", self._positions, nodes.integer(window), name=f"{name}.before", dtype="int64")
+        before = nodes.op("Sub", self.positions, nodes.integer(window), name=f"{name}.before", dtype="int64")
         recent = nodes.op(
             "Greater", self._slots, before, name=f"{name}.recent", shape=self._full, dtype="bool"
         )
@@ -175,7 +198,7 @@ class Masks:
             relative = nodes.op(
                 "Sub",
                 self._slots,
-                self._positions,
+                self.positions,
                 name=f"{self._name}.relative",
                 shape=self._full,
                 dtype="int64",

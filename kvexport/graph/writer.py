@@ -139,10 +139,11 @@ class DecoderWriter:
                 dtype="int64",
                 axis=1,
             )
+        other = next(iter(self._slots.values()), None)
         self._slots[ring] = (
-            linear_slots(nodes, cache, positions, self._first)
+            linear_slots(nodes, cache, positions, self._first, other)
             if ring is None
-            else ring_slots(nodes, ring, cache, positions, self._first)
+            else ring_slots(nodes, ring, cache, positions, self._first, other)
         )
         return self._slots[ring]
 
