@@ -142,6 +142,7 @@ class Projected:
 
 def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
     """Queries, keys and values of normed inputs x [B, S, hidden] at int64 positions [B or 1, S]."""
+    late = attention.norm_after_rotation and attention.rope is not None
 
     def flat(parameters: Linear) -> Tensor:
         projected = linear(parameters, x)
@@ -156,7 +157,7 @@ def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
             return heads(projected, count)
         if attention.norm_over == "heads":
             return heads(norm(head_norm, projected), count)
-        if attention.norm_after_rotation:
+        if late:
             head_norm = replace(head_norm, weight=None)
         return norm(head_norm, projected.unflatten(-1, (count, -1))).transpose(1, 2)
 
@@ -172,7 +173,7 @@ def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
         assert attention.query_map is not None
         query, tables = query @ attention.query_map, _select(tables, attention.frequencies)
     query_rotated, key_rotated = rotate(query, tables), rotate(key, tables)
-    if attention.norm_after_rotation:
+    if late:
         assert attention.q_norm is not None and attention.q_norm.weight is not None
         assert attention.k_norm is not None and attention.k_norm.weight is not None
         query_rotated, key_rotated = (
