@@ -28,8 +28,8 @@ def random(*size: int, seed: int = 0) -> Tensor:
     return torch.randn(*size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def close(found: Tensor, wanted: Tensor) -> None:
-    torch.testing.assert_close(found, wanted, rtol=0, atol=1e-12 * float(wanted.abs().max()))
+def close(found: Tensor, wanted: Tensor, tolerance: float = 1e-12) -> None:
+    torch.testing.assert_close(found, wanted, rtol=0, atol=tolerance * float(wanted.abs().max()))
 
 
 def rms(x: Tensor, norm: Norm) -> Tensor:
@@ -220,8 +220,10 @@ def test_attention_equals_its_equations(name: str) -> None:
         projected = reference.project(attention, x, torch.arange(6)[None])
         wanted = projected_by_hand(attention, x)
         found = (projected.query_rotated, projected.key_rotated, projected.value)
+        # A rotation by float32 tables changes the RMS of a head, which the reference divides by before it.
+        tolerance = 1e-6 if attention.norm_after_rotation else 1e-12
         for ours, theirs in zip(found, wanted, strict=True):
-            close(ours[0], torch.stack(theirs))
+            close(ours[0], torch.stack(theirs), tolerance)
         query = reference.map_queries(attention, projected.query_rotated)[0]
         key = reference.map_keys(attention, projected.key_rotated)[0]
         mixed = []
