@@ -9,11 +9,14 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 import pytest
+import test_graph_evicting as evicting
 import torch
 from support.blocks import BLOCKS
-from support.graph_decoders import disagreement, quiet, rounded, write
+from support.graph_decoders import disagreement, open_session, quiet, rounded, write
 
+from kvexport.eviction.config import Eviction
 from kvexport.graph import GRAPH_FILE, with_taps
+from kvexport.graph.keep_float32 import Float32Exceptions
 from kvexport.graph.lowering import lower, lowered_contract
 from kvexport.graph.lowering.primitives import OPERATORS
 from kvexport.model.decoder import Attention, Decoder, Layer, Rope
@@ -46,6 +49,37 @@ def test_float16_equals_the_reference_on_the_same_weights(name: str, tmp_path: P
     contract = write(BLOCKS[name], tmp_path, "float16")
     session = with_taps(tmp_path / GRAPH_FILE).session(quiet())
     assert disagreement(rounded(BLOCKS[name], torch.float16), session, contract) < 1e-2
+
+
+@pytest.mark.parametrize("name", ["all-norms", "parallel-output-norms", "layer-norm-without-weight"])
+def test_float16_with_a_float32_stream_equals_the_reference(name: str, tmp_path: Path) -> None:
+    exceptions = Float32Exceptions(stream=True, mlps=frozenset({0}))
+    contract = write(BLOCKS[name], tmp_path, "float16", exceptions=exceptions)
+    copy = with_taps(tmp_path / GRAPH_FILE)
+    assert disagreement(rounded(BLOCKS[name], torch.float16), copy.session(quiet()), contract) < 1e-2
+    values = {
+        value.name: value.dtype for node in ir.load(tmp_path / GRAPH_FILE).graph for value in node.outputs
+    }
+    assert {values[f"layers.0.{part}"] for part in ("residual", "mlp.down")} == {ir.DataType.FLOAT}
+
+
+EVICTING = (
+    "softcap",
+    "clip",
+    "qk-norm-after-rotation",
+    "two-ropes",
+    "parallel-one-norm",
+    "learned-positions",
+)
+
+
+@pytest.mark.parametrize("policy", ["l2-norm", "window"])
+@pytest.mark.parametrize("name", EVICTING)
+def test_evicting_graph_equals_the_reference(name: str, policy: str, tmp_path: Path) -> None:
+    eviction = Eviction(policy, 9, protect_first=1, protect_recent=3)
+    contract = evicting.write(BLOCKS[name], tmp_path, eviction)
+    session = open_session(tmp_path)
+    assert evicting.disagreement(BLOCKS[name], session, contract, eviction) < 5e-6
 
 
 def _layer(**changes: object) -> Callable[[Decoder], Decoder]:
