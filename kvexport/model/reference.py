@@ -26,16 +26,15 @@ def linear(parameters: Linear, x: Tensor) -> Tensor:
 def norm(parameters: Norm, x: Tensor) -> Tensor:
     """RMSNorm or LayerNorm over the last axis of x [..., width], computed in float32 or wider."""
     wide = x.double() if x.dtype == torch.float64 else x.float()
+    weight, bias = parameters.weight, parameters.bias
     if parameters.kind == "rms":
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + parameters.eps)
-    else:
-        normed = F.layer_norm(wide, (x.shape[-1],), eps=parameters.eps)
-    if parameters.weight is None:
-        return normed.to(x.dtype)
-    if parameters.kind == "rms":
-        return parameters.weight * normed.to(x.dtype)
-    scaled = normed * parameters.weight.to(wide)
-    return (scaled if parameters.bias is None else scaled + parameters.bias.to(wide)).to(x.dtype)
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + parameters.eps)).to(x.dtype)
+        return normed if weight is None else weight * normed
+    if weight is not None and weight.ndim > 1:  # one for each head
+        assert bias is None
+        return weight * norm(replace(parameters, weight=None), x)
+    weight, bias = (None if part is None else part.to(wide) for part in (weight, bias))
+    return F.layer_norm(wide, (x.shape[-1],), weight, bias, parameters.eps).to(x.dtype)
 
 
 def normed(parameters: Norm | None, x: Tensor) -> Tensor:
