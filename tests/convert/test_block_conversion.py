@@ -110,7 +110,7 @@ def test_clipped_values_are_encoded_after_the_clip() -> None:
 @pytest.mark.parametrize("name", ["clip", "norms-per-head", "norm-over-heads"])
 def test_keys_behind_a_clip_or_norm_do_not_fold(name: str) -> None:
     attention = FEATURES[name].layers[0].attention
-    between = "clipped projections: a clip" if name == "clip" else "QK-norm: a norm"
+    between = "clipped keys: a clip" if name == "clip" else "QK-norm: a norm"
     with pytest.raises(UsageError, match=f"needs a model without {between} after W_K prevents folding"):
         methods_for("fold", attention)
     assert [method.name for method in methods_for("auto", attention)] == ["online"]
