@@ -53,7 +53,7 @@ class Made:
     def of(cls, decoder: Decoder, layers: Sequence[LayerReport] = (), **facts: Any) -> Made:
         attentions: list[Attention] = [layer.attention for layer in decoder.layers]
         macs = [attention_macs(each) for each in attentions]
-        parts = (decoder.embedding, decoder.final_norm, decoder.head, *decoder.layers)
+        parts = (dataclasses.replace(decoder, layers=()), *decoder.layers)
         return cls(
             run=lambda windows: residual_stream(decoder, windows, Progress()),
             kv_numbers=sum(each.kv_width for each in attentions),

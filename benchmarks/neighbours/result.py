@@ -11,7 +11,7 @@ rotation counts 2 MACs a number; norms, softmax, biases and the MLP are not coun
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -40,6 +40,7 @@ def attention_macs(attention: Attention) -> Macs:
         attention.o.weight,
         attention.key_map,
         attention.query_map,
+        attention.value_encoder,
         attention.value_map,
     )
     rotated = (heads + attention.key_heads) * attention.head_dim if attention.rope is not None else 0
@@ -106,16 +107,13 @@ class Neighbour:
     @property
     def parameters(self) -> int:
         """Of the whole model as the paper deploys it; a tied head counts once."""
-        whole = self.decoder
-        shared = sum(
-            t.numel() for part in (whole.embedding, whole.final_norm, whole.head) for t in tensors_of(part)
-        )
-        layers = [(each.layer.attention_norm, each.layer.mlp_norm, each.layer.mlp) for each in self.layers]
-        return (
-            shared
-            + sum(each.parameters for each in self.layers)
-            + sum(tensor.numel() for parts in layers for part in parts for tensor in tensors_of(part))
-        )
+        parts: list[Decoder | Layer] = [
+            replace(self.decoder, layers=()),
+            *(each.layer for each in self.layers),
+        ]
+        attentions = sum(attention_parameters(each.layer.attention) for each in self.layers)
+        whole = sum(tensor.numel() for part in parts for tensor in tensors_of(part))
+        return whole - attentions + sum(each.parameters for each in self.layers)
 
 
 ConvertLayer = Callable[[Layer, LayerMoments, Stream], NeighbourLayer]

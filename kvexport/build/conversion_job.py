@@ -306,8 +306,7 @@ def warn_about_little_text(windows: Tensor, key_width: int, progress: Progress) 
 
 
 def _parameters_outside_layers(decoder: Decoder) -> int:
-    parts = (decoder.embedding, decoder.final_norm, decoder.head)
-    return sum(_count(tensors_of(part)) for part in parts)
+    return _count(tensors_of(replace(decoder, layers=())))
 
 
 def _count(tensors: list[Tensor]) -> int:

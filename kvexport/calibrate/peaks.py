@@ -55,13 +55,15 @@ class PeakMeter:
         cached = mlp = residual = 0.0
 
         def feed(parameters: Mlp, x: Tensor) -> Tensor:
-            nonlocal mlp
+            nonlocal mlp, residual
             first = (
                 reference.linear(each, x) for each in (parameters.gate, parameters.up) if each is not None
             )
             inner = reference.mlp_inner(parameters, x)
             update = reference.linear(parameters.down, inner)
             mlp = max(mlp, *map(_peak, first), _peak(inner), _peak(update))
+            if layer.mlp_residual_norm is not None:  # which makes the sum with `update` small again
+                residual = max(residual, _peak(update))
             return update
 
         for window in self._x.split(1):  # a view: the stream advances in place

@@ -97,9 +97,11 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
     if name not in METHOD_NAMES:
         raise UsageError("--method must be a conversion method", got=name, expected=", ".join(METHOD_NAMES))
     if name == "fold" and not attention.keys_fold:
-        between = "clipped projections: a clip" if attention.k_norm is None else "QK-norm: a norm"
+        reason = "--method fold needs a model without QK-norm: a norm after W_K prevents folding"
+        if attention.k_norm is None:
+            reason = "--method fold needs a model without clipped keys: a clip after W_K prevents folding"
         raise UsageError(
-            f"--method fold needs a model without {between} after W_K prevents folding",
+            reason,
             got="--method fold",
             fix="make a bundle: kvexport build --method online CHECKPOINT -o BUNDLE",
         )

@@ -124,13 +124,13 @@ class Streams(TrainedStream):
         A norm of the attention's output is not linear; before one, W_O is refitted to the trained output.
         """
         out, into = converted.attention.o.weight.shape
+        factor = converted.residual_multiplier
         train, held_out = LeastSquares(into, out), LeastSquares(into, out)
         for sums, windows in ((train, self.train), (held_out, self.held_out)):
             for batch in self._batches(converted, windows):
                 target = self._attended[batch]
                 if converted.attention_output_norm is None:
-                    behind = self._trained[batch] - self._converted[batch]
-                    target = target + behind / converted.residual_multiplier
+                    target = (self._trained[batch] + factor * target - self._converted[batch]) / factor
                 sums.add(self._heads(converted, self._converted[batch]), target)
         return refit(converted.attention.o, train, held_out, fit_bias=fit_bias)
 

@@ -136,7 +136,8 @@ class AttentionBuilder:
         over_all = attention.norm_over == "heads"
         heads = self._heads(which, parameters, count, head_norm if over_all else None, x)
         separate = None if over_all else head_norm
-        if separate is not None and not attention.norm_after_rotation:
+        late = attention.norm_after_rotation and attention.rope is not None
+        if separate is not None and not late:
             heads = norm(self._nodes, separate, heads, f"{name}_norm")
         heads = self._by_head(which, heads)
         if attention.rope is None:
@@ -146,7 +147,7 @@ class AttentionBuilder:
             heads = self._map_queries(heads)
         columns = None if frequencies is None else np.asarray(frequencies)
         heads = self._shared.rotary.of(attention.rope).rotate(heads, f"{name}.rotated", columns)
-        if separate is not None and attention.norm_after_rotation:
+        if separate is not None and late:
             heads = norm(self._nodes, separate, heads, f"{name}_norm")
         return heads
 

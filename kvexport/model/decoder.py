@@ -56,7 +56,7 @@ class Attention:
     """Self-attention with `num_heads` queries over `num_kv_heads` cached heads.
 
     Queries, keys and values are projected, clipped, normalised (queries and keys) and rotated, in this order;
-    with `norm_after_rotation` queries and keys are normalised after the rotation.
+    with `norm_after_rotation` queries and keys are normalised after the rotation, if there is one.
 
     An unconverted layer has no maps: `k` makes `num_kv_heads` heads of `head_dim`, `v` as many of
     `value_dim`. A converted layer is one of these:

@@ -26,16 +26,15 @@ def linear(parameters: Linear, x: Tensor) -> Tensor:
 def norm(parameters: Norm, x: Tensor) -> Tensor:
     """RMSNorm or LayerNorm over the last axis of x [..., width], computed in float32 or wider."""
     wide = x.double() if x.dtype == torch.float64 else x.float()
+    weight, bias = parameters.weight, parameters.bias
     if parameters.kind == "rms":
-        normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + parameters.eps)
-    else:
-        normed = F.layer_norm(wide, (x.shape[-1],), eps=parameters.eps)
-    if parameters.weight is None:
-        return normed.to(x.dtype)
-    if parameters.kind == "rms":
-        return parameters.weight * normed.to(x.dtype)
-    scaled = normed * parameters.weight.to(wide)
-    return (scaled if parameters.bias is None else scaled + parameters.bias.to(wide)).to(x.dtype)
+        normed = (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + parameters.eps)).to(x.dtype)
+        return normed if weight is None else weight * normed
+    if weight is not None and weight.ndim > 1:  # one for each head
+        assert bias is None
+        return weight * norm(replace(parameters, weight=None), x)
+    weight, bias = (None if part is None else part.to(wide) for part in (weight, bias))
+    return F.layer_norm(wide, (x.shape[-1],), weight, bias, parameters.eps).to(x.dtype)
 
 
 def normed(parameters: Norm | None, x: Tensor) -> Tensor:
@@ -142,6 +141,7 @@ class Projected:
 
 def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
     """Queries, keys and values of normed inputs x [B, S, hidden] at int64 positions [B or 1, S]."""
+    late = attention.norm_after_rotation and attention.rope is not None
 
     def flat(parameters: Linear) -> Tensor:
         projected = linear(parameters, x)
@@ -155,7 +155,7 @@ def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
         if head_norm is not None and attention.norm_over == "heads":
             projected, head_norm = norm(head_norm, projected), None
         by_head = projected.unflatten(-1, (count, -1))
-        return normed(None if attention.norm_after_rotation else head_norm, by_head).transpose(1, 2)
+        return normed(None if late else head_norm, by_head).transpose(1, 2)
 
     query = normed_heads(attention.q, attention.num_heads, attention.q_norm)
     key = normed_heads(attention.k, attention.key_heads, attention.k_norm)
@@ -169,7 +169,7 @@ def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
         assert attention.query_map is not None
         query, tables = query @ attention.query_map, _select(tables, attention.frequencies)
     query_rotated, key_rotated = rotate(query, tables), rotate(key, tables)
-    if attention.norm_after_rotation:
+    if late:
         assert attention.q_norm is not None and attention.k_norm is not None
         query_rotated, key_rotated = (
             norm(attention.q_norm, query_rotated),

@@ -224,7 +224,7 @@ def test_memory_grows_neither_with_batches_nor_with_the_square_of_the_window(
 
 
 def test_no_tokens_give_finite_moments() -> None:
-    attention, _ = make_attention("llama")
+    attention = make_attention("llama")
     empty = MomentsAccumulator(attention).finish()
     assert int(empty.tokens) == 0
     assert all(bool(getattr(empty, name).isfinite().all()) for name in MOMENT_NAMES)

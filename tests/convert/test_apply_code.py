@@ -170,14 +170,14 @@ def test_alibi_folds_entirely_and_keeps_its_slopes() -> None:
 
 
 def test_qk_norm_rejects_fold_and_suggests_online() -> None:
-    attention, _ = make_attention("qwen3")
+    attention = make_attention("qwen3")
     with pytest.raises(UsageError, match="QK-norm") as refusal:
         methods_for("fold", attention)
     assert "kvexport build --method online" in str(refusal.value)
 
 
 def test_fold_is_online_without_rope() -> None:
-    rotated, alibi = make_attention("llama")[0], make_attention("bloom")[0]
+    rotated, alibi = make_attention("llama"), make_attention("bloom")
 
     def names(method: str, attention: Attention) -> list[str]:
         return [each.name for each in methods_for(method, attention)]
@@ -189,7 +189,7 @@ def test_fold_is_online_without_rope() -> None:
 
 def test_rejects_unknown_method() -> None:
     with pytest.raises(UsageError, match="--method must be a conversion method") as refusal:
-        methods_for("svd-b", make_attention("llama")[0])
+        methods_for("svd-b", make_attention("llama"))
     assert "svd-a" in str(refusal.value)
 
 

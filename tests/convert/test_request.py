@@ -13,7 +13,7 @@ from kvexport.convert.budget import Widths
 from kvexport.convert.request import group_sizes
 from kvexport.errors import UsageError
 
-ATTENTION, _ = make_attention("llama", heads=8)  # eight KV heads of 8
+ATTENTION = make_attention("llama", heads=8)  # eight KV heads of 8
 OPTIONS = {"kv_heads": 2, "kv_ratio": 0.5, "max_kl": 0.1, "group_size": 4, "kv_head_dim": 16}
 CONTRADICTIONS = [
     {"kv_heads", "kv_ratio"}, {"kv_heads", "max_kl"}, {"kv_ratio", "max_kl"}, {"kv_heads", "group_size"},
@@ -147,7 +147,7 @@ def test_odd_widths_need_codes_after_rotation() -> None:
     assert shape_of("online", kv_heads=2, kv_head_dim=15) == KVShape(2, 15, 15)
     for method in ("fold", "auto"):
         assert "even" in refusal(method, kv_heads=2, kv_head_dim=15)
-    without, _ = make_attention("bloom")
+    without = make_attention("bloom")
     assert fixed_shape(
         CompressionRequest(kv_heads=2, kv_head_dim=15), methods_for("fold", without), without
     ) == KVShape(2, 15, 15)
@@ -166,9 +166,9 @@ def test_widths_follow_the_request() -> None:
 def test_group_sizes_are_divisors_within_the_largest_eigenvalue_problem() -> None:
     assert group_sizes(CompressionRequest(), ATTENTION) == [1, 2, 4, 8]
     assert group_sizes(CompressionRequest(group_size=4), ATTENTION) == [4]
-    wide, _ = make_attention("llama", heads=8, head_dim=512, hidden=8)
+    wide = make_attention("llama", heads=8, head_dim=512, hidden=8)
     assert group_sizes(CompressionRequest(), wide) == [1, 2, 4]  # 8 · 512 numbers are more than 2048
-    six, _ = make_attention("llama", heads=6)
+    six = make_attention("llama", heads=6)
     assert group_sizes(CompressionRequest(), six) == [1, 2, 3, 6]
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.blocks import NORMS
 from support.graph_decoders import LLAMA, Shape, Style, disagreement, make_decoder, open_session, write
 
 EVEN = st.integers(1, 6).map(lambda half: 2 * half)
@@ -43,10 +44,15 @@ def decoders(draw: st.DrawFn) -> tuple[list[Shape], Style]:
         qkv_bias=draw(st.booleans()),
         other_bias=draw(st.booleans()),
         gated=draw(st.booleans()),
-        activation=draw(st.sampled_from(("silu", "gelu", "gelu_tanh", "relu"))),
+        activation=draw(st.sampled_from(("silu", "gelu", "gelu_tanh", "relu", "relu_squared"))),
         rope=not alibi,
         tied=draw(st.booleans()),
         embedding_norm=draw(st.booleans()),
+        norms=tuple(sorted(draw(st.sets(st.sampled_from(NORMS))))),
+        parallel=draw(st.booleans()),
+        residual_multiplier=draw(st.sampled_from((1.0, 0.3))),
+        clip=draw(st.sampled_from((None, 0.5))),
+        softcap=draw(st.sampled_from((None, 0.8))),
     )
     return draw(st.lists(shapes(head_dim, alibi), min_size=1, max_size=3)), style
 

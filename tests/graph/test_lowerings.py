@@ -152,7 +152,7 @@ def test_rejects_a_graph_of_another_form(lowering: str, tmp_path: Path) -> None:
     write(DECODERS["llama-mha"], tmp_path)
     model = ir.load(tmp_path / GRAPH_FILE)
     attention = next(node for node in model.graph if node.op_type == "Attention")
-    attention.attributes["is_causal"] = ir.AttrInt64("is_causal", 0)
+    attention.attributes["is_causal"] = ir.AttrInt64("is_causal", 1)
     ir.save(model, tmp_path / "other.onnx")
     with pytest.raises(BundleError, match=r"layers\.0\.attention\.mixed does not have the standard form"):
         lower(tmp_path / "other.onnx", lowering)

@@ -37,7 +37,15 @@ from kvexport.graph.taps import with_taps
 from kvexport.model.decoder import Decoder
 
 RELU = Style("layer", True, True, False, "relu", True, True, True)
-STYLES = {"llama": LLAMA, "qwen2": QWEN2, "layer-norms": RELU}
+POST_NORMS = dataclasses.replace(LLAMA, norms=("attention_residual_norm", "mlp_residual_norm"))
+PARALLEL = dataclasses.replace(LLAMA, parallel=True, residual_multiplier=0.5)
+STYLES = {
+    "llama": LLAMA,
+    "qwen2": QWEN2,
+    "layer-norms": RELU,
+    "post-norms": POST_NORMS,
+    "parallel": PARALLEL,
+}
 
 
 def with_large_mlp(decoder: Decoder, up: float, down: float) -> Decoder:

@@ -70,6 +70,19 @@ def test_trains_maps_too(style: str) -> None:
     assert shapes(healed.decoder) == shapes(job.converted)
 
 
+@pytest.mark.slow
+def test_trains_encoders_of_clipped_values() -> None:
+    job = Job()
+    job.original = with_attention(job.original, lambda attention: replace(attention, clip=1.5))
+    job.converted = with_attention(job.original, mapped)
+    healed = job.heal(60)
+    assert healed.report.kl_after < 0.7 * healed.report.kl_before
+    for before, after in zip(job.converted.layers, healed.decoder.layers, strict=True):
+        for name in ("key_map", "query_map", "value_encoder", "value_map"):
+            old, new = getattr(before.attention, name), getattr(after.attention, name)
+            assert old.shape == new.shape and not torch.equal(old, new)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_keeps_the_dtype_and_measures_after_rounding(dtype: torch.dtype) -> None:
     job = Job(dtype=dtype)

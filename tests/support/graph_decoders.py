@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import onnxruntime
@@ -54,6 +55,10 @@ class Shape:
     window: int | None = None
     qk_norm: bool = False
     slopes: tuple[float, ...] | None = None
+    value_group: int | None = None  # values (of head_dim) that a value encoder maps to one cached value
+    theta: float | None = 10000.0  # None: no RoPE
+    rotary_dim: int | None = None  # numbers of each head that rotate; None: all
+    magnitude: bool = False  # of the rotary tables
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +73,24 @@ class Style:
     rope: bool = True
     tied: bool = False
     embedding_norm: bool = False
+    norms: tuple[str, ...] = ("attention_norm", "mlp_norm")  # fields of Layer
+    norm_weight: bool = True
+    norm_bias: bool = True  # of LayerNorm
+    parallel: bool = False
+    residual_multiplier: float = 1.0
+    qk_norm_kind: str = "rms"
+    per_head_norm: bool = False  # a weight of QK-norm for each head
+    norm_over: Literal["head", "heads"] = "head"
+    norm_after_rotation: bool = False
+    clip: float | None = None
+    softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    embedding_width: int | None = None  # None: no projections
+    learned_positions: bool = False
+    final_norm: bool = True
+    head_bias: bool = False
+    logit_multiplier: float = 1.0
+    logit_softcap: float | None = None
 
 
 LLAMA = Style()
@@ -90,29 +113,52 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
 
     def norm(width: int, kind: str = style.norm) -> Norm:
         layer = kind == "layer"
-        return Norm("layer" if layer else "rms", 1 + random(width), random(width) if layer else None, 1e-5)
+        weight = 1 + random(width) if style.norm_weight else None
+        bias = random(width) if layer and style.norm_weight and style.norm_bias else None
+        return Norm("layer" if layer else "rms", weight, bias, 1e-5)
 
-    half = torch.arange(0, shapes[0].head_dim, 2).float() / shapes[0].head_dim
-    rope = Rope(1 / 10000**half)
+    def qk_norm(shape: Shape, heads: int) -> Norm:
+        width = shape.head_dim * (heads if style.norm_over == "heads" or style.per_head_norm else 1)
+        shared = norm(width, style.qk_norm_kind)
+        if shared.weight is None or not style.per_head_norm:
+            return shared
+        return dataclasses.replace(shared, weight=shared.weight.unflatten(0, (heads, -1)))
+
+    def rope(shape: Shape) -> Rope | None:
+        if not style.rope or shape.theta is None:
+            return None
+        width = shape.rotary_dim or shape.head_dim
+        inv_freq = torch.zeros(shape.head_dim // 2)
+        inv_freq[: width // 2] = 1 / shape.theta ** (torch.arange(0, width, 2).float() / width)
+        return Rope(inv_freq, 1 + random(len(inv_freq)) if shape.magnitude else None)
 
     def attention(shape: Shape) -> Attention:
-        width = shape.value_dim or shape.head_dim
+        width, values = shape.value_dim or shape.head_dim, shape.value_group
         joined = shape.heads * (shape.head_dim if shape.value_map else width)
         mapped = shape.key_dim is not None
         return Attention(
             q=linear(shape.heads * shape.head_dim, HIDDEN, style.qkv_bias),
             k=linear(shape.kv_heads * shape.group * shape.head_dim, HIDDEN, style.qkv_bias),
-            v=linear(shape.kv_heads * width, HIDDEN, style.qkv_bias),
+            v=linear(
+                shape.kv_heads * (width if values is None else values * shape.head_dim),
+                HIDDEN,
+                style.qkv_bias,
+            ),
             o=linear(HIDDEN, joined, style.other_bias),
             num_heads=shape.heads,
             num_kv_heads=shape.kv_heads,
             head_dim=shape.head_dim,
             scale=shape.head_dim**-0.5,
-            rope=rope if style.rope else None,
-            q_norm=norm(shape.head_dim, "rms") if shape.qk_norm else None,
-            k_norm=norm(shape.head_dim, "rms") if shape.qk_norm else None,
+            rope=rope(shape),
+            softcap=style.softcap,
+            clip=style.clip,
+            q_norm=qk_norm(shape, shape.heads) if shape.qk_norm else None,
+            k_norm=qk_norm(shape, shape.kv_heads * shape.group) if shape.qk_norm else None,
+            norm_over=style.norm_over,
+            norm_after_rotation=style.norm_after_rotation,
             key_map=random(shape.kv_heads, shape.group * shape.head_dim, shape.key_dim) if mapped else None,
             query_map=random(shape.heads, shape.head_dim, shape.key_dim) if mapped else None,
+            value_encoder=None if values is None else random(shape.kv_heads, values * shape.head_dim, width),
             value_map=random(shape.heads, width, shape.head_dim) if shape.value_map else None,
             alibi_slopes=None if shape.slopes is None else torch.tensor(shape.slopes),
             window=shape.window,
@@ -126,16 +172,39 @@ def make_decoder(shapes: Sequence[Shape], style: Style = LLAMA, seed: int = 0) -
             linear(HIDDEN, inner, style.other_bias),
             style.activation,  # type: ignore[arg-type]
         )
-        return Layer(norm(HIDDEN), attention(shape), norm(HIDDEN), mlp)
+        attention_norm, attended, mlp_norm = maybe("attention_norm"), attention(shape), maybe("mlp_norm")
+        return Layer(
+            attention_norm,
+            attended,
+            mlp_norm,
+            mlp,
+            attention_output_norm=maybe("attention_output_norm"),
+            mlp_output_norm=maybe("mlp_output_norm"),
+            attention_residual_norm=maybe("attention_residual_norm"),
+            mlp_residual_norm=maybe("mlp_residual_norm"),
+            parallel=style.parallel,
+            residual_multiplier=style.residual_multiplier,
+        )
 
+    def maybe(name: str) -> Norm | None:
+        return norm(HIDDEN) if name in style.norms else None
+
+    width, projects = style.embedding_width or HIDDEN, style.embedding_width is not None
     return Decoder(
         embedding=Embedding(
-            torch.randn(VOCAB, HIDDEN, generator=generator), norm(HIDDEN) if style.embedding_norm else None
+            torch.randn(VOCAB, width, generator=generator),
+            norm(HIDDEN) if style.embedding_norm else None,
+            multiplier=style.embedding_multiplier,
+            projection=linear(HIDDEN, width, style.other_bias) if projects else None,
+            positions=torch.randn(64, HIDDEN, generator=generator) if style.learned_positions else None,
         ),
         layers=[layer(shape) for shape in shapes],
-        final_norm=norm(HIDDEN),
-        head=None if style.tied else linear(VOCAB, HIDDEN, False),
+        final_norm=norm(HIDDEN) if style.final_norm else None,
+        head=None if style.tied else linear(VOCAB, width, style.head_bias),
         dims=ModelDims(VOCAB, HIDDEN, 64),
+        output_projection=linear(width, HIDDEN, style.other_bias) if projects else None,
+        logit_multiplier=style.logit_multiplier,
+        logit_softcap=style.logit_softcap,
     )
 
 

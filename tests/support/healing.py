@@ -38,7 +38,10 @@ def disturbed(decoder: Decoder, amount: float = 0.3, seed: int = 5, rank: int | 
 
 
 def mapped(attention: Attention, key_dim: int = 6, value_dim: int = 5, seed: int = 2) -> Attention:
-    """Let pairs of heads share one head of `key_dim` and `value_dim` through random maps."""
+    """Let pairs of heads share one head of `key_dim` and `value_dim` through random maps.
+
+    Values are mapped in W_V, or after it if they are clipped.
+    """
     generator = torch.Generator().manual_seed(seed)
 
     def random(*size: int) -> Tensor:
@@ -50,7 +53,10 @@ def mapped(attention: Attention, key_dim: int = 6, value_dim: int = 5, seed: int
     return replace(
         attention,
         num_kv_heads=groups,
-        v=Linear(random(groups * value_dim, attention.v.weight.shape[1])),
+        v=Linear(random(groups * value_dim, attention.v.weight.shape[1]))
+        if attention.clip is None
+        else attention.v,
+        value_encoder=None if attention.clip is None else random(groups, 2 * d, value_dim),
         key_map=random(groups, 2 * d, key_dim),
         query_map=random(heads, d, key_dim),
         value_map=random(heads, value_dim, d),

@@ -18,7 +18,7 @@ from kvexport.bundle.self_test_file import ReferenceOutputs, read_reference_outp
 from kvexport.eviction.config import POLICIES, POSITION_PLUS_ONE, SCORE, Eviction
 from kvexport.files.hashing import sha256_of
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder
+from kvexport.model.decoder import Decoder, Rope
 from kvexport.progress import Progress
 from kvexport.validate.self_test_recorder import CONTINUATION, PROMPT, SelfTestRecorder, slots_of
 
@@ -33,9 +33,7 @@ def rounded(part: Any, dtype: torch.dtype) -> Any:
     """A part of a decoder with its weights rounded to a dtype."""
     if isinstance(part, Tensor):
         return part.to(dtype).to(part.dtype) if part.is_floating_point() else part
-    if isinstance(part, list):
-        return [rounded(each, dtype) for each in part]
-    if dataclasses.is_dataclass(part) and not isinstance(part, type):
+    if dataclasses.is_dataclass(part) and not isinstance(part, (type, Rope)):
         names = [each.name for each in dataclasses.fields(part) if each.name != "alibi_slopes"]
         return dataclasses.replace(part, **{name: rounded(getattr(part, name), dtype) for name in names})
     return part

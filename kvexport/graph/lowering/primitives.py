@@ -20,6 +20,7 @@ OPERATORS = frozenset(
         "And",
         "ArgMax",
         "Cast",
+        "Clip",
         "Concat",
         "Div",
         "Equal",
