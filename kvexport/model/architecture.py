@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvexport.errors import CheckpointError
-from kvexport.model.config import activation_of, number, require_unquantised, shown, whole_number
+from kvexport.model.config import activation_of, flag, number, require_unquantised, shown, whole_number
 from kvexport.model.decoder import Activation
 from kvexport.model.expressions import evaluate
 from kvexport.model.families import Family, LayerRules, description_of
@@ -19,6 +19,8 @@ from kvexport.model.rope import RopeConfig, rope_configs
 from kvexport.model.unsupported import require_dense_decoder
 
 LAYER_TYPES = ("full_attention", "sliding_attention")
+# Largest sizes that are read, several times those of published models.
+_MOST = {"num_layers": 1024, "num_heads": 1024, "num_kv_heads": 1024, "head_dim": 4096, "hidden_size": 2**17}
 _HAS_WINDOW = {"full_attention": False, "sliding_attention": True, "global": False, "local": True}
 
 
@@ -90,6 +92,14 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     settings = _Settings(family.settings(complete), family)
     hidden, heads = settings.whole("hidden_size"), settings.whole("num_heads")
     kv_heads, head_dim = settings.whole("num_kv_heads", heads), settings.whole("head_dim", hidden // heads)
+    if not head_dim:
+        raise CheckpointError(
+            "hidden_size in config.json must be at least num_attention_heads",
+            got=f"{hidden} and {heads}",
+            fix="correct config.json",
+        )
+    for which in family.bias:
+        family.has_bias(which, complete)  # raises if it is not known
     if heads % kv_heads:
         raise CheckpointError(
             "num_key_value_heads must divide num_attention_heads",
@@ -164,7 +174,7 @@ class _Settings:
             return default
         if isinstance(value, float) and value.is_integer() and not self._is_plain(name):
             value = int(value)  # of an expression
-        return whole_number(self._key(name), value)
+        return whole_number(self._key(name), value, most=_MOST.get(name))
 
     def positive(self, name: str) -> float | None:
         """A positive number, or None."""
@@ -200,7 +210,7 @@ def _layers(
 
 
 def _window(rules: LayerRules, config: Mapping[str, Any]) -> int | None:
-    if rules.window is None or (rules.switch is not None and not evaluate(rules.switch, config)):
+    if rules.window is None or (rules.switch is not None and not _is_on(rules.switch, config)):
         return None
     if rules.window.isidentifier() and rules.window not in config:
         raise CheckpointError(
@@ -208,6 +218,12 @@ def _window(rules: LayerRules, config: Mapping[str, Any]) -> int | None:
         )
     size = evaluate(rules.window, config)
     return None if size is None else whole_number(rules.window, size)
+
+
+def _is_on(switch: str, config: Mapping[str, Any]) -> bool:
+    """Whether windows are on: true, or a number that is not 0."""
+    value = evaluate(switch, config)
+    return value > 0 if type(value) in (int, float) else flag(switch, value)
 
 
 def _sliding(rules: LayerRules, config: Mapping[str, Any], count: int) -> list[bool]:

@@ -29,17 +29,29 @@ def shown(value: object) -> str:
         return f"{type(value).__name__}, too large to print"
 
 
-def whole_number(name: str, value: object, least: int = 1) -> int:
-    """An integer of config.json, at least `least`; `name` is its key.
+def flag(name: str, value: object) -> bool:
+    """A boolean of config.json, false if it is absent; `name` is its key.
+
+    Raises:
+        CheckpointError: the value is something else.
+    """
+    if value is not None and not isinstance(value, bool):
+        raise CheckpointError(f"{name} in config.json must be true or false", got=shown(value))
+    return bool(value)
+
+
+def whole_number(name: str, value: object, least: int = 1, most: int | None = None) -> int:
+    """An integer of config.json in a range; `name` is its key.
 
     Raises:
         CheckpointError: the value is not an integer in range.
     """
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= _MOST:
+    most = _MOST if most is None else most
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
         raise CheckpointError(
             f"{name} in config.json must be an integer in range",
             got=shown(value),
-            expected=f"an integer from {least} to {_MOST}",
+            expected=f"an integer from {least} to {most}",
         )
     return value
 

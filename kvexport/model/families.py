@@ -15,7 +15,7 @@ from typing import Any
 from kvexport.errors import CheckpointError, UsageError
 from kvexport.files.resources import resource
 from kvexport.files.schema import Table
-from kvexport.model.config import shown
+from kvexport.model.config import flag, shown
 from kvexport.model.expressions import evaluate, keys_of
 
 SETTINGS = frozenset(
@@ -179,9 +179,13 @@ class Family:
         return settings
 
     def has_bias(self, which: str, config: Mapping[str, Any]) -> bool:
-        """Whether the tensors of `which` ('qkv', 'o', 'mlp' or 'head') have biases under this config."""
+        """Whether the tensors of `which` ('qkv', 'o', 'mlp' or 'head') have biases under this config.
+
+        Raises:
+            CheckpointError: the key that decides is not true or false.
+        """
         bias = self.bias[which]
-        return bool(evaluate(bias, config)) if isinstance(bias, str) else bias
+        return flag(bias, evaluate(bias, config)) if isinstance(bias, str) else bias
 
     @property
     def is_gated(self) -> bool:
@@ -216,11 +220,12 @@ class Description:
 
         Raises:
             UsageError: the description is invalid.
+            CheckpointError: a key that decides is not true or false.
         """
         complete = self.complete(config)
         merged = self._base
         for conditions, overlay in self._overlays:
-            if all(_meets(evaluate(key, complete), value) for key, value in conditions.items()):
+            if all(_meets(key, complete, wanted) for key, wanted in conditions.items()):
                 merged = _merge(merged, overlay)
         return _family(Table(merged, self._where))
 
@@ -233,8 +238,11 @@ class Description:
         return (conditions for conditions, _ in self._overlays)
 
 
-def _meets(value: Any, wanted: Any) -> bool:
-    return any(_same(value, each) for each in wanted) if isinstance(wanted, list) else _same(value, wanted)
+def _meets(key: str, config: Mapping[str, Any], wanted: Any) -> bool:
+    value = evaluate(key, config)
+    if isinstance(wanted, bool):
+        flag(key, value)
+    return any(_same(value, each) for each in (wanted if isinstance(wanted, list) else [wanted]))
 
 
 def _same(value: Any, wanted: Any) -> bool:

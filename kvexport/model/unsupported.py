@@ -79,7 +79,7 @@ def _is_several(value: Any) -> bool:
 
 
 def _is_list(value: Any) -> bool:
-    return isinstance(value, list)
+    return isinstance(value, list) and any(type(each) is int for each in value)
 
 
 def _matches(value: Any, patterns: tuple[str, ...]) -> bool:

@@ -187,3 +187,29 @@ def test_needs_only_the_packages_of_the_base_install(llama: Path) -> None:
     ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "float16" in ran.stdout
+
+
+@pytest.mark.parametrize(
+    ("rope", "trained", "longest"),
+    [
+        ({"type": "linear", "factor": 4.0}, 64, 256),  # as Vicuna 16k: 4096 and 16384
+        (
+            {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},  # as Qwen2.5 with YaRN
+            64,
+            256,
+        ),
+        (None, 64, 64),
+    ],
+)
+def test_contexts_of_plan_and_build_reach_as_far_as_the_scaled_rope(
+    tiny_checkpoint: Any, tmp_path: Path, rope: dict[str, Any] | None, trained: int, longest: int
+) -> None:
+    model = tiny_checkpoint("llama", max_position_embeddings=trained, rope_scaling=rope)
+    assert plan(model, "--context", longest)[0] == 0
+    for command in (
+        ("plan", model, "--context", longest + 1),
+        ("build", model, "-o", tmp_path / "bundle", "--capacity", longest + 1),
+    ):
+        code, _, err = run_kvexport(*command)
+        assert code == 2
+        assert f"1 to {longest}" in err

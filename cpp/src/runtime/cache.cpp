@@ -1,6 +1,7 @@
 #include "runtime/cache.hpp"
 
 #include <algorithm>
+#include <cassert>
 #include <limits>
 #include <numeric>
 
@@ -184,6 +185,7 @@ void Cache::require_room(std::uint64_t tokens, const char* what) const {
 // that there is room. `again`: the token is the last one of the cache, which is run a second time.
 const float* Cache::run(const std::int64_t* ids, std::int64_t count, std::int64_t logits, bool shrink,
                         bool again) {
+  assert(tokens_of_call(count) == count && "a call must not wrap in a ring");
   failed_midway_ = true;  // an exception from here on leaves the contents undefined
   buffers_.reserve(length_ + count);
   std::iota(positions_.begin(), positions_.begin() + count, length_);
