@@ -12,7 +12,6 @@ from kvexport.convert import CompressionPlan, LayerPlan, Method, uniform_shape, 
 from kvexport.convert.methods import METHODS
 from kvexport.errors import UsageError
 from kvexport.model.architecture import Architecture
-from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.hf_config import HFConfig
 
 _FOLDING = ("fold", "mean-pool")  # methods whose codes of rotated keys are in W_Q and W_K
@@ -28,7 +27,7 @@ def plan_hf_checkpoint(job: ConversionJob) -> tuple[CompressionPlan, HFConfig]:
     Raises:
         UsageError: a Hugging Face checkpoint cannot represent the result.
     """
-    form, method = source_config(job.checkpoint), job.methods[0]
+    form, method = _source_config(job), job.methods[0]
     shape = uniform_shape(job.options.request, job.methods, job.decoder.layers[0].attention)
     if job.compresses:
         method = _method(job, form.architecture)
@@ -75,15 +74,15 @@ def _method(job: ConversionJob, architecture: Architecture) -> Method:
     return METHODS[name]
 
 
-def source_config(checkpoint: Checkpoint) -> HFConfig:
-    """The config of a checkpoint, without `auto_map` if its Python files are missing.
-
-    Raises:
-        CheckpointError: it is not of a supported decoder.
-    """
-    form = HFConfig.of_source(checkpoint.config)
-    files = [f"{module}.py" for module in _local_modules(checkpoint.config.get("auto_map"))]
-    return form if all((checkpoint.path / file).is_file() for file in files) else form.without("auto_map")
+def _source_config(job: ConversionJob) -> HFConfig:
+    """The config of the checkpoint, without `auto_map` if its Python files are missing."""
+    form, folder = HFConfig.of_source(job.checkpoint.config), job.checkpoint.path
+    files = sorted(f"{module}.py" for module in _local_modules(form.config.get("auto_map")))
+    missing = [file for file in files if not (folder / file).is_file()]
+    if not missing:
+        return form
+    job.progress.note(f"config.json is written without auto_map: the checkpoint has no {', '.join(missing)}")
+    return form.without("auto_map")
 
 
 def _local_modules(auto_map: object) -> set[str]:

@@ -7,13 +7,10 @@ transformers loads the whole model.
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +20,7 @@ from kvexport.errors import GateFailed, KvexportError
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer, Norm, Rope
 from kvexport.model.loader import load_decoder
+from kvexport.model.tokenizer_json import quiet
 
 TOLERANCE = 1e-3  # of the largest logit; sums in another order differ by about 1e-6
 _WINDOWS, _LENGTH = 2, 64  # calibration tokens that are run
@@ -142,8 +140,11 @@ def _why_not_compared(directory: Path) -> str | None:
     """Why transformers cannot be compared with the checkpoint; None: it can."""
     if find_spec("transformers") is None:
         return "transformers is not installed"
-    import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    try:
+        import transformers
+        from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    except ImportError as error:
+        return f"transformers cannot be imported ({error})"
 
     model_type = json.loads((directory / "config.json").read_text(encoding="utf-8")).get("model_type")
     if model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -168,7 +169,7 @@ def _transformers_logits(directory: Path, tokens: Tensor, attention: str) -> Ten
     """
     import transformers
 
-    with _quiet(transformers), torch.no_grad():
+    with quiet(transformers), torch.no_grad():
         try:
             model = transformers.AutoModelForCausalLM.from_pretrained(
                 directory,
@@ -185,20 +186,3 @@ def _transformers_logits(directory: Path, tokens: Tensor, attention: str) -> Ten
                 fix="if it cannot read the original either, install the version that the model needs",
             ) from error
     return logits
-
-
-@contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the warnings and progress bars of transformers."""
-    logging = transformers.utils.logging
-    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.set_verbosity(level)
-        if bars:
-            logging.enable_progress_bar()

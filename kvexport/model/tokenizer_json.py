@@ -6,6 +6,7 @@ transformers converts. Its result is used only if it gives the token ids of the 
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
@@ -138,7 +139,7 @@ def _converted(folder: Path, defaults: Mapping[str, Any]) -> str:
         import transformers
     except ImportError as error:
         raise _missing("transformers") from error
-    with _quiet(transformers):
+    with quiet(transformers):
         try:
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 folder, local_files_only=True, trust_remote_code=False, **defaults
@@ -155,15 +156,20 @@ def _converted(folder: Path, defaults: Mapping[str, Any]) -> str:
 
 
 @contextmanager
-def _quiet(transformers: Any) -> Iterator[None]:
-    """Silence the warnings of transformers, which are about other uses of the tokenizer."""
+def quiet(transformers: Any) -> Iterator[None]:
+    """Silence the warnings and progress bars of transformers, which are about other uses of what it reads."""
     logging = transformers.utils.logging
-    level = logging.get_verbosity()
+    level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
+    logging.disable_progress_bar()
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logging.set_verbosity(level)
+        if bars:
+            logging.enable_progress_bar()
 
 
 def _missing(package: str) -> NoTokenizer:

@@ -8,11 +8,22 @@ from typing import Any
 import pytest
 import torch
 from support.decoders import make_attention, random_inputs
-from support.layer_codes import code_of, converted_by, error, grouping_of, identity_code, measure, output
+from support.layer_codes import (
+    code_moments,
+    code_of,
+    converted_by,
+    error,
+    grouping_of,
+    identity_code,
+    measure,
+    output,
+    plain_shape,
+)
 from torch import Tensor
 
+from kvexport.convert import values
 from kvexport.convert.apply import LayerCode, apply_code
-from kvexport.convert.methods import METHODS, folds, methods_for
+from kvexport.convert.methods import METHODS, folds, layer_code, methods_for, without_output_bias
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Attention, Linear, tensors_of
 
@@ -119,6 +130,28 @@ def test_constant_values_lose_nothing_when_centred() -> None:
             output(converted_by(method, attention, x, 2), x), expected, rtol=0, atol=1e-12
         )
     assert float((output(converted_by("mean-pool", attention, x, 2), x) - expected).abs().max()) > 1e-2
+
+
+def test_constant_values_are_coded_where_the_output_has_no_bias() -> None:
+    """Codes of centred values lose the constant without a bias: the control."""
+    attention = make_attention("bias")
+    attention = replace(attention, v=Linear(torch.zeros_like(attention.v.weight), attention.v.bias))
+    assert attention.o.bias is None
+    x, grouping = random_inputs(2, 12), grouping_of(attention, 2)
+    moments = code_moments(attention, x, "fold")
+    lost = {}
+    for method in (without_output_bias(METHODS["fold"]), replace(METHODS["fold"], centred=False)):
+        code = layer_code(method, moments, attention, grouping, plain_shape(attention, 2))
+        converted = apply_code(attention, grouping, code, moments.moments.value_mean)
+        assert converted.o.bias is None
+        lost[method.value] = float((output(converted, x) - output(attention, x)).abs().max())
+    assert lost[values.weighted_uncentred] < EXACT
+    assert lost[values.weighted] > 1e-2
+
+
+def test_baselines_have_no_output_bias_to_leave_out() -> None:
+    assert without_output_bias(METHODS["mean-pool"]) is METHODS["mean-pool"]
+    assert not without_output_bias(METHODS["online"]).centred
 
 
 # Parts of a converted layer

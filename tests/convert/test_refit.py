@@ -101,6 +101,31 @@ def test_w_o_without_bias_gets_one() -> None:
     assert problem.refit().bias is not None
 
 
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_a_fixed_bias_stays_and_w_o_is_the_best_for_it(seed: int, has_bias: bool) -> None:
+    problem = Problem(seed)
+    given = problem.o.bias if has_bias else None
+    problem.o = Linear(problem.o.weight, given)
+    refitted = refit(
+        problem.o,
+        sums(problem.x, problem.y),
+        sums(problem.held_x, problem.held_y),
+        fit_bias=False,
+    )
+    assert refitted.bias is given
+    target = problem.y if given is None else problem.y - given
+    solutions = [Linear(problem.o.weight, given)]
+    for ridge in RIDGES:
+        x, y = problem.x / len(problem.x) ** 0.5, target / len(target) ** 0.5
+        scale = ridge * x.square().sum() / x.shape[1]
+        rows = torch.cat((x, scale.sqrt() * torch.eye(x.shape[1], dtype=torch.float64)))
+        wanted = torch.cat((y, scale.sqrt() * problem.o.weight.T))
+        solutions.append(Linear(torch.linalg.lstsq(rows, wanted).solution.T, given))
+    best = min(solutions, key=lambda o: loss(o, problem.held_x, problem.held_y))
+    torch.testing.assert_close(refitted.weight, best.weight, rtol=1e-8, atol=1e-10)
+
+
 def test_w_o_is_recovered_from_exact_heads() -> None:
     problem = Problem(2, tokens=500, noise=0.0)
     refitted = problem.refit()

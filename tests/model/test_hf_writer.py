@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from click.testing import CliRunner
 from support.family_cases import DEFAULTS, case_name
 from support.family_settings import LINEAR, WINDOW
 from support.rms_family_cases import longrope
@@ -19,6 +20,7 @@ from kvexport.build.options import BuildOptions
 from kvexport.build.pipeline import compress
 from kvexport.build.report import BuildReport
 from kvexport.calibrate import recipe_for
+from kvexport.cli import commands
 from kvexport.convert import CompressionRequest
 from kvexport.errors import GateFailed, KvexportError, UsageError
 from kvexport.model import reference
@@ -121,6 +123,7 @@ def refusal_reason(decoder: Decoder) -> str | None:
     return None if attention.clip is None else "clipped projections"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("family", "config"),
     [
@@ -294,9 +297,10 @@ def test_remote_code_is_kept_with_its_files_and_dropped_without_them(
     tiny_checkpoint: Any, edit_checkpoint: Any, tmp_path: Path
 ) -> None:
     auto_map = {"AutoModelForCausalLM": "modeling_own.Model", "AutoConfig": "hub/repo--configuration.Config"}
-    source = edit_checkpoint(tiny_checkpoint("llama"), config={"auto_map": auto_map})
-    compress(source, tmp_path / "without", options(kv_ratio=1.0), Progress())
+    source, notes = edit_checkpoint(tiny_checkpoint("llama"), config={"auto_map": auto_map}), Notes()
+    compress(source, tmp_path / "without", options(kv_ratio=1.0), notes)
     assert "auto_map" not in config_of(tmp_path / "without")
+    assert any("modeling_own.py" in note for note in notes.messages)
     (source / "modeling_own.py").write_text("class Model: ...\n")
     compress(source, tmp_path / "with", options(kv_ratio=1.0), Progress())
     assert config_of(tmp_path / "with")["auto_map"] == auto_map
@@ -329,6 +333,39 @@ def test_a_writer_that_drops_or_swaps_tensors_fails_the_gate(
         reduced(tiny_checkpoint("llama"), tmp_path / "out")
     assert failure.value.exit_code == 1
     assert list(tmp_path.iterdir()) == []
+
+
+def test_the_command_reports_the_comparison_and_exits_with_1_where_it_fails(
+    tiny_checkpoint: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["compress", tiny_checkpoint("mistral"), "-o", tmp_path / "out", "--calibration", "random"]
+    arguments += ["--samples", 4, "--length", 16]
+
+    def run() -> Any:
+        return CliRunner().invoke(commands, [str(each) for each in arguments])
+
+    done = run()
+    assert done.exit_code == 0
+    assert "read back: ok (logits within" in done.output and "with transformers" in done.output
+    (tmp_path / "out").rename(tmp_path / "first")
+    monkeypatch.setattr("kvexport.build.read_back.TOLERANCE", -1.0)
+    failed = run()
+    assert isinstance(failed.exception, GateFailed)
+    assert [path.name for path in tmp_path.iterdir()] == ["first"]
+
+
+def test_tensors_under_a_wrappers_prefix_get_the_names_of_the_family(
+    tiny_checkpoint: Any, edit_checkpoint: Any, tmp_path: Path
+) -> None:
+    def rename(held: dict[str, torch.Tensor]) -> None:
+        for name in list(held):
+            held[f"language_model.{name}"] = held.pop(name)
+
+    source = tiny_checkpoint("qwen2")
+    compress(edit_checkpoint(source, tensors=rename), tmp_path / "out", options(kv_ratio=1.0), Progress())
+    tokens = random_tokens()
+    theirs = transformers_logits(source, tokens)
+    assert relative_error(transformers_logits(tmp_path / "out", tokens), theirs) < 1e-6
 
 
 def test_a_config_that_transformers_reads_otherwise_fails_the_gate(
