@@ -210,7 +210,7 @@ def test_an_overlay_is_merged_in_where_all_conditions_hold() -> None:
     "config",
     [
         {"kind": "c", "deep": {"flag": True}, "count": 1},
-        {"kind": "a", "deep": {"flag": 1}, "count": 1},
+        {"kind": "a", "deep": {"flag": False}, "count": 1},
         {"kind": "a", "deep": {"flag": True}, "count": 1.0},
         {"kind": "a", "deep": True, "count": 1},
         {"kind": "a", "count": 1},
@@ -219,6 +219,11 @@ def test_an_overlay_is_merged_in_where_all_conditions_hold() -> None:
 )
 def test_an_overlay_is_left_out_where_a_condition_does_not_hold(config: dict[str, Any]) -> None:
     assert not parse(OVERLAID, config=config).parallel
+
+
+def test_a_condition_that_is_true_or_false_accepts_nothing_else() -> None:
+    with pytest.raises(CheckpointError, match=r"deep\.flag in config\.json must be true or false"):
+        parse(OVERLAID, config={"kind": "a", "deep": {"flag": 1}, "count": 1})
 
 
 def test_overlays_are_merged_in_their_order() -> None:
