@@ -21,7 +21,7 @@ from kvexport.cli.conversion import build_options, conversion_options, method_op
 def command(checkpoint: Path, output: Path, force: bool, as_json: bool, quiet: bool, **options: Any) -> None:
     """Convert a Hugging Face CHECKPOINT to a Hugging Face checkpoint with fewer KV heads.
 
-    The result is of the model's own class, so that any program that runs the original can use it. It is read
+    The result is of the model's own class in transformers, so that other programs can use it. It is read
     back before the command ends, and its logits are compared with those of the converted model, by
     transformers, too. For a model with RoPE, --method must be fold or mean-pool, and the loss is larger than
     that of a bundle, whose keys may be projected after rotation: compare the reports of both. A model whose
