@@ -22,16 +22,17 @@ _KINDS = ("layer_types", "layers_block_type", "block_types")  # keys that list t
 # keys of the text part in a model for several media
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
 
-_SAVE_TEXT_PART = """save its text part, and give the folder TEXT: python -c "
-from transformers import CLASS as M, AutoModelForCausalLM as C, AutoTokenizer as T
-m = M.from_pretrained('CHECKPOINT', dtype='auto')
-t = C.from_config(m.config.get_text_config(), dtype=m.dtype)
-setattr(t, t.base_model_prefix, m.get_decoder())
-t.set_output_embeddings(m.get_output_embeddings())
-t.generation_config = m.generation_config
-t.save_pretrained('TEXT')
-T.from_pretrained('CHECKPOINT').save_pretrained('TEXT')"
-"""
+_SAVE_TEXT_PART = (  # one line, so that it can be copied from the message
+    'save its text part, and give the folder TEXT: python -c "'
+    "from transformers import CLASS as M, AutoModelForCausalLM as C, AutoTokenizer as T; "
+    "m = M.from_pretrained('CHECKPOINT', dtype='auto'); "
+    "t = C.from_config(m.config.get_text_config(), dtype=m.dtype); "
+    "setattr(t, t.base_model_prefix, m.get_decoder()); "
+    "t.set_output_embeddings(m.get_output_embeddings()); "
+    "t.generation_config = m.generation_config; "
+    "t.save_pretrained('TEXT'); "
+    "T.from_pretrained('CHECKPOINT').save_pretrained('TEXT')\""
+)
 
 
 @dataclass(frozen=True)

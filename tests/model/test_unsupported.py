@@ -224,9 +224,8 @@ def test_the_advice_saves_a_text_part_with_the_same_logits(tmp_path: Path, wrapp
     for name in ("tokenizer.json", "tokenizer_config.json"):
         if (tokenizer / name).exists():
             (tmp_path / "CHECKPOINT" / name).write_bytes((tokenizer / name).read_bytes())
-    fix = refusal(json.loads((tmp_path / "CHECKPOINT" / "config.json").read_text())).fix
-    assert fix is not None
-    command = fix.partition("python -c ")[2]
+    message = str(refusal(json.loads((tmp_path / "CHECKPOINT" / "config.json").read_text())))
+    command = message.partition("python -c ")[2]
     subprocess.run(
         ["bash", "-c", f"{sys.executable} -c {command}"], cwd=tmp_path, check=True, capture_output=True
     )
