@@ -109,7 +109,6 @@ class Family:
 
     Attributes:
         name: name of its file.
-        model_types: of config.json.
         config: expressions of each setting, of which the first that has a value is used.
         defaults: settings that are used if no expression has a value.
         require: keys of config.json with their supported values.
@@ -131,7 +130,6 @@ class Family:
     """
 
     name: str
-    model_types: tuple[str, ...]
     config: Mapping[str, tuple[str, ...]]
     defaults: Mapping[str, Any]
     require: Mapping[str, tuple[Any, ...]]
@@ -193,7 +191,11 @@ class Family:
 
 
 class Description:
-    """A family file: tables that hold for all checkpoints, and overlays for configs with certain values."""
+    """A family file: tables that hold for all checkpoints, and overlays for configs with certain values.
+
+    Attributes:
+        models: by each model_type that it covers, the models that users know, in a phrase.
+    """
 
     def __init__(self, text: str, where: str) -> None:
         """
@@ -202,17 +204,18 @@ class Description:
             where: file name, for errors.
 
         Raises:
-            UsageError: it is not TOML, or `model_types`, `assume` or `when` are invalid; `resolve` reads the
-                other tables.
+            UsageError: it is not TOML, or `models`, `assume` or `when` are invalid; `resolve` reads the other
+                tables.
         """
         table = Table.from_toml(text, where)
         self._where = where
-        self.model_types = table.strings("model_types")
+        models = table.table("models")
+        self.models = {model_type: models.string(model_type) for model_type in models}
         self._assumed = table.table("assume").mapping() if table.has("assume") else {}
         overlays = table.tables("when") if table.has("when") else []
         self._overlays = [(each.table("config").mapping(), _overlay(each)) for each in overlays]
         self._base = {
-            name: value for name, value in table.mapping().items() if name not in ("assume", "when")
+            name: value for name, value in table.mapping().items() if name not in ("models", "assume", "when")
         }
 
     def resolve(self, config: Mapping[str, Any]) -> Family:
@@ -279,7 +282,6 @@ def _family(table: Table) -> Family:
     norm_kind = norm.string("kind", ("rms", "layer"))
     family = Family(
         name=Path(table.path).stem,
-        model_types=table.strings("model_types"),
         config=config,
         defaults=defaults,
         require=_require(table),
@@ -447,7 +449,7 @@ def families() -> Mapping[str, Description]:
     files: dict[str, str] = {}
     for path in sorted(resource("graphs", "families").glob("*.toml")):
         description = Description(path.read_text(encoding="utf-8"), path.name)
-        for model_type in description.model_types:
+        for model_type in description.models:
             if model_type in by_type:
                 raise UsageError(
                     f"model_type {model_type} must be in one family file only",

@@ -21,7 +21,9 @@ SHIPPED = {
     for path in sorted(resource("graphs", "families").glob("*.toml"))
 }
 PLAIN = """
-model_types = ["llama", "mistral"]
+[models]
+llama = "Llama 1 to 3"
+mistral = "Mistral 7B"
 
 [config]
 vocab_size = "vocab_size"
@@ -107,13 +109,13 @@ OVERLAYS = [
 
 
 def test_each_model_type_finds_its_own_file() -> None:
-    by_file = {name: Description(text, name).model_types for name, text in SHIPPED.items()}
+    by_file = {name: Description(text, name).models for name, text in SHIPPED.items()}
     assert {"bloom", "llama", "mistral", "qwen2", "qwen3", "gpt2", "falcon"} <= families().keys()
     assert sorted(families()) == sorted(each for types in by_file.values() for each in types)
-    for name, model_types in by_file.items():
-        for model_type in model_types:
+    for name, models in by_file.items():
+        for model_type in models:
             family = description_of({"model_type": model_type}).resolve({"model_type": model_type})
-            assert f"{family.name}.toml" == name and family.model_types == model_types
+            assert f"{family.name}.toml" == name
 
 
 def assert_consistent(family: Family) -> None:
@@ -270,10 +272,9 @@ def test_rejects_two_descriptions_of_one_model_type(tmp_path: Path, monkeypatch:
         ('position = "rope"', 'position = "rope"\nqk_norm = { over = "all" }', ("qk_norm.over", "heads")),
         ('position = "rope"', 'position = "rope"\nqk_norm = { ovr = "head" }', ("qk_norm", "ovr")),
         ('position = "rope"', 'position = "rope"\nqk_norm = { over = "head" }', ("qk_norm", "q_norm")),
-        ('model_types = ["llama", "mistral"]', 'model_types = "llama"', ("model_types", "printable strings")),
-        ('model_types = ["llama", "mistral"]', "model_types = [1]", ("model_types", "printable strings")),
-        ('model_types = ["llama", "mistral"]', "", ("model_types",)),
-        ('model_types = ["llama", "mistral"]', 'model_types = ["llama"]\nparallel = 1', ("parallel", "1")),
+        ("[models]", "[modules]", ("models",)),
+        ('llama = "Llama 1 to 3"', "llama = 1", ("models.llama", "1")),
+        ("[models]", "parallel = 1\n[models]", ("parallel", "1")),
         ('prefixes = [""]', "", ("tensors.prefixes",)),
         ('embedding = "model.embed_tokens"', "embedding = 3", ("tensors.embedding", "printable text")),
         ('vocab_size = "vocab_size"', "vocab_size = 5", ("config.vocab_size", "printable strings")),
@@ -322,11 +323,11 @@ def test_rejects_invalid_overlay(overlay: str, words: tuple[str, ...]) -> None:
 
 
 def keys(file: str) -> list[int]:
-    """Lines with a key whose name the schema gives, above the overlays; [assume] and [require] take any."""
+    """Lines with a key that the schema names, above the overlays; [models], [assume], [require] take any."""
     free, found = False, []
     for number, line in enumerate(SHIPPED[file].split("[[when]]")[0].splitlines()):
         if line.startswith("["):
-            free = line in ("[assume]", "[require]")
+            free = line in ("[models]", "[assume]", "[require]")
         elif re.match(r"\w+ = .*[^\[]$", line) and not free:
             found.append(number)
     return found
