@@ -71,24 +71,22 @@ def compare(checkpoint: Path, bundle: Path, count: int) -> list[dict[str, Any]]:
     session, runs = kvexport.open(bundle), []
     for prompt in PROMPTS:
         ids = tokenizer(prompt, add_special_tokens=False).input_ids
-        with torch.no_grad():
-            theirs = model.generate(
-                torch.tensor([ids]),
-                max_new_tokens=count,
-                min_new_tokens=count,
-                do_sample=False,
-                return_dict_in_generate=True,
-                output_logits=True,
-            )
-        expected = theirs.sequences[0, len(ids) :].tolist()
+        expected, logits = [], []
+        inputs, cache = torch.tensor([ids]), None
+        for _ in range(count):
+            with torch.no_grad():
+                output = model(inputs, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            logits.append(output.logits[0, -1])
+            expected.append(int(logits[-1].argmax()))
+            inputs = torch.tensor([expected[-1:]])
         ours = greedy(session, ids, count)
         equal = next(
             (i for i, pair in enumerate(zip(ours, expected, strict=True)) if pair[0] != pair[1]), count
         )
         gap = None
         if equal < count:
-            logits = theirs.logits[equal][0]
-            gap = float(logits[expected[equal]] - logits[ours[equal]])
+            gap = float(logits[equal][expected[equal]] - logits[equal][ours[equal]])
         runs.append({"prompt": prompt, "tokens": count, "equal_tokens": equal, "gap_at_difference": gap})
     return runs
 
