@@ -27,6 +27,7 @@ from torch import Tensor
 from kvexport.calibrate import windows as attention_windows
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer, Linear, Rope
+from kvexport.model.rotation import rotary_tables, rotate
 
 from .low_rank import leading
 from .result import Macs, Neighbour, NeighbourLayer, convert_layers, require_plain_keys, whole
@@ -54,7 +55,7 @@ class LatentAttention:
     def __call__(self, x: Tensor) -> Tensor:
         """Attention output [B, S, hidden] of normed inputs at positions 0 .. S - 1."""
         trained, positions = self.trained, torch.arange(x.shape[1])[None]
-        tables = reference.rotary_tables(Rope(self.frequencies), positions, x.dtype)
+        tables = rotary_tables(Rope(self.frequencies), positions, x.dtype)
         query = reference.linear(trained.q, x).unflatten(-1, (trained.num_heads, -1)).transpose(1, 2)
         shared = trained.queries_per_kv_head
         query = self._rotate(query @ self.query_map.repeat_interleave(shared, dim=0), tables)
@@ -66,7 +67,7 @@ class LatentAttention:
 
     def _rotate(self, x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
         turned, rest = x[..., : self.rotated], x[..., self.rotated :]
-        return torch.cat((reference.rotate(turned, tables), rest), dim=-1)
+        return torch.cat((rotate(turned, tables), rest), dim=-1)
 
     @property
     def macs(self) -> Macs:

@@ -43,7 +43,7 @@ class Rotary:
         self._selections: dict[tuple[int, ...], tuple[ir.Value, ir.Value]] = {}
 
     def rotate(self, x: ir.Value, name: str, frequencies: NDArray[np.int64] | None = None) -> ir.Value:
-        """Rotate x [batch, heads, sequence, width] as `kvexport.model.reference.rotate` does.
+        """Rotate x [batch, heads, sequence, width] as `kvexport.model.rotation.rotate` does.
 
         Args:
             frequencies: [width/2], the column of the tables for each pair of numbers; None: column i for pair

@@ -14,7 +14,8 @@ from kvexport.errors import CheckpointError
 from kvexport.model.config import activation_of, flag, number, require_unquantised, shown, whole_number
 from kvexport.model.decoder import Activation
 from kvexport.model.expressions import evaluate
-from kvexport.model.families import Family, LayerRules, description_of
+from kvexport.model.families import description_of
+from kvexport.model.family import Family, LayerRules
 from kvexport.model.rope import RopeConfig, rope_configs
 from kvexport.model.unsupported import require_dense_decoder
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from kvexport.model.architecture import Architecture
 from kvexport.model.decoder import Attention, Embedding, Layer, Linear, Mlp, Norm
-from kvexport.model.families import NORMS
+from kvexport.model.family import NORMS
 
 if TYPE_CHECKING:
     from torch import Tensor

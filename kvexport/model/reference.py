@@ -15,7 +15,8 @@ from torch.nn import functional as F
 
 from kvexport.eviction.config import Eviction
 from kvexport.eviction.reference_cache import EvictingCache
-from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Linear, Mlp, Norm, Rope
+from kvexport.model.decoder import Attention, Decoder, Embedding, Layer, Linear, Mlp, Norm
+from kvexport.model.rotation import rotary_tables, rotate, select
 
 
 def linear(parameters: Linear, x: Tensor) -> Tensor:
@@ -100,30 +101,6 @@ def run_block(
     return BlockOutput(attended, normed(layer.mlp_residual_norm, after + update))
 
 
-def rotary_tables(rope: Rope, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """cos and sin times the magnitude, each [B, 1, S, head_dim/2], of int64 positions [B, S].
-
-    Angles, cos and sin are float32 for every `dtype`, as in the models' training.
-    """
-    angles = positions[:, None, :, None].float() * rope.inv_freq.float()
-    cos, sin = angles.cos(), angles.sin()
-    if rope.magnitude is not None:
-        cos, sin = cos * rope.magnitude, sin * rope.magnitude
-    return cos.to(dtype), sin.to(dtype)
-
-
-def rotate(x: Tensor, tables: tuple[Tensor, Tensor]) -> Tensor:
-    """RoPE (arXiv 2104.09864) on x [B, H, S, head_dim] with half-split pairs."""
-    cos, sin = tables
-    first, second = x.chunk(2, dim=-1)
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
-
-
-def _select(tables: tuple[Tensor, Tensor], frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    cos, sin = tables
-    return cos[..., frequencies], sin[..., frequencies]
-
-
 @dataclass(frozen=True)
 class Projected:
     """Queries, keys and values of one layer, [B, heads, S, width], before any map that follows RoPE.
@@ -167,7 +144,7 @@ def project(attention: Attention, x: Tensor, positions: Tensor) -> Projected:
     tables = rotary_tables(attention.rope, positions, x.dtype)
     if attention.frequencies is not None:
         assert attention.query_map is not None
-        query, tables = query @ attention.query_map, _select(tables, attention.frequencies)
+        query, tables = query @ attention.query_map, select(tables, attention.frequencies)
     query_rotated, key_rotated = rotate(query, tables), rotate(key, tables)
     if late:
         assert attention.q_norm is not None and attention.k_norm is not None

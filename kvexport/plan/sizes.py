@@ -14,7 +14,7 @@ from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture
 from kvexport.model.checkpoint import read_config, read_json
-from kvexport.model.families import NORMS
+from kvexport.model.family import NORMS
 
 
 @dataclass(frozen=True)

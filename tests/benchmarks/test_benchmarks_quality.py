@@ -20,8 +20,8 @@ import torch
 from support.decoders import with_attention
 from support.tiny_bundles import byte_level_tokenizer
 
-from kvexport.model import reference
 from kvexport.model.decoder import Attention
+from kvexport.model.rotation import rotary_tables, rotate
 
 pytestmark = pytest.mark.slow
 
@@ -257,10 +257,8 @@ def test_a_window_at_an_offset_equals_the_reference(checkpoint: Path, tmp_path: 
     decoder, _ = bench.convert(choice.layer_plans)
     found = long.stream_at(decoder, text.windows, offset)
     width, rope = decoder.layers[0].attention.head_dim, decoder.layers[0].attention.rope
-    tables = reference.rotary_tables(rope, torch.full((1, width), offset), torch.float32)
-    turn = reference.rotate(torch.eye(width)[None, None], tables)[
-        0, 0
-    ]  # a code met after a turn is a turned code
+    tables = rotary_tables(rope, torch.full((1, width), offset), torch.float32)
+    turn = rotate(torch.eye(width)[None, None], tables)[0, 0]  # a code met after a turn is a turned code
 
     def turned(attention: Attention) -> Attention:
         key_map = (turn @ attention.key_map.unflatten(1, (-1, width))).flatten(1, 2)

@@ -29,6 +29,7 @@ from kvexport.convert.groups import Grouping
 from kvexport.convert.methods import METHODS
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Linear, Rope
+from kvexport.model.rotation import rotary_tables, rotate
 
 
 def stacked(x: Tensor, width: int) -> Tensor:
@@ -38,8 +39,8 @@ def stacked(x: Tensor, width: int) -> Tensor:
 
 def rotated(x: Tensor, width: int, positions: Tensor, rope: Rope) -> Tensor:
     """Every head of x [S, heads·width] with RoPE at `positions` [S]."""
-    tables = reference.rotary_tables(rope, positions[None], torch.float64)
-    return reference.rotate(stacked(x, width), tables)[0].transpose(0, 1).flatten(1)
+    tables = rotary_tables(rope, positions[None], torch.float64)
+    return rotate(stacked(x, width), tables)[0].transpose(0, 1).flatten(1)
 
 
 def test_mean_pool_commutes_with_rope_and_the_others_do_not() -> None:
@@ -301,8 +302,7 @@ def test_svd_a_is_the_svd_of_the_cached_keys_and_values() -> None:
     rope, x = attention.rope, random_inputs(3, 16)
     projected = windows.project(attention, x)
     everywhere = [
-        reference.rotate(projected.key, reference.rotary_tables(rope, torch.full((3, 16), n), torch.float64))
-        for n in range(16)
+        rotate(projected.key, rotary_tables(rope, torch.full((3, 16), n), torch.float64)) for n in range(16)
     ]
     keys_rotated = torch.cat(everywhere)
     _, code = code_of("svd-a", attention, x, 2)

@@ -14,7 +14,9 @@ from hypothesis import strategies as st
 from kvexport.errors import CheckpointError, UsageError
 from kvexport.files.resources import resource
 from kvexport.model import families as module
-from kvexport.model.families import Description, Family, description_of, families
+from kvexport.model.families import description_of, families
+from kvexport.model.family import Family
+from kvexport.model.family_file import Description
 
 SHIPPED = {
     path.name: path.read_text(encoding="utf-8")
