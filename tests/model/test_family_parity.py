@@ -11,7 +11,7 @@ import torch
 from support import rms_family_cases
 from support.family_cases import CASES, DEFAULTS, case_name, changes_with_length
 from support.family_settings import LLAMA3, WINDOW
-from support.parity import PROMPT, our_logits, relative_error, their_logits, token_ids
+from support.parity import our_logits, parity_errors, parity_facts, relative_error, their_logits, token_ids
 
 from kvexport.files.resources import resource
 from kvexport.model import families, reference
@@ -22,15 +22,15 @@ from kvexport.model.rope import alibi_slopes
 @pytest.mark.usefixtures("wide")
 @pytest.mark.parametrize(("family", "config"), CASES, ids=case_name)
 def test_logits_equal_transformers_in_float64(
-    tiny_checkpoint: Callable[..., Path], family: str, config: dict[str, Any]
+    tiny_checkpoint: Callable[..., Path],
+    record_property: Callable[[str, object], None],
+    family: str,
+    config: dict[str, Any],
 ) -> None:
     path, ids = tiny_checkpoint(family, **config), token_ids()
-    ours = our_logits(path, ids, torch.float64)
-    assert relative_error(ours, their_logits(path, ids, torch.float64)) < 1e-9
-    if changes_with_length(config):
-        return
-    step_by_step = our_logits(path, ids, torch.float64, PROMPT)
-    assert relative_error(step_by_step, their_logits(path, ids, torch.float64, PROMPT)) < 1e-9
+    errors = parity_errors(path, ids, step_by_step=not changes_with_length(config))
+    record_property("parity", parity_facts(path, ids, errors))
+    assert max(errors.values()) < 1e-9
 
 
 @pytest.mark.usefixtures("wide")

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from kvexport.model import reference
+from kvexport.model.architecture import read_architecture
+from kvexport.model.checkpoint import read_config
 from kvexport.model.loader import load_decoder
 from support.family_settings import VOCAB
 
@@ -61,3 +64,38 @@ def token_ids(length: int = 40) -> torch.Tensor:
 def relative_error(ours: torch.Tensor, theirs: torch.Tensor) -> float:
     """Largest difference by the largest value."""
     return float((ours - theirs).abs().max() / theirs.abs().max())
+
+
+def parity_errors(
+    path: Path, ids: torch.Tensor, source: Path | None = None, step_by_step: bool = True
+) -> dict[str, float]:
+    """Relative errors in float64 to transformers' logits of the checkpoint, or of one with the same weights.
+
+    Returns:
+        "at_once": for the whole sequence; "step_by_step": for tokens after the prompt that run one by one.
+    """
+    errors = {}
+    for name, prompt in {"at_once": None, "step_by_step": PROMPT}.items():
+        if prompt is None or step_by_step:
+            theirs = their_logits(source or path, ids, torch.float64, prompt)
+            errors[name] = relative_error(our_logits(path, ids, torch.float64, prompt), theirs)
+    return errors
+
+
+def parity_facts(path: Path, ids: torch.Tensor, errors: Mapping[str, float]) -> str:
+    """What docs/families.md says of a case: errors, length, windows, original contexts and kinds of RoPE.
+
+    Original contexts are those that the sequence exceeds, of scaled RoPE.
+    """
+    read = read_architecture(read_config(path))
+    ropes = [layer.rope for layer in read.layers if layer.rope is not None]
+    originals = {getattr(rope, "original", None) for rope in ropes}
+    facts = {
+        "model_type": read.config["model_type"],
+        "tokens": ids.shape[1],
+        "windows": sorted({layer.window for layer in read.layers if layer.window is not None}),
+        "original_contexts": sorted(each for each in originals if each is not None and each < ids.shape[1]),
+        "rope_kinds": sorted({rope.kind for rope in ropes}),
+        **errors,
+    }
+    return json.dumps(facts)
