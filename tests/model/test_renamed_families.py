@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from support.parity import parity_errors, parity_facts, token_ids
 from torch import Tensor
 
 from kvexport.errors import CheckpointError
 from kvexport.model import reference
 from kvexport.model.loader import load_decoder
 
+AssertParity = Callable[[Path, Path], None]
 HEADS, KV_HEADS, HEAD_DIM, LAYERS, HIDDEN = 4, 2, 8, 2, 32  # of the tiny checkpoints
 INTERNLM2 = {
     "model.embed_tokens": "model.tok_embeddings",
@@ -77,9 +79,25 @@ def logits(path: Path) -> Tensor:
     return reference.forward(load_decoder(path, torch.float64, context=24), ids)
 
 
+@pytest.fixture
+def assert_parity(wide: None, record_property: Callable[[str, object], None]) -> AssertParity:
+    """`assert_parity(converted, source)`: transformers gives the logits of `converted` for `source`."""
+
+    def check(converted: Path, source: Path) -> None:
+        ids = token_ids()
+        errors = parity_errors(converted, ids, source)
+        record_property("parity", parity_facts(converted, ids, errors))
+        assert max(errors.values()) < 1e-9
+
+    return check
+
+
 @pytest.mark.parametrize("bias", [False, True])
 def test_internlm2_is_llama_with_fused_projections(
-    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path], bias: bool
+    tiny_checkpoint: Callable[..., Path],
+    edit_checkpoint: Callable[..., Path],
+    bias: bool,
+    assert_parity: AssertParity,
 ) -> None:
     llama = tiny_checkpoint("llama", attention_bias=bias)
 
@@ -90,6 +108,7 @@ def test_internlm2_is_llama_with_fused_projections(
     config = {"model_type": "internlm2", "bias": bias}
     converted = edit_checkpoint(llama, config=config, tensors=convert, without=("attention_bias",))
     assert torch.equal(logits(converted), logits(llama))
+    assert_parity(converted, llama)
 
 
 def test_rows_of_internlm2_in_another_order_break_parity(
@@ -108,7 +127,9 @@ def test_rows_of_internlm2_in_another_order_break_parity(
 
 
 def test_exaone_is_llama_under_other_names(
-    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
+    tiny_checkpoint: Callable[..., Path],
+    edit_checkpoint: Callable[..., Path],
+    assert_parity: AssertParity,
 ) -> None:
     llama = tiny_checkpoint("llama", rms_norm_eps=1e-5)
     config = {"num_layers": 2, "layer_norm_epsilon": 1e-5, "activation_function": "silu"}
@@ -119,10 +140,13 @@ def test_exaone_is_llama_under_other_names(
         tensors=lambda held: renamed(held, EXAONE),
     )
     assert torch.equal(logits(converted), logits(llama))
+    assert_parity(converted, llama)
 
 
 def test_chatglm_is_glm_with_one_fused_projection(
-    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
+    tiny_checkpoint: Callable[..., Path],
+    edit_checkpoint: Callable[..., Path],
+    assert_parity: AssertParity,
 ) -> None:
     rope = {"rope_type": "default", "rope_theta": 50000.0, "partial_rotary_factor": 0.5}
     glm = tiny_checkpoint("glm", rope_parameters=rope)
@@ -145,33 +169,41 @@ def test_chatglm_is_glm_with_one_fused_projection(
     old = tuple(json.loads((glm / "config.json").read_text()).keys() - config.keys())
     converted = edit_checkpoint(glm, config=config, tensors=convert, without=old)
     assert torch.equal(logits(converted), logits(glm))
+    assert_parity(converted, glm)
     other = edit_checkpoint(glm, config={**config, "rope_ratio": 6}, tensors=convert, without=old)
     assert not torch.allclose(logits(other), logits(glm), atol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [False, True])
 def test_internlm_is_llama_with_another_key_for_biases(
-    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path], bias: bool
+    tiny_checkpoint: Callable[..., Path],
+    edit_checkpoint: Callable[..., Path],
+    bias: bool,
+    assert_parity: AssertParity,
 ) -> None:
     llama = tiny_checkpoint("llama", attention_bias=bias, num_key_value_heads=4)
     config = {"model_type": "internlm", "bias": bias}
     converted = edit_checkpoint(llama, config=config, without=("attention_bias",))
     assert torch.equal(logits(converted), logits(llama))
+    assert_parity(converted, llama)
 
 
 def test_mimo_is_qwen2_without_its_layers_for_further_tokens(
-    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
+    tiny_checkpoint: Callable[..., Path],
+    edit_checkpoint: Callable[..., Path],
+    assert_parity: AssertParity,
 ) -> None:
     qwen2 = tiny_checkpoint("qwen2")
     extra = {"model.mtp_layers.0.input_layernorm.weight": torch.ones(HIDDEN)}
     converted = edit_checkpoint(qwen2, config={"model_type": "mimo"}, tensors=lambda held: held.update(extra))
     assert torch.equal(logits(converted), logits(qwen2))
+    assert_parity(converted, qwen2)
     with pytest.raises(CheckpointError, match="only tensors of family 'qwen2'"):
         load_decoder(edit_checkpoint(qwen2, tensors=lambda held: held.update(extra)))
 
 
 def test_minicpm_is_granite_with_other_multipliers(
-    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path]
+    tiny_checkpoint: Callable[..., Path], edit_checkpoint: Callable[..., Path], assert_parity: AssertParity
 ) -> None:
     scale_emb, scale_depth, dim_model_base = 12.0, 1.4, 16
     granite = tiny_checkpoint(
@@ -184,11 +216,12 @@ def test_minicpm_is_granite_with_other_multipliers(
     multipliers = ("embedding_multiplier", "residual_multiplier", "attention_multiplier", "logits_scaling")
     config = {"scale_emb": scale_emb, "scale_depth": scale_depth, "dim_model_base": dim_model_base}
 
-    def converted(**changes: float) -> Tensor:
+    def converted(**changes: float) -> Path:
         settings = {"model_type": "minicpm", **config, **changes}
-        return logits(edit_checkpoint(granite, config=settings, without=multipliers))
+        return edit_checkpoint(granite, config=settings, without=multipliers)
 
+    assert_parity(converted(), granite)
     expected = logits(granite)
-    assert torch.allclose(converted(), expected, rtol=1e-12, atol=1e-12)
+    assert torch.allclose(logits(converted()), expected, rtol=1e-12, atol=1e-12)
     for changes in ({"scale_emb": 12.1}, {"scale_depth": 1.41}, {"dim_model_base": 17}):
-        assert not torch.allclose(converted(**changes), expected, rtol=1e-5, atol=1e-5)
+        assert not torch.allclose(logits(converted(**changes)), expected, rtol=1e-5, atol=1e-5)
