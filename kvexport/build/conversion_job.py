@@ -51,6 +51,7 @@ class ConversionJob:
         checkpoint, decoder: the source.
         digest: SHA-256 of the checkpoint.
         capacity: maximum sequence length in tokens.
+        windows: sliding window of each layer in tokens; None: full attention.
         methods: the compression methods that a layer may be given.
         compresses: whether any layer is converted.
         tokenizer: text of tokenizer.json, set by `check_tokenizer`; None: there is no tokenizer.
@@ -81,8 +82,9 @@ class ConversionJob:
         self.seconds: dict[str, float] = {}
         self.checkpoint = Checkpoint(checkpoint)
         with self.timed("read"), progress.stage("Reading the checkpoint", 0):
-            most = read_architecture(self.checkpoint.config).max_positions
-            self.capacity = sequence_capacity(most, capacity)
+            architecture = read_architecture(self.checkpoint.config)
+            self.windows = [kind.window for kind in architecture.layers]
+            self.capacity = sequence_capacity(architecture.max_positions, capacity)
             self.decoder = load_decoder(self.checkpoint, context=self.capacity)
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()

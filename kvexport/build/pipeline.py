@@ -24,6 +24,7 @@ from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import Recipe, save_header, save_moments
 from kvexport.convert import measure_moments
 from kvexport.errors import GateFailed
+from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.files.atomic_directory import atomic_directory, require_output
 from kvexport.model.decoder import Layer
 from kvexport.model.hf_writer import HFCheckpointWriter
@@ -64,7 +65,7 @@ def build(
         job.check_tokenizer()
         eviction = None
         if options.eviction is not None:
-            eviction = options.eviction.of(job.capacity, len(job.decoder.layers))
+            eviction = _eviction(options.eviction, job)
 
         windows = job.calibrate()
         plan = hooks.plan(job.analyze_sensitivity(windows))
@@ -151,6 +152,22 @@ def calibrate(
                 save_moments(directory, index, moments)
                 progress.advance()
     return windows.numel()
+
+
+def _eviction(request: EvictionRequest, job: ConversionJob) -> Eviction | None:
+    """The eviction of a build; None if every layer holds its sliding window instead.
+
+    Raises:
+        UsageError: the request does not fit the model.
+    """
+    requested = request.of(job.capacity, len(job.windows))
+    eviction = requested.outside_windows(job.windows)
+    if eviction != requested:
+        layers = "no layer evicts" if eviction is None else f"{len(eviction.skip_layers)} layers do not evict"
+        job.progress.note(
+            f"{layers}: a sliding window of at most {requested.budget} tokens is held whole, without loss"
+        )
+    return eviction
 
 
 def _require_valid(validation: ValidationReport, dtype: str) -> None:

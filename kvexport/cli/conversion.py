@@ -182,7 +182,7 @@ eviction_options = _group(
     click.option(
         "--evict-skip-layers",
         metavar="LAYERS",
-        help="Layers that keep every token, as comma-separated numbers from 0, such as 0,1.  [default: none]",
+        help="Layers that do not evict, as comma-separated numbers from 0, such as 0,1.  [default: none]",
     ),
 )
 

@@ -154,9 +154,9 @@ def _eviction_note(eviction: Eviction, state_bytes: int) -> str:
     )
     layers = ", ".join(map(str, eviction.skip_layers))
     if len(eviction.skip_layers) == 1:
-        note += f"; layer {layers} keeps the whole context"
+        note += f"; layer {layers} does not evict"
     elif eviction.skip_layers:
-        note += f"; layers {layers} keep the whole context"
+        note += f"; layers {layers} do not evict"
     return f"{note}."
 
 

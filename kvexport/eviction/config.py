@@ -5,7 +5,8 @@ Shared by conversion, graph and runtime, which must use the same constants.
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from kvexport.errors import UsageError
@@ -47,7 +48,7 @@ class Eviction:
         budget: slots of a sequence in every KV head.
         protect_first: the first positions that are never evicted (attention sinks).
         protect_recent: the last positions that are never evicted, the newest one included.
-        skip_layers: layers that do not evict and hold as many tokens as the capacity.
+        skip_layers: layers that do not evict; they hold every token, or their sliding window.
 
     Raises (on construction):
         UsageError: a value is out of range.
@@ -139,6 +140,21 @@ class Eviction:
                 fix="leave --kv-budget out",
             )
 
+    def outside_windows(self, windows: Sequence[int | None]) -> Eviction | None:
+        """The same without the layers whose sliding window is at most the budget; None if no layer is left.
+
+        Such a layer holds its window and the tokens of one call without loss. With the budget it would lose
+        tokens that are still attended to, because room for the tokens of a call is made before the call.
+
+        Args:
+            windows: sliding window of each layer in tokens; None: full attention.
+        """
+        held = {layer for layer, window in enumerate(windows) if window is not None and window <= self.budget}
+        if not held:
+            return self
+        skipped = tuple(sorted(held.union(self.skip_layers)))
+        return None if len(skipped) == len(windows) else replace(self, skip_layers=skipped)
+
     def __str__(self) -> str:
         """A phrase for reports: what each KV head holds and what is evicted."""
         protected = [
@@ -154,7 +170,7 @@ class Eviction:
         skipped = ""
         if layers:
             skipped = "; layer " if len(self.skip_layers) == 1 else "; layers "
-            skipped += f"{layers} {'holds' if len(self.skip_layers) == 1 else 'hold'} every token"
+            skipped += f"{layers} {'does' if len(self.skip_layers) == 1 else 'do'} not evict"
         return f"{self.budget} tokens in each KV head ({self.policy}{never}){skipped}"
 
     def to_json(self) -> dict[str, Any]:

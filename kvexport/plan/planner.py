@@ -172,7 +172,9 @@ def _with_eviction(sizes: Sizes, request: EvictionRequest | None) -> Sizes:
         )
     positions = min(sizes.max_positions or MAX_POSITIONS, MAX_POSITIONS)
     try:
-        return replace(sizes, eviction=request.of(positions, sizes.layers), max_positions=positions)
+        windows = [cache.window for cache in sizes.caches]
+        eviction = request.of(positions, sizes.layers).outside_windows(windows)
+        return replace(sizes, eviction=eviction, max_positions=positions)
     except UsageError as error:  # its fix names options of `kvexport build`
         fix = "choose another --kv-budget or --evict-skip-layers, or leave them out"
         raise UsageError(error.what, got=error.got, expected=error.expected, fix=fix) from error

@@ -7,9 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvexport.bundle.bundle import COPY_AGAIN
-from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE
-from kvexport.bundle.manifest import BYTES, REBUILD, Manifest
-from kvexport.engine.options import DEFAULT_CHUNK
+from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, ring_slots
+from kvexport.bundle.manifest import BYTES, REBUILD, Manifest, largest_call
 from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture
@@ -83,13 +82,16 @@ class Sizes:
     @property
     def chunk(self) -> int:
         """Tokens of a prompt that are computed in one call."""
-        return DEFAULT_CHUNK if self.eviction is None else min(DEFAULT_CHUNK, self.eviction.chunk)
+        return largest_call(self.eviction)
 
     def evicts(self, layer: int) -> bool:
         return self.eviction is not None and self.eviction.evicts(layer)
 
     def cached_tokens(self, layer: int, tokens: int) -> int:
         """Tokens of a sequence of `tokens` tokens that a layer has in each KV head."""
+        window = self.caches[layer].window
+        if window is not None and not self.evicts(layer):
+            return ring_slots(window, tokens, self.chunk)
         return tokens if self.eviction is None else self.eviction.slots(layer, tokens)
 
 

@@ -6,11 +6,16 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.command_line import run_kvexport
+from support.tiny_bundles import exact_logits, write_bundle
 
 from kvexport.bundle import Bundle
 from kvexport.eviction.config import DEFAULT_FIRST, DEFAULT_POLICY, Eviction, EvictionRequest
+from kvexport.model.decoder import Decoder
+from kvexport.model.loader import load_decoder
+from kvexport.runtime import Session
 
 Checkpoints = Callable[..., Path]
 QUICK = ["--calibration", "random", "--samples", "8", "--length", "32", "--capacity", "64"]
@@ -39,8 +44,7 @@ def test_the_bundle_has_the_budget_and_passes_validation(
     )
     assert code == 0, err
     assert (
-        "24 tokens in each KV head (l2-norm; never the first 1 or the last 6); layer 1 holds every token"
-        in out
+        "24 tokens in each KV head (l2-norm; never the first 1 or the last 6); layer 1 does not evict" in out
     )
     opened = Bundle.open(bundle)
     assert opened.eviction == Eviction("l2-norm", 24, 1, 6, (1,))
@@ -110,3 +114,39 @@ def test_rejects_an_invalid_budget_and_writes_nothing(
     assert message in err
     assert "Traceback" not in err
     assert not (tmp_path / "bundle").exists()
+
+
+WINDOW, TEXT = 16, np.random.default_rng(0).integers(0, 67, 60).tolist()
+
+
+def prefill_error(bundle: Path, decoder: Decoder, chunk: int) -> float:
+    """Largest error of the logits after a prompt that comes in chunks."""
+    expected = exact_logits(decoder, TEXT)[-1]
+    return float(
+        np.abs(Session(Bundle.open(bundle), threads=1, chunk=chunk).prefill(TEXT)[0] - expected).max()
+    )
+
+
+def test_a_budget_of_the_window_is_the_window_without_loss(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """A budget evicts before a chunk, so that its first tokens would not see their whole window."""
+    checkpoint, bundle = tiny_checkpoint("mistral", sliding_window=WINDOW), tmp_path / "bundle"
+    options = ["--kv-budget", WINDOW, "--protect-first", 0, "--kv-ratio", 1]
+    code, _, err = run_kvexport("build", checkpoint, "-o", bundle, *QUICK, *options)
+    assert code == 0, err
+    assert "no layer evicts: a sliding window of at most 16 tokens is held whole, without loss" in err
+    assert Bundle.open(bundle).eviction is None
+    decoder = load_decoder(checkpoint)
+    for chunk in (1, 4, 7, 128):
+        assert prefill_error(bundle, decoder, chunk) < 1e-4
+    evicting = write_bundle(tmp_path / "evicting", decoder, eviction=Eviction("window", WINDOW))
+    assert prefill_error(evicting, decoder, 4) > 0.01
+
+
+def test_only_layers_whose_window_exceeds_the_budget_evict() -> None:
+    eviction = Eviction("window", 16, skip_layers=(3,))
+    windows = [None, 16, 17, None, 8]
+    assert eviction.outside_windows(windows) == Eviction("window", 16, skip_layers=(1, 3, 4))
+    assert eviction.outside_windows([None, 17, None, None]) is eviction
+    assert eviction.outside_windows([4, 4, 16, None]) is None

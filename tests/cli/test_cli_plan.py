@@ -83,15 +83,15 @@ def test_a_kv_budget_limits_the_size_of_the_cache(llama: Path) -> None:
     held = 2 * 4096 * 4096 + 30 * 1024 * (4096 + 8 * 8)
     assert (cells[4], whole[4]) == (f"{held / 2**20:.1f} MiB", "512.0 MiB")
     assert "a budget of 1024 tokens in each KV head, each with 8 bytes of score and position" in out
-    assert "(at most 1.9 MiB of the KV cache); layers 0, 1 keep the whole context." in out
+    assert "(at most 1.9 MiB of the KV cache); layers 0, 1 do not evict." in out
     raw = json.loads(plan(*arguments, *budget, "--json")[1])
     assert (raw["eviction"]["budget"], raw["eviction"]["skip_layers"]) == (1024, [0, 1])
     assert (raw["rows"][0]["memory"]["kv"], raw["rows"][0]["memory"]["kv_state"]) == (held, 30 * 1024 * 64)
 
 
 def test_the_note_on_the_budget_names_the_layers_that_keep_everything(llama: Path) -> None:
-    assert "layer 3 keeps the whole context." in plan(llama, "--kv-budget", 64, "--evict-skip-layers", 3)[1]
-    assert "the whole context" not in plan(llama, "--kv-budget", 64)[1]
+    assert "layer 3 does not evict." in plan(llama, "--kv-budget", 64, "--evict-skip-layers", 3)[1]
+    assert "not evict" not in plan(llama, "--kv-budget", 64)[1]
     assert "budget" not in plan(llama)[1]
     assert json.loads(plan(llama, "--json")[1])["eviction"] is None
 
