@@ -19,9 +19,9 @@ from kvexport.graph.eviction_attention import (
     EvictionCacheValues,
     EvictionInputs,
 )
-from kvexport.graph.masks import Slots
 from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.graph.rotary import RotaryTables
+from kvexport.graph.slots import Slots
 from kvexport.model.decoder import Attention, Linear, Norm
 
 if TYPE_CHECKING:

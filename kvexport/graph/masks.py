@@ -1,145 +1,33 @@
-"""Slots and attention masks of layers without eviction, shared by layers with the same window and slopes.
-
-Slot n holds position n, or, in a ring (`kvexport.bundle.graph_io.ring_of`), the last position that is n
-modulo the number of slots.
-"""
+"""Attention masks, shared by layers with the same slots, window and slopes."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
-from kvexport.bundle.graph_io import BATCH, SEQUENCE, ring_axis
+from kvexport.bundle.graph_io import BATCH, SEQUENCE
 from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.graph.weights import NUMPY_DTYPES, largest_number
 
-_COLUMN = (BATCH, 1, SEQUENCE, 1)
-NEVER = 2**30  # a position after all others, so that every mask hides the slot
-
-
-@dataclass(frozen=True)
-class Slots:
-    """The slots of caches of one kind.
-
-    Attributes:
-        masks: masks over these slots.
-        write_indices: int64 [batch], the slot of each sequence's first new token.
-    """
-
-    masks: Masks
-    write_indices: ir.Value
-
-
-def linear_slots(
-    nodes: NodeBuilder, cache: ir.Value, positions: ir.Value, first: ir.Value, other: Slots | None
-) -> Slots:
-    """Slots that hold the positions 0, 1, ...
-
-    Args:
-        nodes: nodes of the graph.
-        cache: [batch, heads, capacity, width], of any layer with such a cache.
-        positions: positions of the new tokens, int64 [batch, sequence].
-        first: the first of them, int64 [batch].
-        other: slots of another kind of the same graph; None: there are none yet.
-    """
-    _, slots = _numbered(nodes, cache, "mask", ("capacity", "slots"))
-    return Slots(Masks(nodes, positions, slots, "mask", other), first)
-
-
-def ring_slots(
-    nodes: NodeBuilder,
-    window: int,
-    cache: ir.Value,
-    positions: ir.Value,
-    first: ir.Value,
-    other: Slots | None,
-) -> Slots:
-    """Slots of a ring that holds a window; arguments as `linear_slots`.
-
-    With the last new token at position p, slot n of R holds position p - ((p - n) mod R), or none if that is
-    negative.
-    """
-    name, axis = f"ring_{window}", ring_axis(window)
-    row = (BATCH, 1, 1, axis)
-    count, numbers = _numbered(nodes, cache, name, ("slots", "numbers"))
-    index = nodes.op("Mod", first, count, name=f"{name}.index", dtype="int64")
-    last = nodes.op(
-        "Gather", positions, nodes.integer(-1), name=f"{name}.last", shape=(BATCH,), dtype="int64", axis=1
-    )
-    last = nodes.op(
-        "Unsqueeze",
-        last,
-        nodes.integers(1, 2, 3),
-        name=f"{name}.last.column",
-        shape=(BATCH, 1, 1, 1),
-        dtype="int64",
-    )
-    # The dividend p - n + R is positive, so that the sign convention of Mod does not matter.
-    ahead = nodes.op("Sub", count, numbers, name=f"{name}.ahead", shape=(axis,), dtype="int64")
-    dividend = nodes.op("Add", last, ahead, name=f"{name}.dividend", shape=row, dtype="int64")
-    age = nodes.op("Mod", dividend, count, name=f"{name}.age", shape=row, dtype="int64")
-    newest = nodes.op("Sub", last, age, name=f"{name}.newest", shape=row, dtype="int64")
-    written = nodes.op(
-        "GreaterOrEqual", newest, nodes.integer(0), name=f"{name}.is_written", shape=row, dtype="bool"
-    )
-    held = nodes.op(
-        "Where", written, newest, nodes.integer(NEVER), name=f"{name}.held", shape=row, dtype="int64"
-    )
-    return Slots(Masks(nodes, positions, held, name, other), index)
-
-
-def _numbered(
-    nodes: NodeBuilder, cache: ir.Value, name: str, labels: tuple[str, str]
-) -> tuple[ir.Value, ir.Value]:
-    """The number of slots of a cache, int64 [], and the numbers 0, 1, ... of the slots, int64 [slots]."""
-    shape = nodes.op("Shape", cache, name=f"{name}.cache_shape", shape=(4,), dtype="int64")
-    count = nodes.op(
-        "Gather", shape, nodes.integer(2), name=f"{name}.{labels[0]}", shape=(), dtype="int64", axis=0
-    )
-    limits = (nodes.integer(0), count, nodes.integer(1))
-    axis = sizes(cache)[2]
-    return count, nodes.op("Range", *limits, name=f"{name}.{labels[1]}", shape=(axis,), dtype="int64")
-
 
 class Masks:
-    """Masks over the slots of layers without eviction.
+    """Masks over the slots of layers without eviction."""
 
-    Attributes:
-        positions: positions of the new tokens, int64 [batch, 1, sequence, 1].
-    """
-
-    def __init__(
-        self, nodes: NodeBuilder, positions: ir.Value, slots: ir.Value, name: str, other: Slots | None
-    ) -> None:
+    def __init__(self, nodes: NodeBuilder, positions: ir.Value, slots: ir.Value, name: str) -> None:
         """
         Args:
             nodes: nodes of the graph.
-            positions: positions of the new tokens, int64 [batch, sequence].
-            slots: the position in each slot, int64 [slots] or [batch, 1, 1, slots]; `NEVER` if it is empty.
+            positions: positions of the new tokens, int64 [batch, 1, sequence, 1].
+            slots: the position in each slot, int64 [slots] or [batch, 1, 1, slots].
             name: prefix of the names of the nodes.
-            other: slots of another kind, whose `positions` are used.
         """
-        self._nodes, self._slots, self._name = nodes, slots, name
+        self._nodes, self._positions, self._slots, self._name = nodes, positions, slots, name
         self._axis = sizes(slots)[-1]
         self._full = (BATCH, 1, SEQUENCE, self._axis)
         self._visible: dict[int | None, ir.Value] = {}
         self._biases: dict[tuple[int | None, bytes], ir.Value] = {}
         self._relative: ir.Value | None = None
-        self.positions: ir.Value = (
-            nodes.op(
-                "Unsqueeze",
-                positions,
-                nodes.integers(1, 3),
-                name=f"{name}.positions",
-                shape=_COLUMN,
-                dtype="int64",
-            )
-            if other is None
-            else other.masks.positions
-        )
 
     def visible(self, window: int | None) -> ir.Value:
         """Bool [batch, 1, sequence, slots]: position - window < the slot's position <= position."""
@@ -178,7 +66,7 @@ class Masks:
         return self._nodes.op(
             "LessOrEqual",
             self._slots,
-            self.positions,
+            self._positions,
             name=f"{self._name}.causal",
             shape=self._full,
             dtype="bool",
@@ -186,7 +74,7 @@ class Masks:
 
     def _windowed(self, window: int) -> ir.Value:
         nodes, name, causal = self._nodes, f"{self._name}.window_{window}", self.visible(None)
-        before = nodes.op("Sub", self.positions, nodes.integer(window), name=f"{name}.before", dtype="int64")
+        before = nodes.op("Sub", self._positions, nodes.integer(window), name=f"{name}.before", dtype="int64")
         recent = nodes.op(
             "Greater", self._slots, before, name=f"{name}.recent", shape=self._full, dtype="bool"
         )
@@ -198,7 +86,7 @@ class Masks:
             relative = nodes.op(
                 "Sub",
                 self._slots,
-                self.positions,
+                self._positions,
                 name=f"{self._name}.relative",
                 shape=self._full,
                 dtype="int64",

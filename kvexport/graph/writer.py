@@ -21,9 +21,9 @@ from kvexport.graph.attention import AttentionBuilder, CacheValues, SharedInputs
 from kvexport.graph.blocks import block, linear, norm
 from kvexport.graph.eviction_attention import EvictionCacheValues, EvictionInputs
 from kvexport.graph.keep_float32 import NO_EXCEPTIONS, Float32Exceptions, KeepFloat32
-from kvexport.graph.masks import Slots, linear_slots, ring_slots
 from kvexport.graph.nodes import NodeBuilder, sizes
 from kvexport.graph.rotary import RotaryTables
+from kvexport.graph.slots import SlotsBuilder
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
 from kvexport.model.decoder import Decoder, Embedding, Layer, ModelDims
 
@@ -81,11 +81,9 @@ class DecoderWriter:
             if eviction is None
             else EvictionInputs(nodes, eviction, capacity, self._positions, self._write_indices)
         )
-        # By the window of a ring, None: not a ring. Made with the first layer that needs them: masks read the
-        # number of slots from the shape of its cache.
-        self._slots: dict[int | None, Slots] = {}
-        # With eviction, the input write_indices counts the slots in use instead.
-        self._first = None if eviction is not None else self._write_indices
+        # With eviction, the input write_indices counts the slots in use, and is no position.
+        first = None if eviction is not None else self._write_indices
+        self._slots = SlotsBuilder(nodes, self._positions, first)
         self._caches: list[tuple[TensorSpec, ...]] = []
         self._written: list[ir.Value] = []
         self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
@@ -111,7 +109,7 @@ class DecoderWriter:
             ring=ring,
         )
         inputs = [nodes.input(spec) for spec in specs]
-        slots = None if evicts else self._slots_of(ring, inputs[0])
+        slots = None if evicts else self._slots.of(ring, inputs[0])
         past = EvictionCacheValues(*inputs) if evicts else CacheValues(*inputs)
         tokens = SharedInputs(slots, self._eviction_inputs, self._rotary)
         builder = AttentionBuilder(nodes, index, attention, tokens)
@@ -123,29 +121,6 @@ class DecoderWriter:
 
         self._x = block(nodes, index, layer, self._x, attend)
         self._caches.append(specs)
-
-    def _slots_of(self, ring: int | None, cache: ir.Value) -> Slots:
-        """The slots of caches of one kind; `cache` is any of them."""
-        if ring in self._slots:
-            return self._slots[ring]
-        nodes, positions = self._nodes, self._positions
-        if self._first is None:
-            self._first = nodes.op(
-                "Gather",
-                positions,
-                nodes.integer(0),
-                name="first_position",
-                shape=(BATCH,),
-                dtype="int64",
-                axis=1,
-            )
-        other = next(iter(self._slots.values()), None)
-        self._slots[ring] = (
-            linear_slots(nodes, cache, positions, self._first, other)
-            if ring is None
-            else ring_slots(nodes, ring, cache, positions, self._first, other)
-        )
-        return self._slots[ring]
 
     def finish(self, decoder: Decoder, exceptions: Float32Exceptions = NO_EXCEPTIONS) -> GraphContract:
         """Append final norm and head, and write decoder.onnx.

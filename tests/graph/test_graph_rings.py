@@ -38,6 +38,7 @@ DECODERS = {
     "mixed": make_decoder(
         [Shape(kv_heads=2, window=5), Shape(kv_heads=2), Shape(kv_heads=4, window=9), Shape(window=CAPACITY)]
     ),
+    "full-first": make_decoder([Shape(), Shape(kv_heads=2, window=5), Shape(kv_heads=1)]),
     "alibi": make_decoder([Shape(slopes=slopes_of(4), window=5), Shape(slopes=slopes_of(4))], BLOOM),
     "online": make_decoder([Shape(heads=4, kv_heads=2, group=2, key_dim=12, window=5)]),
 }
@@ -189,6 +190,14 @@ def test_only_layers_whose_window_is_below_the_capacity_are_rings(tmp_path: Path
         past(2, "key"): "window_9",
         past(3, "key"): "capacity",
     }
+
+
+def test_group_query_attention_behind_a_ring_reads_the_positions(tmp_path: Path) -> None:
+    """Full attention behind a ring has the form of a ring; ONNX Runtime gets the input without the modulo."""
+    write(make_decoder([Shape(window=5), Shape()]), tmp_path, capacity=CAPACITY)
+    nodes = {str(node.name): node for node in lower(tmp_path / GRAPH_FILE, "ort-cuda").graph}
+    assert "mask.index" not in nodes and "ring_5.index" in nodes
+    assert str(nodes["gqa.stop"].inputs[0].name) == "write_indices"
 
 
 def test_decomposed17_refuses_a_ring_of_another_form(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def _lower(model: ir.Model, match: AttentionMatch) -> None:
         )
         tables = [cos, sin]
     inputs = [_flat(nodes, value) for value in (query, key, new_value)]
-    lengths = _lengths(model, nodes, match.write_indices)
+    lengths = _lengths(model, nodes, _first_slot(match))
     flat = ir.Shape((BATCH, SEQUENCE, match.heads * match.value_dim))
     mixed = ir.Value(name=f"{name}.flat", type=match.query.type, shape=flat)
     attributes = {
@@ -169,6 +169,14 @@ def _join(nodes: Nodes, by_head: ir.Value, flat: ir.Value) -> None:
         for inner in list(use.node.outputs[0].uses()):
             if inner.node.op_type == "Reshape":
                 ir.convenience.replace_all_uses_with(inner.node.outputs[0], flat)
+
+
+def _first_slot(match: AttentionMatch) -> ir.Value:
+    """The slot of the first new token; a position modulo the capacity is the position."""
+    index = match.write_indices.producer()
+    if index is None or index.op_type != "Mod" or index.inputs[0] is None:
+        return match.write_indices
+    return index.inputs[0]
 
 
 def _lengths(model: ir.Model, nodes: Nodes, write_indices: ir.Value) -> tuple[ir.Value, ir.Value]:

@@ -28,8 +28,8 @@ from kvexport.bundle.graph_io import (
 from kvexport.graph.lowering.grouped import KeyValues, attention_bias, grouped_attention, replace_attention
 from kvexport.graph.lowering.matches import AttentionMatch, find_attention, require_attention, require_removed
 from kvexport.graph.lowering.split_evicting import SlotMasks
-from kvexport.graph.masks import NEVER
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
+from kvexport.graph.slots import NEVER, ring_name
 
 
 class SplitCache(ir.passes.InPlacePass):
@@ -38,22 +38,24 @@ class SplitCache(ir.passes.InPlacePass):
     Layers with eviction get another output, slots.*: the slot of each head's first new token; the others
     follow it.
 
-    Pre-condition: attention of the standard form, with masks made as in `kvexport.graph.masks` or, in layers
+    Pre-condition: attention of the standard form, with masks made as in `kvexport.graph.slots` or, in layers
     with eviction, of the state. Post-condition: the graph has no Attention and no TensorScatter, and no
     output has the size of the cache.
     """
 
     def requires(self, model: ir.Model) -> None:
         require_attention(model)
-        for ring in _rings(find_attention(model)):
-            _value(model, *(("mask.slots", "Range") if ring is None else (f"ring_{ring}.held", "Where")))
-            if ring is not None:
-                _value(model, f"ring_{ring}.last", "Gather")
+        for ring, match in _rings(find_attention(model)).items():
+            if _is_linear(ring, match):
+                _value(model, "mask.slots", "Range")
+            else:
+                _value(model, f"{ring_name(ring)}.held", "Where")
+                _value(model, "last_position", "Gather")
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         matches = find_attention(model)
         for ring, match in _rings(matches).items():
-            if ring is None:
+            if _is_linear(ring, match):
                 _add_new_tokens_to_masks(model, match.write_indices)
             else:
                 _add_new_tokens_to_ring(model, ring, match.write_indices)
@@ -123,6 +125,12 @@ def _rings(matches: list[AttentionMatch]) -> dict[int | None, AttentionMatch]:
     return {match.ring: match for match in matches if match.state_write is None}
 
 
+def _is_linear(ring: int | None, match: AttentionMatch) -> bool:
+    """Whether slot n holds position n; else the masks are those of `kvexport.graph.slots.SlotsBuilder`."""
+    index = match.write_indices.producer()
+    return ring is None and (index is None or index.op_type != "Mod")
+
+
 def _value(model: ir.Model, name: str, op_type: str) -> ir.Value:
     """The output of a node.
 
@@ -135,19 +143,20 @@ def _value(model: ir.Model, name: str, op_type: str) -> ir.Value:
     raise ir.passes.PreconditionError(f"the graph has no {op_type} {name}")
 
 
-def _add_new_tokens_to_ring(model: ir.Model, window: int, index: ir.Value) -> None:
+def _add_new_tokens_to_ring(model: ir.Model, window: int | None, index: ir.Value) -> None:
     """Extend the masks of a ring by the new tokens, [batch, ..., slots + sequence].
 
     Its slots hold what they held before the call, whose last position is the one before the first new token.
     """
-    name, axis = f"ring_{window}", ring_axis(window)
-    last, held = _value(model, f"{name}.last", "Gather"), _value(model, f"{name}.held", "Where")
+    name, axis = ring_name(window), CAPACITY if window is None else ring_axis(window)
+    last, held = _value(model, "last_position", "Gather"), _value(model, f"{name}.held", "Where")
     producer, modulo = last.producer(), index.producer()
     if producer is None or modulo is None or modulo.op_type != "Mod" or modulo.inputs[0] is None:
         raise ir.passes.PreconditionError(f"{index.name} is not the first position modulo the slots")
-    nodes = Nodes(model.graph, "int64", before=producer)
-    before = nodes.op("Sub", modulo.inputs[0], nodes.integer(1), name=f"{name}.before", shape=(BATCH,))
-    ir.convenience.replace_all_uses_with(last, before)
+    if last.uses():  # of the first ring; the others share it
+        nodes = Nodes(model.graph, "int64", before=producer)
+        before = nodes.op("Sub", modulo.inputs[0], nodes.integer(1), name="position_before", shape=(BATCH,))
+        ir.convenience.replace_all_uses_with(last, before)
     readers = [(use.node, use.idx) for use in held.uses()]
     nodes = Nodes(model.graph, "int64", before=_first_of(model, {node for node, _ in readers}))
     joined = _with_new_tokens(model, nodes, held, (BATCH, 1, 1, axis), name)
