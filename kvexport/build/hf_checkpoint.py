@@ -52,14 +52,7 @@ def _method(job: ConversionJob, architecture: Architecture) -> Method:
         UsageError: its codes of keys do not fold into the weights.
     """
     attention, name = job.decoder.layers[0].attention, job.options.method
-    if not attention.keys_fold:
-        between = "clipped projections: a clip" if attention.k_norm is None else "QK-norm: a norm"
-        raise UsageError(
-            f"a Hugging Face checkpoint with fewer KV heads needs a model without {between} after W_K "
-            "prevents folding",
-            got=f"model_type {architecture.config.get('model_type')}, --method {name}",
-            fix=f"{_BUNDLE}; or keep all heads: --kv-ratio 1",
-        )
+    require_folding(architecture, name)
     if all(layer.rope is None for layer in architecture.layers):
         method = job.methods[0]
         # the slope of a head depends on its index
@@ -72,6 +65,26 @@ def _method(job: ConversionJob, architecture: Architecture) -> Method:
             fix=f"use --method fold, or {_BUNDLE}",
         )
     return METHODS[name]
+
+
+def require_folding(architecture: Architecture, method: str) -> None:
+    """Check that a checkpoint of the family's class can have fewer KV heads.
+
+    Raises:
+        UsageError: a norm or a clip follows W_K.
+    """
+    if architecture.family.qk_norm is not None:
+        between = "QK-norm: a norm"
+    elif architecture.clip is not None:
+        between = "clipped projections: a clip"
+    else:
+        return
+    raise UsageError(
+        f"a Hugging Face checkpoint with fewer KV heads needs a model without {between} after W_K prevents "
+        "folding",
+        got=f"model_type {architecture.config.get('model_type')}, --method {method}",
+        fix=f"{_BUNDLE}; or keep all heads: --kv-ratio 1",
+    )
 
 
 def _source_config(job: ConversionJob) -> HFConfig:

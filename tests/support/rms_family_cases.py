@@ -36,7 +36,13 @@ def longrope(original: int, pairs: int, theta: float = 10000.0) -> dict[str, Any
 
 DEFAULTS: dict[str, dict[str, Any]] = {
     "arcee": SIZES,
-    "cwm": {**SIZES, **FOUR_LAYERS, "head_dim": 8, "sliding_window": 7},
+    "cwm": {
+        **SIZES,
+        "num_hidden_layers": 4,
+        "head_dim": 8,
+        "sliding_window": 7,
+        "layer_types": ["full_attention", *["sliding_attention"] * 3],
+    },
     "ernie4_5": {**SIZES, "head_dim": 8},
     "exaone4": {**SIZES, "sliding_window": None, "layer_types": ["full_attention"] * 2},
     "gemma": {**SIZES, "head_dim": 8},
