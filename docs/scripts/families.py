@@ -184,6 +184,11 @@ def page() -> str:
     """docs/families.md."""
     record = json.loads(RECORD.read_text(encoding="utf-8"))
     settings, rows = record["settings"], record["rows"]
+    if families().keys() - rows.keys():
+        unknown = ", ".join(sorted(families().keys() - rows.keys()))
+        raise SystemExit(
+            f"{RECORD.relative_to(ROOT)} must have every model type, not {unknown}; run: {MEASURE}"
+        )
     versions = [f"{name} {number}" for name, number in settings["versions"].items()]
     return TEXT.format(
         model_types=len(families()),

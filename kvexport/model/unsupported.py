@@ -17,7 +17,7 @@ from kvexport.model.families import families
 
 Sign = Callable[[Any], bool] | tuple[str, ...]  # a test, or patterns of the value or of one entry of a list
 
-_DENSE = "use a model of a supported family (README.md) without it"
+_DENSE = "use a model of a supported family (docs/families.md) without it"
 _KINDS = ("layer_types", "layers_block_type", "block_types")  # keys that list the kind of each layer
 # keys of the text part in a model for several media
 _TEXT_PARTS = ("text_config", "llm_config", "language_config", "thinker_config")
