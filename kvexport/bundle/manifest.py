@@ -109,6 +109,15 @@ class Manifest:
         return kv_bytes(self.layers, self.dtype, self.eviction, tokens)
 
     @property
+    def rings(self) -> list[int]:
+        """The windows of the layers whose cache is a ring (`kvexport.bundle.graph_io.ring_of`), in order."""
+        windows = (
+            ring_of(layer.window, self.capacity, self.eviction is not None and self.eviction.evicts(index))
+            for index, layer in enumerate(self.layers)
+        )
+        return [window for window in windows if window is not None]
+
+    @property
     def kv_bytes_per_token(self) -> int:
         """Bytes of the keys and values of one token, before any eviction."""
         return BYTES[self.dtype] * sum(layer.kv_width for layer in self.layers)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -112,6 +113,9 @@ def print_bundle(bundle: Bundle, verified: bool) -> None:
     table.add_row("  original", size(bundle.kv_bytes_per_token_original))
     if bundle.eviction is not None:
         table.add_row("KV budget", str(bundle.eviction))
+    for window, count in sorted(Counter(bundle.rings).items()):
+        layers = "1 layer holds" if count == 1 else f"{count} layers hold"
+        table.add_row(f"window of {window} tokens", f"{layers} the window and one call, without loss")
     table.add_row("KV cache at capacity", size(bundle.kv_bytes(bundle.capacity)))
     table.add_row("text", _text_support(bundle))
     for name, entry in bundle.files.items():

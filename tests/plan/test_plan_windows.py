@@ -1,4 +1,4 @@
-"""`kvexport plan` counts a layer with a sliding window as the window and one chunk, as the documentation says."""
+"""`kvexport plan` counts a sliding window as the window and one chunk, as the documentation says."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 import torch
+from support.command_line import run_kvexport
 from support.decoders import make_decoder
 from support.simulated_device import add_engine, only_gpu
 from support.tiny_bundles import write_bundle
@@ -84,3 +85,11 @@ def test_the_self_test_finds_positions_of_the_wrong_round(tmp_path: Path) -> Non
     (path / LOWERED_FILES["cpu"]).unlink()  # so that the graph that is damaged runs
     bundle = broken(path, tmp_path / "broken", edit_graph(DAMAGES["positions of the wrong round"]))
     assert self_test(bundle, "cpu").verdict != "ok"
+
+
+def test_inspect_names_the_windows(valid: Path) -> None:
+    code, out, _ = run_kvexport("inspect", valid)
+    windows = [layer.window for layer in Bundle.open(valid).layers]
+    assert (code, Bundle.open(valid).rings) == (0, windows)
+    text = " ".join(out.split())
+    assert f"window of 5 tokens {len(windows)} layers hold the window and one call, without loss" in text
