@@ -128,6 +128,11 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
             local_theta=settings.positive("local_rope_theta"),
             max_positions=positions,
         )
+        if len({rope.rotary_dim for rope in ropes.values()}) > 1:
+            raise CheckpointError(
+                "partial_rotary_factor in config.json must be the same for all types of layers",
+                got=", ".join(f"{rope.rotary_dim} of {head_dim} in {kind}" for kind, rope in ropes.items()),
+            )
     layers = _layers(family, complete, settings.whole("num_layers"), ropes)
     reaches = [each.rope.reach(positions) for each in set(layers) if each.rope is not None]
     bounded = [each for each in reaches if each is not None]

@@ -117,6 +117,16 @@ def test_window_without_layer_types_is_refused_where_no_rule_gives_them() -> Non
     [
         ("Gemma-2B", {"hidden_act": "relu"}, "hidden_act"),
         ("Gemma-3-1B", {"use_bidirectional_attention": True}, "use_bidirectional_attention"),
+        (
+            "Gemma-3-1B",
+            {
+                "rope_parameters": {
+                    "full_attention": {"rope_theta": 1e6, "partial_rotary_factor": 0.5},
+                    "sliding_attention": {"rope_theta": 1e4},
+                }
+            },
+            "128 of 256 in full_attention, 256 of 256 in sliding_attention",
+        ),
         ("Hunyuan-1.8B", {"use_cla": True}, "use_cla"),
         ("SmolLM3-3B", {"use_sliding_window": True}, "use_sliding_window"),
         ("MiniCPM-2B", {"num_experts": 8}, "num_experts"),
