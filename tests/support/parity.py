@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from inspect import signature
 from pathlib import Path
 from typing import Any
 
@@ -31,9 +32,12 @@ def their_model(path: Path, dtype: torch.dtype) -> Any:
 def their_logits(
     path: Path, ids: torch.Tensor, dtype: torch.dtype, prompt: int | None = None
 ) -> torch.Tensor:
-    """Logits [B, S, vocab]; with `prompt`, the tokens after it run one by one with the model's own cache."""
+    """Logits [B, S, vocab]; with `prompt`, the tokens after it run one by one with the model's own cache.
+
+    A class without a cache computes them at once.
+    """
     model = their_model(path, dtype)
-    if prompt is None:
+    if prompt is None or "past_key_values" not in signature(model.forward).parameters:
         return model(ids, use_cache=False).logits
     parts, cache = [ids[:, :prompt], *ids[:, prompt:].split(1, dim=1)], None
     found = []
