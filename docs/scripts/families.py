@@ -103,6 +103,9 @@ and in parentheses what they would be without rings:
 A dash: the model's own context is shorter. The longer Phi-3 models (128k) have a window of 262,144 tokens,
 more than their context: they gain nothing.
 
+`tests/runtime/test_runtime_rings_long.py` runs 10,000 steps of a tiny Mistral with a window of 64: the cache
+has the size of the window and one call, and the logits of every 50th step are those of transformers.
+
 ## Refused
 
 A model is refused by the first feature that does not fit; the message names the setting of `config.json`
