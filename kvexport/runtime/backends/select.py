@@ -11,6 +11,7 @@ from functools import cache
 
 from kvexport.bundle import Bundle
 from kvexport.bundle.graph_io import CHUNK
+from kvexport.bundle.manifest import largest_call
 from kvexport.devices.gpu import find_gpu
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.packages import install_command
@@ -134,7 +135,7 @@ def open_decoder(
     free = 0 if provider.device is None else provider.device.memory()[0]
     graph = load_graph(bundle, session_options(threads), provider.name)
     loaded = 0 if provider.device is None else max(0, free - provider.device.memory()[0])
-    cache = new_cache(bundle, provider, bundle.dtype, chunk=chunk)
+    cache = new_cache(bundle, provider, bundle.dtype, chunk=largest_call(bundle.eviction, chunk))
     return OrtDecoder(graph, cache, row_by_row=graph_file(bundle, provider.name) != GRAPH_FILE, loaded=loaded)
 
 

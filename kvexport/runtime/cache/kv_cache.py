@@ -10,7 +10,6 @@ from numpy.typing import NDArray
 
 from kvexport.bundle import Bundle
 from kvexport.bundle.graph_io import CHUNK, KEY, STATE, VALUE, past, ring_of, ring_slots
-from kvexport.bundle.manifest import largest_call
 from kvexport.errors import CannotRunHere, UsageError
 from kvexport.eviction.config import LATEST, NEVER, POSITION_PLUS_ONE, SCORE, STATE_WIDTH
 from kvexport.runtime.cache.device_arrays import HOST, Storage, as_float32, from_float, stored_as
@@ -119,7 +118,7 @@ class KvCache:
         self.batch = batch
         self.capacity = 0
         self.limit = bundle.capacity if limit is None else limit
-        self.chunk = largest_call(eviction, chunk)
+        self.chunk = chunk
         windows = sorted({spec.ring for spec in self._specs.values() if spec.ring is not None})
         self.rings = Rings({each: ring_slots(each, self.limit, self.chunk) for each in windows}, self.limit)
         self.slots = None if eviction is None else min(slots or eviction.budget, self.limit)
