@@ -20,6 +20,7 @@ from kvexport.bundle.layer_report import LayerReport
 from kvexport.eviction.config import Eviction
 from kvexport.files.hashing import sha256_of
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, GraphContract, write_lowered
+from kvexport.graph.keep_float32 import NO_EXCEPTIONS, Float32Exceptions
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer
 from kvexport.model.loader import load_decoder
@@ -37,6 +38,7 @@ def write_bundle(
     capacity: int = 64,
     tokenizer: str | None = None,
     eviction: Eviction | None = None,
+    exceptions: Float32Exceptions = NO_EXCEPTIONS,
     self_test: bool = False,
     change: Callable[[dict[str, Any]], None] = lambda manifest: None,
 ) -> Path:
@@ -55,7 +57,7 @@ def write_bundle(
         )
         for layer in decoder.layers:
             graph.add_layer(layer)
-        contract = graph.finish(decoder)
+        contract = graph.finish(decoder, exceptions)
         write_lowered(writer.directory / GRAPH_FILE, dtype)
         if self_test:
             record_self_test(writer.directory, decoder, dtype, capacity, eviction)
