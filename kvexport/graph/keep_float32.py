@@ -11,10 +11,11 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from kvexport.bundle.graph_io import attention_residual, residual_tap
+from kvexport.bundle.graph_io import attention_residual, attention_tap, residual_tap
 from kvexport.graph.nodes import Nodes, dtype_of
 
 _FLOAT32 = "float32"
+_OUTPUT_OPERATORS = ("RMSNormalization", "LayerNormalization", "Mul")  # of output norms, residual multipliers
 
 
 @dataclass(frozen=True)
@@ -22,7 +23,7 @@ class Float32Exceptions:
     """Parts of a float16 graph that are computed in float32.
 
     Attributes:
-        stream: the residual stream, and the norms that read it.
+        stream: the residual stream, the norms that read it, and the output norms whose results it adds.
         mlps: indices of the layers whose whole MLP is computed in float32.
     """
 
@@ -36,21 +37,24 @@ class Float32Exceptions:
             f"layers.{layer}.mlp" for layer in sorted(self.mlps)
         ]
 
-    def covers(self, node: str) -> bool:
-        """Whether the node of this name is computed in float32."""
-        match = re.match(r"layers\.(\d+)\.(mlp\.)?", node)
+    def covers(self, node: ir.Node) -> bool:
+        """Whether a node is computed in float32."""
+        name = str(node.name)
+        match = re.match(r"layers\.(\d+)\.(mlp\.)?", name)
         if match is None:
-            return self.stream and node in ("logits.chosen", "final_norm")
+            return self.stream and name in ("logits.chosen", "final_norm")
         layer, in_mlp = int(match[1]), match[2] is not None
-        if in_mlp:
-            return layer in self.mlps
+        if in_mlp and layer in self.mlps:
+            return True
         parts = ("attention_norm", "mlp_norm", "attention_residual_norm", "mlp_residual")
-        names = (
+        stream = (
             attention_residual(layer),
             residual_tap(layer),
             *(f"layers.{layer}.{part}" for part in parts),
         )
-        return self.stream and node in names
+        # What is added to the stream: an output norm with large weights makes large numbers of small ones.
+        added = name.removesuffix(".unscaled") in (attention_tap(layer), f"layers.{layer}.mlp.down")
+        return self.stream and (name in stream or (added and node.op_type in _OUTPUT_OPERATORS))
 
 
 NO_EXCEPTIONS = Float32Exceptions()
@@ -104,8 +108,4 @@ class KeepFloat32(ir.passes.InPlacePass):
                 )
 
     def _nodes(self, model: ir.Model) -> list[ir.Node]:
-        return [
-            node
-            for node in model.graph
-            if node.op_type != "Cast" and self._exceptions.covers(node.name or "")
-        ]
+        return [node for node in model.graph if node.op_type != "Cast" and self._exceptions.covers(node)]

@@ -99,6 +99,28 @@ def test_float32_exceptions_equal_the_reference(style: str, case: str, lowering:
     assert disagreement(decoder, with_taps(tmp_path / "lowered.onnx").session(quiet()), contract) < 1e-2
 
 
+@pytest.mark.parametrize("multiplier", [1.0, 0.5])
+@pytest.mark.parametrize("norm", ["rms", "layer"])
+def test_large_results_of_output_norms_equal_the_reference(
+    norm: str, multiplier: float, tmp_path: Path
+) -> None:
+    """Weights of output norms that float16 represents, with results that it does not."""
+    names = ("attention_norm", "mlp_norm", "attention_output_norm", "mlp_output_norm")
+    style = Style(norm, norms=names, residual_multiplier=multiplier)
+    decoder = make_decoder([Shape(kv_heads=2)] * 2, style)
+    for layer in decoder.layers:
+        for output_norm in (layer.attention_output_norm, layer.mlp_output_norm):
+            assert output_norm is not None and output_norm.weight is not None
+            output_norm.weight.mul_(3e4)
+    decoder = rounded(decoder, torch.float16)
+    exceptions = exceptions_of(decoder)
+    assert exceptions == Float32Exceptions(stream=True)
+    contract = lowered_contract(write(decoder, tmp_path, "float16", exceptions=exceptions), "decomposed17")
+    ir.save(lower(tmp_path / GRAPH_FILE, "decomposed17"), tmp_path / "lowered.onnx")
+    session = RoundsEveryNode(tmp_path / "lowered.onnx")
+    assert disagreement(decoder, session, contract) < 1e-2  # type: ignore[arg-type]
+
+
 class RoundsEveryNode:
     """A graph on onnx's reference evaluator, which rounds after every node, as GPUs do."""
 
