@@ -14,13 +14,14 @@ def float32_exceptions(peaks: PeakMeter) -> Float32Exceptions:
     """The parts whose activations come within a factor of 4 of the largest float16 number.
 
     Raises:
-        UsageError: keys or values of a layer, which the cache stores in float16, exceed that number.
+        UsageError: keys or values of a layer, which the cache stores in float16, exceed that number, or a
+            residual stream that they are computed from without a norm does.
     """
     limit = LARGEST / _MARGIN
     for index, layer in enumerate(peaks.layers):
         if layer.cached > LARGEST:
             raise UsageError(
-                f"keys and values of layer {index} must fit in float16",
+                f"keys and values of layer {index}, and what they are computed from, must fit in float16",
                 got=f"values up to {layer.cached:g}",
                 expected=f"at most {LARGEST:g}",
                 fix="use --dtype bfloat16 or --dtype float32",

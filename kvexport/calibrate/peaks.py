@@ -18,9 +18,10 @@ class LayerPeaks:
     """Largest magnitudes in one layer.
 
     Attributes:
-        cached: of cached keys and values.
-        mlp: peaks of the outputs of the gate and up projections, and of the input and output of the down
-            projection.
+        cached: peaks of cached keys and values, and of a residual stream that they are computed from without
+            a norm.
+        mlp: peaks of the MLP's input, of the outputs of the gate and up projections, and of the input and
+            output of the down projection.
         residual: peaks of the residual stream after attention and after the layer.
     """
 
@@ -61,12 +62,14 @@ class PeakMeter:
             )
             inner = reference.mlp_inner(parameters, x)
             update = reference.linear(parameters.down, inner)
-            mlp = max(mlp, *map(_peak, first), _peak(inner), _peak(update))
+            mlp = max(mlp, _peak(x), *map(_peak, first), _peak(inner), _peak(update))
             if layer.mlp_residual_norm is not None:  # which makes the sum with `update` small again
                 residual = max(residual, _peak(update))
             return update
 
         for window in self._x.split(1):  # a view: the stream advances in place
+            if layer.attention_norm is None:
+                cached = max(cached, _peak(window))
             taps = reference.run_layer(layer, window, positions, feed=feed)
             cached = max(cached, _peak(taps.key), _peak(taps.value))
             residual = max(residual, _peak(window + taps.attention), _peak(taps.residual))

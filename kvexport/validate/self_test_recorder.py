@@ -39,6 +39,8 @@ _LOGITS = 16  # logits recorded of each row
 # a trained model of 5 layers, plain and all evictions        5e-6, 5e-7        5e-3, 5e-4
 # 2 and 24 random layers of all styles, plain and evicting    6e-6, 8e-7        8e-3, 1e-3
 # 24 random layers with attention 3 times as sharp            1e-5, 2e-6        3e-2, 6e-3
+# 2 random layers of every family, whole and half the cache                     2e-2, 5e-3
+# 4 to 12 of those with large norms, multipliers, softcaps    3e-5, 2e-6        3e-2, 7e-3
 # The same 6 times as sharp amplify every rounding: 2e-4, 1e-5 and 2e-1, 3e-2; in float16 that bundle is not
 # valid. The likeliest token stays the likeliest if its margin is larger than twice the error of a logit.
 _TOLERANCES = {

@@ -197,6 +197,23 @@ def test_rejects_a_cache_that_float16_cannot_represent() -> None:
         exceptions_of(decoder)
 
 
+def test_a_large_stream_without_norms_before_attention_is_rejected() -> None:
+    """As in OLMo 2: attention and MLP read the stream, which an output norm has made large."""
+    style = dataclasses.replace(LLAMA, norms=("attention_output_norm", "mlp_output_norm"))
+    decoder = make_decoder([Shape()] * 2, style)
+    norm = decoder.layers[0].attention_output_norm
+    assert norm is not None and norm.weight is not None
+    norm.weight.mul_(5e4)
+    mlp, attention = decoder.layers[0].mlp, decoder.layers[1].attention
+    assert mlp.gate is not None
+    for linear in (mlp.gate, mlp.up, attention.k, attention.v):  # what they compute stays small
+        linear.weight.mul_(1e-4)
+    with pytest.raises(UsageError, match="keys and values of layer 1, and what they are computed from"):
+        exceptions_of(decoder)
+    decoder = dataclasses.replace(decoder, layers=decoder.layers[:1])
+    assert exceptions_of(decoder) == Float32Exceptions(stream=True, mlps=frozenset({0}))
+
+
 def test_rejects_an_exception_for_a_missing_layer(tmp_path: Path) -> None:
     write(make_decoder([Shape()]), tmp_path, "float16")
     model = ir.load(tmp_path / GRAPH_FILE)
