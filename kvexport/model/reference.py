@@ -208,8 +208,8 @@ def scores(attention: Attention, query: Tensor, key: Tensor) -> Tensor:
 
     Queries are [B, H, S, key_dim], keys [B, Hkv, C, key_dim].
     """
-    grouped = query.unflatten(1, (attention.num_kv_heads, -1))  # [B, Hkv, G, S, key_dim]
-    scaled = (grouped @ key[:, :, None].transpose(-1, -2)).flatten(1, 2) * attention.scale
+    rows = _rows_of_group(query, attention.num_kv_heads)
+    scaled = (rows @ key.transpose(-1, -2)).reshape(*query.shape[:3], -1) * attention.scale
     return capped(scaled, attention.softcap)
 
 
@@ -226,11 +226,18 @@ def weights(logits: Tensor) -> Tensor:
 
 def mix(attention: Attention, probabilities: Tensor, value: Tensor) -> Tensor:
     """Head outputs [B, S, H·width] of probabilities [B, H, S, C] and values [B, Hkv, C, value_dim]."""
-    grouped = probabilities.unflatten(1, (attention.num_kv_heads, -1)) @ value[:, :, None]
-    mixed = grouped.flatten(1, 2)  # [B, H, S, value_dim]
+    rows = _rows_of_group(probabilities, attention.num_kv_heads)
+    mixed = (rows @ value).reshape(*probabilities.shape[:3], -1)  # [B, H, S, value_dim]
     if attention.value_map is not None:
         mixed = mixed @ attention.value_map
     return mixed.transpose(1, 2).flatten(2)
+
+
+def _rows_of_group(x: Tensor, groups: int) -> Tensor:
+    """[B, groups·G, S, n] as [B, groups, G·S, n]: a product with a cached head then reads it once for all of
+    its query heads; a broadcast product would copy it for each of them.
+    """
+    return x.reshape(len(x), groups, -1, x.shape[-1])
 
 
 @dataclass(frozen=True)
