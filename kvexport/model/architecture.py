@@ -133,6 +133,13 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
                 "partial_rotary_factor in config.json must be the same for all types of layers",
                 got=", ".join(f"{rope.rotary_dim} of {head_dim} in {kind}" for kind, rope in ropes.items()),
             )
+        rotated = ropes["full_attention"].rotary_dim
+        if rotated != head_dim and "rotary_fraction" not in {**family.config, **family.defaults}:
+            raise CheckpointError(
+                f"partial_rotary_factor in config.json must be absent or 1, because family '{family.name}' "
+                "rotates whole heads",
+                got=f"{rotated} of {head_dim} numbers of a head",
+            )
     layers = _layers(family, complete, settings.whole("num_layers"), ropes)
     reaches = [each.rope.reach(positions) for each in set(layers) if each.rope is not None]
     bounded = [each for each in reaches if each is not None]

@@ -127,6 +127,8 @@ def test_window_without_layer_types_is_refused_where_no_rule_gives_them() -> Non
             },
             "128 of 256 in full_attention, 256 of 256 in sliding_attention",
         ),
+        # its class would ignore it
+        ("Qwen3-0.6B", {"partial_rotary_factor": 0.5}, "'qwen3' rotates whole heads"),
         ("Hunyuan-1.8B", {"use_cla": True}, "use_cla"),
         ("SmolLM3-3B", {"use_sliding_window": True}, "use_sliding_window"),
         ("MiniCPM-2B", {"num_experts": 8}, "num_experts"),
