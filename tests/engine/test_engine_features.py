@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,18 @@ from typing import Any
 import pytest
 from support.blocks import make_blocks, windowed
 from support.combinations import representatives
+from support.family_cases import DEFAULTS
 from support.tiny_bundles import write_bundle
 
+from kvexport.bundle import GRAPH_FILE
 from kvexport.bundle.engine_record import BuildRecord
 from kvexport.engine import EngineOptions, build_engine
+from kvexport.engine.engine_graph import prepare_graph
 from kvexport.eviction.config import Eviction
 from kvexport.graph.keep_float32 import NO_EXCEPTIONS, Float32Exceptions
+from kvexport.graph.lint import Parser, refusals
 from kvexport.model.decoder import Decoder
+from kvexport.model.loader import load_decoder
 from kvexport.progress import Progress
 
 pytestmark = [pytest.mark.slow, pytest.mark.tensorrt]
@@ -105,3 +111,37 @@ def test_every_feature_builds_with_native_layers(name: str, variant: str, rtx: A
     assert native(record, *expected) == expected
     assert record.lowering == (chosen.lowering or "std24")
     assert (record.decomposed, notes.notes) == ((), [])
+
+
+def widened(config: dict[str, Any]) -> dict[str, Any]:
+    """Sizes of a tiny checkpoint whose heads of 16 have fused kernels."""
+    return {
+        name: 2 * config[name] for name in ("hidden_size", "n_embd", "d_model", "head_dim") if name in config
+    }
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("family", sorted(DEFAULTS))
+def test_every_family_builds_with_native_layers(
+    family: str, rtx: Any, tiny_checkpoint: Callable[..., Path], tmp_path: Path
+) -> None:
+    decoder = load_decoder(tiny_checkpoint(family, **widened(DEFAULTS[family])))
+    bundle = write_bundle(tmp_path / "bundle", decoder, dtype="float16")
+    notes = Notes()
+    record = build_engine(bundle, EngineOptions(chunk=16), compute_capabilities=("8.9",), progress=notes)
+    expected = expected_layers(decoder, evicting=False)
+    assert native(record, *expected) == expected
+    assert (record.lowering, record.decomposed, notes.notes) == ("std24", (), [])
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_lint_takes_every_feature_for_every_version(name: str, tmp_path: Path) -> None:
+    bundle = write_bundle(tmp_path / "bundle", windowed(BLOCKS[name]), dtype="float16")
+    for version, lowering in (
+        ((10, 3), "decomposed17"),
+        ((10, 13), "decomposed17"),
+        ((10, 16), "std24"),
+        ((11, 4), "std24"),
+    ):
+        graph = prepare_graph(bundle / GRAPH_FILE, Parser("tensorrt", version), batch=1, capacity=64)
+        assert (graph.lowering, refusals(graph.findings)) == (lowering, []), version
