@@ -52,6 +52,7 @@ class ConversionJob:
         digest: SHA-256 of the checkpoint.
         capacity: maximum sequence length in tokens.
         windows: sliding window of each layer in tokens; None: full attention.
+        rope_switches: numbers of tokens beyond which RoPE has other frequencies.
         methods: the compression methods that a layer may be given.
         compresses: whether any layer is converted.
         tokenizer: text of tokenizer.json, set by `check_tokenizer`; None: there is no tokenizer.
@@ -84,6 +85,8 @@ class ConversionJob:
         with self.timed("read"), progress.stage("Reading the checkpoint", 0):
             architecture = read_architecture(self.checkpoint.config)
             self.windows = [kind.window for kind in architecture.layers]
+            ropes = [kind.rope for kind in architecture.layers if kind.rope is not None]
+            self.rope_switches = {each.switches_at for each in ropes if each.switches_at is not None}
             self.capacity = sequence_capacity(architecture.max_positions, capacity)
             self.decoder = load_decoder(self.checkpoint, context=self.capacity)
             attention = self.decoder.layers[0].attention

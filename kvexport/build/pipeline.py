@@ -63,6 +63,7 @@ def build(
         job = ConversionJob(checkpoint, output, options, progress, capacity)
         job.check_ratio()
         job.check_tokenizer()
+        _note_frequencies(job)
         eviction = None
         if options.eviction is not None:
             eviction = _eviction(options.eviction, job)
@@ -152,6 +153,17 @@ def calibrate(
                 save_moments(directory, index, moments)
                 progress.advance()
     return windows.numel()
+
+
+def _note_frequencies(job: ConversionJob) -> None:
+    """Tell that short texts get the frequencies of long ones, as a graph has one table of them."""
+    for switch in sorted(job.rope_switches):
+        if switch < job.capacity:
+            job.progress.note(
+                "the RoPE scaling of config.json has other frequencies for texts of more than "
+                f"{switch} tokens: with a capacity of {job.capacity} tokens the bundle uses them for shorter texts, too; "
+                f"for short texts as in transformers, build with --capacity {switch}"
+            )
 
 
 def _eviction(request: EvictionRequest, job: ConversionJob) -> Eviction | None:

@@ -125,6 +125,11 @@ class RopeConfig:
         """
         return min((each for each in (max_positions, self.most_positions) if each is not None), default=None)
 
+    @property
+    def switches_at(self) -> int | None:
+        """Tokens above which a sequence has other frequencies; None: all sequences have the same."""
+        return None
+
     def frequencies(self, context: int) -> tuple[Tensor, float]:
         """Frequencies of the rotated pairs, and the factor of cos and sin.
 
@@ -179,6 +184,10 @@ class DynamicRope(StretchedRope):
 
     kind = "dynamic"
     original: int
+
+    @property
+    def switches_at(self) -> int | None:
+        return self.original
 
     @classmethod
     def read(cls, table: RopeTable) -> RopeConfig:
@@ -278,6 +287,10 @@ class LongRope(RopeConfig):
     short_factor: tuple[float, ...]  # [rotary_dim/2]
     long_factor: tuple[float, ...]  # [rotary_dim/2]
     attention_factor: float
+
+    @property
+    def switches_at(self) -> int | None:
+        return self.original
 
     @classmethod
     def read(cls, table: RopeTable) -> RopeConfig:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support.family_cases import DEFAULTS, VOCAB
+from support.family_settings import DYNAMIC, YARN
+from support.rms_family_cases import longrope
 
 import kvexport
 from kvexport.build import BuildOptions, BuildReport
@@ -21,6 +24,16 @@ from kvexport.runtime.self_test.verdict import self_test
 
 LENGTH = 60  # tokens of the compared text: several windows and chunks
 TinyCheckpoint = Callable[..., Path]
+
+
+class Notes(Progress):
+    """Keeps the messages for the user."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def note(self, text: str) -> None:
+        self.texts.append(text)
 
 
 def build(checkpoint: Path, output: Path, ratio: float, method: str = "auto") -> BuildReport:
@@ -41,6 +54,30 @@ def their_logits(checkpoint: Path, tokens: np.ndarray) -> np.ndarray:
 
 def tokens_of(length: int = LENGTH) -> np.ndarray:
     return np.random.default_rng(3).integers(0, VOCAB, (2, length))
+
+
+@pytest.mark.parametrize(
+    ("family", "config"),
+    [
+        ("phi3", longrope(64, 4)),
+        ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 64}),
+        ("qwen2", {"rope_parameters": {**YARN, "original_max_position_embeddings": 64}}),
+    ],
+)
+def test_a_capacity_that_changes_the_frequencies_of_short_texts_is_told(
+    tiny_checkpoint: TinyCheckpoint, tmp_path: Path, family: str, config: dict[str, Any]
+) -> None:
+    checkpoint, tokens = tiny_checkpoint(family, **config), tokens_of(40)
+    expected = their_logits(checkpoint, tokens)
+    options = BuildOptions(recipe_for("random", samples=2, length=16), CompressionRequest(kv_ratio=1), "auto")
+    for capacity in (64, 65):
+        notes = Notes()
+        build_bundle(checkpoint, tmp_path / str(capacity), options, notes, capacity=capacity)
+        told = [text for text in notes.texts if "other frequencies for texts of more than 64 tokens" in text]
+        with kvexport.open(tmp_path / str(capacity)) as session:
+            differs = np.abs(session.score(tokens) - expected).max() > 1e-4 * np.abs(expected).max()
+        assert bool(told) == differs == (capacity == 65 and family != "qwen2")
+        assert not told or "--capacity 64" in told[0]
 
 
 @pytest.mark.slow
