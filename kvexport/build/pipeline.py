@@ -161,8 +161,8 @@ def _note_frequencies(job: ConversionJob) -> None:
         if switch < job.capacity:
             job.progress.note(
                 "the RoPE scaling of config.json has other frequencies for texts of more than "
-                f"{switch} tokens: with a capacity of {job.capacity} tokens the bundle uses them for shorter texts, too; "
-                f"for short texts as in transformers, build with --capacity {switch}"
+                f"{switch} tokens: with a capacity of {job.capacity} tokens the bundle uses them for shorter "
+                f"texts, too; for short texts as in transformers, build with --capacity {switch}"
             )
 
 
