@@ -68,8 +68,13 @@ class Description:
         return _family(Table(merged, self._where))
 
     def complete(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
-        """config.json with the values that the model's own class assumes for absent keys."""
-        return {**self._assumed, **config}
+        """config.json with the values that the model's own class assumes for absent keys.
+
+        A null in place of an assumed text is the class's default as well; in place of a number it turns
+        something off.
+        """
+        texts = {key: value for key, value in self._assumed.items() if isinstance(value, str)}
+        return {**self._assumed, **config, **{key: texts[key] for key in texts if config.get(key) is None}}
 
     def overlay_configs(self) -> Iterator[Mapping[str, Any]]:
         """Conditions of the overlays, one after another."""

@@ -133,6 +133,7 @@ def test_window_without_layer_types_is_refused_where_no_rule_gives_them() -> Non
         ("SmolLM3-3B", {"use_sliding_window": True}, "use_sliding_window"),
         ("MiniCPM-2B", {"num_experts": 8}, "num_experts"),
         ("Granite-4.0-350M", {"position_embedding_type": "nope"}, "position_embedding_type"),
+        ("Granite-4.0-350M", {"position_embedding_type": None}, "position_embedding_type = 'nope'"),
         ("Granite-4.0-350M", {"num_local_experts": 32}, "num_local_experts"),
         ("Granite-4.0-350M", {"layer_types": ["mamba"] * 28}, "mamba"),
     ],
