@@ -143,7 +143,8 @@ class TrainedSizes:
         norms_outside = [family.names.embedding_norm, family.names.final_norm]
         projections = [family.names.embedding_projection, family.names.output_projection]
         outside = self._norm * sum(name is not None for name in norms_outside)
-        outside += it.hidden_size * it.embedding_size * sum(name is not None for name in projections)
+        if it.hidden_size != it.embedding_size:
+            outside += it.hidden_size * it.embedding_size * sum(name is not None for name in projections)
         outside += it.vocab_size if family.has_bias("head", it.config) else 0
         if family.names.positions is not None:
             outside += (it.max_positions or 0) * it.hidden_size

@@ -30,6 +30,8 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("qwen2", {}),
     ("qwen3", {"num_key_value_heads": 4}),
     ("bloom", {}),
+    ("opt", {}),
+    ("opt", {"do_layer_norm_before": False, "word_embed_proj_dim": 16}),
 ]
 TinyCheckpoint = Callable[..., Path]
 
@@ -49,7 +51,8 @@ def test_reads_a_config_by_its_own_path(tmp_path: Path) -> None:
 
 def count_numbers(decoder: Any, layers: Any) -> int:
     """Numbers in a decoder's tensors; ALiBi's slopes and rotary frequencies are constants, not weights."""
-    outside = tensors_of(decoder.embedding) + tensors_of(decoder.final_norm) + tensors_of(decoder.head)
+    ends = decoder.embedding, decoder.final_norm, decoder.output_projection, decoder.head
+    outside = [tensor for part in ends for tensor in tensors_of(part)]
     slopes = [layer.attention.alibi_slopes for layer in layers if layer.attention.alibi_slopes is not None]
     return sum(t.numel() for t in outside + [t for layer in layers for t in tensors_of(layer)]) - sum(
         s.numel() for s in slopes
