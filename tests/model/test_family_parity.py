@@ -103,6 +103,8 @@ def test_one_changed_setting_breaks_parity(
         ("gpt_neox", {}, 'fused = "grouped"', 'fused = "stacked"'),
         ("gptj", {}, 'pairs = "interleaved"', 'pairs = "half"'),
         ("mpt", {"attn_config": {"alibi_bias_max": 16}}, 'alibi = "mpt"', 'alibi = "powers"'),
+        ("openai-gpt", {}, "mlp_residual_norm", "mlp_output_norm"),
+        ("openai-gpt", {"afn": "swish"}, 'activation = "silu"', 'activation = "gelu_new"'),
         ("opt", {"do_layer_norm_before": False}, "attention_residual_norm", "attention_output_norm"),
         ("phi", {}, "parallel = true", "parallel = false"),
     ],

@@ -107,6 +107,12 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "n_layer": 40, "n_positions": 8192, "pre_allocate_kv_cache": False, "scale_attn_weights": True,
         "scale_attention_softmax_in_fp32": True, "validate_runner_input": True, "vocab_size": 49152,
     },
+    "openai-gpt": {
+        "afn": "gelu", "attn_pdrop": 0.1, "embd_pdrop": 0.1, "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05, "model_type": "openai-gpt", "n_ctx": 512, "n_embd": 768, "n_head": 12,
+        "n_layer": 12, "n_positions": 512, "n_special": 0, "predict_special_tokens": True, "resid_pdrop": 0.1,
+        "vocab_size": 40478,
+    },
     "opt-125m": {
         "_remove_final_layer_norm": False, "activation_dropout": 0.0, "activation_function": "relu",
         "do_layer_norm_before": True, "dropout": 0.1, "ffn_dim": 3072, "hidden_size": 768, "layerdrop": 0.0,
