@@ -321,7 +321,7 @@ def written_checkpoint(config: Mapping[str, Any]) -> str:
     form = HFConfig.of_source(config)
     counts = TrainedSizes(form.architecture).kv_head_counts
     if len(counts) == 1:
-        return "nothing to reduce: one KV head"
+        return "nothing to reduce: one KV head (`kvexport build` narrows it)"
     try:
         require_folding(form.architecture, "fold")
     except UsageError as error:

@@ -15,6 +15,7 @@ from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
 from kvexport.bundle import BYTES
 from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps
+from kvexport.calibrate.peaks import TOKENS
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.convert import (
     CompressionPlan,
@@ -150,6 +151,8 @@ class ConversionJob:
         if self._statistics is not None:
             return self._statistics.windows
         recipe = self.options.recipe
+        if not self.compresses:  # the text is for validation and the self-test only
+            recipe = replace(recipe, samples=min(recipe.samples, max(1, TOKENS // recipe.length)))
         steps = sampling_steps(self.decoder, recipe.samples, recipe.length) if recipe.source == "self" else 0
         name = "Sampling calibration text" if steps else "Reading calibration text"
         with self.timed("text"), self.progress.stage(name, steps):

@@ -23,7 +23,7 @@ from kvexport.bundle import REPORT_FILE, new_bundle
 from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import Recipe, save_header, save_moments
 from kvexport.convert import measure_moments
-from kvexport.errors import GateFailed
+from kvexport.errors import GateFailed, UsageError
 from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.files.atomic_directory import atomic_directory, require_output
 from kvexport.model.decoder import Layer
@@ -86,6 +86,9 @@ def build(
             eviction=eviction,
             capacity=job.capacity,
             kv_bytes_at_capacity=kv_bytes(report.layers, options.dtype, eviction, job.capacity),
+            kv_bytes_at_capacity_original=kv_bytes(
+                [layer.original for layer in report.layers], options.dtype, None, job.capacity
+            ),
         )
         text = json.dumps(report.to_json(), indent=1) + "\n"
         (writer.directory / REPORT_FILE).write_text(text, encoding="utf-8")
@@ -106,6 +109,10 @@ def compress(
         CannotRunHere: this machine lacks memory, disk space or a package.
     """
     require_output(output, marker="config.json", force=force)
+    if output.resolve() == checkpoint.resolve():
+        raise UsageError(
+            "the output must not be the checkpoint itself", got=output, fix="choose another --output"
+        )
     job = ConversionJob(checkpoint, output, options, progress)
     plan, form = plan_hf_checkpoint(job)
     dtype = getattr(torch, options.dtype)

@@ -50,7 +50,9 @@ class BuildReport:
         healing: the result of distillation, if there was any; `divergence` is then that of the healed model.
         eviction: policy and budget of the bundle's cache; None: it keeps all tokens.
         capacity: maximum sequence length of the bundle in tokens.
-        kv_bytes_at_capacity: bytes of the cache of one sequence of that length, with the state of eviction.
+        kv_bytes_at_capacity: bytes of the cache of one sequence of that length, with the state of eviction;
+            `_original` before conversion and without eviction. Layers with a sliding window hold it alone in
+            both.
     """
 
     source: str
@@ -69,6 +71,7 @@ class BuildReport:
     eviction: Eviction | None = None
     capacity: int | None = None
     kv_bytes_at_capacity: int | None = None
+    kv_bytes_at_capacity_original: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,16 @@ class LayerReport:
     parameters: int
     original_parameters: int
     window: int | None = None
+
+    @property
+    def original(self) -> LayerReport:
+        """The layer as it was before conversion, as far as its cache is concerned."""
+        return replace(
+            self,
+            num_key_value_heads=self.original_num_key_value_heads,
+            key_head_dim=self.original_head_dim,
+            value_head_dim=self.original_head_dim,
+        )
 
     @property
     def kv_width(self) -> int:

@@ -173,8 +173,8 @@ def _summary_table(report: BuildReport, name: str) -> Table:
     table.add_row(
         "KV cache per token", size(report.kv_bytes_per_token_original), size(report.kv_bytes_per_token)
     )
-    if report.capacity is not None and report.kv_bytes_at_capacity is not None:
-        original = report.kv_bytes_per_token_original * report.capacity
+    original = report.kv_bytes_at_capacity_original
+    if report.kv_bytes_at_capacity is not None and original is not None:
         table.add_row(
             f"KV cache at {report.capacity} tokens", size(original), size(report.kv_bytes_at_capacity)
         )

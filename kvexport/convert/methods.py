@@ -102,8 +102,9 @@ def methods_for(name: str, attention: Attention) -> tuple[Method, ...]:
             reason = "--method fold needs a model without clipped keys: a clip after W_K prevents folding"
         raise UsageError(
             reason,
-            got="--method fold",
-            fix="make a bundle: kvexport build --method online CHECKPOINT -o BUNDLE",
+            got="--method fold, the default of kvexport compress",
+            fix="make a bundle: kvexport build --method online CHECKPOINT -o BUNDLE; or keep all heads: "
+            "--kv-ratio 1",
         )
     if name not in (BEST, "fold"):
         return (METHODS[name],)

@@ -44,7 +44,7 @@ class PromptEncoder:
         if self.tokenizer is None:
             raise UsageError(
                 f"the bundle {self._path} must have a tokenizer for text",
-                fix="pass token ids, or add tokenizer.json to the checkpoint and build again",
+                fix="pass token ids in Python or C++, or build again from a checkpoint with a tokenizer",
             )
         return self.tokenizer
 

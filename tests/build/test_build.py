@@ -19,7 +19,7 @@ from kvexport.build import build as build_bundle
 from kvexport.bundle import Bundle
 from kvexport.calibrate import recipe_for
 from kvexport.cli import commands
-from kvexport.errors import GateFailed, KvexportError
+from kvexport.errors import GateFailed, KvexportError, UsageError
 from kvexport.model.decoder import Layer
 from kvexport.progress import Progress
 from kvexport.runtime.self_test.verdict import self_test
@@ -100,6 +100,40 @@ def test_keeping_all_heads_exports_the_original_model(tiny_checkpoint: Any, tmp_
     tokens = torch.randint(67, (1, 40), generator=torch.Generator().manual_seed(0))
     expected = reference.forward(load_decoder(source), tokens).numpy()
     assert np.allclose(kvexport.open(tmp_path / "b").score(tokens.numpy()), expected, atol=1e-4)
+
+
+def test_windows_are_no_gain_of_compression(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """The original's cache holds the windows of its layers alone, as an uncompressed bundle does."""
+    source = tiny_checkpoint("mistral", sliding_window=16)
+    report = build(source, tmp_path / "b", "--kv-ratio", "1", "--capacity", "256")
+    held = Bundle.open(tmp_path / "b").kv_bytes(256)
+    assert report["kv_bytes_at_capacity_original"] == report["kv_bytes_at_capacity"] == held
+    assert held < 256 * report["kv_bytes_per_token_original"]
+
+
+def test_a_model_that_is_not_compressed_needs_little_text(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    """4096 tokens, for validation and the self-test."""
+    lengths: list[int] = []
+
+    class Steps(Progress):
+        def stage(self, name: str, steps: int) -> Any:
+            if "calibration text" in name:
+                lengths.append(steps)
+            return super().stage(name, steps)
+
+    options = ("--kv-ratio", "1", "--calibration", "self", "--samples", "1000", "--length", "128")
+    build(tiny_checkpoint("llama"), tmp_path / "b", *options, progress=Steps())
+    assert lengths == [127]  # 32 windows in one batch
+
+
+def test_compress_does_not_replace_its_source(tiny_checkpoint: Any, edit_checkpoint: Any) -> None:
+    source = edit_checkpoint(tiny_checkpoint("llama"))
+    before = sorted((path.name, path.read_bytes()) for path in source.iterdir())
+    result = cli("compress", source, "-o", source, "--force", *FAST)
+    assert isinstance(result.exception, UsageError) and "must not be the checkpoint itself" in str(
+        result.exception
+    )
+    assert sorted((path.name, path.read_bytes()) for path in source.iterdir()) == before
 
 
 @pytest.mark.slow

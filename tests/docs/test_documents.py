@@ -61,7 +61,7 @@ def test_the_readme_opens_with_the_two_commands() -> None:
 
 def test_the_readme_says_how_to_get_the_command() -> None:
     assert ACTIVATE in [block.command for block in blocks(README)]
-    assert any("pip install '.[convert,cpu]'" in block.text for block in blocks(README))
+    assert any("pip install -c constraints.txt '.[convert,cpu]'" in block.text for block in blocks(README))
 
 
 def test_the_readme_fits_on_a_few_screens() -> None:
