@@ -37,7 +37,7 @@ class Notes(Progress):
 
 
 def build(checkpoint: Path, output: Path, ratio: float, method: str = "auto") -> BuildReport:
-    recipe = recipe_for("random", samples=12, length=32)
+    recipe = recipe_for("random", samples=48, length=32)
     request = CompressionRequest(kv_ratio=ratio)
     return build_bundle(checkpoint, output, BuildOptions(recipe, request, method), Progress())
 
@@ -118,10 +118,10 @@ def test_a_compressed_bundle_is_valid_and_its_error_as_predicted(
     assert report.validation is not None and not report.validation.failures
     cached = sum(layer.kv_width for layer in report.layers)
     assert cached <= ratio * sum(layer.original_kv_width for layer in report.layers)
-    converted = [layer for layer in report.layers if layer.method != "none"]
-    assert converted
-    for layer in converted:
-        assert 0.5 < layer.measured_error / layer.predicted_error < 2.5
+    ratios = [
+        layer.measured_error / layer.predicted_error for layer in report.layers if layer.method != "none"
+    ]
+    assert min(ratios) > 0.5 and max(ratios) < 2
     assert self_test(tmp_path / "b").verdict == "ok"
 
 
@@ -139,5 +139,6 @@ def test_folded_keys_where_nothing_follows_the_projection(
     elif attention.num_kv_heads > 1:
         report = build(checkpoint, tmp_path / "b", 0.5, "fold")
         assert report.validation is not None and not report.validation.failures
-        rotates = attention.rope is not None
-        assert {layer.method for layer in report.layers} == {"fold" if rotates else "online"}
+        methods = {layer.method for layer in report.layers} - {"none"}  # layers without RoPE fold as "online"
+        assert "fold" in methods or attention.rope is None
+        assert methods <= {"fold", "online"}

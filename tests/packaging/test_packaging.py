@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from kvexport.model.families import families
+
 pytestmark = pytest.mark.slow
 
 DATA = {"graphs": "*/*.toml", "calibration": "*.toml", "models": "demo/*"}
