@@ -16,10 +16,9 @@ from kvexport.model.decoder import Activation
 from kvexport.model.expressions import evaluate
 from kvexport.model.families import description_of
 from kvexport.model.family import Family, LayerRules
-from kvexport.model.rope import RopeConfig, rope_configs
+from kvexport.model.rope import LAYER_TYPES, RopeConfig, rope_configs
 from kvexport.model.unsupported import require_dense_decoder
 
-LAYER_TYPES = ("full_attention", "sliding_attention")
 # Largest sizes that are read, several times those of published models.
 _MOST = {"num_layers": 1024, "num_heads": 1024, "num_kv_heads": 1024, "head_dim": 4096, "hidden_size": 2**17}
 _HAS_WINDOW = {"full_attention": False, "sliding_attention": True, "global": False, "local": True}

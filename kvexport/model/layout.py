@@ -97,9 +97,7 @@ class Layout:
     def unpack_layer(self, index: int, get: Get, rope: Rope | None, slopes: Tensor | None) -> Layer:
         """Layer `index`, with its RoPE and its ALiBi slopes."""
         it, kind = self._architecture, self._architecture.layers[index]
-        names = {
-            part: template.replace("{i}", str(index)) for part, template in self._family.names.layer.items()
-        }
+        names = self._layer_names(index)
         q, k, v = self._unpack_qkv(get, names)
         qk_norm = self._family.qk_norm
         attention = Attention(
@@ -155,9 +153,7 @@ class Layout:
         There may be fewer KV heads, and biases that the architecture does not have.
         """
         attention = layer.attention
-        names = {
-            part: template.replace("{i}", str(index)) for part, template in self._family.names.layer.items()
-        }
+        names = self._layer_names(index)
         packed = self._pack_qkv(names, attention)
         packed |= self._pack_linear(names["o"], attention.o)
         packed |= self._pack_head_norm(names.get("q_norm"), attention.q_norm, attention.num_heads)
@@ -172,6 +168,12 @@ class Layout:
             packed |= {} if gate is None else self._pack_linear(names["gate"], gate)
             packed |= self._pack_linear(names["up"], mlp.up)
         return packed | self._pack_linear(names["down"], mlp.down)
+
+    def _layer_names(self, index: int) -> dict[str, str]:
+        """Names of the tensors of layer `index` by part."""
+        return {
+            part: template.replace("{i}", str(index)) for part, template in self._family.names.layer.items()
+        }
 
     def _has_bias(self, which: str) -> bool:
         return self._family.has_bias(which, self._architecture.config)

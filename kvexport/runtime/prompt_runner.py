@@ -159,10 +159,8 @@ class PromptRunner:
     def score(self, sequences: Sequences, ids: Ids) -> Logits:
         """As `Session.score`, in empty sequences that the tokens fit."""
         scored = np.empty((*ids.shape, self._vocab), np.float32)  # [B, S, vocab]
-        stop = 0
-        while stop < ids.shape[1]:
-            start = stop
-            stop += self._tokens_of_call(sequences, np.array([start]), ids.shape[1] - start)
+        for call in sequences.kv.rings.calls(range(ids.shape[1]), self._chunk):
+            start, stop = call.start, call.stop
             part = ids[:, start:stop]
             index = np.broadcast_to(np.arange(part.shape[1]), part.shape)
             scored[:, start:stop] = self._call(sequences, stop, part, start + index, index, None, False)

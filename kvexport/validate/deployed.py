@@ -156,11 +156,7 @@ def _run(
 
 def _starts(cache: KvCache, tokens: int, prefill: int, chunk: int) -> list[int]:
     """First tokens of the calls: chunks of `prefill` tokens that wrap in no ring, then one token each."""
-    starts, start = list[int](), 0
-    while start < prefill:
-        starts.append(start)
-        start += cache.rings.tokens_of_call(np.array([start]), min(chunk, prefill - start))
-    return [*starts, *range(prefill, tokens)]
+    return [*(call.start for call in cache.rings.calls(range(prefill), chunk)), *range(prefill, tokens)]
 
 
 def _rows_of(cache: KvCache, layer: int, positions: NDArray[np.int64]) -> dict[str, Array]:

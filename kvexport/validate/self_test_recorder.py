@@ -119,7 +119,7 @@ class SelfTestRecorder:
             )
         layer = _cast(layer, self._dtype)
         torch.save(tensors_of(layer), self._file(len(self._caches)))
-        self._layers.append(_with_tensors(layer, iter([tensor.to("meta") for tensor in tensors_of(layer)])))
+        self._layers.append(_with_tensors(layer, (tensor.to("meta") for tensor in tensors_of(layer))))
         self._caches.append(cache)
 
     @torch.no_grad()

@@ -5,7 +5,7 @@ The token at position p is in slot p mod R of R slots (`kvexport.bundle.graph_io
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,6 +38,14 @@ class Rings:
                 room = slots - position % slots
                 count = min(count, room if position < slots else min(room, slots - window))
         return count
+
+    def calls(self, tokens: range, chunk: int) -> Iterator[range]:
+        """Consecutive tokens of a sequence in calls of at most `chunk` tokens, as `tokens_of_call` allows."""
+        start = tokens.start
+        while start < tokens.stop:
+            stop = start + self.tokens_of_call(np.array([start]), min(chunk, tokens.stop - start))
+            yield range(start, stop)
+            start = stop
 
     def slots_of(self, window: int | None, positions: Ints) -> Ints:
         """The slots of positions in the ring of a window; None: in a cache that is no ring."""

@@ -110,11 +110,8 @@ class Runs:
     def _run_piece(self, cache: KvCache, piece: range) -> list[Measured]:
         """Run a piece of the tokens in calls that wrap in no ring; returns their rows."""
         rows: list[Measured] = []
-        start = piece.start
-        while start < piece.stop:
-            stop = start + cache.rings.tokens_of_call(np.array([start]), piece.stop - start)
-            rows += self._call(cache, self.tokens[start:stop], start)
-            start = stop
+        for call in cache.rings.calls(piece, len(piece)):
+            rows += self._call(cache, self.tokens[call.start : call.stop], call.start)
         return rows
 
     def _call(self, cache: KvCache, ids: NDArray[np.int64], start: int) -> list[Measured]:
