@@ -111,11 +111,16 @@ class Manifest:
     @property
     def rings(self) -> list[int]:
         """The windows of the layers whose cache is a ring (`kvexport.bundle.graph_io.ring_of`), in order."""
-        windows = (
-            ring_of(layer.window, self.capacity, self.eviction is not None and self.eviction.evicts(index))
-            for index, layer in enumerate(self.layers)
-        )
+        windows = map(self.ring_of, range(len(self.layers)))
         return [window for window in windows if window is not None]
+
+    def evicts(self, layer: int) -> bool:
+        """Whether a layer evicts."""
+        return self.eviction is not None and self.eviction.evicts(layer)
+
+    def ring_of(self, layer: int) -> int | None:
+        """The window of a layer whose cache is a ring; None if its cache is not."""
+        return ring_of(self.layers[layer].window, self.capacity, self.evicts(layer))
 
     @property
     def kv_bytes_per_token(self) -> int:
@@ -360,15 +365,14 @@ def contract_of(manifest: Manifest) -> GraphContract:
     """The graph's inputs and outputs as the rest of the manifest determines them."""
 
     def caches(index: int, layer: LayerReport) -> tuple[TensorSpec, ...]:
-        evicts = manifest.eviction is not None and manifest.eviction.evicts(index)
         return cache_specs(
             index,
             kv_heads=layer.num_key_value_heads,
             key_dim=layer.key_head_dim,
             value_dim=layer.value_head_dim,
             dtype=manifest.dtype,
-            evicts=evicts,
-            ring=ring_of(layer.window, manifest.capacity, evicts),
+            evicts=manifest.evicts(index),
+            ring=manifest.ring_of(index),
         )
 
     return contract(

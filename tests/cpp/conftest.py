@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +10,20 @@ import builds
 import bundles as tiny
 import pytest
 import reader_files as reader_file_writer
+from drive import Drive
 
 
 @pytest.fixture(scope="session")
 def built() -> Callable[[str], Path]:
     """`built(kind) -> Path`: a build directory for one of `builds.KINDS`, with test programs in `tests`."""
     return builds.build
+
+
+@pytest.fixture(scope="module")
+def drive(built: Callable[[str], Path]) -> Iterator[Drive]:
+    """The library, built with sanitizers, in another process."""
+    with Drive(built("sanitized")) as drive:
+        yield drive
 
 
 @pytest.fixture(scope="session")

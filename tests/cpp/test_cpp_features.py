@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -41,12 +41,6 @@ def cases() -> list[Any]:
         for name in BLOCKS
         for dtype in ("float32", "float16")
     ]
-
-
-@pytest.fixture(scope="module")
-def drive(built: Built) -> Iterator[Drive]:
-    with Drive(built("sanitized")) as drive:
-        yield drive
 
 
 @pytest.mark.parametrize(("name", "dtype"), cases())

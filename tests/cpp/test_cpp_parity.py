@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -15,12 +15,6 @@ from kvexport.runtime import Session, open_bundle
 pytestmark = pytest.mark.slow
 Built = Callable[[str], Path]
 EVICTS = {*EVICTING, "gqa-float16-evicting"}
-
-
-@pytest.fixture(scope="module")
-def drive(built: Built) -> Iterator[Drive]:
-    with Drive(built("sanitized")) as drive:
-        yield drive
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

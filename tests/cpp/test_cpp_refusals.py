@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,6 @@ from test_cpp_parity import data_of, opened, tokens
 from kvexport.errors import KvexportError, UsageError
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def drive(built: Callable[[str], Path]) -> Iterator[Drive]:
-    with Drive(built("sanitized")) as drive:
-        yield drive
 
 
 def parts_of(call: Callable[[], object]) -> dict[str, Any]:

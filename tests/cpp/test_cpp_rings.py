@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -66,12 +66,6 @@ def windowed(decoders: dict[str, Decoder], tmp_path_factory: pytest.TempPathFact
             self_test=True,
         )
     return folder
-
-
-@pytest.fixture(scope="module")
-def drive(built: Built) -> Iterator[Drive]:
-    with Drive(built("sanitized")) as drive:
-        yield drive
 
 
 def tokens(count: int, seed: int = 0) -> list[int]:

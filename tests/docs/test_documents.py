@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import json
 import os
 import re
@@ -15,7 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.documents import README, ROOT, blocks, copy_checkout, follow, links, missing_output, pages
+from support.documents import (
+    README,
+    ROOT,
+    blocks,
+    copy_checkout,
+    follow,
+    links,
+    missing_output,
+    pages,
+    script_of,
+)
 
 SET_UP = ("make demo", "make test")
 ACTIVATE = ". .venv/bin/activate"
@@ -135,11 +144,7 @@ def test_generated_pages_are_up_to_date(script: Any) -> None:
 @pytest.fixture
 def script() -> Any:
     """docs/scripts/reference.py as a module."""
-    spec = importlib.util.spec_from_file_location("reference", ROOT / "docs" / "scripts" / "reference.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of("reference")
 
 
 @pytest.mark.slow

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from typing import Any
 
 import pytest
-from support.documents import ROOT
+from support.documents import ROOT, script_of
 
 from kvexport.model.families import families
 from kvexport.model.unsupported import FEATURES
@@ -20,11 +19,7 @@ OUT_OF_DATE = "docs/families.md is out of date; run: python docs/scripts/familie
 @pytest.fixture(scope="module")
 def script() -> Any:
     """docs/scripts/families.py as a module."""
-    spec = importlib.util.spec_from_file_location("families_page", ROOT / "docs" / "scripts" / "families.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return script_of("families")
 
 
 def rows(heading: str) -> list[list[str]]:

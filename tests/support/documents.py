@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[2]
 README = ROOT / "README.md"
@@ -139,3 +140,12 @@ def missing_output(document: Path, outputs: dict[str, str]) -> list[str]:
 
 def _shape(line: str) -> str:
     return " ".join(_NUMBER.sub("#", line).split())
+
+
+def script_of(name: str) -> Any:
+    """docs/scripts/NAME.py as a module."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "docs" / "scripts" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
