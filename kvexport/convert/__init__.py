@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from kvexport.bundle.layer_report import LayerReport
-    from kvexport.convert.compression_plan import CompressionPlan, plan_compression
+    from kvexport.convert.compression_plan import CompressionPlan, plan_compression, sizes_to_analyze
     from kvexport.convert.groups import KVShape, kv_heads_for, trained_shape
+    from kvexport.convert.layer_sensitivity import LayerSensitivity
     from kvexport.convert.method_names import METHOD_NAMES
     from kvexport.convert.methods import LayerPlan, Method, methods_for, without_output_bias
     from kvexport.convert.pipeline import (
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
         unconverted_layers,
     )
     from kvexport.convert.request import CompressionRequest, fixed_shape, require_ratio, uniform_shape
-    from kvexport.convert.sensitivity import LayerSensitivity, analyze_sensitivity
+    from kvexport.convert.sensitivity import analyze_sensitivity
     from kvexport.convert.streams import split_windows
 
 __all__ = [
@@ -45,6 +46,7 @@ __all__ = [
     "methods_for",
     "plan_compression",
     "require_ratio",
+    "sizes_to_analyze",
     "split_windows",
     "trained_shape",
     "unconverted_layers",
@@ -61,7 +63,7 @@ _MODULES = {
     "KVShape": "kvexport.convert.groups",
     "LayerPlan": "kvexport.convert.methods",
     "LayerReport": "kvexport.bundle.layer_report",
-    "LayerSensitivity": "kvexport.convert.sensitivity",
+    "LayerSensitivity": "kvexport.convert.layer_sensitivity",
     "Method": "kvexport.convert.methods",
     "analyze_sensitivity": "kvexport.convert.sensitivity",
     "convert": "kvexport.convert.pipeline",
@@ -71,6 +73,7 @@ _MODULES = {
     "methods_for": "kvexport.convert.methods",
     "plan_compression": "kvexport.convert.compression_plan",
     "require_ratio": "kvexport.convert.request",
+    "sizes_to_analyze": "kvexport.convert.compression_plan",
     "split_windows": "kvexport.convert.streams",
     "trained_shape": "kvexport.convert.groups",
     "unconverted_layers": "kvexport.convert.pipeline",

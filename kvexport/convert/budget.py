@@ -14,8 +14,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.convert.groups import WIDEST, KVShape
+from kvexport.convert.layer_sensitivity import LayerSensitivity
 from kvexport.convert.methods import LayerPlan
-from kvexport.convert.sensitivity import LayerSensitivity
 
 _STEP = 8  # widths that every engine supports are multiples of it
 _NARROWEST = 16

@@ -12,11 +12,12 @@ from torch import Tensor
 from kvexport.calibrate import Moments
 from kvexport.convert.budget import Frontier, shapes_for
 from kvexport.convert.groups import trained_shape
+from kvexport.convert.layer_sensitivity import LayerSensitivity
 from kvexport.convert.methods import LayerPlan, Method
 from kvexport.convert.pipeline import convert
 from kvexport.convert.request import CompressionRequest, fixed_shape, group_sizes, require_ratio
-from kvexport.convert.sensitivity import LayerSensitivity, SensitivityAnalysis, analyze_sensitivity
-from kvexport.model.decoder import Decoder
+from kvexport.convert.sensitivity import analyze_sensitivity
+from kvexport.model.decoder import Attention, Decoder
 from kvexport.progress import Progress
 
 # Share of --max-kl that held-out calibration text may lose. Text of another kind lost up to 1.6 times as much
@@ -57,6 +58,21 @@ class CompressionPlan:
     layers: tuple[LayerSensitivity, ...] = ()
 
 
+def sizes_to_analyze(
+    request: CompressionRequest, methods: Sequence[Method], attention: Attention
+) -> list[int]:
+    """Group sizes whose sensitivity the plan depends on, ascending; none if the request leaves no choice.
+
+    Raises:
+        UsageError: the request contradicts itself or cannot be met.
+    """
+    require_ratio(request, methods, attention)
+    trained, shape = trained_shape(attention), fixed_shape(request, methods, attention)
+    if shape is None:
+        return group_sizes(request, attention)
+    return [] if len(methods) == 1 or shape == trained else [trained.kv_heads // shape.kv_heads]
+
+
 def plan_compression(
     decoder: Decoder,
     windows: Tensor,
@@ -65,7 +81,7 @@ def plan_compression(
     moments_of: Callable[[int], Moments] | None,
     capacity: int | None,
     progress: Progress,
-    analyze: Callable[..., SensitivityAnalysis] = analyze_sensitivity,
+    sensitivity: Callable[[Sequence[int]], Sequence[LayerSensitivity]] | None = None,
 ) -> CompressionPlan:
     """Choose the plan with the least predicted KL that the request allows, or the smallest that keeps its
     bound.
@@ -78,31 +94,31 @@ def plan_compression(
         moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
         capacity: tokens of a sequence for which codes of rotated keys are made [default: length].
         progress: shows the stages.
-        analyze: makes the sensitivity analysis; takes the arguments of `analyze_sensitivity`.
+        sensitivity: returns each layer's sensitivity for group sizes; called only if the request leaves a
+            choice [default: it is analysed here].
 
     Raises:
         UsageError: the request contradicts itself or cannot be met.
     """
     count, attention = len(decoder.layers), decoder.layers[0].attention
-    require_ratio(request, methods, attention)
-    trained, shape = trained_shape(attention), fixed_shape(request, methods, attention)
-    if shape is not None and (len(methods) == 1 or shape == trained):
+    sizes = sizes_to_analyze(request, methods, attention)
+    shape = fixed_shape(request, methods, attention)
+    if not sizes:
+        assert shape is not None
         return CompressionPlan([LayerPlan(methods[0], shape)] * count)
-    sizes, ratio = group_sizes(request, attention), request.ratio
-    if shape is not None:
-        sizes, ratio = [trained.kv_heads // shape.kv_heads], shape.kv_width / trained.kv_width
     del attention  # its layer need not stay in memory
-    analysis = analyze(decoder, windows, methods, sizes, ratio, moments_of, capacity)
-    with progress.stage("Analyzing layer sensitivity", count):
-        for _ in analysis:
-            progress.advance()
+    if sensitivity is None:
+        layers: Sequence[LayerSensitivity] = analyze_sensitivity(
+            decoder, windows, methods, sizes, moments_of=moments_of, capacity=capacity, progress=progress
+        )
+    else:
+        layers = sensitivity(sizes)
     allowed = [
-        shapes_for(layer.trained, layer.sizes, request.widths) if shape is None else [shape]
-        for layer in analysis.layers
+        shapes_for(layer.trained, sizes, request.widths) if shape is None else [shape] for layer in layers
     ]
-    frontier, tried = Frontier(analysis.layers, allowed), list[Point]()
+    frontier, tried = Frontier(layers, allowed), list[Point]()
     if shape is not None:
-        return CompressionPlan(frontier.layer_plans(frontier.most), layers=tuple(analysis.layers))
+        return CompressionPlan(frontier.layer_plans(frontier.most), layers=tuple(layers))
     if request.max_kl is None:
         # below `fewest` only by rounding: `require_ratio` has checked it
         kv_width = max(int(request.ratio * frontier.most), frontier.fewest)
@@ -121,9 +137,7 @@ def plan_compression(
     shown.append(sum(plan.shape.kv_width for plan in layer_plans))
     points = [Point(width, frontier.kl(width)) for width in shown if width >= frontier.fewest]
     by_width = {point.kv_width: point for point in (*points, *tried)}
-    return CompressionPlan(
-        layer_plans, tuple(by_width[width] for width in sorted(by_width)), tuple(analysis.layers)
-    )
+    return CompressionPlan(layer_plans, tuple(by_width[width] for width in sorted(by_width)), tuple(layers))
 
 
 def search_within_bound(

@@ -23,65 +23,20 @@ from kvexport.convert.apply import LayerCode, apply_code
 from kvexport.convert.code_moments import CodeMoments, make_code_moments
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import WIDEST, Grouping, KVShape, trained_shape
+from kvexport.convert.layer_sensitivity import Curves, LayerSensitivity
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import Group, match_heads, order_of
-from kvexport.convert.methods import LayerPlan, Method, in_layer, layer_code
+from kvexport.convert.methods import Method, in_layer, layer_code
 from kvexport.convert.permute import permute_heads
 from kvexport.convert.streams import TrainedStream
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer
 from kvexport.model.divergence import DivergenceMeter
+from kvexport.progress import Progress
 
 _WINDOWS = 8  # windows that trials run over
+_RATIO = 0.5  # share of the KV bytes that trials keep, and for which heads are matched
 _TINY = 1e-12  # of the output's power: lower bound on the loss of a trial
-
-
-@dataclass(frozen=True)
-class Curves:
-    """Losses of one layer with one method and group size, E|Δo|², summed over groups.
-
-    Attributes:
-        keys: loss of keys at widths 0 .. n = size·head_dim, [n + 1] float64.
-        values: loss of values at the same widths, [n + 1] float64.
-    """
-
-    keys: Tensor
-    values: Tensor
-
-
-@dataclass(frozen=True)
-class LayerSensitivity:
-    """Predicted loss of one layer for every method, group size and width.
-
-    Attributes:
-        trained: shape of its cache before conversion.
-        sizes: group sizes, ascending.
-        curves: losses by method and group size.
-        output_power: E|o - ō|², power of the attention output about its mean.
-        key_sensitivity: by method, mean KL in nats per token for a unit of loss of keys.
-        value_sensitivity: mean KL in nats per token for a unit of loss of values.
-    """
-
-    trained: KVShape
-    sizes: tuple[int, ...]
-    curves: dict[tuple[Method, int], Curves]
-    output_power: float
-    key_sensitivity: dict[Method, float]
-    value_sensitivity: float
-
-    @property
-    def methods(self) -> tuple[Method, ...]:
-        """The methods that were analysed."""
-        return tuple(self.key_sensitivity)
-
-    def kl(self, layer_plan: LayerPlan) -> float:
-        """Predicted mean KL, nats per token, if this layer alone is converted by the plan."""
-        shape = layer_plan.shape
-        if shape == self.trained:
-            return 0.0
-        curves = self.curves[layer_plan.method, self.trained.kv_heads // shape.kv_heads]
-        kl_of_keys = self.key_sensitivity[layer_plan.method] * curves.keys[shape.key_dim]
-        return float(kl_of_keys + self.value_sensitivity * curves.values[shape.value_dim])
 
 
 @dataclass(frozen=True)
@@ -110,11 +65,10 @@ class SensitivityAnalysis:
         windows: Tensor,
         methods: Sequence[Method],
         sizes: Sequence[int],
-        ratio: float,
         moments_of: Callable[[int], Moments] | None,
         capacity: int | None,
     ) -> None:
-        self._decoder, self._methods, self._sizes, self._ratio = decoder, methods, tuple(sizes), ratio
+        self._decoder, self._methods, self._sizes = decoder, methods, tuple(sizes)
         self._moments_of, self._positions = moments_of, windows.shape[1] if capacity is None else capacity
         self._stream = TrainedStream(decoder, windows)
         train = self._stream.train
@@ -168,7 +122,7 @@ class SensitivityAnalysis:
 
     def _rank(self, size: int, attention: Attention) -> int:
         """The even width of a cached head that keeps the ratio of the KV bytes, in groups of `size`."""
-        return max(2, 2 * round(self._ratio * size * attention.head_dim / 2))
+        return max(2, 2 * round(_RATIO * size * attention.head_dim / 2))
 
     def _trial_size(self, attention: Attention) -> int:
         """The largest group size whose width in a trial an engine supports."""
@@ -247,22 +201,28 @@ def analyze_sensitivity(
     windows: Tensor,
     methods: Sequence[Method],
     sizes: Sequence[int],
-    ratio: float,
+    *,
     moments_of: Callable[[int], Moments] | None = None,
     capacity: int | None = None,
-) -> SensitivityAnalysis:
-    """Measure every layer's sensitivity, one layer per step of the returned iterator.
+    progress: Progress | None = None,
+) -> list[LayerSensitivity]:
+    """Measure every layer's sensitivity.
 
     Args:
         decoder: the trained model.
         windows: calibration tokens [N, length] int64.
         methods: methods that match heads; they predict their losses.
         sizes: group sizes, ascending. Trials use the largest whose width fits an engine's widest head.
-        ratio: share of the KV bytes that trials keep, and for which heads are matched.
         moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
         capacity: tokens of a sequence for which codes of rotated keys are made [default: length].
+        progress: shows the stage.
     """
-    return SensitivityAnalysis(decoder, windows, methods, sizes, ratio, moments_of, capacity)
+    progress = progress or Progress()
+    analysis = SensitivityAnalysis(decoder, windows, methods, sizes, moments_of, capacity)
+    with progress.stage("Analyzing layer sensitivity", len(decoder.layers)):
+        for _ in analysis:
+            progress.advance()
+    return analysis.layers
 
 
 def sum_of(parts: Iterator[Tensor]) -> Tensor:

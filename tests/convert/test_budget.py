@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 
 from kvexport.convert import KVShape, LayerPlan
 from kvexport.convert.budget import Frontier, Widths, shapes_for
+from kvexport.convert.layer_sensitivity import Curves, LayerSensitivity
 from kvexport.convert.methods import METHODS, Method
-from kvexport.convert.sensitivity import Curves, LayerSensitivity
 
 ONLINE, FOLD = METHODS["online"], METHODS["fold"]
 

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from kvexport.convert import KVShape, LayerPlan, analyze_sensitivity, convert, measure_moments
 from kvexport.convert.code_moments import make_code_moments
+from kvexport.convert.layer_sensitivity import LayerSensitivity
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.methods import METHODS, Method, methods_for
-from kvexport.convert.sensitivity import LayerSensitivity
 from kvexport.model.decoder import Attention, Decoder, Linear
 from kvexport.validate.evaluate import divergence_of
 
@@ -36,10 +36,7 @@ def sensitivity_of(
     decoder: Decoder, tokens: Tensor | None = None, **options: object
 ) -> list[LayerSensitivity]:
     tokens = random_windows(decoder, 16, 24) if tokens is None else tokens
-    analysis = analyze_sensitivity(decoder, tokens, methods_of(decoder), [1, 2, 4], 0.5, **options)  # type: ignore[arg-type]
-    for _ in analysis:
-        pass
-    return analysis.layers
+    return analyze_sensitivity(decoder, tokens, methods_of(decoder), [1, 2, 4], **options)  # type: ignore[arg-type]
 
 
 def measured_kl(decoder: Decoder, index: int, layer_plan: LayerPlan) -> float:
@@ -221,7 +218,21 @@ def test_longer_capacity_increases_the_loss_of_online_more_than_of_fold() -> Non
 @pytest.mark.slow
 def test_one_layer_is_alive_at_a_time() -> None:
     lazy, counts = count_live_layers(make_decoder("llama", layers=4))
-    analysis = analyze_sensitivity(lazy, random_windows(lazy, 4, 8), [ONLINE, FOLD], [1, 2, 4], 0.5)
-    assert sum(1 for _ in analysis) == 4
+    layers = analyze_sensitivity(lazy, random_windows(lazy, 4, 8), [ONLINE, FOLD], [1, 2, 4])
+    assert len(layers) == 4
     assert counts == [0, 0, 0, 0]
-    assert len(analysis.layers) == 4
+
+
+def test_saved_sensitivity_is_the_measured_one() -> None:
+    decoder = decoder_of("llama", layers=1)
+    methods = methods_for("auto", decoder.layers[0].attention)
+    (layer,) = analyze_sensitivity(decoder, random_windows(decoder, 16, 24), methods, [1, 2, 4])
+    saved = LayerSensitivity.from_tensors(layer.tensors())
+    for method in methods:
+        for shape in SHAPES:
+            assert saved.kl(LayerPlan(method, shape)) == layer.kl(LayerPlan(method, shape))
+    assert (saved.trained, saved.sizes, saved.output_power) == (
+        layer.trained,
+        layer.sizes,
+        layer.output_power,
+    )
