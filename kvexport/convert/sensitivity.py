@@ -66,10 +66,12 @@ class SensitivityAnalysis:
         methods: Sequence[Method],
         sizes: Sequence[int],
         moments_of: Callable[[int], Moments] | None,
+        save_moments: Callable[[int, Moments], None] | None,
         capacity: int | None,
     ) -> None:
         self._decoder, self._methods, self._sizes = decoder, methods, tuple(sizes)
-        self._moments_of, self._positions = moments_of, windows.shape[1] if capacity is None else capacity
+        self._moments_of, self._save_moments = moments_of, save_moments
+        self._positions = windows.shape[1] if capacity is None else capacity
         self._stream = TrainedStream(decoder, windows)
         train = self._stream.train
         self._trial_windows = windows[
@@ -92,6 +94,8 @@ class SensitivityAnalysis:
         layer = self._decoder.layers[index]
         if self._moments_of is None:
             moments = self._stream.measure(layer)
+            if self._save_moments is not None:
+                self._save_moments(index, moments)
         else:
             self._stream.attend(layer)
             moments = self._moments_of(index)
@@ -203,6 +207,7 @@ def analyze_sensitivity(
     sizes: Sequence[int],
     *,
     moments_of: Callable[[int], Moments] | None = None,
+    save_moments: Callable[[int, Moments], None] | None = None,
     capacity: int | None = None,
     progress: Progress | None = None,
 ) -> list[LayerSensitivity]:
@@ -214,11 +219,12 @@ def analyze_sensitivity(
         methods: methods that match heads; they predict their losses.
         sizes: group sizes, ascending. Trials use the largest whose width fits an engine's widest head.
         moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
+        save_moments: called with the index and the moments of each layer that is measured.
         capacity: tokens of a sequence for which codes of rotated keys are made [default: length].
         progress: shows the stage.
     """
     progress = progress or Progress()
-    analysis = SensitivityAnalysis(decoder, windows, methods, sizes, moments_of, capacity)
+    analysis = SensitivityAnalysis(decoder, windows, methods, sizes, moments_of, save_moments, capacity)
     with progress.stage("Analyzing layer sensitivity", len(decoder.layers)):
         for _ in analysis:
             progress.advance()
