@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -11,15 +11,26 @@ from typing import Any
 
 from torch import Tensor
 
+from kvexport.build.analysis import analyzed_sizes, of_methods
 from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
 from kvexport.bundle import BYTES
-from kvexport.calibrate import Recipe, Statistics, calibration_windows, sampling_steps
+from kvexport.calibrate import (
+    Moments,
+    Recipe,
+    Statistics,
+    StatisticsSource,
+    StatisticsWriter,
+    calibration_windows,
+    sampling_steps,
+)
 from kvexport.calibrate.peaks import TOKENS
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.convert import (
     CompressionPlan,
     LayerReport,
+    LayerSensitivity,
+    analyze_sensitivity,
     convert,
     fixed_shape,
     methods_for,
@@ -101,7 +112,8 @@ class ConversionJob:
         self.compresses = fixed_shape(options.request, self.methods, attention) != trained_shape(attention)
         self._check_healing()
         self._statistics = None if options.statistics is None else Statistics(options.statistics, self.digest)
-        self._moments = None if self._statistics is None else self._statistics.moments
+        if self._statistics is not None:
+            self._check_capacity(self._statistics.capacity)
         self._healing_state = Path(f"{output.resolve()}.healing")
 
     def _check_healing(self) -> None:
@@ -115,6 +127,23 @@ class ConversionJob:
         if rank is not None and rank > width:
             raise UsageError(
                 "--heal-lora must not exceed the model's hidden size", got=rank, expected=f"1 to {width}"
+            )
+
+    def _check_capacity(self, capacity: int) -> None:
+        """
+        Args:
+            capacity: of saved statistics.
+
+        Raises:
+            UsageError: statistics for another capacity have other RoPE frequencies.
+        """
+        if self.rope_switches and capacity != self.capacity:
+            raise UsageError(
+                "the statistics must be for the capacity of the build: the model's RoPE frequencies depend "
+                "on it",
+                got=f"statistics for {capacity} tokens",
+                expected=f"statistics for {self.capacity} tokens",
+                fix=f"kvexport calibrate CHECKPOINT -o STATISTICS --capacity {self.capacity}",
             )
 
     def check_ratio(self) -> None:
@@ -169,21 +198,88 @@ class ConversionJob:
         """The recipe of the calibration text, for the manifest."""
         if self._statistics is None:
             return self.options.recipe.to_json()
-        header = self._statistics.header
-        return {**header["recipe"], "tokens_sha256": header["tokens_sha256"]}
+        return {**self._statistics.header["recipe"], "tokens_sha256": self._statistics.tokens_sha256}
 
-    def analyze_sensitivity(self, windows: Tensor) -> CompressionPlan:
-        """Measure each layer's sensitivity, and choose its method and shape."""
-        with self.timed("survey"):
-            return plan_compression(
+    def moments_of(self) -> Callable[[int], Moments] | None:
+        """Reads the saved moments of a layer; None: there are none."""
+        saved = self._statistics
+        return saved.moments if saved is not None and saved.has_moments(len(self.decoder.layers)) else None
+
+    def plan_compression(self, windows: Tensor) -> CompressionPlan:
+        """Choose the method and the shape of each layer, by its sensitivity if the request leaves a choice.
+
+        Args:
+            windows: calibration windows [N, length] int64.
+        """
+        return plan_compression(
+            self.decoder,
+            windows,
+            self.options.request,
+            self.methods,
+            self.moments_of(),
+            self.capacity,
+            self.progress,
+            lambda sizes: self._sensitivity(windows, sizes),
+        )
+
+    def _sensitivity(self, windows: Tensor, sizes: Sequence[int]) -> list[LayerSensitivity]:
+        """Sensitivity of each layer for the job's methods and at least these group sizes."""
+        attention = self.decoder.layers[0].attention
+        if not set(sizes) <= set(
+            analyzed_sizes(attention)
+        ):  # --group-size beyond what is analysed by default
+            with self.timed("analysis"):
+                return analyze_sensitivity(
+                    self.decoder,
+                    windows,
+                    self.methods,
+                    sizes,
+                    moments_of=self.moments_of(),
+                    capacity=self.capacity,
+                    progress=self.progress,
+                )
+        return [of_methods(layer, self.methods) for layer in self.analyze(windows)]
+
+    def analyze(self, windows: Tensor, writer: StatisticsWriter | None = None) -> list[LayerSensitivity]:
+        """Sensitivity of each layer for all methods and group sizes, saved or analysed now.
+
+        It does not depend on the requested size of the cache, so that one analysis serves every request.
+
+        Args:
+            windows: calibration windows [N, length] int64.
+            writer: receives moments and sensitivities.
+        """
+        count, saved = len(self.decoder.layers), self._statistics
+        with self.timed("analysis"):
+            if saved is not None and saved.has_sensitivity(count):
+                if saved.capacity == self.capacity:
+                    return [LayerSensitivity.from_tensors(saved.sensitivity(index)) for index in range(count)]
+                self.progress.note(
+                    f"the statistics are for a capacity of {saved.capacity} tokens: the sensitivities are "
+                    f"analysed again for {self.capacity}"
+                )
+            attention = self.decoder.layers[0].attention
+            methods, sizes = methods_for(BEST, attention), analyzed_sizes(attention)
+            del attention  # its layer need not stay in memory
+            layers = analyze_sensitivity(
                 self.decoder,
                 windows,
-                self.options.request,
-                self.methods,
-                self._moments,
-                self.capacity,
-                self.progress,
+                methods,
+                sizes,
+                moments_of=self.moments_of(),
+                save_moments=None if writer is None else writer.save_moments,
+                capacity=self.capacity,
+                progress=self.progress,
             )
+            if writer is not None:
+                for index, layer in enumerate(layers):
+                    writer.save_sensitivity(index, layer.tensors())
+        return layers
+
+    def statistics_source(self) -> StatisticsSource:
+        """What the statistics of this job are measured on."""
+        name = self.checkpoint.path.resolve().name
+        return StatisticsSource(self.digest, name, self.options.recipe, self.capacity)
 
     def convert(
         self, windows: Tensor, plan: CompressionPlan, add_layer: Callable[[Layer], None]
@@ -194,7 +290,7 @@ class ConversionJob:
         """
         conversion = None
         if self.compresses:
-            conversion = convert(self.decoder, windows, plan.layer_plans, self._moments, self.capacity)
+            conversion = convert(self.decoder, windows, plan.layer_plans, self.moments_of(), self.capacity)
         converted_layers = unconverted_layers(self.decoder) if conversion is None else conversion
         heals = self.options.heal is not None
         unhealed: list[Layer] = []

@@ -21,8 +21,8 @@ from kvexport.build.read_back import ExpectedLogits, read_back
 from kvexport.build.report import BuildReport
 from kvexport.bundle import REPORT_FILE, new_bundle
 from kvexport.bundle.manifest import kv_bytes
-from kvexport.calibrate import Recipe, save_header, save_moments
-from kvexport.convert import measure_moments
+from kvexport.calibrate import Recipe, StatisticsWriter
+from kvexport.calibrate.statistics import STATISTICS_FILE
 from kvexport.errors import GateFailed, UsageError
 from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.files.atomic_directory import atomic_directory, require_output
@@ -69,13 +69,13 @@ def build(
             eviction = _eviction(options.eviction, job)
 
         windows = job.calibrate()
-        plan = hooks.plan(job.analyze_sensitivity(windows))
+        plan = hooks.plan(job.plan_compression(windows))
         with TemporaryDirectory(dir=writer.directory, prefix="layers.") as layer_folder:
             export = BundleExport(writer, job, windows, eviction, Path(layer_folder), hooks)
             report = job.convert(windows, plan, export.add_layer)
             export.record_self_test()
         contract = export.write()
-        with job.timed("prove"):
+        with job.timed("validation"):
             validation = validate_graph(writer.directory, contract, progress, eviction)
         _require_valid(validation, options.dtype)
 
@@ -139,9 +139,19 @@ def compress(
 
 
 def calibrate(
-    checkpoint: Path, output: Path, recipe: Recipe, progress: Progress, *, force: bool = False
+    checkpoint: Path,
+    output: Path,
+    recipe: Recipe,
+    progress: Progress,
+    *,
+    capacity: int | None = None,
+    force: bool = False,
 ) -> int:
-    """Save calibration statistics, from which `build` and `compress` can start.
+    """Save calibration statistics, from which `build`, `compress` and `analyze` can start.
+
+    Args:
+        capacity: maximum sequence length of the bundles in tokens; default: the model's, at most 4096.
+        force: replace existing statistics.
 
     Returns:
         The number of calibration tokens.
@@ -150,15 +160,14 @@ def calibrate(
         UsageError: the checkpoint, the recipe or the output is not usable.
         CannotRunHere: this machine lacks memory, disk space or a package.
     """
-    require_output(output, marker="statistics.json", force=force)
-    job = ConversionJob(checkpoint, output, BuildOptions(recipe), progress)
-    with atomic_directory(output, marker="statistics.json", force=force) as directory:
+    require_output(output, marker=STATISTICS_FILE, force=force)
+    job = ConversionJob(checkpoint, output, BuildOptions(recipe), progress, capacity)
+    with atomic_directory(output, marker=STATISTICS_FILE, force=force) as directory:
         windows = job.calibrate()
-        save_header(directory, job.digest, job.options.recipe, windows)
-        with progress.stage("Measuring layers", len(job.decoder.layers)):
-            for index, moments in enumerate(measure_moments(job.decoder, windows)):
-                save_moments(directory, index, moments)
-                progress.advance()
+        writer = StatisticsWriter(directory, job.statistics_source())
+        writer.save_tokens(windows)
+        job.analyze(windows, writer)
+        writer.finish()
     return windows.numel()
 
 

@@ -1,13 +1,18 @@
-"""Saved calibration: token windows and moments of each layer, in a directory for one checkpoint.
+"""Saved calibration and analysis of one checkpoint, in a directory.
 
-statistics.json          format, sha256 of the checkpoint, recipe, sha256 of tokens.safetensors
-tokens.safetensors       `tokens` [N, length] int32
-layer-00000.safetensors  the tensors of `Moments`, one file per layer
+statistics.json                format, checkpoint, recipe, capacity, and the sha256 of every other file
+tokens.safetensors             `tokens` [N, length] int32
+layer-00000.safetensors        the tensors of `Moments`, one file per layer
+sensitivity-00000.safetensors  the tensors of `LayerSensitivity`, one file per layer
+
+`kvexport calibrate` writes all of them. The build cache also has directories with tokens alone.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +26,83 @@ from kvexport.files.hashing import sha256_of
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.files.schema import Table
 
-FORMAT = 2  # format 1 contained moments of rotated keys
-_HEADER, _TOKENS = "statistics.json", "tokens.safetensors"
+FORMAT = 3  # format 2 had no sensitivities
+STATISTICS_FILE = "statistics.json"
+_TOKENS = "tokens.safetensors"
 
 
-def save_header(directory: Path, checkpoint_sha256: str, recipe: Recipe, windows: Tensor) -> None:
-    """Start a statistics directory: write its header and its token windows [N, length] int64."""
-    save_tensors({"tokens": windows.to(torch.int32)}, directory / _TOKENS)
-    header = {
-        "format": FORMAT,
-        "checkpoint": checkpoint_sha256,
-        "recipe": recipe.to_json(),
-        "tokens_sha256": sha256_of(directory / _TOKENS),
-    }
-    (directory / _HEADER).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+@dataclass(frozen=True)
+class StatisticsSource:
+    """What statistics were measured on.
+
+    Attributes:
+        checkpoint: SHA-256 of the checkpoint.
+        name: name of the checkpoint's directory.
+        recipe: the calibration recipe.
+        capacity: tokens of a sequence for which the sensitivities were analysed.
+    """
+
+    checkpoint: str
+    name: str
+    recipe: Recipe
+    capacity: int
 
 
-def save_moments(directory: Path, index: int, moments: Moments) -> None:
-    """Write the moments of one layer."""
-    save_tensors({name: getattr(moments, name) for name in MOMENT_NAMES}, directory / _layer_file(index))
+class StatisticsWriter:
+    """Writes a statistics directory; without the header that `finish` writes it is not valid."""
+
+    def __init__(self, directory: Path, source: StatisticsSource) -> None:
+        """
+        Args:
+            directory: an empty directory.
+            source: goes into the header.
+        """
+        self._directory, self._source = directory, source
+        self._sha256: dict[str, str] = {}
+
+    def save_tokens(self, windows: Tensor) -> None:
+        """Write the token windows [N, length] int64."""
+        self._save(_TOKENS, {"tokens": windows.to(torch.int32)})
+
+    def save_moments(self, index: int, moments: Moments) -> None:
+        """Write the moments of one layer."""
+        self._save(_moments_file(index), {name: getattr(moments, name) for name in MOMENT_NAMES})
+
+    def save_sensitivity(self, index: int, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors of one layer's sensitivity."""
+        self._save(_sensitivity_file(index), tensors)
+
+    def finish(self) -> None:
+        """Write the header."""
+        header = {
+            "format": FORMAT,
+            "checkpoint": self._source.checkpoint,
+            "name": self._source.name,
+            "recipe": self._source.recipe.to_json(),
+            "capacity": self._source.capacity,
+            "files": self._sha256,
+        }
+        (self._directory / STATISTICS_FILE).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
+
+    def _save(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        path = self._directory / name
+        save_tensors(tensors, path)
+        self._sha256[name] = sha256_of(path)
 
 
 class Statistics:
-    """A statistics directory, opened for one checkpoint.
+    """A statistics directory whose files are all unchanged, opened for one checkpoint.
 
     Attributes:
         windows: token windows [N, length] int64.
+        capacity: tokens of a sequence for which the sensitivities were analysed.
         header: the parsed statistics.json.
     """
 
     def __init__(self, directory: Path, checkpoint_sha256: str) -> None:
         """
         Args:
-            directory: written by `kvexport calibrate`.
+            directory: written by `kvexport calibrate`, or an entry of the build cache.
             checkpoint_sha256: digest of the checkpoint to be converted.
 
         Raises:
@@ -61,37 +110,56 @@ class Statistics:
                 another checkpoint.
         """
         self._directory = directory
-        remedy = f"make them: kvexport calibrate CHECKPOINT -o {directory}"
+        self._remedy = f"make them: kvexport calibrate CHECKPOINT -o {directory}"
         try:
-            text = (directory / _HEADER).read_bytes()
+            text = (directory / STATISTICS_FILE).read_bytes()
         except OSError as error:
             raise UsageError(
-                f"{directory} must be a directory of calibration statistics: {reason_of(error)}", fix=remedy
+                f"{directory} must be a directory of calibration statistics: {reason_of(error)}",
+                fix=self._remedy,
             ) from error
-        table = Table.from_json(text, str(directory / _HEADER), fix=remedy)
+        table = Table.from_json(text, str(directory / STATISTICS_FILE), fix=self._remedy)
         if not table.has("format") or table.value("format") != FORMAT:
             raise UsageError(
                 "the statistics must have the format that this version reads",
                 got=table.mapping().get("format"),
                 expected=FORMAT,
-                fix=remedy,
+                fix=self._remedy,
             )
         if table.string("checkpoint") != checkpoint_sha256:
             raise UsageError(
                 "the statistics must be those of the checkpoint",
                 got=f"statistics of sha256 {table.string('checkpoint')}",
                 expected=f"statistics of sha256 {checkpoint_sha256}",
-                fix=remedy,
+                fix=self._remedy,
             )
         table.table("recipe")
-        tokens = self._read(_TOKENS)
-        if table.string("tokens_sha256") != sha256_of(directory / _TOKENS):
-            raise UsageError(
-                f"{directory / _TOKENS} must be unchanged since it was written: its sha256 differs",
-                fix=remedy,
-            )
+        self.capacity = table.integer("capacity", 1)
+        files = table.table("files")
+        self._sha256 = {name: files.string(name) for name in files}
+        for name in self._sha256:
+            if Path(name).name != name:
+                raise UsageError(
+                    f"{directory / STATISTICS_FILE} must name files of its own directory",
+                    got=repr(name),
+                    fix=self._remedy,
+                )
+            self._require_unchanged(name)
         self.header: dict[str, Any] = dict(table.mapping())
-        self.windows = tokens["tokens"].long()
+        self.windows = self._read(_TOKENS, ["tokens"])["tokens"].long()
+
+    @property
+    def tokens_sha256(self) -> str:
+        """SHA-256 of the file of token windows."""
+        return self._sha256[_TOKENS]
+
+    def has_moments(self, layers: int) -> bool:
+        """Whether there are moments of that many layers."""
+        return all(_moments_file(index) in self._sha256 for index in range(layers))
+
+    def has_sensitivity(self, layers: int) -> bool:
+        """Whether there are sensitivities of that many layers."""
+        return all(_sensitivity_file(index) in self._sha256 for index in range(layers))
 
     def moments(self, index: int) -> Moments:
         """Read the moments of one layer.
@@ -99,26 +167,56 @@ class Statistics:
         Raises:
             UsageError: the file is missing or damaged.
         """
-        tensors = self._read(_layer_file(index))
-        if set(tensors) != set(MOMENT_NAMES):
-            raise UsageError(
-                f"{self._directory / _layer_file(index)} must contain the moments of a layer",
-                got=", ".join(sorted(tensors)),
-                expected=", ".join(sorted(MOMENT_NAMES)),
-            )
-        return Moments(**tensors)
+        return Moments(**self._read(_moments_file(index), MOMENT_NAMES))
 
-    def _read(self, name: str) -> dict[str, Tensor]:
+    def sensitivity(self, index: int) -> dict[str, Tensor]:
+        """Read the tensors of one layer's sensitivity.
+
+        Raises:
+            UsageError: the file is missing or damaged.
+        """
+        return self._read(_sensitivity_file(index))
+
+    def _require_unchanged(self, name: str) -> None:
+        path = self._directory / name
+        try:
+            digest = sha256_of(path)
+        except OSError as error:
+            raise UsageError(
+                f"the statistics file {path} must be readable: {reason_of(error)}", fix=self._remedy
+            ) from error
+        if digest != self._sha256[name]:
+            raise UsageError(
+                f"{path} must be unchanged since it was written: its sha256 differs", fix=self._remedy
+            )
+
+    def _read(self, name: str, names: Collection[str] | None = None) -> dict[str, Tensor]:
+        """The tensors of a file; `names` are those that it must have."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
 
+        path = self._directory / name
+        if name not in self._sha256:
+            raise UsageError(f"the statistics must have the file {path}", fix=self._remedy)
         try:
-            return load_file(self._directory / name)
+            tensors = load_file(path)
         except (OSError, SafetensorError) as error:
             raise UsageError(
-                f"the statistics file {self._directory / name} must be readable: {reason_of(error)}"
+                f"the statistics file {path} must be readable: {reason_of(error)}", fix=self._remedy
             ) from error
+        if names is not None and set(tensors) != set(names):
+            raise UsageError(
+                f"{path} must contain the tensors of this format",
+                got=", ".join(sorted(tensors)),
+                expected=", ".join(sorted(names)),
+                fix=self._remedy,
+            )
+        return tensors
 
 
-def _layer_file(index: int) -> str:
+def _moments_file(index: int) -> str:
     return f"layer-{index:05d}.safetensors"
+
+
+def _sensitivity_file(index: int) -> str:
+    return f"sensitivity-{index:05d}.safetensors"

@@ -9,6 +9,7 @@ import click
 
 from kvexport.cli.conversion import (
     build_options,
+    capacity_option,
     conversion_options,
     eviction_options,
     method_option,
@@ -27,11 +28,7 @@ from kvexport.errors import UsageError
 @conversion_options
 @shape_options
 @eviction_options
-@click.option(
-    "--capacity",
-    type=int,
-    help="Maximum sequence length in tokens.  [default: the model's maximum, at most 4096]",
-)
+@capacity_option
 @click.option("--force", is_flag=True, help="Replace an existing bundle.")
 @click.option("--json", "as_json", is_flag=True, help="Print the report as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress and no report.")

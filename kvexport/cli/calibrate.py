@@ -6,13 +6,14 @@ from pathlib import Path
 
 import click
 
-from kvexport.cli.conversion import calibration_options, calibration_recipe, output_option
+from kvexport.cli.conversion import calibration_options, calibration_recipe, capacity_option, output_option
 
 
 @click.command()
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @output_option("Statistics directory")
 @calibration_options
+@capacity_option
 @click.option("--force", is_flag=True, help="Replace existing statistics.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 def command(
@@ -22,18 +23,19 @@ def command(
     samples: int | None,
     length: int | None,
     seed: int | None,
+    capacity: int | None,
     force: bool,
     quiet: bool,
 ) -> None:
-    """Save statistics of CHECKPOINT's keys, queries and values on calibration text, for several builds.
+    """Save calibration text and the sensitivity of each layer of CHECKPOINT, for several builds.
 
     `kvexport build CHECKPOINT --statistics OUTPUT` then gives the same bundle as a build that calibrates by
-    itself.
+    itself, at any --kv-ratio, and only converts and writes.
     """
     from kvexport.build import calibrate
     from kvexport.cli.options import progress_bar
 
     with progress_bar(quiet) as progress:
         recipe = calibration_recipe(calibration, samples, length, seed)
-        tokens = calibrate(checkpoint, output, recipe, progress, force=force)
+        tokens = calibrate(checkpoint, output, recipe, progress, capacity=capacity, force=force)
         progress.note(f"wrote {output}: statistics of {tokens} calibration tokens")

@@ -79,6 +79,12 @@ def _calibration_options(default_samples: str) -> Callable[[F], F]:
 
 calibration_options = _calibration_options("96")
 
+capacity_option = click.option(
+    "--capacity",
+    type=int,
+    help="Maximum sequence length in tokens.  [default: the model's maximum, at most 4096]",
+)
+
 cache_options = _group(
     click.option("--kv-ratio", type=float, help="Fraction of the KV cache to keep.  [default: 0.5]"),
     click.option(

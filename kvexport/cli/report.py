@@ -28,11 +28,11 @@ _WIDTH = 100  # without a terminal
 _STAGES = {
     "read": "read checkpoint",
     "text": "calibrate",
-    "survey": "analyze sensitivity",
+    "analysis": "analyze sensitivity",
     "convert": "convert",
     "heal": "heal",
     "self-test": "record self-test",
-    "prove": "validate",
+    "validation": "validate",
     "read-back": "read back",
 }
 

@@ -9,9 +9,18 @@ import pytest
 import torch
 from support.decoders import make_attention, random_inputs
 
-from kvexport.calibrate import Moments, MomentsAccumulator, Statistics, recipe_for, save_header, save_moments
+from kvexport.calibrate import (
+    Moments,
+    MomentsAccumulator,
+    Recipe,
+    Statistics,
+    StatisticsSource,
+    StatisticsWriter,
+    recipe_for,
+)
 from kvexport.calibrate.moments import MOMENT_NAMES
 from kvexport.errors import UsageError
+from kvexport.files.hashing import sha256_of
 
 DIGEST = "a" * 64
 
@@ -23,13 +32,25 @@ def _moments(seed: int = 0) -> Moments:
     return accumulator.finish()
 
 
+def _writer(folder: Path, recipe: Recipe) -> StatisticsWriter:
+    return StatisticsWriter(folder, StatisticsSource(DIGEST, "model", recipe, 512))
+
+
+def _sensitivity(index: int) -> dict[str, torch.Tensor]:
+    return {"scale": torch.tensor(0.1 + index, dtype=torch.float64), "sizes": torch.tensor([1, 2])}
+
+
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    windows = torch.arange(48).view(6, 8)
-    save_header(tmp_path, DIGEST, recipe_for("self", samples=6, length=8), windows)
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    writer = _writer(folder, recipe_for("self", samples=6, length=8))
+    writer.save_tokens(torch.arange(48).view(6, 8))
     for index in range(2):
-        save_moments(tmp_path, index, _moments(index))
-    return tmp_path
+        writer.save_moments(index, _moments(index))
+        writer.save_sensitivity(index, _sensitivity(index))
+    writer.finish()
+    return folder
 
 
 def test_round_trip_is_exact(saved: Path) -> None:
@@ -37,19 +58,43 @@ def test_round_trip_is_exact(saved: Path) -> None:
     assert torch.equal(statistics.windows, torch.arange(48).view(6, 8))
     assert statistics.windows.dtype == torch.int64
     assert statistics.header["recipe"] == recipe_for("self", samples=6, length=8).to_json()
+    assert (statistics.header["name"], statistics.capacity) == ("model", 512)
     for index in range(2):
         restored, original = statistics.moments(index), _moments(index)
         for name in MOMENT_NAMES:
             assert torch.equal(getattr(restored, name), getattr(original, name))
             assert getattr(restored, name).dtype == getattr(original, name).dtype
+        sensitivity = statistics.sensitivity(index)
+        assert sensitivity.keys() == _sensitivity(index).keys()
+        assert all(torch.equal(sensitivity[name], value) for name, value in _sensitivity(index).items())
 
 
-def test_header_contains_no_path(saved: Path, tmp_path: Path) -> None:
+def test_the_stages_are_those_of_all_layers(saved: Path) -> None:
+    statistics = Statistics(saved, DIGEST)
+    for layers, complete in ((1, True), (2, True), (3, False)):
+        assert statistics.has_moments(layers) == statistics.has_sensitivity(layers) == complete
+
+
+def test_a_directory_can_have_tokens_alone(tmp_path: Path) -> None:
+    writer = _writer(tmp_path, recipe_for("random"))
+    writer.save_tokens(torch.arange(48).view(6, 8))
+    with pytest.raises(UsageError, match="must be a directory of calibration statistics"):
+        Statistics(tmp_path, DIGEST)  # not finished
+    writer.finish()
+    statistics = Statistics(tmp_path, DIGEST)
+    assert torch.equal(statistics.windows, torch.arange(48).view(6, 8))
+    assert not statistics.has_moments(1) and not statistics.has_sensitivity(1)
+    with pytest.raises(UsageError, match=r"must have the file .*layer-00000"):
+        statistics.moments(0)
+
+
+def test_header_contains_no_path(tmp_path: Path) -> None:
     file = tmp_path / "deep" / "corpus.txt"
     file.parent.mkdir()
     file.write_text("text")
-    save_header(saved, DIGEST, recipe_for(str(file)), torch.zeros(1, 2, dtype=torch.int64))
-    assert "deep" not in (saved / "statistics.json").read_text()
+    _writer(tmp_path, recipe_for(str(file))).finish()
+    text = (tmp_path / "statistics.json").read_text()
+    assert "deep" not in text and "corpus.txt" in text
 
 
 def test_rejects_statistics_of_another_checkpoint(saved: Path) -> None:
@@ -65,7 +110,7 @@ def _edit_header(folder: Path, **changes: object) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("number", [0, 1, 3, "2", None])
+@pytest.mark.parametrize("number", [0, 1, 2, 4, "3", None])
 def test_rejects_another_format(saved: Path, number: object) -> None:
     _edit_header(saved, format=number)
     with pytest.raises(UsageError, match="must have the format that this version reads"):
@@ -85,16 +130,28 @@ def test_rejects_a_directory_without_statistics(tmp_path: Path) -> None:
             Statistics(folder, DIGEST)
 
 
-def test_rejects_changed_tokens(saved: Path) -> None:
-    path = saved / "tokens.safetensors"
-    raw = bytearray(path.read_bytes())
-    raw[-1] ^= 1
-    path.write_bytes(raw)
-    with pytest.raises(UsageError, match="must be unchanged since it was written"):
+@pytest.mark.parametrize("name", ["/etc/hostname", "../saved/tokens.safetensors"])
+def test_rejects_files_outside_the_directory(saved: Path, name: str) -> None:
+    header = json.loads((saved / "statistics.json").read_text())
+    _edit_header(saved, files=header["files"] | {name: "0" * 64})
+    with pytest.raises(UsageError, match="must name files of its own directory"):
         Statistics(saved, DIGEST)
 
 
-@pytest.mark.parametrize("name", ["tokens.safetensors", "layer-00001.safetensors"])
+_FILES = ["tokens.safetensors", "layer-00001.safetensors", "sensitivity-00000.safetensors"]
+
+
+@pytest.mark.parametrize("name", _FILES)
+def test_rejects_changed_files(saved: Path, name: str) -> None:
+    path = saved / name
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(raw)
+    with pytest.raises(UsageError, match=f"{name} must be unchanged since it was written"):
+        Statistics(saved, DIGEST)
+
+
+@pytest.mark.parametrize("name", _FILES)
 @pytest.mark.parametrize("keep", [0, 20, -8, None])
 def test_error_for_truncated_and_missing_files_names_them(saved: Path, name: str, keep: int | None) -> None:
     path = saved / name
@@ -103,7 +160,7 @@ def test_error_for_truncated_and_missing_files_names_them(saved: Path, name: str
     if keep is not None:
         path.write_bytes(raw[:keep])
     with pytest.raises(UsageError, match=name):
-        Statistics(saved, DIGEST).moments(1)
+        Statistics(saved, DIGEST)
 
 
 def test_rejects_incomplete_moments(saved: Path) -> None:
@@ -113,5 +170,7 @@ def test_rejects_incomplete_moments(saved: Path) -> None:
     tensors = load_file(path)
     del tensors["overlap"]
     save_file(tensors, path)
-    with pytest.raises(UsageError, match="must contain the moments of a layer"):
+    files = json.loads((saved / "statistics.json").read_text())["files"]
+    _edit_header(saved, files=files | {path.name: sha256_of(path)})
+    with pytest.raises(UsageError, match="must contain the tensors of this format"):
         Statistics(saved, DIGEST).moments(0)

@@ -13,7 +13,7 @@ from support.conversions import plain
 from support.decoders import STYLES, make_decoder, random_windows, with_attention
 from torch import Tensor
 
-from kvexport.calibrate import Moments, Statistics, recipe_for, save_header, save_moments, windows
+from kvexport.calibrate import Moments, Statistics, StatisticsSource, StatisticsWriter, recipe_for, windows
 from kvexport.convert import (
     ConvertedLayer,
     KVShape,
@@ -195,9 +195,11 @@ def test_saved_statistics_give_bit_identical_weights(
     monkeypatch.setattr(windows, "SCORES", scores)  # 2000: blocks of rows and several batches
     decoder = make_decoder(style, dtype=torch.float32)
     tokens, kv_heads = random_windows(decoder, 9, 24), decoder.layers[0].attention.num_kv_heads // 2
-    save_header(tmp_path, "digest", recipe_for("random"), tokens)
+    writer = StatisticsWriter(tmp_path, StatisticsSource("digest", "model", recipe_for("random"), 24))
+    writer.save_tokens(tokens)
     for index, moments in enumerate(measure_moments(decoder, tokens)):
-        save_moments(tmp_path, index, moments)
+        writer.save_moments(index, moments)
+    writer.finish()
     saved = Statistics(tmp_path, "digest")
     direct = list(plain(decoder, tokens, kv_heads, "online"))
     restored = list(plain(decoder, saved.windows, kv_heads, "online", saved.moments))
