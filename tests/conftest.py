@@ -51,6 +51,15 @@ def shared_folders(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return SharedFolders((base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared")
 
 
+@pytest.fixture
+def device() -> Iterator[Any]:
+    """A torch.device of `support.torch_device`, which fails if its tensors mix with those of the CPU."""
+    from support.torch_device import simulated_device
+
+    with simulated_device() as device:
+        yield device
+
+
 @pytest.fixture(scope="session")
 def tiny_checkpoint(shared_folders: Any) -> TinyCheckpoint:
     """`tiny_checkpoint(family, *, dtype="float32", seed=0, max_shard_size="1GB", **config) -> Path`.

@@ -246,13 +246,24 @@ class Decoder:
         return Linear(self.embedding.weight) if self.head is None else self.head
 
 
-def map_tensors(part: T, function: Callable[[Tensor], Tensor]) -> T:
-    """The same tree with every tensor replaced by a function of it; those of `Rope` stay as they are."""
-    if isinstance(part, Rope):
+def map_tensors(part: T, function: Callable[[Tensor], Tensor], *, ropes: bool = False) -> T:
+    """The same tree with every tensor replaced by a function of it.
+
+    Args:
+        part: a tree of these dataclasses.
+        function: returns the new tensor.
+        ropes: whether tensors of `Rope`, which belong to the position and not to the weights, are replaced,
+            too.
+    """
+    if isinstance(part, Rope) and not ropes:
         return part
     if is_dataclass(part) and not isinstance(part, type):
         return replace(
-            part, **{each.name: map_tensors(getattr(part, each.name), function) for each in fields(part)}
+            part,
+            **{
+                each.name: map_tensors(getattr(part, each.name), function, ropes=ropes)
+                for each in fields(part)
+            },
         )
     return function(part) if hasattr(part, "numel") else part  # type: ignore[arg-type, return-value]
 

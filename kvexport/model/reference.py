@@ -194,13 +194,13 @@ def visibility(attention: Attention, positions: Tensor, slots: Tensor, dtype: to
     hidden = (distance < 0) | (slots < 0)
     if attention.window is not None:
         hidden |= distance >= attention.window
-    bias = torch.zeros((), dtype=dtype)
+    bias = torch.zeros((), dtype=dtype, device=distance.device)
     if attention.alibi_slopes is not None:
         wide = (
             torch.float64 if dtype == torch.float64 else torch.float32
         )  # narrower dtypes do not hold distances exactly
         bias = (-attention.alibi_slopes[:, None, None].to(wide) * distance).to(dtype)
-    return torch.where(hidden, torch.tensor(-torch.inf, dtype=dtype), bias)
+    return torch.where(hidden, bias.new_full((), -torch.inf), bias)
 
 
 def scores(attention: Attention, query: Tensor, key: Tensor) -> Tensor:
@@ -255,11 +255,11 @@ class LayerCache:
     @property
     def positions(self) -> Tensor:
         """Position of the token in each slot, [C]."""
-        return torch.arange(self.key.shape[2])
+        return torch.arange(self.key.shape[2], device=self.key.device)
 
     def write(self, key: Tensor, value: Tensor, positions: Tensor) -> None:
         """Write key [B, Hkv, S, key_dim] and value [B, Hkv, S, value_dim] to the slots `positions` [B, S]."""
-        rows = torch.arange(len(key))[:, None]
+        rows = torch.arange(len(key), device=key.device)[:, None]
         self.key[rows, :, positions] = key.transpose(1, 2)
         self.value[rows, :, positions] = value.transpose(1, 2)
 
@@ -295,7 +295,7 @@ def head_outputs(
     """
     projected = project(attention, x, positions)
     query, key = map_queries(attention, projected.query_rotated), map_keys(attention, projected.key_rotated)
-    all_keys, all_values, slots = key, projected.value, torch.arange(x.shape[1])
+    all_keys, all_values, slots = key, projected.value, torch.arange(x.shape[1], device=x.device)
     if cache is not None:
         cache.write(key, projected.value, positions)
         all_keys, all_values, slots = cache.key, cache.value, cache.positions
@@ -333,17 +333,17 @@ def embed(embedding: Embedding, input_ids: Tensor, positions: Tensor | None = No
 
     Args:
         embedding: the model's embedding.
-        input_ids: token ids, [B, S] int64.
-        positions: [B or 1, S] int64 [default: 0 .. S - 1].
+        input_ids: token ids, [B, S] int64, on any device.
+        positions: [B or 1, S] int64, on any device [default: 0 .. S - 1].
     """
-    x = F.embedding(input_ids, embedding.weight)
+    x = F.embedding(input_ids.to(embedding.weight.device), embedding.weight)
     if embedding.multiplier != 1:
         x = x * embedding.multiplier
     if embedding.projection is not None:
         x = linear(embedding.projection, x)
     if embedding.positions is not None:
         at = torch.arange(input_ids.shape[1])[None] if positions is None else positions
-        x = x + F.embedding(at, embedding.positions)
+        x = x + F.embedding(at.to(x.device), embedding.positions)
     return normed(embedding.norm, x)
 
 
@@ -362,7 +362,7 @@ def new_cache(
     layers: Sequence[Layer], batch: int, capacity: int, dtype: torch.dtype, eviction: Eviction | None = None
 ) -> list[Cache]:
     """Empty caches, one per layer: with the budget of `eviction` in the layers that evict, else with
-    `capacity` slots.
+    `capacity` slots on the device of the layer.
     """
 
     def new(index: int, attention: Attention) -> Cache:
@@ -371,7 +371,9 @@ def new_cache(
             return EvictingCache.empty(
                 batch, heads, widths, dtype, eviction, index, capacity, attention.window
             )
-        return LayerCache(*(torch.zeros(batch, heads, capacity, width, dtype=dtype) for width in widths))
+        shapes = [(batch, heads, capacity, width) for width in widths]
+        device = attention.k.weight.device
+        return LayerCache(*(torch.zeros(shape, dtype=dtype, device=device) for shape in shapes))
 
     return [new(index, layer.attention) for index, layer in enumerate(layers)]
 
@@ -388,8 +390,8 @@ def forward(
 
     Args:
         decoder: the model.
-        input_ids: token ids, [B, S] int64.
-        positions: [B, S] int64 [default: 0 .. S - 1].
+        input_ids: token ids, [B, S] int64, on any device.
+        positions: [B, S] int64, on any device [default: 0 .. S - 1].
         cache: one cache per layer, as `new_cache` makes them; None: no cache.
         taps: receives one entry per layer.
 
@@ -399,6 +401,7 @@ def forward(
     if positions is None:
         positions = torch.arange(input_ids.shape[1]).expand(input_ids.shape)
     x = embed(decoder.embedding, input_ids, positions)
+    positions = positions.to(x.device)
     for index, layer in enumerate(decoder.layers):
         layer_taps = run_layer(layer, x, positions, None if cache is None else cache[index])
         x = layer_taps.residual
