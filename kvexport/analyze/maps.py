@@ -50,8 +50,8 @@ class MapRecorder:
     @torch.no_grad()
     def __init__(self, decoder: Decoder, window: Tensor) -> None:
         """`window`: token ids [S] int64."""
-        self._positions = torch.arange(len(window))[None]
         self._original = self._compressed = reference.embed(decoder.embedding, window[None])
+        self._positions = torch.arange(len(window), device=self._original.device)[None]
         self._maps: list[tuple[Tensor, Tensor]] = []
 
     @torch.no_grad()
@@ -60,7 +60,7 @@ class MapRecorder:
         original, self._original = self._pass(trained, self._original)
         compressed, self._compressed = self._pass(converted, self._compressed)
         places = torch.tensor(head_places(trained.attention, converted.attention))
-        self._maps.append((original, compressed[places]))
+        self._maps.append((original.cpu(), compressed.cpu()[places]))
 
     def _pass(self, layer: Layer, x: Tensor) -> tuple[Tensor, Tensor]:
         probabilities = attention_map(layer.attention, reference.normed(layer.attention_norm, x))
@@ -73,11 +73,12 @@ class MapRecorder:
 
 def attention_map(attention: Attention, x: Tensor) -> Tensor:
     """Attention weights [B, H, S, S] of normed inputs x [B, S, hidden] at positions 0 .. S - 1."""
-    positions = torch.arange(x.shape[1]).expand(x.shape[:2])
+    slots = torch.arange(x.shape[1], device=x.device)
+    positions = slots.expand(x.shape[:2])
     projected = reference.project(attention, x, positions)
     query = reference.map_queries(attention, projected.query_rotated)
     key = reference.map_keys(attention, projected.key_rotated)
-    bias = reference.visibility(attention, positions, torch.arange(x.shape[1]), x.dtype)
+    bias = reference.visibility(attention, positions, slots, x.dtype)
     return reference.weights(reference.scores(attention, query, key) + bias)
 
 
@@ -88,8 +89,10 @@ def head_places(trained: Attention, converted: Attention) -> list[int]:
     of that head's rows: heads are matched by the share of the rows' power in the span, greedily.
     """
     heads = trained.num_heads
-    spans = torch.linalg.qr(trained.q.weight.double().unflatten(0, (heads, -1)).mT).Q  # [H, hidden, head_dim]
-    rows = converted.q.weight.double().unflatten(0, (heads, -1))  # [H, r, hidden]
+    trained_rows, rows = (  # [H, head_dim, hidden] and [H, r, hidden]
+        each.q.weight.cpu().double().unflatten(0, (heads, -1)) for each in (trained, converted)
+    )
+    spans = torch.linalg.qr(trained_rows.mT).Q  # [H, hidden, head_dim]
     inside = torch.stack([(rows @ span).square().sum((1, 2)) for span in spans])  # [trained, converted]
     share = inside / rows.square().sum((1, 2)).clamp_min(torch.finfo(torch.float64).tiny)
     places = [-1] * heads

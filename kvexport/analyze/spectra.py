@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import windows as attention_windows
+from kvexport.calibrate.outer_sum import OuterSum
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer
 from kvexport.model.reference import Projected
@@ -47,23 +48,20 @@ class Spectrum:
 
 
 class SecondMoment:
-    """Float64 sums over tokens of vectors x [heads·head_dim].
-
-    Attributes:
-        second: Σ x xᵀ, [heads·head_dim, heads·head_dim].
-    """
+    """Sums over tokens of vectors x [heads·head_dim] and of x xᵀ."""
 
     def __init__(self, heads: int, width: int) -> None:
-        self._heads, self._tokens = heads, 0
-        self._sum = torch.zeros(heads * width, dtype=torch.float64)
-        self.second = torch.zeros(heads * width, heads * width, dtype=torch.float64)
+        self._heads, self._sum = heads, OuterSum(heads * width, heads * width)
 
     def add(self, x: Tensor) -> None:
         """Add heads x [B, heads, S, width]."""
-        rows = x.double().transpose(1, 2).flatten(2).flatten(0, 1)  # [B·S, heads·width]
-        self.second.addmm_(rows.T, rows)
-        self._sum += rows.sum(0)
-        self._tokens += len(rows)
+        rows = x.transpose(1, 2).flatten(2).flatten(0, 1)  # [B·S, heads·width]
+        self._sum.add(rows, rows)
+
+    @property
+    def second(self) -> Tensor:
+        """Σ x xᵀ, [heads·head_dim, heads·head_dim] float64 on the CPU."""
+        return self._sum.sums()[2]
 
     def spectrum(self) -> Spectrum:
         """Spectrum of the vectors added."""
@@ -79,7 +77,8 @@ class SecondMoment:
         Returns:
             [heads, heads] float64, from 0 to 1.
         """
-        centred = self.second - torch.outer(self._sum, self._sum) / max(self._tokens, 1)
+        total, _, second = self._sum.sums()
+        centred = second - torch.outer(total, total) / max(self._sum.count, 1)
         blocks = centred.unflatten(0, (self._heads, -1)).unflatten(2, (self._heads, -1))  # [h, d, h, d]
         squares = blocks.square().sum((1, 3))
         norms = squares.diagonal().sqrt()

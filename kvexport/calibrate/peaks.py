@@ -52,7 +52,7 @@ class PeakMeter:
     @torch.no_grad()
     def add_layer(self, layer: Layer) -> None:
         """Run the next layer and record its peaks."""
-        positions = torch.arange(self._x.shape[1])[None]
+        positions = torch.arange(self._x.shape[1], device=self._x.device)[None]
         cached = mlp = residual = 0.0
 
         def feed(parameters: Mlp, x: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ def batches(windows: range, length: int, heads: int) -> Iterator[slice]:
 
 def project(attention: Attention, x: Tensor) -> Projected:
     """Queries, keys and values of normed inputs [B, S, hidden] at positions 0 .. S - 1."""
-    return reference.project(attention, x, torch.arange(x.shape[1])[None])
+    return reference.project(attention, x, torch.arange(x.shape[1], device=x.device)[None])
 
 
 def attend(attention: Attention, x: Tensor) -> Tensor:
@@ -58,7 +58,7 @@ def head_outputs(
     mixed = []
     for start in range(0, length, size):
         rows, visible = slice(start, start + size), slice(0, min(start + size, length))
-        bias = reference.visibility(attention, positions[:, rows], torch.arange(visible.stop), query.dtype)
+        bias = reference.visibility(attention, positions[:, rows], positions[0, visible], query.dtype)
         probabilities = reference.weights(
             reference.scores(attention, query[:, :, rows], key[:, :, visible]) + bias
         )
@@ -75,4 +75,4 @@ def advance(layer: Layer, x: Tensor) -> None:
 
 
 def _positions(x: Tensor) -> Tensor:  # [B, S, ...] -> [B, S]
-    return torch.arange(x.shape[1]).expand(x.shape[:2])
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])

@@ -149,7 +149,8 @@ class _Job:
         for step in range(self.layerwise_steps):
             chosen = self._batch(step)
             for part in parts(len(chosen), ours[0].shape[1]):
-                x, target = ours[0][chosen[part]], theirs[0][chosen[part]]
+                at = chosen[part].to(ours[0].device)
+                x, target = ours[0][at], theirs[0][at]
                 error = stream_error(student.layer(index), x, target)
                 (error / (max(before, _TINY) * len(chosen) * x.shape[1])).backward()
             optimizer.step(step)
@@ -164,7 +165,8 @@ class _Job:
             chosen = self._batch(self.layerwise_steps + self.counters.steps)
             for part in parts(len(chosen), self.windows.shape[1]):
                 stream = self.student.stream(self.windows[chosen[part]])
-                gradient = kl_gradient(self.student.ends, teacher[chosen[part]], stream)
+                target = teacher[chosen[part].to(teacher.device)]
+                gradient = kl_gradient(self.student.ends, target, stream)
                 stream.backward(gradient / (len(chosen) * stream.shape[1]))
             self.optimizer.step(self.counters.steps)
             self.counters.steps += 1

@@ -52,7 +52,7 @@ def save(path: Path, job: str, counters: Counters, tensors: dict[str, list[Tenso
     """
     header = json.dumps({"format": _FORMAT, "job": job, "counters": asdict(counters)}).encode()
     named = {
-        f"{name}.{at}": each.detach() for name, group in tensors.items() for at, each in enumerate(group)
+        f"{name}.{at}": each.detach().cpu() for name, group in tensors.items() for at, each in enumerate(group)
     }
     named[_HEADER] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     named[_CHECKSUM] = _checksum(named)
@@ -105,7 +105,7 @@ def digest(parts: Iterable[object]) -> str:
 def _add(total: hashlib._Hash, part: object) -> None:
     if isinstance(part, Tensor):
         total.update(f"{part.dtype}{tuple(part.shape)}".encode())
-        total.update(part.detach().contiguous().flatten().view(torch.uint8).numpy().data)
+        total.update(part.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     elif is_dataclass(part) and not isinstance(part, type):
         for field in fields(part):
             total.update(field.name.encode())

@@ -53,7 +53,10 @@ class Student:
         """
         x = reference.embed(self.ends.embedding, ids)
         for index in range(len(self)):
-            x = checkpoint(self._run, index, x, use_reentrant=False) if self._frugal else self._run(index, x)
+            if self._frugal:  # nothing random is computed
+                x = checkpoint(self._run, index, x, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = self._run(index, x)
         return x
 
     def _run(self, index: int, x: Tensor) -> Tensor:

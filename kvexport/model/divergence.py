@@ -53,12 +53,12 @@ class DivergenceMeter:
 
         Args:
             original: logits of the original, [N, S, vocab]; position s predicts token s + 1.
-            compressed: logits of the compressed model, [N, S, vocab].
-            windows: token ids, [N, S] int64.
+            compressed: logits of the compressed model, [N, S, vocab], on any device.
+            windows: token ids, [N, S] int64, on any device.
         """
-        targets = windows[:, 1:, None]
+        targets = windows[:, 1:, None].to(original.device)
         a = original[:, :-1].float().log_softmax(-1)
-        b = compressed[:, :-1].float().log_softmax(-1)
+        b = compressed[:, :-1].to(original.device).float().log_softmax(-1)
         self._kl += float((a.exp() * (a - b)).sum(-1).double().sum())
         self._ce -= float(b.gather(-1, targets).double().sum())
         self._ce_original -= float(a.gather(-1, targets).double().sum())
