@@ -30,6 +30,7 @@ from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder
 from kvexport.model.divergence import Divergence
 from kvexport.model.loader import load_decoder
+from kvexport.model.placement import device_computation, place, resolve_device
 from kvexport.progress import Progress
 from kvexport.version import __version__
 
@@ -158,6 +159,7 @@ def _spectrum_json(spectrum: Spectrum) -> dict[str, Any]:
     }
 
 
+@device_computation()
 def analyze(
     checkpoint: Path,
     plan: BuildOptions,
@@ -180,11 +182,12 @@ def analyze(
 
     Raises:
         UsageError: the checkpoint, the recipe, the conversion or the pairs are invalid.
-        CannotRunHere: the model does not fit into memory to sample text.
+        CannotRunHere: the model does not fit into memory to sample text, or PyTorch cannot use the device.
     """
+    device = resolve_device(plan.device)
     source = Checkpoint(checkpoint)
     capacity = sequence_capacity(read_architecture(source.config).max_positions)
-    decoder = load_decoder(source, context=capacity)
+    decoder = place(load_decoder(source, context=capacity), device)
     recipe = fitted_recipe(plan.recipe, decoder, progress)
     attention = decoder.layers[0].attention
     methods = methods_for(plan.method, attention)

@@ -49,6 +49,7 @@ from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder, Layer, tensors_of
 from kvexport.model.divergence import Divergence
 from kvexport.model.loader import load_decoder
+from kvexport.model.placement import CPU, device_name, move, place, resolve_device
 from kvexport.model.tokenizer_json import NoTokenizer, tokenizer_json
 from kvexport.progress import Progress
 from kvexport.validate.evaluate import divergence_of
@@ -61,6 +62,8 @@ class ConversionJob:
 
     Attributes:
         checkpoint, decoder: the source.
+        device: the device on which PyTorch computes.
+        placed: the decoder on that device.
         digest: SHA-256 of the checkpoint.
         capacity: maximum sequence length in tokens.
         windows: sliding window of each layer in tokens; None: full attention.
@@ -90,8 +93,10 @@ class ConversionJob:
         Raises:
             CheckpointError: the checkpoint is not a readable decoder of a supported family.
             UsageError: the options do not fit the model.
+            CannotRunHere: PyTorch cannot use the device.
         """
         self.options, self.progress = options, progress
+        self.device = resolve_device(options.device)
         self.seconds: dict[str, float] = {}
         self.checkpoint = Checkpoint(checkpoint)
         with self.timed("read"), progress.stage("Reading the checkpoint", 0):
@@ -101,6 +106,7 @@ class ConversionJob:
             self.rope_switches = {each.switches_at for each in ropes if each.switches_at is not None}
             self.capacity = sequence_capacity(architecture.max_positions, capacity)
             self.decoder = load_decoder(self.checkpoint, context=self.capacity)
+            self.placed = place(self.decoder, self.device)
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
         if options.statistics is None:
@@ -185,7 +191,7 @@ class ConversionJob:
         steps = sampling_steps(self.decoder, recipe.samples, recipe.length) if recipe.source == "self" else 0
         name = "Sampling calibration text" if steps else "Reading calibration text"
         with self.timed("text"), self.progress.stage(name, steps):
-            windows = calibration_windows(self.decoder, self.checkpoint.path, recipe, self.progress.advance)
+            windows = calibration_windows(self.placed, self.checkpoint.path, recipe, self.progress.advance)
         if len(windows) < recipe.samples:
             self.progress.note(
                 f"the calibration text has {len(windows)} windows, fewer than the {recipe.samples} requested"
@@ -195,10 +201,12 @@ class ConversionJob:
         return windows
 
     def calibration_record(self) -> dict[str, Any]:
-        """The recipe of the calibration text, for the manifest."""
+        """The recipe of the calibration text and the device of the conversion, for the manifest."""
+        record, device = self.options.recipe.to_json(), {"device": device_name(self.device)}
         if self._statistics is None:
-            return self.options.recipe.to_json()
-        return {**self._statistics.header["recipe"], "tokens_sha256": self._statistics.tokens_sha256}
+            return record | device
+        tokens = {"tokens_sha256": self._statistics.tokens_sha256}
+        return self._statistics.header["recipe"] | tokens | device
 
     def moments_of(self) -> Callable[[int], Moments] | None:
         """Reads the saved moments of a layer; None: there are none."""
@@ -212,7 +220,7 @@ class ConversionJob:
             windows: calibration windows [N, length] int64.
         """
         return plan_compression(
-            self.decoder,
+            self.placed,
             windows,
             self.options.request,
             self.methods,
@@ -230,7 +238,7 @@ class ConversionJob:
         ):  # --group-size beyond what is analysed by default
             with self.timed("analysis"):
                 return analyze_sensitivity(
-                    self.decoder,
+                    self.placed,
                     windows,
                     self.methods,
                     sizes,
@@ -262,7 +270,7 @@ class ConversionJob:
             methods, sizes = methods_for(BEST, attention), analyzed_sizes(attention)
             del attention  # its layer need not stay in memory
             layers = analyze_sensitivity(
-                self.decoder,
+                self.placed,
                 windows,
                 methods,
                 sizes,
@@ -284,13 +292,14 @@ class ConversionJob:
     def convert(
         self, windows: Tensor, plan: CompressionPlan, add_layer: Callable[[Layer], None]
     ) -> BuildReport:
-        """Convert all layers, heal them if requested, and pass each to `add_layer`, first layer first.
+        """Convert all layers, heal them if requested, and pass each to `add_layer` on the CPU, first layer
+        first.
 
         Without healing only one layer is in memory at a time.
         """
         conversion = None
         if self.compresses:
-            conversion = convert(self.decoder, windows, plan.layer_plans, self.moments_of(), self.capacity)
+            conversion = convert(self.placed, windows, plan.layer_plans, self.moments_of(), self.capacity)
         converted_layers = unconverted_layers(self.decoder) if conversion is None else conversion
         heals = self.options.heal is not None
         unhealed: list[Layer] = []
@@ -298,7 +307,10 @@ class ConversionJob:
         parameters = _parameters_outside_layers(self.decoder)
         with self.timed("convert"), self.progress.stage("Converting layers", len(self.decoder.layers)):
             for converted in converted_layers:
-                (unhealed.append if heals else add_layer)(converted.layer)
+                if heals:
+                    unhealed.append(converted.layer)
+                else:
+                    add_layer(move(converted.layer, CPU))
                 reports.append(converted.report)
                 parameters += _count(tensors_of(converted.layer))
                 del converted  # frees the layer before the next one is read
@@ -311,9 +323,9 @@ class ConversionJob:
             healed = self._heal(unhealed, windows)
             healing = healed.report
             held_out = windows[split_windows(len(windows))[1]]
-            divergence = divergence_of(self.decoder, healed.decoder, held_out)
+            divergence = divergence_of(self.placed, healed.decoder, held_out)
             for layer in healed.decoder.layers:
-                add_layer(layer)
+                add_layer(move(layer, CPU))
         number_bytes = BYTES[self.options.dtype]
         return BuildReport(
             source=self.checkpoint.path.resolve().name,
@@ -327,6 +339,7 @@ class ConversionJob:
             seconds=self.seconds,
             healing=healing,
             frontier=frontier,
+            device=device_name(self.device),
         )
 
     def _frontier(
@@ -349,10 +362,10 @@ class ConversionJob:
         train = windows[split_windows(len(windows))[0]]  # the others measure the final loss
         fitted, watched = (train[part] for part in split_windows(len(train)))
         options = HealOptions(self.options.heal, lora_rank=self.options.heal_lora)
-        converted = replace(self.decoder, layers=layers)
+        converted = replace(self.placed, layers=layers)
         with self.timed("heal"):
             healed = heal(
-                self.decoder, converted, fitted, watched, options, self.progress, self._healing_state
+                self.placed, converted, fitted, watched, options, self.progress, self._healing_state
             )
         self._healing_state.unlink(missing_ok=True)
         return healed

@@ -10,6 +10,7 @@ from kvexport.calibrate import Recipe
 from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError
 from kvexport.eviction.config import EvictionRequest
+from kvexport.model.placement import AUTO
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,7 @@ class BuildOptions:
         eviction: policy and budget of a cache that evicts tokens; None: the cache keeps all tokens.
         heal: number of distillation steps after conversion; None: no distillation.
         heal_lora: rank of the adapters that distillation trains; None: it trains whole weights.
+        device: device on which PyTorch computes, as `kvexport.model.placement.resolve_device` takes it.
 
     Raises (on construction):
         UsageError: the data type is unknown.
@@ -38,6 +40,7 @@ class BuildOptions:
     eviction: EvictionRequest | None = None
     heal: int | None = None
     heal_lora: int | None = None
+    device: str = AUTO
 
     def __post_init__(self) -> None:
         if self.dtype not in BYTES:

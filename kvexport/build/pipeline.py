@@ -28,12 +28,14 @@ from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.files.atomic_directory import atomic_directory, require_output
 from kvexport.model.decoder import Layer
 from kvexport.model.hf_writer import HFCheckpointWriter
+from kvexport.model.placement import AUTO, device_computation
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, validate_graph
 
 __all__ = ["BuildHooks", "BuildOptions", "BuildReport", "build", "calibrate", "compress"]
 
 
+@device_computation()
 def build(
     checkpoint: Path,
     output: Path,
@@ -96,6 +98,7 @@ def build(
     return report
 
 
+@device_computation()
 def compress(
     checkpoint: Path, output: Path, options: BuildOptions, progress: Progress, *, force: bool = False
 ) -> BuildReport:
@@ -138,6 +141,7 @@ def compress(
     return replace(report, read_back=result)
 
 
+@device_computation()
 def calibrate(
     checkpoint: Path,
     output: Path,
@@ -146,12 +150,14 @@ def calibrate(
     *,
     capacity: int | None = None,
     force: bool = False,
+    device: str = AUTO,
 ) -> int:
     """Save calibration statistics, from which `build`, `compress` and `analyze` can start.
 
     Args:
         capacity: maximum sequence length of the bundles in tokens; default: the model's, at most 4096.
         force: replace existing statistics.
+        device: device on which PyTorch computes, as `BuildOptions` takes it.
 
     Returns:
         The number of calibration tokens.
@@ -161,7 +167,7 @@ def calibrate(
         CannotRunHere: this machine lacks memory, disk space or a package.
     """
     require_output(output, marker=STATISTICS_FILE, force=force)
-    job = ConversionJob(checkpoint, output, BuildOptions(recipe), progress, capacity)
+    job = ConversionJob(checkpoint, output, BuildOptions(recipe, device=device), progress, capacity)
     with atomic_directory(output, marker=STATISTICS_FILE, force=force) as directory:
         windows = job.calibrate()
         writer = StatisticsWriter(directory, job.statistics_source())

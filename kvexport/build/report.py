@@ -45,6 +45,7 @@ class BuildReport:
         read_back: comparison of a Hugging Face checkpoint, read back, with the converted model; None for a
             bundle.
         kept_float32: parts of a float16 graph that are computed in float32, because float16 would overflow.
+        device: the device on which PyTorch computed, such as "cpu" or "cuda:0 (NVIDIA RTX 4090)".
         frontier: the cache sizes that were considered, with their losses before healing; empty if the request
             fixed the size.
         healing: the result of distillation, if there was any; `divergence` is then that of the healed model.
@@ -63,6 +64,7 @@ class BuildReport:
     parameters_original: int
     divergence: Divergence | None
     seconds: dict[str, float]
+    device: str
     validation: ValidationReport | None = None
     read_back: ReadBack | None = None
     kept_float32: list[str] = field(default_factory=list)

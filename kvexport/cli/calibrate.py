@@ -23,6 +23,7 @@ def command(
     samples: int | None,
     length: int | None,
     seed: int | None,
+    device: str,
     capacity: int | None,
     force: bool,
     quiet: bool,
@@ -37,5 +38,7 @@ def command(
 
     with progress_bar(quiet) as progress:
         recipe = calibration_recipe(calibration, samples, length, seed)
-        tokens = calibrate(checkpoint, output, recipe, progress, capacity=capacity, force=force)
+        tokens = calibrate(
+            checkpoint, output, recipe, progress, capacity=capacity, force=force, device=device
+        )
         progress.note(f"wrote {output}: statistics of {tokens} calibration tokens")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from kvexport.bundle.manifest import BYTES
+from kvexport.cli.options import device_option
 from kvexport.convert.method_names import METHOD_NAMES, method_help
 from kvexport.errors import UsageError
 from kvexport.eviction.config import (
@@ -74,6 +75,7 @@ def _calibration_options(default_samples: str) -> Callable[[F], F]:
             help="Length of a calibration window in tokens.  [default: 256, or the model's maximum if less]",
         ),
         click.option("--seed", type=int, help="Random seed of the calibration text.  [default: 0]"),
+        device_option,
     )
 
 
@@ -270,7 +272,7 @@ def build_options(options: dict[str, Any]) -> BuildOptions:
     eviction = eviction_request(options) if "kv_budget" in options else None
     others = {
         name: options.pop(name)
-        for name in ("method", "statistics", "dtype", "heal", "heal_lora")
+        for name in ("method", "statistics", "dtype", "heal", "heal_lora", "device")
         if name in options
     }
     assert not options, f"unused options: {options}"

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from kvexport.cli.options import provider_option
+from kvexport.cli.options import device_option, provider_option
 from kvexport.errors import GateFailed, UsageError
 
 
@@ -44,6 +44,7 @@ from kvexport.errors import GateFailed, UsageError
     "[default: no limit]",
 )
 @provider_option
+@device_option
 @click.option("--json", "as_json", is_flag=True, help="Print the results as one JSON object.")
 @click.option("--quiet", is_flag=True, help="Print no progress and no table.")
 def command(
@@ -54,6 +55,7 @@ def command(
     samples: int | None,
     max_kl: float | None,
     provider: str,
+    device: str,
     as_json: bool,
     quiet: bool,
 ) -> None:
@@ -68,7 +70,14 @@ def command(
 
     with progress_bar(quiet) as progress:
         evaluation = evaluate(
-            bundle, checkpoint, text, progress, length=length, samples=samples, provider=provider
+            bundle,
+            checkpoint,
+            text,
+            progress,
+            length=length,
+            samples=samples,
+            provider=provider,
+            device=device,
         )
     if as_json:
         click.echo(json.dumps(evaluation.to_json()))

@@ -21,6 +21,14 @@ provider_option = click.option(
     help="Execution provider: cpu and cuda use ONNX Runtime, tensorrt uses an engine of the bundle; "
     "auto takes an engine that fits this machine, else CUDA, else the CPU.",
 )
+device_option = click.option(
+    "--device",
+    metavar="auto|cpu|cuda|cuda:N",
+    default="auto",
+    show_default=True,
+    help="Device on which PyTorch computes: cpu, cuda (an NVIDIA GPU), or cuda:N for the GPU with index N; "
+    "auto takes cuda if PyTorch can use it, else cpu.",
+)
 threads_option = click.option(
     "--threads",
     type=click.IntRange(1, 1024),

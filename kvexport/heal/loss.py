@@ -22,7 +22,9 @@ def parts(windows: int, length: int) -> Iterator[slice]:
 
 def run_layer(layer: Layer, x: Tensor) -> Tensor:
     """The residual stream [B, S, hidden] after the layer."""
-    return reference.run_layer(layer, x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])).residual
+    return reference.run_layer(
+        layer, x, torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
+    ).residual
 
 
 @torch.no_grad()

@@ -52,7 +52,9 @@ def save(path: Path, job: str, counters: Counters, tensors: dict[str, list[Tenso
     """
     header = json.dumps({"format": _FORMAT, "job": job, "counters": asdict(counters)}).encode()
     named = {
-        f"{name}.{at}": each.detach().cpu() for name, group in tensors.items() for at, each in enumerate(group)
+        f"{name}.{at}": each.detach().cpu()
+        for name, group in tensors.items()
+        for at, each in enumerate(group)
     }
     named[_HEADER] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
     named[_CHECKSUM] = _checksum(named)

@@ -82,7 +82,7 @@ def device_name(device: torch.device) -> str:
     return f"{device} ({torch.cuda.get_device_name(device)})" if device.type == "cuda" else str(device)
 
 
-def move(part: T, device: torch.device) -> T:
+def move(part: T, device: torch.device | str) -> T:
     """A tree of the decoder's dataclasses with its tensors on a device; a tensor there is not copied."""
     return map_tensors(part, lambda tensor: tensor.to(device), ropes=True)
 
@@ -112,9 +112,12 @@ def device_computation() -> Iterator[None]:
     torch.set_float32_matmul_precision("highest")
     try:
         yield
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        exhausted = isinstance(error, torch.OutOfMemoryError) or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
+        if not exhausted:
+            raise
         raise CannotRunHere(
-            "the conversion must fit into the memory of the GPU",
+            "the tensors of this command must fit into the memory of the GPU",
             got=str(error).partition(". GPU ")[0],
             fix="use --device cpu, fewer --samples or a shorter --length, or stop other programs on the GPU",
         ) from error

@@ -22,6 +22,7 @@ from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder
 from kvexport.model.divergence import Divergence, DivergenceMeter
 from kvexport.model.loader import load_decoder
+from kvexport.model.placement import AUTO, device_computation, place, resolve_device
 from kvexport.progress import Progress
 from kvexport.runtime import open_bundle
 
@@ -45,6 +46,7 @@ class Evaluation:
         return self.divergence.to_json() | sizes
 
 
+@device_computation()
 def evaluate(
     bundle: Path,
     checkpoint: Path,
@@ -54,6 +56,7 @@ def evaluate(
     length: int | None = None,
     samples: int | None = None,
     provider: str = "auto",
+    device: str = AUTO,
 ) -> Evaluation:
     """Run the trained model and the bundle, teacher-forced, over windows of `length` tokens of a text.
 
@@ -61,14 +64,17 @@ def evaluate(
         length: tokens of a window; None: 256, or the bundle's capacity if that is less.
         samples: maximum number of windows, spread evenly over the text; None: all.
         provider: the provider that runs the bundle, as in `kvexport.runtime.Session`.
+        device: the device that PyTorch runs the trained model on, as `resolve_device` takes it.
 
     Raises:
         UsageError: the checkpoint and the bundle have different vocabularies, or the text fills no window.
         BundleError: the bundle is damaged.
-        CannotRunHere: this machine has no kernels for its dtype, or lacks what the provider needs.
+        CannotRunHere: this machine has no kernels for its dtype, or lacks what the provider or the device
+            needs.
     """
+    chosen = resolve_device(device)
     source, opened = Checkpoint(checkpoint), Bundle.open(bundle)
-    decoder = load_decoder(source, context=opened.capacity)
+    decoder = place(load_decoder(source, context=opened.capacity), chosen)
     if decoder.dims.vocab_size != opened.model.vocab_size:
         raise UsageError(
             "the checkpoint must be the one that the bundle was built from: their vocabularies differ",

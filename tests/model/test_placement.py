@@ -77,12 +77,14 @@ def test_a_gpu_without_kernels_is_refused_and_not_taken_by_auto(monkeypatch: pyt
 
 
 def test_exhausted_memory_of_the_gpu_is_an_error_with_a_fix() -> None:
-    with pytest.raises(CannotRunHere, match="memory of the GPU") as refused, device_computation():
-        raise torch.OutOfMemoryError(
-            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
-        )
-    assert refused.value.got == "CUDA out of memory. Tried to allocate 2.00 GiB"
-    assert "--device cpu" in str(refused.value.fix)
+    message = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 1 GiB"
+    for raised in (torch.OutOfMemoryError(message), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")):
+        with pytest.raises(CannotRunHere, match="memory of the GPU") as refused, device_computation():
+            raise raised
+        assert refused.value.got == str(raised).removesuffix(". GPU 0 has a total capacity of 1 GiB")
+        assert "--device cpu" in str(refused.value.fix)
+    with pytest.raises(RuntimeError, match="another"), device_computation():
+        raise RuntimeError("another")
 
 
 def test_products_are_exact_inside_and_as_before_outside(monkeypatch: pytest.MonkeyPatch) -> None:
