@@ -61,6 +61,14 @@ STAGES = (
         Part("models", ("part_models.py",), 170, "Two checkpoints of random weights, and their bundles"),
         Part("rtx", ("part_rtx.py",), 170, "Does TensorRT-RTX run its engines on this GPU?"),
     ),
+    (
+        Part(
+            "convert",
+            ("part_convert.py",),
+            120,
+            "Does a build on the GPU give the CPU's bundle, and how fast is each stage?",
+        ),
+    ),
     (Part("onnxruntime", ("part_onnxruntime.py",), 80, "ONNX Runtime on CUDA: is it valid, and how fast?"),),
     (Part("pytorch", ("part_pytorch.py",), 160, "PyTorch on the same GPU, eager and compiled: how fast?"),),
     (

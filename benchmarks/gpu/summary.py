@@ -29,6 +29,7 @@ def render(records: Sequence[Record]) -> str:
         for each in records
     ]
     text += table(("part", "outcome", "seconds", ""), rows)
+    text += _convert(results.get("convert", {}))
     text += _rtx(results.get("rtx", {}))
     text += _decode(results, first["settings"])
     text += _memory(results)
@@ -57,6 +58,31 @@ def _note(record: Record) -> str:
         f"validated on {each['provider']}: greedy agreement {each['greedy_agreement']:.3f}"
         for each in validations
     )
+
+
+def _convert(result: Record) -> list[str]:
+    text = []
+    if demo := result.get("demo"):
+        text = [
+            "## A build on the GPU against one on the CPU",
+            "",
+            f"Demo model on {' and '.join(demo['devices'])}: "
+            f"{'the same plan' if demo['same_plan'] else 'ANOTHER PLAN'}; relative difference of the "
+            f"reference's logits {demo['logits']:.2g}, of the KL {demo['kl']:.2g}.",
+            "",
+        ]
+    if sides := result.get("seconds_by_stage"):
+        stages = list(dict.fromkeys(stage for seconds in sides.values() for stage in seconds))
+        rows = [
+            (device, *(f"{seconds[stage]:.1f}" if stage in seconds else "" for stage in stages))
+            for device, seconds in sides.items()
+        ]
+        text += [
+            "Seconds of each stage, wide llama of random weights:",
+            "",
+            *table(("device", *stages), rows),
+        ]
+    return text
 
 
 def _rtx(result: Record) -> list[str]:

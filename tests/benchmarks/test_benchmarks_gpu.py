@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from support.simulated_gpus import SimulatedGpu, simulate_gpus
 
@@ -154,6 +155,62 @@ def test_records_do_not_contain_paths_of_the_machine(tmp_path: Path, module: Any
     assert module("machine").without_paths(said, tmp_path) == "no WORK/bundle-8, nor REPOSITORY/kvexport"
 
 
+class FakePart:
+    """Collects failures."""
+
+    def __init__(self, settings: Any) -> None:
+        self.settings, self.failures = settings, []
+
+    def failed(self, what: str) -> None:
+        self.failures.append(what)
+
+
+@pytest.mark.parametrize(
+    ("change", "failures"),
+    [({}, 0), ({"logits": 0.01}, 1), ({"kl": 1.02}, 1), ({"heads": 4}, 1), ({"logits": float("nan")}, 1)],
+    ids=str,
+)
+def test_compares_the_builds_of_two_devices(
+    tmp_path: Path, module: Any, change: dict[str, float], failures: int
+) -> None:
+    convert, part = module("part_convert"), FakePart(module("settings").rehearsal(tmp_path))
+    reports, logits = [], np.random.default_rng(0).normal(size=(4, 9))
+    for at, (kl, error, heads) in enumerate(
+        [(0.1, 0, 2), (0.1 * change.get("kl", 1), change.get("logits", 0), change.get("heads", 2))]
+    ):
+        folder = convert.folder(part, "demo", at)
+        folder.mkdir()
+        np.savez(folder / "reference.npz", logits=logits + error * np.abs(logits).max())
+        layer = {"method": "fold", "num_key_value_heads": heads, "key_head_dim": 8, "value_head_dim": 8}
+        reports.append(
+            {
+                "layers": [layer],
+                "device": f"device {at}",
+                "divergence": {"mean_kl": kl},
+                "validation": {"failures": []},
+                "seconds": {"convert": 1.5},
+            }
+        )
+    found = convert.compare(part, *reports)
+    assert len(part.failures) == failures, part.failures
+    text = "\n".join(
+        module("summary")._convert({"demo": found, "seconds_by_stage": {"cpu": {"convert": 1.5}}})
+    )
+    assert ("ANOTHER PLAN" in text) == ("heads" in change) and "| cpu | 1.5 |" in text
+
+
+@pytest.mark.slow
+def test_rehearses_the_conversion(tmp_path: Path) -> None:
+    ended = _run(
+        "--rehearse", "--only", "convert", "--work", tmp_path / "work", "--output", tmp_path / "records"
+    )
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    result = _records(tmp_path / "records")["convert"]["result"]
+    assert result["demo"]["same_plan"] and result["demo"]["logits"] == result["demo"]["kl"] == 0
+    assert list(result["seconds_by_stage"]) == ["0: cpu", "1: cpu"]
+    assert "A build on the GPU against one on the CPU" in ended.stdout
+
+
 @pytest.mark.slow
 @pytest.mark.tensorrt
 def test_tries_every_way_on_an_unlisted_gpu_and_records_the_outcome(tmp_path: Path, module: Any) -> None:
@@ -201,7 +258,7 @@ def test_a_rehearsal_runs_every_part_and_is_marked_as_one(rehearsed: Any) -> Non
     folder, ended = rehearsed
     assert ended.returncode == 0, ended.stdout + ended.stderr
     records = _records(folder / "records")
-    assert len(records) == 8
+    assert len(records) == 9
     for record in records.values():
         assert (
             record["status"] == "ran"
