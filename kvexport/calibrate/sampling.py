@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from collections.abc import Callable
 
 import psutil
@@ -12,7 +13,9 @@ from torch import Tensor
 from kvexport.errors import CannotRunHere
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, tensors_of
+from kvexport.model.placement import CPU, place
 
+_log = logging.getLogger("kvexport.calibrate")
 CACHE_BYTES = 1 << 32  # KV cache of the windows that are sampled in one batch
 
 
@@ -30,7 +33,7 @@ def sample_windows(
     token.
 
     Args:
-        decoder: the trained model; all of its layers are loaded.
+        decoder: the trained model; all of its layers are loaded, on the CPU if its GPU lacks the memory.
         samples: number of windows.
         length: tokens per window.
         temperatures: sampling temperatures, used for equally many windows each.
@@ -45,7 +48,8 @@ def sample_windows(
     """
     first, count = decoder.layers[0], len(decoder.layers)
     batch = _batch(first, count, samples, length)
-    _require_memory(first, count, batch, length)
+    decoder = _where_it_fits(decoder, _needed(first, count, batch, length))
+    del first
     whole = dataclasses.replace(decoder, layers=list(decoder.layers))
     generator = torch.Generator().manual_seed(seed)
     per_window = torch.tensor([temperatures[i % len(temperatures)] for i in range(samples)])
@@ -87,17 +91,37 @@ def _sample(
     cache = reference.new_cache(decoder.layers, batch, length, decoder.embedding.weight.dtype)
     for position in range(length - 1):
         at = torch.full((batch, 1), position)
-        logits = reference.forward(decoder, tokens[:, -1:], at, cache)[:, 0]  # [B, vocab]
+        logits = reference.forward(decoder, tokens[:, -1:], at, cache)[:, 0].cpu()  # [B, vocab]
         probabilities = torch.softmax(logits / temperatures[:, None], dim=-1)
         tokens = torch.cat((tokens, torch.multinomial(probabilities, 1, generator=generator)), dim=1)
         advance()
     return tokens
 
 
-def _require_memory(layer: Layer, count: int, batch: int, length: int) -> None:
+def _needed(layer: Layer, count: int, batch: int, length: int) -> int:
+    """Bytes of all layers and of the KV cache of one batch."""
     each = sum(tensor.numel() * tensor.element_size() for tensor in tensors_of(layer))
-    needed = count * each + batch * _cache_bytes(layer, count, length)
-    free = psutil.virtual_memory().available
+    return count * each + batch * _cache_bytes(layer, count, length)
+
+
+def _where_it_fits(decoder: Decoder, needed: int) -> Decoder:
+    """The decoder on its device, or on the CPU if only that has the memory for all layers.
+
+    Raises:
+        CannotRunHere: neither has it.
+    """
+    device = decoder.embedding.weight.device
+    if device.type != CPU:
+        free = _free_memory(device)
+        if needed <= free:
+            return decoder
+        _log.warning(
+            "calibration text is sampled on the CPU: the model needs %.1f GiB, and %s has %.1f GiB free",
+            needed / 2**30,
+            device,
+            free / 2**30,
+        )
+    free = _free_memory(torch.device(CPU))
     if needed > free:
         raise CannotRunHere(
             "sampling calibration text from the model needs memory for all of its layers",
@@ -105,3 +129,9 @@ def _require_memory(layer: Layer, count: int, batch: int, length: int) -> None:
             expected=f"{needed / 2**30:.1f} GiB or more",
             fix="use --calibration random (one layer in memory at a time), or --calibration FILE",
         )
+    return place(decoder, torch.device(CPU))
+
+
+def _free_memory(device: torch.device) -> int:
+    """Bytes that can still be allocated on a device."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available

@@ -90,9 +90,10 @@ def move(part: T, device: torch.device | str) -> T:
 def place(decoder: Decoder, device: torch.device) -> Decoder:
     """The decoder with embedding, final norm and head on a device; a layer is moved there at each access.
 
-    Nothing keeps a layer, so that its memory is free as soon as the caller drops it.
+    Nothing keeps a layer, so that its memory is free as soon as the caller drops it. A decoder that is there
+    already is returned as it is.
     """
-    if device.type == CPU:
+    if decoder.embedding.weight.device == device:
         return decoder
     layers = decoder.layers
     lazy = LazyLayers(len(layers), lambda index: move(layers[index], device))

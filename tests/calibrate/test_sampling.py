@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from types import SimpleNamespace
+from typing import Any
 
 import psutil
 import pytest
@@ -16,6 +17,7 @@ from kvexport.calibrate.sampling import sample_windows
 from kvexport.errors import CannotRunHere
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, LazyLayers
+from kvexport.model.placement import place
 
 
 def test_windows_start_with_bos() -> None:
@@ -133,3 +135,33 @@ def test_accepts_exactly_the_memory_needed(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=weights + cache - 1))
     with pytest.raises(CannotRunHere):
         sample_windows(decoder, 4, 16, (1.0,), seed=0)
+
+
+@pytest.mark.parametrize("bos", [1, None])
+def test_a_seed_gives_the_same_windows_on_every_device(device: torch.device, bos: int | None) -> None:
+    decoder = dataclasses.replace(make_decoder("gqa", dtype=torch.float32), bos_token_id=bos)
+    here = sample_windows(decoder, 5, 12, (1.0, 1.5), seed=0)
+    there = sample_windows(place(decoder, device), 5, 12, (1.0, 1.5), seed=0)
+    assert there.device.type == "cpu" and torch.equal(here, there)
+
+
+def test_a_model_that_is_too_large_for_the_gpu_samples_on_the_cpu(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    ran: list[torch.device] = []
+    forward = reference.forward
+
+    def recorded(decoder: Decoder, *arguments: Any) -> Tensor:
+        logits = forward(decoder, *arguments)
+        ran.append(logits.device)
+        return logits
+
+    monkeypatch.setattr(reference, "forward", recorded)
+    decoder = place(make_decoder(dtype=torch.float32), device)
+    sample_windows(decoder, 2, 4, (1.0,), seed=0)
+    assert set(ran) == {device} and not caplog.records
+    ran.clear()
+    monkeypatch.setattr(sampling, "_free_memory", lambda at: 1000 if at == device else 2**30)
+    windows = sample_windows(decoder, 2, 4, (1.0,), seed=0)
+    assert windows.shape == (2, 4) and {each.type for each in ran} == {"cpu"}
+    assert "sampled on the CPU" in caplog.text
