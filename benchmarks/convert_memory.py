@@ -48,7 +48,7 @@ def main() -> None:
         "--samples",
         str(arguments.samples),
     ]
-    command += ["--kv-ratio", "0.5", "--dtype", arguments.dtype, "--json"]
+    command += ["--kv-ratio", "0.5", "--dtype", arguments.dtype, "--no-cache", "--json"]
     start = time.perf_counter()
     try:
         output = subprocess.run(

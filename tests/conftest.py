@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator, Mapping
 from copy import deepcopy
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import pytest
 
@@ -58,6 +59,23 @@ def device() -> Iterator[Any]:
 
     with simulated_device() as device:
         yield device
+
+
+@pytest.fixture(scope="session", autouse=True)
+def session_build_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The folder below which builds keep their results; never the user's."""
+    folder = tmp_path_factory.mktemp("build-cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KVEXPORT_CACHE", str(folder / "session"))
+        yield folder
+
+
+@pytest.fixture(autouse=True)
+def build_cache(session_build_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The test's own build cache, which does not exist yet: no test finds what another test kept."""
+    path = session_build_cache / uuid4().hex
+    monkeypatch.setenv("KVEXPORT_CACHE", str(path))
+    return path
 
 
 @pytest.fixture(scope="session")

@@ -79,7 +79,7 @@ class BundleExport:
         """Write the graph, the reference outputs, the self-test and the text files."""
         job, writer, directory = self._job, self._writer, self._writer.directory
         decoder, progress = job.decoder, job.progress
-        with progress.stage("Writing the bundle", 4):
+        with job.timed("write"), progress.stage("Writing the bundle", 4):
             self._reference.save(directory)
             progress.advance()
             exceptions = Float32Exceptions() if self._peaks is None else float32_exceptions(self._peaks)

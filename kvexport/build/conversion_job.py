@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ from torch import Tensor
 from kvexport.build.analysis import analyzed_sizes, of_methods
 from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
+from kvexport.build.stage_cache import CacheWriter, StageCache, cache_key
 from kvexport.bundle import BYTES
 from kvexport.calibrate import (
     Moments,
@@ -42,6 +43,7 @@ from kvexport.convert import (
 )
 from kvexport.convert.method_names import BEST
 from kvexport.errors import UsageError
+from kvexport.files.cache_folder import CacheFolder
 from kvexport.files.malloc import return_freed
 from kvexport.heal import HealOptions, HealResult, heal
 from kvexport.model.architecture import read_architecture
@@ -71,7 +73,8 @@ class ConversionJob:
         methods: the compression methods that a layer may be given.
         compresses: whether any layer is converted.
         tokenizer: text of tokenizer.json, set by `check_tokenizer`; None: there is no tokenizer.
-        seconds: wall time of each finished stage.
+        seconds: wall time of each finished stage, in seconds.
+        reused: stages whose saved results were used.
     """
 
     tokenizer: str | None = None
@@ -98,6 +101,7 @@ class ConversionJob:
         self.options, self.progress = options, progress
         self.device = resolve_device(options.device)
         self.seconds: dict[str, float] = {}
+        self.reused: list[str] = []
         self.checkpoint = Checkpoint(checkpoint)
         with self.timed("read"), progress.stage("Reading the checkpoint", 0):
             architecture = read_architecture(self.checkpoint.config)
@@ -117,10 +121,26 @@ class ConversionJob:
         self.methods = methods_for(BEST if copies else options.method, attention)
         self.compresses = fixed_shape(options.request, self.methods, attention) != trained_shape(attention)
         self._check_healing()
-        self._statistics = None if options.statistics is None else Statistics(options.statistics, self.digest)
-        if self._statistics is not None:
-            self._check_capacity(self._statistics.capacity)
+        if not self.compresses:  # the text is for validation and the self-test only
+            recipe = self.options.recipe
+            samples = min(recipe.samples, max(1, TOKENS // recipe.length))
+            self.options = replace(self.options, recipe=replace(recipe, samples=samples))
+        self._open_saved_stages()
         self._healing_state = Path(f"{output.resolve()}.healing")
+
+    def _open_saved_stages(self) -> None:
+        """Find the stages that are finished: in the statistics that the user gives, else in the cache."""
+        options, self._cache = self.options, None
+        if options.statistics is not None:
+            self._statistics: Statistics | None = Statistics(options.statistics, self.digest)
+            self._check_capacity(self._statistics.capacity)
+            return
+        self._statistics = None
+        if options.cache is not None:
+            source = self.statistics_source()
+            key = cache_key(self.checkpoint, source, self.device.type)
+            self._cache = StageCache(CacheFolder(options.cache), key, source, self.progress)
+            self._statistics = self._cache.find()
 
     def _check_healing(self) -> None:
         steps, rank, width = self.options.heal, self.options.heal_lora, self.decoder.dims.hidden_size
@@ -184,26 +204,34 @@ class ConversionJob:
     def calibrate(self) -> Tensor:
         """Sample or read the calibration windows [N, length] int64, or load those of saved statistics."""
         if self._statistics is not None:
-            return self._statistics.windows
+            self.reused.append("text")
+            windows = self._statistics.windows
+            if self.options.statistics is None:
+                self._note_little_text(windows)
+            return windows
         recipe = self.options.recipe
-        if not self.compresses:  # the text is for validation and the self-test only
-            recipe = replace(recipe, samples=min(recipe.samples, max(1, TOKENS // recipe.length)))
         steps = sampling_steps(self.decoder, recipe.samples, recipe.length) if recipe.source == "self" else 0
         name = "Sampling calibration text" if steps else "Reading calibration text"
         with self.timed("text"), self.progress.stage(name, steps):
             windows = calibration_windows(self.placed, self.checkpoint.path, recipe, self.progress.advance)
-        if len(windows) < recipe.samples:
+        if self._cache is not None:
+            self._cache.save_tokens(windows)
+        self._note_little_text(windows)
+        return windows
+
+    def _note_little_text(self, windows: Tensor) -> None:
+        samples = self.options.recipe.samples
+        if len(windows) < samples:
             self.progress.note(
-                f"the calibration text has {len(windows)} windows, fewer than the {recipe.samples} requested"
+                f"the calibration text has {len(windows)} windows, fewer than the {samples} requested"
             )
         if self.compresses:
             warn_about_little_text(windows, self.decoder.layers[0].attention.k.weight.shape[0], self.progress)
-        return windows
 
     def calibration_record(self) -> dict[str, Any]:
         """The recipe of the calibration text and the device of the conversion, for the manifest."""
         record, device = self.options.recipe.to_json(), {"device": device_name(self.device)}
-        if self._statistics is None:
+        if self.options.statistics is None or self._statistics is None:
             return record | device
         tokens = {"tokens_sha256": self._statistics.tokens_sha256}
         return self._statistics.header["recipe"] | tokens | device
@@ -258,30 +286,46 @@ class ConversionJob:
             writer: receives moments and sensitivities.
         """
         count, saved = len(self.decoder.layers), self._statistics
-        with self.timed("analysis"):
-            if saved is not None and saved.has_sensitivity(count):
-                if saved.capacity == self.capacity:
-                    return [LayerSensitivity.from_tensors(saved.sensitivity(index)) for index in range(count)]
-                self.progress.note(
-                    f"the statistics are for a capacity of {saved.capacity} tokens: the sensitivities are "
-                    f"analysed again for {self.capacity}"
-                )
-            attention = self.decoder.layers[0].attention
-            methods, sizes = methods_for(BEST, attention), analyzed_sizes(attention)
-            del attention  # its layer need not stay in memory
-            layers = analyze_sensitivity(
-                self.placed,
-                windows,
-                methods,
-                sizes,
-                moments_of=self.moments_of(),
-                save_moments=None if writer is None else writer.save_moments,
-                capacity=self.capacity,
-                progress=self.progress,
+        if saved is not None and saved.has_sensitivity(count):
+            if saved.capacity == self.capacity:
+                self.reused.append("analysis")
+                return _read_analysis(saved, count, writer)
+            self.progress.note(
+                f"the statistics are for a capacity of {saved.capacity} tokens: the sensitivities are "
+                f"analysed again for {self.capacity}"
             )
-            if writer is not None:
-                for index, layer in enumerate(layers):
-                    writer.save_sensitivity(index, layer.tensors())
+        with self.timed("analysis"), ExitStack() as stack:
+            writers: list[StatisticsWriter | CacheWriter] = [] if writer is None else [writer]
+            if self._cache is not None:
+                writers.append(stack.enter_context(self._cache.writer(windows, count)))
+            layers = self._analyze(windows, writers)
+        if self._cache is not None:
+            self._statistics = self._cache.find()  # the conversion reads the moments
+        return layers
+
+    def _analyze(
+        self, windows: Tensor, writers: Sequence[StatisticsWriter | CacheWriter]
+    ) -> list[LayerSensitivity]:
+        def save_moments(index: int, moments: Moments) -> None:
+            for writer in writers:
+                writer.save_moments(index, moments)
+
+        attention = self.decoder.layers[0].attention
+        methods, sizes = methods_for(BEST, attention), analyzed_sizes(attention)
+        del attention  # its layer need not stay in memory
+        layers = analyze_sensitivity(
+            self.placed,
+            windows,
+            methods,
+            sizes,
+            moments_of=self.moments_of(),
+            save_moments=save_moments,
+            capacity=self.capacity,
+            progress=self.progress,
+        )
+        for index, layer in enumerate(layers):
+            for writer in writers:
+                writer.save_sensitivity(index, layer.tensors())
         return layers
 
     def statistics_source(self) -> StatisticsSource:
@@ -337,6 +381,7 @@ class ConversionJob:
             - sum(report.parameters - report.original_parameters for report in reports),
             divergence=divergence,
             seconds=self.seconds,
+            reused=self.reused,
             healing=healing,
             frontier=frontier,
             device=device_name(self.device),
@@ -369,6 +414,18 @@ class ConversionJob:
             )
         self._healing_state.unlink(missing_ok=True)
         return healed
+
+
+def _read_analysis(saved: Statistics, count: int, writer: StatisticsWriter | None) -> list[LayerSensitivity]:
+    """Saved sensitivities of `count` layers; `writer` receives a copy, and the moments."""
+    layers = []
+    for index in range(count):
+        tensors = saved.sensitivity(index)
+        layers.append(LayerSensitivity.from_tensors(tensors))
+        if writer is not None:
+            writer.save_moments(index, saved.moments(index))
+            writer.save_sensitivity(index, tensors)
+    return layers
 
 
 def fitted_recipe(recipe: Recipe, decoder: Decoder, progress: Progress) -> Recipe:

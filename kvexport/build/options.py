@@ -21,6 +21,7 @@ class BuildOptions:
         recipe: the source of the calibration text.
         request: how much to compress the KV cache.
         method: the compression method, one of `METHOD_NAMES`.
+        cache: folder of the build cache, where finished stages are kept and found; None: no cache.
         statistics: directory that `calibrate` wrote, in place of calibration text from `recipe`.
         dtype: data type of the weights and the KV cache that are written: float32, float16 or bfloat16.
         eviction: policy and budget of a cache that evicts tokens; None: the cache keeps all tokens.
@@ -36,6 +37,7 @@ class BuildOptions:
     request: CompressionRequest = field(default_factory=CompressionRequest)
     method: str = "auto"
     statistics: Path | None = None
+    cache: Path | None = None
     dtype: str = "float32"
     eviction: EvictionRequest | None = None
     heal: int | None = None

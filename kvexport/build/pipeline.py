@@ -151,6 +151,7 @@ def calibrate(
     capacity: int | None = None,
     force: bool = False,
     device: str = AUTO,
+    cache: Path | None = None,
 ) -> int:
     """Save calibration statistics, from which `build`, `compress` and `analyze` can start.
 
@@ -158,6 +159,7 @@ def calibrate(
         capacity: maximum sequence length of the bundles in tokens; default: the model's, at most 4096.
         force: replace existing statistics.
         device: device on which PyTorch computes, as `BuildOptions` takes it.
+        cache: folder of the build cache, where finished stages are kept and found; None: no cache.
 
     Returns:
         The number of calibration tokens.
@@ -167,7 +169,9 @@ def calibrate(
         CannotRunHere: this machine lacks memory, disk space or a package.
     """
     require_output(output, marker=STATISTICS_FILE, force=force)
-    job = ConversionJob(checkpoint, output, BuildOptions(recipe, device=device), progress, capacity)
+    job = ConversionJob(
+        checkpoint, output, BuildOptions(recipe, device=device, cache=cache), progress, capacity
+    )
     with atomic_directory(output, marker=STATISTICS_FILE, force=force) as directory:
         windows = job.calibrate()
         writer = StatisticsWriter(directory, job.statistics_source())

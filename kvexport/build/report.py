@@ -40,6 +40,7 @@ class BuildReport:
         parameters: number of weights; `_original` before conversion.
         divergence: from the original model, on held-out calibration text; None if nothing was converted.
         seconds: wall time of each stage.
+        reused: stages whose results were in the build cache or in the statistics given.
         validation: comparison of the exported graph with its PyTorch reference; None for a Hugging Face
             checkpoint.
         read_back: comparison of a Hugging Face checkpoint, read back, with the converted model; None for a
@@ -65,6 +66,7 @@ class BuildReport:
     divergence: Divergence | None
     seconds: dict[str, float]
     device: str
+    reused: list[str] = field(default_factory=list)
     validation: ValidationReport | None = None
     read_back: ReadBack | None = None
     kept_float32: list[str] = field(default_factory=list)
@@ -75,10 +77,16 @@ class BuildReport:
     kv_bytes_at_capacity: int | None = None
     kv_bytes_at_capacity_original: int | None = None
 
+    @property
+    def longest_stage(self) -> str:
+        """The stage that took most of the time."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
     def to_json(self) -> dict[str, Any]:
         """The report as plain JSON values."""
         return {
             **asdict(self),
+            "longest_stage": self.longest_stage,
             "eviction": None if self.eviction is None else self.eviction.to_json(),
             "divergence": None if self.divergence is None else self.divergence.to_json(),
             "healing": None if self.healing is None else self.healing.to_json(),

@@ -80,7 +80,7 @@ class StatisticsWriter:
             "name": self._source.name,
             "recipe": self._source.recipe.to_json(),
             "capacity": self._source.capacity,
-            "files": self._sha256,
+            "files": dict(sorted(self._sha256.items())),
         }
         (self._directory / STATISTICS_FILE).write_text(json.dumps(header, indent=1) + "\n", encoding="utf-8")
 

@@ -36,6 +36,7 @@ _COMMANDS = {
     "lint": "List the nodes of a bundle that a target's TensorRT does not support.",
     "engine": "Build a TensorRT engine from a bundle.",
     "bench": "Measure prefill speed, decode speed and memory use of a bundle.",
+    "cache": "List or remove the results that earlier builds kept.",
     "targets": "List the target devices and their specifications.",
     "doctor": "Show what is installed on this machine and what is missing.",
 }

@@ -6,7 +6,14 @@ from pathlib import Path
 
 import click
 
-from kvexport.cli.conversion import calibration_options, calibration_recipe, capacity_option, output_option
+from kvexport.cli.conversion import (
+    cache_of,
+    calibration_options,
+    calibration_recipe,
+    capacity_option,
+    no_cache_option,
+    output_option,
+)
 
 
 @click.command()
@@ -14,6 +21,7 @@ from kvexport.cli.conversion import calibration_options, calibration_recipe, cap
 @output_option("Statistics directory")
 @calibration_options
 @capacity_option
+@no_cache_option
 @click.option("--force", is_flag=True, help="Replace existing statistics.")
 @click.option("--quiet", is_flag=True, help="Print no progress.")
 def command(
@@ -25,6 +33,7 @@ def command(
     seed: int | None,
     device: str,
     capacity: int | None,
+    no_cache: bool,
     force: bool,
     quiet: bool,
 ) -> None:
@@ -39,6 +48,13 @@ def command(
     with progress_bar(quiet) as progress:
         recipe = calibration_recipe(calibration, samples, length, seed)
         tokens = calibrate(
-            checkpoint, output, recipe, progress, capacity=capacity, force=force, device=device
+            checkpoint,
+            output,
+            recipe,
+            progress,
+            capacity=capacity,
+            force=force,
+            device=device,
+            cache=cache_of(no_cache),
         )
         progress.note(f"wrote {output}: statistics of {tokens} calibration tokens")

@@ -81,6 +81,12 @@ def _calibration_options(default_samples: str) -> Callable[[F], F]:
 
 calibration_options = _calibration_options("96")
 
+no_cache_option = click.option(
+    "--no-cache",
+    is_flag=True,
+    help="Use no results of earlier builds, and keep none for later ones (see `kvexport cache`).",
+)
+
 capacity_option = click.option(
     "--capacity",
     type=int,
@@ -104,6 +110,7 @@ conversion_options = _group(
         type=click.Path(path_type=Path),
         help="Statistics from `kvexport calibrate`, in place of calibration text.",
     ),
+    no_cache_option,
     click.option(
         "--heal",
         type=click.IntRange(min=1),
@@ -229,6 +236,13 @@ def eviction_request(options: dict[str, Any]) -> EvictionRequest | None:
     return EvictionRequest.parse(budget, **settings, skip_layers=layers)
 
 
+def cache_of(no_cache: bool) -> Path | None:
+    """Folder of the build cache; None if it is not to be used."""
+    from kvexport.files.cache_folder import default_cache_folder
+
+    return None if no_cache else default_cache_folder()
+
+
 def calibration_recipe(
     calibration: str | None, samples: int | None, length: int | None, seed: int | None
 ) -> Recipe:
@@ -269,6 +283,7 @@ def build_options(options: dict[str, Any]) -> BuildOptions:
         },
         equal_widths=target is None or lowering_for(load_target(target)) == "std24",
     )
+    cache = cache_of(options.pop("no_cache", True))
     eviction = eviction_request(options) if "kv_budget" in options else None
     others = {
         name: options.pop(name)
@@ -277,4 +292,4 @@ def build_options(options: dict[str, Any]) -> BuildOptions:
     }
     assert not options, f"unused options: {options}"
     recipe = calibration_recipe(calibration, samples, length, seed)
-    return BuildOptions(recipe, request, eviction=eviction, **others)
+    return BuildOptions(recipe, request, eviction=eviction, cache=cache, **others)

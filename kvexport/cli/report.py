@@ -26,14 +26,16 @@ if TYPE_CHECKING:
 _WIDTH = 100  # without a terminal
 # Names of the stages, by their keys in the report of a build.
 _STAGES = {
-    "read": "read checkpoint",
-    "text": "calibrate",
-    "analysis": "analyze sensitivity",
-    "convert": "convert",
-    "heal": "heal",
-    "self-test": "record self-test",
-    "validation": "validate",
-    "read-back": "read back",
+    "read": "reading the checkpoint",
+    "text": "calibration text",
+    "analysis": "sensitivity analysis",
+    "trials": "trials for --max-kl",
+    "convert": "conversion",
+    "heal": "healing",
+    "self-test": "self-test",
+    "write": "writing",
+    "validation": "validation",
+    "read-back": "reading back",
 }
 
 
@@ -163,9 +165,18 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
         out.print_line(f"\nvalidated against PyTorch: {_verdict(report.validation)}")
     if report.read_back is not None:
         out.print_line(f"\n{_read_back_line(report.read_back)}")
-    stages = ", ".join(f"{_STAGES[key]} {seconds:.1f} s" for key, seconds in report.seconds.items())
-    out.print_line(f"took {sum(report.seconds.values()):.1f} s ({stages})")
+    out.print_line(_time_line(report))
     out.print_line(f"wrote {output}")
+
+
+def _time_line(report: BuildReport) -> str:
+    """The time of the build, of its longest stage, and of the others; and the stages that took none."""
+    times = {key: f"{_STAGES[key]} {seconds:.1f} s" for key, seconds in report.seconds.items()}
+    longest = times.pop(report.longest_stage)
+    line = f"took {sum(report.seconds.values()):.1f} s, of which {longest} ({', '.join(times.values())})"
+    if report.reused:
+        line += f"; saved earlier: {', '.join(_STAGES[key] for key in report.reused)}"
+    return line
 
 
 def _summary_table(report: BuildReport, name: str) -> Table:

@@ -239,6 +239,10 @@ class Checkpoint:
             total.update(sha256_of(path).encode())
         return total.hexdigest()
 
+    def text_files(self, patterns: Iterable[str] = _TEXT_FILES) -> list[Path]:
+        """Files of tokenizers, chat templates and generation settings, or of other patterns."""
+        return [path for pattern in patterns for path in sorted(self.path.glob(pattern)) if path.is_file()]
+
     def copy_tokenizer(self, into: Path, patterns: Iterable[str] = _TEXT_FILES) -> list[str]:
         """Copy the files that exist; returns their names.
 
@@ -246,8 +250,7 @@ class Checkpoint:
             patterns: names with wildcards; default: those of all tokenizers, chat templates and generation
                 settings.
         """
-        paths = [path for pattern in patterns for path in sorted(self.path.glob(pattern)) if path.is_file()]
-        names = [path.relative_to(self.path).as_posix() for path in paths]
+        names = [path.relative_to(self.path).as_posix() for path in self.text_files(patterns)]
         for name in names:
             (into / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(self.path / name, into / name)

@@ -31,6 +31,7 @@ COMMANDS = (
     "lint",
     "engine",
     "bench",
+    "cache",
     "targets",
     "doctor",
 )

@@ -1,0 +1,235 @@
+"""A folder of cached directories: each appears complete or not at all, and the least recently used go first.
+
+Several processes may use the folder at the same time. A directory that is read is locked (`Lease`), so that
+it is neither replaced nor removed meanwhile.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import shutil
+import tempfile
+import weakref
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+_LARGEST = 20 * 10**9  # bytes of all directories
+_SHARE = 10  # and at most this part of the disk's free bytes
+_TEMPORARY = ".partial"
+
+
+def default_cache_folder() -> Path:
+    """`$KVEXPORT_CACHE`, else `kvexport` in `$XDG_CACHE_HOME`, else `~/.cache/kvexport`."""
+    own, base = os.environ.get("KVEXPORT_CACHE"), os.environ.get("XDG_CACHE_HOME")
+    if own:
+        return Path(own).absolute()
+    # the XDG base directory specification ignores relative paths
+    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "kvexport"
+
+
+@dataclass(frozen=True)
+class CachedDirectory:
+    """A complete directory in the cache.
+
+    Attributes:
+        path: the directory; its name is the key.
+        bytes: size of its files.
+        used: time of the last use, seconds since the epoch.
+    """
+
+    path: Path
+    bytes: int
+    used: float
+
+
+class Lease:
+    """A directory that is not replaced or removed until `release` is called, or the object is collected.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, path: Path, descriptor: int) -> None:
+        """
+        Args:
+            path: the directory.
+            descriptor: holds its lock.
+        """
+        self.path = path
+        self._close = weakref.finalize(self, os.close, descriptor)
+
+    def release(self) -> None:
+        """Give the lock up."""
+        self._close()
+
+
+class NewDirectory:
+    """A temporary directory, which `publish` renames; call `close` in any case.
+
+    Attributes:
+        path: the directory.
+    """
+
+    def __init__(self, folder: CacheFolder, key: str) -> None:
+        self._folder, self._target = folder, folder.path / key
+        self.path = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=_TEMPORARY, dir=folder.path))
+        self._descriptor = _lock(self.path, fcntl.LOCK_EX)
+
+    def bytes(self) -> int:
+        """Size of the files so far."""
+        return sum(file.stat().st_size for file in self.path.iterdir())
+
+    def publish(self) -> None:
+        """Make it the directory of its key. A directory of that key that is in use stays instead.
+
+        Raises:
+            OSError: it cannot be renamed.
+        """
+        self._folder.remove(self._target.name)
+        try:
+            self.path.rename(self._target)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
+
+    def close(self) -> None:
+        """Remove the directory, unless it was published."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+class CacheFolder:
+    """A folder of cached directories by key.
+
+    Attributes:
+        path: the folder; it is created when the first directory is.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def entries(self) -> list[CachedDirectory]:
+        """All complete directories, the last used first."""
+        found = []
+        for path in self._names():
+            try:
+                files = [file.stat() for file in path.iterdir()]
+                found.append(CachedDirectory(path, sum(file.st_size for file in files), path.stat().st_mtime))
+            except OSError:  # removed meanwhile, or no directory
+                continue
+        return sorted(found, key=lambda entry: (-entry.used, entry.path.name))
+
+    def limit(self) -> int:
+        """Most bytes that the directories may have together: 20 GB, or a tenth of the disk's free bytes."""
+        used = sum(entry.bytes for entry in self.entries())
+        return min(_LARGEST, (shutil.disk_usage(self.path).free + used) // _SHARE)
+
+    def lease(self, key: str) -> Lease | None:
+        """Lock the directory of a key for reading, and count it as used; None: there is none, or it is being
+        replaced.
+        """
+        path = self.path / key
+        descriptor = _lock(path, fcntl.LOCK_SH)
+        if descriptor is None:
+            return None
+        with suppress(OSError):  # read-only
+            os.utime(path)
+        return Lease(path, descriptor)
+
+    def create(self, key: str) -> NewDirectory:
+        """A temporary directory that may become that of the key.
+
+        Raises:
+            OSError: the folder cannot be written.
+        """
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # calibration text is the user's
+        self._remove_abandoned()
+        return NewDirectory(self, key)
+
+    def make_room(self, needed: int, key: str) -> bool:
+        """Remove the directories that were not used for the longest time, until `needed` bytes fit.
+
+        Args:
+            needed: bytes of a directory that is being created.
+            key: its key; the directory that it will replace is not counted.
+
+        Returns:
+            False if it does not fit, because it is too large or others are in use.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
+        limit = self.limit()
+        if needed > limit:
+            return False
+        others = [entry for entry in self.entries() if entry.path.name != key]
+        total = needed + sum(entry.bytes for entry in others)
+        for entry in reversed(others):
+            if total <= limit:
+                break
+            if self.remove(entry.path.name):
+                total -= entry.bytes
+        return total <= limit
+
+    def remove(self, key: str) -> bool:
+        """Remove the directory of a key; False if there is none, or it is in use or cannot be removed."""
+        path = self.path / key
+        descriptor = _lock(path, fcntl.LOCK_EX)
+        if descriptor is None:
+            return False
+        try:
+            removed = path.with_name(f".{key}.{os.getpid()}{_TEMPORARY}")
+            path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)
+        except OSError:
+            return False
+        finally:
+            os.close(descriptor)
+        return True
+
+    def clean(self) -> int:
+        """Remove all directories that are not in use; returns the number of bytes that they had."""
+        freed = sum(entry.bytes for entry in self.entries() if self.remove(entry.path.name))
+        self._remove_abandoned()
+        return freed
+
+    def _names(self) -> list[Path]:
+        try:
+            return [path for path in self.path.iterdir() if not path.name.startswith(".")]
+        except OSError:
+            return []
+
+    def _remove_abandoned(self) -> None:
+        """Remove what killed processes left; a running one holds the lock of its directory."""
+        for path in self.path.glob(f".*{_TEMPORARY}"):
+            descriptor = _lock(path, fcntl.LOCK_EX)
+            if descriptor is not None:
+                shutil.rmtree(path, ignore_errors=True)
+                os.close(descriptor)
+
+
+def _lock(path: Path, kind: int) -> int | None:
+    """Lock a directory without waiting.
+
+    Returns:
+        A descriptor that holds the lock; None if the directory is missing, or locked by others. Where the
+        file system has no locks the descriptor holds none.
+    """
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+        same = os.path.samestat(os.fstat(descriptor), path.stat())  # or it was replaced
+    except OSError as error:
+        same = error.errno in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
+    if same:
+        return descriptor
+    os.close(descriptor)
+    return None

@@ -1,0 +1,81 @@
+"""Tests of `kvexport cache` and --no-cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from kvexport.cli import commands
+
+FAST = ("--calibration", "random", "--samples", "8", "--length", "24")
+
+
+def cli(*arguments: object) -> str:
+    """Run `kvexport ARGUMENTS`; returns its standard output."""
+    result = CliRunner().invoke(commands, [str(each) for each in arguments], catch_exceptions=False)
+    assert result.exit_code == 0
+    return result.stdout
+
+
+def listed() -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = json.loads(cli("cache", "--json"))["entries"]
+    return entries
+
+
+def test_lists_and_removes_entries(tiny_checkpoint: Any, tmp_path: Path, build_cache: Path) -> None:
+    source = tiny_checkpoint("llama")
+    assert cli("cache") == f"{build_cache}: 0 entries, 0 B\n"
+    cli("build", source, "-o", tmp_path / "a", *FAST, "--quiet")
+    cli("compress", source, "-o", tmp_path / "b", *FAST, "--seed", "7", "--quiet")
+    compressed, built = listed()
+    for entry, stages, seed in ((built, ["text", "analysis"], 0), (compressed, ["text"], 7)):
+        assert (entry["name"], entry["stages"], entry["recipe"]["seed"]) == ("llama", stages, seed)
+        assert entry["recipe"]["source"] == "random"
+        folder = build_cache / entry["key"]
+        assert entry["bytes"] == sum(file.stat().st_size for file in folder.iterdir())
+        assert 0 <= entry["age_seconds"] < 3600
+    shown = cli("cache")
+    for words in ("llama", "random, 8 x 24, seed 7", "text, analysis", "2 entries", str(build_cache)):
+        assert words in shown
+    freed = json.loads(cli("cache", "--clean", "--json"))
+    assert freed["entries"] == [] and freed["freed_bytes"] == built["bytes"] + compressed["bytes"]
+    assert cli("cache", "--clean").startswith("removed 0 B\n")
+
+
+@pytest.mark.parametrize("content", [None, "{", "[]", '{"name": 1}', '{"files": 3}'])
+def test_lists_damaged_entries(build_cache: Path, content: str | None) -> None:
+    (build_cache / "key").mkdir(parents=True)
+    if content is not None:
+        (build_cache / "key" / "statistics.json").write_text(content)
+    assert "damaged" in cli("cache")
+    assert [entry["stages"] for entry in listed()] == [[]]
+    assert json.loads(cli("cache", "--clean", "--json"))["entries"] == []
+
+
+@pytest.mark.parametrize("command", ["build", "compress", "calibrate"])
+def test_no_cache_keeps_nothing(
+    command: str, tiny_checkpoint: Any, tmp_path: Path, build_cache: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    cli(command, source, "-o", tmp_path / "a", *FAST, "--quiet", "--no-cache")
+    assert not build_cache.exists()
+    cli(command, source, "-o", tmp_path / "b", *FAST, "--quiet")
+    assert len(listed()) == 1  # control
+
+
+def test_the_report_names_the_longest_stage_and_what_was_saved(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama")
+    cli("build", source, "-o", tmp_path / "a", *FAST, "--quiet")
+    report = json.loads(cli("build", source, "-o", tmp_path / "b", *FAST, "--json", "--kv-ratio", "0.75"))
+    assert report["reused"] == ["text", "analysis"]
+    seconds = report["seconds"]
+    assert seconds.keys() == {"read", "convert", "self-test", "write", "validation"}
+    assert report["longest_stage"] == max(seconds, key=seconds.__getitem__)
+    shown = cli("build", source, "-o", tmp_path / "c", *FAST)
+    assert "saved earlier: calibration text, sensitivity analysis" in shown
+    fresh = cli("build", source, "-o", tmp_path / "d", *FAST, "--no-cache")
+    assert "saved earlier" not in fresh and ", of which " in fresh and "sensitivity analysis " in fresh
