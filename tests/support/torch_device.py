@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
+import pytest
 import torch
 from torch.utils import backend_registration
 from torch.utils._pytree import tree_map
@@ -128,3 +129,15 @@ def simulated_device() -> Iterator[torch.device]:
     # a thread of the autograd engine that runs Python aborts the process when it ends
     with torch.autograd.set_multithreading_enabled(False):
         yield torch.device(NAME, 0)
+
+
+def take_for_cuda(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+    """Let `--device cuda` mean the simulated device."""
+    from kvexport.analyze import analysis
+    from kvexport.build import conversion_job
+    from kvexport.validate import evaluate
+
+    for module in (analysis, conversion_job, evaluate):
+        monkeypatch.setattr(
+            module, "resolve_device", lambda name: device if name == "cuda" else torch.device("cpu")
+        )
