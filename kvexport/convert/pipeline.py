@@ -29,6 +29,7 @@ from kvexport.errors import KvexportError
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer, tensors_of
 from kvexport.model.divergence import Divergence, DivergenceMeter
+from kvexport.model.placement import CPU, move
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ class Conversion:
         layer_plan = self._layer_plans[index]
         layer_plan = replace(layer_plan, method=in_layer(layer_plan.method, layer.attention))
         code_moments = make_code_moments(
-            layer_plan.method.before_rotation, moments, layer.attention, self._positions
+            layer_plan.method.before_rotation, moments, move(layer.attention, CPU), self._positions
         )
         converted, report = convert_layer(layer, self._streams, code_moments, layer_plan)
         _require_finite(f"the weights of layer {index} after conversion", converted)
@@ -177,7 +178,7 @@ def _unconverted_report(attention: Attention) -> LayerReport:
 def convert_layer(
     layer: Layer, streams: Streams, code_moments: CodeMoments, layer_plan: LayerPlan
 ) -> tuple[Layer, LayerReport]:
-    """Convert one layer by its plan.
+    """Convert one layer by its plan; codes are made on the CPU.
 
     Args:
         layer: the trained layer.
@@ -188,7 +189,7 @@ def convert_layer(
     Returns:
         The converted layer, and its report without `residual_error`.
     """
-    trained, method, shape = layer.attention, layer_plan.method, layer_plan.shape
+    trained, method, shape = move(layer.attention, CPU), layer_plan.method, layer_plan.shape
     if shape == trained_shape(trained):
         return layer, _unconverted_report(trained)
     order = head_order(method, code_moments, trained, shape)
@@ -197,7 +198,8 @@ def convert_layer(
     code = layer_code(method, code_moments, attention, grouping, shape)
     predicted = predict_error(code_moments, attention, grouping, code)
     value_mean = code_moments.moments.value_mean
-    converted = replace(layer, attention=apply_code(attention, grouping, code, value_mean))
+    coded = apply_code(attention, grouping, code, value_mean)
+    converted = replace(layer, attention=move(coded, layer.attention.q.weight.device))
     measured = streams.attention_error(converted)
     if method.refit:
         o = streams.refit(converted, fit_bias=method.centred)
