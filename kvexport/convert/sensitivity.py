@@ -1,203 +1,44 @@
 """Sensitivity of the model to each layer's loss: how much KL a given error of its keys or values causes.
 
 Per layer, method and group size, `LayerLosses` gives the loss of keys and of values at every width. What a
-unit of loss costs is measured by trials: the layer's keys alone are coded, then its values alone, and the
-disturbed residual stream runs through the remaining trained layers to the logits. Sensitivity = KL to the
-trained logits / predicted loss; the predicted KL of a plan is the sum of sensitivity times loss over keys,
-values and layers.
+unit of loss costs is measured in two passes over a few windows. Forward, each layer's keys alone, then its
+values alone, are coded, which gives the error Δo_t of its attention output at each position t. Backward, the
+gradients g_t of scores give the KL that the error causes,
 
-One layer is in memory at a time, and one residual stream over a few windows per trial.
+    KL = ½ E[Σ_t (gᵀ_t Δo_t)²],
+
+`kvexport.convert.score_gradients` with the errors of different positions uncorrelated. Sensitivity = KL /
+predicted loss; the predicted KL of a plan is the sum of sensitivity times loss over keys, values and layers.
+
+One layer is in memory at a time, and the activations of the windows are on disk; the cost is linear in the
+number of layers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
 
 from kvexport.calibrate import Moments
 from kvexport.calibrate import windows as attention_windows
-from kvexport.convert.apply import LayerCode, apply_code
-from kvexport.convert.code_moments import CodeMoments, make_code_moments
-from kvexport.convert.codes import Code
-from kvexport.convert.groups import WIDEST, Grouping, KVShape, trained_shape
-from kvexport.convert.layer_sensitivity import Curves, LayerSensitivity
-from kvexport.convert.losses import LayerLosses
-from kvexport.convert.matching import Group, match_heads, order_of
-from kvexport.convert.methods import Method, in_layer, layer_code
-from kvexport.convert.permute import permute_heads
-from kvexport.convert.streams import TrainedStream
+from kvexport.convert.groups import trained_shape
+from kvexport.convert.layer_sensitivity import LayerSensitivity
+from kvexport.convert.methods import Method
+from kvexport.convert.score_gradients import ScoreGradients
+from kvexport.convert.streams import TrainedStream, split_windows
+from kvexport.convert.trials import LayerTrials, make_trials
+from kvexport.files.safetensors_io import save_tensors
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Decoder, Layer
-from kvexport.model.divergence import DivergenceMeter
+from kvexport.model.decoder import Decoder, Layer
 from kvexport.progress import Progress
 
-_WINDOWS = 8  # windows that trials run over
-_RATIO = 0.5  # share of the KV bytes that trials keep, and for which heads are matched
-_TINY = 1e-12  # of the output's power: lower bound on the loss of a trial
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """Trials of one method in one layer: the layer with coded keys, with coded values, and both predicted
-    losses.
-    """
-
-    keys: Layer
-    values: Layer
-    key_loss: float
-    value_loss: float
-
-
-class SensitivityAnalysis:
-    """An iterator that measures one layer per step; made by `analyze_sensitivity`.
-
-    Attributes:
-        layers: one entry per layer, once the iterator has ended.
-    """
-
-    @torch.no_grad()
-    def __init__(
-        self,
-        decoder: Decoder,
-        windows: Tensor,
-        methods: Sequence[Method],
-        sizes: Sequence[int],
-        moments_of: Callable[[int], Moments] | None,
-        save_moments: Callable[[int, Moments], None] | None,
-        capacity: int | None,
-    ) -> None:
-        self._decoder, self._methods, self._sizes = decoder, methods, tuple(sizes)
-        self._moments_of, self._save_moments = moments_of, save_moments
-        self._positions = windows.shape[1] if capacity is None else capacity
-        self._stream = TrainedStream(decoder, windows)
-        train = self._stream.train
-        self._trial_windows = windows[
-            torch.linspace(0, len(train) - 1, min(_WINDOWS, len(train))).round().long()
-        ]
-        # the trained stream, then the disturbed stream of each trial
-        self._forks = [reference.embed(decoder.embedding, self._trial_windows)]
-        # each layer without its sensitivities, and the predicted losses of its trials
-        self._measured: list[tuple[LayerSensitivity, list[float]]] = []
-        self.layers: list[LayerSensitivity] = []
-
-    def __iter__(self) -> Iterator[None]:
-        for index in range(len(self._decoder.layers)):
-            self._measure(index)
-            yield
-        self._finish()
-
-    @torch.no_grad()
-    def _measure(self, index: int) -> None:
-        layer = self._decoder.layers[index]
-        if self._moments_of is None:
-            moments = self._stream.measure(layer)
-            if self._save_moments is not None:
-                self._save_moments(index, moments)
-        else:
-            self._stream.attend(layer)
-            moments = self._moments_of(index)
-        curves, trials = dict[tuple[Method, int], Curves](), list[_Trial]()
-        trial_size = self._trial_size(layer.attention)
-        for chosen in self._methods:
-            method = in_layer(chosen, layer.attention)
-            code_moments = make_code_moments(
-                method.before_rotation, moments, layer.attention, self._positions
-            )
-            losses = LayerLosses(code_moments, layer.attention)
-            for size in self._sizes:
-                groups = self._groups(method, losses, layer.attention, size)
-                of_keys = losses.folded_keys if method.key is None else losses.keys
-                of_size = Curves(sum_of(map(of_keys, groups)), sum_of(map(losses.values, groups)))
-                curves[chosen, size] = of_size
-                if size == trial_size:
-                    trials.append(self._trial(layer, code_moments, method, groups, of_size))
-        least = _TINY * float(moments.output_power)
-        lost = [max(loss, least) for loss in (trials[0].value_loss, *(each.key_loss for each in trials))]
-        shape, power = trained_shape(layer.attention), float(moments.output_power)
-        self._measured.append((LayerSensitivity(shape, self._sizes, curves, power, {}, 0.0), lost))
-        disturbed = [
-            self._past(each, self._forks[0]) for each in (trials[0].values, *(each.keys for each in trials))
-        ]
-        self._forks = [self._past(layer, fork) for fork in self._forks] + disturbed
-        self._stream.advance(layer)
-
-    def _rank(self, size: int, attention: Attention) -> int:
-        """The even width of a cached head that keeps the ratio of the KV bytes, in groups of `size`."""
-        return max(2, 2 * round(_RATIO * size * attention.head_dim / 2))
-
-    def _trial_size(self, attention: Attention) -> int:
-        """The largest group size whose width in a trial an engine supports."""
-        return max(
-            (size for size in self._sizes if self._rank(size, attention) <= WIDEST), default=self._sizes[0]
-        )
-
-    def _groups(self, method: Method, losses: LayerLosses, attention: Attention, size: int) -> list[Group]:
-        def loss(group: Group) -> float:
-            # part of a group gets its share of the width
-            width = self._rank(size, attention) * len(group) // size
-            return float(losses.estimate(method.before_rotation, group)[width] + losses.values(group)[width])
-
-        return match_heads(attention.num_kv_heads, size, loss)
-
-    def _trial(
-        self,
-        layer: Layer,
-        code_moments: CodeMoments,
-        method: Method,
-        groups: Sequence[Group],
-        curves: Curves,
-    ) -> _Trial:
-        order = order_of(groups)
-        attention, code_moments = permute_heads(layer.attention, order), code_moments.permute_heads(order)
-        grouping = Grouping.of(attention, len(groups))
-        n = grouping.size * grouping.head_dim
-        rank = min(self._rank(grouping.size, attention), WIDEST)
-        code = layer_code(method, code_moments, attention, grouping, KVShape(grouping.kv_heads, rank, rank))
-        exact = (
-            Code(torch.eye(n, dtype=torch.float64), torch.eye(n, dtype=torch.float64)),
-        ) * grouping.kv_heads
-
-        def apply(code: LayerCode) -> Layer:
-            converted = apply_code(attention, grouping, code, code_moments.moments.value_mean)
-            return replace(layer, attention=converted)
-
-        return _Trial(
-            keys=apply(replace(code, values=exact)),
-            values=apply(replace(code, keys=exact, folds=False, frequencies=None)),
-            key_loss=float(curves.keys[rank]),
-            value_loss=float(curves.values[rank]),
-        )
-
-    def _past(self, layer: Layer, x: Tensor) -> Tensor:
-        """The residual stream x [N, S, hidden] after the layer."""
-        stream = x.clone()
-        attention_windows.advance(layer, stream)
-        return stream
-
-    @torch.no_grad()
-    def _finish(self) -> None:
-        trained, *disturbed = self._forks
-        divergences = iter([self._kl(trained, each) for each in disturbed])
-        for layer, lost in self._measured:
-            of_values, *of_keys = (_sensitivity(next(divergences), loss) for loss in lost)
-            by_method = dict(zip(self._methods, of_keys, strict=True))
-            self.layers.append(replace(layer, key_sensitivity=by_method, value_sensitivity=of_values))
-
-    def _kl(self, trained: Tensor, disturbed: Tensor) -> float:
-        """Mean KL of the logits of two residual streams [N, S, hidden], nats per token."""
-        meter = DivergenceMeter()
-        for at in range(len(trained)):
-            one = slice(at, at + 1)
-            original, changed = (reference.logits(self._decoder, each[one]) for each in (trained, disturbed))
-            meter.add(original, changed, self._trial_windows[one])
-        return meter.finish().mean_kl
-
-
-def _sensitivity(kl: float, loss: float) -> float:
-    return kl / loss if loss > 0 else 0.0  # a layer whose attention output is constant loses nothing
+_WINDOWS = 8  # windows on which trials are made
+_DRAWS = 4  # labels per prediction
 
 
 def analyze_sensitivity(
@@ -210,6 +51,7 @@ def analyze_sensitivity(
     save_moments: Callable[[int, Moments], None] | None = None,
     capacity: int | None = None,
     progress: Progress | None = None,
+    folder: Path | None = None,
 ) -> list[LayerSensitivity]:
     """Measure every layer's sensitivity.
 
@@ -222,15 +64,140 @@ def analyze_sensitivity(
         save_moments: called with the index and the moments of each layer that is measured.
         capacity: tokens of a sequence for which codes of rotated keys are made [default: length].
         progress: shows the stage.
+        folder: where activations are kept meanwhile [default: the system's temporary folder].
     """
     progress = progress or Progress()
-    analysis = SensitivityAnalysis(decoder, windows, methods, sizes, moments_of, save_moments, capacity)
-    with progress.stage("Analyzing layer sensitivity", len(decoder.layers)):
-        for _ in analysis:
+    count = len(decoder.layers)
+    with (
+        TemporaryDirectory(dir=folder, prefix="activations.") as activations,
+        progress.stage("Analyzing layer sensitivity", 2 * count),
+    ):
+        forward = _Forward(
+            decoder, windows, methods, sizes, moments_of, save_moments, capacity, Path(activations)
+        )
+        for index in range(count):
+            forward.run_layer(index)
             progress.advance()
-    return analysis.layers
+        backward = _Backward(decoder, forward.x, Path(activations))
+        losses = list[list[float]]()
+        for index in reversed(range(count)):
+            losses.append(backward.run_layer(index))
+            progress.advance()
+    return [
+        _with_sensitivities(layer, lost, kl)
+        for (layer, lost), kl in zip(forward.layers, reversed(losses), strict=True)
+    ]
 
 
-def sum_of(parts: Iterator[Tensor]) -> Tensor:
-    """Sum of tensors of one shape."""
-    return torch.stack(list(parts)).sum(0)
+def _with_sensitivities(layer: LayerSensitivity, lost: list[float], kl: list[float]) -> LayerSensitivity:
+    """The layer with the KL of its trials over their predicted losses; the first trial is that of values."""
+    # a layer whose attention output is constant loses nothing
+    of_values, *of_keys = (each / loss if loss > 0 else 0.0 for each, loss in zip(kl, lost, strict=True))
+    return replace(
+        layer,
+        value_sensitivity=of_values,
+        key_sensitivity=dict(zip(layer.key_sensitivity, of_keys, strict=True)),
+    )
+
+
+class _Forward:
+    """The pass from the first layer to the last: losses, and the errors of trials.
+
+    Attributes:
+        x: the trained residual stream of the windows that trials are made on, [N, S, hidden].
+        layers: of each layer, its losses without sensitivities, and the predicted losses of its trials.
+    """
+
+    @torch.no_grad()
+    def __init__(
+        self,
+        decoder: Decoder,
+        windows: Tensor,
+        methods: Sequence[Method],
+        sizes: Sequence[int],
+        moments_of: Callable[[int], Moments] | None,
+        save_moments: Callable[[int, Moments], None] | None,
+        capacity: int | None,
+        folder: Path,
+    ) -> None:
+        self._decoder, self._methods, self._sizes, self._folder = decoder, methods, tuple(sizes), folder
+        self._moments_of, self._save_moments = moments_of, save_moments
+        self._positions = windows.shape[1] if capacity is None else capacity
+        # with saved moments the other windows are not needed
+        self._stream = TrainedStream(decoder, windows) if moments_of is None else None
+        self.x = reference.embed(decoder.embedding, trial_windows(windows))
+        self.layers: list[tuple[LayerSensitivity, list[float]]] = []
+
+    @torch.no_grad()
+    def run_layer(self, index: int) -> None:
+        layer = self._decoder.layers[index]
+        moments = self._moments(index, layer)
+        trials = make_trials(layer.attention, moments, self._methods, self._sizes, self._positions)
+        self._keep(index, layer, trials)
+        self.layers.append(
+            (
+                LayerSensitivity(
+                    trained=trained_shape(layer.attention),
+                    sizes=self._sizes,
+                    curves=trials.curves,
+                    output_power=float(moments.output_power),
+                    key_sensitivity=dict.fromkeys(trials.keys, 0.0),
+                    value_sensitivity=0.0,
+                ),
+                [trial.loss for trial in trials.all],
+            )
+        )
+        attention_windows.advance(layer, self.x)
+
+    def _moments(self, index: int, layer: Layer) -> Moments:
+        if self._stream is None:
+            assert self._moments_of is not None
+            return self._moments_of(index)
+        moments = self._stream.measure(layer)
+        self._stream.advance(layer)
+        if self._save_moments is not None:
+            self._save_moments(index, moments)
+        return moments
+
+    def _keep(self, index: int, layer: Layer, trials: LayerTrials) -> None:
+        """Keep the residual stream before the layer, and the errors [trials, N, S, hidden]."""
+        inner = reference.normed(layer.attention_norm, self.x)
+        trained = attention_windows.attend(layer.attention, inner)
+        errors = torch.empty(len(trials.all), *self.x.shape, dtype=torch.bfloat16, device=self.x.device)
+        for at, trial in enumerate(trials.all):
+            errors[at] = attention_windows.attend(trial.attention, inner) - trained
+        save_tensors({"x": self.x, "errors": errors}, self._folder / str(index))
+
+
+class _Backward:
+    """The pass from the last layer to the first."""
+
+    def __init__(self, decoder: Decoder, x: Tensor, folder: Path) -> None:
+        """
+        Args:
+            x: the trained residual stream after the last layer, [N, S, hidden].
+            folder: what the forward pass kept there.
+        """
+        self._decoder, self._folder = decoder, folder
+        self._gradients = ScoreGradients(decoder, x, _DRAWS)
+
+    def run_layer(self, index: int) -> list[float]:
+        """Mean KL in nats per prediction of each trial of the layer."""
+        from safetensors.torch import load_file
+
+        file = self._folder / str(index)
+        kept = load_file(file)
+        file.unlink()
+        x, errors = kept["x"], kept["errors"]
+        gradients = self._gradients.go_back(self._decoder.layers[index], x)
+        draws, count, length = gradients.shape[:3]
+        return [
+            float((gradients * error).sum(-1).double().square().sum()) / (2 * draws * count * (length - 1))
+            for error in errors
+        ]
+
+
+def trial_windows(windows: Tensor) -> Tensor:
+    """The windows on which trials are made, evenly spread over the training windows of [N, length] int64."""
+    train, _ = split_windows(len(windows))
+    return windows[torch.linspace(0, len(train) - 1, min(_WINDOWS, len(train))).round().long()]
