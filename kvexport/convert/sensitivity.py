@@ -35,6 +35,7 @@ from kvexport.convert.trials import LayerTrials, make_trials
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer
+from kvexport.model.placement import CPU, move
 from kvexport.progress import Progress
 
 _WINDOWS = 8  # windows on which trials are made
@@ -132,7 +133,7 @@ class _Forward:
     def run_layer(self, index: int) -> None:
         layer = self._decoder.layers[index]
         moments = self._moments(index, layer)
-        trials = make_trials(layer.attention, moments, self._methods, self._sizes, self._positions)
+        trials = make_trials(move(layer.attention, CPU), moments, self._methods, self._sizes, self._positions)
         self._keep(index, layer, trials)
         self.layers.append(
             (
@@ -165,8 +166,9 @@ class _Forward:
         trained = attention_windows.attend(layer.attention, inner)
         errors = torch.empty(len(trials.all), *self.x.shape, dtype=torch.bfloat16, device=self.x.device)
         for at, trial in enumerate(trials.all):
-            errors[at] = attention_windows.attend(trial.attention, inner) - trained
-        save_tensors({"x": self.x, "errors": errors}, self._folder / str(index))
+            coded = move(trial.attention, self.x.device)
+            errors[at] = attention_windows.attend(coded, inner) - trained
+        save_tensors({"x": self.x.cpu(), "errors": errors.cpu()}, self._folder / str(index))
 
 
 class _Backward:
@@ -178,7 +180,7 @@ class _Backward:
             x: the trained residual stream after the last layer, [N, S, hidden].
             folder: what the forward pass kept there.
         """
-        self._decoder, self._folder = decoder, folder
+        self._decoder, self._folder, self._device = decoder, folder, x.device
         self._gradients = ScoreGradients(decoder, x, _DRAWS)
 
     def run_layer(self, index: int) -> list[float]:
@@ -188,7 +190,7 @@ class _Backward:
         file = self._folder / str(index)
         kept = load_file(file)
         file.unlink()
-        x, errors = kept["x"], kept["errors"]
+        x, errors = (kept[name].to(self._device) for name in ("x", "errors"))
         gradients = self._gradients.go_back(self._decoder.layers[index], x)
         draws, count, length = gradients.shape[:3]
         return [

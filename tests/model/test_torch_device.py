@@ -64,6 +64,7 @@ def test_a_number_of_the_cpu_may_mix_with_tensors_of_the_device(device: torch.de
         lambda here, there: there[torch.tensor([0])],
         lambda here, there: F.embedding(torch.tensor([0]), there),
         lambda here, there: F.linear(there, here),
+        lambda here, there: here.sum().add_(there.sum()),
     ],
 )
 def test_tensors_of_two_devices_do_not_mix(

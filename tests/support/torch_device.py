@@ -77,14 +77,18 @@ def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
     device = named.get("device")
     if device is not None:
         named["device"] = torch.device("cpu")
-    result = operator(*given, **named)
-    if device is not None and torch.device(device).type == "cpu":
-        return result
     written = [
         (args[at] if at < len(args) else kwargs[each.name])
         for at, each in enumerate(operator._schema.arguments)
         if each.alias_info is not None and each.alias_info.is_write
     ]
+    if operator not in _COPIES and not all(isinstance(each, SimulatedTensor) for each in written):
+        raise RuntimeError(
+            f"{operator}: Expected all tensors to be on the same device, also those that change"
+        )
+    result = operator(*given, **named)
+    if device is not None and torch.device(device).type == "cpu":
+        return result
     if written and len(operator._schema.returns) == 1:
         return written[0]  # the operator changed it in place
     return tree_map(wrap, result)
