@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from kvexport.build.analysis import analyzed_sizes, of_methods
+from kvexport.build.expected_times import expected_times
 from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
 from kvexport.build.stage_cache import CacheWriter, StageCache, cache_key
@@ -37,6 +38,7 @@ from kvexport.convert import (
     methods_for,
     plan_compression,
     require_ratio,
+    sizes_to_analyze,
     split_windows,
     trained_shape,
     unconverted_layers,
@@ -196,9 +198,10 @@ class ConversionJob:
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:
-        """Measure the wall time of a stage."""
+        """Measure the wall time of a stage, which is a part of the plan of the progress."""
         start = time.perf_counter()
-        yield
+        with self.progress.part(stage):
+            yield
         self.seconds[stage] = round(time.perf_counter() - start, 3)
 
     def calibrate(self) -> Tensor:
@@ -247,16 +250,57 @@ class ConversionJob:
         Args:
             windows: calibration windows [N, length] int64.
         """
-        return plan_compression(
-            self.placed,
-            windows,
-            self.options.request,
-            self.methods,
-            self.moments_of(),
-            self.capacity,
-            self.progress,
-            lambda sizes: self._sensitivity(windows, sizes),
+        request, attention = self.options.request, self.decoder.layers[0].attention
+        sizes = sizes_to_analyze(request, self.methods, attention)
+        del attention  # its layer need not stay in memory
+        layers = self._sensitivity(windows, sizes) if sizes else []
+        with self.timed("trials") if self._tries else nullcontext():
+            return plan_compression(
+                self.placed,
+                windows,
+                request,
+                self.methods,
+                self.moments_of(),
+                self.capacity,
+                self.progress,
+                lambda _: layers,
+            )
+
+    @property
+    def _tries(self) -> bool:
+        """Whether conversions are tried in search of the size of the cache."""
+        return self.compresses and self.options.request.max_kl is not None
+
+    def plan_progress(self, parts: Sequence[str], *, analyzes: bool = False) -> None:
+        """Announce the parts that are left to the progress.
+
+        Args:
+            parts: stages of the command, of which those are left out that this job skips.
+            analyzes: whether the sensitivity is analysed even if the request leaves no choice.
+        """
+        if "analysis" in parts and not analyzes:
+            attention = self.decoder.layers[0].attention
+            analyzes = bool(sizes_to_analyze(self.options.request, self.methods, attention))
+        saved, skipped = self._statistics, set[str]()
+        if saved is not None:
+            skipped.add("text")
+            analyzes &= not saved.has_sensitivity(len(self.decoder.layers)) or saved.capacity != self.capacity
+        if not analyzes:
+            skipped.add("analysis")
+        if not self._tries:
+            skipped.add("trials")
+        if self.options.heal is None:
+            skipped.add("heal")
+        recipe = self.options.recipe
+        samples, length = (recipe.samples, recipe.length) if saved is None else saved.windows.shape
+        times = expected_times(
+            recipe.source,
+            samples,
+            length,
+            compresses=self.compresses,
+            heal_steps=self.options.heal or 0,
         )
+        self.progress.plan({part: times[part] for part in parts if part not in skipped})
 
     def _sensitivity(self, windows: Tensor, sizes: Sequence[int]) -> list[LayerSensitivity]:
         """Sensitivity of each layer for the job's methods and at least these group sizes."""

@@ -32,6 +32,8 @@ from kvexport.model.placement import AUTO, device_computation
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, validate_graph
 
+_BUILD_STAGES = ("text", "analysis", "trials", "convert", "heal", "self-test", "write", "validation")
+
 __all__ = ["BuildHooks", "BuildOptions", "BuildReport", "build", "calibrate", "compress"]
 
 
@@ -70,6 +72,7 @@ def build(
         if options.eviction is not None:
             eviction = _eviction(options.eviction, job)
 
+        job.plan_progress(_BUILD_STAGES)
         windows = job.calibrate()
         plan = hooks.plan(job.plan_compression(windows))
         with TemporaryDirectory(dir=writer.directory, prefix="layers.") as layer_folder:
@@ -120,6 +123,7 @@ def compress(
     plan, form = plan_hf_checkpoint(job)
     dtype = getattr(torch, options.dtype)
     with atomic_directory(output, marker="config.json", force=force) as directory:
+        job.plan_progress(("text", "convert", "heal", "read-back"))
         windows = job.calibrate()
         writer = HFCheckpointWriter(directory, form, job.decoder, dtype)
         offset = form.architecture.family.norm_offset
@@ -173,6 +177,7 @@ def calibrate(
         checkpoint, output, BuildOptions(recipe, device=device, cache=cache), progress, capacity
     )
     with atomic_directory(output, marker=STATISTICS_FILE, force=force) as directory:
+        job.plan_progress(("text", "analysis"), analyzes=True)
         windows = job.calibrate()
         writer = StatisticsWriter(directory, job.statistics_source())
         writer.save_tokens(windows)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 
 import click
 
 from kvexport.progress import Progress
-
-if TYPE_CHECKING:
-    from kvexport.cli.report import PlainConsole
 
 provider_option = click.option(
     "--provider",
@@ -36,43 +32,10 @@ threads_option = click.option(
 )
 
 
-class BarProgress(Progress):
-    """Draws one bar per stage on a terminal, and prints messages to stderr unless quiet."""
-
-    def __init__(self, console: PlainConsole, quiet: bool) -> None:
-        from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn
-        from rich.progress import Progress as Bars
-
-        self._console, self._quiet = console, quiet
-        columns = (
-            TextColumn("{task.description:<28}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-        )
-        self.bars = Bars(*columns, console=console, transient=True, disable=quiet or not console.is_terminal)
-        self._task = self.bars.add_task("", visible=False)
-
-    @contextmanager
-    def stage(self, name: str, steps: int) -> Iterator[None]:
-        outer, self._task = self._task, self.bars.add_task(name, total=steps or None)
-        try:
-            yield
-        finally:
-            self.bars.remove_task(self._task)
-            self._task = outer
-
-    def advance(self) -> None:
-        self.bars.advance(self._task)
-
-    def note(self, text: str) -> None:
-        if not self._quiet:
-            self._console.print_line(f"kvexport: {text}")
-
-
 @contextmanager
 def progress_bar(quiet: bool) -> Iterator[Progress]:
     """Show the progress of one command, or pass it on to the `Progress` that `main` was given."""
+    from kvexport.cli.bars import BarProgress
     from kvexport.cli.report import PlainConsole
 
     context = click.get_current_context(silent=True)

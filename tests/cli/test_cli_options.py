@@ -13,8 +13,9 @@ import pytest
 from click.testing import CliRunner
 
 from kvexport.calibrate.recipe import BUILT_IN, recipe_for
+from kvexport.cli.bars import BarProgress
 from kvexport.cli.conversion import build_options, conversion_options
-from kvexport.cli.options import BarProgress, progress_bar
+from kvexport.cli.options import progress_bar
 from kvexport.cli.report import PlainConsole, size
 from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError
@@ -132,6 +133,35 @@ def test_bars_are_drawn_on_a_terminal_only(monkeypatch: pytest.MonkeyPatch) -> N
     assert draw(io.StringIO(), monkeypatch, quiet=True) == draw(Terminal(), monkeypatch, quiet=True) == ""
     drawn = draw(Terminal(), monkeypatch)
     assert "Outer" in drawn and "2/2" in drawn and note.strip() in drawn.replace("\n", "")
+
+
+def test_a_plan_has_one_bar_with_the_time_that_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    file = Terminal()
+    monkeypatch.setattr("sys.stderr", file)
+    with progress_bar(False) as progress:
+        assert isinstance(progress, BarProgress)
+        progress.plan({"text": 1.0, "conversion": 3.0})
+        whole = progress.bars.tasks[-1]
+        with progress.part("text"), progress.stage("Sampling", 4):
+            for _ in range(2):
+                progress.advance()
+            assert (whole.completed, whole.description) == (0.125, "Sampling")
+            with progress.stage("Inside", 2):
+                progress.advance()
+                assert (whole.completed, whole.description) == (0.125, "Inside")
+            assert [task for task in progress.bars.tasks if task.visible] == [whole]
+            progress.bars.refresh()
+        assert whole.completed == 0.25
+        with progress.part("unplanned"), progress.stage("Other", 1):
+            progress.advance()
+        assert whole.completed == 0.25
+        with progress.part("conversion"), progress.stage("Converting", 0):
+            assert (whole.completed, whole.description) == (0.25, "Converting")
+        assert whole.completed == 1.0
+    drawn = file.getvalue()
+    assert "Sampling" in drawn and "2/4" in drawn and "0:00:00 left" in drawn
 
 
 def test_advance_outside_a_stage_does_nothing() -> None:
