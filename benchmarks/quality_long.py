@@ -34,7 +34,7 @@ def stream_at(decoder: Decoder, windows: Tensor, offset: int) -> Tensor:
     x = reference.embed(decoder.embedding, windows, positions)
     for layer in decoder.layers:
         attend = partial(_attend_at, layer.attention, positions)
-        for batch in attention_windows.batches(range(len(x)), x.shape[1], layer.attention.num_heads):
+        for batch in attention_windows.batches(range(len(x)), x.shape[1]):
             x[batch] = reference.run_block(layer, x[batch], attend).residual
     return x
 

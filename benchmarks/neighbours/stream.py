@@ -64,7 +64,7 @@ class Stream:
         heads, width, hidden = attention.num_kv_heads, attention.head_dim, self.x.shape[-1]
         inputs = torch.zeros(hidden + 1, hidden + 1, dtype=torch.float64)
         keys, queries = (torch.zeros(heads, width, width, dtype=torch.float64) for _ in range(2))
-        for batch in attention_windows.batches(range(len(self.x)), self.x.shape[1], attention.num_heads):
+        for batch in attention_windows.batches(range(len(self.x)), self.x.shape[1]):
             x = reference.normed(layer.attention_norm, self.x[batch])
             rows = x.double().flatten(0, 1)
             rows = torch.cat((rows, rows.new_ones(len(rows), 1)), dim=1)

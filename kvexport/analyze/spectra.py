@@ -117,7 +117,7 @@ class SpectraStream:
                 total.add(_named(projected, name))
             return reference.linear(attention.o, attention_windows.head_outputs(attention, projected))
 
-        for batch in attention_windows.batches(range(len(self._x)), self._x.shape[1], attention.num_heads):
+        for batch in attention_windows.batches(range(len(self._x)), self._x.shape[1]):
             self._x[batch] = reference.run_block(layer, self._x[batch], attend).residual
         cached = {"key": "key" if attention.rope is None else "key_after_rope", "value": "value"}
         return LayerSpectra(

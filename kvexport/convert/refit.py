@@ -1,9 +1,9 @@
 """Refit of W_O by ridge least squares on the converted layer's own head outputs.
 
-W_O' = argmin_W,b E|y - W x - b|² + λ |W - W_O|², where x is the converted layer's concatenated head outputs
-and y what its attention must add to the converted residual stream to give the trained one. With centred
-moments G = Cov(x) and C = Cov(x, y): W_O'ᵀ = (G + λ I)⁻¹ (C + λ W_Oᵀ). Where b is fixed, G = E[x xᵀ] and
-C = E[x (y - b)ᵀ].
+W_O' = W_O + D and b' = b + e with D, e = argmin E|r - D x - e|² + λ |D|², where x is the converted layer's
+concatenated head outputs, y what its attention must add to the converted residual stream to give the trained
+one, and r = y - W_O x - b what it misses. With centred moments G = Cov(x) and C = Cov(x, r):
+Dᵀ = (G + λ I)⁻¹ C. Where b is fixed, e = 0, G = E[x xᵀ] and C = E[x rᵀ].
 """
 
 from __future__ import annotations
@@ -11,52 +11,56 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kvexport.calibrate.sums import ROWS, SecondMomentSums, wide
 from kvexport.model.decoder import Linear
+from kvexport.model.reference import linear
 
 RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal of G
 
 
 class LeastSquares:
-    """Float64 sums over tokens for y ≈ W x + b."""
+    """Float64 sums over tokens for r ≈ D x + e, where r = y - W_O x - b."""
 
-    def __init__(self, into: int, out: int) -> None:
-        """
-        Args:
-            into: width of x.
-            out: width of y.
-        """
-
-        def zeros(*shape: int) -> Tensor:
-            return torch.zeros(shape, dtype=torch.float64)
-
-        self._count = 0
-        self._xx, self._xy, self._x, self._y = zeros(into, into), zeros(into, out), zeros(into), zeros(out)
+    def __init__(self, o: Linear) -> None:
+        """`o`: the output projection W_O [out, into] with its bias b, if any."""
+        self._o = o
+        out, into = o.weight.shape
+        self._x = SecondMomentSums(into, device=o.weight.device)
+        self._cross = o.weight.new_zeros(into, out, dtype=torch.float64)  # of (x - shift) rᵀ
+        self._r = o.weight.new_zeros(out, dtype=torch.float64)
 
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add samples x [..., into] and y [..., out]."""
-        x, y = x.double().flatten(0, -2), y.double().flatten(0, -2)
-        self._count += len(x)
-        self._xx.addmm_(x.T, x)
-        self._xy.addmm_(x.T, y)
-        self._x += x.sum(0)
-        self._y += y.sum(0)
+        x = x.flatten(0, -2)
+        missing = wide(y.flatten(0, -2) - linear(self._o, x))
+        centred = self._x.add(x)
+        for rows, missed in zip(centred.split(ROWS), missing.split(ROWS), strict=True):
+            self._cross += rows.T @ missed
+            self._r += missed.sum(0)
 
     def centred(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Cov(x) [into, into], Cov(x, y) [into, out], mean of x [into], mean of y [out]."""
-        count = max(self._count, 1)
-        x, y = self._x / count, self._y / count
-        return self._xx / count - torch.outer(x, x), self._xy / count - torch.outer(x, y), x, y
+        """Cov(x) [into, into], Cov(x, r) [into, out], mean of x [into], mean of r [out]; on the CPU."""
+        r, cross = self._means()
+        cross = cross - torch.outer(self._x.shifted_mean().cpu(), r)
+        return self._x.covariance(), cross, self._x.mean(), r
 
-    def around(self, bias: Tensor) -> tuple[Tensor, Tensor]:
-        """E[x xᵀ] [into, into] and E[x (y - b)ᵀ] [into, out] for b [out]."""
-        count = max(self._count, 1)
-        return self._xx / count, (self._xy - torch.outer(self._x, bias)) / count
+    def uncentred(self) -> tuple[Tensor, Tensor]:
+        """E[x xᵀ] [into, into] and E[x rᵀ] [into, out], on the CPU."""
+        r, cross = self._means()
+        return self._x.second(), cross + torch.outer(self._x.shift.cpu(), r)
 
-    def loss(self, weight: Tensor, bias: Tensor) -> float:
-        """E|y - W x - b|² minus Var(y), which depends on neither W [out, into] nor b [out]."""
-        gram, cross, x, y = self.centred()
-        offset = (y - weight @ x - bias).square().sum()
-        return float(((weight @ gram) * weight).sum() - 2 * (weight.T * cross).sum() + offset)
+    def _means(self) -> tuple[Tensor, Tensor]:
+        """E[r] and E[(x - shift) rᵀ]."""
+        count = max(self._x.count, 1)
+        return (self._r / count).cpu(), (self._cross / count).cpu()
+
+def _loss(centred: tuple[Tensor, Tensor, Tensor, Tensor], change: Tensor, offset: Tensor) -> float:
+    """E|r - D x - e|² minus Var(r), which depends on neither D [out, into] nor e [out], from
+    `LeastSquares.centred`.
+    """
+    gram, cross, x, r = centred
+    constant = (r - change @ x - offset).square().sum()
+    return float(((change @ gram) * change).sum() - 2 * (change.T * cross).sum() + constant)
 
 
 def refit(o: Linear, train: LeastSquares, held_out: LeastSquares, *, fit_bias: bool = True) -> Linear:
@@ -67,30 +71,36 @@ def refit(o: Linear, train: LeastSquares, held_out: LeastSquares, *, fit_bias: b
 
     Args:
         o: the output projection W_O [hidden, H·width] with its bias, if any.
-        train: sums over training tokens.
-        held_out: sums over held-out tokens.
+        train: sums over training tokens, of `o`.
+        held_out: sums over held-out tokens, of `o`.
         fit_bias: whether b is fitted; otherwise it stays as it is.
     """
-    gram, cross, x, y = train.centred()
-    prior = o.weight.double()
-    given = torch.zeros_like(y) if o.bias is None else o.bias.double()
+    gram, cross, x, r = train.centred()
     if not fit_bias:
-        gram, cross = train.around(given)
-    residual = cross - gram @ prior.T  # [into, out]
+        gram, cross = train.uncentred()
     scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    best, least = o, held_out.loss(prior, given)
+    nothing, none = torch.zeros_like(cross.T), torch.zeros_like(r)
+    tested = held_out.centred()
+    best, least = o, _loss(tested, nothing, none)
     for ridge in (None, *RIDGES):
-        weight = prior
+        change = nothing
         if ridge is not None:
             ridged = gram.clone()
             ridged.diagonal().add_(ridge * scale)
             factor, failed = torch.linalg.cholesky_ex(ridged)
             if failed:
                 continue
-            weight = prior + torch.cholesky_solve(residual, factor).T
-        bias = y - weight @ x if fit_bias else given
-        loss = held_out.loss(weight, bias)
+            change = torch.cholesky_solve(cross, factor).T
+        offset = r - change @ x if fit_bias else none
+        loss = _loss(tested, change, offset)
         if loss < least:
-            stored = bias.to(o.weight.dtype) if fit_bias else o.bias
-            best, least = Linear(weight.to(o.weight.dtype), stored), loss
+            best, least = _changed(o, change, offset if fit_bias else None), loss
     return best
+
+
+def _changed(o: Linear, change: Tensor, offset: Tensor | None) -> Linear:
+    """W_O + D and b + e, in the dtype and on the device of `o`; None: b stays."""
+    weight = (o.weight.double().cpu() + change).to(o.weight)
+    if offset is None:
+        return Linear(weight, o.bias)
+    return Linear(weight, (offset if o.bias is None else o.bias.double().cpu() + offset).to(o.weight))

@@ -59,7 +59,7 @@ class TrainedStream:
         """Run the layer's attention on all windows and keep its output; `accumulator` gets the training
         windows.
         """
-        for batch in self._all(layer):
+        for batch in self._all():
             if accumulator is not None and batch.start in self.train:
                 inner = reference.normed(layer.attention_norm, self._trained[batch])
                 self._attended[batch] = accumulator.add(inner)
@@ -68,19 +68,19 @@ class TrainedStream:
 
     def advance(self, layer: Layer) -> None:
         """Advance the stream past the layer; `measure` or `attend` must have run its attention."""
-        for batch in self._all(layer):
+        for batch in self._all():
             self._trained[batch] = reference.run_block(
                 layer, self._trained[batch], _given(self._attended[batch])
             ).residual
 
-    def _all(self, layer: Layer) -> Iterator[slice]:
+    def _all(self) -> Iterator[slice]:
         """Batches of all windows; none contains both training and held-out windows."""
-        yield from self._batches(layer, self.train)
+        yield from self._batches(self.train)
         if self.held_out.start == self.train.stop:
-            yield from self._batches(layer, self.held_out)
+            yield from self._batches(self.held_out)
 
-    def _batches(self, layer: Layer, windows: range) -> Iterator[slice]:
-        return attention_windows.batches(windows, self._trained.shape[1], layer.attention.num_heads)
+    def _batches(self, windows: range) -> Iterator[slice]:
+        return attention_windows.batches(windows, self._trained.shape[1])
 
     def _heads(self, layer: Layer, x: Tensor) -> Tensor:
         """Concatenated head outputs [B, S, H·width] of a residual stream [B, S, hidden]."""
@@ -104,6 +104,8 @@ class Streams(TrainedStream):
     def __init__(self, decoder: Decoder, windows: Tensor) -> None:
         super().__init__(decoder, windows)
         self._converted = self._trained.clone()
+        # head outputs [N, S, H·width] on the converted stream that a refit has left for `advance_both`
+        self._converted_heads: Tensor | None = None
 
     def attention_error(self, converted: Layer) -> float:
         """Relative error of the converted attention's output on held-out windows of the trained stream.
@@ -111,7 +113,7 @@ class Streams(TrainedStream):
         The root of the error's power over the power of the trained output about its mean.
         """
         error = torch.zeros((), dtype=torch.float64)
-        for batch in self._batches(converted, self.held_out):
+        for batch in self._batches(self.held_out):
             difference = self._output(converted, self._trained[batch]) - self._attended[batch]
             error += difference.double().square().sum()
         target = self._attended[self.held_out.start :].double()
@@ -121,28 +123,35 @@ class Streams(TrainedStream):
     def refit(self, converted: Layer, *, fit_bias: bool = True) -> Linear:
         """Refit W_O so that the converted stream after attention comes close to the trained one.
 
-        A norm of the attention's output is not linear; before one, W_O is refitted to the trained output.
+        A norm of the attention's output is not linear; before one, W_O is refitted to the trained output. The
+        layer's head outputs, which do not depend on W_O, are kept for `advance_both`.
         """
-        out, into = converted.attention.o.weight.shape
-        factor = converted.residual_multiplier
-        train, held_out = LeastSquares(into, out), LeastSquares(into, out)
+        o, factor = converted.attention.o, converted.residual_multiplier
+        heads = self._trained.new_empty(*self._trained.shape[:2], o.weight.shape[1])
+        train, held_out = LeastSquares(o), LeastSquares(o)
         for sums, windows in ((train, self.train), (held_out, self.held_out)):
-            for batch in self._batches(converted, windows):
+            for batch in self._batches(windows):
                 target = self._attended[batch]
                 if converted.attention_output_norm is None:
                     target = (self._trained[batch] + factor * target - self._converted[batch]) / factor
-                sums.add(self._heads(converted, self._converted[batch]), target)
-        return refit(converted.attention.o, train, held_out, fit_bias=fit_bias)
+                heads[batch] = self._heads(converted, self._converted[batch])
+                sums.add(heads[batch], target)
+        self._converted_heads = heads
+        return refit(o, train, held_out, fit_bias=fit_bias)
 
     def advance_both(self, layer: Layer, converted: Layer) -> float:
         """Advance both streams past the layer; returns the relative error of the converted one on held-out
         windows.
+
+        After a `refit`, `converted` must be the layer that was refitted, with its new W_O.
         """
         self.advance(layer)
-        for batch in self._all(converted):
+        heads, self._converted_heads = self._converted_heads, None
+        for batch in self._all():
             attend = partial(attention_windows.attend, converted.attention)
-            output = reference.run_block(converted, self._converted[batch], attend)
-            self._converted[batch] = output.residual
+            if heads is not None:
+                attend = _given(reference.linear(converted.attention.o, heads[batch]))
+            self._converted[batch] = reference.run_block(converted, self._converted[batch], attend).residual
         target = self._trained[self.held_out.start :].double()
         error = (self._converted[self.held_out.start :] - target).square().sum()
         return float((error / target.square().sum().clamp_min(_TINY)).sqrt())

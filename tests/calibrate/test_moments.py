@@ -200,27 +200,24 @@ def test_constant_values_have_no_gain() -> None:
 def test_memory_grows_neither_with_batches_nor_with_the_square_of_the_window(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Size of the accumulator, and of the largest block of `head_outputs`."""
+    """Size of the accumulator, and of the largest block of probabilities."""
     attention = make_attention("llama")
     accumulator = MomentsAccumulator(attention)
 
-    def size() -> int:
-        return sum(value.numel() for value in vars(accumulator).values() if isinstance(value, Tensor))
+    def size(part: object) -> int:
+        if isinstance(part, Tensor):
+            return part.numel()
+        return sum(map(size, vars(part).values())) if hasattr(part, "__dict__") else 0
 
-    before = size()
+    accumulator.add(random_inputs(2, 16))
+    before = size(accumulator)
     for _ in range(3):
         accumulator.add(random_inputs(2, 16))
-    assert size() == before
-    largest = 0
-
-    def inspect(probabilities: Tensor, value: Tensor) -> None:
-        nonlocal largest
-        largest = max(largest, probabilities.numel())
-
+    assert size(accumulator) == before
     monkeypatch.setattr(windows, "SCORES", 4096)
     projected = windows.project(attention, random_inputs(1, 256))
-    windows.head_outputs(attention, projected, inspect)
-    assert largest <= 4096 < attention.num_heads * 256 * 256
+    blocks = [each.probabilities.numel() for each in windows.probability_blocks(attention, projected)]
+    assert max(blocks) <= 4096 < sum(blocks)
 
 
 def test_no_tokens_give_finite_moments() -> None:
@@ -231,9 +228,7 @@ def test_no_tokens_give_finite_moments() -> None:
 
 
 def test_batches_cover_every_window_once() -> None:
-    for count, length, heads in ((96, 256, 32), (5, 16, 4), (1, 4096, 32), (7, 2048, 8)):
-        slices = list(windows.batches(range(2, count + 2), length, heads))
+    for count, length in ((96, 256), (5, 16), (1, 4096), (7, 2048)):
+        slices = list(windows.batches(range(2, count + 2), length))
         assert [i for each in slices for i in range(each.start, each.stop)] == list(range(2, count + 2))
-        assert all(
-            (s.stop - s.start) * heads * length**2 <= windows.SCORES or s.stop - s.start == 1 for s in slices
-        )
+        assert all((s.stop - s.start) * length <= windows.TOKENS or s.stop - s.start == 1 for s in slices)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from kvexport.convert.refit import RIDGES, LeastSquares, refit
+from kvexport.convert.refit import RIDGES, LeastSquares, _loss, refit
 from kvexport.model.decoder import Linear
 
 
-def sums(x: Tensor, y: Tensor) -> LeastSquares:
-    least_squares = LeastSquares(x.shape[-1], y.shape[-1])
+def sums(o: Linear, x: Tensor, y: Tensor) -> LeastSquares:
+    least_squares = LeastSquares(o)
     least_squares.add(x, y)
     return least_squares
 
@@ -43,7 +43,7 @@ class Problem:
         return x, x @ self.weight.T + self.bias + self.noise * self.random(count, len(self.bias))
 
     def refit(self) -> Linear:
-        return refit(self.o, sums(self.x, self.y), sums(self.held_x, self.held_y))
+        return refit(self.o, sums(self.o, self.x, self.y), sums(self.o, self.held_x, self.held_y))
 
 
 def ridge_solution(problem: Problem, ridge: float) -> Linear:
@@ -109,8 +109,8 @@ def test_a_fixed_bias_stays_and_w_o_is_the_best_for_it(seed: int, has_bias: bool
     problem.o = Linear(problem.o.weight, given)
     refitted = refit(
         problem.o,
-        sums(problem.x, problem.y),
-        sums(problem.held_x, problem.held_y),
+        sums(problem.o, problem.x, problem.y),
+        sums(problem.o, problem.held_x, problem.held_y),
         fit_bias=False,
     )
     assert refitted.bias is given
@@ -137,6 +137,8 @@ def test_w_o_is_recovered_from_exact_heads() -> None:
 def test_keeps_the_dtype() -> None:
     problem = Problem(3)
     problem.o = Linear(problem.o.weight.float(), problem.o.bias.float())
+    problem.x, problem.y = problem.x.float(), problem.y.float()
+    problem.held_x, problem.held_y = problem.held_x.float(), problem.held_y.float()
     refitted = problem.refit()
     assert refitted.weight.dtype == torch.float32
     assert refitted.bias is not None
@@ -145,21 +147,21 @@ def test_keeps_the_dtype() -> None:
 
 def test_sums_do_not_depend_on_batches() -> None:
     problem = Problem(4)
-    parts = LeastSquares(12, 5)
+    parts = LeastSquares(problem.o)
     for x, y in zip(problem.x.split(7), problem.y.split(7), strict=True):
         parts.add(x[None], y[None])
-    for actual, expected in zip(parts.centred(), sums(problem.x, problem.y).centred(), strict=True):
+    for actual, expected in zip(parts.centred(), sums(problem.o, problem.x, problem.y).centred(), strict=True):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
 def test_loss_is_the_squared_error_minus_a_constant() -> None:
     problem = Problem(5)
-    moments = sums(problem.x, problem.y)
-    variance = float(problem.y.var(0, correction=0).sum())
+    moments = sums(problem.o, problem.x, problem.y)
+    missed = problem.y - torch.nn.functional.linear(problem.x, problem.o.weight, problem.o.bias)
+    variance = float(missed.var(0, correction=0).sum())
     for o in (problem.o, Linear(problem.weight, problem.bias)):
-        assert moments.loss(o.weight, o.bias) + variance == pytest.approx(
-            loss(o, problem.x, problem.y), rel=1e-9
-        )
+        measured = _loss(moments.centred(), o.weight - problem.o.weight, o.bias - problem.o.bias)
+        assert measured + variance == pytest.approx(loss(o, problem.x, problem.y), rel=1e-9)
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2])
