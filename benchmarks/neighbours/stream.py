@@ -80,7 +80,5 @@ class Stream:
     def advance(self, layer: Layer, attend: Attend | None = None) -> None:
         """Take the stream past the layer in place, with `attend` for its attention if that is given."""
         attend = attend or partial(attention_windows.attend, layer.attention)
-        for batch in attention_windows.batches(
-            range(len(self.x)), self.x.shape[1], layer.attention.num_heads
-        ):
+        for batch in attention_windows.batches(range(len(self.x)), self.x.shape[1]):
             self.x[batch] = reference.run_block(layer, self.x[batch], attend).residual

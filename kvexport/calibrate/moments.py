@@ -100,7 +100,7 @@ class MomentsAccumulator:
         first, which does not change v_n - o and avoids cancellation in float32.
         """
         attention, value = self._attention, wide(projected.value)
-        batch, groups, length, width = value.shape
+        batch, length, width = len(value), *value.shape[2:]
         queries = attention.queries_per_kv_head
         mean = value.mean(2, keepdim=True)
         centred = value - mean

@@ -48,13 +48,15 @@ def head_outputs(attention: Attention, projected: Projected) -> Tensor:
         projected: its queries, keys and values on whole windows.
     """
     value = projected.value
-    mixed = value.new_empty(len(value), value.shape[2], attention.num_heads, value.shape[3])  # [B, S, H, width]
+    batch, _, length, width = value.shape
+    mixed = value.new_empty(batch, length, attention.num_heads, width)
     if attention.softcap is None:
         _fused(attention, projected, mixed)
     else:  # fused attention has no softcap
         for block in probability_blocks(attention, projected):
             heads = block.probabilities @ value[block.windows, :, block.visible]
-            mixed[block.windows, block.rows] = heads.unflatten(2, (-1, block.count)).flatten(1, 2).transpose(1, 2)
+            heads = heads.unflatten(2, (attention.queries_per_kv_head, -1)).flatten(1, 2)  # [b, H, M, width]
+            mixed[block.windows, block.rows] = heads.transpose(1, 2)
     if attention.value_map is not None:
         by_head = mixed.flatten(0, 1).transpose(0, 1)  # [H, B·S, value_dim]
         mixed = (by_head @ attention.value_map).transpose(0, 1).unflatten(0, mixed.shape[:2])
@@ -101,11 +103,6 @@ class ProbabilityBlock:
     rows: slice
     visible: slice
     probabilities: Tensor
-
-    @property
-    def count(self) -> int:
-        """M."""
-        return self.rows.stop - self.rows.start
 
 
 def probability_blocks(attention: Attention, projected: Projected) -> Iterator[ProbabilityBlock]:

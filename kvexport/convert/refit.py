@@ -54,6 +54,7 @@ class LeastSquares:
         count = max(self._x.count, 1)
         return (self._r / count).cpu(), (self._cross / count).cpu()
 
+
 def _loss(centred: tuple[Tensor, Tensor, Tensor, Tensor], change: Tensor, offset: Tensor) -> float:
     """E|r - D x - e|² minus Var(r), which depends on neither D [out, into] nor e [out], from
     `LeastSquares.centred`.

@@ -148,8 +148,9 @@ class Streams(TrainedStream):
         self.advance(layer)
         heads, self._converted_heads = self._converted_heads, None
         for batch in self._all():
-            attend = partial(attention_windows.attend, converted.attention)
-            if heads is not None:
+            if heads is None:
+                attend: Callable[[Tensor], Tensor] = partial(attention_windows.attend, converted.attention)
+            else:
                 attend = _given(reference.linear(converted.attention.o, heads[batch]))
             self._converted[batch] = reference.run_block(converted, self._converted[batch], attend).residual
         target = self._trained[self.held_out.start :].double()

@@ -150,7 +150,9 @@ def test_sums_do_not_depend_on_batches() -> None:
     parts = LeastSquares(problem.o)
     for x, y in zip(problem.x.split(7), problem.y.split(7), strict=True):
         parts.add(x[None], y[None])
-    for actual, expected in zip(parts.centred(), sums(problem.o, problem.x, problem.y).centred(), strict=True):
+    for actual, expected in zip(
+        parts.centred(), sums(problem.o, problem.x, problem.y).centred(), strict=True
+    ):
         torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
 
 
@@ -171,3 +173,20 @@ def test_very_few_tokens_give_no_nan(tokens: int) -> None:
     refitted = problem.refit()
     assert bool(refitted.weight.isfinite().all())
     assert bool(refitted.bias.isfinite().all())
+
+
+def test_float32_sums_refit_as_float64_does() -> None:
+    """The loss that is left differs by less than 1e-5 of what the refit gains."""
+    problem = Problem(7, tokens=3000, into=48, out=24, noise=0.05)
+    wide = problem.refit()
+    narrow = Problem(7, tokens=3000, into=48, out=24, noise=0.05)
+    narrow.o = Linear(problem.o.weight.float(), problem.o.bias.float())
+    narrow.x, narrow.y, narrow.held_x, narrow.held_y = (
+        each.float() for each in (problem.x, problem.y, problem.held_x, problem.held_y)
+    )
+    refitted = narrow.refit()
+    before, after, other = (
+        loss(Linear(o.weight.double(), o.bias.double()), problem.held_x, problem.held_y)
+        for o in (problem.o, wide, refitted)
+    )
+    assert abs(other - after) < 1e-5 * (before - after)
