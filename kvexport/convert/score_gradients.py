@@ -48,7 +48,7 @@ class ScoreGradients:
             Gradients with respect to the output of its attention after `o`, [draws, N, S, hidden].
         """
         at_attention = torch.empty_like(self._gradients)
-        for batch in attention_windows.batches(range(len(x)), x.shape[1], layer.attention.num_heads):
+        for batch in attention_windows.batches(range(len(x)), x.shape[1]):
             before = x[batch].clone().requires_grad_()
             recorded: list[Tensor] = []
             attend = partial(_recording, layer.attention, recorded.append)

@@ -188,11 +188,13 @@ def test_refit_reduces_the_residual_error() -> None:
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa", "bloom", "qwen3"])
-@pytest.mark.parametrize("scores", [1 << 20, 2000])
+@pytest.mark.parametrize("small", [False, True])
 def test_saved_statistics_give_bit_identical_weights(
-    style: str, scores: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    style: str, small: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(windows, "SCORES", scores)  # 2000: blocks of rows and several batches
+    if small:  # blocks of rows and several batches
+        monkeypatch.setattr(windows, "SCORES", 400)
+        monkeypatch.setattr(windows, "TOKENS", 3 * 24)
     decoder = make_decoder(style, dtype=torch.float32)
     tokens, kv_heads = random_windows(decoder, 9, 24), decoder.layers[0].attention.num_kv_heads // 2
     writer = StatisticsWriter(tmp_path, StatisticsSource("digest", "model", recipe_for("random"), 24))
@@ -236,6 +238,7 @@ def test_conversion_does_not_depend_on_batching(style: str, monkeypatch: pytest.
     tokens, kv_heads = random_windows(decoder, 10, 16), decoder.layers[0].attention.num_kv_heads // 2
     whole = list(plain(decoder, tokens, kv_heads, "online"))
     monkeypatch.setattr(windows, "SCORES", 3 * 4 * 16)
+    monkeypatch.setattr(windows, "TOKENS", 3 * 16)
     in_blocks = list(plain(decoder, tokens, kv_heads, "online"))
     for a, b in zip(whole, in_blocks, strict=True):
         assert b.report.residual_error == pytest.approx(a.report.residual_error, rel=1e-6)
@@ -395,3 +398,28 @@ def test_last_eighth_is_held_out_and_a_single_window_serves_both() -> None:
         assert list(streams.train) == train
         assert list(streams.held_out) == held_out
         assert int(streams.measure(decoder.layers[0]).tokens) == 4 * len(train)
+
+
+@torch.no_grad()
+def test_the_attention_of_a_refitted_layer_runs_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head outputs of the refit advance the converted stream as the refitted layer itself does."""
+    decoder = make_decoder("llama", layers=1)
+    tokens, layer, runs = random_windows(decoder, 9, 12), decoder.layers[0], []
+    attention = dataclasses.replace(
+        layer.attention, v=Linear(0.5 * layer.attention.v.weight), o=layer.attention.o
+    )
+    converted = dataclasses.replace(layer, attention=attention)
+    streams = Streams(decoder, tokens)
+    streams.attend(layer)
+    refitted = dataclasses.replace(
+        converted, attention=dataclasses.replace(attention, o=streams.refit(converted))
+    )
+    assert not torch.equal(refitted.attention.o.weight, attention.o.weight)
+    head_outputs = windows.head_outputs
+    monkeypatch.setattr(windows, "head_outputs", lambda *given: runs.append(1) or head_outputs(*given))
+    streams.advance_both(layer, refitted)
+    assert not runs
+    expected = reference.embed(decoder.embedding, tokens)
+    windows.advance(refitted, expected)
+    found = torch.cat([pair[1] for pair in streams.held_out_pairs(tokens)])
+    torch.testing.assert_close(found, expected[-1:], rtol=1e-12, atol=1e-12)
