@@ -12,25 +12,18 @@ from torch import Tensor
 from kvexport.analyze.maps import CODING, AttentionMaps, MapRecorder, packed, parse_pairs
 from kvexport.analyze.sample import shown_window, token_texts
 from kvexport.analyze.spectra import ENERGIES, SHARES, LayerSpectra, SpectraStream, Spectrum
-from kvexport.build.conversion_job import fitted_recipe, sequence_capacity, warn_about_little_text
+from kvexport.build.conversion_job import ConversionJob
 from kvexport.build.options import BuildOptions
 from kvexport.bundle.layer_report import LayerReport
-from kvexport.calibrate import calibration_windows
 from kvexport.convert import (
     ConvertedLayer,
     LayerPlan,
     LayerSensitivity,
     convert,
-    methods_for,
-    plan_compression,
-    require_ratio,
 )
-from kvexport.model.architecture import read_architecture
-from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder
 from kvexport.model.divergence import Divergence
-from kvexport.model.loader import load_decoder
-from kvexport.model.placement import device_computation, place, resolve_device
+from kvexport.model.placement import device_computation
 from kvexport.progress import Progress
 from kvexport.version import __version__
 
@@ -173,7 +166,7 @@ def analyze(
 
     Args:
         checkpoint: directory of the checkpoint.
-        plan: the conversion, with its calibration recipe.
+        plan: the conversion, with its calibration recipe or statistics.
         progress: shows the stages.
         text: file whose first `tokens` tokens are the window of the attention maps; None: text sampled by the
             model.
@@ -184,36 +177,34 @@ def analyze(
         UsageError: the checkpoint, the recipe, the conversion or the pairs are invalid.
         CannotRunHere: the model does not fit into memory to sample text, or PyTorch cannot use the device.
     """
-    device = resolve_device(plan.device)
-    source = Checkpoint(checkpoint)
-    capacity = sequence_capacity(read_architecture(source.config).max_positions)
-    decoder = place(load_decoder(source, context=capacity), device)
-    recipe = fitted_recipe(plan.recipe, decoder, progress)
-    attention = decoder.layers[0].attention
-    methods = methods_for(plan.method, attention)
-    require_ratio(plan.request, methods, attention)  # before any work
+    job = ConversionJob(checkpoint, None, plan, progress, all_text=True)
+    job.check_ratio()
     if pairs is not None:
         parse_pairs(pairs, tokens)  # before any work
-    sampled = recipe.source == "self"
-    with progress.stage("Sampling calibration text" if sampled else "Reading calibration text", 0):
-        windows = calibration_windows(decoder, checkpoint, recipe, progress.advance)
-        window = shown_window(decoder, checkpoint, text, tokens, recipe, windows, progress.advance)
-    warn_about_little_text(windows, attention.k.weight.shape[0], progress)
+    job.plan_progress(("text", "analysis", "trials", "convert"))
+    windows, decoder = job.calibrate(), job.placed
+    with progress.stage("Reading the text to show", 0):
+        window = shown_window(
+            decoder, checkpoint, text, tokens, job.options.recipe, windows, progress.advance
+        )
+    attention = decoder.layers[0].attention
     facts = Facts(
         name=checkpoint.resolve().name,
-        model_type=str(source.config["model_type"]),
+        model_type=str(job.checkpoint.config["model_type"]),
         layers=len(decoder.layers),
         attention_heads=attention.num_heads,
         kv_heads=attention.num_kv_heads,
         head_dim=attention.head_dim,
-        calibration=recipe.to_json(),
+        calibration=job.calibration_record(),
         calibration_tokens=windows.numel(),
     )
+    del attention  # its layer need not stay in memory
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
-    compression_plan = plan_compression(decoder, windows, plan.request, methods, None, capacity, progress)
-    conversion = convert(decoder, windows, compression_plan.layer_plans, capacity=capacity)
-    layers, maps = compare(decoder, windows, conversion, window, progress)
+    compression_plan = job.plan_compression(windows)
+    conversion = convert(decoder, windows, compression_plan.layer_plans, job.moments_of(), job.capacity)
+    with job.timed("convert"):
+        layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
     sensitivity = None
     if compression_plan.layers:

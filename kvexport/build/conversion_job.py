@@ -84,16 +84,19 @@ class ConversionJob:
     def __init__(
         self,
         checkpoint: Path,
-        output: Path,
+        output: Path | None,
         options: BuildOptions,
         progress: Progress,
         capacity: int | None = None,
+        *,
+        all_text: bool = False,
     ) -> None:
         """Read the checkpoint, and check the options against the model.
 
         Args:
-            output: where the result will be written; healing keeps its state beside it.
+            output: where the result will be written; healing keeps its state beside it. None: nowhere.
             capacity: default: the model's maximum, at most 4096.
+            all_text: whether the whole calibration text is needed even if nothing is compressed.
 
         Raises:
             CheckpointError: the checkpoint is not a readable decoder of a supported family.
@@ -123,12 +126,12 @@ class ConversionJob:
         self.methods = methods_for(BEST if copies else options.method, attention)
         self.compresses = fixed_shape(options.request, self.methods, attention) != trained_shape(attention)
         self._check_healing()
-        if not self.compresses:  # the text is for validation and the self-test only
+        if not self.compresses and not all_text:  # the text is for validation and the self-test only
             recipe = self.options.recipe
             samples = min(recipe.samples, max(1, TOKENS // recipe.length))
             self.options = replace(self.options, recipe=replace(recipe, samples=samples))
         self._open_saved_stages()
-        self._healing_state = Path(f"{output.resolve()}.healing")
+        self._healing_state = None if output is None else Path(f"{output.resolve()}.healing")
 
     def _open_saved_stages(self) -> None:
         """Find the stages that are finished: in the statistics that the user gives, else in the cache."""
@@ -244,16 +247,17 @@ class ConversionJob:
         saved = self._statistics
         return saved.moments if saved is not None and saved.has_moments(len(self.decoder.layers)) else None
 
-    def plan_compression(self, windows: Tensor) -> CompressionPlan:
+    def plan_compression(self, windows: Tensor, folder: Path | None = None) -> CompressionPlan:
         """Choose the method and the shape of each layer, by its sensitivity if the request leaves a choice.
 
         Args:
             windows: calibration windows [N, length] int64.
+            folder: for temporary files [default: the system's temporary folder].
         """
         request, attention = self.options.request, self.decoder.layers[0].attention
         sizes = sizes_to_analyze(request, self.methods, attention)
         del attention  # its layer need not stay in memory
-        layers = self._sensitivity(windows, sizes) if sizes else []
+        layers = self._sensitivity(windows, sizes, folder) if sizes else []
         with self.timed("trials") if self._tries else nullcontext():
             return plan_compression(
                 self.placed,
@@ -302,7 +306,9 @@ class ConversionJob:
         )
         self.progress.plan({part: times[part] for part in parts if part not in skipped})
 
-    def _sensitivity(self, windows: Tensor, sizes: Sequence[int]) -> list[LayerSensitivity]:
+    def _sensitivity(
+        self, windows: Tensor, sizes: Sequence[int], folder: Path | None
+    ) -> list[LayerSensitivity]:
         """Sensitivity of each layer for the job's methods and at least these group sizes."""
         attention = self.decoder.layers[0].attention
         if not set(sizes) <= set(
@@ -317,16 +323,20 @@ class ConversionJob:
                     moments_of=self.moments_of(),
                     capacity=self.capacity,
                     progress=self.progress,
+                    folder=folder,
                 )
-        return [of_methods(layer, self.methods) for layer in self.analyze(windows)]
+        return [of_methods(layer, self.methods) for layer in self.analyze(windows, folder)]
 
-    def analyze(self, windows: Tensor, writer: StatisticsWriter | None = None) -> list[LayerSensitivity]:
+    def analyze(
+        self, windows: Tensor, folder: Path | None, writer: StatisticsWriter | None = None
+    ) -> list[LayerSensitivity]:
         """Sensitivity of each layer for all methods and group sizes, saved or analysed now.
 
         It does not depend on the requested size of the cache, so that one analysis serves every request.
 
         Args:
             windows: calibration windows [N, length] int64.
+            folder: for temporary files; None: the system's temporary folder.
             writer: receives moments and sensitivities.
         """
         count, saved = len(self.decoder.layers), self._statistics
@@ -342,13 +352,13 @@ class ConversionJob:
             writers: list[StatisticsWriter | CacheWriter] = [] if writer is None else [writer]
             if self._cache is not None:
                 writers.append(stack.enter_context(self._cache.writer(windows, count)))
-            layers = self._analyze(windows, writers)
+            layers = self._analyze(windows, folder, writers)
         if self._cache is not None:
             self._statistics = self._cache.find()  # the conversion reads the moments
         return layers
 
     def _analyze(
-        self, windows: Tensor, writers: Sequence[StatisticsWriter | CacheWriter]
+        self, windows: Tensor, folder: Path | None, writers: Sequence[StatisticsWriter | CacheWriter]
     ) -> list[LayerSensitivity]:
         def save_moments(index: int, moments: Moments) -> None:
             for writer in writers:
@@ -366,6 +376,7 @@ class ConversionJob:
             save_moments=save_moments,
             capacity=self.capacity,
             progress=self.progress,
+            folder=folder,
         )
         for index, layer in enumerate(layers):
             for writer in writers:
@@ -456,7 +467,8 @@ class ConversionJob:
             healed = heal(
                 self.placed, converted, fitted, watched, options, self.progress, self._healing_state
             )
-        self._healing_state.unlink(missing_ok=True)
+        if self._healing_state is not None:
+            self._healing_state.unlink(missing_ok=True)
         return healed
 
 

@@ -74,7 +74,7 @@ def build(
 
         job.plan_progress(_BUILD_STAGES)
         windows = job.calibrate()
-        plan = hooks.plan(job.plan_compression(windows))
+        plan = hooks.plan(job.plan_compression(windows, writer.directory))
         with TemporaryDirectory(dir=writer.directory, prefix="layers.") as layer_folder:
             export = BundleExport(writer, job, windows, eviction, Path(layer_folder), hooks)
             report = job.convert(windows, plan, export.add_layer)
@@ -181,7 +181,7 @@ def calibrate(
         windows = job.calibrate()
         writer = StatisticsWriter(directory, job.statistics_source())
         writer.save_tokens(windows)
-        job.analyze(windows, writer)
+        job.analyze(windows, directory, writer)
         writer.finish()
     return windows.numel()
 

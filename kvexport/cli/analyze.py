@@ -13,8 +13,10 @@ from kvexport.cli.conversion import (
     cache_options,
     calibration_options,
     method_option,
+    no_cache_option,
     output_option,
     shape_options,
+    statistics_option,
 )
 from kvexport.convert.method_names import BEST
 
@@ -26,6 +28,8 @@ from kvexport.convert.method_names import BEST
 @cache_options
 @shape_options
 @calibration_options
+@statistics_option
+@no_cache_option
 @click.option(
     "--text",
     type=click.Path(path_type=Path),

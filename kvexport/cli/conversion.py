@@ -81,6 +81,12 @@ def _calibration_options(default_samples: str) -> Callable[[F], F]:
 
 calibration_options = _calibration_options("96")
 
+statistics_option = click.option(
+    "--statistics",
+    type=click.Path(path_type=Path),
+    help="Statistics from `kvexport calibrate`, in place of calibration text.",
+)
+
 no_cache_option = click.option(
     "--no-cache",
     is_flag=True,
@@ -105,11 +111,7 @@ cache_options = _group(
 conversion_options = _group(
     cache_options,
     _calibration_options(f"96; {_HEAL_SAMPLES} with --heal"),
-    click.option(
-        "--statistics",
-        type=click.Path(path_type=Path),
-        help="Statistics from `kvexport calibrate`, in place of calibration text.",
-    ),
+    statistics_option,
     no_cache_option,
     click.option(
         "--heal",

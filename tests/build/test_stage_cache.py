@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from kvexport.analyze import analyze
 from kvexport.build import BuildHooks, BuildOptions, BuildReport, build, calibrate, compress, conversion_job
 from kvexport.calibrate import recipe_for
 from kvexport.convert import CompressionRequest
@@ -149,6 +150,7 @@ def test_a_killed_process_leaves_what_it_finished(
     script = """
 import os, sys
 from pathlib import Path
+from kvexport.analyze import analyze
 from kvexport.build import BuildHooks, BuildOptions, build
 from kvexport.calibrate import recipe_for
 from kvexport.progress import Progress
@@ -180,6 +182,28 @@ def test_calibrate_and_compress_use_the_same_entry(
     for name in ("one", "other"):
         compress(source, tmp_path / name, options, Progress())
     assert work == [TEXT, ANALYSIS, TEXT]  # of another capacity
+
+
+def test_analyze_uses_the_entry_of_a_build_and_statistics(
+    source: Path, tmp_path: Path, build_cache: Path, work: list[str]
+) -> None:
+    alone = analyze(source, BuildOptions(RECIPE), Progress(), tokens=8).to_json()
+    calibrate(source, tmp_path / "statistics", RECIPE, Progress(), cache=build_cache)
+    del work[:]
+    for options in (
+        BuildOptions(RECIPE, cache=build_cache),
+        BuildOptions(RECIPE, statistics=tmp_path / "statistics"),
+    ):
+        saved = analyze(source, options, Progress(), tokens=8).to_json()
+        del saved["model"]["calibration"]  # with statistics it has their sha256
+        assert saved == alone | {"model": saved["model"]}
+    assert not work
+
+
+def test_analyze_measures_all_text_of_a_model_that_is_not_compressed(source: Path) -> None:
+    options = BuildOptions(recipe_for("random", 100, 64), CompressionRequest(kv_ratio=1))
+    assert analyze(source, options, Progress(), tokens=8).facts.calibration_tokens == 6400
+    assert len(conversion_job.ConversionJob(source, None, options, Progress()).calibrate()) == 64  # control
 
 
 def test_no_analysis_is_made_for_the_cache_alone(

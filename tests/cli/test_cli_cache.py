@@ -56,7 +56,7 @@ def test_lists_damaged_entries(build_cache: Path, content: str | None) -> None:
     assert json.loads(cli("cache", "--clean", "--json"))["entries"] == []
 
 
-@pytest.mark.parametrize("command", ["build", "compress", "calibrate"])
+@pytest.mark.parametrize("command", ["build", "compress", "calibrate", "analyze"])
 def test_no_cache_keeps_nothing(
     command: str, tiny_checkpoint: Any, tmp_path: Path, build_cache: Path
 ) -> None:
