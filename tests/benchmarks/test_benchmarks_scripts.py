@@ -64,14 +64,22 @@ def test_cache_write(run: Run, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_convert_memory(run: Run, tmp_path: Path) -> None:
-    output = tmp_path / "record.json"
-    arguments = (tmp_path / "work", "--layers", 1, "--hidden", 64, "--samples", 2, "--dtype", "float32")
-    run("convert_memory", *arguments, "--output", output)
+def test_build_cost(run: Run, tmp_path: Path) -> None:
+    output, folder = tmp_path / "record.json", tmp_path / "work"
+    shape = {"hidden": 64, "intermediate": 96, "vocab": 320}
+    arguments = (folder, "--samples", 8, "--threads", 1, "--output", output, "--only", "llama-1", "llama-2")
+    _, printed = run("build_cost", *arguments, LAYERS=(1, 2), SHAPE=shape)
     record = json.loads(output.read_text())
-    assert record["proved"] is True and record["peak_resident_bytes"] > 10_000_000
-    assert record["parameters"] == 2 * 32000 * 64 + 4 * 64 * 64 + 3 * 64 * 4480 + 3 * 64
-    assert list((tmp_path / "work").iterdir()) == []
+    assert list(record["cases"]) == ["llama-1", "llama-2"]
+    assert list(record["cost_per_layer"]) == ["1 to 2 layers"]
+    for case in record["cases"].values():
+        assert len(case["forward_pass_seconds"]) == 3
+        first, second = case["builds"].values()
+        assert "analysis" in first["seconds_by_stage"] and "analysis" not in second["seconds_by_stage"]
+        assert 0 < max(first["peak_resident_bytes_by_stage"].values()) == first["peak_resident_bytes"]
+        assert first["kl_on_held_out_calibration_text"] < second["kl_on_held_out_calibration_text"]
+    assert "llama-2 at 0.25: " in printed
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.slow

@@ -1,0 +1,253 @@
+"""Measure seconds and peak memory of `kvexport build` by stage, beside a forward pass of transformers.
+
+Builds llamas with random weights of 8, 16 and 32 layers of one shape, calibrated with random tokens, one of
+1.1 billion parameters, and any checkpoints that are given, with their default calibration. Each is built
+twice: at half of the KV cache, and then at a quarter, which reuses the saved analysis. Every build, and every
+forward pass of transformers over as many tokens as the build calibrates on, runs in a process of its own;
+forward passes before, between and after the builds show the spread of the machine. Writes
+benchmarks/results/build_cost.json.
+
+    python benchmarks/build_cost.py FOLDER --checkpoint SmolLM2-135M-Instruct
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import psutil
+from random_llama import write_checkpoint
+
+import kvexport
+from kvexport.progress import Progress
+
+RECORD = Path(__file__).parent / "results" / "build_cost.json"
+LAYERS = (8, 16, 32)
+SHAPE = {"hidden": 512, "intermediate": 1408, "vocab": 8192}
+LARGE = {"layers": 22, "hidden": 2048, "intermediate": 4480, "vocab": 32000}  # 1.1e9 parameters
+RATIOS = (0.5, 0.25)
+_SAMPLING_SECONDS = 0.02
+_BATCH = 8  # windows of a forward pass
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("folder", type=Path, help="work folder; needs about 10 GB, and is empty afterwards")
+    parser.add_argument(
+        "--checkpoint", type=Path, action="append", default=[], help="a checkpoint to build as well"
+    )
+    parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [default: 2]")
+    parser.add_argument(
+        "--samples", type=int, default=96, help="calibration windows of 256 tokens [default: 96]"
+    )
+    parser.add_argument("--only", nargs="*", metavar="NAME", help="cases to measure [default: all]")
+    parser.add_argument("--output", type=Path, default=RECORD, help="file of the record")
+    parser.add_argument("--work", help=argparse.SUPPRESS)  # one process of the benchmark
+    arguments = parser.parse_args()
+    if arguments.work is not None:
+        print(json.dumps(work(json.loads(arguments.work))))
+        return
+    record: dict[str, Any] = {
+        "kvexport": kvexport.__version__,
+        "machine": machine(arguments.threads),
+        "cases": {},
+    }
+    if arguments.output.exists() and arguments.only is not None:
+        record["cases"] = json.loads(arguments.output.read_text(encoding="utf-8"))["cases"]
+    for name, shape, source in cases(arguments):
+        if arguments.only is None or name in arguments.only:
+            record["cases"][name] = measure(arguments, shape, source)
+            record["cost_per_layer"] = cost_per_layer(record["cases"])
+            arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+            say(name, record["cases"][name])
+    print(json.dumps(record["cost_per_layer"], indent=1))
+
+
+def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, int] | None, Path]]:
+    """Name, shape of a random llama or None, and folder of the checkpoint, of each model."""
+    for layers in LAYERS:
+        yield f"llama-{layers}", {"layers": layers, **SHAPE}, arguments.folder / "random"
+    yield "llama-1.1b", LARGE, arguments.folder / "random"
+    for checkpoint in arguments.checkpoint:
+        yield checkpoint.name, None, checkpoint
+
+
+def measure(arguments: argparse.Namespace, shape: dict[str, int] | None, source: Path) -> dict[str, Any]:
+    """Build one model at every ratio, with forward passes before, between and after."""
+    folder: Path = arguments.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    parameters = None if shape is None else write_checkpoint(source, **shape)
+    common = {
+        "checkpoint": str(source),
+        "samples": arguments.samples,
+        "calibration": "random" if shape else None,
+        "cache": str(folder / "cache"),
+        "bundle": str(folder / "bundle"),
+        "threads": arguments.threads,
+    }
+    try:
+        forwards = [in_process(common | {"job": "forward"})]
+        builds = {}
+        for ratio in RATIOS:
+            builds[f"{ratio:g}"] = in_process(common | {"job": "build", "ratio": ratio})
+            forwards.append(in_process(common | {"job": "forward"}))
+    finally:
+        shutil.rmtree(folder / "cache", ignore_errors=True)
+        if shape is not None:
+            shutil.rmtree(source)
+    passed = statistics.median(each["seconds"] for each in forwards)
+    for build in builds.values():
+        build["forward_passes"] = round(build["seconds"] / passed, 2)
+    return {
+        "shape": shape,
+        "parameters": parameters,
+        "forward_pass_seconds": [each["seconds"] for each in forwards],
+        "builds": builds,
+    }
+
+
+def cost_per_layer(cases: dict[str, Any]) -> dict[str, float]:
+    """Seconds that a layer adds to the first build, between the numbers of layers that were measured."""
+    seconds = {
+        layers: cases[f"llama-{layers}"]["builds"][f"{RATIOS[0]:g}"]["seconds"]
+        for layers in LAYERS
+        if f"llama-{layers}" in cases
+    }
+    pairs = zip(list(seconds), list(seconds)[1:], strict=False)
+    return {
+        f"{fewer} to {more} layers": round((seconds[more] - seconds[fewer]) / (more - fewer), 3)
+        for fewer, more in pairs
+    }
+
+
+def in_process(task: dict[str, Any]) -> dict[str, Any]:
+    """Run one task of `work` in a process of its own."""
+    environment = os.environ | {"OMP_NUM_THREADS": str(task["threads"]), "KVEXPORT_CACHE": task["cache"]}
+    command = [sys.executable, __file__, "FOLDER", "--work", json.dumps(task)]
+    output = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True, env=environment).stdout
+    result: dict[str, Any] = json.loads(output)
+    return result
+
+
+def work(task: dict[str, Any]) -> dict[str, Any]:
+    """One task, in this process."""
+    import torch
+
+    torch.set_num_threads(task["threads"])
+    return build(task) if task["job"] == "build" else forward(task)
+
+
+def build(task: dict[str, Any]) -> dict[str, Any]:
+    """Build a bundle as the command line does; seconds and peak resident bytes, by stage and in all."""
+    from kvexport.build import build as build_bundle
+    from kvexport.cli.conversion import build_options
+
+    unset = dict.fromkeys(("length", "seed", "statistics", "kv_heads", "heal", "heal_lora"))
+    options = build_options(
+        unset
+        | {
+            "kv_ratio": task["ratio"],
+            "calibration": task["calibration"],
+            "samples": task["samples"],
+            "dtype": "float16",
+            "no_cache": False,
+        }
+    )
+    meter = MemoryMeter()
+    start = time.perf_counter()
+    with meter.running():
+        report = build_bundle(Path(task["checkpoint"]), Path(task["bundle"]), options, meter, force=True)
+    seconds = time.perf_counter() - start
+    shutil.rmtree(task["bundle"])
+    assert report.divergence is not None
+    return {
+        "seconds": round(seconds, 1),
+        "seconds_by_stage": report.seconds,
+        "peak_resident_bytes": max(meter.peaks.values()),
+        "peak_resident_bytes_by_stage": meter.peaks,
+        "kl_on_held_out_calibration_text": report.divergence.mean_kl,
+    }
+
+
+class MemoryMeter(Progress):
+    """Samples the resident memory of this process while stages run.
+
+    Attributes:
+        peaks: largest resident memory of each stage in bytes, by its name, and `between stages`.
+    """
+
+    def __init__(self) -> None:
+        self.peaks: dict[str, int] = {}
+        self._stage = "between stages"
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        outer, self._stage = self._stage, name
+        yield
+        self._stage = outer
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Sample until the block ends."""
+        process, ended = psutil.Process(), threading.Event()
+
+        def sample() -> None:
+            while not ended.wait(_SAMPLING_SECONDS):
+                stage = self._stage
+                self.peaks[stage] = max(self.peaks.get(stage, 0), process.memory_info().rss)
+
+        thread = threading.Thread(target=sample, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+def forward(task: dict[str, Any]) -> dict[str, Any]:
+    """One forward pass of transformers in float32 with all logits, over random tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(task["checkpoint"], dtype=torch.float32)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(model.config.vocab_size, (task["samples"], 256), generator=generator)
+    with torch.inference_mode():
+        model(tokens[:1])
+        start = time.perf_counter()
+        for batch in tokens.split(_BATCH):
+            model(batch, use_cache=False)
+        seconds = time.perf_counter() - start
+    return {"seconds": round(seconds, 2), "tokens": tokens.numel()}
+
+
+def machine(threads: int) -> str:
+    python = f"Python {platform.python_version()}"
+    return f"{platform.machine()}, {python}, {threads} threads of {os.cpu_count()} processors"
+
+
+def say(name: str, case: dict[str, Any]) -> None:
+    for ratio, each in case["builds"].items():
+        peak = each["peak_resident_bytes"] / 1e9
+        print(
+            f"{name} at {ratio}: {each['seconds']} s, {each['forward_passes']} forward passes, {peak:.2f} GB"
+        )
+
+
+if __name__ == "__main__":
+    main()
