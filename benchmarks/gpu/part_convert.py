@@ -53,7 +53,16 @@ def build(
     bundle = folder(part, name, at)
     shutil.rmtree(bundle, ignore_errors=True)
     reports = part.kvexport(
-        "build", *source, "-o", bundle, "--calibration", "random", *tokens, "--device", device
+        "build",
+        *source,
+        "-o",
+        bundle,
+        "--no-cache",
+        "--calibration",
+        "random",
+        *tokens,
+        "--device",
+        device,
     )
     return reports[0] if reports else {}
 
