@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kvexport.calibrate import windows as attention_windows
-from kvexport.calibrate.outer_sum import OuterSum
+from kvexport.calibrate.sums import SecondMomentSums
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer
 from kvexport.model.reference import Projected
@@ -50,22 +50,17 @@ class Spectrum:
 class SecondMoment:
     """Sums over tokens of vectors x [heads·head_dim] and of x xᵀ."""
 
-    def __init__(self, heads: int, width: int) -> None:
-        self._heads, self._sum = heads, OuterSum(heads * width, heads * width)
+    def __init__(self, heads: int, width: int, device: torch.device) -> None:
+        self._heads, self._sums = heads, SecondMomentSums(heads * width, device=device)
 
     def add(self, x: Tensor) -> None:
         """Add heads x [B, heads, S, width]."""
-        rows = x.transpose(1, 2).flatten(2).flatten(0, 1)  # [B·S, heads·width]
-        self._sum.add(rows, rows)
-
-    @property
-    def second(self) -> Tensor:
-        """Σ x xᵀ, [heads·head_dim, heads·head_dim] float64 on the CPU."""
-        return self._sum.sums()[2]
+        self._sums.add(x.transpose(1, 2).flatten(2).flatten(0, 1))  # [B·S, heads·width]
 
     def spectrum(self) -> Spectrum:
         """Spectrum of the vectors added."""
-        return Spectrum(torch.linalg.eigvalsh(self.second).flip(0).clamp_min(0).sqrt())
+        second = self._sums.second() * self._sums.count
+        return Spectrum(torch.linalg.eigvalsh(second).flip(0).clamp_min(0).sqrt())
 
     def similarity(self) -> Tensor:
         """Linear CKA of each two heads (arXiv 1905.00414): |Σ x yᵀ|² / (|Σ x xᵀ| |Σ y yᵀ|) about the means.
@@ -77,8 +72,7 @@ class SecondMoment:
         Returns:
             [heads, heads] float64, from 0 to 1.
         """
-        total, _, second = self._sum.sums()
-        centred = second - torch.outer(total, total) / max(self._sum.count, 1)
+        centred = self._sums.covariance()
         blocks = centred.unflatten(0, (self._heads, -1)).unflatten(2, (self._heads, -1))  # [h, d, h, d]
         squares = blocks.square().sum((1, 3))
         norms = squares.diagonal().sqrt()
@@ -128,8 +122,9 @@ class SpectraStream:
 
 def _sums(attention: Attention) -> dict[str, SecondMoment]:
     keys = ("key",) if attention.rope is None else ("key_before_rope", "key_after_rope")
-    sums = {name: SecondMoment(attention.key_heads, attention.head_dim) for name in keys}
-    return sums | {"value": SecondMoment(attention.num_kv_heads, attention.value_dim)}
+    device = attention.k.weight.device
+    sums = {name: SecondMoment(attention.key_heads, attention.head_dim, device) for name in keys}
+    return sums | {"value": SecondMoment(attention.num_kv_heads, attention.value_dim, device)}
 
 
 def _named(projected: Projected, name: str) -> Tensor:

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Layer
+from kvexport.model.placement import CPU
 from kvexport.model.reference import Projected
 
 TOKENS = 2048  # tokens of a batch, unless one window has more: enough for matrix products on several cores
@@ -71,10 +72,12 @@ def _fused(attention: Attention, projected: Projected, mixed: Tensor) -> None:
     query, key = _mapped(attention, projected)
     width = max(key.shape[3], projected.value.shape[3])
     query, key, value = (F.pad(x, (0, width - x.shape[3])) for x in (query, key, projected.value))
+    if query.device.type != CPU:  # of the fused kernels for CUDA, that for float32 takes no shared heads
+        key, value = (x.repeat_interleave(attention.queries_per_kv_head, 1) for x in (key, value))
     run = partial(
         F.scaled_dot_product_attention,
         scale=attention.scale,
-        enable_gqa=attention.num_kv_heads != attention.num_heads,
+        enable_gqa=key.shape[1] != attention.num_heads,
     )
     length = query.shape[2]
     if attention.alibi_slopes is None and (attention.window is None or attention.window >= length):

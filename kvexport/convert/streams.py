@@ -112,7 +112,7 @@ class Streams(TrainedStream):
 
         The root of the error's power over the power of the trained output about its mean.
         """
-        error = torch.zeros((), dtype=torch.float64)
+        error = torch.zeros((), dtype=torch.float64, device=self._trained.device)
         for batch in self._batches(self.held_out):
             difference = self._output(converted, self._trained[batch]) - self._attended[batch]
             error += difference.double().square().sum()

@@ -91,7 +91,7 @@ def test_effective_rank_is_the_smallest_with_the_energy(values: list[float], sha
 
 def cka(heads: Tensor) -> Tensor:
     """`similarity` of heads [h, tokens, width]."""
-    moment = SecondMoment(len(heads), heads.shape[2])
+    moment = SecondMoment(len(heads), heads.shape[2], heads.device)
     for part in heads.split(7, dim=1):
         moment.add(part[None])
     return moment.similarity()

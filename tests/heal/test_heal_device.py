@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.healing import Job
 
+from kvexport.model import reference
 from kvexport.model.decoder import Decoder, tensors_of
 from kvexport.model.placement import move, place
 
@@ -28,16 +29,15 @@ def weights(decoder: Decoder) -> list[torch.Tensor]:
 
 @pytest.mark.parametrize("lora_rank", [None, 2])
 @pytest.mark.parametrize("style", ["gqa", "bloom"])
-def test_healing_gives_the_weights_of_the_cpu(
-    device: torch.device, style: str, lora_rank: int | None
-) -> None:
-    here = Job(style).heal(10, lora_rank=lora_rank)
-    there = placed(Job(style), device).heal(10, lora_rank=lora_rank)
+def test_healing_gives_the_logits_of_the_cpu(device: torch.device, style: str, lora_rank: int | None) -> None:
+    """Weights may differ where nothing depends on them, such as the bias of keys: Adam amplifies rounding."""
+    job = Job(style)
+    here, there = job.heal(10, lora_rank=lora_rank), placed(Job(style), device).heal(10, lora_rank=lora_rank)
     assert there.decoder.layers[0].attention.q.weight.device == device
-    for a, b in zip(weights(here.decoder), weights(there.decoder), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+    logits = [reference.forward(each.decoder, job.held_out).cpu() for each in (here, there)]
+    assert float((logits[0] - logits[1]).abs().max()) < 1e-4 * float(logits[0].abs().max())
     assert there.report.kl_after == pytest.approx(here.report.kl_after, rel=1e-4)
-    assert there.report.kl_after < there.report.kl_before
+    assert there.report.kl_after < 0.95 * there.report.kl_before
 
 
 def test_healing_continues_on_another_device(device: torch.device, tmp_path: Path) -> None:

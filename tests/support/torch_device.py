@@ -1,9 +1,12 @@
 """A simulated second device of PyTorch, with real numbers and the errors of a real device.
 
 A tensor of the device wraps a tensor on the CPU that holds its numbers. Every operator runs on the CPU and
-wraps its results. It fails where CUDA fails: if tensors of both devices mix (apart from CPU tensors of one
-number), if random numbers are drawn with a generator of the CPU, and if numpy reads a tensor. It also fails
-where CUDA copies without a word: at an index on the CPU.
+wraps its results. Products of float32 matrices are computed in float64 before they are rounded, so that they
+differ from those of the CPU as those of a GPU do.
+
+The device fails where CUDA fails: if tensors of both devices mix (apart from CPU tensors of one number), if
+random numbers are drawn with a generator of the CPU, and if numpy reads a tensor. It also fails where CUDA
+copies without a word: at an index on the CPU.
 
 The device takes PyTorch's name for devices outside of PyTorch, `privateuseone`; no accelerator is announced,
 so that other code in the process does not choose it.
@@ -23,6 +26,7 @@ from torch.utils._pytree import tree_map
 
 NAME = "simulated"
 _aten = torch.ops.aten
+_PRODUCTS = (_aten.mm.default, _aten.bmm.default, _aten.addmm.default)
 _COPIES = (_aten._to_copy.default, _aten.copy_.default)
 
 
@@ -86,7 +90,10 @@ def _run(operator: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         raise RuntimeError(
             f"{operator}: Expected all tensors to be on the same device, also those that change"
         )
-    result = operator(*given, **named)
+    if operator in _PRODUCTS and given[0].dtype == torch.float32:
+        result = operator(*(each.double() for each in given), **named).float()
+    else:
+        result = operator(*given, **named)
     if device is not None and torch.device(device).type == "cpu":
         return result
     if written and len(operator._schema.returns) == 1:
