@@ -83,9 +83,22 @@ def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tenso
     energies = torch.stack(
         [group_energies(moments, grouping, group) for group in range(grouping.kv_heads)]
     ).sum(0)
-    return (
-        (energies.flatten().argsort(descending=True, stable=True)[: rank // 2] // grouping.size).sort().values
-    )
+    return frequencies_with_most(energies, rank)
+
+
+def frequencies_with_most(energies: Tensor, rank: int) -> Tensor:
+    """RoPE frequencies of the rank/2 mixes with the most energy, [rank/2] int64, ascending.
+
+    Where rank = d: each frequency once.
+
+    Args:
+        energies: `mix_energies`, [d/2, t].
+        rank: cached numbers, even.
+    """
+    half, size = energies.shape
+    if rank == 2 * half:
+        return torch.arange(half)
+    return (energies.flatten().argsort(descending=True, stable=True)[: rank // 2] // size).sort().values
 
 
 def member_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:

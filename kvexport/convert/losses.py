@@ -9,18 +9,18 @@ of the group's stack.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from kvexport.calibrate import Moments
 from kvexport.convert.code_moments import CodeMoments
+from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import Grouping
-from kvexport.convert.keys import cached_frequencies, folding, group_energies, query_weights
+from kvexport.convert.keys import frequencies_with_most, query_weights
 from kvexport.convert.matching import Group
-from kvexport.convert.permute import permute_heads, permute_moments
-from kvexport.convert.values import output_weights
+from kvexport.convert.values import stacked_output_weights
 from kvexport.model.decoder import Attention
 
 # widths, as shares of n, at which codes before RoPE are made; losses between them are interpolated
@@ -29,7 +29,10 @@ _TINY = 1e-12
 
 
 class LayerLosses:
-    """Losses of groups of one unconverted layer's KV heads."""
+    """Losses of groups of one unconverted layer's KV heads.
+
+    What depends on one head or on two is computed once for the layer; a group takes its blocks of it.
+    """
 
     def __init__(self, code_moments: CodeMoments, attention: Attention) -> None:
         """
@@ -38,30 +41,38 @@ class LayerLosses:
             attention: the unconverted layer.
         """
         self._code_moments, self._attention = code_moments, attention
-        moments = code_moments.moments
-        each = Grouping.of(attention, attention.num_kv_heads)
-        roots = []
-        for head in range(each.kv_heads):
-            values, vectors = torch.linalg.eigh(query_weights(moments, each, head))
-            roots.append(vectors * values.clamp_min(0).sqrt() @ vectors.T)
-        root = torch.block_diag(*roots) * attention.scale
-        everything = slice(0, each.kv_heads * each.head_dim)
-        self._keys = (root @ moments.key_covariance(everything) @ root).view(
-            each.kv_heads, each.head_dim, each.kv_heads, each.head_dim
-        )
+        moments = self._moments = code_moments.moments
+        self._each = each = Grouping.of(attention, attention.num_kv_heads)
+        self._everything = slice(0, each.kv_heads * each.head_dim)
+        self._weights = torch.stack([query_weights(moments, each, head) for head in range(each.kv_heads)])
+
+    @cached_property
+    def _keys(self) -> Tensor:
+        """Covariance of the keys, weighted by the roots of S on both sides, [h·d, h·d]."""
+        values, vectors = torch.linalg.eigh(self._weights)
+        roots = vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.transpose(1, 2)
+        root = torch.block_diag(*roots) * self._attention.scale
+        return root @ self._moments.key_covariance(self._everything) @ root
+
+    @cached_property
+    def _outputs(self) -> Tensor:
+        """S of the values of all heads, [h·d, h·d]."""
+        return stacked_output_weights(self._moments, self._attention)
+
+    @cached_property
+    def _values(self) -> Tensor:
+        """Covariance of the values, [h·d, h·d]."""
+        return self._moments.value_covariance(self._everything)
 
     def keys(self, group: Group) -> Tensor:
         """Loss of keys coded after RoPE, at widths 0 .. n, [n + 1] float64."""
-        inside = list(group)
-        chosen = self._keys[inside][:, :, inside]
-        return _tails(torch.linalg.eigvalsh(chosen.reshape(len(group) * chosen.shape[1], -1)))
+        return _tails(torch.linalg.eigvalsh(self._block(self._keys, group)))
 
     def values(self, group: Group) -> Tensor:
         """Loss of values, at widths 0 .. n, [n + 1] float64."""
-        moments, attention, alone = self._alone(group)
-        values, vectors = torch.linalg.eigh(moments.value_covariance(alone.rows(0)))
+        values, vectors = torch.linalg.eigh(self._block(self._values, group))
         root = vectors * values.clamp_min(0).sqrt()
-        return _tails(torch.linalg.eigvalsh(root.T @ output_weights(moments, attention, alone, 0) @ root))
+        return _tails(torch.linalg.eigvalsh(root.T @ self._block(self._outputs, group) @ root))
 
     def folded_keys(self, group: Group) -> Tensor:
         """Loss of keys coded before RoPE, at widths 0 .. n, [n + 1] float64.
@@ -69,16 +80,17 @@ class LayerLosses:
         Computed from codes of a few widths and interpolated between them. An odd width loses as much as the
         even width below it, because cached numbers come in pairs.
         """
-        assert self._code_moments.distances is not None
-        moments, attention, alone = self._alone(group)
-        n, samples = alone.size * alone.head_dim, list[tuple[int, float]]()
-        even = {alone.head_dim, *(2 * round(n * share / 2) for share in _SAMPLED_SHARES)}
+        distances, width_of_head = self._code_moments.distances, self._each.head_dim
+        assert distances is not None
+        n, samples = len(group) * width_of_head, list[tuple[int, float]]()
+        energies, second = self._energies(group), self._block(self._moments.key_second, group)
+        power = self._attention.scale**2
+        even = {width_of_head, *(2 * round(n * share / 2) for share in _SAMPLED_SHARES)}
         for width in sorted(even - {0, n}) or [n]:
-            problem = folding(
-                moments, alone, 0, cached_frequencies(moments, alone, width), self._code_moments.distances
-            )
-            samples = samples or [(0, attention.scale**2 * problem.power)]
-            samples.append((width, attention.scale**2 * problem.loss(problem.code())))
+            frequencies = frequencies_with_most(energies, width)
+            problem = Folding(self._weights[list(group)], second, frequencies, distances)
+            samples = samples or [(0, power * problem.power)]
+            samples.append((width, power * problem.loss(problem.code())))
         return _interpolate(samples, n)
 
     def estimate(self, before_rotation: bool, group: Group) -> Tensor:
@@ -89,19 +101,19 @@ class LayerLosses:
         """
         if not before_rotation:
             return self.keys(group)
-        moments, attention, alone = self._alone(group)
-        energies = attention.scale**2 * group_energies(moments, alone, 0)
+        energies = self._attention.scale**2 * self._energies(group)
         lost = _tails(energies.flatten().sort().values).repeat_interleave(2)[:-1]
-        lost[attention.head_dim] = energies[:, 1:].sum()  # at this width each frequency is cached once
+        lost[self._each.head_dim] = energies[:, 1:].sum()  # at this width each frequency is cached once
         return lost
 
-    def _alone(self, group: Group) -> tuple[Moments, Attention, Grouping]:
-        """The layer with the group's heads first, and a grouping of these heads alone."""
-        others = [head for head in range(self._attention.num_kv_heads) if head not in group]
-        order = [*group, *others]
-        attention = self._attention
-        alone = Grouping(1, len(group), attention.queries_per_kv_head, attention.head_dim)
-        return permute_moments(self._code_moments.moments, order), permute_heads(attention, order), alone
+    def _energies(self, group: Group) -> Tensor:
+        return mix_energies(self._weights[list(group)], self._block(self._moments.key_second, group))
+
+    def _block(self, matrix: Tensor, group: Group) -> Tensor:
+        """Rows and columns of the group's heads in a matrix [h·d, h·d], [n, n]."""
+        width, inside = self._each.head_dim, list(group)
+        by_head = matrix.view(self._each.kv_heads, width, self._each.kv_heads, width)
+        return by_head[inside][:, :, inside].reshape(len(group) * width, -1)
 
 
 def _tails(ascending: Tensor) -> Tensor:

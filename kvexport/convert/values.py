@@ -49,6 +49,18 @@ def output_weights(moments: Moments, attention: Attention, grouping: Grouping, g
     return full.view(size, queries, width, size, queries, width).sum((1, 4)).view(size * width, size * width)
 
 
+def stacked_output_weights(moments: Moments, attention: Attention) -> Tensor:
+    """S of the stacked values of all KV heads of a layer, [h·d, h·d] float64; that of a group is a block."""
+    heads, queries, width = attention.num_heads, attention.queries_per_kv_head, attention.value_dim
+    outputs, rows = attention.o.weight.double(), list[Tensor]()  # [hidden, H·d]
+    for first in range(0, heads, queries):
+        span = slice(first, first + queries)
+        full = outputs[:, first * width : (first + queries) * width].T @ outputs
+        full = full.view(queries, width, heads, width) * moments.overlap[span][:, None, :, None]
+        rows.append(full.view(queries, width, -1, queries, width).sum((0, 3)).flatten(1))  # [d, h·d]
+    return torch.cat(rows)
+
+
 def weighted_codes(moments: Moments, attention: Attention, grouping: Grouping, group: int) -> Codes:
     """Optimal codes of centred values for S = `output_weights`, all ranks."""
     rows = grouping.rows(group)

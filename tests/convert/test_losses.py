@@ -191,3 +191,20 @@ def test_heads_of_one_pair_have_a_curve() -> None:
     attention = make_attention("llama", heads=4, kv_heads=4, head_dim=2)
     losses = LayerLosses(code_moments(attention, random_inputs(4, 24), "fold"), attention)
     assert losses.folded_keys((0,)).shape == (3,)
+
+
+@pytest.mark.parametrize("style", ["llama", "gqa"])
+@pytest.mark.parametrize("group", [(0,), (0, 2), (1, 3)])
+def test_output_weights_of_a_group_are_a_block_of_those_of_the_layer(
+    style: str, group: tuple[int, ...]
+) -> None:
+    attention, coded = layer(style, "online")
+    moments = coded.moments
+    order = [*group, *(head for head in range(4) if head not in group)]
+    alone = Grouping(1, len(group), attention.queries_per_kv_head, attention.head_dim)
+    expected = values.output_weights(
+        permute_moments(moments, order), permute_heads(attention, order), alone, 0
+    )
+    inside = [head * attention.head_dim + at for head in group for at in range(attention.head_dim)]
+    found = values.stacked_output_weights(moments, attention)[inside][:, inside]
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
