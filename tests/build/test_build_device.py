@@ -17,6 +17,7 @@ import pytest
 import torch
 from support.torch_device import take_for_cuda
 
+from kvexport.analyze import analyze
 from kvexport.build import BuildOptions, BuildReport, build, calibrate, compress, conversion_job
 from kvexport.bundle import Bundle
 from kvexport.calibrate import recipe_for
@@ -111,6 +112,16 @@ def test_statistics_of_one_device_serve_another(tiny_checkpoint: Checkpoints, tm
     direct = build(source, tmp_path / "direct", options("cpu"), Progress(), capacity=64)
     saved = options("cuda", statistics=tmp_path / "statistics")
     require_equal(direct, build(source, tmp_path / "saved", saved, Progress(), capacity=64))
+
+
+def test_an_analysis_is_that_of_the_cpu(tiny_checkpoint: Checkpoints) -> None:
+    source = tiny_checkpoint("llama", num_key_value_heads=4)
+    here, there = (analyze(source, options(name), Progress(), tokens=12) for name in ("cpu", "cuda"))
+    assert there.divergence.mean_kl == pytest.approx(here.divergence.mean_kl, rel=RELATIVE)
+    assert (here.token_ids, here.kv_ratio) == (there.token_ids, there.kv_ratio)
+    assert here.sensitivity is not None and there.sensitivity is not None
+    for a, b in zip(here.sensitivity, there.sensitivity, strict=True):
+        assert (b["key"], b["value"]) == pytest.approx((a["key"], a["value"]), rel=RELATIVE)
 
 
 def test_layers_that_are_not_moved_fail(

@@ -52,7 +52,7 @@ def test_an_unusable_device_is_refused_before_any_work(
         ("build", "kvexport.build.conversion_job.calibration_windows"),
         ("compress", "kvexport.build.conversion_job.calibration_windows"),
         ("calibrate", "kvexport.build.conversion_job.calibration_windows"),
-        ("analyze", "kvexport.analyze.analysis.calibration_windows"),
+        ("analyze", "kvexport.build.conversion_job.calibration_windows"),
         ("evaluate", "kvexport.validate.evaluate.load_decoder"),
     ],
 )

@@ -144,11 +144,10 @@ def simulated_device() -> Iterator[torch.device]:
 
 def take_for_cuda(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
     """Let `--device cuda` mean the simulated device."""
-    from kvexport.analyze import analysis
     from kvexport.build import conversion_job
     from kvexport.validate import evaluate
 
-    for module in (analysis, conversion_job, evaluate):
+    for module in (conversion_job, evaluate):
         monkeypatch.setattr(
             module, "resolve_device", lambda name: device if name == "cuda" else torch.device("cpu")
         )
