@@ -41,8 +41,8 @@ class Parts(Progress):
         {},
         {"request": CompressionRequest(kv_ratio=1)},
         {"request": CompressionRequest(kv_heads=2), "method": "fold"},
-        {"request": CompressionRequest(max_kl=0.5)},
-        {"heal": 4},
+        pytest.param({"request": CompressionRequest(max_kl=0.5)}, marks=pytest.mark.slow),
+        pytest.param({"heal": 4}, marks=pytest.mark.slow),
     ],
     ids=str,
 )

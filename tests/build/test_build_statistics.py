@@ -61,12 +61,17 @@ def same(one: Path, other: Path) -> bool:
 @pytest.mark.parametrize(
     "requested",
     [
-        {"kv_ratio": 0.5},
         {"kv_ratio": 0.75},
-        {"kv_heads": 2},
-        {"kv_ratio": 0.5, "method": "fold"},
-        {"group_size": 2, "kv_ratio": 0.5, "method": "online"},
-        {"max_kl": 0.5},
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in (
+                {"kv_ratio": 0.5},
+                {"kv_heads": 2},
+                {"kv_ratio": 0.5, "method": "fold"},
+                {"group_size": 2, "kv_ratio": 0.5, "method": "online"},
+                {"max_kl": 0.5},
+            )
+        ),
     ],
     ids=str,
 )
@@ -90,6 +95,7 @@ def test_one_method_and_one_shape_need_no_analysis(
     assert work == ["calibration_windows"]
 
 
+@pytest.mark.slow
 def test_another_capacity_is_analysed_again_with_the_saved_moments(
     tiny_checkpoint: Checkpoints, tmp_path: Path, work: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

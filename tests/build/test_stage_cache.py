@@ -119,7 +119,7 @@ def test_a_second_build_at_another_ratio_only_converts(
     ("stage", "finished", "repeated"),
     [
         ("Analyzing layer sensitivity", [TEXT], [ANALYSIS]),
-        ("Converting layers", [TEXT, ANALYSIS], []),
+        pytest.param("Converting layers", [TEXT, ANALYSIS], [], marks=pytest.mark.slow),
         pytest.param("Validating the graph", [TEXT, ANALYSIS], [], marks=pytest.mark.slow),
     ],
 )
@@ -164,6 +164,7 @@ build(Path(sys.argv[1]), Path(sys.argv[2]), options, Progress(), capacity=64, ho
     assert work == []
 
 
+@pytest.mark.slow
 def test_calibrate_and_compress_use_the_same_entry(
     source: Path, tmp_path: Path, build_cache: Path, work: list[str]
 ) -> None:
@@ -184,6 +185,7 @@ def test_calibrate_and_compress_use_the_same_entry(
     assert work == [TEXT, ANALYSIS, TEXT]  # of another capacity
 
 
+@pytest.mark.slow
 def test_analyze_uses_the_entry_of_a_build_and_statistics(
     source: Path, tmp_path: Path, build_cache: Path, work: list[str]
 ) -> None:
@@ -215,6 +217,7 @@ def test_no_analysis_is_made_for_the_cache_alone(
     assert same(tmp_path / "a", tmp_path / "b")
 
 
+@pytest.mark.slow
 def test_whatever_changes_the_numbers_changes_the_key(
     source: Path, tiny_checkpoint: Checkpoints, edit_checkpoint: Any, tmp_path: Path, build_cache: Path
 ) -> None:
@@ -250,6 +253,7 @@ def test_whatever_changes_the_numbers_changes_the_key(
     assert keys(speaking, recipe=recipe_for(str(text), 8, 24)) == 8
 
 
+@pytest.mark.slow
 def test_other_code_changes_the_key(
     source: Path, tmp_path: Path, build_cache: Path, work: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -274,7 +278,13 @@ def _flip(path: Path) -> None:
 )
 @pytest.mark.parametrize(
     "name",
-    ["statistics.json", "tokens.safetensors", "layer-00001.safetensors", "sensitivity-00000.safetensors"],
+    [
+        "tokens.safetensors",
+        *(
+            pytest.param(each, marks=pytest.mark.slow)
+            for each in ("statistics.json", "layer-00001.safetensors", "sensitivity-00000.safetensors")
+        ),
+    ],
 )
 def test_a_damaged_entry_is_made_again(
     source: Path,
@@ -313,6 +323,7 @@ def test_a_folder_that_cannot_be_written_is_noted_once(
     assert same(tmp_path / "b", tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_the_entry_alone(
     source: Path, tmp_path: Path, build_cache: Path, monkeypatch: pytest.MonkeyPatch, work: list[str]
 ) -> None:
@@ -336,6 +347,7 @@ def test_a_full_disk_costs_the_entry_alone(
     assert same(tmp_path / "b", tmp_path / "alone")
 
 
+@pytest.mark.slow
 def test_an_entry_above_the_limit_is_not_kept(
     source: Path, tmp_path: Path, build_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -347,6 +359,7 @@ def test_an_entry_above_the_limit_is_not_kept(
     assert report.reused == []
 
 
+@pytest.mark.slow
 def test_concurrent_builds_do_not_disturb_each_other(
     source: Path, tmp_path: Path, build_cache: Path, work: list[str]
 ) -> None:
@@ -365,6 +378,7 @@ def test_concurrent_builds_do_not_disturb_each_other(
     assert work == [] and same(tmp_path / "again", tmp_path / "1")
 
 
+@pytest.mark.slow
 def test_an_entry_that_a_build_reads_is_not_removed(source: Path, tmp_path: Path, build_cache: Path) -> None:
     built(source, tmp_path / "a", build_cache)
     freed = []

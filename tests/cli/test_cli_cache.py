@@ -56,7 +56,10 @@ def test_lists_damaged_entries(build_cache: Path, content: str | None) -> None:
     assert json.loads(cli("cache", "--clean", "--json"))["entries"] == []
 
 
-@pytest.mark.parametrize("command", ["build", "compress", "calibrate", "analyze"])
+@pytest.mark.parametrize(
+    "command",
+    ["compress", *(pytest.param(each, marks=pytest.mark.slow) for each in ("build", "calibrate", "analyze"))],
+)
 def test_no_cache_keeps_nothing(
     command: str, tiny_checkpoint: Any, tmp_path: Path, build_cache: Path
 ) -> None:
@@ -67,6 +70,7 @@ def test_no_cache_keeps_nothing(
     assert len(listed()) == 1  # control
 
 
+@pytest.mark.slow
 def test_the_report_names_the_longest_stage_and_what_was_saved(tiny_checkpoint: Any, tmp_path: Path) -> None:
     source = tiny_checkpoint("llama")
     cli("build", source, "-o", tmp_path / "a", *FAST, "--quiet")
