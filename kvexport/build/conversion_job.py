@@ -143,7 +143,10 @@ class ConversionJob:
         self._statistics = None
         if options.cache is not None:
             source = self.statistics_source()
-            key = cache_key(self.checkpoint, source, self.device.type)
+            try:
+                key = cache_key(self.checkpoint, source, self.device.type)
+            except OSError:  # the stage that needs the file says which
+                return
             self._cache = StageCache(CacheFolder(options.cache), key, source, self.progress)
             self._statistics = self._cache.find()
 

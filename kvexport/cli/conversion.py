@@ -6,6 +6,7 @@ The modules that use torch are imported on first use, so that `--help` stays fas
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -14,7 +15,7 @@ import click
 from kvexport.bundle.manifest import BYTES
 from kvexport.cli.options import device_option
 from kvexport.convert.method_names import METHOD_NAMES, method_help
-from kvexport.errors import UsageError
+from kvexport.errors import CannotRunHere, UsageError
 from kvexport.eviction.config import (
     BASELINE_POLICIES,
     DEFAULT_FIRST,
@@ -239,10 +240,12 @@ def eviction_request(options: dict[str, Any]) -> EvictionRequest | None:
 
 
 def cache_of(no_cache: bool) -> Path | None:
-    """Folder of the build cache; None if it is not to be used."""
+    """Folder of the build cache; None if it is not to be used, or the user has no home folder."""
     from kvexport.files.cache_folder import default_cache_folder
 
-    return None if no_cache else default_cache_folder()
+    with suppress(CannotRunHere):
+        return None if no_cache else default_cache_folder()
+    return None
 
 
 def calibration_recipe(

@@ -16,18 +16,30 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from kvexport.errors import CannotRunHere
+
 _LARGEST = 20 * 10**9  # bytes of all directories
 _SHARE = 10  # and at most this part of the disk's free bytes
 _TEMPORARY = ".partial"
 
 
 def default_cache_folder() -> Path:
-    """`$KVEXPORT_CACHE`, else `kvexport` in `$XDG_CACHE_HOME`, else `~/.cache/kvexport`."""
+    """`$KVEXPORT_CACHE`, else `kvexport` in `$XDG_CACHE_HOME`, else `~/.cache/kvexport`.
+
+    Raises:
+        CannotRunHere: the user has no home folder.
+    """
     own, base = os.environ.get("KVEXPORT_CACHE"), os.environ.get("XDG_CACHE_HOME")
     if own:
         return Path(own).absolute()
-    # the XDG base directory specification ignores relative paths
-    return (Path(base) if base and Path(base).is_absolute() else Path.home() / ".cache") / "kvexport"
+    if base and Path(base).is_absolute():  # the XDG base directory specification ignores relative paths
+        return Path(base) / "kvexport"
+    try:
+        return Path.home() / ".cache" / "kvexport"
+    except RuntimeError as error:
+        raise CannotRunHere(
+            "the user must have a home folder for the build cache", fix="set KVEXPORT_CACHE to a folder"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from kvexport.analyze import analyze
 from kvexport.build import BuildHooks, BuildOptions, BuildReport, build, calibrate, compress, conversion_job
 from kvexport.calibrate import recipe_for
 from kvexport.convert import CompressionRequest
+from kvexport.errors import UsageError
 from kvexport.files import cache_folder
 from kvexport.files.cache_folder import CacheFolder
 from kvexport.model.decoder import Layer
@@ -261,6 +262,17 @@ def test_other_code_changes_the_key(
     monkeypatch.setattr("kvexport.build.stage_cache._code", lambda: "of another version")
     built(source, tmp_path / "b", build_cache)
     assert work == [TEXT, ANALYSIS] * 2
+
+
+def test_a_calibration_file_that_vanished_is_refused_by_the_stage_that_reads_it(
+    source: Path, tmp_path: Path, build_cache: Path
+) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("one two")
+    recipe = recipe_for(str(text), 8, 24)
+    text.unlink()
+    with pytest.raises(UsageError, match=r"the text .*text\.txt must be readable"):
+        built(source, tmp_path / "b", build_cache, recipe=recipe)
 
 
 def _truncate(path: Path) -> None:

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from kvexport.cli.conversion import cache_of
+from kvexport.errors import CannotRunHere
 from kvexport.files import cache_folder
 from kvexport.files.cache_folder import CacheFolder, default_cache_folder
 
@@ -47,6 +49,19 @@ def test_the_place_of_the_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert default_cache_folder() == tmp_path / ".cache" / "kvexport"
     monkeypatch.setenv("KVEXPORT_CACHE", str(tmp_path / "own"))
     assert default_cache_folder() == tmp_path / "own"
+
+
+def test_a_user_without_home_folder_builds_without_cache(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("KVEXPORT_CACHE")
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    assert cache_of(no_cache=False) is not None  # control
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(CannotRunHere, match="KVEXPORT_CACHE"):
+        default_cache_folder()
+    assert cache_of(no_cache=False) is None
 
 
 def test_a_missing_folder_is_empty_and_others_cannot_read_it(folder: CacheFolder) -> None:
