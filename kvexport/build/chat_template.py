@@ -1,29 +1,19 @@
 """Reduce a checkpoint's chat template (Jinja) to the few strings around the messages of a conversation.
 
 A template that cannot be reduced does not stop a build: the bundle has none, and a note gives the reason.
-Templates are rendered in `jinja_sandbox`; `kvexport.bundle.chat_format` renders the reduced form.
+`kvexport.model.jinja_sandbox` renders templates; `kvexport.bundle.chat_format` renders the reduced form.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from kvexport.build.jinja_sandbox import DATE, RenderedChat, TemplateFailed, render
 from kvexport.bundle.chat_format import Chat
+from kvexport.model.chat_template import read_chat_template, special_tokens
+from kvexport.model.jinja_sandbox import DATE, RenderedChat, TemplateFailed, render
 
-_SPECIAL_TOKENS = (
-    "bos_token",
-    "eos_token",
-    "unk_token",
-    "pad_token",
-    "sep_token",
-    "cls_token",
-    "mask_token",
-)
 # Contents of a conversation that can be found again in the rendered text: system, users, assistants.
 _MARKS = {
     "S": "kvxsystemq",
@@ -55,8 +45,7 @@ class ReducedTemplate:
 def reduce_chat_template(checkpoint: Path) -> ReducedTemplate:
     """Reduce the checkpoint's chat template, if it has one."""
     try:
-        config = _read_json(checkpoint / "tokenizer_config.json")
-        template = _read_template(checkpoint, config)
+        template = read_chat_template(checkpoint)
         if template is None:
             return ReducedTemplate(None, (), ())
         return _reduce(template, special_tokens(checkpoint))
@@ -66,51 +55,6 @@ def reduce_chat_template(checkpoint: Path) -> ReducedTemplate:
             "affected"
         )
         return ReducedTemplate(None, (), (note,))
-
-
-def _read_template(checkpoint: Path, config: Mapping[str, Any]) -> str | None:
-    file = checkpoint / "chat_template.jinja"
-    if file.exists():
-        return file.read_text(encoding="utf-8")
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several templates with names
-        named = {each.get("name"): each.get("template") for each in template if isinstance(each, dict)}
-        template = named.get("default")
-    if template is not None and not isinstance(template, str):
-        raise ValueError("chat_template in tokenizer_config.json must be a string")
-    return template
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    if not path.exists():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    if not isinstance(content, dict):
-        raise ValueError(f"{path.name} must contain a JSON object")
-    return content
-
-
-def special_tokens(checkpoint: Path) -> dict[str, str]:
-    """Special tokens by name, such as `bos_token`.
-
-    Those of tokenizer_config.json take precedence over those of special_tokens_map.json.
-
-    Raises:
-        ValueError: one of the files is damaged.
-    """
-    config = {
-        **_read_json(checkpoint / "special_tokens_map.json"),
-        **_read_json(checkpoint / "tokenizer_config.json"),
-    }
-    tokens = {name: _token_text(config.get(name)) for name in _SPECIAL_TOKENS}
-    return {name: text for name, text in tokens.items() if text is not None}
-
-
-def _token_text(token: object) -> str | None:
-    """The text of a special token, which Hugging Face stores as a string or as an object with `content`."""
-    if isinstance(token, dict):
-        token = token.get("content")
-    return token if isinstance(token, str) else None
 
 
 def _reduce(template: str, tokens: Mapping[str, str]) -> ReducedTemplate:

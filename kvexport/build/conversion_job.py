@@ -25,6 +25,7 @@ from kvexport.calibrate import (
     StatisticsWriter,
     calibration_windows,
     sampling_steps,
+    usable_recipe,
 )
 from kvexport.calibrate.peaks import TOKENS
 from kvexport.calibrate.text import read_tokenizer
@@ -119,7 +120,7 @@ class ConversionJob:
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
         if options.statistics is None:
-            recipe = fitted_recipe(options.recipe, self.decoder, progress)
+            recipe = fitted_recipe(options.recipe, self.decoder, checkpoint, progress)
             self.options = replace(options, recipe=recipe)
         # where nothing is compressed no method is refused
         copies = fixed_shape(options.request, (), attention) == trained_shape(attention)
@@ -487,8 +488,14 @@ def _read_analysis(saved: Statistics, count: int, writer: StatisticsWriter | Non
     return layers
 
 
-def fitted_recipe(recipe: Recipe, decoder: Decoder, progress: Progress) -> Recipe:
-    """The recipe with windows that the model has positions for, with a note if they are shorter."""
+def fitted_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path, progress: Progress) -> Recipe:
+    """The recipe with windows that the model has positions for, and with text that it can predict.
+
+    A note says what was changed.
+    """
+    recipe, reason = usable_recipe(recipe, decoder, checkpoint)
+    if reason is not None:
+        progress.note(f"calibration text is sampled from the model, because {reason}")
     fitted = recipe.fitted(decoder.dims.max_positions)
     if fitted != recipe:
         progress.note(

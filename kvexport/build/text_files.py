@@ -10,9 +10,10 @@ import json
 from pathlib import Path
 from typing import Any
 
-from kvexport.build.chat_template import reduce_chat_template, special_tokens
+from kvexport.build.chat_template import reduce_chat_template
 from kvexport.bundle import TOKENIZER_FILE
 from kvexport.bundle.text_file import TEXT_FILE, TextFile, TokenizerSample
+from kvexport.model.chat_template import special_tokens
 from kvexport.progress import Progress
 from kvexport.runtime.tokenizer import Tokenizer, read_tokenizer
 

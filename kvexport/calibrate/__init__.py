@@ -6,7 +6,7 @@ from kvexport.calibrate.positions import Rotations, average_over_positions, unce
 from kvexport.calibrate.recipe import Recipe, recipe_for
 from kvexport.calibrate.sampling import sampling_steps
 from kvexport.calibrate.statistics import Statistics, StatisticsSource, StatisticsWriter
-from kvexport.calibrate.tokens import calibration_windows
+from kvexport.calibrate.tokens import calibration_windows, usable_recipe
 
 __all__ = [
     "LayerPeaks",
@@ -23,4 +23,5 @@ __all__ = [
     "recipe_for",
     "sampling_steps",
     "uncentre_keys",
+    "usable_recipe",
 ]

@@ -10,7 +10,8 @@ from kvexport.errors import UsageError
 from kvexport.files.resources import resource
 from kvexport.files.schema import Table
 
-BUILT_IN = ("self", "random")
+BUILT_IN = ("mixed", "self", "random")
+DEFAULT = "mixed"
 _RANGES = {"samples": (1, 2**20), "length": (2, 2**20), "seed": (0, 2**63 - 1)}
 
 
@@ -19,7 +20,8 @@ class Recipe:
     """Where calibration windows come from.
 
     Attributes:
-        source: 'self' (sampled from the model), 'random' (uniform token ids) or 'text' (`file`).
+        source: 'mixed' (the shipped text), 'self' (sampled from the model), 'random' (uniform token ids) or
+            'text' (`file`).
         samples: number of windows.
         length: tokens per window.
         seed: random seed.
@@ -46,6 +48,16 @@ class Recipe:
             return self
         return replace(self, length=max(_RANGES["length"][0], max_positions))
 
+    def from_model(self) -> Recipe:
+        """As many windows of the same length and seed, sampled from the model."""
+        return replace(
+            _read_recipe("self"),
+            samples=self.samples,
+            length=self.length,
+            seed=self.seed,
+            default_length=self.default_length,
+        )
+
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; the file by its name, without its directory."""
         values = asdict(self) | {
@@ -62,7 +74,7 @@ def recipe_for(
     """The recipe that `--calibration` names, with the options that override it.
 
     Args:
-        calibration: 'self', 'random', or the path of a text or JSON lines file.
+        calibration: 'mixed', 'self', 'random', or the path of a text or JSON lines file.
         samples, length, seed: override the recipe's values; None: keep them.
 
     Raises:
@@ -73,7 +85,7 @@ def recipe_for(
         raise UsageError(
             "--calibration must be a recipe or a file",
             got=repr(calibration),
-            expected="self, random, or a file of text or JSON lines",
+            expected="mixed, self, random, or a file of text or JSON lines",
         )
     recipe = _read_recipe("text" if file else calibration)
     overrides = {"samples": samples, "length": length, "seed": seed}
@@ -88,7 +100,7 @@ def _read_recipe(name: str) -> Recipe:
     path = f"calibration/{name}.toml"
     table = Table.from_toml(resource("calibration", f"{name}.toml").read_text(encoding="utf-8"), path)
     recipe = Recipe(
-        source=table.string("source", ("self", "random", "text")),
+        source=table.string("source", (*BUILT_IN, "text")),
         samples=table.integer("samples", *_RANGES["samples"]),
         length=table.integer("length", *_RANGES["length"]),
         seed=table.integer("seed", *_RANGES["seed"]),

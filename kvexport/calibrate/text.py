@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kvexport.errors import UsageError, reason_of
-from kvexport.model.tokenizer_json import TOKENIZER_FILE, tokenizer_json
+from kvexport.model.tokenizer_json import TOKENIZER_FILE, NoTokenizer, tokenizer_json
 
 _JSON_LINES = (".jsonl", ".ndjson", ".json")
 
@@ -53,13 +53,20 @@ def tokenize(checkpoint: Path, text: str) -> list[int]:
     """Token ids of the whole `text` by the checkpoint's tokenizer, without special tokens.
 
     Raises:
-        NoTokenizer: the checkpoint has no tokenizer.json, and none can be converted.
+        NoTokenizer: the checkpoint has no tokenizer.json, none can be converted, or it cannot encode the
+            text.
         UsageError: the tokenizer cannot be read.
     """
     tokenizer = read_tokenizer(checkpoint)
     tokenizer.no_truncation()  # tokenizer.json can ask for both
     tokenizer.no_padding()
-    return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=False).ids)
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise NoTokenizer(
+            f"the tokenizer of {checkpoint} must encode every text: {error}",
+            fix="use the tokenizer.json that the model was trained with",
+        ) from error
 
 
 def read_tokenizer(checkpoint: Path) -> Any:

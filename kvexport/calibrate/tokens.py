@@ -1,4 +1,4 @@
-"""Calibration windows of token ids from a recipe: sampled from the model, random, or read from a text."""
+"""Calibration windows of token ids from a recipe: shipped text, sampled from the model, random, or a file."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvexport.calibrate.mixed import WHAT, mixed_tokens, reason_against
 from kvexport.calibrate.recipe import Recipe
 from kvexport.calibrate.sampling import sample_windows
 from kvexport.calibrate.text import read_text, spread_windows, tokenize
@@ -23,7 +24,7 @@ def calibration_windows(
 
     Args:
         decoder: the trained model.
-        checkpoint: its directory, for tokenizer.json.
+        checkpoint: its directory, for tokenizer and chat template.
         recipe: source, number and length of the windows.
         advance: called once per sampling step.
 
@@ -49,6 +50,13 @@ def calibration_windows(
     if recipe.source == "random":
         generator = torch.Generator().manual_seed(recipe.seed)
         return torch.randint(decoder.dims.vocab_size, (recipe.samples, recipe.length), generator=generator)
+    if recipe.source == "mixed":
+        ids = mixed_tokens(checkpoint, recipe.seed)
+        require_in_vocabulary(ids, decoder.dims.vocab_size)
+        windows = spread_windows(ids, recipe.samples, recipe.length, recipe.seed, WHAT)
+        if decoder.bos_token_id is not None:
+            windows[::2, 0] = decoder.bos_token_id  # as prompts of deployed models begin
+        return windows
     assert recipe.file is not None
     text = read_text(recipe.file)
     try:
@@ -60,6 +68,20 @@ def calibration_windows(
     return spread_windows(
         ids, recipe.samples, recipe.length, recipe.seed, f"the calibration text {recipe.file}"
     )
+
+
+def usable_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path) -> tuple[Recipe, str | None]:
+    """The recipe, or, where the model or its tokenizer is made for other text than is shipped, one that samples
+    the model.
+
+    Returns:
+        The recipe, and the reason why it is another one.
+
+    Raises:
+        UsageError: the tokenizer cannot be read.
+    """
+    reason = reason_against(checkpoint, decoder) if recipe.source == "mixed" else None
+    return (recipe if reason is None else recipe.from_model()), reason
 
 
 def require_in_vocabulary(ids: list[int], vocab_size: int) -> None:

@@ -59,13 +59,14 @@ def output_option(content: str) -> Callable[[F], F]:
     )
 
 
-def _calibration_options(default_samples: str) -> Callable[[F], F]:
+def _calibration_options(default: str, default_samples: str) -> Callable[[F], F]:
     return _group(
         click.option(
             "--calibration",
             metavar="SOURCE",
-            help="Calibration text: self (sampled from the model), random (random tokens), or a FILE of "
-            "text or JSON lines.  [default: self]",
+            help="Calibration text: mixed (shipped prose, dialogues, code and several languages), self "
+            "(sampled from the model), random (random tokens), or a FILE of text or JSON lines.  "
+            f"[default: {default}]",
         ),
         click.option(
             "--samples", type=int, help=f"Number of calibration windows.  [default: {default_samples}]"
@@ -80,7 +81,7 @@ def _calibration_options(default_samples: str) -> Callable[[F], F]:
     )
 
 
-calibration_options = _calibration_options("96")
+calibration_options = _calibration_options("mixed", "96")
 
 statistics_option = click.option(
     "--statistics",
@@ -111,7 +112,7 @@ cache_options = _group(
 
 conversion_options = _group(
     cache_options,
-    _calibration_options(f"96; {_HEAL_SAMPLES} with --heal"),
+    _calibration_options("mixed; self with --heal", f"96; {_HEAL_SAMPLES} with --heal"),
     statistics_option,
     no_cache_option,
     click.option(
@@ -252,9 +253,9 @@ def calibration_recipe(
     calibration: str | None, samples: int | None, length: int | None, seed: int | None
 ) -> Recipe:
     """The calibration recipe that the options ask for."""
-    from kvexport.calibrate import recipe_for
+    from kvexport.calibrate.recipe import DEFAULT, recipe_for
 
-    return recipe_for("self" if calibration is None else calibration, samples, length, seed)
+    return recipe_for(DEFAULT if calibration is None else calibration, samples, length, seed)
 
 
 def build_options(options: dict[str, Any]) -> BuildOptions:
@@ -278,8 +279,10 @@ def build_options(options: dict[str, Any]) -> BuildOptions:
         )
     if options.get("heal_lora") is not None and options["heal"] is None:
         raise UsageError("--heal-lora needs --heal", got="no --heal", fix="add --heal STEPS")
-    if options.get("heal") is not None and calibration in (None, "self") and samples is None:
-        samples = _HEAL_SAMPLES
+    if options.get("heal") is not None:  # needs more text than is shipped
+        calibration = "self" if calibration is None else calibration
+        if calibration == "self" and samples is None:
+            samples = _HEAL_SAMPLES
     target = options.pop("target", None)
     request = CompressionRequest(
         **{

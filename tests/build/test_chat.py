@@ -161,7 +161,7 @@ def test_a_template_that_cannot_be_reduced_gives_a_note(
 
 
 def test_a_template_that_does_not_end_is_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("kvexport.build.jinja_sandbox._SECONDS", 2)
+    monkeypatch.setattr("kvexport.model.jinja_sandbox._SECONDS", 2)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     assert "2 seconds" in reduce(tmp_path, loops).notes[0]
 

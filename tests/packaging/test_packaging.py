@@ -14,7 +14,7 @@ from kvexport.model.families import families
 
 pytestmark = pytest.mark.slow
 
-DATA = {"graphs": "*/*.toml", "calibration": "*.toml", "models": "demo/*"}
+DATA = {"graphs": "*/*.toml", "calibration": "*.t*", "models": "demo/*"}
 
 _LOOK = """
 import json
@@ -47,6 +47,7 @@ def test_wheel_holds_every_module_and_data_file(tree: Path, wheel: Path) -> None
     assert {
         "kvexport/graphs/families/llama.toml",
         "kvexport/calibration/self.toml",
+        "kvexport/calibration/articles.txt",
         "kvexport/model/loader.py",
     } <= wanted
     assert names == wanted

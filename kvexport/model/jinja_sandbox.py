@@ -35,12 +35,17 @@ class RenderedChat:
 
 
 def render(
-    template: str, tokens: Mapping[str, str], conversations: Sequence[_Messages]
+    template: str,
+    tokens: Mapping[str, str],
+    conversations: Sequence[_Messages],
+    *,
+    add_generation_prompt: bool = True,
 ) -> tuple[list[RenderedChat], bool]:
-    """Render each conversation up to the beginning of the assistant's answer.
+    """Render each conversation, by default up to the beginning of the assistant's answer.
 
     Args:
         tokens: special tokens by name, such as `bos_token`.
+        add_generation_prompt: whether the text ends with the beginning of an answer.
 
     Returns:
         The texts, and whether the template uses the current date.
@@ -53,6 +58,7 @@ def render(
             "template": template,
             "tokens": dict(tokens),
             "conversations": [list(messages) for messages in conversations],
+            "add_generation_prompt": add_generation_prompt,
         }
     )
     environment = {
@@ -60,7 +66,7 @@ def render(
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "PYTHONIOENCODING": "utf-8",
     }
-    command = [sys.executable, "-m", "kvexport.build.jinja_sandbox"]
+    command = [sys.executable, "-m", "kvexport.model.jinja_sandbox"]
     try:
         process = subprocess.run(
             command, input=request.encode(), capture_output=True, timeout=_SECONDS, env=environment
@@ -83,7 +89,7 @@ def _main() -> int:
     resource.setrlimit(resource.RLIMIT_CPU, (_SECONDS, _SECONDS))
     try:
         request = json.load(sys.stdin)
-        json.dump(_render(request["template"], request["tokens"], request["conversations"]), sys.stdout)
+        json.dump(_render(**request), sys.stdout)
     except MemoryError:
         print(f"it takes more than {_BYTES >> 20} MiB", file=sys.stderr)
         return 1
@@ -93,7 +99,12 @@ def _main() -> int:
     return 0
 
 
-def _render(template: str, tokens: Mapping[str, str], conversations: Sequence[_Messages]) -> dict[str, Any]:
+def _render(
+    template: str,
+    tokens: Mapping[str, str],
+    conversations: Sequence[_Messages],
+    add_generation_prompt: bool,
+) -> dict[str, Any]:
     import jinja2
     from jinja2 import nodes
     from jinja2.ext import Extension
@@ -131,9 +142,10 @@ def _render(template: str, tokens: Mapping[str, str], conversations: Sequence[_M
     rendered: list[tuple[str | None, str | None]] = []
     for messages in conversations:
         try:
-            rendered.append(
-                (_join(compiled.generate(messages=messages, add_generation_prompt=True, **tokens)), None)
+            pieces = compiled.generate(
+                messages=messages, add_generation_prompt=add_generation_prompt, **tokens
             )
+            rendered.append((_join(pieces), None))
         except Exception as error:  # raised by the template
             rendered.append((None, f"{error}"[:200]))
     return {"rendered": rendered, "uses_date": uses_date}
