@@ -444,6 +444,7 @@ class ConversionJob:
             healing=healing,
             frontier=frontier,
             device=device_name(self.device),
+            calibration=self.calibration_record() if self.compresses else None,
         )
 
     def _frontier(
@@ -493,9 +494,9 @@ def fitted_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path, progress: 
 
     A note says what was changed.
     """
-    recipe, reason = usable_recipe(recipe, decoder, checkpoint)
-    if reason is not None:
-        progress.note(f"calibration text is sampled from the model, because {reason}")
+    recipe = usable_recipe(recipe, decoder, checkpoint)
+    if recipe.reason is not None:
+        progress.note(f"calibration text is sampled from the model, because {recipe.reason}")
     fitted = recipe.fitted(decoder.dims.max_positions)
     if fitted != recipe:
         progress.note(

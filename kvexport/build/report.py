@@ -47,6 +47,7 @@ class BuildReport:
             bundle.
         kept_float32: parts of a float16 graph that are computed in float32, because float16 would overflow.
         device: the device on which PyTorch computed, such as "cpu" or "cuda:0 (NVIDIA RTX 4090)".
+        calibration: the recipe of the calibration text, as in the manifest; None if nothing was compressed.
         frontier: the cache sizes that were considered, with their losses before healing; empty if the request
             fixed the size.
         healing: the result of distillation, if there was any; `divergence` is then that of the healed model.
@@ -66,6 +67,7 @@ class BuildReport:
     divergence: Divergence | None
     seconds: dict[str, float]
     device: str
+    calibration: dict[str, Any] | None = None
     reused: list[str] = field(default_factory=list)
     validation: ValidationReport | None = None
     read_back: ReadBack | None = None

@@ -27,6 +27,7 @@ class Recipe:
         seed: random seed.
         temperatures: sampling temperatures, used for equally many windows each; 'self' only.
         file: text or JSON lines; 'text' only.
+        reason: why this recipe replaces the one that was requested; None: it does not.
         default_length: whether the length is the recipe's default, which follows the model (`fitted`).
     """
 
@@ -36,6 +37,7 @@ class Recipe:
     seed: int
     temperatures: tuple[float, ...] = ()
     file: Path | None = None
+    reason: str | None = None
     default_length: bool = False
 
     def fitted(self, max_positions: int | None) -> Recipe:
@@ -48,13 +50,14 @@ class Recipe:
             return self
         return replace(self, length=max(_RANGES["length"][0], max_positions))
 
-    def from_model(self) -> Recipe:
-        """As many windows of the same length and seed, sampled from the model."""
+    def from_model(self, reason: str) -> Recipe:
+        """As many windows of the same length and seed, sampled from the model for this reason."""
         return replace(
             _read_recipe("self"),
             samples=self.samples,
             length=self.length,
             seed=self.seed,
+            reason=reason,
             default_length=self.default_length,
         )
 

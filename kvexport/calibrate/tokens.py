@@ -70,18 +70,15 @@ def calibration_windows(
     )
 
 
-def usable_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path) -> tuple[Recipe, str | None]:
+def usable_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path) -> Recipe:
     """The recipe, or, where the model or its tokenizer is made for other text than is shipped, one that samples
     the model.
-
-    Returns:
-        The recipe, and the reason why it is another one.
 
     Raises:
         UsageError: the tokenizer cannot be read.
     """
     reason = reason_against(checkpoint, decoder) if recipe.source == "mixed" else None
-    return (recipe if reason is None else recipe.from_model()), reason
+    return recipe if reason is None else recipe.from_model(reason)
 
 
 def require_in_vocabulary(ids: list[int], vocab_size: int) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 from rich.console import Console
@@ -157,6 +157,8 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     out.print(_summary_table(report, output.name))
     if report.divergence is not None:
         out.print_line(f"(on {report.divergence.tokens} held-out calibration tokens)")
+    if report.calibration is not None:
+        out.print_line(_calibration_line(report.calibration))
     if report.healing is not None:
         out.print_line(_healing_line(report.healing))
     if report.eviction is not None:
@@ -167,6 +169,17 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
         out.print_line(f"\n{_read_back_line(report.read_back)}")
     out.print_line(_time_line(report))
     out.print_line(f"wrote {output}")
+
+
+def _calibration_line(record: dict[str, Any]) -> str:
+    """Which text the model was calibrated on, and why, if another was requested."""
+    text = {
+        "mixed": "the shipped text (prose, dialogues, code, several languages)",
+        "self": "text sampled from the model",
+        "random": "random tokens",
+    }.get(record["source"], record.get("file", "a text"))
+    line = f"calibrated on {text}, {record['samples']} windows of {record['length']} tokens"
+    return f"{line}, because {record['reason']}" if "reason" in record else line
 
 
 def _time_line(report: BuildReport) -> str:

@@ -45,11 +45,10 @@ def words(count: int) -> str:
 
 
 def test_built_in_recipes() -> None:
-    sampled, uniform = recipe_for("self"), recipe_for("random")
-    assert (sampled.source, uniform.source) == ("self", "random")
-    assert len(sampled.temperatures) == 2
-    assert 1.0 in sampled.temperatures
-    assert uniform.temperatures == ()
+    mixed, sampled, uniform = recipe_for("mixed"), recipe_for("self"), recipe_for("random")
+    assert (mixed.source, sampled.source, uniform.source) == ("mixed", "self", "random")
+    assert sampled.temperatures == (1.0,)
+    assert mixed.temperatures == uniform.temperatures == ()
     assert sampled.file is None
     assert sampled.samples >= 8
     assert sampled.length >= 128

@@ -40,7 +40,7 @@ def parsed() -> Callable[..., Any]:
 def test_the_help_shows_the_defaults_of_the_recipe(parsed: Callable[..., Any]) -> None:
     text = CliRunner().invoke(conversion_options(click.command()(lambda **options: None)), ["--help"]).output
     defaults = dict(re.findall(r"--(\w+) INTEGER\s[^\[]*?\[default:\s+(\d+)", text))
-    recipe = recipe_for("self")
+    recipe = recipe_for("mixed")
     assert defaults == {name: str(getattr(recipe, name)) for name in ("samples", "length", "seed")}
     options = parsed()
     assert (
