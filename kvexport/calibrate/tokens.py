@@ -71,8 +71,7 @@ def calibration_windows(
 
 
 def usable_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path) -> Recipe:
-    """The recipe, or, where the model or its tokenizer is made for other text than is shipped, one that samples
-    the model.
+    """The recipe, or one that samples the model where the shipped text is no text of its kind.
 
     Raises:
         UsageError: the tokenizer cannot be read.

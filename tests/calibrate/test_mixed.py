@@ -119,9 +119,7 @@ def test_few_windows_come_from_the_whole_text(folder: Path, decoder: Decoder) ->
 # Models and tokenizers that are made for other text
 
 
-def test_a_model_that_is_no_worse_than_chance_by_far_keeps_the_recipe(
-    folder: Path, decoder: Decoder
-) -> None:
+def test_a_model_that_is_no_worse_than_chance_by_far_keeps_the_recipe(folder: Path, decoder: Decoder) -> None:
     assert "cannot predict" in str(reason_against(folder, decoder))  # its weights are random
     frequent = _unigram(decoder, mixed_tokens(folder, 0))
     assert reason_against(folder, frequent) is None
