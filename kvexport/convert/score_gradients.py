@@ -24,18 +24,16 @@ from kvexport.model.decoder import Attention, Decoder, Layer
 class ScoreGradients:
     """Gradients of the summed scores of each window; starts at the logits and goes back layer by layer."""
 
-    def __init__(self, decoder: Decoder, x: Tensor, draws: int, seed: int = 0) -> None:
+    def __init__(self, decoder: Decoder, x: Tensor, seed: int = 0) -> None:
         """
         Args:
             decoder: the trained model.
             x: its residual stream after the last layer, [N, S, hidden].
-            draws: labels per prediction, each of which gives gradients of its own.
-            seed: random seed of the labels.
+            seed: random seed of the labels, one per prediction.
         """
         generator = torch.Generator().manual_seed(seed)
-        self._gradients = torch.stack(
-            [_at_logits(decoder, x[at : at + 1], draws, generator) for at in range(len(x))], 1
-        )  # [draws, N, S, hidden]
+        windows = [_at_logits(decoder, x[at : at + 1], generator) for at in range(len(x))]
+        self._gradients = torch.cat(windows)  # [N, S, hidden]
 
     def go_back(self, layer: Layer, x: Tensor) -> Tensor:
         """Go back through one layer.
@@ -45,7 +43,7 @@ class ScoreGradients:
             x: the residual stream before it, [N, S, hidden].
 
         Returns:
-            Gradients with respect to the output of its attention after `o`, [draws, N, S, hidden].
+            Gradients with respect to the output of its attention after `o`, [N, S, hidden].
         """
         at_attention = torch.empty_like(self._gradients)
         for batch in attention_windows.batches(range(len(x)), x.shape[1]):
@@ -54,11 +52,9 @@ class ScoreGradients:
             attend = partial(_recording, layer.attention, recorded.append)
             with torch.enable_grad():
                 after = reference.run_block(layer, before, attend).residual
-            for draw in range(len(self._gradients)):
-                keep = draw + 1 < len(self._gradients)
-                self._gradients[draw, batch], at_attention[draw, batch] = torch.autograd.grad(
-                    after, (before, recorded[0]), self._gradients[draw, batch], retain_graph=keep
-                )
+            self._gradients[batch], at_attention[batch] = torch.autograd.grad(
+                after, (before, recorded[0]), self._gradients[batch]
+            )
         return at_attention
 
 
@@ -68,21 +64,17 @@ def _recording(attention: Attention, record: Callable[[Tensor], None], inner: Te
     return output
 
 
-def _at_logits(decoder: Decoder, x: Tensor, draws: int, generator: torch.Generator) -> Tensor:
-    """Gradients of one window's scores with respect to x [1, S, hidden], [draws, S, hidden].
+def _at_logits(decoder: Decoder, x: Tensor, generator: torch.Generator) -> Tensor:
+    """Gradients of one window's scores with respect to x [1, S, hidden], same shape.
 
-    The last position predicts a token outside the window and has no score.
+    That of log p(y) with respect to the logits is the one-hot vector of y minus p. The last position predicts
+    a token outside the window and has no score.
     """
     x = x.clone().requires_grad_()
     with torch.enable_grad():
         logits = reference.logits(decoder, x)[0, :-1]  # [S - 1, vocab]
-        log_probabilities = logits.log_softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
-    probabilities = log_probabilities.detach().exp().cpu()
-    gradients = []
-    for draw in range(draws):
-        labels = torch.multinomial(probabilities, 1, generator=generator).to(x.device)
-        with torch.enable_grad():
-            score = log_probabilities.gather(-1, labels).sum()
-        (gradient,) = torch.autograd.grad(score, x, retain_graph=draw + 1 < draws)
-        gradients.append(gradient[0])
-    return torch.stack(gradients)
+    score = logits.detach().softmax(-1, dtype=torch.promote_types(x.dtype, torch.float32))
+    # with replacement, multinomial takes the cumulative sum, in place of a random number per token
+    labels = torch.multinomial(score.cpu(), 1, replacement=True, generator=generator).to(x.device)
+    score = score.neg_().scatter_add_(-1, labels, score.new_ones(labels.shape))
+    return torch.autograd.grad(logits, x, score.to(x.dtype))[0]

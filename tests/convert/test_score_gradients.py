@@ -41,10 +41,10 @@ def run(
     return streams, reference.logits(decoder, x)
 
 
-def gradients_of(decoder: Decoder, tokens: Tensor, draws: int, seed: int = 0) -> list[Tensor]:
-    """Gradients [draws, N, S, hidden] at the attention output of each layer."""
+def gradients_of(decoder: Decoder, tokens: Tensor, seed: int = 0) -> list[Tensor]:
+    """Gradients [N, S, hidden] at the attention output of each layer."""
     streams, _ = run(decoder, tokens, lambda index, output: output)
-    gradients = ScoreGradients(decoder, streams[-1], draws, seed)
+    gradients = ScoreGradients(decoder, streams[-1], seed)
     found = [
         gradients.go_back(layer, stream)
         for layer, stream in zip(reversed(decoder.layers), reversed(streams[:-1]), strict=True)
@@ -52,53 +52,47 @@ def gradients_of(decoder: Decoder, tokens: Tensor, draws: int, seed: int = 0) ->
     return found[::-1]
 
 
-def labels_of(decoder: Decoder, tokens: Tensor, draws: int, seed: int) -> Tensor:
-    """The labels that `ScoreGradients` draws, [draws, N, S - 1]."""
+def labels_of(decoder: Decoder, tokens: Tensor, seed: int) -> Tensor:
+    """The labels that `ScoreGradients` draws, [N, S - 1, 1]."""
     _, logits = run(decoder, tokens, lambda index, output: output)
     generator = torch.Generator().manual_seed(seed)
-    probabilities = logits[:, :-1].log_softmax(-1).exp()
-    drawn = [
-        [torch.multinomial(window, 1, generator=generator)[:, 0] for _ in range(draws)]
-        for window in probabilities
-    ]
-    return torch.stack([torch.stack(window) for window in drawn], 1)
+    probabilities = logits[:, :-1].softmax(-1)
+    return torch.stack(
+        [torch.multinomial(window, 1, replacement=True, generator=generator) for window in probabilities]
+    )
 
 
 @pytest.mark.parametrize("style", STYLES)
 def test_layer_by_layer_is_autograd_through_the_model(style: str) -> None:
     decoder = decoder_of(style)
-    tokens, draws = random_windows(decoder, 3, 12), 2
-    found = gradients_of(decoder, tokens, draws, seed=5)
-    labels = labels_of(decoder, tokens, draws, seed=5)
+    tokens = random_windows(decoder, 3, 12)
+    found, labels = gradients_of(decoder, tokens, seed=5), labels_of(decoder, tokens, seed=5)
     zeros = [
         torch.zeros(3, 12, decoder.dims.hidden_size, dtype=torch.float64, requires_grad=True) for _ in found
     ]
     _, logits = run(decoder, tokens, lambda index, output: output + zeros[index])
-    log_probabilities = logits[:, :-1].log_softmax(-1)
-    for draw in range(draws):
-        score = log_probabilities.gather(-1, labels[draw, :, :, None]).sum()
-        expected = torch.autograd.grad(score, zeros, retain_graph=True)
-        for each, whole in zip(found, expected, strict=True):
-            torch.testing.assert_close(each[draw], whole, rtol=1e-9, atol=1e-12)
-    other = gradients_of(decoder, tokens, draws, seed=6)  # control: other labels
+    score = logits[:, :-1].log_softmax(-1).gather(-1, labels).sum()
+    for each, whole in zip(found, torch.autograd.grad(score, zeros), strict=True):
+        torch.testing.assert_close(each, whole, rtol=1e-9, atol=1e-12)
+    other = gradients_of(decoder, tokens, seed=6)  # control: other labels
     assert (other[0] - found[0]).norm() > 0.1 * found[0].norm()
 
 
 def test_squared_scores_are_the_kl_of_a_small_error() -> None:
     """½ E[(Σ_t g·Δo)²] against the KL of the disturbed model, with other layers' gradients as a control."""
     decoder = decoder_of("llama")
-    tokens = random_windows(decoder, 4, 8)
+    tokens = random_windows(decoder, 1, 8).expand(1500, 8)  # one window, many labels
     generator = torch.Generator().manual_seed(1)
-    error = 1e-3 * torch.randn(4, 8, decoder.dims.hidden_size, generator=generator, dtype=torch.float64)
-    gradients = gradients_of(decoder, tokens, draws=500)
+    error = 1e-3 * torch.randn(8, decoder.dims.hidden_size, generator=generator, dtype=torch.float64)
+    gradients = gradients_of(decoder, tokens)
     _, trained = run(decoder, tokens, lambda index, output: output)
     for layer in range(3):
         _, disturbed = run(
             decoder, tokens, lambda index, output, layer=layer: output + error if index == layer else output
         )
         a, b = (each[:, :-1].log_softmax(-1) for each in (trained, disturbed))
-        kl = float((a.exp() * (a - b)).sum())
-        estimates = [float((each * error).sum((2, 3)).square().mean(0).sum()) / 2 for each in gradients]
+        kl = float((a.exp() * (a - b)).sum()) / len(tokens)
+        estimates = [float((each * error).sum((1, 2)).square().mean()) / 2 for each in gradients]
         assert estimates[layer] == pytest.approx(kl, rel=0.15)
         others = [each for index, each in enumerate(estimates) if index != layer]
         assert all(each != pytest.approx(kl, rel=0.15) for each in others)
@@ -107,5 +101,5 @@ def test_squared_scores_are_the_kl_of_a_small_error() -> None:
 def test_gradients_leave_the_decoder_without_gradients() -> None:
     decoder = decoder_of("llama")
     weight = decoder.layers[0].attention.o.weight
-    gradients_of(decoder, random_windows(decoder, 2, 6), draws=1)
+    gradients_of(decoder, random_windows(decoder, 2, 6))
     assert weight.grad is None and not weight.requires_grad
