@@ -120,7 +120,7 @@ class ConversionJob:
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
         if options.statistics is None:
-            recipe = fitted_recipe(options.recipe, self.decoder, checkpoint, progress)
+            recipe = fitted_recipe(options.recipe, self.placed, checkpoint, progress)
             self.options = replace(options, recipe=recipe)
         # where nothing is compressed no method is refused
         copies = fixed_shape(options.request, (), attention) == trained_shape(attention)

@@ -10,13 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from support.chat_templates import CHATML
-from support.decoders import make_decoder
+from support.decoders import make_decoder, random_windows
 from tokenizers import Tokenizer
 
-from kvexport.calibrate import calibration_windows, recipe_for, usable_recipe
+from kvexport.calibrate import calibration_windows, mixed, recipe_for, usable_recipe
 from kvexport.calibrate.mixed import KINDS, documents_of, messages_of, mixed_tokens, reason_against
 from kvexport.files.resources import resource
 from kvexport.model.decoder import Decoder
+from kvexport.model.placement import place
 
 DEMO_VOCABULARY = 2048
 
@@ -173,3 +174,12 @@ def test_otherwise_the_model_is_sampled_and_the_record_says_why(folder: Path, ca
     for source in ("self", "random"):  # what the user names is never replaced
         assert usable_recipe(recipe_for(source), decoder, folder) == recipe_for(source)
         assert "reason" not in recipe_for(source).to_json()
+
+
+def test_the_check_of_the_text_runs_on_the_device_of_the_model(device: torch.device) -> None:
+    decoder = make_decoder(dtype=torch.float32)
+    windows = random_windows(decoder, 3, 12)
+    here, there = (mixed._cross_entropy(each, windows) for each in (decoder, place(decoder, device)))
+    assert there == pytest.approx(here, rel=1e-5)
+    with pytest.raises(RuntimeError, match="on the same device"):
+        mixed._cross_entropy(dataclasses.replace(place(decoder, device), layers=decoder.layers), windows)
