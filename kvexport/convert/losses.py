@@ -17,15 +17,18 @@ from torch import Tensor
 
 from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.folding import Folding, mix_energies
-from kvexport.convert.groups import Grouping
+from kvexport.convert.groups import WIDEST, Grouping
 from kvexport.convert.keys import frequencies_with_most, query_weights
-from kvexport.convert.matching import Group
+from kvexport.convert.matching import PROPOSALS, Group, match_heads
 from kvexport.convert.values import stacked_output_weights
 from kvexport.model.decoder import Attention
 
 # widths, as shares of n, at which codes before RoPE are made; losses between them are interpolated
 _SAMPLED_SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 _TINY = 1e-12
+_ANNEALED = (
+    128  # width of a stack up to which all swaps are proposed; fewer beyond, so that the time is bounded
+)
 
 
 class LayerLosses:
@@ -64,20 +67,39 @@ class LayerLosses:
         """Covariance of the values, [h·d, h·d]."""
         return self._moments.value_covariance(self._everything)
 
+    def match(self, before_rotation: bool, size: int, key_width: int, value_width: int) -> list[Group]:
+        """Groups of `size` heads with a small loss of keys and values together.
+
+        Args:
+            before_rotation: whether keys are coded before RoPE.
+            size: heads per group.
+            key_width: width of a group's cached key.
+            value_width: width of a group's cached value.
+        """
+
+        def loss(group: Group) -> float:
+            # part of a group gets its share of the widths
+            key, value = (width * len(group) // size for width in (key_width, value_width))
+            return float(self.estimate(before_rotation, group)[key] + self.values(group)[value])
+
+        # a loss takes the time of an eigenvalue problem, cubic in the width of the stack
+        share = min(1.0, (_ANNEALED / (size * self._each.head_dim)) ** 3)
+        return match_heads(self._each.kv_heads, size, loss, int(PROPOSALS * share))
+
     def keys(self, group: Group) -> Tensor:
         """Loss of keys coded after RoPE, at widths 0 .. n, [n + 1] float64."""
         return _tails(torch.linalg.eigvalsh(self._block(self._keys, group)))
 
     def values(self, group: Group) -> Tensor:
         """Loss of values, at widths 0 .. n, [n + 1] float64."""
-        values, vectors = torch.linalg.eigh(self._block(self._values, group))
-        root = vectors * values.clamp_min(0).sqrt()
+        root = _root(self._block(self._values, group))
         return _tails(torch.linalg.eigvalsh(root.T @ self._block(self._outputs, group) @ root))
 
     def folded_keys(self, group: Group) -> Tensor:
         """Loss of keys coded before RoPE, at widths 0 .. n, [n + 1] float64.
 
-        Computed from codes of a few widths and interpolated between them. An odd width loses as much as the
+        Computed from codes of a few widths, up to the widest that an engine takes, and interpolated between
+        them. An odd width loses as much as the
         even width below it, because cached numbers come in pairs.
         """
         distances, width_of_head = self._code_moments.distances, self._each.head_dim
@@ -86,7 +108,7 @@ class LayerLosses:
         energies, second = self._energies(group), self._block(self._moments.key_second, group)
         power = self._attention.scale**2
         even = {width_of_head, *(2 * round(n * share / 2) for share in _SAMPLED_SHARES)}
-        for width in sorted(even - {0, n}) or [n]:
+        for width in sorted(each for each in even - {0, n} if each <= WIDEST) or [n]:
             frequencies = frequencies_with_most(energies, width)
             problem = Folding(self._weights[list(group)], second, frequencies, distances)
             samples = samples or [(0, power * problem.power)]
@@ -114,6 +136,15 @@ class LayerLosses:
         width, inside = self._each.head_dim, list(group)
         by_head = matrix.view(self._each.kv_heads, width, self._each.kv_heads, width)
         return by_head[inside][:, :, inside].reshape(len(group) * width, -1)
+
+
+def _root(covariance: Tensor) -> Tensor:
+    """R with R Rᵀ = covariance, [n, n]."""
+    factor, failed = torch.linalg.cholesky_ex(covariance)
+    if not failed:
+        return factor
+    values, vectors = torch.linalg.eigh(covariance)  # singular, and several times as slow
+    return vectors * values.clamp_min(0).sqrt()
 
 
 def _tails(ascending: Tensor) -> Tensor:

@@ -13,11 +13,11 @@ from collections.abc import Callable, Sequence
 Group = tuple[int, ...]
 Loss = Callable[[Group], float]  # loss of a group; its heads are in ascending order
 
-_PROPOSALS = 256  # swaps proposed
+PROPOSALS = 256  # swaps proposed
 _TEMPERATURE = 0.02  # initial temperature, as a share of the total loss
 
 
-def match_heads(heads: int, size: int, loss: Loss) -> list[Group]:
+def match_heads(heads: int, size: int, loss: Loss, proposals: int = PROPOSALS) -> list[Group]:
     """Partition `heads` heads into groups of `size` so that the sum of their losses is small.
 
     The sum is the least possible for pairs; for larger groups it is never above that of adjacent heads.
@@ -26,6 +26,7 @@ def match_heads(heads: int, size: int, loss: Loss) -> list[Group]:
         heads: number of heads; a multiple of `size`.
         size: heads per group.
         loss: loss of one group.
+        proposals: number of swaps that are proposed.
 
     Returns:
         The groups in ascending order, each of them ascending.
@@ -38,7 +39,7 @@ def match_heads(heads: int, size: int, loss: Loss) -> list[Group]:
         _match_pairs(heads, size, losses) if size & (size - 1) == 0 else _grow_groups(heads, size, losses)
     )
     if size > 2:
-        groups = min(_anneal(groups, losses), adjacent, key=losses.total)
+        groups = min(_anneal(groups, losses, proposals), adjacent, key=losses.total)
     return sorted(groups)
 
 
@@ -90,20 +91,20 @@ def _grow_groups(heads: int, size: int, loss: _LossCache) -> list[Group]:
     return groups
 
 
-def _anneal(groups: list[Group], loss: _LossCache) -> list[Group]:
+def _anneal(groups: list[Group], loss: _LossCache, proposals: int) -> list[Group]:
     """Simulated annealing over swaps of two heads between two groups, with a fixed seed; returns the best
     partition.
     """
     chance = random.Random(0)
     best = now = groups
-    for proposal in range(_PROPOSALS):
+    for proposal in range(proposals):
         a, b = chance.sample(range(len(now)), 2)
         i, j = chance.choice(now[a]), chance.choice(now[b])
         swapped = list(now)
         swapped[a] = tuple(sorted({*now[a], j} - {i}))
         swapped[b] = tuple(sorted({*now[b], i} - {j}))
         increase = loss.total((swapped[a], swapped[b])) - loss.total((now[a], now[b]))
-        temperature = _TEMPERATURE * loss.total(now) * (1 - proposal / _PROPOSALS)
+        temperature = _TEMPERATURE * loss.total(now) * (1 - proposal / proposals)
         if increase < 0 or (temperature > 0 and chance.random() < math.exp(-increase / temperature)):
             now = swapped
             best = min(best, now, key=loss.total)

@@ -15,7 +15,7 @@ from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import Grouping, KVShape
 from kvexport.convert.losses import LayerLosses
-from kvexport.convert.matching import Group, match_heads, order_of
+from kvexport.convert.matching import order_of
 from kvexport.convert.method_names import BEST, METHOD_NAMES
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Attention
@@ -120,14 +120,10 @@ def head_order(method: Method, code_moments: CodeMoments, attention: Attention, 
     heads = attention.num_kv_heads
     if not method.matched:
         return list(range(heads))
-    losses, size = LayerLosses(code_moments, attention), heads // shape.kv_heads
-
-    def loss(group: Group) -> float:
-        # part of a group gets its share of the widths
-        key, value = (width * len(group) // size for width in (shape.key_dim, shape.value_dim))
-        return float(losses.estimate(method.before_rotation, group)[key] + losses.values(group)[value])
-
-    return order_of(match_heads(heads, size, loss))
+    losses = LayerLosses(code_moments, attention)
+    return order_of(
+        losses.match(method.before_rotation, heads // shape.kv_heads, shape.key_dim, shape.value_dim)
+    )
 
 
 def layer_code(

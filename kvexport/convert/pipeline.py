@@ -24,7 +24,7 @@ from kvexport.convert.groups import Grouping, trained_shape
 from kvexport.convert.methods import LayerPlan, head_order, in_layer, layer_code
 from kvexport.convert.permute import permute_heads
 from kvexport.convert.predict import predict_error
-from kvexport.convert.streams import Streams, TrainedStream
+from kvexport.convert.streams import Streams, TrainedStream, split_windows
 from kvexport.errors import KvexportError
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer, tensors_of
@@ -133,7 +133,8 @@ def measure_moments(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
     Raises:
         KvexportError: moments are not finite.
     """
-    stream = TrainedStream(decoder, windows)
+    train, _ = split_windows(len(windows))
+    stream = TrainedStream(decoder, windows[: len(train)], hold_out=False)
     for index in range(len(decoder.layers)):
         yield _measure_layer(index, decoder.layers[index], stream)
 

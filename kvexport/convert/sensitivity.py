@@ -104,7 +104,6 @@ class _Forward:
     """The pass from the first layer to the last: losses, and the errors of trials.
 
     Attributes:
-        x: the trained residual stream of the windows that trials are made on, [N, S, hidden].
         layers: of each layer, its losses without sensitivities, and the predicted losses of its trials.
     """
 
@@ -123,9 +122,12 @@ class _Forward:
         self._decoder, self._methods, self._sizes, self._folder = decoder, methods, tuple(sizes), folder
         self._moments_of, self._save_moments = moments_of, save_moments
         self._positions = windows.shape[1] if capacity is None else capacity
-        # with saved moments the other windows are not needed
-        self._stream = TrainedStream(decoder, windows) if moments_of is None else None
-        self.x = reference.embed(decoder.embedding, trial_windows(windows))
+        train, _ = split_windows(len(windows))
+        which = trial_windows(len(train))
+        if moments_of is not None:  # the other windows are not needed
+            windows, which = windows[which], torch.arange(len(which))
+        self._stream = TrainedStream(decoder, windows[: len(train)], hold_out=False)
+        self._which = which
         self.layers: list[tuple[LayerSensitivity, list[float]]] = []
 
     @torch.no_grad()
@@ -147,27 +149,31 @@ class _Forward:
                 [trial.loss for trial in trials.all],
             )
         )
-        attention_windows.advance(layer, self.x)
+        self._stream.advance(layer)
+
+    @property
+    def x(self) -> Tensor:
+        """The trained residual stream of the windows that trials are made on, [N, S, hidden]."""
+        return self._stream.of_windows(self._which)[0]
 
     def _moments(self, index: int, layer: Layer) -> Moments:
-        if self._stream is None:
-            assert self._moments_of is not None
+        if self._moments_of is not None:
+            self._stream.attend(layer)
             return self._moments_of(index)
         moments = self._stream.measure(layer)
-        self._stream.advance(layer)
         if self._save_moments is not None:
             self._save_moments(index, moments)
         return moments
 
     def _keep(self, index: int, layer: Layer, trials: LayerTrials) -> None:
         """Keep the residual stream before the layer, and the errors [trials, N, S, hidden]."""
-        inner = reference.normed(layer.attention_norm, self.x)
-        trained = attention_windows.attend(layer.attention, inner)
-        errors = torch.empty(len(trials.all), *self.x.shape, dtype=torch.bfloat16, device=self.x.device)
+        x, trained = self._stream.of_windows(self._which)
+        inner = reference.normed(layer.attention_norm, x)
+        errors = torch.empty(len(trials.all), *x.shape, dtype=torch.bfloat16, device=x.device)
         for at, trial in enumerate(trials.all):
-            coded = move(trial.attention, self.x.device)
+            coded = move(trial.attention, x.device)
             errors[at] = attention_windows.attend(coded, inner) - trained
-        save_tensors({"x": self.x.cpu(), "errors": errors.cpu()}, self._folder / str(index))
+        save_tensors({"x": x.cpu(), "errors": errors.cpu()}, self._folder / str(index))
 
 
 class _Backward:
@@ -197,7 +203,6 @@ class _Backward:
         ]
 
 
-def trial_windows(windows: Tensor) -> Tensor:
-    """The windows on which trials are made, evenly spread over the training windows of [N, length] int64."""
-    train, _ = split_windows(len(windows))
-    return windows[torch.linspace(0, len(train) - 1, min(_WINDOWS, len(train))).round().long()]
+def trial_windows(count: int) -> Tensor:
+    """Indices of the windows on which trials are made, evenly spread over `count` training windows, [N]."""
+    return torch.linspace(0, count - 1, min(_WINDOWS, count)).round().long()

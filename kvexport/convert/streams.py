@@ -39,15 +39,17 @@ class TrainedStream:
     """
 
     @torch.no_grad()
-    def __init__(self, decoder: Decoder, windows: Tensor) -> None:
+    def __init__(self, decoder: Decoder, windows: Tensor, *, hold_out: bool = True) -> None:
         """
         Args:
             decoder: the trained model.
             windows: token ids [N, S] int64.
+            hold_out: whether windows are held out, as `split_windows` splits them.
         """
         self._trained = reference.embed(decoder.embedding, windows)
         self._attended = torch.empty_like(self._trained)
-        self.train, self.held_out = split_windows(len(windows))
+        count = len(windows)
+        self.train, self.held_out = split_windows(count) if hold_out else (range(count), range(count, count))
 
     def measure(self, layer: Layer) -> Moments:
         """Run the layer's attention on all windows; returns the moments over the training windows."""
@@ -65,6 +67,18 @@ class TrainedStream:
                 self._attended[batch] = accumulator.add(inner)
             else:
                 self._attended[batch] = self._output(layer, self._trained[batch])
+
+    def of_windows(self, which: Tensor) -> tuple[Tensor, Tensor]:
+        """The stream before the layer, and the layer's attention output, of some windows.
+
+        Args:
+            which: indices of the windows, [M] int64.
+
+        Returns:
+            Two tensors [M, S, hidden].
+        """
+        which = which.to(self._trained.device)
+        return self._trained[which], self._attended[which]
 
     def advance(self, layer: Layer) -> None:
         """Advance the stream past the layer; `measure` or `attend` must have run its attention."""

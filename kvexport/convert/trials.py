@@ -18,7 +18,7 @@ from kvexport.convert.codes import Code
 from kvexport.convert.groups import WIDEST, Grouping, KVShape
 from kvexport.convert.layer_sensitivity import Curves
 from kvexport.convert.losses import LayerLosses
-from kvexport.convert.matching import Group, match_heads, order_of
+from kvexport.convert.matching import Group, order_of
 from kvexport.convert.methods import Method, in_layer, layer_code
 from kvexport.convert.permute import permute_heads
 from kvexport.model.decoder import Attention
@@ -75,7 +75,8 @@ def make_trials(
         code_moments = make_code_moments(method.before_rotation, moments, attention, positions)
         losses = LayerLosses(code_moments, attention)
         for size in sizes:
-            groups = _groups(method, losses, attention, size)
+            rank = _rank(size, attention)
+            groups = losses.match(method.before_rotation, size, rank, rank)
             of_keys = losses.folded_keys if method.key is None else losses.keys
             of_size = Curves(_sum(map(of_keys, groups)), _sum(map(losses.values, groups)))
             curves[chosen, size] = of_size
@@ -117,15 +118,6 @@ class _Coded:
 def _rank(size: int, attention: Attention) -> int:
     """The even width of a cached head that keeps the ratio of the KV bytes, in groups of `size`."""
     return max(2, 2 * round(_RATIO * size * attention.head_dim / 2))
-
-
-def _groups(method: Method, losses: LayerLosses, attention: Attention, size: int) -> list[Group]:
-    def loss(group: Group) -> float:
-        # part of a group gets its share of the width
-        width = _rank(size, attention) * len(group) // size
-        return float(losses.estimate(method.before_rotation, group)[width] + losses.values(group)[width])
-
-    return match_heads(attention.num_kv_heads, size, loss)
 
 
 def _sum(parts: Iterator[Tensor]) -> Tensor:
