@@ -4,7 +4,8 @@ Builds llamas with random weights of 8, 16 and 32 layers of one shape, calibrate
 1.1 billion parameters, and any checkpoints that are given, with their default calibration. Each is built
 twice: at half of the KV cache, and then at a quarter, which reuses the saved analysis. Every build, and every
 forward pass of transformers over as many tokens as the build calibrates on, runs in a process of its own;
-forward passes before, between and after the builds show the spread of the machine. Writes
+forward passes before, between and after the builds show the spread of the machine. Processor seconds (of all
+threads) are recorded beside seconds; other work on the machine hardly changes them. Writes
 benchmarks/results/build_cost.json.
 
     python benchmarks/build_cost.py FOLDER --checkpoint SmolLM2-135M-Instruct
@@ -109,21 +110,22 @@ def measure(arguments: argparse.Namespace, shape: dict[str, int] | None, source:
         shutil.rmtree(folder / "cache", ignore_errors=True)
         if shape is not None:
             shutil.rmtree(source)
-    passed = statistics.median(each["seconds"] for each in forwards)
     for build in builds.values():
-        build["forward_passes"] = round(build["seconds"] / passed, 2)
+        for clock in ("seconds", "processor_seconds"):
+            passed = statistics.median(each[clock] for each in forwards)
+            build[f"forward_passes_by_{clock}"] = round(build[clock] / passed, 2)
     return {
         "shape": shape,
         "parameters": parameters,
-        "forward_pass_seconds": [each["seconds"] for each in forwards],
+        "forward_passes": forwards,
         "builds": builds,
     }
 
 
 def cost_per_layer(cases: dict[str, Any]) -> dict[str, float]:
-    """Seconds that a layer adds to the first build, between the numbers of layers that were measured."""
+    """Processor seconds that a layer adds to the first build, between measured numbers of layers."""
     seconds = {
-        layers: cases[f"llama-{layers}"]["builds"][f"{RATIOS[0]:g}"]["seconds"]
+        layers: cases[f"llama-{layers}"]["builds"][f"{RATIOS[0]:g}"]["processor_seconds"]
         for layers in LAYERS
         if f"llama-{layers}" in cases
     }
@@ -168,14 +170,15 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
         }
     )
     meter = MemoryMeter()
-    start = time.perf_counter()
+    start, processor_start = time.perf_counter(), time.process_time()
     with meter.running():
         report = build_bundle(Path(task["checkpoint"]), Path(task["bundle"]), options, meter, force=True)
-    seconds = time.perf_counter() - start
+    seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
     shutil.rmtree(task["bundle"])
     assert report.divergence is not None
     return {
         "seconds": round(seconds, 1),
+        "processor_seconds": round(processor_seconds, 1),
         "seconds_by_stage": report.seconds,
         "peak_resident_bytes": max(meter.peaks.values()),
         "peak_resident_bytes_by_stage": meter.peaks,
@@ -229,11 +232,15 @@ def forward(task: dict[str, Any]) -> dict[str, Any]:
     tokens = torch.randint(model.config.vocab_size, (task["samples"], 256), generator=generator)
     with torch.inference_mode():
         model(tokens[:1])
-        start = time.perf_counter()
+        start, processor_start = time.perf_counter(), time.process_time()
         for batch in tokens.split(_BATCH):
             model(batch, use_cache=False)
-        seconds = time.perf_counter() - start
-    return {"seconds": round(seconds, 2), "tokens": tokens.numel()}
+        seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
+    return {
+        "seconds": round(seconds, 2),
+        "processor_seconds": round(processor_seconds, 2),
+        "tokens": tokens.numel(),
+    }
 
 
 def machine(threads: int) -> str:

@@ -73,7 +73,7 @@ def test_build_cost(run: Run, tmp_path: Path) -> None:
     assert list(record["cases"]) == ["llama-1", "llama-2"]
     assert list(record["cost_per_layer"]) == ["1 to 2 layers"]
     for case in record["cases"].values():
-        assert len(case["forward_pass_seconds"]) == 3
+        assert len(case["forward_passes"]) == 3
         first, second = case["builds"].values()
         assert "analysis" in first["seconds_by_stage"] and "analysis" not in second["seconds_by_stage"]
         assert 0 < max(first["peak_resident_bytes_by_stage"].values()) == first["peak_resident_bytes"]
