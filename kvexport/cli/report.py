@@ -183,10 +183,13 @@ def _calibration_line(record: dict[str, Any]) -> str:
 
 
 def _time_line(report: BuildReport) -> str:
-    """The time of the build, of its longest stage, and of the others; and the stages that took none."""
+    """The time of the build and its device, the time of its longest stage and of the others; and the stages
+    that took none.
+    """
     times = {key: f"{_STAGES[key]} {seconds:.1f} s" for key, seconds in report.seconds.items()}
     longest = times.pop(report.longest_stage)
-    line = f"took {sum(report.seconds.values()):.1f} s, of which {longest} ({', '.join(times.values())})"
+    total = f"took {sum(report.seconds.values()):.1f} s on {report.device}"
+    line = f"{total}, of which {longest} ({', '.join(times.values())})"
     if report.reused:
         line += f"; saved earlier: {', '.join(_STAGES[key] for key in report.reused)}"
     return line
