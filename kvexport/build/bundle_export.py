@@ -72,14 +72,14 @@ class BundleExport:
 
     def record_self_test(self) -> None:
         """Generate greedily with all layers, for the self-test."""
-        with self._job.timed("self-test"):
+        with self._job.stages.timed("self-test"):
             self._self_test.record(self._job.progress)
 
     def write(self) -> GraphContract:
         """Write the graph, the reference outputs, the self-test and the text files."""
         job, writer, directory = self._job, self._writer, self._writer.directory
         decoder, progress = job.decoder, job.progress
-        with job.timed("write"), progress.stage("Writing the bundle", 4):
+        with job.stages.timed("write"), progress.stage("Writing the bundle", 4):
             self._reference.save(directory)
             progress.advance()
             exceptions = Float32Exceptions() if self._peaks is None else float32_exceptions(self._peaks)

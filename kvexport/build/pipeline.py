@@ -80,7 +80,7 @@ def build(
             report = job.convert(windows, plan, export.add_layer)
             export.record_self_test()
         contract = export.write()
-        with job.timed("validation"):
+        with job.stages.timed("validation"):
             validation = validate_graph(writer.directory, contract, progress, eviction)
         _require_valid(validation, options.dtype)
 
@@ -138,7 +138,7 @@ def compress(
         job.checkpoint.copy_tokenizer(directory)
         if "auto_map" in form.config:
             job.checkpoint.copy_tokenizer(directory, ("*.py",))
-        with job.timed("read-back"), progress.stage("Reading the checkpoint back", 0):
+        with job.stages.timed("read-back"), progress.stage("Reading the checkpoint back", 0):
             result, reason = read_back(directory, expected)
     if reason is not None:
         progress.note(f"the checkpoint was not compared with transformers: {reason}")
@@ -181,7 +181,7 @@ def calibrate(
         windows = job.calibrate()
         writer = StatisticsWriter(directory, job.statistics_source())
         writer.save_tokens(windows)
-        job.analyze(windows, directory, writer)
+        job.analysis.analyze(windows, directory, writer)
         writer.finish()
     return windows.numel()
 

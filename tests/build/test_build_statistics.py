@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from kvexport.build import BuildOptions, BuildReport, build, calibrate, compress, conversion_job
+from kvexport.build import BuildOptions, BuildReport, build, calibrate, compress
 from kvexport.calibrate import recipe_for
 from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError
@@ -27,25 +27,6 @@ class Notes(Progress):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-
-@pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The stages whose results were computed, in order, by the names of their functions."""
-    done: list[str] = []
-
-    def count(name: str) -> None:
-        original = getattr(conversion_job, name)
-
-        def counted(*arguments: Any, **options: Any) -> Any:
-            done.append(name)
-            return original(*arguments, **options)
-
-        monkeypatch.setattr(conversion_job, name, counted)
-
-    for name in ("calibration_windows", "analyze_sensitivity"):
-        count(name)
-    return done
 
 
 def built(source: Path, output: Path, statistics: Path | None = None, **request: Any) -> BuildReport:

@@ -24,7 +24,7 @@ from kvexport.progress import Progress
 
 RECIPE = recipe_for("random", 8, 24)
 FILES = ("decoder.onnx", "decoder.onnx.data", "reference.npz")
-TEXT, ANALYSIS = "calibration_windows", "analyze_sensitivity"
+TEXT, ANALYSIS = "calibration_windows", "analyze_sensitivity"  # as `work` names them
 Checkpoints = Callable[..., Path]
 
 
@@ -46,26 +46,6 @@ class Notes(Progress):
 
     def note(self, text: str) -> None:
         self.notes.append(text)
-
-
-@pytest.fixture
-def work(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The stages that were finished by computation, in order, by the names of their functions."""
-    done: list[str] = []
-
-    def count(name: str) -> None:
-        original = getattr(conversion_job, name)
-
-        def counted(*arguments: Any, **options: Any) -> Any:
-            result = original(*arguments, **options)
-            done.append(name)
-            return result
-
-        monkeypatch.setattr(conversion_job, name, counted)
-
-    for name in (TEXT, ANALYSIS):
-        count(name)
-    return done
 
 
 @pytest.fixture
