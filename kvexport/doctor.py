@@ -55,6 +55,7 @@ _COMMANDS: dict[str, tuple[tuple[str, ...], ...]] = {
     "lint": (("onnx",), ("onnx-ir",)),
     "engine": (("onnx",), ("onnx-ir",), ("polygraphy",), _ENGINES),
     "bench": (_RUNNERS,),
+    "cache": (),
     "targets": (),
 }
 _JETPACKS = {  # by L4T release

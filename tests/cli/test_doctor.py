@@ -79,7 +79,7 @@ def test_an_empty_machine_lacks_every_package(computer: Computer) -> None:
     )
     assert found.providers == ()
     works = {command.name for command in found.verbs if not command.lacks}
-    assert works == {"inspect", "plan", "targets"}
+    assert works == {"cache", "inspect", "plan", "targets"}
     build = next(command for command in found.verbs if command.name == "build")
     assert build.lacks["torch"] == "pip install 'kvexport[convert]'"
     assert build.lacks["onnxruntime or onnxruntime-gpu"] == "pip install 'kvexport[cpu]'"
