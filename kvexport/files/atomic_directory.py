@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import glob
 import os
 import shutil
@@ -11,6 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kvexport.errors import UsageError
+from kvexport.files.directory_lock import lock_directory, remove_abandoned
 
 
 @contextmanager
@@ -32,11 +32,11 @@ def atomic_directory(path: Path, *, marker: str, force: bool = False) -> Iterato
     path = path.resolve()  # replaces what a link points to, not the link
     temporary = path.parent / f".{path.name}.{os.getpid()}.partial"
     replaced = path.parent / f".{path.name}.replaced"
-    _remove_abandoned(path)
+    remove_abandoned(path.parent.glob(glob.escape(f".{path.name}.") + "*.partial"))
     lock = None
     try:
         temporary.mkdir()
-        lock = _lock(temporary)
+        lock = lock_directory(temporary)
         yield temporary
         for file in temporary.iterdir():
             _sync(file)
@@ -92,28 +92,6 @@ def require_path(path: Path, *, force: bool) -> bool:
             f"the output {path} must not exist yet", fix="choose another --output, or replace it with --force"
         )
     return exists
-
-
-def _remove_abandoned(path: Path) -> None:
-    """Remove what killed processes left beside `path`; a running one holds the lock of its directory."""
-    for partial in path.parent.glob(glob.escape(f".{path.name}.") + "*.partial"):
-        lock = _lock(partial)
-        if lock is not None:
-            shutil.rmtree(partial, ignore_errors=True)
-            os.close(lock)
-
-
-def _lock(directory: Path) -> int | None:
-    """Lock a directory; returns a descriptor that holds the lock until it is closed, or None."""
-    descriptor = None
-    try:
-        descriptor = os.open(directory, os.O_RDONLY)
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        if descriptor is not None:
-            os.close(descriptor)
-        return None
-    return descriptor
 
 
 def _sync(path: Path) -> None:

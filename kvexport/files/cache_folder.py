@@ -7,7 +7,6 @@ it is neither replaced nor removed meanwhile.
 from __future__ import annotations
 
 import errno
-import fcntl
 import os
 import shutil
 import tempfile
@@ -17,9 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvexport.errors import CannotRunHere
+from kvexport.files.directory_lock import lock_directory, remove_abandoned
 
-_LARGEST = 20 * 10**9  # bytes of all directories
-_SHARE = 10  # and at most this part of the disk's free bytes
+_LARGEST = 20 * 10**9  # most bytes of all directories
+_DISK_PARTS = 10  # they have at most one of so many parts of the bytes that are free without them
 _TEMPORARY = ".partial"
 
 
@@ -88,7 +88,7 @@ class NewDirectory:
     def __init__(self, folder: CacheFolder, key: str) -> None:
         self._folder, self._target = folder, folder.path / key
         self.path = Path(tempfile.mkdtemp(prefix=f".{key}.", suffix=_TEMPORARY, dir=folder.path))
-        self._descriptor = _lock(self.path, fcntl.LOCK_EX)
+        self._descriptor = lock_directory(self.path)
 
     def bytes(self) -> int:
         """Size of the files so far."""
@@ -128,7 +128,7 @@ class CacheFolder:
     def entries(self) -> list[CachedDirectory]:
         """All complete directories, the last used first."""
         found = []
-        for path in self._names():
+        for path in self._paths():
             try:
                 files = [file.stat() for file in path.iterdir()]
                 found.append(CachedDirectory(path, sum(file.st_size for file in files), path.stat().st_mtime))
@@ -137,16 +137,20 @@ class CacheFolder:
         return sorted(found, key=lambda entry: (-entry.used, entry.path.name))
 
     def limit(self) -> int:
-        """Most bytes that the directories may have together: 20 GB, or a tenth of the disk's free bytes."""
+        """Most bytes that the directories may have together: 20 GB, or a tenth of the disk's free bytes.
+
+        Raises:
+            OSError: the folder cannot be read.
+        """
         used = sum(entry.bytes for entry in self.entries())
-        return min(_LARGEST, (shutil.disk_usage(self.path).free + used) // _SHARE)
+        return min(_LARGEST, (shutil.disk_usage(self.path).free + used) // _DISK_PARTS)
 
     def lease(self, key: str) -> Lease | None:
         """Lock the directory of a key for reading, and count it as used; None: there is none, or it is being
         replaced.
         """
         path = self.path / key
-        descriptor = _lock(path, fcntl.LOCK_SH)
+        descriptor = lock_directory(path, shared=True)
         if descriptor is None:
             return None
         with suppress(OSError):  # read-only
@@ -191,7 +195,7 @@ class CacheFolder:
     def remove(self, key: str) -> bool:
         """Remove the directory of a key; False if there is none, or it is in use or cannot be removed."""
         path = self.path / key
-        descriptor = _lock(path, fcntl.LOCK_EX)
+        descriptor = lock_directory(path)
         if descriptor is None:
             return False
         try:
@@ -210,38 +214,11 @@ class CacheFolder:
         self._remove_abandoned()
         return freed
 
-    def _names(self) -> list[Path]:
+    def _paths(self) -> list[Path]:
         try:
             return [path for path in self.path.iterdir() if not path.name.startswith(".")]
         except OSError:
             return []
 
     def _remove_abandoned(self) -> None:
-        """Remove what killed processes left; a running one holds the lock of its directory."""
-        for path in self.path.glob(f".*{_TEMPORARY}"):
-            descriptor = _lock(path, fcntl.LOCK_EX)
-            if descriptor is not None:
-                shutil.rmtree(path, ignore_errors=True)
-                os.close(descriptor)
-
-
-def _lock(path: Path, kind: int) -> int | None:
-    """Lock a directory without waiting.
-
-    Returns:
-        A descriptor that holds the lock; None if the directory is missing, or locked by others. Where the
-        file system has no locks the descriptor holds none.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    except OSError:
-        return None
-    try:
-        fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
-        same = os.path.samestat(os.fstat(descriptor), path.stat())  # or it was replaced
-    except OSError as error:
-        same = error.errno in (errno.EBADF, errno.ENOLCK, errno.ENOTSUP, errno.EINVAL)
-    if same:
-        return descriptor
-    os.close(descriptor)
-    return None
+        remove_abandoned(self.path.glob(f".*{_TEMPORARY}"))
