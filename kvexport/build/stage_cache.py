@@ -27,7 +27,8 @@ from kvexport.files.resources import resource
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.progress import Progress
 
-_PACKAGES = ("calibrate", "convert", "model")  # whose code determines the numbers
+# What determines the numbers: code of these packages and of the analysis, and files of these data folders.
+_PACKAGES = ("calibrate", "convert", "model")
 _DATA = (("calibration",), ("graphs", "families"))
 
 
@@ -66,6 +67,7 @@ def _content(recipe: Recipe) -> dict[str, object]:
 def _code() -> str:
     """Hash of the code and data that determine the numbers: an entry of another version is never used."""
     paths = [path for name in _PACKAGES for path in sorted(resource(name).rglob("*.py"))]
+    paths.append(Path(__file__).with_name("analysis.py"))
     paths += [path for parts in _DATA for path in sorted(resource(*parts).iterdir()) if path.is_file()]
     digest = hashlib.sha256()
     for path in paths:
@@ -101,7 +103,7 @@ class StageCache:
             self._folder.remove(self._key)
             self._progress.note(f"a damaged entry of the build cache is made again: {error.what}")
             return None
-        if not statistics.has_moments(1):  # nothing is left to be read
+        if not statistics.has_moments(1):  # the calibration text, which is all, has been read
             self.release()
         return statistics
 
@@ -145,7 +147,7 @@ class StageCache:
         return False
 
     def report(self, error: OSError) -> None:
-        """Tell once that the build continues without the cache."""
+        """Note once that the build continues without the cache."""
         if not self._reported:
             self._progress.note(
                 f"the build cache {self._folder.path} cannot be written ({reason_of(error)}): the build "
@@ -169,7 +171,7 @@ class CacheWriter:
         return self
 
     def save_moments(self, index: int, moments: Moments) -> None:
-        """Keep the moments of one layer. The first layer tells how large the entry will be."""
+        """Keep the moments of one layer. The first layer's size predicts that of the entry."""
         with self._tolerant():
             if self._writer is not None and self._directory is not None:
                 self._writer.save_moments(index, moments)
