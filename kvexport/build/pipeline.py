@@ -1,6 +1,7 @@
 """Build a bundle, compress to a Hugging Face checkpoint, or save calibration statistics.
 
-A build runs these stages: read the checkpoint, calibrate, analyze sensitivity, convert, write, validate.
+A build runs these stages: read the checkpoint, calibrate, analyze sensitivity, try conversions (with a bound
+on the KL divergence), convert, heal (if requested), record the self-test, write, validate.
 """
 
 from __future__ import annotations
@@ -173,9 +174,8 @@ def calibrate(
         CannotRunHere: this machine lacks memory, disk space or a package.
     """
     require_output(output, marker=STATISTICS_FILE, force=force)
-    job = ConversionJob(
-        checkpoint, output, BuildOptions(recipe, device=device, cache=cache), progress, capacity
-    )
+    options = BuildOptions(recipe, device=device, cache=cache)
+    job = ConversionJob(checkpoint, None, options, progress, capacity)
     with atomic_directory(output, marker=STATISTICS_FILE, force=force) as directory:
         job.plan_progress(("text", "analysis"), analyzes=True)
         windows = job.calibrate()
@@ -187,7 +187,7 @@ def calibrate(
 
 
 def _note_frequencies(job: ConversionJob) -> None:
-    """Tell that short texts get the frequencies of long ones, as a graph has one table of them."""
+    """Note that short texts get the frequencies of long ones, as a graph has one table of them."""
     for switch in sorted(job.rope_switches):
         if switch < job.capacity:
             job.progress.note(
