@@ -36,7 +36,7 @@ class SensitivityAnalysis:
             decoder: the trained model, on the device that computes.
             capacity: tokens of a sequence, for which codes of rotated keys are made.
             saved: has the results of an earlier analysis, and saves new ones.
-            stages: is told whether the stage "analysis" was computed or reused.
+            stages: records the stage "analysis" as computed or reused.
             progress: shows the analysis and notes.
         """
         self._decoder, self._capacity, self._saved = decoder, capacity, saved

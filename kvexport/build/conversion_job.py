@@ -25,7 +25,7 @@ from kvexport.build.saved_stages import SavedStages
 from kvexport.build.stages import Stages
 from kvexport.bundle import BYTES
 from kvexport.calibrate import StatisticsSource, calibration_windows, sampling_steps
-from kvexport.calibrate.peaks import TOKENS
+from kvexport.calibrate.peaks import PEAK_TOKENS
 from kvexport.calibrate.text import read_tokenizer
 from kvexport.convert import (
     CompressionPlan,
@@ -127,7 +127,7 @@ class ConversionJob:
         require_healing(options.heal, options.heal_lora, hidden_size, compresses=self.compresses)
         if not self.compresses and not all_text:  # the text is for validation and the self-test only
             recipe = self.options.recipe
-            samples = min(recipe.samples, max(1, TOKENS // recipe.length))
+            samples = min(recipe.samples, max(1, PEAK_TOKENS // recipe.length))
             self.options = replace(self.options, recipe=replace(recipe, samples=samples))
         count, source = len(self.decoder.layers), self.statistics_source()
         self.saved = SavedStages(

@@ -26,7 +26,7 @@ from kvexport.model.jinja_sandbox import TemplateFailed, render
 from kvexport.model.tokenizer_json import NoTokenizer
 
 KINDS = ("articles", "prose", "dialogue", "languages", "code")
-WHAT = "the shipped calibration text"
+SHIPPED_TEXT = "the shipped calibration text"
 _SEPARATOR = "\n-----\n"  # between the documents of a file
 _TURN = re.compile(r"(?:\A|\n\n)(System|User|Assistant): ")
 _COMMONEST = 0.5  # share of one token; in English text it is 0.05, by characters 0.2
@@ -71,7 +71,7 @@ def reason_against(checkpoint: Path, decoder: Decoder) -> str | None:
     if share > _COMMONEST:
         return f"the tokenizer encodes {share:.0%} of the shipped calibration text as one token"
     length = min(_CHECKED_LENGTH, decoder.dims.max_positions or _CHECKED_LENGTH)
-    loss = _cross_entropy(decoder, spread_windows(ids, _CHECKED, length, 0, WHAT))
+    loss = _cross_entropy(decoder, spread_windows(ids, _CHECKED, length, 0, SHIPPED_TEXT))
     if loss > _CHANCE * math.log(vocab_size):
         return f"the model cannot predict the shipped text (cross-entropy {loss:.1f} nats per token)"
     return None

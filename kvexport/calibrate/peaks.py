@@ -10,7 +10,7 @@ from torch import Tensor
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, Mlp
 
-TOKENS = 4096  # tokens measured: a sample, so users of the peaks must leave a margin
+PEAK_TOKENS = 4096  # tokens measured: a sample, so users of the peaks must leave a margin
 
 
 @dataclass(frozen=True)
@@ -43,9 +43,9 @@ class PeakMeter:
         """
         Args:
             decoder: the model whose layers are added.
-            windows: token ids [N, S] int64; the first `TOKENS` tokens of them are used, one window at least.
+            windows: token ids [N, S] int64; their first `PEAK_TOKENS` tokens are used, one window at least.
         """
-        self._x = reference.embed(decoder.embedding, windows[: max(1, TOKENS // windows.shape[1])])
+        self._x = reference.embed(decoder.embedding, windows[: max(1, PEAK_TOKENS // windows.shape[1])])
         self.embedding = _peak(self._x)
         self.layers: list[LayerPeaks] = []
 

@@ -26,7 +26,7 @@ from kvexport.files.hashing import sha256_of
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.files.schema import Table
 
-FORMAT = 3  # format 2 had no sensitivities
+FORMAT = 3
 STATISTICS_FILE = "statistics.json"
 _TOKENS = "tokens.safetensors"
 

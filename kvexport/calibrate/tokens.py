@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kvexport.calibrate.mixed import WHAT, mixed_tokens, reason_against
+from kvexport.calibrate.mixed import SHIPPED_TEXT, mixed_tokens, reason_against
 from kvexport.calibrate.recipe import Recipe
 from kvexport.calibrate.sampling import sample_windows
 from kvexport.calibrate.text import read_text, spread_windows, tokenize
@@ -53,7 +53,7 @@ def calibration_windows(
     if recipe.source == "mixed":
         ids = mixed_tokens(checkpoint, recipe.seed)
         require_in_vocabulary(ids, decoder.dims.vocab_size)
-        windows = spread_windows(ids, recipe.samples, recipe.length, recipe.seed, WHAT)
+        windows = spread_windows(ids, recipe.samples, recipe.length, recipe.seed, SHIPPED_TEXT)
         if decoder.bos_token_id is not None:
             windows[::2, 0] = decoder.bos_token_id  # as prompts of deployed models begin
         return windows

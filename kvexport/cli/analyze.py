@@ -10,8 +10,8 @@ import click
 
 from kvexport.cli.conversion import (
     build_options,
-    cache_options,
     calibration_options,
+    kv_size_options,
     method_option,
     no_cache_option,
     output_option,
@@ -25,7 +25,7 @@ from kvexport.convert.method_names import BEST
 @click.argument("checkpoint", type=click.Path(path_type=Path))
 @output_option("HTML file")
 @method_option(BEST)
-@cache_options
+@kv_size_options
 @shape_options
 @calibration_options
 @statistics_option

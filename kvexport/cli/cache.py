@@ -38,6 +38,7 @@ def command(clean: bool, as_json: bool) -> None:
 def _described(entry: CachedDirectory) -> dict[str, Any]:
     """An entry as plain JSON values; the header of a damaged one is null."""
     try:
+        # STATISTICS_FILE is not imported, as its module imports torch
         header = json.loads((entry.path / "statistics.json").read_text(encoding="utf-8"))
         header = {name: header[name] for name in ("name", "checkpoint", "recipe", "capacity", "files")}
         stages = ["text", "analysis"] if len(header.pop("files")) > 1 else ["text"]

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from kvexport.cli.conversion import (
-    cache_of,
+    build_cache_folder,
     calibration_options,
     calibration_recipe,
     capacity_option,
@@ -55,6 +55,6 @@ def command(
             capacity=capacity,
             force=force,
             device=device,
-            cache=cache_of(no_cache),
+            cache=build_cache_folder(no_cache),
         )
         progress.note(f"wrote {output}: statistics of {tokens} calibration tokens")

@@ -101,7 +101,7 @@ capacity_option = click.option(
     help="Maximum sequence length in tokens.  [default: the model's maximum, at most 4096]",
 )
 
-cache_options = _group(
+kv_size_options = _group(
     click.option("--kv-ratio", type=float, help="Fraction of the KV cache to keep.  [default: 0.5]"),
     click.option(
         "--kv-heads",
@@ -111,7 +111,7 @@ cache_options = _group(
 )
 
 conversion_options = _group(
-    cache_options,
+    kv_size_options,
     _calibration_options("mixed; self with --heal", f"96; {_HEAL_SAMPLES} with --heal"),
     statistics_option,
     no_cache_option,
@@ -240,7 +240,7 @@ def eviction_request(options: dict[str, Any]) -> EvictionRequest | None:
     return EvictionRequest.parse(budget, **settings, skip_layers=layers)
 
 
-def cache_of(no_cache: bool) -> Path | None:
+def build_cache_folder(no_cache: bool) -> Path | None:
     """Folder of the build cache; None if it is not to be used, or the user has no home folder."""
     from kvexport.files.cache_folder import default_cache_folder
 
@@ -291,7 +291,7 @@ def build_options(options: dict[str, Any]) -> BuildOptions:
         },
         equal_widths=target is None or lowering_for(load_target(target)) == "std24",
     )
-    cache = cache_of(options.pop("no_cache", True))
+    cache = build_cache_folder(options.pop("no_cache"))
     eviction = eviction_request(options) if "kv_budget" in options else None
     others = {
         name: options.pop(name)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from kvexport.cli.conversion import cache_of
+from kvexport.cli.conversion import build_cache_folder
 from kvexport.errors import CannotRunHere
 from kvexport.files import cache_folder
 from kvexport.files.cache_folder import CacheFolder, default_cache_folder
@@ -57,11 +57,11 @@ def test_a_user_without_home_folder_builds_without_cache(monkeypatch: pytest.Mon
 
     monkeypatch.delenv("KVEXPORT_CACHE")
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
-    assert cache_of(no_cache=False) is not None  # control
+    assert build_cache_folder(no_cache=False) is not None  # control
     monkeypatch.setattr(Path, "home", no_home)
     with pytest.raises(CannotRunHere, match="KVEXPORT_CACHE"):
         default_cache_folder()
-    assert cache_of(no_cache=False) is None
+    assert build_cache_folder(no_cache=False) is None
 
 
 def test_a_missing_folder_is_empty_and_others_cannot_read_it(folder: CacheFolder) -> None:
