@@ -26,7 +26,7 @@ from torch import Tensor
 from kvexport.calibrate.positions import Rotations
 from kvexport.convert.codes import Code
 
-_ROUNDS = 8  # alternations between D and E; 30 gain a few per cent more
+ROUNDS = 32  # alternations between D and E
 _RIDGE = 1e-6  # of the mean diagonal
 
 
@@ -44,16 +44,19 @@ class Folding:
         self._each, self._weights, self._second = weights, torch.block_diag(*weights), second
         self._frequencies, self._distances = frequencies, distances
 
-    def code(self) -> Code:
+    def code(self, rounds: int = ROUNDS) -> Code:
         """Minimise the loss by alternation; the result is scaled so that all cached pairs have the same norm
         in D.
+
+        Args:
+            rounds: number of alternations.
 
         Returns:
             A code with E and U = Dᵀ, each [t·d, 2P].
         """
         encode = self.start()
         decode = self.best_decoder(encode)
-        for _ in range(_ROUNDS):
+        for _ in range(rounds):
             encode = self.best_encoder(decode)
             decode = self.best_decoder(encode)
         norm = decode.view(2, -1, decode.shape[1]).square().sum(2).mean(0).sqrt()

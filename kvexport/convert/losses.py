@@ -26,6 +26,7 @@ from kvexport.model.decoder import Attention
 # widths, as shares of n, at which codes before RoPE are made; losses between them are interpolated
 _SAMPLED_SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 _TINY = 1e-12
+_ROUNDS = 8  # alternations of a code whose loss is measured; those of a final code gain a few per cent more
 _ANNEALED = (
     128  # width of a stack up to which all swaps are proposed; fewer beyond, so that the time is bounded
 )
@@ -112,7 +113,7 @@ class LayerLosses:
             frequencies = frequencies_with_most(energies, width)
             problem = Folding(self._weights[list(group)], second, frequencies, distances)
             samples = samples or [(0, power * problem.power)]
-            samples.append((width, power * problem.loss(problem.code())))
+            samples.append((width, power * problem.loss(problem.code(_ROUNDS))))
         return _interpolate(samples, n)
 
     def estimate(self, before_rotation: bool, group: Group) -> Tensor:
