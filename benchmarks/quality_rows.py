@@ -319,33 +319,26 @@ def _bounded(bound: float) -> Make:
 
 def _mixtures(texts: dict[str, Path]) -> dict[str, tuple[str, Callable[[Bench], Tensor]]]:
     """Calibration windows, as many and as long as those that all other rows share."""
-    temperatures = " and ".join(map(str, recipe_for("self").temperatures))
 
     def half_random(bench: Bench) -> Tensor:
-        sampled, uniform = _windows(bench, "self", (1.0,)), _windows(bench, "random")
+        sampled, uniform = _windows(bench, "self"), _windows(bench, "random")
         mixed = torch.cat((sampled[: len(sampled) // 2], uniform[len(sampled) // 2 :]))
         return mixed[
             torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))
         ]  # the last are held out
 
     found: dict[str, tuple[str, Callable[[Bench], Tensor]]] = {
-        "self": (
-            f"its own text at temperatures {temperatures}, the default",
-            partial(_windows, source="self"),
-        ),
-        "self-1": ("its own text at temperature 1", partial(_windows, source="self", temperatures=(1.0,))),
+        "self": ("its own text", partial(_windows, source="self")),
         "random": ("uniformly random tokens", partial(_windows, source="random")),
-        "half-random": ("half its own text at temperature 1, half random tokens", half_random),
+        "half-random": ("half its own text, half random tokens", half_random),
     }
     return found | {
         name: (f"the text {name}", partial(_windows, source=str(file))) for name, file in texts.items()
     }
 
 
-def _windows(bench: Bench, source: str, temperatures: tuple[float, ...] | None = None) -> Tensor:
+def _windows(bench: Bench, source: str) -> Tensor:
     recipe = recipe_for(source, bench.recipe.samples, bench.recipe.length)
-    if temperatures is not None:
-        recipe = dataclasses.replace(recipe, temperatures=temperatures)
     found = bench.calibration(recipe)
     if len(found) < recipe.samples:
         raise UsageError(

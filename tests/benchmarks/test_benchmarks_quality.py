@@ -312,10 +312,10 @@ def test_bounds_mixtures_and_healing(run: Measure, tmp_path: Path, monkeypatch: 
     assert record["rows"]["max-kl-0.3"]["share"] < record["rows"]["max-kl-1e-09"]["share"] == 1
     mixtures = [each for each in record["rows"].values() if each["section"] == "mixtures"]
     assert [each["name"] for each in mixtures] == [
-        f"mixture-{n}" for n in ("self", "self-1", "random", "half-random", "train")
+        f"mixture-{n}" for n in ("self", "random", "half-random", "train")
     ]
     assert {each["calibration_tokens"] for each in mixtures} == {8 * 32}
-    assert len({each["texts"]["one"]["mean_kl"] for each in mixtures}) == 5
+    assert len({each["texts"]["one"]["mean_kl"] for each in mixtures}) == 4
     assert "too short" in record["left_out"]["mixture-short 1/2"]
     for name in ("auto-healed-5 1/4", "fold-plain-healed-5 1/2"):
         row = record["rows"][name]
