@@ -251,9 +251,8 @@ def machine(threads: int) -> str:
 def say(name: str, case: dict[str, Any]) -> None:
     for ratio, each in case["builds"].items():
         peak = each["peak_resident_bytes"] / 1e9
-        print(
-            f"{name} at {ratio}: {each['seconds']} s, {each['forward_passes']} forward passes, {peak:.2f} GB"
-        )
+        passes = each["forward_passes_by_seconds"]
+        print(f"{name} at {ratio}: {each['seconds']} s, {passes} forward passes, {peak:.2f} GB")
 
 
 if __name__ == "__main__":
