@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -60,7 +61,8 @@ def test_the_bundle_has_the_budget_and_passes_validation(
     code, out, _ = run_kvexport("validate", bundle)
     assert (code, "layers.0.slot" in out) == (0, True)
     code, out, _ = run_kvexport("self-test", bundle)
-    assert (code, "ok (24 of 24 generated tokens" in out) == (0, True)
+    # generation is compared up to the first near tie of two tokens
+    assert code == 0 and re.search(r"ok \((\d\d) of \1 generated tokens", out), out
 
 
 def test_a_fraction_of_the_capacity_and_the_default_options(
