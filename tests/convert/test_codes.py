@@ -176,7 +176,8 @@ def test_spectrum_gives_the_loss_of_every_rank(drawn: tuple[int, int, int]) -> N
     assert float(codes.losses[0]) == pytest.approx(everything, rel=1e-4)
     assert float(codes.losses[n]) == 0
     assert loss(codes.code(rank), sensitivity, covariance) == pytest.approx(
-        float(codes.losses[rank]), abs=1e-5 * everything
+        float(codes.losses[rank]),
+        abs=5e-5 * everything,  # damping changes small eigenvalues
     )
 
 
