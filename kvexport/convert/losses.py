@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kvexport.calibrate import Moments
 from kvexport.convert.code_moments import CodeMoments
 from kvexport.convert.folding import Folding, mix_energies
 from kvexport.convert.groups import WIDEST, Grouping
@@ -27,9 +28,31 @@ from kvexport.model.decoder import Attention
 _SAMPLED_SHARES = (1 / 32, 1 / 16, 1 / 8, 3 / 16, 1 / 4, 3 / 8, 1 / 2, 3 / 4)
 _TINY = 1e-12
 _ROUNDS = 8  # alternations of a code whose loss is measured; those of a final code gain a few per cent more
-_ANNEALED = (
-    128  # width of a stack up to which all swaps are proposed; fewer beyond, so that the time is bounded
-)
+# width of a stack up to which all swaps are proposed; fewer beyond, so that the time is bounded
+_ANNEALED = 128
+
+
+class ValueLosses:
+    """Losses of values of groups of one layer's KV heads, each computed once; the same for all methods."""
+
+    def __init__(self, moments: Moments, attention: Attention) -> None:
+        """
+        Args:
+            moments: moments of the unconverted layer.
+            attention: the unconverted layer.
+        """
+        self._width = attention.head_dim
+        self._outputs = stacked_output_weights(moments, attention)  # S of all heads, [h·d, h·d]
+        self._covariance = moments.value_covariance(slice(None))  # [h·d, h·d]
+        self._losses: dict[Group, Tensor] = {}
+
+    def of(self, group: Group) -> Tensor:
+        """Loss at widths 0 .. n, [n + 1] float64."""
+        if group not in self._losses:
+            root = _root(_block(self._covariance, group, self._width))
+            weights = _block(self._outputs, group, self._width)
+            self._losses[group] = _tails(torch.linalg.eigvalsh(root.T @ weights @ root))
+        return self._losses[group]
 
 
 class LayerLosses:
@@ -38,16 +61,19 @@ class LayerLosses:
     What depends on one head or on two is computed once for the layer; a group takes its blocks of it.
     """
 
-    def __init__(self, code_moments: CodeMoments, attention: Attention) -> None:
+    def __init__(
+        self, code_moments: CodeMoments, attention: Attention, values: ValueLosses | None = None
+    ) -> None:
         """
         Args:
             code_moments: moments on the side of RoPE on which the method codes keys.
             attention: the unconverted layer.
+            values: losses of its values, if they are shared with another method.
         """
         self._code_moments, self._attention = code_moments, attention
         moments = self._moments = code_moments.moments
+        self.values = (values or ValueLosses(moments, attention)).of
         self._each = each = Grouping.of(attention, attention.num_kv_heads)
-        self._everything = slice(0, each.kv_heads * each.head_dim)
         self._weights = torch.stack([query_weights(moments, each, head) for head in range(each.kv_heads)])
 
     @cached_property
@@ -56,17 +82,7 @@ class LayerLosses:
         values, vectors = torch.linalg.eigh(self._weights)
         roots = vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.transpose(1, 2)
         root = torch.block_diag(*roots) * self._attention.scale
-        return root @ self._moments.key_covariance(self._everything) @ root
-
-    @cached_property
-    def _outputs(self) -> Tensor:
-        """S of the values of all heads, [h·d, h·d]."""
-        return stacked_output_weights(self._moments, self._attention)
-
-    @cached_property
-    def _values(self) -> Tensor:
-        """Covariance of the values, [h·d, h·d]."""
-        return self._moments.value_covariance(self._everything)
+        return root @ self._moments.key_covariance(slice(None)) @ root
 
     def match(self, before_rotation: bool, size: int, key_width: int, value_width: int) -> list[Group]:
         """Groups of `size` heads with a small loss of keys and values together.
@@ -89,24 +105,18 @@ class LayerLosses:
 
     def keys(self, group: Group) -> Tensor:
         """Loss of keys coded after RoPE, at widths 0 .. n, [n + 1] float64."""
-        return _tails(torch.linalg.eigvalsh(self._block(self._keys, group)))
-
-    def values(self, group: Group) -> Tensor:
-        """Loss of values, at widths 0 .. n, [n + 1] float64."""
-        root = _root(self._block(self._values, group))
-        return _tails(torch.linalg.eigvalsh(root.T @ self._block(self._outputs, group) @ root))
+        return _tails(torch.linalg.eigvalsh(_block(self._keys, group, self._each.head_dim)))
 
     def folded_keys(self, group: Group) -> Tensor:
         """Loss of keys coded before RoPE, at widths 0 .. n, [n + 1] float64.
 
         Computed from codes of a few widths, up to the widest that an engine takes, and interpolated between
-        them. An odd width loses as much as the
-        even width below it, because cached numbers come in pairs.
+        them. An odd width loses as much as the even width below it, because cached numbers come in pairs.
         """
         distances, width_of_head = self._code_moments.distances, self._each.head_dim
         assert distances is not None
         n, samples = len(group) * width_of_head, list[tuple[int, float]]()
-        energies, second = self._energies(group), self._block(self._moments.key_second, group)
+        energies, second = self._energies(group), _block(self._moments.key_second, group, self._each.head_dim)
         power = self._attention.scale**2
         even = {width_of_head, *(2 * round(n * share / 2) for share in _SAMPLED_SHARES)}
         for width in sorted(each for each in even - {0, n} if each <= WIDEST) or [n]:
@@ -130,13 +140,15 @@ class LayerLosses:
         return lost
 
     def _energies(self, group: Group) -> Tensor:
-        return mix_energies(self._weights[list(group)], self._block(self._moments.key_second, group))
+        return mix_energies(
+            self._weights[list(group)], _block(self._moments.key_second, group, self._each.head_dim)
+        )
 
-    def _block(self, matrix: Tensor, group: Group) -> Tensor:
-        """Rows and columns of the group's heads in a matrix [h·d, h·d], [n, n]."""
-        width, inside = self._each.head_dim, list(group)
-        by_head = matrix.view(self._each.kv_heads, width, self._each.kv_heads, width)
-        return by_head[inside][:, :, inside].reshape(len(group) * width, -1)
+
+def _block(matrix: Tensor, group: Group, width: int) -> Tensor:
+    """Rows and columns of the heads of a group, each of some width, in a matrix [h·d, h·d], [n, n]."""
+    inside, heads = list(group), len(matrix) // width
+    return matrix.view(heads, width, heads, width)[inside][:, :, inside].reshape(len(group) * width, -1)
 
 
 def _root(covariance: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ from kvexport.convert.code_moments import CodeMoments, make_code_moments
 from kvexport.convert.codes import Code
 from kvexport.convert.groups import WIDEST, Grouping, KVShape
 from kvexport.convert.layer_sensitivity import Curves
-from kvexport.convert.losses import LayerLosses
+from kvexport.convert.losses import LayerLosses, ValueLosses
 from kvexport.convert.matching import Group, order_of
 from kvexport.convert.methods import Method, in_layer, layer_code
 from kvexport.convert.permute import permute_heads
@@ -70,10 +70,11 @@ def make_trials(
     curves, keys, values = dict[tuple[Method, int], Curves](), dict[Method, Trial](), list[Trial]()
     trial_size = max((size for size in sizes if _rank(size, attention) <= WIDEST), default=sizes[0])
     least = _TINY * float(moments.output_power)
+    value_losses = ValueLosses(moments, attention)  # matching needs those of many groups, for each method
     for chosen in methods:
         method = in_layer(chosen, attention)
         code_moments = make_code_moments(method.before_rotation, moments, attention, positions)
-        losses = LayerLosses(code_moments, attention)
+        losses = LayerLosses(code_moments, attention, value_losses)
         for size in sizes:
             rank = _rank(size, attention)
             groups = losses.match(method.before_rotation, size, rank, rank)
