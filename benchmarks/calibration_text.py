@@ -85,13 +85,8 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
     name = bench.checkpoint.path.resolve().name
     output = arguments.output or RESULTS / f"calibration_text-{name}"
     settings = {
-        "model": {"name": name, "sha256": bench.checkpoint.digest()},
+        **bench.settings(),
         "ratio": arguments.ratio,
-        "length": arguments.length,
-        "texts": {
-            text: {"windows": len(each.windows), "sha256": digest(each.windows)}
-            for text, each in bench.texts.items()
-        },
         "kvexport": __version__,
         "torch": torch.__version__,
         "code_sha256": hashlib.sha256((source_digest() + Path(__file__).read_text()).encode()).hexdigest(),

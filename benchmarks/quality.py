@@ -128,13 +128,8 @@ def begin(bench: Bench, arguments: argparse.Namespace) -> dict[str, Any]:
         UsageError: that one cannot be read, or is of other settings.
     """
     settings = {
-        "model": {"name": bench.checkpoint.path.resolve().name, "sha256": bench.checkpoint.digest()},
+        **bench.settings(),
         "calibration": {**bench.recipe.to_json(), "tokens_sha256": digest(bench.calibration())},
-        "length": bench.length,
-        "texts": {
-            name: {"windows": len(each.windows), "sha256": digest(each.windows)}
-            for name, each in bench.texts.items()
-        },
         "long": arguments.long,
         "piqa": None if bench.piqa is None else len(bench.piqa),
         "passkey": bench.passkey is not None,

@@ -120,6 +120,17 @@ class Bench:
         self.piqa = None if piqa is None else tasks.read_piqa(piqa)
         self.passkey = None if passkey is None else self._passkey_cells(read_text(passkey))
 
+    def settings(self) -> dict[str, Any]:
+        """What identifies the model and the evaluation texts in a record."""
+        return {
+            "model": {"name": self.checkpoint.path.resolve().name, "sha256": self.checkpoint.digest()},
+            "length": self.length,
+            "texts": {
+                name: {"windows": len(each.windows), "sha256": digest(each.windows)}
+                for name, each in self.texts.items()
+            },
+        }
+
     @property
     def attention(self) -> Attention:
         """The first layer's."""
