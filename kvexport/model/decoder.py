@@ -20,11 +20,27 @@ Activation = Literal["silu", "gelu", "gelu_tanh", "relu", "relu_squared"]
 
 
 @dataclass(frozen=True)
+class WeightCodes:
+    """A weight [out, in] as integers and positive scales: codes · scale, symmetric, without zero points.
+
+    Each row is divided into blocks of in / blocks adjacent columns; a block has one scale.
+    """
+
+    codes: Tensor  # int8 [out, in], from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1
+    scales: Tensor  # [out, blocks] in the dtype of the weight, greater than 0
+    bits: Literal[4, 8]
+
+
+@dataclass(frozen=True)
 class Linear:
-    """y = x · weightᵀ + bias."""
+    """y = x · weightᵀ + bias.
+
+    A quantised linear map has `codes`; its `weight` is then exactly what they stand for.
+    """
 
     weight: Tensor  # [out, in]
     bias: Tensor | None = None  # [out]
+    codes: WeightCodes | None = None
 
 
 @dataclass(frozen=True)
