@@ -1,0 +1,154 @@
+"""Symmetric integer codes of weights: blocks, scales, round to nearest.
+
+A weight [out, in] is divided, row by row, into blocks of adjacent columns. A block w has one scale s > 0 and
+the codes c = clip(round(w / s), -m, m), m = 2^(bits - 1) - 1, which stand for c · s. There is no zero point:
+this is ONNX DequantizeLinear in the form that every supported engine takes.
+
+Scales are rounded to the data type that the graph computes in before codes are chosen, so that the codes fit
+the scales that the engine sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from kvexport.errors import KvexportError
+from kvexport.model.decoder import Linear, WeightCodes
+
+Bits = Literal[4, 8]
+BLOCKS = (128, 64, 32)  # columns of a block in 4 bits that engines support, largest first
+
+
+@dataclass(frozen=True)
+class Grid:
+    """Bits and block of one weight.
+
+    Attributes:
+        bits: 4 or 8.
+        block: adjacent columns that share a scale; None: the whole row.
+    """
+
+    bits: Bits
+    block: int | None = None
+
+
+def grid_for(width: int, bits: Bits, largest: int = BLOCKS[0]) -> Grid:
+    """The grid of a weight with `width` columns.
+
+    In 8 bits a row has one scale. In 4 bits the block is the largest of 128, 64 and 32 that divides `width`
+    and is not larger than `largest`; a weight that none of them divides is kept in 8 bits.
+    """
+    if bits == 4:
+        for block in BLOCKS:
+            if block <= largest and width % block == 0:
+                return Grid(4, block)
+    return Grid(8)
+
+
+def largest_code(bits: Bits) -> int:
+    """m = 2^(bits - 1) - 1; codes are in [-m, m]."""
+    return (1 << (bits - 1)) - 1
+
+
+def in_blocks(weight: Tensor, block: int | None) -> Tensor:
+    """[out, in] as [out, blocks, block].
+
+    Raises:
+        ValueError: the block does not divide the columns.
+    """
+    width = weight.shape[1]
+    block = width if block is None else block
+    if block < 1 or width % block:
+        raise ValueError(f"a block must divide the columns of the weight: got {block} and {width}")
+    return weight.unflatten(1, (-1, block))
+
+
+def absmax_scales(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
+    """Scales max|w| / m of all blocks, in the dtype of the weight, representable in `dtype`; [out, blocks]."""
+    most = in_blocks(weight, grid.block).abs().amax(2)
+    return rounded_scales(most / largest_code(grid.bits), dtype)
+
+
+def rounded_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
+    """Scales rounded to `dtype`, in their own dtype; 1 for a block of zeros, never 0 for any other."""
+    least = least_scale(dtype)
+    rounded = scales.clamp_min(least).to(dtype).to(scales.dtype)
+    return torch.where(scales > 0, rounded, torch.ones_like(scales))
+
+
+def least_scale(dtype: torch.dtype) -> float:
+    """The smallest scale used in a data type: normal, or in float16, whose range is short, with 4 bits."""
+    return 2.0**-20 if dtype == torch.float16 else torch.finfo(dtype).smallest_normal
+
+
+def choose_codes(weight: Tensor, scales: Tensor, bits: Bits) -> Tensor:
+    """Nearest codes of a weight [out, in] for scales [out, blocks], in the dtype of the weight."""
+    m = largest_code(bits)
+    blocks = weight.unflatten(1, (scales.shape[1], -1))
+    return (blocks / scales[:, :, None]).round_().clamp_(-m, m).flatten(1)
+
+
+def dequantize(codes: WeightCodes) -> Tensor:
+    """The weight [out, in] that codes stand for, in the dtype of the scales."""
+    blocks = codes.codes.unflatten(1, (codes.scales.shape[1], -1))
+    return (blocks.to(codes.scales.dtype) * codes.scales[:, :, None]).flatten(1)
+
+
+def pack(codes: Tensor, scales: Tensor, bits: Bits, dtype: torch.dtype) -> WeightCodes:
+    """`WeightCodes` of integers in any dtype [out, in] and scales [out, blocks].
+
+    Raises:
+        KvexportError: a weight would be infinite in `dtype`.
+    """
+    packed = WeightCodes(codes.to(torch.int8), scales, bits)
+    if not bool(dequantize(packed).to(dtype).isfinite().all()):
+        raise KvexportError(
+            "a quantised weight must be finite in the data type of computation",
+            got=f"a scale of {float(scales.max()):g} in {str(dtype).removeprefix('torch.')}",
+            fix="use --dtype bfloat16 or --dtype float32",
+        )
+    return packed
+
+
+def round_to_nearest(weight: Tensor, bits: Bits, block: int | None, dtype: torch.dtype) -> WeightCodes:
+    """Codes of a weight with scales from the largest magnitude of each block.
+
+    Args:
+        weight: [out, in], finite.
+        bits: 4 or 8.
+        block: columns that share a scale; None: the whole row.
+        dtype: data type of computation, to which scales are rounded.
+
+    Returns:
+        Codes, with scales in the dtype of `weight` whose values `dtype` represents.
+
+    Raises:
+        KvexportError: a weight is not finite, or would be infinite in `dtype`.
+        ValueError: the block does not divide the columns.
+    """
+    require_finite(weight)
+    scales = absmax_scales(weight, Grid(bits, block), dtype)
+    return pack(choose_codes(weight, scales, bits), scales, bits, dtype)
+
+
+def require_finite(weight: Tensor) -> None:
+    """
+    Raises:
+        KvexportError: a weight is NaN or infinite.
+    """
+    if not bool(weight.isfinite().all()):
+        count = int((~weight.isfinite()).sum())
+        raise KvexportError(
+            "weights must be finite to be quantised",
+            got=f"{count} NaN or infinite numbers in a weight of {weight.shape[0]} x {weight.shape[1]}",
+            fix="use a checkpoint whose weights are finite",
+        )
+
+
+def quantized(linear: Linear, codes: WeightCodes) -> Linear:
+    """The linear map with a weight in codes; `weight` becomes exactly what they stand for, in its dtype."""
+    return replace(linear, weight=dequantize(codes).to(linear.weight.dtype), codes=codes)
