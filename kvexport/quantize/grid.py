@@ -68,7 +68,7 @@ def in_blocks(weight: Tensor, block: int | None) -> Tensor:
 
 
 def absmax_scales(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Scales max|w| / m of all blocks, in the dtype of the weight, representable in `dtype`; [out, blocks]."""
+    """Scales max|w| / m of all blocks, [out, blocks], in the dtype of the weight, rounded to `dtype`."""
     most = in_blocks(weight, grid.block).abs().amax(2)
     return rounded_scales(most / largest_code(grid.bits), dtype)
 
