@@ -100,15 +100,15 @@ TEST(detects_every_truncation) {
 
 TEST(failures_have_a_fix) {
   CHECK_THROWS_WITH(parse_manifest(R"({"format": 1})", "b"), "build the bundle again: kvexport build");
-  CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "kvexport": "9.0"})", "b"),
+  CHECK_THROWS_WITH(parse_manifest(R"({"format": 4, "kvexport": "9.0"})", "b"),
                     "written by kvexport \"9.0\"");
-  CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "kvexport": "9.0"})", "b"), "update kvexport");
-  CHECK_THROWS_WITH(parse_manifest(R"({"format": 2, "files": {}})", "b"), "its sha256 differs");
+  CHECK_THROWS_WITH(parse_manifest(R"({"format": 4, "kvexport": "9.0"})", "b"), "update kvexport");
+  CHECK_THROWS_WITH(parse_manifest(R"({"format": 3, "files": {}})", "b"), "its sha256 differs");
 }
 
 TEST(refuses_duplicate_keys) {
   std::string twice = valid_manifest();
-  twice.insert(twice.find('{') + 1, "\"format\": 2, ");
+  twice.insert(twice.find('{') + 1, "\"format\": 3, ");
   CHECK_THROWS_WITH(parse_manifest(twice, "b"), "a duplicate key: \"format\"");
   CHECK_THROWS_WITH(parse_json(R"({"a": {"b": 1, "b": 2}})", "x"), "a duplicate key: \"b\"");
   CHECK_EQUAL(parse_json(R"([{"a": 1}, {"a": {"a": 2}}])", "x").size(), 2U);

@@ -128,6 +128,7 @@ class BundleExport:
                 "tie_word_embeddings": decoder.head is None,
             },
             "dtype": job.options.dtype,
+            "weights": self._graph.weights.to_json(),
             "capacity": job.capacity,
             "eviction": None if self._eviction is None else self._eviction.to_json(),
             "layers": [asdict(layer) for layer in report.layers],

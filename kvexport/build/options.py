@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvexport.bundle.manifest import BYTES
+from kvexport.bundle.formats import BYTES
 from kvexport.calibrate import Recipe
 from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+from kvexport.bundle.formats import BYTES, DTYPES, StoredWeights
 from kvexport.bundle.graph_io import (
     CHUNK,
     DATA_FILE,
@@ -26,9 +27,8 @@ from kvexport.errors import BundleError, UsageError, reason_of
 from kvexport.eviction.config import STATE_WIDTH, Eviction
 from kvexport.files.schema import Table, read_limited
 
-FORMAT = 2  # format 1 computed its digest over the manifest's values, and had no self-test
+FORMAT = 3  # format 2 had weights in the dtype of computation only
 MANIFEST_FILE = "manifest.json"
-BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of one number
 REBUILD = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE"
 _MAX_BYTES = 1 << 24
 _MAX_SIZE = 1 << 53  # of heads, widths and parameters: reports divide them
@@ -81,7 +81,8 @@ class Manifest:
         source: the checkpoint that the bundle was built from.
         calibration: recipe and data; None if nothing was compressed.
         model: sizes and special tokens.
-        dtype: of weights and cache: "float32", "float16" or "bfloat16".
+        dtype: of computation and cache: "float32", "float16" or "bfloat16".
+        weights: formats of the weights.
         capacity: the largest number of tokens of a sequence.
         eviction: None if every layer holds all tokens.
         layers: one report per layer.
@@ -95,6 +96,7 @@ class Manifest:
     calibration: Mapping[str, Any] | None
     model: Model
     dtype: str
+    weights: StoredWeights
     capacity: int
     eviction: Eviction | None
     layers: tuple[LayerReport, ...]
@@ -260,7 +262,8 @@ def parse(table: Table) -> Manifest:
                 model.boolean("tie_word_embeddings") if model.has("tie_word_embeddings") else None
             ),
         ),
-        dtype=table.string("dtype", tuple(BYTES)),
+        dtype=table.string("dtype", DTYPES),
+        weights=StoredWeights.from_table(table.table("weights")),
         capacity=table.integer("capacity", 1),
         eviction=_eviction(table),
         layers=tuple(_layer(each) for each in table.tables("layers")),
@@ -359,6 +362,7 @@ def _require_consistency(manifest: Manifest) -> None:
                 expected=derived,
                 fix=REBUILD,
             )
+    manifest.weights.require_fit(manifest.dtype, len(manifest.layers), REBUILD)
 
 
 def contract_of(manifest: Manifest) -> GraphContract:

@@ -12,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kvexport.bundle.bundle import Bundle
-from kvexport.bundle.manifest import BYTES, REBUILD
+from kvexport.bundle.formats import BYTES
+from kvexport.bundle.manifest import REBUILD
 from kvexport.errors import BundleError, reason_of
 from kvexport.eviction.config import POSITION_PLUS_ONE, SCORE
 from kvexport.files.schema import Table, read_limited

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kvexport.bundle.manifest import BYTES
+from kvexport.bundle.formats import BYTES
 from kvexport.cli.options import device_option
 from kvexport.convert.method_names import METHOD_NAMES, method_help
 from kvexport.errors import CannotRunHere, UsageError

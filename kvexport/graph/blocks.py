@@ -26,7 +26,7 @@ def linear(
         result: name of the result; None: `at`.
     """
     name, shape = result or at, (*sizes(x)[:-1], parameters.weight.shape[0])
-    weight = nodes.weight(f"{at}.weight", np.asarray(parameters.weight).T)
+    weight = nodes.matrix(f"{at}.weight", parameters.weight, parameters.codes, transposed=True)
     if parameters.bias is None:
         return nodes.op("MatMul", x, weight, name=name, shape=shape)
     product = nodes.op("MatMul", x, weight, name=f"{at}.product", shape=shape)

@@ -1,7 +1,7 @@
 """Compute parts of a float16 graph in float32: parts whose numbers float16 cannot represent.
 
 The parts are named as `kvexport.graph.writer` names the residual stream and the MLPs. Weights stay float16 in
-the data file; a Cast, which engines fold, widens them.
+the data file; a Cast, which engines fold, widens them. Scales of integer weights are stored again in float32.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import attention_residual, attention_tap, residual_tap
@@ -84,6 +85,11 @@ class KeepFloat32(ir.passes.InPlacePass):
             before = Nodes(model.graph, _FLOAT32, before=node)
             for index, value in enumerate(node.inputs):
                 if value is not None and dtype_of(value) == self._dtype:
+                    scales = value.const_value
+                    if node.op_type == "DequantizeLinear" and scales is not None:  # engines need constants
+                        wide = before.constant(f"{value.name}.{_FLOAT32}", scales.numpy().astype(np.float32))
+                        node.replace_input_with(index, wide)
+                        continue
                     node.replace_input_with(
                         index, before.cast(value, _FLOAT32, f"{node.name}.{index}.{_FLOAT32}")
                     )

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from kvexport.bundle.formats import WeightFormat
 from kvexport.bundle.graph_io import Shape, TensorSpec
+from kvexport.errors import UsageError
 from kvexport.graph.weights import NUMPY_DTYPES, WeightFile
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from kvexport.model.decoder import WeightCodes
 
 _IR_VERSION = 12  # the first version that has opset 24
 
@@ -111,11 +118,16 @@ class Nodes:
 
 
 class NodeBuilder(Nodes):
-    """A new graph and the file of its weights."""
+    """A new graph and the file of its weights.
+
+    Attributes:
+        matrices: format and number of weights of each matrix that was written, in order.
+    """
 
     def __init__(self, name: str, opset: int, dtype: str, weights: WeightFile) -> None:
         super().__init__(ir.Graph((), (), nodes=(), name=name, opset_imports={"": opset}), dtype)
         self._weights = weights
+        self.matrices: list[tuple[WeightFormat, int]] = []
 
     def input(self, spec: TensorSpec) -> ir.Value:
         """Add an input to the graph."""
@@ -131,9 +143,58 @@ class NodeBuilder(Nodes):
         """An initializer in the graph's dtype, written to the data file immediately."""
         return self._register(name, self._weights.append(name, values), values.shape)
 
+    def matrix(
+        self, name: str, weight: Tensor, codes: WeightCodes | None, *, transposed: bool = False
+    ) -> ir.Value:
+        """A weight [out, in], written to the data file immediately.
+
+        Codes are written as integers, and dequantised in the graph by DequantizeLinear, directly on the
+        stored tensor: the one form that every engine keeps small.
+
+        Args:
+            name: name of the initializer; that of the scales and of the result begin with it.
+            weight: [out, in].
+            codes: the same as integers; None: it is stored in the graph's dtype.
+            transposed: store and return [in, out].
+
+        Raises:
+            UsageError: a number does not fit the graph's dtype, or a scale is 0 in it.
+        """
+        stored_as = WeightFormat(self.dtype) if codes is None else format_of(codes)
+        self.matrices.append((stored_as, weight.numel()))
+        if codes is None:
+            values = np.asarray(weight)
+            return self.weight(name, values.T if transposed else values)
+        integers, scales = np.asarray(codes.codes), np.asarray(codes.scales)
+        axis, block = 1, stored_as.block
+        if transposed:
+            integers, scales, axis = integers.T, scales.T, 0
+        if block is None:  # a scale for each row of [out, in]
+            scales, axis = scales.reshape(-1), 1 - axis
+        if not (scales.astype(NUMPY_DTYPES[self.dtype]) > 0).all():
+            raise UsageError(
+                f"the scales of tensor {name} must be greater than 0 in {self.dtype}",
+                got=f"{float(scales.min()):g}",
+                fix="use --dtype bfloat16 or --dtype float32",
+            )
+        tensor = self._weights.append_integers(name, integers, codes.bits)
+        stored = self._register(name, tensor, integers.shape)
+        scale = self.weight(f"{name}.scale", scales)
+        result = f"{name}.dequantized"
+        if block is None:
+            return self.op("DequantizeLinear", stored, scale, name=result, axis=axis)
+        return self.op("DequantizeLinear", stored, scale, name=result, axis=axis, block_size=block)
+
     def model(self, producer: str) -> ir.Model:
         """The model of the finished graph."""
         return ir.Model(self._graph, ir_version=_IR_VERSION, producer_name=producer)
+
+
+def format_of(codes: WeightCodes) -> WeightFormat:
+    """The format of a weight in codes."""
+    columns, blocks = codes.codes.shape[1], codes.scales.shape[1]
+    block = None if codes.bits == 8 and blocks == 1 else columns // blocks
+    return WeightFormat(f"int{codes.bits}", block)
 
 
 def _value(name: str, dtype: str, shape: Shape) -> ir.Value:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import ml_dtypes
 import numpy as np
@@ -48,19 +48,44 @@ class WeightFile:
         target = NUMPY_DTYPES[self._dtype]
         length = values.size * target.itemsize
         with self._path.open("ab") as file:
-            offset = -(-file.tell() // (align := _PAGE if length >= _PAGE else _CACHE_LINE)) * align
-            file.write(bytes(offset - file.tell()))
+            offset = _aligned(file, length)
             rows = max(1, _BLOCK // max(1, values[:1].nbytes))
             for start in range(0, len(values), rows):
                 block = values[start : start + rows]
                 self._require_representable(name, block)
                 file.write(np.ascontiguousarray(block, dtype=target).view(np.uint8).data)
+        return self._tensor(name, offset, length, ir.DataType.from_numpy(target), values.shape)
+
+    def append_integers(self, name: str, values: NDArray[np.int8], bits: int) -> ir.ExternalTensor:
+        """Write an array of integers in C order: INT8, or INT4 with two numbers a byte, the first one low.
+
+        Args:
+            name: of the tensor.
+            values: int8; with 4 bits from -8 to 7, and the length of the last axis is even.
+            bits: 8 or 4.
+
+        Raises:
+            OSError: the disk is full.
+        """
+        assert bits == 8 or values.shape[-1] % 2 == 0
+        with self._path.open("ab") as file:
+            offset = _aligned(file, values.size * bits // 8)
+            rows = max(1, _BLOCK // max(1, values[:1].nbytes))
+            for start in range(0, len(values), rows):
+                block = np.ascontiguousarray(values[start : start + rows]).view(np.uint8)
+                file.write((block if bits == 8 else block[..., ::2] & 15 | block[..., 1::2] << 4).data)
+        dtype = ir.DataType.INT4 if bits == 4 else ir.DataType.INT8
+        return self._tensor(name, offset, values.size * bits // 8, dtype, values.shape)
+
+    def _tensor(
+        self, name: str, offset: int, length: int, dtype: ir.DataType, shape: tuple[int, ...]
+    ) -> ir.ExternalTensor:
         return ir.ExternalTensor(
             self._path.name,
             offset,
             length,
-            ir.DataType.from_numpy(target),
-            shape=ir.Shape(values.shape),
+            dtype,
+            shape=ir.Shape(shape),
             name=name,
             base_dir=self._path.parent,
         )
@@ -80,3 +105,11 @@ class WeightFile:
             expected=f"numbers from -{limit:g} to {limit:g}",
             fix="use --dtype bfloat16 or --dtype float32",
         )
+
+
+def _aligned(file: BinaryIO, length: int) -> int:
+    """Pad an open file to where a tensor of `length` bytes may begin, and return that offset."""
+    align = _PAGE if length >= _PAGE else _CACHE_LINE
+    offset = -(-file.tell() // align) * align
+    file.write(bytes(offset - file.tell()))
+    return offset

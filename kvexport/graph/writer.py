@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from kvexport.bundle import graph_io
+from kvexport.bundle.formats import StoredWeights, weight_shares
 from kvexport.bundle.graph_io import (
     BATCH,
     LOGITS,
@@ -86,7 +88,10 @@ class DecoderWriter:
         self._slots = SlotsBuilder(nodes, self._positions, first)
         self._caches: list[tuple[TensorSpec, ...]] = []
         self._written: list[ir.Value] = []
-        self._embedding = nodes.weight("embedding.weight", np.asarray(embedding.weight))  # [vocab, hidden]
+        # [vocab, width]
+        self._embedding = nodes.matrix("embedding.weight", embedding.weight, embedding.codes)
+        table = nodes.matrices[-1][0]
+        self._weights = StoredWeights(embedding=table, head=table, layers=())
         self._x = self._embed(embedding, inputs["input_ids"])
 
     def add_layer(self, layer: Layer) -> None:
@@ -97,6 +102,7 @@ class DecoderWriter:
             OSError: the disk is full.
         """
         nodes, index, attention = self._nodes, len(self._caches), layer.attention
+        first_matrix = len(nodes.matrices)
         evicts = self._eviction is not None and self._eviction.evicts(index)
         ring = graph_io.ring_of(attention.window, self._capacity, evicts)
         specs = graph_io.cache_specs(
@@ -121,6 +127,13 @@ class DecoderWriter:
 
         self._x = block(nodes, index, layer, self._x, attend)
         self._caches.append(specs)
+        shares = weight_shares(nodes.matrices[first_matrix:])
+        self._weights = replace(self._weights, layers=(*self._weights.layers, shares))
+
+    @property
+    def weights(self) -> StoredWeights:
+        """Formats of the weights, complete after `finish`."""
+        return self._weights
 
     def finish(self, decoder: Decoder, exceptions: Float32Exceptions = NO_EXCEPTIONS) -> GraphContract:
         """Append final norm and head, and write decoder.onnx.
@@ -185,7 +198,11 @@ class DecoderWriter:
         finished = decoder.logit_multiplier == 1 and decoder.logit_softcap is None
         result, wide = "logits" if finished else "logits.product", nodes.dtype == "float32"
         name, head = result if wide else f"logits.{nodes.dtype}", decoder.head
-        logits = self._tied_head(x, name) if head is None else linear(nodes, head, x, "head", name)
+        if head is None:
+            logits = self._tied_head(x, name, quantized=decoder.embedding.codes is not None)
+        else:
+            logits = linear(nodes, head, x, "head", name)
+            self._weights = replace(self._weights, head=nodes.matrices[-1][0])
         logits = logits if wide else nodes.cast(logits, "float32", result)
         return logits if finished else self._scaled_logits(logits, decoder)
 
@@ -202,13 +219,20 @@ class DecoderWriter:
         scaled = times(logits, factor / cap, "logits.scaled")
         return times(nodes.op("Tanh", scaled, name="logits.tanh", dtype="float32"), cap, "logits")
 
-    def _tied_head(self, x: ir.Value, name: str) -> ir.Value:
+    def _tied_head(self, x: ir.Value, name: str, *, quantized: bool) -> ir.Value:
         """x [batch, logits, width] · embeddingᵀ.
 
-        With Gemm, which alone reads the embedding without a transpose, but takes only matrices.
+        With Gemm, which alone reads the embedding without a transpose, but takes only matrices. A quantised
+        embedding is transposed after DequantizeLinear: TensorRT-RTX then has one copy of it in the engine,
+        and with Gemm two in 8 bits.
         """
         nodes, vocab, hidden = self._nodes, self._dims.vocab_size, sizes(x)[-1]
         assert isinstance(hidden, int)
+        if quantized:
+            head = nodes.op(
+                "Transpose", self._embedding, name="head.weight", shape=(hidden, vocab), perm=[1, 0]
+            )
+            return nodes.op("MatMul", x, head, name=name, shape=(BATCH, LOGITS, vocab))
         x = nodes.op(
             "Reshape", x, nodes.integers(-1, hidden), name="head.rows", shape=("batch*logits", hidden)
         )

@@ -203,6 +203,7 @@ class Embedding:
     multiplier: float = 1.0
     projection: Linear | None = None  # [hidden, width]
     positions: Tensor | None = None  # [max_positions, hidden]
+    codes: WeightCodes | None = None  # of a quantised table; `weight` is then exactly what they stand for
 
 
 @dataclass(frozen=True)
@@ -259,7 +260,8 @@ class Decoder:
     @property
     def output(self) -> Linear:
         """The head, also if it is tied to the embedding."""
-        return Linear(self.embedding.weight) if self.head is None else self.head
+        table = self.embedding
+        return Linear(table.weight, codes=table.codes) if self.head is None else self.head
 
 
 def map_tensors(part: T, function: Callable[[Tensor], Tensor], *, ropes: bool = False) -> T:

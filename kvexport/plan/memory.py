@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from kvexport.bundle.manifest import BYTES
+from kvexport.bundle.formats import BYTES
 from kvexport.eviction.config import STATE_WIDTH
 from kvexport.plan.sizes import Sizes
 

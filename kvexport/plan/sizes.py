@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from kvexport.bundle.bundle import COPY_AGAIN
+from kvexport.bundle.formats import BYTES
 from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, ring_slots
-from kvexport.bundle.manifest import BYTES, REBUILD, Manifest, largest_call
+from kvexport.bundle.manifest import REBUILD, Manifest, largest_call
 from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kvexport.bundle.manifest import BYTES
+from kvexport.bundle.formats import BYTES
 from kvexport.bundle.self_test_file import (
     RANKED_BY_NORM,
     ReferenceOutputs,

@@ -265,7 +265,7 @@ def test_rejects_the_same_values_with_other_spacing(bundle: Path) -> None:
 def test_error_of_another_format_names_the_version_that_wrote_it(bundle: Path, value: object) -> None:
     edit_manifest(bundle, lambda raw: raw.update(format=value, kvexport="7.1.0"))
     with pytest.raises(
-        BundleError, match=r"format[\s\S]*7\.1\.0[\s\S]*expected: format 2[\s\S]*update kvexport"
+        BundleError, match=r"format[\s\S]*7\.1\.0[\s\S]*expected: format 3[\s\S]*update kvexport"
     ):
         Bundle.open(bundle)
 
@@ -303,7 +303,7 @@ def _paths(raw: object, path: tuple[str | int, ...] = ()) -> list[tuple[str | in
     """Every required key of the manifest."""
     if isinstance(raw, dict):
         optional = {"max_position_embeddings", "bos_token_id", "tie_word_embeddings"}
-        optional |= {"calibration", "eviction", "window"}
+        optional |= {"calibration", "eviction", "window", "block"}
         inner = [_paths(value, (*path, key)) for key, value in raw.items() if key not in optional]
         return [path, *(each for one in inner for each in one)]
     if isinstance(raw, list) and raw and isinstance(raw[0], dict):
@@ -388,7 +388,7 @@ def test_rejects_inconsistent_manifests(bundle: Path, change: Callable[[Raw], No
         b"\xff\xfe",
         b'{"files": {}}',
         b"[" * 100_000,
-        b'{"format": 2' + b"0" * 5000 + b"}",
+        b'{"format": 3' + b"0" * 5000 + b"}",
         b" " * (1 << 24) + b"{}",
     ],
     ids=["empty", "cut off", "list", "number", "not UTF-8", "no format", "deep", "long number", "long"],

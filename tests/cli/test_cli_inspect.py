@@ -150,11 +150,11 @@ def test_shows_that_there_is_no_tokenizer(copied: Path) -> None:
 
 
 def test_a_newer_format_is_rejected_with_both_versions_and_the_upgrade_command(copied: Path) -> None:
-    edit_manifest(copied, lambda raw: raw.update(format=3, kvexport="7.0.0"))
+    edit_manifest(copied, lambda raw: raw.update(format=4, kvexport="7.0.0"))
     code, out, err = inspect(copied)
     assert (code, out) == (2, "")
     assert (
-        "format 3" in err and "7.0.0" in err and "format 2" in err and "pip install --upgrade kvexport" in err
+        "format 4" in err and "7.0.0" in err and "format 3" in err and "pip install --upgrade kvexport" in err
     )
 
 

@@ -191,6 +191,17 @@ def _with_its_contract(raw: Raw) -> Raw:
     return {**raw, "graph": graph.to_json()}
 
 
+_INTEGERS = [{"format": "int4", "block": 64, "parameters": 8}, {"format": "int8", "parameters": 8}]
+_WEIGHTS: dict[str, Change] = {
+    "int4": lambda raw: raw.update(head={"format": "int4", "block": 32}),
+    "int4 whole": lambda raw: raw.update(head={"format": "int4", "block": None}),
+    "int8": lambda raw: raw.update(embedding={"format": "int8"}),
+    "int8 in blocks": lambda raw: raw.update(embedding={"format": "int8", "block": 128}),
+    "float in blocks": lambda raw: raw["head"].update(block=32),
+    "of another dtype": lambda raw: raw["head"].update(format="float16"),
+    "mixed": lambda raw: raw["layers"][0].update(maps=_INTEGERS),
+    "of a layer fewer": lambda raw: raw["layers"].pop(),
+}
 _INVALID = {
     "empty": b"",
     "cut off": b"{",
@@ -199,14 +210,14 @@ _INVALID = {
     "not UTF-8": b"\xff\xfe",
     "no format": b'{"files": {}}',
     "deep": b"[" * 100_000,
-    "long number": b'{"format": 2' + b"0" * 5000 + b"}",
+    "long number": b'{"format": 3' + b"0" * 5000 + b"}",
     "newer": b'{"format": 9, "all": "else"}',
     "older": b'{"format": 1}',
-    "text format": b'{"format": "2", "kvexport": "7.1.0"}',
-    "real format": b'{"format": 2.0}',
+    "text format": b'{"format": "3", "kvexport": "7.1.0"}',
+    "real format": b'{"format": 3.0}',
     "true format": b'{"format": true}',
     "null format": b'{"format": null}',
-    "more behind": b'{"format": 2} {}',
+    "more behind": b'{"format": 3} {}',
 }
 
 
@@ -233,6 +244,8 @@ def _changes(raw: Raw) -> Iterator[tuple[str, Change]]:
     yield "a wider output", lambda raw: raw["graph"]["outputs"][2]["shape"].__setitem__(3, 9)
     yield "a layer fewer", lambda raw: raw["layers"].pop()
     yield "other heads", lambda raw: raw["layers"][1].update(num_key_value_heads=3)
+    for name, change in _WEIGHTS.items():
+        yield f"weights {name}", lambda raw, change=change: change(raw["weights"])
     yield "another dtype", lambda raw: raw.update(dtype="float16")
     yield "eos of text", lambda raw: raw["model"].update(eos_token_ids=[2, "x"])
     yield "eos of halves", lambda raw: raw["model"].update(eos_token_ids=[2.5])

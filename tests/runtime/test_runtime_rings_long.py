@@ -10,7 +10,7 @@ import pytest
 from support.tiny_bundles import write_bundle
 
 from kvexport.bundle import Bundle
-from kvexport.bundle.manifest import BYTES
+from kvexport.bundle.formats import BYTES
 from kvexport.model.loader import load_decoder
 from kvexport.runtime import Session
 

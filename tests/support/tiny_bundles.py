@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from kvexport import __version__
 from kvexport.bundle import new_bundle
+from kvexport.bundle.formats import StoredWeights
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.eviction.config import Eviction
 from kvexport.files.hashing import sha256_of
@@ -63,7 +64,7 @@ def write_bundle(
             record_self_test(writer.directory, decoder, dtype, capacity, eviction)
         if tokenizer is not None:
             (writer.directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
-        manifest = manifest_of(decoder, contract, eviction)
+        manifest = manifest_of(decoder, contract, graph.weights, eviction)
         change(manifest)
         writer.seal(manifest)
     return path
@@ -84,7 +85,7 @@ def record_self_test(
 
 
 def manifest_of(
-    decoder: Decoder, contract: GraphContract, eviction: Eviction | None = None
+    decoder: Decoder, contract: GraphContract, weights: StoredWeights, eviction: Eviction | None = None
 ) -> dict[str, Any]:
     return {
         "kvexport": __version__,
@@ -100,6 +101,7 @@ def manifest_of(
             "tie_word_embeddings": decoder.head is None,
         },
         "dtype": contract.dtype,
+        "weights": weights.to_json(),
         "capacity": contract.capacity,
         "eviction": None if eviction is None else eviction.to_json(),
         "layers": [dataclasses.asdict(_report(layer.attention)) for layer in decoder.layers],

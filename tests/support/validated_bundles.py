@@ -57,7 +57,8 @@ def export(
         layers.append(converted.layer)
     reference.save(path)
     contract = graph.finish(decoder)
-    BundleWriter(path).seal(manifest_of(dataclasses.replace(decoder, layers=layers), contract, eviction))
+    whole = dataclasses.replace(decoder, layers=layers)
+    BundleWriter(path).seal(manifest_of(whole, contract, graph.weights, eviction))
     return contract
 
 

@@ -14,7 +14,7 @@ namespace kvexport::detail {
 
 namespace {
 
-constexpr std::int64_t format = 2;
+constexpr std::int64_t format = 3;
 constexpr const char* rebuild = "build the bundle again: kvexport build CHECKPOINT -o BUNDLE";
 constexpr std::string_view digest_key = "\"manifest_sha256\": \"";
 constexpr std::size_t digest_digits = 64;
@@ -70,6 +70,42 @@ Layer layer_of(const Table& table) {
   for (const char* key : {"parameters", "original_parameters"}) table.integer(key, 1, max_layer_size);
   layer.window = table.optional_integer("window", 1, max_layer_size);
   return layer;
+}
+
+WeightFormat weight_format_of(const Table& table) {
+  WeightFormat weight;
+  weight.block = table.optional_integer("block", 1, max_layer_size);
+  weight.format = table.string("format", {"float32", "float16", "bfloat16", "int8", "int4"});
+  return weight;
+}
+
+// Reads the formats of all weights, in the order of Manifest::weights; returns the number of layers.
+std::size_t read_weights(const Table& table, std::vector<WeightFormat>& weights) {
+  weights.push_back(weight_format_of(table.table("embedding")));
+  weights.push_back(weight_format_of(table.table("head")));
+  const std::vector<Table> layers = table.tables("layers");
+  for (const Table& layer : layers) {
+    for (const Table& share : layer.tables("maps")) {
+      weights.push_back(weight_format_of(share));
+      share.integer("parameters", 1, max_layer_size);
+    }
+  }
+  return layers.size();
+}
+
+void require_weights(const Manifest& manifest, std::size_t num_layers) {
+  if (num_layers != manifest.layers.size()) {
+    throw inconsistent("the manifest's weights must describe num_hidden_layers layers",
+                       std::to_string(num_layers), std::to_string(manifest.layers.size()));
+  }
+  for (const WeightFormat& weight : manifest.weights) {
+    if (!weight.fits(manifest.dtype)) {
+      throw inconsistent("the manifest's weights must have formats that its dtype allows",
+                         weight.block ? weight.format + ", blocks of " + std::to_string(*weight.block)
+                                      : weight.format,
+                         name_of(manifest.dtype) + std::string(", int8, or int4 with a block"));
+    }
+  }
 }
 
 bool is_plain_file_name(const std::string& name) {
@@ -257,6 +293,16 @@ const char* name_of(Dtype dtype) {
   return "";
 }
 
+bool WeightFormat::is_integer() const { return format == "int8" || format == "int4"; }
+
+bool WeightFormat::fits(Dtype dtype) const {
+  return is_integer() ? format == "int8" || block : format == name_of(dtype) && !block;
+}
+
+bool Manifest::quantized() const {
+  return std::any_of(weights.begin(), weights.end(), [](const auto& each) { return each.is_integer(); });
+}
+
 bool Eviction::evicts(std::int64_t layer) const {
   return std::find(skip_layers.begin(), skip_layers.end(), layer) == skip_layers.end();
 }
@@ -298,6 +344,7 @@ Manifest parse_manifest(std::string_view text, const std::string& directory) {
   manifest.eos_token_ids = model.integers("eos_token_ids");
   if (model.has("tie_word_embeddings")) model.boolean("tie_word_embeddings");
   manifest.dtype = dtype_named(table.string("dtype", {"float32", "float16", "bfloat16"}));
+  const std::size_t weight_layers = read_weights(table.table("weights"), manifest.weights);
   manifest.capacity = table.integer("capacity", 1);
   if (table.has("eviction")) manifest.eviction = eviction_of(table.table("eviction"));
   for (const Table& layer : table.tables("layers")) manifest.layers.push_back(layer_of(layer));
@@ -315,6 +362,7 @@ Manifest parse_manifest(std::string_view text, const std::string& directory) {
     if (!manifest.has(name)) throw inconsistent(std::string("the manifest must list ") + name);
   }
   require_graph(manifest, graph);
+  require_weights(manifest, weight_layers);
   require_countable(manifest);
   return manifest;
 }

@@ -31,6 +31,15 @@ struct Layer {
   std::optional<std::int64_t> window;  // attention window in tokens; none: full attention
 };
 
+// The format of a stored weight: a float dtype, "int8" or "int4".
+struct WeightFormat {
+  std::string format;
+  std::optional<std::int64_t> block;  // columns that share a scale; none: the whole row, or no scales
+
+  bool is_integer() const;
+  bool fits(Dtype dtype) const;  // whether a graph that computes in `dtype` can have such weights
+};
+
 struct FileEntry {
   std::string sha256;
   std::uint64_t bytes = 0;
@@ -41,7 +50,8 @@ struct Manifest {
   std::int64_t vocab_size = 0, hidden_size = 0;
   std::optional<std::int64_t> max_position_embeddings, bos_token_id;
   std::vector<std::int64_t> eos_token_ids;
-  Dtype dtype = Dtype::float32;
+  Dtype dtype = Dtype::float32;        // of computation and cache
+  std::vector<WeightFormat> weights;  // formats of the embedding, of the head, and of each layer's maps
   std::int64_t capacity = 0;
   std::optional<Eviction> eviction;
   std::vector<Layer> layers;
@@ -51,6 +61,7 @@ struct Manifest {
   // The window of a layer whose cache is a ring, which holds the window and the tokens of one call instead of
   // all tokens: the window is below the capacity, and the layer does not evict. None: its cache is no ring.
   std::optional<std::int64_t> ring_of(std::int64_t layer) const;
+  bool quantized() const;  // whether any weight is stored as integers
   bool has(const std::string& file) const { return files.count(file) != 0; }
 };
 

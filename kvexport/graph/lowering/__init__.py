@@ -29,7 +29,8 @@ from kvexport.bundle.manifest import REBUILD
 from kvexport.errors import BundleError, UsageError
 from kvexport.graph.lowering.gqa import GroupQueryAttention
 from kvexport.graph.lowering.grouped import GroupedAttention, has_softcap, is_bounded_and_shared
-from kvexport.graph.lowering.primitives import OPSET, Primitives
+from kvexport.graph.lowering.primitives import Primitives, opset_of
+from kvexport.graph.lowering.quantized import QuantizedTables
 from kvexport.graph.lowering.split import SplitCache
 
 __all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
@@ -45,8 +46,8 @@ __all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
 LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
     "std24": lambda: [GroupedAttention(has_softcap)],
     "decomposed17": lambda: [SplitCache(), Primitives()],
-    "ort-cpu": lambda: [GroupQueryAttention(only_unshared=True), GroupedAttention()],
-    "ort-cuda": lambda: [GroupQueryAttention(), GroupedAttention(is_bounded_and_shared)],
+    "ort-cpu": lambda: [QuantizedTables(), GroupQueryAttention(only_unshared=True), GroupedAttention()],
+    "ort-cuda": lambda: [QuantizedTables(), GroupQueryAttention(), GroupedAttention(is_bounded_and_shared)],
 }
 
 
@@ -71,8 +72,13 @@ def lower(path: Path, name: str) -> ir.Model:
     return model
 
 
-def lowered_contract(contract: GraphContract, name: str) -> GraphContract:
+def lowered_contract(contract: GraphContract, name: str, *, quantized: bool = False) -> GraphContract:
     """Inputs and outputs of the lowered graph.
+
+    Args:
+        contract: of the standard graph.
+        name: a key of LOWERINGS.
+        quantized: whether the graph has integer weights.
 
     Raises:
         UsageError: there is no such lowering.
@@ -90,7 +96,7 @@ def lowered_contract(contract: GraphContract, name: str) -> GraphContract:
         if which == STATE:
             outputs.append(TensorSpec(slots_output(int(layer)), "int64", (rows,)))
     return dataclasses.replace(
-        contract, variant=variant, opset=OPSET, outputs=(contract.outputs[0], *outputs)
+        contract, variant=variant, opset=opset_of(quantized), outputs=(contract.outputs[0], *outputs)
     )
 
 

@@ -1,4 +1,7 @@
-"""Lower operators of opset 18 and later to operators of opset 17, which TensorRT 10.3 and 10.13 import."""
+"""Lower operators of opset 18 and later to operators of opset 17, which TensorRT 10.3 and 10.13 import.
+
+A graph with integer weights is of opset 21, the first with INT4 and with blocks in DequantizeLinear.
+"""
 
 from __future__ import annotations
 
@@ -11,9 +14,10 @@ from kvexport.bundle.graph_io import BATCH, SEQUENCE
 from kvexport.graph.lowering.matches import require_removed
 from kvexport.graph.nodes import Nodes, dtype_of, sizes
 
-OPSET = 17
-_IR_VERSION = 8  # the IR version released with opset 17
-# Operators of a lowered graph. None of them changed its meaning between opset 17 and 24.
+_OPSET, _QUANTIZED_OPSET = 17, 21
+_IR_VERSIONS = {_OPSET: 8, _QUANTIZED_OPSET: 10}  # released with these opsets
+# Operators of a lowered graph. None of them changed its meaning between opset 17 and 24; ReduceMean and Split
+# changed how they are written.
 OPERATORS = frozenset(
     {
         "Add",
@@ -22,6 +26,7 @@ OPERATORS = frozenset(
         "Cast",
         "Clip",
         "Concat",
+        "DequantizeLinear",
         "Div",
         "Equal",
         "Erf",
@@ -84,8 +89,11 @@ class Primitives(ir.passes.InPlacePass):
             name = old.name
             model.graph.remove(node, safe=True)
             new.name = name
-        model.opset_imports[""] = OPSET
-        model.ir_version = _IR_VERSION
+        quantized = any(node.op_type == "DequantizeLinear" for node in model.graph)
+        if quantized:
+            _write_as_opset_18(model.graph)
+        model.opset_imports[""] = opset_of(quantized)
+        model.ir_version = _IR_VERSIONS[opset_of(quantized)]
         return ir.passes.PassResult(model, True)
 
     def ensures(self, model: ir.Model) -> None:
@@ -93,6 +101,23 @@ class Primitives(ir.passes.InPlacePass):
         for node in model.graph:
             if node.domain:
                 raise ir.passes.PostconditionError(f"{node.name} is an operator of the domain {node.domain}")
+
+
+def opset_of(quantized: bool) -> int:
+    """The opset of a lowered graph, which may have integer weights."""
+    return _QUANTIZED_OPSET if quantized else _OPSET
+
+
+def _write_as_opset_18(graph: ir.Graph) -> None:
+    """Write ReduceMean and Split as they are written from opset 18 on."""
+    nodes = Nodes(graph, "float32")
+    for node in graph:
+        if node.op_type == "ReduceMean" and "axes" in node.attributes:
+            axes = node.attributes.pop("axes").as_ints()
+            node.resize_inputs(2)
+            node.replace_input_with(1, nodes.integers(*axes))
+        elif node.op_type == "Split" and len(node.inputs) == 1:
+            node.attributes["num_outputs"] = ir.AttrInt64("num_outputs", len(node.outputs))
 
 
 def _inputs(node: ir.Node) -> Iterator[ir.Value]:
