@@ -121,6 +121,12 @@ class Streams(TrainedStream):
         # head outputs [N, S, H·width] on the converted stream that a refit has left for `advance_both`
         self._converted_heads: Tensor | None = None
 
+    def before_layer(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The converted and the trained stream before the current layer, and the output of its trained
+        attention, which must have run; [N, S, hidden] each.
+        """
+        return self._converted, self._trained, self._attended
+
     def attention_error(self, converted: Layer) -> float:
         """Relative error of the converted attention's output on held-out windows of the trained stream.
 

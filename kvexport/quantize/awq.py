@@ -24,10 +24,11 @@ from torch import Tensor
 
 from kvexport.model.decoder import Layer, Linear, Norm
 from kvexport.quantize.grid import Bits, absmax_scales, choose_codes, grid_for
+from kvexport.quantize.inputs import Part
 
 EXPONENTS = tuple(step / 20 for step in range(20))
 _ROWS = 512  # rows of a weight on which exponents are compared
-MomentsOf = Callable[[Layer, str], Tensor]  # moments [in, in] of the inputs of a part of a layer
+MomentsOf = Callable[[Layer, Part], Tensor]  # moments [in, in] of the inputs of a part of a layer
 
 
 def channel_scales(
@@ -91,7 +92,7 @@ def fold_channel_scales(
         dtype: data type of computation.
     """
 
-    def scales_of(part: str, *linears: Linear | None, tied: Tensor | None = None) -> Tensor:
+    def scales_of(part: Part, *linears: Linear | None, tied: Tensor | None = None) -> Tensor:
         weights = [linear.weight for linear in linears if linear is not None]
         return channel_scales(weights, moments_of(layer, part), bits, block, dtype, tied)
 

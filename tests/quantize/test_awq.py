@@ -6,6 +6,7 @@ import dataclasses
 
 import pytest
 import torch
+from support.decoders import STYLES, make_decoder
 from torch import Tensor
 
 from kvexport.calibrate import windows as attention_windows
@@ -14,7 +15,6 @@ from kvexport.model.decoder import Decoder, Layer
 from kvexport.quantize.awq import channel_scales, fold_channel_scales
 from kvexport.quantize.grid import grid_for, quantized, round_to_nearest
 from kvexport.quantize.inputs import LayerInputs
-from tests.support.decoders import STYLES, make_decoder
 
 
 def outlier_stream(decoder: Decoder) -> Tensor:
