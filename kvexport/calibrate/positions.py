@@ -23,7 +23,7 @@ def average_over_positions(moments: Moments, rope: Rope, positions: int) -> Mome
         moments,
         key_mean=average.mean(moments.key_mean),
         key_second=average.second(moments.key_second),
-        query_second=torch.stack([average.second(each) for each in moments.query_second]),
+        query_second=average.second(moments.query_second),
     )
 
 
@@ -39,9 +39,9 @@ def uncentre_keys(moments: Moments) -> Moments:
 class Rotations:
     """Averages of R_n x and R_n x yᵀ R_nᵀ over positions n, for stacks x and y of heads.
 
-    As a complex number z_i, pair i of a head is multiplied by m_i e^{j n θ_i} under R_n, where m is the
-    magnitude of RoPE. So E[z_i z̄_k] is multiplied by m_i m_k and the average of e^{j n (θ_i - θ_k)}, and
-    E[z_i z_k] by that of e^{j n (θ_i + θ_k)}; both together give the real moments.
+    R_n multiplies pair i of a head by c_i + s_i J, where c_i = m_i cos n θ_i, s_i = m_i sin n θ_i, m is the
+    magnitude of RoPE, and J the rotation by a quarter turn. So the average of R_n x yᵀ R_nᵀ follows from the
+    averages of c_i c_k, s_i s_k and s_i c_k.
     """
 
     def __init__(self, rope: Rope, positions: int) -> None:
@@ -66,48 +66,83 @@ class Rotations:
         return average
 
     def _set(self, angles: Tensor, weights: Tensor, magnitude: Tensor | None) -> None:
-        lengths = torch.ones_like(angles) if magnitude is None else magnitude.double().expand_as(angles)
-        phases = torch.polar(lengths.contiguous(), angles)
-        weighted = (weights[:, None] * phases).T
-        self._mean = weighted.sum(1)  # [d/2]
-        self._difference = weighted @ phases.conj()  # [d/2, d/2]
-        self._sum = weighted @ phases
+        lengths = 1.0 if magnitude is None else magnitude.double()
+        cos, sin = lengths * angles.cos(), lengths * angles.sin()
+        weights = weights[:, None]
+        self._mean_cos, self._mean_sin = (weights * cos).sum(0), (weights * sin).sum(0)  # [d/2]
+        self._cos_cos = (weights * cos).T @ cos  # [d/2, d/2]
+        self._sin_sin = (weights * sin).T @ sin
+        self._sin_cos = (weights * sin).T @ cos
 
     def mean(self, x: Tensor) -> Tensor:
         """Average of R_n x for a stack x [h·d]."""
-        pairs = x.view(-1, 2, len(self._mean))
-        rotated = torch.complex(pairs[:, 0], pairs[:, 1]) * self._mean
-        return torch.stack((rotated.real, rotated.imag), 1).flatten()
+        first, second = x.view(-1, 2, len(self._mean_cos)).unbind(1)
+        cos, sin = self._mean_cos, self._mean_sin
+        return torch.stack((first * cos - second * sin, second * cos + first * sin), 1).flatten()
 
-    def second(
-        self, xy: Tensor, rows: Tensor | None = None, columns: Tensor | None = None, inverse: bool = False
-    ) -> Tensor:
-        """Average of R_n x yᵀ R_nᵀ for stacks x [g·2p] and y [h·2q].
+    def second(self, xy: Tensor) -> Tensor:
+        """Average of R_n x yᵀ R_nᵀ for stacks x and y of trained heads, from x yᵀ or its expectation, of the
+        same shape [..., g·d, h·d].
+        """
+        return self.of_pairs()(xy)
+
+    def of_pairs(
+        self, rows: Tensor | None = None, columns: Tensor | None = None, inverse: bool = False
+    ) -> PairAverage:
+        """The average of R_n x yᵀ R_nᵀ for stacks x and y of pairs that rotate with assigned frequencies.
 
         Args:
-            xy: x yᵀ, or its expectation, [g·2p, h·2q].
-            rows: index of the RoPE frequency of each pair of x, [p] int64; None: those of a trained head, p =
-                d/2.
-            columns: the same for y, [q] int64.
+            rows: index of the RoPE frequency of each pair of x, [..., p] int64; None: those of a trained
+                head, p = d/2.
+            columns: the same for y, [..., q] int64.
             inverse: average R_{-n} x yᵀ R_{-n}ᵀ instead.
         """
-        half = len(self._mean)
-        by_row, by_column = (slice(None) if each is None else each for each in (rows, columns))
-        difference, total = (each[by_row][:, by_column] for each in (self._difference, self._sum))
-        if inverse:
-            difference, total = difference.conj(), total.conj()
-        p, q = (half if each is None else len(each) for each in (rows, columns))
-        blocks = xy.reshape(xy.shape[0] // (2 * p), 2, p, xy.shape[1] // (2 * q), 2, q)
-        first, cross, transposed, second = (
-            blocks[:, 0, :, :, 0],
-            blocks[:, 0, :, :, 1],
-            blocks[:, 1, :, :, 0],
-            blocks[:, 1, :, :, 1],
+        whole = torch.arange(len(self._mean_cos))
+        at = (
+            (whole if rows is None else rows)[..., :, None],
+            (whole if columns is None else columns)[..., None, :],
         )
-        hermitian = torch.complex(first + second, transposed - cross) * difference[:, None]  # E[z z̄]
-        plain = torch.complex(first - second, transposed + cross) * total[:, None]  # E[z z]
-        mean, rest = (hermitian + plain) / 2, (hermitian - plain) / 2
-        average = torch.stack(
-            (torch.stack((mean.real, -rest.imag), 3), torch.stack((mean.imag, rest.real), 3)), 1
+        sign = -1 if inverse else 1
+        return PairAverage(
+            self._cos_cos[at], self._sin_sin[at], sign * self._sin_cos[at], sign * self._sin_cos.T[at]
         )
-        return average.reshape(xy.shape)
+
+
+class PairAverage:
+    """The average of R_n x yᵀ R_nᵀ over positions n as a linear function of x yᵀ, for given pairs of x and y.
+
+    The 2 x 2 block X of x yᵀ for pair i of x and pair k of y becomes
+    E[c_i c_k] X + E[s_i s_k] J X Jᵀ + E[s_i c_k] J X + E[c_i s_k] X Jᵀ.
+    """
+
+    def __init__(self, cos_cos: Tensor, sin_sin: Tensor, sin_cos: Tensor, cos_sin: Tensor) -> None:
+        """
+        Args:
+            cos_cos: E[c_i c_k], [..., p, q] float64.
+            sin_sin: E[s_i s_k], of the same shape, as the others.
+            sin_cos: E[s_i c_k].
+            cos_sin: E[c_i s_k].
+        """
+        self._pairs = cos_cos.shape[-2:]
+
+        # J X is X with its rows swapped and the first negated, X Jᵀ the same for columns.
+        def blocks(first: Tensor, second: Tensor, third: Tensor, fourth: Tensor) -> Tensor:
+            """2 x 2 blocks, [..., 1, 2, p, 1, 2, q]."""
+            rows = torch.stack((first, second), -2), torch.stack((third, fourth), -2)
+            return torch.stack(rows, -4).unsqueeze(-3).unsqueeze(-6)
+
+        self._kept = blocks(cos_cos, cos_cos, cos_cos, cos_cos)
+        self._columns_swapped = blocks(-cos_sin, cos_sin, -cos_sin, cos_sin)
+        self._rows_swapped = blocks(sin_cos, sin_cos, -sin_cos, -sin_cos)
+        self._both_swapped = blocks(-sin_sin, sin_sin, sin_sin, -sin_sin)
+
+    def __call__(self, xy: Tensor) -> Tensor:
+        """The average, [..., g·2p, h·2q], for x yᵀ or its expectation, of the same shape."""
+        p, q = self._pairs
+        x = xy.unflatten(-1, (-1, 2, q)).unflatten(-4, (-1, 2, p))  # [..., g, 2, p, h, 2, q]
+        swapped = x.flip(-2)
+        average = self._kept * x
+        average.addcmul_(self._columns_swapped, swapped)
+        rows = self._rows_swapped * x
+        rows.addcmul_(self._both_swapped, swapped)
+        return average.add_(rows.flip(-5)).flatten(-3).flatten(-4, -2)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvexport.calibrate import Moments, Rotations
 from kvexport.convert.codes import Code, Codes, optimal_codes, subspace_code
-from kvexport.convert.folding import Folding, mix_energies
+from kvexport.convert.folding import Folding, mix_covariances, mix_energies
 from kvexport.convert.groups import Grouping
 from kvexport.model.decoder import Attention
 
@@ -68,7 +68,9 @@ def folding(
 def group_energies(moments: Moments, grouping: Grouping, group: int) -> Tensor:
     """`mix_energies` of the group, [d/2, t] float64."""
     rows = grouping.rows(group)
-    return mix_energies(member_weights(moments, grouping, group), moments.key_second[rows, rows])
+    return mix_energies(
+        mix_covariances(member_weights(moments, grouping, group), moments.key_second[rows, rows])
+    )
 
 
 def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tensor | None:
@@ -87,18 +89,19 @@ def cached_frequencies(moments: Moments, grouping: Grouping, rank: int) -> Tenso
 
 
 def frequencies_with_most(energies: Tensor, rank: int) -> Tensor:
-    """RoPE frequencies of the rank/2 mixes with the most energy, [rank/2] int64, ascending.
+    """RoPE frequencies of the rank/2 mixes with the most energy, [..., rank/2] int64, ascending.
 
     Where rank = d: each frequency once.
 
     Args:
-        energies: `mix_energies`, [d/2, t].
+        energies: `mix_energies`, [..., d/2, t].
         rank: cached numbers, even.
     """
-    half, size = energies.shape
+    half, size = energies.shape[-2:]
     if rank == 2 * half:
-        return torch.arange(half)
-    return (energies.flatten().argsort(descending=True, stable=True)[: rank // 2] // size).sort().values
+        return torch.arange(half).expand(*energies.shape[:-2], -1)
+    most = energies.flatten(-2).argsort(descending=True, stable=True)[..., : rank // 2]
+    return (most // size).sort().values
 
 
 def member_weights(moments: Moments, grouping: Grouping, group: int) -> Tensor:

@@ -11,13 +11,14 @@ import random
 from collections.abc import Callable, Sequence
 
 Group = tuple[int, ...]
-Loss = Callable[[Group], float]  # loss of a group; its heads are in ascending order
+# losses of groups of one size; the heads of each are in ascending order
+Losses = Callable[[Sequence[Group]], Sequence[float]]
 
 PROPOSALS = 256  # swaps proposed
 _TEMPERATURE = 0.02  # initial temperature, as a share of the total loss
 
 
-def match_heads(heads: int, size: int, loss: Loss, proposals: int = PROPOSALS) -> list[Group]:
+def match_heads(heads: int, size: int, losses_of: Losses, proposals: int = PROPOSALS) -> list[Group]:
     """Partition `heads` heads into groups of `size` so that the sum of their losses is small.
 
     The sum is the least possible for pairs; for larger groups it is never above that of adjacent heads.
@@ -25,7 +26,7 @@ def match_heads(heads: int, size: int, loss: Loss, proposals: int = PROPOSALS) -
     Args:
         heads: number of heads; a multiple of `size`.
         size: heads per group.
-        loss: loss of one group.
+        losses_of: losses of groups.
         proposals: number of swaps that are proposed.
 
     Returns:
@@ -33,7 +34,7 @@ def match_heads(heads: int, size: int, loss: Loss, proposals: int = PROPOSALS) -
     """
     if size == 1 or size == heads:
         return [tuple(range(start, start + size)) for start in range(0, heads, size)]
-    losses = _LossCache(loss)
+    losses = _LossCache(losses_of)
     adjacent = [tuple(range(start, start + size)) for start in range(0, heads, size)]
     groups = (
         _match_pairs(heads, size, losses) if size & (size - 1) == 0 else _grow_groups(heads, size, losses)
@@ -51,47 +52,47 @@ def order_of(groups: Sequence[Group]) -> list[int]:
 class _LossCache:
     """Losses of groups, each computed once."""
 
-    def __init__(self, loss: Loss) -> None:
-        self._loss, self._losses = loss, dict[Group, float]()
+    def __init__(self, losses_of: Losses) -> None:
+        self._losses_of, self._losses = losses_of, dict[Group, float]()
 
-    def __call__(self, heads: Sequence[int]) -> float:
-        group = tuple(sorted(heads))
-        if group not in self._losses:
-            self._losses[group] = self._loss(group)
-        return self._losses[group]
+    def __call__(self, groups: Sequence[Sequence[int]]) -> list[float]:
+        ascending = [tuple(sorted(group)) for group in groups]
+        missing = [group for group in dict.fromkeys(ascending) if group not in self._losses]
+        if missing:
+            self._losses.update(zip(missing, self._losses_of(missing), strict=True))
+        return [self._losses[group] for group in ascending]
 
     def total(self, groups: Sequence[Group]) -> float:
-        return sum(map(self, groups))
+        return sum(self(groups))
 
 
-def _match_pairs(heads: int, size: int, loss: _LossCache) -> list[Group]:
+def _match_pairs(heads: int, size: int, losses: _LossCache) -> list[Group]:
     """Match heads into pairs, pairs into groups of four, and so on; each step is exact."""
     import networkx
 
     groups: list[Group] = [(head,) for head in range(heads)]
     while len(groups[0]) < size:
+        pairs = [(i, j) for i in range(len(groups)) for j in range(i)]
         graph = networkx.Graph()
-        for i, one in enumerate(groups):
-            for j in range(i):
-                graph.add_edge(i, j, weight=loss(one + groups[j]))
+        weights = losses([groups[i] + groups[j] for i, j in pairs])
+        graph.add_weighted_edges_from((*pair, weight) for pair, weight in zip(pairs, weights, strict=True))
         groups = sorted(tuple(sorted(groups[i] + groups[j])) for i, j in networkx.min_weight_matching(graph))
     return groups
 
 
-def _grow_groups(heads: int, size: int, loss: _LossCache) -> list[Group]:
+def _grow_groups(heads: int, size: int, losses: _LossCache) -> list[Group]:
     """Start each group from the first remaining head and add the head that increases its loss least."""
     left, groups = list(range(heads)), []
     while left:
         group = [left.pop(0)]
         while len(group) < size:
-            best = min(left, key=lambda head: loss([*group, head]))
-            left.remove(best)
-            group.append(best)
+            grown = losses([[*group, head] for head in left])
+            group.append(left.pop(grown.index(min(grown))))
         groups.append(tuple(sorted(group)))
     return groups
 
 
-def _anneal(groups: list[Group], loss: _LossCache, proposals: int) -> list[Group]:
+def _anneal(groups: list[Group], losses: _LossCache, proposals: int) -> list[Group]:
     """Simulated annealing over swaps of two heads between two groups, with a fixed seed; returns the best
     partition.
     """
@@ -103,9 +104,9 @@ def _anneal(groups: list[Group], loss: _LossCache, proposals: int) -> list[Group
         swapped = list(now)
         swapped[a] = tuple(sorted({*now[a], j} - {i}))
         swapped[b] = tuple(sorted({*now[b], i} - {j}))
-        increase = loss.total((swapped[a], swapped[b])) - loss.total((now[a], now[b]))
-        temperature = _TEMPERATURE * loss.total(now) * (1 - proposal / proposals)
+        increase = losses.total((swapped[a], swapped[b])) - losses.total((now[a], now[b]))
+        temperature = _TEMPERATURE * losses.total(now) * (1 - proposal / proposals)
         if increase < 0 or (temperature > 0 and chance.random() < math.exp(-increase / temperature)):
             now = swapped
-            best = min(best, now, key=loss.total)
+            best = min(best, now, key=losses.total)
     return best

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from torch import Tensor
+
 from kvexport.calibrate import Moments
 from kvexport.convert import keys, values
 from kvexport.convert.apply import LayerCode
@@ -17,6 +19,7 @@ from kvexport.convert.groups import Grouping, KVShape
 from kvexport.convert.losses import LayerLosses
 from kvexport.convert.matching import order_of
 from kvexport.convert.method_names import BEST, METHOD_NAMES
+from kvexport.convert.threads import map_on_threads, one_thread_each
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Attention
 
@@ -120,30 +123,44 @@ def head_order(method: Method, code_moments: CodeMoments, attention: Attention, 
     heads = attention.num_kv_heads
     if not method.matched:
         return list(range(heads))
-    losses = LayerLosses(code_moments, attention)
-    return order_of(
-        losses.match(method.before_rotation, heads // shape.kv_heads, shape.key_dim, shape.value_dim)
-    )
+    with one_thread_each():
+        losses = LayerLosses(code_moments, attention)
+        return order_of(
+            losses.match(method.before_rotation, heads // shape.kv_heads, shape.key_dim, shape.value_dim)
+        )
 
 
 def layer_code(
     method: Method, code_moments: CodeMoments, attention: Attention, grouping: Grouping, shape: KVShape
 ) -> LayerCode:
     """Make the method's codes for all groups of one layer."""
-    moments, groups, frequencies = code_moments.moments, range(grouping.kv_heads), None
-    if method.key is None:
-        assert code_moments.distances is not None
-        frequencies = keys.cached_frequencies(moments, grouping, shape.key_dim)
-        key_codes = [
-            keys.folding(moments, grouping, group, frequencies, code_moments.distances).code()
-            for group in groups
-        ]
-    else:
-        key_codes = [method.key(moments, attention, grouping, group, shape.key_dim) for group in groups]
-    return LayerCode(
-        frequencies=frequencies,
-        keys=tuple(key_codes),
-        values=tuple(method.value(moments, attention, grouping, group, shape.value_dim) for group in groups),
-        folds=folds(method, attention),
-        centred=method.centred,
-    )
+    with one_thread_each():
+        key_codes, frequencies = make_key_codes(method, code_moments, attention, grouping, shape.key_dim)
+        value_codes = make_value_codes(method, code_moments.moments, attention, grouping, shape.value_dim)
+    return LayerCode(key_codes, value_codes, folds(method, attention), method.centred, frequencies)
+
+
+def make_key_codes(
+    method: Method, code_moments: CodeMoments, attention: Attention, grouping: Grouping, rank: int
+) -> tuple[tuple[Code, ...], Tensor | None]:
+    """Make the method's key code of each group; the other result is `LayerCode.frequencies`."""
+    moments, distances = code_moments.moments, code_moments.distances
+    if method.key is not None:
+        key = method.key
+        return _of_groups(grouping, lambda group: key(moments, attention, grouping, group, rank)), None
+    assert distances is not None
+    frequencies = keys.cached_frequencies(moments, grouping, rank)
+    return _of_groups(
+        grouping, lambda group: keys.folding(moments, grouping, group, frequencies, distances).code()
+    ), frequencies
+
+
+def make_value_codes(
+    method: Method, moments: Moments, attention: Attention, grouping: Grouping, rank: int
+) -> tuple[Code, ...]:
+    """Make the method's value code of each group."""
+    return _of_groups(grouping, lambda group: method.value(moments, attention, grouping, group, rank))
+
+
+def _of_groups(grouping: Grouping, make: Callable[[int], Code]) -> tuple[Code, ...]:
+    return tuple(map_on_threads(make, range(grouping.kv_heads)))

@@ -42,9 +42,8 @@ def _loss_through_keys(
     """E|Δo|² of the group's keys."""
     moments, rows = code_moments.moments, grouping.rows(group)
     if code_moments.distances is not None:
-        return attention.scale**2 * folding(
-            moments, grouping, group, code.frequencies, code_moments.distances
-        ).loss(code.keys[group])
+        problem = folding(moments, grouping, group, code.frequencies, code_moments.distances)
+        return attention.scale**2 * float(problem.loss(code.keys[group]))
     residual = code.keys[group].residual
     error = residual @ moments.key_covariance(rows) @ residual.T  # Cov(k - k̂) of the stack
     total = 0.0

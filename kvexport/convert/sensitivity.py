@@ -168,11 +168,14 @@ class _Forward:
     def _keep(self, index: int, layer: Layer, trials: LayerTrials) -> None:
         """Keep the residual stream before the layer, and the errors [trials, N, S, hidden]."""
         x, trained = self._stream.of_windows(self._which)
-        inner = reference.normed(layer.attention_norm, x)
+        attention = layer.attention
         errors = torch.empty(len(trials.all), *x.shape, dtype=torch.bfloat16, device=x.device)
-        for at, trial in enumerate(trials.all):
-            coded = move(trial.attention, x.device)
-            errors[at] = attention_windows.attend(coded, inner) - trained
+        for batch in attention_windows.batches(range(len(x)), x.shape[1]):
+            inner = reference.normed(layer.attention_norm, x[batch])
+            projected = attention_windows.project(attention, inner)
+            for at, trial in enumerate(trials.all):
+                heads = attention_windows.head_outputs(attention, trial.code(projected))
+                errors[at, batch] = reference.linear(attention.o, heads) - trained[batch]
         save_tensors({"x": x.cpu(), "errors": errors.cpu()}, self._folder / str(index))
 
 

@@ -129,9 +129,9 @@ def test_pairs_rotate_with_assigned_frequencies_in_both_directions() -> None:
             rotation(inv_freq[rows], sign * n) @ xy @ torch.block_diag(*[rotation(inv_freq, sign * n)] * 2).T
             for n in range(9)
         ]
-        average = Rotations(rope, 9).second(xy, rows, inverse=inverse)
+        average = Rotations(rope, 9).of_pairs(rows, inverse=inverse)(xy)
         torch.testing.assert_close(average, torch.stack(every).mean(0), rtol=0, atol=1e-12)
-        swapped = Rotations(rope, 9).second(xy.T.contiguous(), columns=rows, inverse=inverse)
+        swapped = Rotations(rope, 9).of_pairs(columns=rows, inverse=inverse)(xy.T)
         torch.testing.assert_close(swapped, average.T, rtol=0, atol=1e-12)
 
 

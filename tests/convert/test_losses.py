@@ -8,7 +8,6 @@ import pytest
 import torch
 from support.decoders import make_attention, random_inputs
 from support.layer_codes import code_moments, identity_code
-from torch import Tensor
 
 from kvexport.calibrate import Moments, Rotations
 from kvexport.convert import keys, values
@@ -60,7 +59,7 @@ def test_losses_equal_those_of_the_optimal_codes(style: str, groups: list[Group]
     placed, moved, grouping = grouped(attention, moments, groups)
     n, each = grouping.size * 8, range(grouping.kv_heads)
     exact = (identity_code(n),) * grouping.kv_heads
-    curves = {"keys": sum(map(losses.keys, groups)), "values": sum(map(losses.values, groups))}
+    curves = {"keys": losses.keys(groups).sum(0), "values": losses.values(groups).sum(0)}
     for width in {1, 3, n // 2, n - 1, n}:
         key = tuple(keys.online(moved, placed, grouping, group, width) for group in each)
         value = tuple(values.weighted(moved, placed, grouping, group, width) for group in each)
@@ -69,7 +68,7 @@ def test_losses_equal_those_of_the_optimal_codes(style: str, groups: list[Group]
             "values": lost_by(moved, placed, grouping, exact, value),
         }
         for which, curve in curves.items():
-            assert isinstance(curve, Tensor) and curve.shape == (n + 1,) and curve.dtype == torch.float64
+            assert curve.shape == (n + 1,) and curve.dtype == torch.float64
             whole = float(curve[0])
             assert lost[which] == pytest.approx(
                 float(curve[width]), rel=1e-6, abs=2e-5 * whole
@@ -94,10 +93,10 @@ def test_width_zero_loses_the_whole_variance(style: str) -> None:
             )
             for q in grouping.query_heads(head)
         )
-        assert float(losses.keys((head,))[0]) == pytest.approx(lost * attention.scale**2, rel=1e-9)
+        assert float(losses.keys([(head,)])[0, 0]) == pytest.approx(lost * attention.scale**2, rel=1e-9)
         weights = values.output_weights(moments, attention, grouping, head)
         covariance = moments.value_covariance(grouping.rows(head))
-        assert float(losses.values((head,))[0]) == pytest.approx(
+        assert float(losses.values([(head,)])[0, 0]) == pytest.approx(
             float((weights * covariance).sum()), rel=1e-9
         )
 
@@ -111,7 +110,7 @@ POSITIONS = 100_000
 @pytest.mark.parametrize("group", [(0, 2), (1, 2, 3), (0, 1, 2, 3)], ids=str)
 def test_estimate_equals_the_loss_for_uniform_phases(style: str, group: Group) -> None:
     attention, moments_of_layer = layer(style, "fold")
-    estimate, n = LayerLosses(moments_of_layer, attention).estimate(True, group), 8 * len(group)
+    (estimate,), n = LayerLosses(moments_of_layer, attention).estimate([group]), 8 * len(group)
     rest = [head for head in range(4) if head not in group]
     moved, grouping = (
         moments_of_layer.permute_heads([*group, *rest]).moments,
@@ -138,14 +137,16 @@ def test_curves_of_folded_keys_equal_their_codes_and_stay_below_the_estimate(sty
         Grouping.of(attention, 1),
         (0, 1, 2, 3),
     )
-    curve, estimate = losses.folded_keys(everything), losses.estimate(True, everything)
+    (curve,), (estimate,) = losses.folded_keys([everything]), losses.estimate([everything])
     assert moments_of_layer.distances is not None
     for width in (4, 8, 16, 24):
         frequencies = keys.cached_frequencies(moments_of_layer.moments, grouping, width)
         problem = keys.folding(moments_of_layer.moments, grouping, 0, frequencies, moments_of_layer.distances)
-        early, final = (attention.scale**2 * problem.loss(problem.code(rounds)) for rounds in (8, ROUNDS))
+        early, final = (
+            attention.scale**2 * float(problem.loss(problem.code(rounds))) for rounds in (5, ROUNDS)
+        )
         assert float(curve[width]) == pytest.approx(early, rel=1e-9)
-        assert 0.8 * early < final <= early
+        assert 0.75 * early < final <= early
         assert curve[width] < 0.95 * estimate[width]
     for below, width, above in ((4, 6, 8), (8, 10, 16), (16, 20, 24), (24, 28, 32)):
         assert curve[above] < curve[width] < curve[below]
@@ -158,9 +159,9 @@ def test_loss_descends_with_width_to_zero(style: str, group: Group) -> None:
         attention, moments_of_layer = layer(style, method)
         losses = LayerLosses(moments_of_layer, attention)
         curves = (
-            [losses.folded_keys(group), losses.estimate(True, group)]
+            [*losses.folded_keys([group]), *losses.estimate([group])]
             if method == "fold"
-            else [losses.keys(group), losses.values(group)]
+            else [*losses.keys([group]), *losses.values([group])]
         )
         for curve in curves:
             steps = curve.diff()
@@ -182,16 +183,17 @@ def test_equal_heads_lose_nothing_together() -> None:
         LayerLosses(code_moments(equal, random_inputs(4, 24), method), equal) for method in ("online", "fold")
     )
     for curve in (online.keys, online.values, fold.folded_keys):
-        assert float(curve((1, 3))[8]) < 1e-9 * float(curve((1, 3))[0])
-        assert float(curve((0, 2))[8]) > 1e-2 * float(curve((0, 2))[0])
-        torch.testing.assert_close(curve((2, 1)), curve((1, 2)), rtol=1e-9, atol=1e-12)
+        equal_heads, others = curve([(1, 3), (0, 2)])
+        assert float(equal_heads[8]) < 1e-9 * float(equal_heads[0])
+        assert float(others[8]) > 1e-2 * float(others[0])
+        torch.testing.assert_close(*curve([(2, 1), (1, 2)]), rtol=1e-9, atol=1e-12)
 
 
 def test_heads_of_one_pair_have_a_curve() -> None:
     """There is no width between 0 and the full width."""
     attention = make_attention("llama", heads=4, kv_heads=4, head_dim=2)
     losses = LayerLosses(code_moments(attention, random_inputs(4, 24), "fold"), attention)
-    assert losses.folded_keys((0,)).shape == (3,)
+    assert losses.folded_keys([(0,)]).shape == (1, 3)
 
 
 @pytest.mark.parametrize("style", ["llama", "gqa"])

@@ -113,21 +113,19 @@ def test_curves_are_the_losses_of_the_matched_groups() -> None:
         losses = LayerLosses(code_moments, attention)
         curves, everything = layer.curves[method, 4], (0, 1, 2, 3)
         of_keys = losses.folded_keys if method is FOLD else losses.keys
-        torch.testing.assert_close(curves.keys, of_keys(everything), rtol=1e-9, atol=1e-15)
-        torch.testing.assert_close(curves.values, losses.values(everything), rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(curves.keys, of_keys([everything])[0], rtol=1e-9, atol=1e-15)
+        torch.testing.assert_close(curves.values, losses.values([everything])[0], rtol=1e-9, atol=1e-15)
         pairs = layer.curves[method, 2]
         matchings = [[(0, 1), (2, 3)], [(0, 2), (1, 3)], [(0, 3), (1, 2)]]
 
         def estimated(
             groups: list[tuple[int, int]], method: Method = method, losses: LayerLosses = losses
         ) -> float:
-            return sum(
-                float(losses.estimate(method.before_rotation, each)[8] + losses.values(each)[8])
-                for each in groups
-            )
+            of_keys = losses.estimate if method is FOLD else losses.keys
+            return float((of_keys(groups) + losses.values(groups))[:, 8].sum())
 
         best = min(matchings, key=estimated)
-        lost = sum(float(of_keys(each)[8] + losses.values(each)[8]) for each in best)
+        lost = float((of_keys(best) + losses.values(best))[:, 8].sum())
         assert float(pairs.keys[8] + pairs.values[8]) == pytest.approx(lost, rel=1e-9)
 
 
