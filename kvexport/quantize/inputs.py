@@ -6,8 +6,9 @@ each are computed with the parts before it as they are in the given layer: quant
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +32,14 @@ def linears_of(layer: Layer, part: Part) -> dict[str, Linear]:
     if part == "down":
         return {"down": mlp.down}
     return {"up": mlp.up} if mlp.gate is None else {"gate": mlp.gate, "up": mlp.up}
+
+
+def with_linears(layer: Layer, part: Part, linears: Mapping[str, Linear]) -> Layer:
+    """The layer with other linear maps in a part."""
+    fields: dict[str, Any] = dict(linears)
+    if part in ("qkv", "o"):
+        return replace(layer, attention=replace(layer.attention, **fields))
+    return replace(layer, mlp=replace(layer.mlp, **fields))
 
 
 @dataclass(frozen=True)

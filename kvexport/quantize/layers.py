@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 
@@ -24,7 +24,7 @@ from kvexport.quantize.awq import fold_channel_scales
 from kvexport.quantize.clip import round_clipped
 from kvexport.quantize.gptq import DAMPING, Factor
 from kvexport.quantize.grid import BLOCKS, Bits, grid_for, quantized, round_to_nearest
-from kvexport.quantize.inputs import PARTS, InputMoments, LayerInputs, Part, linears_of
+from kvexport.quantize.inputs import PARTS, InputMoments, LayerInputs, linears_of, with_linears
 
 Method = Literal["nearest", "clip", "gptq", "awq", "awq+gptq"]
 METHODS: tuple[Method, ...] = ("nearest", "clip", "gptq", "awq", "awq+gptq")
@@ -75,7 +75,7 @@ def quantize_layer(
     if inputs is None:
         assert settings.method == "nearest"
         for part in PARTS:
-            layer = _with(layer, part, _nearest(linears_of(layer, part), settings, eight_bits))
+            layer = with_linears(layer, part, _nearest(linears_of(layer, part), settings, eight_bits))
         return layer
     if settings.method.startswith("awq"):
         layer = fold_channel_scales(
@@ -85,9 +85,11 @@ def quantize_layer(
     for part in PARTS:
         corrects = settings.ridge is not None
         if part == "o" and refit is not None:
-            layer, corrects = _with(layer, "o", {"o": refit(layer)}), False
+            layer, corrects = with_linears(layer, "o", {"o": refit(layer)}), False
         moments = inputs.moments(layer, part, exact if corrects else None)
-        layer = _with(layer, part, quantize_part(linears_of(layer, part), moments, settings, eight_bits))
+        layer = with_linears(
+            layer, part, quantize_part(linears_of(layer, part), moments, settings, eight_bits)
+        )
     return layer
 
 
@@ -175,11 +177,3 @@ def _split(codes: WeightCodes, sizes: list[int]) -> list[WeightCodes]:
         replace(codes, codes=integers.contiguous(), scales=scales.contiguous())
         for integers, scales in zip(codes.codes.split(sizes), codes.scales.split(sizes), strict=True)
     ]
-
-
-def _with(layer: Layer, part: Part, linears: dict[str, Linear]) -> Layer:
-    """The layer with other linear maps in a part."""
-    fields: dict[str, Any] = dict(linears)
-    if part in ("qkv", "o"):
-        return replace(layer, attention=replace(layer.attention, **fields))
-    return replace(layer, mlp=replace(layer.mlp, **fields))
