@@ -30,7 +30,8 @@ class EngineCapabilities:
         attention_any_rank: Attention takes Q, K, V and attn_mask of other ranks than 4.
         qk_matmul_output_mode: Attention may have this attribute.
         int32_positions: RotaryEmbedding takes position_ids of INT32.
-        ahead_of_time: builds for other GPUs than this machine's.
+        any_scales: DequantizeLinear takes scales of any sign and shape, constant or not.
+    ahead_of_time: builds for other GPUs than this machine's.
         compatible_plans: builds version-compatible and hardware-compatible plans.
         timing_cache: a build gives a timing cache for the next build.
     """
@@ -45,6 +46,7 @@ class EngineCapabilities:
     attention_any_rank: bool = False
     qk_matmul_output_mode: bool = False
     int32_positions: bool = False
+    any_scales: bool = False
     ahead_of_time: bool = False
     compatible_plans: bool = False
     timing_cache: bool = False
@@ -72,15 +74,14 @@ _OPERATORS_10_3 = """
 
 def _tensorrt() -> tuple[EngineCapabilities, ...]:
     """TensorRT from 10.3 (JetPack 6.1), the oldest supported version. Each entry adds to the one before."""
-    # The opset that 10.3 reads is not documented: its ONNX is between 1.14 and 1.17 (opsets 19 to 22). 20 is
-    # from memory, not measured. 10.6 and 10.11 moved to ONNX 1.17 and 1.18; 10.15 and 11.0 document their
-    # opsets.
+    # operators.md of 10.0 names opset 20, and INT4, which ONNX has since opset 21: not measured. 10.6 and
+    # 10.11 moved to ONNX 1.17 and 1.18; 10.15 and 11.0 document their opsets.
     entries = [
         EngineCapabilities(
             engine="tensorrt",
             since=(10, 3),
             lowering="decomposed17",
-            newest_opset=20,
+            newest_opset=21,
             operators=frozenset(_OPERATORS_10_3.split()),
             compatible_plans=True,
             timing_cache=True,
@@ -117,6 +118,7 @@ def _tensorrt_rtx(newest: EngineCapabilities) -> EngineCapabilities:
         attention_any_rank=True,
         qk_matmul_output_mode=True,
         int32_positions=True,
+        any_scales=True,
         ahead_of_time=True,
     )
 

@@ -16,6 +16,7 @@ from kvexport.graph.lint_rules import (
     Parser,
     check_dtype,
     check_fused_kernel,
+    check_integer_constant,
     check_operator,
 )
 
@@ -59,7 +60,11 @@ def _check_node(node: ir.Node, model: ir.Model, parser: Parser) -> Iterator[Find
     problems = [*check_operator(node, parser), *check_dtype(node, parser)]
     if not problems and not node.domain:
         rule = RULES.get(node.op_type)
-        problems = [*_check_declared(node, model, parser), *(rule(node, parser) if rule is not None else ())]
+        problems = [
+            *_check_declared(node, model, parser),
+            *check_integer_constant(node, parser),
+            *(rule(node, parser) if rule is not None else ()),
+        ]
     name = node.name or str(node.outputs[0].name)
     operator = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
     yield from (Finding(name, operator, *each) for each in problems)

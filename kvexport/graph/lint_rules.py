@@ -29,6 +29,7 @@ _UNSUPPORTED_DTYPES = (
     "UINT4",
     "FLOAT8E5M2",
 )
+_QUANTIZED_DTYPES = (ir.DataType.INT8, ir.DataType.INT4)
 _LARGEST_TOP_K = 3840
 _DECOMPOSED = "--lowering decomposed17"
 # Operators of std24 that decomposed17 does without.
@@ -241,6 +242,50 @@ def check_tensor_scatter(node: ir.Node, parser: Parser) -> Problems:
         yield f"the result {result.name} is not an output of the graph", "make it an output"
 
 
+def check_integer_constant(node: ir.Node, parser: Parser) -> Problems:
+    """Only DequantizeLinear may read a constant of integers in 8 or 4 bits."""
+    if node.op_type in ("DequantizeLinear", "QuantizeLinear"):  # zero points have rules of their own
+        return
+    for value in node.inputs:
+        if value is not None and value.dtype in _QUANTIZED_DTYPES and value.is_initializer():
+            yield (
+                f"the constant {value.name} is {_dtype_name(value)}, which only DequantizeLinear may read",
+                "dequantise the stored tensor directly, and transpose, reshape or gather the result",
+            )
+
+
+def check_dequantize(node: ir.Node, parser: Parser) -> Problems:
+    """Weights must be symmetric, in a form of scales that TensorRT takes, and of one float dtype."""
+    yield from check_zero_point(node, parser)
+    codes, scale, result = node.inputs[0], node.inputs[1], node.outputs[0]
+    if codes is None or scale is None:
+        return
+    if None not in (scale.dtype, result.dtype) and scale.dtype != result.dtype:
+        yield (
+            f"the scale is {_dtype_name(scale)} and the result {_dtype_name(result)}",
+            "give both the same dtype",
+        )
+    if parser.capabilities.any_scales or codes.dtype not in _QUANTIZED_DTYPES or not codes.is_initializer():
+        return
+    scales, blocked = _constant(node, 1), _has_blocks(codes, scale)
+    if scales is None:
+        yield f"the scale {scale.name} is not constant", "make it an initializer"
+    elif not (scales.astype(np.float32) > 0).all():
+        yield f"the scale {scale.name} is not greater than 0 everywhere", "quantise with positive scales"
+    if codes.dtype == ir.DataType.INT8 and blocked:
+        yield "INT8 with several scales in a row", "give each output one scale, or use INT4"
+    if codes.dtype == ir.DataType.INT4:
+        if not blocked:
+            yield "INT4 without blocks", "give each block of 128, 64 or 32 numbers a scale, or use INT8"
+        if codes.shape is not None and isinstance(codes.shape[-1], int) and codes.shape[-1] % 2:
+            yield f"the last dimension of INT4 is {codes.shape[-1]}, which is odd", "use INT8, or pad it"
+
+
+def _has_blocks(codes: ir.Value, scale: ir.Value) -> bool:
+    """Whether scales have the rank of the codes: TensorRT finds the blocks from their shape."""
+    return codes.shape is not None and scale.shape is not None and len(scale.shape) == len(codes.shape) > 1
+
+
 def check_zero_point(node: ir.Node, parser: Parser) -> Problems:
     """The zero point of a quantisation must be the constant 0."""
     point = node.inputs[2] if len(node.inputs) > 2 else None
@@ -294,7 +339,7 @@ RULES: dict[str, Rule] = {
     "Attention": check_attention,
     "RotaryEmbedding": check_rotary_embedding,
     "TensorScatter": check_tensor_scatter,
-    "DequantizeLinear": check_zero_point,
+    "DequantizeLinear": check_dequantize,
     "QuantizeLinear": check_zero_point,
     "TopK": check_top_k,
     "ScatterND": check_scatter_nd,

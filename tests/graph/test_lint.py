@@ -10,7 +10,7 @@ import onnx
 import onnx_ir as ir
 import pytest
 from support.combinations import representatives
-from support.lint_graphs import OLDER_CASES, RTX, RTX_CASES, UNFUSED, WRONG, attention, one
+from support.lint_graphs import OLDER_CASES, RTX, RTX_CASES, UNFUSED, WRONG, attention, dequantised, one
 
 from kvexport.graph.lint import Parser, find_unfused_attention, lint, refusals
 from kvexport.graph.lint_rules import RULES, check_operator
@@ -114,6 +114,11 @@ def test_tensorrt_rtx_builds_what_other_versions_do_not(name: str, rtx: Any) -> 
     assert builds(rtx, model)
 
 
+def test_integer_weights_of_every_form_are_taken_by_the_oldest_version() -> None:
+    for model in (dequantised(opset=21), dequantised(onnx.TensorProto.INT4, block=32, opset=21)):
+        assert refusals(lint(model, Parser("tensorrt", (10, 3)))) == []
+
+
 @pytest.mark.tensorrt
 @pytest.mark.parametrize("name", WRONG)
 def test_rejects_graphs_that_build_but_compute_wrong_results(name: str, rtx: Any) -> None:
@@ -185,4 +190,4 @@ def test_lint_needs_no_nvidia_package() -> None:
 
 def test_a_version_older_than_all_gets_the_oldest_limits() -> None:
     (finding,) = refusals(lint(one("Relu"), Parser("tensorrt", (10, 0))))
-    assert "20 at most" in finding.problem
+    assert "21 at most" in finding.problem

@@ -132,7 +132,7 @@ def scatter(
 
 
 def dequantised(
-    dtype: int = I8, point: int | None = None, block: int | None = None, scale: int = F16
+    dtype: int = I8, point: int | None = None, block: int | None = None, scale: int = F16, opset: int = 24
 ) -> ir.Model:
     shape = (64, 32)
     scales = (32,) if block is None else (64 // block, 32)
@@ -149,7 +149,53 @@ def dequantised(
         ),
         helper.make_node("MatMul", ["x", "d"], ["y"], name="product"),
     ]
-    return graph(nodes, [("x", scale, (1, 4, 64))], [("y", scale, None)], constants)
+    return graph(nodes, [("x", scale, (1, 4, 64))], [("y", scale, None)], constants, opset=opset)
+
+
+def weights(
+    dtype: int = I4,
+    shape: Sequence[int] = (64, 32),
+    *,
+    scales: Sequence[int] = (2, 32),
+    axis: int = 0,
+    block: int | None = 32,
+    scale: int = F16,
+    value: float = 0.5,
+    to: int | None = None,
+    transposed: bool = False,
+    constant: bool = True,
+) -> ir.Model:
+    """A linear map whose weight is dequantised by scales of another form than `dequantised` has."""
+    constants = [helper.make_tensor("w", dtype, shape, [1] * int(np.prod(shape)))]
+    inputs: list[Typed] = [("x", to or scale, (1, 4, 64))]
+    if constant:
+        constants.append(helper.make_tensor("scale", scale, scales, [value] * int(np.prod(scales))))
+    else:
+        inputs.append(("scale", scale, scales))
+    attributes = {"axis": axis} | ({} if block is None else {"block_size": block})
+    attributes |= {} if to is None else {"output_dtype": to}
+    names = ["before", "node"] if not transposed else ["node", "after"]
+    nodes = [helper.make_node("Transpose", ["w"], ["t"], name=names[0], perm=[1, 0])] if transposed else []
+    nodes += [
+        helper.make_node(
+            "DequantizeLinear", ["t" if transposed else "w", "scale"], ["d"], name=names[1], **attributes
+        ),
+        helper.make_node("MatMul", ["x", "d"], ["y"], name="product"),
+    ]
+    return graph(nodes, inputs, [("y", to or scale, None)], constants)
+
+
+def gathered(dtype: int) -> ir.Model:
+    """Rows of a table of integers, which are dequantised afterwards."""
+    constants = [
+        helper.make_tensor("w", dtype, (16, 32), [1] * 512),
+        helper.make_tensor("scale", F16, (), [0.5]),
+    ]
+    nodes = [
+        helper.make_node("Gather", ["w", "rows"], ["g"], name="node"),
+        helper.make_node("DequantizeLinear", ["g", "scale"], ["y"], name="after"),
+    ]
+    return graph(nodes, [("rows", I64, (1, 4))], [("y", F16, None)], constants)
 
 
 def quantised(point: int) -> ir.Model:
@@ -250,6 +296,22 @@ RTX_CASES = {
     "int4, blocks": case(None, dequantised, I4, block=32),
     "int4, blocks of 128": case(None, dequantised, I4, block=64),
     "int4, zero point 1": case("not the constant 0", dequantised, I4, 1, 32),
+    "int4, scale of another dtype": case(
+        "the scale is FLOAT and the result FLOAT16", weights, scale=F32, to=F16
+    ),
+    "int4, transposed": case("only DequantizeLinear may read", weights, shape=(32, 64), transposed=True),
+    "int8, transposed": case(
+        "only DequantizeLinear may read",
+        weights,
+        I8,
+        (32, 64),
+        scales=(32,),
+        axis=1,
+        block=None,
+        transposed=True,
+    ),
+    "int8, gathered": case("only DequantizeLinear may read", gathered, I8),
+    "int4, gathered": case("only DequantizeLinear may read", gathered, I4),
     "uint4": case("UINT4", dequantised, U4, None, 32),
     "uint8": case("UINT8", dequantised, U8, 0),
     "quantise": case(None, quantised, 0),
@@ -308,7 +370,17 @@ OLDER_CASES: dict[str, tuple[Parser, Parser | None, Case]] = {  # refused by the
     "TensorScatter": (T1014, T1016, case("TensorRT 10.15", scatter)),
     "Swish": (T1016, T11, case("TensorRT 11.0", one, "Swish")),
     "opset 24": (T1013, T1016, case("opset 24", one, "Relu")),
-    "opset 21": (T103, T1013, case("opset 21", one, "Relu", opset=21)),
+    "opset 22": (T103, T1013, case("opset 22", one, "Relu", opset=22)),
+    "scales that are given": (T1013, RTX, case("is not constant", weights, constant=False)),
+    "negative scales": (T11, RTX, case("not greater than 0", weights, value=-0.5)),
+    "a scale of 0": (T11, RTX, case("not greater than 0", weights, value=0.0)),
+    "INT8 in blocks": (T11, RTX, case("several scales in a row", weights, I8)),
+    "INT4 without blocks": (
+        T11,
+        RTX,
+        case("INT4 without blocks", weights, scales=(32,), axis=1, block=None),
+    ),
+    "odd INT4": (T11, RTX, case("which is odd", weights, shape=(64, 31), scales=(2, 31))),
     "opset 26": (T11, RTX, case("opset 26", one, "Relu", opset=26)),
     "Gelu in opset 17": (T103, None, case("opset 17 has no such operator", one, "Gelu", opset=17)),
     "int32 positions": (T11, RTX, case("position_ids are INT32", rotary, positions=I32)),
