@@ -31,9 +31,7 @@ class ScoreGradients:
             x: its residual stream after the last layer, [N, S, hidden].
             seed: random seed of the labels, one per prediction.
         """
-        generator = torch.Generator().manual_seed(seed)
-        windows = [_at_logits(decoder, x[at : at + 1], generator) for at in range(len(x))]
-        self._gradients = torch.cat(windows)  # [N, S, hidden]
+        self._gradients = gradients_before_head(decoder, x, seed)
 
     def go_back(self, layer: Layer, x: Tensor) -> Tensor:
         """Go back through one layer.
@@ -62,6 +60,21 @@ def _recording(attention: Attention, record: Callable[[Tensor], None], inner: Te
     output = attention_windows.attend(attention, inner)
     record(output)
     return output
+
+
+def gradients_before_head(decoder: Decoder, x: Tensor, seed: int = 0) -> Tensor:
+    """Gradients of the summed scores of each window with respect to the residual stream after the last layer.
+
+    Args:
+        decoder: the trained model.
+        x: that stream, [N, S, hidden].
+        seed: random seed of the labels, one per prediction.
+
+    Returns:
+        [N, S, hidden].
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.cat([_at_logits(decoder, x[at : at + 1], generator) for at in range(len(x))])
 
 
 def _at_logits(decoder: Decoder, x: Tensor, generator: torch.Generator) -> Tensor:

@@ -89,8 +89,8 @@ class LayerInputs:
         """
         weight = next(iter(linears_of(layer, part).values())).weight
         width = weight.shape[1]
-        second = _Products(width, weight.device)
-        drift = None if exact is None or self._trained is None else _Products(width, weight.device)
+        second = Products(width, weight.device)
+        drift = None if exact is None or self._trained is None else Products(width, weight.device)
         for batch in attention_windows.batches(self._windows, self._quantized.shape[1]):
             x = self._inputs(layer, part, batch)
             second.add(x, x)
@@ -131,7 +131,7 @@ class LayerInputs:
         return _mlp_inputs(exact, part, x, self._attended[batch])
 
 
-class _Products:
+class Products:
     """Mean of x yᵀ over tokens."""
 
     def __init__(self, width: int, device: torch.device) -> None:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from kvexport.convert.pipeline import ConvertedLayer, Refit, unconverted_layers
 from kvexport.convert.streams import Streams
-from kvexport.model.decoder import Decoder, Layer, Linear, WeightCodes
+from kvexport.model.decoder import Decoder, Embedding, Layer, Linear, WeightCodes
 from kvexport.quantize.gptq import Factor
-from kvexport.quantize.grid import Bits, grid_for, quantized, round_to_nearest
+from kvexport.quantize.grid import Bits, dequantize, grid_for, quantized, round_to_nearest
 from kvexport.quantize.inputs import LayerInputs
 from kvexport.quantize.layers import WeightSettings, quantize_layer
 
@@ -79,11 +79,12 @@ class _Streams:
         return replace(each, layer=layer, report=replace(each.report, residual_error=error))
 
 
-def quantize_embedding(weight: Tensor, bits: Bits, block: int, dtype: torch.dtype) -> WeightCodes:
-    """Codes of an embedding: int8 with a scale per row, or int4 with blocks along the hidden size.
+def quantize_embedding(embedding: Embedding, bits: Bits, block: int, dtype: torch.dtype) -> Embedding:
+    """The embedding with its table in codes: int8 with a scale per row, or int4 in blocks along the hidden
+    size; rounded to nearest.
 
     Args:
-        weight: [vocab, hidden].
+        embedding: the embedding, whose table is [vocab, width].
         bits: 4 or 8.
         block: largest block in 4 bits.
         dtype: data type of computation, to which scales are rounded.
@@ -91,8 +92,10 @@ def quantize_embedding(weight: Tensor, bits: Bits, block: int, dtype: torch.dtyp
     Raises:
         KvexportError: a weight is not finite, or would be infinite in the data type.
     """
-    grid = grid_for(weight.shape[1], bits, block)
-    return round_to_nearest(weight, grid.bits, grid.block, dtype)
+    table = embedding.weight
+    grid = grid_for(table.shape[1], bits, block)
+    codes = round_to_nearest(table, grid.bits, grid.block, dtype)
+    return replace(embedding, weight=dequantize(codes), codes=codes)
 
 
 def quantize_head(

@@ -114,7 +114,9 @@ def test_embedding_and_head() -> None:
     decoder = make_decoder("llama", **SMALL)
     weight = decoder.embedding.weight
     for bits, blocks in ((8, 1), (4, 2)):
-        codes = quantize_embedding(weight, bits, 32, torch.float16)
+        table = quantize_embedding(decoder.embedding, bits, 32, torch.float16)
+        codes = table.codes
+        assert torch.equal(table.weight, dequantize(codes))
         assert codes.scales.shape == (len(weight), blocks)
         assert torch.equal(codes.codes, round_to_nearest(weight, bits, 64 // blocks, torch.float16).codes)
     x = torch.randn(200, 64, generator=torch.Generator().manual_seed(0)) @ torch.randn(
