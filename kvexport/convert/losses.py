@@ -164,9 +164,9 @@ class LayerLosses:
     def _weighted_keys(self) -> Tensor:
         """Covariance of the keys, weighted by the roots of S on both sides, [h·d, h·d]."""
         values, vectors = torch.linalg.eigh(self._weights)
-        roots = vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.transpose(1, 2)
-        root = torch.block_diag(*roots) * self._attention.scale
-        return root @ self._moments.key_covariance(slice(None)) @ root
+        roots = self._attention.scale * (vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.mT)
+        half = (roots @ self._moments.key_covariance(slice(None)).unflatten(0, roots.shape[:2])).flatten(0, 1)
+        return (roots @ half.T.unflatten(0, roots.shape[:2])).flatten(0, 1)
 
     def _energies(self, groups: Sequence[Group]) -> Tensor:
         """`mix_energies` of each group, [G, d/2, t]."""

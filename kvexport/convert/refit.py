@@ -8,6 +8,8 @@ Dᵀ = (G + λ I)⁻¹ C. Where b is fixed, e = 0, G = E[x xᵀ] and C = E[x r�
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -15,7 +17,7 @@ from kvexport.calibrate.sums import ROWS, SecondMomentSums, wide
 from kvexport.model.decoder import Linear
 from kvexport.model.reference import linear
 
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0)  # of the mean diagonal of G
+RIDGES = (1.0, 1e-1, 1e-2, 1e-3, 1e-4)  # of the mean diagonal of G
 
 
 class LeastSquares:
@@ -55,11 +57,13 @@ class LeastSquares:
         return (self._r / count).cpu(), (self._cross / count).cpu()
 
 
-def _loss(centred: tuple[Tensor, Tensor, Tensor, Tensor], change: Tensor, offset: Tensor) -> float:
+def _loss(centred: tuple[Tensor, Tensor, Tensor, Tensor], change: Tensor | None, offset: Tensor) -> float:
     """E|r - D x - e|² minus Var(r), which depends on neither D [out, into] nor e [out], from
-    `LeastSquares.centred`.
+    `LeastSquares.centred`; None: D = 0.
     """
     gram, cross, x, r = centred
+    if change is None:
+        return float((r - offset).square().sum())
     constant = (r - change @ x - offset).square().sum()
     return float(((change @ gram) * change).sum() - 2 * (change.T * cross).sum() + constant)
 
@@ -67,7 +71,8 @@ def _loss(centred: tuple[Tensor, Tensor, Tensor, Tensor], change: Tensor, offset
 def refit(o: Linear, train: LeastSquares, held_out: LeastSquares, *, fit_bias: bool = True) -> Linear:
     """Refit W_O on training tokens, with the ridge λ that gives the least loss on held-out tokens.
 
-    The candidates include λ = ∞, which keeps W_O and fits b alone, and `o` unchanged; so the refit never
+    From the largest λ on, until the loss increases: each λ takes the time of a solve and two products. The
+    candidates include λ = ∞, which keeps W_O and fits b alone, and `o` unchanged; so the refit never
     increases the loss on held-out tokens.
 
     Args:
@@ -80,28 +85,32 @@ def refit(o: Linear, train: LeastSquares, held_out: LeastSquares, *, fit_bias: b
     if not fit_bias:
         gram, cross = train.uncentred()
     scale = gram.diagonal().mean().clamp_min(torch.finfo(torch.float64).tiny)
-    nothing, none = torch.zeros_like(cross.T), torch.zeros_like(r)
-    tested = held_out.centred()
-    best, least = o, _loss(tested, nothing, none)
+    zero, tested = torch.zeros_like(r), held_out.centred()
+    best, least, last = o, _loss(tested, None, zero), math.inf
     for ridge in (None, *RIDGES):
-        change = nothing
+        change = None
         if ridge is not None:
             ridged = gram.clone()
             ridged.diagonal().add_(ridge * scale)
             factor, failed = torch.linalg.cholesky_ex(ridged)
             if failed:
-                continue
+                break
             change = torch.cholesky_solve(cross, factor).T
-        offset = r - change @ x if fit_bias else none
+        offset = zero
+        if fit_bias:
+            offset = r if change is None else r - change @ x
         loss = _loss(tested, change, offset)
         if loss < least:
             best, least = _changed(o, change, offset if fit_bias else None), loss
+        if loss > last:
+            break
+        last = loss
     return best
 
 
-def _changed(o: Linear, change: Tensor, offset: Tensor | None) -> Linear:
-    """W_O + D and b + e, in the dtype and on the device of `o`; None: b stays."""
-    weight = (o.weight.double().cpu() + change).to(o.weight)
+def _changed(o: Linear, change: Tensor | None, offset: Tensor | None) -> Linear:
+    """W_O + D and b + e, in the dtype and on the device of `o`; None: W_O or b stays."""
+    weight = o.weight if change is None else (o.weight.double().cpu() + change).to(o.weight)
     if offset is None:
         return Linear(weight, o.bias)
     return Linear(weight, (offset if o.bias is None else o.bias.double().cpu() + offset).to(o.weight))
