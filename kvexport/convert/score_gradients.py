@@ -51,7 +51,9 @@ class ScoreGradients:
             with torch.enable_grad():
                 after = reference.run_block(layer, before, attend).residual
             self._gradients[batch], at_attention[batch] = torch.autograd.grad(
-                after, (before, recorded[0]), self._gradients[batch]
+                after,
+                (before, recorded[0]),
+                self._gradients[batch].clone(),  # results can be views of it
             )
         return at_attention
 

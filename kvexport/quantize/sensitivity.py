@@ -181,9 +181,10 @@ class _Analysis:
         powers = dict.fromkeys(quantized, 0.0)
         measured = x[self._measured]
         for batch in attention_windows.batches(range(len(measured)), x.shape[1]):
-            self._gradients[batch], outputs = _go_back(layer, measured[batch], self._gradients[batch])
+            before, outputs = _go_back(layer, measured[batch], self._gradients[batch])
             for key, other in quantized.items():
                 powers[key] += _power(other, outputs, key[0] in ATTENTION)
+            self._gradients[batch] = before  # not earlier: those of outputs can be views of what it replaces
         for name in dict.fromkeys(name for name, _ in quantized):
             found = []
             for eight in (False, True):

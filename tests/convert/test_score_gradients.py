@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -15,12 +16,15 @@ from kvexport.convert.score_gradients import ScoreGradients
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder
 
-STYLES = ["llama", "gqa", "bias", "bloom", "qwen3"]
+STYLES = ["llama", "gqa", "bias", "bloom", "qwen3", "parallel"]
 
 
 def decoder_of(style: str) -> Decoder:
     heads = {"heads": 8, "kv_heads": 4} if style == "gqa" else {}
-    return make_decoder(style, layers=3, sharpness=2.0, dtype=torch.float64, **heads)
+    parallel = style == "parallel"
+    kind = "llama" if parallel else style
+    decoder = make_decoder(kind, layers=3, sharpness=2.0, dtype=torch.float64, **heads)
+    return replace(decoder, layers=[replace(layer, parallel=parallel) for layer in decoder.layers])
 
 
 def run(
