@@ -16,13 +16,14 @@ from kvexport.bundle import DATA_FILE, TOKENIZER_FILE, BundleWriter
 from kvexport.calibrate import PeakMeter
 from kvexport.eviction.config import Eviction
 from kvexport.graph import GRAPH_FILE, DecoderWriter, Float32Exceptions, write_lowered
-from kvexport.model.decoder import Layer
+from kvexport.model.decoder import Decoder, Layer
 from kvexport.validate import ReferenceRecorder
 from kvexport.validate.self_test_recorder import SelfTestRecorder
 from kvexport.version import __version__
 
 if TYPE_CHECKING:
     from kvexport.build.report import BuildReport
+    from kvexport.bundle.formats import StoredWeights
     from kvexport.graph import GraphContract
 
 
@@ -37,6 +38,7 @@ class BundleExport:
         self,
         writer: BundleWriter,
         job: ConversionJob,
+        decoder: Decoder,
         windows: Tensor,
         eviction: Eviction | None,
         layer_folder: Path,
@@ -44,10 +46,12 @@ class BundleExport:
     ) -> None:
         """
         Args:
+            decoder: the model whose embedding, final norm and head are written.
             windows: calibration windows [N, length] int64.
             layer_folder: an empty folder, which may be removed when `record_self_test` has returned.
         """
-        decoder, dtype = job.decoder, job.options.dtype
+        dtype = job.options.dtype
+        self._decoder = decoder
         self._writer, self._job, self._eviction, self._hooks = writer, job, eviction, hooks
         self._reference = ReferenceRecorder(decoder, windows, job.capacity, eviction)
         self._graph = DecoderWriter(
@@ -61,6 +65,11 @@ class BundleExport:
         self._self_test = SelfTestRecorder(decoder, windows, job.capacity, eviction, dtype, layer_folder)
         self._peaks = PeakMeter(decoder, windows) if dtype == "float16" else None
         self.float32_parts: list[str] = []
+
+    @property
+    def weights(self) -> StoredWeights:
+        """Formats of the weights, complete after `write`."""
+        return self._graph.weights
 
     def add_layer(self, layer: Layer) -> None:
         """Run the next layer in PyTorch and write it to the graph."""
@@ -78,14 +87,14 @@ class BundleExport:
     def write(self) -> GraphContract:
         """Write the graph, the reference outputs, the self-test and the text files."""
         job, writer, directory = self._job, self._writer, self._writer.directory
-        decoder, progress = job.decoder, job.progress
+        decoder, progress = self._decoder, job.progress
         with job.stages.timed("write"), progress.stage("Writing the bundle", 4):
             self._reference.save(directory)
             progress.advance()
             exceptions = Float32Exceptions() if self._peaks is None else float32_exceptions(self._peaks)
             contract = self._graph.finish(decoder, exceptions)
             progress.advance()
-            self._self_test.save(directory, writer.sha256(DATA_FILE))
+            self._self_test.save(directory, writer.sha256(DATA_FILE), quantized=self.weights.is_quantized)
             progress.advance()
             write_lowered(directory / GRAPH_FILE, job.options.dtype)
             progress.advance()
@@ -109,7 +118,7 @@ class BundleExport:
 
     def manifest(self, contract: GraphContract, report: BuildReport) -> dict[str, Any]:
         """The keys of manifest.json, without those that `BundleWriter.seal` adds."""
-        job, decoder = self._job, self._job.decoder
+        job, decoder = self._job, self._decoder
         return {
             "kvexport": __version__,
             "source": {
@@ -128,7 +137,7 @@ class BundleExport:
                 "tie_word_embeddings": decoder.head is None,
             },
             "dtype": job.options.dtype,
-            "weights": self._graph.weights.to_json(),
+            "weights": self.weights.to_json(),
             "capacity": job.capacity,
             "eviction": None if self._eviction is None else self._eviction.to_json(),
             "layers": [asdict(layer) for layer in report.layers],

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvexport.bundle.formats import BYTES
+from kvexport.bundle.formats import BLOCKS, DTYPES, INTEGERS
 from kvexport.calibrate import Recipe
 from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError
@@ -23,14 +23,19 @@ class BuildOptions:
         method: the compression method, one of `METHOD_NAMES`.
         cache: folder of the build cache, where finished stages are kept and found; None: no cache.
         statistics: directory that `calibrate` wrote, in place of calibration text from `recipe`.
-        dtype: data type of the weights and the KV cache that are written: float32, float16 or bfloat16.
+        dtype: data type of computation and of the KV cache: float32, float16 or bfloat16.
+        weights: format of the weights of linear maps: int8, int4 or the dtype; None: the dtype.
+        head_weights: format of the head's weights; None: that of `weights`.
+        embedding_weights: format of the embedding; None: that of `weights`, or of the head if it is tied.
+        weight_block: largest number of weights that share a scale in int4, of `BLOCKS`; None: 128, or 64 in a
+            model less than 2048 wide.
         eviction: policy and budget of a cache that evicts tokens; None: the cache keeps all tokens.
         heal: number of distillation steps after conversion; None: no distillation.
         heal_lora: rank of the adapters that distillation trains; None: it trains whole weights.
         device: device on which PyTorch computes, as `kvexport.model.placement.resolve_device` takes it.
 
     Raises (on construction):
-        UsageError: the data type is unknown.
+        UsageError: the data type is unknown, or a format of weights does not go with it.
     """
 
     recipe: Recipe
@@ -39,13 +44,32 @@ class BuildOptions:
     statistics: Path | None = None
     cache: Path | None = None
     dtype: str = "float32"
+    weights: str | None = None
+    head_weights: str | None = None
+    embedding_weights: str | None = None
+    weight_block: int | None = None
     eviction: EvictionRequest | None = None
     heal: int | None = None
     heal_lora: int | None = None
     device: str = AUTO
 
     def __post_init__(self) -> None:
-        if self.dtype not in BYTES:
+        if self.dtype not in DTYPES:
             raise UsageError(
-                "--dtype must be a supported data type", got=self.dtype, expected=", ".join(BYTES)
+                "--dtype must be a supported data type", got=self.dtype, expected=", ".join(DTYPES)
+            )
+        for name in ("weights", "head_weights", "embedding_weights"):
+            value = getattr(self, name)
+            if value is not None and value not in (*INTEGERS, self.dtype):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} must be int8, int4 or the data type of computation",
+                    got=f"{value} with --dtype {self.dtype}",
+                    expected=f"int8, int4 or {self.dtype}",
+                    fix=f"use --dtype {value}" if value in DTYPES else "choose one of these",
+                )
+        if self.weight_block is not None and self.weight_block not in BLOCKS:
+            raise UsageError(
+                "--weight-block must be a block that every engine takes",
+                got=self.weight_block,
+                expected=", ".join(map(str, BLOCKS)),
             )

@@ -12,18 +12,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
+from torch import Tensor
 
 from kvexport.build.bundle_export import BundleExport
 from kvexport.build.conversion_job import ConversionJob
 from kvexport.build.hf_checkpoint import plan_hf_checkpoint
 from kvexport.build.hooks import BuildHooks
 from kvexport.build.options import BuildOptions
+from kvexport.build.quantization import WeightQuantization, requested_formats
 from kvexport.build.read_back import ExpectedLogits, read_back
 from kvexport.build.report import BuildReport
-from kvexport.bundle import REPORT_FILE, new_bundle
+from kvexport.bundle import DATA_FILE, REPORT_FILE, new_bundle
 from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import Recipe, StatisticsWriter
 from kvexport.calibrate.statistics import STATISTICS_FILE
+from kvexport.convert import split_windows
 from kvexport.errors import GateFailed, UsageError
 from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.files.atomic_directory import atomic_directory, require_output
@@ -77,18 +80,33 @@ def build(
         windows = job.calibrate()
         plan = hooks.plan(job.plan_compression(windows, writer.directory))
         with TemporaryDirectory(dir=writer.directory, prefix="layers.") as layer_folder:
-            export = BundleExport(writer, job, windows, eviction, Path(layer_folder), hooks)
-            report = job.convert(windows, plan, export.add_layer)
+            quantization = _quantization(job, windows)
+            decoder = job.decoder if quantization is None else quantization.decoder
+            export = BundleExport(writer, job, decoder, windows, eviction, Path(layer_folder), hooks)
+
+            def add_layer(layer: Layer) -> None:
+                export.add_layer(layer if quantization is None else quantization.quantize(layer))
+
+            report = job.convert(windows, plan, add_layer)
             export.record_self_test()
         contract = export.write()
         with job.stages.timed("validation"):
-            validation = validate_graph(writer.directory, contract, progress, eviction)
+            validation = validate_graph(
+                writer.directory,
+                contract,
+                progress,
+                eviction,
+                quantized=export.weights.is_quantized,
+            )
         _require_valid(validation, options.dtype)
 
         report = replace(
             report,
             validation=validation,
             kept_float32=export.float32_parts,
+            weights=export.weights,
+            weight_bytes=(writer.directory / DATA_FILE).stat().st_size,
+            quantization=None if quantization is None else quantization.divergence(),
             eviction=eviction,
             capacity=job.capacity,
             kv_bytes_at_capacity=kv_bytes(report.layers, options.dtype, eviction, job.capacity),
@@ -184,6 +202,15 @@ def calibrate(
         job.analysis.analyze(windows, directory, writer)
         writer.finish()
     return windows.numel()
+
+
+def _quantization(job: ConversionJob, windows: Tensor) -> WeightQuantization | None:
+    """The quantisation of a build's weights; None if all are stored in float."""
+    formats = requested_formats(job.options, job.decoder)
+    if not formats.any_integers:
+        return None
+    held_out = windows[split_windows(len(windows))[1]]
+    return WeightQuantization(job.decoder, formats, held_out, job.options.dtype)
 
 
 def _note_frequencies(job: ConversionJob) -> None:

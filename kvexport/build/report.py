@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvexport.build.read_back import ReadBack
+from kvexport.bundle.formats import StoredWeights
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.eviction.config import Eviction
 from kvexport.heal import HealReport
@@ -51,6 +52,10 @@ class BuildReport:
         frontier: the cache sizes that were considered, with their losses before healing; empty if the request
             fixed the size.
         healing: the result of distillation, if there was any; `divergence` is then that of the healed model.
+        weights: formats of the stored weights; None for a Hugging Face checkpoint.
+        weight_bytes: size of the file of the weights.
+        quantization: divergence of the quantised model from the same model in float, after compression, on
+            held-out calibration text; None if no weight was quantised.
         eviction: policy and budget of the bundle's cache; None: it keeps all tokens.
         capacity: maximum sequence length of the bundle in tokens.
         kv_bytes_at_capacity: bytes of the cache of one sequence of that length, with the state of eviction;
@@ -74,6 +79,9 @@ class BuildReport:
     kept_float32: list[str] = field(default_factory=list)
     frontier: list[FrontierPoint] = field(default_factory=list)
     healing: HealReport | None = None
+    weights: StoredWeights | None = None
+    weight_bytes: int | None = None
+    quantization: Divergence | None = None
     eviction: Eviction | None = None
     capacity: int | None = None
     kv_bytes_at_capacity: int | None = None
@@ -90,6 +98,8 @@ class BuildReport:
             **asdict(self),
             "longest_stage": self.longest_stage,
             "eviction": None if self.eviction is None else self.eviction.to_json(),
+            "weights": None if self.weights is None else self.weights.to_json(),
+            "quantization": None if self.quantization is None else self.quantization.to_json(),
             "divergence": None if self.divergence is None else self.divergence.to_json(),
             "healing": None if self.healing is None else self.healing.to_json(),
             "validation": None if self.validation is None else self.validation.to_json(),

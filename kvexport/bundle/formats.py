@@ -120,6 +120,17 @@ class StoredWeights:
             ],
         }
 
+    @property
+    def summary(self) -> str:
+        """The formats as a phrase: "int4, blocks of 64; head int8; embedding int8"."""
+        totals: dict[WeightFormat, int] = {}
+        for share in (share for layer in self.layers for share in layer):
+            totals[share.format] = totals.get(share.format, 0) + share.parameters
+        body = " and ".join(str(each) for each in sorted(totals, key=lambda each: -totals[each]))
+        if {self.embedding, self.head} == {*totals}:
+            return body
+        return f"{body}; head {self.head}; embedding {self.embedding}"
+
     def require_fit(self, dtype: str, num_layers: int, fix: str) -> None:
         """Check the formats against the dtype of computation and the number of layers.
 

@@ -160,6 +160,7 @@ def _to_json(session: Session, result: Result) -> dict[str, Any]:
         "bundle": bundle.path.name,
         "manifest_sha256": bundle.digest,
         "dtype": bundle.dtype,
+        "weights": bundle.weights.summary,
         "engine": session.engine,
         **result.to_json(),
     }

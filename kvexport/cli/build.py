@@ -15,6 +15,7 @@ from kvexport.cli.conversion import (
     method_option,
     output_option,
     shape_options,
+    weight_options,
 )
 from kvexport.convert.method_names import BEST
 from kvexport.errors import UsageError
@@ -26,6 +27,7 @@ from kvexport.errors import UsageError
 @output_option("Bundle directory")
 @method_option(BEST)
 @conversion_options
+@weight_options
 @shape_options
 @eviction_options
 @capacity_option

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
-from kvexport.bundle.formats import BYTES
+from kvexport.bundle.formats import BITS, BLOCKS, BYTES
 from kvexport.cli.options import device_option
 from kvexport.convert.method_names import METHOD_NAMES, method_help
 from kvexport.errors import CannotRunHere, UsageError
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
+_WEIGHT_OPTIONS = ("weights", "head_weights", "embedding_weights", "weight_block")
 _HEAL_SAMPLES = 192  # default of --samples with --heal, when the model samples its own text
 
 
@@ -133,7 +134,32 @@ conversion_options = _group(
         type=click.Choice(tuple(BYTES)),
         default="float32",
         show_default=True,
-        help="Data type of weights and KV cache.",
+        help="Data type of computation and KV cache, and of weights without a format of their own.",
+    ),
+)
+
+
+weight_options = _group(
+    click.option(
+        "--weights",
+        type=click.Choice(tuple(BITS)),
+        help="Format of the weights of the layers; int8 and int4 are quantised.  [default: --dtype]",
+    ),
+    click.option(
+        "--head-weights",
+        type=click.Choice(tuple(BITS)),
+        help="Format of the weights of the head.  [default: --weights]",
+    ),
+    click.option(
+        "--embedding-weights",
+        type=click.Choice(tuple(BITS)),
+        help="Format of the embedding.  [default: --weights; --head-weights if the head is tied to it]",
+    ),
+    click.option(
+        "--weight-block",
+        type=click.Choice(tuple(map(str, sorted(BLOCKS)))),
+        help="Largest number of int4 weights that share a scale; a smaller one where it does not divide the "
+        "width.  [default: 128; 64 in models less than 2048 wide]",
     ),
 )
 
@@ -295,9 +321,11 @@ def build_options(options: dict[str, Any]) -> BuildOptions:
     eviction = eviction_request(options) if "kv_budget" in options else None
     others = {
         name: options.pop(name)
-        for name in ("method", "statistics", "dtype", "heal", "heal_lora", "device")
+        for name in ("method", "statistics", "dtype", "heal", "heal_lora", "device", *_WEIGHT_OPTIONS)
         if name in options
     }
+    if others.get("weight_block") is not None:
+        others["weight_block"] = int(others["weight_block"])
     assert not options, f"unused options: {options}"
     recipe = calibration_recipe(calibration, samples, length, seed)
     return BuildOptions(recipe, request, eviction=eviction, cache=cache, **others)

@@ -110,6 +110,7 @@ def print_bundle(bundle: Bundle, verified: bool) -> None:
         table.add_row("calibration", ", ".join(f"{key} {value}" for key, value in calibration.items()))
     table.add_row("built by", f"kvexport {bundle.version}")
     table.add_row("dtype", bundle.dtype)
+    table.add_row("weights", bundle.weights.summary)
     table.add_row("capacity", f"{bundle.capacity} tokens")
     table.add_row("KV cache per token", size(bundle.kv_bytes_per_token))
     table.add_row("  original", size(bundle.kv_bytes_per_token_original))
@@ -161,6 +162,15 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
         out.print_line(_calibration_line(report.calibration))
     if report.healing is not None:
         out.print_line(_healing_line(report.healing))
+    if report.weights is not None and report.weight_bytes is not None:
+        out.print_line(f"weights: {report.weights.summary}, {size(report.weight_bytes)}")
+    if report.quantization is not None:
+        loss = report.quantization
+        out.print_line(
+            f"loss from integer weights alone: mean KL {loss.mean_kl:.5f} to the same model in float, "
+            f"same top token {loss.top1_agreement:.1%} (on {loss.tokens} held-out calibration tokens); the "
+            "loss from compression, in the table, is without it"
+        )
     if report.eviction is not None:
         out.print_line(f"KV budget: {report.eviction}. The loss from eviction is not in the table")
     if report.validation is not None:
@@ -258,6 +268,13 @@ def print_validation(report: ValidationReport) -> None:
     out = PlainConsole()
     out.print(table)
     out.print_line(_verdict(report))
+    rounding = report.int8_activations
+    if rounding is not None:
+        out.print_line(
+            "`kvexport run` rounds activations to int8 on the CPU, which the table is without: mean KL "
+            f"{rounding.mean_kl:.5f}, same top token {rounding.top1_agreement:.1%}, largest error of a logit "
+            f"{rounding.max_error:.2g} of their root mean square"
+        )
 
 
 def print_evaluation(evaluation: Evaluation) -> None:

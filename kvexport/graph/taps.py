@@ -48,10 +48,18 @@ class GraphCopy:
         return session
 
 
-def with_taps(path: Path) -> GraphCopy:
-    """Copy the graph at `path`; each layer's attention output and residual stream become outputs."""
+def with_taps(path: Path, *, accuracy_level: int | None = None) -> GraphCopy:
+    """Copy the graph at `path`; each layer's attention output and residual stream become outputs.
+
+    Args:
+        accuracy_level: of the graph's MatMulNBits: 1 computes in float32, 4 rounds activations to int8; None:
+            that of the file.
+    """
     model = ir.load(path)
     _add_taps(model.graph)
+    for node in model.graph:
+        if node.op_type == "MatMulNBits" and accuracy_level is not None:
+            node.attributes["accuracy_level"] = ir.AttrInt64("accuracy_level", accuracy_level)
     return GraphCopy(serialize(model), path.parent)
 
 

@@ -51,6 +51,8 @@ def run_deployed(
     progress: Progress,
     provider: Provider | None = None,
     slots: Mapping[int, ReferenceSlots] | None = None,
+    *,
+    exact: bool = True,
 ) -> dict[str, Array]:
     """Run the bundle on `input_ids` [T]: `prefill` of them in chunks, the others one by one.
 
@@ -60,6 +62,8 @@ def run_deployed(
     Args:
         slots: the reference's slots of each layer that evicts; the run has equally many, and gets their state
             before each call.
+        exact: False: ONNX Runtime's CPU rounds activations to int8 in linear maps with integer weights, as a
+            session does.
 
     Returns:
         `logits` [T, vocab], and those of each layer's arrays in `kvexport.validate.reference_run` that the
@@ -89,7 +93,7 @@ def run_deployed(
         for layer in range(len(bundle.layers))
         for kind, tap in _TAPS.items()
     }
-    session, dtype = _tapped_session(bundle, provider)
+    session, dtype = _tapped_session(bundle, provider, exact)
     cache = new_cache(bundle, provider, dtype, fill=GARBAGE, step=_GROWTH, slots=budget, chunk=_CHUNK)
     decoder = OrtDecoder(session, cache, extra_outputs=list(names))
     return _run(
@@ -166,10 +170,18 @@ def _rows_of(cache: KvCache, layer: int, positions: NDArray[np.int64]) -> dict[s
     return {array_name(layer, which): heads_side_by_side(buffer, slots) for which, buffer in buffers}
 
 
-def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.InferenceSession, str]:
+def _tapped_session(
+    bundle: Bundle, provider: Provider, exact: bool
+) -> tuple[onnxruntime.InferenceSession, str]:
     """A session on a copy, with taps, of the deployed graph, and the dtype of its arithmetic."""
     from kvexport.graph import as_float32, with_taps
-    from kvexport.runtime.backends.ort_session import graph_file, session_on, session_options
+    from kvexport.runtime.backends.ort_session import (
+        EXACT,
+        INT8_ACTIVATIONS,
+        graph_file,
+        session_on,
+        session_options,
+    )
 
     dtype = computed_in(bundle.dtype, provider.name)
     if provider.name == "cpu":
@@ -177,8 +189,9 @@ def _tapped_session(bundle: Bundle, provider: Provider) -> tuple[onnxruntime.Inf
     if dtype != bundle.dtype:
         copy = as_float32(bundle.path / GRAPH_FILE, taps=True)
     else:
-        copy = with_taps(bundle.path / graph_file(bundle, provider.name))
-    options = session_options(None)
+        level = int(EXACT if exact else INT8_ACTIVATIONS)
+        copy = with_taps(bundle.path / graph_file(bundle, provider.name), accuracy_level=level)
+    options = session_options(None, exact=exact)
     if provider.name == "cpu":
         return _load(lambda: copy.session(options)), dtype
     options.add_session_config_entry(

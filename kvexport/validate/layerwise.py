@@ -58,6 +58,8 @@ def run_layerwise(
     prefill: int,
     progress: Progress,
     slots: Mapping[int, ReferenceSlots] | None = None,
+    *,
+    quantized: bool = False,
 ) -> dict[str, Array]:
     """Run decoder.onnx in `directory` on `input_ids` [T]: `prefill` of them at once, the others one by one.
 
@@ -67,6 +69,7 @@ def run_layerwise(
     Args:
         slots: the reference's slots of each layer that evicts; the run has equally many, and gets their state
             before each call.
+        quantized: whether the graph has integer weights.
 
     Returns:
         `logits` [T, vocab] and the arrays of each layer that `kvexport.validate.reference_run` names,
@@ -112,7 +115,7 @@ def run_layerwise(
             after_call = None
             if layer in slots or layer in rings:
                 after_call = partial(after if layer in slots else after_ring, layer=layer)
-            _run_part(part.session(_options()), calls, caches, after_call)
+            _run_part(part.session(_options(quantized)), calls, caches, after_call)
             del part  # before the next one is made
             return_freed()
             progress.advance()
@@ -200,12 +203,17 @@ def _joined(calls: list[Call], name: str) -> Array:
     return np.concatenate([call[name][0] for call in calls]).astype(np.float32)
 
 
-def _options() -> onnxruntime.SessionOptions:
-    """Options that keep only the weights as they are on disk: no packed copy, and no memory arena."""
+def _options(quantized: bool) -> onnxruntime.SessionOptions:
+    """Options that keep only the weights as they are on disk: no packed copy, and no memory arena.
+
+    Integer weights are dequantised once, when the session is made.
+    """
     from onnxruntime import SessionOptions
 
     options = SessionOptions()
     options.enable_cpu_mem_arena = False
     options.enable_mem_pattern = False
     options.add_session_config_entry("session.disable_prepacking", "1")
+    if quantized:
+        options.add_session_config_entry("session.disable_quant_qdq", "1")
     return options

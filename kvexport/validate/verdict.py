@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kvexport.validate.gates import EXACT, GATES, Difference, Gate, compare, greedy_agreement
 from kvexport.validate.reference_run import KINDS
 from kvexport.validate.reference_slots import SLOT_ARRAYS
+from kvexport.validate.rounding import PredictionDifference
 
 Array = NDArray[np.float32]
 
@@ -30,6 +31,8 @@ class ValidationReport:
         greedy_agreement: share of tokens at which bundle and reference choose the same next token.
         failures: a sentence for every failed gate; empty if the bundle is valid.
         provider: the provider that ran the bundle.
+        int8_activations: what a session on this provider loses more, because ONNX Runtime's CPU rounds
+            activations to int8 in linear maps with integer weights; None: it does not, or was not measured.
     """
 
     dtype: str
@@ -41,6 +44,7 @@ class ValidationReport:
     greedy_agreement: float
     failures: tuple[str, ...]
     provider: str
+    int8_activations: PredictionDifference | None = None
 
     @property
     def compared(self) -> tuple[str, ...]:

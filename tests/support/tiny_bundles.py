@@ -61,7 +61,9 @@ def write_bundle(
         contract = graph.finish(decoder, exceptions)
         write_lowered(writer.directory / GRAPH_FILE, dtype)
         if self_test:
-            record_self_test(writer.directory, decoder, dtype, capacity, eviction)
+            record_self_test(
+                writer.directory, decoder, dtype, capacity, eviction, quantized=graph.weights.is_quantized
+            )
         if tokenizer is not None:
             (writer.directory / "tokenizer.json").write_text(tokenizer, encoding="utf-8")
         manifest = manifest_of(decoder, contract, graph.weights, eviction)
@@ -71,7 +73,13 @@ def write_bundle(
 
 
 def record_self_test(
-    directory: Path, decoder: Decoder, dtype: str, capacity: int, eviction: Eviction | None
+    directory: Path,
+    decoder: Decoder,
+    dtype: str,
+    capacity: int,
+    eviction: Eviction | None,
+    *,
+    quantized: bool = False,
 ) -> None:
     """Write the self_test.json of a decoder, with a prompt of random tokens."""
     with TemporaryDirectory() as folder:
@@ -81,7 +89,7 @@ def record_self_test(
         for layer in decoder.layers:
             greedy.add_layer(layer)
         greedy.record(Progress())
-    greedy.save(directory, sha256_of(directory / DATA_FILE))
+    greedy.save(directory, sha256_of(directory / DATA_FILE), quantized=quantized)
 
 
 def manifest_of(

@@ -17,6 +17,8 @@ from kvexport.errors import BundleError, CannotRunHere, UsageError
 from kvexport.packages import install_command
 
 CUDA = "CUDAExecutionProvider"
+ACCURACY_LEVEL = "session.qdq_matmulnbits_accuracy_level"  # of the MatMulNBits that ONNX Runtime makes
+EXACT, INT8_ACTIVATIONS = "1", "4"
 MAX_THREADS = 1024  # ONNX Runtime starts as many threads as requested, and blocks until all are running
 
 _TYPES = {
@@ -100,8 +102,10 @@ def session_on(
     return session
 
 
-def session_options(threads: int | None) -> onnxruntime.SessionOptions:
+def session_options(threads: int | None, *, exact: bool = False) -> onnxruntime.SessionOptions:
     """Options of every session.
+
+    With integer weights, ONNX Runtime's CPU rounds activations to int8 in each linear map, a block at a time.
 
     Subnormal numbers are kept, although a few weights of attention can be subnormal and slow a processor:
     ONNX Runtime's option to flush them changes the whole calling thread, permanently.
@@ -113,6 +117,7 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
 
     Args:
         threads: per operator; None: one per core.
+        exact: compute linear maps with integer weights in the dtype of the graph instead.
 
     Raises:
         UsageError: `threads` is out of range.
@@ -122,6 +127,7 @@ def session_options(threads: int | None) -> onnxruntime.SessionOptions:
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = threads or 0
     options.inter_op_num_threads = 1
+    options.add_session_config_entry(ACCURACY_LEVEL, EXACT if exact else INT8_ACTIVATIONS)
     return options
 
 
