@@ -26,6 +26,9 @@ class Moments:
     `average_over_positions` converts their moments to those after RoPE. a_mn is the attention of query m to
     key n, o_m the output of the head.
 
+    Means over keys and values weigh each token by what an error of it costs (`MomentsAccumulator`): a few
+    tokens get most of the attention, such as the first of a sequence.
+
     Attributes:
         tokens: number of tokens, [] int64.
         key_mean: E[k], [h·d].
@@ -59,10 +62,23 @@ class Moments:
 
 
 class MomentsAccumulator:
-    """Accumulates the moments of one unconverted layer; memory does not depend on the number of batches."""
+    """Accumulates the moments of one unconverted layer; memory does not depend on the number of batches.
 
-    def __init__(self, attention: Attention) -> None:
-        self._attention = attention
+    The error of a token's value reaches the outputs of all queries that attend to it, that of its key their
+    logits. So token n has the weight
+
+        Σ_m a_mn² for its values,    Σ_m a_mn² |W_O (v_n - o_m)|² for its keys,
+
+    summed over the query heads and over the queries m of its window (`Moments` has the notation).
+    """
+
+    def __init__(self, attention: Attention, *, weighted: bool = True) -> None:
+        """
+        Args:
+            attention: of the layer.
+            weighted: whether tokens have these weights; otherwise all tokens count alike.
+        """
+        self._attention, self._weighted = attention, weighted
         weight = attention.o.weight
         heads, device = attention.num_heads, weight.device
         self._keys = SecondMomentSums(attention.k.weight.shape[0], device=device)
@@ -81,49 +97,57 @@ class MomentsAccumulator:
     def add(self, x: Tensor) -> Tensor:
         """Add normed inputs x [B, S, hidden] of whole windows; returns the attention output, same shape."""
         projected = windows.project(self._attention, x)
-        self._keys.add(_rows(projected.key))
-        self._values.add(_rows(projected.value))
         self._queries.add(projected.query.transpose(0, 1).flatten(1, 2))
         heads = windows.head_outputs(self._attention, projected)  # as it is where moments are given
-        self._add_attention(projected, heads)
+        received, gain = self._received(projected, heads)
+        self._gain += gain.sum((0, 2), dtype=torch.float64)
+        for sums, rows, weights in (
+            (self._keys, projected.key, gain.sum(1)),
+            (self._values, projected.value, received),
+        ):
+            sums.add(_rows(rows), weights.flatten() if self._weighted else None)
         output = reference.linear(self._attention.o, heads)
         every = output.double().flatten(0, 1)
         self._output_mean += every.sum(0)
         self._output_power += torch.dot(every.flatten(), every.flatten())
         return output
 
-    def _add_attention(self, projected: Projected, heads: Tensor) -> None:
-        """Add overlap and gain of all attention rows, whose concatenated head outputs are `heads`.
+    def _received(self, projected: Projected, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """What each token receives of the attention rows, whose concatenated head outputs are `heads`.
 
-        The gain Σ_n a_n² |W_O (v_n - o)|² is expanded to Σ_n a_n² |W_O v_n|² - 2 (Σ_n a_n² v_n)ᵀ M o +
-        (Σ_n a_n²) oᵀ M o, so that a² is the only tensor of the size of the scores. The values are centred
-        first, which does not change v_n - o and avoids cancellation in float32.
+        The gain Σ_m a_m² |W_O (v - o_m)|² of a token is expanded to |W_O v|² Σ_m a_m² - 2 vᵀ Σ_m a_m² M o_m +
+        Σ_m a_m² o_mᵀ M o_m, so that a² is the only tensor of the size of the scores. The values are centred
+        first, which does not change v - o and avoids cancellation in float32. The overlap of the heads is
+        added up meanwhile.
+
+        Returns:
+            Σ_m a_m² over all query heads, [B, S], and the gain of each query head, [B, H, S].
         """
         attention, value = self._attention, wide(projected.value)
         batch, length, width = len(value), *value.shape[2:]
-        queries = attention.queries_per_kv_head
+        heads_per_group = attention.queries_per_kv_head
         mean = value.mean(2, keepdim=True)
         centred = value - mean
-        # values, 1, and |W_O v_n|² of each query head of the group: [B, h, S, d + 1 + G]
-        factors = torch.cat((centred, torch.ones_like(centred[..., :1]), self._powers(centred)), -1)
-        squared = value.new_empty(batch, length, attention.num_heads, width)  # Σ_n a_n² v_n
-        total, gain = value.new_empty(2, batch, length, attention.num_heads)  # Σ_n a_n², Σ_n a_n² |W_O v_n|²
+        mean = mean.transpose(1, 2).repeat_interleave(heads_per_group, 2)  # [B, 1, H, d]
+        output = wide(heads).unflatten(2, (-1, width)) - mean  # o, [B, S, H, d]
+        by_head = output.flatten(0, 1).transpose(0, 1)  # [H, B·S, d]
+        response = (by_head @ self._metric).unflatten(1, (batch, length)).transpose(0, 1)  # M o, [B, H, S, d]
+        power = (response * output.transpose(1, 2)).sum(-1, keepdim=True)  # oᵀ M o
+        factors = torch.cat((response, power, torch.ones_like(power)), -1)  # [B, H, S, d + 2]
+        sums = torch.zeros_like(factors)  # Σ_m a_m² of the factors
         for block in windows.probability_blocks(attention, projected):
             probabilities = wide(block.probabilities)
             flat = probabilities.view(len(probabilities), attention.num_heads, -1)  # [b, H, M·N]
             self._overlap += (flat @ flat.transpose(1, 2)).sum(0)
-            sums = probabilities.square_() @ factors[block.windows, :, block.visible]
-            sums = sums.unflatten(2, (queries, -1))  # [b, h, G, M, d + 1 + G]
-            at = block.windows, block.rows
-            squared[at] = sums[..., :width].flatten(1, 2).transpose(1, 2)
-            total[at] = sums[..., width].flatten(1, 2).transpose(1, 2)
-            gain[at] = sums[..., width + 1 :].diagonal(dim1=2, dim2=4).transpose(1, 2).flatten(2)
-        mean = mean.transpose(1, 2).repeat_interleave(queries, 2)  # [B, 1, H, d]
-        output = wide(heads).unflatten(2, (-1, width)) - mean
-        by_head = output.flatten(0, 1).transpose(0, 1)  # [H, B·S, d]
-        response = (by_head @ self._metric).transpose(0, 1).unflatten(0, (batch, length))  # M o
-        gain += (response * (output * total[..., None] - 2 * squared)).sum(-1)
-        self._gain += gain.clamp_min_(0).sum((0, 1), dtype=torch.float64)
+            squared = probabilities.square_()
+            squared = squared.view(*flat.shape[:2], -1, squared.shape[3])  # [b, H, M, N]
+            rows = factors[block.windows, :, block.rows]
+            sums[block.windows, :, block.visible] += squared.transpose(2, 3) @ rows
+        values = centred.repeat_interleave(heads_per_group, 1)  # [B, H, S, d]
+        powers = self._powers(centred).transpose(2, 3).flatten(1, 2)  # |W_O v|², [B, H, S]
+        received, constant = sums[..., width + 1], sums[..., width]
+        gain = powers * received - 2 * (values * sums[..., :width]).sum(-1) + constant
+        return received.sum(1), gain.clamp_min_(0)
 
     def _powers(self, value: Tensor) -> Tensor:
         """|W_O v|² of values [B, h, S, d] for each query head of their group, [B, h, S, G]."""

@@ -26,7 +26,7 @@ from kvexport.files.hashing import sha256_of
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.files.schema import Table
 
-FORMAT = 3
+FORMAT = 4  # format 3 did not weigh tokens
 STATISTICS_FILE = "statistics.json"
 _TOKENS = "tokens.safetensors"
 

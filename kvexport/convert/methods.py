@@ -39,6 +39,7 @@ class Method:
             fits, too.
         matched: whether heads are grouped by predicted loss; otherwise adjacent heads share.
         refit: whether W_O is refitted to the converted layer's own head outputs.
+        weighted: whether tokens are weighted by what their errors cost (`MomentsAccumulator`).
     """
 
     name: str
@@ -48,13 +49,15 @@ class Method:
     centred: bool = False
     matched: bool = False
     refit: bool = False
+    weighted: bool = False
 
 
+_OURS = {"centred": True, "matched": True, "refit": True, "weighted": True}
 METHODS = {
     method.name: method
     for method in (
-        Method("online", keys.online, values.weighted, centred=True, matched=True, refit=True),
-        Method("fold", None, values.weighted, before_rotation=True, centred=True, matched=True, refit=True),
+        Method("online", keys.online, values.weighted, **_OURS),
+        Method("fold", None, values.weighted, before_rotation=True, **_OURS),
         Method("svd-a", keys.svd_a, values.svd_a),
         Method("svd-w", keys.svd_w, values.svd_w),
         Method("mean-pool", keys.mean_pool, values.mean_pool, before_rotation=True),

@@ -92,15 +92,15 @@ class Conversion:
 
     @torch.no_grad()  # on the generator it would keep each layer in memory until the next is done
     def _convert(self, index: int) -> ConvertedLayer:
-        layer = self._decoder.layers[index]
-        if self._moments_of is None:
-            moments = self._streams.measure(layer)
+        layer, layer_plan = self._decoder.layers[index], self._layer_plans[index]
+        layer_plan = replace(layer_plan, method=in_layer(layer_plan.method, layer.attention))
+        weighted = layer_plan.method.weighted
+        if self._moments_of is None or not weighted:  # saved moments are weighted
+            moments = self._streams.measure(layer, weighted=weighted)
         else:
             self._streams.attend(layer)
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
-        layer_plan = self._layer_plans[index]
-        layer_plan = replace(layer_plan, method=in_layer(layer_plan.method, layer.attention))
         code_moments = make_code_moments(
             layer_plan.method.before_rotation, moments, move(layer.attention, CPU), self._positions
         )

@@ -51,9 +51,13 @@ class TrainedStream:
         count = len(windows)
         self.train, self.held_out = split_windows(count) if hold_out else (range(count), range(count, count))
 
-    def measure(self, layer: Layer) -> Moments:
-        """Run the layer's attention on all windows; returns the moments over the training windows."""
-        accumulator = MomentsAccumulator(layer.attention)
+    def measure(self, layer: Layer, *, weighted: bool = True) -> Moments:
+        """Run the layer's attention on all windows; returns the moments over the training windows.
+
+        Args:
+            weighted: whether tokens are weighted, as `MomentsAccumulator` does.
+        """
+        accumulator = MomentsAccumulator(layer.attention, weighted=weighted)
         self.attend(layer, accumulator)
         return accumulator.finish()
 

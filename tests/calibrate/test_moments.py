@@ -68,7 +68,7 @@ def _rows(attention: Attention, window: Array) -> Iterator[tuple[Array, Array, A
         yield unrotated, new, v.reshape(kv_heads, d), rows
 
 
-def brute_force(attention: Attention, x: Array) -> dict[str, Array]:
+def brute_force(attention: Attention, x: Array, *, weighted: bool = True) -> dict[str, Array]:
     d, heads = attention.head_dim, attention.num_heads
     shared = heads // attention.num_kv_heads
     w_o = attention.o.weight.numpy()
@@ -82,27 +82,35 @@ def brute_force(attention: Attention, x: Array) -> dict[str, Array]:
         "overlap": np.zeros((heads, heads)),
         "key_gain": np.zeros(heads),
     }
-    outputs = []
+    outputs, weights = [], {"key": 0.0, "value": 0.0}
     for window in x:
         values: list[Array] = []
+        keys: list[Array] = []
+        gains, received = np.zeros(len(window)), np.zeros(len(window))
         for queries, key, value, rows in _rows(attention, window):
+            keys.append(key)
             values.append(value)
-            total["key_mean"] += key.ravel()
-            total["key_second"] += np.outer(key, key)
-            total["value_mean"] += value.ravel()
-            total["value_second"] += np.outer(value, value)
             pooled = []
             for h in range(heads):
                 total["query_second"][h] += np.outer(queries[h], queries[h])
                 part = w_o[:, h * d : (h + 1) * d]
                 pooled.append(sum(a * v[h // shared] for a, v in zip(rows[h], values, strict=True)))
-                for a, v in zip(rows[h], values, strict=True):
-                    total["key_gain"][h] += a**2 * np.sum((part @ (v[h // shared] - pooled[h])) ** 2)
+                for n, (a, v) in enumerate(zip(rows[h], values, strict=True)):
+                    gain = a**2 * np.sum((part @ (v[h // shared] - pooled[h])) ** 2)
+                    total["key_gain"][h] += gain
+                    gains[n] += gain
+                    received[n] += a**2
                 for other in range(heads):
                     total["overlap"][h, other] += rows[h] @ rows[other]
             outputs.append(_apply(attention.o, np.concatenate(pooled)))
+        for name, vectors, each in (("key", keys, gains), ("value", values, received)):
+            for vector, weight in zip(vectors, each if weighted else np.ones(len(window)), strict=True):
+                weights[name] += weight
+                total[f"{name}_mean"] += weight * vector.ravel()
+                total[f"{name}_second"] += weight * np.outer(vector, vector)
     count = x.shape[0] * x.shape[1]
-    means = {name: value / count for name, value in total.items()}
+    means = {name: value / weights.get(name.split("_")[0], count) for name, value in total.items()}
+    means["key_gain"] = total["key_gain"] / count
     return means | {"tokens": np.array(count), "output_power": np.var(np.stack(outputs), axis=0).sum()}
 
 
@@ -123,6 +131,20 @@ def test_moments_equal_loops_over_every_token(style: str, sizes: dict[str, Any])
         np.testing.assert_allclose(
             getattr(moments, name).numpy(), value, rtol=1e-11, atol=1e-13, err_msg=name
         )
+
+
+def test_tokens_count_alike_where_they_are_not_weighted() -> None:
+    attention, x = make_attention("llama"), random_inputs(3, 9)
+    accumulator = MomentsAccumulator(attention, weighted=False)
+    accumulator.add(x)
+    moments, expected = accumulator.finish(), brute_force(attention, x.numpy(), weighted=False)
+    for name, value in expected.items():
+        np.testing.assert_allclose(
+            getattr(moments, name).numpy(), value, rtol=1e-11, atol=1e-13, err_msg=name
+        )
+    weighted = moments_of(attention, x)
+    assert not torch.allclose(weighted.key_second, moments.key_second, rtol=0.01)
+    assert not torch.allclose(weighted.value_second, moments.value_second, rtol=0.01)
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -156,7 +178,9 @@ def test_add_returns_the_attention_output_of_the_reference(
 def test_covariances_are_blocks_of_the_moments() -> None:
     attention = make_attention("bias")
     x = random_inputs(3, 10)
-    moments, rows = moments_of(attention, x), slice(8, 24)
+    accumulator, rows = MomentsAccumulator(attention, weighted=False), slice(8, 24)
+    accumulator.add(x)
+    moments = accumulator.finish()
     values = (reference.linear(attention.v, x)).flatten(0, 1)[:, rows]
     torch.testing.assert_close(
         moments.value_covariance(rows), torch.cov(values.T, correction=0), rtol=1e-10, atol=1e-13

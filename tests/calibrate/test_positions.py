@@ -57,7 +57,7 @@ def test_averages_equal_those_of_rotated_samples(
 
 
 def moments_of(attention: Attention, x: Tensor) -> Moments:
-    accumulator = MomentsAccumulator(attention)
+    accumulator = MomentsAccumulator(attention, weighted=False)
     accumulator.add(x)
     return accumulator.finish()
 

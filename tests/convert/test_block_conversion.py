@@ -128,7 +128,7 @@ def test_norms_move_with_their_heads(name: str) -> None:
 
 def test_moments_contain_the_weights_of_norms_after_rotation() -> None:
     attention, x = wide("norm-after-rotation").layers[0].attention, random_inputs(3, 12, hidden=HIDDEN)
-    accumulator = MomentsAccumulator(attention)
+    accumulator = MomentsAccumulator(attention, weighted=False)
     accumulator.add(x)
     moments = make_code_moments(False, accumulator.finish(), attention, 20).moments
     placed = [reference.project(attention, x, torch.full((1, 12), n)) for n in range(20)]

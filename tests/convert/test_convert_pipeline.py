@@ -215,7 +215,9 @@ def test_measure_moments_yields_those_of_the_conversion(monkeypatch: pytest.Monk
     tokens, used = random_windows(decoder, 9, 12), []
     original = Streams.measure
     monkeypatch.setattr(
-        Streams, "measure", lambda self, layer: used.append(original(self, layer)) or used[-1]
+        Streams,
+        "measure",
+        lambda self, layer, **options: used.append(original(self, layer, **options)) or used[-1],
     )
     list(plain(decoder, tokens, 1, "online"))
     for moments, expected in zip(measure_moments(decoder, tokens), used, strict=True):

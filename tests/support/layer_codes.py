@@ -18,9 +18,10 @@ from kvexport.model.reference import linear
 
 def code_moments(attention: Attention, x: Tensor, method: str = "online") -> CodeMoments:
     """Moments that `method` codes, for the positions of `x` [B, S, hidden]."""
-    accumulator = MomentsAccumulator(attention)
+    chosen = METHODS[method]
+    accumulator = MomentsAccumulator(attention, weighted=chosen.weighted)
     accumulator.add(x)
-    return make_code_moments(METHODS[method].before_rotation, accumulator.finish(), attention, x.shape[1])
+    return make_code_moments(chosen.before_rotation, accumulator.finish(), attention, x.shape[1])
 
 
 def measure(attention: Attention, x: Tensor, method: str = "online") -> Moments:
