@@ -16,6 +16,7 @@ from kvexport.plan.memory import (
     PRECISIONS,
     Memory,
     Precision,
+    bundle_precision,
     kv_bytes_per_token,
     largest_context,
     memory,
@@ -137,13 +138,13 @@ def plan(
                 fix="leave it out, or build again: kvexport build CHECKPOINT -o BUNDLE --kv-budget TOKENS",
             )
         variants = [bundle_sizes(model, manifest)]
-        stored = [precision(manifest.dtype, engine)]
+        stored = [bundle_precision(manifest, engine)]
         comparisons = compare(model, variants[0], stored[0], target)
     else:
         trained = trained_sizes(model)
         counts = kv_heads or _shares(trained.kv_head_counts)
         variants = [_with_eviction(trained.with_kv_heads(count), eviction) for count in counts]
-        stored = [precision(name, engine) for name in dtypes or _dtypes(engine)]
+        stored = [precision(name, engine, tables=name) for name in dtypes or _dtypes(engine)]
         comparisons = ()
     budget = None if target is None else target.usable_bytes
     lengths = _contexts(contexts, variants[0].max_positions)

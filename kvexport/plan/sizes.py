@@ -3,7 +3,9 @@ weights."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvexport.bundle.bundle import COPY_AGAIN
@@ -15,6 +17,8 @@ from kvexport.eviction.config import Eviction
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture
 from kvexport.model.checkpoint import read_config, read_json
 from kvexport.model.family import NORMS
+
+_CAPACITY = 4096  # largest default of `kvexport build --capacity`
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,9 @@ class Sizes:
         head: numbers in the head; 0 if it is tied to the embedding.
         mlp_width: total width of the activations of a layer's MLP.
         caches: one for each layer.
+        shapes: number of matrices of each shape (rows, columns); empty: unknown.
+        rotary: numbers in the rotary tables.
+        stored_bytes: bytes of all weights in a bundle with integer weights; None: not a bundle, or floats.
         maps: whether keys are projected after rotation (the online method), which needs maps.
         eviction: the eviction within a token budget; None: no layer evicts.
     """
@@ -58,6 +65,9 @@ class Sizes:
     head: int
     mlp_width: int
     caches: tuple[Cache, ...]
+    shapes: Mapping[tuple[int, int], int] = field(default_factory=dict)
+    rotary: int = 0
+    stored_bytes: int | None = None
     maps: bool = False
     eviction: Eviction | None = None
 
@@ -156,7 +166,9 @@ class TrainedSizes:
             vocab=it.vocab_size,
             max_positions=it.max_positions,
             matrices=sum(layer.matrices for layer in layers),
-            rows=sum(layer.rows for layer in layers),
+            rows=sum(rows * count for layer in layers for (rows, _), count in layer.shapes.items()),
+            shapes=sum((layer.shapes for layer in layers), Counter()),
+            rotary=self._rotary,
             small=sum(layer.small for layer in layers) + outside,
             embedding=embedding,
             head=0 if it.tied else embedding,
@@ -192,11 +204,20 @@ class TrainedSizes:
         small += mlp_rows + hidden if family.has_bias("mlp", it.config) else 0
         small += (trained + it.num_heads) * dim * dim if maps else 0
         small += trained * dim * dim if encoder else 0
-        return _LayerSizes(
-            matrices=(qkv_rows + queries + mlp_rows + inner) * hidden,
-            rows=qkv_rows + hidden + mlp_rows + hidden,
-            small=small,
-        )
+        shapes: Counter[tuple[int, int]] = Counter()
+        for rows, columns in ((queries, hidden), (keys, hidden), (values, hidden), (hidden, queries)):
+            shapes[rows, columns] += 1
+        shapes[inner, hidden] += 2 if family.is_gated else 1
+        shapes[hidden, inner] += 1
+        matrices = sum(rows * columns * count for (rows, columns), count in shapes.items())
+        return _LayerSizes(matrices=matrices, shapes=shapes, small=small)
+
+    @property
+    def _rotary(self) -> int:
+        """Numbers of the cosines and sines of a bundle of the default capacity."""
+        ropes = {repr(kind.rope) for kind in self.architecture.layers if kind.rope is not None}
+        capacity = min(self.architecture.max_positions or _CAPACITY, _CAPACITY)
+        return len(ropes) * capacity * self.architecture.head_dim
 
     def _qk_norm(self) -> int:
         """Numbers of the norms of queries and keys."""
@@ -212,7 +233,7 @@ class _LayerSizes:
     """Numbers of one layer, as in `Sizes`."""
 
     matrices: int
-    rows: int
+    shapes: Counter[tuple[int, int]]
     small: int
 
 
@@ -231,10 +252,13 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
             f"the manifest of bundle {path} must say whether the head is tied (model.tie_word_embeddings)",
             fix=REBUILD,
         )
-    numbers = manifest.files[DATA_FILE].bytes // BYTES[manifest.dtype]
+    stored = manifest.files[DATA_FILE].bytes
+    numbers, quantized = stored // BYTES[manifest.dtype], manifest.weights.is_quantized
     embedding = model.vocab_size * model.hidden_size
     head = 0 if model.tie_word_embeddings else embedding
     matrices = numbers - embedding - head
+    if quantized:
+        matrices = sum(share.parameters for layer in manifest.weights.layers for share in layer)
     mlp = matrices - sum(layer.parameters for layer in layers)
     return Sizes(
         num_heads=layers[0].num_attention_heads,
@@ -246,6 +270,7 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
         small=0,
         embedding=embedding,
         head=head,
+        stored_bytes=stored if quantized else None,
         mlp_width=max(0, mlp) // (len(layers) * model.hidden_size),
         caches=tuple(
             Cache(layer.num_key_value_heads, layer.key_head_dim + layer.value_head_dim, layer.window)

@@ -28,7 +28,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvexport.devices.targets import Target
-from kvexport.plan.memory import Precision, kv_bytes
+from kvexport.plan.memory import Precision, kv_bytes, weight_bytes
 from kvexport.plan.sizes import Sizes
 
 LAYER_SECONDS = 31e-6
@@ -49,8 +49,8 @@ PREFILL = Band(low=0.17, typical=0.39, high=0.67)
 
 def step_bytes(sizes: Sizes, stored: Precision, depth: int) -> int:
     """Bytes that a decode step reads after `depth` tokens."""
-    head = sizes.head or sizes.embedding
-    return stored.matrix_bytes(sizes) + (sizes.small + head) * stored.other + kv_bytes(sizes, stored, depth)
+    unread = sizes.rotary * stored.other + (stored.embedding_bytes(sizes) if sizes.head else 0)
+    return weight_bytes(sizes, stored) - unread + kv_bytes(sizes, stored, depth)
 
 
 def decode_seconds(sizes: Sizes, stored: Precision, target: Target, depth: int, efficiency: float) -> float:

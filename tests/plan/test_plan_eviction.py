@@ -286,7 +286,7 @@ def test_a_longer_context_fits_with_a_budget(llama: Path) -> None:
     def longest(eviction: EvictionRequest | None) -> int | None:
         target = load_target("orin-nano-8gb-super")
         return (
-            plan(llama, target, kv_heads=[4], dtypes=["int4"], contexts=[512], eviction=eviction)
+            plan(llama, target, kv_heads=[16], dtypes=["int4"], contexts=[512], eviction=eviction)
             .rows[0]
             .largest_context
         )

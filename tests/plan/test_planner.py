@@ -57,7 +57,7 @@ def test_finds_what_fits_an_8_gb_board(qwen: Path) -> None:
     assert small.short_bytes == 0
     assert small.largest_context is not None
     assert small.largest_context >= 8192
-    assert rows["int4", 8, 8192].short_bytes > 0  # type: ignore[operator]
+    assert rows["int8", 8, 8192].short_bytes > 0  # type: ignore[operator]
     for row in rows.values():
         assert (row.short_bytes == 0) == (row.memory.context <= (row.largest_context or 0))
 

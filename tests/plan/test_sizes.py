@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,14 +11,16 @@ import pytest
 import torch
 from support.anchors import CONFIGS, PARAMETERS
 from support.conversions import plain
+from support.quantized_decoders import quantize_decoder
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
+from kvexport.bundle.formats import default_block
 from kvexport.bundle.manifest import read_manifest
 from kvexport.errors import BundleError, CheckpointError, UsageError
 from kvexport.model.decoder import tensors_of
 from kvexport.model.loader import load_decoder
-from kvexport.plan.memory import precision, weight_bytes
-from kvexport.plan.sizes import bundle_sizes, trained_sizes
+from kvexport.plan.memory import bundle_precision, precision, weight_bytes
+from kvexport.plan.sizes import TrainedSizes, bundle_sizes, trained_sizes
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -159,3 +161,34 @@ def test_a_bundle_is_as_large_as_was_planned(tiny_checkpoint: TinyCheckpoint, tm
     planned = weight_bytes(trained_sizes(path).with_kv_heads(2), precision("float32", "onnxruntime"))
     written = read_manifest(bundle).files["decoder.onnx.data"].bytes
     assert planned < written < 1.05 * planned
+
+
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("name", ["int4", "int8"])
+def test_planned_bytes_of_integer_weights_are_those_of_the_file(
+    name: str, tied: bool, tiny_checkpoint: TinyCheckpoint, tmp_path: Path
+) -> None:
+    """From config.json alone, with scales, embedding, head and rotary tables; and of the bundle itself."""
+    path = tiny_checkpoint(
+        "llama",
+        hidden_size=192,  # no multiple of 128
+        intermediate_size=512,
+        head_dim=64,
+        vocab_size=600,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+    )
+    decoder = quantize_decoder(load_decoder(path), name, block=default_block(192))
+    bundle = write_bundle(tmp_path / "bundle", decoder, capacity=64)
+    stored = (bundle / "decoder.onnx.data").stat().st_size
+    sizes = trained_sizes(path)
+    planned = weight_bytes(sizes.with_kv_heads(2), precision(name, "onnxruntime", tables=name))
+    assert planned == pytest.approx(stored, rel=0.01)
+    manifest = read_manifest(bundle)
+    exact = bundle_sizes(bundle, manifest)
+    assert weight_bytes(exact, bundle_precision(manifest, "onnxruntime")) == stored
+    assert exact.matrices == sum(rows * columns * n for (rows, columns), n in _shapes(sizes).items())
+
+
+def _shapes(sizes: TrainedSizes) -> Mapping[tuple[int, int], int]:
+    return sizes.with_kv_heads(2).shapes
