@@ -30,6 +30,7 @@ from records import RESULTS, fill, named, record_file, resumed, save
 
 from kvexport import __version__
 from kvexport.calibrate import recipe_for
+from kvexport.calibrate.recipe import DEFAULT
 from kvexport.errors import UsageError
 
 
@@ -54,8 +55,8 @@ def main(given: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--calibration",
-        default="self",
-        help="calibration source, as in `kvexport build`: self, random or a text",
+        default=DEFAULT,
+        help="calibration source, as in `kvexport build`: mixed, self, random or a text",
     )
     parser.add_argument("--samples", type=int, help="calibration windows")
     parser.add_argument("--calibration-length", type=int, help="tokens in a calibration window")
@@ -67,14 +68,6 @@ def main(given: Sequence[str] | None = None) -> None:
     parser.add_argument("--max-kl", type=float, nargs="*", default=[0.005, 0.02, 0.05], metavar="BOUND")
     parser.add_argument(
         "--heal", type=int, metavar="STEPS", help="also measure healed rows, which take minutes each"
-    )
-    parser.add_argument("--mixtures", action="store_true", help="also measure rows calibrated on other text")
-    parser.add_argument(
-        "--calibration-text",
-        action="append",
-        default=[],
-        metavar="NAME=FILE",
-        help="text for --mixtures; may be given several times",
     )
     parser.add_argument(
         "--piqa", type=Path, metavar="FOLDER", help="folder with valid.jsonl and valid-labels.lst of PIQA"
@@ -108,10 +101,9 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments.passkey,
     )
     record = begin(bench, arguments)
-    mixtures = named(arguments.calibration_text) if arguments.mixtures else None
     work: dict[str, Callable[[], dict[str, Any]]] = {
         row.key: partial(figures_of, bench, row, record["original"].get("tasks"))
-        for row in rows(arguments.ratios, arguments.long, arguments.heal, arguments.max_kl, mixtures)
+        for row in rows(arguments.ratios, arguments.long, arguments.heal, arguments.max_kl)
     }
     work |= {
         f"long-{name}": partial(curve, bench, name, arguments.long)

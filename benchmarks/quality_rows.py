@@ -10,15 +10,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from fractions import Fraction
-from functools import partial
-from pathlib import Path
 
 import torch
 from neighbours import NEIGHBOURS, neighbour
 from quality_measure import Bench, Made
 from torch import Tensor
 
-from kvexport.calibrate import recipe_for
 from kvexport.convert import (
     CompressionPlan,
     CompressionRequest,
@@ -32,7 +29,6 @@ from kvexport.convert import (
     uniform_shape,
 )
 from kvexport.convert.budget import Frontier, shapes_for
-from kvexport.errors import UsageError
 from kvexport.heal import HealOptions, heal
 from kvexport.progress import Progress
 
@@ -51,7 +47,7 @@ class Row:
     """One model to make and measure.
 
     Attributes:
-        section: of the table: 'methods', 'ablations', 'healed', 'max-kl' or 'mixtures'.
+        section: of the table: 'methods', 'ablations', 'healed' or 'max-kl'.
         ratio: share of the trained KV numbers that may be cached; None: the method finds out.
         what: a phrase for the reader.
     """
@@ -78,17 +74,12 @@ class Row:
 
 
 def rows(
-    ratios: Sequence[Fraction],
-    long: int,
-    heal_steps: int | None,
-    bounds: Sequence[float],
-    mixtures: dict[str, Path] | None,
+    ratios: Sequence[Fraction], long: int, heal_steps: int | None, bounds: Sequence[float]
 ) -> Iterator[Row]:
     """All rows.
 
     Args:
         long: the capacity that one of them is made for.
-        mixtures: calibration texts by name, to compare with the data-free ones; None: no such rows.
     """
     for ratio in ratios:
         for name, (what, make) in _methods(float(ratio), long).items():
@@ -108,9 +99,6 @@ def rows(
         yield Row(
             "max-kl", f"max-kl-{bound:g}", None, f"`kvexport build --max-kl {bound:g}`", _bounded(bound)
         )
-    if mixtures is not None:
-        for name, (what, windows) in _mixtures(mixtures).items():
-            yield Row("mixtures", f"mixture-{name}", HALF, what, _calibrated(windows))
 
 
 def chosen(method: str, ratio: float, capacity: int | None = None, equal_widths: bool = True) -> Plan:
@@ -284,7 +272,7 @@ def _uniform_budget(ratio: float) -> Plan:
     return plan
 
 
-# Healing, bounds, calibration text
+# Healing, bounds
 
 
 def _healed(plan: Plan, steps: int) -> Make:
@@ -313,48 +301,5 @@ def _bounded(bound: float) -> Make:
         return Made.of(
             *bench.convert(choice.layer_plans), max_kl=bound, predicted_kl=predicted_kl(choice), points=points
         )
-
-    return make
-
-
-def _mixtures(texts: dict[str, Path]) -> dict[str, tuple[str, Callable[[Bench], Tensor]]]:
-    """Calibration windows, as many and as long as those that all other rows share."""
-
-    def half_random(bench: Bench) -> Tensor:
-        sampled, uniform = _windows(bench, "self"), _windows(bench, "random")
-        mixed = torch.cat((sampled[: len(sampled) // 2], uniform[len(sampled) // 2 :]))
-        return mixed[
-            torch.randperm(len(mixed), generator=torch.Generator().manual_seed(0))
-        ]  # the last are held out
-
-    found: dict[str, tuple[str, Callable[[Bench], Tensor]]] = {
-        "self": ("its own text", partial(_windows, source="self")),
-        "random": ("uniformly random tokens", partial(_windows, source="random")),
-        "half-random": ("half its own text, half random tokens", half_random),
-    }
-    return found | {
-        name: (f"the text {name}", partial(_windows, source=str(file))) for name, file in texts.items()
-    }
-
-
-def _windows(bench: Bench, source: str) -> Tensor:
-    recipe = recipe_for(source, bench.recipe.samples, bench.recipe.length)
-    found = bench.calibration(recipe)
-    if len(found) < recipe.samples:
-        raise UsageError(
-            "the text is too short to calibrate on as many tokens as the others",
-            got=f"{len(found)} windows",
-            expected=f"{recipe.samples} of {recipe.length} tokens",
-            fix="give a longer text",
-        )
-    return found
-
-
-def _calibrated(windows: Callable[[Bench], Tensor]) -> Make:
-    def make(bench: Bench) -> Made:
-        tokens = windows(bench)
-        choice = chosen("auto", 0.5)(bench, tokens)
-        made = bench.convert(choice.layer_plans, windows=tokens)
-        return Made.of(*made, predicted_kl=predicted_kl(choice), calibration_tokens=tokens.numel())
 
     return make

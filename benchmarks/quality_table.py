@@ -33,9 +33,7 @@ def predictions(record: Record) -> dict[str, Any]:
         chosen = [layer for each, layer in layers if ratio is None or each["ratio"] == ratio]
         return _correlation([(layer["predicted_error"], layer["measured_error"]) for layer in chosen])
 
-    choices = [
-        each for each in found if each.get("predicted_kl") is not None and each["section"] != "mixtures"
-    ]
+    choices = [each for each in found if each.get("predicted_kl") is not None]
     return {
         "layers": errors(),
         "layers_by_ratio": {ratio: errors(ratio) for ratio in ratios},
@@ -88,7 +86,6 @@ def markdown(record: Record) -> str:
         parts += [title, _table(([base] if base else []) + each, texts, original, _PLAIN)]
     parts += _healed(sections.get("healed", []), texts, original)
     parts += _bounds(sections.get("max-kl", []), texts)
-    parts += _mixtures(sections.get("mixtures", []), texts)
     parts += _long(record)
     parts += _predictions(record["predictions"])
     if record["left_out"]:
@@ -244,18 +241,6 @@ def _bounds(found: Sequence[Figures], texts: Sequence[str]) -> list[str]:
         cells = [f"{each['max_kl']:g}", f"{each['kv_numbers']:,}", f"{each['share']:.3f}", predicted, *kept]
         lines.append([*cells, f"{each['processor_seconds']:.0f}"])
     return ["## A bound on the loss, kept on text that calibration did not see", _grid(head, lines)]
-
-
-def _mixtures(found: Sequence[Figures], texts: Sequence[str]) -> list[str]:
-    if not found:
-        return []
-    head = ["calibrated on", "tokens", *(f"{text}: KL" for text in texts), "mean"]
-    lines = []
-    for each in found:
-        kls = [each["texts"][text]["mean_kl"] for text in texts]
-        cells = [f"{kl:.4f}" for kl in (*kls, sum(kls) / len(kls))]
-        lines.append([each["what"], f"{each['calibration_tokens']:,}", *cells])
-    return ["## Calibration text: auto at half of the KV numbers", _grid(head, lines)]
 
 
 def _long(record: Record) -> list[str]:

@@ -285,47 +285,33 @@ def test_tasks_are_measured_for_the_rows_of_their_table(run: Measure, tmp_path: 
     assert "| PIQA | passkey |" in text and "the original finds the key in 0% of the trials" in text
 
 
-def test_bounds_mixtures_and_healing(run: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bounds_and_healing(run: Measure, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows_module, "HEAL_SAMPLES", 8)
-    train, short = _text(tmp_path / "train.txt", 7, 3000), _text(tmp_path / "short.txt", 8, 60)
     record = run(
         "--ratios",
         "1/2",
         "--max-kl",
         "0.3",
         "1e-9",
-        "--mixtures",
-        "--calibration-text",
-        f"train={train}",
-        "--calibration-text",
-        f"short={short}",
         "--heal",
         "5",
         "--only",
         "max-kl*",
-        "mixture*",
         "*healed*",
     )
     for name, bound in (("max-kl-0.3", 0.3), ("max-kl-1e-09", 1e-9)):
         row = record["rows"][name]
         assert row["kept"] == {text: each["mean_kl"] <= bound for text, each in row["texts"].items()}
     assert record["rows"]["max-kl-0.3"]["share"] < record["rows"]["max-kl-1e-09"]["share"] == 1
-    mixtures = [each for each in record["rows"].values() if each["section"] == "mixtures"]
-    assert [each["name"] for each in mixtures] == [
-        f"mixture-{n}" for n in ("self", "random", "half-random", "train")
-    ]
-    assert {each["calibration_tokens"] for each in mixtures} == {8 * 32}
-    assert len({each["texts"]["one"]["mean_kl"] for each in mixtures}) == 4
-    assert "too short" in record["left_out"]["mixture-short 1/2"]
     for name in ("auto-healed-5 1/4", "fold-plain-healed-5 1/2"):
         row = record["rows"][name]
         assert row["unhealed"].keys() == row["texts"].keys() and row["healing"]["steps"] == 5
         if row["healing"]["best_step"]:
             assert row["texts"] != row["unhealed"]
     text = (tmp_path / "out" / "record.md").read_text(encoding="utf-8")
-    assert all(title in text for title in ("## Healing", "## A bound on the loss", "## Calibration text"))
+    assert all(title in text for title in ("## Healing", "## A bound on the loss"))
     choices = record["predictions"]["choices"]["one"]
-    assert choices["points"] == 2  # both bounds; mixtures are other calibrations
+    assert choices["points"] == 2  # both bounds
 
 
 def test_rank_correlation() -> None:
