@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 from support.command_line import run_kvexport
+from support.validated_bundles import broken, edit_weight
 
 from kvexport.bundle import Bundle
 from kvexport.bundle.formats import WeightFormat
@@ -47,6 +48,18 @@ def test_a_quantised_bundle_is_validated_as_tightly_as_a_float_one(
     block = 64 if name == "int4" else None
     assert {*bundle.weights.formats} == {WeightFormat(name, block)}
     assert report["weight_bytes"] == (tmp_path / "bundle" / "decoder.onnx.data").stat().st_size
+
+
+def test_a_changed_scale_fails_validation(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    built(tiny_checkpoint("llama", **SIZES), tmp_path / "valid", "--weights", "int4", "--kv-ratio", "1")
+
+    def enlarge(scales: Any) -> None:
+        scales[0, 0] *= 2
+
+    damage = edit_weight("layers.1.mlp.down.weight.scale", enlarge)
+    report = validate_bundle(broken(tmp_path / "valid", tmp_path / "broken", damage), Progress(), "cpu")
+    assert any("layers.1.residual" in failure for failure in report.failures)
+    assert not any("layers.0" in failure for failure in report.failures)
 
 
 def test_a_session_gives_the_logits_of_the_quantised_reference(tiny_checkpoint: Any, tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from support.decoders import make_decoder
+from support.quantized_decoders import quantize_decoder
 from support.tiny_bundles import write_bundle
 
 from kvexport.eviction.config import POLICIES, Eviction
@@ -33,7 +34,8 @@ EVICTING = {f"gqa-{policy}": dataclasses.replace(BUDGET, policy=policy) for poli
     "window-evicting": BUDGET,
 }
 HALF = {"gqa-float16": None, "gqa-float16-evicting": BUDGET}
-NAMES = (*STYLES, *EVICTING, *HALF)
+QUANTIZED = ("gqa-int4", "gqa-int8", "bloom-int4")  # bloom is tied
+NAMES = (*STYLES, *EVICTING, *HALF, *QUANTIZED)
 
 
 def write_bundles(folder: Path) -> None:
@@ -41,7 +43,10 @@ def write_bundles(folder: Path) -> None:
     folder.mkdir(exist_ok=True)
     for name in (*NAMES, "gqa-bfloat16"):
         style, _, kind = name.partition("-")
-        decoder = make_decoder(style, dtype=torch.float32, max_positions=1024, **STYLES[style])
+        sizes = {"hidden": 64, "head_dim": 16} if name in QUANTIZED else {}
+        decoder = make_decoder(style, dtype=torch.float32, max_positions=1024, **sizes, **STYLES[style])
+        if name in QUANTIZED:
+            decoder = quantize_decoder(decoder, kind)
         dtype = kind.partition("-")[0] if "float16" in kind else "float32"
         write_bundle(
             folder / name,

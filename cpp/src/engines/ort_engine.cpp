@@ -145,6 +145,8 @@ class OrtEngine final : public Engine {
     auto options = make(api_, api_.ReleaseSessionOptions, api_.CreateSessionOptions);
     require(api_, api_.SetIntraOpNumThreads(options.get(), threads));
     require(api_, api_.SetInterOpNumThreads(options.get(), 1));
+    // As Python: linear maps with integer weights round activations to int8 on the CPU.
+    require(api_, api_.AddSessionConfigEntry(options.get(), "session.qdq_matmulnbits_accuracy_level", "4"));
     require(api_, api_.SetUserLoggingFunction(options.get(), ignore_log, nullptr));
     host_memory_ =
         make(api_, api_.ReleaseMemoryInfo, api_.CreateCpuMemoryInfo, OrtDeviceAllocator, OrtMemTypeDefault);
