@@ -40,6 +40,7 @@ _CHUNK, _GROWTH = 24, 40  # tokens; the short sequence of the reference takes se
 # Memory per byte of weights, measured: ONNX Runtime packs float32 weights, converts float16 to float32 and
 # packs it, and is given bfloat16 converted to float32.
 _MEMORY = {"float32": 1.1, "float16": 2.5, "bfloat16": 4.5}
+_QUANTIZED_MEMORY = 2.5  # integers and scales are packed, and their stored form is freed late
 _TAPS = {"attention": attention_tap, "residual": residual_tap}
 _MODULES = ("onnx_ir", "onnxruntime", "psutil")
 
@@ -229,7 +230,8 @@ def _require_packages() -> None:
 def _require_memory(bundle: Bundle) -> None:
     import psutil
 
-    needed = _MEMORY[bundle.dtype] * bundle.files[DATA_FILE].bytes
+    factor = _QUANTIZED_MEMORY if bundle.weights.is_quantized else _MEMORY[bundle.dtype]
+    needed = factor * bundle.files[DATA_FILE].bytes
     free = psutil.virtual_memory().available
     if needed > free:
         raise CannotRunHere(
