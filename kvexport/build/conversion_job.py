@@ -170,7 +170,7 @@ class ConversionJob:
                 self._note_little_text(windows)
             return windows
         recipe = self.options.recipe
-        steps = sampling_steps(self.decoder, recipe.samples, recipe.length) if recipe.source == "self" else 0
+        steps = sampling_steps(self.decoder, recipe.sampled_windows, recipe.length)
         name = "Sampling calibration text" if steps else "Reading calibration text"
         with self.stages.timed("text"), self.progress.stage(name, steps):
             windows = calibration_windows(self.placed, self.checkpoint.path, recipe, self.progress.advance)
@@ -241,7 +241,7 @@ class ConversionJob:
         recipe = self.options.recipe
         samples, length = (recipe.samples, recipe.length) if saved is None else saved.windows.shape
         times = expected_times(
-            recipe.source,
+            recipe.sampled_windows,
             samples,
             length,
             compresses=self.compresses,

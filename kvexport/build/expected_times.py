@@ -12,12 +12,12 @@ _FIXED = {"self-test": 2000, "write": 1500, "validation": 2300, "read-back": 150
 
 
 def expected_times(
-    source: str, samples: int, length: int, *, compresses: bool, heal_steps: int
+    sampled: int, samples: int, length: int, *, compresses: bool, heal_steps: int
 ) -> dict[str, float]:
     """Expected time of each stage after reading, in forward passes over the calibration tokens.
 
     Args:
-        source: source of the calibration text, as in its recipe.
+        sampled: number of calibration windows that are sampled from the model.
         samples: number of calibration windows.
         length: tokens of a window.
         compresses: whether layers are converted.
@@ -25,7 +25,7 @@ def expected_times(
     """
     conversion = _CONVERSION if compresses else _WRITING
     return {
-        "text": _SAMPLING if source == "self" else _READING,
+        "text": _READING + _SAMPLING * sampled / samples,
         "analysis": _ANALYSIS,
         "trials": _TRIALS * _CONVERSION,
         "convert": conversion,

@@ -21,7 +21,8 @@ def fitted_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path, progress: 
     """
     recipe = usable_recipe(recipe, decoder, checkpoint)
     if recipe.reason is not None:
-        progress.note(f"calibration text is sampled from the model, because {recipe.reason}")
+        what = "sampled from the model" if recipe.sampled_windows else "the shipped text alone"
+        progress.note(f"calibration text is {what}, because {recipe.reason}")
     fitted = recipe.fitted(decoder.dims.max_positions)
     if fitted != recipe:
         progress.note(

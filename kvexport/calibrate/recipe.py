@@ -20,12 +20,13 @@ class Recipe:
     """Where calibration windows come from.
 
     Attributes:
-        source: 'mixed' (the shipped text), 'self' (sampled from the model), 'random' (uniform token ids) or
-            'text' (`file`).
+        source: 'mixed' (the shipped text, and windows sampled from the model), 'self' (sampled from the
+            model), 'random' (uniform token ids) or 'text' (`file`).
         samples: number of windows.
         length: tokens per window.
         seed: random seed.
-        temperatures: sampling temperatures, used for equally many windows each; 'self' only.
+        temperatures: sampling temperatures, used for equally many windows each; 'self' and 'mixed'.
+        sampled: share of the windows that are sampled from the model; 'mixed' only.
         file: text or JSON lines; 'text' only.
         reason: why this recipe replaces the one that was requested; None: it does not.
         default_length: whether the length is the recipe's default, which follows the model (`fitted`).
@@ -36,9 +37,15 @@ class Recipe:
     length: int
     seed: int
     temperatures: tuple[float, ...] = ()
+    sampled: float = 0.0
     file: Path | None = None
     reason: str | None = None
     default_length: bool = False
+
+    @property
+    def sampled_windows(self) -> int:
+        """Number of windows that are sampled from the model."""
+        return self.samples if self.source == "self" else int(self.sampled * self.samples)
 
     def fitted(self, max_positions: int | None) -> Recipe:
         """The recipe with windows of at most `max_positions` tokens, if their length is the default.
@@ -68,6 +75,8 @@ class Recipe:
             "file": self.file.name if self.file else None,
         }
         del values["default_length"]
+        if not self.sampled:
+            del values["sampled"]
         return {key: value for key, value in values.items() if value not in (None, [])}
 
 
@@ -108,6 +117,7 @@ def _read_recipe(name: str) -> Recipe:
         length=table.integer("length", *_RANGES["length"]),
         seed=table.integer("seed", *_RANGES["seed"]),
         temperatures=table.numbers("temperatures", 0) if table.has("temperatures") else (),
+        sampled=table.number("sampled", 0, 1) if table.has("sampled") else 0.0,
     )
     table.only()
     return recipe

@@ -60,6 +60,16 @@ def sample_windows(
     return torch.cat(parts)[torch.randperm(samples, generator=generator)]
 
 
+def can_sample(decoder: Decoder, samples: int, length: int) -> bool:
+    """Whether some device has the memory to sample windows as `sample_windows` does."""
+    first, count = decoder.layers[0], len(decoder.layers)
+    try:
+        _where_it_fits(decoder, _needed(first, count, _batch(first, count, samples, length), length))
+    except CannotRunHere:
+        return False
+    return True
+
+
 def sampling_steps(decoder: Decoder, samples: int, length: int) -> int:
     """Number of calls of `advance` by `sample_windows`."""
     return -(-samples // _batch(decoder.layers[0], len(decoder.layers), samples, length)) * (length - 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -10,11 +11,13 @@ from torch import Tensor
 
 from kvexport.calibrate.mixed import SHIPPED_TEXT, mixed_tokens, reason_against
 from kvexport.calibrate.recipe import Recipe
-from kvexport.calibrate.sampling import sample_windows
+from kvexport.calibrate.sampling import can_sample, sample_windows
 from kvexport.calibrate.text import read_text, spread_windows, tokenize
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder
 from kvexport.model.tokenizer_json import NoTokenizer
+
+NO_MEMORY = "the model does not fit into memory to sample it"
 
 
 def calibration_windows(
@@ -43,20 +46,27 @@ def calibration_windows(
             got=recipe.length,
             expected=f"at most {limit}",
         )
-    if recipe.source == "self":
-        return sample_windows(
-            decoder, recipe.samples, recipe.length, recipe.temperatures, recipe.seed, advance
+    sampled = torch.empty(0, recipe.length, dtype=torch.int64)
+    if recipe.sampled_windows:
+        sampled = sample_windows(
+            decoder, recipe.sampled_windows, recipe.length, recipe.temperatures, recipe.seed, advance
         )
+    if recipe.source == "self":
+        return sampled
     if recipe.source == "random":
         generator = torch.Generator().manual_seed(recipe.seed)
         return torch.randint(decoder.dims.vocab_size, (recipe.samples, recipe.length), generator=generator)
     if recipe.source == "mixed":
         ids = mixed_tokens(checkpoint, recipe.seed)
         require_in_vocabulary(ids, decoder.dims.vocab_size)
-        windows = spread_windows(ids, recipe.samples, recipe.length, recipe.seed, SHIPPED_TEXT)
-        if decoder.bos_token_id is not None:
-            windows[::2, 0] = decoder.bos_token_id  # as prompts of deployed models begin
-        return windows
+        shipped = recipe.samples - len(sampled)
+        windows = spread_windows(ids, shipped, recipe.length, recipe.seed, SHIPPED_TEXT)
+        if decoder.bos_token_id is not None and not len(sampled):
+            windows[::4, 0] = (
+                decoder.bos_token_id
+            )  # as prompts of deployed models, and sampled windows, begin
+        windows = torch.cat((windows, sampled))
+        return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     assert recipe.file is not None
     text = read_text(recipe.file)
     try:
@@ -71,13 +81,20 @@ def calibration_windows(
 
 
 def usable_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path) -> Recipe:
-    """The recipe, or one that samples the model where the shipped text is no text of its kind.
+    """The recipe, or one that samples the model where the shipped text is no text of its kind; without
+    sampled windows if the model does not fit into memory.
 
     Raises:
         UsageError: the tokenizer cannot be read.
     """
-    reason = reason_against(checkpoint, decoder) if recipe.source == "mixed" else None
-    return recipe if reason is None else recipe.from_model(reason)
+    if recipe.source != "mixed":
+        return recipe
+    reason = reason_against(checkpoint, decoder)
+    if reason is not None:
+        return recipe.from_model(reason)
+    if recipe.sampled_windows and not can_sample(decoder, recipe.sampled_windows, recipe.length):
+        return replace(recipe, sampled=0.0, reason=NO_MEMORY)
+    return recipe
 
 
 def require_in_vocabulary(ids: list[int], vocab_size: int) -> None:

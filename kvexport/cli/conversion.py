@@ -65,8 +65,9 @@ def _calibration_options(default: str, default_samples: str) -> Callable[[F], F]
         click.option(
             "--calibration",
             metavar="SOURCE",
-            help="Calibration text: mixed (shipped prose, dialogues, code and several languages), self "
-            "(sampled from the model), random (random tokens), or a FILE of text or JSON lines.  "
+            help="Calibration text: mixed (shipped articles, prose, dialogues, code and many languages; a "
+            "quarter sampled from the model), self (sampled from the model), random (random tokens), or a "
+            "FILE of text or JSON lines.  "
             f"[default: {default}]",
         ),
         click.option(
@@ -82,7 +83,7 @@ def _calibration_options(default: str, default_samples: str) -> Callable[[F], F]
     )
 
 
-calibration_options = _calibration_options("mixed", "96")
+calibration_options = _calibration_options("mixed", "192 of mixed, else 96")
 
 statistics_option = click.option(
     "--statistics",
@@ -113,7 +114,7 @@ kv_size_options = _group(
 
 conversion_options = _group(
     kv_size_options,
-    _calibration_options("mixed; self with --heal", f"96; {_HEAL_SAMPLES} with --heal"),
+    _calibration_options("mixed; self with --heal", f"192 of mixed, else 96; {_HEAL_SAMPLES} with --heal"),
     statistics_option,
     no_cache_option,
     click.option(

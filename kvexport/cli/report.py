@@ -184,7 +184,7 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
 def _calibration_line(record: dict[str, Any]) -> str:
     """Which text the model was calibrated on, and why, if another was requested."""
     text = {
-        "mixed": "the shipped text (prose, dialogues, code, several languages)",
+        "mixed": "the shipped text" + (" and text sampled from the model" if "sampled" in record else ""),
         "self": "text sampled from the model",
         "random": "random tokens",
     }.get(record["source"], record.get("file", "a text"))

@@ -48,7 +48,7 @@ def test_built_in_recipes() -> None:
     mixed, sampled, uniform = recipe_for("mixed"), recipe_for("self"), recipe_for("random")
     assert (mixed.source, sampled.source, uniform.source) == ("mixed", "self", "random")
     assert sampled.temperatures == (1.0,)
-    assert mixed.temperatures == uniform.temperatures == ()
+    assert mixed.temperatures == (1.0,) and uniform.temperatures == ()
     assert sampled.file is None
     assert sampled.samples >= 8
     assert sampled.length >= 128
@@ -58,7 +58,7 @@ def test_a_file_gives_a_text_recipe(tmp_path: Path) -> None:
     file = tmp_path / "corpus.txt"
     file.write_text("some text")
     recipe = recipe_for(str(file), samples=3, length=5, seed=7)
-    assert recipe == Recipe("text", 3, 5, 7, (), file)
+    assert recipe == Recipe("text", 3, 5, 7, file=file)
     assert recipe.to_json() == {"source": "text", "samples": 3, "length": 5, "seed": 7, "file": "corpus.txt"}
 
 

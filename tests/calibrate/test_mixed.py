@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import shutil
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from support.decoders import make_decoder, random_windows
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from kvexport.calibrate import calibration_windows, mixed, recipe_for, usable_recipe
+from kvexport.calibrate import calibration_windows, mixed, recipe_for, sampling, sampling_steps, usable_recipe
 from kvexport.calibrate.mixed import KINDS, documents_of, messages_of, mixed_tokens, reason_against
 from kvexport.calibrate.text import spread_windows
 from kvexport.files.resources import resource
@@ -99,24 +100,47 @@ def test_a_template_that_fails_leaves_conversations_as_they_are(folder: Path, te
     assert mixed_tokens(folder, 0) == plain
 
 
-def test_windows_depend_on_the_seed_and_half_of_them_begin_with_bos(folder: Path, decoder: Decoder) -> None:
+def test_shipped_windows_depend_on_the_seed_and_some_begin_with_bos(folder: Path, decoder: Decoder) -> None:
     decoder = dataclasses.replace(decoder, bos_token_id=0)  # <|endoftext|>, which is not in the text
-    recipe = recipe_for("mixed")
+    recipe = dataclasses.replace(recipe_for("mixed"), sampled=0.0)
     windows = calibration_windows(decoder, folder, recipe)
     assert windows.shape == (recipe.samples, recipe.length)
     assert torch.equal(windows, calibration_windows(decoder, folder, recipe))
     other = calibration_windows(decoder, folder, dataclasses.replace(recipe, seed=1))
     assert not torch.equal(windows, other)
-    assert (windows[::2, 0] == decoder.bos_token_id).all()
-    assert not (windows[1::2, 0] == decoder.bos_token_id).any()
+    begins = windows[:, 0] == decoder.bos_token_id
+    assert int(begins.sum()) == recipe.samples // 4
     without = calibration_windows(dataclasses.replace(decoder, bos_token_id=None), folder, recipe)
     assert torch.equal(without[:, 1:], windows[:, 1:])
-    assert not (without[::2, 0] == decoder.bos_token_id).any()
+    assert not (without[:, 0] == decoder.bos_token_id).any()
 
 
-def test_few_windows_come_from_the_whole_text(folder: Path, decoder: Decoder) -> None:
-    few = calibration_windows(decoder, folder, recipe_for("mixed", samples=8))
-    assert torch.equal(few, calibration_windows(decoder, folder, recipe_for("mixed"))[:8])
+def test_a_share_of_the_windows_is_sampled_from_the_model(folder: Path, decoder: Decoder) -> None:
+    decoder, calls = dataclasses.replace(decoder, bos_token_id=0), list[None]()
+    recipe = recipe_for("mixed", samples=16, length=12)
+    windows = calibration_windows(decoder, folder, recipe, lambda: calls.append(None))
+    assert recipe.sampled_windows == 4
+    assert len(calls) == sampling_steps(decoder, 4, 12)
+    begins = windows[:, 0] == decoder.bos_token_id
+    own = calibration_windows(decoder, folder, recipe_for("self", samples=4, length=12))
+    assert sorted(windows[begins].tolist()) == sorted(own.tolist())
+    shipped = dataclasses.replace(recipe, samples=12, sampled=0.0)
+    plain = calibration_windows(dataclasses.replace(decoder, bos_token_id=None), folder, shipped)
+    assert sorted(windows[~begins].tolist()) == sorted(plain.tolist())
+    assert "sampled" in recipe.to_json() and "sampled" not in shipped.to_json()
+
+
+def test_a_model_that_does_not_fit_into_memory_is_not_sampled(
+    folder: Path, decoder: Decoder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mixed, "_CHANCE", math.inf)  # the weights are random
+    requested = recipe_for("mixed", samples=8, length=12)
+    assert usable_recipe(requested, decoder, folder) == requested
+    monkeypatch.setattr(sampling, "_free_memory", lambda device: 0)
+    recipe = usable_recipe(requested, decoder, folder)
+    assert (recipe.source, recipe.sampled_windows) == ("mixed", 0)
+    assert "does not fit into memory" in str(recipe.to_json()["reason"])
+    assert len(calibration_windows(decoder, folder, recipe)) == 8
 
 
 # Models and tokenizers that are made for other text
