@@ -33,8 +33,10 @@ from kvexport import __version__
 from kvexport.calibrate import recipe_for
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder, Layer
-from kvexport.quantize import LayerQuantizer, Method, WeightSettings, quantize_layers
 from kvexport.quantize.inputs import PARTS, linears_of, with_linears
+from kvexport.quantize.layers import WeightSettings
+from kvexport.quantize.method_names import Method
+from kvexport.quantize.model import LayerQuantizer, quantize_layers
 
 BLOCKS = (32, 64, 128)
 _PUBLISHED: tuple[Method, ...] = ("clip", "gptq", "awq", "awq+gptq")

@@ -126,7 +126,7 @@ class BundleExport:
                 "model_type": job.checkpoint.config["model_type"],
                 "sha256": job.digest,
             },
-            "calibration": job.calibration_record() if job.compresses else None,
+            "calibration": job.calibration_record() if job.uses_text else None,
             "model": {
                 "vocab_size": decoder.dims.vocab_size,
                 "hidden_size": decoder.dims.hidden_size,

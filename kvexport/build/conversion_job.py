@@ -72,6 +72,7 @@ class ConversionJob:
         rope_switches: numbers of tokens beyond which RoPE has other frequencies.
         methods: the compression methods that a layer may be given.
         compresses: whether any layer is converted.
+        uses_text: whether the result depends on the calibration text.
         tokenizer: text of tokenizer.json, set by `check_tokenizer`; None: there is no tokenizer.
         stages: the finished stages, with their wall times.
         saved: results of earlier stages that need not be computed.
@@ -125,7 +126,8 @@ class ConversionJob:
         self.compresses = fixed_shape(options.request, self.methods, attention) != trained_shape(attention)
         hidden_size = self.decoder.dims.hidden_size
         require_healing(options.heal, options.heal_lora, hidden_size, compresses=self.compresses)
-        if not self.compresses and not all_text:  # the text is for validation and the self-test only
+        self.uses_text = self.compresses or all_text
+        if not self.uses_text:  # the text is for validation and the self-test only
             recipe = self.options.recipe
             samples = min(recipe.samples, max(1, PEAK_TOKENS // recipe.length))
             self.options = replace(self.options, recipe=replace(recipe, samples=samples))
@@ -308,7 +310,7 @@ class ConversionJob:
             healing=healing,
             frontier=frontier,
             device=device_name(self.device),
-            calibration=self.calibration_record() if self.compresses else None,
+            calibration=self.calibration_record() if self.uses_text else None,
         )
 
     def _frontier(

@@ -11,6 +11,7 @@ from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError
 from kvexport.eviction.config import EvictionRequest
 from kvexport.model.placement import AUTO
+from kvexport.quantize.method_names import DEFAULT, METHODS, Method
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,7 @@ class BuildOptions:
         weights: format of the weights of linear maps: int8, int4 or the dtype; None: the dtype.
         head_weights: format of the head's weights; None: that of `weights`.
         embedding_weights: format of the embedding; None: that of `weights`, or of the head if it is tied.
+        weight_method: how the codes of integer weights are chosen, one of `METHODS`.
         weight_block: largest number of weights that share a scale in int4, of `BLOCKS`; None: 128, or 64 in a
             model less than 2048 wide.
         eviction: policy and budget of a cache that evicts tokens; None: the cache keeps all tokens.
@@ -47,6 +49,7 @@ class BuildOptions:
     weights: str | None = None
     head_weights: str | None = None
     embedding_weights: str | None = None
+    weight_method: Method = DEFAULT
     weight_block: int | None = None
     eviction: EvictionRequest | None = None
     heal: int | None = None
@@ -67,9 +70,20 @@ class BuildOptions:
                     expected=f"int8, int4 or {self.dtype}",
                     fix=f"use --dtype {value}" if value in DTYPES else "choose one of these",
                 )
+        if self.weight_method not in METHODS:
+            raise UsageError(
+                "--weight-method must be a method of quantisation",
+                got=self.weight_method,
+                expected=", ".join(METHODS),
+            )
         if self.weight_block is not None and self.weight_block not in BLOCKS:
             raise UsageError(
                 "--weight-block must be a block that every engine takes",
                 got=self.weight_block,
                 expected=", ".join(map(str, BLOCKS)),
             )
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether any weights are stored as integers."""
+        return bool({self.weights, self.head_weights, self.embedding_weights} & {*INTEGERS})

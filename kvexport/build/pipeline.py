@@ -26,7 +26,6 @@ from kvexport.bundle import DATA_FILE, REPORT_FILE, new_bundle
 from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import Recipe, StatisticsWriter
 from kvexport.calibrate.statistics import STATISTICS_FILE
-from kvexport.convert import split_windows
 from kvexport.errors import GateFailed, UsageError
 from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.files.atomic_directory import atomic_directory, require_output
@@ -68,7 +67,8 @@ def build(
     """
     hooks = hooks or BuildHooks()
     with new_bundle(output, force=force) as writer:
-        job = ConversionJob(checkpoint, output, options, progress, capacity)
+        fits_weights = options.quantizes and options.weight_method != "nearest"
+        job = ConversionJob(checkpoint, output, options, progress, capacity, all_text=fits_weights)
         job.check_ratio()
         job.check_tokenizer()
         _note_frequencies(job)
@@ -107,6 +107,7 @@ def build(
             weights=export.weights,
             weight_bytes=(writer.directory / DATA_FILE).stat().st_size,
             quantization=None if quantization is None else quantization.divergence(),
+            weight_method=None if quantization is None else options.weight_method,
             eviction=eviction,
             capacity=job.capacity,
             kv_bytes_at_capacity=kv_bytes(report.layers, options.dtype, eviction, job.capacity),
@@ -209,8 +210,14 @@ def _quantization(job: ConversionJob, windows: Tensor) -> WeightQuantization | N
     formats = requested_formats(job.options, job.decoder)
     if not formats.any_integers:
         return None
-    held_out = windows[split_windows(len(windows))[1]]
-    return WeightQuantization(job.decoder, formats, held_out, job.options.dtype)
+    return WeightQuantization(
+        job.decoder,
+        formats,
+        windows,
+        job.options.dtype,
+        method=job.options.weight_method,
+        device=job.device,
+    )
 
 
 def _note_frequencies(job: ConversionJob) -> None:

@@ -14,12 +14,16 @@ from torch import Tensor
 
 from kvexport.build.options import BuildOptions
 from kvexport.bundle.formats import INTEGERS, default_block, weight_format
-from kvexport.calibrate import windows as attention_windows
+from kvexport.convert import split_windows
+from kvexport.convert.streams import Streams
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, Linear
 from kvexport.model.divergence import Divergence, DivergenceMeter
-from kvexport.quantize import WeightSettings, quantize_embedding, quantize_head, quantize_layer
-from kvexport.quantize.inputs import PARTS, linears_of
+from kvexport.model.placement import CPU, move, place
+from kvexport.quantize.inputs import PARTS, LayerInputs, linears_of
+from kvexport.quantize.layers import RIDGE, WeightSettings, quantize_layer
+from kvexport.quantize.method_names import DEFAULT, Method
+from kvexport.quantize.model import quantize_embedding, quantize_head
 
 
 @dataclass(frozen=True)
@@ -58,53 +62,83 @@ def requested_formats(options: BuildOptions, decoder: Decoder) -> WeightFormats:
 
 
 class WeightQuantization:
-    """Quantises layers as they arrive, and runs them and their originals over held-out windows.
+    """Quantises layers as they arrive from the conversion, in the streams of the model in float and of the
+    quantised one.
+
+    The codes of a layer are made for the inputs that the quantised layers before it give; all but "nearest"
+    fit them on the calibration windows.
 
     Attributes:
-        decoder: the model with its embedding and head quantised; its layers are the original's.
+        decoder: the model with its embedding and head quantised, on the CPU; its layers are the original's.
     """
 
-    def __init__(self, decoder: Decoder, formats: WeightFormats, windows: Tensor, dtype: str) -> None:
+    @torch.no_grad()
+    def __init__(
+        self,
+        decoder: Decoder,
+        formats: WeightFormats,
+        windows: Tensor,
+        dtype: str,
+        *,
+        method: Method = DEFAULT,
+        device: torch.device | None = None,
+    ) -> None:
         """
         Args:
-            decoder: the trained model.
+            decoder: the trained model, on the CPU.
             formats: of the weights.
-            windows: held-out tokens [N, length] int64.
+            windows: calibration tokens [N, length] int64, of which the last eighth is held out.
             dtype: data type of computation.
+            method: how codes are chosen.
+            device: device that computes [default: the CPU].
         """
-        self._original, self._windows = decoder, windows
+        self._original, self._method = decoder, method
         self._formats, self._dtype = formats, getattr(torch, dtype)
+        self._device = device or torch.device(CPU)
+        self._held_out = split_windows(len(windows))[1]
+        if method == "nearest":  # the others are not needed
+            windows = windows[self._held_out]
+            self._held_out = range(len(windows))
+        self._windows = windows
         self.decoder = self._with_tables(decoder)
-        with torch.no_grad():
-            self._streams = [reference.embed(each.embedding, windows) for each in (decoder, self.decoder)]
+        embedding = move(self.decoder.embedding, self._device)
+        self._streams = Streams(place(decoder, self._device), windows, embedding)
 
     @torch.no_grad()
     def quantize(self, layer: Layer) -> Layer:
-        """The next layer with its linear maps in their format."""
+        """The next layer, on the CPU, with its linear maps in their format."""
+        layer, streams = move(layer, self._device), self._streams
+        streams.attend(layer)
         quantized = layer
         if self._formats.layers in INTEGERS:
+            inputs, ridge = None, None
+            if self._method != "nearest":
+                stream, exact, attended = streams.before_layer()
+                inputs, ridge = LayerInputs(stream, streams.train, exact, attended), RIDGE
             settings = WeightSettings(
                 bits=4 if self._formats.layers == "int4" else 8,
                 block=self._formats.block,
                 dtype=self._dtype,
-                method="nearest",
-                ridge=None,
+                method=self._method,
+                ridge=ridge,
             )
-            quantized = quantize_layer(layer, settings, eight_bits=self._in_eight_bits(layer))
-        for each, x in zip((layer, quantized), self._streams, strict=True):
-            attention_windows.advance(each, x)
-        return quantized
+            quantized = quantize_layer(layer, settings, inputs, eight_bits=self._in_eight_bits(layer))
+        streams.advance_both(layer, quantized)
+        return move(quantized, CPU)
 
     @torch.no_grad()
     def divergence(self) -> Divergence:
-        """The divergence of the quantised model from the model in float, after the last layer."""
-        meter = DivergenceMeter()
-        for window, before, after in zip(self._windows, *self._streams, strict=True):
+        """The divergence of the quantised model from the model in float on held-out windows, after the last
+        layer.
+        """
+        meter, (after, before, _) = DivergenceMeter(), self._streams.before_layer()
+        for at in self._held_out:
+            one = slice(at, at + 1)
             logits = (
-                reference.logits(self._original, before[None]),
-                reference.logits(self.decoder, after[None]),
+                reference.logits(self._original, before[one].to(CPU)),
+                reference.logits(self.decoder, after[one].to(CPU)),
             )
-            meter.add(*logits, window[None])
+            meter.add(*logits, self._windows[one])
         return meter.finish()
 
     def _in_eight_bits(self, layer: Layer) -> set[str]:

@@ -54,6 +54,7 @@ class BuildReport:
         healing: the result of distillation, if there was any; `divergence` is then that of the healed model.
         weights: formats of the stored weights; None for a Hugging Face checkpoint.
         weight_bytes: size of the file of the weights.
+        weight_method: how integer weights were chosen; None: all are floats.
         quantization: divergence of the quantised model from the same model in float, after compression, on
             held-out calibration text; None if no weight was quantised.
         eviction: policy and budget of the bundle's cache; None: it keeps all tokens.
@@ -81,6 +82,7 @@ class BuildReport:
     healing: HealReport | None = None
     weights: StoredWeights | None = None
     weight_bytes: int | None = None
+    weight_method: str | None = None
     quantization: Divergence | None = None
     eviction: Eviction | None = None
     capacity: int | None = None
@@ -99,6 +101,7 @@ class BuildReport:
             "longest_stage": self.longest_stage,
             "eviction": None if self.eviction is None else self.eviction.to_json(),
             "weights": None if self.weights is None else self.weights.to_json(),
+            "weight_method": self.weight_method,
             "quantization": None if self.quantization is None else self.quantization.to_json(),
             "divergence": None if self.divergence is None else self.divergence.to_json(),
             "healing": None if self.healing is None else self.healing.to_json(),

@@ -29,6 +29,7 @@ class Recipe:
         sampled: share of the windows that are sampled from the model; 'mixed' only.
         file: text or JSON lines; 'text' only.
         reason: why this recipe replaces the one that was requested; None: it does not.
+        default_samples: whether the number of windows is the recipe's default.
         default_length: whether the length is the recipe's default, which follows the model (`fitted`).
     """
 
@@ -40,6 +41,7 @@ class Recipe:
     sampled: float = 0.0
     file: Path | None = None
     reason: str | None = None
+    default_samples: bool = False
     default_length: bool = False
 
     @property
@@ -58,13 +60,17 @@ class Recipe:
         return replace(self, length=max(_RANGES["length"][0], max_positions))
 
     def from_model(self, reason: str) -> Recipe:
-        """As many windows of the same length and seed, sampled from the model for this reason."""
+        """Windows of the same length and seed, sampled from the model for this reason; as many, unless their
+        number is the default.
+        """
+        own = _read_recipe("self")
         return replace(
-            _read_recipe("self"),
-            samples=self.samples,
+            own,
+            samples=own.samples if self.default_samples else self.samples,
             length=self.length,
             seed=self.seed,
             reason=reason,
+            default_samples=self.default_samples,
             default_length=self.default_length,
         )
 
@@ -74,7 +80,7 @@ class Recipe:
             "temperatures": list(self.temperatures),
             "file": self.file.name if self.file else None,
         }
-        del values["default_length"]
+        del values["default_samples"], values["default_length"]
         if not self.sampled:
             del values["sampled"]
         return {key: value for key, value in values.items() if value not in (None, [])}
@@ -105,7 +111,7 @@ def recipe_for(
     for name, (least, most) in _RANGES.items():
         if name in given and not least <= given[name] <= most:
             raise UsageError(f"--{name} must be an integer from {least} to {most}", got=given[name])
-    return replace(recipe, **given, file=file, default_length=length is None)
+    return replace(recipe, **given, file=file, default_samples=samples is None, default_length=length is None)
 
 
 def _read_recipe(name: str) -> Recipe:

@@ -23,13 +23,15 @@ from kvexport.eviction.config import (
     POLICIES,
     EvictionRequest,
 )
+from kvexport.quantize.method_names import DEFAULT as DEFAULT_METHOD
+from kvexport.quantize.method_names import METHODS
 
 if TYPE_CHECKING:
     from kvexport.build import BuildOptions
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
-_WEIGHT_OPTIONS = ("weights", "head_weights", "embedding_weights", "weight_block")
+_WEIGHT_OPTIONS = ("weights", "head_weights", "embedding_weights", "weight_method", "weight_block")
 _HEAL_SAMPLES = 192  # default of --samples with --heal, when the model samples its own text
 
 
@@ -155,6 +157,14 @@ weight_options = _group(
         "--embedding-weights",
         type=click.Choice(tuple(BITS)),
         help="Format of the embedding.  [default: --weights; --head-weights if the head is tied to it]",
+    ),
+    click.option(
+        "--weight-method",
+        type=click.Choice(METHODS),
+        default=DEFAULT_METHOD,
+        show_default=True,
+        help="How integer weights of the layers are chosen: nearest (rounding alone, which needs no "
+        "calibration text), clip, gptq, awq, or awq and gptq together.",
     ),
     click.option(
         "--weight-block",

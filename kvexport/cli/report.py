@@ -163,7 +163,8 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     if report.healing is not None:
         out.print_line(_healing_line(report.healing))
     if report.weights is not None and report.weight_bytes is not None:
-        out.print_line(f"weights: {report.weights.summary}, {size(report.weight_bytes)}")
+        method = "" if report.weight_method is None else f", quantised by {report.weight_method}"
+        out.print_line(f"weights: {report.weights.summary}{method}, {size(report.weight_bytes)}")
     if report.quantization is not None:
         loss = report.quantization
         out.print_line(

@@ -16,7 +16,7 @@ from kvexport.calibrate import Moments, MomentsAccumulator
 from kvexport.calibrate import windows as attention_windows
 from kvexport.convert.refit import LeastSquares, refit
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer, Linear
+from kvexport.model.decoder import Decoder, Embedding, Layer, Linear
 
 _TINY = torch.finfo(torch.float64).tiny
 
@@ -119,9 +119,17 @@ def _given(attended: Tensor) -> Callable[[Tensor], Tensor]:
 class Streams(TrainedStream):
     """The trained stream, and the converted stream, which starts as a copy of it."""
 
-    def __init__(self, decoder: Decoder, windows: Tensor) -> None:
+    def __init__(self, decoder: Decoder, windows: Tensor, embedding: Embedding | None = None) -> None:
+        """
+        Args:
+            decoder: the trained model.
+            windows: token ids [N, S] int64.
+            embedding: that of the converted model; None: the trained one.
+        """
         super().__init__(decoder, windows)
         self._converted = self._trained.clone()
+        if embedding is not None:
+            self._converted = reference.embed(embedding, windows)
         # head outputs [N, S, H·width] on the converted stream that a refit has left for `advance_both`
         self._converted_heads: Tensor | None = None
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
-from typing import Literal
 
 import torch
 
@@ -25,9 +24,8 @@ from kvexport.quantize.clip import round_clipped
 from kvexport.quantize.gptq import DAMPING, Factor
 from kvexport.quantize.grid import BLOCKS, Bits, grid_for, quantized, round_to_nearest
 from kvexport.quantize.inputs import PARTS, InputMoments, LayerInputs, linears_of, with_linears
+from kvexport.quantize.method_names import DEFAULT, Method
 
-Method = Literal["nearest", "clip", "gptq", "awq", "awq+gptq"]
-METHODS: tuple[Method, ...] = ("nearest", "clip", "gptq", "awq", "awq+gptq")
 RIDGE = 1.0  # λ in units of the mean of H's diagonal
 
 
@@ -47,7 +45,7 @@ class WeightSettings:
     bits: Bits = 4
     block: int = BLOCKS[0]
     dtype: torch.dtype = torch.float32
-    method: Method = "gptq"
+    method: Method = DEFAULT
     damping: float = DAMPING
     ridge: float | None = RIDGE
 

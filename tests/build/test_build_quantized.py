@@ -68,7 +68,7 @@ def test_a_session_gives_the_logits_of_the_quantised_reference(tiny_checkpoint: 
         ids, expected = file["input_ids"], file["logits"]
     logits = open_bundle(tmp_path / "bundle", provider="cpu").score(ids[None])[0]
     error = float(np.abs(logits - expected).max() / np.sqrt(np.mean(expected**2)))
-    assert 1e-4 < error < 0.2  # activations in int8
+    assert 1e-4 < error < 0.3  # activations in int8
 
 
 def test_layers_embedding_and_head_have_formats_of_their_own(tiny_checkpoint: Any, tmp_path: Path) -> None:
@@ -134,3 +134,22 @@ def test_rejects_formats_that_do_not_go_with_the_dtype(
     code, _, err = run_kvexport("build", tiny_checkpoint("llama"), "-o", tmp_path / "bundle", *options)
     assert code == 2 and message in err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_gptq_loses_less_than_rounding_and_records_its_calibration(
+    tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    checkpoint, losses = tiny_checkpoint("llama", **SIZES), dict[str, float]()
+    for method in ("gptq", "nearest"):
+        options = ("--weights", "int4", "--embedding-weights", "float32", "--head-weights", "float32")
+        report = built(
+            checkpoint,
+            tmp_path / method,
+            *options,
+            *("--kv-ratio", "1", "--samples", "64", "--weight-method", method),
+        )
+        losses[method] = report["quantization"]["mean_kl"]
+        assert report["weight_method"] == method
+        assert (report["calibration"] is not None) == (method == "gptq")
+        assert validate_bundle(tmp_path / method, Progress(), "cpu").failures == ()
+    assert losses["gptq"] < 0.7 * losses["nearest"]

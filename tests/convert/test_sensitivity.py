@@ -35,13 +35,13 @@ def methods_of(decoder: Decoder) -> list[Method]:
 def sensitivity_of(
     decoder: Decoder, tokens: Tensor | None = None, **options: object
 ) -> list[LayerSensitivity]:
-    tokens = random_windows(decoder, 16, 24) if tokens is None else tokens
+    tokens = random_windows(decoder, 40, 24) if tokens is None else tokens
     return analyze_sensitivity(decoder, tokens, methods_of(decoder), [1, 2, 4], **options)  # type: ignore[arg-type]
 
 
 def measured_kl(decoder: Decoder, index: int, layer_plan: LayerPlan) -> float:
     """Mean KL on fresh text with this layer alone converted."""
-    tokens, trained = random_windows(decoder, 16, 24), KVShape(4, 8, 8)
+    tokens, trained = random_windows(decoder, 40, 24), KVShape(4, 8, 8)
     layer_plans = [
         layer_plan if each == index else replace(layer_plan, shape=trained)
         for each in range(len(decoder.layers))
@@ -106,7 +106,7 @@ def test_curves_are_the_losses_of_the_matched_groups() -> None:
     for.
     """
     decoder = decoder_of("llama", layers=1)
-    (layer,), tokens = sensitivity_of(decoder), random_windows(decoder, 16, 24)
+    (layer,), tokens = sensitivity_of(decoder), random_windows(decoder, 40, 24)
     (moments,), attention = measure_moments(decoder, tokens), decoder.layers[0].attention
     for method in (ONLINE, FOLD):
         code_moments = make_code_moments(method.before_rotation, moments, attention, 24)

@@ -8,8 +8,7 @@ import torch
 
 from kvexport.errors import KvexportError
 from kvexport.model.decoder import Linear
-from kvexport.quantize import dequantize, grid_for, quantized, round_to_nearest
-from kvexport.quantize.grid import Grid
+from kvexport.quantize.grid import Grid, dequantize, grid_for, quantized, round_to_nearest
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -12,11 +12,11 @@ from torch import Tensor
 from kvexport.calibrate import windows as attention_windows
 from kvexport.model import reference
 from kvexport.model.decoder import Layer, Linear
-from kvexport.quantize import dequantize, round_to_nearest
 from kvexport.quantize.gptq import gptq
-from kvexport.quantize.grid import Grid
+from kvexport.quantize.grid import Grid, dequantize, round_to_nearest
 from kvexport.quantize.inputs import PARTS, LayerInputs, linears_of
-from kvexport.quantize.layers import METHODS, WeightSettings, quantize_layer
+from kvexport.quantize.layers import WeightSettings, quantize_layer
+from kvexport.quantize.method_names import METHODS
 
 COARSE = WeightSettings(block=32, ridge=None)
 

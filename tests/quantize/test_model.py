@@ -12,15 +12,9 @@ from kvexport.convert import CompressionRequest, convert, methods_for, plan_comp
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, Linear
 from kvexport.progress import Progress
-from kvexport.quantize import (
-    LayerQuantizer,
-    WeightSettings,
-    dequantize,
-    quantize_embedding,
-    quantize_head,
-    quantize_layers,
-    round_to_nearest,
-)
+from kvexport.quantize.grid import dequantize, round_to_nearest
+from kvexport.quantize.layers import WeightSettings
+from kvexport.quantize.model import LayerQuantizer, quantize_embedding, quantize_head, quantize_layers
 from kvexport.validate.evaluate import divergence_of
 
 SMALL = {"hidden": 64, "heads": 4, "head_dim": 16, "layers": 3, "dtype": torch.float32}

@@ -8,7 +8,7 @@ import torch
 
 from kvexport.bundle.formats import WeightFormat, weight_format
 from kvexport.model.decoder import Decoder, Layer, Linear, WeightCodes
-from kvexport.quantize import quantized, round_to_nearest
+from kvexport.quantize.grid import quantized, round_to_nearest
 
 
 def codes_of(weight: torch.Tensor, name: str, block: int, dtype: str) -> WeightCodes | None:

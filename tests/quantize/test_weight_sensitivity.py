@@ -12,9 +12,10 @@ from torch import Tensor
 from kvexport.calibrate import windows as attention_windows
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Linear
-from kvexport.quantize import WeightSettings, quantize_embedding, quantize_head
 from kvexport.quantize.grid import quantized, round_to_nearest
 from kvexport.quantize.inputs import PARTS, linears_of, with_linears
+from kvexport.quantize.layers import WeightSettings
+from kvexport.quantize.model import quantize_embedding, quantize_head
 from kvexport.quantize.sensitivity import _go_back, layer_key, measure_weight_losses
 from kvexport.validate.evaluate import divergence_of
 
