@@ -1,7 +1,8 @@
 """The calibration text that is shipped (`calibration/*.txt`): prose, dialogues, code, several languages.
 
-The documents were written for this project; persons, places and figures in them are largely invented. Their
-kinds are mixed because errors are largest for text unlike that of the calibration.
+`classics` are excerpts of works in the public domain, listed in `calibration/CLASSICS.md`. The other
+documents were written for this project; persons, places and figures in them are largely invented. The kinds
+are mixed because errors are largest for text unlike that of the calibration.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from kvexport.model.decoder import Decoder
 from kvexport.model.jinja_sandbox import TemplateFailed, render
 from kvexport.model.tokenizer_json import NoTokenizer
 
-KINDS = ("articles", "prose", "dialogue", "languages", "code")
+KINDS = ("articles", "prose", "dialogue", "languages", "code", "classics")
 SHIPPED_TEXT = "the shipped calibration text"
 _SEPARATOR = "\n-----\n"  # between the documents of a file
 _TURN = re.compile(r"(?:\A|\n\n)(System|User|Assistant): ")

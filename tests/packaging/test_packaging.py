@@ -14,7 +14,7 @@ from kvexport.model.families import families
 
 pytestmark = pytest.mark.slow
 
-DATA = {"graphs": "*/*.toml", "calibration": "*.t*", "models": "demo/*"}
+DATA = {"graphs": "*/*.toml", "calibration": "*.*", "models": "demo/*"}
 
 _LOOK = """
 import json
