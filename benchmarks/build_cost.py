@@ -32,6 +32,7 @@ import psutil
 from random_llama import write_checkpoint
 
 import kvexport
+from kvexport.calibrate.recipe import DEFAULT, recipe_for
 from kvexport.progress import Progress
 
 RECORD = Path(__file__).parent / "results" / "build_cost.json"
@@ -53,7 +54,9 @@ def main() -> None:
     )
     parser.add_argument("--threads", type=int, default=2, help="threads of PyTorch [default: 2]")
     parser.add_argument(
-        "--samples", type=int, default=96, help="calibration windows of 256 tokens [default: 96]"
+        "--samples",
+        type=int,
+        help="calibration windows of 256 tokens [default: those of the calibration text]",
     )
     parser.add_argument("--only", nargs="*", metavar="NAME", help="cases to measure [default: all]")
     parser.add_argument("--output", type=Path, default=RECORD, help="file of the record")
@@ -92,10 +95,11 @@ def measure(arguments: argparse.Namespace, shape: dict[str, int] | None, source:
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     parameters = None if shape is None else write_checkpoint(source, **shape)
+    calibration = "random" if shape else DEFAULT
     common = {
         "checkpoint": str(source),
-        "samples": arguments.samples,
-        "calibration": "random" if shape else None,
+        "samples": recipe_for(calibration, arguments.samples).samples,
+        "calibration": calibration,
         "cache": str(folder / "cache"),
         "bundle": str(folder / "bundle"),
         "threads": arguments.threads,
