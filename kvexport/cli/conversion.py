@@ -67,7 +67,7 @@ def _calibration_options(default: str, default_samples: str) -> Callable[[F], F]
         click.option(
             "--calibration",
             metavar="SOURCE",
-            help="Calibration text: mixed (shipped articles, prose, dialogues, code and many languages; a "
+            help="Calibration text: mixed (shipped articles, classics, dialogues, code, many languages; a "
             "quarter sampled from the model), self (sampled from the model), random (random tokens), or a "
             "FILE of text or JSON lines.  "
             f"[default: {default}]",
