@@ -207,9 +207,9 @@ def calibrate(
 
 def _quantization(job: ConversionJob, windows: Tensor) -> WeightQuantization | None:
     """The quantisation of a build's weights; None if all are stored in float."""
-    formats = requested_formats(job.options, job.decoder)
-    if not formats.any_integers:
+    if not job.options.quantizes:
         return None
+    formats = requested_formats(job.options, job.decoder)
     return WeightQuantization(
         job.decoder,
         formats,

@@ -20,10 +20,10 @@ from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, Linear
 from kvexport.model.divergence import Divergence, DivergenceMeter
 from kvexport.model.placement import CPU, move, place
-from kvexport.quantize.inputs import PARTS, LayerInputs, linears_of
-from kvexport.quantize.layers import RIDGE, WeightSettings, quantize_layer
+from kvexport.quantize.inputs import PARTS, linears_of
+from kvexport.quantize.layers import WeightSettings
 from kvexport.quantize.method_names import DEFAULT, Method
-from kvexport.quantize.model import quantize_embedding, quantize_head
+from kvexport.quantize.model import LayerQuantizer, quantize_embedding, quantize_head
 
 
 @dataclass(frozen=True)
@@ -40,11 +40,6 @@ class WeightFormats:
     embedding: str
     head: str
     block: int
-
-    @property
-    def any_integers(self) -> bool:
-        """Whether any weight is quantised."""
-        return bool({self.layers, self.embedding, self.head} & {*INTEGERS})
 
 
 def requested_formats(options: BuildOptions, decoder: Decoder) -> WeightFormats:
@@ -92,8 +87,13 @@ class WeightQuantization:
             method: how codes are chosen.
             device: device that computes [default: the CPU].
         """
-        self._original, self._method = decoder, method
-        self._formats, self._dtype = formats, getattr(torch, dtype)
+        self._original, self._formats = decoder, formats
+        self._settings = WeightSettings(
+            bits=4 if formats.layers == "int4" else 8,
+            block=formats.block,
+            dtype=getattr(torch, dtype),
+            method=method,
+        )
         self._device = device or torch.device(CPU)
         self._held_out = split_windows(len(windows))[1]
         if method == "nearest":  # the others are not needed
@@ -111,18 +111,11 @@ class WeightQuantization:
         streams.attend(layer)
         quantized = layer
         if self._formats.layers in INTEGERS:
-            inputs, ridge = None, None
-            if self._method != "nearest":
-                stream, exact, attended = streams.before_layer()
-                inputs, ridge = LayerInputs(stream, streams.train, exact, attended), RIDGE
-            settings = WeightSettings(
-                bits=4 if self._formats.layers == "int4" else 8,
-                block=self._formats.block,
-                dtype=self._dtype,
-                method=self._method,
-                ridge=ridge,
-            )
-            quantized = quantize_layer(layer, settings, inputs, eight_bits=self._in_eight_bits(layer))
+            quantizer = LayerQuantizer(self._settings, [self._in_eight_bits(layer)])
+            if self._settings.method == "nearest":
+                quantized = quantizer.without_inputs(0, layer)
+            else:
+                quantized = quantizer(0, layer, streams)
         streams.advance_both(layer, quantized)
         return move(quantized, CPU)
 
@@ -147,7 +140,7 @@ class WeightQuantization:
         return {name for name, each in maps.items() if self._bits("int4", each.weight) == 8}
 
     def _with_tables(self, decoder: Decoder) -> Decoder:
-        formats, block, dtype = self._formats, self._formats.block, self._dtype
+        formats, block, dtype = self._formats, self._settings.block, self._settings.dtype
         embedding, head = decoder.embedding, decoder.head
         if head is None and formats.head != formats.embedding:
             head = Linear(embedding.weight)  # two tables
@@ -160,4 +153,4 @@ class WeightQuantization:
 
     def _bits(self, name: str, weight: Tensor) -> Literal[4, 8]:
         rows, columns = weight.shape
-        return 4 if weight_format(name, rows, columns, self._formats.block).format == "int4" else 8
+        return 4 if weight_format(name, rows, columns, self._settings.block).format == "int4" else 8

@@ -62,9 +62,8 @@ def calibration_windows(
         shipped = recipe.samples - len(sampled)
         windows = spread_windows(ids, shipped, recipe.length, recipe.seed, SHIPPED_TEXT)
         if decoder.bos_token_id is not None and not len(sampled):
-            windows[::4, 0] = (
-                decoder.bos_token_id
-            )  # as prompts of deployed models, and sampled windows, begin
+            # as prompts of deployed models and sampled windows begin
+            windows[::4, 0] = decoder.bos_token_id
         windows = torch.cat((windows, sampled))
         return windows[torch.randperm(len(windows), generator=torch.Generator().manual_seed(recipe.seed))]
     assert recipe.file is not None

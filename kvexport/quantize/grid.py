@@ -16,11 +16,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from kvexport.bundle.formats import BLOCKS
 from kvexport.errors import KvexportError
 from kvexport.model.decoder import Linear, WeightCodes
 
 Bits = Literal[4, 8]
-BLOCKS = (128, 64, 32)  # columns of a block in 4 bits that engines support, largest first
 
 
 @dataclass(frozen=True)

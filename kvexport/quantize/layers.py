@@ -18,11 +18,12 @@ from dataclasses import dataclass, replace
 
 import torch
 
+from kvexport.bundle.formats import BLOCKS
 from kvexport.model.decoder import Layer, Linear, WeightCodes
 from kvexport.quantize.awq import fold_channel_scales
 from kvexport.quantize.clip import round_clipped
 from kvexport.quantize.gptq import DAMPING, Factor
-from kvexport.quantize.grid import BLOCKS, Bits, grid_for, quantized, round_to_nearest
+from kvexport.quantize.grid import Bits, grid_for, quantized, round_to_nearest
 from kvexport.quantize.inputs import PARTS, InputMoments, LayerInputs, linears_of, with_linears
 from kvexport.quantize.method_names import DEFAULT, Method
 
