@@ -1,12 +1,11 @@
 """Measure seconds and peak memory of `kvexport build` by stage, beside a forward pass of transformers.
 
 Builds llamas with random weights of 8, 16 and 32 layers of one shape, calibrated with random tokens, one of
-1.1 billion parameters, and any checkpoints that are given, with their default calibration. Each is built
-twice: at half of the KV cache, and then at a quarter, which reuses the saved analysis. Every build, and every
-forward pass of transformers over as many tokens as the build calibrates on, runs in a process of its own;
-forward passes before, between and after the builds show the spread of the machine. Processor seconds (of all
-threads) are recorded beside seconds; other work on the machine hardly changes them. Writes
-benchmarks/results/build_cost.json.
+1.1 billion parameters, and any checkpoints that are given, with their default calibration. Each is built at
+half of the KV cache, and all but the largest then at a quarter, which reuses the saved analysis. Before every
+build, transformers runs forward over as many tokens as the build calibrates on. Builds and forward passes run
+in processes of their own. Processor seconds (of all threads) are recorded beside seconds; other work on the
+machine hardly changes them. Writes benchmarks/results/build_cost.json.
 
     python benchmarks/build_cost.py FOLDER --checkpoint SmolLM2-135M-Instruct
 """
@@ -23,7 +22,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -74,7 +73,8 @@ def main() -> None:
         record["cases"] = json.loads(arguments.output.read_text(encoding="utf-8"))["cases"]
     for name, shape, source in cases(arguments):
         if arguments.only is None or name in arguments.only:
-            record["cases"][name] = measure(arguments, shape, source)
+            ratios = RATIOS[:1] if shape is LARGE else RATIOS
+            record["cases"][name] = measure(arguments, shape, source, ratios)
             record["cost_per_layer"] = cost_per_layer(record["cases"])
             arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             say(name, record["cases"][name])
@@ -90,8 +90,10 @@ def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, int] |
         yield checkpoint.name, None, checkpoint
 
 
-def measure(arguments: argparse.Namespace, shape: dict[str, int] | None, source: Path) -> dict[str, Any]:
-    """Build one model at every ratio, with forward passes before, between and after."""
+def measure(
+    arguments: argparse.Namespace, shape: dict[str, int] | None, source: Path, ratios: Sequence[float]
+) -> dict[str, Any]:
+    """Build one model at every ratio, with a forward pass before every build."""
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
     parameters = None if shape is None else write_checkpoint(source, **shape)
@@ -105,11 +107,10 @@ def measure(arguments: argparse.Namespace, shape: dict[str, int] | None, source:
         "threads": arguments.threads,
     }
     try:
-        forwards = [in_process(common | {"job": "forward"})]
-        builds = {}
-        for ratio in RATIOS:
-            builds[f"{ratio:g}"] = in_process(common | {"job": "build", "ratio": ratio})
+        forwards, builds = [], {}
+        for ratio in ratios:
             forwards.append(in_process(common | {"job": "forward"}))
+            builds[f"{ratio:g}"] = in_process(common | {"job": "build", "ratio": ratio})
     finally:
         shutil.rmtree(folder / "cache", ignore_errors=True)
         if shape is not None:
