@@ -6,15 +6,25 @@ import json
 from pathlib import Path
 
 
-def write_checkpoint(path: Path, layers: int, hidden: int, intermediate: int, vocab: int) -> int:
+def write_checkpoint(
+    path: Path,
+    layers: int,
+    hidden: int,
+    intermediate: int,
+    vocab: int,
+    kv_heads: int | None = None,
+    head_dim: int = 64,
+) -> int:
     """Write a llama with random bfloat16 weights, one shard per layer, so that writing needs little memory.
 
     Args:
         path: folder to make.
         layers: number of layers.
-        hidden: width of the residual stream; heads have a width of 64, and all are KV heads.
+        hidden: width of the residual stream.
         intermediate: width of the MLP.
         vocab: number of tokens.
+        kv_heads: number of KV heads; None: as many as query heads.
+        head_dim: width of a head.
 
     Returns:
         The number of weights.
@@ -23,7 +33,9 @@ def write_checkpoint(path: Path, layers: int, hidden: int, intermediate: int, vo
     from safetensors.torch import save_file
 
     path.mkdir(parents=True)
-    heads = hidden // 64
+    heads = hidden // head_dim
+    kv_heads = kv_heads or heads
+    widths = {"q": hidden, "k": kv_heads * head_dim, "v": kv_heads * head_dim, "o": hidden}
     generator = torch.Generator().manual_seed(0)
     weight_map: dict[str, str] = {}
     count = 0
@@ -43,7 +55,7 @@ def write_checkpoint(path: Path, layers: int, hidden: int, intermediate: int, vo
     for i in range(layers):
         prefix = f"model.layers.{i}."
         shapes: dict[str, tuple[int, ...]] = {
-            f"{prefix}self_attn.{name}_proj.weight": (hidden, hidden) for name in "qkvo"
+            f"{prefix}self_attn.{name}_proj.weight": (width, hidden) for name, width in widths.items()
         }
         shapes |= {f"{prefix}mlp.{name}_proj.weight": (intermediate, hidden) for name in ("gate", "up")}
         shapes |= {f"{prefix}mlp.down_proj.weight": (hidden, intermediate)}
@@ -65,7 +77,7 @@ def write_checkpoint(path: Path, layers: int, hidden: int, intermediate: int, vo
         "intermediate_size": intermediate,
         "num_hidden_layers": layers,
         "num_attention_heads": heads,
-        "num_key_value_heads": heads,
+        "num_key_value_heads": kv_heads,
         "max_position_embeddings": 2048,
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,

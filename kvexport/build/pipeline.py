@@ -10,6 +10,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +23,16 @@ from kvexport.build.options import BuildOptions
 from kvexport.build.quantization import WeightQuantization, requested_formats
 from kvexport.build.read_back import ExpectedLogits, read_back
 from kvexport.build.report import BuildReport
-from kvexport.bundle import DATA_FILE, REPORT_FILE, new_bundle
+from kvexport.bundle import DATA_FILE, REPORT_FILE, BundleWriter, new_bundle
+from kvexport.bundle.graph_io import GraphContract
 from kvexport.bundle.manifest import kv_bytes
 from kvexport.calibrate import Recipe, StatisticsWriter
 from kvexport.calibrate.statistics import STATISTICS_FILE
+from kvexport.convert import CompressionPlan
 from kvexport.errors import GateFailed, UsageError
 from kvexport.eviction.config import Eviction, EvictionRequest
 from kvexport.files.atomic_directory import atomic_directory, require_output
+from kvexport.files.malloc import return_freed
 from kvexport.model.decoder import Layer
 from kvexport.model.hf_writer import HFCheckpointWriter
 from kvexport.model.placement import AUTO, device_computation
@@ -79,46 +83,64 @@ def build(
         job.plan_progress(_BUILD_STAGES)
         windows = job.calibrate()
         plan = hooks.plan(job.plan_compression(windows, writer.directory))
-        with TemporaryDirectory(dir=writer.directory, prefix="layers.") as layer_folder:
-            quantization = _quantization(job, windows)
-            decoder = job.decoder if quantization is None else quantization.decoder
-            export = BundleExport(writer, job, decoder, windows, eviction, Path(layer_folder), hooks)
-
-            def add_layer(layer: Layer) -> None:
-                export.add_layer(layer if quantization is None else quantization.quantize(layer))
-
-            report = job.convert(windows, plan, add_layer)
-            export.record_self_test()
-        contract = export.write()
+        contract, manifest, report = _write_model(job, writer, windows, plan, eviction, hooks)
+        return_freed()
         with job.stages.timed("validation"):
             validation = validate_graph(
                 writer.directory,
                 contract,
                 progress,
                 eviction,
-                quantized=export.weights.is_quantized,
+                quantized=report.weights is not None and report.weights.is_quantized,
             )
         _require_valid(validation, options.dtype)
-
-        report = replace(
-            report,
-            validation=validation,
-            kept_float32=export.float32_parts,
-            weights=export.weights,
-            weight_bytes=(writer.directory / DATA_FILE).stat().st_size,
-            quantization=None if quantization is None else quantization.divergence(),
-            weight_method=None if quantization is None else options.weight_method,
-            eviction=eviction,
-            capacity=job.capacity,
-            kv_bytes_at_capacity=kv_bytes(report.layers, options.dtype, eviction, job.capacity),
-            kv_bytes_at_capacity_original=kv_bytes(
-                [layer.original for layer in report.layers], options.dtype, None, job.capacity
-            ),
-        )
+        report = replace(report, validation=validation)
         text = json.dumps(report.to_json(), indent=1) + "\n"
         (writer.directory / REPORT_FILE).write_text(text, encoding="utf-8")
-        writer.seal(export.manifest(contract, report))
+        writer.seal(manifest)
     return report
+
+
+def _write_model(
+    job: ConversionJob,
+    writer: BundleWriter,
+    windows: Tensor,
+    plan: CompressionPlan,
+    eviction: Eviction | None,
+    hooks: BuildHooks,
+) -> tuple[GraphContract, dict[str, Any], BuildReport]:
+    """Convert, quantise and write the model; nothing of it stays in memory.
+
+    Returns:
+        The graph's contract, the manifest, and the report, which lacks the validation.
+    """
+    options = job.options
+    with TemporaryDirectory(dir=writer.directory, prefix="layers.") as layer_folder:
+        quantization = _quantization(job, windows)
+        decoder = job.decoder if quantization is None else quantization.decoder
+        export = BundleExport(writer, job, decoder, windows, eviction, Path(layer_folder), hooks)
+
+        def add_layer(layer: Layer) -> None:
+            export.add_layer(layer if quantization is None else quantization.quantize(layer))
+
+        report = job.convert(windows, plan, add_layer)
+        export.record_self_test()
+    contract = export.write()
+    report = replace(
+        report,
+        kept_float32=export.float32_parts,
+        weights=export.weights,
+        weight_bytes=(writer.directory / DATA_FILE).stat().st_size,
+        quantization=None if quantization is None else quantization.divergence(),
+        weight_method=None if quantization is None else options.weight_method,
+        eviction=eviction,
+        capacity=job.capacity,
+        kv_bytes_at_capacity=kv_bytes(report.layers, options.dtype, eviction, job.capacity),
+        kv_bytes_at_capacity_original=kv_bytes(
+            [layer.original for layer in report.layers], options.dtype, None, job.capacity
+        ),
+    )
+    return contract, export.manifest(contract, report), report
 
 
 @device_computation()

@@ -197,6 +197,33 @@ class Checkpoint:
             CheckpointError: the tensor is missing, has another shape, is not floating point, or is not
                 finite.
         """
+        path = self._file_of(name, shape)
+        tensor = self._readers[path].get_tensor(name).to(dtype, copy=True)
+        _require_finite(name, [tensor])
+        return tensor
+
+    def table(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+        """Read a matrix, as `tensor` does; one that is large in `dtype` is read again at each use.
+
+        Raises:
+            CheckpointError: as for `tensor`.
+        """
+        from kvexport.model.lazy_table import LazyTable, Rows, is_large, row_parts
+
+        if not is_large(shape, dtype):
+            return self.tensor(name, shape, dtype)
+        path = self._file_of(name, shape)
+
+        def read(rows: Rows) -> Tensor:
+            mapped: Tensor = _open(path).get_tensor(name)  # its pages are read as rows are used
+            return mapped[rows].to(dtype, copy=True)
+
+        table = LazyTable(read, shape, dtype)
+        _require_finite(name, row_parts(table))
+        return table
+
+    def _file_of(self, name: str, shape: tuple[int, ...]) -> Path:
+        """The opened file of a tensor, inside `reading()`; checks the tensor's data type and shape."""
         path = self.files.get(name)
         if path is None:
             raise CheckpointError(
@@ -222,15 +249,7 @@ class Checkpoint:
                 fix="correct config.json (vocab_size, hidden_size, intermediate_size, num_attention_heads, "
                 "num_key_value_heads, head_dim)",
             )
-        tensor = self._readers[path].get_tensor(name).to(dtype, copy=True)
-        if not bool(tensor.isfinite().all()):
-            bad = int((~tensor.isfinite()).sum())
-            raise CheckpointError(
-                f"tensor {name} must be finite",
-                got=f"{bad} of {tensor.numel()} numbers are NaN or infinite",
-                fix="use an undamaged checkpoint; float16 overflow in training is a usual cause",
-            )
-        return tensor
+        return path
 
     def digest(self) -> str:
         """sha256 over config.json and all weight files, which identifies the model."""
@@ -323,6 +342,23 @@ def read_json(path: Path) -> Mapping[str, Any]:
     if not isinstance(raw, dict):
         raise CheckpointError(f"{path} must be a JSON object", got=type(raw).__name__)
     return raw
+
+
+def _require_finite(name: str, parts: Iterable[Tensor]) -> None:
+    """
+    Raises:
+        CheckpointError: a number of the tensor, which is given in parts, is NaN or infinite.
+    """
+    bad = numbers = 0
+    for part in parts:
+        bad += int((~part.isfinite()).sum())
+        numbers += part.numel()
+    if bad:
+        raise CheckpointError(
+            f"tensor {name} must be finite",
+            got=f"{bad} of {numbers} numbers are NaN or infinite",
+            fix="use an undamaged checkpoint; float16 overflow in training is a usual cause",
+        )
 
 
 def _open(path: Path) -> Any:

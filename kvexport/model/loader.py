@@ -60,9 +60,9 @@ class _Loader:
     def decoder(self) -> Decoder:
         it, checkpoint = self._architecture, self._checkpoint
         with checkpoint.reading():
-            ends = self._layout.unpack_ends(self._read)
+            ends = self._layout.unpack_ends(self._read_end)
             if it.tied and self._stored(f"{it.family.names.head}.weight") in checkpoint.files:
-                self._require_tied(self._layout.unpack_head(self._read), ends.embedding.weight)
+                self._require_tied(self._layout.unpack_head(self._read_end), ends.embedding.weight)
         bos = checkpoint.token_ids("bos_token_id", it.vocab_size)
         return Decoder(
             embedding=ends.embedding,
@@ -99,11 +99,19 @@ class _Loader:
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         return self._checkpoint.tensor(self._stored(name), shape, self._dtype)
 
+    def _read_end(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        if len(shape) == 2:
+            return self._checkpoint.table(self._stored(name), shape, self._dtype)
+        return self._read(name, shape)
+
     def _stored(self, name: str) -> str:
         return self._layout.stored(name, self._prefix, self._head_prefix)
 
     def _require_tied(self, head: Linear, embedding: Tensor) -> None:
-        if not head.weight.equal(embedding):
+        from kvexport.model.lazy_table import row_parts
+
+        parts = zip(row_parts(head.weight), row_parts(embedding), strict=True)
+        if not all(one.equal(other) for one, other in parts):
             name = self._architecture.family.names.head
             raise CheckpointError(
                 f"{name}.weight must equal the embedding, because config.json ties them",

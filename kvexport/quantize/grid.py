@@ -19,6 +19,7 @@ from torch import Tensor
 from kvexport.bundle.formats import BLOCKS
 from kvexport.errors import KvexportError
 from kvexport.model.decoder import Linear, WeightCodes
+from kvexport.model.lazy_table import LazyTable, is_large
 
 Bits = Literal[4, 8]
 
@@ -96,6 +97,17 @@ def dequantize(codes: WeightCodes) -> Tensor:
     """The weight [out, in] that codes stand for, in the dtype of the scales."""
     blocks = codes.codes.unflatten(1, (codes.scales.shape[1], -1))
     return (blocks.to(codes.scales.dtype) * codes.scales[:, :, None]).flatten(1)
+
+
+def dequantized_table(codes: WeightCodes) -> Tensor:
+    """`dequantize` of a table, whose rows are made at each use if the table is large."""
+    integers, scales = codes.codes, codes.scales
+    shape = (integers.shape[0], integers.shape[1])
+    if not is_large(shape, scales.dtype):
+        return dequantize(codes)
+    return LazyTable(
+        lambda rows: dequantize(WeightCodes(integers[rows], scales[rows], codes.bits)), shape, scales.dtype
+    )
 
 
 def pack(codes: Tensor, scales: Tensor, bits: Bits, dtype: torch.dtype) -> WeightCodes:

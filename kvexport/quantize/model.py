@@ -11,12 +11,11 @@ from torch import Tensor
 from kvexport.convert.pipeline import ConvertedLayer, Refit, unconverted_layers
 from kvexport.convert.streams import Streams
 from kvexport.model.decoder import Decoder, Embedding, Layer, Linear, WeightCodes
+from kvexport.model.lazy_table import row_parts
 from kvexport.quantize.gptq import Factor
-from kvexport.quantize.grid import Bits, dequantize, grid_for, quantized, round_to_nearest
+from kvexport.quantize.grid import Bits, Grid, dequantized_table, grid_for, round_to_nearest
 from kvexport.quantize.inputs import LayerInputs
 from kvexport.quantize.layers import WeightSettings, quantize_layer
-
-_HEAD_ROWS = 16384  # rows of the head that are quantised at a time
 
 
 class LayerQuantizer:
@@ -92,10 +91,8 @@ def quantize_embedding(embedding: Embedding, bits: Bits, block: int, dtype: torc
     Raises:
         KvexportError: a weight is not finite, or would be infinite in the data type.
     """
-    table = embedding.weight
-    grid = grid_for(table.shape[1], bits, block)
-    codes = round_to_nearest(table, grid.bits, grid.block, dtype)
-    return replace(embedding, weight=dequantize(codes), codes=codes)
+    codes = _table_codes(embedding.weight, grid_for(embedding.weight.shape[1], bits, block), dtype)
+    return replace(embedding, weight=dequantized_table(codes), codes=codes)
 
 
 def quantize_head(
@@ -113,12 +110,18 @@ def quantize_head(
     Raises:
         KvexportError: weights or moments are not finite, or a weight would be infinite in the data type.
     """
-    grid = grid_for(head.weight.shape[1], bits, block)
-    if second is None:
-        return quantized(head, round_to_nearest(head.weight, grid.bits, grid.block, dtype))
-    factor = Factor(second)
-    parts = [factor.codes(rows, grid, dtype) for rows in head.weight.split(_HEAD_ROWS)]
-    codes = WeightCodes(
-        torch.cat([each.codes for each in parts]), torch.cat([each.scales for each in parts]), grid.bits
-    )
-    return quantized(head, codes)
+    codes = _table_codes(head.weight, grid_for(head.weight.shape[1], bits, block), dtype, second)
+    return replace(head, weight=dequantized_table(codes), codes=codes)
+
+
+def _table_codes(table: Tensor, grid: Grid, dtype: torch.dtype, second: Tensor | None = None) -> WeightCodes:
+    """Codes of a table [rows, width], chosen for some rows at a time."""
+    factor = None if second is None else Factor(second)
+    parts = [
+        round_to_nearest(rows, grid.bits, grid.block, dtype)
+        if factor is None
+        else factor.codes(rows, grid, dtype)
+        for rows in row_parts(table)
+    ]
+    codes, scales = (torch.cat([getattr(each, name) for each in parts]) for name in ("codes", "scales"))
+    return WeightCodes(codes, scales, grid.bits)
