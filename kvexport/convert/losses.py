@@ -9,7 +9,7 @@ of the group's stack.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 
 import numpy as np
 import torch
@@ -65,6 +65,29 @@ def value_losses(moments: Moments, attention: Attention) -> GroupLosses:
     return GroupLosses(of_group)
 
 
+def key_losses(moments: Moments, scale: float, weights: Tensor) -> GroupLosses:
+    """Losses of keys coded after RoPE of groups of one layer's KV heads.
+
+    Args:
+        moments: moments of the unconverted layer, after RoPE.
+        scale: the attention's scale of logits.
+        weights: S of each KV head, [h, d, d].
+    """
+
+    @cache
+    def weighted() -> Tensor:
+        """Covariance of the keys, weighted by the roots of S on both sides, [h·d, h·d]."""
+        values, vectors = torch.linalg.eigh(weights)
+        roots = scale * (vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.mT)
+        half = (roots @ moments.key_covariance(slice(None)).unflatten(0, roots.shape[:2])).flatten(0, 1)
+        return (roots @ half.T.unflatten(0, roots.shape[:2])).flatten(0, 1)
+
+    def of_group(group: Group) -> Tensor:
+        return _tails(torch.linalg.eigvalsh(_block(weighted(), group, weights.shape[-1])))
+
+    return GroupLosses(of_group)
+
+
 class LayerLosses:
     """Losses of groups of one unconverted layer's KV heads, at widths 0 .. n.
 
@@ -86,10 +109,10 @@ class LayerLosses:
         """
         self._code_moments, self._attention = code_moments, attention
         moments = self._moments = code_moments.moments
-        self.values = values or value_losses(moments, attention)
-        self.keys = GroupLosses(self._keys_of_group)
         self._each = each = Grouping.of(attention, attention.num_kv_heads)
         self._weights = torch.stack([query_weights(moments, each, head) for head in range(each.kv_heads)])
+        self.values = values or value_losses(moments, attention)
+        self.keys = key_losses(moments, attention.scale, self._weights)
 
     def match(self, before_rotation: bool, size: int, key_width: int, value_width: int) -> list[Group]:
         """Groups of `size` heads with a small loss of keys and values together.
@@ -156,17 +179,6 @@ class LayerLosses:
         lost = _tails(energies.flatten(1).sort().values).repeat_interleave(2, -1)[:, :-1]
         lost[:, self._each.head_dim] = energies[..., 1:].sum((1, 2))  # here each frequency is cached once
         return lost
-
-    def _keys_of_group(self, group: Group) -> Tensor:
-        return _tails(torch.linalg.eigvalsh(_block(self._weighted_keys, group, self._each.head_dim)))
-
-    @cached_property
-    def _weighted_keys(self) -> Tensor:
-        """Covariance of the keys, weighted by the roots of S on both sides, [h·d, h·d]."""
-        values, vectors = torch.linalg.eigh(self._weights)
-        roots = self._attention.scale * (vectors * values.clamp_min(0).sqrt()[:, None] @ vectors.mT)
-        half = (roots @ self._moments.key_covariance(slice(None)).unflatten(0, roots.shape[:2])).flatten(0, 1)
-        return (roots @ half.T.unflatten(0, roots.shape[:2])).flatten(0, 1)
 
     def _energies(self, groups: Sequence[Group]) -> Tensor:
         """`mix_energies` of each group, [G, d/2, t]."""

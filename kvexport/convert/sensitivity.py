@@ -32,6 +32,7 @@ from kvexport.convert.methods import Method
 from kvexport.convert.score_gradients import ScoreGradients
 from kvexport.convert.streams import TrainedStream, split_windows
 from kvexport.convert.trials import LayerTrials, make_trials
+from kvexport.files.malloc import return_freed
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer
@@ -77,11 +78,13 @@ def analyze_sensitivity(
         )
         for index in range(count):
             forward.run_layer(index)
+            return_freed()
             progress.advance()
         backward = _Backward(decoder, forward.x, Path(activations))
         losses = list[list[float]]()
         for index in reversed(range(count)):
             losses.append(backward.run_layer(index))
+            return_freed()
             progress.advance()
     return [
         _with_sensitivities(layer, lost, kl)

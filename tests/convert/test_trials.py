@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from dataclasses import replace
 
 import pytest
@@ -93,3 +94,19 @@ def test_trial_of_values_without_output_bias_loses_the_mean() -> None:
     )
     centred = make_trials(attention, accumulator.finish(), [METHODS["online"]], [1, 2], POSITIONS).values
     assert not torch.allclose(coded(attention, x, centred), expected, rtol=0, atol=1e-3)
+
+
+def test_the_matrices_of_a_layer_are_freed_without_the_garbage_collector() -> None:
+    """Those of a wide layer take hundreds of megabytes, and the garbage collector rarely runs."""
+    attention = attention_of("llama")
+    accumulator = MomentsAccumulator(attention)
+    accumulator.add(random_inputs(4, POSITIONS))
+    gc.disable()
+    try:
+        trials = make_trials(
+            attention, accumulator.finish(), methods_for("auto", attention), [1, 2], POSITIONS
+        )
+        assert trials.curves
+        assert not [each for each in gc.get_objects() if isinstance(each, LayerLosses)]
+    finally:
+        gc.enable()
