@@ -3,9 +3,11 @@
 Builds llamas with random weights of 8, 16 and 32 layers of one shape, calibrated with random tokens, one of
 1.1 billion parameters, and any checkpoints that are given, with their default calibration. Each is built at
 half of the KV cache, and all but the largest then at a quarter, which reuses the saved analysis. Before every
-build, transformers runs forward over as many tokens as the build calibrates on. Builds and forward passes run
-in processes of their own. Processor seconds (of all threads) are recorded beside seconds; other work on the
-machine hardly changes them. Writes benchmarks/results/build_cost.json.
+build, transformers runs forward over as many tokens as the build calibrates on. A llama of the shape of
+Llama-3.1-8B is built with its whole cache and int4 weights, rounded to nearest; it does not fit into memory
+in transformers. Builds and forward passes run in processes of their own. Processor seconds (of all threads)
+are recorded beside seconds; other work on the machine hardly changes them. Writes
+benchmarks/results/build_cost.json.
 
     python benchmarks/build_cost.py FOLDER --checkpoint SmolLM2-135M-Instruct
 """
@@ -24,6 +26,7 @@ import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,16 +41,47 @@ RECORD = Path(__file__).parent / "results" / "build_cost.json"
 LAYERS = (8, 16, 32)
 SHAPE = {"hidden": 512, "intermediate": 1408, "vocab": 8192}
 LARGE = {"layers": 22, "hidden": 2048, "intermediate": 4480, "vocab": 32000}  # 1.1e9 parameters
+LLAMA_8B = {
+    "layers": 32,
+    "hidden": 4096,
+    "intermediate": 14336,
+    "vocab": 128256,
+    "kv_heads": 8,
+    "head_dim": 128,
+}
 RATIOS = (0.5, 0.25)
 _SAMPLING_SECONDS = 0.02
 _BATCH = 8  # windows of a forward pass
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model to build.
+
+    Attributes:
+        name: of the case.
+        source: folder of the checkpoint.
+        shape: of the llama with random weights that is written there; None: the checkpoint exists.
+        ratios: shares of the KV cache to build with, in order.
+        options: of the builds, by the names of the command line's parameters.
+        samples: calibration windows; None: as the command line says.
+        compares: whether transformers runs forward before every build.
+    """
+
+    name: str
+    source: Path
+    shape: dict[str, int] | None = None
+    ratios: Sequence[float] = RATIOS
+    options: dict[str, Any] = field(default_factory=dict)
+    samples: int | None = None
+    compares: bool = True
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("folder", type=Path, help="work folder; needs about 10 GB, and is empty afterwards")
+    parser.add_argument("folder", type=Path, help="work folder; needs about 40 GB, and is empty afterwards")
     parser.add_argument(
         "--checkpoint", type=Path, action="append", default=[], help="a checkpoint to build as well"
     )
@@ -71,56 +105,59 @@ def main() -> None:
     }
     if arguments.output.exists() and arguments.only is not None:
         record["cases"] = json.loads(arguments.output.read_text(encoding="utf-8"))["cases"]
-    for name, shape, source in cases(arguments):
-        if arguments.only is None or name in arguments.only:
-            ratios = RATIOS[:1] if shape is LARGE else RATIOS
-            record["cases"][name] = measure(arguments, shape, source, ratios)
+    for case in cases(arguments):
+        if arguments.only is None or case.name in arguments.only:
+            record["cases"][case.name] = measure(arguments, case)
             record["cost_per_layer"] = cost_per_layer(record["cases"])
             arguments.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-            say(name, record["cases"][name])
+            say(case.name, record["cases"][case.name])
     print(json.dumps(record["cost_per_layer"], indent=1))
 
 
-def cases(arguments: argparse.Namespace) -> Iterator[tuple[str, dict[str, int] | None, Path]]:
-    """Name, shape of a random llama or None, and folder of the checkpoint, of each model."""
+def cases(arguments: argparse.Namespace) -> Iterator[Case]:
+    """All models, in the order in which they are built."""
+    random = arguments.folder / "random"
     for layers in LAYERS:
-        yield f"llama-{layers}", {"layers": layers, **SHAPE}, arguments.folder / "random"
-    yield "llama-1.1b", LARGE, arguments.folder / "random"
+        yield Case(f"llama-{layers}", random, {"layers": layers, **SHAPE})
+    yield Case("llama-1.1b", random, LARGE, RATIOS[:1])
     for checkpoint in arguments.checkpoint:
-        yield checkpoint.name, None, checkpoint
+        yield Case(checkpoint.name, checkpoint)
+    int4 = {"weights": "int4", "weight_method": "nearest"}
+    yield Case("llama-8b-int4", random, LLAMA_8B, (1.0,), int4, samples=16, compares=False)
 
 
-def measure(
-    arguments: argparse.Namespace, shape: dict[str, int] | None, source: Path, ratios: Sequence[float]
-) -> dict[str, Any]:
-    """Build one model at every ratio, with a forward pass before every build."""
+def measure(arguments: argparse.Namespace, case: Case) -> dict[str, Any]:
+    """Build one model at every ratio."""
     folder: Path = arguments.folder
     folder.mkdir(parents=True, exist_ok=True)
-    parameters = None if shape is None else write_checkpoint(source, **shape)
-    calibration = "random" if shape else DEFAULT
+    parameters = None if case.shape is None else write_checkpoint(case.source, **case.shape)
+    calibration = "random" if case.shape else DEFAULT
     common = {
-        "checkpoint": str(source),
-        "samples": recipe_for(calibration, arguments.samples).samples,
+        "checkpoint": str(case.source),
+        "samples": recipe_for(calibration, case.samples or arguments.samples).samples,
         "calibration": calibration,
         "cache": str(folder / "cache"),
         "bundle": str(folder / "bundle"),
         "threads": arguments.threads,
+        "options": case.options,
     }
     try:
         forwards, builds = [], {}
-        for ratio in ratios:
-            forwards.append(in_process(common | {"job": "forward"}))
+        for ratio in case.ratios:
+            if case.compares:
+                forwards.append(in_process(common | {"job": "forward"}))
             builds[f"{ratio:g}"] = in_process(common | {"job": "build", "ratio": ratio})
     finally:
         shutil.rmtree(folder / "cache", ignore_errors=True)
-        if shape is not None:
-            shutil.rmtree(source)
-    for build in builds.values():
+        if case.shape is not None:
+            shutil.rmtree(case.source)
+    for build in builds.values() if case.compares else ():
         for clock in ("seconds", "processor_seconds"):
             passed = statistics.median(each[clock] for each in forwards)
             build[f"forward_passes_by_{clock}"] = round(build[clock] / passed, 2)
     return {
-        "shape": shape,
+        "shape": case.shape,
+        "options": case.options,
         "parameters": parameters,
         "forward_passes": forwards,
         "builds": builds,
@@ -173,21 +210,23 @@ def build(task: dict[str, Any]) -> dict[str, Any]:
             "dtype": "float16",
             "no_cache": False,
         }
+        | task["options"]
     )
     meter = MemoryMeter()
     start, processor_start = time.perf_counter(), time.process_time()
     with meter.running():
         report = build_bundle(Path(task["checkpoint"]), Path(task["bundle"]), options, meter, force=True)
     seconds, processor_seconds = time.perf_counter() - start, time.process_time() - processor_start
+    bundle_bytes = sum(file.stat().st_size for file in Path(task["bundle"]).rglob("*") if file.is_file())
     shutil.rmtree(task["bundle"])
-    assert report.divergence is not None
     return {
         "seconds": round(seconds, 1),
         "processor_seconds": round(processor_seconds, 1),
         "seconds_by_stage": report.seconds,
         "peak_resident_bytes": max(meter.peaks.values()),
         "peak_resident_bytes_by_stage": meter.peaks,
-        "kl_on_held_out_calibration_text": report.divergence.mean_kl,
+        "bundle_bytes": bundle_bytes,
+        "kl_on_held_out_calibration_text": report.divergence and report.divergence.mean_kl,
     }
 
 
@@ -256,7 +295,7 @@ def machine(threads: int) -> str:
 def say(name: str, case: dict[str, Any]) -> None:
     for ratio, each in case["builds"].items():
         peak = each["peak_resident_bytes"] / 1e9
-        passes = each["forward_passes_by_seconds"]
+        passes = each.get("forward_passes_by_seconds", "no")
         print(f"{name} at {ratio}: {each['seconds']} s, {passes} forward passes, {peak:.2f} GB")
 
 

@@ -67,13 +67,17 @@ def test_cache_write(run: Run, tmp_path: Path) -> None:
 def test_build_cost(run: Run, tmp_path: Path) -> None:
     output, folder = tmp_path / "record.json", tmp_path / "work"
     shape = {"hidden": 64, "intermediate": 96, "vocab": 320}
-    arguments = (folder, "--samples", 8, "--threads", 1, "--output", output, "--only", "llama-1", "llama-2")
-    _, printed = run("build_cost", *arguments, LAYERS=(1, 2), SHAPE=shape)
+    grouped = shape | {"layers": 1, "kv_heads": 1, "head_dim": 32}
+    names = ("llama-1", "llama-2", "llama-8b-int4")
+    arguments = (folder, "--samples", 8, "--threads", 1, "--output", output, "--only", *names)
+    _, printed = run("build_cost", *arguments, LAYERS=(1, 2), SHAPE=shape, LLAMA_8B=grouped)
     record = json.loads(output.read_text())
-    assert list(record["cases"]) == ["llama-1", "llama-2"]
+    assert tuple(record["cases"]) == names
     assert list(record["cost_per_layer"]) == ["1 to 2 layers"]
+    quantized = record["cases"].pop("llama-8b-int4")["builds"]["1"]
+    assert quantized["bundle_bytes"] < record["cases"]["llama-1"]["builds"]["0.5"]["bundle_bytes"]
     for case in record["cases"].values():
-        assert len(case["forward_passes"]) == 3
+        assert len(case["forward_passes"]) == 2
         first, second = case["builds"].values()
         assert "analysis" in first["seconds_by_stage"] and "analysis" not in second["seconds_by_stage"]
         assert 0 < max(first["peak_resident_bytes_by_stage"].values()) == first["peak_resident_bytes"]
