@@ -203,7 +203,7 @@ class ConversionJob:
         request, attention = self.options.request, self.decoder.layers[0].attention
         sizes = sizes_to_analyze(request, self.methods, attention)
         del attention  # its layer need not stay in memory
-        layers = self.analysis.for_methods(windows, self.methods, sizes, folder) if sizes else []
+        layers = self.analysis.for_methods(windows, self.methods, sizes, folder) if sizes else None
         with self.stages.timed("trials") if self._tries else nullcontext():
             return plan_compression(
                 self.placed,
@@ -213,7 +213,7 @@ class ConversionJob:
                 self.saved.moments_of(),
                 self.capacity,
                 self.progress,
-                lambda _: layers,
+                layers,
             )
 
     @property

@@ -81,7 +81,7 @@ def plan_compression(
     moments_of: Callable[[int], Moments] | None,
     capacity: int | None,
     progress: Progress,
-    sensitivity: Callable[[Sequence[int]], Sequence[LayerSensitivity]] | None = None,
+    layers: Sequence[LayerSensitivity] | None = None,
 ) -> CompressionPlan:
     """Choose the plan with the least predicted KL that the request allows, or the smallest that keeps its
     bound.
@@ -94,8 +94,8 @@ def plan_compression(
         moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
         capacity: tokens of a sequence for which codes of rotated keys are made [default: length].
         progress: shows the stages.
-        sensitivity: returns each layer's sensitivity for group sizes; called only if the request leaves a
-            choice [default: it is analysed here].
+        layers: each layer's sensitivity for `sizes_to_analyze` [default: it is analysed here, if the request
+            leaves a choice].
 
     Raises:
         UsageError: the request contradicts itself or cannot be met.
@@ -107,12 +107,10 @@ def plan_compression(
         assert shape is not None
         return CompressionPlan([LayerPlan(methods[0], shape)] * count)
     del attention  # its layer need not stay in memory
-    if sensitivity is None:
-        layers: Sequence[LayerSensitivity] = analyze_sensitivity(
+    if layers is None:
+        layers = analyze_sensitivity(
             decoder, windows, methods, sizes, moments_of=moments_of, capacity=capacity, progress=progress
         )
-    else:
-        layers = sensitivity(sizes)
     allowed = [
         shapes_for(layer.trained, sizes, request.widths) if shape is None else [shape] for layer in layers
     ]

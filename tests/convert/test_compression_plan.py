@@ -21,8 +21,6 @@ from kvexport.convert import (
     CompressionRequest,
     KVShape,
     LayerPlan,
-    LayerSensitivity,
-    analyze_sensitivity,
     convert,
     methods_for,
     plan_compression,
@@ -91,22 +89,16 @@ def test_keeps_the_bound_and_caches_more_for_a_tighter_one(style: str) -> None:
 def test_keeps_the_bound_when_predictions_are_far_too_low() -> None:
     """The bound is kept because every accepted plan was tried."""
     decoder = decoder_of()
-
-    def optimistic(sizes: Sequence[int]) -> list[LayerSensitivity]:
-        tokens = random_windows(decoder, WINDOWS, 24)
-        return [
-            replace(
-                each,
-                key_sensitivity={method: 0.02 * value for method, value in each.key_sensitivity.items()},
-                value_sensitivity=0.02 * each.value_sensitivity,
-            )
-            for each in analyze_sensitivity(
-                decoder, tokens, methods_for("online", decoder.layers[0].attention), sizes
-            )
-        ]
-
     honest = plan_of(decoder, CompressionRequest(max_kl=0.01))
-    plan = plan_of(decoder, CompressionRequest(max_kl=0.01), sensitivity=optimistic)
+    optimistic = [
+        replace(
+            each,
+            key_sensitivity={method: 0.02 * value for method, value in each.key_sensitivity.items()},
+            value_sensitivity=0.02 * each.value_sensitivity,
+        )
+        for each in honest.layers
+    ]
+    plan = plan_of(decoder, CompressionRequest(max_kl=0.01), layers=optimistic)
     tried = [point for point in plan.points if point.measured_kl is not None]
     assert max(point.measured_kl or 0 for point in tried) > 0.01  # the first prediction was wrong
     assert measured(decoder, plan)[0] <= MARGIN * 0.01
@@ -229,20 +221,21 @@ def test_frontier_points_descend_and_contain_the_plan() -> None:
 
 
 @pytest.mark.parametrize("method", ["online", "fold", "svd-a", "mean-pool"])
-def test_one_shape_and_one_method_need_no_sensitivity_analysis(method: str) -> None:
-    def analyze(*arguments: Any) -> Any:
+def test_one_shape_and_one_method_need_no_sensitivity_analysis(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def analyze(*arguments: Any, **options: Any) -> Any:
         pytest.fail("analysed")
 
-    plan = plan_of(decoder_of(), CompressionRequest(kv_heads=2), method, sensitivity=analyze)
+    monkeypatch.setattr("kvexport.convert.compression_plan.analyze_sensitivity", analyze)
+    plan = plan_of(decoder_of(), CompressionRequest(kv_heads=2), method)
     assert plan == CompressionPlan([LayerPlan(METHODS[method], KVShape(2, 16, 16))] * 3)
     assert [
         layer_plan.shape
-        for layer_plan in plan_of(
-            decoder_of(), CompressionRequest(kv_ratio=1), "auto", sensitivity=analyze
-        ).layer_plans
+        for layer_plan in plan_of(decoder_of(), CompressionRequest(kv_ratio=1), "auto").layer_plans
     ] == [KVShape(4, 16, 16)] * 3
     with pytest.raises(pytest.fail.Exception, match="analysed"):  # control
-        plan_of(decoder_of(), CompressionRequest(kv_heads=2), "auto", sensitivity=analyze)
+        plan_of(decoder_of(), CompressionRequest(kv_heads=2), "auto")
 
 
 def decoder_with_a_layer_per_method() -> Decoder:
