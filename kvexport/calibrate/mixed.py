@@ -1,8 +1,8 @@
 """The calibration text that is shipped (`calibration/*.txt`): prose, dialogues, code, several languages.
 
-`classics` are excerpts of works in the public domain, listed in `calibration/CLASSICS.md`. The other
-documents were written for this project; persons, places and figures in them are largely invented. The kinds
-are mixed because errors are largest for text unlike that of the calibration.
+`classics` and `reference` are excerpts of works in the public domain, listed in `calibration/SOURCES.md`. The
+other documents were written for this project; persons, places and figures in them are largely invented. The
+kinds are mixed because errors are largest for text unlike that of the calibration.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ from kvexport.model.decoder import Decoder
 from kvexport.model.jinja_sandbox import TemplateFailed, render
 from kvexport.model.tokenizer_json import NoTokenizer
 
-KINDS = ("articles", "prose", "dialogue", "languages", "code", "classics")
+KINDS = ("articles", "prose", "dialogue", "languages", "code", "classics", "reference")
 SHIPPED_TEXT = "the shipped calibration text"
 _SEPARATOR = "\n-----\n"  # between the documents of a file
 _TURN = re.compile(r"(?:\A|\n\n)(System|User|Assistant): ")
 _COMMONEST = 0.5  # share of one token; in English text it is 0.05, by characters 0.2
-_CHECKED, _CHECKED_LENGTH = 4, 256  # windows on which the model is tried, and their length in tokens
+_CHECKED, _CHECKED_LENGTH = 16, 256  # windows on which the model is tried, and their length in tokens
 _CHANCE = 0.8  # share of ln(vocabulary), the cross-entropy of guessing
 
 
@@ -52,7 +52,7 @@ def mixed_tokens(checkpoint: Path, seed: int) -> list[int]:
 def reason_against(checkpoint: Path, decoder: Decoder) -> str | None:
     """Why the shipped text is no calibration text for the model; None if it is.
 
-    Runs the model over four windows of it, one layer in memory at a time.
+    Runs the model over 16 windows of it, one layer in memory at a time.
 
     Args:
         checkpoint: directory of the model, for tokenizer and chat template.
