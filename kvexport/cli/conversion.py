@@ -67,9 +67,9 @@ def _calibration_options(default: str, default_samples: str) -> Callable[[F], F]
         click.option(
             "--calibration",
             metavar="SOURCE",
-            help="Calibration text: mixed (shipped articles, classics, dialogues, code, many languages; a "
-            "quarter sampled from the model), self (sampled from the model), random (random tokens), or a "
-            "FILE of text or JSON lines.  "
+            help="Calibration text: mixed (shipped articles, reference works, classics, dialogues, code, "
+            "many languages; a quarter sampled from the model), self (sampled from the model), random "
+            "(random tokens), or a FILE of text or JSON lines.  "
             f"[default: {default}]",
         ),
         click.option(
