@@ -23,6 +23,8 @@ from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
 from kvexport.build.saved_stages import SavedStages
 from kvexport.build.stages import Stages
+from kvexport.build.weight_analysis import STAGE as WEIGHT_STAGE
+from kvexport.build.weight_analysis import WeightAnalysisStage
 from kvexport.bundle import BYTES
 from kvexport.calibrate import StatisticsSource, calibration_windows, sampling_steps
 from kvexport.calibrate.peaks import PEAK_TOKENS
@@ -77,6 +79,7 @@ class ConversionJob:
         stages: the finished stages, with their wall times.
         saved: results of earlier stages that need not be computed.
         analysis: the sensitivity analysis.
+        weight_analysis: the analysis of integer weights.
     """
 
     tokenizer: str | None = None
@@ -139,6 +142,9 @@ class ConversionJob:
         if given is not None and self.rope_switches:
             require_same_capacity(given.capacity, self.capacity)
         self.analysis = SensitivityAnalysis(self.placed, self.capacity, self.saved, self.stages, progress)
+        self.weight_analysis = WeightAnalysisStage(
+            self.placed, self.options, self.saved, self.stages, progress
+        )
         self._healing_state = None if output is None else Path(f"{output.resolve()}.healing")
 
     def check_ratio(self) -> None:
@@ -236,6 +242,8 @@ class ConversionJob:
             skipped.add("text")
         if not analyzes or self.analysis.is_saved:
             skipped.add("analysis")
+        if not self.weight_analysis.is_needed or self.weight_analysis.is_saved:
+            skipped.add(WEIGHT_STAGE)
         if not self._tries:
             skipped.add("trials")
         if self.options.heal is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 # In forward passes over the calibration tokens, measured with SmolLM2-135M on two cores.
 _SAMPLING, _READING = 2.4, 0.02
 _ANALYSIS, _CONVERSION, _WRITING = 3.0, 3.0, 0.1
+_WEIGHT_WINDOWS = 16 * 3  # on which the losses of weights are measured, and the work on each
 _TRIALS = 3  # conversions in search of --max-kl
 _HEALED_WINDOWS = 8 * 3  # of a step: forward and backward pass of a batch
 # In tokens of a forward pass: these stages do not depend on the calibration text.
@@ -27,6 +28,7 @@ def expected_times(
     return {
         "text": _READING + _SAMPLING * sampled / samples,
         "analysis": _ANALYSIS,
+        "weight-analysis": _WEIGHT_WINDOWS / samples,
         "trials": _TRIALS * _CONVERSION,
         "convert": conversion,
         "heal": heal_steps * _HEALED_WINDOWS / samples,

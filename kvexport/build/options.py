@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -31,6 +32,9 @@ class BuildOptions:
         weight_method: how the codes of integer weights are chosen, one of `METHODS`.
         weight_block: largest number of weights that share a scale in int4, of `BLOCKS`; None: 128, or 64 in a
             model less than 2048 wide.
+        weight_bits: largest mean number of bits of the weights that are stored as integers, with their
+            scales; head and embedding count unless their format is given. None: `DEFAULT_BITS`.
+        weight_max_kl: largest predicted KL of these weights in nats per token, in place of `weight_bits`.
         eviction: policy and budget of a cache that evicts tokens; None: the cache keeps all tokens.
         heal: number of distillation steps after conversion; None: no distillation.
         heal_lora: rank of the adapters that distillation trains; None: it trains whole weights.
@@ -51,6 +55,8 @@ class BuildOptions:
     embedding_weights: str | None = None
     weight_method: Method = DEFAULT
     weight_block: int | None = None
+    weight_bits: float | None = None
+    weight_max_kl: float | None = None
     eviction: EvictionRequest | None = None
     heal: int | None = None
     heal_lora: int | None = None
@@ -82,6 +88,39 @@ class BuildOptions:
                 got=self.weight_block,
                 expected=", ".join(map(str, BLOCKS)),
             )
+
+        self._require_mixed_bits()
+
+    def _require_mixed_bits(self) -> None:
+        given = {"--weight-bits": self.weight_bits, "--weight-max-kl": self.weight_max_kl}
+        names = [name for name, value in given.items() if value is not None]
+        if len(names) > 1:
+            raise UsageError(
+                f"{names[0]} and {names[1]} must not be given together",
+                got="both",
+                fix="leave out one of them",
+            )
+        for name in names:
+            value = given[name]
+            if value is None or not (math.isfinite(value) and value > 0):
+                raise UsageError(f"{name} must be a finite number > 0", got=value)
+            if self.weights != "int4":
+                raise UsageError(
+                    f"{name} must be given with --weights int4, of which it gives some weights 8 bits",
+                    got=f"--weights {self.weights or self.dtype}",
+                    fix=f"add --weights int4, or leave out {name}",
+                )
+            if not self.mixes_bits:
+                raise UsageError(
+                    f"{name} must be given with a --weight-method that reads calibration text",
+                    got=f"--weight-method {self.weight_method}",
+                    expected=", ".join(each for each in METHODS if each != "nearest"),
+                )
+
+    @property
+    def mixes_bits(self) -> bool:
+        """Whether weights get 4 or 8 bits by their measured sensitivity."""
+        return self.weights == "int4" and self.weight_method != "nearest"
 
     @property
     def quantizes(self) -> bool:

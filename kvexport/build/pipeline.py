@@ -1,7 +1,8 @@
 """Build a bundle, compress to a Hugging Face checkpoint, or save calibration statistics.
 
 A build runs these stages: read the checkpoint, calibrate, analyze sensitivity, try conversions (with a bound
-on the KL divergence), convert, heal (if requested), record the self-test, write, validate.
+on the KL divergence), analyze weights (with weights in 4 bits), convert, heal (if requested), record the
+self-test, write, validate.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from kvexport.build.conversion_job import ConversionJob
 from kvexport.build.hf_checkpoint import plan_hf_checkpoint
 from kvexport.build.hooks import BuildHooks
 from kvexport.build.options import BuildOptions
-from kvexport.build.quantization import WeightQuantization, requested_formats
+from kvexport.build.quantization import WeightQuantization, requested_formats, weight_settings
 from kvexport.build.read_back import ExpectedLogits, read_back
-from kvexport.build.report import BuildReport
+from kvexport.build.report import BuildReport, WeightBits
 from kvexport.bundle import DATA_FILE, REPORT_FILE, BundleWriter, new_bundle
 from kvexport.bundle.graph_io import GraphContract
 from kvexport.bundle.manifest import kv_bytes
@@ -39,7 +40,17 @@ from kvexport.model.placement import AUTO, device_computation
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, validate_graph
 
-_BUILD_STAGES = ("text", "analysis", "trials", "convert", "heal", "self-test", "write", "validation")
+_BUILD_STAGES = (
+    "text",
+    "analysis",
+    "trials",
+    "weight-analysis",
+    "convert",
+    "heal",
+    "self-test",
+    "write",
+    "validation",
+)
 
 __all__ = ["BuildHooks", "BuildOptions", "BuildReport", "build", "calibrate", "compress"]
 
@@ -116,7 +127,7 @@ def _write_model(
     """
     options = job.options
     with TemporaryDirectory(dir=writer.directory, prefix="layers.") as layer_folder:
-        quantization = _quantization(job, windows)
+        weight_bits, quantization = _quantization(job, windows, writer.directory)
         decoder = job.decoder if quantization is None else quantization.decoder
         export = BundleExport(writer, job, decoder, windows, eviction, Path(layer_folder), hooks)
 
@@ -132,6 +143,7 @@ def _write_model(
         weights=export.weights,
         weight_bytes=(writer.directory / DATA_FILE).stat().st_size,
         quantization=None if quantization is None else quantization.divergence(),
+        weight_bits=weight_bits,
         weight_method=None if quantization is None else options.weight_method,
         eviction=eviction,
         capacity=job.capacity,
@@ -227,18 +239,18 @@ def calibrate(
     return windows.numel()
 
 
-def _quantization(job: ConversionJob, windows: Tensor) -> WeightQuantization | None:
-    """The quantisation of a build's weights; None if all are stored in float."""
+def _quantization(
+    job: ConversionJob, windows: Tensor, folder: Path
+) -> tuple[WeightBits | None, WeightQuantization | None]:
+    """The choice of bits, and the quantisation of a build's weights; None if all are stored in float."""
     if not job.options.quantizes:
-        return None
+        return None, None
     formats = requested_formats(job.options, job.decoder)
-    return WeightQuantization(
-        job.decoder,
-        formats,
-        windows,
-        job.options.dtype,
-        method=job.options.weight_method,
-        device=job.device,
+    settings, chosen, head_inputs = weight_settings(job.options, formats), None, None
+    if job.weight_analysis.is_needed:
+        formats, chosen, head_inputs = job.weight_analysis.choose(windows, folder)
+    return chosen, WeightQuantization(
+        job.decoder, formats, windows, settings, head_inputs=head_inputs, device=job.device
     )
 
 

@@ -6,24 +6,25 @@ measured apart from what compression costs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvexport.build.options import BuildOptions
-from kvexport.bundle.formats import INTEGERS, default_block, weight_format
+from kvexport.bundle.formats import INTEGERS, default_block
 from kvexport.convert import split_windows
 from kvexport.convert.streams import Streams
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer, Linear
+from kvexport.model.decoder import Decoder, Layer
 from kvexport.model.divergence import Divergence, DivergenceMeter
 from kvexport.model.placement import CPU, move, place
-from kvexport.quantize.inputs import PARTS, linears_of
+from kvexport.quantize.grid import Bits
 from kvexport.quantize.layers import WeightSettings
-from kvexport.quantize.method_names import DEFAULT, Method
-from kvexport.quantize.model import LayerQuantizer, quantize_embedding, quantize_head
+from kvexport.quantize.model import LayerQuantizer
+from kvexport.quantize.tables import quantize_tables
+
+_BITS: dict[str, Bits] = {"int4": 4, "int8": 8}
 
 
 @dataclass(frozen=True)
@@ -34,12 +35,15 @@ class WeightFormats:
     Attributes:
         layers, embedding, head: names of formats.
         block: largest block of int4.
+        eight_bits: of each layer, the names of linear maps (q, k, v, o, gate, up, down) that are stored as
+            int8 in place of int4; None: none of them.
     """
 
     layers: str
     embedding: str
     head: str
     block: int
+    eight_bits: tuple[tuple[str, ...], ...] | None = None
 
 
 def requested_formats(options: BuildOptions, decoder: Decoder) -> WeightFormats:
@@ -54,6 +58,16 @@ def requested_formats(options: BuildOptions, decoder: Decoder) -> WeightFormats:
     embedding = options.embedding_weights or (head if tied else layers)
     block = options.weight_block or default_block(decoder.dims.hidden_size)
     return WeightFormats(layers, embedding, head, block)
+
+
+def weight_settings(options: BuildOptions, formats: WeightFormats) -> WeightSettings:
+    """How the options ask to quantise weights."""
+    return WeightSettings(
+        bits=4 if formats.layers == "int4" else 8,
+        block=formats.block,
+        dtype=getattr(torch, options.dtype),
+        method=options.weight_method,
+    )
 
 
 class WeightQuantization:
@@ -73,9 +87,9 @@ class WeightQuantization:
         decoder: Decoder,
         formats: WeightFormats,
         windows: Tensor,
-        dtype: str,
+        settings: WeightSettings,
         *,
-        method: Method = DEFAULT,
+        head_inputs: Tensor | None = None,
         device: torch.device | None = None,
     ) -> None:
         """
@@ -83,24 +97,22 @@ class WeightQuantization:
             decoder: the trained model, on the CPU.
             formats: of the weights.
             windows: calibration tokens [N, length] int64, of which the last eighth is held out.
-            dtype: data type of computation.
-            method: how codes are chosen.
+            settings: how codes are chosen.
+            head_inputs: second moments of the head's inputs, [width, width], for GPTQ; None: the head is
+                rounded to nearest.
             device: device that computes [default: the CPU].
         """
-        self._original, self._formats = decoder, formats
-        self._settings = WeightSettings(
-            bits=4 if formats.layers == "int4" else 8,
-            block=formats.block,
-            dtype=getattr(torch, dtype),
-            method=method,
-        )
+        self._original, self._formats, self._settings = decoder, formats, settings
+        self._quantizer, self._index = LayerQuantizer(settings, formats.eight_bits), 0
         self._device = device or torch.device(CPU)
         self._held_out = split_windows(len(windows))[1]
-        if method == "nearest":  # the others are not needed
+        if settings.method == "nearest":  # the others are not needed
             windows = windows[self._held_out]
             self._held_out = range(len(windows))
         self._windows = windows
-        self.decoder = self._with_tables(decoder)
+        self.decoder = quantize_tables(
+            decoder, _BITS.get(formats.head), _BITS.get(formats.embedding), settings, head_inputs
+        )
         embedding = move(self.decoder.embedding, self._device)
         self._streams = Streams(place(decoder, self._device), windows, embedding)
 
@@ -111,11 +123,11 @@ class WeightQuantization:
         streams.attend(layer)
         quantized = layer
         if self._formats.layers in INTEGERS:
-            quantizer = LayerQuantizer(self._settings, [self._in_eight_bits(layer)])
             if self._settings.method == "nearest":
-                quantized = quantizer.without_inputs(0, layer)
+                quantized = self._quantizer.without_inputs(self._index, layer)
             else:
-                quantized = quantizer(0, layer, streams)
+                quantized = self._quantizer(self._index, layer, streams)
+        self._index += 1
         streams.advance_both(layer, quantized)
         return move(quantized, CPU)
 
@@ -133,24 +145,3 @@ class WeightQuantization:
             )
             meter.add(*logits, self._windows[one])
         return meter.finish()
-
-    def _in_eight_bits(self, layer: Layer) -> set[str]:
-        """Names of the linear maps that int4 cannot store."""
-        maps = {name: each for part in PARTS for name, each in linears_of(layer, part).items()}
-        return {name for name, each in maps.items() if self._bits("int4", each.weight) == 8}
-
-    def _with_tables(self, decoder: Decoder) -> Decoder:
-        formats, block, dtype = self._formats, self._settings.block, self._settings.dtype
-        embedding, head = decoder.embedding, decoder.head
-        if head is None and formats.head != formats.embedding:
-            head = Linear(embedding.weight)  # two tables
-        if head is not None and formats.head in INTEGERS:
-            head = quantize_head(head, self._bits(formats.head, head.weight), block, dtype)
-        if formats.embedding in INTEGERS:
-            bits: Literal[4, 8] = 4 if formats.embedding == "int4" else 8
-            embedding = quantize_embedding(embedding, bits, block, dtype)
-        return replace(decoder, embedding=embedding, head=head)
-
-    def _bits(self, name: str, weight: Tensor) -> Literal[4, 8]:
-        rows, columns = weight.shape
-        return 4 if weight_format(name, rows, columns, self._settings.block).format == "int4" else 8

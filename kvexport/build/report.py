@@ -30,6 +30,24 @@ class FrontierPoint:
 
 
 @dataclass(frozen=True)
+class WeightBits:
+    """The choice between 4 and 8 bits, for all weights that no option fixes.
+
+    Attributes:
+        eight_bits: weights that have 8 bits: a layer's number from 0 and the name of its linear map, such as
+            "3.down", or "head" or "embedding", which is also a tied head.
+        predicted_kl: predicted mean KL divergence from the model in float, in nats per token.
+        bits: mean number of bits of a weight, with its scales, in the shapes before compression.
+        bytes: bytes of codes and scales, in the shapes before compression.
+    """
+
+    eight_bits: tuple[str, ...]
+    predicted_kl: float
+    bits: float
+    bytes: int
+
+
+@dataclass(frozen=True)
 class BuildReport:
     """Sizes and losses of a converted model.
 
@@ -55,6 +73,7 @@ class BuildReport:
         weights: formats of the stored weights; None for a Hugging Face checkpoint.
         weight_bytes: size of the file of the weights.
         weight_method: how integer weights were chosen; None: all are floats.
+        weight_bits: the choice between 4 and 8 bits; None: there was none.
         quantization: divergence of the quantised model from the same model in float, after compression, on
             held-out calibration text; None if no weight was quantised.
         eviction: policy and budget of the bundle's cache; None: it keeps all tokens.
@@ -83,6 +102,7 @@ class BuildReport:
     weights: StoredWeights | None = None
     weight_bytes: int | None = None
     weight_method: str | None = None
+    weight_bits: WeightBits | None = None
     quantization: Divergence | None = None
     eviction: Eviction | None = None
     capacity: int | None = None

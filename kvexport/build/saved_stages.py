@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import Tensor
 
 from kvexport.build.options import BuildOptions
-from kvexport.build.stage_cache import CacheWriter, StageCache, cache_key
+from kvexport.build.stage_cache import CacheWriter, StageCache, cache_key, weights_key
 from kvexport.calibrate import Moments, Statistics, StatisticsSource
 from kvexport.files.cache_folder import CacheFolder
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.progress import Progress
+from kvexport.quantize.layers import WeightSettings
 
 
 class SavedStages:
@@ -47,8 +48,9 @@ class SavedStages:
         Raises:
             UsageError: the given statistics are damaged, or those of another checkpoint.
         """
-        self._layers = layers
+        self._layers, self._source, self._progress = layers, source, progress
         self._cache: StageCache | None = None
+        self._key: str | None = None
         self.statistics: Statistics | None = None
         if options.statistics is not None:
             self.statistics = Statistics(options.statistics, source.checkpoint)
@@ -57,7 +59,8 @@ class SavedStages:
                 key = cache_key(checkpoint, source, device)
             except OSError:  # the stage that needs the file says which
                 return
-            self._cache = StageCache(CacheFolder(options.cache), key, source, progress)
+            self._key, self._folder = key, CacheFolder(options.cache)
+            self._cache = StageCache(self._folder, key, source, progress)
             self.statistics = self._cache.find()
 
     def moments_of(self) -> Callable[[int], Moments] | None:
@@ -91,3 +94,29 @@ class SavedStages:
         with self._cache.writer(windows, self._layers) as writer:
             yield writer
         self.statistics = self._cache.find()  # the conversion reads the moments
+
+    def weight_analysis(self, settings: WeightSettings) -> dict[str, Tensor] | None:
+        """The tensors of a saved analysis of weights; None: there is none."""
+        cache = self._weights_cache(settings)
+        found = None if cache is None else cache.find()
+        return found.weights() if found is not None and found.has_weights else None
+
+    def save_weight_analysis(
+        self, settings: WeightSettings, windows: Tensor, tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Save an analysis of weights in the build cache.
+
+        Args:
+            settings: what it was made with.
+            windows: calibration windows [N, length] int64.
+            tensors: its tensors.
+        """
+        cache = self._weights_cache(settings)
+        if cache is not None:
+            with cache.writer(windows) as writer:
+                writer.save_weights(tensors)
+
+    def _weights_cache(self, settings: WeightSettings) -> StageCache | None:
+        if self._key is None:
+            return None
+        return StageCache(self._folder, weights_key(self._key, settings), self._source, self._progress)

@@ -1,15 +1,15 @@
 """Finished stages of earlier builds: calibration text, moments and sensitivities, in the build cache.
 
-An entry is a statistics directory. Its key is a hash of all that its numbers depend on. The cache is never
-the reason that a build fails: whatever cannot be read is made again, and what cannot be written is left out,
-with a note.
+An entry is a statistics directory; the analysis of weights, which has settings of its own, is an entry of its
+own. The key of an entry is a hash of all that its numbers depend on. The cache is never the reason that a
+build fails: whatever cannot be read is made again, and what cannot be written is left out, with a note.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -53,6 +53,16 @@ def cache_key(checkpoint: Checkpoint, source: StatisticsSource, device: str) -> 
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
+def weights_key(key: str, settings: object) -> str:
+    """The name of the entry of an analysis of weights.
+
+    Args:
+        key: made by `cache_key`.
+        settings: of the quantisation, whose `repr` has all of them.
+    """
+    return hashlib.sha256(json.dumps([key, _code_of(("quantize",)), repr(settings)]).encode()).hexdigest()
+
+
 def _content(recipe: Recipe) -> dict[str, object]:
     """The recipe, its files by content and suffix, which tells how they are read."""
     files = {
@@ -66,9 +76,15 @@ def _content(recipe: Recipe) -> dict[str, object]:
 @cache
 def _code() -> str:
     """Hash of the code and data that determine the numbers: an entry of another version is never used."""
-    paths = [path for name in _PACKAGES for path in sorted(resource(name).rglob("*.py"))]
-    paths.append(Path(__file__).with_name("analysis.py"))
+    paths = [Path(__file__).with_name("analysis.py")]
     paths += [path for parts in _DATA for path in sorted(resource(*parts).iterdir()) if path.is_file()]
+    return _code_of(_PACKAGES, paths)
+
+
+def _code_of(packages: Sequence[str], others: Sequence[Path] = ()) -> str:
+    """Hash of the code of packages, and of other files."""
+    paths = [path for name in packages for path in sorted(resource(name).rglob("*.py"))]
+    paths += others
     digest = hashlib.sha256()
     for path in paths:
         digest.update(f"{path.name} {sha256_of(path)}\n".encode())
@@ -103,7 +119,7 @@ class StageCache:
             self._folder.remove(self._key)
             self._progress.note(f"a damaged entry of the build cache is made again: {error.what}")
             return None
-        if not statistics.has_moments(1):  # the calibration text, which is all, has been read
+        if not (statistics.has_moments(1) or statistics.has_weights):  # the text, which is all, has been read
             self.release()
         return statistics
 
@@ -183,6 +199,14 @@ class CacheWriter:
         with self._tolerant():
             if self._writer is not None:
                 self._writer.save_sensitivity(index, tensors)
+
+    def save_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Keep the tensors of the analysis of weights, if they fit."""
+        with self._tolerant():
+            if self._writer is not None and self._directory is not None:
+                self._writer.save_weights(tensors)
+                if not self._stages.fits(self._directory.bytes()):
+                    self._drop()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         if error is None:

@@ -5,7 +5,10 @@ tokens.safetensors             `tokens` [N, length] int32
 layer-00000.safetensors        the tensors of `Moments`, one file per layer
 sensitivity-00000.safetensors  the tensors of `LayerSensitivity`, one file per layer
 
-`kvexport calibrate` writes all of them. The build cache also has directories with tokens alone.
+weights.safetensors            the tensors of `WeightAnalysis`
+
+`kvexport calibrate` writes all but the last. The build cache also has directories with tokens alone, and with
+tokens and the analysis of weights.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from kvexport.files.schema import Table
 FORMAT = 4  # format 3 did not weigh tokens
 STATISTICS_FILE = "statistics.json"
 _TOKENS = "tokens.safetensors"
+_WEIGHTS = "weights.safetensors"
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,10 @@ class StatisticsWriter:
     def save_sensitivity(self, index: int, tensors: Mapping[str, Tensor]) -> None:
         """Write the tensors of one layer's sensitivity."""
         self._save(_sensitivity_file(index), tensors)
+
+    def save_weights(self, tensors: Mapping[str, Tensor]) -> None:
+        """Write the tensors of the analysis of weights."""
+        self._save(_WEIGHTS, tensors)
 
     def finish(self) -> None:
         """Write the header."""
@@ -176,6 +184,19 @@ class Statistics:
             UsageError: the file is missing or damaged.
         """
         return self._read(_sensitivity_file(index))
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether there is an analysis of weights."""
+        return _WEIGHTS in self._sha256
+
+    def weights(self) -> dict[str, Tensor]:
+        """Read the tensors of the analysis of weights.
+
+        Raises:
+            UsageError: the file is missing or damaged.
+        """
+        return self._read(_WEIGHTS)
 
     def _require_unchanged(self, name: str) -> None:
         path = self._directory / name

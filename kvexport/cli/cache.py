@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @click.option("--clean", is_flag=True, help="Remove all entries that no running build uses.")
 @click.option("--json", "as_json", is_flag=True, help="Print one JSON object.")
 def command(clean: bool, as_json: bool) -> None:
-    """List or remove what builds kept: calibration text, and the sensitivity of each layer.
+    """List or remove what builds kept: calibration text, and the sensitivity of each layer and weight.
 
     A build that was interrupted, or is repeated at another --kv-ratio, starts from it. The entries are in
     ~/.cache/kvexport, or in the folder that the variable KVEXPORT_CACHE names. When they exceed 20 GB or a
@@ -41,7 +41,7 @@ def _described(entry: CachedDirectory) -> dict[str, Any]:
         # STATISTICS_FILE is not imported, as its module imports torch
         header = json.loads((entry.path / "statistics.json").read_text(encoding="utf-8"))
         header = {name: header[name] for name in ("name", "checkpoint", "recipe", "capacity", "files")}
-        stages = ["text", "analysis"] if len(header.pop("files")) > 1 else ["text"]
+        stages = _stages(set(header.pop("files")))
         header["recipe"] = dict(header["recipe"])
     except (OSError, ValueError, KeyError, TypeError):
         header, stages = dict.fromkeys(("name", "checkpoint", "recipe", "capacity")), []
@@ -52,6 +52,12 @@ def _described(entry: CachedDirectory) -> dict[str, Any]:
         "bytes": entry.bytes,
         "age_seconds": round(max(0.0, time.time() - entry.used)),
     }
+
+
+def _stages(files: set[str]) -> list[str]:
+    if "weights.safetensors" in files:
+        return ["text", "weight-analysis"]
+    return ["text", "analysis"] if len(files) > 1 else ["text"]
 
 
 def _print(path: Path, entries: list[dict[str, Any]], freed: int | None) -> None:

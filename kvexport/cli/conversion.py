@@ -24,14 +24,22 @@ from kvexport.eviction.config import (
     EvictionRequest,
 )
 from kvexport.quantize.method_names import DEFAULT as DEFAULT_METHOD
-from kvexport.quantize.method_names import METHODS
+from kvexport.quantize.method_names import DEFAULT_BITS, METHODS
 
 if TYPE_CHECKING:
     from kvexport.build import BuildOptions
     from kvexport.calibrate import Recipe
 
 F = TypeVar("F", bound=Callable[..., Any])
-_WEIGHT_OPTIONS = ("weights", "head_weights", "embedding_weights", "weight_method", "weight_block")
+_WEIGHT_OPTIONS = (
+    "weights",
+    "head_weights",
+    "embedding_weights",
+    "weight_method",
+    "weight_block",
+    "weight_bits",
+    "weight_max_kl",
+)
 _HEAL_SAMPLES = 192  # default of --samples with --heal, when the model samples its own text
 
 
@@ -171,6 +179,22 @@ weight_options = _group(
         type=click.Choice(tuple(map(str, sorted(BLOCKS)))),
         help="Largest number of int4 weights that share a scale; a smaller one where it does not divide the "
         "width.  [default: 128; 64 in models less than 2048 wide]",
+    ),
+    click.option(
+        "--weight-bits",
+        type=float,
+        metavar="BITS",
+        help="With --weights int4, largest mean number of bits of a weight, with its scales, before "
+        "compression: the most sensitive weights get 8 bits. Head and embedding count and may get them, "
+        f"unless their formats are given.  [default: {DEFAULT_BITS:g}, or the least possible if that is "
+        "more; with --weight-method nearest, none get 8 bits]",
+    ),
+    click.option(
+        "--weight-max-kl",
+        type=float,
+        metavar="KL",
+        help="With --weights int4, maximum predicted mean KL divergence caused by integer weights, in nats "
+        "per token; gives 8 bits to as few weights as it allows, in place of --weight-bits.",
     ),
 )
 

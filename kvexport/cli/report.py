@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from kvexport.build import BuildReport
     from kvexport.build.read_back import ReadBack
+    from kvexport.build.report import WeightBits
     from kvexport.bundle import Bundle
     from kvexport.bundle.layer_report import LayerReport
     from kvexport.heal.report import HealReport
@@ -30,6 +31,7 @@ _STAGES = {
     "text": "calibration text",
     "analysis": "sensitivity analysis",
     "trials": "trials for --max-kl",
+    "weight-analysis": "weight analysis",
     "convert": "conversion",
     "heal": "healing",
     "self-test": "self-test",
@@ -165,6 +167,8 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
     if report.weights is not None and report.weight_bytes is not None:
         method = "" if report.weight_method is None else f", quantised by {report.weight_method}"
         out.print_line(f"weights: {report.weights.summary}{method}, {size(report.weight_bytes)}")
+    if report.weight_bits is not None:
+        out.print_line(_weight_bits_line(report.weight_bits))
     if report.quantization is not None:
         loss = report.quantization
         out.print_line(
@@ -180,6 +184,19 @@ def print_build(report: BuildReport, output: Path, *, as_json: bool, quiet: bool
         out.print_line(f"\n{_read_back_line(report.read_back)}")
     out.print_line(_time_line(report))
     out.print_line(f"wrote {output}")
+
+
+def _weight_bits_line(chosen: WeightBits) -> str:
+    """The mean bits of a weight, and the weights that have 8 bits."""
+    names = [each for each in chosen.eight_bits if each in ("head", "embedding")]
+    maps = len(chosen.eight_bits) - len(names)
+    if maps:
+        names.append("1 linear map" if maps == 1 else f"{maps} linear maps")
+    eight = " and ".join(names) if names else "no weights"
+    return (
+        f"{chosen.bits:.2f} bits a weight, scales included: {eight} in 8 bits, predicted mean KL "
+        f"{chosen.predicted_kl:.5f}"
+    )
 
 
 def _calibration_line(record: dict[str, Any]) -> str:

@@ -3,9 +3,6 @@
     moments (trained stream) -> head_order -> layer_code -> apply_code -> refit W_O (converted stream) ->
     advance both
 
-Where weights are quantised, `quantize` does it after `apply_code`, and the refit sees the quantised queries,
-keys and values.
-
 The trained model's residual stream gives moments and targets; the converted model's stream contains the
 errors of the layers before, so that the refit can compensate them. One layer and the two streams are in
 memory at a time.
@@ -15,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -32,25 +27,9 @@ from kvexport.convert.predict import predict_error
 from kvexport.convert.streams import Streams, TrainedStream, split_windows
 from kvexport.errors import KvexportError
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Decoder, Layer, Linear, tensors_of
+from kvexport.model.decoder import Attention, Decoder, Layer, tensors_of
 from kvexport.model.divergence import Divergence, DivergenceMeter
 from kvexport.model.placement import CPU, move
-
-Refit = Callable[[Layer], Linear]  # returns W_O refitted to a layer
-
-
-class QuantizeLayer(Protocol):
-    """Quantises the weights of one layer after its compression."""
-
-    def __call__(self, index: int, layer: Layer, streams: Streams, refit: Refit | None) -> Layer:
-        """
-        Args:
-            index: index of the layer.
-            layer: the layer, compressed or not, before any refit of W_O.
-            streams: both residual streams before it; its trained attention has run.
-            refit: refits W_O to a layer whose queries, keys and values are quantised; None: W_O is not
-                refitted.
-        """
 
 
 @dataclass(frozen=True)
@@ -72,10 +51,9 @@ class Conversion:
         layer_plans: Sequence[LayerPlan],
         moments_of: Callable[[int], Moments] | None,
         capacity: int | None,
-        quantize: QuantizeLayer | None,
     ) -> None:
         self._decoder, self._windows = decoder, windows
-        self._layer_plans, self._moments_of, self._quantize = layer_plans, moments_of, quantize
+        self._layer_plans, self._moments_of = layer_plans, moments_of
         self._positions = windows.shape[1] if capacity is None else capacity
         self._streams = Streams(decoder, windows)
         self._layers = self._run()
@@ -104,8 +82,7 @@ class Conversion:
         code_moments = make_code_moments(
             layer_plan.method.before_rotation, moments, move(layer.attention, CPU), self._positions
         )
-        quantize = None if self._quantize is None else partial(self._quantize, index)
-        converted, report = convert_layer(layer, self._streams, code_moments, layer_plan, quantize)
+        converted, report = convert_layer(layer, self._streams, code_moments, layer_plan)
         _require_finite(f"the weights of layer {index} after conversion", converted)
         residual_error = self._streams.advance_both(layer, converted)
         return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
@@ -129,7 +106,6 @@ def convert(
     layer_plans: Sequence[LayerPlan],
     moments_of: Callable[[int], Moments] | None = None,
     capacity: int | None = None,
-    quantize: QuantizeLayer | None = None,
 ) -> Conversion:
     """Convert the decoder's layers one after another; each is yielded as soon as it is converted.
 
@@ -140,12 +116,11 @@ def convert(
         moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
         capacity: tokens of a sequence; codes of rotated keys are made for all of these positions [default:
             length].
-        quantize: quantises the weights of each layer after its compression; None: they are not quantised.
 
     Raises (while iterating):
         KvexportError: moments or weights are not finite.
     """
-    return Conversion(decoder, windows, layer_plans, moments_of, capacity, quantize)
+    return Conversion(decoder, windows, layer_plans, moments_of, capacity)
 
 
 def measure_moments(decoder: Decoder, windows: Tensor) -> Iterator[Moments]:
@@ -202,11 +177,7 @@ def _unconverted_report(attention: Attention) -> LayerReport:
 
 
 def convert_layer(
-    layer: Layer,
-    streams: Streams,
-    code_moments: CodeMoments,
-    layer_plan: LayerPlan,
-    quantize: Callable[[Layer, Streams, Refit | None], Layer] | None = None,
+    layer: Layer, streams: Streams, code_moments: CodeMoments, layer_plan: LayerPlan
 ) -> tuple[Layer, LayerReport]:
     """Convert one layer by its plan; codes are made on the CPU.
 
@@ -215,16 +186,13 @@ def convert_layer(
         streams: both residual streams before the layer; its trained attention has run.
         code_moments: moments on the side of RoPE on which the method codes keys.
         layer_plan: method and shape.
-        quantize: quantises the weights of the compressed layer, and refits W_O where it is given a refit.
 
     Returns:
-        The converted layer, and its report without `residual_error`. Errors of the attention in it are those
-        of the compression alone.
+        The converted layer, and its report without `residual_error`.
     """
     trained, method, shape = move(layer.attention, CPU), layer_plan.method, layer_plan.shape
     if shape == trained_shape(trained):
-        quantized = layer if quantize is None else quantize(layer, streams, None)
-        return quantized, _unconverted_report(trained)
+        return layer, _unconverted_report(trained)
     order = head_order(method, code_moments, trained, shape)
     attention, code_moments = permute_heads(trained, order), code_moments.permute_heads(order)
     grouping = Grouping.of(attention, shape.kv_heads)
@@ -235,11 +203,9 @@ def convert_layer(
     converted = replace(layer, attention=move(coded, layer.attention.q.weight.device))
     measured = streams.attention_error(converted)
     parameters = sum(tensor.numel() for tensor in tensors_of(converted.attention))
-    refit = partial(streams.refit, fit_bias=method.centred) if method.refit else None
-    if quantize is not None:
-        converted = quantize(converted, streams, refit)
-    elif refit is not None:
-        converted = replace(converted, attention=replace(converted.attention, o=refit(converted)))
+    if method.refit:
+        o = streams.refit(converted, fit_bias=method.centred)
+        converted = replace(converted, attention=replace(converted.attention, o=o))
     return converted, replace(
         _unconverted_report(trained),
         method=method.name,

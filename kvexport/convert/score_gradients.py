@@ -10,19 +10,39 @@ summed over the predictions of a window; t runs over its positions, and the expe
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kvexport.calibrate import windows as attention_windows
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Decoder, Layer
+from kvexport.model.decoder import Decoder, Layer, Mlp
+
+
+@dataclass(frozen=True)
+class LayerOutputs:
+    """Inputs and outputs of attention and MLP, in this order, and the gradients of scores with respect to the
+    outputs.
+
+    Attributes:
+        inputs: after the norms before them, [B, S, hidden] each.
+        outputs: before the norms after them, [B, S, hidden] each.
+        gradients: same shapes.
+    """
+
+    inputs: tuple[Tensor, Tensor]
+    outputs: tuple[Tensor, Tensor]
+    gradients: tuple[Tensor, Tensor]
 
 
 class ScoreGradients:
-    """Gradients of the summed scores of each window; starts at the logits and goes back layer by layer."""
+    """Gradients of the summed scores of each window; starts at the logits and goes back layer by layer.
+
+    Attributes:
+        before: gradients with respect to the residual stream before the layer reached, [N, S, hidden].
+    """
 
     def __init__(self, decoder: Decoder, x: Tensor, seed: int = 0) -> None:
         """
@@ -31,7 +51,7 @@ class ScoreGradients:
             x: its residual stream after the last layer, [N, S, hidden].
             seed: random seed of the labels, one per prediction.
         """
-        self._gradients = gradients_before_head(decoder, x, seed)
+        self.before = gradients_before_head(decoder, x, seed)
 
     def go_back(self, layer: Layer, x: Tensor) -> Tensor:
         """Go back through one layer.
@@ -43,25 +63,53 @@ class ScoreGradients:
         Returns:
             Gradients with respect to the output of its attention after `o`, [N, S, hidden].
         """
-        at_attention = torch.empty_like(self._gradients)
-        for batch in attention_windows.batches(range(len(x)), x.shape[1]):
-            before = x[batch].clone().requires_grad_()
-            recorded: list[Tensor] = []
-            attend = partial(_recording, layer.attention, recorded.append)
-            with torch.enable_grad():
-                after = reference.run_block(layer, before, attend).residual
-            self._gradients[batch], at_attention[batch] = torch.autograd.grad(
-                after,
-                (before, recorded[0]),
-                self._gradients[batch].clone(),  # results can be views of it
-            )
+        at_attention = torch.empty_like(self.before)
+        for batch, found in self.batches(layer, x):
+            at_attention[batch] = found.gradients[0]
         return at_attention
 
+    def batches(self, layer: Layer, x: Tensor) -> Iterator[tuple[slice, LayerOutputs]]:
+        """Go back through one layer, as `go_back` does, batch of windows by batch.
 
-def _recording(attention: Attention, record: Callable[[Tensor], None], inner: Tensor) -> Tensor:
-    output = attention_windows.attend(attention, inner)
-    record(output)
-    return output
+        Yields:
+            Windows, and what is in the layer on them.
+        """
+        for batch in attention_windows.batches(range(len(x)), x.shape[1]):
+            self.before[batch], found = _through_layer(layer, x[batch], self.before[batch].clone())
+            yield batch, found
+
+
+def _through_layer(layer: Layer, x: Tensor, gradients: Tensor) -> tuple[Tensor, LayerOutputs]:
+    """Gradients with respect to `x`, which can share memory with `gradients`, and what is in the layer.
+
+    Args:
+        layer: the layer.
+        x: the residual stream before it, [B, S, hidden].
+        gradients: gradients with respect to the stream after it, same shape.
+    """
+    inputs: list[Tensor] = []
+    outputs: list[Tensor] = []
+
+    def attend(inner: Tensor) -> Tensor:
+        inputs.append(inner)
+        outputs.append(attention_windows.attend(layer.attention, inner))
+        return outputs[-1]
+
+    def feed(mlp: Mlp, inner: Tensor) -> Tensor:
+        inputs.append(inner)
+        outputs.append(reference.mlp(mlp, inner))
+        return outputs[-1]
+
+    before = x.clone().requires_grad_()
+    with torch.enable_grad():
+        after = reference.run_block(layer, before, attend, feed).residual
+    first, *rest = torch.autograd.grad(after, (before, *outputs), gradients)
+    attention, mlp = range(2)
+    return first, LayerOutputs(
+        (inputs[attention].detach(), inputs[mlp].detach()),
+        (outputs[attention].detach(), outputs[mlp].detach()),
+        (rest[attention], rest[mlp]),
+    )
 
 
 def gradients_before_head(decoder: Decoder, x: Tensor, seed: int = 0) -> Tensor:

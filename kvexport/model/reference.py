@@ -347,12 +347,15 @@ def embed(embedding: Embedding, input_ids: Tensor, positions: Tensor | None = No
     return normed(embedding.norm, x)
 
 
+def head_inputs(decoder: Decoder, x: Tensor) -> Tensor:
+    """Inputs of the head [..., width], of a residual stream after the last layer [..., hidden]."""
+    x = normed(decoder.final_norm, x)
+    return x if decoder.output_projection is None else linear(decoder.output_projection, x)
+
+
 def logits(decoder: Decoder, x: Tensor) -> Tensor:
     """Logits [..., vocab] of a residual stream after the last layer [..., hidden]."""
-    x = normed(decoder.final_norm, x)
-    if decoder.output_projection is not None:
-        x = linear(decoder.output_projection, x)
-    found = linear(decoder.output, x)
+    found = linear(decoder.output, head_inputs(decoder, x))
     if decoder.logit_multiplier != 1:
         found = found * decoder.logit_multiplier
     return capped(found, decoder.logit_softcap)

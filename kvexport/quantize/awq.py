@@ -55,7 +55,7 @@ def channel_scales(
     rows = [weight[:: max(1, len(weight) * len(weights) // _ROWS)] for weight in weights]
     weight = torch.cat(rows).double()
     second = second.double()
-    grid = grid_for(weight.shape[1], bits, block)
+    grid = grid_for(weights[0], bits, block)
     power = second.diagonal()
     if tied is not None:
         sums = torch.zeros_like(power).index_add_(0, tied, power)

@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from kvexport.bundle.formats import BLOCKS
+from kvexport.bundle.formats import BLOCKS, weight_format
 from kvexport.errors import KvexportError
 from kvexport.model.decoder import Linear, WeightCodes
 from kvexport.model.lazy_table import LazyTable, is_large
@@ -37,17 +37,18 @@ class Grid:
     block: int | None = None
 
 
-def grid_for(width: int, bits: Bits, largest: int = BLOCKS[0]) -> Grid:
-    """The grid of a weight with `width` columns.
+def grid_for(weight: Tensor, bits: Bits, largest: int = BLOCKS[0]) -> Grid:
+    """The grid of a weight [out, in] that is to be stored in `bits`, by the rule of `weight_format`: a weight
+    that 4 bits cannot store gets 8.
 
-    In 8 bits a row has one scale. In 4 bits the block is the largest of 128, 64 and 32 that divides `width`
-    and is not larger than `largest`; a weight that none of them divides is kept in 8 bits.
+    Args:
+        weight: the weight, of which only the shape counts.
+        bits: 4 or 8.
+        largest: largest block in 4 bits.
     """
-    if bits == 4:
-        for block in BLOCKS:
-            if block <= largest and width % block == 0:
-                return Grid(4, block)
-    return Grid(8)
+    rows, columns = weight.shape
+    chosen = weight_format("int4" if bits == 4 else "int8", rows, columns, largest)
+    return Grid(4 if chosen.format == "int4" else 8, chosen.block)
 
 
 def largest_code(bits: Bits) -> int:

@@ -1,6 +1,6 @@
 """Quantisation of one layer, part by part: each part sees the inputs that the quantised parts before it make.
 
-    fold AWQ scales -> q, k, v -> refit W_O, if there is a refit -> o -> gate, up -> down
+    fold AWQ scales -> q, k, v -> o -> gate, up -> down
 
 Where the trained model runs beside the quantised one, a part's weights W are first corrected for the
 difference of its inputs x̂ from the trained ones x,
@@ -13,17 +13,18 @@ asymmetric calibration of GPTAQ (arXiv 2504.02692) has the same objective.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
+from torch import Tensor
 
 from kvexport.bundle.formats import BLOCKS
 from kvexport.model.decoder import Layer, Linear, WeightCodes
 from kvexport.quantize.awq import fold_channel_scales
 from kvexport.quantize.clip import round_clipped
 from kvexport.quantize.gptq import DAMPING, Factor
-from kvexport.quantize.grid import Bits, grid_for, quantized, round_to_nearest
+from kvexport.quantize.grid import Bits, Grid, grid_for, quantized, round_to_nearest
 from kvexport.quantize.inputs import PARTS, InputMoments, LayerInputs, linears_of, with_linears
 from kvexport.quantize.method_names import DEFAULT, Method
 
@@ -50,6 +51,11 @@ class WeightSettings:
     damping: float = DAMPING
     ridge: float | None = RIDGE
 
+    @property
+    def carries_errors(self) -> bool:
+        """Whether the method carries the errors of columns to those that follow (GPTQ)."""
+        return "gptq" in self.method
+
 
 def quantize_layer(
     layer: Layer,
@@ -57,7 +63,6 @@ def quantize_layer(
     inputs: LayerInputs | None = None,
     *,
     eight_bits: Collection[str] = (),
-    refit: Callable[[Layer], Linear] | None = None,
 ) -> Layer:
     """Quantise the linear maps of a layer; its other parameters stay as they are.
 
@@ -66,7 +71,6 @@ def quantize_layer(
         settings: format and method.
         inputs: the residual streams before the layer; None: only with "nearest", without a correction.
         eight_bits: names of linear maps (q, k, v, o, gate, up, down) that get 8 bits.
-        refit: returns W_O refitted to the layer with quantised q, k and v; None: W_O is only corrected.
 
     Raises:
         KvexportError: weights or moments are not finite, or a weight would be infinite in the data type.
@@ -82,47 +86,52 @@ def quantize_layer(
         )
     exact = layer
     for part in PARTS:
-        corrects = settings.ridge is not None
-        if part == "o" and refit is not None:
-            layer, corrects = with_linears(layer, "o", {"o": refit(layer)}), False
-        moments = inputs.moments(layer, part, exact if corrects else None)
+        moments = inputs.moments(layer, part, exact if settings.ridge is not None else None)
         layer = with_linears(
-            layer, part, quantize_part(linears_of(layer, part), moments, settings, eight_bits)
+            layer, part, PartQuantizer(moments, settings)(linears_of(layer, part), eight_bits)
         )
     return layer
 
 
-def quantize_part(
-    linears: dict[str, Linear],
-    moments: InputMoments,
-    settings: WeightSettings,
-    eight_bits: Collection[str] = (),
-) -> dict[str, Linear]:
-    """Quantise linear maps that share their inputs.
+class PartQuantizer:
+    """Quantises linear maps that share their inputs."""
 
-    Args:
-        linears: the maps, by name.
-        moments: of their inputs; with a drift, and a ridge in the settings, weights are corrected first.
-        settings: format and method.
-        eight_bits: names of those that get 8 bits.
-    """
-    if moments.drift is not None and settings.ridge is not None:
-        linears = _corrected(linears, moments, settings.ridge)
-    if settings.method in ("nearest", "awq"):
-        return _nearest(linears, settings, eight_bits)
-    factor = None if settings.method == "clip" else Factor(moments.second, settings.damping)
-    found: dict[str, Linear] = {}
-    for names in _by_bits(linears, eight_bits):
-        weight = torch.cat([linears[name].weight for name in names])
-        grid = grid_for(weight.shape[1], _bits(names[0], settings, eight_bits), settings.block)
-        if factor is None:
-            codes = round_clipped(weight, moments.second.diagonal(), grid, settings.dtype)
-        else:
-            codes = factor.codes(weight, grid, settings.dtype)
-        sizes = [len(linears[name].weight) for name in names]
-        for name, rows in zip(names, _split(codes, sizes), strict=True):
-            found[name] = quantized(linears[name], rows)
-    return found
+    def __init__(self, moments: InputMoments, settings: WeightSettings) -> None:
+        """
+        Args:
+            moments: of their inputs; with a drift, and a ridge in the settings, weights are corrected first.
+            settings: format and method.
+        """
+        self._moments, self._settings = moments, settings
+        self._factor: Factor | None = None
+
+    def __call__(self, linears: dict[str, Linear], eight_bits: Collection[str] = ()) -> dict[str, Linear]:
+        """The maps, by name, quantised.
+
+        Args:
+            linears: the maps, by name.
+            eight_bits: names of those that get 8 bits.
+        """
+        settings = self._settings
+        if self._moments.drift is not None and settings.ridge is not None:
+            linears = _corrected(linears, self._moments, settings.ridge)
+        if settings.method in ("nearest", "awq"):
+            return _nearest(linears, settings, eight_bits)
+        found: dict[str, Linear] = {}
+        for grid, names in _by_grid(linears, settings, eight_bits).items():
+            codes = self._codes(torch.cat([linears[name].weight for name in names]), grid)
+            sizes = [len(linears[name].weight) for name in names]
+            for name, rows in zip(names, _split(codes, sizes), strict=True):
+                found[name] = quantized(linears[name], rows)
+        return found
+
+    def _codes(self, weight: Tensor, grid: Grid) -> WeightCodes:
+        second, settings = self._moments.second, self._settings
+        if settings.method == "clip":
+            return round_clipped(weight, second.diagonal(), grid, settings.dtype)
+        if self._factor is None:
+            self._factor = Factor(second, settings.damping)
+        return self._factor.codes(weight, grid, settings.dtype)
 
 
 def _corrected(linears: dict[str, Linear], moments: InputMoments, ridge: float) -> dict[str, Linear]:
@@ -149,25 +158,22 @@ def _nearest(
     linears: dict[str, Linear], settings: WeightSettings, eight_bits: Collection[str]
 ) -> dict[str, Linear]:
     found: dict[str, Linear] = {}
-    for name, linear in linears.items():
-        grid = grid_for(linear.weight.shape[1], _bits(name, settings, eight_bits), settings.block)
-        found[name] = quantized(
-            linear, round_to_nearest(linear.weight, grid.bits, grid.block, settings.dtype)
-        )
+    for grid, names in _by_grid(linears, settings, eight_bits).items():
+        for name in names:
+            codes = round_to_nearest(linears[name].weight, grid.bits, grid.block, settings.dtype)
+            found[name] = quantized(linears[name], codes)
     return found
 
 
-def _bits(name: str, settings: WeightSettings, eight_bits: Collection[str]) -> Bits:
-    return 8 if name in eight_bits else settings.bits
-
-
-def _by_bits(linears: dict[str, Linear], eight_bits: Collection[str]) -> list[list[str]]:
-    """Names of maps that have the same bits, which are quantised together."""
-    groups = [
-        [name for name in linears if name not in eight_bits],
-        [name for name in linears if name in eight_bits],
-    ]
-    return [group for group in groups if group]
+def _by_grid(
+    linears: dict[str, Linear], settings: WeightSettings, eight_bits: Collection[str]
+) -> dict[Grid, list[str]]:
+    """Names of maps by their grid; those of one grid are quantised together."""
+    found: dict[Grid, list[str]] = {}
+    for name, linear in linears.items():
+        bits: Bits = 8 if name in eight_bits else settings.bits
+        found.setdefault(grid_for(linear.weight, bits, settings.block), []).append(name)
+    return found
 
 
 def _split(codes: WeightCodes, sizes: list[int]) -> list[WeightCodes]:

@@ -90,7 +90,7 @@ class MixedBitsFrontier:
         reached = base + self._least <= most + 1e-12 * base
         if not reached.any():
             raise UsageError(
-                "the KL of quantised weights must be reachable in 8 bits",
+                "--weight-max-kl must be reachable in 8 bits",
                 got=f"{most:g}",
                 expected=f"at least {base + self._least[-1]:.3g}",
             )

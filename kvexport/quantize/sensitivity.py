@@ -15,7 +15,7 @@ One layer is in memory at a time; the residual streams of the windows are on dis
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -23,22 +23,25 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
+from kvexport.bundle.formats import weight_format
 from kvexport.calibrate import windows as attention_windows
-from kvexport.convert.score_gradients import gradients_before_head
+from kvexport.convert.score_gradients import LayerOutputs, ScoreGradients
 from kvexport.convert.sensitivity import trial_windows
 from kvexport.convert.streams import split_windows
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.model import reference
-from kvexport.model.decoder import Decoder, Layer, Linear, Mlp, WeightCodes
+from kvexport.model.decoder import Decoder, Layer, Linear
 from kvexport.model.divergence import DivergenceMeter
 from kvexport.progress import Progress
-from kvexport.quantize.grid import Bits
+from kvexport.quantize.grid import Bits, dequantize, grid_for
 from kvexport.quantize.inputs import PARTS, LayerInputs, Products, linears_of, with_linears
-from kvexport.quantize.layers import WeightSettings, quantize_part
-from kvexport.quantize.model import quantize_embedding, quantize_head
+from kvexport.quantize.layers import PartQuantizer, WeightSettings
+from kvexport.quantize.tables import quantize_head, table_codes
 
 HEAD, EMBEDDING = "head", "embedding"
+_HEAD_INPUTS = "head inputs"
 ATTENTION = ("q", "k", "v", "o")
 
 
@@ -47,16 +50,51 @@ class WeightLoss:
     """What one weight costs in the bits of the settings and in 8 bits.
 
     Attributes:
+        weights: how many numbers it has.
         kl: mean KL in nats per prediction in the bits of the settings.
         kl_eight: the same in 8 bits.
         bytes: bytes of codes and scales in the bits of the settings.
         bytes_eight: the same in 8 bits.
     """
 
+    weights: int
     kl: float
     kl_eight: float
     bytes: int
     bytes_eight: int
+
+
+@dataclass(frozen=True)
+class WeightAnalysis:
+    """What `analyze_weights` finds.
+
+    Attributes:
+        losses: of every weight, by key: `layer_key`s, "head" and "embedding"; a tied head is a part of
+            "embedding".
+        head_inputs: second moments of the head's inputs in the trained model, [width, width]; None: the
+            method takes none.
+    """
+
+    losses: dict[str, WeightLoss]
+    head_inputs: Tensor | None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """As tensors to be saved."""
+        found = {
+            key: torch.tensor([float(value) for value in vars(loss).values()], dtype=torch.float64)
+            for key, loss in self.losses.items()
+        }
+        return found if self.head_inputs is None else found | {_HEAD_INPUTS: self.head_inputs.cpu()}
+
+    @classmethod
+    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> WeightAnalysis:
+        """The inverse of `tensors`."""
+        losses = {}
+        for key, each in tensors.items():
+            if key != _HEAD_INPUTS:
+                weights, kl, kl_eight, size, size_eight = each.tolist()
+                losses[key] = WeightLoss(int(weights), kl, kl_eight, int(size), int(size_eight))
+        return cls(losses, tensors.get(_HEAD_INPUTS))
 
 
 def layer_key(index: int, name: str) -> str:
@@ -74,25 +112,22 @@ def names_by_layer(keys: Collection[str], count: int) -> list[list[str]]:
     return names
 
 
-def measure_weight_losses(
+def analyze_weights(
     decoder: Decoder,
     windows: Tensor,
     settings: WeightSettings,
     *,
     progress: Progress | None = None,
     folder: Path | None = None,
-) -> dict[str, WeightLoss]:
+) -> WeightAnalysis:
     """Measure the loss of every weight in the bits of the settings and in 8 bits.
 
     Args:
         decoder: the model, not quantised.
-        windows: calibration tokens [N, length] int64, at least 2 windows.
+        windows: calibration tokens [N, length] int64.
         settings: format and method; weights are not corrected.
         progress: shows the stage.
         folder: where residual streams are kept meanwhile [default: the system's temporary folder].
-
-    Returns:
-        Losses by key: `layer_key`s, "head" and "embedding"; a tied head is a part of "embedding".
     """
     progress, count = progress or Progress(), len(decoder.layers)
     train, _ = split_windows(len(windows))
@@ -109,27 +144,21 @@ def measure_weight_losses(
         for index in reversed(range(count)):
             analysis.run_backward(index)
             progress.advance()
-        analysis.finish()
-    return analysis.losses
+        return analysis.finish()
 
 
 class _Analysis:
-    """Forward and backward pass.
-
-    Attributes:
-        losses: those measured so far, by key.
-    """
+    """Forward and backward pass."""
 
     def __init__(self, decoder: Decoder, tokens: Tensor, settings: WeightSettings, folder: Path) -> None:
         self._decoder, self._tokens, self._settings, self._folder = decoder, tokens, settings, folder
         count = len(tokens)
         measured = max(1, count // 3)
-        self._fitted, self._measured = range(count - measured), slice(count - measured, count)
+        self._fitted, self._measured = range(max(1, count - measured)), slice(count - measured, count)
         self._predictions = measured * (tokens.shape[1] - 1)
         with torch.no_grad():
             self._x = reference.embed(decoder.embedding, tokens)
-        self._gradients = torch.empty(0)
-        self.losses: dict[str, WeightLoss] = {}
+        self._losses: dict[str, WeightLoss] = {}
 
     @torch.no_grad()
     def run_forward(self, index: int) -> None:
@@ -142,55 +171,52 @@ class _Analysis:
     @torch.no_grad()
     def start_backward(self) -> None:
         """Measure the head, and take the gradients before it."""
-        self._gradients = gradients_before_head(self._decoder, self._x[self._measured])
-        head = self._decoder.output
-        second = Products(head.weight.shape[1], head.weight.device)
-        for at in self._fitted:
-            inputs = _before_head(self._decoder, self._x[at : at + 1])
-            second.add(inputs, inputs)
-        moments = None if self._settings.method == "nearest" else second.mean()
-
-        def quantized(bits: Bits) -> Linear:
-            return quantize_head(head, bits, self._settings.block, self._settings.dtype, moments)
-
-        self._keep(HEAD, [(self._head_kl(each), each.codes) for each in map(quantized, self._both_bits)])
+        self._gradients = ScoreGradients(self._decoder, self._x[self._measured])
+        self._fitted_inputs, self._head_inputs = self._moments_before_head()
+        self._head_kl = [self._kl_of_head(bits) for bits in self._both_bits]
 
     @property
     def _both_bits(self) -> tuple[Bits, Bits]:
         return self._settings.bits, 8
 
-    def _head_kl(self, head: Linear) -> float:
-        meter = DivergenceMeter()
-        tokens = self._tokens[self._measured]
-        for at, x in enumerate(self._x[self._measured]):
-            exact, other = (reference.logits(each, x[None]) for each in (self._decoder, self._with(head)))
-            meter.add(exact, other, tokens[at : at + 1])
-        return meter.finish().mean_kl
+    def _moments_before_head(self) -> tuple[Tensor | None, Tensor | None]:
+        """Second moments of the head's inputs over the windows that codes are fitted on, and over all."""
+        if not self._settings.carries_errors:
+            return None, None
+        width, device = self._decoder.output.weight.shape[1], self._x.device
+        fitted, every = Products(width, device), Products(width, device)
+        for at in range(len(self._x)):
+            inputs = reference.head_inputs(self._decoder, self._x[at : at + 1])
+            for each in (fitted, every) if at in self._fitted else (every,):
+                each.add(inputs, inputs)
+        return fitted.mean(), every.mean()
 
-    def _with(self, head: Linear) -> Decoder:
-        return replace(self._decoder, head=head)
+    def _kl_of_head(self, bits: Bits) -> float:
+        head = quantize_head(self._decoder.output, bits, self._settings, self._fitted_inputs)
+        meter, other = DivergenceMeter(), replace(self._decoder, head=head)
+        for tokens, x in zip(self._tokens[self._measured], self._x[self._measured], strict=True):
+            exact, rounded = (reference.logits(each, x[None]) for each in (self._decoder, other))
+            meter.add(exact, rounded, tokens[None])
+        return meter.finish().mean_kl
 
     def run_backward(self, index: int) -> None:
         from safetensors.torch import load_file
 
         layer = self._decoder.layers[index]
         file = self._folder / str(index)
-        x = load_file(file)["x"].to(self._gradients.device)
+        x = load_file(file)["x"].to(self._x.device)
         file.unlink()
         quantized = self._quantized(layer, x)
         powers = dict.fromkeys(quantized, 0.0)
-        measured = x[self._measured]
-        for batch in attention_windows.batches(range(len(measured)), x.shape[1]):
-            before, outputs = _go_back(layer, measured[batch], self._gradients[batch])
+        for _, outputs in self._gradients.batches(layer, x[self._measured]):
             for key, other in quantized.items():
                 powers[key] += _power(other, outputs, key[0] in ATTENTION)
-            self._gradients[batch] = before  # not earlier: those of outputs can be views of what it replaces
         for name in dict.fromkeys(name for name, _ in quantized):
-            found = []
-            for eight in (False, True):
-                codes = _linears(quantized[name, eight])[name].codes
-                found.append((powers[name, eight] / (2 * self._predictions), codes))
-            self._keep(layer_key(index, name), found)
+            self._keep(
+                layer_key(index, name),
+                _linears(layer)[name].weight,
+                [powers[name, eight] / (2 * self._predictions) for eight in (False, True)],
+            )
 
     @torch.no_grad()
     def _quantized(self, layer: Layer, x: Tensor) -> dict[tuple[str, bool], Layer]:
@@ -200,107 +226,62 @@ class _Analysis:
         inputs = LayerInputs(x, self._fitted)
         found: dict[tuple[str, bool], Layer] = {}
         for part in PARTS:
-            linears, moments = linears_of(layer, part), inputs.moments(layer, part)
+            linears = linears_of(layer, part)
+            quantizer = PartQuantizer(inputs.moments(layer, part), self._settings)
             for eight in (False, True):
-                quantized = quantize_part(linears, moments, self._settings, tuple(linears) if eight else ())
-                for name, linear in quantized.items():
+                for name, linear in quantizer(linears, tuple(linears) if eight else ()).items():
                     found[name, eight] = with_linears(layer, part, {name: linear})
         return found
 
     @torch.no_grad()
-    def finish(self) -> None:
+    def finish(self) -> WeightAnalysis:
         """Measure the embedding, whose error is that of the first layer's input."""
-        embedding, tokens = self._decoder.embedding, self._tokens[self._measured]
-        trained = reference.embed(embedding, tokens)
-        found = []
-        for bits in self._both_bits:
-            table = quantize_embedding(embedding, bits, self._settings.block, self._settings.dtype)
-            error = reference.embed(table, tokens) - trained
-            power = float((error * self._gradients).sum(-1).double().square().sum())
-            found.append((power / (2 * self._predictions), table.codes))
-        self._keep(EMBEDDING, found)
-        if self._decoder.head is None:  # one table, which serves both
-            head, table_loss = self.losses.pop(HEAD), self.losses[EMBEDDING]
-            self.losses[EMBEDDING] = replace(
-                table_loss, kl=table_loss.kl + head.kl, kl_eight=table_loss.kl_eight + head.kl_eight
-            )
+        decoder, kl = self._decoder, [self._kl_of_embedding(bits) for bits in self._both_bits]
+        if decoder.head is None:  # one table, which serves both
+            kl = [sum(each) for each in zip(kl, self._head_kl, strict=True)]
+        else:
+            self._keep(HEAD, decoder.head.weight, self._head_kl)
+        self._keep(EMBEDDING, decoder.embedding.weight, kl)
+        return WeightAnalysis(self._losses, self._head_inputs)
 
-    def _keep(self, key: str, found: Sequence[tuple[float, WeightCodes | None]]) -> None:
-        (kl, codes), (kl_eight, codes_eight) = found
-        assert codes is not None and codes_eight is not None
-        dtype = self._settings.dtype
-        self.losses[key] = WeightLoss(
-            kl, kl_eight, stored_bytes(codes, dtype), stored_bytes(codes_eight, dtype)
+    def _kl_of_embedding(self, bits: Bits) -> float:
+        table, settings = self._decoder.embedding, self._settings
+        used, rows = self._tokens[self._measured].unique(return_inverse=True)
+        # rows are quantised independently
+        weight = F.embedding(used.to(table.weight.device), table.weight)
+        second = self._fitted_inputs if self._decoder.head is None else None
+        codes = table_codes(weight, grid_for(table.weight, bits, settings.block), settings, second)
+        exact, rounded = (
+            reference.embed(replace(table, weight=each), rows)
+            for each in (weight, dequantize(codes).to(weight.dtype))
         )
+        products = ((rounded - exact) * self._gradients.before).sum(-1)
+        return float(products.double().square().sum()) / (2 * self._predictions)
+
+    def _keep(self, key: str, weight: Tensor, kl: Sequence[float]) -> None:
+        sizes = [stored_bytes(weight, bits, self._settings) for bits in self._both_bits]
+        self._losses[key] = WeightLoss(weight.numel(), kl[0], kl[1], sizes[0], sizes[1])
 
 
-def stored_bytes(codes: WeightCodes, dtype: torch.dtype) -> int:
-    """Bytes of codes and scales in a graph that computes in `dtype`."""
-    return codes.codes.numel() * codes.bits // 8 + codes.scales.numel() * dtype.itemsize
-
-
-def _before_head(decoder: Decoder, x: Tensor) -> Tensor:
-    """Inputs of the head, of a residual stream after the last layer."""
-    x = reference.normed(decoder.final_norm, x)
-    return x if decoder.output_projection is None else reference.linear(decoder.output_projection, x)
+def stored_bytes(weight: Tensor, bits: Bits, settings: WeightSettings) -> int:
+    """Bytes of the codes and scales of a weight [out, in] in a graph that computes in the settings' dtype."""
+    rows, columns = weight.shape
+    found = weight_format("int4" if bits == 4 else "int8", rows, columns, settings.block)
+    dtype = str(settings.dtype).removeprefix("torch.")
+    return found.data_bytes(rows, columns) + found.scale_bytes(rows, columns, dtype)
 
 
 def _linears(layer: Layer) -> dict[str, Linear]:
     return {name: linear for part in PARTS for name, linear in linears_of(layer, part).items()}
 
 
-@dataclass(frozen=True)
-class _Outputs:
-    """Inputs and outputs of attention and MLP, [B, S, hidden], and the gradients with respect to outputs."""
-
-    inner: tuple[Tensor, Tensor]
-    output: tuple[Tensor, Tensor]
-    gradient: tuple[Tensor, Tensor]
-
-
-def _go_back(layer: Layer, x: Tensor, gradients: Tensor) -> tuple[Tensor, _Outputs]:
-    """Go back through one layer.
-
-    Args:
-        layer: the layer.
-        x: the residual stream before it, [B, S, hidden].
-        gradients: gradients of scores with respect to the stream after it, same shape.
-
-    Returns:
-        Gradients with respect to `x`, and those within the layer.
-    """
-    inner: list[Tensor] = []
-    outputs: list[Tensor] = []
-
-    def attend(normed: Tensor) -> Tensor:
-        inner.append(normed)
-        outputs.append(attention_windows.attend(layer.attention, normed))
-        return outputs[-1]
-
-    def feed(mlp: Mlp, normed: Tensor) -> Tensor:
-        inner.append(normed)
-        outputs.append(reference.mlp(mlp, normed))
-        return outputs[-1]
-
-    before = x.clone().requires_grad_()
-    with torch.enable_grad():
-        after = reference.run_block(layer, before, attend, feed).residual
-    first, *rest = torch.autograd.grad(after, (before, *outputs), gradients)
-    attention, mlp = range(2)
-    return first, _Outputs(
-        (inner[attention].detach(), inner[mlp].detach()),
-        (outputs[attention].detach(), outputs[mlp].detach()),
-        (rest[attention], rest[mlp]),
-    )
-
-
 @torch.no_grad()
-def _power(layer: Layer, outputs: _Outputs, in_attention: bool) -> float:
+def _power(layer: Layer, found: LayerOutputs, in_attention: bool) -> float:
     """Σ_t (gᵀ_t Δo_t)² of a layer of which one linear map is quantised."""
     at = 0 if in_attention else 1
     if in_attention:
-        output = attention_windows.attend(layer.attention, outputs.inner[at])
+        output = attention_windows.attend(layer.attention, found.inputs[at])
     else:
-        output = reference.mlp(layer.mlp, outputs.inner[at])
-    products = ((output - outputs.output[at]) * outputs.gradient[at]).sum(-1)
+        output = reference.mlp(layer.mlp, found.inputs[at])
+    products = ((output - found.outputs[at]) * found.gradients[at]).sum(-1)
     return float(products.double().square().sum())

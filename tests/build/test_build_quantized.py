@@ -20,6 +20,7 @@ from kvexport.runtime.self_test.verdict import self_test
 from kvexport.validate import validate_bundle
 
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "head_dim": 32, "vocab_size": 68}
+ALL_IN_4_BITS = ("--weight-bits", "4.501")  # least possible
 OPTIONS = ("--calibration", "random", "--samples", "8", "--length", "32", "--no-cache", "--json")
 
 
@@ -34,9 +35,8 @@ def built(checkpoint: Path, output: Path, *options: str) -> dict[str, Any]:
 def test_a_quantised_bundle_is_validated_as_tightly_as_a_float_one(
     name: str, tiny_checkpoint: Any, tmp_path: Path
 ) -> None:
-    report = built(
-        tiny_checkpoint("llama", **SIZES), tmp_path / "bundle", "--weights", name, "--kv-heads", "1"
-    )
+    options = ("--weights", name, "--kv-heads", "1", *(ALL_IN_4_BITS if name == "int4" else ()))
+    report = built(tiny_checkpoint("llama", **SIZES), tmp_path / "bundle", *options)
     assert report["validation"]["gate"]["max_error"] == 1e-3 and report["validation"]["failures"] == []
     assert 0 < report["quantization"]["mean_kl"] < (0.5 if name == "int4" else 5e-3)
     assert report["divergence"]["mean_kl"] > 0  # from compression, reported apart
@@ -142,6 +142,8 @@ def test_gptq_loses_less_than_rounding_and_records_its_calibration(
     checkpoint, losses = tiny_checkpoint("llama", **SIZES), dict[str, float]()
     for method in ("gptq", "nearest"):
         options = ("--weights", "int4", "--embedding-weights", "float32", "--head-weights", "float32")
+        if method == "gptq":
+            options += ALL_IN_4_BITS
         report = built(
             checkpoint,
             tmp_path / method,
@@ -153,3 +155,80 @@ def test_gptq_loses_less_than_rounding_and_records_its_calibration(
         assert (report["calibration"] is not None) == (method == "gptq")
         assert validate_bundle(tmp_path / method, Progress(), "cpu").failures == ()
     assert losses["gptq"] < 0.7 * losses["nearest"]
+
+
+MIXED = ("--weights", "int4", "--kv-ratio", "1", "--samples", "64")
+
+
+def bits_of(path: Path) -> set[str]:
+    return {each.format for each in Bundle.open(path).weights.formats}
+
+
+@pytest.mark.slow
+def test_the_most_sensitive_weights_get_8_bits(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("llama", tie_word_embeddings=True, **SIZES)
+    ends = {}
+    for name, options in {"fewest": ALL_IN_4_BITS, "most": ("--weight-bits", "9")}.items():
+        ends[name] = built(checkpoint, tmp_path / name, *MIXED, *options)
+    assert ends["fewest"]["weight_bits"]["eight_bits"] == []
+    assert len(ends["most"]["weight_bits"]["eight_bits"]) == 2 * 7 + 1
+    assert bits_of(tmp_path / "fewest") == {"int4"} and bits_of(tmp_path / "most") == {"int8"}
+    least, most = (ends[name]["weight_bits"] for name in ("most", "fewest"))
+    kl = (least["predicted_kl"] * most["predicted_kl"]) ** 0.5
+    for name, options in {"bits": ("--weight-bits", "5.7"), "kl": ("--weight-max-kl", str(kl))}.items():
+        report = built(checkpoint, tmp_path / name, *MIXED, *options)
+        chosen, loss = report["weight_bits"], report["quantization"]["mean_kl"]
+        assert most["bytes"] < chosen["bytes"] < least["bytes"]
+        assert least["predicted_kl"] < chosen["predicted_kl"] < most["predicted_kl"]
+        assert ends["most"]["quantization"]["mean_kl"] < loss < ends["fewest"]["quantization"]["mean_kl"]
+        assert 1 / 3 < chosen["predicted_kl"] / loss < 3
+        assert (chosen["bits"] <= 5.7) if name == "bits" else (chosen["predicted_kl"] <= kl)
+        names = {each.partition(".")[2] or each for each in chosen["eight_bits"]}
+        assert names <= {"q", "k", "v", "o", "gate", "up", "down", "embedding"}
+        assert "weight-analysis" in report["seconds"]
+        assert bits_of(tmp_path / name) == {"int4", "int8"}
+    assert validate_bundle(tmp_path / "kl", Progress(), "cpu").failures == ()
+    assert Bundle.open(tmp_path / "kl").model.tie_word_embeddings is True
+
+
+def test_a_loss_out_of_reach_is_refused(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    code, _, err = run_kvexport(
+        "build",
+        tiny_checkpoint("llama", **SIZES),
+        *("-o", tmp_path / "no"),
+        *(*OPTIONS, *MIXED, "--weight-max-kl", "1e-9"),
+    )
+    assert code == 2 and "--weight-max-kl must be reachable in 8 bits" in err and "at least" in err
+    assert not (tmp_path / "no").exists()
+
+
+def test_given_formats_are_no_part_of_the_choice(tiny_checkpoint: Any, tmp_path: Path) -> None:
+    checkpoint = tiny_checkpoint("llama", **SIZES)
+    options = (*MIXED, "--weight-bits", "9", "--head-weights", "int4", "--embedding-weights", "float32")
+    report = built(checkpoint, tmp_path / "bundle", *options)
+    weights = Bundle.open(tmp_path / "bundle").weights
+    assert (weights.head, weights.embedding) == (WeightFormat("int4", 64), WeightFormat("float32"))
+    assert not {"head", "embedding"} & {*report["weight_bits"]["eight_bits"]}
+    plain = built(checkpoint, tmp_path / "plain", *MIXED, "--weight-method", "nearest")
+    assert plain["weight_bits"] is None and bits_of(tmp_path / "plain") == {"int4"}
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--weights", "int4", "--weight-bits", "4.3"), "expected: at least 4.501"),
+        (("--weights", "int4", "--weight-bits", "5", "--weight-max-kl", "1"), "must not be given together"),
+        (("--weights", "int4", "--weight-bits", "nan"), "--weight-bits must be a finite number > 0"),
+        (("--weights", "int4", "--weight-max-kl", "0"), "--weight-max-kl must be a finite number > 0"),
+        (("--weights", "int8", "--weight-bits", "5"), "must be given with --weights int4"),
+        (("--weight-max-kl", "5"), "must be given with --weights int4"),
+        (("--weights", "int4", "--weight-method", "nearest", "--weight-bits", "5"), "--weight-method that"),
+    ],
+)
+def test_rejects_bits_that_cannot_be(
+    options: tuple[str, ...], message: str, tiny_checkpoint: Any, tmp_path: Path
+) -> None:
+    checkpoint = tiny_checkpoint("llama", **SIZES)
+    code, _, err = run_kvexport("build", checkpoint, "-o", tmp_path / "bundle", *OPTIONS, *options)
+    assert code == 2 and message in " ".join(err.split()), err
+    assert not (tmp_path / "bundle").exists()

@@ -382,3 +382,32 @@ def test_an_entry_that_a_build_reads_is_not_removed(source: Path, tmp_path: Path
     built(source, tmp_path / "b", build_cache, hooks=BuildHooks(graph_layer=clean))
     assert freed == [0, 0] and same(tmp_path / "a", tmp_path / "b")
     assert CacheFolder(build_cache).clean() > 0  # control
+
+
+def test_a_second_build_with_other_bits_skips_the_weight_analysis(
+    tiny_checkpoint: Checkpoints, tmp_path: Path, build_cache: Path
+) -> None:
+    source = tiny_checkpoint("llama", hidden_size=64, intermediate_size=128, vocab_size=68)
+
+    def weighed(name: str, bits: float, **others: Any) -> BuildReport:
+        options = BuildOptions(
+            RECIPE,
+            CompressionRequest(kv_ratio=1),
+            cache=build_cache,
+            weights="int4",
+            weight_bits=bits,
+            **others,
+        )
+        return build(source, tmp_path / name, options, Progress(), capacity=64)
+
+    first = weighed("first", 5.0)
+    assert "weight-analysis" in first.seconds and "weight-analysis" not in first.reused
+    second = weighed("second", 6.0)
+    assert "weight-analysis" in second.reused and "weight-analysis" not in second.seconds
+    assert first.weight_bits is not None and second.weight_bits is not None
+    assert first.weight_bits.predicted_kl > second.weight_bits.predicted_kl
+    assert not same(tmp_path / "first", tmp_path / "second")
+    assert "weight-analysis" in weighed("block", 6.0, weight_block=32).seconds  # control: other settings
+    assert CacheFolder(build_cache).clean() > 0
+    alone = weighed("alone", 6.0)
+    assert "weight-analysis" in alone.seconds and same(tmp_path / "second", tmp_path / "alone")

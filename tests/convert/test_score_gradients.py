@@ -12,7 +12,7 @@ from support.decoders import make_decoder, random_windows
 from torch import Tensor
 
 from kvexport.calibrate import windows as attention_windows
-from kvexport.convert.score_gradients import ScoreGradients
+from kvexport.convert.score_gradients import ScoreGradients, _through_layer
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder
 
@@ -107,3 +107,26 @@ def test_gradients_leave_the_decoder_without_gradients() -> None:
     weight = decoder.layers[0].attention.o.weight
     gradients_of(decoder, random_windows(decoder, 2, 6))
     assert weight.grad is None and not weight.requires_grad
+
+
+@pytest.mark.parametrize("style", ["qwen3", "bloom"])
+def test_gradients_in_a_layer_are_those_of_autograd(style: str) -> None:
+    decoder = make_decoder(style)
+    layer = decoder.layers[0]
+    x = reference.embed(decoder.embedding, random_windows(decoder, 2, 8)).requires_grad_()
+    weights = torch.randn(x.shape, generator=torch.Generator().manual_seed(3), dtype=x.dtype)
+    before, found = _through_layer(layer, x.detach(), weights)
+
+    def score(x: Tensor, of_attention: Tensor, of_mlp: Tensor) -> Tensor:
+        output = reference.run_block(
+            layer,
+            x,
+            lambda a: attention_windows.attend(layer.attention, a) + of_attention,
+            lambda mlp, a: reference.mlp(mlp, a) + of_mlp,
+        )
+        return (output.residual * weights).sum()
+
+    zeros = [torch.zeros_like(x, requires_grad=True) for _ in range(2)]
+    expected = torch.autograd.grad(score(x, *zeros), (x, *zeros))
+    for each, whole in zip((before, *found.gradients), expected, strict=True):
+        torch.testing.assert_close(each, whole)

@@ -13,7 +13,7 @@ from kvexport.calibrate import windows as attention_windows
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer
 from kvexport.quantize.awq import channel_scales, fold_channel_scales
-from kvexport.quantize.grid import grid_for, quantized, round_to_nearest
+from kvexport.quantize.grid import quantized, round_to_nearest
 from kvexport.quantize.inputs import LayerInputs
 
 
@@ -99,4 +99,3 @@ def test_moments_use_the_maps_as_they_are() -> None:
     for part in ("qkv", "o", "gate_up"):
         assert torch.equal(inputs.second_moments(other, part), inputs.second_moments(layer, part))
     assert not torch.equal(inputs.second_moments(other, "down"), inputs.second_moments(layer, "down"))
-    assert grid_for(32, 4).block == 32

@@ -85,12 +85,22 @@ def test_weights_beyond_float16_are_refused() -> None:
     round_to_nearest(weight, 4, 32, torch.bfloat16)
 
 
-def test_grid_of_a_width() -> None:
-    assert grid_for(4096, 4) == Grid(4, 128)
-    assert grid_for(576, 4) == Grid(4, 64)
-    assert grid_for(96, 4) == Grid(4, 32)
-    assert grid_for(4096, 4, largest=32) == Grid(4, 32)
-    assert grid_for(40, 4) == Grid(8)
-    assert grid_for(4096, 8) == Grid(8)
+@pytest.mark.parametrize(
+    ("shape", "bits", "largest", "expected"),
+    [
+        ((2, 4096), 4, 128, Grid(4, 128)),
+        ((2, 576), 4, 128, Grid(4, 64)),
+        ((2, 96), 4, 128, Grid(4, 32)),
+        ((2, 4096), 4, 32, Grid(4, 32)),
+        ((2, 40), 4, 128, Grid(8)),
+        ((3, 4096), 4, 128, Grid(8)),  # TensorRT takes an even number of rows
+        ((2, 4096), 8, 128, Grid(8)),
+    ],
+)
+def test_grid_of_a_weight(shape: tuple[int, int], bits: int, largest: int, expected: Grid) -> None:
+    assert grid_for(torch.zeros(shape), bits, largest) == expected
+
+
+def test_a_block_must_divide_the_columns() -> None:
     with pytest.raises(ValueError, match="must divide"):
         round_to_nearest(torch.zeros(2, 40), 4, 32, torch.float32)

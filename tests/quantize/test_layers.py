@@ -112,23 +112,6 @@ def test_correction_of_equal_streams_changes_nothing() -> None:
     assert not torch.equal(corrected.mlp.down.weight, plain.mlp.down.weight)  # its inputs differ already
 
 
-def test_refit_sees_quantised_inputs_and_comes_before_o_is_quantised() -> None:
-    layer, x = stream()
-    calls: list[Layer] = []
-
-    def refit(given: Layer) -> Linear:
-        calls.append(given)
-        return Linear(2 * given.attention.o.weight)
-
-    quantized = quantize_layer(layer, COARSE, LayerInputs(x, range(8)), refit=refit)
-    (given,) = calls
-    assert given.attention.q.codes is not None and given.attention.v.codes is not None
-    assert given.attention.o is layer.attention.o
-    plain = quantize_layer(layer, COARSE, LayerInputs(x, range(8)))
-    assert torch.equal(quantized.attention.o.codes.codes, plain.attention.o.codes.codes)
-    assert torch.equal(quantized.attention.o.codes.scales, 2 * plain.attention.o.codes.scales)
-
-
 def test_round_to_nearest_needs_no_inputs() -> None:
     layer, _ = stream()
     quantized = quantize_layer(layer, WeightSettings(block=32, method="nearest"))

@@ -19,8 +19,8 @@ def random_losses(count: int = 10, unit: int = 48, seed: int = 0) -> dict[str, W
     for index in range(count):
         size = unit * draw.randint(1, 12)
         kl = draw.random() ** 3
-        losses[f"{index}.down"] = WeightLoss(kl, kl * draw.random() / 100, size, 2 * size)
-    losses["0.o"] = WeightLoss(0.02, 0.02, 700, 700)  # 8 bits already: no block divides it
+        losses[f"{index}.down"] = WeightLoss(size, kl, kl * draw.random() / 100, size, 2 * size)
+    losses["0.o"] = WeightLoss(700, 0.02, 0.02, 700, 700)  # 8 bits already: no block divides it
     return losses
 
 
