@@ -162,16 +162,19 @@ class Bench:
         return converted, [each.report for each in layers]
 
     @torch.no_grad()
-    def divergences(self, run: Run, most: int | None = None) -> dict[str, Any]:
+    def divergences(
+        self, run: Run, most: int | None = None, decoder: Decoder | None = None
+    ) -> dict[str, Any]:
         """By text, how far predictions are from the trained model's, over at most so many windows spread
-        evenly."""
+        evenly; `decoder` has the final norm and the head of the other model [the trained ones]."""
         found = {}
         for name, text in self.texts.items():
             windows, trained = spread(text.windows, most), spread(text.original, most)
             meter, stream = DivergenceMeter(), run(windows)
             for at in range(len(stream)):
                 one = slice(at, at + 1)
-                original, ours = (reference.logits(self.decoder, each[one]) for each in (trained, stream))
+                original = reference.logits(self.decoder, trained[one])
+                ours = reference.logits(decoder or self.decoder, stream[one])
                 meter.add(original, ours, windows[one])
             found[name] = meter.finish().to_json()
         return found

@@ -1,6 +1,7 @@
 """Measure the loss from integer weights: ours beside llama.cpp's and onnxruntime-genai's formats.
 
-The linear maps of the layers are quantised, embedding and head stay in float. Every row is compared with the
+In the rows "whole: ..." all weights of the model are quantised, and ours by the code of a build. In the
+others the linear maps of the layers are, and embedding and head stay in float. Every row is compared with the
 same float32 logits of the same evaluation windows, in PyTorch. Scales are in float16 in all rows. The record
 (OUTPUT.json) and its table (OUTPUT.md) are rewritten after every row; --resume continues them.
 
@@ -18,7 +19,7 @@ import platform
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -30,28 +31,37 @@ from torch import Tensor
 
 import kvexport.quantize
 from kvexport import __version__
+from kvexport.build.options import BuildOptions
+from kvexport.build.quantization import WeightQuantization, requested_formats, weight_settings
+from kvexport.build.report import WeightBits
+from kvexport.build.weight_analysis import choose_bits
+from kvexport.bundle.formats import default_block
 from kvexport.calibrate import recipe_for
 from kvexport.errors import UsageError
-from kvexport.model.decoder import Decoder, Layer
+from kvexport.model.decoder import Decoder, Linear
 from kvexport.quantize.inputs import PARTS, linears_of, with_linears
 from kvexport.quantize.layers import WeightSettings
-from kvexport.quantize.method_names import Method
+from kvexport.quantize.method_names import DEFAULT_BITS, Method
 from kvexport.quantize.model import LayerQuantizer, quantize_layers
+from kvexport.quantize.sensitivity import EMBEDDING, HEAD, WeightAnalysis, analyze_weights
 
 BLOCKS = (32, 64, 128)
 _PUBLISHED: tuple[Method, ...] = ("clip", "gptq", "awq", "awq+gptq")
 _CORRECTED: tuple[Method, ...] = ("gptq", "awq+gptq")
 _SCALE_BITS = 16
+_BUDGET = 5.0  # bits of a weight in Q4_1
 _LLAMA_CPP = {"Q8_0": 8.5, "Q4_0": 4.5, "Q4_1": 5.0}  # bits of a weight
 _PACKAGES = ("gguf", "onnxruntime")
 
 
 @dataclass(frozen=True)
 class Quantized:
-    """The layers of a row, and the bits of a weight in them with its share of scales."""
+    """The model of a row, the bits of a weight in what is quantised with its share of scales, and the choice
+    of bits."""
 
-    layers: list[Layer]
+    decoder: Decoder
     bits: float
+    chosen: WeightBits | None = None
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -104,7 +114,13 @@ def run(arguments: argparse.Namespace) -> dict[str, Any]:
         "kvexport": __version__,
         "torch": torch.__version__,
         "packages": {package: _version(package) for package in _PACKAGES},
-        "code_sha256": code_digest([*sorted(quantize.glob("*.py")), Path(__file__)]),
+        "code_sha256": code_digest(
+            [
+                *sorted(quantize.glob("*.py")),
+                *(quantize.parent / "build" / f"{name}.py" for name in ("quantization", "weight_analysis")),
+                Path(__file__),
+            ]
+        ),
         "conversion_code_sha256": source_digest(),
     }
     machine = f"{platform.machine()}, {torch.get_num_threads()} threads"
@@ -144,23 +160,84 @@ def _rows(decoder: Decoder, windows: Tensor) -> dict[str, Callable[[], Quantized
             rows[f"{method}, corrected, block {block}"] = partial(
                 _ours, decoder, windows, replace(corrected, method=method)
             )
+    return rows | _whole_rows(decoder, windows)
+
+
+def _whole_rows(decoder: Decoder, windows: Tensor) -> dict[str, Callable[[], Quantized]]:
+    """The rows in which embedding and head are quantised, too."""
+    build = partial(_built, decoder, windows, cache(partial(analyze_weights, decoder, windows)))
+    rows: dict[str, Callable[[], Quantized]] = {}
+    rows["whole: default"] = build
+    for name in _LLAMA_CPP:
+        rows[f"whole: llama.cpp {name}"] = partial(_of_llama_cpp, decoder, name, whole=True)
+    rows["whole: onnxruntime-genai int4, block 32"] = partial(_of_genai, decoder, 32, whole=True)
+    for tables in ("head", "embedding"):
+        options = {f"{tables}_weights": "int8"}
+        rows[f"whole: {tables} int8, {_BUDGET:g} bits"] = partial(build, **options)
+    for block in (64, 32, 128):
+        for bits in (5.0, 4.75, 4.5):
+            if (bits, block) != (DEFAULT_BITS, default_block(decoder.dims.hidden_size)):
+                name = f"whole: {bits:g} bits, block {block}"
+                rows[name] = partial(build, weight_bits=bits, weight_block=block)
+    for method in ("awq+gptq", "awq", "clip"):
+        rows[f"whole: {_BUDGET:g} bits, {method}"] = partial(build, weight_method=method, weight_bits=_BUDGET)
+    rows["whole: int8"] = partial(build, weights="int8")
     return rows
+
+
+def _built(
+    decoder: Decoder, windows: Tensor, analyze: Callable[[WeightSettings], WeightAnalysis], **given: Any
+) -> Quantized:
+    """The model as a build stores it. If the format of a table is given, the mean of all weights is that of
+    the budget.
+    """
+    options = BuildOptions(recipe_for("random"), **{"dtype": "float16", "weights": "int4"} | given)
+    formats = requested_formats(options, decoder)
+    settings = weight_settings(options, formats)
+    chosen = head_inputs = None
+    if options.mixes_bits:
+        analysis = analyze(settings)
+        if options.head_weights or options.embedding_weights:
+            options = replace(options, weight_bits=_remaining_bits(decoder, options, analysis))
+        formats, chosen = choose_bits(decoder, options, analysis.losses)
+        head_inputs = analysis.head_inputs
+    quantization = WeightQuantization(decoder, formats, windows, settings, head_inputs=head_inputs)
+    layers = [quantization.quantize(layer) for layer in decoder.layers]
+    made = replace(quantization.decoder, layers=layers)
+    return Quantized(made, _bits(made), chosen)
+
+
+def _remaining_bits(decoder: Decoder, options: BuildOptions, analysis: WeightAnalysis) -> float:
+    """Bits of the weights whose format is not given, if all weights together have the budget."""
+    fixed = {HEAD, EMBEDDING} if decoder.head is None else {HEAD if options.head_weights else EMBEDDING}
+    losses = analysis.losses
+    left = _BUDGET * sum(each.weights for each in losses.values())
+    left -= sum(8 * losses[key].bytes_eight for key in fixed if key in losses)
+    return left / sum(each.weights for key, each in losses.items() if key not in fixed)
+
+
+def _bits(decoder: Decoder) -> float:
+    """Mean bits of all weights that have codes."""
+    bits = weights = 0
+    codes_of_all = [decoder.embedding.codes, None if decoder.head is None else decoder.head.codes]
+    for layer in decoder.layers:
+        for part in PARTS:
+            codes_of_all += [each.codes for each in linears_of(layer, part).values()]
+    for codes in codes_of_all:
+        if codes is not None:
+            weights += codes.codes.numel()
+            bits += codes.bits * codes.codes.numel() + _SCALE_BITS * codes.scales.numel()
+    return bits / weights
 
 
 def _ours(decoder: Decoder, windows: Tensor | None, settings: WeightSettings) -> Quantized:
     layers = [each.layer for each in quantize_layers(decoder, windows, LayerQuantizer(settings))]
-    bits = weights = 0
-    for layer in layers:
-        for part in PARTS:
-            for linear in linears_of(layer, part).values():
-                assert linear.codes is not None
-                weights += linear.weight.numel()
-                bits += linear.codes.bits * linear.weight.numel() + _SCALE_BITS * linear.codes.scales.numel()
-    return Quantized(layers, bits / weights)
+    made = replace(decoder, layers=layers)
+    return Quantized(made, _bits(made))
 
 
-def _of_llama_cpp(decoder: Decoder, name: str) -> Quantized:
-    """All linear maps of the layers in a format of llama.cpp, by the gguf package.
+def _of_llama_cpp(decoder: Decoder, name: str, *, whole: bool = False) -> Quantized:
+    """All linear maps of the layers in a format of llama.cpp, by the gguf package; `whole`: the tables, too.
 
     Raises:
         UsageError: the package is not installed.
@@ -174,12 +251,18 @@ def _of_llama_cpp(decoder: Decoder, name: str) -> Quantized:
     def restored(weight: Tensor) -> Tensor:
         return torch.from_numpy(quants.dequantize(quants.quantize(weight.numpy(), kind), kind))
 
-    return Quantized(_mapped(decoder, restored), _LLAMA_CPP[name])
+    made = _mapped(decoder, restored)
+    if whole:
+        embedding = replace(decoder.embedding, weight=restored(decoder.embedding.weight))
+        head = None if decoder.head is None else _with_weight(decoder.head, restored)
+        made = replace(made, embedding=embedding, head=head)
+    return Quantized(made, _LLAMA_CPP[name])
 
 
-def _of_genai(decoder: Decoder, block: int) -> Quantized:
+def _of_genai(decoder: Decoder, block: int, *, whole: bool = False) -> Quantized:
     """All linear maps of the layers as onnxruntime-genai's model builder stores them by default in int4:
-    onnxruntime's MatMulNBits quantizer, symmetric, here with scales in float16.
+    onnxruntime's MatMulNBits quantizer, symmetric, here with scales in float16. `whole`: the head, too; the
+    embedding is in float16, which counts.
 
     Raises:
         UsageError: onnxruntime is not installed, or its quantizer has another interface.
@@ -204,19 +287,39 @@ def _of_genai(decoder: Decoder, block: int) -> Quantized:
         steps = torch.from_numpy(scales).reshape(len(weight), -1, 1).half().float()
         return (codes * steps).flatten(1)[:, : weight.shape[1]]
 
-    return Quantized(_mapped(decoder, restored), 4 + _SCALE_BITS / block)
+    made, bits = _mapped(decoder, restored), 4 + _SCALE_BITS / block
+    if not whole:
+        return Quantized(made, bits)
+    made = replace(made, head=_with_weight(decoder.output, restored))
+    others = decoder.embedding.weight.numel()
+    weights = sum(tensor.numel() for tensor in _matrices(decoder)) + made.output.weight.numel()
+    return Quantized(made, (bits * weights + 16 * others) / (weights + others))
 
 
-def _mapped(decoder: Decoder, restored: Callable[[Tensor], Tensor]) -> list[Layer]:
-    """The layers with a function of each linear map's weight."""
+def _mapped(decoder: Decoder, restored: Callable[[Tensor], Tensor]) -> Decoder:
+    """The decoder with a function of the weight of each linear map of its layers."""
     layers = []
     for layer in decoder.layers:
         for part in PARTS:
             linears = linears_of(layer, part).items()
-            changed = {name: replace(linear, weight=restored(linear.weight)) for name, linear in linears}
+            changed = {name: _with_weight(linear, restored) for name, linear in linears}
             layer = with_linears(layer, part, changed)
         layers.append(layer)
-    return layers
+    return replace(decoder, layers=layers)
+
+
+def _with_weight(linear: Linear, restored: Callable[[Tensor], Tensor]) -> Linear:
+    return replace(linear, weight=restored(linear.weight))
+
+
+def _matrices(decoder: Decoder) -> list[Tensor]:
+    """Weights of the linear maps of the layers."""
+    return [
+        linear.weight
+        for layer in decoder.layers
+        for part in PARTS
+        for linear in linears_of(layer, part).values()
+    ]
 
 
 def _row(bench: Bench, make: Callable[[], Quantized]) -> dict[str, Any]:
@@ -224,12 +327,17 @@ def _row(bench: Bench, make: Callable[[], Quantized]) -> dict[str, Any]:
     start = time.perf_counter()
     made = make()
     seconds = time.perf_counter() - start
-    decoder = replace(bench.decoder, layers=made.layers)
-    return {
+    figures = {
         "bits": round(made.bits, 3),
-        "texts": bench.divergences(Made.of(decoder).run),
+        "texts": bench.divergences(Made.of(made.decoder).run, decoder=made.decoder),
         "seconds": round(seconds, 1),
     }
+    if made.chosen is not None:
+        figures |= {
+            "predicted_kl": made.chosen.predicted_kl,
+            "eight_bits": list(made.chosen.eight_bits),
+        }
+    return figures
 
 
 def _version(package: str) -> str | None:
@@ -247,8 +355,9 @@ def markdown(record: dict[str, Any]) -> str:
         f"# Integer weights: {settings['model']['name']}",
         "",
         "Mean KL to the float32 model in nats per token, and share of predictions with the same most likely "
-        "token; linear maps of the layers only, embedding and head in float32. Bits of a weight include its "
-        f"share of scales. Calibrated on {calibration['windows']} windows; evaluated on "
+        "token. Bits of a weight include its share of scales. Rows of the whole model have all weights "
+        "quantised; the others have the linear maps of the layers quantised, embedding and head in float32. "
+        f"Calibrated on {calibration['windows']} windows; evaluated on "
         + ", ".join(f"{each['windows']} windows of {name}" for name, each in settings["texts"].items())
         + f" of {settings['length']} tokens.",
         "",

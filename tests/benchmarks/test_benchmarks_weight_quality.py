@@ -47,5 +47,15 @@ def test_rows_by_format(tiny_checkpoint: Any, tmp_path: Path) -> None:
     bits = {name: row["bits"] for name, row in record["rows"].items()}
     assert bits["llama.cpp Q4_0"] == bits["gptq, block 32"] == bits["nearest, block 32"] == 4.5
     assert f"| {kl['gptq, block 32']:.4f} |" in output.with_suffix(".md").read_text()
+    whole = ["whole: default", "whole: llama.cpp Q4_1", "whole: head int8*", "whole: onnx*"]
+    weight_quality.main([*arguments, "--resume", "--only", *whole])
+    rows = json.loads(output.with_suffix(".json").read_text())["rows"]
+    default, other = rows["whole: default"], rows["whole: head int8, 5 bits"]
+    assert 4.75 < default["bits"] <= 5 and 4.75 < other["bits"] <= 5
+    assert default["eight_bits"] and default["predicted_kl"] > 0
+    assert rows["whole: onnxruntime-genai int4, block 32"]["bits"] > 4.5
+    assert (
+        default["texts"]["letters"]["mean_kl"] < rows["whole: llama.cpp Q4_1"]["texts"]["letters"]["mean_kl"]
+    )
     with pytest.raises(SystemExit):  # other evaluation windows
         weight_quality.main([*arguments, "--resume", "--windows", "3"])
