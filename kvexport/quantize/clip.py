@@ -1,8 +1,8 @@
 """Clip search: the scale of each block that gives the least activation-weighted error of round to nearest.
 
-A block w with scale s loses Σ_i E[x_i²] (w_i - q_i)². A scale below max|w| / m clips the largest weights and
-rounds all others more finely. GPTQ must not use these scales: weights that carry the errors of others
-saturate.
+A block w with scale s loses Σ_i E[x_i²] (w_i - q_i)². A scale below that of `absmax_scales` clips the largest
+weights and rounds all others more finely. GPTQ must not use these scales: weights that carry the errors of
+others saturate.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from kvexport.quantize.grid import (
     rounded_scales,
 )
 
-SHARES = tuple(1 - 0.02 * step for step in range(26))  # of max|w| / m, 1 to 0.5
+SHARES = tuple(1 - 0.02 * step for step in range(26))  # of `absmax_scales`, 1 to 0.5
 
 
 def clipped_scales(weight: Tensor, power: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Scales of least activation-weighted error among `SHARES` of max|w| / m.
+    """Scales of least activation-weighted error among `SHARES` of `absmax_scales`.
 
     Args:
         weight: [out, in].

@@ -10,7 +10,7 @@ so that q_i is the code nearest to w_i + Σ_{j<i} (w_j - q_j) U_ji / U_ii. These
 3 of the paper, whose Cholesky factor of H⁻¹ is U⁻¹ (section 3.3, step 3), without the inverse: one Cholesky
 factorisation, and feedback in products of matrices by recursive halving (the paper's lazy batches).
 
-Scales are the largest magnitudes of the blocks of the given weight, at their place in the original order
+Scales are those that clip no weight of the blocks of the given weight, at their place in the original order
 (static groups), and do not change.
 """
 
@@ -21,7 +21,7 @@ from torch import Tensor
 
 from kvexport.errors import KvexportError
 from kvexport.model.decoder import WeightCodes
-from kvexport.quantize.grid import Grid, absmax_scales, largest_code, pack, require_finite
+from kvexport.quantize.grid import Grid, absmax_scales, code_range, pack, require_finite
 
 DAMPING = 0.1  # of the mean of H's diagonal; the paper has 0.01, which loses more where calibration is short
 _WIDE = 8192  # columns up to which H is factorised in float64; its memory and time grow beyond
@@ -93,7 +93,7 @@ class Factor:
         block = weight.shape[1] // scales.shape[1]
         columns = weight.T[self.order].to(work)  # [in, out]: a column of the weight is contiguous
         steps = scales.T[self.order // block].to(work)  # [in, out]
-        codes = _round_columns(columns, steps, self._feedback.to(work), largest_code(grid.bits))
+        codes = _round_columns(columns, steps, self._feedback.to(work), code_range(grid.bits))
         restored = torch.empty_like(codes)
         restored[self.order] = codes
         return pack(restored.T.contiguous(), scales, grid.bits, dtype)
@@ -121,14 +121,14 @@ def _feedback(second: Tensor, order: Tensor, damping: float) -> Tensor:
     return upper / upper.diagonal()
 
 
-def _round_columns(columns: Tensor, steps: Tensor, feedback: Tensor, m: int) -> Tensor:
+def _round_columns(columns: Tensor, steps: Tensor, feedback: Tensor, limits: tuple[int, int]) -> Tensor:
     """Codes [in, out] of columns [in, out] with scales `steps` of the same shape.
 
     Args:
         columns: the weight; it is overwritten with what remains of it, w - q.
         steps: the scale of each number.
         feedback: [in, in], as `_feedback` returns it.
-        m: the largest code.
+        limits: the least and the largest code.
     """
     codes = torch.empty_like(columns)
     compensation = torch.zeros_like(columns)  # Σ_j (w_j - q_j) U_ji / U_ii of the columns rounded so far
@@ -142,7 +142,7 @@ def _round_columns(columns: Tensor, steps: Tensor, feedback: Tensor, m: int) -> 
             return
         for i in range(start, stop):
             step = steps[i]
-            code = ((columns[i] + compensation[i]) / step).round_().clamp_(-m, m)
+            code = ((columns[i] + compensation[i]) / step).round_().clamp_(*limits)
             codes[i] = code
             columns[i] -= code * step
             if i + 1 < stop:

@@ -1,8 +1,9 @@
 """Symmetric integer codes of weights: blocks, scales, round to nearest.
 
 A weight [out, in] is divided, row by row, into blocks of adjacent columns. A block w has one scale s > 0 and
-the codes c = clip(round(w / s), -m, m), m = 2^(bits - 1) - 1, which stand for c · s. There is no zero point:
-this is ONNX DequantizeLinear in the form that every supported engine takes.
+the codes c = clip(round(w / s), least, largest), which stand for c · s. There is no zero point: this is ONNX
+DequantizeLinear in the form that every supported engine takes. Codes are in [-8, 7] in 4 bits, of which none
+can be spared, and in [-127, 127] in 8 bits.
 
 Scales are rounded to the data type that the graph computes in before codes are chosen, so that the codes fit
 the scales that the engine sees.
@@ -51,9 +52,9 @@ def grid_for(weight: Tensor, bits: Bits, largest: int = BLOCKS[0]) -> Grid:
     return Grid(4 if chosen.format == "int4" else 8, chosen.block)
 
 
-def largest_code(bits: Bits) -> int:
-    """m = 2^(bits - 1) - 1; codes are in [-m, m]."""
-    return (1 << (bits - 1)) - 1
+def code_range(bits: Bits) -> tuple[int, int]:
+    """The least and the largest code."""
+    return (-8, 7) if bits == 4 else (-127, 127)
 
 
 def in_blocks(weight: Tensor, block: int | None) -> Tensor:
@@ -70,9 +71,12 @@ def in_blocks(weight: Tensor, block: int | None) -> Tensor:
 
 
 def absmax_scales(weight: Tensor, grid: Grid, dtype: torch.dtype) -> Tensor:
-    """Scales max|w| / m of all blocks, [out, blocks], in the dtype of the weight, rounded to `dtype`."""
-    most = in_blocks(weight, grid.block).abs().amax(2)
-    return rounded_scales(most / largest_code(grid.bits), dtype)
+    """The smallest scales that clip no weight of any block, max(max(w) / largest, min(w) / least), [out,
+    blocks], in the dtype of the weight, rounded to `dtype`.
+    """
+    blocks, (least, largest) = in_blocks(weight, grid.block), code_range(grid.bits)
+    scales = torch.maximum(blocks.amax(2) / largest, blocks.amin(2) / least)
+    return rounded_scales(scales, dtype)
 
 
 def rounded_scales(scales: Tensor, dtype: torch.dtype) -> Tensor:
@@ -89,9 +93,8 @@ def least_scale(dtype: torch.dtype) -> float:
 
 def choose_codes(weight: Tensor, scales: Tensor, bits: Bits) -> Tensor:
     """Nearest codes of a weight [out, in] for scales [out, blocks], in the dtype of the weight."""
-    m = largest_code(bits)
     blocks = weight.unflatten(1, (scales.shape[1], -1))
-    return (blocks / scales[:, :, None]).round_().clamp_(-m, m).flatten(1)
+    return (blocks / scales[:, :, None]).round_().clamp_(*code_range(bits)).flatten(1)
 
 
 def dequantize(codes: WeightCodes) -> Tensor:

@@ -38,14 +38,15 @@ def fold(layer: Layer, x: Tensor) -> Layer:
 @pytest.mark.parametrize("style", STYLES)
 def test_the_function_of_a_layer_stays(style: str) -> None:
     decoder = make_decoder(style, hidden=32)
-    x = outlier_stream(decoder)
+    x, outputs_change = outlier_stream(decoder), list[bool]()
     for layer in decoder.layers:
         folded = fold(layer, x)
         torch.testing.assert_close(run(folded, x), run(layer, x), rtol=1e-9, atol=1e-9)
         assert not torch.equal(folded.attention.q.weight, layer.attention.q.weight)
-        assert not torch.equal(folded.attention.o.weight, layer.attention.o.weight)
+        outputs_change.append(not torch.equal(folded.attention.o.weight, layer.attention.o.weight))
         gated = layer.mlp.gate is not None
         assert torch.equal(folded.mlp.down.weight, layer.mlp.down.weight) != gated  # GELU is not linear
+    assert any(outputs_change)  # an exponent of 0 can be the best one
 
 
 def test_layers_without_norms_or_with_maps_keep_what_does_not_fold() -> None:

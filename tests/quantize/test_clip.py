@@ -22,8 +22,8 @@ def test_scales_equal_brute_force() -> None:
         for block in range(2):
             at = slice(32 * block, 32 * block + 32)
             w, p = weight[row, at].numpy(), power[at].numpy()
-            tried = [np.abs(w).max() / 7 * share for share in SHARES]
-            losses = [(p * (np.clip(np.rint(w / s), -7, 7) * s - w) ** 2).sum() for s in tried]
+            tried = [max(w.max() / 7, w.min() / -8) * share for share in SHARES]
+            losses = [(p * (np.clip(np.rint(w / s), -8, 7) * s - w) ** 2).sum() for s in tried]
             assert np.isclose(float(found[row, block]), tried[int(np.argmin(losses))])
 
 

@@ -31,13 +31,14 @@ def by_the_paper(weight: np.ndarray, second: np.ndarray, block: int, bits: int, 
     """Codes by OBQ's updates: after each column, the error goes to all others through the inverse of H, and
     the inverse loses the column (arXiv 2210.17323, eqs. 2 and 3).
     """
-    m = 2 ** (bits - 1) - 1
-    scales = np.abs(weight.reshape(len(weight), -1, block)).max(2).repeat(block, 1) / m
+    least, largest = (-8, 7) if bits == 4 else (-127, 127)
+    blocks = weight.reshape(len(weight), -1, block)
+    scales = np.maximum(blocks.max(2) / largest, blocks.min(2) / least).repeat(block, 1)
     h = second + damping * np.diag(second).mean() * np.eye(len(second))
     inverse, w = np.linalg.inv(h), weight.copy()
     codes = np.zeros_like(w)
     for i in np.argsort(-np.diag(second), kind="stable"):
-        codes[:, i] = np.clip(np.rint(w[:, i] / scales[:, i]), -m, m)
+        codes[:, i] = np.clip(np.rint(w[:, i] / scales[:, i]), least, largest)
         error = (w[:, i] - codes[:, i] * scales[:, i]) / inverse[i, i]
         w -= np.outer(error, inverse[i])
         inverse = inverse - np.outer(inverse[:, i], inverse[i]) / inverse[i, i]
