@@ -30,8 +30,9 @@ class EngineCapabilities:
         attention_any_rank: Attention takes Q, K, V and attn_mask of other ranks than 4.
         qk_matmul_output_mode: Attention may have this attribute.
         int32_positions: RotaryEmbedding takes position_ids of INT32.
-        any_scales: DequantizeLinear takes scales of any sign and shape, constant or not.
-    ahead_of_time: builds for other GPUs than this machine's.
+        any_scales: DequantizeLinear takes scales of any sign, constant or not; INT8 also in blocks, INT4 also
+            without.
+        ahead_of_time: builds for other GPUs than this machine's.
         compatible_plans: builds version-compatible and hardware-compatible plans.
         timing_cache: a build gives a timing cache for the next build.
     """

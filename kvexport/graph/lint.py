@@ -1,6 +1,6 @@
 """Lint: find what a TensorRT parser or builder does not take of a graph, without any NVIDIA package.
 
-The rules are in `kvexport.graph.lint_rules`.
+The rules are in `kvexport.graph.lint_rules` and `kvexport.graph.lint_integers`.
 """
 
 from __future__ import annotations
@@ -10,15 +10,9 @@ from collections.abc import Iterator, Sequence
 import onnx
 import onnx_ir as ir
 
-from kvexport.graph.lint_rules import (
-    RULES,
-    Finding,
-    Parser,
-    check_dtype,
-    check_fused_kernel,
-    check_integer_constant,
-    check_operator,
-)
+from kvexport.graph.lint_integers import check_integer_constant
+from kvexport.graph.lint_nodes import Finding, Parser
+from kvexport.graph.lint_rules import RULES, check_dtype, check_fused_kernel, check_operator
 
 __all__ = ["Finding", "Parser", "find_unfused_attention", "lint", "refusals"]
 

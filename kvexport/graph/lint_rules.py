@@ -1,20 +1,27 @@
 """Rules of lint: what TensorRT's ONNX parser and builder do not take, one function for each operator.
 
-Each rule yields the problems of one node, with a remedy. Which version of an engine takes what is in
+Each rule yields the problems of one node, with a remedy. Rules of integer weights are in
+`kvexport.graph.lint_integers`. Which version of an engine takes what is in
 `kvexport.devices.capabilities`. The tests run the parser and the builder of TensorRT-RTX 1.7.1 against every
 rule about it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-
-import numpy as np
 import onnx_ir as ir
 
-from kvexport.devices.capabilities import EngineCapabilities, capabilities_of, first_tensorrt_with
-from kvexport.devices.versions import Version
+from kvexport.devices.capabilities import first_tensorrt_with
+from kvexport.graph.lint_integers import check_dequantize, check_zero_point
+from kvexport.graph.lint_nodes import (
+    Parser,
+    Problems,
+    Rule,
+    constant,
+    dtype_name,
+    num_outputs,
+    number,
+    size_of,
+)
 
 _CACHE_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 _FUSED_DTYPES = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -29,58 +36,10 @@ _UNSUPPORTED_DTYPES = (
     "UINT4",
     "FLOAT8E5M2",
 )
-_QUANTIZED_DTYPES = (ir.DataType.INT8, ir.DataType.INT4)
 _LARGEST_TOP_K = 3840
 _DECOMPOSED = "--lowering decomposed17"
 # Operators of std24 that decomposed17 does without.
 _DECOMPOSED_OPERATORS = frozenset({"Attention", "RotaryEmbedding", "RMSNormalization", "TensorScatter"})
-
-
-@dataclass(frozen=True)
-class Parser:
-    """The ONNX parser of one version of an engine.
-
-    Attributes:
-        engine: "tensorrt" or "tensorrt-rtx".
-        version: such as (10, 3, 0, 30).
-    """
-
-    engine: str
-    version: Version
-
-    @property
-    def capabilities(self) -> EngineCapabilities:
-        return capabilities_of(self.engine, self.version)
-
-    @property
-    def title(self) -> str:
-        return "TensorRT-RTX" if self.engine == "tensorrt-rtx" else "TensorRT"
-
-    def __str__(self) -> str:
-        return f"{self.title} {'.'.join(map(str, self.version))}"
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One thing that a parser or builder does not take.
-
-    Attributes:
-        node: the node's name; empty if the finding is about the whole graph.
-        operator: the node's operator, with its domain unless it is the default one.
-        problem: what is not taken.
-        remedy: what to do.
-        note: True: it builds, but slowly.
-    """
-
-    node: str
-    operator: str
-    problem: str
-    remedy: str
-    note: bool = False
-
-
-Problems = Iterator[tuple[str, str]]  # problem and remedy of each
-Rule = Callable[[ir.Node, Parser], Problems]
 
 
 def check_operator(node: ir.Node, parser: Parser) -> Problems:
@@ -118,7 +77,7 @@ def check_attention(node: ir.Node, parser: Parser) -> Problems:
     """Attention must have the form of TensorRT's own attention layer."""
     inputs = [*node.inputs, *[None] * (7 - len(node.inputs))]
     query, key, value, mask, past_key, past_value, lengths = inputs
-    if _num_outputs(node) > 1:
+    if num_outputs(node) > 1:
         yield (
             "more than one output is not supported",
             "keep the cache outside of Attention, in a TensorScatter",
@@ -134,11 +93,11 @@ def check_attention(node: ir.Node, parser: Parser) -> Problems:
             "compute it wrongly in bfloat16",
             "use an explicit mask",
         )
-    if _number(node, "softcap", 0.0):
+    if number(node, "softcap", 0.0):
         yield "the attribute softcap is not supported", _DECOMPOSED
     if "softmax_precision" in node.attributes:
         yield "the attribute softmax_precision is not supported", "leave it out"
-    if _number(node, "is_causal", 0) and mask is not None:
+    if number(node, "is_causal", 0) and mask is not None:
         yield "attn_mask together with is_causal is not supported", "make the mask causal, and is_causal 0"
     if not parser.capabilities.attention_any_rank:
         for name, tensor in (("Q", query), ("K", key), ("V", value), ("attn_mask", mask)):
@@ -147,17 +106,17 @@ def check_attention(node: ir.Node, parser: Parser) -> Problems:
                     f"{name} has {len(tensor.shape)} dimensions, and TensorRT takes 4",
                     "reshape it to 4 dimensions",
                 )
-    if not parser.capabilities.qk_matmul_output_mode and _number(node, "qk_matmul_output_mode", 0):
+    if not parser.capabilities.qk_matmul_output_mode and number(node, "qk_matmul_output_mode", 0):
         yield "the attribute qk_matmul_output_mode is not supported", "leave it out"
     if mask is not None and query is not None and mask.dtype not in (None, ir.DataType.BOOL, query.dtype):
         yield (
-            f"attn_mask is {_dtype_name(mask)} and Q is {_dtype_name(query)}",
+            f"attn_mask is {dtype_name(mask)} and Q is {dtype_name(query)}",
             "give attn_mask the dtype of Q, or BOOL",
         )
-    heads, kv_heads = _size(query, 1, 4), _size(key, 1, 4)
+    heads, kv_heads = size_of(query, 1, 4), size_of(key, 1, 4)
     if heads and kv_heads and heads % kv_heads:
         yield f"{heads} query heads are not a multiple of {kv_heads} KV heads", _DECOMPOSED
-    key_dim, value_dim = _size(key, 3, 4), _size(value, 3, 4)
+    key_dim, value_dim = size_of(key, 3, 4), size_of(value, 3, 4)
     if key_dim != value_dim and key_dim and value_dim:
         yield f"keys are {key_dim} wide and values {value_dim}, and TensorRT takes one width", _DECOMPOSED
     elif key_dim and _is_padded(query, key_dim) and mask is not None and mask.dtype == ir.DataType.BOOL:
@@ -173,15 +132,15 @@ def check_fused_kernel(node: ir.Node, parser: Parser) -> Problems:
     if node.op_type != "Attention" or not parser.capabilities.imports("Attention"):
         return
     query = node.inputs[0]
-    head_dim = _size(query, 3, 4)
-    if _size(query, 1, 4) == 1:
+    head_dim = size_of(query, 3, 4)
+    if size_of(query, 1, 4) == 1:
         yield (
             "no fused attention kernel for a single head",
             "it is decomposed; two heads or more have fused kernels",
         )
     elif query is not None and query.dtype not in (None, *_FUSED_DTYPES):
         yield (
-            f"no fused attention kernel takes {_dtype_name(query)}",
+            f"no fused attention kernel takes {dtype_name(query)}",
             "it is decomposed; FLOAT16 and BFLOAT16 have fused kernels",
         )
     elif head_dim and (head_dim % 8 or not 16 <= head_dim <= 256):
@@ -204,21 +163,21 @@ def check_rotary_embedding(node: ir.Node, parser: Parser) -> Problems:
             continue
         if table.dtype != x.dtype:
             yield (
-                f"the table {table.name} is {_dtype_name(table)} and the input is {_dtype_name(x)}",
+                f"the table {table.name} is {dtype_name(table)} and the input is {dtype_name(x)}",
                 "give both the same dtype",
             )
     positions = rest[2] if len(rest) > 2 else None
     if parser.capabilities.int32_positions or positions is None:
         return
     if positions.dtype not in (None, ir.DataType.INT64):
-        yield f"position_ids are {_dtype_name(positions)}", "make them INT64"
+        yield f"position_ids are {dtype_name(positions)}", "make them INT64"
 
 
 def check_tensor_scatter(node: ir.Node, parser: Parser) -> Problems:
     """TensorScatter must update a 4-D cache in place: graph input and output, written along axis -2."""
     cache, result = node.inputs[0], node.outputs[0]
     assert cache is not None
-    axis, rank = int(_number(node, "axis", -2)), None if cache.shape is None else len(cache.shape)
+    axis, rank = int(number(node, "axis", -2)), None if cache.shape is None else len(cache.shape)
     mode = node.attributes.get("mode")
     if mode is not None and mode.as_string() != "linear":
         yield f"mode {mode.as_string()} is not supported", "use mode linear"
@@ -235,77 +194,23 @@ def check_tensor_scatter(node: ir.Node, parser: Parser) -> Problems:
             "fix it before parsing (`kvexport engine` does)",
         )
     if cache.dtype not in (None, *_CACHE_DTYPES):
-        yield f"the cache is {_dtype_name(cache)}", "use FLOAT, FLOAT16 or BFLOAT16"
+        yield f"the cache is {dtype_name(cache)}", "use FLOAT, FLOAT16 or BFLOAT16"
     if not cache.is_graph_input():
         yield f"the cache {cache.name} is not an input of the graph", "make it an input"
     if not result.is_graph_output():
         yield f"the result {result.name} is not an output of the graph", "make it an output"
 
 
-def check_integer_constant(node: ir.Node, parser: Parser) -> Problems:
-    """Only DequantizeLinear may read a constant of integers in 8 or 4 bits."""
-    if node.op_type in ("DequantizeLinear", "QuantizeLinear"):  # zero points have rules of their own
-        return
-    for value in node.inputs:
-        if value is not None and value.dtype in _QUANTIZED_DTYPES and value.is_initializer():
-            yield (
-                f"the constant {value.name} is {_dtype_name(value)}, which only DequantizeLinear may read",
-                "dequantise the stored tensor directly, and transpose, reshape or gather the result",
-            )
-
-
-def check_dequantize(node: ir.Node, parser: Parser) -> Problems:
-    """Weights must be symmetric, in a form of scales that TensorRT takes, and of one float dtype."""
-    yield from check_zero_point(node, parser)
-    codes, scale, result = node.inputs[0], node.inputs[1], node.outputs[0]
-    if codes is None or scale is None:
-        return
-    if None not in (scale.dtype, result.dtype) and scale.dtype != result.dtype:
-        yield (
-            f"the scale is {_dtype_name(scale)} and the result {_dtype_name(result)}",
-            "give both the same dtype",
-        )
-    if parser.capabilities.any_scales or codes.dtype not in _QUANTIZED_DTYPES or not codes.is_initializer():
-        return
-    scales, blocked = _constant(node, 1), _has_blocks(codes, scale)
-    if scales is None:
-        yield f"the scale {scale.name} is not constant", "make it an initializer"
-    elif not (scales.astype(np.float32) > 0).all():
-        yield f"the scale {scale.name} is not greater than 0 everywhere", "quantise with positive scales"
-    if codes.dtype == ir.DataType.INT8 and blocked:
-        yield "INT8 with several scales in a row", "give each output one scale, or use INT4"
-    if codes.dtype == ir.DataType.INT4:
-        if not blocked:
-            yield "INT4 without blocks", "give each block of 128, 64 or 32 numbers a scale, or use INT8"
-        if codes.shape is not None and isinstance(codes.shape[-1], int) and codes.shape[-1] % 2:
-            yield f"the last dimension of INT4 is {codes.shape[-1]}, which is odd", "use INT8, or pad it"
-
-
-def _has_blocks(codes: ir.Value, scale: ir.Value) -> bool:
-    """Whether scales have the rank of the codes: TensorRT finds the blocks from their shape."""
-    return codes.shape is not None and scale.shape is not None and len(scale.shape) == len(codes.shape) > 1
-
-
-def check_zero_point(node: ir.Node, parser: Parser) -> Problems:
-    """The zero point of a quantisation must be the constant 0."""
-    point = node.inputs[2] if len(node.inputs) > 2 else None
-    if point is None or point.dtype in (ir.DataType.UINT4, ir.DataType.UINT8):
-        return  # check_dtype reports these dtypes
-    values = ir.convenience.get_const_tensor(point)
-    if values is None or np.any(values.numpy().astype(np.float32)):
-        yield f"the zero point {point.name} is not the constant 0", "quantise symmetrically"
-
-
 def check_top_k(node: ir.Node, parser: Parser) -> Problems:
     """K of TopK has a limit."""
-    count = _constant(node, 1)
+    count = constant(node, 1)
     if count is not None and int(count.max()) > _LARGEST_TOP_K:
         yield f"K is {int(count.max())}, more than {_LARGEST_TOP_K}", f"use {_LARGEST_TOP_K} at most"
 
 
 def check_constant_axes(node: ir.Node, parser: Parser) -> Problems:
     """Axes must be known when the engine is built."""
-    if len(node.inputs) > 1 and node.inputs[1] is not None and _constant(node, 1) is None:
+    if len(node.inputs) > 1 and node.inputs[1] is not None and constant(node, 1) is None:
         yield f"the axes {node.inputs[1].name} are not constant", "make them an initializer"
 
 
@@ -318,7 +223,7 @@ def check_scatter_nd(node: ir.Node, parser: Parser) -> Problems:
 
 def check_layer_normalization(node: ir.Node, parser: Parser) -> Problems:
     """LayerNormalization must not have its mean or deviation as outputs."""
-    if _num_outputs(node) > 1:
+    if num_outputs(node) > 1:
         yield "more than one output is not supported", "compute mean and deviation with other operators"
 
 
@@ -346,30 +251,3 @@ RULES: dict[str, Rule] = {
     "LayerNormalization": check_layer_normalization,
     **dict.fromkeys(("Squeeze", "Unsqueeze", *_REDUCTIONS), check_constant_axes),
 }
-
-
-def _num_outputs(node: ir.Node) -> int:
-    return len([output for output in node.outputs if output.name])
-
-
-def _number(node: ir.Node, name: str, default: float) -> float:
-    attribute = node.attributes.get(name)
-    return default if attribute is None else attribute.value
-
-
-def _dtype_name(value: ir.Value) -> str:
-    return "of unknown dtype" if value.dtype is None else value.dtype.name
-
-
-def _size(value: ir.Value | None, axis: int, rank: int) -> int | None:
-    """Size of a value of this rank along an axis; None if it is not known, or the rank is another."""
-    if value is None or value.shape is None or len(value.shape) != rank:
-        return None
-    size = value.shape[axis]
-    return size if isinstance(size, int) else None
-
-
-def _constant(node: ir.Node, index: int) -> np.ndarray | None:
-    value = node.inputs[index] if len(node.inputs) > index else None
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else tensor.numpy()

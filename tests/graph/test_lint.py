@@ -10,7 +10,17 @@ import onnx
 import onnx_ir as ir
 import pytest
 from support.combinations import representatives
-from support.lint_graphs import OLDER_CASES, RTX, RTX_CASES, UNFUSED, WRONG, attention, dequantised, one
+from support.lint_graphs import (
+    INTEGER_CASES,
+    OLDER_CASES,
+    RTX,
+    RTX_CASES,
+    UNFUSED,
+    WRONG,
+    attention,
+    dequantised,
+    one,
+)
 
 from kvexport.graph.lint import Parser, find_unfused_attention, lint, refusals
 from kvexport.graph.lint_rules import RULES, check_operator
@@ -114,9 +124,18 @@ def test_tensorrt_rtx_builds_what_other_versions_do_not(name: str, rtx: Any) -> 
     assert builds(rtx, model)
 
 
-def test_integer_weights_of_every_form_are_taken_by_the_oldest_version() -> None:
+@pytest.mark.parametrize("version", [(10, 3), (10, 13, 3), (11, 4, 1)])
+def test_integer_weights_of_every_form_are_taken_by_every_version(version: tuple[int, ...]) -> None:
     for model in (dequantised(opset=21), dequantised(onnx.TensorProto.INT4, block=32, opset=21)):
-        assert refusals(lint(model, Parser("tensorrt", (10, 3)))) == []
+        assert refusals(lint(model, Parser("tensorrt", version))) == []
+
+
+@pytest.mark.parametrize("name", INTEGER_CASES)
+def test_full_tensorrt_has_the_rules_of_integer_weights_from_the_oldest_version_on(name: str) -> None:
+    case = INTEGER_CASES[name]
+    for version in ((10, 3), (10, 13, 3), (11, 4, 1)):
+        found = refusals(lint(case.make(), Parser("tensorrt", version)))
+        assert case.problem is not None and any(case.problem in finding.problem for finding in found)
 
 
 @pytest.mark.tensorrt

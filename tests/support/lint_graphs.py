@@ -164,9 +164,14 @@ def weights(
     to: int | None = None,
     transposed: bool = False,
     constant: bool = True,
+    as_node: bool = False,
 ) -> ir.Model:
-    """A linear map whose weight is dequantised by scales of another form than `dequantised` has."""
-    constants = [helper.make_tensor("w", dtype, shape, [1] * int(np.prod(shape)))]
+    """A linear map whose weight is dequantised by scales of another form than `dequantised` has.
+
+    With `as_node` the weight is the output of a node Constant, not an initializer.
+    """
+    weight = helper.make_tensor("w", dtype, shape, [1] * int(np.prod(shape)))
+    constants = [] if as_node else [weight]
     inputs: list[Typed] = [("x", to or scale, (1, 4, 64))]
     if constant:
         constants.append(helper.make_tensor("scale", scale, scales, [value] * int(np.prod(scales))))
@@ -175,7 +180,9 @@ def weights(
     attributes = {"axis": axis} | ({} if block is None else {"block_size": block})
     attributes |= {} if to is None else {"output_dtype": to}
     names = ["before", "node"] if not transposed else ["node", "after"]
-    nodes = [helper.make_node("Transpose", ["w"], ["t"], name=names[0], perm=[1, 0])] if transposed else []
+    nodes = [helper.make_node("Constant", [], ["w"], name="stored", value=weight)] if as_node else []
+    if transposed:
+        nodes.append(helper.make_node("Transpose", ["w"], ["t"], name=names[0], perm=[1, 0]))
     nodes += [
         helper.make_node(
             "DequantizeLinear", ["t" if transposed else "w", "scale"], ["d"], name=names[1], **attributes
@@ -312,6 +319,19 @@ RTX_CASES = {
     ),
     "int8, gathered": case("only DequantizeLinear may read", gathered, I8),
     "int4, gathered": case("only DequantizeLinear may read", gathered, I4),
+    "int4, transposed constant node": case(
+        "only DequantizeLinear may read", weights, shape=(32, 64), as_node=True, transposed=True
+    ),
+    "int4, constant node": case(None, weights, as_node=True),
+    "int4, blocks along two axes": case("along exactly one axis", weights, scales=(2, 16)),
+    "int8, blocks along two axes": case("along exactly one axis", weights, I8, scales=(2, 16)),
+    "int4, blocks of 1": case("along exactly one axis", weights, scales=(64, 32), block=1),
+    "int4, blocks that do not divide": case("along exactly one axis", weights, scales=(5, 32), block=13),
+    "int4, more scales than weights": case("along exactly one axis", weights, scales=(128, 32)),
+    "int4, scales of 3 dimensions": case("along exactly one axis", weights, scales=(1, 2, 32)),
+    "int8, half of the scales": case("index of axis 1", weights, I8, scales=(16,), axis=1, block=None),
+    "int8, a scale for each input": case(None, weights, I8, scales=(64,), axis=0, block=None),
+    "int8, one scale": case(None, weights, I8, scales=(), block=None),
     "uint4": case("UINT4", dequantised, U4, None, 32),
     "uint8": case("UINT8", dequantised, U8, 0),
     "quantise": case(None, quantised, 0),
@@ -356,6 +376,8 @@ UNFUSED = {
 # Graphs that TensorRT-RTX builds, but computes wrongly.
 WRONG = {
     "lengths": case("nonpad_kv_seqlen", attention, mask=None, lengths=True),
+    "blocks that the attribute contradicts": case("blocks of 16 along axis 0", weights, scales=(4, 32)),
+    "blocks without the attribute": case("has blocks of 0", weights, block=None),
     "an operator of another domain": case("domain my.own", one, "Relu", domain="my.own"),
 }
 
@@ -386,4 +408,11 @@ OLDER_CASES: dict[str, tuple[Parser, Parser | None, Case]] = {  # refused by the
     "int32 positions": (T11, RTX, case("position_ids are INT32", rotary, positions=I32)),
     "mask of 2 dimensions": (T11, RTX, case("attn_mask has 2 dimensions", attention, mask=(2, 32))),
     "products of another mode": (T11, RTX, case("qk_matmul_output_mode", attention, qk_matmul_output_mode=1)),
+}
+
+# Graphs that break one rule about integer weights, in every version of the full TensorRT.
+INTEGER_CASES = {
+    name: each
+    for name, each in (RTX_CASES | WRONG | {name: each for name, (*_, each) in OLDER_CASES.items()}).items()
+    if each.problem is not None and any(node.op_type == "DequantizeLinear" for node in each.make().graph)
 }
