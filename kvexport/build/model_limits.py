@@ -6,12 +6,11 @@ from pathlib import Path
 
 from torch import Tensor
 
+from kvexport.bundle.graph_io import DEFAULT_CAPACITY
 from kvexport.calibrate import Recipe, usable_recipe
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
-
-_DEFAULT_CAPACITY = 4096  # if the model's maximum is larger, or it has none
 
 
 def fitted_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path, progress: Progress) -> Recipe:
@@ -43,7 +42,7 @@ def sequence_capacity(most: int | None, requested: int | None = None) -> int:
         UsageError: the requested one is not positive, or exceeds the model's.
     """
     if requested is None:
-        return min(most or _DEFAULT_CAPACITY, _DEFAULT_CAPACITY)
+        return min(most or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
     if requested < 1 or (most is not None and requested > most):
         raise UsageError(
             "--capacity must be a length that the model supports",

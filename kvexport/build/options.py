@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from kvexport.bundle.formats import BLOCKS, DTYPES, INTEGERS
+from kvexport.bundle.formats import DTYPES, INTEGERS, require_formats
 from kvexport.calibrate import Recipe
 from kvexport.convert import CompressionRequest
 from kvexport.errors import UsageError
@@ -67,26 +67,14 @@ class BuildOptions:
             raise UsageError(
                 "--dtype must be a supported data type", got=self.dtype, expected=", ".join(DTYPES)
             )
-        for name in ("weights", "head_weights", "embedding_weights"):
-            value = getattr(self, name)
-            if value is not None and value not in (*INTEGERS, self.dtype):
-                raise UsageError(
-                    f"--{name.replace('_', '-')} must be int8, int4 or the data type of computation",
-                    got=f"{value} with --dtype {self.dtype}",
-                    expected=f"int8, int4 or {self.dtype}",
-                    fix=f"use --dtype {value}" if value in DTYPES else "choose one of these",
-                )
+        require_formats(
+            self.dtype, self.weights, self.head_weights, self.embedding_weights, self.weight_block
+        )
         if self.weight_method not in METHODS:
             raise UsageError(
                 "--weight-method must be a method of quantisation",
                 got=self.weight_method,
                 expected=", ".join(METHODS),
-            )
-        if self.weight_block is not None and self.weight_block not in BLOCKS:
-            raise UsageError(
-                "--weight-block must be a block that every engine takes",
-                got=self.weight_block,
-                expected=", ".join(map(str, BLOCKS)),
             )
 
         self._require_mixed_bits()

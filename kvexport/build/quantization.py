@@ -6,13 +6,11 @@ measured apart from what compression costs.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
 from kvexport.build.options import BuildOptions
-from kvexport.bundle.formats import INTEGERS, default_block
+from kvexport.bundle.formats import INTEGERS, WeightFormats, resolve_formats
 from kvexport.convert import split_windows
 from kvexport.convert.streams import Streams
 from kvexport.model import reference
@@ -27,37 +25,17 @@ from kvexport.quantize.tables import quantize_tables
 _BITS: dict[str, Bits] = {"int4": 4, "int8": 8}
 
 
-@dataclass(frozen=True)
-class WeightFormats:
-    """The names of the formats that weights are to be stored in; a name that is no integer format is the
-    dtype.
-
-    Attributes:
-        layers, embedding, head: names of formats.
-        block: largest block of int4.
-        eight_bits: of each layer, the names of linear maps (q, k, v, o, gate, up, down) that are stored as
-            int8 in place of int4; None: none of them.
-    """
-
-    layers: str
-    embedding: str
-    head: str
-    block: int
-    eight_bits: tuple[tuple[str, ...], ...] | None = None
-
-
 def requested_formats(options: BuildOptions, decoder: Decoder) -> WeightFormats:
-    """The formats that the options ask for.
-
-    By default head and embedding are stored as the layers, and an embedding to which the head is tied as the
-    head.
-    """
-    layers = options.weights or options.dtype
-    tied = decoder.head is None
-    head = options.head_weights or (options.embedding_weights if tied else None) or layers
-    embedding = options.embedding_weights or (head if tied else layers)
-    block = options.weight_block or default_block(decoder.dims.hidden_size)
-    return WeightFormats(layers, embedding, head, block)
+    """The formats that the options ask for."""
+    return resolve_formats(
+        options.dtype,
+        tied=decoder.head is None,
+        hidden_size=decoder.dims.hidden_size,
+        weights=options.weights,
+        head_weights=options.head_weights,
+        embedding_weights=options.embedding_weights,
+        weight_block=options.weight_block,
+    )
 
 
 def weight_settings(options: BuildOptions, formats: WeightFormats) -> WeightSettings:

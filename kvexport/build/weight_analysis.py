@@ -13,10 +13,11 @@ from pathlib import Path
 from torch import Tensor
 
 from kvexport.build.options import BuildOptions
-from kvexport.build.quantization import WeightFormats, requested_formats, weight_settings
+from kvexport.build.quantization import requested_formats, weight_settings
 from kvexport.build.report import WeightBits
 from kvexport.build.saved_stages import SavedStages
 from kvexport.build.stages import Stages
+from kvexport.bundle.formats import WeightFormats
 from kvexport.errors import UsageError
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress

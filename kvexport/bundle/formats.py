@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from kvexport.errors import BundleError
+from kvexport.errors import BundleError, UsageError
 from kvexport.files.schema import Table
 
 BYTES = {"float32": 4, "float16": 2, "bfloat16": 2}  # of one number of a float dtype
@@ -18,6 +18,7 @@ DTYPES = tuple(BYTES)  # of computation and of the KV cache
 BITS = {**{dtype: 8 * size for dtype, size in BYTES.items()}, "int8": 8, "int4": 4}  # of a stored weight
 INTEGERS = ("int8", "int4")  # weight formats with scales
 _MAX_SIZE = 1 << 53  # of blocks and numbers of weights: reports divide them
+PAGE = 4096  # bytes; tensors of at least a page begin at one in the file of weights
 BLOCKS = (128, 64, 32)  # block sizes of int4 that every engine supports, largest first
 
 
@@ -74,6 +75,90 @@ def weight_format(name: str, rows: int, columns: int, block: int = BLOCKS[0]) ->
 def default_block(hidden_size: int) -> int:
     """The largest block of int4 weights of a model: 128, or 64 in a small model."""
     return 128 if hidden_size >= 2048 else 64
+
+
+@dataclass(frozen=True)
+class WeightFormats:
+    """The names of the formats that weights are to be stored in; keys of `BITS`.
+
+    Attributes:
+        layers: of the linear maps of the layers.
+        embedding: of the embedding table.
+        head: of the head. A head that is tied to the embedding has a table of its own if this differs.
+        block: largest block of int4.
+        eight_bits: of each layer, the names of linear maps (q, k, v, o, gate, up, down) that are stored as
+            int8 in place of int4; None: none of them.
+    """
+
+    layers: str
+    embedding: str
+    head: str
+    block: int = BLOCKS[0]
+    eight_bits: tuple[tuple[str, ...], ...] | None = None
+
+    @property
+    def summary(self) -> str:
+        """The formats as a phrase: "int4; head int8; embedding int8"."""
+        if {self.embedding, self.head} == {self.layers}:
+            return self.layers
+        return f"{self.layers}; head {self.head}; embedding {self.embedding}"
+
+
+def resolve_formats(
+    dtype: str,
+    *,
+    tied: bool,
+    hidden_size: int,
+    weights: str | None = None,
+    head_weights: str | None = None,
+    embedding_weights: str | None = None,
+    weight_block: int | None = None,
+) -> WeightFormats:
+    """The formats that the options of a build ask for.
+
+    By default head and embedding are stored as the layers, and an embedding to which the head is tied as the
+    head.
+
+    Args:
+        dtype: of computation.
+        tied: whether the head is tied to the embedding.
+        hidden_size: of the model.
+        weights, head_weights, embedding_weights, weight_block: the options; None: the default.
+
+    Raises:
+        UsageError: as `require_formats`.
+    """
+    require_formats(dtype, weights, head_weights, embedding_weights, weight_block)
+    layers = weights or dtype
+    head = head_weights or (embedding_weights if tied else None) or layers
+    embedding = embedding_weights or (head if tied else layers)
+    return WeightFormats(layers, embedding, head, weight_block or default_block(hidden_size))
+
+
+def require_formats(
+    dtype: str, weights: str | None, head: str | None, embedding: str | None, block: int | None
+) -> None:
+    """Check the options of a build that set the formats of weights; None: not given.
+
+    Raises:
+        UsageError: a format is neither integer nor the data type of computation, or the block is not one of
+            `BLOCKS`.
+    """
+    options = {"--weights": weights, "--head-weights": head, "--embedding-weights": embedding}
+    for option, value in options.items():
+        if value is not None and value not in (*INTEGERS, dtype):
+            raise UsageError(
+                f"{option} must be int8, int4 or the data type of computation",
+                got=f"{value} with --dtype {dtype}",
+                expected=f"int8, int4 or {dtype}",
+                fix=f"use --dtype {value}" if value in DTYPES else "choose one of these",
+            )
+    if block is not None and block not in BLOCKS:
+        raise UsageError(
+            "--weight-block must be a block that every engine takes",
+            got=block,
+            expected=", ".join(map(str, BLOCKS)),
+        )
 
 
 @dataclass(frozen=True)

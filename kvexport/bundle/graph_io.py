@@ -19,6 +19,7 @@ KEY, VALUE, STATE = "key", "value", "state"  # tensors of a layer's cache; a sta
 # Tokens of a prompt that one call runs, unless the caller chooses another number: as fast as more, and
 # attention scores take half the memory that 256 need.
 CHUNK = 128
+DEFAULT_CAPACITY = 4096  # tokens of a sequence, if the model's maximum is larger, or it has none
 _WINDOW = "window_"
 
 Shape = tuple[int | str, ...]  # a name is a size that the caller chooses

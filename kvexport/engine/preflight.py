@@ -113,6 +113,11 @@ def require_engine(options: EngineOptions, destination: Destination, library: Te
         )
 
 
+def build_memory(weights: int, engine: str) -> int:
+    """Bytes of host memory that a build needs at its peak, for so many bytes of weights."""
+    return _WEIGHT_COPIES * weights + _LIBRARY_BYTES[engine]
+
+
 def require_room(bundle: Bundle, options: EngineOptions, destination: Destination, gpu: Gpu | None) -> None:
     """There must be enough memory for the build, disk space for the plan, and GPU memory for the weights.
 
@@ -120,7 +125,7 @@ def require_room(bundle: Bundle, options: EngineOptions, destination: Destinatio
         CannotRunHere: one of them is too small.
     """
     weights = weights_bytes(bundle)
-    needed, free = _WEIGHT_COPIES * weights + _LIBRARY_BYTES[destination.engine], available_memory()
+    needed, free = build_memory(weights, destination.engine), available_memory()
     if free < needed:
         raise CannotRunHere(
             "not enough free memory to build this engine",

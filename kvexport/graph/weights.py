@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 from numpy.typing import NDArray
 
+from kvexport.bundle.formats import PAGE
 from kvexport.errors import UsageError
 
 NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
@@ -18,7 +19,6 @@ NUMPY_DTYPES: dict[str, np.dtype[Any]] = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
 }
 
-_PAGE = 4096  # offsets at which a file can be memory-mapped
 _CACHE_LINE = 64  # bytes of a cache line, for aligned vector loads
 _BLOCK = 1 << 24  # bytes of the source array converted at a time
 
@@ -109,7 +109,7 @@ class WeightFile:
 
 def _aligned(file: BinaryIO, length: int) -> int:
     """Pad an open file to where a tensor of `length` bytes may begin, and return that offset."""
-    align = _PAGE if length >= _PAGE else _CACHE_LINE
+    align = PAGE if length >= PAGE else _CACHE_LINE
     offset = -(-file.tell() // align) * align
     file.write(bytes(offset - file.tell()))
     return offset
