@@ -38,8 +38,9 @@ from kvexport.model.architecture import Architecture, read_architecture  # noqa:
 from kvexport.model.families import families  # noqa: E402
 from kvexport.model.hf_config import HFConfig  # noqa: E402
 from kvexport.model.unsupported import FEATURES  # noqa: E402
-from kvexport.plan.memory import kv_bytes, precision  # noqa: E402
+from kvexport.plan.memory import kv_bytes  # noqa: E402
 from kvexport.plan.sizes import TrainedSizes  # noqa: E402
+from kvexport.plan.weights import precision  # noqa: E402
 
 PAGE = ROOT / "docs" / "families.md"
 RECORD = ROOT / "benchmarks" / "results" / "families.json"
@@ -352,7 +353,7 @@ def window_cache(models: Mapping[str, Architecture]) -> str:
 
 def cached(it: Architecture, tokens: int) -> str:
     """Bytes of keys and values with rings, and without in parentheses."""
-    stored, sizes = precision("float16", "onnxruntime"), TrainedSizes(it).with_kv_heads(it.num_kv_heads)
+    stored, sizes = precision("float16"), TrainedSizes(it).with_kv_heads(it.num_kv_heads)
     whole = replace(sizes, caches=tuple(replace(cache, window=None) for cache in sizes.caches))
     with_rings, without = (kv_bytes(each, stored, tokens) for each in (sizes, whole))
     return f"{size(with_rings)} ({size(without)})"

@@ -150,22 +150,33 @@ conversion_options = _group(
 )
 
 
+head_weights_option = click.option(
+    "--head-weights",
+    type=click.Choice(tuple(BITS)),
+    help="Format of the weights of the head.  [default: --weights]",
+)
+
+embedding_weights_option = click.option(
+    "--embedding-weights",
+    type=click.Choice(tuple(BITS)),
+    help="Format of the embedding.  [default: --weights; --head-weights if the head is tied to it]",
+)
+
+weight_block_option = click.option(
+    "--weight-block",
+    type=click.Choice(tuple(map(str, sorted(BLOCKS)))),
+    help="Largest number of int4 weights that share a scale; a smaller one where it does not divide the "
+    "width.  [default: 128; 64 in models less than 2048 wide]",
+)
+
 weight_options = _group(
     click.option(
         "--weights",
         type=click.Choice(tuple(BITS)),
         help="Format of the weights of the layers; int8 and int4 are quantised.  [default: --dtype]",
     ),
-    click.option(
-        "--head-weights",
-        type=click.Choice(tuple(BITS)),
-        help="Format of the weights of the head.  [default: --weights]",
-    ),
-    click.option(
-        "--embedding-weights",
-        type=click.Choice(tuple(BITS)),
-        help="Format of the embedding.  [default: --weights; --head-weights if the head is tied to it]",
-    ),
+    head_weights_option,
+    embedding_weights_option,
     click.option(
         "--weight-method",
         type=click.Choice(METHODS),
@@ -174,12 +185,7 @@ weight_options = _group(
         help="How integer weights of the layers are chosen: nearest (rounding alone, which needs no "
         "calibration text), clip, gptq, awq, or awq and gptq together.",
     ),
-    click.option(
-        "--weight-block",
-        type=click.Choice(tuple(map(str, sorted(BLOCKS)))),
-        help="Largest number of int4 weights that share a scale; a smaller one where it does not divide the "
-        "width.  [default: 128; 64 in models less than 2048 wide]",
-    ),
+    weight_block_option,
     click.option(
         "--weight-bits",
         type=float,

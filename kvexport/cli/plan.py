@@ -8,8 +8,13 @@ from typing import Any
 
 import click
 
-from kvexport.cli.conversion import eviction_request
-from kvexport.plan.memory import PRECISIONS
+from kvexport.bundle.formats import BITS, BYTES
+from kvexport.cli.conversion import (
+    embedding_weights_option,
+    eviction_request,
+    head_weights_option,
+    weight_block_option,
+)
 
 
 @click.command()
@@ -20,6 +25,9 @@ from kvexport.plan.memory import PRECISIONS
     help="Target device, from `kvexport targets` or a TOML file.  [default: none, which predicts sizes only]",
 )
 @click.option(
+    "--jetpack", metavar="VERSION", help="JetPack version of the target, which determines its TensorRT."
+)
+@click.option(
     "--kv-heads",
     type=int,
     multiple=True,
@@ -27,10 +35,19 @@ from kvexport.plan.memory import PRECISIONS
 )
 @click.option(
     "--dtype",
-    type=click.Choice(PRECISIONS),
-    multiple=True,
-    help="Data type of the weights; may be given several times.  [default: those of the target]",
+    type=click.Choice(tuple(BYTES)),
+    help="Data type of computation and KV cache, and of weights without a format of their own.  "
+    "[default: float16; float32 with ONNX Runtime]",
 )
+@click.option(
+    "--weights",
+    type=click.Choice(tuple(BITS)),
+    multiple=True,
+    help="Format of the weights of the layers; may be given several times.  [default: --dtype, int8, int4]",
+)
+@head_weights_option
+@embedding_weights_option
+@weight_block_option
 @click.option(
     "--context",
     type=click.IntRange(min=1),
@@ -52,8 +69,13 @@ from kvexport.plan.memory import PRECISIONS
 def command(
     model: Path,
     target: str | None,
+    jetpack: str | None,
     kv_heads: tuple[int, ...],
-    dtype: tuple[str, ...],
+    dtype: str | None,
+    weights: tuple[str, ...],
+    head_weights: str | None,
+    embedding_weights: str | None,
+    weight_block: str | None,
     context: tuple[int, ...],
     as_json: bool,
     **budget: Any,
@@ -69,7 +91,19 @@ def command(
 
     eviction = eviction_request({**budget, "evict": None, "protect_first": None, "protect_recent": None})
     device = None if target is None else load_target(target)
-    predictions = plan(model, device, kv_heads=kv_heads, dtypes=dtype, contexts=context, eviction=eviction)
+    predictions = plan(
+        model,
+        device,
+        jetpack=jetpack,
+        kv_heads=kv_heads,
+        dtype=dtype,
+        weights=weights,
+        head_weights=head_weights,
+        embedding_weights=embedding_weights,
+        weight_block=None if weight_block is None else int(weight_block),
+        contexts=context,
+        eviction=eviction,
+    )
     if as_json:
         click.echo(json.dumps(predictions.to_json()))
     else:

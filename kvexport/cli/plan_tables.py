@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 from kvexport.cli.report import PlainConsole, facts_table, plain_table, size
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from kvexport.devices.targets import Target
     from kvexport.eviction.config import Eviction
-    from kvexport.plan import Comparison, Plan, Range
+    from kvexport.plan import Comparison, Plan, Range, Row
 
-_PLAN_WIDTH = 140  # without a terminal
+_PLAN_WIDTH = 150  # without a terminal
 
 
 def print_targets(targets: Sequence[Target]) -> None:
@@ -63,13 +65,20 @@ def print_target(target: Target) -> None:
 
 
 def print_plan(plan: Plan) -> None:
-    """Print one row for each data type, number of KV heads and context length, and notes on the columns."""
+    """Print the bytes of the weights, then one row for each format of weights, number of KV heads and context
+    length, and notes on the columns."""
+    out = PlainConsole()
+    if not out.is_terminal:
+        out.width = _PLAN_WIDTH
+    out.print(_weights_table(plan.rows))
+    out.print()
     table = plain_table(
-        "dtype",
+        "weights",
         "KV heads",
         "context",
         "weights",
         "KV cache",
+        "activations",
         "other",
         "total",
         "fits",
@@ -79,21 +88,19 @@ def print_plan(plan: Plan) -> None:
     )
     for row in plan.rows:
         table.add_row(
-            row.dtype,
+            row.formats.layers,
             str(row.kv_heads),
             str(row.memory.context),
             size(row.memory.weights),
             size(row.memory.kv),
-            size(row.memory.activations + row.memory.engine),
+            size(row.memory.activations),
+            size(row.memory.io + row.memory.engine),
             size(row.memory.total),
             _fits(row.short_bytes),
             "-" if row.largest_context is None else str(row.largest_context),
             _prefill(row.prefill_seconds),
             _decode(row.decode_seconds),
         )
-    out = PlainConsole()
-    if not out.is_terminal:
-        out.width = _PLAN_WIDTH
     out.print(table)
     out.print()
     _print_notes(plan, out)
@@ -101,7 +108,22 @@ def print_plan(plan: Plan) -> None:
         _print_comparisons(plan.comparisons, out)
 
 
+def _weights_table(rows: Sequence[Row]) -> Table:
+    """One row for each format of weights and number of KV heads."""
+    table = plain_table(
+        "weights", "KV heads", "layers", "embedding", "head", "norms, maps, RoPE", "total", "of it scales"
+    )
+    for weights in dict.fromkeys((row.formats.summary, row.kv_heads, row.weights) for row in rows):
+        formats, kv_heads, parts = weights
+        sizes = (parts.layers, parts.embedding, parts.head, parts.other, parts.total, parts.scales)
+        table.add_row(formats, str(kv_heads), *("-" if each == 0 else size(each) for each in sizes))
+    return table
+
+
 def _print_notes(plan: Plan, out: PlainConsole) -> None:
+    out.print_line(
+        f"{plan.rows[0].dtype} computes and is cached; lowering {plan.lowering}. Every figure is calculated."
+    )
     if plan.target is None:
         out.print_line(
             "Sizes only. --target NAME adds what fits and the predicted speed (`kvexport targets` lists the "
@@ -110,10 +132,7 @@ def _print_notes(plan: Plan, out: PlainConsole) -> None:
     else:
         target = plan.target
         fraction = f"{target.usable:.0%} of {size(target.memory)}"
-        out.print_line(
-            f"{target.title}: {size(target.usable_bytes)} usable by an application ({fraction}), lowering "
-            f"{plan.lowering}."
-        )
+        out.print_line(f"{target.title}: {size(target.usable_bytes)} usable by an application ({fraction}).")
         out.print_line(
             "Times are estimates for batch 1, with the range of published measurements in parentheses."
         )
@@ -127,7 +146,8 @@ def _print_notes(plan: Plan, out: PlainConsole) -> None:
                 "extrapolation."
             )
         out.print_line(
-            "max context: the most tokens that fit, up to the model's maximum. other: activations and engine."
+            "max context: the most tokens that fit, up to the model's maximum. other: logits, and an assumed "
+            f"{size(plan.rows[0].memory.engine)} of CUDA context and libraries."
         )
         if any(row.prefill_seconds is None for row in plan.rows):
             out.print_line(
@@ -139,11 +159,6 @@ def _print_notes(plan: Plan, out: PlainConsole) -> None:
     if plan.maps:
         out.print_line(
             "With fewer KV heads, weights include the key and query maps of the method online; fold has none."
-        )
-    if any(row.dtype.startswith("int") for row in plan.rows):
-        out.print_line(
-            "int8 and int4 (layer weights only) are predictions: kvexport build writes float32, float16 and "
-            "bfloat16."
         )
 
 
@@ -175,7 +190,7 @@ def _print_comparisons(comparisons: Sequence[Comparison], out: PlainConsole) -> 
 def _fits(missing_bytes: int | None) -> str:
     if missing_bytes is None:
         return "-"
-    return f"no, {size(missing_bytes)} short" if missing_bytes else "yes"
+    return f"{size(missing_bytes)} short" if missing_bytes else "yes"
 
 
 def _prefill(seconds: Range | None) -> str:

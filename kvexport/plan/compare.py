@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kvexport.devices.targets import Target
-from kvexport.plan.memory import Precision, kv_bytes, memory, weight_bytes
+from kvexport.plan.memory import kv_bytes, memory
 from kvexport.plan.sizes import Sizes
 from kvexport.plan.speed import DECODE, PREFILL, decode_seconds, prefill_seconds
+from kvexport.plan.weights import Precision
 
 _LARGEST = 1e18  # plausible value of a record: bytes, tokens, milliseconds
 
@@ -92,9 +93,10 @@ def _compare_build(
     with_weights = not (isinstance(options, dict) and options.get("refit"))
     plan_size = _number(plan.get("bytes")) if isinstance(plan, dict) and with_weights else None
     activations, capacity = _number(record.get("activation_bytes")), _number(record.get("capacity"))
+    weights = sizes.weight_bytes(stored).total
     pairs: list[tuple[str, float, float | None]] = [
-        ("weights", weight_bytes(sizes, stored), _number(record.get("weights_bytes"))),
-        ("plan", weight_bytes(sizes, stored), plan_size),
+        ("weights", weights, _number(record.get("weights_bytes"))),
+        ("plan", weights, plan_size),
     ]
     if capacity is not None and record.get("batch", 1) == 1:
         chunk = int(_number(record.get("chunk")) or sizes.chunk)
@@ -102,7 +104,7 @@ def _compare_build(
         pairs.append(("activations", needed.activations, activations))
         if plan_size is not None and activations is not None:
             device = plan_size + activations + kv_bytes(sizes, stored, int(capacity))
-            pairs.append(("device memory", needed.total - needed.engine, device))
+            pairs.append(("device memory", weights + needed.activations + needed.kv, device))
     for what, predicted, measured in pairs:
         if measured is not None:
             yield Comparison(source, what, "bytes", predicted, measured)

@@ -7,23 +7,16 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from kvexport.bundle.formats import INTEGERS, WeightFormats, resolve_formats
 from kvexport.bundle.manifest import MANIFEST_FILE, read_manifest
-from kvexport.devices.targets import Target, lowering_for
+from kvexport.devices.targets import Target, lowering_for, tensorrt_version
 from kvexport.errors import UsageError
 from kvexport.eviction.config import MAX_POSITIONS, Eviction, EvictionRequest
 from kvexport.plan.compare import Comparison, compare
-from kvexport.plan.memory import (
-    PRECISIONS,
-    Memory,
-    Precision,
-    bundle_precision,
-    kv_bytes_per_token,
-    largest_context,
-    memory,
-    precision,
-)
-from kvexport.plan.sizes import Sizes, bundle_sizes, trained_sizes
+from kvexport.plan.memory import Memory, kv_bytes_per_token, largest_context, memory
+from kvexport.plan.sizes import Sizes, TrainedSizes, bundle_sizes, trained_sizes
 from kvexport.plan.speed import DECODE, PREFILL, Band, decode_seconds, prefill_seconds
+from kvexport.plan.weights import Precision, WeightBytes, bundle_precision
 
 _CONTEXTS = (2048, 8192, 32768)
 _ENGINE, _LOWERING = "tensorrt", "std24"  # without a target
@@ -44,8 +37,10 @@ class Row:
     has no rate."""
 
     kv_heads: int
-    dtype: str
+    dtype: str  # of computation and cache
+    formats: WeightFormats
     parameters: int
+    weights: WeightBytes
     memory: Memory
     kv_bytes_per_token: int
     largest_context: int | None
@@ -56,7 +51,8 @@ class Row:
     def to_json(self) -> dict[str, Any]:
         """The row as JSON values."""
         fits = None if self.short_bytes is None else self.short_bytes == 0
-        return {**asdict(self), "total_bytes": self.memory.total, "fits": fits}
+        weights = {**asdict(self.weights), "total": self.weights.total}
+        return {**asdict(self), "weights": weights, "total_bytes": self.memory.total, "fits": fits}
 
 
 @dataclass(frozen=True)
@@ -101,16 +97,24 @@ def plan(
     model: Path,
     target: Target | None,
     *,
+    jetpack: str | None = None,
     kv_heads: Sequence[int] = (),
-    dtypes: Sequence[str] = (),
+    dtype: str | None = None,
+    weights: Sequence[str] = (),
+    head_weights: str | None = None,
+    embedding_weights: str | None = None,
+    weight_block: int | None = None,
     contexts: Sequence[int] = (),
     eviction: EvictionRequest | None = None,
 ) -> Plan:
     """Plan a checkpoint (from its config.json alone) or a bundle (from its manifest) for `target`.
 
     Args:
+        jetpack: JetPack version of the target, which determines its TensorRT; default: the target's.
         kv_heads: numbers of KV heads; default: all, a half and a quarter of the trained number.
-        dtypes: names of precisions; default: those of the target.
+        dtype: of computation and cache; default: float32 with ONNX Runtime, else float16.
+        weights: formats of the layers' weights; default: the dtype, int8 and int4.
+        head_weights, embedding_weights, weight_block: as in `kvexport build`.
         contexts: context lengths in tokens; default: 2048, 8192 and 32768, up to the model's maximum.
         eviction: the eviction of a checkpoint; a fraction is one of the model's max_position_embeddings.
 
@@ -120,14 +124,23 @@ def plan(
         UsageError: an option is out of range, or sets what a bundle has fixed.
     """
     engine = _ENGINE if target is None else target.engine
-    lowering = _LOWERING if target is None else lowering_for(target)
+    lowering = _lowering(target, jetpack)
     if (model / MANIFEST_FILE).is_file():
-        if kv_heads or dtypes:
-            raise UsageError(
-                "--kv-heads and --dtype must be left out for a bundle, which has fixed both",
-                got="--kv-heads or --dtype",
-                fix="leave them out, or plan the checkpoint",
-            )
+        fixed = {
+            "--kv-heads": kv_heads,
+            "--dtype": dtype,
+            "--weights": weights,
+            "--head-weights": head_weights,
+            "--embedding-weights": embedding_weights,
+            "--weight-block": weight_block,
+        }
+        for option, value in fixed.items():
+            if value:
+                raise UsageError(
+                    f"{option} must be left out for a bundle, which has fixed it",
+                    got=option,
+                    fix="leave it out, or plan the checkpoint",
+                )
         manifest = read_manifest(model)
         if eviction is not None:
             built = manifest.eviction
@@ -138,13 +151,17 @@ def plan(
                 fix="leave it out, or build again: kvexport build CHECKPOINT -o BUNDLE --kv-budget TOKENS",
             )
         variants = [bundle_sizes(model, manifest)]
-        stored = [bundle_precision(manifest, engine)]
+        stored = [bundle_precision(manifest)]
         comparisons = compare(model, variants[0], stored[0], target)
     else:
         trained = trained_sizes(model)
         counts = kv_heads or _shares(trained.kv_head_counts)
         variants = [_with_eviction(trained.with_kv_heads(count), eviction) for count in counts]
-        stored = [precision(name, engine, tables=name) for name in dtypes or _dtypes(engine)]
+        dtype = dtype or ("float32" if engine == "onnxruntime" else "float16")
+        stored = [
+            _precision(trained, dtype, name, head_weights, embedding_weights, weight_block)
+            for name in weights or (dtype, *INTEGERS)
+        ]
         comparisons = ()
     budget = None if target is None else target.usable_bytes
     lengths = _contexts(contexts, variants[0].max_positions)
@@ -186,11 +203,35 @@ def _shares(counts: list[int]) -> list[int]:
     return [count for count in counts if count * 4 in (counts[0] * 4, counts[0] * 2, counts[0])]
 
 
-def _dtypes(engine: str) -> tuple[str, ...]:
-    return (
-        "float32" if engine == "onnxruntime" else "float16",
-        *(name for name in PRECISIONS if name.startswith("int")),
+def _lowering(target: Target | None, jetpack: str | None) -> str:
+    """The lowering for a target, and for one of its JetPack versions."""
+    if jetpack is None:
+        return _LOWERING if target is None else lowering_for(target)
+    if target is None:
+        raise UsageError("--jetpack needs --target", got="no --target", fix="add --target NAME")
+    return lowering_for(target, tensorrt_version(target, jetpack=jetpack))
+
+
+def _precision(
+    trained: TrainedSizes,
+    dtype: str,
+    weights: str,
+    head: str | None,
+    embedding: str | None,
+    block: int | None,
+) -> Precision:
+    """The precision of a checkpoint's bundle with these options of `kvexport build`."""
+    architecture = trained.architecture
+    formats = resolve_formats(
+        dtype,
+        tied=architecture.tied,
+        hidden_size=architecture.hidden_size,
+        weights=weights,
+        head_weights=head,
+        embedding_weights=embedding,
+        weight_block=block,
     )
+    return Precision(dtype, formats)
 
 
 def _contexts(requested: Sequence[int], maximum: int | None) -> list[int]:
@@ -218,8 +259,10 @@ def _row(
     needed = memory(sizes, stored, context, engine=engine, lowering=lowering)
     return Row(
         kv_heads=sizes.kv_heads,
-        dtype=stored.name,
+        dtype=stored.dtype,
+        formats=stored.weights,
         parameters=sizes.parameters,
+        weights=sizes.weight_bytes(stored),
         memory=needed,
         kv_bytes_per_token=kv_bytes_per_token(sizes, stored),
         largest_context=None

@@ -9,16 +9,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvexport.bundle.bundle import COPY_AGAIN
-from kvexport.bundle.formats import BYTES
-from kvexport.bundle.graph_io import DATA_FILE, GRAPH_FILE, ring_slots
+from kvexport.bundle.graph_io import DATA_FILE, DEFAULT_CAPACITY, GRAPH_FILE, ring_slots
 from kvexport.bundle.manifest import REBUILD, Manifest, largest_call
 from kvexport.errors import BundleError, UsageError
 from kvexport.eviction.config import Eviction
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture
 from kvexport.model.checkpoint import read_config, read_json
 from kvexport.model.family import NORMS
-
-_CAPACITY = 4096  # largest default of `kvexport build --capacity`
+from kvexport.plan.weights import Precision, WeightBytes, bundle_weights, planned_weights
 
 
 @dataclass(frozen=True)
@@ -41,15 +39,14 @@ class Sizes:
         num_heads, hidden, vocab: as in config.json.
         max_positions: maximum tokens of a sequence; None: unbounded.
         matrices: numbers in the projections of all layers, which weight-only quantisation compresses.
-        rows: output rows of those matrices.
         small: numbers in norms, biases, key maps and query maps.
         embedding: numbers in the embedding table, of which a token reads one row.
         head: numbers in the head; 0 if it is tied to the embedding.
         mlp_width: total width of the activations of a layer's MLP.
         caches: one for each layer.
-        shapes: number of matrices of each shape (rows, columns); empty: unknown.
+        shapes: number of matrices of each shape (rows, columns); empty for a bundle.
         rotary: numbers in the rotary tables.
-        stored_bytes: bytes of all weights in a bundle with integer weights; None: not a bundle, or floats.
+        stored: bytes of the weights of a bundle; None: a checkpoint.
         maps: whether keys are projected after rotation (the online method), which needs maps.
         eviction: the eviction within a token budget; None: no layer evicts.
     """
@@ -59,7 +56,6 @@ class Sizes:
     vocab: int
     max_positions: int | None
     matrices: int
-    rows: int
     small: int
     embedding: int
     head: int
@@ -67,7 +63,7 @@ class Sizes:
     caches: tuple[Cache, ...]
     shapes: Mapping[tuple[int, int], int] = field(default_factory=dict)
     rotary: int = 0
-    stored_bytes: int | None = None
+    stored: WeightBytes | None = None
     maps: bool = False
     eviction: Eviction | None = None
 
@@ -75,6 +71,19 @@ class Sizes:
     def parameters(self) -> int:
         """Numbers in all weights."""
         return self.matrices + self.small + self.embedding + self.head
+
+    def weight_bytes(self, precision: Precision) -> WeightBytes:
+        """Bytes of the weights in a precision; those of a bundle are fixed."""
+        if self.stored is not None:
+            return self.stored
+        return planned_weights(
+            precision,
+            shapes=self.shapes,
+            vocab=self.vocab,
+            width=self.embedding // self.vocab,
+            tied=not self.head,
+            small=self.small + self.rotary,
+        )
 
     @property
     def layers(self) -> int:
@@ -166,7 +175,6 @@ class TrainedSizes:
             vocab=it.vocab_size,
             max_positions=it.max_positions,
             matrices=sum(layer.matrices for layer in layers),
-            rows=sum(rows * count for layer in layers for (rows, _), count in layer.shapes.items()),
             shapes=sum((layer.shapes for layer in layers), Counter()),
             rotary=self._rotary,
             small=sum(layer.small for layer in layers) + outside,
@@ -216,7 +224,7 @@ class TrainedSizes:
     def _rotary(self) -> int:
         """Numbers of the cosines and sines of a bundle of the default capacity."""
         ropes = {repr(kind.rope) for kind in self.architecture.layers if kind.rope is not None}
-        capacity = min(self.architecture.max_positions or _CAPACITY, _CAPACITY)
+        capacity = min(self.architecture.max_positions or DEFAULT_CAPACITY, DEFAULT_CAPACITY)
         return len(ropes) * capacity * self.architecture.head_dim
 
     def _qk_norm(self) -> int:
@@ -238,8 +246,7 @@ class _LayerSizes:
 
 
 def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
-    """The sizes of the bundle at `path`; weights are counted by the bytes of their file, including rotary
-    tables.
+    """The sizes of the bundle at `path`; the bytes of its weights are those of their file.
 
     Raises:
         BundleError: its graph is missing, or the manifest does not say whether the head is tied.
@@ -252,13 +259,9 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
             f"the manifest of bundle {path} must say whether the head is tied (model.tie_word_embeddings)",
             fix=REBUILD,
         )
-    stored = manifest.files[DATA_FILE].bytes
-    numbers, quantized = stored // BYTES[manifest.dtype], manifest.weights.is_quantized
+    tied = model.tie_word_embeddings
     embedding = model.vocab_size * model.hidden_size
-    head = 0 if model.tie_word_embeddings else embedding
-    matrices = numbers - embedding - head
-    if quantized:
-        matrices = sum(share.parameters for layer in manifest.weights.layers for share in layer)
+    matrices = sum(share.parameters for layer in manifest.weights.layers for share in layer)
     mlp = matrices - sum(layer.parameters for layer in layers)
     return Sizes(
         num_heads=layers[0].num_attention_heads,
@@ -266,11 +269,10 @@ def bundle_sizes(path: Path, manifest: Manifest) -> Sizes:
         vocab=model.vocab_size,
         max_positions=manifest.capacity,
         matrices=matrices,
-        rows=0,
         small=0,
         embedding=embedding,
-        head=head,
-        stored_bytes=stored if quantized else None,
+        head=0 if tied else embedding,
+        stored=bundle_weights(manifest, manifest.files[DATA_FILE].bytes, tied=tied),
         mlp_width=max(0, mlp) // (len(layers) * model.hidden_size),
         caches=tuple(
             Cache(layer.num_key_value_heads, layer.key_head_dim + layer.value_head_dim, layer.window)

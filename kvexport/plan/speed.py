@@ -13,9 +13,14 @@ llama.cpp, exllama and AutoGPTQ of 2023 (22.5, 15.9 and 13.4 tokens/s) are left 
 kernel for this GPU, so that memory was not their limit. Orin Nano counts with 68 GB/s, without Super mode;
 the page does not name the mode, but the ratio to Orin NX shows it. The residuals are at most 13 %, with a
 root mean square of 8 %: predictions are 3 to 13 % too fast for Qwen3 on AGX Orin and 7 to 10 % too slow on
-Thor. Six measurements of MLC on Orin Nano 8 GB, with and without Super mode, are not part of the fit and
-predicted 8 to 17 % too slow; MLC quantises the head too. DECODE.low and .high are the lowest and the highest
-efficiency of the 17 measurements.
+Thor. DECODE.low and .high are the lowest and the highest efficiency of the 17 measurements.
+
+14 measurements that are not part of the fit are predicted within 25 %: six of MLC in INT4 on Orin Nano 8 GB,
+with and without Super mode (8 to 17 % too slow; MLC quantises the head too); Llama-2-13B in 4 bits on AGX
+Orin with TinyChat and MLC; Llama-3-8B on AGX Orin in INT4 (TinyChat) and, with Llama-2-7B, in float16
+(Hugging Face); three of TensorRT Edge-LLM 0.4 in INT4 on Thor. Not within 25 %: the README of TinyChat gives
+31 and 17 tokens/s for Llama-2-7B and 13B on Orin, where the paper has 39.1 and 21.2, and Llama-2-70B (3.5
+tokens/s) is predicted a third too fast.
 
 Prefill does two operations for each weight and token. Its limit is arithmetic, or reading the weights once
 for each chunk. Only three measurements were found, of Qwen3-8B in INT4 with 2048 tokens on the same page: 51
@@ -28,8 +33,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from kvexport.devices.targets import Target
-from kvexport.plan.memory import Precision, kv_bytes, weight_bytes
+from kvexport.plan.memory import kv_bytes
 from kvexport.plan.sizes import Sizes
+from kvexport.plan.weights import Precision
 
 LAYER_SECONDS = 31e-6
 
@@ -43,14 +49,13 @@ class Band:
     high: float
 
 
-DECODE = Band(low=0.71, typical=0.82, high=0.92)
+DECODE = Band(low=0.715, typical=0.82, high=0.92)
 PREFILL = Band(low=0.17, typical=0.39, high=0.67)
 
 
 def step_bytes(sizes: Sizes, stored: Precision, depth: int) -> int:
     """Bytes that a decode step reads after `depth` tokens."""
-    unread = sizes.rotary * stored.other + (stored.embedding_bytes(sizes) if sizes.head else 0)
-    return weight_bytes(sizes, stored) - unread + kv_bytes(sizes, stored, depth)
+    return sizes.weight_bytes(stored).read + kv_bytes(sizes, stored, depth)
 
 
 def decode_seconds(sizes: Sizes, stored: Precision, target: Target, depth: int, efficiency: float) -> float:
@@ -85,7 +90,7 @@ def prefill_seconds(
         reading: fraction of the bandwidth, from DECODE.
         chunk: tokens that are computed in one call; None: the chunk of the runtime.
     """
-    if target.fp16 is None or stored.bits == 32:
+    if target.fp16 is None or stored.dtype == "float32":
         return None
     chunks = -(-tokens // (sizes.chunk if chunk is None else chunk))
     arithmetic = prefill_flops(sizes, tokens) / (efficiency * target.fp16)

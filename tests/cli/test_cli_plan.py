@@ -39,8 +39,9 @@ def plan(*arguments: object) -> Ended:
 
 
 def table(out: str) -> list[list[str]]:
-    """The cells of the rows that begin with a data type, split at runs of two or more spaces."""
-    lines = [line for line in out.splitlines() if line.startswith(("float", "int")) and " GiB " in line]
+    """The cells of the rows of the last table but comparisons, split at runs of two or more spaces."""
+    table = out.split("max context")[1]
+    lines = [line for line in table.splitlines() if line.startswith(("float", "int")) and "iB " in line]
     return [[cell.strip() for cell in line.replace("  ", "\t").split("\t") if cell.strip()] for line in lines]
 
 
@@ -57,25 +58,77 @@ def test_the_table_shows_what_fits(llama: Path) -> None:
         "estimate",
         "4.0 GiB usable by an application (50% of 8.0 GiB)",
         "key and query maps",
-        "int8 and int4 (layer weights only) are predictions",
+        "Every figure is calculated",
     ):
         assert text in out
 
 
 def test_json_agrees_with_the_table(llama: Path) -> None:
-    arguments = (llama, "--target", "agx-orin-64gb", "--dtype", "int4", "--kv-heads", 8, "--context", 1024)
+    arguments = (llama, "--target", "agx-orin-64gb", "--weights", "int4", "--kv-heads", 8, "--context", 1024)
     raw = json.loads(plan(*arguments, "--json")[1])
     (row,) = raw["rows"]
     (cells,) = table(plan(*arguments)[1])
-    assert (row["dtype"], row["kv_heads"], row["memory"]["context"], row["fits"]) == ("int4", 8, 1024, True)
+    assert (row["dtype"], row["kv_heads"], row["memory"]["context"], row["fits"]) == (
+        "float16",
+        8,
+        1024,
+        True,
+    )
+    assert row["formats"] == {"layers": "int4", "embedding": "int4", "head": "int4", "block": 128}
+    assert row["weights"]["total"] == row["memory"]["weights"]
     assert cells[:3] == ["int4", "8", "1024"]
     assert "yes" in cells
     assert f"{row['memory']['weights'] / 2**30:.1f} GiB" in cells
     assert cells[-1].startswith(f"{1 / row['decode_seconds']['typical']:,.0f}/s")
 
 
+def test_formats_of_embedding_and_head_are_those_of_build(llama: Path) -> None:
+    arguments = (llama, "--kv-heads", 32, "--context", 1024, "--weights", "int4", "--json")
+
+    def weights(*options: object) -> dict[str, Any]:
+        (row,) = json.loads(plan(*arguments, *options)[1])["rows"]
+        assert (
+            sum(row["weights"][part] for part in ("layers", "embedding", "head", "other"))
+            == (row["weights"]["total"])
+        )
+        found: dict[str, Any] = row["weights"]
+        return found
+
+    table = 32_000 * 4096
+    alone, head, embedding = (
+        weights(),
+        weights("--head-weights", "int8"),
+        weights("--embedding-weights", "float16"),
+    )
+    assert (alone["embedding"], alone["head"]) == (table // 2 + table // 64,) * 2
+    assert (head["embedding"], head["head"]) == (alone["embedding"], table + 2 * 32_000 + 1536)  # to a page
+    assert (embedding["embedding"], embedding["head"]) == (2 * table, alone["head"])
+    assert weights("--weight-block", 32)["scales"] == 4 * alone["scales"]
+    assert plan(llama, "--weights", "bfloat16")[0] == 2
+    code, _, err = plan(llama, "--weights", "float32")
+    assert code == 2 and "--weights must be int8, int4 or the data type of computation" in err
+
+
+def test_the_weights_table_has_a_row_for_each_format(llama: Path) -> None:
+    out = plan(llama, "--kv-heads", 32, "--head-weights", "int8")[1].split("max context")[0]
+    assert [line.split("  ")[0] for line in out.splitlines() if " GiB" in line] == [
+        "float16; head int8; embedding float16",
+        "int8",
+        "int4; head int8; embedding int4",
+    ]
+
+
+def test_the_jetpack_version_chooses_the_lowering(llama: Path) -> None:
+    arguments = (llama, "--target", "orin-nano-8gb", "--weights", "int4", "--json")
+    old, new = (json.loads(plan(*arguments, "--jetpack", version)[1]) for version in ("6.2", "7.2"))
+    assert (old["lowering"], new["lowering"]) == ("decomposed17", "std24")
+    assert old["rows"][0]["memory"]["activations"] > new["rows"][0]["memory"]["activations"]
+    code, _, err = plan(llama, "--jetpack", "6.2")
+    assert code == 2 and "add --target NAME" in err
+
+
 def test_a_kv_budget_limits_the_size_of_the_cache(llama: Path) -> None:
-    arguments = (llama, "--dtype", "float16", "--kv-heads", 8, "--context", 4096)
+    arguments = (llama, "--weights", "float16", "--kv-heads", 8, "--context", 4096)
     budget = ("--kv-budget", "0.25", "--evict-skip-layers", "0,1")
     code, out, err = plan(*arguments, *budget)
     assert (code, err) == (0, "")
@@ -122,7 +175,7 @@ def test_a_budget_for_a_bundle_is_rejected_with_the_build_command(
 
 
 def test_without_a_target_the_note_explains_how_to_name_one(llama: Path) -> None:
-    code, out, _ = plan(llama, "--dtype", "float16")
+    code, out, _ = plan(llama, "--weights", "float16")
     assert code == 0
     assert "--target NAME" in out
     assert "estimate" not in out

@@ -27,21 +27,19 @@ from kvexport.plan.memory import (
     kv_bytes_per_token,
     largest_context,
     memory,
-    precision,
     state_bytes,
-    weight_bytes,
 )
 from kvexport.plan.sizes import Cache, Sizes, bundle_sizes
 from kvexport.plan.speed import decode_seconds, prefill_flops, prefill_seconds, step_bytes
+from kvexport.plan.weights import precision
 
-HALF = precision("float16", "tensorrt")
+HALF = precision("float16")
 MIXED = Sizes(
     num_heads=4,
     hidden=32,
     vocab=100,
     max_positions=1000,
     matrices=12_800,
-    rows=400,
     small=70,
     embedding=3200,
     head=0,
@@ -63,10 +61,7 @@ def test_cache_bytes_equal_a_computation_by_hand() -> None:
     """Two layers have 40 tokens, the second has all; state takes 8 bytes per slot and KV head in every
     dtype."""
     assert kv_bytes(EVICTING, HALF, 100) == 2 * (40 * 4 * 16 + 100 * 48 + 40 * 2 * 28) + 8 * 40 * (4 + 2)
-    assert (
-        kv_bytes(EVICTING, precision("float32", "tensorrt"), 100)
-        == 2 * kv_bytes(EVICTING, HALF, 100) - 8 * 40 * 6
-    )
+    assert kv_bytes(EVICTING, precision("float32"), 100) == 2 * kv_bytes(EVICTING, HALF, 100) - 8 * 40 * 6
     assert kv_bytes(EVICTING, HALF, 7) == 7 * (2 * (4 * 16 + 48 + 2 * 28) + 8 * (4 + 2))
     assert state_bytes(EVICTING, 100) == state_bytes(EVICTING, 40) == 8 * 40 * 6
     assert kv_bytes(MIXED, HALF, 100) == 100 * kv_bytes_per_token(MIXED, HALF) == 100 * 2 * 168
@@ -76,7 +71,7 @@ def test_cache_bytes_equal_a_computation_by_hand() -> None:
 def test_memory_names_the_bytes_of_the_state() -> None:
     needed = memory(EVICTING, HALF, 100, engine="tensorrt", lowering="std24")
     assert (needed.kv, needed.kv_state) == (kv_bytes(EVICTING, HALF, 100), 8 * 40 * 6)
-    assert needed.total == needed.weights + needed.kv + needed.activations + needed.engine
+    assert needed.total == needed.weights + needed.kv + needed.activations + needed.io + needed.engine
     assert memory(MIXED, HALF, 100, engine="tensorrt", lowering="std24").kv_state == 0
 
 
@@ -86,9 +81,15 @@ def test_activations_depend_on_the_slots() -> None:
     wide = 2 * 32 + max(96, (4 + 1) * 48)  # of the second layer
 
     def activations(sizes: Sizes, context: int, lowering: str) -> int:
-        return (
-            memory(sizes, HALF, context, engine="tensorrt", lowering=lowering).activations - 4 * sizes.vocab
-        )
+        needed = memory(sizes, HALF, context, engine="tensorrt", lowering=lowering)
+        slots = [sizes.cached_tokens(layer, context) for layer in range(3)]
+        widths = [16, 48, 28]
+        if lowering == "decomposed17":
+            heads = [4, 1, 2]
+            copies = sum(a * b * c for a, b, c in zip(slots, heads, widths, strict=True))
+        else:
+            copies = max(4 * a * b for a, b in zip(slots, widths, strict=True))
+        return needed.activations - copies - 2**23
 
     chunk = (40 - 4) // 4
     assert activations(EVICTING, 100, "std24") == 2 * chunk * (wide + 4 * 40)
@@ -190,14 +191,14 @@ def test_the_bytes_of_a_bundle_equal_those_of_its_manifest(
     sizes, manifest = planned(
         write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=96, eviction=eviction)
     )
-    stored = precision(dtype, "tensorrt")
+    stored = precision(dtype)
     assert [cache.heads * cache.width for cache in sizes.caches] == [4 * 16, 52, 2 * 32]
     assert kv_bytes_per_token(sizes, stored) == manifest.kv_bytes_per_token
     for tokens in (1, 23, 24, 25, 95, 96):
         assert kv_bytes(sizes, stored, tokens) == manifest.kv_bytes(tokens)
         (row,) = plan(tmp_path / "bundle", None, contexts=[tokens]).rows
         assert row.memory.kv == manifest.kv_bytes(tokens)
-    assert weight_bytes(sizes, stored) == row.memory.weights == manifest.files["decoder.onnx.data"].bytes
+    assert sizes.weight_bytes(stored).total == row.memory.weights == manifest.files["decoder.onnx.data"].bytes
     assert row.memory.weights == (tmp_path / "bundle" / "decoder.onnx.data").stat().st_size
     others = [Eviction("window", 23), Eviction("window", 24, skip_layers=(0,)), None]
     for other in others:
@@ -262,7 +263,7 @@ def test_compares_an_engine_of_a_bundle_that_evicts_by_equal_bytes(decoder: Deco
 def test_a_fraction_is_one_of_the_models_positions(llama: Path) -> None:
     eviction = EvictionRequest.parse("0.25", skip_layers=(0, 31))
     found = plan(
-        llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[512, 4096], eviction=eviction
+        llama, load_target("orin-nano-8gb"), weights=["int4"], contexts=[512, 4096], eviction=eviction
     )
     assert found.eviction is not None
     assert (found.eviction.budget, found.eviction.skip_layers) == (1024, (0, 31))
@@ -274,10 +275,10 @@ def test_a_fraction_is_one_of_the_models_positions(llama: Path) -> None:
         assert rows[heads, 4096].memory.kv_state == 30 * 1024 * heads * 8
         assert rows[heads, 4096].kv_bytes_per_token == 32 * token
     asked = plan(
-        llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[4096], eviction=EvictionRequest(1024)
+        llama, load_target("orin-nano-8gb"), weights=["int4"], contexts=[4096], eviction=EvictionRequest(1024)
     )
     assert asked.rows[0].memory.kv == 32 * 1024 * 32 * (512 + 8)
-    without = plan(llama, load_target("orin-nano-8gb"), dtypes=["int4"], contexts=[4096])
+    without = plan(llama, load_target("orin-nano-8gb"), weights=["int4"], contexts=[4096])
     assert (without.eviction, without.to_json()["eviction"]) == (None, None)
     assert without.rows[0].memory.kv == 4096 * 32 * 32 * 512
 
@@ -286,7 +287,7 @@ def test_a_longer_context_fits_with_a_budget(llama: Path) -> None:
     def longest(eviction: EvictionRequest | None) -> int | None:
         target = load_target("orin-nano-8gb-super")
         return (
-            plan(llama, target, kv_heads=[16], dtypes=["int4"], contexts=[512], eviction=eviction)
+            plan(llama, target, kv_heads=[16], weights=["int4"], contexts=[512], eviction=eviction)
             .rows[0]
             .largest_context
         )

@@ -11,11 +11,12 @@ import pytest
 
 from kvexport.bundle.graph_io import CHUNK
 from kvexport.eviction.config import Eviction, EvictionRequest
-from kvexport.plan.memory import kv_bytes, kv_bytes_per_token, precision
+from kvexport.plan.memory import kv_bytes, kv_bytes_per_token
 from kvexport.plan.planner import plan
 from kvexport.plan.sizes import trained_sizes
+from kvexport.plan.weights import precision
 
-HALF, MIB, CONTEXT = precision("float16", "tensorrt"), 2**20, 32_768
+HALF, MIB, CONTEXT = precision("float16"), 2**20, 32_768
 COMMON = {"vocab_size": 1000, "rms_norm_eps": 1e-6, "max_position_embeddings": 131_072}
 MISTRAL: dict[str, Any] = COMMON | {
     "model_type": "mistral",

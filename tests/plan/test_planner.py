@@ -32,7 +32,7 @@ def bundle(tiny_checkpoint: Callable[..., Path], tmp_path: Path) -> Path:
 
 def test_rows_are_all_dtypes_head_counts_and_contexts(qwen: Path) -> None:
     found = plan(qwen, load_target("orin-nano-8gb"))
-    seen = [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows]
+    seen = [(row.formats.layers, row.kv_heads, row.memory.context) for row in found.rows]
     assert seen == [
         (d, k, c) for d in ("float16", "int8", "int4") for k in (8, 4, 2) for c in (2048, 8192, 32768)
     ]
@@ -41,7 +41,9 @@ def test_rows_are_all_dtypes_head_counts_and_contexts(qwen: Path) -> None:
 
 
 def test_rows_are_the_requested_ones(qwen: Path) -> None:
-    found = plan(qwen, load_target("h200"), kv_heads=[1], dtypes=["bfloat16"], contexts=[100, 200])
+    found = plan(
+        qwen, load_target("h200"), kv_heads=[1], dtype="bfloat16", weights=["bfloat16"], contexts=[100, 200]
+    )
     assert [(row.dtype, row.kv_heads, row.memory.context) for row in found.rows] == [
         ("bfloat16", 1, 100),
         ("bfloat16", 1, 200),
@@ -50,7 +52,7 @@ def test_rows_are_the_requested_ones(qwen: Path) -> None:
 
 def test_finds_what_fits_an_8_gb_board(qwen: Path) -> None:
     target = load_target("orin-nano-8gb")
-    rows = {(row.dtype, row.kv_heads, row.memory.context): row for row in plan(qwen, target).rows}
+    rows = {(row.formats.layers, row.kv_heads, row.memory.context): row for row in plan(qwen, target).rows}
     large, small = rows["float16", 8, 2048], rows["int4", 2, 8192]
     assert large.short_bytes == large.memory.total - target.usable_bytes > 0
     assert large.largest_context == 0
@@ -106,9 +108,16 @@ def test_plans_a_bundle_with_its_own_heads_and_dtype(bundle: Path) -> None:
     assert (row.dtype, row.kv_heads, row.memory.context) == ("float16", 4, 96)
     assert row.memory.weights == (bundle / "decoder.onnx.data").stat().st_size
     assert row.short_bytes == 0
-    for wrong in ({"kv_heads": [2]}, {"dtypes": ["int4"]}):
+    wrongs = {
+        "kv_heads": [2],
+        "dtype": "float16",
+        "weights": ["int4"],
+        "head_weights": "int8",
+        "weight_block": 32,
+    }
+    for wrong in ({name: value} for name, value in wrongs.items()):
         with pytest.raises(UsageError, match="must be left out for a bundle"):
-            plan(bundle, None, **wrong)  # type: ignore[arg-type]
+            plan(bundle, None, **wrong)
     with pytest.raises(UsageError, match="must not exceed the maximum length"):
         plan(bundle, None, contexts=[97])
 
@@ -244,6 +253,6 @@ def test_a_plan_can_be_written_as_json(bundle: Path) -> None:
     (row,) = raw["rows"]
     assert row["fits"] is True
     assert row["total_bytes"] == sum(
-        row["memory"][part] for part in ("weights", "kv", "activations", "engine")
+        row["memory"][part] for part in ("weights", "kv", "activations", "io", "engine")
     )
     assert len(raw["comparisons"]) == 4

@@ -14,13 +14,15 @@ from support.conversions import plain
 from support.quantized_decoders import quantize_decoder
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
-from kvexport.bundle.formats import default_block
+from kvexport.bundle.formats import WeightFormats, default_block
 from kvexport.bundle.manifest import read_manifest
 from kvexport.errors import BundleError, CheckpointError, UsageError
+from kvexport.files.resources import resource
 from kvexport.model.decoder import tensors_of
 from kvexport.model.loader import load_decoder
-from kvexport.plan.memory import bundle_precision, precision, weight_bytes
+from kvexport.plan import plan
 from kvexport.plan.sizes import TrainedSizes, bundle_sizes, trained_sizes
+from kvexport.plan.weights import bundle_precision, precision
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -134,7 +136,7 @@ def test_the_weights_of_a_bundle_equal_its_file(
     path = write_bundle(tmp_path / "bundle", decoder_with_fewer_heads(checkpoint), dtype="float16")
     manifest = read_manifest(path)
     sizes = bundle_sizes(path, manifest)
-    assert weight_bytes(sizes, precision("float16", "tensorrt")) == manifest.files["decoder.onnx.data"].bytes
+    assert sizes.weight_bytes(precision("float16")).total == manifest.files["decoder.onnx.data"].bytes
     assert sizes.head == (0 if tied else 320 * 32)
     assert sizes.kv_width * 2 == manifest.kv_bytes_per_token
     assert sizes.max_positions == manifest.capacity
@@ -158,7 +160,7 @@ def test_a_bundle_is_as_large_as_was_planned(tiny_checkpoint: TinyCheckpoint, tm
         "llama", hidden_size=128, intermediate_size=256, vocab_size=2048, num_hidden_layers=3
     )
     bundle = write_bundle(tmp_path / "bundle", load_decoder(path), dtype="float32")
-    planned = weight_bytes(trained_sizes(path).with_kv_heads(2), precision("float32", "onnxruntime"))
+    planned = trained_sizes(path).with_kv_heads(2).weight_bytes(precision("float32")).total
     written = read_manifest(bundle).files["decoder.onnx.data"].bytes
     assert planned < written < 1.05 * planned
 
@@ -182,12 +184,35 @@ def test_planned_bytes_of_integer_weights_are_those_of_the_file(
     bundle = write_bundle(tmp_path / "bundle", decoder, capacity=64)
     stored = (bundle / "decoder.onnx.data").stat().st_size
     sizes = trained_sizes(path)
-    planned = weight_bytes(sizes.with_kv_heads(2), precision(name, "onnxruntime", tables=name))
-    assert planned == pytest.approx(stored, rel=0.01)
+    formats = precision("float32", WeightFormats(name, name, name, default_block(192)))
+    planned = sizes.with_kv_heads(2).weight_bytes(formats)
+    assert planned.total == pytest.approx(stored, rel=0.01)
     manifest = read_manifest(bundle)
     exact = bundle_sizes(bundle, manifest)
-    assert weight_bytes(exact, bundle_precision(manifest, "onnxruntime")) == stored
+    parts = exact.weight_bytes(bundle_precision(manifest))
+    assert parts.total == stored
+    assert (parts.embedding, parts.head) == (planned.embedding, planned.head)
+    assert parts.layers == pytest.approx(planned.layers, rel=0.06)  # small maps are padded
+    assert parts.scales == pytest.approx(planned.scales, rel=0.25)  # maps of unknown shapes
     assert exact.matrices == sum(rows * columns * n for (rows, columns), n in _shapes(sizes).items())
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+def test_the_demo_model_in_int4_is_as_large_as_was_planned(dtype: str, tmp_path: Path) -> None:
+    """From its config.json, and from the bundle."""
+    demo = resource("models", "demo")
+    trained = trained_sizes(demo)
+    block = default_block(trained.architecture.hidden_size)
+    decoder = quantize_decoder(load_decoder(demo), "int4", block=block, dtype=dtype)
+    capacity = trained.architecture.max_positions
+    bundle = write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=capacity)
+    stored = (bundle / "decoder.onnx.data").stat().st_size
+    for planned in (plan(demo, None, dtype=dtype, weights=["int4"]), plan(bundle, None)):
+        row = planned.rows[0]
+        assert row.memory.weights == row.weights.total == pytest.approx(stored, rel=0.02)
+        assert row.formats.summary == "int4"
+    (float_row, *_) = plan(demo, None, dtype=dtype, weights=[dtype]).rows
+    assert float_row.memory.weights > 2 * stored
 
 
 def _shapes(sizes: TrainedSizes) -> Mapping[tuple[int, int], int]:

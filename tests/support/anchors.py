@@ -47,6 +47,17 @@ CONFIGS = {
         vocab_size=32000,
         max_position_embeddings=4096,
     ),
+    "Llama-2-13B": _config(
+        _LLAMA,
+        5120,
+        40,
+        40,
+        13824,
+        False,
+        num_key_value_heads=40,
+        vocab_size=32000,
+        max_position_embeddings=4096,
+    ),
     "Llama-3.1-8B": _config(
         _LLAMA,
         4096,
@@ -87,6 +98,7 @@ PARAMETERS = {  # from their model cards and safetensors files
     "Qwen3-4B": 4_022_468_096,
     "Qwen3-8B": 8_190_735_360,
     "Llama-2-7B": 6_738_415_616,
+    "Llama-2-13B": 13_015_864_320,
     "Llama-3.1-8B": 8_030_261_248,
     "Llama-3.2-3B": 3_212_749_824,
     "Qwen2.5-7B": 7_615_616_512,
@@ -100,9 +112,10 @@ class Anchor:
     depth: int  # tokens in the cache
     tokens_per_second: float
     runtime: str
+    weights: str = "int4"  # of the layers; the rest is float16
 
     def __str__(self) -> str:
-        return f"{self.model}, {self.target}, {self.runtime}"
+        return f"{self.model}, {self.target}, {self.runtime}, {self.weights}"
 
 
 def _qwen3(target: str, *figures: float) -> list[Anchor]:
@@ -127,6 +140,21 @@ HELD_OUT = [  # developer.nvidia.com/blog, Jetson Orin Nano Developer Kit gets a
     Anchor("Llama-3.2-3B", "orin-nano-8gb-super", 128, 43.07, "MLC"),
     Anchor("Qwen2.5-7B", "orin-nano-8gb", 128, 14.2, "MLC"),
     Anchor("Qwen2.5-7B", "orin-nano-8gb-super", 128, 21.75, "MLC"),
+    # figure of arXiv 2306.00978; jetson-containers issue 532
+    Anchor("Llama-2-13B", "agx-orin-64gb", 128, 21.2, "TinyChat"),
+    Anchor("Llama-2-13B", "agx-orin-64gb", 128, 20.6, "MLC"),
+    # README of tinychat in mit-han-lab/llm-awq, table of Orin; Llama-3-8B has the shape of Llama-3.1-8B
+    Anchor("Llama-3.1-8B", "agx-orin-64gb", 128, 1000 / 32.55, "TinyChat"),
+    Anchor("Llama-3.1-8B", "agx-orin-64gb", 128, 1000 / 96.24, "Hugging Face", "float16"),
+    Anchor("Llama-2-7B", "agx-orin-64gb", 128, 1000 / 86.80, "Hugging Face", "float16"),
+    # performance benchmarks of TensorRT Edge-LLM 0.4.0
+    Anchor("Llama-3.1-8B", "thor-t5000", 383, 50.8, "TensorRT Edge-LLM 0.4.0"),
+    Anchor("Qwen3-4B", "thor-t5000", 364, 76.4, "TensorRT Edge-LLM 0.4.0"),
+    Anchor("Qwen3-0.6B", "thor-t5000", 366, 270.2, "TensorRT Edge-LLM 0.4.0"),
+]
+TOO_FAST = [  # predicted more than 25 % too fast: the same README against its own paper, and a 70B model
+    Anchor("Llama-2-7B", "agx-orin-64gb", 512, 1000 / 32.14, "TinyChat, README"),
+    Anchor("Llama-2-13B", "agx-orin-64gb", 512, 1000 / 58.20, "TinyChat, README"),
 ]
 SLOWER = [  # of 2023, without a fused 4-bit kernel for this GPU
     Anchor("Llama-2-7B", "agx-orin-64gb", 128, 22.5, "llama.cpp"),
