@@ -51,7 +51,7 @@ def compared(
         "host_peak": benched["peak_host_bytes"],
     }
     memory = row["memory"]
-    predicted = {name: memory[name] for name in ("weights", "kv", "activations", "engine")} | {
+    predicted = {name: memory[name] for name in ("weights", "kv", "activations", "io", "engine")} | {
         "total": row["total_bytes"]
     }
     ratio = measured["total"] / predicted["total"] if measured["total"] else None

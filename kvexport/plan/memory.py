@@ -4,7 +4,7 @@ The activation memory of TensorRT is what TensorRT-RTX 1.7.1 reports while it bu
 Memory"). The terms of `_activations` come from 39 builds in float16, int8 and int4 for compute capability
 8.6: 1 to 8 layers, width 1024 and 2048, 4 to 32 query heads, 256 to 8192 slots, 32 to 256 tokens a call. What
 it reports is 0.71 to 1.23 times what they give, and 0.90 to 1.07 times in all but three builds. Integer
-weights, embedding and head add nothing: none is expanded. TensorRT on a Jetson may differ; it has not been run.
+weights, embedding and head add nothing: none is expanded. TensorRT on a Jetson may differ; it has not run.
 """
 
 from __future__ import annotations
