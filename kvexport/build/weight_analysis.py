@@ -17,8 +17,7 @@ from kvexport.build.quantization import requested_formats, weight_settings
 from kvexport.build.report import WeightBits
 from kvexport.build.saved_stages import SavedStages
 from kvexport.build.stages import Stages
-from kvexport.bundle.formats import WeightFormats
-from kvexport.errors import UsageError
+from kvexport.bundle.formats import WeightFormats, require_mean_bits
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 from kvexport.quantize.inputs import PARTS, linears_of
@@ -59,7 +58,7 @@ class WeightAnalysisStage:
         self._stages, self._progress = stages, progress
         self._settings = weight_settings(options, requested_formats(options, decoder))
         if self.is_needed and options.weight_bits is not None:  # before the work starts
-            _require_at_least(options.weight_bits, _least_bits(decoder, options, self._settings))
+            require_mean_bits(options.weight_bits, _least_bits(decoder, options, self._settings))
 
     @property
     def is_needed(self) -> bool:
@@ -132,7 +131,7 @@ def _within_bits(frontier: MixedBitsFrontier, bits: float | None, count: int) ->
     least = 8 * frontier.fewest.bytes / count
     if bits is None:
         bits = max(DEFAULT_BITS, least)
-    _require_at_least(bits, least)
+    require_mean_bits(bits, least)
     return frontier.within_bytes(max(frontier.fewest.bytes, int(bits * count / 8)))
 
 
@@ -162,17 +161,3 @@ def _least_bits(decoder: Decoder, options: BuildOptions, settings: WeightSetting
     weights = [*(len(decoder.layers) * maps), *tables]
     size = sum(stored_bytes(each, settings.bits, settings) for each in weights)
     return 8 * size / sum(each.numel() for each in weights)
-
-
-def _require_at_least(bits: float, least: float) -> None:
-    """
-    Raises:
-        UsageError: `bits` are fewer than the least possible.
-    """
-    if bits < least:
-        raise UsageError(
-            "--weight-bits must allow the smallest format of every weight, with its scales",
-            got=f"{bits:g}",
-            expected=f"at least {int(least * 1000 + 1) / 1000:g}",
-            fix="give more bits, a larger --weight-block, or --dtype float16, whose scales are smaller",
-        )

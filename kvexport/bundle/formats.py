@@ -161,6 +161,21 @@ def require_formats(
         )
 
 
+def require_mean_bits(bits: float, least: float) -> None:
+    """Check the mean number of bits of weights in int4 and int8 against that of all of them in int4.
+
+    Raises:
+        UsageError: `bits` are fewer than the least possible.
+    """
+    if bits < least:
+        raise UsageError(
+            "--weight-bits must allow the smallest format of every weight, with its scales",
+            got=f"{bits:g}",
+            expected=f"at least {int(least * 1000 + 1) / 1000:g}",
+            fix="give more bits, a larger --weight-block, or --dtype float16, whose scales are smaller",
+        )
+
+
 @dataclass(frozen=True)
 class WeightShare:
     """The number of weights of a layer's linear maps that are stored in one format."""

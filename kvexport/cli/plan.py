@@ -15,6 +15,7 @@ from kvexport.cli.conversion import (
     head_weights_option,
     weight_block_option,
 )
+from kvexport.quantize.method_names import DEFAULT_BITS
 
 
 @click.command()
@@ -49,6 +50,14 @@ from kvexport.cli.conversion import (
 @embedding_weights_option
 @weight_block_option
 @click.option(
+    "--weight-bits",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="BITS",
+    help="Mean number of bits of int4 weights, with their scales: the most sensitive weights get 8 bits. "
+    "Head and embedding count, unless their formats are given.  "
+    f"[default: {DEFAULT_BITS:g}, or the least possible if that is more]",
+)
+@click.option(
     "--context",
     type=click.IntRange(min=1),
     multiple=True,
@@ -76,6 +85,7 @@ def command(
     head_weights: str | None,
     embedding_weights: str | None,
     weight_block: str | None,
+    weight_bits: float | None,
     context: tuple[int, ...],
     as_json: bool,
     **budget: Any,
@@ -101,6 +111,7 @@ def command(
         head_weights=head_weights,
         embedding_weights=embedding_weights,
         weight_block=None if weight_block is None else int(weight_block),
+        weight_bits=weight_bits,
         contexts=context,
         eviction=eviction,
     )

@@ -111,11 +111,22 @@ def print_plan(plan: Plan) -> None:
 def _weights_table(rows: Sequence[Row]) -> Table:
     """One row for each format of weights and number of KV heads."""
     table = plain_table(
-        "weights", "KV heads", "layers", "embedding", "head", "norms, maps, RoPE", "total", "of it scales"
+        "weights",
+        "KV heads",
+        "layers",
+        "embedding",
+        "head",
+        "for 8 bits",
+        "norms, maps, RoPE",
+        "total",
+        "of it scales",
     )
     for weights in dict.fromkeys((row.formats.summary, row.kv_heads, row.weights) for row in rows):
         formats, kv_heads, parts = weights
-        sizes = (parts.layers, parts.embedding, parts.head, parts.other, parts.total, parts.scales)
+        sizes = (
+            *(parts.layers, parts.embedding, parts.head),
+            *(parts.eight_bits, parts.other, parts.total, parts.scales),
+        )
         table.add_row(formats, str(kv_heads), *("-" if each == 0 else size(each) for each in sizes))
     return table
 
@@ -156,6 +167,10 @@ def _print_notes(plan: Plan, out: PlainConsole) -> None:
             )
     if plan.eviction is not None:
         out.print_line(_eviction_note(plan.eviction, max(row.memory.kv_state for row in plan.rows)))
+    if any(row.weights.eight_bits for row in plan.rows):
+        out.print_line(
+            "for 8 bits: what int4 weights take more because the most sensitive get 8 bits (--weight-bits)."
+        )
     if plan.maps:
         out.print_line(
             "With fewer KV heads, weights include the key and query maps of the method online; fold has none."

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from kvexport.bundle.formats import INTEGERS, WeightFormats, resolve_formats
+from kvexport.bundle.formats import INTEGERS, WeightFormats, require_mean_bits, resolve_formats
 from kvexport.bundle.manifest import MANIFEST_FILE, read_manifest
 from kvexport.devices.targets import Target, lowering_for, tensorrt_version
 from kvexport.errors import UsageError
@@ -16,7 +16,8 @@ from kvexport.plan.compare import Comparison, compare
 from kvexport.plan.memory import Memory, kv_bytes_per_token, largest_context, memory
 from kvexport.plan.sizes import Sizes, TrainedSizes, bundle_sizes, trained_sizes
 from kvexport.plan.speed import DECODE, PREFILL, Band, decode_seconds, prefill_seconds
-from kvexport.plan.weights import Precision, WeightBytes, bundle_precision
+from kvexport.plan.weights import Precision, WeightBytes, bundle_precision, least_bits
+from kvexport.quantize.method_names import DEFAULT_BITS
 
 _CONTEXTS = (2048, 8192, 32768)
 _ENGINE, _LOWERING = "tensorrt", "std24"  # without a target
@@ -39,6 +40,7 @@ class Row:
     kv_heads: int
     dtype: str  # of computation and cache
     formats: WeightFormats
+    weight_bits: float | None  # mean number of bits of int4 weights, of which some get 8; None: all have 4
     parameters: int
     weights: WeightBytes
     memory: Memory
@@ -52,7 +54,9 @@ class Row:
         """The row as JSON values."""
         fits = None if self.short_bytes is None else self.short_bytes == 0
         weights = {**asdict(self.weights), "total": self.weights.total}
-        return {**asdict(self), "weights": weights, "total_bytes": self.memory.total, "fits": fits}
+        formats = {name: getattr(self.formats, name) for name in ("layers", "embedding", "head", "block")}
+        more = {"formats": formats, "weights": weights, "total_bytes": self.memory.total, "fits": fits}
+        return asdict(self) | more
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def plan(
     head_weights: str | None = None,
     embedding_weights: str | None = None,
     weight_block: int | None = None,
+    weight_bits: float | None = None,
     contexts: Sequence[int] = (),
     eviction: EvictionRequest | None = None,
 ) -> Plan:
@@ -114,7 +119,7 @@ def plan(
         kv_heads: numbers of KV heads; default: all, a half and a quarter of the trained number.
         dtype: of computation and cache; default: float32 with ONNX Runtime, else float16.
         weights: formats of the layers' weights; default: the dtype, int8 and int4.
-        head_weights, embedding_weights, weight_block: as in `kvexport build`.
+        head_weights, embedding_weights, weight_block, weight_bits: as in `kvexport build`.
         contexts: context lengths in tokens; default: 2048, 8192 and 32768, up to the model's maximum.
         eviction: the eviction of a checkpoint; a fraction is one of the model's max_position_embeddings.
 
@@ -133,6 +138,7 @@ def plan(
             "--head-weights": head_weights,
             "--embedding-weights": embedding_weights,
             "--weight-block": weight_block,
+            "--weight-bits": weight_bits,
         }
         for option, value in fixed.items():
             if value:
@@ -159,7 +165,7 @@ def plan(
         variants = [_with_eviction(trained.with_kv_heads(count), eviction) for count in counts]
         dtype = dtype or ("float32" if engine == "onnxruntime" else "float16")
         stored = [
-            _precision(trained, dtype, name, head_weights, embedding_weights, weight_block)
+            _precision(trained, dtype, name, head_weights, embedding_weights, weight_block, weight_bits)
             for name in weights or (dtype, *INTEGERS)
         ]
         comparisons = ()
@@ -219,6 +225,7 @@ def _precision(
     head: str | None,
     embedding: str | None,
     block: int | None,
+    bits: float | None,
 ) -> Precision:
     """The precision of a checkpoint's bundle with these options of `kvexport build`."""
     architecture = trained.architecture
@@ -231,7 +238,14 @@ def _precision(
         embedding_weights=embedding,
         weight_block=block,
     )
-    return Precision(dtype, formats)
+    if weights != "int4":
+        return Precision(dtype, formats)
+    given = {"head": head, "embedding": embedding}
+    fixed = frozenset(name for name, value in given.items() if value is not None)
+    stored = Precision(dtype, formats, DEFAULT_BITS if bits is None else bits, fixed)
+    if bits is not None:
+        require_mean_bits(bits, least_bits(stored, trained.with_kv_heads(architecture.num_kv_heads).tables))
+    return stored
 
 
 def _contexts(requested: Sequence[int], maximum: int | None) -> list[int]:
@@ -261,6 +275,7 @@ def _row(
         kv_heads=sizes.kv_heads,
         dtype=stored.dtype,
         formats=stored.weights,
+        weight_bits=stored.bits,
         parameters=sizes.parameters,
         weights=sizes.weight_bytes(stored),
         memory=needed,

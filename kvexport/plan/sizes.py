@@ -16,7 +16,7 @@ from kvexport.eviction.config import Eviction
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture
 from kvexport.model.checkpoint import read_config, read_json
 from kvexport.model.family import NORMS
-from kvexport.plan.weights import Precision, WeightBytes, bundle_weights, planned_weights
+from kvexport.plan.weights import Precision, Tables, WeightBytes, bundle_weights, planned_weights
 
 
 @dataclass(frozen=True)
@@ -76,14 +76,12 @@ class Sizes:
         """Bytes of the weights in a precision; those of a bundle are fixed."""
         if self.stored is not None:
             return self.stored
-        return planned_weights(
-            precision,
-            shapes=self.shapes,
-            vocab=self.vocab,
-            width=self.embedding // self.vocab,
-            tied=not self.head,
-            small=self.small + self.rotary,
-        )
+        return planned_weights(precision, self.tables, self.small + self.rotary)
+
+    @property
+    def tables(self) -> Tables:
+        """Linear maps, embedding and head of a checkpoint."""
+        return Tables(self.shapes, self.vocab, self.embedding // self.vocab, tied=not self.head)
 
     @property
     def layers(self) -> int:

@@ -14,6 +14,7 @@ from support.validated_bundles import broken, edit_weight
 from kvexport.bundle import Bundle
 from kvexport.bundle.formats import WeightFormat
 from kvexport.graph import GRAPH_FILE
+from kvexport.plan import plan
 from kvexport.progress import Progress
 from kvexport.runtime import open_bundle
 from kvexport.runtime.self_test.verdict import self_test
@@ -187,6 +188,9 @@ def test_the_most_sensitive_weights_get_8_bits(tiny_checkpoint: Any, tmp_path: P
         assert names <= {"q", "k", "v", "o", "gate", "up", "down", "embedding"}
         assert "weight-analysis" in report["seconds"]
         assert bits_of(tmp_path / name) == {"int4", "int8"}
+    stored = (tmp_path / "bits" / "decoder.onnx.data").stat().st_size
+    planned = plan(checkpoint, None, dtype="float32", weights=["int4"], weight_bits=5.7).rows[0]
+    assert planned.memory.weights == pytest.approx(stored, rel=0.05)  # in steps of one small map
     assert validate_bundle(tmp_path / "kl", Progress(), "cpu").failures == ()
     assert Bundle.open(tmp_path / "kl").model.tie_word_embeddings is True
 

@@ -75,7 +75,7 @@ def test_json_agrees_with_the_table(llama: Path) -> None:
         True,
     )
     assert row["formats"] == {"layers": "int4", "embedding": "int4", "head": "int4", "block": 128}
-    assert row["weights"]["total"] == row["memory"]["weights"]
+    assert (row["weight_bits"], row["weights"]["total"]) == (5, row["memory"]["weights"])
     assert cells[:3] == ["int4", "8", "1024"]
     assert "yes" in cells
     assert f"{row['memory']['weights'] / 2**30:.1f} GiB" in cells
@@ -88,7 +88,7 @@ def test_formats_of_embedding_and_head_are_those_of_build(llama: Path) -> None:
     def weights(*options: object) -> dict[str, Any]:
         (row,) = json.loads(plan(*arguments, *options)[1])["rows"]
         assert (
-            sum(row["weights"][part] for part in ("layers", "embedding", "head", "other"))
+            sum(row["weights"][part] for part in ("layers", "embedding", "head", "other", "eight_bits"))
             == (row["weights"]["total"])
         )
         found: dict[str, Any] = row["weights"]
@@ -104,6 +104,18 @@ def test_formats_of_embedding_and_head_are_those_of_build(llama: Path) -> None:
     assert (head["embedding"], head["head"]) == (alone["embedding"], table + 2 * 32_000 + 1536)  # to a page
     assert (embedding["embedding"], embedding["head"]) == (2 * table, alone["head"])
     assert weights("--weight-block", 32)["scales"] == 4 * alone["scales"]
+    numbers = 6_738_415_616 - 65 * 4096  # without norms
+    mean = 8 * (alone["layers"] + alone["embedding"] + alone["head"] + alone["eight_bits"]) / numbers
+    assert mean == pytest.approx(5, rel=1e-4)
+    more = weights("--weight-bits", 6)["eight_bits"] - alone["eight_bits"]
+    assert more == pytest.approx(numbers / 8, rel=1e-6)
+    assert weights("--weight-bits", 4.126)["eight_bits"] < numbers / 8000
+    only_layers = weights("--head-weights", "int4", "--embedding-weights", "int4")["eight_bits"]
+    assert only_layers == pytest.approx(alone["eight_bits"] * (1 - 2 * table / numbers), rel=1e-3)
+    all_eight = weights("--weight-bits", 12)
+    assert all_eight["total"] == pytest.approx(1.0005 * numbers, rel=2e-3)
+    code, _, err = plan(llama, "--weight-bits", 4)
+    assert code == 2 and "at least 4.126" in err
     assert plan(llama, "--weights", "bfloat16")[0] == 2
     code, _, err = plan(llama, "--weights", "float32")
     assert code == 2 and "--weights must be int8, int4 or the data type of computation" in err

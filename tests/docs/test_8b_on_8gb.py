@@ -14,6 +14,7 @@ from kvexport.devices.targets import Target, load_target
 from kvexport.engine.preflight import build_memory
 from kvexport.plan import Plan, plan
 from kvexport.plan.sizes import trained_sizes
+from kvexport.quantize.method_names import DEFAULT_BITS
 
 PAGE = (ROOT / "docs" / "8b-on-8gb.md").read_text(encoding="utf-8")
 NAMES = {
@@ -22,6 +23,9 @@ NAMES = {
     "mistral-7b-v0.3": ("Mistral-7B-v0.3", 7_248_023_552),
 }
 CONTEXT = 4096
+FEWEST, DEFAULT = ("int4", 4.2), ("int4", DEFAULT_BITS)
+NANO: list[tuple[str, float | None]] = [FEWEST, DEFAULT]
+NX: list[tuple[str, float | None]] = [FEWEST, DEFAULT, ("int8", None)]
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +40,10 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def planned(model: Path, target: Target, weights: str, tables: str, jetpack: str | None = None) -> Plan:
-    return plan(
-        model,
-        target,
-        jetpack=jetpack,
-        weights=[weights],
-        head_weights=tables,
-        embedding_weights=tables,
-        contexts=[CONTEXT],
-    )
+def planned(
+    model: Path, target: Target, weights: str, bits: float | None = None, jetpack: str | None = None
+) -> Plan:
+    return plan(model, target, jetpack=jetpack, weights=[weights], weight_bits=bits, contexts=[CONTEXT])
 
 
 def contexts(found: Plan) -> str:
@@ -58,10 +56,10 @@ def speed(found: Plan) -> str:
     return f"{1 / seconds.typical:.0f}"
 
 
-def row(model: Path, formats: tuple[str, str], target: Target, *others: Target) -> str:
+def row(model: Path, formats: tuple[str, float | None], target: Target, *others: Target) -> str:
     """A line of a table: its first target is the one whose contexts are shown."""
     old, new = (planned(model, target, *formats, version) for version in ("6.2", "7.2"))
-    label = formats[0] if formats[0] == formats[1] else f"{formats[0]}; head and embedding {formats[1]}"
+    label = formats[0] if formats[1] is None else f"{formats[0]}, {formats[1]:g} bits"
     cells = [
         NAMES[model.name][0],
         label,
@@ -84,15 +82,15 @@ def test_the_configs_have_the_published_parameters(shapes: Path) -> None:
         assert trained_sizes(shapes / name).with_kv_heads(8).parameters == parameters
 
 
-@pytest.mark.parametrize("formats", [("int4", "int4"), ("int4", "int8")], ids=" ".join)
+@pytest.mark.parametrize("formats", NANO, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_table_of_orin_nano(shapes: Path, name: str, formats: tuple[str, str]) -> None:
+def test_the_table_of_orin_nano(shapes: Path, name: str, formats: tuple[str, float | None]) -> None:
     assert row(shapes / name, formats, own_board(), load_target("orin-nano-8gb-super")) in PAGE
 
 
-@pytest.mark.parametrize("formats", [("int4", "int4"), ("int8", "int8")], ids=" ".join)
+@pytest.mark.parametrize("formats", NX, ids=str)
 @pytest.mark.parametrize("name", NAMES)
-def test_the_table_of_orin_nx(shapes: Path, name: str, formats: tuple[str, str]) -> None:
+def test_the_table_of_orin_nx(shapes: Path, name: str, formats: tuple[str, float | None]) -> None:
     assert row(shapes / name, formats, load_target("orin-nx-16gb")) in PAGE
 
 
@@ -100,14 +98,14 @@ def test_what_the_page_says_does_not_fit(shapes: Path) -> None:
     for name in NAMES:
         for target, weights in ((own_board(), "int8"), (load_target("orin-nx-16gb"), "float16")):
             for version in ("6.2", "7.2"):
-                found = planned(shapes / name, target, weights, weights, version)
+                found = planned(shapes / name, target, weights, None, version)
                 assert {each.largest_context for each in found.rows} == {0}, (name, target.title)
-        small = planned(shapes / name, load_target("orin-nano-8gb"), "int4", "int4", "7.2")
-        assert all(each.largest_context < 256 for each in small.rows if each.largest_context is not None)
+        small = planned(shapes / name, load_target("orin-nano-8gb"), *FEWEST, "7.2")
+        assert {each.largest_context for each in small.rows} == {0}
 
 
 def test_an_8_gb_board_needs_swap_to_build(shapes: Path) -> None:
-    (found, *_) = planned(shapes / "llama-3.1-8b", own_board(), "int4", "int4").rows
+    (found, *_) = planned(shapes / "llama-3.1-8b", own_board(), *FEWEST).rows
     needed = build_memory(found.weights.total, "tensorrt")
     assert f"{needed / 2**30:.1f} GiB for\nLlama-3.1-8B" in PAGE
     assert needed > own_board().memory

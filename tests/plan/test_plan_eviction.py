@@ -286,11 +286,8 @@ def test_a_fraction_is_one_of_the_models_positions(llama: Path) -> None:
 def test_a_longer_context_fits_with_a_budget(llama: Path) -> None:
     def longest(eviction: EvictionRequest | None) -> int | None:
         target = load_target("orin-nano-8gb-super")
-        return (
-            plan(llama, target, kv_heads=[16], weights=["int4"], contexts=[512], eviction=eviction)
-            .rows[0]
-            .largest_context
-        )
+        options: dict[str, Any] = {"kv_heads": [16], "weights": ["int4"], "weight_bits": 4.2}
+        return plan(llama, target, **options, contexts=[512], eviction=eviction).rows[0].largest_context
 
     full, bounded = longest(None), longest(EvictionRequest(256))
     assert full is not None

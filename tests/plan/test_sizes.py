@@ -14,7 +14,7 @@ from support.conversions import plain
 from support.quantized_decoders import quantize_decoder
 from support.tiny_bundles import decoder_with_fewer_heads, write_bundle
 
-from kvexport.bundle.formats import WeightFormats, default_block
+from kvexport.bundle.formats import WeightFormats, default_block, resolve_formats
 from kvexport.bundle.manifest import read_manifest
 from kvexport.errors import BundleError, CheckpointError, UsageError
 from kvexport.files.resources import resource
@@ -22,7 +22,7 @@ from kvexport.model.decoder import tensors_of
 from kvexport.model.loader import load_decoder
 from kvexport.plan import plan
 from kvexport.plan.sizes import TrainedSizes, bundle_sizes, trained_sizes
-from kvexport.plan.weights import bundle_precision, precision
+from kvexport.plan.weights import Precision, bundle_precision, least_bits, precision
 
 FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("llama", {}),
@@ -207,12 +207,22 @@ def test_the_demo_model_in_int4_is_as_large_as_was_planned(dtype: str, tmp_path:
     capacity = trained.architecture.max_positions
     bundle = write_bundle(tmp_path / "bundle", decoder, dtype=dtype, capacity=capacity)
     stored = (bundle / "decoder.onnx.data").stat().st_size
-    for planned in (plan(demo, None, dtype=dtype, weights=["int4"]), plan(bundle, None)):
+    least = min_bits(demo, dtype)
+    of_demo = plan(demo, None, dtype=dtype, weights=["int4"], weight_bits=least)
+    for planned in (of_demo, plan(bundle, None)):
         row = planned.rows[0]
         assert row.memory.weights == row.weights.total == pytest.approx(stored, rel=0.02)
         assert row.formats.summary == "int4"
     (float_row, *_) = plan(demo, None, dtype=dtype, weights=[dtype]).rows
     assert float_row.memory.weights > 2 * stored
+
+
+def min_bits(model: Path, dtype: str) -> float:
+    """--weight-bits that gives no weight 8 bits."""
+    trained = trained_sizes(model)
+    it = trained.architecture
+    formats = resolve_formats(dtype, tied=it.tied, hidden_size=it.hidden_size, weights="int4")
+    return least_bits(Precision(dtype, formats), trained.with_kv_heads(it.num_kv_heads).tables)
 
 
 def _shapes(sizes: TrainedSizes) -> Mapping[tuple[int, int], int]:
