@@ -2,13 +2,18 @@
 
 Several processes may use the folder at the same time. A directory that is read is locked (`Lease`), so that
 it is neither replaced nor removed meanwhile.
+
+The folder may have other contents, which are neither read nor removed: a cached directory is a real directory
+whose name is 64 hexadecimal digits and which has nothing but JSON and safetensors files.
 """
 
 from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
+import stat
 import tempfile
 import weakref
 from contextlib import suppress
@@ -21,6 +26,9 @@ from kvexport.files.directory_lock import lock_directory, remove_abandoned
 _LARGEST = 20 * 10**9  # most bytes of all directories
 _DISK_PARTS = 10  # they have at most one of so many parts of the bytes that are free without them
 _TEMPORARY = ".partial"
+_KEY = re.compile(r"[0-9a-f]{64}")
+_UNFINISHED = re.compile(rf"\.{_KEY.pattern}\.[a-z0-9_]+{re.escape(_TEMPORARY)}")
+_FILES = (".json", ".safetensors")
 
 
 def default_cache_folder() -> Path:
@@ -116,7 +124,7 @@ class NewDirectory:
 
 
 class CacheFolder:
-    """A folder of cached directories by key.
+    """A folder of cached directories by key, which is 64 hexadecimal digits.
 
     Attributes:
         path: the folder; it is created when the first directory is.
@@ -128,12 +136,11 @@ class CacheFolder:
     def entries(self) -> list[CachedDirectory]:
         """All complete directories, the last used first."""
         found = []
-        for path in self._paths():
-            try:
-                files = [file.stat() for file in path.iterdir()]
-                found.append(CachedDirectory(path, sum(file.st_size for file in files), path.stat().st_mtime))
-            except OSError:  # removed meanwhile, or no directory
-                continue
+        for path in self._paths(_KEY):
+            size = _size_of(path)
+            if size is not None:
+                with suppress(OSError):  # removed meanwhile
+                    found.append(CachedDirectory(path, size, path.stat().st_mtime))
         return sorted(found, key=lambda entry: (-entry.used, entry.path.name))
 
     def limit(self) -> int:
@@ -150,7 +157,7 @@ class CacheFolder:
         replaced.
         """
         path = self.path / key
-        descriptor = lock_directory(path, shared=True)
+        descriptor = self._lock(key, shared=True)
         if descriptor is None:
             return None
         with suppress(OSError):  # read-only
@@ -195,7 +202,7 @@ class CacheFolder:
     def remove(self, key: str) -> bool:
         """Remove the directory of a key; False if there is none, or it is in use or cannot be removed."""
         path = self.path / key
-        descriptor = lock_directory(path)
+        descriptor = self._lock(key)
         if descriptor is None:
             return False
         try:
@@ -214,11 +221,33 @@ class CacheFolder:
         self._remove_abandoned()
         return freed
 
-    def _paths(self) -> list[Path]:
+    def _lock(self, key: str, *, shared: bool = False) -> int | None:
+        """A descriptor that holds the lock of a cached directory; None: there is none, or others hold it."""
+        path = self.path / key
+        descriptor = lock_directory(path, shared=shared) if _KEY.fullmatch(key) else None
+        if descriptor is None or _size_of(path) is not None:
+            return descriptor
+        os.close(descriptor)
+        return None
+
+    def _paths(self, name: re.Pattern[str]) -> list[Path]:
         try:
-            return [path for path in self.path.iterdir() if not path.name.startswith(".")]
+            return [path for path in self.path.iterdir() if name.fullmatch(path.name)]
         except OSError:
             return []
 
     def _remove_abandoned(self) -> None:
-        remove_abandoned(self.path.glob(f".*{_TEMPORARY}"))
+        remove_abandoned(self._paths(_UNFINISHED))
+
+
+def _size_of(path: Path) -> int | None:
+    """Bytes of the files of a cached directory; None: it is something else."""
+    try:
+        if path.is_symlink():
+            return None
+        files = [(each.suffix, each.lstat()) for each in path.iterdir()]
+    except OSError:
+        return None
+    if not all(suffix in _FILES and stat.S_ISREG(found.st_mode) for suffix, found in files):
+        return None
+    return sum(found.st_size for _, found in files)

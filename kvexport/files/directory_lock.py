@@ -16,7 +16,7 @@ def lock_directory(path: Path, *, shared: bool = False, required: bool = False) 
     """Lock a directory without waiting.
 
     Args:
-        path: the directory.
+        path: the directory; a symbolic link to one counts as missing.
         shared: whether other processes may hold a shared lock at the same time.
         required: whether a directory of a file system without locks counts as locked by others.
 
@@ -25,7 +25,7 @@ def lock_directory(path: Path, *, shared: bool = False, required: bool = False) 
         others.
     """
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+        descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
         return None
     try:

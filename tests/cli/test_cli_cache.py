@@ -11,6 +11,7 @@ from click.testing import CliRunner
 
 from kvexport.cli import commands
 
+KEY = 64 * "a"
 FAST = ("--calibration", "random", "--samples", "8", "--length", "24")
 
 
@@ -48,9 +49,9 @@ def test_lists_and_removes_entries(tiny_checkpoint: Any, tmp_path: Path, build_c
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"name": 1}', '{"files": 3}'])
 def test_lists_damaged_entries(build_cache: Path, content: str | None) -> None:
-    (build_cache / "key").mkdir(parents=True)
+    (build_cache / KEY).mkdir(parents=True)
     if content is not None:
-        (build_cache / "key" / "statistics.json").write_text(content)
+        (build_cache / KEY / "statistics.json").write_text(content)
     assert "damaged" in cli("cache")
     assert [entry["stages"] for entry in listed()] == [[]]
     assert json.loads(cli("cache", "--clean", "--json"))["entries"] == []
