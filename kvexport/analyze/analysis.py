@@ -202,10 +202,12 @@ def analyze(
     ids = window.tolist()
     listed = [] if pairs is None else parse_pairs(pairs, len(ids))
     compression_plan = job.plan_compression(windows)
-    conversion = convert(decoder, windows, compression_plan.layer_plans, job.saved.moments_of(), job.capacity)
+    moments_of = job.saved.moments_of(windows)
+    conversion = convert(decoder, windows, compression_plan.layer_plans, moments_of, job.capacity)
     with job.stages.timed("convert"):
         layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
+    job.saved.require_unchanged()
     sensitivity = None
     if compression_plan.layers:
         sensitivity = [

@@ -77,11 +77,13 @@ class SensitivityAnalysis:
             folder: for temporary files; None: the system's temporary folder.
             writer: receives moments and sensitivities.
         """
-        saved = self._saved.with_sensitivities()
-        if saved is not None and self.is_saved:
-            self._stages.reused.append("analysis")
-            return _read(saved, len(self._decoder.layers), writer)
-        if saved is not None:
+        saved, count = self._saved.with_sensitivities(), len(self._decoder.layers)
+        if saved is not None and saved.capacity == self._capacity:
+            read = self._saved.read(lambda: _read(saved, count, writer))
+            if read is not None:
+                self._stages.reused.append("analysis")
+                return read
+        elif saved is not None:
             self._progress.note(
                 f"the statistics are for a capacity of {saved.capacity} tokens: the sensitivities are "
                 f"analysed again for {self._capacity}"
@@ -105,7 +107,7 @@ class SensitivityAnalysis:
         folder: Path | None,
         writers: Sequence[StatisticsWriter | CacheWriter],
     ) -> list[LayerSensitivity]:
-        """Analyse each layer; `writers` receive its moments, if they are measured now."""
+        """Analyse each layer; `writers` receive its moments."""
 
         def save_moments(index: int, moments: Moments) -> None:
             for writer in writers:
@@ -116,7 +118,7 @@ class SensitivityAnalysis:
             windows,
             methods,
             sizes,
-            moments_of=self._saved.moments_of(),
+            moments_of=self._saved.moments_of(windows),
             save_moments=save_moments,
             capacity=self._capacity,
             progress=self._progress,

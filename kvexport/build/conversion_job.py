@@ -134,10 +134,8 @@ class ConversionJob:
             recipe = self.options.recipe
             samples = min(recipe.samples, max(1, PEAK_TOKENS // recipe.length))
             self.options = replace(self.options, recipe=replace(recipe, samples=samples))
-        count, source = len(self.decoder.layers), self.statistics_source()
-        self.saved = SavedStages(
-            self.options, self.checkpoint, source, count, self.device.type, self.progress
-        )
+        source = self.statistics_source()
+        self.saved = SavedStages(self.options, self.checkpoint, source, self.placed, self.progress)
         given = None if options.statistics is None else self.saved.statistics
         if given is not None and self.rope_switches:
             require_same_capacity(given.capacity, self.capacity)
@@ -216,7 +214,7 @@ class ConversionJob:
                 windows,
                 request,
                 self.methods,
-                self.saved.moments_of(),
+                self.saved.moments_of(windows),
                 self.capacity,
                 self.progress,
                 layers,
@@ -274,9 +272,8 @@ class ConversionJob:
         """
         conversion = None
         if self.compresses:
-            conversion = convert(
-                self.placed, windows, plan.layer_plans, self.saved.moments_of(), self.capacity
-            )
+            moments_of = self.saved.moments_of(windows)
+            conversion = convert(self.placed, windows, plan.layer_plans, moments_of, self.capacity)
         converted_layers = unconverted_layers(self.decoder) if conversion is None else conversion
         heals = self.options.heal is not None
         unhealed: list[Layer] = []

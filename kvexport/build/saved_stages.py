@@ -4,16 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import islice
+from typing import TypeVar
 
 from torch import Tensor
 
 from kvexport.build.options import BuildOptions
 from kvexport.build.stage_cache import CacheWriter, StageCache, cache_key, weights_key
 from kvexport.calibrate import Moments, Statistics, StatisticsSource
+from kvexport.convert import measure_moments
+from kvexport.errors import UsageError
 from kvexport.files.cache_folder import CacheFolder
+from kvexport.files.identity import FileIdentities
 from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 from kvexport.quantize.layers import WeightSettings
+
+T = TypeVar("T")
 
 
 class SavedStages:
@@ -32,8 +40,7 @@ class SavedStages:
         options: BuildOptions,
         checkpoint: Checkpoint,
         source: StatisticsSource,
-        layers: int,
-        device: str,
+        decoder: Decoder,
         progress: Progress,
     ) -> None:
         """
@@ -41,14 +48,16 @@ class SavedStages:
             options: name the statistics and the folder of the build cache.
             checkpoint: the checkpoint to be converted.
             source: what statistics of this build are measured on.
-            layers: number of layers of the model.
-            device: type of the torch device that computes.
+            decoder: the trained model, on the device that computes.
             progress: shows notes.
 
         Raises:
             UsageError: the given statistics are damaged, or those of another checkpoint.
         """
-        self._layers, self._source, self._progress = layers, source, progress
+        self._checkpoint, self._source = checkpoint, source
+        self._decoder, self._layers, self._progress = decoder, len(decoder.layers), progress
+        file = options.recipe.file
+        self._text = FileIdentities([] if file is None else [file])
         self._cache: StageCache | None = None
         self._key: str | None = None
         self.statistics: Statistics | None = None
@@ -56,17 +65,58 @@ class SavedStages:
             self.statistics = Statistics(options.statistics, source.checkpoint)
         elif options.cache is not None:
             try:
-                key = cache_key(checkpoint, source, device)
+                key = cache_key(checkpoint, source, decoder.embedding.weight.device.type)
             except OSError:  # the stage that needs the file says which
                 return
             self._key, self._folder = key, CacheFolder(options.cache)
-            self._cache = StageCache(self._folder, key, source, progress)
+            self._cache = self._entry(key)
             self.statistics = self._cache.find()
 
-    def moments_of(self) -> Callable[[int], Moments] | None:
-        """A function that reads the saved moments of a layer; None: there are none."""
+    def require_unchanged(self) -> None:
+        """Check that the files from which results are made are still those that they were.
+
+        Raises:
+            CheckpointError: a file of the checkpoint has changed.
+            UsageError: the calibration text has changed.
+        """
+        self._checkpoint.require_unchanged()
+        self._text.require_unchanged("the calibration text", UsageError)
+
+    def moments_of(self, windows: Tensor) -> Callable[[int], Moments] | None:
+        """A function that returns the saved moments of a layer; None: there are none.
+
+        Those of the build cache that can no longer be read are measured again.
+
+        Args:
+            windows: calibration windows [N, length] int64.
+        """
         saved = self.statistics
-        return saved.moments if saved is not None and saved.has_moments(self._layers) else None
+        if saved is None or not saved.has_moments(self._layers):
+            return None
+        measured = _MeasuredMoments(self._decoder, windows)
+
+        def moments(index: int) -> Moments:
+            found = self.read(lambda: saved.moments(index))
+            return measured(index) if found is None else found
+
+        return moments
+
+    def read(self, reading: Callable[[], T]) -> T | None:
+        """What a function returns that reads saved stages; None, with a note: the entry of the build cache
+        can no longer be read.
+
+        Raises:
+            UsageError: given statistics can no longer be read.
+        """
+        try:
+            return reading()
+        except UsageError as error:
+            if self._cache is None:
+                raise
+            if self.statistics is not None:
+                self._progress.note(f"an entry of the build cache is made again: {error.what}")
+            self.statistics = None
+            return None
 
     def with_sensitivities(self) -> Statistics | None:
         """The statistics, if they have the sensitivity of every layer."""
@@ -99,7 +149,7 @@ class SavedStages:
         """The tensors of a saved analysis of weights; None: there is none."""
         cache = self._weights_cache(settings)
         found = None if cache is None else cache.find()
-        return found.weights() if found is not None and found.has_weights else None
+        return self.read(found.weights) if found is not None and found.has_weights else None
 
     def save_weight_analysis(
         self, settings: WeightSettings, windows: Tensor, tensors: Mapping[str, Tensor]
@@ -119,4 +169,23 @@ class SavedStages:
     def _weights_cache(self, settings: WeightSettings) -> StageCache | None:
         if self._key is None:
             return None
-        return StageCache(self._folder, weights_key(self._key, settings), self._source, self._progress)
+        return self._entry(weights_key(self._key, settings))
+
+    def _entry(self, key: str) -> StageCache:
+        return StageCache(self._folder, key, self._source, self._progress, self.require_unchanged)
+
+
+class _MeasuredMoments:
+    """Measures the moments of one layer after another; an earlier layer starts from the first one again."""
+
+    def __init__(self, decoder: Decoder, windows: Tensor) -> None:
+        self._decoder, self._windows = decoder, windows
+        self._next = 0
+        self._moments: Iterator[Moments] = iter(())
+
+    def __call__(self, index: int) -> Moments:
+        if not 0 < self._next <= index:
+            self._next, self._moments = 0, measure_moments(self._decoder, self._windows)
+        moments = next(islice(self._moments, index - self._next, None))
+        self._next = index + 1
+        return moments

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -94,15 +94,24 @@ def _code_of(packages: Sequence[str], others: Sequence[Path] = ()) -> str:
 class StageCache:
     """The cache entry of one build."""
 
-    def __init__(self, folder: CacheFolder, key: str, source: StatisticsSource, progress: Progress) -> None:
+    def __init__(
+        self,
+        folder: CacheFolder,
+        key: str,
+        source: StatisticsSource,
+        progress: Progress,
+        require_unchanged: Callable[[], None],
+    ) -> None:
         """
         Args:
             folder: the build cache.
             key: made by `cache_key`.
             source: what the entry is measured on.
             progress: shows notes.
+            require_unchanged: raises UsageError if the files that the key is made of have changed.
         """
         self._folder, self._key, self._source, self._progress = folder, key, source, progress
+        self.require_unchanged = require_unchanged
         self._lease: Lease | None = None
         self._reported = False
 
@@ -173,7 +182,11 @@ class StageCache:
 
 
 class CacheWriter:
-    """Writes the files of an entry; after a failure it writes nothing more, and the entry is dropped."""
+    """Writes the files of an entry; after a failure it writes nothing more, and the entry is dropped.
+
+    Raises (on exit):
+        UsageError: the files that the key is made of have changed.
+    """
 
     def __init__(self, stages: StageCache, windows: Tensor, layers: int) -> None:
         self._stages, self._windows, self._layers = stages, windows, layers
@@ -209,13 +222,16 @@ class CacheWriter:
                     self._drop()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if error is None:
-            with self._tolerant():
-                if self._writer is not None and self._directory is not None:
-                    self._writer.finish()
-                    self._stages.release()  # this entry replaces it
-                    self._directory.publish()
-        self._drop()
+        try:
+            if error is None:
+                self._stages.require_unchanged()
+                with self._tolerant():
+                    if self._writer is not None and self._directory is not None:
+                        self._writer.finish()
+                        self._stages.release()  # this entry replaces it
+                        self._directory.publish()
+        finally:
+            self._drop()
 
     @contextmanager
     def _tolerant(self) -> Iterator[None]:

@@ -62,7 +62,7 @@ def analyze_sensitivity(
         methods: methods that match heads; they predict their losses.
         sizes: group sizes, ascending. Trials use the largest whose width fits an engine's widest head.
         moments_of: returns the saved moments of a layer; None: moments are measured on `windows`.
-        save_moments: called with the index and the moments of each layer that is measured.
+        save_moments: called with the index and the moments of each layer.
         capacity: tokens of a sequence for which codes of rotated keys are made [default: length].
         progress: shows the stage.
         folder: where activations are kept meanwhile [default: the system's temporary folder].
@@ -160,10 +160,11 @@ class _Forward:
         return self._stream.of_windows(self._which)[0]
 
     def _moments(self, index: int, layer: Layer) -> Moments:
-        if self._moments_of is not None:
+        if self._moments_of is None:
+            moments = self._stream.measure(layer)
+        else:
             self._stream.attend(layer)
-            return self._moments_of(index)
-        moments = self._stream.measure(layer)
+            moments = self._moments_of(index)
         if self._save_moments is not None:
             self._save_moments(index, moments)
         return moments

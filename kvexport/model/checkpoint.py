@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from kvexport.errors import CheckpointError, reason_of
 from kvexport.files.hashing import sha256_of
+from kvexport.files.identity import FileIdentities
 from kvexport.model.other_formats import adapter, no_config, no_safetensors, not_a_folder
 
 if TYPE_CHECKING:
@@ -56,7 +57,7 @@ _TEXT_FILES = (
 
 
 class Checkpoint:
-    """A directory with `config.json` and safetensors weights.
+    """A directory with `config.json` and safetensors weights, whose files must stay as they are.
 
     Attributes:
         path: the directory.
@@ -68,7 +69,9 @@ class Checkpoint:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self._identities = FileIdentities(path / name for name in ("config.json", _SINGLE, _INDEX))
         self.config = read_config(path)
+        self._identities.add(self.text_files())
         self._readers: dict[Path, Any] = {}
 
     @cached_property
@@ -116,6 +119,7 @@ class Checkpoint:
                     f"{self.path} must contain the shard {shard}, which {_INDEX} lists",
                     fix="download the shard",
                 )
+            self._identities.add([self.path / shard])
             names = set(_open(self.path / shard).keys())
             for name in sorted(
                 name for name, listed in weight_map.items() if listed == shard and name not in names
@@ -215,7 +219,7 @@ class Checkpoint:
         path = self._file_of(name, shape)
 
         def read(rows: Rows) -> Tensor:
-            mapped: Tensor = _open(path).get_tensor(name)  # its pages are read as rows are used
+            mapped: Tensor = self._open(path).get_tensor(name)  # its pages are read as rows are used
             return mapped[rows].to(dtype, copy=True)
 
         table = LazyTable(read, shape, dtype)
@@ -232,7 +236,7 @@ class Checkpoint:
                 fix="download the checkpoint again, or correct config.json",
             )
         if path not in self._readers:
-            self._readers[path] = _open(path)
+            self._readers[path] = self._open(path)
         view = self._readers[path].get_slice(name)
         if view.get_dtype() not in _FLOATS:
             raise CheckpointError(
@@ -250,6 +254,18 @@ class Checkpoint:
                 "num_key_value_heads, head_dim)",
             )
         return path
+
+    def require_unchanged(self) -> None:
+        """Check that no file has been written, replaced, added or removed since it was read.
+
+        Raises:
+            CheckpointError: one has.
+        """
+        self._identities.require_unchanged(f"the checkpoint {self.path}", CheckpointError, self.text_files())
+
+    def _open(self, path: Path) -> Any:
+        self.require_unchanged()
+        return _open(path)
 
     def digest(self) -> str:
         """sha256 over config.json and all weight files, which identifies the model."""

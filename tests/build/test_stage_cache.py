@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import subprocess
 import sys
@@ -16,7 +17,7 @@ from kvexport.analyze import analyze
 from kvexport.build import BuildHooks, BuildOptions, BuildReport, build, calibrate, compress, conversion_job
 from kvexport.calibrate import recipe_for
 from kvexport.convert import CompressionRequest
-from kvexport.errors import UsageError
+from kvexport.errors import CheckpointError, UsageError
 from kvexport.files import cache_folder
 from kvexport.files.cache_folder import CacheFolder
 from kvexport.model.decoder import Layer
@@ -33,15 +34,17 @@ class Killed(BaseException):
 
 
 class Notes(Progress):
-    """Collects the notes; raises Killed when a stage begins."""
+    """Collects the notes; raises Killed, or calls a function, when a stage begins."""
 
-    def __init__(self, kill_at: str | None = None) -> None:
+    def __init__(self, kill_at: str | None = None, act: Callable[[], None] | None = None) -> None:
         self.notes: list[str] = []
-        self._kill_at = kill_at
+        self._kill_at, self._act = kill_at, act
 
     def stage(self, name: str, steps: int) -> Any:
-        if name == self._kill_at:
+        if name == self._kill_at and self._act is None:
             raise Killed
+        if name == self._kill_at and self._act is not None:
+            self._act()
         return super().stage(name, steps)
 
     def note(self, text: str) -> None:
@@ -253,6 +256,97 @@ def test_a_calibration_file_that_vanished_is_refused_by_the_stage_that_reads_it(
     text.unlink()
     with pytest.raises(UsageError, match=r"the text .*text\.txt must be readable"):
         built(source, tmp_path / "b", build_cache, recipe=recipe)
+
+
+def test_a_stage_of_a_checkpoint_that_changed_is_not_kept(
+    tiny_checkpoint: Checkpoints, edit_checkpoint: Any, tmp_path: Path, build_cache: Path, work: list[str]
+) -> None:
+    source = edit_checkpoint(tiny_checkpoint("llama", num_key_value_heads=4))
+    weights, other = source / "model.safetensors", tiny_checkpoint("llama", num_key_value_heads=4, seed=1)
+    original = weights.read_bytes()
+
+    def replaced() -> None:
+        weights.write_bytes((other / weights.name).read_bytes())
+
+    progress = Notes("Analyzing layer sensitivity", replaced)
+    with pytest.raises(CheckpointError, match="must not change while it is read") as refusal:
+        calibrate(source, tmp_path / "a", RECIPE, progress, cache=build_cache)
+    assert refusal.value.got == "model.safetensors changed" and not (tmp_path / "a").exists()
+    weights.write_bytes(original)
+    calibrate(source, tmp_path / "b", RECIPE, Progress(), cache=build_cache)
+    assert work == [TEXT, ANALYSIS]  # the text, which was made before, is not made again
+    calibrate(source, tmp_path / "alone", RECIPE, Progress())
+    for name in ("statistics.json", "layer-00001.safetensors"):
+        assert (tmp_path / "b" / name).read_bytes() == (tmp_path / "alone" / name).read_bytes()
+
+
+@pytest.mark.parametrize("name", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_build_of_a_checkpoint_that_changed_is_refused(
+    source: Path, edit_checkpoint: Any, tmp_path: Path, build_cache: Path, name: str
+) -> None:
+    source = edit_checkpoint(source)
+
+    def touched() -> None:
+        (source / name).touch()
+
+    progress = Notes("Validating the graph", touched)
+    with pytest.raises(CheckpointError, match="must not change while it is read"):
+        built(source, tmp_path / "b", build_cache, progress=progress, kv_heads=1, method="fold")
+    assert not (tmp_path / "b").exists()
+
+
+def test_calibration_text_that_changes_is_refused(
+    tiny_checkpoint: Checkpoints, edit_checkpoint: Any, tmp_path: Path, build_cache: Path
+) -> None:
+    from support.tokenizer_shapes import shapes
+
+    speaking = edit_checkpoint(tiny_checkpoint("llama", vocab_size=600))
+    (speaking / "tokenizer.json").write_text(shapes()["gpt2"][0])
+    text = tmp_path / "text.txt"
+    text.write_text("one two three four " * 400)
+
+    def edited() -> None:
+        text.write_text("five " * 1000)
+
+    recipe = recipe_for(str(text), 8, 24)
+    progress = Notes("Reading calibration text", edited)
+    with pytest.raises(UsageError, match="the calibration text must not change while it is read"):
+        built(speaking, tmp_path / "b", build_cache, progress=progress, recipe=recipe)
+    assert CacheFolder(build_cache).entries() == []
+
+
+@pytest.mark.parametrize(
+    ("stage", "repeated"), [("Converting layers", []), ("Analyzing layer sensitivity", [ANALYSIS])]
+)
+def test_an_entry_that_vanishes_during_a_build_is_made_again(
+    source: Path, tmp_path: Path, build_cache: Path, work: list[str], stage: str, repeated: list[str]
+) -> None:
+    built(source, tmp_path / "first", build_cache)
+
+    class Planned(Notes):
+        """Removes the cache after it has been opened."""
+
+        def plan(self, times: Any) -> None:
+            if repeated:
+                shutil.rmtree(build_cache)
+
+    del work[:]
+    progress = Planned(stage, lambda: shutil.rmtree(build_cache, ignore_errors=True))
+    built(source, tmp_path / "b", build_cache, progress=progress)
+    assert sum("an entry of the build cache is made again" in note for note in progress.notes) == 1
+    assert work == repeated and same(tmp_path / "b", tmp_path / "first")
+
+
+def test_an_entry_without_sensitivities_gives_whole_statistics(
+    source: Path, tmp_path: Path, build_cache: Path
+) -> None:
+    calibrate(source, tmp_path / "a", RECIPE, Progress(), cache=build_cache)
+    header = json.loads((entry(build_cache) / "statistics.json").read_text())
+    header["files"] = {name: each for name, each in header["files"].items() if "sensitivity" not in name}
+    (entry(build_cache) / "statistics.json").write_text(json.dumps(header))
+    calibrate(source, tmp_path / "b", RECIPE, Progress(), cache=build_cache)
+    names = [sorted(path.name for path in (tmp_path / each).iterdir()) for each in "ab"]
+    assert names[0] == names[1]
 
 
 def _truncate(path: Path) -> None:
