@@ -2,7 +2,8 @@
 
 The table of 128,256 tokens of 4,096 numbers takes 2.1 GB in float32. A model uses it in two ways: it takes
 some rows, and it multiplies all rows with its last hidden state. A `LazyTable` is a tensor that does these
-with few rows in memory at a time. Any other operation first makes the whole table.
+with few rows in memory at a time. Any other operation first makes the whole table; the address of its numbers
+is refused, because they have none.
 """
 
 from __future__ import annotations
@@ -30,6 +31,8 @@ _METADATA = {  # what is known without the rows
     Tensor.is_floating_point,
     Tensor.element_size,
 }
+
+_ADDRESSES = {Tensor.data_ptr, Tensor.storage, Tensor.untyped_storage}
 
 
 def is_large(shape: tuple[int, ...], dtype: torch.dtype) -> bool:
@@ -72,11 +75,10 @@ class LazyTable(Tensor):
         if func in _METADATA:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        if func is F.embedding and isinstance(args[1], cls):
-            indices = args[0]
-            return args[1]._read(indices.flatten()).unflatten(0, indices.shape)
-        if func is F.linear and isinstance(args[1], cls):
-            return _product(*args, **kwargs)
+        if func in _ADDRESSES:
+            raise RuntimeError("a LazyTable has no memory of its own: call contiguous() first")
+        if func in _LAZY and isinstance(args[1] if len(args) > 1 else kwargs.get("weight"), cls):
+            return _LAZY[func](*args, **kwargs)
         if func is Tensor.__getitem__ and isinstance(args[1], slice) and args[1].step in (None, 1):
             return args[0]._read(slice(*args[1].indices(args[0].shape[0])))
         if func is Tensor.detach or (func is Tensor.to and _is_there(*args, **kwargs)):
@@ -103,9 +105,22 @@ def _with_whole_tables(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return func(*tree_map(made, args), **tree_map(made, kwargs))
 
 
-def _product(x: Tensor, table: LazyTable, bias: Tensor | None = None) -> Tensor:
-    found = torch.cat([F.linear(x, part) for part in row_parts(table)], -1)
+def _rows(input: Tensor, weight: LazyTable, *args: Any, **kwargs: Any) -> Tensor:
+    """`F.embedding`."""
+    if args or kwargs:  # such as a maximum norm, to which it would scale the rows in place
+        return F.embedding(input, weight.whole(), *args, **kwargs)
+    if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < len(weight):
+        raise IndexError("index out of range in self")  # as torch
+    return weight._read(input.flatten()).unflatten(0, input.shape)
+
+
+def _product(input: Tensor, weight: LazyTable, bias: Tensor | None = None) -> Tensor:
+    """`F.linear`."""
+    found = torch.cat([F.linear(input, part) for part in row_parts(weight)], -1)
     return found if bias is None else found + bias
+
+
+_LAZY: dict[Any, Callable[..., Tensor]] = {F.embedding: _rows, F.linear: _product}
 
 
 def _is_there(table: Tensor, *args: Any, **kwargs: Any) -> bool:

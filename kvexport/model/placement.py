@@ -39,7 +39,7 @@ def resolve_device(name: str) -> torch.device:
         return device if _reason_unusable(device) is None else torch.device(CPU)
     if name == CPU:
         return torch.device(CPU)
-    match = re.fullmatch(r"cuda(?::(\d{1,3}))?", name)
+    match = re.fullmatch(r"cuda(?::([0-9]{1,3}))?", name)
     if match is None:
         raise UsageError(
             "--device must be a device that PyTorch converts on",

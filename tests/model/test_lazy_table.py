@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from support.command_line import run_kvexport
 from torch import Tensor
 from torch.nn import functional as F
@@ -48,12 +49,31 @@ def test_rows_and_products_are_those_of_the_table_with_few_rows_at_a_time(small_
     x = torch.randn(2, 5, WIDTH, dtype=torch.float64, requires_grad=True)
     bias = torch.randn(ROWS, dtype=torch.float64)
     torch.testing.assert_close(F.linear(x, table.lazy, bias), F.linear(x, table.dense, bias))
+    assert F.linear(input=x, weight=table.lazy).equal(F.linear(x, table.lazy))
+    assert F.embedding(input=ids, weight=table.lazy).equal(F.embedding(ids, table.dense))
+    assert F.embedding(ids[:0], table.lazy).shape == (0, 3, WIDTH)
     F.linear(x, table.lazy).square().sum().backward()  # type: ignore[no-untyped-call]
     found, x.grad = x.grad, None
     F.linear(x, table.dense).square().sum().backward()  # type: ignore[no-untyped-call]
     torch.testing.assert_close(found, x.grad)
     assert torch.cat(list(row_parts(table.lazy))).equal(table.dense)
     assert max(table.reads) <= 7
+
+
+@pytest.mark.parametrize("index", [-1, ROWS])
+def test_a_row_that_it_has_not_is_refused_as_by_a_tensor(index: int) -> None:
+    table = Recorded()
+    for each in (table.dense, table.lazy):
+        with pytest.raises(IndexError, match="index out of range in self"):
+            F.embedding(torch.tensor([0, index]), each)
+
+
+def test_its_address_is_refused(tmp_path: Path) -> None:
+    lazy = Recorded().lazy
+    for address in (lazy.data_ptr, lazy.untyped_storage, lambda: save_file({"a": lazy}, tmp_path / "a")):
+        with pytest.raises(RuntimeError, match="a LazyTable has no memory of its own"):
+            address()
+    save_file({"a": lazy.contiguous()}, tmp_path / "a")  # control
 
 
 def test_its_shape_and_type_need_no_rows() -> None:
@@ -74,6 +94,7 @@ def test_every_other_operation_takes_the_whole_table() -> None:
         (2 * table.lazy, 2 * table.dense),
         (table.lazy.sum(0), table.dense.sum(0)),
         (torch.from_numpy(table.lazy.numpy()), table.dense),
+        (F.embedding(torch.tensor([1]), table.lazy, 0), table.dense[1:2]),
     ):
         assert type(found) is Tensor and found.equal(expected)
     assert set(table.reads) == {ROWS}
@@ -103,6 +124,24 @@ def test_a_lazy_table_that_is_not_finite_is_refused(
 
     with pytest.raises(CheckpointError, match=r"embed_tokens\.weight must be finite"):
         load_decoder(edit_checkpoint(tiny_checkpoint("llama"), tensors=damage))
+
+
+@pytest.mark.parametrize("new", ["rows", "nan", "gone"])
+def test_a_file_that_is_replaced_while_the_table_is_used_is_refused(
+    new: str, tiny_checkpoint: Any, edit_checkpoint: Any, small_parts: None
+) -> None:
+    def edit(tensors: dict[str, Tensor]) -> None:
+        table = tensors.pop("model.embed_tokens.weight")
+        if new != "gone":
+            tensors["model.embed_tokens.weight"] = table[:3] if new == "rows" else table * float("nan")
+
+    original = tiny_checkpoint("llama")
+    source = edit_checkpoint(original)
+    table = load_decoder(source).embedding.weight
+    assert isinstance(table, LazyTable) and len(table[:5]) == 5  # control
+    (edit_checkpoint(original, tensors=edit) / "model.safetensors").rename(source / "model.safetensors")
+    with pytest.raises(CheckpointError, match="must not change while it is read"):
+        table[:5]
 
 
 @pytest.mark.parametrize("options", [("--kv-ratio", "0.5"), ("--kv-ratio", "1", "--weights", "int4")])

@@ -46,7 +46,9 @@ def test_auto_is_the_cpu_without_a_gpu() -> None:
     assert str(resolve_device("auto")) == device_name(resolve_device("auto")) == "cpu"
 
 
-@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "", "CUDA", "meta", "cuda:0:1"])
+@pytest.mark.parametrize(
+    "name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "", "CUDA", "meta", "cuda:0:1", "cuda:\u0661"]
+)
 def test_an_unknown_name_is_refused(name: str) -> None:
     with pytest.raises(UsageError) as refused:
         resolve_device(name)
