@@ -103,6 +103,7 @@ def require_engine(options: EngineOptions, destination: Destination, library: Te
     if options.refit and destination.ahead_of_time:
         raise CannotRunHere(
             f"{library} builds plans without weights only on the GPU that will run them",
+            got=f"--refit, ahead of time for {', '.join(destination.compute_capabilities)}",
             fix="leave out --refit, or build there",
         )
     if options.hardware_compatible and destination.jetson:

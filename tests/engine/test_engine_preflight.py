@@ -73,7 +73,7 @@ def test_rejects_options_out_of_range(options: dict[str, Any], allowed: str, bun
         ({}, dataclasses.replace(AHEAD, compute_capabilities=("8.6", "9.0")), RTX, "7.5, 8.6, 12.0"),
         ({"version_compatible": True}, AHEAD, RTX, "leave out --version-compatible"),
         ({"hardware_compatible": True}, AHEAD, RTX, "leave out --hardware-compatible"),
-        ({"refit": True}, AHEAD, RTX, "leave out --refit"),
+        ({"refit": True}, AHEAD, RTX, "--refit, ahead of time for 8.6"),
         ({"hardware_compatible": True}, ORIN, FULL, "8.7"),
     ],
 )

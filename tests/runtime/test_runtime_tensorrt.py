@@ -13,12 +13,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from support.decoders import make_decoder
+from support.quantized_decoders import quantize_decoder
 from support.simulated_device import CHUNK, SimulatedDevice, add_engine, simulated_tensorrt
 from support.tiny_bundles import byte_level_tokenizer, decoder_with_fewer_heads, exact_logits, write_bundle
 
-from kvexport.bundle import Bundle
+from kvexport.bundle import GRAPH_FILE, Bundle
 from kvexport.bundle.engine_record import read_record, write_record
 from kvexport.errors import BundleError, CannotRunHere, UsageError
+from kvexport.graph.lowering import lower
 from kvexport.model.decoder import Decoder
 from kvexport.runtime import Session, open_bundle
 from kvexport.runtime.backends import tensorrt as runtime
@@ -440,6 +444,25 @@ def test_refits_an_engine_without_weights(
     add_engine(other, lowering=lowering, options={"refit": True}, graph=bundle / "decoder.onnx")
     with pytest.raises(CannotRunHere, match="cannot put the bundle's weights"):
         _opened(other)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+@pytest.mark.parametrize("weights", ["int8", "int4"])
+def test_refits_integer_weights(
+    weights: str, lowering: str, tmp_path: Path, device: SimulatedDevice, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    float_decoder = make_decoder("gqa", hidden=64, heads=4, head_dim=16, vocab=68, dtype=torch.float32)
+    quantized = quantize_decoder(float_decoder, weights)
+    bundle = write_bundle(tmp_path / "b", quantized)
+    add_engine(bundle, lowering=lowering, options={"refit": True})
+    whole = write_bundle(tmp_path / "whole", quantized)
+    add_engine(whole, lowering=lowering)
+    ids = tokens(CAPACITY)
+    np.testing.assert_array_equal(_opened(bundle).score([ids])[0], _opened(whole).score([ids])[0])
+    other = write_bundle(tmp_path / "other", quantize_decoder(float_decoder, "int4", block=64))
+    monkeypatch.setattr("kvexport.graph.lowering.lower", lambda path, name: lower(other / GRAPH_FILE, name))
+    with pytest.raises(CannotRunHere, match="cannot put the bundle's weights"):  # scales of another shape
+        _opened(bundle)
 
 
 @pytest.mark.parametrize(

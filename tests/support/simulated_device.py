@@ -191,11 +191,12 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
 
     class Refitter:
         def __init__(self, engine: SimulatedEngine, logger: Any) -> None:
-            self.engine, self.read = engine, (set[str](), "")
+            self.engine, self.read = engine, (set[tuple[Any, ...]](), "")
 
         def refit_cuda_engine(self) -> bool:
-            names, path = self.read
-            self.engine.has_weights = path == self.engine.plan["graph"] and self.engine.weight_names <= names
+            weights, path = self.read
+            complete = self.engine.weights_of_plan <= weights
+            self.engine.has_weights = complete and path == self.engine.plan["graph"]
             return self.engine.has_weights
 
     class OnnxParserRefitter:
@@ -204,7 +205,7 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
 
         def refit_from_bytes(self, model: bytes, path: str) -> bool:
             graph = ir.from_proto(onnx.ModelProto.FromString(model)).graph
-            self._refitter.read = set(graph.initializers), path
+            self._refitter.read = signatures(graph), path
             return Path(path).is_file()
 
     module = ModuleType("tensorrt")
@@ -221,6 +222,12 @@ def simulated_tensorrt(device: SimulatedDevice, version: str = "10.16.2", aliasi
     return module
 
 
+def signatures(graph: ir.Graph) -> set[tuple[Any, ...]]:
+    """Name, dtype and shape of each weight: a refit must have those of the build."""
+    values = graph.initializers.items()
+    return {(name, value.dtype, () if value.shape is None else tuple(value.shape)) for name, value in values}
+
+
 class SimulatedEngine:
     """A graph with fixed capacity and batch, and two profiles."""
 
@@ -230,7 +237,7 @@ class SimulatedEngine:
         self.has_weights = not plan["stripped"]
         device.allocate(plan["weights"])
         model = lower(Path(plan["graph"]), plan["lowering"])
-        self.weight_names = set(model.graph.initializers)
+        self.weights_of_plan = signatures(model.graph)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
