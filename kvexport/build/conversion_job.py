@@ -195,7 +195,7 @@ class ConversionJob:
         saved = self.saved.statistics
         if self.options.statistics is None or saved is None:
             return record | device
-        return saved.header["recipe"] | {"tokens_sha256": saved.tokens_sha256} | device
+        return saved.recipe.to_json() | {"tokens_sha256": saved.tokens_sha256} | device
 
     def plan_compression(self, windows: Tensor, folder: Path | None = None) -> CompressionPlan:
         """Choose the method and the shape of each layer, by its sensitivity if the request leaves a choice.

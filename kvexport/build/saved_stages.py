@@ -55,14 +55,14 @@ class SavedStages:
             UsageError: the given statistics are damaged, or those of another checkpoint.
         """
         self._checkpoint, self._source = checkpoint, source
-        self._decoder, self._layers, self._progress = decoder, len(decoder.layers), progress
+        self._decoder, self._progress = decoder, progress
         file = options.recipe.file
         self._text = FileIdentities([] if file is None else [file])
         self._cache: StageCache | None = None
         self._key: str | None = None
         self.statistics: Statistics | None = None
         if options.statistics is not None:
-            self.statistics = Statistics(options.statistics, source.checkpoint)
+            self.statistics = Statistics(options.statistics, source.checkpoint, decoder)
         elif options.cache is not None:
             try:
                 key = cache_key(checkpoint, source, decoder.embedding.weight.device.type)
@@ -91,7 +91,7 @@ class SavedStages:
             windows: calibration windows [N, length] int64.
         """
         saved = self.statistics
-        if saved is None or not saved.has_moments(self._layers):
+        if saved is None or not saved.has_analysis:
             return None
         measured = _MeasuredMoments(self._decoder, windows)
 
@@ -119,9 +119,9 @@ class SavedStages:
             return None
 
     def with_sensitivities(self) -> Statistics | None:
-        """The statistics, if they have the sensitivity of every layer."""
+        """The statistics, if they have sensitivities."""
         saved = self.statistics
-        return saved if saved is not None and saved.has_sensitivity(self._layers) else None
+        return saved if saved is not None and saved.has_analysis else None
 
     def save_tokens(self, windows: Tensor) -> None:
         """Save the calibration windows [N, length] int64, in case the build is interrupted."""
@@ -141,7 +141,7 @@ class SavedStages:
         if self._cache is None:
             yield None
             return
-        with self._cache.writer(windows, self._layers) as writer:
+        with self._cache.writer(windows, len(self._decoder.layers)) as writer:
             yield writer
         self.statistics = self._cache.find()  # the conversion reads the moments
 
@@ -172,7 +172,9 @@ class SavedStages:
         return self._entry(weights_key(self._key, settings))
 
     def _entry(self, key: str) -> StageCache:
-        return StageCache(self._folder, key, self._source, self._progress, self.require_unchanged)
+        return StageCache(
+            self._folder, key, self._source, self._decoder, self._progress, self.require_unchanged
+        )
 
 
 class _MeasuredMoments:

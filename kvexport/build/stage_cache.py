@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvexport.bundle import formats
 from kvexport.calibrate import Moments, Recipe, Statistics, StatisticsSource, StatisticsWriter
 from kvexport.calibrate.statistics import FORMAT
 from kvexport.errors import UsageError, reason_of
@@ -25,6 +26,7 @@ from kvexport.files.cache_folder import CacheFolder, Lease, NewDirectory
 from kvexport.files.hashing import sha256_of
 from kvexport.files.resources import resource
 from kvexport.model.checkpoint import Checkpoint
+from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
 
 # What determines the numbers: code of these packages and of the analysis, and files of these data folders.
@@ -60,7 +62,8 @@ def weights_key(key: str, settings: object) -> str:
         key: made by `cache_key`.
         settings: of the quantisation, whose `repr` has all of them.
     """
-    return hashlib.sha256(json.dumps([key, _code_of(("quantize",)), repr(settings)]).encode()).hexdigest()
+    code = _code_of(("quantize",), [Path(formats.__file__)])  # which decides what is stored in 8 bits anyway
+    return hashlib.sha256(json.dumps([key, code, repr(settings)]).encode()).hexdigest()
 
 
 def _content(recipe: Recipe) -> dict[str, object]:
@@ -99,6 +102,7 @@ class StageCache:
         folder: CacheFolder,
         key: str,
         source: StatisticsSource,
+        decoder: Decoder,
         progress: Progress,
         require_unchanged: Callable[[], None],
     ) -> None:
@@ -107,10 +111,12 @@ class StageCache:
             folder: the build cache.
             key: made by `cache_key`.
             source: what the entry is measured on.
+            decoder: the trained model.
             progress: shows notes.
             require_unchanged: raises UsageError if the files that the key is made of have changed.
         """
         self._folder, self._key, self._source, self._progress = folder, key, source, progress
+        self._decoder = decoder
         self.require_unchanged = require_unchanged
         self._lease: Lease | None = None
         self._reported = False
@@ -122,13 +128,13 @@ class StageCache:
         if self._lease is None:
             return None
         try:
-            statistics = Statistics(self._lease.path, self._source.checkpoint)
+            statistics = Statistics(self._lease.path, self._source.checkpoint, self._decoder)
         except UsageError as error:
             self.release()
             self._folder.remove(self._key)
             self._progress.note(f"a damaged entry of the build cache is made again: {error.what}")
             return None
-        if not (statistics.has_moments(1) or statistics.has_weights):  # the text, which is all, has been read
+        if not (statistics.has_analysis or statistics.has_weights):  # the text, which is all, has been read
             self.release()
         return statistics
 

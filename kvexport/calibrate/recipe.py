@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -78,7 +79,7 @@ class Recipe:
         """Plain JSON values; the file by its name, without its directory."""
         values = asdict(self) | {
             "temperatures": list(self.temperatures),
-            "file": self.file.name if self.file else None,
+            "file": os.fsencode(self.file.name).decode(errors="replace") if self.file else None,
         }
         del values["default_samples"], values["default_length"]
         if not self.sampled:
@@ -99,7 +100,7 @@ def recipe_for(
         UsageError: there is no such recipe or file, or an option is out of range.
     """
     file = None if calibration in BUILT_IN else Path(calibration)
-    if file is not None and not file.is_file():
+    if file is not None and not os.path.isfile(file):  # noqa: PTH113 - Path.is_file raises for a long name
         raise UsageError(
             "--calibration must be a recipe or a file",
             got=repr(calibration),
@@ -117,6 +118,15 @@ def recipe_for(
 def _read_recipe(name: str) -> Recipe:
     path = f"calibration/{name}.toml"
     table = Table.from_toml(resource("calibration", f"{name}.toml").read_text(encoding="utf-8"), path)
+    return read_recipe(table)
+
+
+def read_recipe(table: Table) -> Recipe:
+    """The recipe of a table that has nothing else, such as `Recipe.to_json` gives.
+
+    Raises:
+        KvexportError: a value is missing or invalid, or a key is unknown.
+    """
     recipe = Recipe(
         source=table.string("source", (*BUILT_IN, "text")),
         samples=table.integer("samples", *_RANGES["samples"]),
@@ -124,6 +134,8 @@ def _read_recipe(name: str) -> Recipe:
         seed=table.integer("seed", *_RANGES["seed"]),
         temperatures=table.numbers("temperatures", 0) if table.has("temperatures") else (),
         sampled=table.number("sampled", 0, 1) if table.has("sampled") else 0.0,
+        file=Path(table.text("file")) if table.has("file") else None,
+        reason=table.text("reason") if table.has("reason") else None,
     )
     table.only()
     return recipe

@@ -9,6 +9,8 @@ weights.safetensors            the tensors of `WeightAnalysis`
 
 `kvexport calibrate` writes all but the last. The build cache also has directories with tokens alone, and with
 tokens and the analysis of weights.
+
+The checkpoint is identified by its config and weights. Its tokenizer may change: the tokens have been made.
 """
 
 from __future__ import annotations
@@ -17,22 +19,24 @@ import json
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from kvexport.calibrate.moments import MOMENT_NAMES, Moments
-from kvexport.calibrate.recipe import Recipe
+from kvexport.calibrate.recipe import Recipe, read_recipe
 from kvexport.errors import UsageError, reason_of
 from kvexport.files.hashing import sha256_of
+from kvexport.files.identity import identity_of
 from kvexport.files.safetensors_io import save_tensors
 from kvexport.files.schema import Table
+from kvexport.model.decoder import Decoder, ModelDims
 
 FORMAT = 4  # format 3 did not weigh tokens
 STATISTICS_FILE = "statistics.json"
 _TOKENS = "tokens.safetensors"
 _WEIGHTS = "weights.safetensors"
+_LARGEST_CAPACITY = 2**53  # of a model without a maximum: reports divide it
 
 
 @dataclass(frozen=True)
@@ -104,29 +108,43 @@ class Statistics:
     Attributes:
         windows: token windows [N, length] int64.
         capacity: tokens of a sequence for which the sensitivities were analysed.
-        header: the parsed statistics.json.
+        recipe: the calibration recipe; its file has no directory.
+        has_analysis: whether there are moments and sensitivities, which are those of all layers.
+        has_weights: whether there is an analysis of weights.
     """
 
-    def __init__(self, directory: Path, checkpoint_sha256: str) -> None:
+    def __init__(self, directory: Path, checkpoint_sha256: str, decoder: Decoder) -> None:
         """
         Args:
             directory: written by `kvexport calibrate`, or an entry of the build cache.
             checkpoint_sha256: digest of the checkpoint to be converted.
+            decoder: its model.
 
         Raises:
             UsageError: the directory has no statistics, another format, a damaged file, or statistics of
-                another checkpoint.
+                another checkpoint or model.
         """
         self._directory = directory
         self._remedy = f"make them: kvexport calibrate CHECKPOINT -o {directory}"
+        table = self._read_header(checkpoint_sha256)
+        self.recipe = read_recipe(table.table("recipe"))
+        self.capacity = table.integer("capacity", 1, decoder.dims.max_positions or _LARGEST_CAPACITY)
+        self._sha256 = self._read_files(table.table("files"), len(decoder.layers))
+        for name in self._sha256:
+            self._require_unchanged(name)
+        self.windows = self._read_windows(decoder.dims)
+
+    def _read_header(self, checkpoint_sha256: str) -> Table:
+        path = self._directory / STATISTICS_FILE
         try:
-            text = (directory / STATISTICS_FILE).read_bytes()
+            identity_of(path)
+            text = path.read_bytes()
         except OSError as error:
             raise UsageError(
-                f"{directory} must be a directory of calibration statistics: {reason_of(error)}",
+                f"{self._directory} must be a directory of calibration statistics: {reason_of(error)}",
                 fix=self._remedy,
             ) from error
-        table = Table.from_json(text, str(directory / STATISTICS_FILE), fix=self._remedy)
+        table = Table.from_json(text, str(path), fix=self._remedy)
         if not table.has("format") or table.value("format") != FORMAT:
             raise UsageError(
                 "the statistics must have the format that this version reads",
@@ -141,33 +159,49 @@ class Statistics:
                 expected=f"statistics of sha256 {checkpoint_sha256}",
                 fix=self._remedy,
             )
-        table.table("recipe")
-        self.capacity = table.integer("capacity", 1)
-        files = table.table("files")
-        self._sha256 = {name: files.string(name) for name in files}
-        for name in self._sha256:
-            if Path(name).name != name:
-                raise UsageError(
-                    f"{directory / STATISTICS_FILE} must name files of its own directory",
-                    got=repr(name),
-                    fix=self._remedy,
-                )
-            self._require_unchanged(name)
-        self.header: dict[str, Any] = dict(table.mapping())
-        self.windows = self._read(_TOKENS, ["tokens"])["tokens"].long()
+        return table
+
+    def _read_files(self, files: Table, layers: int) -> dict[str, str]:
+        """SHA-256 of each file: the tokens, and the analysis of all layers or of weights."""
+        analysis = {name(index) for name in (_moments_file, _sensitivity_file) for index in range(layers)}
+        self.has_analysis, self.has_weights = not analysis.isdisjoint(files), _WEIGHTS in files
+        expected = {
+            _TOKENS,
+            *(analysis if self.has_analysis else ()),
+            *([_WEIGHTS] if self.has_weights else ()),
+        }
+        wrong = sorted(expected.symmetric_difference(files))
+        if wrong:
+            raise UsageError(
+                f"{files.path} must name the files of calibration statistics for {layers} layers",
+                got=f"{wrong[0]!r:.80}, which is {'unknown' if wrong[0] in files else 'missing'}",
+                fix=self._remedy,
+            )
+        return {name: files.string(name) for name in files}
+
+    def _read_windows(self, dims: ModelDims) -> Tensor:
+        windows = self._read(_TOKENS, ["tokens"])["tokens"]
+        longest = dims.max_positions or _LARGEST_CAPACITY
+        problem: str | None = None
+        if windows.dtype != torch.int32 or windows.ndim != 2 or not windows.numel():
+            problem = f"{windows.dtype} {list(windows.shape)}"
+        elif not 2 <= windows.shape[1] <= longest:
+            problem = f"windows of {windows.shape[1]} tokens"
+        elif not 0 <= int(windows.min()) <= int(windows.max()) < dims.vocab_size:
+            problem = f"token ids from {int(windows.min())} to {int(windows.max())}"
+        if problem is not None:
+            raise UsageError(
+                f"{self._directory / _TOKENS} must have token windows of the model",
+                got=problem,
+                expected=f"int32 [N, 2 to {longest}], token ids from 0 to {dims.vocab_size - 1}",
+                fix=self._remedy,
+            )
+        return windows.long()
 
     @property
     def tokens_sha256(self) -> str:
         """SHA-256 of the file of token windows."""
         return self._sha256[_TOKENS]
-
-    def has_moments(self, layers: int) -> bool:
-        """Whether there are moments of that many layers."""
-        return all(_moments_file(index) in self._sha256 for index in range(layers))
-
-    def has_sensitivity(self, layers: int) -> bool:
-        """Whether there are sensitivities of that many layers."""
-        return all(_sensitivity_file(index) in self._sha256 for index in range(layers))
 
     def moments(self, index: int) -> Moments:
         """Read the moments of one layer.
@@ -184,11 +218,6 @@ class Statistics:
             UsageError: the file is missing or damaged.
         """
         return self._read(_sensitivity_file(index))
-
-    @property
-    def has_weights(self) -> bool:
-        """Whether there is an analysis of weights."""
-        return _WEIGHTS in self._sha256
 
     def weights(self) -> dict[str, Tensor]:
         """Read the tensors of the analysis of weights.
@@ -235,9 +264,23 @@ class Statistics:
         return tensors
 
 
+def _problem(windows: Tensor, dims: ModelDims) -> str | None:
+    """What of saved token windows does not fit the model; None: nothing."""
+    if windows.dtype != torch.int32 or windows.ndim != 2:
+        return f"{windows.dtype} {list(windows.shape)}"
+    count, length = windows.shape
+    if count < 1 or length < 2 or length > (dims.max_positions or length):
+        return f"{count} windows of {length} tokens"
+    least, most = int(windows.min()), int(windows.max())
+    return None if 0 <= least <= most < dims.vocab_size else f"token ids from {least} to {most}"
+
+
 def _moments_file(index: int) -> str:
     return f"layer-{index:05d}.safetensors"
 
 
 def _sensitivity_file(index: int) -> str:
     return f"sensitivity-{index:05d}.safetensors"
+
+
+_LAYER_FILES = (_moments_file, _sensitivity_file)
