@@ -207,7 +207,7 @@ def analyze(
     with job.stages.timed("convert"):
         layers, maps = compare(decoder, windows, conversion, window, progress)
     texts = token_texts(checkpoint, ids)
-    job.saved.require_unchanged()
+    job.saved.files.require_unchanged()
     sensitivity = None
     if compression_plan.layers:
         sensitivity = [

@@ -108,7 +108,7 @@ def build(
         report = replace(report, validation=validation)
         text = json.dumps(report.to_json(), indent=1) + "\n"
         (writer.directory / REPORT_FILE).write_text(text, encoding="utf-8")
-        job.saved.require_unchanged()
+        job.saved.files.require_unchanged()
         writer.seal(manifest)
     return report
 
@@ -195,7 +195,7 @@ def compress(
             job.checkpoint.copy_tokenizer(directory, ("*.py",))
         with job.stages.timed("read-back"), progress.stage("Reading the checkpoint back", 0):
             result, reason = read_back(directory, expected)
-        job.saved.require_unchanged()
+        job.saved.files.require_unchanged()
     if reason is not None:
         progress.note(f"the checkpoint was not compared with transformers: {reason}")
     return replace(report, read_back=result)
@@ -237,7 +237,7 @@ def calibrate(
         writer = StatisticsWriter(directory, job.statistics_source())
         writer.save_tokens(windows)
         job.analysis.analyze(windows, directory, writer)
-        job.saved.require_unchanged()
+        job.saved.files.require_unchanged()
         writer.finish()
     return windows.numel()
 

@@ -10,12 +10,12 @@ from typing import TypeVar
 from torch import Tensor
 
 from kvexport.build.options import BuildOptions
+from kvexport.build.source_files import SourceFiles
 from kvexport.build.stage_cache import CacheWriter, StageCache, cache_key, weights_key
 from kvexport.calibrate import Moments, Statistics, StatisticsSource
 from kvexport.convert import measure_moments
 from kvexport.errors import UsageError
 from kvexport.files.cache_folder import CacheFolder
-from kvexport.files.identity import FileIdentities
 from kvexport.model.checkpoint import Checkpoint
 from kvexport.model.decoder import Decoder
 from kvexport.progress import Progress
@@ -33,6 +33,7 @@ class SavedStages:
     Attributes:
         statistics: the saved stages; None: there are none. They have calibration text; moments and
             sensitivities may be missing.
+        files: the files from which results are made.
     """
 
     def __init__(
@@ -54,10 +55,8 @@ class SavedStages:
         Raises:
             UsageError: the given statistics are damaged, or those of another checkpoint.
         """
-        self._checkpoint, self._source = checkpoint, source
-        self._decoder, self._progress = decoder, progress
-        file = options.recipe.file
-        self._text = FileIdentities([] if file is None else [file])
+        self._source, self._decoder, self._progress = source, decoder, progress
+        self.files = SourceFiles(checkpoint, options.recipe)
         self._cache: StageCache | None = None
         self._key: str | None = None
         self.statistics: Statistics | None = None
@@ -71,16 +70,6 @@ class SavedStages:
             self._key, self._folder = key, CacheFolder(options.cache)
             self._cache = self._entry(key)
             self.statistics = self._cache.find()
-
-    def require_unchanged(self) -> None:
-        """Check that the files from which results are made are still those that they were.
-
-        Raises:
-            CheckpointError: a file of the checkpoint has changed.
-            UsageError: the calibration text has changed.
-        """
-        self._checkpoint.require_unchanged()
-        self._text.require_unchanged("the calibration text", UsageError)
 
     def moments_of(self, windows: Tensor) -> Callable[[int], Moments] | None:
         """A function that returns the saved moments of a layer; None: there are none.
@@ -172,9 +161,7 @@ class SavedStages:
         return self._entry(weights_key(self._key, settings))
 
     def _entry(self, key: str) -> StageCache:
-        return StageCache(
-            self._folder, key, self._source, self._decoder, self._progress, self.require_unchanged
-        )
+        return StageCache(self._folder, key, self._source, self.files, self._decoder, self._progress)
 
 
 class _MeasuredMoments:

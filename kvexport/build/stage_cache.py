@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import cache
@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from kvexport.build.source_files import SourceFiles
 from kvexport.bundle import formats
 from kvexport.calibrate import Moments, Recipe, Statistics, StatisticsSource, StatisticsWriter
 from kvexport.calibrate.statistics import FORMAT
@@ -102,22 +103,21 @@ class StageCache:
         folder: CacheFolder,
         key: str,
         source: StatisticsSource,
+        files: SourceFiles,
         decoder: Decoder,
         progress: Progress,
-        require_unchanged: Callable[[], None],
     ) -> None:
         """
         Args:
             folder: the build cache.
             key: made by `cache_key`.
             source: what the entry is measured on.
+            files: must be unchanged when the entry is kept.
             decoder: the trained model.
             progress: shows notes.
-            require_unchanged: raises UsageError if the files that the key is made of have changed.
         """
         self._folder, self._key, self._source, self._progress = folder, key, source, progress
-        self._decoder = decoder
-        self.require_unchanged = require_unchanged
+        self._decoder, self.files = decoder, files
         self._lease: Lease | None = None
         self._reported = False
 
@@ -191,7 +191,7 @@ class CacheWriter:
     """Writes the files of an entry; after a failure it writes nothing more, and the entry is dropped.
 
     Raises (on exit):
-        UsageError: the files that the key is made of have changed.
+        UsageError: the files from which it was made have changed.
     """
 
     def __init__(self, stages: StageCache, windows: Tensor, layers: int) -> None:
@@ -230,7 +230,7 @@ class CacheWriter:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         try:
             if error is None:
-                self._stages.require_unchanged()
+                self._stages.files.require_unchanged()
                 with self._tolerant():
                     if self._writer is not None and self._directory is not None:
                         self._writer.finish()

@@ -6,6 +6,7 @@ bytes are counted on the trained shapes: those of a compressed model are fewer.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -132,7 +133,7 @@ def _within_bits(frontier: MixedBitsFrontier, bits: float | None, count: int) ->
     if bits is None:
         bits = max(DEFAULT_BITS, least)
     require_mean_bits(bits, least)
-    return frontier.within_bytes(max(frontier.fewest.bytes, int(bits * count / 8)))
+    return frontier.within_bytes(max(frontier.fewest.bytes, int(min(bits * count / 8, sys.maxsize))))
 
 
 def _fixed_keys(decoder: Decoder, options: BuildOptions) -> set[str]:

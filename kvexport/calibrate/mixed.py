@@ -66,14 +66,16 @@ def reason_against(checkpoint: Path, decoder: Decoder) -> str | None:
         ids = mixed_tokens(checkpoint, seed=0)
     except NoTokenizer:
         return "the checkpoint has no usable tokenizer"
+    length = min(_CHECKED_LENGTH, decoder.dims.max_positions or _CHECKED_LENGTH)
+    if len(ids) < length:
+        return f"the tokenizer encodes the shipped calibration text as {len(ids)} tokens"
     if max(ids) >= vocab_size:
         return f"the tokenizer has token ids above the model's vocabulary of {vocab_size}"
     share = Counter(ids).most_common(1)[0][1] / len(ids)
     if share > _COMMONEST:
         return f"the tokenizer encodes {share:.0%} of the shipped calibration text as one token"
-    length = min(_CHECKED_LENGTH, decoder.dims.max_positions or _CHECKED_LENGTH)
     loss = _cross_entropy(decoder, spread_windows(ids, _CHECKED, length, 0, SHIPPED_TEXT))
-    if loss > _CHANCE * math.log(vocab_size):
+    if not loss <= _CHANCE * math.log(vocab_size):  # also of logits that are not finite
         return f"the model cannot predict the shipped text (cross-entropy {loss:.1f} nats per token)"
     return None
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 from torch import Tensor
 
-from kvexport.errors import CannotRunHere
+from kvexport.errors import CannotRunHere, CheckpointError
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, tensors_of
 from kvexport.model.placement import CPU, place
@@ -45,6 +45,7 @@ def sample_windows(
 
     Raises:
         CannotRunHere: the whole model does not fit into the free memory of this machine.
+        CheckpointError: its logits are not finite.
     """
     first, count = decoder.layers[0], len(decoder.layers)
     batch = _batch(first, count, samples, length)
@@ -103,6 +104,12 @@ def _sample(
         at = torch.full((batch, 1), position)
         logits = reference.forward(decoder, tokens[:, -1:], at, cache)[:, 0].cpu()  # [B, vocab]
         probabilities = torch.softmax(logits / temperatures[:, None], dim=-1)
+        if not bool(probabilities.isfinite().all()):
+            raise CheckpointError(
+                "the logits of the model must be finite to sample calibration text from it",
+                got="NaN or infinite logits",
+                fix="use an undamaged checkpoint; weights that overflow float32 are a usual cause",
+            )
         tokens = torch.cat((tokens, torch.multinomial(probabilities, 1, generator=generator)), dim=1)
         advance()
     return tokens

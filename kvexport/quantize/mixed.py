@@ -44,8 +44,21 @@ class MixedBitsFrontier:
     """
 
     def __init__(self, losses: Mapping[str, WeightLoss]) -> None:
-        """`losses`: what each weight costs, by key."""
+        """
+        Args:
+            losses: what each weight costs, by key.
+
+        Raises:
+            UsageError: a loss is not finite.
+        """
         self._losses = dict(losses)
+        for key, each in losses.items():
+            if not (math.isfinite(each.kl) and math.isfinite(each.kl_eight)):
+                raise UsageError(
+                    f"the predicted KL of the weight {key} in integers must be finite",
+                    got=f"{each.kl:g}, {each.kl_eight:g} in 8 bits",
+                    fix="use --weight-method nearest, --weights int8, or other --calibration text",
+                )
         self._extra = {key: each.bytes_eight - each.bytes for key, each in losses.items()}
         self._items = [key for key, extra in self._extra.items() if extra > 0]
         total = sum(self._extra[key] for key in self._items)

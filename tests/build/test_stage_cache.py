@@ -15,6 +15,8 @@ import pytest
 
 from kvexport.analyze import analyze
 from kvexport.build import BuildHooks, BuildOptions, BuildReport, build, calibrate, compress, conversion_job
+from kvexport.build.stage_cache import weights_key
+from kvexport.bundle import formats
 from kvexport.calibrate import recipe_for
 from kvexport.convert import CompressionRequest
 from kvexport.errors import CheckpointError, UsageError
@@ -245,6 +247,16 @@ def test_other_code_changes_the_key(
     monkeypatch.setattr("kvexport.build.stage_cache._code", lambda: "of another version")
     built(source, tmp_path / "b", build_cache)
     assert work == [TEXT, ANALYSIS] * 2
+
+
+def test_another_choice_of_weight_formats_changes_the_key_of_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = weights_key("key", "settings")
+    assert weights_key("key", "settings") == key  # control
+    (tmp_path / "formats.py").touch()
+    monkeypatch.setattr(formats, "__file__", str(tmp_path / "formats.py"))
+    assert weights_key("key", "settings") != key
 
 
 def test_a_calibration_file_that_vanished_is_refused_by_the_stage_that_reads_it(

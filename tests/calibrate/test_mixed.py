@@ -154,6 +154,30 @@ def test_a_model_that_is_no_worse_than_chance_by_far_keeps_the_recipe(folder: Pa
     assert usable_recipe(recipe_for("mixed"), frequent, folder) == recipe_for("mixed")
 
 
+@pytest.mark.parametrize("vocabulary", [{}, {"the": 0}])
+def test_a_tokenizer_that_drops_most_of_the_text_is_a_reason_against_it(
+    folder: Path, decoder: Decoder, vocabulary: dict[str, int]
+) -> None:
+    tokenizer = {
+        "version": "1.0",
+        "added_tokens": [],
+        "model": {"type": "BPE", "vocab": vocabulary, "merges": []},
+    }
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    assert reason_against(folder, decoder) == "the tokenizer encodes the shipped calibration text as 0 tokens"
+    assert usable_recipe(recipe_for("mixed"), decoder, folder).source == "self"
+
+
+def test_logits_that_are_not_finite_are_a_reason_against_the_shipped_text(
+    folder: Path, decoder: Decoder
+) -> None:
+    assert decoder.head is not None
+    infinite = dataclasses.replace(
+        decoder, head=dataclasses.replace(decoder.head, weight=decoder.head.weight * 1e308)
+    )
+    assert "cannot predict the shipped text (cross-entropy nan" in str(reason_against(folder, infinite))
+
+
 def _unigram(decoder: Decoder, ids: Tensor) -> Decoder:
     """A decoder that predicts every token by its frequency in `ids`: its final norm gives one vector."""
     counts = torch.bincount(ids, minlength=decoder.dims.vocab_size)

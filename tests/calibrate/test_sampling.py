@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kvexport.calibrate import sampling, sampling_steps
 from kvexport.calibrate.sampling import sample_windows
-from kvexport.errors import CannotRunHere
+from kvexport.errors import CannotRunHere, CheckpointError
 from kvexport.model import reference
 from kvexport.model.decoder import Decoder, Layer, LazyLayers
 from kvexport.model.placement import place
@@ -165,3 +165,11 @@ def test_a_model_that_is_too_large_for_the_gpu_samples_on_the_cpu(
     windows = sample_windows(decoder, 2, 4, (1.0,), seed=0)
     assert windows.shape == (2, 4) and {each.type for each in ran} == {"cpu"}
     assert "sampled on the CPU" in caplog.text
+
+
+def test_logits_that_are_not_finite_are_refused() -> None:
+    decoder = make_decoder(dtype=torch.float32)
+    assert decoder.head is not None
+    head = dataclasses.replace(decoder.head, weight=decoder.head.weight * 3e38)
+    with pytest.raises(CheckpointError, match="the logits of the model must be finite"):
+        sample_windows(dataclasses.replace(decoder, head=head), 2, 4, (1.0,), seed=0)

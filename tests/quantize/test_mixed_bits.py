@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import random
 
 import pytest
 
+from kvexport.build.weight_analysis import _within_bits
 from kvexport.errors import UsageError
 from kvexport.quantize import mixed
 from kvexport.quantize.mixed import MixedBitsFrontier
@@ -71,3 +73,20 @@ def test_limits_out_of_reach_are_refused() -> None:
 
 def test_names_by_layer() -> None:
     assert names_by_layer({"0.q", "2.down", "head", "embedding"}, 3) == [["q"], [], ["down"]]
+
+
+@pytest.mark.parametrize("bits", [("kl",), ("kl_eight",)])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_loss_that_is_not_finite_is_refused(bits: tuple[str], value: float) -> None:
+    losses = random_losses()
+    losses["3.down"] = dataclasses.replace(losses["3.down"], **dict.fromkeys(bits, value))
+    with pytest.raises(UsageError, match=r"predicted KL of the weight 3\.down in integers must be finite"):
+        MixedBitsFrontier(losses)
+
+
+@pytest.mark.parametrize("bits", [17.0, 1e308])
+def test_more_bits_than_any_weight_has_give_8_bits_everywhere(bits: float) -> None:
+    frontier = MixedBitsFrontier(random_losses())
+    count = sum(each.weights for each in random_losses().values())
+    chosen = _within_bits(frontier, bits, count)
+    assert chosen.eight_bits == frontier.most.eight_bits - {"0.o"}
