@@ -11,8 +11,10 @@ import pytest
 from support.command_line import run_kvexport
 from support.validated_bundles import broken, edit_weight
 
+from kvexport.build.report import WeightBits
 from kvexport.bundle import Bundle
 from kvexport.bundle.formats import WeightFormat
+from kvexport.cli.report import _weight_bits_line
 from kvexport.graph import GRAPH_FILE
 from kvexport.plan import plan
 from kvexport.progress import Progress
@@ -236,3 +238,11 @@ def test_rejects_bits_that_cannot_be(
     code, _, err = run_kvexport("build", checkpoint, "-o", tmp_path / "bundle", *OPTIONS, *options)
     assert code == 2 and message in " ".join(err.split()), err
     assert not (tmp_path / "bundle").exists()
+
+
+def test_the_summary_names_the_weights_in_8_bits() -> None:
+    line = _weight_bits_line(WeightBits(("0.v", "3.down", "head"), 0.0123456, 4.987, 1000))
+    assert line == (
+        "4.99 bits a weight, scales included: head and 2 linear maps in 8 bits, predicted mean KL 0.01235"
+    )
+    assert "no weights in 8 bits" in _weight_bits_line(WeightBits((), 0.1, 4.5, 1000))
