@@ -21,11 +21,12 @@ from kvexport.calibrate import Moments
 from kvexport.convert.apply import apply_code
 from kvexport.convert.code_moments import CodeMoments, make_code_moments
 from kvexport.convert.groups import Grouping, trained_shape
-from kvexport.convert.methods import LayerPlan, head_order, in_layer, layer_code
+from kvexport.convert.methods import LayerPlan, Method, head_order, in_layer, layer_code
 from kvexport.convert.permute import permute_heads
 from kvexport.convert.predict import predict_error
 from kvexport.convert.streams import Streams, TrainedStream, split_windows
 from kvexport.errors import KvexportError
+from kvexport.files.malloc import return_freed
 from kvexport.model import reference
 from kvexport.model.decoder import Attention, Decoder, Layer, tensors_of
 from kvexport.model.divergence import Divergence, DivergenceMeter
@@ -72,20 +73,22 @@ class Conversion:
     def _convert(self, index: int) -> ConvertedLayer:
         layer, layer_plan = self._decoder.layers[index], self._layer_plans[index]
         layer_plan = replace(layer_plan, method=in_layer(layer_plan.method, layer.attention))
-        weighted = layer_plan.method.weighted
-        if self._moments_of is None or not weighted:  # saved moments are weighted
-            moments = self._streams.measure(layer, weighted=weighted)
+        converted, report = convert_layer(
+            layer, self._streams, self._code_moments(index, layer, layer_plan.method), layer_plan
+        )
+        _require_finite(f"the weights of layer {index} after conversion", converted)
+        residual_error = self._streams.advance_both(layer, converted)
+        return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
+
+    def _code_moments(self, index: int, layer: Layer, method: Method) -> CodeMoments:
+        """The moments of which the method makes codes; also runs the layer's attention."""
+        if self._moments_of is None or not method.weighted:  # saved moments are weighted
+            moments = self._streams.measure(layer, weighted=method.weighted)
         else:
             self._streams.attend(layer)
             moments = self._moments_of(index)
         _require_finite(f"the calibration moments of layer {index}", moments)
-        code_moments = make_code_moments(
-            layer_plan.method.before_rotation, moments, move(layer.attention, CPU), self._positions
-        )
-        converted, report = convert_layer(layer, self._streams, code_moments, layer_plan)
-        _require_finite(f"the weights of layer {index} after conversion", converted)
-        residual_error = self._streams.advance_both(layer, converted)
-        return ConvertedLayer(index, converted, replace(report, residual_error=residual_error))
+        return make_code_moments(method.before_rotation, moments, move(layer.attention, CPU), self._positions)
 
     @torch.no_grad()
     def divergence(self) -> Divergence:
@@ -203,6 +206,8 @@ def convert_layer(
     converted = replace(layer, attention=move(coded, layer.attention.q.weight.device))
     measured = streams.attention_error(converted)
     parameters = sum(tensor.numel() for tensor in tensors_of(converted.attention))
+    del code_moments, code, coded  # of a wide layer, as large as what the refit needs
+    return_freed()
     if method.refit:
         o = streams.refit(converted, fit_bias=method.centred)
         converted = replace(converted, attention=replace(converted.attention, o=o))

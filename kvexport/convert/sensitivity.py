@@ -138,6 +138,7 @@ class _Forward:
         layer = self._decoder.layers[index]
         moments = self._moments(index, layer)
         trials = make_trials(move(layer.attention, CPU), moments, self._methods, self._sizes, self._positions)
+        return_freed()
         self._keep(index, layer, trials)
         self.layers.append(
             (

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils._pytree import tree_map
 
-_HELD_BYTES = 1 << 28  # a larger table is not held in memory
+_HELD_BYTES = 1 << 27  # a larger table is not held in memory
 _PART_BYTES = 1 << 26  # of the rows that are made at a time
 
 Rows: TypeAlias = slice | Tensor
