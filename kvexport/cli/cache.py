@@ -4,13 +4,19 @@ from __future__ import annotations
 
 import json
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
+from kvexport.errors import UsageError
+from kvexport.files.schema import Table, read_limited
+
 if TYPE_CHECKING:
     from kvexport.files.cache_folder import CachedDirectory
+
+_LARGEST_HEADER = 1 << 24  # bytes
 
 
 @click.command()
@@ -37,14 +43,21 @@ def command(clean: bool, as_json: bool) -> None:
 
 def _described(entry: CachedDirectory) -> dict[str, Any]:
     """An entry as plain JSON values; the header of a damaged one is null."""
-    try:
-        # STATISTICS_FILE is not imported, as its module imports torch
-        header = json.loads((entry.path / "statistics.json").read_text(encoding="utf-8"))
-        header = {name: header[name] for name in ("name", "checkpoint", "recipe", "capacity", "files")}
-        stages = _stages(set(header.pop("files")))
-        header["recipe"] = dict(header["recipe"])
-    except (OSError, ValueError, KeyError, TypeError):
-        header, stages = dict.fromkeys(("name", "checkpoint", "recipe", "capacity")), []
+    header: dict[str, Any] = dict.fromkeys(("name", "checkpoint", "recipe", "capacity"))
+    stages: list[str] = []
+    with suppress(OSError, ValueError, RecursionError, UsageError):
+        # not read by the module that writes it, which imports torch
+        text = read_limited(entry.path / "statistics.json", _LARGEST_HEADER)
+        table = Table.from_json(text, "statistics.json")
+        recipe, files = table.table("recipe").mapping(), set(table.table("files"))
+        json.dumps(recipe, allow_nan=False)  # raises ValueError
+        header = {
+            "name": table.text("name"),
+            "checkpoint": table.string("checkpoint"),
+            "recipe": recipe,
+            "capacity": table.integer("capacity", 1),
+        }
+        stages = _stages(files)
     return {
         "key": entry.path.name,
         **header,
@@ -70,7 +83,7 @@ def _print(path: Path, entries: list[dict[str, Any]], freed: int | None) -> None
         table = plain_table("checkpoint", "recipe", "capacity", "stages", "size", "last used")
         for entry in entries:
             table.add_row(
-                entry["name"] or "damaged",
+                "damaged" if entry["name"] is None else _printable(entry["name"]),
                 "" if entry["recipe"] is None else _recipe(entry["recipe"]),
                 str(entry["capacity"] or ""),
                 ", ".join(entry["stages"]),
@@ -84,7 +97,14 @@ def _print(path: Path, entries: list[dict[str, Any]], freed: int | None) -> None
 
 def _recipe(recipe: dict[str, Any]) -> str:
     source = recipe.get("file") or recipe.get("source")
-    return f"{source}, {recipe.get('samples')} x {recipe.get('length')}, seed {recipe.get('seed')}"
+    return _printable(
+        f"{source}, {recipe.get('samples')} x {recipe.get('length')}, seed {recipe.get('seed')}"
+    )
+
+
+def _printable(text: str) -> str:
+    """The text, with escapes in place of characters that control the terminal."""
+    return text if text.isprintable() else ascii(text)
 
 
 def _age(seconds: int) -> str:

@@ -92,6 +92,7 @@ def test_analyzes_the_original_model_if_all_heads_are_kept(
         (["--kv-heads", "3"], "must divide"),
         (["--text", "absent.txt"], "must be readable"),
         (["--calibration", "absent.txt"], "--calibration must be a recipe or a file"),
+        (["--calibration", 300 * "a"], "--calibration must be a recipe or a file"),
     ],
 )
 def test_rejects_invalid_options_and_writes_nothing(

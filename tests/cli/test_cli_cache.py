@@ -23,7 +23,11 @@ def cli(*arguments: object) -> str:
 
 
 def listed() -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = json.loads(cli("cache", "--json"))["entries"]
+
+    def refuse(constant: str) -> None:
+        raise ValueError(f"{constant} is not JSON")
+
+    entries: list[dict[str, Any]] = json.loads(cli("cache", "--json"), parse_constant=refuse)["entries"]
     return entries
 
 
@@ -47,7 +51,22 @@ def test_lists_and_removes_entries(tiny_checkpoint: Any, tmp_path: Path, build_c
     assert cli("cache", "--clean").startswith("removed 0 B\n")
 
 
-@pytest.mark.parametrize("content", [None, "{", "[]", '{"name": 1}', '{"files": 3}'])
+def header(**changes: str) -> str:
+    """statistics.json of an entry, with other JSON for some values."""
+    values = {"name": '"model"', "checkpoint": '"1f"', "recipe": '{"source": "self"}', "capacity": "4"}
+    values |= {"files": '{"tokens.safetensors": "1f"}'} | changes
+    return "{" + ", ".join(f'"{name}": {value}' for name, value in values.items()) + "}"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(None, "{", "[]", '{"name": 1}', '{"files": 3}', "[" * 100_000, '{"recipe":' * 100_000),
+        *(header(name='["x"]'), header(capacity="1e999"), header(recipe='{"samples": 1e999}')),
+        *(header(recipe='{"samples": NaN}'), header(files="[[]]")),
+    ],
+    ids=lambda content: str(content)[:20],
+)
 def test_lists_damaged_entries(build_cache: Path, content: str | None) -> None:
     (build_cache / KEY).mkdir(parents=True)
     if content is not None:
@@ -55,6 +74,15 @@ def test_lists_damaged_entries(build_cache: Path, content: str | None) -> None:
     assert "damaged" in cli("cache")
     assert [entry["stages"] for entry in listed()] == [[]]
     assert json.loads(cli("cache", "--clean", "--json"))["entries"] == []
+
+
+def test_control_characters_are_escaped(build_cache: Path) -> None:
+    (build_cache / KEY).mkdir(parents=True)
+    recipe = json.dumps({"source": "text", "file": "a\u001b[31m"})
+    (build_cache / KEY / "statistics.json").write_text(header(name='"m\\u001b[2J"', recipe=recipe))
+    shown = cli("cache")
+    assert "\x1b" not in shown and r"'m\x1b[2J'" in shown and "damaged" not in shown
+    assert listed()[0]["name"] == "m\x1b[2J"
 
 
 @pytest.mark.parametrize(
