@@ -40,7 +40,8 @@ def command(
     """Save calibration text and the sensitivity of each layer of CHECKPOINT, for several builds.
 
     `kvexport build CHECKPOINT --statistics OUTPUT` then gives the same bundle as a build that calibrates by
-    itself, at any --kv-ratio, and only converts and writes.
+    itself, at any --kv-ratio, and only converts and writes. They are for the config.json and weights of
+    CHECKPOINT; another tokenizer.json does not make them invalid, as their tokens have been made.
     """
     from kvexport.build import calibrate
     from kvexport.cli.options import progress_bar

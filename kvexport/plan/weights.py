@@ -158,7 +158,7 @@ def _more_for_eight_bits(stored: Precision, tables: Tables) -> int:
         return 0
     weights = tables.open_to_bits(stored)
     least, most = (_exact_bytes(name, weights, stored) for name in ("int4", "int8"))
-    return min(most, max(least, int(stored.bits * _numbers(weights) / 8))) - least
+    return int(min(most, max(least, stored.bits * _numbers(weights) / 8))) - least
 
 
 def _numbers(weights: Mapping[tuple[int, int], int]) -> int:

@@ -217,6 +217,12 @@ def test_the_demo_model_in_int4_is_as_large_as_was_planned(dtype: str, tmp_path:
     assert float_row.memory.weights > 2 * stored
 
 
+def test_more_bits_than_any_weight_has_are_all_in_int8() -> None:
+    demo = resource("models", "demo")
+    rows = [plan(demo, None, weights=["int4"], weight_bits=bits).rows[0] for bits in (40.0, 1e308)]
+    assert rows[0].memory.weights == rows[1].memory.weights
+
+
 def min_bits(model: Path, dtype: str) -> float:
     """--weight-bits that gives no weight 8 bits."""
     trained = trained_sizes(model)
