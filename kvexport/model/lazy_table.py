@@ -105,10 +105,11 @@ def _with_whole_tables(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
     return func(*tree_map(made, args), **tree_map(made, kwargs))
 
 
-def _rows(input: Tensor, weight: LazyTable, *args: Any, **kwargs: Any) -> Tensor:
-    """`F.embedding`."""
-    if args or kwargs:  # such as a maximum norm, to which it would scale the rows in place
-        return F.embedding(input, weight.whole(), *args, **kwargs)
+def _rows(
+    input: Tensor, weight: LazyTable, padding_idx: int | None = None, max_norm: float | None = None, **_: Any
+) -> Tensor:
+    """`F.embedding`; what else it takes has no effect without `max_norm` and gradients of the table."""
+    assert max_norm is None  # it would scale the rows in place
     if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < len(weight):
         raise IndexError("index out of range in self")  # as torch
     return weight._read(input.flatten()).unflatten(0, input.shape)
