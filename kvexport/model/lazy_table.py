@@ -106,10 +106,15 @@ def _with_whole_tables(func: Callable[..., Any], args: tuple[Any, ...], kwargs: 
 
 
 def _rows(
-    input: Tensor, weight: LazyTable, padding_idx: int | None = None, max_norm: float | None = None, **_: Any
+    input: Tensor,
+    weight: LazyTable,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    **others: Any,
 ) -> Tensor:
     """`F.embedding`; what else it takes has no effect without `max_norm` and gradients of the table."""
-    assert max_norm is None  # it would scale the rows in place
+    if max_norm is not None:  # it scales the rows in place
+        return F.embedding(input, weight.whole(), padding_idx, max_norm, **others)
     if input.numel() and not 0 <= int(input.min()) <= int(input.max()) < len(weight):
         raise IndexError("index out of range in self")  # as torch
     return weight._read(input.flatten()).unflatten(0, input.shape)
