@@ -47,7 +47,7 @@ from kvexport.files.malloc import return_freed
 from kvexport.heal import HealOptions, HealResult, heal
 from kvexport.model.architecture import read_architecture
 from kvexport.model.checkpoint import Checkpoint
-from kvexport.model.decoder import Decoder, Layer, tensors_of
+from kvexport.model.decoder import Layer, parameters_of
 from kvexport.model.divergence import Divergence
 from kvexport.model.loader import load_decoder
 from kvexport.model.placement import CPU, device_name, move, place, resolve_device
@@ -278,7 +278,7 @@ class ConversionJob:
         heals = self.options.heal is not None
         unhealed: list[Layer] = []
         reports: list[LayerReport] = []
-        parameters = _parameters_outside_layers(self.decoder)
+        parameters = parameters_of(replace(self.decoder, layers=()))
         with self.stages.timed("convert"), self.progress.stage("Converting layers", len(self.decoder.layers)):
             for converted in converted_layers:
                 if heals:
@@ -286,7 +286,7 @@ class ConversionJob:
                 else:
                     add_layer(move(converted.layer, CPU))
                 reports.append(converted.report)
-                parameters += _count(tensors_of(converted.layer))
+                parameters += parameters_of(converted.layer)
                 del converted  # frees the layer before the next one is read
                 return_freed()
                 self.progress.advance()
@@ -346,11 +346,3 @@ class ConversionJob:
         if self._healing_state is not None:
             self._healing_state.unlink(missing_ok=True)
         return healed
-
-
-def _parameters_outside_layers(decoder: Decoder) -> int:
-    return _count(tensors_of(replace(decoder, layers=())))
-
-
-def _count(tensors: list[Tensor]) -> int:
-    return sum(tensor.numel() for tensor in tensors)

@@ -64,9 +64,7 @@ def _query_order(order: Sequence[int], queries: int) -> list[int]:
 
 
 def _rows(linear: Linear, order: Sequence[int]) -> Linear:
-    return Linear(
-        _blocks(linear.weight, order, 0), None if linear.bias is None else _blocks(linear.bias, order, 0)
-    )
+    return linear.map_rows(lambda rows: _blocks(rows, order, 0))
 
 
 def _blocks(x: Tensor, order: Sequence[int], dim: int) -> Tensor:

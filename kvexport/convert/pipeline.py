@@ -28,7 +28,7 @@ from kvexport.convert.streams import Streams, TrainedStream, split_windows
 from kvexport.errors import KvexportError
 from kvexport.files.malloc import return_freed
 from kvexport.model import reference
-from kvexport.model.decoder import Attention, Decoder, Layer, tensors_of
+from kvexport.model.decoder import Attention, Decoder, Layer, parameters_of, tensors_of
 from kvexport.model.divergence import Divergence, DivergenceMeter
 from kvexport.model.placement import CPU, move
 
@@ -161,7 +161,7 @@ def _unconverted(index: int, layer: Layer) -> ConvertedLayer:
 
 
 def _unconverted_report(attention: Attention) -> LayerReport:
-    parameters = sum(tensor.numel() for tensor in tensors_of(attention))
+    parameters = parameters_of(attention)
     return LayerReport(
         method="none",
         num_attention_heads=attention.num_heads,
@@ -205,7 +205,7 @@ def convert_layer(
     coded = apply_code(attention, grouping, code, value_mean)
     converted = replace(layer, attention=move(coded, layer.attention.q.weight.device))
     measured = streams.attention_error(converted)
-    parameters = sum(tensor.numel() for tensor in tensors_of(converted.attention))
+    parameters = parameters_of(converted.attention)
     del code_moments, code, coded  # of a wide layer, as large as what the refit needs
     return_freed()
     if method.refit:

@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from typing import Any
 
 from kvexport.errors import CheckpointError
-from kvexport.model.config import activation_of, flag, number, require_unquantised, shown, whole_number
+from kvexport.model.config import activation_of, flag, number, shown, whole_number
 from kvexport.model.decoder import Activation
 from kvexport.model.expressions import evaluate
 from kvexport.model.families import description_of
 from kvexport.model.family import Family, LayerRules
+from kvexport.model.quantized.formats import stored_format
 from kvexport.model.rope import LAYER_TYPES, RopeConfig, rope_configs
 from kvexport.model.unsupported import require_dense_decoder
 
@@ -83,11 +84,11 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
     Raises:
         CheckpointError: the model has a feature that is not supported, the family is unknown, weights are
-            quantised, or a setting is missing, impossible or not supported.
+            quantised in a format that is not read, or a setting is missing, impossible or not supported.
     """
     require_dense_decoder(config)
     description = description_of(config)
-    require_unquantised(config)
+    stored_format(config)  # refuses those that are not read
     family, complete = description.resolve(config), description.complete(config)
     settings = _Settings(family.settings(complete), family)
     hidden, heads = settings.whole("hidden_size"), settings.whole("num_heads")

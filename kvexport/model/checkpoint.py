@@ -18,22 +18,17 @@ from kvexport.errors import CheckpointError, reason_of
 from kvexport.files.hashing import sha256_of
 from kvexport.files.identity import FileIdentities
 from kvexport.model.other_formats import adapter, no_config, no_safetensors, not_a_folder
+from kvexport.model.quantized.formats import require_no_other_format, stored_format
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from kvexport.model.decoder import WeightCodes
+    from kvexport.model.quantized.integers import IntegerWeight
+    from kvexport.model.quantized.stored_format import StoredFormat
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# Ends of names of tensors of quantised weights: GPTQ, AWQ, bitsandbytes, compressed-tensors and FP8.
-_QUANTISED = (
-    ".qweight",
-    ".qzeros",
-    ".absmax",
-    ".quant_map",
-    ".weight_packed",
-    ".weight_scale",
-    ".weight_scale_inv",
-)
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
 _TEXT_FILES = (
@@ -73,6 +68,30 @@ class Checkpoint:
         self.config = read_config(path)
         self._identities.add(self.text_files())
         self._readers: dict[Path, Any] = {}
+        self._last: tuple[str, IntegerWeight] | None = None  # codes are read after floats
+
+    @cached_property
+    def quantization(self) -> StoredFormat | None:
+        """The format of quantised weights; None: weights are floats.
+
+        Raises:
+            CheckpointError: the format is not read.
+        """
+        return stored_format(self.config)
+
+    @cached_property
+    def names(self) -> frozenset[str]:
+        """Names of all tensors, those of a quantised weight replaced by the name of the weight."""
+        form = self.quantization
+        return frozenset(self.files if form is None else form.weight_names(self.files))
+
+    @cached_property
+    def _quantized(self) -> frozenset[str]:
+        """Names of the quantised weights."""
+        form = self.quantization
+        return (
+            frozenset() if form is None else frozenset(f"{each}.weight" for each in form.modules(self.files))
+        )
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
@@ -81,7 +100,8 @@ class Checkpoint:
         It is read after config.json, so that an unknown family is reported before missing weights.
 
         Raises:
-            CheckpointError: weights are missing, in another format, quantised, or truncated.
+            CheckpointError: weights are missing, in another format, quantised in one that is not read, or
+                truncated.
         """
         try:
             files = self._find_tensors()
@@ -90,14 +110,7 @@ class Checkpoint:
                 f"the checkpoint {self.path} must be readable: {reason_of(error)}",
                 fix="change the permissions of the folder",
             ) from error
-        quantised = next((name for name in sorted(files) if name.endswith(_QUANTISED)), None)
-        if quantised is not None:
-            raise CheckpointError(
-                "the checkpoint must not be quantised: it has tensors of quantised weights",
-                got=quantised,
-                expected="weights in float32, float16 or bfloat16",
-                fix="start from the unquantised checkpoint",
-            )
+        require_no_other_format(sorted(files), self.quantization)
         return files
 
     def _find_tensors(self) -> dict[str, Path]:
@@ -150,7 +163,7 @@ class Checkpoint:
                 raise adapter(self.path)
         prefixes = sorted(
             name.removesuffix(embedding_name)
-            for name in self.files
+            for name in self.names
             if name == embedding_name or name.endswith(f".{embedding_name}")
         )
         for candidate in candidates:
@@ -184,7 +197,7 @@ class Checkpoint:
             The shortest beginning of `prefix`, up to a dot, with which the head exists; "" if there is none.
         """
         ends = [0, *(at + 1 for at, character in enumerate(prefix) if character == ".")]
-        return next((prefix[:end] for end in ends if prefix[:end] + head_name in self.files), "")
+        return next((prefix[:end] for end in ends if prefix[:end] + head_name in self.names), "")
 
     @contextmanager
     def reading(self) -> Iterator[None]:
@@ -193,16 +206,54 @@ class Checkpoint:
             yield
         finally:
             self._readers.clear()
+            self._last = None
+
+    def is_quantized(self, name: str) -> bool:
+        """Whether a weight is quantised."""
+        return name in self._quantized
+
+    def is_empty_bias(self, name: str) -> bool:
+        """Whether a tensor is a bias of zeros, which old programs store with every quantised weight."""
+        module = name.removesuffix(".bias")
+        if module == name or f"{module}.weight" not in self._quantized:
+            return False
+        with self.reading():
+            bias = self._stored(name)
+            return bias is not None and not bool(bias.any())
+
+    def codes(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> WeightCodes | str | None:
+        """Codes of a weight, as `tensor` reads its floats; a text: why it has none; None: it is in floats."""
+        return self._integers(name, shape).codes(dtype) if name in self._quantized else None
+
+    def _integers(self, name: str, shape: tuple[int, int]) -> IntegerWeight:
+        assert self.quantization is not None
+        if self._last is None or self._last[0] != name:
+            module = name.removesuffix(".weight")
+            self._last = name, self.quantization.read(self._stored, module, shape)
+        return self._last[1]
+
+    def _stored(self, name: str) -> Tensor | None:
+        """A tensor as it is stored; None: there is none."""
+        path = self.files.get(name)
+        return None if path is None else self._reader(path).get_tensor(name)
+
+    def _reader(self, path: Path) -> Any:
+        if path not in self._readers:
+            self._readers[path] = self._open(path)
+        return self._readers[path]
 
     def tensor(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Read one tensor inside `reading()`, as a copy in `dtype`.
+        """Read one tensor inside `reading()`, as a copy in `dtype`; a quantised weight dequantised.
 
         Raises:
             CheckpointError: the tensor is missing, has another shape, is not floating point, or is not
                 finite.
         """
+        if name in self._quantized:
+            out, width = shape
+            return self._integers(name, (out, width)).floats(dtype)
         path = self._file_of(name, shape)
-        tensor = self._readers[path].get_tensor(name).to(dtype, copy=True)
+        tensor = self._reader(path).get_tensor(name).to(dtype, copy=True)
         _require_finite(name, [tensor])
         return tensor
 
@@ -214,7 +265,7 @@ class Checkpoint:
         """
         from kvexport.model.lazy_table import LazyTable, Rows, is_large, row_parts
 
-        if not is_large(shape, dtype):
+        if name in self._quantized or not is_large(shape, dtype):
             return self.tensor(name, shape, dtype)
         path = self._file_of(name, shape)
 
@@ -235,9 +286,7 @@ class Checkpoint:
                 got=f"{len(self.files)} tensors in {self.path}",
                 fix="download the checkpoint again, or correct config.json",
             )
-        if path not in self._readers:
-            self._readers[path] = self._open(path)
-        view = self._readers[path].get_slice(name)
+        view = self._reader(path).get_slice(name)
         if view.get_dtype() not in _FLOATS:
             raise CheckpointError(
                 f"tensor {name} must have a data type that is supported",

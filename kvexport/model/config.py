@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from kvexport.errors import CheckpointError
 from kvexport.model.decoder import Activation
 
@@ -85,16 +82,3 @@ def activation_of(name: object) -> Activation:
             expected=", ".join(_ACTIVATIONS),
         )
     return _ACTIVATIONS[name]
-
-
-def require_unquantised(config: Mapping[str, Any]) -> None:
-    """Raise CheckpointError if config.json describes quantised weights."""
-    quantization = config.get("quantization_config")
-    if quantization:
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise CheckpointError(
-            "the checkpoint must not be quantised: config.json has quantization_config",
-            got=f"quant_method = {shown(method)}",
-            expected="weights in float32, float16 or bfloat16",
-            fix="start from the unquantised checkpoint",
-        )

@@ -26,7 +26,7 @@ class WeightCodes:
     Each row is divided into blocks of in / blocks adjacent columns; a block has one scale.
     """
 
-    codes: Tensor  # int8 [out, in], from -(2^(bits - 1) - 1) to 2^(bits - 1) - 1
+    codes: Tensor  # int8 [out, in], from -2^(bits - 1) to 2^(bits - 1) - 1
     scales: Tensor  # [out, blocks] in the dtype of the weight, greater than 0
     bits: Literal[4, 8]
 
@@ -41,6 +41,15 @@ class Linear:
     weight: Tensor  # [out, in]
     bias: Tensor | None = None  # [out]
     codes: WeightCodes | None = None
+    inexact: str | None = None  # why the integers of a quantised checkpoint are not `codes`
+
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> Linear:
+        """The same function of the rows of weight, bias and codes, such as a permutation."""
+        bias = None if self.bias is None else function(self.bias)
+        codes = self.codes
+        if codes is not None:
+            codes = replace(codes, codes=function(codes.codes), scales=function(codes.scales))
+        return Linear(function(self.weight), bias, codes, self.inexact)
 
 
 @dataclass(frozen=True)
@@ -284,6 +293,15 @@ def map_tensors(part: T, function: Callable[[Tensor], Tensor], *, ropes: bool = 
             },
         )
     return function(part) if hasattr(part, "numel") else part  # type: ignore[arg-type, return-value]
+
+
+def parameters_of(part: object) -> int:
+    """The number of weights in a tree of these dataclasses; codes, which stand for weights, do not count."""
+    if isinstance(part, (WeightCodes, Rope)):
+        return 0
+    if is_dataclass(part) and not isinstance(part, type):
+        return sum(parameters_of(getattr(part, each.name)) for each in fields(part))
+    return int(part.numel()) if hasattr(part, "numel") else 0
 
 
 def tensors_of(part: object) -> list[Tensor]:

@@ -9,10 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from kvexport.model.architecture import Architecture
-from kvexport.model.decoder import Attention, Embedding, Layer, Linear, Mlp, Norm
+from kvexport.model.decoder import Attention, Embedding, Layer, Linear, Mlp, Norm, WeightCodes
 from kvexport.model.family import NORMS
 
 if TYPE_CHECKING:
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 Shape = tuple[int, ...]
 Get = Callable[[str, Shape], "Tensor"]  # reads the stored tensor of a name and shape
+# codes of a weight of a name and shape [out, in]; a text: why there are none; None: it is not quantised
+GetCodes = Callable[[str, Shape], WeightCodes | str | None]
 
 
 @dataclass(frozen=True)
@@ -37,8 +40,13 @@ class Ends:
 class Layout:
     """The stored form of one architecture."""
 
-    def __init__(self, architecture: Architecture) -> None:
-        self._architecture, self._family = architecture, architecture.family
+    def __init__(self, architecture: Architecture, get_codes: GetCodes | None = None) -> None:
+        """
+        Args:
+            architecture: of the checkpoint.
+            get_codes: gives the codes of linear maps to `unpack_*`; None: they have none.
+        """
+        self._architecture, self._family, self._get_codes = architecture, architecture.family, get_codes
         self._order = pair_order(
             architecture.head_dim, architecture.rotary_dim, interleaved=self._family.pairs == "interleaved"
         )
@@ -92,7 +100,8 @@ class Layout:
         """The stored head, which a checkpoint of a tied model may have, too."""
         it, name = self._architecture, self._family.names.head
         bias = get(f"{name}.bias", (it.vocab_size,)) if self._has_bias("head") else None
-        return Linear(get(f"{name}.weight", (it.vocab_size, it.embedding_size)), bias)
+        shape = (it.vocab_size, it.embedding_size)
+        return self._with_codes(Linear(get(f"{name}.weight", shape), bias), name)
 
     def unpack_layer(self, index: int, get: Get, rope: Rope | None, slopes: Tensor | None) -> Layer:
         """Layer `index`, with its RoPE and its ALiBi slopes."""
@@ -182,7 +191,16 @@ class Layout:
         shape = (into, out) if self._family.transposed else (out, into)
         weight = get(f"{name}.weight", shape)
         bias = get(f"{name}.bias", (out,)) if self._has_bias(which) else None
-        return Linear(weight.T.contiguous() if self._family.transposed else weight, bias)
+        linear = Linear(weight.T.contiguous() if self._family.transposed else weight, bias)
+        return self._with_codes(linear, name)
+
+    def _with_codes(self, linear: Linear, name: str) -> Linear:
+        if self._get_codes is None:
+            return linear
+        codes = self._get_codes(f"{name}.weight", tuple(linear.weight.shape))
+        if isinstance(codes, WeightCodes):
+            return replace(linear, codes=codes)
+        return replace(linear, inexact=codes)
 
     def _pack_linear(self, name: str, linear: Linear) -> dict[str, Tensor]:
         return _pack(name, replace(linear, weight=linear.weight.T) if self._family.transposed else linear)
@@ -304,7 +322,7 @@ class Layout:
         """Rows of each head in the neutral order of pairs; `inverse`: in the stored order."""
         if self._order is None:
             return linear
-        return _map_rows(linear, lambda x: self._by_head(x, heads, inverse=inverse).flatten(0, 1))
+        return linear.map_rows(lambda x: self._by_head(x, heads, inverse=inverse).flatten(0, 1))
 
     def _by_head(self, x: Tensor, heads: int, *, inverse: bool = False) -> Tensor:
         """x [heads·head_dim, ...] or [heads, head_dim] by head, each in the neutral order of pairs.
@@ -344,23 +362,15 @@ def with_biases(parts: Sequence[Linear]) -> list[Linear]:
     ]
 
 
-def _map_rows(linear: Linear, function: Callable[[Tensor], Tensor]) -> Linear:
-    """The same function of the rows of weight and bias."""
-    bias = None if linear.bias is None else function(linear.bias)
-    return Linear(function(linear.weight), bias)
-
-
 def _split(linear: Linear, groups: int, counts: Sequence[int], width: int) -> list[Linear]:
     """The parts of a fused map: rows are `groups` groups of counts[0] heads of the first part, counts[1] of
     the second, and so on, of `width` rows each.
     """
 
-    def split(x: Tensor) -> list[Tensor]:
-        by_head = x.unflatten(0, (groups, -1, width))
-        return [part.flatten(0, 2) for part in by_head.split(list(counts), 1)]
+    def part(index: int, x: Tensor) -> Tensor:
+        return x.unflatten(0, (groups, -1, width)).split(list(counts), 1)[index].flatten(0, 2)
 
-    biases = [None] * len(counts) if linear.bias is None else split(linear.bias)
-    return list(map(Linear, split(linear.weight), biases))
+    return [linear.map_rows(partial(part, index)) for index in range(len(counts))]
 
 
 def _join(parts: Sequence[Linear], groups: int, width: int) -> Linear:

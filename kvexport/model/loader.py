@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from kvexport.errors import CheckpointError
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture
 from kvexport.model.checkpoint import Checkpoint
-from kvexport.model.decoder import Decoder, Layer, LazyLayers, Linear, ModelDims, Rope
+from kvexport.model.decoder import Decoder, Layer, LazyLayers, Linear, ModelDims, Rope, WeightCodes
 from kvexport.model.layout import Layout
 from kvexport.model.rope import alibi_slopes, make_rope
 
@@ -22,7 +22,11 @@ if TYPE_CHECKING:
 
 
 def load_decoder(
-    path: Path | str | Checkpoint, dtype: torch.dtype | None = None, context: int | None = None
+    path: Path | str | Checkpoint,
+    dtype: torch.dtype | None = None,
+    context: int | None = None,
+    *,
+    codes: bool = False,
 ) -> Decoder:
     """Load a checkpoint as a decoder whose layers are loaded lazily.
 
@@ -31,6 +35,8 @@ def load_decoder(
         dtype: data type of all leaves [default: float32].
         context: tokens of the longest sequence, which decides RoPE whose scaling depends on the length
             [default: all positions that the model supports].
+        codes: whether linear maps of a quantised checkpoint have their codes, where these are exact; else
+            they have floats alone.
 
     Raises:
         CheckpointError: the family is unknown, tensors are missing, unexpected or unusable, or a setting is
@@ -40,15 +46,21 @@ def load_decoder(
 
     checkpoint = path if isinstance(path, Checkpoint) else Checkpoint(Path(path))
     architecture = read_architecture(checkpoint.config)
-    return _Loader(checkpoint, architecture, dtype or torch.float32, context).decoder()
+    return _Loader(checkpoint, architecture, dtype or torch.float32, context, codes=codes).decoder()
 
 
 class _Loader:
     def __init__(
-        self, checkpoint: Checkpoint, architecture: Architecture, dtype: torch.dtype, context: int | None
+        self,
+        checkpoint: Checkpoint,
+        architecture: Architecture,
+        dtype: torch.dtype,
+        context: int | None,
+        *,
+        codes: bool,
     ) -> None:
         self._checkpoint, self._architecture, self._dtype = checkpoint, architecture, dtype
-        self._layout = Layout(architecture)
+        self._layout = Layout(architecture, self._codes if codes else None)
         self._context = context or architecture.max_positions or 1
         self._ropes: dict[LayerKind, Rope | None] = {kind: self._rope(kind) for kind in architecture.layers}
         self._slopes = self._alibi_slopes()
@@ -61,7 +73,7 @@ class _Loader:
         it, checkpoint = self._architecture, self._checkpoint
         with checkpoint.reading():
             ends = self._layout.unpack_ends(self._read_end)
-            if it.tied and self._stored(f"{it.family.names.head}.weight") in checkpoint.files:
+            if it.tied and self._stored(f"{it.family.names.head}.weight") in checkpoint.names:
                 self._require_tied(self._layout.unpack_head(self._read_end), ends.embedding.weight)
         bos = checkpoint.token_ids("bos_token_id", it.vocab_size)
         return Decoder(
@@ -97,7 +109,15 @@ class _Loader:
         return slopes * it.scale if it.family.alibi == "scaled" else slopes
 
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
-        return self._checkpoint.tensor(self._stored(name), shape, self._dtype)
+        stored, family = self._stored(name), self._architecture.family
+        transposed = family.transposed and name != f"{family.names.head}.weight"
+        if transposed and self._checkpoint.is_quantized(stored):  # quantised weights are [out, in]
+            return self._checkpoint.tensor(stored, shape[::-1], self._dtype).T
+        return self._checkpoint.tensor(stored, shape, self._dtype)
+
+    def _codes(self, name: str, shape: tuple[int, ...]) -> WeightCodes | str | None:
+        out, width = shape
+        return self._checkpoint.codes(self._stored(name), (out, width), self._dtype)
 
     def _read_end(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 2:
@@ -120,7 +140,7 @@ class _Loader:
 
     def _require_expected_tensors(self) -> None:
         """Raise CheckpointError unless the checkpoint has exactly the expected tensors."""
-        it, found = self._architecture, self._checkpoint.files.keys()
+        it, found = self._architecture, self._checkpoint.names
         expected = {self._stored(name) for name in self._layout.shapes()}
         ignored = [self._prefix + pattern for pattern in it.family.names.ignored]
         if it.tied:
@@ -128,7 +148,9 @@ class _Loader:
         extra = [
             name
             for name in sorted(found)
-            if name not in expected and not any(fnmatchcase(name, pattern) for pattern in ignored)
+            if name not in expected
+            and not any(fnmatchcase(name, pattern) for pattern in ignored)
+            and not self._checkpoint.is_empty_bias(name)
         ]
         if extra:
             raise CheckpointError(
