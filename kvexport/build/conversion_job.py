@@ -22,6 +22,7 @@ from kvexport.build.model_limits import (
 from kvexport.build.options import BuildOptions
 from kvexport.build.report import BuildReport, FrontierPoint
 from kvexport.build.saved_stages import SavedStages
+from kvexport.build.source_weights import SourceWeights
 from kvexport.build.stages import Stages
 from kvexport.build.weight_analysis import STAGE as WEIGHT_STAGE
 from kvexport.build.weight_analysis import WeightAnalysisStage
@@ -93,6 +94,7 @@ class ConversionJob:
         capacity: int | None = None,
         *,
         all_text: bool = False,
+        codes: bool = False,
     ) -> None:
         """Read the checkpoint, and check the options against the model.
 
@@ -100,6 +102,8 @@ class ConversionJob:
             output: where the result will be written; healing keeps its state beside it. None: nowhere.
             capacity: default: the model's maximum, at most 4096.
             all_text: whether the whole calibration text is needed even if nothing is compressed.
+            codes: whether linear maps of a quantised checkpoint have the codes that it has; else they are
+                dequantised, with a note.
 
         Raises:
             CheckpointError: the checkpoint is not a readable decoder of a supported family.
@@ -116,10 +120,14 @@ class ConversionJob:
             ropes = [kind.rope for kind in architecture.layers if kind.rope is not None]
             self.rope_switches = {each.switches_at for each in ropes if each.switches_at is not None}
             self.capacity = sequence_capacity(architecture.max_positions, capacity)
-            self.decoder = load_decoder(self.checkpoint, context=self.capacity)
+            self.decoder = load_decoder(self.checkpoint, context=self.capacity, codes=codes)
             self.placed = place(self.decoder, self.device)
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
+        stored = self.checkpoint.quantization
+        self._dequantized = None if stored is None or codes else SourceWeights(stored.name)
+        if self._dequantized is not None:
+            progress.note(self._dequantized.note)
         if options.statistics is None:
             recipe = fitted_recipe(options.recipe, self.placed, checkpoint, progress)
             self.options = replace(options, recipe=recipe)
@@ -316,6 +324,7 @@ class ConversionJob:
             frontier=frontier,
             device=device_name(self.device),
             calibration=self.calibration_record() if self.uses_text else None,
+            source_weights=self._dequantized,
         )
 
     def _frontier(

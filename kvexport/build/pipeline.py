@@ -21,7 +21,12 @@ from kvexport.build.conversion_job import ConversionJob
 from kvexport.build.hf_checkpoint import plan_hf_checkpoint
 from kvexport.build.hooks import BuildHooks
 from kvexport.build.options import BuildOptions
-from kvexport.build.quantization import WeightQuantization, requested_formats, weight_settings
+from kvexport.build.quantization import (
+    WeightQuantization,
+    kept_weights,
+    requested_formats,
+    weight_settings,
+)
 from kvexport.build.read_back import ExpectedLogits, read_back
 from kvexport.build.report import BuildReport, WeightBits
 from kvexport.bundle import DATA_FILE, REPORT_FILE, BundleWriter, new_bundle
@@ -83,7 +88,15 @@ def build(
     hooks = hooks or BuildHooks()
     with new_bundle(output, force=force) as writer:
         fits_weights = options.quantizes and options.weight_method != "nearest"
-        job = ConversionJob(checkpoint, output, options, progress, capacity, all_text=fits_weights)
+        job = ConversionJob(
+            checkpoint,
+            output,
+            options,
+            progress,
+            capacity,
+            all_text=fits_weights,
+            codes=options.quantizes,
+        )
         job.check_ratio()
         job.check_tokenizer()
         _note_frequencies(job)
@@ -128,7 +141,7 @@ def _write_model(
     """
     options = job.options
     with TemporaryDirectory(dir=writer.directory, prefix="layers.") as layer_folder:
-        weight_bits, quantization = _quantization(job, windows, writer.directory)
+        weight_bits, quantization = _quantization(job, windows, plan, writer.directory)
         decoder = job.decoder if quantization is None else quantization.decoder
         export = BundleExport(writer, job, decoder, windows, eviction, Path(layer_folder), hooks)
 
@@ -136,6 +149,9 @@ def _write_model(
             export.add_layer(layer if quantization is None else quantization.quantize(layer))
 
         report = job.convert(windows, plan, add_layer)
+        if quantization is not None and quantization.source_weights is not None:
+            report = replace(report, source_weights=quantization.source_weights)
+            job.progress.note(quantization.source_weights.note)
         export.record_self_test()
     contract = export.write()
     report = replace(
@@ -243,17 +259,25 @@ def calibrate(
 
 
 def _quantization(
-    job: ConversionJob, windows: Tensor, folder: Path
+    job: ConversionJob, windows: Tensor, plan: CompressionPlan, folder: Path
 ) -> tuple[WeightBits | None, WeightQuantization | None]:
     """The choice of bits, and the quantisation of a build's weights; None if all are stored in float."""
     if not job.options.quantizes:
         return None, None
-    formats = requested_formats(job.options, job.decoder)
+    stored, formats = job.checkpoint.quantization, requested_formats(job.options, job.decoder)
     settings, chosen, head_inputs = weight_settings(job.options, formats), None, None
     if job.weight_analysis.is_needed:
-        formats, chosen, head_inputs = job.weight_analysis.choose(windows, folder)
+        kept = kept_weights(job.decoder, plan, formats, job.options)
+        formats, chosen, head_inputs = job.weight_analysis.choose(windows, folder, kept)
     return chosen, WeightQuantization(
-        job.decoder, formats, windows, settings, head_inputs=head_inputs, device=job.device
+        job.decoder,
+        formats,
+        windows,
+        settings,
+        head_inputs=head_inputs,
+        device=job.device,
+        stored_as=None if stored is None else stored.name,
+        requested_block=job.options.weight_block,
     )
 
 

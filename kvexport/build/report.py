@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from kvexport.build.read_back import ReadBack
+from kvexport.build.source_weights import SourceWeights
 from kvexport.bundle.formats import StoredWeights
 from kvexport.bundle.layer_report import LayerReport
 from kvexport.eviction.config import Eviction
@@ -72,6 +73,7 @@ class BuildReport:
         healing: the result of distillation, if there was any; `divergence` is then that of the healed model.
         weights: formats of the stored weights; None for a Hugging Face checkpoint.
         weight_bytes: size of the file of the weights.
+        source_weights: how the weights of a quantised checkpoint were taken; None: it has floats.
         weight_method: how integer weights were chosen; None: all are floats.
         weight_bits: the choice between 4 and 8 bits; None: there was none.
         quantization: divergence of the quantised model from the same model in float, after compression, on
@@ -101,6 +103,7 @@ class BuildReport:
     healing: HealReport | None = None
     weights: StoredWeights | None = None
     weight_bytes: int | None = None
+    source_weights: SourceWeights | None = None
     weight_method: str | None = None
     weight_bits: WeightBits | None = None
     quantization: Divergence | None = None

@@ -71,21 +71,25 @@ class WeightAnalysisStage:
         """Whether there is nothing to measure."""
         return self._saved.weight_analysis(self._settings) is not None
 
-    def choose(self, windows: Tensor, folder: Path) -> tuple[WeightFormats, WeightBits, Tensor | None]:
+    def choose(
+        self, windows: Tensor, folder: Path, kept: Collection[str] = ()
+    ) -> tuple[WeightFormats, WeightBits | None, Tensor | None]:
         """Choose the weights that get 8 bits.
 
         Args:
             windows: calibration windows [N, length] int64.
             folder: for temporary files.
+            kept: keys of weights that keep the codes of a quantised checkpoint, which leave no choice.
 
         Returns:
-            The formats, what was chosen, and second moments of the head's inputs for its quantisation.
+            The formats, what was chosen (None: there was no choice), and second moments of the head's inputs
+            for its quantisation.
 
         Raises:
             UsageError: the options ask for fewer bits or less loss than is possible.
         """
         analysis = self._analyze(windows, folder)
-        formats, bits = choose_bits(self._decoder, self._options, analysis.losses)
+        formats, bits = choose_bits(self._decoder, self._options, analysis.losses, kept)
         return formats, bits, analysis.head_inputs
 
     def _analyze(self, windows: Tensor, folder: Path) -> WeightAnalysis:
@@ -102,20 +106,26 @@ class WeightAnalysisStage:
 
 
 def choose_bits(
-    decoder: Decoder, options: BuildOptions, losses: Mapping[str, WeightLoss]
-) -> tuple[WeightFormats, WeightBits]:
+    decoder: Decoder, options: BuildOptions, losses: Mapping[str, WeightLoss], kept: Collection[str] = ()
+) -> tuple[WeightFormats, WeightBits | None]:
     """Choose the weights that get 8 bits, of those whose formats the options leave open.
 
     Args:
         decoder: the trained model.
         options: the options of the build, which mix bits.
         losses: what every weight costs, by key, as `analyze_weights` returns them.
+        kept: keys of weights that keep the codes of a quantised checkpoint.
+
+    Returns:
+        The formats, and what was chosen; None: there was no choice.
 
     Raises:
         UsageError: the options ask for fewer bits or less loss than is possible.
     """
-    fixed = _fixed_keys(decoder, options)
+    fixed = _fixed_keys(decoder, options).union(kept)
     losses = {key: loss for key, loss in losses.items() if key not in fixed}
+    if not losses:
+        return requested_formats(options, decoder), None
     count = sum(each.weights for each in losses.values())
     frontier = MixedBitsFrontier(losses)
     if options.weight_max_kl is not None:

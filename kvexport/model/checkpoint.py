@@ -19,13 +19,12 @@ from kvexport.files.hashing import sha256_of
 from kvexport.files.identity import FileIdentities
 from kvexport.model.other_formats import adapter, no_config, no_safetensors, not_a_folder
 from kvexport.model.quantized.formats import require_no_other_format, stored_format
+from kvexport.model.quantized.weights import QuantizedWeights
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvexport.model.decoder import WeightCodes
-    from kvexport.model.quantized.integers import IntegerWeight
     from kvexport.model.quantized.stored_format import StoredFormat
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
@@ -68,7 +67,6 @@ class Checkpoint:
         self.config = read_config(path)
         self._identities.add(self.text_files())
         self._readers: dict[Path, Any] = {}
-        self._last: tuple[str, IntegerWeight] | None = None  # codes are read after floats
 
     @cached_property
     def quantization(self) -> StoredFormat | None:
@@ -80,18 +78,9 @@ class Checkpoint:
         return stored_format(self.config)
 
     @cached_property
-    def names(self) -> frozenset[str]:
-        """Names of all tensors, those of a quantised weight replaced by the name of the weight."""
-        form = self.quantization
-        return frozenset(self.files if form is None else form.weight_names(self.files))
-
-    @cached_property
-    def _quantized(self) -> frozenset[str]:
-        """Names of the quantised weights."""
-        form = self.quantization
-        return (
-            frozenset() if form is None else frozenset(f"{each}.weight" for each in form.modules(self.files))
-        )
+    def quantized(self) -> QuantizedWeights:
+        """The quantised weights, which are read inside `reading()`."""
+        return QuantizedWeights(self.quantization, self.files, self._stored)
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
@@ -163,7 +152,7 @@ class Checkpoint:
                 raise adapter(self.path)
         prefixes = sorted(
             name.removesuffix(embedding_name)
-            for name in self.names
+            for name in self.quantized.names
             if name == embedding_name or name.endswith(f".{embedding_name}")
         )
         for candidate in candidates:
@@ -197,40 +186,17 @@ class Checkpoint:
             The shortest beginning of `prefix`, up to a dot, with which the head exists; "" if there is none.
         """
         ends = [0, *(at + 1 for at, character in enumerate(prefix) if character == ".")]
-        return next((prefix[:end] for end in ends if prefix[:end] + head_name in self.names), "")
+        return next((prefix[:end] for end in ends if prefix[:end] + head_name in self.quantized.names), "")
 
     @contextmanager
     def reading(self) -> Iterator[None]:
         """Keep files mapped inside the block, for `tensor`; they are closed after it."""
+        quantized = self.quantized
         try:
             yield
         finally:
             self._readers.clear()
-            self._last = None
-
-    def is_quantized(self, name: str) -> bool:
-        """Whether a weight is quantised."""
-        return name in self._quantized
-
-    def is_empty_bias(self, name: str) -> bool:
-        """Whether a tensor is a bias of zeros, which old programs store with every quantised weight."""
-        module = name.removesuffix(".bias")
-        if module == name or f"{module}.weight" not in self._quantized:
-            return False
-        with self.reading():
-            bias = self._stored(name)
-            return bias is not None and not bool(bias.any())
-
-    def codes(self, name: str, shape: tuple[int, int], dtype: torch.dtype) -> WeightCodes | str | None:
-        """Codes of a weight, as `tensor` reads its floats; a text: why it has none; None: it is in floats."""
-        return self._integers(name, shape).codes(dtype) if name in self._quantized else None
-
-    def _integers(self, name: str, shape: tuple[int, int]) -> IntegerWeight:
-        assert self.quantization is not None
-        if self._last is None or self._last[0] != name:
-            module = name.removesuffix(".weight")
-            self._last = name, self.quantization.read(self._stored, module, shape)
-        return self._last[1]
+            quantized.forget()
 
     def _stored(self, name: str) -> Tensor | None:
         """A tensor as it is stored; None: there is none."""
@@ -249,9 +215,8 @@ class Checkpoint:
             CheckpointError: the tensor is missing, has another shape, is not floating point, or is not
                 finite.
         """
-        if name in self._quantized:
-            out, width = shape
-            return self._integers(name, (out, width)).floats(dtype)
+        if name in self.quantized:
+            return self.quantized.floats(name, shape, dtype)
         path = self._file_of(name, shape)
         tensor = self._reader(path).get_tensor(name).to(dtype, copy=True)
         _require_finite(name, [tensor])
@@ -265,7 +230,7 @@ class Checkpoint:
         """
         from kvexport.model.lazy_table import LazyTable, Rows, is_large, row_parts
 
-        if name in self._quantized or not is_large(shape, dtype):
+        if name in self.quantized or not is_large(shape, dtype):
             return self.tensor(name, shape, dtype)
         path = self._file_of(name, shape)
 

@@ -29,13 +29,16 @@ class WeightCodes:
     codes: Tensor  # int8 [out, in], from -2^(bits - 1) to 2^(bits - 1) - 1
     scales: Tensor  # [out, blocks] in the dtype of the weight, greater than 0
     bits: Literal[4, 8]
+    # whether some codes of a quantised checkpoint are nearer to 0 by 1, because they have no opposite
+    saturated: bool = False
 
 
 @dataclass(frozen=True)
 class Linear:
     """y = x · weightᵀ + bias.
 
-    A quantised linear map has `codes`; its `weight` is then exactly what they stand for.
+    A quantised linear map has `codes`; its `weight` is then exactly what they stand for, unless they are
+    `saturated`.
     """
 
     weight: Tensor  # [out, in]

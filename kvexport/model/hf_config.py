@@ -13,6 +13,7 @@ from typing import Any
 from kvexport.errors import CheckpointError
 from kvexport.model.architecture import Architecture, read_architecture
 from kvexport.model.expressions import evaluate
+from kvexport.model.quantized.formats import KEYS as QUANTIZATION_KEYS
 
 _DTYPE_KEYS = ("dtype", "torch_dtype")
 
@@ -33,11 +34,13 @@ class HFConfig:
 
     @classmethod
     def of_source(cls, config: Mapping[str, Any]) -> HFConfig:
-        """The config of the trained model, unchanged.
+        """The config of the trained model, unchanged, but for the description of quantised weights.
 
         Raises:
             CheckpointError: it is not of a supported decoder.
         """
+        read_architecture(config)  # refuses formats of quantised weights that are not read
+        config = {key: value for key, value in config.items() if key not in QUANTIZATION_KEYS}
         architecture = read_architecture(config)
         return cls(architecture, config, architecture)
 

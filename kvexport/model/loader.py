@@ -73,7 +73,7 @@ class _Loader:
         it, checkpoint = self._architecture, self._checkpoint
         with checkpoint.reading():
             ends = self._layout.unpack_ends(self._read_end)
-            if it.tied and self._stored(f"{it.family.names.head}.weight") in checkpoint.names:
+            if it.tied and self._stored(f"{it.family.names.head}.weight") in checkpoint.quantized.names:
                 self._require_tied(self._layout.unpack_head(self._read_end), ends.embedding.weight)
         bos = checkpoint.token_ids("bos_token_id", it.vocab_size)
         return Decoder(
@@ -111,13 +111,12 @@ class _Loader:
     def _read(self, name: str, shape: tuple[int, ...]) -> Tensor:
         stored, family = self._stored(name), self._architecture.family
         transposed = family.transposed and name != f"{family.names.head}.weight"
-        if transposed and self._checkpoint.is_quantized(stored):  # quantised weights are [out, in]
+        if transposed and stored in self._checkpoint.quantized:  # quantised weights are [out, in]
             return self._checkpoint.tensor(stored, shape[::-1], self._dtype).T
         return self._checkpoint.tensor(stored, shape, self._dtype)
 
     def _codes(self, name: str, shape: tuple[int, ...]) -> WeightCodes | str | None:
-        out, width = shape
-        return self._checkpoint.codes(self._stored(name), (out, width), self._dtype)
+        return self._checkpoint.quantized.codes(self._stored(name), shape, self._dtype)
 
     def _read_end(self, name: str, shape: tuple[int, ...]) -> Tensor:
         if len(shape) == 2:
@@ -140,7 +139,7 @@ class _Loader:
 
     def _require_expected_tensors(self) -> None:
         """Raise CheckpointError unless the checkpoint has exactly the expected tensors."""
-        it, found = self._architecture, self._checkpoint.names
+        it, found = self._architecture, self._checkpoint.quantized.names
         expected = {self._stored(name) for name in self._layout.shapes()}
         ignored = [self._prefix + pattern for pattern in it.family.names.ignored]
         if it.tied:
@@ -150,7 +149,7 @@ class _Loader:
             for name in sorted(found)
             if name not in expected
             and not any(fnmatchcase(name, pattern) for pattern in ignored)
-            and not self._checkpoint.is_empty_bias(name)
+            and not self._checkpoint.quantized.is_empty_bias(name)
         ]
         if extra:
             raise CheckpointError(

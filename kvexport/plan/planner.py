@@ -236,7 +236,7 @@ def _precision(
         weights=weights,
         head_weights=head,
         embedding_weights=embedding,
-        weight_block=block,
+        weight_block=block or trained.stored_block,
     )
     if weights != "int4":
         return Precision(dtype, formats)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from kvexport.bundle.bundle import COPY_AGAIN
+from kvexport.bundle.formats import BLOCKS
 from kvexport.bundle.graph_io import DATA_FILE, DEFAULT_CAPACITY, GRAPH_FILE, ring_slots
 from kvexport.bundle.manifest import REBUILD, Manifest, largest_call
 from kvexport.errors import BundleError, UsageError
@@ -16,6 +17,7 @@ from kvexport.eviction.config import Eviction
 from kvexport.model.architecture import Architecture, LayerKind, read_architecture
 from kvexport.model.checkpoint import read_config, read_json
 from kvexport.model.family import NORMS
+from kvexport.model.quantized.formats import stored_format
 from kvexport.plan.weights import Precision, Tables, WeightBytes, bundle_weights, planned_weights
 
 
@@ -182,6 +184,12 @@ class TrainedSizes:
             caches=tuple(Cache(kv_heads, 2 * it.head_dim, kind.window) for kind in it.layers),
             maps=converted and any(map(self._needs_maps, it.layers)),
         )
+
+    @property
+    def stored_block(self) -> int | None:
+        """The block of int4 in a quantised checkpoint, which a build keeps; None: it has none."""
+        stored = stored_format(self.architecture.config)
+        return stored.block if stored is not None and stored.block in BLOCKS else None
 
     @property
     def _norm(self) -> int:

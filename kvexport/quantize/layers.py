@@ -25,7 +25,7 @@ from kvexport.quantize.awq import fold_channel_scales
 from kvexport.quantize.clip import round_clipped
 from kvexport.quantize.gptq import DAMPING, Factor
 from kvexport.quantize.grid import Bits, Grid, grid_for, quantized, round_to_nearest
-from kvexport.quantize.inputs import PARTS, InputMoments, LayerInputs, linears_of, with_linears
+from kvexport.quantize.inputs import PARTS, InputMoments, LayerInputs, Part, linears_of, with_linears
 from kvexport.quantize.method_names import DEFAULT, Method
 
 RIDGE = 1.0  # λ in units of the mean of H's diagonal
@@ -67,7 +67,7 @@ def quantize_layer(
     """Quantise the linear maps of a layer; its other parameters stay as they are.
 
     Args:
-        layer: the layer, compressed or not, with no part quantised.
+        layer: the layer, compressed or not; a linear map that has codes already is left as it is.
         settings: format and method.
         inputs: the residual streams before the layer; None: only with "nearest", without a correction.
         eight_bits: names of linear maps (q, k, v, o, gate, up, down) that get 8 bits.
@@ -78,19 +78,28 @@ def quantize_layer(
     if inputs is None:
         assert settings.method == "nearest"
         for part in PARTS:
-            layer = with_linears(layer, part, _nearest(linears_of(layer, part), settings, eight_bits))
+            layer = with_linears(layer, part, _nearest(_without_codes(layer, part), settings, eight_bits))
         return layer
-    if settings.method.startswith("awq"):
+    if settings.method.startswith("awq") and not _has_codes(layer):  # folding changes every weight
         layer = fold_channel_scales(
             layer, inputs.second_moments, settings.bits, settings.block, settings.dtype
         )
     exact = layer
     for part in PARTS:
-        moments = inputs.moments(layer, part, exact if settings.ridge is not None else None)
-        layer = with_linears(
-            layer, part, PartQuantizer(moments, settings)(linears_of(layer, part), eight_bits)
-        )
+        linears = _without_codes(layer, part)
+        if linears:
+            moments = inputs.moments(layer, part, exact if settings.ridge is not None else None)
+            layer = with_linears(layer, part, PartQuantizer(moments, settings)(linears, eight_bits))
     return layer
+
+
+def _without_codes(layer: Layer, part: Part) -> dict[str, Linear]:
+    """The linear maps of a part that are not quantised yet."""
+    return {name: each for name, each in linears_of(layer, part).items() if each.codes is None}
+
+
+def _has_codes(layer: Layer) -> bool:
+    return any(len(_without_codes(layer, part)) < len(linears_of(layer, part)) for part in PARTS)
 
 
 class PartQuantizer:

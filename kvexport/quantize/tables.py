@@ -28,7 +28,7 @@ def quantize_tables(
     """The decoder with its head and embedding in codes. A tied head stays tied if both have the same bits.
 
     Args:
-        decoder: the model.
+        decoder: the model; a head that has codes already is left as it is.
         head: bits of the head; None: it stays in float.
         embedding: bits of the embedding; None: it stays in float.
         settings: block and data type.
@@ -44,7 +44,7 @@ def quantize_tables(
             decoder = replace(decoder, embedding=found)
         return decoder
     output = Linear(decoder.embedding.weight) if decoder.head is None else decoder.head
-    if head is not None:
+    if head is not None and output.codes is None:
         output = quantize_head(output, head, settings, second)
     if embedding is not None:
         decoder = replace(decoder, embedding=quantize_embedding(decoder.embedding, embedding, settings))

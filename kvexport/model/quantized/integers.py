@@ -6,7 +6,7 @@ w[o, i] = (q[o, i] - z[o, g]) · s[o, g],   g = the group of column i
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from kvexport.model.decoder import WeightCodes
 
@@ -49,7 +49,12 @@ class IntegerWeight:
         return blocks.mul_(self.scales.to(dtype)[:, :, None]).flatten(1)
 
     def codes(self, dtype: torch.dtype) -> WeightCodes | str:
-        """The same weight as codes and positive scales in `dtype`, or why there are none."""
+        """The same weight as codes and positive scales in `dtype`, or why there are none.
+
+        Where a scale is negative, codes change their sign. The lowest code, -8 of 4 bits, has no opposite: it
+        becomes 7, and the codes are `saturated`. AutoRound gives it to the largest number of most such
+        blocks.
+        """
         import torch
 
         if self._has_zeros:
@@ -58,16 +63,16 @@ class IntegerWeight:
         if scales is None:
             return "act-order: groups are not adjacent columns (desc_act)"
         codes = self.integers.unflatten(1, (scales.shape[1], -1))
-        negative = scales < 0
+        bits: Literal[4, 8] = 8 if self.bits == 8 else 4
+        negative, lowest, saturated = scales < 0, -(1 << bits - 1), False
         if bool(negative.any()):
-            if bool((codes[negative] == -(1 << (8 if self.bits == 8 else 4) - 1)).any()):
-                return "negative scales with the code -8, whose opposite has no code"
-            codes = torch.where(negative[:, :, None], -codes, codes)
+            saturated = bool((codes[negative] == lowest).any())
+            codes = torch.where(negative[:, :, None], -codes.clamp_min(lowest + 1), codes)
         empty = scales == 0
         if bool(empty.any()):
             codes = codes * ~empty[:, :, None]
         scales = torch.where(empty, torch.ones_like(scales), scales.abs()).to(dtype)
-        return WeightCodes(codes.flatten(1).contiguous(), scales.contiguous(), 8 if self.bits == 8 else 4)
+        return WeightCodes(codes.flatten(1).contiguous(), scales.contiguous(), bits, saturated)
 
     @property
     def _has_zeros(self) -> bool:
