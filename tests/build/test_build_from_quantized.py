@@ -122,6 +122,15 @@ def test_maps_that_compression_changes_are_quantised_anew(
     assert report["validation"]["failures"] == []
 
 
+def test_weights_that_are_kept_leave_no_choice_of_bits(pair: Callable[..., Pair]) -> None:
+    both = pair(gptq(), gptq_config())
+    options = ("--weights", "int4", "--kv-heads", "1", "--method", "online", *TABLES_IN_FLOATS)
+    bundle, report, _ = built(both.quantized, *options, "--weight-bits", "10")
+    assert set(report["weight_bits"]["eight_bits"]) == {"0.v", "0.o", "1.v", "1.o"}
+    formats = {share.format for layer in Bundle.open(bundle).weights.layers for share in layer}
+    assert formats == {WeightFormat("int4", 32), WeightFormat("int8")}
+
+
 def test_parameters_do_not_count_codes(pair: Callable[..., Pair]) -> None:
     both = pair(gptq(), gptq_config())
     options = ("--weights", "int4", "--kv-heads", "1", "--weight-method", "nearest")
