@@ -52,6 +52,7 @@ from kvexport.model.decoder import Layer, parameters_of
 from kvexport.model.divergence import Divergence
 from kvexport.model.loader import load_decoder
 from kvexport.model.placement import CPU, device_name, move, place, resolve_device
+from kvexport.model.quantized.formats import stored_format
 from kvexport.model.tokenizer_json import NoTokenizer, tokenizer_json
 from kvexport.progress import Progress
 from kvexport.validate.evaluate import divergence_of
@@ -124,7 +125,7 @@ class ConversionJob:
             self.placed = place(self.decoder, self.device)
             attention = self.decoder.layers[0].attention
             self.digest = self.checkpoint.digest()
-        stored = self.checkpoint.quantization
+        stored = stored_format(self.checkpoint.config)
         self._dequantized = None if stored is None or codes else SourceWeights(stored.name)
         if self._dequantized is not None:
             progress.note(self._dequantized.note)

@@ -42,6 +42,7 @@ from kvexport.files.malloc import return_freed
 from kvexport.model.decoder import Layer
 from kvexport.model.hf_writer import HFCheckpointWriter
 from kvexport.model.placement import AUTO, device_computation
+from kvexport.model.quantized.formats import stored_format
 from kvexport.progress import Progress
 from kvexport.validate import ValidationReport, validate_graph
 
@@ -264,7 +265,7 @@ def _quantization(
     """The choice of bits, and the quantisation of a build's weights; None if all are stored in float."""
     if not job.options.quantizes:
         return None, None
-    stored, formats = job.checkpoint.quantization, requested_formats(job.options, job.decoder)
+    stored, formats = stored_format(job.checkpoint.config), requested_formats(job.options, job.decoder)
     settings, chosen, head_inputs = weight_settings(job.options, formats), None, None
     if job.weight_analysis.is_needed:
         kept = kept_weights(job.decoder, plan, formats, job.options)

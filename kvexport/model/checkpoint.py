@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from kvexport.model.quantized.stored_format import StoredFormat
-
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
@@ -69,18 +67,9 @@ class Checkpoint:
         self._readers: dict[Path, Any] = {}
 
     @cached_property
-    def quantization(self) -> StoredFormat | None:
-        """The format of quantised weights; None: weights are floats.
-
-        Raises:
-            CheckpointError: the format is not read.
-        """
-        return stored_format(self.config)
-
-    @cached_property
     def quantized(self) -> QuantizedWeights:
         """The quantised weights, which are read inside `reading()`."""
-        return QuantizedWeights(self.quantization, self.files, self._stored)
+        return QuantizedWeights(stored_format(self.config), self.files, self._stored)
 
     @cached_property
     def files(self) -> Mapping[str, Path]:
@@ -99,7 +88,7 @@ class Checkpoint:
                 f"the checkpoint {self.path} must be readable: {reason_of(error)}",
                 fix="change the permissions of the folder",
             ) from error
-        require_no_other_format(sorted(files), self.quantization)
+        require_no_other_format(sorted(files), stored_format(self.config))
         return files
 
     def _find_tensors(self) -> dict[str, Path]:

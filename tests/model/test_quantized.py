@@ -423,5 +423,5 @@ def test_quantised_tensors_without_a_config_say_what_to_add(
 
 
 def test_the_format_is_named(pair: Callable[..., Pair]) -> None:
-    form = Checkpoint(pair(gptq(), gptq_config()).quantized).quantization
+    form = stored_format(Checkpoint(pair(gptq(), gptq_config()).quantized).config)
     assert form is not None and form.name == "GPTQ, 4 bits, groups of 32" and form.block == 32
