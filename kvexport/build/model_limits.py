@@ -16,19 +16,22 @@ from kvexport.progress import Progress
 def fitted_recipe(recipe: Recipe, decoder: Decoder, checkpoint: Path, progress: Progress) -> Recipe:
     """The recipe with windows that the model has positions for, and with text that it can predict.
 
-    A note says what was changed.
+    Notes say what was changed.
+
+    Raises:
+        UsageError: the model has fewer positions than the requested windows have tokens.
     """
-    recipe = usable_recipe(recipe, decoder, checkpoint)
-    if recipe.reason is not None:
-        what = "sampled from the model" if recipe.sampled_windows else "the shipped text alone"
-        progress.note(f"calibration text is {what}, because {recipe.reason}")
     fitted = recipe.fitted(decoder.dims.max_positions)
     if fitted != recipe:
         progress.note(
-            f"calibration windows have {fitted.length} tokens, not {recipe.length}: the model has no more "
-            "positions"
+            f"calibration windows have {fitted.length} tokens, not {recipe.length}: the model was trained "
+            f"for {fitted.length} positions"
         )
-    return fitted
+    usable = usable_recipe(fitted, decoder, checkpoint)
+    if usable.reason is not None:
+        what = "sampled from the model" if usable.sampled_windows else "the shipped text alone"
+        progress.note(f"calibration text is {what}, because {usable.reason}")
+    return usable
 
 
 def sequence_capacity(most: int | None, requested: int | None = None) -> int:

@@ -55,9 +55,18 @@ class Recipe:
 
         Args:
             max_positions: of the model; None: no limit.
+
+        Raises:
+            UsageError: the windows are longer, and their length is not the default.
         """
-        if not self.default_length or max_positions is None or self.length <= max_positions:
+        if max_positions is None or self.length <= max_positions:
             return self
+        if not self.default_length:
+            raise UsageError(
+                "--length must not exceed the positions that the model was trained for",
+                got=self.length,
+                expected=f"at most {max_positions}",
+            )
         return replace(self, length=max(_RANGES["length"][0], max_positions))
 
     def from_model(self, reason: str) -> Recipe:

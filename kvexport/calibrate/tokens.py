@@ -39,13 +39,7 @@ def calibration_windows(
         UsageError: the text is shorter than one window, or the length exceeds the model's positions.
         CannotRunHere: the source is 'self' and the model does not fit into memory.
     """
-    limit = decoder.dims.max_positions
-    if limit is not None and recipe.length > limit:
-        raise UsageError(
-            "--length must not exceed the positions that the model was trained for",
-            got=recipe.length,
-            expected=f"at most {limit}",
-        )
+    recipe = recipe.fitted(decoder.dims.max_positions)
     sampled = torch.empty(0, recipe.length, dtype=torch.int64)
     if recipe.sampled_windows:
         sampled = sample_windows(

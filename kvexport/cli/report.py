@@ -217,7 +217,7 @@ def _time_line(report: BuildReport) -> str:
     times = {key: f"{_STAGES[key]} {seconds:.1f} s" for key, seconds in report.seconds.items()}
     longest = times.pop(report.longest_stage)
     total = f"took {sum(report.seconds.values()):.1f} s on {report.device}"
-    line = f"{total}, of which {longest} ({', '.join(times.values())})"
+    line = f"{total}; the longest stage was {longest}; {', '.join(times.values())}"
     if report.reused:
         line += f"; saved earlier: {', '.join(_STAGES[key] for key in report.reused)}"
     return line
