@@ -46,45 +46,11 @@ done
 
 # --- the headers -----------------------------------------------------------------------------------------------------------
 [ ! -f "$out/include/onnxruntime_c_api.h" ] || exit 0
-for tool in apt-get dpkg-deb; do
-    command -v $tool >/dev/null || fail 3 "the headers come from Debian's $package, which needs $tool" "$archive"
-done
-id=$(. /etc/os-release && echo "${ID:-}") codename=$(. /etc/os-release && echo "${VERSION_CODENAME:-}")
-[ "$id" = debian ] || fail 3 "the headers come from Debian's $package, and this system is ${id:-unknown}" "$archive"
-mirror=$(apt-get indextargets --format '$(RELEASE) $(COMPONENT) $(REPO_URI)' 'Created-By: Packages' \
-    | awk -v release="$codename" '$1 == release && $2 == "main" { print $3; exit }')
-[ -n "$mirror" ] || fail 3 "the apt sources have no mirror of Debian $codename" "$archive"
-signed=
-keys=/usr/share/keyrings/debian-archive-keyring.gpg
-[ ! -r $keys ] || signed="[signed-by=$keys] "
-
+. "$(dirname "$0")/debian_packages.sh"
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
-mkdir -p "$work"/state/lists/partial "$work"/cache/archives/partial "$work/unpacked" "$work/none"
-: >"$work/status"
-echo "deb $signed$mirror $suite main" >"$work/sources.list"
-cat >"$work/apt.conf" <<CONF
-Dir::State "$work/state";
-Dir::State::status "$work/status";
-Dir::Cache "$work/cache";
-Dir::Etc::sourcelist "$work/sources.list";
-Dir::Etc::sourceparts "$work/none";
-Dir::Etc::preferences "$work/none/preferences";
-Dir::Etc::preferencesparts "$work/none";
-APT::Default-Release "";
-APT::Sandbox::User "";
-Acquire::Languages "none";
-Acquire::Retries "3";
-#clear APT::Update::Pre-Invoke;
-#clear APT::Update::Post-Invoke;
-#clear APT::Update::Post-Invoke-Success;
-CONF
-cd "$work"
-{ apt-get -q -c "$work/apt.conf" update && apt-get -q -c "$work/apt.conf" download "$package"; } >"$work/log" 2>&1 \
-    || { tail -n 5 "$work/log" >&2; fail 3 "$package of Debian $suite cannot be downloaded" "$archive"; }
-dpkg-deb -x "$work"/${package}_*.deb "$work/unpacked"
-headers=$(dirname "$(find "$work/unpacked" -name onnxruntime_c_api.h | head -n 1)")
+debian_unpack "$work" "$suite" "$(dpkg --print-architecture)" alone "$archive" "$package"
+headers=$(dirname "$(find "$work" -name onnxruntime_c_api.h | head -n 1)")
 [ -n "$headers" ] && [ "$headers" != . ] || fail 3 "$package has no onnxruntime_c_api.h" "$archive"
-cd - >/dev/null
 find "$headers" -maxdepth 1 -name '*.h' ! -name onnxruntime_c_api.h -exec cp {} "$out/include/" \;
 cp "$headers/onnxruntime_c_api.h" "$out/include/"  # last: its presence marks completion

@@ -34,7 +34,16 @@ KINDS: dict[str, tuple[str, ...]] = {
         "-DKVEXPORT_BUILD_TESTS=OFF",
         "-DKVEXPORT_BUILD_EXAMPLES=OFF",
     ),
+    "aarch64": (
+        "-DCMAKE_BUILD_TYPE=Release",
+        f"-DCMAKE_TOOLCHAIN_FILE={CPP / 'cmake' / 'aarch64.cmake'}",
+        f"-DAARCH64_ROOT={ROOT / 'build' / 'aarch64'}",
+        "-DOPENSSL_USE_STATIC_LIBS=ON",
+        "-DKVEXPORT_BUILD_EXAMPLES=OFF",
+    ),
 }
+# What tests run of a build; by default all.
+TARGETS = {"fuzz": ("fuzzers",), "aarch64": ("kvexport_drive", "kvexport_self_test")}
 _HEADERS = "#include <nlohmann/json.hpp>\n#include <openssl/evp.h>\n"
 _INSTALL = "apt-get install cmake ninja-build g++ nlohmann-json3-dev libssl-dev"
 
@@ -55,13 +64,13 @@ def build(kind: str) -> Path:
         _skip_or_fail(f"headers are missing ({_INSTALL}): {probe.stderr.splitlines()[0]}")
     folder = FOLDER / kind
     with _build_lock():
-        runtime = onnxruntime()
+        runtime = () if kind == "aarch64" else (f"-DONNXRUNTIME_ROOT={onnxruntime()}",)
         if not (folder / "build.ninja").is_file():
             launcher = ("-DCMAKE_CXX_COMPILER_LAUNCHER=ccache",) if shutil.which("ccache") else ()
-            options = [*KINDS[kind], *launcher, "-DKVEXPORT_WARNINGS=ON", f"-DONNXRUNTIME_ROOT={runtime}"]
+            options = [*KINDS[kind], *launcher, "-DKVEXPORT_WARNINGS=ON", *runtime]
             require("cmake", "-S", CPP, "-B", folder, "-G", "Ninja", *options)
-        target = ("--target", "fuzzers") if kind == "fuzz" else ()
-        require("cmake", "--build", folder, "-j", str(os.cpu_count()), *target)
+        targets = ("--target", *TARGETS[kind]) if kind in TARGETS else ()
+        require("cmake", "--build", folder, "-j", str(os.cpu_count()), *targets)
     return folder
 
 

@@ -23,14 +23,16 @@ class Refused(Exception):
 class Drive:
     """A process that runs the library. As a context manager it checks that the exit code is 0."""
 
-    def __init__(self, build: Path) -> None:
-        """`build`: directory of a build."""
+    def __init__(self, *command: Path, **variables: str) -> None:
+        """`command`: directory of a build, or program and arguments; `variables`: of its environment."""
+        if command[0].is_dir():
+            command = (command[0] / "tests" / "kvexport_drive",)
         self._process = subprocess.Popen(
-            [build / "tests" / "kvexport_drive"],
+            command,
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(),
+            env=environment(**variables),
         )
 
     def __enter__(self) -> Drive:
