@@ -1,7 +1,7 @@
 """Both runtimes on an emulated aarch64 processor give the results of this machine, within stated tolerances.
 
 Linear maps with integer weights round activations to int8, with other kernels of ONNX Runtime on each kind of
-processor. Those for dot products (Cortex-A76, like the Cortex-A78AE of Orin) and for products of int8 matrices
+processor. Those for dot products (Cortex-A76, like Orin's Cortex-A78AE) and for products of int8 matrices
 (Neoverse N2) round; a Cortex-A57 has neither and computes in float32. So logits differ by about the error of
 rounding, and a token may differ where two logits are that close.
 """
@@ -9,6 +9,7 @@ rounding, and a token may differ where two logits are that close.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 from aarch64 import SET_UP, emulated, native, set_up
-from builds import build, environment, require, run
+from builds import CPP, build, environment, require, run
 from drive import Drive, Refused
 from numpy.typing import NDArray
 from support.command_line import run_kvexport
@@ -90,11 +91,11 @@ def bundles(shared_folders: Any) -> Path:
 
 @pytest.fixture(scope="module")
 def here(bundles: Path) -> Callable[[str], Results]:
-    """What the C++ library computes on this machine, by weight format."""
+    """What Python computes on this machine, by weight format; C++ computes the same (test_cpp_parity.py)."""
 
     @cache
     def of(name: str) -> Results:
-        with native("cpp") as drive:
+        with native("python") as drive:
             return results(drive, bundles / name)
 
     return of
@@ -138,7 +139,7 @@ def test_self_test_logits_and_100_greedy_tokens(
 
 def test_the_tolerances_tell_other_weights_apart(bundles: Path, here: Callable[[str], Results]) -> None:
     """Control: the logits of one format are not those of another, nor are other tokens accepted."""
-    with native("cpp") as drive:
+    with native("python") as drive:
         for name, other in (("float32", "int8"), ("int8", "int4"), ("int4", "int8")):
             found = results(drive, bundles / other, here(name).tokens)
             assert difference(found.logits, here(name).logits).max() > TOLERANCE[name], (name, other)
@@ -222,12 +223,9 @@ def test_the_self_test_program_runs_on_the_board(bundles: Path, tmp_path: Path) 
 def test_the_library_needs_no_newer_system_than_jetpack_6(bundles: Path) -> None:
     """Ubuntu 22.04: glibc 2.35, GCC 12's libstdc++ (GLIBCXX_3.4.30); and no OpenSSL."""
     dumped = require("aarch64-linux-gnu-objdump", "-p", build("aarch64") / "libkvexport.so")
-    versions = {line.split()[-1] for line in dumped.splitlines() if line.split()[2:3] == ["00"]}
-    for prefix, newest in (("GLIBC_", (2, 35)), ("GLIBCXX_", (3, 4, 30))):
-        found = [
-            tuple(map(int, each[len(prefix) :].split("."))) for each in versions if each.startswith(prefix)
-        ]
-        assert found and max(found) <= newest, versions
+    for name, newest in (("GLIBC", (2, 35)), ("GLIBCXX", (3, 4, 30))):
+        found = [tuple(map(int, each.split("."))) for each in re.findall(rf"\b{name}_([\d.]+)", dumped)]
+        assert found and max(found) <= newest, (name, found)
     needed = {line.split()[1].partition(".")[0] for line in dumped.splitlines() if "NEEDED" in line}
     assert needed <= {"libonnxruntime", "libstdc++", "libm", "libgcc_s", "libc", "ld-linux-aarch64"}, needed
 
@@ -239,3 +237,13 @@ def test_ctest_passes_on_the_board(bundles: Path) -> None:
     require("cmake", "--build", folder, "-j", "2")
     output = require("ctest", "--test-dir", folder, "--output-on-failure", env=environment())
     assert "100% tests passed" in output
+
+
+def test_the_set_up_script_names_what_is_missing(tmp_path: Path) -> None:
+    script = CPP / "tools" / "fetch_aarch64.sh"
+    usage = run("bash", script)
+    assert usage.returncode == 2 and "the output folder must be given" in usage.stderr
+    for tool in ("dirname", "mkdir"):
+        (tmp_path / tool).symlink_to(str(shutil.which(tool)))
+    without = run(str(shutil.which("bash")), script, tmp_path / "out", env={"PATH": str(tmp_path)})
+    assert without.returncode == 3 and "apt-get install g++-aarch64-linux-gnu" in without.stderr
