@@ -22,7 +22,7 @@ if(AARCH64_ROOT)
 endif()
 
 # Headers and libraries come from the sysroot or from folders that the command names, never from this machine's own.
-list(APPEND CMAKE_FIND_ROOT_PATH ${ONNXRUNTIME_ROOT} ${TENSORRT_ROOT})
+list(APPEND CMAKE_FIND_ROOT_PATH ${ONNXRUNTIME_ROOT} ${TENSORRT_ROOT} $ENV{CUDA_HOME})
 set(CMAKE_FIND_ROOT_PATH_MODE_PROGRAM NEVER)
 set(CMAKE_FIND_ROOT_PATH_MODE_LIBRARY ONLY)
 set(CMAKE_FIND_ROOT_PATH_MODE_INCLUDE ONLY)
