@@ -68,5 +68,5 @@ class FileIdentities:
 def _identity(path: Path) -> tuple[int, ...] | None:
     try:
         return identity_of(path)
-    except OSError:
+    except (OSError, ValueError):  # ValueError: a name with a null byte
         return None
