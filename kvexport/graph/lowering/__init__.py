@@ -27,8 +27,10 @@ from kvexport.bundle.graph_io import (
 )
 from kvexport.bundle.manifest import REBUILD
 from kvexport.errors import BundleError, UsageError
-from kvexport.graph.lowering.gqa import GroupQueryAttention
+from kvexport.graph.lowering.gqa import GroupQueryAttention, is_fast_on_cpu
 from kvexport.graph.lowering.grouped import GroupedAttention, has_softcap, is_bounded_and_shared
+from kvexport.graph.lowering.norms import ResidualNorms
+from kvexport.graph.lowering.packed import PackedProjections
 from kvexport.graph.lowering.primitives import Primitives, opset_of
 from kvexport.graph.lowering.quantized import QuantizedTables
 from kvexport.graph.lowering.split import SplitCache
@@ -38,15 +40,21 @@ __all__ = ["LOWERINGS", "lower", "lowered_contract", "write_lowered"]
 # std24         TensorRT 10.15 and later, TensorRT-RTX: the graph unchanged, but for softcaps, which the
 #               parser refuses: grouped products.
 # decomposed17  TensorRT 10.3 (JetPack 6) and 10.13 (JetPack 7.0, 7.1).
-# ort-cpu       Grouped products for shared KV heads, GroupQueryAttention for others
-#               (benchmarks/decode_cpu.py).
+# ort-cpu       GroupQueryAttention, or grouped products where KV heads are shared and long
+#               (benchmarks/decode_cpu.py, decode_int4.py).
 # ort-cuda      GroupQueryAttention: with an explicit mask, ONNX Runtime does not use its flash kernels.
 #               Layers with eviction or a ring need a mask, and with a mask and shared heads ONNX Runtime
 #               copies the cache for each query head (its pull request 28358, LaunchUngroup): products.
 LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
     "std24": lambda: [GroupedAttention(has_softcap)],
     "decomposed17": lambda: [SplitCache(), Primitives()],
-    "ort-cpu": lambda: [QuantizedTables(), GroupQueryAttention(only_unshared=True), GroupedAttention()],
+    "ort-cpu": lambda: [
+        QuantizedTables(),
+        GroupQueryAttention(is_fast_on_cpu),
+        GroupedAttention(),
+        PackedProjections(),
+        ResidualNorms(),
+    ],
     "ort-cuda": lambda: [QuantizedTables(), GroupQueryAttention(), GroupedAttention(is_bounded_and_shared)],
 }
 

@@ -5,6 +5,8 @@ The limits of the operator were measured with ONNX Runtime 1.31.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 
 from kvexport.bundle.graph_io import BATCH, SEQUENCE
@@ -15,6 +17,8 @@ from kvexport.graph.nodes import Nodes, dtype_of, sizes
 DOMAIN = "com.microsoft"
 _HEAD_DIM_MULTIPLE = 8
 _ROTATED_MULTIPLE = 16  # of head widths that the operator rotates itself
+_FLOAT32_BYTES = 4
+_CACHED_BYTES = 1 << 20  # of a head's keys that a core's second-level cache holds
 
 
 class GroupQueryAttention(ir.passes.InPlacePass):
@@ -28,12 +32,9 @@ class GroupQueryAttention(ir.passes.InPlacePass):
     caches are an input and an output of the graph.
     """
 
-    def __init__(self, *, only_unshared: bool = False) -> None:
-        """
-        Args:
-            only_unshared: leave attention whose KV heads serve several query heads unchanged.
-        """
-        self._only_unshared = only_unshared
+    def __init__(self, replaces: Callable[[AttentionMatch], bool] = lambda match: True) -> None:
+        """`replaces`: whether an Attention that the operator supports is replaced; by default, every one is."""
+        self._replaces = replaces
 
     def requires(self, model: ir.Model) -> None:
         find_attention(model)
@@ -66,7 +67,26 @@ class GroupQueryAttention(ir.passes.InPlacePass):
             and match.key_dim == match.value_dim
             and match.key_dim % _HEAD_DIM_MULTIPLE == 0
         )
-        return plain and (not self._only_unshared or match.heads == match.kv_heads)
+        return plain and self._replaces(match)
+
+
+def is_fast_on_cpu(match: AttentionMatch) -> bool:
+    """Whether the operator is faster on the CPU than grouped products.
+
+    It reads the keys and values of a KV head again for each query head that shares it: from the processor's
+    cache, if a head's keys at full capacity fit it. It skips unused slots, and rotates; grouped products do
+    neither.
+    """
+    if match.heads == match.kv_heads:
+        return True
+    rotation = match.query.producer()
+    if rotation is None or rotation.op_type != "RotaryEmbedding" or len(rotation.inputs) != 4:
+        return False
+    table = rotation.inputs[1]
+    assert table is not None
+    capacity = sizes(table)[0]
+    assert isinstance(capacity, int)
+    return capacity * match.key_dim * _FLOAT32_BYTES <= _CACHED_BYTES
 
 
 def _lower(model: ir.Model, match: AttentionMatch) -> None:
