@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import onnx
@@ -12,7 +13,7 @@ from support.combinations import representatives
 from support.graph_decoders import Shape, disagreement, make_decoder, quiet, rounded, write
 from test_graph_equals_reference import DECODERS
 
-from kvexport.bundle.graph_io import DATA_FILE, LOWERED_FILES
+from kvexport.bundle.graph_io import DATA_FILE, LOWERED_FILES, attention_residual, residual_tap
 from kvexport.errors import BundleError, UsageError
 from kvexport.graph import GRAPH_FILE, GraphContract
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract, write_lowered
@@ -102,16 +103,44 @@ def test_the_same_graph_is_lowered_to_the_same_bytes(tmp_path: Path) -> None:
         assert first == second
 
 
+# a capacity whose keys of one head, 8 wide, do not fit the processor's cache
+LARGE = (1 << 20) // (8 * 4) + 1
+
+
 def test_onnx_runtime_gets_the_fastest_form_for_each_layer(tmp_path: Path) -> None:
-    write(DECODERS["llama-mha"], tmp_path / "unshared")
-    write(DECODERS["llama-gqa-tied"], tmp_path / "shared")
-    operators = {
-        which: [node.op_type for node in lower(tmp_path / which / GRAPH_FILE, "ort-cpu").graph]
-        for which in ("unshared", "shared")
+    cases = {
+        "unshared": ("llama-mha", LARGE),
+        "shared": ("llama-gqa-tied", 64),
+        "long": ("llama-gqa-tied", LARGE),
     }
-    assert operators["unshared"].count("GroupQueryAttention") == 2 and "Softmax" not in operators["unshared"]
-    assert "GroupQueryAttention" not in operators["shared"] and operators["shared"].count("Softmax") == 2
-    assert operators["shared"].count("TensorScatter") == 4  # the cache is written in place
+    operators = {}
+    for which, (name, capacity) in cases.items():
+        write(DECODERS[name], tmp_path / which, capacity=capacity)
+        operators[which] = Counter(
+            node.op_type for node in lower(tmp_path / which / GRAPH_FILE, "ort-cpu").graph
+        )
+    for which in ("unshared", "shared"):
+        assert operators[which]["GroupQueryAttention"] == 2 and operators[which]["Softmax"] == 0
+    assert operators["long"]["GroupQueryAttention"] == 0 and operators["long"]["Softmax"] == 2
+    assert operators["long"]["TensorScatter"] == 4  # the cache is written in place
+
+
+def test_long_shared_heads_equal_the_reference(tmp_path: Path) -> None:
+    decoder = DECODERS["llama-gqa-tied"]
+    contract = lowered_contract(write(decoder, tmp_path, capacity=LARGE), "ort-cpu")
+    ir.save(lower(tmp_path / GRAPH_FILE, "ort-cpu"), tmp_path / "lowered.onnx")
+    session = with_taps(tmp_path / "lowered.onnx").session(quiet())
+    assert disagreement(decoder, session, contract, fill=3.0) < 5e-6
+
+
+def test_sums_are_normalised_where_they_are_computed(tmp_path: Path) -> None:
+    """Of the norms of a layer and the last one, the first has no sum before it, and the last selects tokens."""
+    write(DECODERS["llama-mha"], tmp_path)
+    graph = lower(tmp_path / GRAPH_FILE, "ort-cpu").graph
+    counts = Counter(node.op_type for node in graph)
+    assert counts["SkipSimplifiedLayerNormalization"] == 3 and counts["RMSNormalization"] == 2
+    names = {value.name for node in graph for value in node.outputs}
+    assert {attention_residual(0), residual_tap(0)} <= names  # taps are found by name
 
 
 def test_rotation_is_merged_into_group_query_attention(tmp_path: Path) -> None:

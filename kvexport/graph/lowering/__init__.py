@@ -52,6 +52,7 @@ LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
         QuantizedTables(),
         GroupQueryAttention(is_fast_on_cpu),
         GroupedAttention(),
+        RemoveUnusedNodesPass(),  # of replaced attention, which would be further uses of its projections
         PackedProjections(),
         ResidualNorms(),
     ],

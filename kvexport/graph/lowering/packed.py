@@ -77,9 +77,7 @@ def _pack(model: ir.Model, attention: ir.Node, products: Sequence[ir.Node]) -> N
     rows = sum(int(sizes(each)[1]) for each in codes)
     nodes, name = Nodes(model.graph, dtype_of(old), before=first), f"{str(old.name).removesuffix('.q')}.qkv"
     packed = _codes(nodes, codes, width, rows, block, f"{name}.weight")
-    by_block = nodes.op(
-        "Concat", *scales, name=f"{name}.weight.scales", shape=(width // block, rows), axis=1
-    )
+    by_block = nodes.op("Concat", *scales, name=f"{name}.weight.scales", shape=(width // block, rows), axis=1)
     by_row = nodes.op(
         "Transpose", by_block, name=f"{name}.weight.row_scales", shape=(rows, width // block), perm=[1, 0]
     )
@@ -102,9 +100,7 @@ def _pack(model: ir.Model, attention: ir.Node, products: Sequence[ir.Node]) -> N
     model.graph.remove(products, safe=True)
 
 
-def _codes(
-    nodes: Nodes, codes: Sequence[ir.Value], width: int, rows: int, block: int, name: str
-) -> ir.Value:
+def _codes(nodes: Nodes, codes: Sequence[ir.Value], width: int, rows: int, block: int, name: str) -> ir.Value:
     """The codes of MatMulNBits, uint8 [rows, width/block, block/2], of INT4 [width, rows of each].
 
     Two codes share a byte, the first one low; the code of -8 is 0, that is, the sign bit is flipped.
