@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +11,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
-from support.decoders import make_decoder, with_attention
+from support.decoders import make_decoder
 from support.graph_decoders import disagreement, quiet, rounded, write
 from support.quantized_decoders import quantize_decoder, round_to_format
 
@@ -21,7 +20,7 @@ from kvexport.errors import UsageError
 from kvexport.graph import DATA_FILE, GRAPH_FILE, DecoderWriter, Float32Exceptions, as_float32, with_taps
 from kvexport.graph.lowering import LOWERINGS, lower, lowered_contract
 from kvexport.graph.taps import GraphCopy
-from kvexport.model.decoder import Attention, Decoder, Linear, WeightCodes
+from kvexport.model.decoder import Decoder, Linear, WeightCodes
 
 STYLES = ("gqa", "bloom", "qwen3")
 LINEAR_MAPS = 7  # of a gated layer
@@ -200,8 +199,7 @@ def test_onnx_runtime_fuses_every_linear_map_and_expands_no_table(
     write(decoder_of(name, tied=tied), tmp_path)
     graph = optimized(tmp_path, "ort-cpu")
     products = [node for node in graph if node.op_type == "MatMulNBits"]
-    packed = 2 if name == "int4" else 0  # projections that are part of another product
-    assert len(products) == 2 * (LINEAR_MAPS - packed) + 1
+    assert len(products) == 2 * LINEAR_MAPS + 1
     assert {node.attributes["accuracy_level"].as_int() for node in products} == {4}
     assert {node.attributes["bits"].as_int() for node in products} == {4 if name == "int4" else 8}
     counts = Counter(node.op_type for node in graph)
@@ -211,42 +209,6 @@ def test_onnx_runtime_fuses_every_linear_map_and_expands_no_table(
     assert not any(
         node.op_type in ("MatMul", "Gemm", "FusedMatMul") and node.inputs[1].name in constants  # type: ignore[union-attr]
         for node in graph
-    )
-
-
-def test_packed_projections_have_the_codes_of_the_decoder(tmp_path: Path) -> None:
-    decoder = decoder_of("int4")
-    write(decoder, tmp_path)
-    graph = optimized(tmp_path, "ort-cpu")
-    attention = decoder.layers[1].attention
-    parts = [linear.codes for linear in (attention.q, attention.k, attention.v)]
-    codes = np.concatenate([np.asarray(part.codes) for part in parts])  # type: ignore[union-attr]
-    scales = np.concatenate([np.asarray(part.scales) for part in parts])  # type: ignore[union-attr]
-    assert codes.min() < 0 < codes.max()
-    (product,) = (node for node in graph if node.outputs[0].name == "layers.1.attention.qkv")
-    stored, stored_scales = (value.const_value.numpy() for value in product.inputs[1:3])  # type: ignore[union-attr]
-    unpacked = np.stack((stored & 15, stored >> 4), axis=-1).astype(np.int8) - 8
-    np.testing.assert_array_equal(unpacked.reshape(codes.shape), codes)
-    np.testing.assert_array_equal(stored_scales.reshape(scales.shape), scales)
-
-
-def test_projections_of_unequal_form_stay_separate(tmp_path: Path) -> None:
-    """One more format, or a bias, and nothing is packed."""
-
-    def products(change: Callable[[Attention], Attention]) -> int:
-        write(with_attention(decoder_of("int4"), change), tmp_path)
-        graph = optimized(tmp_path, "ort-cpu")
-        return sum(node.op_type == "MatMulNBits" for node in graph)
-
-    def with_key(attention: Attention, key: Linear) -> Attention:
-        return dataclasses.replace(attention, k=key)
-
-    assert products(lambda attention: attention) == 2 * (LINEAR_MAPS - 2) + 1
-    key_codes = round_to_format(torch.randn(32, 64), WeightFormat("int4", 64))
-    other_block = Linear(_dequantized(key_codes), None, key_codes)
-    assert products(lambda attention: with_key(attention, other_block)) == 2 * LINEAR_MAPS + 1
-    assert (
-        products(lambda a: with_key(a, dataclasses.replace(a.k, bias=torch.ones(32)))) == 2 * LINEAR_MAPS + 1
     )
 
 

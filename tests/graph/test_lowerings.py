@@ -134,7 +134,7 @@ def test_long_shared_heads_equal_the_reference(tmp_path: Path) -> None:
 
 
 def test_sums_are_normalised_where_they_are_computed(tmp_path: Path) -> None:
-    """Of the norms of a layer and the last one, the first has no sum before it, and the last selects tokens."""
+    """The first norm has no sum before it, and the last one reads the chosen tokens only."""
     write(DECODERS["llama-mha"], tmp_path)
     graph = lower(tmp_path / GRAPH_FILE, "ort-cpu").graph
     counts = Counter(node.op_type for node in graph)

@@ -30,7 +30,6 @@ from kvexport.errors import BundleError, UsageError
 from kvexport.graph.lowering.gqa import GroupQueryAttention, is_fast_on_cpu
 from kvexport.graph.lowering.grouped import GroupedAttention, has_softcap, is_bounded_and_shared
 from kvexport.graph.lowering.norms import ResidualNorms
-from kvexport.graph.lowering.packed import PackedProjections
 from kvexport.graph.lowering.primitives import Primitives, opset_of
 from kvexport.graph.lowering.quantized import QuantizedTables
 from kvexport.graph.lowering.split import SplitCache
@@ -52,8 +51,6 @@ LOWERINGS: dict[str, Callable[[], Sequence[ir.passes.PassBase]]] = {
         QuantizedTables(),
         GroupQueryAttention(is_fast_on_cpu),
         GroupedAttention(),
-        RemoveUnusedNodesPass(),  # of replaced attention, which would be further uses of its projections
-        PackedProjections(),
         ResidualNorms(),
     ],
     "ort-cuda": lambda: [QuantizedTables(), GroupQueryAttention(), GroupedAttention(is_bounded_and_shared)],

@@ -33,7 +33,7 @@ class GroupQueryAttention(ir.passes.InPlacePass):
     """
 
     def __init__(self, replaces: Callable[[AttentionMatch], bool] = lambda match: True) -> None:
-        """`replaces`: whether an Attention that the operator supports is replaced; by default, every one is."""
+        """`replaces`: whether an Attention that the operator supports is replaced; by default, every one."""
         self._replaces = replaces
 
     def requires(self, model: ir.Model) -> None:
