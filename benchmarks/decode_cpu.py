@@ -19,19 +19,16 @@ benchmarks/results/decode_cpu.json, a table to decode_cpu.md.
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from alternating import Prefill, Step, alternate, figures_table, room_for, target, version
 
 import kvexport
 
@@ -67,12 +64,6 @@ TARGETS = (
 )
 
 PACKAGES = ("onnxruntime", "onnxruntime-genai", "torch", "transformers")  # whose versions are recorded
-
-_UNCOUNTED, _COUNTED = 2, 4  # steps of a round
-_PAUSE = 0.1  # seconds before a side's turn
-
-Prefill = Callable[[list[int]], int]  # tokens to the likeliest next one
-Step = Callable[[], int]  # one more token, the likeliest one
 
 
 def main() -> None:
@@ -248,44 +239,16 @@ def open_transformers(path: Path, threads: int, more: int) -> tuple[Prefill, Ste
 def measure(work: Path, threads: int, steps: int, repetitions: int) -> dict[str, Any]:
     random = np.random.default_rng(0)
     ids = random.integers(3, SHAPE["vocab_size"], max(*DEPTHS, *PROMPTS)).tolist()
-    more = _UNCOUNTED + _COUNTED + -(-steps // _COUNTED) * (_UNCOUNTED + _COUNTED)
+    more = room_for(steps)
     sides = {side: open_side(side, work, threads, more) for side in SIDES}
     agree(sides, ids)
-    record: dict[str, Any] = {
+    return {
         "kvexport": kvexport.__version__,
         "machine": f"{platform.machine()}, {threads} threads",
         "versions": {name: version(name) for name in PACKAGES},
         "shape": SHAPE,
-        "prefill": {},
-        "decode": {},
+        **alternate(sides, ids, PROMPTS, DEPTHS, steps, repetitions),
     }
-    for prompt in PROMPTS:
-        times: dict[str, list[float]] = {side: [] for side in sides}
-        for repetition in range(1 + repetitions):
-            for side, (prefill, _) in sides.items():
-                time.sleep(_PAUSE)
-                begin = time.perf_counter()
-                prefill(ids[:prompt])
-                if repetition or prompt > min(PROMPTS):  # the very first calls pack weights
-                    times[side].append(time.perf_counter() - begin)
-        record["prefill"][str(prompt)] = {side: summary(each) for side, each in times.items()}
-        print(f"prefill {prompt}: " + shown(record["prefill"][str(prompt)]), file=sys.stderr)
-    for depth in DEPTHS:
-        for prefill, _ in sides.values():
-            prefill(ids[:depth])
-        gc.collect()
-        times = {side: [] for side in sides}
-        for _ in range(-(-steps // _COUNTED)):
-            for side, (_, step) in sides.items():
-                time.sleep(_PAUSE)
-                for number in range(_UNCOUNTED + _COUNTED):
-                    begin = time.perf_counter()
-                    step()
-                    if number >= _UNCOUNTED:
-                        times[side].append(time.perf_counter() - begin)
-        record["decode"][str(depth)] = {side: summary(each) for side, each in times.items()}
-        print(f"decode {depth}: " + shown(record["decode"][str(depth)]), file=sys.stderr)
-    return record
 
 
 def agree(sides: dict[str, tuple[Prefill, Step]], ids: list[int]) -> None:
@@ -302,41 +265,6 @@ def agree(sides: dict[str, tuple[Prefill, Step]], ids: list[int]) -> None:
             raise SystemExit(f"the sides do not run the same model: {found}")
 
 
-def version(package: str) -> str:
-    from importlib.metadata import version as of
-
-    return of(package)
-
-
-def summary(seconds: list[float]) -> dict[str, Any]:
-    raw = [round(1000 * each, 3) for each in seconds]
-    low, median, high = statistics.quantiles(raw, n=4)
-    return {"median_ms": round(median, 3), "quartiles_ms": [round(low, 3), round(high, 3)], "raw_ms": raw}
-
-
-def shown(figures: dict[str, Any]) -> str:
-    return ", ".join(f"{side} {each['median_ms']:.1f} ms" for side, each in figures.items())
-
-
-def target(
-    record: dict[str, Any], stage: str, tokens: int, who: str, whom: str, least: float
-) -> dict[str, Any]:
-    """How many times as fast `who` is, call by call."""
-    figures = record[stage][str(tokens)]
-    pairs = zip(figures[who]["raw_ms"], figures[whom]["raw_ms"], strict=True)
-    low, median, high = statistics.quantiles([theirs / ours for ours, theirs in pairs], n=4)
-    return {
-        "stage": stage,
-        "tokens": tokens,
-        "who": who,
-        "whom": whom,
-        "at_least": least,
-        "times_as_fast": round(median, 3),
-        "quartiles": [round(low, 3), round(high, 3)],
-        "reached": median >= least,
-    }
-
-
 def table(record: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {each}" for name, each in record["versions"].items())
     text = (
@@ -347,32 +275,7 @@ def table(record: dict[str, Any]) -> str:
         "brackets; raw times in decode_cpu.json. Not measured: more threads, other processors, lower "
         "precision.\n\n"
     )
-    columns = [(stage, tokens) for stage in ("prefill", "decode") for tokens in record[stage]]
-    text += (
-        "| |"
-        + "".join(f" {stage} {'of' if stage == 'prefill' else 'at'} {tokens} |" for stage, tokens in columns)
-        + "\n"
-    )
-    text += "|---" * (1 + len(columns)) + "|\n"
-    for side in SIDES:
-        cells = []
-        for stage, tokens in columns:
-            figures = record[stage][tokens][side]
-            low, high = figures["quartiles_ms"]
-            cells.append(f" {figures['median_ms']:,.1f} ({low:,.1f}–{high:,.1f}) |")
-        text += f"| {side} |" + "".join(cells) + "\n"
-    text += (
-        "\n| | is so many times as fast as | aimed at | median of the ratios (quartiles) | "
-        "|\n|---|---|---|---|---|\n"
-    )
-    for each in record["targets"]:
-        low, high = each["quartiles"]
-        text += (
-            f"| {each['who']}, {each['stage']} {each['tokens']} | {each['whom']} | {each['at_least']} "
-            f"| {each['times_as_fast']:.2f} ({low:.2f}–{high:.2f}) | "
-            f"{'reached' if each['reached'] else 'missed'} |\n"
-        )
-    return text
+    return text + figures_table(record, SIDES)
 
 
 if __name__ == "__main__":

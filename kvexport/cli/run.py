@@ -87,7 +87,9 @@ def command(
     it, and --cache FILE continues from there.
     """
     from kvexport.runtime import open_bundle
+    from kvexport.runtime.memory import map_large_blocks
 
+    map_large_blocks()
     if save_cache is not None:
         _reject_sampling_options()
     text = _read_standard_input() if prompt == "-" else prompt

@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 
 from kvexport.bundle import Bundle
-from kvexport.bundle.text_file import read_text_file
+from kvexport.bundle.text_file import TextFile
 from kvexport.errors import UsageError
 from kvexport.runtime.cache.sequences import Cache
 from kvexport.runtime.core import SessionCore
-from kvexport.runtime.tokenizer import Tokenizer, Turn, tokenizer_of
+from kvexport.runtime.tokenizer import Tokenizer, Turn
 from kvexport.runtime.types import Ids
 
 Prompt = str | Sequence[int]
@@ -25,16 +25,15 @@ class PromptEncoder:
         tokenizer: None if the bundle has none.
     """
 
-    def __init__(self, bundle: Bundle, core: SessionCore) -> None:
+    def __init__(self, bundle: Bundle, core: SessionCore, text: TextFile | None, tokenizer: Tokenizer | None):
         """
-        Raises:
-            BundleError: tokenizer.json or text.json cannot be read.
-            CannotRunHere: the installed `tokenizers` gives other token ids than the one of the build.
+        Args:
+            text: the bundle's text.json, if it has one.
+            tokenizer: the bundle's tokenizer, if it has one.
         """
-        text = read_text_file(bundle)
         self._core, self._path, self._bos = core, bundle.path, bundle.model.bos_token_id
         self._chat = None if text is None else text.chat
-        self.tokenizer = tokenizer_of(bundle, text)
+        self.tokenizer = tokenizer
 
     def require_tokenizer(self) -> Tokenizer:
         """

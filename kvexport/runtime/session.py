@@ -10,6 +10,7 @@ from numpy.typing import ArrayLike
 
 from kvexport.bundle import Bundle
 from kvexport.bundle.graph_io import CHUNK
+from kvexport.bundle.text_file import read_text_file
 from kvexport.errors import UsageError
 from kvexport.runtime.backends.select import Provider, choose, open_decoder
 from kvexport.runtime.cache.sequences import Cache
@@ -20,6 +21,7 @@ from kvexport.runtime.lease import SequenceLease
 from kvexport.runtime.prompt_runner import Active, require_batch
 from kvexport.runtime.prompts import Prompt, PromptEncoder, batched, is_ids
 from kvexport.runtime.sampling import Sampling
+from kvexport.runtime.tokenizer import tokenizer_of
 from kvexport.runtime.types import Ids, Logits
 
 Stops = str | Sequence[int | str]
@@ -86,10 +88,12 @@ class Session:
                 fix="leave compress_once out, or use --provider cuda or cpu",
             )
         self.bundle, self.provider = bundle, chosen.name
+        text = read_text_file(bundle)
+        tokenizer = tokenizer_of(bundle, text)  # first: reading it takes more memory than keeping it
         decoder = open_decoder(bundle, chosen, threads=threads, chunk=chunk)
         self.core = SessionCore(bundle, decoder, chunk, compress_once=compress_once)
         self.engine, self.capacity = chosen.version, self.core.capacity
-        self._prompts = PromptEncoder(bundle, self.core)
+        self._prompts = PromptEncoder(bundle, self.core, text, tokenizer)
 
     def __enter__(self) -> Session:
         with self.core.lock:

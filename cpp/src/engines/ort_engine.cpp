@@ -4,6 +4,9 @@
 #include <cstdlib>
 #include <cstring>
 #include <limits>
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
 
 #include "bundle/bundle.hpp"
 #include "bundle/error.hpp"
@@ -248,6 +251,9 @@ class OrtEngine final : public Engine {
     const std::size_t left = storage_->device_memory().free;
     weights_bytes_ = free > left ? free - left : 0;
     require_contract(api_, session, manifest_);
+#ifdef __GLIBC__
+    malloc_trim(0);  // returns the memory of weights that were copied in another layout, and freed
+#endif
   }
 
   Owned<OrtValue> tensor(const OrtMemoryInfo* memory, void* data, std::size_t bytes,
