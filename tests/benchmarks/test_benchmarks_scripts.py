@@ -134,3 +134,32 @@ def test_decode_cpu(run: Run, tmp_path: Path) -> None:
     assert record["targets"][0]["reached"] is True
     assert (tmp_path / "decode_cpu.md").read_text() in printed
     assert "| kvexport, 4 KV heads |" in printed
+
+
+@pytest.mark.slow
+def test_decode_int4_and_run_memory(run: Run, tmp_path: Path) -> None:
+    """Without onnxruntime-genai and llama.cpp, which no extra of kvexport installs."""
+    _, printed = run(
+        "decode_int4",
+        *(ROOT / "models" / "demo", "--threads", 1, "--steps", 4, "--repetitions", 2),
+        *("--work", tmp_path, "--output", tmp_path),
+        SIDES=("kvexport",),
+        DEPTHS=(16,),
+        PROMPTS=(16,),
+        PACKAGES=("onnxruntime",),
+        TARGETS=(("decode", 16, "kvexport", "kvexport", 1.0),),
+        NEXT="",  # the demo model continues no series
+    )
+    record = json.loads((tmp_path / "decode_int4-1.json").read_text())
+    assert len(record["decode"]["16"]["kvexport"]["raw_ms"]) == 4
+    assert record["targets"][0]["times_as_fast"] == 1 and record["times"] == "processor time of the thread"
+    assert (tmp_path / "decode_int4-1.md").read_text() in printed
+
+    output = tmp_path / "memory.json"
+    arguments = ("--prompts", 8, "--new-tokens", 2, "--threads", 1, "--output", output)
+    _, printed = run("run_memory", tmp_path / "kvexport", *arguments)
+    (memory,) = json.loads(output.read_text())["runs"]
+    assert memory["weights_bytes"] == (tmp_path / "kvexport" / "decoder.onnx.data").stat().st_size
+    assert 0 < memory["cache_bytes"] < memory["peak_bytes"]
+    assert memory["ratio_without_imports"] < memory["ratio"]
+    assert "kvexport, prompt of 8: peak" in printed
