@@ -264,23 +264,9 @@ class Statistics:
         return tensors
 
 
-def _problem(windows: Tensor, dims: ModelDims) -> str | None:
-    """What of saved token windows does not fit the model; None: nothing."""
-    if windows.dtype != torch.int32 or windows.ndim != 2:
-        return f"{windows.dtype} {list(windows.shape)}"
-    count, length = windows.shape
-    if count < 1 or length < 2 or length > (dims.max_positions or length):
-        return f"{count} windows of {length} tokens"
-    least, most = int(windows.min()), int(windows.max())
-    return None if 0 <= least <= most < dims.vocab_size else f"token ids from {least} to {most}"
-
-
 def _moments_file(index: int) -> str:
     return f"layer-{index:05d}.safetensors"
 
 
 def _sensitivity_file(index: int) -> str:
     return f"sensitivity-{index:05d}.safetensors"
-
-
-_LAYER_FILES = (_moments_file, _sensitivity_file)
