@@ -86,8 +86,8 @@ def command(
     A prompt prefix that several runs share needs one prefill only: --save-cache FILE saves the cache after
     it, and --cache FILE continues from there.
     """
+    from kvexport.files.malloc import map_large_blocks
     from kvexport.runtime import open_bundle
-    from kvexport.runtime.memory import map_large_blocks
 
     map_large_blocks()
     if save_cache is not None:

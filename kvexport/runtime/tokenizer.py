@@ -12,7 +12,7 @@ from typing import Any
 from kvexport.bundle import TOKENIZER_FILE, Bundle
 from kvexport.bundle.text_file import TextFile
 from kvexport.errors import BundleError, CannotRunHere, UsageError
-from kvexport.runtime.memory import return_free_memory
+from kvexport.files.malloc import return_freed
 
 _INCOMPLETE = "\ufffd"  # decoded for the first bytes of a character
 _CONTEXT = 8  # tokens before the new ones that are decoded with them, for the right spaces
@@ -68,7 +68,7 @@ def read_tokenizer(folder: Path) -> Tokenizer:
         ) from error
     backend.no_truncation()  # some checkpoints keep the settings of their training
     backend.no_padding()
-    return_free_memory()  # half of what reading the file takes
+    return_freed()  # half of what reading the file takes
     return Tokenizer(backend)
 
 

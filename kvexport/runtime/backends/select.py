@@ -14,12 +14,12 @@ from kvexport.bundle.graph_io import CHUNK
 from kvexport.bundle.manifest import largest_call
 from kvexport.devices.gpu import find_gpu
 from kvexport.errors import CannotRunHere, UsageError
+from kvexport.files.malloc import return_freed
 from kvexport.packages import install_command
 from kvexport.runtime.backends.base import Decoder
 from kvexport.runtime.backends.tensorrt_select import Engine, engine_directories, find_engine
 from kvexport.runtime.cache.device_arrays import HOST, Device, DeviceStorage, Storage
 from kvexport.runtime.cache.kv_cache import STEP, KvCache
-from kvexport.runtime.memory import return_free_memory
 
 PROVIDERS = ("auto", "cpu", "cuda", "tensorrt")
 
@@ -136,7 +136,7 @@ def open_decoder(
     free = 0 if provider.device is None else provider.device.memory()[0]
     graph = load_graph(bundle, session_options(threads), provider.name)
     loaded = 0 if provider.device is None else max(0, free - provider.device.memory()[0])
-    return_free_memory()
+    return_freed()
     cache = new_cache(bundle, provider, bundle.dtype, chunk=largest_call(bundle.eviction, chunk))
     return OrtDecoder(graph, cache, row_by_row=graph_file(bundle, provider.name) != GRAPH_FILE, loaded=loaded)
 

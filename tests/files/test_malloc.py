@@ -10,7 +10,7 @@ import pytest
 
 _MEASURE = """
 import ctypes, sys
-from kvexport.runtime.memory import map_large_blocks, return_free_memory
+from kvexport.files.malloc import map_large_blocks, return_freed
 
 library = ctypes.CDLL(None)
 library.malloc.restype, library.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
@@ -31,7 +31,7 @@ before = resident()
 for block in blocks:
     library.free(block)
 if sys.argv[1] == "return":
-    return_free_memory()
+    return_freed()
 print((before - resident()) >> 10)
 """
 
