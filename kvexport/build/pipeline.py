@@ -268,7 +268,7 @@ def _quantization(
     stored, formats = stored_format(job.checkpoint.config), requested_formats(job.options, job.decoder)
     settings, chosen, head_inputs = weight_settings(job.options, formats), None, None
     if job.weight_analysis.is_needed:
-        kept = kept_weights(job.decoder, plan, formats, job.options)
+        kept = set() if stored is None else kept_weights(job.decoder, plan, formats, job.options)
         formats, chosen, head_inputs = job.weight_analysis.choose(windows, folder, kept)
     return chosen, WeightQuantization(
         job.decoder,

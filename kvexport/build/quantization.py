@@ -60,7 +60,7 @@ def _stored_block(decoder: Decoder) -> int | None:
 def kept_weights(
     decoder: Decoder, plan: CompressionPlan, formats: WeightFormats, options: BuildOptions
 ) -> set[str]:
-    """Keys of the weights that keep the codes of a quantised checkpoint; none if it has none.
+    """Keys of the weights that keep the codes of a quantised checkpoint. Reads all of its layers.
 
     Args:
         decoder: the trained model, with its codes.

@@ -9,6 +9,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Mapping
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 from torch import Tensor
@@ -57,9 +58,13 @@ class WeightAnalysisStage:
         """
         self._decoder, self._options, self._saved = decoder, options, saved
         self._stages, self._progress = stages, progress
-        self._settings = weight_settings(options, requested_formats(options, decoder))
         if self.is_needed and options.weight_bits is not None:  # before the work starts
             require_mean_bits(options.weight_bits, _least_bits(decoder, options, self._settings))
+
+    @cached_property
+    def _settings(self) -> WeightSettings:
+        """How weights are quantised; finding the block reads a layer, which other builds do without."""
+        return weight_settings(self._options, requested_formats(self._options, self._decoder))
 
     @property
     def is_needed(self) -> bool:
@@ -122,10 +127,10 @@ def choose_bits(
     Raises:
         UsageError: the options ask for fewer bits or less loss than is possible.
     """
-    fixed = _fixed_keys(decoder, options).union(kept)
+    formats, fixed = requested_formats(options, decoder), _fixed_keys(decoder, options).union(kept)
     losses = {key: loss for key, loss in losses.items() if key not in fixed}
     if not losses:
-        return requested_formats(options, decoder), None
+        return formats, None
     count = sum(each.weights for each in losses.values())
     frontier = MixedBitsFrontier(losses)
     if options.weight_max_kl is not None:
@@ -134,7 +139,7 @@ def choose_bits(
         choice = _within_bits(frontier, options.weight_bits, count)
     keys = tuple(key for key in losses if key in choice.eight_bits)
     bits = WeightBits(keys, choice.kl, 8 * choice.bytes / count, choice.bytes)
-    return _with_eight_bits(requested_formats(options, decoder), keys, decoder), bits
+    return _with_eight_bits(formats, keys, decoder), bits
 
 
 def _within_bits(frontier: MixedBitsFrontier, bits: float | None, count: int) -> MixedBits:
